@@ -1,0 +1,115 @@
+"""Every key of a config, with its default, its unit and the reason for it. Other configs start here and override.
+
+    from configs import base
+    def get_config(size="small"):
+        c = base.get_config()
+        c.model.d_model = 512
+        return c
+"""
+
+from ml_collections import ConfigDict
+
+
+def kind(**changes) -> ConfigDict:
+    """A kind of layer: whole prefix, no positions, nothing else, with `changes` on top."""
+    k = ConfigDict()
+    k.window = None  # keys that a query sees, itself included; None = the whole prefix
+    k.chunk = None  # tokens; a query sees only keys of its own chunk (Llama 4); not together with a window
+    k.rope_theta = None  # base of the rotary frequencies; None = no positions (NoPE)
+    k.rope_fraction = 1.0  # share of a head's dimensions that is rotated
+    k.rope_scaling = ConfigDict()
+    k.rope_scaling.type = "none"  # none | linear | ntk | yarn | llama3
+    k.rope_scaling.factor = 1.0  # how many times the original length is wanted
+    k.rope_scaling.original_len = 8192  # tokens that the frequencies were trained at
+    k.rope_scaling.low = 1.0  # yarn: beta_slow; llama3: low_freq_factor (turns over original_len)
+    k.rope_scaling.high = 32.0  # yarn: beta_fast; llama3: high_freq_factor
+    k.rope_scaling.attention_factor = None  # yarn: scale of cos and sin; None = 0.1 ln(factor) + 1
+    k.qk_norm = "none"  # none | layernorm | rms | rms_plus1 | rms_weightless
+    k.qk_norm_scope = "head_dim"  # weight: head_dim (shared by heads) | head (one per head) | projection (norm over all heads)
+    k.qk_norm_after_rope = False  # norms are usually taken before the rotation; Llama 4 after
+    k.scale = None  # factor on q.k; None = head_dim ** -0.5
+    k.softcap = None  # scores become cap * tanh(score / cap) (Gemma 2)
+    k.temperature = ConfigDict()
+    k.temperature.type = "none"  # none | log_length (SWAN) | steps (Llama 4) | learned (SSMax)
+    k.temperature.scale = 0.1  # steps: the coefficient; learned: the initial s
+    k.temperature.length = 8192  # tokens; log_length: the offset a; steps: tokens per step
+    k.sink = False  # a learned logit per head that takes part in the softmax (gpt-oss)
+    k.gate = "none"  # none | head | projection: sigmoid gate on the attention output
+    for key, value in changes.items():
+        k[key] = value
+    return k
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # parameters; every other seed is its own key
+
+    m = c.model = ConfigDict()
+    m.vocab_size = 384  # 256 bytes and 2 document marks, padded to a multiple of 128 so that any tensor axis divides it
+    m.pattern = "LLLG"  # one letter a layer, repeated: three local layers to one global (arXiv 2501.18795)
+    m.num_layers = 4
+    m.d_model = 128
+    m.num_heads = 4
+    m.num_kv_heads = 2
+    m.head_dim = 32
+    m.d_ff = 384  # gated feed-forward; 3 * d_model has the parameters of a plain one of 4.5 * d_model
+    m.block = "parallel"  # parallel (Command R) | pre (Llama) | post (OLMo 2) | sandwich (Gemma)
+    m.norm = "layernorm"  # layernorm without bias | rms | rms_plus1 (weight stored as w - 1)
+    m.norm_eps = 1e-5
+    m.activation = "silu"  # silu | gelu | gelu_tanh
+    m.rope_layout = "interleaved"  # interleaved pairs (2i, 2i+1) (Cohere) | half: pairs (i, i + H/2) (Llama)
+    m.tie_embeddings = True
+    m.embed_scale = 1.0
+    m.logit_scale = 1.0  # Command R7B: 0.25
+    m.logit_softcap = None  # Gemma 2: 30
+    m.init_std = 0.02  # normal; the family's own value
+    m.kinds = ConfigDict()
+    m.kinds.L = kind(window=512, rope_theta=10_000.0)  # theta stays at 10k: raising it hurts a hybrid (paper, table of RNoPE variants)
+    m.kinds.G = kind(qk_norm="rms")  # NoPE; QK-norm with a weight per head dimension keeps small runs stable at high rates
+    m.kinds.R = kind(rope_theta=10_000.0)  # full attention with RoPE: the paired baseline "RRRR"
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # replicas; -1 = the devices left over
+    c.mesh.fsdp = 1  # shards of parameters and optimiser state; the batch is split over data * fsdp
+    c.mesh.context = 1  # shards of the sequence
+    c.mesh.tensor = 1  # shards of heads, feed-forward and vocabulary
+
+    c.data = ConfigDict()
+    c.data.paths = ()  # glob patterns of text files; empty = the sources of this interpreter's standard library
+    c.data.tokenizer = "bytes"  # "bytes", or the path of a tokenizer.json
+    c.data.holdout = 0.1  # share of the files held out, by a hash of their names
+    c.data.seed = 0  # order of the documents
+    c.data.prefetch = 2  # batches read ahead
+
+    o = c.optim = ConfigDict()
+    o.lr = 3e-3  # peak; small models bear high rates
+    o.b1 = 0.9
+    o.b2 = 0.95  # shorter memory than 0.999: the usual choice for language models
+    o.eps = 1e-8
+    o.weight_decay = 0.1  # not on norms and embeddings
+    o.clip_norm = 1.0  # of the global gradient norm
+    o.schedule = "cosine"  # cosine | wsd: constant, then a linear decay
+    o.warmup_steps = 20
+    o.decay_fraction = 0.2  # wsd: share of all steps in the final decay
+    o.final_lr_ratio = 0.1  # last learning rate over peak
+    o.z_loss = 0.0  # weight of (log sum exp)^2; 1e-4 keeps logits from drifting in long bfloat16 runs
+
+    stage = ConfigDict()
+    stage.steps = 300
+    stage.seq_len = 8192  # tokens in a row
+    stage.batch = 1  # rows in a step, over all devices
+    c.stages = [stage]
+
+    t = c.train = ConfigDict()
+    t.dtype = "auto"  # of activations: auto = bfloat16 on TPU and GPU, float32 on CPU
+    t.remat = "layer"  # layer: keep only each layer's input for the backward pass | none
+    t.kernel = "auto"  # auto | blocked | reference (float32, materialises T x S: tests only)
+    t.loss_chunk = 1024  # tokens whose logits exist at a time on one device
+    t.log_every = 10  # steps
+    t.checkpoint_every = 100  # steps
+    t.keep = 2  # checkpoints kept
+
+    c.evals = ConfigDict()
+    c.evals.tokens = 131_072  # held-out tokens scored at each length
+    c.evals.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len
+    return c

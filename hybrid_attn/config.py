@@ -1,0 +1,340 @@
+"""The configuration: frozen dataclasses that check themselves once, when they are built.
+
+No field has a default here: `configs/base.py` holds every default with its unit and its reason.
+`build` turns the nested mapping of a config file into a `Config` and names what does not fit.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _one_of(field: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies stretch beyond the length that they were trained at."""
+
+    type: str
+    factor: float
+    original_len: int
+    low: float
+    high: float
+    attention_factor: float | None
+
+    def __post_init__(self):
+        _one_of("rope_scaling.type", self.type, ("none", "linear", "ntk", "yarn", "llama3"))
+        _check(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1")
+        _check(self.original_len >= 1, f"rope_scaling.original_len={self.original_len} must be at least 1 token")
+        _check(
+            self.type not in ("yarn", "llama3") or self.low < self.high,
+            f"rope_scaling.low={self.low} must be below rope_scaling.high={self.high}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """How the query's scale grows with the number of keys before it."""
+
+    type: str
+    scale: float
+    length: int
+
+    def __post_init__(self):
+        _one_of("temperature.type", self.type, ("none", "log_length", "steps", "learned"))
+        _check(self.length >= 2, f"temperature.length={self.length} must be at least 2 tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What one letter of the pattern means: which keys a query sees and how positions enter."""
+
+    window: int | None
+    chunk: int | None
+    rope_theta: float | None
+    rope_fraction: float
+    rope_scaling: RopeScaling
+    qk_norm: str
+    qk_norm_scope: str
+    qk_norm_after_rope: bool
+    scale: float | None
+    softcap: float | None
+    temperature: Temperature
+    sink: bool
+    gate: str
+
+    def __post_init__(self):
+        _check(self.window is None or self.window >= 1, f"window={self.window} must be at least 1 (a query sees itself)")
+        _check(self.chunk is None or self.chunk >= 1, f"chunk={self.chunk} must be at least 1 token")
+        _check(self.window is None or self.chunk is None, "a kind has a window or a chunk, not both")
+        _check(self.rope_theta is None or self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1")
+        _check(0 < self.rope_fraction <= 1, f"rope_fraction={self.rope_fraction} must be in (0, 1]")
+        _one_of("qk_norm", self.qk_norm, ("none", "layernorm", "rms", "rms_plus1", "rms_weightless"))
+        _one_of("qk_norm_scope", self.qk_norm_scope, ("head_dim", "head", "projection"))
+        _one_of("gate", self.gate, ("none", "head", "projection"))
+        _check(self.softcap is None or self.softcap > 0, f"softcap={self.softcap} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    vocab_size: int
+    pattern: str
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    block: str
+    norm: str
+    norm_eps: float
+    activation: str
+    rope_layout: str
+    tie_embeddings: bool
+    embed_scale: float
+    logit_scale: float
+    logit_softcap: float | None
+    init_std: float
+    kinds: Mapping[str, LayerKind]
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
+            _check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
+        _check(bool(self.pattern), "model.pattern is empty; write one letter for each layer of a period, as in 'LLLG'")
+        for letter in self.pattern:
+            _check(
+                letter in self.kinds,
+                f"model.pattern={self.pattern!r} uses {letter!r}, which model.kinds does not define; it has {', '.join(sorted(self.kinds))}",
+            )
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
+            f"use {self.num_heads // self.num_kv_heads * self.num_kv_heads or self.num_kv_heads} heads",
+        )
+        for letter in self.pattern:
+            kind = self.kinds[letter]
+            dims = rotated_dims(self, kind)
+            _check(
+                kind.rope_theta is None or (dims >= 2 and dims % 2 == 0),
+                f"model.kinds.{letter}: rope_fraction={kind.rope_fraction} of head_dim={self.head_dim} rotates {dims} "
+                "dimensions; use an even number",
+            )
+        _one_of("model.block", self.block, ("parallel", "pre", "post", "sandwich"))
+        _one_of("model.norm", self.norm, ("layernorm", "rms", "rms_plus1"))
+        _one_of("model.activation", self.activation, ("silu", "gelu", "gelu_tanh"))
+        _one_of("model.rope_layout", self.rope_layout, ("interleaved", "half"))
+
+    @property
+    def layers(self) -> str:
+        """The letter of each layer, in order."""
+        return (self.pattern * -(-self.num_layers // len(self.pattern)))[: self.num_layers]
+
+    @property
+    def num_periods(self) -> int:
+        """Whole repetitions of the pattern; the layers left over are the tail."""
+        return self.num_layers // len(self.pattern)
+
+    @property
+    def tail(self) -> str:
+        return self.layers[self.num_periods * len(self.pattern) :]
+
+
+def rotated_dims(model: Model, kind: LayerKind) -> int:
+    """Dimensions of a head that are rotated; the rest carry no position."""
+    return round(model.head_dim * kind.rope_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; one of them may be -1, for all the devices that are left."""
+
+    data: int
+    fsdp: int
+    context: int
+    tensor: int
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            _check(size == -1 or size >= 1, f"mesh.{axis}={size} must be at least 1, or -1 for the devices left over")
+        rest = [axis for axis, size in sizes.items() if size == -1]
+        _check(len(rest) <= 1, f"mesh axes {' and '.join(rest)} are both -1; only one can take the devices left over")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    paths: tuple[str, ...]
+    tokenizer: str
+    holdout: float
+    seed: int
+    prefetch: int
+
+    def __post_init__(self):
+        _check(0 < self.holdout < 1, f"data.holdout={self.holdout} must lie between 0 and 1")
+        _check(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1 batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    lr: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    schedule: str
+    warmup_steps: int
+    decay_fraction: float
+    final_lr_ratio: float
+    z_loss: float
+
+    def __post_init__(self):
+        _one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
+        _check(self.lr > 0, f"optim.lr={self.lr} must be positive")
+        _check(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        _check(0 < self.decay_fraction <= 1, f"optim.decay_fraction={self.decay_fraction} must be in (0, 1]")
+        _check(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of training at one sequence length."""
+
+    steps: int
+    seq_len: int
+    batch: int
+
+    def __post_init__(self):
+        for name in ("steps", "seq_len", "batch"):
+            _check(getattr(self, name) >= 1, f"stages.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    dtype: str
+    remat: str
+    kernel: str
+    loss_chunk: int
+    log_every: int
+    checkpoint_every: int
+    keep: int
+
+    def __post_init__(self):
+        _one_of("train.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("train.remat", self.remat, ("none", "layer"))
+        _one_of("train.kernel", self.kernel, ("auto", "reference", "blocked"))
+        for name in ("loss_chunk", "log_every", "checkpoint_every", "keep"):
+            _check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evals:
+    """What is measured on the held-out documents when training ends."""
+
+    tokens: int
+    lengths: tuple[float, ...]
+
+    def __post_init__(self):
+        _check(self.tokens >= 1, f"evals.tokens={self.tokens} must be at least 1")
+        _check(all(x > 0 for x in self.lengths), f"evals.lengths={self.lengths} must be positive multiples of the training length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int
+    model: Model
+    mesh: Mesh
+    data: Data
+    optim: Optim
+    stages: tuple[Stage, ...]
+    train: Train
+    evals: Evals
+
+    def __post_init__(self):
+        _check(bool(self.stages), "stages is empty; a run needs at least one stage")
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[int, int]:
+        """Index of the stage that global step `step` belongs to, and the step within it."""
+        for index, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return index, step
+            step -= stage.steps
+        raise ValueError(f"step {step + self.total_steps} lies beyond the last of {self.total_steps} steps")
+
+
+def build(values: Mapping) -> Config:
+    """A checked `Config` from the nested mapping of a config file; ValueError names the key that does not fit."""
+    return _build(Config, _plain(values), "config")
+
+
+def to_dict(config) -> dict:
+    """The nested plain dict that `build` takes, fit for JSON."""
+    return _plain(dataclasses.asdict(config))
+
+
+def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
+    """Lines `key: old -> new` for every leaf in which two nested dicts differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b, name = old.get(key), new.get(key), f"{path}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{name}.")
+        elif a != b:
+            lines.append(f"{name}: {a} -> {b}")
+    return lines
+
+
+def _plain(value):
+    """Nested dicts and lists without the classes of the config library."""
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    return value
+
+
+def _build(wanted, value, path: str):
+    """`value` as the type `wanted`, or a ValueError that names `path`."""
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is types.UnionType:
+        return None if value is None else _build(args[0], value, path)
+    if dataclasses.is_dataclass(wanted):
+        return _build_dataclass(wanted, value, path)
+    if origin is Mapping:
+        return {key: _build(args[1], x, f"{path}.{key}") for key, x in dict(value).items()}
+    if origin is tuple:
+        _check(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
+        return tuple(_build(args[0], x, f"{path}[{i}]") for i, x in enumerate(value))
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    ok = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+    _check(ok, f"{path}={value!r} must be of type {wanted.__name__}")
+    return value
+
+
+def _build_dataclass(wanted, value, path: str):
+    _check(isinstance(value, Mapping), f"{path}={value!r} must be a group of keys")
+    hints = typing.get_type_hints(wanted)
+    for key in value:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1, cutoff=0.5)
+            raise ValueError(f"unknown key {path}.{key}; " + (f"did you mean {path}.{near[0]}?" if near else f"known keys: {', '.join(hints)}"))
+    missing = [key for key in hints if key not in value]
+    _check(not missing, f"{path} lacks {', '.join(missing)}; start from configs/base.py, which has every key")
+    return wanted(**{key: _build(hint, value[key], f"{path}.{key}") for key, hint in hints.items()})
