@@ -66,7 +66,6 @@ def get_config() -> ConfigDict:
     m.kinds = ConfigDict()
     m.kinds.L = kind(window=512, rope_theta=10_000.0)  # theta stays at 10k: raising it hurts a hybrid (paper, table of RNoPE variants)
     m.kinds.G = kind(qk_norm="rms")  # NoPE; QK-norm with a weight per head dimension keeps small runs stable at high rates
-    m.kinds.R = kind(rope_theta=10_000.0)  # full attention with RoPE: the paired baseline "RRRR"
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # replicas; -1 = the devices left over

@@ -23,6 +23,13 @@ def _one_of(field: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
 
 
+class Table(dict):
+    """A dict that is not changed after it is made, so that the configs that hold it can be hashed."""
+
+    def __hash__(self):
+        return hash(frozenset(self.items()))
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies stretch beyond the length that they were trained at."""
@@ -107,7 +114,7 @@ class Model:
     logit_scale: float
     logit_softcap: float | None
     init_std: float
-    kinds: Mapping[str, LayerKind]
+    kinds: Table[str, LayerKind]
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
@@ -316,8 +323,8 @@ def _build(wanted, value, path: str):
         return None if value is None else _build(args[0], value, path)
     if dataclasses.is_dataclass(wanted):
         return _build_dataclass(wanted, value, path)
-    if origin is Mapping:
-        return {key: _build(args[1], x, f"{path}.{key}") for key, x in dict(value).items()}
+    if origin is Table:
+        return Table({key: _build(args[1], x, f"{path}.{key}") for key, x in value.items()})
     if origin is tuple:
         _check(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
         return tuple(_build(args[0], x, f"{path}[{i}]") for i, x in enumerate(value))

@@ -1,0 +1,42 @@
+# make train, make test, make lint, make clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
+#   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.optim.lr=1e-3"
+PYTHON ?= python3
+CONFIG ?= configs/hybrid_8k.py
+WORKDIR ?= runs/$(subst :,_,$(subst .py,,$(notdir $(CONFIG))))
+ARGS ?=
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
+VENV_PYTHON := .venv/bin/python
+INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+
+.PHONY: train test lint clean
+
+train: .venv/.train
+	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
+
+test: .venv/.test
+	$(VENV_PYTHON) -m pytest $(ARGS)
+
+lint: .venv/.test
+	$(VENV_PYTHON) -m ruff check .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written when its step is done, so an interrupted one is done again.
+.venv/.python-$(VERSION):
+	@command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "$(PYTHON) is Python $(VERSION) and 3.11 is the oldest that runs this; name a newer one: make PYTHON=/path/to/python")'
+	$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+.venv/.train: .venv/.python-$(VERSION) pyproject.toml $(CONSTRAINTS)
+	@echo "installing into .venv, once; the first time it takes minutes"
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/.test: .venv/.train
+	$(INSTALL) --editable '.[dev]'
+	@touch $@

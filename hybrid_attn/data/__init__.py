@@ -1,0 +1,1 @@
+"""Text files to global batches: tokenizer, documents, rows, pipeline."""

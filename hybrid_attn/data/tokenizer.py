@@ -1,0 +1,137 @@
+"""Text to token ids and back: plain bytes, or a `tokenizer.json`."""
+
+import json
+import os
+import re
+
+import numpy as np
+
+BOS_TOKENS = (
+    "<s>",
+    "<bos>",
+    "<BOS_TOKEN>",
+    "[BOS]",
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+    "<｜begin▁of▁sentence｜>",
+    "<|endoftext|>",
+    "[CLS]",
+)
+EOS_TOKENS = (
+    "</s>",
+    "<eos>",
+    "<EOS_TOKEN>",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+    "[SEP]",
+)
+
+
+class Bytes:
+    """Ids 0 to 255 are the bytes themselves; 256 begins a document and 257 ends it."""
+
+    vocab_size = 258
+    bos = 256
+    eos = 257
+
+    def __init__(self):
+        self.byte_lengths = (np.arange(self.vocab_size) < 256).astype(np.int64)
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """int32 ids [len(text)]."""
+        return np.frombuffer(text, np.uint8).astype(np.int32)
+
+    def decode(self, ids) -> str:
+        """The text of `ids`; document marks are skipped and invalid UTF-8 becomes U+FFFD."""
+        return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+
+class Json:
+    """A `tokenizer.json` whose own special tokens never come out of text, however the text is spelled.
+
+    `byte_lengths` [vocab_size] counts the space that some tokenizers put before a text as a byte of its first piece.
+    """
+
+    def __init__(self, path: str):
+        self._tokenizer, decoder = _read_json(path)
+        vocab = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocab.values()) + 1  # the ids may have holes, so their number is not enough
+        self.bos = _first_known(vocab, BOS_TOKENS, path, "begins")
+        self.eos = _first_known(vocab, EOS_TOKENS, path, "ends")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._specials = {i for i, token in added.items() if token.special} | {self.bos, self.eos}
+        self.byte_lengths = np.zeros(self.vocab_size, np.int64)
+        for piece, i in vocab.items():
+            if i not in self._specials:
+                self.byte_lengths[i] = len(piece.encode()) if i in added else _piece_bytes(piece, decoder)
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """int32 ids [n] of UTF-8 text; UnicodeDecodeError where it is not UTF-8."""
+        encoded = self._tokenizer.encode_batch_fast([text.decode("utf-8")], add_special_tokens=False)
+        return np.array(encoded[0].ids, np.int32)
+
+    def decode(self, ids) -> str:
+        """The text of `ids`; special tokens are skipped and invalid UTF-8 becomes U+FFFD."""
+        return self._tokenizer.decode([int(i) for i in ids if int(i) not in self._specials])
+
+
+def load(name: str) -> Bytes | Json:
+    """The tokenizer called `name`: "bytes", or the path of a `tokenizer.json`."""
+    if name == "bytes":
+        return Bytes()
+    if not os.path.isfile(name):
+        raise ValueError(f"data.tokenizer={name!r} is no file; use 'bytes' or the path of a tokenizer.json")
+    return Json(name)
+
+
+def check_vocab(tokenizer: Bytes | Json, model_vocab_size: int, name: str) -> None:
+    """ValueError where a model of `model_vocab_size` lacks ids of the tokenizer `name`, or has far more than those."""
+    used, most = tokenizer.vocab_size, int(1.05 * tokenizer.vocab_size + 128)
+    cure = f"set model.vocab_size={-(-used // 128) * 128}"
+    if model_vocab_size < used:
+        raise ValueError(
+            f"model.vocab_size={model_vocab_size} is below the {used} ids of data.tokenizer={name!r}; {cure}"
+        )
+    if model_vocab_size > most:
+        raise ValueError(
+            f"model.vocab_size={model_vocab_size} wastes memory on the {used} ids of data.tokenizer={name!r} "
+            f"(at most {most} is padding); {cure}"
+        )
+
+
+def _read_json(path: str):
+    """The library's tokenizer, and its decoder as JSON text."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(f"{path} needs the library tokenizers; pip install 'hybrid_attn[hf]'") from error
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"data.tokenizer={path!r} is not a tokenizer.json: {error}") from error
+    tokenizer.no_truncation()  # files saved for fine-tuning carry both, and a document must come through whole
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "</s>" in a text is four characters of the text, not its end
+    return tokenizer, json.dumps(json.loads(text)["decoder"], ensure_ascii=False)
+
+
+def _first_known(vocab: dict[str, int], names: tuple[str, ...], path: str, role: str) -> int:
+    for name in names:
+        if name in vocab:
+            return vocab[name]
+    raise ValueError(f"{path} has no token that {role} a document; add one of {' '.join(names)} to its added_tokens")
+
+
+def _piece_bytes(piece: str, decoder: str) -> int:
+    """UTF-8 bytes of text that a vocabulary's `piece` stands for under the JSON of its `decoder`."""
+    if "ByteLevel" in decoder:
+        return len(piece)  # one letter of the GPT-2 alphabet is one byte
+    if "ByteFallback" in decoder and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return 1
+    if "▁" in decoder:
+        piece = piece.replace("▁", " ")
+    return len(piece.encode())

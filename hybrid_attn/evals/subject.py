@@ -1,0 +1,27 @@
+"""What is evaluated, and on what."""
+
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from hybrid_attn.config import Model
+from hybrid_attn.data.documents import Documents
+from hybrid_attn.model import Run
+
+
+class Subject(NamedTuple):
+    """A model with its parameters on a mesh (which must be in force), and the tokenizer of its vocabulary."""
+
+    model: Model
+    params: dict
+    run: Run
+    mesh: Mesh
+    tokenizer: object
+
+
+class Spec(NamedTuple):
+    """Held-out documents, the length of the rows that they are cut into, and how many tokens to score."""
+
+    documents: Documents
+    length: int
+    tokens: int

@@ -1,0 +1,64 @@
+"""What a config costs: parameters, FLOPs and cache bytes, exact for windows, chunks and causality.
+
+A multiply and an add are two FLOPs. A training step is three forward passes; recomputation (remat) is not counted, so that
+model FLOPs utilisation says what the model needed. Norms, rotations and softmax are not counted, nor is the embedding lookup.
+"""
+
+import math
+
+import jax
+
+from hybrid_attn.config import LayerKind, Model
+from hybrid_attn.model.transformer import init
+from hybrid_attn.parallel.mesh import abstract_mesh
+
+
+def parameters(model: Model) -> int:
+    """Number of parameters, without making them."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes(model)))
+
+
+def shapes(model: Model):
+    """The tree of parameter shapes and dtypes, on an abstract mesh of one device."""
+    with jax.sharding.use_abstract_mesh(abstract_mesh()):
+        return jax.eval_shape(lambda: init(model, jax.random.key(0)))
+
+
+def attended_pairs(kind: LayerKind, length: int) -> int:
+    """Pairs of a query and a key that it sees, in one document of `length` tokens."""
+    if kind.chunk is not None:
+        whole, rest = divmod(length, kind.chunk)
+        return whole * _triangle(kind.chunk) + _triangle(rest)
+    window = length if kind.window is None else min(kind.window, length)
+    return _triangle(window) + (length - window) * window
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
+
+
+def forward_flops_per_token(model: Model, length: int) -> float:
+    """FLOPs of a forward pass over one document of `length` tokens, by token."""
+    D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
+    weights = model.vocab_size * D
+    pairs = 0
+    for letter in model.layers:
+        kind = model.kinds[letter]
+        gate = {"none": 0, "head": D * N, "projection": D * N * H}[kind.gate]
+        weights += 2 * D * N * H + 2 * D * K * H + gate + 3 * D * model.d_ff
+        pairs += attended_pairs(kind, length)
+    return 2 * weights + 4 * N * H * pairs / length
+
+
+def train_flops_per_token(model: Model, length: int) -> float:
+    """FLOPs of a training step by token: forward, and twice that backward."""
+    return 3 * forward_flops_per_token(model, length)
+
+
+def cache_bytes(model: Model, length: int, bytes_per_value: int = 2) -> int:
+    """Bytes of keys and values that decoding needs after `length` tokens of one sequence."""
+    kept = 0
+    for letter in model.layers:
+        kind = model.kinds[letter]
+        kept += min(length, kind.window or kind.chunk or length)
+    return 2 * kept * model.num_kv_heads * model.head_dim * bytes_per_value

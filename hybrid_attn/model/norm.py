@@ -1,0 +1,27 @@
+"""Layer norm without bias and the root-mean-square norms of the families, in float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+
+class Norm(nnx.Module):
+    """Normalises over the last `dims` dimensions; `kind` is layernorm, rms, rms_plus1 or rms_weightless.
+
+    layernorm: w (x - mean) / sqrt(var + eps), population variance. rms: w x / sqrt(mean(x^2) + eps). rms_plus1 stores w - 1.
+    """
+
+    def __init__(self, kind: str, shape: tuple[int, ...], eps: float, *, spec=P(None), dims: int = 1):
+        self.kind, self.eps, self.axes = kind, eps, tuple(range(-dims, 0))
+        if kind != "rms_weightless":
+            self.weight = nnx.Param(jnp.full(shape, 0.0 if kind == "rms_plus1" else 1.0, out_sharding=spec))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        z = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            z -= z.mean(self.axes, keepdims=True)
+        z *= jax.lax.rsqrt(jnp.square(z).mean(self.axes, keepdims=True) + self.eps)
+        if self.kind != "rms_weightless":
+            z *= self.weight[...] + (1.0 if self.kind == "rms_plus1" else 0.0)
+        return z.astype(x.dtype)

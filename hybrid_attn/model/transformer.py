@@ -1,0 +1,160 @@
+"""The transformer: embedding, layers scanned period by period, final norm.
+
+Letters: B batch, T tokens, D model, F feed-forward, V vocabulary. Parameters are a nested dict of float32 arrays whose
+paths are names (`periods/L0/attention/q`); those under `periods` carry the period as axis 0.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn import kernels
+from hybrid_attn.config import Model, Train
+from hybrid_attn.model.attention import Attention, weight
+from hybrid_attn.model.norm import Norm
+from hybrid_attn.parallel.mesh import ACT_BTD, BATCH, TOKENS_BT, gathered
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+NORMS_BEFORE = {"parallel": ("norm",), "pre": ("attention_norm", "mlp_norm"), "post": ()}
+NORMS_BEFORE["sandwich"] = NORMS_BEFORE["pre"]
+NORMS_AFTER = {"parallel": (), "pre": (), "post": ("attention_post_norm", "mlp_post_norm")}
+NORMS_AFTER["sandwich"] = NORMS_AFTER["post"]
+
+
+class Run(NamedTuple):
+    """How a model runs, which never changes the function that it computes: the `train` keys of configs/base.py, resolved."""
+
+    dtype: jnp.dtype
+    remat: str
+    kernel: str
+    loss_chunk: int
+
+
+def run_on(platform: str, train: Train) -> Run:
+    """The `Run` that `train` means on a platform ("cpu", "gpu" or "tpu")."""
+    dtype = ("float32" if platform == "cpu" else "bfloat16") if train.dtype == "auto" else train.dtype
+    return Run(jnp.dtype(dtype), train.remat, kernels.choose(train.kernel, platform), train.loss_chunk)
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward: down(act(gate x) * up x)."""
+
+    def __init__(self, model: Model, *, rngs: nnx.Rngs):
+        D, F, std = model.d_model, model.d_ff, model.init_std
+        self.activation = model.activation
+        self.gate = weight(rngs, (D, F), P("fsdp", "tensor"), std)
+        self.up = weight(rngs, (D, F), P("fsdp", "tensor"), std)
+        self.down = weight(rngs, (F, D), P("tensor", "fsdp"), std)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        w_gate, w_up, w_down = (gathered(w[...].astype(x_BTD.dtype)) for w in (self.gate, self.up, self.down))
+        gate_BTF = ACTIVATIONS[self.activation](jnp.einsum("BTD,DF->BTF", x_BTD, w_gate))
+        h_BTF = gate_BTF * jnp.einsum("BTD,DF->BTF", x_BTD, w_up)
+        return jnp.einsum("BTF,FD->BTD", h_BTF, w_down, out_sharding=ACT_BTD)
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward around the residual stream, by `model.block`."""
+
+    def __init__(self, model: Model, letter: str, *, rngs: nnx.Rngs):
+        self.block = model.block
+        self.attention = Attention(model, model.kinds[letter], rngs=rngs)
+        self.mlp = MLP(model, rngs=rngs)
+        for name in NORMS_BEFORE[model.block] + NORMS_AFTER[model.block]:
+            setattr(self, name, Norm(model.norm, (model.d_model,), model.norm_eps))
+
+    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, kernel: str) -> jax.Array:
+        if self.block == "parallel":
+            h_BTD = self.norm(x_BTD)
+            return x_BTD + self.attention(h_BTD, pos_BT, seg_BT, kernel) + self.mlp(h_BTD)
+        parts = {"attention": lambda h: self.attention(h, pos_BT, seg_BT, kernel), "mlp": self.mlp}
+        for name, part in parts.items():
+            h_BTD = getattr(self, f"{name}_norm")(x_BTD) if NORMS_BEFORE[self.block] else x_BTD
+            h_BTD = part(h_BTD)
+            x_BTD = x_BTD + (getattr(self, f"{name}_post_norm")(h_BTD) if NORMS_AFTER[self.block] else h_BTD)
+        return x_BTD
+
+
+class Period(nnx.Module):
+    """One layer per letter, under the names L0, L1, … of letter and place."""
+
+    def __init__(self, model: Model, letters: str, *, rngs: nnx.Rngs):
+        self.slots = tuple(f"{letter}{i}" for i, letter in enumerate(letters))
+        for slot, letter in zip(self.slots, letters, strict=True):
+            setattr(self, slot, Block(model, letter, rngs=rngs))
+
+    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
+        for slot in self.slots:
+
+            def layer(block: Block, x_BTD: jax.Array) -> jax.Array:
+                return block(x_BTD, pos_BT, seg_BT, run.kernel)
+
+            with jax.named_scope(slot):
+                x_BTD = (jax.checkpoint(layer) if run.remat == "layer" else layer)(getattr(self, slot), x_BTD)
+        return x_BTD
+
+
+class LM(nnx.Module):
+    """Tokens to the final normed activations [B, T, D], which `loss` and `unembedding` take on."""
+
+    def __init__(self, model: Model, *, rngs: nnx.Rngs):
+        self.model = model
+        self.embed = weight(rngs, (model.vocab_size, model.d_model), P("tensor", "fsdp"), model.init_std)
+        if model.num_periods:
+            stack = jax.vmap(lambda keys: Period(model, model.pattern, rngs=keys))
+            self.periods = stack(rngs.split(model.num_periods))
+        if model.tail:
+            self.tail = Period(model, model.tail, rngs=rngs)
+        self.final_norm = Norm(model.norm, (model.d_model,), model.norm_eps)
+        if not model.tie_embeddings:
+            self.unembed = weight(rngs, (model.vocab_size, model.d_model), P("tensor", "fsdp"), model.init_std)
+
+    def __call__(self, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
+        x_BTD = look_up(gathered(self.embed[...].astype(run.dtype)), tokens_BT) * self.model.embed_scale
+        if self.model.num_periods:
+            x_BTD, _ = jax.lax.scan(lambda x, period: (period(x, pos_BT, seg_BT, run), None), x_BTD, self.periods)
+        if self.model.tail:
+            x_BTD = self.tail(x_BTD, pos_BT, seg_BT, run)
+        return self.final_norm(x_BTD)
+
+
+def look_up(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of a table whose vocabulary is split over `tensor`: each shard gives the rows it has, and they are summed."""
+
+    def shard(embed_VD, tokens_BT):
+        local_BT = tokens_BT - jax.lax.axis_index("tensor") * embed_VD.shape[0]
+        here_BT = (local_BT >= 0) & (local_BT < embed_VD.shape[0])
+        x_BTD = jnp.where(here_BT[..., None], embed_VD[jnp.where(here_BT, local_BT, 0)], 0)
+        return jax.lax.psum(x_BTD, "tensor")
+
+    return jax.shard_map(shard, in_specs=(P("tensor", None), TOKENS_BT), out_specs=P(BATCH, "context", None))(
+        embed_VD, tokens_BT
+    )
+
+
+@functools.cache
+def _graph(model: Model) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda key: LM(model, rngs=nnx.Rngs(params=key)), jax.random.key(0)))
+
+
+def init(model: Model, key: jax.Array) -> dict:
+    """Parameters as a nested dict of float32 arrays, laid out on the mesh in force (`jax.set_mesh`)."""
+    return nnx.to_pure_dict(nnx.state(LM(model, rngs=nnx.Rngs(params=key))))
+
+
+def apply(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
+    """Final normed activations [B, T, D] of int32 tokens; positions restart with each document, segment 0 is padding."""
+    return nnx.merge(_graph(model), params)(tokens_BT, pos_BT, seg_BT, run)
+
+
+def unembedding(model: Model, params: dict) -> jax.Array:
+    """The [V, D] table whose products with the activations are the logits, before `logit_scale` and `logit_softcap`."""
+    return params["embed"] if model.tie_embeddings else params["unembed"]

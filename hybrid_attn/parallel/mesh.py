@@ -1,0 +1,51 @@
+"""The mesh, and the specs of the arrays that cross the borders between rooms.
+
+Axes: `data` replicates parameters, `fsdp` shards them, `context` splits the sequence, `tensor` splits heads,
+feed-forward and vocabulary. The batch is split over `data` and `fsdp` together.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn import config
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH = ("data", "fsdp")
+ROWS_B = P(BATCH)
+TOKENS_BT = P(BATCH, "context")
+ACT_BTD = P(BATCH, "context", None)
+HEADS_BTNH = P(BATCH, "context", "tensor", None)
+
+
+def axis_sizes(mesh: config.Mesh, num_devices: int) -> tuple[int, ...]:
+    """Size of each axis of `AXES` on `num_devices` devices, with -1 resolved; ValueError where they do not multiply out."""
+    sizes = dataclasses.asdict(mesh)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if -1 not in sizes.values() and fixed != num_devices:
+        raise ValueError(f"mesh {shown} needs {fixed} devices and {num_devices} are here; set one axis to -1")
+    if num_devices % fixed:
+        raise ValueError(f"mesh {shown}: {num_devices} devices do not divide by {fixed}; use a divisor of {num_devices}")
+    return tuple(num_devices // fixed if size == -1 else size for size in sizes.values())
+
+
+def make_mesh(mesh: config.Mesh, devices: list | None = None) -> Mesh:
+    """The explicit mesh of `AXES` over `devices` (all of them by default)."""
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(mesh, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(**sizes: int) -> AbstractMesh:
+    """A mesh without devices, for shapes and shardings alone; axes not named have size 1."""
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def gathered(weight: jax.Array) -> jax.Array:
+    """`weight` whole along `fsdp`: an all-gather forward, a reduce-scatter of its gradient backward."""
+    spec = jax.typeof(weight).sharding.spec
+    return jax.reshard(weight, P(*(None if axis == "fsdp" else axis for axis in spec)))

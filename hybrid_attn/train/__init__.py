@@ -1,0 +1,1 @@
+"""Training: one pure step, its optimiser, the loop around it and its metrics."""

@@ -1,0 +1,150 @@
+"""The loop: mesh, restore, step, log, save, evaluate."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from hybrid_attn import config
+from hybrid_attn.checkpoint import Checkpoints
+from hybrid_attn.data import documents, pipeline, tokenizer
+from hybrid_attn.evals import EVALS, Spec, Subject, bigram
+from hybrid_attn.model import Run, flops, run_on
+from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.train.metrics import Metrics, peak_flops
+from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_step
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a request that the loop answers after its step; the second one acts at once."""
+
+    def __enter__(self):
+        self.requested = False
+        self.before = {s: signal.signal(s, self.request) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def request(self, number, frame):
+        self.requested = True
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(c: config.Config, workdir: str) -> bool:
+    """Trains `c` in `workdir` from its newest checkpoint, or from the start; False if a signal stopped it before the end.
+
+    ValueError where the config, the data or a checkpoint does not fit; FloatingPointError when the loss is not finite.
+    """
+    mesh = make_mesh(c.mesh)
+    pipeline.check_batch_shape(c.stages, mesh)
+    words = tokenizer.load(c.data.tokenizer)
+    tokenizer.check_vocab(words, c.model.vocab_size, c.data.tokenizer)
+    corpus = documents.load(c.data, words, heldout=False)
+    run = run_on(jax.default_backend(), c.train)
+    with Stop() as stop, jax.set_mesh(mesh):
+        checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
+        try:
+            state, start = first_state(c, mesh, checkpoints)
+            metrics = start_metrics(c, workdir, start, run, mesh)
+            introduce(c, run, mesh, metrics, start, len(corpus.tokens))
+            batches = pipeline.batches(c, corpus, words, mesh, start)
+            state, step = run_steps(c, make_step(c, run), state, start, batches, checkpoints, metrics, stop)
+            checkpoints.save(step, state, data_state(c, step), config.to_dict(c), wait=True)
+            if step < c.total_steps:
+                metrics.say(f"stopped after step {step}, which is saved; the same command goes on from there")
+                return False
+            evaluate(c, Subject(c.model, state.params, run, mesh, words), corpus, metrics)
+            metrics.close()
+            return True
+        finally:
+            checkpoints.close()
+
+
+def first_state(c: config.Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    """The newest checkpoint's state, or a new one, and the steps that it has behind it."""
+    if checkpoints.latest() is None:
+        return jax.jit(init_state, static_argnums=0)(c), 0
+    checkpoints.check_config(config.to_dict(c))
+    step, state, data = checkpoints.restore(abstract_state(c, mesh))
+    if data != data_state(c, step):
+        raise ValueError(
+            f"the checkpoint of step {step} has done {data['stage_steps']} steps of each stage; the stages of this config "
+            f"would have done {data_state(c, step)['stage_steps']}; only the steps of the last stage begun can change"
+        )
+    return state, step
+
+
+def data_state(c: config.Config, step: int) -> dict:
+    """Where the data stands after `step` steps: how many of each stage are done."""
+    done = []
+    for stage in c.stages:
+        done.append(min(step, stage.steps))
+        step -= done[-1]
+    return {"stage_steps": done}
+
+
+def run_steps(c, step_fn, state, start, batches: Iterator, checkpoints, metrics, stop) -> tuple[TrainState, int]:
+    """Steps until the batches end or a signal asks to stop; metrics of a step are read after the next one is dispatched."""
+    pending, step, waited, before = None, start, 0.0, time.perf_counter()
+
+    def report():
+        nonlocal before
+        number, values, wait = pending
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        now = time.perf_counter()
+        check_finite(number, values, checkpoints)
+        if number % c.train.log_every == 0 or number in (start + 1, c.total_steps):
+            metrics.log(number, values | {"step_time": now - before, "data_wait": wait})
+        metrics.advance(number)
+        before = now
+
+    while step < c.total_steps and not stop.requested:
+        clock = time.perf_counter()
+        _, batch = next(batches)
+        waited = time.perf_counter() - clock
+        state, values = step_fn(state, batch)
+        step += 1
+        if pending:
+            report()
+        pending = step, values, waited
+        if checkpoints.due(step) and step < c.total_steps:
+            report()  # so that no state is saved whose loss nobody has looked at
+            pending = None
+            checkpoints.save(step, state, data_state(c, step), config.to_dict(c))
+    if pending:
+        report()
+    return state, step
+
+
+def check_finite(step: int, values: dict, checkpoints: Checkpoints) -> None:
+    """FloatingPointError if the loss or the gradient of `step` is not a number."""
+    bad = [f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    if bad:
+        kept = checkpoints.latest()
+        cure = "no checkpoint was written yet" if kept is None else f"the checkpoint of step {kept} is kept"
+        raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {cure}; lower optim.lr or raise optim.warmup_steps")
+
+
+def start_metrics(c: config.Config, workdir: str, start: int, run: Run, mesh: Mesh) -> Metrics:
+    stage = c.stages[c.stage_at(min(start, c.total_steps - 1))[0]]
+    peak, source = peak_flops(jax.devices()[0], run.dtype)
+    return Metrics(workdir, start, c.total_steps, stage, flops, peak * mesh.size, source)
+
+
+def evaluate(c: config.Config, subject: Subject, corpus, metrics: Metrics) -> None:
+    """The held-out loss by position at every length of `c.evals`, beside the bigram model of the training bytes."""
+    heldout = documents.load(c.data, subject.tokenizer, heldout=True)
+    length = c.stages[-1].seq_len
+    for multiple in c.evals.lengths:
+        spec = Spec(heldout, round(multiple * length), c.evals.tokens)
+        metrics.report("position", list(EVALS["position"](subject, spec)))
+    if subject.tokenizer.vocab_size <= bigram.MOST_WORDS:
+        log_probs = bigram.log_probabilities(corpus, subject.tokenizer.vocab_size)
+        bits = bigram.score(log_probs, Spec(heldout, length, c.evals.tokens), subject.tokenizer.byte_lengths)
+        metrics.report("bigram", [{"length": length, "bits_per_byte": bits}])

@@ -1,0 +1,44 @@
+"""What a run is, in ten lines, before it starts."""
+
+import jax
+from jax.sharding import Mesh
+
+from hybrid_attn.config import Config, LayerKind
+from hybrid_attn.model import Run, flops
+
+
+def summary(c: Config, run: Run, mesh: Mesh, peak: str, corpus_tokens: int, workdir: str, start: int) -> list[str]:
+    """Ten lines: parameters, layout, mesh, kernel, data, tokens and FLOPs per step, peak, workdir and checkpoint."""
+    stage_index, step = c.stage_at(min(start, c.total_steps - 1))
+    stage = c.stages[stage_index]
+    total, tokens = flops.parameters(c.model), stage.batch * stage.seq_len
+    embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
+    per_token = flops.train_flops_per_token(c.model, stage.seq_len)
+    kinds = "; ".join(f"{letter} = {describe(c.model.kinds[letter])}" for letter in sorted(set(c.model.layers)))
+    device = jax.devices()[0]
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    stages = ", ".join(f"{s.steps:,} steps of {s.batch} x {s.seq_len:,}" for s in c.stages)
+    return [
+        f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
+        f"layout       {c.model.layers}: {kinds}",
+        f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}",
+        f"kernel       {run.kernel} on {device.platform}; activations {run.dtype}, parameters float32, remat {run.remat}",
+        f"data         {corpus_tokens:,} training tokens, tokenizer {c.data.tokenizer}; {stages}",
+        f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs",
+        f"token        {per_token:.4g} FLOPs: 3 x forward, windows and causality counted, recomputation not",
+        f"peak         {peak}",
+        f"workdir      {workdir}",
+        f"checkpoint   {f'step {start} found; going on from there' if start else 'none found; starting at step 0'}",
+    ]
+
+
+def describe(kind: LayerKind) -> str:
+    """A kind of layer in a few words: what it sees, its positions, its norms."""
+    sees = "whole prefix"
+    if kind.window is not None:
+        sees = f"window {kind.window:,}"
+    elif kind.chunk is not None:
+        sees = f"chunks of {kind.chunk:,}"
+    positions = "NoPE" if kind.rope_theta is None else f"RoPE {kind.rope_theta:,.0f}"
+    norm = "" if kind.qk_norm == "none" else f", QK-norm {kind.qk_norm}"
+    return f"{sees}, {positions}{norm}"

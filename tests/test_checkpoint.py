@@ -1,0 +1,253 @@
+"""Checkpoints come back as they were, on any mesh and in any precision, and what is broken is said and survived."""
+
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hybrid_attn import checkpoint
+from hybrid_attn.checkpoint import Checkpoints
+
+CONFIG = {"seed": 3, "model": {"d_model": 16, "pattern": "LLLG", "kinds": {"L": {"window": 4}}}}
+DATA = {"stage": 0, "rows": [7, 11]}
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def _sharding(rows: int, columns: int, *spec: str | None) -> NamedSharding:
+    devices = np.array(jax.devices()[: rows * columns]).reshape(rows, columns)
+    return NamedSharding(jax.sharding.Mesh(devices, ("data", "tensor")), PartitionSpec(*spec))
+
+
+def _state(step: int = 0, width: int = 16) -> State:
+    """Different numbers at every step; bfloat16 and float32, split and whole arrays, and an optimiser's named tuples."""
+    rng = np.random.default_rng(step)
+    whole, split = _sharding(8, 1), _sharding(8, 1, None, "data")
+    params = {
+        "embed": jax.device_put(rng.normal(size=(24, width)).astype(np.float32), split),
+        "periods": {"L0": {"q": jax.device_put(jnp.asarray(rng.normal(size=(2, width, 5)), jnp.bfloat16), whole)}},
+    }
+    opt_state = jax.jit(optax.adamw(1e-3).init)(params)
+    return State(jax.device_put(jnp.int32(step), whole), params, opt_state)
+
+
+def _abstract(tree, sharding=None, dtype=None):
+    def like(x):
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(x.shape, dtype if dtype and floating else x.dtype, sharding=sharding or x.sharding)
+
+    return jax.tree.map(like, tree)
+
+
+def _assert_equal(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def _write(directory, *steps: int, keep: int = 9) -> None:
+    checkpoints = Checkpoints(directory, keep=keep, every=1)
+    for step in steps:
+        checkpoints.save(step, _state(step), {**DATA, "step": step}, CONFIG)
+    checkpoints.close()
+
+
+def _reopen(directory) -> Checkpoints:
+    return Checkpoints(directory, keep=9, every=10)
+
+
+def _break(directory, step: int) -> None:
+    """Cuts every array file of a checkpoint in half."""
+    for path in (pathlib.Path(directory) / str(step) / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_arrays_step_data_and_config_come_back_as_they_were_saved(tmp_path):
+    _write(tmp_path, 5)
+    step, state, data = _reopen(tmp_path).restore(_abstract(_state()))
+    assert (step, data) == (5, {**DATA, "step": 5})
+    assert checkpoint.read_config(tmp_path) == CONFIG
+    _assert_equal(state, _state(5))
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, state, _state(5)))
+
+
+def test_another_mesh_and_another_precision_are_the_same_call(tmp_path):
+    _write(tmp_path, 5)
+    sharding = _sharding(2, 4, *())
+    wanted = _abstract(_state(), sharding, jnp.bfloat16)
+    embed = jax.ShapeDtypeStruct((24, 16), jnp.bfloat16, sharding=_sharding(2, 4, "tensor", "data"))
+    wanted = wanted._replace(params={**wanted.params, "embed": embed})
+    _, state, _ = _reopen(tmp_path).restore(wanted)
+    expected = jax.tree.map(lambda x, y: x.astype(y.dtype), _state(5), wanted)
+    _assert_equal(state, expected)
+    assert state.params["embed"].sharding == embed.sharding
+    assert state.params["embed"].addressable_shards[0].data.shape == (6, 8)
+
+
+def test_a_state_may_be_donated_and_its_data_changed_as_soon_as_save_returns(tmp_path):
+    big = {"w": jax.device_put(np.random.default_rng(0).normal(size=(1024, 2048)).astype(np.float32), _sharding(8, 1))}
+    expected, data = np.array(big["w"]), {"rows": [1]}
+    checkpoints = _reopen(tmp_path)
+    abstract = _abstract(big)
+    checkpoints.save(1, big, data, CONFIG)
+    data["rows"].append(2)
+    jax.block_until_ready(jax.jit(lambda x: x * 0, donate_argnums=0)(big["w"]))
+    assert big["w"].is_deleted()
+    _, state, saved = checkpoints.restore(abstract)
+    np.testing.assert_array_equal(np.asarray(state["w"]), expected)
+    assert saved == {"rows": [1]}
+
+
+def test_the_newest_are_kept_and_saving_a_step_twice_writes_it_once(tmp_path):
+    _write(tmp_path, 1, 2, 3, 3, 4, keep=2)
+    assert checkpoint.steps(tmp_path) == [3, 4]
+    assert _reopen(tmp_path).latest() == 4
+
+
+def test_a_checkpoint_is_due_at_every_multiple_that_has_none_yet(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, every=5)
+    assert [step for step in range(1, 16) if checkpoints.due(step)] == [5, 10, 15]
+    checkpoints.save(10, _state(), DATA, CONFIG)
+    assert [step for step in range(1, 16) if checkpoints.due(step)] == [15]
+    checkpoints.close()
+
+
+def test_parameters_and_config_are_read_without_the_rest(tmp_path):
+    _write(tmp_path, 5, 6)
+    for path in (tmp_path / "6" / "data").iterdir():
+        path.unlink()
+    params = checkpoint.read_params(tmp_path, jax.eval_shape(lambda: _state().params))
+    _assert_equal(params, _state(6).params)
+    assert params["embed"].devices() == {jax.devices()[0]}
+    _assert_equal(checkpoint.read_params(tmp_path, _abstract(_state().params), step=5), _state(5).params)
+    with pytest.raises(ValueError, match="no complete checkpoint of step 7; it has 5, 6"):
+        checkpoint.read_params(tmp_path, _abstract(_state().params), step=7)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        checkpoint.read_config(tmp_path / "elsewhere")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_truncated_newest_checkpoint_is_reported_and_the_one_before_is_taken(tmp_path, caplog):
+    _write(tmp_path, 5, 6, 7)
+    _break(tmp_path, 7)
+    (tmp_path / "6" / "data" / "metadata").write_text('{"stage": ')
+    checkpoints = _reopen(tmp_path)
+    step, state, data = checkpoints.restore(_abstract(_state()))
+    assert (step, data["step"]) == (5, 5)
+    _assert_equal(state, _state(5))
+    errors = "\n".join(record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    assert f"{tmp_path}/7 cannot be read" in errors and f"{tmp_path}/6 cannot be read" in errors
+    assert checkpoints.steps() == [5]
+    assert (tmp_path / "7.unreadable").is_dir(), "nothing is deleted"
+    checkpoints.save(7, _state(7), DATA, CONFIG, wait=True)
+    assert _reopen(tmp_path).restore(_abstract(_state()))[0] == 7
+
+
+def test_one_flipped_bit_in_an_array_is_noticed(tmp_path):
+    wide = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 256)), jnp.float32)}
+    checkpoints = _reopen(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, wide, DATA, CONFIG, wait=True)
+    for path in (tmp_path / "2" / "state").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(checkpoint.UnreadableError):
+        checkpoints.restore(_abstract(wide), step=2)
+    assert checkpoints.restore(_abstract(wide))[0] == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_when_none_can_be_read_the_error_names_each_and_nothing_moves(tmp_path):
+    _write(tmp_path, 5, 6)
+    _break(tmp_path, 5)
+    _break(tmp_path, 6)
+    with pytest.raises(ValueError, match=rf"can be read:\n  {tmp_path}/6: .*\n  {tmp_path}/5: "):
+        _reopen(tmp_path).restore(_abstract(_state()))
+    assert checkpoint.steps(tmp_path) == [5, 6]
+    with pytest.raises(ValueError, match="there is none"):
+        _reopen(tmp_path / "new").restore(_abstract(_state()))
+
+
+def test_another_model_is_an_error_that_names_the_fields_and_no_reason_to_fall_back(tmp_path):
+    _write(tmp_path, 5)
+    checkpoints = _reopen(tmp_path)
+    checkpoints.check_config({**CONFIG, "seed": 4})
+    other = {**CONFIG, "model": {"d_model": 20, "pattern": "LLLG", "kinds": {"L": {"window": 8}}}}
+    with pytest.raises(ValueError, match="model.d_model: 16 -> 20\n  model.kinds.L.window: 4 -> 8\nuse another --workdir"):
+        checkpoints.check_config(other)
+    with pytest.raises(checkpoint.AnotherModelError, match=r"params/embed: \(24, 16\) -> \(24, 20\)"):
+        checkpoints.restore(_abstract(_state(width=20)))
+    with pytest.raises(checkpoint.AnotherModelError, match=r"opt_state/0/mu/embed: \(24, 16\) -> not wanted"):
+        checkpoints.restore(_abstract(_state())._replace(opt_state=()))
+    with pytest.raises(checkpoint.AnotherModelError, match=r"params/bias: not saved -> \(3,\)"):
+        checkpoint.read_params(tmp_path, {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    assert checkpoints.steps() == [5]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    _write(tmp_path, 5)
+    checkpoints, before = _reopen(tmp_path), sorted(tmp_path.rglob("*"))
+    usage = checkpoint.shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=f"checkpoint of 1 MiB does not fit: 1 MiB free at {tmp_path}; .*train.keep"):
+        checkpoints.save(6, _state(6), DATA, CONFIG)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_write_that_fails_in_the_background_is_an_error_and_keeps_the_one_before(tmp_path):
+    state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)), jnp.float32)}
+    checkpoints = Checkpoints(tmp_path, keep=1, every=1)
+    checkpoints.save(1, state, DATA, CONFIG, wait=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # a write beyond 64 KiB of a file fails, as on a full disk
+    try:
+        with pytest.raises(OSError, match="step 2 could not be written to .*the last complete one is of step 1"):
+            checkpoints.save(2, state, DATA, CONFIG)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints.steps() == [1]
+    assert checkpoints.restore(_abstract(state))[0] == 1
+    checkpoints.save(2, state, DATA, CONFIG)
+    checkpoints.close()
+    assert checkpoint.steps(tmp_path) == [2]
+
+
+KILLED = """
+import os, signal, sys
+import jax, numpy as np
+from hybrid_attn.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep=2, every=1)
+for step, rows in ((1, 8), (2, 8192)):
+    checkpoints.save(step, {"w": jax.numpy.asarray(np.random.default_rng(0).normal(size=(rows, 2048)))}, {}, {}, wait=step == 1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_checkpoint_that_was_being_written_at_a_kill_is_not_there(tmp_path):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=env, timeout=60, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("2")], "the write had begun"
+    assert checkpoint.steps(tmp_path) == [1]
+    checkpoints = _reopen(tmp_path)
+    step, state, _ = checkpoints.restore({"w": jax.ShapeDtypeStruct((8, 2048), jnp.float32)})
+    checkpoints.save(2, state, {}, {})
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"], "the remains are removed"

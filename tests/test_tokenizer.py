@@ -1,0 +1,147 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from hybrid_attn.data import tokenizer
+
+TEXT = "naïve — 東京 🙂\n\tdef f(x):  return  x</s> <tool é>"
+
+
+def byte_level():
+    """A byte-level BPE with merges, an added token that is text and two that are not."""
+    tokenizers = pytest.importorskip("tokenizers")
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<s>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    t.train_from_iterator([TEXT] * 3, trainer)
+    t.add_tokens([tokenizers.AddedToken("<tool é>", special=False, normalized=False)])
+    return t
+
+
+def sentence_piece():
+    """A BPE whose pieces write a space as ▁ and fall back to bytes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = ["<s>", "</s>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "d", "e", "f", "ï", "de", "▁de"]
+    merges = [("d", "e"), ("▁", "de")]
+    model = tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
+    t = tokenizers.Tokenizer(model)
+    t.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    decoders = tokenizers.decoders
+    t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    t.add_special_tokens(["<s>", "</s>", "<unk>"])
+    return t
+
+
+def load(t, tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    t.save(path)
+    return tokenizer.load(path)
+
+
+def test_bytes_give_every_byte_back():
+    t = tokenizer.load("bytes")
+    ids = t.encode(bytes(range(256)))
+    assert ids.tolist() == list(range(256)) and ids.dtype == np.int32
+    assert t.decode([t.bos, *t.encode(TEXT.encode()), t.eos, 300]) == TEXT
+    assert t.decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
+    assert (t.vocab_size, t.bos, t.eos) == (258, 256, 257)
+    assert t.byte_lengths.tolist() == [1] * 256 + [0, 0]
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+def test_json_pieces_stand_for_every_byte_of_the_text(make, tmp_path):
+    t = load(make(), tmp_path)
+    ids = t.encode(TEXT.encode())
+    assert len(ids) < len(TEXT.encode()), "no piece is longer than a byte, so the lengths are not tested"
+    assert t.byte_lengths[ids].sum() == len(TEXT.encode())
+    assert t.byte_lengths.shape == (t.vocab_size,)
+    assert t.byte_lengths[[t.bos, t.eos]].tolist() == [0, 0]
+    assert t.decode([t.bos, *ids, t.eos]) == TEXT
+
+
+def test_each_byte_level_piece_has_the_length_of_its_bytes(tmp_path):
+    t = load(byte_level(), tmp_path)
+    for text in ("e", "ï", "東", "🙂", "<tool é>"):
+        ids = t.encode(text.encode())
+        assert t.byte_lengths[ids].sum() == len(text.encode()), text
+    unseen = t.encode("€".encode())  # no merge knows it, so it is three pieces and the first is not UTF-8
+    assert len(unseen) == 3 and t.decode(unseen[:1]) == "\ufffd"
+
+
+def test_special_tokens_spelled_in_a_text_are_text(tmp_path):
+    t = load(byte_level(), tmp_path)
+    assert not {t.bos, t.eos} & set(t.encode(b"a</s>b<s>").tolist())
+    assert t.decode(t.encode(b"a</s>b<s>")) == "a</s>b<s>"
+
+
+def test_truncation_and_padding_of_the_file_do_not_touch_documents(tmp_path):
+    plain = byte_level()
+    wanted = plain.encode("e f " * 50).ids
+    plain.enable_truncation(7)
+    plain.enable_padding(length=300)
+    assert load(plain, tmp_path).encode(b"e f " * 50).tolist() == wanted
+
+
+def test_one_token_can_begin_and_end_documents_and_ids_can_have_holes(tmp_path):
+    t = sentence_piece()
+    state = json.loads(t.to_str())
+    state["added_tokens"] = []
+    vocab = state["model"]["vocab"]
+    del vocab["<s>"], vocab["</s>"]
+    vocab["<|endoftext|>"] = 400
+    path = tmp_path / "holes.json"
+    path.write_text(json.dumps(state))
+    loaded = tokenizer.load(str(path))
+    assert (loaded.bos, loaded.eos, loaded.vocab_size) == (400, 400, 401)
+    assert loaded.byte_lengths[[0, 399, 400]].tolist() == [0, 0, 0]
+    assert loaded.decode([400, *loaded.encode(b"de"), 400]) == "de"
+
+
+def test_a_json_without_document_marks_is_refused(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match="no token that begins a document; add one of <s> "):
+        load(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])), tmp_path)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    with pytest.raises(UnicodeDecodeError):
+        load(byte_level(), tmp_path).encode(b"ab\xff")
+
+
+def test_unknown_names_and_broken_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="data.tokenizer='byte' is no file; use 'bytes' or the path"):
+        tokenizer.load("byte")
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="is not a tokenizer.json: "):
+        tokenizer.load(str(path))
+
+
+def test_a_missing_library_names_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(ImportError, match=r"pip install 'hybrid_attn\[hf\]'"):
+        tokenizer.load(str(path))
+
+
+@pytest.mark.parametrize("size", [258, 384, 398])
+def test_a_vocabulary_with_little_padding_is_accepted(size):
+    tokenizer.check_vocab(tokenizer.load("bytes"), size, "bytes")
+
+
+@pytest.mark.parametrize(("size", "problem"), [(257, "is below the 258 ids"), (399, "wastes memory on the 258 ids")])
+def test_a_vocabulary_of_another_size_is_refused_and_the_cure_works(size, problem):
+    t = tokenizer.load("bytes")
+    message = rf"model.vocab_size={size} {problem} of data.tokenizer='bytes'.*set model.vocab_size=384"
+    with pytest.raises(ValueError, match=message):
+        tokenizer.check_vocab(t, size, "bytes")
+    tokenizer.check_vocab(t, 384, "bytes")
