@@ -1,10 +1,10 @@
 """Every key of a config, with its default, its unit and the reason for it. Other configs start here and override.
 
-    from configs import base
-    def get_config(size="small"):
-        c = base.get_config()
-        c.model.d_model = 512
-        return c
+from configs import base
+def get_config(size="small"):
+    c = base.get_config()
+    c.model.d_model = 512
+    return c
 """
 
 from ml_collections import ConfigDict
@@ -64,7 +64,9 @@ def get_config() -> ConfigDict:
     m.logit_softcap = None  # Gemma 2: 30
     m.init_std = 0.02  # normal; the family's own value
     m.kinds = ConfigDict()
-    m.kinds.L = kind(window=512, rope_theta=10_000.0)  # theta stays at 10k: raising it hurts a hybrid (paper, table of RNoPE variants)
+    m.kinds.L = kind(
+        window=512, rope_theta=10_000.0
+    )  # theta stays at 10k: raising it hurts a hybrid (paper, table of RNoPE variants)
     m.kinds.G = kind(qk_norm="rms")  # NoPE; QK-norm with a weight per head dimension keeps small runs stable at high rates
 
     c.mesh = ConfigDict()

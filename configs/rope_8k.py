@@ -1,10 +1,11 @@
 """The paired baseline of hybrid_8k.py: the same sizes and data, with full attention and RoPE in every layer.
 
-    make train CONFIG=configs/rope_8k.py
+make train CONFIG=configs/rope_8k.py
 """
 
-from configs import base, hybrid_8k
 from ml_collections import ConfigDict
+
+from configs import base, hybrid_8k
 
 
 def get_config(size: str = "small"):

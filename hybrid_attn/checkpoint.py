@@ -1,8 +1,8 @@
 """Checkpoints: what training writes and everything else reads.
 
-A checkpoint is a directory named by its step. It holds `state` (arrays), `config` (the nested dict that made it), `data`
-(where the data stands) and `checksums` (one number an array). It is complete or it does not exist: it is written under
-another name and renamed when all of it is on disk. Arrays know neither mesh nor precision: both are chosen when they are read.
+A checkpoint is a directory named by its step. It holds `state` (arrays), `config` (the nested dict that made it),
+`data` (where the data stands) and `checksums` (one number an array). It is complete or it does not exist: it is written
+under another name and renamed when all of it is on disk. The mesh and the precision are chosen by whoever reads it.
 """
 
 import copy
@@ -51,7 +51,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def due(self, step: int) -> bool:
-        """Whether `step` is a multiple of `every` that has no checkpoint yet, or the cluster is about to take the machines."""
+        """Whether `step` is a multiple of `every` that has no checkpoint yet, or the cluster wants its hosts back."""
         return self._manager.should_save(step)
 
     def save(self, step: int, state: Any, data: Mapping, config_dict: Mapping, wait: bool = False) -> None:
@@ -60,7 +60,7 @@ class Checkpoints:
         OSError if it does not fit on the disk, or if the one before could not be written.
         """
         self.wait()
-        if step in self.steps():
+        if step in self._manager.all_steps():
             return
         _check_space(self.directory, state)
         items = ocp.args.Composite(
@@ -85,8 +85,11 @@ class Checkpoints:
             raise self._not_written(cause) from cause
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        """Waits as `wait` does and ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -144,15 +147,15 @@ class Checkpoints:
                 target = next(name for name in names if not name.exists())
                 path.rename(target)
                 logging.error("moved it to %s; delete that when it is of no more use", target)
-        _agree(True)
         if unreadable:
+            _agree(True)  # every process waits here until they are moved
             self._manager.reload()
 
     def _not_written(self, cause: Exception) -> OSError:
         self._manager.reload()
         return OSError(
-            f"the checkpoint of step {self._writing} could not be written to {self.directory}: {_first_line(cause)}; the "
-            f"last complete one is of step {self.latest()}; free some space or mend the disk, then run the same command"
+            f"the checkpoint of step {self._writing} could not be written to {self.directory}: {_root(cause)}; "
+            f"the last complete one is of step {self.latest()}; free some space and run the same command again"
         )
 
 
@@ -202,7 +205,7 @@ def _read_json(path, item: str) -> dict:
     try:
         return handler.restore(path / item, args=ocp.args.JsonRestore())
     except (OSError, ValueError) as cause:
-        raise UnreadableError(f"{item}: {_first_line(cause)}") from cause
+        raise UnreadableError(f"{item}: {_root(cause)}") from cause
     finally:
         handler.close()
 
@@ -216,8 +219,9 @@ def _read_arrays(path, abstract: Any, partial: bool) -> Any:
     changed = [name for name, value in zip(names, _checksums(leaves), strict=True) if sums.get(name) != value]
     if changed:
         raise UnreadableError(f"checksums differ: the bytes of {_some(changed)} changed on disk")
-    for i, like in enumerate(jax.tree.leaves(abstract)):
-        leaves[i] = leaves[i].astype(like.dtype)  # one at a time: both precisions of all of them may not fit
+    for i, like in enumerate(jax.tree.leaves(abstract)):  # one at a time: both precisions of all of them may not fit
+        with jax.set_mesh(_mesh_of(leaves[i])):
+            leaves[i] = leaves[i].astype(like.dtype)
     return treedef.unflatten(leaves)
 
 
@@ -245,7 +249,7 @@ def _together(read: Callable[[], Any]) -> Any:
     except Exception as cause:  # Orbax raises bare Exceptions for what it cannot read
         failure = cause
     if not _agree(failure is None):
-        raise UnreadableError(_first_line(failure) if failure else "another process could not read it") from failure
+        raise UnreadableError(_root(failure) if failure else "another process could not read it") from failure
     return result
 
 
@@ -289,7 +293,18 @@ def _checksums(leaves: list[jax.Array]) -> list[int]:
 
     Orbax verifies the index of its files and not the arrays themselves: a flipped bit would train on unnoticed.
     """
-    return [int(value) for value in jax.device_get([_checksum(x) for x in leaves])]
+    sums = []
+    for x in leaves:
+        with jax.set_mesh(_mesh_of(x)):
+            sums.append(int(_checksum(x)))  # one at a time: many collectives at once deadlock on many CPU devices
+    return sums
+
+
+def _mesh_of(x: jax.Array) -> jax.sharding.Mesh:
+    """The mesh that `x` lies on, which need not be the one in force."""
+    if isinstance(x.sharding, jax.sharding.NamedSharding):
+        return x.sharding.mesh
+    return jax.sharding.Mesh(np.array(list(x.devices())), "device")
 
 
 @jax.jit
@@ -300,7 +315,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _check_space(directory: str, state: Any) -> None:
-    """OSError, before anything is written, if the free space is less than the arrays and 1 MiB for Orbax's own files."""
+    """OSError, before anything is written, if less is free than the arrays and 1 MiB for Orbax's own files."""
     if "://" in directory:
         return
     needed = sum(x.nbytes for x in jax.tree.leaves(state)) + MIB
@@ -319,12 +334,12 @@ def _agree(ok: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
-def _first_line(cause: Exception) -> str:
-    """What went wrong at the bottom of a chain of causes, on a line of at most 300 characters."""
+def _root(cause: Exception) -> str:
+    """What went wrong at the bottom of a chain of causes, on one line, without TensorStore's dump of its settings."""
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    lines = str(cause).splitlines() or [""]
-    return f"{type(cause).__name__}: {lines[0][:300]}"
+    text = str(cause).partition(" [tensorstore_spec=")[0].partition("\n")[0]
+    return f"{type(cause).__name__}: {text}"
 
 
 def _some(items: list[str], separator: str = ", ") -> str:

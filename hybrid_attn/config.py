@@ -123,7 +123,7 @@ class Model:
         for letter in self.pattern:
             _check(
                 letter in self.kinds,
-                f"model.pattern={self.pattern!r} uses {letter!r}, which model.kinds does not define; it has {', '.join(sorted(self.kinds))}",
+                f"model.pattern={self.pattern!r} uses {letter!r}; model.kinds defines {', '.join(sorted(self.kinds))}",
             )
         _check(
             self.num_heads % self.num_kv_heads == 0,
@@ -189,6 +189,7 @@ class Data:
     prefetch: int
 
     def __post_init__(self):
+        _check(self.seed >= 0, f"data.seed={self.seed} must not be negative")
         _check(0 < self.holdout < 1, f"data.holdout={self.holdout} must lie between 0 and 1")
         _check(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1 batch")
 
@@ -255,7 +256,10 @@ class Evals:
 
     def __post_init__(self):
         _check(self.tokens >= 1, f"evals.tokens={self.tokens} must be at least 1")
-        _check(all(x > 0 for x in self.lengths), f"evals.lengths={self.lengths} must be positive multiples of the training length")
+        _check(
+            all(x > 0 for x in self.lengths),
+            f"evals.lengths={self.lengths} must be positive multiples of the training length",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +345,10 @@ def _build_dataclass(wanted, value, path: str):
     for key in value:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, 1, cutoff=0.5)
-            raise ValueError(f"unknown key {path}.{key}; " + (f"did you mean {path}.{near[0]}?" if near else f"known keys: {', '.join(hints)}"))
+            raise ValueError(
+                f"unknown key {path}.{key}; "
+                + (f"did you mean {path}.{near[0]}?" if near else f"known keys: {', '.join(hints)}")
+            )
     missing = [key for key in hints if key not in value]
     _check(not missing, f"{path} lacks {', '.join(missing)}; start from configs/base.py, which has every key")
     return wanted(**{key: _build(hint, value[key], f"{path}.{key}") for key, hint in hints.items()})

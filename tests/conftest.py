@@ -1,4 +1,125 @@
+"""Eight CPU devices, and what several tests build from: tiny configs, rows of documents, random parameters."""
+
+import math
+
 import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.sharding import NamedSharding
+
+from configs import base
+from hybrid_attn import config
+from hybrid_attn.model import Run, flops
+from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # arrays are tiny here: compiling takes longer than running
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """What one test has compiled, another reads: most of the time here would go into compiling the same step again."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+RUN = Run(jnp.dtype("float32"), "none", "blocked", 16)
+
+
+def tiny(changes=None, **kinds) -> config.Config:
+    """A small checked config with an L and a G: tiny({"model.block": "pre"}, G={"temperature.type": "learned"})."""
+    c = base.get_config()
+    c.model.update(pattern="LG", num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48, vocab_size=384)
+    for letter, fields in ({"L": {"window": 5, "rope_theta": 100.0}, "G": {}} | kinds).items():
+        c.model.kinds[letter] = base.kind()
+        c.model.kinds[letter].update_from_flattened_dict(fields)
+    c.stages[0].update(steps=5, seq_len=48, batch=8)
+    c.update_from_flattened_dict(changes or {})
+    return config.build(c)
+
+
+def mesh_of(data=1, fsdp=1, context=1, tensor=1):
+    """A mesh over the first devices that it needs."""
+    return make_mesh(config.Mesh(data, fsdp, context, tensor), jax.devices()[: data * fsdp * context * tensor])
+
+
+@pytest.fixture
+def one_device():
+    """A mesh of one device, in force."""
+    with jax.set_mesh(mesh_of()) as mesh:
+        yield mesh
+
+
+def random_params(model: config.Model, seed: int = 0) -> dict:
+    """Parameters away from their initial values, the same on every mesh: no norm's weight is 1 and no sink is 0."""
+    rng, mesh = np.random.default_rng(seed), jax.sharding.get_mesh()
+
+    def draw(path, leaf):
+        x = 0.2 * rng.normal(size=leaf.shape)
+        if path[-1].key in ("weight", "temperature"):
+            x = 1 + 2 * x
+        return jax.device_put(x.astype(np.float32), NamedSharding(mesh, leaf.sharding.spec))
+
+    return jax.tree.map_with_path(draw, flops.shapes(model))
+
+
+def layout(row: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and segments of "aaabb.": a letter for each token, another for the next document, "." for padding."""
+    positions, segments = np.zeros((2, len(row)), np.int32)
+    for t, letter in enumerate(row):
+        goes_on = t > 0 and letter == row[t - 1]
+        segments[t] = 0 if letter == "." else segments[t - 1] if goes_on else segments[:t].max(initial=0) + 1
+        positions[t] = positions[t - 1] + 1 if goes_on and letter != "." else 0
+    return positions, segments
+
+
+def batch_of(*rows: str, seed: int = 0) -> dict:
+    """A batch of random tokens with the `layout` of each row; the last token of a document weighs nothing."""
+    rng, shape = np.random.default_rng(seed), (len(rows), len(rows[0]))
+    positions, segments = (np.stack(x) for x in zip(*map(layout, rows), strict=True))
+    follows = np.pad(segments[:, 1:], ((0, 0), (0, 1))) == segments
+    return {
+        "tokens": rng.integers(0, 384, shape, np.int32),
+        "targets": rng.integers(0, 384, shape, np.int32),
+        "positions": positions,
+        "segments": segments,
+        "weights": (follows & (segments > 0)).astype(np.float32),
+    }
+
+
+def on_mesh(batch: dict) -> dict:
+    """The [B, T] arrays of a batch laid out on the mesh in force."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), TOKENS_BT)
+    return {name: jax.device_put(x, sharding) for name, x in batch.items()}
+
+
+def assert_close(got, wanted, tolerance: float) -> None:
+    """Every leaf equal to within `tolerance` times the largest number in it."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape, jax.tree_util.keystr(path)
+        error = np.max(np.abs(a - b), initial=0.0)
+        assert error <= tolerance * np.max(np.abs(b), initial=0.0), f"{jax.tree_util.keystr(path)}: {error}"
+
+
+def biggest_array(function, *args) -> int:
+    """Elements of the biggest array that `function` makes on one device, inside loops and shards too."""
+
+    def jaxprs(value):
+        if isinstance(value, (Jaxpr, ClosedJaxpr)):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            for x in value:
+                yield from jaxprs(x)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (math.prod(x.aval.shape) for x in equation.outvars)
+            for inner in jaxprs(tuple(equation.params.values())):
+                yield from sizes(inner)
+
+    return max(sizes(jax.make_jaxpr(function)(*args)))

@@ -24,9 +24,7 @@ def check_batch_shape(stages: Sequence[config.Stage], mesh: Mesh) -> None:
         _check_splits(f"stages[{index}]: seq_len", stage.seq_len, mesh, ("context",))
 
 
-def batches(
-    c: config.Config, documents: Documents, tokenizer, mesh: Mesh, start_step: int
-) -> Iterator[tuple[int, Batch]]:
+def batches(c: config.Config, documents: Documents, tokenizer, mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
     """(step, batch) from `start_step` to the last step, `data.prefetch` batches read ahead.
 
     A batch has `tokens`, `targets`, `positions`, `segments` int32 [B, T], `weights` float32 [B, T] and `bytes`

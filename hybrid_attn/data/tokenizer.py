@@ -91,9 +91,7 @@ def check_vocab(tokenizer: Bytes | Json, model_vocab_size: int, name: str) -> No
     used, most = tokenizer.vocab_size, int(1.05 * tokenizer.vocab_size + 128)
     cure = f"set model.vocab_size={-(-used // 128) * 128}"
     if model_vocab_size < used:
-        raise ValueError(
-            f"model.vocab_size={model_vocab_size} is below the {used} ids of data.tokenizer={name!r}; {cure}"
-        )
+        raise ValueError(f"model.vocab_size={model_vocab_size} is below the {used} ids of data.tokenizer={name!r}; {cure}")
     if model_vocab_size > most:
         raise ValueError(
             f"model.vocab_size={model_vocab_size} wastes memory on the {used} ids of data.tokenizer={name!r} "

@@ -29,6 +29,8 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, wi
     mass_BKGTS = jnp.where(see, jnp.exp(scores_BKGTS - top_BKGT[..., None]), 0.0)
     total_BKGT = mass_BKGTS.sum(-1)
     some_BKGT = jnp.where(total_BKGT > 0, total_BKGT, 1.0)
-    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", mass_BKGTS / some_BKGT[..., None], v_BSKH.astype(jnp.float32), precision="highest")
+    o_BTKGH = jnp.einsum(
+        "BKGTS,BSKH->BTKGH", mass_BKGTS / some_BKGT[..., None], v_BSKH.astype(jnp.float32), precision="highest"
+    )
     lse_BKGT = jnp.where(total_BKGT > 0, top_BKGT + jnp.log(some_BKGT), -jnp.inf)
     return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype), lse_BKGT.transpose(0, 3, 1, 2).reshape(B, T, N)

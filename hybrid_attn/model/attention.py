@@ -92,9 +92,9 @@ class Attention(nnx.Module):
 def _head_norm(model: Model, kind: LayerKind, heads: int) -> Norm:
     """The norm of queries or keys [B, T, heads, H], by `kind.qk_norm_scope`."""
     if kind.qk_norm_scope == "head_dim":
-        return Norm(kind.qk_norm, (model.head_dim,), model.norm_eps)
+        return Norm(kind.qk_norm, (model.head_dim,), model.norm_eps, P(None))
     dims = 2 if kind.qk_norm_scope == "projection" else 1
-    return Norm(kind.qk_norm, (heads, model.head_dim), model.norm_eps, spec=P("tensor", None), dims=dims)
+    return Norm(kind.qk_norm, (heads, model.head_dim), model.norm_eps, P("tensor", None), dims=dims)
 
 
 def rope_frequencies(theta: float, dims: int, scaling: RopeScaling) -> tuple[np.ndarray, float]:
@@ -114,7 +114,9 @@ def rope_frequencies(theta: float, dims: int, scaling: RopeScaling) -> tuple[np.
         keep = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
         return freq * (keep + (1 - keep) / factor), 1.0
     if scaling.type == "yarn":
-        first, last = (dims * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (scaling.high, scaling.low))
+        first, last = (
+            dims * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (scaling.high, scaling.low)
+        )
         first, last = max(math.floor(first), 0), min(math.ceil(last), dims - 1)
         stretch = np.clip((np.arange(dims // 2) - first) / max(last - first, 0.001), 0, 1)
         size = 0.1 * math.log(factor) + 1 if scaling.attention_factor is None else scaling.attention_factor

@@ -19,8 +19,9 @@ def parameters(model: Model) -> int:
 
 
 def shapes(model: Model):
-    """The tree of parameter shapes and dtypes, on an abstract mesh of one device."""
-    with jax.sharding.use_abstract_mesh(abstract_mesh()):
+    """The tree of parameter shapes and dtypes, on the mesh in force or else on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    with jax.sharding.use_abstract_mesh(abstract_mesh() if mesh.empty else mesh):
         return jax.eval_shape(lambda: init(model, jax.random.key(0)))
 
 

@@ -12,7 +12,7 @@ class Norm(nnx.Module):
     layernorm: w (x - mean) / sqrt(var + eps), population variance. rms: w x / sqrt(mean(x^2) + eps). rms_plus1 stores w - 1.
     """
 
-    def __init__(self, kind: str, shape: tuple[int, ...], eps: float, *, spec=P(None), dims: int = 1):
+    def __init__(self, kind: str, shape: tuple[int, ...], eps: float, spec: P, *, dims: int = 1):
         self.kind, self.eps, self.axes = kind, eps, tuple(range(-dims, 0))
         if kind != "rms_weightless":
             self.weight = nnx.Param(jnp.full(shape, 0.0 if kind == "rms_plus1" else 1.0, out_sharding=spec))

@@ -69,7 +69,7 @@ class Block(nnx.Module):
         self.attention = Attention(model, model.kinds[letter], rngs=rngs)
         self.mlp = MLP(model, rngs=rngs)
         for name in NORMS_BEFORE[model.block] + NORMS_AFTER[model.block]:
-            setattr(self, name, Norm(model.norm, (model.d_model,), model.norm_eps))
+            setattr(self, name, Norm(model.norm, (model.d_model,), model.norm_eps, P(None)))
 
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, kernel: str) -> jax.Array:
         if self.block == "parallel":
@@ -113,7 +113,7 @@ class LM(nnx.Module):
             self.periods = stack(rngs.split(model.num_periods))
         if model.tail:
             self.tail = Period(model, model.tail, rngs=rngs)
-        self.final_norm = Norm(model.norm, (model.d_model,), model.norm_eps)
+        self.final_norm = Norm(model.norm, (model.d_model,), model.norm_eps, P(None))
         if not model.tie_embeddings:
             self.unembed = weight(rngs, (model.vocab_size, model.d_model), P("tensor", "fsdp"), model.init_std)
 

@@ -13,10 +13,11 @@ from hybrid_attn import config
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import documents, pipeline, tokenizer
 from hybrid_attn.evals import EVALS, Spec, Subject, bigram
-from hybrid_attn.model import Run, flops, run_on
+from hybrid_attn.model import flops, run_on
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train.metrics import Metrics, peak_flops
 from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_step
+from hybrid_attn.train.summary import summary
 
 
 class Stop:
@@ -51,8 +52,11 @@ def train(c: config.Config, workdir: str) -> bool:
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
         try:
             state, start = first_state(c, mesh, checkpoints)
-            metrics = start_metrics(c, workdir, start, run, mesh)
-            introduce(c, run, mesh, metrics, start, len(corpus.tokens))
+            peak, found = peak_flops(jax.devices()[0], run.dtype)
+            metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
+            peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {found}; MFU is the share of it"
+            for line in summary(c, run, mesh, peak_line, len(corpus.tokens), workdir, start):
+                metrics.say(line)
             batches = pipeline.batches(c, corpus, words, mesh, start)
             state, step = run_steps(c, make_step(c, run), state, start, batches, checkpoints, metrics, stop)
             checkpoints.save(step, state, data_state(c, step), config.to_dict(c), wait=True)
@@ -100,7 +104,10 @@ def run_steps(c, step_fn, state, start, batches: Iterator, checkpoints, metrics,
         now = time.perf_counter()
         check_finite(number, values, checkpoints)
         if number % c.train.log_every == 0 or number in (start + 1, c.total_steps):
-            metrics.log(number, values | {"step_time": now - before, "data_wait": wait})
+            stage = c.stages[c.stage_at(number - 1)[0]]
+            tokens = stage.batch * stage.seq_len
+            spent = tokens * flops.train_flops_per_token(c.model, stage.seq_len)
+            metrics.log(number, values | {"step_time": now - before, "data_wait": wait}, tokens, spent)
         metrics.advance(number)
         before = now
 
@@ -129,12 +136,6 @@ def check_finite(step: int, values: dict, checkpoints: Checkpoints) -> None:
         kept = checkpoints.latest()
         cure = "no checkpoint was written yet" if kept is None else f"the checkpoint of step {kept} is kept"
         raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {cure}; lower optim.lr or raise optim.warmup_steps")
-
-
-def start_metrics(c: config.Config, workdir: str, start: int, run: Run, mesh: Mesh) -> Metrics:
-    stage = c.stages[c.stage_at(min(start, c.total_steps - 1))[0]]
-    peak, source = peak_flops(jax.devices()[0], run.dtype)
-    return Metrics(workdir, start, c.total_steps, stage, flops, peak * mesh.size, source)
 
 
 def evaluate(c: config.Config, subject: Subject, corpus, metrics: Metrics) -> None:

@@ -5,7 +5,13 @@ import optax
 
 from hybrid_attn.config import Optim
 
-UNDECAYED = ("weight", "embed", "unembed", "sink", "temperature")  # norms, embeddings and per-head scalars, by leaf name
+UNDECAYED = (
+    "weight",
+    "embed",
+    "unembed",
+    "sink",
+    "temperature",
+)  # norms, embeddings and per-head scalars, by leaf name
 
 
 def schedule(optim: Optim, total_steps: int) -> optax.Schedule:

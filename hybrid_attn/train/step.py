@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Config
 from hybrid_attn.model import Run, init, losses
@@ -28,10 +29,12 @@ def init_state(config: Config) -> TrainState:
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on `mesh`, which must be in force."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)),
-        jax.eval_shape(lambda: init_state(config)),
-    )
+
+    def place(x):
+        spec = P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, jax.eval_shape(lambda: init_state(config)))
 
 
 def make_step(config: Config, run: Run):
@@ -50,7 +53,7 @@ def make_step(config: Config, run: Run):
         metrics = {
             "loss": loss,
             "bits_per_byte": bits_per_byte(nll_sum, batch["bytes"].sum()),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": rate(state.step),
         }
         state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)

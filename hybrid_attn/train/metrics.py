@@ -1,0 +1,172 @@
+"""Where metrics go: TensorBoard, JSON lines, a progress bar or plain lines; and the peak that MFU divides by."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tensorboardX
+import tqdm
+
+# Dense bfloat16 matmul peak of one JAX device in FLOP/s, from the makers' data sheets; the first name found in the
+# device's kind counts.
+PEAKS = (
+    ("TPU v4 lite", 138e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
+    ("TPU7x", 2307e12 / 2),  # a chip is two devices
+    ("A100", 312e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200 NVL", 835e12),
+    ("H200", 989e12),
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+)
+
+
+class Metrics:
+    """The metrics of a run: `metrics.jsonl`, `evals.jsonl` and `tensorboard/` in `workdir`; process 0 alone writes."""
+
+    def __init__(self, workdir: str | os.PathLike, start: int, total_steps: int, peak_flops: float):
+        """Goes on from step `start` and drops what was written of later ones; `peak_flops` is that of all devices."""
+        self.total_steps, self.peak_flops, self.step = total_steps, peak_flops, start
+        self.writes = jax.process_index() == 0
+        if not self.writes:
+            return
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.steps_file = _continue(workdir / "metrics.jsonl", lambda step: step <= start)
+        self.evals_file = _continue(workdir / "evals.jsonl", lambda step: step < start)  # that of `start` is redone
+        self.tensorboard = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=start + 1,
+            filename_suffix=f".from{start}",  # names have a resolution of a second
+        )
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm.tqdm(total=total_steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def log(self, step: int, values: Mapping[str, float], tokens: int, flops: float) -> None:
+        """Writes the `values` of a step of `tokens` tokens and `flops` FLOPs.
+
+        Among them are loss, bits_per_byte, grad_norm, lr, and step_time and data_wait in seconds; tokens_per_s and mfu
+        are added.
+        """
+        if not self.writes:
+            return
+        seconds = values["step_time"]
+        values = {**values, "tokens_per_s": tokens / seconds, "mfu": flops / seconds / self.peak_flops}
+        _write_line(self.steps_file, {"step": step, **values})
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+        self.tensorboard.flush()
+        if self.bar is None:
+            print(f"step {step}/{self.total_steps}  {_summary(values)}", flush=True)
+        else:
+            self.bar.set_postfix_str(_summary(values), refresh=False)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar to `step`."""
+        if self.writes and self.bar is not None:
+            self.bar.update(step - self.step)
+        self.step = step
+
+    def report(self, name: str, records: Sequence[Mapping[str, float | str]]) -> None:
+        """Writes and says the records of the evaluation `name` of the model as it is at the step reached."""
+        for record in records:
+            if self.writes:
+                _write_line(self.evals_file, {"eval": name, "step": self.step, **record})
+            self.say(f"{name}  " + "  ".join(f"{key} {_short(value)}" for key, value in record.items()))
+
+    def say(self, text: str) -> None:
+        """A line to stdout, above the progress bar."""
+        if self.writes and self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        elif self.writes:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if not self.writes:
+            return
+        if self.bar is not None:
+            self.bar.close()
+        self.steps_file.close()
+        self.evals_file.close()
+        self.tensorboard.close()
+
+
+def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
+    """The matmul peak of one device in FLOP/s, and whether it was "looked up" or "measured".
+
+    Measured by the best of a few matmuls in `dtype`; the devices of the CPU backend are one host, and share its peak.
+    """
+    known = [peak for name, peak in PEAKS if name in device.device_kind]
+    if known and jnp.dtype(dtype).itemsize == 2:
+        return known[0], "looked up"
+    local = jax.local_devices(backend=device.platform)
+    sharers = len(local) if device.platform == "cpu" else 1
+    return _measure(local[0], dtype) / sharers, "measured"
+
+
+def _measure(device: jax.Device, dtype: str) -> float:
+    """FLOP/s of the best of ten square matmuls, or of as many as half a second holds."""
+    size = 1024 if device.platform == "cpu" else 8192  # large enough to fill the device
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=[device])):
+        x = jnp.ones((size, size), dtype)
+        multiply = jax.jit(jnp.matmul).lower(x, x).compile()
+        times, until = [], time.perf_counter() + 0.5
+        while len(times) < 2 or (len(times) < 10 and time.perf_counter() < until):
+            before = time.perf_counter()
+            jax.block_until_ready(multiply(x, x))
+            times.append(time.perf_counter() - before)
+    return 2 * size**3 / min(times)
+
+
+def _continue(path: Path, keep: Callable[[int], bool]):
+    """`path`, open for appending, without the lines whose step `keep` refuses and any that a kill cut short."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if keep(_step_of(line))]
+        rest = path.with_suffix(".tmp")
+        rest.write_text("".join(f"{line}\n" for line in lines))
+        os.replace(rest, path)
+    return path.open("a")
+
+
+def _step_of(line: str) -> float:
+    """The step of a JSON line; infinity, which no `keep` accepts, if the line is broken."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def _write_line(file, record: Mapping) -> None:
+    """One line of strict JSON, which has no NaN and no infinity: they become null."""
+    finite = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in record.items()}
+    file.write(json.dumps(finite, allow_nan=False) + "\n")
+    file.flush()
+
+
+def _summary(values: Mapping[str, float]) -> str:
+    return (
+        f"loss {values['loss']:.2f}  bpb {values['bits_per_byte']:.2f}  lr {values['lr']:.3g}  "
+        f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tok/s  {100 * values['mfu']:.0f}% MFU  "
+        f"data {100 * values['data_wait'] / values['step_time']:.1f}%"
+    )
+
+
+def _short(value: float | str) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else value

@@ -1,0 +1,244 @@
+"""Every kernel computes what the reference computes, and the reference what a loop over queries computes."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close, biggest_array, layout
+
+from hybrid_attn import kernels
+from hybrid_attn.kernels import blocked, reference
+from hybrid_attn.kernels.intervals import intervals
+
+S, N, K, H, SCALE = 23, 6, 2, 8, 0.41  # S is no multiple of a block of 4 queries or a tile of 5 keys; three queries a key
+CASES = [(None, None), (6, 1.5), (1, None), (9, None), (40, None)]  # window and softcap; a window of 9 takes two tiles
+LAYOUTS = {
+    "one document": "a" * 23,
+    "packed": "a" * 7 + "b" + "c" * 9 + "d" * 6,
+    "padding at the end": "a" * 9 + "b" * 8 + "." * 6,
+    "padding in front": "." * 6 + "a" * 10 + "b" * 7,
+    "padding between": "a" * 6 + "." * 5 + "b" * 12,
+    "only padding": "." * 23,
+}
+PAIRS = [("one document", "packed"), ("padding at the end", "padding in front"), ("padding between", "only padding")]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocked, "QUERIES", 4)
+    monkeypatch.setattr(blocked, "KEYS", 5)
+
+
+def arrays(*names, dtype=jnp.float32, seed=0):
+    """q, k and v [B, S, heads, H], positions and segments [B, S], a row for each name of a layout."""
+    rng, B = np.random.default_rng(seed), len(names)
+    q, k, v = (rng.normal(size=(B, S, heads, H)).astype(dtype) for heads in (N, K, K))
+    pos, seg = (np.stack(x) for x in zip(*(layout(LAYOUTS[name]) for name in names), strict=True))
+    return q, k, v, pos, seg
+
+
+def outcome(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, kernel, window, softcap=None):
+    """o, lse and the gradients by q, k, v and the sinks of a loss that uses both."""
+    return jax.device_get(_outcome(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, kernel, window, softcap))
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "window", "softcap"))
+def _outcome(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, kernel, window, softcap):
+    def loss(q, k, v, sinks):
+        o, lse = kernels.attend(
+            q, k, v, q_pos, k_pos, q_seg, k_seg,
+            window=window, scale=SCALE, softcap=softcap, sinks_N=sinks, kernel=kernel,
+        )  # fmt: skip
+        pull = jnp.cos(jnp.arange(o.size)).reshape(o.shape)
+        finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
+        return (pull * o).sum() + (pull[..., 0] * jnp.sin(finite)).sum(), (o, lse)
+
+    grads, (o, lse) = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(q, k, v, sinks)
+    return {"o": o, "lse": lse, "grads": grads}
+
+
+def assert_same(got, wanted, tolerance):
+    """Equal to `tolerance`, with -inf in the same places of lse and nothing else that is not finite."""
+    nowhere = np.isneginf(wanted["lse"])
+    np.testing.assert_array_equal(np.isneginf(got["lse"]), nowhere)
+    assert_close({**got, "lse": got["lse"][~nowhere]}, {**wanted, "lse": wanted["lse"][~nowhere]}, tolerance)
+
+
+@pytest.mark.parametrize("window, softcap, dtype", [(*c, "float32") for c in CASES] + [(*c, "bfloat16") for c in CASES[:2]])
+def test_blocked_equals_reference_in_values_and_gradients(window, softcap, dtype):
+    tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+    for names in PAIRS:
+        q, k, v, pos, seg = arrays(*names, dtype=dtype)
+        got, wanted = (
+            outcome(q, k, v, pos, pos, seg, seg, None, kernel, window, softcap) for kernel in ("blocked", "reference")
+        )
+        assert got["o"].dtype == dtype and got["lse"].dtype == jnp.float32
+        assert_same(got, wanted, tolerance)
+        np.testing.assert_array_equal(np.isneginf(got["lse"][..., 0]), seg == 0)
+        assert not np.any(np.asarray(got["o"], np.float32)[seg == 0])
+        assert not any(np.any(np.asarray(grad, np.float32)[seg == 0]) for grad in got["grads"][:3])
+
+
+def by_hand(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, window, softcap=None):
+    """o and lse in float64, one query of one head at a time, the sink a column of scores whose value is zero."""
+    q, k, v, sinks = (np.asarray(x, np.float64) for x in (q, k, v, sinks))
+    o, lse = np.zeros(q.shape), np.full(q.shape[:-1], -np.inf)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        seen = [
+            s
+            for s in range(k.shape[1])
+            if q_seg[b, t] == k_seg[b, s] != 0
+            and k_pos[b, s] <= q_pos[b, t]
+            and (window is None or k_pos[b, s] > q_pos[b, t] - window)
+        ]
+        if q_seg[b, t] == 0 or not seen and not sinks.size:
+            continue
+        group = n // (N // K)
+        scores = np.array([SCALE * q[b, t, n] @ k[b, s, group] for s in seen])
+        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+        mass = np.exp(np.append(scores, sinks[n : n + 1]))
+        o[b, t, n] = sum((p * v[b, s, group] for p, s in zip(mass, seen, strict=False)), np.zeros(H)) / mass.sum()
+        lse[b, t, n] = np.log(mass.sum())
+    return {"o": o, "lse": lse}
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("window, softcap", CASES[:2])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_every_kernel_is_the_softmax_of_each_query_with_the_sink_as_one_more_column(kernel, window, softcap, with_sinks):
+    for names in PAIRS:
+        q, k, v, pos, seg = arrays(*names)
+        sinks = jnp.linspace(-1.0, 2.0, N) if with_sinks else None
+        got = outcome(q, k, v, pos, pos, seg, seg, sinks, kernel, window, softcap)
+        wanted = by_hand(q, k, v, pos, pos, seg, seg, np.array([]) if sinks is None else sinks, window, softcap)
+        assert_same({"o": got["o"], "lse": got["lse"]}, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("window, softcap", CASES[:2])
+def test_sinks_have_the_gradients_of_an_explicit_softmax(window, softcap):
+    q, k, v, pos, seg = arrays("packed", "padding in front")
+    sinks = jnp.linspace(-1.0, 2.0, N)
+
+    def explicit(q, k, v, sinks):
+        scores_BTNS = SCALE * jnp.einsum("BTNH,BSNH->BTNS", q, k.repeat(N // K, 2), precision="highest")
+        scores_BTNS = scores_BTNS if softcap is None else softcap * jnp.tanh(scores_BTNS / softcap)
+        see_BT1S = reference.visible_BTS(pos, pos, seg, seg, window)[:, :, None]
+        scores_BTNS = jnp.where(see_BT1S, scores_BTNS, -1e30)
+        column_BTN1 = jnp.broadcast_to(sinks[:, None], (*scores_BTNS.shape[:3], 1))
+        p_BTNS = jax.nn.softmax(jnp.concatenate([scores_BTNS, column_BTN1], -1), -1)[..., :-1]
+        o_BTNH = jnp.einsum("BTNS,BSNH->BTNH", p_BTNS, v.repeat(N // K, 2), precision="highest")
+        lse_BTN = jnp.logaddexp(jax.nn.logsumexp(scores_BTNS, -1), sinks)
+        pull = jnp.cos(jnp.arange(o_BTNH.size)).reshape(o_BTNH.shape)
+        real_BT1 = seg[..., None] > 0
+        return (pull * o_BTNH * real_BT1[..., None]).sum() + (pull[..., 0] * jnp.sin(lse_BTN * real_BT1)).sum()
+
+    wanted = jax.jit(jax.grad(explicit, (0, 1, 2, 3)))(q, k, v, sinks)
+    for kernel in kernels.KERNELS:
+        assert_close(outcome(q, k, v, pos, pos, seg, seg, sinks, kernel, window, softcap)["grads"], wanted, 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_queries_may_be_the_last_of_the_keys_and_one_that_sees_none_gives_zeros(window):
+    T = 10
+    q, k, v, pos, seg = arrays("one document", "packed")
+    q, q_pos, q_seg = q[:, -T:], pos[:, -T:].copy(), seg[:, -T:].copy()
+    q_seg[0, 3] = 9  # of a document that has no keys here
+    q_pos[1, 5] = -1  # before the first key of its document
+    alone = np.zeros((2, T), bool)
+    alone[0, 3] = alone[1, 5] = True
+    got, wanted = (outcome(q, k, v, q_pos, pos, q_seg, seg, None, kernel, window) for kernel in ("blocked", "reference"))
+    assert_same(got, wanted, 1e-5)
+    np.testing.assert_array_equal(np.isneginf(got["lse"]), np.repeat(alone[..., None], N, -1))
+    assert not np.any(got["o"][alone]) and not np.any(got["grads"][0][alone])
+    if window is None:
+        whole = outcome(*arrays("one document", "packed")[:3], pos, pos, seg, seg, None, "blocked", window)
+        assert_close(got["o"][~alone], whole["o"][:, -T:][~alone], 1e-5)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_document_reads_no_bit_of_another(kernel, window):
+    q, k, v, pos, seg = arrays("packed", "padding between")
+    other_q, other_k, other_v, *_ = arrays("packed", "padding between", seed=1)
+    before = outcome(q, k, v, pos, pos, seg, seg, None, kernel, window)
+    for b, segment in [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2)]:
+        changed = (np.arange(2)[:, None] == b) & (seg == segment)
+        mix = [np.where(changed[..., None, None], y, x) for x, y in ((q, other_q), (k, other_k), (v, other_v))]
+        after = outcome(*mix, pos, pos, seg, seg, None, kernel, window)
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            np.testing.assert_array_equal(old[~changed], new[~changed])
+        assert (segment == 0) == np.array_equal(before["o"][changed], after["o"][changed])
+
+
+def random_rows(rows, rng):
+    """Positions and segments of rows of S tokens: documents of random lengths between padding, some of it inside."""
+    drawn = []
+    for _ in range(rows):
+        row = "".join(chr(ord("a") + i) * length for i, length in enumerate(rng.integers(1, 12, 6)))
+        front, inside, end = rng.integers(0, 7, 3)
+        cut = 1 + max(i for i in range(len(row)) if row[i] == "b")  # padding between documents b and c
+        drawn.append(layout(("." * front + row[:cut] + "." * inside + row[cut:])[: S - end] + "." * end))
+    pos, seg = (np.stack([np.pad(x, (0, S - len(x))) for x in xs]) for xs in zip(*drawn, strict=True))
+    pos[seg == 0] = rng.integers(0, 99, (seg == 0).sum())  # the positions of padding mean nothing
+    return pos, seg
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 40])
+def test_intervals_hold_exactly_the_keys_that_a_query_sees(window):
+    rng = np.random.default_rng(3)
+    pos, seg = random_rows(200, rng)
+    pos[100:] += 5 * (seg[100:] > 0)  # documents that go on from an earlier row
+    q_pos, q_seg = pos[:, -9:], rng.permuted(seg[:, -9:], axis=1)
+    for queries in ((pos, seg), (q_pos, q_seg)):
+        first, end = jax.device_get(jax.jit(intervals, static_argnums=4)(queries[0], pos, queries[1], seg, window))
+        inside = (first[..., None] <= np.arange(S)) & (np.arange(S) < end[..., None])
+        np.testing.assert_array_equal(inside, reference.visible_BTS(queries[0], pos, queries[1], seg, window))
+        np.testing.assert_array_equal(first == end, ~inside.any(-1))
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 9])
+def test_a_block_of_queries_walks_over_no_tile_that_none_of_them_sees(window, monkeypatch):
+    visits, tile = [], blocked._tile
+
+    def counted(static, start, j, arrays_BKSH, bounds_BQ):
+        out = tile(static, start, j, arrays_BKSH, bounds_BQ)
+        jax.debug.callback(lambda see: visits.append(see.shape[-1]), out[2])
+        return out
+
+    monkeypatch.setattr(blocked, "_tile", counted)
+    q, k, v, pos, seg = arrays("packed", seed=2)
+    attend = functools.partial(blocked.attend, window=window, scale=SCALE, softcap=None)
+    jax.block_until_ready(jax.jit(attend)(q, k, v, pos, pos, seg, seg))
+    jax.effects_barrier()
+    see = np.asarray(reference.visible_BTS(pos, pos, seg, seg, window))[0]
+    blocks = [see[t : t + 4].any(0).nonzero()[0] for t in range(0, S, 4)]
+    size = visits[0]
+    assert size <= (5 if window is None else 2 * 5)
+    assert visits == [size] * sum(math.ceil((seen[-1] + 1 - seen[0]) / size) for seen in blocks)
+
+
+@pytest.mark.parametrize("window", [None, 500])
+def test_no_array_has_as_many_elements_as_pairs_of_tokens(window, monkeypatch):
+    monkeypatch.undo()
+    length = 4096
+    q, kv, row = (jax.ShapeDtypeStruct((1, length, *rest), jnp.float32) for rest in ((2, 8), (1, 8), ()))
+    tokens = jax.ShapeDtypeStruct(row.shape, jnp.int32)
+
+    def biggest(kernel):
+        def loss(q, k, v, pos, seg):
+            o, lse = kernels.attend(q, k, v, pos, pos, seg, seg, window=window, scale=1.0, kernel=kernel)
+            return o.sum() + lse.sum()
+
+        return biggest_array(jax.grad(loss, (0, 1, 2)), q, kv, kv, tokens, tokens)
+
+    assert biggest("reference") >= length**2
+    assert biggest("blocked") <= length**2 // 16
+
+
+def test_auto_means_a_kernel_that_exists_on_every_platform():
+    for platform in ("cpu", "gpu", "tpu"):
+        assert kernels.choose("auto", platform) in kernels.KERNELS
+        assert kernels.choose("reference", platform) == "reference"

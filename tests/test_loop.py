@@ -1,0 +1,254 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny
+
+from hybrid_attn import checkpoint
+from hybrid_attn.train import loop
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A glob of forty small documents of lines with some order in them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}\n" for j in range(10 + i)))
+    return str(folder / "*.txt")
+
+
+def config_of(corpus, **changes):
+    """Six steps on eight devices, checkpoints every two, every step logged."""
+    base = {
+        "mesh.fsdp": 2,
+        "data.paths": (corpus,),
+        "stages": [{"steps": STEPS, "seq_len": 48, "batch": 8}],
+        "train.log_every": 1,
+        "train.checkpoint_every": 2,
+        "evals.tokens": 400,
+        "evals.lengths": (2.0,),
+        "optim.warmup_steps": 2,
+    }
+    return tiny(base | changes)
+
+
+def losses(workdir):
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):
+    """The workdir of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("straight")
+    assert loop.train(config_of(corpus, **{"evals.lengths": (1.0, 2.0)}), workdir)
+    return workdir
+
+
+def stop_at(monkeypatch, step):
+    """Has the run ask itself to stop, by the real signal, when it reports `step`."""
+    report = loop.Metrics.advance
+
+    def advance(self, number):
+        report(self, number)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Metrics, "advance", advance)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_resumed_run_has_the_losses_of_a_straight_one_bit_for_bit(corpus, straight, tmp_path, monkeypatch, capsys, step):
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert not loop.train(config_of(corpus), tmp_path)
+    stopped = checkpoint.steps(tmp_path / "checkpoints")[-1]
+    assert step <= stopped < STEPS
+    assert f"stopped after step {stopped}" in capsys.readouterr().out
+    assert loop.train(config_of(corpus), tmp_path)
+    assert f"step {stopped} found" in capsys.readouterr().out
+    assert losses(tmp_path) == losses(straight)
+    assert list(losses(tmp_path)) == list(range(1, STEPS + 1))
+
+
+def test_resume_from_an_older_checkpoint_replays_the_same_losses(corpus, straight, tmp_path):
+    assert loop.train(config_of(corpus), tmp_path)
+    newest = checkpoint.steps(tmp_path / "checkpoints")[-1]
+    for file in (tmp_path / "checkpoints" / str(newest) / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    assert loop.train(config_of(corpus), tmp_path)
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_resume_over_the_edge_of_a_stage_equals_a_straight_run(corpus, tmp_path, monkeypatch):
+    stages = [{"steps": 3, "seq_len": 24, "batch": 16}, {"steps": 3, "seq_len": 48, "batch": 8}]
+    c = config_of(corpus, stages=stages)
+    assert loop.train(c, tmp_path / "straight")
+    for step in (2, 3):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            loop.train(c, tmp_path / f"stopped{step}")
+        assert loop.train(c, tmp_path / f"stopped{step}")
+        assert losses(tmp_path / f"stopped{step}") == losses(tmp_path / "straight")
+
+
+def test_stages_already_begun_cannot_change(corpus, tmp_path, monkeypatch):
+    stages = [{"steps": 3, "seq_len": 24, "batch": 16}, {"steps": 3, "seq_len": 48, "batch": 8}]
+    loop.train(config_of(corpus, stages=stages), tmp_path)
+    stages[0]["steps"] = 2
+    with pytest.raises(ValueError, match=r"has done \[3, 3\] steps of each stage.*would have done \[2, 4\]"):
+        loop.train(config_of(corpus, stages=[stages[0], stages[1] | {"steps": 4}]), tmp_path)
+
+
+def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, capsys):
+    values = losses(straight)
+    assert values[STEPS] < values[1]
+    evals = [json.loads(line) for line in (straight / "evals.jsonl").read_text().splitlines()]
+    totals = [record for record in evals if record["eval"] == "position" and "bits_per_byte" in record]
+    assert [record["length"] for record in totals] == [48, 96]
+    assert [record["eval"] for record in evals].count("bigram") == 1
+    first = json.loads((straight / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "step_time", "mfu", "data_wait"} <= set(first)
+
+
+def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(corpus, tmp_path, monkeypatch):
+    make_step = loop.make_step
+
+    def poisoned(c, run):
+        step = make_step(c, run)
+
+        def poison(state, batch):
+            if int(state.step) == 3:
+                bad = jax.tree.map(lambda x: x * np.float32("nan"), state.params)
+                state = state._replace(params=bad)
+            return step(state, batch)
+
+        return poison
+
+    monkeypatch.setattr(loop, "make_step", poisoned)
+    with pytest.raises(FloatingPointError, match="step 4: loss is nan.*the checkpoint of step 2 is kept"):
+        loop.train(config_of(corpus), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+
+
+def test_workdir_of_another_model_is_refused_by_field(corpus, straight):
+    with pytest.raises(ValueError, match=r"(?s)model\.d_ff: 48 -> 56.*another --workdir"):
+        loop.train(config_of(corpus, **{"model.d_ff": 56}), straight)
+
+
+def test_a_full_disk_ends_the_run_before_anything_is_written(corpus, tmp_path, monkeypatch):
+    free = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(OSError, match="does not fit: 0 MiB free"):
+        loop.train(config_of(corpus), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+
+
+def test_a_workdir_that_cannot_be_written_is_named(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file") as error:
+        loop.train(config_of(corpus), tmp_path / "file")
+    assert error.value.errno in (errno.ENOTDIR, errno.EEXIST)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mesh.context": 4, "mesh.fsdp": 1, "mesh.data": 2, "stages": [{"steps": 1, "seq_len": 46, "batch": 8}]},
+         r"seq_len 46 does not split over 4 context shards; use 44 or 48"),
+        ({"stages": [{"steps": 1, "seq_len": 48, "batch": 12}]}, r"batch 12 does not split over 8 .* use 8 or 16"),
+        ({"model.vocab_size": 100}, r"100.*258"),
+        ({"data.paths": ("/nowhere/*.txt",)}, r"/nowhere/\*\.txt.* matches no file"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_before_training(corpus, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(config_of(corpus, **changes), tmp_path)
+
+
+PROGRAM = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(ROOT / "configs/hybrid_8k.py")]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.optim.lrr=1"], "lr"),
+        (["--config.model.kinds.L.window=0"], "window=0 must be at least 1"),
+        (["--config.model.num_heads=3"], "num_heads=3 is not a multiple of model.num_kv_heads=2"),
+        (["--config.data.paths=('/nowhere/*',)"], "matches no file"),
+    ],
+)
+def test_the_program_says_what_is_wrong_in_a_line(arguments, message, tmp_path):
+    command = [*PROGRAM, f"--workdir={tmp_path}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert message in [line for line in done.stderr.splitlines() if line.startswith("error: ")][0]
+
+
+SMALL = (
+    "--config.stages[0].steps=100000", "--config.model.d_model=32", "--config.model.d_ff=32", "--config.model.head_dim=8", "--config.stages[0].seq_len=64",
+    "--config.train.log_every=1", "--config.evals.tokens=256",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_exit_0(corpus, tmp_path, number):
+    command = [*PROGRAM, f"--workdir={tmp_path}", f"--config.data.paths=('{corpus}',)", *SMALL]
+    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=quick, **pipes) as program:
+        killer = threading.Timer(240, program.kill)
+        killer.start()
+        lines = []
+        for line in program.stdout:
+            lines.append(line)
+            if line.startswith("step 3/"):
+                program.send_signal(number)
+        stderr = program.stderr.read()
+        killer.cancel()
+    assert program.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    saved = checkpoint.steps(tmp_path / "checkpoints")
+    assert saved and saved[-1] >= 3
+    assert f"stopped after step {saved[-1]}" in lines[-1]
+
+
+def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
+    events = []
+
+    class Value:
+        def __init__(self, step):
+            self.step = step
+
+        def __array__(self, *_, **__):
+            events.append(("read", self.step))
+            return np.float32(1.0)
+
+        __float__ = lambda self: float(self.__array__())  # noqa: E731
+
+    def step(state, batch):
+        events.append(("dispatch", state + 1))
+        return state + 1, {"loss": Value(state + 1), "grad_norm": np.float32(1)}
+
+    class Quiet:
+        log = advance = lambda *_: None
+        due = lambda *_: False  # noqa: E731
+        requested = False
+
+    c = tiny({"train.log_every": 1, "stages": [{"steps": 3, "seq_len": 48, "batch": 8}]})
+    loop.run_steps(c, step, 0, 0, iter((i, None) for i in range(3)), Quiet(), Quiet(), Quiet())
+    order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
+    assert order == sorted(order)

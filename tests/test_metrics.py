@@ -1,0 +1,134 @@
+"""Metrics are there once for each step, survive a kill, and divide by an honest peak."""
+
+import io
+import json
+import math
+import struct
+import sys
+import time
+import types
+
+import jax
+import pytest
+from tensorboardX.proto import event_pb2
+
+from hybrid_attn.train import metrics as metrics_module
+from hybrid_attn.train.metrics import Metrics, peak_flops
+
+VALUES = {
+    "loss": 2.3125, "bits_per_byte": 3.3362, "grad_norm": 0.8125, "lr": 3e-3, "step_time": 0.5, "data_wait": 0.001,
+}  # fmt: skip
+
+
+def _run(workdir, start: int, *steps: int, total: int = 300, **changes) -> None:
+    """Logs steps of 2,706 tokens and 4 TFLOPs on devices of 20 TFLOP/s: at half a second a step, 40% MFU."""
+    metrics = Metrics(workdir, start, total, peak_flops=20e12)
+    for step in steps:
+        metrics.log(step, {**VALUES, **changes}, tokens=2706, flops=4e12)
+        metrics.advance(step)
+    metrics.close()
+
+
+def _lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _events(workdir) -> list[event_pb2.Event]:
+    """All events, oldest file first; a record is its length in 8 bytes, 4 of checksum, itself, 4 of checksum."""
+    events = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            events.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return events
+
+
+def test_a_step_is_a_line_of_json_a_line_on_stdout_and_scalars_in_tensorboard(tmp_path, capsys):
+    _run(tmp_path, 39, 40)
+    assert _lines(tmp_path / "metrics.jsonl") == [{"step": 40, **VALUES, "tokens_per_s": 5412.0, "mfu": 0.4}]
+    assert capsys.readouterr().out == (
+        "step 40/300  loss 2.31  bpb 3.34  lr 0.003  grad 0.81  5,412 tok/s  40% MFU  data 0.2%\n"
+    )
+    scalars = {v.tag: v.simple_value for event in _events(tmp_path) for v in event.summary.value if event.step == 40}
+    assert scalars == pytest.approx({**VALUES, "tokens_per_s": 5412.0, "mfu": 0.4})
+
+
+def test_a_line_is_on_disk_before_the_next_step(tmp_path):
+    metrics = Metrics(tmp_path, 0, 10, peak_flops=20e12)
+    metrics.log(1, VALUES, tokens=2706, flops=4e12)
+    assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1]
+    metrics.close()
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    _run(tmp_path, 0, 1, 2, 3, 4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # what a kill leaves
+    _run(tmp_path, 2, 3, 4, 5, loss=1.0)
+    lines = _lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["loss"] for line in lines] == [2.3125, 2.3125, 1.0, 1.0, 1.0]
+    assert [path.name for path in tmp_path.glob("*.tmp")] == []
+    starts = [event.step for event in _events(tmp_path) if event.HasField("session_log")]
+    assert starts == [1, 3], "TensorBoard hides what the first run wrote from step 3 on"
+
+
+def test_what_is_not_a_number_is_null(tmp_path):
+    _run(tmp_path, 0, 1, loss=math.nan, grad_norm=math.inf)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert line["loss"] is None and line["grad_norm"] is None and line["lr"] == 3e-3
+
+
+def test_evaluations_are_lines_of_their_own_and_are_replaced_when_run_again(tmp_path, capsys):
+    for loss in (2.0, 1.5):
+        metrics = Metrics(tmp_path, 300, 300, peak_flops=20e12)
+        metrics.report("position", [{"length": 8192, "loss": loss}])
+        metrics.close()
+    assert _lines(tmp_path / "evals.jsonl") == [{"eval": "position", "step": 300, "length": 8192, "loss": 1.5}]
+    assert capsys.readouterr().out.splitlines()[-1] == "position  length 8,192  loss 1.5"
+
+
+def test_a_terminal_shows_a_bar_that_starts_where_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    _run(tmp_path, 150, 151, 152)
+    assert "| 152/300 [" in terminal.getvalue() and "loss 2.31" in terminal.getvalue()
+    assert capsys.readouterr().out == ""
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    _run(tmp_path / "run", 0, 1)
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+KINDS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_peak_of_a_known_device_is_looked_up(kind):
+    device = types.SimpleNamespace(device_kind=kind, platform="unused")
+    assert peak_flops(device, "bfloat16") == (KINDS[kind], "looked up")
+
+
+def test_another_peak_is_measured_quickly_and_shared_by_the_devices_of_a_host(monkeypatch):
+    before = time.perf_counter()
+    peak, source = peak_flops(jax.devices()[0], "float32")
+    assert time.perf_counter() - before < 5  # a second on an idle machine
+    assert source == "measured" and 1e8 < peak * jax.device_count() < 1e15
+    monkeypatch.setattr(metrics_module, "_measure", lambda device, dtype: 8e9)
+    assert peak_flops(jax.devices()[0], "float32") == (1e9, "measured")
+
+
+def test_the_measure_is_of_matmuls_of_the_asked_type(monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: float(next(ticks)))
+    assert metrics_module._measure(jax.devices()[0], "float32") == 2 * 1024**3

@@ -1,0 +1,264 @@
+"""The whole model: scanned or not, rematerialised or not, on any mesh, it is one function; blocks against plain NumPy."""
+
+import concurrent.futures
+import functools
+import importlib
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import RUN, assert_close, batch_of, mesh_of, on_mesh, random_params, tiny
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn import config
+from hybrid_attn.data.pipeline import check_batch_shape
+from hybrid_attn.model import apply, init, losses, run_on, unembedding
+from hybrid_attn.model.loss import mean_loss
+from hybrid_attn.model.norm import Norm
+from hybrid_attn.model.transformer import MLP, Block
+from hybrid_attn.parallel.mesh import AXES, ROWS_B, TOKENS_BT, abstract_mesh, axis_sizes
+from hybrid_attn.train.step import init_state, make_step
+
+REFERENCE = RUN._replace(kernel="reference")
+KINDS = {
+    "L": {"window": 5, "rope_theta": 100.0, "temperature.type": "learned"},
+    "G": {"qk_norm": "rms", "qk_norm_scope": "projection", "sink": True, "gate": "head"},
+    "C": {"chunk": 7, "rope_theta": 100.0},
+}
+# Eight rows of one to three documents and as many weighted tokens as 48, 39, …, 3.
+BATCH = batch_of(
+    *(
+        ("a" * first + "b" * 7 + "c" * 48)[: 48 - padding] + "." * padding
+        for first, padding in ((48, 0), (17, 7), (3, 20), (30, 0), (11, 1), (25, 13), (41, 0), (9, 44))
+    )
+)
+
+
+def model_of(pattern, num_layers, **changes):
+    changes = {f"model.{name}": value for name, value in changes.items()}
+    return tiny({"model.pattern": pattern, "model.num_layers": num_layers} | changes, **KINDS).model
+
+
+EVERYTHING = model_of("LGC", 3)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def loss_and_grads(model, run, params, batch):
+    def loss(params):
+        nll_BT, lse_BT = losses(model, params, batch, run)
+        return mean_loss(nll_BT, lse_BT, batch["weights"], 1e-3)
+
+    return jax.value_and_grad(loss)(params)
+
+
+def run_once(model, run, params):
+    return jax.device_get(loss_and_grads(model, run, params, on_mesh(BATCH)))
+
+
+def test_scanned_periods_and_a_tail_equal_a_loop_over_layers(one_device):
+    scanned, looped = (tiny({"model.num_layers": 5, "model.pattern": pattern}).model for pattern in ("LG", "LGLGL"))
+    assert (scanned.num_periods, scanned.tail, looped.num_periods, looped.tail) == (2, "L", 1, "")
+    params = random_params(scanned)
+
+    def unstack(params):
+        """Layer i of the scanned model under its name in the looped one, whose only period has number 0."""
+        layers = [params["periods"][slot] for slot in ("L0", "G1")]
+        found = [jax.tree.map(lambda x, i=i: x[i // 2 : i // 2 + 1], layers[i % 2]) for i in range(4)]
+        found.append(jax.tree.map(lambda x: x[None], params["tail"]["L0"]))
+        names = ("L0", "G1", "L2", "G3", "L4")
+        rest = {name: x for name, x in params.items() if name not in ("periods", "tail")}
+        return rest | {"periods": dict(zip(names, found, strict=True))}
+
+    loss, grads = run_once(scanned, REFERENCE, params)
+    loss_of_loop, grads_of_loop = run_once(looped, REFERENCE, unstack(params))
+    assert_close((loss, unstack(grads)), (loss_of_loop, grads_of_loop), 2e-6)
+
+
+def test_remat_changes_neither_the_loss_nor_a_gradient(one_device):
+    model = tiny().model
+    params = random_params(model)
+    runs = [REFERENCE._replace(remat=remat) for remat in ("none", "layer")]
+    plain, remat = (run_once(model, run, params) for run in runs)
+    assert_close(remat, plain, 1e-6)
+    plain, remat = (str(loss_and_grads.trace(model, run, params, on_mesh(BATCH)).jaxpr) for run in runs)
+    assert "remat" in remat and "remat" not in plain
+
+
+def test_bfloat16_activations_give_nearly_the_loss_and_the_gradient_of_float32(one_device):
+    model = tiny().model
+    params = random_params(model)
+    loss, grads = run_once(model, REFERENCE, params)
+    half_loss, half_grads = run_once(model, RUN._replace(dtype=jnp.dtype("bfloat16")), params)
+    assert half_loss == pytest.approx(loss, rel=1e-2) and half_loss != loss
+    for g, h in zip(jax.tree.leaves(grads), jax.tree.leaves(half_grads), strict=True):
+        assert h.dtype == np.float32
+        assert np.vdot(g, h) > 0.99 * np.linalg.norm(g) * np.linalg.norm(h)
+
+
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 2), (2, 2, 2, 1), (2, 1, 2, 2)]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The loss and its gradients on each mesh, compiled side by side; the last one with the kernel of a real run."""
+
+    def build(sizes):
+        with jax.set_mesh(mesh_of(*sizes)):
+            run = RUN if sizes == MESHES[-1] else REFERENCE
+            return loss_and_grads.lower(EVERYTHING, run, random_params(EVERYTHING), on_mesh(BATCH)).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        sizes = [(1, 1, 1, 1), *MESHES]
+        return dict(zip(sizes, pool.map(build, sizes), strict=True))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_loss_and_gradients_are_those_of_one_device_on_every_mesh(sizes, compiled):
+    def run(sizes):
+        with jax.set_mesh(mesh_of(*sizes)):
+            return jax.device_get(compiled[sizes](random_params(EVERYTHING), on_mesh(BATCH)))
+
+    assert_close(run(sizes), run((1, 1, 1, 1)), 1e-5)
+
+
+def test_initial_parameters_are_the_same_bits_on_every_mesh():
+    model, drawn = model_of("LG", 3, tie_embeddings=False), []
+    for sizes in ((1, 1, 1, 1), (1, 2, 2, 2)):
+        with jax.set_mesh(mesh_of(*sizes)):
+            drawn.append(jax.device_get(init(model, jax.random.key(5))))
+    jax.tree.map(np.testing.assert_array_equal, *drawn)
+    for name in ("embed", "unembed"):
+        assert drawn[0][name].std() == pytest.approx(model.init_std, rel=0.05)
+    q = drawn[0]["periods"]["L0"]["attention"]["q"]
+    assert q.std() == pytest.approx(model.init_std, rel=0.1)
+    assert np.abs(drawn[0]["tail"]["L0"]["attention"]["q"] - q[0]).max() > 0.01
+
+
+def norm_by_hand(x, kind, weight, eps):
+    x = np.asarray(x, np.float64)
+    if kind == "layernorm":
+        x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (weight + 1 if kind == "rms_plus1" else weight)
+
+
+ERF = np.vectorize(math.erf)
+ACTIVATIONS = {
+    "silu": lambda z: z / (1 + np.exp(-z)),
+    "gelu": lambda z: z * (1 + ERF(z / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda z: z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
+}
+
+
+def mlp_by_hand(x, p, activation):
+    x, p = np.asarray(x, np.float64), jax.tree.map(np.float64, p)
+    return (ACTIVATIONS[activation](x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_feed_forward_is_its_formula(activation, one_device):
+    model = model_of("G", 1, activation=activation, init_std=0.4)
+    mlp = MLP(model, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(8, 48, 32)).astype(np.float32)
+    got = jax.device_get(mlp(on_mesh({"x": x})["x"]))
+    assert_close(got, mlp_by_hand(x, jax.device_get(nnx.to_pure_dict(nnx.state(mlp))), activation), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rms", "rms_plus1"])
+def test_norms_are_their_formulas_computed_in_float32(kind, one_device):
+    norm = Norm(kind, (32,), 1e-2, P(None))
+    assert np.all(np.asarray(norm.weight[...]) == (0.0 if kind == "rms_plus1" else 1.0))
+    rng = np.random.default_rng(1)
+    w, x = rng.normal(size=32), jnp.asarray(rng.normal(300.0, 1.0, size=(5, 32)), jnp.bfloat16)
+    nnx.update(norm, {"weight": jnp.asarray(w, jnp.float32)})
+    got = norm(x)
+    assert got.dtype == jnp.bfloat16
+    assert_close(got, norm_by_hand(x, kind, w, 1e-2), 2**-8)
+
+
+BLOCKS = {
+    "parallel": lambda x, n, attend, mlp: x + attend(n("norm", x)) + mlp(n("norm", x)),
+    "pre": lambda x, n, attend, mlp: (h := x + attend(n("attention_norm", x))) + mlp(n("mlp_norm", h)),
+    "post": lambda x, n, attend, mlp: (h := x + n("attention_post_norm", attend(x))) + n("mlp_post_norm", mlp(h)),
+    "sandwich": lambda x, n, attend, mlp: (
+        (h := x + n("attention_post_norm", attend(n("attention_norm", x)))) + n("mlp_post_norm", mlp(n("mlp_norm", h)))
+    ),
+}
+BLOCK_NORMS = {
+    "parallel": {"norm"},
+    "pre": {"attention_norm", "mlp_norm"},
+    "post": {"attention_post_norm", "mlp_post_norm"},
+    "sandwich": {"attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"},
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_layer_of_every_block_is_its_formula_with_embedding_scale_and_final_norm(block, one_device):
+    model = model_of("L", 1, block=block, norm="rms_plus1", embed_scale=1.7)
+    params, batch = random_params(model), on_mesh(BATCH)
+    assert {name for name in params["periods"]["L0"] if "norm" in name} == BLOCK_NORMS[block]
+    tokens, pos, seg = (batch[name] for name in ("tokens", "positions", "segments"))
+    got = jax.jit(functools.partial(apply, model, run=REFERENCE))(params, tokens, pos, seg)
+
+    layer = Block(model, "L", rngs=nnx.Rngs(0))
+    mine = jax.tree.map(lambda x: x[0], params["periods"]["L0"])
+    nnx.update(layer, mine)
+    mine = jax.device_get(mine)
+    attention = jax.jit(lambda x: layer.attention(x, pos, seg, "reference"))
+    wanted = BLOCKS[block](
+        1.7 * np.asarray(params["embed"])[BATCH["tokens"]],
+        lambda name, x: norm_by_hand(x, "rms_plus1", mine[name]["weight"], model.norm_eps),
+        lambda x: np.asarray(attention(on_mesh({"x": np.float32(x)})["x"])),
+        lambda x: mlp_by_hand(x, mine["mlp"], "silu"),
+    )
+    wanted = norm_by_hand(wanted, "rms_plus1", np.asarray(params["final_norm"]["weight"]), model.norm_eps)
+    assert_close(jax.device_get(got), wanted, 1e-5)
+
+
+def test_a_tied_table_is_an_untied_one_whose_two_uses_are_equal(one_device):
+    tied, untied = (tiny({"model.pattern": "G", "model.tie_embeddings": tie}).model for tie in (True, False))
+    params = random_params(tied)
+    loss, grads = run_once(tied, REFERENCE, params)
+    loss_untied, grads_untied = run_once(untied, REFERENCE, params | {"unembed": params["embed"]})
+    grads_untied["embed"] = grads_untied["embed"] + grads_untied.pop("unembed")
+    assert_close((loss, grads), (loss_untied, grads_untied), 1e-6)
+    assert unembedding(tied, params) is params["embed"]
+    other = run_once(untied, REFERENCE, params | {"unembed": -params["embed"]})[0]
+    assert abs(other - loss) > 0.1
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DEVICES = {"small": 1, "150m": 8, "1b": 64, "8b": 64}
+
+
+@pytest.mark.parametrize("size", DEVICES)
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "base"))
+def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(name, size):
+    c = config.build(importlib.import_module(f"configs.{name}").get_config(size))
+    mesh = abstract_mesh(**dict(zip(AXES, axis_sizes(c.mesh, DEVICES[size]), strict=True)))
+    check_batch_shape(c.stages, mesh)
+    rows, length = c.stages[0].batch, c.stages[0].seq_len
+
+    def array(dtype, spec, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    batch = {key: array(jnp.int32, TOKENS_BT, rows, length) for key in ("tokens", "targets", "positions", "segments")}
+    batch["weights"], batch["bytes"] = array(jnp.float32, TOKENS_BT, rows, length), array(jnp.float32, ROWS_B, rows)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(lambda: init_state(c))
+        after, metrics = jax.eval_shape(make_step(c, run_on("tpu", c.train)), state, batch)
+
+    def described(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype, P() if x.sharding is None else x.sharding.spec), tree)
+
+    assert described(state) == described(after)
+    assert {(x.shape, x.dtype.name) for x in metrics.values()} == {((), "float32")}
+
+
+def test_configs_refuse_a_size_that_they_do_not_have():
+    with pytest.raises(ValueError, match="'9b'.*it has small, 150m, 1b, 8b"):
+        importlib.import_module("configs.hybrid_8k").get_config("9b")
