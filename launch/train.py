@@ -1,7 +1,8 @@
 """Trains the model of a config: python launch/train.py --config=configs/hybrid_8k.py
 
 A key is overridden as --config.optim.lr=1e-3, a stage's as --config.stages[0].steps=500. The same command run again goes
-on where it stopped. Exit status: 0 done, or stopped by a signal with everything saved; 1 a failure; 2 a wrong config.
+on where it stopped. Exit status: 0 done, or stopped by a signal with everything saved; 1 a failure; 2 a wrong
+config; 130 a second Ctrl-C.
 """
 
 import logging
@@ -52,6 +53,8 @@ def main(_):
         loop.train(c, workdir)
     except (ValueError, NotImplementedError, FloatingPointError, OSError) as error:
         fail(str(error), 1)
+    except KeyboardInterrupt:
+        fail("interrupted before this step was saved; the last checkpoint is kept", 130)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,12 @@ def test_what_does_not_fit_is_said_before_training(corpus, tmp_path, changes, me
         loop.train(config_of(corpus, **changes), tmp_path)
 
 
+def test_a_signal_in_the_evaluation_ends_it_with_everything_saved(corpus, straight, monkeypatch, capsys):
+    monkeypatch.setitem(loop.EVALS, "position", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or [])
+    assert not loop.train(config_of(corpus), straight)
+    assert f"stopped in the evaluation; all {STEPS} steps are saved" in capsys.readouterr().out
+
+
 PROGRAM = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(ROOT / "configs/hybrid_8k.py")]
 
 

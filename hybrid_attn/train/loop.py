@@ -1,5 +1,6 @@
 """The loop: mesh, restore, step, log, save, evaluate."""
 
+import importlib.util
 import math
 import signal
 import time
@@ -21,16 +22,21 @@ from hybrid_attn.train.summary import summary
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a request that the loop answers after its step; the second one acts at once."""
+    """Turns the first SIGINT or SIGTERM into a request that the loop answers after its step; the second acts at once.
+
+    While `saved` is true there is nothing to wait for, and the first one raises KeyboardInterrupt.
+    """
 
     def __enter__(self):
-        self.requested = False
+        self.requested = self.saved = False
         self.before = {s: signal.signal(s, self.request) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def request(self, number, frame):
         self.requested = True
         signal.signal(number, self.before[number])
+        if self.saved:
+            raise KeyboardInterrupt
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -63,9 +69,15 @@ def train(c: config.Config, workdir: str) -> bool:
             if step < c.total_steps:
                 metrics.say(f"stopped after step {step}, which is saved; the same command goes on from there")
                 return False
+            stop.saved = True
             evaluate(c, Subject(c.model, state.params, run, mesh, words), corpus, metrics)
             metrics.close()
             return True
+        except KeyboardInterrupt:
+            if not stop.saved:
+                raise
+            metrics.say(f"stopped in the evaluation; all {c.total_steps} steps are saved, the same command evaluates again")
+            return False
         finally:
             checkpoints.close()
 
@@ -142,9 +154,18 @@ def evaluate(c: config.Config, subject: Subject, corpus, metrics: Metrics) -> No
     """The held-out loss by position at every length of `c.evals`, beside the bigram model of the training bytes."""
     heldout = documents.load(c.data, subject.tokenizer, heldout=True)
     length = c.stages[-1].seq_len
+    records = []
     for multiple in c.evals.lengths:
         spec = Spec(heldout, round(multiple * length), c.evals.tokens)
-        metrics.report("position", list(EVALS["position"](subject, spec)))
+        new = list(EVALS["position"](subject, spec))
+        metrics.report("position", new)
+        records += new
+    if importlib.util.find_spec("matplotlib"):
+        from hybrid_attn.evals import picture
+
+        metrics.picture("loss_by_position", picture.loss_by_position(records, length))
+    else:
+        metrics.say("no pictures: they need the extra [eval]")
     if subject.tokenizer.vocab_size <= bigram.MOST_WORDS:
         log_probs = bigram.log_probabilities(corpus, subject.tokenizer.vocab_size)
         bits = bigram.score(log_probs, Spec(heldout, length, c.evals.tokens), subject.tokenizer.byte_lengths)

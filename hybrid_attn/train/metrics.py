@@ -44,7 +44,7 @@ class Metrics:
         self.writes = jax.process_index() == 0
         if not self.writes:
             return
-        workdir = Path(workdir)
+        self.workdir = workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self.steps_file = _continue(workdir / "metrics.jsonl", lambda step: step <= start)
         self.evals_file = _continue(workdir / "evals.jsonl", lambda step: step < start)  # that of `start` is redone
@@ -88,6 +88,13 @@ class Metrics:
             if self.writes:
                 _write_line(self.evals_file, {"eval": name, "step": self.step, **record})
             self.say(f"{name}  " + "  ".join(f"{key} {_short(value)}" for key, value in record.items()))
+
+    def picture(self, name: str, figure) -> None:
+        """A matplotlib figure to TensorBoard and to `name`.png in the workdir."""
+        if self.writes:
+            figure.savefig(self.workdir / f"{name}.png", dpi=150)
+            self.tensorboard.add_figure(name, figure, self.step)
+            self.say(f"{name}  {self.workdir / name}.png")
 
     def say(self, text: str) -> None:
         """A line to stdout, above the progress bar."""
