@@ -49,7 +49,8 @@ def mesh_of(data=1, fsdp=1, context=1, tensor=1):
 @pytest.fixture
 def one_device():
     """A mesh of one device, in force."""
-    with jax.set_mesh(mesh_of()) as mesh:
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
         yield mesh
 
 

@@ -1,0 +1,222 @@
+"""A config says what does not fit, by its key, with the numbers and a cure; and it survives a round trip."""
+
+import dataclasses
+import importlib
+import json
+import re
+
+import pytest
+from conftest import tiny
+
+from configs import base
+from hybrid_attn import config
+from hybrid_attn.config import Mesh, Stage
+from hybrid_attn.parallel.mesh import axis_sizes
+
+
+def error_of(change):
+    """What `build` says to the defaults after `change`."""
+    values = config.to_dict(config.build(base.get_config()))
+    change(values)
+    with pytest.raises(ValueError) as caught:
+        config.build(values)
+    return str(caught.value)
+
+
+def put(path, value):
+    """A change that puts `value` at a dotted path."""
+
+    def change(values):
+        *groups, last = path.split(".")
+        for group in groups:
+            values = values[int(group) if group.isdigit() else group]
+        values[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize("path, near", [("optim.learning_rate", None), ("optim.warmup_step", "config.optim.warmup_steps")])
+def test_an_unknown_key_is_named_with_the_nearest_known_one(path, near):
+    message = error_of(put(path, 1))
+    assert f"unknown key config.{path}" in message
+    assert (f"did you mean {near}?" in message) if near else ("known keys: lr, b1, b2" in message)
+
+
+def test_an_unknown_key_inside_a_kind_and_inside_a_stage_is_named_by_its_path():
+    assert "unknown key config.model.kinds.L.windw; did you mean config.model.kinds.L.window?" in error_of(
+        put("model.kinds.L.windw", 3)
+    )
+    assert "unknown key config.stages[0].step; did you mean config.stages[0].steps?" in error_of(put("stages.0.step", 3))
+
+
+def test_a_missing_key_is_named():
+    message = error_of(lambda values: values["train"].pop("remat"))
+    assert "config.train lacks remat" in message and "configs/base.py" in message
+
+
+@pytest.mark.parametrize(
+    "path, value, kind",
+    [
+        ("model.num_layers", "four", "int"),
+        ("model.num_layers", 4.0, "int"),
+        ("model.num_layers", True, "int"),
+        ("optim.lr", "3e-3", "float"),
+        ("model.tie_embeddings", 1, "bool"),
+        ("model.kinds.L.window", "512", "int"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_the_type_it_should_have(path, value, kind):
+    assert f"config.{path}={value!r} must be of type {kind}" in error_of(put(path, value))
+
+
+def test_groups_and_lists_are_not_taken_for_values():
+    assert "config.mesh=4 must be a group of keys" in error_of(put("mesh", 4))
+    assert "config.stages=4 must be a list" in error_of(put("stages", 4))
+
+
+def test_whole_numbers_pass_for_floats_and_none_for_what_may_be_none():
+    values = config.to_dict(config.build(base.get_config()))
+    values["optim"]["lr"], values["model"]["kinds"]["L"]["window"] = 1, None
+    c = config.build(values)
+    assert isinstance(c.optim.lr, float) and c.model.kinds["L"].window is None
+
+
+def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_that_fits():
+    for heads, kv, cure in ((10, 4, 8), (3, 4, 4)):
+        with pytest.raises(ValueError, match=f"num_heads={heads} is not a multiple .*num_kv_heads={kv}; use {cure} heads"):
+            tiny({"model.num_heads": heads, "model.num_kv_heads": kv})
+
+
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        ("model.kinds.L.window", 0, "window=0 must be at least 1"),
+        ("model.kinds.L.chunk", 8, "window or a chunk, not both"),
+        ("model.kinds.L.rope_fraction", 0.0, r"rope_fraction=0.0 must be in \(0, 1\]"),
+        ("model.kinds.L.rope_fraction", 0.1, "kinds.L: rope_fraction=0.1 of head_dim=32 rotates 3 dimensions"),
+        ("model.kinds.L.rope_scaling.factor", 0.5, "factor=0.5 must be at least 1"),
+        ("model.kinds.G.temperature.length", 1, "length=1 must be at least 2"),
+        ("model.kinds.G.softcap", -1.0, "softcap=-1.0 must be positive"),
+        ("model.pattern", "LLX", "pattern='LLX' uses 'X'.* G, L$"),
+        ("model.pattern", "", "pattern is empty"),
+        ("model.num_layers", 0, "num_layers=0 must be at least 1"),
+        ("stages", [], "stages is empty"),
+        ("stages.0.batch", 0, "stages.batch=0 must be at least 1"),
+        ("data.holdout", 1.0, "holdout=1.0 must lie between 0 and 1"),
+        ("optim.decay_fraction", 1.5, r"decay_fraction=1.5 must be in \(0, 1\]"),
+        ("optim.clip_norm", 0.0, "clip_norm=0.0 must be positive"),
+        ("train.keep", 0, "train.keep=0 must be at least 1"),
+        ("evals.lengths", [1.0, 0.0], "must be positive"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_its_reason(path, value, words):
+    assert re.search(words, error_of(put(path, value)))
+
+
+@pytest.mark.parametrize(
+    "path, value, near",
+    [
+        ("model.block", "paralel", "parallel"),
+        ("model.norm", "layer_norm", "layernorm"),
+        ("model.activation", "gelu_tan", "gelu_tanh"),
+        ("model.rope_layout", "halff", "half"),
+        ("model.kinds.G.qk_norm", "rmss", "rms"),
+        ("model.kinds.G.qk_norm_scope", "heads", "head"),
+        ("model.kinds.G.gate", "project", "projection"),
+        ("model.kinds.G.temperature.type", "learnt", "learned"),
+        ("model.kinds.L.rope_scaling.type", "yarm", "yarn"),
+        ("optim.schedule", "cosin", "cosine"),
+        ("train.kernel", "block", "blocked"),
+        ("train.remat", "layers", "layer"),
+        ("train.dtype", "bfloat", "bfloat16"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_answered_with_the_choices_and_the_nearest(path, value, near):
+    message = error_of(put(path, value))
+    assert f"={value!r} is not one of" in message and f"did you mean {near!r}?" in message
+
+
+def test_a_choice_like_no_other_is_answered_with_the_choices_alone():
+    message = error_of(put("model.block", "xyz"))
+    assert message == "model.block='xyz' is not one of 'parallel', 'pre', 'post', 'sandwich'"
+
+
+def test_a_mesh_takes_the_devices_left_over_on_one_axis():
+    assert axis_sizes(Mesh(-1, 1, 2, 2), 8) == (2, 1, 2, 2)
+    assert axis_sizes(Mesh(1, 2, 2, 2), 8) == (1, 2, 2, 2)
+    with pytest.raises(ValueError, match="data and context are both -1"):
+        Mesh(-1, 1, -1, 1)
+    with pytest.raises(ValueError, match="mesh.fsdp=0 must be at least 1, or -1"):
+        Mesh(1, 0, 1, 1)
+
+
+def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="data=1, fsdp=2, context=2, tensor=1 needs 4 devices and 8 are here"):
+        axis_sizes(Mesh(1, 2, 2, 1), 8)
+    with pytest.raises(ValueError, match="8 devices do not divide by 3"):
+        axis_sizes(Mesh(-1, 3, 1, 1), 8)
+
+
+def test_what_is_built_comes_back_from_its_dict_even_through_json():
+    everything = {"chunk": 7, "rope_theta": 100.0, "rope_scaling.type": "yarn", "temperature.type": "steps", "sink": True}
+    for c in (tiny({"data.paths": ("a/*.txt",), "mesh.fsdp": 2}, C=everything), config.build(base.get_config())):
+        values = config.to_dict(c)
+        assert config.build(values) == c and config.build(json.loads(json.dumps(values))) == c
+        assert config.to_dict(config.build(values)) == values
+        assert hash(config.build(values).model) == hash(c.model)
+
+
+def test_differences_name_every_leaf_that_changed_and_no_other():
+    old = config.to_dict(tiny())
+    new = config.to_dict(tiny({"optim.lr": 1.0, "mesh.tensor": 2}, L={"window": 9, "rope_theta": 100.0}))
+    assert config.differences(old, old) == []
+    assert config.differences(old, new) == [
+        "mesh.tensor: 1 -> 2",
+        "model.kinds.L.window: 5 -> 9",
+        f"optim.lr: {old['optim']['lr']} -> 1.0",
+    ]
+    assert config.differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]
+
+
+def test_layers_repeat_the_pattern_and_end_with_a_tail():
+    model = tiny({"model.pattern": "LLG", "model.num_layers": 8}).model
+    assert (model.layers, model.num_periods, model.tail) == ("LLGLLGLL", 2, "LL")
+    model = tiny({"model.pattern": "LLG", "model.num_layers": 2}).model
+    assert (model.layers, model.num_periods, model.tail) == ("LL", 0, "LL")
+
+
+def test_a_step_belongs_to_its_stage():
+    c = dataclasses.replace(tiny(), stages=(Stage(3, 48, 8), Stage(2, 96, 4)))
+    assert c.total_steps == 5
+    assert [c.stage_at(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    with pytest.raises(ValueError, match="step 5 lies beyond the last of 5 steps"):
+        c.stage_at(5)
+
+
+def test_every_key_of_the_defaults_has_a_field_and_every_field_a_default():
+    values = base.get_config()
+
+    def check(wanted, value):
+        fields = {field.name: field for field in dataclasses.fields(wanted)}
+        assert set(value.keys()) == set(fields)
+        assert all(field.default is dataclasses.MISSING for field in fields.values())
+
+    check(config.Config, values)
+    for name, wanted in (("model", config.Model), ("mesh", Mesh), ("data", config.Data), ("optim", config.Optim)):
+        check(wanted, values[name])
+    check(config.Train, values.train)
+    check(config.Evals, values.evals)
+    check(Stage, values.stages[0])
+    check(config.LayerKind, base.kind())
+    check(config.RopeScaling, base.kind().rope_scaling)
+    check(config.Temperature, base.kind().temperature)
+
+
+def test_the_baseline_differs_from_the_hybrid_in_its_kinds_of_layers_alone():
+    for size in importlib.import_module("configs.hybrid_8k").SIZES:
+        hybrid, rope = (
+            config.to_dict(config.build(importlib.import_module(f"configs.{name}").get_config(size)))
+            for name in ("hybrid_8k", "rope_8k")
+        )
+        changed = {line.split(":")[0] for line in config.differences(hybrid, rope)}
+        assert changed == {"model.pattern", "model.kinds.G", "model.kinds.L", "model.kinds.R"}

@@ -1,0 +1,84 @@
+"""Who imports whom: read from the source of every module, without running it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hybrid_attn"
+OUTSIDE = {"tools", "launch", "configs", "tests"}
+# A room and the rooms that it may import: those to its left, and what it needs from the side.
+LEFT_TO_RIGHT = ("config", "kernels", "parallel", "model", "infer", "evals", "train")
+ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
+ALLOWED |= {room: {"config", "parallel"} for room in ("data", "checkpoint", "convert")}
+ALLOWED["evals"] |= {"data"}
+ALLOWED["train"] |= {"data", "checkpoint"}
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules, and of the names from them, that a file imports anywhere in it."""
+    package, names = path.relative_to(ROOT).parent.parts, set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_of(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("hybrid_attn.")}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_the_rooms_that_the_design_gives_it(path):
+    assert room(path) in ALLOWED, "a new room needs its place in the order"
+    assert rooms_of(imported(path)) <= ALLOWED[room(path)] | {room(path)}
+
+
+def test_only_the_trainer_imports_checkpoints():
+    assert {room(path) for path in FILES if "checkpoint" in rooms_of(imported(path))} == {"train"}
+
+
+def test_nobody_imports_programs_or_configs():
+    programs = [*(ROOT / "tools").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
+    assert programs
+    for path in (*FILES, PACKAGE / "__init__.py", *programs):
+        assert not {name.split(".")[0] for name in imported(path)} & OUTSIDE, path
+    for path in (ROOT / "configs").rglob("*.py"):
+        assert not rooms_of(imported(path)), path
+
+
+def test_the_package_itself_imports_nothing_of_ours():
+    assert not rooms_of(imported(PACKAGE / "__init__.py"))
+
+
+def test_the_reader_sees_every_way_to_import(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "hybrid_attn" / "model" / "x.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import hybrid_attn.train.loop as loop\nfrom hybrid_attn import data\nfrom . import flops\n"
+        "def f():\n    from ..evals.position import run\n    import configs.base\n"
+    )
+    assert rooms_of(imported(path)) == {"train", "data", "model", "evals"}
+    assert "configs.base" in imported(path)
+
+
+def test_reading_a_checkpoint_loads_neither_the_trainer_nor_the_model():
+    code = "import sys, hybrid_attn.checkpoint; print(*[m for m in sys.modules if m.startswith('hybrid_attn.')])"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "hybrid_attn.checkpoint" in loaded.stdout
+    assert {name.split(".")[1] for name in loaded.stdout.split()} <= ALLOWED["checkpoint"] | {"checkpoint", "kernels"}

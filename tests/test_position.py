@@ -1,0 +1,92 @@
+"""Loss by position is the trainer's loss, sorted into buckets; the bigram is what a hand would count."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from conftest import RUN, mesh_of, on_mesh, random_params, tiny
+
+from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.evals import EVALS, Spec, Subject, bigram, position
+from hybrid_attn.model import losses
+from hybrid_attn.model.loss import mean_loss
+
+LENGTH = 48
+
+
+def documents_of(*tokens):
+    offsets = np.cumsum([0, *map(len, tokens)])
+    return Documents(np.concatenate(tokens).astype(np.uint16), offsets, tuple(map(str, range(len(tokens)))))
+
+
+def text_documents(*lengths):
+    rng = np.random.default_rng(0)
+    return documents_of(*([256, *rng.integers(0, 256, length - 2), 257] for length in lengths))
+
+
+def subject_on(mesh):
+    model = tiny({"model.pattern": "LG"}).model
+    return Subject(model, random_params(model), RUN._replace(kernel="reference"), mesh, Bytes())
+
+
+@pytest.mark.parametrize("data, fsdp", [(1, 1), (2, 2)])
+def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fsdp):
+    spec = Spec(text_documents(70, 9, 2, 40, 90, 30), LENGTH, 2 * LENGTH + 5)  # scores three rows of six
+    mesh = mesh_of(data, fsdp)
+    with jax.set_mesh(mesh):
+        subject = subject_on(mesh)
+        *buckets, total = EVALS["position"](subject, spec)
+    rows = [Rows(spec.documents, LENGTH, None, Bytes().byte_lengths)[i] for i in range(3)]
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    with jax.set_mesh(mesh_of()):
+        by_token = {name: x for name, x in batch.items() if name != "bytes"}
+        params = random_params(subject.model)
+        nll, lse = jax.jit(losses, static_argnums=(0, 3))(subject.model, params, on_mesh(by_token), subject.run)
+        mean = float(mean_loss(*jax.device_get((nll, lse)), batch["weights"], 0.0))
+    nll, counts = np.asarray(nll), batch["weights"] > 0
+
+    assert total["loss"] == pytest.approx(mean, rel=1e-5)
+    assert total["tokens"] == counts.sum() and total["length"] == LENGTH
+    scored_bytes = (batch["targets"][counts] < 256).sum()
+    assert scored_bytes < counts.sum()  # the ends of documents are scored and stand for no byte
+    assert total["bits_per_byte"] == pytest.approx(nll[counts].sum() / math.log(2) / scored_bytes, rel=1e-5)
+
+    assert [(b["first"], b["end"]) for b in buckets] == [(0, 16), (16, 32), (32, 48)]
+    assert sum(b["tokens"] for b in buckets) == total["tokens"]
+    for b in buckets:
+        inside = counts & (batch["positions"] >= b["first"]) & (batch["positions"] < b["end"])
+        assert b["tokens"] == inside.sum()
+        assert b["loss"] == pytest.approx(nll[inside].mean(), rel=1e-5)
+
+
+def test_a_bucket_without_tokens_has_no_record(one_device):
+    spec = Spec(text_documents(10, 12, 11, 13), LENGTH, 10**6)
+    *buckets, total = position.run(subject_on(one_device), spec)
+    assert [(b["first"], b["end"]) for b in buckets] == [(0, 16)]
+    assert buckets[0]["tokens"] == total["tokens"] == 46 - 4
+
+
+@pytest.mark.parametrize(
+    "length, edges",
+    [(1, (0, 1)), (16, (0, 16)), (17, (0, 16, 17)), (64, (0, 16, 32, 64)), (100, (0, 16, 32, 64, 100))],
+)
+def test_buckets_double_from_16_tokens_and_end_at_the_length(length, edges):
+    assert position.bucket_edges(length) == edges
+
+
+def test_bigram_probabilities_are_counts_plus_one_without_pairs_across_documents():
+    log_probs = bigram.log_probabilities(documents_of([0, 1, 0, 1], [1, 0], [2], [2, 2]), 4)
+    counts = np.array([[1, 3, 1, 1], [3, 1, 1, 1], [1, 1, 2, 1], [1, 1, 1, 1]])
+    np.testing.assert_allclose(np.exp(log_probs), counts / counts.sum(1, keepdims=True), rtol=1e-12)
+
+
+@pytest.mark.parametrize("tokens, pairs", [(3, "01 10 01"), (6, "01 10 01 10")])
+def test_the_bigram_scores_the_pairs_of_the_rows_that_the_model_would_score(tokens, pairs):
+    spec = Spec(documents_of([0, 1, 0, 1], [1, 0]), 3, tokens)  # rows 010 and 1|10: the row's edge cuts no pair
+    log_probs, byte_lengths = np.log([[0.5, 0.5], [0.125, 0.875]]), np.array([1, 2])
+    bits = sum({"01": 1, "10": 3}[pair] for pair in pairs.split())
+    num_bytes = sum(byte_lengths[int(pair[1])] for pair in pairs.split())
+    assert bigram.score(log_probs, spec, byte_lengths) == pytest.approx(bits / num_bytes, rel=1e-6)
