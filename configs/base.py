@@ -104,7 +104,9 @@ def get_config() -> ConfigDict:
     t = c.train = ConfigDict()
     t.dtype = "auto"  # of activations: auto = bfloat16 on TPU and GPU, float32 on CPU
     t.remat = "layer"  # layer: keep only each layer's input for the backward pass | none
-    t.kernel = "auto"  # auto | blocked | reference (float32, materialises T x S: tests only)
+    # auto = splash on TPU, tokamax on GPU (blocked, with a warning, where it is not installed), blocked on CPU
+    # reference is float32 and materialises T x S: tests only. cudnn takes one document a row. See docs/kernels.md
+    t.kernel = "auto"  # auto | blocked | splash | tokamax | cudnn | reference
     t.loss_chunk = 1024  # tokens whose logits exist at a time on one device
     t.log_every = 10  # steps
     t.checkpoint_every = 100  # steps

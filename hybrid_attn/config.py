@@ -242,7 +242,7 @@ class Train:
     def __post_init__(self):
         _one_of("train.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("train.remat", self.remat, ("none", "layer"))
-        _one_of("train.kernel", self.kernel, ("auto", "reference", "blocked"))
+        _one_of("train.kernel", self.kernel, ("auto", "reference", "blocked", "splash", "tokamax", "cudnn"))
         for name in ("loss_chunk", "log_every", "checkpoint_every", "keep"):
             _check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
 

@@ -23,6 +23,7 @@ LAYOUTS = {
     "padding between": "a" * 6 + "." * 5 + "b" * 12,
     "only padding": "." * 23,
 }
+HERE = [name for name, kernel in kernels.KERNELS.items() if "cpu" in kernel.platforms]
 PAIRS = [("one document", "packed"), ("padding at the end", "padding in front"), ("padding between", "only padding")]
 
 
@@ -105,7 +106,7 @@ def by_hand(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, window, softcap=None):
     return {"o": o, "lse": lse}
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("window, softcap", CASES[:2])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_every_kernel_is_the_softmax_of_each_query_with_the_sink_as_one_more_column(kernel, window, softcap, with_sinks):
@@ -136,7 +137,7 @@ def test_sinks_have_the_gradients_of_an_explicit_softmax(window, softcap):
         return (pull * o_BTNH * real_BT1[..., None]).sum() + (pull[..., 0] * jnp.sin(lse_BTN * real_BT1)).sum()
 
     wanted = jax.jit(jax.grad(explicit, (0, 1, 2, 3)))(q, k, v, sinks)
-    for kernel in kernels.KERNELS:
+    for kernel in HERE:
         assert_close(outcome(q, k, v, pos, pos, seg, seg, sinks, kernel, window, softcap)["grads"], wanted, 1e-5)
 
 
@@ -158,7 +159,7 @@ def test_queries_may_be_the_last_of_the_keys_and_one_that_sees_none_gives_zeros(
         assert_close(got["o"][~alone], whole["o"][:, -T:][~alone], 1e-5)
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("window", [None, 9])
 def test_a_document_reads_no_bit_of_another(kernel, window):
     q, k, v, pos, seg = arrays("packed", "padding between")
@@ -238,7 +239,22 @@ def test_no_array_has_as_many_elements_as_pairs_of_tokens(window, monkeypatch):
     assert biggest("blocked") <= length**2 // 16
 
 
-def test_auto_means_a_kernel_that_exists_on_every_platform():
-    for platform in ("cpu", "gpu", "tpu"):
-        assert kernels.choose("auto", platform) in kernels.KERNELS
-        assert kernels.choose("reference", platform) == "reference"
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_auto_means_a_kernel_of_the_platform_and_a_named_one_must_run_there(platform):
+    assert platform in kernels.KERNELS[kernels.choose("auto", platform)].platforms
+    for name, kernel in kernels.KERNELS.items():
+        if platform not in kernel.platforms:
+            with pytest.raises(NotImplementedError, match=f'kernel "{name}" runs on .*, not on {platform}; use "blocked"'):
+                kernels.choose(name, platform)
+        elif kernel.needs is None:
+            assert kernels.choose(name, platform) == name
+
+
+def test_a_kernel_whose_package_is_missing_falls_back_loudly_and_is_refused_by_name(monkeypatch, caplog):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    kernels.choose.cache_clear()
+    assert kernels.choose("auto", "gpu") == "blocked"
+    assert [r.levelname for r in caplog.records if "tokamax is not installed" in r.message] == ["WARNING"]
+    with pytest.raises(NotImplementedError, match='needs the package tokamax: pip install "hybrid-attn.gpu."'):
+        kernels.choose("tokamax", "gpu")
+    kernels.choose.cache_clear()

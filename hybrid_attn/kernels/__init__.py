@@ -1,22 +1,51 @@
 """One contract, `attend`, and the table of the kernels that fulfil it."""
 
 import functools
+import importlib
+import importlib.util
 import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels import blocked, reference
 
-KERNELS = {"reference": reference.attend, "blocked": blocked.attend}
-PLATFORMS = {"cpu": "blocked", "gpu": "blocked", "tpu": "blocked"}
+class Kernel(NamedTuple):
+    """Where a kernel is (imported when it is used), the platforms it runs on, and the package it needs beyond JAX."""
+
+    module: str
+    function: str
+    platforms: tuple[str, ...]
+    needs: str | None = None
+
+
+KERNELS = {
+    "reference": Kernel("reference", "attend", ("cpu", "gpu", "tpu")),
+    "blocked": Kernel("blocked", "attend", ("cpu", "gpu", "tpu")),
+    "splash": Kernel("tpu", "attend", ("tpu",)),
+    "tokamax": Kernel("gpu", "attend_tokamax", ("gpu",), "tokamax"),
+    "cudnn": Kernel("gpu", "attend_cudnn", ("gpu",)),
+}
+PLATFORMS = {"cpu": "blocked", "gpu": "tokamax", "tpu": "splash"}
 
 
 @functools.cache
 def choose(kernel: str, platform: str) -> str:
-    """The name in `KERNELS` that `kernel` ("auto" or a name) means on `platform`; logged once."""
+    """The name in `KERNELS` that `kernel` ("auto" or a name) means on `platform`; logged once.
+
+    Raises NotImplementedError for a named kernel that does not run there; "auto" then means blocked, with a warning.
+    """
+    log = logging.getLogger(__name__)
     chosen = PLATFORMS[platform] if kernel == "auto" else kernel
-    logging.getLogger(__name__).info("attention kernel on %s: %s", platform, chosen)
+    platforms, needs = KERNELS[chosen].platforms, KERNELS[chosen].needs
+    if platform not in platforms:
+        raise NotImplementedError(f'kernel "{chosen}" runs on {" and ".join(platforms)}, not on {platform}; use "blocked"')
+    if needs is not None and importlib.util.find_spec(needs) is None:
+        if kernel != "auto":
+            raise NotImplementedError(f'kernel "{chosen}" needs the package {needs}: pip install "hybrid-attn[{platform}]"')
+        log.warning('%s is not installed: attention falls back to the slower "blocked" on %s', needs, platform)
+        chosen = "blocked"
+    log.info("attention kernel on %s: %s", platform, chosen)
     return chosen
 
 
@@ -30,7 +59,11 @@ def attend(
     whole prefix; `softcap` c makes scores c tanh(s / c); `sinks_N` are logits that take part in the softmax with no value.
     Keys are in reading order (`intervals`). `kernel` is a name in `KERNELS`.
     """
-    o_BTNH, lse_BTN = KERNELS[kernel](
+    if sinks_N is not None and kernel == "cudnn":
+        raise NotImplementedError('cudnn has no gradient by the log-sum-exp, which sinks need; use train.kernel="tokamax"')
+    place = KERNELS[kernel]
+    attend_here = getattr(importlib.import_module(f"hybrid_attn.kernels.{place.module}"), place.function)
+    o_BTNH, lse_BTN = attend_here(
         q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window=window, scale=scale, softcap=softcap
     )
     if sinks_N is None:
