@@ -1,0 +1,159 @@
+"""Attention and the whole training step compile for real topologies, ahead of time and without the devices.
+
+Needs libtpu (`make test-aot`) or JAX's CUDA plugin and tokamax (`make test-aot-gpu`); skipped where they are not installed. Each
+target compiles in a process of its own, because its environment must stand before JAX starts.
+"""
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+T, S, WINDOW = 4096, 16384, 1024  # queries of a shard of four, keys of the whole row
+TPUS = {"v5e:2x4": "v5litepod-8", "v5p:2x2x2": "v5p-16"}
+MIB = 2**20
+# What must be in the compiled text for each kernel, three times for splash and tokamax: forward, dq, dk and dv.
+CALLS = {"splash": "tpu_custom_call", "tokamax": "mosaic_gpu", "cudnn": "__cudnn$fmha"}
+TPU_CASES = {"local splash": 100, "global splash": 100, "step splash": 200}  # peak MiB of temporaries of a chip
+GPU_CASES = {"local tokamax": 200, "global tokamax": 200, "step tokamax": 400, "local cudnn": 400, "global cudnn": 400}
+
+
+def skip_reason(target):
+    if target in TPUS:
+        return None if importlib.util.find_spec("libtpu") else "libtpu is not installed; make test-aot installs it"
+    missing = [name for name in ("jax_cuda13_plugin", "tokamax") if not importlib.util.find_spec(name)]
+    return f"{' and '.join(missing)} not installed; make test-aot-gpu installs it" if missing else None
+
+
+@functools.cache
+def compiled(target: str) -> dict:
+    """The report of each case, compiled for `target` in another process."""
+    env = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", JAX_PLATFORMS="cpu")
+    if target in TPUS:
+        env |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": TPUS[target]}
+    else:
+        env |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    done = subprocess.run([sys.executable, __file__, target], env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {report["case"]: report for report in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize(
+    "target, case", [(t, c) for t in TPUS for c in TPU_CASES] + [("h100", c) for c in GPU_CASES],
+    ids=lambda name: name.replace(" ", "-"),
+)
+def test_it_compiles_to_the_kernel_without_a_buffer_of_queries_by_keys(target, case):
+    if reason := skip_reason(target):
+        pytest.skip(reason)
+    report = compiled(target)[case]
+    print(report)
+    assert "error" not in report, report["error"]
+    assert report["calls"] >= (2 if "cudnn" in case else 3)
+    assert report["largest"] < T * S // 4, "a buffer of a quarter of queries by keys, or more"
+    assert report["temporaries"] <= {**TPU_CASES, **GPU_CASES}[case] * MIB
+
+
+def main(target: str) -> None:
+    """Compiles every case for `target` and prints a line of JSON for each."""
+    import jax
+    from conftest import tiny  # configures JAX for tests on CPU, of which all but the platform goes
+
+    from hybrid_attn import config
+    from hybrid_attn.parallel.mesh import make_mesh
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    devices = topology(target)
+    for case in TPU_CASES if target in TPUS else GPU_CASES:
+        shape, kernel = case.split()
+        context = 1 if kernel == "cudnn" else 4
+        mesh = make_mesh(config.Mesh(data=1, fsdp=4 // context, context=context, tensor=2), devices)
+        with jax.set_mesh(mesh):
+            started = time.monotonic()
+            try:
+                lowered = lower_step(tiny, mesh, kernel) if shape == "step" else lower_attention(mesh, shape, kernel)
+                report = measure(lowered.compile(), kernel)
+            except Exception as error:  # reported by the test of this case; the others go on
+                report = {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
+        print(json.dumps({"case": case, "seconds": round(time.monotonic() - started, 1), **report}), flush=True)
+
+
+def topology(target: str) -> list:
+    from jax.experimental import topologies
+
+    if target in TPUS:
+        return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    from jax.extend import backend
+
+    # tokamax asks the default device what to compile for; ahead of time it has to be told.
+    h100 = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
+    backend.get_default_device = lambda: h100
+    described = (ROOT / "tests/targets/h100.textproto").read_text()
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology="1x1x8", target_config=described
+    ).devices
+
+
+def lower_attention(mesh, shape: str, kernel: str):
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+
+    from hybrid_attn.parallel import context
+    from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT
+
+    def loss(q, k, v, pos, seg):
+        o = context.attend(
+            q, k, v, pos, seg,
+            window=WINDOW if shape == "local" else None, chunk=None, scale=128**-0.5, softcap=None, kernel=kernel,
+        )  # fmt: skip
+        return o.astype(jnp.float32).sum()
+
+    def like(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    rows = mesh.shape["fsdp"]
+    q, kv = (like((rows, S, heads, 128), jnp.bfloat16, HEADS_BTNH) for heads in (8, 2))
+    tokens = like((rows, S), jnp.int32, TOKENS_BT)
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, kv, kv, tokens, tokens)
+
+
+def lower_step(tiny, mesh, kernel: str):
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+
+    from hybrid_attn.model import Run
+    from hybrid_attn.parallel.mesh import ROWS_B, TOKENS_BT
+    from hybrid_attn.train.step import abstract_state, make_step
+
+    wide = {"model.d_model": 256, "model.head_dim": 128, "model.d_ff": 512}
+    c = tiny(wide, L={"window": WINDOW, "rope_theta": 10000.0, "sink": True}, G={"qk_norm": "rms"})
+    step = make_step(c, Run(jnp.dtype("bfloat16"), "layer", kernel, 1024))
+    kinds = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "weights": "float32"}
+    batch = {
+        name: jax.ShapeDtypeStruct((1, S), kind, sharding=NamedSharding(mesh, TOKENS_BT)) for name, kind in kinds.items()
+    }
+    batch["bytes"] = jax.ShapeDtypeStruct((1,), "float32", sharding=NamedSharding(mesh, ROWS_B))
+    return step.lower(abstract_state(c, mesh), batch)
+
+
+def measure(executable, kernel: str) -> dict:
+    """How many calls of the kernel, elements of the largest array, and bytes of temporaries of one device."""
+    text = executable.as_text()
+    sizes = (math.prod(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))
+    calls = len(re.findall(r'custom_call_target="[^"]*' + re.escape(CALLS[kernel]), text))
+    return {"calls": calls, "largest": max(sizes), "temporaries": executable.memory_analysis().temp_size_in_bytes}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
