@@ -1,7 +1,7 @@
 """Attention and the whole training step compile for real topologies, ahead of time and without the devices.
 
-Needs libtpu (`make test-aot`) or JAX's CUDA plugin and tokamax (`make test-aot-gpu`); skipped where they are not installed. Each
-target compiles in a process of its own, because its environment must stand before JAX starts.
+Needs libtpu (`make test-aot`) or JAX's CUDA plugin and tokamax (`make test-aot-gpu`), and is skipped where they are missing.
+Each target compiles in a process of its own, because its environment must stand before JAX starts.
 """
 
 import functools

@@ -134,7 +134,7 @@ def test_the_tables_visit_every_tile_with_a_visible_pair_and_none_of_other_docum
     q_pos, q_seg = np.where(inside, pos[tokens], 0), np.where(inside, seg[tokens], 0)
     see = np.asarray(reference.visible_BTS(q_pos[None], pos[None], q_seg[None], seg[None], window))[0]
     pads = (0, -T % 128), (0, -S % 128)
-    q_pos, q_seg, pos, seg = (np.pad(x, pad) for x, pad in zip((q_pos, q_seg, pos, seg), pads[:1] * 2 + pads[1:] * 2, strict=True))
+    q_pos, q_seg, pos, seg = (np.pad(x, (0, -len(x) % 128)) for x in (q_pos, q_seg, pos, seg))
     masks, right = tpu.mask_row(tpu.Static(window, None, 128, 128, True), q_pos, pos, q_seg, seg)
     needed = np.pad(see, pads).reshape(-1, 128, len(seg) // 128, 128).any((1, 3))
     assert right

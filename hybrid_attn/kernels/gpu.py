@@ -1,6 +1,6 @@
 """The maintained kernels for GPUs behind the contract of `kernels.attend`: tokamax's, and cuDNN's through jax.nn.
 
-tokamax (Mosaic on Hopper and Blackwell, else Triton) takes an interval of keys for each query, which is what every mask here is:
+tokamax (Mosaic on Hopper and Blackwell, else Triton) takes an interval of keys for each query, and every mask here is one:
 packed documents, windows, padding and context shards alike. Its log-sum-exp has no gradient and its backward kernels compute
 shift = sum(do o) themselves, from an output that we hand them. So they are handed an output whose product with `do` is
 sum(do o) - dlse, which is what the gradient by the log-sum-exp asks for. Where do is zero and dlse is not, do is 2^-60 in one
