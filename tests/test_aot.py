@@ -21,11 +21,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 T, S, WINDOW = 4096, 16384, 1024  # queries of a shard of four, keys of the whole row
 MIB = 2**20
-# Peak MiB of temporaries of one device, at about twice what was measured; on a TPU the smaller arrays live in VMEM.
-SPLASH = {"local splash": 4, "global splash": 4}
+# Peak MiB of temporaries of one device, at about twice what was measured; a v5e keeps most of them in VMEM.
 TARGETS = {
-    "v5e:2x4": SPLASH | {"step splash": 16},
-    "v5p:2x2x2": SPLASH,
+    "v5e:2x4": {"local splash": 4, "global splash": 4, "step splash": 16},
+    "v5p:2x2x2": {"local splash": 80, "global splash": 80},
     "h100": {"local tokamax": 100, "global tokamax": 100, "step tokamax": 140, "local cudnn": 70, "global cudnn": 70},
 }
 ACCELERATOR = {"v5e:2x4": "v5litepod-8", "v5p:2x2x2": "v5p-16"}
