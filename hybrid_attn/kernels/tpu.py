@@ -40,6 +40,7 @@ class Static(NamedTuple):
 
     window: int | None
     softcap: float | None
+    length: int  # of the keys, before they are padded to whole tiles
     queries: int
     keys: int
     interpret: bool
@@ -61,7 +62,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, wi
     tables do not fit in scalar memory.
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    static = Static(window, softcap, *block_sizes(T, S, window), INTERPRET)
+    static = Static(window, softcap, S, *block_sizes(T, S, window), INTERPRET)
 
     def padded(x, size):
         return jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
@@ -126,7 +127,7 @@ def mask_row(static: Static, q_pos_T, k_pos_S, q_seg_T, k_seg_S) -> tuple[Masks,
 
     at = jnp.clip(offset + T, 0, S + T)
     seg_T, pos_T = (jax.lax.dynamic_slice_in_dim(jnp.pad(x, T), at, T) for x in (k_seg_S, k_pos_S))
-    apart_T = (q_seg_T == 0) | (row_T < 0) | (row_T >= S)
+    apart_T = (q_seg_T == 0) | (row_T < 0) | (row_T >= static.length)
     same_T = apart_T | ((seg_T == q_seg_T) & (pos_T == q_pos_T))
     return masks, same_T.all() & _rises(q_pos_T, q_seg_T) & _rises(k_pos_S, k_seg_S)
 
