@@ -159,5 +159,6 @@ def test_a_window_visits_as_many_tiles_at_any_length():
 def test_rows_beyond_the_scalar_memory_are_refused_with_the_cure(monkeypatch):
     monkeypatch.undo()
     assert tpu.block_sizes(32768, 262144, None) == (512, 512)
+    assert tpu.block_sizes(131072, 1048576, None) == (1024, 1024)
     with pytest.raises(NotImplementedError, match=r"mesh.context.*train.kernel=\"blocked\""):
         tpu.block_sizes(2**21, 2**21, None)
