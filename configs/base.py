@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
     o.z_loss = 0.0  # weight of (log sum exp)^2; 1e-4 keeps logits from drifting in long bfloat16 runs
 
     stage = ConfigDict()
-    stage.steps = 300
+    stage.steps = 200
     stage.seq_len = 8192  # tokens in a row
     stage.batch = 1  # rows in a step, over all devices
     c.stages = [stage]

@@ -205,8 +205,8 @@ def test_the_program_says_what_is_wrong_in_a_line(arguments, message, tmp_path):
 
 
 SMALL = (
-    "--config.stages[0].steps=100000", "--config.model.d_model=32", "--config.model.d_ff=32", "--config.model.head_dim=8", "--config.stages[0].seq_len=64",
-    "--config.train.log_every=1", "--config.evals.tokens=256",
+    "--config.stages[0].steps=100000", "--config.stages[0].seq_len=64", "--config.train.log_every=1",
+    "--config.evals.tokens=256", "--config.model.d_model=32", "--config.model.d_ff=32", "--config.model.head_dim=8",
 )  # fmt: skip
 
 

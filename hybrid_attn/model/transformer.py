@@ -152,6 +152,7 @@ def init(model: Model, key: jax.Array) -> dict:
 
 def apply(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
     """Final normed activations [B, T, D] of int32 tokens; positions restart with each document, segment 0 is padding."""
+    tokens_BT, pos_BT, seg_BT = (jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT))
     return nnx.merge(_graph(model), params)(tokens_BT, pos_BT, seg_BT, run)
 
 
