@@ -23,6 +23,7 @@ def get_config(size: str = "small"):
         return c
     m.kinds.L.window = 4096
     m.head_dim = 128
+    m.init_std = 0.02  # the family's own value
     m.vocab_size = 65_536  # a byte-pair vocabulary of that size: set c.data.tokenizer to its tokenizer.json
     c.mesh.data, c.mesh.fsdp = 1, -1
     c.optim.warmup_steps = 2000

@@ -192,7 +192,7 @@ PROGRAM = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(ROOT /
     [
         (["--config.optim.lrr=1"], "lr"),
         (["--config.model.kinds.L.window=0"], "window=0 must be at least 1"),
-        (["--config.model.num_heads=3"], "num_heads=3 is not a multiple of model.num_kv_heads=2"),
+        (["--config.model.num_kv_heads=3"], "num_heads=2 is not a multiple of model.num_kv_heads=3"),
         (["--config.data.paths=('/nowhere/*',)"], "matches no file"),
     ],
 )

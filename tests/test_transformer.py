@@ -129,6 +129,19 @@ def test_loss_and_gradients_are_those_of_one_device_on_every_mesh(sizes, compile
     assert_close(run(sizes), run((1, 1, 1, 1)), 1e-5)
 
 
+def test_gradients_are_the_slopes_of_the_loss(compiled, one_device):
+    params, rng = jax.device_get(random_params(EVERYTHING)), np.random.default_rng(7)
+    sharding = jax.tree.map(lambda x: x.sharding, random_params(EVERYTHING))
+    way = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
+
+    def at(distance):
+        moved = jax.tree.map(lambda x, d: (x + distance * d).astype(np.float32), params, way)
+        return jax.device_get(compiled[(1, 1, 1, 1)](jax.device_put(moved, sharding), on_mesh(BATCH)))
+
+    slope = sum(np.vdot(g, d) for g, d in zip(jax.tree.leaves(at(0.0)[1]), jax.tree.leaves(way), strict=True))
+    assert (at(1e-3)[0] - at(-1e-3)[0]) / 2e-3 == pytest.approx(slope, rel=1e-2)
+
+
 def test_initial_parameters_are_the_same_bits_on_every_mesh():
     model = tiny({"model.num_layers": 5, "model.tie_embeddings": False}).model
 
