@@ -1,0 +1,43 @@
+"""Makes a checkpoint of ours from a Hugging Face directory: python tools/import_hf.py --model=DIR --out=DIR
+
+--out then is a directory of checkpoints with step 0, and `companions` beside it: the tokenizer and its like. All that a
+checkpoint records beyond the model is taken from --config. See docs/families.md for what can be read.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from hybrid_attn import config
+from hybrid_attn.checkpoint import Checkpoints
+from hybrid_attn.convert import families, hf
+from hybrid_attn.model import flops
+from hybrid_attn.parallel.mesh import make_mesh
+
+BASE = Path(__file__).parents[1] / "configs" / "base.py"
+MODEL = flags.DEFINE_string("model", None, "Directory with config.json and safetensors.", required=True)
+OUT = flags.DEFINE_string("out", None, "New directory of checkpoints.", required=True)
+CONFIG = config_flags.DEFINE_config_file("config", str(BASE), "Everything but the model, and the mesh to hold it.")
+
+
+def main(_):
+    try:
+        described = hf.read_config(MODEL.value)
+        model = families.model_of(described)
+        c = config.build({**CONFIG.value, "model": config.to_dict(model)})
+        with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
+            params = hf.read_params(MODEL.value, model, described["model_type"], flops.shapes(model))
+            checkpoints = Checkpoints(directory, keep=1, every=1)
+            checkpoints.save(0, {"params": params}, {"stage_steps": [0] * len(c.stages)}, config.to_dict(c), wait=True)
+            checkpoints.close()
+            found = hf.copy_companions(MODEL.value, directory / "companions")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{OUT.value}: {flops.parameters(model):,} parameters of {described['model_type']}, with {', '.join(found)}")
+
+
+if __name__ == "__main__":
+    app.run(main)
