@@ -27,7 +27,10 @@ def main(_):
     try:
         described = hf.read_config(MODEL.value)
         model = families.model_of(described)
-        c = config.build({**CONFIG.value, "model": config.to_dict(model)})
+        values = CONFIG.value.to_dict() | {"model": config.to_dict(model)}
+        if (Path(MODEL.value) / "tokenizer.json").exists():
+            values["data"]["tokenizer"] = str(Path(OUT.value) / "companions" / "tokenizer.json")
+        c = config.build(values)
         with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
             params = hf.read_params(MODEL.value, model, described["model_type"], flops.shapes(model))
             checkpoints = Checkpoints(directory, keep=1, every=1)

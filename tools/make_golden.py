@@ -81,7 +81,7 @@ def random_model(directory: Path, seed: int):
             if parameter.ndim == 1 or parameter.shape[0] < 8:  # norms
                 drawn = parameter + 0.3 * drawn
             else:
-                drawn *= 1.5 / parameter.shape[-1] ** 0.5
+                drawn *= 1.0 / parameter.shape[-1] ** 0.5
             parameter.copy_(drawn.bfloat16().float())
     return model
 

@@ -102,6 +102,9 @@ def model_of(config_json: Mapping) -> Model:
     missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if not isinstance(c[key], int) or c[key] < 1:
+            raise ValueError(f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
     c.setdefault("num_key_value_heads", c["num_attention_heads"])
     c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
     for key, wanted in family.required.items():
@@ -111,7 +114,10 @@ def model_of(config_json: Mapping) -> Model:
     if values["activation"] not in ACTIVATIONS:
         raise ValueError(f"config.json has activation {values['activation']!r}; known: {', '.join(ACTIVATIONS)}")
     values["activation"] = ACTIVATIONS[values["activation"]]
-    pattern, kinds = _pattern(family.kinds(c), c["num_hidden_layers"])
+    try:
+        pattern, kinds = _pattern(family.kinds(c), c["num_hidden_layers"])
+    except KeyError as cause:
+        raise ValueError(f"config.json lacks {cause} where it describes its layers or their rotation") from cause
     return config.build_model(values | {"pattern": pattern, "kinds": kinds})
 
 

@@ -84,8 +84,7 @@ def write(
             if tensor.path != path:
                 leaf = None  # let go of one leaf before the next is read
                 path, leaf = tensor.path, np.asarray(read(tensor.path))
-            mine = leaf if tensor.period is None else leaf[tensor.period]
-            arrays[tensor.name] = tensor.theirs(mine).astype(dtype, order="C")
+            arrays[tensor.name] = _theirs(tensor, leaf).astype(dtype, order="C")
         safetensors.numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
     if len(shards) > 1:
         files = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -186,7 +185,7 @@ def _same(file_a, name_a: str, file_b, name_b: str) -> bool:
     rows = a.get_shape()[0]
     step = max(1, 2**24 // max(1, a.get_shape()[-1]))
     return a.get_shape() == b.get_shape() and all(
-        np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, rows, step)
+        np.array_equal(a[i : min(i + step, rows)], b[i : min(i + step, rows)]) for i in range(0, rows, step)
     )
 
 
@@ -218,6 +217,10 @@ def _sharding(like) -> jax.sharding.Sharding:
 
 def _read(tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...], files: Mapping[str, Any]) -> np.ndarray:
     return tensor.ours(files[tensor.name].get_tensor(tensor.name), shape)[index]
+
+
+def _theirs(tensor: Tensor, leaf: np.ndarray) -> np.ndarray:
+    return tensor.theirs(leaf if tensor.period is None else leaf[tensor.period])
 
 
 def _shards(tensors: list[Tensor], itemsize: int, most: int) -> list[list[Tensor]]:
