@@ -6,7 +6,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 import weakref
@@ -374,16 +373,12 @@ def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp
     wanted = read(exported)[1]
     assert_same(checkpoint.read_params(tmp_path / "ours", bare), wanted)
 
-    again = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'ours'}")
-    assert again.returncode == 1 and "is not an empty directory" in again.stderr
     done = run_tool("export_hf", f"--checkpoint={tmp_path / 'ours'}", f"--out={tmp_path / 'theirs'}")
     assert done.returncode == 0 and "Cohere2ForCausalLM in float32" in done.stdout, done.stderr
     assert_same(read(tmp_path / "theirs")[1], wanted)
     described = hf.read_config(tmp_path / "theirs")
     assert (described["eos_token_id"], described["max_position_embeddings"]) == (3, 500_000)
     assert (tmp_path / "theirs" / "tokenizer.json").read_text() == "{}"
-    refused = run_tool("export_hf", f"--checkpoint={tmp_path / 'ours'}", f"--out={tmp_path / 'x'}", "--family=llama")
-    assert refused.returncode == 1 and "llama cannot express this model" in refused.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "ours", "theirs"]
 
 
@@ -392,6 +387,3 @@ def test_a_failed_import_leaves_nothing_behind(exported, tmp_path):
     done = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'ours'}")
     assert done.returncode == 1 and "model.norm.weight: missing" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
-    shutil.rmtree(exported)
-    done = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'ours'}")
-    assert done.returncode == 1 and "has no config.json" in done.stderr and not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -16,10 +17,13 @@ from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.train.optim import optimiser
+from hybrid_attn.train.step import TrainState
 
 BASE = Path(__file__).parents[1] / "configs" / "base.py"
 MODEL = flags.DEFINE_string("model", None, "Directory with config.json and safetensors.", required=True)
 OUT = flags.DEFINE_string("out", None, "New directory of checkpoints.", required=True)
+OPTIMISER = flags.DEFINE_bool("optimiser", False, "Add a fresh optimiser state, for training to go on from here.")
 CONFIG = config_flags.DEFINE_config_file("config", str(BASE), "Everything but the model, and the mesh to hold it.")
 
 
@@ -34,7 +38,9 @@ def main(_):
         with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
             params = hf.read_params(MODEL.value, model, described["model_type"], flops.shapes(model))
             checkpoints = Checkpoints(directory, keep=1, every=1)
-            checkpoints.save(0, {"params": params}, {"stage_steps": [0] * len(c.stages)}, config.to_dict(c), wait=True)
+            fresh = jax.jit(optimiser(c.optim, c.total_steps).init)
+            state = TrainState(jnp.int32(0), params, fresh(params)) if OPTIMISER.value else {"params": params}
+            checkpoints.save(0, state, {"stage_steps": [0] * len(c.stages)}, config.to_dict(c), wait=True)
             checkpoints.close()
             found = hf.copy_companions(MODEL.value, directory / "companions")
     except (ValueError, OSError) as error:

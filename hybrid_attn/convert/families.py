@@ -156,6 +156,8 @@ def expressing(model: Model) -> str:
 def differences(ours: Model, theirs: Model) -> list[str]:
     """Lines `model.field: ours -> theirs` where the two compute different functions; letters of the pattern do not count."""
     a, b = _essence(ours), _essence(theirs)
+    if not (_rotates(ours) and _rotates(theirs)):
+        del a["rope_layout"], b["rope_layout"]
     kinds = {"kinds": {}}, {"kinds": {}}
     for letter, mine, other in zip(ours.layers, a.pop("layers"), b.pop("layers"), strict=False):
         if mine != other or letter not in kinds[0]["kinds"]:
@@ -204,11 +206,13 @@ def _essence(model: Model) -> dict:
     """The fields of a model, without those that its other fields make meaningless."""
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(Model)}
     kinds = [model.kinds[letter] for letter in model.layers]
-    if all(kind.rope_theta is None for kind in kinds):
-        values.pop("rope_layout")
     values["embed_scale"] = _rounded(model.embed_scale)
     del values["pattern"], values["kinds"]
     return values | {"layers": [config.to_dict(_essential(model, kind)) for kind in kinds]}
+
+
+def _rotates(model: Model) -> bool:
+    return any(model.kinds[letter].rope_theta is not None for letter in model.layers)
 
 
 def _essential(model: Model, kind: LayerKind) -> LayerKind:
