@@ -11,15 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from hybrid_attn import config
-from hybrid_attn.config import LayerKind, Model, RopeScaling, Temperature
+from hybrid_attn.config import LayerKind, Model
+from hybrid_attn.convert import layers
 
-LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
-NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
-PLAIN = LayerKind(
-    window=None, chunk=None, rope_theta=None, rope_fraction=1.0, rope_scaling=NO_SCALING,
-    qk_norm="none", qk_norm_scope="head_dim", qk_norm_after_rope=False, scale=None, softcap=None,
-    temperature=Temperature("none", 0.1, 8192), sink=False, gate="none",
-)  # fmt: skip
 USUAL_LETTERS = {(True, True): "L", (True, False): "W", (False, False): "G", (False, True): "R"}  # window, rope
 NULLABLE = ("sliding_window", "final_logit_softcapping")  # of which null does not mean the default
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -118,6 +112,8 @@ def model_of(config_json: Mapping) -> Model:
         pattern, kinds = _pattern(family.kinds(c), c["num_hidden_layers"])
     except KeyError as cause:
         raise ValueError(f"config.json lacks {cause} where it describes its layers or their rotation") from cause
+    except TypeError as cause:
+        raise ValueError(f"config.json describes its layers with a value of the wrong type: {cause}") from cause
     return config.build_model(values | {"pattern": pattern, "kinds": kinds})
 
 
@@ -206,246 +202,13 @@ def _essence(model: Model) -> dict:
     """The fields of a model, without those that its other fields make meaningless."""
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(Model)}
     kinds = [model.kinds[letter] for letter in model.layers]
-    values["embed_scale"] = _rounded(model.embed_scale)
+    values["embed_scale"] = layers.rounded(model.embed_scale)
     del values["pattern"], values["kinds"]
-    return values | {"layers": [config.to_dict(_essential(model, kind)) for kind in kinds]}
+    return values | {"layers": [config.to_dict(layers.essential(model, kind)) for kind in kinds]}
 
 
 def _rotates(model: Model) -> bool:
     return any(model.kinds[letter].rope_theta is not None for letter in model.layers)
-
-
-def _essential(model: Model, kind: LayerKind) -> LayerKind:
-    theta, scaling = kind.rope_theta, kind.rope_scaling
-    if theta is None or scaling.type in ("none", "ntk"):
-        dims = config.rotated_dims(model, kind)
-        theta = theta and _rounded(theta * (scaling.factor ** (dims / (dims - 2)) if scaling.type == "ntk" else 1.0))
-        scaling = NO_SCALING
-    elif scaling.type == "linear":
-        scaling = dataclasses.replace(NO_SCALING, type="linear", factor=scaling.factor)
-    elif scaling.type == "llama3":
-        scaling = dataclasses.replace(scaling, attention_factor=None)
-    normed = kind.qk_norm != "none"
-    return dataclasses.replace(
-        kind,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rope_fraction=kind.rope_fraction if theta else 1.0,
-        qk_norm_scope=kind.qk_norm_scope if normed else "head_dim",
-        qk_norm_after_rope=kind.qk_norm_after_rope and normed and theta is not None,
-        scale=_rounded(model.head_dim**-0.5 if kind.scale is None else kind.scale),
-        temperature=PLAIN.temperature if kind.temperature.type == "none" else kind.temperature,
-    )
-
-
-def _rounded(x: float) -> float:
-    return float(f"{x:.9g}")
-
-
-# --- Rotary positions: `rope_parameters`, flat or by type of layer, and the older `rope_theta` with `rope_scaling`.
-
-
-def _rope(c: dict, default_theta: float) -> tuple[float, RopeScaling]:
-    """(theta, scaling) of a config.json with one rotation for all layers."""
-    params = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
-    if {LOCAL, FULL} & set(params):
-        raise ValueError(f"config.json has rope_parameters by type of layer; {c['model_type']} has one rotation")
-    if "original_max_position_embeddings" in c:
-        params["original_max_position_embeddings"] = c["original_max_position_embeddings"]
-    return _theta_and_scaling(params, c.get("rope_theta", default_theta), c)
-
-
-def _rope_by_type(c: dict, local_theta: tuple[str | None, float], full_theta: float) -> dict:
-    """(theta, scaling) by type of layer; the older `rope_scaling` and `rope_theta` are those of the full layers alone."""
-    by_type = c.get("rope_parameters") or {}
-    if by_type and not {LOCAL, FULL} & set(by_type):
-        raise ValueError(f"config.json has rope_parameters without {LOCAL} and {FULL}; {c['model_type']} has one for each")
-    key, theta = local_theta
-    return {
-        LOCAL: _theta_and_scaling(by_type.get(LOCAL) or {}, c.get(key, theta), c),
-        FULL: _theta_and_scaling(
-            {**(by_type.get(FULL) or {}), **(c.get("rope_scaling") or {})}, c.get("rope_theta", full_theta), c
-        ),
-    }
-
-
-def _theta_and_scaling(params: Mapping, theta: float, c: Mapping) -> tuple[float, RopeScaling]:
-    params = {key: value for key, value in params.items() if value is not None}
-    theta, name = float(params.get("rope_theta", theta)), params.get("rope_type", params.get("type", "default"))
-    if c.get("partial_rotary_factor", params.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("config.json has a partial_rotary_factor; of these families, none is built with one")
-    length = params.get("original_max_position_embeddings", c.get("max_position_embeddings"))
-    if name == "default":
-        return theta, NO_SCALING
-    if name == "linear":
-        return theta, dataclasses.replace(NO_SCALING, type=name, factor=float(params["factor"]))
-    if name == "llama3":
-        low, high = float(params["low_freq_factor"]), float(params["high_freq_factor"])
-        return theta, RopeScaling(name, float(params["factor"]), length, low, high, None)
-    if name == "yarn" and params.get("truncate", True):
-        factor = float(params["factor"] if "factor" in params else c["max_position_embeddings"] / length)
-        size = params.get("attention_factor")
-        if size is None and params.get("mscale") and params.get("mscale_all_dim"):
-            size = _yarn_size(factor, params["mscale"]) / _yarn_size(factor, params["mscale_all_dim"])
-        slow, fast = float(params.get("beta_slow") or 1), float(params.get("beta_fast") or 32)
-        return theta, RopeScaling(name, factor, length, slow, fast, size if size is None else float(size))
-    raise ValueError(f"config.json has rope type {name!r}; known: default, linear, llama3, yarn (truncated)")
-
-
-def _yarn_size(factor: float, scale: float) -> float:
-    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
-
-
-def _rope_parameters(model: Model, kind: LayerKind | None) -> dict:
-    """The `rope_parameters` of a kind; of None, the plain ones of a model that rotates nothing."""
-    if kind is None or kind.rope_theta is None:
-        return {"rope_type": "default", "rope_theta": 10_000.0}
-    kind, s = _essential(model, kind), _essential(model, kind).rope_scaling
-    params = {"rope_type": "default" if s.type == "none" else s.type, "rope_theta": kind.rope_theta}
-    if s.type != "none":
-        params["factor"] = s.factor
-    if s.type in ("llama3", "yarn"):
-        low, high = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}[s.type]
-        params |= {"original_max_position_embeddings": s.original_len, low: s.low, high: s.high}
-    if s.attention_factor is not None:
-        params["attention_factor"] = s.attention_factor
-    return params
-
-
-def _one_rope(model: Model) -> dict:
-    """Both spellings of the rotation of the first layer that rotates."""
-    kinds = [model.kinds[letter] for letter in model.layers]
-    params = _rope_parameters(model, next((kind for kind in kinds if kind.rope_theta is not None), None))
-    return {"rope_parameters": params} | _older(params)
-
-
-def _older(params: dict) -> dict:
-    scaling = {key: value for key, value in params.items() if key != "rope_theta"}
-    return {"rope_theta": params["rope_theta"], "rope_scaling": None if params["rope_type"] == "default" else scaling}
-
-
-def _rope_of_each(model: Model, older_local: str | None) -> dict:
-    kinds = {kind.window is None: kind for kind in (model.kinds[letter] for letter in model.layers)}
-    local, full = (_rope_parameters(model, kinds.get(whole)) for whole in (False, True))
-    older = _older(full) | ({older_local: local["rope_theta"]} if older_local else {})
-    return {"rope_parameters": {LOCAL: local, FULL: full}} | older
-
-
-# --- Layers: which are local, which rotate.
-
-
-def _types(c: dict) -> list[str]:
-    """`layer_types`, or what the older `sliding_window_pattern` means: every n-th layer is full; or a string LLLG."""
-    layers, pattern = c["num_hidden_layers"], c.get("sliding_window_pattern")
-    if "layer_types" in c:
-        types = list(c["layer_types"])
-    elif isinstance(pattern, str):
-        types = [LOCAL if pattern[i % len(pattern)] == "L" and i + 1 < layers else FULL for i in range(layers)]
-    else:
-        types = [LOCAL if pattern and (i + 1) % pattern else FULL for i in range(layers)]
-    unknown = sorted(set(types) - {LOCAL, FULL})
-    if unknown:
-        raise ValueError(f"config.json has layer_types {', '.join(unknown)}; known: {LOCAL}, {FULL}")
-    if LOCAL in types and c.get("sliding_window") is None:
-        raise ValueError(f"config.json has layers of {LOCAL} and no sliding_window")
-    return types
-
-
-def _layer_types(model: Model) -> dict:
-    """`layer_types` and the `sliding_window` of the first layer that has one."""
-    windows = [model.kinds[letter].window for letter in model.layers]
-    types = [FULL if window is None else LOCAL for window in windows]
-    return {"layer_types": types, "sliding_window": next((w for w in windows if w is not None), None)}
-
-
-def _kind(window: int | None, rope: tuple[float, RopeScaling] | None, **changes) -> LayerKind:
-    theta, scaling = rope or (None, NO_SCALING)
-    return dataclasses.replace(PLAIN, window=window, rope_theta=theta, rope_scaling=scaling, **changes)
-
-
-def _window(c: dict, kind: str) -> int | None:
-    return c["sliding_window"] if kind == LOCAL else None
-
-
-def _cohere2(c: dict) -> list[LayerKind]:
-    rope = _rope(c, 10_000.0)
-    return [_kind(_window(c, kind), rope if kind == LOCAL else None) for kind in _types(c)]
-
-
-def _cohere(c: dict) -> list[LayerKind]:
-    norm = {"qk_norm": "layernorm", "qk_norm_scope": "head"} if c["use_qk_norm"] else {}
-    return [_kind(None, _rope(c, 500_000.0), **norm)] * c["num_hidden_layers"]
-
-
-def _llama(c: dict) -> list[LayerKind]:
-    return [_kind(None, _rope(c, 10_000.0))] * c["num_hidden_layers"]
-
-
-def _smollm3(c: dict) -> list[LayerKind]:
-    layers, every = c["num_hidden_layers"], c["no_rope_layer_interval"]
-    rotates = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]  # 1 = it does rotate
-    local = c.get("use_sliding_window") and c.get("sliding_window")
-    types = _types({"layer_types": [FULL if r or not local else LOCAL for r in rotates]} | c)
-    if LOCAL in types and not local:
-        raise ValueError(f"config.json has layers of {LOCAL} and use_sliding_window=false")
-    if len(rotates) < len(types):
-        raise ValueError(f"config.json has no_rope_layers for {len(rotates)} layers of {len(types)}")
-    rope = _rope(c, 2_000_000.0)
-    return [_kind(_window(c, kind), rope if r else None) for kind, r in zip(types, rotates, strict=False)]
-
-
-def _smollm3_layout(model: Model) -> dict:
-    kinds = [model.kinds[letter] for letter in model.layers]
-    types = _layer_types(model)
-    rotates = [int(kind.rope_theta is not None) for kind in kinds]
-    return types | {"no_rope_layers": rotates, "use_sliding_window": types["sliding_window"] is not None} | _one_rope(model)
-
-
-def _exaone4(c: dict) -> list[LayerKind]:
-    """With a window anywhere, the full layers have no positions; without one, every layer rotates."""
-    window, rope = c.get("sliding_window"), _rope(c, 10_000.0)
-    types = _types(c if window else c | {"sliding_window_pattern": None})
-    return [_kind(_window(c, kind), rope if not window or kind == LOCAL else None, qk_norm="rms") for kind in types]
-
-
-def _exaone4_layout(model: Model) -> dict:
-    types = _layer_types(model)
-    if any(model.kinds[letter].rope_theta is None for letter in model.layers):
-        types["sliding_window"] = types["sliding_window"] or 4096  # no layer has it; it says that full ones do not rotate
-    return types | _one_rope(model)
-
-
-def _olmo3(c: dict) -> list[LayerKind]:
-    ropes = _rope_by_type(c, (None, 500_000.0), 500_000.0)
-    return [_kind(_window(c, kind), ropes[kind], qk_norm="rms", qk_norm_scope="projection") for kind in _types(c)]
-
-
-def _gemma3(c: dict) -> list[LayerKind]:
-    ropes = _rope_by_type(c, ("rope_local_base_freq", 10_000.0), 1_000_000.0)
-    scale = float(c["query_pre_attn_scalar"]) ** -0.5
-    return [_kind(_window(c, kind), ropes[kind], qk_norm="rms_plus1", scale=scale) for kind in _types(c)]
-
-
-def _gemma3_layout(model: Model) -> dict:
-    scale = model.kinds[model.pattern[0]].scale
-    scalar = round(model.head_dim if scale is None else scale**-2)
-    return _layer_types(model) | _rope_of_each(model, "rope_local_base_freq") | {"query_pre_attn_scalar": scalar}
-
-
-def _afmoe(c: dict) -> list[LayerKind]:
-    if c["num_dense_layers"] < c["num_hidden_layers"]:
-        raise ValueError(
-            f"config.json has num_dense_layers={c['num_dense_layers']} of {c['num_hidden_layers']} layers; "
-            "experts are not built here, so of afmoe only dense models can be read"
-        )
-    rope, every = _rope(c, 10_000.0), c["global_attn_every_n_layers"]
-    types = _types({"sliding_window_pattern": every} | c)
-    return [_kind(_window(c, t), rope if t == LOCAL else None, qk_norm="rms", gate="projection") for t in types]
-
-
-def _afmoe_layout(model: Model) -> dict:
-    more = {"num_dense_layers": model.num_layers, "mup_enabled": model.embed_scale != 1.0}
-    return _layer_types(model) | _one_rope(model) | more
 
 
 COHERE = {"block": "parallel", "norm": "layernorm", "rope_layout": "interleaved", "embed_scale": 1.0, "logit_softcap": None}
@@ -459,34 +222,32 @@ NO_BIAS = {"attention_bias": False}
 FAMILIES = {
     "cohere2": Family(
         "Cohere2ForCausalLM", COHERE, COHERE_FIELDS, COHERE_DEFAULTS | {"sliding_window_pattern": 4, "sliding_window": 4096},
-        NO_BIAS, _cohere2, lambda model: _layer_types(model) | _one_rope(model), {"norm/weight": "input_layernorm.weight"},
+        NO_BIAS, layers.cohere2_kinds, layers.cohere2_layout, {"norm/weight": "input_layernorm.weight"},
     ),
     "cohere": Family(
         "CohereForCausalLM", COHERE, COHERE_FIELDS, COHERE_DEFAULTS | {"use_qk_norm": False},
-        NO_BIAS, _cohere,
-        lambda model: {"use_qk_norm": model.kinds[model.pattern[0]].qk_norm != "none"} | _one_rope(model),
-        {"norm/weight": "input_layernorm.weight"} | HEAD_NORMS,
+        NO_BIAS, layers.cohere_kinds, layers.cohere_layout, {"norm/weight": "input_layernorm.weight"} | HEAD_NORMS,
     ),
     "llama": Family(
         "LlamaForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
-        NO_BIAS | {"mlp_bias": False}, _llama, _one_rope, PRE,
+        NO_BIAS | {"mlp_bias": False}, layers.llama_kinds, layers.llama_layout, PRE,
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "no_rope_layer_interval": 4, "num_key_value_heads": 4},
-        NO_BIAS | {"mlp_bias": False}, _smollm3, _smollm3_layout, PRE,
+        NO_BIAS | {"mlp_bias": False}, layers.smollm3_kinds, layers.smollm3_layout, PRE,
     ),
     "exaone4": Family(
         "Exaone4ForCausalLM", LLAMA | {"block": "post"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window_pattern": 4, "sliding_window": 4096,
                   "num_key_value_heads": 32},
-        {}, _exaone4, _exaone4_layout, POST | HEAD_NORMS,
+        {}, layers.exaone4_kinds, layers.exaone4_layout, POST | HEAD_NORMS,
     ),
     "olmo3": Family(
         "Olmo3ForCausalLM", LLAMA | {"block": "post"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window_pattern": 4, "sliding_window": 4096},
-        NO_BIAS, _olmo3, lambda model: _layer_types(model) | _rope_of_each(model, None), POST | HEAD_NORMS,
+        NO_BIAS, layers.olmo3_kinds, layers.olmo3_layout, POST | HEAD_NORMS,
         flat=tuple(HEAD_NORMS),
     ),
     "gemma3_text": Family(
@@ -496,7 +257,8 @@ FAMILIES = {
         {"initializer_range": 0.02, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "head_dim": 256,
          "num_key_value_heads": 4, "tie_word_embeddings": True, "sliding_window_pattern": 6, "sliding_window": 4096,
          "query_pre_attn_scalar": 256, "final_logit_softcapping": None},
-        NO_BIAS | {"attn_logit_softcapping": None, "use_bidirectional_attention": False}, _gemma3, _gemma3_layout,
+        NO_BIAS | {"attn_logit_softcapping": None, "use_bidirectional_attention": False},
+        layers.gemma3_kinds, layers.gemma3_layout,
         {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "pre_feedforward_layernorm.weight"}
         | POST | HEAD_NORMS,
         scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5},
@@ -505,7 +267,7 @@ FAMILIES = {
         "AfmoeForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "head_dim": 128, "num_dense_layers": 1,
                   "global_attn_every_n_layers": 4, "sliding_window": 1024},
-        NO_BIAS, _afmoe, _afmoe_layout,
+        NO_BIAS, layers.afmoe_kinds, layers.afmoe_layout,
         {"attention_norm/weight": "input_layernorm.weight", "attention_post_norm/weight": "post_attention_layernorm.weight",
          "mlp_norm/weight": "pre_mlp_layernorm.weight", "mlp_post_norm/weight": "post_mlp_layernorm.weight",
          "attention/gate": "self_attn.gate_proj.weight"} | HEAD_NORMS,
