@@ -21,6 +21,7 @@ from conftest import RUN, mesh_of, on_mesh, random_params, tiny
 from hybrid_attn import checkpoint, config
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import apply, flops, logits
+from hybrid_attn.train import loop
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = {path.name: path for path in sorted((ROOT / "tests" / "golden").iterdir())}
@@ -363,10 +364,10 @@ def run_tool(name, *args):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp_path):
+def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp_path, one_device):
     edit(exported, eos_token_id=3, max_position_embeddings=500_000)
     (exported / "tokenizer.json").write_text("{}")
-    done = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'ours'}")
+    done = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'ours'}", "--optimiser")
     assert done.returncode == 0 and "parameters of cohere2, with config.json, tokenizer.json" in done.stdout, done.stderr
     saved = config.build(checkpoint.read_config(tmp_path / "ours"))
     assert checkpoint.steps(tmp_path / "ours") == [0]
@@ -375,6 +376,12 @@ def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flops.shapes(saved.model))
     wanted = read(exported)[1]
     assert_same(checkpoint.read_params(tmp_path / "ours", bare), wanted)
+
+    checkpoints = checkpoint.Checkpoints(tmp_path / "ours", keep=1, every=1)
+    state, start = loop.first_state(saved, one_device, checkpoints)  # as training does
+    checkpoints.close()
+    assert start == 0
+    assert_same(state.params, wanted)
 
     done = run_tool("export_hf", f"--checkpoint={tmp_path / 'ours'}", f"--out={tmp_path / 'theirs'}")
     assert done.returncode == 0 and "Cohere2ForCausalLM in float32" in done.stdout, done.stderr

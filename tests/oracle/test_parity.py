@@ -1,9 +1,11 @@
 """Against the library that defines the families, on random models: `make test-oracle`, which installs it."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, on_mesh, tiny
+from conftest import RUN, on_mesh, random_params, tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -11,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from hybrid_attn import config  # noqa: E402
 from hybrid_attn.convert import families, hf  # noqa: E402
 from hybrid_attn.model import apply, flops, logits  # noqa: E402
+from hybrid_attn.train.optim import optimiser  # noqa: E402
 from hybrid_attn.train.step import TrainState, make_step  # noqa: E402
 
 WINDOW = 6
@@ -45,7 +48,7 @@ def theirs(request, tmp_path):
     """A random model of the library, saved with its own spelling of config.json."""
     values = {"model_type": request.param.split()[0]} | SIZES | CASES[request.param]
     (tmp_path / "given").mkdir()
-    hf._write_json(tmp_path / "given" / "config.json", values)
+    (tmp_path / "given" / "config.json").write_text(json.dumps(values))
     torch.manual_seed(len(request.param))
     described = transformers.AutoConfig.from_pretrained(tmp_path / "given")
     model = transformers.AutoModelForCausalLM.from_config(described).float().eval()
@@ -119,8 +122,6 @@ def one_training_step(model, params):
     batch |= {"positions": np.tile(np.arange(16, dtype=np.int32), (2, 1)), "segments": np.ones(shape, np.int32)}
     batch |= {"weights": np.ones(shape, np.float32)}
     with_rows = on_mesh(batch) | {"bytes": jax.device_put(np.ones(2, np.float32))}
-    from hybrid_attn.train.optim import optimiser
-
     state = TrainState(jax.numpy.int32(0), params, optimiser(c.optim, c.total_steps).init(params))
     return make_step(c, RUN)(state, with_rows)[0].params
 
@@ -140,11 +141,10 @@ def test_logits_agree_at_every_length_and_after_training_in_both_directions(thei
     assert np.abs(ours_after - their_logits(model, tokens, mask)).max() > 0.01
 
 
-@pytest.mark.parametrize("pattern", ["LLLG", "G", "GL", "LLGLLLG"])
-def test_a_model_made_here_opens_as_cohere2(pattern, tmp_path, one_device):
-    from conftest import random_params
-
-    model = tiny({"model.pattern": pattern, "model.num_layers": 5, "model.vocab_size": 61}).model
+@pytest.mark.parametrize(("pattern", "head_dim"), [("LLLG", 8), ("G", 8), ("GL", 12), ("LLGLLLG", 6)])
+def test_a_model_made_here_opens_as_cohere2(pattern, head_dim, tmp_path, one_device):
+    changes = {"pattern": pattern, "num_layers": 5, "vocab_size": 61, "head_dim": head_dim}
+    model = tiny({f"model.{key}": value for key, value in changes.items()}).model
     params = random_params(model)
     again = opened(export(tmp_path / "out", model, params, None))
     assert again.config.model_type == "cohere2"
