@@ -162,10 +162,10 @@ def _types(c: dict) -> list[str]:
 
 
 def _layer_types(model: Model) -> dict:
-    """`layer_types` and the `sliding_window` of the first layer that has one."""
+    """`layer_types` and the `sliding_window` of the first layer that has one; some implementations want one regardless."""
     windows = [model.kinds[letter].window for letter in model.layers]
     types = [FULL if window is None else LOCAL for window in windows]
-    return {"layer_types": types, "sliding_window": next((w for w in windows if w is not None), None)}
+    return {"layer_types": types, "sliding_window": next((w for w in windows if w is not None), 4096)}
 
 
 def _kind(window: int | None, rope: tuple[float, RopeScaling] | None, **changes) -> LayerKind:
@@ -220,7 +220,7 @@ def smollm3_layout(model: Model) -> dict:
     kinds = [model.kinds[letter] for letter in model.layers]
     types = _layer_types(model)
     rotates = [int(kind.rope_theta is not None) for kind in kinds]
-    return types | {"no_rope_layers": rotates, "use_sliding_window": types["sliding_window"] is not None} | _one_rope(model)
+    return types | {"no_rope_layers": rotates, "use_sliding_window": LOCAL in types["layer_types"]} | _one_rope(model)
 
 
 def exaone4_kinds(c: dict) -> list[LayerKind]:
@@ -231,9 +231,9 @@ def exaone4_kinds(c: dict) -> list[LayerKind]:
 
 
 def exaone4_layout(model: Model) -> dict:
-    types = _layer_types(model)
-    if any(model.kinds[letter].rope_theta is None for letter in model.layers):
-        types["sliding_window"] = types["sliding_window"] or 4096  # no layer has it; it says that full ones do not rotate
+    kinds, types = [model.kinds[letter] for letter in model.layers], _layer_types(model)
+    if all(kind.window is None and kind.rope_theta is not None for kind in kinds):
+        types["sliding_window"] = None  # which says that full layers rotate
     return types | _one_rope(model)
 
 
