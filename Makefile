@@ -1,4 +1,4 @@
-# make train, make test, make lint, make clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
+# make train, make test, make test-oracle, make lint, make clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
 #   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.optim.lr=1e-3"
 PYTHON ?= python3
 CONFIG ?= configs/hybrid_8k.py
@@ -10,13 +10,17 @@ CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
 VENV_PYTHON := .venv/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: train test lint clean
+.PHONY: train test test-oracle lint clean
 
 train: .venv/.train
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
 
 test: .venv/.test
 	$(VENV_PYTHON) -m pytest $(ARGS)
+
+# Against the library that defines the families of docs/families.md, which brings PyTorch.
+test-oracle: .venv/.oracle
+	$(VENV_PYTHON) -m pytest tests/oracle $(ARGS)
 
 lint: .venv/.test
 	$(VENV_PYTHON) -m ruff check .
@@ -39,4 +43,8 @@ clean:
 
 .venv/.test: .venv/.train
 	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+.venv/.oracle: .venv/.test
+	$(INSTALL) --editable '.[dev,oracle]'
 	@touch $@
