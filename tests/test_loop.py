@@ -190,7 +190,9 @@ PROGRAM = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(ROOT /
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config.optim.lrr=1"], "lr"),
+        (["--config.optim.lrr=1"], "unknown config key 'lrr'; did you mean 'lr'?"),
+        (["--config=configs/none.py"], "configs/none.py: no such file"),
+        (["--config=configs/hybrid_8k.py:7b"], "no size '7b'; it has small, 150m, 1b, 8b"),
         (["--config.model.kinds.L.window=0"], "window=0 must be at least 1"),
         (["--config.model.num_kv_heads=3"], "num_heads=2 is not a multiple of model.num_kv_heads=3"),
         (["--config.data.paths=('/nowhere/*',)"], "matches no file"),
