@@ -17,7 +17,7 @@ def get_config():
     m.kinds.G = base.kind()
     m.d_model, m.d_ff, m.vocab_size = 4096, 14_336, 256_000
     m.num_heads, m.num_kv_heads, m.head_dim = 32, 8, 128
-    m.logit_scale = 0.25
+    m.logit_scale, m.init_std = 0.25, 0.02
     c.mesh.data, c.mesh.fsdp = 1, -1
     c.optim.lr = 3e-4  # not published; the value of configs/hybrid_8k.py:8b
     c.optim.warmup_steps = 2000
