@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -31,16 +32,23 @@ HYBRID = tiny(
 ).model  # what cohere2 says, with a tail
 
 
+@functools.cache
+def abstract(model, mesh):
+    """`flops.shapes` on a mesh, which is in force; most of these tests would spend their time there."""
+    return flops.shapes(model)
+
+
 def shapes_of(model) -> dict:
-    return {path: x.shape for path, x in hf.flat(flops.shapes(model)).items()}
+    return {path: x.shape for path, x in hf.flat(abstract(model, jax.sharding.get_mesh())).items()}
 
 
 def read(directory, dtype="float32"):
     """(model, parameters) of a directory, on the mesh in force."""
     described = hf.read_config(directory)
     model = families.model_of(described)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), flops.shapes(model))
-    return model, hf.read_params(directory, model, described["model_type"], abstract)
+    shapes = abstract(model, jax.sharding.get_mesh())
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), shapes)
+    return model, hf.read_params(directory, model, described["model_type"], wanted)
 
 
 def write(directory, model, params, model_type=None, dtype="float32", shard_bytes=10**9):
@@ -98,8 +106,7 @@ def test_logits_are_those_of_the_familys_own_implementation(case, one_device):
 @pytest.mark.parametrize("case", GOLDEN)
 def test_export_then_import_is_the_identity_in_shards_of_any_size(case, tmp_path, one_device):
     model_type = hf.read_config(GOLDEN[case])["model_type"]
-    model, _ = read(GOLDEN[case])
-    params = random_params(model)
+    model, params = read(GOLDEN[case])
     directory = write(tmp_path / "out", model, params, model_type, shard_bytes=20_000)
     assert (directory / "model.safetensors.index.json").exists() and len(list(directory.glob("*.safetensors"))) > 1
     assert all(path.stat().st_size < 24_000 for path in directory.glob("*.safetensors"))
@@ -121,8 +128,7 @@ def test_bfloat16_is_the_nearest_and_goes_round_without_loss(tmp_path, one_devic
 
 
 def test_parameters_come_onto_any_mesh(exported):
-    with jax.set_mesh(mesh_of()):
-        wanted = jax.device_get(read(exported)[1])
+    wanted = jax.device_get(random_params(HYBRID))
     with jax.set_mesh(mesh_of(1, 2, 1, 2)):
         params = read(exported)[1]
         shardings = [x.sharding.spec for x in jax.tree.leaves(flops.shapes(HYBRID))]
@@ -378,7 +384,7 @@ def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp
     assert_same(checkpoint.read_params(tmp_path / "ours", bare), wanted)
 
     checkpoints = checkpoint.Checkpoints(tmp_path / "ours", keep=1, every=1)
-    state, start = loop.first_state(saved, one_device, checkpoints)  # as training does
+    state, start = loop.first_state(saved, jax.sharding.get_mesh(), checkpoints)  # as training does
     checkpoints.close()
     assert start == 0
     assert_same(state.params, wanted)
