@@ -49,8 +49,8 @@ def get_config() -> ConfigDict:
     m.pattern = "LLLG"  # one letter a layer, repeated: three local layers to one global (arXiv 2501.18795)
     m.num_layers = 4
     m.d_model = 128
-    m.num_heads = 4
-    m.num_kv_heads = 2
+    m.num_heads = 2
+    m.num_kv_heads = 1
     m.head_dim = 32
     m.d_ff = 384  # gated feed-forward; 3 * d_model has the parameters of a plain one of 4.5 * d_model
     m.block = "parallel"  # parallel (Command R) | pre (Llama) | post (OLMo 2) | sandwich (Gemma)
@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     m.embed_scale = 1.0
     m.logit_scale = 1.0  # Command R7B: 0.25
     m.logit_softcap = None  # Gemma 2: 30
-    m.init_std = 0.02  # normal; the family's own value
+    m.init_std = 0.08  # of a normal; about d_model ** -0.5: at 0.02 a narrow model learns to attend too slowly
     m.kinds = ConfigDict()
     m.kinds.L = kind(
         window=512, rope_theta=10_000.0
@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     c.data.prefetch = 2  # batches read ahead
 
     o = c.optim = ConfigDict()
-    o.lr = 3e-3  # peak; small models bear high rates
+    o.lr = 6e-3  # peak; small models bear high rates
     o.b1 = 0.9
     o.b2 = 0.95  # shorter memory than 0.999: the usual choice for language models
     o.eps = 1e-8

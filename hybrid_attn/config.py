@@ -294,6 +294,11 @@ def build(values: Mapping) -> Config:
     return _build(Config, _plain(values), "config")
 
 
+def build_model(values: Mapping) -> Model:
+    """A checked `Model` alone, as `build` makes it."""
+    return _build(Model, _plain(values), "model")
+
+
 def to_dict(config) -> dict:
     """The nested plain dict that `build` takes, fit for JSON."""
     return _plain(dataclasses.asdict(config))

@@ -190,9 +190,11 @@ PROGRAM = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(ROOT /
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config.optim.lrr=1"], "lr"),
+        (["--config.optim.lrr=1"], "unknown config key 'lrr'; did you mean 'lr'?"),
+        (["--config=configs/none.py"], "configs/none.py: no such file"),
+        (["--config=configs/hybrid_8k.py:7b"], "no size '7b'; it has small, 150m, 1b, 8b"),
         (["--config.model.kinds.L.window=0"], "window=0 must be at least 1"),
-        (["--config.model.num_heads=3"], "num_heads=3 is not a multiple of model.num_kv_heads=2"),
+        (["--config.model.num_kv_heads=3"], "num_heads=2 is not a multiple of model.num_kv_heads=3"),
         (["--config.data.paths=('/nowhere/*',)"], "matches no file"),
     ],
 )
@@ -205,8 +207,8 @@ def test_the_program_says_what_is_wrong_in_a_line(arguments, message, tmp_path):
 
 
 SMALL = (
-    "--config.stages[0].steps=100000", "--config.model.d_model=32", "--config.model.d_ff=32", "--config.model.head_dim=8", "--config.stages[0].seq_len=64",
-    "--config.train.log_every=1", "--config.evals.tokens=256",
+    "--config.stages[0].steps=100000", "--config.stages[0].seq_len=64", "--config.train.log_every=1",
+    "--config.evals.tokens=256", "--config.model.d_model=32", "--config.model.d_ff=32", "--config.model.head_dim=8",
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def token_losses(model: Model, table_VD: jax.Array, x_BTD: jax.Array, targets_BT
 
     specs = (ACT_BTD, P("tensor", None), TOKENS_BT)
     return jax.shard_map(shard, in_specs=specs, out_specs=(TOKENS_BT, TOKENS_BT), check_vma=False)(
-        x_BTD, gathered(table_VD.astype(x_BTD.dtype)), targets_BT
+        jax.reshard(x_BTD, ACT_BTD), gathered(table_VD.astype(x_BTD.dtype)), jax.reshard(targets_BT, TOKENS_BT)
     )
 
 

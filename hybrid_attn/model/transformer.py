@@ -152,9 +152,20 @@ def init(model: Model, key: jax.Array) -> dict:
 
 def apply(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
     """Final normed activations [B, T, D] of int32 tokens; positions restart with each document, segment 0 is padding."""
+    tokens_BT, pos_BT, seg_BT = (jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT))
     return nnx.merge(_graph(model), params)(tokens_BT, pos_BT, seg_BT, run)
 
 
 def unembedding(model: Model, params: dict) -> jax.Array:
     """The [V, D] table whose products with the activations are the logits, before `logit_scale` and `logit_softcap`."""
     return params["embed"] if model.tie_embeddings else params["unembed"]
+
+
+def logits(model: Model, params: dict, x_BTD: jax.Array) -> jax.Array:
+    """All logits [B, T, V] in float32 of the final normed activations; the loss never builds them (`loss.token_losses`)."""
+    table_VD = gathered(unembedding(model, params).astype(x_BTD.dtype))
+    logits_BTV = model.logit_scale * jnp.einsum(
+        "BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32, out_sharding=P(BATCH, "context", "tensor")
+    )
+    cap = model.logit_softcap
+    return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)

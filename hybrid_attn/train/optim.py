@@ -15,15 +15,18 @@ UNDECAYED = (
 
 
 def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then a cosine, or a constant with a linear decay at the end (WSD)."""
+    """Learning rate by step: a linear warm-up, then a cosine, or a constant with a linear decay at the end (WSD).
+
+    The last step has the last rate.
+    """
     warmup = min(optim.warmup_steps, total_steps - 1)
     last = optim.final_lr_ratio * optim.lr
     rise = optax.linear_schedule(optim.lr / max(warmup, 1), optim.lr, max(warmup - 1, 1))
     if optim.schedule == "cosine":
-        fall = optax.cosine_decay_schedule(optim.lr, total_steps - warmup, alpha=optim.final_lr_ratio)
+        fall = optax.cosine_decay_schedule(optim.lr, max(total_steps - warmup - 1, 1), alpha=optim.final_lr_ratio)
         return optax.join_schedules([rise, fall], [warmup])
     decay = min(max(round(optim.decay_fraction * total_steps), 1), total_steps - warmup)
-    fall = optax.linear_schedule(optim.lr, last, decay)
+    fall = optax.linear_schedule(optim.lr, last, max(decay - 1, 1))
     return optax.join_schedules([rise, optax.constant_schedule(optim.lr), fall], [warmup, total_steps - decay])
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints of other formats: `families` is the table of model families, `hf` reads and writes their directories."""

@@ -1,0 +1,276 @@
+"""Families of public models as values of our fields: for each, its config.json and its tensor names, both ways.
+
+`model_of` reads a config.json, `config_json` writes one and refuses what the family cannot say, `tensors` names the arrays.
+Where a config.json is silent, `defaults` holds what the family's own implementation takes.
+"""
+
+import dataclasses
+import math
+import string
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from hybrid_attn import config
+from hybrid_attn.config import LayerKind, Model
+from hybrid_attn.convert import layers
+
+USUAL_LETTERS = {(True, True): "L", (True, False): "W", (False, False): "G", (False, True): "R"}  # window, rope
+NULLABLE = ("sliding_window", "final_logit_softcapping")  # of which null does not mean the default
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "initializer_range": "init_std",
+    "tie_word_embeddings": "tie_embeddings",
+}
+LAYER = {  # path below a layer of ours -> name below `model.layers.N.`
+    "attention/q": "self_attn.q_proj.weight",
+    "attention/k": "self_attn.k_proj.weight",
+    "attention/v": "self_attn.v_proj.weight",
+    "attention/o": "self_attn.o_proj.weight",
+    "mlp/gate": "mlp.gate_proj.weight",
+    "mlp/up": "mlp.up_proj.weight",
+    "mlp/down": "mlp.down_proj.weight",
+}
+HEAD_NORMS = {"attention/q_norm/weight": "self_attn.q_norm.weight", "attention/k_norm/weight": "self_attn.k_norm.weight"}
+PRE = {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "post_attention_layernorm.weight"}
+POST = {
+    "attention_post_norm/weight": "post_attention_layernorm.weight",
+    "mlp_post_norm/weight": "post_feedforward_layernorm.weight",
+}
+TOP = {"embed": "model.embed_tokens.weight", "final_norm/weight": "model.norm.weight", "unembed": "lm_head.weight"}
+# Their matrices are [out, in], ours [in, out], with heads as axes of their own; this many leading axes of ours are `in`.
+INPUT_AXES = {name: 1 for name in ("attention/q", "attention/k", "attention/v", "attention/gate", "mlp/gate", "mlp/up")}
+INPUT_AXES |= {"attention/o": 2, "mlp/down": 1}
+
+
+class Family(NamedTuple):
+    """One family. `kinds` gives the kind of every layer of a config.json; `layout` the fields that bring it back."""
+
+    architecture: str
+    fixed: dict  # Model fields that every model of the family has
+    fields: dict  # config.json field -> Model field, besides FIELDS
+    defaults: dict
+    required: dict  # config.json fields of which we compute only this value
+    kinds: Callable[[dict], list[LayerKind]]
+    layout: Callable[[Model], dict]
+    layer: dict  # path of a layer's leaf -> tensor name, besides LAYER
+    flat: tuple[str, ...] = ()  # leaves of which their tensor has one axis
+    scales: Callable[[dict], dict] = lambda c: {}  # Model fields that follow from several of config.json
+
+
+class Tensor(NamedTuple):
+    """One array of a safetensors file: a leaf of ours, or one period of it. `shape` is theirs; see `ours` and `theirs`."""
+
+    name: str
+    path: str
+    period: int | None
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def ours(self, x, shape: tuple[int, ...]):
+        """Their array in our axes; `shape` is ours, without the axis of periods."""
+        return (x.T if self.transposed else x).reshape(shape)
+
+    def theirs(self, x):
+        """Our array (one period of it) in their axes."""
+        return x.reshape(self.shape[::-1]).T if self.transposed else x.reshape(self.shape)
+
+
+def family_of(model_type: str | None) -> Family:
+    if model_type not in FAMILIES:
+        raise ValueError(f"config.json has model_type={model_type!r}; known families: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def model_of(config_json: Mapping) -> Model:
+    """The model that a config.json describes; ValueError where the family, or one of its features, is not ours."""
+    family = family_of(config_json.get("model_type"))
+    said = {key: value for key, value in config_json.items() if value is not None or key in NULLABLE}
+    c = {**family.defaults, **said}
+    missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if not isinstance(c[key], int) or c[key] < 1:
+            raise ValueError(f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
+    c.setdefault("num_key_value_heads", c["num_attention_heads"])
+    c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    for key, wanted in family.required.items():
+        if c.get(key, wanted) != wanted:
+            raise ValueError(f"config.json has {key}={c[key]!r}; of {c['model_type']}, only {key}={wanted!r} is built here")
+    values = {ours: c[key] for key, ours in (FIELDS | family.fields).items()} | family.fixed | family.scales(c)
+    if values["activation"] not in ACTIVATIONS:
+        raise ValueError(f"config.json has activation {values['activation']!r}; known: {', '.join(ACTIVATIONS)}")
+    values["activation"] = ACTIVATIONS[values["activation"]]
+    try:
+        pattern, kinds = _pattern(family.kinds(c), c["num_hidden_layers"])
+    except KeyError as cause:
+        raise ValueError(f"config.json lacks {cause} where it describes its layers or their rotation") from cause
+    except TypeError as cause:
+        raise ValueError(f"config.json describes its layers with a value of the wrong type: {cause}") from cause
+    return config.build_model(values | {"pattern": pattern, "kinds": kinds})
+
+
+def config_json(model: Model, model_type: str, max_len: int) -> dict:
+    """The config.json of `model` as `model_type`, for texts up to `max_len` tokens.
+
+    ValueError with a line for each field that would not come back the same.
+    """
+    family = family_of(model_type)
+    back = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    values = {theirs: getattr(model, ours) for theirs, ours in (FIELDS | family.fields).items()}
+    values |= {key: back[value] for key, value in values.items() if (FIELDS | family.fields)[key] == "activation"}
+    if "head_dim" not in family.defaults and model.head_dim * model.num_heads == model.d_model:
+        values.pop("head_dim")  # families that derive it do not know the field
+    out = {"architectures": [family.architecture], "model_type": model_type, "max_position_embeddings": max_len}
+    out |= values | family.required | family.layout(model)
+    lines = differences(model, model_of(out))
+    if lines:
+        raise ValueError(f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
+    return out
+
+
+def expressing(model: Model) -> str:
+    """The first family that expresses `model`; ValueError with the nearest one and what stands in its way."""
+    causes = {}
+    for model_type in FAMILIES:
+        try:
+            config_json(model, model_type, 1)
+            return model_type
+        except ValueError as cause:
+            causes[model_type] = str(cause)
+    nearest = min(causes.values(), key=lambda text: text.count("\n"))
+    raise ValueError(f"no family expresses this model ({', '.join(FAMILIES)}); the nearest:\n{nearest}")
+
+
+def differences(ours: Model, theirs: Model) -> list[str]:
+    """Lines `model.field: ours -> theirs` where the two compute different functions; letters of the pattern do not count."""
+    a, b = _essence(ours), _essence(theirs)
+    if not (_rotates(ours) and _rotates(theirs)):
+        del a["rope_layout"], b["rope_layout"]
+    kinds = {"kinds": {}}, {"kinds": {}}
+    for letter, mine, other in zip(ours.layers, a.pop("layers"), b.pop("layers"), strict=False):
+        if mine != other or letter not in kinds[0]["kinds"]:
+            kinds[0]["kinds"][letter], kinds[1]["kinds"][letter] = mine, other
+    return config.differences(a | kinds[0], b | kinds[1], "  model.")
+
+
+def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+    """Every tensor of the family's files, for leaves of these paths and shapes, leaf by leaf."""
+    family, found = family_of(model_type), []
+    names = LAYER | family.layer
+    for path, shape in shapes.items():
+        if path in TOP:
+            found.append(Tensor(TOP[path], path, None, tuple(shape), False))
+            continue
+        part, slot, leaf = path.split("/", 2)
+        if leaf not in names:
+            raise ValueError(f"{model_type} has no tensor for {path}")
+        first, step = int(slot[1:]), len(model.pattern)
+        stacked = part == "periods"
+        inner = tuple(shape[1:]) if stacked else tuple(shape)
+        axes = INPUT_AXES.get(leaf)
+        theirs = (math.prod(inner[axes:]), math.prod(inner[:axes])) if axes else inner
+        theirs = (math.prod(inner),) if leaf in family.flat else theirs
+        for period in range(model.num_periods) if stacked else (model.num_periods,):
+            name = f"model.layers.{period * step + first}.{names[leaf]}"
+            found.append(Tensor(name, path, period if stacked else None, theirs, bool(axes)))
+    return found
+
+
+def _pattern(kinds: list[LayerKind], num_layers: int) -> tuple[str, dict]:
+    """The shortest pattern that repeats to these kinds, and what its letters mean."""
+    if len(kinds) != num_layers:
+        raise ValueError(f"config.json names the types of {len(kinds)} layers and has num_hidden_layers={num_layers}")
+    names: dict[LayerKind, str] = {}
+    for kind in kinds:
+        if kind not in names:
+            usual = USUAL_LETTERS[kind.window is not None, kind.rope_theta is not None]
+            names[kind] = next(x for x in usual + string.ascii_uppercase if x not in names.values())
+    letters = "".join(names[kind] for kind in kinds)
+    period = next(n for n in range(1, num_layers + 1) if letters == (letters[:n] * num_layers)[:num_layers])
+    return letters[:period], {letter: config.to_dict(kind) for kind, letter in names.items()}
+
+
+def _essence(model: Model) -> dict:
+    """The fields of a model, without those that its other fields make meaningless."""
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(Model)}
+    kinds = [model.kinds[letter] for letter in model.layers]
+    values["embed_scale"] = layers.rounded(model.embed_scale)
+    del values["pattern"], values["kinds"]
+    return values | {"layers": [config.to_dict(layers.essential(model, kind)) for kind in kinds]}
+
+
+def _rotates(model: Model) -> bool:
+    return any(model.kinds[letter].rope_theta is not None for letter in model.layers)
+
+
+COHERE = {"block": "parallel", "norm": "layernorm", "rope_layout": "interleaved", "embed_scale": 1.0, "logit_softcap": None}
+LLAMA = {"norm": "rms", "rope_layout": "half", "embed_scale": 1.0, "logit_scale": 1.0, "logit_softcap": None}
+COHERE_FIELDS = {"layer_norm_eps": "norm_eps", "hidden_act": "activation", "logit_scale": "logit_scale"}
+LLAMA_FIELDS = {"rms_norm_eps": "norm_eps", "hidden_act": "activation"}
+COMMON = {"hidden_act": "silu", "initializer_range": 0.02}
+COHERE_DEFAULTS = COMMON | {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
+NO_BIAS = {"attention_bias": False}
+
+FAMILIES = {
+    "cohere2": Family(
+        "Cohere2ForCausalLM", COHERE, COHERE_FIELDS, COHERE_DEFAULTS | {"sliding_window_pattern": 4, "sliding_window": 4096},
+        NO_BIAS, layers.cohere2_kinds, layers.cohere2_layout, {"norm/weight": "input_layernorm.weight"},
+    ),
+    "cohere": Family(
+        "CohereForCausalLM", COHERE, COHERE_FIELDS, COHERE_DEFAULTS | {"use_qk_norm": False},
+        NO_BIAS, layers.cohere_kinds, layers.cohere_layout, {"norm/weight": "input_layernorm.weight"} | HEAD_NORMS,
+    ),
+    "llama": Family(
+        "LlamaForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+        NO_BIAS | {"mlp_bias": False}, layers.llama_kinds, layers.llama_layout, PRE,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "no_rope_layer_interval": 4, "num_key_value_heads": 4},
+        NO_BIAS | {"mlp_bias": False}, layers.smollm3_kinds, layers.smollm3_layout, PRE,
+    ),
+    "exaone4": Family(
+        "Exaone4ForCausalLM", LLAMA | {"block": "post"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window_pattern": 4, "sliding_window": 4096,
+                  "num_key_value_heads": 32},
+        {}, layers.exaone4_kinds, layers.exaone4_layout, POST | HEAD_NORMS,
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM", LLAMA | {"block": "post"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window_pattern": 4, "sliding_window": 4096},
+        NO_BIAS, layers.olmo3_kinds, layers.olmo3_layout, POST | HEAD_NORMS,
+        flat=tuple(HEAD_NORMS),
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {"block": "sandwich", "norm": "rms_plus1", "rope_layout": "half", "logit_scale": 1.0},
+        {"rms_norm_eps": "norm_eps", "hidden_activation": "activation", "final_logit_softcapping": "logit_softcap"},
+        {"initializer_range": 0.02, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "head_dim": 256,
+         "num_key_value_heads": 4, "tie_word_embeddings": True, "sliding_window_pattern": 6, "sliding_window": 4096,
+         "query_pre_attn_scalar": 256, "final_logit_softcapping": None},
+        NO_BIAS | {"attn_logit_softcapping": None, "use_bidirectional_attention": False},
+        layers.gemma3_kinds, layers.gemma3_layout,
+        {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "pre_feedforward_layernorm.weight"}
+        | POST | HEAD_NORMS,
+        scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5},
+    ),
+    "afmoe": Family(
+        "AfmoeForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "head_dim": 128, "num_dense_layers": 1,
+                  "global_attn_every_n_layers": 4, "sliding_window": 1024},
+        NO_BIAS, layers.afmoe_kinds, layers.afmoe_layout,
+        {"attention_norm/weight": "input_layernorm.weight", "attention_post_norm/weight": "post_attention_layernorm.weight",
+         "mlp_norm/weight": "pre_mlp_layernorm.weight", "mlp_post_norm/weight": "post_mlp_layernorm.weight",
+         "attention/gate": "self_attn.gate_proj.weight"} | HEAD_NORMS,
+        scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5 if c.get("mup_enabled") else 1.0},
+    ),
+}  # fmt: skip

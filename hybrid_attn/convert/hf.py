@@ -1,0 +1,272 @@
+"""Hugging Face checkpoint directories: config.json, safetensors in one file or in shards with an index, and companions.
+
+Tensors are read one by one from memory-mapped files and written shard by shard, so the host holds, beyond the arrays
+that it is asked for, one tensor when it reads, and one shard and one leaf when it writes.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.sharding import NamedSharding
+
+from hybrid_attn.config import Model
+from hybrid_attn.convert import families
+from hybrid_attn.convert.families import Tensor
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+COMPANIONS = (  # what travels along: the tokenizer, how to generate, and the config.json that says which tokens are special
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+BUFFERS = (".rotary_emb.inv_freq",)  # old checkpoints carry them; they follow from config.json
+
+
+def read_config(directory: str | os.PathLike) -> dict:
+    """The config.json of `directory`; ValueError if it is not there or not JSON."""
+    return _read_json(Path(directory) / "config.json")
+
+
+def read_params(directory: str | os.PathLike, model: Model, model_type: str, abstract: Any) -> dict:
+    """Parameters of `model` with the shapes, dtypes and shardings of `abstract` (a leaf without one: the first device).
+
+    ValueError, before any array is read, that names every tensor which is missing, of another shape, or not expected.
+    """
+    leaves = flat(abstract)
+    wanted = families.tensors(model, model_type, {path: x.shape for path, x in leaves.items()})
+    with contextlib.ExitStack() as stack:
+        files = _open(Path(directory), stack)
+        _check(directory, files, wanted, model.tie_embeddings)
+        by_leaf = {path: list(group) for path, group in itertools.groupby(wanted, lambda tensor: tensor.path)}
+        return unflat({path: _place(x, by_leaf[path], files) for path, x in leaves.items()})
+
+
+def write(
+    directory: str | os.PathLike,
+    model: Model,
+    config_json: Mapping,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Any],
+    dtype,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes config.json and the tensors in `dtype`; `read` gives the leaf of a path, and is called for one at a time.
+
+    A shard has at most `shard_bytes`, or a single tensor.
+    """
+    directory, dtype = Path(directory), np.dtype(dtype)
+    shards = _shards(families.tensors(model, config_json["model_type"], shapes), dtype.itemsize, shard_bytes)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [SINGLE] if len(shards) == 1 else names
+    path, leaf = None, None
+    for name, shard in zip(names, shards, strict=True):
+        arrays = {}
+        for tensor in shard:
+            if tensor.path != path:
+                leaf = None  # let go of one leaf before the next is read
+                path, leaf = tensor.path, np.asarray(read(tensor.path))
+            arrays[tensor.name] = _theirs(tensor, leaf).astype(dtype, order="C")
+        safetensors.numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        files = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = dtype.itemsize * sum(_size(tensor) for shard in shards for tensor in shard)
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
+    _write_json(directory / "config.json", {**config_json, "dtype": dtype.name})
+
+
+def describe(model: Model, companions: str | os.PathLike, max_len: int, model_type: str | None = None) -> dict:
+    """The config.json of `model`, with special tokens and the longest text of the one in `companions`, if there is one.
+
+    The family is `model_type`, or the companion's where that expresses the model, or the first that does.
+    """
+    path = Path(companions) / "config.json"
+    old = _read_json(path) if path.exists() else {}
+    model_type = model_type or old.get("model_type") or families.expressing(model)
+    longest = max(max_len, old.get("max_position_embeddings") or 0)
+    special = {key: old.get(key) for key in SPECIAL_TOKENS}  # null, since a family's default is an id of its own vocabulary
+    return families.config_json(model, model_type, longest) | special
+
+
+def copy_companions(source: str | os.PathLike, target: str | os.PathLike, without: tuple[str, ...] = ()) -> list[str]:
+    """Copies the tokenizer and its like into `target`, which is made where there is any, and gives their names."""
+    found = [name for name in COMPANIONS if name not in without and (Path(source) / name).is_file()]
+    for name in found:
+        os.makedirs(target, exist_ok=True)
+        shutil.copyfile(Path(source) / name, Path(target) / name)
+    return found
+
+
+@contextlib.contextmanager
+def new_directory(out: str | os.PathLike) -> Iterator[Path]:
+    """A directory to write in, renamed to `out` at the end and removed on failure; ValueError if `out` has content."""
+    out = Path(os.path.abspath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty directory; name another --out, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """The open file of every tensor."""
+    index = directory / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+        except (KeyError, AttributeError) as cause:
+            raise ValueError(f"{index} has no weight_map of tensors to files") from cause
+    else:
+        names = [SINGLE]
+    files = {}
+    for path in (directory / name for name in names):
+        try:
+            file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+        except FileNotFoundError as cause:
+            named = f"which {INDEX} names" if index.exists() else f"and no {INDEX}"
+            raise ValueError(f"{directory} has no {path.name}, {named}") from cause
+        except (OSError, safetensors.SafetensorError) as cause:
+            raise ValueError(f"{path} is not a whole safetensors file: {cause}; fetch it again") from cause
+        files |= dict.fromkeys(file.keys(), file)
+    return files
+
+
+def _check(directory, files: Mapping[str, Any], wanted: list[Tensor], tied: bool) -> None:
+    """ValueError with a line for every tensor that is missing, of another shape, or not expected."""
+    shapes = {tensor.name: tensor.shape for tensor in wanted}
+    lines = []
+    for name, shape in shapes.items():
+        found = tuple(files[name].get_slice(name).get_shape()) if name in files else None
+        if found != shape:
+            lines.append(f"  {name}: {'missing' if found is None else list(found)} -> {list(shape)}")
+    extra = {name for name in files if name not in shapes and not name.endswith(BUFFERS)}
+    head, embed = families.TOP["unembed"], families.TOP["embed"]
+    if tied and head in extra and embed in files and _same(files[head], head, files[embed], embed):
+        extra.discard(head)  # stored twice
+    lines += [f"  {name}: {files[name].get_slice(name).get_shape()} -> not expected" for name in sorted(extra)]
+    if lines:
+        raise ValueError(
+            f"the tensors of {directory} are not those of its config.json (file -> config.json):\n" + "\n".join(lines)
+        )
+
+
+def _same(file_a, name_a: str, file_b, name_b: str) -> bool:
+    a, b = file_a.get_slice(name_a), file_b.get_slice(name_b)
+    rows = a.get_shape()[0]
+    step = max(1, 2**24 // max(1, a.get_shape()[-1]))
+    return a.get_shape() == b.get_shape() and all(
+        np.array_equal(a[i : min(i + step, rows)], b[i : min(i + step, rows)]) for i in range(0, rows, step)
+    )
+
+
+def _place(like, tensors: list[Tensor], files: Mapping[str, Any]) -> jax.Array:
+    """One leaf on its devices; each device's part is put together on the host and read tensor by tensor."""
+    stacked = tensors[0].period is not None
+    inner = like.shape[1:] if stacked else like.shape
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if not stacked:
+            return _read(tensors[0], inner, index, files).astype(like.dtype, copy=False)
+        chosen = tensors[index[0]]
+        shape = [len(range(*where.indices(size))) for where, size in zip(index, like.shape, strict=True)]
+        out = np.empty(shape, like.dtype)
+        for row, tensor in zip(out, chosen, strict=True):
+            row[...] = _read(tensor, inner, index[1:], files)
+        return out
+
+    return jax.make_array_from_callback(like.shape, _sharding(like), part)
+
+
+def _sharding(like) -> jax.sharding.Sharding:
+    """The sharding of an abstract leaf; one that names no devices means those of the mesh in force."""
+    sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+        return NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+    return sharding
+
+
+def _read(tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...], files: Mapping[str, Any]) -> np.ndarray:
+    return tensor.ours(files[tensor.name].get_tensor(tensor.name), shape)[index]
+
+
+def _theirs(tensor: Tensor, leaf: np.ndarray) -> np.ndarray:
+    return tensor.theirs(leaf if tensor.period is None else leaf[tensor.period])
+
+
+def _shards(tensors: list[Tensor], itemsize: int, most: int) -> list[list[Tensor]]:
+    """Tensors in their order, in as few shards as keep to `most` bytes."""
+    shards, used = [], most
+    for tensor in tensors:
+        size = itemsize * _size(tensor)
+        if used + size > most:
+            shards.append([])
+            used = 0
+        shards[-1].append(tensor)
+        used += size
+    return shards
+
+
+def _size(tensor: Tensor) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64))
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Leaves by the path that names them: `periods/L0/attention/q`."""
+    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def unflat(leaves: Mapping[str, Any]) -> dict:
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as cause:
+        raise ValueError(f"{path.parent} has no {path.name}") from cause
+    except (OSError, ValueError) as cause:
+        raise ValueError(f"{path} is not JSON: {cause}") from cause
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object and holds a {type(values).__name__}")
+    return values
+
+
+def _write_json(path: Path, values: Mapping) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

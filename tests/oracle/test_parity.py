@@ -1,0 +1,152 @@
+"""Against the library that defines the families, on random models: `make test-oracle`, which installs it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import RUN, on_mesh, random_params, tiny
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from hybrid_attn import config  # noqa: E402
+from hybrid_attn.convert import families, hf  # noqa: E402
+from hybrid_attn.model import apply, flops, logits  # noqa: E402
+from hybrid_attn.train.optim import optimiser  # noqa: E402
+from hybrid_attn.train.step import TrainState, make_step  # noqa: E402
+
+WINDOW = 6
+LOCAL, FULL = "sliding_attention", "full_attention"
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 0.5}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SIZES = {
+    "vocab_size": 61, "hidden_size": 64, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 6, "max_position_embeddings": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+CASES = {
+    "cohere2": {"sliding_window": WINDOW, "rope_theta": 50_000.0, "logit_scale": 0.25},
+    "cohere": {"rope_theta": 10_000.0},
+    "cohere qk_norm": {"rope_theta": 75_000_000.0, "use_qk_norm": True, "logit_scale": 0.8333},
+    "llama": {"rope_theta": 10_000.0, "num_key_value_heads": 4},
+    "llama llama3": {"rope_theta": 500_000.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True},
+    "llama linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "head_dim": 24},
+    "llama yarn": {"rope_scaling": YARN | {"mscale": 1.5, "mscale_all_dim": 0.5}, "rope_theta": 10_000.0},
+    "smollm3": {"rope_theta": 2_000_000.0},
+    "exaone4": {"rope_theta": 1_000_000.0, "rope_scaling": LLAMA3, "sliding_window": WINDOW, "head_dim": 8},
+    "exaone4 full": {"rope_theta": 1_000_000.0, "sliding_window": None, "layer_types": [FULL] * 6},
+    "olmo3": {"sliding_window": WINDOW, "rope_theta": 500_000.0, "rope_scaling": YARN},
+    "olmo3 older theta": {"sliding_window": WINDOW, "rope_theta": 1000.0},
+    "gemma3_text": {"sliding_window": WINDOW, "head_dim": 24, "query_pre_attn_scalar": 20},
+    "afmoe": {"sliding_window": WINDOW, "head_dim": 8, "num_dense_layers": 6, "mup_enabled": True},
+}
+
+
+@pytest.fixture(params=CASES)
+def theirs(request, tmp_path):
+    """A random model of the library, saved with its own spelling of config.json."""
+    values = {"model_type": request.param.split()[0]} | SIZES | CASES[request.param]
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "config.json").write_text(json.dumps(values))
+    torch.manual_seed(len(request.param))
+    described = transformers.AutoConfig.from_pretrained(tmp_path / "given")
+    model = transformers.AutoModelForCausalLM.from_config(described).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1 or parameter.shape[-1] == 64 // 4:  # norms
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(tmp_path / "theirs")
+    return model, tmp_path / "theirs", values
+
+
+def ours_of(directory):
+    described = hf.read_config(directory)
+    model = families.model_of(described)
+    return model, hf.read_params(directory, model, described["model_type"], flops.shapes(model))
+
+
+def batch_of(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of a whole row, one padded on the left and one padded on the right."""
+    tokens = np.random.default_rng(length).integers(0, SIZES["vocab_size"], (3, length), np.int32)
+    mask = np.ones_like(tokens)
+    mask[1, : length // 3], mask[2, length - length // 4 :] = 0, 0
+    return tokens, mask
+
+
+def our_logits(model, params, tokens, mask):
+    positions = np.tile(np.arange(mask.shape[1], dtype=np.int32), (len(mask), 1))
+    batch = on_mesh({"tokens": tokens, "positions": positions, "segments": mask})
+
+    @jax.jit
+    def run(params, tokens, positions, segments):
+        return logits(model, params, apply(model, params, tokens, positions, segments, RUN))
+
+    return np.asarray(run(params, batch["tokens"], batch["positions"], batch["segments"])) * mask[..., None]
+
+
+def their_logits(model, tokens, mask):
+    with torch.no_grad():
+        out = model(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long())
+    return out.logits.numpy() * mask[..., None]
+
+
+def assert_same_logits(ours, theirs, label):
+    difference = np.abs(ours - theirs).max()
+    print(f"{label}: {difference:.2e} of {np.abs(theirs).max():.2f}")
+    assert np.abs(theirs).max() > 0.1 and difference <= 1e-4
+
+
+def opened(directory):
+    """The exported model as the library opens it; no tensor may be missing, unexpected or of another shape."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, dtype="auto")
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def export(directory, model, params, model_type):
+    directory.mkdir()
+    shapes = {path: x.shape for path, x in hf.flat(flops.shapes(model)).items()}
+    described = hf.describe(model, directory, 256, model_type)
+    hf.write(directory, model, described, shapes, hf.flat(params).get, "float32", 50_000)
+    return directory
+
+
+def one_training_step(model, params):
+    """Parameters after a step of the trainer on a random batch."""
+    c = config.build({**config.to_dict(tiny({"optim.lr": 1e-2, "optim.warmup_steps": 0})), "model": config.to_dict(model)})
+    rng, shape = np.random.default_rng(0), (2, 16)
+    batch = {key: rng.integers(0, model.vocab_size, shape, np.int32) for key in ("tokens", "targets")}
+    batch |= {"positions": np.tile(np.arange(16, dtype=np.int32), (2, 1)), "segments": np.ones(shape, np.int32)}
+    batch |= {"weights": np.ones(shape, np.float32)}
+    with_rows = on_mesh(batch) | {"bytes": jax.device_put(np.ones(2, np.float32))}
+    state = TrainState(jax.numpy.int32(0), params, optimiser(c.optim, c.total_steps).init(params))
+    return make_step(c, RUN)(state, with_rows)[0].params
+
+
+def test_logits_agree_at_every_length_and_after_training_in_both_directions(theirs, tmp_path, one_device):
+    model, directory, given = theirs
+    ours, params = ours_of(directory)
+    assert families.differences(families.model_of(given), ours) == []  # the spelling that was given, and the library's own
+    for length in (WINDOW - 2, WINDOW, 10 * WINDOW + 1):
+        tokens, mask = batch_of(length)
+        assert_same_logits(our_logits(ours, params, tokens, mask), their_logits(model, tokens, mask), length)
+
+    trained = one_training_step(ours, params)
+    again = opened(export(tmp_path / "trained", ours, trained, given["model_type"]))
+    ours_after = our_logits(ours, trained, tokens, mask)
+    assert_same_logits(ours_after, their_logits(again, tokens, mask), "trained")
+    assert np.abs(ours_after - their_logits(model, tokens, mask)).max() > 0.01
+
+
+@pytest.mark.parametrize(("pattern", "head_dim"), [("LLLG", 8), ("G", 8), ("GL", 12), ("LLGLLLG", 6)])
+def test_a_model_made_here_opens_as_cohere2(pattern, head_dim, tmp_path, one_device):
+    changes = {"pattern": pattern, "num_layers": 5, "vocab_size": 61, "head_dim": head_dim}
+    model = tiny({f"model.{key}": value for key, value in changes.items()}).model
+    params = random_params(model)
+    again = opened(export(tmp_path / "out", model, params, None))
+    assert again.config.model_type == "cohere2"
+    tokens, mask = batch_of(31)
+    assert_same_logits(our_logits(model, params, tokens, mask), their_logits(again, tokens, mask), pattern)

@@ -1,0 +1,405 @@
+"""Checkpoints of public families: the logits of their own implementations, there and back again, and what is refused.
+
+`golden/` holds tiny models with the logits that `tools/make_golden.py` took from the library that defines the families.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from conftest import RUN, mesh_of, on_mesh, random_params, tiny
+
+from hybrid_attn import checkpoint, config
+from hybrid_attn.convert import families, hf
+from hybrid_attn.model import apply, flops, logits
+from hybrid_attn.train import loop
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = {path.name: path for path in sorted((ROOT / "tests" / "golden").iterdir())}
+HYBRID = tiny(
+    {"model.num_layers": 5, "model.pattern": "LLG", "model.vocab_size": 40, "model.logit_scale": 0.25},
+    L={"window": 5, "rope_theta": 100.0},
+).model  # what cohere2 says, with a tail
+
+
+@functools.cache
+def abstract(model, mesh):
+    """`flops.shapes` on a mesh, which is in force; most of these tests would spend their time there."""
+    return flops.shapes(model)
+
+
+def shapes_of(model) -> dict:
+    return {path: x.shape for path, x in hf.flat(abstract(model, jax.sharding.get_mesh())).items()}
+
+
+def read(directory, dtype="float32"):
+    """(model, parameters) of a directory, on the mesh in force."""
+    described = hf.read_config(directory)
+    model = families.model_of(described)
+    shapes = abstract(model, jax.sharding.get_mesh())
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), shapes)
+    return model, hf.read_params(directory, model, described["model_type"], wanted)
+
+
+def write(directory, model, params, model_type=None, dtype="float32", shard_bytes=10**9):
+    directory.mkdir()
+    described = hf.describe(model, directory, 64, model_type)
+    hf.write(directory, model, described, shapes_of(model), hf.flat(params).get, dtype, shard_bytes)
+    return directory
+
+
+@pytest.fixture
+def exported(tmp_path, one_device):
+    """A directory of HYBRID as cohere2."""
+    return write(tmp_path / "exported", HYBRID, random_params(HYBRID))
+
+
+def edit(directory, **fields):
+    """Changes config.json; a field that becomes None is taken out."""
+    values = {**hf.read_config(directory), **fields}
+    (directory / "config.json").write_text(json.dumps({key: x for key, x in values.items() if x is not None}))
+
+
+def edit_tensors(directory, change):
+    """Rewrites model.safetensors with `change(arrays)`."""
+    path = directory / "model.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    change(arrays)
+    safetensors.numpy.save_file(arrays, path)
+
+
+def assert_same(got, wanted):
+    got, wanted = hf.flat(got), hf.flat(wanted)
+    assert got.keys() == wanted.keys()
+    for path, x in got.items():
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted[path]), path)
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_logits_are_those_of_the_familys_own_implementation(case, one_device):
+    golden = np.load(GOLDEN[case] / "golden.npz")
+    model, params = read(GOLDEN[case])
+    mask = golden["mask"]
+    positions = np.tile(np.arange(mask.shape[1], dtype=np.int32), (len(mask), 1))
+    batch = on_mesh({"tokens": golden["tokens"], "positions": positions, "segments": mask})
+
+    @jax.jit
+    def run(params, tokens, positions, segments):
+        x_BTD = apply(model, params, tokens, positions, segments, RUN._replace(kernel="reference"))
+        return logits(model, params, x_BTD)
+
+    got = np.asarray(run(params, batch["tokens"], batch["positions"], batch["segments"]))
+    assert np.abs(golden["logits"]).max() > 0.1
+    np.testing.assert_allclose(got * mask[..., None], golden["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_export_then_import_is_the_identity_in_shards_of_any_size(case, tmp_path, one_device):
+    model_type = hf.read_config(GOLDEN[case])["model_type"]
+    model, params = read(GOLDEN[case])
+    directory = write(tmp_path / "out", model, params, model_type, shard_bytes=20_000)
+    assert (directory / "model.safetensors.index.json").exists() and len(list(directory.glob("*.safetensors"))) > 1
+    assert all(path.stat().st_size < 24_000 for path in directory.glob("*.safetensors"))
+    again, same = read(directory)
+    assert again == model
+    assert_same(same, params)
+    one_file = write(tmp_path / "one", model, params, model_type)
+    assert [path.name for path in one_file.glob("*safetensors*")] == ["model.safetensors"]
+    assert_same(read(one_file)[1], params)
+
+
+def test_bfloat16_is_the_nearest_and_goes_round_without_loss(tmp_path, one_device):
+    params = random_params(HYBRID)
+    model, half = read(write(tmp_path / "half", HYBRID, params, dtype="bfloat16"))
+    assert_same(half, jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params))
+    again = read(write(tmp_path / "again", model, half, dtype="bfloat16"), dtype="bfloat16")[1]
+    assert all(x.dtype == "bfloat16" for x in jax.tree.leaves(again))
+    assert_same(again, half)
+
+
+def test_parameters_come_onto_any_mesh(exported):
+    wanted = jax.device_get(random_params(HYBRID))
+    with jax.set_mesh(mesh_of(1, 2, 1, 2)):
+        params = read(exported)[1]
+        shardings = [x.sharding.spec for x in jax.tree.leaves(flops.shapes(HYBRID))]
+        assert [x.sharding.spec for x in jax.tree.leaves(params)] == shardings
+        assert_same(params, wanted)
+
+
+def test_both_spellings_of_a_config_are_one_model():
+    new = hf.read_config(GOLDEN["cohere2"])
+    old = {key: x for key, x in new.items() if key not in ("layer_types", "rope_parameters")}
+    old |= {"sliding_window_pattern": 4, "rope_theta": 50.0, "rope_scaling": None}
+    assert families.model_of(old) == families.model_of(new)
+    assert families.model_of(new).layers == "LLLG"
+
+
+def test_an_exported_config_says_both_spellings(exported):
+    described = hf.read_config(exported)
+    assert described["rope_theta"] == described["rope_parameters"]["rope_theta"] == 100.0
+    older = {key: x for key, x in described.items() if key != "rope_parameters"}
+    assert families.model_of(older) == families.model_of(described)
+    assert families.differences(HYBRID, families.model_of(described)) == []
+
+
+def test_letters_and_periods_do_not_count_when_models_are_compared():
+    spelled = dataclasses.replace(HYBRID, pattern="XXYXX", kinds=config.Table(X=HYBRID.kinds["L"], Y=HYBRID.kinds["G"]))
+    assert families.differences(spelled, HYBRID) == []
+    other = dataclasses.replace(HYBRID, num_layers=4)
+    assert families.differences(HYBRID, other) == ["  model.num_layers: 5 -> 4"]
+
+
+def kind_of(model, letter, **changes):
+    kinds = {**model.kinds, letter: dataclasses.replace(model.kinds[letter], **changes)}
+    return dataclasses.replace(model, kinds=config.Table(kinds))
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        (kind_of(HYBRID, "G", qk_norm="rms"), "model.kinds.G.qk_norm: rms -> none"),
+        (kind_of(HYBRID, "L", sink=True), "model.kinds.L.sink: True -> False"),
+        (kind_of(HYBRID, "G", scale=1.0), r"model.kinds.G.scale: 1.0 -> 0.353553391"),
+        (kind_of(HYBRID, "L", rope_fraction=0.5), "model.kinds.L.rope_fraction: 0.5 -> 1.0"),
+        (dataclasses.replace(HYBRID, logit_softcap=3.0), "model.logit_softcap: 3.0 -> None"),
+        (dataclasses.replace(HYBRID, rope_layout="half"), "model.rope_layout: half -> interleaved"),
+        (dataclasses.replace(HYBRID, block="post"), "model.block: post -> parallel"),
+    ],
+)
+def test_a_model_that_the_family_cannot_express_is_refused_with_the_field(model, field, tmp_path):
+    with pytest.raises(ValueError, match=f"cohere2 cannot express this model.*\n  {field}"):
+        families.config_json(model, "cohere2", 64)
+
+
+def test_a_model_that_no_family_expresses_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="no family expresses this model(.|\n)*cohere2 cannot express.*\n  model.kinds.L.sink"):
+        families.expressing(kind_of(HYBRID, "L", sink=True))
+    assert families.expressing(HYBRID) == "cohere2"
+
+
+def test_an_ntk_stretch_is_written_as_the_theta_that_it_is():
+    scaling = dataclasses.replace(HYBRID.kinds["L"].rope_scaling, type="ntk", factor=2.0)
+    described = families.config_json(kind_of(HYBRID, "L", rope_scaling=scaling), "cohere2", 64)
+    assert described["rope_parameters"]["rope_theta"] == pytest.approx(100.0 * 2 ** (8 / 6))
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("cohere2", {"model_type": "mamba"}, "model_type='mamba'; known families: afmoe, cohere, cohere2"),
+        ("cohere2", {"model_type": None}, "model_type=None"),
+        ("cohere2", {"hidden_size": None, "vocab_size": None}, "config.json lacks vocab_size, hidden_size"),
+        ("cohere2", {"hidden_size": "24"}, "hidden_size='24', which must be a whole number"),
+        ("cohere2", {"layer_types": ["full_attention"] * 3}, "the types of 3 layers and has num_hidden_layers=4"),
+        ("cohere2", {"layer_types": ["chunked_attention"] * 4}, "layer_types chunked_attention; known: sliding_attention"),
+        ("cohere2", {"rope_parameters": {"full_attention": {}}}, "cohere2 has one rotation"),
+        ("cohere2", {"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'; known: default, linear"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "config.json lacks 'factor'"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, "lacks 'high_freq_factor'"),
+        ("llama_yarn", {"rope_parameters": {"rope_type": "yarn"}, "max_position_embeddings": None}, "lacks original_max"),
+        ("cohere2", {"sliding_window": "5"}, "value of the wrong type"),
+        ("llama", {"intermediate_size": 20.5}, "model.d_ff=20.5 must be of type int"),
+        ("cohere2", {"attention_bias": True}, "attention_bias=True; of cohere2, only attention_bias=False"),
+        ("cohere2", {"hidden_act": "relu2"}, "activation 'relu2'; known: silu"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("olmo3", {"rope_parameters": {"rope_theta": 5.0}}, "olmo3 has one for each"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "only use_bidirectional_attention=False"),
+        ("afmoe", {"num_dense_layers": 2}, "num_dense_layers=2 of 4 layers; experts are not built"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 5}, "use_sliding_window=false"),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused_with_its_field(case, fields, message):
+    values = {**hf.read_config(GOLDEN[case]), **fields}
+    with pytest.raises(ValueError, match=message):
+        families.model_of({key: x for key, x in values.items() if x is not None})
+
+
+def test_every_tensor_that_does_not_fit_is_named_at_once(exported):
+    def change(arrays):
+        del arrays["model.norm.weight"]
+        arrays["model.layers.3.mlp.up_proj.weight"] = np.zeros((7, 32), np.float32)
+        arrays["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
+
+    edit_tensors(exported, change)
+    with pytest.raises(ValueError) as error:
+        read(exported)
+    assert str(error.value).split("\n")[1:] == [
+        "  model.norm.weight: missing -> [32]",
+        "  model.layers.3.mlp.up_proj.weight: [7, 32] -> [48, 32]",
+        "  model.layers.0.self_attn.q_proj.bias: [32] -> not expected",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_key_value_heads": 1}, r"k_proj.weight: \[16, 32\] -> \[8, 32\]"),
+        ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, r"model.layers.4.*-> not expected"),
+        ({"vocab_size": 41}, r"embed_tokens.weight: \[40, 32\] -> \[41, 32\]"),
+        ({"tie_word_embeddings": False}, r"lm_head.weight: missing -> \[40, 32\]"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_is_refused(exported, fields, message):
+    edit(exported, **fields)
+    with pytest.raises(ValueError, match=f"not those of its config.json(.|\n)*{message}"):
+        read(exported)
+
+
+def test_a_tied_table_may_be_stored_twice_but_not_differ_and_old_buffers_are_passed_over(exported):
+    wanted = read(exported)[1]
+
+    def twice(arrays):
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
+        arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+
+    edit_tensors(exported, twice)
+    assert_same(read(exported)[1], wanted)
+    edit_tensors(exported, lambda arrays: arrays["lm_head.weight"].__setitem__((39, 31), 5.0))
+    with pytest.raises(ValueError, match="lm_head.weight.*not expected"):
+        read(exported)
+
+
+def test_broken_files_are_named(exported, tmp_path):
+    file = exported / "model.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:-3], whole[:5], b"", b"\xff" * 64):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+            read(exported)
+    file.unlink()
+    with pytest.raises(ValueError, match="has no model.safetensors, and no model.safetensors.index.json"):
+        read(exported)
+    (exported / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    with pytest.raises(ValueError, match="has no model-2.safetensors, which model.safetensors.index.json names"):
+        read(exported)
+    (exported / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        read(exported)
+    with pytest.raises(ValueError, match="has no config.json"):
+        hf.read_config(tmp_path)
+
+
+class Alive:
+    """Bytes of the arrays that it was shown and that still exist; `most` is the highest that they were."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def show(self, x: np.ndarray) -> np.ndarray:
+        self.now += x.nbytes
+        self.most = max(self.most, self.now)
+        weakref.finalize(x, self._gone, x.nbytes)
+        return x
+
+    def _gone(self, nbytes):
+        self.now -= nbytes
+
+
+def test_one_tensor_is_read_at_a_time(exported, monkeypatch):
+    alive, largest, open_file = Alive(), [], safetensors.safe_open
+
+    class Counted:
+        def __init__(self, *args, **kwargs):
+            self.file = open_file(*args, **kwargs)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self.file.__exit__(*args)
+
+        def get_tensor(self, name):
+            x = self.file.get_tensor(name)
+            largest.append(x.nbytes)
+            return alive.show(x)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(hf.safetensors, "safe_open", Counted)
+    with jax.set_mesh(mesh_of(1, 2, 1, 2)):
+        read(exported, dtype="bfloat16")
+    assert len(largest) > 5 * 8
+    assert alive.most == max(largest)
+
+
+def test_one_shard_and_one_leaf_are_held_when_writing(tmp_path, one_device, monkeypatch):
+    params, alive, saved, save_file = hf.flat(random_params(HYBRID)), Alive(), [], safetensors.numpy.save_file
+
+    def leaf(path):
+        assert alive.now == 0
+        return alive.show(np.array(params[path]))
+
+    def save(arrays, *args, **kwargs):
+        saved.append(sum(x.nbytes for x in arrays.values()))
+        assert all(x.base is None for x in arrays.values())  # a view would keep its leaf
+        save_file(arrays, *args, **kwargs)
+
+    monkeypatch.setattr(hf.safetensors.numpy, "save_file", save)
+    hf.write(tmp_path, HYBRID, families.config_json(HYBRID, "cohere2", 64), shapes_of(HYBRID), leaf, "float32", 30_000)
+    assert len(saved) > 3 and max(saved) <= 30_000 < sum(saved)
+
+
+def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt), hf.new_directory(tmp_path / "out") as directory:
+        (directory / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    with hf.new_directory(tmp_path / "out") as directory:
+        (directory / "whole").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="out exists and is not an empty directory"), hf.new_directory(tmp_path / "out"):
+        pass
+
+
+def run_tool(name, *args):
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", *args]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp_path, one_device):
+    edit(exported, eos_token_id=3, max_position_embeddings=500_000)
+    (exported / "tokenizer.json").write_text("{}")
+    done = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'ours'}", "--optimiser")
+    assert done.returncode == 0 and "parameters of cohere2, with config.json, tokenizer.json" in done.stdout, done.stderr
+    saved = config.build(checkpoint.read_config(tmp_path / "ours"))
+    assert checkpoint.steps(tmp_path / "ours") == [0]
+    assert saved.model == families.model_of(hf.read_config(exported))
+    assert saved.data.tokenizer == str(tmp_path / "ours" / "companions" / "tokenizer.json")
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flops.shapes(saved.model))
+    wanted = read(exported)[1]
+    assert_same(checkpoint.read_params(tmp_path / "ours", bare), wanted)
+
+    checkpoints = checkpoint.Checkpoints(tmp_path / "ours", keep=1, every=1)
+    state, start = loop.first_state(saved, jax.sharding.get_mesh(), checkpoints)  # as training does
+    checkpoints.close()
+    assert start == 0
+    assert_same(state.params, wanted)
+
+    done = run_tool("export_hf", f"--checkpoint={tmp_path / 'ours'}", f"--out={tmp_path / 'theirs'}")
+    assert done.returncode == 0 and "Cohere2ForCausalLM in float32" in done.stdout, done.stderr
+    assert_same(read(tmp_path / "theirs")[1], wanted)
+    described = hf.read_config(tmp_path / "theirs")
+    assert (described["eos_token_id"], described["max_position_embeddings"]) == (3, 500_000)
+    assert (tmp_path / "theirs" / "tokenizer.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "ours", "theirs"]
+
+
+def test_a_failed_import_leaves_nothing_behind(exported, tmp_path):
+    edit_tensors(exported, lambda arrays: arrays.pop("model.norm.weight"))
+    done = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'ours'}")
+    assert done.returncode == 1 and "model.norm.weight: missing" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]

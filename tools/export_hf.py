@@ -1,0 +1,43 @@
+"""Makes a Hugging Face directory from a checkpoint of ours: python tools/export_hf.py --checkpoint=DIR --out=DIR
+
+The family is --family, or that of the imported config.json, or the first that expresses the model.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from hybrid_attn import checkpoint, config
+from hybrid_attn.convert import families, hf
+from hybrid_attn.model import flops
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of checkpoints.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Which of them; by default the newest.")
+OUT = flags.DEFINE_string("out", None, "New directory.", required=True)
+FAMILY = flags.DEFINE_enum("family", None, sorted(families.FAMILIES), "The model_type of config.json.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the tensors.")
+
+
+def main(_):
+    try:
+        c = config.build(checkpoint.read_config(CHECKPOINT.value, STEP.value))
+        companions = Path(CHECKPOINT.value) / "companions"
+        described = hf.describe(c.model, companions, max(stage.seq_len for stage in c.stages), FAMILY.value)
+
+        def read(path: str):
+            leaf = jax.ShapeDtypeStruct(shapes[path], "float32")
+            return hf.flat(checkpoint.read_params(CHECKPOINT.value, hf.unflat({path: leaf}), STEP.value))[path]
+
+        shapes = {path: x.shape for path, x in hf.flat(flops.shapes(c.model)).items()}
+        with hf.new_directory(OUT.value) as directory:
+            hf.write(directory, c.model, described, shapes, read, DTYPE.value)
+            found = hf.copy_companions(companions, directory, without=("config.json",))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *found])}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,52 @@
+"""Makes a checkpoint of ours from a Hugging Face directory: python tools/import_hf.py --model=DIR --out=DIR
+
+--out then is a directory of checkpoints with step 0, and `companions` beside it: the tokenizer and its like. All that a
+checkpoint records beyond the model is taken from --config. See docs/families.md for what can be read.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from hybrid_attn import config
+from hybrid_attn.checkpoint import Checkpoints
+from hybrid_attn.convert import families, hf
+from hybrid_attn.model import flops
+from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.train.optim import optimiser
+from hybrid_attn.train.step import TrainState
+
+BASE = Path(__file__).parents[1] / "configs" / "base.py"
+MODEL = flags.DEFINE_string("model", None, "Directory with config.json and safetensors.", required=True)
+OUT = flags.DEFINE_string("out", None, "New directory of checkpoints.", required=True)
+OPTIMISER = flags.DEFINE_bool("optimiser", False, "Add a fresh optimiser state, for training to go on from here.")
+CONFIG = config_flags.DEFINE_config_file("config", str(BASE), "Everything but the model, and the mesh to hold it.")
+
+
+def main(_):
+    try:
+        described = hf.read_config(MODEL.value)
+        model = families.model_of(described)
+        values = CONFIG.value.to_dict() | {"model": config.to_dict(model)}
+        if (Path(MODEL.value) / "tokenizer.json").exists():
+            values["data"]["tokenizer"] = str(Path(OUT.value) / "companions" / "tokenizer.json")
+        c = config.build(values)
+        with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
+            params = hf.read_params(MODEL.value, model, described["model_type"], flops.shapes(model))
+            checkpoints = Checkpoints(directory, keep=1, every=1)
+            fresh = jax.jit(optimiser(c.optim, c.total_steps).init)
+            state = TrainState(jnp.int32(0), params, fresh(params)) if OPTIMISER.value else {"params": params}
+            checkpoints.save(0, state, {"stage_steps": [0] * len(c.stages)}, config.to_dict(c), wait=True)
+            checkpoints.close()
+            found = hf.copy_companions(MODEL.value, directory / "companions")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{OUT.value}: {flops.parameters(model):,} parameters of {described['model_type']}, with {', '.join(found)}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,122 @@
+"""Makes tests/golden: tiny models of every family with the logits of their own implementation. Needs the extra `oracle`.
+
+    python tools/make_golden.py --out=tests/golden
+
+Each case is a directory: config.json in one of the spellings that exist, model.safetensors in bfloat16 (rounded, so that
+the numbers are exact), golden.npz with tokens [B, T], mask [B, T] (0 is padding) and float32 logits [B, T, V].
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from absl import app, flags
+from safetensors.torch import save_file
+
+OUT = flags.DEFINE_string("out", "tests/golden", "Directory of the cases.")
+WINDOW, LENGTH = 5, 23
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LOCAL, FULL = "sliding_attention", "full_attention"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.5}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+CASES = {
+    "cohere2": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, "logit_scale": 0.25,
+                "layer_types": [LOCAL, LOCAL, LOCAL, FULL], "sliding_window": WINDOW},
+    "cohere2_older": {"num_hidden_layers": 5, "sliding_window_pattern": 3, "rope_theta": 50000.0, "rope_scaling": None,
+                      "sliding_window": WINDOW, "logit_scale": 1.0, "use_gated_activation": True, "rotary_pct": 1.0},
+    "cohere": {"rope_theta": 100.0, "logit_scale": 0.125, "use_qk_norm": False},
+    "cohere_qk_norm": {"rope_parameters": PLAIN, "logit_scale": 0.8333, "use_qk_norm": True, "num_hidden_layers": 2},
+    "llama": {"rope_theta": 100.0},
+    "llama_llama3": {"rope_theta": 500.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True},
+    "llama_linear": {"rope_scaling": {"type": "linear", "factor": 2.0}, "head_dim": 10},
+    "llama_yarn": {"rope_parameters": YARN | {"rope_theta": 100.0}},
+    "smollm3": {"rope_theta": 100.0},
+    "smollm3_window": {"rope_parameters": PLAIN, "no_rope_layers": [1, 0, 1, 1], "layer_types": [LOCAL, FULL, FULL, LOCAL],
+                       "use_sliding_window": True, "sliding_window": WINDOW, "tie_word_embeddings": False},
+    "exaone4": {"rope_theta": 1000.0, "rope_scaling": LLAMA3, "sliding_window": WINDOW, "sliding_window_pattern": 4},
+    "exaone4_full": {"rope_parameters": PLAIN, "sliding_window": None, "layer_types": [FULL] * 4, "tie_word_embeddings": True},
+    "olmo3": {"rope_parameters": {LOCAL: PLAIN, FULL: YARN | {"rope_theta": 100.0}}, "sliding_window": WINDOW,
+              "num_key_value_heads": 4},
+    "olmo3_older": {"rope_theta": 500000, "rope_scaling": YARN | {"attention_factor": 1.2}, "sliding_window": WINDOW,
+                    "layer_types": [LOCAL, FULL, LOCAL, FULL]},
+    "gemma3_text": {"rope_theta": 1000.0, "rope_local_base_freq": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                    "sliding_window_pattern": 3, "sliding_window": WINDOW, "head_dim": 8, "query_pre_attn_scalar": 10,
+                    "final_logit_softcapping": 2.0, "num_hidden_layers": 5},
+    "afmoe": {"rope_theta": 100.0, "num_dense_layers": 4, "sliding_window": WINDOW, "head_dim": 8, "mup_enabled": True},
+}  # fmt: skip
+
+
+def model_type(case: str) -> str:
+    return "gemma3_text" if case.startswith("gemma3") else case.split("_")[0]
+
+
+def write_config(case: str, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    values = {"model_type": model_type(case), **SIZES, **CASES[case]}
+    (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def random_model(directory: Path, seed: int):
+    """The library's model of config.json with parameters away from their initial values, rounded to bfloat16."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory)).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1 or parameter.shape[0] < 8:  # norms
+                drawn = parameter + 0.3 * drawn
+            else:
+                drawn *= 1.0 / parameter.shape[-1] ** 0.5
+            parameter.copy_(drawn.bfloat16().float())
+    return model
+
+
+def save(model, directory: Path) -> None:
+    tied = model.config.tie_word_embeddings
+    state = {name: x for name, x in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    save_file({name: x.bfloat16().contiguous() for name, x in state.items()}, directory / "model.safetensors")
+
+
+def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of three rows: whole, padded on the left, padded on the right."""
+    tokens = np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (3, LENGTH), np.int32)
+    mask = np.ones_like(tokens)
+    mask[1, :4], mask[2, -6:] = 0, 0
+    return tokens, mask
+
+
+def logits_of(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Float32 logits, zero where there is padding."""
+    with torch.no_grad():
+        out = model(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long())
+    return out.logits.float().numpy() * mask[..., None]
+
+
+def main(_):
+    for seed, case in enumerate(CASES):
+        directory = Path(OUT.value) / case
+        write_config(case, directory)
+        model = random_model(directory, seed)
+        save(model, directory)
+        tokens, mask = batch(seed)
+        np.savez_compressed(directory / "golden.npz", tokens=tokens, mask=mask, logits=logits_of(model, tokens, mask))
+        print(case)
+
+
+if __name__ == "__main__":
+    app.run(main)
