@@ -68,7 +68,7 @@ def assert_same(got, wanted, tolerance):
     assert_close({**got, "lse": got["lse"][~nowhere]}, {**wanted, "lse": wanted["lse"][~nowhere]}, tolerance)
 
 
-@pytest.mark.parametrize("window, softcap, dtype", [(*c, "float32") for c in CASES] + [(*c, "bfloat16") for c in CASES[:2]])
+@pytest.mark.parametrize("window, softcap, dtype", [(*c, "float32") for c in CASES] + [(6, 1.5, "bfloat16")])
 def test_blocked_equals_reference_in_values_and_gradients(window, softcap, dtype):
     tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
     for names in PAIRS:
@@ -107,8 +107,7 @@ def by_hand(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, window, softcap=None):
 
 
 @pytest.mark.parametrize("kernel", HERE)
-@pytest.mark.parametrize("window, softcap", CASES[:2])
-@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window, softcap, with_sinks", [(None, None, False), (6, 1.5, False), (6, 1.5, True)])
 def test_every_kernel_is_the_softmax_of_each_query_with_the_sink_as_one_more_column(kernel, window, softcap, with_sinks):
     for names in PAIRS:
         q, k, v, pos, seg = arrays(*names)
@@ -118,14 +117,14 @@ def test_every_kernel_is_the_softmax_of_each_query_with_the_sink_as_one_more_col
         assert_same({"o": got["o"], "lse": got["lse"]}, wanted, 1e-5)
 
 
-@pytest.mark.parametrize("window, softcap", CASES[:2])
-def test_sinks_have_the_gradients_of_an_explicit_softmax(window, softcap):
+def test_sinks_have_the_gradients_of_an_explicit_softmax():
+    window, softcap = 6, 1.5
     q, k, v, pos, seg = arrays("packed", "padding in front")
     sinks = jnp.linspace(-1.0, 2.0, N)
 
     def explicit(q, k, v, sinks):
         scores_BTNS = SCALE * jnp.einsum("BTNH,BSNH->BTNS", q, k.repeat(N // K, 2), precision="highest")
-        scores_BTNS = scores_BTNS if softcap is None else softcap * jnp.tanh(scores_BTNS / softcap)
+        scores_BTNS = softcap * jnp.tanh(scores_BTNS / softcap)
         see_BT1S = reference.visible_BTS(pos, pos, seg, seg, window)[:, :, None]
         scores_BTNS = jnp.where(see_BT1S, scores_BTNS, -1e30)
         column_BTN1 = jnp.broadcast_to(sinks[:, None], (*scores_BTNS.shape[:3], 1))
