@@ -31,6 +31,7 @@ PAIRS = [("one document", "packed"), ("padding at the end", "padding in front"),
 def small_blocks(monkeypatch):
     monkeypatch.setattr(blocked, "QUERIES", 4)
     monkeypatch.setattr(blocked, "KEYS", 5)
+    monkeypatch.setattr(blocked, "LINE", 2)
 
 
 def arrays(*names, dtype=jnp.float32, seed=0):
