@@ -1,4 +1,4 @@
-# make train, test, test-oracle, test-aot, test-aot-gpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
+# make train, test, test-oracle, test-aot, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
 #   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.optim.lr=1e-3"
 PYTHON ?= python3
 CONFIG ?= configs/hybrid_8k.py
@@ -10,7 +10,7 @@ CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
 VENV_PYTHON := .venv/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: train test test-oracle test-aot test-aot-gpu lint clean
+.PHONY: train test test-oracle test-aot test-aot-gpu test-gpu test-tpu lint clean
 
 train: .venv/.train
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
@@ -24,6 +24,13 @@ test-aot: .venv/.tpu
 
 test-aot-gpu: .venv/.gpu
 	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs $(ARGS)
+
+# The kernels on this machine's own device.
+test-gpu: .venv/.gpu
+	TEST_PLATFORM=cuda $(VENV_PYTHON) -m pytest tests/test_device.py $(ARGS)
+
+test-tpu: .venv/.tpu
+	TEST_PLATFORM=tpu $(VENV_PYTHON) -m pytest tests/test_device.py $(ARGS)
 
 # Against the library that defines the families of docs/families.md, which brings PyTorch.
 test-oracle: .venv/.oracle

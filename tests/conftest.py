@@ -1,6 +1,10 @@
-"""Eight CPU devices, and what several tests build from: tiny configs, rows of documents, random parameters."""
+"""Eight CPU devices, and what several tests build from: tiny configs, rows of documents, random parameters.
+
+TEST_PLATFORM names another platform, for tests/test_device.py.
+"""
 
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from hybrid_attn import config
 from hybrid_attn.model import Run, flops
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # arrays are tiny here: compiling takes longer than running
 

@@ -1,0 +1,47 @@
+"""Every attention kernel of the platform the tests run on, at sizes its hardware takes, against the reference.
+
+`make test` runs this on CPU; `make test-gpu` and `make test-tpu` run it on the device of this machine.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close, layout
+
+from hybrid_attn import kernels
+
+S, N, K, H = 700, 4, 2, 128  # no multiple of a block
+LAYOUTS = {"one document": "a" * S, "padding at the end": "a" * 600 + "." * 100}
+PACKED = {"packed": "a" * 250 + "b" + "c" * 400 + "." * 49, "only padding": "." * S}
+HERE = [
+    name
+    for name, kernel in kernels.KERNELS.items()
+    if name != "reference" and jax.default_backend() in kernel.platforms and (kernel.needs is None or importlib.util.find_spec(kernel.needs))
+]
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "window"))
+def outcome(q, k, v, pos, seg, kernel, window):
+    """o, lse and the gradients by q, k and v of a loss of o, as one array: under a window of 1 only v has one."""
+
+    def loss(q, k, v):
+        o, lse = kernels.attend(q, k, v, pos, pos, seg, seg, window=window, scale=H**-0.5, kernel=kernel)
+        return (jnp.cos(jnp.arange(o.size)).reshape(o.shape) * o).sum(), (o, jnp.where(jnp.isfinite(lse), lse, 0.0))
+
+    grads, (o, lse) = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    return {"o": o, "lse": lse, "grads": jnp.concatenate([grad.ravel() for grad in grads])}
+
+
+@pytest.mark.parametrize("kernel, window", [(kernel, window) for kernel in HERE for window in (None, 1, 130, 2 * S)])
+def test_the_kernels_of_this_device_equal_the_reference_in_bfloat16(kernel, window):
+    rng, rows = np.random.default_rng(0), LAYOUTS | ({} if kernel == "cudnn" else PACKED)
+    pos, seg = (np.stack(x) for x in zip(*map(layout, rows.values()), strict=True))
+    q, k, v = (rng.normal(size=(len(rows), S, heads, H)).astype(jnp.bfloat16) for heads in (N, K, K))
+    got = outcome(q, k, v, pos, seg, kernel, window)
+    with jax.default_matmul_precision("highest"):
+        wanted = outcome(*(np.asarray(x, np.float32) for x in (q, k, v)), pos, seg, "reference", window)
+    assert_close(got, wanted, 1e-2)
