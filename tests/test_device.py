@@ -17,11 +17,14 @@ from hybrid_attn import kernels
 S, N, K, H = 700, 4, 2, 128  # no multiple of a block
 LAYOUTS = {"one document": "a" * S, "padding at the end": "a" * 600 + "." * 100}
 PACKED = {"packed": "a" * 250 + "b" + "c" * 400 + "." * 49, "only padding": "." * S}
-HERE = [
-    name
-    for name, kernel in kernels.KERNELS.items()
-    if name != "reference" and jax.default_backend() in kernel.platforms and (kernel.needs is None or importlib.util.find_spec(kernel.needs))
-]
+
+
+def runs_here(kernel: kernels.Kernel) -> bool:
+    installed = kernel.needs is None or importlib.util.find_spec(kernel.needs) is not None
+    return installed and jax.default_backend() in kernel.platforms
+
+
+HERE = [name for name, kernel in kernels.KERNELS.items() if name != "reference" and runs_here(kernel)]
 
 
 @functools.partial(jax.jit, static_argnames=("kernel", "window"))
