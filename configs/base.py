@@ -108,6 +108,9 @@ def get_config() -> ConfigDict:
     # reference is float32 and materialises T x S: tests only. cudnn takes one document a row. See docs/kernels.md
     t.kernel = "auto"  # auto | blocked | splash | tokamax | cudnn | reference
     t.loss_chunk = 1024  # tokens whose logits exist at a time on one device
+    # Tokens whose feed-forward exists at a time on one device; a chunk's hidden activations are computed again backward.
+    # None: 512 on a CPU, where a chunk stays in cache, else whole rows. A number bounds [B, T, d_ff] at extreme lengths.
+    t.mlp_chunk = None
     t.log_every = 10  # steps
     t.checkpoint_every = 100  # steps
     t.keep = 2  # checkpoints kept

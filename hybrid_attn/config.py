@@ -235,6 +235,7 @@ class Train:
     remat: str
     kernel: str
     loss_chunk: int
+    mlp_chunk: int | None
     log_every: int
     checkpoint_every: int
     keep: int
@@ -245,6 +246,7 @@ class Train:
         _one_of("train.kernel", self.kernel, ("auto", "reference", "blocked", "splash", "tokamax", "cudnn"))
         for name in ("loss_chunk", "log_every", "checkpoint_every", "keep"):
             _check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        _check(self.mlp_chunk is None or self.mlp_chunk >= 1, f"train.mlp_chunk={self.mlp_chunk} must be None or at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

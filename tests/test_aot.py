@@ -151,7 +151,7 @@ def lower_step(tiny, mesh, kernel: str):
 
     wide = {"model.d_model": 256, "model.head_dim": 128, "model.d_ff": 512}
     c = tiny(wide, L={"window": WINDOW, "rope_theta": 10000.0, "sink": True}, G={"qk_norm": "rms"})
-    step = make_step(c, Run(jnp.dtype("bfloat16"), "layer", kernel, 1024))
+    step = make_step(c, Run(jnp.dtype("bfloat16"), "layer", kernel, loss_chunk=1024, mlp_chunk=None))
     kinds = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "weights": "float32"}
     batch = {
         name: jax.ShapeDtypeStruct((1, S), kind, sharding=NamedSharding(mesh, TOKENS_BT)) for name, kind in kinds.items()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RUN, assert_close, batch_of, mesh_of, on_mesh, random_params, tiny
+from conftest import RUN, assert_close, batch_of, biggest_array, mesh_of, on_mesh, random_params, tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -87,6 +87,21 @@ def test_remat_changes_neither_the_outputs_nor_a_gradient(one_device):
     assert "remat" in remat_jaxpr and "remat" not in plain_jaxpr
 
 
+def test_a_chunk_bounds_the_hidden_activations_of_the_feed_forward_backward_too(one_device):
+    model = dataclasses.replace(tiny({"model.num_layers": 1, "model.pattern": "L"}).model, d_ff=512)
+    params, batch = random_params(model), on_mesh(BATCH)
+    arrays = (batch["tokens"], batch["positions"], batch["segments"])
+
+    def biggest(mlp_chunk):
+        def total(params):
+            return apply(model, params, *arrays, RUN._replace(mlp_chunk=mlp_chunk)).sum()
+
+        return biggest_array(jax.grad(total), params)
+
+    tokens = BATCH["tokens"].size
+    assert biggest(None) >= tokens * 512 and biggest(16) < tokens * 512 // 2
+
+
 def test_bfloat16_activations_give_nearly_the_outputs_and_the_gradient_of_float32(one_device):
     x_BTD, grads, _ = outputs_and_grads(REFERENCE)
     half_BTD, half_grads, _ = outputs_and_grads(RUN._replace(dtype=jnp.dtype("bfloat16")))
@@ -108,10 +123,10 @@ MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 2), (2, 2, 2, 1), 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The loss and its gradients on each mesh, compiled side by side; the last one with the kernel of a real run."""
+    """The loss and its gradients on each mesh, compiled side by side; the last with the kernel and chunks of a real run."""
 
     def build(sizes):
-        run = RUN if sizes == MESHES[-1] else REFERENCE
+        run = RUN._replace(mlp_chunk=7) if sizes == MESHES[-1] else REFERENCE
         with jax.set_mesh(mesh_of(*sizes)):
             return loss_and_grads.lower(EVERYTHING, run, random_params(EVERYTHING), on_mesh(BATCH)).compile()
 
@@ -187,8 +202,9 @@ def test_feed_forward_is_its_formula(activation, one_device):
     model = tiny({"model.activation": activation, "model.init_std": 0.4}).model
     mlp = MLP(model, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(8, 48, 32)).astype(np.float32)
-    got = jax.device_get(mlp(on_mesh({"x": x})["x"]))
-    assert_close(got, mlp_by_hand(x, jax.device_get(nnx.to_pure_dict(nnx.state(mlp))), activation), 1e-6)
+    wanted = mlp_by_hand(x, jax.device_get(nnx.to_pure_dict(nnx.state(mlp))), activation)
+    for chunk in (None, 7, 1000):
+        assert_close(jax.device_get(mlp(on_mesh({"x": x})["x"], chunk)), wanted, 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rms", "rms_plus1"])
