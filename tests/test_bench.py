@@ -40,9 +40,21 @@ def test_attention_is_timed_at_every_length_and_its_growth_fitted(tmp_path):
     assert len(rows(done.stdout, "local")) == len(rows(done.stdout, "global")) == 4 + 2
 
 
+def test_training_is_timed_beside_full_attention(tmp_path):
+    sizes = {"pattern": "L", "num_layers": 1, "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
+    changes = [f"--config.model.{key}={value}" for key, value in sizes.items()]
+    done = run("bench_train", "--part=layouts", "--lengths=32", "--repeats=2", *changes, f"--json={tmp_path / 'out.json'}")
+    assert done.returncode == 0, done.stderr
+    hybrid, full = json.loads((tmp_path / "out.json").read_text())["records"]["layouts"]
+    assert (hybrid["layers"], full["layers"]) == ("L", "R")
+    assert full["computed_flops"] == full["needed_flops"] > hybrid["needed_flops"] == hybrid["computed_flops"]
+    assert all(len(r["calls"]) == 2 and r["losses"][0] > r["losses"][1] > 0 for r in (hybrid, full))
+    assert [row[2] for row in rows(done.stdout, "ours") + rows(done.stdout, "full attention")] == ["32", "32"]
+
+
 @pytest.mark.parametrize(
     ("tool", "flag", "said"),
-    [("bench_attention", "--lengths=2Q", "--lengths has '2Q'")],
+    [("bench_attention", "--lengths=2Q", "--lengths has '2Q'"), ("bench_train", "--config.model.d_ff=0", "model.d_ff=0")],
 )
 def test_a_wrong_flag_is_an_error_of_one_line(tool, flag, said):
     done = run(tool, flag)
