@@ -12,6 +12,8 @@ from hybrid_attn.config import LayerKind, Model
 from hybrid_attn.model.transformer import init
 from hybrid_attn.parallel.mesh import abstract_mesh
 
+TRAIN = 3  # forward passes that a training step costs: one forward, and twice that backward
+
 
 def parameters(model: Model) -> int:
     """Number of parameters, without making them."""
@@ -34,6 +36,11 @@ def attended_pairs(kind: LayerKind, length: int) -> int:
     return _triangle(window) + (length - window) * window
 
 
+def attention_flops(num_heads: int, head_dim: int, pairs: int) -> int:
+    """FLOPs forward of the scores and the weighted sums of a layer, over `pairs` of a query and a key."""
+    return 4 * num_heads * head_dim * pairs
+
+
 def _triangle(n: int) -> int:
     return n * (n + 1) // 2
 
@@ -48,12 +55,12 @@ def forward_flops_per_token(model: Model, length: int) -> float:
         gate = {"none": 0, "head": D * N, "projection": D * N * H}[kind.gate]
         weights += 2 * D * N * H + 2 * D * K * H + gate + 3 * D * model.d_ff
         pairs += attended_pairs(kind, length)
-    return 2 * weights + 4 * N * H * pairs / length
+    return 2 * weights + attention_flops(N, H, pairs) / length
 
 
 def train_flops_per_token(model: Model, length: int) -> float:
-    """FLOPs of a training step by token: forward, and twice that backward."""
-    return 3 * forward_flops_per_token(model, length)
+    """FLOPs of a training step by token."""
+    return TRAIN * forward_flops_per_token(model, length)
 
 
 def cache_bytes(model: Model, length: int, bytes_per_value: int = 2) -> int:

@@ -1,0 +1,76 @@
+"""The tools that measure print their tables and write the numbers; what they measure is no matter of a test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid_attn.train import measurement
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name: str, *args) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / f"{name}.py", *args], capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+def rows(text: str, first: str) -> list[list[str]]:
+    """Cells of the rows of tables that begin with `first`."""
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in table if row[0] == first]
+
+
+def test_attention_is_timed_at_every_length_and_its_growth_fitted(tmp_path):
+    sizes = ["--lengths=64,128", "--window=16", "--head_dim=8", "--repeats=2", "--contenders=ours,jax.nn"]
+    done = run("bench_attention", *sizes, f"--json={tmp_path / 'out.json'}")
+    assert done.returncode == 0, done.stderr
+    out = json.loads((tmp_path / "out.json").read_text())
+    wanted = [(kind, S, name) for kind in ("local", "global") for S in (64, 128) for name in ("ours", "jax.nn")]
+    assert [(r["kind"], r["tokens"], r["contender"]) for r in out["records"]] == wanted
+    assert all(len(r["calls"]) == 2 and r["seconds"] == min(r["calls"]) > 0 and "memory" in r for r in out["records"])
+    pairs = {r["kind"]: r["flops"] / (3 * 4 * 4 * 8) for r in out["records"] if r["tokens"] == 64}
+    assert pairs == {"local": sum(min(t + 1, 16) for t in range(64)), "global": 64 * 65 / 2}
+    assert len(out["exponents"]) == 4 and out["peak"] > 0
+    assert len(rows(done.stdout, "local")) == len(rows(done.stdout, "global")) == 4 + 2
+
+
+def test_training_is_timed_beside_full_attention(tmp_path):
+    sizes = {"pattern": "L", "num_layers": 1, "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
+    changes = [f"--config.model.{key}={value}" for key, value in sizes.items()]
+    done = run("bench_train", "--part=layouts", "--lengths=32", "--repeats=2", *changes, f"--json={tmp_path / 'out.json'}")
+    assert done.returncode == 0, done.stderr
+    hybrid, full = json.loads((tmp_path / "out.json").read_text())["records"]["layouts"]
+    assert (hybrid["layers"], full["layers"]) == ("L", "R")
+    assert full["computed_flops"] == full["needed_flops"] > hybrid["needed_flops"] == hybrid["computed_flops"]
+    assert all(len(r["calls"]) == 2 and r["losses"][0] > r["losses"][1] > 0 for r in (hybrid, full))
+    assert [row[2] for row in rows(done.stdout, "ours") + rows(done.stdout, "full attention")] == ["32", "32"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "flag", "said"),
+    [("bench_attention", "--lengths=2Q", "--lengths has '2Q'"), ("bench_train", "--config.model.d_ff=0", "model.d_ff=0")],
+)
+def test_a_wrong_flag_is_an_error_of_one_line(tool, flag, said):
+    done = run(tool, flag)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+@pytest.mark.skipif(not measurement.can_watch(), reason="the memory of a process is watched on Linux with glibc")
+def test_what_needs_more_memory_than_the_limit_is_missing_and_the_rest_is_measured():
+    tasks = {"small": measurement.Task("one", allocate, (10,)), "large": measurement.Task("one", allocate, (200,))}
+    with measurement.Processes(limit=100 * 2**20) as processes:
+        measured = processes.race("memory", tasks, 2)
+    assert measured["small"].missing is None and measured["small"].results == [10.0, 10.0]
+    assert abs(measured["small"].memory - 10 * 2**20) < 2**20
+    assert measured["large"].seconds == [] and "0.0977 GiB" in measured["large"].missing
+
+
+def allocate(mebibytes: int) -> measurement.Ready:
+    return measurement.Ready(lambda: len(b"x" * (mebibytes * 2**20)) / 2**20, None)

@@ -1,0 +1,226 @@
+"""Time and memory of attention, forward and backward, here and in other libraries: python tools/bench_attention.py
+
+    python tools/bench_attention.py --kind=local --lengths=2K,8K,32K --json=attention.json
+
+One layer's kernel with the gradients of its queries, keys and values, for a window (local) and for the whole prefix (global).
+Contenders: `ours`; `jax.nn`, which is jax.nn.dot_product_attention as XLA compiles it; `torch`, on a CPU with the extra
+`oracle`, which is scaled_dot_product_attention with a boolean mask for the window. Of a window, both compute the whole square.
+They are called in turn, and the best of --repeats calls counts. FLOPs are those of the pairs that are seen, three times
+forward, and the peak is the best matmul between the calls. Memory is what one call takes beyond its inputs; the mask of
+`torch` counts there, but not in its time. A dash is explained under the table.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from hybrid_attn import kernels
+from hybrid_attn.convert.layers import PLAIN
+from hybrid_attn.model import flops
+from hybrid_attn.train import measurement
+from hybrid_attn.train.measurement import Processes, Ready, Task
+
+LENGTHS = flags.DEFINE_list("lengths", ["2K", "4K", "8K", "16K", "32K", "64K", "128K"], "Tokens; K is 1,024.")
+CONTENDERS = flags.DEFINE_list("contenders", ["ours", "jax.nn", "torch"], "Which of them.")
+KIND = flags.DEFINE_enum("kind", "both", ["local", "global", "both"], "Layers to measure.")
+HEADS = flags.DEFINE_integer("heads", 4, "Query heads.", lower_bound=1)
+KV_HEADS = flags.DEFINE_integer("kv_heads", 2, "Key and value heads.", lower_bound=1)
+HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Head size.", lower_bound=1)
+WINDOW = flags.DEFINE_integer("window", 1024, "Keys that a query of a local layer sees.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the inputs.")
+KERNEL = flags.DEFINE_enum("kernel", "auto", ["auto", *kernels.KERNELS], "Ours.")
+REPEATS = flags.DEFINE_integer("repeats", 3, "Calls of each contender; at least two, since the first is cold.", lower_bound=2)
+SECONDS = flags.DEFINE_float("seconds", 60.0, "Leave out a call that would take longer, judged by a shorter one.")
+MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
+JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")
+
+
+class Case(NamedTuple):
+    """What is computed: N query heads and K key/value heads of size H over S tokens."""
+
+    S: int
+    N: int
+    K: int
+    H: int
+    window: int | None
+    dtype: str
+    kernel: str
+
+    @property
+    def flops(self) -> int:
+        pairs = flops.attended_pairs(dataclasses.replace(PLAIN, window=self.window), self.S)
+        return flops.TRAIN * flops.attention_flops(self.N, self.H, pairs)
+
+    def inputs(self) -> list[np.ndarray]:
+        """q_BSNH, k_BSKH, v_BSKH and the gradient of the output, do_BSNH."""
+        rng = np.random.default_rng(0)
+        return [rng.normal(size=(1, self.S, heads, self.H)).astype(np.float32) for heads in (self.N, self.K, self.K, self.N)]
+
+
+def make_ours(case: Case) -> Ready:
+    kernel = kernels.choose(case.kernel, jax.default_backend())
+
+    def attend(q, k, v, pos, seg):
+        scale = case.H**-0.5
+        return kernels.attend(q, k, v, pos, pos, seg, seg, window=case.window, scale=scale, kernel=kernel)[0]
+
+    return ready(case, attend)
+
+
+def make_jax_nn(case: Case) -> Ready:
+    window = {"is_causal": True} if case.window is None else {"local_window_size": (case.window - 1, 0)}
+    return ready(case, lambda q, k, v, pos, seg: jax.nn.dot_product_attention(q, k, v, implementation="xla", **window))
+
+
+def ready(case: Case, attend) -> Ready:
+    """`attend` and its gradients, compiled; on an accelerator, memory is what the compiler reserves."""
+
+    def both(q, k, v, do, pos, seg):
+        o, back = jax.vjp(lambda q, k, v: attend(q, k, v, pos, seg), q, k, v)
+        return o, back(do)
+
+    arrays = [jnp.asarray(x, case.dtype) for x in case.inputs()]
+    arrays += [jnp.arange(case.S, dtype=jnp.int32)[None], jnp.ones((1, case.S), jnp.int32)]
+    program = jax.jit(both).lower(*arrays).compile()
+    size = program.memory_analysis()
+    reserved = None if jax.default_backend() == "cpu" else size.temp_size_in_bytes + size.output_size_in_bytes
+
+    def run():
+        jax.block_until_ready(program(*arrays))
+
+    return Ready(run, reserved)
+
+
+def make_torch(case: Case) -> Ready:
+    import torch
+
+    def both(q, k, v, do, mask):
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        torch.autograd.grad(o, (q, k, v), do)
+
+    def run():
+        nonlocal mask
+        if mask is None and case.window is not None and case.window < case.S:  # in the first call, which is not the best
+            mask = torch.ones(case.S, case.S, dtype=torch.bool).tril_().triu_(1 - case.window)
+        both(q, k, v, do, mask)
+
+    torch.set_num_threads(measurement.threads())
+    q, k, v, do = (torch.from_numpy(x).to(getattr(torch, case.dtype)).transpose(1, 2).contiguous() for x in case.inputs())
+    mask, short = None, [x[:, :, :16].detach().requires_grad_() for x in (q, k, v, do)]
+    both(*short, None)  # starts the threads
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    return Ready(run, None)
+
+
+MAKERS = {"ours": ("jax", make_ours), "jax.nn": ("jax", make_jax_nn), "torch": ("torch", make_torch)}
+
+
+def contenders(platform: str) -> tuple[list[str], str | None]:
+    """Those of --contenders that are here, and why `torch` is not."""
+    unknown = sorted(set(CONTENDERS.value) - set(MAKERS))
+    if unknown or not CONTENDERS.value:
+        raise ValueError(f"--contenders has {', '.join(unknown) or 'nothing'}; known: {', '.join(MAKERS)}")
+    names = [name for name in MAKERS if name in CONTENDERS.value]
+    why = "it would run on the CPU" if platform != "cpu" else "not installed" if not importlib.util.find_spec("torch") else None
+    return [name for name in names if name != "torch" or why is None], why if "torch" in names else None
+
+
+def measure(processes: Processes, kind: str, names: list[str], lengths: list[int]) -> tuple[list[dict], float]:
+    """A record for each length and contender, and the matmul peak."""
+    records, peak, last, missing = [], 0.0, {}, {}
+    for S in lengths:
+        window = WINDOW.value if kind == "local" else None
+        case = Case(S, HEADS.value, KV_HEADS.value, HEAD_DIM.value, window, DTYPE.value, KERNEL.value)
+        for name in names:
+            before, seconds = last.get(name, (S, 0.0))
+            if seconds * (S / before) ** 2 > SECONDS.value:
+                missing.setdefault(name, f"a call might take more than {SECONDS.value:g} s")
+        tasks = {"matmul": Task("jax", measurement.make_matmul, (DTYPE.value,))}  # first: it starts the threads
+        tasks |= {name: Task(*MAKERS[name], (case,)) for name in names if name not in missing}
+        measured = processes.race(f"{kind} {S:,}", tasks, REPEATS.value)
+        peak = max(peak, *measured["matmul"].results)
+        for name in names:
+            record, got = {"kind": kind, "contender": name, "tokens": S, "flops": case.flops}, measured.get(name)
+            if got and got.missing:
+                missing[name] = got.missing
+            if name in missing:
+                records.append(record | {"missing": missing[name]})
+                continue
+            last[name] = S, min(got.seconds)
+            records.append(record | {"seconds": min(got.seconds), "calls": got.seconds, "memory": got.memory})
+    return records, peak
+
+
+def exponents(records: list[dict]) -> list[dict]:
+    """The slope of log time over log tokens by least squares, over the larger half of the lengths but at least three."""
+    found = []
+    for kind, name in dict.fromkeys((r["kind"], r["contender"]) for r in records):
+        mine = [r for r in records if (r["kind"], r["contender"]) == (kind, name) and "seconds" in r]
+        mine = mine[-max(3, (len(mine) + 1) // 2) :]
+        if len({r["tokens"] for r in mine}) > 1:
+            slope = np.polyfit(*(np.log([r[key] for r in mine]) for key in ("tokens", "seconds")), 1)[0]
+            lengths = [r["tokens"] for r in mine]
+            found.append({"kind": kind, "contender": name, "tokens": lengths, "exponent": float(slope)})
+    return found
+
+
+def show(records: list[dict], slopes: list[dict], peak: float) -> None:
+    ours = {(r["kind"], r["tokens"]): r.get("seconds") for r in records if r["contender"] == "ours"}
+    rows = []
+    for r in records:
+        row = [r["kind"], r["contender"], f"{r['tokens']:,}"]
+        if "seconds" in r:
+            rate, mine = r["flops"] / r["seconds"], ours[r["kind"], r["tokens"]]
+            memory = "—" if r["memory"] is None else f"{r['memory'] / 2**20:,.0f}"
+            faster = f"{r['seconds'] / mine:.2f}" if mine else "—"
+            rows.append([*row, f"{1e3 * r['seconds']:,.1f}", f"{rate / 1e9:,.1f}", f"{rate / peak:.0%}", memory, faster])
+        else:
+            rows.append([*row, *["—"] * 5])
+    print(measurement.table(("kind", "contender", "tokens", "ms", "GFLOP/s", "of peak", "MiB", "time / ours"), rows))
+    for kind, name, reason in dict.fromkeys((r["kind"], r["contender"], r["missing"]) for r in records if "missing" in r):
+        print(f"— {name}, {kind}: {reason}")
+    rows = [[s["kind"], s["contender"], f"{s['tokens'][0]:,} to {s['tokens'][-1]:,}", f"{s['exponent']:.2f}"] for s in slopes]
+    if rows:
+        print("\n" + measurement.table(("kind", "contender", "tokens", "time grows as tokens to the power"), rows))
+
+
+def main(_):
+    try:
+        lengths = measurement.lengths(LENGTHS.value)
+        if HEADS.value % KV_HEADS.value:
+            raise ValueError(f"--heads={HEADS.value} is not a multiple of --kv_heads={KV_HEADS.value}")
+        records, peaks = [], []
+        with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
+            platform = processes.call("jax", jax.default_backend)
+            names, no_torch = contenders(platform)
+            for kind in ("local", "global") if KIND.value == "both" else (KIND.value,):
+                new, peak = measure(processes, kind, names, lengths)
+                records, peaks = records + new, [*peaks, peak]
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch") if name == "jax" or "torch" in names)
+    print(
+        f"{platform}, {measurement.threads()} threads, {versions}; {DTYPE.value}, {HEADS.value} query and {KV_HEADS.value} "
+        f"key/value heads of {HEAD_DIM.value}, window {WINDOW.value:,}; matmul peak {max(peaks) / 1e9:,.1f} GFLOP/s"
+    )
+    print("forward and backward; of a window, jax.nn and torch compute the whole square\n")
+    if no_torch:
+        print(f"— torch: {no_torch}\n")
+    slopes = exponents(records)
+    show(records, slopes, max(peaks))
+    if JSON.value:
+        out = {"platform": platform, "versions": versions, "peak": max(peaks), "records": records, "exponents": slopes}
+        Path(JSON.value).write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

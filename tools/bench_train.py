@@ -1,0 +1,304 @@
+"""Training steps timed beside `transformers` and beside full attention: python tools/bench_train.py
+
+    python tools/bench_train.py --part=transformers --lengths=8K --json=transformers.json
+    python tools/bench_train.py --part=layouts --lengths=8K,32K --config.model.num_layers=4
+
+transformers: the same model (ours, exported), tokens, loss and AdamW, here and in `transformers` on PyTorch with its scaled
+dot-product attention; on a CPU with the extra `oracle`. It gives windowed layers a mask and computes their whole square, which
+the column of FLOPs counts. Where its activations do not fit into --memory_gib, it computes those of each layer again.
+layouts: the model of --config, and the same with the whole prefix and the rotation of its windows in every layer.
+
+Contenders take their steps in turn, and the best of --repeats counts: forward, backward and update. MFU is the share of
+the best matmul between the steps, by the FLOPs that the model needs. Memory is what a step takes beyond parameters and
+tokens, and here beyond the state of the optimiser. A dash is explained under the table.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.sharding import NamedSharding
+from ml_collections import config_flags
+
+from hybrid_attn import config
+from hybrid_attn.config import Config, Table
+from hybrid_attn.convert import families, hf
+from hybrid_attn.model import flops, init, run_on
+from hybrid_attn.parallel.mesh import ROWS_B, TOKENS_BT, make_mesh
+from hybrid_attn.train import measurement
+from hybrid_attn.train.measurement import Processes, Ready, Task
+from hybrid_attn.train.optim import decayed, schedule
+from hybrid_attn.train.step import init_state, make_step
+
+BENCH = Path(__file__).parents[1] / "configs" / "bench.py"
+LENGTHS = {"transformers": ["8K", "32K"], "layouts": ["8K", "32K", "64K"]}
+PART = flags.DEFINE_enum("part", "both", [*LENGTHS, "both"], "What to compare with.")
+ROWS = flags.DEFINE_list("lengths", None, f"Tokens of a row; K is 1,024. By default {LENGTHS}.")
+REPEATS = flags.DEFINE_integer("repeats", 3, "Steps of each contender.", lower_bound=1)
+SECONDS = flags.DEFINE_float("seconds", 300.0, "Leave out a step that would take longer, judged by one of a shorter row.")
+MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
+JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")
+CONFIG = config_flags.DEFINE_config_file("config", str(BENCH), "The model, the optimiser and how they run.")
+
+
+def batch_of(c: Config) -> dict[str, np.ndarray]:
+    """Rows of random tokens, each one document, in which every token but the last has the next for its target."""
+    stage = c.stages[0]
+    tokens = np.random.default_rng(0).integers(0, c.model.vocab_size, (stage.batch, stage.seq_len), np.int32)
+    weights = np.ones(tokens.shape, np.float32)
+    weights[:, -1] = 0
+    return {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "positions": np.broadcast_to(np.arange(stage.seq_len, dtype=np.int32), tokens.shape),
+        "segments": np.ones_like(tokens),
+        "weights": weights,
+        "bytes": weights.sum(1),
+    }
+
+
+def make_ours(values: dict) -> Ready:
+    """Steps of the trainer on one device; on an accelerator, memory is what the compiler reserves."""
+    c = config.build(values)
+    mesh = make_mesh(c.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = jax.jit(init_state, static_argnums=0)(c)
+        shardings = {name: NamedSharding(mesh, ROWS_B if name == "bytes" else TOKENS_BT) for name in batch_of(c)}
+        batch = jax.device_put(batch_of(c), shardings)
+        program = make_step(c, run_on(jax.default_backend(), c.train)).lower(state, batch).compile()
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = program(state, batch)
+        return float(jax.block_until_ready(metrics)["loss"])
+
+    reserved = None if jax.default_backend() == "cpu" else program.memory_analysis().temp_size_in_bytes
+    return Ready(run, reserved)
+
+
+def export(values: dict, directory: str) -> list[str]:
+    """Writes the first parameters of the trainer for other libraries; the names of those that weight decay shrinks."""
+    c = config.build(values)
+    with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
+        params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
+    leaves, shrunk = hf.flat(params), hf.flat(decayed(params))
+    shapes = {path: x.shape for path, x in leaves.items()}
+    described = hf.describe(c.model, directory, c.stages[0].seq_len)
+    hf.write(directory, c.model, described, shapes, leaves.get, "float32")
+    tensors = families.tensors(c.model, described["model_type"], shapes)
+    return [tensor.name for tensor in tensors if shrunk[tensor.path]]
+
+
+def make_theirs(values: dict, directory: str, shrunk: list[str], remat: str) -> Ready:
+    """Steps of the exported model in `transformers`, by the rules of ours (hybrid_attn/train/optim.py)."""
+    import torch
+    import transformers
+
+    c, optim = config.build(values), config.build(values).optim
+    torch.set_num_threads(measurement.threads())
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
+    model.train()
+    if remat == "layer":
+        model.activation_checkpointing_enable()
+    parameters = dict(model.named_parameters())
+    groups = [
+        {"params": [x for name, x in parameters.items() if name in shrunk], "weight_decay": optim.weight_decay},
+        {"params": [x for name, x in parameters.items() if name not in shrunk], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(optim.b1, optim.b2), eps=optim.eps, fused=True)
+    rates = [float(schedule(optim, c.total_steps)(step)) for step in range(c.total_steps)]
+    tokens = torch.from_numpy(batch_of(c)["tokens"]).long()
+
+    def loss_of(tokens):
+        return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    def run() -> float:
+        loss = loss_of(tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), optim.clip_norm)
+        for group in adamw.param_groups:
+            group["lr"] = rates[0]
+        rates.pop(0)
+        adamw.step()
+        adamw.zero_grad()
+        return loss.item()
+
+    loss_of(tokens[:, :16]).backward()  # starts the threads
+    adamw.zero_grad()
+    return Ready(run, None)
+
+
+def full_attention(c: Config) -> Config:
+    """`c` with its first windowed kind in every layer, without the window."""
+    windowed = [kind for kind in map(c.model.kinds.get, c.model.layers) if kind.window is not None or kind.chunk is not None]
+    if not windowed:
+        raise ValueError(f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
+    kind = dataclasses.replace(windowed[0], window=None, chunk=None)
+    return dataclasses.replace(c, model=dataclasses.replace(c.model, pattern="R", kinds=Table({"R": kind})))
+
+
+def at_length(c: Config, S: int) -> Config:
+    return dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], steps=REPEATS.value, seq_len=S),))
+
+
+def needed(c: Config) -> float:
+    """FLOPs that a step needs."""
+    stage = c.stages[0]
+    return stage.batch * stage.seq_len * flops.train_flops_per_token(c.model, stage.seq_len)
+
+
+def computed_with_masks(c: Config) -> float:
+    """FLOPs of a step that computes the whole square of every layer that has a window shorter than the row."""
+    (B, S), m = (c.stages[0].batch, c.stages[0].seq_len), c.model
+    windows = [kind for kind in map(m.kinds.get, m.layers) if kind.window is not None and kind.window < S]
+    unseen = sum(S**2 - flops.attended_pairs(kind, S) for kind in windows)
+    return needed(c) + B * flops.TRAIN * flops.attention_flops(m.num_heads, m.head_dim, unseen)
+
+
+class Contender(NamedTuple):
+    """A config, the FLOPs of a step of it as this contender computes it, and the task."""
+
+    config: Config
+    computed: float
+    task: Task
+
+
+def ours(c: Config) -> Contender:
+    return Contender(c, needed(c), Task("jax", make_ours, (config.to_dict(c),)))
+
+
+def theirs(c: Config, directory: str, shrunk: list[str], remat: str) -> Contender:
+    return Contender(c, computed_with_masks(c), Task("torch", make_theirs, (config.to_dict(c), directory, shrunk, remat)))
+
+
+def compare(processes: Processes, title: str, contenders: dict[str, Contender], dtype: str, done: list[dict]) -> list[dict]:
+    """A record for each contender; `done` are those of shorter rows, by which a step is judged to be too long."""
+    records, tasks = {}, {"matmul": Task("jax", measurement.make_matmul, (dtype,))}  # first: it starts the threads
+    for name, (c, computed, task) in contenders.items():
+        stage = c.stages[0]
+        record = {"contender": name, "layers": c.model.layers, "tokens": stage.seq_len, "batch": stage.batch}
+        record |= {"needed_flops": needed(c), "computed_flops": computed}
+        before = [r for r in done if r["contender"] == name and "seconds" in r]
+        if before and before[-1]["seconds"] * computed / before[-1]["computed_flops"] > SECONDS.value:
+            record["missing"] = f"a step might take more than {SECONDS.value:g} s"
+        else:
+            tasks[name] = task
+        records[name] = record
+    measured = processes.race(title, tasks, REPEATS.value)
+    peak = max(measured.pop("matmul").results)
+    for name, got in measured.items():
+        new = {"missing": got.missing, "fits": False}
+        if got.missing is None:
+            new = {"seconds": min(got.seconds), "calls": got.seconds, "losses": got.results, "memory": got.memory, "peak": peak}
+        records[name] |= new
+    return list(records.values())
+
+
+def beside_transformers(processes: Processes, c: Config, lengths: list[int], dtype: str) -> list[dict]:
+    records = []
+    for S in lengths:
+        at_S = at_length(c, S)
+        with tempfile.TemporaryDirectory() as directory:
+            shrunk = processes.call("jax", export, config.to_dict(at_S), directory)
+            pair = {"ours": ours(at_S), "transformers": theirs(at_S, directory, shrunk, c.train.remat)}
+            new = compare(processes, f"transformers {S:,}", pair, dtype, records)
+            if c.train.remat == "none" and not new[1].get("fits", True):
+                pair = {"ours": ours(at_S), "transformers, recomputing": theirs(at_S, directory, shrunk, "layer")}
+                new = [new[1], *compare(processes, f"transformers {S:,}", pair, dtype, records)]
+        records += new
+    return records
+
+
+def beside_full_attention(processes: Processes, c: Config, lengths: list[int], dtype: str) -> list[dict]:
+    records = []
+    for S in lengths:
+        pair = {"ours": ours(at_length(c, S)), "full attention": ours(at_length(full_attention(c), S))}
+        records += compare(processes, f"layouts {S:,}", pair, dtype, records)
+    return records
+
+
+PARTS = {"transformers": beside_transformers, "layouts": beside_full_attention}
+HEADER = ("contender", "layers", "tokens", "s", "tokens/s", "time / ours", "FLOPs / ours", "MFU", "GiB", "first loss", "last")
+
+
+def show(records: list[dict], peak: float) -> None:
+    ours = {r["tokens"]: r for r in records if r["contender"] == "ours"}
+    rows = []
+    for r in records:
+        mine = ours[r["tokens"]]
+        flops_ratio = f"{r['computed_flops'] / mine['computed_flops']:.2f}"
+        row = [r["contender"], r["layers"], f"{r['tokens']:,}"]
+        if "missing" in r:
+            rows.append([*row, "—", "—", "—", flops_ratio, *["—"] * 4])
+            continue
+        seconds, losses = r["seconds"], [f"{r['losses'][i]:.5f}" for i in (0, -1)]
+        ratio = f"{seconds / mine['seconds']:.2f}" if "seconds" in mine else "—"
+        memory = "—" if r["memory"] is None else f"{r['memory'] / measurement.GIB:.2f}"
+        rate, mfu = f"{r['batch'] * r['tokens'] / seconds:,.0f}", f"{r['needed_flops'] / seconds / peak:.0%}"
+        rows.append([*row, f"{seconds:.3g}", rate, ratio, flops_ratio, mfu, memory, *losses])
+    print(measurement.table(HEADER, rows))
+    for name, S, reason in ((r["contender"], r["tokens"], r["missing"]) for r in records if "missing" in r):
+        print(f"— {name}, {S:,} tokens: {reason}")
+    print()
+
+
+def check_losses(records: list[dict]) -> None:
+    """ValueError where two contenders did not compute the same function of the same parameters."""
+    first = {(r["tokens"], r["contender"]): r["losses"][0] for r in records if "losses" in r}
+    for (S, name), loss in first.items():
+        own = first.get((S, "ours"), loss)
+        if not abs(loss - own) <= 1e-3:
+            raise ValueError(f"the first losses at {S:,} tokens differ: ours {own:.5f}, {name} {loss:.5f}")
+
+
+def no_transformers(platform: str, dtype: str) -> str | None:
+    """Why the other library cannot be compared with here."""
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        return f"{' and '.join(missing)} not installed; install the extra `oracle`"
+    return None if platform == "cpu" and dtype == "float32" else f"compared in float32 on a CPU, not in {dtype} on {platform}"
+
+
+def main(_):
+    try:
+        c = config.build(CONFIG.value.to_dict())
+        parts = [part for part in PARTS if PART.value in (part, "both")]
+        lengths = {part: measurement.lengths(LENGTHS[part] if ROWS.value is None else ROWS.value) for part in parts}
+        with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
+            platform = processes.call("jax", jax.default_backend)
+            dtype = str(run_on(platform, c.train).dtype)
+            why = no_transformers(platform, dtype) if "transformers" in parts else None
+            if why and PART.value == "transformers":
+                raise ValueError(f"--part=transformers: {why}")
+            if why:
+                print(f"— transformers: {why}\n")
+                parts.remove("transformers")
+            records = {part: PARTS[part](processes, c, lengths[part], dtype) for part in parts}
+        peak = max((r["peak"] for part in parts for r in records[part] if "peak" in r), default=float("nan"))
+        libraries = ("jax", "torch", "transformers") if "transformers" in parts else ("jax",)
+        versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+        print(
+            f"{platform}, {measurement.threads()} threads, {versions}; {flops.parameters(c.model):,} parameters, {dtype}, "
+            f"remat {c.train.remat}; matmul peak {peak / 1e9:,.1f} GFLOP/s\n"
+        )
+        for part in parts:
+            show(records[part], peak)
+        if JSON.value:
+            out = {"platform": platform, "versions": versions, "peak": peak, "config": config.to_dict(c), "records": records}
+            Path(JSON.value).write_text(json.dumps(out, indent=1) + "\n")
+        check_losses(records.get("transformers", []))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)
