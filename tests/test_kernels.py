@@ -29,7 +29,7 @@ PAIRS = [("one document", "packed"), ("padding at the end", "padding in front"),
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocked, "QUERIES", 4)
+    monkeypatch.setattr(blocked, "QUERIES", (4, 4))
     monkeypatch.setattr(blocked, "KEYS", 5)
     monkeypatch.setattr(blocked, "LINE", 2)
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from hybrid_attn.kernels.intervals import intervals
 
-# Measured on two hyper-threads of one core with 2 MiB of L2, 8 heads of 32: smaller tiles lose to the cost of starting each
-# product, larger ones to scores that leave the cache. Products of keys that are no multiple of 16 are a fifth slower.
-QUERIES = 128
+# Measured on two hyper-threads of one core with 2 MiB of L2, 2 to 8 heads of 32 and 64: smaller tiles lose to the cost of
+# starting each product, larger ones to scores that leave the cache. Keys that are no multiple of 16 cost a fifth more.
+ROWS = 1024  # queries of a block times heads
+QUERIES = (64, 256)  # fewest and most of a block
 KEYS = 1024
 LINE = 64
 
@@ -39,7 +40,8 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, wi
     Keys are in reading order (see `intervals`); queries may be in any, but only neighbours that see the same keys share work.
     """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
-    static = Static(scale, softcap, min(QUERIES, T), tile_size(S, window, min(QUERIES, T)))
+    queries = min(T, max(QUERIES[0], min(QUERIES[1], ROWS // N)))
+    static = Static(scale, softcap, queries, tile_size(S, window, queries))
     first_BT, end_BT = intervals(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window)
     pad = -T % static.queries
     q_BTNH, first_BT, end_BT = (jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) for x in (q_BTNH, first_BT, end_BT))

@@ -1,0 +1,92 @@
+"""The gated feed-forward, of whole rows or of some tokens at a time.
+
+Letters: B batch, T tokens, D model, F feed-forward; of one device, n tokens flattened, I chunks of c tokens.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.config import Model
+from hybrid_attn.model.attention import weight
+from hybrid_attn.parallel.mesh import ACT_BTD, gathered
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward: down(act(gate x) * up x)."""
+
+    def __init__(self, model: Model, *, rngs: nnx.Rngs):
+        D, F, std = model.d_model, model.d_ff, model.init_std
+        self.activation = model.activation
+        self.gate = weight(rngs, (D, F), P("fsdp", "tensor"), std)
+        self.up = weight(rngs, (D, F), P("fsdp", "tensor"), std)
+        self.down = weight(rngs, (F, D), P("tensor", "fsdp"), std)
+
+    def __call__(self, x_BTD: jax.Array, chunk: int | None) -> jax.Array:
+        """[B, T, D] of the same; with `chunk`, so many tokens of a device at a time, whose hidden activations are not kept."""
+        weights = tuple(gathered(w[...].astype(x_BTD.dtype)) for w in (self.gate, self.up, self.down))
+        if chunk is not None:
+            return in_chunks(self.activation, chunk, x_BTD, *weights)
+        w_gate, w_up, w_down = weights
+        gate_BTF, up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_gate), jnp.einsum("BTD,DF->BTF", x_BTD, w_up)
+        h_BTF = ACTIVATIONS[self.activation](gate_BTF) * up_BTF
+        return jnp.einsum("BTF,FD->BTD", h_BTF, w_down, out_sharding=ACT_BTD)
+
+
+def in_chunks(activation: str, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array):
+    """The feed-forward of `chunk` tokens of a device at a time: nothing of F outlives its chunk, forward or backward."""
+
+    def shard(x_BTD, *weights):
+        D = x_BTD.shape[-1]
+        x_nD = x_BTD.reshape(-1, D)
+        n = len(x_nD)
+        size = min(chunk, n)
+        x_IcD = jnp.pad(x_nD, ((0, -n % size), (0, 0))).reshape(-1, size, D)
+        y_nD = _in_chunks(activation, x_IcD, *weights).reshape(-1, D)[:n]
+        return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor")
+
+    specs = (ACT_BTD, P(None, "tensor"), P(None, "tensor"), P("tensor", None))
+    return jax.shard_map(shard, in_specs=specs, out_specs=ACT_BTD, check_vma=False)(x_BTD, w_gate, w_up, w_down)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(activation: str, x_IcD, w_gate, w_up, w_down):
+    return _forward(activation, x_IcD, w_gate, w_up, w_down)[0]
+
+
+def _hidden(activation: str, gate_cF, up_cF):
+    return ACTIVATIONS[activation](gate_cF) * up_cF
+
+
+def _forward(activation: str, x_IcD, w_gate, w_up, w_down):
+    y_IcD = jax.lax.map(lambda x_cD: _hidden(activation, x_cD @ w_gate, x_cD @ w_up) @ w_down, x_IcD)
+    return y_IcD, (x_IcD, w_gate, w_up, w_down)
+
+
+def _backward(activation: str, kept, dy_IcD):
+    """By hand, for the gradients of the weights: autodiff transposes [c, F] arrays, which costs a CPU more than the rest."""
+    x_IcD, w_gate, w_up, w_down = kept
+
+    def chunk(sums, xs):
+        x_cD, dy_cD = xs
+        h_cF, pull = jax.vjp(functools.partial(_hidden, activation), x_cD @ w_gate, x_cD @ w_up)
+        dgate_cF, dup_cF = pull(dy_cD @ w_down.T)
+        products = ((x_cD, dgate_cF), (x_cD, dup_cF), (dy_cD, h_cF))
+        terms_DF = [jnp.einsum("Dc,cF->DF", a_cD.T, b_cF, preferred_element_type=jnp.float32) for a_cD, b_cF in products]
+        return [a + b for a, b in zip(sums, terms_DF, strict=True)], dgate_cF @ w_gate.T + dup_cF @ w_up.T
+
+    zeros = [jnp.zeros(w_gate.shape, jnp.float32)] * 3
+    (dw_gate, dw_up, dw_downT), dx_IcD = jax.lax.scan(chunk, zeros, (x_IcD, dy_IcD))
+    return dx_IcD, *(dw.astype(w_gate.dtype) for dw in (dw_gate, dw_up, dw_downT.T))
+
+
+_in_chunks.defvjp(_forward, _backward)
