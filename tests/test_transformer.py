@@ -289,7 +289,7 @@ def training_configs():
                 yield pytest.param(functools.partial(get_config, size) if sized else get_config, size, id=f"{path.stem}:{size}")
 
 
-@pytest.mark.parametrize("get_config, size", training_configs())
+@pytest.mark.parametrize("get_config, size", list(training_configs()))
 def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(get_config, size):
     c = config.build(get_config())
     mesh = abstract_mesh(**dict(zip(AXES, axis_sizes(c.mesh, DEVICES[size]), strict=True)))
