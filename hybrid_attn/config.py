@@ -6,6 +6,7 @@ No field has a default here: `configs/base.py` holds every default with its unit
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,10 @@ def _one_of(field: str, value: str, choices: Sequence[str]) -> None:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
+
+
+def _check_positive(field: str, value: float | None) -> None:
+    _check(value is None or 0 < value < math.inf, f"{field}={value} must be positive and finite")
 
 
 class Table(dict):
@@ -43,12 +48,14 @@ class RopeScaling:
 
     def __post_init__(self):
         _one_of("rope_scaling.type", self.type, ("none", "linear", "ntk", "yarn", "llama3"))
-        _check(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1")
+        _check(1 <= self.factor < math.inf, f"rope_scaling.factor={self.factor} must be at least 1")
         _check(self.original_len >= 1, f"rope_scaling.original_len={self.original_len} must be at least 1 token")
         _check(
             self.type not in ("yarn", "llama3") or self.low < self.high,
             f"rope_scaling.low={self.low} must be below rope_scaling.high={self.high}",
         )
+        _check(self.low > 0, f"rope_scaling.low={self.low} must be positive")
+        _check_positive("rope_scaling.attention_factor", self.attention_factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +92,26 @@ class LayerKind:
     def __post_init__(self):
         _check(self.window is None or self.window >= 1, f"window={self.window} must be at least 1 (a query sees itself)")
         _check(self.chunk is None or self.chunk >= 1, f"chunk={self.chunk} must be at least 1 token")
+        for name in ("window", "chunk"):
+            _check(
+                (getattr(self, name) or 0) < 2**31, f"{name}={getattr(self, name)} must be below 2^31; None is the whole prefix"
+            )
         _check(self.window is None or self.chunk is None, "a kind has a window or a chunk, not both")
-        _check(self.rope_theta is None or self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1")
+        _check(self.rope_theta is None or 1 < self.rope_theta < math.inf, f"rope_theta={self.rope_theta} must be above 1")
+        _check(
+            self.rope_theta is not None or self.rope_scaling.type == "none",
+            f"rope_scaling.type={self.rope_scaling.type!r} scales nothing without a rope_theta",
+        )
         _check(0 < self.rope_fraction <= 1, f"rope_fraction={self.rope_fraction} must be in (0, 1]")
         _one_of("qk_norm", self.qk_norm, ("none", "layernorm", "rms", "rms_plus1", "rms_weightless"))
         _one_of("qk_norm_scope", self.qk_norm_scope, ("head_dim", "head", "projection"))
         _one_of("gate", self.gate, ("none", "head", "projection"))
-        _check(self.softcap is None or self.softcap > 0, f"softcap={self.softcap} must be positive")
+        _check(
+            not self.qk_norm_after_rope or (self.qk_norm != "none" and self.rope_theta is not None),
+            "qk_norm_after_rope needs a qk_norm and a rope_theta",
+        )
+        for name in ("scale", "softcap"):
+            _check_positive(name, getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +158,16 @@ class Model:
                 f"model.kinds.{letter}: rope_fraction={kind.rope_fraction} of head_dim={self.head_dim} rotates {dims} "
                 "dimensions; use an even number",
             )
+            _check(
+                kind.rope_scaling.type != "ntk" or dims > 2,
+                f"model.kinds.{letter}: ntk stretches by the dimension {dims}, and needs more than 2",
+            )
         _one_of("model.block", self.block, ("parallel", "pre", "post", "sandwich"))
         _one_of("model.norm", self.norm, ("layernorm", "rms", "rms_plus1"))
         _one_of("model.activation", self.activation, ("silu", "gelu", "gelu_tanh"))
         _one_of("model.rope_layout", self.rope_layout, ("interleaved", "half"))
+        for name in ("norm_eps", "embed_scale", "logit_scale", "logit_softcap", "init_std"):
+            _check_positive(f"model.{name}", getattr(self, name))
 
     @property
     def layers(self) -> str:

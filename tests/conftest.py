@@ -30,7 +30,7 @@ def compile_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-RUN = Run(jnp.dtype("float32"), "none", "blocked", loss_chunk=16, mlp_chunk=None)
+RUN = Run(jnp.dtype("float32"), "none", "blocked", loss_chunk=16, mlp_chunk=7)
 
 
 def tiny(changes=None, **kinds) -> config.Config:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import re
 
 import pytest
@@ -97,6 +98,15 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
         ("model.kinds.L.rope_scaling.factor", 0.5, "factor=0.5 must be at least 1"),
         ("model.kinds.G.temperature.length", 1, "length=1 must be at least 2"),
         ("model.kinds.G.softcap", -1.0, "softcap=-1.0 must be positive"),
+        ("model.kinds.G.scale", math.nan, "scale=nan must be positive and finite"),
+        ("model.kinds.L.window", 2**31, "window=2147483648 must be below 2"),
+        ("model.kinds.L.rope_theta", math.inf, "rope_theta=inf must be above 1"),
+        ("model.kinds.L.rope_scaling.attention_factor", 0.0, "attention_factor=0.0 must be positive"),
+        ("model.kinds.G.rope_scaling.type", "linear", "'linear' scales nothing without a rope_theta"),
+        ("model.kinds.G.qk_norm_after_rope", True, "needs a qk_norm and a rope_theta"),
+        ("model.logit_softcap", 0.0, "model.logit_softcap=0.0 must be positive"),
+        ("model.norm_eps", -1.0, "model.norm_eps=-1.0 must be positive"),
+        ("train.mlp_chunk", 0, "mlp_chunk=0 must be None or at least 1"),
         ("model.pattern", "LLX", "pattern='LLX' uses 'X'.* G, L$"),
         ("model.pattern", "", "pattern is empty"),
         ("model.num_layers", 0, "num_layers=0 must be at least 1"),

@@ -41,7 +41,7 @@ def test_forward_flops_are_those_that_the_compiler_counts():
     changes = {f"model.{name}": value for name, value in changes.items()} | {"model.pattern": "LCG"}
     model = tiny(changes, **kinds).model
     assert model.num_periods == 1  # XLA counts the body of a loop once
-    run = RUN._replace(kernel="reference", loss_chunk=length)
+    run = RUN._replace(kernel="reference", loss_chunk=length, mlp_chunk=None)
     mesh = abstract_mesh()
     with jax.sharding.use_abstract_mesh(mesh):
         batch = {

@@ -142,3 +142,12 @@ def test_the_output_handed_on_has_the_wanted_product_with_any_gradient():
         given = np.asarray(given, np.float64)
         np.testing.assert_allclose((given * np.asarray(o, np.float64)).sum(-1), shift, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(given, np.asarray(do.astype(dtype), np.float64), rtol=0, atol=1e-18)
+
+
+@pytest.mark.parametrize(
+    "dtype, length, size", [("float32", 64, 64), ("bfloat16", 64, 256), ("bfloat16", 64, 60), ("bfloat16", 63, 64)]
+)
+def test_cudnn_refuses_the_shapes_that_it_does_not_take_with_the_cure(dtype, length, size):
+    q, tokens = jnp.zeros((1, length, 2, size), dtype), jnp.zeros((1, length), jnp.int32)
+    with pytest.raises(NotImplementedError, match=f'{dtype}, heads of {size} and {length} tokens; use train.kernel="blocked"'):
+        gpu.attend_cudnn(q, q, q, tokens, tokens, tokens, tokens, window=None, scale=1.0, softcap=None)

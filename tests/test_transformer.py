@@ -27,7 +27,7 @@ from hybrid_attn.model.transformer import Block
 from hybrid_attn.parallel.mesh import AXES, ROWS_B, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.train.step import init_state, make_step
 
-REFERENCE = RUN._replace(kernel="reference")
+REFERENCE = RUN._replace(kernel="reference", mlp_chunk=None)
 # Eight rows of one to three documents and as many weighted tokens as 48, 39, …, 3.
 BATCH = batch_of(
     *(
@@ -128,7 +128,7 @@ def compiled():
     """The loss and its gradients on each mesh, compiled side by side; the last with the kernel and chunks of a real run."""
 
     def build(sizes):
-        run = RUN._replace(mlp_chunk=7) if sizes == MESHES[-1] else REFERENCE
+        run = RUN if sizes == MESHES[-1] else REFERENCE
         with jax.set_mesh(mesh_of(*sizes)):
             return loss_and_grads.lower(EVERYTHING, run, random_params(EVERYTHING), on_mesh(BATCH)).compile()
 

@@ -205,7 +205,7 @@ def main(_):
             for kind in ("local", "global") if KIND.value == "both" else (KIND.value,):
                 new, peak = measure(processes, kind, names, lengths)
                 records, peaks = records + new, [*peaks, peak]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         sys.exit(f"error: {error}")
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch") if name == "jax" or "torch" in names)
     print(

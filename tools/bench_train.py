@@ -296,7 +296,7 @@ def main(_):
             out = {"platform": platform, "versions": versions, "peak": peak, "config": config.to_dict(c), "records": records}
             Path(JSON.value).write_text(json.dumps(out, indent=1) + "\n")
         check_losses(records.get("transformers", []))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -2,8 +2,8 @@
 
 Each block of queries walks over the tiles of keys that any of its queries sees, merging by the running maximum and sum
 of "FlashAttention" (arXiv 2205.14135, algorithm 1; the backward pass is its algorithm 4). A window's keys are one tile where
-they fit, so its scores are made once and stay in cache. Where a row holds several documents, the tiles of other documents
-are never visited.
+they fit, so its scores are made once and stay in cache. Tiles that hold only other documents are not visited; the rows of a
+batch walk together, so what one of them needs all of them visit.
 
 Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads, G = N/K, H head size; I query blocks,
 M = G x queries of a block, C keys of a tile.

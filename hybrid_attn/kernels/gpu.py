@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from hybrid_attn.kernels.intervals import intervals
 
 TOKAMAX = ("mosaic_gpu", "triton")  # the first that supports the device and the dtype
+BLOCK = 128
 
 
 class Static(NamedTuple):
@@ -38,8 +39,15 @@ def attend_tokamax(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_B
     Raises NotImplementedError where no kernel of tokamax supports the device, the dtype or the head size.
     """
     first_BT, end_BT = intervals(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window)
+    T = q_BTNH.shape[1]
+    q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT = map(_whole_blocks, (q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT))
     o_BTNH, lse_BNT = _attend(Static(scale, softcap, TOKAMAX), q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT)
-    return o_BTNH, lse_BNT.swapaxes(1, 2)
+    return o_BTNH[:, :T], lse_BNT.swapaxes(1, 2)[:, :T]
+
+
+def _whole_blocks(x_BS: jax.Array) -> jax.Array:
+    """Padded along axis 1 to the multiple that tokamax compiles for; no interval reaches the keys that come with it."""
+    return jnp.pad(x_BS, [(0, 0), (0, -x_BS.shape[1] % BLOCK)] + [(0, 0)] * (x_BS.ndim - 2))
 
 
 def _bound(static: Static, call, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT):
@@ -50,9 +58,7 @@ def _bound(static: Static, call, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT):
     for name in static.names:
         op = api.IMPLEMENTATIONS[name]
         try:
-            arguments = op.bind(
-                q_BTNH, k_BSKH, v_BSKH, mask=mask, logits_scale=static.scale, logits_soft_cap=static.softcap
-            )
+            arguments = op.bind(q_BTNH, k_BSKH, v_BSKH, mask=mask, logits_scale=static.scale, logits_soft_cap=static.softcap)
             return call(op, arguments)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
@@ -117,7 +123,8 @@ def attend_cudnn(
     """(o_BTNH, lse_BTN float32) of rows that hold one document each, with padding after it or none.
 
     A row that is packed or padded in front gives NaN, and so do gradients where the log-sum-exp has one: cuDNN drops it.
-    Raises NotImplementedError for a soft cap and for queries that are not the keys' own tokens.
+    Raises NotImplementedError for a soft cap, for queries that are not the keys' own tokens, and for dtypes, head sizes and
+    lengths that cuDNN does not take.
     """
     if softcap is not None:
         raise NotImplementedError(f'cudnn has no soft cap, and this layer has {softcap}; use train.kernel="tokamax"')
@@ -125,6 +132,14 @@ def attend_cudnn(
         raise NotImplementedError(
             f"cudnn aligns queries with the first keys, and here are {q_BTNH.shape[1]} queries of {k_BSKH.shape[1]} keys; "
             'use train.kernel="tokamax"'
+        )
+    H = q_BTNH.shape[-1]
+    if implementation == "cudnn" and (
+        q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or H > 128 or H % 8 or q_BTNH.shape[1] % 2
+    ):
+        raise NotImplementedError(
+            f"cudnn takes bfloat16 or float16, heads of at most 128 by eights and even lengths, and here are {q_BTNH.dtype}, "
+            f'heads of {H} and {q_BTNH.shape[1]} tokens; use train.kernel="blocked"'
         )
     real_BT = q_seg_BT > 0
     length_B = real_BT.sum(1, dtype=jnp.int32)
