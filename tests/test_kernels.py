@@ -239,6 +239,17 @@ def test_no_array_has_as_many_elements_as_pairs_of_tokens(window, monkeypatch):
     assert biggest("blocked") <= length**2 // 16
 
 
+def test_a_window_over_131072_tokens_of_8_heads_compiles_to_less_than_2_gib(monkeypatch):
+    monkeypatch.undo()
+    heads, tokens = (jax.ShapeDtypeStruct((1, 131072, *rest), dtype) for rest, dtype in (((8, 32), "float32"), ((), "int32")))
+
+    def loss(q, k, v, pos, seg):
+        return kernels.attend(q, k, v, pos, pos, seg, seg, window=1024, scale=1.0, kernel="blocked")[0].sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(heads, heads, heads, tokens, tokens).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**31
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_auto_means_a_kernel_of_the_platform_and_a_named_one_must_run_there(platform):
     assert platform in kernels.KERNELS[kernels.choose("auto", platform)].platforms

@@ -134,6 +134,20 @@ def test_no_array_holds_the_logits_of_a_batch(one_device, monkeypatch):
     assert biggest() >= B * T * V
 
 
+def test_256000_words_and_8192_tokens_take_less_than_a_gib_of_temporaries(one_device):
+    model = tiny({"model.vocab_size": 256_000, "model.d_model": 512}).model
+
+    def loss(table, x, targets, weights):
+        return mean_loss(*token_losses(model, table, x, targets, 1024), weights, 1e-4)
+
+    table = jax.ShapeDtypeStruct((256_000, 512), "float32", sharding=NamedSharding(one_device, P("tensor", "fsdp")))
+    x, targets, weights = (
+        jax.ShapeDtypeStruct((1, 8192, *rest), dtype) for rest, dtype in (((512,), "float32"), ((), "int32"), ((), "float32"))
+    )
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(table, x, targets, weights).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**30
+
+
 def test_bits_per_byte_is_one_where_every_byte_costs_one_bit():
     assert bits_per_byte(math.log(2) * 7, 7) == pytest.approx(1.0)
     assert bits_per_byte(12.0, 3) == pytest.approx(2 * bits_per_byte(12.0, 6))
