@@ -187,6 +187,12 @@ def test_a_model_that_no_family_expresses_is_refused_with_the_nearest():
     assert families.expressing(HYBRID) == "cohere2"
 
 
+def test_a_companion_whose_length_is_no_number_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": "x"}')
+    with pytest.raises(ValueError, match="config.json has max_position_embeddings='x'; make it a whole number"):
+        hf.describe(HYBRID, tmp_path, 64)
+
+
 def test_an_ntk_stretch_is_written_as_the_theta_that_it_is():
     scaling = dataclasses.replace(HYBRID.kinds["L"].rope_scaling, type="ntk", factor=2.0)
     described = families.config_json(kind_of(HYBRID, "L", rope_scaling=scaling), "cohere2", 64)
@@ -208,6 +214,18 @@ def test_an_ntk_stretch_is_written_as_the_theta_that_it_is():
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, "lacks 'high_freq_factor'"),
         ("llama_yarn", {"rope_parameters": {"rope_type": "yarn"}, "max_position_embeddings": None}, "lacks original_max"),
         ("cohere2", {"sliding_window": "5"}, "value of the wrong type"),
+        ("cohere2", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config; only plain floats are read: take"),
+        ("cohere2", {"model_type": []}, r"model_type=\[\]; known families"),
+        ("cohere2", {"hidden_act": []}, r"activation \[\]; known: silu"),
+        ("cohere2", {"hidden_size": True}, "hidden_size=True, which must be a whole number"),
+        ("cohere2", {"layer_types": None, "sliding_window_pattern": ""}, "sliding_window_pattern='', which must be"),
+        ("cohere2", {"layer_types": None, "sliding_window_pattern": 2.5}, "sliding_window_pattern=2.5, which must be"),
+        ("cohere2", {"rope_parameters": "abc"}, "rope_parameters='abc', which must be an object"),
+        ("olmo3", {"rope_parameters": {"sliding_attention": "abc"}}, "rope_parameters.sliding_attention='abc', which must be"),
+        ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0.0, which must be a number above 0"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0, which must be"),
+        ("afmoe", {"layer_types": None, "global_attn_every_n_layers": ""}, "global_attn_every_n_layers='', which must be"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "value of the wrong type or size"),
         ("llama", {"intermediate_size": 20.5}, "model.d_ff=20.5 must be of type int"),
         ("cohere2", {"attention_bias": True}, "attention_bias=True; of cohere2, only attention_bias=False"),
         ("cohere2", {"hidden_act": "relu2"}, "activation 'relu2'; known: silu"),
@@ -282,11 +300,79 @@ def test_broken_files_are_named(exported, tmp_path):
     (exported / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
     with pytest.raises(ValueError, match="has no model-2.safetensors, which model.safetensors.index.json names"):
         read(exported)
+    for text, message in (
+        ("[]", "index.json must hold an object"),
+        ("{}", "has no weight_map of tensors to files"),
+        ('{"weight_map": ["model.safetensors"]}', "has no weight_map of tensors to files"),
+        ('{"weight_map": {"a": null}}', "has a in None, which must be the name of a .safetensors file beside it"),
+        ('{"weight_map": {"a": "b.safetensors", "c": 3}}', "has c in 3, which must be"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "has a in '../b.safetensors', which must be"),
+        ('{"weight_map": {"a": "sub"}}', "has a in 'sub', which must be"),
+    ):
+        (exported / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read(exported)
+    (exported / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="config.json is nested too deeply"):
+        read(exported)
     (exported / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not JSON"):
         read(exported)
     with pytest.raises(ValueError, match="has no config.json"):
         hf.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bool", "float8_e4m3fn", "float8_e5m2"])
+def test_tensors_that_are_not_plain_floats_are_named_with_the_others(exported, dtype):
+    def change(arrays):
+        del arrays["model.norm.weight"]
+        for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"):
+            arrays[name] = arrays[name].astype(dtype)
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].astype(dtype)
+
+    edit_tensors(exported, change)
+    stored = {"int8": "I8", "uint8": "U8", "int32": "I32", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+    why = f"of type {stored[dtype]}, where only F64, F32, F16, BF16 are read"
+    with pytest.raises(ValueError) as error:
+        read(exported)
+    assert sorted(str(error.value).split("\n")[1:]) == [
+        f"  lm_head.weight: [40, 32] {why} -> not expected",
+        f"  model.layers.1.mlp.up_proj.weight: [48, 32] {why} -> [48, 32]",
+        f"  model.layers.3.mlp.up_proj.weight: [48, 32] {why} -> [48, 32]",
+        "  model.norm.weight: missing -> [32]",
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_plain_floats_are_read(exported, dtype):
+    wanted = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype("float32"), read(exported)[1])
+    edit_tensors(exported, lambda arrays: arrays.update({name: x.astype(dtype) for name, x in arrays.items()}))
+    assert_same(read(exported)[1], wanted)
+
+
+def test_every_tensor_is_taken_from_the_file_that_the_index_names(exported):
+    wanted = read(exported)[1]
+    arrays = safetensors.numpy.load_file(exported / "model.safetensors")
+    norm, embed = "model.norm.weight", "model.embed_tokens.weight"
+    files = dict.fromkeys(arrays, "a.safetensors") | {norm: "b.safetensors"}
+
+    def save(a, b, files):
+        safetensors.numpy.save_file(a, exported / "a.safetensors")
+        safetensors.numpy.save_file(b, exported / "b.safetensors")
+        (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+    save(arrays | {norm: arrays[norm] + 1}, {norm: arrays[norm], embed: arrays[embed] + 1}, files)
+    assert_same(read(exported)[1], wanted)
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    save(arrays | {bias: np.zeros(32, np.float32)}, {"x": arrays[norm]}, files | {"y": "a.safetensors"})
+    with pytest.raises(ValueError) as error:
+        read(exported)
+    assert str(error.value).split("\n")[1:] == [
+        "  model.norm.weight: missing in b.safetensors, where the index has it -> [32]",
+        "  model.layers.0.self_attn.q_proj.bias: in a.safetensors, not in the index -> not expected",
+        "  x: in b.safetensors, not in the index -> not expected",
+        "  y: missing in a.safetensors, where the index has it -> not expected",
+    ]
 
 
 class Alive:
@@ -356,6 +442,11 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
         (directory / "half").write_text("x")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(KeyboardInterrupt), hf.new_directory(tmp_path / "kept" / "a" / "b" / "out") as directory:
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
+    (tmp_path / "kept").rmdir()
     (tmp_path / "out").mkdir()
     with hf.new_directory(tmp_path / "out") as directory:
         (directory / "whole").write_text("x")
@@ -391,6 +482,7 @@ def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp
 
     done = run_tool("export_hf", f"--checkpoint={tmp_path / 'ours'}", f"--out={tmp_path / 'theirs'}")
     assert done.returncode == 0 and "Cohere2ForCausalLM in float32" in done.stdout, done.stderr
+    assert "INFO" not in done.stderr and "I1" not in done.stderr
     assert_same(read(tmp_path / "theirs")[1], wanted)
     described = hf.read_config(tmp_path / "theirs")
     assert (described["eos_token_id"], described["max_position_embeddings"]) == (3, 500_000)
@@ -400,6 +492,6 @@ def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp
 
 def test_a_failed_import_leaves_nothing_behind(exported, tmp_path):
     edit_tensors(exported, lambda arrays: arrays.pop("model.norm.weight"))
-    done = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'ours'}")
+    done = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'new' / 'ours'}")
     assert done.returncode == 1 and "model.norm.weight: missing" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]

@@ -3,6 +3,7 @@
 The family is --family, or that of the imported config.json, or the first that expresses the model.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the t
 
 
 def main(_):
+    logging.getLogger().setLevel(logging.WARNING)
     try:
         c = config.build(checkpoint.read_config(CHECKPOINT.value, STEP.value))
         companions = Path(CHECKPOINT.value) / "companions"
@@ -34,7 +36,7 @@ def main(_):
         with hf.new_directory(OUT.value) as directory:
             hf.write(directory, c.model, described, shapes, read, DTYPE.value)
             found = hf.copy_companions(companions, directory, without=("config.json",))
-    except (ValueError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *found])}")
 

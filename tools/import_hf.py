@@ -4,6 +4,7 @@
 checkpoint records beyond the model is taken from --config. See docs/families.md for what can be read.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ CONFIG = config_flags.DEFINE_config_file("config", str(BASE), "Everything but th
 
 
 def main(_):
+    logging.getLogger().setLevel(logging.WARNING)
     try:
         described = hf.read_config(MODEL.value)
         model = families.model_of(described)
@@ -43,7 +45,7 @@ def main(_):
             checkpoints.save(0, state, {"stage_steps": [0] * len(c.stages)}, config.to_dict(c), wait=True)
             checkpoints.close()
             found = hf.copy_companions(MODEL.value, directory / "companions")
-    except (ValueError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{OUT.value}: {flops.parameters(model):,} parameters of {described['model_type']}, with {', '.join(found)}")
 

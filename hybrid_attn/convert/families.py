@@ -83,7 +83,7 @@ class Tensor(NamedTuple):
 
 
 def family_of(model_type: str | None) -> Family:
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"config.json has model_type={model_type!r}; known families: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
 
@@ -93,27 +93,28 @@ def model_of(config_json: Mapping) -> Model:
     family = family_of(config_json.get("model_type"))
     said = {key: value for key, value in config_json.items() if value is not None or key in NULLABLE}
     c = {**family.defaults, **said}
+    if "quantization_config" in said:
+        raise ValueError("config.json has quantization_config; only plain floats are read: take the model unquantized")
     missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if not isinstance(c[key], int) or c[key] < 1:
-            raise ValueError(f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
+        layers.whole(c, key)
     c.setdefault("num_key_value_heads", c["num_attention_heads"])
     c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
     for key, wanted in family.required.items():
         if c.get(key, wanted) != wanted:
             raise ValueError(f"config.json has {key}={c[key]!r}; of {c['model_type']}, only {key}={wanted!r} is built here")
     values = {ours: c[key] for key, ours in (FIELDS | family.fields).items()} | family.fixed | family.scales(c)
-    if values["activation"] not in ACTIVATIONS:
+    if not isinstance(values["activation"], str) or values["activation"] not in ACTIVATIONS:
         raise ValueError(f"config.json has activation {values['activation']!r}; known: {', '.join(ACTIVATIONS)}")
     values["activation"] = ACTIVATIONS[values["activation"]]
     try:
         pattern, kinds = _pattern(family.kinds(c), c["num_hidden_layers"])
     except KeyError as cause:
         raise ValueError(f"config.json lacks {cause} where it describes its layers or their rotation") from cause
-    except TypeError as cause:
-        raise ValueError(f"config.json describes its layers with a value of the wrong type: {cause}") from cause
+    except (TypeError, AttributeError, ArithmeticError) as cause:
+        raise ValueError(f"config.json describes its layers with a value of the wrong type or size: {cause}") from cause
     return config.build_model(values | {"pattern": pattern, "kinds": kinds})
 
 

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,7 @@ COMPANIONS = (  # what travels along: the tokenizer, how to generate, and the co
 )
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 BUFFERS = (".rotary_emb.inv_freq",)  # old checkpoints carry them; they follow from config.json
+DTYPES = ("F64", "F32", "F16", "BF16")  # whole numbers and 8-bit floats mean quantized weights, whose scales stand elsewhere
 
 
 def read_config(directory: str | os.PathLike) -> dict:
@@ -49,13 +51,13 @@ def read_config(directory: str | os.PathLike) -> dict:
 def read_params(directory: str | os.PathLike, model: Model, model_type: str, abstract: Any) -> dict:
     """Parameters of `model` with the shapes, dtypes and shardings of `abstract` (a leaf without one: the first device).
 
-    ValueError, before any array is read, that names every tensor which is missing, of another shape, or not expected.
+    ValueError, before any array is read, that names every tensor which is missing, of another shape or type, or not expected.
     """
     leaves = flat(abstract)
     wanted = families.tensors(model, model_type, {path: x.shape for path, x in leaves.items()})
     with contextlib.ExitStack() as stack:
-        files = _open(Path(directory), stack)
-        _check(directory, files, wanted, model.tie_embeddings)
+        files, astray = _open(Path(directory), stack)
+        _check(directory, files, astray, wanted, model.tie_embeddings)
         by_leaf = {path: list(group) for path, group in itertools.groupby(wanted, lambda tensor: tensor.path)}
         return unflat({path: _place(x, by_leaf[path], files) for path, x in leaves.items()})
 
@@ -101,9 +103,11 @@ def describe(model: Model, companions: str | os.PathLike, max_len: int, model_ty
     path = Path(companions) / "config.json"
     old = _read_json(path) if path.exists() else {}
     model_type = model_type or old.get("model_type") or families.expressing(model)
-    longest = max(max_len, old.get("max_position_embeddings") or 0)
+    longest = old.get("max_position_embeddings")
+    if longest is not None and type(longest) is not int:
+        raise ValueError(f"{path} has max_position_embeddings={longest!r}; make it a whole number, or take it out")
     special = {key: old.get(key) for key in SPECIAL_TOKENS}  # null, since a family's default is an id of its own vocabulary
-    return families.config_json(model, model_type, longest) | special
+    return families.config_json(model, model_type, max(max_len, longest or 0)) | special
 
 
 def copy_companions(source: str | os.PathLike, target: str | os.PathLike, without: tuple[str, ...] = ()) -> list[str]:
@@ -117,18 +121,27 @@ def copy_companions(source: str | os.PathLike, target: str | os.PathLike, withou
 
 @contextlib.contextmanager
 def new_directory(out: str | os.PathLike) -> Iterator[Path]:
-    """A directory to write in, renamed to `out` at the end and removed on failure; ValueError if `out` has content."""
+    """A directory to write in, renamed to `out` at the end and removed on failure; ValueError if `out` has content.
+
+    Failure leaves no parent of `out` that was not there before.
+    """
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; name another --out, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
+    temporary = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         temporary.rename(out)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else may have put something there since
+            for parent in made:
+                parent.rmdir()
         raise
 
 
@@ -138,55 +151,69 @@ def _umask() -> int:
     return mask
 
 
-def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """The open file of every tensor."""
+def _open(directory: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Any], dict[str, str]]:
+    """The open file of every tensor; and of those on which the index and the files disagree, how."""
     index = directory / INDEX
-    if index.exists():
-        try:
-            names = sorted(set(_read_json(index)["weight_map"].values()))
-        except (KeyError, AttributeError) as cause:
-            raise ValueError(f"{index} has no weight_map of tensors to files") from cause
-    else:
-        names = [SINGLE]
-    files = {}
-    for path in (directory / name for name in names):
-        try:
-            file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-        except FileNotFoundError as cause:
-            named = f"which {INDEX} names" if index.exists() else f"and no {INDEX}"
-            raise ValueError(f"{directory} has no {path.name}, {named}") from cause
-        except (OSError, safetensors.SafetensorError) as cause:
-            raise ValueError(f"{path} is not a whole safetensors file: {cause}; fetch it again") from cause
-        files |= dict.fromkeys(file.keys(), file)
-    return files
+    if not index.exists():
+        file = _open_file(directory, SINGLE, f"and no {INDEX}", stack)
+        return dict.fromkeys(file.keys(), file), {}
+    named = _weight_map(index)
+    opened = {name: _open_file(directory, name, f"which {INDEX} names", stack) for name in sorted(set(named.values()))}
+    held = {name: set(file.keys()) for name, file in opened.items()}
+    astray = {key: f"in {name}, not in the index" for name in opened for key in held[name] - named.keys()}
+    astray |= {key: f"missing in {name}, where the index has it" for key, name in named.items() if key not in held[name]}
+    return {key: opened[name] for key, name in named.items() if key in held[name]}, astray
 
 
-def _check(directory, files: Mapping[str, Any], wanted: list[Tensor], tied: bool) -> None:
-    """ValueError with a line for every tensor that is missing, of another shape, or not expected."""
-    shapes = {tensor.name: tensor.shape for tensor in wanted}
-    lines = []
-    for name, shape in shapes.items():
-        found = tuple(files[name].get_slice(name).get_shape()) if name in files else None
-        if found != shape:
-            lines.append(f"  {name}: {'missing' if found is None else list(found)} -> {list(shape)}")
-    extra = {name for name in files if name not in shapes and not name.endswith(BUFFERS)}
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor; ValueError if one is not the name of a safetensors file beside the index."""
+    named = _read_json(index).get("weight_map")
+    if not isinstance(named, dict):
+        raise ValueError(f"{index} has no weight_map of tensors to files")
+    for key, name in named.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+            raise ValueError(f"{index} has {key} in {name!r}, which must be the name of a .safetensors file beside it")
+    return named
+
+
+def _open_file(directory: Path, name: str, otherwise: str, stack: contextlib.ExitStack):
+    try:
+        return stack.enter_context(safetensors.safe_open(directory / name, framework="numpy"))
+    except FileNotFoundError as cause:
+        raise ValueError(f"{directory} has no {name}, {otherwise}") from cause
+    except (OSError, safetensors.SafetensorError) as cause:
+        raise ValueError(f"{directory / name} is not a whole safetensors file: {cause}; fetch it again") from cause
+
+
+def _check(directory, files: Mapping[str, Any], astray: Mapping[str, str], wanted: list[Tensor], tied: bool) -> None:
+    """ValueError with a line for every tensor that is missing, of another shape or type, or not expected."""
+    shapes = {tensor.name: str(list(tensor.shape)) for tensor in wanted}
+    found = dict(astray) | {name: _described(file.get_slice(name)) for name, file in files.items()}
+    lines = [f"  {x}: {found.get(x, 'missing')} -> {shape}" for x, shape in shapes.items() if found.get(x) != shape]
+    extra = {name for name in found if name not in shapes and not name.endswith(BUFFERS)}
     head, embed = families.TOP["unembed"], families.TOP["embed"]
-    if tied and head in extra and embed in files and _same(files[head], head, files[embed], embed):
-        extra.discard(head)  # stored twice
-    lines += [f"  {name}: {files[name].get_slice(name).get_shape()} -> not expected" for name in sorted(extra)]
+    if tied and head in extra and found[head] == found.get(embed) == shapes[embed]:
+        if _same(files[head], head, files[embed], embed):
+            extra.discard(head)  # stored twice
+    lines += [f"  {name}: {found[name]} -> not expected" for name in sorted(extra)]
     if lines:
         raise ValueError(
             f"the tensors of {directory} are not those of its config.json (file -> config.json):\n" + "\n".join(lines)
         )
 
 
+def _described(stored) -> str:
+    """The shape of a tensor in a file, and its type where we read none of that type."""
+    shape, dtype = str(list(stored.get_shape())), stored.get_dtype()
+    return shape if dtype in DTYPES else f"{shape} of type {dtype}, where only {', '.join(DTYPES)} are read"
+
+
 def _same(file_a, name_a: str, file_b, name_b: str) -> bool:
+    """Whether two tensors of one shape are equal; compared in parts."""
     a, b = file_a.get_slice(name_a), file_b.get_slice(name_b)
     rows = a.get_shape()[0]
     step = max(1, 2**24 // max(1, a.get_shape()[-1]))
-    return a.get_shape() == b.get_shape() and all(
-        np.array_equal(a[i : min(i + step, rows)], b[i : min(i + step, rows)]) for i in range(0, rows, step)
-    )
+    return all(np.array_equal(a[i : min(i + step, rows)], b[i : min(i + step, rows)]) for i in range(0, rows, step))
 
 
 def _place(like, tensors: list[Tensor], files: Mapping[str, Any]) -> jax.Array:
@@ -261,6 +288,8 @@ def _read_json(path: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as cause:
         raise ValueError(f"{path.parent} has no {path.name}") from cause
+    except RecursionError as cause:
+        raise ValueError(f"{path} is nested too deeply to be read") from cause
     except (OSError, ValueError) as cause:
         raise ValueError(f"{path} is not JSON: {cause}") from cause
     if not isinstance(values, dict):

@@ -50,12 +50,26 @@ def rounded(x: float) -> float:
     return float(f"{x:.9g}")
 
 
+def whole(c: Mapping, key: str) -> int:
+    """The field `key` of a config.json; ValueError if it is not a count."""
+    if type(c[key]) is not int or not 0 < c[key] < 2**31:
+        raise ValueError(f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
+    return c[key]
+
+
+def _object(c: Mapping, key: str, where: str = "") -> dict:
+    """The nested field `key` of a config.json, empty where it has none."""
+    if not isinstance(c.get(key) or {}, Mapping):
+        raise ValueError(f"config.json has {where}{key}={c[key]!r}, which must be an object")
+    return dict(c.get(key) or {})
+
+
 # --- Rotary positions: `rope_parameters`, flat or by type of layer, and the older `rope_theta` with `rope_scaling`.
 
 
 def _rope(c: dict, default_theta: float) -> tuple[float, RopeScaling]:
     """(theta, scaling) of a config.json with one rotation for all layers."""
-    params = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
+    params = _object(c, "rope_scaling") or _object(c, "rope_parameters")
     if {LOCAL, FULL} & set(params):
         raise ValueError(f"config.json has rope_parameters by type of layer; {c['model_type']} has one rotation")
     if "original_max_position_embeddings" in c:
@@ -65,15 +79,14 @@ def _rope(c: dict, default_theta: float) -> tuple[float, RopeScaling]:
 
 def _rope_by_type(c: dict, local_theta: tuple[str | None, float], full_theta: float) -> dict:
     """(theta, scaling) by type of layer; the older `rope_scaling` and `rope_theta` are those of the full layers alone."""
-    by_type = c.get("rope_parameters") or {}
+    by_type = _object(c, "rope_parameters")
     if by_type and not {LOCAL, FULL} & set(by_type):
         raise ValueError(f"config.json has rope_parameters without {LOCAL} and {FULL}; {c['model_type']} has one for each")
     key, theta = local_theta
+    local, full = (_object(by_type, kind, "rope_parameters.") for kind in (LOCAL, FULL))
     return {
-        LOCAL: _theta_and_scaling(by_type.get(LOCAL) or {}, c.get(key, theta), c),
-        FULL: _theta_and_scaling(
-            {**(by_type.get(FULL) or {}), **(c.get("rope_scaling") or {})}, c.get("rope_theta", full_theta), c
-        ),
+        LOCAL: _theta_and_scaling(local, c.get(key, theta), c),
+        FULL: _theta_and_scaling(full | _object(c, "rope_scaling"), c.get("rope_theta", full_theta), c),
     }
 
 
@@ -149,10 +162,11 @@ def _types(c: dict) -> list[str]:
     layers, pattern = c["num_hidden_layers"], c.get("sliding_window_pattern")
     if "layer_types" in c:
         types = list(c["layer_types"])
-    elif isinstance(pattern, str):
+    elif isinstance(pattern, str) and pattern:
         types = [LOCAL if pattern[i % len(pattern)] == "L" and i + 1 < layers else FULL for i in range(layers)]
     else:
-        types = [LOCAL if pattern and (i + 1) % pattern else FULL for i in range(layers)]
+        every = whole(c, "sliding_window_pattern") if pattern is not None else 1
+        types = [LOCAL if (i + 1) % every else FULL for i in range(layers)]
     unknown = sorted(set(types) - {LOCAL, FULL})
     if unknown:
         raise ValueError(f"config.json has layer_types {', '.join(unknown)}; known: {LOCAL}, {FULL}")
@@ -204,8 +218,10 @@ def llama_layout(model: Model) -> dict:
 
 
 def smollm3_kinds(c: dict) -> list[LayerKind]:
-    layers, every = c["num_hidden_layers"], c["no_rope_layer_interval"]
-    rotates = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]  # 1 = it does rotate
+    rotates = c.get("no_rope_layers")  # 1 = it does rotate
+    if not rotates:
+        every = whole(c, "no_rope_layer_interval")
+        rotates = [int((i + 1) % every != 0) for i in range(c["num_hidden_layers"])]
     local = c.get("use_sliding_window") and c.get("sliding_window")
     types = _types({"layer_types": [FULL if r or not local else LOCAL for r in rotates]} | c)
     if LOCAL in types and not local:
@@ -248,7 +264,10 @@ def olmo3_layout(model: Model) -> dict:
 
 def gemma3_kinds(c: dict) -> list[LayerKind]:
     ropes = _rope_by_type(c, ("rope_local_base_freq", 10_000.0), 1_000_000.0)
-    scale = float(c["query_pre_attn_scalar"]) ** -0.5
+    scalar = float(c["query_pre_attn_scalar"])
+    if not 0 < scalar < math.inf:
+        raise ValueError(f"config.json has query_pre_attn_scalar={scalar}, which must be a number above 0")
+    scale = scalar**-0.5
     return [_kind(_window(c, kind), ropes[kind], qk_norm="rms_plus1", scale=scale) for kind in _types(c)]
 
 
@@ -264,8 +283,8 @@ def afmoe_kinds(c: dict) -> list[LayerKind]:
             f"config.json has num_dense_layers={c['num_dense_layers']} of {c['num_hidden_layers']} layers; "
             "experts are not built here, so of afmoe only dense models can be read"
         )
-    rope, every = _rope(c, 10_000.0), c["global_attn_every_n_layers"]
-    types = _types({"sliding_window_pattern": every} | c)
+    rope = _rope(c, 10_000.0)
+    types = _types(c if "layer_types" in c else c | {"sliding_window_pattern": whole(c, "global_attn_every_n_layers")})
     return [_kind(_window(c, t), rope if t == LOCAL else None, qk_norm="rms", gate="projection") for t in types]
 
 
