@@ -151,17 +151,15 @@ def lower_step(tiny, mesh, kernel: str):
     from jax.sharding import NamedSharding
 
     from hybrid_attn.model import Run
-    from hybrid_attn.parallel.mesh import ROWS_B, TOKENS_BT
+    from hybrid_attn.parallel.mesh import TOKENS_BT
     from hybrid_attn.train.step import abstract_state, make_step
 
     wide = {"model.d_model": 256, "model.head_dim": 128, "model.d_ff": 512}
     c = tiny(wide, L={"window": WINDOW, "rope_theta": 10000.0, "sink": True}, G={"qk_norm": "rms"})
     step = make_step(c, Run(jnp.dtype("bfloat16"), "layer", kernel, loss_chunk=1024, mlp_chunk=None))
     kinds = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "weights": "float32"}
-    batch = {
-        name: jax.ShapeDtypeStruct((1, S), kind, sharding=NamedSharding(mesh, TOKENS_BT)) for name, kind in kinds.items()
-    }
-    batch["bytes"] = jax.ShapeDtypeStruct((1,), "float32", sharding=NamedSharding(mesh, ROWS_B))
+    kinds["bytes"] = "float32"
+    batch = {name: jax.ShapeDtypeStruct((1, S), kind, sharding=NamedSharding(mesh, TOKENS_BT)) for name, kind in kinds.items()}
     return step.lower(abstract_state(c, mesh), batch)
 
 

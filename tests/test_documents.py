@@ -28,36 +28,62 @@ def write(root, names, text="text of {}"):
         (root / name).write_text(text.format(name))
 
 
+def texts_of(loaded):
+    """The text of each document, without its marks."""
+    return [bytes(ids[1:-1].tolist()).decode() for ids in loaded.read((i, 0, n) for i, n in enumerate(loaded.lengths))]
+
+
 def split(*paths, holdout=0.3):
-    """Names of the training and of the held-out documents."""
-    return tuple(set(documents.load(data(*paths, holdout=holdout), BYTES, heldout).names) for heldout in (False, True))
+    """Texts of the training and of the held-out documents."""
+    return tuple(set(texts_of(documents.load(data(*paths, holdout=holdout), BYTES, heldout))) for heldout in (False, True))
 
 
-def test_each_file_is_one_document_between_its_marks(tmp_path):
+def test_each_file_is_one_document_between_its_marks_in_the_order_of_names(tmp_path):
     texts = {f"{i}.txt": bytes(range(i, 5 * i + 1)) for i in range(1, 30)}
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text)
+    found = []
     for heldout in (False, True):
         loaded = documents.load(data(tmp_path / "*.txt"), BYTES, heldout)
-        assert loaded.tokens.dtype == np.uint16 and loaded.offsets.dtype == np.int64
-        assert list(loaded.names) == sorted(loaded.names) and len(loaded.offsets) == len(loaded.names) + 1
-        for name, start, stop in zip(loaded.names, loaded.offsets[:-1], loaded.offsets[1:], strict=True):
-            assert loaded.tokens[start:stop].tolist() == [256, *texts[name], 257]
-        assert loaded.offsets[-1] == len(loaded.tokens)
+        assert loaded.dtype == np.uint16 and loaded.lengths.dtype == np.int64 and loaded.hashes.dtype == np.uint64
+        read = loaded.read((i, 0, n) for i, n in enumerate(loaded.lengths))
+        wanted = [text for _, text in sorted(texts.items()) if text in [bytes(ids[1:-1].tolist()) for ids in read]]
+        assert [ids.tolist() for ids in read] == [[256, *text, 257] for text in wanted]
+        assert loaded.hashes.tolist() == [documents.content_hash(text) for text in wanted]
+        found += wanted
+    assert sorted(found) == sorted(texts.values())
+
+
+def test_spans_of_documents_are_read_and_a_selection_counts_its_own(tmp_path):
+    write(tmp_path, [f"{i}.txt" for i in range(5)])
+    loaded = documents.load(data(tmp_path / "*.txt", holdout=1e-9), BYTES, heldout=False)
+    chosen = loaded.select(np.array([True, False, True, True, False])).select(np.array([False, True, True]))
+    assert len(chosen) == 2 and chosen.hashes.tolist() == loaded.hashes[2:4].tolist()
+    first, second = chosen.read([(1, 1, 5), (0, 10, 12)])
+    assert first.tolist() == list(b"text") and second.tolist() == list(b".t")
+    assert texts_of(chosen) == ["text of 2.txt", "text of 3.txt"]
+
+
+def test_copies_of_a_document_are_on_the_same_side_of_the_split(tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text(f"text {i % 20}")
+    train, heldout = (documents.load(data(tmp_path / "*.txt"), BYTES, side) for side in (False, True))
+    assert len(train) + len(heldout) == 60 and not set(train.hashes.tolist()) & set(heldout.hashes.tolist())
+    assert len(heldout) == 3 * len(set(heldout.hashes.tolist())) > 0
 
 
 def test_a_large_vocabulary_is_stored_whole(tmp_path):
     (tmp_path / "a.txt").write_text("a東🙂"[:2])
     loaded = documents.load(data(tmp_path / "a.txt", holdout=1e-9), Letters(), heldout=False)
-    assert loaded.tokens.dtype == np.uint32
-    assert loaded.tokens.tolist() == [69_998, ord("a"), ord("東"), 69_999]
+    assert loaded.dtype == np.uint32
+    assert loaded.read([(0, 0, 4)])[0].tolist() == [69_998, ord("a"), ord("東"), 69_999]
 
 
 def test_splits_are_disjoint_complete_and_of_the_share_asked_for(tmp_path):
     names = [f"{i}.txt" for i in range(400)]
     write(tmp_path, names)
     train, heldout = split(tmp_path / "*.txt")
-    assert train | heldout == set(names) and not train & heldout
+    assert train | heldout == {f"text of {name}" for name in names} and not train & heldout
     assert 80 < len(heldout) < 160
 
 
@@ -67,7 +93,7 @@ def test_files_keep_their_split_when_others_are_added_and_the_folder_moves(tmp_p
     write(tmp_path / "there", names + ["a/new.txt", "0/new.txt"])
     before = split(tmp_path / "here/**/*.txt")
     after = split(tmp_path / "there/**/*.txt")
-    assert before == tuple(part - {"a/new.txt", "0/new.txt"} for part in after)
+    assert before == tuple(part - {"text of a/new.txt", "text of 0/new.txt"} for part in after)
     monkeypatch.chdir(tmp_path / "here")
     assert split("**/*.txt") == before
 
@@ -103,7 +129,7 @@ def test_the_standard_library_is_the_default():
 def test_bytes_read_what_is_not_utf8_and_text_tokenizers_name_it(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     settings = data(tmp_path / "latin.txt", holdout=1e-9)
-    assert documents.load(settings, BYTES, heldout=False).tokens.tolist() == [256, *b"caf\xe9", 257]
+    assert documents.load(settings, BYTES, heldout=False).read([(0, 0, 6)])[0].tolist() == [256, *b"caf\xe9", 257]
     with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 at byte 3, .*use data.tokenizer='bytes'"):
         documents.load(settings, Letters(), heldout=False)
 

@@ -73,11 +73,12 @@ def test_each_step_takes_the_next_rows_of_its_stage(corpus):
 
 
 def test_a_stage_long_enough_shows_every_token(corpus):
-    num_rows = -(-len(corpus.tokens) // 16)
-    c = make_config([(num_rows, 16, 1)])
+    num_rows = -(-corpus.lengths.sum() // 16)
+    c = make_config([(int(num_rows), 16, 1)])
     read = run(c, corpus)
     tokens = np.concatenate([batch["tokens"][batch["segments"] > 0] for _, batch in read])
-    np.testing.assert_array_equal(np.sort(tokens), np.sort(corpus.tokens))
+    stored = np.concatenate(corpus.read((i, 0, n) for i, n in enumerate(corpus.lengths)))
+    np.testing.assert_array_equal(np.sort(tokens), np.sort(stored))
 
 
 def test_resuming_at_any_step_goes_on_as_the_straight_run(corpus):
@@ -101,30 +102,34 @@ def test_every_mesh_holds_the_batch_of_one_device(corpus, sizes):
     data, fsdp, context, _ = sizes
     for step, batch in pipeline.batches(c, corpus, BYTES, mesh, 0):
         _, seq_len, rows = STAGES[c.stage_at(step)[0]]
-        for name in ("tokens", "targets", "positions", "segments", "weights"):
+        for name in ("tokens", "targets", "positions", "segments", "weights", "bytes"):
             assert batch[name].sharding.spec == meshes.TOKENS_BT
-            assert batch[name].dtype == (np.float32 if name == "weights" else np.int32)
+            assert batch[name].dtype == (np.float32 if name in ("weights", "bytes") else np.int32)
             shapes = {shard.data.shape for shard in batch[name].addressable_shards}
             assert shapes == {(rows // (data * fsdp), seq_len // context)}
-        assert batch["bytes"].sharding.spec == meshes.ROWS_B and batch["bytes"].shape == (rows,)
 
 
-def test_each_row_is_read_once_however_many_devices_hold_it(corpus, monkeypatch):
-    read, read_row = [], Rows.__getitem__
-    monkeypatch.setattr(Rows, "__getitem__", lambda rows, i: read.append(i) or read_row(rows, i))
+def watch(monkeypatch):
+    """The slices that are read from now on."""
+    read, original = [], Rows.read
+    monkeypatch.setattr(Rows, "read", lambda rows, slices: read.extend(slices) or original(rows, slices))
+    return read
+
+
+def test_each_slice_of_a_row_is_read_once_however_many_devices_hold_it(corpus, monkeypatch):
+    read = watch(monkeypatch)
     run(make_config([(3, 16, 8)]), corpus, mesh=meshes.make_mesh(config.Mesh(2, 1, 2, 2)))
-    assert read == list(range(24))
+    assert sorted(read) == [(row, start, start + 8) for row in range(24) for start in (0, 8)]
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_it_reads_ahead_as_far_as_asked(corpus, monkeypatch, prefetch):
-    read, read_row = [], Rows.__getitem__
-    monkeypatch.setattr(Rows, "__getitem__", lambda rows, i: read.append(i) or read_row(rows, i))
+    read = watch(monkeypatch)
     batches = pipeline.batches(make_config([(20, 16, 1)], prefetch=prefetch), corpus, BYTES, one_device(), 0)
     next(batches)
     wait_until(lambda: len(read) == 1 + prefetch)
     time.sleep(0.05)
-    assert read == list(range(1 + prefetch))
+    assert sorted(row for row, _, _ in read) == list(range(1 + prefetch))
     batches.close()
 
 
@@ -139,14 +144,14 @@ def test_an_iterator_dropped_midway_leaves_no_thread(corpus):
 
 
 def test_a_failure_while_reading_ahead_reaches_the_loop(corpus, monkeypatch):
-    read_row = Rows.__getitem__
+    original = Rows.read
 
-    def fail_at_two(rows, i):
-        if i == 2:
+    def fail_at_two(rows, slices):
+        if slices[0][0] == 2:
             raise OSError("disk gone")
-        return read_row(rows, i)
+        return original(rows, slices)
 
-    monkeypatch.setattr(Rows, "__getitem__", fail_at_two)
+    monkeypatch.setattr(Rows, "read", fail_at_two)
     batches = pipeline.batches(make_config([(5, 16, 1)]), corpus, BYTES, one_device(), 0)
     assert [next(batches)[0], next(batches)[0]] == [0, 1]
     with pytest.raises(OSError, match="disk gone"):

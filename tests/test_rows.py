@@ -2,22 +2,23 @@ import numpy as np
 import pytest
 
 from hybrid_attn.data import rows as rows_module
-from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.documents import Documents, in_memory
 from hybrid_attn.data.rows import Rows
 
 LENGTHS = [3, 17, 4, 9, 3, 31, 5, 3]  # 75 tokens, each of them another number
 TOTAL = sum(LENGTHS)
 BYTE_LENGTHS = np.arange(TOTAL) * 7 % 5
 SEQ_LENS = [1, 4, 15, 25, 32, 75, 100]
+PACKINGS = ["concat", "best_fit"]
 
 
 def documents(lengths=LENGTHS):
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Documents(np.arange(offsets[-1]).astype(np.uint16), offsets, tuple(map(str, range(len(lengths)))))
+    tokens = np.arange(sum(lengths)).astype(np.uint16)
+    return in_memory(np.split(tokens, np.cumsum(lengths)[:-1]), range(len(lengths)))
 
 
-def make(seq_len, seed):
-    return Rows(documents(), seq_len, seed, BYTE_LENGTHS)
+def make(seq_len, seed, packing="concat"):
+    return Rows(documents(), seq_len, seed, BYTE_LENGTHS, packing)
 
 
 def epoch_of(rows, epoch):
@@ -60,14 +61,15 @@ def test_types_and_shapes():
         "positions": ("int32", (15,)),
         "segments": ("int32", (15,)),
         "weights": ("float32", (15,)),
-        "bytes": ("float32", ()),
+        "bytes": ("float32", (15,)),
     }
 
 
 @pytest.mark.parametrize("seq_len", SEQ_LENS)
 @pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_an_epoch_has_every_token_once_and_counts_every_target_once(seq_len, epoch):
-    rows = make(seq_len, 7)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_an_epoch_has_every_token_once_and_counts_every_target_once(seq_len, epoch, packing):
+    rows = make(seq_len, 7, packing)
     read, counts = epoch_of(rows, epoch), rows.counts(epoch)
     real, counted = read["segments"] > 0, read["weights"] == 1
     assert sorted(read["tokens"][real]) == list(range(TOTAL))
@@ -76,23 +78,29 @@ def test_an_epoch_has_every_token_once_and_counts_every_target_once(seq_len, epo
     np.testing.assert_array_equal(read["targets"][counted], read["tokens"][counted] + 1)
     assert read["weights"].sum() == counted.sum()
     assert counts["tokens"] + counts["padding"] == read["tokens"].size == counts["rows"] * seq_len
-    assert counts["padding"] == np.sum(~real) < seq_len
-    assert counts["cuts"] == read["weights"][:, -1].sum()
+    assert counts["padding"] == np.sum(~real) and (packing == "best_fit" or counts["padding"] < seq_len)
     assert counts["documents"] == len(LENGTHS)
+    owners = np.searchsorted(np.cumsum(LENGTHS), read["tokens"], side="right")
+    rows_of = [len({r for r in range(len(rows)) if (real[r] & (owners[r] == i)).any()}) for i in range(len(LENGTHS))]
+    assert counts["cuts"] == sum(n - 1 for n in rows_of)
+    assert counts["cut_documents"] == sum(n > 1 for n in rows_of)
+    if packing == "best_fit":
+        assert [n > 1 for n in rows_of] == [n > seq_len for n in LENGTHS]
 
 
 def test_bytes_are_those_of_the_counted_targets():
     for row in make(15, 3):
         counted = row["targets"][row["weights"] == 1]
-        assert row["bytes"] == sum(BYTE_LENGTHS[t] for t in counted)
+        assert row["bytes"][row["weights"] == 1].tolist() == [BYTE_LENGTHS[t] for t in counted]
+        assert not row["bytes"][row["weights"] == 0].any()
 
 
 def test_documents_stay_whole_and_only_their_order_is_shuffled():
     rows = make(4, 11)
     streams = [epoch_of(rows, epoch) for epoch in range(3)]
     streams = [read["tokens"][read["segments"] > 0] for read in streams]
-    whole = {tuple(np.arange(a, b)) for a, b in zip(documents().offsets[:-1], documents().offsets[1:], strict=True)}
-    firsts = documents().offsets[:-1]
+    firsts = np.cumsum([0, *LENGTHS[:-1]])
+    whole = {tuple(range(first, first + n)) for first, n in zip(firsts, LENGTHS, strict=True)}
     orders = []
     for stream in streams:
         pieces = np.split(stream, np.flatnonzero(np.isin(stream, firsts)))[1:]
@@ -108,13 +116,41 @@ def test_without_a_seed_every_epoch_is_in_reading_order():
         np.testing.assert_array_equal(rows[i]["tokens"], rows[i + len(rows)]["tokens"])
 
 
-def test_a_row_depends_on_its_number_alone():
-    straight = make(15, 5)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_row_depends_on_its_number_alone(packing):
+    straight = make(15, 5, packing)
     wanted = [straight[i] for i in range(20)]
-    jumping = make(15, 5)
+    jumping = make(15, 5, packing)
     for i in np.random.default_rng(0).permutation(20):
         for name, values in jumping[int(i)].items():
             np.testing.assert_array_equal(values, wanted[i][name])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("seq_len", [1, 4, 15, 100])
+def test_a_slice_of_a_row_is_read_alone_and_equals_that_part_of_the_row(monkeypatch, packing, seq_len):
+    rows = make(seq_len, 5, packing)
+    read, original = [], Documents.read
+
+    def watch(self, spans):
+        spans = list(spans)
+        read.append(sum(stop - start for _, start, stop in spans))
+        return original(self, spans)
+
+    monkeypatch.setattr(Documents, "read", watch)
+    edges = sorted({0, 1, seq_len // 2, seq_len - 1, seq_len})
+    slices = [(i, a, b) for i in range(2 * len(rows)) for a in edges for b in edges if a < b]
+    for (i, a, b), part in zip(slices, rows.read(slices), strict=True):
+        for name, values in rows[i].items():
+            np.testing.assert_array_equal(part[name], values[a:b], err_msg=f"{name} of row {i}[{a}:{b}]")
+    assert read[0] <= sum(b - a + 1 for _, a, b in slices)  # all together, and one token after each slice
+
+
+def test_best_fit_rows_have_the_order_of_the_epoch():
+    epochs = [epoch_of(make(15, 5, "best_fit"), epoch)["tokens"] for epoch in range(3)]
+    sets = [sorted(map(tuple, epoch)) for epoch in epochs]
+    assert sets[0] == sets[1] == sets[2]
+    assert all((epochs[i] != epochs[j]).any() for i, j in ((0, 1), (1, 2), (0, 2)))
 
 
 def test_another_seed_is_another_order():

@@ -24,7 +24,7 @@ from hybrid_attn.model.loss import mean_loss
 from hybrid_attn.model.mlp import MLP
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.model.transformer import Block
-from hybrid_attn.parallel.mesh import AXES, ROWS_B, TOKENS_BT, abstract_mesh, axis_sizes
+from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.train.step import init_state, make_step
 
 REFERENCE = RUN._replace(kernel="reference", mlp_chunk=None)
@@ -300,7 +300,7 @@ def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(ge
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     batch = {key: array(jnp.int32, TOKENS_BT, rows, length) for key in ("tokens", "targets", "positions", "segments")}
-    batch["weights"], batch["bytes"] = array(jnp.float32, TOKENS_BT, rows, length), array(jnp.float32, ROWS_B, rows)
+    batch |= {name: array(jnp.float32, TOKENS_BT, rows, length) for name in ("weights", "bytes")}
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(c))
         after, metrics = jax.eval_shape(make_step(c, run_on("tpu", c.train)), state, batch)

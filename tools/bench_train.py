@@ -32,7 +32,7 @@ from hybrid_attn import config
 from hybrid_attn.config import Config, Table
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops, init, run_on
-from hybrid_attn.parallel.mesh import ROWS_B, TOKENS_BT, make_mesh
+from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train import measurement
 from hybrid_attn.train.measurement import Processes, Ready, Task
 from hybrid_attn.train.optim import decayed, schedule
@@ -61,7 +61,7 @@ def batch_of(c: Config) -> dict[str, np.ndarray]:
         "positions": np.broadcast_to(np.arange(stage.seq_len, dtype=np.int32), tokens.shape),
         "segments": np.ones_like(tokens),
         "weights": weights,
-        "bytes": weights.sum(1),
+        "bytes": weights,
     }
 
 
@@ -71,8 +71,7 @@ def make_ours(values: dict) -> Ready:
     mesh = make_mesh(c.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=0)(c)
-        shardings = {name: NamedSharding(mesh, ROWS_B if name == "bytes" else TOKENS_BT) for name in batch_of(c)}
-        batch = jax.device_put(batch_of(c), shardings)
+        batch = jax.device_put(batch_of(c), NamedSharding(mesh, TOKENS_BT))
         program = make_step(c, run_on(jax.default_backend(), c.train)).lower(state, batch).compile()
 
     def run() -> float:

@@ -1,7 +1,6 @@
 """Global batches: the batch of a step is a pure function of the config and the step."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -11,10 +10,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from hybrid_attn import config
 from hybrid_attn.data.documents import Documents
-from hybrid_attn.data.rows import Rows
-from hybrid_attn.parallel.mesh import BATCH, ROWS_B, TOKENS_BT
+from hybrid_attn.data.rows import ARRAYS, Rows, blank
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 Batch = dict[str, jax.Array]
+Slice = tuple[int, int, int]  # a row, and the positions [start, stop) of it
 
 
 def check_batch_shape(stages: Sequence[config.Stage], mesh: Mesh) -> None:
@@ -27,8 +27,8 @@ def check_batch_shape(stages: Sequence[config.Stage], mesh: Mesh) -> None:
 def batches(c: config.Config, documents: Documents, tokenizer, mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
     """(step, batch) from `start_step` to the last step, `data.prefetch` batches read ahead.
 
-    A batch has `tokens`, `targets`, `positions`, `segments` int32 [B, T], `weights` float32 [B, T] and `bytes`
-    float32 [B], as `Rows` has them. Each process reads only the rows of its own devices.
+    A batch has `tokens`, `targets`, `positions`, `segments` int32 [B, T], `weights` and `bytes` float32 [B, T], as
+    `Rows.read` gives them. Each process reads only its own devices' slices of their rows.
     """
     rows = [
         Rows(documents, stage.seq_len, _stage_seed(c.data.seed, index), tokenizer.byte_lengths)
@@ -39,7 +39,11 @@ def batches(c: config.Config, documents: Documents, tokenizer, mesh: Mesh, start
         index, step_of_stage = c.stage_at(step)
         batch = c.stages[index].batch
         first = step_of_stage * batch
-        return step, _global_batch(lambda r: rows[index][first + r], batch, rows[index].seq_len, mesh)
+
+        def read_slices(slices: list[Slice]) -> list[dict[str, np.ndarray]]:
+            return rows[index].read([(first + r, start, stop) for r, start, stop in slices])
+
+        return step, _global_batch(read_slices, batch, rows[index].seq_len, mesh)
 
     steps = grain.MapDataset.range(start_step, c.total_steps).map(read)
     # One thread: the tokens are in memory, and threads that cut rows would only wait for each other.
@@ -52,28 +56,36 @@ def heldout_batches(rows: Rows, num_rows: int, batch: int, mesh: Mesh) -> Iterat
     """Batches of the first `num_rows` rows, each row once; the last batch is filled up with rows of padding."""
     _check_splits("batch", batch, mesh, BATCH)
     num_rows = min(num_rows, len(rows))
-    blank = {name: np.zeros_like(array) for name, array in rows[0].items()}
     for first in range(0, num_rows, batch):
 
-        def read_row(r: int, first: int = first) -> dict[str, np.ndarray]:
-            return rows[first + r] if first + r < num_rows else blank
+        def read(slices: list[Slice], first: int = first) -> list[dict[str, np.ndarray]]:
+            real = [(first + r, start, stop) for r, start, stop in slices if first + r < num_rows]
+            found = iter(rows.read(real))
+            return [next(found) if first + r < num_rows else blank(stop - start) for r, start, stop in slices]
 
-        yield _global_batch(read_row, batch, rows.seq_len, mesh)
+        yield _global_batch(read, batch, rows.seq_len, mesh)
 
 
-def _global_batch(read_row: Callable[[int], dict], batch: int, seq_len: int, mesh: Mesh) -> Batch:
-    """The rows `read_row(0)` to `read_row(batch - 1)` as global arrays, of which each process reads its own."""
-    row = functools.cache(read_row)
+def _global_batch(read: Callable[[list[Slice]], list[dict]], batch: int, seq_len: int, mesh: Mesh) -> Batch:
+    """The slices that `read` gives of rows 0 to `batch` - 1 as global arrays; each process reads those of its devices, once."""
+    shape, sharding = (batch, seq_len), NamedSharding(mesh, TOKENS_BT)
+    blocks = {_block(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
+    slices = sorted({(r, start, stop) for rows, start, stop in blocks for r in rows})
+    found = dict(zip(slices, read(slices), strict=True))
 
     def place(name: str) -> jax.Array:
-        shape, spec = ((batch,), ROWS_B) if name == "bytes" else ((batch, seq_len), TOKENS_BT)
+        def shard(index: tuple[slice, slice]) -> np.ndarray:
+            rows, start, stop = _block(index, shape)
+            return np.stack([found[r, start, stop][name] for r in rows])
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            return np.stack([row(r)[name][index[1:]] for r in range(*index[0].indices(batch))])
+        return jax.make_array_from_callback(shape, sharding, shard)
 
-        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), shard)
+    return {name: place(name) for name in ARRAYS}
 
-    return {name: place(name) for name in ("tokens", "targets", "positions", "segments", "weights", "bytes")}
+
+def _block(index: tuple[slice, slice], shape: tuple[int, int]) -> tuple[range, int, int]:
+    """Rows, and first and last position, of a device's part of an array."""
+    return range(*index[0].indices(shape[0])), *index[1].indices(shape[1])[:2]
 
 
 def _stage_seed(seed: int, stage: int) -> int:

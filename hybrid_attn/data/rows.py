@@ -1,100 +1,185 @@
 """Documents to rows of a fixed length, each a pure function of its number.
 
-T positions of a row, S = T + 1 with the token after it, K documents in a row. An epoch is all documents back to back
-in a shuffled order, cut at row edges. Its last row is filled up with padding, so that every epoch holds every token
-once, in the same number of rows.
+T positions of a row, S = T + 1 with the token after it, K spans of documents in a row. Which spans a row has follows from
+the lengths of the documents, in one of two ways. `Concat`: an epoch is all documents back to back in a shuffled order, cut
+at row edges, and only its last row is padded. `BestFit`: documents longer than a row are cut into whole rows, what remains of
+them is packed with the documents that fit a row, and the rows are shuffled. Either way an epoch holds every token once, in
+the same number of rows.
 """
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from hybrid_attn.data import packing
 from hybrid_attn.data.documents import Documents
+
+ARRAYS = {"tokens": np.int32, "targets": np.int32, "positions": np.int32, "segments": np.int32}
+ARRAYS |= {"weights": np.float32, "bytes": np.float32}
+
+
+class Spans(NamedTuple):
+    """The documents [K] of a row, from which token on, and how many tokens of each, with the one after the row."""
+
+    documents_K: np.ndarray
+    from_K: np.ndarray
+    sizes_K: np.ndarray
 
 
 class Rows:
-    """The rows of `documents`; `seed` shuffles them anew each epoch and None keeps reading order.
+    """The rows of `documents`, packed as "concat" or "best_fit"; `seed` shuffles them anew each epoch, None does not.
 
     `byte_lengths` [vocab_size] gives the UTF-8 bytes that an id stands for.
     """
 
-    def __init__(self, documents: Documents, seq_len: int, seed: int | None, byte_lengths: np.ndarray):
+    def __init__(self, documents: Documents, seq_len: int, seed: int | None, byte_lengths: np.ndarray, packing: str = "concat"):
         self.seq_len = seq_len
         self._documents = documents
-        self._seed = seed
         self._byte_lengths = byte_lengths
-        self._lengths = np.diff(documents.offsets)
-        self._num_tokens = len(documents.tokens)
-        self._permuted = (None, None, None)
+        self._plan = PLANS[packing](documents.lengths, seq_len, seed)
 
     def __len__(self) -> int:
         """Rows of one epoch."""
-        return -(-self._num_tokens // self.seq_len)
+        return len(self._plan)
 
     def __iter__(self):
         """The rows of the first epoch."""
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Row `index`, counted through all epochs.
+        """Row `index`, counted through all epochs, as `read` gives it."""
+        return self.read([(index, 0, self.seq_len)])[0]
 
-        `tokens`, `targets`, `positions`, `segments` are int32 [T], `weights` float32 [T] and `bytes` a float32 scalar.
-        A target is the next token of the same document, in the next row where the row ends; where there is none, its
-        weight is 0. Positions and segments (from 1; 0 is padding) start afresh in each row. `bytes` is what the
-        weighted targets stand for.
+    def read(self, slices: Sequence[tuple[int, int, int]]) -> list[dict[str, np.ndarray]]:
+        """The positions [start, stop) of row `index`, for each (index, start, stop); no token beyond the next one is read.
+
+        `tokens`, `targets`, `positions`, `segments` are int32 [stop - start], `weights` and `bytes` float32. A target is
+        the next token of the same document, in another row where the row ends; where there is none, its weight is 0.
+        Positions and segments (from 1; 0 is padding) start afresh in each row. `bytes` are those of the weighted targets.
         """
+        cut = [self._cut(index, start, stop) for index, start, stop in slices]
+        tokens = iter(self._documents.read(span for spans, *_ in cut for span in zip(*spans, strict=True)))
+        rows = []
+        for (spans, positions_S, segments_S), (_, start, stop) in zip(cut, slices, strict=True):
+            tokens_S = np.zeros(stop - start + 1, np.int32)
+            pieces = [next(tokens) for _ in spans[0]]
+            if pieces:
+                np.concatenate(pieces, out=tokens_S[: sum(map(len, pieces))], casting="unsafe")
+            rows.append(self._row(tokens_S, positions_S, segments_S))
+        return rows
+
+    def counts(self, epoch: int = 0) -> dict[str, int]:
+        """Of one epoch: documents, tokens, rows, padding positions, cuts (row edges inside a document), documents cut."""
+        tokens = int(self._documents.lengths.sum())
+        cuts, cut_documents = self._plan.cuts(epoch)
+        return {
+            "documents": len(self._documents),
+            "tokens": tokens,
+            "rows": len(self),
+            "padding": len(self) * self.seq_len - tokens,
+            "cuts": cuts,
+            "cut_documents": cut_documents,
+        }
+
+    def _cut(self, index: int, start: int, stop: int) -> tuple[tuple, np.ndarray, np.ndarray]:
+        """What to read for positions [start, stop] of a row (documents, starts, stops), and their positions and segments."""
         assert index >= 0, f"row {index} is before the first"
-        epoch, row = divmod(index, len(self))
-        tokens_S, positions_S, segments_S = self._cut(epoch, row * self.seq_len)
+        documents_K, from_K, sizes_K = self._plan.spans(*divmod(index, len(self)))
+        ends_K = np.cumsum(sizes_K)
+        begins_K = ends_K - sizes_K
+        first, last = np.searchsorted(ends_K, start, side="right"), np.searchsorted(begins_K, stop + 1)
+        at = slice(first, last)
+        left_K, right_K = np.maximum(begins_K[at], start), np.minimum(ends_K[at], stop + 1)
+        shift_K = from_K[at] - begins_K[at]
+        positions_S, segments_S = np.zeros((2, stop - start + 1), np.int32)
+        n = int((right_K - left_K).sum())
+        positions_S[:n] = np.arange(start, start + n) - np.repeat(begins_K[at], right_K - left_K)
+        segments_S[:n] = np.repeat(np.arange(first + 1, last + 1), right_K - left_K)
+        return (documents_K[at], left_K + shift_K, right_K + shift_K), positions_S, segments_S
+
+    def _row(self, tokens_S: np.ndarray, positions_S: np.ndarray, segments_S: np.ndarray) -> dict[str, np.ndarray]:
         counts_T = (segments_S[:-1] == segments_S[1:]) & (segments_S[:-1] > 0)
+        targets_T = np.where(counts_T, tokens_S[1:], 0)
         return {
             "tokens": tokens_S[:-1],
-            "targets": np.where(counts_T, tokens_S[1:], 0),
+            "targets": targets_T,
             "positions": positions_S[:-1],
             "segments": segments_S[:-1],
             "weights": counts_T.astype(np.float32),
-            "bytes": np.float32(self._byte_lengths[tokens_S[1:][counts_T]].sum()),
+            "bytes": np.where(counts_T, self._byte_lengths[targets_T], 0).astype(np.float32),
         }
 
-    def counts(self, epoch: int = 0) -> dict[str, int]:
-        """Documents, tokens, rows, padding positions, and cuts (row edges inside a document) of one epoch."""
-        _, ends = self._order(epoch)
-        edges = np.arange(self.seq_len, self._num_tokens, self.seq_len)
-        return {
-            "documents": len(self._lengths),
-            "tokens": self._num_tokens,
-            "rows": len(self),
-            "padding": len(self) * self.seq_len - self._num_tokens,
-            "cuts": int(np.sum(ends[np.searchsorted(ends, edges)] != edges)),
-        }
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents' order in `epoch`, and where each of them ends in the epoch's stream."""
-        cached, order, ends = self._permuted
-        if cached != epoch:
-            order = _permutation(len(self._lengths), self._seed, epoch)
-            ends = np.cumsum(self._lengths[order])
-            self._permuted = (epoch, order, ends)
-        return order, ends
+class Concat:
+    """All documents back to back, cut at row edges."""
 
-    def _cut(self, epoch: int, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, positions and segments [S] of an epoch's stream from token `start` on, zeros beyond its end."""
+    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int | None):
+        self._lengths, self._seq_len, self._seed = lengths, seq_len, seed
+        self._num_tokens = int(lengths.sum())
+        self._order = functools.lru_cache(maxsize=2)(self._order_of)  # two: rows on both sides of an epoch's edge
+
+    def __len__(self) -> int:
+        return -(-self._num_tokens // self._seq_len)
+
+    def spans(self, epoch: int, row: int) -> Spans:
         order, ends = self._order(epoch)
-        stop = min(start + self.seq_len + 1, self._num_tokens)
+        start = row * self._seq_len
+        stop = min(start + self._seq_len + 1, self._num_tokens)
         first, last = np.searchsorted(ends, (start, stop - 1), side="right")
         documents_K, ends_K = order[first : last + 1], ends[first : last + 1]
         starts_K = ends_K - self._lengths[documents_K]
-        from_K, to_K = np.maximum(starts_K, start), np.minimum(ends_K, stop)
-        stored_K = self._documents.offsets[documents_K] - starts_K
-        tokens_S, positions_S, segments_S = np.zeros((3, self.seq_len + 1), np.int32)
-        n = stop - start
-        pieces = [self._documents.tokens[a:b] for a, b in zip(from_K + stored_K, to_K + stored_K, strict=True)]
-        tokens_S[:n] = np.concatenate(pieces)
-        positions_S[:n] = np.arange(n) - np.repeat(from_K - start, to_K - from_K)
-        segments_S[:n] = np.repeat(np.arange(1, len(documents_K) + 1), to_K - from_K)
-        return tokens_S, positions_S, segments_S
+        from_K = np.maximum(starts_K, start)
+        return Spans(documents_K, from_K - starts_K, np.minimum(ends_K, stop) - from_K)
+
+    def cuts(self, epoch: int) -> tuple[int, int]:
+        """Row edges inside a document, and documents with such an edge."""
+        _, ends = self._order(epoch)
+        edges = np.arange(self._seq_len, self._num_tokens, self._seq_len)
+        holders = np.searchsorted(ends, edges)
+        inside = ends[holders] != edges
+        return int(inside.sum()), len(np.unique(holders[inside]))
+
+    def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents' order in `epoch`, and where each of them ends in the epoch's stream."""
+        order = _permutation(len(self._lengths), self._seed, epoch)
+        return order, np.cumsum(self._lengths[order])
+
+
+class BestFit:
+    """The rows of `packing.best_fit` in shuffled order."""
+
+    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int | None):
+        self._lengths, self._seq_len, self._seed = lengths, seq_len, seed
+        self._packed = packing.best_fit(lengths, seq_len)
+        self._order = functools.lru_cache(maxsize=2)(lambda epoch: _permutation(len(self), seed, epoch))
+
+    def __len__(self) -> int:
+        return self._packed.num_rows
+
+    def spans(self, epoch: int, row: int) -> Spans:
+        documents_K, from_K = self._packed.row(int(self._order(epoch)[row]))
+        sizes_K = np.minimum(self._lengths[documents_K] - from_K, self._seq_len)
+        goes_on = from_K + sizes_K < self._lengths[documents_K]  # only of a document that fills the whole row
+        return Spans(documents_K, from_K, sizes_K + goes_on)
+
+    def cuts(self, epoch: int) -> tuple[int, int]:
+        """Row edges inside a document, and documents with such an edge: the same in every epoch."""
+        edges = (self._lengths - 1) // self._seq_len
+        return int(edges.sum()), int(np.count_nonzero(edges))
+
+
+def blank(size: int) -> dict[str, np.ndarray]:
+    """So many positions of padding."""
+    return {name: np.zeros(size, dtype) for name, dtype in ARRAYS.items()}
+
+
+PLANS = {"concat": Concat, "best_fit": BestFit}
 
 
 def _permutation(n: int, seed: int | None, epoch: int) -> np.ndarray:
-    """Order of `n` documents in `epoch`, the same under every version of NumPy."""
+    """Order of `n` things in `epoch`, the same under every version of NumPy."""
     if seed is None:
         return np.arange(n)
     # NumPy promises the raw stream of a bit generator for ever, but not what Generator.permutation makes of it.

@@ -15,7 +15,6 @@ from hybrid_attn import config
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
-ROWS_B = P(BATCH)
 TOKENS_BT = P(BATCH, "context")
 ACT_BTD = P(BATCH, "context", None)
 HEADS_BTNH = P(BATCH, "context", "tensor", None)
