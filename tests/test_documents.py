@@ -1,3 +1,4 @@
+import hashlib
 import os
 
 import numpy as np
@@ -29,52 +30,85 @@ def write(root, names, text="text of {}"):
 
 
 def split(*paths, holdout=0.3):
-    """Names of the training and of the held-out documents."""
-    return tuple(set(documents.load(data(*paths, holdout=holdout), BYTES, heldout).names) for heldout in (False, True))
+    """Texts of the training and of the held-out documents."""
+    loaded = [documents.load(data(*paths, holdout=holdout), BYTES, heldout) for heldout in (False, True)]
+    return tuple(sorted(BYTES.decode(x) for x in part.read(whole(part))) for part in loaded)
+
+
+def whole(part):
+    return [(i, 0, n) for i, n in enumerate(part.lengths)]
 
 
 def test_each_file_is_one_document_between_its_marks(tmp_path):
-    texts = {f"{i}.txt": bytes(range(i, 5 * i + 1)) for i in range(1, 30)}
-    for name, text in texts.items():
-        (tmp_path / name).write_bytes(text)
+    texts = [bytes(range(i, 5 * i + 1)) for i in range(10, 40)]
+    for i, text in enumerate(texts, 10):
+        (tmp_path / f"{i}.txt").write_bytes(text)
+    read = []
     for heldout in (False, True):
         loaded = documents.load(data(tmp_path / "*.txt"), BYTES, heldout)
-        assert loaded.tokens.dtype == np.uint16 and loaded.offsets.dtype == np.int64
-        assert list(loaded.names) == sorted(loaded.names) and len(loaded.offsets) == len(loaded.names) + 1
-        for name, start, stop in zip(loaded.names, loaded.offsets[:-1], loaded.offsets[1:], strict=True):
-            assert loaded.tokens[start:stop].tolist() == [256, *texts[name], 257]
-        assert loaded.offsets[-1] == len(loaded.tokens)
+        assert loaded.dtype == np.uint16 and loaded.lengths.dtype == np.int64 and loaded.hashes.dtype == np.uint64
+        assert loaded.labels.tolist() == [0] * len(loaded) and loaded.label_names == ("text",)
+        for tokens, content in zip(loaded.read(whole(loaded)), loaded.hashes, strict=True):
+            text = bytes(tokens[1:-1].astype(np.uint8))
+            assert tokens.tolist() == [256, *text, 257] and tokens.dtype == np.uint16
+            assert content == int(hashlib.sha256(text).hexdigest()[:16], 16)
+            read.append(text)
+    assert sorted(read) == texts
 
 
 def test_a_large_vocabulary_is_stored_whole(tmp_path):
     (tmp_path / "a.txt").write_text("a東🙂"[:2])
     loaded = documents.load(data(tmp_path / "a.txt", holdout=1e-9), Letters(), heldout=False)
-    assert loaded.tokens.dtype == np.uint32
-    assert loaded.tokens.tolist() == [69_998, ord("a"), ord("東"), 69_999]
+    assert loaded.dtype == np.uint32
+    assert loaded.read([(0, 0, 4)])[0].tolist() == [69_998, ord("a"), ord("東"), 69_999]
+
+
+def test_spans_come_in_the_order_asked_for_and_within_their_document():
+    tokens = [np.arange(10 * i, 10 * i + n, dtype=np.uint16) for i, n in enumerate([3, 7, 5])]
+    corpus = documents.in_memory(tokens, [5, 6, 7])
+    read = corpus.read([(2, 1, 4), (0, 0, 3), (1, 7, 7), (2, 0, 1)])
+    assert [x.tolist() for x in read] == [[21, 22, 23], [0, 1, 2], [], [20]]
+    for span in [(0, 0, 4), (0, 2, 1), (1, -1, 2)]:
+        with pytest.raises(AssertionError, match=f"document {span[0]} has "):
+            corpus.read([span])
+
+
+def test_a_selection_of_a_selection_reads_the_documents_it_shows():
+    tokens = [np.full(n, n, np.uint16) for n in (4, 2, 9, 3, 7)]
+    corpus = documents.in_memory(tokens, range(5))
+    chosen = corpus.select(corpus.lengths > 2).select(np.array([False, True, True, False]))
+    assert chosen.lengths.tolist() == [9, 3] and chosen.hashes.tolist() == [2, 3] and len(chosen) == 2
+    assert [x.tolist() for x in chosen.read([(1, 0, 2), (0, 8, 9)])] == [[3, 3], [9]]
+    assert chosen.read([(0, 0, 9)])[0].base is tokens[2]
 
 
 def test_splits_are_disjoint_complete_and_of_the_share_asked_for(tmp_path):
     names = [f"{i}.txt" for i in range(400)]
     write(tmp_path, names)
     train, heldout = split(tmp_path / "*.txt")
-    assert train | heldout == set(names) and not train & heldout
+    assert sorted(train + heldout) == sorted(map("text of {}".format, names))
     assert 80 < len(heldout) < 160
 
 
-def test_files_keep_their_split_when_others_are_added_and_the_folder_moves(tmp_path, monkeypatch):
-    names = [f"{folder}/{i}.txt" for folder in "ab" for i in range(20)]
-    write(tmp_path / "here", names)
-    write(tmp_path / "there", names + ["a/new.txt", "0/new.txt"])
-    before = split(tmp_path / "here/**/*.txt")
-    after = split(tmp_path / "there/**/*.txt")
-    assert before == tuple(part - {"a/new.txt", "0/new.txt"} for part in after)
-    monkeypatch.chdir(tmp_path / "here")
-    assert split("**/*.txt") == before
+def test_texts_keep_their_split_under_other_names_and_beside_others(tmp_path):
+    write(tmp_path / "here", names := [f"{i}.txt" for i in range(40)])
+    before = split(tmp_path / "here/*.txt")
+    for name in names:
+        (tmp_path / "here" / name).rename(tmp_path / f"here/moved_{name}")
+    write(tmp_path / "here", ["new.txt", "0/other.txt"])
+    after = split(tmp_path / "here/**/*.txt")
+    assert before == tuple([x for x in part if not x.endswith(("new.txt", "other.txt"))] for part in after)
+
+
+def test_copies_of_a_text_are_on_one_side(tmp_path):
+    write(tmp_path, [f"{i}.txt" for i in range(60)], text="one of two")
+    (tmp_path / "other.txt").write_text("two")
+    assert sorted(map(len, split(tmp_path / "*.txt", holdout=0.55))) == [1, 60]
 
 
 def test_a_larger_holdout_only_adds_documents(tmp_path):
     write(tmp_path, [f"{i}.txt" for i in range(60)])
-    assert split(tmp_path / "*.txt", holdout=0.2)[1] < split(tmp_path / "*.txt", holdout=0.5)[1]
+    assert set(split(tmp_path / "*.txt", holdout=0.2)[1]) < set(split(tmp_path / "*.txt", holdout=0.5)[1])
 
 
 def test_a_file_found_twice_is_one_document(tmp_path):
@@ -103,7 +137,7 @@ def test_the_standard_library_is_the_default():
 def test_bytes_read_what_is_not_utf8_and_text_tokenizers_name_it(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     settings = data(tmp_path / "latin.txt", holdout=1e-9)
-    assert documents.load(settings, BYTES, heldout=False).tokens.tolist() == [256, *b"caf\xe9", 257]
+    assert documents.load(settings, BYTES, heldout=False).read([(0, 0, 6)])[0].tolist() == [256, *b"caf\xe9", 257]
     with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 at byte 3, .*use data.tokenizer='bytes'"):
         documents.load(settings, Letters(), heldout=False)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import RUN, mesh_of, on_mesh, random_params, tiny
 
-from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.rows import Rows
 from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.evals import EVALS, Spec, Subject, bigram, position
@@ -18,8 +18,7 @@ LENGTH = 48
 
 
 def documents_of(*tokens):
-    offsets = np.cumsum([0, *map(len, tokens)])
-    return Documents(np.concatenate(tokens).astype(np.uint16), offsets, tuple(map(str, range(len(tokens)))))
+    return in_memory([np.array(x, np.uint16) for x in tokens], range(len(tokens)))
 
 
 def text_documents(*lengths):

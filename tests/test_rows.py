@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hybrid_attn.data import rows as rows_module
-from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.rows import Rows
 
 LENGTHS = [3, 17, 4, 9, 3, 31, 5, 3]  # 75 tokens, each of them another number
@@ -12,8 +12,8 @@ SEQ_LENS = [1, 4, 15, 25, 32, 75, 100]
 
 
 def documents(lengths=LENGTHS):
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Documents(np.arange(offsets[-1]).astype(np.uint16), offsets, tuple(map(str, range(len(lengths)))))
+    ends = np.cumsum(lengths)
+    return in_memory([np.arange(end - n, end).astype(np.uint16) for n, end in zip(lengths, ends, strict=True)], ends)
 
 
 def make(seq_len, seed):
@@ -91,8 +91,8 @@ def test_documents_stay_whole_and_only_their_order_is_shuffled():
     rows = make(4, 11)
     streams = [epoch_of(rows, epoch) for epoch in range(3)]
     streams = [read["tokens"][read["segments"] > 0] for read in streams]
-    whole = {tuple(np.arange(a, b)) for a, b in zip(documents().offsets[:-1], documents().offsets[1:], strict=True)}
-    firsts = documents().offsets[:-1]
+    firsts = np.cumsum([0, *LENGTHS[:-1]])
+    whole = {tuple(np.arange(first, first + n)) for first, n in zip(firsts, LENGTHS, strict=True)}
     orders = []
     for stream in streams:
         pieces = np.split(stream, np.flatnonzero(np.isin(stream, firsts)))[1:]

@@ -1,4 +1,4 @@
-"""Text files as documents of token ids, some of them held out."""
+"""What a corpus is to everybody else, and the corpus of text files in memory. Its documents may lie anywhere."""
 
 import concurrent.futures
 import dataclasses
@@ -7,41 +7,98 @@ import hashlib
 import os
 import re
 import sysconfig
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from hybrid_attn import config
 
 NOT_SOURCES = {"site-packages", "dist-packages", "__pycache__"}
+NO_LABEL = "text"  # of documents that nobody gave a label
+
+Span = tuple[int, int, int]  # a document's number, and the tokens [start, stop) of it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Documents:
-    """Documents back to back: document i is `tokens[offsets[i]:offsets[i + 1]]`, from its bos to its eos.
+    """Documents of token ids, each from its bos to its eos; their tokens are read span by span.
 
-    `tokens` is uint16 or uint32 [sum of lengths], `offsets` int64 [n + 1], `names` has n entries.
+    `lengths` int64 [n] counts tokens, bos and eos included; `hashes` uint64 [n] are `content_hash` of the texts; `labels`
+    uint16 [n] are places in `label_names`; `dtype` is that of the tokens. `fetch` reads spans, whose documents it knows by
+    `numbers` int64 [n], or by their place where that is None.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
-    names: tuple[str, ...]
+    lengths: np.ndarray
+    hashes: np.ndarray
+    labels: np.ndarray
+    label_names: tuple[str, ...]
+    dtype: np.dtype
+    fetch: Callable[[Sequence[Span]], list[np.ndarray]]
+    numbers: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, spans: Iterable[Span]) -> list[np.ndarray]:
+        """The tokens of each span; nothing beyond the spans is read, and they are read together."""
+        spans = [(int(i), int(start), int(stop)) for i, start, stop in spans]
+        for i, start, stop in spans:
+            assert 0 <= start <= stop <= self.lengths[i], f"document {i} has {self.lengths[i]} tokens, not [{start}, {stop})"
+        if self.numbers is not None:
+            spans = [(int(self.numbers[i]), start, stop) for i, start, stop in spans]
+        return self.fetch(spans)
+
+    def select(self, mask: np.ndarray) -> "Documents":
+        """The documents where `mask` bool [n] holds, in order; no token is copied."""
+        chosen = np.flatnonzero(mask)
+        return dataclasses.replace(
+            self,
+            lengths=self.lengths[chosen],
+            hashes=self.hashes[chosen],
+            labels=self.labels[chosen],
+            numbers=chosen if self.numbers is None else self.numbers[chosen],
+        )
+
+    def split(self, holdout: float, heldout: bool) -> "Documents":
+        """The held-out documents or all others: a text's own hash decides, so its exact copies are on the same side."""
+        return self.select((self.hashes < np.uint64(holdout * 2**64)) == heldout)
+
+
+def content_hash(text: bytes) -> int:
+    """The first 8 bytes of SHA-256, big-endian."""
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+
+
+def in_memory(tokens: Sequence[np.ndarray], hashes: Sequence[int]) -> Documents:
+    """Documents of the given token arrays, all of one dtype and of one label."""
+    return Documents(
+        lengths=np.array([len(x) for x in tokens], np.int64),
+        hashes=np.array(hashes, np.uint64),
+        labels=np.zeros(len(tokens), np.uint16),
+        label_names=(NO_LABEL,),
+        dtype=tokens[0].dtype,
+        fetch=lambda spans: [tokens[i][start:stop] for i, start, stop in spans],
+    )
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest type that holds the ids of a vocabulary, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def load(data: config.Data, tokenizer, heldout: bool) -> Documents:
     """The documents of one split, each file whole; ValueError where the split is empty or a file does not encode."""
-    found = find(data.paths)
-    chosen = [(name, path) for name, path in found if is_held_out(name, data.holdout) == heldout]
-    if not chosen:
+    paths = [path for _, path in find(data.paths)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        tokens, hashes = zip(*pool.map(lambda path: _encode(path, tokenizer), paths), strict=True)
+    documents = in_memory(tokens, hashes).split(data.holdout, heldout)
+    if not len(documents):
         split = "held-out" if heldout else "training"
         raise ValueError(
-            f"data.holdout={data.holdout} leaves none of the {len(found)} documents to the {split} split; "
+            f"data.holdout={data.holdout} leaves none of the {len(paths)} documents to the {split} split; "
             f"{'raise' if heldout else 'lower'} data.holdout, or cut the text into more files"
         )
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        documents = list(pool.map(lambda item: _encode(item[1], tokenizer), chosen))
-    offsets = np.zeros(len(documents) + 1, np.int64)
-    np.cumsum([len(tokens) for tokens in documents], out=offsets[1:])
-    return Documents(np.concatenate(documents), offsets, tuple(name for name, _ in chosen))
+    return documents
 
 
 def find(paths: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -54,7 +111,7 @@ def find(paths: tuple[str, ...]) -> list[tuple[str, str]]:
         return _standard_library()
     files = {}
     for pattern in paths:
-        for name, path in _matches(os.path.expanduser(pattern)):
+        for name, path in matches(os.path.expanduser(pattern)):
             files.setdefault(os.path.realpath(path), (name, path))
     texts = [(name, path) for name, path in files.values() if os.path.getsize(path)]
     if not texts:
@@ -62,13 +119,7 @@ def find(paths: tuple[str, ...]) -> list[tuple[str, str]]:
     return texts
 
 
-def is_held_out(name: str, holdout: float) -> bool:
-    """Whether the document `name` is held out: its own hash decides, so other documents come and go without effect."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < holdout * 2**64
-
-
-def _matches(pattern: str) -> list[tuple[str, str]]:
+def matches(pattern: str) -> list[tuple[str, str]]:
     """Sorted names and paths of the files that `pattern` matches; names start where its fixed folders end."""
     if os.path.isdir(pattern):
         raise ValueError(f"data.paths: {pattern!r} is a directory; use {os.path.join(pattern, '**')!r} for all its files")
@@ -108,15 +159,16 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _encode(path: str, tokenizer) -> np.ndarray:
-    """bos, the file's ids, eos in the narrowest type that holds the vocabulary."""
+def _encode(path: str, tokenizer) -> tuple[np.ndarray, int]:
+    """bos, the file's ids, eos in the narrowest type that holds the vocabulary; and the hash of the text."""
+    text = _read(path)
     try:
-        ids = tokenizer.encode(_read(path))
+        ids = tokenizer.encode(text)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 at byte {error.start}, and a tokenizer.json reads text; "
             "convert the file, leave it out of data.paths, or use data.tokenizer='bytes'"
         ) from error
-    tokens = np.empty(len(ids) + 2, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    tokens = np.empty(len(ids) + 2, token_dtype(tokenizer.vocab_size))
     tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, ids, tokenizer.eos
-    return tokens
+    return tokens, content_hash(text)

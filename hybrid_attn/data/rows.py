@@ -21,8 +21,8 @@ class Rows:
         self._documents = documents
         self._seed = seed
         self._byte_lengths = byte_lengths
-        self._lengths = np.diff(documents.offsets)
-        self._num_tokens = len(documents.tokens)
+        self._lengths = documents.lengths
+        self._num_tokens = int(documents.lengths.sum())
         self._permuted = (None, None, None)
 
     def __len__(self) -> int:
@@ -83,11 +83,10 @@ class Rows:
         documents_K, ends_K = order[first : last + 1], ends[first : last + 1]
         starts_K = ends_K - self._lengths[documents_K]
         from_K, to_K = np.maximum(starts_K, start), np.minimum(ends_K, stop)
-        stored_K = self._documents.offsets[documents_K] - starts_K
         tokens_S, positions_S, segments_S = np.zeros((3, self.seq_len + 1), np.int32)
         n = stop - start
-        pieces = [self._documents.tokens[a:b] for a, b in zip(from_K + stored_K, to_K + stored_K, strict=True)]
-        tokens_S[:n] = np.concatenate(pieces)
+        spans = zip(documents_K, from_K - starts_K, to_K - starts_K, strict=True)
+        tokens_S[:n] = np.concatenate(self._documents.read(spans))
         positions_S[:n] = np.arange(n) - np.repeat(from_K - start, to_K - from_K)
         segments_S[:n] = np.repeat(np.arange(1, len(documents_K) + 1), to_K - from_K)
         return tokens_S, positions_S, segments_S

@@ -8,14 +8,18 @@ from hybrid_attn.evals.subject import Spec
 from hybrid_attn.model.loss import bits_per_byte
 
 MOST_WORDS = 1024  # a table of pairs beyond that is no small baseline
+READ_TOKENS = 2**22  # at a time
 
 
 def log_probabilities(documents: Documents, vocab_size: int) -> np.ndarray:
     """Log-probability of each word after each word [vocab_size, vocab_size], from pairs counted in `documents` plus one."""
-    tokens = documents.tokens.astype(np.int64)
-    pairs = tokens[:-1] * vocab_size + tokens[1:]
-    pairs = np.delete(pairs, documents.offsets[1:-1] - 1)  # from one document to the next
-    counts = np.bincount(pairs, minlength=vocab_size**2).reshape(vocab_size, vocab_size) + 1.0
+    counts = np.ones(vocab_size**2)
+    groups = np.cumsum(documents.lengths) // READ_TOKENS
+    for group in np.split(np.arange(len(documents)), np.flatnonzero(np.diff(groups)) + 1):
+        pieces = documents.read((i, 0, documents.lengths[i]) for i in group)
+        pairs = [piece[:-1].astype(np.int64) * vocab_size + piece[1:] for piece in pieces]
+        counts += np.bincount(np.concatenate(pairs), minlength=vocab_size**2)
+    counts = counts.reshape(vocab_size, vocab_size)
     return np.log(counts / counts.sum(1, keepdims=True))
 
 

@@ -61,7 +61,7 @@ def train(c: config.Config, workdir: str) -> bool:
             peak, found = peak_flops(jax.devices()[0], run.dtype)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
             peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {found}; MFU is the share of it"
-            for line in summary(c, run, mesh, peak_line, len(corpus.tokens), workdir, start):
+            for line in summary(c, run, mesh, peak_line, int(corpus.lengths.sum()), workdir, start):
                 metrics.say(line)
             batches = pipeline.batches(c, corpus, words, mesh, start)
             state, step = run_steps(c, make_step(c, run), state, start, batches, checkpoints, metrics, stop)
