@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.paths = ()  # glob patterns of text files; empty = the sources of this interpreter's standard library
     c.data.tokenizer = "bytes"  # "bytes", or the path of a tokenizer.json
-    c.data.holdout = 0.1  # share of the files held out, by a hash of their names
+    c.data.holdout = 0.1  # share of the documents held out, by a hash of their text: copies of a document stay together
     c.data.seed = 0  # order of the documents
     c.data.prefetch = 2  # batches read ahead
 

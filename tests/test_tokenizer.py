@@ -89,6 +89,23 @@ def test_truncation_and_padding_of_the_file_do_not_touch_documents(tmp_path):
     assert load(plain, tmp_path).encode(b"e f " * 50).tolist() == wanted
 
 
+def test_a_batch_is_encoded_as_its_texts_alone(tmp_path):
+    texts = [b"e f", TEXT.encode(), b"", b"def def"]
+    for t in (tokenizer.load("bytes"), load(byte_level(), tmp_path)):
+        assert [x.tolist() for x in t.encode_batch(texts)] == [t.encode(text).tolist() for text in texts]
+
+
+def test_hashes_tell_tokenizers_apart_and_not_their_files(tmp_path):
+    plain = byte_level()
+    wanted = load(plain, tmp_path).hash
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(plain.to_str()), indent=7))
+    assert tokenizer.load(str(tmp_path / "tokenizer.json")).hash == wanted
+    plain.enable_truncation(7)
+    assert load(plain, tmp_path).hash == wanted
+    plain.add_tokens(["another"])
+    assert len({wanted, load(plain, tmp_path).hash, load(sentence_piece(), tmp_path).hash, tokenizer.load("bytes").hash}) == 4
+
+
 def test_one_token_can_begin_and_end_documents_and_ids_can_have_holes(tmp_path):
     t = sentence_piece()
     state = json.loads(t.to_str())

@@ -1,8 +1,10 @@
 """Text to token ids and back: plain bytes, or a `tokenizer.json`."""
 
+import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -35,6 +37,7 @@ class Bytes:
     vocab_size = 258
     bos = 256
     eos = 257
+    hash = "bytes"
 
     def __init__(self):
         self.byte_lengths = (np.arange(self.vocab_size) < 256).astype(np.int64)
@@ -42,6 +45,10 @@ class Bytes:
     def encode(self, text: bytes) -> np.ndarray:
         """int32 ids [len(text)]."""
         return np.frombuffer(text, np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """What `encode` gives of each text."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
         """The text of `ids`; document marks are skipped and invalid UTF-8 becomes U+FFFD."""
@@ -51,11 +58,14 @@ class Bytes:
 class Json:
     """A `tokenizer.json` whose own special tokens never come out of text, however the text is spelled.
 
-    `byte_lengths` [vocab_size] counts the space that some tokenizers put before a text as a byte of its first piece.
+    `byte_lengths` [vocab_size] counts the space that some tokenizers put before a text as a byte of its first piece. `hash`
+    is SHA-256 of what the file says about ids: neither its layout nor its truncation and padding, which nobody applies.
     """
 
     def __init__(self, path: str):
-        self._tokenizer, decoder = _read_json(path)
+        self._tokenizer, state = _read_json(path)
+        decoder = json.dumps(state["decoder"], ensure_ascii=False)
+        self.hash = _hash(state)
         vocab = self._tokenizer.get_vocab()
         self.vocab_size = max(vocab.values()) + 1  # the ids may have holes, so their number is not enough
         self.bos = _first_known(vocab, BOS_TOKENS, path, "begins")
@@ -69,8 +79,13 @@ class Json:
 
     def encode(self, text: bytes) -> np.ndarray:
         """int32 ids [n] of UTF-8 text; UnicodeDecodeError where it is not UTF-8."""
-        encoded = self._tokenizer.encode_batch_fast([text.decode("utf-8")], add_special_tokens=False)
-        return np.array(encoded[0].ids, np.int32)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """What `encode` gives of each text."""
+        decoded = [text.decode("utf-8") for text in texts]
+        encoded = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
+        return [np.array(x.ids, np.int32) for x in encoded]
 
     def decode(self, ids) -> str:
         """The text of `ids`; special tokens are skipped and invalid UTF-8 becomes U+FFFD."""
@@ -100,7 +115,7 @@ def check_vocab(tokenizer: Bytes | Json, model_vocab_size: int, name: str) -> No
 
 
 def _read_json(path: str):
-    """The library's tokenizer, and its decoder as JSON text."""
+    """The library's tokenizer, and the file's own JSON."""
     try:
         import tokenizers
     except ImportError as error:
@@ -114,7 +129,12 @@ def _read_json(path: str):
     tokenizer.no_truncation()  # files saved for fine-tuning carry both, and a document must come through whole
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "</s>" in a text is four characters of the text, not its end
-    return tokenizer, json.dumps(json.loads(text)["decoder"], ensure_ascii=False)
+    return tokenizer, json.loads(text)
+
+
+def _hash(state: dict) -> str:
+    kept = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _first_known(vocab: dict[str, int], names: tuple[str, ...], path: str, role: str) -> int:

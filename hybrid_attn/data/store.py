@@ -1,0 +1,187 @@
+"""The token store: documents of token ids in shards of raw files, on a disk or in a bucket.
+
+    manifest.json         format, tokenizer, type of the ids, labels, and the size and SHA-256 of each shard's files
+    shard-00000.tokens    the ids of the shard's documents back to back, little-endian
+    shard-00000.index     of each document: tokens int64 [n], hashes uint64 [n], labels uint16 [n], one array after the other
+
+Files are read through TensorStore's key-value stores, so a path may be a URL such as gs://bucket/corpus/.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import tensorstore
+
+from hybrid_attn.data.documents import Documents, Span
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+BLOCK = 2**24  # bytes read at a time to take a checksum
+CURE = "copy the file again, or prepare the store again"
+INDEX = {"lengths": np.dtype("<i8"), "hashes": np.dtype("<u8"), "labels": np.dtype("<u2")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What the manifest says of a shard, in its order."""
+
+    documents: int
+    tokens: int
+    tokens_sha256: str
+    index_sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """`summary` is what `prepare` counted; `tokenizer` is the name that it was given."""
+
+    format: int
+    tokenizer: str
+    tokenizer_hash: str
+    dtype: str
+    label_names: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    summary: dict
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def tokens_name(shard: int) -> str:
+    return f"shard-{shard:05}.tokens"
+
+
+def index_name(shard: int) -> str:
+    return f"shard-{shard:05}.index"
+
+
+def index_bytes(lengths: np.ndarray, hashes: np.ndarray, labels: np.ndarray) -> bytes:
+    """The content of a shard's index."""
+    columns = zip((lengths, hashes, labels), INDEX.values(), strict=True)
+    return b"".join(column.astype(dtype).tobytes() for column, dtype in columns)
+
+
+def load(path: str, tokenizer=None) -> Documents:
+    """The documents of the store at `path`; ValueError names what does not fit, or the shard that is not whole.
+
+    With a `tokenizer`, a store whose ids another one made is refused.
+    """
+    files, manifest = _open(path)
+    if tokenizer is not None and tokenizer.hash != manifest.tokenizer_hash:
+        raise ValueError(
+            f"{path} was made by the tokenizer {manifest.tokenizer!r} of hash {manifest.tokenizer_hash[:12]}, and the run's "
+            f"has hash {tokenizer.hash[:12]}; set data.tokenizer to the former, or prepare the text again with the latter"
+        )
+    indices = _read_whole(path, files, manifest)
+    columns = [_columns(index, shard.documents) for index, shard in zip(indices, manifest.shards, strict=True)]
+    lengths, hashes, labels = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    shards = np.repeat(np.arange(len(columns), dtype=np.uint32), [shard.documents for shard in manifest.shards])
+    starts = np.concatenate([np.cumsum(column[0]) - column[0] for column in columns])  # each within the file of its shard
+    dtype = np.dtype(manifest.dtype)
+
+    def fetch(spans: Sequence[Span]) -> list[np.ndarray]:
+        pending = []
+        for i, start, stop in spans:
+            first, size = (int(starts[i]) + start) * dtype.itemsize, (stop - start) * dtype.itemsize
+            pending.append(files.read(tokens_name(shards[i]), byte_range=slice(first, first + size)))
+        return [
+            np.frombuffer(_value(read, f"{path}: {tokens_name(shards[i])}"), dtype)
+            for read, (i, _, _) in zip(pending, spans, strict=True)
+        ]
+
+    return Documents(lengths, hashes, labels, manifest.label_names, dtype, fetch)
+
+
+def read_manifest(path: str) -> Manifest:
+    """ValueError where there is no store at `path`, or one of another format."""
+    return _open(path)[1]
+
+
+def verify(path: str) -> Iterator[int]:
+    """Yields the number of each shard once its checksums agree; ValueError names the first file that was changed."""
+    files, manifest = _open(path)
+    _read_whole(path, files, manifest)
+    for i, shard in enumerate(manifest.shards):
+        for name, wanted, size in _files_of(i, shard, manifest):
+            ranges = (slice(at, min(at + BLOCK, size)) for at in range(0, size, BLOCK))
+            if sha256(_value(files.read(name, byte_range=x), f"{path}: {name}") for x in ranges) != wanted:
+                raise ValueError(f"{path}: the checksum of {name} differs from the manifest's, so it was altered; {CURE}")
+        yield i
+
+
+def sha256(blocks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _open(path: str) -> tuple[tensorstore.KvStore, Manifest]:
+    url = path if "://" in path else "file://" + os.path.abspath(os.path.expanduser(path))
+    try:
+        files = tensorstore.KvStore.open(url.rstrip("/") + "/").result()
+        found = files.read(MANIFEST).result()
+    except ValueError as error:  # every failure of the library's
+        raise ValueError(f"{path} cannot be read as a token store: {error}") from error
+    if found.state != "value":
+        raise ValueError(f"{path} is no token store, for it has no {MANIFEST}; make one with tools/prepare_data.py")
+    try:
+        values = json.loads(found.value)
+        if values["format"] != FORMAT:
+            raise ValueError(f"it has format {values['format']}, and this code reads {FORMAT}; prepare the store again")
+        shards = tuple(Shard(**shard) for shard in values.pop("shards"))
+        return files, Manifest(**values | {"shards": shards, "label_names": tuple(values["label_names"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}/{MANIFEST}: {error}") from error
+
+
+def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, str, int]]:
+    """Name, SHA-256 and bytes of the files of a shard."""
+    row = sum(dtype.itemsize for dtype in INDEX.values())
+    size = shard.tokens * np.dtype(manifest.dtype).itemsize
+    return [
+        (tokens_name(index), shard.tokens_sha256, size),
+        (index_name(index), shard.index_sha256, shard.documents * row),
+    ]
+
+
+def _read_whole(path: str, files: tensorstore.KvStore, manifest: Manifest) -> list[bytes]:
+    """The index of each shard; ValueError names a file that is not there or is not of the size that it had.
+
+    Of the tokens only the last one's last byte is read.
+    """
+    expected = [file for i, shard in enumerate(manifest.shards) for file in _files_of(i, shard, manifest)]
+    firsts = [max(size - 1, 0) if name.endswith(".tokens") else 0 for name, _, size in expected]
+    reads = [files.read(name, byte_range=slice(first, None)) for (name, _, _), first in zip(expected, firsts, strict=True)]
+    indices = []
+    for (name, _, size), first, read in zip(expected, firsts, reads, strict=True):
+        value = _value(read, f"{path}: {name}")
+        if len(value) != size - first:
+            raise ValueError(f"{path}: {name} has {first + len(value):,} bytes or more instead of {size:,}; {CURE}")
+        if name.endswith(".index"):
+            indices.append(value)
+    return indices
+
+
+def _value(read: tensorstore.Future, what: str) -> bytes:
+    """The bytes of a read; ValueError where there are none."""
+    try:
+        result = read.result()
+    except ValueError as error:
+        problem = "is shorter than it was" if "OUT_OF_RANGE" in str(error) else f"cannot be read ({error})"
+        raise ValueError(f"{what} {problem}; {CURE}") from error
+    if result.state != "value":
+        raise ValueError(f"{what} is missing; {CURE}")
+    return result.value
+
+
+def _columns(index: bytes, documents: int) -> list[np.ndarray]:
+    columns, at = [], 0
+    for dtype in INDEX.values():
+        columns.append(np.frombuffer(index, dtype, documents, at))
+        at += documents * dtype.itemsize
+    return columns

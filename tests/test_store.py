@@ -1,0 +1,150 @@
+"""A store gives back what was written, span by span, and names the file that is not what was written."""
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+
+from hybrid_attn.data import store
+from hybrid_attn.data.tokenizer import Bytes
+
+SHARDS = [[5, 1, 9], [], [2, 30], [7]]
+
+
+def write(path, shards=SHARDS, dtype="<u2", names=("code", "prose"), tokenizer_hash=Bytes.hash):
+    """A store whose tokens, hashes and labels are all numbers of their own; returns what its documents hold."""
+    path.mkdir()
+    count, made, written = 0, [], []
+    for i, lengths in enumerate(shards):
+        documents = [np.arange(count + sum(lengths[:k]), count + sum(lengths[: k + 1])) for k in range(len(lengths))]
+        count += sum(lengths)
+        numbers = np.arange(len(made), len(made) + len(lengths))
+        tokens = np.concatenate([np.zeros(0), *documents]).astype(dtype).tobytes()
+        index = store.index_bytes(np.array(lengths), 2**63 + 7 * numbers.astype(np.uint64), numbers % len(names))
+        (path / store.tokens_name(i)).write_bytes(tokens)
+        (path / store.index_name(i)).write_bytes(index)
+        written.append(store.Shard(len(lengths), sum(lengths), store.sha256([tokens]), store.sha256([index])))
+        made += documents
+    manifest = store.Manifest(store.FORMAT, "bytes", tokenizer_hash, dtype, names, tuple(written), {"documents": len(made)})
+    (path / store.MANIFEST).write_text(manifest.to_json())
+    return made
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("<u2", 2), ("<u4", 4)])
+def test_any_span_of_any_document_is_read(tmp_path, dtype, width):
+    made = write(tmp_path / "s", dtype=dtype)
+    corpus = store.load(str(tmp_path / "s"))
+    assert corpus.dtype == np.dtype(dtype) and corpus.dtype.itemsize == width
+    assert corpus.lengths.tolist() == [5, 1, 9, 2, 30, 7] and corpus.lengths.dtype == np.int64
+    assert corpus.hashes.tolist() == [2**63 + 7 * i for i in range(6)]
+    assert corpus.labels.tolist() == [0, 1, 0, 1, 0, 1] and corpus.label_names == ("code", "prose")
+    spans = [(i, a, b) for i, x in enumerate(made) for a in range(len(x) + 1) for b in range(a, len(x) + 1)]
+    np.random.default_rng(0).shuffle(spans)
+    for read, (i, a, b) in zip(corpus.read(spans), spans, strict=True):
+        assert read.tolist() == made[i][a:b].tolist() and read.dtype == np.dtype(dtype)
+
+
+def test_selections_and_splits_read_their_own_documents(tmp_path):
+    made = write(tmp_path / "s")
+    corpus = store.load(f"file://{tmp_path}/s/")
+    long = corpus.select(corpus.lengths >= 5)
+    assert [x.tolist() for x in long.read([(2, 0, 30), (3, 6, 7)])] == [made[4].tolist(), made[5][6:].tolist()]
+    assert len(corpus.split(0.5, heldout=True)) == 0 and len(corpus.split(0.5, heldout=False)) == 6
+    assert corpus.split(0.5 + 2**-50, heldout=True).lengths.tolist() == corpus.lengths.tolist()
+
+
+def test_a_read_of_a_span_reads_nothing_else(tmp_path):
+    made = write(tmp_path / "s")
+    corpus = store.load(str(tmp_path / "s"))
+    path = tmp_path / "s" / store.tokens_name(2)
+    path.write_bytes(path.read_bytes()[: 2 * (2 + 10)])
+    assert corpus.read([(4, 3, 10)])[0].tolist() == made[4][3:10].tolist()
+    with pytest.raises(ValueError, match="shard-00002.tokens is shorter than it was; copy the file again"):
+        corpus.read([(0, 0, 5), (4, 3, 11)])
+    path.unlink()
+    with pytest.raises(ValueError, match="shard-00002.tokens is missing"):
+        corpus.read([(4, 3, 4)])
+
+
+@pytest.mark.parametrize("name", ["shard-00002.tokens", "shard-00000.index"])
+def test_files_of_another_size_are_named_when_a_store_is_opened(tmp_path, name):
+    write(tmp_path / "s")
+    path = tmp_path / "s" / name
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], b"", whole + b"1"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"s: {name} (is shorter than it was|has [0-9]+ bytes or more instead of)"):
+            store.load(str(tmp_path / "s"))
+    path.unlink()
+    with pytest.raises(ValueError, match=f"s: {name} is missing; copy the file again, or prepare the store again"):
+        store.load(str(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("name", ["shard-00002.tokens", "shard-00003.index"])
+def test_altered_files_are_named_by_their_checksum(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(store, "BLOCK", 7)
+    write(tmp_path / "s")
+    assert list(store.verify(str(tmp_path / "s"))) == [0, 1, 2, 3]
+    path = tmp_path / "s" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    verified = []
+    with pytest.raises(ValueError, match=f"the checksum of {name} differs from the manifest's"):
+        verified += store.verify(str(tmp_path / "s"))
+    store.load(str(tmp_path / "s"))
+
+
+def test_another_tokenizer_than_the_stores_is_refused(tmp_path):
+    write(tmp_path / "s", tokenizer_hash="0123456789abcdef")
+    with pytest.raises(ValueError, match="by the tokenizer 'bytes' of hash 0123456789ab, and the run's has hash bytes; set"):
+        store.load(str(tmp_path / "s"), Bytes())
+    write(tmp_path / "t")
+    assert len(store.load(str(tmp_path / "t"), Bytes())) == 6
+
+
+def test_what_is_no_store_is_said_so(tmp_path):
+    with pytest.raises(ValueError, match="is no token store, for it has no manifest.json; make one with tools/prepare_data.py"):
+        store.load(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="cannot be read as a token store: .*unsupported URL scheme"):
+        store.load("nowhere://x")
+    write(tmp_path / "s")
+    path = tmp_path / "s" / store.MANIFEST
+    values = json.loads(path.read_text())
+    for changed, message in [
+        (values | {"format": 99}, "it has format 99, and this code reads 1; prepare the store again"),
+        ({"format": 1}, "shards"),
+    ]:
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"manifest.json: .*{message}"):
+            store.load(str(tmp_path / "s"))
+    path.write_text("{")
+    with pytest.raises(ValueError, match="manifest.json: Expecting"):
+        store.load(str(tmp_path / "s"))
+
+
+def test_ten_million_documents_open_in_a_second_or_two(tmp_path):
+    n, shards = 500_000, 20
+    (tmp_path / "s").mkdir()
+    lengths = np.full(n, 1000)
+    index = store.index_bytes(lengths, np.arange(n), np.zeros(n))
+    for i in range(shards):
+        (tmp_path / "s" / store.index_name(i)).write_bytes(index)
+        with open(tmp_path / "s" / store.tokens_name(i), "wb") as file:
+            file.truncate(2 * 1000 * n)
+    manifest = store.Manifest(1, "bytes", "bytes", "<u2", ("a",), (store.Shard(n, 1000 * n, "", ""),) * shards, {})
+    (tmp_path / "s" / store.MANIFEST).write_text(manifest.to_json())
+    began = time.perf_counter()
+    corpus = store.load(str(tmp_path / "s"))
+    assert time.perf_counter() - began < 3  # alone it takes 0.3 s
+    assert len(corpus) == n * shards and corpus.lengths.sum() == 10**10
+    assert corpus.read([(n * shards - 1, 990, 1000)])[0].tolist() == [0] * 10
+
+
+def test_a_manifest_reads_back(tmp_path):
+    write(tmp_path / "s")
+    found = store.read_manifest(str(tmp_path / "s"))
+    assert found.label_names == ("code", "prose") and found.summary == {"documents": 6}
+    assert [dataclasses.astuple(shard)[:2] for shard in found.shards] == [(3, 15), (0, 0), (2, 32), (1, 7)]
