@@ -8,6 +8,7 @@ def get_config(size="small"):
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def kind(**changes) -> ConfigDict:
@@ -38,6 +39,18 @@ def kind(**changes) -> ConfigDict:
     for key, value in changes.items():
         k[key] = value
     return k
+
+
+def source(**changes) -> ConfigDict:
+    """A source of documents: the sources of this interpreter's standard library, with `changes` on top."""
+    s = ConfigDict()
+    s.paths = ()  # glob patterns of text files; without any and without a store, the standard library
+    s.store = placeholder(str)  # token store that tools/prepare_data.py wrote: a directory or a URL such as gs://bucket/corpus
+    s.min_length = 0  # tokens; shorter documents are left out: a share of long ones for an extension stage
+    s.label = placeholder(str)  # only documents of that label; None = all
+    for key, value in changes.items():
+        s[key] = value
+    return s
 
 
 def get_config() -> ConfigDict:
@@ -76,11 +89,13 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1  # shards of heads, feed-forward and vocabulary
 
     c.data = ConfigDict()
-    c.data.paths = ()  # glob patterns of text files; empty = the sources of this interpreter's standard library
+    c.data.sources = ConfigDict({"text": source()})  # by name; a stage's mixture weighs them
     c.data.tokenizer = "bytes"  # "bytes", or the path of a tokenizer.json
     c.data.holdout = 0.1  # share of the documents held out, by a hash of their text: copies of a document stay together
+    # concat: documents back to back, cut at row edges. best_fit: no document that fits a row is cut; rows end in some padding
+    c.data.packing = "concat"  # concat | best_fit
     c.data.seed = 0  # order of the documents
-    c.data.prefetch = 2  # batches read ahead
+    c.data.prefetch = 2  # batches read ahead, each by a thread of its own
 
     o = c.optim = ConfigDict()
     o.lr = 6e-3  # peak; small models bear high rates
@@ -99,6 +114,7 @@ def get_config() -> ConfigDict:
     stage.steps = 300
     stage.seq_len = 8192  # tokens in a row
     stage.batch = 1  # rows in a step, over all devices
+    stage.mixture = ConfigDict()  # source -> weight: its share in the tokens; empty = the only source
     c.stages = [stage]
 
     t = c.train = ConfigDict()

@@ -207,14 +207,31 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Source:
+    """Documents of one kind: text files or a token store, or those of it that have a label and a length."""
+
     paths: tuple[str, ...]
+    store: str | None
+    min_length: int
+    label: str | None
+
+    def __post_init__(self):
+        _check(not (self.paths and self.store), f"a source has paths={self.paths} or store={self.store!r}, not both")
+        _check(self.min_length >= 0, f"min_length={self.min_length} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    sources: Table[str, Source]
     tokenizer: str
+    packing: str
     holdout: float
     seed: int
     prefetch: int
 
     def __post_init__(self):
+        _check(bool(self.sources), "data.sources is empty; a run needs at least one source")
+        _one_of("data.packing", self.packing, ("concat", "best_fit"))
         _check(self.seed >= 0, f"data.seed={self.seed} must not be negative")
         _check(0 < self.holdout < 1, f"data.holdout={self.holdout} must lie between 0 and 1")
         _check(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1 batch")
@@ -244,15 +261,19 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stretch of training at one sequence length."""
+    """A stretch of training at one sequence length, on one mixture of sources: the share of each in the tokens."""
 
     steps: int
     seq_len: int
     batch: int
+    mixture: Table[str, float]
 
     def __post_init__(self):
         for name in ("steps", "seq_len", "batch"):
             _check(getattr(self, name) >= 1, f"stages.{name}={getattr(self, name)} must be at least 1")
+        for source, weight in self.mixture.items():
+            _check(0 <= weight < math.inf, f"stages.mixture.{source}={weight} must be a finite share, 0 or more")
+        _check(not self.mixture or any(self.mixture.values()), f"the weights of stages.mixture={self.mixture} sum to zero")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,10 +324,17 @@ class Config:
 
     def __post_init__(self):
         _check(bool(self.stages), "stages is empty; a run needs at least one stage")
+        for index, stage in enumerate(self.stages):
+            _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
 
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    def weights(self, stage: int) -> dict[str, float]:
+        """The weight of each source that takes part in a stage; an only source needs no mixture."""
+        mixture = self.stages[stage].mixture or dict.fromkeys(self.data.sources, 1.0)
+        return {name: weight for name, weight in mixture.items() if weight}
 
     def stage_at(self, step: int) -> tuple[int, int]:
         """Index of the stage that global step `step` belongs to, and the step within it."""
@@ -315,6 +343,15 @@ class Config:
                 return index, step
             step -= stage.steps
         raise ValueError(f"step {step + self.total_steps} lies beyond the last of {self.total_steps} steps")
+
+
+def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[str]) -> None:
+    known = ", ".join(sources)
+    _check(bool(mixture) or len(sources) == 1, f"{field} is empty and data.sources has {known}; give those wanted a weight")
+    for name in mixture:
+        near = difflib.get_close_matches(name, sources, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {known}"
+        _check(name in sources, f"{field} names {name!r}, which is not in data.sources; {hint}")
 
 
 def build(values: Mapping) -> Config:

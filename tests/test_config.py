@@ -11,7 +11,7 @@ from conftest import tiny
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.config import Mesh, Stage
+from hybrid_attn.config import Mesh, Stage, Table
 from hybrid_attn.parallel.mesh import axis_sizes
 
 
@@ -113,6 +113,12 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
         ("stages", [], "stages is empty"),
         ("stages.0.batch", 0, "stages.batch=0 must be at least 1"),
         ("data.holdout", 1.0, "holdout=1.0 must lie between 0 and 1"),
+        ("data.sources", {}, "data.sources is empty"),
+        ("data.sources.text.min_length", -1, "min_length=-1 must not be negative"),
+        ("stages.0.mixture", {"text": 0.0}, "sum to zero"),
+        ("stages.0.mixture", {"text": -1.0}, "stages.mixture.text=-1.0 must be a finite share, 0 or more"),
+        ("stages.0.mixture", {"tex": 1.0}, r"stages\[0\].mixture names 'tex', .*; did you mean 'text'\?"),
+        ("stages.0.mixture", {"web": 1.0}, r"stages\[0\].mixture names 'web', .*; there are text"),
         ("optim.decay_fraction", 1.5, r"decay_fraction=1.5 must be in \(0, 1\]"),
         ("optim.clip_norm", 0.0, "clip_norm=0.0 must be positive"),
         ("train.keep", 0, "train.keep=0 must be at least 1"),
@@ -138,6 +144,7 @@ def test_a_value_that_cannot_be_is_refused_with_its_reason(path, value, words):
         ("optim.schedule", "cosin", "cosine"),
         ("train.kernel", "block", "blocked"),
         ("train.remat", "layers", "layer"),
+        ("data.packing", "bestfit", "best_fit"),
         ("train.dtype", "bfloat", "bfloat16"),
     ],
 )
@@ -169,7 +176,7 @@ def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused_with_the_number
 
 def test_what_is_built_comes_back_from_its_dict_even_through_json():
     everything = {"chunk": 7, "rope_theta": 100.0, "rope_scaling.type": "yarn", "temperature.type": "steps", "sink": True}
-    for c in (tiny({"data.paths": ("a/*.txt",), "mesh.fsdp": 2}, C=everything), config.build(base.get_config())):
+    for c in (tiny({"data.sources.text.paths": ("a/*.txt",), "mesh.fsdp": 2}, C=everything), config.build(base.get_config())):
         values = config.to_dict(c)
         assert config.build(values) == c and config.build(json.loads(json.dumps(values))) == c
         assert config.to_dict(config.build(values)) == values
@@ -196,7 +203,7 @@ def test_layers_repeat_the_pattern_and_end_with_a_tail():
 
 
 def test_a_step_belongs_to_its_stage():
-    c = dataclasses.replace(tiny(), stages=(Stage(3, 48, 8), Stage(2, 96, 4)))
+    c = dataclasses.replace(tiny(), stages=(Stage(3, 48, 8, Table()), Stage(2, 96, 4, Table())))
     assert c.total_steps == 5
     assert [c.stage_at(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     with pytest.raises(ValueError, match="step 5 lies beyond the last of 5 steps"):
@@ -217,6 +224,7 @@ def test_every_key_of_the_defaults_has_a_field_and_every_field_a_default():
     check(config.Train, values.train)
     check(config.Evals, values.evals)
     check(Stage, values.stages[0])
+    check(config.Source, base.source())
     check(config.LayerKind, base.kind())
     check(config.RopeScaling, base.kind().rope_scaling)
     check(config.Temperature, base.kind().temperature)

@@ -19,6 +19,10 @@ ROOT = Path(__file__).parents[1]
 STEPS = 6
 
 
+def stage(steps, seq_len, batch):
+    return {"steps": steps, "seq_len": seq_len, "batch": batch, "mixture": {}}
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A glob of forty small documents of lines with some order in them."""
@@ -32,8 +36,8 @@ def config_of(corpus, **changes):
     """Six steps on eight devices, checkpoints every two, every step logged."""
     base = {
         "mesh.fsdp": 2,
-        "data.paths": (corpus,),
-        "stages": [{"steps": STEPS, "seq_len": 48, "batch": 8}],
+        "data.sources.text.paths": (corpus,),
+        "stages": [stage(STEPS, 48, 8)],
         "train.log_every": 1,
         "train.checkpoint_every": 2,
         "evals.tokens": 400,
@@ -93,7 +97,7 @@ def test_resume_from_an_older_checkpoint_replays_the_same_losses(corpus, straigh
 
 
 def test_resume_over_the_edge_of_a_stage_equals_a_straight_run(corpus, tmp_path, monkeypatch):
-    stages = [{"steps": 3, "seq_len": 24, "batch": 16}, {"steps": 3, "seq_len": 48, "batch": 8}]
+    stages = [stage(3, 24, 16), stage(3, 48, 8)]
     c = config_of(corpus, stages=stages)
     assert loop.train(c, tmp_path / "straight")
     for step in (2, 3):
@@ -105,7 +109,7 @@ def test_resume_over_the_edge_of_a_stage_equals_a_straight_run(corpus, tmp_path,
 
 
 def test_stages_already_begun_cannot_change(corpus, tmp_path, monkeypatch):
-    stages = [{"steps": 3, "seq_len": 24, "batch": 16}, {"steps": 3, "seq_len": 48, "batch": 8}]
+    stages = [stage(3, 24, 16), stage(3, 48, 8)]
     loop.train(config_of(corpus, stages=stages), tmp_path)
     stages[0]["steps"] = 2
     with pytest.raises(ValueError, match=r"has done \[3, 3\] steps of each stage.*would have done \[2, 4\]"):
@@ -166,11 +170,11 @@ def test_a_workdir_that_cannot_be_written_is_named(corpus, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"mesh.context": 4, "mesh.fsdp": 1, "mesh.data": 2, "stages": [{"steps": 1, "seq_len": 46, "batch": 8}]},
+        ({"mesh.context": 4, "mesh.fsdp": 1, "mesh.data": 2, "stages": [stage(1, 46, 8)]},
          r"seq_len 46 does not split over 4 context shards; use 44 or 48"),
-        ({"stages": [{"steps": 1, "seq_len": 48, "batch": 12}]}, r"batch 12 does not split over 8 .* use 8 or 16"),
+        ({"stages": [stage(1, 48, 12)]}, r"batch 12 does not split over 8 .* use 8 or 16"),
         ({"model.vocab_size": 100}, r"100.*258"),
-        ({"data.paths": ("/nowhere/*.txt",)}, r"/nowhere/\*\.txt.* matches no file"),
+        ({"data.sources.text.paths": ("/nowhere/*.txt",)}, r"/nowhere/\*\.txt.* matches no file"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_training(corpus, tmp_path, changes, message):
@@ -195,7 +199,7 @@ PROGRAM = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(ROOT /
         (["--config=configs/hybrid_8k.py:7b"], "no size '7b'; it has small, 150m, 1b, 8b"),
         (["--config.model.kinds.L.window=0"], "window=0 must be at least 1"),
         (["--config.model.num_kv_heads=3"], "num_heads=2 is not a multiple of model.num_kv_heads=3"),
-        (["--config.data.paths=('/nowhere/*',)"], "matches no file"),
+        (["--config.data.sources.text.paths=('/nowhere/*',)"], "matches no file"),
     ],
 )
 def test_the_program_says_what_is_wrong_in_a_line(arguments, message, tmp_path):
@@ -214,7 +218,7 @@ SMALL = (
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_save_and_exit_0(corpus, tmp_path, number):
-    command = [*PROGRAM, f"--workdir={tmp_path}", f"--config.data.paths=('{corpus}',)", *SMALL]
+    command = [*PROGRAM, f"--workdir={tmp_path}", f"--config.data.sources.text.paths=('{corpus}',)", *SMALL]
     quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=quick, **pipes) as program:
@@ -256,7 +260,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
         due = lambda *_: False  # noqa: E731
         requested = False
 
-    c = tiny({"train.log_every": 1, "stages": [{"steps": 3, "seq_len": 48, "batch": 8}]})
+    c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
     loop.run_steps(c, step, 0, 0, iter((i, None) for i in range(3)), Quiet(), Quiet(), Quiet())
     order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
     assert order == sorted(order)

@@ -1,10 +1,16 @@
 import gc
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import two_processes
 
 from configs import base
 from hybrid_attn import config
@@ -22,14 +28,13 @@ def corpus(tmp_path):
     generator = np.random.default_rng(0)
     for i in range(24):
         (tmp_path / f"{i:02}.txt").write_bytes(generator.integers(0, 256, 5 + 7 * i, np.uint8).tobytes())
-    settings = config.Data((str(tmp_path / "*.txt"),), "bytes", holdout=0.2, seed=3, prefetch=2)
-    return documents.load(settings, BYTES, heldout=False)
+    return documents.load((str(tmp_path / "*.txt"),), BYTES)
 
 
-def make_config(stages=STAGES, seed=3, prefetch=2):
+def make_config(stages=STAGES, seed=3, prefetch=2, packing="concat"):
     c = base.get_config()
-    c.stages = [{"steps": steps, "seq_len": seq_len, "batch": batch} for steps, seq_len, batch in stages]
-    c.data.seed, c.data.prefetch = seed, prefetch
+    c.stages = [{"steps": steps, "seq_len": seq_len, "batch": batch, "mixture": {}} for steps, seq_len, batch in stages]
+    c.data.seed, c.data.prefetch, c.data.packing = seed, prefetch, packing
     return config.build(c)
 
 
@@ -37,9 +42,13 @@ def one_device():
     return meshes.make_mesh(config.Mesh(1, 1, 1, 1), jax.devices()[:1])
 
 
+def start_batches(c, corpus, mesh, start=0):
+    return pipeline.batches(c, pipeline.stage_rows(c, {"text": corpus}, BYTES), mesh, start)
+
+
 def run(c, corpus, start=0, mesh=None):
     """Steps and batches from `start` on, as NumPy arrays."""
-    batches = pipeline.batches(c, corpus, BYTES, mesh or one_device(), start)
+    batches = start_batches(c, corpus, mesh or one_device(), start)
     return [(step, jax.tree.map(np.asarray, batch)) for step, batch in batches]
 
 
@@ -66,7 +75,7 @@ def test_each_step_takes_the_next_rows_of_its_stage(corpus):
     straight = run(make_config(), corpus)
     assert [step for step, _ in straight] == list(range(9))
     for index, (first, (steps, seq_len, batch)) in enumerate(zip((0, 3, 5), STAGES, strict=True)):
-        rows = Rows(corpus, seq_len, pipeline._stage_seed(3, index), BYTES.byte_lengths)
+        rows = Rows(corpus, seq_len, pipeline._row_seed(3, index, "text"), BYTES.byte_lengths)
         for name in ("tokens", "targets", "positions", "segments", "weights", "bytes"):
             read = np.concatenate([straight[first + i][1][name] for i in range(steps)])
             np.testing.assert_array_equal(read, np.stack([rows[i][name] for i in range(steps * batch)]))
@@ -100,7 +109,7 @@ def test_every_mesh_holds_the_batch_of_one_device(corpus, sizes):
     c, mesh = make_config(), meshes.make_mesh(config.Mesh(*sizes))
     assert_same(run(c, corpus, mesh=mesh), run(c, corpus))
     data, fsdp, context, _ = sizes
-    for step, batch in pipeline.batches(c, corpus, BYTES, mesh, 0):
+    for step, batch in start_batches(c, corpus, mesh):
         _, seq_len, rows = STAGES[c.stage_at(step)[0]]
         for name in ("tokens", "targets", "positions", "segments", "weights", "bytes"):
             assert batch[name].sharding.spec == meshes.TOKENS_BT
@@ -125,7 +134,7 @@ def test_each_slice_of_a_row_is_read_once_however_many_devices_hold_it(corpus, m
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_it_reads_ahead_as_far_as_asked(corpus, monkeypatch, prefetch):
     read = watch(monkeypatch)
-    batches = pipeline.batches(make_config([(20, 16, 1)], prefetch=prefetch), corpus, BYTES, one_device(), 0)
+    batches = start_batches(make_config([(20, 16, 1)], prefetch=prefetch), corpus, one_device())
     next(batches)
     wait_until(lambda: len(read) == 1 + prefetch)
     time.sleep(0.05)
@@ -135,7 +144,7 @@ def test_it_reads_ahead_as_far_as_asked(corpus, monkeypatch, prefetch):
 
 def test_an_iterator_dropped_midway_leaves_no_thread(corpus):
     wait_until(lambda: not reading_ahead())
-    batches = pipeline.batches(make_config([(50, 16, 1)], prefetch=5), corpus, BYTES, one_device(), 0)
+    batches = start_batches(make_config([(50, 16, 1)], prefetch=5), corpus, one_device())
     next(batches)
     assert reading_ahead()
     del batches
@@ -152,7 +161,7 @@ def test_a_failure_while_reading_ahead_reaches_the_loop(corpus, monkeypatch):
         return original(rows, slices)
 
     monkeypatch.setattr(Rows, "read", fail_at_two)
-    batches = pipeline.batches(make_config([(5, 16, 1)]), corpus, BYTES, one_device(), 0)
+    batches = start_batches(make_config([(5, 16, 1)]), corpus, one_device())
     assert [next(batches)[0], next(batches)[0]] == [0, 1]
     with pytest.raises(OSError, match="disk gone"):
         next(batches)
@@ -173,7 +182,9 @@ def test_held_out_rows_come_once_in_order_with_blank_rows_behind(corpus, num_row
 
 def test_batches_and_rows_that_do_not_split_name_what_would():
     mesh = meshes.make_mesh(config.Mesh(2, 2, 2, 1))
-    good, bad_batch, small_batch, bad_len = (config.Stage(1, t, b) for t, b in [(16, 8), (16, 6), (16, 3), (15, 8)])
+    good, bad_batch, small_batch, bad_len = (
+        config.Stage(1, t, b, config.Table()) for t, b in [(16, 8), (16, 6), (16, 3), (15, 8)]
+    )
     pipeline.check_batch_shape([good], mesh)
     with pytest.raises(ValueError, match=r"stages\[1\]: batch 6 does not split over 4 data \* fsdp shards; use 4 or 8"):
         pipeline.check_batch_shape([good, bad_batch], mesh)
@@ -183,3 +194,109 @@ def test_batches_and_rows_that_do_not_split_name_what_would():
         pipeline.check_batch_shape([bad_len], mesh)
     with pytest.raises(ValueError, match="^batch 6 does not split over 4 data . fsdp shards; use 4 or 8"):
         next(pipeline.heldout_batches(None, 1, 6, mesh))
+
+
+def random_case(seed):
+    """A config of two to three sources, two stages and a packing of its own, and the documents of its sources."""
+    rng = np.random.default_rng(seed)
+    names = ["web", "books", "code"][: rng.integers(1, 4)]
+    lengths = {name: rng.integers(3, int(rng.choice([12, 60, 200])), rng.integers(2, 40)) for name in names}
+    corpora = {
+        name: documents.in_memory([rng.integers(0, 256, n).astype(np.uint16) for n in sizes], range(len(sizes)))
+        for name, sizes in lengths.items()
+    }
+    c = base.get_config()
+    c.data.sources = {name: base.source() for name in names}
+    c.data.seed, c.data.packing = int(rng.integers(10)), ["concat", "best_fit"][rng.integers(2)]
+    c.stages = []
+    for _ in range(2):
+        chosen = names[: rng.integers(1, len(names) + 1)]
+        mixture = {name: float(rng.integers(1, 8)) / 10 for name in chosen}
+        sizes = {"steps": int(rng.integers(1, 5)), "seq_len": 8 * int(rng.integers(1, 6)), "batch": 8 * int(rng.integers(1, 3))}
+        c.stages.append(sizes | {"mixture": mixture})
+    return rng, config.build(c), corpora
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_what_the_hosts_read_is_together_the_same_batch_on_any_number_of_them_from_any_step(part):
+    for seed in range(30 * part, 30 * part + 30):
+        rng, c, corpora = random_case(seed)
+        straight = pipeline.stage_rows(c, corpora, BYTES)
+        sizes = [2**i for i in rng.multinomial(3, [1 / 4] * 4)]
+        mesh = meshes.make_mesh(config.Mesh(*map(int, sizes)))
+        hosts, resumed_at = 2 ** int(rng.integers(4)), int(rng.integers(c.total_steps))
+        each = np.split(np.array(jax.devices()), hosts)
+        fresh = [pipeline.stage_rows(c, corpora, BYTES) for _ in each]  # a process that begins here knows nothing of before
+        for step in range(resumed_at, c.total_steps):
+            index, step_of_stage = c.stage_at(step)
+            stage = c.stages[index]
+            first = step_of_stage * stage.batch
+            wanted = straight[index].read([(first + r, 0, stage.seq_len) for r in range(stage.batch)])
+            seen = np.zeros((stage.batch, stage.seq_len), bool)
+            for devices, rows in zip(each, fresh, strict=True):
+                slices = pipeline.slices_of(devices, stage.batch, stage.seq_len, mesh)
+                covered = sum(stop - start for _, start, stop in slices)
+                assert covered <= stage.batch * stage.seq_len * len(devices) // 8 * sizes[3]
+                read = rows[index].read([(first + r, start, stop) for r, start, stop in slices])
+                for (r, start, stop), part_of_row in zip(slices, read, strict=True):
+                    seen[r, start:stop] = True
+                    for name, values in part_of_row.items():
+                        np.testing.assert_array_equal(values, wanted[r][name][start:stop], err_msg=f"seed {seed} {name}")
+            assert seen.all()
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_resuming_in_the_middle_and_at_the_edges_of_epochs_and_stages_equals_the_straight_run(corpus, packing):
+    few = corpus.select(corpus.lengths < 60)
+    rows = len(Rows(few, 16, 0, BYTES.byte_lengths, packing))
+    c = make_config([(2 * rows + 3, 16, 1), (4, 32, 2)], packing=packing)
+    straight = run(c, few)
+    epochs = [straight[i * rows : (i + 1) * rows] for i in range(2)]
+    first, second = (np.concatenate([batch["tokens"][batch["segments"] > 0] for _, batch in epoch]) for epoch in epochs)
+    assert sorted(first.tolist()) == sorted(second.tolist()) and first.tolist() != second.tolist()
+    for start in (rows // 2, rows - 1, rows, rows + 1, 2 * rows, 2 * rows + 2, 2 * rows + 3, 2 * rows + 4):
+        assert_same(run(c, few, start), straight[start:])
+
+
+def test_a_stage_takes_its_rows_from_its_sources_by_their_weights():
+    corpora = {name: documents.in_memory([np.full(500, i, np.uint16)], [i]) for i, name in enumerate(("a", "b", "c"))}
+    c = base.get_config()
+    c.data.sources = {name: base.source() for name in corpora}
+    c.stages = [
+        {"steps": 5, "seq_len": 10, "batch": 2, "mixture": {"a": 0.7, "b": 0.3, "c": 0.0}},
+        {"steps": 3, "seq_len": 20, "batch": 2, "mixture": {"c": 2.0, "b": 1.0}},
+    ]
+    c = config.build(c)
+    rows = pipeline.stage_rows(c, corpora, BYTES)
+    read = [np.asarray(batch["tokens"])[:, 0] for _, batch in pipeline.batches(c, rows, one_device(), 0)]
+    assert np.bincount(np.concatenate(read[:5])).tolist() == [7, 3]
+    assert np.bincount(np.concatenate(read[5:])).tolist() == [0, 2, 4]
+    assert rows[0].epochs(10) == {"a": 7 / 50, "b": 3 / 50} and rows[1].epochs(6) == {"b": 2 / 25, "c": 4 / 25}
+
+
+def test_two_processes_hold_the_batches_of_one_and_read_no_more_than_their_part(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    program = [sys.executable, str(Path(__file__).parent / "two_processes.py"), address]
+    quiet = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen([*program, str(i), str(tmp_path / f"{i}.npz")], env=quiet, **out) for i in range(2)]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+
+    c, rows = two_processes.config_and_rows()
+    held = [np.load(tmp_path / f"{i}.npz") for i in range(2)]
+    for sizes in two_processes.MESHES:
+        for step, batch in pipeline.batches(c, rows, one_device(), two_processes.START):
+            for name, values in batch.items():
+                parts = [part[f"{sizes}/{step}/{name}"] for part in held]
+                owned = [~np.isnan(part) for part in parts]
+                assert (owned[0] ^ owned[1]).all() and owned[0].sum() == owned[1].sum() == values.size / 2
+                np.testing.assert_array_equal(np.where(owned[0], *parts), values, err_msg=f"{name} of step {step}")
+            assert all(part[f"{sizes}/{step}/sum"] == batch["tokens"].sum() for part in held)
+            assert all(part[f"{sizes}/{step}/read"] == values.size / 2 for part in held)

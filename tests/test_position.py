@@ -82,6 +82,14 @@ def test_bigram_probabilities_are_counts_plus_one_without_pairs_across_documents
     np.testing.assert_allclose(np.exp(log_probs), counts / counts.sum(1, keepdims=True), rtol=1e-12)
 
 
+def test_of_a_large_corpus_the_bigram_counts_the_first_documents(monkeypatch):
+    first, rest = [[0, 1], [1, 1, 0]], [[0, 0], [1, 0]]
+    monkeypatch.setattr(bigram, "MOST_TOKENS", 5)
+    monkeypatch.setattr(bigram, "READ_TOKENS", 2)
+    wanted = bigram.log_probabilities(documents_of(*first), 2)
+    np.testing.assert_array_equal(bigram.log_probabilities(documents_of(*first, *rest), 2), wanted)
+
+
 @pytest.mark.parametrize("tokens, pairs", [(3, "01 10 01"), (6, "01 10 01 10")])
 def test_the_bigram_scores_the_pairs_of_the_rows_that_the_model_would_score(tokens, pairs):
     spec = Spec(documents_of([0, 1, 0, 1], [1, 0]), 3, tokens)  # rows 010 and 1|10: the row's edge cuts no pair

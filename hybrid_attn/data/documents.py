@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from hybrid_attn import config
-
 NOT_SOURCES = {"site-packages", "dist-packages", "__pycache__"}
 NO_LABEL = "text"  # of documents that nobody gave a label
 
@@ -86,19 +84,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def load(data: config.Data, tokenizer, heldout: bool) -> Documents:
-    """The documents of one split, each file whole; ValueError where the split is empty or a file does not encode."""
-    paths = [path for _, path in find(data.paths)]
+def load(paths: tuple[str, ...], tokenizer) -> Documents:
+    """The documents of the files that `find` finds, each file whole; ValueError where one does not encode."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        tokens, hashes = zip(*pool.map(lambda path: _encode(path, tokenizer), paths), strict=True)
-    documents = in_memory(tokens, hashes).split(data.holdout, heldout)
-    if not len(documents):
-        split = "held-out" if heldout else "training"
-        raise ValueError(
-            f"data.holdout={data.holdout} leaves none of the {len(paths)} documents to the {split} split; "
-            f"{'raise' if heldout else 'lower'} data.holdout, or cut the text into more files"
-        )
-    return documents
+        tokens, hashes = zip(*pool.map(lambda found: _encode(found[1], tokenizer), find(paths)), strict=True)
+    return in_memory(tokens, hashes)
 
 
 def find(paths: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -115,17 +105,17 @@ def find(paths: tuple[str, ...]) -> list[tuple[str, str]]:
             files.setdefault(os.path.realpath(path), (name, path))
     texts = [(name, path) for name, path in files.values() if os.path.getsize(path)]
     if not texts:
-        raise ValueError(f"data.paths={paths} matches {len(files)} files and all are empty; name files with text")
+        raise ValueError(f"paths={paths} matches {len(files)} files and all are empty; name files with text")
     return texts
 
 
 def matches(pattern: str) -> list[tuple[str, str]]:
     """Sorted names and paths of the files that `pattern` matches; names start where its fixed folders end."""
     if os.path.isdir(pattern):
-        raise ValueError(f"data.paths: {pattern!r} is a directory; use {os.path.join(pattern, '**')!r} for all its files")
+        raise ValueError(f"paths: {pattern!r} is a directory; use {os.path.join(pattern, '**')!r} for all its files")
     paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
     if not paths:
-        raise ValueError(f"data.paths: {pattern!r} matches no file, seen from {os.getcwd()}; correct the path or pattern")
+        raise ValueError(f"paths: {pattern!r} matches no file, seen from {os.getcwd()}; correct the path or pattern")
     root = os.path.dirname(re.split(r"[*?[]", pattern, maxsplit=1)[0]) or os.curdir
     return sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths)
 
@@ -142,7 +132,7 @@ def _standard_library() -> list[tuple[str, str]]:
         paths = [os.path.join(folder, file) for file in files if file.endswith(".py")]
         found += [(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths if _is_text(path)]
     if not found:
-        raise ValueError(f"the standard library at {root} has no .py sources; name text files in data.paths")
+        raise ValueError(f"the standard library at {root} has no .py sources; name text files in paths")
     return sorted(found)
 
 
@@ -167,7 +157,7 @@ def _encode(path: str, tokenizer) -> tuple[np.ndarray, int]:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 at byte {error.start}, and a tokenizer.json reads text; "
-            "convert the file, leave it out of data.paths, or use data.tokenizer='bytes'"
+            "convert the file, leave it out of paths, or use data.tokenizer='bytes'"
         ) from error
     tokens = np.empty(len(ids) + 2, token_dtype(tokenizer.vocab_size))
     tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, ids, tokenizer.eos

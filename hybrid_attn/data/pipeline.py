@@ -1,7 +1,8 @@
 """Global batches: the batch of a step is a pure function of the config and the step."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import grain
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from hybrid_attn import config
 from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.mixture import Mixture
 from hybrid_attn.data.rows import ARRAYS, Rows, blank
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
@@ -24,31 +26,58 @@ def check_batch_shape(stages: Sequence[config.Stage], mesh: Mesh) -> None:
         _check_splits(f"stages[{index}]: seq_len", stage.seq_len, mesh, ("context",))
 
 
-def batches(c: config.Config, documents: Documents, tokenizer, mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
+class MixedRows:
+    """The rows of one stage: rows of several sources in the order of their mixture."""
+
+    def __init__(self, mixture: Mixture, rows: Mapping[str, Rows]):
+        self.mixture = mixture
+        self.rows = rows
+
+    def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
+        """As `Rows.read`; what comes from one source is read together."""
+        found = [self.mixture.row(r) for r, _, _ in slices]
+        by_source = {name: [] for name, _ in found}
+        for (name, row), (_, start, stop) in zip(found, slices, strict=True):
+            by_source[name].append((row, start, stop))
+        read = {name: iter(self.rows[name].read(wanted)) for name, wanted in by_source.items()}
+        return [next(read[name]) for name, _ in found]
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """How often the first `rows` rows go through each source."""
+        return {name: count / len(self.rows[name]) for name, count in self.mixture.counts(rows).items()}
+
+
+def stage_rows(c: config.Config, documents: Mapping[str, Documents], tokenizer) -> list[MixedRows]:
+    """The rows of each stage, of the training `documents` of each source."""
+
+    def rows(index: int, name: str) -> Rows:
+        seed = _row_seed(c.data.seed, index, name)
+        return Rows(documents[name], c.stages[index].seq_len, seed, tokenizer.byte_lengths, c.data.packing)
+
+    weights = [c.weights(index) for index in range(len(c.stages))]
+    return [MixedRows(Mixture(names), {name: rows(index, name) for name in names}) for index, names in enumerate(weights)]
+
+
+def batches(c: config.Config, stages: Sequence[MixedRows], mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
     """(step, batch) from `start_step` to the last step, `data.prefetch` batches read ahead.
 
     A batch has `tokens`, `targets`, `positions`, `segments` int32 [B, T], `weights` and `bytes` float32 [B, T], as
     `Rows.read` gives them. Each process reads only its own devices' slices of their rows.
     """
-    rows = [
-        Rows(documents, stage.seq_len, _stage_seed(c.data.seed, index), tokenizer.byte_lengths)
-        for index, stage in enumerate(c.stages)
-    ]
 
     def read(step: int) -> tuple[int, Batch]:
         index, step_of_stage = c.stage_at(step)
-        batch = c.stages[index].batch
-        first = step_of_stage * batch
+        stage = c.stages[index]
+        first = step_of_stage * stage.batch
 
         def read_slices(slices: list[Slice]) -> list[dict[str, np.ndarray]]:
-            return rows[index].read([(first + r, start, stop) for r, start, stop in slices])
+            return stages[index].read([(first + r, start, stop) for r, start, stop in slices])
 
-        return step, _global_batch(read_slices, batch, rows[index].seq_len, mesh)
+        return step, _global_batch(read_slices, stage.batch, stage.seq_len, mesh)
 
     steps = grain.MapDataset.range(start_step, c.total_steps).map(read)
-    # One thread: the tokens are in memory, and threads that cut rows would only wait for each other.
-    ahead = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=c.data.prefetch))
-    with contextlib.closing(iter(ahead)) as iterator:
+    options = grain.ReadOptions(num_threads=c.data.prefetch, prefetch_buffer_size=c.data.prefetch)
+    with contextlib.closing(iter(steps.to_iter_dataset(options))) as iterator:
         yield from iterator
 
 
@@ -66,31 +95,36 @@ def heldout_batches(rows: Rows, num_rows: int, batch: int, mesh: Mesh) -> Iterat
         yield _global_batch(read, batch, rows.seq_len, mesh)
 
 
+def slices_of(devices: Iterable[jax.Device], batch: int, seq_len: int, mesh: Mesh) -> list[Slice]:
+    """What `devices` of `mesh` hold of a batch, each slice once however many of them hold it."""
+    blocks = NamedSharding(mesh, TOKENS_BT).devices_indices_map((batch, seq_len))
+    return sorted({part for device in devices for part in _slices(blocks[device], batch, seq_len)})
+
+
+def _slices(block: tuple[slice, slice], batch: int, seq_len: int) -> list[Slice]:
+    """The slices of rows in one device's block of a batch."""
+    start, stop, _ = block[1].indices(seq_len)
+    return [(r, start, stop) for r in range(*block[0].indices(batch))]
+
+
 def _global_batch(read: Callable[[list[Slice]], list[dict]], batch: int, seq_len: int, mesh: Mesh) -> Batch:
-    """The slices that `read` gives of rows 0 to `batch` - 1 as global arrays; each process reads those of its devices, once."""
-    shape, sharding = (batch, seq_len), NamedSharding(mesh, TOKENS_BT)
-    blocks = {_block(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
-    slices = sorted({(r, start, stop) for rows, start, stop in blocks for r in rows})
+    """What `read` gives of rows 0 to `batch` - 1 as global arrays, of which each process reads the slices of its devices."""
+    slices = slices_of(mesh.local_devices, batch, seq_len, mesh)
     found = dict(zip(slices, read(slices), strict=True))
 
     def place(name: str) -> jax.Array:
-        def shard(index: tuple[slice, slice]) -> np.ndarray:
-            rows, start, stop = _block(index, shape)
-            return np.stack([found[r, start, stop][name] for r in rows])
+        def block_of(block: tuple[slice, slice]) -> np.ndarray:
+            return np.stack([found[part][name] for part in _slices(block, batch, seq_len)])
 
-        return jax.make_array_from_callback(shape, sharding, shard)
+        return jax.make_array_from_callback((batch, seq_len), NamedSharding(mesh, TOKENS_BT), block_of)
 
     return {name: place(name) for name in ARRAYS}
 
 
-def _block(index: tuple[slice, slice], shape: tuple[int, int]) -> tuple[range, int, int]:
-    """Rows, and first and last position, of a device's part of an array."""
-    return range(*index[0].indices(shape[0])), *index[1].indices(shape[1])[:2]
-
-
-def _stage_seed(seed: int, stage: int) -> int:
-    """A seed of its own for each stage, so that no stage repeats the row order of another."""
-    return int(np.random.SeedSequence((seed, stage)).generate_state(1, np.uint64)[0])
+def _row_seed(seed: int, stage: int, source: str) -> int:
+    """A seed of its own for each source of each stage: no stage repeats the order of another, and sources come and go."""
+    entropy = (seed, stage, zlib.crc32(source.encode()))
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 def _check_splits(what: str, size: int, mesh: Mesh, axes: tuple[str, ...]) -> None:

@@ -9,13 +9,19 @@ from hybrid_attn.model.loss import bits_per_byte
 
 MOST_WORDS = 1024  # a table of pairs beyond that is no small baseline
 READ_TOKENS = 2**22  # at a time
+MOST_TOKENS = 2**28  # counted: far more than a table of pairs needs, and read within a minute
 
 
 def log_probabilities(documents: Documents, vocab_size: int) -> np.ndarray:
-    """Log-probability of each word after each word [vocab_size, vocab_size], from pairs counted in `documents` plus one."""
+    """Log-probability of each word after each word [vocab_size, vocab_size], from pairs counted in `documents` plus one.
+
+    Of a large corpus only the first documents are counted, those that begin within `MOST_TOKENS`.
+    """
     counts = np.ones(vocab_size**2)
-    groups = np.cumsum(documents.lengths) // READ_TOKENS
-    for group in np.split(np.arange(len(documents)), np.flatnonzero(np.diff(groups)) + 1):
+    ends = np.cumsum(documents.lengths)
+    counted = np.count_nonzero(ends - documents.lengths < MOST_TOKENS)
+    groups = ends[:counted] // READ_TOKENS
+    for group in np.split(np.arange(counted), np.flatnonzero(np.diff(groups)) + 1):
         pieces = documents.read((i, 0, documents.lengths[i]) for i in group)
         pairs = [piece[:-1].astype(np.int64) * vocab_size + piece[1:] for piece in pieces]
         counts += np.bincount(np.concatenate(pairs), minlength=vocab_size**2)

@@ -4,7 +4,7 @@ import importlib.util
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from hybrid_attn import config
 from hybrid_attn.checkpoint import Checkpoints
-from hybrid_attn.data import documents, pipeline, tokenizer
+from hybrid_attn.data import corpora, pipeline, tokenizer
 from hybrid_attn.evals import EVALS, Spec, Subject, bigram
 from hybrid_attn.model import flops, run_on
 from hybrid_attn.parallel.mesh import make_mesh
@@ -52,7 +52,9 @@ def train(c: config.Config, workdir: str) -> bool:
     pipeline.check_batch_shape(c.stages, mesh)
     words = tokenizer.load(c.data.tokenizer)
     tokenizer.check_vocab(words, c.model.vocab_size, c.data.tokenizer)
-    corpus = documents.load(c.data, words, heldout=False)
+    sources = sorted({name for index in range(len(c.stages)) for name in c.weights(index)})
+    loaded = corpora.load(c.data, sources, words)
+    stages = pipeline.stage_rows(c, {name: corpus.training for name, corpus in loaded.items()}, words)
     run = run_on(jax.default_backend(), c.train)
     with Stop() as stop, jax.set_mesh(mesh):
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
@@ -61,16 +63,16 @@ def train(c: config.Config, workdir: str) -> bool:
             peak, found = peak_flops(jax.devices()[0], run.dtype)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
             peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {found}; MFU is the share of it"
-            for line in summary(c, run, mesh, peak_line, int(corpus.lengths.sum()), workdir, start):
+            for line in summary(c, run, mesh, peak_line, stages, workdir, start):
                 metrics.say(line)
-            batches = pipeline.batches(c, corpus, words, mesh, start)
+            batches = pipeline.batches(c, stages, mesh, start)
             state, step = run_steps(c, make_step(c, run), state, start, batches, checkpoints, metrics, stop)
             checkpoints.save(step, state, data_state(c, step), config.to_dict(c), wait=True)
             if step < c.total_steps:
                 metrics.say(f"stopped after step {step}, which is saved; the same command goes on from there")
                 return False
             stop.saved = True
-            evaluate(c, Subject(c.model, state.params, run, mesh, words), corpus, metrics)
+            evaluate(c, Subject(c.model, state.params, run, mesh, words), loaded, metrics)
             metrics.close()
             return True
         except KeyboardInterrupt:
@@ -150,23 +152,24 @@ def check_finite(step: int, values: dict, checkpoints: Checkpoints) -> None:
         raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {cure}; lower optim.lr or raise optim.warmup_steps")
 
 
-def evaluate(c: config.Config, subject: Subject, corpus, metrics: Metrics) -> None:
-    """The held-out loss by position at every length of `c.evals`, beside the bigram model of the training bytes."""
-    heldout = documents.load(c.data, subject.tokenizer, heldout=True)
+def evaluate(c: config.Config, subject: Subject, loaded: Mapping[str, corpora.Corpus], metrics: Metrics) -> None:
+    """The held-out loss by position of each source of the last stage, beside the bigram model of its training bytes."""
     length = c.stages[-1].seq_len
-    records = []
-    for multiple in c.evals.lengths:
-        spec = Spec(heldout, round(multiple * length), c.evals.tokens)
-        new = list(EVALS["position"](subject, spec))
-        metrics.report("position", new)
-        records += new
-    if importlib.util.find_spec("matplotlib"):
-        from hybrid_attn.evals import picture
+    for source in sorted(c.weights(-1)):
+        training, heldout = loaded[source]
+        records = []
+        for multiple in c.evals.lengths:
+            spec = Spec(heldout, round(multiple * length), c.evals.tokens)
+            new = [{"source": source, **record} for record in EVALS["position"](subject, spec)]
+            metrics.report("position", new)
+            records += new
+        if importlib.util.find_spec("matplotlib"):
+            from hybrid_attn.evals import picture
 
-        metrics.picture("loss_by_position", picture.loss_by_position(records, length))
-    else:
-        metrics.say("no pictures: they need the extra [eval]")
-    if subject.tokenizer.vocab_size <= bigram.MOST_WORDS:
-        log_probs = bigram.log_probabilities(corpus, subject.tokenizer.vocab_size)
-        bits = bigram.score(log_probs, Spec(heldout, length, c.evals.tokens), subject.tokenizer.byte_lengths)
-        metrics.report("bigram", [{"length": length, "bits_per_byte": bits}])
+            metrics.picture(f"loss_by_position_{source}", picture.loss_by_position(records, length))
+        else:
+            metrics.say("no pictures: they need the extra [eval]")
+        if subject.tokenizer.vocab_size <= bigram.MOST_WORDS:
+            log_probs = bigram.log_probabilities(training, subject.tokenizer.vocab_size)
+            bits = bigram.score(log_probs, Spec(heldout, length, c.evals.tokens), subject.tokenizer.byte_lengths)
+            metrics.report("bigram", [{"source": source, "length": length, "bits_per_byte": bits}])

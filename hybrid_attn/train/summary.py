@@ -1,14 +1,20 @@
 """What a run is, in ten lines, before it starts."""
 
+from collections.abc import Sequence
+
 import jax
 from jax.sharding import Mesh
 
 from hybrid_attn.config import Config, LayerKind
+from hybrid_attn.data.pipeline import MixedRows
 from hybrid_attn.model import Run, flops
 
 
-def summary(c: Config, run: Run, mesh: Mesh, peak: str, corpus_tokens: int, workdir: str, start: int) -> list[str]:
-    """Ten lines: parameters, layout, mesh, kernel, data, tokens and FLOPs per step, peak, workdir and checkpoint."""
+def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedRows], workdir: str, start: int) -> list[str]:
+    """Parameters, layout, mesh, kernel, data and its sources, tokens and FLOPs per step, peak, workdir and checkpoint.
+
+    `rows` are those of each stage; FLOPs and sources are told of the stage that comes next.
+    """
     stage_index, step = c.stage_at(min(start, c.total_steps - 1))
     stage = c.stages[stage_index]
     total, tokens = flops.parameters(c.model), stage.batch * stage.seq_len
@@ -23,13 +29,27 @@ def summary(c: Config, run: Run, mesh: Mesh, peak: str, corpus_tokens: int, work
         f"layout       {c.model.layers}: {kinds}",
         f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}",
         f"kernel       {run.kernel} on {device.platform}; activations {run.dtype}, parameters float32, remat {run.remat}",
-        f"data         {corpus_tokens:,} training tokens, tokenizer {c.data.tokenizer}; {stages}",
+        f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
+        *sources(rows[stage_index], stage.steps * stage.batch),
         f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs",
         f"token        {per_token:.4g} FLOPs: 3 x forward, windows and causality counted, recomputation not",
         f"peak         {peak}",
         f"workdir      {workdir}",
         f"checkpoint   {f'step {start} found; going on from there' if start else 'none found; starting at step 0'}",
     ]
+
+
+def sources(rows: MixedRows, wanted: int) -> list[str]:
+    """A line for each source of a stage of `wanted` rows: what is there, how it is packed, and how much of it is seen."""
+    lines = []
+    for name, epochs in rows.epochs(wanted).items():
+        n = rows.rows[name].counts()
+        padding, cut = n["padding"] / (n["tokens"] + n["padding"]), n["cut_documents"] / n["documents"]
+        lines.append(
+            f"source       {name}: {n['documents']:,} training documents, {n['tokens']:,} tokens in {n['rows']:,} rows; "
+            f"{padding:.2%} padding, {cut:.1%} of the documents cut; {epochs:.3g} epochs"
+        )
+    return lines
 
 
 def describe(kind: LayerKind) -> str:

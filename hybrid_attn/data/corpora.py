@@ -1,0 +1,58 @@
+"""The sources of a config as documents: text files or a token store, chosen by label and length, split in two."""
+
+import difflib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from hybrid_attn import config
+from hybrid_attn.data import documents, store
+from hybrid_attn.data.documents import Documents
+
+
+class Corpus(NamedTuple):
+    """The documents of one source; exact copies of a document are on the same side."""
+
+    training: Documents
+    heldout: Documents
+
+
+def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus]:
+    """The named sources; ValueError says which of them does not fit, and why."""
+    corpora = {}
+    for name in names:
+        try:
+            corpora[name] = _load(data.sources[name], data.holdout, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"data.sources.{name}: {error}") from error
+    return corpora
+
+
+def _load(source: config.Source, holdout: float, tokenizer) -> Corpus:
+    found = documents.load(source.paths, tokenizer) if source.store is None else store.load(source.store, tokenizer)
+    chosen = found.select(found.lengths >= source.min_length)
+    if source.label is not None:
+        chosen = chosen.select(chosen.labels == _label(source.label, found.label_names))
+    if not len(chosen):
+        labelled = "" if source.label is None else f" with the label {source.label!r}"
+        longest = max(found.lengths, default=0)
+        raise ValueError(
+            f"none of the {len(found):,} documents{labelled} has min_length={source.min_length:,} tokens; "
+            f"the longest of all has {longest:,}"
+        )
+    corpus = Corpus(chosen.split(holdout, False), chosen.split(holdout, True))
+    for split, part, cure in (("training", corpus.training, "lower"), ("held-out", corpus.heldout, "raise")):
+        if not len(part):
+            raise ValueError(
+                f"data.holdout={holdout} leaves none of the {len(chosen):,} documents to the {split} split; "
+                f"{cure} data.holdout, or cut the text into more documents"
+            )
+    return corpus
+
+
+def _label(label: str, names: tuple[str, ...]) -> int:
+    """The place of `label` in `names`."""
+    if label not in names:
+        near = difflib.get_close_matches(label, names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, names))}"
+        raise ValueError(f"no document has the label {label!r}; {hint}")
+    return names.index(label)

@@ -1,0 +1,74 @@
+"""Sources are files or stores, chosen by label and length, and what they lack is said with their name."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configs import base
+from hybrid_attn import config
+from hybrid_attn.data import corpora, documents, tokenizer
+
+BYTES = tokenizer.load("bytes")
+
+
+def data_of(holdout=0.3, **sources):
+    c = base.get_config()
+    c.data.holdout = holdout
+    c.data.sources = {name: base.source(**changes) for name, changes in sources.items()}
+    c.stages[0].mixture = dict.fromkeys(sources, 1.0)
+    return config.build(c).data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text("x" * i + f" {i}")
+    return str(tmp_path / "*.txt")
+
+
+def lengths(corpus):
+    return sorted([*corpus.training.lengths.tolist(), *corpus.heldout.lengths.tolist()])
+
+
+def test_only_the_named_sources_are_read_and_each_is_split_by_content(folder):
+    data = data_of(text={"paths": (folder,)}, missing={"paths": ("/nowhere/*",)})
+    loaded = corpora.load(data, ["text"], BYTES)
+    assert list(loaded) == ["text"] and lengths(loaded["text"]) == sorted(i + len(f" {i}") + 2 for i in range(60))
+    limit = 0.3 * 2**64
+    assert (loaded["text"].heldout.hashes < limit).all() and (loaded["text"].training.hashes >= limit).all()
+    assert len(loaded["text"].heldout) > 5
+
+
+def test_a_source_of_long_documents_has_no_other(folder):
+    data = data_of(text={"paths": (folder,)}, long={"paths": (folder,), "min_length": 40})
+    loaded = corpora.load(data, data.sources, BYTES)
+    assert lengths(loaded["long"]) == [n for n in lengths(loaded["text"]) if n >= 40]
+
+
+def test_a_store_is_loaded_for_the_runs_tokenizer_and_chosen_by_label(monkeypatch):
+    tokens = [np.full(3 + i, i, np.uint16) for i in range(40)]
+    stored = documents.in_memory(tokens, [i * 2**58 for i in range(40)])
+    stored = dataclasses.replace(stored, labels=np.arange(40, dtype=np.uint16) % 2, label_names=("books", "code"))
+    asked = []
+    monkeypatch.setattr(corpora.store, "load", lambda *args: asked.append(args) or stored)
+    data = data_of(books={"store": "gs://b/s", "label": "books"}, code={"store": "gs://b/s", "label": "codes"})
+    assert lengths(corpora.load(data, ["books"], BYTES)["books"]) == list(range(3, 43, 2))
+    assert asked == [("gs://b/s", BYTES)]
+    with pytest.raises(ValueError, match="data.sources.code: no document has the label 'codes'; did you mean 'code'?"):
+        corpora.load(data, ["code"], BYTES)
+
+
+@pytest.mark.parametrize(
+    "holdout, changes, message",
+    [
+        (0.3, {"min_length": 1000}, "none of the 60 documents has min_length=1,000 tokens; the longest of all has 64"),
+        (1e-9, {}, "leaves none of the 60 documents to the held-out split; raise data.holdout"),
+        (1 - 1e-9, {}, "leaves none of the 60 documents to the training split; lower data.holdout"),
+        (0.3, {"paths": ("/nowhere/*.txt",)}, r"paths: '/nowhere/\*.txt' matches no file"),
+        (0.3, {"paths": (), "store": "/nowhere"}, "/nowhere is no token store"),
+    ],
+)
+def test_what_a_source_lacks_is_said_with_its_name(folder, holdout, changes, message):
+    with pytest.raises(ValueError, match=f"^data.sources.text: .*{message}"):
+        corpora.load(data_of(holdout, text={"paths": (folder,), **changes}), ["text"], BYTES)
