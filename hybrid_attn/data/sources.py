@@ -183,8 +183,8 @@ def _of_record(record, fields: Fields) -> Text:
     text = _field(record, fields.text)
     if not isinstance(text, str | None):
         raise ValueError(f"the field {fields.text!r} is no text but {type(text).__name__}")
-    label = None if fields.label is None else str(_field(record, fields.label))
-    return Text((text or "").encode("utf-8"), label)
+    label = None if fields.label is None else _field(record, fields.label)
+    return Text((text or "").encode("utf-8"), None if label is None else str(label))
 
 
 def _field(record, name: str):

@@ -1,0 +1,352 @@
+"""Files of text to a token store: in parallel, in an order that no number of workers changes, and over many sittings.
+
+The sorted input files are cut into groups, once; each group becomes one shard, by one worker. Until all are done a store
+has no manifest, and lies so:
+
+    plan.json                     what is to be done: options, tokenizer, and the files of each shard
+    parts/shard-00000.tokens      all documents of the group
+    parts/shard-00000.npz         length, hash, label, bytes of each
+    parts/shard-00000.json        what was skipped; written last, so a part that has it is whole
+
+Then duplicates are known, and each shard is linked or copied from its part without them.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+from hybrid_attn.data import documents, sources, store, tokenizer
+from hybrid_attn.data.sources import Binary, Broken, Fields
+
+PLAN, PARTS = "plan.json", "parts"
+ENCODED = 2**20  # bytes of text that a tokenizer is given at a time
+COPIED = 2**22  # tokens that are in memory while a shard is copied
+MOST_LABELS = 2**16
+REPORTED = 20  # broken places that are named
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What decides the content of a store, beside its files.
+
+    `form` None goes by each file's ending; `label` is that of all documents unless `fields` has one; `on_error` is "skip"
+    or "stop"; `shard_bytes` of input go into a shard, at least one file.
+    """
+
+    tokenizer: str
+    fields: Fields
+    form: str | None
+    label: str
+    drop_duplicates: bool
+    on_error: str
+    shard_bytes: int
+
+
+def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say: Callable[[str], None] = print) -> dict:
+    """Writes the store `out` from the files that `inputs` name, and returns its summary.
+
+    The same call goes on where a killed one stopped. ValueError for a wrong input, OSError for a disk that fails, for
+    instance because it is full, ImportError for a missing library.
+    """
+    words = tokenizer.load(options.tokenizer)
+    plan = _plan(inputs, options, words)
+    folder = Path(out)
+    if not _begin(folder, plan):
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        say(f"{out} is complete")
+        return store.read_manifest(out).summary
+    try:
+        return _run(folder, plan, options, words, workers, say)
+    except BrokenProcessPool as error:
+        raise OSError(f"a worker was killed, perhaps for want of memory; {_progress(folder, plan)}") from error
+    except OSError as error:
+        raise OSError(f"{error}; {_progress(folder, plan)}") from error
+
+
+def summary_lines(summary: dict) -> Iterator[str]:
+    """The summary of a store as a person reads it."""
+    yield f"documents    {summary['documents']:,}, of {summary['bytes']:,} bytes"
+    yield f"tokens       {summary['tokens']:,}, {_ratio(summary):.3f} bytes each, marks included"
+    yield f"skipped      {', '.join(f'{count:,} {what}' for what, count in summary['skipped'].items())}"
+    for label, values in summary["labels"].items():
+        share = values["tokens"] / summary["tokens"]
+        yield (
+            f"label        {label}: {values['documents']:,} documents, {values['tokens']:,} tokens ({share:.1%}), "
+            f"{_ratio(values):.3f} bytes each"
+        )
+    most = max(summary["lengths"].values())
+    for first, count in summary["lengths"].items():
+        yield f"length       {f'{int(first):,} to {2 * int(first) - 1:,}':>27}  {count:>11,}  {'#' * -(-40 * count // most)}"
+
+
+def _ratio(values: dict) -> float:
+    return values["bytes"] / values["tokens"]
+
+
+def _plan(inputs: Sequence[str], options: Options, words) -> dict:
+    """Options and the files of each shard, as JSON."""
+    shards, size = [], options.shard_bytes
+    for path in sources.find(inputs):
+        state = os.stat(path)
+        if size >= options.shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append({"path": path, "bytes": state.st_size, "modified_ns": state.st_mtime_ns})
+        size += state.st_size
+    return {"options": dataclasses.asdict(options), "tokenizer_hash": words.hash, "shards": shards}
+
+
+def _begin(folder: Path, plan: dict) -> bool:
+    """Whether there is work left; ValueError where `folder` holds other work."""
+    if (folder / PLAN).exists():
+        _check_same(folder, json.loads((folder / PLAN).read_text()), plan)
+        return not (folder / store.MANIFEST).exists()
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no unfinished store; name another --out")
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    _write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
+    return True
+
+
+def _check_same(folder: Path, old: dict, new: dict) -> None:
+    cure = "give what it was begun with, or name another --out"
+    for name, value in new["options"].items():
+        if old["options"][name] != value:
+            raise ValueError(f"{folder} was begun with {name}={old['options'][name]!r}, and this is {value!r}; {cure}")
+    if old["tokenizer_hash"] != new["tokenizer_hash"]:
+        raise ValueError(f"the tokenizer {new['options']['tokenizer']!r} was changed since {folder} was begun; {cure}")
+    before, now = ({file["path"]: file for shard in plan["shards"] for file in shard} for plan in (old, new))
+    changed = sorted(path for path in {**before, **now} if before.get(path) != now.get(path))
+    if changed or old["shards"] != new["shards"]:
+        what = changed[0] if changed else "their order"
+        raise ValueError(f"the input files changed since {folder} was begun ({len(changed)} of them, first {what}); {cure}")
+
+
+def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: Callable[[str], None]) -> dict:
+    shards = [[file["path"] for file in shard] for shard in plan["shards"]]
+    sizes = [sum(file["bytes"] for file in shard) for shard in plan["shards"]]
+    for left_over in (folder / PARTS).glob("*.partial*"):
+        left_over.unlink()
+    todo = [i for i in range(len(shards)) if not _part(folder, i, "json").exists()]
+    if len(todo) < len(shards):
+        say(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
+    done = sum(sizes) - sum(sizes[i] for i in todo)
+    with tqdm.tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, desc="input") as bar:
+        for i in _in_processes(_encode_shard, {i: (folder, i, shards[i], options) for i in todo}, workers):
+            bar.update(sizes[i])
+    parts = [json.loads(_part(folder, i, "json").read_text()) for i in range(len(shards))]
+    places = [place for part in parts for place in part["places"]]
+    for place in places[:REPORTED]:
+        say(f"skipped      {place}")
+    names = sorted({name for part in parts for name in part["labels"]})
+    if len(names) > MOST_LABELS:
+        raise ValueError(f"the label field has {len(names):,} values and a store holds {MOST_LABELS:,}; name a coarser one")
+    keep = _first_copies(folder, len(shards)) if options.drop_duplicates else [None] * len(shards)
+    dtype = documents.token_dtype(words.vocab_size)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        written = list(pool.map(lambda i: _write_shard(folder, i, parts[i], keep[i], names, dtype), range(len(shards))))
+    found = _summary([counts for _, counts in written], parts, names)
+    if not found["documents"]:
+        raise ValueError(f"the {sum(map(len, shards))} input files have no text; skipped: {found['skipped']}")
+    manifest = store.Manifest(
+        store.FORMAT, options.tokenizer, words.hash, dtype.str, tuple(names), tuple(shard for shard, _ in written), found
+    )
+    _write(folder / store.MANIFEST, [manifest.to_json().encode()])
+    shutil.rmtree(folder / PARTS)
+    return found
+
+
+def _in_processes(function: Callable, calls: dict[int, tuple], workers: int) -> Iterator[int]:
+    """Calls `function` with each tuple of arguments, in this process for one worker; yields the keys of those done."""
+    if workers == 1:
+        for i, arguments in calls.items():
+            function(*arguments)
+            yield i
+        return
+    context = multiprocessing.get_context("spawn")  # threads of the tokenizers' library do not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        pending = {pool.submit(function, *arguments): i for i, arguments in calls.items()}
+        try:
+            for future in concurrent.futures.as_completed(pending):
+                future.result()
+                yield pending[future]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_worker() -> None:
+    """A worker uses one core, ends in silence on Ctrl-C, and does not outlive the process that started it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+_tokenizer = functools.cache(tokenizer.load)
+
+
+def _encode_shard(folder: Path, index: int, paths: list[str], options: Options) -> None:
+    """Writes the part `index` of all documents in `paths`."""
+    words = _tokenizer(options.tokenizer)
+    dtype = documents.token_dtype(words.vocab_size)
+    columns, labels = {name: [] for name in ("lengths", "hashes", "labels", "bytes")}, {}
+    skipped, places = collections.Counter(), []
+
+    def texts() -> Iterator[bytes]:
+        for path in paths:
+            for found in sources.read(path, options.form or sources.format_of(path), options.fields):
+                if isinstance(found, Broken):
+                    if options.on_error == "stop":
+                        raise ValueError(f"{found.reason}; mend it, or pass --on_error=skip")
+                    skipped["broken"] += 1
+                    places.append(found.reason)
+                elif isinstance(found, Binary):
+                    skipped["binary"] += 1
+                elif not found.text:
+                    skipped["empty"] += 1
+                else:
+                    columns["hashes"].append(documents.content_hash(found.text))
+                    columns["labels"].append(labels.setdefault(found.label or options.label, len(labels)))
+                    columns["bytes"].append(len(found.text))
+                    yield found.text
+
+    def blocks() -> Iterator[bytes]:
+        for batch in _batches(texts()):
+            encoded = words.encode_batch(batch)
+            lengths = [len(ids) + 2 for ids in encoded]
+            columns["lengths"] += lengths
+            tokens = np.empty(sum(lengths), dtype)
+            at = 0
+            for ids, length in zip(encoded, lengths, strict=True):
+                tokens[at], tokens[at + 1 : at + length - 1], tokens[at + length - 1] = words.bos, ids, words.eos
+                at += length
+            yield tokens.data
+
+    digest = _write(_part(folder, index, "tokens"), blocks())
+    packed = io.BytesIO()
+    types = {"lengths": np.int64, "hashes": np.uint64, "labels": np.int64, "bytes": np.int64}
+    np.savez(packed, **{name: np.array(values, types[name]) for name, values in columns.items()})
+    _write(_part(folder, index, "npz"), [packed.getbuffer()])
+    part = {"sha256": digest, "labels": list(labels), "skipped": skipped, "places": places[:REPORTED]}
+    _write(_part(folder, index, "json"), [json.dumps(part).encode()])
+
+
+def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Consecutive texts, about `ENCODED` bytes at a time."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= ENCODED:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
+    """Which documents of each part are the first with their hash."""
+    hashes = [np.load(_part(folder, i, "npz"))["hashes"] for i in range(shards)]
+    keep = np.zeros(sum(map(len, hashes)), bool)
+    keep[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
+    return np.split(keep, np.cumsum([len(x) for x in hashes])[:-1])
+
+
+def _write_shard(
+    folder: Path, index: int, part: dict, kept: np.ndarray | None, names: list[str], dtype: np.dtype
+) -> tuple[store.Shard, dict]:
+    """The shard of a part's `kept` documents, None for all, and what there is of each of the labels `names`."""
+    x = dict(np.load(_part(folder, index, "npz")))
+    x["labels"] = np.array([names.index(name) for name in part["labels"]], np.int64)[x["labels"]]
+    tokens_path, tokens_sha256 = folder / store.tokens_name(index), part["sha256"]
+    if kept is None or kept.all():
+        tokens_path.unlink(missing_ok=True)
+        try:
+            os.link(_part(folder, index, "tokens"), tokens_path)
+        except OSError:  # a file system without links
+            shutil.copyfile(_part(folder, index, "tokens"), tokens_path)
+    else:
+        tokens_sha256 = _write(tokens_path, _kept_tokens(_part(folder, index, "tokens"), dtype, x["lengths"], kept))
+        x = {name: values[kept] for name, values in x.items()}
+    index_sha256 = _write(folder / store.index_name(index), [store.index_bytes(x["lengths"], x["hashes"], x["labels"])])
+    by_label = {
+        "documents": np.bincount(x["labels"], minlength=len(names)),
+        **{
+            what: np.bincount(x["labels"], x[column], len(names)).astype(np.int64)
+            for what, column in (("tokens", "lengths"), ("bytes", "bytes"))
+        },
+    }
+    counts = {
+        "duplicates": 0 if kept is None else int(np.sum(~kept)),
+        "lengths": np.bincount(np.frexp(x["lengths"])[1], minlength=64),
+        "labels": by_label,
+    }
+    return store.Shard(len(x["lengths"]), int(x["lengths"].sum()), tokens_sha256, index_sha256), counts
+
+
+def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndarray) -> Iterator[memoryview]:
+    tokens, ends = np.memmap(path, dtype, "r"), np.concatenate([[0], np.cumsum(lengths)])
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], kept, [False]]).astype(np.int8)))
+    for first, last in edges.reshape(-1, 2):
+        for at in range(ends[first], ends[last], COPIED):
+            yield tokens[at : min(at + COPIED, ends[last])].data
+
+
+def _summary(counts: list[dict], parts: list[dict], names: list[str]) -> dict:
+    skipped = sum((collections.Counter(part["skipped"]) for part in parts), collections.Counter())
+    duplicates = sum(x["duplicates"] for x in counts)
+    by_label = {what: sum(x["labels"][what] for x in counts) for what in ("documents", "tokens", "bytes")}
+    lengths = sum(x["lengths"] for x in counts)
+    return {
+        **{what: int(values.sum()) for what, values in by_label.items()},
+        "skipped": {what: skipped[what] for what in ("broken", "empty", "binary")} | {"duplicates": duplicates},
+        # A length of [2^(k - 1), 2^k) has the exponent k.
+        "lengths": {str(2 ** (k - 1)): int(count) for k, count in enumerate(lengths) if count},
+        "labels": {name: {what: int(values[i]) for what, values in by_label.items()} for i, name in enumerate(names)},
+    }
+
+
+def _part(folder: Path, index: int, kind: str) -> Path:
+    return folder / PARTS / f"shard-{index:05}.{kind}"
+
+
+def _progress(folder: Path, plan: dict) -> str:
+    done = len(list((folder / PARTS).glob("*.json")))
+    return f"{done} of {len(plan['shards'])} shards are done and kept; once that is mended, the same command goes on"
+
+
+def _write(path: Path, blocks: Iterable) -> str:
+    """Writes a file that is whole or not there; returns its SHA-256."""
+    partial, digest = path.with_name(f"{path.name}.partial{os.getpid()}"), hashlib.sha256()
+    try:
+        with open(partial, "wb") as file:
+            for block in blocks:
+                file.write(block)
+                digest.update(block)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()

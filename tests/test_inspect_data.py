@@ -1,0 +1,89 @@
+"""What the tool shows of a store and of a step is what they hold."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid_attn.data import prepare
+from hybrid_attn.data.sources import Fields
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, program="inspect_data"):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, ROOT / "tools" / f"{program}.py", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def made(tmp_path):
+    texts = ["a short one", "東京" * 50, "begin" + "x" * 5000 + "end"]
+    lines = [json.dumps({"text": text, "from": f"label {i % 2}"}) + "\n" for i, text in enumerate(texts)]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    options = prepare.Options("bytes", Fields("text", "from"), None, "text", False, "stop", 10**6)
+    prepare.prepare([str(tmp_path / "in.jsonl")], str(tmp_path / "store"), options, 1)
+    return tmp_path / "store"
+
+
+def test_a_store_is_summed_up_verified_and_read(made):
+    done = run(str(made), "--verify", "--document=2", "--characters=9")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "documents    3, of 5,319 bytes", "tokens       5,325, 0.999 bytes each, marks included",
+        "label        label 0: 2 documents, 5,023 tokens (94.3%), 0.999 bytes each",
+        "verified     every checksum is the manifest's", "beginxxxx [...] xxxxxxend",
+    ):  # fmt: skip
+        assert line in done.stdout.splitlines(), line
+    assert "document     2: label label 0, 5,010 tokens, hash " in done.stdout
+    assert "東京" * 50 in run(str(made), "--document=1").stdout
+    assert "東京東 [...] 東京\n" not in (shown := run(str(made), "--document=1", "--characters=3").stdout)
+    assert "東京東 [...] 京東京\n" in shown
+
+
+def test_what_is_wrong_is_a_line(made):
+    for arguments, message in [
+        (["nowhere"], "error: nowhere is no token store"),
+        ([str(made), "--document=3"], "error: --document=3: the store has 3 documents, numbered from 0"),
+        ([], "error: name a STORE, or a --config with --stage and --step"),
+        (["--config=configs/hybrid_8k.py", "--stage=2"], "error: --stage=2 --step=0: the stages have 300 steps, both are"),
+    ]:
+        done = run(*arguments)
+        assert done.returncode == 1 and done.stderr.startswith(message), done.stderr
+    path = made / "shard-00000.tokens"
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    assert "error: " + f"{made}: the checksum of shard-00000.tokens differs" in run(str(made), "--verify").stderr
+
+
+def test_the_batch_of_a_step_is_decoded_with_its_documents_apart(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"<{i}>" + "abcdefgh"[i] * 40)
+    paths = f'--config.data.paths=("{tmp_path}/*.txt",)'
+    sizes = ["--config.data.holdout=1e-9", "--config.stages[0].seq_len=100", "--config.stages[0].batch=2"]
+    done = run("--config=configs/base.py", paths, *sizes, "--step=0")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("row ")]
+    assert [row.split(",")[0] for row in rows] == ["row 0: 100 tokens", "row 1: 100 tokens"]
+    assert done.stdout.count(", from its beginning, ") == 4 and done.stdout.count("to its end\n") == 4
+    assert done.stdout.count("cut at the row's edge") == done.stdout.count("from within") == 1
+    assert rows[1].endswith(", 20 of padding") and all(f"<{i}>" in done.stdout for i in range(4))
+    assert run("--config=configs/base.py", paths, *sizes, "--step=1").stdout != done.stdout
+
+
+def test_prepare_prints_its_summary_and_its_errors_in_a_line(tmp_path):
+    (tmp_path / "a.txt").write_text("four")
+    flags = [f"--input={tmp_path}/a.txt", f"--out={tmp_path}/store", "--label=mine", "--workers=1"]
+    done = run(*flags, program="prepare_data")
+    assert done.returncode == 0 and "label        mine: 1 documents, 6 tokens (100.0%)" in done.stdout
+    assert run(str(tmp_path / "store")).stdout.splitlines()[2:] == done.stdout.splitlines()
+    for changed, message in [
+        (["--label=other"], "was begun with label='mine', and this is 'other'"),
+        ([f"--input={tmp_path}/none*"], "matches no file"),
+        (["stray"], "error: stray: quote the pattern of --input"),
+    ]:
+        done = run(*flags, *changed, program="prepare_data")
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -1,0 +1,266 @@
+"""A store holds every document once, in order; workers, kills and sittings do not show in it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_tokenizer import byte_level
+
+from hybrid_attn.data import prepare, store, tokenizer
+from hybrid_attn.data.sources import Fields
+
+ROOT = Path(__file__).parents[1]
+BYTES = tokenizer.load("bytes")
+OPTIONS = prepare.Options("bytes", Fields("text", "source"), None, "none", False, "stop", shard_bytes=900)
+
+
+def records(n, seed=0):
+    """Texts of many lengths, among them copies and empty ones, from three sources."""
+    rng = np.random.default_rng(seed)
+    texts = ["東京 " * (i % 7) + "x" * int(rng.integers(0, 60)) for i in range(n)]
+    for i in range(9, n, 5):
+        texts[i] = texts[i - 9]
+    return [{"text": text, "source": "abc"[i % 3]} for i, text in enumerate(texts)]
+
+
+def write(folder, files=6, each=15):
+    """Files of JSON lines; returns their records in order."""
+    folder.mkdir(exist_ok=True)
+    made = [records(each, seed=i) for i in range(files)]
+    for i, part in enumerate(made):
+        (folder / f"{i}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in part))
+    return [x for part in made for x in part]
+
+
+def run(tmp_path, out="out", inputs="raw/*.jsonl", workers=1, **changes):
+    said = []
+    options = dataclasses.replace(OPTIONS, **changes)
+    summary = prepare.prepare([str(tmp_path / inputs)], str(tmp_path / out), options, workers, said.append)
+    return summary, said
+
+
+def texts(path, words=BYTES):
+    corpus = store.load(str(path), words)
+    return [words.decode(x) for x in corpus.read((i, 0, n) for i, n in enumerate(corpus.lengths))]
+
+
+def content(path):
+    return {x.name: x.read_bytes() for x in path.iterdir() if x.name != prepare.PLAN}
+
+
+def test_a_store_holds_every_document_in_order(tmp_path):
+    made = [x for x in write(tmp_path / "raw") if x["text"]]
+    run(tmp_path)
+    corpus = store.load(str(tmp_path / "out"), BYTES)
+    assert texts(tmp_path / "out") == [x["text"] for x in made]
+    assert corpus.lengths.tolist() == [len(x["text"].encode()) + 2 for x in made]
+    assert [corpus.label_names[i] for i in corpus.labels] == [x["source"] for x in made]
+    assert corpus.hashes.tolist() == [int(hashlib.sha256(x["text"].encode()).hexdigest()[:16], 16) for x in made]
+    for i, n in enumerate(corpus.lengths):
+        first, last = corpus.read([(i, 0, 1), (i, n - 1, n)])
+        assert (first.tolist(), last.tolist()) == ([BYTES.bos], [BYTES.eos])
+    shards = store.read_manifest(str(tmp_path / "out")).shards
+    assert len(shards) > 2 and list(store.verify(str(tmp_path / "out"))) == list(range(len(shards)))
+
+
+def test_the_summary_counts_what_is_in_the_store(tmp_path):
+    made = write(tmp_path / "raw")
+    (tmp_path / "raw/7.jsonl").write_text('{"text": "unlabelled", "source": null}\n')
+    summary, _ = run(tmp_path, inputs="raw", drop_duplicates=True)
+    assert store.read_manifest(str(tmp_path / "out")).summary == summary
+    corpus = store.load(str(tmp_path / "out"))
+    assert summary["documents"] == len(corpus) and summary["tokens"] == corpus.lengths.sum()
+    assert summary["bytes"] == corpus.lengths.sum() - 2 * len(corpus)
+    empty = sum(not x["text"] for x in made)
+    assert summary["skipped"] == {"broken": 0, "empty": empty, "binary": 0, "duplicates": 91 - empty - len(corpus)}
+    assert empty > 0 and summary["skipped"]["duplicates"] > 9
+    assert {int(k): n for k, n in summary["lengths"].items()} == {
+        2**k: n for k in range(12) if (n := int(np.sum((corpus.lengths >= 2**k) & (corpus.lengths < 2 ** (k + 1)))))
+    }
+    assert set(summary["labels"]) == {"a", "b", "c", "none"}
+    for i, name in enumerate(corpus.label_names):
+        lengths = corpus.lengths[corpus.labels == i]
+        wanted = {"documents": len(lengths), "tokens": lengths.sum(), "bytes": lengths.sum() - 2 * len(lengths)}
+        assert summary["labels"][name] == wanted
+    lines = list(prepare.summary_lines(summary))
+    assert any(line.startswith("label        none: 1 documents, 12 tokens") for line in lines)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_the_number_of_workers_does_not_show(tmp_path, drop):
+    write(tmp_path / "raw")
+    (tmp_path / "raw/2.jsonl").write_text("broken\n" + '{"text": "東京 東京 ", "source": "z"}\n')
+    changes = {"drop_duplicates": drop, "on_error": "skip"}
+    one = run(tmp_path, "one", **changes)
+    three = run(tmp_path, "three", workers=3, **changes)
+    assert one == three and content(tmp_path / "one") == content(tmp_path / "three")
+
+
+def test_the_first_of_equal_documents_is_kept_across_shards(tmp_path):
+    made = [x for x in write(tmp_path / "raw") if x["text"]]
+    run(tmp_path, drop_duplicates=True)
+    assert texts(tmp_path / "out") == list(dict.fromkeys(x["text"] for x in made))
+    list(store.verify(str(tmp_path / "out")))
+
+
+def test_a_shard_of_nothing_but_copies_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "COPIED", 3)
+    (tmp_path / "raw").mkdir()
+    for i, lines in enumerate((["ab", "cdefghi", "ab", "j"], ["j", "ab"], ["k"])):
+        (tmp_path / f"raw/{i}.jsonl").write_text("".join(json.dumps({"text": x, "source": "s"}) + "\n" for x in lines))
+    summary, _ = run(tmp_path, drop_duplicates=True, shard_bytes=1)
+    assert texts(tmp_path / "out") == ["ab", "cdefghi", "j", "k"] and summary["skipped"]["duplicates"] == 3
+    assert [x.documents for x in store.read_manifest(str(tmp_path / "out")).shards] == [3, 0, 1]
+    list(store.verify(str(tmp_path / "out")))
+
+
+def test_a_run_that_failed_goes_on_without_doing_shards_again(tmp_path, monkeypatch):
+    write(tmp_path / "raw")
+    run(tmp_path, "straight")
+    encode, seen = prepare._encode_shard, []
+
+    def fail_once(folder, index, paths, options):
+        seen.append(index)
+        if len(seen) == 3:
+            raise OSError("no space left")
+        encode(folder, index, paths, options)
+
+    monkeypatch.setattr(prepare, "_encode_shard", fail_once)
+    with pytest.raises(OSError, match="no space left; 2 of [0-9] shards are done and kept; once that is mended, the same"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match="is no token store, for it has no manifest.json"):
+        store.load(str(tmp_path / "out"))
+    _, said = run(tmp_path)
+    assert said[0].startswith("2 of ") and len(seen) == len(set(seen)) + 1 and seen.count(2) == 2
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+    assert run(tmp_path)[1] == [f"{tmp_path}/out is complete"]
+
+
+def test_a_run_that_failed_while_dropping_duplicates_goes_on(tmp_path, monkeypatch):
+    write(tmp_path / "raw")
+    run(tmp_path, "straight", drop_duplicates=True)
+    with monkeypatch.context() as patch:
+        index_bytes = store.index_bytes
+        calls = iter([False, False, True] + [False] * 99)
+        patch.setattr(store, "index_bytes", lambda *x: 1 // 0 if next(calls) else index_bytes(*x))
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, drop_duplicates=True)
+    run(tmp_path, drop_duplicates=True)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+def command(tmp_path, *flags):
+    return [
+        sys.executable, ROOT / "tools/prepare_data.py", f"--input={tmp_path}/raw", f"--out={tmp_path}/out",
+        "--label_field=source", "--workers=2", "--shard_mb=1", *flags,
+    ]  # fmt: skip
+
+
+def test_a_killed_run_goes_on_and_leaves_no_process_behind(tmp_path):
+    write(tmp_path / "raw", files=1, each=10)
+    lines = (tmp_path / "raw/0.jsonl").read_text() * 1000
+    for i in range(16):
+        (tmp_path / f"raw/{i}.jsonl").write_text(lines)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command(tmp_path), env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as killed:
+        deadline = time.monotonic() + 60
+        while not (done := list((tmp_path / "out").glob("parts/*.json"))) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate(timeout=30)  # the workers hold the pipe too, so it ends when they do
+    assert done and killed.wait() == -signal.SIGKILL and not (tmp_path / "out" / store.MANIFEST).exists()
+    (tmp_path / "out/parts/shard-00015.tokens.partial1").write_bytes(b"half")
+    again = subprocess.run(command(tmp_path), env=environment, capture_output=True, text=True, check=True)
+    assert " shards are done already" in again.stdout and "documents    " in again.stdout
+    run(tmp_path, "straight", inputs="raw", shard_bytes=10**6, label="text")
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+def test_a_full_disk_is_a_line_and_what_was_done_is_kept(tmp_path):
+    write(tmp_path / "raw", files=2)
+    (tmp_path / "raw/1.jsonl").write_text(json.dumps({"text": "x" * 1_200_000, "source": "a"}) + "\n")
+    (tmp_path / "raw/2.jsonl").write_text(json.dumps({"text": "y", "source": "a"}) + "\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    limited = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *command(tmp_path, "--workers=1")]
+    failed = subprocess.run(limited, env=environment, capture_output=True, text=True)
+    assert failed.returncode == 1 and not list(tmp_path.glob("out/parts/*.partial*"))
+    assert "error: [Errno 27] File too large; 0 of 2 shards are done and kept; once that is mended, the" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    subprocess.run(command(tmp_path, "--workers=1"), env=environment, capture_output=True, check=True)
+    assert texts(tmp_path / "out")[-2:] == ["x" * 1_200_000, "y"]
+
+
+def test_broken_lines_stop_or_are_skipped_and_counted(tmp_path):
+    made = [x["text"] for x in write(tmp_path / "raw") if x["text"]]
+    path = tmp_path / "raw/0.jsonl"
+    path.write_bytes(b'{"text": "\xff"}\n' + path.read_bytes() + b"{\n")
+    with pytest.raises(ValueError, match=r"0.jsonl, line 1: not UTF-8: byte 0xff.*; mend it, or pass --on_error=skip"):
+        run(tmp_path)
+    summary, said = run(tmp_path, "skipped", on_error="skip")
+    assert summary["skipped"]["broken"] == 2 and texts(tmp_path / "skipped") == made
+    assert [line.split(": ")[0] for line in said] == [f"skipped      {path}, line {n}" for n in (1, 17)]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"drop_duplicates": True}, "was begun with drop_duplicates=False, and this is True; give what it was begun with"),
+    ({"shard_bytes": 1}, "was begun with shard_bytes=900, and this is 1"),
+    ({"fields": Fields("text", None)}, "was begun with fields={'text': 'text', 'label': 'source'}, and this is"),
+])  # fmt: skip
+def test_other_options_on_resume_are_refused(tmp_path, change, message):
+    write(tmp_path / "raw")
+    run(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **change)
+
+
+def test_other_files_on_resume_are_refused(tmp_path):
+    write(tmp_path / "raw")
+    run(tmp_path)
+    os.utime(tmp_path / "raw/3.jsonl", (1, 1))
+    with pytest.raises(ValueError, match=r"input files changed since .*/out was begun \(1 of them, first .*/3.jsonl\); give"):
+        run(tmp_path)
+    (tmp_path / "raw/9.jsonl").touch()
+    with pytest.raises(ValueError, match=r"\(2 of them, first .*/3.jsonl\)"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match="raw is not empty and holds no unfinished store; name another --out"):
+        run(tmp_path, "raw")
+
+
+def test_a_tokenizer_json_is_used_and_its_change_is_refused(tmp_path):
+    made = [x["text"] for x in write(tmp_path / "raw") if x["text"]]
+    words = byte_level()
+    path = str(tmp_path / "tokenizer.json")
+    words.save(path)
+    summary, _ = run(tmp_path, workers=2, tokenizer=path)
+    loaded = tokenizer.load(path)
+    assert texts(tmp_path / "out", loaded) == made and summary["bytes"] > summary["tokens"]
+    corpus = store.load(str(tmp_path / "out"), loaded)
+    assert corpus.lengths.tolist() == [len(loaded.encode(x.encode())) + 2 for x in made]
+    with pytest.raises(ValueError, match="was made by the tokenizer .*tokenizer.json' of hash"):
+        store.load(str(tmp_path / "out"), BYTES)
+    words.add_tokens(["new"])
+    words.save(path)
+    with pytest.raises(ValueError, match="tokenizer.json' was changed since .*/out was begun"):
+        run(tmp_path, tokenizer=path)
+
+
+def test_input_without_any_text_is_refused(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/0.jsonl").write_text('{"text": "", "source": "a"}\n')
+    with pytest.raises(ValueError, match="the 1 input files have no text; skipped: .*'empty': 1"):
+        run(tmp_path)
+
+
+def test_more_labels_than_a_store_holds_are_refused(tmp_path, monkeypatch):
+    write(tmp_path / "raw")
+    monkeypatch.setattr(prepare, "MOST_LABELS", 2)
+    with pytest.raises(ValueError, match="the label field has 3 values and a store holds 2; name a coarser one"):
+        run(tmp_path)

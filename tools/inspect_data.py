@@ -1,0 +1,105 @@
+"""Shows a token store, or the batch of a step.
+
+python tools/inspect_data.py STORE                          what is in it, by label and length
+python tools/inspect_data.py STORE --verify                 and compares all checksums
+python tools/inspect_data.py STORE --document=17            and the text of a document
+python tools/inspect_data.py --config=configs/hybrid_8k.py --stage=0 --step=12      rows, decoded, documents apart
+"""
+
+import logging
+import sys
+
+import jax
+import numpy as np
+import tqdm
+from absl import app, flags
+from ml_collections import config_flags
+
+from hybrid_attn import config
+from hybrid_attn.data import documents, pipeline, prepare, store, tokenizer
+from hybrid_attn.parallel.mesh import make_mesh
+
+VERIFY = flags.DEFINE_bool("verify", False, "Compare the checksums of all files.")
+DOCUMENT = flags.DEFINE_integer("document", None, "Number of a document whose text to show.", 0)
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes or a tokenizer.json; by default the one that the store names.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config of a run, of which to show a batch.")
+STAGE = flags.DEFINE_integer("stage", 0, "Stage of the config, from 0.", 0)
+STEP = flags.DEFINE_integer("step", 0, "Step of the stage, from 0.", 0)
+CHARACTERS = flags.DEFINE_integer("characters", 200, "Shown of the beginning, and of the end, of a text.", 1)
+
+
+def show_store(path: str) -> None:
+    manifest = store.read_manifest(path)
+    store.load(path)  # which looks at every file
+    print(f"store        {path}: {len(manifest.shards)} shards of {manifest.dtype} ids, all there and of their sizes")
+    print(f"tokenizer    {manifest.tokenizer}, hash {manifest.tokenizer_hash[:12]}")
+    print(*prepare.summary_lines(manifest.summary), sep="\n")
+    if VERIFY.value:
+        for _ in tqdm.tqdm(store.verify(path), total=len(manifest.shards), unit=" shards", desc="verify"):
+            pass
+        print("verified     every checksum is the manifest's")
+    if DOCUMENT.value is not None:
+        show_document(store.load(path, words := tokenizer.load(TOKENIZER.value or manifest.tokenizer)), words)
+
+
+def show_document(corpus: documents.Documents, words) -> None:
+    number = DOCUMENT.value
+    if number >= len(corpus):
+        raise ValueError(f"--document={number}: the store has {len(corpus):,} documents, numbered from 0")
+    length, label = int(corpus.lengths[number]), corpus.label_names[corpus.labels[number]]
+    print(f"document     {number}: label {label}, {length:,} tokens, hash {int(corpus.hashes[number]):016x}")
+    most = 4 * CHARACTERS.value + 1  # tokens: a character has at most four bytes, and a token at least one
+    ends = [(number, 0, min(most, length)), (number, max(0, length - most), length)]
+    first, last = corpus.read([(number, 0, length)] * 2 if length <= 2 * most else ends)
+    print(clipped(words.decode(first), words.decode(last), length > 2 * most))
+
+
+def clipped(first: str, last: str, cut: bool) -> str:
+    """The beginning of `first` and the end of `last`, which are the same text where nothing was `cut` from between."""
+    if not cut and len(first) <= 2 * CHARACTERS.value:
+        return first
+    return f"{first[: CHARACTERS.value]} [...] {last[-CHARACTERS.value :]}"
+
+
+def show_step(c: config.Config) -> None:
+    if STAGE.value >= len(c.stages) or STEP.value >= c.stages[STAGE.value].steps:
+        steps = ", ".join(str(stage.steps) for stage in c.stages)
+        raise ValueError(f"--stage={STAGE.value} --step={STEP.value}: the stages have {steps} steps, both are counted from 0")
+    words = tokenizer.load(c.data.tokenizer)
+    corpus = documents.load(c.data, words, heldout=False)
+    mesh = make_mesh(config.Mesh(1, 1, 1, 1), jax.local_devices(backend="cpu")[:1])
+    step = sum(stage.steps for stage in c.stages[: STAGE.value]) + STEP.value
+    batches = pipeline.batches(c, corpus, words, mesh, step)
+    batch = {name: np.asarray(array) for name, array in next(batches)[1].items()}
+    batches.close()
+    for row in range(len(batch["tokens"])):
+        show_row(row, {name: array[row] for name, array in batch.items()}, words)
+
+
+def show_row(number: int, row: dict, words) -> None:
+    segments = row["segments"]
+    padding = int(np.sum(segments == 0))
+    print(f"row {number}: {len(segments):,} tokens, {int(row['weights'].sum()):,} targets, {padding:,} of padding")
+    for segment in range(1, segments.max() + 1):
+        places = np.flatnonzero(segments == segment)
+        first, last = int(places[0]), int(places[-1])
+        tokens = row["tokens"][places]
+        begins = "from its beginning" if tokens[0] == words.bos else "from within"
+        ends = "to its end" if tokens[-1] == words.eos else "cut at the row's edge"
+        print(f"--- document {segment}, tokens {first:,} to {last:,}, {begins}, {ends}")
+        text = words.decode(tokens)
+        print(clipped(text, text, cut=False))
+
+
+def main(argv):
+    logging.getLogger().setLevel(logging.WARNING)
+    if len(argv) - 1 + (CONFIG.value is not None) != 1:
+        sys.exit("error: name a STORE, or a --config with --stage and --step")
+    try:
+        show_step(config.build(CONFIG.value)) if CONFIG.value is not None else show_store(argv[1])
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

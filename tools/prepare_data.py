@@ -1,0 +1,50 @@
+"""Makes a token store from text: python tools/prepare_data.py --input='raw/**/*.jsonl.gz' --tokenizer=bytes --out=STORE
+
+Inputs are files of text (one document each), JSON lines, Parquet (each plain or as .gz or .zst, except Parquet), directories
+of any of them or of source code, and directories that Hugging Face's datasets saved. The same command goes on after a
+kill. The store does not depend on --workers. Compressed formats and tables need the extra [data].
+"""
+
+import os
+import sys
+
+from absl import app, flags
+
+from hybrid_attn.data import prepare, sources
+
+INPUT = flags.DEFINE_multi_string("input", None, "Glob pattern or directory; may be given again.", required=True)
+OUT = flags.DEFINE_string("out", None, "Directory of the store.", required=True)
+TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "bytes, or the path of a tokenizer.json.")
+FORMAT = flags.DEFINE_enum("format", None, sources.FORMATS, "Of all inputs; by default each file's ending tells.")
+TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of a record that holds the text; a.b is b within a.")
+LABEL_FIELD = flags.DEFINE_string("label_field", None, "Field of a record that says where it comes from.")
+LABEL = flags.DEFINE_string("label", prepare.documents.NO_LABEL, "Label of what has no label field.")
+DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "Keep the first of documents with the same text.")
+ON_ERROR = flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "What to do where UTF-8 or a record is broken.")
+SHARD_MB = flags.DEFINE_integer("shard_mb", 128, "Input files that go into a shard, in MB; also a worker's share.", 1)
+WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", 1)
+
+
+def main(argv):
+    if argv[1:]:
+        sys.exit(f"error: {' '.join(argv[1:])}: quote the pattern of --input, or give --input again")
+    options = prepare.Options(
+        tokenizer=TOKENIZER.value,
+        fields=sources.Fields(TEXT_FIELD.value, LABEL_FIELD.value),
+        form=FORMAT.value,
+        label=LABEL.value,
+        drop_duplicates=DROP_DUPLICATES.value,
+        on_error=ON_ERROR.value,
+        shard_bytes=SHARD_MB.value * 10**6,
+    )
+    try:
+        summary = prepare.prepare(INPUT.value, OUT.value, options, WORKERS.value)
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; what is done is kept, and the same command goes on")
+    print(*prepare.summary_lines(summary), sep="\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
