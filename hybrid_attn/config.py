@@ -336,6 +336,11 @@ class Config:
         mixture = self.stages[stage].mixture or dict.fromkeys(self.data.sources, 1.0)
         return {name: weight for name, weight in mixture.items() if weight}
 
+    @property
+    def sources(self) -> list[str]:
+        """The sources that take part in some stage."""
+        return sorted({name for index in range(len(self.stages)) for name in self.weights(index)})
+
     def stage_at(self, step: int) -> tuple[int, int]:
         """Index of the stage that global step `step` belongs to, and the step within it."""
         for index, stage in enumerate(self.stages):

@@ -1,5 +1,6 @@
 """What the tool shows of a store and of a step is what they hold."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_attn.data import prepare
+from hybrid_attn.data import documents, prepare
 from hybrid_attn.data.sources import Fields
 
 ROOT = Path(__file__).parents[1]
@@ -62,12 +63,14 @@ def test_what_is_wrong_is_a_line(made):
 def test_the_batch_of_a_step_is_decoded_with_its_documents_apart(tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(f"<{i}>" + "abcdefgh"[i] * 40)
-    paths = f'--config.data.paths=("{tmp_path}/*.txt",)'
-    sizes = ["--config.data.holdout=1e-9", "--config.stages[0].seq_len=100", "--config.stages[0].batch=2"]
+    heldout = next(str(i) for i in itertools.count() if documents.content_hash(str(i).encode()) < 0.001 * 2**64)
+    (tmp_path / "heldout.txt").write_text(heldout)
+    paths = f'--config.data.sources.text.paths=("{tmp_path}/*.txt",)'
+    sizes = ["--config.data.holdout=0.001", "--config.stages[0].seq_len=100", "--config.stages[0].batch=2"]
     done = run("--config=configs/base.py", paths, *sizes, "--step=0")
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("row ")]
-    assert [row.split(",")[0] for row in rows] == ["row 0: 100 tokens", "row 1: 100 tokens"]
+    assert [row.split(", ")[1] for row in rows] == ["row 0 of text: 100 tokens", "row 1 of text: 100 tokens"]
     assert done.stdout.count(", from its beginning, ") == 4 and done.stdout.count("to its end\n") == 4
     assert done.stdout.count("cut at the row's edge") == done.stdout.count("from within") == 1
     assert rows[1].endswith(", 20 of padding") and all(f"<{i}>" in done.stdout for i in range(4))

@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from hybrid_attn import config
-from hybrid_attn.data import documents, pipeline, prepare, store, tokenizer
+from hybrid_attn.data import corpora, documents, pipeline, prepare, store, tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 
 VERIFY = flags.DEFINE_bool("verify", False, "Compare the checksums of all files.")
@@ -66,20 +66,22 @@ def show_step(c: config.Config) -> None:
         steps = ", ".join(str(stage.steps) for stage in c.stages)
         raise ValueError(f"--stage={STAGE.value} --step={STEP.value}: the stages have {steps} steps, both are counted from 0")
     words = tokenizer.load(c.data.tokenizer)
-    corpus = documents.load(c.data, words, heldout=False)
+    loaded = corpora.load(c.data, c.sources, words)
+    stages = pipeline.stage_rows(c, {name: corpus.training for name, corpus in loaded.items()}, words)
     mesh = make_mesh(config.Mesh(1, 1, 1, 1), jax.local_devices(backend="cpu")[:1])
     step = sum(stage.steps for stage in c.stages[: STAGE.value]) + STEP.value
-    batches = pipeline.batches(c, corpus, words, mesh, step)
+    batches = pipeline.batches(c, stages, mesh, step)
     batch = {name: np.asarray(array) for name, array in next(batches)[1].items()}
     batches.close()
     for row in range(len(batch["tokens"])):
-        show_row(row, {name: array[row] for name, array in batch.items()}, words)
+        source, number = stages[STAGE.value].mixture.row(STEP.value * len(batch["tokens"]) + row)
+        show_row(f"row {row}, row {number:,} of {source}", {name: array[row] for name, array in batch.items()}, words)
 
 
-def show_row(number: int, row: dict, words) -> None:
+def show_row(title: str, row: dict, words) -> None:
     segments = row["segments"]
     padding = int(np.sum(segments == 0))
-    print(f"row {number}: {len(segments):,} tokens, {int(row['weights'].sum()):,} targets, {padding:,} of padding")
+    print(f"{title}: {len(segments):,} tokens, {int(row['weights'].sum()):,} targets, {padding:,} of padding")
     for segment in range(1, segments.max() + 1):
         places = np.flatnonzero(segments == segment)
         first, last = int(places[0]), int(places[-1])

@@ -52,8 +52,7 @@ def train(c: config.Config, workdir: str) -> bool:
     pipeline.check_batch_shape(c.stages, mesh)
     words = tokenizer.load(c.data.tokenizer)
     tokenizer.check_vocab(words, c.model.vocab_size, c.data.tokenizer)
-    sources = sorted({name for index in range(len(c.stages)) for name in c.weights(index)})
-    loaded = corpora.load(c.data, sources, words)
+    loaded = corpora.load(c.data, c.sources, words)
     stages = pipeline.stage_rows(c, {name: corpus.training for name, corpus in loaded.items()}, words)
     run = run_on(jax.default_backend(), c.train)
     with Stop() as stop, jax.set_mesh(mesh):
