@@ -264,13 +264,15 @@ def test_a_write_that_fails_in_the_background_is_an_error_and_keeps_the_one_befo
 
 
 KILLED = """
-import os, signal, sys
+import glob, os, signal, sys, time
 import jax, numpy as np
 from hybrid_attn.checkpoint import Checkpoints
 checkpoints = Checkpoints(sys.argv[1], keep=2, every=1)
 for step, rows in ((1, 8), (2, 8192)):
     state = {"w": jax.numpy.asarray(np.random.default_rng(0).normal(size=(rows, 2048)))}
     checkpoints.save(step, state, {}, {}, wait=step == 1)
+while not glob.glob(sys.argv[1] + "/2*"):
+    time.sleep(0.001)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
