@@ -9,13 +9,14 @@ import copy
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
@@ -64,7 +65,7 @@ class Checkpoints:
             return
         _check_space(self.directory, state)
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
+            state=ocp.args.PyTreeSave(state, save_args=jax.tree_util.tree_map_with_path(_chunks, state)),
             config=ocp.args.JsonSave(copy.deepcopy(dict(config_dict))),
             data=ocp.args.JsonSave(copy.deepcopy(dict(data))),
             checksums=ocp.args.JsonSave(dict(zip(_flat(state), _checksums(jax.tree.leaves(state)), strict=True))),
@@ -176,6 +177,38 @@ def read_params(directory: str | os.PathLike, abstract_params: Any, step: int | 
     """
     tree = _read_arrays(_newest_path(directory, step), {"params": abstract_params}, partial=True)
     return tree["params"]
+
+
+def read_slices(directory: str | os.PathLike, name: str, shape: tuple, step: int | None = None) -> Iterator[np.ndarray]:
+    """The periods of a stacked parameter in turn, or an unstacked one whole, on the host and in the dtype on disk.
+
+    Holds one of them, and what TensorStore needs to decode it; of checkpoints whose chunks have several periods, as many.
+    UnreadableError, before the last, if their checksum is not that of the parameter.
+    """
+    path, name = _newest_path(directory, step), f"params/{name}"
+    base = f"{path}/state" if "://" in str(path) else f"file://{path}/state"
+    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}}
+    wanted = _read_json(path, "checksums").get(name)
+    stored = _together(lambda: tensorstore.open(spec, open=True, read=True).result())
+    _check_same_arrays(path, {name: stored}, {name: jax.ShapeDtypeStruct(shape, "float32")}, partial=True)
+    rows, total = stored.chunk_layout.read_chunk.shape[0] if _stacked(name) else shape[0], 0
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        read = _together(lambda start=start, stop=stop: stored[start:stop].read().result())
+        total += int(np.sum(read.view(f"uint{8 * read.itemsize}"), dtype=np.uint32))
+        if stop == shape[0] and total % 2**32 != wanted:
+            raise UnreadableError(f"checksums differ: the bytes of {name} changed on disk")
+        yield from read if _stacked(name) else [read]
+        del read  # before the next is read
+
+
+def _stacked(name: str) -> bool:
+    return name.startswith("params/periods/")
+
+
+def _chunks(key: tuple, _) -> ocp.SaveArgs:
+    """How a leaf lies on disk: a stacked parameter by period, so that one can be read without the others."""
+    return ocp.SaveArgs(shard_axes=(0,) if _stacked(_name(key)) else ())
 
 
 def _absolute(directory: str | os.PathLike) -> str:

@@ -175,6 +175,34 @@ def test_one_flipped_bit_in_an_array_is_noticed(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("by_period", [True, False])
+def test_parameters_are_read_by_period_however_they_lie_on_disk(tmp_path, monkeypatch, by_period):
+    if not by_period:
+        monkeypatch.setattr(checkpoint, "_chunks", lambda key, x: checkpoint.ocp.SaveArgs())
+    _write(tmp_path, 5, 6)
+    saved = _state(5).params
+    (embed,) = checkpoint.read_slices(tmp_path, "embed", (24, 16), step=5)
+    np.testing.assert_array_equal(embed, saved["embed"])
+    periods = list(checkpoint.read_slices(tmp_path, "periods/L0/q", (2, 16, 5), step=5))
+    assert [len(x.base) for x in periods] == ([1, 1] if by_period else [2, 2])  # how many are held at a time
+    np.testing.assert_array_equal(np.stack(periods), saved["periods"]["L0"]["q"])
+    with pytest.raises(ValueError, match=r"(?s)another model.*embed: \(24, 16\) -> \(24, 8\)"):
+        list(checkpoint.read_slices(tmp_path, "embed", (24, 8)))
+    with pytest.raises(checkpoint.UnreadableError, match="NOT_FOUND"):
+        list(checkpoint.read_slices(tmp_path, "unembed", (24, 16)))
+
+
+def test_a_changed_period_is_noticed_before_the_last_is_given(tmp_path, monkeypatch):
+    _write(tmp_path, 5)
+    sums = checkpoint._read_json(checkpoint._newest_path(tmp_path, 5), "checksums")
+    sums["params/periods/L0/q"] += 1
+    monkeypatch.setattr(checkpoint, "_read_json", lambda path, item: sums)
+    periods = checkpoint.read_slices(tmp_path, "periods/L0/q", (2, 16, 5))
+    next(periods)
+    with pytest.raises(checkpoint.UnreadableError, match="checksums differ: the bytes of params/periods/L0/q changed"):
+        next(periods)
+
+
 def test_when_none_can_be_read_the_error_names_each_and_nothing_moves(tmp_path):
     _write(tmp_path, 5, 6)
     _break(tmp_path, 5)
@@ -236,13 +264,15 @@ def test_a_write_that_fails_in_the_background_is_an_error_and_keeps_the_one_befo
 
 
 KILLED = """
-import os, signal, sys
+import glob, os, signal, sys, time
 import jax, numpy as np
 from hybrid_attn.checkpoint import Checkpoints
 checkpoints = Checkpoints(sys.argv[1], keep=2, every=1)
 for step, rows in ((1, 8), (2, 8192)):
     state = {"w": jax.numpy.asarray(np.random.default_rng(0).normal(size=(rows, 2048)))}
     checkpoints.save(step, state, {}, {}, wait=step == 1)
+while not glob.glob(sys.argv[1] + "/2*"):
+    time.sleep(0.001)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

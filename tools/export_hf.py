@@ -3,11 +3,11 @@
 The family is --family, or that of the imported config.json, or the first that expresses the model.
 """
 
+import functools
 import logging
 import sys
 from pathlib import Path
 
-import jax
 from absl import app, flags
 
 from hybrid_attn import checkpoint, config
@@ -27,14 +27,10 @@ def main(_):
         c = config.build(checkpoint.read_config(CHECKPOINT.value, STEP.value))
         companions = Path(CHECKPOINT.value) / "companions"
         described = hf.describe(c.model, companions, max(stage.seq_len for stage in c.stages), FAMILY.value)
-
-        def read(path: str):
-            leaf = jax.ShapeDtypeStruct(shapes[path], "float32")
-            return hf.flat(checkpoint.read_params(CHECKPOINT.value, hf.unflat({path: leaf}), STEP.value))[path]
-
         shapes = {path: x.shape for path, x in hf.flat(flops.shapes(c.model)).items()}
         with hf.new_directory(OUT.value) as directory:
-            hf.write(directory, c.model, described, shapes, read, DTYPE.value)
+            read = functools.partial(checkpoint.read_slices, CHECKPOINT.value, step=STEP.value)
+            hf.write(directory, c.model, described, shapes, lambda path: read(path, shapes[path]), DTYPE.value)
             found = hf.copy_companions(companions, directory, without=("config.json",))
     except (ValueError, NotImplementedError, OSError) as error:
         sys.exit(f"error: {error}")

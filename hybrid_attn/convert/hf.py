@@ -1,7 +1,8 @@
 """Hugging Face checkpoint directories: config.json, safetensors in one file or in shards with an index, and companions.
 
-Tensors are read one by one from memory-mapped files and written shard by shard, so the host holds, beyond the arrays
-that it is asked for, one tensor when it reads, and one shard and one leaf when it writes.
+Tensors are read one by one from memory-mapped files and written shard by shard. Beyond the arrays that it is asked for,
+the host holds one tensor and one device's part of one leaf, with all its periods, when it reads; and one shard and what
+its caller holds of one leaf when it writes.
 """
 
 import contextlib
@@ -67,11 +68,11 @@ def write(
     model: Model,
     config_json: Mapping,
     shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], Any],
+    read: Callable[[str], Iterator[np.ndarray]],
     dtype,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes config.json and the tensors in `dtype`; `read` gives the leaf of a path, and is called for one at a time.
+    """Writes config.json and the tensors in `dtype`; `read` gives the periods of the leaf of a path, one at a time.
 
     A shard has at most `shard_bytes`, or a single tensor.
     """
@@ -79,14 +80,13 @@ def write(
     shards = _shards(families.tensors(model, config_json["model_type"], shapes), dtype.itemsize, shard_bytes)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = [SINGLE] if len(shards) == 1 else names
-    path, leaf = None, None
+    path, periods = None, iter(())
     for name, shard in zip(names, shards, strict=True):
         arrays = {}
         for tensor in shard:
             if tensor.path != path:
-                leaf = None  # let go of one leaf before the next is read
-                path, leaf = tensor.path, np.asarray(read(tensor.path))
-            arrays[tensor.name] = _theirs(tensor, leaf).astype(dtype, order="C")
+                path, periods = tensor.path, read(tensor.path)
+            arrays[tensor.name] = tensor.theirs(next(periods)).astype(dtype, order="C")
         safetensors.numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
     if len(shards) > 1:
         files = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -244,10 +244,6 @@ def _sharding(like) -> jax.sharding.Sharding:
 
 def _read(tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...], files: Mapping[str, Any]) -> np.ndarray:
     return tensor.ours(files[tensor.name].get_tensor(tensor.name), shape)[index]
-
-
-def _theirs(tensor: Tensor, leaf: np.ndarray) -> np.ndarray:
-    return tensor.theirs(leaf if tensor.period is None else leaf[tensor.period])
 
 
 def _shards(tensors: list[Tensor], itemsize: int, most: int) -> list[list[Tensor]]:
