@@ -7,7 +7,8 @@ import pytest
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.data import corpora, documents, tokenizer
+from hybrid_attn.data import corpora, documents, prepare, tokenizer
+from hybrid_attn.data.sources import Fields
 
 BYTES = tokenizer.load("bytes")
 
@@ -44,6 +45,19 @@ def test_a_source_of_long_documents_has_no_other(folder):
     data = data_of(text={"paths": (folder,)}, long={"paths": (folder,), "min_length": 40})
     loaded = corpora.load(data, data.sources, BYTES)
     assert lengths(loaded["long"]) == [n for n in lengths(loaded["text"]) if n >= 40]
+
+
+def test_a_store_of_files_is_the_corpus_of_those_files(folder, tmp_path):
+    options = prepare.Options("bytes", Fields("text", "label"), None, "text", False, "stop", 500)
+    prepare.prepare([folder], str(tmp_path / "store"), options, 1)
+    data = data_of(files={"paths": (folder,)}, stored={"store": str(tmp_path / "store")})
+    loaded = corpora.load(data, data.sources, BYTES)
+
+    def texts(documents):
+        return sorted(ids.tolist() for ids in documents.read((i, 0, n) for i, n in enumerate(documents.lengths)))
+
+    for files, stored in zip(loaded["files"], loaded["stored"], strict=True):
+        assert texts(files) == texts(stored) and sorted(files.hashes.tolist()) == sorted(stored.hashes.tolist())
 
 
 def test_a_store_is_loaded_for_the_runs_tokenizer_and_chosen_by_label(monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
+from configs import base
 from hybrid_attn import checkpoint
 from hybrid_attn.train import loop
 
@@ -34,9 +35,9 @@ def corpus(tmp_path_factory):
 
 def config_of(corpus, **changes):
     """Six steps on eight devices, checkpoints every two, every step logged."""
-    base = {
+    values = {
         "mesh.fsdp": 2,
-        "data.sources.text.paths": (corpus,),
+        "data.sources": {"text": base.source(paths=(corpus,))},
         "stages": [stage(STEPS, 48, 8)],
         "train.log_every": 1,
         "train.checkpoint_every": 2,
@@ -44,7 +45,7 @@ def config_of(corpus, **changes):
         "evals.lengths": (2.0,),
         "optim.warmup_steps": 2,
     }
-    return tiny(base | changes)
+    return tiny(values | changes)
 
 
 def losses(workdir):
@@ -96,10 +97,13 @@ def test_resume_from_an_older_checkpoint_replays_the_same_losses(corpus, straigh
     assert losses(tmp_path) == losses(straight)
 
 
-def test_resume_over_the_edge_of_a_stage_equals_a_straight_run(corpus, tmp_path, monkeypatch):
-    stages = [stage(3, 24, 16), stage(3, 48, 8)]
-    c = config_of(corpus, stages=stages)
+def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(corpus, tmp_path, monkeypatch):
+    sources = {"all": base.source(paths=(corpus,)), "long": base.source(paths=(corpus,), min_length=600)}
+    stages = [stage(3, 24, 16) | {"mixture": {"all": 1.0}}, stage(3, 48, 8) | {"mixture": {"all": 0.4, "long": 0.6}}]
+    c = config_of(corpus, stages=stages, **{"data.sources": sources, "data.packing": "best_fit"})
     assert loop.train(c, tmp_path / "straight")
+    evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]
+    assert [record["source"] for record in evals if record["eval"] == "bigram"] == ["all", "long"]
     for step in (2, 3):
         with monkeypatch.context() as patch:
             stop_at(patch, step)
@@ -174,7 +178,7 @@ def test_a_workdir_that_cannot_be_written_is_named(corpus, tmp_path):
          r"seq_len 46 does not split over 4 context shards; use 44 or 48"),
         ({"stages": [stage(1, 48, 12)]}, r"batch 12 does not split over 8 .* use 8 or 16"),
         ({"model.vocab_size": 100}, r"100.*258"),
-        ({"data.sources.text.paths": ("/nowhere/*.txt",)}, r"/nowhere/\*\.txt.* matches no file"),
+        ({"data.sources": {"text": base.source(paths=("/nowhere/*.txt",))}}, r"text: .*/nowhere/\*\.txt.* matches no file"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_training(corpus, tmp_path, changes, message):
