@@ -204,6 +204,7 @@ PROGRAM = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(ROOT /
         (["--config.model.kinds.L.window=0"], "window=0 must be at least 1"),
         (["--config.model.num_kv_heads=3"], "num_heads=2 is not a multiple of model.num_kv_heads=3"),
         (["--config.data.sources.text.paths=('/nowhere/*',)"], "matches no file"),
+        (["--config.data.sources.text.store=/nowhere"], "data.sources.text: /nowhere is no token store"),
     ],
 )
 def test_the_program_says_what_is_wrong_in_a_line(arguments, message, tmp_path):

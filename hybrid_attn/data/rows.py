@@ -139,7 +139,7 @@ class Concat:
         edges = np.arange(self._seq_len, self._num_tokens, self._seq_len)
         holders = np.searchsorted(ends, edges)
         inside = ends[holders] != edges
-        return int(inside.sum()), len(np.unique(holders[inside]))
+        return int(inside.sum()), int(np.count_nonzero(np.diff(holders[inside], prepend=-1)))
 
     def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents' order in `epoch`, and where each of them ends in the epoch's stream."""
