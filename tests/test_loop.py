@@ -14,6 +14,7 @@ from conftest import tiny
 
 from configs import base
 from hybrid_attn import checkpoint
+from hybrid_attn.data import corpora, tokenizer
 from hybrid_attn.train import loop
 
 ROOT = Path(__file__).parents[1]
@@ -97,11 +98,15 @@ def test_resume_from_an_older_checkpoint_replays_the_same_losses(corpus, straigh
     assert losses(tmp_path) == losses(straight)
 
 
-def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(corpus, tmp_path, monkeypatch):
+def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(corpus, tmp_path, monkeypatch, capsys):
     sources = {"all": base.source(paths=(corpus,)), "long": base.source(paths=(corpus,), min_length=600)}
     stages = [stage(3, 24, 16) | {"mixture": {"all": 1.0}}, stage(3, 48, 8) | {"mixture": {"all": 0.4, "long": 0.6}}]
     c = config_of(corpus, stages=stages, **{"data.sources": sources, "data.packing": "best_fit"})
     assert loop.train(c, tmp_path / "straight")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("source ")]
+    rows = corpora.load(c.data, ["all"], tokenizer.load("bytes"))["all"].training.lengths.sum() / 24
+    assert len(told) == 1 and " all: " in told[0]  # of the stage that comes next
+    assert float(told[0].split("; ")[-1].removesuffix(" epochs")) == pytest.approx(3 * 16 / rows, rel=0.02)
     evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]
     assert [record["source"] for record in evals if record["eval"] == "bigram"] == ["all", "long"]
     for step in (2, 3):
