@@ -74,3 +74,14 @@ def test_what_needs_more_memory_than_the_limit_is_missing_and_the_rest_is_measur
 
 def allocate(mebibytes: int) -> measurement.Ready:
     return measurement.Ready(lambda: len(b"x" * (mebibytes * 2**20)) / 2**20, None)
+
+
+def test_preparing_and_reading_text_is_timed():
+    pytest.importorskip("tokenizers")
+    sizes = ["--megabytes=1", "--seconds=0.1", "--spans=100,9000000", "--documents=1000"]
+    done = run("bench_data", *sizes)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["prepare", "bytes"], ["prepare", "json"]]
+    assert all("MB/s a core" in line for line in lines[:2]) and lines[2].endswith(" M tokens/s")
+    assert lines[3].endswith("9,000,000 tokens: no document is as long") and "1,000 documents of 1,000,000 tokens" in lines[4]

@@ -97,6 +97,19 @@ def test_what_is_broken_is_named_by_its_line_and_the_rest_is_read(tmp_path):
         assert got.reason.startswith(f"{path}, line {3 * i + 3}: {reason}"), got
 
 
+def test_parts_of_a_file_of_lines_are_the_file(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines()[:90] + b"\n\n{broken}\n" + lines()[90:])
+    whole, size = read(path), path.stat().st_size
+    assert len([x for x in whole if isinstance(x, Broken)]) > 1
+    for first in range(size + 1):
+        for second in (first, min(first + 7, size)):
+            edges = [(0, first), (first, second), (second, size)]
+            assert [x for start, stop in edges for x in sources.read(str(path), "jsonl", FIELDS, start, stop)] == whole
+    assert sources.splits("a.jsonl", "jsonl") and sources.splits("a.json", "jsonl")
+    assert not sources.splits("a.jsonl.gz", "jsonl") and not sources.splits("a.jsonl", "text")
+
+
 def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path):
     (tmp_path / "x.txt").write_bytes("東\n".encode() + b"b\nc\xff")
     assert read(tmp_path / "x.txt") == [Broken(f"{tmp_path}/x.txt, line 3: not UTF-8: byte 0xff, 8 from its start")]

@@ -125,7 +125,7 @@ def test_what_is_no_store_is_said_so(tmp_path):
         store.load(str(tmp_path / "s"))
 
 
-def test_ten_million_documents_open_in_a_second_or_two(tmp_path):
+def test_ten_million_documents_open_without_a_loop_over_them(tmp_path):
     n, shards = 500_000, 20
     (tmp_path / "s").mkdir()
     lengths = np.full(n, 1000)
@@ -136,9 +136,12 @@ def test_ten_million_documents_open_in_a_second_or_two(tmp_path):
             file.truncate(2 * 1000 * n)
     manifest = store.Manifest(1, "bytes", "bytes", "<u2", ("a",), (store.Shard(n, 1000 * n, "", ""),) * shards, {})
     (tmp_path / "s" / store.MANIFEST).write_text(manifest.to_json())
-    began = time.perf_counter()
-    corpus = store.load(str(tmp_path / "s"))
-    assert time.perf_counter() - began < 3  # alone it takes 0.3 s
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        corpus = store.load(str(tmp_path / "s"))
+        took.append(time.perf_counter() - began)
+    assert min(took) < 5  # half a second on an idle core; a loop over the documents takes longer than the bound anywhere
     assert len(corpus) == n * shards and corpus.lengths.sum() == 10**10
     assert corpus.read([(n * shards - 1, 990, 1000)])[0].tolist() == [0] * 10
 

@@ -21,7 +21,7 @@ LABEL_FIELD = flags.DEFINE_string("label_field", None, "Field of a record that s
 LABEL = flags.DEFINE_string("label", prepare.documents.NO_LABEL, "Label of what has no label field.")
 DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "Keep the first of documents with the same text.")
 ON_ERROR = flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "What to do where UTF-8 or a record is broken.")
-SHARD_MB = flags.DEFINE_integer("shard_mb", 128, "Input files that go into a shard, in MB; also a worker's share.", 1)
+SHARD_MB = flags.DEFINE_integer("shard_mb", None, "MB of input in a shard; by default a 256th of all, from 1 to 256.", 1)
 WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", 1)
 
 
@@ -35,7 +35,7 @@ def main(argv):
         label=LABEL.value,
         drop_duplicates=DROP_DUPLICATES.value,
         on_error=ON_ERROR.value,
-        shard_bytes=SHARD_MB.value * 10**6,
+        shard_bytes=None if SHARD_MB.value is None else SHARD_MB.value * 10**6,
     )
     try:
         summary = prepare.prepare(INPUT.value, OUT.value, options, WORKERS.value)

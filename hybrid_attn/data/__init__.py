@@ -1,1 +1,1 @@
-"""Text files to global batches: tokenizer, documents, rows, pipeline."""
+"""Text files to a token store, and documents to global batches."""

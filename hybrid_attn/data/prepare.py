@@ -1,6 +1,6 @@
 """Files of text to a token store: in parallel, in an order that no number of workers changes, and over many sittings.
 
-The sorted input files are cut into groups, once; each group becomes one shard, by one worker. Until all are done a store
+The input files, in order, are cut into groups, once; each group becomes one shard, by one worker. Until all are done a store
 has no manifest, and lies so:
 
     plan.json                     what is to be done: options, tokenizer, and the files of each shard
@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,6 +38,8 @@ PLAN, PARTS = "plan.json", "parts"
 ENCODED = 2**20  # bytes of text that a tokenizer is given at a time
 COPIED = 2**22  # tokens that are in memory while a shard is copied
 MOST_LABELS = 2**16
+SHARDS = 256  # enough for all cores and for little to do again, by default; each of at least and at most:
+MIN_SHARD_BYTES, MAX_SHARD_BYTES = 10**6, 256 * 10**6
 REPORTED = 20  # broken places that are named
 
 
@@ -45,7 +48,7 @@ class Options:
     """What decides the content of a store, beside its files.
 
     `form` None goes by each file's ending; `label` is that of all documents unless `fields` has one; `on_error` is "skip"
-    or "stop"; `shard_bytes` of input go into a shard, at least one file.
+    or "stop"; at most `shard_bytes` of input go into a shard, but for files that cannot be split; None goes by the whole.
     """
 
     tokenizer: str
@@ -54,7 +57,7 @@ class Options:
     label: str
     drop_duplicates: bool
     on_error: str
-    shard_bytes: int
+    shard_bytes: int | None
 
 
 def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say: Callable[[str], None] = print) -> dict:
@@ -99,16 +102,25 @@ def _ratio(values: dict) -> float:
 
 
 def _plan(inputs: Sequence[str], options: Options, words) -> dict:
-    """Options and the files of each shard, as JSON."""
-    shards, size = [], options.shard_bytes
+    """Options, files, and the pieces (file, first byte, last) of each shard, as JSON."""
+    files = []
     for path in sources.find(inputs):
         state = os.stat(path)
-        if size >= options.shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append({"path": path, "bytes": state.st_size, "modified_ns": state.st_mtime_ns})
-        size += state.st_size
-    return {"options": dataclasses.asdict(options), "tokenizer_hash": words.hash, "shards": shards}
+        files.append({"path": path, "bytes": state.st_size, "modified_ns": state.st_mtime_ns})
+    total = sum(file["bytes"] for file in files)
+    most = options.shard_bytes or min(max(total // SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+    shards, size = [[]], 0
+    for i, file in enumerate(files):
+        form = options.form or sources.format_of(file["path"])
+        cuts = -(-file["bytes"] // most) if sources.splits(file["path"], form) else 1
+        edges = [file["bytes"] * k // cuts for k in range(cuts + 1)] if cuts else [0, 0]
+        for start, stop in itertools.pairwise(edges):
+            if shards[-1] and size + stop - start > most:
+                shards.append([])
+                size = 0
+            shards[-1].append([i, start, stop])
+            size += stop - start
+    return {"options": dataclasses.asdict(options), "tokenizer_hash": words.hash, "files": files, "shards": shards}
 
 
 def _begin(folder: Path, plan: dict) -> bool:
@@ -130,16 +142,16 @@ def _check_same(folder: Path, old: dict, new: dict) -> None:
             raise ValueError(f"{folder} was begun with {name}={old['options'][name]!r}, and this is {value!r}; {cure}")
     if old["tokenizer_hash"] != new["tokenizer_hash"]:
         raise ValueError(f"the tokenizer {new['options']['tokenizer']!r} was changed since {folder} was begun; {cure}")
-    before, now = ({file["path"]: file for shard in plan["shards"] for file in shard} for plan in (old, new))
+    before, now = ({file["path"]: file for file in plan["files"]} for plan in (old, new))
     changed = sorted(path for path in {**before, **now} if before.get(path) != now.get(path))
     if changed or old["shards"] != new["shards"]:
-        what = changed[0] if changed else "their order"
+        what = changed[0] if changed else "in their order"
         raise ValueError(f"the input files changed since {folder} was begun ({len(changed)} of them, first {what}); {cure}")
 
 
 def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: Callable[[str], None]) -> dict:
-    shards = [[file["path"] for file in shard] for shard in plan["shards"]]
-    sizes = [sum(file["bytes"] for file in shard) for shard in plan["shards"]]
+    shards = [[(plan["files"][i]["path"], start, stop) for i, start, stop in shard] for shard in plan["shards"]]
+    sizes = [sum(stop - start for _, start, stop in shard) for shard in shards]
     for left_over in (folder / PARTS).glob("*.partial*"):
         left_over.unlink()
     todo = [i for i in range(len(shards)) if not _part(folder, i, "json").exists()]
@@ -162,7 +174,7 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
         written = list(pool.map(lambda i: _write_shard(folder, i, parts[i], keep[i], names, dtype), range(len(shards))))
     found = _summary([counts for _, counts in written], parts, names)
     if not found["documents"]:
-        raise ValueError(f"the {sum(map(len, shards))} input files have no text; skipped: {found['skipped']}")
+        raise ValueError(f"the {len(plan['files'])} input files have no text; skipped: {found['skipped']}")
     manifest = store.Manifest(
         store.FORMAT, options.tokenizer, words.hash, dtype.str, tuple(names), tuple(shard for shard, _ in written), found
     )
@@ -205,16 +217,16 @@ def _start_worker() -> None:
 _tokenizer = functools.cache(tokenizer.load)
 
 
-def _encode_shard(folder: Path, index: int, paths: list[str], options: Options) -> None:
-    """Writes the part `index` of all documents in `paths`."""
+def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], options: Options) -> None:
+    """Writes the part `index` of all documents in `pieces`."""
     words = _tokenizer(options.tokenizer)
     dtype = documents.token_dtype(words.vocab_size)
     columns, labels = {name: [] for name in ("lengths", "hashes", "labels", "bytes")}, {}
     skipped, places = collections.Counter(), []
 
     def texts() -> Iterator[bytes]:
-        for path in paths:
-            for found in sources.read(path, options.form or sources.format_of(path), options.fields):
+        for path, start, stop in pieces:
+            for found in sources.read(path, options.form or sources.format_of(path), options.fields, start, stop):
                 if isinstance(found, Broken):
                     if options.on_error == "stop":
                         raise ValueError(f"{found.reason}; mend it, or pass --on_error=skip")

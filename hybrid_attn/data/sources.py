@@ -70,10 +70,18 @@ def format_of(path: str) -> str:
     return "jsonl" if packed and suffix == ".json" else SUFFIXES.get(suffix, "text")
 
 
-def read(path: str, form: str, fields: Fields) -> Iterator[Text | Broken | Binary]:
-    """The documents of a file and, in their places, what cannot be read; ImportError where a library is missing."""
+def splits(path: str, form: str) -> bool:
+    """Whether a part of the file can be read without the rest."""
+    return form == "jsonl" and not path.endswith(PACKED)
+
+
+def read(path: str, form: str, fields: Fields, start: int = 0, stop: int | None = None) -> Iterator[Text | Broken | Binary]:
+    """The documents of a file and, in their places, what cannot be read; ImportError where a library is missing.
+
+    Of a file that `splits` only the records that begin at bytes [start, stop).
+    """
     try:
-        yield from _READERS[form](path, fields)
+        yield from _jsonl(path, fields, start, stop) if splits(path, form) else _READERS[form](path, fields)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         yield Broken(f"{path}: its packing is broken: {error}")
 
@@ -107,26 +115,48 @@ def _text(path: str, fields: Fields) -> Iterator[Text | Broken | Binary]:
     try:
         text.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield Broken(f"{path}, line {text.count(10, 0, error.start) + 1}: {_not_utf8(error)}")
+        yield Broken(f"{path}, line {text.count(10, 0, error.start) + 1}: {_reason(error)}")
         return
     yield Text(text, None)
 
 
-def _jsonl(path: str, fields: Fields) -> Iterator[Text | Broken]:
+def _jsonl(path: str, fields: Fields, start: int = 0, stop: int | None = None) -> Iterator[Text | Broken]:
     with _opened(path) as file:
+        if start:
+            file.seek(start - 1)
+            start += len(file.readline()) - 1  # of the record that began before
+        at = start
         for number, line in enumerate(file, 1):
+            if stop is not None and at >= stop:
+                return
+            at += len(line)
             if line.isspace():
                 continue
             try:
                 yield _of_record(json.loads(line.decode("utf-8")), fields)
-            except UnicodeDecodeError as error:
-                yield Broken(f"{path}, line {number}: {_not_utf8(error)}")
-            except UnicodeEncodeError:
-                yield Broken(f"{path}, line {number}: half of a surrogate pair is no character")
-            except json.JSONDecodeError as error:
-                yield Broken(f"{path}, line {number}: not JSON: {error.msg} at character {error.pos + 1}")
             except (RecursionError, ValueError) as error:
-                yield Broken(f"{path}, line {number}: {error}")
+                yield Broken(f"{path}, line {number + _lines(path, start)}: {_reason(error)}")
+
+
+def _lines(path: str, stop: int) -> int:
+    """Lines that end before byte `stop`."""
+    found = 0
+    if stop:
+        with open(path, "rb") as file:
+            while stop and (block := file.read(min(stop, 2**20))):
+                found += block.count(b"\n")
+                stop -= len(block)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8: byte 0x{error.object[error.start]:02x}, {error.start + 1} from its start"
+    if isinstance(error, UnicodeEncodeError):
+        return "half of a surrogate pair is no character"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at character {error.pos + 1}"
+    return str(error)
 
 
 def _parquet(path: str, fields: Fields) -> Iterator[Text | Broken]:
@@ -164,10 +194,8 @@ def _rows(path: str, fields: Fields, batches: Iterable) -> Iterator[Text | Broke
             number += 1
             try:
                 yield _of_record(record if isinstance(record, dict) else record.to_pylist()[0], fields)
-            except UnicodeDecodeError as error:
-                yield Broken(f"{path}, row {number}: {_not_utf8(error)}")
             except ValueError as error:
-                yield Broken(f"{path}, row {number}: {error}")
+                yield Broken(f"{path}, row {number}: {_reason(error)}")
 
 
 def _columns(path: str, names: list[str], fields: Fields) -> list[str]:
@@ -250,7 +278,3 @@ def _library(name: str, path: str):
         return __import__(name)
     except ImportError as error:
         raise ImportError(f"{path} needs the library {name.partition('.')[0]}; pip install 'hybrid_attn[data]'") from error
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte 0x{error.object[error.start]:02x}, {error.start + 1} from its start"

@@ -1,0 +1,119 @@
+"""How fast text is prepared on one core, and read from a warm store: python tools/bench_data.py
+
+The text is Python's standard library as JSON lines, again and again until there is enough. The tokenizer.json is --tokenizer,
+or a byte-level BPE of 8,192 words that is trained on it.
+"""
+
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+from hybrid_attn.data import documents, prepare, store, tokenizer
+from hybrid_attn.data.sources import Fields
+
+MEGABYTES = flags.DEFINE_integer("megabytes", 64, "Of text for bytes; an eighth of it for the tokenizer.json.", 1)
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json to use instead of the one trained here.")
+SPANS = flags.DEFINE_list("spans", ["100", "1000", "8193", "131073"], "Tokens of a span; rows of 8,192 read one more.")
+SECONDS = flags.DEFINE_float("seconds", 2.0, "Of reading at each length of spans.", 0.1)
+TOGETHER = flags.DEFINE_integer("together", 8, "Spans asked for at a time.", 1)
+DIRECTORY = flags.DEFINE_string("directory", None, "Where the temporary files go.")
+DOCUMENTS = flags.DEFINE_integer("documents", 10_000_000, "In the store whose opening is timed.", 1)
+
+
+def write_text(path: Path, num_bytes: int) -> int:
+    """JSON lines of at least `num_bytes` of text; returns how many there are."""
+    texts = [Path(found).read_text("utf-8") for _, found in documents.find(())]
+    written = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for text in itertools.cycle(texts):
+            if written >= num_bytes:
+                return written
+            file.write(json.dumps({"text": text}) + "\n")
+            written += len(text.encode())
+
+
+def train_tokenizer(path: Path) -> None:
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=8192, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train([found for _, found in documents.find(())[:300]], trainer)
+    made.save(str(path))
+
+
+def time_prepare(folder: Path, name: str, words: str, num_bytes: int) -> None:
+    text = folder / f"{name}.jsonl"
+    written = write_text(text, num_bytes)
+    options = prepare.Options(words, Fields("text", None), None, "text", False, "stop", shard_bytes=10**12)
+    wall, core = time.perf_counter(), time.process_time()
+    summary = prepare.prepare([str(text)], str(folder / name), options, workers=1)
+    wall, core = time.perf_counter() - wall, time.process_time() - core
+    print(
+        f"prepare  {name:<10} {written / 1e6:,.0f} MB in {wall:.2f} s, {core:.2f} s of a core: "
+        f"{written / 1e6 / core:.1f} MB/s a core, {summary['bytes'] / summary['tokens']:.2f} bytes a token"
+    )
+
+
+def time_reads(path: Path, length: int) -> None:
+    corpus = store.load(str(path))
+    long = np.flatnonzero(corpus.lengths >= length)
+    if not len(long):
+        print(f"read     spans of {length:,} tokens: no document is as long")
+        return
+    rng, tokens = np.random.default_rng(0), 0
+    began = time.perf_counter()
+    while time.perf_counter() - began < SECONDS.value:
+        chosen = long[rng.integers(0, len(long), TOGETHER.value)]
+        firsts = rng.integers(0, corpus.lengths[chosen] - length + 1)
+        tokens += sum(map(len, corpus.read(zip(chosen, firsts, firsts + length, strict=True))))
+    print(f"read     spans of {length:,} tokens: {tokens / (time.perf_counter() - began) / 1e6:,.1f} M tokens/s")
+
+
+def time_opening(folder: Path) -> None:
+    folder.mkdir()
+    lengths, shards = np.full(-(-DOCUMENTS.value // 20), 1000), []
+    index = store.index_bytes(lengths, np.arange(len(lengths)), np.zeros(len(lengths)))
+    for i in range(20):
+        (folder / store.index_name(i)).write_bytes(index)
+        with open(folder / store.tokens_name(i), "wb") as file:
+            file.truncate(2 * 1000 * len(lengths))  # holes: nobody reads them
+        shards.append(store.Shard(len(lengths), 1000 * len(lengths), "", ""))
+    manifest = store.Manifest(store.FORMAT, "bytes", tokenizer.Bytes.hash, "<u2", ("text",), tuple(shards), {})
+    (folder / store.MANIFEST).write_text(manifest.to_json())
+    began = time.perf_counter()
+    corpus = store.load(str(folder))
+    took = time.perf_counter() - began
+    print(f"open     {len(corpus):,} documents of {int(corpus.lengths.sum()):,} tokens: {took:.2f} s")
+
+
+def main(_):
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core
+    with tempfile.TemporaryDirectory(dir=DIRECTORY.value) as made:
+        folder = Path(made)
+        time_prepare(folder, "bytes", "bytes", MEGABYTES.value * 10**6)
+        words = TOKENIZER.value or str(folder / "tokenizer.json")
+        if TOKENIZER.value is None:
+            try:
+                train_tokenizer(folder / "tokenizer.json")
+            except ImportError:
+                sys.exit("error: a tokenizer.json needs the library tokenizers; pip install 'hybrid_attn[hf]'")
+        time_prepare(folder, "json", words, MEGABYTES.value * 10**6 // 8)
+        for length in map(int, SPANS.value):
+            time_reads(folder / "bytes", length)
+        time_opening(folder / "opened")
+
+
+if __name__ == "__main__":
+    app.run(main)
