@@ -54,19 +54,8 @@ def read(directory, dtype="float32"):
 def write(directory, model, params, model_type=None, dtype="float32", shard_bytes=10**9):
     directory.mkdir()
     described = hf.describe(model, directory, 64, model_type)
-    hf.write(directory, model, described, shapes_of(model), by_period(params), dtype, shard_bytes)
+    hf.write(directory, model, described, shapes_of(model), hf.by_period(params), dtype, shard_bytes)
     return directory
-
-
-def by_period(params, show=lambda x: x):
-    """What `hf.write` reads `params` by; `show` sees every array that it gives."""
-    leaves = hf.flat(params)
-
-    def read(path):
-        for x in leaves[path] if path.startswith("periods/") else [leaves[path]]:
-            yield show(np.array(x))
-
-    return read
 
 
 @pytest.fixture
@@ -445,7 +434,10 @@ def test_one_shard_and_one_period_are_held_when_writing(tmp_path, one_device, mo
 
     monkeypatch.setattr(hf.safetensors.numpy, "save_file", save)
     described = families.config_json(HYBRID, "cohere2", 64)
-    hf.write(tmp_path, HYBRID, described, shapes_of(HYBRID), by_period(params, show), "float32", 30_000)
+    read = hf.by_period(params)
+    hf.write(
+        tmp_path, HYBRID, described, shapes_of(HYBRID), lambda path: (show(x.copy()) for x in read(path)), "float32", 30_000
+    )
     assert len(saved) > 3 and max(saved) <= 30_000 < sum(saved)
 
 

@@ -88,10 +88,10 @@ def export(values: dict, directory: str) -> list[str]:
     c = config.build(values)
     with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
         params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
-    leaves, shrunk = hf.flat(params), hf.flat(decayed(params))
-    shapes = {path: x.shape for path, x in leaves.items()}
+    shrunk = hf.flat(decayed(params))
+    shapes = {path: x.shape for path, x in hf.flat(params).items()}
     described = hf.describe(c.model, directory, c.stages[0].seq_len)
-    hf.write(directory, c.model, described, shapes, leaves.get, "float32")
+    hf.write(directory, c.model, described, shapes, hf.by_period(params), "float32")
     tensors = families.tensors(c.model, described["model_type"], shapes)
     return [tensor.name for tensor in tensors if shrunk[tensor.path]]
 

@@ -263,6 +263,16 @@ def _size(tensor: Tensor) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64))
 
 
+def by_period(params: dict) -> Callable[[str], Iterator[np.ndarray]]:
+    """What `write` reads a tree of arrays in memory by."""
+    leaves = flat(params)
+
+    def read(path: str) -> Iterator[np.ndarray]:
+        return map(np.asarray, leaves[path] if path.startswith("periods/") else [leaves[path]])
+
+    return read
+
+
 def flat(tree: Any) -> dict[str, Any]:
     """Leaves by the path that names them: `periods/L0/attention/q`."""
     return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

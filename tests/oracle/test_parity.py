@@ -110,7 +110,7 @@ def export(directory, model, params, model_type):
     directory.mkdir()
     shapes = {path: x.shape for path, x in hf.flat(flops.shapes(model)).items()}
     described = hf.describe(model, directory, 256, model_type)
-    hf.write(directory, model, described, shapes, hf.flat(params).get, "float32", 50_000)
+    hf.write(directory, model, described, shapes, hf.by_period(params), "float32", 50_000)
     return directory
 
 
