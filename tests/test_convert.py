@@ -479,7 +479,7 @@ def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp
     assert_same(checkpoint.read_params(tmp_path / "ours", bare), wanted)
 
     checkpoints = checkpoint.Checkpoints(tmp_path / "ours", keep=1, every=1)
-    state, start = loop.first_state(saved, jax.sharding.get_mesh(), checkpoints)  # as training does
+    state, start = loop.first_state(saved, [], jax.sharding.get_mesh(), checkpoints)  # as training does
     checkpoints.close()
     assert start == 0
     assert_same(state.params, wanted)

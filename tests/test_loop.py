@@ -1,6 +1,8 @@
 import errno
+import glob
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +125,35 @@ def test_stages_already_begun_cannot_change(corpus, tmp_path, monkeypatch):
     stages[0]["steps"] = 2
     with pytest.raises(ValueError, match=r"has done \[3, 3\] steps of each stage.*would have done \[2, 4\]"):
         loop.train(config_of(corpus, stages=[stages[0], stages[1] | {"steps": 4}]), tmp_path)
+    with pytest.raises(ValueError, match=r"has done \[3, 3\] steps of each stage.*would have done \[2\]"):
+        loop.train(config_of(corpus, stages=stages[:1]), tmp_path)
+
+
+def test_the_batches_of_a_stage_in_its_middle_cannot_change_and_those_of_the_next_can(corpus, tmp_path, monkeypatch):
+    sources = {"all": base.source(paths=(corpus,)), "long": base.source(paths=(corpus,), min_length=600)}
+    mixed = stage(3, 24, 16) | {"mixture": {"all": 0.5, "long": 0.5}}
+
+    def with_stages(*stages, sources=sources):
+        return config_of(corpus, stages=list(stages), **{"data.sources": sources})
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        assert not loop.train(with_stages(mixed), tmp_path)
+    (done,) = checkpoint.steps(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=rf"mixture.long: 0.5 -> 0.2\n.*stages\[0\].steps={done}"):
+        loop.train(with_stages(mixed | {"mixture": {"all": 0.8, "long": 0.2}}), tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)documents.long: \w+ -> \w+\n"):
+        loop.train(with_stages(mixed, sources=sources | {"long": base.source(paths=(corpus,), min_length=700)}), tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)batch: 16 -> 8\n.*seq_len: 24 -> 48\n"):
+        loop.train(with_stages(stage(3, 48, 8) | {"mixture": mixed["mixture"]}), tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in glob.glob(corpus):
+        shutil.copy(path, elsewhere)
+    moved = {name: base.source(paths=(f"{elsewhere}/*.txt",), min_length=x.min_length) for name, x in sources.items()}
+    ended = mixed | {"steps": done}
+    assert loop.train(with_stages(ended, stage(1, 48, 8) | {"mixture": {"all": 1.0}}, sources=moved), tmp_path)
+    assert list(losses(tmp_path)) == list(range(1, done + 2))
 
 
 def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, capsys):

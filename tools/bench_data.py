@@ -1,4 +1,4 @@
-"""How fast text is prepared on one core, and read from a warm store: python tools/bench_data.py
+"""How fast text is prepared on one core, packed, and read from a warm store: python tools/bench_data.py
 
 The text is Python's standard library as JSON lines, again and again until there is enough. The tokenizer.json is --tokenizer,
 or a byte-level BPE of 8,192 words that is trained on it.
@@ -7,6 +7,7 @@ or a byte-level BPE of 8,192 words that is trained on it.
 import itertools
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -15,16 +16,18 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from hybrid_attn.data import documents, prepare, store, tokenizer
+from hybrid_attn.data import documents, packing, prepare, rows, store, tokenizer
 from hybrid_attn.data.sources import Fields
 
-MEGABYTES = flags.DEFINE_integer("megabytes", 64, "Of text for bytes; an eighth of it for the tokenizer.json.", 1)
+MEGABYTES = flags.DEFINE_integer("megabytes", 64, "Of text for bytes; half of it for the tokenizer.json.", 1)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json to use instead of the one trained here.")
 SPANS = flags.DEFINE_list("spans", ["100", "1000", "8193", "131073"], "Tokens of a span; rows of 8,192 read one more.")
 SECONDS = flags.DEFINE_float("seconds", 2.0, "Of reading at each length of spans.", 0.1)
 TOGETHER = flags.DEFINE_integer("together", 8, "Spans asked for at a time.", 1)
 DIRECTORY = flags.DEFINE_string("directory", None, "Where the temporary files go.")
-DOCUMENTS = flags.DEFINE_integer("documents", 10_000_000, "In the store whose opening is timed.", 1)
+SEQ_LEN = flags.DEFINE_integer("seq_len", 8192, "Tokens of a row.", 1)
+DOCUMENTS = flags.DEFINE_integer("documents", 10_000_000, "In the store that is opened, and in the plan of rows.", 1)
+OPENINGS = 5
 
 
 def write_text(path: Path, num_bytes: int) -> int:
@@ -81,6 +84,32 @@ def time_reads(path: Path, length: int) -> None:
     print(f"read     spans of {length:,} tokens: {tokens / (time.perf_counter() - began) / 1e6:,.1f} M tokens/s")
 
 
+def time_rows(path: Path, way: str) -> None:
+    corpus, words = store.load(str(path)), tokenizer.load("bytes")
+    made = rows.Rows(corpus, SEQ_LEN.value, 0, words.byte_lengths, way)
+    read, began = 0, time.perf_counter()
+    while time.perf_counter() - began < SECONDS.value:
+        read += len(made.read([((read + i) % len(made), 0, SEQ_LEN.value) for i in range(TOGETHER.value)]))
+    rate = read * SEQ_LEN.value / (time.perf_counter() - began) / 1e6
+    counts = made.counts()
+    print(
+        f"rows     {way:<8} of {SEQ_LEN.value:,}: {rate:.1f} M tokens/s; {counts['padding'] / counts['tokens']:.2%} padding, "
+        f"{counts['cut_documents'] / counts['documents']:.1%} of the documents cut"
+    )
+
+
+def time_plan() -> None:
+    """Of documents whose lengths are log-normal with a median of 665 tokens and a long tail, as web text has."""
+    lengths = np.random.default_rng(0).lognormal(6.5, 1.3, DOCUMENTS.value).clip(3, 2_000_000).astype(np.int64)
+    began = time.perf_counter()
+    packed = packing.best_fit(lengths, SEQ_LEN.value)
+    took, size = time.perf_counter() - began, int(lengths.sum())
+    padding = packed.num_rows * SEQ_LEN.value / size - 1
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"plan     best_fit of {len(lengths):,} documents, {size:,} tokens: {took:.1f} s, {padding:.4%} padding")
+    print(f"memory   {memory:.2f} GiB at most until here")
+
+
 def time_opening(folder: Path) -> None:
     folder.mkdir()
     lengths, shards = np.full(-(-DOCUMENTS.value // 20), 1000), []
@@ -92,10 +121,13 @@ def time_opening(folder: Path) -> None:
         shards.append(store.Shard(len(lengths), 1000 * len(lengths), "", ""))
     manifest = store.Manifest(store.FORMAT, "bytes", tokenizer.Bytes.hash, "<u2", ("text",), tuple(shards), {})
     (folder / store.MANIFEST).write_text(manifest.to_json())
-    began = time.perf_counter()
-    corpus = store.load(str(folder))
-    took = time.perf_counter() - began
-    print(f"open     {len(corpus):,} documents of {int(corpus.lengths.sum()):,} tokens: {took:.2f} s")
+    took = []
+    for _ in range(OPENINGS):
+        began = time.perf_counter()
+        corpus = store.load(str(folder))
+        took.append(time.perf_counter() - began)
+    what = f"{len(corpus):,} documents of {int(corpus.lengths.sum()):,} tokens"
+    print(f"open     {what}: {sorted(took)[OPENINGS // 2]:.2f} s the median of {OPENINGS}, {max(took):.2f} s the longest")
 
 
 def main(_):
@@ -109,9 +141,12 @@ def main(_):
                 train_tokenizer(folder / "tokenizer.json")
             except ImportError:
                 sys.exit("error: a tokenizer.json needs the library tokenizers; pip install 'hybrid_attn[hf]'")
-        time_prepare(folder, "json", words, MEGABYTES.value * 10**6 // 8)
+        time_prepare(folder, "json", words, MEGABYTES.value * 10**6 // 2)
         for length in map(int, SPANS.value):
             time_reads(folder / "bytes", length)
+        for way in rows.PLANS:
+            time_rows(folder / "bytes", way)
+        time_plan()
         time_opening(folder / "opened")
 
 

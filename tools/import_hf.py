@@ -42,7 +42,7 @@ def main(_):
             checkpoints = Checkpoints(directory, keep=1, every=1)
             fresh = jax.jit(optimiser(c.optim, c.total_steps).init)
             state = TrainState(jnp.int32(0), params, fresh(params)) if OPTIMISER.value else {"params": params}
-            checkpoints.save(0, state, {"stage_steps": [0] * len(c.stages)}, config.to_dict(c), wait=True)
+            checkpoints.save(0, state, {"stage_steps": [], "stage": {}}, config.to_dict(c), wait=True)
             checkpoints.close()
             found = hf.copy_companions(MODEL.value, directory / "companions")
     except (ValueError, NotImplementedError, OSError) as error:

@@ -57,6 +57,10 @@ class Documents:
             numbers=chosen if self.numbers is None else self.numbers[chosen],
         )
 
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that tell these documents, in this order, from others, wherever they lie."""
+        return hashlib.sha256(self.lengths.tobytes() + self.hashes.tobytes()).hexdigest()[:16]
+
     def split(self, holdout: float, heldout: bool) -> "Documents":
         """The held-out documents or all others: a text's own hash decides, so its exact copies are on the same side."""
         return self.select((self.hashes < np.uint64(holdout * 2**64)) == heldout)

@@ -58,6 +58,26 @@ def stage_rows(c: config.Config, documents: Mapping[str, Documents], tokenizer) 
     return [MixedRows(Mixture(names), {name: rows(index, name) for name in names}) for index, names in enumerate(weights)]
 
 
+def identities(c: config.Config, documents: Mapping[str, Documents], tokenizer) -> list[dict]:
+    """For each stage, all that its batches follow from: two configs in which it is equal train on the same tokens."""
+    prints = {name: documents[name].fingerprint() for name in c.sources}
+    found = []
+    for index, stage in enumerate(c.stages):
+        weights = c.weights(index)
+        found.append(
+            {
+                "batch": stage.batch,
+                "seq_len": stage.seq_len,
+                "mixture": weights,
+                "documents": {name: prints[name] for name in weights},
+                "packing": c.data.packing,
+                "seed": c.data.seed,
+                "tokenizer": tokenizer.hash,
+            }
+        )
+    return found
+
+
 def batches(c: config.Config, stages: Sequence[MixedRows], mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
     """(step, batch) from `start_step` to the last step, `data.prefetch` batches read ahead.
 

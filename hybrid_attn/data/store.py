@@ -7,8 +7,10 @@
 Files are read through TensorStore's key-value stores, so a path may be a URL such as gs://bucket/corpus/.
 """
 
+import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -76,24 +78,25 @@ def load(path: str, tokenizer=None) -> Documents:
             f"{path} was made by the tokenizer {manifest.tokenizer!r} of hash {manifest.tokenizer_hash[:12]}, and the run's "
             f"has hash {tokenizer.hash[:12]}; set data.tokenizer to the former, or prepare the text again with the latter"
         )
-    indices = _read_whole(path, files, manifest)
-    columns = [_columns(index, shard.documents) for index, shard in zip(indices, manifest.shards, strict=True)]
-    lengths, hashes, labels = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-    shards = np.repeat(np.arange(len(columns), dtype=np.uint32), [shard.documents for shard in manifest.shards])
-    starts = np.concatenate([np.cumsum(column[0]) - column[0] for column in columns])  # each within the file of its shard
+    documents = np.concatenate([[0], np.cumsum([shard.documents for shard in manifest.shards])])
+    columns = {name: np.empty(documents[-1], dtype) for name, dtype in INDEX.items()}
+    for (first, last), index in zip(itertools.pairwise(documents), _read_whole(path, files, manifest), strict=True):
+        for name, column in _columns(index, last - first).items():
+            columns[name][first:last] = column
+    ends = np.cumsum(columns["lengths"])
+    tokens = np.concatenate([[0], np.cumsum([shard.tokens for shard in manifest.shards])])
     dtype = np.dtype(manifest.dtype)
 
     def fetch(spans: Sequence[Span]) -> list[np.ndarray]:
         pending = []
         for i, start, stop in spans:
-            first, size = (int(starts[i]) + start) * dtype.itemsize, (stop - start) * dtype.itemsize
-            pending.append(files.read(tokens_name(shards[i]), byte_range=slice(first, first + size)))
-        return [
-            np.frombuffer(_value(read, f"{path}: {tokens_name(shards[i])}"), dtype)
-            for read, (i, _, _) in zip(pending, spans, strict=True)
-        ]
+            shard = int(np.searchsorted(documents, i, side="right")) - 1
+            first = int(ends[i] - columns["lengths"][i] - tokens[shard]) + start
+            byte_range = slice(first * dtype.itemsize, (first + stop - start) * dtype.itemsize)
+            pending.append((tokens_name(shard), files.read(tokens_name(shard), byte_range=byte_range)))
+        return [np.frombuffer(_value(read, f"{path}: {name}"), dtype) for name, read in pending]
 
-    return Documents(lengths, hashes, labels, manifest.label_names, dtype, fetch)
+    return Documents(**columns, label_names=manifest.label_names, dtype=dtype, fetch=fetch)
 
 
 def read_manifest(path: str) -> Manifest:
@@ -104,7 +107,7 @@ def read_manifest(path: str) -> Manifest:
 def verify(path: str) -> Iterator[int]:
     """Yields the number of each shard once its checksums agree; ValueError names the first file that was changed."""
     files, manifest = _open(path)
-    _read_whole(path, files, manifest)
+    collections.deque(_read_whole(path, files, manifest), maxlen=0)
     for i, shard in enumerate(manifest.shards):
         for name, wanted, size in _files_of(i, shard, manifest):
             ranges = (slice(at, min(at + BLOCK, size)) for at in range(0, size, BLOCK))
@@ -149,22 +152,22 @@ def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, s
     ]
 
 
-def _read_whole(path: str, files: tensorstore.KvStore, manifest: Manifest) -> list[bytes]:
+def _read_whole(path: str, files: tensorstore.KvStore, manifest: Manifest) -> Iterator[bytes]:
     """The index of each shard; ValueError names a file that is not there or is not of the size that it had.
 
     Of the tokens only the last one's last byte is read.
     """
-    expected = [file for i, shard in enumerate(manifest.shards) for file in _files_of(i, shard, manifest)]
-    firsts = [max(size - 1, 0) if name.endswith(".tokens") else 0 for name, _, size in expected]
-    reads = [files.read(name, byte_range=slice(first, None)) for (name, _, _), first in zip(expected, firsts, strict=True)]
-    indices = []
-    for (name, _, size), first, read in zip(expected, firsts, reads, strict=True):
+    reads = []
+    for i, shard in enumerate(manifest.shards):
+        for name, _, size in _files_of(i, shard, manifest):
+            first = max(size - 1, 0) if name.endswith(".tokens") else 0
+            reads.append((name, first, size, files.read(name, byte_range=slice(first, None))))
+    for name, first, size, read in reads:
         value = _value(read, f"{path}: {name}")
         if len(value) != size - first:
             raise ValueError(f"{path}: {name} has {first + len(value):,} bytes or more instead of {size:,}; {CURE}")
         if name.endswith(".index"):
-            indices.append(value)
-    return indices
+            yield value
 
 
 def _value(read: tensorstore.Future, what: str) -> bytes:
@@ -179,9 +182,9 @@ def _value(read: tensorstore.Future, what: str) -> bytes:
     return result.value
 
 
-def _columns(index: bytes, documents: int) -> list[np.ndarray]:
-    columns, at = [], 0
-    for dtype in INDEX.values():
-        columns.append(np.frombuffer(index, dtype, documents, at))
+def _columns(index: bytes, documents: int) -> dict[str, np.ndarray]:
+    columns, at = {}, 0
+    for name, dtype in INDEX.items():
+        columns[name] = np.frombuffer(index, dtype, documents, at)
         at += documents * dtype.itemsize
     return columns

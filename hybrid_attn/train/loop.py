@@ -4,7 +4,7 @@ import importlib.util
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -53,20 +53,21 @@ def train(c: config.Config, workdir: str) -> bool:
     words = tokenizer.load(c.data.tokenizer)
     tokenizer.check_vocab(words, c.model.vocab_size, c.data.tokenizer)
     loaded = corpora.load(c.data, c.sources, words)
-    stages = pipeline.stage_rows(c, {name: corpus.training for name, corpus in loaded.items()}, words)
+    training = {name: corpus.training for name, corpus in loaded.items()}
+    stages, identities = pipeline.stage_rows(c, training, words), pipeline.identities(c, training, words)
     run = run_on(jax.default_backend(), c.train)
     with Stop() as stop, jax.set_mesh(mesh):
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
         try:
-            state, start = first_state(c, mesh, checkpoints)
+            state, start = first_state(c, identities, mesh, checkpoints)
             peak, found = peak_flops(jax.devices()[0], run.dtype)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
             peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {found}; MFU is the share of it"
             for line in summary(c, run, mesh, peak_line, stages, workdir, start):
                 metrics.say(line)
             batches = pipeline.batches(c, stages, mesh, start)
-            state, step = run_steps(c, make_step(c, run), state, start, batches, checkpoints, metrics, stop)
-            checkpoints.save(step, state, data_state(c, step), config.to_dict(c), wait=True)
+            state, step = run_steps(c, identities, make_step(c, run), state, start, batches, checkpoints, metrics, stop)
+            checkpoints.save(step, state, data_state(c, identities, step), config.to_dict(c), wait=True)
             if step < c.total_steps:
                 metrics.say(f"stopped after step {step}, which is saved; the same command goes on from there")
                 return False
@@ -83,30 +84,46 @@ def train(c: config.Config, workdir: str) -> bool:
             checkpoints.close()
 
 
-def first_state(c: config.Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """The newest checkpoint's state, or a new one, and the steps that it has behind it."""
+def first_state(c: config.Config, identities: Sequence[dict], mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    """The newest checkpoint's state, or a new one, and the steps that it has behind it.
+
+    `identities` are the stages' of `pipeline.identities`. ValueError where the config is of another model, or would have
+    trained on other tokens in the stage that the checkpoint is in the middle of.
+    """
     if checkpoints.latest() is None:
         return jax.jit(init_state, static_argnums=0)(c), 0
     checkpoints.check_config(config.to_dict(c))
-    step, state, data = checkpoints.restore(abstract_state(c, mesh))
-    if data != data_state(c, step):
+    step, state, saved = checkpoints.restore(abstract_state(c, mesh))
+    wanted = data_state(c, identities, step)
+    done = saved["stage_steps"]
+    if done != wanted["stage_steps"]:
         raise ValueError(
-            f"the checkpoint of step {step} has done {data['stage_steps']} steps of each stage; the stages of this config "
-            f"would have done {data_state(c, step)['stage_steps']}; only the steps of the last stage begun can change"
+            f"the checkpoint of step {step} has done {done} steps of each stage; the stages of this config "
+            f"would have done {wanted['stage_steps']}; only the steps of the last stage begun can change"
         )
+    if done and done[-1] < c.stages[len(done) - 1].steps:
+        lines = config.differences(saved["stage"], wanted["stage"], "  ")
+        if lines:
+            stage = f"stages[{len(done) - 1}]"
+            raise ValueError(
+                f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches there "
+                "(saved -> wanted):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with {stage}.steps="
+                f"{done[-1]}, and give the new values to a stage after it"
+            )
     return state, step
 
 
-def data_state(c: config.Config, step: int) -> dict:
-    """Where the data stands after `step` steps: how many of each stage are done."""
+def data_state(c: config.Config, identities: Sequence[dict], step: int) -> dict:
+    """Where the data stands after `step` steps: how many are done of each stage begun, and what the last of those is."""
     done = []
     for stage in c.stages:
-        done.append(min(step, stage.steps))
-        step -= done[-1]
-    return {"stage_steps": done}
+        if step:
+            done.append(min(step, stage.steps))
+            step -= done[-1]
+    return {"stage_steps": done, "stage": identities[len(done) - 1] if done else {}}
 
 
-def run_steps(c, step_fn, state, start, batches: Iterator, checkpoints, metrics, stop) -> tuple[TrainState, int]:
+def run_steps(c, identities, step_fn, state, start, batches: Iterator, checkpoints, metrics, stop) -> tuple[TrainState, int]:
     """Steps until the batches end or a signal asks to stop; metrics of a step are read after the next one is dispatched."""
     pending, step, waited, before = None, start, 0.0, time.perf_counter()
 
@@ -136,7 +153,7 @@ def run_steps(c, step_fn, state, start, batches: Iterator, checkpoints, metrics,
         if checkpoints.due(step) and step < c.total_steps:
             report()  # so that no state is saved whose loss nobody has looked at
             pending = None
-            checkpoints.save(step, state, data_state(c, step), config.to_dict(c))
+            checkpoints.save(step, state, data_state(c, identities, step), config.to_dict(c))
     if pending:
         report()
     return state, step
