@@ -38,7 +38,7 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
     with jax.set_mesh(mesh):
         subject = subject_on(mesh)
         *buckets, total = EVALS["position"](subject, spec)
-    rows = [Rows(spec.documents, LENGTH, None, Bytes().byte_lengths)[i] for i in range(3)]
+    rows = [Rows(spec.documents, LENGTH, None, Bytes().byte_lengths)[i] for i in (0, 2, 4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     with jax.set_mesh(mesh_of()):
         by_token = {name: x for name, x in batch.items() if name != "bytes"}

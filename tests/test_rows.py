@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -95,19 +97,18 @@ def test_bytes_are_those_of_the_counted_targets():
         assert not row["bytes"][row["weights"] == 0].any()
 
 
-def test_documents_stay_whole_and_only_their_order_is_shuffled():
+def test_documents_are_cut_at_row_edges_only_and_documents_and_rows_are_shuffled():
     rows = make(4, 11)
-    streams = [epoch_of(rows, epoch) for epoch in range(3)]
-    streams = [read["tokens"][read["segments"] > 0] for read in streams]
-    firsts = np.cumsum([0, *LENGTHS[:-1]])
-    whole = {tuple(range(first, first + n)) for first, n in zip(firsts, LENGTHS, strict=True)}
-    orders = []
-    for stream in streams:
-        pieces = np.split(stream, np.flatnonzero(np.isin(stream, firsts)))[1:]
-        assert {tuple(piece) for piece in pieces} == whole
-        orders.append([piece[0] for piece in pieces])
-    assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert all(order != sorted(order) for order in orders)
+    read = [epoch_of(rows, epoch) for epoch in range(3)]
+    epochs = [[tuple(t[s > 0]) for t, s in zip(x["tokens"], x["segments"], strict=True)] for x in read]
+    firsts = set(np.cumsum([0, *LENGTHS[:-1]]).tolist())
+    for row in itertools.chain(*epochs):
+        for before, token in itertools.pairwise(row):
+            assert token == before + 1 or (token in firsts and (before + 1 in firsts or before + 1 == TOTAL))
+    for one, other in itertools.combinations(epochs, 2):
+        assert one != other and set(one) != set(other)
+    neighbours = [(row[-1], after[0]) for row, after in itertools.pairwise(epochs[0]) if row[-1] + 1 not in firsts]
+    assert np.mean([after == last + 1 for last, after in neighbours]) < 0.5
 
 
 def test_without_a_seed_every_epoch_is_in_reading_order():
@@ -151,6 +152,12 @@ def test_best_fit_rows_have_the_order_of_the_epoch():
     sets = [sorted(map(tuple, epoch)) for epoch in epochs]
     assert sets[0] == sets[1] == sets[2]
     assert all((epochs[i] != epochs[j]).any() for i, j in ((0, 1), (1, 2), (0, 2)))
+
+
+@pytest.mark.parametrize("wanted, numbers", [(1, [0]), (3, [0, 2, 5]), (8, range(8)), (100, range(8))])
+def test_a_sample_of_rows_is_spread_over_the_epoch(wanted, numbers):
+    rows = Rows(documents([10] * 8), 10, None, np.ones(80))
+    assert rows.spread(wanted) == list(numbers)
 
 
 def test_another_seed_is_another_order():

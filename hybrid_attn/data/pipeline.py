@@ -102,15 +102,15 @@ def batches(c: config.Config, stages: Sequence[MixedRows], mesh: Mesh, start_ste
 
 
 def heldout_batches(rows: Rows, num_rows: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
-    """Batches of the first `num_rows` rows, each row once; the last batch is filled up with rows of padding."""
+    """Batches of `num_rows` rows spread over the first epoch, each once; the last batch is filled up with rows of padding."""
     _check_splits("batch", batch, mesh, BATCH)
-    num_rows = min(num_rows, len(rows))
-    for first in range(0, num_rows, batch):
+    numbers = rows.spread(num_rows)
+    for first in range(0, len(numbers), batch):
+        chosen = numbers[first : first + batch]
 
-        def read(slices: list[Slice], first: int = first) -> list[dict[str, np.ndarray]]:
-            real = [(first + r, start, stop) for r, start, stop in slices if first + r < num_rows]
-            found = iter(rows.read(real))
-            return [next(found) if first + r < num_rows else blank(stop - start) for r, start, stop in slices]
+        def read(slices: list[Slice], chosen: list[int] = chosen) -> list[dict[str, np.ndarray]]:
+            found = iter(rows.read([(chosen[r], start, stop) for r, start, stop in slices if r < len(chosen)]))
+            return [next(found) if r < len(chosen) else blank(stop - start) for r, start, stop in slices]
 
         yield _global_batch(read, batch, rows.seq_len, mesh)
 

@@ -2,9 +2,9 @@
 
 T positions of a row, S = T + 1 with the token after it, K spans of documents in a row. Which spans a row has follows from
 the lengths of the documents, in one of two ways. `Concat`: an epoch is all documents back to back in a shuffled order, cut
-at row edges, and only its last row is padded. `BestFit`: documents longer than a row are cut into whole rows, what remains of
-them is packed with the documents that fit a row, and the rows are shuffled. Either way an epoch holds every token once, in
-the same number of rows.
+at row edges, and only one row is padded. `BestFit`: documents longer than a row are cut into whole rows, and what remains of
+them is packed with the documents that fit a row. Either way an epoch holds every token once, in the same number of rows, and
+the rows are shuffled: in order, the rows of one long document would be the batches of many steps.
 """
 
 import functools
@@ -47,6 +47,11 @@ class Rows:
     def __iter__(self):
         """The rows of the first epoch."""
         return map(self.__getitem__, range(len(self)))
+
+    def spread(self, wanted: int) -> list[int]:
+        """The numbers of at most `wanted` rows, evenly spaced over the first epoch: a sample that no single document fills."""
+        wanted = min(wanted, len(self))
+        return [i * len(self) // wanted for i in range(wanted)]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Row `index`, counted through all epochs, as `read` gives it."""
@@ -113,7 +118,7 @@ class Rows:
 
 
 class Concat:
-    """All documents back to back, cut at row edges."""
+    """All documents back to back, cut at row edges, in shuffled order."""
 
     def __init__(self, lengths: np.ndarray, seq_len: int, seed: int | None):
         self._lengths, self._seq_len, self._seed = lengths, seq_len, seed
@@ -124,8 +129,8 @@ class Concat:
         return -(-self._num_tokens // self._seq_len)
 
     def spans(self, epoch: int, row: int) -> Spans:
-        order, ends = self._order(epoch)
-        start = row * self._seq_len
+        order, ends, rows = self._order(epoch)
+        start = int(rows[row]) * self._seq_len
         stop = min(start + self._seq_len + 1, self._num_tokens)
         first, last = np.searchsorted(ends, (start, stop - 1), side="right")
         documents_K, ends_K = order[first : last + 1], ends[first : last + 1]
@@ -135,20 +140,20 @@ class Concat:
 
     def cuts(self, epoch: int) -> tuple[int, int]:
         """Row edges inside a document, and documents with such an edge."""
-        _, ends = self._order(epoch)
+        _, ends, _ = self._order(epoch)
         edges = np.arange(self._seq_len, self._num_tokens, self._seq_len)
         holders = np.searchsorted(ends, edges)
         inside = ends[holders] != edges
         return int(inside.sum()), int(np.count_nonzero(np.diff(holders[inside], prepend=-1)))
 
-    def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents' order in `epoch`, and where each of them ends in the epoch's stream."""
+    def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The documents' order in `epoch`, where each of them ends in the epoch's stream, and the order of the rows."""
         order = _permutation(len(self._lengths), self._seed, epoch)
-        return order, np.cumsum(self._lengths[order])
+        return order, np.cumsum(self._lengths[order]), _permutation(len(self), self._seed, epoch, 1)
 
 
 class BestFit:
-    """The rows of `packing.best_fit` in shuffled order."""
+    """The rows of `packing.best_fit`, in shuffled order."""
 
     def __init__(self, lengths: np.ndarray, seq_len: int, seed: int | None):
         self._lengths, self._seq_len, self._seed = lengths, seq_len, seed
@@ -178,9 +183,9 @@ def blank(size: int) -> dict[str, np.ndarray]:
 PLANS = {"concat": Concat, "best_fit": BestFit}
 
 
-def _permutation(n: int, seed: int | None, epoch: int) -> np.ndarray:
-    """Order of `n` things in `epoch`, the same under every version of NumPy."""
+def _permutation(n: int, seed: int | None, *which: int) -> np.ndarray:
+    """Order of `n` things, another one for each `which`, the same under every version of NumPy."""
     if seed is None:
         return np.arange(n)
     # NumPy promises the raw stream of a bit generator for ever, but not what Generator.permutation makes of it.
-    return np.argsort(np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(n), kind="stable")
+    return np.argsort(np.random.Philox(np.random.SeedSequence((seed, *which))).random_raw(n), kind="stable")

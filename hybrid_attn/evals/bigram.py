@@ -33,7 +33,7 @@ def score(log_probs: np.ndarray, spec: Spec, byte_lengths: np.ndarray) -> float:
     """Bits per byte of the tokens that `position.run` scores under the same `spec`."""
     rows = Rows(spec.documents, spec.length, None, byte_lengths)
     nll = num_bytes = 0.0
-    for i in range(min(-(-spec.tokens // spec.length), len(rows))):
+    for i in rows.spread(-(-spec.tokens // spec.length)):
         row = rows[i]
         nll -= float((row["weights"] * log_probs[row["tokens"], row["targets"]]).sum())
         num_bytes += float(row["bytes"].sum())
