@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RUN, assert_close, batch_of, biggest_array, mesh_of, on_mesh, random_params, tiny
+from conftest import RUN, assert_close, batch_of, biggest_array, every, mesh_of, on_mesh, random_params, tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -84,7 +84,7 @@ def outputs_and_grads(run):
 
 def test_remat_changes_neither_the_outputs_nor_a_gradient(one_device):
     *plain, plain_jaxpr = outputs_and_grads(REFERENCE)
-    *remat, remat_jaxpr = outputs_and_grads(REFERENCE._replace(remat="layer"))
+    *remat, remat_jaxpr = outputs_and_grads(REFERENCE._replace(remat=every("layer")))
     assert_close(remat, plain, 1e-6)
     assert "remat" in remat_jaxpr and "remat" not in plain_jaxpr
 
@@ -303,7 +303,7 @@ def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(ge
     batch |= {name: array(jnp.float32, TOKENS_BT, rows, length) for name in ("weights", "bytes")}
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(c))
-        after, metrics = jax.eval_shape(make_step(c, run_on("tpu", c.train)), state, batch)
+        after, metrics = jax.eval_shape(make_step(c, run_on("tpu", c.model, c.train)), state, batch)
 
     def described(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype, P() if x.sharding is None else x.sharding.spec), tree)

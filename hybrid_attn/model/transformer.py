@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn import kernels
-from hybrid_attn.config import Model, Train
+from hybrid_attn import config, kernels
+from hybrid_attn.config import Model, Table, Train
 from hybrid_attn.model.attention import Attention, weight
 from hybrid_attn.model.mlp import MLP
 from hybrid_attn.model.norm import Norm
@@ -30,17 +30,21 @@ class Run(NamedTuple):
     """How a model runs, which never changes the function that it computes: the `train` keys of configs/base.py, resolved."""
 
     dtype: jnp.dtype
-    remat: str
+    remat: Table[str, str]  # by the letter of the layer
+    context: Table[str, str]
+    balance: bool
     kernel: str
     loss_chunk: int
     mlp_chunk: int | None
 
 
-def run_on(platform: str, train: Train) -> Run:
-    """The `Run` that `train` means on a platform ("cpu", "gpu" or "tpu")."""
+def run_on(platform: str, model: Model, train: Train) -> Run:
+    """The `Run` of `model` that `train` means on a platform ("cpu", "gpu" or "tpu")."""
     dtype = ("float32" if platform == "cpu" else "bfloat16") if train.dtype == "auto" else train.dtype
     mlp_chunk = CPU_MLP_CHUNK if train.mlp_chunk is None and platform == "cpu" else train.mlp_chunk
-    return Run(jnp.dtype(dtype), train.remat, kernels.choose(train.kernel, platform), train.loss_chunk, mlp_chunk)
+    kernel = kernels.choose(train.kernel, platform)
+    remat, context = config.remat(model, train), config.context(model, train)
+    return Run(jnp.dtype(dtype), remat, context, train.balance, kernel, train.loss_chunk, mlp_chunk)
 
 
 class Block(nnx.Module):
@@ -85,7 +89,7 @@ class Period(nnx.Module):
                 return block(x_BTD, pos_BT, seg_BT, run)
 
             with jax.named_scope(slot):
-                x_BTD = (jax.checkpoint(layer) if run.remat == "layer" else layer)(getattr(self, slot), x_BTD)
+                x_BTD = (layer if run.remat[slot[0]] == "none" else jax.checkpoint(layer))(getattr(self, slot), x_BTD)
         return x_BTD
 
 
