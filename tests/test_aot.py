@@ -160,7 +160,7 @@ def lower_step(tiny, mesh, kernel: str):
     kinds = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "weights": "float32"}
     kinds["bytes"] = "float32"
     batch = {name: jax.ShapeDtypeStruct((1, S), kind, sharding=NamedSharding(mesh, TOKENS_BT)) for name, kind in kinds.items()}
-    return step.lower(abstract_state(c, mesh), batch)
+    return step.lower(abstract_state(c, mesh), batch, 1)
 
 
 def measure(executable, kernel: str) -> dict:
