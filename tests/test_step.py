@@ -43,12 +43,16 @@ def test_parts_of_a_batch_give_the_metrics_and_the_gradient_of_the_whole(sizes, 
     assert spec == whole[2]
 
 
-def test_each_token_weighs_the_same_whatever_part_it_is_in(whole):
-    means = [stepped(mesh_of(), 1, {name: x[rows] for name, x in BATCH.items()})[0]["loss"] for rows in ([0, 1], [6, 7])]
-    both = stepped(mesh_of(), 2, {name: x[[0, 1, 6, 7]] for name, x in BATCH.items()})[0]["loss"]
-    weight = BATCH["weights"].sum(1)
-    shares = weight[[0, 1]].sum(), weight[[6, 7]].sum()
-    assert both == pytest.approx(np.average(means, weights=shares), rel=1e-5)
+def test_each_token_weighs_the_same_whatever_part_it_is_in():
+    weights = BATCH["weights"].sum(1)
+
+    def loss(rows, microbatches):
+        kept = np.isin(np.arange(8), rows)[:, None]
+        return stepped(mesh_of(), microbatches, BATCH | {"weights": BATCH["weights"] * kept})[0]["loss"]
+
+    means = [loss([0, 1], 1), loss([6, 7], 1)]
+    both = loss([0, 1, 6, 7], 8)
+    assert both == pytest.approx(np.average(means, weights=[weights[[0, 1]].sum(), weights[[6, 7]].sum()]), rel=1e-5)
     assert abs(both - np.mean(means)) > 1e-4 * both
 
 
@@ -64,12 +68,11 @@ def test_parts_hold_every_row_once_and_no_device_sends_one():
 
 
 def test_the_memory_of_a_step_falls_with_the_number_of_parts(one_device):
-    c, batch = tiny(), on_mesh({name: np.tile(x, (8, 1)) for name, x in BATCH.items()})
-    state = jax.jit(init_state, static_argnums=0)(c)
+    c = tiny({"optim.z_loss": 1e-3})
+    state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c, RUN)
 
     def temporaries(microbatches):
-        step = make_step(c, RUN._replace(mlp_chunk=None))
-        return step.lower(state, batch, microbatches).compile().memory_analysis().temp_size_in_bytes
+        return step.lower(state, on_mesh(BATCH), microbatches).compile().memory_analysis().temp_size_in_bytes
 
     one, eight = temporaries(1), temporaries(8)
-    assert eight < 0.25 * one, (one, eight)
+    assert eight < 0.4 * one, (one, eight)
