@@ -115,6 +115,8 @@ def get_config() -> ConfigDict:
     stage.steps = 300
     stage.seq_len = 8192  # tokens in a row
     stage.batch = 1  # rows in a step, over all devices
+    # Parts of the batch whose gradients are summed one after the other: less memory for activations, the same step.
+    stage.microbatches = 1
     stage.mixture = ConfigDict()  # source -> weight: its share in the tokens; empty = the only source
     c.stages = [stage]
 

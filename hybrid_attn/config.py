@@ -270,10 +270,11 @@ class Stage:
     steps: int
     seq_len: int
     batch: int
+    microbatches: int
     mixture: Table[str, float]
 
     def __post_init__(self):
-        for name in ("steps", "seq_len", "batch"):
+        for name in ("steps", "seq_len", "batch", "microbatches"):
             _check(getattr(self, name) >= 1, f"stages.{name}={getattr(self, name)} must be at least 1")
         for source, weight in self.mixture.items():
             _check(0 <= weight < math.inf, f"stages.mixture.{source}={weight} must be a finite share, 0 or more")

@@ -112,6 +112,7 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
         ("model.num_layers", 0, "num_layers=0 must be at least 1"),
         ("stages", [], "stages is empty"),
         ("stages.0.batch", 0, "stages.batch=0 must be at least 1"),
+        ("stages.0.microbatches", 0, "stages.microbatches=0 must be at least 1"),
         ("data.holdout", 1.0, "holdout=1.0 must lie between 0 and 1"),
         ("data.sources", {}, "data.sources is empty"),
         ("data.sources.text.min_length", -1, "min_length=-1 must not be negative"),
@@ -212,11 +213,17 @@ def test_a_mesh_takes_the_devices_left_over_on_one_axis():
         Mesh(1, 1, 0, 1, 1)
 
 
-def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match="data=1, fsdp=2, context=2, tensor=1 needs 4 devices and 8 are here"):
-        axis_sizes(Mesh(1, 1, 2, 2, 1), 8)
-    with pytest.raises(ValueError, match="8 devices do not divide by 3"):
-        axis_sizes(Mesh(1, -1, 3, 1, 1), 8)
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        ((1, 1, 2, 2, 1), "needs 4 devices and 8 are here; use slice=2 or data=2 or fsdp=4 or context=4 or tensor=2, or -1"),
+        ((1, 3, 3, 1, 1), "needs 9 devices and 8 are here; use sizes whose product is 8, or -1 for one axis"),
+        ((1, -1, 3, 1, 1), "8 devices do not divide by 3; the sizes beside -1 must give one of 1, 2, 4, 8"),
+    ],
+)
+def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused_with_sizes_that_do(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        axis_sizes(Mesh(*sizes), 8)
 
 
 def test_what_is_built_comes_back_from_its_dict_even_through_json():
@@ -248,7 +255,7 @@ def test_layers_repeat_the_pattern_and_end_with_a_tail():
 
 
 def test_a_step_belongs_to_its_stage():
-    c = dataclasses.replace(tiny(), stages=(Stage(3, 48, 8, Table()), Stage(2, 96, 4, Table())))
+    c = dataclasses.replace(tiny(), stages=(Stage(3, 48, 8, 1, Table()), Stage(2, 96, 4, 1, Table())))
     assert c.total_steps == 5
     assert [c.stage_at(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     with pytest.raises(ValueError, match="step 5 lies beyond the last of 5 steps"):

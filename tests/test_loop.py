@@ -24,7 +24,7 @@ STEPS = 6
 
 
 def stage(steps, seq_len, batch):
-    return {"steps": steps, "seq_len": seq_len, "batch": batch, "mixture": {}}
+    return {"steps": steps, "seq_len": seq_len, "batch": batch, "microbatches": 1, "mixture": {}}
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +173,11 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(corpus, tmp_
     def poisoned(c, run):
         step = make_step(c, run)
 
-        def poison(state, batch):
+        def poison(state, batch, microbatches):
             if int(state.step) == 3:
                 bad = jax.tree.map(lambda x: x * np.float32("nan"), state.params)
                 state = state._replace(params=bad)
-            return step(state, batch)
+            return step(state, batch, microbatches)
 
         return poison
 
@@ -211,7 +211,7 @@ def test_a_workdir_that_cannot_be_written_is_named(corpus, tmp_path):
     "changes, message",
     [
         ({"mesh.context": 4, "mesh.fsdp": 1, "mesh.data": 2, "stages": [stage(1, 46, 8)]},
-         r"seq_len 46 does not split over 4 context shards; use 44 or 48"),
+         r"seq_len 46 does not split over 4 context shards of 2 parts each; use 40 or 48, or mesh.context=1"),
         ({"stages": [stage(1, 48, 12)]}, r"batch 12 does not split over 8 .* use 8 or 16"),
         ({"model.vocab_size": 100}, r"100.*258"),
         ({"data.sources": {"text": base.source(paths=("/nowhere/*.txt",))}}, r"text: .*/nowhere/\*\.txt.* matches no file"),
@@ -292,7 +292,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
 
         __float__ = lambda self: float(self.__array__())  # noqa: E731
 
-    def step(state, batch):
+    def step(state, batch, microbatches):
         events.append(("dispatch", state + 1))
         return state + 1, {"loss": Value(state + 1), "grad_norm": np.float32(1)}
 

@@ -1,14 +1,16 @@
-"""The mesh: its axes over devices with and without slices."""
+"""The mesh: its axes over devices with and without slices, and what does not split over them."""
 
 import dataclasses
+import re
 
 import jax
 import pytest
-from conftest import mesh_of
+from conftest import mesh_of, tiny
 from jax.sharding import AxisType
 
 from hybrid_attn.config import Mesh
-from hybrid_attn.parallel.mesh import AXES, make_mesh
+from hybrid_attn.parallel import fit
+from hybrid_attn.parallel.mesh import AXES, abstract_mesh, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +53,71 @@ def test_axes_may_cross_machines_of_gpus():
 
 def test_a_mesh_of_fewer_devices_than_there_are_takes_the_first():
     assert mesh_of(fsdp=2).devices.ravel().tolist() == jax.devices()[:2]
+
+
+def stage(**changes):
+    return {"stages": [{"steps": 1, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}} | changes]}
+
+
+@pytest.mark.parametrize(
+    "changes, sizes, words",
+    [
+        (stage(batch=6), {"data": 4}, "stages[0]: batch 6 does not split over 4 slice * data * fsdp shards; use 4 or 8"),
+        (stage(batch=3), {"slice": 2, "fsdp": 2}, "batch 3 does not split over 4 slice * data * fsdp shards; use 4"),
+        (
+            stage(batch=8, microbatches=3),
+            {"data": 2},
+            "batch 8 does not split over 2 slice * data * fsdp shards of 3 microbatches each; use 6 or 12",
+        ),
+        (
+            stage(seq_len=52),
+            {"context": 4},
+            "seq_len 52 does not split over 4 context shards of 2 parts each; use 48 or 56, or mesh.context=2",
+        ),
+        (
+            stage(seq_len=50) | {"train.balance": False},
+            {"context": 4},
+            "seq_len 50 does not split over 4 context shards; use 48 or 52, or mesh.context=2",
+        ),
+        (
+            {"evals.lengths": (1.0, 1.25)},
+            {"context": 8},
+            "evals.lengths: 1.25 of 48 tokens, 60 does not split over 8 context shards of 2 parts each; use 48 or 64",
+        ),
+        ({}, {"tensor": 3}, "model.num_heads 4 does not split over 3 tensor shards; use 3 or 6, or mesh.tensor=2"),
+        ({}, {"tensor": 4}, "model.num_kv_heads 2 does not split over 4 tensor shards; use 4, or mesh.tensor=2"),
+        ({"model.d_ff": 49}, {"tensor": 2}, "model.d_ff 49 does not split over 2 tensor shards; use 48 or 50"),
+        ({"model.vocab_size": 383}, {"tensor": 2}, "model.vocab_size 383 does not split over 2 tensor shards"),
+        (
+            stage(batch=24) | {"model.d_model": 40},
+            {"fsdp": 12},
+            "model.d_model 40 does not split over 12 fsdp shards; use 36 or 48, or mesh.fsdp=10",
+        ),
+        (
+            {"train.context": "G=exchange"},
+            {"context": 4},
+            "the 2 key/value heads of a tensor shard over 4 context shards; use mesh.context=2, or a multiple of 4",
+        ),
+        ({"train.context": "exchange"}, {"context": 2, "tensor": 2}, "splits the 1 key/value heads of a tensor shard over 2"),
+    ],
+    ids=lambda x: "",
+)
+def test_what_does_not_split_is_refused_with_the_axis_the_numbers_and_what_works(changes, sizes, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        fit.check(tiny(changes), abstract_mesh(**sizes).shape)
+
+
+@pytest.mark.parametrize(
+    "changes, sizes",
+    [
+        ({}, {"slice": 2, "data": 2, "fsdp": 2, "context": 6, "tensor": 2}),
+        (stage(seq_len=50), {"context": 1}),
+        (stage(seq_len=50) | {"train.balance": False}, {"context": 2}),
+        (stage(batch=24, microbatches=3), {"data": 8}),
+        ({"train.context": "exchange"}, {"context": 2}),
+        ({"train.context": "G=exchange"}, {"context": 1, "tensor": 2}),
+    ],
+    ids=str,
+)
+def test_what_splits_is_let_through(changes, sizes):
+    fit.check(tiny(changes), abstract_mesh(**sizes).shape)

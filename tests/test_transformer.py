@@ -30,11 +30,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config
-from hybrid_attn.data.pipeline import check_batch_shape
 from hybrid_attn.model import apply, flops, init, losses, run_on, unembedding
 from hybrid_attn.model.mlp import MLP
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.model.transformer import Block
+from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.train.step import init_state, make_step
 
@@ -288,7 +288,7 @@ def training_configs():
 def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(get_config, size):
     c = config.build(get_config())
     mesh = abstract_mesh(**dict(zip(AXES, axis_sizes(c.mesh, DEVICES[size]), strict=True)))
-    check_batch_shape(c.stages, mesh)
+    fit.check(c, mesh.shape)
     rows, length = c.stages[0].batch, c.stages[0].seq_len
 
     def array(dtype, spec, *shape):
@@ -298,7 +298,8 @@ def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(ge
     batch |= {name: array(jnp.float32, TOKENS_BT, rows, length) for name in ("weights", "bytes")}
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(c))
-        after, metrics = jax.eval_shape(make_step(c, run_on("tpu", c.model, c.train)), state, batch)
+        step = make_step(c, run_on("tpu", c.model, c.train))
+        after, metrics = jax.eval_shape(lambda state, batch: step(state, batch, c.stages[0].microbatches), state, batch)
 
     def described(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype, P() if x.sharding is None else x.sharding.spec), tree)

@@ -27,8 +27,8 @@ def config_and_rows():
     c.data.prefetch = 1  # one thread, so that the steps are read in order
     mixture = {"a": 0.7, "b": 0.3}
     c.stages = [
-        {"steps": 3, "seq_len": 16, "batch": 4, "mixture": mixture},
-        {"steps": 2, "seq_len": 64, "batch": 2, "mixture": mixture},
+        {"steps": 3, "seq_len": 16, "batch": 4, "microbatches": 1, "mixture": mixture},
+        {"steps": 2, "seq_len": 64, "batch": 2, "microbatches": 1, "mixture": mixture},
     ]
     c = config.build(c)
     tokens = {name: [rng.integers(0, 256, n).astype(np.uint16) for n in rng.integers(3, 90, 20)] for name in "ab"}

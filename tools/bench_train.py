@@ -32,6 +32,7 @@ from hybrid_attn import config
 from hybrid_attn.config import Config, Table
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops, init, run_on
+from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train import measurement
 from hybrid_attn.train.measurement import Processes, Ready, Task
@@ -69,10 +70,15 @@ def make_ours(values: dict) -> Ready:
     """Steps of the trainer on one device; on an accelerator, memory is what the compiler reserves."""
     c = config.build(values)
     mesh = make_mesh(c.mesh, jax.devices()[:1])
+    fit.check(c, mesh.shape)
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=0)(c)
         batch = jax.device_put(batch_of(c), NamedSharding(mesh, TOKENS_BT))
-        program = make_step(c, run_on(jax.default_backend(), c.model, c.train)).lower(state, batch).compile()
+        program = (
+            make_step(c, run_on(jax.default_backend(), c.model, c.train))
+            .lower(state, batch, c.stages[0].microbatches)
+            .compile()
+        )
 
     def run() -> float:
         nonlocal state

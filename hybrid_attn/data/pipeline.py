@@ -13,17 +13,11 @@ from hybrid_attn import config
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.mixture import Mixture
 from hybrid_attn.data.rows import ARRAYS, Rows, blank
+from hybrid_attn.parallel.fit import check_splits
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 Batch = dict[str, jax.Array]
 Slice = tuple[int, int, int]  # a row, and the positions [start, stop) of it
-
-
-def check_batch_shape(stages: Sequence[config.Stage], mesh: Mesh) -> None:
-    """ValueError where the rows of a stage do not split over the batch axes of `mesh`, or its tokens over `context`."""
-    for index, stage in enumerate(stages):
-        _check_splits(f"stages[{index}]: batch", stage.batch, mesh, BATCH)
-        _check_splits(f"stages[{index}]: seq_len", stage.seq_len, mesh, ("context",))
 
 
 class MixedRows:
@@ -103,7 +97,7 @@ def batches(c: config.Config, stages: Sequence[MixedRows], mesh: Mesh, start_ste
 
 def heldout_batches(rows: Rows, num_rows: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
     """Batches of `num_rows` rows spread over the first epoch, each once; the last batch is filled up with rows of padding."""
-    _check_splits("batch", batch, mesh, BATCH)
+    check_splits("batch", batch, mesh.shape, BATCH)
     numbers = rows.spread(num_rows)
     for first in range(0, len(numbers), batch):
         chosen = numbers[first : first + batch]
@@ -145,11 +139,3 @@ def _row_seed(seed: int, stage: int, source: str) -> int:
     """A seed of its own for each source of each stage: no stage repeats the order of another, and sources come and go."""
     entropy = (seed, stage, zlib.crc32(source.encode()))
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-
-
-def _check_splits(what: str, size: int, mesh: Mesh, axes: tuple[str, ...]) -> None:
-    shards = int(np.prod([mesh.shape[axis] for axis in axes]))
-    if size % shards:
-        below, above = size // shards * shards, -(-size // shards) * shards
-        cure = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(f"{what} {size} does not split over {shards} {' * '.join(axes)} shards; use {cure}")

@@ -51,10 +51,13 @@ def token_losses(model: Model, table_VD: jax.Array, x_BTD: jax.Array, targets_BT
     )
 
 
-def mean_loss(nll_BT, lse_BT, weights_BT, z_loss: float) -> jax.Array:
-    """Mean over the weighted tokens of the whole batch, with z_loss * lse^2 (PaLM, arXiv 2204.02311, section 5) added."""
+def mean_loss(nll_BT, lse_BT, weights_BT, z_loss: float, total_weight=None) -> jax.Array:
+    """Mean over the weighted tokens of the whole batch, with z_loss * lse^2 (PaLM, arXiv 2204.02311, section 5) added.
+
+    Of a part of a batch, with the `total_weight` of all its parts, it is what the part adds to the mean.
+    """
     total = (weights_BT * (nll_BT + z_loss * jnp.square(lse_BT))).sum()
-    return total / jnp.maximum(weights_BT.sum(), 1.0)
+    return total / jnp.maximum(weights_BT.sum() if total_weight is None else total_weight, 1.0)
 
 
 def bits_per_byte(nll_sum, num_bytes):

@@ -29,9 +29,15 @@ def axis_sizes(mesh: config.Mesh, num_devices: int) -> tuple[int, ...]:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if -1 not in sizes.values() and fixed != num_devices:
-        raise ValueError(f"mesh {shown} needs {fixed} devices and {num_devices} are here; set one axis to -1")
+        others = {axis: fixed // size for axis, size in sizes.items()}
+        fits = [f"{axis}={num_devices // rest}" for axis, rest in others.items() if num_devices % rest == 0]
+        cure = f"use {' or '.join(fits)}, or" if fits else f"use sizes whose product is {num_devices}, or"
+        raise ValueError(f"mesh {shown} needs {fixed} devices and {num_devices} are here; {cure} -1 for one axis")
     if num_devices % fixed:
-        raise ValueError(f"mesh {shown}: {num_devices} devices do not divide by {fixed}; use a divisor of {num_devices}")
+        divisors = ", ".join(str(x) for x in range(1, num_devices + 1) if num_devices % x == 0)
+        raise ValueError(
+            f"mesh {shown}: {num_devices} devices do not divide by {fixed}; the sizes beside -1 must give one of {divisors}"
+        )
     return tuple(num_devices // fixed if size == -1 else size for size in sizes.values())
 
 

@@ -15,7 +15,8 @@ from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline, tokenizer
 from hybrid_attn.evals import EVALS, Spec, Subject, bigram
 from hybrid_attn.model import flops, run_on
-from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.parallel import fit
+from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.train.metrics import Metrics, peak_flops
 from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_step
 from hybrid_attn.train.summary import summary
@@ -48,8 +49,8 @@ def train(c: config.Config, workdir: str) -> bool:
 
     ValueError where the config, the data or a checkpoint does not fit; FloatingPointError when the loss is not finite.
     """
+    fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
     mesh = make_mesh(c.mesh)
-    pipeline.check_batch_shape(c.stages, mesh)
     words = tokenizer.load(c.data.tokenizer)
     tokenizer.check_vocab(words, c.model.vocab_size, c.data.tokenizer)
     loaded = corpora.load(c.data, c.sources, words)
@@ -145,7 +146,7 @@ def run_steps(c, identities, step_fn, state, start, batches: Iterator, checkpoin
         clock = time.perf_counter()
         _, batch = next(batches)
         waited = time.perf_counter() - clock
-        state, values = step_fn(state, batch)
+        state, values = step_fn(state, batch, c.stages[c.stage_at(step)[0]].microbatches)
         step += 1
         if pending:
             report()

@@ -1,0 +1,56 @@
+"""What must split over a mesh, checked before anything is built: every message has the axis, the numbers and what works."""
+
+import math
+from collections.abc import Mapping
+
+from hybrid_attn import config
+from hybrid_attn.parallel.mesh import BATCH
+
+
+def check(c: config.Config, sizes: Mapping[str, int]) -> None:
+    """ValueError where the batches, rows or parameters of `c` do not split over axes of `sizes` (a mesh's `shape`)."""
+    halves = 2 if c.train.balance and sizes["context"] > 1 else 1
+    lengths = {f"stages[{i}]: seq_len": stage.seq_len for i, stage in enumerate(c.stages)}
+    for multiple in c.evals.lengths:
+        lengths[f"evals.lengths: {multiple} of {c.stages[-1].seq_len} tokens,"] = round(multiple * c.stages[-1].seq_len)
+    for index, stage in enumerate(c.stages):
+        check_splits(f"stages[{index}]: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
+    for name, length in lengths.items():
+        check_splits(name, length, sizes, ("context",), halves, "parts")
+    for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
+        check_splits(f"model.{name}", getattr(c.model, name), sizes, ("tensor",))
+    check_splits("model.d_model", c.model.d_model, sizes, ("fsdp",))
+    _check_exchange(c, sizes["tensor"], sizes["context"])
+
+
+def check_splits(
+    what: str, size: int, sizes: Mapping[str, int], axes: tuple[str, ...], pieces: int = 1, unit: str = ""
+) -> None:
+    """ValueError where `size` does not split over `axes` and, on each of their shards, into so many `pieces`."""
+    shards = math.prod(sizes[axis] for axis in axes)
+    least = shards * pieces
+    if size % least == 0:
+        return
+    below, above = size // least * least, -(-size // least) * least
+    cure = f"{below} or {above}" if below else f"{above}"
+    if len(axes) == 1 and size % pieces == 0:
+        cure += f", or mesh.{axes[0]}={_divisor(size // pieces, shards)}"
+    each = f" of {pieces} {unit} each" if pieces > 1 else ""
+    raise ValueError(f"{what} {size} does not split over {shards} {' * '.join(axes)} shards{each}; use {cure}")
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` up to `most`."""
+    return next(x for x in range(most, 0, -1) if number % x == 0)
+
+
+def _check_exchange(c: config.Config, tensor: int, context: int) -> None:
+    """ValueError where shards of the sequence cannot trade it for heads: each needs as many key/value heads as the others."""
+    heads = c.model.num_kv_heads // tensor
+    letters = [letter for letter, scheme in config.context(c.model, c.train).items() if scheme == "exchange"]
+    if letters and heads % context:
+        raise ValueError(
+            f"train.context: {letters[0]}=exchange splits the {heads} key/value heads of a tensor shard over {context} context "
+            f"shards; use mesh.context={_divisor(heads, context)}, or a multiple of {tensor * context} for model.num_kv_heads, "
+            f"or {letters[0]}=ring"
+        )

@@ -1,0 +1,78 @@
+"""A step in parts of the batch's rows is the step of the whole batch, in less memory."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import RUN, assert_close, batch_of, mesh_of, on_mesh, tiny
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.parallel.mesh import TOKENS_BT
+from hybrid_attn.train.step import init_state, make_step, parts
+
+# Rows of 48, 39, …, 3 weighted tokens: parts of unequal weight, of which the mean of means would be another number.
+ROWS = ("a" * 48, "a" * 40 + "." * 8, "a" * 30 + "b" * 10 + "." * 8, "a" * 25 + "." * 23) + tuple(
+    "a" * n + "." * (48 - n) for n in (20, 11, 7, 4)
+)
+BATCH = batch_of(*ROWS)
+BATCH["bytes"] = np.ones_like(BATCH["weights"])
+
+
+def stepped(mesh, microbatches, batch=BATCH):
+    """Metrics of the first step and the gradient that it took, as the optimiser's mean has it after one step."""
+    c = tiny({"optim.z_loss": 1e-3})
+    with jax.set_mesh(mesh):
+        state = jax.jit(init_state, static_argnums=0)(c)
+        state, metrics = make_step(c, RUN)(state, on_mesh(batch), microbatches)
+        return jax.device_get((metrics, state.opt_state[1].mu, state.params["embed"].sharding.spec))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return stepped(mesh_of(), 1)
+
+
+@pytest.mark.parametrize(
+    "sizes, microbatches",
+    [({}, 8), ({"data": 2, "fsdp": 2}, 2), ({"slices": 2, "context": 2, "tensor": 2}, 4)],
+    ids=str,
+)
+def test_parts_of_a_batch_give_the_metrics_and_the_gradient_of_the_whole(sizes, microbatches, whole):
+    metrics, mean, spec = stepped(mesh_of(**sizes), microbatches)
+    assert_close(metrics, whole[0], 1e-5)
+    assert_close(mean, whole[1], 1e-5)
+    assert spec == whole[2]
+
+
+def test_each_token_weighs_the_same_whatever_part_it_is_in():
+    weights = BATCH["weights"].sum(1)
+
+    def loss(rows, microbatches):
+        kept = np.isin(np.arange(8), rows)[:, None]
+        return stepped(mesh_of(), microbatches, BATCH | {"weights": BATCH["weights"] * kept})[0]["loss"]
+
+    means = [loss([0, 1], 1), loss([6, 7], 1)]
+    both = loss([0, 1, 6, 7], 8)
+    assert both == pytest.approx(np.average(means, weights=[weights[[0, 1]].sum(), weights[[6, 7]].sum()]), rel=1e-5)
+    assert abs(both - np.mean(means)) > 1e-4 * both
+
+
+def test_parts_hold_every_row_once_and_no_device_sends_one():
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, context=2)):
+        batch = on_mesh({"tokens": np.arange(8 * 4, dtype=np.int32).reshape(8, 4)})
+        compiled = jax.jit(parts, static_argnums=1).lower(batch, 2).compile()
+        cut = compiled(batch)["tokens"]
+    assert not any(word in compiled.as_text() for word in ("all-", "collective", "reduce-scatter"))
+    assert cut.sharding.spec == P(None, *TOKENS_BT) and cut.shape == (2, 4, 4)
+    assert sorted(np.asarray(cut)[..., 0].ravel()) == list(range(0, 32, 4))
+    assert {shard.data.shape for shard in cut.addressable_shards} == {(2, 1, 2)}
+
+
+def test_the_memory_of_a_step_falls_with_the_number_of_parts(one_device):
+    c = tiny({"optim.z_loss": 1e-3})
+    state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c, RUN)
+
+    def temporaries(microbatches):
+        return step.lower(state, on_mesh(BATCH), microbatches).compile().memory_analysis().temp_size_in_bytes
+
+    one, eight = temporaries(1), temporaries(8)
+    assert eight < 0.4 * one, (one, eight)
