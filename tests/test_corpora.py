@@ -79,7 +79,7 @@ def test_a_store_is_loaded_for_the_runs_tokenizer_and_chosen_by_label(monkeypatc
         (0.3, {"min_length": 1000}, "none of the 60 documents has min_length=1,000 tokens; the longest of all has 64"),
         (1e-9, {}, "leaves none of the 60 documents to the held-out split; raise data.holdout"),
         (1 - 1e-9, {}, "leaves none of the 60 documents to the training split; lower data.holdout"),
-        (0.3, {"paths": ("/nowhere/*.txt",)}, r"paths: '/nowhere/\*.txt' matches no file"),
+        (0.3, {"paths": ("/nowhere/*.txt",)}, r"'/nowhere/\*.txt' matches no file"),
         (0.3, {"paths": (), "store": "/nowhere"}, "/nowhere is no token store"),
     ],
 )

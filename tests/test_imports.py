@@ -14,6 +14,7 @@ OUTSIDE = {"tools", "launch", "configs", "tests"}
 LEFT_TO_RIGHT = ("config", "kernels", "parallel", "model", "infer", "evals", "train")
 ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
 ALLOWED |= {room: {"config", "parallel"} for room in ("data", "checkpoint", "convert")}
+ALLOWED["programs"] = set()
 ALLOWED["evals"] |= {"data"}
 ALLOWED["train"] |= {"data", "checkpoint"}
 

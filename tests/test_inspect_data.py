@@ -50,11 +50,17 @@ def test_what_is_wrong_is_a_line(made):
     for arguments, message in [
         (["nowhere"], "error: nowhere is no token store"),
         ([str(made), "--document=3"], "error: --document=3: the store has 3 documents, numbered from 0"),
-        ([], "error: name a STORE, or a --config with --stage and --step"),
+        ([], "error: name a STORE, with --verify or --document, or a --config with --stage and --step"),
+        ([str(made), "--step=3"], "error: name a STORE"),
+        ([str(made), "--document=0", "--tokenizer=none.json"], "error: the tokenizer 'none.json' is no file; use 'bytes'"),
+        (["--config=configs/hybrid_8k.py", "--verify"], "error: name a STORE"),
+        (["--config=configs/none.py"], "error: --config=configs/none.py: no such file"),
+        (["--config=configs/base.py", "--config.data.sorces=1"], "error: unknown config key 'sorces'; did you mean 'sources'?"),
         (["--config=configs/hybrid_8k.py", "--stage=2"], "error: --stage=2 --step=0: the stages have 300 steps, both are"),
     ]:
         done = run(*arguments)
-        assert done.returncode == 1 and done.stderr.startswith(message), done.stderr
+        assert done.returncode in (1, 2) and done.stderr.startswith(message), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
     path = made / "shard-00000.tokens"
     path.write_bytes(b"\1" + path.read_bytes()[1:])
     assert "error: " + f"{made}: the checksum of shard-00000.tokens differs" in run(str(made), "--verify").stderr

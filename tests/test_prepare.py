@@ -148,12 +148,39 @@ def test_a_run_that_failed_goes_on_without_doing_shards_again(tmp_path, monkeypa
     monkeypatch.setattr(prepare, "_encode_shard", fail_once)
     with pytest.raises(OSError, match="no space left; 2 of [0-9]+ shards are done and kept; once that is mended, the same"):
         run(tmp_path)
-    with pytest.raises(ValueError, match="is no token store, for it has no manifest.json"):
+    with pytest.raises(ValueError, match="is not finished; the same command of tools/prepare_data.py goes on with it"):
         store.load(str(tmp_path / "out"))
     _, said = run(tmp_path)
     assert said[0].startswith("2 of ") and len(seen) == len(set(seen)) + 1 and seen.count(2) == 2
     assert content(tmp_path / "out") == content(tmp_path / "straight")
     assert run(tmp_path)[1] == [f"{tmp_path}/out is complete"]
+
+
+def test_a_run_that_failed_before_its_first_shard_goes_on(tmp_path, monkeypatch):
+    write(tmp_path / "raw")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.os, "replace", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path)
+    (tmp_path / "out" / "plan.json.partial1").write_bytes(b"half")  # as a kill leaves it
+    run(tmp_path)
+    assert not list((tmp_path / "out").glob("*.partial*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_write", raise_full)
+        with pytest.raises(OSError, match="no space left; 0 of .* shards are done and kept"):
+            run(tmp_path, "other")
+
+
+def raise_full(*_):
+    raise OSError("no space left")
+
+
+def test_a_label_that_only_copies_had_is_summed_up(tmp_path):
+    (tmp_path / "raw").mkdir()
+    lines = [{"text": "same", "source": "a"}, {"text": "same", "source": "b"}]
+    (tmp_path / "raw/0.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    summary, _ = run(tmp_path, drop_duplicates=True)
+    assert "label        b: 0 documents, 0 tokens (0.0%), 0.000 bytes each" in prepare.summary_lines(summary)
 
 
 def test_a_run_that_failed_while_dropping_duplicates_goes_on(tmp_path, monkeypatch):
@@ -214,7 +241,12 @@ def test_broken_lines_stop_or_are_skipped_and_counted(tmp_path):
     made = [x["text"] for x in write(tmp_path / "raw") if x["text"]]
     path = tmp_path / "raw/0.jsonl"
     path.write_bytes(b'{"text": "\xff"}\n' + path.read_bytes() + b"{\n")
-    with pytest.raises(ValueError, match=r"0.jsonl, line 1: not UTF-8: byte 0xff.*; mend it, or pass --on_error=skip"):
+    with pytest.raises(
+        ValueError, match=r"0.jsonl, line 1: not UTF-8: byte 0xff.*; go on with --on_error=skip, or mend it and"
+    ):
+        run(tmp_path)
+    assert run(tmp_path, on_error="skip")[0]["skipped"]["broken"] == 2
+    with pytest.raises(ValueError, match="was begun with on_error='skip', and this is 'stop'"):
         run(tmp_path)
     summary, said = run(tmp_path, "skipped", on_error="skip")
     assert summary["skipped"]["broken"] == 2 and texts(tmp_path / "skipped") == made
@@ -267,7 +299,8 @@ def test_a_tokenizer_json_is_used_and_its_change_is_refused(tmp_path):
 def test_input_without_any_text_is_refused(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/0.jsonl").write_text('{"text": "", "source": "a"}\n')
-    with pytest.raises(ValueError, match="the 1 input files have no text; skipped: .*'empty': 1"):
+    message = "the 1 input files have no text; skipped: .*'empty': 1}; name another --text_field, .*another --out"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Every format gives the same documents, and what cannot be read is named with its line, in its place."""
 
+import codecs
 import gzip
 import json
 import sys
@@ -128,6 +129,27 @@ def test_rows_of_a_table_that_are_not_utf8_are_named(tmp_path):
     for name in ("y.parquet", "y.arrow"):
         (tmp_path / name).write_bytes(b"PAR1 cut short")
         assert [type(x) for x in read(tmp_path / name)] == [Broken]
+
+
+def test_a_table_altered_within_is_named_and_what_the_system_reports_is_raised(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": [f"{i} of many" for i in range(5000)]})
+    parquet.write_table(table, tmp_path / "x.parquet", compression="snappy", use_dictionary=False)
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    content[1000:3000] = b"\xff" * 2000
+    (tmp_path / "x.parquet").write_bytes(content)
+    *_, last = read(tmp_path / "x.parquet", Fields("text", None))
+    assert isinstance(last, Broken) and last.reason.startswith(f"{tmp_path}/x.parquet: not Parquet: ")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "none.parquet", Fields("text", None))
+
+
+def test_a_byte_order_mark_before_the_first_record_is_no_part_of_it(tmp_path):
+    record = json.dumps({"text": "a"}).encode()
+    (tmp_path / "x.jsonl").write_bytes(codecs.BOM_UTF8 + record + b"\n" + codecs.BOM_UTF8 + record + b"\n")
+    first, second = read(tmp_path / "x.jsonl", Fields("text", None))
+    assert first == Text(b"a", None) and second.reason.startswith(f"{tmp_path}/x.jsonl, line 2: not ")
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])

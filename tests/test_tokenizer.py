@@ -133,7 +133,7 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
 
 
 def test_unknown_names_and_broken_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="data.tokenizer='byte' is no file; use 'bytes' or the path"):
+    with pytest.raises(ValueError, match="the tokenizer 'byte' is no file; use 'bytes' or the path"):
         tokenizer.load("byte")
     pytest.importorskip("tokenizers")
     path = tmp_path / "tokenizer.json"

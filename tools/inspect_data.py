@@ -7,7 +7,6 @@ python tools/inspect_data.py --config=configs/hybrid_8k.py --stage=0 --step=12  
 """
 
 import logging
-import sys
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from ml_collections import config_flags
 from hybrid_attn import config
 from hybrid_attn.data import corpora, documents, pipeline, prepare, store, tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.programs import fail, parse
 
 VERIFY = flags.DEFINE_bool("verify", False, "Compare the checksums of all files.")
 DOCUMENT = flags.DEFINE_integer("document", None, "Number of a document whose text to show.", 0)
@@ -39,7 +39,11 @@ def show_store(path: str) -> None:
             pass
         print("verified     every checksum is the manifest's")
     if DOCUMENT.value is not None:
-        show_document(store.load(path, words := tokenizer.load(TOKENIZER.value or manifest.tokenizer)), words)
+        try:
+            words = tokenizer.load(TOKENIZER.value or manifest.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{error}; name the one that made the store with --tokenizer") from error
+        show_document(store.load(path, words), words)
 
 
 def show_document(corpus: documents.Documents, words) -> None:
@@ -95,13 +99,15 @@ def show_row(title: str, row: dict, words) -> None:
 
 def main(argv):
     logging.getLogger().setLevel(logging.WARNING)
-    if len(argv) - 1 + (CONFIG.value is not None) != 1:
-        sys.exit("error: name a STORE, or a --config with --stage and --step")
+    of_step, of_store = (any(flag.present for flag in group) for group in ((STAGE, STEP), (VERIFY, DOCUMENT, TOKENIZER)))
+    of_config = CONFIG.value is not None
+    if len(argv) - 1 + of_config != 1 or (of_store if of_config else of_step):
+        fail("name a STORE, with --verify or --document, or a --config with --stage and --step", 2)
     try:
-        show_step(config.build(CONFIG.value)) if CONFIG.value is not None else show_store(argv[1])
+        show_step(config.build(CONFIG.value)) if of_config else show_store(argv[1])
     except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(str(error), 1)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

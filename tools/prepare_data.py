@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags
 
-from hybrid_attn.data import prepare, sources
+from hybrid_attn.data import documents, prepare, sources
 
 INPUT = flags.DEFINE_multi_string("input", None, "Glob pattern or directory; may be given again.", required=True)
 OUT = flags.DEFINE_string("out", None, "Directory of the store.", required=True)
@@ -18,7 +18,9 @@ TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "bytes, or the path of a t
 FORMAT = flags.DEFINE_enum("format", None, sources.FORMATS, "Of all inputs; by default each file's ending tells.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of a record that holds the text; a.b is b within a.")
 LABEL_FIELD = flags.DEFINE_string("label_field", None, "Field of a record that says where it comes from.")
-LABEL = flags.DEFINE_string("label", prepare.documents.NO_LABEL, "Label of what has no label field.")
+LABEL = flags.DEFINE_string(
+    "label", documents.NO_LABEL, "Label of all documents, or with --label_field of those where that is null."
+)
 DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "Keep the first of documents with the same text.")
 ON_ERROR = flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "What to do where UTF-8 or a record is broken.")
 SHARD_MB = flags.DEFINE_integer("shard_mb", None, "MB of input in a shard; by default a 256th of all, from 1 to 256.", 1)

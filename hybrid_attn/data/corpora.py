@@ -1,7 +1,8 @@
 """The sources of a config as documents: text files or a token store, chosen by label and length, split in two."""
 
 import difflib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from hybrid_attn import config
@@ -19,16 +20,17 @@ class Corpus(NamedTuple):
 def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus]:
     """The named sources; ValueError says which of them does not fit, and why."""
     corpora = {}
+    open_once = functools.cache(lambda path: store.load(path, tokenizer))  # several sources may share a store
     for name in names:
         try:
-            corpora[name] = _load(data.sources[name], data.holdout, tokenizer)
+            corpora[name] = _load(data.sources[name], data.holdout, tokenizer, open_once)
         except ValueError as error:
             raise ValueError(f"data.sources.{name}: {error}") from error
     return corpora
 
 
-def _load(source: config.Source, holdout: float, tokenizer) -> Corpus:
-    found = documents.load(source.paths, tokenizer) if source.store is None else store.load(source.store, tokenizer)
+def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable[[str], Documents]) -> Corpus:
+    found = documents.load(source.paths, tokenizer) if source.store is None else open_store(source.store)
     chosen = found.select(found.lengths >= source.min_length)
     if source.label is not None:
         chosen = chosen.select(chosen.labels == _label(source.label, found.label_names))

@@ -116,10 +116,10 @@ def find(paths: tuple[str, ...]) -> list[tuple[str, str]]:
 def matches(pattern: str) -> list[tuple[str, str]]:
     """Sorted names and paths of the files that `pattern` matches; names start where its fixed folders end."""
     if os.path.isdir(pattern):
-        raise ValueError(f"paths: {pattern!r} is a directory; use {os.path.join(pattern, '**')!r} for all its files")
+        raise ValueError(f"{pattern!r} is a directory; use {os.path.join(pattern, '**')!r} for all its files")
     paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
     if not paths:
-        raise ValueError(f"paths: {pattern!r} matches no file, seen from {os.getcwd()}; correct the path or pattern")
+        raise ValueError(f"{pattern!r} matches no file, seen from {os.getcwd()}; correct the path or pattern")
     root = os.path.dirname(re.split(r"[*?[]", pattern, maxsplit=1)[0]) or os.curdir
     return sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths)
 

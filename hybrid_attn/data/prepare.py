@@ -34,7 +34,7 @@ import tqdm
 from hybrid_attn.data import documents, sources, store, tokenizer
 from hybrid_attn.data.sources import Binary, Broken, Fields
 
-PLAN, PARTS = "plan.json", "parts"
+PLAN, PARTS = store.PLAN, "parts"
 ENCODED = 2**20  # bytes of text that a tokenizer is given at a time
 COPIED = 2**22  # tokens that are in memory while a shard is copied
 MOST_LABELS = 2**16
@@ -69,11 +69,11 @@ def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say
     words = tokenizer.load(options.tokenizer)
     plan = _plan(inputs, options, words)
     folder = Path(out)
-    if not _begin(folder, plan):
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
-        say(f"{out} is complete")
-        return store.read_manifest(out).summary
     try:
+        if not _begin(folder, plan):
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
+            say(f"{out} is complete")
+            return store.read_manifest(out).summary
         return _run(folder, plan, options, words, workers, say)
     except BrokenProcessPool as error:
         raise OSError(f"a worker was killed, perhaps for want of memory; {_progress(folder, plan)}") from error
@@ -98,7 +98,7 @@ def summary_lines(summary: dict) -> Iterator[str]:
 
 
 def _ratio(values: dict) -> float:
-    return values["bytes"] / values["tokens"]
+    return values["bytes"] / max(1, values["tokens"])  # copies may have been all that a label had
 
 
 def _plan(inputs: Sequence[str], options: Options, words) -> dict:
@@ -125,14 +125,19 @@ def _plan(inputs: Sequence[str], options: Options, words) -> dict:
 
 def _begin(folder: Path, plan: dict) -> bool:
     """Whether there is work left; ValueError where `folder` holds other work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    complete = (folder / store.MANIFEST).exists()
     if (folder / PLAN).exists():
-        _check_same(folder, json.loads((folder / PLAN).read_text()), plan)
-        return not (folder / store.MANIFEST).exists()
-    if folder.exists() and any(folder.iterdir()):
+        old = json.loads((folder / PLAN).read_text())
+        if not complete and plan["options"]["on_error"] == "skip":
+            old["options"]["on_error"] = "skip"  # what is done without an error is the same either way
+        _check_same(folder, old, plan)
+    elif any(not path.name.startswith(f"{PLAN}.partial") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no unfinished store; name another --out")
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    _write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
-    return True
+    if not complete:
+        _write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
+        (folder / PARTS).mkdir(exist_ok=True)
+    return not complete
 
 
 def _check_same(folder: Path, old: dict, new: dict) -> None:
@@ -152,7 +157,7 @@ def _check_same(folder: Path, old: dict, new: dict) -> None:
 def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: Callable[[str], None]) -> dict:
     shards = [[(plan["files"][i]["path"], start, stop) for i, start, stop in shard] for shard in plan["shards"]]
     sizes = [sum(stop - start for _, start, stop in shard) for shard in shards]
-    for left_over in (folder / PARTS).glob("*.partial*"):
+    for left_over in folder.glob("**/*.partial*"):
         left_over.unlink()
     todo = [i for i in range(len(shards)) if not _part(folder, i, "json").exists()]
     if len(todo) < len(shards):
@@ -166,6 +171,12 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
     for place in places[:REPORTED]:
         say(f"skipped      {place}")
     names = sorted({name for part in parts for name in part["labels"]})
+    if not names:
+        skipped = sum((collections.Counter(part["skipped"]) for part in parts), collections.Counter())
+        raise ValueError(
+            f"the {len(plan['files'])} input files have no text; skipped: {dict(skipped)}; name another --text_field, "
+            f"--format or --input, and another --out or delete {folder}"
+        )
     if len(names) > MOST_LABELS:
         raise ValueError(f"the label field has {len(names):,} values and a store holds {MOST_LABELS:,}; name a coarser one")
     keep = _first_copies(folder, len(shards)) if options.drop_duplicates else [None] * len(shards)
@@ -173,8 +184,6 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         written = list(pool.map(lambda i: _write_shard(folder, i, parts[i], keep[i], names, dtype), range(len(shards))))
     found = _summary([counts for _, counts in written], parts, names)
-    if not found["documents"]:
-        raise ValueError(f"the {len(plan['files'])} input files have no text; skipped: {found['skipped']}")
     manifest = store.Manifest(
         store.FORMAT, options.tokenizer, words.hash, dtype.str, tuple(names), tuple(shard for shard, _ in written), found
     )
@@ -192,8 +201,11 @@ def _in_processes(function: Callable, calls: dict[int, tuple], workers: int) -> 
         return
     context = multiprocessing.get_context("spawn")  # threads of the tokenizers' library do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        # A worker that is starting would report Ctrl-C with tracebacks of its imports: it is blocked until it can end.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pending = {pool.submit(function, *arguments): i for i, arguments in calls.items()}
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for future in concurrent.futures.as_completed(pending):
                 future.result()
                 yield pending[future]
@@ -205,7 +217,9 @@ def _in_processes(function: Callable, calls: dict[int, tuple], workers: int) -> 
 def _start_worker() -> None:
     """A worker uses one core, ends in silence on Ctrl-C, and does not outlive the process that started it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def follow():
         multiprocessing.parent_process().join()
@@ -229,11 +243,12 @@ def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], 
             for found in sources.read(path, options.form or sources.format_of(path), options.fields, start, stop):
                 if isinstance(found, Broken):
                     if options.on_error == "stop":
-                        raise ValueError(f"{found.reason}; mend it, or pass --on_error=skip")
+                        raise ValueError(f"{found.reason}; go on with --on_error=skip, or mend it and begin with another --out")
                     skipped["broken"] += 1
                     places.append(found.reason)
                 elif isinstance(found, Binary):
                     skipped["binary"] += 1
+                    places.append(f"{found.path}: no UTF-8 text but binary, or UTF-16")
                 elif not found.text:
                     skipped["empty"] += 1
                 else:
@@ -289,7 +304,8 @@ def _write_shard(
 ) -> tuple[store.Shard, dict]:
     """The shard of a part's `kept` documents, None for all, and what there is of each of the labels `names`."""
     x = dict(np.load(_part(folder, index, "npz")))
-    x["labels"] = np.array([names.index(name) for name in part["labels"]], np.int64)[x["labels"]]
+    place = {name: i for i, name in enumerate(names)}
+    x["labels"] = np.array([place[name] for name in part["labels"]], np.int64)[x["labels"]]
     tokens_path, tokens_sha256 = folder / store.tokens_name(index), part["sha256"]
     if kept is None or kept.all():
         tokens_path.unlink(missing_ok=True)

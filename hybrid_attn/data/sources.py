@@ -1,5 +1,6 @@
 """Files of text to documents: plain text and source code, JSON lines, Parquet, and Hugging Face datasets on disk."""
 
+import codecs
 import contextlib
 import dataclasses
 import gzip
@@ -130,6 +131,8 @@ def _jsonl(path: str, fields: Fields, start: int = 0, stop: int | None = None) -
             if stop is not None and at >= stop:
                 return
             at += len(line)
+            if number == 1 and not start:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.isspace():
                 continue
             try:
@@ -165,7 +168,8 @@ def _parquet(path: str, fields: Fields) -> Iterator[Text | Broken]:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = _columns(path, file.schema_arrow.names, fields)
             yield from _rows(path, fields, file.iter_batches(BATCH, columns=columns))
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        _stop_if_unreadable(error)
         yield Broken(f"{path}: not Parquet: {error}")
 
 
@@ -176,7 +180,8 @@ def _arrow(path: str, fields: Fields) -> Iterator[Text | Broken]:
             columns = _columns(path, stream.schema.names, fields)
             slices = (batch.slice(at, BATCH) for batch in stream for at in range(0, len(batch), BATCH))
             yield from _rows(path, fields, (batch.select(columns) for batch in slices))
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        _stop_if_unreadable(error)
         yield Broken(f"{path}: not a stream of Arrow batches: {error}")
 
 
@@ -196,6 +201,12 @@ def _rows(path: str, fields: Fields, batches: Iterable) -> Iterator[Text | Broke
                 yield _of_record(record if isinstance(record, dict) else record.to_pylist()[0], fields)
             except ValueError as error:
                 yield Broken(f"{path}, row {number}: {_reason(error)}")
+
+
+def _stop_if_unreadable(error: Exception) -> None:
+    """Raises what the operating system reports again; the library's own OSErrors have no number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
 
 
 def _columns(path: str, names: list[str], fields: Fields) -> list[str]:

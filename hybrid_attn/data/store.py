@@ -22,6 +22,8 @@ from hybrid_attn.data.documents import Documents, Span
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+PLAN = "plan.json"  # of a store that is being prepared
+DTYPES = ("<u2", "<u4")
 BLOCK = 2**24  # bytes read at a time to take a checksum
 CURE = "copy the file again, or prepare the store again"
 INDEX = {"lengths": np.dtype("<i8"), "hashes": np.dtype("<u8"), "labels": np.dtype("<u2")}
@@ -109,11 +111,15 @@ def verify(path: str) -> Iterator[int]:
     files, manifest = _open(path)
     collections.deque(_read_whole(path, files, manifest), maxlen=0)
     for i, shard in enumerate(manifest.shards):
-        for name, wanted, size in _files_of(i, shard, manifest):
-            ranges = (slice(at, min(at + BLOCK, size)) for at in range(0, size, BLOCK))
-            if sha256(_value(files.read(name, byte_range=x), f"{path}: {name}") for x in ranges) != wanted:
-                raise ValueError(f"{path}: the checksum of {name} differs from the manifest's, so it was altered; {CURE}")
+        (name, wanted, size), _ = _files_of(i, shard, manifest)
+        ranges = (slice(at, min(at + BLOCK, size)) for at in range(0, size, BLOCK))
+        _check_sum(path, name, wanted, (_value(files.read(name, byte_range=x), f"{path}: {name}") for x in ranges))
         yield i
+
+
+def _check_sum(path: str, name: str, wanted: str, blocks: Iterable[bytes]) -> None:
+    if sha256(blocks) != wanted:
+        raise ValueError(f"{path}: the checksum of {name} differs from the manifest's, so it was altered; {CURE}")
 
 
 def sha256(blocks: Iterable[bytes]) -> str:
@@ -124,22 +130,28 @@ def sha256(blocks: Iterable[bytes]) -> str:
 
 
 def _open(path: str) -> tuple[tensorstore.KvStore, Manifest]:
-    url = path if "://" in path else "file://" + os.path.abspath(os.path.expanduser(path))
+    local = {"driver": "file", "path": os.path.abspath(os.path.expanduser(path)) + "/"}  # in a URL, # and % mean something
     try:
-        files = tensorstore.KvStore.open(url.rstrip("/") + "/").result()
-        found = files.read(MANIFEST).result()
+        files = tensorstore.KvStore.open(path.rstrip("/") + "/" if "://" in path else local).result()
+        found, plan = (files.read(name).result() for name in (MANIFEST, PLAN))
     except ValueError as error:  # every failure of the library's
         raise ValueError(f"{path} cannot be read as a token store: {error}") from error
+    if found.state != "value" and plan.state == "value":
+        raise ValueError(f"{path} is not finished; the same command of tools/prepare_data.py goes on with it")
     if found.state != "value":
         raise ValueError(f"{path} is no token store, for it has no {MANIFEST}; make one with tools/prepare_data.py")
     try:
         values = json.loads(found.value)
         if values["format"] != FORMAT:
-            raise ValueError(f"it has format {values['format']}, and this code reads {FORMAT}; prepare the store again")
+            raise ValueError(f"it has format {values['format']}, and this code reads {FORMAT}")
+        if values["dtype"] not in DTYPES:
+            raise ValueError(f"its ids are {values['dtype']!r}, and there are {' and '.join(DTYPES)}")
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
+        if not all(isinstance(count, int) for shard in shards for count in (shard.documents, shard.tokens)):
+            raise ValueError("its counts of documents and tokens are no numbers")
         return files, Manifest(**values | {"shards": shards, "label_names": tuple(values["label_names"])})
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}/{MANIFEST}: {error}") from error
+        raise ValueError(f"{path}/{MANIFEST} is not as it was written: {error}; {CURE}") from error
 
 
 def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, str, int]]:
@@ -153,20 +165,21 @@ def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, s
 
 
 def _read_whole(path: str, files: tensorstore.KvStore, manifest: Manifest) -> Iterator[bytes]:
-    """The index of each shard; ValueError names a file that is not there or is not of the size that it had.
+    """The index of each shard; ValueError names one that was altered, and a file that is missing or has another size.
 
     Of the tokens only the last one's last byte is read.
     """
     reads = []
     for i, shard in enumerate(manifest.shards):
-        for name, _, size in _files_of(i, shard, manifest):
+        for name, wanted, size in _files_of(i, shard, manifest):
             first = max(size - 1, 0) if name.endswith(".tokens") else 0
-            reads.append((name, first, size, files.read(name, byte_range=slice(first, None))))
-    for name, first, size, read in reads:
+            reads.append((name, wanted, first, size, files.read(name, byte_range=slice(first, None))))
+    for name, wanted, first, size, read in reads:
         value = _value(read, f"{path}: {name}")
         if len(value) != size - first:
             raise ValueError(f"{path}: {name} has {first + len(value):,} bytes or more instead of {size:,}; {CURE}")
         if name.endswith(".index"):
+            _check_sum(path, name, wanted, [value])
             yield value
 
 

@@ -97,7 +97,7 @@ def load(name: str) -> Bytes | Json:
     if name == "bytes":
         return Bytes()
     if not os.path.isfile(name):
-        raise ValueError(f"data.tokenizer={name!r} is no file; use 'bytes' or the path of a tokenizer.json")
+        raise ValueError(f"the tokenizer {name!r} is no file; use 'bytes' or the path of a tokenizer.json")
     return Json(name)
 
 
@@ -125,7 +125,7 @@ def _read_json(path: str):
             text = file.read()
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"data.tokenizer={path!r} is not a tokenizer.json: {error}") from error
+        raise ValueError(f"the tokenizer {path!r} is not a tokenizer.json: {error}") from error
     tokenizer.no_truncation()  # files saved for fine-tuning carry both, and a document must come through whole
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "</s>" in a text is four characters of the text, not its end

@@ -1,0 +1,36 @@
+"""What programs with a --config have in common: its flags, and errors that are a line."""
+
+import re
+import sys
+from pathlib import Path
+
+from absl import flags
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags; a key that does not exist or a config that cannot be read is a line on stderr and exit status 2."""
+    try:
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS["config"].present:
+            path = flags.FLAGS["config"].config_filename.partition(":")[0]
+            if not Path(path).is_file():
+                fail(f"--config={path}: no such file, seen from {Path.cwd()}", 2)
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        fail(reason(error), 2)
+
+
+def reason(error: Exception) -> str:
+    """What an error says in a line: absl hands on whole tracebacks, and ml_collections quotes the key twice over."""
+    near = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', str(error))
+    if near:
+        return f"unknown config key {near[2]!r}; did you mean {near[1]!r}?"
+    if isinstance(error, (AttributeError, KeyError)):
+        return f"unknown config key {error.args[0]}"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if "Traceback" in str(error) else " ".join(lines)
+
+
+def fail(message: str, status: int):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
