@@ -83,8 +83,9 @@ def get_config() -> ConfigDict:
     m.kinds.G = kind(qk_norm="rms")  # NoPE; QK-norm with a weight per head dimension keeps small runs stable at high rates
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # replicas; -1 = the devices left over
-    c.mesh.fsdp = 1  # shards of parameters and optimiser state; the batch is split over data * fsdp
+    c.mesh.slice = 1  # replicas on TPU slices of their own, joined by the data-centre network: as many as there are slices
+    c.mesh.data = -1  # replicas within a slice; -1 = the devices left over
+    c.mesh.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp
     c.mesh.context = 1  # shards of the sequence
     c.mesh.tensor = 1  # shards of heads, feed-forward and vocabulary
 
@@ -119,7 +120,15 @@ def get_config() -> ConfigDict:
 
     t = c.train = ConfigDict()
     t.dtype = "auto"  # of activations: auto = bfloat16 on TPU and GPU, float32 on CPU
-    t.remat = "layer"  # layer: keep only each layer's input for the backward pass | none
+    # What the backward pass finds of a layer, for every kind of layer or by letter ("L=none,G=offload"; the others: layer).
+    # none: all of it. layer: its input; the rest is computed again. attention: also what its attention gave, which is then not
+    # computed again. offload: the same, and it waits in the host's memory.
+    t.remat = "layer"  # layer | none | attention | offload
+    # How a kind of layer attends where mesh.context splits the sequence, for every kind or by letter ("G=ring"; the others:
+    # auto). halo: keys of the neighbours that the window or the chunk reaches. gather: all keys. ring: all keys, one shard's at
+    # a time. exchange: shards trade tokens for heads. auto: halo where there is a window or a chunk, else gather.
+    t.context = "auto"  # auto | halo | gather | ring | exchange
+    t.balance = True  # each context shard has an early and a late part of the row, so that causal work is equal
     # auto = splash on TPU, tokamax on GPU (blocked, with a warning, where it is not installed), blocked on CPU
     # reference is float32 and materialises T x S: tests only. cudnn takes one document a row. See docs/kernels.md
     t.kernel = "auto"  # auto | blocked | splash | tokamax | cudnn | reference

@@ -11,6 +11,9 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 
+REMAT = ("layer", "none", "attention", "offload")  # the first of each is for the kinds that a config does not name
+CONTEXT = ("auto", "halo", "gather", "ring", "exchange")
+
 
 def _check(ok: bool, message: str) -> None:
     if not ok:
@@ -193,6 +196,7 @@ def rotated_dims(model: Model, kind: LayerKind) -> int:
 class Mesh:
     """Devices along each axis; one of them may be -1, for all the devices that are left."""
 
+    slice: int
     data: int
     fsdp: int
     context: int
@@ -280,6 +284,8 @@ class Stage:
 class Train:
     dtype: str
     remat: str
+    context: str
+    balance: bool
     kernel: str
     loss_chunk: int
     mlp_chunk: int | None
@@ -289,7 +295,6 @@ class Train:
 
     def __post_init__(self):
         _one_of("train.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        _one_of("train.remat", self.remat, ("none", "layer"))
         _one_of("train.kernel", self.kernel, ("auto", "reference", "blocked", "splash", "tokamax", "cudnn"))
         for name in ("loss_chunk", "log_every", "checkpoint_every", "keep"):
             _check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
@@ -326,6 +331,8 @@ class Config:
         _check(bool(self.stages), "stages is empty; a run needs at least one stage")
         for index, stage in enumerate(self.stages):
             _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
+        remat(self.model, self.train)
+        context(self.model, self.train)
 
     @property
     def total_steps(self) -> int:
@@ -357,6 +364,41 @@ def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[s
         near = difflib.get_close_matches(name, sources, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {known}"
         _check(name in sources, f"{field} names {name!r}, which is not in data.sources; {hint}")
+
+
+def remat(model: Model, train: Train) -> Table[str, str]:
+    """What the backward pass finds of each kind of layer, one of `REMAT` by letter."""
+    return _by_letter("train.remat", train.remat, REMAT, model.pattern)
+
+
+def context(model: Model, train: Train) -> Table[str, str]:
+    """How each kind of layer attends to a sequence that devices share, by letter: one of `CONTEXT`, with "auto" resolved."""
+    chosen = _by_letter("train.context", train.context, CONTEXT, model.pattern)
+    bounded = {letter: model.kinds[letter].window or model.kinds[letter].chunk for letter in chosen}
+    for letter, scheme in chosen.items():
+        _check(
+            scheme != "halo" or bounded[letter],
+            f"train.context: {letter}=halo needs a window or a chunk, and model.kinds.{letter} has none; "
+            "use 'gather', 'ring' or 'exchange'",
+        )
+    return Table({k: x if x != "auto" else "halo" if bounded[k] else "gather" for k, x in chosen.items()})
+
+
+def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> Table[str, str]:
+    """The choice of each letter of `pattern`: "x" is for all of them, "L=x,G=y" for those named, the others have the first."""
+    letters = sorted(set(pattern))
+    if "=" not in value:
+        _one_of(field, value, choices)
+        return Table(dict.fromkeys(letters, value))
+    named = {}
+    for part in value.split(","):
+        letter, _, choice = (x.strip() for x in part.partition("="))
+        known = ", ".join(letters)
+        _check(letter in letters, f"{field}={value!r} names {letter!r}, and model.pattern={pattern!r} has {known}")
+        _check(letter not in named, f"{field}={value!r} names {letter!r} twice")
+        _one_of(f"{field}: {letter}", choice, choices)
+        named[letter] = choice
+    return Table(dict.fromkeys(letters, choices[0]) | named)
 
 
 def build(values: Mapping) -> Config:

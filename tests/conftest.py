@@ -3,8 +3,10 @@
 TEST_PLATFORM names another platform, for tests/test_device.py.
 """
 
+import dataclasses
 import math
 import os
+import string
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,12 @@ def compile_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-RUN = Run(jnp.dtype("float32"), "none", "blocked", loss_chunk=16, mlp_chunk=7)
+def every(choice: str) -> config.Table:
+    """The same choice for a kind of layer of any letter."""
+    return config.Table(dict.fromkeys(string.ascii_uppercase, choice))
+
+
+RUN = Run(jnp.dtype("float32"), every("none"), every("gather"), False, "blocked", loss_chunk=16, mlp_chunk=7)
 
 
 def tiny(changes=None, **kinds) -> config.Config:
@@ -45,9 +52,10 @@ def tiny(changes=None, **kinds) -> config.Config:
     return config.build(c)
 
 
-def mesh_of(data=1, fsdp=1, context=1, tensor=1):
+def mesh_of(data=1, fsdp=1, context=1, tensor=1, slices=1):
     """A mesh over the first devices that it needs."""
-    return make_mesh(config.Mesh(data, fsdp, context, tensor), jax.devices()[: data * fsdp * context * tensor])
+    sizes = config.Mesh(slices, data, fsdp, context, tensor)
+    return make_mesh(sizes, jax.devices()[: math.prod(dataclasses.astuple(sizes))])
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def main(target: str) -> None:
     for case in TARGETS[target]:
         shape, kernel = case.split()
         context = 1 if kernel == "cudnn" else 4
-        mesh = make_mesh(config.Mesh(data=1, fsdp=4 // context, context=context, tensor=2), devices)
+        mesh = make_mesh(config.Mesh(slice=1, data=1, fsdp=4 // context, context=context, tensor=2), devices)
         with jax.set_mesh(mesh):
             started = time.monotonic()
             try:
@@ -147,16 +147,16 @@ def lower_attention(mesh, shape: str, kernel: str):
 
 def lower_step(tiny, mesh, kernel: str):
     import jax
-    import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from hybrid_attn.model import Run
+    from hybrid_attn.model import run_on
     from hybrid_attn.parallel.mesh import TOKENS_BT
     from hybrid_attn.train.step import abstract_state, make_step
 
     wide = {"model.d_model": 256, "model.head_dim": 128, "model.d_ff": 512}
     c = tiny(wide, L={"window": WINDOW, "rope_theta": 10000.0, "sink": True}, G={"qk_norm": "rms"})
-    step = make_step(c, Run(jnp.dtype("bfloat16"), "layer", kernel, loss_chunk=1024, mlp_chunk=None))
+    run = run_on("tpu", c.model, c.train)._replace(kernel=kernel)
+    step = make_step(c, run)
     kinds = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "weights": "float32"}
     kinds["bytes"] = "float32"
     batch = {name: jax.ShapeDtypeStruct((1, S), kind, sharding=NamedSharding(mesh, TOKENS_BT)) for name, kind in kinds.items()}

@@ -144,6 +144,7 @@ def test_a_value_that_cannot_be_is_refused_with_its_reason(path, value, words):
         ("optim.schedule", "cosin", "cosine"),
         ("train.kernel", "block", "blocked"),
         ("train.remat", "layers", "layer"),
+        ("train.context", "gathered", "gather"),
         ("data.packing", "bestfit", "best_fit"),
         ("train.dtype", "bfloat", "bfloat16"),
     ],
@@ -153,25 +154,69 @@ def test_a_choice_that_does_not_exist_is_answered_with_the_choices_and_the_neare
     assert f"={value!r} is not one of" in message and f"did you mean {near!r}?" in message
 
 
+@pytest.mark.parametrize(
+    "value, wanted",
+    [
+        ("layer", {"G": "layer", "L": "layer"}),
+        ("offload", {"G": "offload", "L": "offload"}),
+        ("L=none", {"G": "layer", "L": "none"}),
+        ("G=offload, L=attention", {"G": "offload", "L": "attention"}),
+    ],
+)
+def test_a_choice_for_each_kind_is_one_for_all_or_by_letter(value, wanted):
+    c = tiny({"train.remat": value})
+    assert config.remat(c.model, c.train) == wanted
+
+
+@pytest.mark.parametrize(
+    "value, wanted",
+    [
+        ("auto", {"C": "halo", "G": "gather", "L": "halo"}),
+        ("G=ring", {"C": "halo", "G": "ring", "L": "halo"}),
+        ("exchange", {"C": "exchange", "G": "exchange", "L": "exchange"}),
+        ("L=gather,C=halo", {"C": "halo", "G": "gather", "L": "gather"}),
+    ],
+)
+def test_auto_is_a_halo_where_the_mask_is_bounded_and_a_gather_elsewhere(value, wanted):
+    c = tiny({"model.pattern": "LCG", "model.num_layers": 3, "train.context": value}, C={"chunk": 8})
+    assert config.context(c.model, c.train) == wanted
+
+
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        ("train.remat", "L=layers", "train.remat: L='layers' is not one of .*; did you mean 'layer'"),
+        ("train.remat", "X=none", "train.remat='X=none' names 'X', and model.pattern='LLLG' has G, L"),
+        ("train.remat", "L=none,L=layer", "names 'L' twice"),
+        ("train.remat", "none,G=layer", "names 'none'"),
+        ("train.context", "G=rings", "train.context: G='rings' is not one of .*; did you mean 'ring'"),
+        ("train.context", "G=halo", "train.context: G=halo needs a window or a chunk, and model.kinds.G has none"),
+        ("train.context", "halo", "G=halo needs a window or a chunk"),
+    ],
+)
+def test_a_choice_by_letter_that_cannot_be_is_refused_with_its_reason(path, value, words):
+    assert re.search(words, error_of(put(path, value)))
+
+
 def test_a_choice_like_no_other_is_answered_with_the_choices_alone():
     message = error_of(put("model.block", "xyz"))
     assert message == "model.block='xyz' is not one of 'parallel', 'pre', 'post', 'sandwich'"
 
 
 def test_a_mesh_takes_the_devices_left_over_on_one_axis():
-    assert axis_sizes(Mesh(-1, 1, 2, 2), 8) == (2, 1, 2, 2)
-    assert axis_sizes(Mesh(1, 2, 2, 2), 8) == (1, 2, 2, 2)
+    assert axis_sizes(Mesh(1, -1, 1, 2, 2), 8) == (1, 2, 1, 2, 2)
+    assert axis_sizes(Mesh(2, 1, 2, 1, 2), 8) == (2, 1, 2, 1, 2)
     with pytest.raises(ValueError, match="data and context are both -1"):
-        Mesh(-1, 1, -1, 1)
+        Mesh(1, -1, 1, -1, 1)
     with pytest.raises(ValueError, match="mesh.fsdp=0 must be at least 1, or -1"):
-        Mesh(1, 0, 1, 1)
+        Mesh(1, 1, 0, 1, 1)
 
 
 def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused_with_the_numbers():
     with pytest.raises(ValueError, match="data=1, fsdp=2, context=2, tensor=1 needs 4 devices and 8 are here"):
-        axis_sizes(Mesh(1, 2, 2, 1), 8)
+        axis_sizes(Mesh(1, 1, 2, 2, 1), 8)
     with pytest.raises(ValueError, match="8 devices do not divide by 3"):
-        axis_sizes(Mesh(-1, 3, 1, 1), 8)
+        axis_sizes(Mesh(1, -1, 3, 1, 1), 8)
 
 
 def test_what_is_built_comes_back_from_its_dict_even_through_json():

@@ -39,7 +39,7 @@ def make_config(stages=STAGES, seed=3, prefetch=2, packing="concat"):
 
 
 def one_device():
-    return meshes.make_mesh(config.Mesh(1, 1, 1, 1), jax.devices()[:1])
+    return meshes.make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])
 
 
 def start_batches(c, corpus, mesh, start=0):
@@ -106,7 +106,7 @@ def test_stages_and_seeds_have_row_orders_of_their_own(corpus):
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_every_mesh_holds_the_batch_of_one_device(corpus, sizes):
-    c, mesh = make_config(), meshes.make_mesh(config.Mesh(*sizes))
+    c, mesh = make_config(), meshes.make_mesh(config.Mesh(1, *sizes))
     assert_same(run(c, corpus, mesh=mesh), run(c, corpus))
     data, fsdp, context, _ = sizes
     for step, batch in start_batches(c, corpus, mesh):
@@ -127,7 +127,7 @@ def watch(monkeypatch):
 
 def test_each_slice_of_a_row_is_read_once_however_many_devices_hold_it(corpus, monkeypatch):
     read = watch(monkeypatch)
-    run(make_config([(3, 16, 8)]), corpus, mesh=meshes.make_mesh(config.Mesh(2, 1, 2, 2)))
+    run(make_config([(3, 16, 8)]), corpus, mesh=meshes.make_mesh(config.Mesh(1, 2, 1, 2, 2)))
     assert sorted(read) == [(row, start, start + 8) for row in range(24) for start in (0, 8)]
 
 
@@ -170,7 +170,7 @@ def test_a_failure_while_reading_ahead_reaches_the_loop(corpus, monkeypatch):
 @pytest.mark.parametrize("num_rows", [5, 8, 10_000])
 def test_held_out_rows_come_once_and_spread_with_blank_rows_behind(corpus, num_rows):
     rows = Rows(corpus, 16, None, BYTES.byte_lengths)
-    mesh = meshes.make_mesh(config.Mesh(2, 2, 2, 1))
+    mesh = meshes.make_mesh(config.Mesh(1, 2, 2, 2, 1))
     read = [jax.tree.map(np.asarray, batch) for batch in pipeline.heldout_batches(rows, num_rows, 4, mesh)]
     wanted = min(num_rows, len(rows))
     assert len(read) == -(-wanted // 4)
@@ -181,18 +181,20 @@ def test_held_out_rows_come_once_and_spread_with_blank_rows_behind(corpus, num_r
 
 
 def test_batches_and_rows_that_do_not_split_name_what_would():
-    mesh = meshes.make_mesh(config.Mesh(2, 2, 2, 1))
+    mesh = meshes.make_mesh(config.Mesh(1, 2, 2, 2, 1))
     good, bad_batch, small_batch, bad_len = (
         config.Stage(1, t, b, config.Table()) for t, b in [(16, 8), (16, 6), (16, 3), (15, 8)]
     )
     pipeline.check_batch_shape([good], mesh)
-    with pytest.raises(ValueError, match=r"stages\[1\]: batch 6 does not split over 4 data \* fsdp shards; use 4 or 8"):
+    with pytest.raises(
+        ValueError, match=r"stages\[1\]: batch 6 does not split over 4 slice \* data \* fsdp shards; use 4 or 8"
+    ):
         pipeline.check_batch_shape([good, bad_batch], mesh)
-    with pytest.raises(ValueError, match="batch 3 does not split over 4 data . fsdp shards; use 4$"):
+    with pytest.raises(ValueError, match="batch 3 does not split over 4 slice . data . fsdp shards; use 4$"):
         pipeline.check_batch_shape([small_batch], mesh)
     with pytest.raises(ValueError, match=r"seq_len 15 does not split over 2 context shards; use 14 or 16"):
         pipeline.check_batch_shape([bad_len], mesh)
-    with pytest.raises(ValueError, match="^batch 6 does not split over 4 data . fsdp shards; use 4 or 8"):
+    with pytest.raises(ValueError, match="^batch 6 does not split over 4 slice . data . fsdp shards; use 4 or 8"):
         next(pipeline.heldout_batches(None, 1, 6, mesh))
 
 
@@ -223,7 +225,7 @@ def test_what_the_hosts_read_is_together_the_same_batch_on_any_number_of_them_fr
         rng, c, corpora = random_case(seed)
         straight = pipeline.stage_rows(c, corpora, BYTES)
         sizes = [2**i for i in rng.multinomial(3, [1 / 4] * 4)]
-        mesh = meshes.make_mesh(config.Mesh(*map(int, sizes)))
+        mesh = meshes.make_mesh(config.Mesh(1, *map(int, sizes)))
         hosts, resumed_at = 2 ** int(rng.integers(4)), int(rng.integers(c.total_steps))
         each = np.split(np.array(jax.devices()), hosts)
         fresh = [pipeline.stage_rows(c, corpora, BYTES) for _ in each]  # a process that begins here knows nothing of before

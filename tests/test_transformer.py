@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RUN, assert_close, batch_of, biggest_array, mesh_of, on_mesh, random_params, tiny
+from conftest import RUN, assert_close, batch_of, biggest_array, every, mesh_of, on_mesh, random_params, tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -82,11 +82,43 @@ def outputs_and_grads(run):
     return x_BTD, grads, str(traced.jaxpr)
 
 
-def test_remat_changes_neither_the_outputs_nor_a_gradient(one_device):
-    *plain, plain_jaxpr = outputs_and_grads(REFERENCE)
-    *remat, remat_jaxpr = outputs_and_grads(REFERENCE._replace(remat="layer"))
+@pytest.mark.parametrize("choice", ["layer", "attention", "offload"])
+def test_remat_changes_neither_the_outputs_nor_a_gradient(choice, one_device):
+    *plain, plain_jaxpr = outputs_and_grads(RUN)
+    *remat, remat_jaxpr = outputs_and_grads(RUN._replace(remat=every(choice)))
     assert_close(remat, plain, 1e-6)
     assert "remat" in remat_jaxpr and "remat" not in plain_jaxpr
+    assert ("<host>" in remat_jaxpr) == (choice == "offload")
+
+
+@pytest.mark.parametrize("kernel, primitive, forward, backward", [("blocked", "while", 1, 1), ("splash", "pallas_call", 1, 2)])
+def test_a_kind_whose_attention_is_kept_runs_no_attention_forward_in_its_backward_pass(kernel, primitive, forward, backward):
+    model = dataclasses.replace(tiny().model, head_dim=128)
+    mesh = abstract_mesh(fsdp=2, context=2, tensor=2)
+
+    def calls(**remat):
+        run = RUN._replace(kernel=kernel, mlp_chunk=None, remat=config.Table(every("none") | remat))
+
+        def total(params, tokens_BT):
+            return apply(model, params, tokens_BT, tokens_BT, tokens_BT, run).sum()
+
+        with jax.sharding.use_abstract_mesh(mesh):
+            params = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+            tokens_BT = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=NamedSharding(mesh, TOKENS_BT))
+            return str(jax.make_jaxpr(jax.grad(total))(params, tokens_BT)).count(f"{primitive}[")
+
+    once = 2 * (forward + backward)  # an L and a G
+    assert calls() == calls(L="attention", G="attention") == calls(L="offload", G="attention") == once
+    assert calls(L="layer", G="offload") == once + forward
+    assert calls(L="layer", G="layer") == once + 2 * forward
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "reference"])
+def test_what_a_kernel_does_not_keep_is_refused(kernel):
+    c = tiny({"train.kernel": kernel, "train.remat": "G=offload"})
+    with pytest.raises(NotImplementedError, match='train.remat=offload keeps its outputs.*train.kernel="blocked" or "tokamax"'):
+        run_on("gpu", c.model, c.train)
+    assert run_on("gpu", c.model, tiny({"train.kernel": kernel}).train).remat == {"G": "layer", "L": "layer"}
 
 
 def test_a_chunk_bounds_the_hidden_activations_of_the_feed_forward_backward_too(one_device):
@@ -303,7 +335,7 @@ def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(ge
     batch |= {name: array(jnp.float32, TOKENS_BT, rows, length) for name in ("weights", "bytes")}
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(c))
-        after, metrics = jax.eval_shape(make_step(c, run_on("tpu", c.train)), state, batch)
+        after, metrics = jax.eval_shape(make_step(c, run_on("tpu", c.model, c.train)), state, batch)
 
     def described(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype, P() if x.sharding is None else x.sharding.spec), tree)

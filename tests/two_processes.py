@@ -44,7 +44,7 @@ def main(address: str, number: int, out: str) -> None:
     for stage in rows:
         stage.read = lambda slices, original=stage.read: read.append(slices) or original(slices)
     for sizes in MESHES:
-        mesh = make_mesh(config.Mesh(*sizes))
+        mesh = make_mesh(config.Mesh(1, *sizes))
         with jax.set_mesh(mesh):
             del read[:]
             for step, batch in pipeline.batches(c, rows, mesh, START):

@@ -72,7 +72,7 @@ def make_ours(values: dict) -> Ready:
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=0)(c)
         batch = jax.device_put(batch_of(c), NamedSharding(mesh, TOKENS_BT))
-        program = make_step(c, run_on(jax.default_backend(), c.train)).lower(state, batch).compile()
+        program = make_step(c, run_on(jax.default_backend(), c.model, c.train)).lower(state, batch).compile()
 
     def run() -> float:
         nonlocal state
@@ -106,7 +106,7 @@ def make_theirs(values: dict, directory: str, shrunk: list[str], remat: str) -> 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
     model.train()
-    if remat == "layer":
+    if remat != "none":
         model.activation_checkpointing_enable()
     parameters = dict(model.named_parameters())
     groups = [
@@ -274,7 +274,7 @@ def main(_):
         lengths = {part: measurement.lengths(LENGTHS[part] if ROWS.value is None else ROWS.value) for part in parts}
         with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
             platform = processes.call("jax", jax.default_backend)
-            dtype = str(run_on(platform, c.train).dtype)
+            dtype = str(run_on(platform, c.model, c.train).dtype)
             why = no_transformers(platform, dtype) if "transformers" in parts else None
             if why and PART.value == "transformers":
                 raise ValueError(f"--part=transformers: {why}")

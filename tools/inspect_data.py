@@ -72,7 +72,7 @@ def show_step(c: config.Config) -> None:
     words = tokenizer.load(c.data.tokenizer)
     loaded = corpora.load(c.data, c.sources, words)
     stages = pipeline.stage_rows(c, {name: corpus.training for name, corpus in loaded.items()}, words)
-    mesh = make_mesh(config.Mesh(1, 1, 1, 1), jax.local_devices(backend="cpu")[:1])
+    mesh = make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.local_devices(backend="cpu")[:1])
     step = sum(stage.steps for stage in c.stages[: STAGE.value]) + STEP.value
     batches = pipeline.batches(c, stages, mesh, step)
     batch = {name: np.asarray(array) for name, array in next(batches)[1].items()}

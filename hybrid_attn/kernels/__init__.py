@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Kernel(NamedTuple):
@@ -17,16 +18,23 @@ class Kernel(NamedTuple):
     function: str
     platforms: tuple[str, ...]
     needs: str | None = None
+    keeps: bool = True  # its outputs go through `kept`
 
 
 KERNELS = {
-    "reference": Kernel("reference", "attend", ("cpu", "gpu", "tpu")),
+    "reference": Kernel("reference", "attend", ("cpu", "gpu", "tpu"), keeps=False),
     "blocked": Kernel("blocked", "attend", ("cpu", "gpu", "tpu")),
     "splash": Kernel("tpu", "attend", ("tpu",)),
     "tokamax": Kernel("gpu", "attend_tokamax", ("gpu",), "tokamax"),
-    "cudnn": Kernel("gpu", "attend_cudnn", ("gpu",)),
+    "cudnn": Kernel("gpu", "attend_cudnn", ("gpu",), keeps=False),
 }
+OUTPUTS = "attention outputs"
 PLATFORMS = {"cpu": "blocked", "gpu": "tokamax", "tpu": "splash"}
+
+
+def kept(*outputs: jax.Array) -> tuple[jax.Array, ...]:
+    """What a kernel's backward pass takes from its forward pass, under the name by which `jax.checkpoint` can keep it."""
+    return tuple(checkpoint_name(x, OUTPUTS) for x in outputs)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hybrid_attn.kernels import kept
 from hybrid_attn.kernels.intervals import intervals
 
 # Measured on two hyper-threads of one core with 2 MiB of L2, 2 to 8 heads of 32 and 64: smaller tiles lose to the cost of
@@ -135,12 +136,12 @@ def _forward(static: Static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ):
 
 
 def _forward_keep(static: Static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ):
-    o_IBKMH, lse_IBKM = _forward(static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ)
+    o_IBKMH, lse_IBKM = kept(*_forward(static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ))
     return (o_IBKMH, lse_IBKM), (q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ, o_IBKMH, lse_IBKM)
 
 
-def _backward(static: Static, kept, grads):
-    q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ, o_IBKMH, lse_IBKM = kept
+def _backward(static: Static, residuals, grads):
+    q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ, o_IBKMH, lse_IBKM = residuals
     do_IBKMH, dlse_IBKM = grads
 
     def block(carry, xs):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hybrid_attn.kernels import kept
 from hybrid_attn.kernels.intervals import intervals
 
 TOKAMAX = ("mosaic_gpu", "triton")  # the first that supports the device and the dtype
@@ -83,12 +84,12 @@ def _forward(static: Static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT):
 
 
 def _forward_keep(static: Static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT):
-    o_BTNH, lse_BNT = _forward(static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT)
+    o_BTNH, lse_BNT = kept(*_forward(static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT))
     return (o_BTNH, lse_BNT), (q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT, o_BTNH, lse_BNT)
 
 
-def _backward(static: Static, kept, grads):
-    q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT, o_BTNH, lse_BNT = kept
+def _backward(static: Static, residuals, grads):
+    q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT, o_BTNH, lse_BNT = residuals
     do_BTNH, dlse_BNT = grads
     some_BT = first_BT < end_BT
     shift_BTN = jnp.einsum("BTNH,BTNH->BTN", do_BTNH, o_BTNH, preferred_element_type=jnp.float32) - dlse_BNT.swapaxes(1, 2)

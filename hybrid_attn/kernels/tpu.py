@@ -27,6 +27,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from hybrid_attn.kernels import kept
+
 BLOCK = 512  # queries of a block and keys of a tile: scores of 512 x 512 in float32 are 1 MiB of the 16 MiB of VMEM
 MOST_BLOCK = 1024
 TABLE_BYTES = 2**19  # half of the scalar memory of a core, which holds the tables
@@ -196,12 +198,12 @@ def _forward(static: Static, q_NTH, k_KSH, v_KSH, masks: Masks):
 
 
 def _forward_keep(static: Static, q_NTH, k_KSH, v_KSH, masks: Masks):
-    o_NTH, lse_NT = _forward(static, q_NTH, k_KSH, v_KSH, masks)
+    o_NTH, lse_NT = kept(*_forward(static, q_NTH, k_KSH, v_KSH, masks))
     return (o_NTH, lse_NT), (q_NTH, k_KSH, v_KSH, masks, o_NTH, lse_NT)
 
 
-def _backward(static: Static, kept, grads):
-    q_NTH, k_KSH, v_KSH, masks, o_NTH, lse_NT = kept
+def _backward(static: Static, residuals, grads):
+    q_NTH, k_KSH, v_KSH, masks, o_NTH, lse_NT = residuals
     do_NTH, dlse_NT = grads
     shift_NT = jnp.einsum("NTH,NTH->NT", do_NTH, o_NTH, preferred_element_type=jnp.float32) - dlse_NT
     some_NT = jnp.isfinite(lse_NT)

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn import kernels
-from hybrid_attn.config import Model, Train
+from hybrid_attn import config, kernels
+from hybrid_attn.config import Model, Table, Train
 from hybrid_attn.model.attention import Attention, weight
 from hybrid_attn.model.mlp import MLP
 from hybrid_attn.model.norm import Norm
@@ -23,6 +24,18 @@ NORMS_BEFORE = {"parallel": ("norm",), "pre": ("attention_norm", "mlp_norm"), "p
 NORMS_BEFORE["sandwich"] = NORMS_BEFORE["pre"]
 NORMS_AFTER = {"parallel": (), "pre": (), "post": ("attention_post_norm", "mlp_post_norm")}
 NORMS_AFTER["sandwich"] = NORMS_AFTER["post"]
+INPUT = "layer input"
+KEEP = jax.checkpoint_policies.save_only_these_names(kernels.OUTPUTS)
+OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=(), names_which_can_be_offloaded=(INPUT, kernels.OUTPUTS),
+    offload_src="device", offload_dst="pinned_host",
+)  # fmt: skip
+CHECKPOINTS = {
+    "none": lambda layer: layer,
+    "layer": jax.checkpoint,
+    "attention": functools.partial(jax.checkpoint, policy=KEEP),
+    "offload": functools.partial(jax.checkpoint, policy=OFFLOAD),
+}
 CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as whole rows, recomputation included
 
 
@@ -30,17 +43,30 @@ class Run(NamedTuple):
     """How a model runs, which never changes the function that it computes: the `train` keys of configs/base.py, resolved."""
 
     dtype: jnp.dtype
-    remat: str
+    remat: Table[str, str]  # by the letter of the layer
+    context: Table[str, str]
+    balance: bool
     kernel: str
     loss_chunk: int
     mlp_chunk: int | None
 
 
-def run_on(platform: str, train: Train) -> Run:
-    """The `Run` that `train` means on a platform ("cpu", "gpu" or "tpu")."""
+def run_on(platform: str, model: Model, train: Train) -> Run:
+    """The `Run` of `model` that `train` means on a platform ("cpu", "gpu" or "tpu").
+
+    NotImplementedError where the kernel does not run there, or does not give what the choice of remat keeps.
+    """
     dtype = ("float32" if platform == "cpu" else "bfloat16") if train.dtype == "auto" else train.dtype
     mlp_chunk = CPU_MLP_CHUNK if train.mlp_chunk is None and platform == "cpu" else train.mlp_chunk
-    return Run(jnp.dtype(dtype), train.remat, kernels.choose(train.kernel, platform), train.loss_chunk, mlp_chunk)
+    kernel = kernels.choose(train.kernel, platform)
+    remat, context = config.remat(model, train), config.context(model, train)
+    if not kernels.KERNELS[kernel].keeps and (wanted := {"attention", "offload"} & {*remat.values()}):
+        able = " or ".join(f'"{name}"' for name, x in kernels.KERNELS.items() if x.keeps and platform in x.platforms)
+        raise NotImplementedError(
+            f'the kernel "{kernel}" runs again in the backward pass, and train.remat={" and ".join(sorted(wanted))} keeps '
+            f"its outputs so that it does not; use train.kernel={able}, or remat none or layer"
+        )
+    return Run(jnp.dtype(dtype), remat, context, train.balance, kernel, train.loss_chunk, mlp_chunk)
 
 
 class Block(nnx.Module):
@@ -82,10 +108,11 @@ class Period(nnx.Module):
         for slot in self.slots:
 
             def layer(block: Block, x_BTD: jax.Array) -> jax.Array:
-                return block(x_BTD, pos_BT, seg_BT, run)
+                # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
+                return block(checkpoint_name(x_BTD, INPUT), pos_BT, seg_BT, run)
 
             with jax.named_scope(slot):
-                x_BTD = (jax.checkpoint(layer) if run.remat == "layer" else layer)(getattr(self, slot), x_BTD)
+                x_BTD = CHECKPOINTS[run.remat[slot[0]]](layer)(getattr(self, slot), x_BTD)
         return x_BTD
 
 

@@ -1,20 +1,23 @@
 """The mesh, and the specs of the arrays that cross the borders between rooms.
 
-Axes: `data` replicates parameters, `fsdp` shards them, `context` splits the sequence, `tensor` splits heads,
-feed-forward and vocabulary. The batch is split over `data` and `fsdp` together.
+Axes: `slice` and `data` replicate parameters, `fsdp` shards them, `context` splits the sequence, `tensor` splits heads,
+feed-forward and vocabulary. The batch is split over `slice`, `data` and `fsdp` together. Between TPU slices lies
+the data-centre network, which carries the sums of a step, those of the gradients above all, and nothing of a layer.
 """
 
 import dataclasses
 import math
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config
 
-AXES = ("data", "fsdp", "context", "tensor")
-BATCH = ("data", "fsdp")
+AXES = ("slice", "data", "fsdp", "context", "tensor")
+BATCH = ("slice", "data", "fsdp")
 TOKENS_BT = P(BATCH, "context")
 ACT_BTD = P(BATCH, "context", None)
 HEADS_BTNH = P(BATCH, "context", "tensor", None)
@@ -33,10 +36,22 @@ def axis_sizes(mesh: config.Mesh, num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(mesh: config.Mesh, devices: list | None = None) -> Mesh:
-    """The explicit mesh of `AXES` over `devices` (all of them by default)."""
+    """The explicit mesh of `AXES` over `devices` (all of them by default); ValueError where TPU slices are not `slice`'s."""
     devices = jax.devices() if devices is None else devices
-    sizes = axis_sizes(mesh, len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    sizes, types = axis_sizes(mesh, len(devices)), (AxisType.Explicit,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    if sizes[0] == slices:
+        inside, between = (1, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
+        # As jax.make_mesh does for one slice: these are laid out as a plane, of which an axis of a mesh may take a part.
+        split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+        grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=split)
+        return Mesh(grid, AXES, axis_types=types)
+    if devices[0].platform == "tpu":
+        raise ValueError(f"mesh.slice={sizes[0]}, and the {len(devices)} TPU devices form {slices} slices; use {slices}")
+    # A "slice" of GPUs is a domain of NVLink, often one machine; other networks take every axis across.
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
 
 
 def abstract_mesh(**sizes: int) -> AbstractMesh:

@@ -55,7 +55,7 @@ def train(c: config.Config, workdir: str) -> bool:
     loaded = corpora.load(c.data, c.sources, words)
     training = {name: corpus.training for name, corpus in loaded.items()}
     stages, identities = pipeline.stage_rows(c, training, words), pipeline.identities(c, training, words)
-    run = run_on(jax.default_backend(), c.train)
+    run = run_on(jax.default_backend(), c.model, c.train)
     with Stop() as stop, jax.set_mesh(mesh):
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
         try:

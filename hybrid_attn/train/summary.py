@@ -1,6 +1,6 @@
 """What a run is, in ten lines, before it starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -23,12 +23,15 @@ def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedRows
     kinds = "; ".join(f"{letter} = {describe(c.model.kinds[letter])}" for letter in sorted(set(c.model.layers)))
     device = jax.devices()[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    shared = {letter: f"{scheme}{', balanced' if run.balance else ''}" for letter, scheme in run.context.items()}
+    remat = by_letter(run.remat)
+    context = f"; a row is shared by {by_letter(shared)}" if mesh.shape["context"] > 1 else ""
     stages = ", ".join(f"{s.steps:,} steps of {s.batch} x {s.seq_len:,}" for s in c.stages)
     return [
         f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
         f"layout       {c.model.layers}: {kinds}",
-        f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}",
-        f"kernel       {run.kernel} on {device.platform}; activations {run.dtype}, parameters float32, remat {run.remat}",
+        f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}{context}",
+        f"kernel       {run.kernel} on {device.platform}; activations {run.dtype}, parameters float32, remat {remat}",
         f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
         *sources(rows[stage_index], stage.steps * stage.batch),
         f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs",
@@ -50,6 +53,12 @@ def sources(rows: MixedRows, wanted: int) -> list[str]:
             f"{padding:.2%} padding, {cut:.1%} of the documents cut; {epochs:.3g} epochs"
         )
     return lines
+
+
+def by_letter(choices: Mapping[str, str]) -> str:
+    """A choice that all kinds of layers share, or that of each."""
+    values = set(choices.values())
+    return values.pop() if len(values) == 1 else ", ".join(f"{letter} {choice}" for letter, choice in choices.items())
 
 
 def describe(kind: LayerKind) -> str:
