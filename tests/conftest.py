@@ -119,8 +119,11 @@ def assert_close(got, wanted, tolerance: float) -> None:
         assert error <= tolerance * np.max(np.abs(b), initial=0.0), f"{jax.tree_util.keystr(path)}: {error}"
 
 
-def biggest_array(function, *args) -> int:
-    """Elements of the biggest array that `function` makes on one device, inside loops and shards too."""
+def biggest_array(function, *args, inside: str | None = None) -> int:
+    """Elements of the biggest array that `function` makes on one device, inside loops and shards too.
+
+    With the name of a primitive, only those in the bodies of its calls.
+    """
 
     def jaxprs(value):
         if isinstance(value, (Jaxpr, ClosedJaxpr)):
@@ -129,10 +132,11 @@ def biggest_array(function, *args) -> int:
             for x in value:
                 yield from jaxprs(x)
 
-    def sizes(jaxpr):
+    def sizes(jaxpr, counts):
         for equation in jaxpr.eqns:
-            yield from (math.prod(x.aval.shape) for x in equation.outvars)
+            if counts:
+                yield from (math.prod(x.aval.shape) for x in equation.outvars)
             for inner in jaxprs(tuple(equation.params.values())):
-                yield from sizes(inner)
+                yield from sizes(inner, counts or equation.primitive.name == inside)
 
-    return max(sizes(jax.make_jaxpr(function)(*args)))
+    return max(sizes(jax.make_jaxpr(function)(*args), inside is None))

@@ -74,8 +74,11 @@ def attend(
     o_BTNH, lse_BTN = attend_here(
         q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window=window, scale=scale, softcap=softcap
     )
-    if sinks_N is None:
-        return o_BTNH, lse_BTN
+    return (o_BTNH, lse_BTN) if sinks_N is None else with_sinks(o_BTNH, lse_BTN, q_seg_BT, sinks_N)
+
+
+def with_sinks(o_BTNH, lse_BTN, q_seg_BT, sinks_N) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp of attention to which one more key of score `sinks_N` and value zero is added."""
     share_BTN = jax.nn.sigmoid(lse_BTN - sinks_N.astype(jnp.float32))
-    o_BTNH = (o_BTNH * share_BTN[..., None]).astype(q_BTNH.dtype)
-    return o_BTNH, jnp.where(q_seg_BT[..., None] > 0, jnp.logaddexp(lse_BTN, sinks_N.astype(jnp.float32)), -jnp.inf)
+    o_with_BTNH = (o_BTNH * share_BTN[..., None]).astype(o_BTNH.dtype)
+    return o_with_BTNH, jnp.where(q_seg_BT[..., None] > 0, jnp.logaddexp(lse_BTN, sinks_N.astype(jnp.float32)), -jnp.inf)

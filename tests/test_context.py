@@ -1,0 +1,171 @@
+"""Attention over a split sequence: every scheme, balanced or not, is the attention of one device, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close, biggest_array, layout, mesh_of
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.kernels import tpu
+from hybrid_attn.parallel import context
+from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
+
+B, T, N, K, H = 4, 96, 8, 4, 8  # tokens divide by 2 slices of 3, 4 and 8 shards
+SHARD = T // 4
+# A document over all shards; documents that end in the middle of shards, and two shards of nothing but padding; short ones
+# after padding; documents that end where shards and slices do.
+ROWS = [
+    "a" * T,
+    "a" * 37 + "b" * 9 + "." * 50,
+    "." * 3 + "abbccccddddddddeeeeeeeeee" + "f" * 68,
+    "a" * 12 + "b" * 36 + "c" * 48,
+]
+WINDOWS = {"smaller": 5, "a slice": SHARD // 2, "a shard": SHARD, "larger": 55, "all": 10 * T}
+
+
+@functools.cache
+def arrays():
+    rng = np.random.default_rng(0)
+    q, k, v, do = (rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (N, K, K, N))
+    pos, seg = (np.stack(x) for x in zip(*map(layout, ROWS), strict=True))
+    return q, k, v, do, pos, seg, rng.normal(size=N).astype(np.float32)
+
+
+@functools.cache
+def on_one_device(window, chunk, softcap, with_sinks):
+    """Output and gradients by the reference."""
+    q, k, v, do, pos, seg, sinks = arrays()
+    with jax.set_mesh(mesh_of()):
+        return value_and_grads(q, k, v, do, pos, seg, sinks if with_sinks else None, False, window=window, chunk=chunk,
+            softcap=softcap, kernel="reference", scheme="gather")  # fmt: skip
+
+
+def value_and_grads(q, k, v, do, pos, seg, sinks, balanced, **static):
+    mesh = jax.sharding.get_mesh()
+    spread = {4: HEADS_BTNH, 2: TOKENS_BT, 1: P("tensor")}
+    inputs = [x if x is None else jax.device_put(x, NamedSharding(mesh, spread[x.ndim])) for x in (q, k, v, sinks)]
+    do, pos, seg = (jax.device_put(x, NamedSharding(mesh, spread[x.ndim])) for x in (do, pos, seg))
+
+    def attend(q, k, v, sinks):
+        def there(tree):
+            return context.balance(tree) if balanced else tree
+
+        def back(x):
+            return context.unbalance(x) if balanced else x
+
+        heads = [there(x) for x in (q, k, v)]
+        return back(context.attend(*heads, *there((pos, seg)), sinks, scale=0.3, balanced=balanced, **static))
+
+    @jax.jit
+    def both(*inputs):
+        o, pull = jax.vjp(attend, *inputs)
+        return o, pull(do)
+
+    return jax.device_get(both(*inputs))
+
+
+def check(
+    scheme, balanced, sizes=None, *, window=None, chunk=None, softcap=None, sinks=False, kernel="blocked", tolerance=2e-6
+):
+    q, k, v, do, pos, seg, given = arrays()
+    with jax.set_mesh(mesh_of(**(sizes or {"context": 4}))):
+        found = value_and_grads(
+            q, k, v, do, pos, seg, given if sinks else None, balanced,
+            window=window, chunk=chunk, softcap=softcap, kernel=kernel, scheme=scheme,
+        )  # fmt: skip
+    assert_close(found, on_one_device(window, chunk, softcap, sinks), tolerance)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_halo_gives_a_window_what_one_device_gives(window, balanced):
+    check("halo", balanced, window=WINDOWS[window], sinks=window == "smaller")
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("scheme", ["gather", "ring", "exchange"])
+def test_every_scheme_gives_the_whole_prefix_what_one_device_gives(scheme, balanced):
+    check(scheme, balanced, softcap=2.0 if balanced else None, sinks=True)
+
+
+@pytest.mark.parametrize("scheme", ["gather", "ring", "exchange"])
+def test_every_scheme_takes_a_window_too(scheme):
+    check(scheme, True, window=SHARD + 3)
+
+
+@pytest.mark.parametrize("scheme", context.SCHEMES)
+def test_chunks_of_a_document_stay_apart(scheme):
+    check(scheme, True, chunk=11)
+
+
+@pytest.mark.parametrize("sizes", [{"context": 3}, {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 8}], ids=str)
+@pytest.mark.parametrize("scheme", context.SCHEMES)
+def test_it_holds_beside_other_axes_and_for_odd_numbers_of_shards(scheme, sizes):
+    if scheme == "exchange" and sizes["context"] != 2:
+        pytest.skip("needs as many key/value heads as shards")
+    check(scheme, True, sizes, window=37 if scheme == "halo" else None)
+
+
+@pytest.mark.parametrize("scheme", ["halo", "ring"])
+def test_slices_meet_the_condition_of_splash(scheme, monkeypatch):
+    monkeypatch.setattr(tpu, "INTERPRET", True)
+    check(scheme, True, window=SHARD if scheme == "halo" else None, kernel="splash", sinks=True, tolerance=3e-6)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4, 8])
+def test_balancing_gives_each_shard_an_early_and_a_late_slice_and_is_undone(shards):
+    tokens = np.arange(2 * 48 * 3).reshape(2, 48, 3)
+    mesh = mesh_of(context=shards)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(tokens, NamedSharding(mesh, P(BATCH, "context", None)))
+        moved = context.balance(placed)
+        size = 48 // (2 * shards)
+        for shard in moved.addressable_shards:
+            i = (shard.index[1].start or 0) // (2 * size)
+            wanted = [tokens[:, j * size : (j + 1) * size] for j in (i, 2 * shards - 1 - i)]
+            np.testing.assert_array_equal(shard.data, np.concatenate(wanted, 1))
+        np.testing.assert_array_equal(context.unbalance(moved), tokens)
+
+
+def work(balanced):
+    """Of each of four shards, how many pairs of query and key a whole row costs it."""
+    pairs = np.tril(np.ones((T, T))).sum(1)
+    order = np.arange(T).reshape(8, -1)
+    slices = [(i, 7 - i) if balanced else (2 * i, 2 * i + 1) for i in range(4)]
+    return [pairs[order[list(x)]].sum() for x in slices]
+
+
+def test_balanced_shards_have_the_same_work():
+    assert len(set(work(True))) == 1 and max(work(False)) > 1.7 * np.mean(work(False))
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(balanced):
+    """Autodiff of its loop would keep the keys of every visit."""
+    mesh = mesh_of(context=8)
+    with jax.set_mesh(mesh):
+        q, k, _, _, pos, seg, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)) for x, spec in
+                                   zip(arrays(), [HEADS_BTNH] * 4 + [TOKENS_BT] * 2 + [P("tensor")], strict=True))  # fmt: skip
+
+        def total(scheme, q, k, v, pos, seg):
+            static = {"window": None, "chunk": None, "scale": 1.0, "softcap": None, "kernel": "blocked"}
+            return jnp.square(context.attend(q, k, v, pos, seg, scheme=scheme, balanced=balanced, **static)).sum()
+
+        def biggest(scheme):
+            return biggest_array(jax.grad(functools.partial(total, scheme), (0, 1, 2)), q, k, k, pos, seg, inside="shard_map")
+
+        assert biggest("ring") < B * T * K * H <= biggest("gather")
+
+
+def test_a_merge_of_nothing_with_nothing_is_nothing():
+    none = jnp.zeros((1, 1, 1, 2)), jnp.full((1, 1, 1), -jnp.inf)
+    some = jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1, 1))
+    o, lse = context._merged(none, none)
+    assert not o.any() and np.isneginf(lse).all()
+    for pair in ((none, some), (some, none)):
+        o, lse = context._merged(*pair)
+        assert (o == 1).all() and (lse == 0).all()
