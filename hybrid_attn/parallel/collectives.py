@@ -89,7 +89,9 @@ def trip_count(instruction: Instruction, computations: Mapping[str, list[Instruc
     condition = computations[re.search(rf"condition={NAME}", instruction.line)[1]]
     constants = {int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line.line)}
     if len(constants) != 1:
-        raise ValueError(f"the loop {instruction.name} does not say how often it turns: its condition has constants {constants}")
+        raise ValueError(
+            f"the loop {instruction.name} does not say how often it turns: its condition has constants {constants}"
+        )
     return constants.pop()
 
 

@@ -71,7 +71,9 @@ def gathered(weight: jax.Array) -> jax.Array:
     rest = tuple(axis for axis in (*BATCH, "context") if axis != "fsdp")
 
     def shard(part):
-        return jax.lax.all_gather(jax.lax.pcast(part, rest, to="reduced"), "fsdp", axis=spec.index("fsdp"), tiled=True, to="reduced")
+        return jax.lax.all_gather(
+            jax.lax.pcast(part, rest, to="reduced"), "fsdp", axis=spec.index("fsdp"), tiled=True, to="reduced"
+        )
 
     whole = P(*(None if axis == "fsdp" else axis for axis in spec), reduced={"fsdp", *rest})
     return jax.shard_map(shard, in_specs=spec, out_specs=whole)(weight)

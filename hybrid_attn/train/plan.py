@@ -110,7 +110,9 @@ def _gpus(name: str, count: int) -> Target:
             platform="cuda", topology_name="h100", topology=f"1x1x{count}", target_config=described
         ).devices
     except (RuntimeError, NotImplementedError, ImportError) as cause:
-        raise NotImplementedError(f'target {name} needs JAX\'s CUDA plugin: pip install "hybrid-attn[gpu]" ({cause})') from cause
+        raise NotImplementedError(
+            f'target {name} needs JAX\'s CUDA plugin: pip install "hybrid-attn[gpu]" ({cause})'
+        ) from cause
     backend.get_default_device = lambda: h100
     return Target(name, "gpu", devices, CHIPS["h100"].memory)
 
