@@ -4,6 +4,7 @@ TEST_PLATFORM names another platform, for tests/test_device.py.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import string
@@ -17,7 +18,8 @@ from jax.sharding import NamedSharding
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.model import Run, flops
+from hybrid_attn.model import Run, flops, losses
+from hybrid_attn.model.loss import mean_loss
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 
 jax.config.update("jax_platforms", os.environ.get("TEST_PLATFORM", "cpu"))
@@ -38,6 +40,7 @@ def every(choice: str) -> config.Table:
 
 
 RUN = Run(jnp.dtype("float32"), every("none"), every("gather"), False, "blocked", loss_chunk=16, mlp_chunk=7)
+REFERENCE = RUN._replace(kernel="reference", mlp_chunk=None)
 
 
 def tiny(changes=None, **kinds) -> config.Config:
@@ -101,6 +104,37 @@ def batch_of(*rows: str, seed: int = 0) -> dict:
         "segments": segments,
         "weights": (follows & (segments > 0)).astype(np.float32),
     }
+
+
+# Eight rows of one to three documents and as many weighted tokens as 48, 39, …, 3.
+BATCH = batch_of(
+    *(
+        ("a" * first + "b" * 7 + "c" * 48)[: 48 - padding] + "." * padding
+        for first, padding in ((48, 0), (17, 7), (3, 20), (30, 0), (11, 1), (25, 13), (41, 0), (9, 44))
+    )
+)
+
+
+def everything(pattern: str, window: int) -> config.Model:
+    """A small model with parameters of every kind, and heads that eight devices can share."""
+    heads = {"model.num_heads": 16, "model.num_kv_heads": 8, "model.head_dim": 4}
+    layers = {"model.pattern": pattern, "model.num_layers": max(2, len(pattern))}
+    return tiny(
+        heads | layers,
+        L={"window": window, "rope_theta": 100.0, "temperature.type": "learned", "gate": "head"},
+        G={"qk_norm": "rms", "qk_norm_scope": "projection", "sink": True},
+    ).model
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def loss_and_grads(model: config.Model, run: Run, params: dict, batch: dict):
+    """The loss with a z-loss, and its gradients."""
+
+    def loss(params):
+        nll_BT, lse_BT = losses(model, params, batch, run)
+        return mean_loss(nll_BT, lse_BT, batch["weights"], 1e-3)
+
+    return jax.value_and_grad(loss)(params)
 
 
 def on_mesh(batch: dict) -> dict:

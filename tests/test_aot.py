@@ -30,7 +30,7 @@ TARGETS = {
         **{"local cudnn": 70, "global cudnn": 70},
     },
 }
-# Whole models: target, mesh, sequence length with one row for each fsdp shard, and most GB of one chip's arguments and temporaries.
+# Whole models: target, mesh, tokens of a row (one for each fsdp shard), most GB of a chip's arguments and temporaries.
 PLANS = {
     "8b 8K": ("v5p:4x4x4", {"fsdp": 64}, 8192, 2, 12),
     "8b 8K on v5e": ("v5e:4x4", {"fsdp": 16}, 8192, 8, 13),

@@ -51,14 +51,10 @@ def value_and_grads(q, k, v, do, pos, seg, sinks, balanced, **static):
     do, pos, seg = (jax.device_put(x, NamedSharding(mesh, spread[x.ndim])) for x in (do, pos, seg))
 
     def attend(q, k, v, sinks):
-        def there(tree):
-            return context.balance(tree) if balanced else tree
-
-        def back(x):
-            return context.unbalance(x) if balanced else x
-
-        heads = [there(x) for x in (q, k, v)]
-        return back(context.attend(*heads, *there((pos, seg)), sinks, scale=0.3, balanced=balanced, **static))
+        heads = context.balance((q, k, v), balanced)
+        places = context.balance((pos, seg), balanced)
+        o = context.attend(*heads, *places, sinks, scale=0.3, balanced=balanced, **static)
+        return context.unbalance(o, balanced)
 
     @jax.jit
     def both(*inputs):
@@ -122,13 +118,14 @@ def test_balancing_gives_each_shard_an_early_and_a_late_slice_and_is_undone(shar
     mesh = mesh_of(context=shards)
     with jax.set_mesh(mesh):
         placed = jax.device_put(tokens, NamedSharding(mesh, P(BATCH, "context", None)))
-        moved = context.balance(placed)
+        moved = context.balance(placed, True)
         size = 48 // (2 * shards)
         for shard in moved.addressable_shards:
             i = (shard.index[1].start or 0) // (2 * size)
             wanted = [tokens[:, j * size : (j + 1) * size] for j in (i, 2 * shards - 1 - i)]
             np.testing.assert_array_equal(shard.data, np.concatenate(wanted, 1))
-        np.testing.assert_array_equal(context.unbalance(moved), tokens)
+        np.testing.assert_array_equal(context.unbalance(moved, True), tokens)
+        assert context.balance(placed, False) is context.unbalance(placed, False) is placed
 
 
 def work(balanced):

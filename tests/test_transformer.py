@@ -1,6 +1,5 @@
 """The whole model: scanned or not, rematerialised or not, on any mesh, it is one function; blocks against plain NumPy."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import importlib
@@ -12,7 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RUN, assert_close, batch_of, biggest_array, every, mesh_of, on_mesh, random_params, tiny
+from conftest import (
+    BATCH,
+    REFERENCE,
+    RUN,
+    assert_close,
+    biggest_array,
+    every,
+    everything,
+    loss_and_grads,
+    mesh_of,
+    on_mesh,
+    random_params,
+    tiny,
+)
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,30 +32,11 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn import config
 from hybrid_attn.data.pipeline import check_batch_shape
 from hybrid_attn.model import apply, flops, init, losses, run_on, unembedding
-from hybrid_attn.model.loss import mean_loss
 from hybrid_attn.model.mlp import MLP
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.model.transformer import Block
 from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.train.step import init_state, make_step
-
-REFERENCE = RUN._replace(kernel="reference", mlp_chunk=None)
-# Eight rows of one to three documents and as many weighted tokens as 48, 39, …, 3.
-BATCH = batch_of(
-    *(
-        ("a" * first + "b" * 7 + "c" * 48)[: 48 - padding] + "." * padding
-        for first, padding in ((48, 0), (17, 7), (3, 20), (30, 0), (11, 1), (25, 13), (41, 0), (9, 44))
-    )
-)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def loss_and_grads(model, run, params, batch):
-    def loss(params):
-        nll_BT, lse_BT = losses(model, params, batch, run)
-        return mean_loss(nll_BT, lse_BT, batch["weights"], 1e-3)
-
-    return jax.value_and_grad(loss)(params)
 
 
 def test_scanned_periods_and_a_tail_equal_a_loop_over_layers(one_device):
@@ -147,45 +140,15 @@ def test_bfloat16_activations_give_nearly_the_outputs_and_the_gradient_of_float3
         assert np.vdot(g, h) > 0.99 * np.linalg.norm(g) * np.linalg.norm(h)
 
 
-# Every kind of parameter, and both kinds of mask.
-EVERYTHING = tiny(
-    L={"window": 5, "rope_theta": 100.0, "temperature.type": "learned", "gate": "head"},
-    G={"qk_norm": "rms", "qk_norm_scope": "projection", "sink": True},
-).model
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 2), (2, 2, 2, 1), (2, 1, 2, 2)]
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """The loss and its gradients on each mesh, compiled side by side; the last with the kernel and chunks of a real run."""
-
-    def build(sizes):
-        run = RUN if sizes == MESHES[-1] else REFERENCE
-        with jax.set_mesh(mesh_of(*sizes)):
-            return loss_and_grads.lower(EVERYTHING, run, random_params(EVERYTHING), on_mesh(BATCH)).compile()
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        sizes = [(1, 1, 1, 1), *MESHES]
-        return dict(zip(sizes, pool.map(build, sizes), strict=True))
-
-
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_loss_and_gradients_are_those_of_one_device_on_every_mesh(sizes, compiled):
-    def run(sizes):
-        with jax.set_mesh(mesh_of(*sizes)):
-            return jax.device_get(compiled[sizes](random_params(EVERYTHING), on_mesh(BATCH)))
-
-    assert_close(run(sizes), run((1, 1, 1, 1)), 1e-5)
-
-
-def test_gradients_are_the_slopes_of_the_loss(compiled, one_device):
-    params, rng = jax.device_get(random_params(EVERYTHING)), np.random.default_rng(7)
-    sharding = jax.tree.map(lambda x: x.sharding, random_params(EVERYTHING))
+def test_gradients_are_the_slopes_of_the_loss(one_device):
+    model = everything("LG", window=5)
+    params, batch, rng = jax.device_get(random_params(model)), on_mesh(BATCH), np.random.default_rng(7)
+    sharding = jax.tree.map(lambda x: x.sharding, random_params(model))
     way = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
 
     def at(distance):
         moved = jax.tree.map(lambda x, d: (x + distance * d).astype(np.float32), params, way)
-        return jax.device_get(compiled[(1, 1, 1, 1)](jax.device_put(moved, sharding), on_mesh(BATCH)))
+        return jax.device_get(loss_and_grads(model, REFERENCE, jax.device_put(moved, sharding), batch))
 
     slope = sum(np.vdot(g, d) for g, d in zip(jax.tree.leaves(at(0.0)[1]), jax.tree.leaves(way), strict=True))
     assert (at(1e-3)[0] - at(-1e-3)[0]) / 2e-3 == pytest.approx(slope, rel=1e-2)
@@ -282,7 +245,7 @@ def test_a_layer_of_every_block_is_its_formula_with_embedding_scale_and_final_no
     mine = jax.tree.map(lambda x: x[0], params["periods"]["L0"])
     nnx.update(layer, mine)
     mine = jax.device_get(mine)
-    attention = jax.jit(lambda x: layer.attention(x, pos, seg, "reference"))
+    attention = jax.jit(lambda x: layer.attention(x, pos, seg, kernel="reference", scheme="gather", balanced=False))
     wanted = BLOCKS[block](
         1.7 * np.asarray(params["embed"])[BATCH["tokens"]],
         lambda name, x: norm_by_hand(x, "rms_plus1", mine[name]["weight"], model.norm_eps),

@@ -43,7 +43,8 @@ class Attention(nnx.Module):
             gate_shape = (D, N, H) if kind.gate == "projection" else (D, N)
             self.gate = weight(rngs, gate_shape, P("fsdp", "tensor"), std)
 
-    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, kernel: str) -> jax.Array:
+    def __call__(self, x_BTD, pos_BT, seg_BT, *, kernel: str, scheme: str, balanced: bool) -> jax.Array:
+        """[B, T, D] of the same; the choices are those of `context.attend`."""
         dtype, kind = x_BTD.dtype, self.kind
         w_q, w_k, w_v, w_o = (gathered(w[...].astype(dtype)) for w in (self.q, self.k, self.v, self.o))
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q, out_sharding=HEADS_BTNH)
@@ -52,7 +53,7 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH = self.place(q_BTNH, k_BTKH, pos_BT)
         o_BTNH = context.attend(
             q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, self.sink[...] if kind.sink else None,
-            window=kind.window, chunk=kind.chunk, softcap=kind.softcap, kernel=kernel,
+            window=kind.window, chunk=kind.chunk, softcap=kind.softcap, kernel=kernel, scheme=scheme, balanced=balanced,
             scale=self.model.head_dim**-0.5 if kind.scale is None else kind.scale,
         )  # fmt: skip
         if kind.gate == "head":

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
-from hybrid_attn.model.transformer import Run, apply, unembedding
+from hybrid_attn.model.transformer import Run, apply_in_place, unembedding
+from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT
 
 WORDS = 16_384  # of the vocabulary at a time: with 1,024 tokens, 64 MiB of logits; that much of the table is gathered at a time
@@ -21,8 +22,11 @@ WORDS = 16_384  # of the vocabulary at a time: with 1,024 tokens, 64 MiB of logi
 
 def losses(model: Model, params: dict, batch: dict, run: Run) -> tuple[jax.Array, jax.Array]:
     """Negative log-probability of each target of a batch and log-sum-exp of its logits, [B, T] float32."""
-    x_BTD = apply(model, params, batch["tokens"], batch["positions"], batch["segments"], run)
-    return token_losses(model, unembedding(model, params), x_BTD, batch["targets"], run.loss_chunk)
+    names = ("tokens", "positions", "segments", "targets")
+    *inputs, targets_BT = context.balance(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), run.balance)
+    x_BTD = apply_in_place(model, params, *inputs, run)
+    found = token_losses(model, unembedding(model, params), x_BTD, targets_BT, run.loss_chunk)
+    return context.unbalance(found, run.balance)
 
 
 def token_losses(model: Model, table_VD: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int):

@@ -18,6 +18,7 @@ from hybrid_attn.config import Model, Table, Train
 from hybrid_attn.model.attention import Attention, weight
 from hybrid_attn.model.mlp import MLP
 from hybrid_attn.model.norm import Norm
+from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, gathered
 
 NORMS_BEFORE = {"parallel": ("norm",), "pre": ("attention_norm", "mlp_norm"), "post": ()}
@@ -59,21 +60,21 @@ def run_on(platform: str, model: Model, train: Train) -> Run:
     dtype = ("float32" if platform == "cpu" else "bfloat16") if train.dtype == "auto" else train.dtype
     mlp_chunk = CPU_MLP_CHUNK if train.mlp_chunk is None and platform == "cpu" else train.mlp_chunk
     kernel = kernels.choose(train.kernel, platform)
-    remat, context = config.remat(model, train), config.context(model, train)
+    remat, schemes = config.remat(model, train), config.context(model, train)
     if not kernels.KERNELS[kernel].keeps and (wanted := {"attention", "offload"} & {*remat.values()}):
         able = " or ".join(f'"{name}"' for name, x in kernels.KERNELS.items() if x.keeps and platform in x.platforms)
         raise NotImplementedError(
             f'the kernel "{kernel}" runs again in the backward pass, and train.remat={" and ".join(sorted(wanted))} keeps '
             f"its outputs so that it does not; use train.kernel={able}, or remat none or layer"
         )
-    return Run(jnp.dtype(dtype), remat, context, train.balance, kernel, train.loss_chunk, mlp_chunk)
+    return Run(jnp.dtype(dtype), remat, schemes, train.balance, kernel, train.loss_chunk, mlp_chunk)
 
 
 class Block(nnx.Module):
     """One layer: attention and feed-forward around the residual stream, by `model.block`."""
 
     def __init__(self, model: Model, letter: str, *, rngs: nnx.Rngs):
-        self.block = model.block
+        self.block, self.letter = model.block, letter
         self.attention = Attention(model, model.kinds[letter], rngs=rngs)
         self.mlp = MLP(model, rngs=rngs)
         for name in NORMS_BEFORE[model.block] + NORMS_AFTER[model.block]:
@@ -81,7 +82,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
         def attention(h_BTD):
-            return self.attention(h_BTD, pos_BT, seg_BT, run.kernel)
+            choices = {"kernel": run.kernel, "scheme": run.context[self.letter], "balanced": run.balance}
+            return self.attention(h_BTD, pos_BT, seg_BT, **choices)
 
         def mlp(h_BTD):
             return self.mlp(h_BTD, run.mlp_chunk)
@@ -171,7 +173,12 @@ def init(model: Model, key: jax.Array) -> dict:
 
 def apply(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
     """Final normed activations [B, T, D] of int32 tokens; positions restart with each document, segment 0 is padding."""
-    tokens_BT, pos_BT, seg_BT = (jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT))
+    placed = context.balance(tuple(jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT)), run.balance)
+    return context.unbalance(apply_in_place(model, params, *placed, run), run.balance)
+
+
+def apply_in_place(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run):
+    """`apply` where the tokens lie as `context.balance` puts them, and the activations stay there."""
     return nnx.merge(_graph(model), params)(tokens_BT, pos_BT, seg_BT, run)
 
 

@@ -1,8 +1,8 @@
 """What a compiled program sends between devices, read from the text of its optimised HLO.
 
-Bytes are those that one device receives: all-gather (n-1)/n of the result, reduce-scatter and all-to-all (n-1)/n of the operand,
-all-reduce 2 (n-1)/n of the operand (a ring: reduce-scatter, then all-gather), collective-permute its operand, where n is the
-number of devices of a group. A collective inside a loop counts as often as the loop turns.
+Bytes are those that one device of a group of n receives: all-gather (n-1)/n of the result, reduce-scatter and all-to-all
+(n-1)/n of the operand, all-reduce 2 (n-1)/n of it (a ring: reduce-scatter, then all-gather), collective-permute the operand.
+A collective inside a loop counts as often as the loop turns.
 """
 
 import itertools

@@ -58,13 +58,13 @@ def attend(
     """o_BTNH of causal self-attention over a sequence that the mesh splits; the contract of the mask is `kernels.attend`'s.
 
     `chunk` (tokens) keeps each query to the keys of its own chunk of positions: a chunk is a segment of its document. `scheme`
-    is a name in `SCHEMES`; `balanced` says whether the tokens are laid out by `balance`.
+    is a name in `SCHEMES`; `balanced` is what `balance` was told of these tokens.
     """
     if chunk is not None:
         most = jnp.int32(pos_BT.shape[1] // chunk + 1)
         seg_BT = jnp.where(seg_BT > 0, seg_BT * most + pos_BT // chunk, 0)
         window = chunk
-    static = Static(window, scale, softcap, kernel, 2 if balanced else 1)
+    static = Static(window, scale, softcap, kernel, 2 if _balances(balanced) else 1)
 
     def shard(q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, *sinks):
         attend_here = SCHEMES[scheme] if jax.lax.axis_size(AXIS) > 1 else _alone
@@ -78,19 +78,18 @@ def attend(
     )
 
 
-def balances(wanted: bool) -> bool:
-    """Whether rows are laid out by `balance` on the mesh in force, if they are `wanted` so."""
+def balance(arrays: Any, wanted: bool) -> Any:
+    """Arrays [B, T, ...] in reading order; where `wanted`, each shard then holds an early and a late slice of them."""
+    return _over_context(_to_pairs, arrays) if _balances(wanted) else arrays
+
+
+def unbalance(arrays: Any, wanted: bool) -> Any:
+    """Arrays [B, T, ...] that `balance` was told the same of, in reading order again."""
+    return _over_context(_from_pairs, arrays) if _balances(wanted) else arrays
+
+
+def _balances(wanted: bool) -> bool:
     return wanted and jax.sharding.get_abstract_mesh().shape[AXIS] > 1
-
-
-def balance(arrays: Any) -> Any:
-    """Arrays [B, T, ...] in reading order, of which each shard then holds an early and a late slice."""
-    return _over_context(_to_pairs, arrays)
-
-
-def unbalance(arrays: Any) -> Any:
-    """Arrays [B, T, ...] of shards with an early and a late slice, in reading order again."""
-    return _over_context(_from_pairs, arrays)
 
 
 def _over_context(move: Callable, arrays: Any) -> Any:

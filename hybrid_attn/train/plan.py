@@ -1,4 +1,4 @@
-"""What the training step of a config needs of devices that need not be here: it is compiled for them ahead of time, never run."""
+"""What the training step of a config needs of devices that need not be here: it is compiled for them, never run."""
 
 import math
 import os
@@ -25,7 +25,7 @@ FLOATS = ("weights", "bytes")  # of a batch; the other arrays are int32
 
 
 class Chip(NamedTuple):
-    """Bytes of memory of a chip, and how the TPU's own tools count: "v5litepod-16" is 16 chips, "v5p-32" 16 chips of two cores."""
+    """Bytes of memory of a chip, and how TPU tools name them: "v5litepod-16" is 16 chips, "v5p-32" 16 chips of two cores."""
 
     memory: int
     name: str = ""

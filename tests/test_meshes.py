@@ -1,0 +1,101 @@
+"""On every mesh the whole model is one function: its loss and all its gradients are those of one device."""
+
+import concurrent.futures
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from conftest import (
+    BATCH,
+    REFERENCE,
+    RUN,
+    assert_close,
+    batch_of,
+    every,
+    everything,
+    loss_and_grads,
+    mesh_of,
+    on_mesh,
+    random_params,
+)
+
+from hybrid_attn.config import Table
+
+ALONE = batch_of(*["a" * 48] * 8)  # a document a row, beside BATCH, whose rows are packed and padded
+
+
+class Case(NamedTuple):
+    """A mesh (data, fsdp, context, tensor, slices), a layout and its window, and how its rows are shared."""
+
+    sizes: tuple[int, ...]
+    pattern: str = "LLLG"
+    window: int = 6
+    scheme: str = "gather"  # of the global layers
+    balanced: bool = False
+    packed: bool = True
+
+    def run(self):
+        local = "halo" if self.sizes[2] > 1 else "gather"
+        return RUN._replace(context=Table({"L": local, "G": self.scheme}), balance=self.balanced)
+
+    def reference(self):
+        return Case((1, 1, 1, 1), self.pattern, self.window, packed=self.packed)
+
+    def batch(self):
+        return BATCH if self.packed else ALONE
+
+
+# A shard of eight has 6 of the 48 tokens, of four 12, of two 24; many shards of the packed rows have nothing but padding.
+CASES = [
+    Case((8, 1, 1, 1)),
+    Case((1, 8, 1, 1)),
+    Case((1, 1, 1, 8)),
+    Case((1, 1, 8, 1), scheme="ring", balanced=True),
+    Case((1, 1, 8, 1), pattern="G", scheme="gather", balanced=True),
+    Case((1, 1, 8, 1), pattern="L", window=30, balanced=True),
+    Case((2, 1, 4, 1), pattern="L", window=12, packed=False),
+    Case((2, 1, 4, 1), pattern="G", scheme="exchange", balanced=True),
+    Case((2, 2, 2, 1), scheme="ring"),
+    Case((1, 2, 2, 2), scheme="exchange", balanced=True),
+    Case((2, 1, 2, 1, 2), scheme="gather", balanced=True),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Of each case and its reference the compiled loss and gradients; two are compiled side by side."""
+
+    def build(case):
+        run = case.run() if case in CASES else REFERENCE
+        model = everything(case.pattern, case.window)
+        with jax.set_mesh(mesh_of(*case.sizes)):
+            return loss_and_grads.lower(model, run, random_params(model), on_mesh(case.batch())).compile()
+
+    cases = list(dict.fromkeys([case.reference() for case in CASES] + CASES))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(cases, pool.map(build, cases), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss_and_gradients_are_those_of_one_device(case, compiled):
+    def run(case):
+        with jax.set_mesh(mesh_of(*case.sizes)):
+            return jax.device_get(compiled[case](random_params(everything(case.pattern, case.window)), on_mesh(case.batch())))
+
+    found = run(case)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    assert_close(found, run(case.reference()), 1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["gather", "exchange"])
+def test_activations_come_back_in_reading_order(scheme):
+    from hybrid_attn.model import apply
+
+    model, found = everything("LG", 6), []
+    for sizes, run in (((1, 1, 1, 1), REFERENCE), ((1, 1, 4, 2), RUN._replace(context=every(scheme), balance=True))):
+        with jax.set_mesh(mesh_of(*sizes)):
+            arrays = [on_mesh(BATCH)[name] for name in ("tokens", "positions", "segments")]
+            found.append(jax.device_get(jax.jit(apply, static_argnums=(0, 5))(model, random_params(model), *arrays, run)))
+    real = BATCH["segments"] > 0
+    assert_close(found[1][real], found[0][real], 1e-5)
