@@ -14,19 +14,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 T, S, WINDOW = 4096, 16384, 1024  # queries of a shard of four, keys of the whole row
 RAGGED = S - 60  # 4,081 queries of a shard: no multiple of any block
-MIB = 2**20
+MIB, GB = 2**20, 10**9
 # Peak MiB of temporaries of one device, at about twice what was measured; a v5e keeps most of them in VMEM.
 TARGETS = {
     "v5e:2x4": {
         "local splash": 4,
         "global splash": 4,
+        "ring splash": 8,
         "ragged splash": 8,
         "step splash": 16,
         "slices splash": 16,
@@ -34,7 +34,7 @@ TARGETS = {
         "offload splash": 90,
     },
     "v5p:2x2x2": {"local splash": 80, "global splash": 80},
-    "h100": {
+    "h100:8": {
         **{"local tokamax": 100, "global tokamax": 100, "ragged tokamax": 100, "step tokamax": 140},
         **{"local cudnn": 70, "global cudnn": 70},
     },
@@ -43,35 +43,32 @@ TARGETS = {
 NARROW = {"model.d_model": 256, "model.d_ff": 512}
 DEEP = {"model.d_model": 512, "model.d_ff": 1024, "model.num_layers": 8}
 STEPS = {"step": NARROW, "slices": NARROW, "layer": DEEP, "offload": DEEP | {"train.remat": "offload"}}
-ACCELERATOR = {"v5e:2x4": "v5litepod-8", "v5p:2x2x2": "v5p-16"}
+# Whole models: target, mesh, tokens of a row (one for each fsdp shard), most GB of a chip's arguments and temporaries.
+PLANS = {
+    "8b 8K": ("v5p:4x4x4", {"fsdp": 64}, 8192, 2, 12),
+    "8b 8K on v5e": ("v5e:4x4", {"fsdp": 16}, 8192, 8, 13),
+    "8b 131072": ("v5p:4x4x4", {"fsdp": 4, "context": 16}, 131_072, 27, 30),
+    "1b 1048576": ("v5p:4x4x4", {"fsdp": 4, "context": 16}, 1_048_576, 4, 60),
+    # MaxText needs 6.03 GB of arguments for this one: 8.03e9 parameters and two moments of Adam in float32 over 16 chips.
+    "llama 8K": ("v5p:2x2x4", {"fsdp": 16}, 8192, 6.03, 12),
+}
 # What stands in the compiled text for each kernel: forward, then dq with dk and dv; cuDNN does those in one call.
 CALLS = {"splash": ("tpu_custom_call", 3), "tokamax": ("mosaic_gpu", 3), "cudnn": ("__cudnn$fmha", 2)}
 
 
-class Device(NamedTuple):
-    """What tokamax asks of a device."""
-
-    platform: str
-    compute_capability: str
-    device_kind: str
-
-
 def skip_reason(target):
-    if target in ACCELERATOR:
+    if not target.startswith("h100"):
         return None if importlib.util.find_spec("libtpu") else "libtpu is not installed; make test-aot installs it"
     missing = [name for name in ("jax_cuda13_plugin", "tokamax") if not importlib.util.find_spec(name)]
     return f"{' and '.join(missing)} not installed; make test-aot-gpu installs it" if missing else None
 
 
 @functools.cache
-def compiled(target: str) -> dict:
-    """The report of each case, compiled for `target` in another process."""
+def compiled(*arguments: str) -> dict:
+    """The report of each case that `main` gives in another process."""
     env = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", JAX_PLATFORMS="cpu")
-    if target in ACCELERATOR:
-        env |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": ACCELERATOR[target]}
-    else:
-        env |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-    done = subprocess.run([sys.executable, __file__, target], env=env, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
     return {report["case"]: report for report in map(json.loads, done.stdout.splitlines())}
 
@@ -102,6 +99,60 @@ def test_offloading_moves_what_is_kept_of_a_layer_to_the_memory_of_the_host():
     assert kept["temporaries"] - moved["temporaries"] >= inputs // 2
 
 
+@pytest.mark.parametrize("case", PLANS, ids=lambda name: name.replace(" ", "-"))
+def test_a_whole_step_compiles_without_queries_by_keys_or_tokens_by_words_and_fits(case):
+    if reason := skip_reason(PLANS[case][0]):
+        pytest.skip(reason)
+    report = compiled("plan", case)[case]
+    print(report)
+    assert report["squares"] == [] and report["logits"] == []
+    assert report["arguments"] <= PLANS[case][3] * GB
+    assert report["temporaries"] <= PLANS[case][4] * GB
+    assert report["peak"] <= report["memory"]
+
+
+def test_the_reader_of_arrays_sees_queries_by_keys_in_any_order():
+    text = "f32[8,1024,16384] bf16[16384,2,1024]{1,0} f32[1024,64] f32[16384,16384] bf16[8,64]"
+    assert with_both(text, 1024, 16384) == ["bf16[16384,2,1024]", "f32[8,1024,16384]"]
+    assert with_both(text, 16384, 16384) == ["f32[16384,16384]"]
+
+
+def with_both(text: str, a: int, b: int) -> list[str]:
+    """Types of the arrays in an HLO text that have a dimension of `a` and another of `b`."""
+    found = set()
+    for name, dims in re.findall(r"\b([a-z]\w*)\[([\d,]+)\]", text):
+        sizes = [int(d) for d in dims.split(",")]
+        if a in sizes and b in sizes and (a != b or sizes.count(a) > 1):
+            found.add(f"{name}[{dims}]")
+    return sorted(found)
+
+
+def main_plan(case: str) -> None:
+    """Plans the whole step of a case and prints a line of JSON."""
+    from configs import base, hybrid_8k
+    from hybrid_attn import config
+    from hybrid_attn.train import plan
+
+    target, axes, length, *_ = PLANS[case]
+    size = case.split()[0]
+    c = hybrid_8k.get_config("8b" if size == "llama" else size)
+    if size == "llama":  # Llama 3.1 8B
+        c.model.update(pattern="R", block="pre", norm="rms", vocab_size=128_256, tie_embeddings=False, logit_scale=1.0)
+        c.model.kinds.R = base.kind(rope_theta=500_000.0)
+    c.mesh.update({"data": 1, "fsdp": 1} | axes)
+    c.stages[0].update(seq_len=length, batch=axes["fsdp"])
+    started = time.monotonic()
+    found = plan.make_plan(config.build(c), plan.find_target(target))
+    shard = length // axes.get("context", 1)
+    report = {
+        **{"case": case, "seconds": round(time.monotonic() - started, 1), "memory": found.target.memory},
+        **{name: getattr(found, name) for name in ("arguments", "temporaries", "peak", "largest")},
+        "squares": with_both(found.text, shard, length),
+        "logits": with_both(found.text, shard, c.model.vocab_size),
+    }
+    print(json.dumps(report))
+
+
 def main(target: str) -> None:
     """Compiles every case for `target` and prints a line of JSON for each."""
     import jax
@@ -109,15 +160,16 @@ def main(target: str) -> None:
 
     from hybrid_attn import config
     from hybrid_attn.parallel.mesh import make_mesh
+    from hybrid_attn.train import plan
 
     jax.config.update("jax_disable_most_optimizations", False)
-    devices = topology(target)
+    devices = plan.find_target(target).devices
     for case in TARGETS[target]:
         shape, kernel = case.split()
         context = 1 if kernel == "cudnn" else 4
         slices = 2 if shape == "slices" else 1
         sizes = config.Mesh(slice=slices, data=1, fsdp=4 // context, context=context, tensor=2)
-        mesh = make_mesh(sizes, devices if slices == 1 else topology(target, slices))
+        mesh = make_mesh(sizes, devices if slices == 1 else slices_of(target, slices))
         with jax.set_mesh(mesh):
             started = time.monotonic()
             try:
@@ -128,20 +180,10 @@ def main(target: str) -> None:
         print(json.dumps({"case": case, "seconds": round(time.monotonic() - started, 1), **report}), flush=True)
 
 
-def topology(target: str, slices: int = 1) -> list:
+def slices_of(target: str, count: int) -> list:
     from jax.experimental import topologies
 
-    if target in ACCELERATOR:
-        return topologies.get_topology_desc(platform="tpu", topology_name=target, num_slices=slices).devices
-    from jax.extend import backend
-
-    # tokamax asks the default device what to compile for; ahead of time it has to be told.
-    h100 = Device("gpu", "9.0", "NVIDIA H100 80GB HBM3")
-    backend.get_default_device = lambda: h100
-    described = (ROOT / "tests/targets/h100.textproto").read_text()
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x8", target_config=described
-    ).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=target, num_slices=count).devices
 
 
 def lower_attention(mesh, shape: str, kernel: str):
@@ -152,10 +194,13 @@ def lower_attention(mesh, shape: str, kernel: str):
     from hybrid_attn.parallel import context
     from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT
 
+    scheme = {"global": "gather", "ring": "ring"}.get(shape, "halo")
+
     def loss(q, k, v, pos, seg):
         o = context.attend(
             q, k, v, pos, seg,
-            window=None if shape == "global" else WINDOW, chunk=None, scale=128**-0.5, softcap=None, kernel=kernel,
+            window=WINDOW if scheme == "halo" else None, chunk=None, scale=128**-0.5, softcap=None, kernel=kernel,
+            scheme=scheme, balanced=shape != "ragged",
         )  # fmt: skip
         return o.astype(jnp.float32).sum()
 
@@ -202,4 +247,4 @@ def measure(executable, kernel: str) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main_plan(sys.argv[2]) if sys.argv[1] == "plan" else main(sys.argv[1])

@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary in chunks: never B x T x V, forward or backward.
 
 Letters: B batch, T tokens, D model, V vocabulary (of one `tensor` shard inside `shard_map`); n tokens of a device flattened,
-c tokens of a chunk, v words of a chunk.
+I chunks of c tokens, v words of a chunk.
 """
 
 import functools
@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.model.transformer import Run, apply_in_place, unembedding
 from hybrid_attn.parallel import context
-from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT, gathered
+from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT
 
-WORDS = 16_384  # of the vocabulary at a time: with 1,024 tokens, 64 MiB of logits
+WORDS = 16_384  # of the vocabulary at a time: with 1,024 tokens, 64 MiB of logits; that much of the table is gathered at a time
 
 
 def losses(model: Model, params: dict, batch: dict, run: Run) -> tuple[jax.Array, jax.Array]:
@@ -45,9 +45,9 @@ def token_losses(model: Model, table_VD: jax.Array, x_BTD: jax.Array, targets_BT
         lse_n = top_n + jnp.log(jax.lax.psum(jnp.exp(lse_n - top_n), "tensor"))
         return (lse_n - jax.lax.psum(hit_n, "tensor")).reshape(B, T), lse_n.reshape(B, T)
 
-    specs = (ACT_BTD, P("tensor", None), TOKENS_BT)
+    specs = (ACT_BTD, P("tensor", "fsdp"), TOKENS_BT)
     return jax.shard_map(shard, in_specs=specs, out_specs=(TOKENS_BT, TOKENS_BT), check_vma=False)(
-        jax.reshard(x_BTD, ACT_BTD), gathered(table_VD.astype(x_BTD.dtype)), jax.reshard(targets_BT, TOKENS_BT)
+        jax.reshard(x_BTD, ACT_BTD), table_VD, jax.reshard(targets_BT, TOKENS_BT)
     )
 
 
@@ -89,11 +89,15 @@ def _logits(static: Static, x_cD, table_vD):
     return static.softcap * t_cv, static.scale * (1 - t_cv**2)
 
 
-def _words(static: Static, table_VD, i):
-    """The i-th chunk of words, their ids, and which are new: the last chunk is moved back to stay inside the table."""
+def _words(static: Static, table_VD, i, dtype):
+    """The i-th chunk of words, whole along `fsdp`; where it begins, the ids of its words, and which are new.
+
+    The last chunk is moved back to stay inside the table.
+    """
     at = jnp.minimum(i * static.words, table_VD.shape[0] - static.words)
     ids_v = at + jnp.arange(static.words)
-    return jax.lax.dynamic_slice_in_dim(table_VD, at, static.words), at, ids_v, ids_v >= i * static.words
+    part_vD = jax.lax.dynamic_slice_in_dim(table_VD, at, static.words).astype(dtype)
+    return jax.lax.all_gather(part_vD, "fsdp", axis=1, tiled=True), at, ids_v, ids_v >= i * static.words
 
 
 def _chunks(static: Static, *arrays):
@@ -105,28 +109,28 @@ def _chunks(static: Static, *arrays):
 
 
 def _forward(static: Static, x_nD, table_VD, targets_n):
-    num_words = -(-table_VD.shape[0] // static.words)
+    x_IcD, targets_Ic = _chunks(static, x_nD, targets_n)
 
-    def tokens(_, xs):
-        x_cD, targets_c = xs
+    def words(i, sums):
+        table_vD, _, ids_v, new_v = _words(static, table_VD, i, x_nD.dtype)
 
-        def words(i, carry):
-            top_c, total_c, hit_c = carry
-            table_vD, _, ids_v, new_v = _words(static, table_VD, i)
+        def tokens(_, xs):
+            x_cD, targets_c, top_c, total_c, hit_c = xs
             logits_cv, _ = _logits(static, x_cD, table_vD)
             hit_cv = (targets_c[:, None] == ids_v) & new_v
             logits_cv = jnp.where(new_v, logits_cv, -jnp.inf)
             new_c = jnp.maximum(top_c, logits_cv.max(-1))
             total_c = total_c * jnp.exp(top_c - new_c) + jnp.exp(logits_cv - new_c[:, None]).sum(-1)
-            return new_c, total_c, hit_c + jnp.where(hit_cv, logits_cv, 0.0).sum(-1)
+            return None, (new_c, total_c, hit_c + jnp.where(hit_cv, logits_cv, 0.0).sum(-1))
 
-        zero_c = jnp.zeros(x_cD.shape[0], jnp.float32)
-        top_c, total_c, hit_c = jax.lax.fori_loop(0, num_words, words, (zero_c - jnp.inf, zero_c, zero_c))
-        return None, (top_c + jnp.log(total_c), hit_c)
+        return jax.lax.scan(tokens, None, (x_IcD, targets_Ic, *sums))[1]
 
-    _, (lse, hit) = jax.lax.scan(tokens, None, _chunks(static, x_nD, targets_n))
+    zero_Ic = jnp.zeros(targets_Ic.shape, jnp.float32)
+    top_Ic, total_Ic, hit_Ic = jax.lax.fori_loop(
+        0, -(-table_VD.shape[0] // static.words), words, (zero_Ic - jnp.inf, zero_Ic, zero_Ic)
+    )
     n = x_nD.shape[0]
-    return lse.reshape(-1)[:n], hit.reshape(-1)[:n]
+    return (top_Ic + jnp.log(total_Ic)).reshape(-1)[:n], hit_Ic.reshape(-1)[:n]
 
 
 def _forward_keep(static: Static, x_nD, table_VD, targets_n):
@@ -136,30 +140,30 @@ def _forward_keep(static: Static, x_nD, table_VD, targets_n):
 
 def _backward(static: Static, kept, grads):
     x_nD, table_VD, targets_n, lse_n = kept
-    num_words = -(-table_VD.shape[0] // static.words)
     n, D = x_nD.shape
     chunks = _chunks(static, x_nD, targets_n, lse_n, *grads)
 
-    def tokens(dtable_VD, xs):
-        x_cD, targets_c, lse_c, dlse_c, dhit_c = xs
+    def words(i, sums):
+        dx_IcD, dtable_VD = sums
+        table_vD, at, ids_v, new_v = _words(static, table_VD, i, x_nD.dtype)
 
-        def words(i, carry):
-            dx_cD, dtable_VD = carry
-            table_vD, at, ids_v, new_v = _words(static, table_VD, i)
+        def tokens(dtable_vD, xs):
+            x_cD, targets_c, lse_c, dlse_c, dhit_c, dx_cD = xs
             logits_cv, slope_cv = _logits(static, x_cD, table_vD)
             share_cv = jnp.exp(logits_cv - lse_c[:, None]) * dlse_c[:, None]
             share_cv += jnp.where(targets_c[:, None] == ids_v, dhit_c[:, None], 0.0)
             d_cv = jnp.where(new_v, share_cv * slope_cv, 0.0).astype(x_cD.dtype)
             dx_cD += jnp.einsum("cv,vD->cD", d_cv, table_vD, preferred_element_type=jnp.float32)
-            add_vD = jnp.einsum("cv,cD->vD", d_cv, x_cD, preferred_element_type=jnp.float32)
-            old_vD = jax.lax.dynamic_slice_in_dim(dtable_VD, at, static.words)
-            return dx_cD, jax.lax.dynamic_update_slice_in_dim(dtable_VD, old_vD + add_vD, at, axis=0)
+            return dtable_vD + jnp.einsum("cv,cD->vD", d_cv, x_cD, preferred_element_type=jnp.float32), dx_cD
 
-        dx_cD, dtable_VD = jax.lax.fori_loop(0, num_words, words, (jnp.zeros_like(x_cD, jnp.float32), dtable_VD))
-        return dtable_VD, dx_cD.astype(x_cD.dtype)
+        dtable_vD, dx_IcD = jax.lax.scan(tokens, jnp.zeros(table_vD.shape, jnp.float32), (*chunks, dx_IcD))
+        add_vD = jax.lax.psum_scatter(dtable_vD.astype(x_nD.dtype), "fsdp", scatter_dimension=1, tiled=True)
+        add_vD += jax.lax.dynamic_slice_in_dim(dtable_VD, at, static.words)
+        return dx_IcD, jax.lax.dynamic_update_slice_in_dim(dtable_VD, add_vD, at, axis=0)
 
-    dtable_VD, dx = jax.lax.scan(tokens, jnp.zeros_like(table_VD, jnp.float32), chunks)
-    return dx.reshape(-1, D)[:n], dtable_VD.astype(table_VD.dtype), None
+    zeros = jnp.zeros(chunks[0].shape, jnp.float32), jnp.zeros_like(table_VD)
+    dx_IcD, dtable_VD = jax.lax.fori_loop(0, -(-table_VD.shape[0] // static.words), words, zeros)
+    return dx_IcD.reshape(-1, D)[:n].astype(x_nD.dtype), dtable_VD, None
 
 
 _local.defvjp(_forward_keep, _backward)

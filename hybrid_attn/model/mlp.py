@@ -33,10 +33,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, chunk: int | None) -> jax.Array:
         """[B, T, D] of the same; with `chunk`, so many tokens of a device at a time, whose hidden activations are not kept."""
-        weights = tuple(gathered(w[...].astype(x_BTD.dtype)) for w in (self.gate, self.up, self.down))
+        weights = tuple(w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
         if chunk is not None:
             return in_chunks(self.activation, chunk, x_BTD, *weights)
-        w_gate, w_up, w_down = weights
+        w_gate, w_up, w_down = map(gathered, weights)
         gate_BTF, up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_gate), jnp.einsum("BTD,DF->BTF", x_BTD, w_up)
         h_BTF = ACTIVATIONS[self.activation](gate_BTF) * up_BTF
         return jnp.einsum("BTF,FD->BTD", h_BTF, w_down, out_sharding=ACT_BTD)
@@ -45,7 +45,8 @@ class MLP(nnx.Module):
 def in_chunks(activation: str, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array):
     """The feed-forward of `chunk` tokens of a device at a time: nothing of F outlives its chunk, forward or backward."""
 
-    def shard(x_BTD, *weights):
+    def shard(x_BTD, *parts):
+        weights = (jax.lax.all_gather(part, "fsdp", axis=dim, tiled=True) for part, dim in zip(parts, (0, 0, 1), strict=True))
         D = x_BTD.shape[-1]
         x_nD = x_BTD.reshape(-1, D)
         n = len(x_nD)
@@ -54,7 +55,7 @@ def in_chunks(activation: str, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, 
         y_nD = _in_chunks(activation, x_IcD, *weights).reshape(-1, D)[:n]
         return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor")
 
-    specs = (ACT_BTD, P(None, "tensor"), P(None, "tensor"), P("tensor", None))
+    specs = (ACT_BTD, P("fsdp", "tensor"), P("fsdp", "tensor"), P("tensor", "fsdp"))
     return jax.shard_map(shard, in_specs=specs, out_specs=ACT_BTD, check_vma=False)(x_BTD, w_gate, w_up, w_down)
 
 

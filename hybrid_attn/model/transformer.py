@@ -134,7 +134,7 @@ class LM(nnx.Module):
             self.unembed = weight(rngs, (model.vocab_size, model.d_model), P("tensor", "fsdp"), model.init_std)
 
     def __call__(self, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
-        x_BTD = look_up(gathered(self.embed[...].astype(run.dtype)), tokens_BT) * self.model.embed_scale
+        x_BTD = look_up(self.embed[...], tokens_BT, run.dtype) * self.model.embed_scale
         if self.model.num_periods:
             x_BTD, _ = jax.lax.scan(lambda x, period: (period(x, pos_BT, seg_BT, run), None), x_BTD, self.periods)
         if self.model.tail:
@@ -142,16 +142,21 @@ class LM(nnx.Module):
         return self.final_norm(x_BTD)
 
 
-def look_up(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Rows of a table whose vocabulary is split over `tensor`: each shard gives the rows it has, and they are summed."""
+def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows [B, T, D] of a table split over `tensor` by words and over `fsdp` by dimensions; the table never moves.
+
+    Each shard looks up its part of the rows that its `fsdp` group wants, and they exchange them; those of words that another
+    `tensor` shard has are zeros, and summed. The gradient is added up in the table's own precision.
+    """
 
     def shard(embed_VD, tokens_BT):
-        local_BT = tokens_BT - jax.lax.axis_index("tensor") * embed_VD.shape[0]
+        local_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
+        local_BT -= jax.lax.axis_index("tensor") * embed_VD.shape[0]
         here_BT = (local_BT >= 0) & (local_BT < embed_VD.shape[0])
-        x_BTD = jnp.where(here_BT[..., None], embed_VD[jnp.where(here_BT, local_BT, 0)], 0)
-        return jax.lax.psum(x_BTD, "tensor")
+        x_BTD = jnp.where(here_BT[..., None], embed_VD[jnp.where(here_BT, local_BT, 0)].astype(dtype), 0)
+        return jax.lax.psum(jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True), "tensor")
 
-    return jax.shard_map(shard, in_specs=(P("tensor", None), TOKENS_BT), out_specs=P(BATCH, "context", None))(
+    return jax.shard_map(shard, in_specs=(P("tensor", "fsdp"), TOKENS_BT), out_specs=P(BATCH, "context", None))(
         embed_VD, tokens_BT
     )
 

@@ -1,0 +1,206 @@
+"""What a compiled program sends between devices, read from the text of its optimised HLO.
+
+Bytes are those that one device of a group of n receives: all-gather (n-1)/n of the result, reduce-scatter and all-to-all
+(n-1)/n of the operand, all-reduce 2 (n-1)/n of it (a ring: reduce-scatter, then all-gather), collective-permute the operand.
+A collective inside a loop counts as often as the loop turns.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+BITS = {"pred": 8, "bf16": 16, "token": 0}  # other types say their size in their name: f32, s8, u4, f8e4m3fn
+CALLERS = ("while", "call", "conditional", "fusion", "async-start")
+NAME = r"%?([\w.-]+)"
+HEADER = re.compile(rf"^(?:ENTRY )?{NAME} \(.*\{{$")
+INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?{NAME} = (.*?) ([a-z][a-z0-9-]*)\(")
+CALLED = re.compile(r"\b(?:to_apply|calls|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.-]+)")
+
+
+class Instruction(NamedTuple):
+    """A line of HLO: its name, its type as text, what it does, and the whole line."""
+
+    name: str
+    type: str
+    op: str
+    line: str
+
+
+class Collective(NamedTuple):
+    """One collective of a program: `bytes` is what one device receives by one call, `times` the calls in one run.
+
+    `axes` are those of the mesh that it runs over, `devices` those of a group; `types` are its operands' element types and
+    `scope` the names that JAX gave around it (`op_name`).
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    devices: int
+    bytes: int
+    times: int
+    types: tuple[str, ...]
+    scope: str
+
+    @property
+    def backward(self) -> bool:
+        """Whether it belongs to the backward pass, recomputation included."""
+        return "transpose(" in self.scope
+
+    @property
+    def total(self) -> int:
+        return self.bytes * self.times
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The computations of an HLO module by name, and the name of the one that it starts with."""
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        if header := HEADER.match(line):
+            current = computations[header[1]] = []
+            entry = header[1] if line.startswith("ENTRY") else entry
+        elif current is not None and (found := INSTRUCTION.match(line)):
+            current.append(Instruction(found[1], found[2], found[3], line))
+        elif line == "}":
+            current = None
+    if entry is None:
+        raise ValueError("this is no HLO text: it has no ENTRY computation; give compiled.as_text()")
+    return computations, entry
+
+
+def shapes(type_text: str) -> list[tuple[int, int]]:
+    """(elements, bytes) of each array of a type, tuples flattened."""
+    found = []
+    for dtype, dims in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]", type_text):
+        bits = BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
+        elements = math.prod(int(d.removeprefix("<=")) for d in dims.split(",") if d)
+        found.append((elements, -(-elements * bits // 8)))
+    return found
+
+
+def trip_count(instruction: Instruction, computations: Mapping[str, list[Instruction]]) -> int:
+    """How often a while loop turns: XLA's own count, or the constant that its condition compares with."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.line):
+        return int(known[1])
+    condition = computations[re.search(rf"condition={NAME}", instruction.line)[1]]
+    constants = {int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line.line)}
+    if len(constants) != 1:
+        raise ValueError(
+            f"the loop {instruction.name} does not say how often it turns: its condition has constants {constants}"
+        )
+    return constants.pop()
+
+
+def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """Every collective of a compiled program (`compiled.as_text()`) on a mesh of these axis sizes, in reading order.
+
+    Devices are numbered along the mesh, as XLA does. An asynchronous start and its done are one collective, and one whose
+    groups are single devices is none.
+    """
+    computations, entry = parse(text)
+    return _inside(computations, entry, mesh)
+
+
+def _inside(computations: Mapping[str, list[Instruction]], name: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """The collectives of one run of a computation and of all that it calls; both branches of a conditional count."""
+    around, found = {i.name: i for i in computations[name]}, []
+    for instruction in computations[name]:
+        kind = instruction.op.removesuffix("-start")
+        if kind in KINDS:
+            found += _collective(kind, instruction, around, mesh)
+        elif instruction.op in CALLERS:
+            called = [n for names in CALLED.findall(instruction.line) for n in re.findall(r"[\w.-]+", names)]
+            inner = [x for n in called for x in _inside(computations, n, mesh)]
+            turns = trip_count(instruction, computations) if instruction.op == "while" and inner else 1
+            found += [x._replace(times=x.times * turns) for x in inner]
+    return found
+
+
+def _collective(kind: str, instruction: Instruction, around: Mapping[str, Instruction], mesh) -> list[Collective]:
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.line)
+    if kind == "collective-permute":
+        groups = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
+        groups = [pair for pair in groups if pair[0] != pair[1]]
+    else:
+        groups = replica_groups(instruction.line, math.prod(mesh.values()))
+    devices = max(map(len, groups), default=1)
+    if devices == 1:
+        return []
+    operands = re.findall(r"%([\w.-]+)", _arguments(instruction))
+    sent = sum(size for name in operands for _, size in shapes(around[name].type))
+    n = devices
+    received = {
+        "all-gather": (n - 1) * sent,  # the result is n operands
+        "reduce-scatter": sent * (n - 1) // n,
+        "all-reduce": 2 * sent * (n - 1) // n,
+        "collective-permute": sent,
+        "all-to-all": sent * (n - 1) // n,
+    }[kind]
+    types = tuple(dtype for name in operands for dtype in re.findall(r"\b([a-z]\w*)\[", around[name].type))
+    return [Collective(kind, axes_of(groups, mesh), n, received, 1, types, _scope(instruction, around))]
+
+
+def _scope(instruction: Instruction, around: Mapping[str, Instruction]) -> str:
+    """The `op_name` of an instruction, or, since compilers drop it where they rewrite, of the nearest before it."""
+    waiting, seen = [instruction], set()
+    while waiting:
+        here = waiting.pop(0)
+        if named := re.search(r'op_name="([^"]*)"', here.line):
+            return named[1]
+        seen.add(here.name)
+        waiting += [around[name] for name in re.findall(r"%([\w.-]+)", _arguments(here)) if name in around and name not in seen]
+    return ""
+
+
+def _arguments(instruction: Instruction) -> str:
+    """What stands between the parentheses of an instruction's operands."""
+    rest = instruction.line.split(f" {instruction.op}(", 1)[1]
+    depth = 1
+    for at, character in enumerate(rest):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return rest[:at]
+    raise ValueError(f"no end of the operands of {instruction.line}")
+
+
+def replica_groups(line: str, num_devices: int) -> list[tuple[int, ...]]:
+    """The groups of devices of a collective, in any of the three ways in which HLO writes them.
+
+    {{0,1},{2,3}}; [2,2]<=[2,2]T(1,0): that many groups and members of an iota, reshaped and transposed;
+    mesh['a'=2,'b'=2] {'b'}: the devices along an axis. No groups are one of all devices.
+    """
+    if listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line):
+        groups = [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+        return groups or [tuple(range(num_devices))]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, source = ([int(d) for d in iota[i].split(",")] for i in (1, 2))
+        ids = np.arange(math.prod(source)).reshape(source)
+        if iota[3]:
+            ids = ids.transpose([int(d) for d in iota[3].split(",")])
+        return [tuple(map(int, group)) for group in ids.reshape(-1, shape[-1])]
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        return _named_groups(named[1], named[2])
+    raise ValueError(f"replica groups of an unknown form: {line.strip()[:300]}")
+
+
+def _named_groups(mesh_text: str, wanted: str) -> list[tuple[int, ...]]:
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh_text)}
+    names, axes = list(sizes), re.findall(r"'([^']+)'", wanted)
+    if "device_ids" in mesh_text or ":" in wanted:
+        raise ValueError(f"replica groups of an unknown form: mesh[{mesh_text}] {{{wanted}}}")
+    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    moved = np.moveaxis(ids, [names.index(axis) for axis in axes], range(-len(axes), 0))
+    return [tuple(map(int, group)) for group in moved.reshape(-1, math.prod(sizes[axis] for axis in axes))]
+
+
+def axes_of(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes of a mesh along which the members of a group differ."""
+    places = np.stack(np.unravel_index(np.arange(math.prod(mesh.values())), list(mesh.values())), -1)
+    differ = np.zeros(len(mesh), bool)
+    for group in groups:
+        differ |= (places[list(group)] != places[group[0]]).any(0)
+    return tuple(itertools.compress(mesh, differ))

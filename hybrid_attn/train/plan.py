@@ -1,0 +1,250 @@
+"""What the training step of a config needs of devices that need not be here: it is compiled for them, never run."""
+
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from hybrid_attn.config import Config
+from hybrid_attn.data.rows import ARRAYS
+from hybrid_attn.model import flops, run_on
+from hybrid_attn.parallel.collectives import Collective, collectives, parse, shapes
+from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
+from hybrid_attn.train.measurement import table
+from hybrid_attn.train.step import abstract_state, make_step
+
+GB = 10**9
+SCHEMES = ("halo", "gather", "ring", "exchange")  # the scopes around what moves keys and values in parallel/context.py
+FLOATS = ("weights", "bytes")  # of a batch; the other arrays are int32
+
+
+class Chip(NamedTuple):
+    """Bytes of memory of a chip, and how TPU tools name them: "v5litepod-16" is 16 chips, "v5p-32" 16 chips of two cores."""
+
+    memory: int
+    name: str = ""
+    cores: int = 1
+
+
+CHIPS = {
+    "v4": Chip(32 * GB, "v4", 2),
+    "v5e": Chip(16 * GB, "v5litepod"),
+    "v5p": Chip(95 * GB, "v5p", 2),
+    "v6e": Chip(32 * GB, "v6e"),
+    "h100": Chip(80 * GB),
+}
+FORMS = "cpu:8 (a number of devices), h100:8, or a TPU's topology as v5e:4x4, v5p:4x4x4, v4:2x2x2, v6e:4x4"
+
+
+class Device(NamedTuple):
+    """What tokamax asks of a device."""
+
+    platform: str
+    compute_capability: str
+    device_kind: str
+
+
+class Target(NamedTuple):
+    """Devices to compile for; `memory` is bytes of one, or None where there is no such limit."""
+
+    name: str
+    platform: str
+    devices: list
+    memory: int | None
+
+
+def find_target(name: str) -> Target:
+    """The devices of `name`, which is of one of `FORMS`; call it before JAX has looked for devices.
+
+    ValueError for another name, NotImplementedError where the compiler for it is not installed.
+    """
+    kind, _, size = name.partition(":")
+    jax.config.update("jax_platforms", "cpu")
+    if kind in ("cpu", "h100") and re.fullmatch("[1-9][0-9]*", size):
+        return Target(name, "cpu", _cpus(int(size)), None) if kind == "cpu" else _gpus(name, int(size))
+    if kind in CHIPS and CHIPS[kind].name and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", size):
+        return _tpus(name, CHIPS[kind], math.prod(map(int, size.split("x"))))
+    raise ValueError(f"target {name!r} is not known; write {FORMS}")
+
+
+def _cpus(count: int) -> list:
+    jax.config.update("jax_num_cpu_devices", count)
+    return jax.devices("cpu")
+
+
+def _tpus(name: str, chip: Chip, count: int) -> Target:
+    from jax.experimental import topologies
+
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": f"{chip.name}-{count * chip.cores}",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here opens a device, so that a run may hold them meanwhile
+    }
+    try:
+        return Target(name, "tpu", topologies.get_topology_desc(platform="tpu", topology_name=name).devices, chip.memory)
+    except ImportError as cause:
+        raise NotImplementedError(f'target {name} needs libtpu: pip install "hybrid-attn[tpu]"') from cause
+    except (RuntimeError, ValueError) as cause:
+        if "libtpu" in str(cause) and "not" in str(cause):
+            raise NotImplementedError(f'target {name} needs libtpu: pip install "hybrid-attn[tpu]" ({cause})') from cause
+        raise ValueError(f"target {name}: libtpu has no such topology ({cause}); write {FORMS}") from cause
+
+
+def _gpus(name: str, count: int) -> Target:
+    from jax.experimental import topologies
+    from jax.extend import backend
+
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    # tokamax asks the default device what to compile for; ahead of time it has to be told.
+    h100 = Device("gpu", "9.0", "NVIDIA H100 80GB HBM3")
+    described = (Path(__file__).parent / "targets/h100.textproto").read_text()
+    try:
+        devices = topologies.get_topology_desc(
+            platform="cuda", topology_name="h100", topology=f"1x1x{count}", target_config=described
+        ).devices
+    except (RuntimeError, NotImplementedError, ImportError) as cause:
+        raise NotImplementedError(
+            f'target {name} needs JAX\'s CUDA plugin: pip install "hybrid-attn[gpu]" ({cause})'
+        ) from cause
+    backend.get_default_device = lambda: h100
+    return Target(name, "gpu", devices, CHIPS["h100"].memory)
+
+
+class Plan(NamedTuple):
+    """What one device needs for one step. `largest` is the biggest array that is written: bytes, type and where."""
+
+    target: Target
+    axes: dict[str, int]
+    arguments: int
+    outputs: int
+    temporaries: int
+    host: int
+    peak: int
+    flops: float
+    compiler_flops: float
+    largest: tuple[int, str, str]
+    collectives: list[Collective]
+    text: str
+
+
+def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
+    """Compiles the step of a stage of `c` for `target`; ValueError where the mesh or the batch does not fit it."""
+    mesh, (batch, length) = make_mesh(c.mesh, target.devices), (c.stages[stage].batch, c.stages[stage].seq_len)
+    run = run_on(target.platform, c.model, c.train)
+    with jax.set_mesh(mesh):
+        placed = NamedSharding(mesh, TOKENS_BT)
+        arrays = {
+            name: jax.ShapeDtypeStruct((batch, length), jnp.float32 if name in FLOATS else jnp.int32, sharding=placed)
+            for name in ARRAYS
+        }
+        compiled = make_step(c, run).lower(abstract_state(c, mesh), arrays, shape.microbatches).compile()
+    m, text = compiled.memory_analysis(), compiled.as_text()
+    per_token = flops.train_flops_per_token(c.model, length)
+    return Plan(
+        target,
+        dict(mesh.shape),
+        m.argument_size_in_bytes,
+        m.output_size_in_bytes,
+        m.temp_size_in_bytes,
+        m.host_temp_size_in_bytes,
+        # What donated arguments become counts once; JAX has no figure of its own for this in both of its versions.
+        m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes,
+        per_token * batch * length / mesh.size,
+        compiled.cost_analysis()["flops"],
+        largest_array(text),
+        collectives(text, mesh.shape),
+        text,
+    )
+
+
+def largest_array(text: str) -> tuple[int, str, str]:
+    """Bytes, type and scope of the biggest array that some instruction of an HLO module writes."""
+    computations, _ = parse(text)
+    fused = {name for lines in computations.values() for i in lines if i.op == "fusion" for name in _called(i.line)}
+    found = (0, "", "")
+    for name, lines in computations.items():
+        for i in lines if name not in fused else ():
+            if i.op not in ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"):
+                scope = re.search(r'op_name="([^"]*)"', i.line)
+                for kind, (_, size) in zip(re.findall(r"\b[a-z]\w*\[[\d,]*\]", i.type), shapes(i.type), strict=False):
+                    found = max(found, (size, kind, f"{i.op} {scope[1] if scope else ''}"))
+    return found
+
+
+def _called(line: str) -> list[str]:
+    return re.findall(r"\bcalls=%?([\w.-]+)", line)
+
+
+def what(collective: Collective) -> str:
+    """What a collective moves, by the scopes around it: "L halo" is the keys and values of layers L."""
+    parts = re.split(r"[/()]", collective.scope)
+    letter = next((part[0] for part in parts if re.fullmatch(r"[A-Za-z]\d+", part)), None)
+    scheme = next((part for part in parts if part in SCHEMES), None)
+    if scheme and letter:
+        return f"{letter} {scheme}"
+    return f"{letter} layers" if letter else "the rest"
+
+
+def keys_and_values(found: list[Collective], backward: bool) -> dict[str, int]:
+    """Bytes that a device receives in a step for keys and values (backward, their gradients), by letter and scheme."""
+    sums = Counter()
+    for x in found:
+        if x.backward == backward and what(x).split()[-1] in SCHEMES:
+            sums[what(x)] += x.total
+    return dict(sums)
+
+
+def report(plan: Plan) -> str:
+    """The lines and tables of a plan."""
+    t = plan.target
+    axes = " x ".join(f"{axis} {size}" for axis, size in plan.axes.items())
+    size, kind, where = plan.largest
+    lines = [
+        f"target       {t.name}: {len(t.devices)} {t.devices[0].device_kind} devices, of which all below is one's",
+        f"mesh         {axes}",
+        f"memory       {gb(plan.peak)} at the peak: {gb(plan.arguments)} arguments, {gb(plan.temporaries)} temporaries, "
+        f"{gb(plan.outputs)} outputs, most in the arguments' place; {gb(plan.host)} in the host's memory",
+        fits(plan),
+        f"largest      {gb(size)} {kind}: {where}",
+        f"FLOPs        {plan.flops:.4g} by the formula, recomputation not counted; {plan.compiler_flops:.4g} by the compiler, "
+        "which counts loops once and no kernels",
+    ]
+    groups = Counter()
+    for x in plan.collectives:
+        key = x.kind, " ".join(x.axes), what(x), "backward" if x.backward else "forward"
+        groups[(*key, "calls")] += x.times
+        groups[(*key, "bytes")] += x.total
+    keys = sorted({key[:4] for key in groups}, key=lambda key: -groups[(*key, "bytes")])
+    rows = [[*key, f"{groups[(*key, 'calls')]:,}", gb(groups[(*key, "bytes")])] for key in keys]
+    header = ["collective", "axes", "of", "pass", "calls a step", "received"]
+    totals = Counter()
+    for x in plan.collectives:
+        totals[" ".join(x.axes)] += x.total
+    sums = [[axes, "", gb(total)] for axes, total in totals.most_common()]
+    return "\n".join([*(line for line in lines if line), "", table(header, rows), "", table(["axes", "", "received"], sums)])
+
+
+def fits(plan: Plan) -> str:
+    """Whether a device has room, with the numbers."""
+    memory = plan.target.memory
+    if memory is None:
+        return ""
+    if plan.peak <= memory:
+        return f"fits         {gb(plan.peak)} of {gb(memory)}"
+    return (
+        f"DOES NOT FIT {gb(plan.peak)} and a device has {gb(memory)}: use more devices, a larger mesh.fsdp or mesh.context, "
+        "train.remat, or fewer rows"
+    )
+
+
+def gb(size: float) -> str:
+    """Bytes in GB (10^9), MB or kB."""
+    unit, name = next(((unit, name) for unit, name in ((GB, "GB"), (10**6, "MB")) if size >= unit), (1000, "kB"))
+    return f"{size / unit:,.3f} {name}"

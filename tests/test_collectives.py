@@ -1,0 +1,160 @@
+"""What is read from compiled programs is what the programs send, to the byte."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.parallel.collectives import axes_of, collectives, parse, replica_groups, shapes
+
+T, D = 24, 20  # of a shard: float32 [24, 20] is 1,920 bytes
+SHARD = 4 * T * D
+
+
+def compiled(function, mesh):
+    """The collectives of `function` of a float32 [T, D] on each device of `mesh`, inside shard_map."""
+    every = P(tuple(mesh.axis_names))
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(function, in_specs=every, out_specs=every, check_vma=False)
+        x = jax.ShapeDtypeStruct((T * mesh.size, D), jnp.float32, sharding=NamedSharding(mesh, every))
+        return collectives(jax.jit(mapped).lower(x).compile().as_text(), mesh.shape)
+
+
+def loop(function, turns):
+    return lambda x: jax.lax.scan(lambda x, _: (function(x), None), x, None, length=turns)[0]
+
+
+def gather(x):
+    with jax.named_scope("there"):
+        return jnp.tanh(jax.lax.all_gather(x, "context", tiled=True)[T : 2 * T])
+
+
+CASES = {
+    "all-gather": (gather, ("context",), 4, 3 * SHARD),
+    "reduce-scatter": (
+        lambda x: jnp.tile(jnp.tanh(jax.lax.psum_scatter(x, "context", tiled=True)), (4, 1)),
+        ("context",), 4, SHARD * 3 // 4,
+    ),
+    "all-reduce": (lambda x: jnp.tanh(jax.lax.psum(x, ("fsdp", "context"))), ("fsdp", "context"), 8, 2 * SHARD * 7 // 8),
+    "collective-permute": (
+        lambda x: jnp.tanh(jax.lax.ppermute(x, "context", [(0, 1), (1, 2), (2, 3)])), ("context",), 2, SHARD,
+    ),
+    "all-to-all": (
+        lambda x: jnp.tanh(jax.lax.all_to_all(x, "context", 0, 1, tiled=True)).reshape(T, D), ("context",), 4, SHARD * 3 // 4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_bytes_axes_and_turns_of_a_collective_in_a_loop_are_those_of_the_program(kind):
+    function, axes, devices, size = CASES[kind]
+    (found,) = compiled(loop(function, 3), mesh_of(fsdp=2, context=4))
+    assert (found.kind, found.axes, found.devices) == (kind, axes, devices)
+    assert (found.bytes, found.times, found.total) == (size, 3, 3 * size)
+    assert found.types == ("f32",) * len(found.types)
+
+
+def test_loops_in_loops_multiply_and_a_call_outside_counts_once():
+    found = compiled(lambda x: gather(loop(loop(gather, 3), 5)(x)), mesh_of(context=4, tensor=2))
+    assert sorted(x.times for x in found) == [1, 15]
+    assert all("there" in x.scope and not x.backward for x in found)
+
+
+def test_the_gradient_of_a_gather_is_a_scatter_of_the_backward_pass():
+    def gradient(x):
+        return jax.grad(lambda x: gather(x).sum())(x)
+
+    found = {x.kind: x for x in compiled(gradient, mesh_of(context=8))}
+    assert set(found) == {"all-gather", "reduce-scatter"}
+    assert found["all-gather"].bytes == found["reduce-scatter"].bytes == 7 * SHARD
+    assert (found["all-gather"].backward, found["reduce-scatter"].backward) == (False, True)
+
+
+def test_a_collective_among_single_devices_is_none():
+    assert compiled(lambda x: jax.lax.psum(x, "data") + 1, mesh_of(context=4)) == []
+
+
+def test_replica_groups_are_read_in_each_way_of_writing_them():
+    along_the_first = [(0, 4), (1, 5), (2, 6), (3, 7)]
+    for text in (
+        "replica_groups={{0,4},{1,5},{2,6},{3,7}}, x",
+        "replica_groups=[4,2]<=[2,4]T(1,0), x",
+        "replica_groups=mesh['a'=2,'b'=4] {'a'}, x",
+    ):
+        assert replica_groups(text, 8) == along_the_first
+    assert replica_groups("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, x", 8) == [(0, 1, 4, 5), (2, 3, 6, 7)]
+    assert replica_groups("replica_groups=[2,4]<=[8], x", 8) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert replica_groups("replica_groups={}, x", 3) == [(0, 1, 2)]
+    with pytest.raises(ValueError, match="unknown form"):
+        replica_groups("replica_groups=somehow", 8)
+
+
+def test_axes_are_those_along_which_a_group_differs():
+    mesh = {"data": 2, "fsdp": 1, "context": 4}
+    assert axes_of([(0, 4), (1, 5)], mesh) == ("data",)
+    assert axes_of([(2, 3)], mesh) == ("context",)
+    assert axes_of([tuple(range(8))], mesh) == ("data", "context")
+
+
+ASYNC = """HloModule m
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inside (p: bf16[8,6]) -> bf16[2,6] {
+  %p = bf16[8,6]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %scatter = bf16[2,6]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+}
+
+%body (s: (s32[], bf16[2,6])) -> (s32[], bf16[2,6]) {
+  %s = (s32[], bf16[2,6]) parameter(0)
+  %x = bf16[2,6]{1,0} get-tuple-element(%s), index=1, metadata={op_name="jit(f)/transpose(jvp())/L0/halo/x"}
+  %kernel = bf16[2,6]{1,0} custom-call(%x), custom_call_target="k", backend_config={"a": {
+}}
+  %start = (bf16[2,6], bf16[8,6]) all-gather-start(%kernel), replica_groups={{0,1,2,3}}, dimensions={0}
+  %done = bf16[8,6]{1,0} all-gather-done(%start)
+  %from = ((bf16[8,6]), bf16[2,6]) async-start(%done), calls=%inside
+  %to = bf16[2,6]{1,0} async-done(%from), calls=%inside
+  ROOT %out = (s32[], bf16[2,6]) tuple(%s, %to)
+}
+
+%condition (s: (s32[], bf16[2,6])) -> pred[] {
+  %s = (s32[], bf16[2,6]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %most = s32[]{:T(128)} constant(7)
+  ROOT %less = pred[] compare(%i, %most), direction=LT
+}
+
+ENTRY %main (p: (s32[], bf16[2,6])) -> (s32[], bf16[2,6]) {
+  %p = (s32[], bf16[2,6]) parameter(0)
+  ROOT %while = (s32[], bf16[2,6]) while(%p), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_start_and_its_done_are_one_and_a_loop_without_a_count_has_it_in_its_condition():
+    gather, scatter = collectives(ASYNC, {"context": 4})
+    assert (gather.kind, gather.bytes, gather.times, gather.types) == ("all-gather", 3 * 24, 7, ("bf16",))
+    assert (scatter.kind, scatter.bytes, scatter.times) == ("reduce-scatter", 96 * 3 // 4, 7)
+    assert gather.backward and "halo" in gather.scope, "the scope of the nearest operand that has one"
+
+
+def test_a_loop_that_does_not_say_how_often_it_turns_is_an_error_where_something_is_sent():
+    text = ASYNC.replace("constant(7)", "get-tuple-element(%s), index=0")
+    with pytest.raises(ValueError, match="does not say how often"):
+        collectives(text, {"context": 4})
+    quiet = "\n".join(line for line in text.splitlines() if "-start" not in line and "-done" not in line)
+    assert collectives(quiet, {"context": 4}) == []
+
+
+def test_sizes_of_types():
+    assert shapes("(f32[2,3]{1,0}, bf16[5], pred[], s4[3], f8e4m3fn[2,2])") == [(6, 24), (5, 10), (1, 1), (3, 2), (4, 4)]
+    assert np.sum(shapes("token[]")) == 1  # one element, of no bytes
+    with pytest.raises(ValueError, match="no HLO text"):
+        parse("nothing")

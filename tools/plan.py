@@ -1,0 +1,43 @@
+"""Compiles the training step of a config for devices that need not be here, and says what one of them needs for it.
+
+python tools/plan.py --config=configs/hybrid_8k.py:8b --target=v5p:4x4x4 --config.mesh.fsdp=64
+python tools/plan.py --config=configs/hybrid_8k.py --target=cpu:8 --config.mesh.context=8 --config.mesh.data=1
+
+Memory, FLOPs, the largest array, and what is sent between devices, by mesh axis. It runs no step. Exit status: 0 it fits;
+1 it does not, or the target cannot be compiled for; 2 a wrong config.
+"""
+
+import logging
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from hybrid_attn import config
+from hybrid_attn.programs import fail, parse
+from hybrid_attn.train import plan
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.")
+TARGET = flags.DEFINE_string("target", None, plan.FORMS)
+STAGE = flags.DEFINE_integer("stage", -1, "Stage of the config, from 0; the last by default.")
+flags.mark_flags_as_required(["config", "target"])
+
+
+def main(_):
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        c = config.build(CONFIG.value)
+        if not -1 <= STAGE.value < len(c.stages):
+            raise ValueError(f"--stage={STAGE.value}: the config has {len(c.stages)} stages, counted from 0")
+    except ValueError as error:
+        fail(str(error), 2)
+    try:
+        found = plan.make_plan(c, plan.find_target(TARGET.value), STAGE.value)
+    except (ValueError, NotImplementedError) as error:
+        fail(str(error), 1)
+    print(plan.report(found))
+    sys.exit(found.target.memory is not None and found.peak > found.target.memory)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
