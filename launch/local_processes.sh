@@ -52,7 +52,7 @@ status=0 left=$n killer=
 while ((left)); do
     code=0 ended=
     wait -n -p ended "${pids[@]}" || code=$?
-    [[ -n $ended ]] || continue # a signal woke this script, and no process has ended
+    [[ -n ${ended-} ]] || continue # a signal woke this script, and no process has ended
     left=$((left - 1))
     for i in "${!pids[@]}"; do
         [[ ${pids[i]} != "$ended" ]] || unset "pids[i]"

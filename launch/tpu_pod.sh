@@ -102,13 +102,12 @@ wait_until_active() {
 
 # A command on every host of every slice at the same time.
 on_all() {
-    local node running=() code=0
+    local node job jobs=() code=0
     for node in "${nodes[@]}"; do
-        run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --command="$1" &
-        running+=($!)
-        [[ ! $dry ]] || wait $! # in order
+        run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --command="$1" </dev/null &
+        jobs+=($!)
     done
-    for node in "${running[@]}"; do wait "$node" || code=$?; done
+    for job in "${jobs[@]}"; do wait "$job" || code=$?; done
     return "$code"
 }
 
@@ -133,7 +132,7 @@ start="cd hybrid_attn; if $running; then exit 0; fi; rm -f train.status
 printf -v command '%q ' .venv/bin/python launch/train.py$( (($#)) && printf ' %q' "$@" || true)
 setsid nohup bash -c \"\$command > train.log 2>&1; echo \\\$? > train.status\" </dev/null >/dev/null 2>&1 &
 echo \$! > train.pid"
-follow='cd hybrid_attn; tail --pid="$(cat train.pid)" -n +1 -F train.log; exit "$(cat train.status || echo 1)"'
+follow='cd hybrid_attn; tail --pid="$(cat train.pid)" -n +1 -F train.log; exit "$(cat train.status 2>/dev/null || echo 1)"'
 
 remove() {
     run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
@@ -142,9 +141,6 @@ remove() {
 if [[ ! $train ]]; then
     remove
     exit
-fi
-if [[ $delete ]]; then
-    trap remove EXIT
 fi
 if [[ $dry ]]; then
     create
@@ -158,4 +154,9 @@ if [[ $dry ]] || ! on_all "cd hybrid_attn && $running" >/dev/null 2>&1; then
     [[ -z ${SETUP-} ]] || on_all "$SETUP"
     on_all "$start"
 fi
-run gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 --command="$follow"
+code=0
+run gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 --command="$follow" || code=$?
+if [[ $delete && $code != 255 ]]; then # 255: the connection was lost, and nobody knows how the training is
+    remove
+fi
+exit "$code"

@@ -26,6 +26,7 @@ import jax
 SILENCE = 60
 # A process that is killed breaks the collectives of the others: what they report is not the cause, which arrives with it.
 CAUSE_COMES_WITHIN = 0.5
+NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")}  # packages with which jax asks them
 BY_HAND = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
 
 
@@ -254,6 +255,9 @@ def _from_launcher(timeout: float) -> tuple | None:
     method = launcher()
     if method is None:
         return None
+    name, package = NEEDS.get(method, (method, None))
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"{name} started this process; to find the others, install the package {package}, or {BY_HAND}")
     from jax._src import clusters  # public is only jax.distributed.initialize, which asks it and aborts when one is missing
 
     try:
@@ -261,10 +265,9 @@ def _from_launcher(timeout: float) -> tuple | None:
             os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, method, round(timeout)
         )
     except Exception as cause:  # of the client libraries of clusters, among others
-        raise ValueError(f"{method}: {' '.join(str(cause).split())}; mend that, or {BY_HAND}") from cause
+        raise ValueError(f"{name}: {' '.join(str(cause).split())}; mend that, or {BY_HAND}") from cause
     if None in (address, count, number):
-        needs = {"mpi4py": "Open MPI 5 needs the package mpi4py", "k8s": "Kubernetes needs the package kubernetes"}
-        raise ValueError(f"{needs.get(method, method)}: the other processes cannot be found; install it, or {BY_HAND}")
+        raise ValueError(f"{name} started this process and does not say which others; {BY_HAND}")
     return None if count == 1 else (address, count, number, None if _has_own_gpus() else device_ids)
 
 
