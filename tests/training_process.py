@@ -11,10 +11,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from conftest import tiny
 from jax.experimental import multihost_utils
 
 from configs import base
+from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.parallel import processes
 from hybrid_attn.train import loop
 
@@ -47,21 +49,24 @@ def signalled_at(step: int) -> None:
         advance(self, number)
         if number == step:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # so that few steps are made meanwhile
 
     loop.Metrics.advance = advance_and_signal
 
 
 def train_and_stop(folder: Path, peers) -> None:
-    """Two meshes, of which the second run ends by a signal to process 1."""
-    assert loop.train(config_of(folder, MESHES[1], 2, **EVALUATED), folder / "context", peers)
+    """Disks that are not shared, and a run that ends by a signal to process 1."""
+    with pytest.raises(OSError, match="not on a disk that all processes share: 1 cannot see it"):
+        Checkpoints(folder / f"disk{peers.number}", keep=1, every=1)
     if peers.number == 1:
         signalled_at(2)
     assert not loop.train(config_of(folder, MESHES[0]), folder / "stopped", peers)
 
 
 def resume_and_break(folder: Path, peers) -> None:
-    """Goes on to the end; then process 1 meets an error that process 0, waiting for it, does not."""
+    """Goes on to the end, and trains on another mesh; then process 1 meets an error, and process 0 waits for it."""
     assert loop.train(config_of(folder, MESHES[0]), folder / "stopped", peers)
+    assert loop.train(config_of(folder, MESHES[1], 2, **EVALUATED), folder / "context", peers)
     if peers.number == 1:
         peers.fail("a device of mine is broken", 3)
     multihost_utils.process_allgather(np.ones(1))

@@ -26,6 +26,7 @@ import jax
 SILENCE = 60
 # A process that is killed breaks the collectives of the others: what they report is not the cause, which arrives with it.
 CAUSE_COMES_WITHIN = 0.5
+GONE = " ended without a word: look at its log, and for the memory that its machine ran out of"
 NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")}  # packages with which jax asks them
 BY_HAND = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
 
@@ -42,6 +43,7 @@ class Hub(threading.Thread):
         self.failed: dict[int, str] = {}
         self.steps: dict[int, int] | None = None  # that each has reached when it was asked where to stop
         self.agreed = False
+        self.saved: set[int] = set()
         try:
             self.server = socket.create_server(("", port), backlog=1024)
         except OSError as cause:
@@ -95,9 +97,12 @@ class Hub(threading.Thread):
             selector.register(link, selectors.EVENT_READ, number)
         while len(self.done) < self.num_processes:
             for key, _ in selector.select(None if told is None else max(told - time.monotonic(), 0)):
-                number, (*lines, pieces[key.data]) = key.data, (pieces[key.data] + _receive(key.fileobj)).split(b"\n")
+                number, received = key.data, _receive(key.fileobj)
+                if not received:
+                    self.lost[number] = GONE
+                *lines, pieces[number] = (pieces[number] + received).split(b"\n")
                 for line in lines:
-                    self.take(number, json.loads(line)) if line else self.lose(number)
+                    self.take(number, json.loads(line))
                 if number in self.lost or number in self.done:
                     selector.unregister(key.fileobj)
             if told is None and (self.lost or self.failed):
@@ -114,6 +119,8 @@ class Hub(threading.Thread):
             self.failed[number] = f": {message['failed']}"
         elif "done" in message:
             self.done.add(number)
+        elif "saved" in message:
+            self.saved.add(number)
         elif "stop" in message and self.steps is None:
             self.steps = {}
             self.tell({"agree": True})
@@ -122,9 +129,9 @@ class Hub(threading.Thread):
         if not self.agreed and self.steps is not None and self.steps.keys() | self.done == self.links.keys():
             self.agreed = True
             self.tell({"stop_at": max(self.steps.values(), default=0) + 1})
-
-    def lose(self, number: int) -> None:
-        self.lost[number] = " ended without a word: look at its log, and for the memory that its machine ran out of"
+        if self.agreed and self.saved == self.links.keys():
+            self.saved = set()
+            self.tell({"leave": True})
 
     def tell(self, message: Mapping) -> None:
         """Process 0 last: it takes this hub with it when it ends, and jax's service, which aborts whoever outlives it."""
@@ -157,12 +164,9 @@ class Peers:
             return self._stop_at is not None and step >= self._stop_at
 
     def all_saved(self, last_words: str) -> None:
-        """From here on a request to stop ends every process at once, with exit status 0; process 0 says `last_words`."""
-        with self._agreeing:
-            self._last_words = last_words
-            leave = self._stop_at is not None
-        if leave:
-            self._leave()
+        """When all have called this, a request to stop ends them at once, with exit status 0; process 0 says `last_words`."""
+        self._last_words = last_words
+        _send(self._link, {"saved": True})
 
     def fail(self, text: str, status: int) -> None:
         """Ends this process with `status` and the others with 1; each says the first error of all of them."""
@@ -188,12 +192,11 @@ class Peers:
                     _send(self._link, {"at": self._step})
                 elif "stop_at" in message:
                     self._stop_at = message["stop_at"]
-                    leave = self._last_words is not None
                     self._agreeing.release()
-                    if leave:
-                        self._leave()
+                elif "leave" in message:
+                    self._leave()
         if self._hub is None:
-            _end("error: process 0 ended without a word: look at its log, and for the memory that its machine ran out of", 1)
+            _end(f"error: process 0{GONE}", 1)
 
     def _leave(self) -> None:
         if self.number == 0:
@@ -223,14 +226,17 @@ def start(
     atexit.register(peers.close)  # before jax's own, and therefore run after it: nobody is missed who is only done
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the loop
     _silence_gloo()
-    jax.distributed.initialize(
-        f"{host}:{_jax_port(int(port))}",
-        num_processes=count,
-        process_id=number,
-        local_device_ids=device_ids,
-        cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=SILENCE,
-    )
+    try:
+        jax.distributed.initialize(
+            f"{host}:{_jax_port(int(port))}",
+            num_processes=count,
+            process_id=number,
+            local_device_ids=device_ids,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=SILENCE,
+        )
+    except Exception as cause:
+        peers.fail(f"jax.distributed at port {_jax_port(int(port))} of {host}: {cause}", 1)
     return peers
 
 
@@ -368,11 +374,11 @@ def _send(link: socket.socket, message: Mapping) -> None:
 
 
 def _receive(link: socket.socket) -> bytes:
-    """What has come, or an empty line, which nobody sends, when the other end is gone."""
+    """What has come; nothing when the other end is gone."""
     try:
-        return link.recv(2**16) or b"\n"
+        return link.recv(2**16)
     except OSError:
-        return b"\n"
+        return b""
 
 
 def _wait_until_closed(links: list[socket.socket], seconds: float) -> None:
