@@ -67,6 +67,7 @@ def resume_and_break(folder: Path, peers) -> None:
     """Goes on to the end, and trains on another mesh; then process 1 meets an error, and process 0 waits for it."""
     assert loop.train(config_of(folder, MESHES[0]), folder / "stopped", peers)
     assert loop.train(config_of(folder, MESHES[1], 2, **EVALUATED), folder / "context", peers)
+    multihost_utils.process_allgather(np.ones(1))  # when process 0 has written its report
     if peers.number == 1:
         peers.fail("a device of mine is broken", 3)
     multihost_utils.process_allgather(np.ones(1))
