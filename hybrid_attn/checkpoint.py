@@ -39,20 +39,22 @@ class Checkpoints:
     """The checkpoints of one run, written in the background; every process of the run makes the same calls."""
 
     def __init__(self, directory: str | os.PathLike, keep: int, every: int):
-        """Opens or creates `directory` and removes what a killed run left half-written; the newest `keep` are kept."""
+        """Opens or creates `directory` and removes what a killed run left half-written; the newest `keep` are kept.
+
+        OSError if some process does not see what another has written there.
+        """
         self.directory = _absolute(directory)
+        _check_shared(self.directory)
         self._writing: int | None = None
         options = ocp.CheckpointManagerOptions(
-            save_decision_policy=checkpoint_managers.AnySavePolicy(
-                [checkpoint_managers.FixedIntervalPolicy(every), checkpoint_managers.PreemptionCheckpointingPolicy()]
-            ),
+            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(every),
             preservation_policy=checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def due(self, step: int) -> bool:
-        """Whether `step` is a multiple of `every` that has no checkpoint yet, or the cluster wants its hosts back."""
+        """Whether `step` is a multiple of `every` that has no checkpoint yet."""
         return self._manager.should_save(step)
 
     def save(self, step: int, state: Any, data: Mapping, config_dict: Mapping, wait: bool = False) -> None:
@@ -358,6 +360,24 @@ def _check_space(directory: str, state: Any) -> None:
             f"checkpoint of {needed / MIB:,.0f} MiB does not fit: {free / MIB:,.0f} MiB free at {directory}; "
             "free some space or lower train.keep"
         )
+
+
+def _check_shared(directory: str) -> None:
+    """OSError if the processes of a run have other disks there: each would hold a part of every checkpoint."""
+    if "://" in directory or jax.process_count() == 1:
+        return
+    number = multihost_utils.broadcast_one_to_all(np.random.default_rng().integers(2**31, dtype=np.int32))
+    mark = os.path.join(directory, f".seen-{number}")
+    if jax.process_index() == 0:
+        os.makedirs(directory, exist_ok=True)
+        open(mark, "w").close()
+    _agree(True)  # every process waits here until it is written
+    seen = multihost_utils.process_allgather(np.array(os.path.exists(mark)))
+    if jax.process_index() == 0:
+        os.remove(mark)
+    if not np.all(seen):
+        blind = ", ".join(map(str, np.flatnonzero(~seen)))
+        raise OSError(f"{directory} is not on a disk that all processes share: {blind} cannot see it; use another --workdir")
 
 
 def _agree(ok: bool) -> bool:

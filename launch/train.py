@@ -3,21 +3,30 @@
 A key is overridden as --config.optim.lr=1e-3, a stage's as --config.stages[0].steps=500. The same command run again goes
 on where it stopped. Exit status: 0 done, or stopped by a signal with everything saved; 1 a failure; 2 a wrong
 config; 130 a second Ctrl-C.
+
+Started several times by SLURM, Open MPI, a TPU pod or a Kubernetes job, or with the three flags that say which process this is,
+all of them train one model. Process 0 prints; the failure of one ends all with its message.
 """
 
 import logging
 import re
+import traceback
 from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from hybrid_attn import config
+from hybrid_attn.parallel import processes
 from hybrid_attn.programs import fail, parse
 from hybrid_attn.train import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and metrics; by default runs/ and the config's name.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of which the port after it is used too.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds within which all processes must have joined.", 1)
 flags.mark_flag_as_required("config")
 
 
@@ -31,16 +40,32 @@ def default_workdir(config_path: str) -> str:
 def main(_):
     logging.getLogger().setLevel(logging.WARNING)
     try:
-        c = config.build(CONFIG.value)
+        peers = processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_TIMEOUT.value)
     except ValueError as error:
         fail(str(error), 2)
+    except OSError as error:
+        fail(str(error), 1)
+    if peers:
+        give_up = peers.fail
+        logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
+    else:
+        give_up = fail
+    try:
+        c = config.build(CONFIG.value)
+    except ValueError as error:
+        give_up(str(error), 2)
     workdir = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename)
     try:
-        loop.train(c, workdir)
+        loop.train(c, workdir, peers)
     except (ValueError, NotImplementedError, FloatingPointError, OSError) as error:
-        fail(str(error), 1)
+        give_up(str(error), 1)
     except KeyboardInterrupt:
-        fail("interrupted before this step was saved; the last checkpoint is kept", 130)
+        give_up("interrupted before this step was saved; the last checkpoint is kept", 130)
+    except Exception as error:
+        if peers is None:
+            raise
+        traceback.print_exc()
+        give_up(f"{type(error).__name__}: {error}", 1)
 
 
 if __name__ == "__main__":

@@ -299,7 +299,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
     class Quiet:
         log = advance = lambda *_: None
         due = lambda *_: False  # noqa: E731
-        requested = False
+        reached = lambda *_: False  # noqa: E731
 
     c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
     loop.run_steps(c, [{}], step, 0, 0, iter((i, None) for i in range(3)), Quiet(), Quiet(), Quiet())

@@ -17,6 +17,7 @@ from hybrid_attn.evals import EVALS, Spec, Subject, bigram
 from hybrid_attn.model import flops, run_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
+from hybrid_attn.parallel.processes import Peers
 from hybrid_attn.train.metrics import Metrics, peak_flops
 from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_step
 from hybrid_attn.train.summary import summary
@@ -25,28 +26,44 @@ from hybrid_attn.train.summary import summary
 class Stop:
     """Turns the first SIGINT or SIGTERM into a request that the loop answers after its step; the second acts at once.
 
-    While `saved` is true there is nothing to wait for, and the first one raises KeyboardInterrupt.
+    Of several processes (`peers`) one gets the signal, and all stop after the same step. Once all is saved there is nothing
+    to wait for, and the first one ends the run.
     """
 
+    def __init__(self, peers: Peers | None):
+        self.peers, self.requested, self.saved = peers, False, False
+
     def __enter__(self):
-        self.requested = self.saved = False
         self.before = {s: signal.signal(s, self.request) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def request(self, number, frame):
         self.requested = True
         signal.signal(number, self.before[number])
-        if self.saved:
+        if self.peers:
+            self.peers.ask_to_stop()
+        elif self.saved:
             raise KeyboardInterrupt
+
+    def reached(self, step: int) -> bool:
+        """Whether the run is to end before its step `step`, counted from 0."""
+        return self.peers.reached(step) if self.peers else self.requested
+
+    def all_saved(self, last_words: str) -> None:
+        """Has the next signal end the run at once: by KeyboardInterrupt, or with its processes and `last_words`."""
+        self.saved = True
+        if self.peers:
+            self.peers.all_saved(last_words)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-def train(c: config.Config, workdir: str) -> bool:
+def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
     """Trains `c` in `workdir` from its newest checkpoint, or from the start; False if a signal stopped it before the end.
 
+    `peers` are those of `processes.start`, if there are several; the workdir is then one that all of them see.
     ValueError where the config, the data or a checkpoint does not fit; FloatingPointError when the loss is not finite.
     """
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
@@ -57,7 +74,8 @@ def train(c: config.Config, workdir: str) -> bool:
     training = {name: corpus.training for name, corpus in loaded.items()}
     stages, identities = pipeline.stage_rows(c, training, words), pipeline.identities(c, training, words)
     run = run_on(jax.default_backend(), c.model, c.train)
-    with Stop() as stop, jax.set_mesh(mesh):
+    last_words = f"stopped in the evaluation; all {c.total_steps} steps are saved, the same command evaluates again"
+    with Stop(peers) as stop, jax.set_mesh(mesh):
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
         try:
             state, start = first_state(c, identities, mesh, checkpoints)
@@ -72,14 +90,14 @@ def train(c: config.Config, workdir: str) -> bool:
             if step < c.total_steps:
                 metrics.say(f"stopped after step {step}, which is saved; the same command goes on from there")
                 return False
-            stop.saved = True
+            stop.all_saved(last_words)
             evaluate(c, Subject(c.model, state.params, run, mesh, words), loaded, metrics)
             metrics.close()
             return True
         except KeyboardInterrupt:
             if not stop.saved:
                 raise
-            metrics.say(f"stopped in the evaluation; all {c.total_steps} steps are saved, the same command evaluates again")
+            metrics.say(last_words)
             return False
         finally:
             checkpoints.close()
@@ -142,7 +160,7 @@ def run_steps(c, identities, step_fn, state, start, batches: Iterator, checkpoin
         metrics.advance(number)
         before = now
 
-    while step < c.total_steps and not stop.requested:
+    while step < c.total_steps and not stop.reached(step):
         clock = time.perf_counter()
         _, batch = next(batches)
         waited = time.perf_counter() - clock

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from hybrid_attn.config import Config
 from hybrid_attn.data.rows import ARRAYS
 from hybrid_attn.model import flops, run_on
+from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.collectives import Collective, collectives, parse, shapes
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train.measurement import table
@@ -136,7 +137,9 @@ class Plan(NamedTuple):
 
 def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     """Compiles the step of a stage of `c` for `target`; ValueError where the mesh or the batch does not fit it."""
-    mesh, (batch, length) = make_mesh(c.mesh, target.devices), (c.stages[stage].batch, c.stages[stage].seq_len)
+    mesh, shape = make_mesh(c.mesh, target.devices), c.stages[stage]
+    fit.check(c, mesh.shape)
+    batch, length = shape.batch, shape.seq_len
     run = run_on(target.platform, c.model, c.train)
     with jax.set_mesh(mesh):
         placed = NamedSharding(mesh, TOKENS_BT)

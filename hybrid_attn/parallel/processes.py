@@ -1,0 +1,417 @@
+"""Several processes that train as one: how they find each other, stop after the same step and end together.
+
+Each keeps a connection to the hub, a thread of process 0, at the coordinator's address; jax's own service listens at the
+port after it. The hub calls the roll, passes on what ends a run, and sees at once when a process is gone. A machine that
+vanishes without a word to the network is noticed by its silence, within `SILENCE` seconds.
+"""
+
+import atexit
+import contextlib
+import glob
+import importlib.util
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Mapping
+
+import jax
+
+# Seconds. Longer than the half minute for which a cloud moves a virtual machine, or memory pressure holds one up; beyond that
+# every second is one in which all the others wait in vain.
+SILENCE = 60
+# A process that is killed breaks the collectives of the others: what they report is not the cause, which arrives with it.
+CAUSE_COMES_WITHIN = 0.5
+GONE = " ended without a word: look at its log, and for the memory that its machine ran out of"
+LOOPBACK = ("localhost", "127.0.0.1")
+NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")}  # packages with which jax asks them
+BY_HAND = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
+
+
+class Hub(threading.Thread):
+    """The thread of process 0 that all processes are connected to."""
+
+    def __init__(self, host: str, port: int, num_processes: int, timeout: float):
+        super().__init__(daemon=True)
+        self.num_processes, self.timeout = num_processes, timeout
+        self.links: dict[int, socket.socket] = {}
+        self.done: set[int] = set()
+        self.lost: dict[int, str] = {}
+        self.failed: dict[int, str] = {}
+        self.steps: dict[int, int] | None = None  # that each has reached when it was asked where to stop
+        self.agreed = False
+        self.saved: set[int] = set()
+        try:
+            self.server = socket.create_server((host, port), backlog=1024)
+        except OSError as cause:
+            raise OSError(f"the coordinator cannot listen at port {port}: {cause.strerror}; name another port") from cause
+
+    def run(self) -> None:
+        refusal = self.call_the_roll()
+        self.server.close()
+        self.tell({"error": refusal} if refusal else {"go": True})
+        if not refusal:
+            self.serve()
+
+    def call_the_roll(self) -> str | None:
+        """Waits until every process is connected; the reason why the run cannot begin."""
+        until = time.monotonic() + self.timeout
+        while len(self.links) < self.num_processes:
+            self.server.settimeout(max(until - time.monotonic(), 0.001))
+            try:
+                link, _ = self.server.accept()
+            except TimeoutError:
+                return self.missing()
+            link.settimeout(5)  # a stranger to this port says nothing that can be read
+            try:
+                hello = json.loads(link.makefile("rb").readline(1000))
+                number, of = hello["join"], hello["of"]
+            except (OSError, ValueError, TypeError, KeyError):
+                link.close()
+                continue
+            link.settimeout(None)
+            twice = number in self.links
+            self.links[len(self.links) + self.num_processes if twice else number] = link  # so that it is told, too
+            if twice:
+                return f"two processes say that they are process {number}; give each its own --process_id"
+            if of != self.num_processes:
+                return f"process {number} counts {of} processes and process 0 counts {self.num_processes}; say the same to all"
+        return None
+
+    def missing(self) -> str:
+        here, all_of_them = sorted(self.links), range(self.num_processes)
+        gone = _some([number for number in all_of_them if number not in self.links])
+        return (
+            f"process {gone} never joined: {len(here)} of {self.num_processes} came within {self.timeout:g} s; look at what "
+            "the missing said when they started, or give them more time with --join_timeout"
+        )
+
+    def serve(self) -> None:
+        """Hands messages on until every process is done, or one has failed and all have been told."""
+        selector, pieces, told = selectors.DefaultSelector(), dict.fromkeys(self.links, b""), None
+        for number, link in self.links.items():
+            _notice_silence(link)
+            selector.register(link, selectors.EVENT_READ, number)
+        while len(self.done) < self.num_processes:
+            for key, _ in selector.select(None if told is None else max(told - time.monotonic(), 0)):
+                number, received = key.data, _receive(key.fileobj)
+                if not received:
+                    self.lost[number] = GONE
+                *lines, pieces[number] = (pieces[number] + received).split(b"\n")
+                for line in lines:
+                    self.take(number, json.loads(line))
+                if number in self.lost or number in self.done:
+                    selector.unregister(key.fileobj)
+            if told is None and (self.lost or self.failed):
+                told = time.monotonic() + CAUSE_COMES_WITHIN
+            if told is not None and time.monotonic() >= told:
+                break
+        else:
+            return
+        number, text = next(iter((self.lost or self.failed).items()))
+        self.tell({"error": f"process {number}{text}"})
+
+    def take(self, number: int, message: Mapping) -> None:
+        if "failed" in message:
+            self.failed[number] = f": {message['failed']}"
+        elif "done" in message:
+            self.done.add(number)
+        elif "saved" in message:
+            self.saved.add(number)
+        elif "stop" in message and self.steps is None:
+            self.steps = {}
+            self.tell({"agree": True})
+        elif "at" in message:
+            self.steps[number] = message["at"]
+        if not self.agreed and self.steps is not None and self.steps.keys() | self.done == self.links.keys():
+            self.agreed = True
+            self.tell({"stop_at": max(self.steps.values(), default=0) + 1})
+        if self.agreed and self.saved == self.links.keys():
+            self.saved = set()
+            self.tell({"leave": True})
+
+    def tell(self, message: Mapping) -> None:
+        """Process 0 last: it takes this hub with it when it ends, and jax's service, which aborts whoever outlives it."""
+        others = [link for number, link in self.links.items() if number]
+        for link in others:
+            _send(link, message)
+        if "error" in message:
+            _wait_until_closed(others, 2)
+        if 0 in self.links:
+            _send(self.links[0], message)
+
+
+class Peers:
+    """What a process shares with the others of its run: where all stop, and the error that ends all."""
+
+    def __init__(self, number: int, count: int, link: socket.socket, hub: Hub | None):
+        self.number, self.count, self._link, self._hub = number, count, link, hub
+        self._step, self._stop_at, self._last_words, self._status = -1, None, None, 1
+        self._agreeing = threading.Lock()  # held while the others say which steps they have reached
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def ask_to_stop(self) -> None:
+        """All processes will stop after the same step, which comes soon; a signal handler may call this."""
+        _send(self._link, {"stop": True})
+
+    def reached(self, step: int) -> bool:
+        """Whether the run ends before its step `step`, counted from 0: the same answer in every process."""
+        with self._agreeing:
+            self._step = step
+            return self._stop_at is not None and step >= self._stop_at
+
+    def all_saved(self, last_words: str) -> None:
+        """When all have called this, a request to stop ends them at once, with exit status 0; process 0 says `last_words`."""
+        self._last_words = last_words
+        _send(self._link, {"saved": True})
+
+    def fail(self, text: str, status: int) -> None:
+        """Ends this process with `status` and the others with 1; each says the first error of all of them."""
+        self._status = status
+        _send(self._link, {"failed": text})
+        time.sleep(10)  # `_listen` ends this process before that, when the others know
+        _end(f"error: {text}", status)
+
+    def close(self) -> None:
+        """Says that this process has done its part; process 0 waits for the others."""
+        _send(self._link, {"done": True})
+        if self._hub:
+            self._hub.join(10)
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            for line in self._link.makefile("rb"):
+                message = json.loads(line)
+                if "error" in message:
+                    _end(f"error: {message['error']}", self._status)
+                elif "agree" in message:
+                    self._agreeing.acquire()  # the main thread waits at its next step
+                    _send(self._link, {"at": self._step})
+                elif "stop_at" in message:
+                    self._stop_at = message["stop_at"]
+                    self._agreeing.release()
+                elif "leave" in message:
+                    self._leave()
+        if self._hub is None:
+            _end(f"error: process 0{GONE}", 1)
+
+    def _leave(self) -> None:
+        if self.number == 0:
+            print(self._last_words, flush=True)
+        self.close()
+        _end(None, 0)
+
+
+def start(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, timeout: float = 300
+) -> Peers | None:
+    """Joins the processes of this run, before anything touches a device; None, and no network, if it is the only one.
+
+    Who they are says whoever calls, or else the launcher: SLURM, Open MPI, a TPU pod or Kubernetes. ValueError where that
+    does not fit together; OSError that names who is missing if not all have come after `timeout` seconds.
+    """
+    found = _given(coordinator, num_processes, process_id) or _from_launcher(timeout)
+    if found is None:
+        return None
+    address, count, number, device_ids = found
+    host, _, port = address.rpartition(":")
+    bind = host if host in LOOPBACK else ""  # what all have on this machine, nobody elsewhere shall reach
+    hub = Hub(bind, int(port), count, timeout) if number == 0 else None
+    if hub:
+        hub.start()
+    link = _join(host.strip("[]"), int(port), number, count, timeout)
+    peers = Peers(number, count, link, hub)
+    atexit.register(peers.close)  # before jax's own, and therefore run after it: nobody is missed who is only done
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the loop
+    _silence_gloo()
+    try:
+        jax.distributed.initialize(
+            f"{host}:{_jax_port(int(port))}",
+            num_processes=count,
+            process_id=number,
+            local_device_ids=device_ids,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=f"{bind or '[::]'}:{_jax_port(int(port))}",
+            heartbeat_timeout_seconds=SILENCE,
+        )
+    except Exception as cause:
+        peers.fail(f"jax.distributed at port {_jax_port(int(port))} of {host}: {cause}", 1)
+    return peers
+
+
+def _given(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
+    """The address, number of processes, number of this one and its devices as whoever calls has them."""
+    values = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    absent = [f"--{name}" for name, value in values.items() if value is None]
+    if len(absent) == 3:
+        return None
+    if absent:
+        raise ValueError(f"{' and '.join(absent)} not given; {BY_HAND}, or none of the three")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id={process_id} is not one of 0 to {num_processes - 1} (--num_processes={num_processes})")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--coordinator={coordinator} is no HOST:PORT, as in 10.0.0.1:8476")
+    return coordinator, num_processes, process_id, None
+
+
+def _from_launcher(timeout: float) -> tuple | None:
+    """As `_given`, from the launcher that started this process; None if it is alone."""
+    method = launcher()
+    if method is None:
+        return None
+    name, package = NEEDS.get(method, (method, None))
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"{name} started this process; to find the others, install the package {package}, or {BY_HAND}")
+    from jax._src import clusters  # public is only jax.distributed.initialize, which asks it and aborts when one is missing
+
+    try:
+        address, count, number, device_ids = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, method, round(timeout)
+        )
+    except Exception as cause:  # of the client libraries of clusters, among others
+        raise ValueError(f"{name}: {' '.join(str(cause).split())}; mend that, or {BY_HAND}") from cause
+    if None in (address, count, number):
+        raise ValueError(f"{name} started this process and does not say which others; {BY_HAND}")
+    return None if count == 1 else (address, count, number, None if _has_own_gpus() else device_ids)
+
+
+def launcher() -> str | None:
+    """jax's name of what started several processes, of which this is one; None if it is alone.
+
+    A shell inside an allocation, a TPU machine by itself and a pod of no indexed job are alone, whatever else their
+    variables say.
+    """
+    env = os.environ
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # before SLURM, whose steps start Open MPI's own daemons
+        return "ompi" if "OMPI_MCA_orte_hnp_uri" in env else "mpi4py"
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is also set in the shell of salloc and in batch scripts
+        return "slurm"
+    if _has_tpus():
+        addresses = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
+        if addresses:
+            return "gketpu" if "," in addresses or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1 else None
+        workers, tpu_env = _metadata("worker-network-endpoints"), _metadata("tpu-env")
+        slices = [line.partition(":")[2].strip(" '") for line in tpu_env.splitlines() if "MEGASCALE_NUM_SLICES" in line]
+        return "gcetpu" if "," in workers or int((slices or [1])[0]) > 1 else None
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        return "k8s"
+    return None
+
+
+def _has_tpus() -> bool:
+    wanted = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _metadata(attribute: str) -> str:
+    """What a Google Cloud machine knows of itself; empty elsewhere."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{attribute}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
+
+
+def _has_own_gpus() -> bool:
+    """Whether all GPUs that this process sees are its own; else jax gives each process of a machine one of them."""
+    env = os.environ
+    alone = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (
+        "SLURM_STEP_NUM_NODES" in env and env["SLURM_STEP_NUM_NODES"] == env.get("SLURM_STEP_NUM_TASKS")
+    )
+    return alone or env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
+
+
+def _join(host: str, port: int, number: int, count: int, timeout: float) -> socket.socket:
+    """A connection to the hub, after everyone has one."""
+    until, cause = time.monotonic() + timeout, None
+    while time.monotonic() < until:
+        try:
+            link = socket.create_connection((host, port), timeout=5)
+            break
+        except OSError as error:
+            cause = error
+            time.sleep(0.2)
+    else:
+        raise OSError(
+            f"process 0 never joined: nothing answered process {number} at {host}:{port} within {timeout:g} s ({cause}); look "
+            "at what it said when it started, or give it more time with --join_timeout"
+        )
+    _send(link, {"join": number, "of": count})
+    link.settimeout(timeout + 30)  # the hub began after this process at the latest when it answered
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        answer = link.makefile("rb", buffering=0).readline()
+        message = json.loads(answer or "{}")
+        if "go" in message:
+            link.settimeout(None)
+            _notice_silence(link)
+            return link
+        if "error" in message:
+            raise OSError(message["error"])
+    raise OSError(f"process 0 went away from {host}:{port} before all had joined; look at what it said")
+
+
+def _jax_port(port: int) -> int:
+    return port + 1 if port < 2**16 - 1 else port - 1
+
+
+def _notice_silence(link: socket.socket) -> None:
+    """Has the system break the connection to a machine that has answered nothing for `SILENCE` seconds."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", SILENCE // 3), ("TCP_KEEPINTVL", SILENCE // 6), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, option):  # macOS has other names
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _send(link: socket.socket, message: Mapping) -> None:
+    """A line; whoever is gone is noticed by whoever reads from it."""
+    with contextlib.suppress(OSError):
+        link.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive(link: socket.socket) -> bytes:
+    """What has come; nothing when the other end is gone."""
+    try:
+        return link.recv(2**16)
+    except OSError:
+        return b""
+
+
+def _wait_until_closed(links: list[socket.socket], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    for link in links:
+        with contextlib.suppress(OSError):
+            link.settimeout(max(until - time.monotonic(), 0.001))
+            while link.recv(2**16):
+                pass
+
+
+def _silence_gloo() -> None:
+    """Gives file 1 away, to which gloo writes a line for each group of devices; Python's own output goes on where it went."""
+    sys.stdout.flush()
+    sys.stdout = open(os.dup(1), "w", encoding=sys.stdout.encoding)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
+def _end(line: str | None, status: int) -> None:
+    """Ends the process now, wherever its main thread hangs."""
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def _some(numbers: list[int]) -> str:
+    """The first eight, and how many there are besides."""
+    rest = [f"{len(numbers) - 8} more"] if len(numbers) > 8 else []
+    *first, last = [*map(str, numbers[:8]), *rest]
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Trains with N processes on this machine, which talk over its loopback: launch/local_processes.sh N -- FLAGS OF launch/train.py
+#
+#   DEVICES=4 launch/local_processes.sh 2 -- --config=configs/hybrid_8k.py --workdir=runs/two --config.mesh.data=-1 \
+#       '--config.stages[0].batch=8'
+#
+# DEVICES  CPU devices of each process (1)
+# PYTHON   the interpreter (that of .venv, if there is one, else python3)
+#
+# Ctrl-C and SIGTERM stop and save as they do with one process. The exit status is that of the first process that fails.
+set -euo pipefail
+set -m # a group for each process: Ctrl-C reaches this script alone, which passes it on once
+
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+    echo "error: this script needs bash 5.1, and this is $BASH_VERSION" >&2
+    exit 2
+fi
+if [[ ! ${1-} =~ ^[1-9][0-9]*$ || ${2-} != -- ]]; then
+    echo "usage: [DEVICES=4] launch/local_processes.sh N -- --config=configs/hybrid_8k.py ..." >&2
+    exit 2
+fi
+n=$1
+shift 2
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+[[ -x $python || -n ${PYTHON-} ]] || python=python3
+
+# Two ports next to each other that nobody uses.
+port=$("$python" - <<'EOF'
+import socket
+while True:
+    with socket.create_server(("localhost", 0)) as first:
+        port = first.getsockname()[1]
+        try:
+            socket.create_server(("localhost", port + 1)).close()
+        except (OSError, OverflowError):
+            continue
+    print(port)
+    break
+EOF
+)
+
+pids=()
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+for ((i = 0; i < n; i++)); do
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=${DEVICES:-1} "$python" "$root/launch/train.py" \
+        --coordinator="localhost:$port" --num_processes="$n" --process_id="$i" "$@" </dev/null &
+    pids+=($!)
+done
+
+status=0 left=$n killer=
+while ((left)); do
+    code=0 ended=
+    wait -n -p ended "${pids[@]}" || code=$?
+    [[ -n ${ended-} ]] || continue # a signal woke this script, and no process has ended
+    left=$((left - 1))
+    for i in "${!pids[@]}"; do
+        [[ ${pids[i]} != "$ended" ]] || unset "pids[i]"
+    done
+    if ((code && !status && left)); then
+        # The others end by themselves, with the reason, unless it came before they had joined.
+        { sleep 5; kill -TERM "${pids[@]}"; sleep 10; kill -KILL "${pids[@]}"; } 2>/dev/null &
+        killer=$!
+    fi
+    ((status)) || status=$code
+done
+[[ -z $killer ]] || kill -- "-$killer" 2>/dev/null || true
+exit "$status"

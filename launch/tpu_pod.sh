@@ -1,0 +1,162 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU pod: launch/tpu_pod.sh NAME ZONE TYPE [OPTIONS] -- FLAGS OF launch/train.py
+#
+#   launch/tpu_pod.sh run1 us-east5-a v5p-128 -- --config=configs/hybrid_8k.py:8b --workdir=/mnt/runs/run1
+#   launch/tpu_pod.sh run1 us-east5-a v5p-128 --dry-run -- --config=configs/hybrid_8k.py:8b --workdir=/mnt/runs/run1
+#   launch/tpu_pod.sh run1 us-east5-a v5p-128 --delete
+#
+# Queues for the machine or takes the one of that name, waits for it, copies this repository, installs it with the extra tpu,
+# starts the program on all hosts and follows the log of the first. Ctrl-C ends the following, not the training; the same
+# command follows it again, and starts it again where it stopped once it has ended.
+#
+# --dry-run   print the commands and run none
+# --spot      a machine that can be taken away at any time, for less
+# --slices=N  N slices (1)
+# --delete    delete the machine: at once without --, else when the training has ended
+#
+# PROJECT  of gcloud (its default)
+# RUNTIME  version of the machines' software (v2-alpha-tpuv6e for v6e, v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p, else
+#          tpu-ubuntu2204-base)
+# SETUP    a command for every host before the first start, such as the mount of the disk that the workdir is on: the hosts
+#          write one checkpoint together, and share no disk of their own
+# WAIT     seconds between two looks at the queue (30)
+set -euo pipefail
+
+usage() {
+    sed -n '2,6p' "${BASH_SOURCE[0]}" | cut -c3- >&2
+    exit 2
+}
+
+fail() {
+    echo "error: $1" >&2
+    exit 1
+}
+
+(($# >= 3)) && [[ $1 != -* && $2 != -* && $3 != -* ]] || usage
+name=$1 zone=$2 type=$3
+shift 3
+dry='' spot=() delete='' slices=1
+while (($#)) && [[ $1 != -- ]]; do
+    case $1 in
+        --dry-run) dry=1 ;;
+        --spot) spot=(--spot) ;;
+        --delete) delete=1 ;;
+        --slices=*) slices=${1#*=} ;;
+        *) echo "error: $1 is no option; flags of launch/train.py come after --" >&2 && usage ;;
+    esac
+    shift
+done
+train=''
+if (($#)); then
+    train=1
+    shift
+fi
+[[ $train || $delete ]] || usage
+[[ $slices =~ ^[1-9][0-9]*$ ]] || { echo "error: --slices=$slices is not a number of slices" >&2 && exit 2; }
+
+case $type in
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    *) runtime=tpu-ubuntu2204-base ;;
+esac
+runtime=${RUNTIME:-$runtime}
+where=(--zone="$zone")
+[[ -z ${PROJECT-} ]] || where+=(--project="$PROJECT")
+nodes=("$name")
+((slices == 1)) || mapfile -t nodes < <(for ((i = 0; i < slices; i++)); do echo "$name-$i"; done)
+
+run() {
+    if [[ $dry ]]; then
+        printf '%q ' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
+state() {
+    gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || true
+}
+
+create() {
+    local kind=(--node-id="$name")
+    ((slices == 1)) || kind=(--node-count="$slices" --node-prefix="$name")
+    run gcloud compute tpus queued-resources create "$name" "${where[@]}" "${kind[@]}" --accelerator-type="$type" \
+        --runtime-version="$runtime" "${spot[@]}"
+}
+
+wait_until_active() {
+    local now before=''
+    while now=$(state) && [[ $now != ACTIVE ]]; do
+        [[ $now == "$before" ]] || echo "$name is ${now:-not there yet}" >&2
+        before=$now
+        case $now in
+            FAILED | SUSPENDED | SUSPENDING | DELETING)
+                fail "$name is $now and will not start; delete it and begin again: $0 $name $zone $type --delete"
+                ;;
+        esac
+        sleep "${WAIT:-30}"
+    done
+}
+
+# A command on every host of every slice at the same time.
+on_all() {
+    local node job jobs=() code=0
+    for node in "${nodes[@]}"; do
+        run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --command="$1" </dev/null &
+        jobs+=($!)
+    done
+    for job in "${jobs[@]}"; do wait "$job" || code=$?; done
+    return "$code"
+}
+
+copy() {
+    local archive node
+    archive=$(mktemp -d)/hybrid_attn.tgz
+    [[ $dry ]] || (cd "$root" && git ls-files -z --cached --others --exclude-standard --deduplicate | tar --null -T - -czf "$archive")
+    for node in "${nodes[@]}"; do
+        run gcloud compute tpus tpu-vm scp "$archive" "$node:hybrid_attn.tgz" "${where[@]}" --worker=all
+    done
+    rm -rf "$(dirname "$archive")"
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+install='set -e; mkdir -p hybrid_attn; tar -xzf hybrid_attn.tgz -C hybrid_attn; cd hybrid_attn
+command -v python3.11 >/dev/null || { sudo apt-get update -qq; sudo apt-get install -qq -y python3.11 python3.11-venv; }
+[ -x .venv/bin/python ] || python3.11 -m venv .venv
+.venv/bin/python -m pip install --quiet --constraint constraints/py311.txt --editable ".[tpu]"'
+# A process of its own, which a lost connection does not end; its exit status is written when it has one.
+running='[ -e train.pid ] && kill -0 "$(cat train.pid)" 2>/dev/null && [ ! -e train.status ]'
+start="cd hybrid_attn; if $running; then exit 0; fi; rm -f train.status
+printf -v command '%q ' .venv/bin/python launch/train.py$( (($#)) && printf ' %q' "$@" || true)
+setsid nohup bash -c \"\$command > train.log 2>&1; echo \\\$? > train.status\" </dev/null >/dev/null 2>&1 &
+echo \$! > train.pid"
+follow='cd hybrid_attn; tail --pid="$(cat train.pid)" -n +1 -F train.log; exit "$(cat train.status 2>/dev/null || echo 1)"'
+
+remove() {
+    run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+}
+
+if [[ ! $train ]]; then
+    remove
+    exit
+fi
+if [[ $dry ]]; then
+    create
+elif [[ -z $(state) ]]; then
+    create
+fi
+[[ $dry ]] || wait_until_active
+if [[ $dry ]] || ! on_all "cd hybrid_attn && $running" >/dev/null 2>&1; then
+    copy
+    on_all "$install"
+    [[ -z ${SETUP-} ]] || on_all "$SETUP"
+    on_all "$start"
+fi
+code=0
+run gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 --command="$follow" || code=$?
+if [[ $delete && $code != 255 ]]; then # 255: the connection was lost, and nobody knows how the training is
+    remove
+fi
+exit "$code"

@@ -1,0 +1,139 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+QUIET = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+LOCAL = [str(ROOT / "launch/local_processes.sh"), "2", "--", f"--config={ROOT / 'configs/hybrid_8k.py'}"]
+
+
+def run_script(command, folder, **variables):
+    env = QUIET | {"PYTHON": sys.executable, "PATH": f"{folder}:{os.environ['PATH']}"} | variables
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, cwd=folder)
+
+
+def fake(folder, name, *lines):
+    """A program of that name that notes in `folder`/calls what it is called with, a line each, and does `lines`."""
+    note = f"printf '%q ' {name} \"$@\" >>'{folder}/calls'; echo >>'{folder}/calls'"
+    (folder / name).write_text("\n".join(["#!/usr/bin/env bash", note, *lines, ""]))
+    (folder / name).chmod(0o755)
+
+
+def calls(folder):
+    return (folder / "calls").read_text().splitlines()
+
+
+def test_local_processes_end_with_the_status_and_the_words_of_the_one_that_failed(tmp_path):
+    flags = ["--config.stages[0].batch=2", "--config.data.sources.text.paths=('/nowhere/*',)"]
+    done = run_script([*LOCAL, f"--workdir={tmp_path}/run", *flags], tmp_path)
+    assert done.returncode == 1
+    said = set(done.stderr.splitlines())
+    assert len(said) == 1 and "matches no file" in said.pop()
+    assert done.stdout == ""
+    usage = run_script([*LOCAL[:2], *LOCAL[3:]], tmp_path)
+    assert usage.returncode == 2 and "usage: " in usage.stderr
+
+
+def test_slurm_starts_the_program_and_queues_a_job_that_ran_out_of_time_again(tmp_path):
+    fake(tmp_path, "scancel", "kill -TERM $(cat started)")
+    fake(tmp_path, "scontrol")
+    fake(tmp_path, "srun", "trap 'exit 0' TERM", "echo $$ >started", "while :; do sleep 0.1; done")
+    env = QUIET | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+    with subprocess.Popen(["bash", str(ROOT / "launch/slurm.sbatch"), "--config=a b.py"], env=env, cwd=tmp_path) as job:
+        until = time.monotonic() + 20
+        while not (tmp_path / "started").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(20) == 0
+    assert calls(tmp_path) == [
+        r"srun --kill-on-bad-exit=1 --cpu-bind=none .venv/bin/python launch/train.py --config=a\ b.py ",
+        "scancel --signal=TERM 7 ",
+        "scontrol requeue 7 ",
+    ]
+
+
+def test_slurm_hands_on_the_status_of_a_failure_and_queues_nothing(tmp_path):
+    fake(tmp_path, "srun", "exit 3")
+    fake(tmp_path, "scontrol")
+    done = run_script(["bash", str(ROOT / "launch/slurm.sbatch")], tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="7")
+    assert done.returncode == 3 and len(calls(tmp_path)) == 1
+
+
+POD = [str(ROOT / "launch/tpu_pod.sh"), "run1", "us-east5-a", "v5p-128"]
+
+
+def fake_gcloud(folder, *states):
+    """A gcloud whose queued resource is in `states` one after the other, and whose host is the folder `host`.
+
+    What would be installed there is a python that notes its arguments, says a line and fails with status 3.
+    """
+    (folder / "states").write_text("\n".join([*states, ""]))
+    (folder / "host").mkdir()
+    says = r'printf "#!/bin/sh\necho training \$#: \"\$@\"; exit 3\n"'
+    python = f"mkdir -p hybrid_attn/.venv/bin; {says} >hybrid_attn/.venv/bin/python"
+    fake(
+        folder, "gcloud",
+        f"cd '{folder}/host'",
+        'for last; do :; done',
+        'case "$*" in',
+        "*describe*) head -n 1 ../states; [ $(wc -l <../states) = 1 ] || sed -i 1d ../states ;;",
+        f"*'pip install'*) {python}; chmod +x hybrid_attn/.venv/bin/python ;;",
+        '*ssh*) bash -c "${last#--command=}" ;;',
+        "esac",
+    )  # fmt: skip
+
+
+def test_a_tpu_pod_is_queued_for_filled_started_and_followed_to_its_end(tmp_path):
+    fake_gcloud(tmp_path, "", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    flags = ["--spot", "--delete", "--", "--config=configs/a b.py:1b", "--config.optim.lr=1e-3"]
+    done = run_script([*POD, *flags], tmp_path, WAIT="0", SETUP="echo mounted >disk")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines()[-1] == "training 3: launch/train.py --config=configs/a b.py:1b --config.optim.lr=1e-3"
+    verbs = [line.split(" --")[0].split()[4:6] for line in calls(tmp_path)]
+    wanted = ["describe", "create", "describe", "describe", "describe", "ssh", "scp", "ssh", "ssh", "ssh", "ssh", "delete"]
+    assert [verb[0] for verb in verbs] == wanted
+    assert "WAITING_FOR_RESOURCES" in done.stderr and (tmp_path / "host/disk").exists()
+    (create,) = [line for line in calls(tmp_path) if " create " in line]
+    for part in (
+        "--node-id=run1",
+        "--zone=us-east5-a",
+        "--accelerator-type=v5p-128",
+        "--runtime-version=v2-alpha-tpuv5",
+        "--spot",
+    ):
+        assert part in create.split()
+
+
+def test_a_tpu_pod_that_is_training_is_only_followed(tmp_path):
+    fake_gcloud(tmp_path, "ACTIVE")
+    home = tmp_path / "host/hybrid_attn"
+    home.mkdir()
+    with subprocess.Popen(["sleep", "2"]) as training:
+        (home / "train.pid").write_text(str(training.pid))
+        (home / "train.log").write_text("step 7\n")
+        threading.Thread(target=training.wait).start()
+        done = run_script([*POD, "--", "--config=x.py"], tmp_path, WAIT="0")
+    assert "step 7" in done.stdout and "training" not in done.stdout
+    assert not any(verb in line for line in calls(tmp_path) for verb in (" create ", " scp ", "pip install"))
+
+
+def test_a_tpu_pod_that_failed_is_said_with_the_cure(tmp_path):
+    fake_gcloud(tmp_path, "FAILED")
+    done = run_script([*POD, "--", "--config=x.py"], tmp_path)
+    assert done.returncode == 1
+    assert "run1 is FAILED and will not start; delete it" in done.stderr and "us-east5-a v5p-128 --delete" in done.stderr
+
+
+def test_a_dry_run_prints_the_commands_for_every_slice_and_runs_none(tmp_path):
+    fake_gcloud(tmp_path, "")
+    done = run_script([*POD, "--dry-run", "--slices=2", "--", "--config=x.py"], tmp_path)
+    assert done.returncode == 0 and not (tmp_path / "calls").exists()
+    assert "--node-count=2 --node-prefix=run1" in done.stdout
+    for node in ("run1-0", "run1-1"):
+        assert f"tpu-vm ssh {node} " in done.stdout and f"{node}:hybrid_attn.tgz" in done.stdout
+    assert run_script([*POD], tmp_path).returncode == 2
+    assert run_script([*POD, "--dri-run", "--", "--config=x.py"], tmp_path).returncode == 2

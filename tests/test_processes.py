@@ -1,0 +1,289 @@
+import contextlib
+import http.server
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from training_process import EVALUATED, MESHES, STEPS, config_of, signalled_at
+
+from hybrid_attn import checkpoint
+from hybrid_attn.parallel import processes
+from hybrid_attn.train import loop
+
+ROOT = Path(__file__).parents[1]
+QUIET = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+LAUNCHERS = ("OMPI", "SLURM", "TPU", "MEGASCALE", "KUBERNETES", "JOB_COMPLETION", "GCE", "JAX_COORDINATOR", "CUDA_VISIBLE")
+
+
+def free_port() -> int:
+    """A port that nobody uses, and nobody the one after it."""
+    while True:
+        with socket.create_server(("localhost", 0)) as first, contextlib.suppress(OSError, OverflowError):
+            socket.create_server(("localhost", first.getsockname()[1] + 1)).close()
+            return first.getsockname()[1]
+
+
+@contextlib.contextmanager
+def several(part, folder, numbers=(0, 1), count=2, devices=4):
+    """The processes `numbers` of `count` that do `part` of training_process.py."""
+    port, program = free_port(), [sys.executable, str(ROOT / "tests/training_process.py"), part]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": QUIET}
+    started = [
+        subprocess.Popen([*program, *map(str, (port, count, i, devices, folder))], start_new_session=True, **pipes)
+        for i in numbers
+    ]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def ends(started, seconds=120):
+    """(exit status, stdout, the last line of stderr) of each."""
+    said = [process.communicate(timeout=seconds) for process in started]
+    return [(p.returncode, out, err.strip().rpartition("\n")[2]) for p, (out, err) in zip(started, said, strict=True)]
+
+
+def losses(workdir):
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "corpus").mkdir()
+    for i in range(40):
+        (folder / f"corpus/{i}.txt").write_text("".join(f"line {j} of document {i}\n" for j in range(10 + i)))
+    return folder
+
+
+def test_two_processes_of_four_devices_train_as_one_of_eight_and_go_on_from_each_other(folder, tmp_path, monkeypatch):
+    """To within 1e-6: the shards of two processes are added in another order than those of one."""
+    with several("train_and_stop", folder) as started:
+        assert loop.train(config_of(folder, MESHES[0]), tmp_path / "straight")
+        assert loop.train(config_of(folder, MESHES[1], 2, **EVALUATED), tmp_path / "context")
+        (status0, said, error0), (status1, silence, error1) = ends(started, 240)
+    assert (status0, status1) == (0, 0), error0 + error1
+    (stopped,) = checkpoint.steps(folder / "stopped/checkpoints")
+    assert 2 <= stopped < STEPS
+    assert f"stopped after step {stopped}" in said.splitlines()[-1]
+    assert silence == "" and "Gloo" not in said
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Metrics, "advance", loop.Metrics.advance)
+        signalled_at(stopped + 1)
+        loop.train(config_of(folder, MESHES[0]), folder / "stopped")
+    assert checkpoint.steps(folder / "stopped/checkpoints")[-1] > stopped
+    with several("resume_and_break", folder) as started:
+        broken = ends(started)
+    assert losses(folder / "stopped") == pytest.approx(losses(tmp_path / "straight"), rel=1e-6)
+    assert list(losses(folder / "stopped")) == list(range(1, STEPS + 1))
+    assert losses(folder / "context") == pytest.approx(losses(tmp_path / "context"), rel=1e-6)
+    evals = [[json.loads(x) for x in (where / "context/evals.jsonl").read_text().splitlines()] for where in (folder, tmp_path)]
+    assert {"position", "bigram"} == {record["eval"] for record in evals[0]}
+    for ours, theirs in zip(*evals, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert value == (theirs[name] if isinstance(value, str) else pytest.approx(theirs[name], rel=1e-6)), name
+    assert [(status, error) for status, _, error in broken] == [
+        (1, "error: process 1: a device of mine is broken"),
+        (3, "error: process 1: a device of mine is broken"),
+    ]
+
+
+def test_a_process_that_never_joins_is_named_by_all_that_did(folder):
+    with several("join", folder, numbers=(0, 2), count=4) as started:
+        found = ends(started)
+    for status, _, error in found:
+        assert status == 1
+        assert "process 1 and 3 never joined: 2 of 4 came within 6 s" in error
+    with several("join", folder, numbers=(1,)) as started:
+        ((status, _, error),) = ends(started)
+    assert status == 1
+    assert "process 0 never joined: nothing answered process 1 at localhost:" in error
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_at_once(folder, killed):
+    with several("wait_for_death", folder) as started:
+        for process in started:
+            assert process.stdout.readline() == "ready\n"
+        before = time.monotonic()
+        started[killed].kill()
+        status, _, error = ends(started, 20)[1 - killed]
+    assert time.monotonic() - before < 15
+    assert status != 0
+    if killed:  # process 0 takes jax's own service with it, which may be faster to abort the others
+        assert (status, error.partition(" without")[0]) == (1, "error: process 1 ended")
+
+
+def test_a_signal_to_one_process_in_the_evaluation_ends_all_with_everything_saved(folder):
+    with several("stop_in_the_evaluation", folder) as started:
+        for process in started:
+            assert process.stdout.readline() == "ready\n"
+        started[0].send_signal(signal.SIGTERM)
+        assert [(status, out) for status, out, _ in ends(started, 20)] == [(0, "stopped in the evaluation\n"), (0, "")]
+
+
+@pytest.mark.parametrize("steps, wanted", [((4, 4, 4), 5), ((7, 6, 7), 8), ((-1, -1, -1), 0)])
+def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
+    port = free_port()
+    hub = processes.Hub(port, 3, 10)
+    hub.start()
+    links = [None] * 3
+
+    def join(number):
+        links[number] = processes._join("localhost", port, number, 3, 10)
+
+    threads = [threading.Thread(target=join, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    peers = [processes.Peers(number, 3, link, hub if number == 0 else None) for number, link in enumerate(links)]
+    for peer, step in zip(peers, steps, strict=True):
+        assert step < 0 or not peer.reached(step)
+    peers[1].ask_to_stop()
+    peers[2].ask_to_stop()  # a cluster signals many
+    until = time.monotonic() + 10
+    while not all(peer._stop_at is not None for peer in peers) and time.monotonic() < until:
+        time.sleep(0.01)
+    for peer, step in itertools.product(peers, range(10)):
+        assert peer.reached(step) == (step >= wanted)
+    for peer in reversed(peers):
+        peer.close()
+    hub.join(10)
+    assert not hub.is_alive()
+
+
+@pytest.mark.parametrize(
+    "hellos, message",
+    [
+        ([(1, 3), (1, 3)], "two processes say that they are process 1; give each its own --process_id"),
+        ([(1, 4)], "process 1 counts 4 processes and process 0 counts 3; say the same to all"),
+    ],
+)
+def test_processes_that_were_started_wrongly_are_told(hellos, message):
+    port, told = free_port(), []
+    processes.Hub(port, 3, 20).start()
+    with socket.create_connection(("localhost", port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+
+    def join(number, count):
+        with pytest.raises(OSError) as error:
+            processes._join("localhost", port, number, count, 20)
+        told.append(str(error.value))
+
+    threads = [threading.Thread(target=join, args=hello) for hello in hellos]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert told == [message] * len(hellos)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("a:1", 2, None), r"--process_id not given; pass --coordinator=HOST:PORT .* or none of the three"),
+        ((None, None, 1), r"--coordinator and --num_processes not given"),
+        (("a:1", 2, 2), r"--process_id=2 is not one of 0 to 1 \(--num_processes=2\)"),
+        (("a", 2, 0), r"--coordinator=a is no HOST:PORT"),
+        (("a:70000", 2, 0), r"--coordinator=a:70000 is no HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_say_who_this_is_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        processes.start(*given)
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """An environment without a launcher."""
+    for name in list(os.environ):
+        if name.startswith(LAUNCHERS):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+STEP = {
+    "SLURM_JOB_ID": "100", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "node[001-002]", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "variables, tpus, wanted",
+    [
+        ({}, False, None),
+        (STEP, False, "slurm"),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, False, None),  # the shell of salloc
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False, None),  # a batch script
+        (STEP | {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1"}, False, "ompi"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, False, "mpi4py"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, "gketpu"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, None),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True, "gketpu"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, False, "k8s"),
+    ],
+)
+def test_a_launcher_is_known_by_its_variables_and_a_single_process_by_their_lack(bare, variables, tpus, wanted):
+    bare.setattr(processes, "_has_tpus", lambda: tpus)
+    for name, value in variables.items():
+        bare.setenv(name, value)
+    assert processes.launcher() == wanted
+
+
+@pytest.mark.parametrize(
+    "workers, tpu_env, wanted",
+    [("a:0:10.0.0.1,b:1:10.0.0.2", "", "gcetpu"), ("a:0:10.0.0.1", "", None), ("a", "MEGASCALE_NUM_SLICES: '2'", "gcetpu")],
+)
+def test_a_tpu_machine_asks_what_it_is_part_of(bare, workers, tpu_env, wanted):
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write((workers if self.path.endswith("/worker-network-endpoints") else tpu_env).encode())
+
+        log_message = lambda *_: None  # noqa: E731
+
+    bare.setattr(processes, "_has_tpus", lambda: True)
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        bare.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        assert processes.launcher() == wanted
+        server.shutdown()
+        thread.join()
+    assert processes.launcher() is None  # and no server is no reason to wait
+
+
+@pytest.mark.parametrize(
+    "changes, devices",
+    [({}, None), ({"SLURM_STEP_NUM_NODES": "1"}, [0]), ({"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "3"}, None)],
+)
+def test_slurm_gives_a_node_s_only_process_all_its_gpus_and_others_one_each(bare, changes, devices):
+    for name, value in (STEP | changes).items():
+        bare.setenv(name, value)
+    address, *rest = processes._from_launcher(5)
+    assert address.startswith("node001:") and rest == [2, 1, devices]
+
+
+def test_a_launcher_that_tells_too_little_is_an_error_with_its_cure(bare):
+    bare.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="Open MPI 5 started .* install the package mpi4py, or pass --coordinator=HOST:PORT"):
+        processes._from_launcher(5)

@@ -1,0 +1,104 @@
+"""One of several processes with CPU devices: python tests/training_process.py PART PORT COUNT NUMBER DEVICES FOLDER
+
+PART names what it does there; the corpus is FOLDER/corpus.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny
+from jax.experimental import multihost_utils
+
+from configs import base
+from hybrid_attn.checkpoint import Checkpoints
+from hybrid_attn.parallel import processes
+from hybrid_attn.train import loop
+
+MESHES = ((1, 2, 2, 2), (1, 1, 8, 1))
+STEPS = 6
+EVALUATED = {"evals.lengths": (1.0,)}
+
+
+def config_of(folder: Path, sizes: tuple, steps: int = STEPS, **changes):
+    stage = {"steps": steps, "seq_len": 48, "batch": 8, "mixture": {}}
+    values = {
+        **{f"mesh.{axis}": size for axis, size in zip(("data", "fsdp", "context", "tensor"), sizes, strict=True)},
+        "data.sources": {"text": base.source(paths=(f"{folder}/corpus/*.txt",))},
+        "stages": [stage],
+        "train.log_every": 1,
+        "train.remat": "none",  # less to compile
+        "train.checkpoint_every": 100,
+        "evals.tokens": 400,
+        "evals.lengths": (),
+        "optim.warmup_steps": 2,
+    }
+    return tiny(values | changes)
+
+
+def signalled_at(step: int) -> None:
+    """Has this process get SIGTERM when it has reported `step`."""
+    advance = loop.Metrics.advance
+
+    def advance_and_signal(self, number):
+        advance(self, number)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # so that few steps are made meanwhile
+
+    loop.Metrics.advance = advance_and_signal
+
+
+def train_and_stop(folder: Path, peers) -> None:
+    """Disks that are not shared, and a run that ends by a signal to process 1."""
+    with pytest.raises(OSError, match="not on a disk that all processes share: 1 cannot see it"):
+        Checkpoints(folder / f"disk{peers.number}", keep=1, every=1)
+    if peers.number == 1:
+        signalled_at(2)
+    assert not loop.train(config_of(folder, MESHES[0]), folder / "stopped", peers)
+
+
+def resume_and_break(folder: Path, peers) -> None:
+    """Goes on to the end, and trains on another mesh; then process 1 meets an error, and process 0 waits for it."""
+    assert loop.train(config_of(folder, MESHES[0]), folder / "stopped", peers)
+    assert loop.train(config_of(folder, MESHES[1], 2, **EVALUATED), folder / "context", peers)
+    multihost_utils.process_allgather(np.ones(1))  # when process 0 has written its report
+    if peers.number == 1:
+        peers.fail("a device of mine is broken", 3)
+    multihost_utils.process_allgather(np.ones(1))
+    time.sleep(60)
+
+
+def stop_in_the_evaluation(folder: Path, peers) -> None:
+    if peers.number == 0:
+        signal.signal(signal.SIGTERM, lambda *_: peers.ask_to_stop())
+    peers.all_saved("stopped in the evaluation")
+    print("ready", flush=True)
+    time.sleep(60)
+
+
+def wait_for_death(folder: Path, peers) -> None:
+    print("ready", flush=True)
+    time.sleep(60)
+
+
+def main(part: str, port: str, count: str, number: str, devices: str, folder: str) -> None:
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+    try:
+        peers = processes.start(f"localhost:{port}", int(count), int(number), timeout=6 if part == "join" else 120)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    PARTS[part](Path(folder), peers)
+
+
+PARTS = {f.__name__: f for f in (train_and_stop, resume_and_break, stop_in_the_evaluation, wait_for_death)}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
