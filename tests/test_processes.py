@@ -139,7 +139,7 @@ def test_a_signal_to_one_process_in_the_evaluation_ends_all_with_everything_save
 @pytest.mark.parametrize("steps, wanted", [((4, 4, 4), 5), ((7, 6, 7), 8), ((-1, -1, -1), 0)])
 def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
     port = free_port()
-    hub = processes.Hub(port, 3, 10)
+    hub = processes.Hub("localhost", port, 3, 10)
     hub.start()
     links = [None] * 3
 
@@ -176,7 +176,7 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
 )
 def test_processes_that_were_started_wrongly_are_told(hellos, message):
     port, told = free_port(), []
-    processes.Hub(port, 3, 20).start()
+    processes.Hub("localhost", port, 3, 20).start()
     with socket.create_connection(("localhost", port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
 

@@ -26,7 +26,7 @@ EVALUATED = {"evals.lengths": (1.0,)}
 
 
 def config_of(folder: Path, sizes: tuple, steps: int = STEPS, **changes):
-    stage = {"steps": steps, "seq_len": 48, "batch": 8, "mixture": {}}
+    stage = {"steps": steps, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
     values = {
         **{f"mesh.{axis}": size for axis, size in zip(("data", "fsdp", "context", "tensor"), sizes, strict=True)},
         "data.sources": {"text": base.source(paths=(f"{folder}/corpus/*.txt",))},
