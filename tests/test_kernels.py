@@ -69,6 +69,33 @@ def assert_same(got, wanted, tolerance):
     assert_close({**got, "lse": got["lse"][~nowhere]}, {**wanted, "lse": wanted["lse"][~nowhere]}, tolerance)
 
 
+def check_parts(kernel, softcap=None):
+    """Of three runs of keys each has its part in the gradients of the whole, and returns the whole's result as it is."""
+    q, k, v, pos, seg = arrays("packed", "padding in front")
+
+    def attend(q, k, v, pos, seg, kernel, merged=None):
+        given = {"window": None, "scale": SCALE, "softcap": softcap, "merged": merged, "kernel": kernel}
+        return kernels.attend(q, k, v, arrays_pos, pos, arrays_seg, seg, **given)
+
+    arrays_pos, arrays_seg = pos, seg
+    whole, pull = jax.vjp(functools.partial(attend, pos=pos, seg=seg, kernel="reference"), q, k, v)
+    given = jnp.cos(jnp.arange(whole[0].size)).reshape(whole[0].shape), jnp.where(jnp.isfinite(whole[1]), 0.3, 0.0)
+    parts = []
+    for part in np.split(np.arange(S), (5, S // 2)):
+        here = {"pos": pos[:, part], "seg": seg[:, part], "kernel": kernel, "merged": whole}
+        result, pull_part = jax.vjp(functools.partial(attend, **here), q, k[:, part], v[:, part])
+        jax.tree.map(np.testing.assert_array_equal, result, whole)
+        parts.append(pull_part(given))
+    dq, dk, dv = zip(*parts, strict=True)
+    assert_close((sum(dq), jnp.concatenate(dk, 1), jnp.concatenate(dv, 1)), pull(given), 1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("kernel", ["reference", "blocked"])
+def test_parts_of_the_keys_have_their_parts_in_the_gradients(kernel, softcap):
+    check_parts(kernel, softcap)
+
+
 @pytest.mark.parametrize("window, softcap, dtype", [(*c, "float32") for c in CASES] + [(6, 1.5, "bfloat16")])
 def test_blocked_equals_reference_in_values_and_gradients(window, softcap, dtype):
     tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]

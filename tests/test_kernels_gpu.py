@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_kernels import CASES, PAIRS, K, N, S, arrays, assert_same, outcome
+from test_kernels import CASES, PAIRS, K, N, S, arrays, assert_same, check_parts, outcome
 
 from hybrid_attn import kernels
 from hybrid_attn.kernels import gpu
@@ -83,6 +83,10 @@ def test_tokamax_has_the_gradients_of_sinks_and_of_the_log_sum_exp_alone(plain_t
 
     for a, b in zip(alone("tokamax", q, k, v), alone("reference", q, k, v), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_tokamax_gives_parts_of_the_keys_their_parts_in_the_gradients(plain_tokamax):
+    check_parts("tokamax")
 
 
 @pytest.fixture

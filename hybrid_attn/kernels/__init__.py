@@ -58,22 +58,25 @@ def choose(kernel: str, platform: str) -> str:
 
 
 def attend(
-    q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, window, scale, softcap=None, sinks_N=None, kernel
-) -> tuple[jax.Array, jax.Array]:
+    q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS,
+    *, window, scale, softcap=None, sinks_N=None, merged=None, kernel,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attention of queries to the keys of their own segment at positions p_q - window < p_k <= p_q.
 
     Returns o_BTNH in the dtype of q and lse_BTN, the float32 log of the sum of exponentiated scores, by which results over
     parts of the keys merge. Segment 0 is padding: it sees nothing, gives zeros, and its lse is -inf. `window` None is the
     whole prefix; `softcap` c makes scores c tanh(s / c); `sinks_N` are logits that take part in the softmax with no value.
-    Keys are in reading order (`intervals`). `kernel` is a name in `KERNELS`.
+    Keys are in reading order (`intervals`). `kernel` is a name in `KERNELS`. With `merged`, an (o, lse) over these keys among
+    others, nothing is computed but the part of these keys in its gradients.
     """
     if sinks_N is not None and kernel == "cudnn":
         raise NotImplementedError('cudnn has no gradient by the log-sum-exp, which sinks need; use train.kernel="tokamax"')
     place = KERNELS[kernel]
     attend_here = getattr(importlib.import_module(f"hybrid_attn.kernels.{place.module}"), place.function)
     o_BTNH, lse_BTN = attend_here(
-        q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window=window, scale=scale, softcap=softcap
-    )
+        q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS,
+        window=window, scale=scale, softcap=softcap, merged=merged,
+    )  # fmt: skip
     return (o_BTNH, lse_BTN) if sinks_N is None else with_sinks(o_BTNH, lse_BTN, q_seg_BT, sinks_N)
 
 

@@ -35,7 +35,7 @@ class Static(NamedTuple):
     keys: int
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, window, scale, softcap):
+def attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, window, scale, softcap, merged=None):
     """(o_BTNH, lse_BTN float32): a query that sees no key gives zeros and a log-sum-exp of -inf.
 
     Keys are in reading order (see `intervals`); queries may be in any, but only neighbours that see the same keys share work.
@@ -45,12 +45,21 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, wi
     static = Static(scale, softcap, queries, tile_size(S, window, queries))
     first_BT, end_BT = intervals(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window)
     pad = -T % static.queries
-    q_BTNH, first_BT, end_BT = (jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) for x in (q_BTNH, first_BT, end_BT))
     I = (T + pad) // static.queries
-    q_IBKMH = jnp.einsum("BIQKGH->IBKGQH", q_BTNH.reshape(B, I, static.queries, K, N // K, H)).reshape(I, B, K, -1, H)
+
+    def blocks(x_BT):
+        return jnp.pad(x_BT, [(0, 0), (0, pad)] + [(0, 0)] * (x_BT.ndim - 2)).reshape(B, I, static.queries, *x_BT.shape[2:])
+
+    def heads(x_BTNH):
+        x_IBKGQH = jnp.einsum("BIQKGH->IBKGQH", blocks(x_BTNH.reshape(B, T, K, N // K, -1)))
+        return x_IBKGQH.reshape(I, B, K, -1, x_IBKGQH.shape[-1])
+
+    q_IBKMH = heads(q_BTNH)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    bounds_IBQ = tuple(x.reshape(B, I, static.queries).swapaxes(0, 1) for x in (first_BT, end_BT))
-    o_IBKMH, lse_IBKM = _attend(static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ)
+    bounds_IBQ = tuple(blocks(x).swapaxes(0, 1) for x in (first_BT, end_BT))
+    if merged is not None:
+        merged = heads(merged[0]), heads(merged[1][..., None])[..., 0]
+    o_IBKMH, lse_IBKM = _attend(static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ, merged)
     o_IBKGQH, lse_IBKGQ = (x.reshape(I, B, K, N // K, static.queries, *x.shape[4:]) for x in (o_IBKMH, lse_IBKM))
     o_BTNH = jnp.einsum("IBKGQH->BIQKGH", o_IBKGQH).reshape(B, T + pad, N, H)
     lse_BTN = jnp.einsum("IBKGQ->BIQKG", lse_IBKGQ).reshape(B, T + pad, N)
@@ -104,8 +113,8 @@ def _scores(static: Static, q_BKMH, k_BKCH, see_BQC):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ):
-    return _forward(static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ)
+def _attend(static: Static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ, merged):
+    return merged or _forward(static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ)
 
 
 def _forward(static: Static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ):
@@ -135,8 +144,8 @@ def _forward(static: Static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ):
     return jax.lax.scan(block, None, (q_IBKMH, bounds_IBQ))[1]
 
 
-def _forward_keep(static: Static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ):
-    o_IBKMH, lse_IBKM = kept(*_forward(static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ))
+def _forward_keep(static: Static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ, merged):
+    o_IBKMH, lse_IBKM = merged or kept(*_forward(static, q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ))
     return (o_IBKMH, lse_IBKM), (q_IBKMH, k_BKSH, v_BKSH, bounds_IBQ, o_IBKMH, lse_IBKM)
 
 
@@ -173,7 +182,7 @@ def _backward(static: Static, residuals, grads):
     zeros = [jnp.zeros_like(x.swapaxes(2, 3), jnp.float32) for x in (k_BKSH, v_BKSH)]
     xs = (q_IBKMH, bounds_IBQ, o_IBKMH, lse_IBKM, do_IBKMH, dlse_IBKM)
     (dk_BKHS, dv_BKHS), dq_IBKMH = jax.lax.scan(block, zeros, xs)
-    return dq_IBKMH, dk_BKHS.swapaxes(2, 3).astype(k_BKSH.dtype), dv_BKHS.swapaxes(2, 3).astype(v_BKSH.dtype), None
+    return dq_IBKMH, dk_BKHS.swapaxes(2, 3).astype(k_BKSH.dtype), dv_BKHS.swapaxes(2, 3).astype(v_BKSH.dtype), None, None
 
 
 def _add_at(sum_BKHS, tile_BKHC, at):

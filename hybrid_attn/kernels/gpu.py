@@ -34,7 +34,7 @@ class Static(NamedTuple):
     names: tuple[str, ...]
 
 
-def attend_tokamax(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, window, scale, softcap):
+def attend_tokamax(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, window, scale, softcap, merged=None):
     """(o_BTNH, lse_BTN float32): a query that sees no key gives zeros and a log-sum-exp of -inf.
 
     Raises NotImplementedError where no kernel of tokamax supports the device, the dtype or the head size.
@@ -42,7 +42,9 @@ def attend_tokamax(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_B
     first_BT, end_BT = intervals(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window)
     T = q_BTNH.shape[1]
     q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT = map(_whole_blocks, (q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT))
-    o_BTNH, lse_BNT = _attend(Static(scale, softcap, TOKAMAX), q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT)
+    if merged is not None:
+        merged = _whole_blocks(merged[0]), _whole_blocks(merged[1]).swapaxes(1, 2)
+    o_BTNH, lse_BNT = _attend(Static(scale, softcap, TOKAMAX), q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT, merged)
     return o_BTNH[:, :T], lse_BNT.swapaxes(1, 2)[:, :T]
 
 
@@ -67,8 +69,8 @@ def _bound(static: Static, call, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT):
-    return _forward(static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT)
+def _attend(static: Static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT, merged):
+    return merged or _forward(static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT)
 
 
 def _forward(static: Static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT):
@@ -83,8 +85,8 @@ def _forward(static: Static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT):
     return o_BTNH, jnp.where(some_BT[:, None], lse_BNT, -jnp.inf)
 
 
-def _forward_keep(static: Static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT):
-    o_BTNH, lse_BNT = kept(*_forward(static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT))
+def _forward_keep(static: Static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT, merged):
+    o_BTNH, lse_BNT = merged or kept(*_forward(static, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT))
     return (o_BTNH, lse_BNT), (q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT, o_BTNH, lse_BNT)
 
 
@@ -102,7 +104,7 @@ def _backward(static: Static, residuals, grads):
         return op.vjp((stand_in_BNT, jnp.ones_like(stand_in_BNT)), o_BTNH, do_BTNH, *arguments.args, **named)
 
     grads = _bound(static, call, q_BTNH, k_BSKH, v_BSKH, first_BT, end_BT)
-    return grads["q"], grads["k"], grads["v"], None, None
+    return grads["q"], grads["k"], grads["v"], None, None, None
 
 
 def output_of(shift_BTN, do_BTNH) -> tuple[jax.Array, jax.Array]:

@@ -57,7 +57,7 @@ class Masks(NamedTuple):
     by_key: tuple[jax.Array, jax.Array]
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, window, scale, softcap):
+def attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, window, scale, softcap, merged=None):
     """(o_BTNH, lse_BTN float32): a query that sees no key gives zeros and a log-sum-exp of -inf.
 
     Matrix products of float32 arrays run at the default precision of the TPU. Raises NotImplementedError for rows whose
@@ -73,14 +73,16 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, wi
     k_BSKH, v_BSKH = padded(k_BSKH, static.keys), padded(v_BSKH, static.keys)
     q_pos_BT, q_seg_BT = padded(q_pos_BT, static.queries), padded(q_seg_BT, static.queries)
     k_pos_BS, k_seg_BS = padded(k_pos_BS, static.keys), padded(k_seg_BS, static.keys)
+    merged = merged and tuple(padded(x, static.queries) for x in merged)
 
     def one_row(arrays):
-        q_TNH, k_SKH, v_SKH, *tokens = arrays
+        (q_TNH, k_SKH, v_SKH, *tokens), merged = arrays
         masks, right = mask_row(static, *tokens)
-        o_NTH, lse_NT = _attend(static, q_TNH.swapaxes(0, 1), k_SKH.swapaxes(0, 1), v_SKH.swapaxes(0, 1), masks)
+        merged = merged and tuple(x.swapaxes(0, 1) for x in merged)
+        o_NTH, lse_NT = _attend(static, q_TNH.swapaxes(0, 1), k_SKH.swapaxes(0, 1), v_SKH.swapaxes(0, 1), masks, merged)
         return jnp.where(right, o_NTH, jnp.nan).swapaxes(0, 1), jnp.where(right, lse_NT, jnp.nan).T
 
-    o_BTNH, lse_BTN = jax.lax.map(one_row, (q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS))
+    o_BTNH, lse_BTN = jax.lax.map(one_row, ((q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS), merged))
     return o_BTNH[:, :T], lse_BTN[:, :T]
 
 
@@ -181,8 +183,8 @@ def _arguments(static: Static, masks: Masks, table: tuple[jax.Array, jax.Array])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, q_NTH, k_KSH, v_KSH, masks: Masks):
-    return _forward(static, q_NTH, k_KSH, v_KSH, masks)
+def _attend(static: Static, q_NTH, k_KSH, v_KSH, masks: Masks, merged):
+    return merged or _forward(static, q_NTH, k_KSH, v_KSH, masks)
 
 
 def _forward(static: Static, q_NTH, k_KSH, v_KSH, masks: Masks):
@@ -197,8 +199,8 @@ def _forward(static: Static, q_NTH, k_KSH, v_KSH, masks: Masks):
     return jnp.where(some_NT[..., None], o_NTH, 0), jnp.where(some_NT, lse_NT, -jnp.inf)
 
 
-def _forward_keep(static: Static, q_NTH, k_KSH, v_KSH, masks: Masks):
-    o_NTH, lse_NT = kept(*_forward(static, q_NTH, k_KSH, v_KSH, masks))
+def _forward_keep(static: Static, q_NTH, k_KSH, v_KSH, masks: Masks, merged):
+    o_NTH, lse_NT = merged or kept(*_forward(static, q_NTH, k_KSH, v_KSH, masks))
     return (o_NTH, lse_NT), (q_NTH, k_KSH, v_KSH, masks, o_NTH, lse_NT)
 
 
@@ -217,7 +219,7 @@ def _backward(static: Static, residuals, grads):
         *arrays, **sizes, bkv_compute=static.keys, use_fused_bwd_kernel=False,
         **_arguments(static, masks, masks.by_key),
     )  # fmt: skip
-    return dq_NTH, dk_KSH, dv_KSH, None
+    return dq_NTH, dk_KSH, dv_KSH, None, None
 
 
 _attend.defvjp(_forward_keep, _backward)

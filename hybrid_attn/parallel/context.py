@@ -128,10 +128,11 @@ def _joined(trees: list) -> Any:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *trees)
 
 
-def _kernel(static: Static, queries: Queries, keys: Keys, sinks_N=None) -> tuple[jax.Array, jax.Array]:
+def _kernel(static: Static, queries: Queries, keys: Keys, sinks_N=None, merged=None) -> tuple[jax.Array, jax.Array]:
     return kernels.attend(
         queries.q_BTNH, keys.k_BSKH, keys.v_BSKH, queries.pos_BT, keys.pos_BS, queries.seg_BT, keys.seg_BS,
-        window=static.window, scale=static.scale, softcap=static.softcap, sinks_N=sinks_N, kernel=static.kernel,
+        window=static.window, scale=static.scale, softcap=static.softcap, sinks_N=sinks_N, merged=merged,
+        kernel=static.kernel,
     )  # fmt: skip
 
 
@@ -230,6 +231,8 @@ def _shards_order(x_BS: jax.Array, static: Static) -> jax.Array:
 
 def _ring(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
     """Keys travel from shard to shard; what each visit gives is merged by its log-sum-exp."""
+    if static.kernel == "cudnn":
+        raise NotImplementedError('cudnn attends to keys of the queries\' own places alone; use train.context="exchange"')
     q_BTNH, *places = queries
     o_BTNH, lse_BTN = _ring_attend(static, q_BTNH, keys.k_BSKH, keys.v_BSKH, *places)
     if sinks_N is not None:
@@ -259,7 +262,7 @@ def _ring_forward(static: Static, q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT):
     nothing = [(jnp.zeros(x.q_BTNH.shape, jnp.float32), jnp.full(x.q_BTNH.shape[:3], -jnp.inf)) for x in queries]
     (found, keys), _ = jax.lax.scan(go_round, (nothing, keys), None, length=jax.lax.axis_size(AXIS) - 1)
     o_BTNH, lse_BTN = _joined(visit(found, keys))
-    o_BTNH = o_BTNH.astype(q_BTNH.dtype)
+    o_BTNH, lse_BTN = kernels.kept(o_BTNH.astype(q_BTNH.dtype), lse_BTN)
     return (o_BTNH, lse_BTN), (q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, o_BTNH, lse_BTN)
 
 
@@ -314,18 +317,15 @@ def _ring_backward(static: Static, kept, grads):
     return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None, None
 
 
-def _pulled_back(static: Static, queries: Queries, keys: Keys, o_BTNH, lse_BTN, do_BTNH, dlse_BTN) -> tuple:
+def _pulled_back(static: Static, queries: Queries, keys: Keys, o_BTNH, lse_BTN, do_BTNH, dlse_BTN) -> list:
     """Gradients (dq, dk, dv) in float32 by these keys' part in a result o, lse that was merged from several."""
 
     def attend_part(q_BTNH, k_BSKH, v_BSKH):
-        return _kernel(static, queries._replace(q_BTNH=q_BTNH), keys._replace(k_BSKH=k_BSKH, v_BSKH=v_BSKH))
+        mine = queries._replace(q_BTNH=q_BTNH), keys._replace(k_BSKH=k_BSKH, v_BSKH=v_BSKH)
+        return _kernel(static, *mine, merged=(o_BTNH, lse_BTN))
 
-    (part_BTNH, part_BTN), pull = jax.vjp(attend_part, queries.q_BTNH, keys.k_BSKH, keys.v_BSKH)
-    share_BTN = jnp.exp(part_BTN - jnp.where(jnp.isfinite(lse_BTN), lse_BTN, 0.0))
-    do32_BTNH = do_BTNH.astype(jnp.float32)
-    gain_BTN = jnp.einsum("BTNH,BTNH->BTN", do32_BTNH, part_BTNH.astype(jnp.float32) - o_BTNH.astype(jnp.float32))
-    part_grads = (share_BTN[..., None] * do32_BTNH).astype(do_BTNH.dtype), share_BTN * (gain_BTN + dlse_BTN)
-    return tuple(x.astype(jnp.float32) for x in pull(part_grads))
+    _, pull = jax.vjp(attend_part, queries.q_BTNH, keys.k_BSKH, keys.v_BSKH)
+    return [x.astype(jnp.float32) for x in pull((do_BTNH, dlse_BTN))]
 
 
 _ring_attend.defvjp(_ring_forward, _ring_backward)
