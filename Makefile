@@ -1,4 +1,4 @@
-# make train, test, test-oracle, test-aot, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
+# make train, test, test-oracle, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
 #   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.optim.lr=1e-3"
 PYTHON ?= python3
 CONFIG ?= configs/hybrid_8k.py
@@ -10,7 +10,7 @@ CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
 VENV_PYTHON := .venv/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: train test test-oracle test-aot test-aot-gpu test-gpu test-tpu lint clean
+.PHONY: train test test-oracle test-aot test-aot-models test-aot-gpu test-gpu test-tpu lint clean
 
 train: .venv/.train
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
@@ -20,10 +20,14 @@ test: .venv/.test
 
 # Compiles for TPUs, and for H100s, that are not here. The second installs several GB.
 test-aot: .venv/.tpu
-	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs $(ARGS)
+	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs -k 'not whole_step' $(ARGS)
+
+# Steps of whole models, of 1B and 8B parameters, at up to 1,048,576 tokens: a quarter of an hour.
+test-aot-models: .venv/.tpu
+	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs -k whole_step $(ARGS)
 
 test-aot-gpu: .venv/.gpu
-	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs $(ARGS)
+	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs -k 'not whole_step' $(ARGS)
 
 # The kernels on this machine's own device.
 test-gpu: .venv/.gpu

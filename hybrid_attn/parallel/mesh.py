@@ -47,17 +47,22 @@ def make_mesh(mesh: config.Mesh, devices: list | None = None) -> Mesh:
     sizes, types = axis_sizes(mesh, len(devices)), (AxisType.Explicit,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+        return Mesh(_placed(mesh_utils.create_device_mesh, sizes, devices), AXES, axis_types=types)
     if sizes[0] == slices:
         inside, between = (1, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
-        # As jax.make_mesh does for one slice: these are laid out as a plane, of which an axis of a mesh may take a part.
-        split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
-        grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=split)
-        return Mesh(grid, AXES, axis_types=types)
+        return Mesh(_placed(mesh_utils.create_hybrid_device_mesh, inside, between, devices), AXES, axis_types=types)
     if devices[0].platform == "tpu":
         raise ValueError(f"mesh.slice={sizes[0]}, and the {len(devices)} TPU devices form {slices} slices; use {slices}")
     # A "slice" of GPUs is a domain of NVLink, often one machine; other networks take every axis across.
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+
+
+def _placed(create, *arguments) -> np.ndarray:
+    """The devices of a mesh; an axis takes part of one of the torus only where sizes leave no other way."""
+    try:
+        return create(*arguments)
+    except NotImplementedError:
+        return create(*arguments, allow_split_physical_axes=True)
 
 
 def abstract_mesh(**sizes: int) -> AbstractMesh:

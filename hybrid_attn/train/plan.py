@@ -157,8 +157,7 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         m.output_size_in_bytes,
         m.temp_size_in_bytes,
         m.host_temp_size_in_bytes,
-        # What donated arguments become counts once; JAX has no figure of its own for this in both of its versions.
-        m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes,
+        m.peak_memory_in_bytes,
         per_token * batch * length / mesh.size,
         compiled.cost_analysis()["flops"],
         largest_array(text),
