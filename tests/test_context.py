@@ -158,6 +158,11 @@ def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(balanced)
         assert biggest("ring") < B * T * K * H <= biggest("gather")
 
 
+def test_a_ring_of_cudnn_is_refused():
+    with pytest.raises(NotImplementedError, match="cudnn attends to keys of the queries' own places alone"):
+        check("ring", True, kernel="cudnn")
+
+
 def test_a_merge_of_nothing_with_nothing_is_nothing():
     none = jnp.zeros((1, 1, 1, 2)), jnp.full((1, 1, 1), -jnp.inf)
     some = jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1, 1))

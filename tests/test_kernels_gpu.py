@@ -133,6 +133,8 @@ def test_cudnn_is_refused_what_it_cannot_do():
         attend(q, k, v, pos, pos, seg, seg, softcap=2.0)
     with pytest.raises(NotImplementedError, match="no gradient by the log-sum-exp"):
         attend(q, k, v, pos, pos, seg, seg, sinks_N=jnp.zeros(N))
+    with pytest.raises(NotImplementedError, match="no log-sum-exp for its gradients"):
+        attend(q, k, v, pos, pos, seg, seg, merged=(q, q[..., 0]))
 
 
 def test_the_output_handed_on_has_the_wanted_product_with_any_gradient():

@@ -121,14 +121,17 @@ _attend.defvjp(_forward_keep, _backward)
 
 
 def attend_cudnn(
-    q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, window, scale, softcap, implementation="cudnn"
-):
+    q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS,
+    *, window, scale, softcap, merged=None, implementation="cudnn",
+):  # fmt: skip
     """(o_BTNH, lse_BTN float32) of rows that hold one document each, with padding after it or none.
 
     A row that is packed or padded in front gives NaN, and so do gradients where the log-sum-exp has one: cuDNN drops it.
     Raises NotImplementedError for a soft cap, for queries that are not the keys' own tokens, and for dtypes, head sizes and
     lengths that cuDNN does not take.
     """
+    if merged is not None:
+        raise NotImplementedError('cudnn takes no log-sum-exp for its gradients; use train.kernel="tokamax"')
     if softcap is not None:
         raise NotImplementedError(f'cudnn has no soft cap, and this layer has {softcap}; use train.kernel="tokamax"')
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
