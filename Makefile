@@ -16,7 +16,7 @@ train: .venv/.train
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
 
 test: .venv/.test
-	$(VENV_PYTHON) -m pytest $(ARGS)
+	$(VENV_PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 # Compiles for TPUs, and for H100s, that are not here. The second installs several GB.
 test-aot: .venv/.tpu
