@@ -61,6 +61,7 @@ while ((left)); do
         # The others end by themselves, with the reason, unless it came before they had joined.
         { sleep 5; kill -TERM "${pids[@]}"; sleep 10; kill -KILL "${pids[@]}"; } 2>/dev/null &
         killer=$!
+        disown "$killer" # or bash would report that it was killed
     fi
     ((status)) || status=$code
 done
