@@ -172,9 +172,9 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
         say(f"skipped      {place}")
     names = sorted({name for part in parts for name in part["labels"]})
     if not names:
-        skipped = sum((collections.Counter(part["skipped"]) for part in parts), collections.Counter())
+        skipped = {what: count for what, count in _skipped(parts).items() if count}
         raise ValueError(
-            f"the {len(plan['files'])} input files have no text; skipped: {dict(skipped)}; name another --text_field, "
+            f"the {len(plan['files'])} input files have no text; skipped: {skipped}; name another --text_field, "
             f"--format or --input, and another --out or delete {folder}"
         )
     if len(names) > MOST_LABELS:
@@ -341,17 +341,20 @@ def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndar
 
 
 def _summary(counts: list[dict], parts: list[dict], names: list[str]) -> dict:
-    skipped = sum((collections.Counter(part["skipped"]) for part in parts), collections.Counter())
     duplicates = sum(x["duplicates"] for x in counts)
     by_label = {what: sum(x["labels"][what] for x in counts) for what in ("documents", "tokens", "bytes")}
     lengths = sum(x["lengths"] for x in counts)
     return {
         **{what: int(values.sum()) for what, values in by_label.items()},
-        "skipped": {what: skipped[what] for what in ("broken", "empty", "binary")} | {"duplicates": duplicates},
+        "skipped": _skipped(parts) | {"duplicates": duplicates},
         # A length of [2^(k - 1), 2^k) has the exponent k.
         "lengths": {str(2 ** (k - 1)): int(count) for k, count in enumerate(lengths) if count},
         "labels": {name: {what: int(values[i]) for what, values in by_label.items()} for i, name in enumerate(names)},
     }
+
+
+def _skipped(parts: list[dict]) -> dict[str, int]:
+    return {what: sum(part["skipped"].get(what, 0) for part in parts) for what in ("broken", "empty", "binary")}
 
 
 def _part(folder: Path, index: int, kind: str) -> Path:

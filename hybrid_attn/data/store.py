@@ -7,7 +7,6 @@
 Files are read through TensorStore's key-value stores, so a path may be a URL such as gs://bucket/corpus/.
 """
 
-import collections
 import dataclasses
 import hashlib
 import itertools
@@ -82,7 +81,7 @@ def load(path: str, tokenizer=None) -> Documents:
         )
     documents = np.concatenate([[0], np.cumsum([shard.documents for shard in manifest.shards])])
     columns = {name: np.empty(documents[-1], dtype) for name, dtype in INDEX.items()}
-    for (first, last), index in zip(itertools.pairwise(documents), _read_whole(path, files, manifest), strict=True):
+    for (first, last), index in zip(itertools.pairwise(documents), _read_indices(path, files, manifest), strict=True):
         for name, column in _columns(index, last - first).items():
             columns[name][first:last] = column
     ends = np.cumsum(columns["lengths"])
@@ -109,7 +108,8 @@ def read_manifest(path: str) -> Manifest:
 def verify(path: str) -> Iterator[int]:
     """Yields the number of each shard once its checksums agree; ValueError names the first file that was changed."""
     files, manifest = _open(path)
-    collections.deque(_read_whole(path, files, manifest), maxlen=0)
+    for _ in _read_indices(path, files, manifest):
+        pass  # each is checked as it is read
     for i, shard in enumerate(manifest.shards):
         (name, wanted, size), _ = _files_of(i, shard, manifest)
         ranges = (slice(at, min(at + BLOCK, size)) for at in range(0, size, BLOCK))
@@ -164,7 +164,7 @@ def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, s
     ]
 
 
-def _read_whole(path: str, files: tensorstore.KvStore, manifest: Manifest) -> Iterator[bytes]:
+def _read_indices(path: str, files: tensorstore.KvStore, manifest: Manifest) -> Iterator[bytes]:
     """The index of each shard; ValueError names one that was altered, and a file that is missing or has another size.
 
     Of the tokens only the last one's last byte is read.
