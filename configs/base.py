@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     m.kinds.G = kind(qk_norm="rms")  # NoPE; QK-norm with a weight per head dimension keeps small runs stable at high rates
 
     c.mesh = ConfigDict()
-    c.mesh.slice = 1  # replicas on TPU slices of their own, joined by the data-centre network: as many as there are slices
+    c.mesh.slice = 1  # replicas on TPU slices of their own, joined by the data-centre network; elsewhere more of data
     c.mesh.data = -1  # replicas within a slice; -1 = the devices left over
     c.mesh.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp
     c.mesh.context = 1  # shards of the sequence

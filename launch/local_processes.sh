@@ -7,7 +7,8 @@
 # DEVICES  CPU devices of each process (1)
 # PYTHON   the interpreter (that of .venv, if there is one, else python3)
 #
-# Ctrl-C and SIGTERM stop and save as they do with one process. The exit status is that of the first process that fails.
+# Ctrl-C and SIGTERM stop and save as they do with one process, and so does a terminal that is closed. The exit status is that
+# of the first process that fails.
 set -euo pipefail
 set -m # a group for each process: Ctrl-C reaches this script alone, which passes it on once
 
@@ -17,6 +18,10 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
 fi
 if [[ ! ${1-} =~ ^[1-9][0-9]*$ || ${2-} != -- ]]; then
     echo "usage: [DEVICES=4] launch/local_processes.sh N -- --config=configs/hybrid_8k.py ..." >&2
+    exit 2
+fi
+if [[ ! ${DEVICES:-1} =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: DEVICES=$DEVICES is not a number of devices" >&2
     exit 2
 fi
 n=$1
@@ -41,13 +46,15 @@ EOF
 )
 
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+trap 'kill -INT "${pids[@]}" || true' INT
+trap 'kill -TERM "${pids[@]}" || true' TERM HUP
 for ((i = 0; i < n; i++)); do
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=${DEVICES:-1} "$python" "$root/launch/train.py" \
         --coordinator="localhost:$port" --num_processes="$n" --process_id="$i" "$@" </dev/null &
     pids+=($!)
 done
 
+exec 2>/dev/null # from here on the processes speak; bash would report each that a signal ended
 status=0 left=$n killer=
 while ((left)); do
     code=0 ended=
@@ -59,11 +66,10 @@ while ((left)); do
     done
     if ((code && !status && left)); then
         # The others end by themselves, with the reason, unless it came before they had joined.
-        { sleep 5; kill -TERM "${pids[@]}"; sleep 10; kill -KILL "${pids[@]}"; } 2>/dev/null &
+        { sleep 5; kill -TERM "${pids[@]}"; sleep 10; kill -KILL "${pids[@]}"; } &
         killer=$!
-        disown "$killer" # or bash would report that it was killed
     fi
     ((status)) || status=$code
 done
-[[ -z $killer ]] || kill -- "-$killer" 2>/dev/null || true
+[[ -z $killer ]] || kill -- "-$killer" || true
 exit "$status"

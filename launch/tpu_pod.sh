@@ -17,8 +17,8 @@
 # PROJECT  of gcloud (its default)
 # RUNTIME  version of the machines' software (v2-alpha-tpuv6e for v6e, v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p, else
 #          tpu-ubuntu2204-base)
-# SETUP    a command for every host before the first start, such as the mount of the disk that the workdir is on: the hosts
-#          write one checkpoint together, and share no disk of their own
+# SETUP    a command for every host before each start, which must bear to be repeated, such as the mount of the disk that the
+#          workdir is on: the hosts write one checkpoint together, and share no disk of their own
 # WAIT     seconds between two looks at the queue (30)
 set -euo pipefail
 
@@ -68,15 +68,14 @@ nodes=("$name")
 
 run() {
     if [[ $dry ]]; then
-        printf '%q ' "$@"
-        echo
+        printf '%s\n' "$(printf '%q ' "$@")" # in one piece: those of several slices come at the same time
     else
         "$@"
     fi
 }
 
 state() {
-    gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || true
+    gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>"$scratch/why" || true
 }
 
 create() {
@@ -87,11 +86,12 @@ create() {
 }
 
 wait_until_active() {
-    local now before=''
+    local now before='' unanswered=0
     while now=$(state) && [[ $now != ACTIVE ]]; do
         [[ $now == "$before" ]] || echo "$name is ${now:-not there yet}" >&2
         before=$now
         case $now in
+            '') ((++unanswered < 10)) || fail "gcloud has not told the state of $name ten times: $(tail -n 1 "$scratch/why")" ;;
             FAILED | SUSPENDED | SUSPENDING | DELETING)
                 fail "$name is $now and will not start; delete it and begin again: $0 $name $zone $type --delete"
                 ;;
@@ -112,16 +112,21 @@ on_all() {
 }
 
 copy() {
-    local archive node
-    archive=$(mktemp -d)/hybrid_attn.tgz
-    [[ $dry ]] || (cd "$root" && git ls-files -z --cached --others --exclude-standard --deduplicate | tar --null -T - -czf "$archive")
+    local archive=$scratch/hybrid_attn.tgz node
+    local pack="git ls-files -z --cached --others --exclude-standard --deduplicate | tar --null -T - -czf $archive"
+    if [[ $dry ]]; then echo "$pack"; else (cd "$root" && eval "$pack"); fi
     for node in "${nodes[@]}"; do
         run gcloud compute tpus tpu-vm scp "$archive" "$node:hybrid_attn.tgz" "${where[@]}" --worker=all
     done
-    rm -rf "$(dirname "$archive")"
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ $dry ]]; then
+    scratch=/tmp
+else
+    scratch=$(mktemp -d /tmp/hybrid_attn.XXXXXX)
+    trap 'rm -rf "$scratch"' EXIT
+fi
 install='set -e; mkdir -p hybrid_attn; tar -xzf hybrid_attn.tgz -C hybrid_attn; cd hybrid_attn
 command -v python3.11 >/dev/null || { sudo apt-get update -qq; sudo apt-get install -qq -y python3.11 python3.11-venv; }
 [ -x .venv/bin/python ] || python3.11 -m venv .venv

@@ -1,8 +1,8 @@
 """Trains the model of a config: python launch/train.py --config=configs/hybrid_8k.py
 
 A key is overridden as --config.optim.lr=1e-3, a stage's as --config.stages[0].steps=500. The same command run again goes
-on where it stopped. Exit status: 0 done, or stopped by a signal with everything saved; 1 a failure; 2 a wrong
-config; 130 a second Ctrl-C.
+on where it stopped. Exit status: 0 done, or stopped by a signal with everything saved; 1 a failure, devices or
+data that the config does not suit among them; 2 a wrong flag or config; 130 a second Ctrl-C.
 
 Started several times by SLURM, Open MPI, a TPU pod or a Kubernetes job, or with the three flags that say which process this is,
 all of them train one model. Process 0 prints; the failure of one ends all with its message.

@@ -89,6 +89,13 @@ def test_it_compiles_to_the_kernel_without_a_buffer_of_queries_by_keys(target, c
     assert report["temporaries"] <= TARGETS[target][case] * MIB
 
 
+def test_a_ring_computes_while_keys_and_values_travel():
+    """The scheduled program starts the permutes of a round before its kernels, forward and backward, and awaits them after."""
+    if reason := skip_reason("v5e:2x4"):
+        pytest.skip(reason)
+    assert compiled("v5e:2x4")["ring splash"]["hidden"] >= 2
+
+
 def test_offloading_moves_what_is_kept_of_a_layer_to_the_memory_of_the_host():
     target, local_tokens, layers = "v5e:2x4", S // 4, 8
     if reason := skip_reason(target):
@@ -117,6 +124,14 @@ def test_the_reader_of_arrays_sees_queries_by_keys_in_any_order():
     assert with_both(text, 16384, 16384) == ["f32[16384,16384]"]
 
 
+def test_the_reader_of_schedules_sees_what_a_kernel_hides():
+    start, done = "  %s = (f32[8]) collective-permute-start(%x)", "  %d = f32[8] collective-permute-done(%s)"
+    kernel = "  %k = f32[8] call()"
+    hiding, waiting = ["%a {", start, kernel, kernel, done, "}"], ["%b {", start, done, kernel, start, done, "}"]
+    assert hidden("\n".join(hiding + waiting), "call") == 1
+    assert hidden("\n".join(waiting), "call") == 0
+
+
 def with_both(text: str, a: int, b: int) -> list[str]:
     """Types of the arrays in an HLO text that have a dimension of `a` and another of `b`."""
     found = set()
@@ -125,6 +140,19 @@ def with_both(text: str, a: int, b: int) -> list[str]:
         if a in sizes and b in sizes and (a != b or sizes.count(a) > 1):
             found.add(f"{name}[{dims}]")
     return sorted(found)
+
+
+def hidden(text: str, call: str) -> int:
+    """Computations of a scheduled HLO text in which a `call` stands between the start of a permute and the first one's end."""
+    orders = []
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            orders.append("")
+        elif found := re.search(r" collective-permute-(start|done)\(", line):
+            orders[-1] += {"start": "(", "done": ")"}[found[1]]
+        elif call in line:
+            orders[-1] += "k"
+    return sum(bool(re.search(r"\(k+\)", order)) for order in orders)
 
 
 def main_plan(case: str) -> None:
@@ -144,10 +172,11 @@ def main_plan(case: str) -> None:
     started = time.monotonic()
     found = plan.make_plan(config.build(c), plan.find_target(target))
     shard = length // axes.get("context", 1)
+    slices = [shard] if shard == length else [shard, shard // 2]  # a balanced shard is an early and a late slice
     report = {
         **{"case": case, "seconds": round(time.monotonic() - started, 1), "memory": found.target.memory},
         **{name: getattr(found, name) for name in ("arguments", "temporaries", "peak", "largest")},
-        "squares": with_both(found.text, shard, length),
+        "squares": [array for part in slices for array in with_both(found.text, part, length)],
         "logits": with_both(found.text, shard, c.model.vocab_size),
     }
     print(json.dumps(report))
@@ -244,7 +273,7 @@ def measure(executable, kernel: str) -> dict:
     memory = executable.memory_analysis()
     bytes_of = {"temporaries": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes}
     bytes_of["peak"] = memory.peak_memory_in_bytes  # arguments included
-    return {"calls": calls, "largest": max(sizes), **bytes_of}
+    return {"calls": calls, "largest": max(sizes), "hidden": hidden(text, CALLS[kernel][0]), **bytes_of}
 
 
 if __name__ == "__main__":

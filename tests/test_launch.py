@@ -6,6 +6,9 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+import pytest
+
 ROOT = Path(__file__).parents[1]
 QUIET = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 LOCAL = [str(ROOT / "launch/local_processes.sh"), "2", "--", f"--config={ROOT / 'configs/hybrid_8k.py'}"]
@@ -36,6 +39,29 @@ def test_local_processes_end_with_the_status_and_the_words_of_the_one_that_faile
     assert done.stdout == ""
     usage = run_script([*LOCAL[:2], *LOCAL[3:]], tmp_path)
     assert usage.returncode == 2 and "usage: " in usage.stderr
+
+
+@pytest.mark.parametrize("came, passed_on", [("INT", "INT"), ("TERM", "TERM"), ("HUP", "TERM")])
+def test_local_processes_pass_a_signal_on_and_end_with_what_they_started(tmp_path, came, passed_on):
+    fake(
+        tmp_path, "python",
+        f'if [ "$1" = - ]; then exec {sys.executable} -; fi',
+        "trap 'echo INT >>got; exit 7' INT",
+        "trap 'echo TERM >>got; exit 7' TERM",
+        "echo $$ >>started",
+        "while :; do sleep 0.1; done",
+    )  # fmt: skip
+    env = QUIET | {"PYTHON": f"{tmp_path}/python"}
+    started, got = tmp_path / "started", tmp_path / "got"
+    with subprocess.Popen(LOCAL, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as job:
+        until = time.monotonic() + 20
+        while not (started.exists() and started.read_text().count("\n") == 2) and time.monotonic() < until:
+            time.sleep(0.05)
+        job.send_signal(getattr(signal, f"SIG{came}"))
+        assert job.wait(20) == 7
+        assert job.stderr.read() == ""
+    assert got.read_text().split() == [passed_on] * 2
+    assert not any(psutil.pid_exists(int(pid)) for pid in started.read_text().split())
 
 
 def test_slurm_starts_the_program_and_queues_a_job_that_ran_out_of_time_again(tmp_path):
@@ -128,11 +154,18 @@ def test_a_tpu_pod_that_failed_is_said_with_the_cure(tmp_path):
     assert "run1 is FAILED and will not start; delete it" in done.stderr and "us-east5-a v5p-128 --delete" in done.stderr
 
 
+def test_a_tpu_pod_that_gcloud_does_not_tell_of_is_not_awaited_for_ever(tmp_path):
+    fake(tmp_path, "gcloud", "case \"$*\" in *describe*) echo 'no permission' >&2; exit 1 ;; esac")
+    done = run_script([*POD, "--", "--config=x.py"], tmp_path, WAIT="0")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("ten times: no permission")
+
+
 def test_a_dry_run_prints_the_commands_for_every_slice_and_runs_none(tmp_path):
     fake_gcloud(tmp_path, "")
     done = run_script([*POD, "--dry-run", "--slices=2", "--", "--config=x.py"], tmp_path)
     assert done.returncode == 0 and not (tmp_path / "calls").exists()
     assert "--node-count=2 --node-prefix=run1" in done.stdout
+    assert all(line.startswith(("gcloud compute tpus ", "git ls-files ")) for line in done.stdout.splitlines())
     for node in ("run1-0", "run1-1"):
         assert f"tpu-vm ssh {node} " in done.stdout and f"{node}:hybrid_attn.tgz" in done.stdout
     assert run_script([*POD], tmp_path).returncode == 2

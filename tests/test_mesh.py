@@ -67,7 +67,7 @@ def stage(**changes):
         (
             stage(batch=8, microbatches=3),
             {"data": 2},
-            "batch 8 does not split over 2 slice * data * fsdp shards of 3 microbatches each; use 6 or 12",
+            "batch 8 does not split over 2 slice * data * fsdp shards of 3 microbatches each; use 6 or 12, or microbatches=1",
         ),
         (
             stage(seq_len=52),
@@ -84,21 +84,27 @@ def stage(**changes):
             {"context": 8},
             "evals.lengths: 1.25 of 48 tokens, 60 does not split over 8 context shards of 2 parts each; use 48 or 64",
         ),
-        ({}, {"tensor": 3}, "model.num_heads 4 does not split over 3 tensor shards; use 3 or 6, or mesh.tensor=2"),
+        ({}, {"tensor": 3}, "model.num_heads 4 does not split over 3 tensor shards; use 3 or 6, or mesh.tensor=1"),
         ({}, {"tensor": 4}, "model.num_kv_heads 2 does not split over 4 tensor shards; use 4, or mesh.tensor=2"),
         ({"model.d_ff": 49}, {"tensor": 2}, "model.d_ff 49 does not split over 2 tensor shards; use 48 or 50"),
         ({"model.vocab_size": 383}, {"tensor": 2}, "model.vocab_size 383 does not split over 2 tensor shards"),
         (
             stage(batch=24) | {"model.d_model": 40},
             {"fsdp": 12},
-            "model.d_model 40 does not split over 12 fsdp shards; use 36 or 48, or mesh.fsdp=10",
+            "model.d_model 40 does not split over 12 fsdp shards; use 36 or 48, or mesh.fsdp=4",
         ),
         (
             {"train.context": "G=exchange"},
             {"context": 4},
             "the 2 key/value heads of a tensor shard over 4 context shards; use mesh.context=2, or a multiple of 4",
         ),
-        ({"train.context": "exchange"}, {"context": 2, "tensor": 2}, "splits the 1 key/value heads of a tensor shard over 2"),
+        (
+            {"train.context": "exchange"},
+            {"context": 2, "tensor": 2},
+            "G,L=exchange splits the 1 key/value heads of a tensor shard over 2 context shards; use mesh.context=1, or a "
+            "multiple of 4 for model.num_kv_heads, or G=auto,L=auto",
+        ),
+        ({"evals.lengths": (0.001,)}, {}, "evals.lengths: 0.001 of 48 tokens, 0 does not split over 1 context shards; use 1"),
     ],
     ids=lambda x: "",
 )

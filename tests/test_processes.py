@@ -15,7 +15,7 @@ import pytest
 from training_process import MESHES, STEPS, config_of, signalled_at
 
 from hybrid_attn import checkpoint
-from hybrid_attn.parallel import processes
+from hybrid_attn.parallel import launchers, processes
 from hybrid_attn.train import loop
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def test_a_process_that_never_joins_is_named_by_all_that_did(folder):
         found = ends(started)
     for status, _, error in found:
         assert status == 1
-        assert "process 1 and 3 never joined: 2 of 4 came within 6 s" in error
+        assert "processes 1 and 3 never joined: 2 of 4 came within 6 s" in error
     with several("join", folder, numbers=(1,)) as started:
         ((status, _, error),) = ends(started)
     assert status == 1
@@ -152,7 +152,7 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
         thread.start()
     for thread in threads:
         thread.join(20)
-    peers = [processes.Peers(number, 3, link, hub if number == 0 else None) for number, link in enumerate(links)]
+    peers = [processes.Peers(number, link, hub if number == 0 else None) for number, link in enumerate(links)]
     for peer, step in zip(peers, steps, strict=True):
         assert step < 0 or not peer.reached(step)
     peers[1].ask_to_stop()
@@ -209,6 +209,15 @@ def test_flags_that_do_not_say_who_this_is_are_refused(given, message):
         processes.start(*given)
 
 
+def test_a_process_ends_though_nobody_reads_what_it_says():
+    program = "from hybrid_attn.parallel import processes; processes._end('the end', 3)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], stderr=writer, env=QUIET, timeout=60)
+    os.close(writer)
+    assert done.returncode == 3
+
+
 @pytest.fixture
 def bare(monkeypatch):
     """An environment without a launcher."""
@@ -243,10 +252,10 @@ STEP = {
     ],
 )
 def test_a_launcher_is_known_by_its_variables_and_a_single_process_by_their_lack(bare, variables, tpus, wanted):
-    bare.setattr(processes, "_has_tpus", lambda: tpus)
+    bare.setattr(launchers, "_has_tpus", lambda: tpus)
     for name, value in variables.items():
         bare.setenv(name, value)
-    assert processes.launcher() == wanted
+    assert launchers.launcher() == wanted
 
 
 @pytest.mark.parametrize(
@@ -262,15 +271,15 @@ def test_a_tpu_machine_asks_what_it_is_part_of(bare, workers, tpu_env, wanted):
 
         log_message = lambda *_: None  # noqa: E731
 
-    bare.setattr(processes, "_has_tpus", lambda: True)
+    bare.setattr(launchers, "_has_tpus", lambda: True)
     with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         bare.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
-        assert processes.launcher() == wanted
+        assert launchers.launcher() == wanted
         server.shutdown()
         thread.join()
-    assert processes.launcher() is None  # and no server is no reason to wait
+    assert launchers.launcher() is None  # and no server is no reason to wait
 
 
 @pytest.mark.parametrize(
@@ -280,11 +289,11 @@ def test_a_tpu_machine_asks_what_it_is_part_of(bare, workers, tpu_env, wanted):
 def test_slurm_gives_a_node_s_only_process_all_its_gpus_and_others_one_each(bare, changes, devices):
     for name, value in (STEP | changes).items():
         bare.setenv(name, value)
-    address, *rest = processes._from_launcher(5)
+    address, *rest = launchers.detected(5)
     assert address.startswith("node001:") and rest == [2, 1, devices]
 
 
 def test_a_launcher_that_tells_too_little_is_an_error_with_its_cure(bare):
     bare.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="Open MPI 5 started .* install the package mpi4py, or pass --coordinator=HOST:PORT"):
-        processes._from_launcher(5)
+        launchers.detected(5)

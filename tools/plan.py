@@ -4,7 +4,7 @@ python tools/plan.py --config=configs/hybrid_8k.py:8b --target=v5p:4x4x4 --confi
 python tools/plan.py --config=configs/hybrid_8k.py --target=cpu:8 --config.mesh.context=8 --config.mesh.data=1
 
 Memory, FLOPs, the largest array, and what is sent between devices, by mesh axis. It runs no step. Exit status: 0 it fits;
-1 it does not, or the target cannot be compiled for; 2 a wrong config.
+1 it does not; 2 a wrong config, or a target that cannot be compiled for.
 """
 
 import logging
@@ -29,12 +29,9 @@ def main(_):
         c = config.build(CONFIG.value)
         if not -1 <= STAGE.value < len(c.stages):
             raise ValueError(f"--stage={STAGE.value}: the config has {len(c.stages)} stages, counted from 0")
-    except ValueError as error:
-        fail(str(error), 2)
-    try:
         found = plan.make_plan(c, plan.find_target(TARGET.value), STAGE.value)
     except (ValueError, NotImplementedError) as error:
-        fail(str(error), 1)
+        fail(str(error), 2)
     print(plan.report(found))
     sys.exit(found.target.memory is not None and found.peak > found.target.memory)
 

@@ -25,7 +25,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, *, wi
     see = visible_BTS(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window)[:, None, None]
     scores_BKGTS = jnp.where(see, scores_BKGTS, -jnp.inf)
     if merged is not None:
-        return _part_of(merged, jnp.where(see, scores_BKGTS, -jnp.inf), v_BSKH)
+        return _part_of(merged, scores_BKGTS, v_BSKH)
     top_BKGT = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1))
     top_BKGT = jnp.where(jnp.isfinite(top_BKGT), top_BKGT, 0.0)  # rows without a key: exp(-inf - 0) = 0
     mass_BKGTS = jnp.where(see, jnp.exp(scores_BKGTS - top_BKGT[..., None]), 0.0)

@@ -29,19 +29,16 @@ def check_splits(
     """ValueError where `size` does not split over `axes` and, on each of their shards, into so many `pieces`."""
     shards = math.prod(sizes[axis] for axis in axes)
     least = shards * pieces
-    if size % least == 0:
+    if size and size % least == 0:
         return
-    below, above = size // least * least, -(-size // least) * least
+    below, above = size // least * least, max(-(-size // least), 1) * least
     cure = f"{below} or {above}" if below else f"{above}"
-    if len(axes) == 1 and size % pieces == 0:
-        cure += f", or mesh.{axes[0]}={_divisor(size // pieces, shards)}"
+    if len(axes) == 1 and size and size % pieces == 0:
+        cure += f", or mesh.{axes[0]}={math.gcd(size // pieces, shards)}"
+    elif unit == "microbatches" and size and size % shards == 0:
+        cure += f", or {unit}={math.gcd(size // shards, pieces)}"
     each = f" of {pieces} {unit} each" if pieces > 1 else ""
     raise ValueError(f"{what} {size} does not split over {shards} {' * '.join(axes)} shards{each}; use {cure}")
-
-
-def _divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` up to `most`."""
-    return next(x for x in range(most, 0, -1) if number % x == 0)
 
 
 def _check_exchange(c: config.Config, tensor: int, context: int) -> None:
@@ -50,7 +47,7 @@ def _check_exchange(c: config.Config, tensor: int, context: int) -> None:
     letters = [letter for letter, scheme in config.context(c.model, c.train).items() if scheme == "exchange"]
     if letters and heads % context:
         raise ValueError(
-            f"train.context: {letters[0]}=exchange splits the {heads} key/value heads of a tensor shard over {context} context "
-            f"shards; use mesh.context={_divisor(heads, context)}, or a multiple of {tensor * context} for model.num_kv_heads, "
-            f"or {letters[0]}=ring"
+            f"train.context: {','.join(letters)}=exchange splits the {heads} key/value heads of a tensor shard over {context} "
+            f"context shards; use mesh.context={math.gcd(heads, context)}, or a multiple of {tensor * context} for "
+            f"model.num_kv_heads, or {','.join(f'{letter}=auto' for letter in letters)}"
         )

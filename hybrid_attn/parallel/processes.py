@@ -7,8 +7,6 @@ vanishes without a word to the network is noticed by its silence, within `SILENC
 
 import atexit
 import contextlib
-import glob
-import importlib.util
 import json
 import os
 import selectors
@@ -16,10 +14,12 @@ import socket
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Mapping
+from typing import TextIO
 
 import jax
+
+from hybrid_attn.parallel import launchers
 
 # Seconds. Longer than the half minute for which a cloud moves a virtual machine, or memory pressure holds one up; beyond that
 # every second is one in which all the others wait in vain.
@@ -28,8 +28,6 @@ SILENCE = 60
 CAUSE_COMES_WITHIN = 0.5
 GONE = " ended without a word: look at its log, and for the memory that its machine ran out of"
 LOOPBACK = ("localhost", "127.0.0.1")
-NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")}  # packages with which jax asks them
-BY_HAND = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
 
 
 class Hub(threading.Thread):
@@ -83,11 +81,11 @@ class Hub(threading.Thread):
         return None
 
     def missing(self) -> str:
-        here, all_of_them = sorted(self.links), range(self.num_processes)
-        gone = _some([number for number in all_of_them if number not in self.links])
+        gone = [number for number in range(self.num_processes) if number not in self.links]
         return (
-            f"process {gone} never joined: {len(here)} of {self.num_processes} came within {self.timeout:g} s; look at what "
-            "the missing said when they started, or give them more time with --join_timeout"
+            f"process{'es' if len(gone) > 1 else ''} {_some(gone)} never joined: {len(self.links)} of {self.num_processes} "
+            f"came within {self.timeout:g} s; look at what the missing said when they started, or give them more time with "
+            "--join_timeout"
         )
 
     def serve(self) -> None:
@@ -148,8 +146,8 @@ class Hub(threading.Thread):
 class Peers:
     """What a process shares with the others of its run: where all stop, and the error that ends all."""
 
-    def __init__(self, number: int, count: int, link: socket.socket, hub: Hub | None):
-        self.number, self.count, self._link, self._hub = number, count, link, hub
+    def __init__(self, number: int, link: socket.socket, hub: Hub | None):
+        self.number, self._link, self._hub = number, link, hub
         self._step, self._stop_at, self._last_words, self._status = -1, None, None, 1
         self._agreeing = threading.Lock()  # held while the others say which steps they have reached
         threading.Thread(target=self._listen, daemon=True).start()
@@ -201,7 +199,7 @@ class Peers:
 
     def _leave(self) -> None:
         if self.number == 0:
-            print(self._last_words, flush=True)
+            _say(self._last_words, sys.stdout)
         self.close()
         _end(None, 0)
 
@@ -214,7 +212,7 @@ def start(
     Who they are says whoever calls, or else the launcher: SLURM, Open MPI, a TPU pod or Kubernetes. ValueError where that
     does not fit together; OSError that names who is missing if not all have come after `timeout` seconds.
     """
-    found = _given(coordinator, num_processes, process_id) or _from_launcher(timeout)
+    found = launchers.given(coordinator, num_processes, process_id) or launchers.detected(timeout)
     if found is None:
         return None
     address, count, number, device_ids = found
@@ -224,7 +222,7 @@ def start(
     if hub:
         hub.start()
     link = _join(host.strip("[]"), int(port), number, count, timeout)
-    peers = Peers(number, count, link, hub)
+    peers = Peers(number, link, hub)
     atexit.register(peers.close)  # before jax's own, and therefore run after it: nobody is missed who is only done
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the loop
     _silence_gloo()
@@ -241,92 +239,6 @@ def start(
     except Exception as cause:
         peers.fail(f"jax.distributed at port {_jax_port(int(port))} of {host}: {cause}", 1)
     return peers
-
-
-def _given(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
-    """The address, number of processes, number of this one and its devices as whoever calls has them."""
-    values = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    absent = [f"--{name}" for name, value in values.items() if value is None]
-    if len(absent) == 3:
-        return None
-    if absent:
-        raise ValueError(f"{' and '.join(absent)} not given; {BY_HAND}, or none of the three")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(f"--process_id={process_id} is not one of 0 to {num_processes - 1} (--num_processes={num_processes})")
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--coordinator={coordinator} is no HOST:PORT, as in 10.0.0.1:8476")
-    return coordinator, num_processes, process_id, None
-
-
-def _from_launcher(timeout: float) -> tuple | None:
-    """As `_given`, from the launcher that started this process; None if it is alone."""
-    method = launcher()
-    if method is None:
-        return None
-    name, package = NEEDS.get(method, (method, None))
-    if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"{name} started this process; to find the others, install the package {package}, or {BY_HAND}")
-    from jax._src import clusters  # public is only jax.distributed.initialize, which asks it and aborts when one is missing
-
-    try:
-        address, count, number, device_ids = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, method, round(timeout)
-        )
-    except Exception as cause:  # of the client libraries of clusters, among others
-        raise ValueError(f"{name}: {' '.join(str(cause).split())}; mend that, or {BY_HAND}") from cause
-    if None in (address, count, number):
-        raise ValueError(f"{name} started this process and does not say which others; {BY_HAND}")
-    return None if count == 1 else (address, count, number, None if _has_own_gpus() else device_ids)
-
-
-def launcher() -> str | None:
-    """jax's name of what started several processes, of which this is one; None if it is alone.
-
-    A shell inside an allocation, a TPU machine by itself and a pod of no indexed job are alone, whatever else their
-    variables say.
-    """
-    env = os.environ
-    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # before SLURM, whose steps start Open MPI's own daemons
-        return "ompi" if "OMPI_MCA_orte_hnp_uri" in env else "mpi4py"
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is also set in the shell of salloc and in batch scripts
-        return "slurm"
-    if _has_tpus():
-        addresses = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
-        if addresses:
-            return "gketpu" if "," in addresses or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1 else None
-        workers, tpu_env = _metadata("worker-network-endpoints"), _metadata("tpu-env")
-        slices = [line.partition(":")[2].strip(" '") for line in tpu_env.splitlines() if "MEGASCALE_NUM_SLICES" in line]
-        return "gcetpu" if "," in workers or int((slices or [1])[0]) > 1 else None
-    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        return "k8s"
-    return None
-
-
-def _has_tpus() -> bool:
-    wanted = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
-    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    return wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
-
-
-def _metadata(attribute: str) -> str:
-    """What a Google Cloud machine knows of itself; empty elsewhere."""
-    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-    url = f"http://{server}/computeMetadata/v1/instance/attributes/{attribute}"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as answer:
-            return answer.read().decode()
-    except OSError:
-        return ""
-
-
-def _has_own_gpus() -> bool:
-    """Whether all GPUs that this process sees are its own; else jax gives each process of a machine one of them."""
-    env = os.environ
-    alone = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (
-        "SLURM_STEP_NUM_NODES" in env and env["SLURM_STEP_NUM_NODES"] == env.get("SLURM_STEP_NUM_TASKS")
-    )
-    return alone or env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
 
 
 def _join(host: str, port: int, number: int, count: int, timeout: float) -> socket.socket:
@@ -404,10 +316,16 @@ def _silence_gloo() -> None:
 def _end(line: str | None, status: int) -> None:
     """Ends the process now, wherever its main thread hangs."""
     if line:
-        print(line, file=sys.stderr, flush=True)
+        _say(line, sys.stderr)
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(status)
+
+
+def _say(line: str, stream: TextIO) -> None:
+    """Prints a line; a reader who is gone keeps nobody from ending."""
+    with contextlib.suppress(Exception):
+        print(line, file=stream, flush=True)
 
 
 def _some(numbers: list[int]) -> str:

@@ -1,5 +1,6 @@
 """What the training step of a config needs of devices that need not be here: it is compiled for them, never run."""
 
+import importlib.util
 import math
 import os
 import re
@@ -16,12 +17,12 @@ from hybrid_attn.data.rows import ARRAYS
 from hybrid_attn.model import flops, run_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.collectives import Collective, collectives, parse, shapes
+from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train.measurement import table
 from hybrid_attn.train.step import abstract_state, make_step
 
 GB = 10**9
-SCHEMES = ("halo", "gather", "ring", "exchange")  # the scopes around what moves keys and values in parallel/context.py
 FLOATS = ("weights", "bytes")  # of a batch; the other arrays are int32
 
 
@@ -88,13 +89,11 @@ def _tpus(name: str, chip: Chip, count: int) -> Target:
         "TPU_ACCELERATOR_TYPE": f"{chip.name}-{count * chip.cores}",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here opens a device, so that a run may hold them meanwhile
     }
+    if importlib.util.find_spec("libtpu") is None:
+        raise NotImplementedError(f'target {name} needs libtpu: pip install "hybrid-attn[tpu]"')
     try:
         return Target(name, "tpu", topologies.get_topology_desc(platform="tpu", topology_name=name).devices, chip.memory)
-    except ImportError as cause:
-        raise NotImplementedError(f'target {name} needs libtpu: pip install "hybrid-attn[tpu]"') from cause
     except (RuntimeError, ValueError) as cause:
-        if "libtpu" in str(cause) and "not" in str(cause):
-            raise NotImplementedError(f'target {name} needs libtpu: pip install "hybrid-attn[tpu]" ({cause})') from cause
         raise ValueError(f"target {name}: libtpu has no such topology ({cause}); write {FORMS}") from cause
 
 

@@ -1,0 +1,97 @@
+"""Which of how many processes this one is, and where the first of them listens: as the caller says it, or a launcher."""
+
+import glob
+import importlib.util
+import os
+import urllib.request
+
+NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")}  # packages with which jax asks them
+BY_HAND = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
+
+
+def given(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
+    """The address, number of processes, number of this one and its devices as whoever calls has them."""
+    values = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    absent = [f"--{name}" for name, value in values.items() if value is None]
+    if len(absent) == 3:
+        return None
+    if absent:
+        raise ValueError(f"{' and '.join(absent)} not given; {BY_HAND}, or none of the three")
+    if num_processes < 1:
+        raise ValueError(f"--num_processes={num_processes}: there is at least one")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id={process_id} is not one of 0 to {num_processes - 1} (--num_processes={num_processes})")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--coordinator={coordinator} is no HOST:PORT, as in 10.0.0.1:8476")
+    return coordinator, num_processes, process_id, None
+
+
+def detected(timeout: float) -> tuple | None:
+    """As `given`, from the launcher that started this process; None if it is alone."""
+    method = launcher()
+    if method is None:
+        return None
+    name, package = NEEDS.get(method, (method, None))
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"{name} started this process; to find the others, install the package {package}, or {BY_HAND}")
+    from jax._src import clusters  # public is only jax.distributed.initialize, which asks it and aborts when one is missing
+
+    try:
+        address, count, number, device_ids = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, method, round(timeout)
+        )
+    except Exception as cause:  # of the client libraries of clusters, among others
+        raise ValueError(f"{name}: {' '.join(str(cause).split())}; mend that, or {BY_HAND}") from cause
+    if None in (address, count, number):
+        raise ValueError(f"{name} started this process and does not say which others; {BY_HAND}")
+    return None if count == 1 else (address, count, number, None if _has_own_gpus() else device_ids)
+
+
+def launcher() -> str | None:
+    """jax's name of what started several processes, of which this is one; None if it is alone.
+
+    A shell inside an allocation, a TPU machine by itself and a pod of no indexed job are alone, whatever else their
+    variables say.
+    """
+    env = os.environ
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # before SLURM, whose steps start Open MPI's own daemons
+        return "ompi" if "OMPI_MCA_orte_hnp_uri" in env else "mpi4py"
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is also set in the shell of salloc and in batch scripts
+        return "slurm"
+    if _has_tpus():
+        addresses = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
+        if addresses:
+            return "gketpu" if "," in addresses or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1 else None
+        workers, tpu_env = _metadata("worker-network-endpoints"), _metadata("tpu-env")
+        slices = [line.partition(":")[2].strip(" '") for line in tpu_env.splitlines() if "MEGASCALE_NUM_SLICES" in line]
+        return "gcetpu" if "," in workers or int((slices or [1])[0]) > 1 else None
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        return "k8s"
+    return None
+
+
+def _has_tpus() -> bool:
+    wanted = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _metadata(attribute: str) -> str:
+    """What a Google Cloud machine knows of itself; empty elsewhere."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{attribute}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
+
+
+def _has_own_gpus() -> bool:
+    """Whether all GPUs that this process sees are its own; else jax gives each process of a machine one of them."""
+    env = os.environ
+    alone = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (
+        "SLURM_STEP_NUM_NODES" in env and env["SLURM_STEP_NUM_NODES"] == env.get("SLURM_STEP_NUM_TASKS")
+    )
+    return alone or env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
