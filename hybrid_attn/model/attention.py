@@ -4,6 +4,8 @@ Letters: B batch, T tokens, D model, N query heads, K key/value heads, H head si
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerKind, Model, RopeScaling, rotated_dims
 from hybrid_attn.model.norm import Norm
-from hybrid_attn.parallel import context
-from hybrid_attn.parallel.mesh import ACT_BTD, HEADS_BTNH, gathered
+from hybrid_attn.parallel.mesh import gathered
+
+# (q_BTNH, k_BTKH, v_BTKH, sinks_N or None, kind, scale) -> o_BTNH and anything that is to be kept of it.
+Attend = Callable[..., tuple[jax.Array, Any]]
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, std: float) -> nnx.Param:
@@ -43,24 +47,23 @@ class Attention(nnx.Module):
             gate_shape = (D, N, H) if kind.gate == "projection" else (D, N)
             self.gate = weight(rngs, gate_shape, P("fsdp", "tensor"), std)
 
-    def __call__(self, x_BTD, pos_BT, seg_BT, *, kernel: str, scheme: str, balanced: bool) -> jax.Array:
-        """[B, T, D] of the same; the choices are those of `context.attend`."""
+    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+        """[B, T, D] of the same, and what `attend` keeps."""
         dtype, kind = x_BTD.dtype, self.kind
+        spec = jax.typeof(x_BTD).sharding.spec
+        heads = P(*spec[:2], "tensor", None)
         w_q, w_k, w_v, w_o = (gathered(w[...].astype(dtype)) for w in (self.q, self.k, self.v, self.o))
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q, out_sharding=HEADS_BTNH)
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_k, out_sharding=HEADS_BTNH)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_v, out_sharding=HEADS_BTNH)
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q, out_sharding=heads)
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_k, out_sharding=heads)
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_v, out_sharding=heads)
         q_BTNH, k_BTKH = self.place(q_BTNH, k_BTKH, pos_BT)
-        o_BTNH = context.attend(
-            q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, self.sink[...] if kind.sink else None,
-            window=kind.window, chunk=kind.chunk, softcap=kind.softcap, kernel=kernel, scheme=scheme, balanced=balanced,
-            scale=self.model.head_dim**-0.5 if kind.scale is None else kind.scale,
-        )  # fmt: skip
+        scale = self.model.head_dim**-0.5 if kind.scale is None else kind.scale
+        o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH, self.sink[...] if kind.sink else None, kind, scale)
         if kind.gate == "head":
             o_BTNH *= jax.nn.sigmoid(jnp.einsum("BTD,DN->BTN", x_BTD, gathered(self.gate[...].astype(dtype))))[..., None]
         elif kind.gate == "projection":
             o_BTNH *= jax.nn.sigmoid(jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(self.gate[...].astype(dtype))))
-        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, w_o, out_sharding=ACT_BTD)
+        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, w_o, out_sharding=P(*spec)), kept
 
     def place(self, q_BTNH, k_BTKH, pos_BT) -> tuple[jax.Array, jax.Array]:
         """Queries and keys as they enter the scores: normalised, rotated, and queries at their temperature."""

@@ -5,7 +5,7 @@ paths are names (`periods/L0/attention/q`); those under `periods` carry the peri
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config, kernels
-from hybrid_attn.config import Model, Table, Train
-from hybrid_attn.model.attention import Attention, weight
+from hybrid_attn.config import LayerKind, Model, Table, Train
+from hybrid_attn.model.attention import Attend, Attention, weight
 from hybrid_attn.model.mlp import MLP
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.parallel import context
-from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, gathered
+from hybrid_attn.parallel.mesh import TOKENS_BT, gathered
 
 NORMS_BEFORE = {"parallel": ("norm",), "pre": ("attention_norm", "mlp_norm"), "post": ()}
 NORMS_BEFORE["sandwich"] = NORMS_BEFORE["pre"]
@@ -74,28 +74,28 @@ class Block(nnx.Module):
     """One layer: attention and feed-forward around the residual stream, by `model.block`."""
 
     def __init__(self, model: Model, letter: str, *, rngs: nnx.Rngs):
-        self.block, self.letter = model.block, letter
+        self.block = model.block
         self.attention = Attention(model, model.kinds[letter], rngs=rngs)
         self.mlp = MLP(model, rngs=rngs)
         for name in NORMS_BEFORE[model.block] + NORMS_AFTER[model.block]:
             setattr(self, name, Norm(model.norm, (model.d_model,), model.norm_eps, P(None)))
 
-    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
-        def attention(h_BTD):
-            choices = {"kernel": run.kernel, "scheme": run.context[self.letter], "balanced": run.balance}
-            return self.attention(h_BTD, pos_BT, seg_BT, **choices)
-
-        def mlp(h_BTD):
-            return self.mlp(h_BTD, run.mlp_chunk)
-
+    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend, mlp_chunk: int | None) -> tuple[jax.Array, Any]:
+        """[B, T, D] of the same, and what `attend` keeps."""
         if self.block == "parallel":
             h_BTD = self.norm(x_BTD)
-            return x_BTD + attention(h_BTD) + mlp(h_BTD)
-        for name, part in {"attention": attention, "mlp": mlp}.items():
-            h_BTD = getattr(self, f"{name}_norm")(x_BTD) if NORMS_BEFORE[self.block] else x_BTD
-            h_BTD = part(h_BTD)
-            x_BTD = x_BTD + (getattr(self, f"{name}_post_norm")(h_BTD) if NORMS_AFTER[self.block] else h_BTD)
-        return x_BTD
+            y_BTD, kept = self.attention(h_BTD, pos_BT, attend)
+            return x_BTD + y_BTD + self.mlp(h_BTD, mlp_chunk), kept
+        h_BTD, kept = self.attention(self.before("attention", x_BTD), pos_BT, attend)
+        x_BTD = x_BTD + self.after("attention", h_BTD)
+        h_BTD = self.mlp(self.before("mlp", x_BTD), mlp_chunk)
+        return x_BTD + self.after("mlp", h_BTD), kept
+
+    def before(self, part: str, x_BTD: jax.Array) -> jax.Array:
+        return getattr(self, f"{part}_norm")(x_BTD) if NORMS_BEFORE[self.block] else x_BTD
+
+    def after(self, part: str, x_BTD: jax.Array) -> jax.Array:
+        return getattr(self, f"{part}_post_norm")(x_BTD) if NORMS_AFTER[self.block] else x_BTD
 
 
 class Period(nnx.Module):
@@ -108,14 +108,28 @@ class Period(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
         for slot in self.slots:
+            attend = in_rows(pos_BT, seg_BT, run, slot[0])
 
-            def layer(block: Block, x_BTD: jax.Array) -> jax.Array:
+            def layer(block: Block, x_BTD: jax.Array, attend: Attend = attend) -> jax.Array:
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
-                return block(checkpoint_name(x_BTD, INPUT), pos_BT, seg_BT, run)
+                return block(checkpoint_name(x_BTD, INPUT), pos_BT, attend, run.mlp_chunk)[0]
 
             with jax.named_scope(slot):
                 x_BTD = CHECKPOINTS[run.remat[slot[0]]](layer)(getattr(self, slot), x_BTD)
         return x_BTD
+
+
+def in_rows(pos_BT: jax.Array, seg_BT: jax.Array, run: Run, letter: str) -> Attend:
+    """Attention of a layer of that letter to the tokens of its own rows, of which nothing is kept."""
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerKind, scale: float):
+        o_BTNH = context.attend(
+            q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N, window=kind.window, chunk=kind.chunk, scale=scale,
+            softcap=kind.softcap, kernel=run.kernel, scheme=run.context[letter], balanced=run.balance,
+        )  # fmt: skip
+        return o_BTNH, None
+
+    return attend
 
 
 class LM(nnx.Module):
@@ -156,9 +170,8 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
         x_BTD = jnp.where(here_BT[..., None], embed_VD[jnp.where(here_BT, local_BT, 0)].astype(dtype), 0)
         return jax.lax.psum(jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True), "tensor")
 
-    return jax.shard_map(shard, in_specs=(P("tensor", "fsdp"), TOKENS_BT), out_specs=P(BATCH, "context", None))(
-        embed_VD, tokens_BT
-    )
+    tokens = P(*jax.typeof(tokens_BT).sharding.spec)
+    return jax.shard_map(shard, in_specs=(P("tensor", "fsdp"), tokens), out_specs=P(*tokens, None))(embed_VD, tokens_BT)
 
 
 @functools.cache
@@ -190,8 +203,9 @@ def unembedding(model: Model, params: dict) -> jax.Array:
 def logits(model: Model, params: dict, x_BTD: jax.Array) -> jax.Array:
     """All logits [B, T, V] in float32 of the final normed activations; the loss never builds them (`loss.token_losses`)."""
     table_VD = gathered(unembedding(model, params).astype(x_BTD.dtype))
+    spec = P(*jax.typeof(x_BTD).sharding.spec[:2], "tensor")
     logits_BTV = model.logit_scale * jnp.einsum(
-        "BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32, out_sharding=P(BATCH, "context", "tensor")
+        "BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32, out_sharding=spec
     )
     cap = model.logit_softcap
     return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)

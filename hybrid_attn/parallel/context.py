@@ -252,7 +252,7 @@ def _ring_forward(static: Static, q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT):
     def visit(found: list, keys: Keys) -> list:
         found, parts = list(found), _parts(keys, static.slices)
         for a, b in _visible(static):
-            found[a] = _merged(found[a], _kernel(static, queries[a], parts[b]))
+            found[a] = merged(found[a], _kernel(static, queries[a], parts[b]))
         return found
 
     def go_round(carry, _):
@@ -277,7 +277,7 @@ def _passed_on(tree: Any) -> Any:
         return _sent(tree, [(shard, (shard + 1) % c) for shard in range(c)])
 
 
-def _merged(a: tuple, b: tuple) -> tuple:
+def merged(a: tuple, b: tuple) -> tuple:
     """Output and log-sum-exp of attention to the keys of both; where neither saw a key, zeros and -inf."""
     (a_BTNH, a_BTN), (b_BTNH, b_BTN) = a, b
     lse_BTN = jnp.logaddexp(a_BTN, b_BTN)

@@ -1,0 +1,102 @@
+"""The cache of a whole model: how large each layer's is, made, resized, repeated for more rows.
+
+A layer that sees W tokens back needs W + T - 1 slots while chunks of T tokens are read, and W to go on token by token. Sizes
+are powers of two, so that few programs are compiled.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.config import Model
+from hybrid_attn.model.extend import Cache
+from hybrid_attn.parallel import cached
+from hybrid_attn.parallel.mesh import BATCH
+
+
+def power_of_two(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def ring_slots(sees: int, new: int, capacity: int) -> int:
+    """Slots of a layer that sees so many tokens back, when `new` come at a time and rows never pass `capacity`."""
+    return min(power_of_two(sees + new - 1), capacity)
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def empty(model: Model, rows: int, capacity: int, new: int, dtype: jnp.dtype, quantised: bool) -> Cache:
+    """A cache of `rows` rows that have read nothing, for at most `capacity` tokens each, `new` at a time.
+
+    `quantised`: layers that see the whole prefix keep int8 numbers and a float32 scale for each token and head.
+    """
+    layers = []
+    for letter in model.layers:
+        kind = model.kinds[letter]
+        sees = cached.reach(kind)
+        slots = capacity if sees is None else ring_slots(sees, new, capacity)
+        layers.append(cached.empty(kind, rows, slots, model.num_kv_heads, model.head_dim, dtype, quantised))
+    return Cache(tuple(layers), jnp.zeros((rows,), jnp.int32, out_sharding=P(BATCH)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3), donate_argnums=1)
+def resized(model: Model, cache: Cache, capacity: int, new: int) -> Cache:
+    """The same rows in a cache for at most `capacity` tokens each, `new` at a time; no row may be longer than that."""
+
+    def resize(layer: cached.Layer, sees: int | None) -> cached.Layer:
+        slots = capacity if sees is None else ring_slots(sees, new, capacity)
+        if slots == layer.k_BKSH.shape[2]:
+            return layer
+        if sees is None:
+            return jax.tree.map(lambda x: _longer(x, slots), layer._replace(dropped_BK=None))._replace(
+                dropped_BK=layer.dropped_BK
+            )
+        return layer._replace(
+            k_BKSH=_turned(layer.k_BKSH, cache.lengths_B, slots), v_BKSH=_turned(layer.v_BKSH, cache.lengths_B, slots)
+        )
+
+    layers = (
+        resize(layer, cached.reach(model.kinds[letter])) for letter, layer in zip(model.layers, cache.layers, strict=True)
+    )
+    return cache._replace(layers=tuple(layers))
+
+
+def _longer(x_BKS: jax.Array, slots: int) -> jax.Array:
+    """With room for `slots`; on each shard the new ones come last, which is where their numbers go on."""
+
+    def shard(x_BKS):
+        more = slots // jax.lax.axis_size("context") - x_BKS.shape[2]
+        return jnp.pad(x_BKS, [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x_BKS.ndim - 3))
+
+    spec = P(*jax.typeof(x_BKS).sharding.spec)
+    return jax.shard_map(shard, in_specs=spec, out_specs=spec)(x_BKS)
+
+
+def _turned(x_BKRH: jax.Array, lengths_B: jax.Array, slots: int) -> jax.Array:
+    """A ring of `slots`, with the newest tokens of the old one."""
+
+    def shard(x_BKRH, lengths_B):
+        newest_B1 = lengths_B[:, None] - 1
+        position_BR = newest_B1 - (newest_B1 - jnp.arange(slots)) % slots
+        return jnp.take_along_axis(x_BKRH, (position_BR % x_BKRH.shape[2])[:, None, :, None], axis=2)
+
+    spec = P(*jax.typeof(x_BKRH).sharding.spec)
+    return jax.shard_map(shard, in_specs=(spec, P(BATCH)), out_specs=spec)(x_BKRH, lengths_B)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def repeated(cache: Cache, times: int) -> Cache:
+    """Every row `times` times, one after the other."""
+
+    def repeat(x):
+        spec = P(*jax.typeof(x).sharding.spec)
+        return jax.shard_map(lambda x: jnp.repeat(x, times, axis=0), in_specs=spec, out_specs=spec)(x)
+
+    return jax.tree.map(repeat, cache)
+
+
+def num_bytes(cache: Cache) -> int:
+    """Of all keys and values, over all devices; what a ring has on each `context` shard is counted once."""
+    return sum(x.nbytes for layer in cache.layers for x in jax.tree.leaves(layer._replace(dropped_BK=None)))

@@ -1,0 +1,85 @@
+"""New tokens against the caches of those before them: `apply` for a row that comes piece by piece.
+
+Letters: B rows, T new tokens, D model, S slots, K key/value heads, N query heads, H head size.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.config import LayerKind, Model
+from hybrid_attn.model.norm import Norm
+from hybrid_attn.model.transformer import Block, Run, look_up
+from hybrid_attn.parallel import cached
+from hybrid_attn.parallel.mesh import BATCH
+
+
+class Cache(NamedTuple):
+    """What B rows have read: each layer's keys and values, and how many tokens."""
+
+    layers: tuple[cached.Layer, ...]
+    lengths_B: jax.Array
+
+
+def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
+    """Parameters as `extend` takes them: a dict for each layer under `layers`, matrices in `dtype`.
+
+    Layer by layer, because a loop over stacked weights copies each before it is used, which is most of a decode step.
+    """
+
+    def cast(path, x):
+        return x if path[-1].key == "weight" else x.astype(dtype)
+
+    params = jax.tree.map_with_path(cast, params)
+    layers = []
+    for i in range(model.num_layers):
+        period, place = divmod(i, len(model.pattern))
+        slot = f"{model.layers[i]}{place}"
+        whole = period < model.num_periods
+        layers.append(jax.tree.map(lambda x, at=period: x[at], params["periods"][slot]) if whole else params["tail"][slot])
+    rest = {name: x for name, x in params.items() if name not in ("periods", "tail")}
+    return rest | {"layers": tuple(layers)}
+
+
+def extend(
+    model: Model, weights: dict, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache, run: Run, span: int
+) -> tuple[jax.Array, Cache, tuple[jax.Array | None, ...]]:
+    """Final normed activations [B, T, D] of the next `counts_B` tokens of each row, and the cache that has read them.
+
+    Tokens beyond a row's count are padding. `weights` are `unstacked`'s; the cache must have room (`cached.attend`, which says
+    what `span` is). Last come each layer's queries [B, T, N, H] as they enter the scores; None for a ring.
+    """
+    spec = P(*jax.typeof(tokens_BT).sharding.spec)
+    T = tokens_BT.shape[1]
+    pos_BT = jax.reshard(jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T), spec)
+    x_BTD = look_up(weights["embed"], tokens_BT, run.dtype) * model.embed_scale
+    layers, queries = [], []
+    for letter, params, layer in zip(model.layers, weights["layers"], cache.layers, strict=True):
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerKind, scale: float, layer: cached.Layer = layer):
+            o_BTNH, new = cached.attend(
+                q_BTNH, k_BTKH, v_BTKH, layer, cache.lengths_B, counts_B, sinks_N,
+                kind=kind, scale=scale, kernel=run.kernel, span=span,
+            )  # fmt: skip
+            return o_BTNH, (new, None if new.dropped_BK is None else q_BTNH)
+
+        block = nnx.merge(_graph(model, letter), params)
+        x_BTD, (new, q_BTNH) = block(x_BTD, pos_BT, attend, run.mlp_chunk if T > 1 else None)
+        layers.append(new)
+        queries.append(q_BTNH)
+    x_BTD = nnx.merge(_final_norm(model), weights["final_norm"])(x_BTD)
+    return x_BTD, Cache(tuple(layers), cache.lengths_B + counts_B), tuple(queries)
+
+
+@functools.cache
+def _graph(model: Model, letter: str) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda key: Block(model, letter, rngs=nnx.Rngs(params=key)), jax.random.key(0)))
+
+
+@functools.cache
+def _final_norm(model: Model) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Norm(model.norm, (model.d_model,), model.norm_eps, P(None))))

@@ -1,0 +1,183 @@
+"""Answers and scores of the engine, against the forward pass and against themselves in other batches and on other meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import RUN, mesh_of, random_params, tiny
+from jax.sharding import NamedSharding
+
+from hybrid_attn.infer import Engine
+from hybrid_attn.infer import cache as caches
+from hybrid_attn.infer.sampling import Sampling
+from hybrid_attn.model import apply, logits
+from hybrid_attn.parallel.mesh import TOKENS_BT
+
+NEW = 6
+
+
+def config_of(**changes):
+    return tiny({"train.kernel": "blocked", "train.dtype": "float32"} | changes)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    c = config_of()
+    with jax.set_mesh(mesh_of()):
+        yield Engine(random_params(c.model), c, chunk=16)
+
+
+def rows_of(*lengths):
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, 384, n).tolist() for n in lengths]
+
+
+def all_logits(model, params, row):
+    """Logits [T, V] of a row, by the forward pass."""
+    size = 64
+    tokens = np.pad(row, (0, size - len(row)))[None].astype(np.int32)
+    seg = (np.arange(size) < len(row))[None].astype(np.int32)
+    place = NamedSharding(jax.sharding.get_mesh(), TOKENS_BT)
+    args = (jax.device_put(x, place) for x in (tokens, np.arange(size, dtype=np.int32)[None], seg))
+    whole = jax.jit(lambda params, *args: logits(model, params, apply(model, params, *args, RUN)))
+    return np.asarray(whole(params, *args))[0, : len(row)]
+
+
+PROMPTS = rows_of(1, 4, 5, 6, 16, 17, 40)
+
+
+def test_greedy_answers_are_what_the_forward_pass_finds_most_likely(engine):
+    c = config_of()
+    params = random_params(c.model)
+    for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, NEW), strict=True):
+        scores = all_logits(c.model, params, [*prompt, *answer.tokens])[len(prompt) - 1 : -1]
+        assert answer.tokens.tolist() == scores.argmax(-1).tolist()
+        logprobs = scores.max(-1) - np.asarray(jax.nn.logsumexp(scores, axis=-1))
+        np.testing.assert_allclose(answer.logprobs, logprobs, atol=1e-4)
+    timing = engine.timing
+    assert timing.prompt_tokens == sum(map(len, PROMPTS)) and timing.new_tokens == NEW * len(PROMPTS)
+    assert 0 < timing.first_token_s and timing.prefill_s > 0 and timing.decode_s > 0
+
+
+def test_drawn_answers_do_not_depend_on_the_batch(engine):
+    sampling, seeds = Sampling(temperature=1.0, top_k=50), [5, 6, 7, 8, 9, 10, 11]
+    together = engine.generate(PROMPTS, NEW, sampling=sampling, seeds=seeds)
+    for i in (0, 3, 6):
+        (alone,) = engine.generate(PROMPTS[i : i + 1], NEW, sampling=sampling, seeds=seeds[i : i + 1])
+        assert alone.tokens.tolist() == together[i].tokens.tolist()
+    (other,) = engine.generate(PROMPTS[:1], NEW, sampling=sampling, seeds=[99])
+    assert other.tokens.tolist() != together[0].tokens.tolist()
+
+
+def test_more_rows_than_a_batch_come_back_in_their_order(engine):
+    wanted = [answer.tokens.tolist() for answer in engine.generate(PROMPTS, NEW)]
+    assert [answer.tokens.tolist() for answer in engine.generate(PROMPTS[::-1] * 2, NEW)] == wanted[::-1] * 2
+
+
+def test_a_row_ends_with_its_stop_token_or_when_it_is_told_to(engine):
+    whole = engine.generate(PROMPTS, NEW)
+    stop = int(whole[2].tokens[3])
+    for answer, full in zip(engine.generate(PROMPTS, NEW, stop_tokens=[stop]), whole, strict=True):
+        tokens = full.tokens.tolist()
+        assert answer.tokens.tolist() == (tokens[: tokens.index(stop) + 1] if stop in tokens else tokens)
+    came = {}
+
+    def on_tokens(row, ids):
+        came.setdefault(row, []).extend(ids)
+        return row == 1
+
+    answers = engine.generate(PROMPTS, NEW, on_tokens=on_tokens)
+    assert {row: answer.tokens.tolist() for row, answer in enumerate(answers)} == came
+    assert len(came[1]) == 1 and len(came[0]) == NEW
+
+
+def test_a_shared_beginning_is_read_once_and_changes_nothing(engine):
+    beginning = PROMPTS[6]
+    prompts = [[*beginning, *more] for more in ([1], [2, 3, 4], [5] * 20)]
+    wanted = [engine.generate([prompt], NEW)[0].tokens.tolist() for prompt in prompts]
+    assert [answer.tokens.tolist() for answer in engine.generate(prompts, NEW)] == wanted
+
+
+def test_scores_are_those_of_the_forward_pass(engine):
+    c = config_of()
+    params = random_params(c.model)
+    continuations = rows_of(3, 1, 20, 2, 5, 18, 4)
+    for prompt, more, found in zip(PROMPTS, continuations, engine.score(PROMPTS, continuations), strict=True):
+        logprobs = np.asarray(jax.nn.log_softmax(all_logits(c.model, params, [*prompt, *more])))
+        wanted = [logprobs[len(prompt) - 1 + i, token] for i, token in enumerate(more)]
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"data": 2, "context": 2, "tensor": 2}, {"fsdp": 2}], ids=str)
+def test_a_mesh_answers_and_scores_as_one_device(sizes):
+    c = config_of(**{"model.pattern": "LLG", "model.num_layers": 4})
+    found = []
+    for mesh in (mesh_of(), mesh_of(**sizes)):
+        with jax.set_mesh(mesh):
+            engine = Engine(random_params(c.model), c, chunk=16)
+            answers = engine.generate(PROMPTS, NEW)
+            found.append(([x.tokens.tolist() for x in answers], np.concatenate(engine.score(PROMPTS, PROMPTS[::-1]))))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
+
+
+def test_int8_slots_answer_nearly_the_same_in_a_third_of_the_bytes():
+    c = config_of()
+    with jax.set_mesh(mesh_of()):
+        params = random_params(c.model)
+        exact, small = (Engine(params, c, chunk=16, cache=cache) for cache in ("auto", "int8"))
+        a, b = (np.concatenate(engine.score(PROMPTS, PROMPTS)) for engine in (exact, small))
+        assert 0 < np.abs(a - b).max() < 0.3
+        exact.generate(PROMPTS, NEW)
+        small.generate(PROMPTS, NEW)
+    assert small.timing.cache_bytes < 0.6 * exact.timing.cache_bytes
+
+
+@pytest.mark.parametrize(
+    "length, share", [(8192, 0.625), (32768, 0.34375), (131072, 0.2734375), (262144, 0.26171875)], ids=lambda x: str(x)
+)
+def test_the_hybrid_s_cache_is_a_quarter_and_its_windows(length, share):
+    """3 of 4 layers keep W = 4096 of S tokens: (3 W / S + 1) / 4 of what layers that see everything keep."""
+    kinds = dict(L={"window": 4096, "rope_theta": 1e4}, G={})
+    hybrid = tiny({"model.pattern": "LLLG", "model.num_layers": 32}, **kinds).model
+    full = tiny({"model.pattern": "G", "model.num_layers": 32}, **kinds).model
+    with jax.set_mesh(jax.sharding.AbstractMesh((1,) * 5, ("slice", "data", "fsdp", "context", "tensor"))):
+        sizes = []
+        for model in (hybrid, full):
+            cache = jax.eval_shape(lambda model=model: caches.empty(model, 1, length, 1, jnp.dtype("bfloat16"), False))
+            sizes.append(sum(2 * x.k_BKSH.size for x in cache.layers))
+    assert sizes[0] / sizes[1] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (([[]], 4), "prompt 0 is empty"),
+        (([[1], [2, 384]], 4), "prompt 1: token 384 is not in the vocabulary of 384"),
+        (([[-1]], 4), "token -1 is not in the vocabulary"),
+        (
+            ([[1] * 60], 5),
+            "60 tokens and 5 new tokens do not fit the capacity of 64; shorten it, or make the engine with capacity=128",
+        ),
+        (([[1]], 0), "max_new_tokens=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(engine, arguments, words):
+    c = config_of()
+    limited = Engine(random_params(c.model), c, chunk=16, capacity=64)
+    with pytest.raises(ValueError, match=words):
+        limited.generate(*arguments)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"chunk": 18}, "chunk=18 does not split over 4 context shards"),
+        ({"cache": "int4"}, "'int4' is not one of"),
+        ({"rows": 0}, "rows=0"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(options, words):
+    c = config_of()
+    with jax.set_mesh(mesh_of(context=4)), pytest.raises(ValueError, match=words):
+        Engine({}, c, **options)

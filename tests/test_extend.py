@@ -1,0 +1,135 @@
+"""Rows that come in pieces through caches give what whole rows give."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import RUN, assert_close, everything, mesh_of, random_params, tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.infer import cache as caches
+from hybrid_attn.model import apply
+from hybrid_attn.model.extend import extend, unstacked
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
+
+W = 5
+# Every kind of layer and block that a family needs, two layers or three.
+MODELS = {
+    "window and prefix": tiny().model,
+    "everything": everything("LG", W),
+    "tail": dataclasses.replace(everything("LLG", W), num_layers=5),
+    "chunks": tiny({}, L={"chunk": 6, "rope_theta": 50.0, "temperature.type": "steps", "temperature.scale": 0.1}).model,
+    "caps": tiny({"model.block": "sandwich"}, L={"window": W, "softcap": 1.5, "rope_theta": 100.0}, G={"softcap": 2.0}).model,
+    "sinks": tiny({"model.block": "pre"}, L={"window": W, "sink": True, "rope_theta": 9.0}, G={"gate": "projection"}).model,
+    "rotated": tiny({"model.pattern": "GGL", "model.num_layers": 3, "model.block": "post"}, G={"rope_theta": 1e4}).model,
+}
+
+
+def place(x, spec):
+    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
+
+
+def whole(model, params, rows):
+    """Activations of each row, by the forward pass."""
+    size = -(-max(map(len, rows)) // 8) * 8
+    tokens_BT = np.stack([np.pad(row, (0, size - len(row))) for row in rows]).astype(np.int32)
+    pos_BT = np.tile(np.arange(size, dtype=np.int32), (len(rows), 1))
+    seg_BT = np.stack([np.arange(size) < len(row) for row in rows]).astype(np.int32)
+    placed = (place(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT))
+    x_BTD = np.asarray(jax.jit(functools.partial(apply, model, run=RUN))(params, *placed))
+    return [x_BTD[b, : len(row)] for b, row in enumerate(rows)]
+
+
+def in_pieces(model, params, rows, pieces, capacity, quantised=False):
+    """The same through the cache, `pieces` tokens at a time one piece after the other."""
+    context = jax.sharding.get_mesh().shape["context"]
+    weights = jax.jit(functools.partial(unstacked, model, dtype=jnp.float32))(params)
+    span = max(pieces) // context
+    cache = caches.empty(model, len(rows), capacity, max(pieces), jnp.dtype("float32"), quantised)
+    found, read = [[] for _ in rows], np.zeros(len(rows), int)
+
+    @jax.jit
+    def more(tokens, counts, cache):
+        return extend(model, weights, tokens, counts, cache, RUN, span)[:2]
+
+    for size in pieces:
+        tokens, counts = np.zeros((len(rows), size), np.int32), np.zeros(len(rows), np.int32)
+        for b, row in enumerate(rows):
+            part = row[read[b] : read[b] + size]
+            tokens[b, : len(part)], counts[b] = part, len(part)
+        spec = TOKENS_BT if size == max(pieces) else P(BATCH, None)
+        x_BTD, cache = more(place(tokens, spec), place(counts, P(BATCH)), cache)
+        for b, count in enumerate(counts):
+            found[b].append(np.asarray(x_BTD)[b, :count])
+        read += counts
+    assert (read == [len(row) for row in rows]).all()
+    return [np.concatenate(parts) for parts in found], cache
+
+
+def rows_of(*lengths):
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 384, n) for n in lengths]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("pieces", [[4] * 8 + [1] * 4, [16] * 2 + [4]], ids=["of 4, then one by one", "of 16"])
+def test_rows_in_pieces_are_the_rows(name, pieces, one_device):
+    model = MODELS[name]
+    params = random_params(model)
+    rows = rows_of(sum(pieces), 3, W, W + 1, 17)
+    found, _ = in_pieces(model, params, rows, pieces, capacity=64)
+    assert_close(found, whole(model, params, rows), 1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"context": 2, "tensor": 2, "fsdp": 2}, {"data": 2, "context": 3}], ids=str)
+@pytest.mark.parametrize("name", ["everything", "chunks"])
+def test_a_mesh_reads_pieces_as_one_device_does(name, sizes):
+    model = MODELS[name]
+    pieces, rows = [12] * 3 + [1] * 3, rows_of(39, 20, W, 1)
+    with jax.set_mesh(mesh_of()):
+        wanted, _ = in_pieces(model, random_params(model), rows, pieces, capacity=48)
+    with jax.set_mesh(mesh_of(**sizes)):
+        found, _ = in_pieces(model, random_params(model), rows, pieces, capacity=48)
+    assert_close(found, wanted, 1e-5)
+
+
+def test_pieces_may_begin_anywhere_on_a_mesh():
+    model, rows = MODELS["window and prefix"], rows_of(41, 30, 7, 2)
+    pieces = [12, 1, 1, 12, 1, 12, 1, 1]
+    with jax.set_mesh(mesh_of(context=4)):
+        found, _ = in_pieces(model, random_params(model), rows, pieces, capacity=60)
+    with jax.set_mesh(mesh_of()):
+        assert_close(found, whole(model, random_params(model), rows), 1e-5)
+
+
+def test_int8_slots_are_within_half_a_step(one_device):
+    model, rows = MODELS["window and prefix"], rows_of(40, 9)
+    params = random_params(model)
+    exact, cache = in_pieces(model, params, rows, [16, 16, 8], 64)
+    found, quantised = in_pieces(model, params, rows, [16, 16, 8], 64, quantised=True)
+    scale = np.abs(np.concatenate(exact)).max()
+    assert 0 < max(np.abs(a - b).max() for a, b in zip(exact, found, strict=True)) < 0.05 * scale
+    ring, slots = quantised.layers
+    assert ring.k_step_BKS is None and slots.k_BKSH.dtype == jnp.int8
+    steps = np.asarray(slots.k_step_BKS)[..., None]
+    near = np.abs(np.asarray(slots.k_BKSH) * steps - np.asarray(cache.layers[1].k_BKSH)) <= 0.5001 * steps
+    assert near[0, :, :40].all() and near[1, :, :9].all()
+
+
+def test_a_ring_turned_smaller_and_larger_keeps_what_a_window_sees(one_device):
+    model = MODELS["window and prefix"]
+    _, cache = in_pieces(model, random_params(model), rows_of(29, 3), [16, 16], 64)
+    assert cache.layers[0].k_BKSH.shape[2] == 32  # 16 + 5 - 1 tokens, in a power of two
+    small = caches.resized(model, jax.tree.map(jnp.copy, cache), 64, 1)
+    assert small.layers[0].k_BKSH.shape[2] == 8 and small.layers[1].k_BKSH.shape[2] == 64
+    large = caches.resized(model, jax.tree.map(jnp.copy, small), 128, 60)
+    assert large.layers[0].k_BKSH.shape[2] == 64 and large.layers[1].k_BKSH.shape[2] == 128
+    for row, length in enumerate((29, 3)):
+        for position in range(max(0, length - 8), length):
+            wanted = np.asarray(cache.layers[0].k_BKSH)[row, :, position % 32]
+            assert (np.asarray(small.layers[0].k_BKSH)[row, :, position % 8] == wanted).all()
+            assert (np.asarray(large.layers[0].k_BKSH)[row, :, position % 64] == wanted).all()
