@@ -1,0 +1,86 @@
+"""The next token of each row from its logits.
+
+Letters: B rows, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen: the most likely at temperature 0, else drawn from what the filters leave.
+
+    In this order: logits / temperature; the `top_k` largest; the fewest whose probabilities reach `top_p` (arXiv 1904.09751);
+    those of at least `min_p` times the largest probability (arXiv 2407.01082). None is off.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self):
+        filters = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        on = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be finite and at least 0, which takes the likeliest token")
+        if self.temperature == 0 and on:
+            raise ValueError(f"{on} changes nothing at temperature=0; use temperature=1, or leave it out")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1 token; leave it out to draw from all")
+        for name in ("top_p", "min_p"):
+            if filters[name] is not None and not 0 < filters[name] <= 1:
+                raise ValueError(f"{name}={filters[name]} must be above 0 and at most 1; leave it out to draw from all")
+
+
+GREEDY = Sampling()
+
+
+def sample(logits_BV: jax.Array, sampling: Sampling, seeds_B: jax.Array, numbers_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tokens int32 [B], and their log-probabilities float32 [B] under the logits as they came.
+
+    `seeds_B` are uint32; `numbers_B` int32 count the tokens of an answer. Noise follows from a row's seed and number alone, so
+    that an answer does not depend on the batch that it is in.
+    """
+    rows = jax.typeof(logits_BV).sharding.spec[0]
+    logits_BV = jax.reshard(logits_BV.astype(jnp.float32), P(rows, None))
+    choice_BV = logits_BV
+    if sampling.temperature > 0:
+        seeds_B, numbers_B = jax.reshard((seeds_B, numbers_B), P(rows))
+        choice_BV = filtered(logits_BV, sampling) + _noise(seeds_B, numbers_B, logits_BV.shape[1])
+    tokens_B = jnp.argmax(choice_BV, -1).astype(jnp.int32)
+    chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], -1)[:, 0]
+    return tokens_B, chosen_B - jax.nn.logsumexp(logits_BV, -1)
+
+
+def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits at the temperature of `sampling`, less the row's largest, with -inf where its filters forbid the token."""
+    logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature
+    if sampling.top_k is not None:
+        largest_Bk, _ = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[1]))
+        logits_BV = _at_least(logits_BV, largest_Bk[:, -1:])
+    if sampling.top_p is not None and sampling.top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, -1, descending=True)
+        probs_BV = jax.nn.softmax(sorted_BV, -1)
+        before_BV = jnp.cumsum(probs_BV, -1) - probs_BV
+        logits_BV = _at_least(logits_BV, jnp.where(before_BV < sampling.top_p, sorted_BV, 0).min(-1, keepdims=True))
+    if sampling.min_p is not None:
+        logits_BV = _at_least(logits_BV, jnp.log(sampling.min_p))
+    return logits_BV
+
+
+def _at_least(logits_BV: jax.Array, least_B1: jax.Array) -> jax.Array:
+    return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+
+
+def _noise(seeds_B: jax.Array, numbers_B: jax.Array, words: int) -> jax.Array:
+    """Gumbel noise [B, words]: the largest sum of it and logits falls on each word with that word's probability."""
+
+    def row(seed, number):
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), number), (words,))
+
+    return jax.vmap(row)(seeds_B, numbers_B)
