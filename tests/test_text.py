@@ -146,7 +146,8 @@ def test_answers_are_streamed_cut_at_stops_and_end_their_rows():
         on_text=lambda row, piece: heard.append((row, piece)),
     )  # fmt: skip
     assert [x.text for x in found] == ["née.", "abcdefgh", "Q"]
-    assert [bytes(x.tokens.tolist()) for x in found] == ["née.Q: ".encode(), b"abcdefgh", b"Q"]
+    assert [bytes(x.tokens.tolist()) for x in found] == ["née.Q:".encode(), b"abcdefgh", b"Q"]
+    assert [len(x.logprobs) for x in found] == [7, 8, 1]
     assert ["".join(piece for r, piece in heard if r == row) for row in range(3)] == [x.text for x in found]
     assert heard[:2] == [(0, "n"), (1, "ab")]
     assert engine.prompts == [[256, *b"x"], [256, *"yé".encode()], [256, *b"z"]]

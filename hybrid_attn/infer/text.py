@@ -13,7 +13,7 @@ CHARACTER = 4  # ids that one character may take
 
 
 class Answer(NamedTuple):
-    """The text up to a stop, and the ids that were generated with their log-probabilities; they may go on beyond it."""
+    """The text up to a stop, and the ids that it took, those of the stop included, with their log-probabilities."""
 
     text: str
     tokens: np.ndarray
@@ -55,7 +55,10 @@ def answers(
     )  # fmt: skip
     for row, stream in enumerate(streams):
         take(row, stream.finish())
-    return [Answer("".join(texts), x.tokens, x.logprobs) for texts, x in zip(pieces, generated, strict=True)]
+    return [
+        Answer("".join(texts), x.tokens[: stream.taken], x.logprobs[: stream.taken])
+        for texts, stream, x in zip(pieces, streams, generated, strict=True)
+    ]
 
 
 class TextStream:
@@ -72,6 +75,7 @@ class TextStream:
         self._ids = self._tail(after)  # from one at which a character begins, with text that is given out already
         self._given, self._start = len(self._decoded()), len(self._ids)
         self._held = ""  # whole characters that may begin a stop
+        self.taken = 0  # ids, up to the one that completed a stop
 
     def add(self, ids: Iterable[int]) -> str:
         """What is certain of the text now and was not before."""
@@ -88,6 +92,7 @@ class TextStream:
     def _add(self, token: int) -> str:
         if self.stopped:
             return ""
+        self.taken += 1
         self._ids.append(token)
         text = self._decoded()
         certain = text.rstrip(UNFINISHED)
