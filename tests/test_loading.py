@@ -134,5 +134,7 @@ def test_a_config_of_another_version_is_refused_with_the_key(tmp_path, one_devic
     del values["train"]["keep"]
     monkeypatch.setattr(config, "to_dict", lambda c: values)
     save(tmp_path, tiny(), steps=[1])
-    with pytest.raises(ValueError, match="of step 1 in .* has no config that can be read: config.train lacks keep"):
+    with pytest.raises(
+        ValueError, match="of step 1 in .* was written by another version of this program, .*: config.train lacks keep"
+    ):
         loading.load(tmp_path)

@@ -101,6 +101,17 @@ def test_a_row_is_drawn_by_its_seed_and_number_whatever_else_is_in_the_batch_or_
         assert draw(split_BV, sampling, seeds_B, numbers_B)[0].tolist() == wanted_B.tolist()
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=5, top_p=0.9, min_p=0.01)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_stay_where_they_lie(rows, sampling, one_device):
+    logits_BV = np.random.default_rng(0).normal(size=(rows, 12)).astype(np.float32)
+    seeds_B, numbers_B = np.arange(rows, dtype=np.uint32), np.zeros(rows, np.int32)
+    logits, seeds, numbers = jax.device_put((logits_BV, seeds_B, numbers_B), NamedSharding(one_device, P(BATCH)))
+    tokens_B, logprobs_B = draw(logits, sampling, seeds, numbers)
+    assert jax.typeof(tokens_B).sharding.spec == jax.typeof(logprobs_B).sharding.spec == P(BATCH)
+    np.testing.assert_array_equal((tokens_B, logprobs_B), draw(logits_BV, sampling, seeds_B, numbers_B))
+
+
 def test_seeds_and_numbers_give_other_draws(one_device):
     logits_BV, zeros_B = jnp.zeros((64, 1000)), np.zeros(64, np.int32)
     by_seed, _ = draw(logits_BV, Sampling(temperature=1.0), np.arange(64, dtype=np.uint32), zeros_B)

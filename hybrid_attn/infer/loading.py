@@ -33,11 +33,15 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
         raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {', '.join(map(str, there))}")
     where, mesh = f"the checkpoint of step {step} in {directory}", jax.sharding.get_mesh()
     try:
-        c = config.build(checkpoint.read_config(directory, step))
-    except ValueError as cause:
+        values, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
+    except checkpoint.UnreadableError as cause:
         raise ValueError(f"{where} has no config that can be read: {cause}; use another --step, or copy it again") from cause
+    try:
+        c = config.build(values)
+    except ValueError as cause:
+        raise ValueError(f"{where} was written by another version of this program, which can read it: {cause}") from cause
     fit.check_model(c.model, mesh.shape)
-    words = _tokenizer(c, directory, where, checkpoint.read_data(directory, step)["stage"].get("tokenizer"))
+    words = _tokenizer(c, directory, where, data.get("stage", {}).get("tokenizer"))
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), flops.shapes(c.model)
     )
