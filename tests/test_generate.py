@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -162,7 +163,8 @@ def test_lines_may_have_questions_of_their_own(run, tmp_path):
     assert run(f"--prompts={source}", "--question=e")[0] == 0 and Engine.last.asked["questions"] == [[*b"b"], [*b"e"]]
 
 
-def test_ctrl_c_ends_the_line_and_the_program(run):
+def test_ctrl_c_ends_the_line_and_the_program(run, monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)
     assert run("--prompt=a", "--seed=13") == (130, "two\n", "error: interrupted\n")
 
 

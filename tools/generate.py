@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping
 
@@ -177,7 +178,8 @@ def main(argv):
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         fail(reason(error), 2)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        print("error: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
 
 
 if __name__ == "__main__":
