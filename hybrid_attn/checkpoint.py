@@ -172,6 +172,11 @@ def read_config(directory: str | os.PathLike, step: int | None = None) -> dict:
     return _read_json(_newest_path(directory, step), "config")
 
 
+def read_data(directory: str | os.PathLike, step: int | None = None) -> dict:
+    """Where the data stood at the newest checkpoint, or at that of `step`, as it was saved; ValueError if unreadable."""
+    return _read_json(_newest_path(directory, step), "data")
+
+
 def read_params(directory: str | os.PathLike, abstract_params: Any, step: int | None = None) -> Any:
     """The parameters alone, with the shardings and dtypes of `abstract_params`, of the newest checkpoint or of `step`.
 

@@ -1,4 +1,4 @@
-"""What programs with a --config have in common: its flags, and errors that are a line."""
+"""What programs have in common: flags, that of a config among them, and errors that are a line."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ def parse(argv: list[str]) -> list[str]:
     """Reads the flags; a key that does not exist or a config that cannot be read is a line on stderr and exit status 2."""
     try:
         rest = flags.FLAGS(argv)
-        if flags.FLAGS["config"].present:
+        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
             path = flags.FLAGS["config"].config_filename.partition(":")[0]
             if not Path(path).is_file():
                 fail(f"--config={path}: no such file, seen from {Path.cwd()}", 2)

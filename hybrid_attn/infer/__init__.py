@@ -1,5 +1,1 @@
-"""Generation and scoring: `Engine` reads prompts into caches that match the layers, and answers from them."""
-
-from hybrid_attn.infer.engine import Engine, Generated, Timing
-
-__all__ = ["Engine", "Generated", "Timing"]
+"""Answers of a model: its caches, how they are filled and read, and the tokens that are chosen."""

@@ -53,8 +53,8 @@ def sample(logits_BV: jax.Array, sampling: Sampling, seeds_B: jax.Array, numbers
         seeds_B, numbers_B = jax.reshard((seeds_B, numbers_B), P(rows))
         choice_BV = filtered(logits_BV, sampling) + _noise(seeds_B, numbers_B, logits_BV.shape[1])
     tokens_B = jnp.argmax(choice_BV, -1).astype(jnp.int32)
-    chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], -1)[:, 0]
-    return tokens_B, chosen_B - jax.nn.logsumexp(logits_BV, -1)
+    chosen_BV = jnp.arange(logits_BV.shape[1]) == tokens_B[:, None]  # no gather: of one row it would lose the sharding
+    return tokens_B, jnp.where(chosen_BV, logits_BV, 0).sum(-1) - jax.nn.logsumexp(logits_BV, -1)
 
 
 def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:

@@ -17,10 +17,15 @@ def check(c: config.Config, sizes: Mapping[str, int]) -> None:
         check_splits(f"stages[{index}]: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
     for name, length in lengths.items():
         check_splits(name, length, sizes, ("context",), halves, "parts")
-    for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
-        check_splits(f"model.{name}", getattr(c.model, name), sizes, ("tensor",))
-    check_splits("model.d_model", c.model.d_model, sizes, ("fsdp",))
+    check_model(c.model, sizes)
     _check_exchange(c, sizes["tensor"], sizes["context"])
+
+
+def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
+    """ValueError where the parameters of `model` do not split over axes of `sizes`."""
+    for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
+        check_splits(f"model.{name}", getattr(model, name), sizes, ("tensor",))
+    check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
 
 
 def check_splits(

@@ -1,0 +1,204 @@
+"""Compression of the global layers' caches once their prompts are read: which slots each key/value head keeps.
+
+A cache holds rows left-aligned: slot s < lengths_B[b] is position s. `budgets` says how many slots a row may keep in each
+layer, `scores` how much each slot is wanted, `counts` how many slots each head keeps, `kept_slots` which ones, and
+`compacted` moves them to the front in reading order. A token at position p then stands in slot p - dropped, where dropped is
+the row's length less the head's count. The slots of a count and their order do not depend on how ties fall: the lowest slot
+is kept first.
+
+Letters: B batch, W queries of the observation window, N query heads, K key/value heads, G = N/K, H head size, S slots,
+C slots of a block or of the compacted cache.
+"""
+
+import dataclasses
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+VOTING = ("snapkv", "pyramid", "adakv")
+METHODS = (*VOTING, "streaming", "random")
+POOLING = ("avg", "max")
+KEYS = 1024  # slots of a block: its scores are W x N x KEYS
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """What a global layer keeps of a prompt: `cap` slots for each key/value head, and everything of a prompt no longer.
+
+    snapkv (arXiv 2404.14469): the last `window` tokens, and what they attend to most, smoothed over `kernel` neighbours.
+    pyramid (PyramidKV, arXiv 2406.02069): snapkv, with more slots in the first layers; `beta` makes it steeper.
+    adakv (Ada-KV, arXiv 2407.11550): snapkv, with slots shared among the heads of a layer; each keeps `floor` x cap at least.
+    streaming (StreamingLLM, arXiv 2309.17453): the first `sinks` tokens and the last ones.
+    random: the last `window` tokens and any others.
+    """
+
+    method: str
+    cap: int
+    window: int = 64
+    kernel: int = 5
+    pooling: str = "avg"
+    sinks: int = 4
+    beta: int = 20
+    floor: float = 0.2
+
+    def __post_init__(self):
+        for name, choices in (("method", METHODS), ("pooling", POOLING)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1 token")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel={self.kernel} has no middle; use an odd number, as {max(1, self.kernel + 1)}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks} must not be negative")
+        if self.beta < 1:
+            raise ValueError(f"beta={self.beta} must be at least 1, which gives every layer the same")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor={self.floor} must be a share from 0 to 1")
+        always, what = (self.sinks, "sinks") if self.method == "streaming" else (self.window, "window")
+        if self.cap <= always:
+            raise ValueError(f"cap={self.cap} slots leave none beside {what}={always}; use a cap above {always}")
+
+
+def budgets(compression: Compression, lengths_B, layers: int) -> np.ndarray:
+    """Slots that a key/value head keeps of each row in each global layer, [layers, B]: min(cap, length) in their mean.
+
+    PyramidKV: beside the window, layers keep from 2m - m/beta down to m/beta of the prefix, where m = cap - window; a prefix
+    shorter than the most is kept whole in the first layer, and the last keeps the more.
+    """
+    c = compression
+
+    def row(length: int) -> list[int]:
+        mean = Fraction(c.cap - c.window)
+        if c.method != "pyramid" or layers == 1 or length <= c.cap:
+            return [min(c.cap, length)] * layers
+        most = min(2 * mean - mean / c.beta, Fraction(length - c.window))
+        step = 2 * (most - mean) / (layers - 1)
+        return [c.window + round(most - layer * step) for layer in range(layers)]
+
+    return np.array([row(int(length)) for length in lengths_B], np.int32).T
+
+
+def scores(
+    compression: Compression, key, q_BWNH, k_BKSH, lengths_B, *, scale, softcap=None, sinks_N=None, k_scales_BKS=None
+) -> jax.Array:
+    """How much each slot is wanted [B, K, S], float32: inf for those always kept, -inf past a row's end.
+
+    `q_BWNH` are the queries of each row's own last `window` tokens as they enter the scores (None where no method of VOTING
+    asks); `key` is of jax.random. `scale`, `softcap` and the logits `sinks_N` are those of the layer's attention; the keys
+    are times `k_scales_BKS` where given.
+    """
+    B, K, S = k_BKSH.shape[:3]
+    slot_S, length_B1 = jnp.arange(S), lengths_B[:, None]
+    always_BS = slot_S >= length_B1 - compression.window
+    if compression.method in VOTING:
+        wanted_BKS = votes(
+            compression, q_BWNH, k_BKSH, lengths_B, scale=scale, softcap=softcap, sinks_N=sinks_N, k_scales_BKS=k_scales_BKS
+        )
+    elif compression.method == "random":
+        wanted_BKS = jax.random.uniform(key, (B, K, S))
+    else:
+        wanted_BKS = jnp.broadcast_to(slot_S.astype(jnp.float32), (B, K, S))
+        always_BS = jnp.broadcast_to(slot_S < compression.sinks, (B, S))
+    wanted_BKS = jnp.where(always_BS[:, None], jnp.inf, wanted_BKS)
+    return jnp.where((slot_S < length_B1)[:, None], wanted_BKS, -jnp.inf)
+
+
+def votes(compression: Compression, q_BWNH, k_BKSH, lengths_B, *, scale, softcap, sinks_N, k_scales_BKS) -> jax.Array:
+    """The share of attention that each slot before the window gets from the window's queries, [B, K, S] float32.
+
+    SnapKV's equations 1 to 3: shares of the whole prompt, summed over the window and pooled over neighbouring slots for each
+    query head; then the mean over the query heads of a key/value head. Slots before the first and in the window count as 0.
+    """
+    (B, W, N, H), (K, S) = q_BWNH.shape, k_BKSH.shape[1:3]
+    assert W == compression.window, f"{W} queries for a window of {compression.window}"
+    size = min(KEYS, S)
+    blocks = (jnp.max(lengths_B) + size - 1) // size
+    q_BKGWH = jnp.einsum("BWKGH->BKGWH", q_BWNH.reshape(B, W, K, N // K, H))
+    pos_BW = lengths_B[:, None] - W + jnp.arange(W)
+
+    def block(i):
+        """The first slot of the i-th block and its masked scores; the last is moved back to end with the cache."""
+        at = jnp.minimum(i * size, S - size)
+        k_BKCH = jax.lax.dynamic_slice_in_dim(k_BKSH, at, size, 2).astype(q_BWNH.dtype)
+        s_BKGWC = scale * jnp.einsum("BKGWH,BKCH->BKGWC", q_BKGWH, k_BKCH, preferred_element_type=jnp.float32)
+        if k_scales_BKS is not None:
+            s_BKGWC *= jax.lax.dynamic_slice_in_dim(k_scales_BKS, at, size, 2)[:, :, None, None].astype(jnp.float32)
+        if softcap is not None:
+            s_BKGWC = softcap * jnp.tanh(s_BKGWC / softcap)
+        see_BWC = at + jnp.arange(size) <= pos_BW[..., None]
+        return at, jnp.where(see_BWC[:, None, None], s_BKGWC, -jnp.inf)
+
+    def add(i, carry):
+        top_BKGW, total_BKGW = carry
+        at, s_BKGWC = block(i)
+        s_BKGWC = jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf)
+        new_BKGW = jnp.maximum(top_BKGW, s_BKGWC.max(-1))
+        total_BKGW = total_BKGW * jnp.exp(top_BKGW - new_BKGW) + jnp.exp(s_BKGWC - new_BKGW[..., None]).sum(-1)
+        return new_BKGW, total_BKGW
+
+    zero_BKGW = jnp.zeros_like(q_BKGWH[..., 0], jnp.float32)
+    lowest = jnp.finfo(jnp.float32).min  # finite, so that a query before the row's start gives exp(-inf) = 0 and not NaN
+    top_BKGW, total_BKGW = jax.lax.fori_loop(0, blocks, add, (zero_BKGW + lowest, zero_BKGW))
+    lse_BKGW = top_BKGW + jnp.log(jnp.where(total_BKGW > 0, total_BKGW, 1.0))
+    if sinks_N is not None:
+        lse_BKGW = jnp.logaddexp(lse_BKGW, sinks_N.astype(jnp.float32).reshape(K, N // K, 1))
+
+    def vote(i, votes_BKGS):
+        at, s_BKGWC = block(i)
+        return jax.lax.dynamic_update_slice_in_dim(votes_BKGS, jnp.exp(s_BKGWC - lse_BKGW[..., None]).sum(-2), at, 3)
+
+    votes_BKGS = jax.lax.fori_loop(0, blocks, vote, jnp.broadcast_to(zero_BKGW[..., :1], (B, K, N // K, S)))
+    prefix_BS = jnp.arange(S) < lengths_B[:, None] - W
+    return pooled(compression, jnp.where(prefix_BS[:, None, None], votes_BKGS, 0.0)).mean(2)
+
+
+def pooled(compression: Compression, votes_BKGS) -> jax.Array:
+    """The mean, always of `kernel` slots, or the largest of each slot's neighbourhood; there is 0 past both ends."""
+    sides = compression.kernel // 2
+    shape, strides, padding = (1, 1, 1, compression.kernel), (1,) * 4, [(0, 0)] * 3 + [(sides, sides)]
+    if compression.pooling == "max":
+        return jax.lax.reduce_window(votes_BKGS, -jnp.inf, jax.lax.max, shape, strides, padding)
+    return jax.lax.reduce_window(votes_BKGS, 0.0, jax.lax.add, shape, strides, padding) / compression.kernel
+
+
+def counts(compression: Compression, scores_BKS, budget_B) -> jax.Array:
+    """Slots that each key/value head keeps [B, K], int32: a row's budget of the layer, or with adakv K times that together.
+
+    Ada-KV keeps the best of all heads' slots, once each head has its own best `floor` x cap (at least one).
+    """
+    B, K, S = scores_BKS.shape
+    if compression.method != "adakv":
+        return jnp.broadcast_to(jnp.asarray(budget_B, jnp.int32)[:, None], (B, K))
+    safe = min(S, max(1, int(compression.floor * compression.cap)))
+    best_BKC = jax.lax.top_k(scores_BKS, safe)[1]
+    safe_BKS = jnp.put_along_axis(scores_BKS, best_BKC, jnp.inf, axis=-1, inplace=False)
+    safe_BKS = jnp.where(scores_BKS == -jnp.inf, -jnp.inf, safe_BKS)
+    slots_first_BM = safe_BKS.swapaxes(1, 2).reshape(B, S * K)
+    head_BC = jax.lax.top_k(slots_first_BM, K * min(S, compression.cap))[1] % K
+    taken_BC = jnp.arange(head_BC.shape[1]) < K * jnp.asarray(budget_B)[:, None]
+    return jnp.sum(taken_BC[..., None] & (head_BC[..., None] == jnp.arange(K)), axis=1, dtype=jnp.int32)
+
+
+def kept_slots(scores_BKS, kept_BK, slots: int) -> jax.Array:
+    """The slots with the highest scores, kept_BK of each head, ascending [B, K, slots] int32; after them S, which is no slot.
+
+    `slots` is static: the largest of kept_BK, and any room for tokens to come.
+    """
+    S = scores_BKS.shape[-1]
+    best_BKC = jax.lax.top_k(scores_BKS, min(slots, S))[1]
+    index_BKC = jnp.sort(jnp.where(jnp.arange(best_BKC.shape[-1]) < kept_BK[..., None], best_BKC, S))
+    return jnp.pad(index_BKC, [(0, 0), (0, 0), (0, slots - best_BKC.shape[-1])], constant_values=S)
+
+
+def compacted(cache, index_BKC):
+    """Every array of a tree, [B, K, S] or [B, K, S, H], at the slots of `kept_slots`; zeros after them."""
+
+    def take(x):
+        index = index_BKC.reshape(index_BKC.shape + (1,) * (x.ndim - 3))
+        return jnp.take_along_axis(x, index, axis=2, mode="fill", fill_value=0)
+
+    return jax.tree.map(take, cache)

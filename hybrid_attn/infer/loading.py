@@ -1,0 +1,97 @@
+"""From a directory of checkpoints to a model that answers: its config, its parameters and the tokenizer of its vocabulary."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+
+from hybrid_attn import checkpoint, config
+from hybrid_attn.data import tokenizer
+from hybrid_attn.model import flops
+from hybrid_attn.parallel import fit
+
+
+class Loaded(NamedTuple):
+    config: config.Config
+    params: dict
+    tokenizer: tokenizer.Bytes | tokenizer.Json
+
+
+def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
+    """The newest checkpoint, or that of `step`, with its parameters on the mesh in force.
+
+    `directory` holds the numbered checkpoints, or is the workdir of a run. ValueError where there is none, where its config
+    cannot be read, and where the tokenizer that the config names is not the one that the model was trained with.
+    """
+    directory = find(directory)
+    there = checkpoint.steps(directory)
+    step = there[-1] if step is None else step
+    if step not in there:
+        raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {', '.join(map(str, there))}")
+    where, mesh = f"the checkpoint of step {step} in {directory}", jax.sharding.get_mesh()
+    try:
+        values, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
+    except checkpoint.UnreadableError as cause:
+        raise ValueError(f"{where} has no config that can be read: {cause}; use another --step, or copy it again") from cause
+    try:
+        c = config.build(values)
+    except ValueError as cause:
+        raise ValueError(f"{where} was written by another version of this program, which can read it: {cause}") from cause
+    fit.check_model(c.model, mesh.shape)
+    words = _tokenizer(c, directory, where, data.get("stage", {}).get("tokenizer"))
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), flops.shapes(c.model)
+    )
+    try:
+        return Loaded(c, checkpoint.read_params(directory, placed, step), words)
+    except checkpoint.UnreadableError as cause:
+        raise ValueError(f"{where} cannot be read: {cause}; use another --step, or copy it again") from cause
+
+
+def find(directory: str | os.PathLike) -> str:
+    """The directory of the numbered checkpoints: `directory` itself, or `checkpoints` in it."""
+    directory = os.fspath(directory)
+    for place in (directory, os.path.join(directory, "checkpoints")):
+        if checkpoint.steps(place):
+            return place
+    if "://" not in directory and not os.path.isdir(directory):
+        raise ValueError(f"{directory} is no directory; name a run's workdir, or the folder of its checkpoints")
+    if os.path.isfile(os.path.join(directory, "config.json")):
+        raise ValueError(
+            f"{directory} is a Hugging Face model; make a checkpoint of it: tools/import_hf.py --model={directory} --out=DIR"
+        )
+    raise ValueError(f"{directory} has no complete checkpoint; name a run's workdir, or the folder of its checkpoints")
+
+
+def stop_tokens(directory: str | os.PathLike, words: tokenizer.Bytes | tokenizer.Json) -> list[int]:
+    """Ids that end an answer: the end of a document, and what an imported model's own files say."""
+    ids = {words.eos}
+    for name in ("generation_config.json", "config.json"):
+        path = Path(find(directory)) / "companions" / name
+        found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        ids |= set(found) if isinstance(found, list) else {found} - {None}
+    return sorted(ids)
+
+
+def _tokenizer(c: config.Config, directory: str, where: str, trained_hash: str | None) -> tokenizer.Bytes | tokenizer.Json:
+    """The tokenizer of the config, or the copy that an import left beside the checkpoint; ValueError if it is another."""
+    copy = os.path.join(directory, "companions", "tokenizer.json")
+    name = copy if c.data.tokenizer != "bytes" and os.path.isfile(copy) else c.data.tokenizer
+    cure = f"put the tokenizer.json that it was trained with at {copy}"
+    if name != "bytes" and not os.path.isfile(name):
+        raise ValueError(f"{where} was trained with the tokenizer {name}, and there is no such file; {cure}")
+    words = tokenizer.load(name)
+    if trained_hash not in (None, words.hash):
+        raise ValueError(
+            f"{where} was trained with a tokenizer of hash {trained_hash[:12]}, and {name} has {words.hash[:12]}; {cure}"
+        )
+    try:
+        tokenizer.check_vocab(words, c.model.vocab_size, name)
+    except ValueError as cause:
+        raise ValueError(
+            f"{where} has {c.model.vocab_size} words, and the tokenizer {name} has {words.vocab_size} ids; {cure}"
+        ) from cause
+    return words

@@ -1,0 +1,223 @@
+"""The tool that answers: what it gives the engine, what it prints and what it refuses. The engine here knows one answer."""
+
+import importlib.util
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from conftest import mesh_of, random_params, tiny
+
+from hybrid_attn import checkpoint, config
+from hybrid_attn.infer.compress import Compression
+from hybrid_attn.infer.sampling import GREEDY, Sampling
+from hybrid_attn.programs import parse
+
+PATH = Path(__file__).parents[1] / "tools" / "generate.py"
+REPLY = "two: né. END after".encode()
+
+
+class Generated(NamedTuple):
+    tokens: np.ndarray
+    logprobs: np.ndarray
+
+
+class Timing(NamedTuple):
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float
+    prefill_s: float
+    decode_s: float
+    cache_bytes: int
+
+
+class Engine:
+    """Answers every prompt with REPLY, three bytes at a time; `last` is the one made last, with what it was given."""
+
+    last = None
+
+    def __init__(self, params, config, **options):
+        self.params, self.config, self.options, self.mesh = params, config, options, jax.sharding.get_mesh()
+        Engine.last = self
+
+    def generate(self, prompts, max_new_tokens, **options):
+        self.prompts, self.most, self.asked = prompts, max_new_tokens, options
+        if options["seeds"][0] == 13:
+            options["on_tokens"](0, list(REPLY[:3]))
+            raise KeyboardInterrupt
+        tokens = REPLY[:max_new_tokens]
+        for row in range(len(prompts)):
+            for at in range(0, len(tokens), 3):
+                if options["on_tokens"](row, list(tokens[at : at + 3])):
+                    break
+        self.timing = Timing(2_000, 60, 0.25, 0.5, 2.0, 3 * 2**19)
+        return [Generated(np.array(list(tokens)), np.full(len(tokens), -0.5))] * len(prompts)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """The tool's module over the engine above."""
+    before = set(flags.FLAGS)
+    engine = types.ModuleType("hybrid_attn.infer.engine")
+    engine.Engine, engine.Timing = Engine, Timing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "hybrid_attn.infer.engine", engine)
+        spec = importlib.util.spec_from_file_location("generate_tool", PATH)
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "generate_tool", module)
+        spec.loader.exec_module(module)
+        yield module
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    directory, c = tmp_path_factory.mktemp("run"), tiny()
+    with jax.set_mesh(mesh_of()):
+        checkpoints = checkpoint.Checkpoints(directory / "checkpoints", keep=1, every=1)
+        state = {"params": random_params(c.model)}
+        checkpoints.save(2, state, {"stage_steps": [2], "stage": {"tokenizer": "bytes"}}, config.to_dict(c))
+        checkpoints.close()
+    return directory
+
+
+@pytest.fixture
+def run(tool, workdir, capsys):
+    """Runs the tool with flags; gives its exit status, its stdout and its stderr."""
+
+    def call(*arguments, directory=workdir):
+        status = 0
+        with flagsaver.flagsaver():
+            try:
+                tool.main(parse(["generate.py", f"--checkpoint={directory}", *arguments]))
+            except SystemExit as end:
+                status = end.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def test_an_answer_is_streamed_to_its_stop_and_its_speed_is_told(run):
+    status, out, err = run("--prompt=one, é", "--stop=END", "--stop=never", "--max_new_tokens=20")
+    assert (status, out) == (0, "two: né. \n")
+    assert err.splitlines()[-4:] == [
+        "first token  after 0.25 s",
+        "prefill      2,000 tokens in 0.50 s, 4,000 tokens/s",
+        "decode       60 tokens in 2.00 s, 30 tokens/s",
+        "cache        1.50 MiB",
+    ]
+    engine = Engine.last
+    assert engine.prompts == [[256, *"one, é".encode()]] and engine.most == 20
+    assert (engine.config, engine.options, engine.mesh.size) == (tiny(), {"chunk": 2048, "cache": "auto"}, 1)
+    asked = {name: x for name, x in engine.asked.items() if name != "on_tokens"}
+    assert asked == {"sampling": GREEDY, "seeds": [0], "stop_tokens": [257], "compression": None, "questions": None}
+
+
+def test_every_flag_reaches_the_engine(run):
+    status, *_ = run(
+        "--prompt=x", "--question=y?", "--temperature=0.7", "--top_k=5", "--top_p=0.9", "--min_p=0.01", "--seed=4294967295",
+        "--chunk=64", "--cache=int8", "--compress=adakv:cap=96,window=16,floor=0.5,pooling=max", "--nobos", "--step=2",
+        "--mesh=tensor=2,fsdp=2",
+    )  # fmt: skip
+    engine = Engine.last
+    assert status == 0 and engine.options == {"chunk": 64, "cache": "int8"}
+    assert {name: size for name, size in engine.mesh.shape.items() if size > 1} == {"tensor": 2, "fsdp": 2}
+    assert len(engine.params["embed"].sharding.device_set) == 4
+    assert (engine.prompts, engine.asked["questions"], engine.asked["seeds"]) == ([[*b"x"]], [[*b"y?"]], [2**32 - 1])
+    assert engine.asked["sampling"] == Sampling(0.7, 5, 0.9, 0.01)
+    assert engine.asked["compression"] == Compression("adakv", cap=96, window=16, floor=0.5, pooling="max")
+
+
+def test_json_lines_are_answered_with_what_they_carry(run, tmp_path):
+    lines = [{"prompt": "a", "id": 7}, {"prompt": "東"}]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps(x) for x in lines) + "\n\n")
+    status, out, _ = run(f"--prompts={source}", "--seed=4294967295", "--stop=END")
+    numbers = {"answer": "two: né. ", "tokens": 13, "logprob": -6.5}  # up to the stop's last byte
+    assert status == 0 and [json.loads(line) for line in out.splitlines()] == [x | numbers for x in lines]
+    assert Engine.last.prompts == [[256, *b"a"], [256, *"東".encode()]] and Engine.last.asked["seeds"] == [2**32 - 1, 0]
+    status, out, _ = run(f"--prompts={source}", "--question=what?", f"--out={target}", "--max_new_tokens=3")
+    assert (status, out) == (0, "")
+    written = [json.loads(line) for line in target.read_text().splitlines()]
+    assert written == [x | {"question": "what?", "answer": "two", "tokens": 3, "logprob": -1.5} for x in lines]
+    assert run("--prompt=a", f"--out={target}", "--max_new_tokens=3")[1] == "two\n"
+    assert [json.loads(line)["answer"] for line in target.read_text().splitlines()] == ["two"]
+
+
+def test_lines_may_have_questions_of_their_own(run, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a", "question": "b"}\n{"prompt": "c", "question": "d"}\n')
+    assert run(f"--prompts={source}")[0] == 0 and Engine.last.asked["questions"] == [[*b"b"], [*b"d"]]
+    source.write_text('{"prompt": "a", "question": "b"}\n{"prompt": "c"}\n')
+    status, _, err = run(f"--prompts={source}")
+    assert status == 2 and "some lines have a question and others have none; give --question for those" in err
+    assert run(f"--prompts={source}", "--question=e")[0] == 0 and Engine.last.asked["questions"] == [[*b"b"], [*b"e"]]
+
+
+def test_ctrl_c_ends_the_line_and_the_program(run, monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    assert run("--prompt=a", "--seed=13") == (130, "two\n", "error: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --prompt=TEXT or --prompts=FILE"),
+        (["--prompt=a", "--prompts=b"], "give either --prompt=TEXT or --prompts=FILE"),
+        (["--prompt="], "prompt 1 of 1 is empty; give it at least one character"),
+        (["--prompt=a", "--top_p=0.9"], "top_p=0.9 changes nothing at temperature=0; use temperature=1"),
+        (["--prompt=a", "--temperature=x"], "flag --temperature=x: could not convert"),
+        (["--prompt=a", "--max_new_tokens=0"], "flag --max_new_tokens=0: 0 is not a positive integer"),
+        (["--prompt=a", "--cache=int4"], "flag --cache=int4: value should be one of <auto|int8>"),
+        (["--prompt=a", "--stop="], "an empty string is no stop: ['']; leave it out"),
+        (["--prompt=a", "--step=4"], "checkpoints has no complete checkpoint of step 4; it has 2"),
+        (
+            ["--prompt=a", "--compress=snapkv"],
+            "--compress=snapkv has no cap; say how many slots a head keeps, as snapkv:cap=1024",
+        ),
+        (["--prompt=a", "--compress=snapkv:cap=1e3"], "--compress=snapkv:cap=1e3: cap='1e3' must be of type int"),
+        (["--prompt=a", "--compress=snapkv:cpa=9"], "--compress=snapkv:cpa=9 names 'cpa', and has only cap, window, kernel, "),
+        (["--prompt=a", "--compress=snap:cap=99"], "method='snap' is not one of 'snapkv', "),
+        (["--prompt=a", "--mesh=tensor=4"], "model.num_kv_heads 2 does not split over 4 tensor shards"),
+        (
+            ["--prompt=a", "--mesh=tensors=4"],
+            "--mesh=tensors=4 names 'tensors', and has only slice, data, fsdp, context, tensor",
+        ),
+        (["--prompt=a", "--mesh=tensor=9"], "needs 9 devices and 8 are here"),
+        (["--prompts=none.jsonl"], "none.jsonl"),
+        (["--prompt=a", "more"], "'more' is no flag"),
+    ],
+)
+def test_what_cannot_be_answered_is_a_line(run, arguments, message):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "") and err.startswith("error: ") and message in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\n", "in.jsonl has no lines"),
+        ('{"prompt": "a"}\n{"prompt"\n', "in.jsonl:2 is not JSON: "),
+        ('["a"]\n', 'in.jsonl:1 has no text under "prompt"'),
+        ('{"prompt": "a", "question": 3}\n', 'in.jsonl:1 has something else than text under "question"'),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', "prompt 2 of 2 is empty"),
+    ],
+)
+def test_files_that_are_not_prompts_are_refused_by_line(run, tmp_path, content, message):
+    (tmp_path / "in.jsonl").write_text(content)
+    status, out, err = run(f"--prompts={tmp_path / 'in.jsonl'}")
+    assert (status, out) == (2, "") and message in err and err.count("\n") == 1, err
+
+
+def test_a_directory_without_a_model_is_a_line(run, tmp_path):
+    status, _, err = run("--prompt=a", directory=tmp_path / "none")
+    assert (status, err.count("\n")) == (2, 1) and "none is no directory; name a run's workdir" in err

@@ -1,0 +1,140 @@
+"""What is loaded of a checkpoint is what was saved, and what does not fit it is a line."""
+
+import json
+import shutil
+
+import jax
+import pytest
+from conftest import assert_close, mesh_of, random_params, tiny
+from test_tokenizer import byte_level
+
+from hybrid_attn import checkpoint, config
+from hybrid_attn.data import tokenizer
+from hybrid_attn.infer import loading
+
+
+def save(directory, c, tokenizer_hash="bytes", steps=(3, 7)):
+    """Checkpoints of `c` as training writes them; the parameters of step n are drawn with seed n."""
+    stage = {"tokenizer": tokenizer_hash} if tokenizer_hash else {}
+    with jax.set_mesh(mesh_of()):
+        checkpoints = checkpoint.Checkpoints(directory, keep=5, every=1)
+        for step in steps:
+            state = {"params": random_params(c.model, step)}
+            checkpoints.save(step, state, {"stage_steps": [step], "stage": stage}, config.to_dict(c))
+        checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    save(workdir / "checkpoints", tiny())
+    return workdir
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    shutil.copytree(run / "checkpoints", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_workdir_or_its_checkpoints_give_the_newest_or_the_one_asked_for(run, one_device):
+    for directory, step, seed in ((run, None, 7), (str(run / "checkpoints"), None, 7), (run, 3, 3)):
+        c, params, words = loading.load(directory, step)
+        assert c == tiny() and words.hash == "bytes"
+        assert_close(params, random_params(c.model, seed), 0)
+    assert loading.stop_tokens(run, words) == [257]
+
+
+def test_parameters_lie_on_the_mesh_in_force(run):
+    with jax.set_mesh(mesh_of(fsdp=2, tensor=2)) as _:
+        loaded = loading.load(run)
+        q = loaded.params["periods"]["L0"]["attention"]["q"]
+        assert len(q.sharding.device_set) == 4 and q.addressable_shards[0].data.size == q.size // 4
+        assert_close(loaded.params, random_params(loaded.config.model, 7), 0)
+    with jax.set_mesh(mesh_of(tensor=4)), pytest.raises(ValueError, match="model.num_kv_heads 2 does not split over 4 tensor"):
+        loading.load(run)
+
+
+def saved_tokenizer(directory, **changes):
+    directory.mkdir(parents=True, exist_ok=True)
+    t = byte_level()
+    t.add_tokens(list(changes.get("more", ())))
+    t.save(str(directory / "tokenizer.json"))
+    return tokenizer.load(str(directory / "tokenizer.json"))
+
+
+def test_a_trained_tokenizer_is_known_by_its_hash_and_found_beside_the_checkpoint(tmp_path, one_device):
+    words = saved_tokenizer(tmp_path / "words")
+    c = tiny({"data.tokenizer": str(tmp_path / "words" / "tokenizer.json")})
+    save(tmp_path / "ckpt", c, words.hash)
+    assert loading.load(tmp_path / "ckpt").tokenizer.hash == words.hash
+    saved_tokenizer(tmp_path / "words", more=["another"])
+    with pytest.raises(
+        ValueError, match=f"of step 7 in .*ckpt was trained with a tokenizer of hash {words.hash[:12]}, and .* has"
+    ):
+        loading.load(tmp_path / "ckpt")
+    shutil.rmtree(tmp_path / "words")
+    copy = tmp_path / "ckpt" / "companions" / "tokenizer.json"
+    with pytest.raises(ValueError, match=f"there is no such file; put the tokenizer.json that it was trained with at {copy}"):
+        loading.load(tmp_path / "ckpt")
+    saved_tokenizer(tmp_path / "ckpt" / "companions")
+    assert loading.load(tmp_path / "ckpt").tokenizer.hash == words.hash
+
+
+def test_an_imported_model_brings_its_tokenizer_and_its_ends_wherever_it_is_moved(tmp_path, one_device):
+    words = saved_tokenizer(tmp_path / "old" / "companions")
+    save(tmp_path / "old", tiny({"data.tokenizer": str(tmp_path / "old" / "companions" / "tokenizer.json")}), None, steps=[0])
+    (tmp_path / "old" / "companions" / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    (tmp_path / "old").rename(tmp_path / "new")
+    loaded = loading.load(tmp_path / "new")
+    assert loaded.tokenizer.hash == words.hash
+    assert loading.stop_tokens(tmp_path / "new", loaded.tokenizer) == sorted({5, words.eos})
+    (tmp_path / "new" / "companions" / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9]}))
+    assert loading.stop_tokens(tmp_path / "new", loaded.tokenizer) == sorted({5, 8, 9, words.eos})
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path, one_device):
+    save(tmp_path, tiny({"model.vocab_size": 1024}), None, steps=[0])  # imported without its tokenizer
+    with pytest.raises(
+        ValueError, match="of step 0 in .* has 1024 words, and the tokenizer bytes has 258 ids; put the tokenizer"
+    ):
+        loading.load(tmp_path)
+
+
+def test_directories_without_checkpoints_are_named_with_what_to_do(run, tmp_path, one_device):
+    with pytest.raises(ValueError, match="nowhere is no directory; name a run's workdir, or the folder of its checkpoints"):
+        loading.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has no complete checkpoint; name a run's workdir"):
+        loading.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match="is a Hugging Face model; make a checkpoint of it: tools/import_hf.py --model=.* --out=DIR"
+    ):
+        loading.load(tmp_path)
+    with pytest.raises(ValueError, match="checkpoints has no complete checkpoint of step 4; it has 3, 7"):
+        loading.load(run, 4)
+
+
+def test_a_checkpoint_without_a_config_and_one_that_changed_are_refused(copied, one_device):
+    changed = max((copied / "3").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    content = bytearray(changed.read_bytes())
+    content[len(content) // 2] ^= 255
+    changed.write_bytes(bytes(content))
+    with pytest.raises(
+        ValueError, match="the checkpoint of step 3 in .*copy cannot be read: .*; use another --step, or copy it"
+    ):
+        loading.load(copied, 3)
+    shutil.rmtree(copied / "7" / "config")
+    with pytest.raises(ValueError, match="of step 7 in .*copy has no config that can be read: .*; use another --step, or copy"):
+        loading.load(copied)
+
+
+def test_a_config_of_another_version_is_refused_with_the_key(tmp_path, one_device, monkeypatch):
+    values = config.to_dict(tiny())
+    del values["train"]["keep"]
+    monkeypatch.setattr(config, "to_dict", lambda c: values)
+    save(tmp_path, tiny(), steps=[1])
+    with pytest.raises(
+        ValueError, match="of step 1 in .* was written by another version of this program, .*: config.train lacks keep"
+    ):
+        loading.load(tmp_path)

@@ -1,0 +1,170 @@
+"""Pieces of text add up to what a tokenizer makes of all ids, however these are cut, and end where a stop begins."""
+
+import random
+
+import numpy as np
+import pytest
+from test_tokenizer import TEXT, byte_level, load, sentence_piece
+
+from hybrid_attn.data import tokenizer
+from hybrid_attn.infer.sampling import Sampling
+from hybrid_attn.infer.text import TextStream, answers
+
+
+def metaspace():
+    """Pieces that write a space as ▁, and a decoder that drops the one before the first word."""
+    tokenizers = pytest.importorskip("tokenizers")
+    t = sentence_piece()
+    decoders = tokenizers.decoders
+    t.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return t
+
+
+def tokenizer_named(name, tmp_path):
+    if name == "bytes":
+        return tokenizer.load("bytes")
+    return load({"byte_level": byte_level, "sentence_piece": sentence_piece, "metaspace": metaspace}[name](), tmp_path)
+
+
+def cuts(ids, number=20):
+    """`ids` in pieces, each time others: one by one first, then all at once."""
+    yield [[i] for i in ids]
+    yield [list(ids)]
+    rng = random.Random(0)
+    for _ in range(number):
+        at = sorted(rng.sample(range(len(ids) + 1), rng.randrange(1, min(8, len(ids)))))
+        yield [list(ids[a:b]) for a, b in zip([0, *at], [*at, len(ids)], strict=True)]
+
+
+def read(stream, pieces):
+    return "".join(stream.add(piece) for piece in pieces) + stream.finish()
+
+
+def before_first_stop(text, stops):
+    """By the definition: the stop that is complete first, and of those the longest."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte_level", "sentence_piece", "metaspace"])
+@pytest.mark.parametrize(
+    "stops", [(), ("東",), ("naïve",), (":  ret", "x)"), ("\n\t", "🙂\n\tdef"), ("not there",), ("bc", "abcd"), (" x<",)]
+)
+def test_the_text_is_the_tokenizers_up_to_the_first_stop_for_any_cut(name, stops, tmp_path):
+    t = tokenizer_named(name, tmp_path)
+    ids = [*t.encode((TEXT + " abcd x</s> de 🙂🙂東東 de").encode()).tolist(), t.eos]
+    wanted = before_first_stop(t.decode(ids), stops)
+    assert {read(TextStream(t, stops), pieces) for pieces in cuts(ids)} == {wanted}
+
+
+def test_random_ids_give_one_text_for_any_cut(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("bytes", "byte_level", "sentence_piece", "metaspace"):
+        t = tokenizer_named(name, tmp_path)
+        for _ in range(5):
+            ids = rng.integers(0, t.vocab_size + 9, 60).tolist()
+            texts = {read(TextStream(t, ("e", "\x7f")), pieces) for pieces in cuts(ids, 5)}
+            assert len(texts) == 1
+            if name in ("bytes", "byte_level"):  # whose invalid bytes are replaced from left to right
+                assert texts == {before_first_stop(t.decode(ids), ("e", "\x7f"))}
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte_level", "sentence_piece", "metaspace"])
+def test_pieces_come_as_soon_as_they_are_certain_and_hold_no_half_character(name, tmp_path):
+    t = tokenizer_named(name, tmp_path)
+    text = "é def 🙂🙂 <tool é> de"
+    ids = t.encode(text.encode()).tolist()
+    stream, out = TextStream(t), ""
+    for n, i in enumerate(ids):
+        out += stream.add([i])
+        whole = t.decode(ids[: n + 1])
+        if not whole.endswith("\ufffd"):
+            assert out == whole
+        assert "\ufffd" not in out
+
+
+def test_what_may_become_a_stop_is_held_until_it_does_not(tmp_path):
+    t = tokenizer.load("bytes")
+    stream = TextStream(t, ("<end>", "dx"))
+    given = [stream.add([byte]) for byte in b"a<e<en<endy<end>zzz"]
+    assert given == ["a", *[""] * 2, "<e", *[""] * 2, "<en", *[""] * 3, "<endy", *[""] * 8]
+    assert stream.stopped and stream.finish() == ""
+    stream = TextStream(t, ("<end>",))
+    assert stream.add(b"a<en") == "a" and not stream.stopped and stream.finish() == "<en"
+
+
+def test_bytes_that_are_never_a_character_come_at_the_end():
+    stream = TextStream(tokenizer.load("bytes"), ("\ufffd!",))
+    assert stream.add([0x61, 0xF0, 0x9F]) == "a" and stream.finish() == "\ufffd"
+    stream = TextStream(tokenizer.load("bytes"), ("\ufffd!",))
+    assert stream.add([0x61, 0xFF]) == "a" and stream.add([0x21]) == "" and stream.stopped
+
+
+def test_an_answer_keeps_the_space_that_joins_it_to_the_prompt(tmp_path):
+    t = tokenizer_named("metaspace", tmp_path)
+    for prompt in ("de", "🙂東東東", "f 東東"):
+        before, ids = t.encode(prompt.encode()), t.encode(" de 東🙂 f".encode())
+        assert {read(TextStream(t, (), before), pieces) for pieces in cuts(ids.tolist())} == {" de 東🙂 f"}
+        after = t.encode("🙂 de".encode()).tolist()
+        assert read(TextStream(t, (), before), [after]) == "🙂 de"
+    assert read(TextStream(t), [t.encode(b" de").tolist()]) == "de"
+
+
+def test_an_empty_stop_is_refused():
+    with pytest.raises(ValueError, match=r"an empty string is no stop: \['a', ''\]; leave it out"):
+        TextStream(tokenizer.load("bytes"), ["a", ""])
+
+
+class Echo:
+    """Answers each prompt with fixed ids, two at a time, to all rows in turn."""
+
+    def __init__(self, *replies):
+        self.replies = [list(reply) for reply in replies]
+
+    def generate(self, prompts, max_new_tokens, **options):
+        self.prompts, self.options = prompts, options
+        on, out = set(range(len(prompts))), [[] for _ in prompts]
+        for at in range(0, max_new_tokens, 2):
+            for row in sorted(on):
+                new = self.replies[row][at : at + 2]
+                out[row] += new
+                if options["on_tokens"](row, new) or not new:
+                    on.discard(row)
+        return [type("Generated", (), {"tokens": np.array(x), "logprobs": np.zeros(len(x))}) for x in out]
+
+
+def test_answers_are_streamed_cut_at_stops_and_end_their_rows():
+    t, heard = tokenizer.load("bytes"), []
+    engine = Echo("née.Q: b".encode(), b"abcdefghij", b"Q")
+    found = answers(
+        engine, t, ["x", "yé", "z"], 8, stops=("Q:",), seeds=[1, 2, 3], sampling=Sampling(0.5), stop_tokens=(257,),
+        on_text=lambda row, piece: heard.append((row, piece)),
+    )  # fmt: skip
+    assert [x.text for x in found] == ["née.", "abcdefgh", "Q"]
+    assert [bytes(x.tokens.tolist()) for x in found] == ["née.Q:".encode(), b"abcdefgh", b"Q"]
+    assert [len(x.logprobs) for x in found] == [7, 8, 1]
+    assert ["".join(piece for r, piece in heard if r == row) for row in range(3)] == [x.text for x in found]
+    assert heard[:2] == [(0, "n"), (1, "ab")]
+    assert engine.prompts == [[256, *b"x"], [256, *"yé".encode()], [256, *b"z"]]
+    wanted = {"seeds": [1, 2, 3], "sampling": Sampling(0.5), "stop_tokens": (257,), "compression": None, "questions": None}
+    assert {name: engine.options[name] for name in wanted} == wanted
+
+
+def test_questions_are_encoded_apart_and_the_mark_can_be_left_out():
+    engine = Echo(b"a", b"b")
+    found = answers(engine, tokenizer.load("bytes"), ["x", "y"], 4, questions=["?", "??"], compression="c", bos=False)
+    assert [x.text for x in found] == ["a", "b"]
+    assert (engine.prompts, engine.options["questions"]) == ([[*b"x"], [*b"y"]], [[*b"?"], [*b"??"]])
+    assert engine.options["compression"] == "c"
+
+
+def test_empty_prompts_and_questions_are_refused_with_their_number():
+    with pytest.raises(ValueError, match="prompt 2 of 2 is empty; give it at least one character"):
+        answers(Echo(), tokenizer.load("bytes"), ["a", ""], 4)
+    with pytest.raises(ValueError, match="question 1 of 1 is empty; give it at least one character"):
+        answers(Echo(), tokenizer.load("bytes"), ["a"], 4, questions=[""])

@@ -1,0 +1,186 @@
+"""Answers prompts with the model of a checkpoint: python tools/generate.py --checkpoint=runs/hybrid_8k --prompt='def main('
+
+--checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes. The answer to --prompt goes to
+stdout as it comes. --prompts=FILE has JSON lines {"prompt": ..., "question": ...}, the question where one is asked; the same
+lines with "answer", "tokens" and "logprob" (the answer's, summed over its tokens) go to --out, or to stdout. Speed and the
+bytes of the cache go to stderr. Exit status: 2 for what cannot be answered; 130 after Ctrl-C.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping
+
+import jax
+from absl import app, flags
+
+from hybrid_attn import config
+from hybrid_attn.infer import loading
+from hybrid_attn.infer.compress import Compression
+from hybrid_attn.infer.engine import Engine, Timing
+from hybrid_attn.infer.sampling import Sampling
+from hybrid_attn.infer.text import Answer, answers
+from hybrid_attn.parallel.mesh import AXES, make_mesh
+from hybrid_attn.programs import fail, parse, reason
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Which of them; by default the newest.")
+PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of JSON lines with a prompt each.")
+QUESTION = flags.DEFINE_string("question", None, "Follows every prompt, after its cache is compressed.")
+BOS = flags.DEFINE_bool("bos", True, "Begin each prompt with the token that begins a document.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Most tokens of an answer.", 1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; at 0 the likeliest token is taken.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw from so many of the likeliest tokens.")
+TOP_P = flags.DEFINE_float("top_p", None, "Draw from the fewest tokens that have this probability together.")
+MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens of at least this share of the largest probability.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the first prompt; each further one has the next.", 0, 2**32 - 1)
+STOP = flags.DEFINE_multi_string("stop", [], "Text that ends an answer and is no part of it; may be given again.")
+CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that are read at a time.", 1)
+CACHE = flags.DEFINE_enum("cache", "auto", ("auto", "int8"), "How layers that see the whole prefix keep keys and values.")
+COMPRESS = flags.DEFINE_string("compress", None, "What they keep of a prompt: snapkv:cap=1024,window=64 and the like.")
+MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
+OUT = flags.DEFINE_string("out", None, "File of JSON lines to write.")
+
+
+def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
+    """The values of "a=1,b=x", of the types that `types` has for the names; `flag` is all that was written."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in types:
+            raise ValueError(f"{flag} names {name!r}, and has only {', '.join(types)}")
+        try:
+            found[name] = types[name](value)
+        except ValueError:
+            raise ValueError(f"{flag}: {name}={value!r} must be of type {types[name].__name__}") from None
+    return found
+
+
+def compression(text: str) -> Compression:
+    """The compression called "snapkv:cap=1024,window=64"."""
+    method, _, options = text.partition(":")
+    types = {field.name: field.type for field in dataclasses.fields(Compression) if field.name != "method"}
+    found = pairs(f"--compress={text}", options, types)
+    if "cap" not in found:
+        raise ValueError(f"--compress={text} has no cap; say how many slots a head keeps, as {method}:cap=1024")
+    return Compression(method, **found)
+
+
+def mesh(text: str) -> jax.sharding.Mesh:
+    """The mesh of "context=4,tensor=2" over the first devices."""
+    sizes = dict.fromkeys(AXES, 1) | pairs(f"--mesh={text}", text, dict.fromkeys(AXES, int))
+    devices = jax.devices()
+    return make_mesh(config.Mesh(**sizes), devices if -1 in sizes.values() else devices[: math.prod(sizes.values())])
+
+
+def records() -> list[dict]:
+    """A record with a prompt for each answer wanted, and a question in each or in none."""
+    if (PROMPT.value is None) == (PROMPTS.value is None):
+        raise ValueError("give either --prompt=TEXT or --prompts=FILE")
+    if PROMPT.value is not None:
+        found = [{"prompt": PROMPT.value}]
+    else:
+        with open(PROMPTS.value, encoding="utf-8") as file:
+            found = [record(line, number) for number, line in enumerate(file, 1) if line.strip()]
+        if not found:
+            raise ValueError(f'{PROMPTS.value} has no lines; write one {{"prompt": ...}} for each answer')
+    if QUESTION.value is not None:
+        found = [x | {"question": x.get("question", QUESTION.value)} for x in found]
+    if 0 < sum("question" in x for x in found) < len(found):
+        raise ValueError(f"{PROMPTS.value}: some lines have a question and others have none; give --question for those")
+    return found
+
+
+def record(line: str, number: int) -> dict:
+    try:
+        found = json.loads(line)
+    except ValueError as cause:
+        raise ValueError(f"{PROMPTS.value}:{number} is not JSON: {cause}") from cause
+    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+        raise ValueError(f'{PROMPTS.value}:{number} has no text under "prompt"')
+    if not isinstance(found.get("question", ""), str):
+        raise ValueError(f'{PROMPTS.value}:{number} has something else than text under "question"')
+    return found
+
+
+@contextlib.contextmanager
+def shown():
+    """Gives what prints the pieces of an answer; whatever ends them, it ends the line."""
+    begun = False
+
+    def show(_, piece: str) -> None:
+        nonlocal begun
+        begun = True
+        print(piece, end="", flush=True)
+
+    try:
+        yield show
+    finally:
+        if begun:
+            print(flush=True)
+
+
+def write(found: list[dict], replies: list[Answer]) -> None:
+    """The records with their answers, a JSON line each."""
+    lines = []
+    for old, reply in zip(found, replies, strict=True):
+        numbers = {"tokens": len(reply.tokens), "logprob": float(reply.logprobs.sum())}
+        lines.append(json.dumps(old | {"answer": reply.text} | numbers, ensure_ascii=False) + "\n")
+    if OUT.value is None:
+        sys.stdout.writelines(lines)
+        return
+    with open(OUT.value, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def report(timing: Timing) -> str:
+    def rate(tokens: int, seconds: float) -> str:
+        return f"{tokens:,} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+
+    return (
+        f"first token  after {timing.first_token_s:.2f} s\n"
+        f"prefill      {rate(timing.prompt_tokens, timing.prefill_s)}\n"
+        f"decode       {rate(timing.new_tokens, timing.decode_s)}\n"
+        f"cache        {timing.cache_bytes / 2**20:,.2f} MiB"
+    )
+
+
+def generate() -> None:
+    found = records()
+    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
+    chosen = None if COMPRESS.value is None else compression(COMPRESS.value)
+    with jax.set_mesh(mesh(MESH.value)), shown() as show:
+        c, params, words = loading.load(CHECKPOINT.value, STEP.value)
+        engine = Engine(params, c, chunk=CHUNK.value, cache=CACHE.value)
+        replies = answers(
+            engine, words, [x["prompt"] for x in found], MAX_NEW_TOKENS.value, sampling=sampling,
+            seeds=[(SEED.value + row) % 2**32 for row in range(len(found))], stops=STOP.value,
+            stop_tokens=loading.stop_tokens(CHECKPOINT.value, words), compression=chosen, bos=BOS.value,
+            questions=[x["question"] for x in found] if "question" in found[0] else None,
+            on_text=show if PROMPT.value is not None else None,
+        )  # fmt: skip
+    if PROMPTS.value or OUT.value:
+        write(found, replies)
+    print(report(engine.timing), file=sys.stderr)
+
+
+def main(argv):
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        if argv[1:]:
+            raise ValueError(f"{' '.join(argv[1:])!r} is no flag; quote what has spaces")
+        generate()
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:
+        fail(reason(error), 2)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
