@@ -43,16 +43,11 @@ def empty(model: Model, rows: int, capacity: int, new: int, dtype: jnp.dtype, qu
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3), donate_argnums=1)
 def resized(model: Model, cache: Cache, capacity: int, new: int) -> Cache:
-    """The same rows in a cache for at most `capacity` tokens each, `new` at a time; no row may be longer than that."""
+    """The same with rings for `new` tokens at a time."""
 
     def resize(layer: cached.Layer, sees: int | None) -> cached.Layer:
-        slots = capacity if sees is None else ring_slots(sees, new, capacity)
-        if slots == layer.k_BKSH.shape[2]:
+        if sees is None or (slots := ring_slots(sees, new, capacity)) == layer.k_BKSH.shape[2]:
             return layer
-        if sees is None:
-            return jax.tree.map(lambda x: _longer(x, slots), layer._replace(dropped_BK=None))._replace(
-                dropped_BK=layer.dropped_BK
-            )
         return layer._replace(
             k_BKSH=_turned(layer.k_BKSH, cache.lengths_B, slots), v_BKSH=_turned(layer.v_BKSH, cache.lengths_B, slots)
         )
@@ -61,17 +56,6 @@ def resized(model: Model, cache: Cache, capacity: int, new: int) -> Cache:
         resize(layer, cached.reach(model.kinds[letter])) for letter, layer in zip(model.layers, cache.layers, strict=True)
     )
     return cache._replace(layers=tuple(layers))
-
-
-def _longer(x_BKS: jax.Array, slots: int) -> jax.Array:
-    """With room for `slots`; on each shard the new ones come last, which is where their numbers go on."""
-
-    def shard(x_BKS):
-        more = slots // jax.lax.axis_size("context") - x_BKS.shape[2]
-        return jnp.pad(x_BKS, [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x_BKS.ndim - 3))
-
-    spec = P(*jax.typeof(x_BKS).sharding.spec)
-    return jax.shard_map(shard, in_specs=spec, out_specs=spec)(x_BKS)
 
 
 def _turned(x_BKRH: jax.Array, lengths_B: jax.Array, slots: int) -> jax.Array:

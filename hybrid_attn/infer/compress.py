@@ -11,11 +11,19 @@ C slots of a block or of the compacted cache.
 """
 
 import dataclasses
+import functools
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.config import Model
+from hybrid_attn.infer.cache import power_of_two
+from hybrid_attn.model.extend import Cache
+from hybrid_attn.parallel.cached import Layer
+from hybrid_attn.parallel.mesh import BATCH
 
 VOTING = ("snapkv", "pyramid", "adakv")
 METHODS = (*VOTING, "streaming", "random")
@@ -202,3 +210,39 @@ def compacted(cache, index_BKC):
         return jnp.take_along_axis(x, index, axis=2, mode="fill", fill_value=0)
 
     return jax.tree.map(take, cache)
+
+
+def compressed(model: Model, compression: Compression, weights: dict, cache: Cache, queries, seed: int, room: int) -> Cache:
+    """The cache with what is kept of every layer that has no ring, and with slots for `room` more tokens of each row.
+
+    `queries` are those that `extend` gave of each row's last `window` tokens; of a row with fewer everything is kept.
+    """
+    lengths_B = np.asarray(jax.device_get(cache.lengths_B))
+    which = [i for i, layer in enumerate(cache.layers) if layer.dropped_BK is not None]
+    layers = list(cache.layers)
+    for i, budget_B in zip(which, budgets(compression, lengths_B, len(which)), strict=True):
+        kind, layer = model.kinds[model.layers[i]], layers[i]
+        budget_B = jax.device_put(budget_B, layer.k_BKSH.sharding.update(spec=P(BATCH)))
+        scale = model.head_dim**-0.5 if kind.scale is None else kind.scale
+        wanted_BKS, kept_BK = _wanted(
+            compression, scale, kind.softcap, jax.random.key(seed + i), queries[i], layer, cache.lengths_B, budget_B,
+            weights["layers"][i]["attention"].get("sink"),
+        )  # fmt: skip
+        slots = power_of_two(int(jax.device_get(kept_BK).max()) + room)
+        layers[i] = _kept(slots, layer, wanted_BKS, kept_BK, cache.lengths_B)
+    return cache._replace(layers=tuple(layers))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _wanted(compression: Compression, scale: float, softcap, key, q_BWNH, layer: Layer, lengths_B, budget_B, sinks_N):
+    wanted_BKS = scores(
+        compression, key, q_BWNH, layer.k_BKSH, lengths_B,
+        scale=scale, softcap=softcap, sinks_N=sinks_N, k_scales_BKS=layer.k_step_BKS,
+    )  # fmt: skip
+    return wanted_BKS, counts(compression, wanted_BKS, budget_B)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _kept(slots: int, layer: Layer, wanted_BKS, kept_BK, lengths_B) -> Layer:
+    index_BKC = kept_slots(wanted_BKS, kept_BK, slots)
+    return Layer(*compacted(layer[:4], index_BKC), lengths_B[:, None] - kept_BK)

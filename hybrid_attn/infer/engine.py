@@ -20,12 +20,14 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Config, Model
 from hybrid_attn.infer import cache as caches
+from hybrid_attn.infer.compress import Compression, compressed
 from hybrid_attn.infer.sampling import GREEDY, Sampling, sample
 from hybrid_attn.model import Run, logits, run_on, unembedding
 from hybrid_attn.model.extend import Cache, extend, unstacked
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
+SEED = 0  # of what a compression draws at random
 SLICE = 32  # tokens of a row between two looks at what came, where anyone looks
 LEAST_CHUNK = 16
 
@@ -95,25 +97,33 @@ class Engine:
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
         stop_tokens: Sequence[int] = (),
+        compression: Compression | None = None,
+        questions: Sequence[Sequence[int]] | None = None,
         on_tokens: Callable[[int, list[int]], bool | None] | None = None,
     ) -> list[Generated]:
         """An answer to each prompt, at most `max_new_tokens` long, ended by a stop token if one comes.
+
+        With `compression`, layers that see the whole prefix keep part of each prompt; `questions` follow the prompts, and
+        are read after that.
 
         `seeds` (0, 1, ... by default) make a row's answer the same in any batch. `on_tokens(row, ids)` is called as tokens
         come; True ends the row. ValueError for a prompt that is empty, has a token out of the vocabulary, or does not fit.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        prompts = self._checked(prompts, max_new_tokens)
+        if compression is not None and self.mesh.shape["context"] > 1:
+            raise NotImplementedError("compression needs every slot on one device; use a mesh with context=1")
+        asked = self._asked(prompts, questions, max_new_tokens, compression)
+        prompts = [prompt for prompt, _ in asked]
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
-        self.timing = Timing(sum(map(len, prompts)), 0, 0.0, 0.0, 0.0, 0)
+        self.timing = Timing(sum(len(prompt) + len(question) for prompt, question in asked), 0, 0.0, 0.0, 0.0, 0)
         answers: dict[int, Generated] = {}
-        for which, cache, last_BD, program in self._read_in_batches(prompts, max_new_tokens):
-            asked = [on_tokens and functools.partial(on_tokens, row) for row in which]
+        for which, cache, last_BD, program in self._read_in_batches(asked, max_new_tokens, compression):
+            told = [on_tokens and functools.partial(on_tokens, row) for row in which]
             found = self._decode(
-                program, cache, last_BD, [seeds[row] for row in which], max_new_tokens, sampling, stop_tokens, asked
+                program, cache, last_BD, [seeds[row] for row in which], max_new_tokens, sampling, stop_tokens, told
             )
             answers |= dict(zip(which, found, strict=True))
         return [answers[row] for row in range(len(prompts))]
@@ -130,6 +140,18 @@ class Engine:
             found = self._losses([rows[row] for row in which], inputs, [len(prompts[row]) for row in which])
             scores |= dict(zip(which, found, strict=True))
         return [scores[row] for row in range(len(rows))]
+
+    def _asked(self, prompts, questions, new: int, compression: Compression | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each prompt with what is read after its cache is compressed."""
+        nothing = np.zeros(0, np.int32)
+        if questions is None:
+            return [(prompt, nothing) for prompt in self._checked(prompts, new)]
+        if len(questions) != len(prompts):
+            raise ValueError(f"{len(questions)} questions were given for {len(prompts)} prompts")
+        both = self._checked([[*prompt, *question] for prompt, question in zip(prompts, questions, strict=True)], new)
+        if compression is None:
+            return [(prompt, nothing) for prompt in both]
+        return [(row[: len(prompt)], row[len(prompt) :]) for row, prompt in zip(both, self._checked(prompts, 0), strict=True)]
 
     def _checked(self, prompts: Sequence[Sequence[int]], new: int) -> list[np.ndarray]:
         rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
@@ -152,10 +174,14 @@ class Engine:
         order = sorted(range(len(rows)), key=lambda row: (-len(rows[row]), row))
         return [order[i : i + self.rows] for i in range(0, len(order), self.rows)]
 
-    def _sizes(self, most: int, longest: int) -> tuple[Program, int, int]:
-        """The program, the chunk and the capacity for rows that reach `most` tokens, `longest` of them read in chunks."""
+    def _sizes(self, most: int, longest: int, least: int = 1) -> tuple[Program, int, int]:
+        """The program, the chunk and the capacity for rows that reach `most` tokens, `longest` of them read in chunks.
+
+        A chunk has `least` tokens or more.
+        """
         context = self.mesh.shape["context"]
         chunk = min(self.chunk, context * caches.power_of_two(max(-(-longest // context), LEAST_CHUNK)))
+        chunk = max(chunk, caches.power_of_two(least))
         capacity = chunk * caches.power_of_two(-(-most // chunk))
         return Program(self.model, self.run, chunk // context), chunk, capacity
 
@@ -167,20 +193,28 @@ class Engine:
     def _place(self, x, spec: P) -> jax.Array:
         return jax.device_put(x, NamedSharding(self.mesh, spec))
 
-    def _read_in_batches(self, prompts: list[np.ndarray], new: int):
-        """(row numbers, cache, last activations, program) of each batch, whose prompts are read."""
-        program, chunk, capacity = self._sizes(max(map(len, prompts)) + new, max(map(len, prompts)))
-        shared = _common(prompts)
+    def _read_in_batches(self, asked: list[tuple[np.ndarray, np.ndarray]], new: int, compression: Compression | None):
+        """(row numbers, cache, last activations, program) of each batch, whose prompts and questions are read."""
+        prompts, longest = [prompt for prompt, _ in asked], max(len(prompt) for prompt, _ in asked)
+        window, room = compression.window if compression else 0, new + max(len(question) for _, question in asked)
+        program, chunk, capacity = self._sizes(longest + room, longest, max(window, 1))
+        shared = _common(prompts) - window
         prefix = None
         if len(prompts) > 1 and shared >= chunk:
             started = time.perf_counter()
-            prefix, _ = self._read(program, chunk, self._new(self._padded(1), capacity, chunk), [prompts[0][:shared]])
+            prefix, *_ = self._read(program, chunk, self._new(self._padded(1), capacity, chunk), [prompts[0][:shared]])
             self._add(prefill_s=time.perf_counter() - started)
         for which in self._batches(prompts):
             started, rows = time.perf_counter(), self._padded(len(which))
             cache = self._new(rows, capacity, chunk) if prefix is None else caches.repeated(prefix, rows // self._padded(1))
             first = 0 if prefix is None else shared
-            cache, last_BD = self._read(program, chunk, cache, [prompts[row][first:] for row in which])
+            unread = [prompts[row][first:] for row in which]
+            if compression is None:
+                cache, last_BD, _ = self._read(program, chunk, cache, unread)
+            else:
+                cache, last_BD = self._compress(program, chunk, cache, unread, compression, room)
+                if room > new:
+                    cache, last_BD, _ = self._read(program, chunk, cache, [asked[row][1] for row in which], last_BD)
             cache = caches.resized(self.model, cache, capacity, 1)
             jax.block_until_ready(last_BD)
             self._add(prefill_s=time.perf_counter() - started)
@@ -202,13 +236,24 @@ class Engine:
                 tokens_BT[b, : len(part)], counts_B[b] = part, len(part)
             yield self._place(tokens_BT, TOKENS_BT), self._place(counts_B, P(BATCH))
 
-    def _read(self, program: Program, chunk: int, cache: Cache, rows: list[np.ndarray]) -> tuple[Cache, jax.Array]:
-        """The cache after these rows, and each row's last activations [B, D]."""
-        padded = cache.lengths_B.shape[0]
-        last_BD = self._place(np.zeros((padded, self.model.d_model), self.run.dtype), P(BATCH, None))
+    def _compress(self, program: Program, chunk: int, cache: Cache, rows, compression: Compression, room: int):
+        """The compressed cache after these rows, and their last activations [B, D]; what votes are their last queries."""
+        window = compression.window
+        cache, last_BD, _ = self._read(program, chunk, cache, [row[:-window] for row in rows])
+        cache, last_BD, queries = self._read(program, window, cache, [row[-window:] for row in rows], last_BD, queries=True)
+        return compressed(self.model, compression, self.weights, cache, queries, SEED, room), last_BD
+
+    def _read(self, program: Program, chunk: int, cache: Cache, rows, last_BD: jax.Array | None = None, queries: bool = False):
+        """The cache after these rows, each row's last activations [B, D], and the last chunk's queries if they are wanted.
+
+        `last_BD` stays where a row has nothing to read.
+        """
+        padded, found = cache.lengths_B.shape[0], ()
+        if last_BD is None:
+            last_BD = self._place(np.zeros((padded, self.model.d_model), self.run.dtype), P(BATCH, None))
         for tokens_BT, counts_B in self._chunks(rows, chunk, padded):
-            cache, last_BD = _read(program, self.weights, tokens_BT, counts_B, cache, last_BD)
-        return cache, last_BD
+            cache, last_BD, found = _read(program, queries, self.weights, tokens_BT, counts_B, cache, last_BD)
+        return cache, last_BD, found
 
     def _decode(self, program, cache, last_BD, seeds, most: int, sampling, stop_tokens, asked) -> list[Generated]:
         padded, count = cache.lengths_B.shape[0], len(seeds)
@@ -247,7 +292,7 @@ class Engine:
         for i, (tokens_BT, counts_B) in enumerate(self._chunks(inputs, chunk, padded)):
             targets_BT, _ = next(targets)
             if (i + 1) * chunk <= wanted:
-                cache, last_BD = _read(program, self.weights, tokens_BT, counts_B, cache, last_BD)
+                cache, last_BD, _ = _read(program, False, self.weights, tokens_BT, counts_B, cache, last_BD)
                 parts.append(np.zeros(tokens_BT.shape, np.float32))
             else:
                 cache, nll_BT = _score(program, self.weights, tokens_BT, targets_BT, counts_B, cache)
@@ -266,13 +311,13 @@ def _common(prompts: list[np.ndarray]) -> int:
     return same
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
-def _read(program: Program, weights, tokens_BT, counts_B, cache: Cache, last_BD) -> tuple[Cache, jax.Array]:
-    x_BTD, cache, _ = extend(program.model, weights, tokens_BT, counts_B, cache, program.run, program.span)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))
+def _read(program: Program, with_queries: bool, weights, tokens_BT, counts_B, cache: Cache, last_BD):
+    x_BTD, cache, queries = extend(program.model, weights, tokens_BT, counts_B, cache, program.run, program.span)
     ends_BT = jax.reshard(jnp.arange(tokens_BT.shape[1]) == counts_B[:, None] - 1, TOKENS_BT)
     # A sum over one: the token may be on another shard.
     here_BD = jnp.einsum("BT,BTD->BD", ends_BT.astype(x_BTD.dtype), x_BTD, out_sharding=P(BATCH, None))
-    return cache, jnp.where(counts_B[:, None] > 0, here_BD, last_BD)
+    return cache, jnp.where(counts_B[:, None] > 0, here_BD, last_BD), queries if with_queries else ()
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
