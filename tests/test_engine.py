@@ -7,8 +7,8 @@ import pytest
 from conftest import RUN, mesh_of, random_params, tiny
 from jax.sharding import NamedSharding
 
-from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer import cache as caches
+from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.model import apply, logits
 from hybrid_attn.parallel.mesh import TOKENS_BT
