@@ -53,7 +53,18 @@ def before_first_stop(text, stops):
 
 @pytest.mark.parametrize("name", ["bytes", "byte_level", "sentence_piece", "metaspace"])
 @pytest.mark.parametrize(
-    "stops", [(), ("東",), ("naïve",), (":  ret", "x)"), ("\n\t", "🙂\n\tdef"), ("not there",), ("bc", "abcd"), (" x<",)]
+    "stops",
+    [
+        (),
+        ("東",),
+        ("naïve",),
+        (":  ret", "x)"),
+        ("\n\t", "🙂\n\tdef"),
+        ("not there",),
+        ("bc", "abcd"),
+        (" x<",),
+        ("<tool é>", "ool"),
+    ],
 )
 def test_the_text_is_the_tokenizers_up_to_the_first_stop_for_any_cut(name, stops, tmp_path):
     t = tokenizer_named(name, tmp_path)
@@ -112,7 +123,9 @@ def test_an_answer_keeps_the_space_that_joins_it_to_the_prompt(tmp_path):
         assert {read(TextStream(t, (), before), pieces) for pieces in cuts(ids.tolist())} == {" de 東🙂 f"}
         after = t.encode("🙂 de".encode()).tolist()
         assert read(TextStream(t, (), before), [after]) == "🙂 de"
+    assert read(TextStream(t, (), t.encode(("\ufffd" * 9).encode())), [t.encode(b" de").tolist()]) == " de"
     assert read(TextStream(t), [t.encode(b" de").tolist()]) == "de"
+    assert read(TextStream(t), [[*t.encode(b"f"), t.eos, t.eos, *t.encode(b" de")]]) == "f de"
 
 
 def test_an_empty_stop_is_refused():

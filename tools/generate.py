@@ -154,6 +154,8 @@ def generate() -> None:
     found = records()
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     chosen = None if COMPRESS.value is None else compression(COMPRESS.value)
+    if OUT.value is not None:
+        open(OUT.value, "a").close()  # better now than after hours
     with jax.set_mesh(mesh(MESH.value)), shown() as show:
         c, params, words = loading.load(CHECKPOINT.value, STEP.value)
         engine = Engine(params, c, chunk=CHUNK.value, cache=CACHE.value)

@@ -79,7 +79,7 @@ def stop_tokens(directory: str | os.PathLike, words: tokenizer.Bytes | tokenizer
 def _tokenizer(c: config.Config, directory: str, where: str, trained_hash: str | None) -> tokenizer.Bytes | tokenizer.Json:
     """The tokenizer of the config, or the copy that an import left beside the checkpoint; ValueError if it is another."""
     copy = os.path.join(directory, "companions", "tokenizer.json")
-    name = copy if c.data.tokenizer != "bytes" and os.path.isfile(copy) else c.data.tokenizer
+    name = copy if os.path.isfile(copy) else c.data.tokenizer
     cure = f"put the tokenizer.json that it was trained with at {copy}"
     if name != "bytes" and not os.path.isfile(name):
         raise ValueError(f"{where} was trained with the tokenizer {name}, and there is no such file; {cure}")
