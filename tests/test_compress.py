@@ -250,21 +250,33 @@ def test_scores_hold_no_more_than_a_block_of_the_windows_attention(monkeypatch):
     assert biggest == N * long
 
 
-@pytest.mark.parametrize("method", ["snapkv", "adakv"])
-def test_rows_and_heads_over_devices_give_what_one_device_gives(method):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("inside", ["explicit", "shard_map"])
+def test_rows_and_heads_over_devices_keep_what_one_device_keeps(method, inside):
     q, k, v, sinks = (jnp.asarray(x) for x in arrays())
     c = small(method)
+    if inside == "shard_map" and method == "random":
+        pytest.skip("each device draws by its own part of the cache")
 
     def score(q, k, lengths, sinks):
-        return compress.scores(c, None, q, k, lengths, scale=SCALE, softcap=SOFTCAP, sinks_N=sinks)
+        key = jax.random.key(3)
+        return compress.scores(c, key, q, k, lengths, scale=SCALE, softcap=SOFTCAP, sinks_N=sinks)
 
-    specs = P("data", None, "tensor"), P("data", "tensor"), P("data"), P("tensor")
+    def compressed(score, q, k, v, lengths, sinks):
+        scores_BKS = score(q, k, lengths, sinks)
+        kept_BK = compress.counts(c, scores_BKS, compress.budgets(c, LENGTHS, 1)[0])
+        index_BKC = compress.kept_slots(scores_BKS, kept_BK, 24)
+        return kept_BK, index_BKC, compress.compacted((k, v, k[..., 0]), index_BKC)
+
+    specs = P("data", None, "tensor"), P("data", "tensor"), P("data", "tensor"), P("data"), P("tensor")
+    args = q, k, v, jnp.asarray(LENGTHS), sinks
+    wanted = compressed(score, *args)
     with jax.set_mesh(mesh_of(data=2, tensor=2)):
-        args = [jax.device_put(x, spec) for x, spec in zip((q, k, jnp.asarray(LENGTHS), sinks), specs, strict=True)]
-        split = jax.jit(jax.shard_map(score, in_specs=specs, out_specs=P("data", "tensor")))(*args)
-    whole = score(q, k, jnp.asarray(LENGTHS), sinks)
-    np.testing.assert_allclose(np.asarray(split), whole, rtol=1e-5)
-    assert kept_of(c, np.asarray(split))[0] == kept_of(c, whole)[0]
+        args = [jax.device_put(x, spec) for x, spec in zip(args, specs, strict=True)]
+        if inside == "shard_map":
+            score = jax.shard_map(score, in_specs=(*specs[:2], *specs[3:]), out_specs=P("data", "tensor"))
+        got = jax.jit(compressed, static_argnums=0)(score, *args)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 @pytest.mark.parametrize("method", METHODS)

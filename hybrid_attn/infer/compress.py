@@ -3,11 +3,11 @@
 A cache holds rows left-aligned: slot s < lengths_B[b] is position s. `budgets` says how many slots a row may keep in each
 layer, `scores` how much each slot is wanted, `counts` how many slots each head keeps, `kept_slots` which ones, and
 `compacted` moves them to the front in reading order. A token at position p then stands in slot p - dropped, where dropped is
-the row's length less the head's count. The slots of a count and their order do not depend on how ties fall: the lowest slot
-is kept first.
+the row's length less the head's count. Of slots wanted alike the lowest is kept first. Every function but `budgets` is
+traceable; rows and heads may be split over devices, slots may not.
 
 Letters: B batch, W queries of the observation window, N query heads, K key/value heads, G = N/K, H head size, S slots,
-C slots of a block or of the compacted cache.
+C slots of a block or of the compacted cache, M = K x C.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 VOTING = ("snapkv", "pyramid", "adakv")
 METHODS = (*VOTING, "streaming", "random")
@@ -173,14 +174,17 @@ def counts(compression: Compression, scores_BKS, budget_B) -> jax.Array:
     B, K, S = scores_BKS.shape
     if compression.method != "adakv":
         return jnp.broadcast_to(jnp.asarray(budget_B, jnp.int32)[:, None], (B, K))
-    safe = min(S, max(1, int(compression.floor * compression.cap)))
-    best_BKC = jax.lax.top_k(scores_BKS, safe)[1]
-    safe_BKS = jnp.put_along_axis(scores_BKS, best_BKC, jnp.inf, axis=-1, inplace=False)
-    safe_BKS = jnp.where(scores_BKS == -jnp.inf, -jnp.inf, safe_BKS)
-    slots_first_BM = safe_BKS.swapaxes(1, 2).reshape(B, S * K)
-    head_BC = jax.lax.top_k(slots_first_BM, K * min(S, compression.cap))[1] % K
-    taken_BC = jnp.arange(head_BC.shape[1]) < K * jnp.asarray(budget_B)[:, None]
-    return jnp.sum(taken_BC[..., None] & (head_BC[..., None] == jnp.arange(K)), axis=1, dtype=jnp.int32)
+    spec = jax.typeof(scores_BKS).sharding.spec
+    if "tensor" in spec:
+        scores_BKS = jax.sharding.reshard(scores_BKS, P(spec[0], None, None))
+    safe = max(1, int(compression.floor * compression.cap))
+    best_BKC, slot_BKC = jax.lax.top_k(scores_BKS, min(S, K * compression.cap))
+    best_BKC = jnp.where(jnp.arange(best_BKC.shape[-1]) < safe, jnp.inf, best_BKC)
+    head_BKC = jnp.zeros_like(slot_BKC) + jnp.arange(K, dtype=jnp.int32)[:, None]
+    order = [x.reshape(B, -1) for x in (-best_BKC, slot_BKC, head_BKC)]
+    head_BM = jax.lax.sort(order, dimension=1, num_keys=3)[-1][:, : K * compression.cap]
+    taken_BM = jnp.arange(head_BM.shape[1]) < K * jnp.asarray(budget_B)[:, None]
+    return jnp.sum(taken_BM[..., None] & (head_BM[..., None] == jnp.arange(K)), axis=1, dtype=jnp.int32)
 
 
 def kept_slots(scores_BKS, kept_BK, slots: int) -> jax.Array:
