@@ -133,18 +133,8 @@ def votes(compression: Compression, q_BWNH, k_BKSH, lengths_B, *, scale, softcap
         see_BWC = at + jnp.arange(size) <= pos_BW[..., None]
         return at, jnp.where(see_BWC[:, None, None], s_BKGWC, -jnp.inf)
 
-    def add(i, carry):
-        top_BKGW, total_BKGW = carry
-        at, s_BKGWC = block(i)
-        s_BKGWC = jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf)
-        new_BKGW = jnp.maximum(top_BKGW, s_BKGWC.max(-1))
-        total_BKGW = total_BKGW * jnp.exp(top_BKGW - new_BKGW) + jnp.exp(s_BKGWC - new_BKGW[..., None]).sum(-1)
-        return new_BKGW, total_BKGW
-
     zero_BKGW = jnp.zeros_like(q_BKGWH[..., 0], jnp.float32)
-    lowest = jnp.finfo(jnp.float32).min  # finite, so that a query before the row's start gives exp(-inf) = 0 and not NaN
-    top_BKGW, total_BKGW = jax.lax.fori_loop(0, blocks, add, (zero_BKGW + lowest, zero_BKGW))
-    lse_BKGW = top_BKGW + jnp.log(jnp.where(total_BKGW > 0, total_BKGW, 1.0))
+    lse_BKGW = _log_sum_exp(block, blocks, size, zero_BKGW)
     if sinks_N is not None:
         lse_BKGW = jnp.logaddexp(lse_BKGW, sinks_N.astype(jnp.float32).reshape(K, N // K, 1))
 
@@ -155,6 +145,22 @@ def votes(compression: Compression, q_BWNH, k_BKSH, lengths_B, *, scale, softcap
     votes_BKGS = jax.lax.fori_loop(0, blocks, vote, jnp.broadcast_to(zero_BKGW[..., :1], (B, K, N // K, S)))
     prefix_BS = jnp.arange(S) < lengths_B[:, None] - W
     return pooled(compression, jnp.where(prefix_BS[:, None, None], votes_BKGS, 0.0)).mean(2)
+
+
+def _log_sum_exp(block, blocks, size: int, zero_BKGW) -> jax.Array:
+    """Of every query's scores, block by block; a slot that the last block shows again is left out."""
+
+    def add(i, carry):
+        top_BKGW, total_BKGW = carry
+        at, s_BKGWC = block(i)
+        s_BKGWC = jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf)
+        new_BKGW = jnp.maximum(top_BKGW, s_BKGWC.max(-1))
+        total_BKGW = total_BKGW * jnp.exp(top_BKGW - new_BKGW) + jnp.exp(s_BKGWC - new_BKGW[..., None]).sum(-1)
+        return new_BKGW, total_BKGW
+
+    lowest = jnp.finfo(jnp.float32).min  # finite, so that a query before the row's start gives exp(-inf) = 0 and not NaN
+    top_BKGW, total_BKGW = jax.lax.fori_loop(0, blocks, add, (zero_BKGW + lowest, zero_BKGW))
+    return top_BKGW + jnp.log(jnp.where(total_BKGW > 0, total_BKGW, 1.0))
 
 
 def pooled(compression: Compression, votes_BKGS) -> jax.Array:
