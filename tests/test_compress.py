@@ -19,6 +19,12 @@ LENGTHS = np.array([41, 23, 13, 3], np.int32)  # all of the cache, less, a littl
 SCALE, SOFTCAP = 0.6, 1.7
 
 
+scored = jax.jit(compress.scores, static_argnames=("compression", "softcap"))
+counted = jax.jit(compress.counts, static_argnums=0)
+chosen = jax.jit(compress.kept_slots, static_argnums=2)
+compacted = jax.jit(compress.compacted)
+
+
 def small(method="snapkv", **changes) -> Compression:
     return Compression(method, **{"cap": 12, "window": W, "sinks": 2} | changes)
 
@@ -31,9 +37,9 @@ def arrays():
     return q, np.where(past[..., None], np.nan, k), np.where(past[..., None], np.nan, v), rng.normal(size=N).astype(np.float32)
 
 
-def scores_of(c, q, k, lengths=LENGTHS, **options):
-    options = {"scale": SCALE, "softcap": None} | options
-    return np.asarray(compress.scores(c, jax.random.key(3), q, jnp.asarray(k), jnp.asarray(lengths), **options))
+def scores_of(c, q, k, lengths=LENGTHS, compiled=True, **options):
+    function = scored if compiled else compress.scores
+    return np.asarray(function(c, jax.random.key(3), q, jnp.asarray(k), jnp.asarray(lengths), scale=SCALE, **options))
 
 
 def paper_votes(c, q_BWNH, k_BKSH, lengths_B, softcap=None, sinks_N=None) -> np.ndarray:
@@ -66,27 +72,27 @@ def best(scores_S, count) -> list[int]:
 
 def kept_of(c, scores, lengths=LENGTHS, slots=None):
     """(slots kept by each head as lists, the indices): as an engine composes the functions for an only layer."""
-    scores = jnp.asarray(scores)
-    kept_BK = np.asarray(compress.counts(c, scores, compress.budgets(c, lengths, 1)[0]))
-    index_BKC = np.asarray(compress.kept_slots(scores, kept_BK, slots or int(kept_BK.max())))
+    kept_BK = np.asarray(counted(c, scores, compress.budgets(c, lengths, 1)[0]))
+    index_BKC = np.asarray(chosen(scores, kept_BK, slots or int(kept_BK.max())))
     return [
         [index_BKC[b, h, : kept_BK[b, h]].tolist() for h in range(kept_BK.shape[1])] for b in range(len(kept_BK))
     ], index_BKC
 
 
-@pytest.mark.parametrize("keys", [16, 1024])
-@pytest.mark.parametrize("pooling, kernel", [("avg", 5), ("max", 5), ("avg", 1), ("max", 7)])
-@pytest.mark.parametrize("softcap, with_sinks", [(None, False), (SOFTCAP, True)])
+@pytest.mark.parametrize(
+    "keys, pooling, kernel, softcap, with_sinks",
+    [(16, "avg", 5, None, False), (1024, "avg", 1, SOFTCAP, False), (16, "max", 5, SOFTCAP, True), (41, "max", 7, None, True)],
+)
 def test_scores_are_the_papers_with_ragged_rows_and_shared_heads(monkeypatch, keys, pooling, kernel, softcap, with_sinks):
     monkeypatch.setattr(compress, "KEYS", keys)
     q, k, _, sinks = arrays()
     c, sinks_N = small(pooling=pooling, kernel=kernel), sinks if with_sinks else None
-    scores = scores_of(c, q, k, softcap=softcap, sinks_N=sinks_N)
+    got = scores_of(c, q, k, compiled=False, softcap=softcap, sinks_N=sinks_N)
     wanted = paper_votes(c, q, k, LENGTHS, softcap, sinks_N)
     for b, length in enumerate(LENGTHS):
         prefix = max(0, length - W)
-        np.testing.assert_allclose(scores[b, :, :prefix], wanted[b, :, :prefix], rtol=2e-5)
-        assert np.all(scores[b, :, prefix:length] == np.inf) and np.all(scores[b, :, length:] == -np.inf)
+        np.testing.assert_allclose(got[b, :, :prefix], wanted[b, :, :prefix], rtol=2e-5)
+        assert np.all(got[b, :, prefix:length] == np.inf) and np.all(got[b, :, length:] == -np.inf)
 
 
 @pytest.mark.parametrize("method", ["snapkv", "streaming"])
@@ -117,10 +123,10 @@ def test_a_row_no_longer_than_the_cap_is_kept_as_it_is(method):
     c, lengths = small(method, cap=23), np.array([41, 23, 13, 3], np.int32)
     scores = scores_of(c, q, k)
     for budget_B in compress.budgets(c, lengths, 3):
-        kept_BK = compress.counts(c, jnp.asarray(scores), budget_B)
-        index_BKC = compress.kept_slots(jnp.asarray(scores), kept_BK, S)
+        kept_BK = counted(c, scores, budget_B)
+        index_BKC = chosen(scores, kept_BK, S)
         assert np.array_equal(kept_BK[1:], np.repeat(lengths[1:, None], K, 1)) and np.all(kept_BK[0] < 41)
-        for before, after in zip((k, v), compress.compacted((k, v), index_BKC), strict=True):
+        for before, after in zip((k, v), compacted((k, v), index_BKC), strict=True):
             assert np.array_equal(after[1:], np.nan_to_num(before[1:]))
 
 
@@ -167,7 +173,7 @@ def test_adakv_shares_the_slots_of_a_layer_among_its_heads(floor):
 
 def test_random_keeps_the_window_and_other_slots_of_each_head():
     q, k, _, _ = arrays()
-    c, draw = small("random"), functools.partial(compress.scores, lengths_B=jnp.asarray(LENGTHS), scale=SCALE)
+    c, draw = small("random"), functools.partial(scored, lengths_B=jnp.asarray(LENGTHS), scale=SCALE)
     kept = [kept_of(c, draw(c, jax.random.key(seed), None, jnp.asarray(k)))[0] for seed in (0, 0, 1)]
     assert kept[0] == kept[1] != kept[2]
     for b, length in enumerate(int(n) for n in LENGTHS[:2]):
@@ -202,7 +208,7 @@ def test_a_pyramid_spends_on_its_layers_what_uniform_ones_would():
 def test_other_methods_give_each_head_its_layers_budget(method):
     q, k, _, _ = arrays()
     budget_LB = compress.budgets(small(method), LENGTHS, 2)
-    first = compress.counts(small(method), jnp.asarray(scores_of(small(method), q, k)), budget_LB[0])
+    first = counted(small(method), scores_of(small(method), q, k), budget_LB[0])
     assert np.array_equal(first, np.repeat(budget_LB[0][:, None], K, 1))
     assert (budget_LB[0] == budget_LB[1]).all() == (method == "snapkv")
 
@@ -211,7 +217,7 @@ def test_attention_over_the_compacted_cache_is_attention_over_the_kept_slots():
     q, k, v, _ = arrays()
     c = small("adakv")
     kept, index_BKC = kept_of(c, scores_of(c, q, k), slots=50)  # more than there were: room for tokens to come
-    new_k, new_v = compress.compacted((k, v), jnp.asarray(index_BKC))
+    new_k, new_v = compacted((k, v), index_BKC)
     assert new_k.shape == (B, K, 50, H)
 
     def attended(query, keys, values):
@@ -234,7 +240,7 @@ def test_the_scales_of_an_int8_cache_count_in_the_scores_and_follow_their_slots(
     scores = scores_of(small(), q, k, k_scales_BKS=jnp.asarray(scales))
     np.testing.assert_allclose(scores, scores_of(small(), q, k * scales[..., None]), rtol=2e-5)
     kept, index_BKC = kept_of(small(), scores)
-    new_k, new_scales = compress.compacted((k, scales), jnp.asarray(index_BKC))
+    new_k, new_scales = compacted((k, scales), index_BKC)
     assert new_k.dtype == jnp.int8 and new_scales.shape == (B, K, 12)
     for b in range(B):
         for h in range(K):
@@ -250,21 +256,32 @@ def test_scores_hold_no_more_than_a_block_of_the_windows_attention(monkeypatch):
     assert biggest == N * long
 
 
-@pytest.mark.parametrize("method", ["snapkv", "adakv"])
-def test_rows_and_heads_over_devices_give_what_one_device_gives(method):
+@pytest.mark.parametrize(
+    "method, inside", [("snapkv", "explicit"), ("adakv", "explicit"), ("random", "explicit"), ("adakv", "shard_map")]
+)
+def test_rows_and_heads_over_devices_keep_what_one_device_keeps(method, inside):
     q, k, v, sinks = (jnp.asarray(x) for x in arrays())
     c = small(method)
 
     def score(q, k, lengths, sinks):
-        return compress.scores(c, None, q, k, lengths, scale=SCALE, softcap=SOFTCAP, sinks_N=sinks)
+        key = jax.random.key(3)
+        return compress.scores(c, key, q, k, lengths, scale=SCALE, softcap=SOFTCAP, sinks_N=sinks)
 
-    specs = P("data", None, "tensor"), P("data", "tensor"), P("data"), P("tensor")
+    def compressed(score, q, k, v, lengths, sinks):
+        scores_BKS = score(q, k, lengths, sinks)
+        kept_BK = compress.counts(c, scores_BKS, compress.budgets(c, LENGTHS, 1)[0])
+        index_BKC = compress.kept_slots(scores_BKS, kept_BK, 24)
+        return kept_BK, index_BKC, compress.compacted((k, v, k[..., 0]), index_BKC)
+
+    specs = P("data", None, "tensor"), P("data", "tensor"), P("data", "tensor"), P("data"), P("tensor")
+    args = q, k, v, jnp.asarray(LENGTHS), sinks
+    wanted = compressed(score, *args)
     with jax.set_mesh(mesh_of(data=2, tensor=2)):
-        args = [jax.device_put(x, spec) for x, spec in zip((q, k, jnp.asarray(LENGTHS), sinks), specs, strict=True)]
-        split = jax.jit(jax.shard_map(score, in_specs=specs, out_specs=P("data", "tensor")))(*args)
-    whole = score(q, k, jnp.asarray(LENGTHS), sinks)
-    np.testing.assert_allclose(np.asarray(split), whole, rtol=1e-5)
-    assert kept_of(c, np.asarray(split))[0] == kept_of(c, whole)[0]
+        args = [jax.device_put(x, spec) for x, spec in zip(args, specs, strict=True)]
+        if inside == "shard_map":
+            score = jax.shard_map(score, in_specs=(*specs[:2], *specs[3:]), out_specs=P("data", "tensor"))
+        got = jax.jit(compressed, static_argnums=0)(score, *args)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -283,7 +300,7 @@ def test_one_program_serves_all_lengths_and_budgets(method):
         kept_BK, (new_k, _) = compressed(q, k, v, lengths, compress.budgets(c, lengths, 1)[0])
         wanted, index_BKC = kept_of(c, scores_of(c, q, k, lengths), lengths, 24)
         assert [[len(head) for head in row] for row in wanted] == kept_BK.tolist()
-        assert np.array_equal(new_k, compress.compacted(k, jnp.asarray(index_BKC)), equal_nan=True)
+        assert np.array_equal(new_k, compacted(k, index_BKC), equal_nan=True)
     assert len(traced) == 1
 
 

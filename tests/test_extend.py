@@ -124,9 +124,9 @@ def test_a_ring_turned_smaller_and_larger_keeps_what_a_window_sees(one_device):
     model = MODELS["window and prefix"]
     _, cache = in_pieces(model, random_params(model), rows_of(29, 3), [16, 16], 64)
     assert cache.layers[0].k_BKSH.shape[2] == 32  # 16 + 5 - 1 tokens, in a power of two
-    small = caches.resized(model, jax.tree.map(jnp.copy, cache), 64, 1)
+    small = caches.resized(model, 64, 1, cache)
     assert small.layers[0].k_BKSH.shape[2] == 8
-    large = caches.resized(model, jax.tree.map(jnp.copy, small), 128, 60)
+    large = caches.resized(model, 128, 60, small)
     assert large.layers[0].k_BKSH.shape[2] == 64
     for row, length in enumerate((29, 3)):
         for position in range(max(0, length - 8), length):

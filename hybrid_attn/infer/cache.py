@@ -41,8 +41,8 @@ def empty(model: Model, rows: int, capacity: int, new: int, dtype: jnp.dtype, qu
     return Cache(tuple(layers), jnp.zeros((rows,), jnp.int32, out_sharding=P(BATCH)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3), donate_argnums=1)
-def resized(model: Model, cache: Cache, capacity: int, new: int) -> Cache:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def resized(model: Model, capacity: int, new: int, cache: Cache) -> Cache:
     """The same with rings for `new` tokens at a time."""
 
     def resize(layer: cached.Layer, sees: int | None) -> cached.Layer:

@@ -3,11 +3,11 @@
 A cache holds rows left-aligned: slot s < lengths_B[b] is position s. `budgets` says how many slots a row may keep in each
 layer, `scores` how much each slot is wanted, `counts` how many slots each head keeps, `kept_slots` which ones, and
 `compacted` moves them to the front in reading order. A token at position p then stands in slot p - dropped, where dropped is
-the row's length less the head's count. The slots of a count and their order do not depend on how ties fall: the lowest slot
-is kept first.
+the row's length less the head's count. Of slots wanted alike the lowest is kept first. Every function but `budgets` is
+traceable; rows and heads may be split over devices, slots may not.
 
 Letters: B batch, W queries of the observation window, N query heads, K key/value heads, G = N/K, H head size, S slots,
-C slots of a block or of the compacted cache.
+C slots of a block or of the compacted cache, M = K x C.
 """
 
 import dataclasses
@@ -140,18 +140,8 @@ def votes(compression: Compression, q_BWNH, k_BKSH, lengths_B, *, scale, softcap
         see_BWC = at + jnp.arange(size) <= pos_BW[..., None]
         return at, jnp.where(see_BWC[:, None, None], s_BKGWC, -jnp.inf)
 
-    def add(i, carry):
-        top_BKGW, total_BKGW = carry
-        at, s_BKGWC = block(i)
-        s_BKGWC = jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf)
-        new_BKGW = jnp.maximum(top_BKGW, s_BKGWC.max(-1))
-        total_BKGW = total_BKGW * jnp.exp(top_BKGW - new_BKGW) + jnp.exp(s_BKGWC - new_BKGW[..., None]).sum(-1)
-        return new_BKGW, total_BKGW
-
     zero_BKGW = jnp.zeros_like(q_BKGWH[..., 0], jnp.float32)
-    lowest = jnp.finfo(jnp.float32).min  # finite, so that a query before the row's start gives exp(-inf) = 0 and not NaN
-    top_BKGW, total_BKGW = jax.lax.fori_loop(0, blocks, add, (zero_BKGW + lowest, zero_BKGW))
-    lse_BKGW = top_BKGW + jnp.log(jnp.where(total_BKGW > 0, total_BKGW, 1.0))
+    lse_BKGW = _log_sum_exp(block, blocks, size, zero_BKGW)
     if sinks_N is not None:
         lse_BKGW = jnp.logaddexp(lse_BKGW, sinks_N.astype(jnp.float32).reshape(K, N // K, 1))
 
@@ -162,6 +152,22 @@ def votes(compression: Compression, q_BWNH, k_BKSH, lengths_B, *, scale, softcap
     votes_BKGS = jax.lax.fori_loop(0, blocks, vote, jnp.broadcast_to(zero_BKGW[..., :1], (B, K, N // K, S)))
     prefix_BS = jnp.arange(S) < lengths_B[:, None] - W
     return pooled(compression, jnp.where(prefix_BS[:, None, None], votes_BKGS, 0.0)).mean(2)
+
+
+def _log_sum_exp(block, blocks, size: int, zero_BKGW) -> jax.Array:
+    """Of every query's scores, block by block; a slot that the last block shows again is left out."""
+
+    def add(i, carry):
+        top_BKGW, total_BKGW = carry
+        at, s_BKGWC = block(i)
+        s_BKGWC = jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf)
+        new_BKGW = jnp.maximum(top_BKGW, s_BKGWC.max(-1))
+        total_BKGW = total_BKGW * jnp.exp(top_BKGW - new_BKGW) + jnp.exp(s_BKGWC - new_BKGW[..., None]).sum(-1)
+        return new_BKGW, total_BKGW
+
+    lowest = jnp.finfo(jnp.float32).min  # finite, so that a query before the row's start gives exp(-inf) = 0 and not NaN
+    top_BKGW, total_BKGW = jax.lax.fori_loop(0, blocks, add, (zero_BKGW + lowest, zero_BKGW))
+    return top_BKGW + jnp.log(jnp.where(total_BKGW > 0, total_BKGW, 1.0))
 
 
 def pooled(compression: Compression, votes_BKGS) -> jax.Array:
@@ -181,14 +187,17 @@ def counts(compression: Compression, scores_BKS, budget_B) -> jax.Array:
     B, K, S = scores_BKS.shape
     if compression.method != "adakv":
         return jnp.broadcast_to(jnp.asarray(budget_B, jnp.int32)[:, None], (B, K))
-    safe = min(S, max(1, int(compression.floor * compression.cap)))
-    best_BKC = jax.lax.top_k(scores_BKS, safe)[1]
-    safe_BKS = jnp.put_along_axis(scores_BKS, best_BKC, jnp.inf, axis=-1, inplace=False)
-    safe_BKS = jnp.where(scores_BKS == -jnp.inf, -jnp.inf, safe_BKS)
-    slots_first_BM = safe_BKS.swapaxes(1, 2).reshape(B, S * K)
-    head_BC = jax.lax.top_k(slots_first_BM, K * min(S, compression.cap))[1] % K
-    taken_BC = jnp.arange(head_BC.shape[1]) < K * jnp.asarray(budget_B)[:, None]
-    return jnp.sum(taken_BC[..., None] & (head_BC[..., None] == jnp.arange(K)), axis=1, dtype=jnp.int32)
+    spec = jax.typeof(scores_BKS).sharding.spec
+    if "tensor" in spec:
+        scores_BKS = jax.sharding.reshard(scores_BKS, P(spec[0], None, None))
+    safe = max(1, int(compression.floor * compression.cap))
+    best_BKC, slot_BKC = jax.lax.top_k(scores_BKS, min(S, K * compression.cap))
+    best_BKC = jnp.where(jnp.arange(best_BKC.shape[-1]) < safe, jnp.inf, best_BKC)
+    head_BKC = jnp.zeros_like(slot_BKC) + jnp.arange(K, dtype=jnp.int32)[:, None]
+    order = [x.reshape(B, -1) for x in (-best_BKC, slot_BKC, head_BKC)]
+    head_BM = jax.lax.sort(order, dimension=1, num_keys=3)[-1][:, : K * compression.cap]
+    taken_BM = jnp.arange(head_BM.shape[1]) < K * jnp.asarray(budget_B)[:, None]
+    return jnp.sum(taken_BM[..., None] & (head_BM[..., None] == jnp.arange(K)), axis=1, dtype=jnp.int32)
 
 
 def kept_slots(scores_BKS, kept_BK, slots: int) -> jax.Array:

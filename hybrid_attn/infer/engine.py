@@ -6,6 +6,7 @@ batch; what all of them begin with is read once.
 Letters: B rows, T tokens of a chunk, D model, V vocabulary.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -18,17 +19,16 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Config, Model
+from hybrid_attn.config import Config
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer.compress import Compression, compressed
-from hybrid_attn.infer.sampling import GREEDY, Sampling, sample
-from hybrid_attn.model import Run, logits, run_on, unembedding
-from hybrid_attn.model.extend import Cache, extend, unstacked
-from hybrid_attn.model.loss import token_losses
+from hybrid_attn.infer.sampling import GREEDY, Sampling
+from hybrid_attn.infer.steps import SLICE, Program, decode, read, score
+from hybrid_attn.model import run_on
+from hybrid_attn.model.extend import Cache, unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 SEED = 0  # of what a compression draws at random
-SLICE = 32  # tokens of a row between two looks at what came, where anyone looks
 LEAST_CHUNK = 16
 
 
@@ -40,22 +40,18 @@ class Generated(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Of the last call; `first_token_s` is until the rows of the first batch had a token, `cache_bytes` the largest batch's."""
+    """Of the last call. Seconds are those of running; compiling, which happens once for each size, is apart.
+
+    `first_token_s` is until the rows of the first batch had a token, `cache_bytes` the largest batch's.
+    """
 
     prompt_tokens: int
     new_tokens: int
     first_token_s: float
     prefill_s: float
     decode_s: float
+    compile_s: float
     cache_bytes: int
-
-
-class Program(NamedTuple):
-    """What programs are compiled for, besides shapes."""
-
-    model: Model
-    run: Run
-    span: int  # slots that a shard of `context` takes in its turn: its part of a chunk
 
 
 class Engine:
@@ -87,7 +83,8 @@ class Engine:
         self.model, self.chunk, self.capacity, self.rows, self.quantised = config.model, chunk, capacity, rows, cache == "int8"
         self.run = run_on(self.mesh.devices.flat[0].platform, config.model, config.train)
         self.weights = jax.jit(functools.partial(unstacked, config.model, dtype=self.run.dtype))(params)
-        self.timing = Timing(0, 0, 0.0, 0.0, 0.0, 0)
+        self._programs: dict[tuple, Callable] = {}
+        self.timing = Timing(0, 0, 0.0, 0.0, 0.0, 0.0, 0)
 
     def generate(
         self,
@@ -118,7 +115,7 @@ class Engine:
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
-        self.timing = Timing(sum(len(prompt) + len(question) for prompt, question in asked), 0, 0.0, 0.0, 0.0, 0)
+        self.timing = Timing(sum(len(prompt) + len(question) for prompt, question in asked), 0, 0.0, 0.0, 0.0, 0.0, 0)
         answers: dict[int, Generated] = {}
         for which, cache, last_BD, program in self._read_in_batches(asked, max_new_tokens, compression):
             told = [on_tokens and functools.partial(on_tokens, row) for row in which]
@@ -201,31 +198,42 @@ class Engine:
         shared = _common(prompts) - window
         prefix = None
         if len(prompts) > 1 and shared >= chunk:
-            started = time.perf_counter()
-            prefix, *_ = self._read(program, chunk, self._new(self._padded(1), capacity, chunk), [prompts[0][:shared]])
-            self._add(prefill_s=time.perf_counter() - started)
+            with self._timed("prefill_s"):
+                prefix, *_ = self._read(program, chunk, self._new(self._padded(1), capacity, chunk), [prompts[0][:shared]])
         for which in self._batches(prompts):
-            started, rows = time.perf_counter(), self._padded(len(which))
-            cache = self._new(rows, capacity, chunk) if prefix is None else caches.repeated(prefix, rows // self._padded(1))
-            first = 0 if prefix is None else shared
-            unread = [prompts[row][first:] for row in which]
-            if compression is None:
-                cache, last_BD, _ = self._read(program, chunk, cache, unread)
-            else:
-                cache, last_BD = self._compress(program, chunk, cache, unread, compression, room)
-                if room > new:
-                    cache, last_BD, _ = self._read(program, chunk, cache, [asked[row][1] for row in which], last_BD)
-            cache = caches.resized(self.model, cache, capacity, 1)
-            jax.block_until_ready(last_BD)
-            self._add(prefill_s=time.perf_counter() - started)
+            with self._timed("prefill_s"):
+                rows, first = self._padded(len(which)), 0 if prefix is None else shared
+                cache = self._new(rows, capacity, chunk) if prefix is None else caches.repeated(prefix, rows // self._padded(1))
+                unread = [prompts[row][first:] for row in which]
+                if compression is None:
+                    cache, last_BD, _ = self._read(program, chunk, cache, unread)
+                else:
+                    cache, last_BD = self._compress(program, chunk, cache, unread, compression, room)
+                    if room > new:
+                        cache, last_BD, _ = self._read(program, chunk, cache, [asked[row][1] for row in which], last_BD)
+                cache = jax.block_until_ready(self._run(caches.resized, (self.model, capacity, 1), cache))
             self.timing = self.timing._replace(cache_bytes=max(self.timing.cache_bytes, caches.num_bytes(cache)))
             yield which, cache, last_BD, program
 
     def _new(self, rows: int, capacity: int, chunk: int) -> Cache:
-        return caches.empty(self.model, rows, capacity, chunk, self.run.dtype, self.quantised)
+        return self._run(caches.empty, (self.model, rows, capacity, chunk, self.run.dtype, self.quantised))
 
-    def _add(self, **values) -> None:
-        self.timing = self.timing._replace(**{name: getattr(self.timing, name) + x for name, x in values.items()})
+    @contextlib.contextmanager
+    def _timed(self, *names: str):
+        """Adds the seconds that what it holds takes, compiling apart, to fields of `timing`."""
+        started, compiled = time.perf_counter(), self.timing.compile_s
+        yield
+        seconds = time.perf_counter() - started - (self.timing.compile_s - compiled)
+        self.timing = self.timing._replace(**{name: getattr(self.timing, name) + seconds for name in names})
+
+    def _run(self, function: Callable, statics: tuple, *args):
+        """What a jitted function gives; compiled apart, once for each size, so that the time of running is known."""
+        key = (function, statics, *map(jax.typeof, jax.tree.leaves(args)))
+        if key not in self._programs:
+            started = time.perf_counter()
+            self._programs[key] = function.lower(*statics, *args).compile()
+            self.timing = self.timing._replace(compile_s=self.timing.compile_s + time.perf_counter() - started)
+        return self._programs[key](*args)
 
     def _chunks(self, rows: list[np.ndarray], chunk: int, padded: int):
         """(tokens [B, T], counts [B]) of each chunk of rows that begin together."""
@@ -252,7 +260,7 @@ class Engine:
         if last_BD is None:
             last_BD = self._place(np.zeros((padded, self.model.d_model), self.run.dtype), P(BATCH, None))
         for tokens_BT, counts_B in self._chunks(rows, chunk, padded):
-            cache, last_BD, found = _read(program, queries, self.weights, tokens_BT, counts_B, cache, last_BD)
+            cache, last_BD, found = self._run(read, (program, queries), self.weights, tokens_BT, counts_B, cache, last_BD)
         return cache, last_BD, found
 
     def _decode(self, program, cache, last_BD, seeds, most: int, sampling, stop_tokens, asked) -> list[Generated]:
@@ -261,15 +269,16 @@ class Engine:
         seeds_B = self._place(np.resize(np.asarray(seeds, np.uint32), padded), P(BATCH))
         stops = jnp.asarray([*stop_tokens] or [-1], jnp.int32)
         tokens, logprobs = [[] for _ in seeds], [[] for _ in seeds]
-        number, started = 0, time.perf_counter()
+        number = 0
         while number < most and not done_B.all():
             steps = 1 if number == 0 else min(SLICE, most - number)
-            cache, last_BD, new = _decode(
-                program, sampling, self.weights, cache, last_BD, self._place(done_B, P(BATCH)), seeds_B, stops, number, steps
-            )
-            new_tokens_BT, new_logprobs_BT, counts_B, done_B = map(np.array, jax.device_get(new))
-            if number == 0 and not self.timing.first_token_s:
-                self._add(first_token_s=self.timing.prefill_s + time.perf_counter() - started)
+            scalars = np.int32(number), np.int32(steps)
+            args = (self.weights, cache, last_BD, self._place(done_B, P(BATCH)), seeds_B, stops, *scalars)
+            with self._timed("decode_s"):
+                cache, last_BD, new = self._run(decode, (program, sampling), *args)
+                new_tokens_BT, new_logprobs_BT, counts_B, done_B = map(np.array, jax.device_get(new))
+            if not self.timing.first_token_s:
+                self.timing = self.timing._replace(first_token_s=self.timing.prefill_s + self.timing.decode_s)
             for b in range(count):
                 mine = new_tokens_BT[b, : counts_B[b]].tolist()
                 tokens[b] += mine
@@ -277,7 +286,7 @@ class Engine:
                 if mine and asked[b] and asked[b](mine):
                     done_B[b] = True
             number += steps
-        self._add(decode_s=time.perf_counter() - started, new_tokens=sum(map(len, tokens)))
+        self.timing = self.timing._replace(new_tokens=self.timing.new_tokens + sum(map(len, tokens)))
         return [Generated(np.int32(a), np.float32(b)) for a, b in zip(tokens, logprobs, strict=True)]
 
     def _losses(self, rows: list[np.ndarray], inputs: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
@@ -292,10 +301,10 @@ class Engine:
         for i, (tokens_BT, counts_B) in enumerate(self._chunks(inputs, chunk, padded)):
             targets_BT, _ = next(targets)
             if (i + 1) * chunk <= wanted:
-                cache, last_BD, _ = _read(program, False, self.weights, tokens_BT, counts_B, cache, last_BD)
+                cache, last_BD, _ = self._run(read, (program, False), self.weights, tokens_BT, counts_B, cache, last_BD)
                 parts.append(np.zeros(tokens_BT.shape, np.float32))
             else:
-                cache, nll_BT = _score(program, self.weights, tokens_BT, targets_BT, counts_B, cache)
+                cache, nll_BT = self._run(score, (program,), self.weights, tokens_BT, targets_BT, counts_B, cache)
                 parts.append(-np.asarray(jax.device_get(nll_BT)))
         logprobs_BT = np.concatenate(parts, 1)
         return [logprobs_BT[b, start - 1 : len(row) - 1] for b, (row, start) in enumerate(zip(rows, starts, strict=True))]
@@ -309,52 +318,3 @@ def _common(prompts: list[np.ndarray]) -> int:
         differ = np.flatnonzero(first[:same] != other[:same])
         same = int(differ[0]) if len(differ) else same
     return same
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))
-def _read(program: Program, with_queries: bool, weights, tokens_BT, counts_B, cache: Cache, last_BD):
-    x_BTD, cache, queries = extend(program.model, weights, tokens_BT, counts_B, cache, program.run, program.span)
-    ends_BT = jax.reshard(jnp.arange(tokens_BT.shape[1]) == counts_B[:, None] - 1, TOKENS_BT)
-    # A sum over one: the token may be on another shard.
-    here_BD = jnp.einsum("BT,BTD->BD", ends_BT.astype(x_BTD.dtype), x_BTD, out_sharding=P(BATCH, None))
-    return cache, jnp.where(counts_B[:, None] > 0, here_BD, last_BD), queries if with_queries else ()
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _score(program: Program, weights, tokens_BT, targets_BT, counts_B, cache: Cache) -> tuple[Cache, jax.Array]:
-    x_BTD, cache, _ = extend(program.model, weights, tokens_BT, counts_B, cache, program.run, program.span)
-    table_VD = unembedding(program.model, weights)
-    return cache, token_losses(program.model, table_VD, x_BTD, targets_BT, program.run.loss_chunk)[0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
-def _decode(program: Program, sampling: Sampling, weights, cache: Cache, last_BD, done_B, seeds_B, stops, number, steps):
-    """Up to `steps` tokens of each row that is not done, of which the first is the row's `number`-th, from 0.
-
-    Returns the cache, the last activations, and (tokens [B, SLICE], log-probabilities, how many, which rows are done).
-    """
-    zeros_BT = jnp.zeros((done_B.shape[0], SLICE), jnp.int32, out_sharding=P(BATCH, None))
-
-    def go_on(carry):
-        i, *_, done_B = carry
-        return (i < steps) & ~jnp.all(done_B)
-
-    def step(carry):
-        i, cache, last_BD, tokens_BT, logprobs_BT, counts_B, done_B = carry
-        logits_BV = logits(program.model, weights, last_BD[:, None])[:, 0]
-        logits_BV = jax.reshard(logits_BV, P(BATCH, None))
-        numbers_B = jnp.full_like(counts_B, number) + i
-        new_B, logprob_B = sample(logits_BV, sampling, seeds_B, numbers_B)
-        tokens_BT = jax.lax.dynamic_update_index_in_dim(tokens_BT, new_B, i, 1)
-        logprobs_BT = jax.lax.dynamic_update_index_in_dim(logprobs_BT, logprob_B, i, 1)
-        counts_B += ~done_B
-        x_B1D, cache, _ = extend(
-            program.model, weights, new_B[:, None], (~done_B).astype(jnp.int32), cache, program.run, program.span
-        )
-        done_B |= (new_B[:, None] == stops).any(1)
-        return i + 1, cache, x_B1D[:, 0], tokens_BT, logprobs_BT, counts_B, done_B
-
-    counts_B = jnp.zeros_like(done_B, jnp.int32)
-    start = (jnp.int32(0), cache, last_BD, zeros_BT, zeros_BT.astype(jnp.float32), counts_B, done_B)
-    _, cache, last_BD, *new = jax.lax.while_loop(go_on, step, start)
-    return cache, last_BD, tuple(new)

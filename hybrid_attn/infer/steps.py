@@ -1,0 +1,79 @@
+"""The programs that an engine compiles: a chunk read, a chunk scored, some tokens decoded.
+
+Letters: B rows, T tokens of a chunk, D model, V vocabulary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.config import Model
+from hybrid_attn.infer.sampling import Sampling, sample
+from hybrid_attn.model import Run, logits, unembedding
+from hybrid_attn.model.extend import Cache, extend
+from hybrid_attn.model.loss import token_losses
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
+
+SLICE = 32  # most tokens of a row between two looks at what came
+
+
+class Program(NamedTuple):
+    """What programs are compiled for, besides shapes."""
+
+    model: Model
+    run: Run
+    span: int  # slots that a shard of `context` takes in its turn: its part of a chunk
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))
+def read(program: Program, with_queries: bool, weights, tokens_BT, counts_B, cache: Cache, last_BD):
+    """The cache after a chunk, each row's last activations [B, D] (`last_BD` where it has nothing to read), and its queries."""
+    x_BTD, cache, queries = extend(program.model, weights, tokens_BT, counts_B, cache, program.run, program.span)
+    ends_BT = jax.reshard(jnp.arange(tokens_BT.shape[1]) == counts_B[:, None] - 1, TOKENS_BT)
+    # A sum over one: the token may be on another shard.
+    here_BD = jnp.einsum("BT,BTD->BD", ends_BT.astype(x_BTD.dtype), x_BTD, out_sharding=P(BATCH, None))
+    return cache, jnp.where(counts_B[:, None] > 0, here_BD, last_BD), queries if with_queries else ()
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def score(program: Program, weights, tokens_BT, targets_BT, counts_B, cache: Cache) -> tuple[Cache, jax.Array]:
+    """The cache after a chunk, and the negative log-probability [B, T] of each token's target."""
+    x_BTD, cache, _ = extend(program.model, weights, tokens_BT, counts_B, cache, program.run, program.span)
+    table_VD = unembedding(program.model, weights)
+    return cache, token_losses(program.model, table_VD, x_BTD, targets_BT, program.run.loss_chunk)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+def decode(program: Program, sampling: Sampling, weights, cache: Cache, last_BD, done_B, seeds_B, stops, number, steps):
+    """Up to `steps` tokens of each row that is not done, of which the first is the row's `number`-th, from 0.
+
+    Returns the cache, the last activations, and (tokens [B, SLICE], log-probabilities, how many, which rows are done).
+    """
+    zeros_BT = jnp.zeros((done_B.shape[0], SLICE), jnp.int32, out_sharding=P(BATCH, None))
+
+    def go_on(carry):
+        i, *_, done_B = carry
+        return (i < steps) & ~jnp.all(done_B)
+
+    def step(carry):
+        i, cache, last_BD, tokens_BT, logprobs_BT, counts_B, done_B = carry
+        logits_BV = logits(program.model, weights, last_BD[:, None])[:, 0]
+        logits_BV = jax.reshard(logits_BV, P(BATCH, None))
+        numbers_B = jnp.full_like(counts_B, number) + i
+        new_B, logprob_B = sample(logits_BV, sampling, seeds_B, numbers_B)
+        tokens_BT = jax.lax.dynamic_update_index_in_dim(tokens_BT, new_B, i, 1)
+        logprobs_BT = jax.lax.dynamic_update_index_in_dim(logprobs_BT, logprob_B, i, 1)
+        counts_B += ~done_B
+        x_B1D, cache, _ = extend(
+            program.model, weights, new_B[:, None], (~done_B).astype(jnp.int32), cache, program.run, program.span
+        )
+        done_B |= (new_B[:, None] == stops).any(1)
+        return i + 1, cache, x_B1D[:, 0], tokens_BT, logprobs_BT, counts_B, done_B
+
+    counts_B = jnp.zeros_like(done_B, jnp.int32)
+    start = (jnp.int32(0), cache, last_BD, zeros_BT, zeros_BT.astype(jnp.float32), counts_B, done_B)
+    _, cache, last_BD, *new = jax.lax.while_loop(go_on, step, start)
+    return cache, last_BD, tuple(new)
