@@ -52,6 +52,8 @@ PLANS = {
     # MaxText needs 6.03 GB of arguments for this one: 8.03e9 parameters and two moments of Adam in float32 over 16 chips.
     "llama 8K": ("v5p:2x2x4", {"fsdp": 16}, 8192, 6.03, 12),
 }
+# A prompt of the 8B, read in chunks over a split sequence: target, mesh, its tokens, a chunk's, most GB of a chip at the peak.
+PROMPT = ("v5p:4x4x4", {"context": 16, "tensor": 4}, 1_048_576, 8192, 12)
 # What stands in the compiled text for each kernel: forward, then dq with dk and dv; cuDNN does those in one call.
 CALLS = {"splash": ("tpu_custom_call", 3), "tokamax": ("mosaic_gpu", 3), "cudnn": ("__cudnn$fmha", 2)}
 
@@ -118,6 +120,19 @@ def test_a_whole_step_compiles_without_queries_by_keys_or_tokens_by_words_and_fi
     assert report["peak"] <= report["memory"]
 
 
+def test_whole_steps_of_a_long_prompt_hold_no_queries_by_keys_and_fit():
+    target, axes, length, chunk, most = PROMPT
+    if reason := skip_reason(target):
+        pytest.skip(reason)
+    report = compiled("prompt")["prompt"]
+    print(report)
+    assert report["squares"] == []
+    assert report["peak"] <= most * GB
+    # A share of the weights and of what the layers keep: 8 of 32 see everything, the others 16,384 slots each.
+    kept = 2 * 8 * 128 * 2 * (8 * length // axes["context"] + 24 * 2 * chunk) // axes["tensor"]
+    assert report["kept"] == kept
+
+
 def test_the_reader_of_arrays_sees_queries_by_keys_in_any_order():
     text = "f32[8,1024,16384] bf16[16384,2,1024]{1,0} f32[1024,64] f32[16384,16384] bf16[8,64]"
     assert with_both(text, 1024, 16384) == ["bf16[16384,2,1024]", "f32[8,1024,16384]"]
@@ -178,6 +193,53 @@ def main_plan(case: str) -> None:
         **{name: getattr(found, name) for name in ("arguments", "temporaries", "peak", "largest")},
         "squares": [array for part in slices for array in with_both(found.text, part, length)],
         "logits": with_both(found.text, shard, c.model.vocab_size),
+    }
+    print(json.dumps(report))
+
+
+def main_prompt() -> None:
+    """Compiles the reading of one chunk of a long prompt by the 8B, and prints a line of JSON."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from configs import hybrid_8k
+    from hybrid_attn import config
+    from hybrid_attn.infer import cache, steps
+    from hybrid_attn.model import flops, run_on
+    from hybrid_attn.model.extend import unstacked
+    from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, make_mesh
+    from hybrid_attn.train import plan
+
+    name, axes, length, chunk, _ = PROMPT
+    c = hybrid_8k.get_config("8b")
+    c.mesh.update({"data": 1, "fsdp": 1} | axes)
+    c, target = config.build(c), plan.find_target(name)
+    mesh, run = make_mesh(c.mesh, target.devices), run_on("tpu", c.model, c.train)
+
+    def like(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def placed(tree):
+        return jax.tree.map(lambda x: like(x.shape, x.dtype, x.sharding.spec), tree)
+
+    with jax.set_mesh(mesh):
+        started = time.monotonic()
+        params = placed(flops.shapes(c.model))
+        weights = placed(jax.eval_shape(functools.partial(unstacked, c.model, dtype=run.dtype), params))
+        empty = placed(jax.eval_shape(lambda: cache.empty(c.model, 1, length, chunk, run.dtype, False)))
+        program = steps.Program(c.model, run, chunk // axes["context"])
+        last = like((1, c.model.d_model), run.dtype, P(BATCH, None))
+        tokens, counts = like((1, chunk), jnp.int32, TOKENS_BT), like((1,), jnp.int32, P(BATCH))
+        executable = steps.read.lower(program, False, weights, tokens, counts, empty, last).compile()
+    text, memory = executable.as_text(), executable.memory_analysis()
+    arrays = [x for layer in empty.layers for x in (layer.k_BKSH, layer.v_BKSH)]
+    report = {
+        **{"case": "prompt", "seconds": round(time.monotonic() - started, 1), "memory": target.memory},
+        **{"arguments": memory.argument_size_in_bytes, "peak": memory.peak_memory_in_bytes},
+        "kept": sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in arrays),
+        "squares": [x for keys in (length, length // axes["context"]) for x in with_both(text, chunk, keys)],
     }
     print(json.dumps(report))
 
@@ -277,4 +339,4 @@ def measure(executable, kernel: str) -> dict:
 
 
 if __name__ == "__main__":
-    main_plan(sys.argv[2]) if sys.argv[1] == "plan" else main(sys.argv[1])
+    {"plan": main_plan, "prompt": main_prompt}.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])

@@ -8,6 +8,7 @@ from conftest import RUN, mesh_of, random_params, tiny
 from jax.sharding import NamedSharding
 
 from hybrid_attn.infer import cache as caches
+from hybrid_attn.infer.compress import Compression
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.model import apply, logits
@@ -108,6 +109,53 @@ def test_scores_are_those_of_the_forward_pass(engine):
         np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+COMPRESSIONS = {
+    "snapkv": Compression("snapkv", cap=20, window=8),
+    "pyramid": Compression("pyramid", cap=20, window=8, beta=4),
+    "adakv": Compression("adakv", cap=20, window=8),
+    "streaming": Compression("streaming", cap=12, sinks=2),
+    "random": Compression("random", cap=20, window=8),
+}
+
+
+@pytest.mark.parametrize("method", COMPRESSIONS)
+def test_compression_changes_long_prompts_alone(engine, method):
+    question = [[7, 8]] * len(PROMPTS)
+    prompts = [*PROMPTS[:6], PROMPTS[6] * 3]
+    for questions in (None, question):
+        whole = engine.generate(prompts, NEW, questions=questions)
+        full_bytes = engine.timing.cache_bytes
+        answers = engine.generate(prompts, NEW, questions=questions, compression=COMPRESSIONS[method])
+        cap = COMPRESSIONS[method].cap
+        for prompt, a, b in zip(prompts, answers, whole, strict=True):
+            if len(prompt) <= cap:
+                assert a.tokens.tolist() == b.tokens.tolist()
+        assert np.abs(answers[6].logprobs - whole[6].logprobs).max() > 0
+        assert engine.timing.cache_bytes < 0.6 * full_bytes
+
+
+def test_a_compressed_prompt_is_attended_to_as_what_is_kept_of_it(engine):
+    """A last layer sees the first and last tokens of a prompt: as the forward pass does whose mask hides the others there."""
+    c = config_of(**{"model.pattern": "G", "model.num_layers": 1})
+    params, prompt = random_params(c.model), PROMPTS[6]
+    cut = Compression("streaming", cap=12, sinks=2)
+    (answer,) = Engine(params, c, chunk=16).generate([prompt], 1, questions=[[9]], compression=cut)
+    kept = [*prompt[:2], *prompt[-10:], 9]
+    scores = all_logits(c.model, params, kept)[-1]  # one layer without positions: what is hidden may as well not be there
+    assert answer.tokens.tolist() == [scores.argmax()]
+    np.testing.assert_allclose(
+        answer.logprobs, [np.log(np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()).max()], atol=1e-4
+    )
+
+
+def test_compression_over_a_split_sequence_is_refused():
+    c = config_of()
+    with jax.set_mesh(mesh_of(context=2)):
+        engine = Engine(random_params(c.model), c, chunk=16)
+        with pytest.raises(NotImplementedError, match="use a mesh with context=1"):
+            engine.generate(PROMPTS, NEW, compression=COMPRESSIONS["snapkv"])
+
+
 @pytest.mark.parametrize("sizes", [{"context": 4}, {"data": 2, "context": 2, "tensor": 2}, {"fsdp": 2}], ids=str)
 def test_a_mesh_answers_and_scores_as_one_device(sizes):
     c = config_of(**{"model.pattern": "LLG", "model.num_layers": 4})
@@ -141,7 +189,7 @@ def test_the_hybrid_s_cache_is_a_quarter_and_its_windows(length, share):
     kinds = dict(L={"window": 4096, "rope_theta": 1e4}, G={})
     hybrid = tiny({"model.pattern": "LLLG", "model.num_layers": 32}, **kinds).model
     full = tiny({"model.pattern": "G", "model.num_layers": 32}, **kinds).model
-    with jax.set_mesh(jax.sharding.AbstractMesh((1,) * 5, ("slice", "data", "fsdp", "context", "tensor"))):
+    with jax.set_mesh(mesh_of()):
         sizes = []
         for model in (hybrid, full):
             cache = jax.eval_shape(lambda model=model: caches.empty(model, 1, length, 1, jnp.dtype("bfloat16"), False))

@@ -143,7 +143,7 @@ def report(timing: Timing) -> str:
         return f"{tokens:,} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
 
     return (
-        f"first token  after {timing.first_token_s:.2f} s\n"
+        f"first token  after {timing.first_token_s:.2f} s, beside {timing.compile_s:.1f} s in which programs were compiled\n"
         f"prefill      {rate(timing.prompt_tokens, timing.prefill_s)}\n"
         f"decode       {rate(timing.new_tokens, timing.decode_s)}\n"
         f"cache        {timing.cache_bytes / 2**20:,.2f} MiB"

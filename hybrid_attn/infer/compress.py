@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.infer.cache import power_of_two
 from hybrid_attn.model.extend import Cache
-from hybrid_attn.parallel.cached import Layer
+from hybrid_attn.parallel.cached import Layer, specs
+from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH
 
 VOTING = ("snapkv", "pyramid", "adakv")
@@ -244,6 +245,7 @@ def compressed(model: Model, compression: Compression, weights: dict, cache: Cac
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _wanted(compression: Compression, scale: float, softcap, key, q_BWNH, layer: Layer, lengths_B, budget_B, sinks_N):
+    q_BWNH, layer = _whole(q_BWNH), jax.tree.map(_whole, layer)
     wanted_BKS = scores(
         compression, key, q_BWNH, layer.k_BKSH, lengths_B,
         scale=scale, softcap=softcap, sinks_N=sinks_N, k_scales_BKS=layer.k_step_BKS,
@@ -254,4 +256,10 @@ def _wanted(compression: Compression, scale: float, softcap, key, q_BWNH, layer:
 @functools.partial(jax.jit, static_argnums=0)
 def _kept(slots: int, layer: Layer, wanted_BKS, kept_BK, lengths_B) -> Layer:
     index_BKC = kept_slots(wanted_BKS, kept_BK, slots)
-    return Layer(*compacted(layer[:4], index_BKC), lengths_B[:, None] - kept_BK)
+    new = Layer(*compacted(jax.tree.map(_whole, layer[:4]), index_BKC), lengths_B[:, None] - kept_BK)
+    return jax.tree.map(jax.reshard, new, specs(new))
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """The same array, not said to be split over an axis that has one device here."""
+    return jax.reshard(x, P(*(None if axis == AXIS else axis for axis in jax.typeof(x).sharding.spec)))
