@@ -230,6 +230,7 @@ class Engine:
         """What a jitted function gives; compiled apart, once for each size, so that the time of running is known."""
         key = (function, statics, *map(jax.typeof, jax.tree.leaves(args)))
         if key not in self._programs:
+            jax.block_until_ready(args)  # what still runs is not compiling
             started = time.perf_counter()
             self._programs[key] = function.lower(*statics, *args).compile()
             self.timing = self.timing._replace(compile_s=self.timing.compile_s + time.perf_counter() - started)
