@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,14 @@ from conftest import RUN, assert_close, everything, mesh_of, random_params, tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hybrid_attn.convert.families import model_of
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.model import apply
 from hybrid_attn.model.extend import extend, unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 W = 5
+GOLDEN = Path(__file__).parent / "golden"
 # Every kind of layer and block that a family needs, two layers or three.
 MODELS = {
     "window and prefix": tiny().model,
@@ -70,9 +74,9 @@ def in_pieces(model, params, rows, pieces, capacity, quantised=False):
     return [np.concatenate(parts) for parts in found], cache
 
 
-def rows_of(*lengths):
+def rows_of(*lengths, words=384):
     rng = np.random.default_rng(1)
-    return [rng.integers(0, 384, n) for n in lengths]
+    return [rng.integers(0, words, n) for n in lengths]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -82,6 +86,19 @@ def test_rows_in_pieces_are_the_rows(name, pieces, one_device):
     params = random_params(model)
     rows = rows_of(sum(pieces), 3, W, W + 1, 17)
     found, _ = in_pieces(model, params, rows, pieces, capacity=64)
+    assert_close(found, whole(model, params, rows), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "family", ["afmoe", "cohere", "cohere2", "exaone4", "gemma3_text", "llama_llama3", "olmo3", "smollm3_window"]
+)
+def test_rows_of_every_family_in_pieces_are_the_rows(family, one_device):
+    """Shorter than a window, as long, one longer, 20 times that, in pieces that are longer than it and do not divide them."""
+    model = model_of(json.loads((GOLDEN / family / "config.json").read_text()))
+    window = min((kind.window for kind in model.kinds.values() if kind.window), default=6)
+    params, rows = random_params(model), rows_of(window - 1, window, window + 1, 20 * window, words=model.vocab_size)
+    pieces = [window + 3] * -(-20 * window // (window + 3)) + [1]
+    found, _ = in_pieces(model, params, rows, pieces, capacity=32 * (window + 3))
     assert_close(found, whole(model, params, rows), 1e-5)
 
 
