@@ -156,7 +156,7 @@ def test_compression_over_a_split_sequence_is_refused():
             engine.generate(PROMPTS, NEW, compression=COMPRESSIONS["snapkv"])
 
 
-@pytest.mark.parametrize("sizes", [{"context": 4}, {"data": 2, "context": 2, "tensor": 2}, {"fsdp": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
 def test_a_mesh_answers_and_scores_as_one_device(sizes):
     c = config_of(**{"model.pattern": "LLG", "model.num_layers": 4})
     found = []

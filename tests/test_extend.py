@@ -79,8 +79,7 @@ def rows_of(*lengths, words=384):
     return [rng.integers(0, words, n) for n in lengths]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("pieces", [[4] * 8 + [1] * 4, [16] * 2 + [4]], ids=["of 4, then one by one", "of 16"])
+@pytest.mark.parametrize("name, pieces", [*((name, [4] * 8 + [1] * 4) for name in MODELS), ("everything", [16] * 2 + [4])])
 def test_rows_in_pieces_are_the_rows(name, pieces, one_device):
     model = MODELS[name]
     params = random_params(model)
@@ -102,8 +101,10 @@ def test_rows_of_every_family_in_pieces_are_the_rows(family, one_device):
     assert_close(found, whole(model, params, rows), 1e-5)
 
 
-@pytest.mark.parametrize("sizes", [{"context": 4}, {"context": 2, "tensor": 2, "fsdp": 2}, {"data": 2, "context": 3}], ids=str)
-@pytest.mark.parametrize("name", ["everything", "chunks"])
+@pytest.mark.parametrize(
+    "name, sizes",
+    [("everything", {"context": 4}), ("everything", {"context": 2, "tensor": 2, "fsdp": 2}), ("chunks", {"data": 2, "context": 3})],
+)
 def test_a_mesh_reads_pieces_as_one_device_does(name, sizes):
     model = MODELS[name]
     pieces, rows = [12] * 3 + [1] * 3, rows_of(39, 20, W, 1)
