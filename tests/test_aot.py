@@ -144,7 +144,7 @@ def with_both(text: str, a: int, b: int) -> list[str]:
 
 def hidden(text: str, call: str) -> int:
     """Computations of a scheduled HLO text in which a `call` stands between the start of a permute and the first one's end."""
-    orders = []
+    orders = [""]  # of what stands before the first, too
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
             orders.append("")
