@@ -264,7 +264,7 @@ class Engine:
         number, started = 0, time.perf_counter()
         while number < most and not done_B.all():
             steps = 1 if number == 0 else min(SLICE, most - number)
-            cache, last_BD, new = _decode(
+            cache, last_BD, new = decode(
                 program, sampling, self.weights, cache, last_BD, self._place(done_B, P(BATCH)), seeds_B, stops, number, steps
             )
             new_tokens_BT, new_logprobs_BT, counts_B, done_B = map(np.array, jax.device_get(new))
@@ -328,7 +328,7 @@ def _score(program: Program, weights, tokens_BT, targets_BT, counts_B, cache: Ca
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
-def _decode(program: Program, sampling: Sampling, weights, cache: Cache, last_BD, done_B, seeds_B, stops, number, steps):
+def decode(program: Program, sampling: Sampling, weights, cache: Cache, last_BD, done_B, seeds_B, stops, number, steps):
     """Up to `steps` tokens of each row that is not done, of which the first is the row's `number`-th, from 0.
 
     Returns the cache, the last activations, and (tokens [B, SLICE], log-probabilities, how many, which rows are done).
