@@ -5,7 +5,7 @@
 
 cache: bytes of the caches of --cache_config, after a prompt and while one is read in chunks, beside those of full attention.
 transformers: the same model (ours, exported) and prompts, read and continued greedily here and by `generate` of `transformers`
-on PyTorch with its cache; on a CPU with the extra `oracle`.
+on PyTorch with its cache; on a CPU with the extra `oracle`. A length is that of a prompt and its answer.
 growth: seconds of a token of --config, and of the same with the whole prefix and the rotation of its windows in every layer,
 after prompts of growing length of which only the length is made: what was read does not change the time.
 long: --long_config reads a prompt of 131,072 tokens; the highest memory of its process.
@@ -49,8 +49,9 @@ LENGTHS = {
     "growth": ["2K", "8K", "32K", "128K"],
     "long": ["128K"],
 }
+MADE = 4096  # tokens whose cache is made, not only computed
 PART = flags.DEFINE_enum("part", "all", [*LENGTHS, "all"], "What to measure.")
-ROWS = flags.DEFINE_list("lengths", None, f"Tokens of a prompt; K is 1,024. By default {LENGTHS}.")
+ROWS = flags.DEFINE_list("lengths", None, f"Numbers of tokens; K is 1,024. By default {LENGTHS}.")
 NEW = flags.DEFINE_integer("new", 32, "Tokens of an answer.", lower_bound=2)
 CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that our engine reads at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Answers of each contender.", lower_bound=1)
@@ -131,12 +132,12 @@ def make_theirs(values: dict, length: int, new: int, directory: str) -> Ready:
 
 
 def make_growth(values: dict, length: int, chunk: int) -> Ready:
-    """Tokens after a prompt of which the cache has the length; seconds of one."""
+    """The last tokens of rows of `length`, of which the cache has the length; seconds of one."""
     c, new = config.build(values), engines.SLICE
     mesh = make_mesh(c.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, chunk=chunk)
-        capacity = chunk * caches.power_of_two(-(-(length + new) // chunk))
+        capacity = chunk * caches.power_of_two(-(-length // chunk))
         cache = caches.empty(c.model, 1, capacity, 1, engine.run.dtype, False)
         last_BD = jnp.zeros((1, c.model.d_model), engine.run.dtype, out_sharding=P(BATCH, None))
     program, stops = engines.Program(c.model, engine.run, chunk), np.full(1, -1, np.int32)
@@ -144,7 +145,7 @@ def make_growth(values: dict, length: int, chunk: int) -> Ready:
     def run() -> float:
         nonlocal cache, last_BD
         with jax.set_mesh(mesh):
-            cache = cache._replace(lengths_B=jnp.full_like(cache.lengths_B, length))
+            cache = cache._replace(lengths_B=jnp.full_like(cache.lengths_B, length - new))
             no_B, seeds_B = jnp.zeros_like(cache.lengths_B, bool), jnp.zeros_like(cache.lengths_B, jnp.uint32)
             start = time.perf_counter()
             cache, last_BD, out = engines.decode(
@@ -164,11 +165,11 @@ def beside_transformers(processes: Processes, c: Config, lengths: list[int]) -> 
         processes.call("jax", export, values, directory)
         for S in lengths:
             tasks = {
-                "ours": Task("jax", make_ours, (values, S, NEW.value, CHUNK.value)),
-                "transformers": Task("torch", make_theirs, (values, S, NEW.value, directory)),
+                "ours": Task("jax", make_ours, (values, S - NEW.value, NEW.value, CHUNK.value)),
+                "transformers": Task("torch", make_theirs, (values, S - NEW.value, NEW.value, directory)),
             }
             for name, got in processes.race(f"transformers {S:,}", tasks, REPEATS.value).items():
-                record = {"contender": name, "tokens": S, "missing": got.missing}
+                record = {"contender": name, "tokens": S, "prompt": S - NEW.value, "missing": got.missing}
                 if got.missing is None:
                     record |= {"prefill": min(x.prefill for x in got.results), "token": min(x.token for x in got.results)}
                     record |= {"calls": [x[:2] for x in got.results], "answer": got.results[0].tokens, "memory": got.memory}
@@ -197,7 +198,7 @@ def show_beside_transformers(records: list[dict]) -> None:
             continue
         same = sum(a == b for a, b in zip(r["answer"], mine["answer"], strict=True))
         rows.append(
-            [*row, f"{r['prefill']:.3g}", f"{r['tokens'] / r['prefill']:,.0f}", f"{r['prefill'] / mine['prefill']:.2f}"]
+            [*row, f"{r['prefill']:.3g}", f"{r['prompt'] / r['prefill']:,.0f}", f"{r['prefill'] / mine['prefill']:.2f}"]
             + [f"{1e3 * r['token']:.3g}", f"{1 / r['token']:,.1f}", f"{r['token'] / mine['token']:.2f}"]
             + [f"{same}/{len(mine['answer'])}", "—" if r["memory"] is None else f"{r['memory'] / GIB:.2f}"]
         )
@@ -253,11 +254,23 @@ def sizes(values: dict, lengths: list[int], chunk: int) -> list[dict]:
     return records
 
 
+def made(values: dict, length: int, new: int, chunk: int) -> dict:
+    """Bytes of the cache that an engine has made for a row of `length`, and the formula's for the same type of number."""
+    c = config.build(values)
+    spent = make_ours(values, length - new, new, chunk).run()
+    bytes_per_value = run_on(jax.default_backend(), c.model, c.train).dtype.itemsize
+    return {"tokens": length, "made": spent.cache_bytes, "formula": flops.cache_bytes(c.model, length, bytes_per_value)}
+
+
 def cache_sizes(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
-    return processes.call("jax", sizes, config.to_dict(c), lengths, CHUNK.value)
+    """Of each length, and last of one cache that a small engine makes."""
+    small = config.to_dict(config.build(LONG.value.to_dict()))
+    records = processes.call("jax", sizes, config.to_dict(c), lengths, CHUNK.value)
+    return [*records, processes.call("jax", made, small, MADE, NEW.value, CHUNK.value)]
 
 
 def show_cache_sizes(records: list[dict]) -> None:
+    *records, last = records
     header = ("tokens", "full GiB", "hybrid GiB", "share", "formula's share", "share while read in chunks")
     rows = [
         [f"{r['tokens']:,}", f"{r['full'] / GIB:.3f}", f"{r['bytes'] / GIB:.3f}", f"{r['bytes'] / r['full']:.3f}"]
@@ -265,6 +278,10 @@ def show_cache_sizes(records: list[dict]) -> None:
         for r in records
     ]
     print(measurement.table(header, rows))
+    print(
+        f"made by an engine of --long_config for {last['tokens']:,} tokens: {last['made']:,} bytes; "
+        f"the formula says {last['formula']:,}"
+    )
 
 
 def long_prompts(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
@@ -344,7 +361,7 @@ def main(_):
             print(f"{platform}, {measurement.threads()} threads, jax {version('jax')}")
             for part in parts:
                 c = configs[part]
-                dtype = str(run_on(platform, c.model, c.train).dtype)
+                dtype = "bfloat16" if part == "cache" else str(run_on(platform, c.model, c.train).dtype)
                 print(f"\n{part}: {flops.parameters(c.model):,} parameters, layers {c.model.layers}, {dtype}")
                 why = no_transformers(platform, dtype) if part == "transformers" else None
                 if why and PART.value == part:
