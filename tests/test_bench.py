@@ -52,9 +52,31 @@ def test_training_is_timed_beside_full_attention(tmp_path):
     assert [row[2] for row in rows(done.stdout, "ours") + rows(done.stdout, "full attention")] == ["32", "32"]
 
 
+def test_answers_are_timed_and_their_caches_counted(tmp_path):
+    sizes = {"pattern": "LG", "num_layers": 2, "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
+    changes = [f"--config.model.{key}={value}" for key, value in sizes.items()]
+    options = ["--repeats=2", "--new=4", "--chunk=16", "--lengths=64,128", f"--json={tmp_path / 'out.json'}"]
+    done = run("bench_infer", "--part=growth", *options, *changes)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "out.json").read_text())["records"]["growth"]
+    assert [(r["layers"], r["tokens"]) for r in records] == [("LG", 64), ("RR", 64), ("LG", 128), ("RR", 128)]
+    assert all(len(r["calls"]) == 2 and r["token"] == min(r["calls"]) > 0 for r in records)
+    assert "times as fast" in done.stdout
+
+    long = [change.replace("--config", "--long_config") for change in changes]
+    done = run("bench_infer", "--part=long", *options, *long)
+    assert done.returncode == 0, done.stderr
+    short, twice = json.loads((tmp_path / "out.json").read_text())["records"]["long"]
+    assert (short["cache"], twice["cache"]) == (2 * 8 * 4 * (128 + 8), 2 * 8 * 4 * (256 + 8))  # of one head of 8
+
+
 @pytest.mark.parametrize(
     ("tool", "flag", "said"),
-    [("bench_attention", "--lengths=2Q", "--lengths has '2Q'"), ("bench_train", "--config.model.d_ff=0", "model.d_ff=0")],
+    [
+        ("bench_infer", "--lengths=2Q", "--lengths has '2Q'"),
+        ("bench_attention", "--lengths=2Q", "--lengths has '2Q'"),
+        ("bench_train", "--config.model.d_ff=0", "model.d_ff=0"),
+    ],
 )
 def test_a_wrong_flag_is_an_error_of_one_line(tool, flag, said):
     done = run(tool, flag)

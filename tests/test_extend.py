@@ -103,7 +103,11 @@ def test_rows_of_every_family_in_pieces_are_the_rows(family, one_device):
 
 @pytest.mark.parametrize(
     "name, sizes",
-    [("everything", {"context": 4}), ("everything", {"context": 2, "tensor": 2, "fsdp": 2}), ("chunks", {"data": 2, "context": 3})],
+    [
+        ("everything", {"context": 4}),
+        ("everything", {"context": 2, "tensor": 2, "fsdp": 2}),
+        ("chunks", {"data": 2, "context": 3}),
+    ],
 )
 def test_a_mesh_reads_pieces_as_one_device_does(name, sizes):
     model = MODELS[name]
@@ -142,9 +146,9 @@ def test_a_ring_turned_smaller_and_larger_keeps_what_a_window_sees(one_device):
     model = MODELS["window and prefix"]
     _, cache = in_pieces(model, random_params(model), rows_of(29, 3), [16, 16], 64)
     assert cache.layers[0].k_BKSH.shape[2] == 32  # 16 + 5 - 1 tokens, in a power of two
-    small = caches.resized(model, 64, 1, cache)
+    small = caches.resized(model, cache, 64, 1)
     assert small.layers[0].k_BKSH.shape[2] == 8
-    large = caches.resized(model, 128, 60, small)
+    large = caches.resized(model, small, 128, 60)
     assert large.layers[0].k_BKSH.shape[2] == 64
     for row, length in enumerate((29, 3)):
         for position in range(max(0, length - 8), length):

@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
 from hybrid_attn import config
-from hybrid_attn.config import Config, Table
+from hybrid_attn.config import Config
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops, init, run_on
 from hybrid_attn.parallel import fit
@@ -142,15 +142,6 @@ def make_theirs(values: dict, directory: str, shrunk: list[str], remat: str) -> 
     return Ready(run, None)
 
 
-def full_attention(c: Config) -> Config:
-    """`c` with its first windowed kind in every layer, without the window."""
-    windowed = [kind for kind in map(c.model.kinds.get, c.model.layers) if kind.window is not None or kind.chunk is not None]
-    if not windowed:
-        raise ValueError(f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
-    kind = dataclasses.replace(windowed[0], window=None, chunk=None)
-    return dataclasses.replace(c, model=dataclasses.replace(c.model, pattern="R", kinds=Table({"R": kind})))
-
-
 def at_length(c: Config, S: int) -> Config:
     return dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], steps=REPEATS.value, seq_len=S),))
 
@@ -226,7 +217,7 @@ def beside_transformers(processes: Processes, c: Config, lengths: list[int], dty
 def beside_full_attention(processes: Processes, c: Config, lengths: list[int], dtype: str) -> list[dict]:
     records = []
     for S in lengths:
-        pair = {"ours": ours(at_length(c, S)), "full attention": ours(at_length(full_attention(c), S))}
+        pair = {"ours": ours(at_length(c, S)), "full attention": ours(at_length(measurement.full_attention(c), S))}
         records += compare(processes, f"layouts {S:,}", pair, dtype, records)
     return records
 

@@ -41,16 +41,14 @@ def empty(model: Model, rows: int, capacity: int, new: int, dtype: jnp.dtype, qu
     return Cache(tuple(layers), jnp.zeros((rows,), jnp.int32, out_sharding=P(BATCH)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def resized(model: Model, capacity: int, new: int, cache: Cache) -> Cache:
-    """The same with rings for `new` tokens at a time."""
+def resized(model: Model, cache: Cache, capacity: int, new: int) -> Cache:
+    """The same with rings for `new` tokens at a time; what has its size already is not copied."""
 
     def resize(layer: cached.Layer, sees: int | None) -> cached.Layer:
         if sees is None or (slots := ring_slots(sees, new, capacity)) == layer.k_BKSH.shape[2]:
             return layer
-        return layer._replace(
-            k_BKSH=_turned(layer.k_BKSH, cache.lengths_B, slots), v_BKSH=_turned(layer.v_BKSH, cache.lengths_B, slots)
-        )
+        k_BKSH, v_BKSH = _turned((layer.k_BKSH, layer.v_BKSH), cache.lengths_B, slots)
+        return layer._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH)
 
     layers = (
         resize(layer, cached.reach(model.kinds[letter])) for letter, layer in zip(model.layers, cache.layers, strict=True)
@@ -58,16 +56,19 @@ def resized(model: Model, capacity: int, new: int, cache: Cache) -> Cache:
     return cache._replace(layers=tuple(layers))
 
 
-def _turned(x_BKRH: jax.Array, lengths_B: jax.Array, slots: int) -> jax.Array:
-    """A ring of `slots`, with the newest tokens of the old one."""
+@functools.partial(jax.jit, static_argnums=2)
+def _turned(both_BKRH: tuple[jax.Array, jax.Array], lengths_B: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Rings of `slots`, with the newest tokens of the old ones."""
 
-    def shard(x_BKRH, lengths_B):
+    def shard(both_BKRH, lengths_B):
         newest_B1 = lengths_B[:, None] - 1
         position_BR = newest_B1 - (newest_B1 - jnp.arange(slots)) % slots
-        return jnp.take_along_axis(x_BKRH, (position_BR % x_BKRH.shape[2])[:, None, :, None], axis=2)
+        return tuple(
+            jnp.take_along_axis(x_BKRH, (position_BR % x_BKRH.shape[2])[:, None, :, None], axis=2) for x_BKRH in both_BKRH
+        )
 
-    spec = P(*jax.typeof(x_BKRH).sharding.spec)
-    return jax.shard_map(shard, in_specs=(spec, P(BATCH)), out_specs=spec)(x_BKRH, lengths_B)
+    specs = tuple(P(*jax.typeof(x).sharding.spec) for x in both_BKRH)
+    return jax.shard_map(shard, in_specs=(specs, P(BATCH)), out_specs=specs)(both_BKRH, lengths_B)
 
 
 @functools.partial(jax.jit, static_argnums=1)

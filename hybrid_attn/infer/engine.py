@@ -211,7 +211,7 @@ class Engine:
                     cache, last_BD = self._compress(program, chunk, cache, unread, compression, room)
                     if room > new:
                         cache, last_BD, _ = self._read(program, chunk, cache, [asked[row][1] for row in which], last_BD)
-                cache = jax.block_until_ready(self._run(caches.resized, (self.model, capacity, 1), cache))
+                cache = jax.block_until_ready(caches.resized(self.model, cache, capacity, 1))
             self.timing = self.timing._replace(cache_bytes=max(self.timing.cache_bytes, caches.num_bytes(cache)))
             yield which, cache, last_BD, program
 

@@ -119,21 +119,23 @@ def _written(static: Static, layer: Layer, k_BTKH, v_BTKH, lengths_B, counts_B) 
         new["k_BKSH"], new["k_step_BKS"] = quantised(new["k_BKSH"])
         new["v_BKSH"], new["v_step_BKS"] = quantised(new["v_BKSH"])
     first_BK = lengths_B[:, None] - (0 if static.bounded else layer.dropped_BK)
-    (B, K), groups = layer.k_BKSH.shape[:2], first_BK.shape[1]
+    groups = first_BK.shape[1]  # of heads whose slots begin together
+    last = jnp.max(jnp.where(counts_B > 0, jnp.arange(1, len(counts_B) + 1), 0))
 
-    def put(x_BKS, new_BKT):
-        def grouped(x):
-            return x.reshape(B, groups, K // groups, *x.shape[2:])
+    # A loop, with bounds that are not known: other writes XLA merges with what reads them, and then copies the whole cache.
+    def put(i, kept):
+        b, g = i // groups, i % groups
+        return {name: _put(static, x, new[name], b, g, first_BK[b, g], counts_B[b], groups) for name, x in kept.items()}
 
-        rows = jax.vmap(jax.vmap(lambda *of_row: _put(static, *of_row), (0, 0, 0, None)))
-        return rows(grouped(x_BKS), grouped(new_BKT.astype(x_BKS.dtype)), first_BK, counts_B).reshape(x_BKS.shape)
-
-    return layer._replace(**{name: put(getattr(layer, name), x) for name, x in new.items()})
+    return layer._replace(**jax.lax.fori_loop(0, last * groups, put, {name: getattr(layer, name) for name in new}))
 
 
-def _put(static: Static, x_KS: jax.Array, new_KT: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
-    """One row's slots with `count` new tokens from slot number `first` on; only the part that they may lie in is touched."""
-    S, T = x_KS.shape[1], new_KT.shape[1]
+def _put(static: Static, x_BKS, new_BKT, b, g, first, count, groups: int) -> jax.Array:
+    """Slots with `count` new tokens of the g-th heads of row b from slot number `first` on.
+
+    Only the part that they may lie in is touched.
+    """
+    (K, S), T = x_BKS.shape[1:3], new_BKT.shape[2]
     round_ = static.span * jax.lax.axis_size(AXIS)
     if static.bounded:
         at, size = (first % S, 1) if T == 1 else (0, S)
@@ -144,10 +146,13 @@ def _put(static: Static, x_KS: jax.Array, new_KT: jax.Array, first: jax.Array, c
     local_s = at + jnp.arange(size)
     which_s = (local_s - first) % S if static.bounded else _slot_numbers(static, local_s) - first
     here_s = (which_s >= 0) & (which_s < count)
-    new_Ks = jnp.take(new_KT, jnp.clip(which_s, 0, T - 1), axis=1)
-    old_Ks = jax.lax.dynamic_slice_in_dim(x_KS, at, size, axis=1)
-    here = here_s.reshape(1, -1, *(1 for _ in range(x_KS.ndim - 2)))
-    return jax.lax.dynamic_update_slice_in_dim(x_KS, jnp.where(here, new_Ks, old_Ks), at, axis=1)
+    heads, rest = K // groups, x_BKS.shape[3:]
+    where = (b, g * heads, at, *(0 for _ in rest))
+    own_1KT = jax.lax.dynamic_slice(new_BKT, (b, g * heads, 0, *where[3:]), (1, heads, T, *rest)).astype(x_BKS.dtype)
+    new_1Ks = jnp.take(own_1KT, jnp.clip(which_s, 0, T - 1), axis=2)
+    old_1Ks = jax.lax.dynamic_slice(x_BKS, where, (1, heads, size, *rest))
+    here = here_s.reshape(1, 1, -1, *(1 for _ in rest))
+    return jax.lax.dynamic_update_slice(x_BKS, jnp.where(here, new_1Ks, old_1Ks), where)
 
 
 def quantised(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ one least disturbed. In a process of its own no library's memory is counted as a
 """
 
 import ctypes
+import dataclasses
 import gc
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from hybrid_attn.config import Config, Table
 from hybrid_attn.train.metrics import peak_flops
 
 OUT_OF_MEMORY = ("allocate memory", "RESOURCE_EXHAUSTED", "Out of memory")  # what PyTorch and XLA say
@@ -37,7 +39,7 @@ class Task(NamedTuple):
 class Ready(NamedTuple):
     """`run` does the work once, to its end; `memory` is what it takes in bytes, or None to watch the process."""
 
-    run: Callable[[], float | None]
+    run: Callable[[], Any]
     memory: int | None
 
 
@@ -48,7 +50,7 @@ class Measured(NamedTuple):
     """
 
     seconds: list[float]
-    results: list[float | None]
+    results: list[Any]
     memory: int | None
     missing: str | None
 
@@ -99,6 +101,15 @@ def make_matmul(dtype: str) -> Ready:
     return Ready(lambda: peak_flops(jax.devices()[0], dtype)[0], 0)
 
 
+def full_attention(c: Config) -> Config:
+    """`c` with its first windowed kind in every layer, without the window."""
+    windowed = [kind for kind in map(c.model.kinds.get, c.model.layers) if kind.window is not None or kind.chunk is not None]
+    if not windowed:
+        raise ValueError(f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
+    kind = dataclasses.replace(windowed[0], window=None, chunk=None)
+    return dataclasses.replace(c, model=dataclasses.replace(c.model, pattern="R", kinds=Table({"R": kind})))
+
+
 def threads() -> int:
     """Processors that this process may use, which are the threads that XLA starts on a CPU."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -107,6 +118,11 @@ def threads() -> int:
 def can_watch() -> bool:
     """Whether the peak memory of a process can be seen and set back here."""
     return platform.libc_ver()[0] == "glibc" and Path("/proc/self/clear_refs").exists()
+
+
+def highest_memory() -> int | None:
+    """Bytes that were resident at most in this process since a contender was first called; None where that is not watched."""
+    return _status("VmHWM") if can_watch() else None
 
 
 def lengths(texts: Sequence[str]) -> list[int]:
@@ -152,7 +168,7 @@ def _first(name: str, task: Task, limit: int) -> Measured:
         return Measured([], [], None, f"needs more than {limit / GIB:.3g} GiB")
 
 
-def _again(name: str) -> tuple[float, float | None]:
+def _again(name: str) -> tuple[float, Any]:
     start = time.perf_counter()
     result = _ready[name].run()
     return time.perf_counter() - start, result

@@ -1,0 +1,383 @@
+"""Answers timed beside `transformers` and beside full attention, and what their caches take: python tools/bench_infer.py
+
+    python tools/bench_infer.py --part=transformers --lengths=2K,8K,32K --json=transformers.json
+    python tools/bench_infer.py --part=growth --config.model.num_layers=4
+
+cache: bytes of the caches of --cache_config, after a prompt and while one is read in chunks, beside those of full attention.
+transformers: the same model (ours, exported) and prompts, read and continued greedily here and by `generate` of `transformers`
+on PyTorch with its cache; on a CPU with the extra `oracle`. A length is that of a prompt and its answer.
+growth: seconds of a token of --config, and of the same with the whole prefix and the rotation of its windows in every layer,
+after prompts of growing length of which only the length is made: what was read does not change the time.
+long: --long_config reads a prompt of 131,072 tokens; the highest memory of its process.
+
+Contenders answer in turn, and the best of --repeats counts. A dash is explained under the table.
+"""
+
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.sharding import PartitionSpec as P
+from ml_collections import config_flags
+
+from hybrid_attn import config
+from hybrid_attn.config import Config
+from hybrid_attn.convert import hf
+from hybrid_attn.infer import cache as caches
+from hybrid_attn.infer import engine as engines
+from hybrid_attn.infer.engine import Engine
+from hybrid_attn.infer.sampling import GREEDY
+from hybrid_attn.model import flops, init, run_on
+from hybrid_attn.parallel.mesh import BATCH, make_mesh
+from hybrid_attn.train import measurement
+from hybrid_attn.train.measurement import GIB, Processes, Ready, Task
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+LENGTHS = {
+    "cache": ["8K", "32K", "128K", "256K", "1024K"],
+    "transformers": ["2K", "8K", "32K"],
+    "growth": ["2K", "8K", "32K", "128K"],
+    "long": ["128K"],
+}
+MADE = 4096  # tokens whose cache is made, not only computed
+PART = flags.DEFINE_enum("part", "all", [*LENGTHS, "all"], "What to measure.")
+ROWS = flags.DEFINE_list("lengths", None, f"Numbers of tokens; K is 1,024. By default {LENGTHS}.")
+NEW = flags.DEFINE_integer("new", 32, "Tokens of an answer.", lower_bound=2)
+CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that our engine reads at a time.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 3, "Answers of each contender.", lower_bound=1)
+MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
+JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")
+CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "bench.py"), "The model beside others.")
+CACHE = config_flags.DEFINE_config_file("cache_config", str(CONFIGS / "hybrid_8k.py") + ":8b", "The model of part=cache.")
+LONG = config_flags.DEFINE_config_file("long_config", str(CONFIGS / "hybrid_8k.py"), "The model of part=long.")
+
+
+class Spent(NamedTuple):
+    """Seconds until a prompt was read, seconds of each token after that, the tokens, and the bytes of the cache if known."""
+
+    prefill: float
+    token: float
+    tokens: list[int]
+    cache_bytes: int | None
+
+
+def prompt_of(c: Config, length: int) -> list[int]:
+    return np.random.default_rng(0).integers(0, c.model.vocab_size, length).tolist()
+
+
+def make_ours(values: dict, length: int, new: int, chunk: int) -> Ready:
+    """Answers of the engine to one prompt, whose programs are compiled."""
+    c = config.build(values)
+    mesh, prompt = make_mesh(c.mesh, jax.devices()[:1]), prompt_of(c, length)
+    with jax.set_mesh(mesh):
+        engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, chunk=chunk)
+        first = prompt[:chunk]
+        engine.generate([first], length - len(first) + new, on_tokens=lambda *_: True)  # in a cache of the same size
+
+    def run() -> Spent:
+        start = time.perf_counter()
+        with jax.set_mesh(mesh):
+            (answer,) = engine.generate([prompt], new)
+        seconds, timing = time.perf_counter() - start, engine.timing
+        return Spent(seconds - timing.decode_s, timing.decode_s / new, answer.tokens.tolist(), timing.cache_bytes)
+
+    return Ready(run, None)
+
+
+def export(values: dict, directory: str) -> None:
+    """Writes the parameters that `make_ours` draws for other libraries."""
+    c = config.build(values)
+    with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
+        params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
+    shapes = {path: x.shape for path, x in hf.flat(params).items()}
+    hf.write(directory, c.model, hf.describe(c.model, directory, 32_768), shapes, hf.by_period(params), "float32")
+
+
+def make_theirs(values: dict, length: int, new: int, directory: str) -> Ready:
+    """Answers of the exported model by `generate` of `transformers`."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(measurement.threads())
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32).eval()
+    given = torch.tensor([prompt_of(config.build(values), length)])
+
+    def answer(given) -> Spent:
+        times = [time.perf_counter()]
+
+        def came(*_, **__):
+            times.append(time.perf_counter())
+            return torch.zeros(1, dtype=torch.bool)
+
+        whole = model.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False, eos_token_id=None,
+            stopping_criteria=[came],
+        )  # fmt: skip
+        tokens = whole[0, given.shape[1] :].tolist()
+        return Spent(times[1] - times[0], (times[-1] - times[1]) / (len(tokens) - 1), tokens, None)
+
+    answer(given[:, :16])  # starts the threads
+    return Ready(lambda: answer(given), None)
+
+
+def make_growth(values: dict, length: int, chunk: int) -> Ready:
+    """The last tokens of rows of `length`, of which the cache has the length; seconds of one."""
+    c, new = config.build(values), engines.SLICE
+    mesh = make_mesh(c.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, chunk=chunk)
+        capacity = chunk * caches.power_of_two(-(-length // chunk))
+        cache = caches.empty(c.model, 1, capacity, 1, engine.run.dtype, False)
+        last_BD = jnp.zeros((1, c.model.d_model), engine.run.dtype, out_sharding=P(BATCH, None))
+    program, stops = engines.Program(c.model, engine.run, chunk), np.full(1, -1, np.int32)
+
+    def run() -> float:
+        nonlocal cache, last_BD
+        with jax.set_mesh(mesh):
+            cache = cache._replace(lengths_B=jnp.full_like(cache.lengths_B, length - new))
+            no_B, seeds_B = jnp.zeros_like(cache.lengths_B, bool), jnp.zeros_like(cache.lengths_B, jnp.uint32)
+            start = time.perf_counter()
+            cache, last_BD, out = engines.decode(
+                program, GREEDY, engine.weights, cache, last_BD, no_B, seeds_B, stops, 0, new
+            )  # fmt: skip
+            jax.block_until_ready(out)
+            return (time.perf_counter() - start) / new
+
+    run()  # compiles
+    return Ready(run, None)
+
+
+def beside_transformers(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
+    """A record for each contender and length."""
+    values, records = config.to_dict(c), []
+    with tempfile.TemporaryDirectory() as directory:
+        processes.call("jax", export, values, directory)
+        for S in lengths:
+            tasks = {
+                "ours": Task("jax", make_ours, (values, S - NEW.value, NEW.value, CHUNK.value)),
+                "transformers": Task("torch", make_theirs, (values, S - NEW.value, NEW.value, directory)),
+            }
+            for name, got in processes.race(f"transformers {S:,}", tasks, REPEATS.value).items():
+                record = {"contender": name, "tokens": S, "prompt": S - NEW.value, "missing": got.missing}
+                if got.missing is None:
+                    record |= {"prefill": min(x.prefill for x in got.results), "token": min(x.token for x in got.results)}
+                    record |= {"calls": [x[:2] for x in got.results], "answer": got.results[0].tokens, "memory": got.memory}
+                records.append(record)
+    return records
+
+
+def show_beside_transformers(records: list[dict]) -> None:
+    header = (
+        "contender",
+        "tokens",
+        "prefill s",
+        "tokens/s",
+        "time / ours",
+        "ms a token",
+        "tokens/s",
+        "time / ours",
+        "same",
+        "GiB",
+    )
+    ours, rows = {r["tokens"]: r for r in records if r["contender"] == "ours"}, []
+    for r in records:
+        mine, row = ours[r["tokens"]], [r["contender"], f"{r['tokens']:,}"]
+        if r["missing"] or mine["missing"]:
+            rows.append([*row, *["—"] * 8])
+            continue
+        same = sum(a == b for a, b in zip(r["answer"], mine["answer"], strict=True))
+        rows.append(
+            [*row, f"{r['prefill']:.3g}", f"{r['prompt'] / r['prefill']:,.0f}", f"{r['prefill'] / mine['prefill']:.2f}"]
+            + [f"{1e3 * r['token']:.3g}", f"{1 / r['token']:,.1f}", f"{r['token'] / mine['token']:.2f}"]
+            + [f"{same}/{len(mine['answer'])}", "—" if r["memory"] is None else f"{r['memory'] / GIB:.2f}"]
+        )
+    print(measurement.table(header, rows))
+    for r in records:
+        if r["missing"]:
+            print(f"— {r['contender']}, {r['tokens']:,} tokens: {r['missing']}")
+
+
+def beside_full_attention(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
+    records = []
+    for S in lengths:
+        pair = {"hybrid": c, "full attention": measurement.full_attention(c)}
+        tasks = {name: Task("jax", make_growth, (config.to_dict(x), S, CHUNK.value)) for name, x in pair.items()}
+        for name, got in processes.race(f"growth {S:,}", tasks, REPEATS.value).items():
+            record = {"contender": name, "layers": pair[name].model.layers, "tokens": S, "missing": got.missing}
+            records.append(record | ({} if got.missing else {"token": min(got.results), "calls": got.results}))
+    return records
+
+
+def show_growth(records: list[dict]) -> None:
+    """Slopes are of the straight line through all lengths."""
+    slopes, rows = {}, []
+    for r in records:
+        rows.append([r["contender"], r["layers"], f"{r['tokens']:,}", "—" if r["missing"] else f"{1e3 * r['token']:.3g}"])
+    print(measurement.table(("contender", "layers", "tokens", "ms a token"), rows))
+    for r in records:
+        if r["missing"]:
+            print(f"— {r['contender']}, {r['tokens']:,} tokens: {r['missing']}")
+    for name in ("hybrid", "full attention"):
+        points = [(r["tokens"], r["token"]) for r in records if r["contender"] == name and not r["missing"]]
+        if len(points) > 1:
+            slopes[name] = np.polyfit(*zip(*points, strict=True), 1)[0]
+            print(f"{name}: {1e9 * slopes[name]:.3g} ms more for a million tokens more")
+    if len(slopes) == 2:
+        print(f"the hybrid's token grows {slopes['hybrid'] / slopes['full attention']:.2f} times as fast")
+
+
+def cache_bytes(c: Config, length: int, new: int) -> int:
+    """Bytes of the cache of one row of `length` tokens, `new` read at a time, in bfloat16; nothing of it is made."""
+    cache = jax.eval_shape(lambda: caches.empty(c.model, 1, length, new, jnp.dtype("bfloat16"), False))
+    return sum(x.size * x.dtype.itemsize for layer in cache.layers for x in (layer.k_BKSH, layer.v_BKSH))
+
+
+def sizes(values: dict, lengths: list[int], chunk: int) -> list[dict]:
+    """Bytes after a prompt and while it is read in chunks, of the model and of full attention, and the formula's."""
+    c, records = config.build(values), []
+    full = measurement.full_attention(c)
+    with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
+        for S in lengths:
+            records.append({"tokens": S, "bytes": cache_bytes(c, S, 1), "reading": cache_bytes(c, S, chunk)})
+            records[-1] |= {"full": cache_bytes(full, S, 1), "formula": flops.cache_bytes(c.model, S)}
+    return records
+
+
+def made(values: dict, length: int, new: int, chunk: int) -> dict:
+    """Bytes of the cache that an engine has made for a row of `length`, and the formula's for the same type of number."""
+    c = config.build(values)
+    spent = make_ours(values, length - new, new, chunk).run()
+    bytes_per_value = run_on(jax.default_backend(), c.model, c.train).dtype.itemsize
+    return {"tokens": length, "made": spent.cache_bytes, "formula": flops.cache_bytes(c.model, length, bytes_per_value)}
+
+
+def cache_sizes(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
+    """Of each length, and last of one cache that a small engine makes."""
+    small = config.to_dict(config.build(LONG.value.to_dict()))
+    records = processes.call("jax", sizes, config.to_dict(c), lengths, CHUNK.value)
+    return [*records, processes.call("jax", made, small, MADE, NEW.value, CHUNK.value)]
+
+
+def show_cache_sizes(records: list[dict]) -> None:
+    *records, last = records
+    header = ("tokens", "full GiB", "hybrid GiB", "share", "formula's share", "share while read in chunks")
+    rows = [
+        [f"{r['tokens']:,}", f"{r['full'] / GIB:.3f}", f"{r['bytes'] / GIB:.3f}", f"{r['bytes'] / r['full']:.3f}"]
+        + [f"{r['formula'] / r['full']:.3f}", f"{r['reading'] / r['full']:.3f}"]
+        for r in records
+    ]
+    print(measurement.table(header, rows))
+    print(
+        f"made by an engine of --long_config for {last['tokens']:,} tokens: {last['made']:,} bytes; "
+        f"the formula says {last['formula']:,}"
+    )
+
+
+def long_prompts(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
+    """One prompt after the other, in a process of their own."""
+    records = []
+    for S in lengths:
+        task = Task("long", make_ours, (config.to_dict(c), S, NEW.value, CHUNK.value))
+        got = processes.race(f"long {S:,}", {"ours": task}, REPEATS.value)["ours"]
+        record = {"tokens": S, "missing": got.missing}
+        if got.missing is None:
+            best = min(got.results, key=lambda x: x.prefill)
+            record |= {"prefill": best.prefill, "token": best.token, "cache": best.cache_bytes, "memory": got.memory}
+            record |= {"peak": processes.call("long", measurement.highest_memory), "formula": flops.cache_bytes(c.model, S, 4)}
+        records.append(record)
+    return records
+
+
+def show_long_prompts(records: list[dict]) -> None:
+    header = (
+        "tokens",
+        "prefill s",
+        "tokens/s",
+        "ms a token",
+        "cache MiB",
+        "formula's",
+        "GiB beyond weights",
+        "GiB of the process",
+    )
+    rows = []
+    for r in records:
+        if r["missing"]:
+            rows.append([f"{r['tokens']:,}", *["—"] * 7])
+            continue
+        rows.append(
+            [f"{r['tokens']:,}", f"{r['prefill']:.3g}", f"{r['tokens'] / r['prefill']:,.0f}", f"{1e3 * r['token']:.3g}"]
+        )
+        rows[-1] += [f"{r['cache'] / 2**20:.1f}", f"{r['formula'] / 2**20:.1f}"]
+        rows[-1] += ["—" if x is None else f"{x / GIB:.2f}" for x in (r["memory"], r["peak"])]
+    print(measurement.table(header, rows))
+    for r in records:
+        if r["missing"]:
+            print(f"— {r['tokens']:,} tokens: {r['missing']}")
+
+
+def no_transformers(platform: str, dtype: str) -> str | None:
+    """Why the other library cannot be compared with here."""
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        return f"{' and '.join(missing)} not installed; install the extra `oracle`"
+    return None if platform == "cpu" and dtype == "float32" else f"compared in float32 on a CPU, not in {dtype} on {platform}"
+
+
+class Part(NamedTuple):
+    """Its model's flag, what measures, and what prints."""
+
+    config: flags.FlagHolder
+    measure: Callable[[Processes, Config, list[int]], list[dict]]
+    show: Callable[[list[dict]], None]
+
+
+PARTS = {
+    "cache": Part(CACHE, cache_sizes, show_cache_sizes),
+    "transformers": Part(CONFIG, beside_transformers, show_beside_transformers),
+    "growth": Part(CONFIG, beside_full_attention, show_growth),
+    "long": Part(LONG, long_prompts, show_long_prompts),
+}
+
+
+def main(_):
+    try:
+        parts = [part for part in PARTS if PART.value in (part, "all")]
+        lengths = {part: measurement.lengths(ROWS.value or LENGTHS[part]) for part in parts}
+        configs = {part: config.build(PARTS[part].config.value.to_dict()) for part in parts}
+        records = {}
+        with Processes(round(MEMORY_GIB.value * GIB)) as processes:
+            platform = processes.call("jax", jax.default_backend)
+            print(f"{platform}, {measurement.threads()} threads, jax {version('jax')}")
+            for part in parts:
+                c = configs[part]
+                dtype = "bfloat16" if part == "cache" else str(run_on(platform, c.model, c.train).dtype)
+                print(f"\n{part}: {flops.parameters(c.model):,} parameters, layers {c.model.layers}, {dtype}")
+                why = no_transformers(platform, dtype) if part == "transformers" else None
+                if why and PART.value == part:
+                    raise ValueError(f"--part={part}: {why}")
+                if why:
+                    print(f"— {why}")
+                    continue
+                if part == "transformers":
+                    print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")))
+                records[part] = PARTS[part].measure(processes, c, lengths[part])
+                PARTS[part].show(records[part])
+        if JSON.value:
+            Path(JSON.value).write_text(json.dumps({"platform": platform, "records": records}, indent=1) + "\n")
+    except (ValueError, OSError, NotImplementedError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)
