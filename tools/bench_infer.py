@@ -34,7 +34,7 @@ from hybrid_attn import config
 from hybrid_attn.config import Config
 from hybrid_attn.convert import hf
 from hybrid_attn.infer import cache as caches
-from hybrid_attn.infer import engine as engines
+from hybrid_attn.infer import steps
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.sampling import GREEDY
 from hybrid_attn.model import flops, init, run_on
@@ -140,7 +140,7 @@ def make_growth(values: dict, length: int, chunk: int) -> Ready:
         capacity = chunk * caches.power_of_two(-(-length // chunk))
         cache = caches.empty(c.model, 1, capacity, 1, engine.run.dtype, False)
         last_BD = jnp.zeros((1, c.model.d_model), engine.run.dtype, out_sharding=P(BATCH, None))
-    program, stops = engines.Program(c.model, engine.run, chunk), np.full(1, -1, np.int32)
+    program, stops = steps.Program(c.model, engine.run, chunk), np.full(1, -1, np.int32)
 
     def run() -> float:
         nonlocal cache, last_BD
@@ -148,7 +148,7 @@ def make_growth(values: dict, length: int, chunk: int) -> Ready:
             cache = cache._replace(lengths_B=jnp.full_like(cache.lengths_B, length - new))
             no_B, seeds_B = jnp.zeros_like(cache.lengths_B, bool), jnp.zeros_like(cache.lengths_B, jnp.uint32)
             start = time.perf_counter()
-            cache, last_BD, out = engines.decode(
+            cache, last_BD, out = steps.decode(
                 program, GREEDY, engine.weights, cache, last_BD, no_B, seeds_B, stops, 0, new
             )  # fmt: skip
             jax.block_until_ready(out)
