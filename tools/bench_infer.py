@@ -133,7 +133,7 @@ def make_theirs(values: dict, length: int, new: int, directory: str) -> Ready:
 
 def make_growth(values: dict, length: int, chunk: int) -> Ready:
     """The last tokens of rows of `length`, of which the cache has the length; seconds of one."""
-    c, new = config.build(values), engines.SLICE
+    c, new = config.build(values), steps.SLICE
     mesh = make_mesh(c.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, chunk=chunk)
