@@ -17,6 +17,7 @@ from hybrid_attn.convert.families import model_of
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.model import apply
 from hybrid_attn.model.extend import extend, unstacked
+from hybrid_attn.parallel import cached
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 W = 5
@@ -140,6 +141,15 @@ def test_int8_slots_are_within_half_a_step(one_device):
     steps = np.asarray(slots.k_step_BKS)[..., None]
     near = np.abs(np.asarray(slots.k_BKSH) * steps - np.asarray(cache.layers[1].k_BKSH)) <= 0.5001 * steps
     assert near[0, :, :40].all() and near[1, :, :9].all()
+
+
+@pytest.mark.parametrize("size", [24, 40])
+def test_int8_slots_are_all_seen_where_no_number_of_parts_holds_them(size, one_device, monkeypatch):
+    model, rows, pieces = MODELS["window and prefix"], rows_of(61, 30), [16, 16, 16, 12, 1]
+    wanted, _ = in_pieces(model, random_params(model), rows, pieces, 64, quantised=True)
+    monkeypatch.setattr(cached, "QUANTISED_SLOTS", size)
+    found, _ = in_pieces(model, random_params(model), rows, pieces, 64, quantised=True)
+    assert_close(found, wanted, 1e-5)
 
 
 def test_a_ring_turned_smaller_and_larger_keeps_what_a_window_sees(one_device):

@@ -194,8 +194,9 @@ def _in_slots(static: Static, split: bool, q_BTNH, layer: Layer, lengths_B, coun
     at_BKT = (lengths_B[:, None] - layer.dropped_BK)[..., None] + jnp.arange(T)
     end_BK1 = (lengths_B + counts_B)[:, None, None] - layer.dropped_BK[..., None]
 
-    def part(first, size: int):
-        """The slots [first, first + size) of this shard."""
+    def part(wanted, size: int):
+        """The slots [wanted, wanted + size) of this shard, without those past its end."""
+        first = jnp.minimum(wanted, S - size)
         k_BKSH, v_BKSH, *steps = (
             None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in layer[:4]
         )
@@ -204,8 +205,9 @@ def _in_slots(static: Static, split: bool, q_BTNH, layer: Layer, lengths_B, coun
                 (x.astype(jnp.float32) * step[..., None]).astype(q_BTNH.dtype)
                 for x, step in zip((k_BKSH, v_BKSH), steps, strict=True)
             )
-        slot_S = _slot_numbers(static, first + jnp.arange(size))
-        k_seg_BKS = (slot_S < end_BK1).astype(jnp.int32)
+        local_S = first + jnp.arange(size)
+        slot_S = _slot_numbers(static, local_S)
+        k_seg_BKS = ((slot_S < end_BK1) & (local_S >= wanted)).astype(jnp.int32)
         slots_BKS = jnp.broadcast_to(slot_S, k_seg_BKS.shape)
         return _attend(static, q_BTNH, k_BKSH, v_BKSH, at_BKT, slots_BKS, seg_BT, k_seg_BKS)
 
@@ -232,7 +234,7 @@ def _merged_over(part: Callable, S: int, end: jax.Array, shape: tuple[int, ...])
         return merged(found, part(j * size, size))
 
     nothing = jnp.zeros(shape, jnp.float32), jnp.full(shape[:3], -jnp.inf)
-    return jax.lax.fori_loop(0, jnp.minimum(-(-end // size), S // size), merge, nothing)
+    return jax.lax.fori_loop(0, jnp.minimum(-(-end // size), -(-S // size)), merge, nothing)
 
 
 def _merged_with_all(o_BTNH, lse_BTN, split: bool) -> tuple[jax.Array, jax.Array]:
