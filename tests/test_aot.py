@@ -53,7 +53,7 @@ PLANS = {
     "llama 8K": ("v5p:2x2x4", {"fsdp": 16}, 8192, 6.03, 12),
 }
 # A prompt of the 8B, read in chunks over a split sequence: target, mesh, its tokens, a chunk's, most GB of a chip at the peak.
-PROMPT = ("v5p:4x4x4", {"context": 16, "tensor": 4}, 1_048_576, 8192, 12)
+PROMPT = ("v5p:4x4x4", {"context": 16, "tensor": 4}, 1_048_576, 8192, 8)
 # What stands in the compiled text for each kernel: forward, then dq with dk and dv; cuDNN does those in one call.
 CALLS = {"splash": ("tpu_custom_call", 3), "tokamax": ("mosaic_gpu", 3), "cudnn": ("__cudnn$fmha", 2)}
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RUN, mesh_of, random_params, tiny
+from conftest import REFERENCE, mesh_of, random_params, tiny
 from jax.sharding import NamedSharding
 
 from hybrid_attn.infer import cache as caches
@@ -18,7 +18,7 @@ NEW = 6
 
 
 def config_of(**changes):
-    return tiny({"train.kernel": "blocked", "train.dtype": "float32"} | changes)
+    return tiny({"train.kernel": "reference", "train.dtype": "float32"} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def all_logits(model, params, row):
     seg = (np.arange(size) < len(row))[None].astype(np.int32)
     place = NamedSharding(jax.sharding.get_mesh(), TOKENS_BT)
     args = (jax.device_put(x, place) for x in (tokens, np.arange(size, dtype=np.int32)[None], seg))
-    whole = jax.jit(lambda params, *args: logits(model, params, apply(model, params, *args, RUN)))
+    whole = jax.jit(lambda params, *args: logits(model, params, apply(model, params, *args, REFERENCE)))
     return np.asarray(whole(params, *args))[0, : len(row)]
 
 
@@ -148,6 +148,38 @@ def test_a_compressed_prompt_is_attended_to_as_what_is_kept_of_it(engine):
     )
 
 
+@pytest.mark.parametrize("heads", [(4, 1), (4, 4)], ids=str)
+def test_one_prompt_is_compressed_whatever_its_heads(heads):
+    c = config_of(**{"model.num_heads": heads[0], "model.num_kv_heads": heads[1]})
+    with jax.set_mesh(mesh_of()):
+        engine = Engine(random_params(c.model), c, chunk=16)
+        (whole,) = engine.generate(PROMPTS[5:6], NEW)
+        for cap in (9, 20):
+            (answer,) = engine.generate(PROMPTS[5:6], NEW, compression=Compression("snapkv", cap=cap, window=4))
+            assert (answer.tokens.tolist() == whole.tokens.tolist()) or cap == 9
+        assert engine.timing.compile_s > 0
+        engine.generate(PROMPTS[5:6], NEW, compression=Compression("snapkv", cap=20, window=4))
+        assert engine.timing.compile_s == 0
+
+
+def test_nothing_is_asked_and_nothing_answered(engine):
+    assert engine.generate([], NEW) == [] and engine.score([], []) == []
+    empty, two = engine.score([[5], [6]], [[], [7, 8]])
+    assert empty.shape == (0,) and two.shape == (2,)
+    assert engine.score([[5]], [[]])[0].shape == (0,)
+
+
+def test_short_prompts_are_read_in_a_small_cache_beside_long_ones():
+    c = config_of()
+    with jax.set_mesh(mesh_of()):
+        engine = Engine(random_params(c.model), c, chunk=32, rows=1)
+        short, small = engine.generate([PROMPTS[0]], NEW)[0], engine.timing.cache_bytes
+        sizes = []
+        engine._decode = lambda *args, decode=engine._decode: sizes.append(args[1].layers[1].k_BKSH.shape[2]) or decode(*args)
+        assert engine.generate([PROMPTS[6], PROMPTS[0]], NEW)[1].tokens.tolist() == short.tokens.tolist()
+    assert sizes == [64, 16] and small < engine.timing.cache_bytes
+
+
 def test_compression_over_a_split_sequence_is_refused():
     c = config_of()
     with jax.set_mesh(mesh_of(context=2)):
@@ -159,11 +191,12 @@ def test_compression_over_a_split_sequence_is_refused():
 @pytest.mark.parametrize("sizes", [{"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
 def test_a_mesh_answers_and_scores_as_one_device(sizes):
     c = config_of(**{"model.pattern": "LLG", "model.num_layers": 4})
+    alike = [[*PROMPTS[6], i] for i in range(3)]  # their beginning is read once
     found = []
     for mesh in (mesh_of(), mesh_of(**sizes)):
         with jax.set_mesh(mesh):
             engine = Engine(random_params(c.model), c, chunk=16)
-            answers = engine.generate(PROMPTS, NEW)
+            answers = engine.generate(PROMPTS, NEW) + engine.generate(alike, NEW)
             found.append(([x.tokens.tolist() for x in answers], np.concatenate(engine.score(PROMPTS, PROMPTS[::-1]))))
     assert found[0][0] == found[1][0]
     np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
@@ -208,6 +241,7 @@ def test_the_hybrid_s_cache_is_a_quarter_and_its_windows(length, share):
             "60 tokens and 5 new tokens do not fit the capacity of 64; shorten it, or make the engine with capacity=128",
         ),
         (([[1]], 0), "max_new_tokens=0 must be at least 1"),
+        (([[1.5]], 4), "prompt 0 is not of token ids"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(engine, arguments, words):
@@ -215,6 +249,20 @@ def test_what_cannot_be_answered_is_refused(engine, arguments, words):
     limited = Engine(random_params(c.model), c, chunk=16, capacity=64)
     with pytest.raises(ValueError, match=words):
         limited.generate(*arguments)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"seeds": [1, 2]}, "2 seeds were given for 1 prompts"),
+        ({"seeds": [-1]}, "seed -1 is not one of 0 to 4294967295"),
+        ({"stop_tokens": [384]}, "stop token 384 is not in the vocabulary of 384"),
+        ({"questions": [[1], [2]]}, "2 questions were given for 1 prompts"),
+    ],
+)
+def test_options_that_do_not_fit_the_prompts_are_refused(engine, options, words):
+    with pytest.raises(ValueError, match=words):
+        engine.generate([[1]], 2, **options)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RUN, assert_close, everything, mesh_of, random_params, tiny
+from conftest import REFERENCE, RUN, assert_close, everything, mesh_of, random_params, tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,18 +38,18 @@ def place(x, spec):
     return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
 
 
-def whole(model, params, rows):
+def whole(model, params, rows, run=REFERENCE):
     """Activations of each row, by the forward pass."""
     size = -(-max(map(len, rows)) // 8) * 8
     tokens_BT = np.stack([np.pad(row, (0, size - len(row))) for row in rows]).astype(np.int32)
     pos_BT = np.tile(np.arange(size, dtype=np.int32), (len(rows), 1))
     seg_BT = np.stack([np.arange(size) < len(row) for row in rows]).astype(np.int32)
     placed = (place(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT))
-    x_BTD = np.asarray(jax.jit(functools.partial(apply, model, run=RUN))(params, *placed))
+    x_BTD = np.asarray(jax.jit(functools.partial(apply, model, run=run))(params, *placed))
     return [x_BTD[b, : len(row)] for b, row in enumerate(rows)]
 
 
-def in_pieces(model, params, rows, pieces, capacity, quantised=False):
+def in_pieces(model, params, rows, pieces, capacity, quantised=False, run=REFERENCE):
     """The same through the cache, `pieces` tokens at a time one piece after the other."""
     context = jax.sharding.get_mesh().shape["context"]
     weights = jax.jit(functools.partial(unstacked, model, dtype=jnp.float32))(params)
@@ -59,7 +59,7 @@ def in_pieces(model, params, rows, pieces, capacity, quantised=False):
 
     @jax.jit
     def more(tokens, counts, cache):
-        return extend(model, weights, tokens, counts, cache, RUN, span)[:2]
+        return extend(model, weights, tokens, counts, cache, run, span)[:2]
 
     for size in pieces:
         tokens, counts = np.zeros((len(rows), size), np.int32), np.zeros(len(rows), np.int32)
@@ -80,8 +80,12 @@ def rows_of(*lengths, words=384):
     return [rng.integers(0, words, n) for n in lengths]
 
 
-@pytest.mark.parametrize("name, pieces", [*((name, [4] * 8 + [1] * 4) for name in MODELS), ("everything", [16] * 2 + [4])])
-def test_rows_in_pieces_are_the_rows(name, pieces, one_device):
+@pytest.mark.parametrize(
+    "name, pieces, run",
+    [*((name, [4] * 8 + [1] * 4, REFERENCE) for name in MODELS), ("everything", [16] * 2 + [4], RUN)],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_rows_in_pieces_are_the_rows(name, pieces, run, one_device):
     model = MODELS[name]
     params = random_params(model)
     rows = rows_of(sum(pieces), 3, W, W + 1, 17)

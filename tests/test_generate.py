@@ -103,7 +103,7 @@ def test_an_answer_is_streamed_to_its_stop_and_its_speed_is_told(run):
     ]
     engine = Engine.last
     assert engine.prompts == [[256, *"one, é".encode()]] and engine.most == 20
-    assert (engine.config, engine.options, engine.mesh.size) == (tiny(), {"chunk": 2048, "cache": "auto"}, 1)
+    assert (engine.config, engine.options, engine.mesh.size) == (tiny(), {"chunk": 2048, "cache": "auto", "capacity": None}, 1)
     asked = {name: x for name, x in engine.asked.items() if name != "on_tokens"}
     assert asked == {"sampling": GREEDY, "seeds": [0], "stop_tokens": [257], "compression": None, "questions": None}
 
@@ -111,11 +111,12 @@ def test_an_answer_is_streamed_to_its_stop_and_its_speed_is_told(run):
 def test_every_flag_reaches_the_engine(run):
     status, *_ = run(
         "--prompt=x", "--question=y?", "--temperature=0.7", "--top_k=5", "--top_p=0.9", "--min_p=0.01", "--seed=4294967295",
-        "--chunk=64", "--cache=int8", "--compress=adakv:cap=96,window=16,floor=0.5,pooling=max", "--nobos", "--step=2",
+        "--chunk=64", "--cache=int8", "--capacity=512",
+        "--compress=adakv:cap=96,window=16,floor=0.5,pooling=max", "--nobos", "--step=2",
         "--mesh=tensor=2,fsdp=2",
     )  # fmt: skip
     engine = Engine.last
-    assert status == 0 and engine.options == {"chunk": 64, "cache": "int8"}
+    assert status == 0 and engine.options == {"chunk": 64, "cache": "int8", "capacity": 512}
     assert {name: size for name, size in engine.mesh.shape.items() if size > 1} == {"tensor": 2, "fsdp": 2}
     assert len(engine.params["embed"].sharding.device_set) == 4
     assert (engine.prompts, engine.asked["questions"], engine.asked["seeds"]) == ([[*b"x"]], [[*b"y?"]], [2**32 - 1])

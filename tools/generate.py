@@ -41,6 +41,7 @@ MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens of at least this sha
 SEED = flags.DEFINE_integer("seed", 0, "Of the first prompt; each further one has the next.", 0, 2**32 - 1)
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends an answer and is no part of it; may be given again.")
 CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that are read at a time.", 1)
+CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a prompt and its answer; longer ones are refused.", 1)
 CACHE = flags.DEFINE_enum("cache", "auto", ("auto", "int8"), "How layers that see the whole prefix keep keys and values.")
 COMPRESS = flags.DEFINE_string("compress", None, "What they keep of a prompt: snapkv:cap=1024,window=64 and the like.")
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
@@ -158,7 +159,7 @@ def generate() -> None:
         open(OUT.value, "a").close()  # better now than after hours
     with jax.set_mesh(mesh(MESH.value)), shown() as show:
         c, params, words = loading.load(CHECKPOINT.value, STEP.value)
-        engine = Engine(params, c, chunk=CHUNK.value, cache=CACHE.value)
+        engine = Engine(params, c, chunk=CHUNK.value, cache=CACHE.value, capacity=CAPACITY.value)
         replies = answers(
             engine, words, [x["prompt"] for x in found], MAX_NEW_TOKENS.value, sampling=sampling,
             seeds=[(SEED.value + row) % 2**32 for row in range(len(found))], stops=STOP.value,
@@ -179,6 +180,10 @@ def main(argv):
         generate()
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         fail(reason(error), 2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(f"the memory of a device does not hold these prompts and {MAX_NEW_TOKENS.value:,} new tokens: {reason(error)}", 2)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up

@@ -5,6 +5,8 @@ are powers of two, so that few programs are compiled.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,13 @@ from hybrid_attn.config import Model
 from hybrid_attn.model.extend import Cache
 from hybrid_attn.parallel import cached
 from hybrid_attn.parallel.mesh import BATCH
+
+# How a jitted function is run, with its static arguments apart; whoever measures hands on another way.
+Run = Callable[..., Any]
+
+
+def call(function: Callable, statics: tuple, *args: Any) -> Any:
+    return function(*statics, *args)
 
 
 def power_of_two(number: int) -> int:
@@ -41,13 +50,13 @@ def empty(model: Model, rows: int, capacity: int, new: int, dtype: jnp.dtype, qu
     return Cache(tuple(layers), jnp.zeros((rows,), jnp.int32, out_sharding=P(BATCH)))
 
 
-def resized(model: Model, cache: Cache, capacity: int, new: int) -> Cache:
-    """The same with rings for `new` tokens at a time; what has its size already is not copied."""
+def resized(model: Model, cache: Cache, capacity: int, new: int, run: Run = call) -> Cache:
+    """The same with rings for `new` tokens at a time; what has its size already is not copied. `run` runs what is compiled."""
 
     def resize(layer: cached.Layer, sees: int | None) -> cached.Layer:
         if sees is None or (slots := ring_slots(sees, new, capacity)) == layer.k_BKSH.shape[2]:
             return layer
-        k_BKSH, v_BKSH = _turned((layer.k_BKSH, layer.v_BKSH), cache.lengths_B, slots)
+        k_BKSH, v_BKSH = run(_turned, (slots,), (layer.k_BKSH, layer.v_BKSH), cache.lengths_B)
         return layer._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH)
 
     layers = (
@@ -56,8 +65,8 @@ def resized(model: Model, cache: Cache, capacity: int, new: int) -> Cache:
     return cache._replace(layers=tuple(layers))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _turned(both_BKRH: tuple[jax.Array, jax.Array], lengths_B: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def _turned(slots: int, both_BKRH: tuple[jax.Array, jax.Array], lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rings of `slots`, with the newest tokens of the old ones."""
 
     def shard(both_BKRH, lengths_B):
@@ -71,8 +80,8 @@ def _turned(both_BKRH: tuple[jax.Array, jax.Array], lengths_B: jax.Array, slots:
     return jax.shard_map(shard, in_specs=(specs, P(BATCH)), out_specs=specs)(both_BKRH, lengths_B)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def repeated(cache: Cache, times: int) -> Cache:
+@functools.partial(jax.jit, static_argnums=0)
+def repeated(times: int, cache: Cache) -> Cache:
     """Every row `times` times, one after the other."""
 
     def repeat(x):

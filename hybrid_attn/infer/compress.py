@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
-from hybrid_attn.infer.cache import power_of_two
+from hybrid_attn.infer.cache import Run, call, power_of_two
 from hybrid_attn.model.extend import Cache
 from hybrid_attn.parallel.cached import Layer, specs
 from hybrid_attn.parallel.context import AXIS
@@ -122,11 +122,11 @@ def votes(compression: Compression, q_BWNH, k_BKSH, lengths_B, *, scale, softcap
     SnapKV's equations 1 to 3: shares of the whole prompt, summed over the window and pooled over neighbouring slots for each
     query head; then the mean over the query heads of a key/value head. Slots before the first and in the window count as 0.
     """
-    (B, W, N, H), (K, S) = q_BWNH.shape, k_BKSH.shape[1:3]
+    (B, W, N), (K, S) = q_BWNH.shape[:3], k_BKSH.shape[1:3]
     assert W == compression.window, f"{W} queries for a window of {compression.window}"
     size = min(KEYS, S)
     blocks = (jnp.max(lengths_B) + size - 1) // size
-    q_BKGWH = jnp.einsum("BWKGH->BKGWH", q_BWNH.reshape(B, W, K, N // K, H))
+    q_BKGWH = jnp.einsum("BWKGH->BKGWH", _in_groups(q_BWNH, K))
     pos_BW = lengths_B[:, None] - W + jnp.arange(W)
 
     def block(i):
@@ -169,6 +169,13 @@ def _log_sum_exp(block, blocks, size: int, zero_BKGW) -> jax.Array:
     lowest = jnp.finfo(jnp.float32).min  # finite, so that a query before the row's start gives exp(-inf) = 0 and not NaN
     top_BKGW, total_BKGW = jax.lax.fori_loop(0, blocks, add, (zero_BKGW + lowest, zero_BKGW))
     return top_BKGW + jnp.log(jnp.where(total_BKGW > 0, total_BKGW, 1.0))
+
+
+def _in_groups(q_BWNH, K: int) -> jax.Array:
+    """[B, W, K, G, H], split over devices as before: of a dimension of 1 a plain reshape forgets it."""
+    (B, W, N, H), spec = q_BWNH.shape, jax.typeof(q_BWNH).sharding.spec
+    split = P(*spec[:3], None, *spec[3:]) if any(spec) else None
+    return jnp.reshape(q_BWNH, (B, W, K, N // K, H), out_sharding=split)
 
 
 def pooled(compression: Compression, votes_BKGS) -> jax.Array:
@@ -222,7 +229,9 @@ def compacted(cache, index_BKC):
     return jax.tree.map(take, cache)
 
 
-def compressed(model: Model, compression: Compression, weights: dict, cache: Cache, queries, seed: int, room: int) -> Cache:
+def compressed(
+    model: Model, compression: Compression, weights: dict, cache: Cache, queries, seed: int, room: int, run: Run = call
+) -> Cache:
     """The cache with what is kept of every layer that has no ring, and with slots for `room` more tokens of each row.
 
     `queries` are those that `extend` gave of each row's last `window` tokens; of a row with fewer everything is kept.
@@ -234,12 +243,12 @@ def compressed(model: Model, compression: Compression, weights: dict, cache: Cac
         kind, layer = model.kinds[model.layers[i]], layers[i]
         budget_B = jax.device_put(budget_B, layer.k_BKSH.sharding.update(spec=P(BATCH)))
         scale = model.head_dim**-0.5 if kind.scale is None else kind.scale
-        wanted_BKS, kept_BK = _wanted(
-            compression, scale, kind.softcap, jax.random.key(seed + i), queries[i], layer, cache.lengths_B, budget_B,
-            weights["layers"][i]["attention"].get("sink"),
+        wanted_BKS, kept_BK = run(
+            _wanted, (compression, scale, kind.softcap), jax.random.key(seed + i), queries[i], layer, cache.lengths_B,
+            budget_B, weights["layers"][i]["attention"].get("sink"),
         )  # fmt: skip
         slots = power_of_two(int(jax.device_get(kept_BK).max()) + room)
-        layers[i] = _kept(slots, layer, wanted_BKS, kept_BK, cache.lengths_B)
+        layers[i] = run(_kept, (slots,), layer, wanted_BKS, kept_BK, cache.lengths_B)
     return cache._replace(layers=tuple(layers))
 
 

@@ -59,7 +59,7 @@ class Engine:
 
     `chunk` tokens of each prompt are read at a time; `cache` is "auto" (the dtype of the run) or "int8" for the layers that
     see the whole prefix; `capacity` is the most tokens of a row, prompt and answer together (None: what memory allows);
-    `rows` is the most rows of a batch.
+    `rows` is the most rows of a batch (None: 8, or as many as its shards need).
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Engine:
         chunk: int = 2048,
         cache: str = "auto",
         capacity: int | None = None,
-        rows: int = 8,
+        rows: int | None = None,
     ):
         self.mesh = jax.sharding.get_mesh()
         context, shards = self.mesh.shape["context"], math.prod(self.mesh.shape[axis] for axis in BATCH)
@@ -78,6 +78,7 @@ class Engine:
             raise ValueError(f"cache={cache!r} is not one of 'auto', 'int8'")
         if chunk < 1 or chunk % context:
             raise ValueError(f"chunk={chunk} does not split over {context} context shards; use a multiple of {context}")
+        rows = -(-8 // shards) * shards if rows is None else rows
         if rows < 1 or rows % shards:
             raise ValueError(f"rows={rows} does not split over {shards} shards of the batch; use a multiple of {shards}")
         self.model, self.chunk, self.capacity, self.rows, self.quantised = config.model, chunk, capacity, rows, cache == "int8"
@@ -110,11 +111,17 @@ class Engine:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         if compression is not None and self.mesh.shape["context"] > 1:
             raise NotImplementedError("compression needs every slot on one device; use a mesh with context=1")
+        if not prompts:
+            return []
         asked = self._asked(prompts, questions, max_new_tokens, compression)
         prompts = [prompt for prompt, _ in asked]
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
+        if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+            raise ValueError(f"seed {wrong[0]} is not one of 0 to {2**32 - 1}")
+        if wrong := [token for token in stop_tokens if not 0 <= token < self.model.vocab_size]:
+            raise ValueError(f"stop token {wrong[0]} is not in the vocabulary of {self.model.vocab_size}")
         self.timing = Timing(sum(len(prompt) + len(question) for prompt, question in asked), 0, 0.0, 0.0, 0.0, 0.0, 0)
         answers: dict[int, Generated] = {}
         for which, cache, last_BD, program in self._read_in_batches(asked, max_new_tokens, compression):
@@ -151,8 +158,10 @@ class Engine:
         return [(row[: len(prompt)], row[len(prompt) :]) for row, prompt in zip(both, self._checked(prompts, 0), strict=True)]
 
     def _checked(self, prompts: Sequence[Sequence[int]], new: int) -> list[np.ndarray]:
-        rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
+        rows = [np.asarray(prompt).reshape(-1) for prompt in prompts]
         for i, row in enumerate(rows):
+            if len(row) and not np.issubdtype(row.dtype, np.integer):
+                raise ValueError(f"prompt {i} is not of token ids, which are integers: {row[:3].tolist()}...")
             if not len(row):
                 raise ValueError(f"prompt {i} is empty; give it at least one token, such as the one that begins a document")
             if row.min() < 0 or row.max() >= self.model.vocab_size:
@@ -185,25 +194,36 @@ class Engine:
     def _padded(self, count: int) -> int:
         """Rows of the batch that `count` rows are read in."""
         shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
-        return shards * caches.power_of_two(-(-count // shards))
+        return min(shards * caches.power_of_two(-(-count // shards)), self.rows)
 
     def _place(self, x, spec: P) -> jax.Array:
         return jax.device_put(x, NamedSharding(self.mesh, spec))
 
     def _read_in_batches(self, asked: list[tuple[np.ndarray, np.ndarray]], new: int, compression: Compression | None):
         """(row numbers, cache, last activations, program) of each batch, whose prompts and questions are read."""
-        prompts, longest = [prompt for prompt, _ in asked], max(len(prompt) for prompt, _ in asked)
-        window, room = compression.window if compression else 0, new + max(len(question) for _, question in asked)
-        program, chunk, capacity = self._sizes(longest + room, longest, max(window, 1))
-        shared = _common(prompts) - window
-        prefix = None
+        prompts, window = [prompt for prompt, _ in asked], compression.window if compression else 0
+        room = new + max(len(question) for _, question in asked)
+
+        def sizes(longest: int):
+            return self._sizes(longest + room, longest, max(window, 1))
+
+        program, chunk, capacity = sizes(max(map(len, prompts)))
+        shared, prefix = _common(prompts) - window, None
         if len(prompts) > 1 and shared >= chunk:
             with self._timed("prefill_s"):
-                prefix, *_ = self._read(program, chunk, self._new(self._padded(1), capacity, chunk), [prompts[0][:shared]])
+                prefix, *_ = self._read(
+                    program, chunk, self._new(self._padded(1), capacity, chunk), [prompts[0][:shared]] * self._padded(1)
+                )
         for which in self._batches(prompts):
+            if prefix is None:
+                program, chunk, capacity = sizes(len(prompts[which[0]]))
             with self._timed("prefill_s"):
                 rows, first = self._padded(len(which)), 0 if prefix is None else shared
-                cache = self._new(rows, capacity, chunk) if prefix is None else caches.repeated(prefix, rows // self._padded(1))
+                cache = (
+                    self._new(rows, capacity, chunk)
+                    if prefix is None
+                    else self._run(caches.repeated, (rows // self._padded(1),), prefix)
+                )
                 unread = [prompts[row][first:] for row in which]
                 if compression is None:
                     cache, last_BD, _ = self._read(program, chunk, cache, unread)
@@ -211,7 +231,7 @@ class Engine:
                     cache, last_BD = self._compress(program, chunk, cache, unread, compression, room)
                     if room > new:
                         cache, last_BD, _ = self._read(program, chunk, cache, [asked[row][1] for row in which], last_BD)
-                cache = jax.block_until_ready(caches.resized(self.model, cache, capacity, 1))
+                cache = jax.block_until_ready(caches.resized(self.model, cache, capacity, 1, self._run))
             self.timing = self.timing._replace(cache_bytes=max(self.timing.cache_bytes, caches.num_bytes(cache)))
             yield which, cache, last_BD, program
 
@@ -250,7 +270,7 @@ class Engine:
         window = compression.window
         cache, last_BD, _ = self._read(program, chunk, cache, [row[:-window] for row in rows])
         cache, last_BD, queries = self._read(program, window, cache, [row[-window:] for row in rows], last_BD, queries=True)
-        return compressed(self.model, compression, self.weights, cache, queries, SEED, room), last_BD
+        return compressed(self.model, compression, self.weights, cache, queries, SEED, room, self._run), last_BD
 
     def _read(self, program: Program, chunk: int, cache: Cache, rows, last_BD: jax.Array | None = None, queries: bool = False):
         """The cache after these rows, each row's last activations [B, D], and the last chunk's queries if they are wanted.
@@ -307,6 +327,8 @@ class Engine:
             else:
                 cache, nll_BT = self._run(score, (program,), self.weights, tokens_BT, targets_BT, counts_B, cache)
                 parts.append(-np.asarray(jax.device_get(nll_BT)))
+        if not parts:
+            return [np.zeros(0, np.float32) for _ in rows]
         logprobs_BT = np.concatenate(parts, 1)
         return [logprobs_BT[b, start - 1 : len(row) - 1] for b, (row, start) in enumerate(zip(rows, starts, strict=True))]
 

@@ -10,6 +10,7 @@ from hybrid_attn.infer.sampling import GREEDY, Sampling
 UNFINISHED = "\ufffd"  # what a tokenizer makes of a part of a character, or of bytes that are none
 CONTEXT = 5  # ids before the answer that are decoded with it: some tokenizers drop the space before a first word
 CHARACTER = 4  # ids that one character may take
+UNREADABLE = 16  # ids without a character after which all but the last `CHARACTER` of them are given out
 
 
 class Answer(NamedTuple):
@@ -96,6 +97,11 @@ class TextStream:
         self._ids.append(token)
         text = self._decoded()
         certain = text.rstrip(UNFINISHED)
+        if len(self._ids) - self._start > UNREADABLE and len(certain) <= self._given:
+            certain = self._tokenizer.decode(self._ids[:-CHARACTER])
+            piece, self._ids = certain[self._given :], self._ids[-CHARACTER:]
+            self._given = self._start = 0
+            return self._release(piece)
         piece = certain[self._given :]
         self._given = max(self._given, len(certain))
         if piece and certain == text:
