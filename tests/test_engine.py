@@ -256,7 +256,7 @@ def test_what_cannot_be_answered_is_refused(engine, arguments, words):
     [
         ({"seeds": [1, 2]}, "2 seeds were given for 1 prompts"),
         ({"seeds": [-1]}, "seed -1 is not one of 0 to 4294967295"),
-        ({"stop_tokens": [384]}, "stop token 384 is not in the vocabulary of 384"),
+        ({"stop_tokens": [2**40]}, "stop token 1099511627776 is not one of 0 to 2147483647"),
         ({"questions": [[1], [2]]}, "2 questions were given for 1 prompts"),
     ],
 )

@@ -107,21 +107,13 @@ class Engine:
         `seeds` (0, 1, ... by default) make a row's answer the same in any batch. `on_tokens(row, ids)` is called as tokens
         come; True ends the row. ValueError for a prompt that is empty, has a token out of the vocabulary, or does not fit.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        seeds = range(len(prompts)) if seeds is None else seeds
+        _check_options(max_new_tokens, len(prompts), seeds, stop_tokens, questions)
         if compression is not None and self.mesh.shape["context"] > 1:
             raise NotImplementedError("compression needs every slot on one device; use a mesh with context=1")
         if not prompts:
             return []
         asked = self._asked(prompts, questions, max_new_tokens, compression)
-        prompts = [prompt for prompt, _ in asked]
-        seeds = range(len(prompts)) if seeds is None else seeds
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
-        if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
-            raise ValueError(f"seed {wrong[0]} is not one of 0 to {2**32 - 1}")
-        if wrong := [token for token in stop_tokens if not 0 <= token < self.model.vocab_size]:
-            raise ValueError(f"stop token {wrong[0]} is not in the vocabulary of {self.model.vocab_size}")
         self.timing = Timing(sum(len(prompt) + len(question) for prompt, question in asked), 0, 0.0, 0.0, 0.0, 0.0, 0)
         answers: dict[int, Generated] = {}
         for which, cache, last_BD, program in self._read_in_batches(asked, max_new_tokens, compression):
@@ -130,7 +122,7 @@ class Engine:
                 program, cache, last_BD, [seeds[row] for row in which], max_new_tokens, sampling, stop_tokens, told
             )
             answers |= dict(zip(which, found, strict=True))
-        return [answers[row] for row in range(len(prompts))]
+        return [answers[row] for row in range(len(asked))]
 
     def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probability of each token of each continuation after its prompt, float32; no array of all logits exists."""
@@ -150,8 +142,6 @@ class Engine:
         nothing = np.zeros(0, np.int32)
         if questions is None:
             return [(prompt, nothing) for prompt in self._checked(prompts, new)]
-        if len(questions) != len(prompts):
-            raise ValueError(f"{len(questions)} questions were given for {len(prompts)} prompts")
         both = self._checked([[*prompt, *question] for prompt, question in zip(prompts, questions, strict=True)], new)
         if compression is None:
             return [(prompt, nothing) for prompt in both]
@@ -248,7 +238,7 @@ class Engine:
 
     def _run(self, function: Callable, statics: tuple, *args):
         """What a jitted function gives; compiled apart, once for each size, so that the time of running is known."""
-        key = (function, statics, *map(jax.typeof, jax.tree.leaves(args)))
+        key = (function, statics, jax.tree.structure(args), *map(jax.typeof, jax.tree.leaves(args)))
         if key not in self._programs:
             jax.block_until_ready(args)  # what still runs is not compiling
             started = time.perf_counter()
@@ -331,6 +321,18 @@ class Engine:
             return [np.zeros(0, np.float32) for _ in rows]
         logprobs_BT = np.concatenate(parts, 1)
         return [logprobs_BT[b, start - 1 : len(row) - 1] for b, (row, start) in enumerate(zip(rows, starts, strict=True))]
+
+
+def _check_options(most: int, prompts: int, seeds: Sequence[int], stop_tokens: Sequence[int], questions) -> None:
+    """ValueError for options of `generate` that mean nothing for so many prompts."""
+    if most < 1:
+        raise ValueError(f"max_new_tokens={most} must be at least 1")
+    for name, given in {"seeds": seeds, "questions": questions}.items():
+        if given is not None and len(given) != prompts:
+            raise ValueError(f"{len(given)} {name} were given for {prompts} prompts")
+    for name, given, end in (("seed", seeds, 2**32), ("stop token", stop_tokens, 2**31)):
+        if wrong := [x for x in given if not 0 <= x < end]:
+            raise ValueError(f"{name} {wrong[0]} is not one of 0 to {end - 1}")
 
 
 def _common(prompts: list[np.ndarray]) -> int:
