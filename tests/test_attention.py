@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RUN, assert_close, layout, on_mesh, random_params, tiny
+from conftest import REFERENCE, RUN, assert_close, layout, on_mesh, random_params, tiny
 from flax import nnx
 
 from hybrid_attn.config import RopeScaling
 from hybrid_attn.model import apply
 from hybrid_attn.model.attention import Attention, rope_angles, rope_frequencies, rotate
+from hybrid_attn.model.transformer import in_rows
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -327,8 +328,8 @@ def test_attention_is_its_formula(fields):
     x = np.random.default_rng(10).normal(size=(T, 32))
     positions, segments = layout(PACKED)
     row = on_mesh({"x": x[None].astype(np.float32), "p": positions[None], "s": segments[None]})
-    choices = {"kernel": "reference", "scheme": "gather", "balanced": False}
-    got = jax.device_get(jax.jit(lambda layer, *row: layer(*row, **choices))(layer, *row.values()))[0]
+    got = jax.jit(lambda layer, x, pos, seg: layer(x, pos, in_rows(pos, seg, REFERENCE, "L"))[0])(layer, *row.values())
+    got = jax.device_get(got)[0]
 
     q, k, v = (np.einsum("TD,DNH->TNH", x, params[name]) for name in "qkv")
     q, k = place_by_hand(kind, model, params, q, k, positions)

@@ -41,10 +41,8 @@ def test_local_processes_end_with_the_status_and_the_words_of_the_one_that_faile
     assert usage.returncode == 2 and "usage: " in usage.stderr
 
 
-def heed_signals():
-    """Undoes what nohup and shells in the background do to a child; a shell cannot trap what it was born to ignore."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
+# Undoes what nohup and shells in the background do to a child: a shell cannot trap what it was born to ignore.
+HEEDING = ["env", "--default-signal=INT,TERM,HUP"]
 
 
 @pytest.mark.parametrize("came, passed_on", [("INT", "INT"), ("TERM", "TERM"), ("HUP", "TERM")])
@@ -60,7 +58,7 @@ def test_local_processes_pass_a_signal_on_and_end_with_what_they_started(tmp_pat
     env = QUIET | {"PYTHON": f"{tmp_path}/python"}
     started, got = tmp_path / "started", tmp_path / "got"
     pipe = {"stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(LOCAL, env=env, cwd=tmp_path, preexec_fn=heed_signals, **pipe) as job:
+    with subprocess.Popen([*HEEDING, *LOCAL], env=env, cwd=tmp_path, **pipe) as job:
         until = time.monotonic() + 20
         while not (started.exists() and started.read_text().count("\n") == 2) and time.monotonic() < until:
             time.sleep(0.05)
