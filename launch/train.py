@@ -64,8 +64,7 @@ def main(_):
     except Exception as error:
         if peers is None:
             raise
-        traceback.print_exc()
-        give_up(f"{type(error).__name__}: {error}", 1)
+        peers.fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ SILENCE = 60
 # A process that is killed breaks the collectives of the others: what they report is not the cause, which arrives with it.
 CAUSE_COMES_WITHIN = 0.5
 GONE = " ended without a word: look at its log, and for the memory that its machine ran out of"
+SPEAKING = threading.Lock()
 LOOPBACK = ("localhost", "127.0.0.1")
 
 
@@ -167,9 +168,15 @@ class Peers:
         self._last_words = last_words
         _send(self._link, {"saved": True})
 
-    def fail(self, text: str, status: int) -> None:
-        """Ends this process with `status` and the others with 1; each says the first error of all of them."""
+    def fail(self, text: str, status: int, details: str = "") -> None:
+        """Ends this process with `status` and the others with 1; each says the first error of all of them.
+
+        `details` are for this process alone, before that.
+        """
         self._status = status
+        if details:
+            with SPEAKING:
+                _say(details, sys.stderr)
         _send(self._link, {"failed": text})
         time.sleep(10)  # `_listen` ends this process before that, when the others know
         _end(f"error: {text}", status)
@@ -315,6 +322,7 @@ def _silence_gloo() -> None:
 
 def _end(line: str | None, status: int) -> None:
     """Ends the process now, wherever its main thread hangs."""
+    SPEAKING.acquire()  # for ever: what another thread has begun to say is said, and nothing comes after this
     if line:
         _say(line, sys.stderr)
     with contextlib.suppress(Exception):
