@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -22,6 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from hybrid_attn import config
+from hybrid_attn.checksums import checksums, mesh_of
 
 MIB = 2**20
 _STEPS = ocp.path.step.standard_name_format()
@@ -70,7 +70,7 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(state, save_args=jax.tree_util.tree_map_with_path(_chunks, state)),
             config=ocp.args.JsonSave(copy.deepcopy(dict(config_dict))),
             data=ocp.args.JsonSave(copy.deepcopy(dict(data))),
-            checksums=ocp.args.JsonSave(dict(zip(_flat(state), _checksums(jax.tree.leaves(state)), strict=True))),
+            checksums=ocp.args.JsonSave(dict(zip(_flat(state), checksums(jax.tree.leaves(state)), strict=True))),
         )
         self._writing = step
         try:
@@ -256,11 +256,11 @@ def _read_arrays(path, abstract: Any, partial: bool) -> Any:
     sums = _together(lambda: _read_json(path, "checksums"))
     leaves, treedef = jax.tree.flatten(_together(lambda: _read_as_saved(path, abstract, partial)))
     names = _flat(abstract).keys()
-    changed = [name for name, value in zip(names, _checksums(leaves), strict=True) if sums.get(name) != value]
+    changed = [name for name, value in zip(names, checksums(leaves), strict=True) if sums.get(name) != value]
     if changed:
         raise UnreadableError(f"checksums differ: the bytes of {_some(changed)} changed on disk")
     for i, like in enumerate(jax.tree.leaves(abstract)):  # one at a time: both precisions of all of them may not fit
-        with jax.set_mesh(_mesh_of(leaves[i])):
+        with jax.set_mesh(mesh_of(leaves[i])):
             leaves[i] = leaves[i].astype(like.dtype)
     return treedef.unflatten(leaves)
 
@@ -326,32 +326,6 @@ def _name(key: tuple) -> str:
 def _flat(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {_name(key): leaf for key, leaf in leaves}
-
-
-def _checksums(leaves: list[jax.Array]) -> list[int]:
-    """For every array the sum of its bits as 32-bit words, which no sharding changes and any flipped bit does.
-
-    Orbax verifies the index of its files and not the arrays themselves: a flipped bit would train on unnoticed.
-    """
-    sums = []
-    for x in leaves:
-        with jax.set_mesh(_mesh_of(x)):
-            sums.append(int(_checksum(x)))  # one at a time: many collectives at once deadlock on many CPU devices
-    return sums
-
-
-def _mesh_of(x: jax.Array) -> jax.sharding.Mesh:
-    """The mesh that `x` lies on, which need not be the one in force."""
-    if isinstance(x.sharding, jax.sharding.NamedSharding):
-        return x.sharding.mesh
-    return jax.sharding.Mesh(np.array(list(x.devices())), "device")
-
-
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.uint8) if x.dtype == bool else x
-    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    return jnp.sum(words, dtype=jnp.uint32)
 
 
 def _check_space(directory: str, state: Any) -> None:

@@ -7,17 +7,13 @@ No field has a default here: `configs/base.py` holds every default with its unit
 import dataclasses
 import difflib
 import math
-import types
-import typing
 from collections.abc import Mapping, Sequence
+
+from hybrid_attn import trees
+from hybrid_attn.trees import Table, check
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is for the kinds that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "exchange")
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
 
 
 def _one_of(field: str, value: str, choices: Sequence[str]) -> None:
@@ -28,14 +24,7 @@ def _one_of(field: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _check_positive(field: str, value: float | None) -> None:
-    _check(value is None or 0 < value < math.inf, f"{field}={value} must be positive and finite")
-
-
-class Table(dict):
-    """A dict that is not changed after it is made, so that the configs that hold it can be hashed."""
-
-    def __hash__(self):
-        return hash(frozenset(self.items()))
+    check(value is None or 0 < value < math.inf, f"{field}={value} must be positive and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +40,13 @@ class RopeScaling:
 
     def __post_init__(self):
         _one_of("rope_scaling.type", self.type, ("none", "linear", "ntk", "yarn", "llama3"))
-        _check(1 <= self.factor < math.inf, f"rope_scaling.factor={self.factor} must be at least 1")
-        _check(self.original_len >= 1, f"rope_scaling.original_len={self.original_len} must be at least 1 token")
-        _check(
+        check(1 <= self.factor < math.inf, f"rope_scaling.factor={self.factor} must be at least 1")
+        check(self.original_len >= 1, f"rope_scaling.original_len={self.original_len} must be at least 1 token")
+        check(
             self.type not in ("yarn", "llama3") or self.low < self.high,
             f"rope_scaling.low={self.low} must be below rope_scaling.high={self.high}",
         )
-        _check(self.low > 0, f"rope_scaling.low={self.low} must be positive")
+        check(self.low > 0, f"rope_scaling.low={self.low} must be positive")
         _check_positive("rope_scaling.attention_factor", self.attention_factor)
 
 
@@ -71,7 +60,7 @@ class Temperature:
 
     def __post_init__(self):
         _one_of("temperature.type", self.type, ("none", "log_length", "steps", "learned"))
-        _check(self.length >= 2, f"temperature.length={self.length} must be at least 2 tokens")
+        check(self.length >= 2, f"temperature.length={self.length} must be at least 2 tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +82,23 @@ class LayerKind:
     gate: str
 
     def __post_init__(self):
-        _check(self.window is None or self.window >= 1, f"window={self.window} must be at least 1 (a query sees itself)")
-        _check(self.chunk is None or self.chunk >= 1, f"chunk={self.chunk} must be at least 1 token")
+        check(self.window is None or self.window >= 1, f"window={self.window} must be at least 1 (a query sees itself)")
+        check(self.chunk is None or self.chunk >= 1, f"chunk={self.chunk} must be at least 1 token")
         for name in ("window", "chunk"):
-            _check(
+            check(
                 (getattr(self, name) or 0) < 2**31, f"{name}={getattr(self, name)} must be below 2^31; None is the whole prefix"
             )
-        _check(self.window is None or self.chunk is None, "a kind has a window or a chunk, not both")
-        _check(self.rope_theta is None or 1 < self.rope_theta < math.inf, f"rope_theta={self.rope_theta} must be above 1")
-        _check(
+        check(self.window is None or self.chunk is None, "a kind has a window or a chunk, not both")
+        check(self.rope_theta is None or 1 < self.rope_theta < math.inf, f"rope_theta={self.rope_theta} must be above 1")
+        check(
             self.rope_theta is not None or self.rope_scaling.type == "none",
             f"rope_scaling.type={self.rope_scaling.type!r} scales nothing without a rope_theta",
         )
-        _check(0 < self.rope_fraction <= 1, f"rope_fraction={self.rope_fraction} must be in (0, 1]")
+        check(0 < self.rope_fraction <= 1, f"rope_fraction={self.rope_fraction} must be in (0, 1]")
         _one_of("qk_norm", self.qk_norm, ("none", "layernorm", "rms", "rms_plus1", "rms_weightless"))
         _one_of("qk_norm_scope", self.qk_norm_scope, ("head_dim", "head", "projection"))
         _one_of("gate", self.gate, ("none", "head", "projection"))
-        _check(
+        check(
             not self.qk_norm_after_rope or (self.qk_norm != "none" and self.rope_theta is not None),
             "qk_norm_after_rope needs a qk_norm and a rope_theta",
         )
@@ -141,14 +130,14 @@ class Model:
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
-            _check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
-        _check(bool(self.pattern), "model.pattern is empty; write one letter for each layer of a period, as in 'LLLG'")
+            check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
+        check(bool(self.pattern), "model.pattern is empty; write one letter for each layer of a period, as in 'LLLG'")
         for letter in self.pattern:
-            _check(
+            check(
                 letter in self.kinds,
                 f"model.pattern={self.pattern!r} uses {letter!r}; model.kinds defines {', '.join(sorted(self.kinds))}",
             )
-        _check(
+        check(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
             f"use {self.num_heads // self.num_kv_heads * self.num_kv_heads or self.num_kv_heads} heads",
@@ -156,12 +145,12 @@ class Model:
         for letter in self.pattern:
             kind = self.kinds[letter]
             dims = rotated_dims(self, kind)
-            _check(
+            check(
                 kind.rope_theta is None or (dims >= 2 and dims % 2 == 0),
                 f"model.kinds.{letter}: rope_fraction={kind.rope_fraction} of head_dim={self.head_dim} rotates {dims} "
                 "dimensions; use an even number",
             )
-            _check(
+            check(
                 kind.rope_scaling.type != "ntk" or dims > 2,
                 f"model.kinds.{letter}: ntk stretches by the dimension {dims}, and needs more than 2",
             )
@@ -192,6 +181,11 @@ def rotated_dims(model: Model, kind: LayerKind) -> int:
     return round(model.head_dim * kind.rope_fraction)
 
 
+def score_scale(model: Model, kind: LayerKind) -> float:
+    """What the products of queries and keys are multiplied with."""
+    return model.head_dim**-0.5 if kind.scale is None else kind.scale
+
+
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """Devices along each axis; one of them may be -1, for all the devices that are left."""
@@ -205,9 +199,9 @@ class Mesh:
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
-            _check(size == -1 or size >= 1, f"mesh.{axis}={size} must be at least 1, or -1 for the devices left over")
+            check(size == -1 or size >= 1, f"mesh.{axis}={size} must be at least 1, or -1 for the devices left over")
         rest = [axis for axis, size in sizes.items() if size == -1]
-        _check(len(rest) <= 1, f"mesh axes {' and '.join(rest)} are both -1; only one can take the devices left over")
+        check(len(rest) <= 1, f"mesh axes {' and '.join(rest)} are both -1; only one can take the devices left over")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +214,8 @@ class Source:
     label: str | None
 
     def __post_init__(self):
-        _check(not (self.paths and self.store), f"a source has paths={self.paths} or store={self.store!r}, not both")
-        _check(self.min_length >= 0, f"min_length={self.min_length} must not be negative")
+        check(not (self.paths and self.store), f"a source has paths={self.paths} or store={self.store!r}, not both")
+        check(self.min_length >= 0, f"min_length={self.min_length} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,11 +228,11 @@ class Data:
     prefetch: int
 
     def __post_init__(self):
-        _check(bool(self.sources), "data.sources is empty; a run needs at least one source")
+        check(bool(self.sources), "data.sources is empty; a run needs at least one source")
         _one_of("data.packing", self.packing, ("concat", "best_fit"))
-        _check(self.seed >= 0, f"data.seed={self.seed} must not be negative")
-        _check(0 < self.holdout < 1, f"data.holdout={self.holdout} must lie between 0 and 1")
-        _check(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1 batch")
+        check(self.seed >= 0, f"data.seed={self.seed} must not be negative")
+        check(0 < self.holdout < 1, f"data.holdout={self.holdout} must lie between 0 and 1")
+        check(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1 batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,10 +251,10 @@ class Optim:
 
     def __post_init__(self):
         _one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
-        _check(self.lr > 0, f"optim.lr={self.lr} must be positive")
-        _check(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
-        _check(0 < self.decay_fraction <= 1, f"optim.decay_fraction={self.decay_fraction} must be in (0, 1]")
-        _check(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive")
+        check(self.lr > 0, f"optim.lr={self.lr} must be positive")
+        check(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        check(0 < self.decay_fraction <= 1, f"optim.decay_fraction={self.decay_fraction} must be in (0, 1]")
+        check(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,10 +269,10 @@ class Stage:
 
     def __post_init__(self):
         for name in ("steps", "seq_len", "batch", "microbatches"):
-            _check(getattr(self, name) >= 1, f"stages.{name}={getattr(self, name)} must be at least 1")
+            check(getattr(self, name) >= 1, f"stages.{name}={getattr(self, name)} must be at least 1")
         for source, weight in self.mixture.items():
-            _check(0 <= weight < math.inf, f"stages.mixture.{source}={weight} must be a finite share, 0 or more")
-        _check(not self.mixture or any(self.mixture.values()), f"the weights of stages.mixture={self.mixture} sum to zero")
+            check(0 <= weight < math.inf, f"stages.mixture.{source}={weight} must be a finite share, 0 or more")
+        check(not self.mixture or any(self.mixture.values()), f"the weights of stages.mixture={self.mixture} sum to zero")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,8 +292,8 @@ class Train:
         _one_of("train.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("train.kernel", self.kernel, ("auto", "reference", "blocked", "splash", "tokamax", "cudnn"))
         for name in ("loss_chunk", "log_every", "checkpoint_every", "keep"):
-            _check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
-        _check(self.mlp_chunk is None or self.mlp_chunk >= 1, f"train.mlp_chunk={self.mlp_chunk} must be None or at least 1")
+            check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        check(self.mlp_chunk is None or self.mlp_chunk >= 1, f"train.mlp_chunk={self.mlp_chunk} must be None or at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,8 +304,8 @@ class Evals:
     lengths: tuple[float, ...]
 
     def __post_init__(self):
-        _check(self.tokens >= 1, f"evals.tokens={self.tokens} must be at least 1")
-        _check(
+        check(self.tokens >= 1, f"evals.tokens={self.tokens} must be at least 1")
+        check(
             all(x > 0 for x in self.lengths),
             f"evals.lengths={self.lengths} must be positive multiples of the training length",
         )
@@ -329,7 +323,7 @@ class Config:
     evals: Evals
 
     def __post_init__(self):
-        _check(bool(self.stages), "stages is empty; a run needs at least one stage")
+        check(bool(self.stages), "stages is empty; a run needs at least one stage")
         for index, stage in enumerate(self.stages):
             _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
         remat(self.model, self.train)
@@ -360,11 +354,11 @@ class Config:
 
 def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[str]) -> None:
     known = ", ".join(sources)
-    _check(bool(mixture) or len(sources) == 1, f"{field} is empty and data.sources has {known}; give those wanted a weight")
+    check(bool(mixture) or len(sources) == 1, f"{field} is empty and data.sources has {known}; give those wanted a weight")
     for name in mixture:
         near = difflib.get_close_matches(name, sources, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {known}"
-        _check(name in sources, f"{field} names {name!r}, which is not in data.sources; {hint}")
+        check(name in sources, f"{field} names {name!r}, which is not in data.sources; {hint}")
 
 
 def remat(model: Model, train: Train) -> Table[str, str]:
@@ -377,7 +371,7 @@ def context(model: Model, train: Train) -> Table[str, str]:
     chosen = _by_letter("train.context", train.context, CONTEXT, model.pattern)
     bounded = {letter: model.kinds[letter].window or model.kinds[letter].chunk for letter in chosen}
     for letter, scheme in chosen.items():
-        _check(
+        check(
             scheme != "halo" or bounded[letter],
             f"train.context: {letter}=halo needs a window or a chunk, and model.kinds.{letter} has none; "
             "use 'gather', 'ring' or 'exchange'",
@@ -395,8 +389,8 @@ def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> 
     for part in value.split(","):
         letter, _, choice = (x.strip() for x in part.partition("="))
         known = ", ".join(letters)
-        _check(letter in letters, f"{field}={value!r} names {letter!r}, and model.pattern={pattern!r} has {known}")
-        _check(letter not in named, f"{field}={value!r} names {letter!r} twice")
+        check(letter in letters, f"{field}={value!r} names {letter!r}, and model.pattern={pattern!r} has {known}")
+        check(letter not in named, f"{field}={value!r} names {letter!r} twice")
         _one_of(f"{field}: {letter}", choice, choices)
         named[letter] = choice
     return Table(dict.fromkeys(letters, choices[0]) | named)
@@ -404,69 +398,14 @@ def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> 
 
 def build(values: Mapping) -> Config:
     """A checked `Config` from the nested mapping of a config file; ValueError names the key that does not fit."""
-    return _build(Config, _plain(values), "config")
+    return trees.build(Config, values, "config")
 
 
 def build_model(values: Mapping) -> Model:
     """A checked `Model` alone, as `build` makes it."""
-    return _build(Model, _plain(values), "model")
+    return trees.build(Model, values, "model")
 
 
 def to_dict(config) -> dict:
     """The nested plain dict that `build` takes, fit for JSON."""
-    return _plain(dataclasses.asdict(config))
-
-
-def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
-    """Lines `key: old -> new` for every leaf in which two nested dicts differ."""
-    lines = []
-    for key in sorted({*old, *new}):
-        a, b, name = old.get(key), new.get(key), f"{path}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{name}.")
-        elif a != b:
-            lines.append(f"{name}: {a} -> {b}")
-    return lines
-
-
-def _plain(value):
-    """Nested dicts and lists without the classes of the config library."""
-    if isinstance(value, Mapping) or hasattr(value, "items"):
-        return {key: _plain(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(x) for x in value]
-    return value
-
-
-def _build(wanted, value, path: str):
-    """`value` as the type `wanted`, or a ValueError that names `path`."""
-    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin is types.UnionType:
-        return None if value is None else _build(args[0], value, path)
-    if dataclasses.is_dataclass(wanted):
-        return _build_dataclass(wanted, value, path)
-    if origin is Table:
-        return Table({key: _build(args[1], x, f"{path}.{key}") for key, x in value.items()})
-    if origin is tuple:
-        _check(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
-        return tuple(_build(args[0], x, f"{path}[{i}]") for i, x in enumerate(value))
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    ok = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
-    _check(ok, f"{path}={value!r} must be of type {wanted.__name__}")
-    return value
-
-
-def _build_dataclass(wanted, value, path: str):
-    _check(isinstance(value, Mapping), f"{path}={value!r} must be a group of keys")
-    hints = typing.get_type_hints(wanted)
-    for key in value:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1, cutoff=0.5)
-            raise ValueError(
-                f"unknown key {path}.{key}; "
-                + (f"did you mean {path}.{near[0]}?" if near else f"known keys: {', '.join(hints)}")
-            )
-    missing = [key for key in hints if key not in value]
-    _check(not missing, f"{path} lacks {', '.join(missing)}; start from configs/base.py, which has every key")
-    return wanted(**{key: _build(hint, value[key], f"{path}.{key}") for key, hint in hints.items()})
+    return trees.plain(dataclasses.asdict(config))

@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny
 
 from configs import base
-from hybrid_attn import config
+from hybrid_attn import config, trees
 from hybrid_attn.config import Mesh, Stage, Table
 from hybrid_attn.parallel.mesh import axis_sizes
 
@@ -238,13 +238,13 @@ def test_what_is_built_comes_back_from_its_dict_even_through_json():
 def test_differences_name_every_leaf_that_changed_and_no_other():
     old = config.to_dict(tiny())
     new = config.to_dict(tiny({"optim.lr": 1.0, "mesh.tensor": 2}, L={"window": 9, "rope_theta": 100.0}))
-    assert config.differences(old, old) == []
-    assert config.differences(old, new) == [
+    assert trees.differences(old, old) == []
+    assert trees.differences(old, new) == [
         "mesh.tensor: 1 -> 2",
         "model.kinds.L.window: 5 -> 9",
         f"optim.lr: {old['optim']['lr']} -> 1.0",
     ]
-    assert config.differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]
+    assert trees.differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]
 
 
 def test_layers_repeat_the_pattern_and_end_with_a_tail():
@@ -288,5 +288,5 @@ def test_the_baseline_differs_from_the_hybrid_in_its_kinds_of_layers_alone():
             config.to_dict(config.build(importlib.import_module(f"configs.{name}").get_config(size)))
             for name in ("hybrid_8k", "rope_8k")
         )
-        changed = {line.split(":")[0] for line in config.differences(hybrid, rope)}
+        changed = {line.split(":")[0] for line in trees.differences(hybrid, rope)}
         assert changed == {"model.pattern", "model.kinds.G", "model.kinds.L", "model.kinds.R"}

@@ -64,7 +64,7 @@ def value_and_grads(q, k, v, do, pos, seg, sinks, balanced, **static):
     return jax.device_get(both(*inputs))
 
 
-def check(
+def assert_as_on_one_device(
     scheme, balanced, sizes=None, *, window=None, chunk=None, softcap=None, sinks=False, kernel="blocked", tolerance=2e-6
 ):
     q, k, v, do, pos, seg, given = arrays()
@@ -79,23 +79,23 @@ def check(
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_halo_gives_a_window_what_one_device_gives(window, balanced):
-    check("halo", balanced, window=WINDOWS[window], sinks=window == "smaller")
+    assert_as_on_one_device("halo", balanced, window=WINDOWS[window], sinks=window == "smaller")
 
 
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("scheme", ["gather", "ring", "exchange"])
 def test_every_scheme_gives_the_whole_prefix_what_one_device_gives(scheme, balanced):
-    check(scheme, balanced, softcap=2.0 if balanced else None, sinks=True)
+    assert_as_on_one_device(scheme, balanced, softcap=2.0 if balanced else None, sinks=True)
 
 
 @pytest.mark.parametrize("scheme", ["gather", "ring", "exchange"])
 def test_every_scheme_takes_a_window_too(scheme):
-    check(scheme, True, window=SHARD + 3)
+    assert_as_on_one_device(scheme, True, window=SHARD + 3)
 
 
 @pytest.mark.parametrize("scheme", context.SCHEMES)
 def test_chunks_of_a_document_stay_apart(scheme):
-    check(scheme, True, chunk=11)
+    assert_as_on_one_device(scheme, True, chunk=11)
 
 
 @pytest.mark.parametrize("sizes", [{"context": 3}, {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 8}], ids=str)
@@ -103,13 +103,14 @@ def test_chunks_of_a_document_stay_apart(scheme):
 def test_it_holds_beside_other_axes_and_for_odd_numbers_of_shards(scheme, sizes):
     if scheme == "exchange" and sizes["context"] != 2:
         pytest.skip("needs as many key/value heads as shards")
-    check(scheme, True, sizes, window=37 if scheme == "halo" else None)
+    assert_as_on_one_device(scheme, True, sizes, window=37 if scheme == "halo" else None)
 
 
 @pytest.mark.parametrize("scheme", ["halo", "ring"])
 def test_slices_meet_the_condition_of_splash(scheme, monkeypatch):
     monkeypatch.setattr(tpu, "INTERPRET", True)
-    check(scheme, True, window=SHARD if scheme == "halo" else None, kernel="splash", sinks=True, tolerance=3e-6)
+    window = SHARD if scheme == "halo" else None
+    assert_as_on_one_device(scheme, True, window=window, kernel="splash", sinks=True, tolerance=3e-6)
 
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 8])
@@ -160,7 +161,7 @@ def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(balanced)
 
 def test_a_ring_of_cudnn_is_refused():
     with pytest.raises(NotImplementedError, match="cudnn attends to keys of the queries' own places alone"):
-        check("ring", True, kernel="cudnn")
+        assert_as_on_one_device("ring", True, kernel="cudnn")
 
 
 def test_a_merge_of_nothing_with_nothing_is_nothing():

@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybrid_attn"
 OUTSIDE = {"tools", "launch", "configs", "tests"}
 # A room and the rooms that it may import: those to its left, and what it needs from the side.
-LEFT_TO_RIGHT = ("config", "kernels", "parallel", "model", "infer", "evals", "train")
+LEFT_TO_RIGHT = ("trees", "config", "kernels", "parallel", "model", "infer", "evals", "train")
 ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
-ALLOWED |= {room: {"config", "parallel"} for room in ("data", "checkpoint", "convert")}
-ALLOWED["programs"] = set()
+ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
+ALLOWED |= {room: set() for room in ("programs", "checksums")}
+ALLOWED["checkpoint"] |= {"checksums"}
 ALLOWED["infer"] |= {"data", "checkpoint"}
 ALLOWED["evals"] |= {"data"}
 ALLOWED["train"] |= {"data", "checkpoint"}

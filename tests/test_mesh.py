@@ -126,4 +126,4 @@ def test_what_does_not_split_is_refused_with_the_axis_the_numbers_and_what_works
     ids=str,
 )
 def test_what_splits_is_let_through(changes, sizes):
-    fit.check(tiny(changes), abstract_mesh(**sizes).shape)
+    assert fit.check(tiny(changes), abstract_mesh(**sizes).shape) is None

@@ -218,6 +218,27 @@ def test_a_process_ends_though_nobody_reads_what_it_says():
     assert done.returncode == 3
 
 
+def test_nothing_is_said_after_the_error_that_ends_a_process(tmp_path):
+    program = """
+import sys, threading, time
+from hybrid_attn.parallel import processes
+def traceback():
+    while True:
+        sys.stderr.write("a line of a traceback\\n")
+class Slow:
+    def flush(self):
+        time.sleep(0.2)
+threading.Thread(target=traceback, daemon=True).start()
+sys.stdout = Slow()
+time.sleep(0.1)
+processes._end("error: the cause", 3)
+"""
+    with open(tmp_path / "stderr", "wb") as stderr:
+        done = subprocess.run([sys.executable, "-c", program], stderr=stderr, env=QUIET, timeout=60)
+    first, *_, last = (tmp_path / "stderr").read_text().splitlines()
+    assert (done.returncode, first, last) == (3, "a line of a traceback", "error: the cause")
+
+
 @pytest.fixture
 def bare(monkeypatch):
     """An environment without a launcher."""

@@ -13,7 +13,6 @@ long: --long_config reads a prompt of 131,072 tokens; the highest memory of its 
 Contenders answer in turn, and the best of --repeats counts. A dash is explained under the table.
 """
 
-import importlib.util
 import json
 import sys
 import tempfile
@@ -326,14 +325,6 @@ def show_long_prompts(records: list[dict]) -> None:
             print(f"— {r['tokens']:,} tokens: {r['missing']}")
 
 
-def no_transformers(platform: str, dtype: str) -> str | None:
-    """Why the other library cannot be compared with here."""
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if missing:
-        return f"{' and '.join(missing)} not installed; install the extra `oracle`"
-    return None if platform == "cpu" and dtype == "float32" else f"compared in float32 on a CPU, not in {dtype} on {platform}"
-
-
 class Part(NamedTuple):
     """Its model's flag, what measures, and what prints."""
 
@@ -363,7 +354,7 @@ def main(_):
                 c = configs[part]
                 dtype = "bfloat16" if part == "cache" else str(run_on(platform, c.model, c.train).dtype)
                 print(f"\n{part}: {flops.parameters(c.model):,} parameters, layers {c.model.layers}, {dtype}")
-                why = no_transformers(platform, dtype) if part == "transformers" else None
+                why = measurement.no_transformers(platform, dtype) if part == "transformers" else None
                 if why and PART.value == part:
                     raise ValueError(f"--part={part}: {why}")
                 if why:

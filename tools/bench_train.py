@@ -14,7 +14,6 @@ tokens, and here beyond the state of the optimiser. A dash is explained under th
 """
 
 import dataclasses
-import importlib.util
 import json
 import sys
 import tempfile
@@ -256,14 +255,6 @@ def check_losses(records: list[dict]) -> None:
             raise ValueError(f"the first losses at {S:,} tokens differ: ours {own:.5f}, {name} {loss:.5f}")
 
 
-def no_transformers(platform: str, dtype: str) -> str | None:
-    """Why the other library cannot be compared with here."""
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if missing:
-        return f"{' and '.join(missing)} not installed; install the extra `oracle`"
-    return None if platform == "cpu" and dtype == "float32" else f"compared in float32 on a CPU, not in {dtype} on {platform}"
-
-
 def main(_):
     try:
         c = config.build(CONFIG.value.to_dict())
@@ -272,7 +263,7 @@ def main(_):
         with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
             platform = processes.call("jax", jax.default_backend)
             dtype = str(run_on(platform, c.model, c.train).dtype)
-            why = no_transformers(platform, dtype) if "transformers" in parts else None
+            why = measurement.no_transformers(platform, dtype) if "transformers" in parts else None
             if why and PART.value == "transformers":
                 raise ValueError(f"--part=transformers: {why}")
             if why:

@@ -10,7 +10,7 @@ import string
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from hybrid_attn import config
+from hybrid_attn import config, trees
 from hybrid_attn.config import LayerKind, Model
 from hybrid_attn.convert import layers
 
@@ -159,7 +159,7 @@ def differences(ours: Model, theirs: Model) -> list[str]:
     for letter, mine, other in zip(ours.layers, a.pop("layers"), b.pop("layers"), strict=False):
         if mine != other or letter not in kinds[0]["kinds"]:
             kinds[0]["kinds"][letter], kinds[1]["kinds"][letter] = mine, other
-    return config.differences(a | kinds[0], b | kinds[1], "  model.")
+    return trees.differences(a | kinds[0], b | kinds[1], "  model.")
 
 
 def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from hybrid_attn import config
-from hybrid_attn.config import LayerKind, Model, RopeScaling, Temperature
+from hybrid_attn.config import LayerKind, Model, RopeScaling, Temperature, score_scale
 
 LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
 NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
@@ -40,7 +40,7 @@ def essential(model: Model, kind: LayerKind) -> LayerKind:
         rope_fraction=kind.rope_fraction if theta else 1.0,
         qk_norm_scope=kind.qk_norm_scope if normed else "head_dim",
         qk_norm_after_rope=kind.qk_norm_after_rope and normed and theta is not None,
-        scale=rounded(model.head_dim**-0.5 if kind.scale is None else kind.scale),
+        scale=rounded(score_scale(model, kind)),
         temperature=PLAIN.temperature if kind.temperature.type == "none" else kind.temperature,
     )
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.model.extend import Cache
 from hybrid_attn.parallel import cached
-from hybrid_attn.parallel.mesh import BATCH
+from hybrid_attn.parallel.mesh import BATCH, spec_of
 
 # How a jitted function is run, with its static arguments apart; whoever measures hands on another way.
 Run = Callable[..., Any]
@@ -76,7 +76,7 @@ def _turned(slots: int, both_BKRH: tuple[jax.Array, jax.Array], lengths_B: jax.A
             jnp.take_along_axis(x_BKRH, (position_BR % x_BKRH.shape[2])[:, None, :, None], axis=2) for x_BKRH in both_BKRH
         )
 
-    specs = tuple(P(*jax.typeof(x).sharding.spec) for x in both_BKRH)
+    specs = tuple(map(spec_of, both_BKRH))
     return jax.shard_map(shard, in_specs=(specs, P(BATCH)), out_specs=specs)(both_BKRH, lengths_B)
 
 
@@ -85,7 +85,7 @@ def repeated(times: int, cache: Cache) -> Cache:
     """Every row `times` times, one after the other."""
 
     def repeat(x):
-        spec = P(*jax.typeof(x).sharding.spec)
+        spec = spec_of(x)
         return jax.shard_map(lambda x: jnp.repeat(x, times, axis=0), in_specs=spec, out_specs=spec)(x)
 
     return jax.tree.map(repeat, cache)

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Model
+from hybrid_attn.config import Model, score_scale
 from hybrid_attn.infer.cache import Run, call, power_of_two
 from hybrid_attn.model.extend import Cache
 from hybrid_attn.parallel.cached import Layer, specs
 from hybrid_attn.parallel.context import AXIS
-from hybrid_attn.parallel.mesh import BATCH
+from hybrid_attn.parallel.mesh import BATCH, spec_of
 
 VOTING = ("snapkv", "pyramid", "adakv")
 METHODS = (*VOTING, "streaming", "random")
@@ -173,7 +173,7 @@ def _log_sum_exp(block, blocks, size: int, zero_BKGW) -> jax.Array:
 
 def _in_groups(q_BWNH, K: int) -> jax.Array:
     """[B, W, K, G, H], split over devices as before: of a dimension of 1 a plain reshape forgets it."""
-    (B, W, N, H), spec = q_BWNH.shape, jax.typeof(q_BWNH).sharding.spec
+    (B, W, N, H), spec = q_BWNH.shape, spec_of(q_BWNH)
     split = P(*spec[:3], None, *spec[3:]) if any(spec) else None
     return jnp.reshape(q_BWNH, (B, W, K, N // K, H), out_sharding=split)
 
@@ -195,7 +195,7 @@ def counts(compression: Compression, scores_BKS, budget_B) -> jax.Array:
     B, K, S = scores_BKS.shape
     if compression.method != "adakv":
         return jnp.broadcast_to(jnp.asarray(budget_B, jnp.int32)[:, None], (B, K))
-    spec = jax.typeof(scores_BKS).sharding.spec
+    spec = spec_of(scores_BKS)
     if "tensor" in spec:
         scores_BKS = jax.sharding.reshard(scores_BKS, P(spec[0], None, None))
     safe = max(1, int(compression.floor * compression.cap))
@@ -242,10 +242,10 @@ def compressed(
     for i, budget_B in zip(which, budgets(compression, lengths_B, len(which)), strict=True):
         kind, layer = model.kinds[model.layers[i]], layers[i]
         budget_B = jax.device_put(budget_B, layer.k_BKSH.sharding.update(spec=P(BATCH)))
-        scale = model.head_dim**-0.5 if kind.scale is None else kind.scale
+        statics = compression, score_scale(model, kind), kind.softcap
         wanted_BKS, kept_BK = run(
-            _wanted, (compression, scale, kind.softcap), jax.random.key(seed + i), queries[i], layer, cache.lengths_B,
-            budget_B, weights["layers"][i]["attention"].get("sink"),
+            _wanted, statics, jax.random.key(seed + i), queries[i], layer, cache.lengths_B, budget_B,
+            weights["layers"][i]["attention"].get("sink"),
         )  # fmt: skip
         slots = power_of_two(int(jax.device_get(kept_BK).max()) + room)
         layers[i] = run(_kept, (slots,), layer, wanted_BKS, kept_BK, cache.lengths_B)
@@ -271,4 +271,4 @@ def _kept(slots: int, layer: Layer, wanted_BKS, kept_BK, lengths_B) -> Layer:
 
 def _whole(x: jax.Array) -> jax.Array:
     """The same array, not said to be split over an axis that has one device here."""
-    return jax.reshard(x, P(*(None if axis == AXIS else axis for axis in jax.typeof(x).sharding.spec)))
+    return jax.reshard(x, P(*(None if axis == AXIS else axis for axis in spec_of(x))))

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from hybrid_attn.parallel.mesh import spec_of
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -46,7 +48,7 @@ def sample(logits_BV: jax.Array, sampling: Sampling, seeds_B: jax.Array, numbers
     `seeds_B` are uint32; `numbers_B` int32 count the tokens of an answer. Noise follows from a row's seed and number alone, so
     that an answer does not depend on the batch that it is in.
     """
-    rows = jax.typeof(logits_BV).sharding.spec[0]
+    rows = spec_of(logits_BV)[0]
     logits_BV = jax.reshard(logits_BV.astype(jnp.float32), P(rows, None))
     choice_BV = logits_BV
     if sampling.temperature > 0:

@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import LayerKind, Model, RopeScaling, rotated_dims
+from hybrid_attn.config import LayerKind, Model, RopeScaling, rotated_dims, score_scale
 from hybrid_attn.model.norm import Norm
-from hybrid_attn.parallel.mesh import gathered
+from hybrid_attn.parallel.mesh import gathered, spec_of
 
 # (q_BTNH, k_BTKH, v_BTKH, sinks_N or None, kind, scale) -> o_BTNH and anything that is to be kept of it.
 Attend = Callable[..., tuple[jax.Array, Any]]
@@ -50,20 +50,20 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
         """[B, T, D] of the same, and what `attend` keeps."""
         dtype, kind = x_BTD.dtype, self.kind
-        spec = jax.typeof(x_BTD).sharding.spec
+        spec = spec_of(x_BTD)
         heads = P(*spec[:2], "tensor", None)
         w_q, w_k, w_v, w_o = (gathered(w[...].astype(dtype)) for w in (self.q, self.k, self.v, self.o))
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q, out_sharding=heads)
         k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_k, out_sharding=heads)
         v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_v, out_sharding=heads)
         q_BTNH, k_BTKH = self.place(q_BTNH, k_BTKH, pos_BT)
-        scale = self.model.head_dim**-0.5 if kind.scale is None else kind.scale
+        scale = score_scale(self.model, kind)
         o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH, self.sink[...] if kind.sink else None, kind, scale)
         if kind.gate == "head":
             o_BTNH *= jax.nn.sigmoid(jnp.einsum("BTD,DN->BTN", x_BTD, gathered(self.gate[...].astype(dtype))))[..., None]
         elif kind.gate == "projection":
             o_BTNH *= jax.nn.sigmoid(jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(self.gate[...].astype(dtype))))
-        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, w_o, out_sharding=P(*spec)), kept
+        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, w_o, out_sharding=spec), kept
 
     def place(self, q_BTNH, k_BTKH, pos_BT) -> tuple[jax.Array, jax.Array]:
         """Queries and keys as they enter the scores: normalised, rotated, and queries at their temperature."""

@@ -15,7 +15,7 @@ from hybrid_attn.config import LayerKind, Model
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.model.transformer import Block, Run, look_up
 from hybrid_attn.parallel import cached
-from hybrid_attn.parallel.mesh import BATCH
+from hybrid_attn.parallel.mesh import BATCH, spec_of
 
 
 class Cache(NamedTuple):
@@ -53,7 +53,7 @@ def extend(
     Tokens beyond a row's count are padding. `weights` are `unstacked`'s; the cache must have room (`cached.attend`, which says
     what `span` is). Last come each layer's queries [B, T, N, H] as they enter the scores; None for a ring.
     """
-    spec = P(*jax.typeof(tokens_BT).sharding.spec)
+    spec = spec_of(tokens_BT)
     T = tokens_BT.shape[1]
     pos_BT = jax.reshard(jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T), spec)
     x_BTD = look_up(weights["embed"], tokens_BT, run.dtype) * model.embed_scale

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
 from hybrid_attn.model.attention import weight
-from hybrid_attn.parallel.mesh import gathered
+from hybrid_attn.parallel.mesh import gathered, spec_of
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -39,7 +39,7 @@ class MLP(nnx.Module):
         w_gate, w_up, w_down = map(gathered, weights)
         gate_BTF, up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_gate), jnp.einsum("BTD,DF->BTF", x_BTD, w_up)
         h_BTF = ACTIVATIONS[self.activation](gate_BTF) * up_BTF
-        return jnp.einsum("BTF,FD->BTD", h_BTF, w_down, out_sharding=P(*jax.typeof(x_BTD).sharding.spec))
+        return jnp.einsum("BTF,FD->BTD", h_BTF, w_down, out_sharding=spec_of(x_BTD))
 
 
 def in_chunks(activation: str, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array):
@@ -55,7 +55,7 @@ def in_chunks(activation: str, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, 
         y_nD = _in_chunks(activation, x_IcD, *weights).reshape(-1, D)[:n]
         return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor")
 
-    tokens = P(*jax.typeof(x_BTD).sharding.spec)
+    tokens = spec_of(x_BTD)
     specs = (tokens, P("fsdp", "tensor"), P("fsdp", "tensor"), P("tensor", "fsdp"))
     return jax.shard_map(shard, in_specs=specs, out_specs=tokens, check_vma=False)(x_BTD, w_gate, w_up, w_down)
 

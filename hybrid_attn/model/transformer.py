@@ -19,7 +19,7 @@ from hybrid_attn.model.attention import Attend, Attention, weight
 from hybrid_attn.model.mlp import MLP
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.parallel import context
-from hybrid_attn.parallel.mesh import TOKENS_BT, gathered
+from hybrid_attn.parallel.mesh import TOKENS_BT, gathered, spec_of
 
 NORMS_BEFORE = {"parallel": ("norm",), "pre": ("attention_norm", "mlp_norm"), "post": ()}
 NORMS_BEFORE["sandwich"] = NORMS_BEFORE["pre"]
@@ -170,7 +170,7 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
         x_BTD = jnp.where(here_BT[..., None], embed_VD[jnp.where(here_BT, local_BT, 0)].astype(dtype), 0)
         return jax.lax.psum(jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True), "tensor")
 
-    tokens = P(*jax.typeof(tokens_BT).sharding.spec)
+    tokens = spec_of(tokens_BT)
     return jax.shard_map(shard, in_specs=(P("tensor", "fsdp"), tokens), out_specs=P(*tokens, None))(embed_VD, tokens_BT)
 
 
@@ -203,7 +203,7 @@ def unembedding(model: Model, params: dict) -> jax.Array:
 def logits(model: Model, params: dict, x_BTD: jax.Array) -> jax.Array:
     """All logits [B, T, V] in float32 of the final normed activations; the loss never builds them (`loss.token_losses`)."""
     table_VD = gathered(unembedding(model, params).astype(x_BTD.dtype))
-    spec = P(*jax.typeof(x_BTD).sharding.spec[:2], "tensor")
+    spec = P(*spec_of(x_BTD)[:2], "tensor")
     logits_BTV = model.logit_scale * jnp.einsum(
         "BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32, out_sharding=spec
     )

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn import kernels
 from hybrid_attn.config import LayerKind
 from hybrid_attn.parallel.context import AXIS, merged
-from hybrid_attn.parallel.mesh import BATCH
+from hybrid_attn.parallel.mesh import BATCH, spec_of
 
 QUANTISED_SLOTS = 4096  # slots of int8 whose numbers exist in the dtype of the queries at a time
 
@@ -84,7 +84,7 @@ def attend(
     must have room for them. T is split over `context` as q is, or, then with T at most `span`, on every shard.
     """
     static = Static(reach(kind) is not None, reach(kind), kind.chunk, scale, kind.softcap, kernel, span)
-    spec = P(*jax.typeof(q_BTNH).sharding.spec)
+    spec = spec_of(q_BTNH)
     split = spec[1] == AXIS
     places = specs(layer)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import kernels
-from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT
+from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT, spec_of
 
 AXIS = "context"
 
@@ -93,7 +93,7 @@ def _balances(wanted: bool) -> bool:
 
 
 def _over_context(move: Callable, arrays: Any) -> Any:
-    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, arrays)
+    specs = jax.tree.map(spec_of, arrays)
     return jax.shard_map(lambda x: jax.tree.map(move, x), in_specs=(specs,), out_specs=specs, check_vma=False)(arrays)
 
 

@@ -70,13 +70,18 @@ def abstract_mesh(**sizes: int) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
+def spec_of(x: jax.Array) -> P:
+    """How an array lies on the mesh in force, without what it is reduced over."""
+    return P(*jax.typeof(x).sharding.spec)
+
+
 def gathered(weight: jax.Array) -> jax.Array:
     """`weight` whole along `fsdp`: an all-gather forward, and backward a reduce-scatter of its gradient over `fsdp`.
 
     By hand, for the compiler sums the whole gradient on every device and then drops all but a shard: twice the bytes. Typed
     as reduced, the gradient arrives here as the unsummed parts of the devices.
     """
-    spec = jax.typeof(weight).sharding.spec
+    spec = spec_of(weight)
     if "fsdp" not in spec:
         return weight
     rest = tuple(axis for axis in (*BATCH, "context") if axis != "fsdp")

@@ -321,10 +321,15 @@ def _silence_gloo() -> None:
 
 
 def _end(line: str | None, status: int) -> None:
-    """Ends the process now, wherever its main thread hangs."""
-    SPEAKING.acquire()  # for ever: what another thread has begun to say is said, and nothing comes after this
+    """Ends the process now, wherever its main thread hangs; `line` is the last on its standard error."""
+    SPEAKING.acquire(timeout=5)  # and kept: what another thread has begun to say is said, unless nobody reads it
     if line:
-        _say(line, sys.stderr)
+        with contextlib.suppress(Exception):
+            spoken = os.dup(sys.stderr.fileno())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stderr.fileno())  # a main thread that fails with the others still prints its traceback
+            time.sleep(0.1)  # what it has begun to write arrives
+            os.write(spoken, f"{line}\n".encode())
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(status)

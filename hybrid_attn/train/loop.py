@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from hybrid_attn import config
+from hybrid_attn import config, trees
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline, tokenizer
 from hybrid_attn.evals import EVALS, Spec, Subject, bigram
@@ -121,7 +121,7 @@ def first_state(c: config.Config, identities: Sequence[dict], mesh: Mesh, checkp
             f"would have done {wanted['stage_steps']}; only the steps of the last stage begun can change"
         )
     if done and done[-1] < c.stages[len(done) - 1].steps:
-        lines = config.differences(saved["stage"], wanted["stage"], "  ")
+        lines = trees.differences(saved["stage"], wanted["stage"], "  ")
         if lines:
             stage = f"stages[{len(done) - 1}]"
             raise ValueError(

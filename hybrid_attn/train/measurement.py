@@ -7,6 +7,7 @@ one least disturbed. In a process of its own no library's memory is counted as a
 import ctypes
 import dataclasses
 import gc
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -190,3 +191,11 @@ def _status(field: str) -> int:
     """Bytes of a line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+
+
+def no_transformers(platform: str, dtype: str) -> str | None:
+    """Why the other library cannot be compared with here."""
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        return f"{' and '.join(missing)} not installed; install the extra `oracle`"
+    return None if platform == "cpu" and dtype == "float32" else f"compared in float32 on a CPU, not in {dtype} on {platform}"
