@@ -1,8 +1,8 @@
 """A probe that trains in minutes and tells layouts apart: recall of pairs from noise, asked at up to 16 times the length.
 
-    python launch/train.py --config=configs/recall.py                       # RNoPE-SWA 3:1
-    python launch/train.py --config=configs/recall.py:rope                  # any of LAYOUTS
-    python launch/train.py --config=configs/recall.py --config.data.sources.probe.task=mqar --config.data.sources.probe.pairs=8
+python launch/train.py --config=configs/recall.py                       # RNoPE-SWA 3:1
+python launch/train.py --config=configs/recall.py:rope                  # any of LAYOUTS
+python launch/train.py --config=configs/recall.py --config.data.sources.probe.task=mqar --config.data.sources.probe.pairs=8
 """
 
 from ml_collections import ConfigDict

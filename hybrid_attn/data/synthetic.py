@@ -95,7 +95,8 @@ def mqar(raw: Raw, n: int, pairs: int) -> Drawn:
     tokens_n = np.concatenate([[Bytes.bos], np.stack([keys, values], 1).ravel(), raw(n - 1 - 2 * pairs) % MQAR_WORDS])
     gaps = np.arange(1, (n - 1 - 2 * pairs) // 2 + 1)
     # The least of exponential times, each at the rate of its weight, are a weighted draw without replacement.
-    times = -np.log1p(-(raw(len(gaps)) >> np.uint64(11)) * 2.0**-53) / gaps ** (MQAR_POWER - 1)
+    uniform = (raw(len(gaps)) >> np.uint64(11)) * 2.0**-53
+    times = -np.log1p(-uniform) / gaps ** (MQAR_POWER - 1)
     places = 1 + 2 * pairs + 2 * np.argsort(times, kind="stable")[:pairs]
     targets_n, weights_n = np.zeros((2, n), np.int64)
     tokens_n[places], targets_n[places], weights_n[places] = keys, values, 1
