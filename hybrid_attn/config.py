@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is for the kinds that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "exchange")
-TASKS = {"recall": 26, "mqar": 127, "copy": 26}  # of synthetic sources, with the most keys that each has
+TASKS = {"recall": 16, "mqar": 127, "copy": 16}  # of synthetic sources, with the most keys that each has
 QUERIES = 6  # in a row of the task "recall", of three tokens each
 
 

@@ -118,8 +118,8 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
         ("data.sources.text.min_length", -1, "min_length=-1 must not be negative"),
         (
             "data.sources.text",
-            base.source(task="recall", pairs=27),
-            "pairs=27 must lie between 1 and 26, the keys of task='recall'",
+            base.source(task="recall", pairs=17),
+            "pairs=17 must lie between 1 and 16, the keys of task='recall'",
         ),
         ("data.sources.text", base.source(task="mqar", pairs=0), "pairs=0 must lie between 1 and 127"),
         ("data.sources.text", base.source(task="copy", label="x"), "task='copy' or documents, and label='x' is of documents"),

@@ -16,8 +16,8 @@ from hybrid_attn.data.rows import ARRAYS
 from hybrid_attn.data.tokenizer import Bytes
 
 QUERY = ord("?")
-KEYS = np.frombuffer(string.ascii_uppercase.encode(), np.uint8)
-VALUES = np.frombuffer(string.ascii_lowercase.encode(), np.uint8)
+KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOP", np.uint8)
+VALUES = np.frombuffer(b"abcdefghijklmnop", np.uint8)
 NOISE = np.frombuffer((string.punctuation.replace("?", "") + " ").encode(), np.uint8)
 MQAR_WORDS = 256  # the bytes: 0 is no key, the others below the middle are, and those from the middle on are values
 MQAR_POWER = 0.01  # zoology's: the gap to the query of a pair falls about as 1 / gap
@@ -105,7 +105,8 @@ def mqar(raw: Raw, n: int, pairs: int) -> Drawn:
 
 def copy(raw: Raw, n: int, pairs: int) -> Drawn:
     """Letters, a question mark, the same letters: of any length, and the order of all of them matters."""
-    letters = VALUES[raw((n - 1) // 2) % len(VALUES)]
+    alphabet = np.concatenate([KEYS, VALUES])
+    letters = alphabet[raw((n - 1) // 2) % len(alphabet)]
     return _next_tokens(np.concatenate([[Bytes.bos], letters, [QUERY], letters]), len(letters) + 2, 1)
 
 
