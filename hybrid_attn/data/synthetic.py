@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrid_attn import config
 from hybrid_attn.config import QUERIES
 from hybrid_attn.data.rows import ARRAYS
 from hybrid_attn.data.tokenizer import Bytes
@@ -27,14 +28,14 @@ Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, targets and weights
 
 
 class Task(NamedTuple):
-    """What stands for the documents of a synthetic source: one of `TASKS`, and how many (key, value) pairs a row has."""
+    """What stands for the documents of a synthetic source: one of `TASKS`, and the pairs of a row if it has any."""
 
     name: str
     pairs: int
 
     def fingerprint(self) -> str:
         """Tells the rows of this task from those of others."""
-        return f"{self.name} of {self.pairs} pairs"
+        return self.name if config.TASKS[self.name] is None else f"{self.name} of {self.pairs} pairs"
 
 
 class SyntheticRows:
