@@ -1,4 +1,4 @@
-"""A probe that trains in minutes and tells layouts apart: recall of pairs from noise, asked at up to 16 times the length.
+"""A probe of layouts: recall of pairs from noise, learnt at 64 tokens and asked at up to 16 times that.
 
 python launch/train.py --config=configs/recall.py                       # RNoPE-SWA 3:1
 python launch/train.py --config=configs/recall.py:rope                  # any of LAYOUTS
@@ -35,11 +35,13 @@ def get_config(layout: str = "rnope_swa"):
     m.kinds = ConfigDict({letter: base.kind(**KINDS[letter]) for letter in sorted(set(m.pattern))})
     m.num_layers, m.d_model, m.d_ff = 4, 64, 128
     m.num_heads, m.num_kv_heads, m.head_dim = 4, 4, 16
+    m.block, m.tie_embeddings = "pre", False
     m.init_std = 0.125  # d_model ** -0.5
     m.embed_scale = 8.0  # so that what enters the first layer has a standard deviation of 1
     c.data.sources = ConfigDict({"probe": base.source(task="recall")})
-    c.optim.lr = 2e-3
-    stage.steps, stage.seq_len, stage.batch = 2500, 64, 32
+    c.optim.lr, c.optim.weight_decay = 2e-3, 0.01
+    c.optim.schedule = "wsd"  # what finds a pair again is learnt late and at once: the rate must not have fallen by then
+    stage.steps, stage.seq_len, stage.batch = 3000, 64, 32
     c.train.remat = "none"
     c.train.log_every = 50
     c.train.checkpoint_every = 500
