@@ -42,12 +42,16 @@ def kind(**changes) -> ConfigDict:
 
 
 def source(**changes) -> ConfigDict:
-    """A source of documents: the sources of this interpreter's standard library, with `changes` on top."""
+    """A source of documents, the sources of this interpreter's standard library, or of a task; with `changes` on top."""
     s = ConfigDict()
     s.paths = ()  # glob patterns of text files; without any and without a store, the standard library
     s.store = placeholder(str)  # token store that tools/prepare_data.py wrote: a directory or a URL such as gs://bucket/corpus
     s.min_length = 0  # tokens; shorter documents are left out: a share of long ones for an extension stage
     s.label = placeholder(str)  # only documents of that label; None = all
+    # Instead of documents, rows that are drawn anew for every step, have from half of seq_len tokens up to all of them, and
+    # train on answers alone. recall: pairs in noise, then queries. mqar: multi-query associative recall. copy: letters, twice.
+    s.task = placeholder(str)  # recall | mqar | copy; None = documents
+    s.pairs = 4  # (key, value) pairs in a row of recall or mqar
     for key, value in changes.items():
         s[key] = value
     return s
@@ -143,6 +147,6 @@ def get_config() -> ConfigDict:
     t.keep = 2  # checkpoints kept
 
     c.evals = ConfigDict()
-    c.evals.tokens = 131_072  # held-out tokens scored at each length
+    c.evals.tokens = 131_072  # held-out tokens at each length: scored, or in the rows whose answers are
     c.evals.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len
     return c

@@ -14,6 +14,8 @@ from hybrid_attn.trees import Table, check
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is for the kinds that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "exchange")
+TASKS = {"recall": 8, "mqar": 127, "copy": None}  # of synthetic sources, with the keys that pairs are made of
+QUERIES = 6  # in a row of the task "recall", of three tokens each
 
 
 def _one_of(field: str, value: str, choices: Sequence[str]) -> None:
@@ -206,16 +208,27 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Documents of one kind: text files or a token store, or those of it that have a label and a length."""
+    """Documents of one kind: text files or a token store, or those of it that have a label and a length; or a task's rows."""
 
     paths: tuple[str, ...]
     store: str | None
     min_length: int
     label: str | None
+    task: str | None
+    pairs: int
 
     def __post_init__(self):
         check(not (self.paths and self.store), f"a source has paths={self.paths} or store={self.store!r}, not both")
         check(self.min_length >= 0, f"min_length={self.min_length} must not be negative")
+        if self.task is None:
+            return
+        _one_of("task", self.task, tuple(TASKS))
+        for name in ("paths", "store", "min_length", "label"):
+            value = getattr(self, name)
+            check(not value, f"a source has task={self.task!r} or documents, and {name}={value!r} is of documents")
+        keys = TASKS[self.task]
+        ok = keys is None or 1 <= self.pairs <= keys
+        check(ok, f"pairs={self.pairs} must lie between 1 and {keys}, the keys of task={self.task!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +246,12 @@ class Data:
         check(self.seed >= 0, f"data.seed={self.seed} must not be negative")
         check(0 < self.holdout < 1, f"data.holdout={self.holdout} must lie between 0 and 1")
         check(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1 batch")
+        for name, source in self.sources.items():
+            check(
+                source.task is None or self.tokenizer == "bytes",
+                f"data.sources.{name}: task={source.task!r} is written in bytes; use data.tokenizer='bytes', "
+                f"not {self.tokenizer!r}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +345,12 @@ class Config:
         check(bool(self.stages), "stages is empty; a run needs at least one stage")
         for index, stage in enumerate(self.stages):
             _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
+            for name in self.weights(index):
+                _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
+        for multiple in self.evals.lengths:
+            for name in self.weights(-1):
+                length = round(multiple * self.stages[-1].seq_len)
+                _check_task(f"evals.lengths: {multiple} of the last seq_len,", length, name, self.data.sources[name], 1)
         remat(self.model, self.train)
         context(self.model, self.train)
 
@@ -359,6 +384,21 @@ def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[s
         near = difflib.get_close_matches(name, sources, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {known}"
         check(name in sources, f"{field} names {name!r}, which is not in data.sources; {hint}")
+
+
+def shortest_row(source: Source) -> int:
+    """The least tokens that a row of the source's task has."""
+    return {"recall": 2 * source.pairs + 3 * QUERIES, "mqar": 4 * source.pairs + 1, "copy": 3}[source.task]
+
+
+def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:
+    if source.task is not None:
+        least, half = parts * shortest_row(source), "and rows from half of that on, " if parts == 2 else ""
+        check(
+            length >= least,
+            f"{field} {length} is too short for data.sources.{name}: task={source.task!r} with pairs={source.pairs} "
+            f"{half}needs {least} tokens; use that or more, or fewer pairs",
+        )
 
 
 def remat(model: Model, train: Train) -> Table[str, str]:

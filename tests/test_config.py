@@ -116,6 +116,13 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
         ("data.holdout", 1.0, "holdout=1.0 must lie between 0 and 1"),
         ("data.sources", {}, "data.sources is empty"),
         ("data.sources.text.min_length", -1, "min_length=-1 must not be negative"),
+        (
+            "data.sources.text",
+            base.source(task="recall", pairs=17),
+            "pairs=17 must lie between 1 and 8, the keys of task='recall'",
+        ),
+        ("data.sources.text", base.source(task="mqar", pairs=0), "pairs=0 must lie between 1 and 127"),
+        ("data.sources.text", base.source(task="copy", label="x"), "task='copy' or documents, and label='x' is of documents"),
         ("stages.0.mixture", {"text": 0.0}, "sum to zero"),
         ("stages.0.mixture", {"text": -1.0}, "stages.mixture.text=-1.0 must be a finite share, 0 or more"),
         ("stages.0.mixture", {"tex": 1.0}, r"stages\[0\].mixture names 'tex', .*; did you mean 'text'\?"),
@@ -147,12 +154,20 @@ def test_a_value_that_cannot_be_is_refused_with_its_reason(path, value, words):
         ("train.remat", "layers", "layer"),
         ("train.context", "gathered", "gather"),
         ("data.packing", "bestfit", "best_fit"),
+        ("data.sources.text.task", "recal", "recall"),
         ("train.dtype", "bfloat", "bfloat16"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_answered_with_the_choices_and_the_nearest(path, value, near):
     message = error_of(put(path, value))
     assert f"={value!r} is not one of" in message and f"did you mean {near!r}?" in message
+
+
+def test_a_task_is_refused_with_a_tokenizer_that_has_other_ids():
+    with pytest.raises(
+        ValueError, match="data.sources.x: task='mqar' is written in bytes; use data.tokenizer='bytes', not 'a.json'"
+    ):
+        tiny({"data.sources": {"x": base.source(task="mqar")}, "data.tokenizer": "a.json"})
 
 
 @pytest.mark.parametrize(

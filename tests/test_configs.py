@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 
-from configs import hybrid_8k
-from hybrid_attn import config
+from configs import hybrid_8k, recall
+from hybrid_attn import config, trees
 from hybrid_attn.convert import families
 from hybrid_attn.model import flops
 
@@ -53,3 +53,19 @@ def test_variants_of_the_paper_differ_in_nothing_but_their_layers(name, layers, 
     assert {kind.qk_norm for kind in kinds} == {"layernorm" if parameters_of_norms else "none"}
     lines = families.differences(model, hybrid)
     assert all(line.startswith("  model.kinds.") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("layout", "layers"),
+    [("rnope_swa", "LLLG"), ("rnope_swa_1to1", "LGLG"), ("rnope", "RGRG"), ("swa_rope", "LLLR"), ("swa_rope_1to1", "LRLR"),
+     ("rope", "RRRR"), ("nope", "GGGG"), ("swa", "LLLL")],
+)  # fmt: skip
+def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, layers):
+    c, default = (config.build(recall.get_config(*argument)) for argument in ((layout,), ()))
+    assert len(recall.LAYOUTS) == 8 and c.model.layers == layers and set(c.model.kinds) == set(layers)
+    for letter, kind in c.model.kinds.items():
+        assert kind.window == (16 if letter == "L" else None)
+        assert kind.rope_theta == (None if letter == "G" else 10_000.0)
+    lines = trees.differences(config.to_dict(default), config.to_dict(c))
+    assert all(line.startswith(("model.kinds.", "model.pattern: ")) for line in lines)
+    assert flops.parameters(c.model) == flops.parameters(default.model)

@@ -119,6 +119,24 @@ def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(c
         assert losses(tmp_path / f"stopped{step}") == losses(tmp_path / "straight")
 
 
+def test_a_run_on_drawn_rows_resumes_and_ends_with_its_share_of_right_answers(corpus, tmp_path, monkeypatch, capsys):
+    sources = {"probe": base.source(task="recall", pairs=2), "text": base.source(paths=(corpus,))}
+    mixed = stage(STEPS, 48, 8) | {"mixture": {"probe": 0.5, "text": 0.5}}
+    c = config_of(corpus, stages=[mixed], **{"data.sources": sources, "evals.lengths": (1.0, 2.0)})
+    assert loop.train(c, tmp_path / "straight")
+    assert "source       probe: recall of 2 pairs, rows of 24 to 48 tokens, each drawn anew\n" in capsys.readouterr().out
+    evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]
+    told = [(line["source"], line["length"], line["answers"]) for line in evals if line["eval"] == "recall"]
+    assert told == [("probe", 48, 54), ("probe", 96, 30)]  # of 400 tokens, in whole rows
+    assert all(0 <= line["accuracy"] <= 1 for line in evals if line["eval"] == "recall")
+    assert {line["source"] for line in evals if line["eval"] != "recall"} == {"text"}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert not loop.train(c, tmp_path / "stopped")
+    assert loop.train(c, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
 def test_stages_already_begun_cannot_change(corpus, tmp_path, monkeypatch):
     stages = [stage(3, 24, 16), stage(3, 48, 8)]
     loop.train(config_of(corpus, stages=stages), tmp_path)

@@ -1,4 +1,4 @@
-"""The sources of a config as documents: text files or a token store, chosen by label and length, split in two."""
+"""The sources of a config as documents: text files or a token store, chosen by label and length, split in two; or a task."""
 
 import difflib
 import functools
@@ -8,13 +8,14 @@ from typing import NamedTuple
 from hybrid_attn import config
 from hybrid_attn.data import documents, store
 from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.synthetic import Task
 
 
 class Corpus(NamedTuple):
-    """The documents of one source; exact copies of a document are on the same side."""
+    """The documents of one source; exact copies of a document are on the same side. Or a task, twice."""
 
-    training: Documents
-    heldout: Documents
+    training: Documents | Task
+    heldout: Documents | Task
 
 
 def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus]:
@@ -30,6 +31,8 @@ def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus
 
 
 def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable[[str], Documents]) -> Corpus:
+    if source.task is not None:
+        return Corpus(*[Task(source.task, source.pairs)] * 2)
     found = documents.load(source.paths, tokenizer) if source.store is None else open_store(source.store)
     chosen = found.select(found.lengths >= source.min_length)
     if source.label is not None:

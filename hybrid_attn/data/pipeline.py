@@ -13,6 +13,7 @@ from hybrid_attn import config
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.mixture import Mixture
 from hybrid_attn.data.rows import ARRAYS, Rows, blank
+from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.parallel.fit import check_splits
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
@@ -23,7 +24,7 @@ Slice = tuple[int, int, int]  # a row, and the positions [start, stop) of it
 class MixedRows:
     """The rows of one stage: rows of several sources in the order of their mixture."""
 
-    def __init__(self, mixture: Mixture, rows: Mapping[str, Rows]):
+    def __init__(self, mixture: Mixture, rows: Mapping[str, Rows | SyntheticRows]):
         self.mixture = mixture
         self.rows = rows
 
@@ -41,18 +42,20 @@ class MixedRows:
         return {name: count / len(self.rows[name]) for name, count in self.mixture.counts(rows).items()}
 
 
-def stage_rows(c: config.Config, documents: Mapping[str, Documents], tokenizer) -> list[MixedRows]:
+def stage_rows(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[MixedRows]:
     """The rows of each stage, of the training `documents` of each source."""
 
-    def rows(index: int, name: str) -> Rows:
+    def rows(index: int, name: str) -> Rows | SyntheticRows:
         seed = _row_seed(c.data.seed, index, name)
+        if c.data.sources[name].task is not None:
+            return SyntheticRows(documents[name], c.stages[index].seq_len, seed)
         return Rows(documents[name], c.stages[index].seq_len, seed, tokenizer.byte_lengths, c.data.packing)
 
     weights = [c.weights(index) for index in range(len(c.stages))]
     return [MixedRows(Mixture(names), {name: rows(index, name) for name in names}) for index, names in enumerate(weights)]
 
 
-def identities(c: config.Config, documents: Mapping[str, Documents], tokenizer) -> list[dict]:
+def identities(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[dict]:
     """For each stage, all that its batches follow from: two configs in which it is equal train on the same tokens."""
     prints = {name: documents[name].fingerprint() for name in c.sources}
     found = []
@@ -95,7 +98,7 @@ def batches(c: config.Config, stages: Sequence[MixedRows], mesh: Mesh, start_ste
         yield from iterator
 
 
-def heldout_batches(rows: Rows, num_rows: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
+def heldout_batches(rows: Rows | SyntheticRows, num_rows: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
     """Batches of `num_rows` rows spread over the first epoch, each once; the last batch is filled up with rows of padding."""
     check_splits("batch", batch, mesh.shape, BATCH)
     numbers = rows.spread(num_rows)

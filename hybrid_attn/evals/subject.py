@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from hybrid_attn.config import Model
 from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.synthetic import Task
 from hybrid_attn.model import Run
 
 
@@ -20,8 +21,8 @@ class Subject(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """Held-out documents, the length of the rows that they are cut into, and how many tokens to score."""
+    """Held-out documents, the length of the rows that they are cut into, and how many tokens to score; or a task's rows."""
 
-    documents: Documents
+    documents: Documents | Task
     length: int
     tokens: int

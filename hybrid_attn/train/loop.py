@@ -188,16 +188,22 @@ def check_finite(step: int, values: dict, checkpoints: Checkpoints) -> None:
 
 
 def evaluate(c: config.Config, subject: Subject, loaded: Mapping[str, corpora.Corpus], metrics: Metrics) -> None:
-    """The held-out loss by position of each source of the last stage, beside the bigram model of its training bytes."""
+    """The held-out loss by position of each source of the last stage, beside the bigram model of its training bytes.
+
+    Of a synthetic source, the share of the answers that are right.
+    """
     length = c.stages[-1].seq_len
     for source in sorted(c.weights(-1)):
         training, heldout = loaded[source]
+        name = "position" if c.data.sources[source].task is None else "recall"
         records = []
         for multiple in c.evals.lengths:
             spec = Spec(heldout, round(multiple * length), c.evals.tokens)
-            new = [{"source": source, **record} for record in EVALS["position"](subject, spec)]
-            metrics.report("position", new)
+            new = [{"source": source, **record} for record in EVALS[name](subject, spec)]
+            metrics.report(name, new)
             records += new
+        if name == "recall":
+            continue
         if importlib.util.find_spec("matplotlib"):
             from hybrid_attn.evals import picture
 

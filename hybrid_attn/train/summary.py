@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from hybrid_attn.config import Config, LayerKind
 from hybrid_attn.data.pipeline import MixedRows
+from hybrid_attn.data.synthetic import SyntheticRows
 from hybrid_attn.model import Run, flops
 
 
@@ -46,7 +47,12 @@ def sources(rows: MixedRows, wanted: int) -> list[str]:
     """A line for each source of a stage of `wanted` rows: what is there, how it is packed, and how much of it is seen."""
     lines = []
     for name, epochs in rows.epochs(wanted).items():
-        n = rows.rows[name].counts()
+        of = rows.rows[name]
+        if isinstance(of, SyntheticRows):
+            what = of.task.fingerprint()
+            lines.append(f"source       {name}: {what}, rows of {of.shortest:,} to {of.seq_len:,} tokens, each drawn anew")
+            continue
+        n = of.counts()
         padding, cut = n["padding"] / (n["tokens"] + n["padding"]), n["cut_documents"] / n["documents"]
         lines.append(
             f"source       {name}: {n['documents']:,} training documents, {n['tokens']:,} tokens in {n['rows']:,} rows; "

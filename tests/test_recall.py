@@ -1,0 +1,43 @@
+"""Recall counts the answers that the model's own logits give, on any mesh, each row once."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import RUN, mesh_of, on_mesh, random_params, tiny
+
+from hybrid_attn.data.synthetic import VALUES, SyntheticRows, Task
+from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.evals import EVALS, Spec, Subject, recall
+from hybrid_attn.model import apply, logits
+
+LENGTH, NUM_ROWS = 40, 45
+
+
+def subject_on(mesh):
+    """A model of random weights that says nothing but letters, so that some answers are right."""
+    model = tiny({"model.pattern": "LG"}).model
+    params = random_params(model)
+    letters = np.isin(np.arange(model.vocab_size), VALUES)[:, None]
+    params["embed"] = jax.device_put(np.asarray(params["embed"]) * letters, params["embed"].sharding)
+    return Subject(model, params, RUN._replace(kernel="reference"), mesh, Bytes())
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2, "context": 2}])
+def test_accuracy_is_the_share_of_answers_that_have_the_greatest_logit(sizes, monkeypatch):
+    monkeypatch.setattr(recall, "TOKENS", 8 * LENGTH)  # six batches or three, and the last of them is not full
+    spec = Spec(Task("recall", 4), LENGTH, NUM_ROWS * LENGTH - 1)
+    mesh = mesh_of(**sizes)
+    with jax.set_mesh(mesh):
+        (record,) = EVALS["recall"](subject_on(mesh), spec)
+    rows = SyntheticRows(spec.documents, LENGTH, None).read([(i, 0, LENGTH) for i in range(NUM_ROWS)])
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        subject, placed = subject_on(mesh), on_mesh(batch)
+        arrays = (placed["tokens"], placed["positions"], placed["segments"])
+        x_BTD = jax.jit(apply, static_argnums=(0, 5))(subject.model, subject.params, *arrays, subject.run)
+        said_BT = np.asarray(logits(subject.model, subject.params, x_BTD)).argmax(-1)
+    counts = batch["weights"] > 0
+    right = (said_BT == batch["targets"])[counts]
+    assert 0 < right.sum() < right.size == 6 * NUM_ROWS
+    assert record == {"length": LENGTH, "answers": right.size, "accuracy": right.mean()}

@@ -1,0 +1,174 @@
+"""Rows of synthetic tasks: who reads them can give every answer, nobody can without, and a row is a function of its number."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of, tiny
+
+from configs import base
+from hybrid_attn import config, trees
+from hybrid_attn.data import corpora, documents, pipeline, tokenizer
+from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.synthetic import TASKS, SyntheticRows, Task
+
+BYTES = tokenizer.load("bytes")
+ROWS = 300
+
+
+def rows_of(name, pairs=4, seq_len=64, seed=7, count=ROWS):
+    return SyntheticRows(Task(name, pairs), seq_len, seed).read([(i, 0, seq_len) for i in range(count)])
+
+
+def content(row):
+    """Tokens, targets and weights before the padding, after what is so of every row."""
+    n = int(row["segments"].sum())
+    assert row["tokens"][0] == BYTES.bos
+    np.testing.assert_array_equal(row["segments"], np.arange(len(row["segments"])) < n)
+    np.testing.assert_array_equal(row["positions"][:n], np.arange(n))
+    np.testing.assert_array_equal(row["bytes"], row["weights"])
+    assert set(row["weights"]) <= {0.0, 1.0} and not row["weights"][n:].any() and not row["targets"][row["weights"] == 0].any()
+    return row["tokens"][:n], row["targets"][:n], row["weights"][:n] > 0
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 7])
+def test_recall_hides_pairs_in_noise_and_asks_for_them_as_often_as_it_likes(pairs):
+    places, asked = set(), []
+    for row in rows_of("recall", pairs):
+        tokens, targets, counts = content(row)
+        text = bytes(tokens[1:].tolist()).decode()
+        body, queries = re.fullmatch(r"([^?]*)((?:\?[A-Z][a-z]){5}\?[A-Z])", text).groups()
+        pairs_told = dict(re.findall("([A-Z])([a-z])", body))
+        assert len(pairs_told) == len(set(pairs_told.values())) == pairs and sum(map(str.isalpha, body)) == 2 * pairs
+        assert all(match.start() % 2 == 0 for match in re.finditer("[A-Z]", body))
+        places |= {match.start() for match in re.finditer("[A-Z]", body)}
+        keys = re.findall(r"\?([A-Z])", queries)
+        np.testing.assert_array_equal(np.flatnonzero(counts), len(body) + 2 + 3 * np.arange(6))
+        assert [chr(x) for x in targets[counts]] == [pairs_told[key] for key in keys]
+        asked.append(len(set(keys)))
+    assert set(range(0, 36, 2)) <= places <= set(range(0, 46, 2))
+    assert np.mean(asked) == pytest.approx(pairs * (1 - (1 - 1 / pairs) ** 6), rel=0.05)
+
+
+def test_mqar_wants_the_value_where_its_key_comes_again_and_never_tells_it():
+    for row in rows_of("mqar", 3):
+        tokens, targets, counts = content(row)
+        keys, values = tokens[1:7:2], tokens[2:8:2]
+        assert len(set(keys)) == len(set(values)) == 3 and (0 < keys).all() and (keys < 128).all()
+        assert (values >= 128).all() and (values < 256).all() and (tokens[1:] < 256).all()
+        assert sorted(tokens[counts]) == sorted(keys)
+        assert (np.flatnonzero(counts) % 2 == 1).all() and np.flatnonzero(counts)[0] >= 7
+        assert {*zip(tokens[counts], targets[counts], strict=True)} == {*zip(keys, values, strict=True)}
+
+
+def test_mqar_asks_after_gaps_that_a_power_law_draws_without_replacement():
+    drawn = np.array([(np.flatnonzero(row["weights"]) - 7) // 2 for row in rows_of("mqar", 3, seed=None, count=2000)])
+    rng, p = np.random.default_rng(0), np.arange(1, 29) ** -0.99
+    wanted = np.array([rng.choice(28, 3, replace=False, p=p / p.sum()) for _ in range(4000)])
+    assert drawn.min() == 0 and drawn.max() == 27
+    for least in (1, 4, 12):
+        assert np.mean(drawn < least) == pytest.approx(np.mean(wanted < least), abs=0.02)
+
+
+def test_copy_wants_the_letters_again_in_their_order():
+    lengths = set()
+    for row in rows_of("copy"):
+        tokens, targets, counts = content(row)
+        letters, again = bytes(tokens[1:].tolist()).decode().split("?")
+        assert set(letters) <= set("ABCDEFGHabcdefgh") and again == letters[:-1]
+        assert bytes(targets[counts].tolist()).decode() == letters and counts[-len(letters) :].all()
+        lengths.add(len(letters))
+    assert lengths == set(range(15, 32))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_for_training_have_all_lengths_from_half_on_and_held_out_ones_are_full(name):
+    lengths = [int(row["segments"].sum()) for row in rows_of(name)]
+    short = {"recall": 0, "mqar": 0, "copy": 1}[name]  # an even number of tokens holds no more letters than the one below
+    assert min(lengths) == 32 - short and max(lengths) == 64 - short
+    assert np.mean(lengths) == pytest.approx(48, abs=1.5)
+    assert {int(row["segments"].sum()) for row in rows_of(name, seed=None)} == {64 - short}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_row_follows_from_its_number_and_no_two_are_the_same(name):
+    told = [row["tokens"].tobytes() for seed in (7, 8, None) for row in rows_of(name, seed=seed)]
+    assert len(set(told)) == 3 * ROWS
+    rows = SyntheticRows(Task(name, 4), 64, 7)
+    (whole,) = rows.read([(123, 0, 64)])
+    for part, (start, stop) in zip(rows.read([(123, 9, 40), (123, 40, 64)]), ((9, 40), (40, 64)), strict=True):
+        assert {key: value.dtype for key, value in part.items()} == {key: value.dtype for key, value in whole.items()}
+        for key, values in part.items():
+            np.testing.assert_array_equal(values, whole[key][start:stop])
+
+
+def test_rows_are_the_same_under_every_version_of_numpy():
+    tokens, _, _ = content(SyntheticRows(Task("recall", 4), 64, 5).read([(0, 0, 64)])[0])
+    assert BYTES.decode(tokens) == r'Fd")=([.{%:+Gh\,Bf%)]^\,,&Cb^=+.^{|?Cb?Gh?Bf?Gh?Cb?G'
+    tokens, targets, counts = content(SyntheticRows(Task("mqar", 4), 64, 5).read([(0, 0, 64)])[0])
+    assert targets[counts].tolist() == [138, 151, 159, 213]
+
+
+def mixed_config():
+    sources = {"text": base.source(), "probe": base.source(task="recall", pairs=3)}
+    stages = [
+        {"steps": 3, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {"text": 0.5, "probe": 0.5}},
+        {"steps": 2, "seq_len": 64, "batch": 4, "microbatches": 1, "mixture": {"probe": 1.0}},
+    ]
+    return tiny({"data.sources": sources, "stages": stages})
+
+
+def test_a_stage_mixes_them_with_documents_and_begins_anywhere_on_any_mesh():
+    c = mixed_config()
+    text = documents.in_memory([np.arange(200, dtype=np.uint16)], [1])
+    probe = corpora.load(c.data, ["probe"], BYTES)["probe"].training
+    stages = pipeline.stage_rows(c, {"text": text, "probe": probe}, BYTES)
+    straight = dict(jax.device_get(list(pipeline.batches(c, stages, mesh_of(), 0))))
+    again = pipeline.stage_rows(c, {"text": text, "probe": probe}, BYTES)
+    resumed = dict(jax.device_get(list(pipeline.batches(c, again, mesh_of(data=2, context=2), 2))))
+    assert list(straight) == [0, 1, 2, 3, 4] and list(resumed) == [2, 3, 4]
+    for step, batch in resumed.items():
+        for name, values in batch.items():
+            np.testing.assert_array_equal(values, straight[step][name], err_msg=f"{name} of step {step}")
+    assert [int((batch["tokens"][:, 0] == BYTES.bos).sum()) for batch in straight.values()] == [4, 4, 4, 4, 4]
+    told = {row.tobytes() for batch in straight.values() for row in batch["tokens"] if row[0] == BYTES.bos}
+    assert len(told) == 20
+
+
+def test_what_tells_a_stage_from_another_has_the_task_and_its_pairs():
+    c = mixed_config()
+    changed = config.to_dict(c)
+    changed["data"]["sources"]["probe"]["pairs"] = 2
+    text = documents.in_memory([np.arange(200, dtype=np.uint16)], [1])
+    old, new = (
+        pipeline.identities(x, {"text": text, "probe": corpora.load(x.data, ["probe"], BYTES)["probe"].training}, BYTES)[1]
+        for x in (c, config.build(changed))
+    )
+    assert trees.differences(old, new) == ["documents.probe: recall of 3 pairs -> recall of 2 pairs"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_shortest_rows_that_a_config_may_have_can_be_drawn_and_shorter_ones_are_refused(name):
+    c = config.build(base.get_config())
+    source = config.build(config.to_dict(c) | {"data": config.to_dict(c)["data"] | {"sources": {"x": base.source(task=name)}}})
+    least = config.shortest_row(source.data.sources["x"])
+    for row in rows_of(name, seq_len=2 * least):
+        content(row)
+    changes = {"data.sources": {"x": base.source(task=name)}, "evals.lengths": (0.5,)}
+    stage = {"steps": 1, "batch": 8, "microbatches": 1, "mixture": {}}
+    assert tiny(changes | {"stages": [stage | {"seq_len": 2 * least}]})
+    words = (
+        f"stages.0..seq_len {2 * least - 1} is too short for data.sources.x: .*from half of that on, needs {2 * least} tokens"
+    )
+    with pytest.raises(ValueError, match=words):
+        tiny(changes | {"stages": [stage | {"seq_len": 2 * least - 1}]})
+    with pytest.raises(ValueError, match=f"evals.lengths: 0.1 .* is too short for data.sources.x: .* needs {least} tokens"):
+        tiny(changes | {"stages": [stage | {"seq_len": 2 * least}], "evals.lengths": (0.1,)})
+
+
+def test_documents_and_tasks_have_rows_of_the_same_arrays():
+    text = documents.in_memory([np.arange(200, dtype=np.uint16)], [1])
+    (row,) = Rows(text, 64, None, BYTES.byte_lengths).read([(0, 0, 64)])
+    (drawn,) = rows_of("recall", count=1)
+    assert {name: (x.dtype, x.shape) for name, x in row.items()} == {name: (x.dtype, x.shape) for name, x in drawn.items()}
