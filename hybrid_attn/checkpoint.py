@@ -20,7 +20,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from hybrid_attn import config
+from hybrid_attn import trees
 from hybrid_attn.checksums import checksums, mesh_of
 
 MIB = 2**20
@@ -108,7 +108,7 @@ class Checkpoints:
                 saved = read_config(self.directory, step)
             except UnreadableError:
                 continue  # `restore` says so and takes the one before
-            lines = config.differences(saved["model"], config_dict["model"], "  model.")
+            lines = trees.differences(saved["model"], config_dict["model"], "  model.")
             if lines:
                 raise ValueError(
                     f"the checkpoint of step {step} in {self.directory} is of another model (saved -> wanted):\n"
