@@ -22,9 +22,13 @@ from hybrid_attn.model import Run, flops, losses
 from hybrid_attn.model.loss import mean_loss
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 
+# Arrays are tiny here: compiling takes longer than running. Without XLA's fusion emitters, and without the optimisations below,
+# it takes two thirds of the time; what tests start inherits the flag, which later versions of XLA do not know.
+if jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", os.environ.get("TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # arrays are tiny here: compiling takes longer than running
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session", autouse=True)
