@@ -1,0 +1,65 @@
+"""Questions with known answers, written once and asked of every model: a line of JSON each, and a hash of all of them."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hybrid_attn import trees
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One question of a task.
+
+    `prompt` is all the text that a model goes on from; it, a mark that begins a document and `max_new_tokens` fit into
+    `length` tokens. `group` tells cells of a task apart, as a depth does, and `meta` holds plain values to look at.
+    """
+
+    task: str
+    length: int
+    index: int
+    prompt: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    group: str
+    meta: dict
+
+    def __post_init__(self):
+        where = f"sample {self.index} of {self.task} at {self.length:,} tokens"
+        trees.check(bool(self.prompt), f"{where} has an empty prompt")
+        trees.check(all(self.answers) and bool(self.answers), f"{where} has an empty answer, or none")
+        trees.check(0 < self.max_new_tokens < self.length, f"{where}: max_new_tokens={self.max_new_tokens} leaves no prompt")
+
+
+def write(path: Path, samples: Iterable[Sample]) -> str:
+    """Writes them and returns the hash that `read` returns; an interrupted write leaves nothing under the name."""
+    lines = [json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
+    whole = "".join(lines).encode()
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(whole)
+    part.rename(path)
+    return hashlib.sha256(whole).hexdigest()
+
+
+def read(path: Path) -> tuple[list[Sample], str]:
+    """The samples of a file, and the SHA-256 of its bytes; ValueError names the line that is none."""
+    whole = path.read_bytes()
+    found = []
+    for number, line in enumerate(whole.decode().removesuffix("\n").split("\n"), 1):
+        try:
+            values = json.loads(line)
+            found.append(Sample(**values | {"answers": tuple(values["answers"])}))
+        except (TypeError, KeyError, ValueError) as cause:
+            raise ValueError(f"{path}, line {number} is no sample: {cause}") from cause
+    return found, hashlib.sha256(whole).hexdigest()
+
+
+def too_long(samples: Sequence[Sample], tokenizer) -> Sample | None:
+    """The first whose prompt, the mark before it and its answer do not fit its length."""
+    prompts = tokenizer.encode_batch([sample.prompt.encode() for sample in samples])
+    for sample, ids in zip(samples, prompts, strict=True):
+        if 1 + len(ids) + sample.max_new_tokens > sample.length:
+            return sample
+    return None

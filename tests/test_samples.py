@@ -1,0 +1,51 @@
+"""Samples come back as they were written, and what cannot be asked is refused."""
+
+import dataclasses
+import hashlib
+
+import pytest
+
+from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.evals import samples
+from hybrid_attn.evals.samples import Sample
+
+ONE = Sample("needle", 64, 0, "The ✨ key is 7.\u2028What is it?", ("7", "sept"), 8, "50", {"depth": 50.0})
+
+
+def test_what_is_read_is_what_was_written_with_the_hash_of_its_bytes(tmp_path):
+    path = tmp_path / "needle.jsonl"
+    several = [dataclasses.replace(ONE, index=i) for i in range(3)]
+    digest = samples.write(path, several)
+    assert samples.read(path) == (several, digest)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest != samples.write(path, several[:2]) and [x.name for x in tmp_path.iterdir()] == ["needle.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": ""}, "sample 0 of needle at 64 tokens has an empty prompt"),
+        ({"answers": ()}, "has an empty answer, or none"),
+        ({"answers": ("7", "")}, "has an empty answer, or none"),
+        ({"max_new_tokens": 64}, "max_new_tokens=64 leaves no prompt"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(ONE, **changes)
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "no json", '{"task": "a", "answers": ["b"], "colour": 1}'])
+def test_a_line_that_is_no_sample_is_named(tmp_path, line):
+    path = tmp_path / "some.jsonl"
+    samples.write(path, [ONE])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match="some.jsonl, line 2 is no sample: "):
+        samples.read(path)
+
+
+def test_the_mark_that_begins_a_document_and_the_answer_count():
+    fits = dataclasses.replace(ONE, prompt="x" * 55)
+    assert samples.too_long([fits, fits], Bytes()) is None
+    longer = dataclasses.replace(ONE, prompt="x" * 56, index=4)
+    assert samples.too_long([fits, longer], Bytes()) is longer
