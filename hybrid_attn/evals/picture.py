@@ -9,7 +9,7 @@ def loss_by_position(records: Sequence[dict], trained_length: int) -> Figure:
     """The buckets that `position.run` yields, a line for each length, with a mark at the length of training."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    buckets = [record for record in records if "first" in record]
+    buckets = [record for record in records if "first" in record and "part" not in record]
     for length in sorted({record["length"] for record in buckets}):
         line = [record for record in buckets if record["length"] == length]
         edges = [max(record["first"], 1) for record in line] + [line[-1]["end"]]
