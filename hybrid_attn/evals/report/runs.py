@@ -77,13 +77,17 @@ def sample_of(answer: Mapping) -> tuple:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Where each line of a file stands, and what it holds."""
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    """Where each line of a file stands, and what it holds; numbers that are not finite are None."""
+    if not path.stat().st_size:
+        return
+    for number, line in enumerate(path.read_text().removesuffix("\n").split("\n"), 1):
         where = f"{path}, line {number}"
         try:
-            values = json.loads(line)
+            values = json.loads(line, parse_constant=lambda name: None)
         except ValueError as cause:
-            raise ValueError(f"{where} is cut short or no JSON: {cause}; evaluate again, it goes on where it stopped") from cause
+            raise ValueError(
+                f"{where} is cut short or no JSON: {cause}; evaluate again, it goes on where it stopped"
+            ) from cause
         check(isinstance(values, dict), f"{where} holds {line[:40]!r}, which is no record")
         yield where, values
 
@@ -95,6 +99,8 @@ def _record(record: dict, where: str) -> dict:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FIELDS)}"
         raise ValueError(f"{where}: eval={name!r} is not known; {hint}")
     _check_fields(record, FIELDS[name], where)
+    for field in ("answers", "samples"):
+        check(record.get(field) != 0, f"{where}: {name} with {field}=0 says nothing; ask one question at least")
     return record
 
 

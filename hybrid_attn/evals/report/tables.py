@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -48,6 +49,11 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
+def plain(name: str) -> str:
+    """What a file can be called."""
+    return re.sub(r"[^\w.-]", "_", name)
+
+
 def html(table: Table) -> str:
     """With what JavaScript sorts by in `data-value`."""
     numeric = [any(isinstance(row[i], (int, float)) for row in table.rows) for i in range(len(table.columns))]
@@ -59,7 +65,8 @@ def html(table: Table) -> str:
         f"<tr>{''.join(_cell(*x) for x in zip(table.columns, row, numeric, strict=True))}</tr>" for row in table.rows
     )
     return (
-        f'<figure class="table" id="{table.name}"><figcaption>{escape(table.title)}</figcaption><div class="scroll" tabindex="0">'
+        f'<figure class="table" data-name="{table.name}"><figcaption>{escape(table.title)}</figcaption>'
+        '<div class="scroll" tabindex="0">'
         f"<table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div></figure>"
     )
 
