@@ -1,0 +1,263 @@
+"""The tables of a report, each from the records of all runs."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from hybrid_attn.evals.report import statistics
+from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed, tokens
+
+SHORTEST = 4096  # of RULER's lengths; what is shorter is another benchmark, and has a table of its own
+RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
+RUN, LENGTH = Column("run"), Column("length", tokens)
+INTERVAL = (Column("95% from", fixed(3)), Column("to", fixed(3)))
+
+
+def is_short(length: int) -> bool:
+    return length < SHORTEST
+
+
+def is_long(length: int) -> bool:
+    return length >= SHORTEST
+
+
+def lengths_of(records: Iterable[Mapping]) -> list[int]:
+    """From the shortest to the longest."""
+    return sorted({record["length"] for record in records})
+
+
+def ruler_means(run: Run, belongs: Callable[[int], bool]) -> dict[int, float]:
+    """The mean score of the tasks that there are, by length."""
+    records = [record for record in run.of("ruler") if belongs(record["length"])]
+    return {
+        length: float(np.mean([record["score"] for record in records if record["length"] == length]))
+        for length in lengths_of(records)
+    }
+
+
+def ruler(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title: str) -> Table:
+    """RULER's table: claimed and effective length, the mean of the tasks at each length, and the averages over lengths."""
+    means = {run.name: scores for run in runs if (scores := ruler_means(run, belongs))}
+    across = sorted({length for scores in means.values() for length in scores})
+    score = Column("", fixed(1), lambda value: value >= statistics.LEAST)
+    columns = [
+        *(Column("Models"), Column("Claimed Length", tokens), Column("Effective Length")),
+        *(score._replace(name=tokens(length)) for length in across),
+        *(Column(x, fixed(1)) for x in ("Avg.", "wAvg. (inc)", "wAvg. (dec)")),
+        Column(f"{statistics.SHARE_OF_BASE:.0%} of base"),
+    ]
+    rows = []
+    for run in runs:
+        if scores := means.get(run.name):
+            base = scores[min(scores)]
+            rows.append(
+                [
+                    *(run.name, run.trained, effective(scores, statistics.LEAST), *map(scores.get, across)),
+                    *statistics.averages([scores[length] for length in sorted(scores)]),
+                    effective(scores, statistics.SHARE_OF_BASE * base),
+                ]
+            )
+    return Table(name, title, columns, rows)
+
+
+def effective(scores: Mapping[int, float], least: float) -> str:
+    """The effective length as RULER writes it: <4K where the shortest fails, >128K where none does."""
+    length = statistics.effective_length(scores, least)
+    if length is None:
+        return f"<{tokens(min(scores))}"
+    return f">{tokens(length)}" if length == max(scores) else tokens(length)
+
+
+def ruler_tasks(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title: str) -> Table:
+    """Scores by run and task down, length across."""
+    records = [(run.name, record) for run in runs for record in run.of("ruler") if belongs(record["length"])]
+    across = lengths_of(record for _, record in records)
+    lines: dict[tuple[str, str], dict[int, float]] = {}
+    for run, record in records:
+        lines.setdefault((record["task"], run), {})[record["length"]] = record["score"]
+    score = Column("", fixed(1), lambda value: value >= statistics.LEAST)
+    columns = [Column("task"), RUN, *(score._replace(name=tokens(length)) for length in across)]
+    return Table(name, title, columns, [[*key, *map(scores.get, across)] for key, scores in lines.items()])
+
+
+def ruler_cells(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title: str) -> Table:
+    """Every score of RULER with its samples, its interval and its empty answers."""
+    columns = [
+        *(RUN, Column("task"), LENGTH, Column("samples", count), Column("score", fixed(1))),
+        *(Column("95% from", fixed(1)), Column("to", fixed(1)), Column("nulls", count)),
+    ]
+    rows = []
+    for run in runs:
+        for r in run.of("ruler"):
+            if belongs(r["length"]):
+                low, high = statistics.wilson(r["score"] / 100 * r["samples"], r["samples"])
+                rows.append([run.name, r["task"], r["length"], r["samples"], r["score"], 100 * low, 100 * high, r["nulls"]])
+    return Table(name, title, columns, rows)
+
+
+def needle(runs: Sequence[Run]) -> Table:
+    """The share of needles found in each cell."""
+    columns = [
+        *(RUN, Column("needles", count), LENGTH, Column("depth %", fixed(0)), Column("answers", count)),
+        *(Column("right", fixed(3)), *INTERVAL),
+    ]
+    rows = [
+        [
+            *(run.name, r["needles"], r["length"], r["depth"], r["answers"], r["right"] / r["answers"]),
+            *statistics.wilson(r["right"], r["answers"]),
+        ]
+        for run in runs
+        for r in run.of("needle")
+    ]
+    return Table("needle_cells", "Needles found, by length and depth", columns, rows)
+
+
+def recall(runs: Sequence[Run]) -> Table:
+    columns = [RUN, Column("source"), LENGTH, Column("answers", count), Column("accuracy", fixed(3)), *INTERVAL]
+    rows = [
+        [
+            *(run.name, r["source"], r["length"], r["answers"], r["accuracy"]),
+            *statistics.wilson(r["accuracy"] * r["answers"], r["answers"]),
+        ]
+        for run in runs
+        for r in run.of("recall")
+    ]
+    return Table("recall", "Synthetic recall: answers that are the likeliest token", columns, rows)
+
+
+def position(runs: Sequence[Run]) -> Table:
+    """Losses over whole rows, and the byte bigram's beside them."""
+    columns = [
+        *(RUN, Column("source"), LENGTH, Column("tokens scored"), Column("number", count)),
+        *(Column("loss (nats)", fixed(3)), Column("bits per byte", fixed(3))),
+    ]
+    rows = [
+        [run.name, r["source"], r["length"], part(r), r["tokens"], r["loss"], r.get("bits_per_byte")]
+        for run in runs
+        for r in run.of("position")
+        if "first" not in r
+    ]
+    rows += [
+        [f"{run.name}: byte bigram", r["source"], r["length"], "all", None, None, r["bits_per_byte"]]
+        for run in runs
+        for r in run.of("bigram")
+    ]
+    return Table("loss", "Held-out loss of whole rows", columns, rows)
+
+
+def part(record: Mapping) -> str:
+    """Which tokens a record of losses is about: all, those of a bigram seen before in the row, or the rest."""
+    return record.get("part", "all")
+
+
+def is_total(record: Mapping) -> bool:
+    """Whether a record of losses is about every token of its rows."""
+    return "first" not in record and part(record) == "all"
+
+
+def positions(runs: Sequence[Run]) -> Table:
+    columns = [
+        *(RUN, Column("source"), LENGTH, Column("tokens scored"), Column("from", count), Column("to", count)),
+        *(Column("number", count), Column("loss (nats)", fixed(3))),
+    ]
+    rows = [
+        [run.name, r["source"], r["length"], part(r), r["first"], r["end"], r["tokens"], r["loss"]]
+        for run in runs
+        for r in run.of("position")
+        if "first" in r
+    ]
+    return Table("loss_by_position", "Held-out loss by position in the document", columns, rows)
+
+
+def attention(runs: Sequence[Run]) -> Table:
+    """Where the question's attention goes, by kind of layer: means over its heads."""
+    columns = [
+        *(RUN, LENGTH, Column("kind"), Column("heads", count)),
+        *(Column(name, fixed(4)) for name in ("begin", "needle", "context", "question")),
+        *(Column("entropy (bits)", fixed(2)), Column("needle lift", fixed(2)), Column("retrieval heads", count)),
+        Column("needle in reach"),
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for run in runs:
+        for record in run.of("attention_mass"):
+            groups.setdefault((run.name, record["length"], record["kind"]), []).append(record)
+    fields = ("begin", "needle", "context", "qc", "entropy_bits", "needle_lift")
+    rows = [
+        [
+            *(*key, len(heads), *(mean_of(heads, field) for field in fields)),
+            sum((head["retrieval"] or 0) > RETRIEVES for head in heads),
+            "yes" if any(head["reach"] for head in heads) else "no",
+        ]
+        for key, heads in groups.items()
+    ]
+    return Table("attention", "Attention of the question's tokens, by kind of layer", columns, rows)
+
+
+def mean_of(records: Sequence[Mapping], field: str) -> float | None:
+    """Over the records that have a number there."""
+    values = [record[field] for record in records if record[field] is not None]
+    return float(np.mean(values)) if values else None
+
+
+def key_tokens(runs: Sequence[Run]) -> Table:
+    columns = [
+        *(RUN, LENGTH, Column("key tokens", count), Column("of tokens", count)),
+        *(Column("loss (nats)", fixed(3)), Column("perplexity", fixed(2))),
+    ]
+    fields = ("length", "key_tokens", "tokens", "loss", "perplexity")
+    rows = [[run.name, *(r[field] for field in fields)] for run in runs for r in run.of("key_tokens")]
+    return Table("key_tokens", "Tokens whose loss depends on the far context", columns, rows)
+
+
+def harness(runs: Sequence[Run]) -> Table:
+    columns = [
+        *(RUN, Column("task"), Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),
+        *(Column("samples", count), Column("truncated", count, lambda value: value > 0)),
+    ]
+    fields = ("task", "metric", "value", "stderr", "samples", "truncated")
+    rows = [[run.name, *(r[field] for field in fields)] for run in runs for r in run.of("harness")]
+    return Table("harness", "lm-evaluation-harness", columns, rows)
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[statistics.Difference]]]:
+    """Every further run against the first."""
+    family = {record["task"] for run in runs for record in run.of("ruler")}
+    first, *others = runs
+    return [(run.name, statistics.compare(first, run, family, "RULER, mean of tasks")) for run in others]
+
+
+def comparison(first: str, found: Sequence[tuple[str, list[statistics.Difference]]]) -> Table:
+    columns = [
+        *(RUN, Column("task"), LENGTH, Column("pairs", count), Column(first, fixed(3)), Column("run's", fixed(3))),
+        *(Column("difference", signed), Column("95% from", signed), Column("to", signed)),
+        Column("worse, better or unclear"),
+    ]
+    rows = [[name, *difference, verdict(difference)] for name, several in found for difference in several]
+    return Table("comparison", f"Against {first} on the same questions: scores between 0 and 1", columns, rows)
+
+
+def verdict(difference: statistics.Difference) -> str:
+    return "better" if difference.low > 0 else "worse" if difference.high < 0 else "unclear"
+
+
+def provenance(runs: Sequence[Run]) -> Table:
+    """What each run was, a column each."""
+    flat = [dict(_leaves(run.provenance)) for run in runs]
+    keys = list(dict.fromkeys(key for values in flat for key in values))
+    columns = [Column("of the run"), *(Column(run.name) for run in runs)]
+    return Table("provenance", "Where the numbers come from", columns, [[k, *(_plain(x.get(k)) for x in flat)] for k in keys])
+
+
+def _leaves(values: Mapping, prefix: str = "") -> Iterable[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: object) -> str | int | float | None:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else None if value is None else str(value)

@@ -1,0 +1,90 @@
+"""What a report leaves in a directory."""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hybrid_attn.evals.report import contents, tables
+from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.trees import check
+
+
+def write(out: Path, runs: Sequence[Run]) -> None:
+    """report.html, report.md, results.json, pictures/*.png, tables/*.csv, and RULER's own files by run and length.
+
+    They follow from the runs alone; the first run is what the others are compared with.
+    """
+    check(bool(runs), f"there are 0 runs to report in {out}; evaluate a model first")
+    names = [run.name for run in runs]
+    check(len(set(names)) == len(names), f"runs of a report have a name each, and these are {', '.join(names)}")
+    if not importlib.util.find_spec("matplotlib"):
+        raise ValueError("a report has pictures, and matplotlib is not installed; install the extra: pip install '.[eval]'")
+    from hybrid_attn.evals.report import html, pictures, sections
+
+    found, wrong = sections.sections(runs), sections.failures(runs)
+    drawn = [picture for section in found for picture in section.pictures]
+    written = [table for section in found for table in (*section.tables, *section.folded)]
+    title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
+    for picture in drawn:
+        _make(out / "pictures")
+        pictures.save(picture, out / "pictures" / f"{picture.name}.png")
+    for table in written:
+        _write(out / "tables" / f"{table.name}.csv", tables.comma_separated(table))
+    for run in runs:
+        _ruler_files(out / "tables" / "ruler", run)
+    _write(out / "results.json", _json(runs, written, wrong))
+    _write(out / "report.md", _markdown(title, found, wrong))
+    _write(out / "report.html", html.page(title, runs, found, wrong))
+
+
+def _write(path: Path, text: str) -> None:
+    """Half a surrogate pair, which a model may give and no file can hold, becomes a question mark."""
+    _make(path.parent)
+    path.write_bytes(text.encode("utf-8", "replace"))
+
+
+def _make(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def _ruler_files(out: Path, run: Run) -> None:
+    """summary.csv and submission.csv of each length, in the form that RULER's evaluate.py gives them."""
+    for length in contents.lengths_of(run.of("ruler")):
+        records = [r for r in run.of("ruler") if r["length"] == length]
+        tasks = [r["task"] for r in records]
+        summary = [
+            range(len(records) + 1),
+            ["Tasks", *tasks],
+            ["Score", *(round(r["score"], 2) for r in records)],
+            ["Nulls", *(f"{r['nulls']}/{r['samples']}" for r in records)],
+        ]
+        given = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
+        submission = [["Task", "ID", "Prediction"], *([x["task"], x["index"], x["given"]] for x in given)]
+        where = out / tables.plain(run.name) / str(length)
+        _write(where / "summary.csv", tables.lines_of(summary))
+        _write(where / "submission.csv", tables.lines_of(submission))
+
+
+def _json(runs: Sequence[Run], written: Sequence, wrong: Mapping) -> str:
+    """Records and provenance by run, every table's rows, and the questions that the page shows."""
+    whole = {
+        "runs": {run.name: {"provenance": run.provenance, "records": run.records} for run in runs},
+        "tables": {x.name: [dict(zip([c.name for c in x.columns], row, strict=True)) for row in x.rows] for x in written},
+        "failures": {task: [failure._asdict() for failure in found] for task, (_, found) in wrong.items()},
+    }
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+
+
+def _markdown(title: str, found: Sequence, wrong: Mapping) -> str:
+    """The sections with links to their pictures; answers that were wrong are counted."""
+    parts = [f"# {title}\n"]
+    for section in found:
+        parts.append(f"## {section.title}\n")
+        parts += [f"{text}\n" for text in section.words]
+        parts += [f"![{picture.caption}](pictures/{picture.name}.png)\n" for picture in section.pictures]
+        parts += [tables.markdown(table) for table in section.tables]
+    if wrong:
+        counted = [f"- {task}: {missed}" for task, (missed, _) in wrong.items()]
+        parts.append("\n".join(["## Wrong answers\n", *counted, ""]))
+    return "\n".join(parts)

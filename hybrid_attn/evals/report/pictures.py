@@ -1,0 +1,320 @@
+"""The pictures of a report, drawn with matplotlib (the extra `eval`).
+
+Colours are names that the page replaces by its own (`COLOURS`), so that a picture follows it into the dark.
+"""
+
+import functools
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from hybrid_attn.evals.report import contents, statistics
+from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.report.statistics import Difference
+from hybrid_attn.evals.report.tables import tokens
+
+INK, MUTED, GRID, PAPER = "#20262d", "#66707b", "#dde2e7", "#fffffe"
+# Okabe and Ito's, without yellow: apart for every eye.
+RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31")
+COLOURS = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "card"} | {colour: f"run-{i}" for i, colour in enumerate(RUNS)}
+SEGMENTS = {"begin": "#3b4a5a", "needle": "#d9822b", "context": "#8fb3cf", "qc": "#c7cfd6"}
+SEGMENT_NAMES = {"begin": "first tokens", "needle": "needle", "context": "context", "qc": "question"}
+# Vermilion, sand, blue: wrong and right are apart for every eye, and in grey.
+SCORES = LinearSegmentedColormap.from_list("scores", ("#c8501e", "#e8a565", "#f1e8d6", "#7fb0d3", "#14568f"))
+MOST_NUMBERS = 12  # cells of a heat map in either direction that still have room for numbers
+STYLE = {
+    "font.size": 9.5,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+    "savefig.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+}
+
+
+class Picture(NamedTuple):
+    """`name` is that of its file; `wide` ones take the whole width of the page."""
+
+    name: str
+    caption: str
+    figure: Figure
+    wide: bool
+
+
+def styled(draw: Callable) -> Callable:
+    """Draws with this report's fonts, lines and colours."""
+
+    @functools.wraps(draw)
+    def drawn(*args):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args)
+
+    return drawn
+
+
+@styled
+def svg(picture: Picture) -> str:
+    """An element of a page, whose colours and fonts are the page's, and whose names meet no other picture's."""
+    out = io.StringIO()
+    picture.figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    whole = out.getvalue()
+    text = whole[whole.index("<svg") :]
+    for colour, name in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{picture.name}-", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(picture.caption)}"', 1)
+
+
+@styled
+def save(picture: Picture, path: Path) -> None:
+    """As PNG, on white."""
+    picture.figure.savefig(path, dpi=150, facecolor="white")
+
+
+class Curve(NamedTuple):
+    """Scores of one run by length, with the interval of each; the run's number is its colour."""
+
+    name: str
+    number: int
+    lengths: Sequence[int]
+    scores: Sequence[float]
+    bands: Sequence[tuple[float, float]]
+
+
+@styled
+def curves(
+    panels: Mapping[str, Sequence[Curve]], trained: Sequence[int], label: str, top: float, least: float | None
+) -> Figure:
+    """Score by length, a panel for each name, with lengths by their logarithm and marks at the lengths of training.
+
+    Scores lie between 0 and `top`; a line at `least`, if there is one, is what counts as enough.
+    """
+    across = min(len(panels), 4)
+    down = -(-len(panels) // across)
+    width, height = (5.6, 3.6) if across == 1 else (2.75 * across, 2.35 * down + 0.5)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    every = sorted({length for several in panels.values() for curve in several for length in curve.lengths})
+    for axes, (name, several) in zip(grid.flat, panels.items(), strict=False):
+        for curve in several:
+            _curve(axes, curve)
+        _lengths_across(axes, every, trained)
+        axes.set_ylim(-0.02 * top, 1.03 * top)
+        if least is not None:
+            axes.axhline(least, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+        axes.set_title(name if len(panels) > 1 else "")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(label)
+    _legend(figure, grid.flat[0])
+    return figure
+
+
+def _curve(axes: Axes, curve: Curve) -> None:
+    colour = RUNS[curve.number % len(RUNS)]
+    low, high = zip(*curve.bands, strict=True)
+    axes.fill_between(curve.lengths, low, high, color=colour, alpha=0.15, linewidth=0)
+    style = ("-", "--", ":")[curve.number // len(RUNS) % 3]
+    axes.plot(curve.lengths, curve.scores, style, color=colour, marker="o", markersize=4, linewidth=1.6, label=curve.name)
+
+
+def _lengths_across(axes: Axes, lengths: Sequence[int], trained: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    shown = lengths if len(lengths) <= 8 else lengths[:: -(-len(lengths) // 8)]
+    axes.set_xticks(shown, [tokens(length) for length in shown], minor=False)
+    axes.minorticks_off()
+    if len(lengths) == 1:
+        axes.set_xlim(lengths[0] / 2, lengths[0] * 2)
+    _mark(axes, trained)
+
+
+def _mark(axes: Axes, trained: Sequence[int]) -> None:
+    for length in sorted(set(trained)):
+        axes.axvline(length, color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6, label=f"trained at {tokens(length)}")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), handlelength=1.8, columnspacing=1.2)
+
+
+@styled
+def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, trained: int) -> Figure:
+    """Lengths across, depths down, the share of right answers as a colour of a fixed scale, 0 to 1, and as a number.
+
+    `shares` has them by length and depth. A white dashed line parts the lengths up to that of training from those beyond it.
+    """
+    cells = np.array([[shares.get((length, depth), math.nan) for length in lengths] for depth in depths])
+    figure = Figure(figsize=(5.6, 1.5 + 0.29 * min(max(len(depths), 4), 16)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.pcolormesh(cells, cmap=SCORES, vmin=0, vmax=1, edgecolors=PAPER, linewidth=1.2)
+    _cells_named(axes, [tokens(length) for length in lengths], [f"{depth:.0f}" for depth in depths])
+    axes.set_xlabel("context length (tokens)")
+    axes.set_ylabel("depth of the needle (%)")
+    if max(cells.shape) <= MOST_NUMBERS:
+        _numbers(axes, cells)
+    beyond = sum(length <= trained for length in lengths)
+    if beyond < len(lengths):
+        line = axes.axvline(beyond, color="#ffffff", linewidth=2.2, linestyle=(0, (4, 2.5)))
+        line.set_path_effects([patheffects.Stroke(linewidth=4, foreground="#20262e"), patheffects.Normal()])
+    bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02, ticks=[0, 0.5, 1])
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _cells_named(axes: Axes, across: Sequence[str], down: Sequence[str]) -> None:
+    axes.grid(False)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    every = -(-len(across) // 16)
+    axes.set_xticks(np.arange(len(across))[::every] + 0.5, across[::every])
+    every = -(-len(down) // 16)
+    axes.set_yticks(np.arange(len(down))[::every] + 0.5, down[::every])
+
+
+def _numbers(axes: Axes, cells: np.ndarray) -> None:
+    for (row, column), share in np.ndenumerate(cells):
+        if not math.isnan(share):
+            dark = share < 0.15 or share > 0.8
+            shown = f"{share:.2f}".removeprefix("0") if share < 1 else "1"
+            x, y = column + 0.5, row + 0.5
+            axes.text(x, y, shown, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#20262e")
+
+
+@styled
+def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapping]]]], trained: Sequence[int]) -> Figure:
+    """Loss by position, a panel for each name; a line has a name, the number of its run, and buckets from `first` to `end`."""
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(5.6, 3.6) if across == 1 else (3.7 * across, 3 * down + 0.5), layout="constrained")
+    grid = figure.subplots(down, across, sharey=True, squeeze=False)
+    for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
+        for label, number, buckets in lines:
+            edges = [max(bucket["first"], 1) for bucket in buckets] + [buckets[-1]["end"]]
+            losses = [math.nan if bucket["loss"] is None else bucket["loss"] for bucket in buckets]
+            axes.stairs(losses, edges, baseline=None, color=RUNS[number % len(RUNS)], linewidth=1.6, label=label)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: tokens(round(x)) if x >= 1 else "")
+        _mark(axes, trained)
+        axes.set_title(name)
+        axes.set_xlabel("position (tokens)")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("loss (nats per token)")
+    _legend(figure, grid.flat[0])
+    return figure
+
+
+@styled
+def attention_by_layer(layers: Sequence[tuple[int, str, bool, Mapping[str, float]]]) -> Figure:
+    """Stacked shares of attention, a bar for each layer: its number, its kind, whether the needle is in reach, the shares."""
+    figure = Figure(figsize=(5.6, 3.3), layout="constrained")
+    axes = figure.subplots()
+    places, bottom = np.arange(len(layers)), np.zeros(len(layers))
+    for segment, colour in SEGMENTS.items():
+        heights = np.array([shares[segment] or 0 for *_, shares in layers])
+        axes.bar(places, heights, 0.82, bottom, color=colour, label=SEGMENT_NAMES[segment])
+        bottom += heights
+    every = -(-len(layers) // 16)
+    axes.set_xticks(places[::every], [f"{number}\n{kind}" for number, kind, *_ in layers[::every]])
+    far = [place for place, (_, _, reach, _) in zip(places, layers, strict=True) if not reach]
+    if far:
+        axes.plot(far, [1.035] * len(far), "x", color=MUTED, markersize=5, clip_on=False, label="needle out of reach")
+    axes.set_ylim(0, 1.06)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("layer and its kind")
+    axes.set_ylabel("share of attention")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=1.2, columnspacing=1.2)
+    return figure
+
+
+@styled
+def heads(values: np.ndarray, rows: Sequence[str], most: float, label: str) -> Figure:
+    """A heat map of layers down and heads across; `rows` names the layers, the scale is 0 to `most`."""
+    figure = Figure(figsize=(5.6, 1.4 + 0.24 * min(max(len(rows), 5), 16)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=most, edgecolors=PAPER, linewidth=0.8)
+    _cells_named(axes, [str(head) for head in range(values.shape[1])], rows)
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer and its kind")
+    bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    return figure
+
+
+@styled
+def forest(found: Sequence[Difference], first: str, other: str, number: int) -> Figure:
+    """Differences with their intervals, a line each; what is clear has the colour of the run that is better.
+
+    `number` is that of the other run.
+    """
+    figure = Figure(figsize=(5.6, 1.3 + 0.22 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    colours = {"better": RUNS[number % len(RUNS)], "worse": RUNS[0], "unclear": MUTED}
+    for place, difference in enumerate(found):
+        colour = colours[contents.verdict(difference)]
+        axes.plot([difference.low, difference.high], [place, place], color=colour, linewidth=2)
+        axes.plot(difference.difference, place, "o", color=colour, markersize=5)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    axes.set_yticks(range(len(found)), [f"{difference.task} · {tokens(difference.length)}" for difference in found])
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    most = 1.08 * max(max(abs(difference.low), abs(difference.high)) for difference in found) or 1
+    axes.set_xlim(-most, most)
+    axes.set_xlabel(f"← {first} better    mean difference in score    {other} better →")
+    return figure
+
+
+def wilson_curve(name: str, number: int, cells: Mapping[int, tuple[float, int]]) -> Curve:
+    """A curve through shares of right answers: `cells` has right answers and answers by length."""
+    lengths = sorted(cells)
+    shares = [cells[length][0] / cells[length][1] for length in lengths]
+    return Curve(name, number, lengths, shares, [statistics.wilson(*cells[length]) for length in lengths])
+
+
+def mean_curve(run: Run, number: int, belongs: Callable[[int], bool]) -> Curve:
+    """RULER's mean over tasks, each task's answers resampled; without answers there is no band."""
+    means, cells = contents.ruler_means(run, belongs), statistics.scores_by_cell(run)
+    tasks = {length: [r["task"] for r in run.of("ruler") if r["length"] == length] for length in means}
+    bands = []
+    for length, mean in means.items():
+        scores = [cells[task, length] for task in tasks[length] if (task, length) in cells]
+        low, high = statistics.mean_interval(scores) if scores else (mean / 100, mean / 100)
+        bands.append((100 * low, 100 * high))
+    return Curve(run.name, number, list(means), list(means.values()), bands)

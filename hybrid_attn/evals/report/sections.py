@@ -1,0 +1,317 @@
+"""What a report says, in order: sections of words, pictures and tables, and the questions that were answered wrongly."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hybrid_attn.evals.report import contents, pictures, statistics
+from hybrid_attn.evals.report.pictures import Picture
+from hybrid_attn.evals.report.runs import Run, sample_of
+from hybrid_attn.evals.report.tables import Column, Table, count, fixed, plain, tokens
+
+ALL_RULER = frozenset(
+    (*(f"niah_{x}" for x in ("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3")),)
+    + ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2")
+)
+FEWEST = 5  # answers in a cell of the needle's grid that say something
+PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
+SHOWN = 8  # wrong answers of a task
+
+
+class Section(NamedTuple):
+    """`folded` tables are closed until they are asked for."""
+
+    name: str
+    title: str
+    words: Sequence[str]
+    pictures: Sequence[Picture]
+    tables: Sequence[Table]
+    folded: Sequence[Table]
+
+
+class Failure(NamedTuple):
+    """A question of which one run at least missed a part, and what each run that was asked gave: (run, given, score)."""
+
+    length: int
+    index: int
+    group: str
+    prompt_end: str
+    wanted: Sequence[str]
+    given: Sequence[tuple[str, str, float]]
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """Those that the runs have records for."""
+    has = {record["eval"] for run in runs for record in run.records}
+    parts: list[tuple[str, Callable[[Sequence[Run]], list[Section]]]] = [
+        ("ruler", _ruler),
+        ("needle", _needle),
+        ("recall", _recall),
+        ("position", _position),
+        ("key_tokens", _key_tokens),
+        ("attention_mass", _attention),
+        ("harness", _harness),
+    ]
+    found = [section for name, make in parts if name in has for section in make(runs)]
+    return [_overview(runs), *found, *_comparison(runs), _provenance(runs)]
+
+
+def failures(runs: Sequence[Run]) -> dict[str, tuple[str, list[Failure]]]:
+    """By task: how many answers of each run missed something, and some of the questions, of every length in turn."""
+    asked: dict[tuple, list[tuple[str, dict]]] = {}
+    for run in runs:
+        for answer in run.answers:
+            asked.setdefault(sample_of(answer), []).append((run.name, answer))
+    wrong: dict[str, list[Failure]] = {}
+    for several in asked.values():
+        if any(answer["score"] < 1 for _, answer in several):
+            first = several[0][1]
+            given = [(name, answer["given"], answer["score"]) for name, answer in several]
+            fields = (first[key] for key in ("length", "index", "group", "prompt_end", "wanted"))
+            wrong.setdefault(first["task"], []).append(Failure(*fields, given))
+    return {task: (_missed(runs, task), _spread(found)) for task, found in sorted(wrong.items())}
+
+
+def _missed(runs: Sequence[Run], task: str) -> str:
+    """How many answers of each run were not wholly right."""
+    scores = {run.name: [answer["score"] for answer in run.answers if answer["task"] == task] for run in runs}
+    counts = {name: (sum(score < 1 for score in several), len(several)) for name, several in scores.items()}
+    return ", ".join(f"{name} {wrong:,} of {asked:,}" for name, (wrong, asked) in counts.items() if asked)
+
+
+def _spread(found: Sequence[Failure]) -> list[Failure]:
+    """A question of each length, then a second of each, and so on; in order of length."""
+    turns, seen = [], {}
+    for failure in sorted(found, key=lambda failure: failure.index):
+        seen[failure.length] = seen.get(failure.length, 0) + 1
+        turns.append((seen[failure.length], failure.length, failure))
+    shown = sorted(turns, key=lambda turn: turn[:2])[:SHOWN]
+    return [failure for *_, failure in sorted(shown, key=lambda turn: (turn[1], turn[0]))]
+
+
+def _overview(runs: Sequence[Run]) -> Section:
+    """A line for each run with one number of each evaluation."""
+    columns = [
+        *(Column("run"), Column("layers"), Column("parameters", count), Column("trained at", tokens), Column("step", count)),
+        *(Column("RULER Avg.", fixed(1)), Column("effective length"), Column("needles found", fixed(3))),
+        *(Column("recall at the longest", fixed(3)), Column("loss (nats)", fixed(3))),
+    ]
+    rows = []
+    for run in runs:
+        model, means = run.provenance["model"], contents.ruler_means(run, contents.is_long)
+        needles, recalls = run.of("needle"), run.of("recall")
+        losses = [r for r in run.of("position") if contents.is_total(r) and r["length"] == run.trained]
+        answers = sum(r["answers"] for r in needles)
+        rows.append(
+            [
+                *(run.name, model.get("layers"), model.get("parameters"), run.trained, run.provenance.get("step")),
+                statistics.averages(list(means.values())).plain if means else None,
+                contents.effective(means, statistics.LEAST) if means else None,
+                sum(r["right"] for r in needles) / answers if answers else None,
+                max(recalls, key=lambda r: r["length"])["accuracy"] if recalls else None,
+                losses[0]["loss"] if losses else None,
+            ]
+        )
+    kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    table = Table("overview", "The runs", [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    return Section("overview", "At a glance", [], [], [table], [])
+
+
+def _ruler(runs: Sequence[Run]) -> list[Section]:
+    found = []
+    for belongs, name, title in ((contents.is_long, "ruler", "RULER"), (contents.is_short, "short_ruler", "Short RULER")):
+        means = [(i, run) for i, run in enumerate(runs) if contents.ruler_means(run, belongs)]
+        if not means:
+            continue
+        marks = [run.trained for run in runs]
+        mean = {"mean of the tasks": [pictures.mean_curve(run, i, belongs) for i, run in means]}
+        figure = pictures.curves(mean, marks, "score", 100, statistics.LEAST)
+        by_task = pictures.curves(_task_curves(runs, belongs), marks, "score", 100, None)
+        own = [
+            Picture(name, "Mean of the tasks by length; each task's answers resampled for the band of 95%.", figure, False),
+            Picture(f"{name}_tasks", "Each task by length, with Wilson intervals of 95%.", by_task, True),
+        ]
+        tables = [
+            contents.ruler(runs, belongs, name, f"{title}, in RULER's form"),
+            contents.ruler_tasks(runs, belongs, f"{name}_by_task", f"{title}, each task"),
+        ]
+        cells = contents.ruler_cells(runs, belongs, f"{name}_cells", f"{title}, each cell: samples, interval, empty answers")
+        found.append(Section(name, title, _ruler_words(runs, belongs), own, tables, [cells]))
+    return found
+
+
+def _task_curves(runs: Sequence[Run], belongs: Callable[[int], bool]) -> dict[str, list[pictures.Curve]]:
+    panels: dict[str, list[pictures.Curve]] = {}
+    for number, run in enumerate(runs):
+        tasks: dict[str, dict[int, tuple[float, int]]] = {}
+        for r in run.of("ruler"):
+            if belongs(r["length"]):
+                tasks.setdefault(r["task"], {})[r["length"]] = (r["score"] * r["samples"], r["samples"])
+        for task, cells in tasks.items():
+            shares = {length: (right / 100, samples) for length, (right, samples) in cells.items()}
+            curve = pictures.wilson_curve(run.name, number, shares)
+            percent = [[100 * x for x in band] for band in curve.bands]
+            panels.setdefault(task, []).append(curve._replace(scores=[100 * x for x in curve.scores], bands=percent))
+    return panels
+
+
+def _ruler_words(runs: Sequence[Run], belongs: Callable[[int], bool]) -> list[str]:
+    """What the averages are over, and where that differs."""
+    words = [
+        f"A length is effective if it and all shorter ones score {statistics.LEAST} or more (underlined); the last column asks "
+        f"for {statistics.SHARE_OF_BASE:.0%} of the score at the shortest length instead. Averages are over the lengths of a "
+        "row, wAvg. with weights that grow (inc) or fall (dec) with the length."
+    ]
+    if belongs is contents.is_short:
+        words.append("Lengths under 4,096 are easier than RULER and no part of its averages.")
+    lengths = set()
+    for run in runs:
+        records = [r for r in run.of("ruler") if belongs(r["length"])]
+        lengths.add(tuple(contents.lengths_of(records)))
+        tasks = {r["task"] for r in records}
+        if records and (absent := sorted(ALL_RULER - tasks)):
+            words.append(f"{run.name}: averages are over {len(tasks)} tasks; absent: {', '.join(absent)}.")
+        for length in contents.lengths_of(records):
+            if missing := sorted(tasks - {r["task"] for r in records if r["length"] == length}):
+                words.append(f"{run.name}, {tokens(length)}: the mean is without {', '.join(missing)}.")
+        sizes = {r["samples"] for r in records}
+        if len(sizes) > 1:
+            words.append(f"{run.name}: cells have {min(sizes):,} to {max(sizes):,} samples.")
+    if len(lengths - {()}) > 1:
+        words.append("The runs have other lengths: compare their columns, not their averages.")
+    return words
+
+
+def _needle(runs: Sequence[Run]) -> list[Section]:
+    drawn, curves, sizes = [], {}, set()
+    for number, run in enumerate(runs):
+        for needles in sorted({r["needles"] for r in run.of("needle")}):
+            records = [r for r in run.of("needle") if r["needles"] == needles]
+            kind = "one needle" if needles == 1 else f"{needles} needles"
+            drawn.append(_heat_map(run, number, records, kind, f"needle_{number}_{needles}"))
+            cells: dict[int, tuple[float, int]] = {}
+            for r in records:
+                right, answers = cells.get(r["length"], (0, 0))
+                cells[r["length"]] = (right + r["right"], answers + r["answers"])
+            curves.setdefault(kind, []).append(pictures.wilson_curve(run.name, number, cells))
+            sizes |= {r["answers"] for r in records}
+    figure = pictures.curves(curves, [run.trained for run in runs], "found", 1, None)
+    caption = "All depths together, with Wilson intervals of 95%."
+    drawn.append(Picture("needle", caption, figure, len(curves) > 1))
+    few = f" Fewer than {FEWEST} are noise." if min(sizes) < FEWEST else ""
+    span = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
+    words = [
+        f"A sentence hidden at a depth of a text of a length, and asked for at its end: {span} answers a cell.{few} An answer "
+        "is right that contains the value. The white dashed line is the length of training: all to its right is longer."
+    ]
+    return [Section("needle", "Needle in a haystack", words, drawn, [], [contents.needle(runs)])]
+
+
+def _heat_map(run: Run, number: int, records: Sequence[dict], kind: str, name: str) -> Picture:
+    shares = {(r["length"], r["depth"]): r["right"] / r["answers"] for r in records}
+    overall = sum(r["right"] for r in records) / sum(r["answers"] for r in records)
+    depths = sorted({r["depth"] for r in records})
+    figure = pictures.heat_map(contents.lengths_of(records), depths, shares, run.trained)
+    return Picture(name, f"{run.name}, {kind}: {overall:.1%} found overall.", figure, False)
+
+
+def _recall(runs: Sequence[Run]) -> list[Section]:
+    panels: dict[str, list[pictures.Curve]] = {}
+    for number, run in enumerate(runs):
+        for source in dict.fromkeys(r["source"] for r in run.of("recall")):
+            records = [r for r in run.of("recall") if r["source"] == source]
+            cells = {r["length"]: (r["accuracy"] * r["answers"], r["answers"]) for r in records}
+            panels.setdefault(source, []).append(pictures.wilson_curve(run.name, number, cells))
+    figure = pictures.curves(panels, [run.trained for run in runs], "accuracy", 1, None)
+    own = [Picture("recall", "Right answers by length, with Wilson intervals of 95%.", figure, len(panels) > 1)]
+    words = ["Keys and values in noise, then keys whose value is asked for: the row holds the right answers before it."]
+    return [Section("recall", "Recall", words, own, [contents.recall(runs)], [])]
+
+
+def _position(runs: Sequence[Run]) -> list[Section]:
+    drawn, marks = [], [run.trained for run in runs]
+    buckets = [(i, run.name, r) for i, run in enumerate(runs) for r in run.of("position") if "first" in r]
+    for source in dict.fromkeys(r["source"] for *_, r in buckets):
+        of_source = [(i, name, r) for i, name, r in buckets if r["source"] == source]
+        for part in dict.fromkeys(contents.part(r) for *_, r in of_source):
+            panels: dict[str, dict[tuple[str, int], list[dict]]] = {}
+            for i, name, r in of_source:
+                if contents.part(r) == part:
+                    panels.setdefault(f"rows of {tokens(r['length'])}", {}).setdefault((name, i), []).append(r)
+            lines = {title: [(*line, several) for line, several in x.items()] for title, x in panels.items()}
+            figure = pictures.loss_by_position(lines, marks)
+            which = PARTS.get(part, part)
+            drawn.append(Picture(f"loss_{plain(source)}_{part}", f"{source}: {which}.", figure, len(panels) > 1))
+    words = [
+        "What a token costs by its position in the document: a model that reads its context pays less further on, and one "
+        "that cannot go beyond its length of training pays more there."
+    ]
+    return [Section("loss", "Loss by position", words, drawn, [contents.position(runs)], [contents.positions(runs)])]
+
+
+def _key_tokens(runs: Sequence[Run]) -> list[Section]:
+    words = ["Tokens that the far context makes likely: the loss is over these alone."]
+    return [Section("key_tokens", "Key tokens", words, [], [contents.key_tokens(runs)], [])]
+
+
+def _attention(runs: Sequence[Run]) -> list[Section]:
+    drawn = []
+    for number, run in enumerate(runs):
+        every = run.of("attention_mass")
+        for length in contents.lengths_of(every):
+            records = [r for r in every if r["length"] == length]
+            numbers = sorted({r["layer"] for r in records})
+            by_layer = {layer: [r for r in records if r["layer"] == layer] for layer in numbers}
+            layers = [
+                (layer, rs[0]["kind"], rs[0]["reach"], {x: contents.mean_of(rs, x) for x in pictures.SEGMENTS})
+                for layer, rs in by_layer.items()
+            ]
+            name, where = f"attention_{number}_{length}", f"{run.name}, {tokens(length)} tokens"
+            drawn.append(Picture(name, f"{where}: where the question looks.", pictures.attention_by_layer(layers), False))
+            rows, retrieval = [f"{layer} {kind}" for layer, kind, *_ in layers], _grid(by_layer, "retrieval")
+            figure = pictures.heads(retrieval, rows, 1, "retrieval score")
+            drawn.append(Picture(f"{name}_retrieval", f"{where}: retrieval score of each head.", figure, False))
+            figure = pictures.heads(_grid(by_layer, "entropy_bits"), rows, math.log2(length), "entropy (bits)")
+            drawn.append(Picture(f"{name}_entropy", f"{where}: entropy of each head's attention.", figure, False))
+    words = [
+        "Shares of the attention of the question's tokens, means over heads. The needle's lift is its share over the share of "
+        f"the tokens that it has; a retrieval head (score over {contents.RETRIEVES}) looks at the token that it copies. "
+        "Crosses: layers whose window does not reach the needle."
+    ]
+    return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [])]
+
+
+def _grid(by_layer: dict[int, list[dict]], field: str) -> np.ndarray:
+    """Layers down, heads across; NaN where there is no number."""
+    grid = np.full((len(by_layer), 1 + max(r["head"] for rs in by_layer.values() for r in rs)), math.nan)
+    for row, records in enumerate(by_layer.values()):
+        for r in records:
+            grid[row, r["head"]] = math.nan if r[field] is None else r[field]
+    return grid
+
+
+def _harness(runs: Sequence[Run]) -> list[Section]:
+    words = ["A truncated sample lost the beginning of its prompt: its score says little about context."]
+    return [Section("harness", "Tasks of the harness", words, [], [contents.harness(runs)], [])]
+
+
+def _comparison(runs: Sequence[Run]) -> list[Section]:
+    found = contents.differences(runs)
+    first, drawn = runs[0].name, []
+    for number, (name, several) in enumerate(found, 1):
+        if several:
+            figure = pictures.forest(several, first, name, number)
+            drawn.append(Picture(f"comparison_{number}", f"{name} against {first}.", figure, len(several) > 20))
+    if not drawn:
+        return []
+    words = [
+        "Only questions that both runs were asked count, word for word; the interval is a paired bootstrap over them, with "
+        f"{statistics.RESAMPLES:,} resamples. The mean of tasks gives each task the same weight."
+    ]
+    return [Section("comparison", "Comparison", words, drawn, [contents.comparison(first, found)], [])]
+
+
+def _provenance(runs: Sequence[Run]) -> Section:
+    return Section("provenance", "Provenance", [], [], [contents.provenance(runs)], [])

@@ -1,0 +1,116 @@
+"""What scores are worth: intervals, RULER's averages, and two models on the same questions."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hybrid_attn.evals.report.runs import Run, sample_of
+from hybrid_attn.trees import check
+
+Z = 1.959963984540054  # 95% of a normal distribution lies within as many deviations
+LEAST = 85.6  # a length is effective that scores as much: RULER's threshold, Llama-2-7B-chat at 4K
+SHARE_OF_BASE = 0.85  # the same, relative to the shortest length: NoLiMa's threshold
+RESAMPLES = 2000
+DRAWS = 2**20  # at a time
+
+
+class Averages(NamedTuple):
+    """Of scores by length: plain, and with weights 1, 2, … that grow or fall with the length."""
+
+    plain: float
+    increasing: float
+    decreasing: float
+
+
+class Difference(NamedTuple):
+    """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a."""
+
+    task: str
+    length: int
+    pairs: int
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+
+
+def wilson(right: float, number: int) -> tuple[float, float]:
+    """The interval of 95% for a share of which `right` of `number` were seen (Wilson, 1927); partial answers count in part."""
+    check(number > 0, "an interval needs one answer at least, and there are 0")
+    share, z2 = right / number, Z * Z / number
+    middle = share + z2 / 2
+    spread = math.sqrt(z2 * (share * (1 - share) + z2 / 4))
+    return max(0.0, (middle - spread) / (1 + z2)), min(1.0, (middle + spread) / (1 + z2))
+
+
+def averages(scores: Sequence[float]) -> Averages:
+    """RULER's Avg., wAvg.(inc) and wAvg.(dec) of the scores from the shortest length to the longest."""
+    rising = np.arange(1, len(scores) + 1)
+    return Averages(*(float(np.average(scores, weights=w)) for w in (np.ones(len(scores)), rising, rising[::-1])))
+
+
+def effective_length(scores: Mapping[int, float], least: float) -> int | None:
+    """The largest length up to which every length scores `least` or more; None where the shortest does not."""
+    found = None
+    for length in sorted(scores):
+        if scores[length] < least:
+            break
+        found = length
+    return found
+
+
+def resampled_means(values: np.ndarray, key: int) -> np.ndarray:
+    """Means of `RESAMPLES` draws, with replacement, of as many values as there are."""
+    bits, n = np.random.Philox(key=key), len(values)
+    step = max(1, DRAWS // n)
+    chunks = [min(step, RESAMPLES - first) for first in range(0, RESAMPLES, step)]
+    drawn = [values[(bits.random_raw(rows * n) % np.uint64(n)).astype(np.int64)].reshape(rows, n).mean(1) for rows in chunks]
+    return np.concatenate(drawn)
+
+
+def interval(means: np.ndarray) -> tuple[float, float]:
+    """Where the middle 95% of resampled means lie."""
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def scores_by_cell(run: Run) -> dict[tuple[str, int], np.ndarray]:
+    """The scores of a run's answers by task and length."""
+    cells: dict[tuple[str, int], list[float]] = {}
+    for answer in run.answers:
+        cells.setdefault((answer["task"], answer["length"]), []).append(answer["score"])
+    return {cell: np.array(scores, float) for cell, scores in cells.items()}
+
+
+def mean_interval(cells: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The interval of the mean of the cells' means, each cell resampled by itself."""
+    return interval(np.mean([resampled_means(cell, key) for key, cell in enumerate(cells)], axis=0))
+
+
+def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
+    """b against a, by task and length, on the questions that both were asked; a paired bootstrap gives the intervals.
+
+    At each length the mean over the tasks of `family` that have pairs comes first, called `name`.
+    """
+    asked = {sample_of(answer): answer["score"] for answer in a.answers}
+    cells: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for answer in b.answers:
+        if (sample := sample_of(answer)) in asked:
+            cells.setdefault((answer["length"], answer["task"]), []).append((asked[sample], answer["score"]))
+    found = []
+    for length in sorted({length for length, _ in cells}):
+        tasks = {task: np.array(pairs) for (at, task), pairs in sorted(cells.items()) if at == length}
+        means = {task: resampled_means(pairs[:, 1] - pairs[:, 0], key) for key, (task, pairs) in enumerate(tasks.items())}
+        together = [task for task in tasks if task in family]
+        if len(together) > 1:
+            found.append(_difference(name, length, [tasks[x] for x in together], [means[x] for x in together]))
+        found += [_difference(task, length, [pairs], [means[task]]) for task, pairs in tasks.items()]
+    return found
+
+
+def _difference(task: str, length: int, pairs: Sequence[np.ndarray], means: Sequence[np.ndarray]) -> Difference:
+    a, b = np.mean([cell.mean(0) for cell in pairs], axis=0).tolist()
+    return Difference(task, length, sum(map(len, pairs)), a, b, b - a, *interval(np.mean(means, axis=0)))
