@@ -1,9 +1,9 @@
 """What a model can read: python tools/evaluate.py --checkpoint=runs/hybrid_8k --suite=quick --out=evals/hybrid_8k
 
---checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes; given several times, the models
-are compared. --suite is quick, full, or names of evaluations with commas. The text of haystacks is --text, patterns of files, or
-the standard library of Python; held-out documents are those of the model's own sources. The same command goes on where it was
-interrupted. Exit status: 2 for what cannot be evaluated; 130 after Ctrl-C.
+--checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes; given several times, the
+models are compared. --suite is quick, full, or names of evaluations with commas. The text of haystacks is --text, patterns of
+files, or the standard library of Python; held-out documents are those of the model's own sources. The same command goes on
+where it was interrupted. Exit status: 2 for what cannot be evaluated; 130 after Ctrl-C.
 """
 
 import hashlib

@@ -1,12 +1,13 @@
 """The suite: evaluations cut into units, each of which is a file as soon as it is done.
 
-The directory of a run has run.json (what was measured of which model), units/ (a file of records and answers each) and, when all
-are done, records.jsonl and answers.jsonl, which a report is made of. What was interrupted goes on with the units that are not there.
+The directory of a run has run.json (what was measured of which model), units/ (a file of records and answers each) and, when
+all are done, records.jsonl and answers.jsonl, of which a report is made. Who was interrupted goes on with the units that are
+not there.
 """
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
