@@ -6,6 +6,7 @@ not there.
 """
 
 import difflib
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -65,49 +66,45 @@ class Measured(NamedTuple):
     answers: list[dict]
 
 
-def measure_position(reader: Reader, settings: Settings, unit: Unit, ask) -> Measured:
+def draw_needle(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sample]:
+    words, text = reader.subject.tokenizer, reader.haystack
+    for depth in settings.depths:
+        for index in range(settings.samples):
+            yield needle.generate(unit.length, depth, int(unit.part), index, settings.seed, words, text)
+
+
+def draw_ruler(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sample]:
+    words, texts = reader.subject.tokenizer, (reader.haystack, reader.questions)
+    for index in range(settings.samples):
+        yield ruler.generate(unit.part, unit.length, index, settings.seed, words, *texts)
+
+
+def measure_position(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
     spec = Spec(reader.heldout[unit.part], unit.length, settings.tokens)
     return Measured([{"source": unit.part, **record} for record in position.run(reader.subject, spec)], [])
 
 
-def measure_recall(reader: Reader, settings: Settings, unit: Unit, ask) -> Measured:
+def measure_recall(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
     spec = Spec(Task(unit.part, RECALL[unit.part]), unit.length, settings.tokens)
     return Measured([{"source": unit.part, **record} for record in recall.run(reader.subject, spec)], [])
 
 
-def measure_needle(reader: Reader, settings: Settings, unit: Unit, ask) -> Measured:
-    needles = int(unit.part)
-
-    def drawn() -> Iterator[Sample]:
-        for depth in settings.depths:
-            for index in range(settings.samples):
-                yield needle.generate(
-                    unit.length, depth, needles, index, settings.seed, reader.subject.tokenizer, reader.haystack
-                )
-
-    asked, given = ask(drawn)
-    found = [
-        _answer(sample, text, needle.right(sample, text) / len(sample.answers))
-        for sample, text in zip(asked, given, strict=True)
-    ]
-    return Measured(needle.records(asked, given), found)
+def measure_needle(reader: Reader, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
+    given = _given(reader, asked)
+    shares = [needle.right(sample, text) / len(sample.answers) for sample, text in zip(asked, given, strict=True)]
+    return Measured(needle.records(asked, given), _answers(asked, given, shares))
 
 
-def measure_ruler(reader: Reader, settings: Settings, unit: Unit, ask) -> Measured:
-    def drawn() -> Iterator[Sample]:
-        for index in range(settings.samples):
-            yield ruler.generate(
-                unit.part, unit.length, index, settings.seed, reader.subject.tokenizer, reader.haystack, reader.questions
-            )
-
-    asked, given = ask(drawn)
+def measure_ruler(reader: Reader, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
+    given = _given(reader, asked)
     shares = [scores.score(unit.part, text, sample.answers) / 100 for sample, text in zip(asked, given, strict=True)]
-    found = [_answer(*each) for each in zip(asked, given, shares, strict=True)]
+    nulls = sum(not scores.postprocess(text) for text in given)
     record = {"task": unit.part, "length": unit.length, "samples": len(asked), "score": 100 * sum(shares) / len(shares)}
-    return Measured([record | {"nulls": sum(not scores.postprocess(text) for text in given)}], found)
+    return Measured([record | {"nulls": nulls}], _answers(asked, given, shares))
 
 
-MEASURES: dict[str, Callable[[Reader, Settings, Unit, Callable], Measured]] = {
+DRAWS: dict[str, Callable[[Reader, Settings, Unit], Iterator[Sample]]] = {"needle": draw_needle, "ruler": draw_ruler}
+MEASURES: dict[str, Callable[[Reader, Settings, Unit, list[Sample]], Measured]] = {
     "position": measure_position,
     "recall": measure_recall,
     "needle": measure_needle,
@@ -152,17 +149,18 @@ def run(
 ) -> None:
     """Measures the units that `directory` does not have; `done` hears of each, with how many are done and of how many.
 
-    Samples are kept in `shared`, for every model with the same tokenizer. ValueError where the directory is of another run.
+    All samples are drawn before anything is asked: into `shared`, for every model with the same tokenizer. ValueError where one
+    does not fit, and where the directory is of another run.
     """
     wanted = units(settings, reader)
     trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
+    files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
     _begin(directory, {**provenance, "settings": trees.plain(settings._asdict()), "generator": GENERATOR})
     for number, unit in enumerate(wanted, 1):
         path = directory / "units" / f"{unit.name}.json"
         if not path.exists():
-            measured = MEASURES[unit.eval](
-                reader, settings, unit, lambda drawn, unit=unit: _ask(reader, settings, unit, shared, drawn)
-            )
+            asked = samples.read(files[unit])[0] if unit in files else []
+            measured = MEASURES[unit.eval](reader, settings, unit, asked)
             records = [{"eval": unit.eval, **record} for record in measured.records]
             _write(path, json.dumps({"records": records, "answers": measured.answers}, ensure_ascii=False))
         done(unit, number, len(wanted))
@@ -172,26 +170,34 @@ def run(
         _write(directory / f"{name}.jsonl", "".join(lines))
 
 
-def _ask(reader: Reader, settings: Settings, unit: Unit, shared: Path, drawn: Callable[[], Iterator[Sample]]):
-    """The samples of a unit, drawn once for all models of the same tokenizer, and what this model answers."""
-    words = reader.subject.tokenizer
-    path = shared / f"{unit.name}-{settings.samples}-{settings.seed}-{words.hash[:12]}.jsonl"
+def _drawn(reader: Reader, settings: Settings, unit: Unit, shared: Path) -> Path:
+    """The file of a unit's samples, in whose name is what they follow from."""
+    about = [GENERATOR, settings.samples, settings.seed, settings.depths, reader.subject.tokenizer.hash, reader.haystack]
+    path = shared / f"{unit.name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        samples.write(path, drawn())
-    asked, _ = samples.read(path)
+        samples.write(path, DRAWS[unit.eval](reader, settings, unit))
+    return path
+
+
+def _given(reader: Reader, asked: list[Sample]) -> list[str]:
+    """What the model says to each; nothing is cut to fit."""
+    words = reader.subject.tokenizer
     if (long := samples.too_long(asked, words)) is not None:
-        raise ValueError(
-            f"{path}: sample {long.index} of {long.task} does not fit into {long.length:,} tokens; remove the file"
-        )
+        raise ValueError(f"sample {long.index} of {long.task} does not fit into {long.length:,} tokens; its file was changed")
     most = max(sample.max_new_tokens for sample in asked)
     found = answers(reader.engine, words, [sample.prompt for sample in asked], most, stop_tokens=[words.eos])
-    return asked, [answer.text for answer in found]
+    return [answer.text for answer in found]
 
 
-def _answer(sample: Sample, given: str, score: float) -> dict:
-    known = {"task": sample.task, "length": sample.length, "index": sample.index, "group": sample.group, "meta": sample.meta}
-    return known | {"prompt_end": sample.prompt[-PROMPT_END:], "wanted": list(sample.answers), "given": given, "score": score}
+def _answers(asked: list[Sample], given: list[str], shares: list[float]) -> list[dict]:
+    """What is kept of each question: its end, what was wanted, what was given, and the share of it that was right."""
+    found = []
+    for sample, text, share in zip(asked, given, shares, strict=True):
+        known = {name: getattr(sample, name) for name in ("task", "length", "index", "group", "meta")}
+        told = {"prompt_end": sample.prompt[-PROMPT_END:], "wanted": list(sample.answers), "given": text, "score": share}
+        found.append(known | told)
+    return found
 
 
 def _begin(directory: Path, about: Mapping) -> None:
