@@ -3,7 +3,7 @@
 The analysis of "Rope to Nope and Back Again" (arXiv 2501.18795): the queries are the tokens of the question and of the right
 answer; keys are the first tokens (`begin`), the needle, the queries' own tokens (`qc`) and all the rest (`context`).
 
-Letters: B prompts, T tokens, N heads, Q queries, I intervals of keys.
+Letters: B prompts, T and S tokens, L layers, N heads, Q queries, A tokens of the answer, I intervals of keys.
 """
 
 import functools
@@ -39,41 +39,34 @@ def run(subject: Subject, spec: Spec) -> Iterator[dict]:
 
 
 def measured(subject: Subject, prompts: Sequence[Marked], length: int) -> Iterator[dict]:
-    """A record per head, then one per layer and interval [first, end) of key positions, then one per kind of layer.
+    """A record per head: means over its queries and then over the prompts, of which none is longer than `length` tokens.
 
-    Of a head, means over the queries and then over the prompts: the share of each segment (they sum to 1, with `nothing` where
-    the kind has a sink) and of one token of it, of token 0 (`sink_rate`), the entropy in bits, `needle_lift` (the share of the
-    needle over that of its tokens), and `retrieval`. `reach`: whether the layer shows the needle to any query. Of an interval,
-    the mean weight of a key. Of a kind, the means over its heads and layers. No prompt is longer than `length`.
+    The share of each segment (they sum to 1, with `nothing` where the kind has a sink), that of one token of it and that of
+    token 0 (`sink_rate`), the entropy in bits, `needle_lift` (the share of the needle over that of its tokens), `retrieval`,
+    and the mean weight of a key (`weights`) between neighbouring `edges` of key positions, without the first 10 and the last
+    3%. `reach`: whether the layer shows the needle to any query.
     """
-    assert all(len(prompt.tokens_S) <= length for prompt in prompts)
-    model, edges = subject.model, position_edges(length)
+    model, edges = subject.model, position_edges(max(len(prompt.tokens_S) for prompt in prompts))
     values = [[] for _ in model.layers]
-    weights, tokens = np.zeros((len(model.layers), len(edges) - 1)), np.zeros(len(edges) - 1)
+    weights_LNI = np.zeros((model.num_layers, model.num_heads, len(edges) - 1))
+    tokens_I = np.zeros(len(edges) - 1)
     for prompt, layers in _looks(subject, prompts, length, edges):
-        tokens += [end - first for first, end in by_position(prompt, edges)]
+        tokens_I += [end - first for first, end in by_position(prompt, edges)]
         for i, (letter, look) in enumerate(zip(model.layers, layers, strict=True)):
             values[i].append(head_values(model.kinds[letter], prompt, look))
-            weights[i] += look.mass_BNI[:, len(PARTS) :].mean(0)
-    heads = []
+            weights_LNI[i] += look.mass_BNI[:, len(PARTS) :]
+    weights_LNI /= tokens_I
     for i, letter in enumerate(model.layers):
         means = {name: np.mean([x[name] for x in values[i]], axis=0) for name in values[i][0]}
         reach = any(reaches(model.kinds[letter], prompt) for prompt in prompts)
         for n in range(model.num_heads):
-            numbers = {name: float(x[n]) for name, x in means.items()}
-            heads.append({"layer": i, "kind": letter, "head": n, "length": length, **numbers, "reach": reach})
-    yield from heads
-    for i, letter in enumerate(model.layers):
-        for first, end, mass, count in zip(edges[:-1], edges[1:], weights[i], tokens, strict=True):
-            if count:
-                place = {"layer": i, "kind": letter, "length": length, "first": first, "end": end}
-                yield place | {"weight": float(mass / count)}
-    for letter in sorted({*model.layers}):
-        yield _of_kind(letter, [record for record in heads if record["kind"] == letter], length, len(prompts))
+            record = {"layer": i, "kind": letter, "head": n, "length": length, "prompts": len(prompts)}
+            record |= {name: float(x[n]) for name, x in means.items()}
+            yield record | {"reach": reach, "edges": list(edges), "weights": weights_LNI[i, n].tolist()}
 
 
 def position_edges(length: int) -> tuple[int, ...]:
-    """10, 14, 20, 28, … up to `length` less its last 3%: two intervals for each doubling."""
+    """10, 14, 20, 28, … up to `length` tokens less the last 3%: two intervals for each doubling."""
     end = max(BEGIN + 1, math.floor(length * (1 - END)))
     steps = [round(BEGIN * 2 ** (i / 2)) for i in range(2 * length.bit_length())]
     return (*(edge for edge in steps if edge < end), end)
@@ -169,11 +162,3 @@ def _look(model: Model, run: Run, queries: int, params: dict, tokens_BT: jax.Arr
     weights = unstacked(model, params, run.dtype)
     _, found = layer_by_layer(model, weights, tokens_BT, pos_BT, [watched(letter) for letter in model.layers], run)
     return jax.tree.map(lambda x: jax.reshard(x, P()), found)
-
-
-def _of_kind(letter: str, heads: Sequence[dict], length: int, prompts: int) -> dict:
-    """The means over the heads and layers of a kind."""
-    numbers = [name for name, value in heads[0].items() if isinstance(value, float)]
-    means = {name: float(np.mean([record[name] for record in heads])) for name in numbers}
-    layers = len({record["layer"] for record in heads})
-    return {"kind": letter, "layers": layers, "prompts": prompts, "length": length, **means, "reach": heads[0]["reach"]}

@@ -30,7 +30,7 @@ SLIDE = 4  # windows for each short context
 def run(subject: Subject, spec: Spec, short: int | None = None, evaluator: Subject | None = None) -> Iterator[dict]:
     """One record: of the tokens with `short` tokens (half a row) before them in their row, how many are key, and their loss.
 
-    Without key tokens there is no `loss` (nats) and no `perplexity`. The `evaluator` (the subject itself) says which they are;
+    Without key tokens `loss` (nats) and `perplexity` are None. The `evaluator` (the subject itself) says which they are;
     it must have the same tokenizer and lie on the same mesh.
     """
     short = spec.length // 2 if short is None else short
@@ -47,8 +47,9 @@ def run(subject: Subject, spec: Spec, short: int | None = None, evaluator: Subje
             short_BT = _losses(evaluator or subject, window)
             found += jax.device_get(_sums(short, first, nll_BT, likely_BT, whole["weights"], short_BT))
     nll, keys, tokens = found
-    loss = {"loss": nll / keys, "perplexity": math.exp(nll / keys)} if keys else {}
-    yield {"length": spec.length, "short": short, "tokens": int(tokens), "key_tokens": int(keys), **loss}
+    loss = float(nll / keys) if keys else None
+    record = {"length": spec.length, "short": short, "tokens": int(tokens), "key_tokens": int(keys), "loss": loss}
+    yield record | {"perplexity": None if loss is None else math.exp(loss)}
 
 
 class Window:
