@@ -43,7 +43,7 @@ def generate(
     """
     check_known(task)
     name = f"{task} {index} {seed}"  # without the length: longer texts hide the same
-    place = Place(length, index, _source(task, index, haystack, qa or {}))
+    place = Place(length, index, source(task, index, haystack, qa or {}))
 
     def cost(question: Question) -> int:
         return 1 + count(tokenizer, question.prompt) + new_tokens(task, question.gold, tokenizer)
@@ -129,7 +129,8 @@ def _tracking(name: str, length: int, tokenizer: Bytes | Json) -> Callable[[int]
     return ask
 
 
-def _source(task: str, index: int, haystack: str | None, qa: Mapping[str, Questions]) -> Sequence[str] | Questions | None:
+def source(task: str, index: int, haystack: str | None, qa: Mapping[str, Questions]) -> Sequence[str] | Questions | None:
+    """What question `index` is made from besides the numbers drawn; ValueError where that was not given."""
     if task in ESSAYS:
         check(bool(haystack and haystack.strip()), f"{task} hides its needles in a text; give one as haystack")
         return _words(haystack)
@@ -145,4 +146,4 @@ def _source(task: str, index: int, haystack: str | None, qa: Mapping[str, Questi
 
 @functools.lru_cache(maxsize=2)
 def _words(text: str) -> list[str]:
-    return re.sub(r"\s+", " ", text.strip()).split(" ")
+    return re.sub(r"\s+", " ", text).split(" ")
