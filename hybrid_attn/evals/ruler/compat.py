@@ -73,10 +73,9 @@ def generate(
 ) -> list[Sample]:
     """The first `samples` of a task. For those in prose, RULER has nltk's sent_tokenize cut `haystack` into `sentences`."""
     check_known(task)
-    found_in = source(task, samples - 1, haystack, qa or {})
-    request = _Request(
-        task, length, _draws(seed, words, task in NEEDLES, sentences), found_in, lambda text: count(tokenizer, text)
-    )
+    read = source(task, samples - 1, haystack, qa or {})
+    draws = _draws(seed, words, task in NEEDLES, sentences)
+    request = _Request(task, length, draws, read, functools.partial(count, tokenizer))
     found = {"vt": _tracking, "fwe": _frequent}.get(task, _searched)(request, samples)
     meta = {"seed": seed, "generator": "RULER"}
     rows = enumerate(found)
