@@ -168,6 +168,13 @@ def test_the_search_finds_the_largest_in_few_calls():
     assert fit.largest(lambda n: 3 * n, 20, 1, "it", 4) == 4
 
 
+@pytest.mark.parametrize("cost", [lambda n: n**3, lambda n: n if n < 70_000 else 50 * n, lambda n: n.bit_length() * 9000])
+def test_the_search_ends_soon_where_costs_are_no_line(cost):
+    calls = []
+    found = fit.largest(lambda n: calls.append(n) or cost(n), 131_072, 1, "it")
+    assert cost(found) <= 131_072 < cost(found + 1) and len(calls) < 40
+
+
 @pytest.mark.parametrize(
     ("task", "given", "words"),
     [
