@@ -11,7 +11,8 @@ import pytest
 
 from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.evals import ruler, samples
-from hybrid_attn.evals.ruler import compat, fit, scores, words
+from hybrid_attn.evals.ruler import compat, fit, scores, tasks, words
+from hybrid_attn.evals.ruler.draws import of_sample
 from hybrid_attn.evals.ruler.qa import read_hotpot, read_squad
 
 PROSE = "It had rained since noon. Who would go out? Nobody! The dog slept by the stove, and the clock went on. " * 9
@@ -151,6 +152,20 @@ def test_no_word_contains_another():
     assert all(re.fullmatch("[a-z]+", word) for word in singles)
 
 
+def test_nothing_magic_is_drawn_twice():
+    drawn = of_sample("any", (), ("a-b", "c-d", "e-f"))
+    assert {drawn.magic("words") for _ in range(3)} == {"a-b", "c-d", "e-f"}
+
+
+def test_the_coded_words_that_are_asked_for_are_the_most_frequent():
+    ranked = ["...", "bbbbbb", "cccccc", "dddddd", "eeeeee", "ffffff"]
+    for units in range(fit.FEWEST["fwe"], 600):
+        question = tasks.coded_text(of_sample("any", (), ()), ranked, units)
+        times = [question.prompt.count(word) for word in ranked[1:]]
+        assert question.answers == ("bbbbbb", "cccccc", "dddddd")
+        assert times == sorted(times, reverse=True) and times[2] > times[3]
+
+
 def test_answers_that_bytes_spell_out_get_more_tokens_than_subwords():
     assert fit.new_tokens("vt", "ABCDE " * 5, Bytes()) == 32 and fit.new_tokens("vt", "ABCDE " * 5, Pieces()) == 30
     assert fit.new_tokens("qa_1", "x" * 40, Bytes()) == 64
@@ -253,7 +268,7 @@ def test_rulers_habits_are_kept():
 @pytest.mark.parametrize(
     ("task", "length", "lists", "words"),
     [
-        ("vt", 8192, LISTS, "vt does not fit into 530 tokens as RULER asks it"),
+        ("vt", 8192, LISTS, "the example of vt does not fit into 500 tokens as RULER asks it"),
         ("niah_single_1", 500, LISTS, "niah_single_1 does not fit into 500 tokens as RULER asks it"),
         ("fwe", 60, LISTS, "fwe needs more than 60 tokens; use a length of at least 82"),
         ("cwe", 8192, LISTS._replace(others=()), "a list of 4,096 words needs more than the 108 given; give it others"),

@@ -59,6 +59,9 @@ class _Request(NamedTuple):
     def fits(self, question: Question) -> bool:
         return self.tokens(question.prompt) + NEW_TOKENS[self.task] <= self.length
 
+    def shrunk(self, ask: Callable[[int], Question], units: int, step: int, fewest: int) -> Question:
+        return _shrunk(self.fits, ask, units, step, fewest, f"{self.task} does not fit into {self.length:,}")
+
 
 def generate(
     task: str,
@@ -113,7 +116,7 @@ def _searched(request: _Request, samples: int) -> list[Question]:
     def fewest(index: int) -> int:
         return len(request.source.asked[index].documents) if task in QA else 1
 
-    return [_shrunk(request, lambda n, i=i: request.ask(i, n), units, step, fewest(i)) for i in range(samples)]
+    return [request.shrunk(functools.partial(request.ask, i), units, step, fewest(i)) for i in range(samples)]
 
 
 def _tracking(request: _Request, samples: int) -> list[Question]:
@@ -122,10 +125,13 @@ def _tracking(request: _Request, samples: int) -> list[Question]:
     def example(units: int) -> Question:
         return tasks.chain(draws, units, 3, EXAMPLE_VALUE)
 
-    small = request._replace(length=EXAMPLE_TOKENS + NEW_TOKENS["vt"])
+    def small(question: Question) -> bool:
+        return request.tokens(question.prompt) <= EXAMPLE_TOKENS
+
     each = request.tokens(example(5).prompt) / 5
-    shown = _search(lambda n: small.fits(example(n)), 5, int(EXAMPLE_TOKENS / each * 3))
-    solved = tasks.solved(_shrunk(small, example, shown, 5, fewest))
+    shown = _search(lambda n: small(example(n)), 5, int(EXAMPLE_TOKENS / each * 3))
+    what = f"the example of vt does not fit into {EXAMPLE_TOKENS}"
+    solved = tasks.solved(_shrunk(small, example, shown, 5, fewest, what))
     step = _step(request)
     each = request.tokens(request.ask(0, step).prompt) / step
     rest = request._replace(length=request.length - request.tokens(solved.removesuffix("\n")))
@@ -135,7 +141,7 @@ def _tracking(request: _Request, samples: int) -> list[Question]:
         question = request.ask(0, units)
         return question._replace(prompt=_renamed(draws, solved) + question.prompt)
 
-    return [_shrunk(request, ask, units, step, fewest) for _ in range(samples)]
+    return [request.shrunk(ask, units, step, fewest) for _ in range(samples)]
 
 
 def _renamed(draws: Draws, solved: str) -> str:
@@ -156,7 +162,7 @@ def _frequent(request: _Request, samples: int) -> list[Question]:
     found = []
     for _ in range(samples):
         ranked = tasks.vocabulary(draws, request.length)
-        found.append(_shrunk(request, lambda n, x=ranked: tasks.coded_text(draws, x, n), units, step, 1))
+        found.append(request.shrunk(functools.partial(tasks.coded_text, draws, ranked), units, step, 1))
     return found
 
 
@@ -181,15 +187,15 @@ def _search(fits: Callable[[int], bool], low: int, most: int) -> int:
     return best
 
 
-def _shrunk(request: _Request, ask: Callable[[int], Question], units: int, step: int, fewest: int) -> Question:
+def _shrunk(fits: Callable, ask: Callable[[int], Question], units: int, step: int, fewest: int, what: str) -> Question:
     for _ in range(TRIES + units // step):
         if units < fewest:
             break
         question = ask(units)
-        if request.fits(question):
+        if fits(question):
             return question
         units -= step if units > step else 0
     raise ValueError(
-        f"{request.task} does not fit into {request.length:,} tokens as RULER asks it: {units} units of text pass them; "
+        f"{what} tokens as RULER asks it, whose script would try for ever; "
         f"use a greater length, a tokenizer with longer pieces, or the default generator"
     )
