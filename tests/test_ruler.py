@@ -1,14 +1,18 @@
 """RULER's questions fill their length and no more, follow from their names, and are answered by rules that read the prompt."""
 
 import collections
+import hashlib
+import itertools
 import json
 import re
+import sys
 
 import pytest
 
 from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.evals import ruler, samples
-from hybrid_attn.evals.ruler import fit, scores, words
+from hybrid_attn.evals.ruler import compat, fit, scores, tasks, words
+from hybrid_attn.evals.ruler.draws import of_sample
 from hybrid_attn.evals.ruler.qa import read_hotpot, read_squad
 
 PROSE = "It had rained since noon. Who would go out? Nobody! The dog slept by the stove, and the clock went on. " * 9
@@ -148,6 +152,20 @@ def test_no_word_contains_another():
     assert all(re.fullmatch("[a-z]+", word) for word in singles)
 
 
+def test_nothing_magic_is_drawn_twice():
+    drawn = of_sample("any", (), ("a-b", "c-d", "e-f"))
+    assert {drawn.magic("words") for _ in range(3)} == {"a-b", "c-d", "e-f"}
+
+
+def test_the_coded_words_that_are_asked_for_are_the_most_frequent():
+    ranked = ["...", "bbbbbb", "cccccc", "dddddd", "eeeeee", "ffffff"]
+    for units in range(fit.FEWEST["fwe"], 600):
+        question = tasks.coded_text(of_sample("any", (), ()), ranked, units)
+        times = [question.prompt.count(word) for word in ranked[1:]]
+        assert question.answers == ("bbbbbb", "cccccc", "dddddd")
+        assert times == sorted(times, reverse=True) and times[2] > times[3]
+
+
 def test_answers_that_bytes_spell_out_get_more_tokens_than_subwords():
     assert fit.new_tokens("vt", "ABCDE " * 5, Bytes()) == 32 and fit.new_tokens("vt", "ABCDE " * 5, Pieces()) == 30
     assert fit.new_tokens("qa_1", "x" * 40, Bytes()) == 64
@@ -163,6 +181,13 @@ def test_the_search_finds_the_largest_in_few_calls():
     found = fit.largest(cost, 131_072, 1, "it")
     assert cost(found) <= 131_072 < cost(found + 1) and len(calls) < 16
     assert fit.largest(lambda n: 3 * n, 20, 1, "it", 4) == 4
+
+
+@pytest.mark.parametrize("cost", [lambda n: n**3, lambda n: n if n < 70_000 else 50 * n, lambda n: n.bit_length() * 9000])
+def test_the_search_ends_soon_where_costs_are_no_line(cost):
+    calls = []
+    found = fit.largest(lambda n: calls.append(n) or cost(n), 131_072, 1, "it")
+    assert cost(found) <= 131_072 < cost(found + 1) and len(calls) < 40
 
 
 @pytest.mark.parametrize(
@@ -196,3 +221,68 @@ def test_questions_are_those_of_the_files(qa, tmp_path):
     for read in (read_squad, read_hotpot):
         with pytest.raises(ValueError, match="other.json is no file of"):
             read(other)
+
+
+def spelled(*letters: str) -> tuple[str, ...]:
+    return tuple(map("".join, itertools.product(*letters)))
+
+
+LISTS = compat.Words(
+    spelled("bdf", "aeiou", "lmn"), spelled("ghj", "aeiou", "rst"), spelled("kpw", "aei", "dz"), spelled(*["aeiou", "rstl"] * 3)
+)
+# SHA-256 of the prompts and answers of two samples that RULER's scripts gave for these words, texts, seed and tokenizer.
+GOLDEN = {
+    "niah_single_1": ("b3c7f22c35b84bb7", "44313c9ed2d3208d"),
+    "niah_single_2": ("b7c35d8f36331d5e", "8ffd6b53d2c8cd73"),
+    "niah_single_3": ("035fbf39850d5d08", "fe07e9ffd77e9a24"),
+    "niah_multikey_1": ("d897610e5b055164", "fca6516d9b51a7c1"),
+    "niah_multikey_2": ("7985d2d64b410458", "42d58bf05d7dbf79"),
+    "niah_multikey_3": ("6660c9bdc01c0167", "af07ae11f66cce1c"),
+    "niah_multivalue": ("68c19a82fa88cf5c", "741d9ffea4c09544"),
+    "niah_multiquery": ("d0ef0b31b4c398fe", "0c2334f47ee5f251"),
+    "vt": ("0243d478d7302a8b", "ba4032b2f005b498"),
+    "cwe": ("3d071e020b269ff1", "f113ada7db149f90"),
+    "fwe": ("527dfe36f589c257", "273d265d5ee4ae0c"),
+    "qa_1": ("d3ce52db19670fb9", "eb054e03b7e2ad08"),
+    "qa_2": ("6297a462986b3eb7", "556ff38d19003484"),
+}
+
+
+@pytest.mark.parametrize("length", [1800, 4600])
+@pytest.mark.parametrize("task", ruler.NAMES)
+def test_prompts_are_those_of_rulers_own_scripts(task, length, qa):
+    found = compat.generate(task, length, 2, 7, Pieces(), LISTS, PROSE, qa)
+    whole = "".join(sample.prompt + "".join(sample.answers) for sample in found)
+    assert hashlib.sha256(whole.encode()).hexdigest()[:16] == GOLDEN[task][length > 4096]
+
+
+def test_rulers_habits_are_kept():
+    first = compat.generate("cwe", 4600, 2, 7, Pieces(), LISTS)
+    assert compat.generate("cwe", 4600, 1, 7, Pieces(), LISTS) == first[:1]
+    assert [sample.max_new_tokens for sample in first] == [120, 120]
+    places = [[sample.prompt.rindex(f" {word} ") for word in sample.answers] for sample in first]
+    orders = [sorted(range(10), key=found.__getitem__) for found in places]
+    assert orders[0] == orders[1]  # one order for all, with other words
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "lists", "words"),
+    [
+        ("vt", 8192, LISTS, "the example of vt does not fit into 500 tokens as RULER asks it"),
+        ("niah_single_1", 500, LISTS, "niah_single_1 does not fit into 500 tokens as RULER asks it"),
+        ("fwe", 60, LISTS, "fwe needs more than 60 tokens; use a length of at least 82"),
+        ("cwe", 8192, LISTS._replace(others=()), "a list of 4,096 words needs more than the 108 given; give it others"),
+        ("qa_2", 8192, LISTS, "qa_2 asks questions of a file that was not given"),
+        ("cwf", 8192, LISTS, "did you mean 'cwe'"),
+    ],
+)
+def test_what_rulers_scripts_try_for_ever_is_an_error(task, length, lists, words):
+    with pytest.raises(ValueError, match=words):
+        compat.generate(task, length, 1, 7, Bytes(), lists)
+
+
+def test_rulers_own_words_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    monkeypatch.setitem(sys.modules, "wonderwords.random_word", None)
+    with pytest.raises(ImportError, match="pip install wonderwords"):
+        compat.wonderwords()

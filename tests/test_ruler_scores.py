@@ -78,6 +78,11 @@ def test_a_length_after_a_failed_one_does_not_count():
     assert scores.relative_length({4096: 0.0, 8192: 0.0}) is None
 
 
+def test_the_summary_has_scores_and_empty_predictions_of_one_length():
+    tasks = scores.by_task(records("vt", 4096, "a", " ", "a b") + records("cwe", 4096, "b") + records("fwe", 8192, "a"))
+    assert scores.summary(tasks, 4096) == [["Tasks", "vt", "cwe"], ["Score", "50", "50"], ["Nulls", "1/3", "0/1"]]
+
+
 def test_short_lengths_stand_apart():
     tasks = scores.by_task(records("vt", 2048, "a") + records("vt", 4096, "b") + records("cwe", 512, "a"))
     parts = scores.parts(tasks)

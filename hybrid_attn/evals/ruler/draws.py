@@ -15,13 +15,16 @@ def sentences(text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """`integer(low, high)` is below `high`; what `fresh` gives was not in `taken`, or may repeat where that is None."""
+    """`integer(low, high)` is below `high`; `words(n)` are those of which n can be drawn.
+
+    What `fresh` gives was not in `taken`, or may repeat where that is None.
+    """
 
     rng: random.Random
     integer: Callable[[int, int], int]
     shuffle: Callable[[list], None]
     keys: Sequence[str]
-    words: Sequence[str]
+    words: Callable[[int], Sequence[str]]
     taken: set[str] | None
     sentences: Callable[[str], list[str]] = sentences
 
@@ -55,4 +58,4 @@ MAGIC = {
 def of_sample(seed: str, words: Sequence[str], keys: Sequence[str]) -> Draws:
     """All that follows from `seed` alone: nothing repeats, and every order is the sample's own."""
     rng = random.Random(seed)
-    return Draws(rng, rng.randrange, rng.shuffle, keys, words, {"VAR"})
+    return Draws(rng, rng.randrange, rng.shuffle, keys, lambda n: words, {"VAR"})

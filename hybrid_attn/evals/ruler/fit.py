@@ -13,12 +13,10 @@ from hybrid_attn.evals.ruler.tasks import ESSAYS, NAMES, NEW_TOKENS, QA, Place, 
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.trees import check
 
-FEWEST = {
-    "vt": 5,
-    "cwe": tasks.COMMON_WORDS + 1,
-    "fwe": 53,
-}  # units; with 53 words no two of the first five ranks are as frequent
+# Units; from 53 coded words on, the last rank asked for is more frequent than the next.
+FEWEST = {"vt": tasks.HOPS + 1, "cwe": tasks.COMMON_WORDS + 1, "fwe": 53}
 EXAMPLE_TOKENS = 500  # of the solved question before one of variables
+STRAIGHT = 12  # calls after which costs were not near a line, and halving ends sooner
 ROUND_TO = 32  # tokens of an answer longer than the task has in mind: few numbers make few compilations
 
 
@@ -43,7 +41,7 @@ def generate(
     """
     check_known(task)
     name = f"{task} {index} {seed}"  # without the length: longer texts hide the same
-    place = Place(length, index, _source(task, index, haystack, qa or {}))
+    place = Place(length, index, source(task, index, haystack, qa or {}))
 
     def cost(question: Question) -> int:
         return 1 + count(tokenizer, question.prompt) + new_tokens(task, question.gold, tokenizer)
@@ -78,7 +76,7 @@ def largest(cost: Callable[[int], int], budget: int, fewest: int, what: str, mos
     while high is None or high - low > 1:
         guess = low + max(1, min(int((budget - spent) / max(each, 0.01)), 63 * low))
         if high is not None:
-            guess = (low + high) // 2 if calls % 4 == 3 else min(guess, high - 1)
+            guess = (low + high) // 2 if calls > STRAIGHT else min(guess, high - 1)
         new = cost(guess)
         each, calls = (new - spent) / (guess - low), calls + 1
         if new <= budget:
@@ -129,7 +127,8 @@ def _tracking(name: str, length: int, tokenizer: Bytes | Json) -> Callable[[int]
     return ask
 
 
-def _source(task: str, index: int, haystack: str | None, qa: Mapping[str, Questions]) -> Sequence[str] | Questions | None:
+def source(task: str, index: int, haystack: str | None, qa: Mapping[str, Questions]) -> Sequence[str] | Questions | None:
+    """What question `index` is made from besides the numbers drawn; ValueError where that was not given."""
     if task in ESSAYS:
         check(bool(haystack and haystack.strip()), f"{task} hides its needles in a text; give one as haystack")
         return _words(haystack)
@@ -145,4 +144,4 @@ def _source(task: str, index: int, haystack: str | None, qa: Mapping[str, Questi
 
 @functools.lru_cache(maxsize=2)
 def _words(text: str) -> list[str]:
-    return re.sub(r"\s+", " ", text.strip()).split(" ")
+    return re.sub(r"\s+", " ", text).split(" ")

@@ -110,6 +110,13 @@ def table(models: Mapping[str, tuple[int, Mapping[str, Mapping[int, Mapping]]]])
     return rows
 
 
+def summary(tasks: Mapping[str, Mapping[int, Mapping]], length: int) -> list[list[str]]:
+    """The rows of RULER's summary.csv for one length; absent tasks are absent."""
+    cells = {task: found[length] for task, found in tasks.items() if length in found}
+    nulls = [f"{cell['nulls']}/{cell['samples']}" for cell in cells.values()]
+    return [["Tasks", *cells], ["Score", *(f"{cell['score']:g}" for cell in cells.values())], ["Nulls", *nulls]]
+
+
 def effective(scores: Mapping[int, float]) -> str:
     """The effective length as RULER writes it: `<4K` and `>128K` where it lies outside what was asked."""
     found = effective_length(scores)

@@ -153,7 +153,7 @@ def common_words(draws: Draws, length: int, units: int) -> Question:
 
 
 def _word_list(draws: Draws, words: int, often: int, seldom: int) -> tuple[str, list[str]]:
-    drawn = draws.rng.sample(draws.words, words)
+    drawn = draws.rng.sample(draws.words(words), words)
     common = drawn[:COMMON_WORDS]
     listed = common * often + drawn[COMMON_WORDS:] * seldom
     draws.shuffle(listed)
@@ -164,19 +164,23 @@ def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
 
-def frequent_words(draws: Draws, length: int, units: int) -> Question:
-    """Of `units` words, the k-th most frequent is 1 / k² ζ(2) of all; the first is dots, and the next three are asked for."""
+def vocabulary(draws: Draws, length: int) -> list[str]:
+    """Coded words from the most frequent, which is dots, to the least."""
     size = (length - NEW_TOKENS["fwe"]) // 50
-    vocabulary = [draws.letters(CODED_LETTERS, string.ascii_lowercase) for _ in range(size)]
-    while len(set(vocabulary)) < size:
-        vocabulary.append(draws.letters(CODED_LETTERS, string.ascii_lowercase))
-    vocabulary = sorted(set(vocabulary))
-    draws.shuffle(vocabulary)
-    vocabulary[0] = "..."
-    shares = (units * (float(k) ** -2.0) / (math.pi**2 / 6) for k in range(1, size + 1))
-    coded = [word for word, share in zip(vocabulary, shares, strict=True) for _ in range(int(share))]
+    drawn = [draws.letters(CODED_LETTERS, string.ascii_lowercase) for _ in range(size)]
+    while len(set(drawn)) < size:
+        drawn.append(draws.letters(CODED_LETTERS, string.ascii_lowercase))
+    ranked = sorted(set(drawn))
+    draws.shuffle(ranked)
+    return ["...", *ranked[1:]]
+
+
+def coded_text(draws: Draws, ranked: Sequence[str], units: int) -> Question:
+    """Of `units` words, the share of rank k is 1 / k² ζ(2), rounded down; ranks 2 to 4 are asked for."""
+    counts = [int(units * float(rank) ** -2.0 / (math.pi**2 / 6)) for rank in range(1, len(ranked) + 1)]
+    coded = [word for word, times in zip(ranked, counts, strict=True) for _ in range(times)]
     draws.shuffle(coded)
-    answers = tuple(vocabulary[1:4])
+    answers = tuple(ranked[1:4])
     return Question(FREQUENT.format(context=" ".join(coded)), answers, " ".join(answers), ())
 
 
@@ -216,4 +220,6 @@ def ask(task: str, draws: Draws, place: Place, units: int) -> Question:
         return documents(draws, place.source, place.index, units)
     if task == "vt":
         return chain(draws, units, 5)
-    return {"cwe": common_words, "fwe": frequent_words}[task](draws, place.length, units)
+    if task == "cwe":
+        return common_words(draws, place.length, units)
+    return coded_text(draws, vocabulary(draws, place.length), units)
