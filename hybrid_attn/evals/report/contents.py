@@ -78,7 +78,9 @@ def ruler_tasks(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, 
         lines.setdefault((record["task"], run), {})[record["length"]] = record["score"]
     score = Column("", fixed(1), lambda value: value >= statistics.LEAST)
     columns = [Column("task"), RUN, *(score._replace(name=tokens(length)) for length in across)]
-    return Table(name, title, columns, [[*key, *map(scores.get, across)] for key, scores in lines.items()])
+    tasks = list(dict.fromkeys(task for task, _ in lines))
+    rows = [[*key, *map(lines[key].get, across)] for key in sorted(lines, key=lambda key: tasks.index(key[0]))]
+    return Table(name, title, columns, rows)
 
 
 def ruler_cells(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title: str) -> Table:

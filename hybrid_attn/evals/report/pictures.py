@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -32,6 +31,7 @@ SEGMENTS = {"begin": "#3b4a5a", "needle": "#d9822b", "context": "#8fb3cf", "qc":
 SEGMENT_NAMES = {"begin": "first tokens", "needle": "needle", "context": "context", "qc": "question"}
 # Vermilion, sand, blue: wrong and right are apart for every eye, and in grey.
 SCORES = LinearSegmentedColormap.from_list("scores", ("#c8501e", "#e8a565", "#f1e8d6", "#7fb0d3", "#14568f"))
+AMOUNTS = LinearSegmentedColormap.from_list("amounts", ("#e9eff4", "#a9cbe2", "#4f93c4", "#14568f", "#0b2f52"))
 MOST_NUMBERS = 12  # cells of a heat map in either direction that still have room for numbers
 STYLE = {
     "font.size": 9.5,
@@ -93,7 +93,8 @@ def svg(picture: Picture) -> str:
         text = text.replace(colour, f"var(--{name})")
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{picture.name}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(picture.caption)}"', 1)
+    size = f"max-width:{110 * picture.figure.get_figwidth():.0f}px"
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(picture.caption)}" style="{size}"', 1)
 
 
 @styled
@@ -122,7 +123,7 @@ def curves(
     """
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
-    width, height = (5.6, 3.6) if across == 1 else (2.75 * across, 2.35 * down + 0.5)
+    width, height = {1: (5.6, 3.6), 2: (5.6, 2.8)}.get(across, (2.75 * across, 2.35 * down + 0.5))
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     every = sorted({length for several in panels.values() for curve in several for length in curve.lengths})
@@ -136,6 +137,8 @@ def curves(
         axes.set_title(name if len(panels) > 1 else "")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
+    for axes in grid.flat[max(0, len(panels) - across) : len(panels)]:
+        axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel(label)
     _legend(figure, grid.flat[0])
@@ -157,7 +160,7 @@ def _lengths_across(axes: Axes, lengths: Sequence[int], trained: Sequence[int]) 
     axes.minorticks_off()
     if len(lengths) == 1:
         axes.set_xlim(lengths[0] / 2, lengths[0] * 2)
-    _mark(axes, trained)
+    _mark(axes, [length for length in trained if length <= lengths[-1]])
 
 
 def _mark(axes: Axes, trained: Sequence[int]) -> None:
@@ -179,7 +182,7 @@ def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, t
     cells = np.array([[shares.get((length, depth), math.nan) for length in lengths] for depth in depths])
     figure = Figure(figsize=(5.6, 1.5 + 0.29 * min(max(len(depths), 4), 16)), layout="constrained")
     axes = figure.subplots()
-    image = axes.pcolormesh(cells, cmap=SCORES, vmin=0, vmax=1, edgecolors=PAPER, linewidth=1.2)
+    image = axes.pcolormesh(cells, cmap=SCORES, vmin=0, vmax=1, edgecolors=PAPER, linewidth=0.8)
     _cells_named(axes, [tokens(length) for length in lengths], [f"{depth:.0f}" for depth in depths])
     axes.set_xlabel("context length (tokens)")
     axes.set_ylabel("depth of the needle (%)")
@@ -187,8 +190,8 @@ def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, t
         _numbers(axes, cells)
     beyond = sum(length <= trained for length in lengths)
     if beyond < len(lengths):
-        line = axes.axvline(beyond, color="#ffffff", linewidth=2.2, linestyle=(0, (4, 2.5)))
-        line.set_path_effects([patheffects.Stroke(linewidth=4, foreground="#20262e"), patheffects.Normal()])
+        axes.axvline(beyond, color="#20262e", linewidth=4.5)
+        axes.axvline(beyond, color="#ffffff", linewidth=2.2, linestyle=(0, (3, 1.6)))
     bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02, ticks=[0, 0.5, 1])
     bar.outline.set_visible(False)
     return figure
@@ -209,9 +212,8 @@ def _numbers(axes: Axes, cells: np.ndarray) -> None:
     for (row, column), share in np.ndenumerate(cells):
         if not math.isnan(share):
             dark = share < 0.15 or share > 0.8
-            shown = f"{share:.2f}".removeprefix("0") if share < 1 else "1"
-            x, y = column + 0.5, row + 0.5
-            axes.text(x, y, shown, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#20262e")
+            colour, x, y = "#ffffff" if dark else "#20262e", column + 0.5, row + 0.5
+            axes.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour)
 
 
 @styled
@@ -219,7 +221,7 @@ def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapp
     """Loss by position, a panel for each name; a line has a name, the number of its run, and buckets from `first` to `end`."""
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(5.6, 3.6) if across == 1 else (3.7 * across, 3 * down + 0.5), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.4) if across < 3 else (3.7 * across, 3 * down + 0.5), layout="constrained")
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
         for label, number, buckets in lines:
@@ -266,11 +268,16 @@ def attention_by_layer(layers: Sequence[tuple[int, str, bool, Mapping[str, float
 
 @styled
 def heads(values: np.ndarray, rows: Sequence[str], most: float, label: str) -> Figure:
-    """A heat map of layers down and heads across; `rows` names the layers, the scale is 0 to `most`."""
+    """A heat map of layers down and heads across; `rows` names the layers, the scale is 0 to `most`.
+
+    A layer without a number has a window that does not reach the needle.
+    """
     figure = Figure(figsize=(5.6, 1.4 + 0.24 * min(max(len(rows), 5), 16)), layout="constrained")
     axes = figure.subplots()
-    image = axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=most, edgecolors=PAPER, linewidth=0.8)
+    image = axes.pcolormesh(values, cmap=AMOUNTS, vmin=0, vmax=most, edgecolors=PAPER, linewidth=0.8)
     _cells_named(axes, [str(head) for head in range(values.shape[1])], rows)
+    for row in np.flatnonzero(np.isnan(values).all(1)):
+        axes.text(values.shape[1] / 2, row + 0.5, "out of reach", ha="center", va="center", fontsize=8, color=MUTED)
     axes.set_xlabel("head")
     axes.set_ylabel("layer and its kind")
     bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02)
