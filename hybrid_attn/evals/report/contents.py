@@ -215,7 +215,7 @@ def key_tokens(runs: Sequence[Run]) -> Table:
 def harness(runs: Sequence[Run]) -> Table:
     columns = [
         *(RUN, Column("task"), Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),
-        *(Column("samples", count), Column("truncated", count, lambda value: value > 0)),
+        *(Column("samples", count), Column("truncated", count)),
     ]
     fields = ("task", "metric", "value", "stderr", "samples", "truncated")
     rows = [[run.name, *(r[field] for field in fields)] for run in runs for r in run.of("harness")]
@@ -232,8 +232,8 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[statistics.Differen
 def comparison(first: str, found: Sequence[tuple[str, list[statistics.Difference]]]) -> Table:
     columns = [
         *(RUN, Column("task"), LENGTH, Column("pairs", count), Column(first, fixed(3)), Column("run's", fixed(3))),
-        *(Column("difference", signed), Column("95% from", signed), Column("to", signed)),
-        Column("worse, better or unclear"),
+        *(Column(name, signed(3)) for name in ("difference", "95% from", "to")),
+        Column("verdict"),
     ]
     rows = [[name, *difference, verdict(difference)] for name, several in found for difference in several]
     return Table("comparison", f"Against {first} on the same questions: scores between 0 and 1", columns, rows)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from hybrid_attn.evals.report import contents, statistics
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.statistics import Difference
-from hybrid_attn.evals.report.tables import tokens
+from hybrid_attn.evals.report.tables import signed, tokens
 
 INK, MUTED, GRID, PAPER = "#20262d", "#66707b", "#dde2e7", "#fffffe"
 # Okabe and Ito's, without yellow: apart for every eye.
@@ -32,6 +32,7 @@ SEGMENT_NAMES = {"begin": "first tokens", "needle": "needle", "context": "contex
 # Vermilion, sand, blue: wrong and right are apart for every eye, and in grey.
 SCORES = LinearSegmentedColormap.from_list("scores", ("#c8501e", "#e8a565", "#f1e8d6", "#7fb0d3", "#14568f"))
 AMOUNTS = LinearSegmentedColormap.from_list("amounts", ("#e9eff4", "#a9cbe2", "#4f93c4", "#14568f", "#0b2f52"))
+CENTRED = {"ha": "center", "va": "center", "fontsize": 8}
 MOST_NUMBERS = 12  # cells of a heat map in either direction that still have room for numbers
 STYLE = {
     "font.size": 9.5,
@@ -123,7 +124,7 @@ def curves(
     """
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
-    width, height = {1: (5.6, 3.6), 2: (5.6, 2.8)}.get(across, (2.75 * across, 2.35 * down + 0.5))
+    width, height = {1: (4.9, 3.2), 2: (4.9, 2.5)}.get(across, (2.75 * across, 2.35 * down + 0.5))
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     every = sorted({length for several in panels.values() for curve in several for length in curve.lengths})
@@ -180,7 +181,7 @@ def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, t
     `shares` has them by length and depth. A white dashed line parts the lengths up to that of training from those beyond it.
     """
     cells = np.array([[shares.get((length, depth), math.nan) for length in lengths] for depth in depths])
-    figure = Figure(figsize=(5.6, 1.5 + 0.29 * min(max(len(depths), 4), 16)), layout="constrained")
+    figure = Figure(figsize=(4.9, 1.5 + 0.29 * min(max(len(depths), 4), 16)), layout="constrained")
     axes = figure.subplots()
     image = axes.pcolormesh(cells, cmap=SCORES, vmin=0, vmax=1, edgecolors=PAPER, linewidth=0.8)
     _cells_named(axes, [tokens(length) for length in lengths], [f"{depth:.0f}" for depth in depths])
@@ -204,7 +205,7 @@ def _cells_named(axes: Axes, across: Sequence[str], down: Sequence[str]) -> None
     axes.tick_params(length=0)
     every = -(-len(across) // 16)
     axes.set_xticks(np.arange(len(across))[::every] + 0.5, across[::every])
-    every = -(-len(down) // 16)
+    every = -(-len(down) // 24)
     axes.set_yticks(np.arange(len(down))[::every] + 0.5, down[::every])
 
 
@@ -213,7 +214,7 @@ def _numbers(axes: Axes, cells: np.ndarray) -> None:
         if not math.isnan(share):
             dark = share < 0.15 or share > 0.8
             colour, x, y = "#ffffff" if dark else "#20262e", column + 0.5, row + 0.5
-            axes.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour)
+            axes.text(x, y, f"{share:.2f}", color=colour, **CENTRED)
 
 
 @styled
@@ -221,7 +222,7 @@ def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapp
     """Loss by position, a panel for each name; a line has a name, the number of its run, and buckets from `first` to `end`."""
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(5.6, 3.4) if across < 3 else (3.7 * across, 3 * down + 0.5), layout="constrained")
+    figure = Figure(figsize=(4.9, 3.0) if across < 3 else (3.7 * across, 3 * down + 0.5), layout="constrained")
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
         for label, number, buckets in lines:
@@ -244,7 +245,7 @@ def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapp
 @styled
 def attention_by_layer(layers: Sequence[tuple[int, str, bool, Mapping[str, float]]]) -> Figure:
     """Stacked shares of attention, a bar for each layer: its number, its kind, whether the needle is in reach, the shares."""
-    figure = Figure(figsize=(5.6, 3.3), layout="constrained")
+    figure = Figure(figsize=(4.9, 3.0), layout="constrained")
     axes = figure.subplots()
     places, bottom = np.arange(len(layers)), np.zeros(len(layers))
     for segment, colour in SEGMENTS.items():
@@ -272,12 +273,12 @@ def heads(values: np.ndarray, rows: Sequence[str], most: float, label: str) -> F
 
     A layer without a number has a window that does not reach the needle.
     """
-    figure = Figure(figsize=(5.6, 1.4 + 0.24 * min(max(len(rows), 5), 16)), layout="constrained")
+    figure = Figure(figsize=(4.9, 1.4 + 0.24 * min(max(len(rows), 5), 16)), layout="constrained")
     axes = figure.subplots()
     image = axes.pcolormesh(values, cmap=AMOUNTS, vmin=0, vmax=most, edgecolors=PAPER, linewidth=0.8)
     _cells_named(axes, [str(head) for head in range(values.shape[1])], rows)
     for row in np.flatnonzero(np.isnan(values).all(1)):
-        axes.text(values.shape[1] / 2, row + 0.5, "out of reach", ha="center", va="center", fontsize=8, color=MUTED)
+        axes.text(values.shape[1] / 2, row + 0.5, "out of reach", color=MUTED, **CENTRED)
     axes.set_xlabel("head")
     axes.set_ylabel("layer and its kind")
     bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02)
@@ -287,24 +288,28 @@ def heads(values: np.ndarray, rows: Sequence[str], most: float, label: str) -> F
 
 
 @styled
-def forest(found: Sequence[Difference], first: str, other: str, number: int) -> Figure:
-    """Differences with their intervals, a line each; what is clear has the colour of the run that is better.
+def differences(found: Sequence[Difference], number: int) -> Figure:
+    """Tasks down, lengths across: the difference of scores, in the colour of the better run where it is clear.
 
-    `number` is that of the other run.
+    `number` is that of the run which is compared with the first.
     """
-    figure = Figure(figsize=(5.6, 1.3 + 0.22 * len(found)), layout="constrained")
+    tasks, lengths = list(dict.fromkeys(x.task for x in found)), sorted({x.length for x in found})
+    cells = np.full((len(tasks), len(lengths)), math.nan)
+    figure = Figure(figsize=(4.9, 1.2 + 0.27 * max(len(tasks), 3)), layout="constrained")
     axes = figure.subplots()
-    colours = {"better": RUNS[number % len(RUNS)], "worse": RUNS[0], "unclear": MUTED}
-    for place, difference in enumerate(found):
-        colour = colours[contents.verdict(difference)]
-        axes.plot([difference.low, difference.high], [place, place], color=colour, linewidth=2)
-        axes.plot(difference.difference, place, "o", color=colour, markersize=5)
-    axes.axvline(0, color=MUTED, linewidth=1)
-    axes.set_yticks(range(len(found)), [f"{difference.task} · {tokens(difference.length)}" for difference in found])
-    axes.set_ylim(len(found) - 0.4, -0.6)
-    most = 1.08 * max(max(abs(difference.low), abs(difference.high)) for difference in found) or 1
-    axes.set_xlim(-most, most)
-    axes.set_xlabel(f"← {first} better    mean difference in score    {other} better →")
+    for x in found:
+        row, column = tasks.index(x.task), lengths.index(x.length)
+        clear = contents.verdict(x) != "unclear"
+        cells[row, column] = x.difference if clear else 0
+        colour = "#ffffff" if clear and abs(x.difference) > 0.45 else "#20262e"
+        weight = "bold" if clear else "normal"
+        axes.text(column + 0.5, row + 0.5, signed(2)(x.difference), color=colour, fontweight=weight, **CENTRED)
+    towards = LinearSegmentedColormap.from_list("towards", (RUNS[0], "#eef0f2", RUNS[number % len(RUNS)]))
+    image = axes.pcolormesh(cells, cmap=towards, vmin=-1, vmax=1, edgecolors=PAPER, linewidth=0.8)
+    _cells_named(axes, [tokens(length) for length in lengths], tasks)
+    axes.set_xlabel("length (tokens)")
+    bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02, ticks=[-1, 0, 1])
+    bar.outline.set_visible(False)
     return figure
 
 

@@ -315,8 +315,8 @@ def _comparison(runs: Sequence[Run]) -> list[Section]:
     first, drawn = runs[0].name, []
     for number, (name, several) in enumerate(found, 1):
         if several:
-            figure = pictures.forest(several, first, name, number)
-            drawn.append(Picture(f"comparison_{number}", f"{name} against {first}.", figure, len(several) > 20))
+            caption = f"{name} less {first}; in bold and in the colour of the better run where the interval is without 0."
+            drawn.append(Picture(f"comparison_{number}", caption, pictures.differences(several, number), False))
     if not drawn:
         return []
     words = [
