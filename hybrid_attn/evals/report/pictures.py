@@ -87,7 +87,7 @@ def styled(draw: Callable) -> Callable:
 def svg(picture: Picture) -> str:
     """An element of a page, whose colours and fonts are the page's, and whose names meet no other picture's."""
     out = io.StringIO()
-    picture.figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    picture.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     whole = out.getvalue()
     text = whole[whole.index("<svg") :]
     for colour, name in COLOURS.items():
