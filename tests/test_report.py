@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import contents, pictures, sections, statistics, tables
+from hybrid_attn.evals.report import canvas, contents, pictures, sections, statistics, tables
 
 TRAINED = 4096
 LENGTHS = (2048, 4096, 8192)
@@ -197,8 +197,8 @@ def test_the_page_asks_for_no_other_file_and_runs_nothing_that_a_model_said(writ
 def test_colours_and_names_of_pictures_are_the_pages(written):
     page = (written[0] / "report.html").read_text()
     drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
-    assert not [colour for colour in pictures.COLOURS if colour in drawn]
-    assert all(f"--{name}:" in page for name in pictures.COLOURS.values())
+    assert not [colour for colour in canvas.COLOURS if colour in drawn]
+    assert all(f"--{name}:" in page for name in canvas.COLOURS.values())
     names = re.findall(r'\bid="([^"]+)"', page)
     assert len(names) == len(set(names)) > 100
 

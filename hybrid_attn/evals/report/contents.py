@@ -178,7 +178,7 @@ def attention(runs: Sequence[Run]) -> Table:
         *(RUN, LENGTH, Column("kind"), Column("heads", count)),
         *(Column(name, fixed(4)) for name in ("begin", "needle", "context", "question")),
         *(Column("entropy (bits)", fixed(2)), Column("needle lift", fixed(2)), Column("retrieval heads", count)),
-        Column("needle in reach"),
+        Column("reach"),
     ]
     groups: dict[tuple, list[dict]] = {}
     for run in runs:

@@ -1,107 +1,32 @@
-"""The pictures of a report, drawn with matplotlib (the extra `eval`).
+"""The pictures of a report, drawn with matplotlib (the extra `eval`)."""
 
-Colours are names that the page replaces by its own (`COLOURS`), so that a picture follows it into the dark.
-"""
-
-import functools
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from hybrid_attn.evals.report import contents, statistics
+from hybrid_attn.evals.report.canvas import INK, MUTED, PAPER, RUNS, styled
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.statistics import Difference
 from hybrid_attn.evals.report.tables import signed, tokens
 
-INK, MUTED, GRID, PAPER = "#20262d", "#66707b", "#dde2e7", "#fffffe"
-# Okabe and Ito's, without yellow: apart for every eye.
-RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31")
-COLOURS = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "card"} | {colour: f"run-{i}" for i, colour in enumerate(RUNS)}
 SEGMENTS = {"begin": "#3b4a5a", "needle": "#d9822b", "context": "#8fb3cf", "qc": "#c7cfd6"}
 SEGMENT_NAMES = {"begin": "first tokens", "needle": "needle", "context": "context", "qc": "question"}
 # Vermilion, sand, blue: wrong and right are apart for every eye, and in grey.
 SCORES = LinearSegmentedColormap.from_list("scores", ("#c8501e", "#e8a565", "#f1e8d6", "#7fb0d3", "#14568f"))
 AMOUNTS = LinearSegmentedColormap.from_list("amounts", ("#e9eff4", "#a9cbe2", "#4f93c4", "#14568f", "#0b2f52"))
+MOST_TICKS = 8  # of lengths by their logarithm
+MOST_CHARACTERS = 66  # below a heat map
+CHARACTERS = 15  # to the inch of a legend
+LINE = 0.18  # inches of a legend
+LONGEST_NAME = 22
 CENTRED = {"ha": "center", "va": "center", "fontsize": 8}
 MOST_NUMBERS = 12  # cells of a heat map in either direction that still have room for numbers
-STYLE = {
-    "font.size": 9.5,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
-    "savefig.facecolor": "none",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-}
-
-
-class Picture(NamedTuple):
-    """`name` is that of its file; `wide` ones take the whole width of the page."""
-
-    name: str
-    caption: str
-    figure: Figure
-    wide: bool
-
-
-def styled(draw: Callable) -> Callable:
-    """Draws with this report's fonts, lines and colours."""
-
-    @functools.wraps(draw)
-    def drawn(*args):
-        with matplotlib.rc_context(STYLE):
-            return draw(*args)
-
-    return drawn
-
-
-@styled
-def svg(picture: Picture) -> str:
-    """An element of a page, whose colours and fonts are the page's, and whose names meet no other picture's."""
-    out = io.StringIO()
-    picture.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    whole = out.getvalue()
-    text = whole[whole.index("<svg") :]
-    for colour, name in COLOURS.items():
-        text = text.replace(colour, f"var(--{name})")
-    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{picture.name}-", text)
-    size = f"max-width:{110 * picture.figure.get_figwidth():.0f}px"
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(picture.caption)}" style="{size}"', 1)
-
-
-@styled
-def save(picture: Picture, path: Path) -> None:
-    """As PNG, on white."""
-    picture.figure.savefig(path, dpi=150, facecolor="white")
 
 
 class Curve(NamedTuple):
@@ -142,7 +67,7 @@ def curves(
         axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel(label)
-    _legend(figure, grid.flat[0])
+    _legend(figure)
     return figure
 
 
@@ -156,7 +81,10 @@ def _curve(axes: Axes, curve: Curve) -> None:
 
 def _lengths_across(axes: Axes, lengths: Sequence[int], trained: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
-    shown = lengths if len(lengths) <= 8 else lengths[:: -(-len(lengths) // 8)]
+    shown = lengths[:1]
+    for length in lengths[1:]:
+        if length >= shown[-1] * (lengths[-1] / lengths[0]) ** (1 / MOST_TICKS):
+            shown.append(length)
     axes.set_xticks(shown, [tokens(length) for length in shown], minor=False)
     axes.minorticks_off()
     if len(lengths) == 1:
@@ -169,9 +97,23 @@ def _mark(axes: Axes, trained: Sequence[int]) -> None:
         axes.axvline(length, color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6, label=f"trained at {tokens(length)}")
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), handlelength=1.8, columnspacing=1.2)
+def _legend(figure: Figure) -> None:
+    """What the lines of all panels are, in as many columns as the longest name allows."""
+    handles: dict[str, object] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    names = [_short(label) for label in handles]
+    room = int(CHARACTERS * figure.get_figwidth() / (6 + max(map(len, names))))
+    columns = max(1, min(len(handles), room))
+    figure.set_figheight(figure.get_figheight() + LINE * (-(-len(handles) // columns) - 1))
+    figure.legend(handles.values(), names, loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.2)
+
+
+def _short(name: str) -> str:
+    """Without its middle: names of runs differ at their ends."""
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 
 
 @styled
@@ -203,7 +145,7 @@ def _cells_named(axes: Axes, across: Sequence[str], down: Sequence[str]) -> None
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    every = -(-len(across) // 16)
+    every = -(-len(across) * (1 + max(map(len, across))) // MOST_CHARACTERS)
     axes.set_xticks(np.arange(len(across))[::every] + 0.5, across[::every])
     every = -(-len(down) // 24)
     axes.set_yticks(np.arange(len(down))[::every] + 0.5, down[::every])
@@ -238,7 +180,7 @@ def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapp
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("loss (nats per token)")
-    _legend(figure, grid.flat[0])
+    _legend(figure)
     return figure
 
 
@@ -262,8 +204,7 @@ def attention_by_layer(layers: Sequence[tuple[int, str, bool, Mapping[str, float
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("layer and its kind")
     axes.set_ylabel("share of attention")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=1.2, columnspacing=1.2)
+    _legend(figure)
     return figure
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid_attn.evals.report import contents, pictures, statistics
-from hybrid_attn.evals.report.pictures import Picture
+from hybrid_attn.evals.report.canvas import Picture
 from hybrid_attn.evals.report.runs import Run, sample_of
 from hybrid_attn.evals.report.tables import Column, Table, count, fixed, plain, tokens
 
@@ -17,7 +17,11 @@ ALL_RULER = frozenset(
 )
 FEWEST = 5  # answers in a cell of the needle's grid that say something
 PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
-HEADS = {"retrieval": "retrieval score", "needle": "share of attention on the needle", "entropy_bits": "entropy in bits"}
+HEADS = {
+    "retrieval": "retrieval score of each head",
+    "needle": "each head's attention to the needle",
+    "entropy_bits": "entropy of each head's attention",
+}
 SHOWN = 8  # wrong answers of a task
 
 
@@ -131,10 +135,11 @@ def _ruler(runs: Sequence[Run]) -> list[Section]:
         marks = [run.trained for run in runs]
         mean = {"mean of the tasks": [pictures.mean_curve(run, i, belongs) for i, run in means]}
         figure = pictures.curves(mean, marks, "score", 100, statistics.LEAST)
-        by_task = pictures.curves(_task_curves(runs, belongs), marks, "score", 100, None)
+        panels = _task_curves(runs, belongs)
+        by_task = pictures.curves(panels, marks, "score", 100, None)
         own = [
             Picture(name, "Mean of the tasks by length; each task's answers resampled for the band of 95%.", figure, False),
-            Picture(f"{name}_tasks", "Each task by length, with Wilson intervals of 95%.", by_task, True),
+            Picture(f"{name}_tasks", "Each task by length, with Wilson intervals of 95%.", by_task, len(panels) > 2),
         ]
         tables = [
             contents.ruler(runs, belongs, name, f"{title}, in RULER's form"),
@@ -291,7 +296,7 @@ def _attention_pictures(run: Run, number: int, length: int, every: Sequence[dict
     ]
     for field, label, most in maps if by_head else []:
         figure = pictures.heads(_grid(by_layer, field), [f"{layer} {kind}" for layer, kind, *_ in layers], most, label)
-        found.append(Picture(f"{name}_{field}", f"{where}: {HEADS[field]} of each head.", figure, False))
+        found.append(Picture(f"{name}_{field}", f"{where}: {HEADS[field]}.", figure, False))
     return found
 
 
