@@ -51,10 +51,11 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
         )
     for layer, kind in enumerate("LG"):
         for head in range(3):
+            weights = {"edges": [10, 20, 40], "weights": [0.01, 0.002 * layer]}
             shares = {"begin": 0.25, "needle": 0.25 * layer, "context": 0.5 - 0.25 * layer, "qc": 0.25}
             more = {"entropy_bits": 5.0, "needle_lift": 9.0 if layer else None, "retrieval": 0.4 if layer else None}
             where = {"layer": layer, "kind": kind, "head": head, "length": 4096, "reach": kind == "G"}
-            records.append({"eval": "attention_mass"} | where | shares | more)
+            records.append({"eval": "attention_mass"} | where | shares | more | weights)
     scored = {"task": "copy", "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 20, "truncated": 3}
     return [*records, {"eval": "harness"} | scored], answers
 
@@ -93,6 +94,8 @@ def test_averages_and_effective_length_are_those_that_ruler_publishes():
     assert statistics.effective_length(COMMAND_R, 85.6) == 32768
     assert statistics.effective_length({8192: 99.0, 4096: 85.5}, 85.6) is None
     assert statistics.effective_length({4096: 90.0, 8192: 80.0, 16384: 90.0}, 85.6) == 4096
+    assert contents.effective(dict.fromkeys(COMMAND_R, 0.0), 0.0) == "<4K"  # a share of nothing is no length
+    assert contents.effective(COMMAND_R, 85.6) == "32K" and contents.effective(COMMAND_R, 76.0) == ">128K"
 
 
 def test_resampled_means_are_the_same_each_time_and_spread_as_means_do():
@@ -172,6 +175,20 @@ def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
     assert not pictures.heat_map(LENGTHS, (0,), {}, 8192).axes[0].lines
 
 
+def test_attention_is_stacked_to_one_and_weighed_by_kind(written):
+    _, (run, _) = written
+    (section,) = (x for x in sections.sections([run]) if x.name == "attention")
+    drawn = {picture.name: picture.figure for picture in section.pictures}
+    assert [*drawn] == [f"attention_0_4096{x}" for x in ("", "_weights", "_retrieval", "_entropy_bits")]
+    bars = drawn["attention_0_4096"].axes[0].patches
+    tops = [max(bar.get_y() + bar.get_height() for bar in bars if round(bar.get_center()[0]) == layer) for layer in (0, 1)]
+    assert tops == [1, 1]
+    lines = {patch.get_label(): patch.get_data() for patch in drawn["attention_0_4096_weights"].axes[0].patches}
+    assert list(lines["layers G"].values) == [0.01, 0.002] and list(lines["layers G"].edges) == [10, 20, 40]
+    grid = drawn["attention_0_4096_retrieval"].axes[0].collections[0].get_array()
+    assert np.ma.getmaskarray(grid)[0].all() and (grid[1] == 0.4).all()
+
+
 def test_what_is_written_follows_from_the_runs_alone(tmp_path):
     records, answers = everything(0.5)
     kept = [record for record in records if record["eval"] in ("recall", "key_tokens")]
@@ -245,7 +262,7 @@ def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(written
         ("records", '{"eval": "recall", "source": "a", "length": 4, "answers": 0, "accuracy": 0}', "answers=0 says nothing"),
         ("records", "[]", "holds '\\[\\]', which is no record"),
         ("answers", '{"task": "vt"}', "answers.jsonl, line 2 lacks length"),
-        ("answers", json.dumps(answer("vt", 4096, 0, 100.0)), "score=100.0 does not lie between 0 and 1"),
+        ("answers", json.dumps(answer("vt", 4096, 0, 100.0)), "score=100.0 is no share of right answers"),
     ],
 )
 def test_a_line_that_does_not_fit_is_named(tmp_path, name, line, words):

@@ -63,7 +63,7 @@ def ruler(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title:
 
 def effective(scores: Mapping[int, float], least: float) -> str:
     """The effective length as RULER writes it: <4K where the shortest fails, >128K where none does."""
-    length = statistics.effective_length(scores, least)
+    length = statistics.effective_length(scores, least) if least > 0 else None
     if length is None:
         return f"<{tokens(min(scores))}"
     return f">{tokens(length)}" if length == max(scores) else tokens(length)
@@ -198,7 +198,7 @@ def attention(runs: Sequence[Run]) -> Table:
 
 def mean_of(records: Sequence[Mapping], field: str) -> float | None:
     """Over the records that have a number there."""
-    values = [record[field] for record in records if record[field] is not None]
+    values = [record[field] for record in records if record.get(field) is not None]
     return float(np.mean(values)) if values else None
 
 
@@ -213,12 +213,16 @@ def key_tokens(runs: Sequence[Run]) -> Table:
 
 
 def harness(runs: Sequence[Run]) -> Table:
+    """Values with what the records have beside them."""
+    records = [(run.name, record) for run in runs for record in run.of("harness")]
+    beside = ("filter", "shots", "version", "samples", "documents", "requests", "truncated")
+    known = [field for field in beside if any(field in record for _, record in records)]
     columns = [
         *(RUN, Column("task"), Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),
-        *(Column("samples", count), Column("truncated", count)),
+        *(Column(field) for field in known),
     ]
-    fields = ("task", "metric", "value", "stderr", "samples", "truncated")
-    rows = [[run.name, *(r[field] for field in fields)] for run in runs for r in run.of("harness")]
+    fields = ("task", "metric", "value", "stderr", *known)
+    rows = [[name, *map(record.get, fields)] for name, record in records]
     return Table("harness", "lm-evaluation-harness", columns, rows)
 
 

@@ -15,8 +15,14 @@ from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.statistics import Difference
 from hybrid_attn.evals.report.tables import signed, tokens
 
-SEGMENTS = {"begin": "#3b4a5a", "needle": "#d9822b", "context": "#8fb3cf", "qc": "#c7cfd6"}
-SEGMENT_NAMES = {"begin": "first tokens", "needle": "needle", "context": "context", "qc": "question"}
+SEGMENTS = {"begin": "#3b4a5a", "needle": "#d9822b", "context": "#8fb3cf", "qc": "#c7cfd6", "nothing": "#ebe3d3"}
+SEGMENT_NAMES = {
+    "begin": "first tokens",
+    "needle": "needle",
+    "context": "context",
+    "qc": "question",
+    "nothing": "nothing (sink)",
+}
 # Vermilion, sand, blue: wrong and right are apart for every eye, and in grey.
 SCORES = LinearSegmentedColormap.from_list("scores", ("#c8501e", "#e8a565", "#f1e8d6", "#7fb0d3", "#14568f"))
 AMOUNTS = LinearSegmentedColormap.from_list("amounts", ("#e9eff4", "#a9cbe2", "#4f93c4", "#14568f", "#0b2f52"))
@@ -192,7 +198,8 @@ def attention_by_layer(layers: Sequence[tuple[int, str, bool, Mapping[str, float
     places, bottom = np.arange(len(layers)), np.zeros(len(layers))
     for segment, colour in SEGMENTS.items():
         heights = np.array([shares[segment] or 0 for *_, shares in layers])
-        axes.bar(places, heights, 0.82, bottom, color=colour, label=SEGMENT_NAMES[segment])
+        if heights.any():
+            axes.bar(places, heights, 0.82, bottom, color=colour, label=SEGMENT_NAMES[segment])
         bottom += heights
     every = -(-len(layers) // 16)
     axes.set_xticks(places[::every], [f"{number}\n{kind}" for number, kind, *_ in layers[::every]])
@@ -204,6 +211,24 @@ def attention_by_layer(layers: Sequence[tuple[int, str, bool, Mapping[str, float
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("layer and its kind")
     axes.set_ylabel("share of attention")
+    _legend(figure)
+    return figure
+
+
+@styled
+def weight_by_position(kinds: Mapping[str, Sequence[float]], edges: Sequence[float], length: int) -> Figure:
+    """The mean weight of a key by its position, a line for each kind of layer, beside equal weights of all `length` keys."""
+    figure = Figure(figsize=(4.9, 3.0), layout="constrained")
+    axes = figure.subplots()
+    for number, (kind, weights) in enumerate(kinds.items()):
+        seen = [weight if weight > 0 else math.nan for weight in weights]
+        axes.stairs(seen, edges, baseline=None, color=RUNS[-1 - number % len(RUNS)], linewidth=1.6, label=f"layers {kind}")
+    axes.axhline(1 / length, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), label="all alike")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: tokens(round(x)))
+    axes.set_xlabel("position of the key (tokens)")
+    axes.set_ylabel("mean weight of a key")
     _legend(figure)
     return figure
 

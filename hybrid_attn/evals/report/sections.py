@@ -17,11 +17,6 @@ ALL_RULER = frozenset(
 )
 FEWEST = 5  # answers in a cell of the needle's grid that say something
 PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
-HEADS = {
-    "retrieval": "retrieval score of each head",
-    "needle": "each head's attention to the needle",
-    "entropy_bits": "entropy of each head's attention",
-}
 SHOWN = 8  # wrong answers of a task
 
 
@@ -275,7 +270,8 @@ def _attention(runs: Sequence[Run]) -> list[Section]:
     words = [
         "Shares of the attention of the question's tokens, means over heads. The needle's lift is its share over the share of "
         f"the tokens that it has; a retrieval head (score over {contents.RETRIEVES}) looks at the token that it copies. "
-        "Crosses: layers whose window does not reach the needle. Single heads are drawn at the longest length."
+        "Crosses: layers whose window does not reach the needle. Single heads, and weights by position without the "
+        "first 10 and the last 3% of the keys, are drawn at the longest length."
     ]
     return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [])]
 
@@ -289,15 +285,21 @@ def _attention_pictures(run: Run, number: int, length: int, every: Sequence[dict
     ]
     name, where = f"attention_{number}_{length}", f"{run.name}, {tokens(length)}"
     found = [Picture(name, f"{where}: where the question looks, by layer.", pictures.attention_by_layer(layers), False)]
-    maps = [
-        ("retrieval", "retrieval score", 1.0),
-        ("needle", "needle's share", 1.0),
-        ("entropy_bits", "bits", math.log2(length)),
-    ]
-    for field, label, most in maps if by_head else []:
+    if not by_head:
+        return found
+    if all("weights" in r for r in records):
+        figure = pictures.weight_by_position(_weights(records), records[0]["edges"], length)
+        found.append(Picture(f"{name}_weights", f"{where}: the weight of a key by its position.", figure, False))
+    for field, label, most in (("retrieval", "retrieval score", 1.0), ("entropy_bits", "entropy (bits)", math.log2(length))):
         figure = pictures.heads(_grid(by_layer, field), [f"{layer} {kind}" for layer, kind, *_ in layers], most, label)
-        found.append(Picture(f"{name}_{field}", f"{where}: {HEADS[field]}.", figure, False))
+        found.append(Picture(f"{name}_{field}", f"{where}: {label} of each head.", figure, False))
     return found
+
+
+def _weights(records: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Mean weights of keys between neighbouring edges, over the heads of each kind of layer."""
+    kinds = sorted({r["kind"] for r in records})
+    return {kind: np.mean([r["weights"] for r in records if r["kind"] == kind], axis=0) for kind in kinds}
 
 
 def _grid(by_layer: dict[int, list[dict]], field: str) -> np.ndarray:
