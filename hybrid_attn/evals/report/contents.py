@@ -63,7 +63,7 @@ def ruler(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title:
 
 def effective(scores: Mapping[int, float], least: float) -> str:
     """The effective length as RULER writes it: <4K where the shortest fails, >128K where none does."""
-    length = statistics.effective_length(scores, least)
+    length = statistics.effective_length(scores, least) if least > 0 else None
     if length is None:
         return f"<{tokens(min(scores))}"
     return f">{tokens(length)}" if length == max(scores) else tokens(length)
@@ -78,7 +78,9 @@ def ruler_tasks(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, 
         lines.setdefault((record["task"], run), {})[record["length"]] = record["score"]
     score = Column("", fixed(1), lambda value: value >= statistics.LEAST)
     columns = [Column("task"), RUN, *(score._replace(name=tokens(length)) for length in across)]
-    return Table(name, title, columns, [[*key, *map(scores.get, across)] for key, scores in lines.items()])
+    tasks = list(dict.fromkeys(task for task, _ in lines))
+    rows = [[*key, *map(lines[key].get, across)] for key in sorted(lines, key=lambda key: tasks.index(key[0]))]
+    return Table(name, title, columns, rows)
 
 
 def ruler_cells(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title: str) -> Table:
@@ -176,7 +178,7 @@ def attention(runs: Sequence[Run]) -> Table:
         *(RUN, LENGTH, Column("kind"), Column("heads", count)),
         *(Column(name, fixed(4)) for name in ("begin", "needle", "context", "question")),
         *(Column("entropy (bits)", fixed(2)), Column("needle lift", fixed(2)), Column("retrieval heads", count)),
-        Column("needle in reach"),
+        Column("reach"),
     ]
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
@@ -196,7 +198,7 @@ def attention(runs: Sequence[Run]) -> Table:
 
 def mean_of(records: Sequence[Mapping], field: str) -> float | None:
     """Over the records that have a number there."""
-    values = [record[field] for record in records if record[field] is not None]
+    values = [record[field] for record in records if record.get(field) is not None]
     return float(np.mean(values)) if values else None
 
 
@@ -211,12 +213,16 @@ def key_tokens(runs: Sequence[Run]) -> Table:
 
 
 def harness(runs: Sequence[Run]) -> Table:
+    """Values with what the records have beside them."""
+    records = [(run.name, record) for run in runs for record in run.of("harness")]
+    beside = ("filter", "shots", "version", "samples", "documents", "requests", "truncated")
+    known = [field for field in beside if any(field in record for _, record in records)]
     columns = [
         *(RUN, Column("task"), Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),
-        *(Column("samples", count), Column("truncated", count, lambda value: value > 0)),
+        *(Column(field) for field in known),
     ]
-    fields = ("task", "metric", "value", "stderr", "samples", "truncated")
-    rows = [[run.name, *(r[field] for field in fields)] for run in runs for r in run.of("harness")]
+    fields = ("task", "metric", "value", "stderr", *known)
+    rows = [[name, *map(record.get, fields)] for name, record in records]
     return Table("harness", "lm-evaluation-harness", columns, rows)
 
 
@@ -230,8 +236,8 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[statistics.Differen
 def comparison(first: str, found: Sequence[tuple[str, list[statistics.Difference]]]) -> Table:
     columns = [
         *(RUN, Column("task"), LENGTH, Column("pairs", count), Column(first, fixed(3)), Column("run's", fixed(3))),
-        *(Column("difference", signed), Column("95% from", signed), Column("to", signed)),
-        Column("worse, better or unclear"),
+        *(Column(name, signed(3)) for name in ("difference", "95% from", "to")),
+        Column("verdict"),
     ]
     rows = [[name, *difference, verdict(difference)] for name, several in found for difference in several]
     return Table("comparison", f"Against {first} on the same questions: scores between 0 and 1", columns, rows)

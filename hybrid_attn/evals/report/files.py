@@ -20,7 +20,7 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     check(len(set(names)) == len(names), f"runs of a report have a name each, and these are {', '.join(names)}")
     if not importlib.util.find_spec("matplotlib"):
         raise ValueError("a report has pictures, and matplotlib is not installed; install the extra: pip install '.[eval]'")
-    from hybrid_attn.evals.report import html, pictures, sections
+    from hybrid_attn.evals.report import canvas, html, sections
 
     found, wrong = sections.sections(runs), sections.failures(runs)
     drawn = [picture for section in found for picture in section.pictures]
@@ -28,7 +28,7 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
     for picture in drawn:
         _make(out / "pictures")
-        pictures.save(picture, out / "pictures" / f"{picture.name}.png")
+        canvas.save(picture, out / "pictures" / f"{picture.name}.png")
     for table in written:
         _write(out / "tables" / f"{table.name}.csv", tables.comma_separated(table))
     for run in runs:

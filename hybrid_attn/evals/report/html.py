@@ -5,7 +5,7 @@ from html import escape
 from importlib import resources
 from string import Template
 
-from hybrid_attn.evals.report import pictures, tables
+from hybrid_attn.evals.report import canvas, tables
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.sections import Failure, Section
 
@@ -15,7 +15,7 @@ VISIBLE = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {127: 0x2
 
 def page(title: str, runs: Sequence[Run], sections: Sequence[Section], wrong: Mapping[str, tuple[str, list[Failure]]]) -> str:
     """The whole report."""
-    numbers = {run.name: number % len(pictures.RUNS) for number, run in enumerate(runs)}
+    numbers = {run.name: number % len(canvas.RUNS) for number, run in enumerate(runs)}
     *parts, last = map(_section, sections)
     links = [(section.name, section.title) for section in sections]
     if wrong:
@@ -46,9 +46,9 @@ def _section(section: Section) -> str:
     )
 
 
-def _picture(picture: pictures.Picture) -> str:
+def _picture(picture: canvas.Picture) -> str:
     kind = "picture wide" if picture.wide else "picture"
-    return f'<figure class="{kind}"><figcaption>{escape(picture.caption)}</figcaption>{pictures.svg(picture)}</figure>'
+    return f'<figure class="{kind}"><figcaption>{escape(picture.caption)}</figcaption>{canvas.svg(picture)}</figure>'
 
 
 def _failures(wrong: Mapping[str, tuple[str, list[Failure]]], numbers: Mapping[str, int]) -> str:

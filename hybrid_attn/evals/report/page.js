@@ -24,10 +24,6 @@ document.addEventListener("click", (event) => {
   if (header) sortBy(header);
 });
 
-window.addEventListener("beforeprint", () => {
-  for (const part of document.querySelectorAll("details")) part.open = true;
-});
-
 const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) links.get(entry.target.id)?.classList.toggle("here", entry.isIntersecting);

@@ -1,105 +1,38 @@
-"""The pictures of a report, drawn with matplotlib (the extra `eval`).
+"""The pictures of a report, drawn with matplotlib (the extra `eval`)."""
 
-Colours are names that the page replaces by its own (`COLOURS`), so that a picture follows it into the dark.
-"""
-
-import functools
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from hybrid_attn.evals.report import contents, statistics
+from hybrid_attn.evals.report.canvas import INK, MUTED, PAPER, RUNS, styled
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.statistics import Difference
-from hybrid_attn.evals.report.tables import tokens
+from hybrid_attn.evals.report.tables import signed, tokens
 
-INK, MUTED, GRID, PAPER = "#20262d", "#66707b", "#dde2e7", "#fffffe"
-# Okabe and Ito's, without yellow: apart for every eye.
-RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31")
-COLOURS = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "card"} | {colour: f"run-{i}" for i, colour in enumerate(RUNS)}
-SEGMENTS = {"begin": "#3b4a5a", "needle": "#d9822b", "context": "#8fb3cf", "qc": "#c7cfd6"}
-SEGMENT_NAMES = {"begin": "first tokens", "needle": "needle", "context": "context", "qc": "question"}
+SEGMENTS = {"begin": "#3b4a5a", "needle": "#d9822b", "context": "#8fb3cf", "qc": "#c7cfd6", "nothing": "#ebe3d3"}
+SEGMENT_NAMES = {
+    "begin": "first tokens",
+    "needle": "needle",
+    "context": "context",
+    "qc": "question",
+    "nothing": "nothing (sink)",
+}
 # Vermilion, sand, blue: wrong and right are apart for every eye, and in grey.
 SCORES = LinearSegmentedColormap.from_list("scores", ("#c8501e", "#e8a565", "#f1e8d6", "#7fb0d3", "#14568f"))
+AMOUNTS = LinearSegmentedColormap.from_list("amounts", ("#e9eff4", "#a9cbe2", "#4f93c4", "#14568f", "#0b2f52"))
+MOST_TICKS = 8  # of lengths by their logarithm
+MOST_CHARACTERS = 66  # below a heat map
+CHARACTERS = 15  # to the inch of a legend
+LINE = 0.18  # inches of a legend
+LONGEST_NAME = 22
+CENTRED = {"ha": "center", "va": "center", "fontsize": 8}
 MOST_NUMBERS = 12  # cells of a heat map in either direction that still have room for numbers
-STYLE = {
-    "font.size": 9.5,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
-    "savefig.facecolor": "none",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-}
-
-
-class Picture(NamedTuple):
-    """`name` is that of its file; `wide` ones take the whole width of the page."""
-
-    name: str
-    caption: str
-    figure: Figure
-    wide: bool
-
-
-def styled(draw: Callable) -> Callable:
-    """Draws with this report's fonts, lines and colours."""
-
-    @functools.wraps(draw)
-    def drawn(*args):
-        with matplotlib.rc_context(STYLE):
-            return draw(*args)
-
-    return drawn
-
-
-@styled
-def svg(picture: Picture) -> str:
-    """An element of a page, whose colours and fonts are the page's, and whose names meet no other picture's."""
-    out = io.StringIO()
-    picture.figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    whole = out.getvalue()
-    text = whole[whole.index("<svg") :]
-    for colour, name in COLOURS.items():
-        text = text.replace(colour, f"var(--{name})")
-    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{picture.name}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(picture.caption)}"', 1)
-
-
-@styled
-def save(picture: Picture, path: Path) -> None:
-    """As PNG, on white."""
-    picture.figure.savefig(path, dpi=150, facecolor="white")
 
 
 class Curve(NamedTuple):
@@ -122,7 +55,7 @@ def curves(
     """
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
-    width, height = (5.6, 3.6) if across == 1 else (2.75 * across, 2.35 * down + 0.5)
+    width, height = {1: (4.9, 3.2), 2: (4.9, 2.5)}.get(across, (2.75 * across, 2.35 * down + 0.5))
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     every = sorted({length for several in panels.values() for curve in several for length in curve.lengths})
@@ -136,9 +69,11 @@ def curves(
         axes.set_title(name if len(panels) > 1 else "")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
+    for axes in grid.flat[max(0, len(panels) - across) : len(panels)]:
+        axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel(label)
-    _legend(figure, grid.flat[0])
+    _legend(figure)
     return figure
 
 
@@ -152,12 +87,15 @@ def _curve(axes: Axes, curve: Curve) -> None:
 
 def _lengths_across(axes: Axes, lengths: Sequence[int], trained: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
-    shown = lengths if len(lengths) <= 8 else lengths[:: -(-len(lengths) // 8)]
+    shown = lengths[:1]
+    for length in lengths[1:]:
+        if length >= shown[-1] * (lengths[-1] / lengths[0]) ** (1 / MOST_TICKS):
+            shown.append(length)
     axes.set_xticks(shown, [tokens(length) for length in shown], minor=False)
     axes.minorticks_off()
     if len(lengths) == 1:
         axes.set_xlim(lengths[0] / 2, lengths[0] * 2)
-    _mark(axes, trained)
+    _mark(axes, [length for length in trained if length <= lengths[-1]])
 
 
 def _mark(axes: Axes, trained: Sequence[int]) -> None:
@@ -165,9 +103,23 @@ def _mark(axes: Axes, trained: Sequence[int]) -> None:
         axes.axvline(length, color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6, label=f"trained at {tokens(length)}")
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), handlelength=1.8, columnspacing=1.2)
+def _legend(figure: Figure) -> None:
+    """What the lines of all panels are, in as many columns as the longest name allows."""
+    handles: dict[str, object] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    names = [_short(label) for label in handles]
+    room = int(CHARACTERS * figure.get_figwidth() / (6 + max(map(len, names))))
+    columns = max(1, min(len(handles), room))
+    figure.set_figheight(figure.get_figheight() + LINE * (-(-len(handles) // columns) - 1))
+    figure.legend(handles.values(), names, loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.2)
+
+
+def _short(name: str) -> str:
+    """Without its middle: names of runs differ at their ends."""
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 
 
 @styled
@@ -177,9 +129,9 @@ def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, t
     `shares` has them by length and depth. A white dashed line parts the lengths up to that of training from those beyond it.
     """
     cells = np.array([[shares.get((length, depth), math.nan) for length in lengths] for depth in depths])
-    figure = Figure(figsize=(5.6, 1.5 + 0.29 * min(max(len(depths), 4), 16)), layout="constrained")
+    figure = Figure(figsize=(4.9, 1.5 + 0.29 * min(max(len(depths), 4), 16)), layout="constrained")
     axes = figure.subplots()
-    image = axes.pcolormesh(cells, cmap=SCORES, vmin=0, vmax=1, edgecolors=PAPER, linewidth=1.2)
+    image = axes.pcolormesh(cells, cmap=SCORES, vmin=0, vmax=1, edgecolors=PAPER, linewidth=0.8)
     _cells_named(axes, [tokens(length) for length in lengths], [f"{depth:.0f}" for depth in depths])
     axes.set_xlabel("context length (tokens)")
     axes.set_ylabel("depth of the needle (%)")
@@ -187,8 +139,8 @@ def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, t
         _numbers(axes, cells)
     beyond = sum(length <= trained for length in lengths)
     if beyond < len(lengths):
-        line = axes.axvline(beyond, color="#ffffff", linewidth=2.2, linestyle=(0, (4, 2.5)))
-        line.set_path_effects([patheffects.Stroke(linewidth=4, foreground="#20262e"), patheffects.Normal()])
+        axes.axvline(beyond, color="#20262e", linewidth=4.5)
+        axes.axvline(beyond, color="#ffffff", linewidth=2.2, linestyle=(0, (3, 1.6)))
     bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02, ticks=[0, 0.5, 1])
     bar.outline.set_visible(False)
     return figure
@@ -199,9 +151,9 @@ def _cells_named(axes: Axes, across: Sequence[str], down: Sequence[str]) -> None
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    every = -(-len(across) // 16)
+    every = -(-len(across) * (1 + max(map(len, across))) // MOST_CHARACTERS)
     axes.set_xticks(np.arange(len(across))[::every] + 0.5, across[::every])
-    every = -(-len(down) // 16)
+    every = -(-len(down) // 24)
     axes.set_yticks(np.arange(len(down))[::every] + 0.5, down[::every])
 
 
@@ -209,9 +161,8 @@ def _numbers(axes: Axes, cells: np.ndarray) -> None:
     for (row, column), share in np.ndenumerate(cells):
         if not math.isnan(share):
             dark = share < 0.15 or share > 0.8
-            shown = f"{share:.2f}".removeprefix("0") if share < 1 else "1"
-            x, y = column + 0.5, row + 0.5
-            axes.text(x, y, shown, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#20262e")
+            colour, x, y = "#ffffff" if dark else "#20262e", column + 0.5, row + 0.5
+            axes.text(x, y, f"{share:.2f}", color=colour, **CENTRED)
 
 
 @styled
@@ -219,7 +170,7 @@ def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapp
     """Loss by position, a panel for each name; a line has a name, the number of its run, and buckets from `first` to `end`."""
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(5.6, 3.6) if across == 1 else (3.7 * across, 3 * down + 0.5), layout="constrained")
+    figure = Figure(figsize=(4.9, 3.0) if across < 3 else (3.7 * across, 3 * down + 0.5), layout="constrained")
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
         for label, number, buckets in lines:
@@ -235,19 +186,20 @@ def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapp
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("loss (nats per token)")
-    _legend(figure, grid.flat[0])
+    _legend(figure)
     return figure
 
 
 @styled
 def attention_by_layer(layers: Sequence[tuple[int, str, bool, Mapping[str, float]]]) -> Figure:
     """Stacked shares of attention, a bar for each layer: its number, its kind, whether the needle is in reach, the shares."""
-    figure = Figure(figsize=(5.6, 3.3), layout="constrained")
+    figure = Figure(figsize=(4.9, 3.0), layout="constrained")
     axes = figure.subplots()
     places, bottom = np.arange(len(layers)), np.zeros(len(layers))
     for segment, colour in SEGMENTS.items():
         heights = np.array([shares[segment] or 0 for *_, shares in layers])
-        axes.bar(places, heights, 0.82, bottom, color=colour, label=SEGMENT_NAMES[segment])
+        if heights.any():
+            axes.bar(places, heights, 0.82, bottom, color=colour, label=SEGMENT_NAMES[segment])
         bottom += heights
     every = -(-len(layers) // 16)
     axes.set_xticks(places[::every], [f"{number}\n{kind}" for number, kind, *_ in layers[::every]])
@@ -259,18 +211,40 @@ def attention_by_layer(layers: Sequence[tuple[int, str, bool, Mapping[str, float
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("layer and its kind")
     axes.set_ylabel("share of attention")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=1.2, columnspacing=1.2)
+    _legend(figure)
+    return figure
+
+
+@styled
+def weight_by_position(kinds: Mapping[str, Sequence[float]], edges: Sequence[float], length: int) -> Figure:
+    """The mean weight of a key by its position, a line for each kind of layer, beside equal weights of all `length` keys."""
+    figure = Figure(figsize=(4.9, 3.0), layout="constrained")
+    axes = figure.subplots()
+    for number, (kind, weights) in enumerate(kinds.items()):
+        seen = [weight if weight > 0 else math.nan for weight in weights]
+        axes.stairs(seen, edges, baseline=None, color=RUNS[-1 - number % len(RUNS)], linewidth=1.6, label=f"layers {kind}")
+    axes.axhline(1 / length, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), label="all alike")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: tokens(round(x)))
+    axes.set_xlabel("position of the key (tokens)")
+    axes.set_ylabel("mean weight of a key")
+    _legend(figure)
     return figure
 
 
 @styled
 def heads(values: np.ndarray, rows: Sequence[str], most: float, label: str) -> Figure:
-    """A heat map of layers down and heads across; `rows` names the layers, the scale is 0 to `most`."""
-    figure = Figure(figsize=(5.6, 1.4 + 0.24 * min(max(len(rows), 5), 16)), layout="constrained")
+    """A heat map of layers down and heads across; `rows` names the layers, the scale is 0 to `most`.
+
+    A layer without a number has a window that does not reach the needle.
+    """
+    figure = Figure(figsize=(4.9, 1.4 + 0.24 * min(max(len(rows), 5), 16)), layout="constrained")
     axes = figure.subplots()
-    image = axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=most, edgecolors=PAPER, linewidth=0.8)
+    image = axes.pcolormesh(values, cmap=AMOUNTS, vmin=0, vmax=most, edgecolors=PAPER, linewidth=0.8)
     _cells_named(axes, [str(head) for head in range(values.shape[1])], rows)
+    for row in np.flatnonzero(np.isnan(values).all(1)):
+        axes.text(values.shape[1] / 2, row + 0.5, "out of reach", color=MUTED, **CENTRED)
     axes.set_xlabel("head")
     axes.set_ylabel("layer and its kind")
     bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02)
@@ -280,24 +254,28 @@ def heads(values: np.ndarray, rows: Sequence[str], most: float, label: str) -> F
 
 
 @styled
-def forest(found: Sequence[Difference], first: str, other: str, number: int) -> Figure:
-    """Differences with their intervals, a line each; what is clear has the colour of the run that is better.
+def differences(found: Sequence[Difference], number: int) -> Figure:
+    """Tasks down, lengths across: the difference of scores, in the colour of the better run where it is clear.
 
-    `number` is that of the other run.
+    `number` is that of the run which is compared with the first.
     """
-    figure = Figure(figsize=(5.6, 1.3 + 0.22 * len(found)), layout="constrained")
+    tasks, lengths = list(dict.fromkeys(x.task for x in found)), sorted({x.length for x in found})
+    cells = np.full((len(tasks), len(lengths)), math.nan)
+    figure = Figure(figsize=(4.9, 1.2 + 0.27 * max(len(tasks), 3)), layout="constrained")
     axes = figure.subplots()
-    colours = {"better": RUNS[number % len(RUNS)], "worse": RUNS[0], "unclear": MUTED}
-    for place, difference in enumerate(found):
-        colour = colours[contents.verdict(difference)]
-        axes.plot([difference.low, difference.high], [place, place], color=colour, linewidth=2)
-        axes.plot(difference.difference, place, "o", color=colour, markersize=5)
-    axes.axvline(0, color=MUTED, linewidth=1)
-    axes.set_yticks(range(len(found)), [f"{difference.task} · {tokens(difference.length)}" for difference in found])
-    axes.set_ylim(len(found) - 0.4, -0.6)
-    most = 1.08 * max(max(abs(difference.low), abs(difference.high)) for difference in found) or 1
-    axes.set_xlim(-most, most)
-    axes.set_xlabel(f"← {first} better    mean difference in score    {other} better →")
+    for x in found:
+        row, column = tasks.index(x.task), lengths.index(x.length)
+        clear = contents.verdict(x) != "unclear"
+        cells[row, column] = x.difference if clear else 0
+        colour = "#ffffff" if clear and abs(x.difference) > 0.45 else "#20262e"
+        weight = "bold" if clear else "normal"
+        axes.text(column + 0.5, row + 0.5, signed(2)(x.difference), color=colour, fontweight=weight, **CENTRED)
+    towards = LinearSegmentedColormap.from_list("towards", (RUNS[0], "#eef0f2", RUNS[number % len(RUNS)]))
+    image = axes.pcolormesh(cells, cmap=towards, vmin=-1, vmax=1, edgecolors=PAPER, linewidth=0.8)
+    _cells_named(axes, [tokens(length) for length in lengths], tasks)
+    axes.set_xlabel("length (tokens)")
+    bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02, ticks=[-1, 0, 1])
+    bar.outline.set_visible(False)
     return figure
 
 

@@ -20,7 +20,7 @@ FIELDS = {
         *("entropy_bits", "needle_lift", "retrieval", "reach"),
     ),
     "key_tokens": ("length", "key_tokens", "tokens", "loss", "perplexity"),
-    "harness": ("task", "metric", "value", "stderr", "samples", "truncated"),
+    "harness": ("task", "metric", "value"),
 }
 ANSWER = ("task", "length", "index", "prompt_end", "wanted", "given", "score", "group", "meta")
 
@@ -107,7 +107,7 @@ def _record(record: dict, where: str) -> dict:
 def _answer(answer: dict, where: str) -> dict:
     _check_fields(answer, ANSWER, where)
     score = answer["score"]
-    check(isinstance(score, (int, float)) and 0 <= score <= 1, f"{where}: score={score!r} does not lie between 0 and 1")
+    check(isinstance(score, (int, float)) and 0 <= score <= 1, f"{where}: score={score!r} is no share of right answers, 0 to 1")
     wanted = answer["wanted"]
     return answer | {"wanted": [wanted] if isinstance(wanted, str) else wanted}
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid_attn.evals.report import contents, pictures, statistics
-from hybrid_attn.evals.report.pictures import Picture
+from hybrid_attn.evals.report.canvas import Picture
 from hybrid_attn.evals.report.runs import Run, sample_of
 from hybrid_attn.evals.report.tables import Column, Table, count, fixed, plain, tokens
 
@@ -95,8 +95,8 @@ def _overview(runs: Sequence[Run]) -> Section:
     """A line for each run with one number of each evaluation."""
     columns = [
         *(Column("run"), Column("layers"), Column("parameters", count), Column("trained at", tokens), Column("step", count)),
-        *(Column("RULER Avg.", fixed(1)), Column("effective length"), Column("needles found", fixed(3))),
-        *(Column("recall at the longest", fixed(3)), Column("loss (nats)", fixed(3))),
+        *(Column("RULER Avg.", fixed(1)), Column("effective"), Column("needles", fixed(3))),
+        *(Column("recall", fixed(3)), Column("loss", fixed(3))),
     ]
     rows = []
     for run in runs:
@@ -115,8 +115,10 @@ def _overview(runs: Sequence[Run]) -> Section:
             ]
         )
     kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    words = "RULER's average and effective length, needles found at all lengths and depths, recall at the longest length, and "
+    words += "held-out loss in nats at the length of training."
     table = Table("overview", "The runs", [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
-    return Section("overview", "At a glance", [], [], [table], [])
+    return Section("overview", "At a glance", [words], [], [table], [])
 
 
 def _ruler(runs: Sequence[Run]) -> list[Section]:
@@ -128,10 +130,11 @@ def _ruler(runs: Sequence[Run]) -> list[Section]:
         marks = [run.trained for run in runs]
         mean = {"mean of the tasks": [pictures.mean_curve(run, i, belongs) for i, run in means]}
         figure = pictures.curves(mean, marks, "score", 100, statistics.LEAST)
-        by_task = pictures.curves(_task_curves(runs, belongs), marks, "score", 100, None)
+        panels = _task_curves(runs, belongs)
+        by_task = pictures.curves(panels, marks, "score", 100, None)
         own = [
             Picture(name, "Mean of the tasks by length; each task's answers resampled for the band of 95%.", figure, False),
-            Picture(f"{name}_tasks", "Each task by length, with Wilson intervals of 95%.", by_task, True),
+            Picture(f"{name}_tasks", "Each task by length, with Wilson intervals of 95%.", by_task, len(panels) > 2),
         ]
         tables = [
             contents.ruler(runs, belongs, name, f"{title}, in RULER's form"),
@@ -166,19 +169,20 @@ def _ruler_words(runs: Sequence[Run], belongs: Callable[[int], bool]) -> list[st
     ]
     if belongs is contents.is_short:
         words.append("Lengths under 4,096 are easier than RULER and no part of its averages.")
-    lengths = set()
+    lengths, without = set(), {}
     for run in runs:
         records = [r for r in run.of("ruler") if belongs(r["length"])]
         lengths.add(tuple(contents.lengths_of(records)))
         tasks = {r["task"] for r in records}
         if records and (absent := sorted(ALL_RULER - tasks)):
-            words.append(f"{run.name}: averages are over {len(tasks)} tasks; absent: {', '.join(absent)}.")
+            without.setdefault(", ".join(absent), []).append(run.name)
         for length in contents.lengths_of(records):
             if missing := sorted(tasks - {r["task"] for r in records if r["length"] == length}):
                 words.append(f"{run.name}, {tokens(length)}: the mean is without {', '.join(missing)}.")
         sizes = {r["samples"] for r in records}
         if len(sizes) > 1:
             words.append(f"{run.name}: cells have {min(sizes):,} to {max(sizes):,} samples.")
+    words += [f"{', '.join(names)}: averages are without {absent}, which were not asked." for absent, names in without.items()]
     if len(lengths - {()}) > 1:
         words.append("The runs have other lengths: compare their columns, not their averages.")
     return words
@@ -199,14 +203,14 @@ def _needle(runs: Sequence[Run]) -> list[Section]:
             sizes |= {r["answers"] for r in records}
     figure = pictures.curves(curves, [run.trained for run in runs], "found", 1, None)
     caption = "All depths together, with Wilson intervals of 95%."
-    drawn.append(Picture("needle", caption, figure, len(curves) > 1))
+    drawn.append(Picture("needle", caption, figure, len(curves) > 2))
     few = f" Fewer than {FEWEST} are noise." if min(sizes) < FEWEST else ""
     span = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
     words = [
         f"A sentence hidden at a depth of a text of a length, and asked for at its end: {span} answers a cell.{few} An answer "
         "is right that contains the value. The white dashed line is the length of training: all to its right is longer."
     ]
-    return [Section("needle", "Needle in a haystack", words, drawn, [], [contents.needle(runs)])]
+    return [Section("needle", "Needle", words, drawn, [], [contents.needle(runs)])]
 
 
 def _heat_map(run: Run, number: int, records: Sequence[dict], kind: str, name: str) -> Picture:
@@ -225,7 +229,7 @@ def _recall(runs: Sequence[Run]) -> list[Section]:
             cells = {r["length"]: (r["accuracy"] * r["answers"], r["answers"]) for r in records}
             panels.setdefault(source, []).append(pictures.wilson_curve(run.name, number, cells))
     figure = pictures.curves(panels, [run.trained for run in runs], "accuracy", 1, None)
-    own = [Picture("recall", "Right answers by length, with Wilson intervals of 95%.", figure, len(panels) > 1)]
+    own = [Picture("recall", "Right answers by length, with Wilson intervals of 95%.", figure, len(panels) > 2)]
     words = ["Keys and values in noise, then keys whose value is asked for: the row holds the right answers before it."]
     return [Section("recall", "Recall", words, own, [contents.recall(runs)], [])]
 
@@ -243,12 +247,12 @@ def _position(runs: Sequence[Run]) -> list[Section]:
             lines = {title: [(*line, several) for line, several in x.items()] for title, x in panels.items()}
             figure = pictures.loss_by_position(lines, marks)
             which = PARTS.get(part, part)
-            drawn.append(Picture(f"loss_{plain(source)}_{part}", f"{source}: {which}.", figure, len(panels) > 1))
+            drawn.append(Picture(f"loss_{plain(source)}_{part}", f"{source}: {which}.", figure, len(panels) > 2))
     words = [
         "What a token costs by its position in the document: a model that reads its context pays less further on, and one "
         "that cannot go beyond its length of training pays more there."
     ]
-    return [Section("loss", "Loss by position", words, drawn, [contents.position(runs)], [contents.positions(runs)])]
+    return [Section("loss", "Loss", words, drawn, [contents.position(runs)], [contents.positions(runs)])]
 
 
 def _key_tokens(runs: Sequence[Run]) -> list[Section]:
@@ -260,27 +264,42 @@ def _attention(runs: Sequence[Run]) -> list[Section]:
     drawn = []
     for number, run in enumerate(runs):
         every = run.of("attention_mass")
-        for length in contents.lengths_of(every):
-            records = [r for r in every if r["length"] == length]
-            numbers = sorted({r["layer"] for r in records})
-            by_layer = {layer: [r for r in records if r["layer"] == layer] for layer in numbers}
-            layers = [
-                (layer, rs[0]["kind"], rs[0]["reach"], {x: contents.mean_of(rs, x) for x in pictures.SEGMENTS})
-                for layer, rs in by_layer.items()
-            ]
-            name, where = f"attention_{number}_{length}", f"{run.name}, {tokens(length)} tokens"
-            drawn.append(Picture(name, f"{where}: where the question looks.", pictures.attention_by_layer(layers), False))
-            rows, retrieval = [f"{layer} {kind}" for layer, kind, *_ in layers], _grid(by_layer, "retrieval")
-            figure = pictures.heads(retrieval, rows, 1, "retrieval score")
-            drawn.append(Picture(f"{name}_retrieval", f"{where}: retrieval score of each head.", figure, False))
-            figure = pictures.heads(_grid(by_layer, "entropy_bits"), rows, math.log2(length), "entropy (bits)")
-            drawn.append(Picture(f"{name}_entropy", f"{where}: entropy of each head's attention.", figure, False))
+        lengths = contents.lengths_of(every)
+        for length in lengths:
+            drawn += _attention_pictures(run, number, length, every, length == lengths[-1])
     words = [
         "Shares of the attention of the question's tokens, means over heads. The needle's lift is its share over the share of "
         f"the tokens that it has; a retrieval head (score over {contents.RETRIEVES}) looks at the token that it copies. "
-        "Crosses: layers whose window does not reach the needle."
+        "Crosses: layers whose window does not reach the needle. Single heads, and weights by position without the "
+        "first 10 and the last 3% of the keys, are drawn at the longest length."
     ]
     return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [])]
+
+
+def _attention_pictures(run: Run, number: int, length: int, every: Sequence[dict], by_head: bool) -> list[Picture]:
+    records = [r for r in every if r["length"] == length]
+    by_layer = {layer: [r for r in records if r["layer"] == layer] for layer in sorted({r["layer"] for r in records})}
+    layers = [
+        (layer, rs[0]["kind"], rs[0]["reach"], {x: contents.mean_of(rs, x) for x in pictures.SEGMENTS})
+        for layer, rs in by_layer.items()
+    ]
+    name, where = f"attention_{number}_{length}", f"{run.name}, {tokens(length)}"
+    found = [Picture(name, f"{where}: where the question looks, by layer.", pictures.attention_by_layer(layers), False)]
+    if not by_head:
+        return found
+    if all("weights" in r for r in records):
+        figure = pictures.weight_by_position(_weights(records), records[0]["edges"], length)
+        found.append(Picture(f"{name}_weights", f"{where}: the weight of a key by its position.", figure, False))
+    for field, label, most in (("retrieval", "retrieval score", 1.0), ("entropy_bits", "entropy (bits)", math.log2(length))):
+        figure = pictures.heads(_grid(by_layer, field), [f"{layer} {kind}" for layer, kind, *_ in layers], most, label)
+        found.append(Picture(f"{name}_{field}", f"{where}: {label} of each head.", figure, False))
+    return found
+
+
+def _weights(records: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Mean weights of keys between neighbouring edges, over the heads of each kind of layer."""
+    kinds = sorted({r["kind"] for r in records})
+    return {kind: np.mean([r["weights"] for r in records if r["kind"] == kind], axis=0) for kind in kinds}
 
 
 def _grid(by_layer: dict[int, list[dict]], field: str) -> np.ndarray:
@@ -288,13 +307,14 @@ def _grid(by_layer: dict[int, list[dict]], field: str) -> np.ndarray:
     grid = np.full((len(by_layer), 1 + max(r["head"] for rs in by_layer.values() for r in rs)), math.nan)
     for row, records in enumerate(by_layer.values()):
         for r in records:
-            grid[row, r["head"]] = math.nan if r[field] is None else r[field]
+            known = r[field] is not None and (r["reach"] or field == "entropy_bits")
+            grid[row, r["head"]] = r[field] if known else math.nan
     return grid
 
 
 def _harness(runs: Sequence[Run]) -> list[Section]:
     words = ["A truncated sample lost the beginning of its prompt: its score says little about context."]
-    return [Section("harness", "Tasks of the harness", words, [], [contents.harness(runs)], [])]
+    return [Section("harness", "Harness", words, [], [contents.harness(runs)], [])]
 
 
 def _comparison(runs: Sequence[Run]) -> list[Section]:
@@ -302,8 +322,8 @@ def _comparison(runs: Sequence[Run]) -> list[Section]:
     first, drawn = runs[0].name, []
     for number, (name, several) in enumerate(found, 1):
         if several:
-            figure = pictures.forest(several, first, name, number)
-            drawn.append(Picture(f"comparison_{number}", f"{name} against {first}.", figure, len(several) > 20))
+            caption = f"{name} less {first}; in bold and in the colour of the better run where the interval is without 0."
+            drawn.append(Picture(f"comparison_{number}", caption, pictures.differences(several, number), False))
     if not drawn:
         return []
     words = [

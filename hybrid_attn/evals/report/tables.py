@@ -44,9 +44,14 @@ def fixed(digits: int) -> Callable[[float], str]:
     return lambda value: f"{value:,.{digits}f}"
 
 
-def signed(value: float) -> str:
-    """With three digits after the point, and a sign that is as wide as the other."""
-    return f"{value:+.3f}".replace("-", "−")
+def signed(digits: int) -> Callable[[float], str]:
+    """With as many digits after the point, and a sign where they are not all zeros."""
+
+    def shown(value: float) -> str:
+        text = f"{value:+.{digits}f}".replace("-", "−")
+        return text if any(digit in text for digit in "123456789") else text[1:]
+
+    return shown
 
 
 def plain(name: str) -> str:

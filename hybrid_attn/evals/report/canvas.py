@@ -1,0 +1,88 @@
+"""What all pictures of a report have in common: colours, fonts, and how they come into a page or a file.
+
+Colours are names that the page replaces by its own (`COLOURS`), so that a picture follows it into the dark.
+"""
+
+import functools
+import io
+import re
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID, PAPER = "#20262d", "#66707b", "#dde2e7", "#fffffe"
+# Okabe and Ito's, without yellow: apart for every eye.
+RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31")
+COLOURS = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "card"} | {colour: f"run-{i}" for i, colour in enumerate(RUNS)}
+STYLE = {
+    "font.size": 9.5,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+    "savefig.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+}
+
+
+class Picture(NamedTuple):
+    """`name` is that of its file; `wide` ones take the whole width of the page."""
+
+    name: str
+    caption: str
+    figure: Figure
+    wide: bool
+
+
+def styled(draw: Callable) -> Callable:
+    """Draws with this report's fonts, lines and colours."""
+
+    @functools.wraps(draw)
+    def drawn(*args):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args)
+
+    return drawn
+
+
+@styled
+def svg(picture: Picture) -> str:
+    """An element of a page, whose colours and fonts are the page's, and whose names meet no other picture's."""
+    out = io.StringIO()
+    picture.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    whole = out.getvalue()
+    text = whole[whole.index("<svg") :]
+    for colour, name in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{picture.name}-", text)
+    size = f"max-width:{110 * picture.figure.get_figwidth():.0f}px"
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(picture.caption)}" style="{size}"', 1)
+
+
+@styled
+def save(picture: Picture, path: Path) -> None:
+    """As PNG, on white."""
+    picture.figure.savefig(path, dpi=150, facecolor="white")

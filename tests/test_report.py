@@ -1,0 +1,351 @@
+"""The report says what the files say: statistics against hand counts, tables, pictures, and a page that works in a browser."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hybrid_attn.evals import report
+from hybrid_attn.evals.report import canvas, contents, pictures, sections, statistics, tables
+
+TRAINED = 4096
+LENGTHS = (2048, 4096, 8192)
+COMMAND_R = dict(zip((4096 * 2**i for i in range(6)), (93.8, 93.3, 92.4, 89.5, 84.9, 76.0), strict=True))
+NASTY = "</pre><script>document.title='broken'</script>\x00\x1b\ud800|"
+
+
+def answer(task, length, index, score, group="", wanted="7", given="x"):
+    return {
+        **{"task": task, "length": length, "index": index, "prompt_end": f"question {index} is", "wanted": [wanted]},
+        **{"given": given, "score": score, "group": group, "meta": {"seed": 1}},
+    }
+
+
+def everything(far: float) -> tuple[list[dict], list[dict]]:
+    """Records of every evaluation, and answers, of a model that scores `far` beyond its length of training."""
+    records, answers = [], []
+    for length in LENGTHS:
+        share = 1.0 if length <= TRAINED else far
+        for task in ("niah_single_1", "vt"):
+            scores = [float(i < 8 * share) for i in range(8)]
+            record = {"eval": "ruler", "task": task, "length": length, "samples": 8, "nulls": 1}
+            records.append(record | {"score": 100 * float(np.mean(scores))})
+            answers += [answer(task, length, i, score, given=NASTY if i == 7 else "7") for i, score in enumerate(scores)]
+        for depth in (0, 50, 100):
+            for needles in (1, 4):
+                cell = {"eval": "needle", "length": length, "depth": depth, "needles": needles}
+                records.append(cell | {"answers": 8, "right": round(8 * share)})
+        records.append({"eval": "recall", "source": "recall", "length": length, "answers": 50, "accuracy": share})
+        for name in ("all", "recall", "rest"):
+            total = {"eval": "position", "source": "a b/c", "length": length, "tokens": 99, "part": name}
+            buckets = [{"first": first, "end": end, "loss": 3.0 - share} for first, end in ((0, 16), (16, length))]
+            records += [total | x for x in (*buckets, {"loss": 2.5, "bits_per_byte": 3.5})]
+        records.append({"eval": "bigram", "source": "a b/c", "length": length, "bits_per_byte": 4.5})
+        records.append(
+            {"eval": "key_tokens", "length": length, "key_tokens": 0, "tokens": 99, "loss": None, "perplexity": None}
+        )
+    for layer, kind in enumerate("LG"):
+        for head in range(3):
+            weights = {"edges": [10, 20, 40], "weights": [0.01, 0.002 * layer]}
+            shares = {"begin": 0.25, "needle": 0.25 * layer, "context": 0.5 - 0.25 * layer, "qc": 0.25}
+            more = {"entropy_bits": 5.0, "needle_lift": 9.0 if layer else None, "retrieval": 0.4 if layer else None}
+            where = {"layer": layer, "kind": kind, "head": head, "length": 4096, "reach": kind == "G"}
+            records.append({"eval": "attention_mass"} | where | shares | more | weights)
+    scored = {"task": "copy", "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 20, "truncated": 3}
+    return [*records, {"eval": "harness"} | scored], answers
+
+
+def store(directory, records, answers, **provenance):
+    directory.mkdir(parents=True)
+    model = {"seq_len": TRAINED, "layers": "LG", "parameters": 1234567}
+    (directory / "run.json").write_text(json.dumps({"git_revision": "abc123", "step": 300, "model": model} | provenance))
+    for name, lines in (("records", records), ("answers", answers)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return report.read(directory)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A report of two runs: of every evaluation, and of some."""
+    out = tmp_path_factory.mktemp("report")
+    records, answers = everything(0.25)
+    some = [record for record in records if record["eval"] != "attention_mass" and record.get("needles") != 4]
+    runs = [store(out / "hybrid <3:1>", *everything(0.75)), store(out / "rope", some, answers)]
+    report.write(out, runs)
+    return out, runs
+
+
+def test_wilson_intervals_are_those_of_the_textbook():
+    assert statistics.wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert statistics.wilson(0, 10) == pytest.approx((0, 0.2775328), abs=1e-6)
+    assert statistics.wilson(10, 10) == pytest.approx((1 - 0.2775328, 1), abs=1e-6)
+    with pytest.raises(ValueError, match="there are 0"):
+        statistics.wilson(0, 0)
+
+
+def test_averages_and_effective_length_are_those_that_ruler_publishes():
+    found = statistics.averages(list(COMMAND_R.values()))
+    assert [round(x, 1) for x in found] == [88.3, 85.5, 91.1]
+    assert statistics.effective_length(COMMAND_R, 85.6) == 32768
+    assert statistics.effective_length({8192: 99.0, 4096: 85.5}, 85.6) is None
+    assert statistics.effective_length({4096: 90.0, 8192: 80.0, 16384: 90.0}, 85.6) == 4096
+    assert contents.effective(dict.fromkeys(COMMAND_R, 0.0), 0.0) == "<4K"  # a share of nothing is no length
+    assert contents.effective(COMMAND_R, 85.6) == "32K" and contents.effective(COMMAND_R, 76.0) == ">128K"
+
+
+def test_resampled_means_are_the_same_each_time_and_spread_as_means_do():
+    values = np.arange(50.0)
+    means = statistics.resampled_means(values, 3)
+    assert len(means) == statistics.RESAMPLES and np.array_equal(means, statistics.resampled_means(values, 3))
+    assert not np.array_equal(means, statistics.resampled_means(values, 4))
+    assert means.mean() == pytest.approx(values.mean(), abs=0.3)
+    assert means.std() == pytest.approx(values.std() / np.sqrt(50), rel=0.1)
+
+
+def test_resampling_in_chunks_changes_nothing(monkeypatch):
+    whole = statistics.resampled_means(np.arange(9.0), 0)
+    monkeypatch.setattr(statistics, "DRAWS", 100)
+    assert np.array_equal(whole, statistics.resampled_means(np.arange(9.0), 0))
+
+
+def run_of(name, answers, records=()):
+    return report.Run(name, tuple(records), tuple(answers), {"model": {"seq_len": TRAINED}})
+
+
+def test_two_runs_are_compared_on_the_questions_that_both_were_asked():
+    a = run_of("a", [answer("vt", 4096, i, 0.5) for i in range(20)])
+    better = [answer("vt", 4096, i, 0.75 if i % 2 else 0.5) for i in range(10)]
+    other = [answer("vt", 4096, i, 0.0, wanted="8") for i in range(10, 20)]
+    (found,) = statistics.compare(a, run_of("b", [*better, *other]), {"vt"}, "mean")
+    assert (found.task, found.pairs, found.a, found.b) == ("vt", 10, 0.5, 0.625)
+    assert found.difference == 0.125 and 0 < found.low < 0.125 < found.high < 0.25
+    assert contents.verdict(found) == "better"
+    (same,) = statistics.compare(a, a, {"vt"}, "mean")
+    assert (same.pairs, same.low, same.high) == (20, 0, 0) and contents.verdict(same) == "unclear"
+
+
+def test_the_mean_of_a_family_gives_each_task_the_same_weight_and_leaves_others_out():
+    tasks = {"vt": (2, 1.0), "cwe": (8, 0.0), "needle": (5, 1.0)}
+    a = run_of("a", [answer(task, 4096, i, 0.0) for task, (n, _) in tasks.items() for i in range(n)])
+    b = run_of("b", [answer(task, 4096, i, score) for task, (n, score) in tasks.items() for i in range(n)])
+    mean, *rest = statistics.compare(a, b, {"vt", "cwe"}, "mean")
+    assert (mean.task, mean.pairs, mean.difference) == ("mean", 10, 0.5)
+    assert [x.task for x in rest] == ["cwe", "needle", "vt"]
+
+
+def rows_of(table: tables.Table) -> list[dict]:
+    return [dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows]
+
+
+def test_the_table_in_rulers_form_leaves_short_lengths_out(written):
+    _, runs = written
+    hybrid, rope = rows_of(contents.ruler(runs, contents.is_long, "ruler", "RULER"))
+    assert [*hybrid][:5] == ["Models", "Claimed Length", "Effective Length", "4K", "8K"]
+    assert (hybrid["4K"], hybrid["8K"], hybrid["Avg."], hybrid["Effective Length"]) == (100, 75, 87.5, "4K")
+    assert hybrid["wAvg. (inc)"] == pytest.approx(250 / 3) and hybrid["wAvg. (dec)"] == pytest.approx(275 / 3)
+    assert rope["Effective Length"] == "4K" and rope["8K"] == 25
+    short = rows_of(contents.ruler(runs, contents.is_short, "short", "Short"))
+    assert [row["Effective Length"] for row in short] == [">2K"] * 2 and "4K" not in short[0]
+
+
+def test_unequal_runs_are_not_averaged_silently():
+    one = {"eval": "ruler", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}
+    few = run_of("few", [], [one | {"task": "vt"}, one | {"task": "cwe", "samples": 9}])
+    long = run_of("long", [], [one | {"task": "vt"}, one | {"task": "cwe"}, one | {"task": "vt", "length": 8192}])
+    (section,) = (x for x in sections.sections([few, long]) if x.name == "ruler")
+    words = " ".join(section.words)
+    assert "few: cells have 8 to 9 samples" in words and "long, 8K: the mean is without cwe" in words
+    assert "The runs have other lengths" in words and "qa_1, qa_2, which were not asked" in words
+
+
+def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
+    figure = pictures.heat_map(LENGTHS, (0, 100), {(2048, 0): 0.4, (8192, 100): 0.5}, TRAINED)
+    axes = figure.axes[0]
+    (image,) = axes.collections
+    assert image.get_clim() == (0, 1) and axes.yaxis_inverted()
+    assert [text.get_text() for text in axes.texts] == ["0.40", "0.50"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["2K", "4K", "8K"]
+    white = [line for line in axes.lines if line.get_color() == "#ffffff"]
+    assert [set(line.get_xdata()) for line in white] == [{2}] and white[0].get_linestyle() == "--"
+    assert not pictures.heat_map(LENGTHS, (0,), {}, 8192).axes[0].lines
+
+
+def test_attention_is_stacked_to_one_and_weighed_by_kind(written):
+    _, (run, _) = written
+    (section,) = (x for x in sections.sections([run]) if x.name == "attention")
+    drawn = {picture.name: picture.figure for picture in section.pictures}
+    assert [*drawn] == [f"attention_0_4096{x}" for x in ("", "_weights", "_retrieval", "_entropy_bits")]
+    bars = drawn["attention_0_4096"].axes[0].patches
+    tops = [max(bar.get_y() + bar.get_height() for bar in bars if round(bar.get_center()[0]) == layer) for layer in (0, 1)]
+    assert tops == [1, 1]
+    lines = {patch.get_label(): patch.get_data() for patch in drawn["attention_0_4096_weights"].axes[0].patches}
+    assert list(lines["layers G"].values) == [0.01, 0.002] and list(lines["layers G"].edges) == [10, 20, 40]
+    grid = drawn["attention_0_4096_retrieval"].axes[0].collections[0].get_array()
+    assert np.ma.getmaskarray(grid)[0].all() and (grid[1] == 0.4).all()
+
+
+def test_what_is_written_follows_from_the_runs_alone(tmp_path):
+    records, answers = everything(0.5)
+    kept = [record for record in records if record["eval"] in ("recall", "key_tokens")]
+    run = store(tmp_path / "one", kept, answers[:3])
+    for out in ("first", "second"):
+        report.write(tmp_path / out, [run])
+    first, second = ([path for path in sorted((tmp_path / x).rglob("*")) if path.is_file()] for x in ("first", "second"))
+    assert [path.name for path in first] == [path.name for path in second] and len(first) > 6
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, second, strict=True))
+    page = (tmp_path / "first" / "report.html").read_text()
+    assert re.findall(r'<section id="(\w+)">', page) == ["overview", "recall", "key_tokens", "provenance"]
+
+
+def test_the_page_asks_for_no_other_file_and_runs_nothing_that_a_model_said(written):
+    page = (written[0] / "report.html").read_text()
+    assert all(x.startswith("data:image/png;base64,") for x in re.findall(r'(?:src|href)="([^#"][^"]*)"', page))
+    assert "@import" not in page and set(re.findall(r"url\((?!#)[^)]*\)", page)) == set()
+    assert set(re.findall(r"\w+://[\w.]+", page)) <= {"http://www.w3.org", "https://www.w3.org"}
+    assert page.count("<script>") == 1 and "&lt;script&gt;" in page and "hybrid &lt;3:1&gt;" in page
+    assert "␀␛?|" in page and not re.search(r"[\x00-\x08\x0b-\x1f]", page)
+
+
+def test_colours_and_names_of_pictures_are_the_pages(written):
+    page = (written[0] / "report.html").read_text()
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert not [colour for colour in canvas.COLOURS if colour in drawn]
+    assert all(f"--{name}:" in page for name in canvas.COLOURS.values())
+    names = re.findall(r'\bid="([^"]+)"', page)
+    assert len(names) == len(set(names)) > 100
+
+
+def test_files_beside_the_page_hold_the_same_numbers(written):
+    out, runs = written
+    names = {picture.name for section in sections.sections(runs) for picture in section.pictures}
+    assert {path.stem for path in (out / "pictures").iterdir()} == names and len(names) > 15
+    for path in (out / "pictures").iterdir():
+        with Image.open(path) as image:
+            assert min(image.size) > 200 and len(image.convert("RGB").getcolors(10**6)) > 5
+    whole = json.loads((out / "results.json").read_text())
+    assert whole["runs"]["rope"]["records"] == list(runs[1].records)
+    table = list(csv.DictReader((out / "tables" / "ruler.csv").read_text().splitlines()))
+    assert [row["8K"] for row in table] == [str(row["8K"]) for row in whole["tables"]["ruler"]] == ["75.0", "25.0"]
+    text = (out / "report.md").read_text()
+    assert "| rope | 4K | 4K | <ins>100.0</ins> | 25.0 |" in text
+    assert all((out / path).is_file() for path in re.findall(r"\]\((.*?)\)", text))
+
+
+def test_rulers_own_files_have_rulers_form(written):
+    out = written[0] / "tables" / "ruler" / "rope" / "8192"
+    assert (out / "summary.csv").read_text() == "0,1,2\nTasks,niah_single_1,vt\nScore,25.0,25.0\nNulls,1/8,1/8\n"
+    submission = list(csv.DictReader((out / "submission.csv").open(newline="")))
+    assert [*submission[0]] == ["Task", "ID", "Prediction"] and len(submission) == 16
+
+
+def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(written):
+    missed, found = sections.failures(written[1])["vt"]
+    assert missed == "hybrid <3:1> 2 of 24, rope 6 of 24"
+    assert [failure.length for failure in found] == [8192] * 6
+    assert found[0].given == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and found[0].wanted == ["7"]
+    many = run_of("many", [answer("vt", length, i, 0.0) for length in LENGTHS for i in range(20)])
+    _, found = sections.failures([many])["vt"]
+    assert [failure.length for failure in found] == [2048] * 3 + [4096] * 3 + [8192] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "words"),
+    [
+        ("records", '{"eval": "ruler", "ta', "records.jsonl, line 2 is cut short or no JSON"),
+        ("records", '{"eval": "neddle"}', "eval='neddle' is not known; did you mean 'needle'?"),
+        ("records", '{"eval": "recall", "length": 4}', "line 2 lacks source, answers, accuracy"),
+        ("records", '{"eval": "recall", "source": "a", "length": 4, "answers": 0, "accuracy": 0}', "answers=0 says nothing"),
+        ("records", "[]", "holds '\\[\\]', which is no record"),
+        ("answers", '{"task": "vt"}', "answers.jsonl, line 2 lacks length"),
+        ("answers", json.dumps(answer("vt", 4096, 0, 100.0)), "score=100.0 is no share of right answers"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_named(tmp_path, name, line, words):
+    store(tmp_path / "run", everything(1.0)[0][:1], [answer("vt", 4096, 0, 1.0)])
+    path = tmp_path / "run" / f"{name}.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=words):
+        report.read(tmp_path / "run")
+
+
+def test_what_was_not_evaluated_cannot_be_reported(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="run.json does not exist; evaluate the model"):
+        report.read(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="records.jsonl is empty"):
+        store(tmp_path / "empty", [], [])
+    with pytest.raises(ValueError, match="model.seq_len"):
+        store(tmp_path / "where", everything(1.0)[0][:1], [], model={})
+    with pytest.raises(ValueError, match="0 runs"):
+        report.write(tmp_path, [])
+    with pytest.raises(ValueError, match="a name each, and these are a, a"):
+        report.write(tmp_path, [run_of("a", []), run_of("a", [])])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="matplotlib is not installed"):
+        report.write(tmp_path, [run_of("a", [])])
+
+
+def test_numbers_that_are_not_finite_are_missing(tmp_path):
+    records = [{"eval": "key_tokens", "length": 4, "key_tokens": 0, "tokens": 9, "loss": float("nan"), "perplexity": None}]
+    run = store(tmp_path / "run", records, [])
+    (row,) = rows_of(contents.key_tokens([run]))
+    assert row["loss (nats)"] is None and ">–</td>" in tables.html(contents.key_tokens([run]))
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHECK = """
+<script>
+const column = (table, i) => [...table.tBodies[0].rows].map((row) => row.cells[i].textContent);
+const said = { errors, title: document.title };
+const table = document.querySelector("[data-name=overview] table");
+const heads = [...table.tHead.rows[0].cells].map((head) => head.textContent);
+said.before = column(table, 0);
+for (const name of ["once", "twice"]) {
+  table.tHead.rows[0].cells[heads.indexOf("RULER Avg.")].querySelector("button").click();
+  said[name] = column(table, 0);
+}
+const cells = document.querySelector("[data-name=needle_cells] table");
+const share = [...cells.tHead.rows[0].cells].find((head) => head.textContent === "right");
+share.querySelector("button").click();
+said.shares = column(cells, share.cellIndex).map(Number);
+said.sorted = share.getAttribute("aria-sort");
+said.pictures = [...document.querySelectorAll(".picture svg")].map((svg) => {
+  const box = svg.getBoundingClientRect(), page = svg.parentNode.getBoundingClientRect();
+  return [box.width, box.height, box.left - page.left];
+});
+said.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+const out = document.createElement("output");
+out.id = "said";
+out.textContent = JSON.stringify(said);
+document.body.append(out);
+</script>
+</body>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.parametrize("width", [1400, 500])
+def test_in_a_browser_tables_sort_and_pictures_load(written, tmp_path, width):
+    page = (written[0] / "report.html").read_text()
+    catch = "<script>const errors = []; addEventListener('error', (event) => errors.push(event.message));</script>"
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("<head>", f"<head>{catch}").replace("</body>\n", CHECK))
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},900",
+    )
+    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=60)
+    said = json.loads(re.search(r'<output id="said">(.*?)</output>', done.stdout)[1].replace("&lt;", "<").replace("&gt;", ">"))
+    assert (said["errors"], said["title"]) == ([], "Long-context report")
+    assert said["before"] == ["hybrid <3:1>", "rope"]
+    assert said["once"] == ["rope", "hybrid <3:1>"] and said["twice"] == ["hybrid <3:1>", "rope"]
+    assert said["shares"] == sorted(said["shares"]) and len(said["shares"]) == 27 and said["sorted"] == "ascending"
+    assert len(said["pictures"]) > 15 and all(w > 200 and h > 100 and x >= 0 for w, h, x in said["pictures"])
+    assert said["overflow"] <= 0
