@@ -83,7 +83,7 @@ def test_tokens_that_a_pair_foretells_are_apart_from_the_rest(sizes):
         for triple, weight in zip(
             zip(row["segments"], row["tokens"], row["targets"], strict=True), row["weights"], strict=True
         ):
-            wanted["recalled" if triple in seen else "new"] += int(weight)
+            wanted["recall" if triple in seen else "rest"] += int(weight)
             seen.add(triple)
     assert {name: found[name][-1]["tokens"] for name in position.PARTS} == wanted and min(wanted.values()) > 20
     for name in position.PARTS:

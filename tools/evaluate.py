@@ -126,7 +126,7 @@ def evaluate(checkpoint: str, name: str, settings: Mapping, text: str, questions
     subject = Subject(c.model, params, engine.run, engine.mesh, words)
     sources = [source for source in c.sources if c.data.sources[source].task is None]
     wanted = suite.Settings(lengths=lengths(c.stages[-1].seq_len), **settings)
-    loaded = corpora.load(c.data, sources, words) if "position" in wanted.evals else {}
+    loaded = corpora.load(c.data, sources, words) if {"position", "attention_mass", "key_tokens"} & {*wanted.evals} else {}
     reader = suite.Reader(subject, engine, {source: x.heldout for source, x in loaded.items()}, text, questions)
     about = provenance(checkpoint, step, c, words, text)
     with tqdm.tqdm(desc=name, unit="unit", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:

@@ -18,7 +18,7 @@ from hybrid_attn.model import Run, losses
 from hybrid_attn.model.loss import bits_per_byte
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
-PARTS = ("recalled", "new")
+PARTS = ("recall", "rest")
 FIRST_EDGE = 16  # tokens; the edges after it double
 
 
@@ -26,7 +26,7 @@ def run(subject: Subject, spec: Spec) -> Iterator[dict]:
     """One record per bucket of positions, [first, end) tokens into the document within its row, then one for all.
 
     Losses are nats per token; `bits_per_byte` is over the UTF-8 bytes of all scored tokens. Last come those that an earlier
-    token of the row foretells ("recalled", see below) and the rest ("new"), by bucket and in all.
+    token of the row foretells ("recall", see `recalled`) and the "rest", by bucket and in all.
     """
     rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from hybrid_attn import config, trees
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import needle, position, recall, ruler, samples
+from hybrid_attn.evals import attention, keytokens, needle, position, recall, ruler, samples
 from hybrid_attn.evals.ruler import scores
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.samples import Sample
@@ -23,6 +23,7 @@ from hybrid_attn.evals.subject import Spec, Subject
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.text import answers
 
+ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
 RECALL = {"recall": 4, "mqar": 4, "copy": 1}  # tasks, with the pairs of a row
 GENERATOR = 1  # raised when the same settings give other samples
@@ -89,6 +90,16 @@ def measure_recall(reader: Reader, settings: Settings, unit: Unit, asked) -> Mea
     return Measured([{"source": unit.part, **record} for record in recall.run(reader.subject, spec)], [])
 
 
+def measure_attention(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
+    spec = Spec(reader.heldout[unit.part], unit.length, ATTENTION_PROMPTS * unit.length)
+    return Measured([{"source": unit.part, **record} for record in attention.run(reader.subject, spec)], [])
+
+
+def measure_key_tokens(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
+    spec = Spec(reader.heldout[unit.part], unit.length, settings.tokens)
+    return Measured([{"source": unit.part, **record} for record in keytokens.run(reader.subject, spec)], [])
+
+
 def measure_needle(reader: Reader, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
     given = _given(reader, asked)
     shares = [needle.right(sample, text) / len(sample.answers) for sample, text in zip(asked, given, strict=True)]
@@ -109,8 +120,10 @@ MEASURES: dict[str, Callable[[Reader, Settings, Unit, list[Sample]], Measured]] 
     "recall": measure_recall,
     "needle": measure_needle,
     "ruler": measure_ruler,
+    "attention_mass": measure_attention,
+    "key_tokens": measure_key_tokens,
 }
-SUITES = {"quick": ("position", "recall", "needle", "ruler"), "full": tuple(MEASURES)}
+SUITES = {"quick": ("position", "recall", "needle", "ruler", "attention_mass"), "full": tuple(MEASURES)}
 
 
 def named(suite: str) -> tuple[str, ...]:
@@ -130,7 +143,7 @@ def named(suite: str) -> tuple[str, ...]:
 def units(settings: Settings, reader: Reader) -> list[Unit]:
     """All that `settings` ask for and the reader has the text for."""
     parts = {
-        "position": tuple(reader.heldout),
+        **dict.fromkeys(("position", "attention_mass", "key_tokens"), tuple(reader.heldout)),
         "recall": tuple(RECALL),
         "needle": ("1", "4"),
         "ruler": tuple(ruler.present(reader.haystack, reader.questions)),
