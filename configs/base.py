@@ -147,6 +147,7 @@ def get_config() -> ConfigDict:
     t.keep = 2  # checkpoints kept
 
     c.evals = ConfigDict()
+    c.evals.every = placeholder(int)  # steps between two evaluations; None = only when training ends
     c.evals.tokens = 131_072  # held-out tokens at each length: scored, or in the rows whose answers are
     c.evals.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len
     return c

@@ -317,12 +317,14 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Evals:
-    """What is measured on the held-out documents when training ends."""
+    """What is measured on the held-out documents when training ends, and every so many steps before."""
 
+    every: int | None
     tokens: int
     lengths: tuple[float, ...]
 
     def __post_init__(self):
+        check(self.every is None or self.every >= 1, f"evals.every={self.every} must be at least 1 step, or None")
         check(self.tokens >= 1, f"evals.tokens={self.tokens} must be at least 1")
         check(
             all(x > 0 for x in self.lengths),

@@ -130,6 +130,7 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
         ("optim.decay_fraction", 1.5, r"decay_fraction=1.5 must be in \(0, 1\]"),
         ("optim.clip_norm", 0.0, "clip_norm=0.0 must be positive"),
         ("train.keep", 0, "train.keep=0 must be at least 1"),
+        ("evals.every", 0, "evals.every=0 must be at least 1 step, or None"),
         ("evals.lengths", [1.0, 0.0], "must be positive"),
     ],
 )

@@ -137,6 +137,18 @@ def test_a_run_on_drawn_rows_resumes_and_ends_with_its_share_of_right_answers(co
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
 
 
+def test_a_run_is_evaluated_as_often_as_the_config_says_and_each_time_once(corpus, tmp_path, monkeypatch):
+    c = config_of(corpus, **{"evals.every": 2, "train.log_every": 1})
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert not loop.train(c, tmp_path)
+    assert loop.train(c, tmp_path)
+    evals = [json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines()]
+    whole = [(line["step"], line["loss"]) for line in evals if "bits_per_byte" in line and line["eval"] == "position"]
+    assert [step for step, _ in whole] == [*range(2, STEPS, 2), STEPS] and whole[0][1] > whole[-1][1]
+    assert list(losses(tmp_path)) == list(range(1, STEPS + 1))
+
+
 def test_stages_already_begun_cannot_change(corpus, tmp_path, monkeypatch):
     stages = [stage(3, 24, 16), stage(3, 48, 8)]
     loop.train(config_of(corpus, stages=stages), tmp_path)

@@ -37,7 +37,7 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
     mesh = mesh_of(data, fsdp)
     with jax.set_mesh(mesh):
         subject = subject_on(mesh)
-        *buckets, total = EVALS["position"](subject, spec)
+        *buckets, total = [record for record in EVALS["position"](subject, spec) if "part" not in record]
     rows = [Rows(spec.documents, LENGTH, None, Bytes().byte_lengths)[i] for i in (0, 2, 4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     with jax.set_mesh(mesh_of()):
@@ -63,9 +63,35 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
 
 def test_a_bucket_without_tokens_has_no_record(one_device):
     spec = Spec(text_documents(10, 12, 11, 13), LENGTH, 10**6)
-    *buckets, total = position.run(subject_on(one_device), spec)
+    *buckets, total = [record for record in position.run(subject_on(one_device), spec) if "part" not in record]
     assert [(b["first"], b["end"]) for b in buckets] == [(0, 16)]
     assert buckets[0]["tokens"] == total["tokens"] == 46 - 4
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "context": 2}])
+def test_tokens_that_a_pair_foretells_are_apart_from_the_rest(sizes):
+    rng = np.random.default_rng(1)
+    documents = documents_of(*([256, *rng.integers(97, 101, length - 2), 257] for length in (40, 30, 70, 20, 56, 40)))
+    spec = Spec(documents, LENGTH, 10**6)
+    with jax.set_mesh(mesh_of(**sizes)):
+        records = list(position.run(subject_on(mesh_of(**sizes)), spec))
+    found = {name: [r for r in records if r.get("part") == name] for name in (None, *position.PARTS)}
+    rows = Rows(documents, LENGTH, None, Bytes().byte_lengths)
+    wanted = {name: 0 for name in position.PARTS}
+    for row in (rows[i] for i in range(len(rows))):
+        seen = set()
+        for triple, weight in zip(
+            zip(row["segments"], row["tokens"], row["targets"], strict=True), row["weights"], strict=True
+        ):
+            wanted["recalled" if triple in seen else "new"] += int(weight)
+            seen.add(triple)
+    assert {name: found[name][-1]["tokens"] for name in position.PARTS} == wanted and min(wanted.values()) > 20
+    for name in position.PARTS:
+        *buckets, whole = found[name]
+        assert sum(b["tokens"] for b in buckets) == whole["tokens"]
+        assert sum(b["tokens"] * b["loss"] for b in buckets) == pytest.approx(whole["tokens"] * whole["loss"], rel=1e-5)
+    both = sum(found[name][-1]["tokens"] * found[name][-1]["loss"] for name in position.PARTS)
+    assert both == pytest.approx(found[None][-1]["tokens"] * found[None][-1]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Loss by position: what a token gains from the tokens of its document before it."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
@@ -14,30 +16,40 @@ from hybrid_attn.data.rows import Rows
 from hybrid_attn.evals.subject import Spec, Subject
 from hybrid_attn.model import Run, losses
 from hybrid_attn.model.loss import bits_per_byte
-from hybrid_attn.parallel.mesh import BATCH
+from hybrid_attn.parallel.mesh import BATCH, spec_of
 
+PARTS = ("recalled", "new")
 FIRST_EDGE = 16  # tokens; the edges after it double
 
 
 def run(subject: Subject, spec: Spec) -> Iterator[dict]:
     """One record per bucket of positions, [first, end) tokens into the document within its row, then one for all.
 
-    Losses are nats per token; `bits_per_byte` is over the UTF-8 bytes of all scored tokens.
+    Losses are nats per token; `bits_per_byte` is over the UTF-8 bytes of all scored tokens. Last come those that an earlier
+    token of the row foretells ("recalled", see below) and the rest ("new"), by bucket and in all.
     """
     rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
     batch = math.prod(subject.mesh.shape[axis] for axis in BATCH)
-    sums = np.zeros((2, len(edges) - 1))
+    sums = np.zeros((2, 2, len(edges) - 1))
     num_bytes = 0.0
     for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, subject.mesh):
         new_sums, new_bytes = jax.device_get(_score(subject.model, subject.run, edges, subject.params, arrays))
         sums, num_bytes = sums + new_sums, num_bytes + float(new_bytes)
+    nll, count = sums.sum((0, 2))
+    whole = {"bits_per_byte": bits_per_byte(nll, num_bytes)}
+    yield from _records(spec.length, edges, sums.sum(0), {}, whole)
+    for part, of_part in zip(PARTS, sums, strict=True):
+        yield from _records(spec.length, edges, of_part, {"part": part}, {})
+
+
+def _records(length: int, edges: tuple[int, ...], sums, names: dict, of_all: dict) -> Iterator[dict]:
     for first, end, nll, count in zip(edges[:-1], edges[1:], *sums, strict=True):
         if count:
-            yield {"length": spec.length, "first": first, "end": end, "tokens": int(count), "loss": nll / count}
+            yield {"length": length, "first": first, "end": end, **names, "tokens": int(count), "loss": nll / count}
     nll, count = sums.sum(1)
-    bits = bits_per_byte(nll, num_bytes)
-    yield {"length": spec.length, "tokens": int(count), "loss": nll / count, "bits_per_byte": bits}
+    if count:
+        yield {"length": length, **names, "tokens": int(count), "loss": nll / count, **of_all}
 
 
 def bucket_edges(length: int) -> tuple[int, ...]:
@@ -48,11 +60,30 @@ def bucket_edges(length: int) -> tuple[int, ...]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(model: Model, run: Run, edges: tuple[int, ...], params: dict, batch: dict):
-    """Summed loss and number of scored tokens of each bucket [2, buckets], and the bytes that they stand for."""
+    """Summed loss and number of scored tokens of each part and bucket [parts, 2, buckets], and the bytes of all."""
     nll_BT, _ = losses(model, params, batch, run)
     pos_BT, weights_BT = batch["positions"], batch["weights"]
+    recalled_BT = recalled(batch["tokens"], batch["targets"], batch["segments"])
     sums = [
-        [(x_BT * ((pos_BT >= first) & (pos_BT < end))).sum() for first, end in zip(edges[:-1], edges[1:], strict=True)]
-        for x_BT in (weights_BT * nll_BT, weights_BT)
+        [
+            [(x_BT * (part_BT & (pos_BT >= first) & (pos_BT < end))).sum() for first, end in itertools.pairwise(edges)]
+            for x_BT in (weights_BT * nll_BT, weights_BT)
+        ]
+        for part_BT in (recalled_BT, ~recalled_BT)
     ]
     return jnp.array(sums), batch["bytes"].sum()
+
+
+def recalled(tokens_BT: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """Where a token and its target have followed one another before, in the same document of the row: bool, [B, T].
+
+    Of such tokens associative recall is asked (Arora et al., Zoology, 2312.04927): they show what context gives, and most of
+    what separates models of language.
+    """
+    spec = spec_of(tokens_BT)
+    keys = tuple(jax.reshard(x_BT, P(BATCH, None)) for x_BT in (segments_BT, tokens_BT, targets_BT))
+    place_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    *keys, place_BT = jax.lax.sort((*keys, jax.reshard(place_BT, P(BATCH, None))), dimension=1, num_keys=3, is_stable=True)
+    same_BT = functools.reduce(jnp.logical_and, [x_BT[:, 1:] == x_BT[:, :-1] for x_BT in keys])
+    again_BT = jnp.pad(same_BT, ((0, 0), (1, 0)))
+    return jax.reshard(jax.lax.sort((place_BT, again_BT), dimension=1, num_keys=1)[1], spec)

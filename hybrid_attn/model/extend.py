@@ -4,7 +4,8 @@ Letters: B rows, T new tokens, D model, S slots, K key/value heads, N query head
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerKind, Model
+from hybrid_attn.model.attention import Attend
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.model.transformer import Block, Run, look_up
 from hybrid_attn.parallel import cached
@@ -56,23 +58,33 @@ def extend(
     spec = spec_of(tokens_BT)
     T = tokens_BT.shape[1]
     pos_BT = jax.reshard(jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T), spec)
-    x_BTD = look_up(weights["embed"], tokens_BT, run.dtype) * model.embed_scale
-    layers, queries = [], []
-    for letter, params, layer in zip(model.layers, weights["layers"], cache.layers, strict=True):
 
-        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerKind, scale: float, layer: cached.Layer = layer):
+    def in_cache(layer: cached.Layer) -> Attend:
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerKind, scale: float):
             o_BTNH, new = cached.attend(
                 q_BTNH, k_BTKH, v_BTKH, layer, cache.lengths_B, counts_B, sinks_N,
                 kind=kind, scale=scale, kernel=run.kernel, span=span,
             )  # fmt: skip
             return o_BTNH, (new, None if new.dropped_BK is None else q_BTNH)
 
+        return attend
+
+    x_BTD, kept = layer_by_layer(model, weights, tokens_BT, pos_BT, [in_cache(layer) for layer in cache.layers], run)
+    layers, queries = zip(*kept, strict=True)
+    return x_BTD, Cache(layers, cache.lengths_B + counts_B), queries
+
+
+def layer_by_layer(
+    model: Model, weights: dict, tokens_BT: jax.Array, pos_BT: jax.Array, attends: Sequence[Attend], run: Run
+) -> tuple[jax.Array, list[Any]]:
+    """Final normed activations [B, T, D], and what each layer's own `attend` keeps. `weights` are `unstacked`'s."""
+    x_BTD = look_up(weights["embed"], tokens_BT, run.dtype) * model.embed_scale
+    kept = []
+    for letter, params, attend in zip(model.layers, weights["layers"], attends, strict=True):
         block = nnx.merge(_graph(model, letter), params)
-        x_BTD, (new, q_BTNH) = block(x_BTD, pos_BT, attend, run.mlp_chunk if T > 1 else None)
-        layers.append(new)
-        queries.append(q_BTNH)
-    x_BTD = nnx.merge(_final_norm(model), weights["final_norm"])(x_BTD)
-    return x_BTD, Cache(tuple(layers), cache.lengths_B + counts_B), tuple(queries)
+        x_BTD, new = block(x_BTD, pos_BT, attend, run.mlp_chunk if tokens_BT.shape[1] > 1 else None)
+        kept.append(new)
+    return nnx.merge(_final_norm(model), weights["final_norm"])(x_BTD), kept
 
 
 @functools.cache

@@ -85,13 +85,19 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
             for line in summary(c, run, mesh, peak_line, stages, workdir, start):
                 metrics.say(line)
             batches = pipeline.batches(c, stages, mesh, start)
-            state, step = run_steps(c, identities, make_step(c, run), state, start, batches, checkpoints, metrics, stop)
+
+            def measure(params: dict) -> None:
+                evaluate(c, Subject(c.model, params, run, mesh, words), loaded, metrics)
+
+            state, step = run_steps(
+                c, identities, make_step(c, run), state, start, batches, checkpoints, metrics, stop, measure
+            )
             checkpoints.save(step, state, data_state(c, identities, step), config.to_dict(c), wait=True)
             if step < c.total_steps:
                 metrics.say(f"stopped after step {step}, which is saved; the same command goes on from there")
                 return False
             stop.all_saved(last_words)
-            evaluate(c, Subject(c.model, state.params, run, mesh, words), loaded, metrics)
+            measure(state.params)
             metrics.close()
             return True
         except KeyboardInterrupt:
@@ -142,8 +148,14 @@ def data_state(c: config.Config, identities: Sequence[dict], step: int) -> dict:
     return {"stage_steps": done, "stage": identities[len(done) - 1] if done else {}}
 
 
-def run_steps(c, identities, step_fn, state, start, batches: Iterator, checkpoints, metrics, stop) -> tuple[TrainState, int]:
-    """Steps until the batches end or a signal asks to stop; metrics of a step are read after the next one is dispatched."""
+def run_steps(
+    c, identities, step_fn, state, start, batches: Iterator, checkpoints, metrics, stop, measure
+) -> tuple[TrainState, int]:
+    """Steps until the batches end or a signal asks to stop; metrics of a step are read after the next one is dispatched.
+
+    `measure` evaluates parameters every `c.evals.every` steps: those of `start` too, because who resumes there may have been
+    stopped before that was done.
+    """
     pending, step, waited, before = None, start, 0.0, time.perf_counter()
 
     def report():
@@ -161,6 +173,12 @@ def run_steps(c, identities, step_fn, state, start, batches: Iterator, checkpoin
         before = now
 
     while step < c.total_steps and not stop.reached(step):
+        if c.evals.every is not None and step and step % c.evals.every == 0:
+            if pending:
+                report()
+                pending = None
+            measure(state.params)
+            before = time.perf_counter()
         clock = time.perf_counter()
         _, batch = next(batches)
         waited = time.perf_counter() - clock

@@ -1,0 +1,164 @@
+"""Attention mass: where a question about a needle far back, and its answer, look, in every head of every layer.
+
+The analysis of "Rope to Nope and Back Again" (arXiv 2501.18795): the queries are the tokens of the question and of the right
+answer; keys are the first tokens (`begin`), the needle, the queries' own tokens (`qc`) and all the rest (`context`).
+
+Letters: B prompts, T and S tokens, L layers, N heads, Q queries, A tokens of the answer, I intervals of keys.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.config import LayerKind, Model
+from hybrid_attn.evals import marked
+from hybrid_attn.evals.marked import Marked
+from hybrid_attn.evals.shares import Asked, Shares, oldest_key, shares
+from hybrid_attn.evals.subject import Spec, Subject
+from hybrid_attn.model import Run
+from hybrid_attn.model.extend import layer_by_layer, unstacked
+from hybrid_attn.model.transformer import in_rows
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
+
+BEGIN = 10  # tokens; the weights by position leave them out
+END = 0.03  # share of the tokens, the last ones, that the weights by position leave out
+SEGMENTS = ("begin", "needle", "context", "qc")
+PARTS = ("begin", "needle", "before", "after", "qc", "sink_rate")  # intervals; the context is before and after the needle
+ROUND = 16  # queries: prompts whose questions differ a little share a program
+
+
+def run(subject: Subject, spec: Spec) -> Iterator[dict]:
+    """`measured` of prompts of `spec.length` tokens, as many as `spec.tokens` fill (`marked.prompts`)."""
+    return measured(subject, marked.prompts(spec, subject.tokenizer), spec.length)
+
+
+def measured(subject: Subject, prompts: Sequence[Marked], length: int) -> Iterator[dict]:
+    """A record per head: means over its queries and then over the prompts, of which none is longer than `length` tokens.
+
+    The share of each segment (they sum to 1, with `nothing` where the kind has a sink), that of one token of it and that of
+    token 0 (`sink_rate`), the entropy in bits, `needle_lift` (the share of the needle over that of its tokens), `retrieval`,
+    and the mean weight of a key (`weights`) between neighbouring `edges` of key positions, without the first 10 and the last
+    3%. `reach`: whether the layer shows the needle to any query.
+    """
+    model, edges = subject.model, position_edges(max(len(prompt.tokens_S) for prompt in prompts))
+    values = [[] for _ in model.layers]
+    weights_LNI = np.zeros((model.num_layers, model.num_heads, len(edges) - 1))
+    tokens_I = np.zeros(len(edges) - 1)
+    for prompt, layers in _looks(subject, prompts, length, edges):
+        tokens_I += [end - first for first, end in by_position(prompt, edges)]
+        for i, (letter, look) in enumerate(zip(model.layers, layers, strict=True)):
+            values[i].append(head_values(model.kinds[letter], prompt, look))
+            weights_LNI[i] += look.mass_BNI[:, len(PARTS) :]
+    weights_LNI /= tokens_I
+    for i, letter in enumerate(model.layers):
+        means = {name: np.mean([x[name] for x in values[i]], axis=0) for name in values[i][0]}
+        reach = any(reaches(model.kinds[letter], prompt) for prompt in prompts)
+        for n in range(model.num_heads):
+            record = {"layer": i, "kind": letter, "head": n, "length": length, "prompts": len(prompts)}
+            record |= {name: float(x[n]) for name, x in means.items()}
+            yield record | {"reach": reach, "edges": list(edges), "weights": weights_LNI[i, n].tolist()}
+
+
+def position_edges(length: int) -> tuple[int, ...]:
+    """10, 14, 20, 28, … up to `length` tokens less the last 3%: two intervals for each doubling."""
+    end = max(BEGIN + 1, math.floor(length * (1 - END)))
+    steps = [round(BEGIN * 2 ** (i / 2)) for i in range(2 * length.bit_length())]
+    return (*(edge for edge in steps if edge < end), end)
+
+
+def reaches(kind: LayerKind, prompt: Marked) -> bool:
+    """Whether a layer of this kind shows a token of the needle to a query: to the first one, if to any."""
+    return prompt.needle[1] > oldest_key(kind, prompt.question)
+
+
+def parts(prompt: Marked) -> list[tuple[int, int]]:
+    """The interval of each of `PARTS`."""
+    length, (start, stop) = len(prompt.tokens_S), prompt.needle
+    begin = min(BEGIN, start)
+    return [(0, begin), (start, stop), (begin, start), (stop, prompt.question), (prompt.question, length), (0, 1)]
+
+
+def by_position(prompt: Marked, edges: Sequence[int]) -> list[tuple[int, int]]:
+    """The intervals between `edges`, of which none goes into the last 3% of the prompt."""
+    end = math.floor(len(prompt.tokens_S) * (1 - END))
+    return [(min(first, end), min(last, end)) for first, last in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def head_values(kind: LayerKind, prompt: Marked, look: Shares) -> dict[str, np.ndarray]:
+    """The numbers of every head [N] for one prompt, whose intervals begin with `PARTS`."""
+    mass = dict(zip(PARTS, look.mass_BNI.T.astype(np.float64), strict=False))
+    size = {name: end - first for name, (first, end) in zip(PARTS, parts(prompt), strict=True)}
+    mass["context"], size["context"] = mass["before"] + mass["after"], size["before"] + size["after"]
+    values = {name: mass[name] for name in SEGMENTS}
+    if kind.sink:
+        values["nothing"] = 1 - sum(values.values())
+    values |= {f"{name}_per_token": mass[name] / max(size[name], 1) for name in SEGMENTS}
+    return values | {
+        "sink_rate": mass["sink_rate"],
+        "entropy_bits": look.entropy_BN,
+        "needle_lift": mass["needle"] * len(prompt.tokens_S) / size["needle"],
+        "retrieval": retrieval(prompt, look.greatest_BNQ),
+    }
+
+
+def retrieval(prompt: Marked, greatest_NQ: np.ndarray) -> np.ndarray:
+    """Of the answer's tokens that stand in the needle, the share that a head copies (Wu et al., arXiv 2404.15574): [N].
+
+    It does where the token before, which says the next one, attends most to that very word in the needle.
+    """
+    tokens_S, (start, stop) = prompt.tokens_S, prompt.needle
+    wanted = np.flatnonzero(prompt.copied)
+    keys_NA = greatest_NQ[:, prompt.answer - 1 - prompt.question + wanted]
+    inside_NA = (keys_NA >= start) & (keys_NA < stop)
+    return (inside_NA & (tokens_S[keys_NA] == tokens_S[prompt.answer + wanted])).mean(1)
+
+
+def _looks(subject: Subject, prompts: Sequence[Marked], length: int, edges) -> Iterator[tuple[Marked, list[Shares]]]:
+    """Each prompt with what its queries saw in each layer, as arrays [N, ...]."""
+    mesh = subject.mesh
+    rows, context = math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape["context"]
+    queries = max(len(prompt.tokens_S) - prompt.question for prompt in prompts)
+    queries = -(-queries // ROUND) * ROUND
+    run = subject.run._replace(balance=False)
+    for first in range(0, len(prompts), rows):
+        batch = list(prompts[first : first + rows])
+        filled = batch + batch[-1:] * (rows - len(batch))
+        tokens_BT = np.zeros((rows, -(-length // context) * context), np.int32)
+        for row_T, prompt in zip(tokens_BT, filled, strict=True):
+            row_T[: len(prompt.tokens_S)] = prompt.tokens_S
+        intervals_BI2 = np.array([parts(prompt) + by_position(prompt, edges) for prompt in filled], np.int32)
+        asked = Asked(
+            *(np.array(x, np.int32) for x in zip(*((p.question, len(p.tokens_S)) for p in filled), strict=True)),
+            intervals_BI2[..., 0], intervals_BI2[..., 1],
+        )  # fmt: skip
+        placed = jax.device_put(tokens_BT, NamedSharding(mesh, TOKENS_BT))
+        asked = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(BATCH))), asked)
+        found = jax.device_get(_look(subject.model, run, queries, subject.params, placed, asked))
+        for b, prompt in enumerate(batch):
+            yield prompt, [Shares(*(x[b] for x in layer)) for layer in found]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _look(model: Model, run: Run, queries: int, params: dict, tokens_BT: jax.Array, asked: Asked) -> list[Shares]:
+    """What each layer's queries see, on every device."""
+    pos_BT = jax.reshard(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape), TOKENS_BT)
+    seg_BT = (pos_BT < jax.reshard(asked.length_B, P(BATCH))[:, None]).astype(jnp.int32)
+
+    def watched(letter: str):
+        attend_in_rows = in_rows(pos_BT, seg_BT, run, letter)
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerKind, scale: float):
+            o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind, scale)
+            return o_BTNH, shares(q_BTNH, k_BTKH, asked, sinks_N, queries=queries, kind=kind, scale=scale)
+
+        return attend
+
+    weights = unstacked(model, params, run.dtype)
+    _, found = layer_by_layer(model, weights, tokens_BT, pos_BT, [watched(letter) for letter in model.layers], run)
+    return jax.tree.map(lambda x: jax.reshard(x, P()), found)

@@ -1,0 +1,115 @@
+"""Key tokens: the loss on those tokens that only the far context makes likely.
+
+LongPPL (arXiv 2410.23771): a token is key where an evaluator finds it likely in its whole context (loss below 2 nats) and
+much less so in a short one (more than 2 nats above that). The short contexts of neighbours are shared: windows that slide by
+a quarter of them.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.config import Model
+from hybrid_attn.data.pipeline import Slice, heldout_batches
+from hybrid_attn.data.rows import Rows, blank
+from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.evals.subject import Spec, Subject
+from hybrid_attn.model import Run, losses
+from hybrid_attn.parallel.mesh import BATCH
+
+GAIN = 2.0  # nats that the far context takes off a key token's loss, at least
+LIKELY = 2.0  # nats, which a key token's loss in the whole context is below
+SLIDE = 4  # windows for each short context
+
+
+def run(subject: Subject, spec: Spec, short: int | None = None, evaluator: Subject | None = None) -> Iterator[dict]:
+    """One record: of the tokens with `short` tokens (half a row) before them in their row, how many are key, and their loss.
+
+    Without key tokens `loss` (nats) and `perplexity` are None. The `evaluator` (the subject itself) says which they are;
+    it must have the same tokenizer and lie on the same mesh.
+    """
+    short = spec.length // 2 if short is None else short
+    if not 0 < short < spec.length:
+        raise ValueError(f"short={short} is no part of rows of {spec.length} tokens; use 1 to {spec.length - 1}")
+    if evaluator is not None and evaluator.tokenizer.hash != subject.tokenizer.hash:
+        hashes = [x.tokenizer.hash[:12] for x in (evaluator, subject)]
+        raise ValueError(f"the evaluator's tokenizer is {hashes[0]}, the subject's {hashes[1]}; use models of one tokenizer")
+    found = np.zeros(3)
+    for whole, windows in _batches(subject, spec, short):
+        nll_BT = _losses(subject, whole)
+        likely_BT = nll_BT if evaluator is None else _losses(evaluator, whole)
+        for first, window in windows:
+            short_BT = _losses(evaluator or subject, window)
+            found += jax.device_get(_sums(short, first, nll_BT, likely_BT, whole["weights"], short_BT))
+    nll, keys, tokens = found
+    loss = float(nll / keys) if keys else None
+    record = {"length": spec.length, "short": short, "tokens": int(tokens), "key_tokens": int(keys), "loss": loss}
+    yield record | {"perplexity": None if loss is None else math.exp(loss)}
+
+
+class Window:
+    """Rows of the tokens [first, first + seq_len) of `rows`: a document that begins before `first` begins there."""
+
+    def __init__(self, rows: Rows | SyntheticRows, first: int, seq_len: int):
+        self.first, self.seq_len = first, seq_len
+        self._rows = rows
+
+    def spread(self, wanted: int) -> list[int]:
+        """The numbers of the rows that `rows` gives."""
+        return self._rows.spread(wanted)
+
+    def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
+        """As `Rows.read` gives them; padding where the rows have ended."""
+        return [self._slice(index, start, stop) for index, start, stop in slices]
+
+    def _slice(self, index: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        here, end = self.first + start, min(self.first + stop, self._rows.seq_len)
+        if end <= here:
+            return blank(stop - start)
+        edge, row = self._rows.read([(index, self.first, self.first + 1), (index, here, end)])
+        row["positions"] = row["positions"] - np.where(row["segments"] == edge["segments"], edge["positions"], 0)
+        padding = blank(stop - start - (end - here))
+        return {name: np.concatenate([row[name], x]) for name, x in padding.items()}
+
+
+def _batches(subject: Subject, spec: Spec, short: int) -> Iterator[tuple[dict, list[tuple[int, dict]]]]:
+    """Batches of whole rows, each with the windows of the same rows and where they begin."""
+    if isinstance(spec.documents, Task):
+        rows = SyntheticRows(spec.documents, spec.length, None)
+    else:
+        rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
+    slices = 2 * subject.mesh.shape["context"]  # a mesh may want two for each of its shards
+    size = -(-(short + max(1, short // SLIDE)) // slices) * slices
+    windows = [Window(rows, first, size) for first in range(0, spec.length - short, size - short)]
+    batch = math.prod(subject.mesh.shape[axis] for axis in BATCH)
+    batches = (heldout_batches(x, -(-spec.tokens // spec.length), batch, subject.mesh) for x in (rows, *windows))
+    for whole, *parts in zip(*batches, strict=True):
+        yield whole, [(window.first, arrays) for window, arrays in zip(windows, parts, strict=True)]
+
+
+def _losses(subject: Subject, batch: dict) -> jax.Array:
+    return _token_losses(subject.model, subject.run, subject.params, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _token_losses(model: Model, run: Run, params: dict, batch: dict) -> jax.Array:
+    return losses(model, params, batch, run)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(short: int, first, nll_BT, likely_BT, weights_BT, short_BT) -> jax.Array:
+    """Over the tokens after the first `short` of a window at `first`: loss of the key ones, their number, that of all."""
+    short_BT = jax.reshard(short_BT, P(BATCH, None))[:, short:]
+
+    def of_window(x_BT):
+        padded_BT = jnp.pad(jax.reshard(x_BT, P(BATCH, None)), [(0, 0), (0, short_BT.shape[1])])
+        return jax.lax.dynamic_slice_in_dim(padded_BT, first + short, short_BT.shape[1], 1)
+
+    nll_BT, likely_BT, weights_BT = map(of_window, (nll_BT, likely_BT, weights_BT))
+    keys_BT = weights_BT * ((short_BT - likely_BT > GAIN) & (likely_BT < LIKELY))
+    return jnp.stack([(keys_BT * nll_BT).sum(), keys_BT.sum(), weights_BT.sum()])

@@ -1,0 +1,105 @@
+"""Prompts that hide a needle, ask for it and answer, with marks where each of these stands."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from hybrid_attn import trees
+from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.evals.subject import Spec
+
+# The prompt of RULER's niah_single_2 (arXiv 2404.06654) with its answer.
+BEFORE = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards.\n"
+)
+NEEDLE = " One of the special magic numbers for {key} is:"
+QUESTION = (
+    "\nWhat is the special magic number for {key} mentioned in the provided text? "
+    "The special magic number for {key} mentioned in the provided text is"
+)
+KEYS = ("anchor", "blanket", "candle", "dolphin", "engine", "falcon", "garden", "hammer", "island", "jacket", "kettle", "lamp")
+SENTENCE = 256  # tokens that the needle moves back at most, to follow the end of a sentence or a line
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Marked:
+    """int32 tokens, the right answer included: a needle [start, stop) of them, then where the question and the answer begin."""
+
+    tokens_S: np.ndarray
+    needle: tuple[int, int]
+    question: int
+    answer: int
+
+    def __post_init__(self):
+        (start, stop), length = self.needle, len(self.tokens_S)
+        trees.check(
+            0 < start < stop <= self.question < self.answer < length,
+            f"needle={self.needle}, question={self.question} and answer={self.answer} do not follow one another after the "
+            f"first of {length} tokens",
+        )
+        trees.check(self.copied.any(), f"no token of the answer stands in the needle [{start}, {stop})")
+
+    @property
+    def copied(self) -> np.ndarray:
+        """Which tokens of the answer stand in the needle too."""
+        return np.isin(self.tokens_S[self.answer :], self.tokens_S[slice(*self.needle)])
+
+
+def prompts(spec: Spec, tokenizer) -> list[Marked]:
+    """As many of at most `spec.length` tokens as `spec.tokens` fill.
+
+    Of documents: a magic number in the middle of their text (RULER's sentence). Of the task "recall": a pair of letters
+    where the row has it.
+    """
+    number = -(-spec.tokens // spec.length)
+    if isinstance(spec.documents, Task):
+        return _of_task(spec.documents, spec.length, number)
+    rows = Rows(spec.documents, spec.length, None, tokenizer.byte_lengths)
+    tokens = int(spec.documents.lengths.sum())
+    full = [i for i in rows.spread(number) if i < tokens // spec.length]
+    if not full:
+        raise ValueError(
+            f"the documents have {tokens:,} tokens, which fill no prompt of {spec.length:,}; use a shorter length or more text"
+        )
+    return [_in_text(rows[i]["tokens"], tokenizer, spec.length, i) for i in full]
+
+
+def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> Marked:
+    """The number drawn for (length, index) in the middle of as much of the text as fits."""
+    draw = np.random.Philox(np.random.SeedSequence((length, index))).random_raw(2)
+    key, value = KEYS[int(draw[0] % len(KEYS))], f" {1_000_000 + int(draw[1] % 9_000_000)}"
+    pieces = (BEFORE, NEEDLE.format(key=key), value, ".", QUESTION.format(key=key))
+    before, needle, value, stop, question = (x.tolist() for x in tokenizer.encode_batch([x.encode() for x in pieces]))
+    needle += value + stop
+    room = length - 1 - sum(map(len, (before, needle, question, value)))
+    if room < 2:
+        raise ValueError(f"length={length} leaves no text around the needle; use {length - room + 2} or more")
+    text = text_S[(text_S != tokenizer.bos) & (text_S != tokenizer.eos)][:room].tolist()
+    middle = _sentence_end(text, len(text) // 2, tokenizer)
+    tokens = [tokenizer.bos, *before, *text[:middle]]
+    start = len(tokens)
+    tokens += needle + text[middle:]
+    asked = len(tokens)
+    return Marked(np.array(tokens + question + value, np.int32), (start, start + len(needle)), asked, asked + len(question))
+
+
+def _sentence_end(text: Sequence[int], middle: int, tokenizer) -> int:
+    """The last place up to `middle` after the end of a sentence or a line; `middle` where there is none near."""
+    near = range(middle, max(1, middle - SENTENCE), -1)
+    return next((i for i in near if tokenizer.decode(text[i - 1 : i]).endswith((".", "\n"))), middle)
+
+
+def _of_task(task: Task, length: int, number: int) -> list[Marked]:
+    """Rows of "recall" up to the answer of their first question."""
+    trees.check(task.name == "recall", f'the task "{task.name}" hides no needle that is asked for; use "recall" or documents')
+    rows = SyntheticRows(task, length, None)
+    found = []
+    for row in rows.read([(i, 0, length) for i in rows.spread(number)]):
+        tokens, key = row["tokens"], int(np.flatnonzero(row["weights"])[0])
+        pair = tokens[key], row["targets"][key]
+        start = int(np.flatnonzero((tokens[: key - 2] == pair[0]) & (tokens[1 : key - 1] == pair[1]))[0])
+        found.append(Marked(np.append(tokens[: key + 1], pair[1]), (start, start + 2), key - 1, key + 1))
+    return found

@@ -1,0 +1,74 @@
+"""Needles in a text: numbers at chosen depths, which are asked for at its end, in RULER's words.
+
+After Kamradt's "needle in a haystack", with numbers that no model has seen and containment in place of a judge. Several needles
+have one key: the first stands at the depth, each further one a k-th of the rest below it.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from hybrid_attn.data.tokenizer import Bytes, Json
+from hybrid_attn.evals.ruler import fit, words
+from hybrid_attn.evals.ruler.draws import of_sample, sentences
+from hybrid_attn.evals.ruler.scores import postprocess
+from hybrid_attn.evals.ruler.tasks import FIND_ALL, FIND_ONE, NEEDLE
+from hybrid_attn.evals.samples import Sample
+from hybrid_attn.trees import check
+
+FEWEST = 8  # words of the text
+
+
+def generate(length: int, depth: float, needles: int, index: int, seed: int, tokenizer: Bytes | Json, haystack: str) -> Sample:
+    """A question of `length` tokens, answer included, about `needles` numbers from `depth` percent of the text on.
+
+    ValueError where the smallest prompt does not fit.
+    """
+    check(0 <= depth <= 100, f"depth={depth} must lie between 0 and 100 percent")
+    check(bool(haystack.split()), "needles are hidden in a text, and this one has no words")
+    task = "needle" if needles == 1 else f"needle_{needles}"
+    name = f"{task} {depth:g} {index} {seed}"  # without the length: longer texts hide the same
+    draws = of_sample(name, (), words.pairs())
+    key, values = draws.magic("words"), tuple(draws.magic("numbers") for _ in range(needles))
+    depths = [depth + i * (100 - depth) / needles for i in range(needles)]
+    told = [NEEDLE.format(kind="numbers", key=key, value=value) for value in values]
+    listed = haystack.split()
+    start = random.Random(f"{name} text").randrange(len(listed))
+
+    def ask(units: int) -> str:
+        text = " ".join(listed[(start + i) % len(listed)] for i in range(units))
+        context = hidden(sentences(text), told, depths)
+        template, kind = (FIND_ONE, "number") if needles == 1 else (FIND_ALL, "numbers")
+        return template.format(kind=kind, context=context, query=key)
+
+    gold = ", ".join(values)
+    new = fit.new_tokens("niah_single_1", gold, tokenizer)
+    where = f"sample {index} of {task} at depth {depth:g}"
+    units = fit.largest(lambda n: 1 + fit.count(tokenizer, ask(n)) + new, length, FEWEST, where)
+    return Sample(task, length, index, ask(units), values, new, f"{depth:g}", {"depth": depth, "seed": seed, "units": units})
+
+
+def hidden(lines: Sequence[str], needles: Sequence[str], depths: Sequence[float]) -> str:
+    """The lines with each needle before the line at its depth, in percent of their number."""
+    places = [int(len(lines) * depth / 100) for depth in depths]
+    pieces = []
+    for first, end, needle in zip([0, *places], places, needles, strict=False):
+        pieces += [*lines[first:end], needle]
+    return " ".join([*pieces, *lines[places[-1] :]])
+
+
+def right(sample: Sample, given: str) -> int:
+    """How many of the numbers wanted the answer has."""
+    return sum(value in postprocess(given) for value in sample.answers)
+
+
+def records(samples: Sequence[Sample], given: Sequence[str]) -> list[Mapping]:
+    """One for each depth of one length: how many numbers were wanted, and how many were given."""
+    cells: dict[float, list[tuple[int, int]]] = {}
+    for sample, answer in zip(samples, given, strict=True):
+        cells.setdefault(sample.meta["depth"], []).append((len(sample.answers), right(sample, answer)))
+    found = []
+    for depth, counts in sorted(cells.items()):
+        wanted, got = map(sum, zip(*counts, strict=True))
+        needles = len(samples[0].answers)
+        found.append({"length": samples[0].length, "depth": depth, "needles": needles, "answers": wanted, "right": got})
+    return found

@@ -1,0 +1,201 @@
+"""RULER's own generator, draw for draw: the prompts of its scripts for the same tokenizer, seed and files.
+
+Its habits are kept: one order for all samples, samples that depend on those before them, lengths without the mark that begins
+a document. Only where it would try for ever there is an error. Scores of models that read such prompts compare with published
+ones; where that is no matter, `fit.generate` asks better.
+"""
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hybrid_attn.data.tokenizer import Bytes, Json
+from hybrid_attn.evals.ruler import draws as own
+from hybrid_attn.evals.ruler import tasks
+from hybrid_attn.evals.ruler.draws import Draws
+from hybrid_attn.evals.ruler.fit import check_known, count, source
+from hybrid_attn.evals.ruler.qa import Questions
+from hybrid_attn.evals.ruler.tasks import ESSAYS, NEEDLES, NEW_TOKENS, QA, SHORT, Place, Question
+from hybrid_attn.evals.samples import Sample
+from hybrid_attn.trees import check
+
+TRIES = 100  # of a prompt that cannot shrink further; RULER's scripts never give up
+EXAMPLE_TOKENS, EXAMPLE_VALUE = 500, "12345"
+
+
+class Words(NamedTuple):
+    """`others` are for lists longer than the first three give words: the values of RULER's english_words.json."""
+
+    adjectives: tuple[str, ...]
+    nouns: tuple[str, ...]
+    verbs: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+def wonderwords(others: tuple[str, ...] = ()) -> Words:
+    """The lists that RULER draws from, of the package wonderwords."""
+    try:
+        from wonderwords.random_word import _get_words_from_text_file as read
+    except ImportError as error:
+        raise ImportError("RULER's own words need the package wonderwords; pip install wonderwords") from error
+    return Words(*(tuple(read(f"{kind}list.txt")) for kind in ("adjective", "noun", "verb")), others)
+
+
+class _Request(NamedTuple):
+    """What all prompts of a task share; `tokens` counts those of a text."""
+
+    task: str
+    length: int
+    draws: Draws
+    source: Sequence[str] | Questions | None
+    tokens: Callable[[str], int]
+
+    def ask(self, index: int, units: int) -> Question:
+        return tasks.ask(self.task, self.draws, Place(self.length, index, self.source), units)
+
+    def fits(self, question: Question) -> bool:
+        return self.tokens(question.prompt) + NEW_TOKENS[self.task] <= self.length
+
+    def shrunk(self, ask: Callable[[int], Question], units: int, step: int, fewest: int) -> Question:
+        return _shrunk(self.fits, ask, units, step, fewest, f"{self.task} does not fit into {self.length:,}")
+
+
+def generate(
+    task: str,
+    length: int,
+    samples: int,
+    seed: int,
+    tokenizer: Bytes | Json,
+    words: Words,
+    haystack: str | None = None,
+    qa: Mapping[str, Questions] | None = None,
+    sentences: Callable[[str], list[str]] = own.sentences,
+) -> list[Sample]:
+    """The first `samples` of a task. For those in prose, RULER has nltk's sent_tokenize cut `haystack` into `sentences`."""
+    check_known(task)
+    read = source(task, samples - 1, haystack, qa or {})
+    draws = _draws(seed, words, task in NEEDLES, sentences)
+    request = _Request(task, length, draws, read, functools.partial(count, tokenizer))
+    found = {"vt": _tracking, "fwe": _frequent}.get(task, _searched)(request, samples)
+    meta = {"seed": seed, "generator": "RULER"}
+    rows = enumerate(found)
+    return [Sample(task, length, i, x.prompt, x.answers, NEW_TOKENS[task], "", dict(meta)) for i, x in rows]
+
+
+def _draws(seed: int, words: Words, named: bool, sentences: Callable[[str], list[str]]) -> Draws:
+    def shuffle(things: list) -> None:
+        random.Random(seed).shuffle(things)
+
+    listed = sorted({*words.nouns, *words.adjectives, *words.verbs})
+    shuffle(listed)
+
+    def drawable(wanted: int) -> Sequence[str]:
+        enough = listed if wanted <= len(listed) else words.others
+        check(wanted <= len(enough), f"a list of {wanted:,} words needs more than the {len(listed):,} given; give it others")
+        return enough
+
+    integer = np.random.RandomState(seed).randint
+    return Draws(random.Random(seed), integer, shuffle, _keys(words) if named else (), drawable, None, sentences)
+
+
+@functools.lru_cache(maxsize=1)
+def _keys(words: Words) -> list[str]:
+    return sorted({f"{adjective}-{noun}" for adjective in words.adjectives for noun in words.nouns})
+
+
+def _searched(request: _Request, samples: int) -> list[Question]:
+    task, step = request.task, _step(request)
+    probe = 4096 if task == "cwe" else step
+    each = request.tokens(request.ask(0, probe).prompt) / probe
+    most = int(request.length // each) * 2 if task == "cwe" else int(request.length / each * 3)
+    units = _search(lambda n: request.fits(request.ask(0, n)), step, most)
+
+    def fewest(index: int) -> int:
+        return len(request.source.asked[index].documents) if task in QA else 1
+
+    return [request.shrunk(functools.partial(request.ask, i), units, step, fewest(i)) for i in range(samples)]
+
+
+def _tracking(request: _Request, samples: int) -> list[Question]:
+    draws, fewest = request.draws, tasks.HOPS + 1
+
+    def example(units: int) -> Question:
+        return tasks.chain(draws, units, 3, EXAMPLE_VALUE)
+
+    def small(question: Question) -> bool:
+        return request.tokens(question.prompt) <= EXAMPLE_TOKENS
+
+    each = request.tokens(example(5).prompt) / 5
+    shown = _search(lambda n: small(example(n)), 5, int(EXAMPLE_TOKENS / each * 3))
+    what = f"the example of vt does not fit into {EXAMPLE_TOKENS}"
+    solved = tasks.solved(_shrunk(small, example, shown, 5, fewest, what))
+    step = _step(request)
+    each = request.tokens(request.ask(0, step).prompt) / step
+    rest = request._replace(length=request.length - request.tokens(solved.removesuffix("\n")))
+    units = _search(lambda n: rest.fits(request.ask(0, n)), step, int(request.length / each * 3))
+
+    def ask(units: int) -> Question:
+        question = request.ask(0, units)
+        return question._replace(prompt=_renamed(draws, solved) + question.prompt)
+
+    return [request.shrunk(ask, units, step, fewest) for _ in range(samples)]
+
+
+def _renamed(draws: Draws, solved: str) -> str:
+    for name in solved.split()[-tasks.HOPS - 1 :]:
+        solved = solved.replace(name, draws.letters(len(name)))
+    return solved.replace(EXAMPLE_VALUE, draws.value())
+
+
+def _frequent(request: _Request, samples: int) -> list[Question]:
+    draws, step = request.draws, (request.length - NEW_TOKENS["fwe"]) // 32
+    units = (request.length - NEW_TOKENS["fwe"]) // tasks.CODED_LETTERS
+    check(step > 0, f"fwe needs more than {request.length:,} tokens; use a length of at least {32 + NEW_TOKENS['fwe']}")
+    ranked = tasks.vocabulary(draws, request.length)
+    budget = request.length - NEW_TOKENS["fwe"]
+    while request.tokens(tasks.coded_text(draws, ranked, units).prompt) < budget:
+        units += step
+    units -= step
+    found = []
+    for _ in range(samples):
+        ranked = tasks.vocabulary(draws, request.length)
+        found.append(request.shrunk(functools.partial(tasks.coded_text, draws, ranked), units, step, 1))
+    return found
+
+
+def _step(request: _Request) -> int:
+    if request.task in ESSAYS:
+        return 500
+    if request.task == "cwe" or request.task in QA:
+        return 10
+    if request.length < SHORT:
+        return 5
+    return 10 if request.task == "vt" else 25
+
+
+def _search(fits: Callable[[int], bool], low: int, most: int) -> int:
+    best, high = low, max(most, 2 * low)
+    while low <= high:
+        middle = (low + high) // 2
+        if fits(middle):
+            best, low = middle, middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def _shrunk(fits: Callable, ask: Callable[[int], Question], units: int, step: int, fewest: int, what: str) -> Question:
+    for _ in range(TRIES + units // step):
+        if units < fewest:
+            break
+        question = ask(units)
+        if fits(question):
+            return question
+        units -= step if units > step else 0
+    raise ValueError(
+        f"{what} tokens as RULER asks it, whose script would try for ever; "
+        f"use a greater length, a tokenizer with longer pieces, or the default generator"
+    )

@@ -1,0 +1,147 @@
+"""Samples of RULER's tasks that fill a length, counted by the tokenizer of the model, and never pass it."""
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from hybrid_attn.data.tokenizer import Bytes, Json
+from hybrid_attn.evals.ruler import tasks, words
+from hybrid_attn.evals.ruler.draws import of_sample
+from hybrid_attn.evals.ruler.qa import Questions
+from hybrid_attn.evals.ruler.tasks import ESSAYS, NAMES, NEW_TOKENS, QA, Place, Question
+from hybrid_attn.evals.samples import Sample
+from hybrid_attn.trees import check
+
+# Units; from 53 coded words on, the last rank asked for is more frequent than the next.
+FEWEST = {"vt": tasks.HOPS + 1, "cwe": tasks.COMMON_WORDS + 1, "fwe": 53}
+EXAMPLE_TOKENS = 500  # of the solved question before one of variables
+STRAIGHT = 12  # calls after which costs were not near a line, and halving ends sooner
+ROUND_TO = 32  # tokens of an answer longer than the task has in mind: few numbers make few compilations
+
+
+def present(haystack: str | None, qa: Mapping[str, Questions]) -> list[str]:
+    """The tasks that can be asked: those in prose need a text, the last two the files of their questions."""
+    return [task for task in NAMES if (task not in ESSAYS or haystack) and (task not in QA or task in qa)]
+
+
+def generate(
+    task: str,
+    length: int,
+    index: int,
+    seed: int,
+    tokenizer: Bytes | Json,
+    haystack: str | None = None,
+    qa: Mapping[str, Questions] | None = None,
+) -> Sample:
+    """A sample that follows from its arguments alone; one more unit of text and it would not fit into `length` tokens.
+
+    The mark that begins a document and the answer count. ValueError where the smallest prompt does not fit, or where the task
+    lacks the text `haystack` or its questions.
+    """
+    check_known(task)
+    name = f"{task} {index} {seed}"  # without the length: longer texts hide the same
+    place = Place(length, index, source(task, index, haystack, qa or {}))
+
+    def cost(question: Question) -> int:
+        return 1 + count(tokenizer, question.prompt) + new_tokens(task, question.gold, tokenizer)
+
+    fewest = FEWEST.get(task, len(place.source.asked[index].documents) if task in QA else 1)
+    what = f"sample {index} of {task}"
+    if task == "vt":
+        ask = _tracking(name, length, tokenizer)
+    else:
+        ask = functools.partial(_asked, task, name, place, words.singles())
+    most = len(words.singles()) if task == "cwe" else None
+    units = largest(lambda n: cost(ask(n)), length, fewest, what, most)
+    if units == most:
+        ask = functools.partial(_asked, task, name, place, words.pairs())
+        units = largest(lambda n: cost(ask(n)), length, fewest, what)
+    question = ask(units)
+    depths = [round(question.prompt.rindex(mark) / len(question.prompt), 4) for mark in question.marks]
+    meta = {"seed": seed, "units": units, "tokens": cost(question), "depths": depths}
+    answers = tuple(dict.fromkeys(question.answers))
+    return Sample(task, length, index, question.prompt, answers, new_tokens(task, question.gold, tokenizer), "", meta)
+
+
+def largest(cost: Callable[[int], int], budget: int, fewest: int, what: str, most: int | None = None) -> int:
+    """The n from `fewest` to `most` that costs at most `budget` where n + 1 does not: few calls where costs are near a line."""
+    low, spent = fewest, cost(fewest)
+    check(
+        spent <= budget,
+        f"{what} does not fit into {budget:,} tokens: its smallest prompt, the mark before it and its answer take {spent:,}; "
+        f"use a length of at least {spent:,}, or a tokenizer with longer pieces",
+    )
+    high, each, calls = None if most is None else most + 1, spent / fewest, 0
+    while high is None or high - low > 1:
+        guess = low + max(1, min(int((budget - spent) / max(each, 0.01)), 63 * low))
+        if high is not None:
+            guess = (low + high) // 2 if calls > STRAIGHT else min(guess, high - 1)
+        new = cost(guess)
+        each, calls = (new - spent) / (guess - low), calls + 1
+        if new <= budget:
+            low, spent = guess, new
+        else:
+            high = guess
+    return low
+
+
+def count(tokenizer: Bytes | Json, text: str) -> int:
+    return len(tokenizer.encode(text.encode()))
+
+
+def new_tokens(task: str, gold: str, tokenizer: Bytes | Json) -> int:
+    """RULER's for the task, or more where its answer takes more tokens than that, as in bytes."""
+    needed = count(tokenizer, f" {gold}")
+    return NEW_TOKENS[task] if needed <= NEW_TOKENS[task] else -(-needed // ROUND_TO) * ROUND_TO
+
+
+def check_known(task: str) -> None:
+    near = difflib.get_close_matches(task, NAMES, 1, 0.0)
+    check(task in NAMES, f"{task!r} is no task of RULER; did you mean {near[0]!r}? There are {', '.join(NAMES)}")
+
+
+def _asked(task: str, name: str, place: Place, listed: Sequence[str], units: int) -> Question:
+    return tasks.ask(task, of_sample(name, listed, words.pairs()), place, units)
+
+
+def _tracking(name: str, length: int, tokenizer: Bytes | Json) -> Callable[[int], Question]:
+    """Questions of variables after a solved one, which has 500 tokens or its smallest, and less where all is short."""
+
+    def example(draws, units: int) -> str:
+        return tasks.solved(tasks.chain(draws, units, 3))
+
+    def drawn():
+        return of_sample(name, (), ())
+
+    fewest = FEWEST["vt"]
+    budget = max(min(EXAMPLE_TOKENS, length // 8), count(tokenizer, example(drawn(), fewest)))
+    shown = largest(lambda n: count(tokenizer, example(drawn(), n)), budget, fewest, "the example of vt")
+
+    def ask(units: int) -> Question:
+        draws = drawn()
+        before = example(draws, shown)
+        question = tasks.chain(draws, units, 5)
+        return question._replace(prompt=before + question.prompt)
+
+    return ask
+
+
+def source(task: str, index: int, haystack: str | None, qa: Mapping[str, Questions]) -> Sequence[str] | Questions | None:
+    """What question `index` is made from besides the numbers drawn; ValueError where that was not given."""
+    if task in ESSAYS:
+        check(bool(haystack and haystack.strip()), f"{task} hides its needles in a text; give one as haystack")
+        return _words(haystack)
+    if task not in QA:
+        return None
+    check(task in qa, f"{task} asks questions of a file that was not given; give it, or leave the task out")
+    questions = len(qa[task].asked)
+    check(
+        index < questions, f"{task} has {questions:,} questions and no number {index:,}; ask for at most {questions:,} samples"
+    )
+    return qa[task]
+
+
+@functools.lru_cache(maxsize=2)
+def _words(text: str) -> list[str]:
+    return re.sub(r"\s+", " ", text).split(" ")

@@ -1,0 +1,62 @@
+"""Questions whose answers stand in documents, from the files of SQuAD and HotpotQA."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from hybrid_attn.trees import check
+
+
+class Asked(NamedTuple):
+    """`documents` answer the question, `related` are others of the same article: places in `Questions.documents`."""
+
+    question: str
+    answers: tuple[str, ...]
+    documents: tuple[int, ...]
+    related: tuple[int, ...]
+
+
+class Questions(NamedTuple):
+    asked: tuple[Asked, ...]
+    documents: tuple[str, ...]
+
+
+def read_squad(path: Path) -> Questions:
+    """SQuAD 2.0, such as dev-v2.0.json; questions without an answer are left out."""
+    try:
+        articles = json.loads(path.read_bytes())["data"]
+        texts = [[paragraph["context"] for paragraph in article["paragraphs"]] for article in articles]
+        documents, place = _places(text for article in texts for text in article)
+        asked = []
+        for article, around in zip(articles, texts, strict=True):
+            for paragraph, own in zip(article["paragraphs"], around, strict=True):
+                related = tuple(place[text] for text in around if text != own)
+                for x in paragraph["qas"]:
+                    if not x["is_impossible"]:
+                        answers = tuple(answer["text"] for answer in x["answers"])
+                        asked.append(Asked(x["question"], answers, (place[own],), related))
+    except (TypeError, KeyError, ValueError) as cause:
+        raise ValueError(f"{path} is no file of SQuAD 2.0 ({cause!r}); give dev-v2.0.json") from cause
+    check(bool(asked), f"{path} has no question with an answer")
+    return Questions(tuple(asked), documents)
+
+
+def read_hotpot(path: Path) -> Questions:
+    """HotpotQA with distractors, such as hotpot_dev_distractor_v1.json."""
+    try:
+        entries = json.loads(path.read_bytes())
+        texts = [[f"{title}\n{''.join(lines)}" for title, lines in entry["context"]] for entry in entries]
+        documents, place = _places(text for own in texts for text in own)
+        asked = [
+            Asked(entry["question"], (entry["answer"],), tuple(place[text] for text in own), ())
+            for entry, own in zip(entries, texts, strict=True)
+        ]
+    except (TypeError, KeyError, ValueError) as cause:
+        raise ValueError(f"{path} is no file of HotpotQA ({cause!r}); give hotpot_dev_distractor_v1.json") from cause
+    check(bool(asked), f"{path} has no question")
+    return Questions(tuple(asked), documents)
+
+
+def _places(texts) -> tuple[tuple[str, ...], dict[str, int]]:
+    documents = tuple(sorted(set(texts)))
+    return documents, {text: i for i, text in enumerate(documents)}

@@ -1,0 +1,225 @@
+"""RULER's thirteen tasks (arXiv 2404.06654): a question of so many units of text, whose templates and counts are its own."""
+
+import math
+import string
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hybrid_attn.evals.ruler.draws import Draws
+from hybrid_attn.evals.ruler.qa import Questions
+
+SHORT = 4096  # tokens; below, RULER counts words otherwise, and what it measures is "short RULER"
+
+
+class Needles(NamedTuple):
+    """What is hidden where, and how many keys, values of each and queries there are."""
+
+    haystack: str
+    key: str
+    value: str
+    keys: int = 1
+    values: int = 1
+    queries: int = 1
+
+
+class Question(NamedTuple):
+    """`gold` is what a perfect model goes on with; `marks` are the parts of the prompt that tell the answers."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    gold: str
+    marks: tuple[str, ...]
+
+
+NEEDLES = {
+    "niah_single_1": Needles("noise", "words", "numbers"),
+    "niah_single_2": Needles("essay", "words", "numbers"),
+    "niah_single_3": Needles("essay", "words", "uuids"),
+    "niah_multikey_1": Needles("essay", "words", "numbers", keys=4),
+    "niah_multikey_2": Needles("needle", "words", "numbers"),
+    "niah_multikey_3": Needles("needle", "uuids", "uuids"),
+    "niah_multivalue": Needles("essay", "words", "numbers", values=4),
+    "niah_multiquery": Needles("essay", "words", "numbers", keys=4, queries=4),
+}
+QA = ("qa_1", "qa_2")
+NAMES = (*NEEDLES, "vt", "cwe", "fwe", *QA)
+ESSAYS = tuple(name for name, kind in NEEDLES.items() if kind.haystack == "essay")
+NEW_TOKENS = dict.fromkeys(NEEDLES, 128) | {"vt": 30, "cwe": 120, "fwe": 50} | dict.fromkeys(QA, 32)
+
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent
+FIND_ALL = (
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {kind} afterwards.\n{context}\n"
+    "What are all the special magic {kind} for {query} mentioned in the provided text?"
+    " The special magic {kind} for {query} mentioned in the provided text are"
+)
+FIND_ONE = (
+    "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {kind} afterwards.\n{context}\n"
+    "What is the special magic {kind} for {query} mentioned in the provided text?"
+    " The special magic {kind} for {query} mentioned in the provided text is"
+)
+TRACK = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+    "Question: Find all variables that are assigned the value {query} in the text above."
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the value "
+    "{query}, they are: "
+)
+COMMON = (
+    "Below is a numbered list of words. In these words, some appear more often than others. "
+    "Memorize the ones that appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?"
+    " Answer: The top 10 words that appear most often in the list are:"
+)
+FREQUENT = (
+    "Read the following coded text and track the frequency of each coded word. "
+    "Find the three most frequently appeared coded words. {context}\nQuestion: Do not provide any explanation. "
+    "Please ignore the dots '....'. What are the three most frequently appeared words in the above coded text?"
+    " Answer: According to the coded text above, the three most frequently appeared words are:"
+)
+ONLY = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+DOCUMENTS = f"{ONLY}\n\nThe following are given documents.\n\n{{context}}\n\n{ONLY}\n\nQuestion: {{query}} Answer:"
+HOPS = 4
+COMMON_WORDS = 10
+CODED_LETTERS = 6
+
+
+def needles(draws: Draws, kind: Needles, essay: Sequence[str], units: int) -> Question:
+    """`units` are words of `essay`, lines of noise, or lines that are needles with other keys."""
+    keys, values, found = [], [], []
+    for _ in range(kind.keys):
+        keys.append(draws.magic(kind.key))
+        values.append([draws.magic(kind.value) for _ in range(kind.values)])
+        found += [NEEDLE.format(kind=kind.value, key=keys[-1], value=value) for value in values[-1]]
+    draws.shuffle(found)
+    context = _in_essay(draws, found, essay, units) if kind.haystack == "essay" else _in_lines(draws, found, kind, units)
+    asked = draws.rng.sample(range(kind.keys), kind.queries)
+    answers = tuple(value for i in asked for value in values[i])
+    *first, last = (keys[i] for i in asked)
+    query = f"{', '.join(first)}, and {last}" if first else last
+    one = len(answers) == 1
+    name = kind.value.removesuffix("s") if one else kind.value
+    prompt = (FIND_ONE if one else FIND_ALL).format(kind=name, context=context, query=query)
+    marks = tuple(NEEDLE.format(kind=kind.value, key=keys[i], value=value) for i in asked for value in values[i])
+    return Question(prompt, answers, ", ".join(answers), marks)
+
+
+def _in_essay(draws: Draws, found: list[str], essay: Sequence[str], units: int) -> str:
+    text = " ".join(essay[:units] if units <= len(essay) else (list(essay) * -(-units // len(essay)))[:units])
+    lines = draws.sentences(text.strip())
+    places = sorted(int(len(lines) * (depth / 100)) for depth in draws.rng.sample(DEPTHS, len(found)))
+    pieces = []
+    for first, end, needle in zip([0, *places], places, found, strict=False):
+        pieces += [" ".join(lines[first:end]), needle]
+    return " ".join([*pieces, " ".join(lines[places[-1] :])])
+
+
+def _in_lines(draws: Draws, found: list[str], kind: Needles, units: int) -> str:
+    if kind.haystack == "noise":
+        lines = [NOISE] * units
+    else:
+        others = ((draws.magic(kind.key), draws.magic(kind.value)) for _ in range(units))
+        lines = [NEEDLE.format(kind=kind.value, key=key, value=value) for key, value in others]
+    for place, needle in zip(sorted(draws.rng.sample(range(units), len(found)), reverse=True), found, strict=True):
+        lines.insert(place, needle)
+    return "\n".join(lines)
+
+
+def chain(draws: Draws, units: int, letters: int, value: str | None = None) -> Question:
+    """A chain of variables with names of so many `letters` among `units` lines of noise, at least five."""
+    names = [draws.fresh(lambda: draws.letters(letters)) for _ in range(HOPS + 1)]
+    value = value or draws.value()
+    hops = [f"VAR {new} = VAR {old} " for old, new in zip(names, names[1:], strict=False)]
+    marks = (f"VAR {names[0]} = {value}", *hops)
+    lines = [NOISE] * units
+    for passed, place in enumerate(sorted(draws.rng.sample(range(units), len(marks)))):
+        lines.insert(place + passed, marks[passed])
+    prompt = TRACK.format(context="\n".join(lines), query=value, count=len(names))
+    return Question(prompt, tuple(names), " ".join(names), marks)
+
+
+def solved(question: Question) -> str:
+    """A question of variables with its answer, to go before another."""
+    return f"{question.prompt} {question.gold}\n\n"
+
+
+def common_words(draws: Draws, length: int, units: int) -> Question:
+    """Ten of `units` words stand in the list more often than the others; a solved list goes before it."""
+    example, main = ((20, 3, 1), (units, 6, 1)) if length < SHORT else ((40, 10, 3), (units, 30, 3))
+    (shown, known), (asked, answers) = _word_list(draws, *example), _word_list(draws, *main)
+    prompt = f"{COMMON.format(context=shown)} {_numbered(known)}\n{COMMON.format(context=asked)}"
+    return Question(prompt, tuple(answers), _numbered(answers), ())
+
+
+def _word_list(draws: Draws, words: int, often: int, seldom: int) -> tuple[str, list[str]]:
+    drawn = draws.rng.sample(draws.words(words), words)
+    common = drawn[:COMMON_WORDS]
+    listed = common * often + drawn[COMMON_WORDS:] * seldom
+    draws.shuffle(listed)
+    return _numbered(listed), common
+
+
+def _numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+
+
+def vocabulary(draws: Draws, length: int) -> list[str]:
+    """Coded words from the most frequent, which is dots, to the least."""
+    size = (length - NEW_TOKENS["fwe"]) // 50
+    drawn = [draws.letters(CODED_LETTERS, string.ascii_lowercase) for _ in range(size)]
+    while len(set(drawn)) < size:
+        drawn.append(draws.letters(CODED_LETTERS, string.ascii_lowercase))
+    ranked = sorted(set(drawn))
+    draws.shuffle(ranked)
+    return ["...", *ranked[1:]]
+
+
+def coded_text(draws: Draws, ranked: Sequence[str], units: int) -> Question:
+    """Of `units` words, the share of rank k is 1 / k² ζ(2), rounded down; ranks 2 to 4 are asked for."""
+    counts = [int(units * float(rank) ** -2.0 / (math.pi**2 / 6)) for rank in range(1, len(ranked) + 1)]
+    coded = [word for word, times in zip(ranked, counts, strict=True) for _ in range(times)]
+    draws.shuffle(coded)
+    answers = tuple(ranked[1:4])
+    return Question(FREQUENT.format(context=" ".join(coded)), answers, " ".join(answers), ())
+
+
+def documents(draws: Draws, qa: Questions, index: int, units: int) -> Question:
+    """Question `index` with the documents that answer it and others, `units` in all; those of its own article come first."""
+    asked = qa.asked[index]
+    if units >= len(qa.documents):
+        texts = (list(qa.documents) * -(-units // len(qa.documents)))[:units]
+    else:
+        near, more = list(asked.documents), list(asked.related)
+        if units - len(near) > len(more):
+            known = {*near, *more}
+            others = [i for i in range(len(qa.documents)) if i not in known]
+            chosen = near + more + draws.rng.sample(others, units - len(near) - len(more))
+        else:
+            chosen = near + draws.rng.sample(more, units - len(near))
+        texts = [qa.documents[i] for i in chosen]
+    draws.shuffle(texts)
+    context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(texts, 1))
+    prompt = DOCUMENTS.format(context=context, query=asked.question)
+    return Question(prompt, asked.answers, max(asked.answers, key=len), tuple(qa.documents[i] for i in asked.documents))
+
+
+class Place(NamedTuple):
+    """Which question is asked: the length of its task, its number, and the words of an essay or the `Questions` it needs."""
+
+    length: int
+    index: int
+    source: Sequence[str] | Questions | None
+
+
+def ask(task: str, draws: Draws, place: Place, units: int) -> Question:
+    """One question of a task; of variables without the solved one before it."""
+    if task in NEEDLES:
+        return needles(draws, NEEDLES[task], place.source, units)
+    if task in QA:
+        return documents(draws, place.source, place.index, units)
+    if task == "vt":
+        return chain(draws, units, 5)
+    if task == "cwe":
+        return common_words(draws, place.length, units)
+    return coded_text(draws, vocabulary(draws, place.length), units)

@@ -1,0 +1,107 @@
+"""Key tokens are those whose loss falls by more than two nats when the far context is there, found here token by token."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from conftest import RUN, mesh_of, on_mesh, random_params, tiny
+
+from hybrid_attn.data.documents import in_memory
+from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.evals import EVALS, Spec, Subject, keytokens
+from hybrid_attn.model import losses
+
+LENGTH, SHORT, SLIDE = 48, 9, 3  # windows of 12 tokens, of which every shard of context has two slices
+
+
+def subject_on(mesh, seed=0):
+    """A model that says nothing but four letters, by what it attends to: some losses are small, and many change."""
+    model = tiny({"model.logit_scale": 12.0}, G={"temperature.type": "log_length", "temperature.length": 3}).model
+    params = random_params(model, seed)
+    letters = (np.arange(model.vocab_size) < 4)[:, None]
+    for layer in params["periods"].values():
+        layer["attention"]["o"] *= 10
+    params["embed"] = jax.device_put(np.asarray(params["embed"]) * letters, params["embed"].sharding)
+    return Subject(model, params, RUN._replace(kernel="reference", balance=True), mesh, Bytes())
+
+
+def documents():
+    rng = np.random.default_rng(0)
+    lengths = (150, 9, 35, 60, 40)
+    return in_memory([rng.integers(0, 4, n).astype(np.uint16) for n in lengths], range(len(lengths)))
+
+
+def losses_of(subject, tokens, targets):
+    """Losses [T] of the tokens of a document that begins with them."""
+    row = {"tokens": tokens, "targets": targets, "positions": np.arange(len(tokens)), "segments": np.ones(len(tokens))}
+    batch = {name: np.pad(x, (0, LENGTH - len(x)))[None].astype(np.int32) for name, x in row.items()}
+    nll_BT, _ = jax.jit(losses, static_argnums=(0, 3))(subject.model, subject.params, on_mesh(batch), subject.run)
+    return np.asarray(nll_BT)[0, : len(tokens)]
+
+
+def by_hand(subject, evaluator, rows):
+    """(losses of key tokens, tokens looked at); the short contexts of `SLIDE` neighbours begin at the same token."""
+    found, looked = [], 0
+    for row in rows:
+        for segment in range(1, row["segments"].max() + 1):
+            inside = np.flatnonzero(row["segments"] == segment)
+            texts = row["tokens"], row["targets"]
+            whole, likely = (losses_of(x, *(text[inside] for text in texts)) for x in (subject, evaluator))
+            for t in inside[(inside >= SHORT) & (row["weights"][inside] > 0)]:
+                first = max((t - SHORT) // SLIDE * SLIDE, inside[0])
+                short = losses_of(evaluator, *(text[first : t + 1] for text in texts))[-1]
+                looked += 1
+                if short - likely[t - inside[0]] > 2 and likely[t - inside[0]] < 2:
+                    found.append(whole[t - inside[0]])
+    return np.array(found), looked
+
+
+@pytest.mark.parametrize("sizes, seed", [({}, 0), ({"data": 2, "context": 2}, 1)])
+def test_key_tokens_are_those_that_a_reader_of_single_tokens_finds(sizes, seed, monkeypatch):
+    monkeypatch.setattr(keytokens, "SLIDE", SHORT // SLIDE)
+    spec, mesh = Spec(documents(), LENGTH, 4 * LENGTH - 5), mesh_of(**sizes)
+    with jax.set_mesh(mesh):
+        evaluator = subject_on(mesh) if seed else None
+        (record,) = keytokens.run(subject_on(mesh, seed), spec, SHORT, evaluator)
+    rows = Rows(spec.documents, LENGTH, None, Bytes().byte_lengths)
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        found, looked = by_hand(subject_on(mesh, seed), subject_on(mesh), [rows[i] for i in rows.spread(4)])
+    assert 3 < len(found) < looked / 2
+    assert record["tokens"] == looked and record["key_tokens"] == len(found)
+    assert record["loss"] == pytest.approx(found.mean(), rel=1e-4)
+    assert record["perplexity"] == pytest.approx(math.exp(found.mean()), rel=1e-4)
+    assert record["length"] == LENGTH and record["short"] == SHORT
+
+
+def test_without_key_tokens_there_is_no_loss(one_device):
+    spec = Spec(in_memory([np.arange(SHORT, dtype=np.uint16)] * 9, range(9)), LENGTH, 1)
+    record = {"length": LENGTH, "short": 24, "tokens": 21, "key_tokens": 0, "loss": None, "perplexity": None}
+    assert [*EVALS["key_tokens"](subject_on(one_device), spec)] == [record]  # no document is longer than the short context
+
+
+def test_a_window_is_its_part_of_the_row_and_of_nothing_after_it():
+    rows = SyntheticRows(Task("recall", 3), LENGTH, None)
+    window, (row,) = keytokens.Window(rows, 30, 24), rows.read([(5, 0, LENGTH)])
+    (whole,), parts = window.read([(5, 0, 24)]), window.read([(5, 0, 10), (5, 10, 20), (5, 20, 24)])
+    for name, x in whole.items():
+        np.testing.assert_array_equal(x, np.concatenate([part[name] for part in parts]))
+        shift = 30 if name == "positions" else 0
+        np.testing.assert_array_equal(x, np.concatenate([row[name][30:] - shift * (row["segments"][30:] > 0), np.zeros(6)]))
+    assert window.spread(3) == rows.spread(3)
+
+
+@pytest.mark.parametrize("short", [0, LENGTH])
+def test_a_short_context_is_a_part_of_the_row(short, one_device):
+    with pytest.raises(ValueError, match=f"short={short} is no part of rows of 48 tokens; use 1 to 47"):
+        next(keytokens.run(subject_on(one_device), Spec(documents(), LENGTH, 1), short))
+
+
+def test_an_evaluator_of_another_tokenizer_is_refused(one_device):
+    subject, other = subject_on(one_device), Bytes()
+    other.hash = "0123456789abcdef"
+    with pytest.raises(ValueError, match="the evaluator's tokenizer is 0123456789ab, the subject's bytes"):
+        next(keytokens.run(subject, Spec(documents(), LENGTH, 1), evaluator=subject._replace(tokenizer=other)))

@@ -1,0 +1,120 @@
+"""The suite measures what is asked, each unit once, whoever interrupts it; and every model gets the same questions."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.evals import report, suite
+from hybrid_attn.evals.subject import Subject
+from hybrid_attn.infer.engine import Generated
+
+TEXT = " ".join(f"Sentence number {i} says little." for i in range(400))
+SETTINGS = suite.Settings(("needle", "ruler"), (2048,), 2, 100, (0.0, 50.0), 3)
+ABOUT = {"model": {"layers": "LG", "parameters": 5, "seq_len": 2048}, "step": 1}
+
+
+class Engine:
+    """Finds the numbers of the key that is asked for, as often as `patience` lets it; knows nothing else."""
+
+    def __init__(self, patience=10**6):
+        self.patience, self.prompts = patience, []
+
+    def generate(self, ids, most, *, on_tokens, **_):
+        self.patience -= 1
+        if self.patience < 0:
+            raise KeyboardInterrupt
+        found = []
+        for row, prompt in enumerate(ids):
+            text = bytes(prompt[1:]).decode()
+            self.prompts.append(text)
+            asked = re.search(r"special magic number(?:s)? for (\S+) mentioned", text)
+            values = re.findall(rf"for {asked[1]} is: (\d+)\.", text) if asked else []
+            tokens = list(", ".join(values).encode())[:most] or [Bytes.eos]
+            on_tokens(row, tokens)
+            found.append(Generated(np.array(tokens), np.zeros(len(tokens))))
+        return found
+
+
+def reader_of(engine, text=TEXT):
+    return suite.Reader(Subject(None, None, None, None, Bytes()), engine, {}, text, {})
+
+
+def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
+    heard = []
+    suite.run(
+        reader_of(engine), settings, ABOUT | changes, tmp_path / name, tmp_path / "samples",
+        lambda unit, number, of: heard.append((unit.name, number, of)),
+    )  # fmt: skip
+    return heard
+
+
+def test_every_unit_is_measured_and_its_answers_are_kept(tmp_path):
+    heard = run(tmp_path, Engine())
+    assert [number for _, number, _ in heard] == list(range(1, 14)) and {of for *_, of in heard} == {13}
+    found = report.read(tmp_path / "one")
+    cells = [(r["needles"], r["depth"], r["answers"], r["right"]) for r in found.of("needle")]
+    assert cells == [(1, 0.0, 2, 2), (1, 50.0, 2, 2), (4, 0.0, 8, 8), (4, 50.0, 8, 8)]
+    scores = {r["task"]: (r["score"], r["samples"], r["nulls"]) for r in found.of("ruler")}
+    assert scores["niah_single_1"] == (100.0, 2, 0) and scores["vt"] == (0.0, 2, 2)
+    assert "qa_1" not in scores and len(scores) == 11
+    assert len(found.answers) == 2 * 4 + 11 * 2
+    for answer in found.answers:
+        assert (answer["score"] == 1) == all(value in answer["given"] for value in answer["wanted"])
+    assert found.provenance["settings"]["samples"] == 2 and found.provenance["step"] == 1
+
+
+def test_who_was_interrupted_goes_on_with_what_is_not_done(tmp_path):
+    straight, first, second = Engine(), Engine(patience=3), Engine()
+    run(tmp_path, straight, name="straight")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, first)
+    assert not (tmp_path / "one/records.jsonl").exists() and len(list((tmp_path / "one/units").iterdir())) == 3
+    heard = run(tmp_path, second)
+    assert len(heard) == 13 and first.prompts + second.prompts == straight.prompts
+    for name in ("records.jsonl", "answers.jsonl"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "straight" / name).read_text()
+    assert run(tmp_path, Engine(patience=0)) == heard
+
+
+def test_a_directory_of_another_evaluation_is_refused_with_what_differs(tmp_path):
+    run(tmp_path, Engine())
+    with pytest.raises(
+        ValueError, match=r"one holds another evaluation \(there -> wanted\):\n  settings.seed: 3 -> 4\nuse another"
+    ):
+        run(tmp_path, Engine(), SETTINGS._replace(seed=4))
+    with pytest.raises(ValueError, match="  step: 1 -> 2\n"):
+        run(tmp_path, Engine(), step=2)
+
+
+def test_all_samples_are_drawn_before_anything_is_asked(tmp_path):
+    engine = Engine()
+    with pytest.raises(ValueError, match="sample 0 of vt does not fit into 1,024 tokens"):
+        run(tmp_path, engine, SETTINGS._replace(lengths=(2048, 1024)))
+    assert not engine.prompts and not (tmp_path / "one").exists()
+
+
+def test_evaluations_are_known_by_name():
+    assert suite.named("quick") == suite.SUITES["quick"] and set(suite.named("full")) == set(suite.MEASURES)
+    assert suite.named("ruler, needle") == ("ruler", "needle")
+    with pytest.raises(ValueError, match="names 'needel'; did you mean 'needle'?"):
+        suite.named("position,needel")
+
+
+def test_rows_of_a_task_are_left_out_where_they_are_too_short():
+    found = suite.units(SETTINGS._replace(evals=("recall",), lengths=(16, 64)), reader_of(None))
+    assert [unit.name for unit in found] == ["recall-copy-16", *(f"recall-{task}-64" for task in ("recall", "mqar", "copy"))]
+    with pytest.raises(ValueError, match="nothing to measure at lengths 2"):
+        suite.run(reader_of(None), SETTINGS._replace(evals=("recall",), lengths=(2,)), {}, None, None, None)
+
+
+def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_path):
+    run(tmp_path, Engine(), name="one")
+    files = sorted((tmp_path / "samples").iterdir())
+    run(tmp_path, Engine(), name="two")
+    assert sorted((tmp_path / "samples").iterdir()) == files and len(files) == 13
+    run(tmp_path, Engine(), SETTINGS._replace(seed=4), name="three")
+    assert len(list((tmp_path / "samples").iterdir())) == 26
+    assert json.loads((tmp_path / "two/run.json").read_text())["settings"]["seed"] == 3
