@@ -15,7 +15,6 @@ from hybrid_attn.evals.report import canvas, contents, pictures, sections, stati
 
 TRAINED = 4096
 LENGTHS = (2048, 4096, 8192)
-COMMAND_R = dict(zip((4096 * 2**i for i in range(6)), (93.8, 93.3, 92.4, 89.5, 84.9, 76.0), strict=True))
 NASTY = "</pre><script>document.title='broken'</script>\x00\x1b\ud800|"
 
 
@@ -88,16 +87,6 @@ def test_wilson_intervals_are_those_of_the_textbook():
         statistics.wilson(0, 0)
 
 
-def test_averages_and_effective_length_are_those_that_ruler_publishes():
-    found = statistics.averages(list(COMMAND_R.values()))
-    assert [round(x, 1) for x in found] == [88.3, 85.5, 91.1]
-    assert statistics.effective_length(COMMAND_R, 85.6) == 32768
-    assert statistics.effective_length({8192: 99.0, 4096: 85.5}, 85.6) is None
-    assert statistics.effective_length({4096: 90.0, 8192: 80.0, 16384: 90.0}, 85.6) == 4096
-    assert contents.effective(dict.fromkeys(COMMAND_R, 0.0), 0.0) == "<4K"  # a share of nothing is no length
-    assert contents.effective(COMMAND_R, 85.6) == "32K" and contents.effective(COMMAND_R, 76.0) == ">128K"
-
-
 def test_resampled_means_are_the_same_each_time_and_spread_as_means_do():
     values = np.arange(50.0)
     means = statistics.resampled_means(values, 3)
@@ -148,7 +137,7 @@ def test_the_table_in_rulers_form_leaves_short_lengths_out(written):
     assert [*hybrid][:5] == ["Models", "Claimed Length", "Effective Length", "4K", "8K"]
     assert (hybrid["4K"], hybrid["8K"], hybrid["Avg."], hybrid["Effective Length"]) == (100, 75, 87.5, "4K")
     assert hybrid["wAvg. (inc)"] == pytest.approx(250 / 3) and hybrid["wAvg. (dec)"] == pytest.approx(275 / 3)
-    assert rope["Effective Length"] == "4K" and rope["8K"] == 25
+    assert rope["Effective Length"] == "4K" and rope["8K"] == 25 and rope["85% of base"] == 4096
     short = rows_of(contents.ruler(runs, contents.is_short, "short", "Short"))
     assert [row["Effective Length"] for row in short] == [">2K"] * 2 and "4K" not in short[0]
 
@@ -208,7 +197,7 @@ def test_the_page_asks_for_no_other_file_and_runs_nothing_that_a_model_said(writ
     assert "@import" not in page and set(re.findall(r"url\((?!#)[^)]*\)", page)) == set()
     assert set(re.findall(r"\w+://[\w.]+", page)) <= {"http://www.w3.org", "https://www.w3.org"}
     assert page.count("<script>") == 1 and "&lt;script&gt;" in page and "hybrid &lt;3:1&gt;" in page
-    assert "␀␛?|" in page and not re.search(r"[\x00-\x08\x0b-\x1f]", page)
+    assert "\\x00\\x1b?|" in page and not re.search(r"[\x00-\x08\x0b-\x1f]", page)
 
 
 def test_colours_and_names_of_pictures_are_the_pages(written):
@@ -241,6 +230,7 @@ def test_rulers_own_files_have_rulers_form(written):
     assert (out / "summary.csv").read_text() == "0,1,2\nTasks,niah_single_1,vt\nScore,25.0,25.0\nNulls,1/8,1/8\n"
     submission = list(csv.DictReader((out / "submission.csv").open(newline="")))
     assert [*submission[0]] == ["Task", "ID", "Prediction"] and len(submission) == 16
+    assert submission[7]["ID"] == "7" and submission[7]["Prediction"].endswith("</script>\n\n?|")
 
 
 def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(written):
@@ -248,9 +238,12 @@ def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(written
     assert missed == "hybrid <3:1> 2 of 24, rope 6 of 24"
     assert [failure.length for failure in found] == [8192] * 6
     assert found[0].given == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and found[0].wanted == ["7"]
-    many = run_of("many", [answer("vt", length, i, 0.0) for length in LENGTHS for i in range(20)])
+    late = {2048: 0, 4096: 5, 8192: 15}
+    many = run_of("many", [answer("vt", length, i, float(i < late[length])) for length in LENGTHS for i in range(20)])
     _, found = sections.failures([many])["vt"]
-    assert [failure.length for failure in found] == [2048] * 3 + [4096] * 3 + [8192] * 2
+    assert [(failure.length, failure.index) for failure in found] == [
+        *((2048, 0), (2048, 1), (2048, 2), (4096, 5), (4096, 6), (4096, 7), (8192, 15), (8192, 16))
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,20 @@ import numpy as np
 from hybrid_attn.evals.report import statistics
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed, tokens
+from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effective, relative_length
+from hybrid_attn.evals.ruler.tasks import SHORT
 
-SHORTEST = 4096  # of RULER's lengths; what is shorter is another benchmark, and has a table of its own
 RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
 RUN, LENGTH = Column("run"), Column("length", tokens)
 INTERVAL = (Column("95% from", fixed(3)), Column("to", fixed(3)))
 
 
 def is_short(length: int) -> bool:
-    return length < SHORTEST
+    return length < SHORT
 
 
 def is_long(length: int) -> bool:
-    return length >= SHORTEST
+    return length >= SHORT
 
 
 def lengths_of(records: Iterable[Mapping]) -> list[int]:
@@ -40,33 +41,19 @@ def ruler(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title:
     """RULER's table: claimed and effective length, the mean of the tasks at each length, and the averages over lengths."""
     means = {run.name: scores for run in runs if (scores := ruler_means(run, belongs))}
     across = sorted({length for scores in means.values() for length in scores})
-    score = Column("", fixed(1), lambda value: value >= statistics.LEAST)
+    score = Column("", fixed(1), lambda value: value >= THRESHOLD)
     columns = [
         *(Column("Models"), Column("Claimed Length", tokens), Column("Effective Length")),
         *(score._replace(name=tokens(length)) for length in across),
         *(Column(x, fixed(1)) for x in ("Avg.", "wAvg. (inc)", "wAvg. (dec)")),
-        Column(f"{statistics.SHARE_OF_BASE:.0%} of base"),
+        Column(f"{RELATIVE:.0%} of base", tokens),
     ]
     rows = []
     for run in runs:
         if scores := means.get(run.name):
-            base = scores[min(scores)]
-            rows.append(
-                [
-                    *(run.name, run.trained, effective(scores, statistics.LEAST), *map(scores.get, across)),
-                    *statistics.averages([scores[length] for length in sorted(scores)]),
-                    effective(scores, statistics.SHARE_OF_BASE * base),
-                ]
-            )
+            row = [run.name, run.trained, effective(scores), *map(scores.get, across)]
+            rows.append([*row, *averages(scores).values(), relative_length(scores)])
     return Table(name, title, columns, rows)
-
-
-def effective(scores: Mapping[int, float], least: float) -> str:
-    """The effective length as RULER writes it: <4K where the shortest fails, >128K where none does."""
-    length = statistics.effective_length(scores, least) if least > 0 else None
-    if length is None:
-        return f"<{tokens(min(scores))}"
-    return f">{tokens(length)}" if length == max(scores) else tokens(length)
 
 
 def ruler_tasks(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title: str) -> Table:
@@ -76,7 +63,7 @@ def ruler_tasks(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, 
     lines: dict[tuple[str, str], dict[int, float]] = {}
     for run, record in records:
         lines.setdefault((record["task"], run), {})[record["length"]] = record["score"]
-    score = Column("", fixed(1), lambda value: value >= statistics.LEAST)
+    score = Column("", fixed(1), lambda value: value >= THRESHOLD)
     columns = [Column("task"), RUN, *(score._replace(name=tokens(length)) for length in across)]
     tasks = list(dict.fromkeys(task for task, _ in lines))
     rows = [[*key, *map(lines[key].get, across)] for key in sorted(lines, key=lambda key: tasks.index(key[0]))]

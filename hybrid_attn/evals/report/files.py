@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hybrid_attn.evals.report import contents, tables
 from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.ruler.scores import postprocess
 from hybrid_attn.trees import check
 
 
@@ -60,7 +61,7 @@ def _ruler_files(out: Path, run: Run) -> None:
             ["Nulls", *(f"{r['nulls']}/{r['samples']}" for r in records)],
         ]
         given = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
-        submission = [["Task", "ID", "Prediction"], *([x["task"], x["index"], x["given"]] for x in given)]
+        submission = [["Task", "ID", "Prediction"], *([x["task"], x["index"], postprocess(x["given"])] for x in given)]
         where = out / tables.plain(run.name) / str(length)
         _write(where / "summary.csv", tables.lines_of(summary))
         _write(where / "submission.csv", tables.lines_of(submission))

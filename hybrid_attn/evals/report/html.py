@@ -10,7 +10,7 @@ from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.sections import Failure, Section
 
 MOST_CHARACTERS = 1200  # of an answer
-VISIBLE = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {127: 0x2421}  # a page holds no control characters
+VISIBLE = {i: f"\\x{i:02x}" for i in (*range(32), 127) if chr(i) not in "\n\t"}  # a page holds no control characters
 
 
 def page(title: str, runs: Sequence[Run], sections: Sequence[Section], wrong: Mapping[str, tuple[str, list[Failure]]]) -> str:

@@ -10,11 +10,9 @@ from hybrid_attn.evals.report import contents, pictures, statistics
 from hybrid_attn.evals.report.canvas import Picture
 from hybrid_attn.evals.report.runs import Run, sample_of
 from hybrid_attn.evals.report.tables import Column, Table, count, fixed, plain, tokens
+from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effective
+from hybrid_attn.evals.ruler.tasks import NAMES
 
-ALL_RULER = frozenset(
-    (*(f"niah_{x}" for x in ("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3")),)
-    + ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2")
-)
 FEWEST = 5  # answers in a cell of the needle's grid that say something
 PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 SHOWN = 8  # wrong answers of a task
@@ -107,8 +105,8 @@ def _overview(runs: Sequence[Run]) -> Section:
         rows.append(
             [
                 *(run.name, model.get("layers"), model.get("parameters"), run.trained, run.provenance.get("step")),
-                statistics.averages(list(means.values())).plain if means else None,
-                contents.effective(means, statistics.LEAST) if means else None,
+                averages(means)["average"] if means else None,
+                effective(means) if means else None,
                 sum(r["right"] for r in needles) / answers if answers else None,
                 max(recalls, key=lambda r: r["length"])["accuracy"] if recalls else None,
                 losses[0]["loss"] if losses else None,
@@ -129,7 +127,7 @@ def _ruler(runs: Sequence[Run]) -> list[Section]:
             continue
         marks = [run.trained for run in runs]
         mean = {"mean of the tasks": [pictures.mean_curve(run, i, belongs) for i, run in means]}
-        figure = pictures.curves(mean, marks, "score", 100, statistics.LEAST)
+        figure = pictures.curves(mean, marks, "score", 100, THRESHOLD)
         panels = _task_curves(runs, belongs)
         by_task = pictures.curves(panels, marks, "score", 100, None)
         own = [
@@ -163,8 +161,8 @@ def _task_curves(runs: Sequence[Run], belongs: Callable[[int], bool]) -> dict[st
 def _ruler_words(runs: Sequence[Run], belongs: Callable[[int], bool]) -> list[str]:
     """What the averages are over, and where that differs."""
     words = [
-        f"A length is effective if it and all shorter ones score {statistics.LEAST} or more (underlined); the last column asks "
-        f"for {statistics.SHARE_OF_BASE:.0%} of the score at the shortest length instead. Averages are over the lengths of a "
+        f"A length is effective if it and all shorter ones score {THRESHOLD} or more (underlined); the last column asks "
+        f"for {RELATIVE:.0%} of the score at the shortest length instead. Averages are over the lengths of a "
         "row, wAvg. with weights that grow (inc) or fall (dec) with the length."
     ]
     if belongs is contents.is_short:
@@ -174,7 +172,7 @@ def _ruler_words(runs: Sequence[Run], belongs: Callable[[int], bool]) -> list[st
         records = [r for r in run.of("ruler") if belongs(r["length"])]
         lengths.add(tuple(contents.lengths_of(records)))
         tasks = {r["task"] for r in records}
-        if records and (absent := sorted(ALL_RULER - tasks)):
+        if records and (absent := sorted(set(NAMES) - tasks)):
             without.setdefault(", ".join(absent), []).append(run.name)
         for length in contents.lengths_of(records):
             if missing := sorted(tasks - {r["task"] for r in records if r["length"] == length}):

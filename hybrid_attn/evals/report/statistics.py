@@ -1,7 +1,7 @@
-"""What scores are worth: intervals, RULER's averages, and two models on the same questions."""
+"""What scores are worth: intervals, and two models on the same questions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,18 +10,8 @@ from hybrid_attn.evals.report.runs import Run, sample_of
 from hybrid_attn.trees import check
 
 Z = 1.959963984540054  # 95% of a normal distribution lies within as many deviations
-LEAST = 85.6  # a length is effective that scores as much: RULER's threshold, Llama-2-7B-chat at 4K
-SHARE_OF_BASE = 0.85  # the same, relative to the shortest length: NoLiMa's threshold
 RESAMPLES = 2000
 DRAWS = 2**20  # at a time
-
-
-class Averages(NamedTuple):
-    """Of scores by length: plain, and with weights 1, 2, … that grow or fall with the length."""
-
-    plain: float
-    increasing: float
-    decreasing: float
 
 
 class Difference(NamedTuple):
@@ -44,22 +34,6 @@ def wilson(right: float, number: int) -> tuple[float, float]:
     middle = share + z2 / 2
     spread = math.sqrt(z2 * (share * (1 - share) + z2 / 4))
     return max(0.0, (middle - spread) / (1 + z2)), min(1.0, (middle + spread) / (1 + z2))
-
-
-def averages(scores: Sequence[float]) -> Averages:
-    """RULER's Avg., wAvg.(inc) and wAvg.(dec) of the scores from the shortest length to the longest."""
-    rising = np.arange(1, len(scores) + 1)
-    return Averages(*(float(np.average(scores, weights=w)) for w in (np.ones(len(scores)), rising, rising[::-1])))
-
-
-def effective_length(scores: Mapping[int, float], least: float) -> int | None:
-    """The largest length up to which every length scores `least` or more; None where the shortest does not."""
-    found = None
-    for length in sorted(scores):
-        if scores[length] < least:
-            break
-        found = length
-    return found
 
 
 def resampled_means(values: np.ndarray, key: int) -> np.ndarray:
