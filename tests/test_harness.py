@@ -243,11 +243,13 @@ def local(tmp_path, monkeypatch):
         if name == "toy_answer":
             task["generation_kwargs"] = {"until": ["\n"], "max_gen_toks": 4}
         (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
+    group = {"group": "toys", "task": ["toy_choice"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "toys.yaml").write_text(json.dumps(group))
     return tmp_path
 
 
 def test_local_tasks_of_every_kind_have_the_values_that_a_hand_finds(engine, lm, local):
-    names = ["toy_choice", "toy_text", "toy_answer"]
+    names = ["toys", "toy_text", "toy_answer"]
     found = harness.evaluate(engine, LETTERS, names, max_length=MAX_LENGTH, include_path=local)
     assert json.loads(json.dumps(found)) == found
     right = 0
@@ -268,6 +270,7 @@ def test_local_tasks_of_every_kind_have_the_values_that_a_hand_finds(engine, lm,
     assert values["toy_text", "bits_per_byte"]["value"] == pytest.approx(nats / np.log(2) / sum(map(len, texts)))
     assert values["toy_text", "byte_perplexity"]["windowed"] == 1
     assert values["toy_answer", "exact_match"]["value"] == 0
+    assert values["toys", "acc"]["value"] == right / 5
 
 
 def test_one_process_reports_and_all_ask_the_same(local, monkeypatch):
@@ -292,6 +295,8 @@ def test_what_is_not_there_is_named(local):
         evaluate("toy_choice", limit=0)
     with pytest.raises(ValueError, match=r"there is no task 'toy_choise' under .*; did you mean 'toy_choice'\?"):
         evaluate("toy_choise")
+    with pytest.raises(ValueError, match="/none is no directory; name the one that holds the YAML files"):
+        harness.evaluate(Echo(lambda prompt: []), LETTERS, ["toy_choice"], max_length=8, include_path=local / "none")
     (local / "toy_choice.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="toy_choice.jsonl"):
         evaluate("toy_choice")

@@ -244,6 +244,8 @@ def _options(request) -> tuple[tuple[str, ...], tuple]:
 
 def _tasks(names: Sequence[str], include_path, metadata: Mapping | None) -> TaskManager:
     """The tasks under `include_path`, and the harness's own where a name is not among them."""
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"include_path={include_path} is no directory; name the one that holds the YAML files of tasks")
     manager = TaskManager(include_path=include_path, include_defaults=False, metadata=dict(metadata or {}))
 
     def missing():
