@@ -154,6 +154,21 @@ def test_results_are_those_of_the_requests_in_any_order_and_batch(lm):
     assert answers(small, *shuffled, **greedy) == answers(lm, *shuffled, **greedy)
 
 
+def test_which_questions_are_asked_together_does_not_depend_on_their_order():
+    questions, calls = [(i % 2, [i] * (5 * i % 7), i) for i in range(11)], []
+
+    def ask(some):
+        calls.append(some)
+        return [number for _, _, number in some]
+
+    assert harness.in_turn(questions, ask, 4, "numbers") == [*range(11)]
+    assert [(len(some), {group for group, *_ in some}) for some in calls] == [(4, {0}), (2, {0}), (4, {1}), (1, {1})]
+    assert [len(ids) for _, ids, _ in calls[0]] == [6, 5, 3, 2]
+    asked = [*calls]
+    calls.clear()
+    assert harness.in_turn(questions[::-1], ask, 4, "numbers") == [*range(11)][::-1] and calls == asked
+
+
 def test_an_answer_ends_before_a_stop_whose_characters_come_one_by_one(lm):
     contexts = ["The sky", "Where is", "a"]
     whole = answers(lm, *contexts, until=[], max_gen_toks=6)
