@@ -1,4 +1,4 @@
-# make train, test, test-oracle, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
+# make train, test, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
 #   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.optim.lr=1e-3"
 PYTHON ?= python3
 CONFIG ?= configs/hybrid_8k.py
@@ -10,7 +10,7 @@ CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
 VENV_PYTHON := .venv/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: train test test-oracle test-aot test-aot-models test-aot-gpu test-gpu test-tpu lint clean
+.PHONY: train test test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu lint clean
 
 train: .venv/.train
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
@@ -40,6 +40,10 @@ test-tpu: .venv/.tpu
 test-oracle: .venv/.oracle
 	$(VENV_PYTHON) -m pytest tests/oracle $(ARGS)
 
+# Tasks of lm-evaluation-harness, whose library `make test` does without.
+test-harness: .venv/.harness
+	$(VENV_PYTHON) -m pytest tests/test_harness.py -rs $(ARGS)
+
 lint: .venv/.test
 	$(VENV_PYTHON) -m ruff check .
 
@@ -63,6 +67,6 @@ clean:
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
-.venv/.tpu .venv/.gpu .venv/.oracle: .venv/.%: .venv/.test
+.venv/.tpu .venv/.gpu .venv/.oracle .venv/.harness: .venv/.%: .venv/.test
 	$(INSTALL) --editable '.[dev,$*]'
 	@touch $@
