@@ -41,6 +41,8 @@ DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "Where need
 TEXT = flags.DEFINE_multi_string("text", [], "Pattern of files in which needles are hidden.")
 SQUAD = flags.DEFINE_string("squad", None, "dev-v2.0.json of SQuAD, for qa_1.")
 HOTPOT = flags.DEFINE_string("hotpot", None, "hotpot_dev_distractor_v1.json of HotpotQA, for qa_2.")
+TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, for --suite=harness or full.")
+TASK_PATH = flags.DEFINE_string("task_path", None, "Folder of the YAML files of such tasks.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the questions.", lower_bound=0)
 CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that are read at a time.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
@@ -149,7 +151,11 @@ def main(argv):
         if argv[1:]:
             raise ValueError(f"{' '.join(argv[1:])!r} is no flag; quote what has spaces")
         settings = {"evals": suite.named(SUITE.value), "samples": SAMPLES.value, "tokens": TOKENS.value}
-        settings |= {"depths": depths(), "seed": SEED.value}
+        settings |= {"depths": depths(), "seed": SEED.value, "tasks": tuple(TASKS.value), "task_path": TASK_PATH.value}
+        if TASKS.value and "harness" not in settings["evals"]:
+            raise ValueError(
+                f"--tasks={','.join(TASKS.value)} is of --suite=harness or full, and this is --suite={SUITE.value}"
+            )
         files = {"qa_1": (SQUAD.value, qa.read_squad), "qa_2": (HOTPOT.value, qa.read_hotpot)}
         questions = {task: read(Path(path)) for task, (path, read) in files.items() if path is not None}
         text = haystack()

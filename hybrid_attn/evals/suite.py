@@ -38,6 +38,8 @@ class Settings(NamedTuple):
     tokens: int  # of held-out text, or of rows of a drawn task, at each length
     depths: tuple[float, ...]
     seed: int
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness, whose own files are in `task_path`
+    task_path: str | None = None
 
 
 class Reader(NamedTuple):
@@ -100,6 +102,18 @@ def measure_key_tokens(reader: Reader, settings: Settings, unit: Unit, asked) ->
     return Measured([{"source": unit.part, **record} for record in keytokens.run(reader.subject, spec)], [])
 
 
+def measure_harness(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
+    """A task of lm-evaluation-harness, whose library is an extra; of longer prompts than the unit the beginning is lost."""
+    from hybrid_attn.evals import harness
+
+    words = reader.subject.tokenizer
+    found = harness.evaluate(
+        reader.engine, words, [unit.part], max_length=unit.length, include_path=settings.task_path, limit=settings.samples,
+        stop_tokens=[words.eos],
+    )  # fmt: skip
+    return Measured([{"length": unit.length, **record} for record in harness.records(found)], [])
+
+
 def measure_needle(reader: Reader, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
     given = _given(reader, asked)
     shares = [needle.right(sample, text) / len(sample.answers) for sample, text in zip(asked, given, strict=True)]
@@ -122,6 +136,7 @@ MEASURES: dict[str, Callable[[Reader, Settings, Unit, list[Sample]], Measured]] 
     "ruler": measure_ruler,
     "attention_mass": measure_attention,
     "key_tokens": measure_key_tokens,
+    "harness": measure_harness,
 }
 SUITES = {"quick": ("position", "recall", "needle", "ruler", "attention_mass"), "full": tuple(MEASURES)}
 
@@ -147,6 +162,7 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
         "recall": tuple(RECALL),
         "needle": ("1", "4"),
         "ruler": tuple(ruler.present(reader.haystack, reader.questions)),
+        "harness": settings.tasks,
     }
     found = [Unit(name, part, length) for name in settings.evals for length in settings.lengths for part in parts[name]]
     return [unit for unit in found if unit.eval != "recall" or unit.length >= _shortest(unit.part)]
