@@ -332,6 +332,6 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
         reached = lambda *_: False  # noqa: E731
 
     c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
-    loop.run_steps(c, [{}], step, 0, 0, iter((i, None) for i in range(3)), Quiet(), Quiet(), Quiet())
+    loop.run_steps(c, [{}], step, 0, 0, iter((i, None) for i in range(3)), Quiet(), Quiet(), Quiet(), None)
     order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
     assert order == sorted(order)
