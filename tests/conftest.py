@@ -3,16 +3,21 @@
 TEST_PLATFORM names another platform, for tests/test_device.py.
 """
 
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import string
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import NamedSharding
 
@@ -71,6 +76,21 @@ def one_device():
     mesh = mesh_of()
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@contextlib.contextmanager
+def tool(name: str, **replaced):
+    """The module of tools/`name`.py, with modules in place of some that it imports; its flags end with it."""
+    before = set(flags.FLAGS)
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", Path(__file__).parents[1] / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for path, other in {**replaced, spec.name: module}.items():
+            patch.setitem(sys.modules, path, other)
+        spec.loader.exec_module(module)
+        yield module
+    for flag in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, flag)
 
 
 def random_params(model: config.Model, seed: int = 0) -> dict:

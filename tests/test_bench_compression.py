@@ -1,16 +1,13 @@
 """The tool that asks compressed caches: its questions, what counts as right, and what it refuses."""
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from conftest import mesh_of, random_params, tiny
 
@@ -18,21 +15,13 @@ from hybrid_attn import checkpoint, config
 from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.programs import parse
 
-PATH = Path(__file__).parents[1] / "tools" / "bench_compression.py"
 KEPT, WINDOW = {"1/2": 32, "1/4": 16}, 8
 
 
 @pytest.fixture(scope="module")
 def tool():
-    before = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location("bench_compression_tool", PATH)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "bench_compression_tool", module)
-        spec.loader.exec_module(module)
+    with conftest.tool("bench_compression") as module:
         yield module
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
 
 
 class Reader:

@@ -1,16 +1,14 @@
 """The tool that answers: what it gives the engine, what it prints and what it refuses. The engine here knows one answer."""
 
-import importlib.util
 import json
 import os
 import sys
 import types
-from pathlib import Path
 
+import conftest
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from conftest import mesh_of, random_params, tiny
 
@@ -20,7 +18,6 @@ from hybrid_attn.infer.engine import Generated, Timing
 from hybrid_attn.infer.sampling import GREEDY, Sampling
 from hybrid_attn.programs import parse
 
-PATH = Path(__file__).parents[1] / "tools" / "generate.py"
 REPLY = "two: né. END after".encode()
 
 
@@ -50,18 +47,10 @@ class Engine:
 @pytest.fixture(scope="module")
 def tool():
     """The tool's module over the engine above."""
-    before = set(flags.FLAGS)
     engine = types.ModuleType("hybrid_attn.infer.engine")
     engine.Engine, engine.Timing = Engine, Timing
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "hybrid_attn.infer.engine", engine)
-        spec = importlib.util.spec_from_file_location("generate_tool", PATH)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "generate_tool", module)
-        spec.loader.exec_module(module)
+    with conftest.tool("generate", **{engine.__name__: engine}) as module:
         yield module
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
 
 
 @pytest.fixture(scope="module")
