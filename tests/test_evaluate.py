@@ -1,13 +1,10 @@
 """The tool that evaluates checkpoints: from flags to a report, and what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import conftest
 import jax
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from conftest import mesh_of, random_params, tiny
 
@@ -15,20 +12,11 @@ from configs import base
 from hybrid_attn import checkpoint, config
 from hybrid_attn.programs import parse
 
-PATH = Path(__file__).parents[1] / "tools" / "evaluate.py"
-
 
 @pytest.fixture(scope="module")
 def tool():
-    before = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location("evaluate_tool", PATH)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "evaluate_tool", module)
-        spec.loader.exec_module(module)
+    with conftest.tool("evaluate") as module:
         yield module
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
 
 
 @pytest.fixture(scope="module")
