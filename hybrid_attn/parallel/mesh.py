@@ -92,4 +92,6 @@ def gathered(weight: jax.Array) -> jax.Array:
         )
 
     whole = P(*(None if axis == "fsdp" else axis for axis in spec), reduced={"fsdp", *rest})
+    if jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:
+        return jax.reshard(weight, whole)  # an all-gather over one device is a copy
     return jax.shard_map(shard, in_specs=spec, out_specs=whole)(weight)
