@@ -289,10 +289,10 @@ def wilson_curve(name: str, number: int, cells: Mapping[int, tuple[float, int]])
 def mean_curve(run: Run, number: int, belongs: Callable[[int], bool]) -> Curve:
     """RULER's mean over tasks, each task's answers resampled; without answers there is no band."""
     means, cells = contents.ruler_means(run, belongs), statistics.scores_by_cell(run)
-    tasks = {length: [r["task"] for r in run.of("ruler") if r["length"] == length] for length in means}
+    tasks = contents.ruler_tasks_of(run, belongs)
     bands = []
     for length, mean in means.items():
-        scores = [cells[task, length] for task in tasks[length] if (task, length) in cells]
+        scores = [cells[task, length] for task in tasks if (task, length) in cells]
         low, high = statistics.mean_interval(scores) if scores else (mean / 100, mean / 100)
         bands.append((100 * low, 100 * high))
     return Curve(run.name, number, list(means), list(means.values()), bands)
