@@ -71,7 +71,7 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
         (["--suite=needle", "--lengths=64"], "sample 0 of needle at depth 0 does not fit into 64 tokens"),
         (["--step=3"], "has no complete checkpoint of step 3; it has 7"),
         (["--tasks=arc"], "--tasks=arc is of --suite=harness or full, and this is --suite=quick"),
-        (["--suite=harness"], "nothing to measure"),
+        (["--suite=harness"], "--suite=harness asks lm-evaluation-harness, and for no task; name some with --tasks"),
         (["more"], "'more' is no flag"),
     ],
 )

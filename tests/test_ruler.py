@@ -205,9 +205,9 @@ def test_what_is_missing_is_named(task, given, words):
 
 
 def test_tasks_without_their_data_are_not_present(qa):
-    assert tuple(ruler.present(None, {})) == FREE
-    assert ruler.present(PROSE, qa) == list(ruler.NAMES)
-    assert len(ruler.present(PROSE, {})) == 11
+    assert {*ruler.NAMES} - {*ruler.missing(None, {})} == {*FREE}
+    assert ruler.missing(PROSE, qa) == {}
+    assert ruler.missing(PROSE, {}) == dict.fromkeys(("qa_1", "qa_2"), "needs the file of its questions")
 
 
 def test_questions_are_those_of_the_files(qa, tmp_path):
