@@ -304,7 +304,7 @@ def _attention_pictures(run: Run, number: int, length: int, every: Sequence[dict
 def _weights(records: Sequence[dict]) -> dict[str, np.ndarray]:
     """Mean weights of keys between neighbouring edges, over the heads of each kind of layer."""
     kinds = sorted({r["kind"] for r in records})
-    return {kind: np.mean([r["weights"] for r in records if r["kind"] == kind], axis=0) for kind in kinds}
+    return {kind: np.mean(np.array([r["weights"] for r in records if r["kind"] == kind], float), axis=0) for kind in kinds}
 
 
 def _grid(by_layer: dict[int, list[dict]], field: str) -> np.ndarray:
