@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_ruler import LISTS
 
+from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.evals import report, samples, suite
 from hybrid_attn.evals.ruler import compat, draws
@@ -176,3 +177,15 @@ def test_rows_that_a_mesh_does_not_split_are_refused():
         suite.fitting(settings, reader, None, True)
     short = suite.fitting(settings._replace(lengths=(16,)), reader, None, True)
     assert [x.part for x in short.absent] == ["recall", "mqar"]
+
+
+def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
+    subject = Subject(None, None, types.SimpleNamespace(balance=False), types.SimpleNamespace(shape={"context": 1}), Bytes())
+    heldout = {"probe": Task("recall", 4), "again": Task("copy", 1)}
+    reader = reader_of(None)._replace(subject=subject, heldout=heldout)
+    settings = SETTINGS._replace(evals=("position", "attention_mass"), lengths=(16, 64))
+    found = suite.fitting(settings, reader, None, False)
+    assert suite.units(found, reader) == [("attention_mass", "probe", 64)]
+    assert [x[:3] for x in found.absent] == [
+        *(("position", "", 16), ("position", "", 64), ("attention_mass", "probe", 16))
+    ]  # fmt: skip

@@ -56,7 +56,6 @@ MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,te
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
 SHORTEST = 2048  # of lengths that nobody named: in bytes, most of RULER's tasks fit
 HAYSTACK_BYTES = 2**22  # of text, after which it is repeated
-OF_DOCUMENTS = {"position", "attention_mass", "key_tokens"}
 OF_ENGINE = {"needle", "ruler", "harness"}
 TAKEN = ("samples", "pictures", "tables")  # what --out holds beside the runs
 
@@ -190,8 +189,7 @@ def evaluate(checkpoint: str, step: int, name: str, asked: Mapping, about: Mappi
     wanted = suite.Settings(lengths=lengths(c.stages[-1].seq_len), **asked)
     if OF_ENGINE & {*wanted.evals}:
         check_memory(c, engine, max(wanted.lengths))
-    sources = [source for source in c.sources if c.data.sources[source].task is None]
-    loaded = corpora.load(c.data, sources, words) if OF_DOCUMENTS & {*wanted.evals} else {}
+    loaded = corpora.load(c.data, c.sources, words) if {*suite.OF_SOURCES} & {*wanted.evals} else {}
     reader = suite.Reader(subject, engine, {source: x.heldout for source, x in loaded.items()}, **about)
     out = Path(OUT.value)
     wanted = suite.fitting(wanted, reader, out / "samples", LENGTHS.value is not None)

@@ -28,6 +28,7 @@ from hybrid_attn.parallel import fit
 ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
 RECALL = {"recall": 4, "mqar": 4, "copy": 1}  # tasks, with the pairs of a row
+OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
 GENERATOR = 1  # raised when the same settings give other samples
 
@@ -57,14 +58,14 @@ class Settings(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """A model with an engine of it, held-out documents by source, and text to hide needles in.
+    """A model with an engine of it, held-out documents or the task of each source, and text to hide needles in.
 
     `lists` are the words of RULER's own prompts.
     """
 
     subject: Subject
     engine: Engine
-    heldout: Mapping[str, Documents]
+    heldout: Mapping[str, Documents | Task]
     haystack: str
     questions: Mapping[str, Questions]
     lists: compat.Words | None = None
@@ -179,8 +180,10 @@ def named(suite: str) -> tuple[str, ...]:
 
 def units(settings: Settings, reader: Reader) -> list[Unit]:
     """All that `settings` ask for and the reader has the text for."""
+    drawn = [name for name, x in reader.heldout.items() if isinstance(x, Task)]
     parts = {
-        **dict.fromkeys(("position", "attention_mass", "key_tokens"), tuple(reader.heldout)),
+        **dict.fromkeys(OF_SOURCES, tuple(name for name in reader.heldout if name not in drawn)),
+        "attention_mass": tuple(x for x in reader.heldout if x not in drawn or reader.heldout[x].name == "recall"),
         "recall": tuple(RECALL),
         "needle": ("1", "4"),
         "ruler": tuple(task for task in ruler.NAMES if task not in missing(settings, reader)),
@@ -188,7 +191,7 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
     }
     found = [Unit(name, part, length) for name in settings.evals for length in settings.lengths for part in parts[name]]
     absent = {unit[:3] for unit in settings.absent}
-    return [x for x in found if x not in absent and (x.eval != "recall" or x.length >= _shortest(x.part))]
+    return [x for x in found if x not in absent and (x.eval != "recall" or x.length >= _shortest(x.part, RECALL[x.part]))]
 
 
 def missing(settings: Settings, reader: Reader) -> dict[str, str]:
@@ -208,10 +211,13 @@ def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Se
     for length in settings.lengths:
         for task, reason in missing(settings, reader).items():
             absent += [Absent("ruler", task, length, reason)] * ("ruler" in settings.evals)
-        for task in RECALL:
-            if "recall" in settings.evals and length < _shortest(task):
-                absent.append(Absent("recall", task, length, f"its shortest row has {_shortest(task)} tokens"))
-    for unit in units(settings, reader):
+        for task, pairs in RECALL.items():
+            if "recall" in settings.evals and length < (least := _shortest(task, pairs)):
+                absent.append(Absent("recall", task, length, f"its shortest row has {least} tokens"))
+    found = units(settings, reader)
+    unread = [name for name in OF_SOURCES if name in settings.evals and name not in {unit.eval for unit in found}]
+    absent += [Absent(name, "", length, "needs held-out documents") for name in unread for length in settings.lengths]
+    for unit in found:
         try:
             _check_fits(settings, reader, unit, shared)
         except TooLongError as cause:
@@ -227,6 +233,9 @@ def _check_fits(settings: Settings, reader: Reader, unit: Unit, shared: Path) ->
     if unit.eval in IN_ROWS:
         fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, reader.subject.mesh.shape, reader.subject.run.balance)
     if unit.eval == "attention_mass":
+        task = reader.heldout[unit.part]
+        if isinstance(task, Task) and unit.length < (least := _shortest(*task)):
+            raise TooLongError(f"its shortest row has {least} tokens")
         try:
             marked.prompts(_attention_spec(reader, unit), reader.subject.tokenizer)
         except ValueError as cause:
@@ -321,5 +330,5 @@ def _attention_spec(reader: Reader, unit: Unit) -> Spec:
     return Spec(reader.heldout[unit.part], unit.length, ATTENTION_PROMPTS * unit.length)
 
 
-def _shortest(task: str) -> int:
-    return config.shortest_row(config.Source((), None, 0, None, task, RECALL[task]))
+def _shortest(task: str, pairs: int) -> int:
+    return config.shortest_row(config.Source((), None, 0, None, task, pairs))

@@ -263,8 +263,12 @@ def verdict(difference: statistics.Difference) -> str:
 
 def absent(runs: Sequence[Run]) -> Table:
     """What was not measured of each run, and why."""
-    columns = [RUN, Column("evaluation"), Column("part"), LENGTH, Column("reason")]
-    rows = [[run.name, *x] for run in runs for x in run.absent]
+    lengths: dict[tuple, list[int]] = {}
+    for run in runs:
+        for evaluation, part, length, reason in run.absent:
+            lengths.setdefault((run.name, evaluation, part, reason), []).append(length)
+    columns = [RUN, Column("evaluation"), Column("part"), Column("lengths"), Column("reason")]
+    rows = [[*names, ", ".join(map(tokens, several)), reason] for (*names, reason), several in lengths.items()]
     return Table("absent", "Not measured, and in no average", columns, rows)
 
 
