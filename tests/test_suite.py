@@ -187,5 +187,5 @@ def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
     found = suite.fitting(settings, reader, None, False)
     assert suite.units(found, reader) == [("attention_mass", "probe", 64)]
     assert [x[:3] for x in found.absent] == [
-        *(("position", "", 16), ("position", "", 64), ("attention_mass", "probe", 16))
+        *(("position", "documents", 16), ("position", "documents", 64), ("attention_mass", "probe", 16))
     ]  # fmt: skip

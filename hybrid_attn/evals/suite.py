@@ -216,7 +216,9 @@ def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Se
                 absent.append(Absent("recall", task, length, f"its shortest row has {least} tokens"))
     found = units(settings, reader)
     unread = [name for name in OF_SOURCES if name in settings.evals and name not in {unit.eval for unit in found}]
-    absent += [Absent(name, "", length, "needs held-out documents") for name in unread for length in settings.lengths]
+    absent += [
+        Absent(name, "documents", length, "needs some that are held out") for name in unread for length in settings.lengths
+    ]
     for unit in found:
         try:
             _check_fits(settings, reader, unit, shared)
