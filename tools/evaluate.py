@@ -9,7 +9,6 @@ Exit status: 2 for what cannot be evaluated; 130 after Ctrl-C.
 
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import json
 import logging
@@ -125,8 +124,10 @@ def settings() -> dict:
         raise ValueError(f"--tasks={','.join(TASKS.value)} is of --suite=harness or full, and this is --suite={SUITE.value}")
     if "harness" in evals and not TASKS.value and SUITE.value != "full":
         raise ValueError(f"--suite={SUITE.value} asks lm-evaluation-harness, and for no task; name some with --tasks")
-    if TASKS.value and not importlib.util.find_spec("lm_eval"):
-        raise ImportError("--tasks needs lm-evaluation-harness; pip install 'hybrid_attn[harness]'")
+    if TASKS.value:
+        from hybrid_attn.evals import harness  # an extra
+
+        harness.find_tasks(TASKS.value, TASK_PATH.value, None)
     for flag, value in (("compat", COMPAT.value), ("squad", SQUAD.value), ("hotpot", HOTPOT.value)):
         if value and "ruler" not in evals:
             raise ValueError(f"--{flag} is of --suite=ruler, and this is --suite={SUITE.value}")
