@@ -333,28 +333,13 @@ class Evals:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    seed: int
+class Trained:
+    """What of a run's config its checkpoints are read with: what the model is, how it computes, and what it has read."""
+
     model: Model
-    mesh: Mesh
     data: Data
-    optim: Optim
     stages: tuple[Stage, ...]
     train: Train
-    evals: Evals
-
-    def __post_init__(self):
-        check(bool(self.stages), "stages is empty; a run needs at least one stage")
-        for index, stage in enumerate(self.stages):
-            _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
-            for name in self.weights(index):
-                _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
-        for multiple in self.evals.lengths:
-            for name in self.weights(-1):
-                length = round(multiple * self.stages[-1].seq_len)
-                _check_task(f"evals.lengths: {multiple} of the last seq_len,", length, name, self.data.sources[name], 1)
-        remat(self.model, self.train)
-        context(self.model, self.train)
 
     @property
     def total_steps(self) -> int:
@@ -377,6 +362,27 @@ class Config:
                 return index, step
             step -= stage.steps
         raise ValueError(f"step {step + self.total_steps} lies beyond the last of {self.total_steps} steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Trained):
+    seed: int
+    mesh: Mesh
+    optim: Optim
+    evals: Evals
+
+    def __post_init__(self):
+        check(bool(self.stages), "stages is empty; a run needs at least one stage")
+        for index, stage in enumerate(self.stages):
+            _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
+            for name in self.weights(index):
+                _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
+        for multiple in self.evals.lengths:
+            for name in self.weights(-1):
+                length = round(multiple * self.stages[-1].seq_len)
+                _check_task(f"evals.lengths: {multiple} of the last seq_len,", length, name, self.data.sources[name], 1)
+        remat(self.model, self.train)
+        context(self.model, self.train)
 
 
 def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[str]) -> None:
@@ -441,6 +447,12 @@ def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> 
 def build(values: Mapping) -> Config:
     """A checked `Config` from the nested mapping of a config file; ValueError names the key that does not fit."""
     return trees.build(Config, values, "config")
+
+
+def build_trained(values: Mapping) -> Trained:
+    """Those groups of a config that made a checkpoint; of the others, other versions of this program have other keys."""
+    read = {field.name for field in dataclasses.fields(Trained)}
+    return trees.build(Trained, {key: x for key, x in values.items() if key in read}, "config")
 
 
 def build_model(values: Mapping) -> Model:

@@ -23,7 +23,7 @@ from hybrid_attn.model.extend import layer_by_layer, unstacked
 from hybrid_attn.model.transformer import in_rows
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
 
-B, T, N, K, H, Q = 2, 48, 4, 2, 8, 16
+B, T, N, K, H, Q = 2, 48, 4, 2, 8, 24  # more queries than a row has, beyond the reach of the windows
 QUERIES, LENGTHS = (33, 27), (48, 43)  # each row's first query and its tokens
 INTERVALS = np.array([[(0, 10), (10, 30), (30, 48)], [(0, 1), (5, 9), (9, 43)]])
 KINDS = {
