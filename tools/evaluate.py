@@ -6,11 +6,8 @@ files, or the standard library of Python; held-out documents are those of the mo
 where it was interrupted. Exit status: 2 for what cannot be evaluated; 130 after Ctrl-C.
 """
 
-import hashlib
-import json
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,13 +18,13 @@ from absl import app, flags
 
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn import config
-from hybrid_attn.data import corpora, documents
-from hybrid_attn.evals import report, suite
+from hybrid_attn.data import corpora
+from hybrid_attn.evals import report, suite, texts
+from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.ruler import qa
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import Engine
-from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.programs import fail, parse, reason
 
@@ -47,7 +44,6 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the questions.", lower_bound=0)
 CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that are read at a time.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
 SHORTEST = 2048  # of lengths that nobody named: in bytes, one of RULER's tasks needs 1,747
-HAYSTACK_BYTES = 2**22  # of text, after which it is repeated
 
 
 def lengths(trained: int) -> tuple[int, ...]:
@@ -73,20 +69,6 @@ def depths() -> tuple[float, ...]:
     return found
 
 
-def haystack() -> str:
-    """The text of the files of --text, in their order, as far as it is needed."""
-    pieces, room = [], HAYSTACK_BYTES
-    for name, path in documents.find(tuple(TEXT.value)):
-        if room <= 0:
-            break
-        text = Path(path).read_text(encoding="utf-8", errors="replace")[:room]
-        if "\0" in text:
-            raise ValueError(f"--text: {name} is no text")
-        pieces.append(text)
-        room -= len(text)
-    return "\n".join(pieces)
-
-
 def names(checkpoints: Sequence[str]) -> list[str]:
     """A name for each, by which it is known in the report."""
     found: list[str] = []
@@ -95,29 +77,6 @@ def names(checkpoints: Sequence[str]) -> list[str]:
         name = path.parent.name if path.name == "checkpoints" else path.name
         found.append(name if name not in found else f"{name}-{len(found) + 1}")
     return found
-
-
-def provenance(checkpoint: str, step: int, c: config.Config, words, text: str) -> dict:
-    """Where the numbers come from."""
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
-    return {
-        "checkpoint": checkpoint,
-        "step": step,
-        "model": model,
-        "config": _sha(json.dumps(config.to_dict(c), sort_keys=True)),
-        "tokenizer": words.hash,
-        "haystack": _sha(text),
-        "revision": revision or "not a git repository",
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def evaluate(checkpoint: str, name: str, settings: Mapping, text: str, questions: Mapping) -> None:
@@ -158,7 +117,7 @@ def main(argv):
             )
         files = {"qa_1": (SQUAD.value, qa.read_squad), "qa_2": (HOTPOT.value, qa.read_hotpot)}
         questions = {task: read(Path(path)) for task, (path, read) in files.items() if path is not None}
-        text = haystack()
+        text = texts.of_files(tuple(TEXT.value))
         called = dict(zip(names(CHECKPOINT.value), CHECKPOINT.value, strict=True))
         with jax.set_mesh(make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])):
             for name, checkpoint in called.items():

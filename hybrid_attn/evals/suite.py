@@ -12,20 +12,24 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from hybrid_attn import config, trees
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import attention, keytokens, needle, position, recall, ruler, samples
+from hybrid_attn.evals import attention, keytokens, marked, needle, position, recall, ruler, samples
 from hybrid_attn.evals.ruler import scores
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.subject import Spec, Subject
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.text import answers
+from hybrid_attn.parallel.mesh import told
 
 ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
-RECALL = {"recall": 4, "mqar": 4, "copy": 1}  # tasks, with the pairs of a row
+RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1))}
+DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, where nobody says others
 GENERATOR = 1  # raised when the same settings give other samples
 
 
@@ -43,13 +47,14 @@ class Settings(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """A model with an engine of it, held-out documents by source, and text to hide needles in."""
+    """A model with an engine of it (None if nothing is asked), held-out documents by source, text to hide needles in, tasks."""
 
     subject: Subject
-    engine: Engine
+    engine: Engine | None
     heldout: Mapping[str, Documents]
     haystack: str
     questions: Mapping[str, Questions]
+    tasks: Mapping[str, Task] = RECALL
 
 
 class Unit(NamedTuple):
@@ -88,13 +93,17 @@ def measure_position(reader: Reader, settings: Settings, unit: Unit, asked) -> M
 
 
 def measure_recall(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
-    spec = Spec(Task(unit.part, RECALL[unit.part]), unit.length, settings.tokens)
+    spec = Spec(reader.tasks[unit.part], unit.length, settings.tokens)
     return Measured([{"source": unit.part, **record} for record in recall.run(reader.subject, spec)], [])
 
 
 def measure_attention(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
-    spec = Spec(reader.heldout[unit.part], unit.length, ATTENTION_PROMPTS * unit.length)
-    return Measured([{"source": unit.part, **record} for record in attention.run(reader.subject, spec)], [])
+    found = attention.run(reader.subject, _attention_spec(reader, unit))
+    return Measured([{"source": unit.part, **record} for record in found], [])
+
+
+def _attention_spec(reader: Reader, unit: Unit) -> Spec:
+    return Spec(reader.heldout[unit.part], unit.length, ATTENTION_PROMPTS * unit.length)
 
 
 def measure_key_tokens(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
@@ -159,13 +168,26 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
     """All that `settings` ask for and the reader has the text for."""
     parts = {
         **dict.fromkeys(("position", "attention_mass", "key_tokens"), tuple(reader.heldout)),
-        "recall": tuple(RECALL),
+        "recall": tuple(reader.tasks),
         "needle": ("1", "4"),
         "ruler": tuple(ruler.present(reader.haystack, reader.questions)),
         "harness": settings.tasks,
     }
     found = [Unit(name, part, length) for name in settings.evals for length in settings.lengths for part in parts[name]]
-    return [unit for unit in found if unit.eval != "recall" or unit.length >= _shortest(unit.part)]
+    return [unit for unit in found if unit.eval != "recall" or unit.length >= _shortest(reader.tasks[unit.part])]
+
+
+def prepare(reader: Reader, settings: Settings, shared: Path) -> dict[Unit, Path | None]:
+    """The units that are wanted, with the file of those that ask: all questions are drawn into `shared`.
+
+    ValueError where there is no unit, and where a question does not fit its length.
+    """
+    wanted = units(settings, reader)
+    trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
+    for unit in wanted:
+        if unit.eval == "attention_mass":
+            marked.prompts(_attention_spec(reader, unit), reader.subject.tokenizer)
+    return {unit: _drawn(reader, settings, unit, shared) if unit.eval in DRAWS else None for unit in wanted}
 
 
 def run(
@@ -174,36 +196,49 @@ def run(
     provenance: Mapping,
     directory: Path,
     shared: Path,
-    done: Callable[[Unit, int, int], None],
-) -> None:
+    done: Callable[[Unit, int, int], bool | None],
+) -> bool:
     """Measures the units that `directory` does not have; `done` hears of each, with how many are done and of how many.
 
-    All samples are drawn before anything is asked: into `shared`, for every model with the same tokenizer. ValueError where one
-    does not fit, and where the directory is of another run.
+    Whether all is measured: True from `done` ends this before. All questions are drawn before anything is asked (`prepare`):
+    into `shared`, for every model with the same tokenizer. Every process of a run makes the same call; the first one writes,
+    and the others see its files. ValueError where the directory is of another run.
     """
-    wanted = units(settings, reader)
-    trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
-    files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
-    _begin(directory, {**provenance, "settings": trees.plain(settings._asdict()), "generator": GENERATOR})
-    for number, unit in enumerate(wanted, 1):
+    files, writes = prepare(reader, settings, shared), jax.process_index() == 0
+    if writes:
+        _begin(directory, described(settings, provenance))
+    for number, (unit, file) in enumerate(files.items(), 1):
         path = directory / "units" / f"{unit.name}.json"
-        if not path.exists():
-            asked = samples.read(files[unit])[0] if unit in files else []
-            measured = MEASURES[unit.eval](reader, settings, unit, asked)
+        if not told(path.exists()):
+            measured = MEASURES[unit.eval](reader, settings, unit, [] if file is None else samples.read(file)[0])
             records = [{"eval": unit.eval, **record} for record in measured.records]
-            _write(path, json.dumps({"records": records, "answers": measured.answers}, ensure_ascii=False))
-        done(unit, number, len(wanted))
-    whole = [json.loads((directory / "units" / f"{unit.name}.json").read_text()) for unit in wanted]
-    for name in ("records", "answers"):
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for found in whole for line in found[name]]
-        _write(directory / f"{name}.jsonl", "".join(lines))
+            if writes:
+                _write(path, json.dumps({"records": records, "answers": measured.answers}, ensure_ascii=False))
+        if done(unit, number, len(files)):
+            return False
+    if writes:
+        whole = [measured_of(directory, unit) for unit in files]
+        for name in Measured._fields:
+            lines = [json.dumps(line, ensure_ascii=False) + "\n" for found in whole for line in getattr(found, name)]
+            _write(directory / f"{name}.jsonl", "".join(lines))
+    return True
+
+
+def described(settings: Settings, provenance: Mapping) -> dict:
+    """What run.json says of a run."""
+    return json.loads(json.dumps({**provenance, "settings": settings._asdict(), "generator": GENERATOR}))
+
+
+def measured_of(directory: Path, unit: Unit) -> Measured:
+    """What the file of a unit holds."""
+    return Measured(**json.loads((directory / "units" / f"{unit.name}.json").read_text()))
 
 
 def _drawn(reader: Reader, settings: Settings, unit: Unit, shared: Path) -> Path:
-    """The file of a unit's samples, in whose name is what they follow from."""
+    """The file of a unit's samples, in whose name is what they follow from; the first process writes it."""
     about = [GENERATOR, settings.samples, settings.seed, settings.depths, reader.subject.tokenizer.hash, reader.haystack]
     path = shared / f"{unit.name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}.jsonl"
-    if not path.exists():
+    if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         samples.write(path, DRAWS[unit.eval](reader, settings, unit))
     return path
@@ -234,7 +269,7 @@ def _begin(directory: Path, about: Mapping) -> None:
     path = directory / "run.json"
     if not path.exists():
         return _write(path, json.dumps(about, indent=1))
-    lines = trees.differences(json.loads(path.read_text()), json.loads(json.dumps(about)), "  ")
+    lines = trees.differences(json.loads(path.read_text()), about, "  ")
     trees.check(
         not lines,
         f"{directory} holds another evaluation (there -> wanted):\n"
@@ -251,5 +286,5 @@ def _write(path: Path, text: str) -> None:
     part.rename(path)
 
 
-def _shortest(task: str) -> int:
-    return config.shortest_row(config.Source((), None, 0, None, task, RECALL[task]))
+def _shortest(task: Task) -> int:
+    return config.shortest_row(config.Source((), None, 0, None, *task))
