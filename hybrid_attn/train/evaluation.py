@@ -107,12 +107,15 @@ class Evaluations:
         if not importlib.util.find_spec("matplotlib"):
             self.metrics.say("no pictures: they need the extra [eval]")
             return
+        from matplotlib.image import imread
+
         from hybrid_attn.evals.report import canvas, sections
 
         (folder / "pictures").mkdir(exist_ok=True)
         for picture in (picture for section in sections.sections([run]) for picture in section.pictures):
-            canvas.save(picture, folder / "pictures" / f"{picture.name}.png")
-            self.metrics.picture(picture.name, picture.figure)
+            path = folder / "pictures" / f"{picture.name}.png"
+            canvas.save(picture, path)
+            self.metrics.picture(picture.name, imread(path)[..., :3])
         self.metrics.say(f"pictures  {folder / 'pictures'}")
 
     @functools.cached_property

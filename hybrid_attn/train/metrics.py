@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tensorboardX
 import tqdm
 
@@ -95,10 +96,10 @@ class Metrics:
             self.tensorboard.add_scalar(name, value, self.step)
             self.tensorboard.flush()
 
-    def picture(self, name: str, figure) -> None:
-        """A matplotlib figure to TensorBoard."""
+    def picture(self, name: str, pixels_HWC: np.ndarray) -> None:
+        """Of red, green and blue between 0 and 1, to TensorBoard."""
         if self.writes:
-            self.tensorboard.add_figure(name, figure, self.step)
+            self.tensorboard.add_image(name, pixels_HWC, self.step, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """A line to stdout, above the progress bar."""
