@@ -146,8 +146,15 @@ def get_config() -> ConfigDict:
     t.checkpoint_every = 100  # steps
     t.keep = 2  # checkpoints kept
 
-    c.evals = ConfigDict()
-    c.evals.every = placeholder(int)  # steps between two evaluations; None = only when training ends
-    c.evals.tokens = 131_072  # held-out tokens at each length: scored, or in the rows whose answers are
-    c.evals.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len
+    e = c.evals = ConfigDict()
+    # position: held-out loss by position, of each source of documents in the last stage. recall: right answers in rows of each
+    # of its tasks. needle: one number and four, hidden at five depths of a text and asked for. ruler: RULER's tasks but the
+    # last two, which need files. attention_mass: where a question about a needle looks, by head. key_tokens: loss on tokens
+    # that only the far context makes likely. Needles lie in held-out text, or where there is none in Python's standard library;
+    # in bytes a question about four needs some 800 tokens, and RULER 1,747. tools/evaluate.py asks the same of checkpoints.
+    e.names = ("position", "recall")  # position | recall | needle | ruler | attention_mass | key_tokens
+    e.every = placeholder(int)  # steps between two evaluations; None = only when training ends
+    e.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len
+    e.tokens = 131_072  # at each length, of position, recall and key_tokens: scored, or in the rows whose answers are
+    e.samples = 5  # questions of needle at each length and depth, and of each task of ruler at each length
     return c

@@ -15,6 +15,7 @@ from hybrid_attn.trees import Table, check
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is for the kinds that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "exchange")
 TASKS = {"recall": 8, "mqar": 127, "copy": None}  # of synthetic sources, with the keys that pairs are made of
+EVALS = ("position", "recall", "needle", "ruler", "attention_mass", "key_tokens")  # that run in training
 QUERIES = 6  # in a row of the task "recall", of three tokens each
 
 
@@ -317,15 +318,21 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Evals:
-    """What is measured on the held-out documents when training ends, and every so many steps before."""
+    """What is measured of the model when training ends, and every so many steps before."""
 
+    names: tuple[str, ...]
     every: int | None
-    tokens: int
     lengths: tuple[float, ...]
+    tokens: int
+    samples: int
 
     def __post_init__(self):
+        for name in self.names:
+            _one_of("evals.names", name, EVALS)
+            check(self.names.count(name) == 1, f"evals.names={self.names} names {name!r} twice")
         check(self.every is None or self.every >= 1, f"evals.every={self.every} must be at least 1 step, or None")
-        check(self.tokens >= 1, f"evals.tokens={self.tokens} must be at least 1")
+        for name in ("tokens", "samples"):
+            check(getattr(self, name) >= 1, f"evals.{name}={getattr(self, name)} must be at least 1")
         check(
             all(x > 0 for x in self.lengths),
             f"evals.lengths={self.lengths} must be positive multiples of the training length",

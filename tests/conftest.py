@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import string
+import struct
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pytest
 from absl import flags
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import NamedSharding
+from tensorboardX.proto import event_pb2
 
 from configs import base
 from hybrid_attn import config
@@ -91,6 +93,18 @@ def tool(name: str, **replaced):
         yield module
     for flag in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, flag)
+
+
+def tensorboard_events(workdir: Path) -> list[event_pb2.Event]:
+    """All events, oldest file first; a record is its length in 8 bytes, 4 of checksum, itself, 4 of checksum."""
+    events = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            events.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return events
 
 
 def random_params(model: config.Model, seed: int = 0) -> dict:

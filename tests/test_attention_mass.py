@@ -15,7 +15,7 @@ from hybrid_attn.config import score_scale
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import EVALS, Spec, Subject, attention, marked, shares
+from hybrid_attn.evals import Spec, Subject, attention, marked, shares
 from hybrid_attn.evals.attention import SEGMENTS
 from hybrid_attn.evals.marked import Marked
 from hybrid_attn.evals.shares import Asked, Shares
@@ -168,7 +168,7 @@ def dense_values(name, spec):
 def test_records_are_the_means_of_dense_shares(name, sizes):
     spec, mesh, model = Spec(Task("recall", 4), 64, 3 * 64), mesh_of(**sizes), MODELS[name]
     with jax.set_mesh(mesh):
-        records = [*EVALS["attention_mass"](subject_on(mesh, model), spec)]
+        records = [*attention.run(subject_on(mesh, model), spec)]
     prompts, dense = dense_values(name, spec)
     heads = {(r["layer"], r["head"]): r for r in records}
     assert len(prompts) == 3 and len(heads) == len(records) == len(model.layers) * model.num_heads
@@ -195,7 +195,7 @@ def test_records_are_the_means_of_dense_shares(name, sizes):
 
 def test_weights_by_position_leave_out_both_ends(one_device):
     spec = Spec(Task("recall", 4), 64, 3 * 64)
-    records = [*EVALS["attention_mass"](subject_on(one_device, MODELS["everything"]), spec)]
+    records = [*attention.run(subject_on(one_device, MODELS["everything"]), spec)]
     prompts, dense = dense_values("everything", spec)
     for record in records:
         edges = record["edges"]
@@ -207,7 +207,7 @@ def test_weights_by_position_leave_out_both_ends(one_device):
 
 
 def test_a_window_that_ends_behind_the_needle_is_marked(one_device):
-    records = EVALS["attention_mass"](subject_on(one_device, MODELS["everything"]), Spec(Task("recall", 4), 64, 64))
+    records = attention.run(subject_on(one_device, MODELS["everything"]), Spec(Task("recall", 4), 64, 64))
     assert {(r["kind"], r["reach"], r["needle"] > 0, r["needle_lift"] > 0) for r in records} == {
         ("G", True, True, True), ("L", False, False, False),
     }  # fmt: skip
@@ -288,28 +288,3 @@ def test_what_makes_no_prompt_is_refused(spec, message):
 def test_marks_out_of_order_are_refused(needle, question, answer):
     with pytest.raises(ValueError, match="do not follow one another"):
         Marked(np.zeros(9, np.int32), needle, question, answer)
-
-
-def head(layer, kind, number, reach, **values):
-    return {"layer": layer, "kind": kind, "head": number, "length": 64, "reach": reach, "edges": [10, 20, 62]} | values
-
-
-def test_a_picture_shows_the_means_of_heads_and_what_is_out_of_reach():
-    pytest.importorskip("matplotlib")
-    from hybrid_attn.evals import picture
-
-    far = {"begin": 0.0, "needle": 0.0, "context": 0.5, "qc": 0.25, "nothing": 0.25, "needle_lift": 0.0, "weights": [0.0, 0.02]}
-    near = {"begin": 0.1, "needle": 0.2, "context": 0.4, "qc": 0.3, "needle_lift": 10.0, "weights": [0.01, 0.03]}
-    other = near | {"begin": 0.3, "needle": 0.0, "needle_lift": 0.0, "weights": [0.03, 0.01]}
-    records = [head(0, "L", 0, False, **far), head(0, "L", 1, False, **far)]
-    records += [head(1, "G", 0, True, **near), head(1, "G", 1, True, **other)]
-    shares, lifts, weights, _ = picture.attention_mass(records).axes
-    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in shares.containers}
-    assert heights["first tokens"] == pytest.approx([0.0, 0.2]) and heights["needle"] == pytest.approx([0.0, 0.1])
-    assert heights["no token"] == pytest.approx([0.25, 0.0])
-    (crosses,) = shares.lines
-    assert [*crosses.get_xdata()] == [0]
-    (image,) = lifts.images
-    np.testing.assert_array_equal(image.get_array().filled(np.nan), [[np.nan, np.nan], [1.0, np.nan]])
-    lines = [np.asarray(line.get_data().values) for line in weights.patches]
-    np.testing.assert_allclose(lines, [[np.nan, 0.02], [0.02, 0.02]])

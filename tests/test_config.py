@@ -132,6 +132,9 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
         ("train.keep", 0, "train.keep=0 must be at least 1"),
         ("evals.every", 0, "evals.every=0 must be at least 1 step, or None"),
         ("evals.lengths", [1.0, 0.0], "must be positive"),
+        ("evals.names", ["position", "needel"], "evals.names='needel' is not one of .*; did you mean 'needle'?"),
+        ("evals.names", ["position", "position"], "names 'position' twice"),
+        ("evals.samples", 0, "evals.samples=0 must be at least 1"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_with_its_reason(path, value, words):

@@ -11,7 +11,7 @@ from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.rows import Rows
 from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import EVALS, Spec, Subject, keytokens
+from hybrid_attn.evals import Spec, Subject, keytokens
 from hybrid_attn.model import losses
 
 LENGTH, SHORT, SLIDE = 48, 9, 3  # windows of 12 tokens, of which every shard of context has two slices
@@ -80,7 +80,7 @@ def test_key_tokens_are_those_that_a_reader_of_single_tokens_finds(sizes, seed, 
 def test_without_key_tokens_there_is_no_loss(one_device):
     spec = Spec(in_memory([np.arange(SHORT, dtype=np.uint16)] * 9, range(9)), LENGTH, 1)
     record = {"length": LENGTH, "short": 24, "tokens": 21, "key_tokens": 0, "loss": None, "perplexity": None}
-    assert [*EVALS["key_tokens"](subject_on(one_device), spec)] == [record]  # no document is longer than the short context
+    assert [*keytokens.run(subject_on(one_device), spec)] == [record]  # no document is longer than the short context
 
 
 def test_a_window_is_its_part_of_the_row_and_of_nothing_after_it():

@@ -17,6 +17,7 @@ from conftest import tiny
 from configs import base
 from hybrid_attn import checkpoint
 from hybrid_attn.data import corpora, tokenizer
+from hybrid_attn.evals import suite
 from hybrid_attn.train import loop
 
 ROOT = Path(__file__).parents[1]
@@ -253,7 +254,7 @@ def test_what_does_not_fit_is_said_before_training(corpus, tmp_path, changes, me
 
 
 def test_a_signal_in_the_evaluation_ends_it_with_everything_saved(corpus, straight, monkeypatch, capsys):
-    monkeypatch.setitem(loop.EVALS, "position", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or [])
+    monkeypatch.setitem(suite.MEASURES, "position", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert not loop.train(config_of(corpus), straight)
     assert f"stopped in the evaluation; all {STEPS} steps are saved" in capsys.readouterr().out
 

@@ -3,14 +3,13 @@
 import io
 import json
 import math
-import struct
 import sys
 import time
 import types
 
 import jax
 import pytest
-from tensorboardX.proto import event_pb2
+from conftest import tensorboard_events
 
 from hybrid_attn.train import metrics as metrics_module
 from hybrid_attn.train.metrics import Metrics, peak_flops
@@ -33,25 +32,13 @@ def _lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _events(workdir) -> list[event_pb2.Event]:
-    """All events, oldest file first; a record is its length in 8 bytes, 4 of checksum, itself, 4 of checksum."""
-    events = []
-    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
-        content = path.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            events.append(event_pb2.Event.FromString(content[12 : 12 + length]))
-            content = content[16 + length :]
-    return events
-
-
 def test_a_step_is_a_line_of_json_a_line_on_stdout_and_scalars_in_tensorboard(tmp_path, capsys):
     _run(tmp_path, 39, 40)
     assert _lines(tmp_path / "metrics.jsonl") == [{"step": 40, **VALUES, "tokens_per_s": 5412.0, "mfu": 0.4}]
     assert capsys.readouterr().out == (
         "step 40/300  loss 2.31  bpb 3.34  lr 0.003  grad 0.81  5,412 tok/s  40% MFU  data 0.2%\n"
     )
-    scalars = {v.tag: v.simple_value for event in _events(tmp_path) for v in event.summary.value if event.step == 40}
+    scalars = {v.tag: v.simple_value for event in tensorboard_events(tmp_path) for v in event.summary.value if event.step == 40}
     assert scalars == pytest.approx({**VALUES, "tokens_per_s": 5412.0, "mfu": 0.4})
 
 
@@ -71,7 +58,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["loss"] for line in lines] == [2.3125, 2.3125, 1.0, 1.0, 1.0]
     assert [path.name for path in tmp_path.glob("*.tmp")] == []
-    starts = [event.step for event in _events(tmp_path) if event.HasField("session_log")]
+    starts = [event.step for event in tensorboard_events(tmp_path) if event.HasField("session_log")]
     assert starts == [1, 3], "TensorBoard hides what the first run wrote from step 3 on"
 
 

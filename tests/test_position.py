@@ -10,7 +10,7 @@ from conftest import RUN, mesh_of, on_mesh, random_params, tiny
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.rows import Rows
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import EVALS, Spec, Subject, bigram, position
+from hybrid_attn.evals import Spec, Subject, bigram, position
 from hybrid_attn.model import losses
 from hybrid_attn.model.loss import mean_loss
 
@@ -37,7 +37,7 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
     mesh = mesh_of(data, fsdp)
     with jax.set_mesh(mesh):
         subject = subject_on(mesh)
-        *buckets, total = [record for record in EVALS["position"](subject, spec) if "part" not in record]
+        *buckets, total = [record for record in position.run(subject, spec) if "part" not in record]
     rows = [Rows(spec.documents, LENGTH, None, Bytes().byte_lengths)[i] for i in (0, 2, 4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     with jax.set_mesh(mesh_of()):

@@ -7,7 +7,7 @@ from conftest import RUN, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.synthetic import VALUES, SyntheticRows, Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import EVALS, Spec, Subject, recall
+from hybrid_attn.evals import Spec, Subject, recall
 from hybrid_attn.model import apply, logits
 
 LENGTH, NUM_ROWS = 40, 45
@@ -28,7 +28,7 @@ def test_accuracy_is_the_share_of_answers_that_have_the_greatest_logit(sizes, mo
     spec = Spec(Task("recall", 4), LENGTH, NUM_ROWS * LENGTH - 1)
     mesh = mesh_of(**sizes)
     with jax.set_mesh(mesh):
-        (record,) = EVALS["recall"](subject_on(mesh), spec)
+        (record,) = recall.run(subject_on(mesh), spec)
     rows = SyntheticRows(spec.documents, LENGTH, None).read([(i, 0, LENGTH) for i in range(NUM_ROWS)])
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     mesh = mesh_of()

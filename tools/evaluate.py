@@ -8,12 +8,9 @@ Exit status: 2 for what cannot be evaluated; 130 after Ctrl-C.
 """
 
 import contextlib
-import hashlib
 import itertools
-import json
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +21,9 @@ from absl import app, flags
 
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn import config
-from hybrid_attn.data import corpora, documents
-from hybrid_attn.evals import report, suite
+from hybrid_attn.data import corpora
+from hybrid_attn.evals import report, suite, texts
+from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.ruler import compat, qa
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer import loading
@@ -54,7 +52,6 @@ ROWS = flags.DEFINE_integer("rows", None, "Most prompts that are read together; 
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
 SHORTEST = 2048  # of lengths that nobody named: in bytes, most of RULER's tasks fit
-HAYSTACK_BYTES = 2**22  # of text, after which it is repeated
 OF_ENGINE = {"needle", "ruler", "harness"}
 TAKEN = ("samples", "pictures", "tables")  # what --out holds beside the runs
 
@@ -86,23 +83,6 @@ def numbers(flag: str, texts: Sequence[str], kind: type) -> tuple:
         ) from None
     if not found:
         raise ValueError(f"--{flag}= names none; leave it out for the default")
-    return found
-
-
-def haystack() -> str:
-    """The text of the files of --text, in their order, as far as it is needed."""
-    pieces, room = [], HAYSTACK_BYTES
-    for name, path in documents.find(tuple(TEXT.value)):
-        if room <= 0:
-            break
-        text = Path(path).read_text(encoding="utf-8", errors="replace")[:room]
-        if "\0" in text:
-            raise ValueError(f"--text: {name} is no text")
-        pieces.append(text)
-        room -= len(text)
-    found = "\n".join(pieces)
-    if not found.strip():
-        raise ValueError(f"--text={','.join(TEXT.value)} has no word; name files with text")
     return found
 
 
@@ -139,34 +119,15 @@ def settings() -> dict:
     }
 
 
-def texts() -> dict:
+def asked_about() -> dict:
     """What every checkpoint is asked about."""
     files = {"qa_1": (SQUAD.value, qa.read_squad), "qa_2": (HOTPOT.value, qa.read_hotpot)}
     questions = {task: read(Path(path)) for task, (path, read) in files.items() if path is not None}
     others = compat.read_others(Path(ENGLISH_WORDS.value)) if ENGLISH_WORDS.value else ()
     return {
-        **{"haystack": haystack(), "questions": questions},
+        **{"haystack": texts.of_files(tuple(TEXT.value)), "questions": questions},
         "lists": compat.wonderwords(others) if COMPAT.value else None,
     }
-
-
-def provenance(checkpoint: str, step: int, c: config.Trained, words, text: str, engine: Engine) -> dict:
-    """Where the numbers come from."""
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
-    saved = checkpoints.read_config(loading.find(checkpoint), step)
-    return {
-        **{"checkpoint": checkpoint, "step": step, "model": model, "config": _sha(json.dumps(saved, sort_keys=True))},
-        **{"tokenizer": words.hash, "haystack": _sha(text), "revision": revision or "not a git repository"},
-        **{"jax": jax.__version__, "device": jax.devices()[0].device_kind, "dtype": str(engine.run.dtype)},
-        "mesh": " x ".join(f"{axis} {size}" for axis, size in engine.mesh.shape.items() if size > 1) or "one device",
-    }
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_memory(c: config.Trained, engine: Engine, longest: int) -> None:
@@ -196,7 +157,8 @@ def evaluate(checkpoint: str, step: int, name: str, asked: Mapping, about: Mappi
     wanted = suite.fitting(wanted, reader, out / "samples", LENGTHS.value is not None)
     for x in wanted.absent:
         print(f"{name}  absent  {x.eval}-{x.part}-{x.length}  {x.reason}", flush=True)
-    known = provenance(checkpoint, step, c, words, about["haystack"], engine)
+    saved = checkpoints.read_config(loading.find(checkpoint), step)
+    known = provenance(checkpoint, step, c, saved, words, about["haystack"], engine.run, engine.mesh)
     with progress(name) as done:
         suite.run(reader, wanted, known, out / name, out / "samples", done)
 
@@ -221,7 +183,7 @@ def evaluate_all() -> None:
     asked = settings()
     report.check_drawing()
     steps = [loading.step_of(loading.find(checkpoint), STEP.value) for checkpoint in CHECKPOINT.value]
-    about = texts()
+    about = asked_about()
     called = names(CHECKPOINT.value)
     mesh = mesh_over_first(**pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
     Path(OUT.value).mkdir(parents=True, exist_ok=True)  # better now than after hours

@@ -1,13 +1,5 @@
-"""Evaluations: `EVALS[name](subject, spec)` yields records, plain dicts of numbers and names."""
+"""Evaluations: modules whose `run` yields records, plain dicts of numbers and names; `suite` runs those that are named."""
 
-from hybrid_attn.evals import attention, keytokens, position, recall
 from hybrid_attn.evals.subject import Spec, Subject
 
-EVALS = {
-    "position": position.run,
-    "recall": recall.run,
-    "attention_mass": attention.run,
-    "key_tokens": keytokens.run,
-}
-
-__all__ = ["EVALS", "Spec", "Subject"]
+__all__ = ["Spec", "Subject"]

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerKind, Model
@@ -24,7 +23,7 @@ from hybrid_attn.evals.subject import Spec, Subject
 from hybrid_attn.model import Run
 from hybrid_attn.model.extend import layer_by_layer, unstacked
 from hybrid_attn.model.transformer import in_rows
-from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
 
 BEGIN = 10  # tokens; the weights by position leave them out
 END = 0.03  # share of the tokens, the last ones, that the weights by position leave out
@@ -137,8 +136,7 @@ def _looks(subject: Subject, prompts: Sequence[Marked], length: int, edges) -> I
             *(np.array(x, np.int32) for x in zip(*((p.question, len(p.tokens_S)) for p in filled), strict=True)),
             intervals_BI2[..., 0], intervals_BI2[..., 1],
         )  # fmt: skip
-        placed = jax.device_put(tokens_BT, NamedSharding(mesh, TOKENS_BT))
-        asked = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(BATCH))), asked)
+        placed, asked = place(tokens_BT, mesh, TOKENS_BT), jax.tree.map(lambda x: place(x, mesh, P(BATCH)), asked)
         found = jax.device_get(_look(subject.model, run, queries, subject.params, placed, asked))
         for b, prompt in enumerate(batch):
             yield prompt, [Shares(*(x[b] for x in layer)) for layer in found]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from hybrid_attn import config, trees
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
@@ -24,10 +26,12 @@ from hybrid_attn.evals.subject import Spec, Subject
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.text import answers
 from hybrid_attn.parallel import fit
+from hybrid_attn.parallel.mesh import told
 
 ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
-RECALL = {"recall": 4, "mqar": 4, "copy": 1}  # tasks, with the pairs of a row
+RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1))}
+DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, where nobody says others
 OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
 GENERATOR = 1  # raised when the same settings give other samples
@@ -58,17 +62,19 @@ class Settings(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """A model with an engine of it, held-out documents or the task of each source, and text to hide needles in.
+    """A model with an engine of it (None if nothing is asked), and what it is asked about.
 
-    `lists` are the words of RULER's own prompts.
+    `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` those of which answers
+    are counted, `lists` the words of RULER's own prompts.
     """
 
     subject: Subject
-    engine: Engine
+    engine: Engine | None
     heldout: Mapping[str, Documents | Task]
     haystack: str
     questions: Mapping[str, Questions]
     lists: compat.Words | None = None
+    tasks: Mapping[str, Task] = RECALL
 
 
 class Unit(NamedTuple):
@@ -111,7 +117,7 @@ def measure_position(reader: Reader, settings: Settings, unit: Unit, asked) -> M
 
 
 def measure_recall(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
-    spec = Spec(Task(unit.part, RECALL[unit.part]), unit.length, settings.tokens)
+    spec = Spec(reader.tasks[unit.part], unit.length, settings.tokens)
     return Measured([{"source": unit.part, **record} for record in recall.run(reader.subject, spec)], [])
 
 
@@ -184,14 +190,14 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
     parts = {
         **dict.fromkeys(OF_SOURCES, tuple(name for name in reader.heldout if name not in drawn)),
         "attention_mass": tuple(x for x in reader.heldout if x not in drawn or reader.heldout[x].name == "recall"),
-        "recall": tuple(RECALL),
+        "recall": tuple(reader.tasks),
         "needle": ("1", "4"),
         "ruler": tuple(task for task in ruler.NAMES if task not in missing(settings, reader)),
         "harness": settings.tasks,
     }
     found = [Unit(name, part, length) for name in settings.evals for length in settings.lengths for part in parts[name]]
     absent = {unit[:3] for unit in settings.absent}
-    return [x for x in found if x not in absent and (x.eval != "recall" or x.length >= _shortest(x.part, RECALL[x.part]))]
+    return [x for x in found if x not in absent and (x.eval != "recall" or x.length >= _shortest(reader.tasks[x.part]))]
 
 
 def missing(settings: Settings, reader: Reader) -> dict[str, str]:
@@ -211,9 +217,9 @@ def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Se
     for length in settings.lengths:
         for task, reason in missing(settings, reader).items():
             absent += [Absent("ruler", task, length, reason)] * ("ruler" in settings.evals)
-        for task, pairs in RECALL.items():
-            if "recall" in settings.evals and length < (least := _shortest(task, pairs)):
-                absent.append(Absent("recall", task, length, f"its shortest row has {least} tokens"))
+        for name, task in reader.tasks.items():
+            if "recall" in settings.evals and length < (least := _shortest(task)):
+                absent.append(Absent("recall", name, length, f"its shortest row has {least} tokens"))
     found = units(settings, reader)
     unread = [name for name in OF_SOURCES if name in settings.evals and name not in {unit.eval for unit in found}]
     absent += [
@@ -236,7 +242,7 @@ def _check_fits(settings: Settings, reader: Reader, unit: Unit, shared: Path) ->
         fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, reader.subject.mesh.shape, reader.subject.run.balance)
     if unit.eval == "attention_mass":
         task = reader.heldout[unit.part]
-        if isinstance(task, Task) and unit.length < (least := _shortest(*task)):
+        if isinstance(task, Task) and unit.length < (least := _shortest(task)):
             raise TooLongError(f"its shortest row has {least} tokens")
         try:
             marked.prompts(_attention_spec(reader, unit), reader.subject.tokenizer)
@@ -250,37 +256,52 @@ def run(
     provenance: Mapping,
     directory: Path,
     shared: Path,
-    done: Callable[[Unit, int, int], None],
-) -> None:
+    done: Callable[[Unit, int, int], bool | None],
+) -> bool:
     """Measures the units that `directory` does not have; `done` hears of each, with how many are done and of how many.
 
-    All samples are drawn before anything is asked: into `shared`, for every model with the same tokenizer. ValueError where one
-    does not fit, and where the directory is of another run.
+    Whether all is measured: True from `done` ends this before. `settings` are of `fitting`, which draws all questions into
+    `shared` before anything is asked, for every model with the same tokenizer. Every process of a run makes the same call; the
+    first one writes, and the others see its files. ValueError where the directory is of another run.
     """
-    wanted = units(settings, reader)
+    wanted, writes = units(settings, reader), jax.process_index() == 0
     trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
-    files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
-    _begin(directory, {**provenance, "settings": trees.plain(settings._asdict()), "generator": GENERATOR})
+    if writes:
+        _begin(directory, described(settings, provenance))
     for number, unit in enumerate(wanted, 1):
         path = directory / "units" / f"{unit.name}.json"
-        if not path.exists():
-            asked = samples.read(files[unit])[0] if unit in files else []
+        if not told(path.exists()):
+            asked = samples.read(_drawn(reader, settings, unit, shared))[0] if unit.eval in DRAWS else []
             measured = MEASURES[unit.eval](reader, settings, unit, asked)
             records = [{"eval": unit.eval, **record} for record in measured.records]
-            _write(path, json.dumps({"records": records, "answers": measured.answers}, ensure_ascii=False))
-        done(unit, number, len(wanted))
-    whole = [json.loads((directory / "units" / f"{unit.name}.json").read_text()) for unit in wanted]
-    for name in ("records", "answers"):
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for found in whole for line in found[name]]
-        _write(directory / f"{name}.jsonl", "".join(lines))
+            if writes:
+                _write(path, json.dumps({"records": records, "answers": measured.answers}, ensure_ascii=False))
+        if done(unit, number, len(wanted)):
+            return False
+    if writes:
+        whole = [measured_of(directory, unit) for unit in wanted]
+        for name in Measured._fields:
+            lines = [json.dumps(line, ensure_ascii=False) + "\n" for found in whole for line in getattr(found, name)]
+            _write(directory / f"{name}.jsonl", "".join(lines))
+    return True
+
+
+def described(settings: Settings, provenance: Mapping) -> dict:
+    """What run.json says of a run."""
+    return json.loads(json.dumps({**provenance, "settings": settings._asdict(), "generator": GENERATOR}))
+
+
+def measured_of(directory: Path, unit: Unit) -> Measured:
+    """What the file of a unit holds."""
+    return Measured(**json.loads((directory / "units" / f"{unit.name}.json").read_text()))
 
 
 def _drawn(reader: Reader, settings: Settings, unit: Unit, shared: Path) -> Path:
-    """The file of a unit's samples, in whose name is what they follow from."""
+    """The file of a unit's samples, in whose name is what they follow from; the first process writes it."""
     about = [GENERATOR, settings.samples, settings.seed, settings.depths, reader.subject.tokenizer.hash, reader.haystack]
     about += [reader.questions.get(unit.part), *([reader.lists] if settings.compat and unit.eval == "ruler" else [])]
     path = shared / f"{unit.name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}.jsonl"
-    if not path.exists():
+    if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         samples.write(path, DRAWS[unit.eval](reader, settings, unit))
     return path
@@ -311,7 +332,7 @@ def _begin(directory: Path, about: Mapping) -> None:
     path = directory / "run.json"
     if not path.exists():
         return _write(path, json.dumps(about, indent=1))
-    lines = trees.differences(json.loads(path.read_text()), json.loads(json.dumps(about)), "  ")
+    lines = trees.differences(json.loads(path.read_text()), about, "  ")
     trees.check(
         not lines,
         f"{directory} holds another evaluation (there -> wanted):\n"
@@ -332,5 +353,5 @@ def _attention_spec(reader: Reader, unit: Unit) -> Spec:
     return Spec(reader.heldout[unit.part], unit.length, ATTENTION_PROMPTS * unit.length)
 
 
-def _shortest(task: str, pairs: int) -> int:
-    return config.shortest_row(config.Source((), None, 0, None, task, pairs))
+def _shortest(task: Task) -> int:
+    return config.shortest_row(config.Source((), None, 0, None, *task))

@@ -14,9 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Trained
@@ -26,10 +24,11 @@ from hybrid_attn.infer.sampling import GREEDY, Sampling
 from hybrid_attn.infer.steps import SLICE, Program, decode, read, score
 from hybrid_attn.model import run_on
 from hybrid_attn.model.extend import Cache, unstacked
-from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
 
 SEED = 0  # of what a compression draws at random
 LEAST_CHUNK = 16
+WEIGHTS = jax.jit(unstacked, static_argnums=(0, 2))
 
 
 class Generated(NamedTuple):
@@ -59,7 +58,8 @@ class Engine:
 
     `chunk` tokens of each prompt are read at a time; `cache` is "auto" (the dtype of the run) or "int8" for the layers that
     see the whole prefix; `capacity` is the most tokens of a row, prompt and answer together (None: what memory allows);
-    `rows` is the most rows of a batch (None: 8, or as many as its shards need).
+    `rows` is the most rows of a batch (None: 8, or as many as its shards need); `programs` is a dict, which engines on one mesh
+    may share, of what they have compiled. Several processes make the same calls and get the same answers.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Engine:
         cache: str = "auto",
         capacity: int | None = None,
         rows: int | None = None,
+        programs: dict | None = None,
     ):
         self.mesh = jax.sharding.get_mesh()
         context, shards = self.mesh.shape["context"], math.prod(self.mesh.shape[axis] for axis in BATCH)
@@ -83,8 +84,8 @@ class Engine:
             raise ValueError(f"rows={rows} does not split over {shards} shards of the batch; use a multiple of {shards}")
         self.model, self.chunk, self.capacity, self.rows, self.quantised = config.model, chunk, capacity, rows, cache == "int8"
         self.run = run_on(self.mesh.devices.flat[0].platform, config.model, config.train)
-        self.weights = jax.jit(functools.partial(unstacked, config.model, dtype=self.run.dtype))(params)
-        self._programs: dict[tuple, Callable] = {}
+        self.weights = WEIGHTS(config.model, params, self.run.dtype)
+        self._programs: dict[tuple, Callable] = {} if programs is None else programs
         self.timing = Timing(0, 0, 0.0, 0.0, 0.0, 0.0, 0)
 
     def generate(
@@ -109,8 +110,8 @@ class Engine:
         """
         seeds = range(len(prompts)) if seeds is None else seeds
         _check_options(max_new_tokens, len(prompts), seeds, stop_tokens, questions)
-        if compression is not None and self.mesh.shape["context"] > 1:
-            raise NotImplementedError("compression needs every slot on one device; use a mesh with context=1")
+        if compression is not None and (self.mesh.shape["context"] > 1 or self.mesh.is_multi_process):
+            raise NotImplementedError("compression needs every slot on one device of one process; use a mesh with context=1")
         if not prompts:
             return []
         asked = self._asked(prompts, questions, max_new_tokens, compression)
@@ -187,7 +188,7 @@ class Engine:
         return min(shards * caches.power_of_two(-(-count // shards)), self.rows)
 
     def _place(self, x, spec: P) -> jax.Array:
-        return jax.device_put(x, NamedSharding(self.mesh, spec))
+        return place(x, self.mesh, spec)
 
     def _read_in_batches(self, asked: list[tuple[np.ndarray, np.ndarray]], new: int, compression: Compression | None):
         """(row numbers, cache, last activations, program) of each batch, whose prompts and questions are read."""
@@ -278,7 +279,7 @@ class Engine:
         padded, count = cache.lengths_B.shape[0], len(seeds)
         done_B = np.arange(padded) >= count
         seeds_B = self._place(np.resize(np.asarray(seeds, np.uint32), padded), P(BATCH))
-        stops = jnp.asarray([*stop_tokens] or [-1], jnp.int32)
+        stops = np.array([*stop_tokens] or [-1], np.int32)
         tokens, logprobs = [[] for _ in seeds], [[] for _ in seeds]
         number = 0
         while number < most and not done_B.all():

@@ -40,17 +40,18 @@ def read(program: Program, with_queries: bool, weights, tokens_BT, counts_B, cac
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
 def score(program: Program, weights, tokens_BT, targets_BT, counts_B, cache: Cache) -> tuple[Cache, jax.Array]:
-    """The cache after a chunk, and the negative log-probability [B, T] of each token's target."""
+    """The cache after a chunk, and the negative log-probability [B, T] of each token's target, on every device."""
     x_BTD, cache, _ = extend(program.model, weights, tokens_BT, counts_B, cache, program.run, program.span)
     table_VD = unembedding(program.model, weights)
-    return cache, token_losses(program.model, table_VD, x_BTD, targets_BT, program.run.loss_chunk)[0]
+    return cache, jax.reshard(token_losses(program.model, table_VD, x_BTD, targets_BT, program.run.loss_chunk)[0], P())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def decode(program: Program, sampling: Sampling, weights, cache: Cache, last_BD, done_B, seeds_B, stops, number, steps):
     """Up to `steps` tokens of each row that is not done, of which the first is the row's `number`-th, from 0.
 
-    Returns the cache, the last activations, and (tokens [B, SLICE], log-probabilities, how many, which rows are done).
+    Returns the cache, the last activations, and (tokens [B, SLICE], log-probabilities, how many, which rows are done), these on
+    every device.
     """
     zeros_BT = jnp.zeros((done_B.shape[0], SLICE), jnp.int32, out_sharding=P(BATCH, None))
 
@@ -76,4 +77,4 @@ def decode(program: Program, sampling: Sampling, weights, cache: Cache, last_BD,
     counts_B = jnp.zeros_like(done_B, jnp.int32)
     start = (jnp.int32(0), cache, last_BD, zeros_BT, zeros_BT.astype(jnp.float32), counts_B, done_B)
     _, cache, last_BD, *new = jax.lax.while_loop(go_on, step, start)
-    return cache, last_BD, tuple(new)
+    return cache, last_BD, jax.reshard(tuple(new), P())

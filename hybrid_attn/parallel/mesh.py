@@ -10,8 +10,8 @@ import math
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config
@@ -80,6 +80,16 @@ def abstract_mesh(**sizes: int) -> AbstractMesh:
 def spec_of(x: jax.Array) -> P:
     """How an array lies on the mesh in force, without what it is reduced over."""
     return P(*jax.typeof(x).sharding.spec)
+
+
+def place(x: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
+    """An array that every process has whole, laid out over the mesh: each gives its own devices their parts."""
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda part: x[part])
+
+
+def told(yes: bool) -> bool:
+    """What process 0 says, in every process of the run: they must all go the same way."""
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(yes)))
 
 
 def gathered(weight: jax.Array) -> jax.Array:

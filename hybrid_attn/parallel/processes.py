@@ -163,16 +163,17 @@ class Peers:
             self._step = step
             return self._stop_at is not None and step >= self._stop_at
 
+    def asked(self) -> bool:
+        """Whether the processes have agreed to stop, after this step or a later one."""
+        return self._stop_at is not None
+
     def all_saved(self, last_words: str) -> None:
         """When all have called this, a request to stop ends them at once, with exit status 0; process 0 says `last_words`."""
         self._last_words = last_words
         _send(self._link, {"saved": True})
 
     def fail(self, text: str, status: int, details: str = "") -> None:
-        """Ends this process with `status` and the others with 1; each says the first error of all of them.
-
-        `details` are for this process alone, before that.
-        """
+        """Ends this process with `status`, the others with 1; each says the first error, after this one has said `details`."""
         self._status = status
         if details:
             with SPEAKING:

@@ -1,10 +1,9 @@
 """The loop: mesh, restore, step, log, save, evaluate."""
 
-import importlib.util
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -13,11 +12,11 @@ from jax.sharding import Mesh
 from hybrid_attn import config, trees
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline, tokenizer
-from hybrid_attn.evals import EVALS, Spec, Subject, bigram
 from hybrid_attn.model import flops, run_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
+from hybrid_attn.train.evaluation import Evaluations
 from hybrid_attn.train.metrics import Metrics, peak_flops
 from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_step
 from hybrid_attn.train.summary import summary
@@ -49,6 +48,10 @@ class Stop:
         """Whether the run is to end before its step `step`, counted from 0."""
         return self.peers.reached(step) if self.peers else self.requested
 
+    def asked(self) -> bool:
+        """Whether the run is to end soon; processes learn it one after the other."""
+        return self.peers.asked() if self.peers else self.requested
+
     def all_saved(self, last_words: str) -> None:
         """Has the next signal end the run at once: by KeyboardInterrupt, or with its processes and `last_words`."""
         self.saved = True
@@ -74,7 +77,7 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
     training = {name: corpus.training for name, corpus in loaded.items()}
     stages, identities = pipeline.stage_rows(c, training, words), pipeline.identities(c, training, words)
     run = run_on(jax.default_backend(), c.model, c.train)
-    last_words = f"stopped in the evaluation; all {c.total_steps} steps are saved, the same command evaluates again"
+    last_words = f"stopped in the evaluation; all {c.total_steps} steps are saved, the same command goes on with it"
     with Stop(peers) as stop, jax.set_mesh(mesh):
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
         try:
@@ -84,10 +87,11 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
             peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {found}; MFU is the share of it"
             for line in summary(c, run, mesh, peak_line, stages, workdir, start):
                 metrics.say(line)
+            evaluations = Evaluations(c, run, mesh, words, loaded, workdir, metrics)
             batches = pipeline.batches(c, stages, mesh, start)
 
-            def measure(params: dict) -> None:
-                evaluate(c, Subject(c.model, params, run, mesh, words), loaded, metrics)
+            def measure(params: dict) -> bool:
+                return evaluations.measure(params, stop.asked)
 
             state, step = run_steps(
                 c, identities, make_step(c, run), state, start, batches, checkpoints, metrics, stop, measure
@@ -97,9 +101,11 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
                 metrics.say(f"stopped after step {step}, which is saved; the same command goes on from there")
                 return False
             stop.all_saved(last_words)
-            measure(state.params)
+            whole = measure(state.params)
+            if not whole:
+                metrics.say(last_words)
             metrics.close()
-            return True
+            return whole
         except KeyboardInterrupt:
             if not stop.saved:
                 raise
@@ -153,8 +159,8 @@ def run_steps(
 ) -> tuple[TrainState, int]:
     """Steps until the batches end or a signal asks to stop; metrics of a step are read after the next one is dispatched.
 
-    `measure` evaluates parameters every `c.evals.every` steps: those of `start` too, because who resumes there may have been
-    stopped before that was done.
+    `measure` evaluates parameters every `c.evals.every` steps, and says whether it came to its end: those of `start` too,
+    because who resumes there may have been stopped before that.
     """
     pending, step, waited, before = None, start, 0.0, time.perf_counter()
 
@@ -177,7 +183,8 @@ def run_steps(
             if pending:
                 report()
                 pending = None
-            measure(state.params)
+            if not measure(state.params):
+                break
             before = time.perf_counter()
         clock = time.perf_counter()
         _, batch = next(batches)
@@ -203,32 +210,3 @@ def check_finite(step: int, values: dict, checkpoints: Checkpoints) -> None:
         kept = checkpoints.latest()
         cure = "no checkpoint was written yet" if kept is None else f"the checkpoint of step {kept} is kept"
         raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {cure}; lower optim.lr or raise optim.warmup_steps")
-
-
-def evaluate(c: config.Config, subject: Subject, loaded: Mapping[str, corpora.Corpus], metrics: Metrics) -> None:
-    """The held-out loss by position of each source of the last stage, beside the bigram model of its training bytes.
-
-    Of a synthetic source, the share of the answers that are right.
-    """
-    length = c.stages[-1].seq_len
-    for source in sorted(c.weights(-1)):
-        training, heldout = loaded[source]
-        name = "position" if c.data.sources[source].task is None else "recall"
-        records = []
-        for multiple in c.evals.lengths:
-            spec = Spec(heldout, round(multiple * length), c.evals.tokens)
-            new = [{"source": source, **record} for record in EVALS[name](subject, spec)]
-            metrics.report(name, new)
-            records += new
-        if name == "recall":
-            continue
-        if importlib.util.find_spec("matplotlib"):
-            from hybrid_attn.evals import picture
-
-            metrics.picture(f"loss_by_position_{source}", picture.loss_by_position(records, length))
-        else:
-            metrics.say("no pictures: they need the extra [eval]")
-        if subject.tokenizer.vocab_size <= bigram.MOST_WORDS:
-            log_probs = bigram.log_probabilities(training, subject.tokenizer.vocab_size)
-            bits = bigram.score(log_probs, Spec(heldout, length, c.evals.tokens), subject.tokenizer.byte_lengths)
-            metrics.report("bigram", [{"source": source, "length": length, "bits_per_byte": bits}])

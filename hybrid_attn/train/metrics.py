@@ -5,11 +5,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tensorboardX
 import tqdm
 
@@ -44,7 +45,7 @@ class Metrics:
         self.writes = jax.process_index() == 0
         if not self.writes:
             return
-        self.workdir = workdir = Path(workdir)
+        workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self.steps_file = _continue(workdir / "metrics.jsonl", lambda step: step <= start)
         self.evals_file = _continue(workdir / "evals.jsonl", lambda step: step < start)  # that of `start` is redone
@@ -82,19 +83,23 @@ class Metrics:
             self.bar.update(step - self.step)
         self.step = step
 
-    def report(self, name: str, records: Sequence[Mapping[str, float | str]]) -> None:
+    def report(self, name: str, records: Iterable[Mapping[str, float | str | None]]) -> None:
         """Writes and says the records of the evaluation `name` of the model as it is at the step reached."""
         for record in records:
             if self.writes:
                 _write_line(self.evals_file, {"eval": name, "step": self.step, **record})
             self.say(f"{name}  " + "  ".join(f"{key} {_short(value)}" for key, value in record.items()))
 
-    def picture(self, name: str, figure) -> None:
-        """A matplotlib figure to TensorBoard and to `name`.png in the workdir."""
+    def score(self, name: str, value: float) -> None:
+        """A number of the model as it is at the step reached, to TensorBoard."""
         if self.writes:
-            figure.savefig(self.workdir / f"{name}.png", dpi=150)
-            self.tensorboard.add_figure(name, figure, self.step)
-            self.say(f"{name}  {self.workdir / name}.png")
+            self.tensorboard.add_scalar(name, value, self.step)
+            self.tensorboard.flush()
+
+    def picture(self, name: str, pixels_HWC: np.ndarray) -> None:
+        """Of red, green and blue between 0 and 1, to TensorBoard."""
+        if self.writes:
+            self.tensorboard.add_image(name, pixels_HWC, self.step, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """A line to stdout, above the progress bar."""

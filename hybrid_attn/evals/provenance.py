@@ -1,0 +1,47 @@
+"""Where the numbers of an evaluation come from."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from hybrid_attn import config
+from hybrid_attn.model import Run, flops
+
+
+def provenance(
+    checkpoint: str, step: int, c: config.Config | config.Trained, values: Mapping, words, text: str, run: Run, mesh: Mesh
+) -> dict:
+    """Of the model of `c`, whose whole config is `values`, at `step`, asked in the tokens of `words` about needles in `text`."""
+    model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
+    return {
+        "checkpoint": checkpoint,
+        "step": step,
+        "model": model,
+        "config": _sha(json.dumps(values, sort_keys=True)),
+        "tokenizer": words.hash,
+        "haystack": _sha(text),
+        "revision": _revision(),
+        "jax": jax.__version__,
+        "device": mesh.devices.flat[0].device_kind,
+        "dtype": str(run.dtype),
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device",
+    }
+
+
+def _revision() -> str:
+    """Of this program, where it lies in a git repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError as cause:
+        return f"unknown, for git does not run here: {cause.strerror}"
+    return done.stdout.strip() or "not a git repository"
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,39 @@
+"""Text in which needles are hidden."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybrid_attn.data import documents
+from hybrid_attn.data.documents import Documents
+from hybrid_attn.trees import check
+
+CHARACTERS = 2**22  # after which a text is repeated
+
+
+def of_files(patterns: tuple[str, ...]) -> str:
+    """The text of the files that `patterns` match, or of Python's standard library without any, as far as it is needed."""
+    pieces, room = [], CHARACTERS
+    for name, path in documents.find(patterns):
+        if room <= 0:
+            break
+        text = Path(path).read_text(encoding="utf-8", errors="replace")[:room]
+        check("\0" not in text, f"{name} is no text")
+        pieces.append(text)
+        room -= len(text)
+    found = "\n".join(pieces)
+    check(bool(found.strip()), f"{', '.join(patterns)} has no word; name files with text")
+    return found
+
+
+def of_documents(several: Sequence[Documents], tokenizer) -> str:
+    """The text of documents of several sources, as far as it is needed: of each source the same share."""
+    pieces = []
+    for found in several:
+        room = CHARACTERS // len(several)
+        for number, length in enumerate(found.lengths):
+            if room <= 0:
+                break
+            (tokens,) = found.read([(number, 0, min(length, room))])  # a token has a character at least, but for marks
+            pieces.append(tokenizer.decode(tokens)[:room])
+            room -= len(pieces[-1])
+    return "\n".join(pieces)

@@ -1,0 +1,159 @@
+"""What a run measures of its own model: the suite, with the parameters as they are at a step."""
+
+import functools
+import importlib.util
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from hybrid_attn import config
+from hybrid_attn.data.corpora import Corpus
+from hybrid_attn.evals import Spec, Subject, bigram, report, suite, texts
+from hybrid_attn.evals.provenance import provenance
+from hybrid_attn.evals.report import contents
+from hybrid_attn.infer.engine import Engine
+from hybrid_attn.model import Run
+from hybrid_attn.parallel.mesh import BATCH, told
+from hybrid_attn.train.metrics import Metrics
+from hybrid_attn.trees import check
+
+SEED = 0  # of the questions, as it is in tools/evaluate.py
+CHUNK = 2048  # tokens of a prompt that are read at a time
+ROWS = 8  # asked together, or as many as the batch has shards
+MEANS = ("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval")  # told of the heads of a kind
+
+
+class Evaluations:
+    """What `c.evals` names: files in evals/STEP of the workdir, scores and pictures to `metrics`.
+
+    Every process of a run makes the same calls; the first one writes.
+    """
+
+    def __init__(
+        self, c: config.Config, run: Run, mesh: Mesh, words, loaded: Mapping[str, Corpus], workdir: str, metrics: Metrics
+    ):
+        """Draws all questions. ValueError where one does not fit its length, and where there is nothing to measure."""
+        self.metrics, self.folder = metrics, Path(workdir) / "evals"
+        lengths = tuple(dict.fromkeys(round(multiple * c.stages[-1].seq_len) for multiple in c.evals.lengths))
+        self.settings = suite.Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, SEED)
+        self.wanted, asks = bool(c.evals.names and lengths), not set(suite.DRAWS).isdisjoint(c.evals.names)
+        of_last = {name: loaded[name] for name in sorted(c.weights(-1))}
+        self.texts = {name: x for name, x in of_last.items() if c.data.sources[name].task is None}
+        heldout, haystack = {name: x.heldout for name, x in of_last.items()}, ""
+        if asks:
+            documents = [x.heldout for x in self.texts.values()]
+            haystack = texts.of_documents(documents, words) if documents else texts.of_files(())
+        tasks = {name: x for name, x in heldout.items() if name not in self.texts}
+        self.reader = suite.Reader(Subject(c.model, {}, run, mesh, words), None, heldout, haystack, {}, tasks=tasks)
+        self.engine = functools.partial(Engine, config=c, programs={}, **_sizes(c, mesh, lengths)) if asks else lambda _: None
+        self.about = provenance(str(workdir), metrics.step, c, config.to_dict(c), words, haystack, run, mesh)
+        if self.wanted:
+            check(
+                bool(suite.units(self.settings, self.reader)),
+                f"evals.names={c.evals.names} measures nothing of the last stage's {', '.join(of_last)}: position, key_tokens "
+                "and attention_mass are of documents, recall is of tasks, needle and ruler are of every model",
+            )
+            self.settings = suite.fitting(self.settings, self.reader, self.folder / "samples", named=True)
+            if jax.process_index() == 0:
+                self._forget()
+
+    def _forget(self) -> None:
+        """Removes what was measured of steps that come again, and of this one what was measured otherwise."""
+        now = self.metrics.step
+        for folder in (folder for folder in self.folder.glob("*") if folder.name.isdigit()):
+            about = folder / "run.json"
+            same = about.exists() and json.loads(about.read_text()) == suite.described(self.settings, self.about)
+            if int(folder.name) > now or (int(folder.name) == now and not same):
+                shutil.rmtree(folder)
+
+    def measure(self, params: dict, asked_to_stop: Callable[[], bool]) -> bool:
+        """Measures what this step has no files of, and tells all that it has; False if it was asked to stop before the end."""
+        if not self.wanted:
+            return True
+        step, found = self.metrics.step, {}
+        folder, about = self.folder / str(step), self.about | {"step": step}
+        reader = self.reader._replace(subject=self.reader.subject._replace(params=params), engine=self.engine(params))
+
+        def done(unit: suite.Unit, number: int, of: int) -> bool:
+            if jax.process_index() == 0:
+                found[unit] = suite.measured_of(folder, unit)
+                self._tell(unit, found[unit].records)
+            return told(asked_to_stop()) and number < of
+
+        whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)
+        if whole and jax.process_index() == 0:
+            records, answers = (tuple(x for several in kind for x in several) for kind in zip(*found.values(), strict=True))
+            self._compare(report.Run(f"step {step}", records, answers, about), folder)
+        return whole
+
+    def _tell(self, unit: suite.Unit, records: Sequence[Mapping]) -> None:
+        value = score(unit.eval, records)
+        if value is not None:
+            self.metrics.score(f"{unit.eval}/{unit.part}/{unit.length}", value)
+        shown = _by_kind(records) if unit.eval == "attention_mass" else records
+        self.metrics.report(unit.eval, [{name: x for name, x in record.items() if name != "eval"} for record in shown])
+
+    def _compare(self, run: report.Run, folder: Path) -> None:
+        """What is known when all units are: means over tasks, the bigram model beside the losses, pictures."""
+        for length, mean in contents.ruler_means(run, lambda length: True).items():
+            self.metrics.score(f"ruler/mean/{length}", mean)
+            self.metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
+        if run.of("position"):
+            self.metrics.report("bigram", self._bigram)
+        if not importlib.util.find_spec("matplotlib"):
+            self.metrics.say("no pictures: they need the extra [eval]")
+            return
+        from matplotlib.image import imread
+
+        from hybrid_attn.evals.report import canvas, sections
+
+        (folder / "pictures").mkdir(exist_ok=True)
+        for picture in (picture for section in sections.sections([run]) for picture in section.pictures):
+            path = folder / "pictures" / f"{picture.name}.png"
+            canvas.save(picture, path)
+            self.metrics.picture(picture.name, imread(path)[..., :3])
+        self.metrics.say(f"pictures  {folder / 'pictures'}")
+
+    @functools.cached_property
+    def _bigram(self) -> list[dict]:
+        """What a bigram model of each source's training documents scores on its held-out ones, if the words are few."""
+        words, length = self.reader.subject.tokenizer, self.about["model"]["seq_len"]
+        if words.vocab_size > bigram.MOST_WORDS:
+            return []
+        found = []
+        for source, corpus in self.texts.items():
+            log_probs = bigram.log_probabilities(corpus.training, words.vocab_size)
+            bits = bigram.score(log_probs, Spec(corpus.heldout, length, self.settings.tokens), words.byte_lengths)
+            found.append({"source": source, "length": length, "bits_per_byte": bits})
+        return found
+
+
+def _sizes(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> dict[str, int]:
+    """The engine's chunk, and rows whose caches have no more tokens than a training step, where the mesh lets them."""
+    context, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in BATCH)
+    tokens = c.stages[-1].batch * c.stages[-1].seq_len
+    rows = min(-(-ROWS // shards), tokens // (shards * max(lengths, default=1)))
+    return {"chunk": max(CHUNK // context, 1) * context, "rows": max(rows, 1) * shards}
+
+
+def score(evaluation: str, records: Sequence[Mapping]) -> float | None:
+    """The one number of a unit: loss in nats, share of right answers, RULER's score, or how far the needle stands out."""
+    if evaluation == "needle":
+        return sum(r["right"] for r in records) / sum(r["answers"] for r in records)
+    if evaluation == "attention_mass":
+        return contents.mean_of([r for r in records if r["reach"]], "needle_lift")
+    field = {"position": "loss", "key_tokens": "loss", "recall": "accuracy", "ruler": "score"}[evaluation]
+    return next((r[field] for r in records if contents.is_total(r)), None)
+
+
+def _by_kind(heads: Sequence[Mapping]) -> Iterator[dict]:
+    """Means over the heads of each kind of layer."""
+    for kind in sorted({head["kind"] for head in heads}):
+        several = [head for head in heads if head["kind"] == kind]
+        names = {name: several[0][name] for name in ("source", "length", "kind")}
+        yield names | {name: contents.mean_of(several, name) for name in MEANS}

@@ -1,0 +1,176 @@
+"""A run evaluates its model with the suite: each unit once, whoever stops it, and as the tool evaluates its checkpoint."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import conftest
+import pytest
+from absl.testing import flagsaver
+from conftest import tensorboard_events, tiny
+
+from configs import base
+from hybrid_attn import checkpoint
+from hybrid_attn.config import EVALS
+from hybrid_attn.data import corpora, tokenizer
+from hybrid_attn.evals import suite, texts
+from hybrid_attn.programs import parse
+from hybrid_attn.train import loop
+
+LENGTH = 960
+UNITS = [f"{name}-{LENGTH}" for name in ("position-text", "needle-1", "needle-4")]
+
+
+def config_of(folder, **changes):
+    """Four steps on eight devices, evaluated after two and at the end, at twenty times the length of training."""
+    values = {
+        "mesh.fsdp": 2,
+        "mesh.context": 2,
+        "data.sources": {"text": base.source(paths=(f"{folder}/*.txt",))},
+        "stages": [{"steps": 4, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}],
+        "evals.names": ("position", "needle"),
+        "evals.every": 2,
+        "evals.lengths": (20.0,),
+        "evals.tokens": 400,
+        "evals.samples": 1,
+    }
+    return tiny(values | changes)
+
+
+def measured(patch, after=lambda unit: None):
+    """The units that are measured from now on; `after` hears of each."""
+    units = []
+
+    def counted(measure):
+        def counting(reader, settings, unit, asked):
+            units.append(unit.name)
+            found = measure(reader, settings, unit, asked)
+            after(unit)
+            return found
+
+        return counting
+
+    for name, measure in suite.MEASURES.items():
+        patch.setitem(suite.MEASURES, name, counted(measure))
+    return units
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text("".join(f"This is line {j} of document {i}.\n" for j in range(10 + i)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(corpus, tmp_path_factory):
+    """That of a run which a signal stops in its first evaluation, and which goes on to the end."""
+    workdir = tmp_path_factory.mktemp("run")
+
+    def stop(unit):
+        if unit.part == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        units = measured(patch, stop)
+        assert not loop.train(config_of(corpus), workdir)
+        assert units == UNITS[:2]
+    assert checkpoint.steps(workdir / "checkpoints") == [2]
+    assert names(workdir / "evals/2") == ["run.json", "units"]
+    with pytest.MonkeyPatch.context() as patch:
+        units = measured(patch)
+        assert loop.train(config_of(corpus), workdir)
+        assert units == [UNITS[2], *UNITS]
+    return workdir
+
+
+def test_a_stopped_evaluation_goes_on_with_what_is_not_done(workdir):
+    assert names(workdir / "evals") == ["2", "4", "samples"]
+    for step in (2, 4):
+        folder = workdir / "evals" / str(step)
+        assert names(folder / "units") == sorted(f"{unit}.json" for unit in UNITS)
+        assert json.loads((folder / "run.json").read_text())["step"] == step
+        needles = [x for x in lines(folder / "records.jsonl") if x["eval"] == "needle"]
+        told = [x for x in lines(workdir / "evals.jsonl") if (x["eval"], x["step"]) == ("needle", step)]
+        assert [x | {"eval": "needle", "step": step} for x in needles] == told and len(told) == 10
+        assert len(lines(folder / "answers.jsonl")) == 10
+
+
+def test_tensorboard_has_a_score_of_each_unit_and_the_pictures(workdir):
+    pytest.importorskip("matplotlib")
+    values = [(event.step, value) for event in tensorboard_events(workdir) for value in event.summary.value]
+    (whole,) = [x for x in lines(workdir / "evals/4/records.jsonl") if "bits_per_byte" in x]
+    scores = {(step, x.tag): x.simple_value for step, x in values if x.tag.endswith(f"/{LENGTH}")}
+    assert {tag for _, tag in scores} == {f"{name}/{LENGTH}" for name in ("position/text", "needle/1", "needle/4")}
+    assert {step for step, _ in scores} == {2, 4}
+    assert scores[4, f"position/text/{LENGTH}"] == pytest.approx(whole["loss"])
+    assert 0 <= scores[4, f"needle/4/{LENGTH}"] <= 1
+    pictures = {x.tag: x.image for step, x in values if step == 4 and x.HasField("image")}
+    assert {"needle_0_1", "needle_0_4", "loss_text_all"} <= set(pictures)
+    assert {f"{name}.png" for name in pictures} == set(names(workdir / "evals/4/pictures"))
+    assert all(image.encoded_image_string.startswith(b"\x89PNG") and image.width > 300 for image in pictures.values())
+
+
+def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = tokenizer.load("bytes")
+    heldout = corpora.load(config_of(corpus).data, ["text"], words)["text"].heldout
+    (tmp_path / "haystack").write_text(texts.of_documents([heldout], words))
+    with conftest.tool("evaluate") as tool, flagsaver.flagsaver():
+        sizes = [f"--lengths={LENGTH}", "--tokens=400", "--samples=1", "--suite=position,needle"]
+        flags = [f"--checkpoint={workdir}", f"--text={tmp_path}/haystack", f"--out={tmp_path}/out", *sizes]
+        tool.main(parse(["evaluate.py", *flags]))
+    ours, theirs = ([lines(x / name) for name in ("records.jsonl", "answers.jsonl")] for x in folders(workdir, tmp_path))
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        assert a == {name: x if isinstance(x, str) else pytest.approx(x, rel=1e-5) for name, x in b.items()}
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        assert a | {"given": ""} == b | {"given": ""}
+
+
+def folders(workdir, tmp_path):
+    return workdir / "evals/4", tmp_path / "out" / Path(workdir).name
+
+
+def test_a_finished_run_measures_again_what_has_other_settings_alone(corpus, workdir, monkeypatch):
+    (workdir / "evals/9/units").mkdir(parents=True)
+    units = measured(monkeypatch)
+    assert loop.train(config_of(corpus), workdir)
+    assert units == [] and names(workdir / "evals") == ["2", "4", "samples"]
+    assert loop.train(config_of(corpus, **{"evals.names": ("attention_mass",)}), workdir)
+    assert units == [f"attention_mass-text-{LENGTH}"] and names(workdir / "evals/4/units") == [f"{units[0]}.json"]
+    told = [x for x in lines(workdir / "evals.jsonl") if x["step"] == 4]
+    assert [(x["eval"], x["kind"]) for x in told] == [("attention_mass", "G"), ("attention_mass", "L")]
+    for x in told:
+        assert sum(x[name] for name in ("begin", "needle", "context", "qc")) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"evals.lengths": (1.0,)}, "sample 0 of needle at depth 0 does not fit into 48 tokens: .* use a length of at least"),
+        ({"evals.names": ("attention_mass",), "evals.lengths": (2000.0,)}, "which fill no prompt of 96,000"),
+        (
+            {"evals.names": ("position",), "data.sources": {"probe": base.source(task="recall")}},
+            r"evals.names=\('position',\) measures nothing of the last stage's probe: position, .* are of documents",
+        ),
+    ],
+    ids=["needle", "attention_mass", "position"],
+)
+def test_what_cannot_be_measured_is_refused_before_the_first_step(corpus, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(config_of(corpus, **changes), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [] and not (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_the_names_of_a_config_are_evaluations_of_the_suite():
+    assert set(EVALS) | {"harness"} == set(suite.MEASURES)
