@@ -25,7 +25,7 @@ from hybrid_attn.infer.text import answers
 
 ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
-RECALL = {"recall": 4, "mqar": 4, "copy": 1}  # tasks, with the pairs of a row
+RECALL = {"recall": 4, "mqar": 4, "copy": 1, "tracking": 2}  # tasks, with the pairs of a row
 GENERATOR = 1  # raised when the same settings give other samples
 
 
