@@ -8,15 +8,32 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from hybrid_attn import trees
 from hybrid_attn.trees import Table, check
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is for the kinds that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "exchange")
-TASKS = {"recall": 8, "mqar": 127, "copy": None}  # of synthetic sources, with the keys that pairs are made of
 EVALS = ("position", "recall", "needle", "ruler", "attention_mass", "key_tokens")  # that run in training
 QUERIES = 6  # in a row of the task "recall", of three tokens each
+HOPS = 3  # of a chain of the task "tracking", whose variables are one more; an assignment is three tokens
+
+
+class RowForm(NamedTuple):
+    """Of a task's rows: the most pairs (None: it has none), and the least tokens with and for each pair."""
+
+    pairs: int | None
+    tokens: int
+    tokens_a_pair: int
+
+
+TASKS = {
+    "recall": RowForm(8, 3 * QUERIES, 2),
+    "mqar": RowForm(127, 1, 4),
+    "copy": RowForm(None, 3, 0),
+    "tracking": RowForm(4, HOPS + 3, 3 * (HOPS + 1)),
+}
 
 
 def _one_of(field: str, value: str, choices: Sequence[str]) -> None:
@@ -227,9 +244,9 @@ class Source:
         for name in ("paths", "store", "min_length", "label"):
             value = getattr(self, name)
             check(not value, f"a source has task={self.task!r} or documents, and {name}={value!r} is of documents")
-        keys = TASKS[self.task]
-        ok = keys is None or 1 <= self.pairs <= keys
-        check(ok, f"pairs={self.pairs} must lie between 1 and {keys}, the keys of task={self.task!r}")
+        most = TASKS[self.task].pairs
+        ok = most is None or 1 <= self.pairs <= most
+        check(ok, f"pairs={self.pairs} must lie between 1 and {most} for task={self.task!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,7 +420,8 @@ def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[s
 
 def shortest_row(source: Source) -> int:
     """The least tokens that a row of the source's task has."""
-    return {"recall": 2 * source.pairs + 3 * QUERIES, "mqar": 4 * source.pairs + 1, "copy": 3}[source.task]
+    form = TASKS[source.task]
+    return form.tokens + form.tokens_a_pair * source.pairs
 
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:

@@ -201,18 +201,25 @@ def test_compression_over_a_split_sequence_is_refused():
             engine.generate(PROMPTS, NEW, compression=COMPRESSIONS["snapkv"])
 
 
-@pytest.mark.parametrize("sizes", [{"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
-def test_a_mesh_answers_and_scores_as_one_device(sizes):
+def answers_and_scores(**sizes):
     c = config_of(**{"model.pattern": "LLG", "model.num_layers": 4})
     alike = [[*PROMPTS[6], i] for i in range(3)]  # their beginning is read once
-    found = []
-    for mesh in (mesh_of(), mesh_of(**sizes)):
-        with jax.set_mesh(mesh):
-            engine = Engine(random_params(c.model), c, chunk=16)
-            answers = engine.generate(PROMPTS, NEW) + engine.generate(alike, NEW)
-            found.append(([x.tokens.tolist() for x in answers], np.concatenate(engine.score(PROMPTS, PROMPTS[::-1]))))
-    assert found[0][0] == found[1][0]
-    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
+    with jax.set_mesh(mesh_of(**sizes)):
+        engine = Engine(random_params(c.model), c, chunk=16)
+        answers = engine.generate(PROMPTS, NEW) + engine.generate(alike, NEW)
+        return [x.tokens.tolist() for x in answers], np.concatenate(engine.score(PROMPTS, PROMPTS[::-1]))
+
+
+@pytest.fixture(scope="module")
+def of_one_device():
+    return answers_and_scores()
+
+
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
+def test_a_mesh_answers_and_scores_as_one_device(sizes, of_one_device):
+    answers, scores = answers_and_scores(**sizes)
+    assert answers == of_one_device[0]
+    np.testing.assert_allclose(scores, of_one_device[1], atol=1e-4)
 
 
 def test_int8_slots_answer_nearly_the_same_in_a_third_of_the_bytes():

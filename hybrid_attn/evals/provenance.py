@@ -16,7 +16,7 @@ from hybrid_attn.model import Run, flops
 def provenance(
     checkpoint: str, step: int, c: config.Config | config.Trained, values: Mapping, words, text: str, run: Run, mesh: Mesh
 ) -> dict:
-    """Of the model of `c`, whose whole config is `values`, at `step`, asked in the tokens of `words` about needles in `text`."""
+    """Of the model of `c` (the whole config is `values`) at `step`, asked in tokens of `words` about needles in `text`."""
     model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
     return {
         "checkpoint": checkpoint,

@@ -30,7 +30,7 @@ from hybrid_attn.parallel.mesh import told
 
 ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
-RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1))}
+RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1), ("tracking", 2))}
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, where nobody says others
 OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
@@ -64,7 +64,7 @@ class Settings(NamedTuple):
 class Reader(NamedTuple):
     """A model with an engine of it (None if nothing is asked), and what it is asked about.
 
-    `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` those of which answers
+    `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` those whose answers
     are counted, `lists` the words of RULER's own prompts.
     """
 

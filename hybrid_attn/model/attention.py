@@ -40,7 +40,7 @@ class Attention(nnx.Module):
         if kind.qk_norm != "none":
             self.q_norm, self.k_norm = (_head_norm(model, kind, heads) for heads in (N, K))
         if kind.temperature.type == "learned":
-            self.temperature = nnx.Param(jnp.full((N,), kind.temperature.scale, out_sharding=P("tensor")))
+            self.temperature = nnx.Param(jnp.full((N,), kind.temperature.scale, jnp.float32, out_sharding=P("tensor")))
         if kind.sink:
             self.sink = nnx.Param(jnp.zeros((N,), out_sharding=P("tensor")))
         if kind.gate != "none":
