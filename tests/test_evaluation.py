@@ -160,7 +160,7 @@ def test_a_finished_run_measures_again_what_has_other_settings_alone(corpus, wor
         ({"evals.lengths": (1.0,)}, "sample 0 of needle at depth 0 does not fit into 48 tokens: .* use a length of at least"),
         ({"evals.names": ("attention_mass",), "evals.lengths": (2000.0,)}, "which fill no prompt of 96,000"),
         (
-            {"evals.names": ("position",), "data.sources": {"probe": base.source(task="recall")}},
+            {"evals.names": ("position",), "data.sources": {"probe": base.source(task="recall", pairs=2)}},
             r"evals.names=\('position',\) measures nothing of the last stage's probe: position, .* are of documents",
         ),
     ],

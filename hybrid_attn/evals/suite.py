@@ -260,18 +260,19 @@ def run(
 ) -> bool:
     """Measures the units that `directory` does not have; `done` hears of each, with how many are done and of how many.
 
-    Whether all is measured: True from `done` ends this before. `settings` are of `fitting`, which draws all questions into
-    `shared` before anything is asked, for every model with the same tokenizer. Every process of a run makes the same call; the
-    first one writes, and the others see its files. ValueError where the directory is of another run.
+    Whether all is measured: True from `done` ends this before. All questions are drawn before anything is asked: into `shared`,
+    for every model with the same tokenizer. Every process of a run makes the same call; the first one writes, and the others
+    see its files. ValueError where a question does not fit, and where the directory is of another run.
     """
     wanted, writes = units(settings, reader), jax.process_index() == 0
     trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
+    files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
     if writes:
         _begin(directory, described(settings, provenance))
     for number, unit in enumerate(wanted, 1):
         path = directory / "units" / f"{unit.name}.json"
         if not told(path.exists()):
-            asked = samples.read(_drawn(reader, settings, unit, shared))[0] if unit.eval in DRAWS else []
+            asked = samples.read(files[unit])[0] if unit in files else []
             measured = MEASURES[unit.eval](reader, settings, unit, asked)
             records = [{"eval": unit.eval, **record} for record in measured.records]
             if writes:
