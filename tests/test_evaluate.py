@@ -52,8 +52,8 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
     sizes = ["--suite=position,recall", "--lengths=32,96", "--tokens=300", f"--out={tmp_path}"]
     run(tool, *checkpoints, *sizes)
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "one  1/8  position-text-32" and said[-1] == f"report  {tmp_path}/report.html"
-    assert [line.split()[0] for line in said[:-1]] == ["one"] * 8 + ["two"] * 8
+    assert said[0] == "one  1/10  position-text-32" and said[-1] == f"report  {tmp_path}/report.html"
+    assert [line.split()[0] for line in said[:-1]] == ["one"] * 10 + ["two"] * 10
     for name in ("one", "two"):
         about = json.loads((tmp_path / name / "run.json").read_text())
         assert about["step"] == 7 and about["model"]["seq_len"] == 48 and about["settings"]["lengths"] == [32, 96]

@@ -57,7 +57,7 @@ CASES = [
     Case((2, 1, 4, 1), pattern="L", window=12, packed=False),
     Case((2, 1, 4, 1), pattern="G", scheme="exchange", balanced=True),
     Case((2, 2, 2, 1), scheme="ring"),
-    Case((1, 2, 2, 2), scheme="exchange", balanced=True),
+    Case((1, 2, 2, 2), pattern="LLLG", scheme="exchange", balanced=True),
     Case((2, 1, 2, 1, 2), scheme="gather", balanced=True),
 ]
 
