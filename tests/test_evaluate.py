@@ -149,6 +149,7 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
         (["--mesh=tensors=2"], "--mesh=tensors=2 names 'tensors', and has only slice, data, fsdp, context, tensor"),
         (["--suite=recall", "--lengths=50", "--mesh=context=4"], "recall of recall: length 50 does not split over 4 context"),
         (["--compat", "--suite=position"], "--compat is of --suite=ruler, and this is --suite=position"),
+        (["--compat", "--suite=ruler"], "RULER's own words need the package wonderwords; pip install wonderwords"),
         (["--english_words=x.json"], "--english_words is for RULER's own prompts; give --compat, too"),
         (["--samples=0"], "flag --samples=0: 0 is not a positive integer"),
         (["--text=nowhere/*.txt"], "'nowhere/*.txt' matches no file"),
@@ -162,6 +163,7 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
 )
 def test_what_cannot_be_evaluated_is_a_line(tool, models, tmp_path, capsys, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wonderwords.random_word", None)
     Path("blank.txt").write_text(" \n")
     Path("empty.txt").touch()
     text = [] if any(x.startswith("--text") for x in arguments) else [f"--text={models}/*.txt"]
