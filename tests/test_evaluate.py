@@ -64,6 +64,12 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
     assert ">one<" in page and ">two<" in page and "http" not in page.replace("http://www.w3.org/", "")
 
 
+def test_every_checkpoint_has_a_name_of_its_own_and_no_other_files(tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ["a/x", "b/x-3", "c/x/", "d/x", "e/checkpoints", "samples", "."]
+    assert tool.names(paths) == ["x", "x-3", "x-2", "x-4", "e", "samples-2", tmp_path.name]
+
+
 def records_of(directory, name="records"):
     return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
 
@@ -144,11 +150,13 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
         (["--lengths=4096", f"--rows={2**50}"], "use shorter --lengths, or fewer --rows"),
         (["--text=blank.txt"], "blank.txt has no word; name files with text"),
         (["--text=empty.txt"], "matches 1 files and all are empty"),
-        (["--out=blank.txt"], "blank.txt"),
+        (["--out=blank.txt"], "--out=blank.txt is a file; name a directory"),
+        (["--out=blank.txt/x"], "Not a directory: 'blank.txt/x'"),
         (["--checkpoint=blank.txt"], "blank.txt is no directory; name a run's workdir"),
         (["--mesh=tensors=2"], "--mesh=tensors=2 names 'tensors', and has only slice, data, fsdp, context, tensor"),
         (["--suite=recall", "--lengths=50", "--mesh=context=4"], "recall of recall: length 50 does not split over 4 context"),
         (["--compat", "--suite=position"], "--compat is of --suite=ruler, and this is --suite=position"),
+        (["--compat", "--suite=ruler"], "RULER's own words need the package wonderwords; pip install wonderwords"),
         (["--english_words=x.json"], "--english_words is for RULER's own prompts; give --compat, too"),
         (["--samples=0"], "flag --samples=0: 0 is not a positive integer"),
         (["--text=nowhere/*.txt"], "'nowhere/*.txt' matches no file"),
@@ -162,6 +170,7 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
 )
 def test_what_cannot_be_evaluated_is_a_line(tool, models, tmp_path, capsys, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wonderwords.random_word", None)
     Path("blank.txt").write_text(" \n")
     Path("empty.txt").touch()
     text = [] if any(x.startswith("--text") for x in arguments) else [f"--text={models}/*.txt"]

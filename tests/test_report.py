@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import canvas, contents, pictures, sections, statistics, tables
+from hybrid_attn.evals.report import canvas, contents, pictures, sections, statistics, tables, wrong
 
 TRAINED = 4096
 LENGTHS = (2048, 4096, 8192)
@@ -209,6 +209,13 @@ def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
     assert not pictures.heat_map(LENGTHS, (0,), {}, 8192).axes[0].lines
 
 
+def test_a_single_length_is_drawn_with_its_interval_and_the_length_of_training():
+    several = [pictures.wilson_curve("a", number, {4096: (1, 2)}) for number in range(2)]
+    axes = pictures.curves({"": several}, [64], "score", 1, None).axes[0]
+    bars = [tuple(line.get_ydata()) for line in axes.lines if list(line.get_xdata()) == [4096, 4096]]
+    assert bars == [several[0].bands[0]] * 2 and axes.get_xlim()[0] < 64
+
+
 def test_attention_is_stacked_to_one_and_weighed_by_kind(written):
     _, (run, _) = written
     (section,) = (x for x in sections.sections([run]) if x.name == "attention")
@@ -279,13 +286,13 @@ def test_rulers_own_files_have_rulers_form(written):
 
 
 def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(written):
-    missed, found = sections.failures(written[1])["vt"]
+    missed, found = wrong.failures(written[1])["vt"]
     assert missed == "hybrid <3:1> 2 of 24, rope 6 of 24"
     assert [failure.length for failure in found] == [8192] * 6
     assert found[0].given == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and found[0].wanted == ["7"]
     late = {2048: 0, 4096: 5, 8192: 15}
     many = run_of("many", [answer("vt", length, i, float(i < late[length])) for length in LENGTHS for i in range(20)])
-    _, found = sections.failures([many])["vt"]
+    _, found = wrong.failures([many])["vt"]
     assert [(failure.length, failure.index) for failure in found] == [
         *((2048, 0), (2048, 1), (2048, 2), (4096, 5), (4096, 6), (4096, 7), (8192, 15), (8192, 16))
     ]

@@ -1,5 +1,6 @@
 """The suite measures what is asked, each unit once, whoever interrupts it; and every model gets the same questions."""
 
+import dataclasses
 import json
 import re
 import types
@@ -143,7 +144,9 @@ def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monk
         *(("qa_1", False), ("qa_2", False), ("vt", True), ("cwe", True))
     ]
     engine = Engine()
-    suite.run(reader._replace(engine=engine), own, ABOUT, tmp_path / "own", tmp_path / "samples", lambda *_: None)
+    for patience in (10**6, 0):  # the second time, all is done
+        engine.patience = patience
+        suite.run(reader._replace(engine=engine), own, ABOUT, tmp_path / "own", tmp_path / "samples", lambda *_: None)
     found = report.read(tmp_path / "own")
     assert found.compat and found.absent == [tuple(x) for x in own.absent]
     asked = [x for unit in suite.units(own, reader) for x in suite.DRAWS["ruler"](reader, own, unit)]
@@ -189,3 +192,12 @@ def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
     assert [x[:3] for x in found.absent] == [
         *(("position", "documents", 16), ("position", "documents", 64), ("attention_mass", "probe", 16))
     ]  # fmt: skip
+
+
+def test_rulers_lengths_are_without_the_mark_that_begins_a_document():
+    full, unit = samples.Sample("fwe", 400, 0, "x" * 350, ("7",), 50, "", {}), suite.Unit("ruler", "fwe", 400)
+    own = RULER._replace(compat=True)
+    assert suite.measure_ruler(reader_of(Engine()), own, unit, [full]).records[0]["samples"] == 1
+    for settings, prompt in ((RULER, "x" * 350), (own, "x" * 351)):
+        with pytest.raises(ValueError, match="sample 0 of fwe does not fit into 400 tokens"):
+            suite.measure_ruler(reader_of(Engine()), settings, unit, [dataclasses.replace(full, prompt=prompt)])

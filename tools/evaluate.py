@@ -186,6 +186,8 @@ def evaluate_all() -> None:
     about = asked_about()
     called = names(CHECKPOINT.value)
     mesh = mesh_over_first(**pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
+    if os.path.isfile(OUT.value):
+        raise ValueError(f"--out={OUT.value} is a file; name a directory, which need not be there")
     Path(OUT.value).mkdir(parents=True, exist_ok=True)  # better now than after hours
     with jax.set_mesh(mesh):
         for checkpoint, step, name in zip(CHECKPOINT.value, steps, called, strict=True):

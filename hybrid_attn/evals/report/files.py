@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hybrid_attn.evals.report import contents, tables
 from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.report.wrong import failures
 from hybrid_attn.evals.ruler.scores import postprocess
 from hybrid_attn.trees import check
 
@@ -22,7 +23,7 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     check_drawing()
     from hybrid_attn.evals.report import canvas, html, sections
 
-    found, wrong = sections.sections(runs), sections.failures(runs)
+    found, wrong = sections.sections(runs), failures(runs)
     drawn = [picture for section in found for picture in section.pictures]
     written = [table for section in found for table in (*section.tables, *section.folded)]
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"

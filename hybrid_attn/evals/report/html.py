@@ -7,7 +7,8 @@ from string import Template
 
 from hybrid_attn.evals.report import canvas, tables
 from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.report.sections import SHOWN, Failure, Section
+from hybrid_attn.evals.report.sections import Section
+from hybrid_attn.evals.report.wrong import SHOWN, Failure
 
 MOST_CHARACTERS = 1200  # of an answer
 VISIBLE = {i: f"\\x{i:02x}" for i in (*range(32), 127) if chr(i) not in "\n\t"}  # a page holds no control characters

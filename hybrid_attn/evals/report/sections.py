@@ -1,4 +1,4 @@
-"""What a report says, in order: sections of words, pictures and tables, and the questions that were answered wrongly."""
+"""What a report says, in order: sections of words, pictures and tables."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,14 +8,19 @@ import numpy as np
 
 from hybrid_attn.evals.report import contents, pictures, statistics
 from hybrid_attn.evals.report.canvas import Picture
-from hybrid_attn.evals.report.runs import Run, sample_of
+from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.tables import Column, Table, count, fixed, plain, tokens
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages
 from hybrid_attn.evals.ruler.tasks import NAMES
 
 FEWEST = 5  # answers in a cell of the needle's grid that say something
 PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
-SHOWN = 8  # wrong answers of a task
+OVERVIEW = {
+    "RULER Avg.": "RULER's mean over tasks and lengths",
+    "needles": "the share found at all lengths and depths",
+    "recall": "the share of right answers at the longest length, in the first of the tasks",
+    "loss": "of held-out text, in nats, at the length of training",
+}
 
 
 class Section(NamedTuple):
@@ -27,17 +32,6 @@ class Section(NamedTuple):
     pictures: Sequence[Picture]
     tables: Sequence[Table]
     folded: Sequence[Table]
-
-
-class Failure(NamedTuple):
-    """A question of which one run at least missed a part, and what each run that was asked gave: (run, given, score)."""
-
-    length: int
-    index: int
-    group: str
-    prompt_end: str
-    wanted: Sequence[str]
-    given: Sequence[tuple[str, str, float]]
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -54,39 +48,6 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     ]
     found = [section for name, make in parts if name in has for section in make(runs)]
     return [_overview(runs), *found, *_comparison(runs), *_absent(runs), _provenance(runs)]
-
-
-def failures(runs: Sequence[Run]) -> dict[str, tuple[str, list[Failure]]]:
-    """By task: how many answers of each run missed something, and some of the questions, of every length in turn."""
-    asked: dict[tuple, list[tuple[str, dict]]] = {}
-    for run in runs:
-        for answer in run.answers:
-            asked.setdefault(sample_of(answer), []).append((run.name, answer))
-    wrong: dict[str, list[Failure]] = {}
-    for several in asked.values():
-        if any(answer["score"] < 1 for _, answer in several):
-            first = several[0][1]
-            given = [(name, answer["given"], answer["score"]) for name, answer in several]
-            fields = (first[key] for key in ("length", "index", "group", "prompt_end", "wanted"))
-            wrong.setdefault(first["task"], []).append(Failure(*fields, given))
-    return {task: (_missed(runs, task), _spread(found)) for task, found in sorted(wrong.items())}
-
-
-def _missed(runs: Sequence[Run], task: str) -> str:
-    """How many answers of each run were not wholly right."""
-    scores = {run.name: [answer["score"] for answer in run.answers if answer["task"] == task] for run in runs}
-    counts = {name: (sum(score < 1 for score in several), len(several)) for name, several in scores.items()}
-    return ", ".join(f"{name} {wrong:,} of {asked:,}" for name, (wrong, asked) in counts.items() if asked)
-
-
-def _spread(found: Sequence[Failure]) -> list[Failure]:
-    """A question of each length, then a second of each, and so on; in order of length."""
-    turns, seen = [], {}
-    for failure in sorted(found, key=lambda failure: failure.index):
-        seen[failure.length] = seen.get(failure.length, 0) + 1
-        turns.append((seen[failure.length], failure.length, failure))
-    shown = sorted(turns, key=lambda turn: turn[:2])[:SHOWN]
-    return [failure for *_, failure in sorted(shown, key=lambda turn: (turn[1], turn[0]))]
 
 
 def _overview(runs: Sequence[Run]) -> Section:
@@ -114,10 +75,9 @@ def _overview(runs: Sequence[Run]) -> Section:
             ]
         )
     kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
-    words = "RULER's average over lengths and effective length, needles found at all lengths and depths, recall at the "
-    words += "longest length, and held-out loss in nats at the length of training."
     table = Table("overview", "The runs", [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
-    return Section("overview", "At a glance", [words], [], [table], [])
+    told = [f"{column.name}: {OVERVIEW[column.name]}." for column in table.columns if column.name in OVERVIEW]
+    return Section("overview", "At a glance", [" ".join(told)] if told else [], [], [table], [])
 
 
 def _ruler(runs: Sequence[Run]) -> list[Section]:
