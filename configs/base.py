@@ -50,8 +50,9 @@ def source(**changes) -> ConfigDict:
     s.label = placeholder(str)  # only documents of that label; None = all
     # Instead of documents, rows that are drawn anew for every step, have from half of seq_len tokens up to all of them, and
     # train on answers alone. recall: pairs in noise, then queries. mqar: multi-query associative recall. copy: letters, twice.
-    s.task = placeholder(str)  # recall | mqar | copy; None = documents
-    s.pairs = 4  # (key, value) pairs in a row of recall or mqar
+    # tracking: chains of assignments in noise, then who holds a value.
+    s.task = placeholder(str)  # recall | mqar | copy | tracking; None = documents
+    s.pairs = 4  # (key, value) pairs in a row of recall or mqar; chains in one of tracking
     for key, value in changes.items():
         s[key] = value
     return s

@@ -8,15 +8,32 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from hybrid_attn import trees
 from hybrid_attn.trees import Table, check
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is for the kinds that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "exchange")
-TASKS = {"recall": 8, "mqar": 127, "copy": None}  # of synthetic sources, with the keys that pairs are made of
 EVALS = ("position", "recall", "needle", "ruler", "attention_mass", "key_tokens")  # that run in training
 QUERIES = 6  # in a row of the task "recall", of three tokens each
+HOPS = 3  # of a chain of the task "tracking", whose variables are one more; an assignment is three tokens
+
+
+class RowForm(NamedTuple):
+    """Of a task's rows: the most pairs (None: it has none), and the least tokens with and for each pair."""
+
+    pairs: int | None
+    tokens: int
+    tokens_a_pair: int
+
+
+TASKS = {
+    "recall": RowForm(8, 3 * QUERIES, 2),
+    "mqar": RowForm(127, 1, 4),
+    "copy": RowForm(None, 3, 0),
+    "tracking": RowForm(4, HOPS + 3, 3 * (HOPS + 1)),
+}
 
 
 def _one_of(field: str, value: str, choices: Sequence[str]) -> None:
@@ -227,9 +244,9 @@ class Source:
         for name in ("paths", "store", "min_length", "label"):
             value = getattr(self, name)
             check(not value, f"a source has task={self.task!r} or documents, and {name}={value!r} is of documents")
-        keys = TASKS[self.task]
-        ok = keys is None or 1 <= self.pairs <= keys
-        check(ok, f"pairs={self.pairs} must lie between 1 and {keys}, the keys of task={self.task!r}")
+        most = TASKS[self.task].pairs
+        ok = most is None or 1 <= self.pairs <= most
+        check(ok, f"pairs={self.pairs} must lie between 1 and {most} for task={self.task!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,28 +357,13 @@ class Evals:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    seed: int
+class Trained:
+    """What of a run's config its checkpoints are read with: what the model is, how it computes, and what it has read."""
+
     model: Model
-    mesh: Mesh
     data: Data
-    optim: Optim
     stages: tuple[Stage, ...]
     train: Train
-    evals: Evals
-
-    def __post_init__(self):
-        check(bool(self.stages), "stages is empty; a run needs at least one stage")
-        for index, stage in enumerate(self.stages):
-            _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
-            for name in self.weights(index):
-                _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
-        for multiple in self.evals.lengths:
-            for name in self.weights(-1):
-                length = round(multiple * self.stages[-1].seq_len)
-                _check_task(f"evals.lengths: {multiple} of the last seq_len,", length, name, self.data.sources[name], 1)
-        remat(self.model, self.train)
-        context(self.model, self.train)
 
     @property
     def total_steps(self) -> int:
@@ -386,6 +388,27 @@ class Config:
         raise ValueError(f"step {step + self.total_steps} lies beyond the last of {self.total_steps} steps")
 
 
+@dataclasses.dataclass(frozen=True)
+class Config(Trained):
+    seed: int
+    mesh: Mesh
+    optim: Optim
+    evals: Evals
+
+    def __post_init__(self):
+        check(bool(self.stages), "stages is empty; a run needs at least one stage")
+        for index, stage in enumerate(self.stages):
+            _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
+            for name in self.weights(index):
+                _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
+        for multiple in self.evals.lengths:
+            for name in self.weights(-1):
+                length = round(multiple * self.stages[-1].seq_len)
+                _check_task(f"evals.lengths: {multiple} of the last seq_len,", length, name, self.data.sources[name], 1)
+        remat(self.model, self.train)
+        context(self.model, self.train)
+
+
 def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[str]) -> None:
     known = ", ".join(sources)
     check(bool(mixture) or len(sources) == 1, f"{field} is empty and data.sources has {known}; give those wanted a weight")
@@ -397,7 +420,8 @@ def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[s
 
 def shortest_row(source: Source) -> int:
     """The least tokens that a row of the source's task has."""
-    return {"recall": 2 * source.pairs + 3 * QUERIES, "mqar": 4 * source.pairs + 1, "copy": 3}[source.task]
+    form = TASKS[source.task]
+    return form.tokens + form.tokens_a_pair * source.pairs
 
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:
@@ -448,6 +472,12 @@ def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> 
 def build(values: Mapping) -> Config:
     """A checked `Config` from the nested mapping of a config file; ValueError names the key that does not fit."""
     return trees.build(Config, values, "config")
+
+
+def build_trained(values: Mapping) -> Trained:
+    """Those groups of a config that made a checkpoint; of the others, other versions of this program have other keys."""
+    read = {field.name for field in dataclasses.fields(Trained)}
+    return trees.build(Trained, {key: x for key, x in values.items() if key in read}, "config")
 
 
 def build_model(values: Mapping) -> Model:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import flags
@@ -18,6 +19,20 @@ def parse(argv: list[str]) -> list[str]:
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         fail(reason(error), 2)
+
+
+def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
+    """The values of "a=1,b=x", of the types that `types` has for the names; `flag` is all that was written."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in types:
+            raise ValueError(f"{flag} names {name!r}, and has only {', '.join(types)}")
+        try:
+            found[name] = types[name](value)
+        except ValueError:
+            raise ValueError(f"{flag}: {name}={value!r} must be of type {types[name].__name__}") from None
+    return found
 
 
 def reason(error: Exception) -> str:

@@ -81,10 +81,10 @@ def one_device():
 
 
 @contextlib.contextmanager
-def tool(name: str, **replaced):
+def tool(name: str, folder: str = "tools", **replaced):
     """The module of tools/`name`.py, with modules in place of some that it imports; its flags end with it."""
     before = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", Path(__file__).parents[1] / "tools" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", Path(__file__).parents[1] / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         for path, other in {**replaced, spec.name: module}.items():

@@ -85,7 +85,7 @@ def test_a_checkpoint_is_asked_and_its_table_has_a_line_for_each_method_and_ques
         (["--shares=1/x"], "--shares has '1/x', which is no number and no fraction such as 1/8"),
         (["--shares=1/2,2"], "--shares has '2', which does not lie between 0 and 1"),
         (["--shares=1/128"], "--shares: 8 slots leave nothing beside --window=8; use larger shares"),
-        (["--pairs=9"], "pairs=9 must lie between 1 and 8, the keys of task='recall'"),
+        (["--pairs=9"], "pairs=9 must lie between 1 and 8 for task='recall'"),
         (["--length=64", "--pairs=8", "--shares=1/2", "--checkpoint=nowhere"], "nowhere is no directory"),
         (["--length=64", "--window=7", "--shares=1/2", "--rows=0"], "flag --rows=0: 0 is not a positive integer"),
     ],

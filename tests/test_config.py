@@ -119,9 +119,10 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
         (
             "data.sources.text",
             base.source(task="recall", pairs=17),
-            "pairs=17 must lie between 1 and 8, the keys of task='recall'",
+            "pairs=17 must lie between 1 and 8 for task='recall'",
         ),
         ("data.sources.text", base.source(task="mqar", pairs=0), "pairs=0 must lie between 1 and 127"),
+        ("data.sources.text", base.source(task="tracking", pairs=5), "pairs=5 must lie between 1 and 4 for task='tracking'"),
         ("data.sources.text", base.source(task="copy", label="x"), "task='copy' or documents, and label='x' is of documents"),
         ("stages.0.mixture", {"text": 0.0}, "sum to zero"),
         ("stages.0.mixture", {"text": -1.0}, "stages.mixture.text=-1.0 must be a finite share, 0 or more"),

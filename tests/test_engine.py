@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from conftest import REFERENCE, mesh_of, random_params, tiny
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer.compress import Compression
 from hybrid_attn.infer.engine import Engine
-from hybrid_attn.infer.sampling import Sampling
+from hybrid_attn.infer.sampling import GREEDY, Sampling
+from hybrid_attn.infer.steps import decode
 from hybrid_attn.model import apply, logits
-from hybrid_attn.parallel.mesh import TOKENS_BT
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 NEW = 6
 
@@ -97,6 +99,17 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing(engine):
     prompts = [[*beginning, *more] for more in ([1], [2, 3, 4], [5] * 20)]
     wanted = [engine.generate([prompt], NEW)[0].tokens.tolist() for prompt in prompts]
     assert [answer.tokens.tolist() for answer in engine.generate(prompts, NEW)] == wanted
+
+
+def test_a_step_of_decoding_copies_neither_weights_nor_cache(engine):
+    program, _, capacity = engine._sizes(64, 64)
+    cache = caches.empty(engine.model, 1, capacity, 1, engine.run.dtype, False)
+    last_BD = jnp.zeros((1, engine.model.d_model), engine.run.dtype, out_sharding=P(BATCH, None))
+    no_B, seeds_B = jnp.zeros_like(cache.lengths_B, bool), jnp.zeros_like(cache.lengths_B, jnp.uint32)
+    stops = np.full(1, -1, np.int32)
+    compiled = decode.lower(program, GREEDY, engine.weights, cache, last_BD, no_B, seeds_B, stops, 0, 1).compile()
+    least = min(engine.weights["embed"].nbytes, caches.num_bytes(cache))
+    assert compiled.memory_analysis().temp_size_in_bytes < least
 
 
 def test_scores_are_those_of_the_forward_pass(engine):
@@ -197,18 +210,25 @@ def test_compression_over_a_split_sequence_is_refused():
             engine.generate(PROMPTS, NEW, compression=COMPRESSIONS["snapkv"])
 
 
-@pytest.mark.parametrize("sizes", [{"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
-def test_a_mesh_answers_and_scores_as_one_device(sizes):
+def answers_and_scores(**sizes):
     c = config_of(**{"model.pattern": "LLG", "model.num_layers": 4})
     alike = [[*PROMPTS[6], i] for i in range(3)]  # their beginning is read once
-    found = []
-    for mesh in (mesh_of(), mesh_of(**sizes)):
-        with jax.set_mesh(mesh):
-            engine = Engine(random_params(c.model), c, chunk=16)
-            answers = engine.generate(PROMPTS, NEW) + engine.generate(alike, NEW)
-            found.append(([x.tokens.tolist() for x in answers], np.concatenate(engine.score(PROMPTS, PROMPTS[::-1]))))
-    assert found[0][0] == found[1][0]
-    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
+    with jax.set_mesh(mesh_of(**sizes)):
+        engine = Engine(random_params(c.model), c, chunk=16)
+        answers = engine.generate(PROMPTS, NEW) + engine.generate(alike, NEW)
+        return [x.tokens.tolist() for x in answers], np.concatenate(engine.score(PROMPTS, PROMPTS[::-1]))
+
+
+@pytest.fixture(scope="module")
+def of_one_device():
+    return answers_and_scores()
+
+
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
+def test_a_mesh_answers_and_scores_as_one_device(sizes, of_one_device):
+    answers, scores = answers_and_scores(**sizes)
+    assert answers == of_one_device[0]
+    np.testing.assert_allclose(scores, of_one_device[1], atol=1e-4)
 
 
 def test_int8_slots_answer_nearly_the_same_in_a_third_of_the_bytes():

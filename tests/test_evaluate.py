@@ -1,6 +1,12 @@
 """The tool that evaluates checkpoints: from flags to a report, and what it refuses."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import conftest
 import jax
@@ -58,6 +64,74 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
     assert ">one<" in page and ">two<" in page and "http" not in page.replace("http://www.w3.org/", "")
 
 
+def records_of(directory, name="records"):
+    return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_on_a_mesh_the_same_is_measured(tool, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
+    arguments = [f"--checkpoint={models}/one", f"--text={models}/*.txt", "--suite=position,needle"]
+    arguments += ["--lengths=840", "--tokens=1700", "--samples=1", "--depths=50", "--chunk=256"]
+    run(tool, *arguments, f"--out={tmp_path}/alone")
+    run(tool, *arguments, f"--out={tmp_path}/mesh", "--mesh=data=1,fsdp=2,tensor=2,context=2")
+    alone, mesh = (tmp_path / name / "one" for name in ("alone", "mesh"))
+    assert json.loads((mesh / "run.json").read_text())["mesh"] == "fsdp 2 x context 2 x tensor 2"
+    assert len(records_of(alone, "answers")) == 2 and records_of(mesh, "answers") == records_of(alone, "answers")
+    found, wanted = records_of(mesh), records_of(alone)
+    assert [x | {"loss": 0, "bits_per_byte": 0} for x in found] == [x | {"loss": 0, "bits_per_byte": 0} for x in wanted]
+    for name in ("loss", "bits_per_byte"):
+        numbers = [[x[name] for x in records if name in x] for records in (found, wanted)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5) and numbers[0]
+
+
+def test_what_does_not_fit_a_length_that_nobody_named_is_absent(tool, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "SHORTEST", 600)
+    monkeypatch.setattr(tool.suite, "run", lambda reader, settings, *_: planned.append(tool.suite.units(settings, reader)))
+    monkeypatch.setattr(tool.report, "read", lambda directory: None)
+    monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
+    planned = []
+    arguments = [f"--checkpoint={models}/one", f"--text={models}/*.txt", f"--out={tmp_path}", "--suite=ruler,attention_mass"]
+    run(tool, *arguments, "--samples=1")
+    said = capsys.readouterr().out
+    assert "one  absent  ruler-vt-600  sample 0 of vt does not fit into 600 tokens: its smallest prompt, " in said
+    assert "one  absent  ruler-qa_1-600  needs the file of its questions" in said
+    absent = {line.split()[2] for line in said.splitlines() if "absent" in line}
+    measured = {unit.name for unit in planned[0]}
+    assert (
+        len(absent | measured) == 14
+        and not absent & measured
+        and {"ruler-niah_single_1-600", "attention_mass-text-600"} < measured
+    )
+    with pytest.raises(SystemExit):
+        run(tool, *arguments, "--samples=1", "--lengths=600")
+    assert "does not fit into 600 tokens" in capsys.readouterr().err and len(planned) == 1
+
+
+def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    root = Path(__file__).parents[1]
+    arguments = [f"--checkpoint={models}/one", f"--out={tmp_path}", "--suite=recall", "--lengths=32,64", "--tokens=300"]
+    with subprocess.Popen(
+        [sys.executable, "tools/evaluate.py", *arguments], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as first:  # fmt: skip
+        watch = threading.Timer(100, first.kill)
+        watch.start()
+        assert first.stdout.readline() == "one  1/6  recall-recall-32\n"
+        first.send_signal(signal.SIGINT)
+        _, said = first.communicate()
+        watch.cancel()
+    assert (first.returncode, said) == (130, "error: interrupted; the same command goes on with what is not done\n")
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "units").glob("*.json")}
+    assert 1 <= len(done) < 6 and not (tmp_path / "one" / "records.jsonl").exists()
+    run(tool, *arguments)
+    assert capsys.readouterr().out.splitlines()[-1] == f"report  {tmp_path}/report.html"
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert [(r["source"], r["length"]) for r in records_of(tmp_path / "one")] == [
+        (task, length) for length in (32, 64) for task in ("recall", "mqar", "copy")
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -65,17 +139,31 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
         (["--lengths=4K"], "--lengths=4K has what is no number of tokens"),
         (["--lengths=1"], "--lengths=1: 1 tokens hold no question; use more"),
         (["--depths=50,120"], "--depths=50,120 must lie between 0 and 100 percent"),
+        (["--lengths="], "--lengths= names none; leave it out for the default"),
+        (["--depths="], "--depths= names none"),
+        (["--lengths=4096", f"--rows={2**50}"], "use shorter --lengths, or fewer --rows"),
+        (["--text=blank.txt"], "--text=blank.txt has no word; name files with text"),
+        (["--text=empty.txt"], "matches 1 files and all are empty"),
+        (["--out=blank.txt"], "blank.txt"),
+        (["--checkpoint=blank.txt"], "blank.txt is no directory; name a run's workdir"),
+        (["--mesh=tensors=2"], "--mesh=tensors=2 names 'tensors', and has only slice, data, fsdp, context, tensor"),
+        (["--suite=recall", "--lengths=50", "--mesh=context=4"], "recall of recall: length 50 does not split over 4 context"),
+        (["--compat", "--suite=position"], "--compat is of --suite=ruler, and this is --suite=position"),
+        (["--english_words=x.json"], "--english_words is for RULER's own prompts; give --compat, too"),
         (["--samples=0"], "flag --samples=0: 0 is not a positive integer"),
         (["--text=nowhere/*.txt"], "'nowhere/*.txt' matches no file"),
         (["--squad=nowhere.json"], "nowhere.json"),
         (["--suite=needle", "--lengths=64"], "sample 0 of needle at depth 0 does not fit into 64 tokens"),
         (["--step=3"], "has no complete checkpoint of step 3; it has 7"),
         (["--tasks=arc"], "--tasks=arc is of --suite=harness or full, and this is --suite=quick"),
-        (["--suite=harness"], "nothing to measure"),
+        (["--suite=harness"], "--suite=harness asks lm-evaluation-harness, and for no task; name some with --tasks"),
         (["more"], "'more' is no flag"),
     ],
 )
-def test_what_cannot_be_evaluated_is_a_line(tool, models, tmp_path, capsys, arguments, said):
+def test_what_cannot_be_evaluated_is_a_line(tool, models, tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    Path("blank.txt").write_text(" \n")
+    Path("empty.txt").touch()
     text = [] if any(x.startswith("--text") for x in arguments) else [f"--text={models}/*.txt"]
     with pytest.raises(SystemExit) as ended:
         run(tool, f"--checkpoint={models}/one", f"--out={tmp_path}", *text, *arguments)

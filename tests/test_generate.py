@@ -19,6 +19,7 @@ from hybrid_attn.infer.sampling import GREEDY, Sampling
 from hybrid_attn.programs import parse
 
 REPLY = "two: né. END after".encode()
+TRAINED = config.build_trained(config.to_dict(tiny()))
 
 
 class Engine:
@@ -92,7 +93,7 @@ def test_an_answer_is_streamed_to_its_stop_and_its_speed_is_told(run):
     ]
     engine = Engine.last
     assert engine.prompts == [[256, *"one, é".encode()]] and engine.most == 20
-    assert (engine.config, engine.options, engine.mesh.size) == (tiny(), {"chunk": 2048, "cache": "auto", "capacity": None}, 1)
+    assert (engine.config, engine.options, engine.mesh.size) == (TRAINED, {"chunk": 2048, "cache": "auto", "capacity": None}, 1)
     asked = {name: x for name, x in engine.asked.items() if name != "on_tokens"}
     assert asked == {"sampling": GREEDY, "seeds": [0], "stop_tokens": [257], "compression": None, "questions": None}
 

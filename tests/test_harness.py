@@ -288,6 +288,17 @@ def test_local_tasks_of_every_kind_have_the_values_that_a_hand_finds(engine, lm,
     assert values["toys", "acc"]["value"] == right / 5
 
 
+def test_on_a_mesh_tasks_have_the_same_values(engine, local):
+    def values(engine):
+        found = harness.evaluate(engine, LETTERS, ["toys", "toy_text", "toy_answer"], max_length=MAX_LENGTH, include_path=local)
+        return {(x["task"], x["metric"]): x["value"] for x in harness.records(found)}
+
+    alone = values(engine)
+    with jax.set_mesh(mesh_of(fsdp=2, tensor=2, context=2)):
+        assert values(engine_of()) == pytest.approx(alone, rel=1e-5)
+    assert len(alone) > 3
+
+
 def test_one_process_reports_and_all_ask_the_same(local, monkeypatch):
     asked, reports = [], []
     for process in (0, 1):

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
+from conftest import tool
 
 from hybrid_attn.data import documents, prepare
 from hybrid_attn.data.sources import Fields
+from hybrid_attn.programs import parse
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +49,15 @@ def test_a_store_is_summed_up_verified_and_read(made):
     assert "東京東 [...] 京東京\n" in shown
 
 
-def test_what_is_wrong_is_a_line(made):
+def test_what_is_wrong_is_a_line(made, monkeypatch, capsys):
+    def wrong(*arguments):
+        monkeypatch.setattr(sys, "argv", ["inspect_data.py", *arguments])
+        with tool("inspect_data") as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+            module.main(parse(sys.argv))
+        assert ended.value.code in (1, 2)
+        return capsys.readouterr().err
+
+    monkeypatch.chdir(ROOT)
     for arguments, message in [
         (["nowhere"], "error: nowhere is no token store"),
         ([str(made), "--document=3"], "error: --document=3: the store has 3 documents, numbered from 0"),
@@ -58,12 +69,11 @@ def test_what_is_wrong_is_a_line(made):
         (["--config=configs/base.py", "--config.data.sorces=1"], "error: unknown config key 'sorces'; did you mean 'sources'?"),
         (["--config=configs/hybrid_8k.py", "--stage=2"], "error: --stage=2 --step=0: the stages have 300 steps, both are"),
     ]:
-        done = run(*arguments)
-        assert done.returncode in (1, 2) and done.stderr.startswith(message), done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
+        error = wrong(*arguments)
+        assert error.startswith(message) and error.count("\n") == 1, error
     path = made / "shard-00000.tokens"
     path.write_bytes(b"\1" + path.read_bytes()[1:])
-    assert "error: " + f"{made}: the checksum of shard-00000.tokens differs" in run(str(made), "--verify").stderr
+    assert "error: " + f"{made}: the checksum of shard-00000.tokens differs" in wrong(str(made), "--verify")
 
 
 def test_the_batch_of_a_step_is_decoded_with_its_documents_apart(tmp_path):

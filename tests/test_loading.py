@@ -40,7 +40,7 @@ def copied(run, tmp_path):
 def test_a_workdir_or_its_checkpoints_give_the_newest_or_the_one_asked_for(run, one_device):
     for directory, step, seed in ((run, None, 7), (str(run / "checkpoints"), None, 7), (run, 3, 3)):
         c, params, words = loading.load(directory, step)
-        assert c == tiny() and words.hash == "bytes"
+        assert c == config.build_trained(config.to_dict(tiny())) and words.hash == "bytes"
         assert_close(params, random_params(c.model, seed), 0)
     assert loading.stop_tokens(run, words) == [257]
 
@@ -129,11 +129,39 @@ def test_a_checkpoint_without_a_config_and_one_that_changed_are_refused(copied, 
         loading.load(copied)
 
 
+def save_values(directory, values, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "to_dict", lambda c: values)
+        save(directory, tiny(), steps=[1])
+
+
+def test_what_does_not_make_the_model_may_be_of_another_version(tmp_path, one_device, monkeypatch):
+    values = config.to_dict(tiny())
+    del values["evals"]["every"]
+    del values["optim"]
+    values["mesh"]["expert"] = 1
+    save_values(tmp_path, values, monkeypatch)
+    loaded = loading.load(tmp_path)
+    assert loaded.config == config.build_trained(config.to_dict(tiny()))
+    assert_close(loaded.params, random_params(tiny().model, 1), 0)
+
+
+@pytest.mark.parametrize(
+    ("group", "added", "said"),
+    [("model", "head_dims", "unknown key config.model.head_dims"), ("data", "eos", "config.data.eos")],
+)
+def test_an_unknown_key_of_what_makes_the_model_is_refused(tmp_path, one_device, monkeypatch, group, added, said):
+    values = config.to_dict(tiny())
+    values[group][added] = 1
+    save_values(tmp_path, values, monkeypatch)
+    with pytest.raises(ValueError, match=said):
+        loading.load(tmp_path)
+
+
 def test_a_config_of_another_version_is_refused_with_the_key(tmp_path, one_device, monkeypatch):
     values = config.to_dict(tiny())
     del values["train"]["keep"]
-    monkeypatch.setattr(config, "to_dict", lambda c: values)
-    save(tmp_path, tiny(), steps=[1])
+    save_values(tmp_path, values, monkeypatch)
     with pytest.raises(
         ValueError, match="of step 1 in .* was written by another version of this program, .*: config.train lacks keep"
     ):

@@ -29,7 +29,7 @@ class Case(NamedTuple):
     """A mesh (data, fsdp, context, tensor, slices), a layout and its window, and how its rows are shared."""
 
     sizes: tuple[int, ...]
-    pattern: str = "LLLG"
+    pattern: str = "LG"
     window: int = 6
     scheme: str = "gather"  # of the global layers
     balanced: bool = False

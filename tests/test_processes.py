@@ -106,15 +106,13 @@ def test_two_processes_of_four_devices_train_as_one_of_eight_and_go_on_from_each
 
 
 def test_a_process_that_never_joins_is_named_by_all_that_did(folder):
-    with several("join", folder, numbers=(0, 2), count=4) as started:
-        found = ends(started)
+    with several("join", folder, numbers=(0, 2), count=4) as some, several("join", folder, numbers=(1,)) as alone:
+        found, ((status1, _, error1),) = ends(some), ends(alone)
     for status, _, error in found:
         assert status == 1
         assert "processes 1 and 3 never joined: 2 of 4 came within 6 s" in error
-    with several("join", folder, numbers=(1,)) as started:
-        ((status, _, error),) = ends(started)
-    assert status == 1
-    assert "process 0 never joined: nothing answered process 1 at localhost:" in error
+    assert status1 == 1
+    assert "process 0 never joined: nothing answered process 1 at localhost:" in error1
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,7 @@ def test_the_table_in_rulers_form_leaves_short_lengths_out(written):
     assert (hybrid["4K"], hybrid["8K"], hybrid["Avg."], hybrid["Effective Length"]) == (100, 75, 87.5, "4K")
     assert hybrid["wAvg. (inc)"] == pytest.approx(250 / 3) and hybrid["wAvg. (dec)"] == pytest.approx(275 / 3)
     assert rope["Effective Length"] == "4K" and rope["8K"] == 25 and rope["85% of base"] == 4096
+    assert hybrid["Tasks"] == rope["Tasks"] == "2 of 13"
     short = rows_of(contents.ruler(runs, contents.is_short, "short", "Short"))
     assert [row["Effective Length"] for row in short] == [">2K"] * 2 and "4K" not in short[0]
 
@@ -145,11 +147,54 @@ def test_the_table_in_rulers_form_leaves_short_lengths_out(written):
 def test_unequal_runs_are_not_averaged_silently():
     one = {"eval": "ruler", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}
     few = run_of("few", [], [one | {"task": "vt"}, one | {"task": "cwe", "samples": 9}])
-    long = run_of("long", [], [one | {"task": "vt"}, one | {"task": "cwe"}, one | {"task": "vt", "length": 8192}])
+    longer = one | {"task": "vt", "length": 8192, "score": 80.0}
+    long = run_of("long", [], [one | {"task": "vt"}, one | {"task": "cwe", "score": 90.0}, longer])
     (section,) = (x for x in sections.sections([few, long]) if x.name == "ruler")
     words = " ".join(section.words)
-    assert "few: cells have 8 to 9 samples" in words and "long, 8K: the mean is without cwe" in words
-    assert "The runs have other lengths" in words and "qa_1, qa_2, which were not asked" in words
+    assert "few: cells have 8 to 9 samples" in words
+    assert "few: means are over 2 of 13 tasks, without niah_single_1, " in words and "long: means are over 1 of 13" in words
+    assert "The runs have other lengths" in words and "The runs have other tasks" in words
+    rows = rows_of(section.tables[0])
+    assert [(row["4K"], row["8K"], row["Avg."], row["Tasks"]) for row in rows] == [
+        (50.0, None, 50.0, "2 of 13"),
+        (50.0, 80.0, 65.0, "1 of 13"),
+    ]
+    assert {(row["task"], row["run"]): row["4K"] for row in rows_of(section.tables[1])}["cwe", "long"] == 90.0
+
+
+def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rulers():
+    absent = [["ruler", "cwe", 4096, "does not fit"], *(["recall", "mqar", length, "is short"] for length in (8, 1024))]
+    one = {"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}
+    own, other = run_of("own", [], [one]), run_of("other", [], [one])
+    own.provenance["settings"] = {"absent": absent, "compat": True, "seed": 42}
+    *_, ruler, table, provenance = sections.sections([own, other])
+    assert [[*row.values()] for row in rows_of(table.tables[0])] == [
+        ["own", "ruler", "cwe", "4K", "does not fit"],
+        ["own", "recall", "mqar", "8, 1K", "is short"],
+    ]
+    words = " ".join(ruler.words)
+    assert "own: the prompts are RULER's own" in words and "others are not: scores do not compare" in words
+    known = [row["of the run"] for row in rows_of(provenance.tables[0])]
+    assert "settings.compat" in known and "settings.absent" not in known
+    assert "RULER's own" not in " ".join(text for x in sections.sections([other]) for text in x.words)
+
+
+def test_a_report_that_is_cut_short_leaves_the_one_before_it(tmp_path, monkeypatch):
+    run = store(tmp_path / "run", everything(1.0)[0][:1], [])
+    report.write(tmp_path, [run])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    whole = Path.write_bytes
+
+    def half(path, content):
+        whole(path, content[: len(content) // 2])
+        if path.name.startswith("report.html"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(KeyboardInterrupt):
+        report.write(tmp_path, [run._replace(name="another")])
+    page = tmp_path / "report.html"
+    assert page.read_bytes() == before[page]
 
 
 def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+import types
 
 import pytest
 
@@ -205,9 +206,9 @@ def test_what_is_missing_is_named(task, given, words):
 
 
 def test_tasks_without_their_data_are_not_present(qa):
-    assert tuple(ruler.present(None, {})) == FREE
-    assert ruler.present(PROSE, qa) == list(ruler.NAMES)
-    assert len(ruler.present(PROSE, {})) == 11
+    assert {*ruler.NAMES} - {*ruler.missing(None, {})} == {*FREE}
+    assert ruler.missing(PROSE, qa) == {}
+    assert ruler.missing(PROSE, {}) == dict.fromkeys(("qa_1", "qa_2"), "needs the file of its questions")
 
 
 def test_questions_are_those_of_the_files(qa, tmp_path):
@@ -286,3 +287,27 @@ def test_rulers_own_words_need_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wonderwords.random_word", None)
     with pytest.raises(ImportError, match="pip install wonderwords"):
         compat.wonderwords()
+
+
+def test_prose_is_cut_as_nltk_does_where_it_and_its_data_are_here(monkeypatch):
+    def without_data(text):
+        raise LookupError("punkt_tab")
+
+    monkeypatch.setitem(sys.modules, "nltk", types.ModuleType("nltk"))
+    tokenize = types.ModuleType("nltk.tokenize")
+    for cut, wanted in ((without_data, None), (str.split, str.split)):
+        tokenize.sent_tokenize = cut
+        monkeypatch.setitem(sys.modules, "nltk.tokenize", tokenize)
+        assert compat.sent_tokenize() is wanted
+    monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
+    assert compat.sent_tokenize() is None
+
+
+def test_the_words_of_a_file_are_its_values(tmp_path):
+    path = tmp_path / "words.json"
+    path.write_text('{"0": "one", "1": "two"}')
+    assert compat.read_others(path) == ("one", "two")
+    for other in ('["one"]', '{"0": 1}', "one"):
+        path.write_text(other)
+        with pytest.raises(ValueError, match="words.json .*english_words.json"):
+            compat.read_others(path)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hybrid_attn.evals.report import contents
 from hybrid_attn.evals.ruler import scores
 
 
@@ -32,27 +33,6 @@ def test_control_characters_become_line_breaks_and_the_ends_are_bare():
     assert scores.postprocess("é\x7f") == "é\x7f"
 
 
-def test_all_counts_answers_and_part_counts_samples():
-    predictions, wanted = ["a b", "c", ""], [["a", "b", "x"], ["c"], ["d", "e"]]
-    assert scores.string_match_all(predictions, wanted) == 55.56
-    assert scores.string_match_part(predictions, wanted) == 66.67
-
-
-def records(task, length, *predictions):
-    return [
-        {"task": task, "length": length, "score": scores.score(task, prediction, ["a", "b"]), "prediction": prediction}
-        for prediction in predictions
-    ]
-
-
-def test_tasks_weigh_the_same_however_many_samples_they_have():
-    asked = records("vt", 4096, "a b", "a", "\x00") + records("qa_2", 4096, "b") + records("vt", 8192, "a b")
-    tasks = scores.by_task(asked[::-1])
-    assert tasks["vt"][4096] == {"score": 50.0, "samples": 3, "nulls": 1}
-    assert list(tasks) == ["vt", "qa_2"] and list(tasks["vt"]) == [4096, 8192]
-    assert scores.by_length(tasks) == {4096: {"score": 75.0, "tasks": 2}, 8192: {"score": 100.0, "tasks": 1}}
-
-
 LENGTHS = [2**i for i in range(12, 18)]
 ROWS = [  # scores, average, rising and falling weights, effective length by the rule
     ([93.8, 93.3, 92.4, 89.5, 84.9, 76.0], 88.3, 85.5, 91.1, "32K"),
@@ -66,37 +46,13 @@ ROWS = [  # scores, average, rising and falling weights, effective length by the
 def test_averages_and_effective_lengths_are_those_of_the_published_rows(row, average, rising, falling, effective):
     by_length = dict(zip(LENGTHS, row, strict=True))
     assert list(scores.averages(by_length).values()) == pytest.approx([average, rising, falling], abs=0.1)
-    assert scores.effective(by_length) == effective
+    assert contents.effective(by_length) == effective
 
 
 def test_a_length_after_a_failed_one_does_not_count():
-    assert scores.effective({4096: 87.0, 8192: 81.1, 16384: 88.8}) == "4K"
+    assert contents.effective({4096: 87.0, 8192: 81.1, 16384: 88.8}) == "4K"
     by_length = {8192: 85.59, 4096: 85.6, 16384: 99.0}
     assert scores.effective_length(by_length) == 4096
     assert scores.effective_length({4096: 85.59}) is None
     assert scores.relative_length({4096: 20.0, 8192: 17.0, 16384: 16.9}) == 8192
     assert scores.relative_length({4096: 0.0, 8192: 0.0}) is None
-
-
-def test_the_summary_has_scores_and_empty_predictions_of_one_length():
-    tasks = scores.by_task(records("vt", 4096, "a", " ", "a b") + records("cwe", 4096, "b") + records("fwe", 8192, "a"))
-    assert scores.summary(tasks, 4096) == [["Tasks", "vt", "cwe"], ["Score", "50", "50"], ["Nulls", "1/3", "0/1"]]
-
-
-def test_short_lengths_stand_apart():
-    tasks = scores.by_task(records("vt", 2048, "a") + records("vt", 4096, "b") + records("cwe", 512, "a"))
-    parts = scores.parts(tasks)
-    assert parts["RULER"] == {"vt": {4096: tasks["vt"][4096]}}
-    assert parts["short RULER"] == {"vt": {2048: tasks["vt"][2048]}, "cwe": {512: tasks["cwe"][512]}}
-    assert list(scores.parts({"vt": {4096: tasks["vt"][4096]}})) == ["RULER"]
-
-
-def test_the_table_has_a_row_for_each_model():
-    whole = {task: {4096: {"score": 90.0}, 8192: {"score": 80.0}} for task in scores.NAMES}
-    some = {"vt": {4096: {"score": 85.6}}, "cwe": {4096: {"score": 85.6}}}
-    assert scores.table({"A": (8192, whole), "B": (2**20, some)}) == [
-        ["Models", "Claimed Length", "Effective Length", "4K", "8K", "Avg.", "wAvg. (inc)", "wAvg. (dec)"],
-        ["A", "8K", "4K", "<ins>90.0</ins>", "80.0", "85.0", "83.3", "86.7"],
-        ["B", "1M", ">4K", "<ins>85.6 (2 tasks)</ins>", "-", "-", "-", "-"],
-    ]
-    assert scores.short(1000) == "1,000"

@@ -43,6 +43,16 @@ def test_parts_of_a_batch_give_the_metrics_and_the_gradient_of_the_whole(sizes, 
     assert spec == whole[2]
 
 
+def test_a_state_has_one_type_before_and_after_a_step_or_the_second_step_would_be_compiled_again(one_device):
+    c = tiny({}, L={"temperature.type": "learned", "gate": "head"}, G={"qk_norm": "rms_plus1", "sink": True})
+    before = jax.eval_shape(lambda: init_state(c))
+    batch = on_mesh(BATCH)
+    after, _ = jax.eval_shape(lambda state: make_step(c, RUN)(state, batch, 1), before)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    types = [[(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(state)] for state in (before, after)]
+    assert types[0] == types[1]
+
+
 def test_each_token_weighs_the_same_whatever_part_it_is_in():
     weights = BATCH["weights"].sum(1)
 

@@ -2,12 +2,17 @@
 
 import json
 import re
+import types
 
 import numpy as np
 import pytest
+from test_ruler import LISTS
 
+from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import report, suite
+from hybrid_attn.evals import report, samples, suite
+from hybrid_attn.evals.ruler import compat, draws
+from hybrid_attn.evals.ruler.qa import Asked, Questions
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer.engine import Generated
 
@@ -105,7 +110,7 @@ def test_evaluations_are_known_by_name():
 
 def test_rows_of_a_task_are_left_out_where_they_are_too_short():
     found = suite.units(SETTINGS._replace(evals=("recall",), lengths=(16, 64)), reader_of(None))
-    assert [unit.name for unit in found] == ["recall-copy-16", *(f"recall-{task}-64" for task in ("recall", "mqar", "copy"))]
+    assert [unit.name for unit in found] == ["recall-copy-16", *(f"recall-{task}-64" for task in suite.RECALL)]
     with pytest.raises(ValueError, match="nothing to measure at lengths 2"):
         suite.run(reader_of(None), SETTINGS._replace(evals=("recall",), lengths=(2,)), {}, None, None, None)
 
@@ -118,3 +123,69 @@ def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_pa
     run(tmp_path, Engine(), SETTINGS._replace(seed=4), name="three")
     assert len(list((tmp_path / "samples").iterdir())) == 26
     assert json.loads((tmp_path / "two/run.json").read_text())["settings"]["seed"] == 3
+
+
+def plan(tmp_path, settings, named=False):
+    reader = reader_of(None)._replace(lists=LISTS)
+    return reader, suite.fitting(settings, reader, tmp_path / "samples", named)
+
+
+RULER = SETTINGS._replace(evals=("ruler",), lengths=(4096,))
+
+
+def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "sent_tokenize", lambda: draws.sentences)
+    plan(tmp_path, RULER)
+    ours = {*(tmp_path / "samples").iterdir()}
+    reader, own = plan(tmp_path, RULER._replace(compat=True))
+    assert len(ours) == 10 and len({*(tmp_path / "samples").iterdir()} - ours) == 9  # of cwe, ours does not fit either
+    assert [(x.part, "script would try for ever" in x.reason) for x in own.absent] == [
+        *(("qa_1", False), ("qa_2", False), ("vt", True), ("cwe", True))
+    ]
+    engine = Engine()
+    suite.run(reader._replace(engine=engine), own, ABOUT, tmp_path / "own", tmp_path / "samples", lambda *_: None)
+    found = report.read(tmp_path / "own")
+    assert found.compat and found.absent == [tuple(x) for x in own.absent]
+    asked = [x for unit in suite.units(own, reader) for x in suite.DRAWS["ruler"](reader, own, unit)]
+    assert sorted(engine.prompts) == sorted(x.prompt for x in asked) and len(asked) == 18
+    with pytest.raises(samples.TooLongError, match="the example of vt does not fit into 500 tokens as RULER asks it"):
+        plan(tmp_path, RULER._replace(compat=True), named=True)
+
+
+def test_prose_is_left_out_of_rulers_own_prompts_where_nltk_is_not_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "sent_tokenize", lambda: None)
+    _, own = plan(tmp_path, RULER._replace(compat=True))
+    assert {x.part for x in own.absent if "nltk" in x.reason} == {*compat.ESSAYS}
+    assert not any("nltk" in x.reason for x in plan(tmp_path, RULER)[1].absent)
+
+
+def test_samples_of_questions_follow_from_their_file(tmp_path):
+    reader = reader_of(None)
+    place = "Ada works at the mill."
+    for answer in ("mill", "forge"):
+        asked = Questions((Asked("Where does Ada work?", (answer,), (0,), ()),) * 2, (place, "Bo works at the forge."))
+        suite.fitting(RULER, reader._replace(questions={"qa_1": asked}), tmp_path / "samples", False)
+    assert len(list((tmp_path / "samples").glob("ruler-qa_1-4096-*"))) == 2
+
+
+def test_rows_that_a_mesh_does_not_split_are_refused():
+    mesh = types.SimpleNamespace(shape={"context": 2})
+    subject = Subject(None, None, types.SimpleNamespace(balance=True), mesh, Bytes())
+    reader = reader_of(None)._replace(subject=subject)
+    settings = SETTINGS._replace(evals=("recall",), lengths=(64, 66))
+    with pytest.raises(ValueError, match="recall of recall: length 66 does not split over 2 context shards of 2 parts each"):
+        suite.fitting(settings, reader, None, True)
+    short = suite.fitting(settings._replace(lengths=(16,)), reader, None, True)
+    assert [x.part for x in short.absent] == ["recall", "mqar"]
+
+
+def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
+    subject = Subject(None, None, types.SimpleNamespace(balance=False), types.SimpleNamespace(shape={"context": 1}), Bytes())
+    heldout = {"probe": Task("recall", 4), "again": Task("copy", 1)}
+    reader = reader_of(None)._replace(subject=subject, heldout=heldout)
+    settings = SETTINGS._replace(evals=("position", "attention_mass"), lengths=(16, 64))
+    found = suite.fitting(settings, reader, None, False)
+    assert suite.units(found, reader) == [("attention_mass", "probe", 64)]
+    assert [x[:3] for x in found.absent] == [
+        *(("position", "documents", 16), ("position", "documents", 64), ("attention_mass", "probe", 16))
+    ]  # fmt: skip

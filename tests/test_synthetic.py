@@ -82,20 +82,41 @@ def test_copy_wants_the_letters_again_in_their_order():
     assert lengths == set(range(15, 32))
 
 
+@pytest.mark.parametrize("pairs", [1, 2, 4])
+def test_tracking_hides_chains_of_assignments_and_wants_who_holds_a_value_in_their_order(pairs):
+    where, turns = set(), set()
+    for row in rows_of("tracking", pairs, seq_len=128):
+        tokens, targets, counts = content(row)
+        text = bytes(tokens[1:].tolist()).decode()
+        body, value, told = re.fullmatch(r"([^?]*)\?([a-h])([A-P]{3})", text).groups()
+        assert sum(map(str.isalpha, body)) == 2 * 4 * pairs and body.count("=") == 4 * pairs
+        holders, chain_of = {}, {}
+        for match in re.finditer("([A-P])=([A-Pa-h])", body):
+            assert match.start() % 3 == 0 and match[1] not in chain_of
+            chain_of[match[1]] = chain_of.get(match[2], match[2])  # in reading order: what a chain goes on from stands before
+            holders.setdefault(chain_of[match[1]], []).append(match[1])
+            where.add(match.start() // 3)
+        turns.add(tuple(chain_of.values()))
+        assert set(map(len, holders.values())) == {4} and len(holders) == pairs and "".join(holders).islower()
+        assert [chr(x) for x in targets[counts]] == holders[value] and "".join(holders[value][:3]) == told
+        np.testing.assert_array_equal(np.flatnonzero(counts), len(body) + 2 + np.arange(4))
+    assert set(range(35)) <= where <= set(range(40)) and len(turns) > (7 if pairs == 1 else 200)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_rows_for_training_have_all_lengths_from_half_on_and_held_out_ones_are_full(name):
-    lengths = [int(row["segments"].sum()) for row in rows_of(name)]
-    short = {"recall": 0, "mqar": 0, "copy": 1}[name]  # an even number of tokens holds no more letters than the one below
+    lengths = [int(row["segments"].sum()) for row in rows_of(name, 2)]
+    short = name == "copy"  # an even number of tokens holds no more letters than the one below
     assert min(lengths) == 32 - short and max(lengths) == 64 - short
     assert np.mean(lengths) == pytest.approx(48, abs=1.5)
-    assert {int(row["segments"].sum()) for row in rows_of(name, seed=None)} == {64 - short}
+    assert {int(row["segments"].sum()) for row in rows_of(name, 2, seed=None)} == {64 - short}
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_row_follows_from_its_number_and_no_two_are_the_same(name):
-    told = [row["tokens"].tobytes() for seed in (7, 8, None) for row in rows_of(name, seed=seed)]
+    told = [row["tokens"].tobytes() for seed in (7, 8, None) for row in rows_of(name, 2, seed=seed)]
     assert len(set(told)) == 3 * ROWS
-    rows = SyntheticRows(Task(name, 4), 64, 7)
+    rows = SyntheticRows(Task(name, 2), 64, 7)
     (whole,) = rows.read([(123, 0, 64)])
     for part, (start, stop) in zip(rows.read([(123, 9, 40), (123, 40, 64)]), ((9, 40), (40, 64)), strict=True):
         assert {key: value.dtype for key, value in part.items()} == {key: value.dtype for key, value in whole.items()}
@@ -108,6 +129,8 @@ def test_rows_are_the_same_under_every_version_of_numpy():
     assert BYTES.decode(tokens) == r'Fd")=([.{%:+Gh\,Bf%)]^\,,&Cb^=+.^{|?Cb?Gh?Bf?Gh?Cb?G'
     tokens, targets, counts = content(SyntheticRows(Task("mqar", 4), 64, 5).read([(0, 0, 64)])[0])
     assert targets[counts].tolist() == [138, 151, 159, 213]
+    tokens, targets, counts = content(SyntheticRows(Task("tracking", 2), 64, 5).read([(1, 0, 64)])[0])
+    assert BYTES.decode(tokens) == " `/K=cO=eG=KA=OH=AD=H%^|N=GJ=N?eOAH" and bytes(targets[counts].tolist()) == b"OAHD"
 
 
 def mixed_config():

@@ -2,14 +2,17 @@
 
 --checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes; given several times, the
 models are compared. --suite is quick, full, or names of evaluations with commas. The text of haystacks is --text, patterns of
-files, or the standard library of Python; held-out documents are those of the model's own sources. The same command goes on
-where it was interrupted. Exit status: 2 for what cannot be evaluated; 130 after Ctrl-C.
+files, or the standard library of Python; held-out documents are those of the model's own sources. What does not fit one of
+--lengths is an error; of lengths that nobody named it is left out, and told. The same command goes on where it was interrupted.
+Exit status: 2 for what cannot be evaluated; 130 after Ctrl-C.
 """
 
+import contextlib
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,12 +24,13 @@ from hybrid_attn import config
 from hybrid_attn.data import corpora
 from hybrid_attn.evals import report, suite, texts
 from hybrid_attn.evals.provenance import provenance
-from hybrid_attn.evals.ruler import qa
+from hybrid_attn.evals.ruler import compat, qa
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import Engine
-from hybrid_attn.parallel.mesh import make_mesh
-from hybrid_attn.programs import fail, parse, reason
+from hybrid_attn.model import flops
+from hybrid_attn.parallel.mesh import AXES, mesh_over_first
+from hybrid_attn.programs import fail, pairs, parse, reason
 
 CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; by default the newest.")
@@ -38,34 +42,47 @@ DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "Where need
 TEXT = flags.DEFINE_multi_string("text", [], "Pattern of files in which needles are hidden.")
 SQUAD = flags.DEFINE_string("squad", None, "dev-v2.0.json of SQuAD, for qa_1.")
 HOTPOT = flags.DEFINE_string("hotpot", None, "hotpot_dev_distractor_v1.json of HotpotQA, for qa_2.")
+COMPAT = flags.DEFINE_bool("compat", False, "Ask RULER's own prompts, as its scripts draw them; their seed is 42.")
+ENGLISH_WORDS = flags.DEFINE_string("english_words", None, "english_words.json of RULER, for its own longest lists of words.")
 TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, for --suite=harness or full.")
 TASK_PATH = flags.DEFINE_string("task_path", None, "Folder of the YAML files of such tasks.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the questions.", lower_bound=0)
 CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that are read at a time.", lower_bound=1)
+ROWS = flags.DEFINE_integer("rows", None, "Most prompts that are read together; by default 8.", lower_bound=1)
+MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
-SHORTEST = 2048  # of lengths that nobody named: in bytes, one of RULER's tasks needs 1,747
+SHORTEST = 2048  # of lengths that nobody named: in bytes, most of RULER's tasks fit
+OF_ENGINE = {"needle", "ruler", "harness"}
+TAKEN = ("samples", "pictures", "tables")  # what --out holds beside the runs
 
 
 def lengths(trained: int) -> tuple[int, ...]:
     """Those of --lengths, or some up to the trained length."""
     if LENGTHS.value is None:
         return tuple(sorted({max(SHORTEST, trained // part) for part in (4, 1)}))
-    try:
-        found = tuple(int(length) for length in LENGTHS.value)
-    except ValueError:
-        raise ValueError(f"--lengths={','.join(LENGTHS.value)} has what is no number of tokens") from None
+    found = numbers("lengths", LENGTHS.value, int)
     if min(found) < 2:
         raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {min(found)} tokens hold no question; use more")
     return found
 
 
 def depths() -> tuple[float, ...]:
-    try:
-        found = tuple(float(depth) for depth in DEPTHS.value)
-    except ValueError:
-        raise ValueError(f"--depths={','.join(DEPTHS.value)} has what is no number") from None
+    found = numbers("depths", DEPTHS.value, float)
     if not all(0 <= depth <= 100 for depth in found):
         raise ValueError(f"--depths={','.join(DEPTHS.value)} must lie between 0 and 100 percent")
+    return found
+
+
+def numbers(flag: str, texts: Sequence[str], kind: type) -> tuple:
+    """Each number once."""
+    try:
+        found = tuple(dict.fromkeys(kind(text) for text in texts))
+    except ValueError:
+        raise ValueError(
+            f"--{flag}={','.join(texts)} has what is no {'number of tokens' if kind is int else 'number'}"
+        ) from None
+    if not found:
+        raise ValueError(f"--{flag}= names none; leave it out for the default")
     return found
 
 
@@ -73,23 +90,82 @@ def names(checkpoints: Sequence[str]) -> list[str]:
     """A name for each, by which it is known in the report."""
     found: list[str] = []
     for checkpoint in checkpoints:
-        path = Path(checkpoint.rstrip("/"))
+        path = Path(os.path.abspath(checkpoint))
         name = path.parent.name if path.name == "checkpoints" else path.name
-        found.append(name if name not in found else f"{name}-{len(found) + 1}")
+        others = (f"{name}-{number}" for number in itertools.count(2))
+        found.append(next(x for x in itertools.chain([name], others) if x and x not in (*found, *TAKEN)))
     return found
 
 
-def evaluate(checkpoint: str, name: str, settings: Mapping, text: str, questions: Mapping) -> None:
-    """Measures one model into --out."""
-    step = checkpoints.steps(loading.find(checkpoint))[-1] if STEP.value is None else STEP.value
+def settings() -> dict:
+    """What is measured of every checkpoint, but for the lengths."""
+    evals = suite.named(SUITE.value)
+    if TASKS.value and "harness" not in evals:
+        raise ValueError(f"--tasks={','.join(TASKS.value)} is of --suite=harness or full, and this is --suite={SUITE.value}")
+    if "harness" in evals and not TASKS.value and SUITE.value != "full":
+        raise ValueError(f"--suite={SUITE.value} asks lm-evaluation-harness, and for no task; name some with --tasks")
+    if TASKS.value:
+        from hybrid_attn.evals import harness  # an extra
+
+        harness.find_tasks(TASKS.value, TASK_PATH.value, None)
+    for flag, value in (("compat", COMPAT.value), ("squad", SQUAD.value), ("hotpot", HOTPOT.value)):
+        if value and "ruler" not in evals:
+            raise ValueError(f"--{flag} is of --suite=ruler, and this is --suite={SUITE.value}")
+    if ENGLISH_WORDS.value and not COMPAT.value:
+        raise ValueError("--english_words is for RULER's own prompts; give --compat, too")
+    return {
+        **{"evals": evals, "samples": SAMPLES.value, "tokens": TOKENS.value, "depths": depths(), "seed": SEED.value},
+        **{"tasks": tuple(TASKS.value), "task_path": TASK_PATH.value, "compat": COMPAT.value},
+    }
+
+
+def asked_about() -> dict:
+    """What every checkpoint is asked about."""
+    files = {"qa_1": (SQUAD.value, qa.read_squad), "qa_2": (HOTPOT.value, qa.read_hotpot)}
+    questions = {task: read(Path(path)) for task, (path, read) in files.items() if path is not None}
+    others = compat.read_others(Path(ENGLISH_WORDS.value)) if ENGLISH_WORDS.value else ()
+    return {
+        **{"haystack": texts.of_files(tuple(TEXT.value)), "questions": questions},
+        "lists": compat.wonderwords(others) if COMPAT.value else None,
+    }
+
+
+def check_memory(c: config.Trained, engine: Engine, longest: int) -> None:
+    """ValueError where the devices of the mesh cannot hold the keys and values of as many prompts as are read together."""
+    device = engine.mesh.devices.flat[0]
+    known = device.memory_stats()
+    room = known["bytes_limit"] * engine.mesh.size if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = engine.rows * flops.cache_bytes(c.model, longest, engine.run.dtype.itemsize)
+    if needed > room:
+        raise ValueError(
+            f"keys and values of {engine.rows} prompts of {longest:,} tokens take {needed / 2**30:,.1f} GiB, and there are "
+            f"{room / 2**30:,.1f} GiB; use shorter --lengths, or fewer --rows"
+        )
+
+
+def evaluate(checkpoint: str, step: int, name: str, asked: Mapping, about: Mapping) -> None:
+    """Measures one model into --out, on the mesh in force."""
     c, params, words = loading.load(checkpoint, step)
-    engine = Engine(params, c, chunk=CHUNK.value)
+    engine = Engine(params, c, chunk=CHUNK.value, rows=ROWS.value)
     subject = Subject(c.model, params, engine.run, engine.mesh, words)
-    sources = [source for source in c.sources if c.data.sources[source].task is None]
-    wanted = suite.Settings(lengths=lengths(c.stages[-1].seq_len), **settings)
-    loaded = corpora.load(c.data, sources, words) if {"position", "attention_mass", "key_tokens"} & {*wanted.evals} else {}
-    reader = suite.Reader(subject, engine, {source: x.heldout for source, x in loaded.items()}, text, questions)
-    about = provenance(checkpoint, step, c, words, text)
+    wanted = suite.Settings(lengths=lengths(c.stages[-1].seq_len), **asked)
+    if OF_ENGINE & {*wanted.evals}:
+        check_memory(c, engine, max(wanted.lengths))
+    loaded = corpora.load(c.data, c.sources, words) if {*suite.OF_SOURCES} & {*wanted.evals} else {}
+    reader = suite.Reader(subject, engine, {source: x.heldout for source, x in loaded.items()}, **about)
+    out = Path(OUT.value)
+    wanted = suite.fitting(wanted, reader, out / "samples", LENGTHS.value is not None)
+    for x in wanted.absent:
+        print(f"{name}  absent  {x.eval}-{x.part}-{x.length}  {x.reason}", flush=True)
+    saved = checkpoints.read_config(loading.find(checkpoint), step)
+    known = provenance(checkpoint, step, c, saved, words, about["haystack"], engine.run, engine.mesh)
+    with progress(name) as done:
+        suite.run(reader, wanted, known, out / name, out / "samples", done)
+
+
+@contextlib.contextmanager
+def progress(name: str) -> Iterator[Callable[[suite.Unit, int, int], None]]:
+    """Gives what shows each unit that is done: a bar on a terminal, a line elsewhere."""
     with tqdm.tqdm(desc=name, unit="unit", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
 
         def done(unit: suite.Unit, number: int, of: int) -> None:
@@ -99,9 +175,23 @@ def evaluate(checkpoint: str, name: str, settings: Mapping, text: str, questions
             if bar.disable:
                 print(f"{name}  {number}/{of}  {unit.name}", flush=True)
 
-        suite.run(
-            reader, wanted, {**about, "dtype": str(engine.run.dtype)}, Path(OUT.value) / name, Path(OUT.value) / "samples", done
-        )
+        yield done
+
+
+def evaluate_all() -> None:
+    """Measures every checkpoint and writes the report; what is wrong with one is said before another is measured."""
+    asked = settings()
+    report.check_drawing()
+    steps = [loading.step_of(loading.find(checkpoint), STEP.value) for checkpoint in CHECKPOINT.value]
+    about = asked_about()
+    called = names(CHECKPOINT.value)
+    mesh = mesh_over_first(**pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
+    Path(OUT.value).mkdir(parents=True, exist_ok=True)  # better now than after hours
+    with jax.set_mesh(mesh):
+        for checkpoint, step, name in zip(CHECKPOINT.value, steps, called, strict=True):
+            evaluate(checkpoint, step, name, asked, about)
+    report.write(Path(OUT.value), [report.read(Path(OUT.value) / name) for name in called])
+    print(f"report  {Path(OUT.value) / 'report.html'}")
 
 
 def main(argv):
@@ -109,23 +199,15 @@ def main(argv):
     try:
         if argv[1:]:
             raise ValueError(f"{' '.join(argv[1:])!r} is no flag; quote what has spaces")
-        settings = {"evals": suite.named(SUITE.value), "samples": SAMPLES.value, "tokens": TOKENS.value}
-        settings |= {"depths": depths(), "seed": SEED.value, "tasks": tuple(TASKS.value), "task_path": TASK_PATH.value}
-        if TASKS.value and "harness" not in settings["evals"]:
-            raise ValueError(
-                f"--tasks={','.join(TASKS.value)} is of --suite=harness or full, and this is --suite={SUITE.value}"
-            )
-        files = {"qa_1": (SQUAD.value, qa.read_squad), "qa_2": (HOTPOT.value, qa.read_hotpot)}
-        questions = {task: read(Path(path)) for task, (path, read) in files.items() if path is not None}
-        text = texts.of_files(tuple(TEXT.value))
-        called = dict(zip(names(CHECKPOINT.value), CHECKPOINT.value, strict=True))
-        with jax.set_mesh(make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])):
-            for name, checkpoint in called.items():
-                evaluate(checkpoint, name, settings, text, questions)
-        report.write(Path(OUT.value), [report.read(Path(OUT.value) / name) for name in called])
-        print(f"report  {Path(OUT.value) / 'report.html'}")
+        evaluate_all()
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         fail(reason(error), 2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(
+            f"the memory of a device does not hold what is measured: use shorter --lengths or fewer --rows; {reason(error)}", 2
+        )
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on with what is not done", file=sys.stderr, flush=True)
         os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up

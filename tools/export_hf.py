@@ -24,7 +24,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the t
 def main(_):
     logging.getLogger().setLevel(logging.WARNING)
     try:
-        c = config.build(checkpoint.read_config(CHECKPOINT.value, STEP.value))
+        c = config.build_trained(checkpoint.read_config(CHECKPOINT.value, STEP.value))
         companions = Path(CHECKPOINT.value) / "companions"
         described = hf.describe(c.model, companions, max(stage.seq_len for stage in c.stages), FAMILY.value)
         shapes = {path: x.shape for path, x in hf.flat(flops.shapes(c.model)).items()}

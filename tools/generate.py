@@ -10,22 +10,19 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import sys
-from collections.abc import Mapping
 
 import jax
 from absl import app, flags
 
-from hybrid_attn import config
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.compress import Compression
 from hybrid_attn.infer.engine import Engine, Timing
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import Answer, answers
-from hybrid_attn.parallel.mesh import AXES, make_mesh
-from hybrid_attn.programs import fail, parse, reason
+from hybrid_attn.parallel.mesh import AXES, mesh_over_first
+from hybrid_attn.programs import fail, pairs, parse, reason
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Which of them; by default the newest.")
@@ -48,20 +45,6 @@ MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,te
 OUT = flags.DEFINE_string("out", None, "File of JSON lines to write.")
 
 
-def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
-    """The values of "a=1,b=x", of the types that `types` has for the names; `flag` is all that was written."""
-    found = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        if name not in types:
-            raise ValueError(f"{flag} names {name!r}, and has only {', '.join(types)}")
-        try:
-            found[name] = types[name](value)
-        except ValueError:
-            raise ValueError(f"{flag}: {name}={value!r} must be of type {types[name].__name__}") from None
-    return found
-
-
 def compression(text: str) -> Compression:
     """The compression called "snapkv:cap=1024,window=64"."""
     method, _, options = text.partition(":")
@@ -70,13 +53,6 @@ def compression(text: str) -> Compression:
     if "cap" not in found:
         raise ValueError(f"--compress={text} has no cap; say how many slots a head keeps, as {method}:cap=1024")
     return Compression(method, **found)
-
-
-def mesh(text: str) -> jax.sharding.Mesh:
-    """The mesh of "context=4,tensor=2" over the first devices."""
-    sizes = dict.fromkeys(AXES, 1) | pairs(f"--mesh={text}", text, dict.fromkeys(AXES, int))
-    devices = jax.devices()
-    return make_mesh(config.Mesh(**sizes), devices if -1 in sizes.values() else devices[: math.prod(sizes.values())])
 
 
 def records() -> list[dict]:
@@ -157,7 +133,8 @@ def generate() -> None:
     chosen = None if COMPRESS.value is None else compression(COMPRESS.value)
     if OUT.value is not None:
         open(OUT.value, "a").close()  # better now than after hours
-    with jax.set_mesh(mesh(MESH.value)), shown() as show:
+    mesh = mesh_over_first(**pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
+    with jax.set_mesh(mesh), shown() as show:
         c, params, words = loading.load(CHECKPOINT.value, STEP.value)
         engine = Engine(params, c, chunk=CHUNK.value, cache=CACHE.value, capacity=CAPACITY.value)
         replies = answers(

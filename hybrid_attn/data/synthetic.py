@@ -1,8 +1,8 @@
 """Rows that ask a model to find again what the row has said: drawn, not read, each a pure function of its number.
 
 Every row begins with bos and goes on in bytes, so that it decodes to text. A target that weighs something is an answer,
-and can be told from the row alone; `config.shortest_row` has the least tokens that each task needs. n tokens in a row before
-its padding, T with it.
+and can be told from the row alone; `config.TASKS` has the most pairs and the least tokens of each task. n tokens in a row
+before its padding, T with it.
 """
 
 import string
@@ -12,14 +12,16 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid_attn import config
-from hybrid_attn.config import QUERIES
+from hybrid_attn.config import HOPS, QUERIES
 from hybrid_attn.data.rows import ARRAYS
 from hybrid_attn.data.tokenizer import Bytes
 
 QUERY = ord("?")
 KEYS = np.frombuffer(b"ABCDEFGH", np.uint8)
 VALUES = np.frombuffer(b"abcdefgh", np.uint8)
+VARIABLES = np.frombuffer(string.ascii_uppercase[: config.TASKS["tracking"].pairs * (HOPS + 1)].encode(), np.uint8)
 NOISE = np.frombuffer((string.punctuation.replace("?", "") + " ").encode(), np.uint8)
+IS = ord("=")
 MQAR_WORDS = 256  # the bytes: 0 is no key, the others below the middle are, and those from the middle on are values
 MQAR_POWER = 0.01  # zoology's: the gap to the query of a pair falls about as 1 / gap
 
@@ -35,7 +37,7 @@ class Task(NamedTuple):
 
     def fingerprint(self) -> str:
         """Tells the rows of this task from those of others."""
-        return self.name if config.TASKS[self.name] is None else f"{self.name} of {self.pairs} pairs"
+        return self.name if config.TASKS[self.name].pairs is None else f"{self.name} of {self.pairs} pairs"
 
 
 class SyntheticRows:
@@ -111,7 +113,25 @@ def copy(raw: Raw, n: int, pairs: int) -> Drawn:
     return _next_tokens(np.concatenate([[Bytes.bos], letters, [QUERY], letters]), len(letters) + 2, 1)
 
 
-TASKS = {"recall": recall, "mqar": mqar, "copy": copy}
+def tracking(raw: Raw, n: int, pairs: int) -> Drawn:
+    """Chains of assignments A=a, B=A, … somewhere in noise, one for each pair, then ?a and all variables that hold a, in order.
+
+    RULER's variable tracking (arXiv 2404.06654) in letters, with three hops for four: assignments keep the order of their
+    chain, and chains lie between one another. Each answer but the first follows from the one before it.
+    """
+    values, names = _choose(raw, VALUES, pairs), _choose(raw, VARIABLES, pairs * (HOPS + 1)).reshape(pairs, HOPS + 1)
+    chains_CA3 = np.full((*names.shape, 3), IS)
+    chains_CA3[..., 0], chains_CA3[:, 0, 2], chains_CA3[:, 1:, 2] = names, values, names[:, :-1]
+    quiet = NOISE[NOISE != IS]
+    text = quiet[raw(n - HOPS - 3) % len(quiet)]
+    places = 3 * np.sort(_choose(raw, np.arange(len(text) // 3), names.size))
+    turns = _choose(raw, np.repeat(np.arange(pairs), HOPS + 1), names.size)
+    text[places[np.argsort(turns, kind="stable"), None] + np.arange(3)] = chains_CA3.reshape(-1, 3)
+    asked = int(raw(1)[0] % pairs)
+    return _next_tokens(np.concatenate([[Bytes.bos], text, [QUERY, values[asked]], names[asked]]), len(text) + 3, 1)
+
+
+TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "tracking": tracking}
 
 
 def _choose(raw: Raw, things: np.ndarray, number: int) -> np.ndarray:

@@ -56,7 +56,7 @@ def evaluate(
         raise ValueError(f"limit={limit} leaves no document of a task; use at least 1, or None for all")
     lm = EngineLM(engine, tokenizer, max_length, stop_tokens=stop_tokens, truncate=truncate)
     found = simple_evaluate(
-        model=lm, tasks=[*tasks], task_manager=_tasks(tasks, include_path, metadata), limit=limit, num_fewshot=num_fewshot,
+        model=lm, tasks=[*tasks], task_manager=find_tasks(tasks, include_path, metadata), limit=limit, num_fewshot=num_fewshot,
         bootstrap_iters=BOOTSTRAPS,
     )  # fmt: skip
     if jax.process_index() > 0 or found is None:
@@ -242,8 +242,8 @@ def _options(request) -> tuple[tuple[str, ...], tuple]:
     return tuple(given["until"]), (given["max_gen_toks"], temperature, *filters)
 
 
-def _tasks(names: Sequence[str], include_path, metadata: Mapping | None) -> TaskManager:
-    """The tasks under `include_path`, and the harness's own where a name is not among them."""
+def find_tasks(names: Sequence[str], include_path, metadata: Mapping | None) -> TaskManager:
+    """The tasks under `include_path`, and the harness's own where a name is not among them; ValueError for other names."""
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path={include_path} is no directory; name the one that holds the YAML files of tasks")
     manager = TaskManager(include_path=include_path, include_defaults=False, metadata=dict(metadata or {}))

@@ -8,19 +8,10 @@ import numpy as np
 from hybrid_attn import trees
 from hybrid_attn.data.rows import Rows
 from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.evals.ruler import words
+from hybrid_attn.evals.ruler.tasks import FIND_ONE, NEEDLE
 from hybrid_attn.evals.subject import Spec
 
-# The prompt of RULER's niah_single_2 (arXiv 2404.06654) with its answer.
-BEFORE = (
-    "A special magic number is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the number afterwards.\n"
-)
-NEEDLE = " One of the special magic numbers for {key} is:"
-QUESTION = (
-    "\nWhat is the special magic number for {key} mentioned in the provided text? "
-    "The special magic number for {key} mentioned in the provided text is"
-)
-KEYS = ("anchor", "blanket", "candle", "dolphin", "engine", "falcon", "garden", "hammer", "island", "jacket", "kettle", "lamp")
 SENTENCE = 256  # tokens that the needle moves back at most, to follow the end of a sentence or a line
 
 
@@ -51,7 +42,7 @@ class Marked:
 def prompts(spec: Spec, tokenizer) -> list[Marked]:
     """As many of at most `spec.length` tokens as `spec.tokens` fill.
 
-    Of documents: a magic number in the middle of their text (RULER's sentence). Of the task "recall": a pair of letters
+    Of documents: a magic number in the middle of their text (RULER's niah_single_2). Of the task "recall": a pair of letters
     where the row has it.
     """
     number = -(-spec.tokens // spec.length)
@@ -70,8 +61,11 @@ def prompts(spec: Spec, tokenizer) -> list[Marked]:
 def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> Marked:
     """The number drawn for (length, index) in the middle of as much of the text as fits."""
     draw = np.random.Philox(np.random.SeedSequence((length, index))).random_raw(2)
-    key, value = KEYS[int(draw[0] % len(KEYS))], f" {1_000_000 + int(draw[1] % 9_000_000)}"
-    pieces = (BEFORE, NEEDLE.format(key=key), value, ".", QUESTION.format(key=key))
+    keys = words.pairs()
+    key, value = keys[int(draw[0] % len(keys))], f" {1_000_000 + int(draw[1] % 9_000_000)}"
+    around = FIND_ONE.format(kind="number", context=value, query=key).split(value)
+    told = NEEDLE.format(kind="numbers", key=key, value=value[1:]).split(value)
+    pieces = (around[0], " " + told[0], value, told[1], around[1])
     before, needle, value, stop, question = (x.tolist() for x in tokenizer.encode_batch([x.encode() for x in pieces]))
     needle += value + stop
     room = length - 1 - sum(map(len, (before, needle, question, value)))

@@ -3,27 +3,33 @@
 import hashlib
 import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from hybrid_attn import config
-from hybrid_attn.model import flops
+from hybrid_attn.model import Run, flops
 
 
-def provenance(checkpoint: str, step: int, c: config.Config, words, text: str) -> dict:
-    """Of the model of `c` at `step`, asked in the tokens of `words` about needles in `text`."""
+def provenance(
+    checkpoint: str, step: int, c: config.Config | config.Trained, values: Mapping, words, text: str, run: Run, mesh: Mesh
+) -> dict:
+    """Of the model of `c` (the whole config is `values`) at `step`, asked in tokens of `words` about needles in `text`."""
     model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
     return {
         "checkpoint": checkpoint,
         "step": step,
         "model": model,
-        "config": _sha(json.dumps(config.to_dict(c), sort_keys=True)),
+        "config": _sha(json.dumps(values, sort_keys=True)),
         "tokenizer": words.hash,
         "haystack": _sha(text),
         "revision": _revision(),
         "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
+        "device": mesh.devices.flat[0].device_kind,
+        "dtype": str(run.dtype),
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device",
     }
 
 

@@ -18,7 +18,7 @@ TOKENS = 8192  # of a batch on each of its shards: their logits all exist at onc
 
 
 def run(subject: Subject, spec: Spec) -> Iterator[dict]:
-    """One record: of the answers in `spec.tokens` tokens of rows of `spec.length`, the share that is right (chance: 1 / pairs).
+    """One record: of the answers in `spec.tokens` tokens of rows of `spec.length`, the share that is right.
 
     The row holds the right answers, so that one does not suffer from another.
     """

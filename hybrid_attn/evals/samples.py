@@ -9,6 +9,10 @@ from pathlib import Path
 from hybrid_attn import trees
 
 
+class TooLongError(ValueError):
+    """A question whose smallest prompt does not fit its length."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One question of a task.
@@ -56,10 +60,10 @@ def read(path: Path) -> tuple[list[Sample], str]:
     return found, hashlib.sha256(whole).hexdigest()
 
 
-def too_long(samples: Sequence[Sample], tokenizer) -> Sample | None:
-    """The first whose prompt, the mark before it and its answer do not fit its length."""
+def too_long(samples: Sequence[Sample], tokenizer, spare: int = 0) -> Sample | None:
+    """The first whose prompt, the mark before it and its answer do not fit its length and `spare` tokens."""
     prompts = tokenizer.encode_batch([sample.prompt.encode() for sample in samples])
     for sample, ids in zip(samples, prompts, strict=True):
-        if 1 + len(ids) + sample.max_new_tokens > sample.length:
+        if 1 + len(ids) + sample.max_new_tokens > sample.length + spare:
             return sample
     return None

@@ -62,13 +62,14 @@ def shares(q_BTNH, k_BTKH, asked: Asked, sinks_N, *, queries: int, kind: LayerKi
     def shard(q_BTNH, k_BTKH, asked: Asked, *sinks):
         (B, T, N, _), K = q_BTNH.shape, k_BTKH.shape[2]
         offset = jax.lax.axis_index(AXIS) * T
-        pos_BQ = asked.query_B[:, None] + jnp.arange(queries)
+        wanted_BQ, end_B1 = asked.query_B[:, None] + jnp.arange(queries), asked.length_B[:, None]
+        pos_BQ = jnp.minimum(wanted_BQ, end_B1 - 1)  # past its tokens, the window of a row may hold no key
         q_BQNH = _from_all(q_BTNH, pos_BQ - offset)
         q_BKGQH = jnp.einsum("BQKGH->BKGQH", q_BQNH.reshape(B, queries, K, N // K, -1))
         sums = _over_shards(_sums(q_BKGQH, pos_BQ, k_BTKH, offset, asked, kind, scale))
         if sinks:
             sums = _with_sinks(sums, sinks[0].astype(jnp.float32).reshape(K, N // K, 1))
-        counts_BQ = (pos_BQ < asked.length_B[:, None]).astype(jnp.float32)
+        counts_BQ = (wanted_BQ < end_B1).astype(jnp.float32)
         weights_BQ = counts_BQ / counts_BQ.sum(1, keepdims=True)
         mass_BKGI = jnp.einsum("BKGQI,BQ->BKGI", sums.parts_BKGQI / sums.total_BKGQ[..., None], weights_BQ)
         bits_BKGQ = (jnp.log(sums.total_BKGQ) - sums.tilt_BKGQ / sums.total_BKGQ) / math.log(2)

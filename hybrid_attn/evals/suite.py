@@ -2,7 +2,7 @@
 
 The directory of a run has run.json (what was measured of which model), units/ (a file of records and answers each) and, when
 all are done, records.jsonl and answers.jsonl, of which a report is made. Who was interrupted goes on with the units that are
-not there.
+not there. What cannot be asked, or does not fit a length that nobody named, is absent, with the reason in run.json.
 """
 
 import difflib
@@ -18,19 +18,32 @@ from hybrid_attn import config, trees
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import attention, keytokens, marked, needle, position, recall, ruler, samples
-from hybrid_attn.evals.ruler import scores
+from hybrid_attn.evals.ruler import compat, draws, scores
 from hybrid_attn.evals.ruler.qa import Questions
-from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.ruler.tasks import ESSAYS
+from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.subject import Spec, Subject
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.text import answers
+from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import told
 
 ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
-RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1))}
+RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1), ("tracking", 2))}
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, where nobody says others
+OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
+IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
 GENERATOR = 1  # raised when the same settings give other samples
+
+
+class Absent(NamedTuple):
+    """A unit that is not measured, and why."""
+
+    eval: str
+    part: str
+    length: int
+    reason: str
 
 
 class Settings(NamedTuple):
@@ -44,16 +57,23 @@ class Settings(NamedTuple):
     seed: int
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness, whose own files are in `task_path`
     task_path: str | None = None
+    compat: bool = False  # RULER's own prompts
+    absent: tuple[Absent, ...] = ()
 
 
 class Reader(NamedTuple):
-    """A model with an engine of it (None if nothing is asked), held-out documents by source, text to hide needles in, tasks."""
+    """A model with an engine of it (None if nothing is asked), and what it is asked about.
+
+    `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` those whose answers
+    are counted, `lists` the words of RULER's own prompts.
+    """
 
     subject: Subject
     engine: Engine | None
-    heldout: Mapping[str, Documents]
+    heldout: Mapping[str, Documents | Task]
     haystack: str
     questions: Mapping[str, Questions]
+    lists: compat.Words | None = None
     tasks: Mapping[str, Task] = RECALL
 
 
@@ -83,6 +103,10 @@ def draw_needle(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Samp
 
 def draw_ruler(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sample]:
     words, texts = reader.subject.tokenizer, (reader.haystack, reader.questions)
+    if settings.compat:
+        cut = compat.sent_tokenize() if unit.part in ESSAYS else draws.sentences
+        yield from compat.generate(unit.part, unit.length, settings.samples, settings.seed, words, reader.lists, *texts, cut)
+        return
     for index in range(settings.samples):
         yield ruler.generate(unit.part, unit.length, index, settings.seed, words, *texts)
 
@@ -98,12 +122,8 @@ def measure_recall(reader: Reader, settings: Settings, unit: Unit, asked) -> Mea
 
 
 def measure_attention(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
-    found = attention.run(reader.subject, _attention_spec(reader, unit))
-    return Measured([{"source": unit.part, **record} for record in found], [])
-
-
-def _attention_spec(reader: Reader, unit: Unit) -> Spec:
-    return Spec(reader.heldout[unit.part], unit.length, ATTENTION_PROMPTS * unit.length)
+    records = attention.run(reader.subject, _attention_spec(reader, unit))
+    return Measured([{"source": unit.part, **record} for record in records], [])
 
 
 def measure_key_tokens(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
@@ -124,13 +144,13 @@ def measure_harness(reader: Reader, settings: Settings, unit: Unit, asked) -> Me
 
 
 def measure_needle(reader: Reader, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
-    given = _given(reader, asked)
+    given = _given(reader, asked, 0)
     shares = [needle.right(sample, text) / len(sample.answers) for sample, text in zip(asked, given, strict=True)]
     return Measured(needle.records(asked, given), _answers(asked, given, shares))
 
 
 def measure_ruler(reader: Reader, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
-    given = _given(reader, asked)
+    given = _given(reader, asked, settings.compat)  # RULER's lengths are without the mark
     shares = [scores.score(unit.part, text, sample.answers) / 100 for sample, text in zip(asked, given, strict=True)]
     nulls = sum(not scores.postprocess(text) for text in given)
     record = {"task": unit.part, "length": unit.length, "samples": len(asked), "score": 100 * sum(shares) / len(shares)}
@@ -154,7 +174,7 @@ def named(suite: str) -> tuple[str, ...]:
     """The evaluations of "quick", "full" or "needle,ruler"; ValueError names the nearest of what does not exist."""
     if suite in SUITES:
         return SUITES[suite]
-    found = tuple(name.strip() for name in suite.split(","))
+    found = tuple(dict.fromkeys(name.strip() for name in suite.split(",")))
     for name in found:
         near = difflib.get_close_matches(name, (*SUITES, *MEASURES), 1, 0.0)
         trees.check(
@@ -166,28 +186,68 @@ def named(suite: str) -> tuple[str, ...]:
 
 def units(settings: Settings, reader: Reader) -> list[Unit]:
     """All that `settings` ask for and the reader has the text for."""
+    drawn = [name for name, x in reader.heldout.items() if isinstance(x, Task)]
     parts = {
-        **dict.fromkeys(("position", "attention_mass", "key_tokens"), tuple(reader.heldout)),
+        **dict.fromkeys(OF_SOURCES, tuple(name for name in reader.heldout if name not in drawn)),
+        "attention_mass": tuple(x for x in reader.heldout if x not in drawn or reader.heldout[x].name == "recall"),
         "recall": tuple(reader.tasks),
         "needle": ("1", "4"),
-        "ruler": tuple(ruler.present(reader.haystack, reader.questions)),
+        "ruler": tuple(task for task in ruler.NAMES if task not in missing(settings, reader)),
         "harness": settings.tasks,
     }
     found = [Unit(name, part, length) for name in settings.evals for length in settings.lengths for part in parts[name]]
-    return [unit for unit in found if unit.eval != "recall" or unit.length >= _shortest(reader.tasks[unit.part])]
+    absent = {unit[:3] for unit in settings.absent}
+    return [x for x in found if x not in absent and (x.eval != "recall" or x.length >= _shortest(reader.tasks[x.part]))]
 
 
-def prepare(reader: Reader, settings: Settings, shared: Path) -> dict[Unit, Path | None]:
-    """The units that are wanted, with the file of those that ask: all questions are drawn into `shared`.
+def missing(settings: Settings, reader: Reader) -> dict[str, str]:
+    """Why tasks of RULER cannot be asked at any length, of those that cannot."""
+    found = ruler.missing(reader.haystack, reader.questions)
+    if settings.compat and compat.sent_tokenize() is None:
+        found |= dict.fromkeys(ESSAYS, "needs nltk with its punkt_tab, by which RULER cuts prose into sentences")
+    return found
 
-    ValueError where there is no unit, and where a question does not fit its length.
+
+def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Settings:
+    """`settings` with all in `absent` that cannot be measured; the samples of the rest are drawn into `shared`.
+
+    Absent is what does not fit, too; but not of lengths that somebody has `named`: there it is a ValueError.
     """
-    wanted = units(settings, reader)
-    trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
-    for unit in wanted:
-        if unit.eval == "attention_mass":
+    absent = []
+    for length in settings.lengths:
+        for task, reason in missing(settings, reader).items():
+            absent += [Absent("ruler", task, length, reason)] * ("ruler" in settings.evals)
+        for name, task in reader.tasks.items():
+            if "recall" in settings.evals and length < (least := _shortest(task)):
+                absent.append(Absent("recall", name, length, f"its shortest row has {least} tokens"))
+    found = units(settings, reader)
+    unread = [name for name in OF_SOURCES if name in settings.evals and name not in {unit.eval for unit in found}]
+    absent += [
+        Absent(name, "documents", length, "needs some that are held out") for name in unread for length in settings.lengths
+    ]
+    for unit in found:
+        try:
+            _check_fits(settings, reader, unit, shared)
+        except TooLongError as cause:
+            if named:
+                raise
+            absent.append(Absent(*unit, str(cause)))
+    return settings._replace(absent=tuple(absent))
+
+
+def _check_fits(settings: Settings, reader: Reader, unit: Unit, shared: Path) -> None:
+    if unit.eval in DRAWS:
+        _drawn(reader, settings, unit, shared)
+    if unit.eval in IN_ROWS:
+        fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, reader.subject.mesh.shape, reader.subject.run.balance)
+    if unit.eval == "attention_mass":
+        task = reader.heldout[unit.part]
+        if isinstance(task, Task) and unit.length < (least := _shortest(task)):
+            raise TooLongError(f"its shortest row has {least} tokens")
+        try:
             marked.prompts(_attention_spec(reader, unit), reader.subject.tokenizer)
-    return {unit: _drawn(reader, settings, unit, shared) if unit.eval in DRAWS else None for unit in wanted}
+        except ValueError as cause:
+            raise TooLongError(f"attention_mass of {unit.part}: {cause}") from cause
 
 
 def run(
@@ -200,24 +260,26 @@ def run(
 ) -> bool:
     """Measures the units that `directory` does not have; `done` hears of each, with how many are done and of how many.
 
-    Whether all is measured: True from `done` ends this before. All questions are drawn before anything is asked (`prepare`):
-    into `shared`, for every model with the same tokenizer. Every process of a run makes the same call; the first one writes,
-    and the others see its files. ValueError where the directory is of another run.
+    Whether all is measured: True from `done` ends this before. `settings` are of `fitting`, which draws all questions into
+    `shared` before anything is asked, for every model with the same tokenizer. Every process of a run makes the same call; the
+    first one writes, and the others see its files. ValueError where the directory is of another run.
     """
-    files, writes = prepare(reader, settings, shared), jax.process_index() == 0
+    wanted, writes = units(settings, reader), jax.process_index() == 0
+    trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
     if writes:
         _begin(directory, described(settings, provenance))
-    for number, (unit, file) in enumerate(files.items(), 1):
+    for number, unit in enumerate(wanted, 1):
         path = directory / "units" / f"{unit.name}.json"
         if not told(path.exists()):
-            measured = MEASURES[unit.eval](reader, settings, unit, [] if file is None else samples.read(file)[0])
+            asked = samples.read(_drawn(reader, settings, unit, shared))[0] if unit.eval in DRAWS else []
+            measured = MEASURES[unit.eval](reader, settings, unit, asked)
             records = [{"eval": unit.eval, **record} for record in measured.records]
             if writes:
                 _write(path, json.dumps({"records": records, "answers": measured.answers}, ensure_ascii=False))
-        if done(unit, number, len(files)):
+        if done(unit, number, len(wanted)):
             return False
     if writes:
-        whole = [measured_of(directory, unit) for unit in files]
+        whole = [measured_of(directory, unit) for unit in wanted]
         for name in Measured._fields:
             lines = [json.dumps(line, ensure_ascii=False) + "\n" for found in whole for line in getattr(found, name)]
             _write(directory / f"{name}.jsonl", "".join(lines))
@@ -237,6 +299,7 @@ def measured_of(directory: Path, unit: Unit) -> Measured:
 def _drawn(reader: Reader, settings: Settings, unit: Unit, shared: Path) -> Path:
     """The file of a unit's samples, in whose name is what they follow from; the first process writes it."""
     about = [GENERATOR, settings.samples, settings.seed, settings.depths, reader.subject.tokenizer.hash, reader.haystack]
+    about += [reader.questions.get(unit.part), *([reader.lists] if settings.compat and unit.eval == "ruler" else [])]
     path = shared / f"{unit.name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}.jsonl"
     if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,10 +307,10 @@ def _drawn(reader: Reader, settings: Settings, unit: Unit, shared: Path) -> Path
     return path
 
 
-def _given(reader: Reader, asked: list[Sample]) -> list[str]:
-    """What the model says to each; nothing is cut to fit."""
+def _given(reader: Reader, asked: list[Sample], spare: int) -> list[str]:
+    """What the model says to each, whose lengths may be passed by `spare` tokens; nothing is cut to fit."""
     words = reader.subject.tokenizer
-    if (long := samples.too_long(asked, words)) is not None:
+    if (long := samples.too_long(asked, words, spare)) is not None:
         raise ValueError(f"sample {long.index} of {long.task} does not fit into {long.length:,} tokens; its file was changed")
     most = max(sample.max_new_tokens for sample in asked)
     found = answers(reader.engine, words, [sample.prompt for sample in asked], most, stop_tokens=[words.eos])
@@ -284,6 +347,10 @@ def _write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.rename(path)
+
+
+def _attention_spec(reader: Reader, unit: Unit) -> Spec:
+    return Spec(reader.heldout[unit.part], unit.length, ATTENTION_PROMPTS * unit.length)
 
 
 def _shortest(task: Task) -> int:

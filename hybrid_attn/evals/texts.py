@@ -20,7 +20,9 @@ def of_files(patterns: tuple[str, ...]) -> str:
         check("\0" not in text, f"{name} is no text")
         pieces.append(text)
         room -= len(text)
-    return "\n".join(pieces)
+    found = "\n".join(pieces)
+    check(bool(found.strip()), f"{', '.join(patterns)} has no word; name files with text")
+    return found
 
 
 def of_documents(several: Sequence[Documents], tokenizer) -> str:

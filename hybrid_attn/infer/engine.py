@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Config
+from hybrid_attn.config import Trained
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer.compress import Compression, compressed
 from hybrid_attn.infer.sampling import GREEDY, Sampling
@@ -65,7 +65,7 @@ class Engine:
     def __init__(
         self,
         params: dict,
-        config: Config,
+        config: Trained,
         *,
         chunk: int = 2048,
         cache: str = "auto",

@@ -15,7 +15,7 @@ from hybrid_attn.parallel import fit
 
 
 class Loaded(NamedTuple):
-    config: config.Config
+    config: config.Trained
     params: dict
     tokenizer: tokenizer.Bytes | tokenizer.Json
 
@@ -24,20 +24,18 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
     """The newest checkpoint, or that of `step`, with its parameters on the mesh in force.
 
     `directory` holds the numbered checkpoints, or is the workdir of a run. ValueError where there is none, where its config
-    cannot be read, and where the tokenizer that the config names is not the one that the model was trained with.
+    cannot be read, and where the tokenizer that the config names is not the one that the model was trained with. A key that
+    is not known, or not there, is an error in what the model computes and has read, and not looked at elsewhere.
     """
     directory = find(directory)
-    there = checkpoint.steps(directory)
-    step = there[-1] if step is None else step
-    if step not in there:
-        raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {', '.join(map(str, there))}")
+    step = step_of(directory, step)
     where, mesh = f"the checkpoint of step {step} in {directory}", jax.sharding.get_mesh()
     try:
         values, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
     except checkpoint.UnreadableError as cause:
         raise ValueError(f"{where} has no config that can be read: {cause}; use another --step, or copy it again") from cause
     try:
-        c = config.build(values)
+        c = config.build_trained(values)
     except ValueError as cause:
         raise ValueError(f"{where} was written by another version of this program, which can read it: {cause}") from cause
     fit.check_model(c.model, mesh.shape)
@@ -49,6 +47,14 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
         return Loaded(c, checkpoint.read_params(directory, placed, step), words)
     except checkpoint.UnreadableError as cause:
         raise ValueError(f"{where} cannot be read: {cause}; use another --step, or copy it again") from cause
+
+
+def step_of(directory: str | os.PathLike, step: int | None) -> int:
+    """`step`, or the newest of the checkpoints in `directory`; ValueError where it is not there."""
+    there = checkpoint.steps(directory)
+    if step is not None and step not in there:
+        raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {', '.join(map(str, there))}")
+    return there[-1] if step is None else step
 
 
 def find(directory: str | os.PathLike) -> str:
@@ -76,7 +82,7 @@ def stop_tokens(directory: str | os.PathLike, words: tokenizer.Bytes | tokenizer
     return sorted(ids)
 
 
-def _tokenizer(c: config.Config, directory: str, where: str, trained_hash: str | None) -> tokenizer.Bytes | tokenizer.Json:
+def _tokenizer(c: config.Trained, directory: str, where: str, trained_hash: str | None) -> tokenizer.Bytes | tokenizer.Json:
     """The tokenizer of the config, or the copy that an import left beside the checkpoint; ValueError if it is another."""
     copy = os.path.join(directory, "companions", "tokenizer.json")
     name = copy if os.path.isfile(copy) else c.data.tokenizer

@@ -40,7 +40,7 @@ class Attention(nnx.Module):
         if kind.qk_norm != "none":
             self.q_norm, self.k_norm = (_head_norm(model, kind, heads) for heads in (N, K))
         if kind.temperature.type == "learned":
-            self.temperature = nnx.Param(jnp.full((N,), kind.temperature.scale, out_sharding=P("tensor")))
+            self.temperature = nnx.Param(jnp.full((N,), kind.temperature.scale, jnp.float32, out_sharding=P("tensor")))
         if kind.sink:
             self.sink = nnx.Param(jnp.zeros((N,), out_sharding=P("tensor")))
         if kind.gate != "none":
@@ -63,7 +63,8 @@ class Attention(nnx.Module):
             o_BTNH *= jax.nn.sigmoid(jnp.einsum("BTD,DN->BTN", x_BTD, gathered(self.gate[...].astype(dtype))))[..., None]
         elif kind.gate == "projection":
             o_BTNH *= jax.nn.sigmoid(jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(self.gate[...].astype(dtype))))
-        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, w_o, out_sharding=spec), kept
+        # einsum would contract H before N, for which compilers copy both.
+        return jax.lax.dot_general(o_BTNH, w_o, (((2, 3), (0, 1)), ((), ())), out_sharding=spec), kept
 
     def place(self, q_BTNH, k_BTKH, pos_BT) -> tuple[jax.Array, jax.Array]:
         """Queries and keys as they enter the scores: normalised, rotated, and queries at their temperature."""

@@ -15,7 +15,7 @@ class Norm(nnx.Module):
     def __init__(self, kind: str, shape: tuple[int, ...], eps: float, spec: P, *, dims: int = 1):
         self.kind, self.eps, self.axes = kind, eps, tuple(range(-dims, 0))
         if kind != "rms_weightless":
-            self.weight = nnx.Param(jnp.full(shape, 0.0 if kind == "rms_plus1" else 1.0, out_sharding=spec))
+            self.weight = nnx.Param(jnp.full(shape, 0.0 if kind == "rms_plus1" else 1.0, jnp.float32, out_sharding=spec))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         z = x.astype(jnp.float32)

@@ -9,14 +9,13 @@ from hybrid_attn.parallel.mesh import BATCH
 
 def check(c: config.Config, sizes: Mapping[str, int]) -> None:
     """ValueError where the batches, rows or parameters of `c` do not split over axes of `sizes` (a mesh's `shape`)."""
-    halves = 2 if c.train.balance and sizes["context"] > 1 else 1
     lengths = {f"stages[{i}]: seq_len": stage.seq_len for i, stage in enumerate(c.stages)}
     for multiple in c.evals.lengths:
         lengths[f"evals.lengths: {multiple} of {c.stages[-1].seq_len} tokens,"] = round(multiple * c.stages[-1].seq_len)
     for index, stage in enumerate(c.stages):
         check_splits(f"stages[{index}]: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
     for name, length in lengths.items():
-        check_splits(name, length, sizes, ("context",), halves, "parts")
+        check_row(name, length, sizes, c.train.balance)
     check_model(c.model, sizes)
     _check_exchange(c, sizes["tensor"], sizes["context"])
 
@@ -26,6 +25,11 @@ def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
     for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
         check_splits(f"model.{name}", getattr(model, name), sizes, ("tensor",))
     check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
+
+
+def check_row(what: str, length: int, sizes: Mapping[str, int], balance: bool) -> None:
+    """ValueError where a row of `length` tokens does not split over context shards, which `balance` gives two parts each."""
+    check_splits(what, length, sizes, ("context",), 2 if balance and sizes["context"] > 1 else 1, "parts")
 
 
 def check_splits(

@@ -57,6 +57,13 @@ def make_mesh(mesh: config.Mesh, devices: list | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
 
 
+def mesh_over_first(**sizes: int) -> Mesh:
+    """The mesh of these axes over the first devices that it needs, all of them where a size is -1; others have size 1."""
+    wanted = config.Mesh(**dict.fromkeys(AXES, 1) | sizes)
+    devices = jax.devices()
+    return make_mesh(wanted, devices if -1 in sizes.values() else devices[: math.prod(sizes.values())])
+
+
 def _placed(create, *arguments) -> np.ndarray:
     """The devices of a mesh; an axis takes part of one of the torus only where sizes leave no other way."""
     try:
@@ -102,4 +109,6 @@ def gathered(weight: jax.Array) -> jax.Array:
         )
 
     whole = P(*(None if axis == "fsdp" else axis for axis in spec), reduced={"fsdp", *rest})
+    if jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:
+        return jax.reshard(weight, whole)  # an all-gather over one device is a copy
     return jax.shard_map(shard, in_specs=spec, out_specs=whole)(weight)

@@ -44,20 +44,21 @@ class Evaluations:
         self.wanted, asks = bool(c.evals.names and lengths), not set(suite.DRAWS).isdisjoint(c.evals.names)
         of_last = {name: loaded[name] for name in sorted(c.weights(-1))}
         self.texts = {name: x for name, x in of_last.items() if c.data.sources[name].task is None}
-        heldout, haystack = {name: x.heldout for name, x in self.texts.items()}, ""
+        heldout, haystack = {name: x.heldout for name, x in of_last.items()}, ""
         if asks:
-            haystack = texts.of_documents([*heldout.values()], words) if heldout else texts.of_files(())
-        tasks = {name: x.heldout for name, x in of_last.items() if name not in self.texts}
-        self.reader = suite.Reader(Subject(c.model, {}, run, mesh, words), None, heldout, haystack, {}, tasks)
+            documents = [x.heldout for x in self.texts.values()]
+            haystack = texts.of_documents(documents, words) if documents else texts.of_files(())
+        tasks = {name: x for name, x in heldout.items() if name not in self.texts}
+        self.reader = suite.Reader(Subject(c.model, {}, run, mesh, words), None, heldout, haystack, {}, tasks=tasks)
         self.engine = functools.partial(Engine, config=c, programs={}, **_sizes(c, mesh, lengths)) if asks else lambda _: None
-        self.about = provenance(str(workdir), metrics.step, c, words, haystack) | {"dtype": str(run.dtype)}
+        self.about = provenance(str(workdir), metrics.step, c, config.to_dict(c), words, haystack, run, mesh)
         if self.wanted:
             check(
                 bool(suite.units(self.settings, self.reader)),
                 f"evals.names={c.evals.names} measures nothing of the last stage's {', '.join(of_last)}: position, key_tokens "
                 "and attention_mass are of documents, recall is of tasks, needle and ruler are of every model",
             )
-            suite.prepare(self.reader, self.settings, self.folder / "samples")
+            self.settings = suite.fitting(self.settings, self.reader, self.folder / "samples", named=True)
             if jax.process_index() == 0:
                 self._forget()
 

@@ -8,7 +8,6 @@ import io
 import re
 from collections.abc import Callable
 from html import escape
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -83,6 +82,8 @@ def svg(picture: Picture) -> str:
 
 
 @styled
-def save(picture: Picture, path: Path) -> None:
-    """As PNG, on white."""
-    picture.figure.savefig(path, dpi=150, facecolor="white")
+def png(picture: Picture) -> bytes:
+    """On white."""
+    out = io.BytesIO()
+    picture.figure.savefig(out, format="png", dpi=150, facecolor="white")
+    return out.getvalue()

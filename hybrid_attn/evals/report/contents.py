@@ -7,8 +7,8 @@ import numpy as np
 from hybrid_attn.evals.report import statistics
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed, tokens
-from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effective, relative_length
-from hybrid_attn.evals.ruler.tasks import SHORT
+from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effective_length, relative_length
+from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
 
 RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
 RUN, LENGTH = Column("run"), Column("length", tokens)
@@ -28,17 +28,44 @@ def lengths_of(records: Iterable[Mapping]) -> list[int]:
     return sorted({record["length"] for record in records})
 
 
+def ruler_tasks_of(run: Run, belongs: Callable[[int], bool]) -> list[str]:
+    """The tasks that a run's means are over: those with a score at each of its lengths, so that lengths compare."""
+    asked: dict[str, set[int]] = {}
+    for record in run.of("ruler"):
+        if belongs(record["length"]):
+            asked.setdefault(record["task"], set()).add(record["length"])
+    every = set().union(*asked.values())
+    return [task for task in NAMES if asked.get(task) == every]
+
+
 def ruler_means(run: Run, belongs: Callable[[int], bool]) -> dict[int, float]:
-    """The mean score of the tasks that there are, by length."""
-    records = [record for record in run.of("ruler") if belongs(record["length"])]
+    """The mean score of `ruler_tasks_of`, by length."""
+    tasks = ruler_tasks_of(run, belongs)
+    records = [record for record in run.of("ruler") if belongs(record["length"]) and record["task"] in tasks]
     return {
         length: float(np.mean([record["score"] for record in records if record["length"] == length]))
         for length in lengths_of(records)
     }
 
 
+def of_all(tasks: Sequence[str]) -> str:
+    """How many of RULER's tasks these are."""
+    return f"{len(tasks)} of {len(NAMES)}"
+
+
+def effective(scores: Mapping[int, float]) -> str:
+    """The effective length as RULER writes it: `<4K` and `>128K` where it lies outside what was asked."""
+    found = effective_length(scores)
+    if found is None:
+        return f"<{tokens(min(scores))}"
+    return f">{tokens(found)}" if found == max(scores) else tokens(found)
+
+
 def ruler(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title: str) -> Table:
-    """RULER's table: claimed and effective length, the mean of the tasks at each length, and the averages over lengths."""
+    """RULER's table: claimed and effective length, the mean of the tasks at each length, and the averages over lengths.
+
+    How many tasks the means are over stands beside them.
+    """
     means = {run.name: scores for run in runs if (scores := ruler_means(run, belongs))}
     across = sorted({length for scores in means.values() for length in scores})
     score = Column("", fixed(1), lambda value: value >= THRESHOLD)
@@ -46,13 +73,13 @@ def ruler(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title:
         *(Column("Models"), Column("Claimed Length", tokens), Column("Effective Length")),
         *(score._replace(name=tokens(length)) for length in across),
         *(Column(x, fixed(1)) for x in ("Avg.", "wAvg. (inc)", "wAvg. (dec)")),
-        Column(f"{RELATIVE:.0%} of base", tokens),
+        *(Column(f"{RELATIVE:.0%} of base", tokens), Column("Tasks")),
     ]
     rows = []
     for run in runs:
         if scores := means.get(run.name):
             row = [run.name, run.trained, effective(scores), *map(scores.get, across)]
-            rows.append([*row, *averages(scores).values(), relative_length(scores)])
+            rows.append([*row, *averages(scores).values(), relative_length(scores), of_all(ruler_tasks_of(run, belongs))])
     return Table(name, title, columns, rows)
 
 
@@ -217,7 +244,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[statistics.Differen
     """Every further run against the first."""
     family = {record["task"] for run in runs for record in run.of("ruler")}
     first, *others = runs
-    return [(run.name, statistics.compare(first, run, family, "RULER, mean of tasks")) for run in others]
+    return [(run.name, statistics.compare(first, run, family, "RULER, mean of {} tasks")) for run in others]
 
 
 def comparison(first: str, found: Sequence[tuple[str, list[statistics.Difference]]]) -> Table:
@@ -234,9 +261,20 @@ def verdict(difference: statistics.Difference) -> str:
     return "better" if difference.low > 0 else "worse" if difference.high < 0 else "unclear"
 
 
+def absent(runs: Sequence[Run]) -> Table:
+    """What was not measured of each run, and why."""
+    lengths: dict[tuple, list[int]] = {}
+    for run in runs:
+        for evaluation, part, length, reason in run.absent:
+            lengths.setdefault((run.name, evaluation, part, reason), []).append(length)
+    columns = [RUN, Column("evaluation"), Column("part"), Column("lengths"), Column("reason")]
+    rows = [[*names, ", ".join(map(tokens, several)), reason] for (*names, reason), several in lengths.items()]
+    return Table("absent", "Not measured, and in no average", columns, rows)
+
+
 def provenance(runs: Sequence[Run]) -> Table:
     """What each run was, a column each."""
-    flat = [dict(_leaves(run.provenance)) for run in runs]
+    flat = [{key: x for key, x in _leaves(run.provenance) if key != "settings.absent"} for run in runs]
     keys = list(dict.fromkeys(key for values in flat for key in values))
     columns = [Column("of the run"), *(Column(run.name) for run in runs)]
     return Table("provenance", "Where the numbers come from", columns, [[k, *(_plain(x.get(k)) for x in flat)] for k in keys])

@@ -19,8 +19,7 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     check(bool(runs), f"there are 0 runs to report in {out}; evaluate a model first")
     names = [run.name for run in runs]
     check(len(set(names)) == len(names), f"runs of a report have a name each, and these are {', '.join(names)}")
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("a report has pictures, and matplotlib is not installed; install the extra: pip install '.[eval]'")
+    check_drawing()
     from hybrid_attn.evals.report import canvas, html, sections
 
     found, wrong = sections.sections(runs), sections.failures(runs)
@@ -28,8 +27,7 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     written = [table for section in found for table in (*section.tables, *section.folded)]
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
     for picture in drawn:
-        _make(out / "pictures")
-        canvas.save(picture, out / "pictures" / f"{picture.name}.png")
+        _write(out / "pictures" / f"{picture.name}.png", canvas.png(picture))
     for table in written:
         _write(out / "tables" / f"{table.name}.csv", tables.comma_separated(table))
     for run in runs:
@@ -39,14 +37,21 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     _write(out / "report.html", html.page(title, runs, found, wrong))
 
 
-def _write(path: Path, text: str) -> None:
-    """Half a surrogate pair, which a model may give and no file can hold, becomes a question mark."""
-    _make(path.parent)
-    path.write_bytes(text.encode("utf-8", "replace"))
+def check_drawing() -> None:
+    """ValueError where pictures cannot be drawn."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise ValueError("a report has pictures, and matplotlib is not installed; install the extra: pip install '.[eval]'")
 
 
-def _make(directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, content: str | bytes) -> None:
+    """A file is whole, or as it was before.
+
+    Half a surrogate pair, which a model may give and no file can hold, becomes a question mark.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+    part.rename(path)
 
 
 def _ruler_files(out: Path, run: Run) -> None:

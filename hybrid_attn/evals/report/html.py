@@ -7,7 +7,7 @@ from string import Template
 
 from hybrid_attn.evals.report import canvas, tables
 from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.report.sections import Failure, Section
+from hybrid_attn.evals.report.sections import SHOWN, Failure, Section
 
 MOST_CHARACTERS = 1200  # of an answer
 VISIBLE = {i: f"\\x{i:02x}" for i in (*range(32), 127) if chr(i) not in "\n\t"}  # a page holds no control characters
@@ -54,8 +54,9 @@ def _picture(picture: canvas.Picture) -> str:
 def _failures(wrong: Mapping[str, tuple[str, list[Failure]]], numbers: Mapping[str, int]) -> str:
     """Tasks that open, with the questions that some run missed."""
     parts = [
-        '<section id="failures"><h2>Wrong answers</h2><div class="words"><p>Questions of which a run missed a part, some of '
-        "each length: the end of the prompt, what was wanted, and what each run gave. The rest is in answers.jsonl.</p></div>"
+        '<section id="failures"><h2>Wrong answers</h2><div class="words"><p>Questions of which a run missed a part, at most '
+        f"{SHOWN} of a task, of every length in turn: the end of the prompt, what was wanted, and what each run gave. All "
+        "others are in each run's answers.jsonl.</p></div>"
     ]
     for task, (missed, found) in wrong.items():
         cards = "".join(_failure(failure, numbers) for failure in found)

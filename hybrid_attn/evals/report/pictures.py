@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from hybrid_attn.evals.report import contents, statistics
 from hybrid_attn.evals.report.canvas import INK, MUTED, PAPER, RUNS, styled
@@ -27,6 +28,7 @@ SEGMENT_NAMES = {
 SCORES = LinearSegmentedColormap.from_list("scores", ("#c8501e", "#e8a565", "#f1e8d6", "#7fb0d3", "#14568f"))
 AMOUNTS = LinearSegmentedColormap.from_list("amounts", ("#e9eff4", "#a9cbe2", "#4f93c4", "#14568f", "#0b2f52"))
 MOST_TICKS = 8  # of lengths by their logarithm
+ASIDE = 0.09  # inches to the next run's point where each has only one
 MOST_CHARACTERS = 66  # below a heat map
 CHARACTERS = 15  # to the inch of a legend
 LINE = 0.18  # inches of a legend
@@ -80,6 +82,11 @@ def curves(
 def _curve(axes: Axes, curve: Curve) -> None:
     colour = RUNS[curve.number % len(RUNS)]
     low, high = zip(*curve.bands, strict=True)
+    if len(curve.lengths) == 1:  # beside the points of other runs, which may lie on it
+        aside = axes.transData + ScaledTranslation(ASIDE * curve.number, 0, axes.figure.dpi_scale_trans)
+        axes.plot(curve.lengths * 2, (*low, *high), color=colour, alpha=0.4, linewidth=3, transform=aside)
+        axes.plot(curve.lengths, curve.scores, "o", color=colour, markersize=4, label=curve.name, transform=aside)
+        return
     axes.fill_between(curve.lengths, low, high, color=colour, alpha=0.15, linewidth=0)
     style = ("-", "--", ":")[curve.number // len(RUNS) % 3]
     axes.plot(curve.lengths, curve.scores, style, color=colour, marker="o", markersize=4, linewidth=1.6, label=curve.name)
@@ -93,9 +100,10 @@ def _lengths_across(axes: Axes, lengths: Sequence[int], trained: Sequence[int]) 
             shown.append(length)
     axes.set_xticks(shown, [tokens(length) for length in shown], minor=False)
     axes.minorticks_off()
+    marks = [length for length in trained if length <= lengths[-1]]
     if len(lengths) == 1:
-        axes.set_xlim(lengths[0] / 2, lengths[0] * 2)
-    _mark(axes, [length for length in trained if length <= lengths[-1]])
+        axes.set_xlim(min([*lengths, *marks]) / 2, lengths[0] * 2)
+    _mark(axes, marks)
 
 
 def _mark(axes: Axes, trained: Sequence[int]) -> None:
@@ -289,10 +297,10 @@ def wilson_curve(name: str, number: int, cells: Mapping[int, tuple[float, int]])
 def mean_curve(run: Run, number: int, belongs: Callable[[int], bool]) -> Curve:
     """RULER's mean over tasks, each task's answers resampled; without answers there is no band."""
     means, cells = contents.ruler_means(run, belongs), statistics.scores_by_cell(run)
-    tasks = {length: [r["task"] for r in run.of("ruler") if r["length"] == length] for length in means}
+    tasks = contents.ruler_tasks_of(run, belongs)
     bands = []
     for length, mean in means.items():
-        scores = [cells[task, length] for task in tasks[length] if (task, length) in cells]
+        scores = [cells[task, length] for task in tasks if (task, length) in cells]
         low, high = statistics.mean_interval(scores) if scores else (mean / 100, mean / 100)
         bands.append((100 * low, 100 * high))
     return Curve(run.name, number, list(means), list(means.values()), bands)

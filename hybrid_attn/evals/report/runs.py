@@ -38,6 +38,16 @@ class Run(NamedTuple):
     provenance: dict
 
     @property
+    def absent(self) -> list[tuple[str, str, int, str]]:
+        """What was not measured: evaluation, part, length and the reason."""
+        return [tuple(x) for x in self.provenance.get("settings", {}).get("absent", ())]
+
+    @property
+    def compat(self) -> bool:
+        """Whether it was asked RULER's own prompts."""
+        return self.provenance.get("settings", {}).get("compat", False)
+
+    @property
     def trained(self) -> int:
         """Tokens in a row of training."""
         return self.provenance["model"]["seq_len"]

@@ -10,7 +10,7 @@ from hybrid_attn.evals.report import contents, pictures, statistics
 from hybrid_attn.evals.report.canvas import Picture
 from hybrid_attn.evals.report.runs import Run, sample_of
 from hybrid_attn.evals.report.tables import Column, Table, count, fixed, plain, tokens
-from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effective
+from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages
 from hybrid_attn.evals.ruler.tasks import NAMES
 
 FEWEST = 5  # answers in a cell of the needle's grid that say something
@@ -53,7 +53,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         ("harness", _harness),
     ]
     found = [section for name, make in parts if name in has for section in make(runs)]
-    return [_overview(runs), *found, *_comparison(runs), _provenance(runs)]
+    return [_overview(runs), *found, *_comparison(runs), *_absent(runs), _provenance(runs)]
 
 
 def failures(runs: Sequence[Run]) -> dict[str, tuple[str, list[Failure]]]:
@@ -93,7 +93,7 @@ def _overview(runs: Sequence[Run]) -> Section:
     """A line for each run with one number of each evaluation."""
     columns = [
         *(Column("run"), Column("layers"), Column("parameters", count), Column("trained at", tokens), Column("step", count)),
-        *(Column("RULER Avg.", fixed(1)), Column("effective"), Column("needles", fixed(3))),
+        *(Column("RULER Avg.", fixed(1)), Column("of tasks"), Column("effective"), Column("needles", fixed(3))),
         *(Column("recall", fixed(3)), Column("loss", fixed(3))),
     ]
     rows = []
@@ -106,15 +106,16 @@ def _overview(runs: Sequence[Run]) -> Section:
             [
                 *(run.name, model.get("layers"), model.get("parameters"), run.trained, run.provenance.get("step")),
                 averages(means)["average"] if means else None,
-                effective(means) if means else None,
+                contents.of_all(contents.ruler_tasks_of(run, contents.is_long)) if means else None,
+                contents.effective(means) if means else None,
                 sum(r["right"] for r in needles) / answers if answers else None,
                 max(recalls, key=lambda r: r["length"])["accuracy"] if recalls else None,
                 losses[0]["loss"] if losses else None,
             ]
         )
     kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
-    words = "RULER's average and effective length, needles found at all lengths and depths, recall at the longest length, and "
-    words += "held-out loss in nats at the length of training."
+    words = "RULER's average over lengths and effective length, needles found at all lengths and depths, recall at the "
+    words += "longest length, and held-out loss in nats at the length of training."
     table = Table("overview", "The runs", [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
     return Section("overview", "At a glance", [words], [], [table], [])
 
@@ -167,22 +168,28 @@ def _ruler_words(runs: Sequence[Run], belongs: Callable[[int], bool]) -> list[st
     ]
     if belongs is contents.is_short:
         words.append("Lengths under 4,096 are easier than RULER and no part of its averages.")
-    lengths, without = set(), {}
+    lengths, families, without = set(), set(), {}
     for run in runs:
         records = [r for r in run.of("ruler") if belongs(r["length"])]
+        if not records:
+            continue
         lengths.add(tuple(contents.lengths_of(records)))
-        tasks = {r["task"] for r in records}
-        if records and (absent := sorted(set(NAMES) - tasks)):
-            without.setdefault(", ".join(absent), []).append(run.name)
-        for length in contents.lengths_of(records):
-            if missing := sorted(tasks - {r["task"] for r in records if r["length"] == length}):
-                words.append(f"{run.name}, {tokens(length)}: the mean is without {', '.join(missing)}.")
+        families.add(tuple(kept := contents.ruler_tasks_of(run, belongs)))
+        if left := [task for task in NAMES if task not in kept]:
+            without.setdefault(f"over {contents.of_all(kept)} tasks, without {', '.join(left)}", []).append(run.name)
         sizes = {r["samples"] for r in records}
         if len(sizes) > 1:
             words.append(f"{run.name}: cells have {min(sizes):,} to {max(sizes):,} samples.")
-    words += [f"{', '.join(names)}: averages are without {absent}, which were not asked." for absent, names in without.items()]
-    if len(lengths - {()}) > 1:
-        words.append("The runs have other lengths: compare their columns, not their averages.")
+        if run.compat:
+            words.append(f"{run.name}: the prompts are RULER's own, as its scripts draw them.")
+    words += [f"{', '.join(names)}: means are {what}, which have no score at some length." for what, names in without.items()]
+    for several, what in ((lengths, "lengths"), (families, "tasks")):
+        if len(several) > 1:
+            words.append(
+                f"The runs have other {what}: compare their {'columns' if what == 'lengths' else 'tasks'}, not averages."
+            )
+    if len({run.compat for run in runs}) > 1:
+        words.append("Some prompts are RULER's own and others are not: scores do not compare.")
     return words
 
 
@@ -297,7 +304,7 @@ def _attention_pictures(run: Run, number: int, length: int, every: Sequence[dict
 def _weights(records: Sequence[dict]) -> dict[str, np.ndarray]:
     """Mean weights of keys between neighbouring edges, over the heads of each kind of layer."""
     kinds = sorted({r["kind"] for r in records})
-    return {kind: np.mean([r["weights"] for r in records if r["kind"] == kind], axis=0) for kind in kinds}
+    return {kind: np.mean(np.array([r["weights"] for r in records if r["kind"] == kind], float), axis=0) for kind in kinds}
 
 
 def _grid(by_layer: dict[int, list[dict]], field: str) -> np.ndarray:
@@ -329,6 +336,11 @@ def _comparison(runs: Sequence[Run]) -> list[Section]:
         f"{statistics.RESAMPLES:,} resamples. The mean of tasks gives each task the same weight."
     ]
     return [Section("comparison", "Comparison", words, drawn, [contents.comparison(first, found)], [])]
+
+
+def _absent(runs: Sequence[Run]) -> list[Section]:
+    table = contents.absent(runs)
+    return [Section("absent", "Absent", [], [], [table], [])] if table.rows else []
 
 
 def _provenance(runs: Sequence[Run]) -> Section:

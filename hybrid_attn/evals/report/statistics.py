@@ -67,7 +67,7 @@ def mean_interval(cells: Sequence[np.ndarray]) -> tuple[float, float]:
 def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
     """b against a, by task and length, on the questions that both were asked; a paired bootstrap gives the intervals.
 
-    At each length the mean over the tasks of `family` that have pairs comes first, called `name`.
+    At each length the mean over the tasks of `family` that have pairs comes first, called `name` with their number in it.
     """
     asked = {sample_of(answer): answer["score"] for answer in a.answers}
     cells: dict[tuple[int, str], list[tuple[float, float]]] = {}
@@ -80,7 +80,9 @@ def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
         means = {task: resampled_means(pairs[:, 1] - pairs[:, 0], key) for key, (task, pairs) in enumerate(tasks.items())}
         together = [task for task in tasks if task in family]
         if len(together) > 1:
-            found.append(_difference(name, length, [tasks[x] for x in together], [means[x] for x in together]))
+            found.append(
+                _difference(name.format(len(together)), length, [tasks[x] for x in together], [means[x] for x in together])
+            )
         found += [_difference(task, length, [pairs], [means[task]]) for task, pairs in tasks.items()]
     return found
 

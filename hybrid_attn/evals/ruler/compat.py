@@ -1,13 +1,15 @@
 """RULER's own generator, draw for draw: the prompts of its scripts for the same tokenizer, seed and files.
 
 Its habits are kept: one order for all samples, samples that depend on those before them, lengths without the mark that begins
-a document. Only where it would try for ever there is an error. Scores of models that read such prompts compare with published
+a document. Only where it would try for ever is there an error. Scores of models that read such prompts compare with published
 ones; where that is no matter, `fit.generate` asks better.
 """
 
 import functools
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from hybrid_attn.evals.ruler.draws import Draws
 from hybrid_attn.evals.ruler.fit import check_known, count, source
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NEEDLES, NEW_TOKENS, QA, SHORT, Place, Question
-from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.trees import check
 
 TRIES = 100  # of a prompt that cannot shrink further; RULER's scripts never give up
@@ -36,12 +38,35 @@ class Words(NamedTuple):
 
 
 def wonderwords(others: tuple[str, ...] = ()) -> Words:
-    """The lists that RULER draws from, of the package wonderwords."""
+    """The lists that RULER draws from, of the package wonderwords; ImportError where that is not here."""
     try:
         from wonderwords.random_word import _get_words_from_text_file as read
     except ImportError as error:
         raise ImportError("RULER's own words need the package wonderwords; pip install wonderwords") from error
     return Words(*(tuple(read(f"{kind}list.txt")) for kind in ("adjective", "noun", "verb")), others)
+
+
+def read_others(path: Path) -> tuple[str, ...]:
+    """The words of RULER's english_words.json, a dict of them by their number."""
+    try:
+        found = tuple(json.loads(path.read_bytes()).values())
+    except (AttributeError, ValueError) as cause:
+        raise ValueError(f"{path} is no dict of words ({cause}); give RULER's english_words.json") from cause
+    check(all(isinstance(word, str) for word in found), f"{path} holds other things than words; give english_words.json")
+    return found
+
+
+def sent_tokenize() -> Callable[[str], list[str]] | None:
+    """nltk's, by which RULER cuts prose into sentences; None where it or its data, punkt_tab, are not here."""
+    try:
+        from nltk.tokenize import sent_tokenize
+    except ImportError:
+        return None
+    try:
+        sent_tokenize("Is it here? It is.")
+    except LookupError:
+        return None
+    return sent_tokenize
 
 
 class _Request(NamedTuple):
@@ -74,7 +99,10 @@ def generate(
     qa: Mapping[str, Questions] | None = None,
     sentences: Callable[[str], list[str]] = own.sentences,
 ) -> list[Sample]:
-    """The first `samples` of a task. For those in prose, RULER has nltk's sent_tokenize cut `haystack` into `sentences`."""
+    """The first `samples` of a task. For those in prose, RULER has nltk's sent_tokenize cut `haystack` into `sentences`.
+
+    TooLongError where its script would try for ever.
+    """
     check_known(task)
     read = source(task, samples - 1, haystack, qa or {})
     draws = _draws(seed, words, task in NEEDLES, sentences)
@@ -153,7 +181,8 @@ def _renamed(draws: Draws, solved: str) -> str:
 def _frequent(request: _Request, samples: int) -> list[Question]:
     draws, step = request.draws, (request.length - NEW_TOKENS["fwe"]) // 32
     units = (request.length - NEW_TOKENS["fwe"]) // tasks.CODED_LETTERS
-    check(step > 0, f"fwe needs more than {request.length:,} tokens; use a length of at least {32 + NEW_TOKENS['fwe']}")
+    if step < 1:
+        raise TooLongError(f"fwe needs more than {request.length:,} tokens; use a length of at least {32 + NEW_TOKENS['fwe']}")
     ranked = tasks.vocabulary(draws, request.length)
     budget = request.length - NEW_TOKENS["fwe"]
     while request.tokens(tasks.coded_text(draws, ranked, units).prompt) < budget:
@@ -195,7 +224,7 @@ def _shrunk(fits: Callable, ask: Callable[[int], Question], units: int, step: in
         if fits(question):
             return question
         units -= step if units > step else 0
-    raise ValueError(
+    raise TooLongError(
         f"{what} tokens as RULER asks it, whose script would try for ever; "
         f"use a greater length, a tokenizer with longer pieces, or the default generator"
     )

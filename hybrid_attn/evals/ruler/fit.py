@@ -10,7 +10,7 @@ from hybrid_attn.evals.ruler import tasks, words
 from hybrid_attn.evals.ruler.draws import of_sample
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NAMES, NEW_TOKENS, QA, Place, Question
-from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.trees import check
 
 # Units; from 53 coded words on, the last rank asked for is more frequent than the next.
@@ -20,9 +20,10 @@ STRAIGHT = 12  # calls after which costs were not near a line, and halving ends 
 ROUND_TO = 32  # tokens of an answer longer than the task has in mind: few numbers make few compilations
 
 
-def present(haystack: str | None, qa: Mapping[str, Questions]) -> list[str]:
-    """The tasks that can be asked: those in prose need a text, the last two the files of their questions."""
-    return [task for task in NAMES if (task not in ESSAYS or haystack) and (task not in QA or task in qa)]
+def missing(haystack: str | None, qa: Mapping[str, Questions]) -> dict[str, str]:
+    """Why tasks cannot be asked, of those that cannot: some need a text, the last two the files of their questions."""
+    found = {} if haystack else dict.fromkeys(ESSAYS, "needs a text to hide needles in")
+    return found | {task: "needs the file of its questions" for task in QA if task not in qa}
 
 
 def generate(
@@ -36,8 +37,8 @@ def generate(
 ) -> Sample:
     """A sample that follows from its arguments alone; one more unit of text and it would not fit into `length` tokens.
 
-    The mark that begins a document and the answer count. ValueError where the smallest prompt does not fit, or where the task
-    lacks the text `haystack` or its questions.
+    The mark that begins a document and the answer count. TooLongError where the smallest prompt does not fit, ValueError where
+    the task lacks the text `haystack` or its questions.
     """
     check_known(task)
     name = f"{task} {index} {seed}"  # without the length: longer texts hide the same
@@ -67,11 +68,11 @@ def generate(
 def largest(cost: Callable[[int], int], budget: int, fewest: int, what: str, most: int | None = None) -> int:
     """The n from `fewest` to `most` that costs at most `budget` where n + 1 does not: few calls where costs are near a line."""
     low, spent = fewest, cost(fewest)
-    check(
-        spent <= budget,
-        f"{what} does not fit into {budget:,} tokens: its smallest prompt, the mark before it and its answer take {spent:,}; "
-        f"use a length of at least {spent:,}, or a tokenizer with longer pieces",
-    )
+    if spent > budget:
+        raise TooLongError(
+            f"{what} does not fit into {budget:,} tokens: its smallest prompt, the mark before it and its answer take "
+            f"{spent:,}; use a length of at least {spent:,}, or a tokenizer with longer pieces"
+        )
     high, each, calls = None if most is None else most + 1, spent / fewest, 0
     while high is None or high - low > 1:
         guess = low + max(1, min(int((budget - spent) / max(each, 0.01)), 63 * low))
