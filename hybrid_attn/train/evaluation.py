@@ -115,7 +115,7 @@ class Evaluations:
         (folder / "pictures").mkdir(exist_ok=True)
         for picture in (picture for section in sections.sections([run]) for picture in section.pictures):
             path = folder / "pictures" / f"{picture.name}.png"
-            canvas.save(picture, path)
+            path.write_bytes(canvas.png(picture))
             self.metrics.picture(picture.name, imread(path)[..., :3])
         self.metrics.say(f"pictures  {folder / 'pictures'}")
 
