@@ -177,7 +177,7 @@ def test_rows_that_a_mesh_does_not_split_are_refused():
     with pytest.raises(ValueError, match="recall of recall: length 66 does not split over 2 context shards of 2 parts each"):
         suite.fitting(settings, reader, None, True)
     short = suite.fitting(settings._replace(lengths=(16,)), reader, None, True)
-    assert [x.part for x in short.absent] == ["recall", "mqar"]
+    assert [x.part for x in short.absent] == ["recall", "mqar", "tracking"]
 
 
 def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
