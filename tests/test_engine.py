@@ -175,6 +175,15 @@ def test_one_prompt_is_compressed_whatever_its_heads(heads):
         assert engine.timing.compile_s == 0
 
 
+def test_what_one_engine_has_compiled_another_runs_with_its_own_parameters(engine):
+    c, programs = config_of(), {}
+    first, other = (Engine(random_params(c.model, seed), c, chunk=16, programs=programs) for seed in (1, 0))
+    first.generate(PROMPTS[:2], NEW)
+    found, wanted = (x.generate(PROMPTS[:2], NEW) for x in (other, engine))
+    assert other.timing.compile_s == 0 < first.timing.compile_s
+    assert [x.tokens.tolist() for x in found] == [x.tokens.tolist() for x in wanted]
+
+
 def test_nothing_is_asked_and_nothing_answered(engine):
     assert engine.generate([], NEW) == [] and engine.score([], []) == []
     empty, two = engine.score([[5], [6]], [[], [7, 8]])

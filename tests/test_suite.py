@@ -49,9 +49,10 @@ def reader_of(engine, text=TEXT):
 
 
 def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
-    heard = []
+    heard, reader = [], reader_of(engine)
+    settings = suite.fitting(settings, reader, tmp_path / "samples", named=True)
     suite.run(
-        reader_of(engine), settings, ABOUT | changes, tmp_path / name, tmp_path / "samples",
+        reader, settings, ABOUT | changes, tmp_path / name, tmp_path / "samples",
         lambda unit, number, of: heard.append((unit.name, number, of)),
     )  # fmt: skip
     return heard

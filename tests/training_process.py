@@ -33,8 +33,10 @@ def config_of(folder: Path, sizes: tuple):
         "train.log_every": 1,
         "train.remat": "none",  # less to compile
         "train.checkpoint_every": 100,
+        "evals.names": ("position", "needle"),
         "evals.tokens": 400,
-        "evals.lengths": (1.0,),
+        "evals.lengths": (20.0,),  # the fewest 48 tokens that hold four needles
+        "evals.samples": 1,
         "optim.warmup_steps": 2,
     }
     return tiny(values)

@@ -59,8 +59,8 @@ class Evaluations:
                 "and attention_mass are of documents, recall is of tasks, needle and ruler are of every model",
             )
             self.settings = suite.fitting(self.settings, self.reader, self.folder / "samples", named=True)
-            if jax.process_index() == 0:
-                self._forget()
+        if jax.process_index() == 0:
+            self._forget()
 
     def _forget(self) -> None:
         """Removes what was measured of steps that come again, and of this one what was measured otherwise."""
