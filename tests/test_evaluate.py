@@ -123,18 +123,18 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
     ) as first:  # fmt: skip
         watch = threading.Timer(100, first.kill)
         watch.start()
-        assert first.stdout.readline() == "one  1/6  recall-recall-32\n"
+        assert first.stdout.readline() == "one  1/8  recall-recall-32\n"
         first.send_signal(signal.SIGINT)
         _, said = first.communicate()
         watch.cancel()
     assert (first.returncode, said) == (130, "error: interrupted; the same command goes on with what is not done\n")
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "units").glob("*.json")}
-    assert 1 <= len(done) < 6 and not (tmp_path / "one" / "records.jsonl").exists()
+    assert 1 <= len(done) < 8 and not (tmp_path / "one" / "records.jsonl").exists()
     run(tool, *arguments)
     assert capsys.readouterr().out.splitlines()[-1] == f"report  {tmp_path}/report.html"
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert [(r["source"], r["length"]) for r in records_of(tmp_path / "one")] == [
-        (task, length) for length in (32, 64) for task in ("recall", "mqar", "copy")
+        (task, length) for length in (32, 64) for task in ("recall", "mqar", "copy", "tracking")
     ]
 
 
