@@ -1,7 +1,9 @@
 """A run evaluates its model with the suite: each unit once, whoever stops it, and as the tool evaluates its checkpoint."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -146,6 +148,26 @@ def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
 
 def folders(workdir, tmp_path):
     return workdir / "evals/4", tmp_path / "out" / Path(workdir).name
+
+
+def longer(corpus, workdir, folder, **changes):
+    """A copy of the finished run in `folder`, and its config with two steps more."""
+    shutil.copytree(workdir, folder)
+    c = config_of(corpus, **changes)
+    return dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], steps=6),))
+
+
+@pytest.mark.parametrize("changes, units", [({}, UNITS), ({"evals.names": ()}, [])], ids=["as_before", "unmeasured"])
+def test_a_run_that_goes_on_longer_keeps_what_was_measured_of_it(corpus, workdir, tmp_path, monkeypatch, changes, units):
+    c = longer(corpus, workdir, tmp_path / "run", **changes)
+    (tmp_path / "run/evals/9/units").mkdir(parents=True)
+    found = measured(monkeypatch)
+    assert loop.train(c, tmp_path / "run")
+    assert found == units and names(tmp_path / "run/evals") == ["2", "4", *(["6"] if units else []), "samples"]
+    old, new = (lines(folder / "evals.jsonl") for folder in (workdir, tmp_path / "run"))
+    assert [line for line in new if line["step"] <= 4] == old
+    for name in ("run.json", "records.jsonl", "answers.jsonl"):
+        assert (tmp_path / "run/evals/4" / name).read_bytes() == (workdir / "evals/4" / name).read_bytes()
 
 
 def test_a_finished_run_measures_again_what_has_other_settings_alone(corpus, workdir, monkeypatch):

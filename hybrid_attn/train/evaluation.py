@@ -25,6 +25,7 @@ from hybrid_attn.trees import check
 SEED = 0  # of the questions, as it is in tools/evaluate.py
 CHUNK = 2048  # tokens of a prompt that are read at a time
 ROWS = 8  # asked together, or as many as the batch has shards
+PASSING = ("checkpoint", "config", "revision")  # what may change of a run that goes on, and makes no number another
 MEANS = ("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval")  # told of the heads of a kind
 
 
@@ -52,6 +53,7 @@ class Evaluations:
         self.reader = suite.Reader(Subject(c.model, {}, run, mesh, words), None, heldout, haystack, {}, tasks=tasks)
         self.engine = functools.partial(Engine, config=c, programs={}, **_sizes(c, mesh, lengths)) if asks else lambda _: None
         self.about = provenance(str(workdir), metrics.step, c, config.to_dict(c), words, haystack, run, mesh)
+        self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}
         if self.wanted:
             check(
                 bool(suite.units(self.settings, self.reader)),
@@ -63,12 +65,9 @@ class Evaluations:
             self._forget()
 
     def _forget(self) -> None:
-        """Removes what was measured of steps that come again, and of this one what was measured otherwise."""
-        now = self.metrics.step
-        for folder in (folder for folder in self.folder.glob("*") if folder.name.isdigit()):
-            about = folder / "run.json"
-            same = about.exists() and json.loads(about.read_text()) == suite.described(self.settings, self.about)
-            if int(folder.name) > now or (int(folder.name) == now and not same):
+        """Removes what was measured of steps that come again."""
+        for folder in self.folder.glob("*"):
+            if folder.name.isdigit() and int(folder.name) > self.metrics.step:
                 shutil.rmtree(folder)
 
     def measure(self, params: dict, asked_to_stop: Callable[[], bool]) -> bool:
@@ -77,6 +76,9 @@ class Evaluations:
             return True
         step, found = self.metrics.step, {}
         folder, about = self.folder / str(step), self.about | {"step": step}
+        self.metrics.forget()
+        if jax.process_index() == 0:
+            about = self._to_go_on_with(folder, about)
         reader = self.reader._replace(subject=self.reader.subject._replace(params=params), engine=self.engine(params))
 
         def done(unit: suite.Unit, number: int, of: int) -> bool:
@@ -90,6 +92,17 @@ class Evaluations:
             records, answers = (tuple(x for several in kind for x in several) for kind in zip(*found.values(), strict=True))
             self._compare(report.Run(f"step {step}", records, answers, about), folder)
         return whole
+
+    def _to_go_on_with(self, folder: Path, about: dict) -> dict:
+        """`about`, as it was said of what the folder of a step has; what was measured otherwise is removed from there."""
+        path = folder / "run.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        passing = {name: there[name] for name in PASSING if name in there}
+        if there == suite.described(self.settings, about | passing):
+            return about | passing
+        if folder.exists():
+            shutil.rmtree(folder)
+        return about
 
     def _tell(self, unit: suite.Unit, records: Sequence[Mapping]) -> None:
         value = score(unit.eval, records)
