@@ -198,7 +198,19 @@ def test_a_finished_run_measures_again_what_has_other_settings_alone(corpus, wor
 def test_what_cannot_be_measured_is_refused_before_the_first_step(corpus, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         loop.train(config_of(corpus, **changes), tmp_path)
-    assert checkpoint.steps(tmp_path / "checkpoints") == [] and not (tmp_path / "metrics.jsonl").read_text()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [] and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_whose_config_is_refused_has_all_that_it_had(corpus, workdir, tmp_path):
+    c = longer(corpus, workdir, tmp_path / "run", **{"evals.lengths": (1.0,)})
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        with (tmp_path / "run" / name).open("a") as file:
+            file.write('{"step": 5}\n')  # after the newest checkpoint
+    (tmp_path / "run/evals/5").mkdir()
+    before = sorted((path, path.is_file() and path.read_bytes()) for path in (tmp_path / "run").rglob("*"))
+    with pytest.raises(ValueError, match="needle at depth 0 does not fit into 48 tokens"):
+        loop.train(c, tmp_path / "run")
+    assert before == sorted((path, path.is_file() and path.read_bytes()) for path in (tmp_path / "run").rglob("*"))
 
 
 def test_the_names_of_a_config_are_evaluations_of_the_suite():
