@@ -16,7 +16,7 @@ from configs import base
 from hybrid_attn import checkpoint
 from hybrid_attn.config import EVALS
 from hybrid_attn.data import corpora, tokenizer
-from hybrid_attn.evals import suite, texts
+from hybrid_attn.evals import report, suite, texts
 from hybrid_attn.programs import parse
 from hybrid_attn.train import loop
 
@@ -128,6 +128,16 @@ def test_tensorboard_has_a_score_of_each_unit_and_the_pictures(workdir):
     assert {"needle_0_1", "needle_0_4", "loss_text_all"} <= set(pictures)
     assert {f"{name}.png" for name in pictures} == set(names(workdir / "evals/4/pictures"))
     assert all(image.encoded_image_string.startswith(b"\x89PNG") and image.width > 300 for image in pictures.values())
+
+
+def test_pictures_are_of_the_run_that_a_report_would_read(corpus, workdir, tmp_path, monkeypatch):
+    sections = pytest.importorskip("hybrid_attn.evals.report.sections")
+    shutil.copytree(workdir, tmp_path / "run")
+    drawn = []
+    monkeypatch.setattr(sections, "sections", lambda runs: drawn.extend(runs) or [])
+    assert loop.train(config_of(corpus), tmp_path / "run")
+    assert drawn == [report.read(tmp_path / "run/evals/4")._replace(name="step 4")]
+    assert drawn[0].provenance["settings"]["lengths"] == [LENGTH]
 
 
 def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
