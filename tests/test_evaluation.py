@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import conftest
+import numpy as np
 import pytest
 from absl.testing import flagsaver
 from conftest import tensorboard_events, tiny
@@ -138,6 +139,16 @@ def test_pictures_are_of_the_run_that_a_report_would_read(corpus, workdir, tmp_p
     assert loop.train(config_of(corpus), tmp_path / "run")
     assert drawn == [report.read(tmp_path / "run/evals/4")._replace(name="step 4")]
     assert drawn[0].provenance["settings"]["lengths"] == [LENGTH]
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(corpus, workdir, tmp_path, monkeypatch, capsys):
+    pictures = pytest.importorskip("hybrid_attn.evals.report.pictures")
+    shutil.copytree(workdir, tmp_path / "run")
+    monkeypatch.setattr(pictures, "loss_by_position", lambda *_: np.array([[1], [2, 3]]))
+    assert loop.train(config_of(corpus), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "evaluation of step 4 is not all drawn: ValueError: setting an array element with a sequence" in said
+    assert "bigram  source text" in said
 
 
 def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):

@@ -84,7 +84,10 @@ class Evaluations:
 
         whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)
         if whole and jax.process_index() == 0:
-            self._compare(metrics, folder)
+            try:
+                self._compare(metrics, folder)
+            except Exception as error:  # what was measured is written, and no picture is worth the steps to come
+                metrics.say(f"evaluation of step {metrics.step} is not all drawn: {type(error).__name__}: {error}")
         return whole
 
     def _to_go_on_with(self, folder: Path, about: dict) -> dict:
