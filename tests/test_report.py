@@ -47,14 +47,15 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             records += [total | x for x in (*buckets, {"loss": 2.5, "bits_per_byte": 3.5})]
         records.append({"eval": "bigram", "source": "a b/c", "length": length, "bits_per_byte": 4.5})
         records.append(
-            {"eval": "key_tokens", "length": length, "key_tokens": 0, "tokens": 99, "loss": None, "perplexity": None}
+            {"eval": "key_tokens", "source": "a b/c", "length": length, "key_tokens": 0, "tokens": 99}
+            | {"loss": None, "perplexity": None}
         )
     for layer, kind in enumerate("LG"):
         for head in range(3):
             weights = {"edges": [10, 20, 40], "weights": [0.01, 0.002 * layer]}
             shares = {"begin": 0.25, "needle": 0.25 * layer, "context": 0.5 - 0.25 * layer, "qc": 0.25}
             more = {"entropy_bits": 5.0, "needle_lift": 9.0 if layer else None, "retrieval": 0.4 if layer else None}
-            where = {"layer": layer, "kind": kind, "head": head, "length": 4096, "reach": kind == "G"}
+            where = {"source": "probe", "layer": layer, "kind": kind, "head": head, "length": 4096, "reach": kind == "G"}
             records.append({"eval": "attention_mass"} | where | shares | more | weights)
     scored = {"task": "copy", "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 20, "truncated": 3}
     return [*records, {"eval": "harness"} | scored], answers
@@ -220,14 +221,32 @@ def test_attention_is_stacked_to_one_and_weighed_by_kind(written):
     _, (run, _) = written
     (section,) = (x for x in sections.sections([run]) if x.name == "attention")
     drawn = {picture.name: picture.figure for picture in section.pictures}
-    assert [*drawn] == [f"attention_0_4096{x}" for x in ("", "_weights", "_retrieval", "_entropy_bits")]
-    bars = drawn["attention_0_4096"].axes[0].patches
+    assert [*drawn] == [f"attention_0_probe_4096{x}" for x in ("", "_weights", "_retrieval", "_entropy_bits")]
+    bars = drawn["attention_0_probe_4096"].axes[0].patches
     tops = [max(bar.get_y() + bar.get_height() for bar in bars if round(bar.get_center()[0]) == layer) for layer in (0, 1)]
     assert tops == [1, 1]
-    lines = {patch.get_label(): patch.get_data() for patch in drawn["attention_0_4096_weights"].axes[0].patches}
+    lines = {patch.get_label(): patch.get_data() for patch in drawn["attention_0_probe_4096_weights"].axes[0].patches}
     assert list(lines["layers G"].values) == [0.01, 0.002] and list(lines["layers G"].edges) == [10, 20, 40]
-    grid = drawn["attention_0_4096_retrieval"].axes[0].collections[0].get_array()
+    grid = drawn["attention_0_probe_4096_retrieval"].axes[0].collections[0].get_array()
     assert np.ma.getmaskarray(grid)[0].all() and (grid[1] == 0.4).all()
+
+
+def test_sources_are_told_apart():
+    probe = [record for record in everything(1.0)[0] if record["eval"] == "attention_mass"]
+    books = [r | {"source": "books", "begin": 0.5, "edges": [10, 20, 30, 40], "weights": [0.01, None, 0.0]} for r in probe]
+    keys = {"eval": "key_tokens", "length": 4096, "key_tokens": 1, "tokens": 9, "perplexity": 2.0}
+    lost = {"eval": "position", "length": TRAINED, "tokens": 99, "source": "code", "loss": 1.0}
+    run = run_of("run", [], [*probe, *books, *(keys | {"source": x, "loss": i} for i, x in enumerate(("code", "books"))), lost])
+    shares = {(row["source"], row["kind"]): (row["heads"], row["begin"]) for row in rows_of(contents.attention([run]))}
+    assert shares == {(x, kind): (3, begin) for x, begin in (("probe", 0.25), ("books", 0.5)) for kind in "LG"}
+    found = {section.name: section for section in sections.sections([run])}
+    drawn = {picture.name: picture for picture in found["attention"].pictures}
+    assert len(drawn) == 8 and drawn["attention_0_books_4096"].caption.startswith("run, books, 4K: ")
+    lines = drawn["attention_0_books_4096_weights"].figure.axes[0].patches
+    assert [list(line.get_data().edges) for line in lines] == [[10, 20, 30, 40]] * 2
+    assert [(row["source"], row["loss (nats)"]) for row in rows_of(contents.key_tokens([run]))] == [("code", 0), ("books", 1)]
+    (row,) = rows_of(found["overview"].tables[0])
+    assert (row["loss"], row["of source"]) == (1.0, "code")
 
 
 def test_what_is_written_follows_from_the_runs_alone(tmp_path):
@@ -335,7 +354,17 @@ def test_what_was_not_evaluated_cannot_be_reported(tmp_path, monkeypatch):
 
 
 def test_numbers_that_are_not_finite_are_missing(tmp_path):
-    records = [{"eval": "key_tokens", "length": 4, "key_tokens": 0, "tokens": 9, "loss": float("nan"), "perplexity": None}]
+    records = [
+        {
+            "eval": "key_tokens",
+            "source": "a",
+            "length": 4,
+            "key_tokens": 0,
+            "tokens": 9,
+            "loss": float("nan"),
+            "perplexity": None,
+        }
+    ]
     run = store(tmp_path / "run", records, [])
     (row,) = rows_of(contents.key_tokens([run]))
     assert row["loss (nats)"] is None and ">–</td>" in tables.html(contents.key_tokens([run]))

@@ -189,7 +189,7 @@ def positions(runs: Sequence[Run]) -> Table:
 def attention(runs: Sequence[Run]) -> Table:
     """Where the question's attention goes, by kind of layer: means over its heads."""
     columns = [
-        *(RUN, LENGTH, Column("kind"), Column("heads", count)),
+        *(RUN, Column("source"), LENGTH, Column("kind"), Column("heads", count)),
         *(Column(name, fixed(4)) for name in ("begin", "needle", "context", "question")),
         *(Column("entropy (bits)", fixed(2)), Column("needle lift", fixed(2)), Column("retrieval heads", count)),
         Column("reach"),
@@ -197,7 +197,8 @@ def attention(runs: Sequence[Run]) -> Table:
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         for record in run.of("attention_mass"):
-            groups.setdefault((run.name, record["length"], record["kind"]), []).append(record)
+            key = run.name, record["source"], record["length"], record["kind"]
+            groups.setdefault(key, []).append(record)
     fields = ("begin", "needle", "context", "qc", "entropy_bits", "needle_lift")
     rows = [
         [
@@ -218,10 +219,10 @@ def mean_of(records: Sequence[Mapping], field: str) -> float | None:
 
 def key_tokens(runs: Sequence[Run]) -> Table:
     columns = [
-        *(RUN, LENGTH, Column("key tokens", count), Column("of tokens", count)),
+        *(RUN, Column("source"), LENGTH, Column("key tokens", count), Column("of tokens", count)),
         *(Column("loss (nats)", fixed(3)), Column("perplexity", fixed(2))),
     ]
-    fields = ("length", "key_tokens", "tokens", "loss", "perplexity")
+    fields = ("source", "length", "key_tokens", "tokens", "loss", "perplexity")
     rows = [[run.name, *(r[field] for field in fields)] for run in runs for r in run.of("key_tokens")]
     return Table("key_tokens", "Tokens whose loss depends on the far context", columns, rows)
 

@@ -19,7 +19,7 @@ OVERVIEW = {
     "RULER Avg.": "RULER's mean over tasks and lengths",
     "needles": "the share found at all lengths and depths",
     "recall": "the share of right answers at the longest length, in the first of the tasks",
-    "loss": "of held-out text, in nats, at the length of training",
+    "loss": "of the held-out text of one source, in nats, at the length of training",
 }
 
 
@@ -55,7 +55,7 @@ def _overview(runs: Sequence[Run]) -> Section:
     columns = [
         *(Column("run"), Column("layers"), Column("parameters", count), Column("trained at", tokens), Column("step", count)),
         *(Column("RULER Avg.", fixed(1)), Column("of tasks"), Column("effective"), Column("needles", fixed(3))),
-        *(Column("recall", fixed(3)), Column("loss", fixed(3))),
+        *(Column("recall", fixed(3)), Column("loss", fixed(3)), Column("of source")),
     ]
     rows = []
     for run in runs:
@@ -71,7 +71,7 @@ def _overview(runs: Sequence[Run]) -> Section:
                 contents.effective(means) if means else None,
                 sum(r["right"] for r in needles) / answers if answers else None,
                 max(recalls, key=lambda r: r["length"])["accuracy"] if recalls else None,
-                losses[0]["loss"] if losses else None,
+                *((losses[0]["loss"], losses[0]["source"]) if losses else (None, None)),
             ]
         )
     kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
@@ -228,10 +228,13 @@ def _key_tokens(runs: Sequence[Run]) -> list[Section]:
 def _attention(runs: Sequence[Run]) -> list[Section]:
     drawn = []
     for number, run in enumerate(runs):
-        every = run.of("attention_mass")
-        lengths = contents.lengths_of(every)
-        for length in lengths:
-            drawn += _attention_pictures(run, number, length, every, length == lengths[-1])
+        for source in dict.fromkeys(r["source"] for r in run.of("attention_mass")):
+            every = [r for r in run.of("attention_mass") if r["source"] == source]
+            longest = contents.lengths_of(every)[-1]
+            for length in contents.lengths_of(every):
+                name, where = f"attention_{number}_{plain(source)}_{length}", f"{run.name}, {source}, {tokens(length)}"
+                records = [r for r in every if r["length"] == length]
+                drawn += _attention_pictures(name, where, length, records, length == longest)
     words = [
         "Shares of the attention of the question's tokens, means over heads. The needle's lift is its share over the share of "
         f"the tokens that it has; a retrieval head (score over {contents.RETRIEVES}) looks at the token that it copies. "
@@ -241,14 +244,13 @@ def _attention(runs: Sequence[Run]) -> list[Section]:
     return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [])]
 
 
-def _attention_pictures(run: Run, number: int, length: int, every: Sequence[dict], by_head: bool) -> list[Picture]:
-    records = [r for r in every if r["length"] == length]
+def _attention_pictures(name: str, where: str, length: int, records: Sequence[dict], by_head: bool) -> list[Picture]:
+    """Of one source at one length."""
     by_layer = {layer: [r for r in records if r["layer"] == layer] for layer in sorted({r["layer"] for r in records})}
     layers = [
         (layer, rs[0]["kind"], rs[0]["reach"], {x: contents.mean_of(rs, x) for x in pictures.SEGMENTS})
         for layer, rs in by_layer.items()
     ]
-    name, where = f"attention_{number}_{length}", f"{run.name}, {tokens(length)}"
     found = [Picture(name, f"{where}: where the question looks, by layer.", pictures.attention_by_layer(layers), False)]
     if not by_head:
         return found
