@@ -98,6 +98,19 @@ def test_resampled_means_are_the_same_each_time_and_spread_as_means_do():
     assert means.std() == pytest.approx(values.std() / np.sqrt(50), rel=0.1)
 
 
+def test_the_interval_of_a_mean_has_a_width_where_every_answer_is_wrong_or_right():
+    assert statistics.mean_interval([(8, 10)]) == pytest.approx(statistics.wilson(8, 10))
+    high = 0.2775328 / np.sqrt(13)
+    assert statistics.mean_interval([(0, 10)] * 13) == pytest.approx((0, high), abs=1e-6)
+    assert statistics.mean_interval([(10, 10)] * 13) == pytest.approx((1 - high, 1), abs=1e-6)
+    (low, high), cells = statistics.mean_interval([(2, 8), (9, 10)]), [statistics.wilson(2, 8), statistics.wilson(9, 10)]
+    assert low == pytest.approx(0.575 - np.hypot(0.25 - cells[0][0], 0.9 - cells[1][0]) / 2)
+    assert high == pytest.approx(0.575 + np.hypot(cells[0][1] - 0.25, cells[1][1] - 0.9) / 2)
+    wrong = [{"eval": "ruler", "task": x, "length": 4096, "samples": 5, "nulls": 0, "score": 0.0} for x in ("vt", "cwe")]
+    (band,) = pictures.mean_curve(run_of("wrong", [], wrong), 0, contents.is_long).bands
+    assert band == pytest.approx((0, 100 * statistics.wilson(0, 5)[1] / np.sqrt(2)), abs=1e-6)
+
+
 def test_resampling_in_chunks_changes_nothing(monkeypatch):
     whole = statistics.resampled_means(np.arange(9.0), 0)
     monkeypatch.setattr(statistics, "DRAWS", 100)

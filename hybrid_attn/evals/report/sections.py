@@ -92,7 +92,7 @@ def _ruler(runs: Sequence[Run]) -> list[Section]:
         panels = _task_curves(runs, belongs)
         by_task = pictures.curves(panels, marks, "score", 100, None)
         own = [
-            Picture(name, "Mean of the tasks by length; each task's answers resampled for the band of 95%.", figure, False),
+            Picture(name, "Mean of the tasks by length, with the tasks' Wilson intervals of 95% combined.", figure, False),
             Picture(f"{name}_tasks", "Each task by length, with Wilson intervals of 95%.", by_task, len(panels) > 2),
         ]
         tables = [

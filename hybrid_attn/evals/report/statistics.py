@@ -51,17 +51,16 @@ def interval(means: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def scores_by_cell(run: Run) -> dict[tuple[str, int], np.ndarray]:
-    """The scores of a run's answers by task and length."""
-    cells: dict[tuple[str, int], list[float]] = {}
-    for answer in run.answers:
-        cells.setdefault((answer["task"], answer["length"]), []).append(answer["score"])
-    return {cell: np.array(scores, float) for cell, scores in cells.items()}
+def mean_interval(cells: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """The interval of 95% for the mean of shares, each of which has right answers and answers.
 
-
-def mean_interval(cells: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The interval of the mean of the cells' means, each cell resampled by itself."""
-    return interval(np.mean([resampled_means(cell, key) for key, cell in enumerate(cells)], axis=0))
+    The distances from the shares to their Wilson limits add up as the errors of independent numbers do, below and above by
+    themselves (Zou and Donner, 2008): unlike resampled means, all wrong answers or all right ones leave a width.
+    """
+    shares = np.array([right / number for right, number in cells])
+    low, high = np.array([wilson(*cell) for cell in cells]).T
+    mean, n = shares.mean(), len(cells)
+    return float(mean - math.sqrt(((shares - low) ** 2).sum()) / n), float(mean + math.sqrt(((high - shares) ** 2).sum()) / n)
 
 
 def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
