@@ -142,6 +142,16 @@ def test_the_mean_of_a_family_gives_each_task_the_same_weight_and_leaves_others_
     assert [x.task for x in rest] == ["cwe", "needle", "vt"]
 
 
+def test_few_questions_say_nothing_of_two_runs():
+    tasks = ("vt", "cwe", "fwe")
+    a, b = (run_of(name, [answer(x, 4096, i, s) for x in tasks for i in range(4)]) for name, s in (("a", 0.0), ("b", 1.0)))
+    mean, *several = statistics.compare(a, b, {*tasks}, "mean")
+    assert (mean.pairs, mean.low, mean.high, mean.fewest) == (12, 1, 1, 4) and len(several) == 3
+    assert [contents.verdict(x) for x in (mean, *several)] == ["unclear"] * 4
+    a, b = (run._replace(answers=(*run.answers, *(x | {"index": 4} for x in run.answers[::4]))) for run in (a, b))
+    assert [contents.verdict(x) for x in statistics.compare(a, b, {*tasks}, "mean")] == ["better"] * 4
+
+
 def rows_of(table: tables.Table) -> list[dict]:
     return [dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows]
 

@@ -254,11 +254,14 @@ def comparison(first: str, found: Sequence[tuple[str, list[statistics.Difference
         *(Column(name, signed(3)) for name in ("difference", "95% from", "to")),
         Column("verdict"),
     ]
-    rows = [[name, *difference, verdict(difference)] for name, several in found for difference in several]
+    rows = [[name, *difference[:-1], verdict(difference)] for name, several in found for difference in several]
     return Table("comparison", f"Against {first} on the same questions: scores between 0 and 1", columns, rows)
 
 
 def verdict(difference: statistics.Difference) -> str:
+    """Unclear where the interval has 0 in it, and where a task has so few pairs that resampling them shows no spread."""
+    if difference.fewest < statistics.FEWEST:
+        return "unclear"
     return "better" if difference.low > 0 else "worse" if difference.high < 0 else "unclear"
 
 

@@ -13,7 +13,6 @@ from hybrid_attn.evals.report.tables import Column, Table, count, fixed, plain, 
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages
 from hybrid_attn.evals.ruler.tasks import NAMES
 
-FEWEST = 5  # answers in a cell of the needle's grid that say something
 PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 OVERVIEW = {
     "RULER Avg.": "RULER's mean over tasks and lengths",
@@ -169,7 +168,7 @@ def _needle(runs: Sequence[Run]) -> list[Section]:
     figure = pictures.curves(curves, [run.trained for run in runs], "found", 1, None)
     caption = "All depths together, with Wilson intervals of 95%."
     drawn.append(Picture("needle", caption, figure, len(curves) > 2))
-    few = f" Fewer than {FEWEST} are noise." if min(sizes) < FEWEST else ""
+    few = f" Fewer than {statistics.FEWEST} are noise." if min(sizes) < statistics.FEWEST else ""
     span = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
     words = [
         f"A sentence hidden at a depth of a text of a length, and asked for at its end: {span} answers a cell.{few} An answer "
@@ -289,13 +288,14 @@ def _comparison(runs: Sequence[Run]) -> list[Section]:
     first, drawn = runs[0].name, []
     for number, (name, several) in enumerate(found, 1):
         if several:
-            caption = f"{name} less {first}; in bold and in the colour of the better run where the interval is without 0."
+            caption = f"{name} less {first}; in bold and in the colour of the better run where it is clear."
             drawn.append(Picture(f"comparison_{number}", caption, pictures.differences(several, number), False))
     if not drawn:
         return []
     words = [
         "Only questions that both runs were asked count, word for word; the interval is a paired bootstrap over them, with "
-        f"{statistics.RESAMPLES:,} resamples. The mean of tasks gives each task the same weight."
+        f"{statistics.RESAMPLES:,} resamples, and fewer than {statistics.FEWEST} pairs of a task leave it unclear. The mean of "
+        "tasks gives each task the same weight."
     ]
     return [Section("comparison", "Comparison", words, drawn, [contents.comparison(first, found)], [])]
 

@@ -12,10 +12,14 @@ from hybrid_attn.trees import check
 Z = 1.959963984540054  # 95% of a normal distribution lies within as many deviations
 RESAMPLES = 2000
 DRAWS = 2**20  # at a time
+FEWEST = 5  # questions that say something together
 
 
 class Difference(NamedTuple):
-    """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a."""
+    """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a.
+
+    `fewest` is how many pairs its task has; of a mean over tasks, the one with the fewest.
+    """
 
     task: str
     length: int
@@ -25,6 +29,7 @@ class Difference(NamedTuple):
     difference: float
     low: float
     high: float
+    fewest: int
 
 
 def wilson(right: float, number: int) -> tuple[float, float]:
@@ -88,4 +93,5 @@ def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
 
 def _difference(task: str, length: int, pairs: Sequence[np.ndarray], means: Sequence[np.ndarray]) -> Difference:
     a, b = np.mean([cell.mean(0) for cell in pairs], axis=0).tolist()
-    return Difference(task, length, sum(map(len, pairs)), a, b, b - a, *interval(np.mean(means, axis=0)))
+    sizes = [len(cell) for cell in pairs]
+    return Difference(task, length, sum(sizes), a, b, b - a, *interval(np.mean(means, axis=0)), min(sizes))
