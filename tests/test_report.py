@@ -186,6 +186,21 @@ def test_unequal_runs_are_not_averaged_silently():
     assert {(row["task"], row["run"]): row["4K"] for row in rows_of(section.tables[1])}["cwe", "long"] == 90.0
 
 
+def test_the_needles_of_a_question_are_one_answer_to_an_interval():
+    cell = {"eval": "needle", "length": 4096, "needles": 4, "answers": 20, "right": 14}
+    run = run_of("run", [], [cell | {"depth": depth} for depth in (0, 50)])
+    rows = rows_of(contents.needle([run]))
+    low, high = statistics.wilson(3.5, 5)
+    assert [(row["questions"], row["right"], row["95% from"], row["to"]) for row in rows] == [(5, 0.7, low, high)] * 2
+    (section,) = (x for x in sections.sections([run]) if x.name == "needle")
+    *_, curve = section.pictures
+    interval = next(line for line in curve.figure.axes[0].lines if len(line.get_ydata()) == 2)
+    assert tuple(interval.get_ydata()) == statistics.wilson(7, 10)
+    assert "5 questions a cell" in section.words[0] and "noise" not in section.words[0]
+    (row,) = rows_of(sections.sections([run])[0].tables[0])
+    assert row["needles"] == 0.7
+
+
 def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rulers():
     absent = [["ruler", "cwe", 4096, "does not fit"], *(["recall", "mqar", length, "is short"] for length in (8, 1024))]
     one = {"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}

@@ -113,20 +113,28 @@ def ruler_cells(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, 
 
 
 def needle(runs: Sequence[Run]) -> Table:
-    """The share of needles found in each cell."""
+    """The share of needles found in each cell; its interval is that of the questions, of which each is right in part."""
     columns = [
-        *(RUN, Column("needles", count), LENGTH, Column("depth %", fixed(0)), Column("answers", count)),
+        *(RUN, Column("needles", count), LENGTH, Column("depth %", fixed(0)), Column("questions", count)),
         *(Column("right", fixed(3)), *INTERVAL),
     ]
     rows = [
         [
-            *(run.name, r["needles"], r["length"], r["depth"], r["answers"], r["right"] / r["answers"]),
-            *statistics.wilson(r["right"], r["answers"]),
+            *(run.name, r["needles"], r["length"], r["depth"], needle_questions(r)[1], r["right"] / r["answers"]),
+            *statistics.wilson(*needle_questions(r)),
         ]
         for run in runs
         for r in run.of("needle")
     ]
     return Table("needle_cells", "Needles found, by length and depth", columns, rows)
+
+
+def needle_questions(record: Mapping) -> tuple[float, int]:
+    """How many of a cell's questions are right, those with some of their needles in part, and how many there are.
+
+    Needles of one question are not found independently of one another.
+    """
+    return record["right"] / record["needles"], record["answers"] // record["needles"]
 
 
 def recall(runs: Sequence[Run]) -> Table:

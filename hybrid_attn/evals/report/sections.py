@@ -161,18 +161,20 @@ def _needle(runs: Sequence[Run]) -> list[Section]:
             drawn.append(_heat_map(run, number, records, kind, f"needle_{number}_{needles}"))
             cells: dict[int, tuple[float, int]] = {}
             for r in records:
-                right, answers = cells.get(r["length"], (0, 0))
-                cells[r["length"]] = (right + r["right"], answers + r["answers"])
+                right, questions = contents.needle_questions(r)
+                before = cells.get(r["length"], (0.0, 0))
+                cells[r["length"]] = before[0] + right, before[1] + questions
             curves.setdefault(kind, []).append(pictures.wilson_curve(run.name, number, cells))
-            sizes |= {r["answers"] for r in records}
+            sizes |= {contents.needle_questions(r)[1] for r in records}
     figure = pictures.curves(curves, [run.trained for run in runs], "found", 1, None)
     caption = "All depths together, with Wilson intervals of 95%."
     drawn.append(Picture("needle", caption, figure, len(curves) > 2))
     few = f" Fewer than {statistics.FEWEST} are noise." if min(sizes) < statistics.FEWEST else ""
     span = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
     words = [
-        f"A sentence hidden at a depth of a text of a length, and asked for at its end: {span} answers a cell.{few} An answer "
-        "is right that contains the value. The white dashed line is the length of training: all to its right is longer."
+        f"A sentence hidden at a depth of a text of a length, and asked for at its end: {span} questions a cell.{few} An "
+        "answer is right that contains the value; of several needles, each is a part of it. The white dashed "
+        "line is the length of training: all to its right is longer."
     ]
     return [Section("needle", "Needle", words, drawn, [], [contents.needle(runs)])]
 
