@@ -57,7 +57,7 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             more = {"entropy_bits": 5.0, "needle_lift": 9.0 if layer else None, "retrieval": 0.4 if layer else None}
             where = {"source": "probe", "layer": layer, "kind": kind, "head": head, "length": 4096, "reach": kind == "G"}
             records.append({"eval": "attention_mass"} | where | shares | more | weights)
-    scored = {"task": "copy", "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 20, "truncated": 3}
+    scored = {"task": "copy", "length": 2048, "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 20, "truncated": 3}
     return [*records, {"eval": "harness"} | scored], answers
 
 
@@ -199,6 +199,14 @@ def test_the_needles_of_a_question_are_one_answer_to_an_interval():
     assert "5 questions a cell" in section.words[0] and "noise" not in section.words[0]
     (row,) = rows_of(sections.sections([run])[0].tables[0])
     assert row["needles"] == 0.7
+
+
+def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
+    one = {"eval": "harness", "task": "copy", "metric": "acc", "value": 0.5}
+    run = run_of("run", [], [one | {"length": length} for length in LENGTHS])
+    assert [(row["task"], row["length"], row["value"]) for row in rows_of(contents.harness([run]))] == [
+        ("copy", length, 0.5) for length in LENGTHS
+    ]
 
 
 def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rulers():

@@ -241,10 +241,10 @@ def harness(runs: Sequence[Run]) -> Table:
     beside = ("filter", "shots", "version", "samples", "documents", "requests", "truncated")
     known = [field for field in beside if any(field in record for _, record in records)]
     columns = [
-        *(RUN, Column("task"), Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),
+        *(RUN, Column("task"), LENGTH, Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),
         *(Column(field) for field in known),
     ]
-    fields = ("task", "metric", "value", "stderr", *known)
+    fields = ("task", "length", "metric", "value", "stderr", *known)
     rows = [[name, *map(record.get, fields)] for name, record in records]
     return Table("harness", "lm-evaluation-harness", columns, rows)
 

@@ -20,7 +20,7 @@ FIELDS = {
         *("entropy_bits", "needle_lift", "retrieval", "reach"),
     ),
     "key_tokens": ("source", "length", "key_tokens", "tokens", "loss", "perplexity"),
-    "harness": ("task", "metric", "value"),
+    "harness": ("task", "length", "metric", "value"),
 }
 ANSWER = ("task", "length", "index", "prompt_end", "wanted", "given", "score", "group", "meta")
 
