@@ -244,6 +244,16 @@ def test_a_report_that_is_cut_short_leaves_the_one_before_it(tmp_path, monkeypat
     assert page.read_bytes() == before[page]
 
 
+def test_a_report_leaves_nothing_of_the_one_before_it(tmp_path):
+    records, answers = everything(1.0)
+    kept = [record for record in records if record["eval"] in ("ruler", "recall")]
+    both = [run_of(name, answers[:9], kept) for name in ("one", "two")]
+    for out, several in (("again", both), ("again", both[:1]), ("once", both[:1])):
+        report.write(tmp_path / out, several)
+    again, once = ({x.relative_to(tmp_path / out) for x in (tmp_path / out).rglob("*")} for out in ("again", "once"))
+    assert again == once and Path("tables/ruler/one/8192/summary.csv") in once
+
+
 def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
     figure = pictures.heat_map(LENGTHS, (0, 100), {(2048, 0): 0.4, (8192, 100): 0.5}, TRAINED)
     axes = figure.axes[0]
