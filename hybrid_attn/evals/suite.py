@@ -34,7 +34,7 @@ RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4)
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, where nobody says others
 OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
-GENERATOR = 1  # raised when the same settings give other samples
+GENERATOR = 2  # raised when the same settings give other samples
 
 
 class Absent(NamedTuple):
