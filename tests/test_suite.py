@@ -14,6 +14,7 @@ from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.evals import report, samples, suite
 from hybrid_attn.evals.ruler import compat, draws
 from hybrid_attn.evals.ruler.qa import Asked, Questions
+from hybrid_attn.evals.settings import RECALL
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer.engine import Generated
 
@@ -112,9 +113,15 @@ def test_evaluations_are_known_by_name():
 
 def test_rows_of_a_task_are_left_out_where_they_are_too_short():
     found = suite.units(SETTINGS._replace(evals=("recall",), lengths=(16, 64)), reader_of(None))
-    assert [unit.name for unit in found] == ["recall-copy-16", *(f"recall-{task}-64" for task in suite.RECALL)]
+    assert [unit.name for unit in found] == ["recall-copy-16", *(f"recall-{task}-64" for task in RECALL)]
     with pytest.raises(ValueError, match="nothing to measure at lengths 2"):
         suite.run(reader_of(None), SETTINGS._replace(evals=("recall",), lengths=(2,)), {}, None, None, None)
+
+
+def test_questions_may_have_lengths_of_their_own():
+    settings = SETTINGS._replace(evals=("recall", "needle"), lengths=(64, 128), asked=(2048,))
+    found = {(unit.eval, unit.length) for unit in suite.units(settings, reader_of(None))}
+    assert found == {("recall", 64), ("recall", 128), ("needle", 2048)}
 
 
 def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_path):
