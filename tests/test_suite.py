@@ -1,6 +1,7 @@
 """The suite measures what is asked, each unit once, whoever interrupts it; and every model gets the same questions."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import types
@@ -60,7 +61,8 @@ def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
 
 
 def test_every_unit_is_measured_and_its_answers_are_kept(tmp_path):
-    heard = run(tmp_path, Engine())
+    engine = Engine()
+    heard = run(tmp_path, engine)
     assert [number for _, number, _ in heard] == list(range(1, 14)) and {of for *_, of in heard} == {13}
     found = report.read(tmp_path / "one")
     cells = [(r["needles"], r["depth"], r["answers"], r["right"]) for r in found.of("needle")]
@@ -71,6 +73,8 @@ def test_every_unit_is_measured_and_its_answers_are_kept(tmp_path):
     assert len(found.answers) == 2 * 4 + 11 * 2
     for answer in found.answers:
         assert (answer["score"] == 1) == all(value in answer["given"] for value in answer["wanted"])
+    hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in engine.prompts]
+    assert sorted(answer["prompt_hash"] for answer in found.answers) == sorted(hashes)
     assert found.provenance["settings"]["samples"] == 2 and found.provenance["step"] == 1
 
 

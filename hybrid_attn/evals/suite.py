@@ -260,12 +260,12 @@ def _given(reader: Reader, asked: list[Sample], spare: int) -> list[str]:
 
 
 def _answers(asked: list[Sample], given: list[str], shares: list[float]) -> list[dict]:
-    """What is kept of each question: its end, what was wanted, what was given, and the share of it that was right."""
+    """What is kept of each question: its hash and end, what was wanted and given, and the share of that which was right."""
     found = []
     for sample, text, share in zip(asked, given, shares, strict=True):
         known = {name: getattr(sample, name) for name in ("task", "length", "index", "group", "meta")}
-        told = {"prompt_end": sample.prompt[-PROMPT_END:], "wanted": list(sample.answers), "given": text, "score": share}
-        found.append(known | told)
+        whole = {"prompt_hash": hashlib.sha256(sample.prompt.encode()).hexdigest(), "prompt_end": sample.prompt[-PROMPT_END:]}
+        found.append(known | whole | {"wanted": list(sample.answers), "given": text, "score": share})
     return found
 
 
