@@ -130,12 +130,22 @@ def test_questions_may_have_lengths_of_their_own():
 
 def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_path):
     run(tmp_path, Engine(), name="one")
-    files = sorted((tmp_path / "samples").iterdir())
+    files = sorted((tmp_path / "samples").glob("*.jsonl"))
     run(tmp_path, Engine(), name="two")
-    assert sorted((tmp_path / "samples").iterdir()) == files and len(files) == 13
+    assert sorted((tmp_path / "samples").glob("*.jsonl")) == files and len(files) == 13
     run(tmp_path, Engine(), SETTINGS._replace(seed=4), name="three")
-    assert len(list((tmp_path / "samples").iterdir())) == 26
+    assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 26
     assert json.loads((tmp_path / "two/run.json").read_text())["settings"]["seed"] == 3
+
+
+def test_a_further_model_is_not_asked_other_questions_under_the_same_name(tmp_path):
+    run(tmp_path, Engine(), name="one")
+    first, *_ = report.read(tmp_path / "one").answers
+    (path,) = (tmp_path / "samples").glob("needle-1-2048-*.jsonl")
+    assert first["samples_hash"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_text(path.read_text().replace("Sentence", "Word"))
+    with pytest.raises(ValueError, match="was changed after it was written"):
+        run(tmp_path, Engine(), name="two")
 
 
 def plan(tmp_path, settings, named=False):
@@ -149,9 +159,9 @@ RULER = SETTINGS._replace(evals=("ruler",), lengths=(4096,))
 def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(compat, "sent_tokenize", lambda: draws.sentences)
     plan(tmp_path, RULER)
-    ours = {*(tmp_path / "samples").iterdir()}
+    ours = {*(tmp_path / "samples").glob("*.jsonl")}
     reader, own = plan(tmp_path, RULER._replace(compat=True))
-    assert len(ours) == 10 and len({*(tmp_path / "samples").iterdir()} - ours) == 9  # of cwe, ours does not fit either
+    assert len(ours) == 10 and len({*(tmp_path / "samples").glob("*.jsonl")} - ours) == 9  # of cwe, ours does not fit either
     assert [(x.part, "script would try for ever" in x.reason) for x in own.absent] == [
         *(("qa_1", False), ("qa_2", False), ("vt", True), ("cwe", True))
     ]
@@ -180,7 +190,7 @@ def test_samples_of_questions_follow_from_their_file(tmp_path):
     for answer in ("mill", "forge"):
         asked = Questions((Asked("Where does Ada work?", (answer,), (0,), ()),) * 2, (place, "Bo works at the forge."))
         suite.fitting(RULER, reader._replace(questions={"qa_1": asked}), tmp_path / "samples", False)
-    assert len(list((tmp_path / "samples").glob("ruler-qa_1-4096-*"))) == 2
+    assert len(list((tmp_path / "samples").glob("ruler-qa_1-4096-*.jsonl"))) == 2
 
 
 def test_rows_that_a_mesh_does_not_split_are_refused():

@@ -213,11 +213,12 @@ def run(
     for number, unit in enumerate(wanted, 1):
         path = directory / "units" / f"{unit.name}.json"
         if not told(path.exists()):
-            asked = samples.read(files[unit])[0] if unit in files else []
+            asked, digest = samples.read(files[unit]) if unit in files else ([], None)
             measured = MEASURES[unit.eval](reader, settings, unit, asked)
             records = [{"eval": unit.eval, **record} for record in measured.records]
+            given = [answer | {"samples_hash": digest} for answer in measured.answers]
             if writes:
-                _write(path, json.dumps({"records": records, "answers": measured.answers}, ensure_ascii=False))
+                _write(path, json.dumps({"records": records, "answers": given}, ensure_ascii=False))
         if done(unit, number, len(wanted)):
             return False
     if writes:
