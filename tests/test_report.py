@@ -273,6 +273,25 @@ def test_a_single_length_is_drawn_with_its_interval_and_the_length_of_training()
     assert bars == [several[0].bands[0]] * 2 and axes.get_xlim()[0] < 64
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_of_runs_stand_in_legends_as_they_are():
+    names = ["_first", r"a$\x$b", "cost $5", "plain"]
+    several = [pictures.wilson_curve(name, i, {4096: (1, 2), 8192: (1, 2)}) for i, name in enumerate(names)]
+    buckets = [{"first": 0, "end": 16, "loss": 3.0}, {"first": 16, "end": 99, "loss": 2.0}]
+    lines = {"rows": [(name, i, buckets) for i, name in enumerate(names)]}
+    of_sources = dict.fromkeys((r"$\x$", "other"), several)
+    for figure in (pictures.curves(of_sources, [], "score", 1, None), pictures.loss_by_position(lines, [])):
+        drawn = canvas.svg(canvas.Picture("names", "", figure, False))
+        assert canvas.png(canvas.Picture("names", "", figure, False))
+        assert [text.strip(pictures.NOTHING) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)][-4:] == names
+
+
+def test_files_of_names_that_differ_differ():
+    assert tables.plain("rnope_swa-2.b") == "rnope_swa-2.b"
+    names = [tables.plain(name) for name in ("a b", "a_b", "a/b", "a b ")]
+    assert len(set(names)) == 4 and all(re.fullmatch(r"[\w.-]+", name) for name in names)
+
+
 def test_attention_is_stacked_to_one_and_weighed_by_kind(written):
     _, (run, _) = written
     (section,) = (x for x in sections.sections([run]) if x.name == "attention")
