@@ -13,6 +13,7 @@ from PIL import Image
 
 from hybrid_attn.evals import report
 from hybrid_attn.evals.report import canvas, contents, pictures, sections, statistics, tables, wrong
+from hybrid_attn.evals.suite import RECALL
 
 TRAINED = 4096
 LENGTHS = (2048, 4096, 8192)
@@ -207,6 +208,16 @@ def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
     assert [(row["task"], row["length"], row["value"]) for row in rows_of(contents.harness([run]))] == [
         ("copy", length, 0.5) for length in LENGTHS
     ]
+
+
+def test_words_of_recall_are_of_the_tasks_that_were_measured():
+    one = {"eval": "recall", "length": 64, "answers": 8, "accuracy": 0.5}
+    run = run_of("run", [], [one | {"source": source} for source in ("copy", "tracking", "my own")])
+    (section,) = (x for x in sections.sections([run]) if x.name == "recall")
+    (words,) = section.words
+    assert "copy: letters, then the same letters." in words and "tracking: chains of assignments" in words
+    assert "noise, then keys" not in words and "my own" not in words
+    assert set(sections.TASKS) == set(RECALL)
 
 
 def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rulers():

@@ -22,6 +22,14 @@ OVERVIEW = {
 }
 
 
+TASKS = {
+    "recall": "pairs of letters in noise, then keys whose value is asked for",
+    "mqar": "pairs, then each key once more among random words (zoology's multi-query associative recall)",
+    "copy": "letters, then the same letters",
+    "tracking": "chains of assignments in noise, then a value whose variables are asked for",
+}
+
+
 class Section(NamedTuple):
     """`folded` tables are closed until they are asked for."""
 
@@ -196,7 +204,8 @@ def _recall(runs: Sequence[Run]) -> list[Section]:
             panels.setdefault(source, []).append(pictures.wilson_curve(run.name, number, cells))
     figure = pictures.curves(panels, [run.trained for run in runs], "accuracy", 1, None)
     own = [Picture("recall", "Right answers by length, with Wilson intervals of 95%.", figure, len(panels) > 2)]
-    words = ["Keys and values in noise, then keys whose value is asked for: the row holds the right answers before it."]
+    told = "".join(f" {source}: {TASKS[source]}." for source in panels if source in TASKS)
+    words = [f"Drawn rows that say what is asked for later; the row holds the right answers before each question.{told}"]
     return [Section("recall", "Recall", words, own, [contents.recall(runs)], [])]
 
 
