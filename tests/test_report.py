@@ -163,10 +163,14 @@ def test_the_table_in_rulers_form_leaves_short_lengths_out(written):
     assert [*hybrid][:5] == ["Models", "Claimed Length", "Effective Length", "4K", "8K"]
     assert (hybrid["4K"], hybrid["8K"], hybrid["Avg."], hybrid["Effective Length"]) == (100, 75, 87.5, "4K")
     assert hybrid["wAvg. (inc)"] == pytest.approx(250 / 3) and hybrid["wAvg. (dec)"] == pytest.approx(275 / 3)
-    assert rope["Effective Length"] == "4K" and rope["8K"] == 25 and rope["85% of base"] == 4096
+    assert rope["Effective Length"] == "4K" and rope["8K"] == 25 and rope["85% of base"] == "4K"
     assert hybrid["Tasks"] == rope["Tasks"] == "2 of 13"
     short = rows_of(contents.ruler(runs, contents.is_short, "short", "Short"))
     assert [row["Effective Length"] for row in short] == [">2K"] * 2 and "4K" not in short[0]
+    assert [row["85% of base"] for row in short] == [">2K"] * 2
+    nothing = {"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "nulls": 0, "score": 0.0}
+    (row,) = rows_of(contents.ruler([run_of("nothing", [], [nothing])], contents.is_long, "ruler", "RULER"))
+    assert (row["Effective Length"], row["85% of base"]) == ("<4K", "<4K")
 
 
 def test_unequal_runs_are_not_averaged_silently():

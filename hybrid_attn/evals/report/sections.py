@@ -129,9 +129,9 @@ def _task_curves(runs: Sequence[Run], belongs: Callable[[int], bool]) -> dict[st
 def _ruler_words(runs: Sequence[Run], belongs: Callable[[int], bool]) -> list[str]:
     """What the averages are over, and where that differs."""
     words = [
-        f"A length is effective if it and all shorter ones score {THRESHOLD} or more (underlined); the last column asks "
-        f"for {RELATIVE:.0%} of the score at the shortest length instead. Averages are over the lengths of a "
-        "row, wAvg. with weights that grow (inc) or fall (dec) with the length."
+        f"A length is effective if it and all shorter ones score {THRESHOLD} or more (underlined), and > stands before "
+        f"the longest length asked; the last column wants {RELATIVE:.0%} of the score at the shortest length instead. Averages "
+        "are over the lengths of a row, wAvg. with weights that grow (inc) or fall (dec) with the length."
     ]
     if belongs is contents.is_short:
         words.append("Lengths under 4,096 are easier than RULER and no part of its averages.")
