@@ -224,6 +224,15 @@ def test_words_of_recall_are_of_the_tasks_that_were_measured():
     assert set(sections.TASKS) == set(RECALL)
 
 
+def test_the_line_of_training_is_told_of_where_it_is_drawn():
+    cell = {"eval": "needle", "depth": 0, "needles": 1, "answers": 8, "right": 4}
+    for lengths, beyond in (((2048, TRAINED), False), ((2048, 2 * TRAINED), True), ((2 * TRAINED,), True)):
+        run = run_of("run", [], [cell | {"length": length} for length in lengths])
+        (section,) = (x for x in sections.sections([run]) if x.name == "needle")
+        white = [line for line in section.pictures[0].figure.axes[0].lines if line.get_color() == "#ffffff"]
+        assert ("white dashed line" in " ".join(section.words), len(white)) == (beyond, beyond)
+
+
 def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rulers():
     absent = [["ruler", "cwe", 4096, "does not fit"], *(["recall", "mqar", length, "is short"] for length in (8, 1024))]
     one = {"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}

@@ -181,9 +181,10 @@ def _needle(runs: Sequence[Run]) -> list[Section]:
     span = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
     words = [
         f"A sentence hidden at a depth of a text of a length, and asked for at its end: {span} questions a cell.{few} An "
-        "answer is right that contains the value; of several needles, each is a part of it. The white dashed "
-        "line is the length of training: all to its right is longer."
+        "answer is right that contains the value; of several needles, each is a part of it."
     ]
+    if any(r["length"] > run.trained for run in runs for r in run.of("needle")):
+        words.append("The white dashed line is the length of training: all to its right is longer.")
     return [Section("needle", "Needle", words, drawn, [], [contents.needle(runs)])]
 
 
