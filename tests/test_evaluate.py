@@ -103,14 +103,16 @@ def test_what_does_not_fit_a_length_that_nobody_named_is_absent(tool, models, tm
     assert "one  absent  ruler-qa_1-600  needs the file of its questions" in said
     absent = {line.split()[2] for line in said.splitlines() if "absent" in line}
     measured = {unit.name for unit in planned[0]}
-    assert (
-        len(absent | measured) == 14
-        and not absent & measured
-        and {"ruler-niah_single_1-600", "attention_mass-text-600"} < measured
-    )
+    assert len(absent | measured) == 16 and not absent & measured and "ruler-niah_single_1-600" in measured
+    assert {x for x in absent if x.startswith("attention_mass")} == {f"attention_mass-text-{n}" for n in (12, 48, 96)}
     with pytest.raises(SystemExit):
         run(tool, *arguments, "--samples=1", "--lengths=600")
     assert "does not fit into 600 tokens" in capsys.readouterr().err and len(planned) == 1
+
+
+def test_by_default_loss_is_measured_around_the_trained_length_and_questions_are_asked_up_to_it(tool):
+    assert tool.lengths(64) == {"lengths": (16, 64, 128), "asked": (2048,)}
+    assert tool.lengths(16_384) == {"lengths": (4096, 16_384, 32_768), "asked": (4096, 16_384)}
 
 
 def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Needles stand at their depths in prompts that fill their length, and count when their numbers are given."""
 
+import argparse
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +30,22 @@ def test_needles_stand_at_their_depths_and_are_asked_for(depth, needles):
     wanted = [depth / 100 + i * (1 - depth / 100) / needles for i in range(needles)]
     np.testing.assert_allclose(places, wanted, atol=0.06)
     assert len(set(sample.answers)) == needles and sample.group == f"{depth:g}"
+
+
+@pytest.mark.parametrize("depth", [25.0, 50.0, 75.0])
+def test_in_a_text_of_few_sentences_needles_stand_at_their_depths_too(depth):
+    code = Path(argparse.__file__).read_text()
+    for index in range(4):
+        context = drawn(2048, depth, index=index, text=code).prompt.split("\n")[1]
+        before, after = re.split(r" ?One of the special magic numbers for \S+ is: \d+\. ?", context)
+        assert abs(len(before) / len(before + after) - depth / 100) < 0.04
+
+
+def test_a_needle_goes_between_two_sentences_where_some_end_near():
+    text = "A b. " * 20 + "c d e " * 60
+    assert needle.hidden(text, ["X."], [12.0]).count("b. X. A") == 1
+    assert needle.hidden(text, ["X.", "Y."], [60.0, 80.0]).count(" X. ") == 1
+    assert needle.hidden(text, ["X.", "Y."], [0.0, 100.0]) == f"X. {text.strip()} Y."
 
 
 @pytest.mark.parametrize("length", [1024, 2048, 5000])

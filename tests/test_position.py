@@ -59,6 +59,8 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
         inside = counts & (batch["positions"] >= b["first"]) & (batch["positions"] < b["end"])
         assert b["tokens"] == inside.sum()
         assert b["loss"] == pytest.approx(nll[inside].mean(), rel=1e-5)
+        inside_bytes = (batch["targets"][inside] < 256).sum()
+        assert b["bits_per_byte"] == pytest.approx(nll[inside].sum() / math.log(2) / inside_bytes, rel=1e-5)
 
 
 def test_a_bucket_without_tokens_has_no_record(one_device):

@@ -18,7 +18,18 @@ def test_what_is_read_is_what_was_written_with_the_hash_of_its_bytes(tmp_path):
     digest = samples.write(path, several)
     assert samples.read(path) == (several, digest)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert digest != samples.write(path, several[:2]) and [x.name for x in tmp_path.iterdir()] == ["needle.jsonl"]
+    assert digest != samples.write(path, several[:2]) and sorted(x.name for x in tmp_path.iterdir()) == [
+        "needle.jsonl",
+        "needle.sha256",
+    ]
+
+
+def test_samples_that_were_changed_are_refused(tmp_path):
+    path = tmp_path / "needle.jsonl"
+    samples.write(path, [ONE])
+    path.write_text(path.read_text().replace("sept", "huit"))
+    with pytest.raises(ValueError, match=r"needle.jsonl was changed after it was written: its hash is \w{12} and was \w{12};"):
+        samples.read(path)
 
 
 @pytest.mark.parametrize(

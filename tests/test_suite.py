@@ -1,6 +1,7 @@
 """The suite measures what is asked, each unit once, whoever interrupts it; and every model gets the same questions."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import types
@@ -14,6 +15,7 @@ from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.evals import report, samples, suite
 from hybrid_attn.evals.ruler import compat, draws
 from hybrid_attn.evals.ruler.qa import Asked, Questions
+from hybrid_attn.evals.settings import RECALL
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer.engine import Generated
 
@@ -59,7 +61,8 @@ def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
 
 
 def test_every_unit_is_measured_and_its_answers_are_kept(tmp_path):
-    heard = run(tmp_path, Engine())
+    engine = Engine()
+    heard = run(tmp_path, engine)
     assert [number for _, number, _ in heard] == list(range(1, 14)) and {of for *_, of in heard} == {13}
     found = report.read(tmp_path / "one")
     cells = [(r["needles"], r["depth"], r["answers"], r["right"]) for r in found.of("needle")]
@@ -70,6 +73,8 @@ def test_every_unit_is_measured_and_its_answers_are_kept(tmp_path):
     assert len(found.answers) == 2 * 4 + 11 * 2
     for answer in found.answers:
         assert (answer["score"] == 1) == all(value in answer["given"] for value in answer["wanted"])
+    hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in engine.prompts]
+    assert sorted(answer["prompt_hash"] for answer in found.answers) == sorted(hashes)
     assert found.provenance["settings"]["samples"] == 2 and found.provenance["step"] == 1
 
 
@@ -112,19 +117,35 @@ def test_evaluations_are_known_by_name():
 
 def test_rows_of_a_task_are_left_out_where_they_are_too_short():
     found = suite.units(SETTINGS._replace(evals=("recall",), lengths=(16, 64)), reader_of(None))
-    assert [unit.name for unit in found] == ["recall-copy-16", *(f"recall-{task}-64" for task in suite.RECALL)]
+    assert [unit.name for unit in found] == ["recall-copy-16", *(f"recall-{task}-64" for task in RECALL)]
     with pytest.raises(ValueError, match="nothing to measure at lengths 2"):
         suite.run(reader_of(None), SETTINGS._replace(evals=("recall",), lengths=(2,)), {}, None, None, None)
 
 
+def test_questions_may_have_lengths_of_their_own():
+    settings = SETTINGS._replace(evals=("recall", "needle"), lengths=(64, 128), asked=(2048,))
+    found = {(unit.eval, unit.length) for unit in suite.units(settings, reader_of(None))}
+    assert found == {("recall", 64), ("recall", 128), ("needle", 2048)}
+
+
 def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_path):
     run(tmp_path, Engine(), name="one")
-    files = sorted((tmp_path / "samples").iterdir())
+    files = sorted((tmp_path / "samples").glob("*.jsonl"))
     run(tmp_path, Engine(), name="two")
-    assert sorted((tmp_path / "samples").iterdir()) == files and len(files) == 13
+    assert sorted((tmp_path / "samples").glob("*.jsonl")) == files and len(files) == 13
     run(tmp_path, Engine(), SETTINGS._replace(seed=4), name="three")
-    assert len(list((tmp_path / "samples").iterdir())) == 26
+    assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 26
     assert json.loads((tmp_path / "two/run.json").read_text())["settings"]["seed"] == 3
+
+
+def test_a_further_model_is_not_asked_other_questions_under_the_same_name(tmp_path):
+    run(tmp_path, Engine(), name="one")
+    first, *_ = report.read(tmp_path / "one").answers
+    (path,) = (tmp_path / "samples").glob("needle-1-2048-*.jsonl")
+    assert first["samples_hash"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_text(path.read_text().replace("Sentence", "Word"))
+    with pytest.raises(ValueError, match="was changed after it was written"):
+        run(tmp_path, Engine(), name="two")
 
 
 def plan(tmp_path, settings, named=False):
@@ -138,9 +159,9 @@ RULER = SETTINGS._replace(evals=("ruler",), lengths=(4096,))
 def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(compat, "sent_tokenize", lambda: draws.sentences)
     plan(tmp_path, RULER)
-    ours = {*(tmp_path / "samples").iterdir()}
+    ours = {*(tmp_path / "samples").glob("*.jsonl")}
     reader, own = plan(tmp_path, RULER._replace(compat=True))
-    assert len(ours) == 10 and len({*(tmp_path / "samples").iterdir()} - ours) == 9  # of cwe, ours does not fit either
+    assert len(ours) == 10 and len({*(tmp_path / "samples").glob("*.jsonl")} - ours) == 9  # of cwe, ours does not fit either
     assert [(x.part, "script would try for ever" in x.reason) for x in own.absent] == [
         *(("qa_1", False), ("qa_2", False), ("vt", True), ("cwe", True))
     ]
@@ -169,7 +190,7 @@ def test_samples_of_questions_follow_from_their_file(tmp_path):
     for answer in ("mill", "forge"):
         asked = Questions((Asked("Where does Ada work?", (answer,), (0,), ()),) * 2, (place, "Bo works at the forge."))
         suite.fitting(RULER, reader._replace(questions={"qa_1": asked}), tmp_path / "samples", False)
-    assert len(list((tmp_path / "samples").glob("ruler-qa_1-4096-*"))) == 2
+    assert len(list((tmp_path / "samples").glob("ruler-qa_1-4096-*.jsonl"))) == 2
 
 
 def test_rows_that_a_mesh_does_not_split_are_refused():

@@ -25,6 +25,7 @@ from hybrid_attn.data import corpora
 from hybrid_attn.evals import report, suite, texts
 from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.ruler import compat, qa
+from hybrid_attn.evals.settings import ASKED
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import Engine
@@ -35,7 +36,7 @@ from hybrid_attn.programs import fail, pairs, parse, reason
 CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; by default the newest.")
 SUITE = flags.DEFINE_string("suite", "quick", "quick, full, or names of evaluations with commas between them.")
-LENGTHS = flags.DEFINE_list("lengths", None, "Tokens of prompt and answer; by default a quarter of the trained length and all.")
+LENGTHS = flags.DEFINE_list("lengths", None, "Tokens; by default a quarter of the trained length, all, and twice as many.")
 SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens of held-out text, and of drawn rows, at each length.", lower_bound=1)
 DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "Where needles are hidden, in percent of the text.")
@@ -51,19 +52,19 @@ CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that are read at
 ROWS = flags.DEFINE_integer("rows", None, "Most prompts that are read together; by default 8.", lower_bound=1)
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
-SHORTEST = 2048  # of lengths that nobody named: in bytes, most of RULER's tasks fit
-OF_ENGINE = {"needle", "ruler", "harness"}
+SHORTEST = 2048  # of questions whose length nobody named: in bytes, most of RULER's tasks fit
 TAKEN = ("samples", "pictures", "tables")  # what --out holds beside the runs
 
 
-def lengths(trained: int) -> tuple[int, ...]:
-    """Those of --lengths, or some up to the trained length."""
+def lengths(trained: int) -> dict[str, tuple[int, ...]]:
+    """Those of --lengths, or some around the trained length; questions, which take longest, are asked up to it."""
     if LENGTHS.value is None:
-        return tuple(sorted({max(SHORTEST, trained // part) for part in (4, 1)}))
+        around = tuple(sorted({max(2, trained // 4), trained, 2 * trained}))
+        return {"lengths": around, "asked": tuple(sorted({max(SHORTEST, trained // part) for part in (4, 1)}))}
     found = numbers("lengths", LENGTHS.value, int)
     if min(found) < 2:
         raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {min(found)} tokens hold no question; use more")
-    return found
+    return {"lengths": found}
 
 
 def depths() -> tuple[float, ...]:
@@ -148,9 +149,9 @@ def evaluate(checkpoint: str, step: int, name: str, asked: Mapping, about: Mappi
     c, params, words = loading.load(checkpoint, step)
     engine = Engine(params, c, chunk=CHUNK.value, rows=ROWS.value)
     subject = Subject(c.model, params, engine.run, engine.mesh, words)
-    wanted = suite.Settings(lengths=lengths(c.stages[-1].seq_len), **asked)
-    if OF_ENGINE & {*wanted.evals}:
-        check_memory(c, engine, max(wanted.lengths))
+    wanted = suite.Settings(**lengths(c.stages[-1].seq_len), **asked)
+    if of_engine := {*ASKED} & {*wanted.evals}:
+        check_memory(c, engine, max(length for name in of_engine for length in wanted.lengths_of(name)))
     loaded = corpora.load(c.data, c.sources, words) if {*suite.OF_SOURCES} & {*wanted.evals} else {}
     reader = suite.Reader(subject, engine, {source: x.heldout for source, x in loaded.items()}, **about)
     out = Path(OUT.value)

@@ -25,31 +25,26 @@ FIRST_EDGE = 16  # tokens; the edges after it double
 def run(subject: Subject, spec: Spec) -> Iterator[dict]:
     """One record per bucket of positions, [first, end) tokens into the document within its row, then one for all.
 
-    Losses are nats per token; `bits_per_byte` is over the UTF-8 bytes of all scored tokens. Last come those that an earlier
+    Losses are nats per token, and bits per byte over the UTF-8 bytes of the scored tokens. Last come those that an earlier
     token of the row foretells ("recall", see `recalled`) and the "rest", by bucket and in all.
     """
     rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
     batch = math.prod(subject.mesh.shape[axis] for axis in BATCH)
-    sums = np.zeros((2, 2, len(edges) - 1))
-    num_bytes = 0.0
+    sums = np.zeros((2, 3, len(edges) - 1))
     for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, subject.mesh):
-        new_sums, new_bytes = jax.device_get(_score(subject.model, subject.run, edges, subject.params, arrays))
-        sums, num_bytes = sums + new_sums, num_bytes + float(new_bytes)
-    nll, count = sums.sum((0, 2))
-    whole = {"bits_per_byte": bits_per_byte(nll, num_bytes)}
-    yield from _records(spec.length, edges, sums.sum(0), {}, whole)
+        sums += jax.device_get(_score(subject.model, subject.run, edges, subject.params, arrays))
+    yield from _records(spec.length, edges, sums.sum(0), {})
     for part, of_part in zip(PARTS, sums, strict=True):
-        yield from _records(spec.length, edges, of_part, {"part": part}, {})
+        yield from _records(spec.length, edges, of_part, {"part": part})
 
 
-def _records(length: int, edges: tuple[int, ...], sums, names: dict, of_all: dict) -> Iterator[dict]:
-    for first, end, nll, count in zip(edges[:-1], edges[1:], *sums, strict=True):
+def _records(length: int, edges: tuple[int, ...], sums, names: dict) -> Iterator[dict]:
+    places = [{"first": first, "end": end} for first, end in itertools.pairwise(edges)]
+    for place, (nll, count, num_bytes) in zip((*places, {}), (*sums.T, sums.sum(1)), strict=True):
         if count:
-            yield {"length": length, "first": first, "end": end, **names, "tokens": int(count), "loss": nll / count}
-    nll, count = sums.sum(1)
-    if count:
-        yield {"length": length, **names, "tokens": int(count), "loss": nll / count, **of_all}
+            record = {"length": length, **place, **names, "tokens": int(count), "loss": nll / count}
+            yield record | {"bits_per_byte": bits_per_byte(nll, num_bytes) if num_bytes else None}
 
 
 def bucket_edges(length: int) -> tuple[int, ...]:
@@ -60,18 +55,18 @@ def bucket_edges(length: int) -> tuple[int, ...]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(model: Model, run: Run, edges: tuple[int, ...], params: dict, batch: dict):
-    """Summed loss and number of scored tokens of each part and bucket [parts, 2, buckets], and the bytes of all."""
+    """Summed loss, number of scored tokens and their bytes, of each part and bucket: [parts, 3, buckets]."""
     nll_BT, _ = losses(model, params, batch, run)
     pos_BT, weights_BT = batch["positions"], batch["weights"]
     recalled_BT = recalled(batch["tokens"], batch["targets"], batch["segments"])
     sums = [
         [
             [(x_BT * (part_BT & (pos_BT >= first) & (pos_BT < end))).sum() for first, end in itertools.pairwise(edges)]
-            for x_BT in (weights_BT * nll_BT, weights_BT)
+            for x_BT in (weights_BT * nll_BT, weights_BT, batch["bytes"])
         ]
         for part_BT in (recalled_BT, ~recalled_BT)
     ]
-    return jnp.array(sums), batch["bytes"].sum()
+    return jnp.array(sums)
 
 
 def recalled(tokens_BT: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:

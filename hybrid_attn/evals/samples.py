@@ -38,17 +38,19 @@ class Sample:
 
 
 def write(path: Path, samples: Iterable[Sample]) -> str:
-    """Writes them and returns the hash that `read` returns; an interrupted write leaves nothing under the name."""
+    """Writes them, and beside them the hash that it returns; an interrupted write leaves nothing under the name."""
     lines = [json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
     whole = "".join(lines).encode()
+    digest = hashlib.sha256(whole).hexdigest()
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(whole)
+    _hash_of(path).write_text(f"{digest}  {path.name}\n")
     part.rename(path)
-    return hashlib.sha256(whole).hexdigest()
+    return digest
 
 
 def read(path: Path) -> tuple[list[Sample], str]:
-    """The samples of a file, and the SHA-256 of its bytes; ValueError names the line that is none."""
+    """The samples of a file, and the SHA-256 of its bytes; ValueError names a line that is none, or says what was changed."""
     whole = path.read_bytes()
     found = []
     for number, line in enumerate(whole.decode().removesuffix("\n").split("\n"), 1):
@@ -57,7 +59,18 @@ def read(path: Path) -> tuple[list[Sample], str]:
             found.append(Sample(**values | {"answers": tuple(values["answers"])}))
         except (TypeError, KeyError, ValueError) as cause:
             raise ValueError(f"{path}, line {number} is no sample: {cause}") from cause
-    return found, hashlib.sha256(whole).hexdigest()
+    digest, written = hashlib.sha256(whole).hexdigest(), _hash_of(path).read_text().split()[0]
+    trees.check(
+        digest == written,
+        f"{path} was changed after it was written: its hash is {digest[:12]} and was {written[:12]}; models asked before and "
+        "after do not compare, so use another directory",
+    )
+    return found, digest
+
+
+def _hash_of(path: Path) -> Path:
+    """The file beside samples that `sha256sum --check` reads."""
+    return path.with_suffix(".sha256")
 
 
 def too_long(samples: Sequence[Sample], tokenizer, spare: int = 0) -> Sample | None:

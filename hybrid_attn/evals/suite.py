@@ -10,88 +10,27 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
 from hybrid_attn import config, trees
-from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import attention, keytokens, marked, needle, position, recall, ruler, samples
 from hybrid_attn.evals.ruler import compat, draws, scores
-from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS
 from hybrid_attn.evals.samples import Sample, TooLongError
-from hybrid_attn.evals.subject import Spec, Subject
-from hybrid_attn.infer.engine import Engine
+from hybrid_attn.evals.settings import Absent, Measured, Reader, Settings, Unit
+from hybrid_attn.evals.subject import Spec
 from hybrid_attn.infer.text import answers
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import told
 
 ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
-RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1), ("tracking", 2))}
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, where nobody says others
 OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
-GENERATOR = 1  # raised when the same settings give other samples
-
-
-class Absent(NamedTuple):
-    """A unit that is not measured, and why."""
-
-    eval: str
-    part: str
-    length: int
-    reason: str
-
-
-class Settings(NamedTuple):
-    """What is measured: which evaluations, at which lengths in tokens, and on how much."""
-
-    evals: tuple[str, ...]
-    lengths: tuple[int, ...]
-    samples: int  # of each task of RULER and each depth of the needles, at each length
-    tokens: int  # of held-out text, or of rows of a drawn task, at each length
-    depths: tuple[float, ...]
-    seed: int
-    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness, whose own files are in `task_path`
-    task_path: str | None = None
-    compat: bool = False  # RULER's own prompts
-    absent: tuple[Absent, ...] = ()
-
-
-class Reader(NamedTuple):
-    """A model with an engine of it (None if nothing is asked), and what it is asked about.
-
-    `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` those whose answers
-    are counted, `lists` the words of RULER's own prompts.
-    """
-
-    subject: Subject
-    engine: Engine | None
-    heldout: Mapping[str, Documents | Task]
-    haystack: str
-    questions: Mapping[str, Questions]
-    lists: compat.Words | None = None
-    tasks: Mapping[str, Task] = RECALL
-
-
-class Unit(NamedTuple):
-    """What is done or not: `part` is a source or a task."""
-
-    eval: str
-    part: str
-    length: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.eval}-{self.part}-{self.length}"
-
-
-class Measured(NamedTuple):
-    records: list[dict]
-    answers: list[dict]
+GENERATOR = 2  # raised when the same settings give other samples
 
 
 def draw_needle(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sample]:
@@ -195,7 +134,9 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
         "ruler": tuple(task for task in ruler.NAMES if task not in missing(settings, reader)),
         "harness": settings.tasks,
     }
-    found = [Unit(name, part, length) for name in settings.evals for length in settings.lengths for part in parts[name]]
+    found = [
+        Unit(name, part, length) for name in settings.evals for length in settings.lengths_of(name) for part in parts[name]
+    ]
     absent = {unit[:3] for unit in settings.absent}
     return [x for x in found if x not in absent and (x.eval != "recall" or x.length >= _shortest(reader.tasks[x.part]))]
 
@@ -214,9 +155,9 @@ def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Se
     Absent is what does not fit, too; but not of lengths that somebody has `named`: there it is a ValueError.
     """
     absent = []
+    for length in settings.lengths_of("ruler") if "ruler" in settings.evals else ():
+        absent += [Absent("ruler", task, length, reason) for task, reason in missing(settings, reader).items()]
     for length in settings.lengths:
-        for task, reason in missing(settings, reader).items():
-            absent += [Absent("ruler", task, length, reason)] * ("ruler" in settings.evals)
         for name, task in reader.tasks.items():
             if "recall" in settings.evals and length < (least := _shortest(task)):
                 absent.append(Absent("recall", name, length, f"its shortest row has {least} tokens"))
@@ -272,11 +213,12 @@ def run(
     for number, unit in enumerate(wanted, 1):
         path = directory / "units" / f"{unit.name}.json"
         if not told(path.exists()):
-            asked = samples.read(files[unit])[0] if unit in files else []
+            asked, digest = samples.read(files[unit]) if unit in files else ([], None)
             measured = MEASURES[unit.eval](reader, settings, unit, asked)
             records = [{"eval": unit.eval, **record} for record in measured.records]
+            given = [answer | {"samples_hash": digest} for answer in measured.answers]
             if writes:
-                _write(path, json.dumps({"records": records, "answers": measured.answers}, ensure_ascii=False))
+                _write(path, json.dumps({"records": records, "answers": given}, ensure_ascii=False))
         if done(unit, number, len(wanted)):
             return False
     if writes:
@@ -319,12 +261,12 @@ def _given(reader: Reader, asked: list[Sample], spare: int) -> list[str]:
 
 
 def _answers(asked: list[Sample], given: list[str], shares: list[float]) -> list[dict]:
-    """What is kept of each question: its end, what was wanted, what was given, and the share of it that was right."""
+    """What is kept of each question: its hash and end, what was wanted and given, and the share of that which was right."""
     found = []
     for sample, text, share in zip(asked, given, shares, strict=True):
         known = {name: getattr(sample, name) for name in ("task", "length", "index", "group", "meta")}
-        told = {"prompt_end": sample.prompt[-PROMPT_END:], "wanted": list(sample.answers), "given": text, "score": share}
-        found.append(known | told)
+        whole = {"prompt_hash": hashlib.sha256(sample.prompt.encode()).hexdigest(), "prompt_end": sample.prompt[-PROMPT_END:]}
+        found.append(known | whole | {"wanted": list(sample.answers), "given": text, "score": share})
     return found
 
 

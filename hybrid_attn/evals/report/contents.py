@@ -185,10 +185,10 @@ def is_total(record: Mapping) -> bool:
 def positions(runs: Sequence[Run]) -> Table:
     columns = [
         *(RUN, Column("source"), LENGTH, Column("tokens scored"), Column("from", count), Column("to", count)),
-        *(Column("number", count), Column("loss (nats)", fixed(3))),
+        *(Column("number", count), Column("loss (nats)", fixed(3)), Column("bits per byte", fixed(3))),
     ]
     rows = [
-        [run.name, r["source"], r["length"], part(r), r["first"], r["end"], r["tokens"], r["loss"]]
+        [run.name, r["source"], r["length"], part(r), r["first"], r["end"], r["tokens"], r["loss"], r.get("bits_per_byte")]
         for run in runs
         for r in run.of("position")
         if "first" in r

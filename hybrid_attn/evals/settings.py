@@ -1,0 +1,75 @@
+"""What is measured of which model, in which units."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.synthetic import Task
+from hybrid_attn.evals.ruler import compat
+from hybrid_attn.evals.ruler.qa import Questions
+from hybrid_attn.evals.subject import Subject
+from hybrid_attn.infer.engine import Engine
+
+RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1), ("tracking", 2))}
+ASKED = ("needle", "ruler", "harness")  # what is measured by questions that an engine answers
+
+
+class Absent(NamedTuple):
+    """A unit that is not measured, and why."""
+
+    eval: str
+    part: str
+    length: int
+    reason: str
+
+
+class Settings(NamedTuple):
+    """What is measured: which evaluations, at which lengths in tokens, and on how much."""
+
+    evals: tuple[str, ...]
+    lengths: tuple[int, ...]
+    samples: int  # of each task of RULER and each depth of the needles, at each length
+    tokens: int  # of held-out text, or of rows of a drawn task, at each length
+    depths: tuple[float, ...]
+    seed: int
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness, whose own files are in `task_path`
+    task_path: str | None = None
+    compat: bool = False  # RULER's own prompts
+    absent: tuple[Absent, ...] = ()
+    asked: tuple[int, ...] | None = None  # the lengths of what an engine answers, where they are others
+
+    def lengths_of(self, evaluation: str) -> tuple[int, ...]:
+        return self.asked if self.asked is not None and evaluation in ASKED else self.lengths
+
+
+class Reader(NamedTuple):
+    """A model with an engine of it (None if nothing is asked), and what it is asked about.
+
+    `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` those whose answers
+    are counted, `lists` the words of RULER's own prompts.
+    """
+
+    subject: Subject
+    engine: Engine | None
+    heldout: Mapping[str, Documents | Task]
+    haystack: str
+    questions: Mapping[str, Questions]
+    lists: compat.Words | None = None
+    tasks: Mapping[str, Task] = RECALL
+
+
+class Unit(NamedTuple):
+    """What is done or not: `part` is a source or a task."""
+
+    eval: str
+    part: str
+    length: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.eval}-{self.part}-{self.length}"
+
+
+class Measured(NamedTuple):
+    records: list[dict]
+    answers: list[dict]
