@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hybrid_attn import config
 from hybrid_attn.evals import report
 from hybrid_attn.evals.report import canvas, contents, pictures, sections, statistics, tables, wrong
-from hybrid_attn.evals.suite import RECALL
 
 TRAINED = 4096
 LENGTHS = (2048, 4096, 8192)
@@ -221,7 +221,7 @@ def test_words_of_recall_are_of_the_tasks_that_were_measured():
     (words,) = section.words
     assert "copy: letters, then the same letters." in words and "tracking: chains of assignments" in words
     assert "noise, then keys" not in words and "my own" not in words
-    assert set(sections.TASKS) == set(RECALL)
+    assert set(sections.TASKS) == set(config.TASKS)
 
 
 def test_the_line_of_training_is_told_of_where_it_is_drawn():
