@@ -22,7 +22,8 @@ NASTY = "</pre><script>document.title='broken'</script>\x00\x1b\ud800|"
 
 def answer(task, length, index, score, group="", wanted="7", given="x"):
     return {
-        **{"task": task, "length": length, "index": index, "prompt_end": f"question {index} is", "wanted": [wanted]},
+        **{"task": task, "length": length, "index": index, "prompt_hash": f"{index:064x}"},
+        **{"prompt_end": f"question {index} is", "wanted": [wanted]},
         **{"given": given, "score": score, "group": group, "meta": {"seed": 1}},
     }
 
@@ -141,6 +142,16 @@ def test_the_mean_of_a_family_gives_each_task_the_same_weight_and_leaves_others_
     mean, *rest = statistics.compare(a, b, {"vt", "cwe"}, "mean")
     assert (mean.task, mean.pairs, mean.difference) == ("mean", 10, 0.5)
     assert [x.task for x in rest] == ["cwe", "needle", "vt"]
+
+
+def test_prompts_that_differ_before_their_ends_are_other_questions():
+    a = run_of("a", [answer("vt", 4096, i, 0.0) for i in range(9)])
+    b = run_of("b", [x | {"score": 1.0, "prompt_hash": "f" * 64} if x["index"] > 5 else x for x in a.answers])
+    (found,) = statistics.compare(a, b, {"vt"}, "mean")
+    assert (found.pairs, found.difference) == (6, 0.0)
+    missed, shown = wrong.failures([a, b])["vt"]
+    assert missed == "a 9 of 9, b 6 of 9"
+    assert [len(failure.given) for failure in shown] == [2] * 6 + [1] * 2
 
 
 def test_few_questions_say_nothing_of_two_runs():
