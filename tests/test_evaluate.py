@@ -16,6 +16,8 @@ from conftest import mesh_of, random_params, tiny
 
 from configs import base
 from hybrid_attn import checkpoint, config
+from hybrid_attn.data import corpora
+from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.programs import parse
 
 
@@ -25,13 +27,17 @@ def tool():
         yield module
 
 
+def models_config(folder):
+    return tiny({"data.sources": {"text": base.source(paths=(f"{folder}/*.txt",))}})
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Two workdirs of untrained models, and the text that is theirs."""
     folder = tmp_path_factory.mktemp("models")
     for i in range(20):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}.\n" for j in range(20)))
-    c = tiny({"data.sources": {"text": base.source(paths=(f"{folder}/*.txt",))}})
+    c = models_config(folder)
     for name, seed in (("one", 0), ("two", 1)):
         with jax.set_mesh(mesh_of()):
             checkpoints = checkpoint.Checkpoints(folder / name / "checkpoints", keep=1, every=1)
@@ -58,6 +64,8 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
         about = json.loads((tmp_path / name / "run.json").read_text())
         assert about["step"] == 7 and about["model"]["seq_len"] == 48 and about["settings"]["lengths"] == [32, 96]
         assert len(about["config"]) == len(about["haystack"]) == 64 and about["dtype"] == "float32"
+        heldout = corpora.load(models_config(models).data, ("text",), Bytes())["text"].heldout
+        assert about["heldout"] == {"text": heldout.fingerprint()}
         records = [json.loads(line) for line in (tmp_path / name / "records.jsonl").read_text().splitlines()]
         assert {(r["eval"], r["length"]) for r in records} == {(e, n) for e in ("position", "recall") for n in (32, 96)}
     page = (tmp_path / "report.html").read_text()

@@ -160,6 +160,7 @@ def evaluate(checkpoint: str, step: int, name: str, asked: Mapping, about: Mappi
         print(f"{name}  absent  {x.eval}-{x.part}-{x.length}  {x.reason}", flush=True)
     saved = checkpoints.read_config(loading.find(checkpoint), step)
     known = provenance(checkpoint, step, c, saved, words, about["haystack"], engine.run, engine.mesh)
+    known["heldout"] = {source: x.fingerprint() for source, x in reader.heldout.items()}
     with progress(name) as done:
         suite.run(reader, wanted, known, out / name, out / "samples", done)
 
