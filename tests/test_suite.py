@@ -12,7 +12,7 @@ from test_ruler import LISTS
 
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import report, samples, suite
+from hybrid_attn.evals import keytokens, report, samples, suite
 from hybrid_attn.evals.ruler import compat, draws
 from hybrid_attn.evals.ruler.qa import Asked, Questions
 from hybrid_attn.evals.settings import RECALL
@@ -47,7 +47,7 @@ class Engine:
 
 
 def reader_of(engine, text=TEXT):
-    return suite.Reader(Subject(None, None, None, None, Bytes()), engine, {}, text, {})
+    return suite.Reader(Subject(None, None, None, None, Bytes()), engine, {}, text, {}, 2048)
 
 
 def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
@@ -214,6 +214,13 @@ def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
     assert [x[:3] for x in found.absent] == [
         *(("position", "documents", 16), ("position", "documents", 64), ("attention_mass", "probe", 16))
     ]  # fmt: skip
+
+
+def test_the_short_context_of_key_tokens_is_half_of_what_training_had(monkeypatch):
+    monkeypatch.setattr(keytokens, "run", lambda subject, spec, short: [{"length": spec.length, "short": short}])
+    reader = reader_of(None)._replace(heldout={"text": None}, trained=64)
+    found = [suite.measure_key_tokens(reader, SETTINGS, suite.Unit("key_tokens", "text", n), []) for n in (32, 64, 4096)]
+    assert [x.records[0]["short"] for x in found] == [16, 32, 32]
 
 
 def test_rulers_lengths_are_without_the_mark_that_begins_a_document():

@@ -153,7 +153,8 @@ def evaluate(checkpoint: str, step: int, name: str, asked: Mapping, about: Mappi
     if of_engine := {*ASKED} & {*wanted.evals}:
         check_memory(c, engine, max(length for name in of_engine for length in wanted.lengths_of(name)))
     loaded = corpora.load(c.data, c.sources, words) if {*suite.OF_SOURCES} & {*wanted.evals} else {}
-    reader = suite.Reader(subject, engine, {source: x.heldout for source, x in loaded.items()}, **about)
+    heldout = {source: x.heldout for source, x in loaded.items()}
+    reader = suite.Reader(subject, engine, heldout, trained=c.stages[-1].seq_len, **about)
     out = Path(OUT.value)
     wanted = suite.fitting(wanted, reader, out / "samples", LENGTHS.value is not None)
     for x in wanted.absent:

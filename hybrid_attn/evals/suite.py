@@ -67,7 +67,8 @@ def measure_attention(reader: Reader, settings: Settings, unit: Unit, asked) -> 
 
 def measure_key_tokens(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
     spec = Spec(reader.heldout[unit.part], unit.length, settings.tokens)
-    return Measured([{"source": unit.part, **record} for record in keytokens.run(reader.subject, spec)], [])
+    found = keytokens.run(reader.subject, spec, min(unit.length, reader.trained) // 2)
+    return Measured([{"source": unit.part, **record} for record in found], [])
 
 
 def measure_harness(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
