@@ -148,6 +148,33 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
     ]
 
 
+def test_a_run_is_the_same_however_its_checkpoint_is_written_and_whatever_revision_goes_on(tool, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
+    arguments = ["--suite=position", "--lengths=32", "--tokens=100", f"--out={tmp_path}"]
+    run(tool, "--checkpoint=one/", *arguments)
+    (unit,) = (tmp_path / "one" / "units").iterdir()
+    about, before = tmp_path / "one" / "run.json", unit.stat().st_mtime_ns
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"revision": "of before"}))
+    run(tool, f"--checkpoint={models}/one", *arguments)
+    assert unit.stat().st_mtime_ns == before
+
+
+def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, models, tmp_path, monkeypatch, capsys):
+    load = tool.loading.load
+
+    def broken(checkpoint, step):
+        if checkpoint.endswith("two"):
+            raise ValueError("two is broken")
+        return load(checkpoint, step)
+
+    monkeypatch.setattr(tool.loading, "load", broken)
+    monkeypatch.setattr(tool.suite, "run", lambda *_: pytest.fail("measured the first"))
+    with pytest.raises(SystemExit):
+        run(tool, f"--checkpoint={models}/one", f"--checkpoint={models}/two", "--suite=recall", f"--out={tmp_path}")
+    assert "two is broken" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -173,6 +200,8 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
         (["--squad=nowhere.json"], "nowhere.json"),
         (["--suite=needle", "--lengths=64"], "sample 0 of needle at depth 0 does not fit into 64 tokens"),
         (["--step=3"], "has no complete checkpoint of step 3; it has 7"),
+        (["--suite=position", "--depths=50"], "--depths is of --suite=needle, and this is --suite=position"),
+        (["--suite=full", "--task_path=x"], "--task_path=x is where --tasks lie, and there are none; name some"),
         (["--tasks=arc"], "--tasks=arc is of --suite=harness or full, and this is --suite=quick"),
         (["--suite=harness"], "--suite=harness asks lm-evaluation-harness, and for no task; name some with --tasks"),
         (["more"], "'more' is no flag"),

@@ -276,7 +276,8 @@ def _begin(directory: Path, about: Mapping) -> None:
     path = directory / "run.json"
     if not path.exists():
         return _write(path, json.dumps(about, indent=1))
-    lines = trees.differences(json.loads(path.read_text()), about, "  ")
+    there = json.loads(path.read_text())
+    lines = trees.differences(there, {**about, "revision": there.get("revision")}, "  ")  # whose change is no other model
     trees.check(
         not lines,
         f"{directory} holds another evaluation (there -> wanted):\n"
