@@ -148,6 +148,16 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
     ]
 
 
+def test_answers_end_where_the_files_of_an_imported_model_say(tool, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool.loading, "stop_tokens", lambda checkpoint, words: [5, words.eos])
+    monkeypatch.setattr(tool.suite, "run", lambda reader, *_: found.append(reader.stop_tokens))
+    monkeypatch.setattr(tool.report, "read", lambda directory: None)
+    monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
+    found = []
+    run(tool, f"--checkpoint={models}/one", "--suite=recall", f"--out={tmp_path}")
+    assert found == [[5, Bytes.eos]]
+
+
 def test_a_run_is_the_same_however_its_checkpoint_is_written_and_whatever_revision_goes_on(tool, models, tmp_path, monkeypatch):
     monkeypatch.chdir(models)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)

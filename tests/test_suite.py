@@ -30,7 +30,8 @@ class Engine:
     def __init__(self, patience=10**6):
         self.patience, self.prompts = patience, []
 
-    def generate(self, ids, most, *, on_tokens, **_):
+    def generate(self, ids, most, *, on_tokens, stop_tokens, **_):
+        self.stops = stop_tokens
         self.patience -= 1
         if self.patience < 0:
             raise KeyboardInterrupt
@@ -126,6 +127,13 @@ def test_questions_may_have_lengths_of_their_own():
     settings = SETTINGS._replace(evals=("recall", "needle"), lengths=(64, 128), asked=(2048,))
     found = {(unit.eval, unit.length) for unit in suite.units(settings, reader_of(None))}
     assert found == {("recall", 64), ("recall", 128), ("needle", 2048)}
+
+
+def test_an_answer_ends_where_its_model_says_so(tmp_path):
+    engine, unit = Engine(), suite.Unit("needle", "1", 2048)
+    reader = reader_of(engine)._replace(stops=(7, Bytes.eos))
+    suite.measure_needle(reader, SETTINGS, unit, list(suite.draw_needle(reader, SETTINGS, unit)))
+    assert engine.stops == [7, Bytes.eos]
 
 
 def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_path):

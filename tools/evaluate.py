@@ -172,7 +172,8 @@ def plan(checkpoint: str, step: int, asked: Mapping, about: Mapping) -> Planned:
         check_memory(c, engine, max(length for name in of_engine for length in wanted.lengths_of(name)))
     loaded = corpora.load(c.data, c.sources, words) if {*suite.OF_SOURCES} & {*wanted.evals} else {}
     heldout = {source: x.heldout for source, x in loaded.items()}
-    reader = suite.Reader(subject, engine, heldout, trained=c.stages[-1].seq_len, **about)
+    stops = tuple(loading.stop_tokens(checkpoint, words))
+    reader = suite.Reader(subject, engine, heldout, trained=c.stages[-1].seq_len, stops=stops, **about)
     wanted = suite.fitting(wanted, reader, Path(OUT.value) / "samples", LENGTHS.value is not None)
     saved = checkpoints.read_config(loading.find(checkpoint), step)
     known = provenance(checkpoint, step, c, saved, words, about["haystack"], engine.run, engine.mesh)

@@ -78,7 +78,7 @@ def measure_harness(reader: Reader, settings: Settings, unit: Unit, asked) -> Me
     words = reader.subject.tokenizer
     found = harness.evaluate(
         reader.engine, words, [unit.part], max_length=unit.length, include_path=settings.task_path, limit=settings.samples,
-        stop_tokens=[words.eos],
+        stop_tokens=reader.stop_tokens,
     )  # fmt: skip
     return Measured([{"length": unit.length, **record} for record in harness.records(found)], [])
 
@@ -257,7 +257,7 @@ def _given(reader: Reader, asked: list[Sample], spare: int) -> list[str]:
     if (long := samples.too_long(asked, words, spare)) is not None:
         raise ValueError(f"sample {long.index} of {long.task} does not fit into {long.length:,} tokens; its file was changed")
     most = max(sample.max_new_tokens for sample in asked)
-    found = answers(reader.engine, words, [sample.prompt for sample in asked], most, stop_tokens=[words.eos])
+    found = answers(reader.engine, words, [sample.prompt for sample in asked], most, stop_tokens=reader.stop_tokens)
     return [answer.text for answer in found]
 
 
