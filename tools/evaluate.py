@@ -38,7 +38,7 @@ CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir of a run, or
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; by default the newest.")
 SUITE = flags.DEFINE_string("suite", "quick", "quick, full, or names of evaluations with commas between them.")
 LENGTHS = flags.DEFINE_list("lengths", None, "Tokens; by default a quarter of the trained length, all, and twice as many.")
-SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth.", lower_bound=1)
+SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth; of the harness, too.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens of held-out text, and of drawn rows, at each length.", lower_bound=1)
 DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "Where needles are hidden, in percent of the text.")
 TEXT = flags.DEFINE_multi_string("text", [], "Pattern of files in which needles are hidden.")
