@@ -199,11 +199,12 @@ def test_weights_by_position_leave_out_both_ends(one_device):
     prompts, dense = dense_values("everything", spec)
     for record in records:
         edges = record["edges"]
-        assert edges == [10, 14, 20, 28, 40, math.floor(0.97 * max(len(x.tokens_S) for x in prompts))]
+        assert edges == [10, 14, 20, 28, 40, 57, 62]  # those of 64 tokens, whose prompts end before the last interval
         p = [layers[record["layer"]][record["head"]].mean(0) for layers in dense]
         for first, end, weight in zip(edges[:-1], edges[1:], record["weights"], strict=True):
             keys = [x[first : min(end, math.floor(0.97 * (len(x) - 1)))] for x in p]
-            assert weight == pytest.approx(np.concatenate(keys).mean(), abs=1e-6)
+            every = np.concatenate(keys)
+            assert weight == (pytest.approx(every.mean(), abs=1e-6) if len(every) else None)
 
 
 def test_a_window_that_ends_behind_the_needle_is_marked(one_device):

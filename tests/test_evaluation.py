@@ -1,7 +1,9 @@
 """A run evaluates its model with the suite: each unit once, whoever stops it, and as the tool evaluates its checkpoint."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -148,6 +150,26 @@ def folders(workdir, tmp_path):
     return workdir / "evals/4", tmp_path / "out" / Path(workdir).name
 
 
+def longer(corpus, workdir, folder, **changes):
+    """A copy of the finished run in `folder`, and its config with two steps more."""
+    shutil.copytree(workdir, folder)
+    c = config_of(corpus, **changes)
+    return dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], steps=6),))
+
+
+@pytest.mark.parametrize("changes, units", [({}, UNITS), ({"evals.names": ()}, [])], ids=["as_before", "unmeasured"])
+def test_a_run_that_goes_on_longer_keeps_what_was_measured_of_it(corpus, workdir, tmp_path, monkeypatch, changes, units):
+    c = longer(corpus, workdir, tmp_path / "run", **changes)
+    (tmp_path / "run/evals/9/units").mkdir(parents=True)
+    found = measured(monkeypatch)
+    assert loop.train(c, tmp_path / "run")
+    assert found == units and names(tmp_path / "run/evals") == ["2", "4", *(["6"] if units else []), "samples"]
+    old, new = (lines(folder / "evals.jsonl") for folder in (workdir, tmp_path / "run"))
+    assert [line for line in new if line["step"] <= 4] == old
+    for name in ("run.json", "records.jsonl", "answers.jsonl"):
+        assert (tmp_path / "run/evals/4" / name).read_bytes() == (workdir / "evals/4" / name).read_bytes()
+
+
 def test_a_finished_run_measures_again_what_has_other_settings_alone(corpus, workdir, monkeypatch):
     (workdir / "evals/9/units").mkdir(parents=True)
     units = measured(monkeypatch)
@@ -176,7 +198,19 @@ def test_a_finished_run_measures_again_what_has_other_settings_alone(corpus, wor
 def test_what_cannot_be_measured_is_refused_before_the_first_step(corpus, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         loop.train(config_of(corpus, **changes), tmp_path)
-    assert checkpoint.steps(tmp_path / "checkpoints") == [] and not (tmp_path / "metrics.jsonl").read_text()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [] and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_whose_config_is_refused_has_all_that_it_had(corpus, workdir, tmp_path):
+    c = longer(corpus, workdir, tmp_path / "run", **{"evals.lengths": (1.0,)})
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        with (tmp_path / "run" / name).open("a") as file:
+            file.write('{"step": 5}\n')  # after the newest checkpoint
+    (tmp_path / "run/evals/5").mkdir()
+    before = sorted((path, path.is_file() and path.read_bytes()) for path in (tmp_path / "run").rglob("*"))
+    with pytest.raises(ValueError, match="needle at depth 0 does not fit into 48 tokens"):
+        loop.train(c, tmp_path / "run")
+    assert before == sorted((path, path.is_file() and path.read_bytes()) for path in (tmp_path / "run").rglob("*"))
 
 
 def test_the_names_of_a_config_are_evaluations_of_the_suite():

@@ -69,13 +69,19 @@ def test_what_is_not_a_number_is_null(tmp_path):
     assert line["loss"] is None and line["grad_norm"] is None and line["lr"] == 3e-3
 
 
-def test_evaluations_are_lines_of_their_own_and_are_replaced_when_run_again(tmp_path, capsys):
-    for loss in (2.0, 1.5):
-        metrics = Metrics(tmp_path, 300, 300, peak_flops=20e12)
-        metrics.report("position", [{"length": 8192, "loss": loss}])
-        metrics.close()
-    assert _lines(tmp_path / "evals.jsonl") == [{"eval": "position", "step": 300, "length": 8192, "loss": 1.5}]
+def test_evaluations_are_lines_of_their_own_and_stay_until_they_are_run_again(tmp_path, capsys):
+    old = [{"eval": "position", "step": step, "length": 8192, "loss": 2.0} for step in (200, 300, 400)]
+    (tmp_path / "evals.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in old) + '{"eval": "posi')
+    metrics = Metrics(tmp_path, 300, 500, peak_flops=20e12)
+    assert _lines(tmp_path / "evals.jsonl") == old[:2]
+    metrics.forget()
+    metrics.report("position", [{"length": 8192, "loss": 1.5}])
+    assert _lines(tmp_path / "evals.jsonl") == [old[0], old[1] | {"loss": 1.5}]
     assert capsys.readouterr().out.splitlines()[-1] == "position  length 8,192  loss 1.5"
+    metrics.advance(400)
+    metrics.forget()
+    metrics.close()
+    assert _lines(tmp_path / "evals.jsonl") == [old[0], old[1] | {"loss": 1.5}]
 
 
 def test_a_terminal_shows_a_bar_that_starts_where_the_run_goes_on(tmp_path, monkeypatch, capsys):

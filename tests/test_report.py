@@ -47,16 +47,17 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             records += [total | x for x in (*buckets, {"loss": 2.5, "bits_per_byte": 3.5})]
         records.append({"eval": "bigram", "source": "a b/c", "length": length, "bits_per_byte": 4.5})
         records.append(
-            {"eval": "key_tokens", "length": length, "key_tokens": 0, "tokens": 99, "loss": None, "perplexity": None}
+            {"eval": "key_tokens", "source": "a b/c", "length": length, "key_tokens": 0, "tokens": 99}
+            | {"loss": None, "perplexity": None}
         )
     for layer, kind in enumerate("LG"):
         for head in range(3):
             weights = {"edges": [10, 20, 40], "weights": [0.01, 0.002 * layer]}
             shares = {"begin": 0.25, "needle": 0.25 * layer, "context": 0.5 - 0.25 * layer, "qc": 0.25}
             more = {"entropy_bits": 5.0, "needle_lift": 9.0 if layer else None, "retrieval": 0.4 if layer else None}
-            where = {"layer": layer, "kind": kind, "head": head, "length": 4096, "reach": kind == "G"}
+            where = {"source": "probe", "layer": layer, "kind": kind, "head": head, "length": 4096, "reach": kind == "G"}
             records.append({"eval": "attention_mass"} | where | shares | more | weights)
-    scored = {"task": "copy", "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 20, "truncated": 3}
+    scored = {"task": "copy", "length": 2048, "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 20, "truncated": 3}
     return [*records, {"eval": "harness"} | scored], answers
 
 
@@ -97,6 +98,19 @@ def test_resampled_means_are_the_same_each_time_and_spread_as_means_do():
     assert means.std() == pytest.approx(values.std() / np.sqrt(50), rel=0.1)
 
 
+def test_the_interval_of_a_mean_has_a_width_where_every_answer_is_wrong_or_right():
+    assert statistics.mean_interval([(8, 10)]) == pytest.approx(statistics.wilson(8, 10))
+    high = 0.2775328 / np.sqrt(13)
+    assert statistics.mean_interval([(0, 10)] * 13) == pytest.approx((0, high), abs=1e-6)
+    assert statistics.mean_interval([(10, 10)] * 13) == pytest.approx((1 - high, 1), abs=1e-6)
+    (low, high), cells = statistics.mean_interval([(2, 8), (9, 10)]), [statistics.wilson(2, 8), statistics.wilson(9, 10)]
+    assert low == pytest.approx(0.575 - np.hypot(0.25 - cells[0][0], 0.9 - cells[1][0]) / 2)
+    assert high == pytest.approx(0.575 + np.hypot(cells[0][1] - 0.25, cells[1][1] - 0.9) / 2)
+    wrong = [{"eval": "ruler", "task": x, "length": 4096, "samples": 5, "nulls": 0, "score": 0.0} for x in ("vt", "cwe")]
+    (band,) = pictures.mean_curve(run_of("wrong", [], wrong), 0, contents.is_long).bands
+    assert band == pytest.approx((0, 100 * statistics.wilson(0, 5)[1] / np.sqrt(2)), abs=1e-6)
+
+
 def test_resampling_in_chunks_changes_nothing(monkeypatch):
     whole = statistics.resampled_means(np.arange(9.0), 0)
     monkeypatch.setattr(statistics, "DRAWS", 100)
@@ -126,6 +140,16 @@ def test_the_mean_of_a_family_gives_each_task_the_same_weight_and_leaves_others_
     mean, *rest = statistics.compare(a, b, {"vt", "cwe"}, "mean")
     assert (mean.task, mean.pairs, mean.difference) == ("mean", 10, 0.5)
     assert [x.task for x in rest] == ["cwe", "needle", "vt"]
+
+
+def test_few_questions_say_nothing_of_two_runs():
+    tasks = ("vt", "cwe", "fwe")
+    a, b = (run_of(name, [answer(x, 4096, i, s) for x in tasks for i in range(4)]) for name, s in (("a", 0.0), ("b", 1.0)))
+    mean, *several = statistics.compare(a, b, {*tasks}, "mean")
+    assert (mean.pairs, mean.low, mean.high, mean.fewest) == (12, 1, 1, 4) and len(several) == 3
+    assert [contents.verdict(x) for x in (mean, *several)] == ["unclear"] * 4
+    a, b = (run._replace(answers=(*run.answers, *(x | {"index": 4} for x in run.answers[::4]))) for run in (a, b))
+    assert [contents.verdict(x) for x in statistics.compare(a, b, {*tasks}, "mean")] == ["better"] * 4
 
 
 def rows_of(table: tables.Table) -> list[dict]:
@@ -160,6 +184,29 @@ def test_unequal_runs_are_not_averaged_silently():
         (50.0, 80.0, 65.0, "1 of 13"),
     ]
     assert {(row["task"], row["run"]): row["4K"] for row in rows_of(section.tables[1])}["cwe", "long"] == 90.0
+
+
+def test_the_needles_of_a_question_are_one_answer_to_an_interval():
+    cell = {"eval": "needle", "length": 4096, "needles": 4, "answers": 20, "right": 14}
+    run = run_of("run", [], [cell | {"depth": depth} for depth in (0, 50)])
+    rows = rows_of(contents.needle([run]))
+    low, high = statistics.wilson(3.5, 5)
+    assert [(row["questions"], row["right"], row["95% from"], row["to"]) for row in rows] == [(5, 0.7, low, high)] * 2
+    (section,) = (x for x in sections.sections([run]) if x.name == "needle")
+    *_, curve = section.pictures
+    interval = next(line for line in curve.figure.axes[0].lines if len(line.get_ydata()) == 2)
+    assert tuple(interval.get_ydata()) == statistics.wilson(7, 10)
+    assert "5 questions a cell" in section.words[0] and "noise" not in section.words[0]
+    (row,) = rows_of(sections.sections([run])[0].tables[0])
+    assert row["needles"] == 0.7
+
+
+def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
+    one = {"eval": "harness", "task": "copy", "metric": "acc", "value": 0.5}
+    run = run_of("run", [], [one | {"length": length} for length in LENGTHS])
+    assert [(row["task"], row["length"], row["value"]) for row in rows_of(contents.harness([run]))] == [
+        ("copy", length, 0.5) for length in LENGTHS
+    ]
 
 
 def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rulers():
@@ -197,6 +244,16 @@ def test_a_report_that_is_cut_short_leaves_the_one_before_it(tmp_path, monkeypat
     assert page.read_bytes() == before[page]
 
 
+def test_a_report_leaves_nothing_of_the_one_before_it(tmp_path):
+    records, answers = everything(1.0)
+    kept = [record for record in records if record["eval"] in ("ruler", "recall")]
+    both = [run_of(name, answers[:9], kept) for name in ("one", "two")]
+    for out, several in (("again", both), ("again", both[:1]), ("once", both[:1])):
+        report.write(tmp_path / out, several)
+    again, once = ({x.relative_to(tmp_path / out) for x in (tmp_path / out).rglob("*")} for out in ("again", "once"))
+    assert again == once and Path("tables/ruler/one/8192/summary.csv") in once
+
+
 def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
     figure = pictures.heat_map(LENGTHS, (0, 100), {(2048, 0): 0.4, (8192, 100): 0.5}, TRAINED)
     axes = figure.axes[0]
@@ -220,14 +277,32 @@ def test_attention_is_stacked_to_one_and_weighed_by_kind(written):
     _, (run, _) = written
     (section,) = (x for x in sections.sections([run]) if x.name == "attention")
     drawn = {picture.name: picture.figure for picture in section.pictures}
-    assert [*drawn] == [f"attention_0_4096{x}" for x in ("", "_weights", "_retrieval", "_entropy_bits")]
-    bars = drawn["attention_0_4096"].axes[0].patches
+    assert [*drawn] == [f"attention_0_probe_4096{x}" for x in ("", "_weights", "_retrieval", "_entropy_bits")]
+    bars = drawn["attention_0_probe_4096"].axes[0].patches
     tops = [max(bar.get_y() + bar.get_height() for bar in bars if round(bar.get_center()[0]) == layer) for layer in (0, 1)]
     assert tops == [1, 1]
-    lines = {patch.get_label(): patch.get_data() for patch in drawn["attention_0_4096_weights"].axes[0].patches}
+    lines = {patch.get_label(): patch.get_data() for patch in drawn["attention_0_probe_4096_weights"].axes[0].patches}
     assert list(lines["layers G"].values) == [0.01, 0.002] and list(lines["layers G"].edges) == [10, 20, 40]
-    grid = drawn["attention_0_4096_retrieval"].axes[0].collections[0].get_array()
+    grid = drawn["attention_0_probe_4096_retrieval"].axes[0].collections[0].get_array()
     assert np.ma.getmaskarray(grid)[0].all() and (grid[1] == 0.4).all()
+
+
+def test_sources_are_told_apart():
+    probe = [record for record in everything(1.0)[0] if record["eval"] == "attention_mass"]
+    books = [r | {"source": "books", "begin": 0.5, "edges": [10, 20, 30, 40], "weights": [0.01, None, 0.0]} for r in probe]
+    keys = {"eval": "key_tokens", "length": 4096, "key_tokens": 1, "tokens": 9, "perplexity": 2.0}
+    lost = {"eval": "position", "length": TRAINED, "tokens": 99, "source": "code", "loss": 1.0}
+    run = run_of("run", [], [*probe, *books, *(keys | {"source": x, "loss": i} for i, x in enumerate(("code", "books"))), lost])
+    shares = {(row["source"], row["kind"]): (row["heads"], row["begin"]) for row in rows_of(contents.attention([run]))}
+    assert shares == {(x, kind): (3, begin) for x, begin in (("probe", 0.25), ("books", 0.5)) for kind in "LG"}
+    found = {section.name: section for section in sections.sections([run])}
+    drawn = {picture.name: picture for picture in found["attention"].pictures}
+    assert len(drawn) == 8 and drawn["attention_0_books_4096"].caption.startswith("run, books, 4K: ")
+    lines = drawn["attention_0_books_4096_weights"].figure.axes[0].patches
+    assert [list(line.get_data().edges) for line in lines] == [[10, 20, 30, 40]] * 2
+    assert [(row["source"], row["loss (nats)"]) for row in rows_of(contents.key_tokens([run]))] == [("code", 0), ("books", 1)]
+    (row,) = rows_of(found["overview"].tables[0])
+    assert (row["loss"], row["of source"]) == (1.0, "code")
 
 
 def test_what_is_written_follows_from_the_runs_alone(tmp_path):
@@ -335,7 +410,17 @@ def test_what_was_not_evaluated_cannot_be_reported(tmp_path, monkeypatch):
 
 
 def test_numbers_that_are_not_finite_are_missing(tmp_path):
-    records = [{"eval": "key_tokens", "length": 4, "key_tokens": 0, "tokens": 9, "loss": float("nan"), "perplexity": None}]
+    records = [
+        {
+            "eval": "key_tokens",
+            "source": "a",
+            "length": 4,
+            "key_tokens": 0,
+            "tokens": 9,
+            "loss": float("nan"),
+            "perplexity": None,
+        }
+    ]
     run = store(tmp_path / "run", records, [])
     (row,) = rows_of(contents.key_tokens([run]))
     assert row["loss (nats)"] is None and ">–</td>" in tables.html(contents.key_tokens([run]))

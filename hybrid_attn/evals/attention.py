@@ -42,10 +42,11 @@ def measured(subject: Subject, prompts: Sequence[Marked], length: int) -> Iterat
 
     The share of each segment (they sum to 1, with `nothing` where the kind has a sink), that of one token of it and that of
     token 0 (`sink_rate`), the entropy in bits, `needle_lift` (the share of the needle over that of its tokens), `retrieval`,
-    and the mean weight of a key (`weights`) between neighbouring `edges` of key positions, without the first 10 and the last
-    3%. `reach`: whether the layer shows the needle to any query.
+    and the mean weight of a key (`weights`) between neighbouring `edges` of key positions, which follow from `length` alone,
+    without the first 10 and the last 3% of a prompt: None where no prompt has a key. `reach`: whether the layer shows the
+    needle to any query.
     """
-    model, edges = subject.model, position_edges(max(len(prompt.tokens_S) for prompt in prompts))
+    model, edges = subject.model, position_edges(length)
     values = [[] for _ in model.layers]
     weights_LNI = np.zeros((model.num_layers, model.num_heads, len(edges) - 1))
     tokens_I = np.zeros(len(edges) - 1)
@@ -54,14 +55,15 @@ def measured(subject: Subject, prompts: Sequence[Marked], length: int) -> Iterat
         for i, (letter, look) in enumerate(zip(model.layers, layers, strict=True)):
             values[i].append(head_values(model.kinds[letter], prompt, look))
             weights_LNI[i] += look.mass_BNI[:, len(PARTS) :]
-    weights_LNI /= tokens_I
     for i, letter in enumerate(model.layers):
         means = {name: np.mean([x[name] for x in values[i]], axis=0) for name in values[i][0]}
         reach = any(reaches(model.kinds[letter], prompt) for prompt in prompts)
         for n in range(model.num_heads):
             record = {"layer": i, "kind": letter, "head": n, "length": length, "prompts": len(prompts)}
             record |= {name: float(x[n]) for name, x in means.items()}
-            yield record | {"reach": reach, "edges": list(edges), "weights": weights_LNI[i, n].tolist()}
+            seen = zip(weights_LNI[i, n].tolist(), tokens_I.tolist(), strict=True)
+            weights = [weight / keys if keys else None for weight, keys in seen]
+            yield record | {"reach": reach, "edges": list(edges), "weights": weights}
 
 
 def position_edges(length: int) -> tuple[int, ...]:

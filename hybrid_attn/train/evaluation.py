@@ -25,20 +25,22 @@ from hybrid_attn.trees import check
 SEED = 0  # of the questions, as it is in tools/evaluate.py
 CHUNK = 2048  # tokens of a prompt that are read at a time
 ROWS = 8  # asked together, or as many as the batch has shards
+PASSING = ("checkpoint", "config", "revision")  # what may change of a run that goes on, and makes no number another
 MEANS = ("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval")  # told of the heads of a kind
 
 
 class Evaluations:
-    """What `c.evals` names: files in evals/STEP of the workdir, scores and pictures to `metrics`.
+    """What `c.evals` names: files in evals/STEP of the workdir, scores and pictures to the metrics of the run.
 
     Every process of a run makes the same calls; the first one writes.
     """
 
-    def __init__(
-        self, c: config.Config, run: Run, mesh: Mesh, words, loaded: Mapping[str, Corpus], workdir: str, metrics: Metrics
-    ):
-        """Draws all questions. ValueError where one does not fit its length, and where there is nothing to measure."""
-        self.metrics, self.folder = metrics, Path(workdir) / "evals"
+    def __init__(self, c: config.Config, run: Run, mesh: Mesh, words, loaded: Mapping[str, Corpus], workdir: str, start: int):
+        """Draws all questions, and removes what was measured of steps after `start`, for they come again.
+
+        ValueError where a question does not fit its length, and where there is nothing to measure.
+        """
+        self.folder = Path(workdir) / "evals"
         lengths = tuple(dict.fromkeys(round(multiple * c.stages[-1].seq_len) for multiple in c.evals.lengths))
         self.settings = suite.Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, SEED)
         self.wanted, asks = bool(c.evals.names and lengths), not set(suite.DRAWS).isdisjoint(c.evals.names)
@@ -53,7 +55,8 @@ class Evaluations:
             Subject(c.model, {}, run, mesh, words), None, heldout, haystack, {}, c.stages[-1].seq_len, tasks=tasks
         )
         self.engine = functools.partial(Engine, config=c, programs={}, **_sizes(c, mesh, lengths)) if asks else lambda _: None
-        self.about = provenance(str(workdir), metrics.step, c, config.to_dict(c), words, haystack, run, mesh)
+        self.about = provenance(str(workdir), start, c, config.to_dict(c), words, haystack, run, mesh)
+        self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}
         if self.wanted:
             check(
                 bool(suite.units(self.settings, self.reader)),
@@ -62,53 +65,53 @@ class Evaluations:
             )
             self.settings = suite.fitting(self.settings, self.reader, self.folder / "samples", named=True)
         if jax.process_index() == 0:
-            self._forget()
+            for folder in self.folder.glob("*"):
+                if folder.name.isdigit() and int(folder.name) > start:
+                    shutil.rmtree(folder)
 
-    def _forget(self) -> None:
-        """Removes what was measured of steps that come again, and of this one what was measured otherwise."""
-        now = self.metrics.step
-        for folder in (folder for folder in self.folder.glob("*") if folder.name.isdigit()):
-            about = folder / "run.json"
-            same = about.exists() and json.loads(about.read_text()) == suite.described(self.settings, self.about)
-            if int(folder.name) > now or (int(folder.name) == now and not same):
-                shutil.rmtree(folder)
-
-    def measure(self, params: dict, asked_to_stop: Callable[[], bool]) -> bool:
+    def measure(self, params: dict, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
         """Measures what this step has no files of, and tells all that it has; False if it was asked to stop before the end."""
         if not self.wanted:
             return True
-        step, found = self.metrics.step, {}
+        step, found = metrics.step, {}
         folder, about = self.folder / str(step), self.about | {"step": step}
+        metrics.forget()
+        if jax.process_index() == 0:
+            about = self._to_go_on_with(folder, about)
         reader = self.reader._replace(subject=self.reader.subject._replace(params=params), engine=self.engine(params))
 
         def done(unit: suite.Unit, number: int, of: int) -> bool:
             if jax.process_index() == 0:
                 found[unit] = suite.measured_of(folder, unit)
-                self._tell(unit, found[unit].records)
+                _tell(metrics, unit, found[unit].records)
             return told(asked_to_stop()) and number < of
 
         whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)
         if whole and jax.process_index() == 0:
             records, answers = (tuple(x for several in kind for x in several) for kind in zip(*found.values(), strict=True))
-            self._compare(report.Run(f"step {step}", records, answers, about), folder)
+            self._compare(metrics, report.Run(f"step {step}", records, answers, about), folder)
         return whole
 
-    def _tell(self, unit: suite.Unit, records: Sequence[Mapping]) -> None:
-        value = score(unit.eval, records)
-        if value is not None:
-            self.metrics.score(f"{unit.eval}/{unit.part}/{unit.length}", value)
-        shown = _by_kind(records) if unit.eval == "attention_mass" else records
-        self.metrics.report(unit.eval, [{name: x for name, x in record.items() if name != "eval"} for record in shown])
+    def _to_go_on_with(self, folder: Path, about: dict) -> dict:
+        """`about`, as it was said of what the folder of a step has; what was measured otherwise is removed from there."""
+        path = folder / "run.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        passing = {name: there[name] for name in PASSING if name in there}
+        if there == suite.described(self.settings, about | passing):
+            return about | passing
+        if folder.exists():
+            shutil.rmtree(folder)
+        return about
 
-    def _compare(self, run: report.Run, folder: Path) -> None:
+    def _compare(self, metrics: Metrics, run: report.Run, folder: Path) -> None:
         """What is known when all units are: means over tasks, the bigram model beside the losses, pictures."""
         for length, mean in contents.ruler_means(run, lambda length: True).items():
-            self.metrics.score(f"ruler/mean/{length}", mean)
-            self.metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
+            metrics.score(f"ruler/mean/{length}", mean)
+            metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
         if run.of("position"):
-            self.metrics.report("bigram", self._bigram)
+            metrics.report("bigram", self._bigram)
         if not importlib.util.find_spec("matplotlib"):
-            self.metrics.say("no pictures: they need the extra [eval]")
+            metrics.say("no pictures: they need the extra [eval]")
             return
         from matplotlib.image import imread
 
@@ -118,8 +121,8 @@ class Evaluations:
         for picture in (picture for section in sections.sections([run]) for picture in section.pictures):
             path = folder / "pictures" / f"{picture.name}.png"
             path.write_bytes(canvas.png(picture))
-            self.metrics.picture(picture.name, imread(path)[..., :3])
-        self.metrics.say(f"pictures  {folder / 'pictures'}")
+            metrics.picture(picture.name, imread(path)[..., :3])
+        metrics.say(f"pictures  {folder / 'pictures'}")
 
     @functools.cached_property
     def _bigram(self) -> list[dict]:
@@ -141,6 +144,14 @@ def _sizes(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> dict[str, in
     tokens = c.stages[-1].batch * c.stages[-1].seq_len
     rows = min(-(-ROWS // shards), tokens // (shards * max(lengths, default=1)))
     return {"chunk": max(CHUNK // context, 1) * context, "rows": max(rows, 1) * shards}
+
+
+def _tell(metrics: Metrics, unit: suite.Unit, records: Sequence[Mapping]) -> None:
+    value = score(unit.eval, records)
+    if value is not None:
+        metrics.score(f"{unit.eval}/{unit.part}/{unit.length}", value)
+    shown = _by_kind(records) if unit.eval == "attention_mass" else records
+    metrics.report(unit.eval, [{name: x for name, x in record.items() if name != "eval"} for record in shown])
 
 
 def score(evaluation: str, records: Sequence[Mapping]) -> float | None:

@@ -82,16 +82,16 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
         try:
             state, start = first_state(c, identities, mesh, checkpoints)
+            evaluations = Evaluations(c, run, mesh, words, loaded, workdir, start)
             peak, found = peak_flops(jax.devices()[0], run.dtype)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
             peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {found}; MFU is the share of it"
             for line in summary(c, run, mesh, peak_line, stages, workdir, start):
                 metrics.say(line)
-            evaluations = Evaluations(c, run, mesh, words, loaded, workdir, metrics)
             batches = pipeline.batches(c, stages, mesh, start)
 
             def measure(params: dict) -> bool:
-                return evaluations.measure(params, stop.asked)
+                return evaluations.measure(params, metrics, stop.asked)
 
             state, step = run_steps(
                 c, identities, make_step(c, run), state, start, batches, checkpoints, metrics, stop, measure

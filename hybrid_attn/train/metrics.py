@@ -45,10 +45,10 @@ class Metrics:
         self.writes = jax.process_index() == 0
         if not self.writes:
             return
-        workdir = Path(workdir)
+        self.workdir = workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self.steps_file = _continue(workdir / "metrics.jsonl", lambda step: step <= start)
-        self.evals_file = _continue(workdir / "evals.jsonl", lambda step: step < start)  # that of `start` is redone
+        self.evals_file = _continue(workdir / "evals.jsonl", lambda step: step <= start)
         self.tensorboard = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"),
             purge_step=start + 1,
@@ -82,6 +82,12 @@ class Metrics:
         if self.writes and self.bar is not None:
             self.bar.update(step - self.step)
         self.step = step
+
+    def forget(self) -> None:
+        """Drops the records of evaluations of the step reached, which are to be reported anew."""
+        if self.writes:
+            self.evals_file.close()
+            self.evals_file = _continue(self.workdir / "evals.jsonl", lambda step: step not in (self.step, math.inf))
 
     def report(self, name: str, records: Iterable[Mapping[str, float | str | None]]) -> None:
         """Writes and says the records of the evaluation `name` of the model as it is at the step reached."""

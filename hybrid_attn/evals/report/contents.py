@@ -113,20 +113,28 @@ def ruler_cells(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, 
 
 
 def needle(runs: Sequence[Run]) -> Table:
-    """The share of needles found in each cell."""
+    """The share of needles found in each cell; its interval is that of the questions, of which each is right in part."""
     columns = [
-        *(RUN, Column("needles", count), LENGTH, Column("depth %", fixed(0)), Column("answers", count)),
+        *(RUN, Column("needles", count), LENGTH, Column("depth %", fixed(0)), Column("questions", count)),
         *(Column("right", fixed(3)), *INTERVAL),
     ]
     rows = [
         [
-            *(run.name, r["needles"], r["length"], r["depth"], r["answers"], r["right"] / r["answers"]),
-            *statistics.wilson(r["right"], r["answers"]),
+            *(run.name, r["needles"], r["length"], r["depth"], needle_questions(r)[1], r["right"] / r["answers"]),
+            *statistics.wilson(*needle_questions(r)),
         ]
         for run in runs
         for r in run.of("needle")
     ]
     return Table("needle_cells", "Needles found, by length and depth", columns, rows)
+
+
+def needle_questions(record: Mapping) -> tuple[float, int]:
+    """How many of a cell's questions are right, those with some of their needles in part, and how many there are.
+
+    Needles of one question are not found independently of one another.
+    """
+    return record["right"] / record["needles"], record["answers"] // record["needles"]
 
 
 def recall(runs: Sequence[Run]) -> Table:
@@ -189,7 +197,7 @@ def positions(runs: Sequence[Run]) -> Table:
 def attention(runs: Sequence[Run]) -> Table:
     """Where the question's attention goes, by kind of layer: means over its heads."""
     columns = [
-        *(RUN, LENGTH, Column("kind"), Column("heads", count)),
+        *(RUN, Column("source"), LENGTH, Column("kind"), Column("heads", count)),
         *(Column(name, fixed(4)) for name in ("begin", "needle", "context", "question")),
         *(Column("entropy (bits)", fixed(2)), Column("needle lift", fixed(2)), Column("retrieval heads", count)),
         Column("reach"),
@@ -197,7 +205,8 @@ def attention(runs: Sequence[Run]) -> Table:
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         for record in run.of("attention_mass"):
-            groups.setdefault((run.name, record["length"], record["kind"]), []).append(record)
+            key = run.name, record["source"], record["length"], record["kind"]
+            groups.setdefault(key, []).append(record)
     fields = ("begin", "needle", "context", "qc", "entropy_bits", "needle_lift")
     rows = [
         [
@@ -218,10 +227,10 @@ def mean_of(records: Sequence[Mapping], field: str) -> float | None:
 
 def key_tokens(runs: Sequence[Run]) -> Table:
     columns = [
-        *(RUN, LENGTH, Column("key tokens", count), Column("of tokens", count)),
+        *(RUN, Column("source"), LENGTH, Column("key tokens", count), Column("of tokens", count)),
         *(Column("loss (nats)", fixed(3)), Column("perplexity", fixed(2))),
     ]
-    fields = ("length", "key_tokens", "tokens", "loss", "perplexity")
+    fields = ("source", "length", "key_tokens", "tokens", "loss", "perplexity")
     rows = [[run.name, *(r[field] for field in fields)] for run in runs for r in run.of("key_tokens")]
     return Table("key_tokens", "Tokens whose loss depends on the far context", columns, rows)
 
@@ -232,10 +241,10 @@ def harness(runs: Sequence[Run]) -> Table:
     beside = ("filter", "shots", "version", "samples", "documents", "requests", "truncated")
     known = [field for field in beside if any(field in record for _, record in records)]
     columns = [
-        *(RUN, Column("task"), Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),
+        *(RUN, Column("task"), LENGTH, Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),
         *(Column(field) for field in known),
     ]
-    fields = ("task", "metric", "value", "stderr", *known)
+    fields = ("task", "length", "metric", "value", "stderr", *known)
     rows = [[name, *map(record.get, fields)] for name, record in records]
     return Table("harness", "lm-evaluation-harness", columns, rows)
 
@@ -253,11 +262,14 @@ def comparison(first: str, found: Sequence[tuple[str, list[statistics.Difference
         *(Column(name, signed(3)) for name in ("difference", "95% from", "to")),
         Column("verdict"),
     ]
-    rows = [[name, *difference, verdict(difference)] for name, several in found for difference in several]
+    rows = [[name, *difference[:-1], verdict(difference)] for name, several in found for difference in several]
     return Table("comparison", f"Against {first} on the same questions: scores between 0 and 1", columns, rows)
 
 
 def verdict(difference: statistics.Difference) -> str:
+    """Unclear where the interval has 0 in it, and where a task has so few pairs that resampling them shows no spread."""
+    if difference.fewest < statistics.FEWEST:
+        return "unclear"
     return "better" if difference.low > 0 else "worse" if difference.high < 0 else "unclear"
 
 

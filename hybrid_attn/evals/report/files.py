@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hybrid_attn.trees import check
 def write(out: Path, runs: Sequence[Run]) -> None:
     """report.html, report.md, results.json, pictures/*.png, tables/*.csv, and RULER's own files by run and length.
 
-    They follow from the runs alone; the first run is what the others are compared with.
+    They follow from the runs alone, whatever the directory held before; the first run is what the others are compared with.
     """
     check(bool(runs), f"there are 0 runs to report in {out}; evaluate a model first")
     names = [run.name for run in runs]
@@ -27,12 +28,9 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     drawn = [picture for section in found for picture in section.pictures]
     written = [table for section in found for table in (*section.tables, *section.folded)]
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
-    for picture in drawn:
-        _write(out / "pictures" / f"{picture.name}.png", canvas.png(picture))
-    for table in written:
-        _write(out / "tables" / f"{table.name}.csv", tables.comma_separated(table))
-    for run in runs:
-        _ruler_files(out / "tables" / "ruler", run)
+    _replace(out / "pictures", {f"{picture.name}.png": canvas.png(picture) for picture in drawn})
+    of_ruler = {f"ruler/{name}": text for run in runs for name, text in _ruler_files(run).items()}
+    _replace(out / "tables", {f"{table.name}.csv": tables.comma_separated(table) for table in written} | of_ruler)
     _write(out / "results.json", _json(runs, written, wrong))
     _write(out / "report.md", _markdown(title, found, wrong))
     _write(out / "report.html", html.page(title, runs, found, wrong))
@@ -42,6 +40,20 @@ def check_drawing() -> None:
     """ValueError where pictures cannot be drawn."""
     if not importlib.util.find_spec("matplotlib"):
         raise ValueError("a report has pictures, and matplotlib is not installed; install the extra: pip install '.[eval]'")
+
+
+def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
+    """A directory of these files and no others: all of them are written before those of an earlier report go."""
+    new, old = (directory.with_name(f"{directory.name}.{name}") for name in ("part", "old"))
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    new.mkdir(parents=True)
+    for name, content in files.items():
+        _write(new / name, content)
+    if directory.exists():
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(path: Path, content: str | bytes) -> None:
@@ -55,8 +67,9 @@ def _write(path: Path, content: str | bytes) -> None:
     part.rename(path)
 
 
-def _ruler_files(out: Path, run: Run) -> None:
+def _ruler_files(run: Run) -> dict[str, str]:
     """summary.csv and submission.csv of each length, in the form that RULER's evaluate.py gives them."""
+    files = {}
     for length in contents.lengths_of(run.of("ruler")):
         records = [r for r in run.of("ruler") if r["length"] == length]
         tasks = [r["task"] for r in records]
@@ -68,9 +81,9 @@ def _ruler_files(out: Path, run: Run) -> None:
         ]
         given = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
         submission = [["Task", "ID", "Prediction"], *([x["task"], x["index"], postprocess(x["given"])] for x in given)]
-        where = out / tables.plain(run.name) / str(length)
-        _write(where / "summary.csv", tables.lines_of(summary))
-        _write(where / "submission.csv", tables.lines_of(submission))
+        for name, lines in (("summary", summary), ("submission", submission)):
+            files[f"{tables.plain(run.name)}/{length}/{name}.csv"] = tables.lines_of(lines)
+    return files
 
 
 def _json(runs: Sequence[Run], written: Sequence, wrong: Mapping) -> str:

@@ -295,12 +295,11 @@ def wilson_curve(name: str, number: int, cells: Mapping[int, tuple[float, int]])
 
 
 def mean_curve(run: Run, number: int, belongs: Callable[[int], bool]) -> Curve:
-    """RULER's mean over tasks, each task's answers resampled; without answers there is no band."""
-    means, cells = contents.ruler_means(run, belongs), statistics.scores_by_cell(run)
-    tasks = contents.ruler_tasks_of(run, belongs)
-    bands = []
-    for length, mean in means.items():
-        scores = [cells[task, length] for task in tasks if (task, length) in cells]
-        low, high = statistics.mean_interval(scores) if scores else (mean / 100, mean / 100)
-        bands.append((100 * low, 100 * high))
+    """RULER's mean over tasks, with the intervals of its tasks combined."""
+    means, tasks = contents.ruler_means(run, belongs), contents.ruler_tasks_of(run, belongs)
+    cells: dict[int, list[tuple[float, int]]] = {length: [] for length in means}
+    for r in run.of("ruler"):
+        if r["length"] in cells and r["task"] in tasks:
+            cells[r["length"]].append((r["score"] / 100 * r["samples"], r["samples"]))
+    bands = [(100 * low, 100 * high) for low, high in map(statistics.mean_interval, cells.values())]
     return Curve(run.name, number, list(means), list(means.values()), bands)

@@ -16,11 +16,11 @@ FIELDS = {
     "needle": ("length", "depth", "needles", "answers", "right"),
     "ruler": ("task", "length", "samples", "score", "nulls"),
     "attention_mass": (
-        *("layer", "kind", "head", "length", "begin", "needle", "context", "qc"),
+        *("source", "layer", "kind", "head", "length", "begin", "needle", "context", "qc"),
         *("entropy_bits", "needle_lift", "retrieval", "reach"),
     ),
-    "key_tokens": ("length", "key_tokens", "tokens", "loss", "perplexity"),
-    "harness": ("task", "metric", "value"),
+    "key_tokens": ("source", "length", "key_tokens", "tokens", "loss", "perplexity"),
+    "harness": ("task", "length", "metric", "value"),
 }
 ANSWER = ("task", "length", "index", "prompt_end", "wanted", "given", "score", "group", "meta")
 

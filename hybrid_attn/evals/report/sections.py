@@ -13,13 +13,12 @@ from hybrid_attn.evals.report.tables import Column, Table, count, fixed, plain, 
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages
 from hybrid_attn.evals.ruler.tasks import NAMES
 
-FEWEST = 5  # answers in a cell of the needle's grid that say something
 PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 OVERVIEW = {
     "RULER Avg.": "RULER's mean over tasks and lengths",
     "needles": "the share found at all lengths and depths",
     "recall": "the share of right answers at the longest length, in the first of the tasks",
-    "loss": "of held-out text, in nats, at the length of training",
+    "loss": "of the held-out text of one source, in nats, at the length of training",
 }
 
 
@@ -55,7 +54,7 @@ def _overview(runs: Sequence[Run]) -> Section:
     columns = [
         *(Column("run"), Column("layers"), Column("parameters", count), Column("trained at", tokens), Column("step", count)),
         *(Column("RULER Avg.", fixed(1)), Column("of tasks"), Column("effective"), Column("needles", fixed(3))),
-        *(Column("recall", fixed(3)), Column("loss", fixed(3))),
+        *(Column("recall", fixed(3)), Column("loss", fixed(3)), Column("of source")),
     ]
     rows = []
     for run in runs:
@@ -71,7 +70,7 @@ def _overview(runs: Sequence[Run]) -> Section:
                 contents.effective(means) if means else None,
                 sum(r["right"] for r in needles) / answers if answers else None,
                 max(recalls, key=lambda r: r["length"])["accuracy"] if recalls else None,
-                losses[0]["loss"] if losses else None,
+                *((losses[0]["loss"], losses[0]["source"]) if losses else (None, None)),
             ]
         )
     kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
@@ -92,7 +91,7 @@ def _ruler(runs: Sequence[Run]) -> list[Section]:
         panels = _task_curves(runs, belongs)
         by_task = pictures.curves(panels, marks, "score", 100, None)
         own = [
-            Picture(name, "Mean of the tasks by length; each task's answers resampled for the band of 95%.", figure, False),
+            Picture(name, "Mean of the tasks by length, with the tasks' Wilson intervals of 95% combined.", figure, False),
             Picture(f"{name}_tasks", "Each task by length, with Wilson intervals of 95%.", by_task, len(panels) > 2),
         ]
         tables = [
@@ -162,18 +161,20 @@ def _needle(runs: Sequence[Run]) -> list[Section]:
             drawn.append(_heat_map(run, number, records, kind, f"needle_{number}_{needles}"))
             cells: dict[int, tuple[float, int]] = {}
             for r in records:
-                right, answers = cells.get(r["length"], (0, 0))
-                cells[r["length"]] = (right + r["right"], answers + r["answers"])
+                right, questions = contents.needle_questions(r)
+                before = cells.get(r["length"], (0.0, 0))
+                cells[r["length"]] = before[0] + right, before[1] + questions
             curves.setdefault(kind, []).append(pictures.wilson_curve(run.name, number, cells))
-            sizes |= {r["answers"] for r in records}
+            sizes |= {contents.needle_questions(r)[1] for r in records}
     figure = pictures.curves(curves, [run.trained for run in runs], "found", 1, None)
     caption = "All depths together, with Wilson intervals of 95%."
     drawn.append(Picture("needle", caption, figure, len(curves) > 2))
-    few = f" Fewer than {FEWEST} are noise." if min(sizes) < FEWEST else ""
+    few = f" Fewer than {statistics.FEWEST} are noise." if min(sizes) < statistics.FEWEST else ""
     span = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
     words = [
-        f"A sentence hidden at a depth of a text of a length, and asked for at its end: {span} answers a cell.{few} An answer "
-        "is right that contains the value. The white dashed line is the length of training: all to its right is longer."
+        f"A sentence hidden at a depth of a text of a length, and asked for at its end: {span} questions a cell.{few} An "
+        "answer is right that contains the value; of several needles, each is a part of it. The white dashed "
+        "line is the length of training: all to its right is longer."
     ]
     return [Section("needle", "Needle", words, drawn, [], [contents.needle(runs)])]
 
@@ -228,10 +229,13 @@ def _key_tokens(runs: Sequence[Run]) -> list[Section]:
 def _attention(runs: Sequence[Run]) -> list[Section]:
     drawn = []
     for number, run in enumerate(runs):
-        every = run.of("attention_mass")
-        lengths = contents.lengths_of(every)
-        for length in lengths:
-            drawn += _attention_pictures(run, number, length, every, length == lengths[-1])
+        for source in dict.fromkeys(r["source"] for r in run.of("attention_mass")):
+            every = [r for r in run.of("attention_mass") if r["source"] == source]
+            longest = contents.lengths_of(every)[-1]
+            for length in contents.lengths_of(every):
+                name, where = f"attention_{number}_{plain(source)}_{length}", f"{run.name}, {source}, {tokens(length)}"
+                records = [r for r in every if r["length"] == length]
+                drawn += _attention_pictures(name, where, length, records, length == longest)
     words = [
         "Shares of the attention of the question's tokens, means over heads. The needle's lift is its share over the share of "
         f"the tokens that it has; a retrieval head (score over {contents.RETRIEVES}) looks at the token that it copies. "
@@ -241,14 +245,13 @@ def _attention(runs: Sequence[Run]) -> list[Section]:
     return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [])]
 
 
-def _attention_pictures(run: Run, number: int, length: int, every: Sequence[dict], by_head: bool) -> list[Picture]:
-    records = [r for r in every if r["length"] == length]
+def _attention_pictures(name: str, where: str, length: int, records: Sequence[dict], by_head: bool) -> list[Picture]:
+    """Of one source at one length."""
     by_layer = {layer: [r for r in records if r["layer"] == layer] for layer in sorted({r["layer"] for r in records})}
     layers = [
         (layer, rs[0]["kind"], rs[0]["reach"], {x: contents.mean_of(rs, x) for x in pictures.SEGMENTS})
         for layer, rs in by_layer.items()
     ]
-    name, where = f"attention_{number}_{length}", f"{run.name}, {tokens(length)}"
     found = [Picture(name, f"{where}: where the question looks, by layer.", pictures.attention_by_layer(layers), False)]
     if not by_head:
         return found
@@ -287,13 +290,14 @@ def _comparison(runs: Sequence[Run]) -> list[Section]:
     first, drawn = runs[0].name, []
     for number, (name, several) in enumerate(found, 1):
         if several:
-            caption = f"{name} less {first}; in bold and in the colour of the better run where the interval is without 0."
+            caption = f"{name} less {first}; in bold and in the colour of the better run where it is clear."
             drawn.append(Picture(f"comparison_{number}", caption, pictures.differences(several, number), False))
     if not drawn:
         return []
     words = [
         "Only questions that both runs were asked count, word for word; the interval is a paired bootstrap over them, with "
-        f"{statistics.RESAMPLES:,} resamples. The mean of tasks gives each task the same weight."
+        f"{statistics.RESAMPLES:,} resamples, and fewer than {statistics.FEWEST} pairs of a task leave it unclear. The mean of "
+        "tasks gives each task the same weight."
     ]
     return [Section("comparison", "Comparison", words, drawn, [contents.comparison(first, found)], [])]
 

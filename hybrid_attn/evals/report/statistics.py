@@ -12,10 +12,14 @@ from hybrid_attn.trees import check
 Z = 1.959963984540054  # 95% of a normal distribution lies within as many deviations
 RESAMPLES = 2000
 DRAWS = 2**20  # at a time
+FEWEST = 5  # questions that say something together
 
 
 class Difference(NamedTuple):
-    """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a."""
+    """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a.
+
+    `fewest` is how many pairs its task has; of a mean over tasks, the one with the fewest.
+    """
 
     task: str
     length: int
@@ -25,6 +29,7 @@ class Difference(NamedTuple):
     difference: float
     low: float
     high: float
+    fewest: int
 
 
 def wilson(right: float, number: int) -> tuple[float, float]:
@@ -51,17 +56,16 @@ def interval(means: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def scores_by_cell(run: Run) -> dict[tuple[str, int], np.ndarray]:
-    """The scores of a run's answers by task and length."""
-    cells: dict[tuple[str, int], list[float]] = {}
-    for answer in run.answers:
-        cells.setdefault((answer["task"], answer["length"]), []).append(answer["score"])
-    return {cell: np.array(scores, float) for cell, scores in cells.items()}
+def mean_interval(cells: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """The interval of 95% for the mean of shares, each of which has right answers and answers.
 
-
-def mean_interval(cells: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The interval of the mean of the cells' means, each cell resampled by itself."""
-    return interval(np.mean([resampled_means(cell, key) for key, cell in enumerate(cells)], axis=0))
+    The distances from the shares to their Wilson limits add up as the errors of independent numbers do, below and above by
+    themselves (Zou and Donner, 2008): unlike resampled means, all wrong answers or all right ones leave a width.
+    """
+    shares = np.array([right / number for right, number in cells])
+    low, high = np.array([wilson(*cell) for cell in cells]).T
+    mean, n = shares.mean(), len(cells)
+    return float(mean - math.sqrt(((shares - low) ** 2).sum()) / n), float(mean + math.sqrt(((high - shares) ** 2).sum()) / n)
 
 
 def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
@@ -89,4 +93,5 @@ def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
 
 def _difference(task: str, length: int, pairs: Sequence[np.ndarray], means: Sequence[np.ndarray]) -> Difference:
     a, b = np.mean([cell.mean(0) for cell in pairs], axis=0).tolist()
-    return Difference(task, length, sum(map(len, pairs)), a, b, b - a, *interval(np.mean(means, axis=0)))
+    sizes = [len(cell) for cell in pairs]
+    return Difference(task, length, sum(sizes), a, b, b - a, *interval(np.mean(means, axis=0)), min(sizes))
