@@ -51,7 +51,9 @@ class Evaluations:
             documents = [x.heldout for x in self.texts.values()]
             haystack = texts.of_documents(documents, words) if documents else texts.of_files(())
         tasks = {name: x for name, x in heldout.items() if name not in self.texts}
-        self.reader = suite.Reader(Subject(c.model, {}, run, mesh, words), None, heldout, haystack, {}, tasks=tasks)
+        self.reader = suite.Reader(
+            Subject(c.model, {}, run, mesh, words), None, heldout, haystack, {}, c.stages[-1].seq_len, tasks=tasks
+        )
         self.engine = functools.partial(Engine, config=c, programs={}, **_sizes(c, mesh, lengths)) if asks else lambda _: None
         self.about = provenance(str(workdir), start, c, config.to_dict(c), words, haystack, run, mesh)
         self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}

@@ -21,7 +21,7 @@ FIELDS = {
     "key_tokens": ("source", "length", "key_tokens", "tokens", "loss", "perplexity"),
     "harness": ("task", "length", "metric", "value"),
 }
-ANSWER = ("task", "length", "index", "prompt_end", "wanted", "given", "score", "group", "meta")
+ANSWER = ("task", "length", "index", "prompt_hash", "prompt_end", "wanted", "given", "score", "group", "meta")
 
 
 class Run(NamedTuple):
@@ -81,8 +81,8 @@ def read(directory: Path) -> Run:
 
 
 def sample_of(answer: Mapping) -> tuple:
-    """What makes two answers answers to the same question."""
-    return (*(answer[key] for key in ("task", "length", "index", "group", "prompt_end")), *answer["wanted"])
+    """What makes two answers answers to the same question: the whole prompt, of which the answer holds the end and a hash."""
+    return (*(answer[key] for key in ("task", "length", "index", "group", "prompt_hash")), *answer["wanted"])
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
