@@ -16,6 +16,8 @@ from conftest import mesh_of, random_params, tiny
 
 from configs import base
 from hybrid_attn import checkpoint, config
+from hybrid_attn.data import corpora
+from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.programs import parse
 
 
@@ -25,13 +27,17 @@ def tool():
         yield module
 
 
+def models_config(folder):
+    return tiny({"data.sources": {"text": base.source(paths=(f"{folder}/*.txt",))}})
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Two workdirs of untrained models, and the text that is theirs."""
     folder = tmp_path_factory.mktemp("models")
     for i in range(20):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}.\n" for j in range(20)))
-    c = tiny({"data.sources": {"text": base.source(paths=(f"{folder}/*.txt",))}})
+    c = models_config(folder)
     for name, seed in (("one", 0), ("two", 1)):
         with jax.set_mesh(mesh_of()):
             checkpoints = checkpoint.Checkpoints(folder / name / "checkpoints", keep=1, every=1)
@@ -58,6 +64,8 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
         about = json.loads((tmp_path / name / "run.json").read_text())
         assert about["step"] == 7 and about["model"]["seq_len"] == 48 and about["settings"]["lengths"] == [32, 96]
         assert len(about["config"]) == len(about["haystack"]) == 64 and about["dtype"] == "float32"
+        heldout = corpora.load(models_config(models).data, ("text",), Bytes())["text"].heldout
+        assert about["heldout"] == {"text": heldout.fingerprint()}
         records = [json.loads(line) for line in (tmp_path / name / "records.jsonl").read_text().splitlines()]
         assert {(r["eval"], r["length"]) for r in records} == {(e, n) for e in ("position", "recall") for n in (32, 96)}
     page = (tmp_path / "report.html").read_text()
@@ -140,6 +148,43 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
     ]
 
 
+def test_answers_end_where_the_files_of_an_imported_model_say(tool, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool.loading, "stop_tokens", lambda checkpoint, words: [5, words.eos])
+    monkeypatch.setattr(tool.suite, "run", lambda reader, *_: found.append(reader.stop_tokens))
+    monkeypatch.setattr(tool.report, "read", lambda directory: None)
+    monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
+    found = []
+    run(tool, f"--checkpoint={models}/one", "--suite=recall", f"--out={tmp_path}")
+    assert found == [[5, Bytes.eos]]
+
+
+def test_a_run_is_the_same_however_its_checkpoint_is_written_and_whatever_revision_goes_on(tool, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
+    arguments = ["--suite=position", "--lengths=32", "--tokens=100", f"--out={tmp_path}"]
+    run(tool, "--checkpoint=one/", *arguments)
+    (unit,) = (tmp_path / "one" / "units").iterdir()
+    about, before = tmp_path / "one" / "run.json", unit.stat().st_mtime_ns
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"revision": "of before"}))
+    run(tool, f"--checkpoint={models}/one", *arguments)
+    assert unit.stat().st_mtime_ns == before
+
+
+def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, models, tmp_path, monkeypatch, capsys):
+    load = tool.loading.load
+
+    def broken(checkpoint, step):
+        if checkpoint.endswith("two"):
+            raise ValueError("two is broken")
+        return load(checkpoint, step)
+
+    monkeypatch.setattr(tool.loading, "load", broken)
+    monkeypatch.setattr(tool.suite, "run", lambda *_: pytest.fail("measured the first"))
+    with pytest.raises(SystemExit):
+        run(tool, f"--checkpoint={models}/one", f"--checkpoint={models}/two", "--suite=recall", f"--out={tmp_path}")
+    assert "two is broken" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -165,6 +210,8 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
         (["--squad=nowhere.json"], "nowhere.json"),
         (["--suite=needle", "--lengths=64"], "sample 0 of needle at depth 0 does not fit into 64 tokens"),
         (["--step=3"], "has no complete checkpoint of step 3; it has 7"),
+        (["--suite=position", "--depths=50"], "--depths is of --suite=needle, and this is --suite=position"),
+        (["--suite=full", "--task_path=x"], "--task_path=x is where --tasks lie, and there are none; name some"),
         (["--tasks=arc"], "--tasks=arc is of --suite=harness or full, and this is --suite=quick"),
         (["--suite=harness"], "--suite=harness asks lm-evaluation-harness, and for no task; name some with --tasks"),
         (["more"], "'more' is no flag"),

@@ -9,7 +9,6 @@ from conftest import RUN, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.rows import Rows
-from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.evals import Spec, Subject, keytokens
 from hybrid_attn.model import losses
@@ -17,10 +16,10 @@ from hybrid_attn.model import losses
 LENGTH, SHORT, SLIDE = 48, 9, 3  # windows of 12 tokens, of which every shard of context has two slices
 
 
-def subject_on(mesh, seed=0):
+def subject_on(mesh):
     """A model that says nothing but four letters, by what it attends to: some losses are small, and many change."""
     model = tiny({"model.logit_scale": 12.0}, G={"temperature.type": "log_length", "temperature.length": 3}).model
-    params = random_params(model, seed)
+    params = random_params(model)
     letters = (np.arange(model.vocab_size) < 4)[:, None]
     for layer in params["periods"].values():
         layer["attention"]["o"] *= 10
@@ -42,34 +41,33 @@ def losses_of(subject, tokens, targets):
     return np.asarray(nll_BT)[0, : len(tokens)]
 
 
-def by_hand(subject, evaluator, rows):
+def by_hand(subject, rows):
     """(losses of key tokens, tokens looked at); the short contexts of `SLIDE` neighbours begin at the same token."""
     found, looked = [], 0
     for row in rows:
         for segment in range(1, row["segments"].max() + 1):
             inside = np.flatnonzero(row["segments"] == segment)
             texts = row["tokens"], row["targets"]
-            whole, likely = (losses_of(x, *(text[inside] for text in texts)) for x in (subject, evaluator))
+            whole = losses_of(subject, *(text[inside] for text in texts))
             for t in inside[(inside >= SHORT) & (row["weights"][inside] > 0)]:
                 first = max((t - SHORT) // SLIDE * SLIDE, inside[0])
-                short = losses_of(evaluator, *(text[first : t + 1] for text in texts))[-1]
+                short = losses_of(subject, *(text[first : t + 1] for text in texts))[-1]
                 looked += 1
-                if short - likely[t - inside[0]] > 2 and likely[t - inside[0]] < 2:
+                if short - whole[t - inside[0]] > 2 and whole[t - inside[0]] < 2:
                     found.append(whole[t - inside[0]])
     return np.array(found), looked
 
 
-@pytest.mark.parametrize("sizes, seed", [({}, 0), ({"data": 2, "context": 2}, 1)])
-def test_key_tokens_are_those_that_a_reader_of_single_tokens_finds(sizes, seed, monkeypatch):
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "context": 2}])
+def test_key_tokens_are_those_that_a_reader_of_single_tokens_finds(sizes, monkeypatch):
     monkeypatch.setattr(keytokens, "SLIDE", SHORT // SLIDE)
     spec, mesh = Spec(documents(), LENGTH, 4 * LENGTH - 5), mesh_of(**sizes)
     with jax.set_mesh(mesh):
-        evaluator = subject_on(mesh) if seed else None
-        (record,) = keytokens.run(subject_on(mesh, seed), spec, SHORT, evaluator)
+        (record,) = keytokens.run(subject_on(mesh), spec, SHORT)
     rows = Rows(spec.documents, LENGTH, None, Bytes().byte_lengths)
     mesh = mesh_of()
     with jax.set_mesh(mesh):
-        found, looked = by_hand(subject_on(mesh, seed), subject_on(mesh), [rows[i] for i in rows.spread(4)])
+        found, looked = by_hand(subject_on(mesh), [rows[i] for i in rows.spread(4)])
     assert 3 < len(found) < looked / 2
     assert record["tokens"] == looked and record["key_tokens"] == len(found)
     assert record["loss"] == pytest.approx(found.mean(), rel=1e-4)
@@ -80,28 +78,23 @@ def test_key_tokens_are_those_that_a_reader_of_single_tokens_finds(sizes, seed, 
 def test_without_key_tokens_there_is_no_loss(one_device):
     spec = Spec(in_memory([np.arange(SHORT, dtype=np.uint16)] * 9, range(9)), LENGTH, 1)
     record = {"length": LENGTH, "short": 24, "tokens": 21, "key_tokens": 0, "loss": None, "perplexity": None}
-    assert [*keytokens.run(subject_on(one_device), spec)] == [record]  # no document is longer than the short context
+    assert [*keytokens.run(subject_on(one_device), spec, 24)] == [record]  # no document is longer than the short context
 
 
-def test_a_window_is_its_part_of_the_row_and_of_nothing_after_it():
-    rows = SyntheticRows(Task("recall", 3), LENGTH, None)
-    window, (row,) = keytokens.Window(rows, 30, 24), rows.read([(5, 0, LENGTH)])
-    (whole,), parts = window.read([(5, 0, 24)]), window.read([(5, 0, 10), (5, 10, 20), (5, 20, 24)])
+@pytest.mark.parametrize("index, first", [(5, 30), (3, 10)])
+def test_a_window_is_its_part_of_the_row_and_of_nothing_after_it(index, first):
+    rows = Rows(documents(), LENGTH, None, Bytes().byte_lengths)
+    window, (row,) = keytokens.Window(rows, first, 24), rows.read([(index, 0, LENGTH)])
+    (whole,), parts = window.read([(index, 0, 24)]), window.read([(index, 0, 10), (index, 10, 20), (index, 20, 24)])
+    begun = np.where(row["segments"] == row["segments"][first], row["positions"][first], 0)
     for name, x in whole.items():
         np.testing.assert_array_equal(x, np.concatenate([part[name] for part in parts]))
-        shift = 30 if name == "positions" else 0
-        np.testing.assert_array_equal(x, np.concatenate([row[name][30:] - shift * (row["segments"][30:] > 0), np.zeros(6)]))
-    assert window.spread(3) == rows.spread(3)
+        wanted = (row[name] - begun if name == "positions" else row[name])[first : first + 24]
+        np.testing.assert_array_equal(x, np.pad(wanted, (0, 24 - len(wanted))))
+    assert begun[first] > 0 and window.spread(3) == rows.spread(3)
 
 
 @pytest.mark.parametrize("short", [0, LENGTH])
 def test_a_short_context_is_a_part_of_the_row(short, one_device):
     with pytest.raises(ValueError, match=f"short={short} is no part of rows of 48 tokens; use 1 to 47"):
         next(keytokens.run(subject_on(one_device), Spec(documents(), LENGTH, 1), short))
-
-
-def test_an_evaluator_of_another_tokenizer_is_refused(one_device):
-    subject, other = subject_on(one_device), Bytes()
-    other.hash = "0123456789abcdef"
-    with pytest.raises(ValueError, match="the evaluator's tokenizer is 0123456789ab, the subject's bytes"):
-        next(keytokens.run(subject, Spec(documents(), LENGTH, 1), evaluator=subject._replace(tokenizer=other)))

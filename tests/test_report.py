@@ -47,7 +47,6 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             total = {"eval": "position", "source": "a b/c", "length": length, "tokens": 99, "part": name}
             buckets = [{"first": first, "end": end, "loss": 3.0 - share} for first, end in ((0, 16), (16, length))]
             records += [total | x for x in (*buckets, {"loss": 2.5, "bits_per_byte": 3.5})]
-        records.append({"eval": "bigram", "source": "a b/c", "length": length, "bits_per_byte": 4.5})
         records.append(
             {"eval": "key_tokens", "source": "a b/c", "length": length, "short": length // 2, "key_tokens": 0, "tokens": 99}
             | {"loss": None, "perplexity": None}

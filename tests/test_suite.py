@@ -12,7 +12,7 @@ from test_ruler import LISTS
 
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import report, samples, suite
+from hybrid_attn.evals import keytokens, report, samples, suite
 from hybrid_attn.evals.ruler import compat, draws
 from hybrid_attn.evals.ruler.qa import Asked, Questions
 from hybrid_attn.evals.settings import RECALL
@@ -30,7 +30,8 @@ class Engine:
     def __init__(self, patience=10**6):
         self.patience, self.prompts = patience, []
 
-    def generate(self, ids, most, *, on_tokens, **_):
+    def generate(self, ids, most, *, on_tokens, stop_tokens, **_):
+        self.stops = stop_tokens
         self.patience -= 1
         if self.patience < 0:
             raise KeyboardInterrupt
@@ -47,7 +48,7 @@ class Engine:
 
 
 def reader_of(engine, text=TEXT):
-    return suite.Reader(Subject(None, None, None, None, Bytes()), engine, {}, text, {})
+    return suite.Reader(Subject(None, None, None, None, Bytes()), engine, {}, text, {}, 2048)
 
 
 def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
@@ -126,6 +127,13 @@ def test_questions_may_have_lengths_of_their_own():
     settings = SETTINGS._replace(evals=("recall", "needle"), lengths=(64, 128), asked=(2048,))
     found = {(unit.eval, unit.length) for unit in suite.units(settings, reader_of(None))}
     assert found == {("recall", 64), ("recall", 128), ("needle", 2048)}
+
+
+def test_an_answer_ends_where_its_model_says_so(tmp_path):
+    engine, unit = Engine(), suite.Unit("needle", "1", 2048)
+    reader = reader_of(engine)._replace(stops=(7, Bytes.eos))
+    suite.measure_needle(reader, SETTINGS, unit, list(suite.draw_needle(reader, SETTINGS, unit)))
+    assert engine.stops == [7, Bytes.eos]
 
 
 def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_path):
@@ -214,6 +222,13 @@ def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
     assert [x[:3] for x in found.absent] == [
         *(("position", "documents", 16), ("position", "documents", 64), ("attention_mass", "probe", 16))
     ]  # fmt: skip
+
+
+def test_the_short_context_of_key_tokens_is_half_of_what_training_had(monkeypatch):
+    monkeypatch.setattr(keytokens, "run", lambda subject, spec, short: [{"length": spec.length, "short": short}])
+    reader = reader_of(None)._replace(heldout={"text": None}, trained=64)
+    found = [suite.measure_key_tokens(reader, SETTINGS, suite.Unit("key_tokens", "text", n), []) for n in (32, 64, 4096)]
+    assert [x.records[0]["short"] for x in found] == [16, 32, 32]
 
 
 def test_rulers_lengths_are_without_the_mark_that_begins_a_document():

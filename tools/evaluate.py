@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import tqdm
@@ -37,7 +38,7 @@ CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir of a run, or
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; by default the newest.")
 SUITE = flags.DEFINE_string("suite", "quick", "quick, full, or names of evaluations with commas between them.")
 LENGTHS = flags.DEFINE_list("lengths", None, "Tokens; by default a quarter of the trained length, all, and twice as many.")
-SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth.", lower_bound=1)
+SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth; of the harness, too.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens of held-out text, and of drawn rows, at each length.", lower_bound=1)
 DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "Where needles are hidden, in percent of the text.")
 TEXT = flags.DEFINE_multi_string("text", [], "Pattern of files in which needles are hidden.")
@@ -98,6 +99,11 @@ def names(checkpoints: Sequence[str]) -> list[str]:
     return found
 
 
+def places() -> list[str]:
+    """The checkpoints, each by one name however it was written."""
+    return [place if "://" in place else os.path.abspath(place) for place in CHECKPOINT.value]
+
+
 def settings() -> dict:
     """What is measured of every checkpoint, but for the lengths."""
     evals = suite.named(SUITE.value)
@@ -112,6 +118,10 @@ def settings() -> dict:
     for flag, value in (("compat", COMPAT.value), ("squad", SQUAD.value), ("hotpot", HOTPOT.value)):
         if value and "ruler" not in evals:
             raise ValueError(f"--{flag} is of --suite=ruler, and this is --suite={SUITE.value}")
+    if TASK_PATH.value and not TASKS.value:
+        raise ValueError(f"--task_path={TASK_PATH.value} is where --tasks lie, and there are none; name some")
+    if DEPTHS.present and "needle" not in evals:
+        raise ValueError(f"--depths is of --suite=needle, and this is --suite={SUITE.value}")
     if ENGLISH_WORDS.value and not COMPAT.value:
         raise ValueError("--english_words is for RULER's own prompts; give --compat, too")
     return {
@@ -144,8 +154,16 @@ def check_memory(c: config.Trained, engine: Engine, longest: int) -> None:
         )
 
 
-def evaluate(checkpoint: str, step: int, name: str, asked: Mapping, about: Mapping) -> None:
-    """Measures one model into --out, on the mesh in force."""
+class Planned(NamedTuple):
+    """All that the suite runs with, but for what it tells."""
+
+    reader: suite.Reader
+    settings: suite.Settings
+    provenance: dict
+
+
+def plan(checkpoint: str, step: int, asked: Mapping, about: Mapping) -> Planned:
+    """What is measured of one model, on the mesh in force; its questions are drawn into --out."""
     c, params, words = loading.load(checkpoint, step)
     engine = Engine(params, c, chunk=CHUNK.value, rows=ROWS.value)
     subject = Subject(c.model, params, engine.run, engine.mesh, words)
@@ -153,15 +171,23 @@ def evaluate(checkpoint: str, step: int, name: str, asked: Mapping, about: Mappi
     if of_engine := {*ASKED} & {*wanted.evals}:
         check_memory(c, engine, max(length for name in of_engine for length in wanted.lengths_of(name)))
     loaded = corpora.load(c.data, c.sources, words) if {*suite.OF_SOURCES} & {*wanted.evals} else {}
-    reader = suite.Reader(subject, engine, {source: x.heldout for source, x in loaded.items()}, **about)
-    out = Path(OUT.value)
-    wanted = suite.fitting(wanted, reader, out / "samples", LENGTHS.value is not None)
-    for x in wanted.absent:
-        print(f"{name}  absent  {x.eval}-{x.part}-{x.length}  {x.reason}", flush=True)
+    heldout = {source: x.heldout for source, x in loaded.items()}
+    stops = tuple(loading.stop_tokens(checkpoint, words))
+    reader = suite.Reader(subject, engine, heldout, trained=c.stages[-1].seq_len, stops=stops, **about)
+    wanted = suite.fitting(wanted, reader, Path(OUT.value) / "samples", LENGTHS.value is not None)
     saved = checkpoints.read_config(loading.find(checkpoint), step)
     known = provenance(checkpoint, step, c, saved, words, about["haystack"], engine.run, engine.mesh)
+    known["heldout"] = {source: x.fingerprint() for source, x in heldout.items()}
+    return Planned(reader, wanted, known)
+
+
+def evaluate(name: str, planned: Planned) -> None:
+    """Measures one model into --out, on the mesh in force."""
+    for x in planned.settings.absent:
+        print(f"{name}  absent  {x.eval}-{x.part}-{x.length}  {x.reason}", flush=True)
+    out = Path(OUT.value)
     with progress(name) as done:
-        suite.run(reader, wanted, known, out / name, out / "samples", done)
+        suite.run(*planned, out / name, out / "samples", done)
 
 
 @contextlib.contextmanager
@@ -183,16 +209,19 @@ def evaluate_all() -> None:
     """Measures every checkpoint and writes the report; what is wrong with one is said before another is measured."""
     asked = settings()
     report.check_drawing()
-    steps = [loading.step_of(loading.find(checkpoint), STEP.value) for checkpoint in CHECKPOINT.value]
+    found = places()
+    steps = [loading.step_of(loading.find(checkpoint), STEP.value) for checkpoint in found]
     about = asked_about()
-    called = names(CHECKPOINT.value)
+    called = names(found)
     mesh = mesh_over_first(**pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
     if os.path.isfile(OUT.value):
         raise ValueError(f"--out={OUT.value} is a file; name a directory, which need not be there")
     Path(OUT.value).mkdir(parents=True, exist_ok=True)  # better now than after hours
     with jax.set_mesh(mesh):
-        for checkpoint, step, name in zip(CHECKPOINT.value, steps, called, strict=True):
-            evaluate(checkpoint, step, name, asked, about)
+        for checkpoint, step in list(zip(found, steps, strict=True))[1:]:  # before hours go to the first
+            plan(checkpoint, step, asked, about)
+        for checkpoint, step, name in zip(found, steps, called, strict=True):
+            evaluate(name, plan(checkpoint, step, asked, about))
     report.write(Path(OUT.value), [report.read(Path(OUT.value) / name) for name in called])
     print(f"report  {Path(OUT.value) / 'report.html'}")
 

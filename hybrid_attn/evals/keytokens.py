@@ -1,8 +1,8 @@
 """Key tokens: the loss on those tokens that only the far context makes likely.
 
-LongPPL (arXiv 2410.23771): a token is key where an evaluator finds it likely in its whole context (loss below 2 nats) and
-much less so in a short one (more than 2 nats above that). The short contexts of neighbours are shared: windows that slide by
-a quarter of them.
+LongPPL (arXiv 2410.23771): a token is key where a model finds it likely in its whole context (loss below 2 nats) and much
+less so in a short one (more than 2 nats above that). Here that model is the one whose loss is told. The short contexts of
+neighbours are shared: windows that slide by a quarter of them.
 """
 
 import functools
@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import Slice, heldout_batches
 from hybrid_attn.data.rows import Rows, blank
-from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.evals.subject import Spec, Subject
 from hybrid_attn.model import Run, losses
 from hybrid_attn.parallel.mesh import BATCH
@@ -27,25 +26,18 @@ LIKELY = 2.0  # nats, which a key token's loss in the whole context is below
 SLIDE = 4  # windows for each short context
 
 
-def run(subject: Subject, spec: Spec, short: int | None = None, evaluator: Subject | None = None) -> Iterator[dict]:
-    """One record: of the tokens with `short` tokens (half a row) before them in their row, how many are key, and their loss.
+def run(subject: Subject, spec: Spec, short: int) -> Iterator[dict]:
+    """One record: of the tokens with `short` tokens before them in their row, how many are key to `subject`, and their loss.
 
-    Without key tokens `loss` (nats) and `perplexity` are None. The `evaluator` (the subject itself) says which they are;
-    it must have the same tokenizer and lie on the same mesh.
+    Without key tokens `loss` (nats) and `perplexity` are None. Each model finds key tokens of its own.
     """
-    short = spec.length // 2 if short is None else short
     if not 0 < short < spec.length:
         raise ValueError(f"short={short} is no part of rows of {spec.length} tokens; use 1 to {spec.length - 1}")
-    if evaluator is not None and evaluator.tokenizer.hash != subject.tokenizer.hash:
-        hashes = [x.tokenizer.hash[:12] for x in (evaluator, subject)]
-        raise ValueError(f"the evaluator's tokenizer is {hashes[0]}, the subject's {hashes[1]}; use models of one tokenizer")
     found = np.zeros(3)
     for whole, windows in _batches(subject, spec, short):
         nll_BT = _losses(subject, whole)
-        likely_BT = nll_BT if evaluator is None else _losses(evaluator, whole)
         for first, window in windows:
-            short_BT = _losses(evaluator or subject, window)
-            found += jax.device_get(_sums(short, first, nll_BT, likely_BT, whole["weights"], short_BT))
+            found += jax.device_get(_sums(short, first, nll_BT, whole["weights"], _losses(subject, window)))
     nll, keys, tokens = found
     loss = float(nll / keys) if keys else None
     record = {"length": spec.length, "short": short, "tokens": int(tokens), "key_tokens": int(keys), "loss": loss}
@@ -55,7 +47,7 @@ def run(subject: Subject, spec: Spec, short: int | None = None, evaluator: Subje
 class Window:
     """Rows of the tokens [first, first + seq_len) of `rows`: a document that begins before `first` begins there."""
 
-    def __init__(self, rows: Rows | SyntheticRows, first: int, seq_len: int):
+    def __init__(self, rows: Rows, first: int, seq_len: int):
         self.first, self.seq_len = first, seq_len
         self._rows = rows
 
@@ -79,10 +71,7 @@ class Window:
 
 def _batches(subject: Subject, spec: Spec, short: int) -> Iterator[tuple[dict, list[tuple[int, dict]]]]:
     """Batches of whole rows, each with the windows of the same rows and where they begin."""
-    if isinstance(spec.documents, Task):
-        rows = SyntheticRows(spec.documents, spec.length, None)
-    else:
-        rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
+    rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
     slices = 2 * subject.mesh.shape["context"]  # a mesh may want two for each of its shards
     size = -(-(short + max(1, short // SLIDE)) // slices) * slices
     windows = [Window(rows, first, size) for first in range(0, spec.length - short, size - short)]
@@ -102,7 +91,7 @@ def _token_losses(model: Model, run: Run, params: dict, batch: dict) -> jax.Arra
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(short: int, first, nll_BT, likely_BT, weights_BT, short_BT) -> jax.Array:
+def _sums(short: int, first, nll_BT, weights_BT, short_BT) -> jax.Array:
     """Over the tokens after the first `short` of a window at `first`: loss of the key ones, their number, that of all."""
     short_BT = jax.reshard(short_BT, P(BATCH, None))[:, short:]
 
@@ -110,6 +99,6 @@ def _sums(short: int, first, nll_BT, likely_BT, weights_BT, short_BT) -> jax.Arr
         padded_BT = jnp.pad(jax.reshard(x_BT, P(BATCH, None)), [(0, 0), (0, short_BT.shape[1])])
         return jax.lax.dynamic_slice_in_dim(padded_BT, first + short, short_BT.shape[1], 1)
 
-    nll_BT, likely_BT, weights_BT = map(of_window, (nll_BT, likely_BT, weights_BT))
-    keys_BT = weights_BT * ((short_BT - likely_BT > GAIN) & (likely_BT < LIKELY))
+    nll_BT, weights_BT = map(of_window, (nll_BT, weights_BT))
+    keys_BT = weights_BT * ((short_BT - nll_BT > GAIN) & (nll_BT < LIKELY))
     return jnp.stack([(keys_BT * nll_BT).sum(), keys_BT.sum(), weights_BT.sum()])

@@ -13,7 +13,7 @@ from hybrid_attn.evals.ruler import fit, words
 from hybrid_attn.evals.ruler.draws import of_sample
 from hybrid_attn.evals.ruler.scores import postprocess
 from hybrid_attn.evals.ruler.tasks import FIND_ALL, FIND_ONE, NEEDLE
-from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.samples import Sample, spent
 from hybrid_attn.trees import check
 
 FEWEST = 8  # words of the text
@@ -45,7 +45,7 @@ def generate(length: int, depth: float, needles: int, index: int, seed: int, tok
     gold = ", ".join(values)
     new = fit.new_tokens("niah_single_1", gold, tokenizer)
     where = f"sample {index} of {task} at depth {depth:g}"
-    units = fit.largest(lambda n: 1 + fit.count(tokenizer, ask(n)) + new, length, FEWEST, where)
+    units = fit.largest(lambda n: spent(fit.count(tokenizer, ask(n)), new), length, FEWEST, where)
     return Sample(task, length, index, ask(units), values, new, f"{depth:g}", {"depth": depth, "seed": seed, "units": units})
 
 

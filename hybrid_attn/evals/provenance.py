@@ -25,7 +25,7 @@ def provenance(
         "config": _sha(json.dumps(values, sort_keys=True)),
         "tokenizer": words.hash,
         "haystack": _sha(text),
-        "revision": _revision(),
+        "revision": _revision(Path(__file__)),
         "jax": jax.__version__,
         "device": mesh.devices.flat[0].device_kind,
         "dtype": str(run.dtype),
@@ -33,14 +33,20 @@ def provenance(
     }
 
 
-def _revision() -> str:
-    """Of this program, where it lies in a git repository."""
-    command = ["git", "rev-parse", "HEAD"]
+def _revision(file: Path) -> str:
+    """Of the program that `file` is of, where a git repository has it; with "-dirty" where tracked files were changed."""
+    commands = (
+        ["git", "ls-files", "--error-unmatch", file.name],  # the repository around it may be of something else
+        ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
+    )
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        for command in commands:
+            done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False)
+            if done.returncode:
+                return "not in a git repository"
     except OSError as cause:
         return f"unknown, for git does not run here: {cause.strerror}"
-    return done.stdout.strip() or "not a git repository"
+    return done.stdout.strip()
 
 
 def _sha(text: str) -> str:

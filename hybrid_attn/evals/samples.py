@@ -73,10 +73,15 @@ def _hash_of(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
+def spent(prompt_tokens: int, max_new_tokens: int) -> int:
+    """The tokens of a question: the mark that begins a document, the prompt and the answer."""
+    return 1 + prompt_tokens + max_new_tokens
+
+
 def too_long(samples: Sequence[Sample], tokenizer, spare: int = 0) -> Sample | None:
     """The first whose prompt, the mark before it and its answer do not fit its length and `spare` tokens."""
     prompts = tokenizer.encode_batch([sample.prompt.encode() for sample in samples])
     for sample, ids in zip(samples, prompts, strict=True):
-        if 1 + len(ids) + sample.max_new_tokens > sample.length + spare:
+        if spent(len(ids), sample.max_new_tokens) > sample.length + spare:
             return sample
     return None

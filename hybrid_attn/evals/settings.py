@@ -46,7 +46,8 @@ class Reader(NamedTuple):
     """A model with an engine of it (None if nothing is asked), and what it is asked about.
 
     `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` those whose answers
-    are counted, `lists` the words of RULER's own prompts.
+    are counted, `lists` the words of RULER's own prompts; rows of training had `trained` tokens, and `stops` end an answer as
+    the end of a document does.
     """
 
     subject: Subject
@@ -54,8 +55,14 @@ class Reader(NamedTuple):
     heldout: Mapping[str, Documents | Task]
     haystack: str
     questions: Mapping[str, Questions]
+    trained: int
     lists: compat.Words | None = None
     tasks: Mapping[str, Task] = RECALL
+    stops: tuple[int, ...] = ()
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        return sorted({self.subject.tokenizer.eos, *self.stops})
 
 
 class Unit(NamedTuple):

@@ -67,7 +67,8 @@ def measure_attention(reader: Reader, settings: Settings, unit: Unit, asked) -> 
 
 def measure_key_tokens(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
     spec = Spec(reader.heldout[unit.part], unit.length, settings.tokens)
-    return Measured([{"source": unit.part, **record} for record in keytokens.run(reader.subject, spec)], [])
+    found = keytokens.run(reader.subject, spec, min(unit.length, reader.trained) // 2)
+    return Measured([{"source": unit.part, **record} for record in found], [])
 
 
 def measure_harness(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
@@ -77,7 +78,7 @@ def measure_harness(reader: Reader, settings: Settings, unit: Unit, asked) -> Me
     words = reader.subject.tokenizer
     found = harness.evaluate(
         reader.engine, words, [unit.part], max_length=unit.length, include_path=settings.task_path, limit=settings.samples,
-        stop_tokens=[words.eos],
+        stop_tokens=reader.stop_tokens,
     )  # fmt: skip
     return Measured([{"length": unit.length, **record} for record in harness.records(found)], [])
 
@@ -256,7 +257,7 @@ def _given(reader: Reader, asked: list[Sample], spare: int) -> list[str]:
     if (long := samples.too_long(asked, words, spare)) is not None:
         raise ValueError(f"sample {long.index} of {long.task} does not fit into {long.length:,} tokens; its file was changed")
     most = max(sample.max_new_tokens for sample in asked)
-    found = answers(reader.engine, words, [sample.prompt for sample in asked], most, stop_tokens=[words.eos])
+    found = answers(reader.engine, words, [sample.prompt for sample in asked], most, stop_tokens=reader.stop_tokens)
     return [answer.text for answer in found]
 
 
@@ -275,7 +276,8 @@ def _begin(directory: Path, about: Mapping) -> None:
     path = directory / "run.json"
     if not path.exists():
         return _write(path, json.dumps(about, indent=1))
-    lines = trees.differences(json.loads(path.read_text()), about, "  ")
+    there = json.loads(path.read_text())
+    lines = trees.differences(there, {**about, "revision": there.get("revision")}, "  ")  # whose change is no other model
     trees.check(
         not lines,
         f"{directory} holds another evaluation (there -> wanted):\n"

@@ -153,7 +153,6 @@ def recall(runs: Sequence[Run]) -> Table:
 
 
 def position(runs: Sequence[Run]) -> Table:
-    """Losses over whole rows, and the byte bigram's beside them."""
     columns = [
         *(RUN, Column("source"), LENGTH, Column("tokens scored"), Column("number", count)),
         *(Column("loss (nats)", fixed(3)), Column("bits per byte", fixed(3))),
@@ -163,11 +162,6 @@ def position(runs: Sequence[Run]) -> Table:
         for run in runs
         for r in run.of("position")
         if "first" not in r
-    ]
-    rows += [
-        [f"{run.name}: byte bigram", r["source"], r["length"], "all", None, None, r["bits_per_byte"]]
-        for run in runs
-        for r in run.of("bigram")
     ]
     return Table("loss", "Held-out loss of whole rows", columns, rows)
 

@@ -11,7 +11,6 @@ from hybrid_attn.trees import check
 # The evaluations that a report knows, with the fields without which a record of theirs says nothing.
 FIELDS = {
     "position": ("source", "length", "tokens", "loss"),
-    "bigram": ("source", "length", "bits_per_byte"),
     "recall": ("source", "length", "answers", "accuracy"),
     "needle": ("length", "depth", "needles", "answers", "right"),
     "ruler": ("task", "length", "samples", "score", "nulls"),

@@ -10,7 +10,7 @@ from hybrid_attn.evals.ruler import tasks, words
 from hybrid_attn.evals.ruler.draws import of_sample
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NAMES, NEW_TOKENS, QA, Place, Question
-from hybrid_attn.evals.samples import Sample, TooLongError
+from hybrid_attn.evals.samples import Sample, TooLongError, spent
 from hybrid_attn.trees import check
 
 # Units; from 53 coded words on, the last rank asked for is more frequent than the next.
@@ -45,7 +45,7 @@ def generate(
     place = Place(length, index, source(task, index, haystack, qa or {}))
 
     def cost(question: Question) -> int:
-        return 1 + count(tokenizer, question.prompt) + new_tokens(task, question.gold, tokenizer)
+        return spent(count(tokenizer, question.prompt), new_tokens(task, question.gold, tokenizer))
 
     fewest = FEWEST.get(task, len(place.source.asked[index].documents) if task in QA else 1)
     what = f"sample {index} of {task}"
