@@ -222,7 +222,10 @@ def _position(runs: Sequence[Run]) -> list[Section]:
 
 
 def _key_tokens(runs: Sequence[Run]) -> list[Section]:
-    words = ["Tokens that the far context makes likely: the loss is over these alone."]
+    words = [
+        "Tokens that the far context makes likely, and a short one does not: the loss is over these alone. Each model finds "
+        "its own, so that the losses of two models are not of the same tokens."
+    ]
     return [Section("key_tokens", "Key tokens", words, [], [contents.key_tokens(runs)], [])]
 
 
