@@ -152,7 +152,7 @@ def get_config() -> ConfigDict:
     # of its tasks. needle: one number and four, hidden at five depths of a text and asked for. ruler: RULER's tasks but the
     # last two, which need files. attention_mass: where a question about a needle looks, by head. key_tokens: loss on tokens
     # that only the far context makes likely. Needles lie in held-out text, or where there is none in Python's standard library;
-    # in bytes a question about four needs some 800 tokens, and RULER 1,747. tools/evaluate.py asks the same of checkpoints.
+    # in bytes a question about four needs some 800 tokens, and RULER some 1,900. tools/evaluate.py asks this of checkpoints.
     e.names = ("position", "recall")  # position | recall | needle | ruler | attention_mass | key_tokens
     e.every = placeholder(int)  # steps between two evaluations; None = only when training ends
     e.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import conftest
+import numpy as np
 import pytest
 from absl.testing import flagsaver
 from conftest import tensorboard_events, tiny
@@ -16,8 +17,8 @@ from configs import base
 from hybrid_attn import checkpoint
 from hybrid_attn.config import EVALS
 from hybrid_attn.data import corpora, tokenizer
-from hybrid_attn.evals import suite, texts
-from hybrid_attn.evals.report import contents
+from hybrid_attn.evals import report, suite, texts
+from hybrid_attn.evals.report import contents, runs
 from hybrid_attn.programs import parse
 from hybrid_attn.train import loop
 
@@ -119,7 +120,7 @@ def test_a_stopped_evaluation_goes_on_with_what_is_not_done(workdir):
 def test_tensorboard_has_a_score_of_each_unit_and_the_pictures(workdir):
     pytest.importorskip("matplotlib")
     values = [(event.step, value) for event in tensorboard_events(workdir) for value in event.summary.value]
-    (whole,) = [x for x in lines(workdir / "evals/4/records.jsonl") if "bits_per_byte" in x and contents.is_total(x)]
+    (whole,) = [x for x in lines(workdir / "evals/4/records.jsonl") if x["eval"] == "position" and contents.is_total(x)]
     scores = {(step, x.tag): x.simple_value for step, x in values if x.tag.endswith(f"/{LENGTH}")}
     assert {tag for _, tag in scores} == {f"{name}/{LENGTH}" for name in ("position/text", "needle/1", "needle/4")}
     assert {step for step, _ in scores} == {2, 4}
@@ -129,6 +130,26 @@ def test_tensorboard_has_a_score_of_each_unit_and_the_pictures(workdir):
     assert {"needle_0_1", "needle_0_4", "loss_text_all"} <= set(pictures)
     assert {f"{name}.png" for name in pictures} == set(names(workdir / "evals/4/pictures"))
     assert all(image.encoded_image_string.startswith(b"\x89PNG") and image.width > 300 for image in pictures.values())
+
+
+def test_pictures_are_of_the_run_that_a_report_would_read(corpus, workdir, tmp_path, monkeypatch):
+    sections = pytest.importorskip("hybrid_attn.evals.report.sections")
+    shutil.copytree(workdir, tmp_path / "run")
+    drawn = []
+    monkeypatch.setattr(sections, "sections", lambda runs: drawn.extend(runs) or [])
+    assert loop.train(config_of(corpus), tmp_path / "run")
+    assert drawn == [report.read(tmp_path / "run/evals/4")._replace(name="step 4")]
+    assert drawn[0].provenance["settings"]["lengths"] == [LENGTH]
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(corpus, workdir, tmp_path, monkeypatch, capsys):
+    pictures = pytest.importorskip("hybrid_attn.evals.report.pictures")
+    shutil.copytree(workdir, tmp_path / "run")
+    monkeypatch.setattr(pictures, "loss_by_position", lambda *_: np.array([[1], [2, 3]]))
+    assert loop.train(config_of(corpus), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "evaluation of step 4 is not all drawn: ValueError: setting an array element with a sequence" in said
+    assert "bigram  source text" in said
 
 
 def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
@@ -216,3 +237,7 @@ def test_a_run_whose_config_is_refused_has_all_that_it_had(corpus, workdir, tmp_
 
 def test_the_names_of_a_config_are_evaluations_of_the_suite():
     assert set(EVALS) | {"harness"} == set(suite.MEASURES)
+
+
+def test_a_report_knows_what_the_suite_measures_and_nothing_else():
+    assert set(runs.FIELDS) == set(suite.MEASURES)

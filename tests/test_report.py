@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hybrid_attn import config
 from hybrid_attn.evals import report
 from hybrid_attn.evals.report import canvas, contents, pictures, sections, statistics, tables, wrong
 
@@ -21,7 +22,8 @@ NASTY = "</pre><script>document.title='broken'</script>\x00\x1b\ud800|"
 
 def answer(task, length, index, score, group="", wanted="7", given="x"):
     return {
-        **{"task": task, "length": length, "index": index, "prompt_end": f"question {index} is", "wanted": [wanted]},
+        **{"task": task, "length": length, "index": index, "prompt_hash": f"{index:064x}"},
+        **{"prompt_end": f"question {index} is", "wanted": [wanted]},
         **{"given": given, "score": score, "group": group, "meta": {"seed": 1}},
     }
 
@@ -45,7 +47,6 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             total = {"eval": "position", "source": "a b/c", "length": length, "tokens": 99, "part": name}
             buckets = [{"first": first, "end": end, "loss": 3.0 - share} for first, end in ((0, 16), (16, length))]
             records += [total | x for x in (*buckets, {"loss": 2.5, "bits_per_byte": 3.5})]
-        records.append({"eval": "bigram", "source": "a b/c", "length": length, "bits_per_byte": 4.5})
         records.append(
             {"eval": "key_tokens", "source": "a b/c", "length": length, "key_tokens": 0, "tokens": 99}
             | {"loss": None, "perplexity": None}
@@ -142,6 +143,16 @@ def test_the_mean_of_a_family_gives_each_task_the_same_weight_and_leaves_others_
     assert [x.task for x in rest] == ["cwe", "needle", "vt"]
 
 
+def test_prompts_that_differ_before_their_ends_are_other_questions():
+    a = run_of("a", [answer("vt", 4096, i, 0.0) for i in range(9)])
+    b = run_of("b", [x | {"score": 1.0, "prompt_hash": "f" * 64} if x["index"] > 5 else x for x in a.answers])
+    (found,) = statistics.compare(a, b, {"vt"}, "mean")
+    assert (found.pairs, found.difference) == (6, 0.0)
+    missed, shown = wrong.failures([a, b])["vt"]
+    assert missed == "a 9 of 9, b 6 of 9"
+    assert [len(failure.given) for failure in shown] == [2] * 6 + [1] * 2
+
+
 def test_few_questions_say_nothing_of_two_runs():
     tasks = ("vt", "cwe", "fwe")
     a, b = (run_of(name, [answer(x, 4096, i, s) for x in tasks for i in range(4)]) for name, s in (("a", 0.0), ("b", 1.0)))
@@ -162,10 +173,14 @@ def test_the_table_in_rulers_form_leaves_short_lengths_out(written):
     assert [*hybrid][:5] == ["Models", "Claimed Length", "Effective Length", "4K", "8K"]
     assert (hybrid["4K"], hybrid["8K"], hybrid["Avg."], hybrid["Effective Length"]) == (100, 75, 87.5, "4K")
     assert hybrid["wAvg. (inc)"] == pytest.approx(250 / 3) and hybrid["wAvg. (dec)"] == pytest.approx(275 / 3)
-    assert rope["Effective Length"] == "4K" and rope["8K"] == 25 and rope["85% of base"] == 4096
+    assert rope["Effective Length"] == "4K" and rope["8K"] == 25 and rope["85% of base"] == "4K"
     assert hybrid["Tasks"] == rope["Tasks"] == "2 of 13"
     short = rows_of(contents.ruler(runs, contents.is_short, "short", "Short"))
     assert [row["Effective Length"] for row in short] == [">2K"] * 2 and "4K" not in short[0]
+    assert [row["85% of base"] for row in short] == [">2K"] * 2
+    nothing = {"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "nulls": 0, "score": 0.0}
+    (row,) = rows_of(contents.ruler([run_of("nothing", [], [nothing])], contents.is_long, "ruler", "RULER"))
+    assert (row["Effective Length"], row["85% of base"]) == ("<4K", "<4K")
 
 
 def test_unequal_runs_are_not_averaged_silently():
@@ -207,6 +222,25 @@ def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
     assert [(row["task"], row["length"], row["value"]) for row in rows_of(contents.harness([run]))] == [
         ("copy", length, 0.5) for length in LENGTHS
     ]
+
+
+def test_words_of_recall_are_of_the_tasks_that_were_measured():
+    one = {"eval": "recall", "length": 64, "answers": 8, "accuracy": 0.5}
+    run = run_of("run", [], [one | {"source": source} for source in ("copy", "tracking", "my own")])
+    (section,) = (x for x in sections.sections([run]) if x.name == "recall")
+    (words,) = section.words
+    assert "copy: letters, then the same letters." in words and "tracking: chains of assignments" in words
+    assert "noise, then keys" not in words and "my own" not in words
+    assert set(sections.TASKS) == set(config.TASKS)
+
+
+def test_the_line_of_training_is_told_of_where_it_is_drawn():
+    cell = {"eval": "needle", "depth": 0, "needles": 1, "answers": 8, "right": 4}
+    for lengths, beyond in (((2048, TRAINED), False), ((2048, 2 * TRAINED), True), ((2 * TRAINED,), True)):
+        run = run_of("run", [], [cell | {"length": length} for length in lengths])
+        (section,) = (x for x in sections.sections([run]) if x.name == "needle")
+        white = [line for line in section.pictures[0].figure.axes[0].lines if line.get_color() == "#ffffff"]
+        assert ("white dashed line" in " ".join(section.words), len(white)) == (beyond, beyond)
 
 
 def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rulers():
@@ -271,6 +305,25 @@ def test_a_single_length_is_drawn_with_its_interval_and_the_length_of_training()
     axes = pictures.curves({"": several}, [64], "score", 1, None).axes[0]
     bars = [tuple(line.get_ydata()) for line in axes.lines if list(line.get_xdata()) == [4096, 4096]]
     assert bars == [several[0].bands[0]] * 2 and axes.get_xlim()[0] < 64
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_runs_stand_in_legends_as_they_are():
+    names = ["_first", r"a$\x$b", "cost $5", "plain"]
+    several = [pictures.wilson_curve(name, i, {4096: (1, 2), 8192: (1, 2)}) for i, name in enumerate(names)]
+    buckets = [{"first": 0, "end": 16, "loss": 3.0}, {"first": 16, "end": 99, "loss": 2.0}]
+    lines = {"rows": [(name, i, buckets) for i, name in enumerate(names)]}
+    of_sources = dict.fromkeys((r"$\x$", "other"), several)
+    for figure in (pictures.curves(of_sources, [], "score", 1, None), pictures.loss_by_position(lines, [])):
+        drawn = canvas.svg(canvas.Picture("names", "", figure, False))
+        assert canvas.png(canvas.Picture("names", "", figure, False))
+        assert [text.strip(pictures.NOTHING) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)][-4:] == names
+
+
+def test_files_of_names_that_differ_differ():
+    assert tables.plain("rnope_swa-2.b") == "rnope_swa-2.b"
+    names = [tables.plain(name) for name in ("a b", "a_b", "a/b", "a b ")]
+    assert len(set(names)) == 4 and all(re.fullmatch(r"[\w.-]+", name) for name in names)
 
 
 def test_attention_is_stacked_to_one_and_weighed_by_kind(written):

@@ -73,8 +73,7 @@ class Evaluations:
         """Measures what this step has no files of, and tells all that it has; False if it was asked to stop before the end."""
         if not self.wanted:
             return True
-        step, found = metrics.step, {}
-        folder, about = self.folder / str(step), self.about | {"step": step}
+        folder, about = self.folder / str(metrics.step), self.about | {"step": metrics.step}
         metrics.forget()
         if jax.process_index() == 0:
             about = self._to_go_on_with(folder, about)
@@ -82,14 +81,15 @@ class Evaluations:
 
         def done(unit: suite.Unit, number: int, of: int) -> bool:
             if jax.process_index() == 0:
-                found[unit] = suite.measured_of(folder, unit)
-                _tell(metrics, unit, found[unit].records)
+                _tell(metrics, unit, suite.measured_of(folder, unit).records)
             return told(asked_to_stop()) and number < of
 
         whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)
         if whole and jax.process_index() == 0:
-            records, answers = (tuple(x for several in kind for x in several) for kind in zip(*found.values(), strict=True))
-            self._compare(metrics, report.Run(f"step {step}", records, answers, about), folder)
+            try:
+                self._compare(metrics, folder)
+            except Exception as error:  # what was measured is written, and no picture is worth the steps to come
+                metrics.say(f"evaluation of step {metrics.step} is not all drawn: {type(error).__name__}: {error}")
         return whole
 
     def _to_go_on_with(self, folder: Path, about: dict) -> dict:
@@ -103,8 +103,9 @@ class Evaluations:
             shutil.rmtree(folder)
         return about
 
-    def _compare(self, metrics: Metrics, run: report.Run, folder: Path) -> None:
+    def _compare(self, metrics: Metrics, folder: Path) -> None:
         """What is known when all units are: means over tasks, the bigram model beside the losses, pictures."""
+        run = report.read(folder)._replace(name=f"step {folder.name}")
         for length, mean in contents.ruler_means(run, lambda length: True).items():
             metrics.score(f"ruler/mean/{length}", mean)
             metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
@@ -113,16 +114,7 @@ class Evaluations:
         if not importlib.util.find_spec("matplotlib"):
             metrics.say("no pictures: they need the extra [eval]")
             return
-        from matplotlib.image import imread
-
-        from hybrid_attn.evals.report import canvas, sections
-
-        (folder / "pictures").mkdir(exist_ok=True)
-        for picture in (picture for section in sections.sections([run]) for picture in section.pictures):
-            path = folder / "pictures" / f"{picture.name}.png"
-            path.write_bytes(canvas.png(picture))
-            metrics.picture(picture.name, imread(path)[..., :3])
-        metrics.say(f"pictures  {folder / 'pictures'}")
+        _draw(metrics, run, folder / "pictures")
 
     @functools.cached_property
     def _bigram(self) -> list[dict]:
@@ -152,6 +144,20 @@ def _tell(metrics: Metrics, unit: suite.Unit, records: Sequence[Mapping]) -> Non
         metrics.score(f"{unit.eval}/{unit.part}/{unit.length}", value)
     shown = _by_kind(records) if unit.eval == "attention_mass" else records
     metrics.report(unit.eval, [{name: x for name, x in record.items() if name != "eval"} for record in shown])
+
+
+def _draw(metrics: Metrics, run: report.Run, folder: Path) -> None:
+    """The pictures of the report, as files and to TensorBoard; by a library that is an extra."""
+    from matplotlib.image import imread
+
+    from hybrid_attn.evals.report import canvas, sections
+
+    folder.mkdir(exist_ok=True)
+    for picture in (picture for section in sections.sections([run]) for picture in section.pictures):
+        path = folder / f"{picture.name}.png"
+        path.write_bytes(canvas.png(picture))
+        metrics.picture(picture.name, imread(path)[..., :3])
+    metrics.say(f"pictures  {folder}")
 
 
 def score(evaluation: str, records: Sequence[Mapping]) -> float | None:

@@ -53,9 +53,9 @@ def of_all(tasks: Sequence[str]) -> str:
     return f"{len(tasks)} of {len(NAMES)}"
 
 
-def effective(scores: Mapping[int, float]) -> str:
-    """The effective length as RULER writes it: `<4K` and `>128K` where it lies outside what was asked."""
-    found = effective_length(scores)
+def effective(scores: Mapping[int, float], find: Callable[[Mapping[int, float]], int | None] = effective_length) -> str:
+    """The length that `find` gives as RULER writes it: `<4K` and `>128K` where it lies outside what was asked."""
+    found = find(scores)
     if found is None:
         return f"<{tokens(min(scores))}"
     return f">{tokens(found)}" if found == max(scores) else tokens(found)
@@ -73,13 +73,15 @@ def ruler(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title:
         *(Column("Models"), Column("Claimed Length", tokens), Column("Effective Length")),
         *(score._replace(name=tokens(length)) for length in across),
         *(Column(x, fixed(1)) for x in ("Avg.", "wAvg. (inc)", "wAvg. (dec)")),
-        *(Column(f"{RELATIVE:.0%} of base", tokens), Column("Tasks")),
+        *(Column(f"{RELATIVE:.0%} of base"), Column("Tasks")),
     ]
     rows = []
     for run in runs:
         if scores := means.get(run.name):
             row = [run.name, run.trained, effective(scores), *map(scores.get, across)]
-            rows.append([*row, *averages(scores).values(), relative_length(scores), of_all(ruler_tasks_of(run, belongs))])
+            rows.append(
+                [*row, *averages(scores).values(), effective(scores, relative_length), of_all(ruler_tasks_of(run, belongs))]
+            )
     return Table(name, title, columns, rows)
 
 
@@ -151,7 +153,6 @@ def recall(runs: Sequence[Run]) -> Table:
 
 
 def position(runs: Sequence[Run]) -> Table:
-    """Losses over whole rows, and the byte bigram's beside them."""
     columns = [
         *(RUN, Column("source"), LENGTH, Column("tokens scored"), Column("number", count)),
         *(Column("loss (nats)", fixed(3)), Column("bits per byte", fixed(3))),
@@ -161,11 +162,6 @@ def position(runs: Sequence[Run]) -> Table:
         for run in runs
         for r in run.of("position")
         if "first" not in r
-    ]
-    rows += [
-        [f"{run.name}: byte bigram", r["source"], r["length"], "all", None, None, r["bits_per_byte"]]
-        for run in runs
-        for r in run.of("bigram")
     ]
     return Table("loss", "Held-out loss of whole rows", columns, rows)
 

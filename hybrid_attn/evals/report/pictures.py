@@ -33,6 +33,7 @@ MOST_CHARACTERS = 66  # below a heat map
 CHARACTERS = 15  # to the inch of a legend
 LINE = 0.18  # inches of a legend
 LONGEST_NAME = 22
+NOTHING = "\u200b"  # a character without a width
 CENTRED = {"ha": "center", "va": "center", "fontsize": 8}
 MOST_NUMBERS = 12  # cells of a heat map in either direction that still have room for numbers
 
@@ -68,7 +69,7 @@ def curves(
         axes.set_ylim(-0.02 * top, 1.03 * top)
         if least is not None:
             axes.axhline(least, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
-        axes.set_title(name if len(panels) > 1 else "")
+        axes.set_title(_escaped(name) if len(panels) > 1 else "")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes in grid.flat[max(0, len(panels) - across) : len(panels)]:
@@ -85,11 +86,13 @@ def _curve(axes: Axes, curve: Curve) -> None:
     if len(curve.lengths) == 1:  # beside the points of other runs, which may lie on it
         aside = axes.transData + ScaledTranslation(ASIDE * curve.number, 0, axes.figure.dpi_scale_trans)
         axes.plot(curve.lengths * 2, (*low, *high), color=colour, alpha=0.4, linewidth=3, transform=aside)
-        axes.plot(curve.lengths, curve.scores, "o", color=colour, markersize=4, label=curve.name, transform=aside)
+        axes.plot(curve.lengths, curve.scores, "o", color=colour, markersize=4, label=_label(curve.name), transform=aside)
         return
     axes.fill_between(curve.lengths, low, high, color=colour, alpha=0.15, linewidth=0)
     style = ("-", "--", ":")[curve.number // len(RUNS) % 3]
-    axes.plot(curve.lengths, curve.scores, style, color=colour, marker="o", markersize=4, linewidth=1.6, label=curve.name)
+    axes.plot(
+        curve.lengths, curve.scores, style, color=colour, marker="o", markersize=4, linewidth=1.6, label=_label(curve.name)
+    )
 
 
 def _lengths_across(axes: Axes, lengths: Sequence[int], trained: Sequence[int]) -> None:
@@ -117,11 +120,21 @@ def _legend(figure: Figure) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    names = [_short(label) for label in handles]
+    names = [_escaped(_short(label)) for label in handles]
     room = int(CHARACTERS * figure.get_figwidth() / (6 + max(map(len, names))))
     columns = max(1, min(len(handles), room))
     figure.set_figheight(figure.get_figheight() + LINE * (-(-len(handles) // columns) - 1))
     figure.legend(handles.values(), names, loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.2)
+
+
+def _label(name: str) -> str:
+    """What a legend shows: matplotlib leaves labels out that begin with an underscore."""
+    return f"{NOTHING}{name}" if name.startswith("_") else name
+
+
+def _escaped(text: str) -> str:
+    """Without formulas: matplotlib reads one between two dollars."""
+    return text.replace("$", r"\$")
 
 
 def _short(name: str) -> str:
@@ -184,7 +197,7 @@ def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapp
         for label, number, buckets in lines:
             edges = [max(bucket["first"], 1) for bucket in buckets] + [buckets[-1]["end"]]
             losses = [math.nan if bucket["loss"] is None else bucket["loss"] for bucket in buckets]
-            axes.stairs(losses, edges, baseline=None, color=RUNS[number % len(RUNS)], linewidth=1.6, label=label)
+            axes.stairs(losses, edges, baseline=None, color=RUNS[number % len(RUNS)], linewidth=1.6, label=_label(label))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: tokens(round(x)) if x >= 1 else "")
         _mark(axes, trained)

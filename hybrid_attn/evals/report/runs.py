@@ -11,7 +11,6 @@ from hybrid_attn.trees import check
 # The evaluations that a report knows, with the fields without which a record of theirs says nothing.
 FIELDS = {
     "position": ("source", "length", "tokens", "loss"),
-    "bigram": ("source", "length", "bits_per_byte"),
     "recall": ("source", "length", "answers", "accuracy"),
     "needle": ("length", "depth", "needles", "answers", "right"),
     "ruler": ("task", "length", "samples", "score", "nulls"),
@@ -22,7 +21,7 @@ FIELDS = {
     "key_tokens": ("source", "length", "key_tokens", "tokens", "loss", "perplexity"),
     "harness": ("task", "length", "metric", "value"),
 }
-ANSWER = ("task", "length", "index", "prompt_end", "wanted", "given", "score", "group", "meta")
+ANSWER = ("task", "length", "index", "prompt_hash", "prompt_end", "wanted", "given", "score", "group", "meta")
 
 
 class Run(NamedTuple):
@@ -82,8 +81,8 @@ def read(directory: Path) -> Run:
 
 
 def sample_of(answer: Mapping) -> tuple:
-    """What makes two answers answers to the same question."""
-    return (*(answer[key] for key in ("task", "length", "index", "group", "prompt_end")), *answer["wanted"])
+    """What makes two answers answers to the same question: the whole prompt, of which the answer holds the end and a hash."""
+    return (*(answer[key] for key in ("task", "length", "index", "group", "prompt_hash")), *answer["wanted"])
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:

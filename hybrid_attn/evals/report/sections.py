@@ -22,6 +22,14 @@ OVERVIEW = {
 }
 
 
+TASKS = {
+    "recall": "pairs of letters in noise, then keys whose value is asked for",
+    "mqar": "pairs, then each key once more among random words (zoology's multi-query associative recall)",
+    "copy": "letters, then the same letters",
+    "tracking": "chains of assignments in noise, then a value whose variables are asked for",
+}
+
+
 class Section(NamedTuple):
     """`folded` tables are closed until they are asked for."""
 
@@ -121,9 +129,9 @@ def _task_curves(runs: Sequence[Run], belongs: Callable[[int], bool]) -> dict[st
 def _ruler_words(runs: Sequence[Run], belongs: Callable[[int], bool]) -> list[str]:
     """What the averages are over, and where that differs."""
     words = [
-        f"A length is effective if it and all shorter ones score {THRESHOLD} or more (underlined); the last column asks "
-        f"for {RELATIVE:.0%} of the score at the shortest length instead. Averages are over the lengths of a "
-        "row, wAvg. with weights that grow (inc) or fall (dec) with the length."
+        f"A length is effective if it and all shorter ones score {THRESHOLD} or more (underlined), and > stands before "
+        f"the longest length asked; the last column wants {RELATIVE:.0%} of the score at the shortest length instead. Averages "
+        "are over the lengths of a row, wAvg. with weights that grow (inc) or fall (dec) with the length."
     ]
     if belongs is contents.is_short:
         words.append("Lengths under 4,096 are easier than RULER and no part of its averages.")
@@ -173,9 +181,10 @@ def _needle(runs: Sequence[Run]) -> list[Section]:
     span = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
     words = [
         f"A sentence hidden at a depth of a text of a length, and asked for at its end: {span} questions a cell.{few} An "
-        "answer is right that contains the value; of several needles, each is a part of it. The white dashed "
-        "line is the length of training: all to its right is longer."
+        "answer is right that contains the value; of several needles, each is a part of it."
     ]
+    if any(r["length"] > run.trained for run in runs for r in run.of("needle")):
+        words.append("The white dashed line is the length of training: all to its right is longer.")
     return [Section("needle", "Needle", words, drawn, [], [contents.needle(runs)])]
 
 
@@ -196,7 +205,8 @@ def _recall(runs: Sequence[Run]) -> list[Section]:
             panels.setdefault(source, []).append(pictures.wilson_curve(run.name, number, cells))
     figure = pictures.curves(panels, [run.trained for run in runs], "accuracy", 1, None)
     own = [Picture("recall", "Right answers by length, with Wilson intervals of 95%.", figure, len(panels) > 2)]
-    words = ["Keys and values in noise, then keys whose value is asked for: the row holds the right answers before it."]
+    told = "".join(f" {source}: {TASKS[source]}." for source in panels if source in TASKS)
+    words = [f"Drawn rows that say what is asked for later; the row holds the right answers before each question.{told}"]
     return [Section("recall", "Recall", words, own, [contents.recall(runs)], [])]
 
 

@@ -1,6 +1,7 @@
 """Tables of plain values, and their forms: HTML that sorts, CSV and Markdown."""
 
 import csv
+import hashlib
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -55,8 +56,9 @@ def signed(digits: int) -> Callable[[float], str]:
 
 
 def plain(name: str) -> str:
-    """What a file can be called."""
-    return re.sub(r"[^\w.-]", "_", name)
+    """What a file can be called; a name that cannot stay as it is has a hash of it, for another one may become the same."""
+    kept = re.sub(r"[^\w.-]", "_", name)
+    return kept if kept == name else f"{kept}-{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:8]}"
 
 
 def html(table: Table) -> str:
