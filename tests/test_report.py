@@ -48,7 +48,7 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             buckets = [{"first": first, "end": end, "loss": 3.0 - share} for first, end in ((0, 16), (16, length))]
             records += [total | x for x in (*buckets, {"loss": 2.5, "bits_per_byte": 3.5})]
         records.append(
-            {"eval": "key_tokens", "source": "a b/c", "length": length, "key_tokens": 0, "tokens": 99}
+            {"eval": "key_tokens", "source": "a b/c", "length": length, "short": length // 2, "key_tokens": 0, "tokens": 99}
             | {"loss": None, "perplexity": None}
         )
     for layer, kind in enumerate("LG"):
@@ -343,7 +343,7 @@ def test_attention_is_stacked_to_one_and_weighed_by_kind(written):
 def test_sources_are_told_apart():
     probe = [record for record in everything(1.0)[0] if record["eval"] == "attention_mass"]
     books = [r | {"source": "books", "begin": 0.5, "edges": [10, 20, 30, 40], "weights": [0.01, None, 0.0]} for r in probe]
-    keys = {"eval": "key_tokens", "length": 4096, "key_tokens": 1, "tokens": 9, "perplexity": 2.0}
+    keys = {"eval": "key_tokens", "length": 4096, "short": 1024, "key_tokens": 1, "tokens": 9, "perplexity": 2.0}
     lost = {"eval": "position", "length": TRAINED, "tokens": 99, "source": "code", "loss": 1.0}
     run = run_of("run", [], [*probe, *books, *(keys | {"source": x, "loss": i} for i, x in enumerate(("code", "books"))), lost])
     shares = {(row["source"], row["kind"]): (row["heads"], row["begin"]) for row in rows_of(contents.attention([run]))}
@@ -353,7 +353,8 @@ def test_sources_are_told_apart():
     assert len(drawn) == 8 and drawn["attention_0_books_4096"].caption.startswith("run, books, 4K: ")
     lines = drawn["attention_0_books_4096_weights"].figure.axes[0].patches
     assert [list(line.get_data().edges) for line in lines] == [[10, 20, 30, 40]] * 2
-    assert [(row["source"], row["loss (nats)"]) for row in rows_of(contents.key_tokens([run]))] == [("code", 0), ("books", 1)]
+    rows = [(row["source"], row["near context"], row["loss (nats)"]) for row in rows_of(contents.key_tokens([run]))]
+    assert rows == [("code", 1024, 0), ("books", 1024, 1)]
     (row,) = rows_of(found["overview"].tables[0])
     assert (row["loss"], row["of source"]) == (1.0, "code")
 
@@ -467,6 +468,7 @@ def test_numbers_that_are_not_finite_are_missing(tmp_path):
         {
             "eval": "key_tokens",
             "source": "a",
+            "short": 2,
             "length": 4,
             "key_tokens": 0,
             "tokens": 9,

@@ -223,18 +223,11 @@ def mean_of(records: Sequence[Mapping], field: str) -> float | None:
 
 def key_tokens(runs: Sequence[Run]) -> Table:
     columns = [
-        *(
-            RUN,
-            Column("source"),
-            LENGTH,
-            Column("short context", tokens),
-            Column("key tokens", count),
-            Column("of tokens", count),
-        ),
-        *(Column("loss (nats)", fixed(3)), Column("perplexity", fixed(2))),
+        *(RUN, Column("source"), LENGTH, Column("near context", tokens), Column("key tokens", count)),
+        *(Column("of tokens", count), Column("loss (nats)", fixed(3)), Column("perplexity", fixed(2))),
     ]
     fields = ("source", "length", "short", "key_tokens", "tokens", "loss", "perplexity")
-    rows = [[run.name, *(r.get(field) for field in fields)] for run in runs for r in run.of("key_tokens")]
+    rows = [[run.name, *(r[field] for field in fields)] for run in runs for r in run.of("key_tokens")]
     return Table("key_tokens", "Tokens whose loss depends on the far context", columns, rows)
 
 

@@ -18,7 +18,7 @@ FIELDS = {
         *("source", "layer", "kind", "head", "length", "begin", "needle", "context", "qc"),
         *("entropy_bits", "needle_lift", "retrieval", "reach"),
     ),
-    "key_tokens": ("source", "length", "key_tokens", "tokens", "loss", "perplexity"),
+    "key_tokens": ("source", "length", "short", "key_tokens", "tokens", "loss", "perplexity"),
     "harness": ("task", "length", "metric", "value"),
 }
 ANSWER = ("task", "length", "index", "prompt_hash", "prompt_end", "wanted", "given", "score", "group", "meta")

@@ -233,8 +233,8 @@ def _position(runs: Sequence[Run]) -> list[Section]:
 
 def _key_tokens(runs: Sequence[Run]) -> list[Section]:
     words = [
-        "Tokens that the far context makes likely, and a short one does not: the loss is over these alone. Each model finds "
-        "its own, so that the losses of two models are not of the same tokens."
+        "Tokens that the context farther away than the near one makes likely: the loss is over these alone. Each model says "
+        "for itself which they are, so that losses of two models are not over the same tokens."
     ]
     return [Section("key_tokens", "Key tokens", words, [], [contents.key_tokens(runs)], [])]
 
