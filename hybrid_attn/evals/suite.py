@@ -8,7 +8,7 @@ not there. What cannot be asked, or does not fit a length that nobody named, is 
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -52,23 +52,25 @@ def draw_ruler(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sampl
 
 def measure_position(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
     spec = Spec(reader.heldout[unit.part], unit.length, settings.tokens)
-    return Measured([{"source": unit.part, **record} for record in position.run(reader.subject, spec)], [])
+    return _of_source(unit, position.run(reader.subject, spec))
 
 
 def measure_recall(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
     spec = Spec(reader.tasks[unit.part], unit.length, settings.tokens)
-    return Measured([{"source": unit.part, **record} for record in recall.run(reader.subject, spec)], [])
+    return _of_source(unit, recall.run(reader.subject, spec))
 
 
 def measure_attention(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
-    records = attention.run(reader.subject, _attention_spec(reader, unit))
-    return Measured([{"source": unit.part, **record} for record in records], [])
+    return _of_source(unit, attention.run(reader.subject, _attention_spec(reader, unit)))
 
 
 def measure_key_tokens(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
     spec = Spec(reader.heldout[unit.part], unit.length, settings.tokens)
-    found = keytokens.run(reader.subject, spec, min(unit.length, reader.trained) // 2)
-    return Measured([{"source": unit.part, **record} for record in found], [])
+    return _of_source(unit, keytokens.run(reader.subject, spec, min(unit.length, reader.trained) // 2))
+
+
+def _of_source(unit: Unit, records: Iterable[dict]) -> Measured:
+    return Measured([{"source": unit.part, **record} for record in records], [])
 
 
 def measure_harness(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
