@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hybrid_attn import trees
+from hybrid_attn.evals import whole
 
 
 class TooLongError(ValueError):
@@ -40,26 +41,24 @@ class Sample:
 def write(path: Path, samples: Iterable[Sample]) -> str:
     """Writes them, and beside them the hash that it returns; an interrupted write leaves nothing under the name."""
     lines = [json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
-    whole = "".join(lines).encode()
-    digest = hashlib.sha256(whole).hexdigest()
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(whole)
-    _hash_of(path).write_text(f"{digest}  {path.name}\n")
-    part.rename(path)
+    content = "".join(lines).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    whole.write(_hash_of(path), f"{digest}  {path.name}\n")
+    whole.write(path, content)
     return digest
 
 
 def read(path: Path) -> tuple[list[Sample], str]:
     """The samples of a file, and the SHA-256 of its bytes; ValueError names a line that is none, or says what was changed."""
-    whole = path.read_bytes()
+    content = path.read_bytes()
     found = []
-    for number, line in enumerate(whole.decode().removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(content.decode().removesuffix("\n").split("\n"), 1):
         try:
             values = json.loads(line)
             found.append(Sample(**values | {"answers": tuple(values["answers"])}))
         except (TypeError, KeyError, ValueError) as cause:
             raise ValueError(f"{path}, line {number} is no sample: {cause}") from cause
-    digest, written = hashlib.sha256(whole).hexdigest(), _hash_of(path).read_text().split()[0]
+    digest, written = hashlib.sha256(content).hexdigest(), _hash_of(path).read_text().split()[0]
     trees.check(
         digest == written,
         f"{path} was changed after it was written: its hash is {digest[:12]} and was {written[:12]}; models asked before and "

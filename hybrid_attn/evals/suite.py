@@ -15,7 +15,7 @@ import jax
 
 from hybrid_attn import config, trees
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import attention, keytokens, marked, needle, position, recall, ruler, samples
+from hybrid_attn.evals import attention, keytokens, marked, needle, position, recall, ruler, samples, whole
 from hybrid_attn.evals.ruler import compat, draws, scores
 from hybrid_attn.evals.ruler.tasks import ESSAYS
 from hybrid_attn.evals.samples import Sample, TooLongError
@@ -221,14 +221,14 @@ def run(
             records = [{"eval": unit.eval, **record} for record in measured.records]
             given = [answer | {"samples_hash": digest} for answer in measured.answers]
             if writes:
-                _write(path, json.dumps({"records": records, "answers": given}, ensure_ascii=False))
+                whole.write(path, json.dumps({"records": records, "answers": given}, ensure_ascii=False))
         if done(unit, number, len(wanted)):
             return False
     if writes:
-        whole = [measured_of(directory, unit) for unit in wanted]
+        all_measured = [measured_of(directory, unit) for unit in wanted]
         for name in Measured._fields:
-            lines = [json.dumps(line, ensure_ascii=False) + "\n" for found in whole for line in getattr(found, name)]
-            _write(directory / f"{name}.jsonl", "".join(lines))
+            lines = [json.dumps(line, ensure_ascii=False) + "\n" for found in all_measured for line in getattr(found, name)]
+            whole.write(directory / f"{name}.jsonl", "".join(lines))
     return True
 
 
@@ -268,8 +268,8 @@ def _answers(asked: list[Sample], given: list[str], shares: list[float]) -> list
     found = []
     for sample, text, share in zip(asked, given, shares, strict=True):
         known = {name: getattr(sample, name) for name in ("task", "length", "index", "group", "meta")}
-        whole = {"prompt_hash": hashlib.sha256(sample.prompt.encode()).hexdigest(), "prompt_end": sample.prompt[-PROMPT_END:]}
-        found.append(known | whole | {"wanted": list(sample.answers), "given": text, "score": share})
+        prompt = {"prompt_hash": hashlib.sha256(sample.prompt.encode()).hexdigest(), "prompt_end": sample.prompt[-PROMPT_END:]}
+        found.append(known | prompt | {"wanted": list(sample.answers), "given": text, "score": share})
     return found
 
 
@@ -277,7 +277,7 @@ def _begin(directory: Path, about: Mapping) -> None:
     """Says in run.json what is measured here; ValueError where it says something else already."""
     path = directory / "run.json"
     if not path.exists():
-        return _write(path, json.dumps(about, indent=1))
+        return whole.write(path, json.dumps(about, indent=1))
     there = json.loads(path.read_text())
     lines = trees.differences(there, {**about, "revision": there.get("revision")}, "  ")  # whose change is no other model
     trees.check(
@@ -286,14 +286,6 @@ def _begin(directory: Path, about: Mapping) -> None:
         + "\n".join(lines)
         + "\nuse another --out, or its settings",
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """A file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
 
 
 def _attention_spec(reader: Reader, unit: Unit) -> Spec:

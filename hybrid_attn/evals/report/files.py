@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hybrid_attn.evals import whole
 from hybrid_attn.evals.report import contents, tables
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.wrong import failures
@@ -31,9 +32,9 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     _replace(out / "pictures", {f"{picture.name}.png": canvas.png(picture) for picture in drawn})
     of_ruler = {f"ruler/{name}": text for run in runs for name, text in _ruler_files(run).items()}
     _replace(out / "tables", {f"{table.name}.csv": tables.comma_separated(table) for table in written} | of_ruler)
-    _write(out / "results.json", _json(runs, written, wrong))
-    _write(out / "report.md", _markdown(title, found, wrong))
-    _write(out / "report.html", html.page(title, runs, found, wrong))
+    whole.write(out / "results.json", _json(runs, written, wrong))
+    whole.write(out / "report.md", _markdown(title, found, wrong))
+    whole.write(out / "report.html", html.page(title, runs, found, wrong))
 
 
 def check_drawing() -> None:
@@ -49,22 +50,11 @@ def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
         shutil.rmtree(left, ignore_errors=True)
     new.mkdir(parents=True)
     for name, content in files.items():
-        _write(new / name, content)
+        whole.write(new / name, content)
     if directory.exists():
         directory.rename(old)
     new.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    """A file is whole, or as it was before.
-
-    Half a surrogate pair, which a model may give and no file can hold, becomes a question mark.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
-    part.rename(path)
 
 
 def _ruler_files(run: Run) -> dict[str, str]:
@@ -88,12 +78,12 @@ def _ruler_files(run: Run) -> dict[str, str]:
 
 def _json(runs: Sequence[Run], written: Sequence, wrong: Mapping) -> str:
     """Records and provenance by run, every table's rows, and the questions that the page shows."""
-    whole = {
+    told = {
         "runs": {run.name: {"provenance": run.provenance, "records": run.records} for run in runs},
         "tables": {x.name: [dict(zip([c.name for c in x.columns], row, strict=True)) for row in x.rows] for x in written},
         "failures": {task: [failure._asdict() for failure in found] for task, (_, found) in wrong.items()},
     }
-    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+    return json.dumps(told, indent=1, allow_nan=False) + "\n"
 
 
 def _markdown(title: str, found: Sequence, wrong: Mapping) -> str:
