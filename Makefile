@@ -1,4 +1,4 @@
-# make train, test, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
+# make train, test, test-slow, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
 #   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.optim.lr=1e-3"
 PYTHON ?= python3
 CONFIG ?= configs/hybrid_8k.py
@@ -9,14 +9,19 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
 VENV_PYTHON := .venv/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu lint clean
+.PHONY: train test test-slow test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu lint clean
 
 train: .venv/.train
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
 
 test: .venv/.test
-	$(VENV_PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	$(VENV_PYTHON) -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
+
+# Several processes that train as one, the benches, and what else takes long: two minutes on two cores.
+test-slow: .venv/.test
+	$(VENV_PYTHON) -m pytest $(PARALLEL) -m slow $(ARGS)
 
 # Compiles for TPUs, and for H100s, that are not here. The second installs several GB.
 test-aot: .venv/.tpu

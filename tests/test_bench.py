@@ -29,6 +29,7 @@ def rows(text: str, first: str) -> list[list[str]]:
     return [row for row in table if row[0] == first]
 
 
+@pytest.mark.slow
 def test_attention_is_timed_at_every_length_and_its_growth_fitted(tmp_path):
     sizes = ["--lengths=64,128", "--window=16", "--head_dim=8", "--repeats=2", "--contenders=ours,jax.nn"]
     done = run("bench_attention", *sizes, f"--json={tmp_path / 'out.json'}")
@@ -43,6 +44,7 @@ def test_attention_is_timed_at_every_length_and_its_growth_fitted(tmp_path):
     assert len(rows(done.stdout, "local")) == len(rows(done.stdout, "global")) == 4 + 2
 
 
+@pytest.mark.slow
 def test_training_is_timed_beside_full_attention(tmp_path):
     sizes = {"pattern": "L", "num_layers": 1, "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
     changes = [f"--config.model.{key}={value}" for key, value in sizes.items()]
@@ -55,6 +57,7 @@ def test_training_is_timed_beside_full_attention(tmp_path):
     assert [row[2] for row in rows(done.stdout, "ours") + rows(done.stdout, "full attention")] == ["32", "32"]
 
 
+@pytest.mark.slow
 def test_answers_are_timed_and_their_caches_counted(tmp_path):
     sizes = {"pattern": "LG", "num_layers": 2, "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
     changes = [f"--config.model.{key}={value}" for key, value in sizes.items()]
@@ -104,6 +107,7 @@ def allocate(mebibytes: int) -> measurement.Ready:
     return measurement.Ready(lambda: len(b"x" * (mebibytes * 2**20)) / 2**20, None)
 
 
+@pytest.mark.slow
 def test_preparing_and_reading_text_is_timed():
     pytest.importorskip("tokenizers")
     sizes = ["--megabytes=1", "--seconds=0.1", "--spans=100,9000000", "--documents=1000"]

@@ -58,6 +58,7 @@ def test_an_answer_is_right_when_it_is_the_value_of_the_key_that_was_asked_for(t
             assert repeated is question and re.findall("[A-H][a-h]", longer) == re.findall("[A-H][a-h]", text)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_asked_and_its_table_has_a_line_for_each_method_and_question(tool, tmp_path, capsys):
     c = tiny({"model.num_kv_heads": 4})
     with jax.set_mesh(mesh_of()):

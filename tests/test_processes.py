@@ -68,6 +68,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_train_as_one_of_eight_and_go_on_from_each_other(folder, tmp_path, monkeypatch):
     """To within 1e-6, for two processes add shards in another order than one does; on another mesh to within 1e-5."""
     with several("train_and_stop", folder) as started:

@@ -79,7 +79,8 @@ def stop_in_the_evaluation(folder: Path, peers) -> None:
         signal.signal(signal.SIGTERM, lambda *_: peers.ask_to_stop())
     peers.all_saved("stopped in the evaluation")
     print("ready", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # not one long sleep: a signal that comes just before a sleep begins is handled after it
+        time.sleep(0.1)
 
 
 def wait_for_death(folder: Path, peers) -> None:
