@@ -1,85 +1,19 @@
-"""The report says what the files say: statistics against hand counts, tables, pictures, and a page that works in a browser."""
+"""The report says what the files say: statistics against hand counts, tables, words, and files that do not fit."""
 
-import csv
 import json
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from evaluated import LENGTHS, TRAINED, answer, everything, run_of, store, two
 
 from hybrid_attn import config
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import canvas, contents, pictures, sections, statistics, tables, wrong
-
-TRAINED = 4096
-LENGTHS = (2048, 4096, 8192)
-NASTY = "</pre><script>document.title='broken'</script>\x00\x1b\ud800|"
-
-
-def answer(task, length, index, score, group="", wanted="7", given="x"):
-    return {
-        **{"task": task, "length": length, "index": index, "prompt_hash": f"{index:064x}"},
-        **{"prompt_end": f"question {index} is", "wanted": [wanted]},
-        **{"given": given, "score": score, "group": group, "meta": {"seed": 1}},
-    }
-
-
-def everything(far: float) -> tuple[list[dict], list[dict]]:
-    """Records of every evaluation, and answers, of a model that scores `far` beyond its length of training."""
-    records, answers = [], []
-    for length in LENGTHS:
-        share = 1.0 if length <= TRAINED else far
-        for task in ("niah_single_1", "vt"):
-            scores = [float(i < 8 * share) for i in range(8)]
-            record = {"eval": "ruler", "task": task, "length": length, "samples": 8, "nulls": 1}
-            records.append(record | {"score": 100 * float(np.mean(scores))})
-            answers += [answer(task, length, i, score, given=NASTY if i == 7 else "7") for i, score in enumerate(scores)]
-        for depth in (0, 50, 100):
-            for needles in (1, 4):
-                cell = {"eval": "needle", "length": length, "depth": depth, "needles": needles}
-                records.append(cell | {"answers": 8, "right": round(8 * share)})
-        records.append({"eval": "recall", "source": "recall", "length": length, "answers": 50, "accuracy": share})
-        for name in ("all", "recall", "rest"):
-            total = {"eval": "position", "source": "a b/c", "length": length, "tokens": 99, "part": name}
-            buckets = [{"first": first, "end": end, "loss": 3.0 - share} for first, end in ((0, 16), (16, length))]
-            records += [total | x for x in (*buckets, {"loss": 2.5, "bits_per_byte": 3.5})]
-        records.append(
-            {"eval": "key_tokens", "source": "a b/c", "length": length, "short": length // 2, "key_tokens": 0, "tokens": 99}
-            | {"loss": None, "perplexity": None}
-        )
-    for layer, kind in enumerate("LG"):
-        for head in range(3):
-            weights = {"edges": [10, 20, 40], "weights": [0.01, 0.002 * layer]}
-            shares = {"begin": 0.25, "needle": 0.25 * layer, "context": 0.5 - 0.25 * layer, "qc": 0.25}
-            more = {"entropy_bits": 5.0, "needle_lift": 9.0 if layer else None, "retrieval": 0.4 if layer else None}
-            where = {"source": "probe", "layer": layer, "kind": kind, "head": head, "length": 4096, "reach": kind == "G"}
-            records.append({"eval": "attention_mass"} | where | shares | more | weights)
-    scored = {"task": "copy", "length": 2048, "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 20, "truncated": 3}
-    return [*records, {"eval": "harness"} | scored], answers
-
-
-def store(directory, records, answers, **provenance):
-    directory.mkdir(parents=True)
-    model = {"seq_len": TRAINED, "layers": "LG", "parameters": 1234567}
-    (directory / "run.json").write_text(json.dumps({"git_revision": "abc123", "step": 300, "model": model} | provenance))
-    for name, lines in (("records", records), ("answers", answers)):
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return report.read(directory)
+from hybrid_attn.evals.report import contents, pictures, sections, statistics, tables, wrong
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A report of two runs: of every evaluation, and of some."""
-    out = tmp_path_factory.mktemp("report")
-    records, answers = everything(0.25)
-    some = [record for record in records if record["eval"] != "attention_mass" and record.get("needles") != 4]
-    runs = [store(out / "hybrid <3:1>", *everything(0.75)), store(out / "rope", some, answers)]
-    report.write(out, runs)
-    return out, runs
+def runs(tmp_path_factory):
+    return two(tmp_path_factory.mktemp("runs"))
 
 
 def test_wilson_intervals_are_those_of_the_textbook():
@@ -116,10 +50,6 @@ def test_resampling_in_chunks_changes_nothing(monkeypatch):
     whole = statistics.resampled_means(np.arange(9.0), 0)
     monkeypatch.setattr(statistics, "DRAWS", 100)
     assert np.array_equal(whole, statistics.resampled_means(np.arange(9.0), 0))
-
-
-def run_of(name, answers, records=()):
-    return report.Run(name, tuple(records), tuple(answers), {"model": {"seq_len": TRAINED}})
 
 
 def test_two_runs_are_compared_on_the_questions_that_both_were_asked():
@@ -167,8 +97,7 @@ def rows_of(table: tables.Table) -> list[dict]:
     return [dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows]
 
 
-def test_the_table_in_rulers_form_leaves_short_lengths_out(written):
-    _, runs = written
+def test_the_table_in_rulers_form_leaves_short_lengths_out(runs):
     hybrid, rope = rows_of(contents.ruler(runs, contents.is_long, "ruler", "RULER"))
     assert [*hybrid][:5] == ["Models", "Claimed Length", "Effective Length", "4K", "8K"]
     assert (hybrid["4K"], hybrid["8K"], hybrid["Avg."], hybrid["Effective Length"]) == (100, 75, 87.5, "4K")
@@ -260,84 +189,20 @@ def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rul
     assert "RULER's own" not in " ".join(text for x in sections.sections([other]) for text in x.words)
 
 
-def test_a_report_that_is_cut_short_leaves_the_one_before_it(tmp_path, monkeypatch):
-    run = store(tmp_path / "run", everything(1.0)[0][:1], [])
-    report.write(tmp_path, [run])
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    whole = Path.write_bytes
+def test_losses_of_other_documents_and_other_tokens_are_not_compared_silently():
+    one = {"eval": "position", "length": TRAINED, "tokens": 99, "loss": 1.0}
+    both = [one | {"source": source} for source in ("books", "code")]
+    a, b, c = (run_of(name, [], records) for name, records in (("a", both), ("b", both), ("c", both[:1])))
+    for run, code in ((a, "x"), (b, "y"), (c, "z")):
+        run.provenance.update(tokenizer="bytes", heldout={"books": "same", "code": code})
 
-    def half(path, content):
-        whole(path, content[: len(content) // 2])
-        if path.name.startswith("report.html"):
-            raise KeyboardInterrupt
+    def words(*runs):
+        return next(" ".join(section.words) for section in sections.sections(runs) if section.name == "loss")
 
-    monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(KeyboardInterrupt):
-        report.write(tmp_path, [run._replace(name="another")])
-    page = tmp_path / "report.html"
-    assert page.read_bytes() == before[page]
-
-
-def test_a_report_leaves_nothing_of_the_one_before_it(tmp_path):
-    records, answers = everything(1.0)
-    kept = [record for record in records if record["eval"] in ("ruler", "recall")]
-    both = [run_of(name, answers[:9], kept) for name in ("one", "two")]
-    for out, several in (("again", both), ("again", both[:1]), ("once", both[:1])):
-        report.write(tmp_path / out, several)
-    again, once = ({x.relative_to(tmp_path / out) for x in (tmp_path / out).rglob("*")} for out in ("again", "once"))
-    assert again == once and Path("tables/ruler/one/8192/summary.csv") in once
-
-
-def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
-    figure = pictures.heat_map(LENGTHS, (0, 100), {(2048, 0): 0.4, (8192, 100): 0.5}, TRAINED)
-    axes = figure.axes[0]
-    (image,) = axes.collections
-    assert image.get_clim() == (0, 1) and axes.yaxis_inverted()
-    assert [text.get_text() for text in axes.texts] == ["0.40", "0.50"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["2K", "4K", "8K"]
-    white = [line for line in axes.lines if line.get_color() == "#ffffff"]
-    assert [set(line.get_xdata()) for line in white] == [{2}] and white[0].get_linestyle() == "--"
-    assert not pictures.heat_map(LENGTHS, (0,), {}, 8192).axes[0].lines
-
-
-def test_a_single_length_is_drawn_with_its_interval_and_the_length_of_training():
-    several = [pictures.wilson_curve("a", number, {4096: (1, 2)}) for number in range(2)]
-    axes = pictures.curves({"": several}, [64], "score", 1, None).axes[0]
-    bars = [tuple(line.get_ydata()) for line in axes.lines if list(line.get_xdata()) == [4096, 4096]]
-    assert bars == [several[0].bands[0]] * 2 and axes.get_xlim()[0] < 64
-
-
-@pytest.mark.filterwarnings("error")
-def test_names_of_runs_stand_in_legends_as_they_are():
-    names = ["_first", r"a$\x$b", "cost $5", "plain"]
-    several = [pictures.wilson_curve(name, i, {4096: (1, 2), 8192: (1, 2)}) for i, name in enumerate(names)]
-    buckets = [{"first": 0, "end": 16, "loss": 3.0}, {"first": 16, "end": 99, "loss": 2.0}]
-    lines = {"rows": [(name, i, buckets) for i, name in enumerate(names)]}
-    of_sources = dict.fromkeys((r"$\x$", "other"), several)
-    for figure in (pictures.curves(of_sources, [], "score", 1, None), pictures.loss_by_position(lines, [])):
-        drawn = canvas.svg(canvas.Picture("names", "", figure, False))
-        assert canvas.png(canvas.Picture("names", "", figure, False))
-        assert [text.strip(pictures.NOTHING) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)][-4:] == names
-
-
-def test_files_of_names_that_differ_differ():
-    assert tables.plain("rnope_swa-2.b") == "rnope_swa-2.b"
-    names = [tables.plain(name) for name in ("a b", "a_b", "a/b", "a b ")]
-    assert len(set(names)) == 4 and all(re.fullmatch(r"[\w.-]+", name) for name in names)
-
-
-def test_attention_is_stacked_to_one_and_weighed_by_kind(written):
-    _, (run, _) = written
-    (section,) = (x for x in sections.sections([run]) if x.name == "attention")
-    drawn = {picture.name: picture.figure for picture in section.pictures}
-    assert [*drawn] == [f"attention_0_probe_4096{x}" for x in ("", "_weights", "_retrieval", "_entropy_bits")]
-    bars = drawn["attention_0_probe_4096"].axes[0].patches
-    tops = [max(bar.get_y() + bar.get_height() for bar in bars if round(bar.get_center()[0]) == layer) for layer in (0, 1)]
-    assert tops == [1, 1]
-    lines = {patch.get_label(): patch.get_data() for patch in drawn["attention_0_probe_4096_weights"].axes[0].patches}
-    assert list(lines["layers G"].values) == [0.01, 0.002] and list(lines["layers G"].edges) == [10, 20, 40]
-    grid = drawn["attention_0_probe_4096_retrieval"].axes[0].collections[0].get_array()
-    assert np.ma.getmaskarray(grid)[0].all() and (grid[1] == 0.4).all()
+    assert "code: the runs read other held-out documents" in words(a, b) and "books: the runs" not in words(a, b)
+    assert "held-out" not in words(a, c) + words(a) and "tokenizers" not in words(a, b)
+    c.provenance["tokenizer"] = "json"
+    assert "other tokenizers" in words(a, c) and "other tokenizers" not in words(c)
 
 
 def test_sources_are_told_apart():
@@ -359,63 +224,8 @@ def test_sources_are_told_apart():
     assert (row["loss"], row["of source"]) == (1.0, "code")
 
 
-def test_what_is_written_follows_from_the_runs_alone(tmp_path):
-    records, answers = everything(0.5)
-    kept = [record for record in records if record["eval"] in ("recall", "key_tokens")]
-    run = store(tmp_path / "one", kept, answers[:3])
-    for out in ("first", "second"):
-        report.write(tmp_path / out, [run])
-    first, second = ([path for path in sorted((tmp_path / x).rglob("*")) if path.is_file()] for x in ("first", "second"))
-    assert [path.name for path in first] == [path.name for path in second] and len(first) > 6
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, second, strict=True))
-    page = (tmp_path / "first" / "report.html").read_text()
-    assert re.findall(r'<section id="(\w+)">', page) == ["overview", "recall", "key_tokens", "provenance"]
-
-
-def test_the_page_asks_for_no_other_file_and_runs_nothing_that_a_model_said(written):
-    page = (written[0] / "report.html").read_text()
-    assert all(x.startswith("data:image/png;base64,") for x in re.findall(r'(?:src|href)="([^#"][^"]*)"', page))
-    assert "@import" not in page and set(re.findall(r"url\((?!#)[^)]*\)", page)) == set()
-    assert set(re.findall(r"\w+://[\w.]+", page)) <= {"http://www.w3.org", "https://www.w3.org"}
-    assert page.count("<script>") == 1 and "&lt;script&gt;" in page and "hybrid &lt;3:1&gt;" in page
-    assert "\\x00\\x1b?|" in page and not re.search(r"[\x00-\x08\x0b-\x1f]", page)
-
-
-def test_colours_and_names_of_pictures_are_the_pages(written):
-    page = (written[0] / "report.html").read_text()
-    drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
-    assert not [colour for colour in canvas.COLOURS if colour in drawn]
-    assert all(f"--{name}:" in page for name in canvas.COLOURS.values())
-    names = re.findall(r'\bid="([^"]+)"', page)
-    assert len(names) == len(set(names)) > 100
-
-
-def test_files_beside_the_page_hold_the_same_numbers(written):
-    out, runs = written
-    names = {picture.name for section in sections.sections(runs) for picture in section.pictures}
-    assert {path.stem for path in (out / "pictures").iterdir()} == names and len(names) > 15
-    for path in (out / "pictures").iterdir():
-        with Image.open(path) as image:
-            assert min(image.size) > 200 and len(image.convert("RGB").getcolors(10**6)) > 5
-    whole = json.loads((out / "results.json").read_text())
-    assert whole["runs"]["rope"]["records"] == list(runs[1].records)
-    table = list(csv.DictReader((out / "tables" / "ruler.csv").read_text().splitlines()))
-    assert [row["8K"] for row in table] == [str(row["8K"]) for row in whole["tables"]["ruler"]] == ["75.0", "25.0"]
-    text = (out / "report.md").read_text()
-    assert "| rope | 4K | 4K | <ins>100.0</ins> | 25.0 |" in text
-    assert all((out / path).is_file() for path in re.findall(r"\]\((.*?)\)", text))
-
-
-def test_rulers_own_files_have_rulers_form(written):
-    out = written[0] / "tables" / "ruler" / "rope" / "8192"
-    assert (out / "summary.csv").read_text() == "0,1,2\nTasks,niah_single_1,vt\nScore,25.0,25.0\nNulls,1/8,1/8\n"
-    submission = list(csv.DictReader((out / "submission.csv").open(newline="")))
-    assert [*submission[0]] == ["Task", "ID", "Prediction"] and len(submission) == 16
-    assert submission[7]["ID"] == "7" and submission[7]["Prediction"].endswith("</script>\n\n?|")
-
-
-def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(written):
-    missed, found = wrong.failures(written[1])["vt"]
+def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(runs):
+    missed, found = wrong.failures(runs)["vt"]
     assert missed == "hybrid <3:1> 2 of 24, rope 6 of 24"
     assert [failure.length for failure in found] == [8192] * 6
     assert found[0].given == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and found[0].wanted == ["7"]
@@ -479,58 +289,3 @@ def test_numbers_that_are_not_finite_are_missing(tmp_path):
     run = store(tmp_path / "run", records, [])
     (row,) = rows_of(contents.key_tokens([run]))
     assert row["loss (nats)"] is None and ">–</td>" in tables.html(contents.key_tokens([run]))
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHECK = """
-<script>
-const column = (table, i) => [...table.tBodies[0].rows].map((row) => row.cells[i].textContent);
-const said = { errors, title: document.title };
-const table = document.querySelector("[data-name=overview] table");
-const heads = [...table.tHead.rows[0].cells].map((head) => head.textContent);
-said.before = column(table, 0);
-for (const name of ["once", "twice"]) {
-  table.tHead.rows[0].cells[heads.indexOf("RULER Avg.")].querySelector("button").click();
-  said[name] = column(table, 0);
-}
-const cells = document.querySelector("[data-name=needle_cells] table");
-const share = [...cells.tHead.rows[0].cells].find((head) => head.textContent === "right");
-share.querySelector("button").click();
-said.shares = column(cells, share.cellIndex).map(Number);
-said.sorted = share.getAttribute("aria-sort");
-said.pictures = [...document.querySelectorAll(".picture svg")].map((svg) => {
-  const box = svg.getBoundingClientRect(), page = svg.parentNode.getBoundingClientRect();
-  return [box.width, box.height, box.left - page.left];
-});
-said.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-const out = document.createElement("output");
-out.id = "said";
-out.textContent = JSON.stringify(said);
-document.body.append(out);
-</script>
-</body>
-"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-@pytest.mark.parametrize("width", [1400, 500])
-def test_in_a_browser_tables_sort_and_pictures_load(written, tmp_path, width):
-    page = (written[0] / "report.html").read_text()
-    catch = "<script>const errors = []; addEventListener('error', (event) => errors.push(event.message));</script>"
-    path = tmp_path / "page.html"
-    path.write_text(page.replace("<head>", f"<head>{catch}").replace("</body>\n", CHECK))
-    flags = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        f"--window-size={width},900",
-    )
-    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=60)
-    said = json.loads(re.search(r'<output id="said">(.*?)</output>', done.stdout)[1].replace("&lt;", "<").replace("&gt;", ">"))
-    assert (said["errors"], said["title"]) == ([], "Long-context report")
-    assert said["before"] == ["hybrid <3:1>", "rope"]
-    assert said["once"] == ["rope", "hybrid <3:1>"] and said["twice"] == ["hybrid <3:1>", "rope"]
-    assert said["shares"] == sorted(said["shares"]) and len(said["shares"]) == 27 and said["sorted"] == "ascending"
-    assert len(said["pictures"]) > 15 and all(w > 200 and h > 100 and x >= 0 for w, h, x in said["pictures"])
-    assert said["overflow"] <= 0

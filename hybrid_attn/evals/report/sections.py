@@ -228,7 +228,24 @@ def _position(runs: Sequence[Run]) -> list[Section]:
         "What a token costs by its position in the document: a model that reads its context pays less further on, and one "
         "that cannot go beyond its length of training pays more there."
     ]
+    words += _unlike(runs, "position")
     return [Section("loss", "Loss", words, drawn, [contents.position(runs)], [contents.positions(runs)])]
+
+
+def _unlike(runs: Sequence[Run], evaluation: str) -> list[str]:
+    """What keeps the losses of an evaluation from being compared: other documents of the same name, or other tokens."""
+    read: dict[str, set] = {}
+    for run in runs:
+        for source in {r["source"] for r in run.of(evaluation)}:
+            read.setdefault(source, set()).add(run.provenance.get("heldout", {}).get(source))
+    words = [
+        f"{source}: the runs read other held-out documents of this name; their losses do not compare."
+        for source in sorted(read)
+        if len(read[source]) > 1
+    ]
+    if len({run.provenance.get("tokenizer") for run in runs if run.of(evaluation)}) > 1:
+        words.append("The runs have other tokenizers: the loss of a token does not compare, bits per byte do.")
+    return words
 
 
 def _key_tokens(runs: Sequence[Run]) -> list[Section]:
@@ -236,6 +253,7 @@ def _key_tokens(runs: Sequence[Run]) -> list[Section]:
         "Tokens that the context farther away than the near one makes likely: the loss is over these alone. Each model says "
         "for itself which they are, so that losses of two models are not over the same tokens."
     ]
+    words += _unlike(runs, "key_tokens")
     return [Section("key_tokens", "Key tokens", words, [], [contents.key_tokens(runs)], [])]
 
 
