@@ -1,10 +1,13 @@
 """What programs have in common: flags, that of a config among them, and errors that are a line."""
 
+import logging
+import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 
 
@@ -19,6 +22,27 @@ def parse(argv: list[str]) -> list[str]:
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         fail(reason(error), 2)
+
+
+def run(program: Callable[[], None], argv: Sequence[str], held: str, interrupted: str = "interrupted") -> None:
+    """Runs a program that takes flags alone; what is wrong is a line on stderr and exit status 2, and Ctrl-C is 130.
+
+    `held` is what the memory of a device may be too small for.
+    """
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        if argv[1:]:
+            raise ValueError(f"{' '.join(argv[1:])!r} is no flag; quote what has spaces")
+        program()
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:
+        fail(reason(error), 2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(f"the memory of a device does not hold {held}: {reason(error)}", 2)
+    except KeyboardInterrupt:
+        print(f"error: {interrupted}", file=sys.stderr, flush=True)
+        os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
 
 
 def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:

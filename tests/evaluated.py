@@ -56,7 +56,7 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
 def store(directory, records, answers, **provenance):
     directory.mkdir(parents=True)
     model = {"seq_len": TRAINED, "layers": "LG", "parameters": 1234567}
-    (directory / "run.json").write_text(json.dumps({"git_revision": "abc123", "step": 300, "model": model} | provenance))
+    (directory / "run.json").write_text(json.dumps({"revision": "abc123", "step": 300, "model": model} | provenance))
     for name, lines in (("records", records), ("answers", answers)):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return report.read(directory)

@@ -18,6 +18,7 @@ from configs import base
 from hybrid_attn import checkpoint, config
 from hybrid_attn.data import corpora
 from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.evals import provenance
 from hybrid_attn.programs import parse
 
 
@@ -33,16 +34,17 @@ def models_config(folder):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two workdirs of untrained models, and the text that is theirs."""
+    """Workdirs of untrained models, of which one has two checkpoints, and the text that is theirs."""
     folder = tmp_path_factory.mktemp("models")
     for i in range(20):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}.\n" for j in range(20)))
     c = models_config(folder)
-    for name, seed in (("one", 0), ("two", 1)):
+    for name, seed, steps in (("one", 0, [7]), ("two", 1, [7]), ("three", 2, [7, 8])):
         with jax.set_mesh(mesh_of()):
-            checkpoints = checkpoint.Checkpoints(folder / name / "checkpoints", keep=1, every=1)
+            checkpoints = checkpoint.Checkpoints(folder / name / "checkpoints", keep=2, every=1)
             state = {"params": random_params(c.model, seed)}
-            checkpoints.save(7, state, {"stage_steps": [7], "stage": {"tokenizer": "bytes"}}, config.to_dict(c))
+            for step in steps:
+                checkpoints.save(step, state, {"stage_steps": [step], "stage": {"tokenizer": "bytes"}}, config.to_dict(c))
             checkpoints.close()
     return folder
 
@@ -72,10 +74,26 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
     assert ">one<" in page and ">two<" in page and "http" not in page.replace("http://www.w3.org/", "")
 
 
+@pytest.mark.parametrize(
+    ("checkpoints", "steps", "wanted"),
+    [
+        (["three"], [], [("three", 8)]),
+        (["three"], [8, 7], [("three", 8), ("three", 7)]),
+        (["one", "three"], [7], [("one", 7), ("three", 7)]),
+        (["three", "one", "three"], [8, 7, 7], [("three", 8), ("one", 7), ("three", 7)]),
+    ],
+)
+def test_several_checkpoints_have_one_step_or_one_each(tool, models, checkpoints, steps, wanted):
+    with flagsaver.flagsaver():
+        parse(["", "--out=x", *(f"--checkpoint={models}/{name}" for name in checkpoints), *(f"--step={x}" for x in steps)])
+        assert tool.models() == [(f"{models}/{name}", step) for name, step in wanted]
+
+
 def test_every_checkpoint_has_a_name_of_its_own_and_no_other_files(tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = ["a/x", "b/x-3", "c/x/", "d/x", "e/checkpoints", "samples", "."]
-    assert tool.names(paths) == ["x", "x-3", "x-2", "x-4", "e", "samples-2", tmp_path.name]
+    assert tool.names([(path, 7) for path in paths]) == ["x", "x-3", "x-2", "x-4", "e", "samples-2", tmp_path.name]
+    assert tool.names([("a/x", 7), ("a/x", 8), ("b/x", 7)]) == ["x-7", "x-8", "x"]
 
 
 def records_of(directory, name="records"):
@@ -158,7 +176,7 @@ def test_answers_end_where_the_files_of_an_imported_model_say(tool, models, tmp_
     assert found == [[5, Bytes.eos]]
 
 
-def test_a_run_is_the_same_however_its_checkpoint_is_written_and_whatever_revision_goes_on(tool, models, tmp_path, monkeypatch):
+def test_a_run_is_the_same_however_its_checkpoint_is_written_and_tells_each_revision(tool, models, tmp_path, monkeypatch):
     monkeypatch.chdir(models)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
     arguments = ["--suite=position", "--lengths=32", "--tokens=100", f"--out={tmp_path}"]
@@ -167,7 +185,12 @@ def test_a_run_is_the_same_however_its_checkpoint_is_written_and_whatever_revisi
     about, before = tmp_path / "one" / "run.json", unit.stat().st_mtime_ns
     about.write_text(json.dumps(json.loads(about.read_text()) | {"revision": "of before"}))
     run(tool, f"--checkpoint={models}/one", *arguments)
-    assert unit.stat().st_mtime_ns == before
+    assert unit.stat().st_mtime_ns == before and json.loads(about.read_text())["revision"] == "of before"
+    monkeypatch.setattr(provenance, "_revision", lambda file: "of now")
+    for _ in range(2):
+        unit.unlink()
+        run(tool, "--checkpoint=one/", *arguments)
+        assert unit.exists() and json.loads(about.read_text())["revision"] == "of before, of now"
 
 
 def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, models, tmp_path, monkeypatch, capsys):
@@ -210,6 +233,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
         (["--squad=nowhere.json"], "nowhere.json"),
         (["--suite=needle", "--lengths=64"], "sample 0 of needle at depth 0 does not fit into 64 tokens"),
         (["--step=3"], "has no complete checkpoint of step 3; it has 7"),
+        (["--checkpoint=x", "--step=7", "--step=8", "--step=9"], "--step is given 3 times for 2 checkpoints; give one for all"),
         (["--suite=position", "--depths=50"], "--depths is of --suite=needle, and this is --suite=position"),
         (["--suite=full", "--task_path=x"], "--task_path=x is where --tasks lie, and there are none; name some"),
         (["--tasks=arc"], "--tasks=arc is of --suite=harness or full, and this is --suite=quick"),

@@ -21,7 +21,7 @@ from hybrid_attn.infer.engine import Generated
 
 TEXT = " ".join(f"Sentence number {i} says little." for i in range(400))
 SETTINGS = suite.Settings(("needle", "ruler"), (2048,), 2, 100, (0.0, 50.0), 3)
-ABOUT = {"model": {"layers": "LG", "parameters": 5, "seq_len": 2048}, "step": 1}
+ABOUT = {"model": {"layers": "LG", "parameters": 5, "seq_len": 2048}, "step": 1, "revision": "now"}
 
 
 class Engine:

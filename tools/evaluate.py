@@ -1,15 +1,15 @@
 """What a model can read: python tools/evaluate.py --checkpoint=runs/hybrid_8k --suite=quick --out=evals/hybrid_8k
 
---checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes; given several times, the
-models are compared. --suite is quick, full, or names of evaluations with commas. The text of haystacks is --text, patterns of
-files, or the standard library of Python; held-out documents are those of the model's own sources. What does not fit one of
---lengths is an error; of lengths that nobody named it is left out, and told. The same command goes on where it was interrupted.
+--checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes; several of them are compared,
+and so are several --step of one. --suite is quick, full, or names of evaluations with commas. The text of haystacks is --text,
+patterns of files, or the standard library of Python; held-out documents are those of the model's own sources. What does not fit
+one of --lengths is an error; of lengths that nobody named it is left out, and told. The same command goes on where it was
+interrupted.
 Exit status: 2 for what cannot be evaluated; 130 after Ctrl-C.
 """
 
 import contextlib
 import itertools
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ import tqdm
 from absl import app, flags
 
 from hybrid_attn import checkpoint as checkpoints
-from hybrid_attn import config
+from hybrid_attn import config, programs
 from hybrid_attn.data import corpora
 from hybrid_attn.evals import report, suite, texts
 from hybrid_attn.evals.provenance import provenance
@@ -32,10 +32,10 @@ from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
-from hybrid_attn.programs import fail, pairs, parse, reason
+from hybrid_attn.programs import parse
 
 CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Which checkpoint; by default the newest.")
+STEP = flags.DEFINE_multi_integer("step", None, "Of a checkpoint, by default the newest: one for all, or one for each.")
 SUITE = flags.DEFINE_string("suite", "quick", "quick, full, or names of evaluations with commas between them.")
 LENGTHS = flags.DEFINE_list("lengths", None, "Tokens; by default a quarter of the trained length, all, and twice as many.")
 SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth; of the harness, too.", lower_bound=1)
@@ -88,20 +88,28 @@ def numbers(flag: str, texts: Sequence[str], kind: type) -> tuple:
     return found
 
 
-def names(checkpoints: Sequence[str]) -> list[str]:
-    """A name for each, by which it is known in the report."""
+def names(checkpoints: Sequence[tuple[str, int]]) -> list[str]:
+    """A name for each directory and step, by which it is known in the report; the step is in it where there are several."""
     found: list[str] = []
-    for checkpoint in checkpoints:
+    for checkpoint, step in checkpoints:
         path = Path(os.path.abspath(checkpoint))
         name = path.parent.name if path.name == "checkpoints" else path.name
+        if any(other == checkpoint and at != step for other, at in checkpoints):
+            name = f"{name}-{step}"
         others = (f"{name}-{number}" for number in itertools.count(2))
         found.append(next(x for x in itertools.chain([name], others) if x and x not in (*found, *TAKEN)))
     return found
 
 
-def places() -> list[str]:
-    """The checkpoints, each by one name however it was written."""
-    return [place if "://" in place else os.path.abspath(place) for place in CHECKPOINT.value]
+def models() -> list[tuple[str, int]]:
+    """The checkpoints, each by one name however it was written, and of which step."""
+    found = [place if "://" in place else os.path.abspath(place) for place in CHECKPOINT.value]
+    steps = STEP.value or [None]
+    if len(steps) > 1 and len(found) > 1 and len(steps) != len(found):
+        raise ValueError(f"--step is given {len(steps)} times for {len(found)} checkpoints; give one for all, or one for each")
+    several = max(len(found), len(steps))
+    pairs = zip(found * (several // len(found)), steps * (several // len(steps)), strict=True)
+    return [(checkpoint, loading.step_of(loading.find(checkpoint), step)) for checkpoint, step in pairs]
 
 
 def settings() -> dict:
@@ -209,40 +217,25 @@ def evaluate_all() -> None:
     """Measures every checkpoint and writes the report; what is wrong with one is said before another is measured."""
     asked = settings()
     report.check_drawing()
-    found = places()
-    steps = [loading.step_of(loading.find(checkpoint), STEP.value) for checkpoint in found]
+    found = models()
     about = asked_about()
     called = names(found)
-    mesh = mesh_over_first(**pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
+    mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
     if os.path.isfile(OUT.value):
         raise ValueError(f"--out={OUT.value} is a file; name a directory, which need not be there")
     Path(OUT.value).mkdir(parents=True, exist_ok=True)  # better now than after hours
     with jax.set_mesh(mesh):
-        for checkpoint, step in list(zip(found, steps, strict=True))[1:]:  # before hours go to the first
+        for checkpoint, step in found[1:]:  # before hours go to the first
             plan(checkpoint, step, asked, about)
-        for checkpoint, step, name in zip(found, steps, called, strict=True):
+        for (checkpoint, step), name in zip(found, called, strict=True):
             evaluate(name, plan(checkpoint, step, asked, about))
     report.write(Path(OUT.value), [report.read(Path(OUT.value) / name) for name in called])
     print(f"report  {Path(OUT.value) / 'report.html'}")
 
 
 def main(argv):
-    logging.getLogger().setLevel(logging.WARNING)
-    try:
-        if argv[1:]:
-            raise ValueError(f"{' '.join(argv[1:])!r} is no flag; quote what has spaces")
-        evaluate_all()
-    except (ValueError, NotImplementedError, ImportError, OSError) as error:
-        fail(reason(error), 2)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        fail(
-            f"the memory of a device does not hold what is measured: use shorter --lengths or fewer --rows; {reason(error)}", 2
-        )
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on with what is not done", file=sys.stderr, flush=True)
-        os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
+    held = "what is measured; use shorter --lengths or fewer --rows"
+    programs.run(evaluate_all, argv, held, "interrupted; the same command goes on with what is not done")
 
 
 if __name__ == "__main__":

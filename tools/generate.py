@@ -9,20 +9,19 @@ bytes of the cache go to stderr. Exit status: 2 for what cannot be answered; 130
 import contextlib
 import dataclasses
 import json
-import logging
-import os
 import sys
 
 import jax
 from absl import app, flags
 
+from hybrid_attn import programs
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.compress import Compression
 from hybrid_attn.infer.engine import Engine, Timing
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import Answer, answers
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
-from hybrid_attn.programs import fail, pairs, parse, reason
+from hybrid_attn.programs import parse
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Which of them; by default the newest.")
@@ -49,7 +48,7 @@ def compression(text: str) -> Compression:
     """The compression called "snapkv:cap=1024,window=64"."""
     method, _, options = text.partition(":")
     types = {field.name: field.type for field in dataclasses.fields(Compression) if field.name != "method"}
-    found = pairs(f"--compress={text}", options, types)
+    found = programs.pairs(f"--compress={text}", options, types)
     if "cap" not in found:
         raise ValueError(f"--compress={text} has no cap; say how many slots a head keeps, as {method}:cap=1024")
     return Compression(method, **found)
@@ -133,7 +132,7 @@ def generate() -> None:
     chosen = None if COMPRESS.value is None else compression(COMPRESS.value)
     if OUT.value is not None:
         open(OUT.value, "a").close()  # better now than after hours
-    mesh = mesh_over_first(**pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
+    mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
     with jax.set_mesh(mesh), shown() as show:
         c, params, words = loading.load(CHECKPOINT.value, STEP.value)
         engine = Engine(params, c, chunk=CHUNK.value, cache=CACHE.value, capacity=CAPACITY.value)
@@ -150,20 +149,7 @@ def generate() -> None:
 
 
 def main(argv):
-    logging.getLogger().setLevel(logging.WARNING)
-    try:
-        if argv[1:]:
-            raise ValueError(f"{' '.join(argv[1:])!r} is no flag; quote what has spaces")
-        generate()
-    except (ValueError, NotImplementedError, ImportError, OSError) as error:
-        fail(reason(error), 2)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        fail(f"the memory of a device does not hold these prompts and {MAX_NEW_TOKENS.value:,} new tokens: {reason(error)}", 2)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
+    programs.run(generate, argv, f"these prompts and {MAX_NEW_TOKENS.value:,} new tokens")
 
 
 if __name__ == "__main__":

@@ -206,15 +206,16 @@ def run(
 
     Whether all is measured: True from `done` ends this before. All questions are drawn before anything is asked: into `shared`,
     for every model with the same tokenizer. Every process of a run makes the same call; the first one writes, and the others
-    see its files. ValueError where a question does not fit, and where the directory is of another run.
+    see its files. ValueError where a question does not fit, and where the directory is of another run than that of
+    `provenance`, whose "revision" alone may differ.
     """
     wanted, writes = units(settings, reader), jax.process_index() == 0
     trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
     files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
+    paths = {unit: directory / "units" / f"{unit.name}.json" for unit in wanted}
     if writes:
-        _begin(directory, described(settings, provenance))
-    for number, unit in enumerate(wanted, 1):
-        path = directory / "units" / f"{unit.name}.json"
+        _begin(directory, described(settings, provenance), not all(path.exists() for path in paths.values()))
+    for number, (unit, path) in enumerate(paths.items(), 1):
         if not told(path.exists()):
             asked, digest = samples.read(files[unit]) if unit in files else ([], None)
             measured = MEASURES[unit.eval](reader, settings, unit, asked)
@@ -273,19 +274,22 @@ def _answers(asked: list[Sample], given: list[str], shares: list[float]) -> list
     return found
 
 
-def _begin(directory: Path, about: Mapping) -> None:
-    """Says in run.json what is measured here; ValueError where it says something else already."""
+def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
+    """Says in run.json what is measured here, with each revision that does; ValueError where it says something else already."""
     path = directory / "run.json"
     if not path.exists():
         return whole.write(path, json.dumps(about, indent=1))
     there = json.loads(path.read_text())
-    lines = trees.differences(there, {**about, "revision": there.get("revision")}, "  ")  # whose change is no other model
+    revisions = there["revision"].split(", ")
+    lines = trees.differences(there, {**about, "revision": there["revision"]}, "  ")
     trees.check(
         not lines,
         f"{directory} holds another evaluation (there -> wanted):\n"
         + "\n".join(lines)
         + "\nuse another --out, or its settings",
     )
+    if goes_on and about["revision"] not in revisions:
+        whole.write(path, json.dumps({**there, "revision": ", ".join([*revisions, about["revision"]])}, indent=1))
 
 
 def _attention_spec(reader: Reader, unit: Unit) -> Spec:
