@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from configs import base
 from hybrid_attn.checkpoint import Checkpoints
+from hybrid_attn.evals import suite
 from hybrid_attn.parallel import processes
 from hybrid_attn.train import loop
 
@@ -34,6 +35,7 @@ def config_of(folder: Path, sizes: tuple):
         "train.remat": "none",  # less to compile
         "train.checkpoint_every": 100,
         "evals.names": ("position", "needle"),
+        "evals.every": STEPS - 1,
         "evals.tokens": 400,
         "evals.lengths": (20.0,),  # the fewest 48 tokens that hold four needles
         "evals.samples": 1,
@@ -64,8 +66,21 @@ def train_and_stop(folder: Path, peers) -> None:
     assert not loop.train(config_of(folder, MESHES[0]), folder / "stopped", peers)
 
 
+def resume_and_stop_in_the_evaluation(folder: Path, peers) -> None:
+    """On another mesh; a signal comes to process 1 in the first unit of the evaluation before the last step."""
+    position = suite.MEASURES["position"]
+
+    def measure_and_signal(*args):
+        if peers.number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return position(*args)
+
+    suite.MEASURES["position"] = measure_and_signal
+    assert not loop.train(config_of(folder, MESHES[1]), folder / "stopped", peers)
+
+
 def resume_and_break(folder: Path, peers) -> None:
-    """Goes on to the end on another mesh; then process 1 meets an error, and process 0 waits for it."""
+    """Goes on to the end; then process 1 meets an error, and process 0 waits for it."""
     assert loop.train(config_of(folder, MESHES[1]), folder / "stopped", peers)
     multihost_utils.process_allgather(np.ones(1))  # when process 0 has written its report
     if peers.number == 1:
@@ -98,7 +113,8 @@ def main(part: str, port: str, count: str, number: str, devices: str, folder: st
     PARTS[part](Path(folder), peers)
 
 
-PARTS = {f.__name__: f for f in (train_and_stop, resume_and_break, stop_in_the_evaluation, wait_for_death)}
+RESUMED = (resume_and_stop_in_the_evaluation, resume_and_break)
+PARTS = {f.__name__: f for f in (train_and_stop, *RESUMED, stop_in_the_evaluation, wait_for_death)}
 
 
 if __name__ == "__main__":
