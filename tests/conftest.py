@@ -28,6 +28,7 @@ from hybrid_attn import config
 from hybrid_attn.model import Run, flops, losses
 from hybrid_attn.model.loss import mean_loss
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
+from hybrid_attn.train import loop
 
 # Arrays are tiny here: compiling takes longer than running. Without XLA's fusion emitters, and without the optimisations below,
 # it takes two thirds of the time; what tests start inherits the flag, which later versions of XLA do not know.
@@ -40,9 +41,12 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """What one test has compiled, another reads: most of the time here would go into compiling the same step again."""
+    """What one test has traced and compiled, another runs: most of the time here would go into making the same step again."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", functools.cache(loop.make_step))
+        yield
 
 
 def every(choice: str) -> config.Table:
