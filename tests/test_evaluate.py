@@ -28,18 +28,19 @@ def tool():
         yield module
 
 
-def models_config(folder):
-    return tiny({"data.sources": {"text": base.source(paths=(f"{folder}/*.txt",))}})
+def models_config(folder, **changes):
+    return tiny({"data.sources": {"text": base.source(paths=(f"{folder}/*.txt",))}} | changes)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Workdirs of untrained models, of which one has two checkpoints, and the text that is theirs."""
+    """Workdirs of untrained models, of which one has two checkpoints and trades tokens for heads, and the text of all."""
     folder = tmp_path_factory.mktemp("models")
     for i in range(20):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}.\n" for j in range(20)))
-    c = models_config(folder)
-    for name, seed, steps in (("one", 0, [7]), ("two", 1, [7]), ("three", 2, [7, 8])):
+    exchange = {"train.context": "G=exchange"}
+    for name, seed, steps, changes in (("one", 0, [7], {}), ("two", 1, [7], {}), ("three", 2, [7, 8], exchange)):
+        c = models_config(folder, **changes)
         with jax.set_mesh(mesh_of()):
             checkpoints = checkpoint.Checkpoints(folder / name / "checkpoints", keep=2, every=1)
             state = {"params": random_params(c.model, seed)}
@@ -225,6 +226,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
         (["--checkpoint=blank.txt"], "blank.txt is no directory; name a run's workdir"),
         (["--mesh=tensors=2"], "--mesh=tensors=2 names 'tensors', and has only slice, data, fsdp, context, tensor"),
         (["--suite=recall", "--lengths=50", "--mesh=context=4"], "recall of recall: length 50 does not split over 4 context"),
+        (["--checkpoint=three", "--suite=recall", "--lengths=48", "--mesh=context=4"], "exchange splits the 2 key/value heads"),
         (["--compat", "--suite=position"], "--compat is of --suite=ruler, and this is --suite=position"),
         (["--compat", "--suite=ruler"], "RULER's own words need the package wonderwords; pip install wonderwords"),
         (["--english_words=x.json"], "--english_words is for RULER's own prompts; give --compat, too"),
@@ -247,6 +249,7 @@ def test_what_cannot_be_evaluated_is_a_line(tool, models, tmp_path, capsys, monk
     Path("blank.txt").write_text(" \n")
     Path("empty.txt").touch()
     text = [] if any(x.startswith("--text") for x in arguments) else [f"--text={models}/*.txt"]
+    Path("three").symlink_to(models / "three")
     with pytest.raises(SystemExit) as ended:
         run(tool, f"--checkpoint={models}/one", f"--out={tmp_path}", *text, *arguments)
     error = capsys.readouterr().err

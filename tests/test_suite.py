@@ -202,8 +202,9 @@ def test_samples_of_questions_follow_from_their_file(tmp_path):
 
 
 def test_rows_that_a_mesh_does_not_split_are_refused():
-    mesh = types.SimpleNamespace(shape={"context": 2})
-    subject = Subject(None, None, types.SimpleNamespace(balance=True), mesh, Bytes())
+    mesh = types.SimpleNamespace(shape={"context": 2, "tensor": 1})
+    model, way = types.SimpleNamespace(num_kv_heads=2), types.SimpleNamespace(balance=True, context={"G": "exchange"})
+    subject = Subject(model, None, way, mesh, Bytes())
     reader = reader_of(None)._replace(subject=subject)
     settings = SETTINGS._replace(evals=("recall",), lengths=(64, 66))
     with pytest.raises(ValueError, match="recall of recall: length 66 does not split over 2 context shards of 2 parts each"):

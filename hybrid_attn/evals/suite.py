@@ -183,7 +183,9 @@ def _check_fits(settings: Settings, reader: Reader, unit: Unit, shared: Path) ->
     if unit.eval in DRAWS:
         _drawn(reader, settings, unit, shared)
     if unit.eval in IN_ROWS:
-        fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, reader.subject.mesh.shape, reader.subject.run.balance)
+        model, run, sizes = reader.subject.model, reader.subject.run, reader.subject.mesh.shape
+        fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.balance)
+        fit.check_schemes(model, run.context, sizes)
     if unit.eval == "attention_mass":
         task = reader.heldout[unit.part]
         if isinstance(task, Task) and unit.length < (least := _shortest(task)):

@@ -17,7 +17,7 @@ def check(c: config.Config, sizes: Mapping[str, int]) -> None:
     for name, length in lengths.items():
         check_row(name, length, sizes, c.train.balance)
     check_model(c.model, sizes)
-    _check_exchange(c, sizes["tensor"], sizes["context"])
+    check_schemes(c.model, config.context(c.model, c.train), sizes)
 
 
 def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
@@ -50,10 +50,14 @@ def check_splits(
     raise ValueError(f"{what} {size} does not split over {shards} {' * '.join(axes)} shards{each}; use {cure}")
 
 
-def _check_exchange(c: config.Config, tensor: int, context: int) -> None:
-    """ValueError where shards of the sequence cannot trade it for heads: each needs as many key/value heads as the others."""
-    heads = c.model.num_kv_heads // tensor
-    letters = [letter for letter, scheme in config.context(c.model, c.train).items() if scheme == "exchange"]
+def check_schemes(model: config.Model, schemes: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+    """ValueError where shards of the sequence cannot trade it for heads: each needs as many key/value heads as the others.
+
+    `schemes` has how each kind of layer attends to a sequence that devices share, by letter (`config.context`).
+    """
+    tensor, context = sizes["tensor"], sizes["context"]
+    heads = model.num_kv_heads // tensor
+    letters = [letter for letter, scheme in schemes.items() if scheme == "exchange"]
     if letters and heads % context:
         raise ValueError(
             f"train.context: {','.join(letters)}=exchange splits the {heads} key/value heads of a tensor shard over {context} "
