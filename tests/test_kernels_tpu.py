@@ -3,18 +3,16 @@
 The interpreter's matrix products are exact in the inputs' dtype, float32 in full; a TPU's are at its default precision.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, layout
+from conftest import layout
+from test_kernels import assert_same, outcome
 
-from hybrid_attn import kernels
 from hybrid_attn.kernels import reference, tpu
 
-S, N, K, H, SCALE = 300, 4, 2, 8, 0.41  # three tiles of 128, the last one of padding for the most part
+S, N, K, H = 300, 4, 2, 8  # three tiles of 128, the last one of padding for the most part
 LAYOUTS = {
     "one document": "a" * 300,
     "packed": "a" * 50 + "b" * 131 + "c" + "d" * 60 + "." * 58,
@@ -36,33 +34,6 @@ def arrays(*names, dtype=jnp.float32, seed=0):
     q, k, v = (rng.normal(size=(len(names), S, heads, H)).astype(dtype) for heads in (N, K, K))
     pos, seg = (np.stack(x) for x in zip(*(layout(LAYOUTS[name]) for name in names), strict=True))
     return q, k, v, pos, seg
-
-
-def outcome(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, kernel, window, softcap=None):
-    """o, lse and the gradients by q, k, v and the sinks of a loss that uses both."""
-    return jax.device_get(_outcome(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, kernel, window, softcap))
-
-
-@functools.partial(jax.jit, static_argnames=("kernel", "window", "softcap"))
-def _outcome(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, kernel, window, softcap):
-    def loss(q, k, v, sinks):
-        o, lse = kernels.attend(
-            q, k, v, q_pos, k_pos, q_seg, k_seg,
-            window=window, scale=SCALE, softcap=softcap, sinks_N=sinks, kernel=kernel,
-        )  # fmt: skip
-        pull = jnp.cos(jnp.arange(o.size)).reshape(o.shape)
-        finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
-        return (pull * o).sum() + (pull[..., 0] * jnp.sin(finite)).sum(), (o, lse)
-
-    grads, (o, lse) = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(q, k, v, sinks)
-    return {"o": o, "lse": lse, "grads": grads}
-
-
-def assert_same(got, wanted, tolerance):
-    """Equal to `tolerance`, with -inf in the same places of lse and nothing else that is not finite."""
-    nowhere = np.isneginf(wanted["lse"])
-    np.testing.assert_array_equal(np.isneginf(got["lse"]), nowhere)
-    assert_close({**got, "lse": got["lse"][~nowhere]}, {**wanted, "lse": wanted["lse"][~nowhere]}, tolerance)
 
 
 @pytest.mark.parametrize(
