@@ -33,7 +33,8 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             for needles in (1, 4):
                 cell = {"eval": "needle", "length": length, "depth": depth, "needles": needles}
                 records.append(cell | {"answers": 8, "right": round(8 * share)})
-        records.append({"eval": "recall", "source": "recall", "length": length, "answers": 50, "accuracy": share})
+        recalled = {"eval": "recall", "source": "recall", "task": "recall of 4 pairs", "length": length}
+        records.append(recalled | {"answers": 50, "accuracy": share, "by_row": [share] * 12})
         for name in ("all", "recall", "rest"):
             total = {"eval": "position", "source": "a b/c", "length": length, "tokens": 99, "part": name}
             buckets = [{"first": first, "end": end, "loss": 3.0 - share} for first, end in ((0, 16), (16, length))]

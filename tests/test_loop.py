@@ -139,7 +139,7 @@ def test_a_run_on_drawn_rows_resumes_and_ends_with_its_share_of_right_answers(co
     assert "source       probe: recall of 2 pairs, rows of 24 to 48 tokens, each drawn anew\n" in capsys.readouterr().out
     evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]
     told = [(line["source"], line["length"], line["answers"]) for line in evals if line["eval"] == "recall"]
-    assert told == [("probe", 48, 54), ("probe", 96, 30)]  # of 400 tokens, in whole rows
+    assert told == [("probe", 48, 17), ("probe", 96, 10)]  # nine and five rows, of whose two pairs one is not asked for
     assert all(0 <= line["accuracy"] <= 1 for line in evals if line["eval"] == "recall")
     assert {line["source"] for line in evals if line["eval"] != "recall"} == {"text"}
     with monkeypatch.context() as patch:

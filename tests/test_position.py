@@ -61,6 +61,16 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
         assert b["loss"] == pytest.approx(nll[inside].mean(), rel=1e-5)
         inside_bytes = (batch["targets"][inside] < 256).sum()
         assert b["bits_per_byte"] == pytest.approx(nll[inside].sum() / math.log(2) / inside_bytes, rel=1e-5)
+    by_row = [nll[i][counts[i]].mean() for i in range(3)]
+    np.testing.assert_allclose(total["by_row"], by_row, rtol=1e-5)
+    shares = counts.sum(1) / counts.sum()
+    error = math.sqrt(1.5 * sum((share * (x - mean)) ** 2 for share, x in zip(shares, by_row, strict=True)))
+    assert total["stderr"] == pytest.approx(error, rel=1e-4)
+
+
+def test_one_row_alone_has_no_standard_error(one_device):
+    records = list(position.run(subject_on(one_device), Spec(text_documents(LENGTH), LENGTH, 1)))
+    assert {record["stderr"] for record in records} == {None}
 
 
 def test_a_bucket_without_tokens_has_no_record(one_device):

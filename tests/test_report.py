@@ -85,12 +85,35 @@ def test_prompts_that_differ_before_their_ends_are_other_questions():
 
 def test_few_questions_say_nothing_of_two_runs():
     tasks = ("vt", "cwe", "fwe")
-    a, b = (run_of(name, [answer(x, 4096, i, s) for x in tasks for i in range(4)]) for name, s in (("a", 0.0), ("b", 1.0)))
+    a, b = (run_of(name, [answer(x, 4096, i, s) for x in tasks for i in range(9)]) for name, s in (("a", 0.0), ("b", 1.0)))
     mean, *several = statistics.compare(a, b, {*tasks}, "mean")
-    assert (mean.pairs, mean.low, mean.high, mean.fewest) == (12, 1, 1, 4) and len(several) == 3
+    assert (mean.pairs, mean.low, mean.high, mean.fewest) == (27, 1, 1, 9) and len(several) == 3
     assert [contents.verdict(x) for x in (mean, *several)] == ["unclear"] * 4
-    a, b = (run._replace(answers=(*run.answers, *(x | {"index": 4} for x in run.answers[::4]))) for run in (a, b))
+    a, b = (run._replace(answers=(*run.answers, *(x | {"index": 9} for x in run.answers[::9]))) for run in (a, b))
     assert [contents.verdict(x) for x in statistics.compare(a, b, {*tasks}, "mean")] == ["better"] * 4
+
+
+def test_two_runs_are_compared_on_the_rows_that_both_have_read():
+    rng, shares = np.random.default_rng(0), np.linspace(0.2, 0.8, 40)
+    recall = {"eval": "recall", "source": "mine", "task": "recall of 4 pairs", "length": 64, "answers": 99, "accuracy": 0.5}
+    loss = {"eval": "position", "source": "text", "length": 64, "tokens": 99, "loss": 2.0}
+    lower = shares - 0.1 + 0.02 * rng.normal(size=40)
+    a, b, c = (
+        run_of(name, [], [recall | {"source": name, "by_row": list(x)}, loss | {"by_row": list(x)}])
+        for name, x in (("a", shares), ("b", lower), ("c", shares[:39]))
+    )
+    for run in (a, b, c):
+        run.provenance.update(tokenizer="bytes", heldout={"text": "same"})
+    found = statistics.compare_rows(a, b)
+    assert [(x.task, x.pairs, x.loss) for x in found] == [("recall: b", 40, False), ("loss of text", 40, True)]
+    for x in found:  # rows differ more from one another than the two runs do on any of them
+        assert x.difference == pytest.approx(np.mean(lower - shares)) and -0.11 < x.low < -0.1 + 0.01 < 0.01 + x.high < 0
+    assert [contents.verdict(x) for x in found] == ["worse", "better"]
+    assert statistics.compare_rows(a, c) == []
+    b.provenance["heldout"] = {"text": "other"}
+    assert [x.task for x in statistics.compare_rows(a, b)] == ["recall: b"]
+    (section,) = (x for x in sections.sections([a, b]) if x.name == "comparison")
+    assert "rows that both have read" in section.words[0] and len(section.pictures) == 1
 
 
 def rows_of(table: tables.Table) -> list[dict]:
@@ -155,10 +178,11 @@ def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
 
 def test_words_of_recall_are_of_the_tasks_that_were_measured():
     one = {"eval": "recall", "length": 64, "answers": 8, "accuracy": 0.5}
-    run = run_of("run", [], [one | {"source": source} for source in ("copy", "tracking", "my own")])
+    sources = {"copy": "copy", "my own": "tracking of 2 pairs", "again": "tracking of 1 pairs"}
+    run = run_of("run", [], [one | {"source": source, "task": task, "by_row": [0.5]} for source, task in sources.items()])
     (section,) = (x for x in sections.sections([run]) if x.name == "recall")
     (words,) = section.words
-    assert "copy: letters, then the same letters." in words and "tracking: chains of assignments" in words
+    assert "copy: letters, then the same letters." in words and words.count("tracking: chains of assignments") == 1
     assert "noise, then keys" not in words and "my own" not in words
     assert set(sections.TASKS) == set(config.TASKS)
 
@@ -242,8 +266,8 @@ def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(runs):
     [
         ("records", '{"eval": "ruler", "ta', "records.jsonl, line 2 is cut short or no JSON"),
         ("records", '{"eval": "neddle"}', "eval='neddle' is not known; did you mean 'needle'?"),
-        ("records", '{"eval": "recall", "length": 4}', "line 2 lacks source, answers, accuracy"),
-        ("records", '{"eval": "recall", "source": "a", "length": 4, "answers": 0, "accuracy": 0}', "answers=0 says nothing"),
+        ("records", '{"eval": "recall", "length": 4}', "line 2 lacks source, task, answers, accuracy, by_row"),
+        ("records", '{"eval": "needle", "length": 4, "depth": 0, "needles": 1, "answers": 0, "right": 0}', "answers=0 says"),
         ("records", "[]", "holds '\\[\\]', which is no record"),
         ("answers", '{"task": "vt"}', "answers.jsonl, line 2 lacks length"),
         ("answers", json.dumps(answer("vt", 4096, 0, 100.0)), "score=100.0 is no share of right answers"),

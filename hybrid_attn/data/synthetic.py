@@ -44,11 +44,12 @@ class SyntheticRows:
     """The rows of a task, in the form of `rows.Rows`.
 
     Those that `seed` draws, for training, have from half of `seq_len` tokens up to all of them. None draws the held-out
-    rows, which are full, of other numbers than any seed's, and the same for every config.
+    rows, which are full, of other numbers than any seed's, and the same for every config; no answer is told before it.
     """
 
     def __init__(self, task: Task, seq_len: int, seed: int | None):
         self.task, self.seq_len = task, seq_len
+        self._heldout = seed is None
         self.shortest = seq_len if seed is None else seq_len // 2
         self._entropy = (1, seq_len) if seed is None else (0, seed)
 
@@ -69,6 +70,8 @@ class SyntheticRows:
         raw = np.random.Philox(np.random.SeedSequence((*self._entropy, index))).random_raw
         n = self.shortest + int(raw(1)[0] % (self.seq_len - self.shortest + 1))
         tokens_n, targets_n, weights_n = TASKS[self.task.name](raw, n, self.task.pairs)
+        if self.task.name == "recall" and self._heldout:
+            weights_n = _first(tokens_n, weights_n)
         n = len(tokens_n)
         row = {name: np.zeros(self.seq_len, dtype) for name, dtype in ARRAYS.items()}
         row["tokens"][:n], row["positions"][:n], row["segments"][:n] = tokens_n, np.arange(n), 1
@@ -78,7 +81,11 @@ class SyntheticRows:
 
 
 def recall(raw: Raw, n: int, pairs: int) -> Drawn:
-    """Pairs Aa somewhere in noise, then queries ?Aa, drawn with replacement: no answer follows from those before it."""
+    """Pairs Aa somewhere in noise, then queries ?Aa, drawn with replacement.
+
+    A key's second answer follows from the first, a few tokens before it, where any window sees it: that is soon learnt, and
+    from it to look farther back. Held-out rows want only the first.
+    """
     keys, values = _choose(raw, KEYS, pairs), _choose(raw, VALUES, pairs)
     noise = NOISE[raw(n - 3 * QUERIES) % len(NOISE)]
     places = 2 * _choose(raw, np.arange(len(noise) // 2), pairs)
@@ -132,6 +139,14 @@ def tracking(raw: Raw, n: int, pairs: int) -> Drawn:
 
 
 TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "tracking": tracking}
+
+
+def _first(tokens_n: np.ndarray, weights_n: np.ndarray) -> np.ndarray:
+    """The weights with none for an answer after a token that has had one."""
+    answers = np.flatnonzero(weights_n)
+    first_n = np.zeros_like(weights_n)
+    first_n[answers[np.unique(tokens_n[answers], return_index=True)[1]]] = 1
+    return first_n
 
 
 def _choose(raw: Raw, things: np.ndarray, number: int) -> np.ndarray:

@@ -25,26 +25,40 @@ FIRST_EDGE = 16  # tokens; the edges after it double
 def run(subject: Subject, spec: Spec) -> Iterator[dict]:
     """One record per bucket of positions, [first, end) tokens into the document within its row, then one for all.
 
-    Losses are nats per token, and bits per byte over the UTF-8 bytes of the scored tokens. Last come those that an earlier
-    token of the row foretells ("recall", see `recalled`) and the "rest", by bucket and in all.
+    Losses are nats per token, and bits per byte over the UTF-8 bytes of the scored tokens; `stderr` is the loss' standard
+    error over rows, whose tokens are not independent. Last come those that an earlier token of the row foretells ("recall",
+    see `recalled`) and the "rest", by bucket and in all. The record of all has the mean loss of each row, too.
     """
     rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
     batch = math.prod(subject.mesh.shape[axis] for axis in BATCH)
-    sums = np.zeros((2, 3, len(edges) - 1))
-    for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, subject.mesh):
-        sums += jax.device_get(_score(subject.model, subject.run, edges, subject.params, arrays))
-    yield from _records(spec.length, edges, sums.sum(0), {})
+    found = [
+        jax.device_get(_score(subject.model, subject.run, edges, subject.params, arrays))
+        for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, subject.mesh)
+    ]
+    sums = np.concatenate(found, -1).astype(float)
+    *buckets, total = _records(spec.length, edges, sums.sum(0), {})
+    nll_B, count_B, _ = sums.sum((0, 2))
+    yield from (*buckets, total | {"by_row": (nll_B[count_B > 0] / count_B[count_B > 0]).tolist()})
     for part, of_part in zip(PARTS, sums, strict=True):
         yield from _records(spec.length, edges, of_part, {"part": part})
 
 
 def _records(length: int, edges: tuple[int, ...], sums, names: dict) -> Iterator[dict]:
+    """Of `sums` [3, buckets, rows]."""
     places = [{"first": first, "end": end} for first, end in itertools.pairwise(edges)]
-    for place, (nll, count, num_bytes) in zip((*places, {}), (*sums.T, sums.sum(1)), strict=True):
-        if count:
-            record = {"length": length, **place, **names, "tokens": int(count), "loss": nll / count}
-            yield record | {"bits_per_byte": bits_per_byte(nll, num_bytes) if num_bytes else None}
+    for place, (nll_B, count_B, bytes_B) in zip((*places, {}), (*sums.swapaxes(0, 1), sums.sum(1)), strict=True):
+        if count := count_B.sum():
+            record = {"length": length, **place, **names, "tokens": int(count), "loss": nll_B.sum() / count}
+            bits = bits_per_byte(nll_B.sum(), bytes_B.sum()) if bytes_B.any() else None
+            yield record | {"stderr": _stderr(nll_B, count_B), "bits_per_byte": bits}
+
+
+def _stderr(nll_B, count_B) -> float | None:
+    """Standard error of a ratio of sums over rows (Cochran, Sampling Techniques, section 6.3); None of one row alone."""
+    n, count = (count_B > 0).sum(), count_B.sum()
+    off_B = nll_B - nll_B.sum() / count * count_B
+    return float(math.sqrt(n / (n - 1) * (off_B**2).sum()) / count) if n > 1 else None
 
 
 def bucket_edges(length: int) -> tuple[int, ...]:
@@ -55,18 +69,18 @@ def bucket_edges(length: int) -> tuple[int, ...]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(model: Model, run: Run, edges: tuple[int, ...], params: dict, batch: dict):
-    """Summed loss, number of scored tokens and their bytes, of each part and bucket: [parts, 3, buckets]."""
+    """Summed loss, number of scored tokens and their bytes, of each part, bucket and row: [parts, 3, buckets, B]."""
     nll_BT, _ = losses(model, params, batch, run)
     pos_BT, weights_BT = batch["positions"], batch["weights"]
     recalled_BT = recalled(batch["tokens"], batch["targets"], batch["segments"])
     sums = [
         [
-            [(x_BT * (part_BT & (pos_BT >= first) & (pos_BT < end))).sum() for first, end in itertools.pairwise(edges)]
+            [(x_BT * (part_BT & (pos_BT >= first) & (pos_BT < end))).sum(1) for first, end in itertools.pairwise(edges)]
             for x_BT in (weights_BT * nll_BT, weights_BT, batch["bytes"])
         ]
         for part_BT in (recalled_BT, ~recalled_BT)
     ]
-    return jnp.array(sums)
+    return jax.reshard(jnp.array(sums), P())
 
 
 def recalled(tokens_BT: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Recall: how many answers of a synthetic task's held-out rows a model gives, each the likeliest token where it is wanted."""
+"""Recall: how many answers of a synthetic task's held-out rows a model gives, each the likeliest token where it is wanted.
+
+Only bytes have such tasks: a vocabulary of a few hundred words, so that all logits of a batch are little beside the rest.
+"""
 
 import functools
 import math
@@ -6,6 +9,8 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
@@ -18,23 +23,27 @@ TOKENS = 8192  # of a batch on each of its shards: their logits all exist at onc
 
 
 def run(subject: Subject, spec: Spec) -> Iterator[dict]:
-    """One record: of the answers in `spec.tokens` tokens of rows of `spec.length`, the share that is right.
+    """One record: of the answers in `spec.tokens` tokens of rows of `spec.length` the share that is right, in all and by row.
 
     The row holds the right answers, so that one does not suffer from another.
     """
     rows = SyntheticRows(spec.documents, spec.length, None)
     batch = max(1, TOKENS // spec.length) * math.prod(subject.mesh.shape[axis] for axis in BATCH)
-    right = answers = 0
-    for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, subject.mesh):
-        new = jax.device_get(_right(subject.model, subject.run, subject.params, arrays))
-        right, answers = right + int(new[0]), answers + int(new[1])
-    yield {"length": spec.length, "answers": answers, "accuracy": right / answers}
+    number = -(-spec.tokens // spec.length)
+    found = [
+        jax.device_get(_right(subject.model, subject.run, subject.params, arrays))
+        for arrays in heldout_batches(rows, number, batch, subject.mesh)
+    ]
+    right_B, answers_B = np.concatenate(found, 1)[:, :number].astype(int)
+    shares = {"accuracy": right_B.sum() / answers_B.sum(), "by_row": (right_B / answers_B).tolist()}
+    yield {"task": spec.documents.fingerprint(), "length": spec.length, "answers": int(answers_B.sum()), **shares}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _right(model: Model, run: Run, params: dict, batch: dict):
-    """Right answers, and answers."""
+    """Right answers and answers of each row, [2, B]."""
     x_BTD = apply(model, params, batch["tokens"], batch["positions"], batch["segments"], run)
     likeliest_BT = jnp.argmax(logits(model, params, x_BTD), -1)
     weights_BT = batch["weights"]
-    return (weights_BT * (likeliest_BT == batch["targets"])).sum(), weights_BT.sum()
+    counts = [(weights_BT * (likeliest_BT == batch["targets"])).sum(1), weights_BT.sum(1)]
+    return jax.reshard(jnp.stack(counts), P())

@@ -143,7 +143,7 @@ def _tell(metrics: Metrics, unit: suite.Unit, records: Sequence[Mapping]) -> Non
     if value is not None:
         metrics.score(f"{unit.eval}/{unit.part}/{unit.length}", value)
     shown = _by_kind(records) if unit.eval == "attention_mass" else records
-    metrics.report(unit.eval, [{name: x for name, x in record.items() if name != "eval"} for record in shown])
+    metrics.report(unit.eval, [{name: x for name, x in record.items() if name not in ("eval", "by_row")} for record in shown])
 
 
 def _draw(metrics: Metrics, run: report.Run, folder: Path) -> None:

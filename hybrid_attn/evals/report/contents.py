@@ -140,16 +140,25 @@ def needle_questions(record: Mapping) -> tuple[float, int]:
 
 
 def recall(runs: Sequence[Run]) -> Table:
-    columns = [RUN, Column("source"), LENGTH, Column("answers", count), Column("accuracy", fixed(3)), *INTERVAL]
+    """The share of right answers; its interval is that of the rows, of which each is right in part."""
+    columns = [
+        *(RUN, Column("source"), Column("task"), LENGTH, Column("rows", count), Column("answers", count)),
+        *(Column("accuracy", fixed(3)), *INTERVAL),
+    ]
     rows = [
         [
-            *(run.name, r["source"], r["length"], r["answers"], r["accuracy"]),
-            *statistics.wilson(r["accuracy"] * r["answers"], r["answers"]),
+            *(run.name, r["source"], r["task"], r["length"], len(r["by_row"]), r["answers"], r["accuracy"]),
+            *statistics.wilson(*recall_rows(r)),
         ]
         for run in runs
         for r in run.of("recall")
     ]
     return Table("recall", "Synthetic recall: answers that are the likeliest token", columns, rows)
+
+
+def recall_rows(record: Mapping) -> tuple[float, int]:
+    """How many rows are right, most of them in part, and how many there are: answers of one row depend on one another."""
+    return record["accuracy"] * len(record["by_row"]), len(record["by_row"])
 
 
 def position(runs: Sequence[Run]) -> Table:
@@ -249,7 +258,8 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[statistics.Differen
     """Every further run against the first."""
     family = {record["task"] for run in runs for record in run.of("ruler")}
     first, *others = runs
-    return [(run.name, statistics.compare(first, run, family, "RULER, mean of {} tasks")) for run in others]
+    name = "RULER, mean of {} tasks"
+    return [(run.name, statistics.compare(first, run, family, name) + statistics.compare_rows(first, run)) for run in others]
 
 
 def comparison(first: str, found: Sequence[tuple[str, list[statistics.Difference]]]) -> Table:
@@ -258,15 +268,16 @@ def comparison(first: str, found: Sequence[tuple[str, list[statistics.Difference
         *(Column(name, signed(3)) for name in ("difference", "95% from", "to")),
         Column("verdict"),
     ]
-    rows = [[name, *difference[:-1], verdict(difference)] for name, several in found for difference in several]
-    return Table("comparison", f"Against {first} on the same questions: scores between 0 and 1", columns, rows)
+    rows = [[name, *difference[:-2], verdict(difference)] for name, several in found for difference in several]
+    title = f"Against {first} on the same questions and rows: scores between 0 and 1, losses in nats"
+    return Table("comparison", title, columns, rows)
 
 
 def verdict(difference: statistics.Difference) -> str:
     """Unclear where the interval has 0 in it, and where a task has so few pairs that resampling them shows no spread."""
-    if difference.fewest < statistics.FEWEST:
+    if difference.fewest < statistics.PAIRS or difference.low <= 0 <= difference.high:
         return "unclear"
-    return "better" if difference.low > 0 else "worse" if difference.high < 0 else "unclear"
+    return "better" if (difference.low > 0) != difference.loss else "worse"
 
 
 def absent(runs: Sequence[Run]) -> Table:

@@ -11,7 +11,7 @@ from hybrid_attn.trees import check
 # The evaluations that a report knows, with the fields without which a record of theirs says nothing.
 FIELDS = {
     "position": ("source", "length", "tokens", "loss"),
-    "recall": ("source", "length", "answers", "accuracy"),
+    "recall": ("source", "task", "length", "answers", "accuracy", "by_row"),
     "needle": ("length", "depth", "needles", "answers", "right"),
     "ruler": ("task", "length", "samples", "score", "nulls"),
     "attention_mass": (
@@ -83,6 +83,13 @@ def read(directory: Path) -> Run:
 def sample_of(answer: Mapping) -> tuple:
     """What makes two answers answers to the same question: the whole prompt, of which the answer holds the end and a hash."""
     return (*(answer[key] for key in ("task", "length", "index", "group", "prompt_hash")), *answer["wanted"])
+
+
+def rows_of(run: Run, record: Mapping) -> tuple:
+    """What makes the rows of two records the same: drawn ones of a task, or those of the same held-out documents in tokens."""
+    known = run.provenance.get("heldout", {}).get(record["source"]), run.provenance.get("tokenizer")
+    what = record["task"] if record["eval"] == "recall" else (record["source"], *known)
+    return record["eval"], what, record["length"], len(record["by_row"])
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:

@@ -201,11 +201,12 @@ def _recall(runs: Sequence[Run]) -> list[Section]:
     for number, run in enumerate(runs):
         for source in dict.fromkeys(r["source"] for r in run.of("recall")):
             records = [r for r in run.of("recall") if r["source"] == source]
-            cells = {r["length"]: (r["accuracy"] * r["answers"], r["answers"]) for r in records}
+            cells = {r["length"]: contents.recall_rows(r) for r in records}
             panels.setdefault(source, []).append(pictures.wilson_curve(run.name, number, cells))
     figure = pictures.curves(panels, [run.trained for run in runs], "accuracy", 1, None)
-    own = [Picture("recall", "Right answers by length, with Wilson intervals of 95%.", figure, len(panels) > 2)]
-    told = "".join(f" {source}: {TASKS[source]}." for source in panels if source in TASKS)
+    own = [Picture("recall", "Right answers by length, with Wilson intervals of 95% over rows.", figure, len(panels) > 2)]
+    tasks = {r["task"].split()[0] for run in runs for r in run.of("recall")}
+    told = "".join(f" {name}: {words}." for name, words in TASKS.items() if name in tasks)
     words = [f"Drawn rows that say what is asked for later; the row holds the right answers before each question.{told}"]
     return [Section("recall", "Recall", words, own, [contents.recall(runs)], [])]
 
@@ -320,15 +321,15 @@ def _comparison(runs: Sequence[Run]) -> list[Section]:
     found = contents.differences(runs)
     first, drawn = runs[0].name, []
     for number, (name, several) in enumerate(found, 1):
-        if several:
+        if several := [x for x in several if not x.loss]:
             caption = f"{name} less {first}; in bold and in the colour of the better run where it is clear."
             drawn.append(Picture(f"comparison_{number}", caption, pictures.differences(several, number), False))
-    if not drawn:
+    if not any(several for _, several in found):
         return []
     words = [
-        "Only questions that both runs were asked count, word for word; the interval is a paired bootstrap over them, with "
-        f"{statistics.RESAMPLES:,} resamples, and fewer than {statistics.FEWEST} pairs of a task leave it unclear. The mean of "
-        "tasks gives each task the same weight."
+        "Only questions that both runs were asked count, word for word, and rows that both have read; the interval is a paired "
+        f"bootstrap over them, with {statistics.RESAMPLES:,} resamples, and fewer than {statistics.PAIRS} pairs of a task "
+        "leave it unclear. The mean of tasks gives each task the same weight, that of rows each row. Of losses, less is better."
     ]
     return [Section("comparison", "Comparison", words, drawn, [contents.comparison(first, found)], [])]
 

@@ -6,19 +6,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrid_attn.evals.report.runs import Run, sample_of
+from hybrid_attn.evals.report.runs import Run, rows_of, sample_of
 from hybrid_attn.trees import check
 
 Z = 1.959963984540054  # 95% of a normal distribution lies within as many deviations
 RESAMPLES = 2000
 DRAWS = 2**20  # at a time
 FEWEST = 5  # questions that say something together
+PAIRS = 10  # that tell two models apart: of five equal differences a sign test makes 0.06, and resampling them no spread
 
 
 class Difference(NamedTuple):
     """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a.
 
-    `fewest` is how many pairs its task has; of a mean over tasks, the one with the fewest.
+    `fewest` is how many pairs its task has; of a mean over tasks, the one with the fewest. Of a `loss` less is better.
     """
 
     task: str
@@ -30,6 +31,7 @@ class Difference(NamedTuple):
     low: float
     high: float
     fewest: int
+    loss: bool
 
 
 def wilson(right: float, number: int) -> tuple[float, float]:
@@ -91,7 +93,21 @@ def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
     return found
 
 
+def compare_rows(a: Run, b: Run) -> list[Difference]:
+    """b against a on the rows that both have read: the share of right answers in each, or its mean loss in nats."""
+    read = {rows_of(a, record): record["by_row"] for record in a.records if "by_row" in record}
+    found = []
+    for key, record in enumerate(b.records):
+        if "by_row" in record and (theirs := read.get(rows_of(b, record))):
+            pairs = np.stack([theirs, record["by_row"]], 1)
+            loss = record["eval"] == "position"
+            name = f"{'loss of' if loss else 'recall:'} {record['source']}"
+            means = resampled_means(pairs[:, 1] - pairs[:, 0], key)
+            found.append(_difference(name, record["length"], [pairs], [means])._replace(loss=loss))
+    return found
+
+
 def _difference(task: str, length: int, pairs: Sequence[np.ndarray], means: Sequence[np.ndarray]) -> Difference:
     a, b = np.mean([cell.mean(0) for cell in pairs], axis=0).tolist()
     sizes = [len(cell) for cell in pairs]
-    return Difference(task, length, sum(sizes), a, b, b - a, *interval(np.mean(means, axis=0)), min(sizes))
+    return Difference(task, length, sum(sizes), a, b, b - a, *interval(np.mean(means, axis=0)), min(sizes), False)
