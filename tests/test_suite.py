@@ -90,6 +90,18 @@ def test_who_was_interrupted_goes_on_with_what_is_not_done(tmp_path):
     for name in ("records.jsonl", "answers.jsonl"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "straight" / name).read_text()
     assert run(tmp_path, Engine(patience=0)) == heard
+    path = tmp_path / "one/units/needle-1-2048.json"
+    path.write_text(path.read_text()[:300])  # as a machine leaves it that loses its power
+    third = Engine()
+    assert run(tmp_path, third) == heard and len(third.prompts) == 4  # two depths, two samples
+    assert (tmp_path / "one/answers.jsonl").read_text() == (tmp_path / "straight/answers.jsonl").read_text()
+
+
+def test_an_answer_has_the_room_of_its_own_question_whatever_is_asked_beside_it():
+    one = samples.Sample("niah_single_1", 2048, 0, "special magic number for x mentioned for x is: 1234567.", ("1",), 4, "", {})
+    asked = [one, dataclasses.replace(one, max_new_tokens=6), one]
+    found = suite.measure_ruler(reader_of(Engine()), SETTINGS, suite.Unit("ruler", "niah_single_1", 2048), asked)
+    assert [answer["given"] for answer in found.answers] == ["1234", "123456", "1234"]
 
 
 def test_a_directory_of_another_evaluation_is_refused_with_what_differs(tmp_path):
@@ -112,15 +124,38 @@ def test_all_samples_are_drawn_before_anything_is_asked(tmp_path):
 def test_evaluations_are_known_by_name():
     assert suite.named("quick") == suite.SUITES["quick"] and set(suite.named("full")) == set(suite.MEASURES)
     assert suite.named("ruler, needle") == ("ruler", "needle")
+    assert suite.named("quick,key_tokens,needle") == (*suite.SUITES["quick"], "key_tokens")
+    with pytest.raises(ValueError, match="names ''; there are quick, full, position"):
+        suite.named("position,")
     with pytest.raises(ValueError, match="names 'needel'; did you mean 'needle'?"):
         suite.named("position,needel")
 
 
 def test_rows_of_a_task_are_left_out_where_they_are_too_short():
-    found = suite.units(SETTINGS._replace(evals=("recall",), lengths=(16, 64)), reader_of(None))
-    assert [unit.name for unit in found] == ["recall-copy-16", *(f"recall-{task}-64" for task in RECALL)]
+    model, way = types.SimpleNamespace(num_kv_heads=1), types.SimpleNamespace(balance=False, context={})
+    subject = Subject(model, None, way, types.SimpleNamespace(shape={"context": 1, "tensor": 1}), Bytes())
+    reader, settings = reader_of(None)._replace(subject=subject), SETTINGS._replace(evals=("recall",), lengths=(16, 64))
+    fitted = suite.fitting(settings, reader, None, False)
+    assert [x.part for x in fitted.absent] == ["recall", "mqar", "tracking"]
+    names = [unit.name for unit in suite.units(fitted, reader)]
+    assert names == ["recall-copy-16", *(f"recall-{task}-64" for task in RECALL)]
+    with pytest.raises(ValueError, match="recall of recall: its shortest row has 26 tokens, and 16 are asked for"):
+        suite.fitting(settings, reader, None, True)
     with pytest.raises(ValueError, match="nothing to measure at lengths 2"):
-        suite.run(reader_of(None), SETTINGS._replace(evals=("recall",), lengths=(2,)), {}, None, None, None)
+        nothing = suite.fitting(settings._replace(lengths=(2,)), reader, None, False)
+        suite.run(reader, nothing, {}, None, None, None)
+
+
+def test_tasks_in_bytes_are_not_asked_of_other_tokenizers_and_no_task_of_the_harness_is_no_secret():
+    subject = Subject(None, None, None, None, types.SimpleNamespace(hash="json"))
+    settings = SETTINGS._replace(evals=("recall", "harness", "position"), lengths=(64, 128))
+    fitted = suite.fitting(settings, reader_of(None)._replace(subject=subject, heldout={}), None, True)
+    assert [x[:3] for x in fitted.absent] == [
+        (name, part, length)
+        for name, part in (("recall", "tasks"), ("harness", "tasks"), ("position", "documents"))
+        for length in (64, 128)
+    ]
+    assert "in bytes" in fitted.absent[0].reason and suite.units(fitted, reader_of(None)._replace(subject=subject)) == []
 
 
 def test_questions_may_have_lengths_of_their_own():
@@ -152,7 +187,11 @@ def test_a_further_model_is_not_asked_other_questions_under_the_same_name(tmp_pa
     (path,) = (tmp_path / "samples").glob("needle-1-2048-*.jsonl")
     assert first["samples_hash"] == hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_text(path.read_text().replace("Sentence", "Word"))
-    with pytest.raises(ValueError, match="was changed after it was written"):
+    for name in ("one", "two"):  # whose answers are there, and who is still to be asked
+        with pytest.raises(ValueError, match="was changed after it was written"):
+            run(tmp_path, Engine(), name=name)
+    path.with_suffix(".sha256").unlink()
+    with pytest.raises(ValueError, match="jsonl has lost the hash beside it; remove the file"):
         run(tmp_path, Engine(), name="two")
 
 
@@ -209,8 +248,9 @@ def test_rows_that_a_mesh_does_not_split_are_refused():
     settings = SETTINGS._replace(evals=("recall",), lengths=(64, 66))
     with pytest.raises(ValueError, match="recall of recall: length 66 does not split over 2 context shards of 2 parts each"):
         suite.fitting(settings, reader, None, True)
-    short = suite.fitting(settings._replace(lengths=(16,)), reader, None, True)
-    assert [x.part for x in short.absent] == ["recall", "mqar", "tracking"]
+    wide = subject._replace(model=types.SimpleNamespace(num_kv_heads=3))
+    with pytest.raises(ValueError, match="exchange splits the 3 key/value heads"):
+        suite.fitting(settings._replace(lengths=(64,)), reader._replace(subject=wide), None, True)
 
 
 def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():

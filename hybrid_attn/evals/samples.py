@@ -58,6 +58,7 @@ def read(path: Path) -> tuple[list[Sample], str]:
             found.append(Sample(**values | {"answers": tuple(values["answers"])}))
         except (TypeError, KeyError, ValueError) as cause:
             raise ValueError(f"{path}, line {number} is no sample: {cause}") from cause
+    trees.check(_hash_of(path).is_file(), f"{path} has lost the hash beside it; remove the file, and the same is drawn again")
     digest, written = hashlib.sha256(content).hexdigest(), _hash_of(path).read_text().split()[0]
     trees.check(
         digest == written,

@@ -15,6 +15,7 @@ import jax
 
 from hybrid_attn import config, trees
 from hybrid_attn.data.synthetic import Task
+from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.evals import attention, keytokens, marked, needle, position, recall, ruler, samples, whole
 from hybrid_attn.evals.ruler import compat, draws, scores
 from hybrid_attn.evals.ruler.tasks import ESSAYS
@@ -29,6 +30,11 @@ ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, where nobody says others
 OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
+_DOCUMENTS = ("documents", "the model's sources hold none out")
+EMPTY = dict.fromkeys(OF_SOURCES, _DOCUMENTS) | {  # which part is missing where an evaluation has none, and why
+    "recall": ("tasks", "they are in bytes, and the model has another tokenizer"),
+    "harness": ("tasks", "none is named"),
+}
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
 GENERATOR = 3  # raised when the same settings give other samples
 
@@ -113,17 +119,14 @@ SUITES = {"quick": ("position", "recall", "needle", "ruler", "attention_mass"), 
 
 
 def named(suite: str) -> tuple[str, ...]:
-    """The evaluations of "quick", "full" or "needle,ruler"; ValueError names the nearest of what does not exist."""
-    if suite in SUITES:
-        return SUITES[suite]
-    found = tuple(dict.fromkeys(name.strip() for name in suite.split(",")))
+    """The evaluations of "quick", "full" or "quick,harness"; ValueError names the nearest of what does not exist."""
+    groups = SUITES | {name: (name,) for name in MEASURES}
+    found = [name.strip() for name in suite.split(",")]
     for name in found:
-        near = difflib.get_close_matches(name, (*SUITES, *MEASURES), 1, 0.0)
-        trees.check(
-            name in MEASURES,
-            f"--suite={suite} names {name!r}; did you mean {near[0]!r}? There are {', '.join((*SUITES, *MEASURES))}",
-        )
-    return found
+        near = difflib.get_close_matches(name, groups, 1, 0.0)
+        hint = f"did you mean {near[0]!r}? There" if near and name else "there"
+        trees.check(name in groups, f"--suite={suite} names {name!r}; {hint} are {', '.join(groups)}")
+    return tuple(dict.fromkeys(evaluation for name in found for evaluation in groups[name]))
 
 
 def units(settings: Settings, reader: Reader) -> list[Unit]:
@@ -132,7 +135,7 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
     parts = {
         **dict.fromkeys(OF_SOURCES, tuple(name for name in reader.heldout if name not in drawn)),
         "attention_mass": tuple(x for x in reader.heldout if x not in drawn or reader.heldout[x].name == "recall"),
-        "recall": tuple(reader.tasks),
+        "recall": tuple(reader.tasks) if isinstance(reader.subject.tokenizer, Bytes) else (),
         "needle": ("1", "4"),
         "ruler": tuple(task for task in ruler.NAMES if task not in missing(settings, reader)),
         "harness": settings.tasks,
@@ -141,7 +144,7 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
         Unit(name, part, length) for name in settings.evals for length in settings.lengths_of(name) for part in parts[name]
     ]
     absent = {unit[:3] for unit in settings.absent}
-    return [x for x in found if x not in absent and (x.eval != "recall" or x.length >= _shortest(reader.tasks[x.part]))]
+    return [unit for unit in found if unit not in absent]
 
 
 def missing(settings: Settings, reader: Reader) -> dict[str, str]:
@@ -160,15 +163,9 @@ def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Se
     absent = []
     for length in settings.lengths_of("ruler") if "ruler" in settings.evals else ():
         absent += [Absent("ruler", task, length, reason) for task, reason in missing(settings, reader).items()]
-    for length in settings.lengths:
-        for name, task in reader.tasks.items():
-            if "recall" in settings.evals and length < (least := _shortest(task)):
-                absent.append(Absent("recall", name, length, f"its shortest row has {least} tokens"))
     found = units(settings, reader)
-    unread = [name for name in OF_SOURCES if name in settings.evals and name not in {unit.eval for unit in found}]
-    absent += [
-        Absent(name, "documents", length, "needs some that are held out") for name in unread for length in settings.lengths
-    ]
+    without = [(name, *EMPTY[name]) for name in settings.evals if name in EMPTY and name not in {unit.eval for unit in found}]
+    absent += [Absent(name, part, length, why) for name, part, why in without for length in settings.lengths_of(name)]
     for unit in found:
         try:
             _check_fits(settings, reader, unit, shared)
@@ -186,10 +183,10 @@ def _check_fits(settings: Settings, reader: Reader, unit: Unit, shared: Path) ->
         model, run, sizes = reader.subject.model, reader.subject.run, reader.subject.mesh.shape
         fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.balance)
         fit.check_schemes(model, run.context, sizes)
+    task = {"recall": reader.tasks, "attention_mass": reader.heldout}.get(unit.eval, {}).get(unit.part)
+    if isinstance(task, Task) and unit.length < (least := _shortest(task)):
+        raise TooLongError(f"{unit.eval} of {unit.part}: its shortest row has {least} tokens, and {unit.length} are asked for")
     if unit.eval == "attention_mass":
-        task = reader.heldout[unit.part]
-        if isinstance(task, Task) and unit.length < (least := _shortest(task)):
-            raise TooLongError(f"its shortest row has {least} tokens")
         try:
             marked.prompts(_attention_spec(reader, unit), reader.subject.tokenizer)
         except ValueError as cause:
@@ -214,12 +211,13 @@ def run(
     wanted, writes = units(settings, reader), jax.process_index() == 0
     trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
     files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
+    drawn = {unit: samples.read(path) for unit, path in files.items()}  # and found as they were, for what is done, too
     paths = {unit: directory / "units" / f"{unit.name}.json" for unit in wanted}
     if writes:
-        _begin(directory, described(settings, provenance), not all(path.exists() for path in paths.values()))
+        _begin(directory, described(settings, provenance), not all(map(_is_done, paths.values())))
     for number, (unit, path) in enumerate(paths.items(), 1):
-        if not told(path.exists()):
-            asked, digest = samples.read(files[unit]) if unit in files else ([], None)
+        if not told(_is_done(path)):
+            asked, digest = drawn.get(unit, ([], None))
             measured = MEASURES[unit.eval](reader, settings, unit, asked)
             records = [{"eval": unit.eval, **record} for record in measured.records]
             given = [answer | {"samples_hash": digest} for answer in measured.answers]
@@ -245,6 +243,14 @@ def measured_of(directory: Path, unit: Unit) -> Measured:
     return Measured(**json.loads((directory / "units" / f"{unit.name}.json").read_text()))
 
 
+def _is_done(path: Path) -> bool:
+    """Whether the file of a unit is there, and whole: a machine that lost its power may leave less."""
+    try:
+        return Measured._fields == tuple(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return False
+
+
 def _drawn(reader: Reader, settings: Settings, unit: Unit, shared: Path) -> Path:
     """The file of a unit's samples, in whose name is what they follow from; the first process writes it."""
     about = [GENERATOR, settings.samples, settings.seed, settings.depths, reader.subject.tokenizer.hash, reader.haystack]
@@ -261,9 +267,12 @@ def _given(reader: Reader, asked: list[Sample], spare: int) -> list[str]:
     words = reader.subject.tokenizer
     if (long := samples.too_long(asked, words, spare)) is not None:
         raise ValueError(f"sample {long.index} of {long.task} does not fit into {long.length:,} tokens; its file was changed")
-    most = max(sample.max_new_tokens for sample in asked)
-    found = answers(reader.engine, words, [sample.prompt for sample in asked], most, stop_tokens=reader.stop_tokens)
-    return [answer.text for answer in found]
+    given: dict[int, str] = {}
+    for most in sorted({sample.max_new_tokens for sample in asked}):  # of a question, whatever is asked beside it
+        alike = [i for i, sample in enumerate(asked) if sample.max_new_tokens == most]
+        found = answers(reader.engine, words, [asked[i].prompt for i in alike], most, stop_tokens=reader.stop_tokens)
+        given |= {i: answer.text for i, answer in zip(alike, found, strict=True)}
+    return [given[i] for i in range(len(asked))]
 
 
 def _answers(asked: list[Sample], given: list[str], shares: list[float]) -> list[dict]:

@@ -1,5 +1,6 @@
 """Files that are whole, or as they were before."""
 
+import os
 from pathlib import Path
 
 
@@ -10,5 +11,8 @@ def write(path: Path, content: str | bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+    with part.open("wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+        file.flush()
+        os.fsync(file.fileno())  # before the name is given, for a machine may lose its power
     part.rename(path)
