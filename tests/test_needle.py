@@ -59,6 +59,7 @@ def test_a_sample_follows_from_its_arguments_alone():
     assert drawn(index=3) == drawn(index=3)
     others = [drawn(), drawn(index=1), drawn(seed=1), drawn(depth=25.0)]
     assert len({x.answers for x in others}) == 4 and len({x.prompt for x in others}) == 4
+    assert len({x.prompt.split("\n")[1][:40] for x in others}) == 4  # the text begins elsewhere
     assert drawn(8192).answers == drawn(2048).answers  # longer texts hide the same
 
 

@@ -61,7 +61,7 @@ def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
     return heard
 
 
-def test_every_unit_is_measured_and_its_answers_are_kept(tmp_path):
+def test_every_unit_is_measured_by_different_questions_and_its_answers_are_kept(tmp_path):
     engine = Engine()
     heard = run(tmp_path, engine)
     assert [number for _, number, _ in heard] == list(range(1, 14)) and {of for *_, of in heard} == {13}
@@ -75,7 +75,8 @@ def test_every_unit_is_measured_and_its_answers_are_kept(tmp_path):
     for answer in found.answers:
         assert (answer["score"] == 1) == all(value in answer["given"] for value in answer["wanted"])
     hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in engine.prompts]
-    assert sorted(answer["prompt_hash"] for answer in found.answers) == sorted(hashes)
+    assert sorted(answer["prompt_hash"] for answer in found.answers) == sorted(hashes) and len(set(hashes)) == 30
+    assert {answer["index"] for answer in found.answers} == {0, 1}
     assert found.provenance["settings"]["samples"] == 2 and found.provenance["step"] == 1
 
 
