@@ -240,3 +240,13 @@ def test_rulers_lengths_are_without_the_mark_that_begins_a_document():
     for settings, prompt in ((RULER, "x" * 350), (own, "x" * 351)):
         with pytest.raises(ValueError, match="sample 0 of fwe does not fit into 400 tokens"):
             suite.measure_ruler(reader_of(Engine()), settings, unit, [dataclasses.replace(full, prompt=prompt)])
+
+
+def test_an_answer_counts_in_part_and_one_of_blanks_is_none(monkeypatch):
+    given = ["8 and 7", " \n\x07\t", "7", "none"]
+    monkeypatch.setattr(suite, "answers", lambda *_, **__: [types.SimpleNamespace(text=text) for text in given])
+    for unit, task in ((suite.Unit("needle", "4", 400), "needle_4"), (suite.Unit("ruler", "vt", 400), "vt")):
+        asked = [samples.Sample(task, 400, i, "x", ("6", "7", "8", "9"), 50, "", {"depth": 0.0}) for i in range(len(given))]
+        measured = suite.MEASURES[unit.eval](reader_of(None), SETTINGS, unit, asked)
+        assert [answer["score"] for answer in measured.answers] == [0.5, 0, 0.25, 0]
+    assert measured.records == [{"task": "vt", "length": 400, "samples": 4, "score": 18.75, "nulls": 1}]
