@@ -73,8 +73,8 @@ def test_what_does_not_fit_and_what_hides_nothing_is_refused():
 
 
 def test_numbers_count_where_an_answer_has_them_whatever_else_it_says():
-    samples = [drawn(depth=depth, needles=2, index=i) for depth in (0.0, 100.0) for i in range(2)]
+    samples = [drawn(depth=depth, needles=2, index=i) for depth in (0.0, 50.0, 100.0) for i in range(2)]
     given = [" and ".join(samples[0].answers), f"It is {samples[1].answers[1]}!", "", samples[2].answers[0]]
-    assert [needle.right(x, text) for x, text in zip(samples, given, strict=True)] == [2, 1, 0, 0]
+    given += [" and ".join(x[:-1] for x in samples[4].answers), " and ".join(x[1:] for x in samples[5].answers)]
     cells = [(x["depth"], x["needles"], x["answers"], x["right"]) for x in needle.records(samples, given)]
-    assert cells == [(0.0, 2, 4, 3), (100.0, 2, 4, 0)]
+    assert cells == [(0.0, 2, 4, 3), (50.0, 2, 4, 0), (100.0, 2, 4, 0)]
