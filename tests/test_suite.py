@@ -145,6 +145,15 @@ def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_pa
     run(tmp_path, Engine(), SETTINGS._replace(seed=4), name="three")
     assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 26
     assert json.loads((tmp_path / "two/run.json").read_text())["settings"]["seed"] == 3
+    reader, needles = reader_of(None), SETTINGS._replace(evals=("needle",))
+    words = Bytes()
+    words.hash = "other"
+    changed = [(reader, needles._replace(samples=1)), (reader, needles._replace(depths=(50.0, 0.0)))]
+    changed += [(reader._replace(haystack=TEXT.replace("little", "much")), needles)]
+    changed += [(reader._replace(subject=reader.subject._replace(tokenizer=words)), needles)]
+    for number, (like, settings) in enumerate(changed, 14):
+        suite.fitting(settings, like, tmp_path / "samples", named=True)
+        assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 2 * number
 
 
 def test_a_further_model_is_not_asked_other_questions_under_the_same_name(tmp_path):
