@@ -43,7 +43,9 @@ def test_in_a_text_of_few_sentences_needles_stand_at_their_depths_too(depth):
 
 def test_a_needle_goes_between_two_sentences_where_some_end_near():
     text = "A b. " * 20 + "c d e " * 60
-    assert needle.hidden(text, ["X."], [12.0]).count("b. X. A") == 1
+    for depth in (11.5, 24.0):  # words end nearer
+        assert needle.hidden(text, ["X."], [depth]).count("b. X.") == 1
+    assert needle.hidden(text, ["X."], [26.0]).count("c X. d") == 1  # the last sentence ends too far away
     assert needle.hidden(text, ["X.", "Y."], [60.0, 80.0]).count(" X. ") == 1
     assert needle.hidden(text, ["X.", "Y."], [0.0, 100.0]) == f"X. {text.strip()} Y."
 
