@@ -20,7 +20,7 @@ from hybrid_attn.data import corpora, tokenizer
 from hybrid_attn.evals import report, suite, texts
 from hybrid_attn.evals.report import contents, runs
 from hybrid_attn.programs import parse
-from hybrid_attn.train import loop
+from hybrid_attn.train import evaluation, loop
 
 LENGTH = 960
 UNITS = [f"{name}-{LENGTH}" for name in ("position-text", "needle-1", "needle-4")]
@@ -233,6 +233,12 @@ def test_a_run_whose_config_is_refused_has_all_that_it_had(corpus, workdir, tmp_
     with pytest.raises(ValueError, match="needle at depth 0 does not fit into 48 tokens"):
         loop.train(c, tmp_path / "run")
     assert before == sorted((path, path.is_file() and path.read_bytes()) for path in (tmp_path / "run").rglob("*"))
+
+
+def test_how_far_a_needle_stands_out_is_told_of_the_layers_that_reach_it():
+    heads = [{"reach": True, "needle_lift": 3.0}, {"reach": False, "needle_lift": 0.0}, {"reach": True, "needle_lift": 6.0}]
+    assert evaluation.score("attention_mass", heads) == 4.5
+    assert evaluation.score("attention_mass", heads[1:2]) is None
 
 
 def test_the_names_of_a_config_are_evaluations_of_the_suite():

@@ -75,6 +75,23 @@ def test_key_tokens_are_those_that_a_reader_of_single_tokens_finds(sizes, monkey
     assert record["length"] == LENGTH and record["short"] == SHORT
 
 
+def test_two_nats_make_a_key_token_and_windows_slide_by_a_quarter_of_the_short_context(one_device, monkeypatch):
+    whole, gains, sizes = np.array([1.9, 1.9, 2.1, 0.0]), np.array([2.1, 1.9, 2.1, 1.9]), set()
+
+    def by_token(subject, batch):
+        sizes.add(batch["tokens"].shape[1])
+        nll = whole if batch["tokens"].shape[1] == LENGTH else whole + gains
+        return jax.device_put(nll[np.asarray(batch["tokens"])], batch["tokens"].sharding)
+
+    monkeypatch.setattr(keytokens, "_losses", by_token)
+    spec = Spec(documents(), LENGTH, 4 * LENGTH)
+    (record,) = keytokens.run(Subject(None, None, None, one_device, Bytes()), spec, 16)
+    rows = Rows(spec.documents, LENGTH, None, Bytes().byte_lengths)
+    likely = sum(int(((row["tokens"] == 0) & (row["weights"] > 0))[16:].sum()) for row in map(rows.__getitem__, rows.spread(4)))
+    assert sizes == {LENGTH, 16 + 4}
+    assert record["key_tokens"] == likely > 9 and record["loss"] == pytest.approx(1.9)
+
+
 def test_without_key_tokens_there_is_no_loss(one_device):
     spec = Spec(in_memory([np.arange(SHORT, dtype=np.uint16)] * 9, range(9)), LENGTH, 1)
     record = {"length": LENGTH, "short": 24, "tokens": 21, "key_tokens": 0, "loss": None, "perplexity": None}

@@ -43,7 +43,9 @@ def test_in_a_text_of_few_sentences_needles_stand_at_their_depths_too(depth):
 
 def test_a_needle_goes_between_two_sentences_where_some_end_near():
     text = "A b. " * 20 + "c d e " * 60
-    assert needle.hidden(text, ["X."], [12.0]).count("b. X. A") == 1
+    for depth in (11.5, 24.0):  # words end nearer
+        assert needle.hidden(text, ["X."], [depth]).count("b. X.") == 1
+    assert needle.hidden(text, ["X."], [26.0]).count("c X. d") == 1  # the last sentence ends too far away
     assert needle.hidden(text, ["X.", "Y."], [60.0, 80.0]).count(" X. ") == 1
     assert needle.hidden(text, ["X.", "Y."], [0.0, 100.0]) == f"X. {text.strip()} Y."
 
@@ -59,6 +61,7 @@ def test_a_sample_follows_from_its_arguments_alone():
     assert drawn(index=3) == drawn(index=3)
     others = [drawn(), drawn(index=1), drawn(seed=1), drawn(depth=25.0)]
     assert len({x.answers for x in others}) == 4 and len({x.prompt for x in others}) == 4
+    assert len({x.prompt.split("\n")[1][:40] for x in others}) == 4  # the text begins elsewhere
     assert drawn(8192).answers == drawn(2048).answers  # longer texts hide the same
 
 
@@ -72,8 +75,8 @@ def test_what_does_not_fit_and_what_hides_nothing_is_refused():
 
 
 def test_numbers_count_where_an_answer_has_them_whatever_else_it_says():
-    samples = [drawn(depth=depth, needles=2, index=i) for depth in (0.0, 100.0) for i in range(2)]
+    samples = [drawn(depth=depth, needles=2, index=i) for depth in (0.0, 50.0, 100.0) for i in range(2)]
     given = [" and ".join(samples[0].answers), f"It is {samples[1].answers[1]}!", "", samples[2].answers[0]]
-    assert [needle.right(x, text) for x, text in zip(samples, given, strict=True)] == [2, 1, 0, 0]
+    given += [" and ".join(x[:-1] for x in samples[4].answers), " and ".join(x[1:] for x in samples[5].answers)]
     cells = [(x["depth"], x["needles"], x["answers"], x["right"]) for x in needle.records(samples, given)]
-    assert cells == [(0.0, 2, 4, 3), (100.0, 2, 4, 0)]
+    assert cells == [(0.0, 2, 4, 3), (50.0, 2, 4, 0), (100.0, 2, 4, 0)]

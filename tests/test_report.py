@@ -64,6 +64,17 @@ def test_two_runs_are_compared_on_the_questions_that_both_were_asked():
     assert (same.pairs, same.low, same.high) == (20, 0, 0) and contents.verdict(same) == "unclear"
 
 
+def test_two_runs_are_compared_question_by_question():
+    first, even, odd = (
+        run_of(name, [answer("vt", 4096, i, float(right(i))) for i in range(20)])
+        for name, right in (("first", lambda i: i < 10), ("even", lambda i: i % 2 == 0), ("odd", lambda i: i % 2))
+    )
+    for a, b, variance in ((even, even, 0), (first, even, 0.5), (even, odd, 1)):
+        (found,) = statistics.compare(a, b, {"vt"}, "mean")
+        assert (found.pairs, found.difference) == (20, 0)
+        assert (-found.low, found.high) == pytest.approx([statistics.Z * np.sqrt(variance / 20)] * 2, rel=0.1)
+
+
 def test_the_mean_of_a_family_gives_each_task_the_same_weight_and_leaves_others_out():
     tasks = {"vt": (2, 1.0), "cwe": (8, 0.0), "needle": (5, 1.0)}
     a = run_of("a", [answer(task, 4096, i, 0.0) for task, (n, _) in tasks.items() for i in range(n)])

@@ -1,6 +1,7 @@
 """RULER's questions fill their length and no more, follow from their names, and are answered by rules that read the prompt."""
 
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -128,6 +129,19 @@ def test_every_sample_has_an_order_of_its_own(qa):
         return [i for i, word in enumerate(coded) if word == "..."]
 
     assert ranks(0)[:20] != ranks(1)[:20]
+
+
+def test_a_question_of_variables_comes_after_a_solved_one_of_its_own():
+    examples = set()
+    for index in range(3):
+        sample = ruler.generate("vt", 4096, index, 0, Pieces())
+        example, question = re.fullmatch(r"(Memorize and track .*?)(Memorize and track .*?)", sample.prompt, re.DOTALL).groups()
+        asked, told = example.rsplit("they are: ", 1)
+        assert answer(dataclasses.replace(sample, prompt=asked)).split() == told.split()
+        assert not any(name in question for name in told.split())
+        assert 470 < fit.count(Pieces(), example) <= 500
+        examples.add(example)
+    assert len(examples) == 3
 
 
 @pytest.mark.parametrize("task", FREE)

@@ -61,7 +61,7 @@ def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
     return heard
 
 
-def test_every_unit_is_measured_and_its_answers_are_kept(tmp_path):
+def test_every_unit_is_measured_by_different_questions_and_its_answers_are_kept(tmp_path):
     engine = Engine()
     heard = run(tmp_path, engine)
     assert [number for _, number, _ in heard] == list(range(1, 14)) and {of for *_, of in heard} == {13}
@@ -75,7 +75,8 @@ def test_every_unit_is_measured_and_its_answers_are_kept(tmp_path):
     for answer in found.answers:
         assert (answer["score"] == 1) == all(value in answer["given"] for value in answer["wanted"])
     hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in engine.prompts]
-    assert sorted(answer["prompt_hash"] for answer in found.answers) == sorted(hashes)
+    assert sorted(answer["prompt_hash"] for answer in found.answers) == sorted(hashes) and len(set(hashes)) == 30
+    assert {answer["index"] for answer in found.answers} == {0, 1}
     assert found.provenance["settings"]["samples"] == 2 and found.provenance["step"] == 1
 
 
@@ -179,6 +180,15 @@ def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_pa
     run(tmp_path, Engine(), SETTINGS._replace(seed=4), name="three")
     assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 26
     assert json.loads((tmp_path / "two/run.json").read_text())["settings"]["seed"] == 3
+    reader, needles = reader_of(None), SETTINGS._replace(evals=("needle",))
+    words = Bytes()
+    words.hash = "other"
+    changed = [(reader, needles._replace(samples=1)), (reader, needles._replace(depths=(50.0, 0.0)))]
+    changed += [(reader._replace(haystack=TEXT.replace("little", "much")), needles)]
+    changed += [(reader._replace(subject=reader.subject._replace(tokenizer=words)), needles)]
+    for number, (like, settings) in enumerate(changed, 14):
+        suite.fitting(settings, like, tmp_path / "samples", named=True)
+        assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 2 * number
 
 
 def test_a_further_model_is_not_asked_other_questions_under_the_same_name(tmp_path):
@@ -279,3 +289,13 @@ def test_rulers_lengths_are_without_the_mark_that_begins_a_document():
     for settings, prompt in ((RULER, "x" * 350), (own, "x" * 351)):
         with pytest.raises(ValueError, match="sample 0 of fwe does not fit into 400 tokens"):
             suite.measure_ruler(reader_of(Engine()), settings, unit, [dataclasses.replace(full, prompt=prompt)])
+
+
+def test_an_answer_counts_in_part_and_one_of_blanks_is_none(monkeypatch):
+    given = ["8 and 7", " \n\x07\t", "7", "none"]
+    monkeypatch.setattr(suite, "answers", lambda *_, **__: [types.SimpleNamespace(text=text) for text in given])
+    for unit, task in ((suite.Unit("needle", "4", 400), "needle_4"), (suite.Unit("ruler", "vt", 400), "vt")):
+        asked = [samples.Sample(task, 400, i, "x", ("6", "7", "8", "9"), 50, "", {"depth": 0.0}) for i in range(len(given))]
+        measured = suite.MEASURES[unit.eval](reader_of(None), SETTINGS, unit, asked)
+        assert [answer["score"] for answer in measured.answers] == [0.5, 0, 0.25, 0]
+    assert measured.records == [{"task": "vt", "length": 400, "samples": 4, "score": 18.75, "nulls": 1}]

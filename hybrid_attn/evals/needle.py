@@ -9,9 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from hybrid_attn.data.tokenizer import Bytes, Json
-from hybrid_attn.evals.ruler import fit, words
+from hybrid_attn.evals.ruler import fit, scores, words
 from hybrid_attn.evals.ruler.draws import of_sample
-from hybrid_attn.evals.ruler.scores import postprocess
 from hybrid_attn.evals.ruler.tasks import FIND_ALL, FIND_ONE, NEEDLE
 from hybrid_attn.evals.samples import Sample, spent
 from hybrid_attn.trees import check
@@ -68,16 +67,11 @@ def _place(text: str, depth: float) -> int:
     return place
 
 
-def right(sample: Sample, given: str) -> int:
-    """How many of the numbers wanted the answer has."""
-    return sum(value in postprocess(given) for value in sample.answers)
-
-
 def records(samples: Sequence[Sample], given: Sequence[str]) -> list[Mapping]:
     """One for each depth of one length: how many numbers were wanted, and how many were given."""
     cells: dict[float, list[tuple[int, int]]] = {}
     for sample, answer in zip(samples, given, strict=True):
-        cells.setdefault(sample.meta["depth"], []).append((len(sample.answers), right(sample, answer)))
+        cells.setdefault(sample.meta["depth"], []).append((len(sample.answers), scores.right(answer, sample.answers)))
     found = []
     for depth, counts in sorted(cells.items()):
         wanted, got = map(sum, zip(*counts, strict=True))

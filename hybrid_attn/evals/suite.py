@@ -93,13 +93,12 @@ def measure_harness(reader: Reader, settings: Settings, unit: Unit, asked) -> Me
 
 def measure_needle(reader: Reader, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
     given = _given(reader, asked, 0)
-    shares = [needle.right(sample, text) / len(sample.answers) for sample, text in zip(asked, given, strict=True)]
-    return Measured(needle.records(asked, given), _answers(asked, given, shares))
+    return Measured(needle.records(asked, given), _answers(asked, given, _shares(asked, given)))
 
 
 def measure_ruler(reader: Reader, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
     given = _given(reader, asked, settings.compat)  # RULER's lengths are without the mark
-    shares = [scores.score(unit.part, text, sample.answers) / 100 for sample, text in zip(asked, given, strict=True)]
+    shares = _shares(asked, given)
     nulls = sum(not scores.postprocess(text) for text in given)
     record = {"task": unit.part, "length": unit.length, "samples": len(asked), "score": 100 * sum(shares) / len(shares)}
     return Measured([record | {"nulls": nulls}], _answers(asked, given, shares))
@@ -273,6 +272,10 @@ def _given(reader: Reader, asked: list[Sample], spare: int) -> list[str]:
         found = answers(reader.engine, words, [asked[i].prompt for i in alike], most, stop_tokens=reader.stop_tokens)
         given |= {i: answer.text for i, answer in zip(alike, found, strict=True)}
     return [given[i] for i in range(len(asked))]
+
+
+def _shares(asked: list[Sample], given: list[str]) -> list[float]:
+    return [scores.score(sample.task, text, sample.answers) / 100 for sample, text in zip(asked, given, strict=True)]
 
 
 def _answers(asked: list[Sample], given: list[str], shares: list[float]) -> list[dict]:

@@ -19,9 +19,14 @@ def score(task: str, prediction: str, answers: Sequence[str]) -> float:
 
     RULER's string_match_all and string_match_part, with `postprocess` applied.
     """
+    found = right(prediction, answers)
+    return 100.0 * (found > 0) if task in QA else 100 * found / len(answers)
+
+
+def right(prediction: str, answers: Sequence[str]) -> int:
+    """How many of the answers the prediction contains, in any case."""
     said = postprocess(prediction).lower()
-    found = [answer.lower() in said for answer in answers]
-    return 100.0 * any(found) if task in QA else 100 * sum(found) / len(found)
+    return sum(answer.lower() in said for answer in answers)
 
 
 def averages(scores: Mapping[int, float]) -> dict[str, float]:
