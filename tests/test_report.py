@@ -205,6 +205,18 @@ def test_losses_of_other_documents_and_other_tokens_are_not_compared_silently():
     assert "other tokenizers" in words(a, c) and "other tokenizers" not in words(c)
 
 
+def test_attention_is_told_of_a_segment_and_of_one_of_its_tokens(runs):
+    table = contents.attention(runs)
+    (row,) = (row for row in rows_of(table) if row["kind"] == "G")
+    of_one = {"begin": 0.25 / 10, "needle": 0.25 / 20, "context": 0.25 / 4050, "question": 0.25 / 16}
+    assert {name: row[f"{name} per token"] for name in of_one} == pytest.approx(of_one)
+    assert (row["needle lift"], row["token 0"], row["reach"]) == (9, pytest.approx(0.2), "yes")
+    page = tables.html(table)
+    assert ">0.0125</td>" in page and ">6.17e-05</td>" in page
+    (section,) = (x for x in sections.sections(runs) if x.name == "attention")
+    assert "Per token: a segment's share over its tokens" in section.words[0]
+
+
 def test_sources_are_told_apart():
     probe = [record for record in everything(1.0)[0] if record["eval"] == "attention_mass"]
     books = [r | {"source": "books", "begin": 0.5, "edges": [10, 20, 30, 40], "weights": [0.01, None, 0.0]} for r in probe]

@@ -26,7 +26,9 @@ SEED = 0  # of the questions, as it is in tools/evaluate.py
 CHUNK = 2048  # tokens of a prompt that are read at a time
 ROWS = 8  # asked together, or as many as the batch has shards
 PASSING = ("checkpoint", "config")  # what may change of a run that goes on, and makes no number another
-MEANS = ("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval")  # told of the heads of a kind
+SEGMENTS = tuple(contents.SEGMENTS.values())
+PER_TOKEN = (*(f"{segment}_per_token" for segment in SEGMENTS), "sink_rate")
+MEANS = (*SEGMENTS, "entropy_bits", "needle_lift", *PER_TOKEN, "retrieval")  # told of the heads of a kind
 
 
 class Evaluations:

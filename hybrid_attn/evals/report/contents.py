@@ -6,12 +6,13 @@ import numpy as np
 
 from hybrid_attn.evals.report import statistics
 from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed, tokens
+from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed, significant, tokens
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effective_length, relative_length
 from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
 
 RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
 RUN, LENGTH = Column("run"), Column("length", tokens)
+SEGMENTS = {"begin": "begin", "needle": "needle", "context": "context", "question": "qc"}  # of keys: heading and field
 INTERVAL = (Column("95% from", fixed(3)), Column("to", fixed(3)))
 
 
@@ -191,22 +192,29 @@ def positions(runs: Sequence[Run]) -> Table:
 
 
 def attention(runs: Sequence[Run]) -> Table:
-    """Where the question's attention goes, by kind of layer: means over its heads."""
+    """Where the question's attention goes, by kind of layer: means over its heads.
+
+    The share of a segment beside that of one of its tokens: other segments grow with the length, and take from the first.
+    """
+    means = {
+        **{name: (field, fixed(4)) for name, field in SEGMENTS.items()},
+        **{"entropy (bits)": ("entropy_bits", fixed(2)), "needle lift": ("needle_lift", fixed(2))},
+        **{f"{name} per token": (f"{field}_per_token", significant(3)) for name, field in SEGMENTS.items()},
+        "token 0": ("sink_rate", fixed(4)),
+    }
     columns = [
         *(RUN, Column("source"), LENGTH, Column("kind"), Column("heads", count)),
-        *(Column(name, fixed(4)) for name in ("begin", "needle", "context", "question")),
-        *(Column("entropy (bits)", fixed(2)), Column("needle lift", fixed(2)), Column("retrieval heads", count)),
-        Column("reach"),
+        *(Column(name, show) for name, (_, show) in means.items()),
+        *(Column("retrieval heads", count), Column("reach")),
     ]
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         for record in run.of("attention_mass"):
             key = run.name, record["source"], record["length"], record["kind"]
             groups.setdefault(key, []).append(record)
-    fields = ("begin", "needle", "context", "qc", "entropy_bits", "needle_lift")
     rows = [
         [
-            *(*key, len(heads), *(mean_of(heads, field) for field in fields)),
+            *(*key, len(heads), *(mean_of(heads, field) for field, _ in means.values())),
             sum((head["retrieval"] or 0) > RETRIEVES for head in heads),
             "yes" if any(head["reach"] for head in heads) else "no",
         ]

@@ -269,7 +269,8 @@ def _attention(runs: Sequence[Run]) -> list[Section]:
                 drawn += _attention_pictures(name, where, length, records, length == longest)
     words = [
         "Shares of the attention of the question's tokens, means over heads. The needle's lift is its share over the share of "
-        f"the tokens that it has; a retrieval head (score over {contents.RETRIEVES}) looks at the token that it copies. "
+        f"the tokens that it has; a retrieval head (score over {contents.RETRIEVES}) looks at the token that it copies. Per "
+        "token: a segment's share over its tokens; token 0 is the share of the very first. "
         "Crosses: layers whose window does not reach the needle. Single heads, and weights by position without the "
         "first 10 and the last 3% of the keys, are drawn at the longest length."
     ]
