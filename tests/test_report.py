@@ -217,6 +217,23 @@ def test_attention_is_told_of_a_segment_and_of_one_of_its_tokens(runs):
     assert "Per token: a segment's share over its tokens" in section.words[0]
 
 
+def test_rows_that_no_document_fills_are_told_of():
+    def buckets(source, length, *edges):
+        names = {"eval": "position", "source": source, "length": length, "tokens": 9, "loss": 1.0}
+        parts = [{}, {"part": "recall"}]
+        return [names | {"first": a, "end": b} | x for x in parts for a, b in zip(edges[:-1], edges[1:], strict=True)] + [names]
+
+    short = [*buckets("notes", 512, 0, 16, 64), *buckets("notes", 1024, 0, 16, 64), *buckets("notes", 4096, 0, 16, 2048)]
+    filled = [*buckets("books", 1024, 0, 16, 1024), *buckets("notes", 48, 0, 16, 48)]
+    (section,) = (x for x in sections.sections([run_of("a", [], short + filled)]) if x.name == "loss")
+    assert section.words[1:] == [
+        "a, notes: in rows of 512, 1K no document that was read reaches beyond 64 tokens; more --tokens read more documents.",
+        "a, notes: in rows of 4K no document that was read reaches beyond 2,048 tokens; more --tokens read more documents.",
+    ]
+    (section,) = (x for x in sections.sections([run_of("b", [], filled)]) if x.name == "loss")
+    assert len(section.words) == 1
+
+
 def test_sources_are_told_apart():
     probe = [record for record in everything(1.0)[0] if record["eval"] == "attention_mass"]
     books = [r | {"source": "books", "begin": 0.5, "edges": [10, 20, 30, 40], "weights": [0.01, None, 0.0]} for r in probe]

@@ -191,6 +191,16 @@ def positions(runs: Sequence[Run]) -> Table:
     return Table("loss_by_position", "Held-out loss by position in the document", columns, rows)
 
 
+def ends(run: Run) -> dict[tuple[str, int], int]:
+    """Where the last bucket of positions ends, by source and length of the rows."""
+    found: dict[tuple[str, int], int] = {}
+    for r in run.of("position"):
+        if "end" in r:
+            of_rows = r["source"], r["length"]
+            found[of_rows] = max(found.get(of_rows, 0), r["end"])
+    return found
+
+
 def attention(runs: Sequence[Run]) -> Table:
     """Where the question's attention goes, by kind of layer: means over its heads.
 

@@ -228,8 +228,22 @@ def _position(runs: Sequence[Run]) -> list[Section]:
         "What a token costs by its position in the document: a model that reads its context pays less further on, and one "
         "that cannot go beyond its length of training pays more there."
     ]
-    words += _unlike(runs, "position")
+    words += _unreached(runs) + _unlike(runs, "position")
     return [Section("loss", "Loss", words, drawn, [contents.position(runs)], [contents.positions(runs)])]
+
+
+def _unreached(runs: Sequence[Run]) -> list[str]:
+    """Which rows are longer than all that was read of documents in them."""
+    short: dict[tuple[str, str, int], list[int]] = {}
+    for run in runs:
+        for (source, length), end in contents.ends(run).items():
+            if end < length:
+                short.setdefault((run.name, source, end), []).append(length)
+    return [
+        f"{name}, {source}: in rows of {', '.join(map(tokens, lengths))} no document that was read reaches beyond "
+        f"{end:,} tokens; more --tokens read more documents."
+        for (name, source, end), lengths in short.items()
+    ]
 
 
 def _unlike(runs: Sequence[Run], evaluation: str) -> list[str]:
