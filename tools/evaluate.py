@@ -122,7 +122,7 @@ def settings() -> dict:
     if TASKS.value:
         from hybrid_attn.evals import harness  # an extra
 
-        harness.find_tasks(TASKS.value, TASK_PATH.value, None)
+        harness.find_tasks(TASKS.value, TASK_PATH.value)
     for flag, value in (("compat", COMPAT.value), ("squad", SQUAD.value), ("hotpot", HOTPOT.value)):
         if value and "ruler" not in evals:
             raise ValueError(f"--{flag} is of --suite=ruler, and this is --suite={SUITE.value}")
