@@ -153,6 +153,12 @@ def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
     ]
 
 
+def test_every_field_of_a_record_of_the_harness_is_shown(runs):
+    record, (row, _) = runs[0].of("harness")[0], rows_of(contents.harness(runs))
+    known = {"run": runs[0].name, "± stderr": record["stderr"]} | {x: record[x] for x in record if x not in ("eval", "stderr")}
+    assert row == known and (row["truncated"], row["windowed"]) == (3, 2)
+
+
 def test_words_of_recall_are_of_the_tasks_that_were_measured():
     one = {"eval": "recall", "length": 64, "answers": 8, "accuracy": 0.5}
     run = run_of("run", [], [one | {"source": source} for source in ("copy", "tracking", "my own")])

@@ -252,7 +252,7 @@ def key_tokens(runs: Sequence[Run]) -> Table:
 def harness(runs: Sequence[Run]) -> Table:
     """Values with what the records have beside them."""
     records = [(run.name, record) for run in runs for record in run.of("harness")]
-    beside = ("filter", "shots", "version", "samples", "documents", "requests", "truncated")
+    beside = ("filter", "shots", "version", "documents", "requests", "truncated", "windowed")
     known = [field for field in beside if any(field in record for _, record in records)]
     columns = [
         *(RUN, Column("task"), LENGTH, Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),

@@ -327,7 +327,10 @@ def _grid(by_layer: dict[int, list[dict]], field: str) -> np.ndarray:
 
 
 def _harness(runs: Sequence[Run]) -> list[Section]:
-    words = ["A truncated sample lost the beginning of its prompt: its score says little about context."]
+    words = [
+        "A truncated request lost the beginning of its prompt: its score says little about context. A windowed text was scored "
+        "in several pieces."
+    ]
     return [Section("harness", "Harness", words, [], [contents.harness(runs)], [])]
 
 
