@@ -145,6 +145,20 @@ def test_the_needles_of_a_question_are_one_answer_to_an_interval():
     assert row["needles"] == 0.7
 
 
+def test_every_needle_counts_the_same_in_what_is_found_of_cells_of_unlike_size():
+    sizes = ((0, 1, 10, 9), (0, 4, 8, 2), (50, 4, 40, 5))
+    cells = [
+        {"eval": "needle", "length": 4096} | dict(zip(("depth", "needles", "answers", "right"), x, strict=True)) for x in sizes
+    ]
+    assert contents.needles_found(cells) == pytest.approx(16 / 58) and contents.needles_found([]) is None
+    overview, section, _ = sections.sections([run_of("run", [], cells)])
+    (row,) = rows_of(overview.tables[0])
+    assert row["needles"] == contents.needles_found(cells)
+    one, four, _ = section.pictures
+    assert "one needle: 90.0% found" in one.caption and "4 needles: 14.6% found" in four.caption
+    assert [cell["right"] for cell in rows_of(section.folded[0])] == [9 / 10, 2 / 8, 5 / 40]
+
+
 def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
     one = {"eval": "harness", "task": "copy", "metric": "acc", "value": 0.5}
     run = run_of("run", [], [one | {"length": length} for length in LENGTHS])

@@ -165,7 +165,7 @@ def _draw(metrics: Metrics, run: report.Run, folder: Path) -> None:
 def score(evaluation: str, records: Sequence[Mapping]) -> float | None:
     """The one number of a unit: loss in nats, share of right answers, RULER's score, or how far the needle stands out."""
     if evaluation == "needle":
-        return sum(r["right"] for r in records) / sum(r["answers"] for r in records)
+        return contents.needles_found(records)
     if evaluation == "attention_mass":
         return contents.mean_of([r for r in records if r["reach"]], "needle_lift")
     field = {"position": "loss", "key_tokens": "loss", "recall": "accuracy", "ruler": "score"}[evaluation]

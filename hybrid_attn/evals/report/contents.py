@@ -123,13 +123,18 @@ def needle(runs: Sequence[Run]) -> Table:
     ]
     rows = [
         [
-            *(run.name, r["needles"], r["length"], r["depth"], needle_questions(r)[1], r["right"] / r["answers"]),
+            *(run.name, r["needles"], r["length"], r["depth"], needle_questions(r)[1], needles_found([r])),
             *statistics.wilson(*needle_questions(r)),
         ]
         for run in runs
         for r in run.of("needle")
     ]
     return Table("needle_cells", "Needles found, by length and depth", columns, rows)
+
+
+def needles_found(records: Sequence[Mapping]) -> float | None:
+    """The share of the needles of some cells that are in the answers, if there are any: each counts the same."""
+    return sum(r["right"] for r in records) / sum(r["answers"] for r in records) if records else None
 
 
 def needle_questions(record: Mapping) -> tuple[float, int]:

@@ -67,16 +67,15 @@ def _overview(runs: Sequence[Run]) -> Section:
     rows = []
     for run in runs:
         model, means = run.provenance["model"], contents.ruler_means(run, contents.is_long)
-        needles, recalls = run.of("needle"), run.of("recall")
+        recalls = run.of("recall")
         losses = [r for r in run.of("position") if contents.is_total(r) and r["length"] == run.trained]
-        answers = sum(r["answers"] for r in needles)
         rows.append(
             [
                 *(run.name, model.get("layers"), model.get("parameters"), run.trained, run.provenance.get("step")),
                 averages(means)["average"] if means else None,
                 contents.of_all(contents.ruler_tasks_of(run, contents.is_long)) if means else None,
                 contents.effective(means) if means else None,
-                sum(r["right"] for r in needles) / answers if answers else None,
+                contents.needles_found(run.of("needle")),
                 max(recalls, key=lambda r: r["length"])["accuracy"] if recalls else None,
                 *((losses[0]["loss"], losses[0]["source"]) if losses else (None, None)),
             ]
@@ -189,11 +188,10 @@ def _needle(runs: Sequence[Run]) -> list[Section]:
 
 
 def _heat_map(run: Run, number: int, records: Sequence[dict], kind: str, name: str) -> Picture:
-    shares = {(r["length"], r["depth"]): r["right"] / r["answers"] for r in records}
-    overall = sum(r["right"] for r in records) / sum(r["answers"] for r in records)
+    shares = {(r["length"], r["depth"]): contents.needles_found([r]) for r in records}
     depths = sorted({r["depth"] for r in records})
     figure = pictures.heat_map(contents.lengths_of(records), depths, shares, run.trained)
-    return Picture(name, f"{run.name}, {kind}: {overall:.1%} found overall.", figure, False)
+    return Picture(name, f"{run.name}, {kind}: {contents.needles_found(records):.1%} found overall.", figure, False)
 
 
 def _recall(runs: Sequence[Run]) -> list[Section]:
