@@ -28,6 +28,7 @@ from hybrid_attn.parallel.mesh import told
 ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, where nobody says others
+SEED = 0  # of the questions, where nobody says another
 OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
 GENERATOR = 2  # raised when the same settings give other samples

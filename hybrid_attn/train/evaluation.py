@@ -16,15 +16,12 @@ from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.evals import Spec, Subject, bigram, report, suite, texts
 from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.report import contents
-from hybrid_attn.infer.engine import Engine
+from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
 from hybrid_attn.model import Run
 from hybrid_attn.parallel.mesh import BATCH, told
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.trees import check
 
-SEED = 0  # of the questions, as it is in tools/evaluate.py
-CHUNK = 2048  # tokens of a prompt that are read at a time
-ROWS = 8  # asked together, or as many as the batch has shards
 PASSING = ("checkpoint", "config")  # what may change of a run that goes on, and makes no number another
 SEGMENTS = tuple(contents.SEGMENTS.values())
 PER_TOKEN = (*(f"{segment}_per_token" for segment in SEGMENTS), "sink_rate")
@@ -44,7 +41,7 @@ class Evaluations:
         """
         self.folder = Path(workdir) / "evals"
         lengths = tuple(dict.fromkeys(round(multiple * c.stages[-1].seq_len) for multiple in c.evals.lengths))
-        self.settings = suite.Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, SEED)
+        self.settings = suite.Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, suite.SEED)
         self.wanted, asks = bool(c.evals.names and lengths), not set(suite.DRAWS).isdisjoint(c.evals.names)
         of_last = {name: loaded[name] for name in sorted(c.weights(-1))}
         self.texts = {name: x for name, x in of_last.items() if c.data.sources[name].task is None}
@@ -136,8 +133,8 @@ def _sizes(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> dict[str, in
     """The engine's chunk, and rows whose caches have no more tokens than a training step, where the mesh lets them."""
     context, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in BATCH)
     tokens = c.stages[-1].batch * c.stages[-1].seq_len
-    rows = min(-(-ROWS // shards), tokens // (shards * max(lengths, default=1)))
-    return {"chunk": max(CHUNK // context, 1) * context, "rows": max(rows, 1) * shards}
+    rows = min(-(-ROWS_AT_ONCE // shards), tokens // (shards * max(lengths, default=1)))
+    return {"chunk": max(TOKENS_AT_ONCE // context, 1) * context, "rows": max(rows, 1) * shards}
 
 
 def _tell(metrics: Metrics, unit: suite.Unit, records: Sequence[Mapping]) -> None:
