@@ -34,10 +34,16 @@ from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
 from hybrid_attn.programs import parse
 
+SHORTEST = 2048  # of questions whose length nobody named: in bytes, most of RULER's tasks fit
 CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_multi_integer("step", None, "Of a checkpoint, by default the newest: one for all, or one for each.")
 SUITE = flags.DEFINE_string("suite", "quick", "quick, full, or names of evaluations with commas between them.")
-LENGTHS = flags.DEFINE_list("lengths", None, "Tokens; by default a quarter of the trained length, all, and twice as many.")
+LENGTHS = flags.DEFINE_list(
+    "lengths",
+    None,
+    "Tokens; by default a quarter of the trained length, all, and twice as many; of "
+    f"{', '.join(ASKED)} the first two, from {SHORTEST:,} on.",
+)
 SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth; of the harness, too.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens of held-out text, and of drawn rows, at each length.", lower_bound=1)
 DEPTHS = flags.DEFINE_list("depths", [f"{x:g}" for x in suite.DEPTHS], "Where needles are hidden, in percent of the text.")
@@ -53,7 +59,6 @@ CHUNK = flags.DEFINE_integer("chunk", TOKENS_AT_ONCE, "Tokens of a prompt that a
 ROWS = flags.DEFINE_integer("rows", None, f"Most prompts that are read together; by default {ROWS_AT_ONCE}.", lower_bound=1)
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
-SHORTEST = 2048  # of questions whose length nobody named: in bytes, most of RULER's tasks fit
 TAKEN = ("samples", "pictures", "tables")  # what --out holds beside the runs
 
 
