@@ -46,12 +46,15 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
     for layer, kind in enumerate("LG"):
         for head in range(3):
             weights = {"edges": [10, 20, 40], "weights": [0.01, 0.002 * layer]}
-            shares = {"begin": 0.25, "needle": 0.25 * layer, "context": 0.5 - 0.25 * layer, "qc": 0.25}
+            shares = {"begin": 0.25, "needle": 0.25 * layer, "context": 0.5 - 0.25 * layer, "qc": 0.25, "sink_rate": 0.2}
+            sizes = {"begin": 10, "needle": 20, "context": 4050, "qc": 16}
+            shares |= {f"{name}_per_token": shares[name] / size for name, size in sizes.items()}
             more = {"entropy_bits": 5.0, "needle_lift": 9.0 if layer else None, "retrieval": 0.4 if layer else None}
             where = {"source": "probe", "layer": layer, "kind": kind, "head": head, "length": 4096, "reach": kind == "G"}
             records.append({"eval": "attention_mass"} | where | shares | more | weights)
-    scored = {"task": "copy", "length": 2048, "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 20, "truncated": 3}
-    return [*records, {"eval": "harness"} | scored], answers
+    scored = {"task": "copy", "length": 2048, "metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.1, "documents": 20}
+    counts = {"shots": 0, "version": "Yaml", "requests": 20, "truncated": 3, "windowed": 2}
+    return [*records, {"eval": "harness"} | scored | counts], answers
 
 
 def store(directory, records, answers, **provenance):

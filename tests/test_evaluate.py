@@ -11,6 +11,7 @@ from pathlib import Path
 import conftest
 import jax
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 from conftest import mesh_of, random_params, tiny
 
@@ -18,8 +19,10 @@ from configs import base
 from hybrid_attn import checkpoint, config
 from hybrid_attn.data import corpora
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import provenance
+from hybrid_attn.evals import provenance, suite
+from hybrid_attn.infer.engine import Engine
 from hybrid_attn.programs import parse
+from hybrid_attn.train import evaluation
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +141,20 @@ def test_what_does_not_fit_a_length_that_nobody_named_is_absent(tool, models, tm
 
 
 def test_by_default_loss_is_measured_around_the_trained_length_and_questions_are_asked_up_to_it(tool):
-    assert tool.lengths(64) == {"lengths": (16, 64, 128), "asked": (2048,)}
-    assert tool.lengths(16_384) == {"lengths": (4096, 16_384, 32_768), "asked": (4096, 16_384)}
+    with flagsaver.flagsaver():
+        parse(["", "--out=x", "--checkpoint=y"])
+        assert tool.lengths(64) == {"lengths": (16, 64, 128), "asked": (2048,)}
+        assert tool.lengths(16_384) == {"lengths": (4096, 16_384, 32_768), "asked": (4096, 16_384)}
+    assert "twice as many; of needle, ruler, harness the first two, from 2,048 on." in flags.FLAGS["lengths"].help
+
+
+def test_a_run_and_the_tool_ask_the_same_where_nobody_says_otherwise(tool, models):
+    with flagsaver.flagsaver(), jax.set_mesh(mesh_of()):
+        parse(["", "--out=x", "--checkpoint=y"])
+        assert (tool.settings()["depths"], tool.settings()["seed"]) == (suite.DEPTHS, suite.SEED)
+        c, params, _ = tool.loading.load(f"{models}/one", 7)
+        engine = Engine(params, c, chunk=tool.CHUNK.value, rows=tool.ROWS.value)
+    assert evaluation._sizes(c, engine.mesh, [48]) == {"chunk": engine.chunk, "rows": engine.rows}
 
 
 def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path, capsys):

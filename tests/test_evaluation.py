@@ -203,6 +203,9 @@ def test_a_finished_run_measures_again_what_has_other_settings_alone(corpus, wor
     assert [(x["eval"], x["kind"]) for x in told] == [("attention_mass", "G"), ("attention_mass", "L")]
     for x in told:
         assert sum(x[name] for name in ("begin", "needle", "context", "qc")) == pytest.approx(1, abs=1e-4)
+        assert x["begin_per_token"] == pytest.approx(x["begin"] / 10)
+        assert x["needle_lift"] == pytest.approx(x["needle_per_token"] * LENGTH, rel=0.1)
+        assert 0 < x["sink_rate"] < x["begin"] or (x["kind"], x["sink_rate"], x["begin"]) == ("L", 0, 0)
 
 
 @pytest.mark.parametrize(

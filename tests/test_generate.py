@@ -14,7 +14,7 @@ from conftest import mesh_of, random_params, tiny
 
 from hybrid_attn import checkpoint, config
 from hybrid_attn.infer.compress import Compression
-from hybrid_attn.infer.engine import Generated, Timing
+from hybrid_attn.infer.engine import TOKENS_AT_ONCE, Generated, Timing
 from hybrid_attn.infer.sampling import GREEDY, Sampling
 from hybrid_attn.programs import parse
 
@@ -49,7 +49,7 @@ class Engine:
 def tool():
     """The tool's module over the engine above."""
     engine = types.ModuleType("hybrid_attn.infer.engine")
-    engine.Engine, engine.Timing = Engine, Timing
+    engine.Engine, engine.Timing, engine.TOKENS_AT_ONCE = Engine, Timing, TOKENS_AT_ONCE
     with conftest.tool("generate", **{engine.__name__: engine}) as module:
         yield module
 

@@ -19,7 +19,8 @@ datasets = pytest.importorskip("datasets")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import TemplateLM  # noqa: E402
 
-from hybrid_attn.evals import harness  # noqa: E402
+from hybrid_attn.evals import harness, report  # noqa: E402
+from hybrid_attn.evals.report import contents  # noqa: E402
 
 MAX_LENGTH = 48
 
@@ -194,18 +195,15 @@ def test_a_long_prompt_loses_its_beginning_and_is_counted():
 
 
 @pytest.mark.parametrize(
-    ("task", "doc", "truncate"),
-    [("niah_single_1", {}, "auto"), ("my_needles", {}, "auto"), ("cwe", {"max_length": 8}, "auto"), ("toy", {}, "never")],
+    ("task", "doc"), [("niah_single_1", {}), ("my_needles", {}), ("passkey", {}), ("cwe", {"max_length": 8})]
 )
-def test_a_prompt_that_hides_its_answer_is_never_cut_unasked(task, doc, truncate):
-    lm = harness.EngineLM(Echo(lambda prompt: []), LETTERS, 8, truncate=truncate)
+def test_a_prompt_that_hides_its_answer_is_never_cut(task, doc):
+    lm = harness.EngineLM(Echo(lambda prompt: []), LETTERS, 8)
     assert answers(lm, "abcde", task=task, doc=doc, until=[], max_gen_toks=2) == [""]
     message = rf"{task}, document 0: a prompt of 8 tokens would lose its first 2, .*; raise max_length=8 to 10"
     with pytest.raises(ValueError, match=message):
         answers(lm, "abcdefg", task=task, doc=doc, until=[], max_gen_toks=2)
-    lm = harness.EngineLM(Echo(lambda prompt: []), LETTERS, 8, truncate="always")
-    answers(lm, "abcdefg", task=task, doc=doc, until=[], max_gen_toks=2)
-    assert lm.counts()[task]["truncated"] == 1
+    assert lm.counts()[task]["truncated"] == 0
 
 
 def test_options_that_cannot_be_kept_are_refused(engine):
@@ -215,8 +213,6 @@ def test_options_that_cannot_be_kept_are_refused(engine):
     assert answers(lm, "a", until=[], max_gen_toks=2, num_beams=1, top_p=0.9, temperature=0.0) == ["a"]
     with pytest.raises(ValueError, match="a prompt of 2 tokens has no room beside its answer of 8; raise max_length=8 to 10"):
         answers(lm, "a", until=[], max_gen_toks=8)
-    with pytest.raises(ValueError, match="truncate='no' is not one of 'auto', 'never', 'always'"):
-        harness.EngineLM(engine, LETTERS, 8, truncate="no")
     with pytest.raises(ValueError, match="max_length=0 must be at least 1 token"):
         harness.EngineLM(engine, LETTERS, 0)
     engine = Echo(lambda prompt: [])
@@ -286,6 +282,10 @@ def test_local_tasks_of_every_kind_have_the_values_that_a_hand_finds(engine, lm,
     assert values["toy_text", "byte_perplexity"]["windowed"] == 1
     assert values["toy_answer", "exact_match"]["value"] == 0
     assert values["toys", "acc"]["value"] == right / 5
+    stored = [{"eval": "harness", "length": MAX_LENGTH, **record} for record in values.values()]
+    table = contents.harness([report.Run("run", tuple(stored), (), {})])
+    shown = {column.name for column in table.columns}
+    assert {*choice} - {"stderr"} <= shown and all(len(row) == len(shown) for row in table.rows)
 
 
 def test_on_a_mesh_tasks_have_the_same_values(engine, local):
@@ -342,9 +342,11 @@ def test_who_reads_a_needle_scores_all_and_who_drops_a_letter_none(score, tmp_pa
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     engine = Echo(lambda prompt: words.encode(f" it is {value_of_the_key(words.decode(prompt))[first:]}.".encode()))
     tasks = ["niah_single_1", "niah_multikey_2", "niah_multikey_3"] if score else ["niah_multikey_3"]
-    found = harness.evaluate(
-        engine, words, tasks, max_length=1024, limit=12, include_path=Path(lm_eval.__file__).parent / "tasks" / "ruler",
-        metadata={"tokenizer": str(tmp_path), "max_seq_lengths": [1024]},
-    )  # fmt: skip
+    (own := tmp_path / "tasks").mkdir()
+    for task in tasks:
+        of_harness = Path(lm_eval.__file__).parent / "tasks" / "ruler" / f"{task}.yaml"
+        about = {"tokenizer": str(tmp_path), "max_seq_lengths": [1024]}
+        (own / f"{task}.yaml").write_text(json.dumps({"include": str(of_harness), "task": task, "metadata": about}))
+    found = harness.evaluate(engine, words, tasks, max_length=1024, limit=12, include_path=own)
     assert {task: found["results"][task]["1024,none"] for task in tasks} == dict.fromkeys(tasks, score)
     assert sum(len(prompts) for _, prompts, *_ in engine.asked) == 12 * len(tasks)

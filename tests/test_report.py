@@ -179,12 +179,32 @@ def test_the_needles_of_a_question_are_one_answer_to_an_interval():
     assert row["needles"] == 0.7
 
 
+def test_every_needle_counts_the_same_in_what_is_found_of_cells_of_unlike_size():
+    sizes = ((0, 1, 10, 9), (0, 4, 8, 2), (50, 4, 40, 5))
+    cells = [
+        {"eval": "needle", "length": 4096} | dict(zip(("depth", "needles", "answers", "right"), x, strict=True)) for x in sizes
+    ]
+    assert contents.needles_found(cells) == pytest.approx(16 / 58) and contents.needles_found([]) is None
+    overview, section, _ = sections.sections([run_of("run", [], cells)])
+    (row,) = rows_of(overview.tables[0])
+    assert row["needles"] == contents.needles_found(cells)
+    one, four, _ = section.pictures
+    assert "one needle: 90.0% found" in one.caption and "4 needles: 14.6% found" in four.caption
+    assert [cell["right"] for cell in rows_of(section.folded[0])] == [9 / 10, 2 / 8, 5 / 40]
+
+
 def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
     one = {"eval": "harness", "task": "copy", "metric": "acc", "value": 0.5}
     run = run_of("run", [], [one | {"length": length} for length in LENGTHS])
     assert [(row["task"], row["length"], row["value"]) for row in rows_of(contents.harness([run]))] == [
         ("copy", length, 0.5) for length in LENGTHS
     ]
+
+
+def test_every_field_of_a_record_of_the_harness_is_shown(runs):
+    record, (row, _) = runs[0].of("harness")[0], rows_of(contents.harness(runs))
+    known = {"run": runs[0].name, "± stderr": record["stderr"]} | {x: record[x] for x in record if x not in ("eval", "stderr")}
+    assert row == known and (row["truncated"], row["windowed"]) == (3, 2)
 
 
 def test_words_of_recall_are_of_the_tasks_that_were_measured():
@@ -238,6 +258,35 @@ def test_losses_of_other_documents_and_other_tokens_are_not_compared_silently():
     assert "held-out" not in words(a, c) + words(a) and "tokenizers" not in words(a, b)
     c.provenance["tokenizer"] = "json"
     assert "other tokenizers" in words(a, c) and "other tokenizers" not in words(c)
+
+
+def test_attention_is_told_of_a_segment_and_of_one_of_its_tokens(runs):
+    table = contents.attention(runs)
+    (row,) = (row for row in rows_of(table) if row["kind"] == "G")
+    of_one = {"begin": 0.25 / 10, "needle": 0.25 / 20, "context": 0.25 / 4050, "question": 0.25 / 16}
+    assert {name: row[f"{name} per token"] for name in of_one} == pytest.approx(of_one)
+    assert (row["needle lift"], row["token 0"], row["reach"]) == (9, pytest.approx(0.2), "yes")
+    page = tables.html(table)
+    assert ">0.0125</td>" in page and ">6.17e-05</td>" in page
+    (section,) = (x for x in sections.sections(runs) if x.name == "attention")
+    assert "Per token: a segment's share over its tokens" in section.words[0]
+
+
+def test_rows_that_no_document_fills_are_told_of():
+    def buckets(source, length, *edges):
+        names = {"eval": "position", "source": source, "length": length, "tokens": 9, "loss": 1.0}
+        parts = [{}, {"part": "recall"}]
+        return [names | {"first": a, "end": b} | x for x in parts for a, b in zip(edges[:-1], edges[1:], strict=True)] + [names]
+
+    short = [*buckets("notes", 512, 0, 16, 64), *buckets("notes", 1024, 0, 16, 64), *buckets("notes", 4096, 0, 16, 2048)]
+    filled = [*buckets("books", 1024, 0, 16, 1024), *buckets("notes", 48, 0, 16, 48)]
+    (section,) = (x for x in sections.sections([run_of("a", [], short + filled)]) if x.name == "loss")
+    assert section.words[1:] == [
+        "a, notes: in rows of 512, 1K no document that was read reaches beyond 64 tokens; more --tokens read more documents.",
+        "a, notes: in rows of 4K no document that was read reaches beyond 2,048 tokens; more --tokens read more documents.",
+    ]
+    (section,) = (x for x in sections.sections([run_of("b", [], filled)]) if x.name == "loss")
+    assert len(section.words) == 1
 
 
 def test_sources_are_told_apart():

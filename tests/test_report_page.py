@@ -85,6 +85,16 @@ def test_names_of_runs_stand_in_legends_as_they_are():
         assert [text.strip(pictures.NOTHING) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)][-4:] == names
 
 
+def test_a_line_of_losses_has_a_gap_where_no_token_was_scored():
+    buckets = [{"first": 0, "end": 16, "loss": 3.0}, {"first": 64, "end": 128, "loss": 2.0}]
+    (line,) = pictures.loss_by_position({"rows": [("run", 0, buckets)]}, []).axes[0].patches
+    values, edges, _ = line.get_data()
+    assert list(edges) == [1, 16, 64, 128] and np.array_equal(values, [3.0, np.nan, 2.0], equal_nan=True)
+    whole = [buckets[0] | {"end": 64}, buckets[1] | {"loss": None}]
+    (line,) = pictures.loss_by_position({"rows": [("run", 0, whole)]}, []).axes[0].patches
+    assert list(line.get_data().edges) == [1, 64, 128] and np.array_equal(line.get_data().values, [3.0, np.nan], equal_nan=True)
+
+
 def test_files_of_names_that_differ_differ():
     assert tables.plain("rnope_swa-2.b") == "rnope_swa-2.b"
     names = [tables.plain(name) for name in ("a b", "a_b", "a/b", "a b ")]

@@ -34,7 +34,7 @@ from hybrid_attn.config import Config
 from hybrid_attn.convert import hf
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer import steps
-from hybrid_attn.infer.engine import Engine
+from hybrid_attn.infer.engine import TOKENS_AT_ONCE, Engine
 from hybrid_attn.infer.sampling import GREEDY
 from hybrid_attn.model import flops, init, run_on
 from hybrid_attn.parallel.mesh import BATCH, make_mesh
@@ -52,7 +52,7 @@ MADE = 4096  # tokens whose cache is made, not only computed
 PART = flags.DEFINE_enum("part", "all", [*LENGTHS, "all"], "What to measure.")
 ROWS = flags.DEFINE_list("lengths", None, f"Numbers of tokens; K is 1,024. By default {LENGTHS}.")
 NEW = flags.DEFINE_integer("new", 32, "Tokens of an answer.", lower_bound=2)
-CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that our engine reads at a time.", lower_bound=1)
+CHUNK = flags.DEFINE_integer("chunk", TOKENS_AT_ONCE, "Tokens of a prompt that our engine reads at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Answers of each contender.", lower_bound=1)
 MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
 JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")

@@ -29,18 +29,24 @@ from hybrid_attn.evals.ruler import compat, qa
 from hybrid_attn.evals.settings import ASKED
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer import loading
-from hybrid_attn.infer.engine import Engine
+from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
 from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
 from hybrid_attn.programs import parse
 
+SHORTEST = 2048  # of questions whose length nobody named: in bytes, most of RULER's tasks fit
 CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_multi_integer("step", None, "Of a checkpoint, by default the newest: one for all, or one for each.")
 SUITE = flags.DEFINE_string("suite", "quick", "quick, full, or names of evaluations with commas between them.")
-LENGTHS = flags.DEFINE_list("lengths", None, "Tokens; by default a quarter of the trained length, all, and twice as many.")
+LENGTHS = flags.DEFINE_list(
+    "lengths",
+    None,
+    "Tokens; by default a quarter of the trained length, all, and twice as many; of "
+    f"{', '.join(ASKED)} the first two, from {SHORTEST:,} on.",
+)
 SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth; of the harness, too.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens of held-out text, and of drawn rows, at each length.", lower_bound=1)
-DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "Where needles are hidden, in percent of the text.")
+DEPTHS = flags.DEFINE_list("depths", [f"{x:g}" for x in suite.DEPTHS], "Where needles are hidden, in percent of the text.")
 TEXT = flags.DEFINE_multi_string("text", [], "Pattern of files in which needles are hidden.")
 SQUAD = flags.DEFINE_string("squad", None, "dev-v2.0.json of SQuAD, for qa_1.")
 HOTPOT = flags.DEFINE_string("hotpot", None, "hotpot_dev_distractor_v1.json of HotpotQA, for qa_2.")
@@ -48,12 +54,11 @@ COMPAT = flags.DEFINE_bool("compat", False, "Ask RULER's own prompts, as its scr
 ENGLISH_WORDS = flags.DEFINE_string("english_words", None, "english_words.json of RULER, for its own longest lists of words.")
 TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, for --suite=harness or full.")
 TASK_PATH = flags.DEFINE_string("task_path", None, "Folder of the YAML files of such tasks.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the questions.", lower_bound=0)
-CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that are read at a time.", lower_bound=1)
-ROWS = flags.DEFINE_integer("rows", None, "Most prompts that are read together; by default 8.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", suite.SEED, "Of the questions.", lower_bound=0)
+CHUNK = flags.DEFINE_integer("chunk", TOKENS_AT_ONCE, "Tokens of a prompt that are read at a time.", lower_bound=1)
+ROWS = flags.DEFINE_integer("rows", None, f"Most prompts that are read together; by default {ROWS_AT_ONCE}.", lower_bound=1)
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
-SHORTEST = 2048  # of questions whose length nobody named: in bytes, most of RULER's tasks fit
 TAKEN = ("samples", "pictures", "tables")  # what --out holds beside the runs
 
 
@@ -122,7 +127,7 @@ def settings() -> dict:
     if TASKS.value:
         from hybrid_attn.evals import harness  # an extra
 
-        harness.find_tasks(TASKS.value, TASK_PATH.value, None)
+        harness.find_tasks(TASKS.value, TASK_PATH.value)
     for flag, value in (("compat", COMPAT.value), ("squad", SQUAD.value), ("hotpot", HOTPOT.value)):
         if value and "ruler" not in evals:
             raise ValueError(f"--{flag} is of --suite=ruler, and this is --suite={SUITE.value}")

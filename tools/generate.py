@@ -17,7 +17,7 @@ from absl import app, flags
 from hybrid_attn import programs
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.compress import Compression
-from hybrid_attn.infer.engine import Engine, Timing
+from hybrid_attn.infer.engine import TOKENS_AT_ONCE, Engine, Timing
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import Answer, answers
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
@@ -36,7 +36,7 @@ TOP_P = flags.DEFINE_float("top_p", None, "Draw from the fewest tokens that have
 MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens of at least this share of the largest probability.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the first prompt; each further one has the next.", 0, 2**32 - 1)
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends an answer and is no part of it; may be given again.")
-CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a prompt that are read at a time.", 1)
+CHUNK = flags.DEFINE_integer("chunk", TOKENS_AT_ONCE, "Tokens of a prompt that are read at a time.", 1)
 CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a prompt and its answer; longer ones are refused.", 1)
 CACHE = flags.DEFINE_enum("cache", "auto", ("auto", "int8"), "How layers that see the whole prefix keep keys and values.")
 COMPRESS = flags.DEFINE_string("compress", None, "What they keep of a prompt: snapkv:cap=1024,window=64 and the like.")

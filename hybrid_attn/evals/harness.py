@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -36,29 +36,26 @@ BATCHES = 16  # of an engine's, between two steps of the progress bar
 BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
 OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"}  # of `generate_until`
 WHOLE = re.compile("ruler|niah|needle|passkey|babilong", re.IGNORECASE)  # in names of tasks that hide answers in their prompts
-TRUNCATE = ("auto", "never", "always")
 
 
 def evaluate(
     engine, tokenizer, tasks: Sequence[str], *, max_length: int, include_path: str | os.PathLike | None = None,
-    limit: int | float | None = None, num_fewshot: int | None = None, stop_tokens: Sequence[int] = (),
-    truncate: str = "auto", metadata: Mapping | None = None,
+    limit: int | float | None = None, stop_tokens: Sequence[int] = (),
 ) -> dict | None:  # fmt: skip
     """What the harness reports of `tasks`, as values that JSON can hold; None on every process but the first.
 
-    Tasks are names of those in the YAML files under `include_path`, of the harness's own, or paths of YAML files. `limit` is a
-    number of documents of each, or a share below 1; `metadata` goes to tasks that make their own documents. For the rest see
-    `EngineLM`, whose `counts` are added under "requests". Every process must call it. ValueError for what is not there.
+    Tasks are names of those in the YAML files under `include_path`, of the harness's own, or paths of YAML files. Those that
+    make their own documents find what they need in the `metadata` of their file. `limit` is a number of documents of each, or a
+    share below 1. For the rest see `EngineLM`, whose `counts` are added under "requests". Every process must call it.
+    ValueError for what is not there.
     """
     if not tasks:
         raise ValueError("no task is named; name at least one")
     if limit is not None and limit <= 0:
         raise ValueError(f"limit={limit} leaves no document of a task; use at least 1, or None for all")
-    lm = EngineLM(engine, tokenizer, max_length, stop_tokens=stop_tokens, truncate=truncate)
-    found = simple_evaluate(
-        model=lm, tasks=[*tasks], task_manager=find_tasks(tasks, include_path, metadata), limit=limit, num_fewshot=num_fewshot,
-        bootstrap_iters=BOOTSTRAPS,
-    )  # fmt: skip
+    lm = EngineLM(engine, tokenizer, max_length, stop_tokens=stop_tokens)
+    manager = find_tasks(tasks, include_path)
+    found = simple_evaluate(model=lm, tasks=[*tasks], task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAPS)
     if jax.process_index() > 0 or found is None:
         return None
     return json.loads(json.dumps(found | {"requests": lm.counts()}, default=handle_non_serializable))
@@ -84,17 +81,14 @@ class EngineLM(LM):
     """A model as the harness asks it: three kinds of request, with results in the order of the requests.
 
     `max_length` is the most tokens that are read at once, a generated answer's included; a scored answer's last token is not
-    read. What is longer loses its beginning, and is counted; of a task that hides answers in its prompts it is a ValueError
-    (`truncate="auto"`), as it is of any with "never" and of none with "always". Such a task has ruler, niah, needle, passkey
-    or babilong in its name, or documents with a "max_length", as RULER's have.
+    read. What is longer loses its beginning, and is counted; of a task that hides answers in its prompts it is a ValueError.
+    Such a task has ruler, niah, needle, passkey or babilong in its name, or documents with a "max_length", as RULER's have.
 
     One process or many ask the same questions on the same mesh, so the harness is told of one.
     """
 
-    def __init__(self, engine, tokenizer, max_length: int, *, stop_tokens: Sequence[int] = (), truncate: str = "auto"):
+    def __init__(self, engine, tokenizer, max_length: int, *, stop_tokens: Sequence[int] = ()):
         super().__init__()
-        if truncate not in TRUNCATE:
-            raise ValueError(f"truncate={truncate!r} is not one of {', '.join(map(repr, TRUNCATE))}")
         if max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1 token")
         if engine.capacity is not None and engine.capacity <= max_length:
@@ -103,7 +97,7 @@ class EngineLM(LM):
                 f"use max_length={engine.capacity - 1:,}, or make the engine with capacity={max_length + 1}"
             )
         self.engine, self.tokenizer, self.max_length = engine, tokenizer, max_length
-        self._stop_tokens, self._truncate = tuple(stop_tokens), truncate
+        self._stop_tokens = tuple(stop_tokens)
         self._requests, self._truncated, self._windowed = Counter(), Counter(), Counter()
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -160,8 +154,7 @@ class EngineLM(LM):
         least = f"raise max_length={self.max_length:,} to {self.max_length + lost:,}"
         if room < 1:
             raise ValueError(f"{where} has no room beside its answer of {self.max_length + lost - len(prompt):,}; {least}")
-        whole = WHOLE.search(request.task_name or "") or "max_length" in request.doc
-        if self._truncate == "never" or (self._truncate == "auto" and whole):
+        if WHOLE.search(request.task_name or "") or "max_length" in request.doc:
             raise ValueError(f"{where} would lose its first {lost:,}, and what is asked for with them; {least}")
         self._truncated[request.task_name] += 1
         return prompt[lost:]
@@ -242,17 +235,17 @@ def _options(request) -> tuple[tuple[str, ...], tuple]:
     return tuple(given["until"]), (given["max_gen_toks"], temperature, *filters)
 
 
-def find_tasks(names: Sequence[str], include_path, metadata: Mapping | None) -> TaskManager:
+def find_tasks(names: Sequence[str], include_path) -> TaskManager:
     """The tasks under `include_path`, and the harness's own where a name is not among them; ValueError for other names."""
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path={include_path} is no directory; name the one that holds the YAML files of tasks")
-    manager = TaskManager(include_path=include_path, include_defaults=False, metadata=dict(metadata or {}))
+    manager = TaskManager(include_path=include_path, include_defaults=False)
 
     def missing():
         return [name for name in names if name not in manager.task_index and not Path(name).is_file()]
 
     if missing():
-        manager = TaskManager(include_path=include_path, metadata=dict(metadata or {}))
+        manager = TaskManager(include_path=include_path)
     if names := missing():
         near = difflib.get_close_matches(names[0], manager.all_tasks, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

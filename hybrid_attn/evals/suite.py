@@ -29,6 +29,7 @@ from hybrid_attn.parallel.mesh import told
 ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, where nobody says others
+SEED = 0  # of the questions, where nobody says another
 OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
 _DOCUMENTS = ("documents", "the model's sources hold none out")
 EMPTY = dict.fromkeys(OF_SOURCES, _DOCUMENTS) | {  # which part is missing where an evaluation has none, and why

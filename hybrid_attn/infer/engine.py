@@ -27,6 +27,8 @@ from hybrid_attn.model.extend import Cache, unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
 
 SEED = 0  # of what a compression draws at random
+TOKENS_AT_ONCE = 2048  # of a prompt, where nobody says another chunk
+ROWS_AT_ONCE = 8  # or as many as a batch has shards
 LEAST_CHUNK = 16
 WEIGHTS = jax.jit(unstacked, static_argnums=(0, 2))
 
@@ -58,8 +60,8 @@ class Engine:
 
     `chunk` tokens of each prompt are read at a time; `cache` is "auto" (the dtype of the run) or "int8" for the layers that
     see the whole prefix; `capacity` is the most tokens of a row, prompt and answer together (None: what memory allows);
-    `rows` is the most rows of a batch (None: 8, or as many as its shards need); `programs` is a dict, which engines on one mesh
-    may share, of what they have compiled. Several processes make the same calls and get the same answers.
+    `rows` is the most rows of a batch (None: `ROWS_AT_ONCE`, or as many as its shards need); `programs` is a dict, which
+    engines on one mesh may share, of what they have compiled. Several processes make the same calls and get the same answers.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Engine:
         params: dict,
         config: Trained,
         *,
-        chunk: int = 2048,
+        chunk: int = TOKENS_AT_ONCE,
         cache: str = "auto",
         capacity: int | None = None,
         rows: int | None = None,
@@ -79,7 +81,7 @@ class Engine:
             raise ValueError(f"cache={cache!r} is not one of 'auto', 'int8'")
         if chunk < 1 or chunk % context:
             raise ValueError(f"chunk={chunk} does not split over {context} context shards; use a multiple of {context}")
-        rows = -(-8 // shards) * shards if rows is None else rows
+        rows = -(-ROWS_AT_ONCE // shards) * shards if rows is None else rows
         if rows < 1 or rows % shards:
             raise ValueError(f"rows={rows} does not split over {shards} shards of the batch; use a multiple of {shards}")
         self.model, self.chunk, self.capacity, self.rows, self.quantised = config.model, chunk, capacity, rows, cache == "int8"

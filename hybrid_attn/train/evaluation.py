@@ -16,17 +16,16 @@ from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.evals import Spec, Subject, bigram, report, suite, texts
 from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.report import contents
-from hybrid_attn.infer.engine import Engine
+from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
 from hybrid_attn.model import Run
 from hybrid_attn.parallel.mesh import BATCH, told
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.trees import check
 
-SEED = 0  # of the questions, as it is in tools/evaluate.py
-CHUNK = 2048  # tokens of a prompt that are read at a time
-ROWS = 8  # asked together, or as many as the batch has shards
 PASSING = ("checkpoint", "config")  # what may change of a run that goes on, and makes no number another
-MEANS = ("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval")  # told of the heads of a kind
+SEGMENTS = tuple(contents.SEGMENTS.values())
+PER_TOKEN = (*(f"{segment}_per_token" for segment in SEGMENTS), "sink_rate")
+MEANS = (*SEGMENTS, "entropy_bits", "needle_lift", *PER_TOKEN, "retrieval")  # told of the heads of a kind
 
 
 class Evaluations:
@@ -42,7 +41,7 @@ class Evaluations:
         """
         self.folder = Path(workdir) / "evals"
         lengths = tuple(dict.fromkeys(round(multiple * c.stages[-1].seq_len) for multiple in c.evals.lengths))
-        self.settings = suite.Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, SEED)
+        self.settings = suite.Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, suite.SEED)
         self.wanted, asks = bool(c.evals.names and lengths), not set(suite.DRAWS).isdisjoint(c.evals.names)
         of_last = {name: loaded[name] for name in sorted(c.weights(-1))}
         self.texts = {name: x for name, x in of_last.items() if c.data.sources[name].task is None}
@@ -134,8 +133,8 @@ def _sizes(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> dict[str, in
     """The engine's chunk, and rows whose caches have no more tokens than a training step, where the mesh lets them."""
     context, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in BATCH)
     tokens = c.stages[-1].batch * c.stages[-1].seq_len
-    rows = min(-(-ROWS // shards), tokens // (shards * max(lengths, default=1)))
-    return {"chunk": max(CHUNK // context, 1) * context, "rows": max(rows, 1) * shards}
+    rows = min(-(-ROWS_AT_ONCE // shards), tokens // (shards * max(lengths, default=1)))
+    return {"chunk": max(TOKENS_AT_ONCE // context, 1) * context, "rows": max(rows, 1) * shards}
 
 
 def _tell(metrics: Metrics, unit: suite.Unit, records: Sequence[Mapping]) -> None:
@@ -163,7 +162,7 @@ def _draw(metrics: Metrics, run: report.Run, folder: Path) -> None:
 def score(evaluation: str, records: Sequence[Mapping]) -> float | None:
     """The one number of a unit: loss in nats, share of right answers, RULER's score, or how far the needle stands out."""
     if evaluation == "needle":
-        return sum(r["right"] for r in records) / sum(r["answers"] for r in records)
+        return contents.needles_found(records)
     if evaluation == "attention_mass":
         return contents.mean_of([r for r in records if r["reach"]], "needle_lift")
     field = {"position": "loss", "key_tokens": "loss", "recall": "accuracy", "ruler": "score"}[evaluation]

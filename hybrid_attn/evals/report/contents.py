@@ -6,12 +6,13 @@ import numpy as np
 
 from hybrid_attn.evals.report import statistics
 from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed, tokens
+from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed, significant, tokens
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effective_length, relative_length
 from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
 
 RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
 RUN, LENGTH = Column("run"), Column("length", tokens)
+SEGMENTS = {"begin": "begin", "needle": "needle", "context": "context", "question": "qc"}  # of keys: heading and field
 INTERVAL = (Column("95% from", fixed(3)), Column("to", fixed(3)))
 
 
@@ -122,13 +123,18 @@ def needle(runs: Sequence[Run]) -> Table:
     ]
     rows = [
         [
-            *(run.name, r["needles"], r["length"], r["depth"], needle_questions(r)[1], r["right"] / r["answers"]),
+            *(run.name, r["needles"], r["length"], r["depth"], needle_questions(r)[1], needles_found([r])),
             *statistics.wilson(*needle_questions(r)),
         ]
         for run in runs
         for r in run.of("needle")
     ]
     return Table("needle_cells", "Needles found, by length and depth", columns, rows)
+
+
+def needles_found(records: Sequence[Mapping]) -> float | None:
+    """The share of the needles of some cells that are in the answers, if there are any: each counts the same."""
+    return sum(r["right"] for r in records) / sum(r["answers"] for r in records) if records else None
 
 
 def needle_questions(record: Mapping) -> tuple[float, int]:
@@ -199,23 +205,40 @@ def positions(runs: Sequence[Run]) -> Table:
     return Table("loss_by_position", "Held-out loss by position in the document", columns, rows)
 
 
+def ends(run: Run) -> dict[tuple[str, int], int]:
+    """Where the last bucket of positions ends, by source and length of the rows."""
+    found: dict[tuple[str, int], int] = {}
+    for r in run.of("position"):
+        if "end" in r:
+            of_rows = r["source"], r["length"]
+            found[of_rows] = max(found.get(of_rows, 0), r["end"])
+    return found
+
+
 def attention(runs: Sequence[Run]) -> Table:
-    """Where the question's attention goes, by kind of layer: means over its heads."""
+    """Where the question's attention goes, by kind of layer: means over its heads.
+
+    The share of a segment beside that of one of its tokens: other segments grow with the length, and take from the first.
+    """
+    means = {
+        **{name: (field, fixed(4)) for name, field in SEGMENTS.items()},
+        **{"entropy (bits)": ("entropy_bits", fixed(2)), "needle lift": ("needle_lift", fixed(2))},
+        **{f"{name} per token": (f"{field}_per_token", significant(3)) for name, field in SEGMENTS.items()},
+        "token 0": ("sink_rate", fixed(4)),
+    }
     columns = [
         *(RUN, Column("source"), LENGTH, Column("kind"), Column("heads", count)),
-        *(Column(name, fixed(4)) for name in ("begin", "needle", "context", "question")),
-        *(Column("entropy (bits)", fixed(2)), Column("needle lift", fixed(2)), Column("retrieval heads", count)),
-        Column("reach"),
+        *(Column(name, show) for name, (_, show) in means.items()),
+        *(Column("retrieval heads", count), Column("reach")),
     ]
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         for record in run.of("attention_mass"):
             key = run.name, record["source"], record["length"], record["kind"]
             groups.setdefault(key, []).append(record)
-    fields = ("begin", "needle", "context", "qc", "entropy_bits", "needle_lift")
     rows = [
         [
-            *(*key, len(heads), *(mean_of(heads, field) for field in fields)),
+            *(*key, len(heads), *(mean_of(heads, field) for field, _ in means.values())),
             sum((head["retrieval"] or 0) > RETRIEVES for head in heads),
             "yes" if any(head["reach"] for head in heads) else "no",
         ]
@@ -243,7 +266,7 @@ def key_tokens(runs: Sequence[Run]) -> Table:
 def harness(runs: Sequence[Run]) -> Table:
     """Values with what the records have beside them."""
     records = [(run.name, record) for run in runs for record in run.of("harness")]
-    beside = ("filter", "shots", "version", "samples", "documents", "requests", "truncated")
+    beside = ("filter", "shots", "version", "documents", "requests", "truncated", "windowed")
     known = [field for field in beside if any(field in record for _, record in records)]
     columns = [
         *(RUN, Column("task"), LENGTH, Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),

@@ -188,16 +188,17 @@ def _numbers(axes: Axes, cells: np.ndarray) -> None:
 
 @styled
 def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapping]]]], trained: Sequence[int]) -> Figure:
-    """Loss by position, a panel for each name; a line has a name, the number of its run, and buckets from `first` to `end`."""
+    """Loss by position, a panel for each name; a line has a name, the number of its run, and buckets from `first` to `end`.
+
+    A line has a gap where no token was scored.
+    """
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
     figure = Figure(figsize=(4.9, 3.0) if across < 3 else (3.7 * across, 3 * down + 0.5), layout="constrained")
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
         for label, number, buckets in lines:
-            edges = [max(bucket["first"], 1) for bucket in buckets] + [buckets[-1]["end"]]
-            losses = [math.nan if bucket["loss"] is None else bucket["loss"] for bucket in buckets]
-            axes.stairs(losses, edges, baseline=None, color=RUNS[number % len(RUNS)], linewidth=1.6, label=_label(label))
+            axes.stairs(*_steps(buckets), baseline=None, color=RUNS[number % len(RUNS)], linewidth=1.6, label=_label(label))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: tokens(round(x)) if x >= 1 else "")
         _mark(axes, trained)
@@ -209,6 +210,18 @@ def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapp
         axes.set_ylabel("loss (nats per token)")
     _legend(figure)
     return figure
+
+
+def _steps(buckets: Sequence[Mapping]) -> tuple[list[float], list[int]]:
+    """Losses, NaN between buckets that do not meet, and the edges around them, from 1 on: a logarithm has no 0."""
+    losses, edges = [], [max(buckets[0]["first"], 1)]
+    for bucket in buckets:
+        if bucket["first"] > edges[-1]:
+            losses.append(math.nan)
+            edges.append(bucket["first"])
+        losses.append(math.nan if bucket["loss"] is None else bucket["loss"])
+        edges.append(bucket["end"])
+    return losses, edges
 
 
 @styled

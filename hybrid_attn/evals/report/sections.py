@@ -67,16 +67,15 @@ def _overview(runs: Sequence[Run]) -> Section:
     rows = []
     for run in runs:
         model, means = run.provenance["model"], contents.ruler_means(run, contents.is_long)
-        needles, recalls = run.of("needle"), run.of("recall")
+        recalls = run.of("recall")
         losses = [r for r in run.of("position") if contents.is_total(r) and r["length"] == run.trained]
-        answers = sum(r["answers"] for r in needles)
         rows.append(
             [
                 *(run.name, model.get("layers"), model.get("parameters"), run.trained, run.provenance.get("step")),
                 averages(means)["average"] if means else None,
                 contents.of_all(contents.ruler_tasks_of(run, contents.is_long)) if means else None,
                 contents.effective(means) if means else None,
-                sum(r["right"] for r in needles) / answers if answers else None,
+                contents.needles_found(run.of("needle")),
                 max(recalls, key=lambda r: r["length"])["accuracy"] if recalls else None,
                 *((losses[0]["loss"], losses[0]["source"]) if losses else (None, None)),
             ]
@@ -189,11 +188,10 @@ def _needle(runs: Sequence[Run]) -> list[Section]:
 
 
 def _heat_map(run: Run, number: int, records: Sequence[dict], kind: str, name: str) -> Picture:
-    shares = {(r["length"], r["depth"]): r["right"] / r["answers"] for r in records}
-    overall = sum(r["right"] for r in records) / sum(r["answers"] for r in records)
+    shares = {(r["length"], r["depth"]): contents.needles_found([r]) for r in records}
     depths = sorted({r["depth"] for r in records})
     figure = pictures.heat_map(contents.lengths_of(records), depths, shares, run.trained)
-    return Picture(name, f"{run.name}, {kind}: {overall:.1%} found overall.", figure, False)
+    return Picture(name, f"{run.name}, {kind}: {contents.needles_found(records):.1%} found overall.", figure, False)
 
 
 def _recall(runs: Sequence[Run]) -> list[Section]:
@@ -229,8 +227,22 @@ def _position(runs: Sequence[Run]) -> list[Section]:
         "What a token costs by its position in the document: a model that reads its context pays less further on, and one "
         "that cannot go beyond its length of training pays more there."
     ]
-    words += _unlike(runs, "position")
+    words += _unreached(runs) + _unlike(runs, "position")
     return [Section("loss", "Loss", words, drawn, [contents.position(runs)], [contents.positions(runs)])]
+
+
+def _unreached(runs: Sequence[Run]) -> list[str]:
+    """Which rows are longer than all that was read of documents in them."""
+    short: dict[tuple[str, str, int], list[int]] = {}
+    for run in runs:
+        for (source, length), end in contents.ends(run).items():
+            if end < length:
+                short.setdefault((run.name, source, end), []).append(length)
+    return [
+        f"{name}, {source}: in rows of {', '.join(map(tokens, lengths))} no document that was read reaches beyond "
+        f"{end:,} tokens; more --tokens read more documents."
+        for (name, source, end), lengths in short.items()
+    ]
 
 
 def _unlike(runs: Sequence[Run], evaluation: str) -> list[str]:
@@ -270,7 +282,8 @@ def _attention(runs: Sequence[Run]) -> list[Section]:
                 drawn += _attention_pictures(name, where, length, records, length == longest)
     words = [
         "Shares of the attention of the question's tokens, means over heads. The needle's lift is its share over the share of "
-        f"the tokens that it has; a retrieval head (score over {contents.RETRIEVES}) looks at the token that it copies. "
+        f"the tokens that it has; a retrieval head (score over {contents.RETRIEVES}) looks at the token that it copies. Per "
+        "token: a segment's share over its tokens; token 0 is the share of the very first. "
         "Crosses: layers whose window does not reach the needle. Single heads, and weights by position without the "
         "first 10 and the last 3% of the keys, are drawn at the longest length."
     ]
@@ -313,7 +326,10 @@ def _grid(by_layer: dict[int, list[dict]], field: str) -> np.ndarray:
 
 
 def _harness(runs: Sequence[Run]) -> list[Section]:
-    words = ["A truncated sample lost the beginning of its prompt: its score says little about context."]
+    words = [
+        "A truncated request lost the beginning of its prompt: its score says little about context. A windowed text was scored "
+        "in several pieces."
+    ]
     return [Section("harness", "Harness", words, [], [contents.harness(runs)], [])]
 
 

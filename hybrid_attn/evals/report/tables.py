@@ -45,6 +45,11 @@ def fixed(digits: int) -> Callable[[float], str]:
     return lambda value: f"{value:,.{digits}f}"
 
 
+def significant(digits: int) -> Callable[[float], str]:
+    """With as many digits that are no leading zeros: 0.0328, 4.1e-06."""
+    return lambda value: f"{value:.{digits}g}"
+
+
 def signed(digits: int) -> Callable[[float], str]:
     """With as many digits after the point, and a sign where they are not all zeros."""
 
