@@ -6,7 +6,9 @@ under another name and renamed when all of it is on disk. The mesh and the preci
 """
 
 import copy
+import hashlib
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -175,6 +177,13 @@ def read_config(directory: str | os.PathLike, step: int | None = None) -> dict:
 def read_data(directory: str | os.PathLike, step: int | None = None) -> dict:
     """Where the data stood at the newest checkpoint, or at that of `step`, as it was saved; ValueError if unreadable."""
     return _read_json(_newest_path(directory, step), "data")
+
+
+def fingerprint(directory: str | os.PathLike, step: int | None = None) -> str:
+    """The SHA-256 of the checksums of the parameters of the newest checkpoint, or of `step`: tells its weights from others."""
+    sums = _read_json(_newest_path(directory, step), "checksums")
+    told = sorted((name, number) for name, number in sums.items() if name.startswith("params/"))
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def read_params(directory: str | os.PathLike, abstract_params: Any, step: int | None = None) -> Any:

@@ -3,12 +3,16 @@
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 from absl import flags
+
+GRACE = 2  # seconds in which a program that was interrupted ends by itself
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -30,6 +34,18 @@ def run(program: Callable[[], None], argv: Sequence[str], held: str, interrupted
     `held` is what the memory of a device may be too small for.
     """
     logging.getLogger().setLevel(logging.WARNING)
+
+    def end():
+        print(f"error: {interrupted}", file=sys.stderr, flush=True)
+        os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
+
+    def interrupt(*_):
+        last = threading.Timer(GRACE, end)  # the exception may arise in a callback of jax, which swallows it
+        last.daemon = True
+        last.start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         if argv[1:]:
             raise ValueError(f"{' '.join(argv[1:])!r} is no flag; quote what has spaces")
@@ -41,8 +57,9 @@ def run(program: Callable[[], None], argv: Sequence[str], held: str, interrupted
             raise
         fail(f"the memory of a device does not hold {held}: {reason(error)}", 2)
     except KeyboardInterrupt:
-        print(f"error: {interrupted}", file=sys.stderr, flush=True)
-        os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
+        end()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:

@@ -18,8 +18,9 @@ from conftest import mesh_of, random_params, tiny
 from configs import base
 from hybrid_attn import checkpoint, config
 from hybrid_attn.data import corpora
+from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import provenance, suite
+from hybrid_attn.evals import provenance, settings, suite
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation
@@ -114,7 +115,8 @@ def test_on_a_mesh_the_same_is_measured(tool, models, tmp_path, monkeypatch):
     assert json.loads((mesh / "run.json").read_text())["mesh"] == "fsdp 2 x context 2 x tensor 2"
     assert len(records_of(alone, "answers")) == 2 and records_of(mesh, "answers") == records_of(alone, "answers")
     found, wanted = records_of(mesh), records_of(alone)
-    assert [x | {"loss": 0, "bits_per_byte": 0} for x in found] == [x | {"loss": 0, "bits_per_byte": 0} for x in wanted]
+    measured = ("loss", "bits_per_byte", "stderr", "by_row")
+    assert [x | dict.fromkeys(measured) for x in found] == [x | dict.fromkeys(measured) for x in wanted]
     for name in ("loss", "bits_per_byte"):
         numbers = [[x[name] for x in records if name in x] for records in (found, wanted)]
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-5) and numbers[0]
@@ -143,15 +145,16 @@ def test_what_does_not_fit_a_length_that_nobody_named_is_absent(tool, models, tm
 def test_by_default_loss_is_measured_around_the_trained_length_and_questions_are_asked_up_to_it(tool):
     with flagsaver.flagsaver():
         parse(["", "--out=x", "--checkpoint=y"])
-        assert tool.lengths(64) == {"lengths": (16, 64, 128), "asked": (2048,)}
-        assert tool.lengths(16_384) == {"lengths": (4096, 16_384, 32_768), "asked": (4096, 16_384)}
+        assert tool.lengths([64]) == {"lengths": (16, 64, 128), "asked": (2048,)}
+        assert tool.lengths([16_384]) == {"lengths": (4096, 16_384, 32_768), "asked": (4096, 16_384)}
+        assert tool.lengths([16_384, 64, 64])["lengths"] == (16, 64, 128, 4096, 16_384, 32_768)
     assert "twice as many; of needle, ruler, harness the first two, from 2,048 on." in flags.FLAGS["lengths"].help
 
 
 def test_a_run_and_the_tool_ask_the_same_where_nobody_says_otherwise(tool, models):
     with flagsaver.flagsaver(), jax.set_mesh(mesh_of()):
         parse(["", "--out=x", "--checkpoint=y"])
-        assert (tool.settings()["depths"], tool.settings()["seed"]) == (suite.DEPTHS, suite.SEED)
+        assert (tool.settings([64]).depths, tool.settings([64]).seed) == (suite.DEPTHS, suite.SEED)
         c, params, _ = tool.loading.load(f"{models}/one", 7)
         engine = Engine(params, c, chunk=tool.CHUNK.value, rows=tool.ROWS.value)
     assert evaluation._sizes(c, engine.mesh, [48]) == {"chunk": engine.chunk, "rows": engine.rows}
@@ -207,6 +210,46 @@ def test_a_run_is_the_same_however_its_checkpoint_is_written_and_tells_each_revi
         unit.unlink()
         run(tool, "--checkpoint=one/", *arguments)
         assert unit.exists() and json.loads(about.read_text())["revision"] == "of before, of now"
+
+
+def test_other_weights_under_the_same_name_are_another_evaluation(tool, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
+    (tmp_path / "one").symlink_to(models / "one")
+    arguments = [f"--checkpoint={tmp_path}/one", "--suite=position", "--lengths=32", "--tokens=100", f"--out={tmp_path}/out"]
+    run(tool, *arguments)
+    (tmp_path / "one").unlink()
+    (tmp_path / "one").symlink_to(models / "two")
+    with pytest.raises(SystemExit):
+        run(tool, *arguments)
+    said = capsys.readouterr().err
+    assert "holds another evaluation (there -> wanted):   weights: " in said and said.count("->") == 2
+
+
+def test_a_model_is_asked_its_own_tasks_and_those_of_the_others_that_it_was_not_trained_on():
+    own = {"probe": Task("recall", 4), "mine": Task("mqar", 8)}
+    found = settings.with_own(own)
+    assert [*found.items()] == [*own.items(), *((name, settings.RECALL[name]) for name in ("mqar", "copy", "tracking"))]
+    assert settings.with_own({}) == settings.RECALL and settings.with_own({"copy": Task("recall", 2)})["copy"].name == "recall"
+
+
+def test_a_signal_that_is_swallowed_ends_the_program_nevertheless():
+    swallowing = """
+import os, signal, time
+from hybrid_attn import programs
+
+def program():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    except KeyboardInterrupt:
+        time.sleep(60)
+
+programs.GRACE = 0.1
+programs.run(program, [""], "all")
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", swallowing], env=environment, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
 def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, models, tmp_path, monkeypatch, capsys):

@@ -192,12 +192,14 @@ def test_a_run_that_goes_on_longer_keeps_what_was_measured_of_it(corpus, workdir
         assert (tmp_path / "run/evals/4" / name).read_bytes() == (workdir / "evals/4" / name).read_bytes()
 
 
-def test_a_finished_run_measures_again_what_has_other_settings_alone(corpus, workdir, monkeypatch):
+def test_a_finished_run_measures_again_what_has_other_settings_and_says_what_is_left_out(corpus, workdir, monkeypatch, capsys):
     (workdir / "evals/9/units").mkdir(parents=True)
     units = measured(monkeypatch)
     assert loop.train(config_of(corpus), workdir)
     assert units == [] and names(workdir / "evals") == ["2", "4", "samples"]
-    assert loop.train(config_of(corpus, **{"evals.names": ("attention_mass",)}), workdir)
+    capsys.readouterr()
+    assert loop.train(config_of(corpus, **{"evals.names": ("attention_mass", "recall")}), workdir)
+    assert capsys.readouterr().out.count("\nevals        without recall of tasks: they are in bytes; this model") == 1
     assert units == [f"attention_mass-text-{LENGTH}"] and names(workdir / "evals/4/units") == [f"{units[0]}.json"]
     told = [x for x in lines(workdir / "evals.jsonl") if x["step"] == 4]
     assert [(x["eval"], x["kind"]) for x in told] == [("attention_mass", "G"), ("attention_mass", "L")]

@@ -23,10 +23,11 @@ from absl import app, flags
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn import config, programs
 from hybrid_attn.data import corpora
+from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import report, suite, texts
 from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.ruler import compat, qa
-from hybrid_attn.evals.settings import ASKED
+from hybrid_attn.evals.settings import ASKED, with_own
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
@@ -50,7 +51,7 @@ DEPTHS = flags.DEFINE_list("depths", [f"{x:g}" for x in suite.DEPTHS], "Where ne
 TEXT = flags.DEFINE_multi_string("text", [], "Pattern of files in which needles are hidden.")
 SQUAD = flags.DEFINE_string("squad", None, "dev-v2.0.json of SQuAD, for qa_1.")
 HOTPOT = flags.DEFINE_string("hotpot", None, "hotpot_dev_distractor_v1.json of HotpotQA, for qa_2.")
-COMPAT = flags.DEFINE_bool("compat", False, "Ask RULER's own prompts, as its scripts draw them; their seed is 42.")
+COMPAT = flags.DEFINE_bool("compat", False, "Ask RULER's own prompts, as its scripts draw them, by default of their seed.")
 ENGLISH_WORDS = flags.DEFINE_string("english_words", None, "english_words.json of RULER, for its own longest lists of words.")
 TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, for --suite=harness or full.")
 TASK_PATH = flags.DEFINE_string("task_path", None, "Folder of the YAML files of such tasks.")
@@ -62,11 +63,12 @@ OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the r
 TAKEN = ("samples", "pictures", "tables")  # what --out holds beside the runs
 
 
-def lengths(trained: int) -> dict[str, tuple[int, ...]]:
-    """Those of --lengths, or some around the trained length; questions, which take longest, are asked up to it."""
+def lengths(trained: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Those of --lengths, or some around the models' trained lengths; questions, which take longest, are asked up to these."""
     if LENGTHS.value is None:
-        around = tuple(sorted({max(2, trained // 4), trained, 2 * trained}))
-        return {"lengths": around, "asked": tuple(sorted({max(SHORTEST, trained // part) for part in (4, 1)}))}
+        around = {length for most in trained for length in (max(2, most // 4), most, 2 * most)}
+        asked = {max(SHORTEST, most // part) for most in trained for part in (4, 1)}
+        return {"lengths": tuple(sorted(around)), "asked": tuple(sorted(asked))}
     found = numbers("lengths", LENGTHS.value, int)
     if min(found) < 2:
         raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {min(found)} tokens hold no question; use more")
@@ -117,8 +119,8 @@ def models() -> list[tuple[str, int]]:
     return [(checkpoint, loading.step_of(loading.find(checkpoint), step)) for checkpoint, step in pairs]
 
 
-def settings() -> dict:
-    """What is measured of every checkpoint, but for the lengths."""
+def settings(trained: Sequence[int]) -> suite.Settings:
+    """What is measured of every checkpoint; their rows of training had `trained` tokens."""
     evals = suite.named(SUITE.value)
     if TASKS.value and "harness" not in evals:
         raise ValueError(f"--tasks={','.join(TASKS.value)} is of --suite=harness or full, and this is --suite={SUITE.value}")
@@ -137,10 +139,12 @@ def settings() -> dict:
         raise ValueError(f"--depths is of --suite=needle, and this is --suite={SUITE.value}")
     if ENGLISH_WORDS.value and not COMPAT.value:
         raise ValueError("--english_words is for RULER's own prompts; give --compat, too")
-    return {
-        **{"evals": evals, "samples": SAMPLES.value, "tokens": TOKENS.value, "depths": depths(), "seed": SEED.value},
+    seed = compat.SEED if COMPAT.value and not SEED.present else SEED.value
+    return suite.Settings(
+        **{"evals": evals, "samples": SAMPLES.value, "tokens": TOKENS.value, "depths": depths(), "seed": seed},
         **{"tasks": tuple(TASKS.value), "task_path": TASK_PATH.value, "compat": COMPAT.value},
-    }
+        **lengths(trained),
+    )
 
 
 def asked_about() -> dict:
@@ -175,21 +179,23 @@ class Planned(NamedTuple):
     provenance: dict
 
 
-def plan(checkpoint: str, step: int, asked: Mapping, about: Mapping) -> Planned:
+def plan(checkpoint: str, step: int, wanted: suite.Settings, about: Mapping) -> Planned:
     """What is measured of one model, on the mesh in force; its questions are drawn into --out."""
     c, params, words = loading.load(checkpoint, step)
     engine = Engine(params, c, chunk=CHUNK.value, rows=ROWS.value)
     subject = Subject(c.model, params, engine.run, engine.mesh, words)
-    wanted = suite.Settings(**lengths(c.stages[-1].seq_len), **asked)
     if of_engine := {*ASKED} & {*wanted.evals}:
         check_memory(c, engine, max(length for name in of_engine for length in wanted.lengths_of(name)))
     loaded = corpora.load(c.data, c.sources, words) if {*suite.OF_SOURCES} & {*wanted.evals} else {}
     heldout = {source: x.heldout for source, x in loaded.items()}
     stops = tuple(loading.stop_tokens(checkpoint, words))
-    reader = suite.Reader(subject, engine, heldout, trained=c.stages[-1].seq_len, stops=stops, **about)
+    own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
+    trained, tasks = c.stages[-1].seq_len, with_own(own)
+    reader = suite.Reader(subject, engine, heldout, trained=trained, tasks=tasks, stops=stops, **about)
     wanted = suite.fitting(wanted, reader, Path(OUT.value) / "samples", LENGTHS.value is not None)
     saved = checkpoints.read_config(loading.find(checkpoint), step)
     known = provenance(checkpoint, step, c, saved, words, about["haystack"], engine.run, engine.mesh)
+    known["weights"] = checkpoints.fingerprint(loading.find(checkpoint), step)
     known["heldout"] = {source: x.fingerprint() for source, x in heldout.items()}
     return Planned(reader, wanted, known)
 
@@ -220,9 +226,9 @@ def progress(name: str) -> Iterator[Callable[[suite.Unit, int, int], None]]:
 
 def evaluate_all() -> None:
     """Measures every checkpoint and writes the report; what is wrong with one is said before another is measured."""
-    asked = settings()
     report.check_drawing()
     found = models()
+    wanted = settings([loading.config_of(loading.find(x), step)[0].stages[-1].seq_len for x, step in found])
     about = asked_about()
     called = names(found)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
@@ -231,9 +237,9 @@ def evaluate_all() -> None:
     Path(OUT.value).mkdir(parents=True, exist_ok=True)  # better now than after hours
     with jax.set_mesh(mesh):
         for checkpoint, step in found[1:]:  # before hours go to the first
-            plan(checkpoint, step, asked, about)
+            plan(checkpoint, step, wanted, about)
         for (checkpoint, step), name in zip(found, called, strict=True):
-            evaluate(name, plan(checkpoint, step, asked, about))
+            evaluate(name, plan(checkpoint, step, wanted, about))
     report.write(Path(OUT.value), [report.read(Path(OUT.value) / name) for name in called])
     print(f"report  {Path(OUT.value) / 'report.html'}")
 

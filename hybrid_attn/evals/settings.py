@@ -14,6 +14,12 @@ RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4)
 ASKED = ("needle", "ruler", "harness")  # what is measured by questions that an engine answers
 
 
+def with_own(tasks: Mapping[str, Task]) -> dict[str, Task]:
+    """The tasks that a model was trained on, by their sources, and then those of `RECALL` that are others."""
+    others = {name: task for name, task in RECALL.items() if name not in tasks and task not in tasks.values()}
+    return {**tasks, **others}
+
+
 class Absent(NamedTuple):
     """A unit that is not measured, and why."""
 

@@ -33,7 +33,7 @@ SEED = 0  # of the questions, where nobody says another
 OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
 _DOCUMENTS = ("documents", "the model's sources hold none out")
 EMPTY = dict.fromkeys(OF_SOURCES, _DOCUMENTS) | {  # which part is missing where an evaluation has none, and why
-    "recall": ("tasks", "they are in bytes, and the model has another tokenizer"),
+    "recall": ("tasks", "they are in bytes; this model has another tokenizer, or no source of them"),
     "harness": ("tasks", "none is named"),
 }
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long

@@ -30,16 +30,9 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
     directory = find(directory)
     step = step_of(directory, step)
     where, mesh = f"the checkpoint of step {step} in {directory}", jax.sharding.get_mesh()
-    try:
-        values, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
-    except checkpoint.UnreadableError as cause:
-        raise ValueError(f"{where} has no config that can be read: {cause}; use another --step, or copy it again") from cause
-    try:
-        c = config.build_trained(values)
-    except ValueError as cause:
-        raise ValueError(f"{where} was written by another version of this program, which can read it: {cause}") from cause
+    c, trained_with = config_of(directory, step)
     fit.check_model(c.model, mesh.shape)
-    words = _tokenizer(c, directory, where, data.get("stage", {}).get("tokenizer"))
+    words = _tokenizer(c, directory, where, trained_with)
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), flops.shapes(c.model)
     )
@@ -47,6 +40,19 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
         return Loaded(c, checkpoint.read_params(directory, placed, step), words)
     except checkpoint.UnreadableError as cause:
         raise ValueError(f"{where} cannot be read: {cause}; use another --step, or copy it again") from cause
+
+
+def config_of(directory: str | os.PathLike, step: int) -> tuple[config.Trained, str | None]:
+    """The config of the checkpoint of `step` in `directory`, and the hash of the tokenizer that it was trained with."""
+    where = f"the checkpoint of step {step} in {directory}"
+    try:
+        values, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
+    except checkpoint.UnreadableError as cause:
+        raise ValueError(f"{where} has no config that can be read: {cause}; use another --step, or copy it again") from cause
+    try:
+        return config.build_trained(values), data.get("stage", {}).get("tokenizer")
+    except ValueError as cause:
+        raise ValueError(f"{where} was written by another version of this program, which can read it: {cause}") from cause
 
 
 def step_of(directory: str | os.PathLike, step: int | None) -> int:

@@ -68,6 +68,10 @@ class Evaluations:
                 if folder.name.isdigit() and int(folder.name) > start:
                     shutil.rmtree(folder)
 
+    def left_out(self) -> list[str]:
+        """A line for each part of what `c.evals` names that is not measured."""
+        return list(dict.fromkeys(f"evals        without {x.eval} of {x.part}: {x.reason}" for x in self.settings.absent))
+
     def measure(self, params: dict, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
         """Measures what this step has no files of, and tells all that it has; False if it was asked to stop before the end."""
         if not self.wanted:

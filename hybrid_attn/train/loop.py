@@ -86,7 +86,7 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
             peak, found = peak_flops(jax.devices()[0], run.dtype)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
             peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {found}; MFU is the share of it"
-            for line in summary(c, run, mesh, peak_line, stages, workdir, start):
+            for line in (*summary(c, run, mesh, peak_line, stages, workdir, start), *evaluations.left_out()):
                 metrics.say(line)
             batches = pipeline.batches(c, stages, mesh, start)
 

@@ -24,6 +24,7 @@ from hybrid_attn.evals.ruler.tasks import ESSAYS, NEEDLES, NEW_TOKENS, QA, SHORT
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.trees import check
 
+SEED = 42  # that of its scripts
 TRIES = 100  # of a prompt that cannot shrink further; RULER's scripts never give up
 EXAMPLE_TOKENS, EXAMPLE_VALUE = 500, "12345"
 
