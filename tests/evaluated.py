@@ -50,7 +50,15 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             sizes = {"begin": 10, "needle": 20, "context": 4050, "qc": 16}
             shares |= {f"{name}_per_token": shares[name] / size for name, size in sizes.items()}
             more = {"entropy_bits": 5.0, "needle_lift": 9.0 if layer else None, "retrieval": 0.4 if layer else None}
-            where = {"source": "probe", "layer": layer, "kind": kind, "head": head, "length": 4096, "reach": kind == "G"}
+            where = {
+                "source": "probe",
+                "prompts": 2,
+                "layer": layer,
+                "kind": kind,
+                "head": head,
+                "length": 4096,
+                "reach": kind == "G",
+            }
             records.append({"eval": "attention_mass"} | where | shares | more | weights)
     scored = {"task": "copy", "length": 2048, "metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.1, "documents": 20}
     counts = {"shots": 0, "version": "Yaml", "requests": 20, "truncated": 3, "windowed": 2}

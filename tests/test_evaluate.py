@@ -271,7 +271,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
     ("arguments", "said"),
     [
         (["--suite=needel"], "--suite=needel names 'needel'; did you mean 'needle'?"),
-        (["--lengths=4K"], "--lengths=4K has what is no number of tokens"),
+        (["--lengths=4K"], "--lengths=4K has '4K', which is no number of tokens"),
         (["--lengths=1"], "--lengths=1: 1 tokens hold no question; use more"),
         (["--depths=50,120"], "--depths=50,120 must lie between 0 and 100 percent"),
         (["--lengths="], "--lengths= names none; leave it out for the default"),

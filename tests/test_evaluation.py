@@ -199,7 +199,9 @@ def test_a_finished_run_measures_again_what_has_other_settings_and_says_what_is_
     assert units == [] and names(workdir / "evals") == ["2", "4", "samples"]
     capsys.readouterr()
     assert loop.train(config_of(corpus, **{"evals.names": ("attention_mass", "recall")}), workdir)
-    assert capsys.readouterr().out.count("\nevals        without recall of tasks: they are in bytes; this model") == 1
+    said = capsys.readouterr().out
+    assert said.count("\nevals        without recall of tasks: they are in bytes; this model") == 1
+    assert said.count(f"\n{workdir}/evals/4 held what was measured with other settings; it is measured anew\n") == 1
     assert units == [f"attention_mass-text-{LENGTH}"] and names(workdir / "evals/4/units") == [f"{units[0]}.json"]
     told = [x for x in lines(workdir / "evals.jsonl") if x["step"] == 4]
     assert [(x["eval"], x["kind"]) for x in told] == [("attention_mass", "G"), ("attention_mass", "L")]

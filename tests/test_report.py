@@ -174,7 +174,7 @@ def test_the_needles_of_a_question_are_one_answer_to_an_interval():
     *_, curve = section.pictures
     interval = next(line for line in curve.figure.axes[0].lines if len(line.get_ydata()) == 2)
     assert tuple(interval.get_ydata()) == statistics.wilson(7, 10)
-    assert "5 questions a cell" in section.words[0] and "noise" not in section.words[0]
+    assert "questions a cell 5." in section.words[0] and "noise" not in section.words[0]
     (row,) = rows_of(sections.sections([run])[0].tables[0])
     assert row["needles"] == 0.7
 

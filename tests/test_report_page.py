@@ -13,7 +13,7 @@ from evaluated import LENGTHS, TRAINED, everything, run_of, store, two
 from PIL import Image
 
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import canvas, pictures, sections, tables
+from hybrid_attn.evals.report import canvas, pictures, sections, statistics, tables
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +86,15 @@ def test_names_of_runs_stand_in_legends_as_they_are():
 
 
 def test_a_line_of_losses_has_a_gap_where_no_token_was_scored():
-    buckets = [{"first": 0, "end": 16, "loss": 3.0}, {"first": 64, "end": 128, "loss": 2.0}]
-    (line,) = pictures.loss_by_position({"rows": [("run", 0, buckets)]}, []).axes[0].patches
+    buckets = [{"first": 0, "end": 16, "loss": 3.0, "stderr": 0.1}, {"first": 64, "end": 128, "loss": 2.0, "stderr": None}]
+    line, band = pictures.loss_by_position({"rows": [("run", 0, buckets)]}, []).axes[0].patches
     values, edges, _ = line.get_data()
     assert list(edges) == [1, 16, 64, 128] and np.array_equal(values, [3.0, np.nan, 2.0], equal_nan=True)
+    low, high = (np.append(3.0 + sign * statistics.Z * 0.1, [np.nan] * 2) for sign in (-1, 1))
+    assert np.allclose(band.get_data().values, high, equal_nan=True)
+    assert np.allclose(band.get_data().baseline, low, equal_nan=True)
     whole = [buckets[0] | {"end": 64}, buckets[1] | {"loss": None}]
-    (line,) = pictures.loss_by_position({"rows": [("run", 0, whole)]}, []).axes[0].patches
+    line, _ = pictures.loss_by_position({"rows": [("run", 0, whole)]}, []).axes[0].patches
     assert list(line.get_data().edges) == [1, 64, 128] and np.array_equal(line.get_data().values, [3.0, np.nan], equal_nan=True)
 
 

@@ -84,15 +84,16 @@ def depths() -> tuple[float, ...]:
 
 def numbers(flag: str, texts: Sequence[str], kind: type) -> tuple:
     """Each number once."""
-    try:
-        found = tuple(dict.fromkeys(kind(text) for text in texts))
-    except ValueError:
-        raise ValueError(
-            f"--{flag}={','.join(texts)} has what is no {'number of tokens' if kind is int else 'number'}"
-        ) from None
+    found = []
+    for text in texts:
+        try:
+            found.append(kind(text))
+        except ValueError:
+            what = "number of tokens" if kind is int else "number"
+            raise ValueError(f"--{flag}={','.join(texts)} has {text!r}, which is no {what}") from None
     if not found:
         raise ValueError(f"--{flag}= names none; leave it out for the default")
-    return found
+    return tuple(dict.fromkeys(found))
 
 
 def names(checkpoints: Sequence[tuple[str, int]]) -> list[str]:

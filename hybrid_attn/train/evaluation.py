@@ -79,7 +79,9 @@ class Evaluations:
         folder, about = self.folder / str(metrics.step), self.about | {"step": metrics.step}
         metrics.forget()
         if jax.process_index() == 0:
-            about = self._to_go_on_with(folder, about)
+            if (kept := self._to_go_on_with(folder, about)) is None:
+                metrics.say(f"{folder} held what was measured with other settings; it is measured anew")
+            about = kept or about
         reader = self.reader._replace(subject=self.reader.subject._replace(params=params), engine=self.engine(params))
 
         def done(unit: suite.Unit, number: int, of: int) -> bool:
@@ -95,16 +97,17 @@ class Evaluations:
                 metrics.say(f"evaluation of step {metrics.step} is not all drawn: {type(error).__name__}: {error}")
         return whole
 
-    def _to_go_on_with(self, folder: Path, about: dict) -> dict:
-        """`about`, as it was said of what the folder of a step has; what was measured otherwise is removed from there."""
+    def _to_go_on_with(self, folder: Path, about: dict) -> dict | None:
+        """`about`, as it was said of what the folder of a step has; None where that was measured otherwise, and is removed."""
         path = folder / "run.json"
         there = json.loads(path.read_text()) if path.exists() else {}
         passing = {name: there[name] for name in PASSING if name in there}
         if there == suite.described(self.settings, about | passing) | {"revision": there.get("revision")}:
             return about | passing
-        if folder.exists():
-            shutil.rmtree(folder)
-        return about
+        if not folder.exists():
+            return about
+        shutil.rmtree(folder)
+        return None
 
     def _compare(self, metrics: Metrics, folder: Path) -> None:
         """What is known when all units are: means over tasks, the bigram model beside the losses, pictures."""

@@ -1,5 +1,6 @@
 """The tables of a report, each from the records of all runs."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed,
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effective_length, relative_length
 from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
 
+HASH = re.compile("[0-9a-f]{64}")  # of which a page shows the beginning; files hold the whole
 RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
 RUN, LENGTH = Column("run"), Column("length", tokens)
 SEGMENTS = {"begin": "begin", "needle": "needle", "context": "context", "question": "qc"}  # of keys: heading and field
@@ -333,4 +335,6 @@ def _leaves(values: Mapping, prefix: str = "") -> Iterable[tuple[str, object]]:
 def _plain(value: object) -> str | int | float | None:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return value[:12]
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else None if value is None else str(value)

@@ -160,8 +160,8 @@ def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, t
         _numbers(axes, cells)
     beyond = sum(length <= trained for length in lengths)
     if beyond < len(lengths):
-        axes.axvline(beyond, color="#20262e", linewidth=4.5)
-        axes.axvline(beyond, color="#ffffff", linewidth=2.2, linestyle=(0, (3, 1.6)))
+        axes.axvline(beyond, color="#20262e", linewidth=4.5, clip_on=False)  # whole at the edge, too
+        axes.axvline(beyond, color="#ffffff", linewidth=2.2, linestyle=(0, (3, 1.6)), clip_on=False)
     bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02, ticks=[0, 0.5, 1])
     bar.outline.set_visible(False)
     return figure
@@ -190,7 +190,7 @@ def _numbers(axes: Axes, cells: np.ndarray) -> None:
 def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapping]]]], trained: Sequence[int]) -> Figure:
     """Loss by position, a panel for each name; a line has a name, the number of its run, and buckets from `first` to `end`.
 
-    A line has a gap where no token was scored.
+    A line has a gap where no token was scored, and around it the interval of 95% that the losses of rows leave.
     """
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
@@ -198,7 +198,10 @@ def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapp
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
         for label, number, buckets in lines:
-            axes.stairs(*_steps(buckets), baseline=None, color=RUNS[number % len(RUNS)], linewidth=1.6, label=_label(label))
+            losses, spreads, edges = _steps(buckets)
+            colour = RUNS[number % len(RUNS)]
+            axes.stairs(losses, edges, baseline=None, color=colour, linewidth=1.6, label=_label(label))
+            axes.stairs(losses + spreads, edges, baseline=losses - spreads, fill=True, color=colour, alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: tokens(round(x)) if x >= 1 else "")
         _mark(axes, trained)
@@ -212,16 +215,17 @@ def loss_by_position(panels: Mapping[str, Sequence[tuple[str, int, Sequence[Mapp
     return figure
 
 
-def _steps(buckets: Sequence[Mapping]) -> tuple[list[float], list[int]]:
-    """Losses, NaN between buckets that do not meet, and the edges around them, from 1 on: a logarithm has no 0."""
-    losses, edges = [], [max(buckets[0]["first"], 1)]
+def _steps(buckets: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Losses, half their intervals, NaN between buckets that do not meet, and the edges around them: a logarithm has no 0."""
+    found, edges = [], [max(buckets[0]["first"], 1)]
     for bucket in buckets:
         if bucket["first"] > edges[-1]:
-            losses.append(math.nan)
+            found.append((None, None))
             edges.append(bucket["first"])
-        losses.append(math.nan if bucket["loss"] is None else bucket["loss"])
+        found.append((bucket["loss"], bucket.get("stderr")))
         edges.append(bucket["end"])
-    return losses, edges
+    losses, errors = np.array(found, float).T
+    return losses, statistics.Z * errors, edges
 
 
 @styled
@@ -250,13 +254,19 @@ def attention_by_layer(layers: Sequence[tuple[int, str, bool, Mapping[str, float
 
 
 @styled
-def weight_by_position(kinds: Mapping[str, Sequence[float]], edges: Sequence[float], length: int) -> Figure:
-    """The mean weight of a key by its position, a line for each kind of layer, beside equal weights of all `length` keys."""
+def weight_by_position(
+    weights: Mapping[str, Sequence[float]], edges: Sequence[float], length: int, kinds: Sequence[str]
+) -> Figure:
+    """The mean weight of a key by its position, a line for each kind of layer, beside equal weights of all `length` keys.
+
+    A kind's colour is that of its place in `kinds`, the same in every picture of a report.
+    """
     figure = Figure(figsize=(4.9, 3.0), layout="constrained")
     axes = figure.subplots()
-    for number, (kind, weights) in enumerate(kinds.items()):
-        seen = [weight if weight > 0 else math.nan for weight in weights]
-        axes.stairs(seen, edges, baseline=None, color=RUNS[-1 - number % len(RUNS)], linewidth=1.6, label=f"layers {kind}")
+    for kind, of_kind in weights.items():
+        seen = [weight if weight > 0 else math.nan for weight in of_kind]
+        colour = RUNS[-1 - kinds.index(kind) % len(RUNS)]
+        axes.stairs(seen, edges, baseline=None, color=colour, linewidth=1.6, label=f"layers {kind}")
     axes.axhline(1 / length, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), label="all alike")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -15,7 +15,7 @@ FIELDS = {
     "needle": ("length", "depth", "needles", "answers", "right"),
     "ruler": ("task", "length", "samples", "score", "nulls"),
     "attention_mass": (
-        *("source", "layer", "kind", "head", "length", "begin", "needle", "context", "qc"),
+        *("source", "prompts", "layer", "kind", "head", "length", "begin", "needle", "context", "qc"),
         *("entropy_bits", "needle_lift", "retrieval", "reach"),
     ),
     "key_tokens": ("source", "length", "short", "key_tokens", "tokens", "loss", "perplexity"),

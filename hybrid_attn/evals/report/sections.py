@@ -1,12 +1,9 @@
 """What a report says, in order: sections of words, pictures and tables."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from hybrid_attn.evals.report import contents, pictures, statistics
+from hybrid_attn.evals.report import attention, contents, pictures, statistics
 from hybrid_attn.evals.report.canvas import Picture
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.tables import Column, Table, count, fixed, plain, tokens
@@ -16,7 +13,7 @@ from hybrid_attn.evals.ruler.tasks import NAMES
 PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 OVERVIEW = {
     "RULER Avg.": "RULER's mean over tasks and lengths",
-    "needles": "the share found at all lengths and depths",
+    "needles": "the share found at all lengths and depths, of those asked for alone and of several together",
     "recall": "the share of right answers at the longest length, in the first of the tasks",
     "loss": "of the held-out text of one source, in nats, at the length of training",
 }
@@ -179,7 +176,7 @@ def _needle(runs: Sequence[Run]) -> list[Section]:
     few = f" Fewer than {statistics.FEWEST} are noise." if min(sizes) < statistics.FEWEST else ""
     span = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
     words = [
-        f"A sentence hidden at a depth of a text of a length, and asked for at its end: {span} questions a cell.{few} An "
+        f"A sentence hidden at a depth of a text of a length, and asked for at its end: questions a cell {span}.{few} An "
         "answer is right that contains the value; of several needles, each is a part of it."
     ]
     if any(r["length"] > run.trained for run in runs for r in run.of("needle")):
@@ -271,58 +268,15 @@ def _key_tokens(runs: Sequence[Run]) -> list[Section]:
 
 
 def _attention(runs: Sequence[Run]) -> list[Section]:
-    drawn = []
-    for number, run in enumerate(runs):
-        for source in dict.fromkeys(r["source"] for r in run.of("attention_mass")):
-            every = [r for r in run.of("attention_mass") if r["source"] == source]
-            longest = contents.lengths_of(every)[-1]
-            for length in contents.lengths_of(every):
-                name, where = f"attention_{number}_{plain(source)}_{length}", f"{run.name}, {source}, {tokens(length)}"
-                records = [r for r in every if r["length"] == length]
-                drawn += _attention_pictures(name, where, length, records, length == longest)
+    prompts = sorted({r["prompts"] for run in runs for r in run.of("attention_mass")})
     words = [
-        "Shares of the attention of the question's tokens, means over heads. The needle's lift is its share over the share of "
-        f"the tokens that it has; a retrieval head (score over {contents.RETRIEVES}) looks at the token that it copies. Per "
-        "token: a segment's share over its tokens; token 0 is the share of the very first. "
-        "Crosses: layers whose window does not reach the needle. Single heads, and weights by position without the "
-        "first 10 and the last 3% of the keys, are drawn at the longest length."
+        "Shares of the attention of the question's tokens, means over heads and over so many prompts: "
+        f"{', '.join(map(str, prompts))}. The needle's lift is its share over the share of the tokens that it has; a retrieval "
+        f"head (score over {contents.RETRIEVES}) looks at the token that it copies. Per token: a segment's share over its "
+        "tokens; token 0 is the share of the very first. Crosses: layers whose window does not reach the needle. Single heads, "
+        "and weights by position without the first 10 and the last 3% of the keys, are drawn at the longest length."
     ]
-    return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [])]
-
-
-def _attention_pictures(name: str, where: str, length: int, records: Sequence[dict], by_head: bool) -> list[Picture]:
-    """Of one source at one length."""
-    by_layer = {layer: [r for r in records if r["layer"] == layer] for layer in sorted({r["layer"] for r in records})}
-    layers = [
-        (layer, rs[0]["kind"], rs[0]["reach"], {x: contents.mean_of(rs, x) for x in pictures.SEGMENTS})
-        for layer, rs in by_layer.items()
-    ]
-    found = [Picture(name, f"{where}: where the question looks, by layer.", pictures.attention_by_layer(layers), False)]
-    if not by_head:
-        return found
-    if all("weights" in r for r in records):
-        figure = pictures.weight_by_position(_weights(records), records[0]["edges"], length)
-        found.append(Picture(f"{name}_weights", f"{where}: the weight of a key by its position.", figure, False))
-    for field, label, most in (("retrieval", "retrieval score", 1.0), ("entropy_bits", "entropy (bits)", math.log2(length))):
-        figure = pictures.heads(_grid(by_layer, field), [f"{layer} {kind}" for layer, kind, *_ in layers], most, label)
-        found.append(Picture(f"{name}_{field}", f"{where}: {label} of each head.", figure, False))
-    return found
-
-
-def _weights(records: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Mean weights of keys between neighbouring edges, over the heads of each kind of layer."""
-    kinds = sorted({r["kind"] for r in records})
-    return {kind: np.mean(np.array([r["weights"] for r in records if r["kind"] == kind], float), axis=0) for kind in kinds}
-
-
-def _grid(by_layer: dict[int, list[dict]], field: str) -> np.ndarray:
-    """Layers down, heads across; NaN where there is no number."""
-    grid = np.full((len(by_layer), 1 + max(r["head"] for rs in by_layer.values() for r in rs)), math.nan)
-    for row, records in enumerate(by_layer.values()):
-        for r in records:
-            known = r[field] is not None and (r["reach"] or field == "entropy_bits")
-            grid[row, r["head"]] = r[field] if known else math.nan
-    return grid
+    return [Section("attention", "Attention", words, attention.drawn(runs), [contents.attention(runs)], [])]
 
 
 def _harness(runs: Sequence[Run]) -> list[Section]:
