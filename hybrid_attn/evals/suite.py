@@ -211,7 +211,8 @@ def run(
     wanted, writes = units(settings, reader), jax.process_index() == 0
     trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
     files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
-    drawn = {unit: samples.read(path) for unit, path in files.items()}  # and found as they were, for what is done, too
+    told(True)  # the others find what the first one has drawn
+    drawn = {unit: samples.read(path) for unit, path in files.items()}  # as they were, also of what is done
     paths = {unit: directory / "units" / f"{unit.name}.json" for unit in wanted}
     if writes:
         _begin(directory, described(settings, provenance), not all(map(_is_done, paths.values())))
