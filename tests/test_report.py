@@ -207,6 +207,17 @@ def test_every_field_of_a_record_of_the_harness_is_shown(runs):
     assert row == known and (row["truncated"], row["windowed"]) == (3, 2)
 
 
+def test_answers_of_a_row_that_are_right_or_wrong_together_are_one():
+    rng = np.random.default_rng(0)
+    apart = rng.random((200, 10)) < 0.3  # ten answers a row, each by itself; then all ten as the first
+    for answers, number in ((apart, 2000), (apart[:, :1].repeat(10, 1), 200)):
+        record = {"accuracy": answers.mean(), "answers": 2000, "by_row": list(answers.mean(1))}
+        assert contents.independent_answers(record)[1] == pytest.approx(number, rel=0.15)
+    for by_row in ([1.0, 1.0, 1.0], [0.5]):
+        record = {"accuracy": by_row[0], "answers": 30, "by_row": by_row}
+        assert contents.independent_answers(record) == (by_row[0] * len(by_row), len(by_row))
+
+
 def test_words_of_recall_are_of_the_tasks_that_were_measured():
     one = {"eval": "recall", "length": 64, "answers": 8, "accuracy": 0.5}
     sources = {"copy": "copy", "my own": "tracking of 2 pairs", "again": "tracking of 1 pairs"}

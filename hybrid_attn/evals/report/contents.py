@@ -148,7 +148,7 @@ def needle_questions(record: Mapping) -> tuple[float, int]:
 
 
 def recall(runs: Sequence[Run]) -> Table:
-    """The share of right answers; its interval is that of the rows, of which each is right in part."""
+    """The share of right answers; its interval is that of as many as the rows show to be independent of one another."""
     columns = [
         *(RUN, Column("source"), Column("task"), LENGTH, Column("rows", count), Column("answers", count)),
         *(Column("accuracy", fixed(3)), *INTERVAL),
@@ -156,7 +156,7 @@ def recall(runs: Sequence[Run]) -> Table:
     rows = [
         [
             *(run.name, r["source"], r["task"], r["length"], len(r["by_row"]), r["answers"], r["accuracy"]),
-            *statistics.wilson(*recall_rows(r)),
+            *statistics.wilson(*independent_answers(r)),
         ]
         for run in runs
         for r in run.of("recall")
@@ -164,9 +164,16 @@ def recall(runs: Sequence[Run]) -> Table:
     return Table("recall", "Synthetic recall: answers that are the likeliest token", columns, rows)
 
 
-def recall_rows(record: Mapping) -> tuple[float, int]:
-    """How many rows are right, most of them in part, and how many there are: answers of one row depend on one another."""
-    return record["accuracy"] * len(record["by_row"]), len(record["by_row"])
+def independent_answers(record: Mapping) -> tuple[float, float]:
+    """How many answers of rows are right, and how many there are, as far as they do not depend on others of their row.
+
+    Their number is that whose share would spread as the rows' does (Korn and Graubard, Survey Methodology 24, 1998), between
+    the number of rows and that of answers; where all rows are alike, that of rows.
+    """
+    share, rows = record["accuracy"], len(record["by_row"])
+    spread = float(np.var(record["by_row"], ddof=1)) / rows if rows > 1 else 0.0
+    number = min(max(share * (1 - share) / spread, rows), record["answers"]) if spread else rows
+    return share * number, number
 
 
 def position(runs: Sequence[Run]) -> Table:

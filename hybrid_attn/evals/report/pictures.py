@@ -323,7 +323,7 @@ def differences(found: Sequence[Difference], number: int) -> Figure:
     return figure
 
 
-def wilson_curve(name: str, number: int, cells: Mapping[int, tuple[float, int]]) -> Curve:
+def wilson_curve(name: str, number: int, cells: Mapping[int, tuple[float, float]]) -> Curve:
     """A curve through shares of right answers: `cells` has right answers and answers by length."""
     lengths = sorted(cells)
     shares = [cells[length][0] / cells[length][1] for length in lengths]

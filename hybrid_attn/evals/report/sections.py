@@ -196,10 +196,11 @@ def _recall(runs: Sequence[Run]) -> list[Section]:
     for number, run in enumerate(runs):
         for source in dict.fromkeys(r["source"] for r in run.of("recall")):
             records = [r for r in run.of("recall") if r["source"] == source]
-            cells = {r["length"]: contents.recall_rows(r) for r in records}
+            cells = {r["length"]: contents.independent_answers(r) for r in records}
             panels.setdefault(source, []).append(pictures.wilson_curve(run.name, number, cells))
     figure = pictures.curves(panels, [run.trained for run in runs], "accuracy", 1, None)
-    own = [Picture("recall", "Right answers by length, with Wilson intervals of 95% over rows.", figure, len(panels) > 2)]
+    caption = "Right answers by length, with Wilson intervals of 95% for as many as are independent."
+    own = [Picture("recall", caption, figure, len(panels) > 2)]
     tasks = {r["task"].split()[0] for run in runs for r in run.of("recall")}
     told = "".join(f" {name}: {words}." for name, words in TASKS.items() if name in tasks)
     words = [f"Drawn rows that say what is asked for later; the row holds the right answers before each question.{told}"]

@@ -34,7 +34,7 @@ class Difference(NamedTuple):
     loss: bool
 
 
-def wilson(right: float, number: int) -> tuple[float, float]:
+def wilson(right: float, number: float) -> tuple[float, float]:
     """The interval of 95% for a share of which `right` of `number` were seen (Wilson, 1927); partial answers count in part."""
     check(number > 0, "an interval needs one answer at least, and there are 0")
     share, z2 = right / number, Z * Z / number
