@@ -163,7 +163,7 @@ def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
         tool.main(parse(["evaluate.py", *flags]))
     ours, theirs = ([lines(x / name) for name in ("records.jsonl", "answers.jsonl")] for x in folders(workdir, tmp_path))
     for a, b in zip(ours[0], theirs[0], strict=True):
-        assert a == {name: x if isinstance(x, str | None) else pytest.approx(x, rel=1e-5) for name, x in b.items()}
+        assert a == {name: x if isinstance(x, str) else pytest.approx(x, rel=1e-5) for name, x in b.items()}
     for a, b in zip(ours[1], theirs[1], strict=True):
         assert a | {"given": ""} == b | {"given": ""}
 

@@ -70,7 +70,7 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
 
 def test_one_row_alone_has_no_standard_error(one_device):
     records = list(position.run(subject_on(one_device), Spec(text_documents(LENGTH), LENGTH, 1)))
-    assert {record["stderr"] for record in records} == {None}
+    assert records and not any("stderr" in record for record in records)
 
 
 def test_a_bucket_without_tokens_has_no_record(one_device):

@@ -26,8 +26,9 @@ def run(subject: Subject, spec: Spec) -> Iterator[dict]:
     """One record per bucket of positions, [first, end) tokens into the document within its row, then one for all.
 
     Losses are nats per token, and bits per byte over the UTF-8 bytes of the scored tokens; `stderr` is the loss' standard
-    error over rows, whose tokens are not independent. Last come those that an earlier token of the row foretells ("recall",
-    see `recalled`) and the "rest", by bucket and in all. The record of all has the mean loss of each row, too.
+    error over rows, where there are two, for their tokens are not independent. Last come those that an earlier token of the
+    row foretells ("recall", see `recalled`) and the "rest", by bucket and in all. The record of all has the mean loss of each
+    row, too.
     """
     rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
@@ -51,14 +52,15 @@ def _records(length: int, edges: tuple[int, ...], sums, names: dict) -> Iterator
         if count := count_B.sum():
             record = {"length": length, **place, **names, "tokens": int(count), "loss": nll_B.sum() / count}
             bits = bits_per_byte(nll_B.sum(), bytes_B.sum()) if bytes_B.any() else None
-            yield record | {"stderr": _stderr(nll_B, count_B), "bits_per_byte": bits}
+            spread = {"stderr": _stderr(nll_B, count_B)} if (count_B > 0).sum() > 1 else {}
+            yield record | spread | {"bits_per_byte": bits}
 
 
-def _stderr(nll_B, count_B) -> float | None:
-    """Standard error of a ratio of sums over rows (Cochran, Sampling Techniques, section 6.3); None of one row alone."""
+def _stderr(nll_B, count_B) -> float:
+    """Standard error of a ratio of sums over two rows or more (Cochran, Sampling Techniques, section 6.3)."""
     n, count = (count_B > 0).sum(), count_B.sum()
     off_B = nll_B - nll_B.sum() / count * count_B
-    return float(math.sqrt(n / (n - 1) * (off_B**2).sum()) / count) if n > 1 else None
+    return math.sqrt(n / (n - 1) * (off_B**2).sum()) / count
 
 
 def bucket_edges(length: int) -> tuple[int, ...]:
