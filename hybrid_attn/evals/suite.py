@@ -31,8 +31,8 @@ PROMPT_END = 400  # characters of a prompt that are kept beside its answer
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, where nobody says others
 SEED = 0  # of the questions, where nobody says another
 OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
-_DOCUMENTS = ("documents", "the model's sources hold none out")
-EMPTY = dict.fromkeys(OF_SOURCES, _DOCUMENTS) | {  # which part is missing where an evaluation has none, and why
+EMPTY = {  # which part is missing where an evaluation has none, and why
+    **dict.fromkeys(OF_SOURCES, ("documents", "the model's sources hold none out")),
     "recall": ("tasks", "they are in bytes; this model has another tokenizer, or no source of them"),
     "harness": ("tasks", "none is named"),
 }
