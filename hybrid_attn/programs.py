@@ -1,4 +1,7 @@
-"""What programs have in common: flags, that of a config among them, and errors that are a line."""
+"""What the command-line programs share: flags, a config's among them, one-line errors, exit codes and Ctrl-C.
+
+Exit codes: 0 done; 1 a failure while running; 2 a wrong flag, config or input; 130 Ctrl-C.
+"""
 
 import logging
 import os
@@ -9,14 +12,19 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 from absl import flags
 
 GRACE = 2  # seconds in which a program that was interrupted ends by itself
+# Errors that the user mends by another flag, config or input, and those of the machine or of the computation.
+INPUT_ERRORS = (
+    ValueError, NotImplementedError, ImportError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
+    PermissionError,
+)  # fmt: skip
+FAILURES = (FloatingPointError, OSError)
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Reads the flags; a key that does not exist or a config that cannot be read is a line on stderr and exit status 2."""
+    """Reads the flags; an unknown key or an unreadable config is one line on stderr and exit code 2."""
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:
@@ -28,10 +36,17 @@ def parse(argv: list[str]) -> list[str]:
         fail(reason(error), 2)
 
 
-def run(program: Callable[[], None], argv: Sequence[str], held: str, interrupted: str = "interrupted") -> None:
-    """Runs a program that takes flags alone; what is wrong is a line on stderr and exit status 2, and Ctrl-C is 130.
+def run(
+    program: Callable[..., int | None],
+    argv: Sequence[str],
+    memory_for: str = "the arrays of this program",
+    interrupted: str = "interrupted",
+    arguments: int = 0,
+) -> None:
+    """Runs `program` and exits with the code that it returns, if any; an error is one line on stderr, see `exit_code`.
 
-    `held` is what the memory of a device may be too small for.
+    `argv` is what `parse` left; the program takes at most so many `arguments` that are not flags. `memory_for` is what does not
+    fit where a device runs out of memory.
     """
     logging.getLogger().setLevel(logging.WARNING)
 
@@ -47,46 +62,68 @@ def run(program: Callable[[], None], argv: Sequence[str], held: str, interrupted
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        if argv[1:]:
-            raise ValueError(f"{' '.join(argv[1:])!r} is no flag; quote what has spaces")
-        program()
-    except (ValueError, NotImplementedError, ImportError, OSError) as error:
-        fail(reason(error), 2)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        fail(f"the memory of a device does not hold {held}: {reason(error)}", 2)
+        check_arguments(argv, arguments)
+        code = program(*argv[1:])
     except KeyboardInterrupt:
         end()
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        what = f"a device has too little memory for {memory_for}: " if out_of_memory(error) else ""
+        fail(what + reason(error), code)
     finally:
         signal.signal(signal.SIGINT, before)
+    if code:
+        sys.exit(code)
+
+
+def check_arguments(argv: Sequence[str], most: int = 0) -> None:
+    """ValueError if a command line has more than `most` words that are not flags."""
+    extra = argv[1 + most :]
+    if extra:
+        raise ValueError(f"{' '.join(extra)!r} is no flag: flags begin with --, and text with spaces is quoted")
+
+
+def exit_code(error: Exception) -> int | None:
+    """2 for a wrong input, 1 for a failure while running, None for an error of this code, whose traceback is wanted."""
+    if isinstance(error, INPUT_ERRORS) or out_of_memory(error):
+        return 2
+    return 1 if isinstance(error, FAILURES) else None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory was too small. By name, because importing jax takes a second that --help should not."""
+    return type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
-    """The values of "a=1,b=x", of the types that `types` has for the names; `flag` is all that was written."""
-    found = {}
+    """The values of "a=1,b=x", of the types that `types` has for the names; `flag` is the flag as it was written."""
+    values = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if name not in types:
             raise ValueError(f"{flag} names {name!r}, and has only {', '.join(types)}")
         try:
-            found[name] = types[name](value)
+            values[name] = types[name](value)
         except ValueError:
             raise ValueError(f"{flag}: {name}={value!r} must be of type {types[name].__name__}") from None
-    return found
+    return values
 
 
 def reason(error: Exception) -> str:
-    """What an error says in a line: absl hands on whole tracebacks, and ml_collections quotes the key twice over."""
+    """An error in one line: absl hands on whole tracebacks, and ml_collections quotes the key twice over."""
     near = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', str(error))
     if near:
         return f"unknown config key {near[2]!r}; did you mean {near[1]!r}?"
     if isinstance(error, (AttributeError, KeyError)):
         return f"unknown config key {error.args[0]}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1] if "Traceback" in str(error) else " ".join(lines)
 
 
-def fail(message: str, status: int):
+def fail(message: str, code: int):
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(code)

@@ -1,8 +1,8 @@
 """Trains the model of a config: python launch/train.py --config=configs/hybrid_8k.py
 
 A key is overridden as --config.optim.lr=1e-3, a stage's as --config.stages[0].steps=500. The same command run again goes
-on where it stopped. Exit status: 0 done, or stopped by a signal with everything saved; 1 a failure, devices or
-data that the config does not suit among them; 2 a wrong flag or config; 130 a second Ctrl-C.
+on where it stopped. Exit codes: 0 done, or stopped by a signal with everything saved; 1 a failure while running; 2 a wrong
+flag, config or input, such as devices or data that the config does not suit; 130 a second Ctrl-C.
 
 Started several times by SLURM, Open MPI, a TPU pod or a Kubernetes job, or with the three flags that say which process this is,
 all of them train one model. Process 0 prints; the failure of one ends all with its message.
@@ -16,9 +16,8 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from hybrid_attn import config
+from hybrid_attn import config, programs
 from hybrid_attn.parallel import processes
-from hybrid_attn.programs import fail, parse
 from hybrid_attn.train import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.")
@@ -37,35 +36,27 @@ def default_workdir(config_path: str) -> str:
     return str(Path("runs") / re.sub(r"[^\w.-]", "_", name))
 
 
-def main(_):
+def main(argv):
     logging.getLogger().setLevel(logging.WARNING)
+    give_up, peers = programs.fail, None
     try:
+        programs.check_arguments(argv)
         peers = processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_TIMEOUT.value)
-    except ValueError as error:
-        fail(str(error), 2)
-    except OSError as error:
-        fail(str(error), 1)
-    if peers:
-        give_up = peers.fail
-        logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
-    else:
-        give_up = fail
-    try:
+        if peers:
+            give_up = peers.fail
+            logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
         c = config.build(CONFIG.value)
-    except ValueError as error:
-        give_up(str(error), 2)
-    workdir = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename)
-    try:
-        loop.train(c, workdir, peers)
-    except (ValueError, NotImplementedError, FloatingPointError, OSError) as error:
-        give_up(str(error), 1)
+        loop.train(c, WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename), peers)
     except KeyboardInterrupt:
         give_up("interrupted before this step was saved; the last checkpoint is kept", 130)
     except Exception as error:
+        code = programs.exit_code(error)
+        if code is not None:
+            give_up(str(error), code)
         if peers is None:
             raise
         peers.fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=programs.parse)

@@ -88,9 +88,9 @@ def test_a_wrong_flag_is_an_error_of_one_line(tool, flag, said, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", [tool, flag])
     with conftest.tool(tool) as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         module.main(flags.FLAGS(sys.argv))
-    error = ended.value.code
+    out, error = capsys.readouterr()
     assert error.startswith("error: ") and said in error and len(error.splitlines()) == 1
-    assert capsys.readouterr() == ("", "")
+    assert (ended.value.code, out) == (2, "")
 
 
 @pytest.mark.skipif(not measurement.can_watch(), reason="the memory of a process is watched on Linux with glibc")

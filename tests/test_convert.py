@@ -497,5 +497,5 @@ def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp
 def test_a_failed_import_leaves_nothing_behind(exported, tmp_path):
     edit_tensors(exported, lambda arrays: arrays.pop("model.norm.weight"))
     done = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'new' / 'ours'}")
-    assert done.returncode == 1 and "model.norm.weight: missing" in done.stderr
+    assert done.returncode == 2 and "model.norm.weight: missing" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]

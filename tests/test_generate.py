@@ -171,7 +171,7 @@ def test_ctrl_c_ends_the_line_and_the_program(run, monkeypatch):
         ),
         (["--prompt=a", "--mesh=tensor=9"], "needs 9 devices and 8 are here"),
         (["--prompts=none.jsonl"], "none.jsonl"),
-        (["--prompt=a", "--out=none/out.jsonl", "--step=4"], "No such file or directory: 'none/out.jsonl'"),
+        (["--prompt=a", "--out=none/out.jsonl", "--step=4"], "none/out.jsonl: No such file or directory"),
         (["--prompt=a", "more"], "'more' is no flag"),
     ],
 )

@@ -14,10 +14,10 @@ OUTSIDE = {"tools", "launch", "configs", "tests"}
 LEFT_TO_RIGHT = ("trees", "config", "kernels", "parallel", "model", "infer", "evals", "train")
 ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
-ALLOWED |= {room: set() for room in ("programs", "checksums")}
+ALLOWED |= {room: set() for room in ("programs", "checksums", "files")}
 ALLOWED["checkpoint"] |= {"checksums"}
 ALLOWED["infer"] |= {"data", "checkpoint"}
-ALLOWED["evals"] |= {"data"}
+ALLOWED["evals"] |= {"data", "files"}
 ALLOWED["train"] |= {"data", "checkpoint"}
 
 

@@ -278,7 +278,7 @@ PROGRAM = [sys.executable, str(ROOT / "launch/train.py"), CONFIG]
 def test_the_program_says_what_is_wrong_in_a_line(tmp_path):
     command = [*PROGRAM, f"--workdir={tmp_path}", "--config.data.sources.text.paths=('/nowhere/*',)"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "matches no file" in [line for line in done.stderr.splitlines() if line.startswith("error: ")][0]
 
 

@@ -13,7 +13,6 @@ forward, and the peak is the best matmul between the calls. Memory is what one c
 import dataclasses
 import importlib.util
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from hybrid_attn import kernels
+from hybrid_attn import kernels, programs
 from hybrid_attn.convert.layers import PLAIN
 from hybrid_attn.model import flops
 from hybrid_attn.train import measurement
@@ -193,20 +192,17 @@ def show(records: list[dict], slopes: list[dict], peak: float) -> None:
         print("\n" + measurement.table(("kind", "contender", "tokens", "time grows as tokens to the power"), rows))
 
 
-def main(_):
-    try:
-        lengths = measurement.lengths(LENGTHS.value)
-        if HEADS.value % KV_HEADS.value:
-            raise ValueError(f"--heads={HEADS.value} is not a multiple of --kv_heads={KV_HEADS.value}")
-        records, peaks = [], []
-        with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
-            platform = processes.call("jax", jax.default_backend)
-            names, no_torch = contenders(platform)
-            for kind in ("local", "global") if KIND.value == "both" else (KIND.value,):
-                new, peak = measure(processes, kind, names, lengths)
-                records, peaks = records + new, [*peaks, peak]
-    except (ValueError, OSError, NotImplementedError) as error:
-        sys.exit(f"error: {error}")
+def bench() -> None:
+    lengths = measurement.lengths(LENGTHS.value)
+    if HEADS.value % KV_HEADS.value:
+        raise ValueError(f"--heads={HEADS.value} is not a multiple of --kv_heads={KV_HEADS.value}")
+    records, peaks = [], []
+    with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
+        platform = processes.call("jax", jax.default_backend)
+        names, no_torch = contenders(platform)
+        for kind in ("local", "global") if KIND.value == "both" else (KIND.value,):
+            new, peak = measure(processes, kind, names, lengths)
+            records, peaks = records + new, [*peaks, peak]
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch") if name == "jax" or "torch" in names)
     print(
         f"{platform}, {measurement.threads()} threads, {versions}; {DTYPE.value}, {HEADS.value} query and {KV_HEADS.value} "
@@ -222,5 +218,9 @@ def main(_):
         Path(JSON.value).write_text(json.dumps(out, indent=1) + "\n")
 
 
+def main(argv):
+    programs.run(bench, argv)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=programs.parse)

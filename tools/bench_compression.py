@@ -16,14 +16,13 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from hybrid_attn import config
+from hybrid_attn import config, programs
 from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.data.tokenizer import Bytes
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.compress import Compression
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.parallel.mesh import make_mesh
-from hybrid_attn.programs import fail, parse, reason
 from hybrid_attn.train import measurement
 
 METHODS = ("snapkv", "adakv", "streaming", "random")
@@ -90,31 +89,30 @@ def table(records: list[dict]) -> str:
     return measurement.table(("method", "question", *shares), rows)
 
 
-def main(_):
-    try:
-        kept = caps(SHARES.value, LENGTH.value)
-        if min(kept.values()) <= WINDOW.value:
-            raise ValueError(
-                f"--shares: {min(kept.values())} slots leave nothing beside --window={WINDOW.value}; use larger shares"
-            )
-        source = config.Source((), None, 0, None, "recall", PAIRS.value)
-        if LENGTH.value < config.shortest_row(source):
-            raise ValueError(f"--length={LENGTH.value}: {PAIRS.value} pairs need {config.shortest_row(source)} tokens")
-        with jax.set_mesh(make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])):
-            c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)
-            if not isinstance(tokenizer, Bytes):
-                raise ValueError(
-                    f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the rows are written in bytes"
-                )
-            rows = SyntheticRows(Task(source.task, source.pairs), LENGTH.value, None)
-            records = accuracies(Engine(params, c), rows, ROWS.value, kept, WINDOW.value)
-        print(f"{c.model.layers}; {ROWS.value} rows of {LENGTH.value:,} tokens, {PAIRS.value} pairs; window {WINDOW.value}")
-        print(table(records))
-        if JSON.value:
-            Path(JSON.value).write_text(json.dumps(records, indent=1) + "\n")
-    except (ValueError, OSError, NotImplementedError) as error:
-        fail(reason(error), 2)
+def bench() -> None:
+    kept = caps(SHARES.value, LENGTH.value)
+    if min(kept.values()) <= WINDOW.value:
+        raise ValueError(
+            f"--shares: {min(kept.values())} slots leave nothing beside --window={WINDOW.value}; use larger shares"
+        )
+    source = config.Source((), None, 0, None, "recall", PAIRS.value)
+    if LENGTH.value < config.shortest_row(source):
+        raise ValueError(f"--length={LENGTH.value}: {PAIRS.value} pairs need {config.shortest_row(source)} tokens")
+    with jax.set_mesh(make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])):
+        c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)
+        if not isinstance(tokenizer, Bytes):
+            raise ValueError(f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the rows are written in bytes")
+        rows = SyntheticRows(Task(source.task, source.pairs), LENGTH.value, None)
+        records = accuracies(Engine(params, c), rows, ROWS.value, kept, WINDOW.value)
+    print(f"{c.model.layers}; {ROWS.value} rows of {LENGTH.value:,} tokens, {PAIRS.value} pairs; window {WINDOW.value}")
+    print(table(records))
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps(records, indent=1) + "\n")
+
+
+def main(argv):
+    programs.run(bench, argv)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=programs.parse)

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from hybrid_attn import programs
 from hybrid_attn.data import documents, packing, prepare, rows, store, tokenizer
 from hybrid_attn.data.sources import Fields
 
@@ -130,7 +130,7 @@ def time_opening(folder: Path) -> None:
     print(f"open     {what}: {sorted(took)[OPENINGS // 2]:.2f} s the median of {OPENINGS}, {max(took):.2f} s the longest")
 
 
-def main(_):
+def bench() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core
     with tempfile.TemporaryDirectory(dir=DIRECTORY.value) as made:
         folder = Path(made)
@@ -139,8 +139,8 @@ def main(_):
         if TOKENIZER.value is None:
             try:
                 train_tokenizer(folder / "tokenizer.json")
-            except ImportError:
-                sys.exit("error: a tokenizer.json needs the library tokenizers; pip install 'hybrid_attn[hf]'")
+            except ImportError as error:
+                raise ImportError("a tokenizer.json needs the library tokenizers; pip install 'hybrid_attn[hf]'") from error
         time_prepare(folder, "json", words, MEGABYTES.value * 10**6 // 2)
         for length in map(int, SPANS.value):
             time_reads(folder / "bytes", length)
@@ -150,5 +150,9 @@ def main(_):
         time_opening(folder / "opened")
 
 
+def main(argv):
+    programs.run(bench, argv)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=programs.parse)

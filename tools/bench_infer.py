@@ -14,7 +14,6 @@ Contenders answer in turn, and the best of --repeats counts. A dash is explained
 """
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from absl import app, flags
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
-from hybrid_attn import config
+from hybrid_attn import config, programs
 from hybrid_attn.config import Config
 from hybrid_attn.convert import hf
 from hybrid_attn.infer import cache as caches
@@ -341,34 +340,35 @@ PARTS = {
 }
 
 
-def main(_):
-    try:
-        parts = [part for part in PARTS if PART.value in (part, "all")]
-        lengths = {part: measurement.lengths(ROWS.value or LENGTHS[part]) for part in parts}
-        configs = {part: config.build(PARTS[part].config.value.to_dict()) for part in parts}
-        records = {}
-        with Processes(round(MEMORY_GIB.value * GIB)) as processes:
-            platform = processes.call("jax", jax.default_backend)
-            print(f"{platform}, {measurement.threads()} threads, jax {version('jax')}")
-            for part in parts:
-                c = configs[part]
-                dtype = "bfloat16" if part == "cache" else str(run_on(platform, c.model, c.train).dtype)
-                print(f"\n{part}: {flops.parameters(c.model):,} parameters, layers {c.model.layers}, {dtype}")
-                why = measurement.no_transformers(platform, dtype) if part == "transformers" else None
-                if why and PART.value == part:
-                    raise ValueError(f"--part={part}: {why}")
-                if why:
-                    print(f"— {why}")
-                    continue
-                if part == "transformers":
-                    print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")))
-                records[part] = PARTS[part].measure(processes, c, lengths[part])
-                PARTS[part].show(records[part])
-        if JSON.value:
-            Path(JSON.value).write_text(json.dumps({"platform": platform, "records": records}, indent=1) + "\n")
-    except (ValueError, OSError, NotImplementedError) as error:
-        sys.exit(f"error: {error}")
+def bench() -> None:
+    parts = [part for part in PARTS if PART.value in (part, "all")]
+    lengths = {part: measurement.lengths(ROWS.value or LENGTHS[part]) for part in parts}
+    configs = {part: config.build(PARTS[part].config.value.to_dict()) for part in parts}
+    records = {}
+    with Processes(round(MEMORY_GIB.value * GIB)) as processes:
+        platform = processes.call("jax", jax.default_backend)
+        print(f"{platform}, {measurement.threads()} threads, jax {version('jax')}")
+        for part in parts:
+            c = configs[part]
+            dtype = "bfloat16" if part == "cache" else str(run_on(platform, c.model, c.train).dtype)
+            print(f"\n{part}: {flops.parameters(c.model):,} parameters, layers {c.model.layers}, {dtype}")
+            why = measurement.no_transformers(platform, dtype) if part == "transformers" else None
+            if why and PART.value == part:
+                raise ValueError(f"--part={part}: {why}")
+            if why:
+                print(f"— {why}")
+                continue
+            if part == "transformers":
+                print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")))
+            records[part] = PARTS[part].measure(processes, c, lengths[part])
+            PARTS[part].show(records[part])
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps({"platform": platform, "records": records}, indent=1) + "\n")
+
+
+def main(argv):
+    programs.run(bench, argv)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=programs.parse)

@@ -15,7 +15,6 @@ tokens, and here beyond the state of the optimiser. A dash is explained under th
 
 import dataclasses
 import json
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +26,7 @@ from absl import app, flags
 from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
-from hybrid_attn import config
+from hybrid_attn import config, programs
 from hybrid_attn.config import Config
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops, init, run_on
@@ -255,37 +254,38 @@ def check_losses(records: list[dict]) -> None:
             raise ValueError(f"the first losses at {S:,} tokens differ: ours {own:.5f}, {name} {loss:.5f}")
 
 
-def main(_):
-    try:
-        c = config.build(CONFIG.value.to_dict())
-        parts = [part for part in PARTS if PART.value in (part, "both")]
-        lengths = {part: measurement.lengths(LENGTHS[part] if ROWS.value is None else ROWS.value) for part in parts}
-        with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
-            platform = processes.call("jax", jax.default_backend)
-            dtype = str(run_on(platform, c.model, c.train).dtype)
-            why = measurement.no_transformers(platform, dtype) if "transformers" in parts else None
-            if why and PART.value == "transformers":
-                raise ValueError(f"--part=transformers: {why}")
-            if why:
-                print(f"— transformers: {why}\n")
-                parts.remove("transformers")
-            records = {part: PARTS[part](processes, c, lengths[part], dtype) for part in parts}
-        peak = max((r["peak"] for part in parts for r in records[part] if "peak" in r), default=float("nan"))
-        libraries = ("jax", "torch", "transformers") if "transformers" in parts else ("jax",)
-        versions = ", ".join(f"{name} {version(name)}" for name in libraries)
-        print(
-            f"{platform}, {measurement.threads()} threads, {versions}; {flops.parameters(c.model):,} parameters, {dtype}, "
-            f"remat {c.train.remat}; matmul peak {peak / 1e9:,.1f} GFLOP/s\n"
-        )
-        for part in parts:
-            show(records[part], peak)
-        if JSON.value:
-            out = {"platform": platform, "versions": versions, "peak": peak, "config": config.to_dict(c), "records": records}
-            Path(JSON.value).write_text(json.dumps(out, indent=1) + "\n")
-        check_losses(records.get("transformers", []))
-    except (ValueError, OSError, NotImplementedError) as error:
-        sys.exit(f"error: {error}")
+def bench() -> None:
+    c = config.build(CONFIG.value.to_dict())
+    parts = [part for part in PARTS if PART.value in (part, "both")]
+    lengths = {part: measurement.lengths(LENGTHS[part] if ROWS.value is None else ROWS.value) for part in parts}
+    with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
+        platform = processes.call("jax", jax.default_backend)
+        dtype = str(run_on(platform, c.model, c.train).dtype)
+        why = measurement.no_transformers(platform, dtype) if "transformers" in parts else None
+        if why and PART.value == "transformers":
+            raise ValueError(f"--part=transformers: {why}")
+        if why:
+            print(f"— transformers: {why}\n")
+            parts.remove("transformers")
+        records = {part: PARTS[part](processes, c, lengths[part], dtype) for part in parts}
+    peak = max((r["peak"] for part in parts for r in records[part] if "peak" in r), default=float("nan"))
+    libraries = ("jax", "torch", "transformers") if "transformers" in parts else ("jax",)
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    print(
+        f"{platform}, {measurement.threads()} threads, {versions}; {flops.parameters(c.model):,} parameters, {dtype}, "
+        f"remat {c.train.remat}; matmul peak {peak / 1e9:,.1f} GFLOP/s\n"
+    )
+    for part in parts:
+        show(records[part], peak)
+    if JSON.value:
+        out = {"platform": platform, "versions": versions, "peak": peak, "config": config.to_dict(c), "records": records}
+        Path(JSON.value).write_text(json.dumps(out, indent=1) + "\n")
+    check_losses(records.get("transformers", []))
+
+
+def main(argv):
+    programs.run(bench, argv)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=programs.parse)

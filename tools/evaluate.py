@@ -246,8 +246,8 @@ def evaluate_all() -> None:
 
 
 def main(argv):
-    held = "what is measured; use shorter --lengths or fewer --rows"
-    programs.run(evaluate_all, argv, held, "interrupted; the same command goes on with what is not done")
+    memory_for = "what is measured; use shorter --lengths or fewer --rows"
+    programs.run(evaluate_all, argv, memory_for, "interrupted; the same command goes on with what is not done")
 
 
 if __name__ == "__main__":

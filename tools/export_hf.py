@@ -4,13 +4,11 @@ The family is --family, or that of the imported config.json, or the first that e
 """
 
 import functools
-import logging
-import sys
 from pathlib import Path
 
 from absl import app, flags
 
-from hybrid_attn import checkpoint, config
+from hybrid_attn import checkpoint, config, programs
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops
 
@@ -21,21 +19,21 @@ FAMILY = flags.DEFINE_enum("family", None, sorted(families.FAMILIES), "The model
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the tensors.")
 
 
-def main(_):
-    logging.getLogger().setLevel(logging.WARNING)
-    try:
-        c = config.build_trained(checkpoint.read_config(CHECKPOINT.value, STEP.value))
-        companions = Path(CHECKPOINT.value) / "companions"
-        described = hf.describe(c.model, companions, max(stage.seq_len for stage in c.stages), FAMILY.value)
-        shapes = {path: x.shape for path, x in hf.flat(flops.shapes(c.model)).items()}
-        with hf.new_directory(OUT.value) as directory:
-            read = functools.partial(checkpoint.read_slices, CHECKPOINT.value, step=STEP.value)
-            hf.write(directory, c.model, described, shapes, lambda path: read(path, shapes[path]), DTYPE.value)
-            found = hf.copy_companions(companions, directory, without=("config.json",))
-    except (ValueError, NotImplementedError, OSError) as error:
-        sys.exit(f"error: {error}")
+def export_model() -> None:
+    c = config.build_trained(checkpoint.read_config(CHECKPOINT.value, STEP.value))
+    companions = Path(CHECKPOINT.value) / "companions"
+    described = hf.describe(c.model, companions, max(stage.seq_len for stage in c.stages), FAMILY.value)
+    shapes = {path: x.shape for path, x in hf.flat(flops.shapes(c.model)).items()}
+    with hf.new_directory(OUT.value) as directory:
+        read = functools.partial(checkpoint.read_slices, CHECKPOINT.value, step=STEP.value)
+        hf.write(directory, c.model, described, shapes, lambda path: read(path, shapes[path]), DTYPE.value)
+        found = hf.copy_companions(companions, directory, without=("config.json",))
     print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *found])}")
 
 
+def main(argv):
+    programs.run(export_model, argv)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=programs.parse)

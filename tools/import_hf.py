@@ -4,8 +4,6 @@
 checkpoint records beyond the model is taken from --config. See docs/families.md for what can be read.
 """
 
-import logging
-import sys
 from pathlib import Path
 
 import jax
@@ -13,7 +11,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from hybrid_attn import config
+from hybrid_attn import config, programs
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops
@@ -28,27 +26,27 @@ OPTIMISER = flags.DEFINE_bool("optimiser", False, "Add a fresh optimiser state, 
 CONFIG = config_flags.DEFINE_config_file("config", str(BASE), "Everything but the model, and the mesh to hold it.")
 
 
-def main(_):
-    logging.getLogger().setLevel(logging.WARNING)
-    try:
-        described = hf.read_config(MODEL.value)
-        model = families.model_of(described)
-        values = CONFIG.value.to_dict() | {"model": config.to_dict(model)}
-        if (Path(MODEL.value) / "tokenizer.json").exists():
-            values["data"]["tokenizer"] = str(Path(OUT.value) / "companions" / "tokenizer.json")
-        c = config.build(values)
-        with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
-            params = hf.read_params(MODEL.value, model, described["model_type"], flops.shapes(model))
-            checkpoints = Checkpoints(directory, keep=1, every=1)
-            fresh = jax.jit(optimiser(c.optim, c.total_steps).init)
-            state = TrainState(jnp.int32(0), params, fresh(params)) if OPTIMISER.value else {"params": params}
-            checkpoints.save(0, state, {"stage_steps": [], "stage": {}}, config.to_dict(c), wait=True)
-            checkpoints.close()
-            found = hf.copy_companions(MODEL.value, directory / "companions")
-    except (ValueError, NotImplementedError, OSError) as error:
-        sys.exit(f"error: {error}")
+def import_model() -> None:
+    described = hf.read_config(MODEL.value)
+    model = families.model_of(described)
+    values = CONFIG.value.to_dict() | {"model": config.to_dict(model)}
+    if (Path(MODEL.value) / "tokenizer.json").exists():
+        values["data"]["tokenizer"] = str(Path(OUT.value) / "companions" / "tokenizer.json")
+    c = config.build(values)
+    with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
+        params = hf.read_params(MODEL.value, model, described["model_type"], flops.shapes(model))
+        checkpoints = Checkpoints(directory, keep=1, every=1)
+        fresh = jax.jit(optimiser(c.optim, c.total_steps).init)
+        state = TrainState(jnp.int32(0), params, fresh(params)) if OPTIMISER.value else {"params": params}
+        checkpoints.save(0, state, {"stage_steps": [], "stage": {}}, config.to_dict(c), wait=True)
+        checkpoints.close()
+        found = hf.copy_companions(MODEL.value, directory / "companions")
     print(f"{OUT.value}: {flops.parameters(model):,} parameters of {described['model_type']}, with {', '.join(found)}")
 
 
+def main(argv):
+    programs.run(import_model, argv, "the model; give --config a mesh of more devices")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=programs.parse)

@@ -6,18 +6,15 @@ python tools/inspect_data.py STORE --document=17            and the text of a do
 python tools/inspect_data.py --config=configs/hybrid_8k.py --stage=0 --step=12      rows, decoded, documents apart
 """
 
-import logging
-
 import jax
 import numpy as np
 import tqdm
 from absl import app, flags
 from ml_collections import config_flags
 
-from hybrid_attn import config
+from hybrid_attn import config, programs
 from hybrid_attn.data import corpora, documents, pipeline, prepare, store, tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
-from hybrid_attn.programs import fail, parse
 
 VERIFY = flags.DEFINE_bool("verify", False, "Compare the checksums of all files.")
 DOCUMENT = flags.DEFINE_integer("document", None, "Number of a document whose text to show.", 0)
@@ -97,17 +94,17 @@ def show_row(title: str, row: dict, words) -> None:
         print(clipped(text, text, cut=False))
 
 
-def main(argv):
-    logging.getLogger().setLevel(logging.WARNING)
+def show(*stores: str) -> None:
     of_step, of_store = (any(flag.present for flag in group) for group in ((STAGE, STEP), (VERIFY, DOCUMENT, TOKENIZER)))
     of_config = CONFIG.value is not None
-    if len(argv) - 1 + of_config != 1 or (of_store if of_config else of_step):
-        fail("name a STORE, with --verify or --document, or a --config with --stage and --step", 2)
-    try:
-        show_step(config.build(CONFIG.value)) if of_config else show_store(argv[1])
-    except (ValueError, ImportError, OSError) as error:
-        fail(str(error), 1)
+    if len(stores) + of_config != 1 or (of_store if of_config else of_step):
+        raise ValueError("name a STORE, with --verify or --document, or a --config with --stage and --step")
+    show_step(config.build(CONFIG.value)) if of_config else show_store(stores[0])
+
+
+def main(argv):
+    programs.run(show, argv, arguments=1)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=programs.parse)

@@ -7,14 +7,10 @@ Memory, FLOPs, the largest array, and what is sent between devices, by mesh axis
 1 it does not; 2 a wrong config, or a target that cannot be compiled for.
 """
 
-import logging
-import sys
-
 from absl import app, flags
 from ml_collections import config_flags
 
-from hybrid_attn import config
-from hybrid_attn.programs import fail, parse
+from hybrid_attn import config, programs
 from hybrid_attn.train import plan
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.")
@@ -23,18 +19,18 @@ STAGE = flags.DEFINE_integer("stage", -1, "Stage of the config, from 0; the last
 flags.mark_flags_as_required(["config", "target"])
 
 
-def main(_):
-    logging.getLogger().setLevel(logging.WARNING)
-    try:
-        c = config.build(CONFIG.value)
-        if not -1 <= STAGE.value < len(c.stages):
-            raise ValueError(f"--stage={STAGE.value}: the config has {len(c.stages)} stages, counted from 0")
-        found = plan.make_plan(c, plan.find_target(TARGET.value), STAGE.value)
-    except (ValueError, NotImplementedError) as error:
-        fail(str(error), 2)
-    print(plan.report(found))
-    sys.exit(found.target.memory is not None and found.peak > found.target.memory)
+def plan_step() -> int:
+    c = config.build(CONFIG.value)
+    if not -1 <= STAGE.value < len(c.stages):
+        raise ValueError(f"--stage={STAGE.value}: the config has {len(c.stages)} stages, counted from 0")
+    planned = plan.make_plan(c, plan.find_target(TARGET.value), STAGE.value)
+    print(plan.report(planned))
+    return int(planned.target.memory is not None and planned.peak > planned.target.memory)
+
+
+def main(argv):
+    programs.run(plan_step, argv)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=programs.parse)

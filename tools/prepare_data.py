@@ -6,10 +6,10 @@ kill. The store does not depend on --workers. Compressed formats and tables need
 """
 
 import os
-import sys
 
 from absl import app, flags
 
+from hybrid_attn import programs
 from hybrid_attn.data import documents, prepare, sources
 
 INPUT = flags.DEFINE_multi_string("input", None, "Glob pattern or directory; may be given again.", required=True)
@@ -27,9 +27,7 @@ SHARD_MB = flags.DEFINE_integer("shard_mb", None, "MB of input in a shard; by de
 WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", 1)
 
 
-def main(argv):
-    if argv[1:]:
-        sys.exit(f"error: {' '.join(argv[1:])}: quote the pattern of --input, or give --input again")
+def prepare_store() -> None:
     options = prepare.Options(
         tokenizer=TOKENIZER.value,
         fields=sources.Fields(TEXT_FIELD.value, LABEL_FIELD.value),
@@ -39,14 +37,13 @@ def main(argv):
         on_error=ON_ERROR.value,
         shard_bytes=None if SHARD_MB.value is None else SHARD_MB.value * 10**6,
     )
-    try:
-        summary = prepare.prepare(INPUT.value, OUT.value, options, WORKERS.value)
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; what is done is kept, and the same command goes on")
+    summary = prepare.prepare(INPUT.value, OUT.value, options, WORKERS.value)
     print(*prepare.summary_lines(summary), sep="\n")
 
 
+def main(argv):
+    programs.run(prepare_store, argv, interrupted="interrupted; the same command goes on with what is not done")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=programs.parse)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hybrid_attn import trees
-from hybrid_attn.evals import whole
+from hybrid_attn.files import write_atomically
 
 
 class TooLongError(ValueError):
@@ -43,8 +43,8 @@ def write(path: Path, samples: Iterable[Sample]) -> str:
     lines = [json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
     content = "".join(lines).encode()
     digest = hashlib.sha256(content).hexdigest()
-    whole.write(_hash_of(path), f"{digest}  {path.name}\n")
-    whole.write(path, content)
+    write_atomically(_hash_of(path), f"{digest}  {path.name}\n")
+    write_atomically(path, content)
     return digest
 
 

@@ -16,12 +16,13 @@ import jax
 from hybrid_attn import config, trees
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import attention, keytokens, marked, needle, position, recall, ruler, samples, whole
+from hybrid_attn.evals import attention, keytokens, marked, needle, position, recall, ruler, samples
 from hybrid_attn.evals.ruler import compat, draws, scores
 from hybrid_attn.evals.ruler.tasks import ESSAYS
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.settings import Absent, Measured, Reader, Settings, Unit
 from hybrid_attn.evals.subject import Spec
+from hybrid_attn.files import write_atomically
 from hybrid_attn.infer.text import answers
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import told
@@ -223,14 +224,14 @@ def run(
             records = [{"eval": unit.eval, **record} for record in measured.records]
             given = [answer | {"samples_hash": digest} for answer in measured.answers]
             if writes:
-                whole.write(path, json.dumps({"records": records, "answers": given}, ensure_ascii=False))
+                write_atomically(path, json.dumps({"records": records, "answers": given}, ensure_ascii=False))
         if done(unit, number, len(wanted)):
             return False
     if writes:
         all_measured = [measured_of(directory, unit) for unit in wanted]
         for name in Measured._fields:
             lines = [json.dumps(line, ensure_ascii=False) + "\n" for found in all_measured for line in getattr(found, name)]
-            whole.write(directory / f"{name}.jsonl", "".join(lines))
+            write_atomically(directory / f"{name}.jsonl", "".join(lines))
     return True
 
 
@@ -294,7 +295,7 @@ def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
     """Says in run.json what is measured here, with each revision that does; ValueError where it says something else already."""
     path = directory / "run.json"
     if not path.exists():
-        return whole.write(path, json.dumps(about, indent=1))
+        return write_atomically(path, json.dumps(about, indent=1))
     there = json.loads(path.read_text())
     revisions = there["revision"].split(", ")
     lines = trees.differences(there, {**about, "revision": there["revision"]}, "  ")
@@ -305,7 +306,7 @@ def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
         + "\nuse another --out, or its settings",
     )
     if goes_on and about["revision"] not in revisions:
-        whole.write(path, json.dumps({**there, "revision": ", ".join([*revisions, about["revision"]])}, indent=1))
+        write_atomically(path, json.dumps({**there, "revision": ", ".join([*revisions, about["revision"]])}, indent=1))
 
 
 def _attention_spec(reader: Reader, unit: Unit) -> Spec:

@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hybrid_attn.evals import whole
 from hybrid_attn.evals.report import contents, tables
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.wrong import failures
 from hybrid_attn.evals.ruler.scores import postprocess
+from hybrid_attn.files import write_atomically
 from hybrid_attn.trees import check
 
 
@@ -32,9 +32,9 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     _replace(out / "pictures", {f"{picture.name}.png": canvas.png(picture) for picture in drawn})
     of_ruler = {f"ruler/{name}": text for run in runs for name, text in _ruler_files(run).items()}
     _replace(out / "tables", {f"{table.name}.csv": tables.comma_separated(table) for table in written} | of_ruler)
-    whole.write(out / "results.json", _json(runs, written, wrong))
-    whole.write(out / "report.md", _markdown(title, found, wrong))
-    whole.write(out / "report.html", html.page(title, runs, found, wrong))
+    write_atomically(out / "results.json", _json(runs, written, wrong))
+    write_atomically(out / "report.md", _markdown(title, found, wrong))
+    write_atomically(out / "report.html", html.page(title, runs, found, wrong))
 
 
 def check_drawing() -> None:
@@ -50,7 +50,7 @@ def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
         shutil.rmtree(left, ignore_errors=True)
     new.mkdir(parents=True)
     for name, content in files.items():
-        whole.write(new / name, content)
+        write_atomically(new / name, content)
     if directory.exists():
         directory.rename(old)
     new.rename(directory)
