@@ -8,7 +8,6 @@ def get_config(size="small"):
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 
 def kind(**changes) -> ConfigDict:
@@ -45,13 +44,13 @@ def source(**changes) -> ConfigDict:
     """A source of documents, the sources of this interpreter's standard library, or of a task; with `changes` on top."""
     s = ConfigDict()
     s.paths = ()  # glob patterns of text files; without any and without a store, the standard library
-    s.store = placeholder(str)  # token store that tools/prepare_data.py wrote: a directory or a URL such as gs://bucket/corpus
+    s.store = None  # token store that tools/prepare_data.py wrote: a directory or a URL such as gs://bucket/corpus
     s.min_length = 0  # tokens; shorter documents are left out: a share of long ones for an extension stage
-    s.label = placeholder(str)  # only documents of that label; None = all
+    s.label = None  # only documents of that label; None = all
     # Instead of documents, rows that are drawn anew for every step, have from half of seq_len tokens up to all of them, and
     # train on answers alone. recall: pairs in noise, then queries. mqar: multi-query associative recall. copy: letters, twice.
     # tracking: chains of assignments in noise, then who holds a value.
-    s.task = placeholder(str)  # recall | mqar | copy | tracking; None = documents
+    s.task = None  # recall | mqar | copy | tracking; None = documents
     s.pairs = 4  # (key, value) pairs in a row of recall or mqar; chains in one of tracking
     for key, value in changes.items():
         s[key] = value
@@ -154,7 +153,7 @@ def get_config() -> ConfigDict:
     # that only the far context makes likely. Needles lie in held-out text, or where there is none in Python's standard library;
     # in bytes a question about four needs some 800 tokens, and RULER some 1,900. tools/evaluate.py asks this of checkpoints.
     e.names = ("position", "recall")  # position | recall | needle | ruler | attention_mass | key_tokens
-    e.every = placeholder(int)  # steps between two evaluations; None = only when training ends
+    e.every = None  # steps between two evaluations; None = only when training ends
     e.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len
     e.tokens = 131_072  # at each length, of position, recall and key_tokens: scored, or in the rows whose answers are
     e.samples = 5  # questions of needle at each length and depth, and of each task of ruler at each length

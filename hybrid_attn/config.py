@@ -6,16 +6,18 @@ No field has a default here: `configs/base.py` holds every default with its unit
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from hybrid_attn import trees
-from hybrid_attn.trees import Table, check
+from hybrid_attn.trees import Table, check, check_fields, one_of, within
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is for the kinds that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "exchange")
 EVALS = ("position", "recall", "needle", "ruler", "attention_mass", "key_tokens")  # that run in training
+LONGEST = 2**27  # tokens of a sequence: 134 million
+MOST_STEPS = 10**9
+MOST_LAYERS = 10_000
 QUERIES = 6  # in a row of the task "recall", of three tokens each
 HOPS = 3  # of a chain of the task "tracking", whose variables are one more; an assignment is three tokens
 
@@ -36,150 +38,126 @@ TASKS = {
 }
 
 
-def _one_of(field: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
-
-
-def _check_positive(field: str, value: float | None) -> None:
-    check(value is None or 0 < value < math.inf, f"{field}={value} must be positive and finite")
+def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    problem = trees.not_among(value, choices)
+    check(not problem, f"{field}={value!r} {problem}")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies stretch beyond the length that they were trained at."""
 
-    type: str
-    factor: float
-    original_len: int
-    low: float
-    high: float
-    attention_factor: float | None
+    type: str = one_of("none", "linear", "ntk", "yarn", "llama3")
+    factor: float = within(1, 10**6)
+    original_len: int = within(1, LONGEST, aliases=("original_max_position_embeddings",))
+    low: float = within(0, 10**6, above=True, aliases=("beta_slow", "low_freq_factor"))
+    high: float = within(0, 10**6, above=True, aliases=("beta_fast", "high_freq_factor"))
+    attention_factor: float | None = within(0, 10**6, above=True)
 
     def __post_init__(self):
-        _one_of("rope_scaling.type", self.type, ("none", "linear", "ntk", "yarn", "llama3"))
-        check(1 <= self.factor < math.inf, f"rope_scaling.factor={self.factor} must be at least 1")
-        check(self.original_len >= 1, f"rope_scaling.original_len={self.original_len} must be at least 1 token")
+        check_fields(self, "rope_scaling")
         check(
             self.type not in ("yarn", "llama3") or self.low < self.high,
             f"rope_scaling.low={self.low} must be below rope_scaling.high={self.high}",
         )
-        check(self.low > 0, f"rope_scaling.low={self.low} must be positive")
-        _check_positive("rope_scaling.attention_factor", self.attention_factor)
 
 
 @dataclasses.dataclass(frozen=True)
 class Temperature:
     """How the query's scale grows with the number of keys before it."""
 
-    type: str
-    scale: float
-    length: int
+    type: str = one_of("none", "log_length", "steps", "learned")
+    scale: float = within(0, 10**6)
+    length: int = within(2, LONGEST)
 
     def __post_init__(self):
-        _one_of("temperature.type", self.type, ("none", "log_length", "steps", "learned"))
-        check(self.length >= 2, f"temperature.length={self.length} must be at least 2 tokens")
+        check_fields(self, "temperature")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
     """What one letter of the pattern means: which keys a query sees and how positions enter."""
 
-    window: int | None
-    chunk: int | None
-    rope_theta: float | None
-    rope_fraction: float
+    window: int | None = within(1, 2**31 - 1, aliases=("sliding_window",))
+    chunk: int | None = within(1, 2**31 - 1, aliases=("attention_chunk_size",))
+    rope_theta: float | None = within(1, 10**18, above=True, aliases=("theta", "rope_base"))
+    rope_fraction: float = within(0, 1, above=True, aliases=("partial_rotary_factor", "rotary_pct"))
     rope_scaling: RopeScaling
-    qk_norm: str
-    qk_norm_scope: str
+    qk_norm: str = one_of("none", "layernorm", "rms", "rms_plus1", "rms_weightless")
+    qk_norm_scope: str = one_of("head_dim", "head", "projection")
     qk_norm_after_rope: bool
-    scale: float | None
-    softcap: float | None
+    scale: float | None = within(0, 10**6, above=True)
+    softcap: float | None = within(0, 10**6, above=True, aliases=("attn_logit_softcapping",))
     temperature: Temperature
     sink: bool
-    gate: str
+    gate: str = one_of("none", "head", "projection")
 
     def __post_init__(self):
-        check(self.window is None or self.window >= 1, f"window={self.window} must be at least 1 (a query sees itself)")
-        check(self.chunk is None or self.chunk >= 1, f"chunk={self.chunk} must be at least 1 token")
-        for name in ("window", "chunk"):
-            check(
-                (getattr(self, name) or 0) < 2**31, f"{name}={getattr(self, name)} must be below 2^31; None is the whole prefix"
-            )
+        check_fields(self, "kind")
         check(self.window is None or self.chunk is None, "a kind has a window or a chunk, not both")
-        check(self.rope_theta is None or 1 < self.rope_theta < math.inf, f"rope_theta={self.rope_theta} must be above 1")
         check(
             self.rope_theta is not None or self.rope_scaling.type == "none",
             f"rope_scaling.type={self.rope_scaling.type!r} scales nothing without a rope_theta",
         )
-        check(0 < self.rope_fraction <= 1, f"rope_fraction={self.rope_fraction} must be in (0, 1]")
-        _one_of("qk_norm", self.qk_norm, ("none", "layernorm", "rms", "rms_plus1", "rms_weightless"))
-        _one_of("qk_norm_scope", self.qk_norm_scope, ("head_dim", "head", "projection"))
-        _one_of("gate", self.gate, ("none", "head", "projection"))
         check(
             not self.qk_norm_after_rope or (self.qk_norm != "none" and self.rope_theta is not None),
             "qk_norm_after_rope needs a qk_norm and a rope_theta",
         )
-        for name in ("scale", "softcap"):
-            _check_positive(name, getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    vocab_size: int
+    vocab_size: int = within(1, 2**24)
     pattern: str
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    block: str
-    norm: str
-    norm_eps: float
-    activation: str
-    rope_layout: str
-    tie_embeddings: bool
-    embed_scale: float
-    logit_scale: float
-    logit_softcap: float | None
-    init_std: float
+    num_layers: int = within(1, MOST_LAYERS, aliases=("num_hidden_layers", "n_layer", "depth"))
+    d_model: int = within(1, 2**20, aliases=("hidden_size", "hidden_dim", "width", "n_embd"))
+    num_heads: int = within(1, 2**16, aliases=("num_attention_heads", "n_head"))
+    num_kv_heads: int = within(1, 2**16, aliases=("num_key_value_heads",))
+    head_dim: int = within(1, 2**16)
+    d_ff: int = within(1, 2**24, aliases=("intermediate_size", "ffn_dim", "mlp_dim"))
+    block: str = one_of("parallel", "pre", "post", "sandwich")
+    norm: str = one_of("layernorm", "rms", "rms_plus1")
+    norm_eps: float = within(0, 1, above=True, aliases=("rms_norm_eps", "layer_norm_eps"))
+    activation: str = one_of("silu", "gelu", "gelu_tanh")
+    rope_layout: str = one_of("interleaved", "half")
+    tie_embeddings: bool = trees.named("tie_word_embeddings", "use_embedding_sharing")
+    embed_scale: float = within(0, 10**6, above=True)
+    logit_scale: float = within(0, 10**6, above=True)
+    logit_softcap: float | None = within(0, 10**6, above=True, aliases=("final_logit_softcapping",))
+    init_std: float = within(0, 100, above=True, aliases=("initializer_range",))
     kinds: Table[str, LayerKind]
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
-            check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
+        check_fields(self, "model")
+        for letter in self.kinds:
+            ok = len(letter) == 1 and letter.isascii() and letter.isalpha()
+            check(ok, f"model.kinds names a kind of layer {letter!r}; a name is one letter from A to Z or a to z")
         check(bool(self.pattern), "model.pattern is empty; write one letter for each layer of a period, as in 'LLLG'")
-        for letter in self.pattern:
+        check(len(self.pattern) <= MOST_LAYERS, f"model.pattern has {len(self.pattern):,} letters, and at most {MOST_LAYERS:,}")
+        for letter in sorted(set(self.pattern)):
             check(
                 letter in self.kinds,
                 f"model.pattern={self.pattern!r} uses {letter!r}; model.kinds defines {', '.join(sorted(self.kinds))}",
             )
+            self._check_rotation(letter)
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
             f"use {self.num_heads // self.num_kv_heads * self.num_kv_heads or self.num_kv_heads} heads",
         )
-        for letter in self.pattern:
-            kind = self.kinds[letter]
-            dims = rotated_dims(self, kind)
-            check(
-                kind.rope_theta is None or (dims >= 2 and dims % 2 == 0),
-                f"model.kinds.{letter}: rope_fraction={kind.rope_fraction} of head_dim={self.head_dim} rotates {dims} "
-                "dimensions; use an even number",
-            )
-            check(
-                kind.rope_scaling.type != "ntk" or dims > 2,
-                f"model.kinds.{letter}: ntk stretches by the dimension {dims}, and needs more than 2",
-            )
-        _one_of("model.block", self.block, ("parallel", "pre", "post", "sandwich"))
-        _one_of("model.norm", self.norm, ("layernorm", "rms", "rms_plus1"))
-        _one_of("model.activation", self.activation, ("silu", "gelu", "gelu_tanh"))
-        _one_of("model.rope_layout", self.rope_layout, ("interleaved", "half"))
-        for name in ("norm_eps", "embed_scale", "logit_scale", "logit_softcap", "init_std"):
-            _check_positive(f"model.{name}", getattr(self, name))
+
+    def _check_rotation(self, letter: str) -> None:
+        kind = self.kinds[letter]
+        dims = rotated_dims(self, kind)
+        check(
+            kind.rope_theta is None or (dims >= 2 and dims % 2 == 0),
+            f"model.kinds.{letter}: rope_fraction={kind.rope_fraction} of head_dim={self.head_dim} rotates {dims} "
+            "dimensions; use an even number",
+        )
+        check(
+            kind.rope_scaling.type != "ntk" or dims > 2,
+            f"model.kinds.{letter}: ntk stretches by the dimension {dims}, and needs more than 2",
+        )
 
     @property
     def layers(self) -> str:
@@ -210,17 +188,15 @@ def score_scale(model: Model, kind: LayerKind) -> float:
 class Mesh:
     """Devices along each axis; one of them may be -1, for all the devices that are left."""
 
-    slice: int
-    data: int
-    fsdp: int
-    context: int
-    tensor: int
+    slice: int = within(1, 2**20, also=-1)
+    data: int = within(1, 2**20, also=-1, aliases=("data_parallel", "dp"))
+    fsdp: int = within(1, 2**20, also=-1)
+    context: int = within(1, 2**20, also=-1, aliases=("context_parallel", "cp"))
+    tensor: int = within(1, 2**20, also=-1, aliases=("tensor_parallel", "tp"))
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
-        for axis, size in sizes.items():
-            check(size == -1 or size >= 1, f"mesh.{axis}={size} must be at least 1, or -1 for the devices left over")
-        rest = [axis for axis, size in sizes.items() if size == -1]
+        check_fields(self, "mesh")
+        rest = [axis for axis, size in dataclasses.asdict(self).items() if size == -1]
         check(len(rest) <= 1, f"mesh axes {' and '.join(rest)} are both -1; only one can take the devices left over")
 
 
@@ -230,17 +206,17 @@ class Source:
 
     paths: tuple[str, ...]
     store: str | None
-    min_length: int
+    min_length: int = within(0, 2**40)
     label: str | None
-    task: str | None
-    pairs: int
+    task: str | None = one_of(*TASKS)
+    pairs: int = within(0, 1000)
 
     def __post_init__(self):
+        check_fields(self, "source")
         check(not (self.paths and self.store), f"a source has paths={self.paths} or store={self.store!r}, not both")
-        check(self.min_length >= 0, f"min_length={self.min_length} must not be negative")
+        check(self.store != "", "store='' names no token store; use None for text files")
         if self.task is None:
             return
-        _one_of("task", self.task, tuple(TASKS))
         for name in ("paths", "store", "min_length", "label"):
             value = getattr(self, name)
             check(not value, f"a source has task={self.task!r} or documents, and {name}={value!r} is of documents")
@@ -253,17 +229,14 @@ class Source:
 class Data:
     sources: Table[str, Source]
     tokenizer: str
-    packing: str
-    holdout: float
-    seed: int
-    prefetch: int
+    packing: str = one_of("concat", "best_fit")
+    holdout: float = within(0, 1, above=True, below=True)
+    seed: int = within(0, 2**32 - 1)
+    prefetch: int = within(1, 256)
 
     def __post_init__(self):
+        check_fields(self, "data")
         check(bool(self.sources), "data.sources is empty; a run needs at least one source")
-        _one_of("data.packing", self.packing, ("concat", "best_fit"))
-        check(self.seed >= 0, f"data.seed={self.seed} must not be negative")
-        check(0 < self.holdout < 1, f"data.holdout={self.holdout} must lie between 0 and 1")
-        check(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1 batch")
         for name, source in self.sources.items():
             check(
                 source.task is None or self.tokenizer == "bytes",
@@ -274,86 +247,73 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    lr: float
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    schedule: str
-    warmup_steps: int
-    decay_fraction: float
-    final_lr_ratio: float
-    z_loss: float
+    lr: float = within(0, 100, above=True, aliases=("learning_rate", "peak_lr", "max_lr"))
+    b1: float = within(0, 1, below=True, aliases=("adam_beta1",))
+    b2: float = within(0, 1, below=True, aliases=("adam_beta2",))
+    eps: float = within(0, 1, above=True)
+    weight_decay: float = within(0, 100)
+    clip_norm: float = within(0, 10**12, above=True, aliases=("grad_clip", "max_grad_norm", "gradient_clipping"))
+    schedule: str = one_of("cosine", "wsd")
+    warmup_steps: int = within(0, MOST_STEPS)
+    decay_fraction: float = within(0, 1, above=True)
+    final_lr_ratio: float = within(0, 1, aliases=("min_lr_ratio",))
+    z_loss: float = within(0, 1)
 
     def __post_init__(self):
-        _one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
-        check(self.lr > 0, f"optim.lr={self.lr} must be positive")
-        check(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
-        check(0 < self.decay_fraction <= 1, f"optim.decay_fraction={self.decay_fraction} must be in (0, 1]")
-        check(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive")
+        check_fields(self, "optim")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A stretch of training at one sequence length, on one mixture of sources: the share of each in the tokens."""
 
-    steps: int
-    seq_len: int
-    batch: int
-    microbatches: int
-    mixture: Table[str, float]
+    steps: int = within(1, MOST_STEPS, aliases=("num_steps", "max_steps", "train_steps"))
+    seq_len: int = within(1, LONGEST, aliases=("sequence_length", "context_length", "max_seq_len", "block_size"))
+    batch: int = within(1, 2**24, aliases=("batch_size", "global_batch_size"))
+    microbatches: int = within(1, 2**24, aliases=("gradient_accumulation_steps", "grad_accum", "accumulation"))
+    mixture: Table[str, float] = within(0, 10**9)
 
     def __post_init__(self):
-        for name in ("steps", "seq_len", "batch", "microbatches"):
-            check(getattr(self, name) >= 1, f"stages.{name}={getattr(self, name)} must be at least 1")
-        for source, weight in self.mixture.items():
-            check(0 <= weight < math.inf, f"stages.mixture.{source}={weight} must be a finite share, 0 or more")
+        check_fields(self, "stages")
+        tokens = self.batch * self.seq_len
+        check(
+            tokens < 2**31,
+            f"batch={self.batch} times seq_len={self.seq_len} is {tokens:,} tokens a step; below 2^31 can be counted",
+        )
         check(not self.mixture or any(self.mixture.values()), f"the weights of stages.mixture={self.mixture} sum to zero")
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    dtype: str
+    dtype: str = one_of("auto", "float32", "bfloat16")
     remat: str
     context: str
     balance: bool
-    kernel: str
-    loss_chunk: int
-    mlp_chunk: int | None
-    log_every: int
-    checkpoint_every: int
-    keep: int
+    kernel: str = one_of("auto", "reference", "blocked", "splash", "tokamax", "cudnn")
+    loss_chunk: int = within(1, 2**31 - 1)
+    mlp_chunk: int | None = within(1, 2**31 - 1)
+    log_every: int = within(1, MOST_STEPS, aliases=("log_interval", "logging_steps"))
+    checkpoint_every: int = within(1, MOST_STEPS, aliases=("save_every", "save_interval", "save_steps"))
+    keep: int = within(1, MOST_STEPS, aliases=("save_total_limit",))
 
     def __post_init__(self):
-        _one_of("train.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        _one_of("train.kernel", self.kernel, ("auto", "reference", "blocked", "splash", "tokamax", "cudnn"))
-        for name in ("loss_chunk", "log_every", "checkpoint_every", "keep"):
-            check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
-        check(self.mlp_chunk is None or self.mlp_chunk >= 1, f"train.mlp_chunk={self.mlp_chunk} must be None or at least 1")
+        check_fields(self, "train")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evals:
     """What is measured of the model when training ends, and every so many steps before."""
 
-    names: tuple[str, ...]
-    every: int | None
-    lengths: tuple[float, ...]
-    tokens: int
-    samples: int
+    names: tuple[str, ...] = one_of(*EVALS)
+    every: int | None = within(1, MOST_STEPS, aliases=("eval_every", "eval_interval", "eval_steps"))
+    lengths: tuple[float, ...] = within(0, LONGEST, above=True)
+    tokens: int = within(1, 10**12)
+    samples: int = within(1, 10_000)
 
     def __post_init__(self):
+        check_fields(self, "evals")
         for name in self.names:
-            _one_of("evals.names", name, EVALS)
             check(self.names.count(name) == 1, f"evals.names={self.names} names {name!r} twice")
-        check(self.every is None or self.every >= 1, f"evals.every={self.every} must be at least 1 step, or None")
-        for name in ("tokens", "samples"):
-            check(getattr(self, name) >= 1, f"evals.{name}={getattr(self, name)} must be at least 1")
-        check(
-            all(x > 0 for x in self.lengths),
-            f"evals.lengths={self.lengths} must be positive multiples of the training length",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,20 +350,30 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Config(Trained):
-    seed: int
+    seed: int = within(0, 2**32 - 1)
     mesh: Mesh
     optim: Optim
     evals: Evals
 
     def __post_init__(self):
+        check_fields(self, "config")
         check(bool(self.stages), "stages is empty; a run needs at least one stage")
+        check(
+            self.total_steps < 2**31,
+            f"the stages have {self.total_steps:,} steps together, and at most 2^31 - 1 can be counted",
+        )
         for index, stage in enumerate(self.stages):
             _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
             for name in self.weights(index):
                 _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
         for multiple in self.evals.lengths:
+            length = round(multiple * self.stages[-1].seq_len)
+            check(
+                2 <= length <= LONGEST,
+                f"evals.lengths: {multiple} of the last seq_len, {self.stages[-1].seq_len:,}, is {length:,} tokens; "
+                f"from 2 to {LONGEST:,} can be measured",
+            )
             for name in self.weights(-1):
-                length = round(multiple * self.stages[-1].seq_len)
                 _check_task(f"evals.lengths: {multiple} of the last seq_len,", length, name, self.data.sources[name], 1)
         remat(self.model, self.train)
         context(self.model, self.train)
@@ -456,7 +426,7 @@ def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> 
     """The choice of each letter of `pattern`: "x" is for all of them, "L=x,G=y" for those named, the others have the first."""
     letters = sorted(set(pattern))
     if "=" not in value:
-        _one_of(field, value, choices)
+        _check_choice(field, value, choices)
         return Table(dict.fromkeys(letters, value))
     named = {}
     for part in value.split(","):
@@ -464,7 +434,7 @@ def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> 
         known = ", ".join(letters)
         check(letter in letters, f"{field}={value!r} names {letter!r}, and model.pattern={pattern!r} has {known}")
         check(letter not in named, f"{field}={value!r} names {letter!r} twice")
-        _one_of(f"{field}: {letter}", choice, choices)
+        _check_choice(f"{field}: {letter}", choice, choices)
         named[letter] = choice
     return Table(dict.fromkeys(letters, choices[0]) | named)
 

@@ -5,14 +5,14 @@ Exit codes: 0 done; 1 a failure while running; 2 a wrong flag, config or input; 
 
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from absl import flags
+
+from hybrid_attn import config_file
 
 GRACE = 2  # seconds in which a program that was interrupted ends by itself
 # Errors that the user mends by another flag, config or input, and those of the machine or of the computation.
@@ -24,15 +24,10 @@ FAILURES = (FloatingPointError, OSError)
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Reads the flags; an unknown key or an unreadable config is one line on stderr and exit code 2."""
+    """Reads the flags; a wrong flag, an unknown key or an unreadable config is one line on stderr and exit code 2."""
     try:
-        rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
-            path = flags.FLAGS["config"].config_filename.partition(":")[0]
-            if not Path(path).is_file():
-                fail(f"--config={path}: no such file, seen from {Path.cwd()}", 2)
-        return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        return config_file.parse(argv)
+    except (flags.Error, OSError, ValueError) as error:
         fail(reason(error), 2)
 
 
@@ -112,16 +107,10 @@ def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line: absl hands on whole tracebacks, and ml_collections quotes the key twice over."""
-    near = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', str(error))
-    if near:
-        return f"unknown config key {near[2]!r}; did you mean {near[1]!r}?"
-    if isinstance(error, (AttributeError, KeyError)):
-        return f"unknown config key {error.args[0]}"
+    """An error in one line."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if "Traceback" in str(error) else " ".join(lines)
+    return " ".join(line for line in str(error).splitlines() if line.strip())
 
 
 def fail(message: str, code: int):

@@ -1,16 +1,26 @@
-"""Nested plain values, as files have them, to frozen dataclasses that check themselves, and back."""
+"""Nested plain values, as files have them, to frozen dataclasses that check themselves, and back.
 
+A field declares what it may hold: `steps: int = within(1, 1000)`, `norm: str = one_of("rms", "layernorm")`. It has no default.
+"""
+
+import ast
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 
 def check(ok: bool, message: str) -> None:
     """ValueError with `message` where something is not `ok`."""
     if not ok:
         raise ValueError(message)
+
+
+PART = r"[^.\[\]=\s]+|\[-?\d+\]"  # of a key: a name, or the index of a list
+KEY = rf"({PART})(\.({PART})|\[-?\d+\])*"
 
 
 class Table(dict):
@@ -20,9 +30,74 @@ class Table(dict):
         return hash(frozenset(self.items()))
 
 
+class FieldError(ValueError):
+    """A value that a field of `group` may not hold; `problem` begins with the field's name."""
+
+    def __init__(self, group: str, problem: str):
+        super().__init__(f"{group}.{problem}")
+        self.problem = problem
+
+
+class UnknownKeyError(ValueError):
+    """A key that a group of keys does not have."""
+
+
+def within(low: float, high: float, above: bool = False, below: bool = False, also: int | None = None, aliases=()):
+    """A field for numbers from `low` to `high`, without these where `above` or `below`, or `also`; NaN is never among them.
+
+    `aliases` are names that other programs have for the field.
+    """
+    lower = "positive" if above and low == 0 else f"{'above' if above else 'at least'} {low:,}"
+    bound = f"must be {lower} and {'below' if below else 'at most'} {high:,}" + ("" if also is None else f", or {also}")
+
+    def refuse(value) -> str:
+        ok = low <= value <= high and not (above and value == low) and not (below and value == high)
+        return "" if ok or value == also else bound
+
+    return dataclasses.field(metadata={"refuse": refuse, "aliases": aliases})
+
+
+def one_of(*choices: str):
+    """A field for one of a few words."""
+    return dataclasses.field(metadata={"refuse": lambda value: not_among(value, choices), "aliases": ()})
+
+
+def named(*aliases: str):
+    """A field for any value, for which other programs have the names `aliases`."""
+    return dataclasses.field(metadata={"refuse": lambda value: "", "aliases": aliases})
+
+
+def not_among(value: str, choices: Sequence[str]) -> str:
+    """What is wrong with a value that is none of `choices`, with the nearest of them; empty if it is one."""
+    if value in choices:
+        return ""
+    near = difflib.get_close_matches(str(value), choices, 1)
+    return f"is not one of {', '.join(map(repr, choices))}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def check_fields(instance, group: str) -> None:
+    """FieldError for the first field of a dataclass whose value, or an element of it, is not what the field declares."""
+    for field in dataclasses.fields(instance):
+        for name, value in _elements(field.name, getattr(instance, field.name)):
+            problem = field.metadata["refuse"](value) if field.metadata and value is not None else ""
+            none = ", or None" if isinstance(field.type, types.UnionType) else ""
+            if problem:
+                raise FieldError(group, f"{name}={value!r} {problem}{none}")
+
+
+def _elements(name: str, value) -> Iterator[tuple[str, object]]:
+    if isinstance(value, tuple):
+        yield from ((f"{name}[{i}]", x) for i, x in enumerate(value))
+    elif isinstance(value, Table):
+        yield from ((f"{name}.{key}", x) for key, x in value.items())
+    else:
+        yield name, value
+
+
 def build(wanted: type, values, path: str):
     """`values` as the dataclass `wanted`; ValueError names the key under `path` that does not fit."""
-    return _build(wanted, plain(values), path)
+    values = plain(values)
+    return _build(wanted, values, path, (wanted, values, path))
 
 
 def plain(value):
@@ -46,35 +121,172 @@ def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
     return lines
 
 
-def _build(wanted, value, path: str):
-    """`value` as the type `wanted`, or a ValueError that names `path`."""
+def override(wanted: type, values: dict, path: str, key: str, text: str | None) -> None:
+    """Puts `text`, as the type that its field has, into `values`, the nested dict of a `wanted`, at a key as stages[0].steps.
+
+    No text is true for a bool. ValueError where there is no such key, or where the text is no value of the type.
+    """
+    root = wanted, values, path
+    container, last, kind, name = _find(root, key)
+    check(text is not None or kind is bool, f"--{name} has no value; write --{name}=VALUE")
+    container[last] = text is None or _from_text(kind, text, name)
+
+
+def _find(root: tuple, key: str) -> tuple:
+    """The dict or list that holds a key, the key in it, its type, and its whole name."""
+    (kind, values, path), container, last = root, None, None
+    check(re.fullmatch(KEY, key) is not None, f"{path}.{key} is no key; write a.b, or a[0].b for an entry of a list")
+    for part in re.findall(PART, key):
+        values = values if container is None else container[last]
+        (last, inner), container = _step(_some(kind), values, path, part, root), values
+        kind, path = inner, path + (part if part.startswith("[") else f".{part}")
+    return container, last, kind, path
+
+
+def _step(kind, values, path: str, part: str, root: tuple) -> tuple:
+    """One part of a key as the key or index of `values`, and the type of what is there."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if part.startswith("["):
+        check(origin is tuple and isinstance(values, list), f"{path} is no list, and has no entry {part}")
+        entries = f"{len(values)} {'entry' if len(values) == 1 else 'entries'}, counted from 0"
+        check(-len(values) <= int(part[1:-1]) < len(values), f"{path}{part} does not exist: {path} has {entries}")
+        return int(part[1:-1]), args[0]
+    check(origin is not tuple, f"{path} is a list; write {path}[0].{part}")
+    groups = dataclasses.is_dataclass(kind) or origin is Table
+    check(groups and isinstance(values, Mapping), f"{path}={values!r} is a value, and has no key {part!r}")
+    hints = typing.get_type_hints(kind) if origin is not Table else dict.fromkeys(values, args[1])
+    if part not in hints:
+        raise _unknown(part, kind, list(hints), path, root)
+    return part, hints[part]
+
+
+def _some(kind):
+    """A type without None."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is types.UnionType else kind
+
+
+WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}  # of a flag for a bool
+
+
+def _from_text(wanted, text: str, path: str):
+    """A value of a command line as the type `wanted`."""
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is types.UnionType:
-        return None if value is None else _build(args[0], value, path)
+        return None if text in ("None", "none") else _from_text(args[0], text, path)
+    if wanted is str:
+        return text
+    try:
+        if wanted is bool:
+            return WORDS[text.lower()]
+        if wanted in (int, float):
+            return wanted(text)
+        if origin is tuple and not dataclasses.is_dataclass(args[0]) and not text.startswith(("(", "[")):
+            return [_from_text(args[0], part.strip(), path) for part in text.split(",") if part]
+        return plain(ast.literal_eval(text))
+    except (ValueError, KeyError, SyntaxError, MemoryError, RecursionError):
+        raise ValueError(f"{path}={text!r} must be {_described(wanted)}") from None
+
+
+def _described(wanted) -> str:
+    """A type in words."""
+    if wanted is bool:
+        return "true or false"
+    if wanted in (int, float):
+        return f"of type {wanted.__name__}"
+    if typing.get_origin(wanted) is tuple:
+        return "a list"
+    return "a group of keys, as \"{'key': value}\""
+
+
+def _build(wanted, value, path: str, root: tuple):
+    """`value` as the type `wanted`, or a ValueError that names `path`; `root` is what all of it is built of."""
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is types.UnionType:
+        return None if value is None else _build(args[0], value, path, root)
     if dataclasses.is_dataclass(wanted):
-        return _build_dataclass(wanted, value, path)
+        return _build_dataclass(wanted, value, path, root)
     if origin is Table:
-        return Table({key: _build(args[1], x, f"{path}.{key}") for key, x in value.items()})
+        check(isinstance(value, Mapping), f"{path}={value!r} must be a group of keys")
+        check(all(isinstance(key, str) for key in value), f"the keys of {path}={value!r} must be of type str")
+        return Table({key: _entry(args[1], x, f"{path}.{key}", root) for key, x in value.items()})
     if origin is tuple:
         check(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
-        return tuple(_build(args[0], x, f"{path}[{i}]") for i, x in enumerate(value))
+        return tuple(_entry(args[0], x, f"{path}[{i}]", root) for i, x in enumerate(value))
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     ok = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
     check(ok, f"{path}={value!r} must be of type {wanted.__name__}")
+    check(wanted is not float or math.isfinite(value), f"{path}={value} must be a finite number")
     return value
 
 
-def _build_dataclass(wanted, value, path: str):
+def _entry(wanted, value, path: str, root: tuple):
+    """`_build` of one of several groups, which an error names although the group does not know its own name."""
+    try:
+        return _build(wanted, value, path, root)
+    except ValueError as error:
+        raise error if path in str(error) else ValueError(f"{path}: {error}") from None
+
+
+def _build_dataclass(wanted, value, path: str, root: tuple):
     check(isinstance(value, Mapping), f"{path}={value!r} must be a group of keys")
     hints = typing.get_type_hints(wanted)
     for key in value:
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1, cutoff=0.5)
-            raise ValueError(
-                f"unknown key {path}.{key}; "
-                + (f"did you mean {path}.{near[0]}?" if near else f"known keys: {', '.join(hints)}")
-            )
+            raise _unknown(key, wanted, list(hints), path, root)
     missing = [key for key in hints if key not in value]
     check(not missing, f"{path} lacks {', '.join(missing)}; start from configs/base.py, which has every key")
-    return wanted(**{key: _build(hint, value[key], f"{path}.{key}") for key, hint in hints.items()})
+    fields = {key: _build(hint, value[key], f"{path}.{key}", root) for key, hint in hints.items()}
+    try:
+        return wanted(**fields)
+    except FieldError as error:
+        raise ValueError(f"{path}.{error.problem}") from None
+
+
+def _unknown(key, group, known: Sequence[str], path: str, root: tuple) -> UnknownKeyError:
+    """The error for a key that is not among the `known` ones of a group, with what may have been meant, there or elsewhere."""
+    key, names = str(key), _names(group, known)
+    exact = [f"{path}.{names[key]}"] if key in names else _elsewhere(key, *root)
+    likely = next(iter([*exact, *(f"{path}.{name}" for name in _near(key, names))]), None)
+    hint = f"did you mean {likely}?" if likely else f"known keys: {', '.join(known)}"
+    return UnknownKeyError(f"unknown key {path}.{key}; {hint}")
+
+
+def _names(group, known: Sequence[str]) -> dict[str, str]:
+    """The field of every name, an alias's too."""
+    aliases = {}
+    if dataclasses.is_dataclass(group):
+        aliases = {alias: f.name for f in dataclasses.fields(group) for alias in f.metadata.get("aliases", ())}
+    return aliases | {name: name for name in known}
+
+
+def _near(key: str, names: Mapping[str, str]) -> list[str]:
+    """The fields that `key` may mean, by spelling or as an abbreviation: learning_rate is lr, and vocab is vocab_size."""
+    spelled = difflib.get_close_matches(key, names, 1, cutoff=0.5)
+    short = sorted((name for name in names if _abbreviates(name, key) or _abbreviates(key, name)), key=len, reverse=True)
+    return [names[name] for name in (*spelled, *short)]
+
+
+def _abbreviates(short: str, long: str) -> bool:
+    """Whether the letters of a name stand in another one in their order, and both begin with the same."""
+    rest = iter(long)
+    return len(short) > 1 and short[:1] == long[:1] and all(letter in rest for letter in short)
+
+
+def _elsewhere(key: str, wanted, values, path: str) -> Iterator[str]:
+    """Where in nested values there is a field of that name, or with such an alias."""
+    wanted = _some(wanted)
+    args = typing.get_args(wanted)
+    if dataclasses.is_dataclass(wanted) and isinstance(values, Mapping):
+        hints = typing.get_type_hints(wanted)
+        names = _names(wanted, list(hints))
+        if key in names:
+            yield f"{path}.{names[key]}"
+        for name in (name for name in hints if name in values):
+            yield from _elsewhere(key, hints[name], values[name], f"{path}.{name}")
+    elif typing.get_origin(wanted) is Table and isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _elsewhere(key, args[1], value, f"{path}.{name}")
+    elif typing.get_origin(wanted) is tuple and isinstance(values, list):
+        for i, value in enumerate(values):
+            yield from _elsewhere(key, args[0], value, f"{path}[{i}]")

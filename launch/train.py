@@ -1,8 +1,9 @@
 """Trains the model of a config: python launch/train.py --config=configs/hybrid_8k.py
 
-A key is overridden as --config.optim.lr=1e-3, a stage's as --config.stages[0].steps=500. The same command run again goes
-on where it stopped. Exit codes: 0 done, or stopped by a signal with everything saved; 1 a failure while running; 2 a wrong
-flag, config or input, such as devices or data that the config does not suit; 130 a second Ctrl-C.
+A key is overridden as --config.optim.lr=1e-3, a stage's as --config.stages[0].steps=500; --steps and --batch are those of the
+last stage. The same command run again goes on where it stopped. Exit codes: 0 done, or stopped by a signal with everything
+saved; 1 a failure while running; 2 a wrong flag, config or input, such as devices or data that the config does not suit; 130
+a second Ctrl-C.
 
 Started several times by SLURM, Open MPI, a TPU pod or a Kubernetes job, or with the three flags that say which process this is,
 all of them train one model. Process 0 prints; the failure of one ends all with its message.
@@ -14,18 +15,19 @@ import traceback
 from pathlib import Path
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from hybrid_attn import config, programs
+from hybrid_attn import config, config_file, programs, trees
 from hybrid_attn.parallel import processes
 from hybrid_attn.train import loop
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.")
+CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
+STEPS = flags.DEFINE_integer("steps", None, "Steps of the last stage, instead of the config's.")
+BATCH = flags.DEFINE_integer("batch", None, "Rows in a step of the last stage, instead of the config's.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and metrics; by default runs/ and the config's name.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of which the port after it is used too.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds within which all processes must have joined.", 1)
+JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds within which all processes must have joined.", 1, 10**6)
 flags.mark_flag_as_required("config")
 
 
@@ -34,6 +36,23 @@ def default_workdir(config_path: str) -> str:
     path, _, argument = config_path.partition(":")
     name = Path(path).stem + (f"_{argument}" if argument else "")
     return str(Path("runs") / re.sub(r"[^\w.-]", "_", name))
+
+
+def read_config() -> config.Config:
+    """The config of the flags; ValueError where it does not fit."""
+    values = CONFIG.value.values
+    for key, number in (("steps", STEPS.value), ("batch", BATCH.value)):
+        if number is not None:
+            trees.override(config.Config, values, "config", f"stages[-1].{key}", str(number))
+    return config.build(values)
+
+
+def read_workdir() -> str:
+    """The directory of the run; ValueError where --workdir is empty."""
+    if WORKDIR.value is None:
+        return default_workdir(CONFIG.value.name)
+    trees.check(bool(WORKDIR.value.strip()), "--workdir is empty; name a directory, or leave the flag out for runs/CONFIG")
+    return WORKDIR.value
 
 
 def main(argv):
@@ -45,8 +64,7 @@ def main(argv):
         if peers:
             give_up = peers.fail
             logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
-        c = config.build(CONFIG.value)
-        loop.train(c, WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename), peers)
+        loop.train(read_config(), read_workdir(), peers)
     except KeyboardInterrupt:
         give_up("interrupted before this step was saved; the last checkpoint is kept", 130)
     except Exception as error:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import conftest
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 
+from hybrid_attn.programs import parse
 from hybrid_attn.train import measurement
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_answers_are_timed_and_their_caches_counted(tmp_path):
 def test_a_wrong_flag_is_an_error_of_one_line(tool, flag, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [tool, flag])
     with conftest.tool(tool) as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-        module.main(flags.FLAGS(sys.argv))
+        module.main(parse(sys.argv))
     out, error = capsys.readouterr()
     assert error.startswith("error: ") and said in error and len(error.splitlines()) == 1
     assert (ended.value.code, out) == (2, "")

@@ -36,11 +36,32 @@ def put(path, value):
     return change
 
 
-@pytest.mark.parametrize("path, near", [("optim.learning_rate", None), ("optim.warmup_step", "config.optim.warmup_steps")])
-def test_an_unknown_key_is_named_with_the_nearest_known_one(path, near):
+SUGGESTED = {
+    "optim.warmup_step": "optim.warmup_steps",
+    "optim.learning_rate": "optim.lr",
+    "optim.beta2": "optim.b2",
+    "optim.epsilon": "optim.eps",
+    "optim.max_grad_norm": "optim.clip_norm",
+    "model.hidden_size": "model.d_model",
+    "model.kinds.L.sliding_window": "model.kinds.L.window",
+    "model.n_head": "model.num_heads",
+    "model.vocab": "model.vocab_size",
+    "model.window": "model.kinds.G.window",
+    "stages.0.batch_size": "stages[0].batch",
+    "stages.0.gradient_accumulation_steps": "stages[0].microbatches",
+    "train.save_every": "train.checkpoint_every",
+    "steps": "stages[0].steps",
+    "lr": "optim.lr",
+}
+
+
+@pytest.mark.parametrize("path, near", [("optim.gamma", None), *SUGGESTED.items()])
+def test_an_unknown_key_is_named_with_the_one_that_is_meant_by_its_spelling_its_usual_name_or_its_abbreviation(path, near):
     message = error_of(put(path, 1))
-    assert f"unknown key config.{path}" in message
-    assert (f"did you mean {near}?" in message) if near else ("known keys: lr, b1, b2" in message)
+    assert message.startswith(f"unknown key config.{path.replace('.0', '[0]')}; ")
+    assert message.endswith(f"; did you mean config.{near}?" if near else "z_loss") and (
+        "known keys: lr, b1, b2" in message
+    ) != bool(near)
 
 
 def test_an_unknown_key_inside_a_kind_and_inside_a_stage_is_named_by_its_path():
@@ -70,6 +91,57 @@ def test_a_value_of_the_wrong_type_is_named_with_the_type_it_should_have(path, v
     assert f"config.{path}={value!r} must be of type {kind}" in error_of(put(path, value))
 
 
+def leaves(values, path=""):
+    """The dotted path and the value of every key of a config that is no group of keys."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        groups = value if isinstance(value, dict) else isinstance(value, list) and value and isinstance(value[0], dict)
+        if groups:
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
+OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
+OPTIONAL |= {"mlp_chunk", "every"}
+
+
+@pytest.mark.parametrize("path", KEYS)
+def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_type(path):
+    name, accepted = path.rpartition(".")[2], []
+    values = [
+        math.nan,
+        math.inf,
+        -math.inf,
+        -(10**30),
+        10**30,
+        10.0**300,
+        10**400,
+        -1e-9,
+        "x",
+        "",
+        object(),
+        [],
+        {},
+        {1: 2},
+        [[]],
+        None,
+    ]
+    for wrong in values:
+        changed = config.to_dict(config.build(base.get_config()))
+        put(path, wrong)(changed)
+        try:
+            config.build(changed)
+            accepted.append(wrong)
+        except ValueError as error:
+            assert name in str(error) and "\n" not in str(error), error
+    allowed = [None] * (path.rpartition(".")[2] in OPTIONAL and not path.endswith("temperature.scale"))
+    allowed += [""] * (name in ("label", "tokenizer")) + ["x"] * (name in ("store", "label", "tokenizer"))
+    allowed += [[]] * (name in ("paths", "names", "lengths")) + [{}] * (name == "mixture")
+    assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
+    assert (None in accepted) == (None in allowed)
+
+
 def test_groups_and_lists_are_not_taken_for_values():
     assert "config.mesh=4 must be a group of keys" in error_of(put("mesh", 4))
     assert "config.stages=4 must be a list" in error_of(put("stages", 4))
@@ -93,29 +165,29 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
     [
         ("model.kinds.L.window", 0, "window=0 must be at least 1"),
         ("model.kinds.L.chunk", 8, "window or a chunk, not both"),
-        ("model.kinds.L.rope_fraction", 0.0, r"rope_fraction=0.0 must be in \(0, 1\]"),
+        ("model.kinds.L.rope_fraction", 0.0, r"kinds.L.rope_fraction=0.0 must be positive and at most 1"),
         ("model.kinds.L.rope_fraction", 0.1, "kinds.L: rope_fraction=0.1 of head_dim=32 rotates 3 dimensions"),
         ("model.kinds.L.rope_scaling.factor", 0.5, "factor=0.5 must be at least 1"),
         ("model.kinds.G.temperature.length", 1, "length=1 must be at least 2"),
         ("model.kinds.G.softcap", -1.0, "softcap=-1.0 must be positive"),
-        ("model.kinds.G.scale", math.nan, "scale=nan must be positive and finite"),
-        ("model.kinds.L.window", 2**31, "window=2147483648 must be below 2"),
-        ("model.kinds.L.rope_theta", math.inf, "rope_theta=inf must be above 1"),
+        ("model.kinds.G.scale", math.nan, "kinds.G.scale=nan must be a finite number"),
+        ("model.kinds.L.window", 2**31, "kinds.L.window=2147483648 must be at least 1 and at most 2,147,483,647, or None"),
+        ("model.kinds.L.rope_theta", math.inf, "rope_theta=inf must be a finite number"),
         ("model.kinds.L.rope_scaling.attention_factor", 0.0, "attention_factor=0.0 must be positive"),
         ("model.kinds.G.rope_scaling.type", "linear", "'linear' scales nothing without a rope_theta"),
         ("model.kinds.G.qk_norm_after_rope", True, "needs a qk_norm and a rope_theta"),
         ("model.logit_softcap", 0.0, "model.logit_softcap=0.0 must be positive"),
         ("model.norm_eps", -1.0, "model.norm_eps=-1.0 must be positive"),
-        ("train.mlp_chunk", 0, "mlp_chunk=0 must be None or at least 1"),
+        ("train.mlp_chunk", 0, "mlp_chunk=0 must be at least 1 and at most 2,147,483,647, or None"),
         ("model.pattern", "LLX", "pattern='LLX' uses 'X'.* G, L$"),
         ("model.pattern", "", "pattern is empty"),
         ("model.num_layers", 0, "num_layers=0 must be at least 1"),
         ("stages", [], "stages is empty"),
-        ("stages.0.batch", 0, "stages.batch=0 must be at least 1"),
-        ("stages.0.microbatches", 0, "stages.microbatches=0 must be at least 1"),
-        ("data.holdout", 1.0, "holdout=1.0 must lie between 0 and 1"),
+        ("stages.0.batch", 0, r"stages\[0\].batch=0 must be at least 1"),
+        ("stages.0.microbatches", 0, r"stages\[0\].microbatches=0 must be at least 1"),
+        ("data.holdout", 1.0, "holdout=1.0 must be positive and below 1"),
         ("data.sources", {}, "data.sources is empty"),
-        ("data.sources.text.min_length", -1, "min_length=-1 must not be negative"),
+        ("data.sources.text.min_length", -1, "min_length=-1 must be at least 0"),
         (
             "data.sources.text",
             base.source(task="recall", pairs=17),
@@ -125,15 +197,15 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
         ("data.sources.text", base.source(task="tracking", pairs=5), "pairs=5 must lie between 1 and 4 for task='tracking'"),
         ("data.sources.text", base.source(task="copy", label="x"), "task='copy' or documents, and label='x' is of documents"),
         ("stages.0.mixture", {"text": 0.0}, "sum to zero"),
-        ("stages.0.mixture", {"text": -1.0}, "stages.mixture.text=-1.0 must be a finite share, 0 or more"),
+        ("stages.0.mixture", {"text": -1.0}, r"stages\[0\].mixture.text=-1.0 must be at least 0"),
         ("stages.0.mixture", {"tex": 1.0}, r"stages\[0\].mixture names 'tex', .*; did you mean 'text'\?"),
         ("stages.0.mixture", {"web": 1.0}, r"stages\[0\].mixture names 'web', .*; there are text"),
-        ("optim.decay_fraction", 1.5, r"decay_fraction=1.5 must be in \(0, 1\]"),
+        ("optim.decay_fraction", 1.5, "decay_fraction=1.5 must be positive and at most 1"),
         ("optim.clip_norm", 0.0, "clip_norm=0.0 must be positive"),
         ("train.keep", 0, "train.keep=0 must be at least 1"),
-        ("evals.every", 0, "evals.every=0 must be at least 1 step, or None"),
+        ("evals.every", 0, "evals.every=0 must be at least 1 .*, or None"),
         ("evals.lengths", [1.0, 0.0], "must be positive"),
-        ("evals.names", ["position", "needel"], "evals.names='needel' is not one of .*; did you mean 'needle'?"),
+        ("evals.names", ["position", "needel"], r"evals.names\[1\]='needel' is not one of .*; did you mean 'needle'?"),
         ("evals.names", ["position", "position"], "names 'position' twice"),
         ("evals.samples", 0, "evals.samples=0 must be at least 1"),
     ],
@@ -221,7 +293,7 @@ def test_a_choice_by_letter_that_cannot_be_is_refused_with_its_reason(path, valu
 
 def test_a_choice_like_no_other_is_answered_with_the_choices_alone():
     message = error_of(put("model.block", "xyz"))
-    assert message == "model.block='xyz' is not one of 'parallel', 'pre', 'post', 'sandwich'"
+    assert message == "config.model.block='xyz' is not one of 'parallel', 'pre', 'post', 'sandwich'"
 
 
 def test_a_mesh_takes_the_devices_left_over_on_one_axis():
@@ -229,7 +301,7 @@ def test_a_mesh_takes_the_devices_left_over_on_one_axis():
     assert axis_sizes(Mesh(2, 1, 2, 1, 2), 8) == (2, 1, 2, 1, 2)
     with pytest.raises(ValueError, match="data and context are both -1"):
         Mesh(1, -1, 1, -1, 1)
-    with pytest.raises(ValueError, match="mesh.fsdp=0 must be at least 1, or -1"):
+    with pytest.raises(ValueError, match="mesh.fsdp=0 must be at least 1 and at most 1,048,576, or -1"):
         Mesh(1, 1, 0, 1, 1)
 
 

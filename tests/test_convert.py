@@ -413,7 +413,7 @@ def test_one_tensor_is_read_at_a_time(exported, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    monkeypatch.setattr(hf.safetensors, "safe_open", Counted)
+    monkeypatch.setattr(safetensors, "safe_open", Counted)
     with jax.set_mesh(mesh_of(1, 2, 1, 2)):
         read(exported, dtype="bfloat16")
     assert len(largest) > 5 * 8
@@ -432,7 +432,7 @@ def test_one_shard_and_one_period_are_held_when_writing(tmp_path, one_device, mo
         assert all(x.base is None for x in arrays.values())  # a view would keep its period
         save_file(arrays, *args, **kwargs)
 
-    monkeypatch.setattr(hf.safetensors.numpy, "save_file", save)
+    monkeypatch.setattr(safetensors.numpy, "save_file", save)
     described = families.config_json(HYBRID, "cohere2", 64)
     read = hf.by_period(params)
     hf.write(

@@ -285,7 +285,7 @@ def test_the_program_says_what_is_wrong_in_a_line(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config.optim.lrr=1"], "unknown config key 'lrr'; did you mean 'lr'?"),
+        (["--config.optim.lrr=1"], "unknown key config.optim.lrr; did you mean config.optim.lr?"),
         (["--config=configs/none.py"], "configs/none.py: no such file"),
         (["--config=configs/hybrid_8k.py:7b"], "no size '7b'; it has small, 150m, 1b, 8b"),
         (["--config.model.kinds.L.window=0"], "window=0 must be at least 1"),

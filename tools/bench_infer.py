@@ -26,9 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.sharding import PartitionSpec as P
-from ml_collections import config_flags
 
-from hybrid_attn import config, programs
+from hybrid_attn import config, config_file, programs
 from hybrid_attn.config import Config
 from hybrid_attn.convert import hf
 from hybrid_attn.infer import cache as caches
@@ -55,9 +54,9 @@ CHUNK = flags.DEFINE_integer("chunk", TOKENS_AT_ONCE, "Tokens of a prompt that o
 REPEATS = flags.DEFINE_integer("repeats", 3, "Answers of each contender.", lower_bound=1)
 MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
 JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")
-CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "bench.py"), "The model beside others.")
-CACHE = config_flags.DEFINE_config_file("cache_config", str(CONFIGS / "hybrid_8k.py") + ":8b", "The model of part=cache.")
-LONG = config_flags.DEFINE_config_file("long_config", str(CONFIGS / "hybrid_8k.py"), "The model of part=long.")
+CONFIG = config_file.define("config", str(CONFIGS / "bench.py"), "The model beside others.", config.Config)
+CACHE = config_file.define("cache_config", str(CONFIGS / "hybrid_8k.py") + ":8b", "The model of part=cache.", config.Config)
+LONG = config_file.define("long_config", str(CONFIGS / "hybrid_8k.py"), "The model of part=long.", config.Config)
 
 
 class Spent(NamedTuple):
@@ -262,7 +261,7 @@ def made(values: dict, length: int, new: int, chunk: int) -> dict:
 
 def cache_sizes(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
     """Of each length, and last of one cache that a small engine makes."""
-    small = config.to_dict(config.build(LONG.value.to_dict()))
+    small = config.to_dict(config.build(LONG.value.values))
     records = processes.call("jax", sizes, config.to_dict(c), lengths, CHUNK.value)
     return [*records, processes.call("jax", made, small, MADE, NEW.value, CHUNK.value)]
 
@@ -343,7 +342,7 @@ PARTS = {
 def bench() -> None:
     parts = [part for part in PARTS if PART.value in (part, "all")]
     lengths = {part: measurement.lengths(ROWS.value or LENGTHS[part]) for part in parts}
-    configs = {part: config.build(PARTS[part].config.value.to_dict()) for part in parts}
+    configs = {part: config.build(PARTS[part].config.value.values) for part in parts}
     records = {}
     with Processes(round(MEMORY_GIB.value * GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)

@@ -24,9 +24,8 @@ import jax
 import numpy as np
 from absl import app, flags
 from jax.sharding import NamedSharding
-from ml_collections import config_flags
 
-from hybrid_attn import config, programs
+from hybrid_attn import config, config_file, programs
 from hybrid_attn.config import Config
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops, init, run_on
@@ -45,7 +44,7 @@ REPEATS = flags.DEFINE_integer("repeats", 3, "Steps of each contender.", lower_b
 SECONDS = flags.DEFINE_float("seconds", 300.0, "Leave out a step that would take longer, judged by one of a shorter row.")
 MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
 JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")
-CONFIG = config_flags.DEFINE_config_file("config", str(BENCH), "The model, the optimiser and how they run.")
+CONFIG = config_file.define("config", str(BENCH), "The model, the optimiser and how they run.", config.Config)
 
 
 def batch_of(c: Config) -> dict[str, np.ndarray]:
@@ -255,7 +254,7 @@ def check_losses(records: list[dict]) -> None:
 
 
 def bench() -> None:
-    c = config.build(CONFIG.value.to_dict())
+    c = config.build(CONFIG.value.values)
     parts = [part for part in PARTS if PART.value in (part, "both")]
     lengths = {part: measurement.lengths(LENGTHS[part] if ROWS.value is None else ROWS.value) for part in parts}
     with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:

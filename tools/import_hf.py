@@ -9,9 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from ml_collections import config_flags
 
-from hybrid_attn import config, programs
+from hybrid_attn import config, config_file, programs
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops
@@ -23,13 +22,13 @@ BASE = Path(__file__).parents[1] / "configs" / "base.py"
 MODEL = flags.DEFINE_string("model", None, "Directory with config.json and safetensors.", required=True)
 OUT = flags.DEFINE_string("out", None, "New directory of checkpoints.", required=True)
 OPTIMISER = flags.DEFINE_bool("optimiser", False, "Add a fresh optimiser state, for training to go on from here.")
-CONFIG = config_flags.DEFINE_config_file("config", str(BASE), "Everything but the model, and the mesh to hold it.")
+CONFIG = config_file.define("config", str(BASE), "Everything but the model, and the mesh to hold it.", config.Config)
 
 
 def import_model() -> None:
     described = hf.read_config(MODEL.value)
     model = families.model_of(described)
-    values = CONFIG.value.to_dict() | {"model": config.to_dict(model)}
+    values = CONFIG.value.values | {"model": config.to_dict(model)}
     if (Path(MODEL.value) / "tokenizer.json").exists():
         values["data"]["tokenizer"] = str(Path(OUT.value) / "companions" / "tokenizer.json")
     c = config.build(values)

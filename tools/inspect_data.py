@@ -10,16 +10,15 @@ import jax
 import numpy as np
 import tqdm
 from absl import app, flags
-from ml_collections import config_flags
 
-from hybrid_attn import config, programs
+from hybrid_attn import config, config_file, programs
 from hybrid_attn.data import corpora, documents, pipeline, prepare, store, tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 
 VERIFY = flags.DEFINE_bool("verify", False, "Compare the checksums of all files.")
 DOCUMENT = flags.DEFINE_integer("document", None, "Number of a document whose text to show.", 0)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes or a tokenizer.json; by default the one that the store names.")
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config of a run, of which to show a batch.")
+CONFIG = config_file.define("config", None, "Config of a run, of which to show a batch.", config.Config)
 STAGE = flags.DEFINE_integer("stage", 0, "Stage of the config, from 0.", 0)
 STEP = flags.DEFINE_integer("step", 0, "Step of the stage, from 0.", 0)
 CHARACTERS = flags.DEFINE_integer("characters", 200, "Shown of the beginning, and of the end, of a text.", 1)
@@ -99,7 +98,7 @@ def show(*stores: str) -> None:
     of_config = CONFIG.value is not None
     if len(stores) + of_config != 1 or (of_store if of_config else of_step):
         raise ValueError("name a STORE, with --verify or --document, or a --config with --stage and --step")
-    show_step(config.build(CONFIG.value)) if of_config else show_store(stores[0])
+    show_step(config.build(CONFIG.value.values)) if of_config else show_store(stores[0])
 
 
 def main(argv):

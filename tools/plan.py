@@ -8,19 +8,18 @@ Memory, FLOPs, the largest array, and what is sent between devices, by mesh axis
 """
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from hybrid_attn import config, programs
+from hybrid_attn import config, config_file, programs
 from hybrid_attn.train import plan
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.")
+CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
 TARGET = flags.DEFINE_string("target", None, plan.FORMS)
 STAGE = flags.DEFINE_integer("stage", -1, "Stage of the config, from 0; the last by default.")
 flags.mark_flags_as_required(["config", "target"])
 
 
 def plan_step() -> int:
-    c = config.build(CONFIG.value)
+    c = config.build(CONFIG.value.values)
     if not -1 <= STAGE.value < len(c.stages):
         raise ValueError(f"--stage={STAGE.value}: the config has {len(c.stages)} stages, counted from 0")
     planned = plan.make_plan(c, plan.find_target(TARGET.value), STAGE.value)

@@ -18,8 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jax.sharding import NamedSharding
 
 from hybrid_attn.config import Model
@@ -87,7 +85,7 @@ def write(
             if tensor.path != path:
                 path, periods = tensor.path, read(tensor.path)
             arrays[tensor.name] = tensor.theirs(next(periods)).astype(dtype, order="C")
-        safetensors.numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
+        _safetensors().numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
     if len(shards) > 1:
         files = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = dtype.itemsize * sum(_size(tensor) for shard in shards for tensor in shard)
@@ -178,10 +176,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _open_file(directory: Path, name: str, otherwise: str, stack: contextlib.ExitStack):
     try:
-        return stack.enter_context(safetensors.safe_open(directory / name, framework="numpy"))
+        return stack.enter_context(_safetensors().safe_open(directory / name, framework="numpy"))
     except FileNotFoundError as cause:
         raise ValueError(f"{directory} has no {name}, {otherwise}") from cause
-    except (OSError, safetensors.SafetensorError) as cause:
+    except (OSError, _safetensors().SafetensorError) as cause:
         raise ValueError(f"{directory / name} is not a whole safetensors file: {cause}; fetch it again") from cause
 
 
@@ -305,3 +303,12 @@ def _read_json(path: Path) -> dict:
 
 def _write_json(path: Path, values: Mapping) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _safetensors():
+    """The package; ImportError names the extra that brings it, without which a tool's --help should do."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("weights are read and written by the library safetensors; pip install 'hybrid_attn[hf]'") from error
+    return safetensors

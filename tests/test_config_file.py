@@ -1,0 +1,248 @@
+"""A config file that fails says where, and every key of a config is a flag of every program that has one."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from conftest import tool
+from test_config import KEYS, OPTIONAL
+
+from configs import base
+from hybrid_attn import config, config_file, trees
+from hybrid_attn.programs import parse
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = [ROOT / "launch/train.py", *sorted((ROOT / "tools").glob("*.py"))]
+MINE = "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n"
+
+
+def overridden(key, text):
+    values = config.to_dict(config.build(base.get_config()))
+    trees.override(config.Config, values, "config", key, text)
+    return config.build(values)
+
+
+def flag_of(path):
+    """stages[0].steps of stages.0.steps."""
+    return path.replace("stages.0", "stages[0]")
+
+
+def at(c, path):
+    value = config.to_dict(c)
+    for key in path.split("."):
+        value = value[int(key) if key.isdigit() else key]
+    return value
+
+
+@pytest.mark.parametrize("path", KEYS)
+def test_every_key_can_be_written_on_the_command_line_and_what_may_be_none_can_be_set_and_unset(path):
+    value = KEYS[path]
+    assert at(overridden(flag_of(path), str(value)), path) == (list(value) if isinstance(value, tuple) else value)
+    if path.rpartition(".")[2] in OPTIONAL and not path.endswith("temperature.scale"):
+        text = {"task": "None", "store": "gs://a/b", "label": "news"}.get(path.rpartition(".")[2], "7")
+        if not path.endswith("chunk") or "kinds.L" not in path:  # which has a window
+            assert str(at(overridden(flag_of(path), text), path)) in (text, f"{text}.0")
+        assert "rope_theta" in path or at(overridden(flag_of(path), "None"), path) is None
+
+
+@pytest.mark.parametrize("path", KEYS)
+def test_no_text_for_a_key_is_more_than_a_line_that_names_it(path):
+    name = path.rpartition(".")[2]
+    for text in (
+        "nan",
+        "-inf",
+        "1e300",
+        "9" * 400,
+        "-1",
+        "0",
+        "",
+        "None",
+        "x",
+        "(",
+        "('a',",
+        "[[]]",
+        "{1: 2}",
+        "\0",
+        "a\nb",
+        "[" * 10**4,
+    ):
+        try:
+            overridden(flag_of(path), text)
+        except ValueError as error:
+            assert name in str(error), error
+
+
+def test_lists_are_written_with_commas_or_as_python_writes_them_and_flags_without_a_value():
+    assert overridden("evals.names", "position,needle").evals.names == ("position", "needle")
+    assert overridden("evals.lengths", "(1.0, 0.5)").evals.lengths == overridden("evals.lengths", "1,0.5").evals.lengths
+    assert overridden("data.sources.text.paths", "a/*.txt").data.sources["text"].paths == ("a/*.txt",)
+    assert overridden("stages[-1].mixture", "{'text': 2}").stages[0].mixture == {"text": 2.0}
+    assert (
+        overridden("model.kinds.G.sink", None).model.kinds["G"].sink and not overridden("train.balance", "false").train.balance
+    )
+
+
+@pytest.mark.parametrize(
+    "key, text, words",
+    [
+        ("stages[1].steps", "3", r"^config.stages\[1\] does not exist: config.stages has 1 entry, counted from 0$"),
+        ("stages.steps", "3", r"^config.stages is a list; write config.stages\[0\].steps$"),
+        ("optim[0]", "3", r"^config.optim is no list, and has no entry \[0\]$"),
+        ("optim.lr.x", "3", "^config.optim.lr=0.006 is a value, and has no key 'x'$"),
+        ("optim..lr", "3", "is no key; write a.b"),
+        ("optim.lr", None, "^--config.optim.lr has no value; write --config.optim.lr=VALUE$"),
+        ("train.balance", "maybe", "^config.train.balance='maybe' must be true or false$"),
+        ("seed", "1e20", "^config.seed='1e20' must be of type int$"),
+        ("mesh", "4", "^config.mesh=4 must be a group of keys$"),
+        ("model.kinds.X.window", "4", "^unknown key config.model.kinds.X; known keys: G, L$"),
+    ],
+)
+def test_a_flag_that_fits_no_key_says_what_would(key, text, words):
+    with pytest.raises(ValueError, match=words):
+        overridden(key, text)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (MINE + "    c.optim.lr = = 3\n", "mine.py, line 6: SyntaxError: invalid syntax: c.optim.lr = = 3"),
+        (MINE + "    c.optim.lr = 1 / 0\n", "mine.py, line 6: ZeroDivisionError: division by zero"),
+        (MINE + "    c.optim.lr = 'x'\n", "mine.py, line 6: TypeError: "),
+        (MINE + "    raise ValueError('no such\\nsize')\n", "mine.py, line 6: no such size"),
+        (MINE + "    exit('bye')\n", "mine.py, line 6: SystemExit: bye"),
+        (MINE, "mine.py: get_config() returns None, and must return a ConfigDict"),
+        ("import nowhere\n", "mine.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("x = 3\n", "mine.py: it has no function get_config()"),
+        ("x = '\0'\n", "mine.py"),
+        ("def get_config(a, b):\n    return {}\n", "TypeError: "),
+        ("def get_config():\n    return get_config()\n", "mine.py, line 2: RecursionError: "),
+    ],
+)  # fmt: skip
+def test_a_config_file_that_fails_says_its_line_and_why_in_one_line(text, words, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        config_file.load(str(tmp_path / "mine.py"))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_outside_the_repository_gives_a_config_and_what_it_writes_wrongly_is_named(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        MINE.replace("get_config():\n    c", "get_config(rate='1'):\n    c") + "    c.optim.lr = float(rate)\n    return c\n"
+    )
+    assert config.build(config_file.load(f"{path}:0.5")).optim.lr == 0.5
+    with pytest.raises(ValueError, match="^config.optim.lr=nan must be a finite number$"):
+        config.build(config_file.load(f"{path}:nan"))
+    path.write_text(MINE + "    c.optim.learning_rate = 1.0\n    return c\n")
+    with pytest.raises(ValueError, match="unknown key config.optim.learning_rate; did you mean config.optim.lr"):
+        config.build(config_file.load(str(path)))
+    with pytest.raises(ValueError, match="mine.py: get_config.. takes no argument, and '8b' is one"):
+        config_file.load(f"{path}:8b")
+
+
+def ended(program, arguments, capsys, folder="tools"):
+    """The exit code and stderr of a program, in this process."""
+    with tool(program, folder) as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as end:
+        module.main(parse([f"{program}.py", *arguments]))
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "program, arguments",
+    [
+        ("plan", ["--target=cpu:1", "--config=configs/base.py"]),
+        ("inspect_data", ["--config=configs/base.py"]),
+        ("import_hf", ["--model=x", "--out=y"]),
+        ("bench_train", []),
+        ("bench_infer", []),
+    ],
+)
+def test_a_typo_in_a_key_is_a_line_with_what_was_meant_in_every_tool_that_has_a_config(program, arguments, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code, error = ended(program, [*arguments, "--config.optim.learning_rate=1"], capsys)
+    assert (code, error) == (2, "error: unknown key config.optim.learning_rate; did you mean config.optim.lr?\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["workdir=wd"], "'workdir=wd' is no flag: flags begin with --"),
+        (["--workdir="], "--workdir is empty"),
+        (["--join_timeout=nan"], "--join_timeout=nan must be a finite number"),
+        (["--join_timeout=1e300"], "flag --join_timeout=1e300: 1e+300 is not a number in the range [1, 1000000]"),
+        (["--config=configs"], "--config=configs: no such file"),
+        (["--config="], "--config=: no such file"),
+        (["--steps=0"], "config.stages[0].steps=0 must be at least 1"),
+        (["--batch=-3"], "config.stages[0].batch=-3 must be at least 1"),
+        (["--config.optim.b1=1.5"], "config.optim.b1=1.5 must be at least 0 and below 1"),
+        (["--config.optim.b2=1"], "config.optim.b2=1.0 must be at least 0 and below 1"),
+        (["--config.optim.eps=-1"], "config.optim.eps=-1.0 must be positive"),
+        (["--config.optim.weight_decay=-5"], "config.optim.weight_decay=-5.0 must be at least 0"),
+        (["--config.optim.final_lr_ratio=-1"], "config.optim.final_lr_ratio=-1.0 must be at least 0 and at most 1"),
+        (["--config.optim.final_lr_ratio=nan"], "config.optim.final_lr_ratio=nan must be a finite number"),
+        (["--config.optim.z_loss=-1"], "config.optim.z_loss=-1.0 must be at least 0"),
+        (["--config.data.prefetch=100000"], "config.data.prefetch=100000 must be at least 1 and at most 256"),
+        (["--config.model.num_layers=1000000000"], "config.model.num_layers=1000000000 must be at least 1 and at most 10,000"),
+        (
+            ["--config.stages[0].seq_len=100000000000"],
+            "config.stages[0].seq_len=100000000000 must be at least 1 and at most 134,",
+        ),
+        (
+            ["--config.stages[0].batch=16777216"],
+            "config.stages[0]: batch=16777216 times seq_len=8192 is 137,438,953,472 tokens",
+        ),
+        (["--config.evals.lengths=100000"], "evals.lengths: 100000.0 of the last seq_len, 8,192, is 819,200,000 tokens"),
+        (["--noconfig.train.balance=true"], "--noconfig.train.balance=true: write --noconfig.train.balance"),
+    ],
+)
+def test_a_wrong_command_line_of_the_trainer_is_a_line_that_names_the_flag_and_the_bound(
+    arguments, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    code, error = ended("train", ["--config=configs/base.py", f"--workdir={tmp_path}", *arguments], capsys, "launch")
+    assert code == 2 and error.count("\n") == 1 and error.startswith(f"error: {words}"), error
+
+
+def test_steps_and_batch_are_those_of_the_last_stage(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with tool("train", "launch") as program, flagsaver.flagsaver():
+        parse(["train.py", "--config=configs/models/command_a.py", "--steps=7", "--batch=3", "--noconfig.train.balance"])
+        c = program.read_config()
+        assert [stage.steps for stage in c.stages] == [30_000, 10_000, 5_000, 7]
+        assert [stage.batch for stage in c.stages] == [512, 128, 32, 3] and not c.train.balance
+        assert not Path(program.read_workdir()).name.startswith("base")
+
+
+def test_overrides_come_from_flag_files_too_and_stop_at_two_dashes(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "flags").write_text("--config.optim.lr=0.25\n--config=configs/base.py\n")
+    with tool("inspect_data") as program, flagsaver.flagsaver():
+        rest = parse(["inspect_data.py", f"--flagfile={tmp_path}/flags", "--", "--config.optim.b1=0.5"])
+        assert program.CONFIG.value.values["optim"]["lr"] == 0.25 and math.isclose(
+            program.CONFIG.value.values["optim"]["b1"], 0.9
+        )
+        assert rest[1:] == ["--config.optim.b1=0.5"]
+
+
+HELP = """
+import sys
+for name in ("safetensors", "tokenizers", "matplotlib", "pyarrow", "zstandard", "transformers", "torch", "lm_eval"):
+    sys.modules[name] = None
+sys.argv = [sys.argv[1], "--help"]
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {"__name__": "__main__", "__file__": sys.argv[0]})
+"""
+
+
+@pytest.mark.slow  # each imports JAX in a process of its own: half a minute
+@pytest.mark.parametrize("program", [path for path in PROGRAMS if path.stem != "make_golden"], ids=lambda path: path.stem)
+def test_help_needs_no_extra(program):
+    done = subprocess.run([sys.executable, "-c", HELP, str(program)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr and "flags:" in done.stdout
+
+
+def test_flags_are_as_before_when_a_tool_has_ended():
+    assert "config" not in flags.FLAGS
