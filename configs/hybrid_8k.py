@@ -2,7 +2,8 @@
 
     make train                                                        # small; 6 minutes on two CPU cores
     python launch/train.py --config=configs/hybrid_8k.py              # the same
-    python launch/train.py --config=configs/hybrid_8k.py:1b           # on a pod
+    python tools/train_tokenizer.py --vocab_size=65536 --out=tokenizer.json        # which the larger sizes need
+    python launch/train.py --config=configs/hybrid_8k.py:1b --config.data.tokenizer=tokenizer.json         # on a pod
 
 Three local layers (window, RoPE theta 10,000) to one global layer (NoPE, QK-norm). `c.model.kinds.G.qk_norm = "none"` gives
 the paper's and Command R7B's own layout. The small one ends at 3.17 held-out bits per byte on the sources of Python 3.11's
@@ -25,7 +26,7 @@ def get_config(size: str = "small"):
     m.kinds.L.window = 4096
     m.head_dim = 128
     m.init_std = 0.02  # the family's own value
-    m.vocab_size = 65_536  # a byte-pair vocabulary of that size: set c.data.tokenizer to its tokenizer.json
+    m.vocab_size = 65_536  # a byte-pair vocabulary: --config.data.tokenizer names its tokenizer.json
     c.mesh.data, c.mesh.fsdp = 1, -1
     c.optim.warmup_steps = 2000
     c.optim.z_loss = 1e-5

@@ -1,13 +1,21 @@
 """The configs of published models have their published numbers, and those of the paper are its variants."""
 
+import functools
 import importlib
+import json
+import math
+from pathlib import Path
 
 import pytest
 
 from configs import hybrid_8k, recall
-from hybrid_attn import config, trees
+from hybrid_attn import config, config_file, trees
 from hybrid_attn.convert import families
-from hybrid_attn.model import flops
+from hybrid_attn.data import bpe, corpora, pipeline, tokenizer
+from hybrid_attn.model import flops, run_on
+from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.train import loop
+from hybrid_attn.train.summary import summary
 
 R7B = {
     "model_type": "cohere2", "vocab_size": 256000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -69,3 +77,105 @@ def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, 
     lines = trees.differences(config.to_dict(default), config.to_dict(c))
     assert all(line.startswith(("model.kinds.", "model.pattern: ")) for line in lines)
     assert flops.parameters(c.model) == flops.parameters(default.model)
+
+
+ROOT = Path(__file__).parents[1]
+ARGUMENTS = {"recall": list(recall.LAYOUTS), "models": [""], "base": [""], "bench": [""]}  # the others: sizes
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py"))
+SHIPPED = [
+    f"{path}{':' * bool(argument)}{argument}"
+    for path in FILES
+    for argument in ARGUMENTS.get(path.parent.name, ARGUMENTS.get(path.stem, hybrid_8k.SIZES))
+]
+ALIKE = ("8k.py:150m", "8k.py:8b", "recall.py:", "paper/", "tiny_aya", "rope_8k.py:small")  # of which some are trained in full
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Forty documents, and tokenizers of them of 300, 32,768 and 131,072 ids: most stand for nothing."""
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}\n" for j in range(10 + i)))
+    trained = json.loads(bpe.train(bpe.texts([str(folder / "*.txt")], bpe.Fields("text", None)), 300).to_str())
+    for size in (300, 32_768, 131_072):
+        more = {f"unused {i}": i for i in range(len(trained["model"]["vocab"]), size)}
+        values = trained | {"model": trained["model"] | {"vocab": trained["model"]["vocab"] | more}}
+        (folder / f"{size}.json").write_text(json.dumps(values))
+    return folder
+
+
+def shipped(name, texts, **overrides):
+    """A shipped config with the documents, and other flags as --config.KEY=VALUE."""
+    values = config_file.load(str(ROOT / name))
+    if "recall" not in name:
+        overrides |= {"data.sources.text.paths": f"{texts}/*.txt"}
+    for key, text in overrides.items():
+        trees.override(config.Config, values, "config", key, str(text))
+    return values
+
+
+def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and_says_how_to_get_one(
+    texts, tmp_path, monkeypatch
+):
+    class Started(Exception):
+        pass
+
+    def start(*_):
+        raise Started
+
+    monkeypatch.setattr(loop, "first_state", start)  # which makes the parameters
+    monkeypatch.setattr(tokenizer, "load", functools.cache(tokenizer.load))
+    assert len(SHIPPED) == 41
+    for name in SHIPPED:
+        ids = shipped(name, texts)["model"]["vocab_size"]
+        overrides = {f"stages[{i}].batch": 8 for i in range(len(shipped(name, texts)["stages"]))}
+        if ids > 384:
+            with pytest.raises(
+                ValueError, match=f"train_tokenizer.py --vocab_size={ids} and name it with --config.data.tokenizer="
+            ):
+                loop.train(config.build(shipped(name, texts, **overrides)), tmp_path)
+            overrides |= {"data.tokenizer": texts / ("32768.json" if ids == 65_536 else "131072.json")}
+        c = config.build(shipped(name, texts, **overrides))
+        with pytest.raises(Started):
+            loop.train(c, tmp_path)
+        words = tokenizer.load(c.data.tokenizer)
+        training = {name: corpus.training for name, corpus in corpora.load(c.data, c.sources, words).items()}
+        rows = pipeline.stage_rows(c, training, words)
+        lines = summary(c, run_on("cpu", c.model, c.train), make_mesh(c.mesh), "", rows, "", 0)
+        assert lines[0].startswith("parameters   ") and len(lines) >= 10
+
+
+def shrunk(name, texts):
+    """A shipped config with narrow layers, few of them and short sequences: the same layout, optimiser, data and stages."""
+    values = shipped(name, texts)
+    model, stages = values["model"], values["stages"]
+    groups = min(model["num_heads"] // model["num_kv_heads"], 4)
+    if model["vocab_size"] > 384:
+        values["data"]["tokenizer"] = str(texts / "300.json")
+    model |= {"vocab_size": 384, "num_layers": min(model["num_layers"], 4), "d_model": 32, "d_ff": 48}
+    model |= {"num_heads": 2 * groups, "num_kv_heads": 2, "head_dim": 8}
+    for kind in model["kinds"].values():
+        kind["window"] = kind["window"] and min(kind["window"], 16)
+    for i, stage in enumerate(stages):
+        stage |= {"steps": 2 // min(len(stages), 2), "seq_len": 64 * 2**i, "batch": 8}
+    values["train"] |= {"log_every": 1}
+    values["evals"] |= {"names": ()}
+    return values
+
+
+@pytest.mark.slow  # each compiles a step: minutes
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in SHIPPED
+        if not any(part in name for part in ALIKE) or name.endswith((":8b", ":tracking", "recall.py:swa"))
+    ],
+)
+def test_shrunken_forms_of_the_shipped_configs_train(name, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "peak_flops", lambda *_: (1e11, "measured"))
+    c = config.build(shrunk(name, texts))
+    assert loop.train(c, tmp_path)
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(1, c.total_steps + 1)) and c.total_steps >= 2
+    assert all(0 < line["loss"] < 2 * math.log(384) for line in logged)

@@ -1,7 +1,8 @@
 """Command R7B (c4ai-command-r7b-12-2024): 8.028 B parameters, three windowed RoPE layers to one global NoPE layer.
 
     python tools/import_hf.py --model=c4ai-command-r7b-12-2024 --out=runs/r7b/checkpoints --config=configs/models/command_r7b.py
-    python launch/train.py --config=configs/models/command_r7b.py           # from scratch, on a pod
+    # From scratch, on a pod, with its tokenizer or one of tools/train_tokenizer.py:
+    python launch/train.py --config=configs/models/command_r7b.py --config.data.tokenizer=tokenizer.json
 
 Source: the config.json published with the weights. It was trained at 8,192 tokens and extended to 128K with theta unchanged.
 """

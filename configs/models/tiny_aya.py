@@ -1,7 +1,8 @@
 """Tiny Aya (tiny-aya-base): 3.349 B parameters for 70 languages, 27 windowed RoPE layers and 9 global NoPE layers.
 
     python tools/import_hf.py --model=tiny-aya-base --out=runs/tiny_aya/checkpoints --config=configs/models/tiny_aya.py
-    python launch/train.py --config=configs/models/tiny_aya.py              # from scratch, on 64 chips
+    # From scratch, on 64 chips, with its tokenizer or one of tools/train_tokenizer.py:
+    python launch/train.py --config=configs/models/tiny_aya.py --config.data.tokenizer=tokenizer.json
 
 Source: the config.json published with the weights.
 """

@@ -102,15 +102,21 @@ def load(name: str) -> Bytes | Json:
 
 
 def check_vocab(tokenizer: Bytes | Json, model_vocab_size: int, name: str) -> None:
-    """ValueError where a model of `model_vocab_size` lacks ids of the tokenizer `name`, or has far more than those."""
-    used, most = tokenizer.vocab_size, int(1.05 * tokenizer.vocab_size + 128)
+    """ValueError where a model of `model_vocab_size` lacks ids of the tokenizer `name`, or has far more than those.
+
+    Bytes are 258 ids whatever the text, so that the rest is padding. The training of a tokenizer.json ends early where its text
+    has no more pairs, and a published model leaves room for tokens to come: half of its ids are enough.
+    """
+    used = tokenizer.vocab_size
+    most = int(1.05 * used + 128) if isinstance(tokenizer, Bytes) else 2 * used
     cure = f"set model.vocab_size={-(-used // 128) * 128}"
     if model_vocab_size < used:
         raise ValueError(f"model.vocab_size={model_vocab_size} is below the {used} ids of data.tokenizer={name!r}; {cure}")
     if model_vocab_size > most:
         raise ValueError(
-            f"model.vocab_size={model_vocab_size} wastes memory on the {used} ids of data.tokenizer={name!r} "
-            f"(at most {most} is padding); {cure}"
+            f"model.vocab_size={model_vocab_size} wastes memory on the {used} ids of data.tokenizer={name!r} (at most {most} "
+            f"is padding); train a tokenizer with tools/train_tokenizer.py --vocab_size={model_vocab_size} and name it with "
+            f"--config.data.tokenizer=tokenizer.json; or, to keep {name!r}, {cure}"
         )
 
 

@@ -1,0 +1,52 @@
+"""Trains a tokenizer: python tools/train_tokenizer.py --vocab_size=65536 --input='raw/**/*.jsonl.gz' --out=tokenizer.json
+
+The tokenizer is byte-level BPE, so it encodes any UTF-8 text and decodes it again exactly. Inputs are those of
+tools/prepare_data.py; without any it is trained on the sources of Python's standard library. The same text gives the same
+file. It has fewer than --vocab_size ids where the text has no more pairs of tokens that occur twice. Needs the extra [hf].
+"""
+
+import os
+from pathlib import Path
+
+from absl import app, flags
+
+from hybrid_attn import files, programs
+from hybrid_attn.data import bpe, sources
+
+VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", None, "Ids at most, the model's vocab_size.", bpe.LEAST, bpe.MOST, required=True
+)
+OUT = flags.DEFINE_string("out", "tokenizer.json", "New file.")
+INPUT = flags.DEFINE_multi_string("input", [], "Glob pattern or directory; may be given again.")
+FORMAT = flags.DEFINE_enum("format", None, sources.FORMATS, "Of all inputs; by default each file's ending tells.")
+TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of a record that holds the text; a.b is b within a.")
+
+
+def train_tokenizer() -> None:
+    out = Path(OUT.value)
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} exists, and ids of an old tokenizer mean nothing in a new one; give --out another name")
+    counts = {"documents": 0, "bytes": 0}
+
+    def counted():
+        for text in bpe.texts(INPUT.value, sources.Fields(TEXT_FIELD.value, None), FORMAT.value):
+            counts["documents"] += 1
+            counts["bytes"] += len(text.encode())
+            yield text
+
+    tokenizer = bpe.train(counted(), VOCAB_SIZE.value)
+    files.write_atomically(out, tokenizer.to_str(pretty=True))
+    size = tokenizer.get_vocab_size()
+    print(f"{out}: {size:,} ids, from {counts['documents']:,} documents of {counts['bytes']:,} bytes")
+    few = 2 * size < VOCAB_SIZE.value  # and no model of that vocabulary takes it
+    if size < VOCAB_SIZE.value:
+        print(f"no more pairs of tokens occur twice: for {VOCAB_SIZE.value:,} ids give it more text")
+    print(f"use it with --config.data.tokenizer={out}" + (f" --config.model.vocab_size={-(-size // 128) * 128}" if few else ""))
+
+
+def main(argv):
+    programs.run(train_tokenizer, argv)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=programs.parse)
