@@ -192,6 +192,19 @@ def test_a_run_that_goes_on_longer_keeps_what_was_measured_of_it(corpus, workdir
         assert (tmp_path / "run/evals/4" / name).read_bytes() == (workdir / "evals/4" / name).read_bytes()
 
 
+def test_an_evaluation_that_is_not_finite_does_not_end_the_run(corpus, workdir, tmp_path, monkeypatch, capsys):
+    def measure(*_):
+        raise FloatingPointError("position-text-16: the loss is nan")
+
+    c = longer(corpus, workdir, tmp_path / "run", **{"evals.every": 5})
+    monkeypatch.setattr(evaluation.suite, "run", measure)
+    assert loop.train(c, tmp_path / "run")
+    said = capsys.readouterr().out
+    for step in (5, 6):
+        assert f"evaluation of step {step} failed, and the run goes on: position-text-16: the loss is nan" in said
+    assert (tmp_path / "run/checkpoints/6").is_dir()
+
+
 def test_a_finished_run_measures_again_what_has_other_settings_and_says_what_is_left_out(corpus, workdir, monkeypatch, capsys):
     (workdir / "evals/9/units").mkdir(parents=True)
     units = measured(monkeypatch)

@@ -207,7 +207,7 @@ def run(
     Whether all is measured: True from `done` ends this before. All questions are drawn before anything is asked: into `shared`,
     for every model with the same tokenizer. Every process of a run makes the same call; the first one writes, and the others
     see its files. ValueError where a question does not fit, and where the directory is of another run than that of
-    `provenance`, whose "revision" alone may differ.
+    `provenance`, whose "revision" alone may differ. FloatingPointError where a model computes NaN: no record has one.
     """
     wanted, writes = units(settings, reader), jax.process_index() == 0
     trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
@@ -220,7 +220,10 @@ def run(
     for number, (unit, path) in enumerate(paths.items(), 1):
         if not told(_is_done(path)):
             asked, digest = drawn.get(unit, ([], None))
-            measured = MEASURES[unit.eval](reader, settings, unit, asked)
+            try:
+                measured = MEASURES[unit.eval](reader, settings, unit, asked)
+            except FloatingPointError as cause:
+                raise FloatingPointError(f"{unit.name}: {cause}") from cause
             records = [{"eval": unit.eval, **record} for record in measured.records]
             given = [answer | {"samples_hash": digest} for answer in measured.answers]
             if writes:

@@ -89,7 +89,11 @@ class Evaluations:
                 _tell(metrics, unit, suite.measured_of(folder, unit).records)
             return told(asked_to_stop()) and number < of
 
-        whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)
+        try:
+            whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)
+        except FloatingPointError as error:  # on every process; the steps to come are worth more than these numbers
+            metrics.say(f"evaluation of step {metrics.step} failed, and the run goes on: {error}")
+            return True
         if whole and jax.process_index() == 0:
             try:
                 self._compare(metrics, folder)
