@@ -126,8 +126,8 @@ def _draws(seed: int, words: Words, named: bool, sentences: Callable[[str], list
         check(wanted <= len(enough), f"a list of {wanted:,} words needs more than the {len(listed):,} given; give it others")
         return enough
 
-    integer = np.random.RandomState(seed).randint
-    return Draws(random.Random(seed), integer, shuffle, _keys(words) if named else (), drawable, None, sentences)
+    integer, hide = np.random.RandomState(seed).randint, functools.partial(own.between_sentences, sentences)
+    return Draws(random.Random(seed), integer, shuffle, _keys(words) if named else (), drawable, None, hide)
 
 
 @functools.lru_cache(maxsize=1)
