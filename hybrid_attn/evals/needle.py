@@ -17,6 +17,11 @@ from hybrid_attn.trees import check
 FEWEST = 8  # words of the text
 
 
+def task_of(needles: int) -> str:
+    """The name of samples with so many needles."""
+    return "needle" if needles == 1 else f"needle_{needles}"
+
+
 def generate(length: int, depth: float, needles: int, index: int, seed: int, tokenizer: Bytes | Json, haystack: str) -> Sample:
     """A question of `length` tokens, answer included, about `needles` numbers from `depth` percent of the text on.
 
@@ -24,7 +29,7 @@ def generate(length: int, depth: float, needles: int, index: int, seed: int, tok
     """
     check(0 <= depth <= 100, f"depth={depth} must lie between 0 and 100 percent")
     check(bool(haystack.split()), "needles are hidden in a text, and this one has no words")
-    task = "needle" if needles == 1 else f"needle_{needles}"
+    task = task_of(needles)
     name = f"{task} {depth:g} {index} {seed}"  # without the length: longer texts hide the same
     draws = of_sample(name, (), words.pairs())
     key, values = draws.magic("words"), tuple(draws.magic("numbers") for _ in range(needles))

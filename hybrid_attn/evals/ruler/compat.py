@@ -51,7 +51,7 @@ def read_others(path: Path) -> tuple[str, ...]:
     """The words of RULER's english_words.json, a dict of them by their number."""
     try:
         found = tuple(json.loads(path.read_bytes()).values())
-    except (AttributeError, ValueError) as cause:
+    except (AttributeError, RecursionError, ValueError) as cause:
         raise ValueError(f"{path} is no dict of words ({cause}); give RULER's english_words.json") from cause
     check(all(isinstance(word, str) for word in found), f"{path} holds other things than words; give english_words.json")
     return found
