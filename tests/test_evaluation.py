@@ -159,8 +159,8 @@ def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
     (tmp_path / "haystack").write_text(texts.of_documents([heldout], words))
     with conftest.tool("evaluate") as tool, flagsaver.flagsaver():
         sizes = [f"--lengths={LENGTH}", "--tokens=400", "--samples=1", "--depths=0,50", "--suite=position,needle"]
-        flags = [f"--checkpoint={workdir}", f"--text={tmp_path}/haystack", f"--out={tmp_path}/out", *sizes]
-        tool.main(parse(["evaluate.py", *flags]))
+        flags = [f"--checkpoint={workdir}", f"--text={tmp_path}/haystack", f"--out={tmp_path}/out", "--trust_checkpoint_data"]
+        tool.main(parse(["evaluate.py", *flags, *sizes]))
     ours, theirs = ([lines(x / name) for name in ("records.jsonl", "answers.jsonl")] for x in folders(workdir, tmp_path))
     for a, b in zip(ours[0], theirs[0], strict=True):
         assert a == {name: x if isinstance(x, str) else pytest.approx(x, rel=1e-5) for name, x in b.items()}
