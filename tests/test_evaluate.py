@@ -16,11 +16,11 @@ from absl.testing import flagsaver
 from conftest import mesh_of, random_params, tiny
 
 from configs import base
-from hybrid_attn import checkpoint, config
+from hybrid_attn import checkpoint, config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import provenance, settings, suite
+from hybrid_attn.evals import heldout, output, provenance, samples, settings, suite
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation
@@ -54,9 +54,20 @@ def models(tmp_path_factory):
     return folder
 
 
-def run(tool, *arguments):
+TRUSTED = ("--trust_checkpoint_data",)  # the models' sources are files
+
+
+def run(tool, *arguments, trust=TRUSTED):
     with flagsaver.flagsaver():
-        tool.main(parse(["evaluate.py", *map(str, arguments)]))
+        tool.main(parse(["evaluate.py", *trust, *map(str, arguments)]))
+
+
+def refused(tool, capsys, *arguments, trust=TRUSTED):
+    """The one line and the exit code of a command that ends with an error."""
+    with pytest.raises(SystemExit) as ended:
+        run(tool, *arguments, trust=trust)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line, ended.value.code
 
 
 def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path, capsys):
@@ -65,8 +76,9 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
     sizes = ["--suite=position,recall", "--lengths=32,96", "--tokens=300", f"--out={tmp_path}"]
     run(tool, *checkpoints, *sizes)
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "one  1/10  position-text-32" and said[-1] == f"report  {tmp_path}/report.html"
-    assert [line.split()[0] for line in said[:-1]] == ["one"] * 10 + ["two"] * 10
+    assert said[0] == "one  trained on sequences of 48 tokens, by the seq_len of the last stage of the checkpoint's config"
+    assert said[1] == "one  1/10  position-text-32" and said[-1] == f"report  {tmp_path}/report.html"
+    assert [line.split()[0] for line in said[:-1]] == ["one"] * 11 + ["two"] * 11
     for name in ("one", "two"):
         about = json.loads((tmp_path / name / "run.json").read_text())
         assert about["step"] == 7 and about["model"]["seq_len"] == 48 and about["settings"]["lengths"] == [32, 96]
@@ -96,8 +108,9 @@ def test_several_checkpoints_have_one_step_or_one_each(tool, models, checkpoints
 
 def test_every_checkpoint_has_a_name_of_its_own_and_no_other_files(tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    paths = ["a/x", "b/x-3", "c/x/", "d/x", "e/checkpoints", "samples", "."]
-    assert tool.names([(path, 7) for path in paths]) == ["x", "x-3", "x-2", "x-4", "e", "samples-2", tmp_path.name]
+    paths = ["a/x", "b/x-3", "c/x/", "d/x", "e/checkpoints", "samples", ".", "pictures.old", "f/report.md"]
+    named = ["x", "x-3", "x-2", "x-4", "e", "samples-2", tmp_path.name, "pictures.old-2", "report.md-2"]
+    assert tool.names([(path, 7) for path in paths]) == named
     assert tool.names([("a/x", 7), ("a/x", 8), ("b/x", 7)]) == ["x-7", "x-8", "x"]
 
 
@@ -122,7 +135,7 @@ def test_on_a_mesh_the_same_is_measured(tool, models, tmp_path, monkeypatch):
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-5) and numbers[0]
 
 
-def test_what_does_not_fit_a_length_that_nobody_named_is_absent(tool, models, tmp_path, monkeypatch, capsys):
+def test_what_does_not_fit_a_length_is_absent_and_said(tool, models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, "SHORTEST", 600)
     monkeypatch.setattr(tool.suite, "run", lambda reader, settings, *_: planned.append(tool.suite.units(settings, reader)))
     monkeypatch.setattr(tool.report, "read", lambda directory: None)
@@ -137,9 +150,115 @@ def test_what_does_not_fit_a_length_that_nobody_named_is_absent(tool, models, tm
     measured = {unit.name for unit in planned[0]}
     assert len(absent | measured) == 16 and not absent & measured and "ruler-niah_single_1-600" in measured
     assert {x for x in absent if x.startswith("attention_mass")} == {f"attention_mass-text-{n}" for n in (12, 48, 96)}
-    with pytest.raises(SystemExit):
-        run(tool, *arguments, "--samples=1", "--lengths=600")
-    assert "does not fit into 600 tokens" in capsys.readouterr().err and len(planned) == 1
+    run(tool, *arguments, "--samples=1", "--lengths=600", "--ruler_tasks=vt,niah_single_1")
+    assert [unit.name for unit in planned[1]] == ["ruler-niah_single_1-600", "attention_mass-text-600"]
+    said, code = refused(tool, capsys, *arguments, "--samples=1", "--lengths=600", "--ruler_tasks=vt,qa_1", "--suite=ruler")
+    assert (code, said[:88]) == (2, "error: nothing to measure at lengths 600; ruler of qa_1: needs the file of its questions")
+    assert "; ruler of vt: sample 0 of vt does not fit into 600 tokens" in said and len(planned) == 2
+
+
+@pytest.mark.parametrize(
+    "content", [{"notes.txt": ""}, {"pictures/mine.png": ""}, {"report.md": ""}, {"run.json": "{}"}, {"a/run.json": '{"a": 1}'}]
+)
+def test_a_directory_with_files_of_others_is_refused_and_left_as_it_is(tool, models, tmp_path, capsys, content):
+    for name, text in content.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    said, code = refused(tool, capsys, f"--checkpoint={models}/one", "--suite=recall", "--lengths=32", f"--out={tmp_path}")
+    assert code == 2 and "has files that no evaluation wrote" in said and "name a new or an empty directory" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_directory_of_evaluations_is_known_by_its_marker_and_an_older_one_by_its_runs_or_samples(tmp_path):
+    new, marked, older, drawn = (tmp_path / name for name in ("new", "marked", "older", "drawn"))
+    output.mark(marked)
+    (marked / "notes.txt").touch()
+    (older / "one").mkdir(parents=True)
+    (older / "one" / "run.json").write_text('{"revision": "a", "settings": {}, "generator": 3}')
+    (older / "pictures").mkdir()
+    samples.write(drawn / "samples" / "needle-1.jsonl", [])
+    for directory in (new, marked, older, drawn):
+        output.check_ours(directory)
+    assert not new.exists()
+
+
+def test_one_program_at_a_time_measures_into_a_directory(tool, models, tmp_path, capsys):
+    arguments = [f"--checkpoint={models}/one", "--suite=recall", "--lengths=32", "--tokens=300", f"--out={tmp_path}"]
+    with files.lock(tmp_path):
+        said, code = refused(tool, capsys, *arguments)
+    assert code == 1 and said.startswith(f"error: {tmp_path} is in use by process {os.getpid()} on ")
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def planned_of(tool, monkeypatch):
+    """A list to which (reader, settings, provenance) of every model are added that would be measured."""
+    planned = []
+    monkeypatch.setattr(tool.suite, "run", lambda *arguments: planned.append(arguments[:3]))
+    monkeypatch.setattr(tool.report, "read", lambda directory: None)
+    monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
+    return planned
+
+
+def test_files_that_only_a_checkpoint_names_are_read_when_the_user_says_so(tool, models, tmp_path, monkeypatch, capsys):
+    planned, opened = planned_of(tool, monkeypatch), []
+    arguments = [f"--checkpoint={models}/one", "--lengths=32", f"--text={models}/*.txt", f"--out={tmp_path}/out"]
+    monkeypatch.setattr(corpora, "load", lambda *_: opened.append(1) or {})
+    for names in ("position", "attention_mass,recall", "quick"):
+        said, code = refused(tool, capsys, *arguments, f"--suite={names}", trust=())
+        assert code == 2 and f"(text: {models}/*.txt); add --trust_checkpoint_data" in said and "--heldout=NAME=FILES" in said
+    run(tool, *arguments, "--suite=recall", trust=())
+    assert not opened and len(planned) == 1
+    run(tool, *arguments, "--suite=position,recall")
+    assert opened and len(planned) == 2
+
+
+def test_losses_are_measured_on_the_files_that_a_flag_names(tool, models, tmp_path, monkeypatch):
+    planned = planned_of(tool, monkeypatch)
+    (tmp_path / "mine.txt").write_text("A text of mine. " * 30)
+    arguments = [f"--checkpoint={models}/one", "--suite=position", "--lengths=32", f"--out={tmp_path}/out"]
+    run(tool, *arguments, f"--heldout=mine={tmp_path}/mine.txt", trust=())
+    reader, wanted, about = planned[0]
+    assert [unit.name for unit in suite.units(wanted, reader)] == ["position-mine-32"]
+    assert reader.heldout["mine"].lengths.tolist() == [30 * 16 + 2] and [*about["heldout"]] == ["mine"]
+
+
+def test_the_standard_library_and_tasks_are_read_without_a_flag_and_urls_are_not():
+    for source in (base.source(), base.source(task="recall", pairs=2)):
+        heldout.check_trusted("runs/hybrid_8k", tiny({"data.sources": {"text": source}}))
+    stored = tiny({"data.sources": {"text": base.source(store="gs://somewhere/else")}})
+    with pytest.raises(ValueError, match="x names the data .*text: gs://somewhere/else"):
+        heldout.check_trusted("x", stored)
+
+
+def test_the_trained_length_of_an_imported_model_is_that_of_its_own_config(tool, models, tmp_path, monkeypatch, capsys):
+    planned, c = planned_of(tool, monkeypatch), models_config(models)
+    with jax.set_mesh(mesh_of()):
+        checkpoints = checkpoint.Checkpoints(tmp_path / "model", keep=1, every=1)
+        checkpoints.save(0, {"params": random_params(c.model)}, {"stage_steps": [], "stage": {}}, config.to_dict(c))
+        checkpoints.close()
+    path = tmp_path / "model" / "companions" / "config.json"
+    path.parent.mkdir()
+    arguments = [f"--checkpoint={tmp_path}/model", "--suite=recall", f"--out={tmp_path}/out"]
+    for values, trained in (({"max_position_embeddings": 256}, 256), ({}, 48)):
+        path.write_text(json.dumps(values))
+        run(tool, *arguments)
+        reader, wanted, about = planned.pop()
+        said = capsys.readouterr().out
+        assert reader.trained == about["model"]["seq_len"] == trained
+        assert wanted.lengths == (trained // 4, trained, 2 * trained)
+        assert f"model  trained on sequences of {trained} tokens, by the {about['model']['seq_len_from']}\n" in said
+        assert ("max_position_embeddings" in said) == (trained == 256)
+    for content in (
+        b'{"max_position_embeddings": "8K"}',
+        b"[" * 100_000,
+        b'{"max_position_embeddings": 1000000000000}',
+        b"\xff",
+    ):
+        path.write_bytes(content)
+        said, code = refused(tool, capsys, *arguments)
+        assert code == 2 and "companions/config.json" in said
+    assert provenance.trained_length(c, tmp_path / "model", 5)[0] == 48  # trained on, by us
 
 
 def test_by_default_loss_is_measured_around_the_trained_length_and_questions_are_asked_up_to_it(tool):
@@ -170,6 +289,7 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
     ) as first:  # fmt: skip
         watch = threading.Timer(100, first.kill)
         watch.start()
+        assert first.stdout.readline().startswith("one  trained on sequences of 48 tokens")
         assert first.stdout.readline() == "one  1/8  recall-recall-32\n"
         first.send_signal(signal.SIGINT)
         _, said = first.communicate()
@@ -219,10 +339,8 @@ def test_other_weights_under_the_same_name_are_another_evaluation(tool, models, 
     run(tool, *arguments)
     (tmp_path / "one").unlink()
     (tmp_path / "one").symlink_to(models / "two")
-    with pytest.raises(SystemExit):
-        run(tool, *arguments)
-    said = capsys.readouterr().err
-    assert "holds another evaluation (there -> wanted):   weights: " in said and said.count("->") == 2
+    said, code = refused(tool, capsys, *arguments)
+    assert "holds another evaluation (there -> wanted):   weights: " in said and said.count("->") == 2 and code == 2
 
 
 def test_a_model_is_asked_its_own_tasks_and_those_of_the_others_that_it_was_not_trained_on():
@@ -262,9 +380,8 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
 
     monkeypatch.setattr(tool.loading, "load", broken)
     monkeypatch.setattr(tool.suite, "run", lambda *_: pytest.fail("measured the first"))
-    with pytest.raises(SystemExit):
-        run(tool, f"--checkpoint={models}/one", f"--checkpoint={models}/two", "--suite=recall", f"--out={tmp_path}")
-    assert "two is broken" in capsys.readouterr().err
+    models = [f"--checkpoint={models}/{name}" for name in ("one", "two")]
+    assert refused(tool, capsys, *models, "--suite=recall", f"--out={tmp_path}") == ("error: two is broken", 2)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +416,25 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
         (["--tasks=arc"], "--tasks=arc is of --suite=harness or full, and this is --suite=quick"),
         (["--suite=harness"], "--suite=harness asks lm-evaluation-harness, and for no task; name some with --tasks"),
         (["more"], "'more' is no flag"),
+        (["--samples=1000000000"], "questions take"),
+        (["--suite=ruler", "--lengths=1000000000000"], "use fewer --samples, or shorter --lengths"),
+        (["--suite=position", "--lengths=1000000000000"], "activations of a row of 1,000,000,000,000 tokens take"),
+        (["--suite=recall", "--lengths=500000000"], "activations of a row of 500,000,000 tokens take"),
+        (["--suite=recall", "--tokens=1000000000000000", "--lengths=64"], "rows of 64 tokens; use at most 67108864"),
+        (["--suite=ruler", "--ruler_tasks=cvt"], "'cvt' is no task of RULER; did you mean 'vt'?"),
+        (["--suite=ruler", "--ruler_tasks="], "--ruler_tasks= names none"),
+        (["--suite=position", "--ruler_tasks=vt"], "--ruler_tasks is of --suite=ruler, and this is --suite=position"),
+        (["--heldout=x.txt"], "--heldout=x.txt has not the form NAME=FILES"),
+        (["--heldout=a=x.txt", "--heldout=a=y.txt"], "--heldout names 'a' twice"),
+        (["--heldout=a=nowhere.txt"], "nowhere.txt' matches no file"),
+        (["--heldout=../a=x.txt"], "has not the form NAME=FILES"),
+        (["--mesh=context=0"], "context=0"),
+        (["--mesh=context=1000000000"], "devices"),
+        (["--mesh=context"], "context='' must be of type int"),
+        (["--seed=100000000000000000000"], "seed"),
+        (["--squad=deep.json"], "deep.json is no file of SQuAD 2.0"),
+        (["--text=records.jsonl"], "records.jsonl is packed or has records; name files of plain text"),
+        (["--depths=nan"], "--depths=nan must lie between 0 and 100 percent"),
     ],
 )
 def test_what_cannot_be_evaluated_is_a_line(tool, models, tmp_path, capsys, monkeypatch, arguments, said):
@@ -306,10 +442,9 @@ def test_what_cannot_be_evaluated_is_a_line(tool, models, tmp_path, capsys, monk
     monkeypatch.setitem(sys.modules, "wonderwords.random_word", None)
     Path("blank.txt").write_text(" \n")
     Path("empty.txt").touch()
+    Path("deep.json").write_text("[" * 100_000)
+    Path("records.jsonl").write_text('{"text": "a"}')
     text = [] if any(x.startswith("--text") for x in arguments) else [f"--text={models}/*.txt"]
     Path("three").symlink_to(models / "three")
-    with pytest.raises(SystemExit) as ended:
-        run(tool, f"--checkpoint={models}/one", f"--out={tmp_path}", *text, *arguments)
-    error = capsys.readouterr().err
-    assert (ended.value.code, len(error.splitlines())) == (2, 1) and said in error
-    assert not list(tmp_path.glob("*/run.json"))
+    error, code = refused(tool, capsys, f"--checkpoint={models}/one", f"--out={tmp_path}/out", *text, *arguments)
+    assert code == 2 and said in error and not list(tmp_path.glob("**/run.json"))

@@ -159,8 +159,8 @@ def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
     (tmp_path / "haystack").write_text(texts.of_documents([heldout], words))
     with conftest.tool("evaluate") as tool, flagsaver.flagsaver():
         sizes = [f"--lengths={LENGTH}", "--tokens=400", "--samples=1", "--depths=0,50", "--suite=position,needle"]
-        flags = [f"--checkpoint={workdir}", f"--text={tmp_path}/haystack", f"--out={tmp_path}/out", *sizes]
-        tool.main(parse(["evaluate.py", *flags]))
+        flags = [f"--checkpoint={workdir}", f"--text={tmp_path}/haystack", f"--out={tmp_path}/out", "--trust_checkpoint_data"]
+        tool.main(parse(["evaluate.py", *flags, *sizes]))
     ours, theirs = ([lines(x / name) for name in ("records.jsonl", "answers.jsonl")] for x in folders(workdir, tmp_path))
     for a, b in zip(ours[0], theirs[0], strict=True):
         assert a == {name: x if isinstance(x, str) else pytest.approx(x, rel=1e-5) for name, x in b.items()}
@@ -190,6 +190,19 @@ def test_a_run_that_goes_on_longer_keeps_what_was_measured_of_it(corpus, workdir
     assert [line for line in new if line["step"] <= 4] == old
     for name in ("run.json", "records.jsonl", "answers.jsonl"):
         assert (tmp_path / "run/evals/4" / name).read_bytes() == (workdir / "evals/4" / name).read_bytes()
+
+
+def test_an_evaluation_that_is_not_finite_does_not_end_the_run(corpus, workdir, tmp_path, monkeypatch, capsys):
+    def measure(*_):
+        raise FloatingPointError("position-text-16: the loss is nan")
+
+    c = longer(corpus, workdir, tmp_path / "run", **{"evals.every": 5})
+    monkeypatch.setattr(evaluation.suite, "run", measure)
+    assert loop.train(c, tmp_path / "run")
+    said = capsys.readouterr().out
+    for step in (5, 6):
+        assert f"evaluation of step {step} failed, and the run goes on: position-text-16: the loss is nan" in said
+    assert (tmp_path / "run/checkpoints/6").is_dir()
 
 
 def test_a_finished_run_measures_again_what_has_other_settings_and_says_what_is_left_out(corpus, workdir, monkeypatch, capsys):

@@ -102,6 +102,56 @@ def test_a_whole_text_and_its_parts_have_the_same_probability(lm):
     np.testing.assert_allclose(sums, whole, atol=1e-4)
 
 
+class Stub:
+    """What lm-evaluation-harness needs of a model to split a context and its continuation."""
+
+    backend = "causal"
+
+    def __init__(self, lm):
+        self.tok_encode = lm._ids
+
+
+def crossing(tmp_path):
+    """A BPE with tokens that cross the border of ("import sys, o", "s.path") and of ("a", "b c")."""
+    tokenizers = pytest.importorskip("tokenizers")
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<s>", "</s>"], initial_alphabet=t.pre_tokenizer.alphabet(), show_progress=False
+    )
+    t.train_from_iterator(["import sys, os", "os.path", "ab c"] * 9, trainer)
+    return load(t, tmp_path)
+
+
+def test_a_context_is_encoded_alone_as_the_harness_encodes_it(tmp_path):
+    words = crossing(tmp_path)
+    lm = harness.EngineLM(Echo(lambda prompt: []), words, MAX_LENGTH)
+    pairs = [("import sys, o", "s.path"), ("import sys,", " os"), ("import ", "os"), ("a", "b c"), (" a\n", "b")]
+    for context, continuation in pairs:
+        found = lm._split(context, continuation)
+        assert found == TemplateLM._encode_pair(Stub(lm), context, continuation)
+        assert found[0] == [words.bos, *words.encode(context.rstrip().encode())]
+    context, continuation = lm._split("import sys, o", "s.path")
+    whole = lm._ids("import sys, os.path")
+    assert context[-1] != whole[len(context) - 1] and continuation == whole[len(context) :]  # a token crosses the border
+    scores(lm, ("import sys, o", "s.path"))
+    assert lm.engine.asked[0] == ("score", [context], [continuation])
+
+
+def test_a_continuation_of_which_no_token_is_left_is_refused(tmp_path):
+    lm = harness.EngineLM(Echo(lambda prompt: []), crossing(tmp_path), MAX_LENGTH)
+    with pytest.raises(ValueError, match="toy, document 1: no token is left of the answer 's', which the tokenizer joins"):
+        scores(lm, ("import", " sys"), ("import sys, o", "s"))
+
+
+def test_a_probability_that_is_not_finite_is_an_error():
+    engine = Echo(lambda prompt: [])
+    engine.score = lambda prompts, continuations: [np.array([-0.5, np.nan]) for _ in prompts]
+    with pytest.raises(FloatingPointError, match="the log-probability of a continuation is nan: the parameters are not finite"):
+        scores(harness.EngineLM(engine, LETTERS, MAX_LENGTH), ("a", "bc"))
+
+
 def test_spaces_that_end_a_context_belong_to_what_follows():
     lm = harness.EngineLM(Echo(lambda prompt: []), LETTERS, MAX_LENGTH)
     for context, continuation in (("a b", " c"), ("a b ", "c"), ("a\n\n", "b"), (" ", "b"), ("", "b c")):
@@ -110,8 +160,7 @@ def test_spaces_that_end_a_context_belong_to_what_follows():
         first = 1 + len(context.rstrip())
         assert found == (ids[:first], ids[first:])
         if context.strip():
-            stub = type("Stub", (), {"backend": "causal", "tok_encode": lambda self, text: lm._ids(text)})()
-            assert found == TemplateLM._encode_pair(stub, context, continuation)
+            assert found == TemplateLM._encode_pair(Stub(lm), context, continuation)
 
 
 def test_long_texts_are_scored_in_the_windows_that_the_harness_defines():

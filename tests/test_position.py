@@ -9,8 +9,9 @@ from conftest import RUN, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import Spec, Subject, bigram, position
+from hybrid_attn.evals import Spec, Subject, attention, bigram, keytokens, position, recall
 from hybrid_attn.model import losses
 from hybrid_attn.model.loss import mean_loss
 
@@ -66,6 +67,23 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
     shares = counts.sum(1) / counts.sum()
     error = math.sqrt(1.5 * sum((share * (x - mean)) ** 2 for share, x in zip(shares, by_row, strict=True)))
     assert total["stderr"] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "measure, documents",
+    [
+        (position.run, text_documents(70, 90)),
+        (lambda subject, spec: keytokens.run(subject, spec, 16), text_documents(70, 90)),
+        (recall.run, Task("recall", 4)),
+        (attention.run, Task("recall", 4)),
+    ],
+    ids=["position", "key_tokens", "recall", "attention_mass"],
+)
+def test_what_is_not_finite_is_an_error_and_never_a_record(one_device, measure, documents):
+    subject = subject_on(one_device)
+    broken = subject._replace(params=jax.tree.map(lambda x: x * np.nan, subject.params))
+    with pytest.raises(FloatingPointError, match="is nan: the parameters are not finite"):
+        list(measure(broken, Spec(documents, LENGTH, LENGTH)))
 
 
 def test_one_row_alone_has_no_standard_error(one_device):

@@ -167,6 +167,39 @@ def test_no_word_contains_another():
     assert all(re.fullmatch("[a-z]+", word) for word in singles)
 
 
+def test_who_repeats_a_question_about_common_words_names_none_of_them():
+    question = tasks.COMMON.lower()
+    assert not [word for word in words.singles() if word in question]
+
+
+@pytest.mark.parametrize("length", [2400, 8192])
+def test_a_solved_list_has_no_word_of_the_list_that_is_asked_about(length):
+    for index in range(8):
+        prompt = ruler.generate("cwe", length, index, 0, Pieces()).prompt
+        solved, asked = ({*re.findall(r"\d+\. (\S+)", part)} for part in prompt.split("\nBelow is a numbered list"))
+        assert len(solved) == tasks.example_words(length) and len(asked) > 50 and not solved & asked
+
+
+@pytest.mark.parametrize("task", tasks.ESSAYS)
+def test_every_sample_has_a_part_of_the_text_of_its_own(task):
+    text = " ".join(f"Sentence {i} {'is long and ' * (i % 7)}says little." for i in range(3000))
+    found = [ruler.generate(task, 2400, index, 0, Bytes(), text) for index in range(20)]
+    texts = [re.sub(r"One of the special magic .*? is: \S+\. ?", "", sample.prompt.split("\n")[1]) for sample in found]
+    assert len({text[:200] for text in texts}) == 20
+    assert len({depth for sample in found for depth in sample.meta["depths"]}) >= 18  # 8 where all begin alike
+    short, long = (ruler.generate(task, length, 3, 0, Bytes(), text) for length in (2400, 4000))
+    assert short.answers == long.answers and short.prompt.split("\n")[1][:40] == long.prompt.split("\n")[1][:40]
+
+
+def test_a_text_that_is_too_short_is_repeated_from_where_a_sample_begins():
+    essay = [f"w{i}" for i in range(9)]
+    kind = tasks.NEEDLES["niah_single_2"]
+    draws = dataclasses.replace(of_sample("any", (), words.pairs()), start=lambda n: 7)
+    told = tasks.needles(draws, kind, essay, 25).prompt.split("\n")[1]
+    told = re.sub(r"One of the special magic numbers for \S+ is: \d+\.", "", told).split()
+    assert told == [f"w{i % 9}" for i in range(7, 7 + 25)]
+
+
 def test_nothing_magic_is_drawn_twice():
     drawn = of_sample("any", (), ("a-b", "c-d", "e-f"))
     assert {drawn.magic("words") for _ in range(3)} == {"a-b", "c-d", "e-f"}

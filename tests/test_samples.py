@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 
 import pytest
 
@@ -46,11 +47,16 @@ def test_what_cannot_be_asked_is_refused(changes, words):
         dataclasses.replace(ONE, **changes)
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", "no json", '{"task": "a", "answers": ["b"], "colour": 1}'])
+LIKE_ONE = json.dumps(dataclasses.asdict(ONE))
+LINES = ["{}", "[]", "5", "null", "no json", '{"task": "a", "answers": ["b"], "colour": 1}', "[" * 100_000, "\udcff"]
+LINES += [LIKE_ONE.replace("64", '"../64"'), LIKE_ONE.replace('"needle"', "5"), LIKE_ONE.replace('["7", "sept"]', "[7]")]
+
+
+@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
 def test_a_line_that_is_no_sample_is_named(tmp_path, line):
     path = tmp_path / "some.jsonl"
     samples.write(path, [ONE])
-    path.write_text(path.read_text() + line + "\n")
+    path.write_bytes(path.read_bytes() + line.encode(errors="surrogateescape") + b"\n")
     with pytest.raises(ValueError, match="some.jsonl, line 2 is no sample: "):
         samples.read(path)
 

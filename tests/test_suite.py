@@ -98,6 +98,72 @@ def test_who_was_interrupted_goes_on_with_what_is_not_done(tmp_path):
     assert (tmp_path / "one/answers.jsonl").read_text() == (tmp_path / "straight/answers.jsonl").read_text()
 
 
+SPOILT = {
+    "a number": "5",
+    "null": "null",
+    "a list": "[]",
+    "cut short": '{"records": [',
+    "no UTF-8": b"\xff\xfe{}",
+    "deep": "[" * 100_000,
+    "no records": '{"records": 5, "answers": []}',
+    "another length": '{"records": [{"eval": "needle", "needles": 1, "length": "../../x"}], "answers": []}',
+    "another unit": '{"records": [{"eval": "ruler", "task": "../x", "length": 2048}], "answers": []}',
+    "other answers": '{"records": [], "answers": [{"task": "<script>", "length": 2048}]}',
+}
+
+
+@pytest.mark.parametrize("content", SPOILT.values(), ids=SPOILT)
+def test_a_unit_whose_file_holds_anything_else_is_measured_again(tmp_path, content):
+    settings = SETTINGS._replace(evals=("needle",))
+    run(tmp_path, Engine(), settings)
+    path = tmp_path / "one/units/needle-1-2048.json"
+    before = path.read_bytes()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    engine = Engine()
+    run(tmp_path, engine, settings)
+    assert path.read_bytes() == before and len(engine.prompts) == 4  # two depths, two samples
+
+
+@pytest.mark.parametrize("content", ["5", "null", "{", "[" * 100_000, '{"revision": 5}', "{}"])
+def test_a_run_json_that_says_something_else_is_named(tmp_path, content):
+    settings = SETTINGS._replace(evals=("needle",))
+    run(tmp_path, Engine(), settings)
+    (tmp_path / "one/run.json").write_text(content)
+    with pytest.raises(ValueError, match="one/run.json .*remove it, or use another directory"):
+        run(tmp_path, Engine(), settings)
+
+
+def test_samples_of_another_unit_are_refused(tmp_path):
+    settings = SETTINGS._replace(evals=("needle",))
+    run(tmp_path, Engine(), settings)
+    (path,) = (tmp_path / "samples").glob("needle-1-2048-*.jsonl")
+    asked, _ = samples.read(path)
+    for changes in ({"length": 4096}, {"task": "../x"}, {"meta": {"depth": "../x"}}):
+        samples.write(path, [dataclasses.replace(asked[0], **changes)])
+        with pytest.raises(ValueError, match="holds other samples than those of needle-1-2048; remove the file"):
+            run(tmp_path, Engine(), settings, name="two")
+
+
+@pytest.mark.parametrize("part", ["../../x", "/etc/x", "a b", "\x00\x1b[2J", "..", "100%"])
+def test_the_file_of_a_unit_lies_in_its_folder_whatever_its_part_is_called(part, tmp_path):
+    unit = suite.Unit("position", part, 32)
+    path = tmp_path / "units" / f"{unit.name}.json"
+    assert path.parent == tmp_path / "units" and path.resolve().parent == (tmp_path / "units").resolve()
+    assert unit.name.isprintable() and len({unit.name, suite.Unit("position", "100%25", 32).name}) == 2
+
+
+def test_what_a_model_computes_that_is_not_finite_ends_the_suite_with_the_name_of_the_unit(tmp_path):
+    engine = Engine()
+
+    def generate(*_, **__):
+        raise FloatingPointError("the logits are nan")
+
+    engine.generate = generate
+    with pytest.raises(FloatingPointError, match="^needle-1-2048: the logits are nan$"):
+        run(tmp_path, engine, SETTINGS._replace(evals=("needle",)))
+    assert not (tmp_path / "one/units").exists()
+
+
 def test_an_answer_has_the_room_of_its_own_question_whatever_is_asked_beside_it():
     one = samples.Sample("niah_single_1", 2048, 0, "special magic number for x mentioned for x is: 1234567.", ("1",), 4, "", {})
     asked = [one, dataclasses.replace(one, max_new_tokens=6), one]
@@ -206,7 +272,7 @@ def test_a_further_model_is_not_asked_other_questions_under_the_same_name(tmp_pa
 
 
 def plan(tmp_path, settings, named=False):
-    reader = reader_of(None)._replace(lists=LISTS)
+    reader = reader_of(None)._replace(lists=LISTS, essays=TEXT)
     return reader, suite.fitting(settings, reader, tmp_path / "samples", named)
 
 
@@ -232,6 +298,27 @@ def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monk
     assert sorted(engine.prompts) == sorted(x.prompt for x in asked) and len(asked) == 18
     with pytest.raises(samples.TooLongError, match="the example of vt does not fit into 500 tokens as RULER asks it"):
         plan(tmp_path, RULER._replace(compat=True), named=True)
+
+
+def test_the_text_of_rulers_own_prompts_is_that_of_its_essays_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "sent_tokenize", lambda: draws.sentences)
+    reader = reader_of(None)._replace(lists=LISTS)
+    own = RULER._replace(compat=True, ruler_tasks=("niah_single_2", "fwe"))
+    without = suite.fitting(own, reader, tmp_path / "samples", False)
+    assert [(x.part, "needs the text of RULER's essays" in x.reason) for x in without.absent] == [("niah_single_2", True)]
+    essays = "Another text stands here. " * 999
+    suite.fitting(own, reader._replace(essays=essays), tmp_path / "samples", True)
+    (path,) = (tmp_path / "samples").glob("ruler-niah_single_2-*.jsonl")
+    asked, _ = samples.read(path)
+    wanted = compat.generate("niah_single_2", 4096, 2, own.seed, Bytes(), LISTS, essays, {}, draws.sentences)
+    assert asked == wanted and "little" not in asked[0].prompt
+
+
+def test_of_ruler_those_tasks_are_asked_that_are_chosen(tmp_path):
+    found = plan(tmp_path, RULER._replace(ruler_tasks=("vt", "qa_1", "cwe")))[1]
+    assert [x.part for x in found.absent] == ["qa_1", "cwe"]
+    names = [unit.name for unit in suite.units(found, reader_of(None))]
+    assert names == ["ruler-vt-4096"]
 
 
 def test_prose_is_left_out_of_rulers_own_prompts_where_nltk_is_not_here(tmp_path, monkeypatch):

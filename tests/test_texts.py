@@ -1,6 +1,9 @@
 """Text to hide needles in is of all its sources, as far as it is needed."""
 
+import json
+
 import numpy as np
+import pytest
 
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.tokenizer import Bytes
@@ -27,3 +30,25 @@ def test_files_are_read_in_their_order_until_there_is_enough(tmp_path, monkeypat
     assert texts.of_files(patterns) == "one, \ntwo, and three\nnever"
     monkeypatch.setattr(texts, "CHARACTERS", 9)
     assert texts.of_files(patterns) == "one, \ntwo,"
+
+
+def test_rulers_essays_are_its_files_with_nothing_between_or_the_one_that_its_script_makes_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "CHARACTERS", 5)
+    for name, text in (("repo/b.txt", "Two.\n"), ("repo/a.txt", "One"), ("html/a.txt", "three")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    whole = "OneTwo.\nthree"
+    assert texts.of_essays((f"{tmp_path}/repo/*.txt", f"{tmp_path}/html/*.txt")) == whole
+    (path := tmp_path / "PaulGrahamEssays.json").write_text(json.dumps({"text": whole}))
+    assert texts.of_essays((str(path),)) == whole and texts.of_files((str(path),)) == whole[:5]
+    for other in ('{"a": 1}', '"text"', "{", "[" * 100_000):
+        path.write_text(other)
+        assert texts.of_essays((str(path),)) == other  # JSON that is a text like others
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt.gz", "a.parquet", "a.txt.zst"])
+def test_files_that_are_no_plain_text_are_refused(tmp_path, name):
+    (tmp_path / name).write_text("some")
+    for read in (texts.of_files, texts.of_essays):
+        with pytest.raises(ValueError, match=f"{name} is packed or has records; name files of plain text"):
+            read((str(tmp_path / name),))

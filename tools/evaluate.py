@@ -2,13 +2,13 @@
 
 --checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes; several of them are compared,
 and so are several --step of one. --suite is quick, full, or names of evaluations with commas. The text of haystacks is --text,
-patterns of files, or the standard library of Python; held-out documents are those of the model's own sources. What does not fit
-one of --lengths is an error; of lengths that nobody named it is left out, and told. The same command goes on where it was
-interrupted.
-Exit status: 2 for what cannot be evaluated; 130 after Ctrl-C.
+patterns of files, or the standard library of Python; held-out documents are those of the model's own sources, or --heldout.
+What does not fit a length is left out, and printed. The same command goes on where it was interrupted.
+Exit status: 2 for what cannot be evaluated, 1 for failures while running, 130 after Ctrl-C.
 """
 
 import contextlib
+import hashlib
 import itertools
 import os
 import sys
@@ -21,17 +21,16 @@ import tqdm
 from absl import app, flags
 
 from hybrid_attn import checkpoint as checkpoints
-from hybrid_attn import config, programs
-from hybrid_attn.data import corpora
+from hybrid_attn import files, programs
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import report, suite, texts
-from hybrid_attn.evals.provenance import provenance
+from hybrid_attn.evals import heldout, limits, output, report, ruler, suite, texts
+from hybrid_attn.evals.provenance import provenance, trained_length
 from hybrid_attn.evals.ruler import compat, qa
+from hybrid_attn.evals.ruler.fit import check_known
 from hybrid_attn.evals.settings import ASKED, with_own
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
-from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
 from hybrid_attn.programs import parse
 
@@ -48,19 +47,27 @@ LENGTHS = flags.DEFINE_list(
 SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth; of the harness, too.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens of held-out text, and of drawn rows, at each length.", lower_bound=1)
 DEPTHS = flags.DEFINE_list("depths", [f"{x:g}" for x in suite.DEPTHS], "Where needles are hidden, in percent of the text.")
-TEXT = flags.DEFINE_multi_string("text", [], "Pattern of files in which needles are hidden.")
+TEXT = flags.DEFINE_multi_string(
+    "text", [], "Pattern of files in which needles are hidden; with --compat those of RULER's essays."
+)
+HELDOUT = flags.DEFINE_multi_string(
+    "heldout",
+    [],
+    "NAME=FILES: a pattern of text files, or a token store, to measure losses on in place of the model's sources.",
+)
+TRUST = flags.DEFINE_bool("trust_checkpoint_data", False, "Open the files and URLs that a checkpoint names as its data.")
+RULER_TASKS = flags.DEFINE_list("ruler_tasks", [*ruler.NAMES], "Tasks of RULER, for --suite=ruler.")
 SQUAD = flags.DEFINE_string("squad", None, "dev-v2.0.json of SQuAD, for qa_1.")
 HOTPOT = flags.DEFINE_string("hotpot", None, "hotpot_dev_distractor_v1.json of HotpotQA, for qa_2.")
 COMPAT = flags.DEFINE_bool("compat", False, "Ask RULER's own prompts, as its scripts draw them, by default of their seed.")
 ENGLISH_WORDS = flags.DEFINE_string("english_words", None, "english_words.json of RULER, for its own longest lists of words.")
 TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, for --suite=harness or full.")
-TASK_PATH = flags.DEFINE_string("task_path", None, "Folder of the YAML files of such tasks.")
-SEED = flags.DEFINE_integer("seed", suite.SEED, "Of the questions.", lower_bound=0)
+TASK_PATH = flags.DEFINE_string("task_path", None, "Folder of the YAML files of such tasks. They run code: !function.")
+SEED = flags.DEFINE_integer("seed", suite.SEED, "Of the questions.", lower_bound=0, upper_bound=2**32 - 1)
 CHUNK = flags.DEFINE_integer("chunk", TOKENS_AT_ONCE, "Tokens of a prompt that are read at a time.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", None, f"Most prompts that are read together; by default {ROWS_AT_ONCE}.", lower_bound=1)
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
-TAKEN = ("samples", "pictures", "tables")  # what --out holds beside the runs
 
 
 def lengths(trained: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -105,7 +112,7 @@ def names(checkpoints: Sequence[tuple[str, int]]) -> list[str]:
         if any(other == checkpoint and at != step for other, at in checkpoints):
             name = f"{name}-{step}"
         others = (f"{name}-{number}" for number in itertools.count(2))
-        found.append(next(x for x in itertools.chain([name], others) if x and x not in (*found, *TAKEN)))
+        found.append(next(x for x in itertools.chain([name], others) if x and x not in found and not output.is_reserved(x)))
     return found
 
 
@@ -131,9 +138,14 @@ def settings(trained: Sequence[int]) -> suite.Settings:
         from hybrid_attn.evals import harness  # an extra
 
         harness.find_tasks(TASKS.value, TASK_PATH.value)
-    for flag, value in (("compat", COMPAT.value), ("squad", SQUAD.value), ("hotpot", HOTPOT.value)):
-        if value and "ruler" not in evals:
+    of_ruler = {"compat": COMPAT, "squad": SQUAD, "hotpot": HOTPOT, "ruler_tasks": RULER_TASKS}
+    for flag, holder in of_ruler.items():
+        if holder.present and holder.value and "ruler" not in evals:
             raise ValueError(f"--{flag} is of --suite=ruler, and this is --suite={SUITE.value}")
+    if not RULER_TASKS.value:
+        raise ValueError("--ruler_tasks= names none; leave it out for all, or leave ruler out of --suite")
+    for task in RULER_TASKS.value:
+        check_known(task)
     if TASK_PATH.value and not TASKS.value:
         raise ValueError(f"--task_path={TASK_PATH.value} is where --tasks lie, and there are none; name some")
     if DEPTHS.present and "needle" not in evals:
@@ -141,35 +153,45 @@ def settings(trained: Sequence[int]) -> suite.Settings:
     if ENGLISH_WORDS.value and not COMPAT.value:
         raise ValueError("--english_words is for RULER's own prompts; give --compat, too")
     seed = compat.SEED if COMPAT.value and not SEED.present else SEED.value
-    return suite.Settings(
+    wanted = suite.Settings(
         **{"evals": evals, "samples": SAMPLES.value, "tokens": TOKENS.value, "depths": depths(), "seed": seed},
         **{"tasks": tuple(TASKS.value), "task_path": TASK_PATH.value, "compat": COMPAT.value},
+        ruler_tasks=tuple(dict.fromkeys(RULER_TASKS.value)),
         **lengths(trained),
     )
+    limits.check_settings(wanted)
+    return wanted
 
 
 def asked_about() -> dict:
     """What every checkpoint is asked about."""
-    files = {"qa_1": (SQUAD.value, qa.read_squad), "qa_2": (HOTPOT.value, qa.read_hotpot)}
-    questions = {task: read(Path(path)) for task, (path, read) in files.items() if path is not None}
+    of_questions = {"qa_1": (SQUAD.value, qa.read_squad), "qa_2": (HOTPOT.value, qa.read_hotpot)}
+    questions = {task: read(Path(path)) for task, (path, read) in of_questions.items() if path is not None}
     others = compat.read_others(Path(ENGLISH_WORDS.value)) if ENGLISH_WORDS.value else ()
     return {
         **{"haystack": texts.of_files(tuple(TEXT.value)), "questions": questions},
         "lists": compat.wonderwords(others) if COMPAT.value else None,
+        "essays": texts.of_essays(tuple(TEXT.value)) if COMPAT.value and TEXT.value else "",
     }
 
 
-def check_memory(c: config.Trained, engine: Engine, longest: int) -> None:
-    """ValueError where the devices of the mesh cannot hold the keys and values of as many prompts as are read together."""
-    device = engine.mesh.devices.flat[0]
-    known = device.memory_stats()
-    room = known["bytes_limit"] * engine.mesh.size if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = engine.rows * flops.cache_bytes(c.model, longest, engine.run.dtype.itemsize)
-    if needed > room:
-        raise ValueError(
-            f"keys and values of {engine.rows} prompts of {longest:,} tokens take {needed / 2**30:,.1f} GiB, and there are "
-            f"{room / 2**30:,.1f} GiB; use shorter --lengths, or fewer --rows"
-        )
+class Chosen(NamedTuple):
+    """A checkpoint, its step, and the tokens of a sequence of its training, with what says so."""
+
+    checkpoint: str
+    step: int
+    trained: int
+    trained_from: str
+
+
+def choose(checkpoint: str, step: int, evals: Sequence[str]) -> Chosen:
+    """ValueError where measuring would open what nobody but the checkpoint has named."""
+    directory = loading.find(checkpoint)
+    c, _ = loading.config_of(directory, step)
+    if {*suite.OF_SOURCES} & {*evals} and not (TRUST.value or HELDOUT.value):
+        heldout.check_trusted(checkpoint, c)
+    steps = sum(checkpoints.read_data(directory, step).get("stage_steps") or [step])
+    return Chosen(checkpoint, step, *trained_length(c, Path(directory), steps))
 
 
 class Planned(NamedTuple):
@@ -180,31 +202,37 @@ class Planned(NamedTuple):
     provenance: dict
 
 
-def plan(checkpoint: str, step: int, wanted: suite.Settings, about: Mapping) -> Planned:
+def plan(chosen: Chosen, wanted: suite.Settings, about: Mapping) -> Planned:
     """What is measured of one model, on the mesh in force; its questions are drawn into --out."""
+    checkpoint, step, trained, trained_from = chosen
     c, params, words = loading.load(checkpoint, step)
     engine = Engine(params, c, chunk=CHUNK.value, rows=ROWS.value)
     subject = Subject(c.model, params, engine.run, engine.mesh, words)
-    if of_engine := {*ASKED} & {*wanted.evals}:
-        check_memory(c, engine, max(length for name in of_engine for length in wanted.lengths_of(name)))
-    loaded = corpora.load(c.data, c.sources, words) if {*suite.OF_SOURCES} & {*wanted.evals} else {}
-    heldout = {source: x.heldout for source, x in loaded.items()}
+    limits.check_caches(c.model, wanted, engine)
+    limits.check_rows(c.model, wanted, engine.mesh)
+    documents = {}
+    if {*suite.OF_SOURCES} & {*wanted.evals}:
+        named = heldout.named(HELDOUT.value)
+        documents = heldout.of_files(named, words) if named else heldout.of_sources(c, words)
     stops = tuple(loading.stop_tokens(checkpoint, words))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
-    trained, tasks = c.stages[-1].seq_len, with_own(own)
-    reader = suite.Reader(subject, engine, heldout, trained=trained, tasks=tasks, stops=stops, **about)
-    wanted = suite.fitting(wanted, reader, Path(OUT.value) / "samples", LENGTHS.value is not None)
+    reader = suite.Reader(subject, engine, documents, trained=trained, tasks=with_own(own), stops=stops, **about)
+    wanted = suite.fitting(wanted, reader, Path(OUT.value) / "samples", named=False)
+    suite.some_units(wanted, reader)
     saved = checkpoints.read_config(loading.find(checkpoint), step)
     known = provenance(checkpoint, step, c, saved, words, about["haystack"], engine.run, engine.mesh)
     known["weights"] = checkpoints.fingerprint(loading.find(checkpoint), step)
-    known["heldout"] = {source: x.fingerprint() for source, x in heldout.items()}
+    known["heldout"] = {source: x.fingerprint() for source, x in documents.items()}
+    if about["essays"]:
+        known["essays"] = hashlib.sha256(about["essays"].encode()).hexdigest()
+    known["model"] |= {"seq_len": trained, "seq_len_from": trained_from}
     return Planned(reader, wanted, known)
 
 
 def evaluate(name: str, planned: Planned) -> None:
     """Measures one model into --out, on the mesh in force."""
     for x in planned.settings.absent:
-        print(f"{name}  absent  {x.eval}-{x.part}-{x.length}  {x.reason}", flush=True)
+        print(f"{name}  absent  {suite.Unit(*x[:3]).name}  {x.reason}", flush=True)
     out = Path(OUT.value)
     with progress(name) as done:
         suite.run(*planned, out / name, out / "samples", done)
@@ -228,21 +256,25 @@ def progress(name: str) -> Iterator[Callable[[suite.Unit, int, int], None]]:
 def evaluate_all() -> None:
     """Measures every checkpoint and writes the report; what is wrong with one is said before another is measured."""
     report.check_drawing()
-    found = models()
-    wanted = settings([loading.config_of(loading.find(x), step)[0].stages[-1].seq_len for x, step in found])
+    found, evals = models(), suite.named(SUITE.value)
+    heldout.named(HELDOUT.value)
+    chosen = [choose(*model, evals) for model in found]
+    wanted = settings([x.trained for x in chosen])
     about = asked_about()
     called = names(found)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
-    if os.path.isfile(OUT.value):
-        raise ValueError(f"--out={OUT.value} is a file; name a directory, which need not be there")
-    Path(OUT.value).mkdir(parents=True, exist_ok=True)  # better now than after hours
-    with jax.set_mesh(mesh):
-        for checkpoint, step in found[1:]:  # before hours go to the first
-            plan(checkpoint, step, wanted, about)
-        for (checkpoint, step), name in zip(found, called, strict=True):
-            evaluate(name, plan(checkpoint, step, wanted, about))
-    report.write(Path(OUT.value), [report.read(Path(OUT.value) / name) for name in called])
-    print(f"report  {Path(OUT.value) / 'report.html'}")
+    out = Path(OUT.value)
+    output.check_ours(out)
+    with files.lock(out):
+        output.mark(out)
+        with jax.set_mesh(mesh):
+            for x in chosen[1:]:  # before hours go to the first
+                plan(x, wanted, about)
+            for x, name in zip(chosen, called, strict=True):
+                print(f"{name}  trained on sequences of {x.trained:,} tokens, by the {x.trained_from}", flush=True)
+                evaluate(name, plan(x, wanted, about))
+        report.write(out, [report.read(out / name) for name in called])
+    print(f"report  {out / 'report.html'}")
 
 
 def main(argv):

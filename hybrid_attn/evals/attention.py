@@ -19,7 +19,7 @@ from hybrid_attn.config import LayerKind, Model
 from hybrid_attn.evals import marked
 from hybrid_attn.evals.marked import Marked
 from hybrid_attn.evals.shares import Asked, Shares, oldest_key, shares
-from hybrid_attn.evals.subject import Spec, Subject
+from hybrid_attn.evals.subject import Spec, Subject, check_finite
 from hybrid_attn.model import Run
 from hybrid_attn.model.extend import layer_by_layer, unstacked
 from hybrid_attn.model.transformer import in_rows
@@ -53,6 +53,7 @@ def measured(subject: Subject, prompts: Sequence[Marked], length: int) -> Iterat
     for prompt, layers in _looks(subject, prompts, length, edges):
         tokens_I += [end - first for first, end in by_position(prompt, edges)]
         for i, (letter, look) in enumerate(zip(model.layers, layers, strict=True)):
+            check_finite(np.append(look.mass_BNI, look.entropy_BN), f"the attention of layer {i}")
             values[i].append(head_values(model.kinds[letter], prompt, look))
             weights_LNI[i] += look.mass_BNI[:, len(PARTS) :]
     for i, letter in enumerate(model.layers):

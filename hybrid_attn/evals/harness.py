@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from hybrid_attn.evals.subject import check_finite
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import TextStream
 
@@ -45,8 +46,9 @@ def evaluate(
     """What the harness reports of `tasks`, as values that JSON can hold; None on every process but the first.
 
     Tasks are names of those in the YAML files under `include_path`, of the harness's own, or paths of YAML files. Those that
-    make their own documents find what they need in the `metadata` of their file. `limit` is a number of documents of each, or a
-    share below 1. For the rest see `EngineLM`, whose `counts` are added under "requests". Every process must call it.
+    make their own documents find what they need in the `metadata` of their file. A file may name Python functions
+    (`!function`), which then run: use files that you trust. `limit` is a number of documents of each, or a share
+    below 1. For the rest see `EngineLM`, whose `counts` are added under "requests". Every process must call it.
     ValueError for what is not there.
     """
     if not tasks:
@@ -110,6 +112,11 @@ class EngineLM(LM):
         pairs = []
         for request in requests:
             context, continuation = self._split(*request.args)
+            if not continuation:
+                raise ValueError(
+                    f"{request.task_name}, document {request.doc_id}: no token is left of the answer {request.args[1]!r}, "
+                    "which the tokenizer joins with its context; use another task or tokenizer"
+                )
             pairs.append((self._cut(request, context, self.max_length + 1 - len(continuation)), continuation))
         return list(zip(self._scores(pairs), self._are_greedy(pairs), strict=True))
 
@@ -141,9 +148,13 @@ class EngineLM(LM):
         return [self.tokenizer.bos, *self.tokenizer.encode(text.encode()).tolist()]
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both, encoded together; spaces that end a context belong to the continuation, whose first word has them."""
-        both, first = self._ids(context + continuation), len(self._ids(context.rstrip()))
-        return both[:first], both[first:]
+        """Token ids of both, as the harness defines them (`TemplateLM._encode_pair`).
+
+        The context is encoded alone; the continuation is what both together have after as many tokens, even where a token
+        crosses the border. Spaces at the end of the context belong to the continuation.
+        """
+        context_ids = self._ids(context.rstrip())
+        return context_ids, self._ids(context + continuation)[len(context_ids) :]
 
     def _cut(self, request, prompt: list[int], room: int) -> list[int]:
         """The last `room` tokens of a prompt; counts, or refuses, what is lost."""
@@ -162,7 +173,9 @@ class EngineLM(LM):
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         def ask(questions):
             _, contexts, continuations = zip(*questions, strict=True)
-            return [float(x.sum(dtype=np.float64)) for x in self.engine.score(contexts, continuations)]
+            scores = [float(x.sum(dtype=np.float64)) for x in self.engine.score(contexts, continuations)]
+            check_finite(scores, "the log-probability of a continuation")
+            return scores
 
         return in_turn([(0, *pair) for pair in pairs], ask, BATCHES * self.engine.rows, "scores")
 

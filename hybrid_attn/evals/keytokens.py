@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import Slice, heldout_batches
 from hybrid_attn.data.rows import Rows, blank
-from hybrid_attn.evals.subject import Spec, Subject
+from hybrid_attn.evals.subject import Spec, Subject, check_finite
 from hybrid_attn.model import Run, losses
 from hybrid_attn.parallel.mesh import BATCH
 
@@ -33,12 +33,13 @@ def run(subject: Subject, spec: Spec, short: int) -> Iterator[dict]:
     """
     if not 0 < short < spec.length:
         raise ValueError(f"short={short} is no part of rows of {spec.length} tokens; use 1 to {spec.length - 1}")
-    found = np.zeros(3)
+    found = np.zeros(4)
     for whole, windows in _batches(subject, spec, short):
         nll_BT = _losses(subject, whole)
         for first, window in windows:
             found += jax.device_get(_sums(short, first, nll_BT, whole["weights"], _losses(subject, window)))
-    nll, keys, tokens = found
+    check_finite(found, "the loss")
+    nll, keys, tokens, _ = found
     loss = float(nll / keys) if keys else None
     record = {"length": spec.length, "short": short, "tokens": int(tokens), "key_tokens": int(keys), "loss": loss}
     yield record | {"perplexity": None if loss is None else math.exp(loss)}
@@ -92,7 +93,10 @@ def _token_losses(model: Model, run: Run, params: dict, batch: dict) -> jax.Arra
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(short: int, first, nll_BT, weights_BT, short_BT) -> jax.Array:
-    """Over the tokens after the first `short` of a window at `first`: loss of the key ones, their number, that of all."""
+    """Over the tokens after the first `short` of a window at `first`: loss of the key ones, their number, that of all.
+
+    Last comes the loss of all in both contexts, which shows NaN: no token is key whose loss is NaN.
+    """
     short_BT = jax.reshard(short_BT, P(BATCH, None))[:, short:]
 
     def of_window(x_BT):
@@ -101,4 +105,5 @@ def _sums(short: int, first, nll_BT, weights_BT, short_BT) -> jax.Array:
 
     nll_BT, weights_BT = map(of_window, (nll_BT, weights_BT))
     keys_BT = weights_BT * ((short_BT - nll_BT > GAIN) & (nll_BT < LIKELY))
-    return jnp.stack([(keys_BT * nll_BT).sum(), keys_BT.sum(), weights_BT.sum()])
+    all_BT = jnp.where(weights_BT > 0, nll_BT + short_BT, 0)
+    return jnp.stack([(keys_BT * nll_BT).sum(), keys_BT.sum(), weights_BT.sum(), all_BT.sum()])

@@ -5,18 +5,21 @@ have one key: the first stands at the depth, each further one a k-th of the rest
 """
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 
 from hybrid_attn.data.tokenizer import Bytes, Json
 from hybrid_attn.evals.ruler import fit, scores, words
-from hybrid_attn.evals.ruler.draws import of_sample
+from hybrid_attn.evals.ruler.draws import hidden, of_sample
 from hybrid_attn.evals.ruler.tasks import FIND_ALL, FIND_ONE, NEEDLE
 from hybrid_attn.evals.samples import Sample, spent
 from hybrid_attn.trees import check
 
 FEWEST = 8  # words of the text
-NEAR = 0.03  # of the text, within which a needle goes to the end of a sentence: code has pages without one
+
+
+def task_of(needles: int) -> str:
+    """The name of samples with so many needles."""
+    return "needle" if needles == 1 else f"needle_{needles}"
 
 
 def generate(length: int, depth: float, needles: int, index: int, seed: int, tokenizer: Bytes | Json, haystack: str) -> Sample:
@@ -26,7 +29,7 @@ def generate(length: int, depth: float, needles: int, index: int, seed: int, tok
     """
     check(0 <= depth <= 100, f"depth={depth} must lie between 0 and 100 percent")
     check(bool(haystack.split()), "needles are hidden in a text, and this one has no words")
-    task = "needle" if needles == 1 else f"needle_{needles}"
+    task = task_of(needles)
     name = f"{task} {depth:g} {index} {seed}"  # without the length: longer texts hide the same
     draws = of_sample(name, (), words.pairs())
     key, values = draws.magic("words"), tuple(draws.magic("numbers") for _ in range(needles))
@@ -46,25 +49,6 @@ def generate(length: int, depth: float, needles: int, index: int, seed: int, tok
     where = f"sample {index} of {task} at depth {depth:g}"
     units = fit.largest(lambda n: spent(fit.count(tokenizer, ask(n)), new), length, FEWEST, where)
     return Sample(task, length, index, ask(units), values, new, f"{depth:g}", {"depth": depth, "seed": seed, "units": units})
-
-
-def hidden(text: str, needles: Sequence[str], depths: Sequence[float]) -> str:
-    """`text` with each needle at its depth, in percent of the characters of `text`; `depths` do not fall."""
-    places = [_place(text, depth) for depth in depths]
-    pieces = []
-    for first, end, needle in zip([0, *places], places, needles, strict=False):
-        pieces += [text[first:end].strip(), needle]
-    return " ".join(piece for piece in (*pieces, text[places[-1] :]) if piece)
-
-
-def _place(text: str, depth: float) -> int:
-    """Where a word begins after the end of a sentence, the nearest to `depth`; after any word where none ends near."""
-    at = len(text) * depth / 100
-    for end in (r"[.!?] +", " "):
-        place = min((0, *(found.end() for found in re.finditer(end, text)), len(text)), key=lambda place: abs(place - at))
-        if abs(place - at) <= NEAR * len(text):
-            break
-    return place
 
 
 def records(samples: Sequence[Sample], given: Sequence[str]) -> list[Mapping]:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.data.rows import Rows
-from hybrid_attn.evals.subject import Spec, Subject
+from hybrid_attn.evals.subject import Spec, Subject, check_finite
 from hybrid_attn.model import Run, losses
 from hybrid_attn.model.loss import bits_per_byte
 from hybrid_attn.parallel.mesh import BATCH, spec_of
@@ -38,6 +38,7 @@ def run(subject: Subject, spec: Spec) -> Iterator[dict]:
         for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, subject.mesh)
     ]
     sums = np.concatenate(found, -1).astype(float)
+    check_finite(sums, "the loss")
     *buckets, total = _records(spec.length, edges, sums.sum(0), {})
     nll_B, count_B, _ = sums.sum((0, 2))
     yield from (*buckets, total | {"by_row": (nll_B[count_B > 0] / count_B[count_B > 0]).tolist()})

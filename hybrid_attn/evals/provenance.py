@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from hybrid_attn import config
 from hybrid_attn.model import Run, flops
+from hybrid_attn.trees import check
 
 
 def provenance(
@@ -31,6 +32,27 @@ def provenance(
         "dtype": str(run.dtype),
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device",
     }
+
+
+def trained_length(c: config.Trained, checkpoints: Path, steps: int) -> tuple[int, str]:
+    """The tokens of a sequence in training, and what says so, of a checkpoint after so many `steps` of ours.
+
+    A model without any was imported, and its own config.json, beside the `checkpoints`, knows better than ours.
+    """
+    path = checkpoints / "companions" / "config.json"
+    if steps == 0 and path.is_file():
+        try:
+            values = json.loads(path.read_bytes())
+        except (RecursionError, ValueError) as cause:
+            raise ValueError(f"{path} is no JSON ({cause}); copy it again from the model") from cause
+        length = values.get("max_position_embeddings") if isinstance(values, dict) else None
+        if length is not None:
+            ok = type(length) is int and 1 < length < 2**31
+            check(
+                ok, f"{path} has max_position_embeddings={length!r}, which is no number of tokens; correct it, or take it out"
+            )
+            return length, "max_position_embeddings of companions/config.json"
+    return c.stages[-1].seq_len, "seq_len of the last stage of the checkpoint's config"
 
 
 def _revision(file: Path) -> str:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.data.synthetic import SyntheticRows
-from hybrid_attn.evals.subject import Spec, Subject
+from hybrid_attn.evals.subject import Spec, Subject, check_finite
 from hybrid_attn.model import Run, apply, logits
 from hybrid_attn.parallel.mesh import BATCH
 
@@ -34,16 +34,19 @@ def run(subject: Subject, spec: Spec) -> Iterator[dict]:
         jax.device_get(_right(subject.model, subject.run, subject.params, arrays))
         for arrays in heldout_batches(rows, number, batch, subject.mesh)
     ]
-    right_B, answers_B = np.concatenate(found, 1)[:, :number].astype(int)
+    sums = np.concatenate(found, 1)[:, :number]
+    check_finite(sums, "the probability of an answer")
+    right_B, answers_B, _ = sums.astype(int)
     shares = {"accuracy": right_B.sum() / answers_B.sum(), "by_row": (right_B / answers_B).tolist()}
     yield {"task": spec.documents.fingerprint(), "length": spec.length, "answers": int(answers_B.sum()), **shares}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _right(model: Model, run: Run, params: dict, batch: dict):
-    """Right answers and answers of each row, [2, B]."""
+    """Right answers, answers, and the log-sum-exp over the answers' logits, which shows NaN, of each row: [3, B]."""
     x_BTD = apply(model, params, batch["tokens"], batch["positions"], batch["segments"], run)
-    likeliest_BT = jnp.argmax(logits(model, params, x_BTD), -1)
-    weights_BT = batch["weights"]
-    counts = [(weights_BT * (likeliest_BT == batch["targets"])).sum(1), weights_BT.sum(1)]
+    logits_BTV, weights_BT = logits(model, params, x_BTD), batch["weights"]
+    right_BT = jnp.argmax(logits_BTV, -1) == batch["targets"]
+    lse_BT = jax.nn.logsumexp(logits_BTV, -1)
+    counts = [(weights_BT * right_BT).sum(1), weights_BT.sum(1), jnp.where(weights_BT > 0, lse_BT, 0).sum(1)]
     return jax.reshard(jnp.stack(counts), P())

@@ -52,20 +52,28 @@ def read(path: Path) -> tuple[list[Sample], str]:
     """The samples of a file, and the SHA-256 of its bytes; ValueError names a line that is none, or says what was changed."""
     content = path.read_bytes()
     found = []
-    for number, line in enumerate(content.decode().removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
         try:
             values = json.loads(line)
             found.append(Sample(**values | {"answers": tuple(values["answers"])}))
-        except (TypeError, KeyError, ValueError) as cause:
+            _check_types(found[-1])
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as cause:
             raise ValueError(f"{path}, line {number} is no sample: {cause}") from cause
     trees.check(_hash_of(path).is_file(), f"{path} has lost the hash beside it; remove the file, and the same is drawn again")
-    digest, written = hashlib.sha256(content).hexdigest(), _hash_of(path).read_text().split()[0]
+    digest, written = hashlib.sha256(content).hexdigest(), _hash_of(path).read_text(errors="replace").partition(" ")[0]
     trees.check(
         digest == written,
         f"{path} was changed after it was written: its hash is {digest[:12]} and was {written[:12]}; models asked before and "
         "after do not compare, so use another directory",
     )
     return found, digest
+
+
+def _check_types(sample: Sample) -> None:
+    types = {"task": str, "length": int, "index": int, "prompt": str, "max_new_tokens": int, "group": str, "meta": dict}
+    wrong = [name for name, kind in types.items() if not isinstance(getattr(sample, name), kind)]
+    wrong += ["answers"] if not all(isinstance(answer, str) for answer in sample.answers) else []
+    trees.check(not wrong, f"{', '.join(wrong)} of another type")
 
 
 def _hash_of(path: Path) -> Path:

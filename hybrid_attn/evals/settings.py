@@ -1,10 +1,12 @@
 """What is measured of which model, in which units."""
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
+from hybrid_attn.evals import ruler
 from hybrid_attn.evals.ruler import compat
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.subject import Subject
@@ -41,6 +43,7 @@ class Settings(NamedTuple):
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness, whose own files are in `task_path`
     task_path: str | None = None
     compat: bool = False  # RULER's own prompts
+    ruler_tasks: tuple[str, ...] = ruler.NAMES
     absent: tuple[Absent, ...] = ()
     asked: tuple[int, ...] | None = None  # the lengths of what an engine answers, where they are others
 
@@ -52,8 +55,8 @@ class Reader(NamedTuple):
     """A model with an engine of it (None if nothing is asked), and what it is asked about.
 
     `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` those whose answers
-    are counted, `lists` the words of RULER's own prompts; rows of training had `trained` tokens, and `stops` end an answer as
-    the end of a document does.
+    are counted, `lists` the words of RULER's own prompts and `essays` their text; rows of training had `trained` tokens, and
+    `stops` end an answer as the end of a document does.
     """
 
     subject: Subject
@@ -63,6 +66,7 @@ class Reader(NamedTuple):
     questions: Mapping[str, Questions]
     trained: int
     lists: compat.Words | None = None
+    essays: str = ""
     tasks: Mapping[str, Task] = RECALL
     stops: tuple[int, ...] = ()
 
@@ -72,7 +76,10 @@ class Reader(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What is done or not: `part` is a source or a task."""
+    """What is done or not: `part` is a source or a task.
+
+    `name` is that of its file: a slash in the name of a part, which would lead elsewhere, and control characters are escaped.
+    """
 
     eval: str
     part: str
@@ -80,7 +87,8 @@ class Unit(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.eval}-{self.part}-{self.length}"
+        part = re.sub(r"[/\x00-\x1f\x7f%]", lambda found: f"%{ord(found[0]):02X}", self.part)
+        return f"{self.eval}-{part}-{self.length}"
 
 
 class Measured(NamedTuple):

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from hybrid_attn.config import Model
@@ -26,3 +27,12 @@ class Spec(NamedTuple):
     documents: Documents | Task
     length: int
     tokens: int
+
+
+def check_finite(numbers, what: str) -> None:
+    """FloatingPointError where one of the `numbers` that a model computed is NaN or infinite; `what` says what they are."""
+    bad = np.ravel(numbers)[~np.isfinite(np.ravel(numbers))]
+    if bad.size:
+        raise FloatingPointError(
+            f"{what} is {bad[0]}: the parameters are not finite, or activations overflow; use an earlier checkpoint, or float32"
+        )

@@ -38,7 +38,7 @@ EMPTY = {  # which part is missing where an evaluation has none, and why
     "harness": ("tasks", "none is named"),
 }
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
-GENERATOR = 3  # raised when the same settings give other samples
+GENERATOR = 4  # raised when the same settings give other samples
 
 
 def draw_needle(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sample]:
@@ -49,13 +49,18 @@ def draw_needle(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Samp
 
 
 def draw_ruler(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sample]:
-    words, texts = reader.subject.tokenizer, (reader.haystack, reader.questions)
+    words, texts = reader.subject.tokenizer, (_text(reader, settings, unit), reader.questions)
     if settings.compat:
         cut = compat.sent_tokenize() if unit.part in ESSAYS else draws.sentences
         yield from compat.generate(unit.part, unit.length, settings.samples, settings.seed, words, reader.lists, *texts, cut)
         return
     for index in range(settings.samples):
         yield ruler.generate(unit.part, unit.length, index, settings.seed, words, *texts)
+
+
+def _text(reader: Reader, settings: Settings, unit: Unit) -> str:
+    """What the needles of a unit are hidden in."""
+    return reader.essays if settings.compat and unit.eval == "ruler" else reader.haystack
 
 
 def measure_position(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
@@ -138,7 +143,7 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
         "attention_mass": tuple(x for x in reader.heldout if x not in drawn or reader.heldout[x].name == "recall"),
         "recall": tuple(reader.tasks) if isinstance(reader.subject.tokenizer, Bytes) else (),
         "needle": ("1", "4"),
-        "ruler": tuple(task for task in ruler.NAMES if task not in missing(settings, reader)),
+        "ruler": tuple(task for task in settings.ruler_tasks if task not in missing(settings, reader)),
         "harness": settings.tasks,
     }
     found = [
@@ -148,12 +153,25 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
     return [unit for unit in found if unit not in absent]
 
 
+def some_units(settings: Settings, reader: Reader) -> list[Unit]:
+    """`units`; ValueError where there is none, and why."""
+    found = units(settings, reader)
+    reasons = list(dict.fromkeys(f"{x.eval} of {x.part}: {x.reason}" for x in settings.absent))
+    more = [f"and {len(reasons) - 3} more"] if len(reasons) > 3 else []
+    lengths = sorted({length for name in settings.evals for length in settings.lengths_of(name)})
+    nothing = f"nothing to measure at lengths {', '.join(map(str, lengths))}"
+    trees.check(bool(found), "; ".join([nothing, *reasons[:3], *more]))
+    return found
+
+
 def missing(settings: Settings, reader: Reader) -> dict[str, str]:
     """Why tasks of RULER cannot be asked at any length, of those that cannot."""
     found = ruler.missing(reader.haystack, reader.questions)
-    if settings.compat and compat.sent_tokenize() is None:
+    if settings.compat and not reader.essays:
+        found |= dict.fromkeys(ESSAYS, "needs the text of RULER's essays, its PaulGrahamEssays.json, as --text")
+    elif settings.compat and compat.sent_tokenize() is None:
         found |= dict.fromkeys(ESSAYS, "needs nltk with its punkt_tab, by which RULER cuts prose into sentences")
-    return found
+    return {task: reason for task, reason in found.items() if task in settings.ruler_tasks}
 
 
 def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Settings:
@@ -207,24 +225,26 @@ def run(
     Whether all is measured: True from `done` ends this before. All questions are drawn before anything is asked: into `shared`,
     for every model with the same tokenizer. Every process of a run makes the same call; the first one writes, and the others
     see its files. ValueError where a question does not fit, and where the directory is of another run than that of
-    `provenance`, whose "revision" alone may differ.
+    `provenance`, whose "revision" alone may differ. FloatingPointError where a model computes NaN: no record has one.
     """
-    wanted, writes = units(settings, reader), jax.process_index() == 0
-    trees.check(bool(wanted), f"nothing to measure at lengths {', '.join(map(str, settings.lengths))}")
+    wanted, writes = some_units(settings, reader), jax.process_index() == 0
     files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
     told(True)  # the others find what the first one has drawn
-    drawn = {unit: samples.read(path) for unit, path in files.items()}  # as they were, also of what is done
-    paths = {unit: directory / "units" / f"{unit.name}.json" for unit in wanted}
+    drawn = {unit: _read_samples(settings, unit, path) for unit, path in files.items()}  # as they were, also of what is done
     if writes:
-        _begin(directory, described(settings, provenance), not all(map(_is_done, paths.values())))
-    for number, (unit, path) in enumerate(paths.items(), 1):
-        if not told(_is_done(path)):
+        _begin(directory, described(settings, provenance), not all(_is_done(directory, unit) for unit in wanted))
+    for number, unit in enumerate(wanted, 1):
+        if not told(_is_done(directory, unit)):
             asked, digest = drawn.get(unit, ([], None))
-            measured = MEASURES[unit.eval](reader, settings, unit, asked)
+            try:
+                measured = MEASURES[unit.eval](reader, settings, unit, asked)
+            except FloatingPointError as cause:
+                raise FloatingPointError(f"{unit.name}: {cause}") from cause
             records = [{"eval": unit.eval, **record} for record in measured.records]
             given = [answer | {"samples_hash": digest} for answer in measured.answers]
             if writes:
-                write_atomically(path, json.dumps({"records": records, "answers": given}, ensure_ascii=False))
+                content = json.dumps({"records": records, "answers": given}, ensure_ascii=False)
+                write_atomically(directory / "units" / f"{unit.name}.json", content)
         if done(unit, number, len(wanted)):
             return False
     if writes:
@@ -240,22 +260,68 @@ def described(settings: Settings, provenance: Mapping) -> dict:
     return json.loads(json.dumps({**provenance, "settings": settings._asdict(), "generator": GENERATOR}))
 
 
+def read_about(path: Path) -> dict:
+    """What the run.json of a run says; ValueError where that is not what the suite writes."""
+    try:
+        there = json.loads(path.read_bytes())
+    except (RecursionError, ValueError) as cause:
+        raise ValueError(f"{path} is cut short or no JSON ({cause}); remove it, or use another directory") from cause
+    known = isinstance(there, dict) and isinstance(there.get("revision"), str)
+    trees.check(known, f"{path} says nothing of an evaluation; remove it, or use another directory")
+    return there
+
+
 def measured_of(directory: Path, unit: Unit) -> Measured:
-    """What the file of a unit holds."""
-    return Measured(**json.loads((directory / "units" / f"{unit.name}.json").read_text()))
+    """What the file of a unit holds; ValueError where that is not what the suite writes of it."""
+    path = directory / "units" / f"{unit.name}.json"
+    try:
+        values = json.loads(path.read_bytes())
+    except (RecursionError, ValueError) as cause:
+        raise ValueError(f"{path} is cut short or no JSON ({cause})") from cause
+    trees.check(
+        isinstance(values, dict)
+        and tuple(values) == Measured._fields
+        and all(isinstance(lines, list) for lines in values.values())
+        and all(_is_of(unit, line) for lines in values.values() for line in lines)
+        and all(record.get("eval") == unit.eval for record in values["records"]),
+        f"{path} holds other things than what was measured of {unit.name}",
+    )
+    return Measured(**values)
 
 
-def _is_done(path: Path) -> bool:
+def _is_of(unit: Unit, line) -> bool:
+    """Whether a record or an answer is of the unit's part and length, by which a report names its files."""
+    if not isinstance(line, dict) or type(line.get("length")) is not int or line["length"] != unit.length:
+        return False
+    if unit.eval == "harness":  # its groups have tasks of other names
+        return isinstance(line.get("task"), str)
+    if unit.eval == "needle":
+        return line["task"] == needle.task_of(int(unit.part)) if "task" in line else line.get("needles") == int(unit.part)
+    return line.get("task" if unit.eval == "ruler" else "source") == unit.part
+
+
+def _is_done(directory: Path, unit: Unit) -> bool:
     """Whether the file of a unit is there, and whole: a machine that lost its power may leave less."""
     try:
-        return Measured._fields == tuple(json.loads(path.read_text()))
+        return bool(measured_of(directory, unit))
     except (OSError, ValueError):
         return False
 
 
+def _read_samples(settings: Settings, unit: Unit, path: Path) -> tuple[list[Sample], str]:
+    asked, digest = samples.read(path)
+    task = needle.task_of(int(unit.part)) if unit.eval == "needle" else unit.part
+    for sample in asked:
+        known = (sample.task, sample.length) == (task, unit.length)
+        known = known and (unit.eval != "needle" or sample.meta.get("depth") in settings.depths)
+        trees.check(known, f"{path} holds other samples than those of {unit.name}; remove the file, and they are drawn again")
+    return asked, digest
+
+
 def _drawn(reader: Reader, settings: Settings, unit: Unit, shared: Path) -> Path:
     """The file of a unit's samples, in whose name is what they follow from; the first process writes it."""
-    about = [GENERATOR, settings.samples, settings.seed, settings.depths, reader.subject.tokenizer.hash, reader.haystack]
+    about = [GENERATOR, settings.samples, settings.seed, settings.depths, reader.subject.tokenizer.hash]
+    about += [_text(reader, settings, unit)]
     about += [reader.questions.get(unit.part), *([reader.lists] if settings.compat and unit.eval == "ruler" else [])]
     path = shared / f"{unit.name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}.jsonl"
     if jax.process_index() == 0 and not path.exists():
@@ -296,7 +362,7 @@ def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
     path = directory / "run.json"
     if not path.exists():
         return write_atomically(path, json.dumps(about, indent=1))
-    there = json.loads(path.read_text())
+    there = read_about(path)
     revisions = there["revision"].split(", ")
     lines = trees.differences(there, {**about, "revision": there["revision"]}, "  ")
     trees.check(

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +88,11 @@ class Evaluations:
                 _tell(metrics, unit, suite.measured_of(folder, unit).records)
             return told(asked_to_stop()) and number < of
 
-        whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)
+        try:
+            whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)
+        except FloatingPointError as error:  # on every process; the steps to come are worth more than these numbers
+            metrics.say(f"evaluation of step {metrics.step} failed, and the run goes on: {error}")
+            return True
         if whole and jax.process_index() == 0:
             try:
                 self._compare(metrics, folder)
@@ -100,7 +103,10 @@ class Evaluations:
     def _to_go_on_with(self, folder: Path, about: dict) -> dict | None:
         """`about`, as it was said of what the folder of a step has; None where that was measured otherwise, and is removed."""
         path = folder / "run.json"
-        there = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            there = suite.read_about(path) if path.exists() else {}
+        except ValueError:  # as a machine leaves it that loses its power
+            there = {}
         passing = {name: there[name] for name in PASSING if name in there}
         if there == suite.described(self.settings, about | passing) | {"revision": there.get("revision")}:
             return about | passing

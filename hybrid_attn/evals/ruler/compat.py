@@ -51,7 +51,7 @@ def read_others(path: Path) -> tuple[str, ...]:
     """The words of RULER's english_words.json, a dict of them by their number."""
     try:
         found = tuple(json.loads(path.read_bytes()).values())
-    except (AttributeError, ValueError) as cause:
+    except (AttributeError, RecursionError, ValueError) as cause:
         raise ValueError(f"{path} is no dict of words ({cause}); give RULER's english_words.json") from cause
     check(all(isinstance(word, str) for word in found), f"{path} holds other things than words; give english_words.json")
     return found
@@ -126,8 +126,8 @@ def _draws(seed: int, words: Words, named: bool, sentences: Callable[[str], list
         check(wanted <= len(enough), f"a list of {wanted:,} words needs more than the {len(listed):,} given; give it others")
         return enough
 
-    integer = np.random.RandomState(seed).randint
-    return Draws(random.Random(seed), integer, shuffle, _keys(words) if named else (), drawable, None, sentences)
+    integer, hide = np.random.RandomState(seed).randint, functools.partial(own.between_sentences, sentences)
+    return Draws(random.Random(seed), integer, shuffle, _keys(words) if named else (), drawable, None, hide)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,11 +1,14 @@
 """What one question draws: numbers, words and orders, from one generator."""
 
 import dataclasses
+import itertools
 import random
 import re
 import string
 import uuid
 from collections.abc import Callable, Sequence
+
+NEAR = 0.03  # of a text, within which a needle goes to the end of a sentence: code has pages without one
 
 
 def sentences(text: str) -> list[str]:
@@ -13,11 +16,40 @@ def sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?]) +", text)
 
 
+def between_sentences(cut: Callable[[str], list[str]], text: str, needles: Sequence[str], depths: Sequence[float]) -> str:
+    """`text` with each needle at its depth, in percent of the sentences into which `cut` divides it; `depths` do not fall."""
+    lines = cut(text)
+    places, pieces = [int(len(lines) * (depth / 100)) for depth in depths], []
+    for first, end, needle in zip([0, *places], places, needles, strict=False):
+        pieces += [" ".join(lines[first:end]), needle]
+    return " ".join([*pieces, " ".join(lines[places[-1] :])])
+
+
+def hidden(text: str, needles: Sequence[str], depths: Sequence[float]) -> str:
+    """`text` with each needle at its depth, in percent of the characters of `text`; `depths` do not fall."""
+    places = [_place(text, depth) for depth in depths]
+    pieces = []
+    for first, end, needle in zip([0, *places], places, needles, strict=False):
+        pieces += [text[first:end].strip(), needle]
+    return " ".join(piece for piece in (*pieces, text[places[-1] :]) if piece)
+
+
+def _place(text: str, depth: float) -> int:
+    """Where a word begins after the end of a sentence, the nearest to `depth`; after any word where none ends near."""
+    at = len(text) * depth / 100
+    for end in (r"[.!?] +", " "):
+        place = min((0, *(found.end() for found in re.finditer(end, text)), len(text)), key=lambda place: abs(place - at))
+        if abs(place - at) <= NEAR * len(text):
+            break
+    return place
+
+
 @dataclasses.dataclass(frozen=True)
 class Draws:
     """`integer(low, high)` is below `high`; `words(n)` are those of which n can be drawn.
 
-    What `fresh` gives was not in `taken`, or may repeat where that is None.
+    What `fresh` and `lists` give was not given before, or may repeat where `taken` is None. Of a text of n words the sample's
+    part begins with the word `start(n)`; `hide(text, needles, depths)` is that part with needles in it.
     """
 
     rng: random.Random
@@ -26,7 +58,8 @@ class Draws:
     keys: Sequence[str]
     words: Callable[[int], Sequence[str]]
     taken: set[str] | None
-    sentences: Callable[[str], list[str]] = sentences
+    hide: Callable[[str, Sequence[str], Sequence[float]], str] = hidden
+    start: Callable[[int], int] = lambda words: 0
 
     def fresh(self, draw: Callable[[], str]) -> str:
         text = draw()
@@ -43,6 +76,13 @@ class Draws:
     def letters(self, count: int, alphabet: str = string.ascii_uppercase) -> str:
         return "".join(self.rng.choices(alphabet, k=count))
 
+    def lists(self, *sizes: int) -> list[list[str]]:
+        """Lists of so many words."""
+        if self.taken is None:
+            return [self.rng.sample(self.words(size), size) for size in sizes]
+        drawn = iter(self.rng.sample(self.words(sum(sizes)), sum(sizes)))
+        return [list(itertools.islice(drawn, size)) for size in sizes]
+
     def value(self) -> str:
         """Five digits."""
         return self.fresh(lambda: str(self.integer(10_000, 99_999)))
@@ -56,6 +96,6 @@ MAGIC = {
 
 
 def of_sample(seed: str, words: Sequence[str], keys: Sequence[str]) -> Draws:
-    """All that follows from `seed` alone: nothing repeats, and every order is the sample's own."""
-    rng = random.Random(seed)
-    return Draws(rng, rng.randrange, rng.shuffle, keys, lambda n: words, {"VAR"})
+    """All that follows from `seed` alone: nothing repeats, and every order and every part of a text is the sample's own."""
+    rng, start = random.Random(seed), random.Random(f"{seed} text").randrange
+    return Draws(rng, rng.randrange, rng.shuffle, keys, lambda n: words, {"VAR"}, start=start)

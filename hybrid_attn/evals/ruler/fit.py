@@ -53,7 +53,7 @@ def generate(
         ask = _tracking(name, length, tokenizer)
     else:
         ask = functools.partial(_asked, task, name, place, words.singles())
-    most = len(words.singles()) if task == "cwe" else None
+    most = len(words.singles()) - tasks.example_words(length) if task == "cwe" else None
     units = largest(lambda n: cost(ask(n)), length, fewest, what, most)
     if units == most:
         ask = functools.partial(_asked, task, name, place, words.pairs())

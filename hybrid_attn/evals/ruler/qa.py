@@ -35,7 +35,7 @@ def read_squad(path: Path) -> Questions:
                     if not x["is_impossible"]:
                         answers = tuple(answer["text"] for answer in x["answers"])
                         asked.append(Asked(x["question"], answers, (place[own],), related))
-    except (TypeError, KeyError, ValueError) as cause:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as cause:
         raise ValueError(f"{path} is no file of SQuAD 2.0 ({cause!r}); give dev-v2.0.json") from cause
     check(bool(asked), f"{path} has no question with an answer")
     return Questions(tuple(asked), documents)
@@ -51,7 +51,7 @@ def read_hotpot(path: Path) -> Questions:
             Asked(entry["question"], (entry["answer"],), tuple(place[text] for text in own), ())
             for entry, own in zip(entries, texts, strict=True)
         ]
-    except (TypeError, KeyError, ValueError) as cause:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as cause:
         raise ValueError(f"{path} is no file of HotpotQA ({cause!r}); give hotpot_dev_distractor_v1.json") from cause
     check(bool(asked), f"{path} has no question")
     return Questions(tuple(asked), documents)

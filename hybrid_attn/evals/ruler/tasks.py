@@ -106,13 +106,11 @@ def needles(draws: Draws, kind: Needles, essay: Sequence[str], units: int) -> Qu
 
 
 def _in_essay(draws: Draws, found: list[str], essay: Sequence[str], units: int) -> str:
-    text = " ".join(essay[:units] if units <= len(essay) else (list(essay) * -(-units // len(essay)))[:units])
-    lines = draws.sentences(text.strip())
-    places = sorted(int(len(lines) * (depth / 100)) for depth in draws.rng.sample(DEPTHS, len(found)))
-    pieces = []
-    for first, end, needle in zip([0, *places], places, found, strict=False):
-        pieces += [" ".join(lines[first:end]), needle]
-    return " ".join([*pieces, " ".join(lines[places[-1] :])])
+    first = draws.start(len(essay))
+    words = list(essay[first : first + units])
+    while len(words) < units:
+        words += essay[: units - len(words)]
+    return draws.hide(" ".join(words).strip(), found, sorted(draws.rng.sample(DEPTHS, len(found))))
 
 
 def _in_lines(draws: Draws, found: list[str], kind: Needles, units: int) -> str:
@@ -146,14 +144,19 @@ def solved(question: Question) -> str:
 
 def common_words(draws: Draws, length: int, units: int) -> Question:
     """Ten of `units` words stand in the list more often than the others; a solved list goes before it."""
-    example, main = ((20, 3, 1), (units, 6, 1)) if length < SHORT else ((40, 10, 3), (units, 30, 3))
-    (shown, known), (asked, answers) = _word_list(draws, *example), _word_list(draws, *main)
+    example, main = ((3, 1), (6, 1)) if length < SHORT else ((10, 3), (30, 3))
+    solved, wanted = draws.lists(example_words(length), units)
+    (shown, known), (asked, answers) = _word_list(draws, solved, *example), _word_list(draws, wanted, *main)
     prompt = f"{COMMON.format(context=shown)} {_numbered(known)}\n{COMMON.format(context=asked)}"
     return Question(prompt, tuple(answers), _numbered(answers), ())
 
 
-def _word_list(draws: Draws, words: int, often: int, seldom: int) -> tuple[str, list[str]]:
-    drawn = draws.rng.sample(draws.words(words), words)
+def example_words(length: int) -> int:
+    """The words of the solved list."""
+    return 20 if length < SHORT else 40
+
+
+def _word_list(draws: Draws, drawn: list[str], often: int, seldom: int) -> tuple[str, list[str]]:
     common = drawn[:COMMON_WORDS]
     listed = common * often + drawn[COMMON_WORDS:] * seldom
     draws.shuffle(listed)

@@ -1,4 +1,7 @@
-"""Words for keys and lists. None of them contains another, so that naming one never counts as naming another."""
+"""Words for keys and lists. None of them contains another, so that naming one never counts as naming another.
+
+None stands in the question that asks for common words: who repeats the question names no answer.
+"""
 
 import functools
 
@@ -19,7 +22,7 @@ harsh hasty hazel hazy heavy hidden hollow honest horrid huge humble humid hungr
 jagged jaunty jolly jovial joyful juicy junior keen kind knotty lanky large lavish lawful lazy leafy lean legal lenient limber
 limp linear liquid literal little lively local lone long loose lovely loyal lucid lucky lunar lush magenta magic major marine
 massive mature mean meek mellow merry metallic mighty mild milky minor misty mobile modern modest moist monthly moody muddy
-muffled mute narrow native neat needy nervous neutral new nice nimble nocturnal noisy nominal northern novel numb nutty oaken
+muffled mute narrow native neat needy nervous neutral new nice nimble nocturnal noisy nominal northern novel nutty oaken
 obscure odd olive opaque opulent orange ordinary ornate outer oval overt paltry parched partial patient peaceful petite pink
 placid plausible playful polar polite pompous poor porous portable prickly prime pristine private prompt proper proud prudent
 public puny pure purple quaint quick quiet quirky radiant rancid rapid rare rash ready recent regal remote resolute rich rigid
@@ -85,7 +88,7 @@ yogurt zebra zeppelin zipper zither
 """.split()
 
 VERBS = """
-abandon abolish absorb accept accuse achieve acquire adapt adjust admire admit adopt advise agree amuse announce answer appear
+abandon abolish absorb accept accuse achieve acquire adapt adjust admire admit adopt advise agree amuse announce
 apply approve argue arrange arrive assemble assist assume attach attend attract avoid bake balance bargain bathe become begin
 behave believe besiege bestow betray blame blend bless blink bloom boast boil borrow bother bounce breathe bring browse build
 burrow bury calculate cancel capture caress carve catch cease challenge change chase cherish chew choose chop clap clarify
@@ -100,7 +103,7 @@ foster freeze frown fulfil furnish gamble gather giggle give glance glide gossip
 guide happen hasten hatch haul help hesitate hide hire hope hover hunt hurry identify ignore illustrate imagine imitate
 immerse impress improve include increase indicate infer inform inherit inquire insert insist inspect install instruct insult
 interrupt introduce invade invent invest invite irritate join justify kick knit knock know laugh launch lead leap learn linger
-listen loathe lurk maintain manufacture marvel measure meditate melt memorize mend mention migrate mingle modify motivate
+listen loathe lurk maintain manufacture marvel measure meditate melt mend mention migrate mingle modify motivate
 mourn multiply mumble murmur nag narrate navigate neglect negotiate nibble nod notice nourish nudge obey oblige observe obtain
 occupy occur offend offer omit oppose overcome participate pause perceive perform permit persist persuade plunge polish ponder
 possess postpone pour practice praise pray predict prepare prescribe preserve pretend prevail prevent proceed proclaim produce

@@ -1,0 +1,62 @@
+"""Held-out documents to measure losses on: those of a checkpoint's own sources, or of files that the user names."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from hybrid_attn import config
+from hybrid_attn.data import corpora, documents, store
+from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.synthetic import Task
+from hybrid_attn.trees import check
+
+NAME = re.compile(r"[\w.-]+")
+
+
+def files_of(c: config.Trained) -> dict[str, list[str]]:
+    """By source, the files and URLs that the config of a checkpoint names; tasks and the standard library name none."""
+    unknown = sorted(set(c.sources) - set(c.data.sources))
+    check(not unknown, f"the checkpoint's config mixes {', '.join(unknown)}, which is not in its data.sources")
+    named = {name: [*c.data.sources[name].paths, *filter(None, [c.data.sources[name].store])] for name in c.sources}
+    return {name: files for name, files in named.items() if files}
+
+
+def check_trusted(checkpoint: str, c: config.Trained) -> None:
+    """ValueError where reading the sources of a checkpoint would open files or URLs, which it lists."""
+    listed = "; ".join(f"{name}: {', '.join(files)}" for name, files in files_of(c).items())
+    check(
+        not listed,
+        f"{checkpoint} names the data of its held-out documents, and a checkpoint of others may name anything ({listed}); "
+        "add --trust_checkpoint_data to read it, or name other data with --heldout=NAME=FILES, or choose evaluations "
+        "without it, as --suite=recall,needle,ruler",
+    )
+
+
+def of_sources(c: config.Trained, tokenizer) -> dict[str, Documents | Task]:
+    """The held-out documents of the sources that took part in training."""
+    return {name: corpus.heldout for name, corpus in corpora.load(c.data, c.sources, tokenizer).items()}
+
+
+def named(flags: Sequence[str]) -> dict[str, str]:
+    """The files of each "NAME=FILES"; ValueError where one has another form."""
+    found = {}
+    for flag in flags:
+        name, equals, files = flag.partition("=")
+        check(
+            bool(NAME.fullmatch(name) and equals and files), f"--heldout={flag} has not the form NAME=FILES, as text=data/*.txt"
+        )
+        check(name not in found, f"--heldout names {name!r} twice; give each text a name of its own")
+        found[name] = files
+    return found
+
+
+def of_files(files: Mapping[str, str], tokenizer) -> dict[str, Documents]:
+    """All documents of each: of a token store (a directory or URL), or of the files of text that a pattern matches."""
+    loaded = {}
+    for name, where in files.items():
+        try:
+            is_store = "://" in where or os.path.isdir(os.path.expanduser(where))
+            loaded[name] = store.load(where, tokenizer) if is_store else documents.load((where,), tokenizer)
+        except ValueError as cause:
+            raise ValueError(f"--heldout={name}={where}: {cause}") from cause
+    return loaded
