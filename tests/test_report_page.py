@@ -13,7 +13,7 @@ from evaluated import LENGTHS, TRAINED, everything, run_of, store, two
 from PIL import Image
 
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import canvas, pictures, sections, statistics, tables
+from hybrid_attn.evals.report import canvas, escape, heatmaps, pictures, sections, statistics
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_report_leaves_nothing_of_the_one_before_it(tmp_path):
 
 
 def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
-    figure = pictures.heat_map(LENGTHS, (0, 100), {(2048, 0): 0.4, (8192, 100): 0.5}, TRAINED)
+    figure = heatmaps.heat_map(LENGTHS, (0, 100), {(2048, 0): 0.4, (8192, 100): 0.5}, TRAINED)
     axes = figure.axes[0]
     (image,) = axes.collections
     assert image.get_clim() == (0, 1) and axes.yaxis_inverted()
@@ -62,7 +62,7 @@ def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["2K", "4K", "8K"]
     white = [line for line in axes.lines if line.get_color() == "#ffffff"]
     assert [set(line.get_xdata()) for line in white] == [{2}] and white[0].get_linestyle() == "--"
-    assert not pictures.heat_map(LENGTHS, (0,), {}, 8192).axes[0].lines
+    assert not heatmaps.heat_map(LENGTHS, (0,), {}, 8192).axes[0].lines
 
 
 def test_a_single_length_is_drawn_with_its_interval_and_the_length_of_training():
@@ -99,8 +99,8 @@ def test_a_line_of_losses_has_a_gap_where_no_token_was_scored():
 
 
 def test_files_of_names_that_differ_differ():
-    assert tables.plain("rnope_swa-2.b") == "rnope_swa-2.b"
-    names = [tables.plain(name) for name in ("a b", "a_b", "a/b", "a b ")]
+    assert escape.file_name("rnope_swa-2.b") == "rnope_swa-2.b"
+    names = [escape.file_name(name) for name in ("a b", "a_b", "a/b", "a b ")]
     assert len(set(names)) == 4 and all(re.fullmatch(r"[\w.-]+", name) for name in names)
 
 
@@ -133,7 +133,10 @@ def test_what_is_written_follows_from_the_runs_alone(tmp_path):
 
 def test_the_page_asks_for_no_other_file_and_runs_nothing_that_a_model_said(written):
     page = (written[0] / "report.html").read_text()
-    assert all(x.startswith("data:image/png;base64,") for x in re.findall(r'(?:src|href)="([^#"][^"]*)"', page))
+    files = set(re.findall(r'<a class="file" href="([^"]*)"', page))
+    assert files and all((written[0] / path).is_file() for path in files)
+    asked = set(re.findall(r'(?:src|href)="([^#"][^"]*)"', page)) - files
+    assert all(x.startswith("data:image/png;base64,") for x in asked)
     assert "@import" not in page and set(re.findall(r"url\((?!#)[^)]*\)", page)) == set()
     assert set(re.findall(r"\w+://[\w.]+", page)) <= {"http://www.w3.org", "https://www.w3.org"}
     assert page.count("<script>") == 1 and "&lt;script&gt;" in page and "hybrid &lt;3:1&gt;" in page
@@ -161,7 +164,7 @@ def test_files_beside_the_page_hold_the_same_numbers(written):
     table = list(csv.DictReader((out / "tables" / "ruler.csv").read_text().splitlines()))
     assert [row["8K"] for row in table] == [str(row["8K"]) for row in whole["tables"]["ruler"]] == ["75.0", "25.0"]
     text = (out / "report.md").read_text()
-    assert "| rope | 4K | 4K | <ins>100.0</ins> | 25.0 |" in text
+    assert "| rope | 4K | 4K | **100.0** | 25.0 |" in re.sub(" +", " ", text)
     assert all((out / path).is_file() for path in re.findall(r"\]\((.*?)\)", text))
 
 

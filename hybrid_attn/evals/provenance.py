@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from hybrid_attn import config
+from hybrid_attn.evals.report import layers
 from hybrid_attn.model import Run, flops
 from hybrid_attn.trees import check
 
@@ -19,6 +20,7 @@ def provenance(
 ) -> dict:
     """Of the model of `c` (the whole config is `values`) at `step`, asked in tokens of `words` about needles in `text`."""
     model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
+    model["kinds"] = layers.names({letter: c.model.kinds[letter] for letter in sorted(set(c.model.layers))})
     return {
         "checkpoint": checkpoint,
         "step": step,

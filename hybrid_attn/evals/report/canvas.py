@@ -6,12 +6,14 @@ Colours are names that the page replaces by its own (`COLOURS`), so that a pictu
 import functools
 import io
 import re
+import warnings
 from collections.abc import Callable
-from html import escape
 from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from hybrid_attn.evals.report import escape
 
 INK, MUTED, GRID, PAPER = "#20262d", "#66707b", "#dde2e7", "#fffffe"
 # Okabe and Ito's, without yellow: apart for every eye.
@@ -34,6 +36,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.labelcolor": INK,
     "text.color": INK,
+    "text.parse_math": False,  # names of runs and tasks may have dollars
     "xtick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.color": MUTED,
@@ -47,21 +50,27 @@ STYLE = {
 
 
 class Picture(NamedTuple):
-    """`name` is that of its file; `wide` ones take the whole width of the page."""
+    """`name` is that of its file; `wide` ones take the whole width of the page.
+
+    The caption says what the picture shows, the note how to read it; `table` is the name of the one with its numbers.
+    """
 
     name: str
     caption: str
     figure: Figure
     wide: bool
+    note: str = ""
+    table: str = ""
 
 
 def styled(draw: Callable) -> Callable:
     """Draws with this report's fonts, lines and colours."""
 
     @functools.wraps(draw)
-    def drawn(*args):
-        with matplotlib.rc_context(STYLE):
-            return draw(*args)
+    def drawn(*args, **options):
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has other fonts for an SVG
+            return draw(*args, **options)
 
     return drawn
 
@@ -72,13 +81,18 @@ def svg(picture: Picture) -> str:
     out = io.StringIO()
     picture.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     whole = out.getvalue()
-    text = whole[whole.index("<svg") :]
-    for colour, name in COLOURS.items():
-        text = text.replace(colour, f"var(--{name})")
+    name = escape.file_name(picture.name)
+
+    def of_page(tag: re.Match) -> str:
+        text = tag[0]
+        for colour, variable in COLOURS.items():
+            text = text.replace(colour, f"var(--{variable})")
+        return re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", text)
+
+    text = re.sub(r"<[^>]*>", of_page, whole[whole.index("<svg") :])  # tags alone: what stands between them are labels
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{picture.name}-", text)
     size = f"max-width:{110 * picture.figure.get_figwidth():.0f}px"
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(picture.caption)}" style="{size}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape.html(picture.caption)}" style="{size}"', 1)
 
 
 @styled

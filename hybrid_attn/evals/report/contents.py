@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from hybrid_attn.config import HOPS
+from hybrid_attn.data.synthetic import KEYS, VALUES
 from hybrid_attn.evals.report import statistics
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed, significant, tokens
@@ -12,7 +14,10 @@ from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effect
 from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
 
 HASH = re.compile("[0-9a-f]{64}")  # of which a page shows the beginning; files hold the whole
+TASK = re.compile(r"(\w+)(?: of (\d{1,4}) pairs)?")  # of synthetic rows
+LONGEST_VALUE = 300  # characters of a value of run.json that the page shows
 RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
+RULER_TASKS = frozenset(NAMES)
 RUN, LENGTH = Column("run"), Column("length", tokens)
 SEGMENTS = {"begin": "begin", "needle": "needle", "context": "context", "question": "qc"}  # of keys: heading and field
 INTERVAL = (Column("95% from", fixed(3)), Column("to", fixed(3)))
@@ -49,6 +54,15 @@ def ruler_means(run: Run, belongs: Callable[[int], bool]) -> dict[int, float]:
         length: float(np.mean([record["score"] for record in records if record["length"] == length]))
         for length in lengths_of(records)
     }
+
+
+def ruler_intervals(run: Run, belongs: Callable[[int], bool]) -> dict[int, tuple[float, float, int]]:
+    """By length the interval of `ruler_means` as shares, from those of its tasks, and the number of questions."""
+    tasks, cells = ruler_tasks_of(run, belongs), {length: [] for length in ruler_means(run, belongs)}
+    for r in run.of("ruler"):
+        if r["length"] in cells and r["task"] in tasks:
+            cells[r["length"]].append((r["score"] / 100 * r["samples"], r["samples"]))
+    return {length: (*statistics.mean_interval(x), sum(n for _, n in x)) for length, x in cells.items()}
 
 
 def of_all(tasks: Sequence[str]) -> str:
@@ -176,6 +190,22 @@ def independent_answers(record: Mapping) -> tuple[float, float]:
     return share * number, number
 
 
+def chance(task: str) -> float | None:
+    """What a guess scores in rows of a synthetic task, "recall of 4 pairs": among what the row names, or its letters."""
+    found = TASK.fullmatch(task)
+    name, pairs = found.groups() if found else (None, None)
+    if name == "copy":
+        return 1 / (len(KEYS) + len(VALUES))
+    if not pairs or not int(pairs):
+        return None
+    return {"recall": 1 / int(pairs), "mqar": 1 / int(pairs), "tracking": 1 / (int(pairs) * (HOPS + 1))}.get(name)
+
+
+def kind_name(run: Run, record: Mapping) -> str:
+    """What the layer of a record is, or its letter where the run does not say."""
+    return run.kinds.get(record["kind"], record["kind"])
+
+
 def position(runs: Sequence[Run]) -> Table:
     columns = [
         *(RUN, Column("source"), LENGTH, Column("tokens scored"), Column("number", count)),
@@ -243,7 +273,7 @@ def attention(runs: Sequence[Run]) -> Table:
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         for record in run.of("attention_mass"):
-            key = run.name, record["source"], record["length"], record["kind"]
+            key = run.name, record["source"], record["length"], kind_name(run, record)
             groups.setdefault(key, []).append(record)
     rows = [
         [
@@ -306,8 +336,8 @@ def comparison(first: str, found: Sequence[tuple[str, list[statistics.Difference
 
 
 def verdict(difference: statistics.Difference) -> str:
-    """Unclear where the interval has 0 in it, and where a task has so few pairs that resampling them shows no spread."""
-    if difference.fewest < statistics.PAIRS or difference.low <= 0 <= difference.high:
+    """Unclear without an interval, where it has 0 in it, and where a task has too few pairs to resample."""
+    if difference.low is None or difference.fewest < statistics.PAIRS or difference.low <= 0 <= difference.high:
         return "unclear"
     return "better" if (difference.low > 0) != difference.loss else "worse"
 
@@ -331,17 +361,20 @@ def provenance(runs: Sequence[Run]) -> Table:
     return Table("provenance", "Where the numbers come from", columns, [[k, *(_plain(x.get(k)) for x in flat)] for k in keys])
 
 
-def _leaves(values: Mapping, prefix: str = "") -> Iterable[tuple[str, object]]:
+def _leaves(values: Mapping, prefix: str = "", depth: int = 8) -> Iterable[tuple[str, object]]:
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and depth:
+            yield from _leaves(value, f"{prefix}{key}.", depth - 1)
         else:
             yield f"{prefix}{key}", value
 
 
 def _plain(value: object) -> str | int | float | None:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
+    if value is None:
+        return None
     if isinstance(value, str) and HASH.fullmatch(value):
         return value[:12]
-    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else None if value is None else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        text = f"{value:,}"
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"

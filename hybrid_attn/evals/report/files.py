@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hybrid_attn.evals.report import contents, tables
+from hybrid_attn.evals.report import contents, escape, tables
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.wrong import failures
 from hybrid_attn.evals.ruler.scores import postprocess
@@ -23,17 +23,18 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     names = [run.name for run in runs]
     check(len(set(names)) == len(names), f"runs of a report have a name each, and these are {', '.join(names)}")
     check_drawing()
-    from hybrid_attn.evals.report import canvas, html, sections
+    from hybrid_attn.evals.report import canvas, html, sections  # matplotlib takes a second to import
 
     found, wrong = sections.sections(runs), failures(runs)
     drawn = [picture for section in found for picture in section.pictures]
     written = [table for section in found for table in (*section.tables, *section.folded)]
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
-    _replace(out / "pictures", {f"{picture.name}.png": canvas.png(picture) for picture in drawn})
+    _replace(out / "pictures", {f"{escape.file_name(picture.name)}.png": canvas.png(picture) for picture in drawn})
+    values = {f"{escape.file_name(table.name)}.csv": tables.comma_separated(table) for table in written}
     of_ruler = {f"ruler/{name}": text for run in runs for name, text in _ruler_files(run).items()}
-    _replace(out / "tables", {f"{table.name}.csv": tables.comma_separated(table) for table in written} | of_ruler)
+    _replace(out / "tables", values | of_ruler)
     write_atomically(out / "results.json", _json(runs, written, wrong))
-    write_atomically(out / "report.md", _markdown(title, found, wrong))
+    write_atomically(out / "report.md", _markdown(title, runs, found, wrong))
     write_atomically(out / "report.html", html.page(title, runs, found, wrong))
 
 
@@ -44,7 +45,12 @@ def check_drawing() -> None:
 
 
 def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
-    """A directory of these files and no others: all of them are written before those of an earlier report go."""
+    """A directory of these files and no others: all of them are written before those of an earlier report go.
+
+    ValueError where a path is not of safe names, such as one that leads out of the directory.
+    """
+    for path in files:
+        check(all(map(escape.SAFE.fullmatch, path.split("/"))), f"{path!r} cannot be the name of a file of a report")
     new, old = (directory.with_name(f"{directory.name}.{name}") for name in ("part", "old"))
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -72,7 +78,7 @@ def _ruler_files(run: Run) -> dict[str, str]:
         given = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
         submission = [["Task", "ID", "Prediction"], *([x["task"], x["index"], postprocess(x["given"])] for x in given)]
         for name, lines in (("summary", summary), ("submission", submission)):
-            files[f"{tables.plain(run.name)}/{length}/{name}.csv"] = tables.lines_of(lines)
+            files[f"{escape.file_name(run.name)}/{length}/{name}.csv"] = tables.lines_of(lines)
     return files
 
 
@@ -86,15 +92,19 @@ def _json(runs: Sequence[Run], written: Sequence, wrong: Mapping) -> str:
     return json.dumps(told, indent=1, allow_nan=False) + "\n"
 
 
-def _markdown(title: str, found: Sequence, wrong: Mapping) -> str:
-    """The sections with links to their pictures; answers that were wrong are counted."""
-    parts = [f"# {title}\n"]
+def _markdown(title: str, runs: Sequence[Run], found: Sequence, wrong: Mapping) -> str:
+    """The verdict and the sections with links to their pictures, without HTML; answers that were wrong are counted."""
+    from hybrid_attn.evals.report import verdict
+
+    text = escape.markdown
+    parts = [f"# {text(title)}\n", *(f"{text(x)}\n" for x in verdict.sentences(runs))]
+    parts += [f"**{text(x)}**\n" for x in verdict.warnings(runs)]
     for section in found:
-        parts.append(f"## {section.title}\n")
-        parts += [f"{text}\n" for text in section.words]
-        parts += [f"![{picture.caption}](pictures/{picture.name}.png)\n" for picture in section.pictures]
+        parts.append(f"## {text(section.title)}\n")
+        parts += [f"{text(x)}\n" for x in section.words]
+        parts += [f"![{text(x.caption)}](pictures/{escape.file_name(x.name)}.png)\n" for x in section.pictures]
         parts += [tables.markdown(table) for table in section.tables]
     if wrong:
-        counted = [f"- {task}: {missed}" for task, (missed, _) in wrong.items()]
+        counted = [f"- {text(task)}: {text(missed)}" for task, (missed, _) in wrong.items()]
         parts.append("\n".join(["## Wrong answers\n", *counted, ""]))
     return "\n".join(parts)

@@ -1,27 +1,13 @@
 """What the suite wrote of one model: records, answers, and where they come from."""
 
-import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from hybrid_attn.evals.report.fields import check_answer, check_provenance, check_record
 from hybrid_attn.trees import check
-
-# The evaluations that a report knows, with the fields without which a record of theirs says nothing.
-FIELDS = {
-    "position": ("source", "length", "tokens", "loss"),
-    "recall": ("source", "task", "length", "answers", "accuracy", "by_row"),
-    "needle": ("length", "depth", "needles", "answers", "right"),
-    "ruler": ("task", "length", "samples", "score", "nulls"),
-    "attention_mass": (
-        *("source", "prompts", "layer", "kind", "head", "length", "begin", "needle", "context", "qc"),
-        *("entropy_bits", "needle_lift", "retrieval", "reach"),
-    ),
-    "key_tokens": ("source", "length", "short", "key_tokens", "tokens", "loss", "perplexity"),
-    "harness": ("task", "length", "metric", "value"),
-}
-ANSWER = ("task", "length", "index", "prompt_hash", "prompt_end", "wanted", "given", "score", "group", "meta")
 
 
 class Run(NamedTuple):
@@ -47,6 +33,11 @@ class Run(NamedTuple):
         return self.provenance.get("settings", {}).get("compat", False)
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """The name of each letter of the layout, such as "local, window 512, RoPE"; runs of old have none."""
+        return self.provenance["model"].get("kinds", {})
+
+    @property
     def trained(self) -> int:
         """Tokens in a row of training."""
         return self.provenance["model"]["seq_len"]
@@ -64,12 +55,8 @@ def read(directory: Path) -> Run:
     source, records, answers = (directory / name for name in ("run.json", "records.jsonl", "answers.jsonl"))
     for path in (source, records):
         check(path.is_file(), f"{path} does not exist; evaluate the model into {directory} first")
-    try:
-        provenance = json.loads(source.read_text())
-        trained = provenance["model"]["seq_len"]
-    except (ValueError, KeyError, TypeError) as cause:
-        raise ValueError(f"{source} says no model.seq_len, the length of training: {cause!r}") from cause
-    check(isinstance(trained, int) and trained > 0, f"{source}: model.seq_len={trained!r} is no number of tokens")
+    provenance = _parse(_text(source), str(source))
+    check_provenance(provenance, str(source))
     found = Run(
         directory.name,
         tuple(_record(record, where) for where, record in _lines(records)),
@@ -93,41 +80,43 @@ def rows_of(run: Run, record: Mapping) -> tuple:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Where each line of a file stands, and what it holds; numbers that are not finite are None."""
+    """Where each line of a file stands, and what it holds."""
     if not path.stat().st_size:
         return
-    for number, line in enumerate(path.read_text().removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), 1):
         where = f"{path}, line {number}"
-        try:
-            values = json.loads(line, parse_constant=lambda name: None)
-        except ValueError as cause:
-            raise ValueError(
-                f"{where} is cut short or no JSON: {cause}; evaluate again, it goes on where it stopped"
-            ) from cause
+        values = _parse(line, where)
         check(isinstance(values, dict), f"{where} holds {line[:40]!r}, which is no record")
         yield where, values
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as cause:
+        raise ValueError(f"{path} is no UTF-8 text: {cause.reason} at byte {cause.start:,}; evaluate again") from cause
+
+
+def _parse(text: str, where: str) -> object:
+    """JSON, in which numbers that are not finite are None."""
+    try:
+        return json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
+    except RecursionError as cause:
+        raise ValueError(f"{where} is nested too deep") from cause
+    except ValueError as cause:
+        raise ValueError(f"{where} is cut short or no JSON: {cause}; evaluate again, it goes on where it stopped") from cause
+
+
+def _finite(digits: str) -> float | None:
+    return number if math.isfinite(number := float(digits)) else None
+
+
 def _record(record: dict, where: str) -> dict:
-    name = record.get("eval")
-    if name not in FIELDS:
-        near = difflib.get_close_matches(str(name), FIELDS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FIELDS)}"
-        raise ValueError(f"{where}: eval={name!r} is not known; {hint}")
-    _check_fields(record, FIELDS[name], where)
-    for field in ("answers", "samples"):
-        check(record.get(field) != 0, f"{where}: {name} with {field}=0 says nothing; ask one question at least")
+    check_record(record, where)
     return record
 
 
 def _answer(answer: dict, where: str) -> dict:
-    _check_fields(answer, ANSWER, where)
-    score = answer["score"]
-    check(isinstance(score, (int, float)) and 0 <= score <= 1, f"{where}: score={score!r} is no share of right answers, 0 to 1")
+    check_answer(answer, where)
     wanted = answer["wanted"]
     return answer | {"wanted": [wanted] if isinstance(wanted, str) else wanted}
-
-
-def _check_fields(values: Mapping, fields: tuple[str, ...], where: str) -> None:
-    missing = [field for field in fields if field not in values]
-    check(not missing, f"{where} lacks {', '.join(missing)}")

@@ -19,7 +19,8 @@ PAIRS = 10  # that tell two models apart: of five equal differences a sign test 
 class Difference(NamedTuple):
     """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a.
 
-    `fewest` is how many pairs its task has; of a mean over tasks, the one with the fewest. Of a `loss` less is better.
+    `fewest` is how many pairs its task has; of a mean over tasks, the one with the fewest. Of a `loss` less is better. `low`
+    and `high` are None where nothing bounds them: losses that all differ by the same.
     """
 
     task: str
@@ -28,8 +29,8 @@ class Difference(NamedTuple):
     a: float
     b: float
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     fewest: int
     loss: bool
 
@@ -70,6 +71,28 @@ def mean_interval(cells: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return float(mean - math.sqrt(((shares - low) ** 2).sum()) / n), float(mean + math.sqrt(((high - shares) ** 2).sum()) / n)
 
 
+def difference_interval(pairs: Sequence[np.ndarray], means: Sequence[np.ndarray], loss: bool) -> tuple[float, ...] | None:
+    """The interval of 95% for the mean over tasks of b - a: of each task its pairs [n, 2] and resampled `means`.
+
+    A task whose pairs all differ by the same d has resampled means without a spread. Scores lie between 0 and 1, so that a pair
+    not seen differs by -1 at the least and by 1 at the most, and of such pairs Wilson's interval for 0 of n allows a share p:
+    the mean lies between d - p (1 + d) and d + p (1 - d). Where both models are right everywhere, this is Newcombe's interval
+    for paired shares (1998, method 10). Distances of tasks add up as in `mean_interval`. None for losses, which nothing bounds.
+    """
+    spread = [float(np.ptp(cell[:, 1] - cell[:, 0])) > 1e-9 for cell in pairs]  # more than rounding
+    low, high = interval(np.mean(means, axis=0))
+    if all(spread):
+        return low, high
+    if loss:
+        return None
+    middle = float(np.mean([(cell[:, 1] - cell[:, 0]).mean() for cell in pairs]))
+    below, above = (middle - low) ** 2, (high - middle) ** 2
+    for cell in (cell for cell, spreads in zip(pairs, spread, strict=True) if not spreads):
+        difference, share = float(cell[0, 1] - cell[0, 0]), wilson(0, len(cell))[1] / len(pairs)
+        below, above = below + (share * (1 + difference)) ** 2, above + (share * (1 - difference)) ** 2
+    return middle - math.sqrt(below), middle + math.sqrt(above)
+
+
 def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
     """b against a, by task and length, on the questions that both were asked; a paired bootstrap gives the intervals.
 
@@ -103,11 +126,14 @@ def compare_rows(a: Run, b: Run) -> list[Difference]:
             loss = record["eval"] == "position"
             name = f"{'loss of' if loss else 'recall:'} {record['source']}"
             means = resampled_means(pairs[:, 1] - pairs[:, 0], key)
-            found.append(_difference(name, record["length"], [pairs], [means])._replace(loss=loss))
+            found.append(_difference(name, record["length"], [pairs], [means], loss))
     return found
 
 
-def _difference(task: str, length: int, pairs: Sequence[np.ndarray], means: Sequence[np.ndarray]) -> Difference:
+def _difference(
+    task: str, length: int, pairs: Sequence[np.ndarray], means: Sequence[np.ndarray], loss: bool = False
+) -> Difference:
     a, b = np.mean([cell.mean(0) for cell in pairs], axis=0).tolist()
     sizes = [len(cell) for cell in pairs]
-    return Difference(task, length, sum(sizes), a, b, b - a, *interval(np.mean(means, axis=0)), min(sizes), False)
+    low, high = difference_interval(pairs, means, loss) or (None, None)
+    return Difference(task, length, sum(sizes), a, b, b - a, low, high, min(sizes), loss)

@@ -1,12 +1,11 @@
 """Tables of plain values, and their forms: HTML that sorts, CSV and Markdown."""
 
 import csv
-import hashlib
 import io
-import re
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import Any, NamedTuple
+
+from hybrid_attn.evals.report import escape
 
 Value = str | int | float | None
 
@@ -60,37 +59,52 @@ def signed(digits: int) -> Callable[[float], str]:
     return shown
 
 
-def plain(name: str) -> str:
-    """What a file can be called; a name that cannot stay as it is has a hash of it, for another one may become the same."""
-    kept = re.sub(r"[^\w.-]", "_", name)
-    return kept if kept == name else f"{kept}-{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:8]}"
-
-
 def html(table: Table) -> str:
     """With what JavaScript sorts by in `data-value`."""
-    numeric = [any(isinstance(row[i], (int, float)) for row in table.rows) for i in range(len(table.columns))]
+    numbers = numeric(table)
     heads = "".join(
-        f'<th scope="col"{" class=number" * is_number}><button type="button">{escape(column.name)}</button></th>'
-        for column, is_number in zip(table.columns, numeric, strict=True)
+        f'<th scope="col"{" class=number" * is_number}><button type="button">{escape.html(column.name)}</button></th>'
+        for column, is_number in zip(table.columns, numbers, strict=True)
     )
     rows = "\n".join(
-        f"<tr>{''.join(_cell(*x) for x in zip(table.columns, row, numeric, strict=True))}</tr>" for row in table.rows
+        f"<tr>{''.join(_cell(*x) for x in zip(table.columns, row, numbers, strict=True))}</tr>" for row in table.rows
     )
+    link = f' <a class="file" href="tables/{escape.file_name(table.name)}.csv">CSV</a>'
     return (
-        f'<figure class="table" data-name="{table.name}"><figcaption>{escape(table.title)}</figcaption>'
+        f'<figure class="table" data-name="{escape.html(table.name)}"><figcaption>{escape.html(table.title)}{link}</figcaption>'
         '<div class="scroll" tabindex="0">'
         f"<table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div></figure>"
     )
 
 
 def markdown(table: Table) -> str:
-    """As GitHub writes tables; a marked value is underlined there."""
-    lines = [[column.name for column in table.columns], ["---"] * len(table.columns)]
+    """A table of GitHub's Markdown, aligned so that it reads in a terminal; a marked value is bold."""
+    lines = [[escape.markdown(column.name) for column in table.columns]]
     for row in table.rows:
-        cells = zip(table.columns, row, strict=True)
-        lines.append([f"<ins>{_shown(c, x)}</ins>" if _is_marked(c, x) else _shown(c, x) for c, x in cells])
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
-    return f"**{table.title}**\n\n{body}\n"
+        cells = [escape.markdown(_shown(column, value)) for column, value in zip(table.columns, row, strict=True)]
+        lines.append([f"**{x}**" if _is_marked(c, v) else x for c, v, x in zip(table.columns, row, cells, strict=True)])
+    right, widths = numeric(table), [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * (width - 1) + (":" if is_number else "-") for width, is_number in zip(widths, right, strict=True)]
+    body = "\n".join(f"| {' | '.join(_aligned(line, widths, right))} |" for line in (lines[0], rule, *lines[1:]))
+    return f"**{escape.markdown(table.title)}**\n\n{body}\n"
+
+
+def plain(table: Table) -> str:
+    """For a terminal: columns aligned, two spaces between them."""
+    lines = [[escape.label(column.name) for column in table.columns]]
+    lines += [[escape.label(_shown(*cell)) for cell in zip(table.columns, row, strict=True)] for row in table.rows]
+    right, widths = numeric(table), [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(_aligned(line, widths, right)).rstrip() for line in lines)
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
+    cells = zip(line, widths, right, strict=True)
+    return [text.rjust(width) if is_number else text.ljust(width) for text, width, is_number in cells]
+
+
+def numeric(table: Table) -> list[bool]:
+    """Which columns have numbers."""
+    return [any(isinstance(row[i], (int, float)) for row in table.rows) for i in range(len(table.columns))]
 
 
 def comma_separated(table: Table) -> str:
@@ -99,17 +113,17 @@ def comma_separated(table: Table) -> str:
 
 
 def lines_of(rows: Sequence[Sequence[Value]]) -> str:
-    """Rows as CSV."""
+    """Rows as CSV; no cell is a formula to a spreadsheet."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
+    csv.writer(out, lineterminator="\n").writerows([map(escape.csv, row) for row in rows])
     return out.getvalue()
 
 
 def _cell(column: Column, value: Value, is_number: bool) -> str:
     names = [name for name, holds in (("number", is_number), ("marked", _is_marked(column, value))) if holds]
     kind = f' class="{" ".join(names)}"' if names else ""
-    raw = "" if value is None else escape(str(value))
-    return f'<td{kind} data-value="{raw}">{escape(_shown(column, value))}</td>'
+    raw = "" if value is None else escape.html(str(value))
+    return f'<td{kind} data-value="{raw}">{escape.html(_shown(column, value))}</td>'
 
 
 def _shown(column: Column, value: Value) -> str:

@@ -1,0 +1,58 @@
+"""Short descriptions of evaluations and tasks, and the command that measures a section anew."""
+
+import shlex
+from collections.abc import Sequence
+
+from hybrid_attn.evals.report import escape
+from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.settings import ASKED
+
+PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
+TASKS = {
+    "recall": "pairs of letters in noise, then keys whose value is asked for",
+    "mqar": "pairs, then each key once more among random words (zoology's multi-query associative recall)",
+    "copy": "letters, then the same letters",
+    "tracking": "chains of assignments in noise, then a value whose variables are asked for",
+}
+RULER = {
+    "niah_single_1": "one number, hidden in a few sentences that repeat",
+    "niah_single_2": "one number, hidden in prose",
+    "niah_single_3": "one UUID, hidden in prose",
+    "niah_multikey_1": "the number of one of 4 keys, hidden in prose",
+    "niah_multikey_2": "the number of one key, among nothing but other keys and their numbers",
+    "niah_multikey_3": "the UUID of one UUID, among nothing but others",
+    "niah_multivalue": "all 4 numbers of one key, hidden in prose",
+    "niah_multiquery": "the numbers of 4 keys, hidden in prose",
+    "vt": "all variables that hold one value, through chains of assignments",
+    "cwe": "the words of a list that occur most often",
+    "fwe": "the most frequent of made-up words",
+    "qa_1": "a question of SQuAD, its paragraph among others",
+    "qa_2": "a question of HotpotQA, its two paragraphs among others",
+}
+
+
+def command(runs: Sequence[Run], evaluation: str) -> str:
+    """What measures an evaluation of these runs anew, with the settings of the first; empty where a run names no checkpoint."""
+    if not all(run.provenance.get("checkpoint") for run in runs):
+        return ""
+    settings = runs[0].provenance.get("settings", {})
+    lengths = settings.get("asked") if evaluation in ASKED and settings.get("asked") else settings.get("lengths")
+    flags = [("checkpoint", run.provenance["checkpoint"]) for run in runs]
+    steps = [run.provenance.get("step") for run in runs]
+    flags += [("step", step) for step in (steps if len(set(steps)) > 1 else steps[:1]) if None not in steps]
+    flags += [("suite", evaluation), ("lengths", _listed(lengths)), ("tasks", _listed(settings.get("tasks")))]
+    of_asked = ("samples", "seed") if evaluation in ASKED else ("tokens",) if evaluation != "attention_mass" else ()
+    flags += [(name, settings.get(name)) for name in of_asked]
+    if evaluation == "needle":
+        flags.append(("depths", _listed(settings.get("depths"))))
+    if evaluation != "harness":
+        flags = [flag for flag in flags if flag[0] != "tasks"]
+    words = [f"--{name}={value}" for name, value in flags if value not in (None, "")]
+    words += ["--compat"] * (evaluation == "ruler" and runs[0].compat is True) + ["--out=DIR"]
+    return escape.label(f"python tools/evaluate.py {shlex.join(words)}")
+
+
+def _listed(values: object) -> str | None:
+    if not isinstance(values, (list, tuple)):
+        return None
+    return ",".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)

@@ -1,0 +1,62 @@
+"""Text from files made safe for a page, Markdown, CSV, a picture and a file name.
+
+Names of runs, sources and tasks, answers and config values are whatever a file says. Each function here is for one output.
+"""
+
+import hashlib
+import re
+from html import escape
+
+# Control characters, marks that change the direction of text, and half surrogate pairs, which no output can hold.
+HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+MARKUP = re.compile(  # emphasis, code, links, tables and formulas anywhere; headings and lists at the beginning
+    r"[\\`*\[\]~|$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|:(?=//)|(?<=www)\.|@|^(?:#|[+-](?=[\s-]|$)|=)|(?<=^\d)[.)](?=\s|$)|(?<=^\d\d)[.)](?=\s|$)"
+)
+SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+LONGEST = 80  # characters of a file name
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+
+
+def visible(text: str) -> str:
+    r"""Hidden characters as \xNN or \uNNNN; line breaks and tabs stay, half a surrogate pair is a question mark."""
+    return HIDDEN.sub(_code, text)
+
+
+def html(text: str) -> str:
+    """For an element or a quoted attribute."""
+    return escape(visible(text))
+
+
+def markdown(text: str) -> str:
+    """For a line or a cell of Markdown: no tag, link, emphasis, code, formula, heading or list of the text's own."""
+    line = " ".join(visible(text).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return MARKUP.sub(lambda found: f"\\{found[0]}", line)
+
+
+def csv(value: str | int | float | None) -> str | int | float | None:
+    """For a cell of CSV: a spreadsheet would run a text that begins like a formula, so that an apostrophe goes before it."""
+    if not isinstance(value, str) or NUMBER.fullmatch(value):
+        return value
+    return f"'{value}" if value.lstrip()[:1] in tuple("=+-@") or value[:1] in ("\t", "\r") else value
+
+
+def label(text: str) -> str:
+    """For one line in a picture, where matplotlib reads no formula (`canvas.STYLE`)."""
+    return " ".join(visible(text).split())
+
+
+def file_name(name: str) -> str:
+    """A file name, and part of an SVG id, of ASCII letters, digits, "_", "-" and single dots; other names get a hash."""
+    if SAFE.fullmatch(name) and len(name) <= LONGEST:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    kept = re.sub(r"[^A-Za-z0-9_-]", "_", name)[: LONGEST - len(digest) - 1]
+    return f"{kept if SAFE.match(kept) else f'_{kept[1:]}'}-{digest}"
+
+
+def _code(found: re.Match) -> str:
+    number = ord(found[0])
+    if 0xD800 <= number < 0xE000:
+        return "?"
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"

@@ -1,0 +1,150 @@
+"""What records and answers must hold, so that a report of files from elsewhere is right or names the line that is not."""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from hybrid_attn.trees import check
+
+LONGEST_NAME = 500  # characters
+MOST_HEADS = 2**16  # of a layer
+
+
+class Kind(NamedTuple):
+    """What a value must be, in words, and whether it is."""
+
+    what: str
+    holds: Callable[[object], bool]
+
+
+def _whole(least: int, most: int = 2**53) -> Kind:
+    def holds(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value < most
+
+    return Kind(f"a whole number from {least}" + (f" to {most - 1:,}" if most < 2**53 else ""), holds)
+
+
+def _number(low: float = -math.inf, high: float = math.inf) -> Kind:
+    def holds(value: object) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and abs(value) < 2**1000
+
+    return Kind("a number" if math.isinf(low) else f"a number from {low:g} to {high:g}", holds)
+
+
+def _or_none(kind: Kind) -> Kind:
+    return Kind(f"{kind.what}, or null", lambda value: value is None or kind.holds(value))
+
+
+def _list(kind: Kind, least: int = 0) -> Kind:
+    def holds(value: object) -> bool:
+        return isinstance(value, (list, tuple)) and len(value) >= least and all(map(kind.holds, value))
+
+    return Kind(f"a list, each {kind.what}", holds)
+
+
+NAME = Kind(f"a text of at most {LONGEST_NAME} characters", lambda value: isinstance(value, str) and len(value) <= LONGEST_NAME)
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+TEXTS = Kind("a text or a list of texts", lambda value: TEXT.holds(value) or _list(TEXT).holds(value))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+SCALAR = Kind("a text, a number, true, false or null", lambda value: value is None or isinstance(value, (str, int, float)))
+PART = Kind("all, recall or rest", lambda value: value in ("all", "recall", "rest"))
+COUNT, SIZE, ANY, SHARE = _whole(0), _whole(1), _or_none(_number()), _number(0, 1)
+
+# The evaluations that a report knows, with the fields without which a record of theirs says nothing.
+FIELDS: dict[str, dict[str, Kind]] = {
+    "position": {"source": NAME, "length": SIZE, "tokens": COUNT, "loss": ANY},
+    "bigram": {"source": NAME, "length": SIZE, "bits_per_byte": _number()},
+    "recall": {
+        **{"source": NAME, "task": NAME, "length": SIZE, "answers": SIZE, "accuracy": SHARE},
+        "by_row": _list(SHARE, 1),
+    },
+    "needle": {"length": SIZE, "depth": _number(0, 100), "needles": SIZE, "answers": SIZE, "right": _number(0, 2**53)},
+    "ruler": {"task": NAME, "length": SIZE, "samples": SIZE, "score": _number(0, 100), "nulls": COUNT},
+    "attention_mass": {
+        **{"source": NAME, "prompts": SIZE, "layer": COUNT, "kind": NAME, "head": _whole(0, MOST_HEADS), "length": SIZE},
+        **dict.fromkeys(("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval"), ANY),
+        "reach": FLAG,
+    },
+    "key_tokens": {
+        **{"source": NAME, "length": SIZE, "short": SIZE, "key_tokens": COUNT, "tokens": COUNT},
+        **{"loss": ANY, "perplexity": ANY},
+    },
+    "harness": {"task": NAME, "length": SIZE, "metric": NAME, "value": ANY},
+}
+# What may stand beside them, in records of any evaluation.
+BESIDE: dict[str, Kind] = {
+    **{"part": PART, "first": COUNT, "end": SIZE, "stderr": ANY, "bits_per_byte": ANY, "by_row": _list(_number(), 1)},
+    **dict.fromkeys(("nothing", "sink_rate", *(f"{x}_per_token" for x in ("begin", "needle", "context", "qc"))), ANY),
+    **{"edges": _list(COUNT, 2), "weights": _list(ANY, 1)},
+    **dict.fromkeys(("filter", "shots", "version", "documents", "requests", "truncated", "windowed"), SCALAR),
+}
+ANSWER = {
+    **{"task": NAME, "length": SIZE, "index": COUNT, "prompt_hash": NAME, "prompt_end": TEXT, "wanted": TEXTS, "given": TEXT},
+    **{"score": Kind("a share of right answers, 0 to 1", SHARE.holds), "group": TEXT, "meta": Kind("anything", lambda _: True)},
+}
+ABSENT = (NAME, NAME, COUNT, TEXT)  # evaluation, part, length, reason
+
+
+def check_record(record: Mapping, where: str) -> None:
+    """ValueError names the field that is not what a record of its evaluation holds."""
+    name = record.get("eval")
+    if not isinstance(name, str) or name not in FIELDS:
+        near = difflib.get_close_matches(str(name), FIELDS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FIELDS)}"
+        raise ValueError(f"{where}: eval={_short(name)} is not known; {hint}")
+    for field in ("answers", "samples"):
+        check(record.get(field) != 0, f"{where}: {name} with {field}=0 says nothing; ask one question at least")
+    _check(record, BESIDE | FIELDS[name], FIELDS[name], where)
+    if name == "needle":
+        check(record["needles"] <= record["answers"], f"{where}: {record['needles']} needles have {record['answers']} answers")
+        check(record["right"] <= record["answers"], f"{where}: {record['right']:g} of {record['answers']} answers are right")
+    if "first" in record or "end" in record:
+        first, end = record.get("first", -1), record.get("end", -1)
+        check(0 <= first < end, f"{where}: a bucket from first={first} to end={end} has no position")
+    if "weights" in record:
+        edges = record.get("edges", ())
+        rises = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+        check(rises and len(edges) == len(record["weights"]) + 1, f"{where}: edges must rise, one more than the weights")
+
+
+def check_answer(answer: Mapping, where: str) -> None:
+    _check(answer, ANSWER, ANSWER, where)
+
+
+def check_provenance(values: object, where: str) -> None:
+    """ValueError where run.json does not say what a report reads of it."""
+    check(isinstance(values, dict) and isinstance(values.get("model"), dict), f"{where} says no model.seq_len")
+    model, settings = values["model"], values.get("settings", {})
+    trained = model.get("seq_len")
+    check(SIZE.holds(trained), f"{where}: model.seq_len={_short(trained)}, the length of training, is no number of tokens")
+    known = {"layers": _or_none(TEXT), "parameters": _or_none(COUNT), "kinds": Kind("names by letter", _letters)}
+    _check(model, known, (), f"{where}: model")
+    more = {"step": _or_none(COUNT), "heldout": Kind("names by source", _names), "tokenizer": _or_none(TEXT)}
+    _check(values, more | {"checkpoint": TEXT, "settings": Kind("object", lambda x: isinstance(x, dict))}, (), where)
+    absent = settings.get("absent", [])
+    ok = isinstance(absent, list) and all(isinstance(x, list) and len(x) == len(ABSENT) for x in absent)
+    ok = ok and all(kind.holds(value) for x in absent for kind, value in zip(ABSENT, x, strict=True))
+    check(ok, f"{where}: settings.absent must hold an evaluation, a part, a length and a reason each")
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, dict) and all(map(SCALAR.holds, value.values()))
+
+
+def _letters(value: object) -> bool:
+    return isinstance(value, dict) and all(map(NAME.holds, value.values()))
+
+
+def _check(values: Mapping, known: Mapping[str, Kind], needed: Sequence[str] | Mapping, where: str) -> None:
+    missing = [field for field in needed if field not in values]
+    check(not missing, f"{where} lacks {', '.join(missing)}")
+    for field, kind in known.items():
+        if field in values:
+            value, what = values[field], kind.what.removeprefix("a ")
+            check(kind.holds(value), f"{where}: {field}={_short(value)} is no {what}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
