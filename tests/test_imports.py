@@ -15,7 +15,8 @@ LEFT_TO_RIGHT = ("trees", "config", "kernels", "parallel", "model", "infer", "ev
 ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
 ALLOWED |= {room: set() for room in ("programs", "checksums", "files")}
-ALLOWED["checkpoint"] |= {"checksums"}
+ALLOWED["stored"] = {"checksums"}
+ALLOWED["checkpoint"] |= {"stored"}
 ALLOWED["infer"] |= {"data", "checkpoint"}
 ALLOWED["evals"] |= {"data", "files"}
 ALLOWED["train"] |= {"data", "checkpoint"}
@@ -84,4 +85,5 @@ def test_reading_a_checkpoint_loads_neither_the_trainer_nor_the_model():
     code = "import sys, hybrid_attn.checkpoint; print(*[m for m in sys.modules if m.startswith('hybrid_attn.')])"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "hybrid_attn.checkpoint" in loaded.stdout
-    assert {name.split(".")[1] for name in loaded.stdout.split()} <= ALLOWED["checkpoint"] | {"checkpoint", "kernels"}
+    rooms = {"checkpoint", "checksums", "kernels"} | ALLOWED["checkpoint"]
+    assert {name.split(".")[1] for name in loaded.stdout.split()} <= rooms
