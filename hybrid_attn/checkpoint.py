@@ -7,7 +7,6 @@ another name and renamed when all of it is on disk. The mesh and the precision a
 
 import copy
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from hybrid_attn import stored, trees
+from hybrid_attn import files, stored, trees
 from hybrid_attn.stored import UnreadableError
 
 MIB = 2**20
@@ -145,9 +144,8 @@ class Checkpoints:
         """Renames unreadable checkpoints, so that their steps can be written again and nothing is deleted."""
         for step in unreadable:
             path = _step_path(self.directory, step)
-            names = (path.parent / f"{step}.unreadable{n or ''}" for n in itertools.count())
             if jax.process_index() == 0:
-                target = next(name for name in names if not name.exists())
+                target = files.free_name(path, "unreadable")
                 path.rename(target)
                 logging.error("moved it to %s; delete that when it is of no more use", target)
         if unreadable:

@@ -2,7 +2,7 @@
 
 A key is overridden as --config.optim.lr=1e-3, a stage's as --config.stages[0].steps=500. The same command run again goes
 on where it stopped. Exit codes: 0 done, or stopped by a signal with everything saved; 1 a failure while running; 2 a wrong
-flag, config or input, such as devices or data that the config does not suit; 130 a second Ctrl-C.
+flag, config or input, such as devices or data that the config does not suit; 130 a second Ctrl-C, or one before the first step.
 
 Started several times by SLURM, Open MPI, a TPU pod or a Kubernetes job, or with the three flags that say which process this is,
 all of them train one model. Process 0 prints; the failure of one ends all with its message.
@@ -17,8 +17,6 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from hybrid_attn import config, programs
-from hybrid_attn.parallel import processes
-from hybrid_attn.train import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and metrics; by default runs/ and the config's name.")
@@ -27,6 +25,7 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes 
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds within which all processes must have joined.", 1)
 flags.mark_flag_as_required("config")
+INTERRUPTED = "interrupted before this step was saved; the last checkpoint is kept"
 
 
 def default_workdir(config_path: str) -> str:
@@ -36,26 +35,38 @@ def default_workdir(config_path: str) -> str:
     return str(Path("runs") / re.sub(r"[^\w.-]", "_", name))
 
 
-def main(argv):
-    logging.getLogger().setLevel(logging.WARNING)
-    give_up, peers = programs.fail, None
+def train() -> None:
+    """Imports what takes seconds here, where Ctrl-C ends the program, and not before `--help`."""
+    from hybrid_attn.parallel import processes
+    from hybrid_attn.train import loop
+
+    peers = processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_TIMEOUT.value)
+    if peers:
+        logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
+    give_up = peers.fail if peers else programs.fail
     try:
-        programs.check_arguments(argv)
-        peers = processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_TIMEOUT.value)
-        if peers:
-            give_up = peers.fail
-            logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
         c = config.build(CONFIG.value)
         loop.train(c, WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename), peers)
     except KeyboardInterrupt:
-        give_up("interrupted before this step was saved; the last checkpoint is kept", 130)
+        if peers is None:
+            raise
+        peers.fail(INTERRUPTED, 130)
     except Exception as error:
         code = programs.exit_code(error)
         if code is not None:
-            give_up(str(error), code)
+            give_up(message(error), code)
         if peers is None:
             raise
         peers.fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+
+
+def message(error: Exception) -> str:
+    """What is said of an error: with its file, and on as many lines as it has."""
+    return programs.reason(error) if isinstance(error, OSError) and error.filename is not None else str(error)
+
+
+def main(argv):
+    programs.run(train, argv, interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":

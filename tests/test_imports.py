@@ -16,10 +16,10 @@ ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
 ALLOWED |= {room: set() for room in ("programs", "checksums", "files")}
 ALLOWED["stored"] = {"checksums"}
-ALLOWED["checkpoint"] |= {"stored"}
+ALLOWED["checkpoint"] |= {"stored", "files"}
 ALLOWED["infer"] |= {"data", "checkpoint"}
 ALLOWED["evals"] |= {"data", "files"}
-ALLOWED["train"] |= {"data", "checkpoint"}
+ALLOWED["train"] |= {"data", "checkpoint", "files"}
 
 
 def imported(path: Path) -> set[str]:
