@@ -40,7 +40,7 @@ class Checkpoints:
         check_name(self.directory)
         _check_shared(self.directory)
         self._writing: int | None = None
-        self._read_back = False
+        self._read_back = self._abandoned = False
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=checkpoint_managers.FixedIntervalPolicy(every),
             preservation_policy=checkpoint_managers.LatestN(keep),
@@ -86,8 +86,14 @@ class Checkpoints:
             raise self._not_written(cause) from cause
         self._writing = None
 
+    def abandon(self) -> None:
+        """Has `close` not wait for a checkpoint that is being written; it is not there then, or complete."""
+        self._abandoned = True
+
     def close(self) -> None:
         """Waits as `wait` does and ends the background threads."""
+        if self._abandoned:
+            return
         try:
             self.wait()
         finally:

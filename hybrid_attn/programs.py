@@ -14,6 +14,8 @@ from pathlib import Path
 
 from absl import flags
 
+from hybrid_attn import quiet
+
 GRACE = 2  # seconds in which a program that was interrupted ends by itself
 # Errors that the user mends by another flag, config or input, and those of the machine or of the computation.
 INPUT_ERRORS = (
@@ -49,6 +51,7 @@ def run(
     fit where a device runs out of memory.
     """
     logging.getLogger().setLevel(logging.WARNING)
+    quiet.silence_libraries()
 
     def end():
         print(f"error: {interrupted}", file=sys.stderr, flush=True)

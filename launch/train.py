@@ -57,7 +57,8 @@ def train() -> None:
             give_up(message(error), code)
         if peers is None:
             raise
-        peers.fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+        lost = type(error).__name__ == "JaxRuntimeError"  # another process is gone, and the hub says which
+        peers.fail(f"{type(error).__name__}: {error}", 1, "" if lost else traceback.format_exc())
 
 
 def message(error: Exception) -> str:

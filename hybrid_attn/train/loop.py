@@ -73,6 +73,7 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
             return whole
         except KeyboardInterrupt:
             if not stop.saved:
+                checkpoints.abandon()
                 raise
             metrics.say(last_words)
             return False
