@@ -1,7 +1,10 @@
-"""Files and directories: written atomically, held by one process at a time."""
+"""Files and directories: written atomically, appended to, set aside, held by one process at a time."""
 
 import contextlib
+import errno
 import fcntl
+import itertools
+import logging
 import os
 import shlex
 import socket
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = ".lock"
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what network disks answer that have none
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -20,11 +24,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
-        file.flush()
-        os.fsync(file.fileno())  # before the rename: the machine may lose power
-    part.rename(path)
+    with naming(path):
+        with part.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: the machine may lose power
+        part.rename(path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an OSError of the body, which a full disk raises without a name, name `path`."""
+    try:
+        yield
+    except OSError as cause:
+        raise type(cause)(cause.errno, cause.strerror, str(path)) from cause
 
 
 @contextlib.contextmanager
@@ -32,6 +46,7 @@ def lock(directory: Path) -> Iterator[None]:
     """Holds `directory`, which it creates, for this process until the context ends; BlockingIOError names another holder.
 
     The holder is written to `.lock`. The operating system releases the lock of a process that dies, so no lock is stale.
+    A disk that has no locks is used without one, with a warning.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
@@ -43,6 +58,10 @@ def lock(directory: Path) -> Iterator[None]:
             raise BlockingIOError(
                 f"{directory} is in use by {holder}; wait until that ends, or use another directory"
             ) from None
+        except OSError as cause:
+            if cause.errno not in WITHOUT_LOCKS:
+                raise
+            logging.warning("%s is on a disk without locks: no other process may use it meanwhile", directory)
         command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])[:500]
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         file.truncate()
@@ -52,3 +71,62 @@ def lock(directory: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a file or a directory to the first free name of `NAME.old`, `NAME.old1`, …, which is the result."""
+    target = free_name(path, "old")
+    path.rename(target)
+    return target
+
+
+def free_name(path: Path, ending: str) -> Path:
+    """The first of `NAME.ending`, `NAME.ending1`, … that does not exist."""
+    names = (path.with_name(f"{path.name}.{ending}{n or ''}") for n in itertools.count())
+    return next(name for name in names if not name.exists())
+
+
+class Appended:
+    """A file that grows while it is open; what cannot be written is kept, and written with what follows."""
+
+    def __init__(self, path: Path):
+        self.path, self._unwritten = path, b""
+        self._open()
+
+    def write(self, content: bytes) -> bool:
+        """Appends `content`, which is on its way to the disk when this returns.
+
+        True if the file had been removed or replaced: all of it is written again, and another file of its name is set aside.
+        OSError if it cannot be written; the file then ends where it ended before.
+        """
+        self._unwritten += content
+        restored = self._restore_if_removed()
+        size = os.fstat(self._number).st_size
+        with naming(self.path):
+            try:
+                rest = memoryview(self._unwritten)
+                while rest:
+                    rest = rest[os.write(self._number, rest) :]
+            except OSError:
+                os.ftruncate(self._number, size)
+                raise
+        self._unwritten = b""
+        return restored
+
+    def close(self) -> None:
+        os.close(self._number)
+
+    def _open(self) -> None:
+        self._number = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def _restore_if_removed(self) -> bool:
+        ours = os.fstat(self._number)
+        with contextlib.suppress(FileNotFoundError):
+            there = self.path.stat()
+            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+                return False
+            set_aside(self.path)
+        write_atomically(self.path, os.pread(self._number, ours.st_size, 0))
+        os.close(self._number)
+        self._open()
+        return True

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
-from hybrid_attn import config_file
+from hybrid_attn import config_file, quiet
 
 GRACE = 2  # seconds in which a program that was interrupted ends by itself
 # Errors that the user mends by another flag, config or input, and those of the machine or of the computation.
@@ -44,18 +44,17 @@ def run(
     fit where a device runs out of memory.
     """
     logging.getLogger().setLevel(logging.WARNING)
+    quiet.silence_libraries()
 
     def end():
         print(f"error: {interrupted}", file=sys.stderr, flush=True)
         os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
 
     def interrupt(*_):
-        last = threading.Timer(GRACE, end)  # the exception may arise in a callback of jax, which swallows it
-        last.daemon = True
-        last.start()
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # a callback of jax, or an import, may swallow it: `watch` ends the program all the same
 
     before = signal.signal(signal.SIGINT, interrupt)
+    unwatch = watch(signal.SIGINT, interrupt, end)
     try:
         check_arguments(argv, arguments)
         code = program(*argv[1:])
@@ -68,9 +67,34 @@ def run(
         what = f"a device has too little memory for {memory_for}: " if out_of_memory(error) else ""
         fail(what + reason(error), code)
     finally:
+        unwatch()
         signal.signal(signal.SIGINT, before)
     if code:
         sys.exit(code)
+
+
+def watch(number: int, handler: Callable, end: Callable[[], None]) -> Callable[[], None]:
+    """Calls `end` in `GRACE` seconds when a signal comes while `handler` is in force; the result ends this.
+
+    Python calls a handler between two instructions of the main thread, which may compile for minutes meanwhile.
+    """
+    (reader, writer), ended = os.pipe(), threading.Event()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def listen():
+        while came := os.read(reader, 1):
+            if came[0] == number and signal.getsignal(number) is handler and not ended.wait(GRACE):
+                end()
+        os.close(reader)
+
+    def unwatch():
+        ended.set()
+        signal.set_wakeup_fd(before)
+        os.close(writer)  # which ends the thread
+
+    threading.Thread(target=listen, daemon=True).start()
+    return unwatch
 
 
 def check_arguments(argv: Sequence[str], most: int = 0) -> None:

@@ -3,7 +3,7 @@
 A key is overridden as --config.optim.lr=1e-3, a stage's as --config.stages[0].steps=500; --steps and --batch are those of the
 last stage. The same command run again goes on where it stopped. Exit codes: 0 done, or stopped by a signal with everything
 saved; 1 a failure while running; 2 a wrong flag, config or input, such as devices or data that the config does not suit; 130
-a second Ctrl-C.
+a second Ctrl-C, or one before the first step.
 
 Started several times by SLURM, Open MPI, a TPU pod or a Kubernetes job, or with the three flags that say which process this is,
 all of them train one model. Process 0 prints; the failure of one ends all with its message.
@@ -17,8 +17,6 @@ from pathlib import Path
 from absl import app, flags
 
 from hybrid_attn import config, config_file, programs, trees
-from hybrid_attn.parallel import processes
-from hybrid_attn.train import loop
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the last stage, instead of the config's.")
@@ -29,6 +27,7 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes 
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds within which all processes must have joined.", 1, 10**6)
 flags.mark_flag_as_required("config")
+INTERRUPTED = "interrupted before this step was saved; the last checkpoint is kept"
 
 
 def default_workdir(config_path: str) -> str:
@@ -55,25 +54,38 @@ def read_workdir() -> str:
     return WORKDIR.value
 
 
-def main(argv):
-    logging.getLogger().setLevel(logging.WARNING)
-    give_up, peers = programs.fail, None
+def train() -> None:
+    """Imports what takes seconds here, where Ctrl-C ends the program, and not before `--help`."""
+    from hybrid_attn.parallel import processes
+    from hybrid_attn.train import loop
+
+    peers = processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_TIMEOUT.value)
+    if peers:
+        logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
+    give_up = peers.fail if peers else programs.fail
     try:
-        programs.check_arguments(argv)
-        peers = processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_TIMEOUT.value)
-        if peers:
-            give_up = peers.fail
-            logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
         loop.train(read_config(), read_workdir(), peers)
     except KeyboardInterrupt:
-        give_up("interrupted before this step was saved; the last checkpoint is kept", 130)
+        if peers is None:
+            raise
+        peers.fail(INTERRUPTED, 130)
     except Exception as error:
         code = programs.exit_code(error)
         if code is not None:
-            give_up(str(error), code)
+            give_up(message(error), code)
         if peers is None:
             raise
-        peers.fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+        lost = type(error).__name__ == "JaxRuntimeError"  # another process is gone, and the hub says which
+        peers.fail(f"{type(error).__name__}: {error}", 1, "" if lost else traceback.format_exc())
+
+
+def message(error: Exception) -> str:
+    """What is said of an error: with its file, and on as many lines as it has."""
+    return programs.reason(error) if isinstance(error, OSError) and error.filename is not None else str(error)
+
+
+def main(argv):
+    programs.run(train, argv, interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":

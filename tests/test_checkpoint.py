@@ -1,5 +1,6 @@
 """Checkpoints come back as they were, on any mesh and in any precision, and what is broken is said and survived."""
 
+import json
 import os
 import pathlib
 import resource
@@ -15,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hybrid_attn import checkpoint
+from hybrid_attn import checkpoint, stored
 from hybrid_attn.checkpoint import Checkpoints
 
 CONFIG = {"seed": 3, "model": {"d_model": 16, "pattern": "LLLG", "kinds": {"L": {"window": 4}}}}
@@ -188,19 +189,125 @@ def test_parameters_are_read_by_period_however_they_lie_on_disk(tmp_path, monkey
     np.testing.assert_array_equal(np.stack(periods), saved["periods"]["L0"]["q"])
     with pytest.raises(ValueError, match=r"(?s)another model.*embed: \(24, 16\) -> \(24, 8\)"):
         list(checkpoint.read_slices(tmp_path, "embed", (24, 8)))
-    with pytest.raises(checkpoint.UnreadableError, match="NOT_FOUND"):
+    with pytest.raises(checkpoint.UnreadableError, match="no array params/unembed"):
         list(checkpoint.read_slices(tmp_path, "unembed", (24, 16)))
 
 
 def test_a_changed_period_is_noticed_before_the_last_is_given(tmp_path, monkeypatch):
     _write(tmp_path, 5)
-    sums = checkpoint._read_json(checkpoint._newest_path(tmp_path, 5), "checksums")
-    sums["params/periods/L0/q"] += 1
-    monkeypatch.setattr(checkpoint, "_read_json", lambda path, item: sums)
+    sums = stored.read_sums(tmp_path / "5")
+    sums.arrays["params/periods/L0/q"] += 1
+    monkeypatch.setattr(stored, "read_sums", lambda path: sums)
     periods = checkpoint.read_slices(tmp_path, "periods/L0/q", (2, 16, 5))
     next(periods)
     with pytest.raises(checkpoint.UnreadableError, match="checksums differ: the bytes of params/periods/L0/q changed"):
         next(periods)
+
+
+def _with_one_digit_more(text: str) -> str:
+    return text.replace("1", "2", 1)
+
+
+DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+DAMAGES = ("{}", "[1]", "null", "7", "", '{"stage": ', DEEP, b"\xff\xfe{}", _with_one_digit_more, None)
+
+
+@pytest.mark.parametrize("item", ["config", "data", "checksums"])
+def test_every_damage_to_a_json_item_is_noticed_and_the_checkpoint_before_is_taken(tmp_path, item):
+    _write(tmp_path, 5, 6)
+    path = tmp_path / "6" / item / "metadata"
+    intact = path.read_text()
+    for damage in DAMAGES:
+        content = damage(intact) if callable(damage) else damage
+        assert content != intact
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        for read in (checkpoint.read_config, checkpoint.read_data, checkpoint.fingerprint):
+            if item in ("checksums", read.__name__.removeprefix("read_")):
+                with pytest.raises(checkpoint.UnreadableError, match=f"^{item}: "):
+                    read(tmp_path)
+        checkpoints = _reopen(tmp_path)
+        checkpoints.check_config({**CONFIG, "seed": 4})
+        assert checkpoints.restore(_abstract(_state()))[0] == 5
+        checkpoints.close()
+        (tmp_path / "6.unreadable").rename(tmp_path / "6")
+        path.write_text(intact)
+    assert _reopen(tmp_path).restore(_abstract(_state()))[0] == 6
+
+
+def test_a_changed_description_of_the_arrays_is_damage_and_not_another_model(tmp_path):
+    _write(tmp_path, 5, 6)
+    path = tmp_path / "6/state/_METADATA"
+    path.write_text(path.read_text().replace("embed", "embes"))
+    assert _reopen(tmp_path).restore(_abstract(_state()))[0] == 5
+
+
+def _as_an_older_version_wrote_it(directory) -> None:
+    """Has the checksums of a checkpoint be one number an array, and nothing else."""
+    path = pathlib.Path(directory) / "checksums" / "metadata"
+    arrays = json.loads(path.read_text())["arrays"]
+    path.write_text(json.dumps({name: x["sum"] for name, x in arrays.items()}))
+
+
+def test_a_checkpoint_of_an_older_version_without_checksums_of_its_json_is_read(tmp_path):
+    _write(tmp_path, 5, 6)
+    wanted = checkpoint.fingerprint(tmp_path)
+    _as_an_older_version_wrote_it(tmp_path / "6")
+    step, state, data = _reopen(tmp_path).restore(_abstract(_state()))
+    assert (step, data["step"], checkpoint.read_config(tmp_path), checkpoint.fingerprint(tmp_path)) == (6, 6, CONFIG, wanted)
+    _assert_equal(state, _state(6))
+    assert len(list(checkpoint.read_slices(tmp_path, "periods/L0/q", (2, 16, 5)))) == 2
+    (tmp_path / "6/config/metadata").write_text("{}")
+    assert _reopen(tmp_path).restore(_abstract(_state()))[0] == 5
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?b", "a\\b", "a\udcff"])
+def test_a_directory_that_orbax_would_take_for_another_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="no checkpoint can be written to .*; rename it, or use another --workdir"):
+        Checkpoints(tmp_path / name / "checkpoints", keep=1, every=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["a#b", "a%20b", "a b", "a%", "a|b", "a{1}", "a]", "\u00e9\u65e5", "~", "..a", "a:b", "x" * 200]
+)
+def test_a_directory_of_any_other_name_is_written_and_read(tmp_path, name):
+    _write(tmp_path / name, 5)
+    _write(tmp_path / name.partition("#")[0].replace("%20", " "), 6)  # that a URL of this name would be of
+    assert _reopen(tmp_path / name).restore(_abstract(_state()), step=5)[0] == 5
+    read = np.stack(list(checkpoint.read_slices(tmp_path / name, "periods/L0/q", (2, 16, 5), step=5)))
+    np.testing.assert_array_equal(read, _state(5).params["periods"]["L0"]["q"])
+
+
+@pytest.mark.parametrize("name", ["a?b", "a[1]", "a*b", "a#?b"])
+def test_a_directory_that_was_renamed_to_a_pattern_is_read(tmp_path, name):
+    for directory, step in ((name, 5), (name.replace("?", "X").replace("[1]", "1").replace("*", "XX").partition("#")[0], 6)):
+        _write(tmp_path / "new", step)
+        (tmp_path / "new").rename(tmp_path / directory)
+    assert checkpoint.steps(tmp_path / name) == [5]
+    assert checkpoint.read_config(tmp_path / name) == CONFIG
+    wanted = _state(5).params
+    _assert_equal(checkpoint.read_params(tmp_path / name, _abstract(wanted)), wanted)
+    read = np.stack(list(checkpoint.read_slices(tmp_path / name, "periods/L0/q", (2, 16, 5))))
+    np.testing.assert_array_equal(read, wanted["periods"]["L0"]["q"])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("lose", [lambda path: _break(path.parent, 1), lambda path: path.rename(path.parent / "gone")])
+def test_a_first_checkpoint_that_is_lost_without_an_error_ends_the_run(tmp_path, monkeypatch, lose):
+    checkpoints = _reopen(tmp_path)
+    finish = checkpoints._manager.wait_until_finished
+
+    def finish_and_lose():
+        finish()
+        if (tmp_path / "1").exists():
+            lose(tmp_path / "1")
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", finish_and_lose)
+    with pytest.raises(OSError, match="checkpoint of step 1 could not be written to .*; there is no other"):
+        checkpoints.save(1, _state(1), DATA, CONFIG)
 
 
 def test_when_none_can_be_read_the_error_names_each_and_nothing_moves(tmp_path):
@@ -221,11 +328,11 @@ def test_another_model_is_an_error_that_names_the_fields_and_no_reason_to_fall_b
     other = {**CONFIG, "model": {"d_model": 20, "pattern": "LLLG", "kinds": {"L": {"window": 8}}}}
     with pytest.raises(ValueError, match="model.d_model: 16 -> 20\n  model.kinds.L.window: 4 -> 8\nuse another"):
         checkpoints.check_config(other)
-    with pytest.raises(checkpoint.AnotherModelError, match=r"params/embed: \(24, 16\) -> \(24, 32\)"):
+    with pytest.raises(stored.AnotherModelError, match=r"params/embed: \(24, 16\) -> \(24, 32\)"):
         checkpoints.restore(_abstract(_state(width=32)))
-    with pytest.raises(checkpoint.AnotherModelError, match=r"opt_state/0/mu/embed: \(24, 16\) -> not wanted"):
+    with pytest.raises(stored.AnotherModelError, match=r"opt_state/0/mu/embed: \(24, 16\) -> not wanted"):
         checkpoints.restore(_abstract(_state())._replace(opt_state=()))
-    with pytest.raises(checkpoint.AnotherModelError, match=r"params/bias: not saved -> \(3,\)"):
+    with pytest.raises(stored.AnotherModelError, match=r"params/bias: not saved -> \(3,\)"):
         checkpoint.read_params(tmp_path, {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)})
     assert checkpoints.steps() == [5]
 

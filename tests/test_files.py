@@ -1,6 +1,8 @@
 """A file is written completely or not at all, and a directory is held by one process at a time."""
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -8,7 +10,8 @@ import time
 
 import pytest
 
-from hybrid_attn.files import LOCK, lock, write_atomically
+from hybrid_attn import files
+from hybrid_attn.files import LOCK, Appended, lock, set_aside, write_atomically
 
 HOLD = """
 import pathlib, sys, time
@@ -55,3 +58,59 @@ def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path):
     assert path.read_text() == "old"
     write_atomically(path, "half \ud800 a pair")
     assert path.read_text() == "half ? a pair"
+
+
+def test_a_disk_without_locks_is_used_with_a_warning_and_any_other_error_is_one(tmp_path, monkeypatch, caplog):
+    def refuse(number):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse(errno.ENOLCK))
+    with lock(tmp_path):
+        assert f"{tmp_path} is on a disk without locks" in caplog.text
+    monkeypatch.setattr(files.fcntl, "flock", refuse(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"), lock(tmp_path):
+        pass
+
+
+def test_what_is_set_aside_gets_the_first_free_name(tmp_path):
+    for _ in range(3):
+        (tmp_path / "a.txt").write_text("")
+        set_aside(tmp_path / "a.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt.old", "a.txt.old1", "a.txt.old2"]
+
+
+def test_a_file_that_is_removed_or_replaced_while_it_grows_is_written_again(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b"1\n")
+    file = Appended(path)
+    assert not file.write(b"2\n")
+    path.unlink()
+    assert file.write(b"3\n") and not file.write(b"4\n")
+    assert path.read_bytes() == b"1\n2\n3\n4\n"
+    write_atomically(path, "of somebody else")
+    assert file.write(b"5\n")
+    file.close()
+    assert path.read_bytes() == b"1\n2\n3\n4\n5\n"
+    assert (tmp_path / "lines.old").read_text() == "of somebody else"
+
+
+def test_what_a_full_disk_refuses_is_written_whole_when_there_is_room_again(tmp_path):
+    path, (soft, hard) = tmp_path / "lines", resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = Appended(path)
+    file.write(b"1\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))  # in the middle of the next line
+    try:
+        for line in (b"234\n", b"5\n"):
+            with pytest.raises(OSError, match="lines") as error:
+                file.write(line)
+            assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(path))
+        assert path.read_bytes() == b"1\n"
+        with pytest.raises(OSError, match="whole"):
+            write_atomically(tmp_path / "whole", "234\n567")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    file.write(b"6\n")
+    assert path.read_bytes() == b"1\n234\n5\n6\n"

@@ -234,6 +234,43 @@ def test_workdir_of_another_model_is_refused_by_field(corpus, straight):
         loop.train(config_of(corpus, **{"model.d_ff": 56}), straight)
 
 
+def test_a_full_disk_at_a_line_of_metrics_saves_first_and_records_outlive_their_checkpoints(
+    corpus, straight, tmp_path, monkeypatch, capsys
+):
+    def full(self, number, *_, log=loop.Metrics.log):
+        if number >= 3:
+            raise OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/metrics.jsonl")
+        log(self, number, *_)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Metrics, "log", full)
+        with pytest.raises(OSError, match=rf"^{tmp_path}/metrics.jsonl: No space left on device; step \d is saved; "):
+            loop.train(config_of(corpus), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] in (3, 4)
+    shutil.rmtree(tmp_path / "checkpoints")
+    capsys.readouterr()
+    assert loop.train(config_of(corpus), tmp_path)
+    assert f"the old metrics.jsonl as {tmp_path}/metrics.jsonl.old; the run goes on from step 0" in capsys.readouterr().out
+    assert len((tmp_path / "metrics.jsonl.old").read_text().splitlines()) == 2
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_touches_nothing(corpus, tmp_path):
+    with loop.hold(tmp_path):
+        with pytest.raises(BlockingIOError, match=f"{tmp_path} is in use by process {os.getpid()} "):
+            loop.train(config_of(corpus), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    with pytest.raises(ValueError, match="gs://bucket/run is no directory; mount the bucket"):
+        loop.train(config_of(corpus), "gs://bucket/run")
+
+
+def test_ctrl_c_before_the_first_step_ends_the_run_at_once(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "summary", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config_of(corpus), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_full_disk_ends_the_run_before_anything_is_written(corpus, tmp_path, monkeypatch):
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: free)
@@ -350,9 +387,9 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
     class Quiet:
         log = advance = lambda *_: None
         due = lambda *_: False  # noqa: E731
-        reached = lambda *_: False  # noqa: E731
 
     c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
-    loop.run_steps(c, [{}], step, 0, 0, iter((i, None) for i in range(3)), Quiet(), Quiet(), Quiet(), None)
+    with loop.Stop(None) as stop:
+        loop.run_steps(c, [{}], step, 0, 0, iter((i, ()) for i in range(3)), Quiet(), Quiet(), stop, None)
     order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
     assert order == sorted(order)

@@ -13,6 +13,7 @@ from conftest import tensorboard_events
 
 from hybrid_attn.train import metrics as metrics_module
 from hybrid_attn.train.metrics import Metrics, peak_flops
+from hybrid_attn.train.records import set_aside
 
 VALUES = {
     "loss": 2.3125, "bits_per_byte": 3.3362, "grad_norm": 0.8125, "lr": 3e-3, "step_time": 0.5, "data_wait": 0.001,
@@ -60,6 +61,69 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert [path.name for path in tmp_path.glob("*.tmp")] == []
     starts = [event.step for event in tensorboard_events(tmp_path) if event.HasField("session_log")]
     assert starts == [1, 3], "TensorBoard hides what the first run wrote from step 3 on"
+
+
+def test_a_scalar_is_in_tensorboards_file_before_the_next_step(tmp_path):
+    metrics = Metrics(tmp_path, 0, 100, peak_flops=20e12)
+    for step in range(1, 41):
+        metrics.log(step, VALUES, tokens=2706, flops=4e12)
+        metrics.score("position/text/48", 2.0)
+        steps = [event.step for event in tensorboard_events(tmp_path) for v in event.summary.value if v.tag == "loss"]
+        assert steps == list(range(1, step + 1))
+
+
+def test_metrics_that_are_removed_while_a_run_goes_on_are_there_again(tmp_path, capsys):
+    metrics = Metrics(tmp_path, 0, 10, peak_flops=20e12)
+    metrics.log(1, VALUES, tokens=2706, flops=4e12)
+    (tmp_path / "metrics.jsonl").unlink()
+    metrics.log(2, VALUES, tokens=2706, flops=4e12)
+    assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert f"{tmp_path}/metrics.jsonl was removed" in capsys.readouterr().out
+
+
+def _write_records(workdir, *lines: str) -> str:
+    """The same lines in both files, an evaluation of step 300, and TensorBoard's folder."""
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        (workdir / name).write_text("".join(f"{line}\n" for line in lines))
+    for folder in ("evals/300", "evals/200", "tensorboard"):
+        (workdir / folder).mkdir(parents=True)
+    return (workdir / "metrics.jsonl").read_text()
+
+
+STEP_LINES = [json.dumps({"step": step}) for step in (100, 200, 300)]
+
+
+def test_the_records_of_a_run_whose_checkpoints_are_gone_are_kept_under_another_name(tmp_path):
+    old = _write_records(tmp_path, *STEP_LINES)
+    notes = set_aside(tmp_path, 0, replayed=1000)
+    _run(tmp_path, 0, 1)
+    kept = {"metrics.jsonl.old", "evals.jsonl.old", "evals/200.old", "evals/300.old", "tensorboard.old"}
+    assert len(notes) == 5 and all(str(tmp_path / name) in "\n".join(notes) for name in kept)
+    assert all((tmp_path / name).exists() for name in kept)
+    assert {(tmp_path / name).read_text() for name in ("metrics.jsonl.old", "evals.jsonl.old")} == {old}
+    assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.parametrize("start, replayed, more, kept", [
+    (200, 100, "", False),
+    (200, 100, '{"step": 301, "lo', False),
+    (200, 99, "", True),
+    (300, 100, "5\n", True),
+    (300, 100, "null\n", True),
+    (300, 100, "\udcff\n", True),
+    (300, 100, '{"step": "x"}\n', True),
+])  # fmt: skip
+def test_records_are_cut_as_a_kill_requires_and_kept_where_more_would_be_lost(tmp_path, start, replayed, more, kept):
+    _write_records(tmp_path, *STEP_LINES)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + more.encode(errors="surrogateescape"))
+    old = path.read_bytes()
+    set_aside(tmp_path, start, replayed)
+    _run(tmp_path, start, 301)
+    assert [line["step"] for line in _lines(path)] == [*range(100, start + 1, 100), 301]
+    copy = tmp_path / "metrics.jsonl.old"
+    assert copy.read_bytes() == old if kept else not copy.exists()
+    assert (tmp_path / "evals/300.old").exists() == (start < 300) and (tmp_path / "evals/200").exists()
 
 
 def test_what_is_not_a_number_is_null(tmp_path):

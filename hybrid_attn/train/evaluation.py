@@ -3,14 +3,13 @@
 import functools
 import importlib.util
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from hybrid_attn import config
+from hybrid_attn import config, files
 from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.evals import Spec, Subject, bigram, report, suite, texts
 from hybrid_attn.evals.provenance import provenance
@@ -34,7 +33,7 @@ class Evaluations:
     """
 
     def __init__(self, c: config.Config, run: Run, mesh: Mesh, words, loaded: Mapping[str, Corpus], workdir: str, start: int):
-        """Draws all questions, and removes what was measured of steps after `start`, for they come again.
+        """Draws all questions.
 
         ValueError where a question does not fit its length, and where there is nothing to measure.
         """
@@ -62,10 +61,6 @@ class Evaluations:
                 "and attention_mass are of documents, recall is of tasks, needle and ruler are of every model",
             )
             self.settings = suite.fitting(self.settings, self.reader, self.folder / "samples", named=True)
-        if jax.process_index() == 0:
-            for folder in self.folder.glob("*"):
-                if folder.name.isdigit() and int(folder.name) > start:
-                    shutil.rmtree(folder)
 
     def left_out(self) -> list[str]:
         """A line for each part of what `c.evals` names that is not measured."""
@@ -78,9 +73,10 @@ class Evaluations:
         folder, about = self.folder / str(metrics.step), self.about | {"step": metrics.step}
         metrics.forget()
         if jax.process_index() == 0:
-            if (kept := self._to_go_on_with(folder, about)) is None:
-                metrics.say(f"{folder} held what was measured with other settings; it is measured anew")
-            about = kept or about
+            if (described := self._to_go_on_with(folder, about)) is None:
+                kept = files.set_aside(folder)
+                metrics.say(f"{folder} held what was measured with other settings; that is now {kept}, and it is measured anew")
+            about = described or about
         reader = self.reader._replace(subject=self.reader.subject._replace(params=params), engine=self.engine(params))
 
         def done(unit: suite.Unit, number: int, of: int) -> bool:
@@ -101,7 +97,7 @@ class Evaluations:
         return whole
 
     def _to_go_on_with(self, folder: Path, about: dict) -> dict | None:
-        """`about`, as it was said of what the folder of a step has; None where that was measured otherwise, and is removed."""
+        """`about`, as it was said of what the folder of a step has; None where that was measured otherwise."""
         path = folder / "run.json"
         try:
             there = suite.read_about(path) if path.exists() else {}
@@ -110,10 +106,7 @@ class Evaluations:
         passing = {name: there[name] for name in PASSING if name in there}
         if there == suite.described(self.settings, about | passing) | {"revision": there.get("revision")}:
             return about | passing
-        if not folder.exists():
-            return about
-        shutil.rmtree(folder)
-        return None
+        return None if folder.exists() else about
 
     def _compare(self, metrics: Metrics, folder: Path) -> None:
         """What is known when all units are: means over tasks, the bigram model beside the losses, pictures."""

@@ -1,7 +1,6 @@
 """The loop: mesh, restore, step, log, save, evaluate."""
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,56 +17,18 @@ from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
 from hybrid_attn.train.evaluation import Evaluations
 from hybrid_attn.train.metrics import Metrics, peak_flops
+from hybrid_attn.train.records import set_aside
 from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_step
+from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.summary import summary
-
-
-class Stop:
-    """Turns the first SIGINT or SIGTERM into a request that the loop answers after its step; the second acts at once.
-
-    Of several processes (`peers`) one gets the signal, and all stop after the same step. Once all is saved there is nothing
-    to wait for, and the first one ends the run.
-    """
-
-    def __init__(self, peers: Peers | None):
-        self.peers, self.requested, self.saved = peers, False, False
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.request) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def request(self, number, frame):
-        self.requested = True
-        signal.signal(number, self.before[number])
-        if self.peers:
-            self.peers.ask_to_stop()
-        elif self.saved:
-            raise KeyboardInterrupt
-
-    def reached(self, step: int) -> bool:
-        """Whether the run is to end before its step `step`, counted from 0."""
-        return self.peers.reached(step) if self.peers else self.requested
-
-    def asked(self) -> bool:
-        """Whether the run is to end soon; processes learn it one after the other."""
-        return self.peers.asked() if self.peers else self.requested
-
-    def all_saved(self, last_words: str) -> None:
-        """Has the next signal end the run at once: by KeyboardInterrupt, or with its processes and `last_words`."""
-        self.saved = True
-        if self.peers:
-            self.peers.all_saved(last_words)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
     """Trains `c` in `workdir` from its newest checkpoint, or from the start; False if a signal stopped it before the end.
 
     `peers` are those of `processes.start`, if there are several; the workdir is then one that all of them see.
-    ValueError where the config, the data or a checkpoint does not fit; FloatingPointError when the loss is not finite.
+    ValueError where the config, the data or a checkpoint does not fit; FloatingPointError when the loss is not finite;
+    BlockingIOError when another run is in `workdir`; OSError when a file cannot be written or read, after saving if possible.
     """
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
     mesh = make_mesh(c.mesh)
@@ -78,15 +39,16 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
     stages, identities = pipeline.stage_rows(c, training, words), pipeline.identities(c, training, words)
     run = run_on(jax.default_backend(), c.model, c.train)
     last_words = f"stopped in the evaluation; all {c.total_steps} steps are saved, the same command goes on with it"
-    with Stop(peers) as stop, jax.set_mesh(mesh):
+    with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh):
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
         try:
             state, start = first_state(c, identities, mesh, checkpoints)
             evaluations = Evaluations(c, run, mesh, words, loaded, workdir, start)
             peak, found = peak_flops(jax.devices()[0], run.dtype)
+            kept = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
             peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {found}; MFU is the share of it"
-            for line in (*summary(c, run, mesh, peak_line, stages, workdir, start), *evaluations.left_out()):
+            for line in (*kept, *summary(c, run, mesh, peak_line, stages, workdir, start), *evaluations.left_out()):
                 metrics.say(line)
             batches = pipeline.batches(c, stages, mesh, start)
 
@@ -97,6 +59,9 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
                 c, identities, make_step(c, run), state, start, batches, checkpoints, metrics, stop, measure
             )
             checkpoints.save(step, state, data_state(c, identities, step), config.to_dict(c), wait=True)
+            if stop.failure:
+                metrics.write_the_rest()
+                raise after_saving(stop.failure, step)
             if step < c.total_steps:
                 metrics.say(f"stopped after step {step}, which is saved; the same command goes on from there")
                 return False
@@ -108,6 +73,7 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
             return whole
         except KeyboardInterrupt:
             if not stop.saved:
+                checkpoints.abandon()
                 raise
             metrics.say(last_words)
             return False
@@ -174,7 +140,8 @@ def run_steps(
             stage = c.stages[c.stage_at(number - 1)[0]]
             tokens = stage.batch * stage.seq_len
             spent = tokens * flops.train_flops_per_token(c.model, stage.seq_len)
-            metrics.log(number, values | {"step_time": now - before, "data_wait": wait}, tokens, spent)
+            with stop.after_saving():
+                metrics.log(number, values | {"step_time": now - before, "data_wait": wait}, tokens, spent)
         metrics.advance(number)
         before = now
 
@@ -183,14 +150,22 @@ def run_steps(
             if pending:
                 report()
                 pending = None
-            if not measure(state.params):
+            complete = False
+            with stop.after_saving(together=True):
+                complete = measure(state.params)
+            if not complete:
                 break
             before = time.perf_counter()
         clock = time.perf_counter()
-        _, batch = next(batches)
+        batch = None
+        with stop.after_saving(together=True):
+            _, batch = next(batches)
+        if batch is None:
+            break
         waited = time.perf_counter() - clock
         state, values = step_fn(state, batch, c.stages[c.stage_at(step)[0]].microbatches)
         step += 1
+        stop.begun()
         if pending:
             report()
         pending = step, values, waited
@@ -201,6 +176,12 @@ def run_steps(
     if pending:
         report()
     return state, step
+
+
+def after_saving(error: OSError, step: int) -> OSError:
+    """The error that ends a run whose state is saved."""
+    what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+    return OSError(f"{what}; step {step} is saved; mend that and run the same command again")
 
 
 def check_finite(step: int, values: dict, checkpoints: Checkpoints) -> None:

@@ -1,5 +1,6 @@
 """Where metrics go: TensorBoard, JSON lines, a progress bar or plain lines; and the peak that MFU divides by."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,8 +12,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 import tqdm
+
+from hybrid_attn.files import Appended, write_atomically
+from hybrid_attn.train.records import step_of
+from hybrid_attn.train.tensorboard import Events
 
 # Dense bfloat16 matmul peak of one JAX device in FLOP/s, from the makers' data sheets; the first name found in the
 # device's kind counts.
@@ -49,11 +53,7 @@ class Metrics:
         workdir.mkdir(parents=True, exist_ok=True)
         self.steps_file = _continue(workdir / "metrics.jsonl", lambda step: step <= start)
         self.evals_file = _continue(workdir / "evals.jsonl", lambda step: step <= start)
-        self.tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=start + 1,
-            filename_suffix=f".from{start}",  # names have a resolution of a second
-        )
+        self.tensorboard = Events(workdir / "tensorboard", start)
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm.tqdm(total=total_steps, initial=start, unit="step", dynamic_ncols=True)
@@ -68,10 +68,9 @@ class Metrics:
             return
         seconds = values["step_time"]
         values = {**values, "tokens_per_s": tokens / seconds, "mfu": flops / seconds / self.peak_flops}
-        _write_line(self.steps_file, {"step": step, **values})
+        self._write(self.steps_file, {"step": step, **values})
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
-        self.tensorboard.flush()
         if self.bar is None:
             print(f"step {step}/{self.total_steps}  {_summary(values)}", flush=True)
         else:
@@ -87,25 +86,36 @@ class Metrics:
         """Drops the records of evaluations of the step reached, which are to be reported anew."""
         if self.writes:
             self.evals_file.close()
-            self.evals_file = _continue(self.workdir / "evals.jsonl", lambda step: step not in (self.step, math.inf))
+            self.evals_file = _continue(self.workdir / "evals.jsonl", lambda step: step != self.step)
 
     def report(self, name: str, records: Iterable[Mapping[str, float | str | None]]) -> None:
         """Writes and says the records of the evaluation `name` of the model as it is at the step reached."""
         for record in records:
             if self.writes:
-                _write_line(self.evals_file, {"eval": name, "step": self.step, **record})
+                self._write(self.evals_file, {"eval": name, "step": self.step, **record})
             self.say(f"{name}  " + "  ".join(f"{key} {_short(value)}" for key, value in record.items()))
 
     def score(self, name: str, value: float) -> None:
         """A number of the model as it is at the step reached, to TensorBoard."""
         if self.writes:
             self.tensorboard.add_scalar(name, value, self.step)
-            self.tensorboard.flush()
 
     def picture(self, name: str, pixels_HWC: np.ndarray) -> None:
         """Of red, green and blue between 0 and 1, to TensorBoard."""
         if self.writes:
-            self.tensorboard.add_image(name, pixels_HWC, self.step, dataformats="HWC")
+            self.tensorboard.add_image(name, pixels_HWC, self.step)
+
+    def _write(self, file: Appended, record: Mapping) -> None:
+        """One line of strict JSON, which has no NaN and no infinity: they become null."""
+        finite = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in record.items()}
+        if file.write((json.dumps(finite, allow_nan=False) + "\n").encode()):
+            self.say(f"{file.path} was removed or replaced while the run was going on; all of it is written again")
+
+    def write_the_rest(self) -> None:
+        """Tries once more to write lines that a full disk refused."""
+        if self.writes:
+            with contextlib.suppress(OSError):
+                self.steps_file.write(b"")
 
     def say(self, text: str) -> None:
         """A line to stdout, above the progress bar."""
@@ -151,29 +161,12 @@ def _measure(device: jax.Device, dtype: str) -> float:
     return 2 * size**3 / min(times)
 
 
-def _continue(path: Path, keep: Callable[[int], bool]):
+def _continue(path: Path, keep: Callable[[int], bool]) -> Appended:
     """`path`, open for appending, without the lines whose step `keep` refuses and any that a kill cut short."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if keep(_step_of(line))]
-        rest = path.with_suffix(".tmp")
-        rest.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(rest, path)
-    return path.open("a")
-
-
-def _step_of(line: str) -> float:
-    """The step of a JSON line; infinity, which no `keep` accepts, if the line is broken."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
-
-
-def _write_line(file, record: Mapping) -> None:
-    """One line of strict JSON, which has no NaN and no infinity: they become null."""
-    finite = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in record.items()}
-    file.write(json.dumps(finite, allow_nan=False) + "\n")
-    file.flush()
+        lines = [(line, step_of(line)) for line in path.read_bytes().splitlines()]
+        write_atomically(path, b"".join(line + b"\n" for line, step in lines if step is not None and keep(step)))
+    return Appended(path)
 
 
 def _summary(values: Mapping[str, float]) -> str:

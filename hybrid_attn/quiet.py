@@ -1,0 +1,39 @@
+"""Tracebacks that libraries print of errors which this code raises, and says, itself."""
+
+import logging
+import sys
+import threading
+import types
+
+LIBRARIES = ("orbax", "tensorstore")  # their threads keep an error until it is raised by whoever waits for them
+
+
+def silence_libraries() -> None:
+    """Keeps tracebacks of checkpoint libraries off stderr; those of everything else are printed as before."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    unraisable, in_a_thread = sys.unraisablehook, threading.excepthook
+
+    def after_the_first_failure(args):
+        # TensorStore tells Orbax's event loop that a read has failed, after that loop was closed by the first failure.
+        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+            unraisable(args)
+
+    def unless_raised_again(args):
+        if not _is_of_a_library(args.exc_traceback):
+            in_a_thread(args)
+
+    sys.unraisablehook, threading.excepthook = after_the_first_failure, unless_raised_again
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _is_of_a_library(record.exc_info[2]))
+
+
+def _is_of_a_library(traceback: types.TracebackType | None) -> bool:
+    """Whether a frame of a traceback is of a file of these libraries."""
+    while traceback is not None:
+        if any(f"/{name}/" in traceback.tb_frame.f_code.co_filename for name in LIBRARIES):
+            return True
+        traceback = traceback.tb_next
+    return False

@@ -1,0 +1,261 @@
+"""What lies in the directory of one checkpoint: JSON items and arrays, verified against their checksums as they are read.
+
+`checksums` is an item of its own. It has the sum, the shape and the dtype of every array, a digest of every other JSON item and
+one of itself. Checkpoints of older versions have the sums of the arrays alone: `{name: sum}`.
+"""
+
+import errno
+import hashlib
+import json
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from jax.experimental import multihost_utils
+
+from hybrid_attn.checksums import checksums, mesh_of
+
+ITEMS = ("config", "data")
+FORMAT = 2
+# Not the fault of the files: the same checkpoint may be readable in a minute, or by another user.
+PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+
+
+class UnreadableError(ValueError):
+    """A checkpoint whose files are missing, truncated or changed."""
+
+
+class AnotherModelError(ValueError):
+    """A checkpoint that is intact, and whose arrays are not those that are wanted."""
+
+
+class Sums(NamedTuple):
+    """What the `checksums` of a checkpoint say; `described` and `items` are None where an older version wrote it."""
+
+    arrays: dict[str, int]
+    described: dict[str, tuple[tuple[int, ...], str]] | None  # shape and dtype of each array
+    items: dict[str, str] | None
+
+
+def sums_of(state: Any, items: Mapping[str, Mapping]) -> dict:
+    """The `checksums` of a checkpoint of `state` and of the JSON `items`."""
+    leaves = flat(state)
+    sums = checksums(list(leaves.values()))
+    arrays = {
+        name: {"sum": total, "shape": list(x.shape), "dtype": str(x.dtype)}
+        for (name, x), total in zip(leaves.items(), sums, strict=True)
+    }
+    saved = {"format": FORMAT, "arrays": arrays, "items": {name: digest(item) for name, item in items.items()}}
+    return saved | {"digest": digest(saved)}
+
+
+def digest(value: Any) -> str:
+    """The SHA-256 of a value in the form that JSON gives it."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
+
+
+def read_sums(path) -> Sums:
+    """The checksums of the checkpoint at `path`; UnreadableError if they contradict themselves."""
+    saved = read_json(path, "checksums")
+    if saved and all(type(total) is int for total in saved.values()):
+        return Sums(saved, None, None)
+    rest = {key: value for key, value in saved.items() if key != "digest"}
+    if saved.get("digest") != digest(rest) or saved.get("format") != FORMAT:
+        raise UnreadableError("checksums: the bytes changed on disk")
+    described = {name: (tuple(x["shape"]), x["dtype"]) for name, x in saved["arrays"].items()}
+    return Sums({name: x["sum"] for name, x in saved["arrays"].items()}, described, saved["items"])
+
+
+def read_item(path, item: str) -> dict:
+    """A JSON item of the checkpoint at `path`, verified; UnreadableError if it is missing or was changed.
+
+    Of older versions, whose items have no digest, an empty one is taken for changed: none was written.
+    """
+    value, sums = read_json(path, item), read_sums(path)
+    if not value if sums.items is None else sums.items.get(item) != digest(value):
+        raise UnreadableError(f"{item}: the bytes changed on disk")
+    return value
+
+
+def read_json(path, item: str) -> dict:
+    """A JSON item as it lies on disk; UnreadableError if it is no dict, OSError if it may be readable later."""
+    try:
+        value = json.loads((path / item / "metadata").read_text())
+    except (OSError, ValueError, RecursionError) as cause:
+        if isinstance(cause, OSError) and cause.errno in PASSING:
+            raise
+        raise UnreadableError(f"{item}: {root(cause)}") from cause
+    if not isinstance(value, dict):
+        raise UnreadableError(f"{item}: a {type(value).__name__} instead of a dict")
+    return value
+
+
+def read_slices(path, name: str, shape: tuple) -> Iterator[np.ndarray]:
+    """See `checkpoint.read_slices`; `name` begins with params/."""
+    sums = read_sums(path)
+    if name not in sums.arrays:
+        raise UnreadableError(f"checksums: no array {name}")
+    stored = together(lambda: open_array(path, name))
+    check_as_described(sums, {name: stored}, partial=True)
+    check_same_arrays(path, {name: stored}, {name: jax.ShapeDtypeStruct(shape, "float32")}, partial=True)
+    rows, total = stored.chunk_layout.read_chunk.shape[0] if stacked(name) else shape[0], 0
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        read = together(lambda start=start, stop=stop: stored[start:stop].read().result())
+        total += sum_of(read)
+        if stop == shape[0] and total % 2**32 != sums.arrays[name]:
+            raise changed([name])
+        yield from read if stacked(name) else [read]
+        del read  # before the next is read
+
+
+def check_smallest(path) -> None:
+    """UnreadableError if the items, or the smallest array, of the checkpoint at `path` are not there as they were saved."""
+    for item in ITEMS:
+        read_item(path, item)
+    sums = read_sums(path)
+    name = min(sums.described, key=lambda name: (np.prod(sums.described[name][0]), name))
+    if sum_of(open_array(path, name)[...].read().result()) % 2**32 != sums.arrays[name]:
+        raise changed([name])
+
+
+def open_array(path, name: str) -> tensorstore.TensorStore:
+    """An array of the checkpoint at `path`, not read yet; by its path, because a URL has special characters of its own."""
+    scheme, _, rest = str(path).rpartition("://")
+    base = f"{scheme}://{urllib.parse.quote(rest)}/state/" if scheme else {"driver": "file", "path": f"{path}/state/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+
+
+def sum_of(x: np.ndarray) -> int:
+    """The checksum of an array on the host."""
+    x = np.atleast_1d(np.ascontiguousarray(x))
+    return int(np.sum(x.view(f"uint{8 * x.itemsize}"), dtype=np.uint32))
+
+
+def stacked(name: str) -> bool:
+    return name.startswith("params/periods/")
+
+
+def read_arrays(path, abstract: Any, partial: bool) -> Any:
+    """Arrays like `abstract`, checked against their checksums in the precision that they were saved in, then cast."""
+    abstract = jax.tree.map(_placed, abstract)
+    sums = together(lambda: read_sums(path))
+    leaves, treedef = jax.tree.flatten(together(lambda: _read_as_saved(path, abstract, sums, partial)))
+    names = flat(abstract).keys()
+    wrong = [name for name, value in zip(names, checksums(leaves), strict=True) if sums.arrays.get(name) != value]
+    if wrong:
+        raise changed(wrong)
+    for i, like in enumerate(jax.tree.leaves(abstract)):  # one at a time: both precisions of all of them may not fit
+        with jax.set_mesh(mesh_of(leaves[i])):
+            leaves[i] = leaves[i].astype(like.dtype)
+    return treedef.unflatten(leaves)
+
+
+def _read_as_saved(path, abstract: Any, sums: Sums, partial: bool) -> Any:
+    """Arrays with the shapes and shardings of `abstract` and the dtypes on disk; AnotherModelError if they differ."""
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        saved = flat(handler.metadata(path / "state").tree)
+        check_as_described(sums, saved, partial=False)
+        check_same_arrays(path, saved, flat(abstract), partial)
+        wanted = jax.tree_util.tree_map_with_path(lambda key, x: _with_dtype(x, saved[name_of(key)].dtype), abstract)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=partial)
+        return handler.restore(path / "state", args=args)
+    finally:
+        handler.close()
+
+
+def check_as_described(sums: Sums, saved: Mapping, partial: bool) -> None:
+    """UnreadableError if the names, shapes and dtypes of the arrays on disk are not those that the checksums were made of."""
+    names = saved.keys() if partial else saved.keys() | sums.arrays.keys()
+    wrong = [name for name in names if name not in saved or name not in sums.arrays]
+    if sums.described is not None and not wrong:
+        wrong = [name for name, x in saved.items() if (tuple(x.shape), _dtype_name(x)) != sums.described[name]]
+    if wrong:
+        raise UnreadableError(f"the description of {some(sorted(wrong))} changed on disk")
+
+
+def _dtype_name(x: Any) -> str:
+    return x.dtype.name if hasattr(x.dtype, "name") else str(x.dtype)
+
+
+def changed(names: list[str]) -> UnreadableError:
+    return UnreadableError(f"checksums differ: the bytes of {some(names)} changed on disk")
+
+
+def together(read: Callable[[], Any]) -> Any:
+    """The result of `read`; UnreadableError in every process of the run if it fails in one of them."""
+    result, failure = None, None
+    try:
+        result = read()
+    except (AnotherModelError, MemoryError, jax.errors.JaxRuntimeError):
+        raise  # not the fault of the files
+    except Exception as cause:  # Orbax raises bare Exceptions for what it cannot read
+        if isinstance(cause, OSError) and cause.errno in PASSING:
+            raise
+        failure = cause
+    if not agree(failure is None):
+        raise UnreadableError(root(failure) if failure else "another process could not read it") from failure
+    return result
+
+
+def check_same_arrays(path, saved: Mapping, wanted: Mapping, partial: bool) -> None:
+    """AnotherModelError that names the arrays which the checkpoint lacks, has besides, or has in another shape."""
+    shapes = {name: tuple(x.shape) for name, x in wanted.items()}
+    lines = [f"  {name}: not saved -> {shape}" for name, shape in shapes.items() if name not in saved]
+    if not partial:
+        lines += [f"  {name}: {tuple(x.shape)} -> not wanted" for name, x in saved.items() if name not in shapes]
+    for name in shapes.keys() & saved.keys():
+        if tuple(saved[name].shape) != shapes[name]:
+            lines.append(f"  {name}: {tuple(saved[name].shape)} -> {shapes[name]}")
+    if lines:
+        raise AnotherModelError(
+            f"{path} holds the arrays of another model or optimiser (saved -> wanted):\n{some(sorted(lines), chr(10))}"
+            "\nuse another --workdir, or the config that wrote it"
+        )
+
+
+def _placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _with_dtype(x: jax.ShapeDtypeStruct, dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+
+def name_of(key: tuple) -> str:
+    """A leaf's path, the same for a dict, a named tuple and a dataclass: `params/periods/L0/attention/q`."""
+    return "/".join(ocp.tree.str_keypath(key))
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {name_of(key): leaf for key, leaf in leaves}
+
+
+def agree(ok: bool) -> bool:
+    """Whether `ok` holds in every process of the run: they must all go the same way."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+
+
+def root(cause: Exception) -> str:
+    """What went wrong at the bottom of a chain of causes, on one line, without TensorStore's dump of its settings."""
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause).partition(" [tensorstore_spec=")[0].partition("\n")[0]
+    return f"{type(cause).__name__}: {text}"
+
+
+def some(items: list[str], separator: str = ", ") -> str:
+    """The first eight of them and how many there are besides."""
+    rest = [f"and {len(items) - 8} more"] if len(items) > 8 else []
+    return separator.join([*items[:8], *rest])

@@ -1,0 +1,401 @@
+"""Breaks training runs and lets the same command go on: python tools/faults.py --small
+
+Every run must end with the bits of one that nothing disturbed: the same parameters, the same loss at each step, each step once
+in metrics.jsonl, and no traceback. Runs are killed, signalled, damaged, deprived of disk; one of two processes is killed or
+stopped. Prints a table; exit code 1 if a case fails. All cases take a quarter of an hour on two cores.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from absl import app, flags
+
+from hybrid_attn import programs
+
+ROOT = Path(__file__).parents[1]
+CASES = flags.DEFINE_string("cases", "", "Only the cases whose name matches this regular expression.")
+SMALL = flags.DEFINE_bool("small", False, "One or two cases of each kind instead of all.")
+OUT = flags.DEFINE_string("out", None, "New folder that keeps the runs; by default they are removed.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the moments at which runs are disturbed.")
+STEPS, EDGE, EVERY, EVALS = 96, 48, 8, 40
+PATIENCE = 240  # seconds in which a run must reach the moment, or end
+DISK = 3  # MiB: room for two checkpoints, their successor and the records
+CONFIG = f"""
+from configs import base
+
+def get_config():
+    c = base.get_config()
+    c.model.update(pattern="LG", num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=32)
+    c.model.kinds.L.window = 16
+    c.data.sources.text.paths = ("{{corpus}}/*.txt",)
+    c.stages = [
+        dict(c.stages[0], steps={EDGE}, seq_len=64, batch=4),
+        dict(c.stages[0], steps={STEPS - EDGE}, seq_len=128, batch=2),
+    ]
+    c.train.update(log_every=1, checkpoint_every={EVERY}, keep=3, remat="none")
+    c.evals.update(names=("position",), every={EVALS}, tokens=4096, lengths=(1.0,))
+    c.optim.warmup_steps = 4
+    return c
+"""
+
+
+@dataclasses.dataclass
+class Lab:
+    """The folder of all runs, and what the undisturbed ones came to, by the number of processes."""
+
+    folder: Path
+    straight: dict[int, tuple] = dataclasses.field(default_factory=dict)
+
+    def command(self, workdir: Path) -> list[str]:
+        return [sys.executable, str(ROOT / "launch/train.py"), f"--config={self.folder}/config.py", f"--workdir={workdir}"]
+
+    def env(self) -> dict[str, str]:
+        return os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": f"{self.folder}/compiled",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+
+class Training:
+    """One run of the training command in `workdir`, in one process or several; everything that it prints goes to files."""
+
+    def __init__(self, lab: Lab, workdir: Path, processes: int = 1):
+        self.workdir = workdir
+        self.log = workdir.parent / f"{workdir.name}.log"
+        number = next(n for n in itertools.count() if not (self.log / f"{n}-0.err").exists())
+        self.log.mkdir(parents=True, exist_ok=True)
+        self.outputs = [self.log / f"{number}-{i}.out" for i in range(processes)]
+        port = free_port() if processes > 1 else None
+        self.processes = []
+        for i, output in enumerate(self.outputs):
+            joins = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
+            command = [*lab.command(workdir), *(joins if processes > 1 else [])]
+            with output.open("wb") as out, output.with_suffix(".err").open("wb") as err:
+                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=lab.env(), stdout=out, stderr=err))
+
+    def wait_for(self, happened: Callable[["Training"], bool]) -> bool:
+        """Whether `happened` came true before the run ended."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until and self.processes[0].poll() is None:
+            if happened(self):
+                return True
+            time.sleep(0.002)
+        return False
+
+    def said(self) -> str:
+        return self.outputs[0].read_text()
+
+    def send(self, number: int, process: int = 0) -> None:
+        if self.processes[process].poll() is None:
+            self.processes[process].send_signal(number)
+
+    def end(self, patience: float = PATIENCE) -> list[int | None]:
+        """Exit codes; None of a process that had to be killed because it did not end."""
+        codes, until = [], time.monotonic() + patience
+        for process in self.processes:
+            try:
+                codes.append(process.wait(max(until - time.monotonic(), 0.1)))
+            except subprocess.TimeoutExpired:
+                codes.append(None)
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        return codes
+
+
+def free_port() -> int:
+    """A port that nobody uses, and nobody the one after it."""
+    while True:
+        with socket.create_server(("localhost", 0)) as first:
+            port = first.getsockname()[1]
+            try:
+                socket.create_server(("localhost", port + 1)).close()
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+# Moments of a run: has it come?
+def reached(step: int) -> Callable[[Training], bool]:
+    return lambda run: f"step {step}/" in run.said()
+
+
+def saving(step: int) -> Callable[[Training], bool]:
+    """Its directory has the name under which Orbax writes."""
+    return lambda run: any(run.workdir.glob(f"checkpoints/{step}.orbax-checkpoint-tmp*"))
+
+
+def saved(step: int) -> Callable[[Training], bool]:
+    return lambda run: (run.workdir / f"checkpoints/{step}").exists()
+
+
+def evaluating(step: int) -> Callable[[Training], bool]:
+    return lambda run: (run.workdir / f"evals/{step}").exists()
+
+
+def started(run: Training) -> bool:
+    return True
+
+
+@dataclasses.dataclass
+class Case:
+    """`disturb(lab, workdir)` starts a run, breaks it and says how it ended; exit codes outside `allowed` are a failure."""
+
+    name: str
+    disturb: Callable[[Lab, Path], tuple[str, list]]
+    allowed: tuple = ()
+    processes: int = 1
+
+
+def signalled(number: int, moment: Callable, delay: float, process: int = 0, processes: int = 1) -> Callable:
+    """A run that gets a signal so many seconds after a moment, and ends."""
+
+    def disturb(lab: Lab, workdir: Path) -> tuple[str, list]:
+        run = Training(lab, workdir, processes)
+        came = run.wait_for(moment)
+        time.sleep(delay)
+        run.send(number, process)
+        codes = run.end()
+        return f"{'' if came else 'not reached; '}exit {', '.join(map(str, codes))}", codes
+
+    return disturb
+
+
+def signalled_twice(lab: Lab, workdir: Path) -> tuple[str, list]:
+    """Ctrl-C while a checkpoint is written, and again at once: the program ends within seconds."""
+    run = Training(lab, workdir)
+    run.wait_for(saving(56))
+    run.send(signal.SIGINT)
+    time.sleep(0.02)
+    before = time.monotonic()
+    run.send(signal.SIGINT)
+    codes = run.end(30)
+    return f"exit {codes[0]} after {time.monotonic() - before:.1f} s", codes
+
+
+def stopped_process(lab: Lab, workdir: Path) -> tuple[str, list]:
+    """One of two processes is stopped, as by a machine that hangs; the other must end by itself, and it is killed then."""
+    run = Training(lab, workdir, 2)
+    run.wait_for(reached(30))
+    before = time.monotonic()
+    run.send(signal.SIGSTOP, 1)
+    code = run.processes[0].wait(PATIENCE)
+    run.send(signal.SIGKILL, 1)
+    run.end()
+    return f"process 0: exit {code} after {time.monotonic() - before:.0f} s", [code]
+
+
+def damaged(damage: Callable[[Path], None], newest: int) -> Callable:
+    """A run that is stopped late and whose `newest` checkpoints are damaged afterwards."""
+
+    def disturb(lab: Lab, workdir: Path) -> tuple[str, list]:
+        stopped = lab.folder / "stopped"
+        if not stopped.exists():
+            signalled(signal.SIGTERM, reached(75), 0)(lab, stopped)
+        shutil.copytree(stopped, workdir)
+        steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+        for step in steps[-newest:]:
+            damage(workdir / "checkpoints" / str(step))
+        return f"damaged {', '.join(map(str, steps[-newest:]))} of {', '.join(map(str, steps))}", []
+
+    return disturb
+
+
+def biggest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("d/*")), key=lambda path: path.stat().st_size)
+
+
+def truncate(checkpoint: Path) -> None:
+    path = biggest(checkpoint / "state")
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    path = biggest(checkpoint / "state")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty_the_config(checkpoint: Path) -> None:
+    (checkpoint / "config/metadata").write_text("{}")
+
+
+def change_a_digit(checkpoint: Path) -> None:
+    path = checkpoint / "data/metadata"
+    path.write_text(re.sub(r"(\d)(?=\])", lambda digit: str((int(digit[1]) + 1) % 10), path.read_text(), count=1))
+
+
+def damage_the_manifest(checkpoint: Path) -> None:
+    path = checkpoint / "state/manifest.ocdbt"
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+DAMAGES = (truncate, flip_a_bit, empty_the_config, change_a_digit, damage_the_manifest)
+
+
+def full_disk(lab: Lab, workdir: Path) -> tuple[str, list]:
+    """A disk of its own that fills while the run goes on, and has room again for the next."""
+    workdir.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", workdir], capture_output=True)
+    if mounted.returncode:
+        return "left out: mounting a small disk needs root", []
+    run = Training(lab, workdir)
+    run.wait_for(reached(60))
+    ballast = workdir / "ballast"
+    try:
+        with ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+    except OSError:
+        pass
+    codes = run.end()
+    ballast.unlink()
+    return f"exit {codes[0]}: {last_line(run)}", codes
+
+
+def last_line(run: Training) -> str:
+    lines = run.outputs[0].with_suffix(".err").read_text().splitlines() or [""]
+    return lines[-1].replace(f"{run.workdir}/", "")[:100]
+
+
+def cases(rng: random.Random) -> Iterator[Case]:
+    """All of them, in the order of the table; the first of each kind is in the small form."""
+    anywhere = [reached(rng.randrange(1, STEPS)) for _ in range(9)]
+    kills = [
+        saving(16), evaluating(EVALS), reached(EDGE), evaluating(STEPS), saving(EDGE), started, saved(EVERY), reached(1),
+        saving(EVERY), saving(STEPS), evaluating(2 * EVALS), *anywhere,
+    ]  # fmt: skip
+    for i, moment in enumerate(kills):
+        yield Case(f"kill-{i + 1}", signalled(signal.SIGKILL, moment, rng.uniform(0, 0.03)), (-signal.SIGKILL, 0))
+    moments = [saving(24), evaluating(EVALS), reached(EDGE), started, reached(1), evaluating(STEPS), *anywhere[:4]]
+    for number, name, codes in ((signal.SIGTERM, "term", (0, -signal.SIGTERM)), (signal.SIGINT, "ctrl-c", (0, 130))):
+        for i, moment in enumerate(moments):
+            yield Case(f"{name}-{i + 1}", signalled(number, moment, rng.uniform(0, 0.05)), codes)
+        if number == signal.SIGINT:
+            yield Case("ctrl-c-imports", signalled(number, started, 1), (130,))
+            yield Case("ctrl-c-twice", signalled_twice, (0, 130))
+    for damage in DAMAGES:
+        for newest in (1, 2):
+            yield Case(f"{damage.__name__}-{newest}", damaged(damage, newest))
+    yield Case("full-disk", full_disk, (1,))
+    for process in (0, 1):
+        disturb = signalled(signal.SIGKILL, reached(30), rng.uniform(0, 0.05), process, 2)
+        yield Case(f"two-processes-kill-{process}", disturb, (-signal.SIGKILL, 1), 2)
+    yield Case("two-processes-stop-1", stopped_process, (1,), 2)
+
+
+SMALL_CASES = (
+    "kill-1", "kill-2", "kill-3", "term-1", "ctrl-c-2", "ctrl-c-imports", "ctrl-c-twice", "truncate-2", "change_a_digit-1",
+    "damage_the_manifest-1", "full-disk",
+)  # fmt: skip
+
+
+def outcome(workdir: Path) -> tuple:
+    """The parameters' fingerprint at the last step, and the (step, loss) of every line of metrics.jsonl."""
+    from hybrid_attn import checkpoint
+
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return checkpoint.fingerprint(workdir / "checkpoints", STEPS), [(line["step"], line["loss"]) for line in lines]
+
+
+def finish(lab: Lab, workdir: Path, processes: int) -> list[str]:
+    """Runs the command until it says that all is done, and returns what is wrong with how it ended."""
+    for _ in range(3):
+        run = Training(lab, workdir, processes)
+        codes = run.end()
+        if any(codes):
+            return [f"the same command ended with {', '.join(map(str, codes))}: {last_line(run)}"]
+        if f"step {STEPS}" in run.said():
+            return []
+    return ["the same command did not come to the end"]
+
+
+def judge(lab: Lab, case: Case, workdir: Path, codes: list) -> list[str]:
+    """What is wrong, in words; nothing if the run is what it would have been undisturbed."""
+    wrong = [f"exit code {code}" for code in codes if code not in case.allowed]
+    wrong += finish(lab, workdir, case.processes)
+    spoken = [path for path in (workdir.parent / f"{workdir.name}.log").glob("*.err") if "Traceback" in path.read_text()]
+    wrong += [f"{len(spoken)} runs with a traceback"] if spoken else []
+    if not wrong:
+        (wanted, losses), (got, found) = lab.straight[case.processes], outcome(workdir)
+        wrong += ["other parameters"] if got != wanted else []
+        wrong += ["a step twice, or missing"] if [step for step, _ in found] != [step for step, _ in losses] else []
+        wrong += ["other losses"] if dict(found) != dict(losses) else []
+    return wrong
+
+
+def prepare(folder: Path) -> Lab:
+    """Writes the corpus and the config."""
+    (folder / "corpus").mkdir()
+    for i in range(40):
+        (folder / f"corpus/{i}.txt").write_text("".join(f"line {j} of document {i}\n" for j in range(10 + i)))
+    (folder / "config.py").write_text(CONFIG.format(corpus=folder / "corpus"))
+    return Lab(folder)
+
+
+def undisturbed(lab: Lab, processes: int) -> None:
+    """Runs to the end once, for every case of so many processes."""
+    workdir = lab.folder / f"straight-{processes}"
+    wrong = finish(lab, workdir, processes)
+    if wrong:
+        raise OSError(f"the undisturbed run failed: {wrong[0]}")
+    lab.straight[processes] = outcome(workdir)
+
+
+def run_case(lab: Lab, case: Case) -> list[str]:
+    if case.processes not in lab.straight:
+        undisturbed(lab, case.processes)
+    workdir, before = lab.folder / case.name, time.monotonic()
+    try:
+        how, codes = case.disturb(lab, workdir)
+        wrong = [] if how.startswith("left out") else judge(lab, case, workdir, codes)
+    finally:
+        if workdir.is_mount():
+            subprocess.run(["umount", workdir], check=True)
+    verdict = "FAILED: " + "; ".join(wrong) if wrong else "left out" if how.startswith("left out") else "same bits"
+    print(f"{case.name:<24} {time.monotonic() - before:5.0f} s  {verdict:<10}  {how}", flush=True)
+    return wrong
+
+
+def break_runs() -> int:
+    chosen = [case for case in cases(random.Random(SEED.value)) if not SMALL.value or case.name in SMALL_CASES]
+    chosen = [case for case in chosen if re.search(CASES.value, case.name)]
+    if not chosen:
+        raise ValueError(f"--cases={CASES.value} matches none of the cases")
+    folder = Path(OUT.value or tempfile.mkdtemp(prefix="faults-")).absolute()
+    folder.mkdir(parents=True, exist_ok=OUT.value is None)
+    try:
+        lab = prepare(folder)
+        failed = [case.name for case in chosen if run_case(lab, case)]
+    finally:
+        if OUT.value is None:
+            shutil.rmtree(folder)
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} cases as they should be" + "".join(f"; {name}" for name in failed))
+    return 1 if failed else 0
+
+
+def main(argv):
+    programs.run(break_runs, argv)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=programs.parse)
