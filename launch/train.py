@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from hybrid_attn import config, programs
 from hybrid_attn.parallel import processes
 from hybrid_attn.train import loop
+from hybrid_attn.train.resume import parse_steps
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and metrics; by default runs/ and the config's name.")
@@ -26,6 +27,12 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, 
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds within which all processes must have joined.", 1)
+SKIP_STEPS = flags.DEFINE_string(
+    "skip_steps", None, "Steps whose batches are passed over, such as 40 or 40:42,50; the checkpoints record them."
+)
+ALLOW_LR_JUMP = flags.DEFINE_bool(
+    "allow_lr_jump", False, "Go on from a checkpoint with another learning rate than its schedule has at that step."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -46,7 +53,9 @@ def main(argv):
             give_up = peers.fail
             logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
         c = config.build(CONFIG.value)
-        loop.train(c, WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename), peers)
+        workdir = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename)
+        skip_steps = parse_steps(SKIP_STEPS.value) if SKIP_STEPS.value is not None else []
+        loop.train(c, workdir, peers, skip_steps, ALLOW_LR_JUMP.value)
     except KeyboardInterrupt:
         give_up("interrupted before this step was saved; the last checkpoint is kept", 130)
     except Exception as error:

@@ -18,7 +18,7 @@ ALLOWED |= {room: set() for room in ("programs", "checksums", "files")}
 ALLOWED["checkpoint"] |= {"checksums"}
 ALLOWED["infer"] |= {"data", "checkpoint"}
 ALLOWED["evals"] |= {"data", "files"}
-ALLOWED["train"] |= {"data", "checkpoint"}
+ALLOWED["train"] |= {"data", "checkpoint", "files"}
 
 
 def imported(path: Path) -> set[str]:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from hybrid_attn.config import HOPS
+from hybrid_attn.data.synthetic import KEYS, VALUES
 from hybrid_attn.evals.report import statistics
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed, significant, tokens
@@ -12,6 +14,7 @@ from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effect
 from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
 
 HASH = re.compile("[0-9a-f]{64}")  # of which a page shows the beginning; files hold the whole
+TASK = re.compile(r"(\w+)(?: of (\d{1,4}) pairs)?")  # of synthetic rows
 RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
 RUN, LENGTH = Column("run"), Column("length", tokens)
 SEGMENTS = {"begin": "begin", "needle": "needle", "context": "context", "question": "qc"}  # of keys: heading and field
@@ -174,6 +177,17 @@ def independent_answers(record: Mapping) -> tuple[float, float]:
     spread = float(np.var(record["by_row"], ddof=1)) / rows if rows > 1 else 0.0
     number = min(max(share * (1 - share) / spread, rows), record["answers"]) if spread else rows
     return share * number, number
+
+
+def chance(task: str) -> float | None:
+    """What a guess scores in rows of a synthetic task, "recall of 4 pairs": among what the row names, or its letters."""
+    found = TASK.fullmatch(task)
+    name, pairs = found.groups() if found else (None, None)
+    if name == "copy":
+        return 1 / (len(KEYS) + len(VALUES))
+    if not pairs or not int(pairs):
+        return None
+    return {"recall": 1 / int(pairs), "mqar": 1 / int(pairs), "tracking": 1 / (int(pairs) * (HOPS + 1))}.get(name)
 
 
 def position(runs: Sequence[Run]) -> Table:
