@@ -23,6 +23,7 @@ from hybrid_attn import checkpoint, config
 from hybrid_attn.data import corpora, tokenizer
 from hybrid_attn.evals import suite
 from hybrid_attn.evals.report import contents
+from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.programs import parse
 from hybrid_attn.train import loop, optim
 from hybrid_attn.train import step as step_module
@@ -308,6 +309,19 @@ def test_a_finished_run_with_nothing_left_to_train_says_so_and_measures_nothing(
     assert before == {path: path.read_bytes() for path in straight.rglob("*.json*")}
 
 
+def test_a_run_that_starts_from_an_import_says_whose_parameters_it_has(corpus, tmp_path, capsys):
+    c = config_of(corpus, stages=[stage(1, 48, 8)], **{"evals.names": ()})
+    with jax.set_mesh(make_mesh(c.mesh)):
+        state = jax.jit(loop.init_state, static_argnums=0)(c)
+        checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
+        imported = {"stage_steps": [], "stage": {}, "imported": "cohere2 from a/directory"}
+        checkpoints.save(0, state, imported, config.to_dict(c), wait=True)
+        checkpoints.close()
+    assert loop.train(c, tmp_path)
+    assert "checkpoint   step 0 found; restored parameters of cohere2 from a/directory\n" in capsys.readouterr().out
+    assert checkpoint.read_data(tmp_path / "checkpoints")["imported"] == "cohere2 from a/directory"
+
+
 def test_the_config_of_a_run_is_in_its_workdir(corpus, straight):
     c = config_of(corpus, **{"evals.lengths": (1.0, 2.0)})
     assert json.loads((straight / "config.json").read_text()) == config.to_dict(c)
@@ -373,6 +387,7 @@ def test_the_program_says_what_is_wrong_in_a_line(tmp_path):
         (["--config=configs/none.py"], "configs/none.py: no such file"),
         (["--config=configs/hybrid_8k.py:7b"], "no size '7b'; it has small, 150m, 1b, 8b"),
         (["--config.model.kinds.L.window=0"], "window=0 must be at least 1"),
+        (["--skip_steps=4:x"], "--skip_steps=4:x: '4:x' is no range of steps; write 40, or 40:42"),
         (["--config.model.num_kv_heads=3"], "num_heads=2 is not a multiple of model.num_kv_heads=3"),
     ],
 )
