@@ -26,6 +26,12 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, 
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds within which all processes must have joined.", 1, 10**6)
+SKIP_STEPS = flags.DEFINE_string(
+    "skip_steps", None, "Steps whose batches are passed over, such as 40 or 40:42,50; the checkpoints record them."
+)
+ALLOW_LR_JUMP = flags.DEFINE_bool(
+    "allow_lr_jump", False, "Go on from a checkpoint with another learning rate than its schedule has at that step."
+)
 flags.mark_flag_as_required("config")
 INTERRUPTED = "interrupted before this step was saved; the last checkpoint is kept"
 
@@ -58,13 +64,15 @@ def train() -> None:
     """Imports what takes seconds here, where Ctrl-C ends the program, and not before `--help`."""
     from hybrid_attn.parallel import processes
     from hybrid_attn.train import loop
+    from hybrid_attn.train.resume import parse_steps
 
     peers = processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_TIMEOUT.value)
     if peers:
         logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
     give_up = peers.fail if peers else programs.fail
     try:
-        loop.train(read_config(), read_workdir(), peers)
+        skip_steps = parse_steps(SKIP_STEPS.value) if SKIP_STEPS.value is not None else []
+        loop.train(read_config(), read_workdir(), peers, skip_steps, ALLOW_LR_JUMP.value)
     except KeyboardInterrupt:
         if peers is None:
             raise

@@ -23,6 +23,7 @@ from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation, loop
 
 LENGTH = 960
+TAGS = ("position_loss_nats/text", "needle_found_share/1", "needle_found_share/4")
 UNITS = [f"{name}-{LENGTH}" for name in ("position-text", "needle-1", "needle-4")]
 
 
@@ -115,6 +116,7 @@ def test_a_stopped_evaluation_goes_on_with_what_is_not_done(workdir):
         told = [x for x in lines(workdir / "evals.jsonl") if (x["eval"], x["step"]) == ("needle", step)]
         assert [x | {"eval": "needle", "step": step} for x in needles] == told and len(told) == 4
         assert len(lines(folder / "answers.jsonl")) == 4
+        assert (folder / "report.html").exists()
 
 
 def test_tensorboard_has_a_score_of_each_unit_and_the_pictures(workdir):
@@ -122,19 +124,25 @@ def test_tensorboard_has_a_score_of_each_unit_and_the_pictures(workdir):
     values = [(event.step, value) for event in tensorboard_events(workdir) for value in event.summary.value]
     (whole,) = [x for x in lines(workdir / "evals/4/records.jsonl") if x["eval"] == "position" and contents.is_total(x)]
     scores = {(step, x.tag): x.simple_value for step, x in values if x.tag.endswith(f"/{LENGTH}")}
-    assert {tag for _, tag in scores} == {f"{name}/{LENGTH}" for name in ("position/text", "needle/1", "needle/4")}
+    assert {tag for _, tag in scores} == {f"{name}/{LENGTH}" for name in TAGS}
     assert {step for step, _ in scores} == {2, 4}
-    assert scores[4, f"position/text/{LENGTH}"] == pytest.approx(whole["loss"])
-    assert 0 <= scores[4, f"needle/4/{LENGTH}"] <= 1
+    assert scores[4, f"position_loss_nats/text/{LENGTH}"] == pytest.approx(whole["loss"])
+    assert 0 <= scores[4, f"needle_found_share/4/{LENGTH}"] <= 1
     pictures = {x.tag: x.image for step, x in values if step == 4 and x.HasField("image")}
     assert {"needle_0_1", "needle_0_4", "loss_text_all"} <= set(pictures)
     assert {f"{name}.png" for name in pictures} == set(names(workdir / "evals/4/pictures"))
     assert all(image.encoded_image_string.startswith(b"\x89PNG") and image.width > 300 for image in pictures.values())
 
 
+def unreported(workdir, folder):
+    """A copy of the finished run that was killed before the report of its last step was written."""
+    shutil.copytree(workdir, folder)
+    (folder / "evals/4/report.html").unlink()
+
+
 def test_pictures_are_of_the_run_that_a_report_would_read(corpus, workdir, tmp_path, monkeypatch):
     sections = pytest.importorskip("hybrid_attn.evals.report.sections")
-    shutil.copytree(workdir, tmp_path / "run")
+    unreported(workdir, tmp_path / "run")
     drawn = []
     monkeypatch.setattr(sections, "sections", lambda runs: drawn.extend(runs) or [])
     assert loop.train(config_of(corpus), tmp_path / "run")
@@ -144,12 +152,12 @@ def test_pictures_are_of_the_run_that_a_report_would_read(corpus, workdir, tmp_p
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run(corpus, workdir, tmp_path, monkeypatch, capsys):
     pictures = pytest.importorskip("hybrid_attn.evals.report.pictures")
-    shutil.copytree(workdir, tmp_path / "run")
+    unreported(workdir, tmp_path / "run")
     monkeypatch.setattr(pictures, "loss_by_position", lambda *_: np.array([[1], [2, 3]]))
     assert loop.train(config_of(corpus), tmp_path / "run")
     said = capsys.readouterr().out
     assert "evaluation of step 4 is not all drawn: ValueError: setting an array element with a sequence" in said
-    assert "bigram  source text" in said
+    assert "\n  bigram model, at 48" in said
 
 
 def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
@@ -184,7 +192,7 @@ def test_a_run_that_goes_on_longer_keeps_what_was_measured_of_it(corpus, workdir
     c = longer(corpus, workdir, tmp_path / "run", **changes)
     (tmp_path / "run/evals/9/units").mkdir(parents=True)
     found = measured(monkeypatch)
-    assert loop.train(c, tmp_path / "run")
+    assert loop.train(c, tmp_path / "run", allow_lr_jump=True)
     assert found == units and names(tmp_path / "run/evals") == ["2", "4", *(["6"] if units else []), "samples"]
     old, new = (lines(folder / "evals.jsonl") for folder in (workdir, tmp_path / "run"))
     assert [line for line in new if line["step"] <= 4] == old
@@ -213,7 +221,7 @@ def test_a_finished_run_measures_again_what_has_other_settings_and_says_what_is_
     capsys.readouterr()
     assert loop.train(config_of(corpus, **{"evals.names": ("attention_mass", "recall")}), workdir)
     said = capsys.readouterr().out
-    assert said.count("\nevals        without recall of tasks: they are in bytes; this model") == 1
+    assert said.count("\nevals        without recall of tasks: no source of this run is a task\n") == 1
     assert said.count(f"\n{workdir}/evals/4 held what was measured with other settings; it is measured anew\n") == 1
     assert units == [f"attention_mass-text-{LENGTH}"] and names(workdir / "evals/4/units") == [f"{units[0]}.json"]
     told = [x for x in lines(workdir / "evals.jsonl") if x["step"] == 4]
@@ -251,7 +259,7 @@ def test_a_run_whose_config_is_refused_has_all_that_it_had(corpus, workdir, tmp_
     (tmp_path / "run/evals/5").mkdir()
     before = sorted((path, path.is_file() and path.read_bytes()) for path in (tmp_path / "run").rglob("*"))
     with pytest.raises(ValueError, match="needle at depth 0 does not fit into 48 tokens"):
-        loop.train(c, tmp_path / "run")
+        loop.train(c, tmp_path / "run", allow_lr_jump=True)
     assert before == sorted((path, path.is_file() and path.read_bytes()) for path in (tmp_path / "run").rglob("*"))
 
 

@@ -1,7 +1,9 @@
+import ast
 import errno
 import glob
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,18 +12,21 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 from conftest import tiny, tool
 
 from configs import base
-from hybrid_attn import checkpoint
+from hybrid_attn import checkpoint, config
 from hybrid_attn.data import corpora, tokenizer
 from hybrid_attn.evals import suite
 from hybrid_attn.evals.report import contents
+from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.programs import parse
-from hybrid_attn.train import loop
+from hybrid_attn.train import loop, optim
+from hybrid_attn.train import step as step_module
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -65,7 +70,7 @@ def config_of(corpus, **changes):
 
 def losses(workdir):
     lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "skipped" not in line}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +124,7 @@ def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(c
     assert loop.train(c, tmp_path / "straight")
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("source ")]
     rows = corpora.load(c.data, ["all"], tokenizer.load("bytes"))["all"].training.lengths.sum() / 24
-    assert len(told) == 1 and " all: " in told[0]  # of the stage that comes next
+    assert [line.split()[1:4] for line in told] == [["stage", "1,", "all:"], ["stage", "2,", "all:"], ["stage", "2,", "long:"]]
     assert float(told[0].split("; ")[-1].removesuffix(" epochs")) == pytest.approx(3 * 16 / rows, rel=0.02)
     evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]
     assert [record["source"] for record in evals if record["eval"] == "bigram"] == ["all", "long"]
@@ -209,14 +214,15 @@ def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, ca
     assert {"loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "step_time", "mfu", "data_wait"} <= set(first)
 
 
-def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(corpus, tmp_path, monkeypatch):
+def poisoned_at(monkeypatch, number):
+    """Has the step of that number, from 1, meet parameters that are no numbers."""
     make_step = loop.make_step
 
     def poisoned(c, run):
         step = make_step(c, run)
 
         def poison(state, batch, microbatches):
-            if int(state.step) == 3:
+            if int(state.step) == number - 1:
                 bad = jax.tree.map(lambda x: x * np.float32("nan"), state.params)
                 state = state._replace(params=bad)
             return step(state, batch, microbatches)
@@ -224,9 +230,101 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(corpus, tmp_
         return poison
 
     monkeypatch.setattr(loop, "make_step", poisoned)
+
+
+def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(corpus, tmp_path, monkeypatch):
+    poisoned_at(monkeypatch, 4)
     with pytest.raises(FloatingPointError, match="step 4: loss is nan.*the checkpoint of step 2 is kept"):
         loop.train(config_of(corpus), tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+
+
+def test_parameters_that_are_not_finite_are_not_saved_where_loss_and_gradient_are(corpus, tmp_path, monkeypatch):
+    def rate(*_):
+        return lambda step: jnp.where(step == 3, jnp.nan, 1e-3)
+
+    monkeypatch.setattr(step_module, "schedule", rate)
+    monkeypatch.setattr(optim, "schedule", rate)
+    with pytest.raises(
+        FloatingPointError, match="step 4: lr is nan and update_norm is nan and param_norm is nan; .* step 2 is"
+    ):
+        loop.train(config_of(corpus, **{"optim.lr": 1e-3}), tmp_path)  # a config of no other test, for steps are kept
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+
+
+def test_a_batch_that_gives_nan_is_skipped_and_who_resumes_without_the_flag_keeps_it_skipped(
+    corpus, straight, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        poisoned_at(patch, 4)
+        with pytest.raises(FloatingPointError, match="pass over the batch with --skip_steps=4$"):
+            loop.train(config_of(corpus), tmp_path)
+        stop_at(patch, 4)
+        assert not loop.train(config_of(corpus), tmp_path, skip_steps=[(4, 4)])
+    assert checkpoint.read_data(tmp_path / "checkpoints")["skipped_steps"] == [[4, 4]]
+    with pytest.raises(ValueError, match="--skip_steps=3:5: the checkpoint of step 4 was trained on steps 3 to 4"):
+        loop.train(config_of(corpus), tmp_path, skip_steps=[(3, 5)])
+    capsys.readouterr()
+    assert loop.train(config_of(corpus), tmp_path)
+    assert "skipped      steps 4: their batches are passed over\n" in capsys.readouterr().out
+    ours, theirs = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (tmp_path, straight)
+    )
+    assert [line["loss"] for line in ours[:3]] == [line["loss"] for line in theirs[:3]]
+    assert ours[3] == {"step": 4, "skipped": True} and [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    assert [line["lr"] for line in ours[4:]] == [line["lr"] for line in theirs[4:]]
+    assert all(a["loss"] != b["loss"] for a, b in zip(ours[4:], theirs[4:], strict=True))
+    assert ours[-1]["tokens_seen"] == theirs[-1]["tokens_seen"] - 48 * 8
+    assert checkpoint.read_data(tmp_path / "checkpoints")["skipped_steps"] == [[4, 4]]
+
+
+def test_a_finished_run_goes_on_at_its_last_rate_or_is_allowed_to_jump(corpus, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    longer = {"stages": [stage(STEPS + 2, 48, 8)], "evals.names": ()}
+    with pytest.raises(ValueError, match=r"(?s)jump from 0.0006 to 0.00\d+ at step 7.*stages\[0\].steps: 6 -> 8\n") as refused:
+        loop.train(config_of(corpus, **longer), tmp_path / "run")
+    assert not (tmp_path / "run/config_until_6.json").exists()
+    held = dict(re.findall(r"--config\.(optim\.\w+)=(\S+)", str(refused.value)))
+    held = {key: value if key == "optim.schedule" else ast.literal_eval(value) for key, value in held.items()}
+    capsys.readouterr()
+    assert loop.train(config_of(corpus, **longer, **held), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "             optim.lr: 0.006 -> 0.0006\n" in said and "             evals.names: ['position'" in said
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[STEPS]["lr"] == pytest.approx(lines[STEPS - 1]["lr"])
+    assert (tmp_path / "run/config_until_6.json").read_text() == (straight / "config.json").read_text()
+    assert json.loads((tmp_path / "run/config.json").read_text())["optim"]["schedule"] == "wsd"
+    shutil.copytree(straight, tmp_path / "allowed")
+    assert loop.train(config_of(corpus, **longer), tmp_path / "allowed", allow_lr_jump=True)
+    assert re.search(r"rate +jumps from 0.0006 to 0.00\d+ at step 7, as --allow_lr_jump", capsys.readouterr().out)
+
+
+def test_a_finished_run_with_nothing_left_to_train_says_so_and_measures_nothing(corpus, straight, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in straight.rglob("*.json*")}
+    monkeypatch.setitem(suite.MEASURES, "position", lambda *_: pytest.fail("measured again"))
+    assert loop.train(config_of(corpus, **{"evals.lengths": (1.0, 2.0)}), straight)
+    said = capsys.readouterr().out
+    assert f"nothing left to train: {STEPS} steps are done; add steps or a stage\n" in said
+    assert f"report       {straight}/evals/{STEPS}/report.html\n" in said and "tools/generate.py" in said
+    assert before == {path: path.read_bytes() for path in straight.rglob("*.json*")}
+
+
+def test_a_run_that_starts_from_an_import_says_whose_parameters_it_has(corpus, tmp_path, capsys):
+    c = config_of(corpus, stages=[stage(1, 48, 8)], **{"evals.names": ()})
+    with jax.set_mesh(make_mesh(c.mesh)):
+        state = jax.jit(loop.init_state, static_argnums=0)(c)
+        checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
+        imported = {"stage_steps": [], "stage": {}, "imported": "cohere2 from a/directory"}
+        checkpoints.save(0, state, imported, config.to_dict(c), wait=True)
+        checkpoints.close()
+    assert loop.train(c, tmp_path)
+    assert "checkpoint   step 0 found; restored parameters of cohere2 from a/directory\n" in capsys.readouterr().out
+    assert checkpoint.read_data(tmp_path / "checkpoints")["imported"] == "cohere2 from a/directory"
+
+
+def test_the_config_of_a_run_is_in_its_workdir(corpus, straight):
+    c = config_of(corpus, **{"evals.lengths": (1.0, 2.0)})
+    assert json.loads((straight / "config.json").read_text()) == config.to_dict(c)
 
 
 def test_workdir_of_another_model_is_refused_by_field(corpus, straight):
@@ -326,6 +424,7 @@ def test_the_program_says_what_is_wrong_in_a_line(tmp_path):
         (["--config=configs/none.py"], "configs/none.py: no such file"),
         (["--config=configs/hybrid_8k.py:7b"], "no size '7b'; it has small, 150m, 1b, 8b"),
         (["--config.model.kinds.L.window=0"], "window=0 must be at least 1"),
+        (["--skip_steps=4:x"], "--skip_steps=4:x: '4:x' is no range of steps; write 40, or 40:42"),
         (["--config.model.num_kv_heads=3"], "num_heads=2 is not a multiple of model.num_kv_heads=3"),
     ],
 )
@@ -382,14 +481,15 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
 
     def step(state, batch, microbatches):
         events.append(("dispatch", state + 1))
-        return state + 1, {"loss": Value(state + 1), "grad_norm": np.float32(1)}
+        return state + 1, {"loss": Value(state + 1), **dict.fromkeys(others, np.float32(1))}
 
     class Quiet:
         log = advance = lambda *_: None
         due = lambda *_: False  # noqa: E731
 
+    others = ("grad_norm", "bits_per_byte", "lr", "update_norm", "param_norm")
     c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
     with loop.Stop(None) as stop:
-        loop.run_steps(c, [{}], step, 0, 0, iter((i, ()) for i in range(3)), Quiet(), Quiet(), stop, None)
+        loop.run_steps(c, None, step, 0, 0, iter((i, ()) for i in range(3)), Quiet(), Quiet(), stop, None)
     order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
     assert order == sorted(order)

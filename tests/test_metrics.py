@@ -11,6 +11,7 @@ import jax
 import pytest
 from conftest import tensorboard_events
 
+from hybrid_attn.train import console
 from hybrid_attn.train import metrics as metrics_module
 from hybrid_attn.train.metrics import Metrics, peak_flops
 from hybrid_attn.train.records import set_aside
@@ -20,11 +21,11 @@ VALUES = {
 }  # fmt: skip
 
 
-def _run(workdir, start: int, *steps: int, total: int = 300, **changes) -> None:
+def _run(workdir, start: int, *steps: int, total: int = 300, tokens=2706, **changes) -> None:
     """Logs steps of 2,706 tokens and 4 TFLOPs on devices of 20 TFLOP/s: at half a second a step, 40% MFU."""
     metrics = Metrics(workdir, start, total, peak_flops=20e12)
     for step in steps:
-        metrics.log(step, {**VALUES, **changes}, tokens=2706, flops=4e12)
+        metrics.log(step, {**VALUES, **changes}, tokens=tokens, flops=4e12)
         metrics.advance(step)
     metrics.close()
 
@@ -37,10 +38,47 @@ def test_a_step_is_a_line_of_json_a_line_on_stdout_and_scalars_in_tensorboard(tm
     _run(tmp_path, 39, 40)
     assert _lines(tmp_path / "metrics.jsonl") == [{"step": 40, **VALUES, "tokens_per_s": 5412.0, "mfu": 0.4}]
     assert capsys.readouterr().out == (
-        "step 40/300  loss 2.31  bpb 3.34  lr 0.003  grad 0.81  5,412 tok/s  40% MFU  data 0.2%\n"
+        "step 40/300  loss 2.312  bpb 3.336  lr 0.003  grad 0.81  5,412 tok/s  40% MFU  data 0.2%\n"
     )
     scalars = {v.tag: v.simple_value for event in tensorboard_events(tmp_path) for v in event.summary.value if event.step == 40}
-    assert scalars == pytest.approx({**VALUES, "tokens_per_s": 5412.0, "mfu": 0.4})
+    assert scalars == pytest.approx(
+        {
+            "train/loss_nats": 2.3125, "train/bits_per_byte": 3.3362, "train/learning_rate": 3e-3, "norms/gradient": 0.8125,
+            "speed/tokens_per_second": 5412.0, "speed/mfu_share": 0.4, "speed/step_seconds": 0.5,
+            "speed/data_wait_seconds": 0.001,
+        }
+    )  # fmt: skip
+
+
+def test_a_line_says_the_stage_the_averages_what_is_seen_and_what_is_left(tmp_path, capsys):
+    far = {"loss_mean": 2.5, "bits_per_byte_mean": 3.6, "stage": 2, "stages": 3, "seq_len": 32_768, "tokens_seen": 2_457_600}
+    _run(tmp_path, 39, 40, **far, peak_memory_bytes=12_340_000_000, seconds_left=7503.2)
+    assert capsys.readouterr().out == (
+        "step 40/300  stage 2/3 of 32,768  loss 2.500  bpb 3.600  lr 0.003  grad 0.81  5,412 tok/s  40% MFU  data 0.2%  "
+        "2.46M tokens  peak 12.3 GB  2h 05m left\n"
+    )
+    assert _lines(tmp_path / "metrics.jsonl")[0]["loss"] == 2.3125
+
+
+def test_the_line_of_a_step_that_was_compiled_has_no_speed(tmp_path, capsys):
+    _run(tmp_path, 0, 1, tokens=math.nan, step_time=12.34)
+    assert capsys.readouterr().out == "step 1/300  loss 2.312  bpb 3.336  lr 0.003  grad 0.81  12.3 s with compilation\n"
+    assert _lines(tmp_path / "metrics.jsonl")[0]["tokens_per_s"] is None
+    tags = {value.tag for event in tensorboard_events(tmp_path) for value in event.summary.value}
+    assert "speed/tokens_per_second" not in tags and "train/loss_nats" in tags
+
+
+def test_a_skipped_step_is_a_line_of_its_own(tmp_path, capsys):
+    metrics = Metrics(tmp_path, 3, 10, peak_flops=20e12)
+    metrics.skip(4)
+    metrics.close()
+    assert _lines(tmp_path / "metrics.jsonl") == [{"step": 4, "skipped": True}]
+    assert capsys.readouterr().out == "step 4/10  skipped: its batch is passed over, as --skip_steps says\n"
+
+
+@pytest.mark.parametrize("seconds, text", [(8, "8s"), (59.7, "1m 00s"), (312, "5m 12s"), (7503, "2h 05m"), (273_600, "3d 04h")])
+def test_a_duration_has_its_two_largest_units(seconds, text):
+    assert console.duration(seconds) == text
 
 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path):
@@ -133,7 +171,7 @@ def test_what_is_not_a_number_is_null(tmp_path):
     assert line["loss"] is None and line["grad_norm"] is None and line["lr"] == 3e-3
 
 
-def test_evaluations_are_lines_of_their_own_and_stay_until_they_are_run_again(tmp_path, capsys):
+def test_evaluations_are_lines_of_their_own_and_stay_until_they_are_run_again(tmp_path):
     old = [{"eval": "position", "step": step, "length": 8192, "loss": 2.0} for step in (200, 300, 400)]
     (tmp_path / "evals.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in old) + '{"eval": "posi')
     metrics = Metrics(tmp_path, 300, 500, peak_flops=20e12)
@@ -141,7 +179,6 @@ def test_evaluations_are_lines_of_their_own_and_stay_until_they_are_run_again(tm
     metrics.forget()
     metrics.report("position", [{"length": 8192, "loss": 1.5}])
     assert _lines(tmp_path / "evals.jsonl") == [old[0], old[1] | {"loss": 1.5}]
-    assert capsys.readouterr().out.splitlines()[-1] == "position  length 8,192  loss 1.5"
     metrics.advance(400)
     metrics.forget()
     metrics.close()

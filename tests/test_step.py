@@ -7,7 +7,7 @@ from conftest import RUN, assert_close, batch_of, mesh_of, on_mesh, tiny
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.parallel.mesh import TOKENS_BT
-from hybrid_attn.train.step import init_state, make_step, parts
+from hybrid_attn.train.step import init_state, make_step, parts, skip_step
 
 # Rows of 48, 39, …, 3 weighted tokens: parts of unequal weight, of which the mean of means would be another number.
 ROWS = ("a" * 48, "a" * 40 + "." * 8, "a" * 30 + "b" * 10 + "." * 8, "a" * 25 + "." * 23) + tuple(
@@ -51,6 +51,37 @@ def test_a_state_has_one_type_before_and_after_a_step_or_the_second_step_would_b
     assert jax.tree.structure(before) == jax.tree.structure(after)
     types = [[(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(state)] for state in (before, after)]
     assert types[0] == types[1]
+
+
+def test_a_skipped_step_moves_the_schedule_on_and_nothing_else(one_device):
+    c = tiny({"optim.warmup_steps": 4})
+    state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c, RUN)
+    state, first = step(state, on_mesh(BATCH), 1)
+    before = jax.device_get(state)
+    types = [(x.shape, x.dtype, x.weak_type, x.sharding) for x in jax.tree.leaves(state)]
+    state = skip_step(state)
+    assert [(x.shape, x.dtype, x.weak_type, x.sharding) for x in jax.tree.leaves(state)] == types
+    after = jax.device_get(state)
+    changed = {
+        jax.tree_util.keystr(path)
+        for (path, a), b in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True)
+        if not np.array_equal(a, b)
+    }
+    assert changed == {".step", ".opt_state[3].count"}
+    _, third = step(state, on_mesh(BATCH), 1)
+    assert third["lr"] == pytest.approx(3 * first["lr"]) and third["update_norm"] > 2 * first["update_norm"]
+
+
+def test_norms_are_those_of_the_update_and_of_the_parameters_that_it_gives(one_device):
+    c = tiny()
+    state = jax.jit(init_state, static_argnums=0)(c)
+    before = jax.device_get(state.params)
+    state, metrics = make_step(c, RUN)(state, on_mesh(BATCH), 1)
+    after = jax.device_get(state.params)
+    moved = jax.tree.map(lambda a, b: a.astype(np.float64) - b, after, before)
+    for name, tree in (("param_norm", after), ("update_norm", moved)):
+        norm = np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(tree)))
+        assert metrics[name] == pytest.approx(norm, rel=1e-4)
 
 
 def test_each_token_weighs_the_same_whatever_part_it_is_in():

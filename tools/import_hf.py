@@ -37,7 +37,8 @@ def import_model() -> None:
         checkpoints = Checkpoints(directory, keep=1, every=1)
         fresh = jax.jit(optimiser(c.optim, c.total_steps).init)
         state = TrainState(jnp.int32(0), params, fresh(params)) if OPTIMISER.value else {"params": params}
-        checkpoints.save(0, state, {"stage_steps": [], "stage": {}}, config.to_dict(c), wait=True)
+        origin = f"{described['model_type']} from {MODEL.value}"
+        checkpoints.save(0, state, {"stage_steps": [], "stage": {}, "imported": origin}, config.to_dict(c), wait=True)
         checkpoints.close()
         found = hf.copy_companions(MODEL.value, directory / "companions")
     print(f"{OUT.value}: {flops.parameters(model):,} parameters of {described['model_type']}, with {', '.join(found)}")

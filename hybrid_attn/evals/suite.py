@@ -34,9 +34,10 @@ SEED = 0  # of the questions, where nobody says another
 OF_SOURCES = ("position", "attention_mass", "key_tokens")  # what is measured on held-out rows of the model's own sources
 EMPTY = {  # which part is missing where an evaluation has none, and why
     **dict.fromkeys(OF_SOURCES, ("documents", "the model's sources hold none out")),
-    "recall": ("tasks", "they are in bytes; this model has another tokenizer, or no source of them"),
+    "recall": ("tasks", "no source of this run is a task"),
     "harness": ("tasks", "none is named"),
 }
+OTHER_TOKENIZER = "the tasks are in bytes, and this model has another tokenizer"
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
 GENERATOR = 4  # raised when the same settings give other samples
 
@@ -183,7 +184,8 @@ def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Se
     for length in settings.lengths_of("ruler") if "ruler" in settings.evals else ():
         absent += [Absent("ruler", task, length, reason) for task, reason in missing(settings, reader).items()]
     found = units(settings, reader)
-    without = [(name, *EMPTY[name]) for name in settings.evals if name in EMPTY and name not in {unit.eval for unit in found}]
+    empty = EMPTY if isinstance(reader.subject.tokenizer, Bytes) else EMPTY | {"recall": ("tasks", OTHER_TOKENIZER)}
+    without = [(name, *empty[name]) for name in settings.evals if name in empty and name not in {unit.eval for unit in found}]
     absent += [Absent(name, part, length, why) for name, part, why in without for length in settings.lengths_of(name)]
     for unit in found:
         try:

@@ -1,7 +1,6 @@
 """What a run measures of its own model: the suite, with the parameters as they are at a step."""
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +17,20 @@ from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
 from hybrid_attn.model import Run
 from hybrid_attn.parallel.mesh import BATCH, told
 from hybrid_attn.train.metrics import Metrics
+from hybrid_attn.train.overview import evaluation_tables
 from hybrid_attn.trees import check
 
 PASSING = ("checkpoint", "config")  # what may change of a run that goes on, and makes no number another
 SEGMENTS = tuple(contents.SEGMENTS.values())
 PER_TOKEN = (*(f"{segment}_per_token" for segment in SEGMENTS), "sink_rate")
+SCORES = {  # of a unit's score: its group in TensorBoard, which has the unit, and how a line says it
+    "position": ("position_loss_nats", "loss {:.3f} nats"),
+    "key_tokens": ("key_tokens_loss_nats", "loss {:.3f} nats"),
+    "recall": ("recall_accuracy_share", "{:.1%} right"),
+    "needle": ("needle_found_share", "{:.1%} found"),
+    "ruler": ("ruler_score_percent", "score {:.1f}"),
+    "attention_mass": ("attention_needle_lift_ratio", "needle's lift {:.2f}"),
+}
 MEANS = (*SEGMENTS, "entropy_bits", "needle_lift", *PER_TOKEN, "retrieval")  # told of the heads of a kind
 
 
@@ -66,6 +74,18 @@ class Evaluations:
         """A line for each part of what `c.evals` names that is not measured."""
         return list(dict.fromkeys(f"evals        without {x.eval} of {x.part}: {x.reason}" for x in self.settings.absent))
 
+    def report_of(self, step: int) -> Path | None:
+        """The page of the evaluation of a step, if there is one."""
+        path = self.folder / str(step) / "report.html"
+        return path if path.exists() else None
+
+    def is_done(self, step: int) -> bool:
+        """Whether all is measured and drawn of `step`, as the settings want it; in every process what process 0 says."""
+        if not self.wanted:
+            return True
+        about = _about_in(self.folder / str(step))
+        return told(self.report_of(step) is not None and self._is_of(about, self.about | {"step": step}))
+
     def measure(self, params: dict, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
         """Measures what this step has no files of, and tells all that it has; False if it was asked to stop before the end."""
         if not self.wanted:
@@ -98,28 +118,29 @@ class Evaluations:
 
     def _to_go_on_with(self, folder: Path, about: dict) -> dict | None:
         """`about`, as it was said of what the folder of a step has; None where that was measured otherwise."""
-        path = folder / "run.json"
-        try:
-            there = suite.read_about(path) if path.exists() else {}
-        except ValueError:  # as a machine leaves it that loses its power
-            there = {}
-        passing = {name: there[name] for name in PASSING if name in there}
-        if there == suite.described(self.settings, about | passing) | {"revision": there.get("revision")}:
-            return about | passing
+        there = _about_in(folder)
+        if self._is_of(there, about):
+            return about | {name: there[name] for name in PASSING if name in there}
         return None if folder.exists() else about
 
+    def _is_of(self, there: Mapping, about: dict) -> bool:
+        """Whether what run.json has is of an evaluation with these settings of the same run."""
+        passing = {name: there[name] for name in PASSING if name in there}
+        return there == suite.described(self.settings, about | passing) | {"revision": there.get("revision")}
+
     def _compare(self, metrics: Metrics, folder: Path) -> None:
-        """What is known when all units are: means over tasks, the bigram model beside the losses, pictures."""
+        """What is known when all units are: means over tasks, the bigram model beside the losses, the report."""
         run = report.read(folder)._replace(name=f"step {folder.name}")
         for length, mean in contents.ruler_means(run, lambda length: True).items():
-            metrics.score(f"ruler/mean/{length}", mean)
+            metrics.score(f"{SCORES['ruler'][0]}/mean/{length}", mean)
             metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
         if run.of("position"):
             metrics.report("bigram", self._bigram)
-        if not importlib.util.find_spec("matplotlib"):
-            metrics.say("no pictures: they need the extra [eval]")
-            return
-        _draw(metrics, run, folder / "pictures")
+        vocab_size = self.reader.subject.tokenizer.vocab_size
+        for line in evaluation_tables(run.records, self._bigram, vocab_size, self.reader.trained):
+            metrics.say(line)
+        report.write(folder, [run])
+        _show(metrics, folder / "pictures")
 
     @functools.cached_property
     def _bigram(self) -> list[dict]:
@@ -143,26 +164,31 @@ def _sizes(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> dict[str, in
     return {"chunk": max(TOKENS_AT_ONCE // context, 1) * context, "rows": max(rows, 1) * shards}
 
 
+def _about_in(folder: Path) -> dict:
+    """What run.json of a folder says of its evaluation; nothing where it is missing, or as a lost power leaves it."""
+    path = folder / "run.json"
+    try:
+        return suite.read_about(path) if path.exists() else {}
+    except ValueError:
+        return {}
+
+
 def _tell(metrics: Metrics, unit: suite.Unit, records: Sequence[Mapping]) -> None:
-    value = score(unit.eval, records)
+    value, (group, words) = score(unit.eval, records), SCORES[unit.eval]
     if value is not None:
-        metrics.score(f"{unit.eval}/{unit.part}/{unit.length}", value)
+        metrics.score(f"{group}/{unit.part}/{unit.length}", value)
+    shown_score = "no score" if value is None else words.format(value)
+    metrics.say(f"evals        {unit.eval} of {unit.part} at {unit.length:,}: {shown_score}")
     shown = _by_kind(records) if unit.eval == "attention_mass" else records
     metrics.report(unit.eval, [{name: x for name, x in record.items() if name not in ("eval", "by_row")} for record in shown])
 
 
-def _draw(metrics: Metrics, run: report.Run, folder: Path) -> None:
-    """The pictures of the report, as files and to TensorBoard; by a library that is an extra."""
-    from matplotlib.image import imread
+def _show(metrics: Metrics, folder: Path) -> None:
+    """The pictures of a report to TensorBoard."""
+    from matplotlib.image import imread  # takes a second
 
-    from hybrid_attn.evals.report import canvas, sections
-
-    folder.mkdir(exist_ok=True)
-    for picture in (picture for section in sections.sections([run]) for picture in section.pictures):
-        path = folder / f"{picture.name}.png"
-        path.write_bytes(canvas.png(picture))
-        metrics.picture(picture.name, imread(path)[..., :3])
-    metrics.say(f"pictures  {folder}")
+    for path in sorted(folder.glob("*.png")):
+        metrics.picture(path.stem, imread(path)[..., :3])
 
 
 def score(evaluation: str, records: Sequence[Mapping]) -> float | None:

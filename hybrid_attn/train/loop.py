@@ -1,5 +1,6 @@
 """The loop: mesh, restore, step, log, save, evaluate."""
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -8,27 +9,39 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from hybrid_attn import config, trees
+from hybrid_attn import checkpoint, config, trees
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline, tokenizer
-from hybrid_attn.model import flops, run_on
+from hybrid_attn.files import write_atomically
+from hybrid_attn.model import run_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
 from hybrid_attn.train.evaluation import Evaluations
 from hybrid_attn.train.metrics import Metrics, peak_flops
+from hybrid_attn.train.overview import ending
+from hybrid_attn.train.progress import Progress, Timed
 from hybrid_attn.train.records import set_aside
-from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_step
+from hybrid_attn.train.resume import Range, changed_fields, check_rate, is_skipped, merge_skipped, text_of
+from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_step, skip_step
 from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.summary import summary
 
 
-def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
+def train(
+    c: config.Config,
+    workdir: str,
+    peers: Peers | None = None,
+    skip_steps: Sequence[Range] = (),
+    allow_lr_jump: bool = False,
+) -> bool:
     """Trains `c` in `workdir` from its newest checkpoint, or from the start; False if a signal stopped it before the end.
 
-    `peers` are those of `processes.start`, if there are several; the workdir is then one that all of them see.
-    ValueError where the config, the data or a checkpoint does not fit; FloatingPointError when the loss is not finite;
-    BlockingIOError when another run is in `workdir`; OSError when a file cannot be written or read, after saving if possible.
+    `peers` are those of `processes.start`, if there are several; the workdir is then one that all of them see. The batches of
+    `skip_steps`, numbered from 1, are passed over, and those that the checkpoint records. ValueError where the config, the
+    data or a checkpoint does not fit, and where the learning rate would jump; FloatingPointError when the loss or the
+    parameters are not finite; BlockingIOError when another run is in `workdir`; OSError when a file cannot be written or read,
+    after saving if possible.
     """
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
     mesh = make_mesh(c.mesh)
@@ -42,23 +55,36 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh):
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
         try:
-            state, start = first_state(c, identities, mesh, checkpoints)
+            new = checkpoints.latest() is None
+            state, start, recorded = first_state(c, identities, mesh, checkpoints)
+            skipped = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
+            begins = "none found; starting at step 0" if new else restored(start, recorded)
+            history = [f"checkpoint   {begins}", *past(c, checkpoints, start, skipped, allow_lr_jump)]
             evaluations = Evaluations(c, run, mesh, words, loaded, workdir, start)
             peak, found = peak_flops(jax.devices()[0], run.dtype)
             kept = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
+            write_config(Path(workdir), c, start)
             peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {found}; MFU is the share of it"
-            for line in (*kept, *summary(c, run, mesh, peak_line, stages, workdir, start), *evaluations.left_out()):
+            lines = (*kept, *summary(c, run, mesh, peak_line, stages, workdir, start), *history, *evaluations.left_out())
+            for line in lines:
                 metrics.say(line)
+            if start == c.total_steps and evaluations.is_done(start):
+                metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
+                close(metrics, evaluations, workdir)
+                return True
             batches = pipeline.batches(c, stages, mesh, start)
 
             def measure(params: dict) -> bool:
                 return evaluations.measure(params, metrics, stop.asked)
 
+            def data_of(step: int) -> dict:
+                return data_state(c, identities, step, recorded | {"skipped_steps": skipped})
+
             state, step = run_steps(
-                c, identities, make_step(c, run), state, start, batches, checkpoints, metrics, stop, measure
+                c, data_of, make_step(c, run), state, start, batches, checkpoints, metrics, stop, measure, skipped
             )
-            checkpoints.save(step, state, data_state(c, identities, step), config.to_dict(c), wait=True)
+            checkpoints.save(step, state, data_of(step), config.to_dict(c), wait=True)
             if stop.failure:
                 metrics.write_the_rest()
                 raise after_saving(stop.failure, step)
@@ -69,7 +95,7 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
             whole = measure(state.params)
             if not whole:
                 metrics.say(last_words)
-            metrics.close()
+            close(metrics, evaluations if whole else None, workdir)
             return whole
         except KeyboardInterrupt:
             if not stop.saved:
@@ -81,17 +107,61 @@ def train(c: config.Config, workdir: str, peers: Peers | None = None) -> bool:
             checkpoints.close()
 
 
-def first_state(c: config.Config, identities: Sequence[dict], mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """The newest checkpoint's state, or a new one, and the steps that it has behind it.
+def close(metrics: Metrics, evaluations: Evaluations | None, workdir: str) -> None:
+    """Ends the metrics of a run, and says what can be done with it where its `evaluations` are done."""
+    if evaluations is not None:
+        for line in ending(workdir, metrics.step, evaluations.report_of(metrics.step)):
+            metrics.say(line)
+    metrics.close()
+
+
+def restored(start: int, recorded: dict) -> str:
+    """What the run begins with, of the checkpoint of step `start` and what its data state has `recorded`."""
+    if start == 0:
+        return f"step 0 found; restored parameters of {recorded.get('imported', 'a run that had not begun')}"
+    return f"step {start} found; going on from there"
+
+
+def past(c: config.Config, checkpoints: Checkpoints, start: int, skipped: Sequence[Range], allow_lr_jump: bool) -> list[str]:
+    """What is to be said of `skipped` steps, and of a config that is not that of the checkpoint of step `start`, if any.
+
+    ValueError where the learning rate would jump. No steps were trained with the config of a checkpoint of step 0.
+    """
+    lines = [f"skipped      steps {text_of(skipped)}: their batches are passed over"] if skipped else []
+    if start == 0:
+        return lines
+    saved = checkpoint.read_config(checkpoints.directory, start)
+    changed = changed_fields(saved, c)
+    if changed:
+        lines.append(f"config       {len(changed)} fields are not those of the checkpoint of step {start} (old -> new):")
+        lines += [f"             {line}" for line in changed]
+    return lines + (check_rate(saved, c, start, allow_lr_jump) if start < c.total_steps else [])
+
+
+def write_config(workdir: Path, c: config.Config, start: int) -> None:
+    """Writes config.json; another one that is there becomes config_until_STEP.json, the config of the steps up to `start`."""
+    if jax.process_index():
+        return
+    path, text = workdir / "config.json", json.dumps(config.to_dict(c), indent=1) + "\n"
+    older = path.with_name(f"config_until_{start}.json")
+    if start and path.exists() and path.read_text(errors="replace") != text and not older.exists():
+        path.rename(older)
+    write_atomically(path, text)
+
+
+def first_state(
+    c: config.Config, identities: Sequence[dict], mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[TrainState, int, dict]:
+    """The newest checkpoint's state, or a new one, the steps that it has behind it, and what else its data state records.
 
     `identities` are the stages' of `pipeline.identities`. ValueError where the config is of another model, or would have
     trained on other tokens in the stage that the checkpoint is in the middle of.
     """
     if checkpoints.latest() is None:
-        return jax.jit(init_state, static_argnums=0)(c), 0
+        return jax.jit(init_state, static_argnums=0)(c), 0, {"skipped_steps": []}
     checkpoints.check_config(config.to_dict(c))
     step, state, saved = checkpoints.restore(abstract_state(c, mesh))
-    wanted = data_state(c, identities, step)
+    wanted = data_state(c, identities, step, {})
     done = saved["stage_steps"]
     if done != wanted["stage_steps"]:
         raise ValueError(
@@ -107,49 +177,50 @@ def first_state(c: config.Config, identities: Sequence[dict], mesh: Mesh, checkp
                 "(saved -> wanted):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with {stage}.steps="
                 f"{done[-1]}, and give the new values to a stage after it"
             )
-    return state, step
+    records = {key: value for key, value in saved.items() if key not in wanted}
+    return state, step, {"skipped_steps": []} | records  # none in checkpoints of before such steps were recorded
 
 
-def data_state(c: config.Config, identities: Sequence[dict], step: int) -> dict:
-    """Where the data stands after `step` steps: how many are done of each stage begun, and what the last of those is."""
+def data_state(c: config.Config, identities: Sequence[dict], step: int, records: dict) -> dict:
+    """Where the data stands after `step` steps: how many are done of each stage begun, what the last of those is, `records`."""
     done = []
     for stage in c.stages:
         if step:
             done.append(min(step, stage.steps))
             step -= done[-1]
-    return {"stage_steps": done, "stage": identities[len(done) - 1] if done else {}}
+    return {**records, "stage_steps": done, "stage": identities[len(done) - 1] if done else {}}
 
 
 def run_steps(
-    c, identities, step_fn, state, start, batches: Iterator, checkpoints, metrics, stop, measure
+    c, data_of, step_fn, state, start, batches: Iterator, checkpoints, metrics, stop, measure, skipped: Sequence[Range] = ()
 ) -> tuple[TrainState, int]:
     """Steps until the batches end or a signal asks to stop; metrics of a step are read after the next one is dispatched.
 
     `measure` evaluates parameters every `c.evals.every` steps, and says whether it came to its end: those of `start` too,
-    because who resumes there may have been stopped before that.
+    because who resumes there may have been stopped before that. `data_of` is the data state after a step. The batches of
+    `skipped` steps are read and not trained on.
     """
-    pending, step, waited, before = None, start, 0.0, time.perf_counter()
+    pending, step, before, shapes = None, start, time.perf_counter(), set()
+    progress = Progress(c, skipped)
 
     def report():
-        nonlocal before
-        number, values, wait = pending
+        nonlocal before, pending
+        if pending is None:
+            return
+        number, values, waited, compiled = pending
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         now = time.perf_counter()
         check_finite(number, values, checkpoints)
+        progress.add(Timed(values, now - before, waited, compiled, c.stage_at(number - 1)[0]))
         if number % c.train.log_every == 0 or number in (start + 1, c.total_steps):
-            stage = c.stages[c.stage_at(number - 1)[0]]
-            tokens = stage.batch * stage.seq_len
-            spent = tokens * flops.train_flops_per_token(c.model, stage.seq_len)
             with stop.after_saving():
-                metrics.log(number, values | {"step_time": now - before, "data_wait": wait}, tokens, spent)
+                metrics.log(number, *progress.line(number))
         metrics.advance(number)
-        before = now
+        before, pending = now, None
 
     while step < c.total_steps and not stop.reached(step):
         if c.evals.every is not None and step and step % c.evals.every == 0:
-            if pending:
-                report()
-                pending = None
+            report()
             complete = False
             with stop.after_saving(together=True):
                 complete = measure(state.params)
@@ -163,18 +234,27 @@ def run_steps(
         if batch is None:
             break
         waited = time.perf_counter() - clock
-        state, values = step_fn(state, batch, c.stages[c.stage_at(step)[0]].microbatches)
+        stage = c.stages[c.stage_at(step)[0]]
+        shape = stage.batch, stage.seq_len, stage.microbatches
         step += 1
         stop.begun()
-        if pending:
+        if is_skipped(step, skipped):
             report()
-        pending = step, values, waited
+            state = skip_step(state)
+            metrics.skip(step)
+            metrics.advance(step)
+            before = time.perf_counter()
+        else:
+            if shape not in shapes:
+                report()  # before the new program is compiled, whose time is not that of the step before
+            state, values = step_fn(state, batch, stage.microbatches)
+            report()
+            pending = step, values, waited, shape not in shapes
+            shapes.add(shape)
         if checkpoints.due(step) and step < c.total_steps:
             report()  # so that no state is saved whose loss nobody has looked at
-            pending = None
-            checkpoints.save(step, state, data_state(c, identities, step), config.to_dict(c))
-    if pending:
-        report()
+            checkpoints.save(step, state, data_of(step), config.to_dict(c))
+    report()
     return state, step
 
 
@@ -185,9 +265,15 @@ def after_saving(error: OSError, step: int) -> OSError:
 
 
 def check_finite(step: int, values: dict, checkpoints: Checkpoints) -> None:
-    """FloatingPointError if the loss or the gradient of `step` is not a number."""
-    bad = [f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
-    if bad:
-        kept = checkpoints.latest()
-        cure = "no checkpoint was written yet" if kept is None else f"the checkpoint of step {kept} is kept"
-        raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {cure}; lower optim.lr or raise optim.warmup_steps")
+    """FloatingPointError if the loss, the learning rate or a norm of gradient, update or new parameters is not a number."""
+    names = ("loss", "grad_norm", "lr", "update_norm", "param_norm")
+    bad = [f"{name} is {values[name]}" for name in names if not math.isfinite(values[name])]
+    if not bad:
+        return
+    checkpoints.wait()  # for the one that is being written
+    kept = checkpoints.latest()
+    state = "no checkpoint was written yet" if kept is None else f"the checkpoint of step {kept} is kept"
+    cure = f"lower optim.lr or raise optim.warmup_steps, or pass over the batch with --skip_steps={step}"
+    if not math.isfinite(values["lr"]):
+        cure = "mend the learning rate: optim.lr, optim.schedule, optim.final_lr_ratio"
+    raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {state}; {cure}")

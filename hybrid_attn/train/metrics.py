@@ -15,6 +15,7 @@ import numpy as np
 import tqdm
 
 from hybrid_attn.files import Appended, write_atomically
+from hybrid_attn.train.console import step_line, summary
 from hybrid_attn.train.records import step_of
 from hybrid_attn.train.tensorboard import Events
 
@@ -40,6 +41,25 @@ PEAKS = (
 )
 
 
+# Of the values of a step's line, by group, with their units.
+TAGS = {
+    "loss": "train/loss_nats",
+    "loss_mean": "train/loss_mean_nats",
+    "bits_per_byte": "train/bits_per_byte",
+    "lr": "train/learning_rate",
+    "grad_norm": "norms/gradient",
+    "update_norm": "norms/update",
+    "param_norm": "norms/parameters",
+    "tokens_per_s": "speed/tokens_per_second",
+    "mfu": "speed/mfu_share",
+    "step_time": "speed/step_seconds",
+    "data_wait": "speed/data_wait_seconds",
+    "tokens_seen": "progress/tokens",
+    "stage": "progress/stage",
+    "peak_memory_bytes": "memory/peak_bytes",
+}
+
+
 class Metrics:
     """The metrics of a run: `metrics.jsonl`, `evals.jsonl` and `tensorboard/` in `workdir`; process 0 alone writes."""
 
@@ -58,11 +78,10 @@ class Metrics:
         if sys.stderr.isatty():
             self.bar = tqdm.tqdm(total=total_steps, initial=start, unit="step", dynamic_ncols=True)
 
-    def log(self, step: int, values: Mapping[str, float], tokens: int, flops: float) -> None:
-        """Writes the `values` of a step of `tokens` tokens and `flops` FLOPs.
+    def log(self, step: int, values: Mapping[str, float], tokens: float, flops: float) -> None:
+        """Writes the `values` of a step's line; `tokens` and `flops` are those of `step_time` seconds, or NaN.
 
-        Among them are loss, bits_per_byte, grad_norm, lr, and step_time and data_wait in seconds; tokens_per_s and mfu
-        are added.
+        tokens_per_s and mfu are added.
         """
         if not self.writes:
             return
@@ -70,11 +89,19 @@ class Metrics:
         values = {**values, "tokens_per_s": tokens / seconds, "mfu": flops / seconds / self.peak_flops}
         self._write(self.steps_file, {"step": step, **values})
         for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
+            if name in TAGS and math.isfinite(value):
+                self.tensorboard.add_scalar(TAGS[name], value, step)
         if self.bar is None:
-            print(f"step {step}/{self.total_steps}  {_summary(values)}", flush=True)
+            print(step_line(step, self.total_steps, values), flush=True)
         else:
-            self.bar.set_postfix_str(_summary(values), refresh=False)
+            self.bar.set_postfix_str(summary(values), refresh=False)
+
+    def skip(self, step: int) -> None:
+        """Says that a step was not trained on."""
+        if self.writes:
+            self._write(self.steps_file, {"step": step, "skipped": True})
+            self.tensorboard.add_scalar("train/skipped", 1, step)
+        self.say(f"step {step}/{self.total_steps}  skipped: its batch is passed over, as --skip_steps says")
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step`."""
@@ -89,11 +116,10 @@ class Metrics:
             self.evals_file = _continue(self.workdir / "evals.jsonl", lambda step: step != self.step)
 
     def report(self, name: str, records: Iterable[Mapping[str, float | str | None]]) -> None:
-        """Writes and says the records of the evaluation `name` of the model as it is at the step reached."""
-        for record in records:
-            if self.writes:
+        """Writes the records of the evaluation `name` of the model as it is at the step reached."""
+        if self.writes:
+            for record in records:
                 self._write(self.evals_file, {"eval": name, "step": self.step, **record})
-            self.say(f"{name}  " + "  ".join(f"{key} {_short(value)}" for key, value in record.items()))
 
     def score(self, name: str, value: float) -> None:
         """A number of the model as it is at the step reached, to TensorBoard."""
@@ -167,17 +193,3 @@ def _continue(path: Path, keep: Callable[[int], bool]) -> Appended:
         lines = [(line, step_of(line)) for line in path.read_bytes().splitlines()]
         write_atomically(path, b"".join(line + b"\n" for line, step in lines if step is not None and keep(step)))
     return Appended(path)
-
-
-def _summary(values: Mapping[str, float]) -> str:
-    return (
-        f"loss {values['loss']:.2f}  bpb {values['bits_per_byte']:.2f}  lr {values['lr']:.3g}  "
-        f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tok/s  {100 * values['mfu']:.0f}% MFU  "
-        f"data {100 * values['data_wait'] / values['step_time']:.1f}%"
-    )
-
-
-def _short(value: float | str) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else value

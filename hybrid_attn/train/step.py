@@ -51,7 +51,8 @@ def parts(batch: dict, number: int) -> dict:
 def make_step(config: Config, run: Run):
     """The jitted `step(state, batch, microbatches) -> (state, metrics)`; it donates its state.
 
-    `microbatches` is a stage's: the step's function is that of 1, in the memory of a part of the rows.
+    `microbatches` is a stage's: the step's function is that of 1, in the memory of a part of the rows. All metrics of a step
+    are finite where its state is: the norms are those of the gradient, of the update and of the new parameters.
     """
     tx, rate = optimiser(config.optim, config.total_steps), schedule(config.optim, config.total_steps)
 
@@ -77,13 +78,26 @@ def make_step(config: Config, run: Run):
         else:
             (loss, nll_sum), grads = summed(state.params, batch, microbatches, total_weight)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             "bits_per_byte": bits_per_byte(nll_sum, batch["bytes"].sum()),
             "grad_norm": optax.tree.norm(grads),
             "lr": rate(state.step),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
         }
-        state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        return state, metrics
+        return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def skip_step(state: TrainState) -> TrainState:
+    """The state after a step that trains on nothing: the step and the schedule go on, parameters and moments stay."""
+
+    def advance(x):
+        return x._replace(count=x.count + 1) if isinstance(x, optax.ScaleByScheduleState) else x
+
+    opt_state = jax.tree.map(advance, state.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+    return TrainState(state.step + 1, state.params, opt_state)

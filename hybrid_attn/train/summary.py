@@ -12,11 +12,11 @@ from hybrid_attn.model import Run, flops
 
 
 def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedRows], workdir: str, start: int) -> list[str]:
-    """Parameters, layout, mesh, kernel, data and its sources, tokens and FLOPs per step, peak, workdir and checkpoint.
+    """Parameters, layout, mesh, kernel, data, the sources of each stage, tokens and FLOPs per step, peak and workdir.
 
-    `rows` are those of each stage; FLOPs and sources are told of the stage that comes next.
+    `rows` are those of each stage; tokens and FLOPs are those of the stage that comes next.
     """
-    stage_index, step = c.stage_at(min(start, c.total_steps - 1))
+    stage_index, _ = c.stage_at(min(start, c.total_steps - 1))
     stage = c.stages[stage_index]
     total, tokens = flops.parameters(c.model), stage.batch * stage.seq_len
     embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
@@ -27,6 +27,8 @@ def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedRows
     shared = {letter: f"{scheme}{', balanced' if run.balance else ''}" for letter, scheme in run.context.items()}
     remat = by_letter(run.remat)
     context = f"; a row is shared by {by_letter(shared)}" if mesh.shape["context"] > 1 else ""
+    several = len(c.stages) > 1
+    of = f", in stage {stage_index + 1}" if several else ""
     stages = ", ".join(f"{s.steps:,} steps of {s.batch} x {s.seq_len:,}" for s in c.stages)
     return [
         f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
@@ -34,28 +36,33 @@ def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedRows
         f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}{context}",
         f"kernel       {run.kernel} on {device.platform}; activations {run.dtype}, parameters float32, remat {remat}",
         f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
-        *sources(rows[stage_index], stage.steps * stage.batch),
-        f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs",
-        f"token        {per_token:.4g} FLOPs: 3 x forward, windows and causality counted, recomputation not",
+        *(
+            line
+            for number, (s, of_stage) in enumerate(zip(c.stages, rows, strict=True), 1)
+            for line in sources(of_stage, s.steps * s.batch, f"stage {number}, " if several else "")
+        ),
+        f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs{of}",
+        f"token        {per_token:.4g} FLOPs{of}: 3 x forward, windows and causality counted, recomputation not",
         f"peak         {peak}",
         f"workdir      {workdir}",
-        f"checkpoint   {f'step {start} found; going on from there' if start else 'none found; starting at step 0'}",
     ]
 
 
-def sources(rows: MixedRows, wanted: int) -> list[str]:
-    """A line for each source of a stage of `wanted` rows: what is there, how it is packed, and how much of it is seen."""
+def sources(rows: MixedRows, wanted: int, stage: str) -> list[str]:
+    """A line for each source of a `stage` of `wanted` rows: what is there, how it is packed, and how much of it is seen."""
     lines = []
     for name, epochs in rows.epochs(wanted).items():
         of = rows.rows[name]
         if isinstance(of, SyntheticRows):
             what = of.task.fingerprint()
-            lines.append(f"source       {name}: {what}, rows of {of.shortest:,} to {of.seq_len:,} tokens, each drawn anew")
+            lines.append(
+                f"source       {stage}{name}: {what}, rows of {of.shortest:,} to {of.seq_len:,} tokens, each drawn anew"
+            )
             continue
         n = of.counts()
         padding, cut = n["padding"] / (n["tokens"] + n["padding"]), n["cut_documents"] / n["documents"]
         lines.append(
-            f"source       {name}: {n['documents']:,} training documents, {n['tokens']:,} tokens in {n['rows']:,} rows; "
+            f"source       {stage}{name}: {n['documents']:,} training documents, {n['tokens']:,} tokens in {n['rows']:,} rows; "
             f"{padding:.2%} padding, {cut:.1%} of the documents cut; {epochs:.3g} epochs"
         )
     return lines

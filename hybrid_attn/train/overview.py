@@ -1,0 +1,109 @@
+"""What an evaluation found, as tables for a terminal, and what can be done with a run that has ended."""
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from hybrid_attn.evals.report import contents
+from hybrid_attn.train.console import aligned
+
+HEADINGS = ("", "of", "score", "±", "bits/byte", "number")
+
+
+def evaluation_tables(records: Sequence[Mapping], bigram: Sequence[Mapping], vocab_size: int, trained: int) -> list[str]:
+    """A table for each length of the records: what is in all first, with its baselines, then its parts.
+
+    `bigram` are records of a bigram model; `vocab_size` is that of the tokenizer, of whose tokens chance takes any.
+    """
+    lines = []
+    for length in contents.lengths_of(records):
+        of_length = [record for record in records if record["length"] == length]
+        rows = [row for show in SHOWN for row in show(of_length, bigram, vocab_size)]
+        what = " (the length of training)" if length == trained else ""
+        lines += ["", f"at {length:,} tokens{what}", *aligned([HEADINGS, *rows])]
+    return lines
+
+
+def _losses(records: Sequence[Mapping], bigram: Sequence[Mapping], vocab_size: int) -> Iterable[tuple]:
+    """The loss of all tokens, those of a bigram model and of chance, then by position."""
+    found = [record for record in records if record["eval"] == "position" and contents.part(record) == "all"]
+    for source in dict.fromkeys(record["source"] for record in found):
+        of_source = [record for record in found if record["source"] == source]
+        for record in filter(contents.is_total, of_source):
+            yield _loss("loss (nats)", record)
+            for other in bigram:
+                if other["source"] == source:
+                    at = "" if other["length"] == record["length"] else f", at {other['length']:,}"
+                    yield f"  bigram model{at}", source, "", "", f"{other['bits_per_byte']:.3f}", ""
+            chance, bits = math.log(vocab_size), record["bits_per_byte"]
+            yield "  chance", source, f"{chance:.3f}", "", f"{bits * chance / record['loss']:.3f}" if bits else "", ""
+        for record in of_source:
+            if not contents.is_total(record):
+                yield _loss(f"  positions {record['first']:,} to {record['end'] - 1:,}", record)
+
+
+def _loss(name: str, record: Mapping) -> tuple:
+    spread = f"{record['stderr']:.3f}" if "stderr" in record else ""
+    bits = "" if record["bits_per_byte"] is None else f"{record['bits_per_byte']:.3f}"
+    return name, record["source"], f"{record['loss']:.3f}", spread, bits, f"{record['tokens']:,} tokens"
+
+
+def _recall(records: Sequence[Mapping], *_) -> Iterable[tuple]:
+    for record in _of(records, "recall"):
+        yield "recall", record["source"], f"{record['accuracy']:.1%}", "", "", f"{record['answers']:,} answers"
+        if (chance := contents.chance(record["task"])) is not None:
+            yield "  chance", record["source"], f"{chance:.1%}", "", "", ""
+
+
+def _needle(records: Sequence[Mapping], *_) -> Iterable[tuple]:
+    found = _of(records, "needle")
+    for needles in sorted({record["needles"] for record in found}):
+        cells = [record for record in found if record["needles"] == needles]
+        answers = sum(record["answers"] for record in cells)
+        yield "needles found", f"{needles} hidden", f"{contents.needles_found(cells):.1%}", "", "", f"{answers:,} answers"
+
+
+def _ruler(records: Sequence[Mapping], *_) -> Iterable[tuple]:
+    found = _of(records, "ruler")
+    if found:
+        yield "RULER, mean", f"{len(found)} tasks", f"{contents.mean_of(found, 'score'):.1f}", "", "", ""
+    for record in found:
+        yield "  RULER", record["task"], f"{record['score']:.1f}", "", "", f"{record['samples']:,} questions"
+
+
+def _attention(records: Sequence[Mapping], *_) -> Iterable[tuple]:
+    found = _of(records, "attention_mass")
+    for source, kind in sorted({(record["source"], record["kind"]) for record in found}):
+        heads = [record for record in found if (record["source"], record["kind"]) == (source, kind)]
+        share = contents.mean_of(heads, "needle")
+        yield "attention to the needle", f"{source}, layers {kind}", f"{share:.1%}", "", "", f"{len(heads)} heads"
+
+
+def _key_tokens(records: Sequence[Mapping], *_) -> Iterable[tuple]:
+    for record in _of(records, "key_tokens"):
+        if record["loss"] is not None:
+            number = f"{record['key_tokens']:,} tokens"
+            yield "loss of key tokens (nats)", record["source"], f"{record['loss']:.3f}", "", "", number
+
+
+SHOWN = (_losses, _recall, _needle, _ruler, _attention, _key_tokens)
+
+
+def _of(records: Sequence[Mapping], evaluation: str) -> list[Mapping]:
+    return [record for record in records if record["eval"] == evaluation]
+
+
+def ending(workdir: str, step: int, report: Path | None) -> list[str]:
+    """Where the files of a finished run are, and commands that go on from it."""
+    place = shlex.quote(str(workdir))
+    name = shlex.quote(f"evals/{Path(workdir).name}")
+    return [
+        "",
+        *([f"report       {report}"] if report is not None else []),
+        f"metrics      {workdir}/metrics.jsonl, evals.jsonl; tensorboard --logdir={place}",
+        f"checkpoint   {workdir}/checkpoints/{step}",
+        f"next         python tools/generate.py --checkpoint={place} --prompt='def main('",
+        f"             python tools/evaluate.py --checkpoint={place} --suite=quick --out={name}",
+        f"             python tools/plot_runs.py --workdir={place} --out=loss.png",
+    ]

@@ -1,0 +1,41 @@
+"""The line of a step: averages since the last one that no compilation distorts, tokens seen, and time left."""
+
+import math
+
+import pytest
+from conftest import tiny
+
+from hybrid_attn.model import flops
+from hybrid_attn.train.progress import Progress, Timed
+
+STAGES = [
+    {"steps": steps, "seq_len": seq_len, "batch": batch, "microbatches": 1, "mixture": {}}
+    for steps, seq_len, batch in ((4, 24, 16), (6, 48, 2))
+]
+VALUES = {"loss": 2.0, "bits_per_byte": 3.0, "grad_norm": 1.0, "lr": 1e-3}
+
+
+def timed(stage, seconds, compiled=False, **changes):
+    return Timed(VALUES | changes, seconds, 0.1 * seconds, compiled, stage)
+
+
+def test_speed_is_that_of_the_steps_that_compiled_nothing_and_losses_are_means_of_all():
+    progress = Progress(tiny({"stages": STAGES}), [])
+    progress.add(timed(0, 60.0, compiled=True))
+    values, tokens, spent = progress.line(1)
+    assert values["step_time"] == 60.0 and math.isnan(tokens) and math.isnan(spent) and math.isnan(values["seconds_left"])
+    for stage, seconds, compiled, loss in ((0, 2.0, False, 6.0), (1, 80.0, True, 5.0), (1, 1.0, False, 1.0)):
+        progress.add(timed(stage, seconds, compiled, loss=loss))
+    values, tokens, spent = progress.line(6)
+    assert (values["loss"], values["loss_mean"], values["steps"]) == (1.0, 4.0, 3)
+    assert (values["step_time"], values["data_wait"], tokens) == (1.5, pytest.approx(0.15), (16 * 24 + 2 * 48) / 2)
+    assert (values["stage"], values["stages"], values["seq_len"]) == (2, 2, 48)
+    assert values["tokens_seen"] == 4 * 16 * 24 + 2 * 2 * 48
+    left = 4 * 2 * 48 * flops.train_flops_per_token(tiny().model, 48)
+    assert values["seconds_left"] == pytest.approx(left / (spent / 1.5))
+
+
+def test_skipped_steps_are_not_among_the_tokens_seen():
+    progress = Progress(tiny({"stages": STAGES}), [(3, 5), (9, 20)])
+    assert progress.tokens_seen(4) == 2 * 16 * 24
+    assert progress.tokens_seen(10) == 2 * 16 * 24 + 3 * 2 * 48

@@ -1,0 +1,138 @@
+"""Curves of several runs as a picture: python tools/plot_runs.py --workdir=runs/hybrid_8k --workdir=runs/rope_8k --out=loss.png
+
+Reads metrics.jsonl of each workdir. --value is a name of its lines: loss (the mean since the line before), bits_per_byte,
+grad_norm, tokens_per_s, lr, ... Exit codes: 2 for a wrong flag or input.
+"""
+
+import difflib
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import app, flags
+from matplotlib.figure import Figure
+
+from hybrid_attn import programs
+from hybrid_attn.files import write_atomically
+
+WORKDIR = flags.DEFINE_multi_string("workdir", None, "Workdir of a run; give several.", required=True)
+OUT = flags.DEFINE_string("out", None, "The picture, a .png file.", required=True)
+LABEL = flags.DEFINE_multi_string("label", [], "Label of each run, in their order; by default its directory's name.")
+VALUE = flags.DEFINE_string("value", "loss", "Name of a number in the lines of metrics.jsonl.")
+X = flags.DEFINE_enum("x", "steps", ["steps", "tokens"], "What the horizontal axis counts.")
+SMOOTH = flags.DEFINE_integer("smooth", 1, "Steps up to each line whose mean is drawn; the lines themselves are pale.", 1)
+LOG_X = flags.DEFINE_bool("log_x", False, "A logarithmic horizontal axis.")
+AXES = {"steps": "step", "tokens": "tokens_seen"}
+MEANS = ("loss", "bits_per_byte")  # whose mean since the line before stands in the line, too
+UNITS = {
+    "loss": "loss (nats per token)", "bits_per_byte": "bits per byte", "lr": "learning rate", "step_time": "seconds per step",
+    "tokens_per_s": "tokens per second", "mfu": "share of the peak FLOP/s", "grad_norm": "norm of the gradient",
+    "update_norm": "norm of the update", "param_norm": "norm of the parameters", "peak_memory_bytes": "peak memory (bytes)",
+}  # fmt: skip
+
+
+class Curve(NamedTuple):
+    label: str
+    steps: Sequence[int]
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def read(workdir: str) -> list[dict]:
+    """The lines of metrics.jsonl of steps that were trained on; ValueError where it is none."""
+    path, found = Path(workdir) / "metrics.jsonl", []
+    if not path.is_file():
+        raise ValueError(f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
+    *lines, last = path.read_bytes().split(b"\n")  # a run that is killed, or still writes, leaves a part of a line
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+        except ValueError as cause:
+            raise ValueError(f"{path}, line {number} is no JSON: {line[:40]!r}") from cause
+        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+            raise ValueError(f"{path}, line {number} is no step of a run: {line[:40]!r}")
+        if "skipped" not in values:
+            found.append(values)
+    if not found:
+        raise ValueError(f"{path} has no step yet; wait for its first line")
+    return found
+
+
+def curve(label: str, workdir: str) -> Curve:
+    """The values of a run that are numbers, where they were logged."""
+    lines, name = read(workdir), VALUE.value
+    known = sorted({key for line in lines for key, x in line.items() if isinstance(x, (int, float))})
+    if name in MEANS and f"{name}_mean" in known:
+        name = f"{name}_mean"
+    for wanted in (name, AXES[X.value]):
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, known, 1)
+            hint = f"did you mean {near[0]!r}? It" if near else "it"
+            raise ValueError(f"{workdir}/metrics.jsonl has no {wanted!r}; {hint} has {', '.join(known)}")
+    points = [(line["step"], line[AXES[X.value]], line[name]) for line in lines if _is_number(line.get(name))]
+    return Curve(label, *zip(*points, strict=True))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def smoothed(steps: Sequence[int], values: Sequence[float], window: int) -> np.ndarray:
+    """The mean of the values of the `window` steps up to each step."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first, end = np.searchsorted(steps, np.asarray(steps) - window, "right"), np.arange(1, len(steps) + 1)
+    return (sums[end] - sums[first]) / (end - first)
+
+
+def picture(curves: Sequence[Curve]) -> bytes:
+    """The curves as a PNG."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, steps, x, y) in enumerate(curves):
+        mean = smoothed(steps, y, SMOOTH.value)
+        look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
+        style = look | ({"marker": "."} if len(x) == 1 else {})
+        if SMOOTH.value > 1:
+            axes.plot(x, y, alpha=0.25, linewidth=1, **look)
+        axes.plot(x, mean, label=f"{label}: {mean[-1]:.4g}", linewidth=1.6, **style)
+    if LOG_X.value:
+        axes.set_xscale("log")
+    axes.set_xlabel({"steps": "step", "tokens": "tokens seen"}[X.value])
+    axes.set_ylabel(UNITS.get(VALUE.value, VALUE.value))
+    axes.legend(title="run: last value" + (f", mean of {SMOOTH.value:,} steps" if SMOOTH.value > 1 else ""), frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()
+
+
+def labels() -> list[str]:
+    """Those of --label, or the names of the directories where these differ, else their paths."""
+    if LABEL.value and len(LABEL.value) != len(WORKDIR.value):
+        raise ValueError(f"--label is given {len(LABEL.value)} times for {len(WORKDIR.value)} runs; give one for each, or none")
+    names = [Path(workdir).resolve().name for workdir in WORKDIR.value]
+    return LABEL.value or (names if len(set(names)) == len(names) else WORKDIR.value)
+
+
+def plot() -> None:
+    out = Path(OUT.value)
+    if out.suffix != ".png":
+        raise ValueError(f"--out={out} must end in .png")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out={out}: {out.parent} is no directory; make it first")
+    curves = [curve(*pair) for pair in zip(labels(), WORKDIR.value, strict=True)]
+    write_atomically(out, picture(curves))
+    print(f"picture  {out}")
+
+
+def main(argv):
+    programs.run(plot, argv, "the picture")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=programs.parse)
