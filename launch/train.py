@@ -17,7 +17,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from hybrid_attn import config, programs
+from hybrid_attn.evals.provenance import revision
 from hybrid_attn.parallel import processes
+from hybrid_attn.parallel.identity import identity
 from hybrid_attn.train import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.")
@@ -46,7 +48,10 @@ def main(argv):
             give_up = peers.fail
             logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
         c = config.build(CONFIG.value)
-        loop.train(c, WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename), peers)
+        workdir = WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename)
+        if peers:
+            peers.agree(identity(config.to_dict(c), workdir, revision(Path(__file__))))
+        loop.train(c, workdir, peers)
     except KeyboardInterrupt:
         give_up("interrupted before this step was saved; the last checkpoint is kept", 130)
     except Exception as error:

@@ -33,7 +33,7 @@ def calls(folder):
 def test_local_processes_end_with_the_status_and_the_words_of_the_one_that_failed(tmp_path):
     flags = ["--config.stages[0].batch=2", "--config.data.sources.text.paths=('/nowhere/*',)"]
     done = run_script([*LOCAL, f"--workdir={tmp_path}/run", *flags], tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     said = set(done.stderr.splitlines())
     assert len(said) == 1 and "matches no file" in said.pop()
     assert done.stdout == ""

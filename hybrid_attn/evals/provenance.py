@@ -25,7 +25,7 @@ def provenance(
         "config": _sha(json.dumps(values, sort_keys=True)),
         "tokenizer": words.hash,
         "haystack": _sha(text),
-        "revision": _revision(Path(__file__)),
+        "revision": revision(Path(__file__)),
         "jax": jax.__version__,
         "device": mesh.devices.flat[0].device_kind,
         "dtype": str(run.dtype),
@@ -33,7 +33,7 @@ def provenance(
     }
 
 
-def _revision(file: Path) -> str:
+def revision(file: Path) -> str:
     """Of the program that `file` is of, where a git repository has it; with "-dirty" where tracked files were changed."""
     commands = (
         ["git", "ls-files", "--error-unmatch", file.name],  # the repository around it may be of something else
