@@ -4,10 +4,13 @@ import random
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from conftest import tiny
 
-from hybrid_attn.parallel import hub, processes
+from hybrid_attn import config
+from hybrid_attn.parallel import hub, identity, processes
 
 GO, STRANGE = {"go": True}, "it sent what no process of a run sends"
 
@@ -269,11 +272,50 @@ def test_processes_that_were_started_differently_end_with_the_fields_that_differ
     assert [process.hear() for process in started] == [{"error": wanted, "code": 2}] * 4
 
 
+def test_what_processes_must_have_in_common_are_all_keys_of_the_config_the_workdir_and_the_code(tmp_path, monkeypatch):
+    values = config.to_dict(tiny())
+    ours = identity.identity(values, "runs/a", "abc")
+    assert ours == identity.identity(config.to_dict(tiny()), Path.cwd() / "runs/a", "abc")
+    others = config.to_dict(tiny({"optim.lr": 0.5, "model.kinds.L.window": 7}))
+    others["stages"][0]["steps"] = 99
+    monkeypatch.setattr(identity, "PACKAGE", tmp_path)
+    (tmp_path / "edited.py").write_text("x = 1")
+    theirs = identity.identity(others, "runs/b", "abd")
+    assert {name for name in ours | theirs if ours.get(name) != theirs.get(name)} == {
+        "config.optim.lr", "config.model.kinds.L.window", "config.stages[0].steps", "workdir", "revision", "source code",
+    }  # fmt: skip
+    assert {f"version of {name}" for name in ("python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")} <= ours.keys()
+
+
 def test_processes_find_each_other_by_ipv6_and_ipv4(hub_of):
     for host, ways in (("::1", ("::1", "::1")), ("", ("::1", "127.0.0.1"))):
         _, port = hub_of(2, host)
         process0, process1 = *joined(port, (0,), 2, ways[0]), *joined(port, (1,), 2, ways[1])
         assert process0.hear() == process1.hear() == GO
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (b"SSH-2.0-OpenSSH_9.6\r\n", r"is not process 0 of a run: b'SSH-2\.0-OpenSSH_9\.6\\r'; name another port"),
+        (b"x" * 1_200_000, "is not process 0 of a run: a line of more than 1048576 bytes"),
+        (b"", "process 0 went away from localhost:"),
+    ],
+    ids=["ssh", "endless", "nothing"],
+)
+def test_another_program_at_the_coordinator_s_port_is_an_error(answer, message):
+    def serve():
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1000)
+            connection.sendall(answer)
+
+    with socket.create_server(("localhost", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(OSError, match=message):
+            processes._join(("localhost", server.getsockname()[1]), 1, 2, 10)
+        thread.join()
 
 
 @pytest.mark.parametrize("host, taken", [("localhost", 0), ("localhost", 1), ("[::1]", 1), ("10.0.0.1", 1)])

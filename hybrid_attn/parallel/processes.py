@@ -95,9 +95,10 @@ class Peers:
             try:
                 for message in self._link.receive() if heard else ():
                     over |= self._take(message)
-            except (OSError, ValueError):
+            except (OSError, ValueError) as error:
                 if self._hub is None:
-                    _end(f"error: process 0{GONE}", self._status or 1)
+                    text = GONE if isinstance(error, OSError) else f" sent what no process of a run sends: {error}"
+                    _end(f"error: process 0{text}", self._status or 1)
                 return
 
     def _take(self, message: Mapping) -> bool:
@@ -115,6 +116,10 @@ class Peers:
                 self._agreeing.release()
             case {"leave": True}:
                 self._leave()
+            case {"ping": True} | {"over": True}:
+                pass
+            case _:
+                raise ValueError(str(message)[:100])
         return "over" in message
 
     def _leave(self) -> None:
@@ -193,17 +198,19 @@ def _join(address: tuple[str, int], number: int, count: int, timeout: float, tok
             "at what it said when it started, or give it more time with --join_timeout"
         )
     link.send(join=number, of=count, token=token)
-    link.connection.settimeout(timeout + 30)  # the hub began after this process at the latest when it answered
-    messages = []
-    with contextlib.suppress(OSError, ValueError):
+    messages, until = [], time.monotonic() + timeout + 30  # the hub began after this process at the latest when it answered
+    try:
         while not messages:
+            link.connection.settimeout(max(until - time.monotonic(), 0.001))
             messages = link.receive()
+    except OSError:
+        raise OSError(f"process 0 went away from {host}:{port} before all had joined; look at what it said") from None
+    except ValueError as error:
+        raise OSError(f"what answers at {host}:{port} is not process 0 of a run: {error}; name another port") from None
     for message in messages:
         match message:
             case {"error": str(text), "code": int(code)}:
                 raise ValueError(text) if code == 2 else OSError(text)
-    if not any("go" in message for message in messages):
-        raise OSError(f"process 0 went away from {host}:{port} before all had joined; look at what it said")
     link.connection.settimeout(None)
     return link
 
