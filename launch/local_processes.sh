@@ -45,6 +45,10 @@ while True:
 EOF
 )
 
+# Nobody without it joins these processes.
+HYBRID_RUN_TOKEN=${HYBRID_RUN_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
+export HYBRID_RUN_TOKEN
+
 pids=()
 trap 'kill -INT "${pids[@]}" || true' INT
 trap 'kill -TERM "${pids[@]}" || true' TERM HUP

@@ -5,14 +5,14 @@
 #   launch/tpu_pod.sh run1 us-east5-a v5p-128 --dry-run -- --config=configs/hybrid_8k.py:8b --workdir=/mnt/runs/run1
 #   launch/tpu_pod.sh run1 us-east5-a v5p-128 --delete
 #
-# Queues for the machine or takes the one of that name, waits for it, copies this repository, installs it with the extra tpu,
-# starts the program on all hosts and follows the log of the first. Ctrl-C ends the following, not the training; the same
-# command follows it again, and starts it again where it stopped once it has ended.
+# Queues for the machine or takes the one of that name, waits for it, copies the files of this repository that git tracks, as
+# they are here, installs it with the extra tpu, starts the program on all hosts and follows the log of the first. Ctrl-C ends
+# the following, not the training; the same command follows it again, and starts it again where it stopped once it has ended.
 #
 # --dry-run   print the commands and run none
 # --spot      a machine that can be taken away at any time, for less
 # --slices=N  N slices (1)
-# --delete    delete the machine: at once without --, else when the training has ended
+# --delete    delete the machine: at once without --, else when the training has ended or could not be started
 #
 # PROJECT  of gcloud (its default)
 # RUNTIME  version of the machines' software (v2-alpha-tpuv6e for v6e, v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p, else
@@ -27,9 +27,9 @@ usage() {
     exit 2
 }
 
-fail() {
+fail() { # message, exit code (1)
     echo "error: $1" >&2
-    exit 1
+    exit "${2:-1}"
 }
 
 (($# >= 3)) && [[ $1 != -* && $2 != -* && $3 != -* ]] || usage
@@ -93,6 +93,7 @@ wait_until_active() {
         case $now in
             '') ((++unanswered < 10)) || fail "gcloud has not told the state of $name ten times: $(tail -n 1 "$scratch/why")" ;;
             FAILED | SUSPENDED | SUSPENDING | DELETING)
+                useless=1
                 fail "$name is $now and will not start; delete it and begin again: $0 $name $zone $type --delete"
                 ;;
         esac
@@ -111,37 +112,74 @@ on_all() {
     return "$code"
 }
 
+# The files that git tracks, in an archive: before a machine is paid for, as far as that is possible.
+pack() {
+    local command="git ls-files -z --cached --deduplicate | tar --null -T - -czf $archive" missing untracked config
+    if [[ $dry ]]; then
+        echo "$command"
+        return
+    fi
+    cd "$root"
+    missing=$(git ls-files --deleted) || fail "git does not know the files of $root, which are to be copied" 2
+    [[ -z $missing ]] || fail "git tracks files that are not there: ${missing//$'\n'/, }; commit that, or bring them back" 2
+    for config; do # of the flags, the file that a user writes
+        [[ $config == --config=* ]] || continue
+        config=${config#--config=} config=${config%%:*}
+        [[ $config == /* || ! -e $config ]] || git ls-files --error-unmatch -- "$config" >/dev/null 2>&1 ||
+            fail "git does not track $config, and what it does not track is not copied: git add it" 2
+    done
+    untracked=$(git ls-files --others --exclude-standard)
+    [[ -z $untracked ]] || echo "not copied, for git does not track it: ${untracked//$'\n'/, }" >&2
+    eval "$command"
+    cd "$OLDPWD"
+}
+
 copy() {
-    local archive=$scratch/hybrid_attn.tgz node
-    local pack="git ls-files -z --cached --others --exclude-standard --deduplicate | tar --null -T - -czf $archive"
-    if [[ $dry ]]; then echo "$pack"; else (cd "$root" && eval "$pack"); fi
+    local node
     for node in "${nodes[@]}"; do
         run gcloud compute tpus tpu-vm scp "$archive" "$node:hybrid_attn.tgz" "${where[@]}" --worker=all
     done
 }
 
+remove() {
+    run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+}
+
+# Deletes a machine on which no training could be started, if that was asked for.
+finish() {
+    local code=$?
+    rm -rf "$scratch"
+    if [[ $useless && $delete ]]; then
+        echo "deleting $name, on which no training was started" >&2
+        remove || echo "error: $name could not be deleted and costs money: $0 $name $zone $type --delete" >&2
+    fi
+    exit "$code"
+}
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+useless=''
 if [[ $dry ]]; then
     scratch=/tmp
 else
     scratch=$(mktemp -d /tmp/hybrid_attn.XXXXXX)
-    trap 'rm -rf "$scratch"' EXIT
+    trap finish EXIT
+    trap 'useless=; exit 130' INT # gcloud may answer Ctrl-C with a status of its own
+    trap 'useless=; exit 143' TERM HUP
 fi
+archive=$scratch/hybrid_attn.tgz
+token=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # without it nobody joins the processes of this training
 install='set -e; mkdir -p hybrid_attn; tar -xzf hybrid_attn.tgz -C hybrid_attn; cd hybrid_attn
 command -v python3.11 >/dev/null || { sudo apt-get update -qq; sudo apt-get install -qq -y python3.11 python3.11-venv; }
 [ -x .venv/bin/python ] || python3.11 -m venv .venv
 .venv/bin/python -m pip install --quiet --constraint constraints/py311.txt --editable ".[tpu]"'
 # A process of its own, which a lost connection does not end; its exit status is written when it has one.
 running='[ -e train.pid ] && kill -0 "$(cat train.pid)" 2>/dev/null && [ ! -e train.status ]'
-start="cd hybrid_attn; if $running; then exit 0; fi; rm -f train.status
+start="cd hybrid_attn; if $running; then exit 0; fi; rm -f train.status; export HYBRID_RUN_TOKEN=$token
 printf -v command '%q ' .venv/bin/python launch/train.py$( (($#)) && printf ' %q' "$@" || true)
 setsid nohup bash -c \"\$command > train.log 2>&1; echo \\\$? > train.status\" </dev/null >/dev/null 2>&1 &
 echo \$! > train.pid"
+ended='[ -e hybrid_attn/train.status ]'
 follow='cd hybrid_attn; tail --pid="$(cat train.pid)" -n +1 -F train.log; exit "$(cat train.status 2>/dev/null || echo 1)"'
-
-remove() {
-    run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
-}
 
 if [[ ! $train ]]; then
     remove
@@ -150,18 +188,33 @@ fi
 if [[ $dry ]]; then
     create
 elif [[ -z $(state) ]]; then
+    pack "$@"
     create
+    useless=1
 fi
 [[ $dry ]] || wait_until_active
-if [[ $dry ]] || ! on_all "cd hybrid_attn && $running" >/dev/null 2>&1; then
-    copy
-    on_all "$install"
-    [[ -z ${SETUP-} ]] || on_all "$SETUP"
-    on_all "$start"
+hosts=not-training
+if [[ ! $dry ]]; then
+    look="if cd hybrid_attn 2>/dev/null && $running; then echo is-training; else echo not-training; fi"
+    hosts=$(on_all "$look") && [[ $hosts == *-training* ]] || fail "$name does not answer by ssh"
 fi
+if [[ $hosts == *not-training* ]]; then
+    [[ -e $archive && ! $dry ]] || pack "$@"
+    useless=1
+    copy || fail "this repository could not be copied to $name"
+    on_all "$install" || fail "the installation has failed on $name"
+    [[ -z ${SETUP-} ]] || on_all "$SETUP" || fail "SETUP has failed on $name"
+    on_all "$start" || fail "the program could not be started on $name"
+fi
+useless=''
 code=0
 run gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 --command="$follow" || code=$?
-if [[ $delete && $code != 255 ]]; then # 255: the connection was lost, and nobody knows how the training is
-    remove
+if [[ $delete ]]; then
+    # Not after a connection that was lost: then nobody knows how the training is.
+    if ((code)) && ! run gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 --command="$ended"; then
+        echo "error: lost $name, where the training may go on; it is not deleted" >&2
+    else
+        remove || fail "$name could not be deleted and costs money: $0 $name $zone $type --delete"
+    fi
 fi
 exit "$code"

@@ -62,7 +62,9 @@ def read_workdir() -> str:
 
 def train() -> None:
     """Imports what takes seconds here, where Ctrl-C ends the program, and not before `--help`."""
+    from hybrid_attn.evals.provenance import revision
     from hybrid_attn.parallel import processes
+    from hybrid_attn.parallel.identity import identity
     from hybrid_attn.train import loop
     from hybrid_attn.train.resume import parse_steps
 
@@ -71,8 +73,12 @@ def train() -> None:
         logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
     give_up = peers.fail if peers else programs.fail
     try:
+        c, workdir = read_config(), read_workdir()
         skip_steps = parse_steps(SKIP_STEPS.value) if SKIP_STEPS.value is not None else []
-        loop.train(read_config(), read_workdir(), peers, skip_steps, ALLOW_LR_JUMP.value)
+        if peers:
+            passed = {f"--{flag.name}": str(flag.value) for flag in (SKIP_STEPS, ALLOW_LR_JUMP)}
+            peers.agree(identity(config.to_dict(c), workdir, revision(Path(__file__))) | passed)
+        loop.train(c, workdir, peers, skip_steps, ALLOW_LR_JUMP.value)
     except KeyboardInterrupt:
         if peers is None:
             raise

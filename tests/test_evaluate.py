@@ -325,7 +325,7 @@ def test_a_run_is_the_same_however_its_checkpoint_is_written_and_tells_each_revi
     about.write_text(json.dumps(json.loads(about.read_text()) | {"revision": "of before"}))
     run(tool, f"--checkpoint={models}/one", *arguments)
     assert unit.stat().st_mtime_ns == before and json.loads(about.read_text())["revision"] == "of before"
-    monkeypatch.setattr(provenance, "_revision", lambda file: "of now")
+    monkeypatch.setattr(provenance, "revision", lambda file: "of now")
     for _ in range(2):
         unit.unlink()
         run(tool, "--checkpoint=one/", *arguments)

@@ -32,12 +32,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def several(part, folder, numbers=(0, 1), count=2, devices=4):
+def several(part, folder, numbers=(0, 1), count=2, devices=4, host="localhost"):
     """The processes `numbers` of `count` that do `part` of training_process.py."""
     port, program = free_port(), [sys.executable, str(ROOT / "tests/training_process.py"), part]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": QUIET}
     started = [
-        subprocess.Popen([*program, *map(str, (port, count, i, devices, folder))], start_new_session=True, **pipes)
+        subprocess.Popen([*program, *map(str, (f"{host}:{port}", count, i, devices, folder))], start_new_session=True, **pipes)
         for i in numbers
     ]
     try:
@@ -130,9 +130,49 @@ def test_a_killed_process_ends_the_others_at_once(folder, killed):
         started[killed].kill()
         status, _, error = ends(started, 20)[1 - killed]
     assert time.monotonic() - before < 15
-    assert status != 0
-    if killed:  # process 0 takes jax's own service with it, which may be faster to abort the others
-        assert (status, error.partition(" without")[0]) == (1, "error: process 1 ended")
+    assert (status, error.partition(" without")[0]) == (1, f"error: process {killed} ended")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_is_given_up_by_the_others_and_ends_with_them_when_it_goes_on(folder, stopped):
+    with several("wait_for_a_stopped_process", folder) as started:
+        for process in started:
+            assert process.stdout.readline() == "ready\n"
+        started[stopped].send_signal(signal.SIGSTOP)
+        ((status, _, error),) = ends([started[1 - stopped]], 30)
+        time.sleep(3)  # jax's heartbeats have time to see that the other is gone
+        started[stopped].send_signal(signal.SIGCONT)
+        ((status_of_stopped, _, error_of_stopped),) = ends([started[stopped]], 20)
+    wanted = f"error: process {stopped} has said nothing for 4 s: it is stopped, or its machine or the network is gone"
+    assert (status, error) == (1, wanted)
+    assert status_of_stopped == 1
+    assert error_of_stopped == (wanted if stopped else wanted.replace("error: ", "error: process 1: "))
+
+
+@pytest.mark.slow
+def test_a_wrong_input_to_one_process_ends_all_with_code_2_and_its_message(folder):
+    with several("meet_a_wrong_input", folder, host="[::1]") as started:
+        assert [(status, error) for status, _, error in ends(started)] == [(2, "error: process 1: no such tokenizer")] * 2
+
+
+@pytest.mark.slow
+def test_processes_with_other_flags_do_not_train_together(folder):
+    program, port = [sys.executable, str(ROOT / "launch/train.py"), f"--config={ROOT}/configs/hybrid_8k.py"], free_port()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": QUIET, "cwd": folder}
+    started = [
+        subprocess.Popen(
+            [*program, f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}", f"--workdir=run{i}",
+             f"--config.optim.lr=1e-{3 + i}"], **pipes
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    wanted = (
+        "error: the processes were started differently: config.optim.lr: process 1 has 0.0001, process 0 has 0.001; "
+        f"workdir: process 1 has {folder}/run1, process 0 has {folder}/run0"
+    )
+    assert [(status, error) for status, _, error in ends(started)] == [(2, wanted)] * 2
+    assert not [*folder.glob("run*")]
 
 
 def test_a_signal_to_one_process_in_the_evaluation_ends_all_with_everything_saved(folder):
@@ -151,7 +191,7 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
     links = [None] * 3
 
     def join(number):
-        links[number] = processes._join("localhost", port, number, 3, 10)
+        links[number] = processes._join(("localhost", port), number, 3, 10)
 
     threads = [threading.Thread(target=join, args=(number,)) for number in range(3)]
     for thread in threads:
@@ -188,8 +228,8 @@ def test_processes_that_were_started_wrongly_are_told(hellos, message):
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
 
     def join(number, count):
-        with pytest.raises(OSError) as error:
-            processes._join("localhost", port, number, count, 20)
+        with pytest.raises(ValueError) as error:
+            processes._join(("localhost", port), number, count, 20)
         told.append(str(error.value))
 
     threads = [threading.Thread(target=join, args=hello) for hello in hellos]
@@ -208,6 +248,8 @@ def test_processes_that_were_started_wrongly_are_told(hellos, message):
         (("a:1", 2, 2), r"--process_id=2 is not one of 0 to 1 \(--num_processes=2\)"),
         (("a", 2, 0), r"--coordinator=a is no HOST:PORT"),
         (("a:70000", 2, 0), r"--coordinator=a:70000 is no HOST:PORT"),
+        (("::1:1234", 2, 0), r"--coordinator=::1:1234: an IPv6 address stands in brackets, as in \[::1\]:1234"),
+        (("a:1", 2, 0, float("nan")), r"--join_timeout=nan is no number of seconds"),
     ],
 )
 def test_flags_that_do_not_say_who_this_is_are_refused(given, message):

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from hybrid_attn.evals.provenance import _revision
+from hybrid_attn.evals.provenance import revision
 
 
 def git(folder, *arguments):
@@ -14,13 +14,13 @@ def test_the_revision_is_of_the_file_and_says_what_was_changed(tmp_path):
     ours, other = tmp_path / "ours.py", tmp_path / "other.py"
     for path in (ours, other):
         path.touch()
-    assert _revision(ours) == "not in a git repository"
+    assert revision(ours) == "not in a git repository"
     git(tmp_path, "init")
     git(tmp_path, "add", "ours.py")
     git(tmp_path, "commit", "-m", "first")
     git(tmp_path, "tag", "v1")
     head = git(tmp_path, "rev-parse", "HEAD")
-    assert _revision(ours) == head
-    assert _revision(other) == "not in a git repository"  # which has only the file beside it
+    assert revision(ours) == head
+    assert revision(other) == "not in a git repository"  # which has only the file beside it
     ours.write_text("changed")
-    assert _revision(ours) == f"{head}-dirty"
+    assert revision(ours) == f"{head}-dirty"

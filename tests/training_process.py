@@ -1,4 +1,4 @@
-"""One of several processes with CPU devices: python tests/training_process.py PART PORT COUNT NUMBER DEVICES FOLDER
+"""One of several processes with CPU devices: python tests/training_process.py PART ADDRESS COUNT NUMBER DEVICES FOLDER
 
 PART names what it does there; the corpus is FOLDER/corpus.
 """
@@ -103,11 +103,28 @@ def wait_for_death(folder: Path, peers) -> None:
     time.sleep(60)
 
 
-def main(part: str, port: str, count: str, number: str, devices: str, folder: str) -> None:
+def wait_for_a_stopped_process(folder: Path, peers) -> None:
+    """In a collective, as a training does."""
+    multihost_utils.process_allgather(np.ones(1))
+    print("ready", flush=True)
+    while True:
+        multihost_utils.process_allgather(np.ones(1))
+        time.sleep(0.01)
+
+
+def meet_a_wrong_input(folder: Path, peers) -> None:
+    if peers.number == 1:
+        peers.fail("no such tokenizer", 2)
+    multihost_utils.process_allgather(np.ones(1))
+
+
+def main(part: str, address: str, count: str, number: str, devices: str, folder: str) -> None:
     jax.config.update("jax_num_cpu_devices", int(devices))
     jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
     try:
-        peers = processes.start(f"localhost:{port}", int(count), int(number), timeout=6 if part == "join" else 120)
+        timeout = 6 if part == "join" else 120
+        silence = 4 if part == "wait_for_a_stopped_process" else processes.SILENCE
+        peers = processes.start(address, int(count), int(number), timeout, silence)
     except OSError as error:
         sys.exit(f"error: {error}")
     PARTS[part](Path(folder), peers)
@@ -115,6 +132,7 @@ def main(part: str, port: str, count: str, number: str, devices: str, folder: st
 
 RESUMED = (resume_and_stop_in_the_evaluation, resume_and_break)
 PARTS = {f.__name__: f for f in (train_and_stop, *RESUMED, stop_in_the_evaluation, wait_for_death)}
+PARTS |= {f.__name__: f for f in (wait_for_a_stopped_process, meet_a_wrong_input)}
 
 
 if __name__ == "__main__":

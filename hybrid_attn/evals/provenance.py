@@ -28,7 +28,7 @@ def provenance(
         "config": _sha(json.dumps(values, sort_keys=True)),
         "tokenizer": words.hash,
         "haystack": _sha(text),
-        "revision": _revision(Path(__file__)),
+        "revision": revision(Path(__file__)),
         "jax": jax.__version__,
         "device": mesh.devices.flat[0].device_kind,
         "dtype": str(run.dtype),
@@ -57,7 +57,7 @@ def trained_length(c: config.Trained, checkpoints: Path, steps: int) -> tuple[in
     return c.stages[-1].seq_len, "seq_len of the last stage of the checkpoint's config"
 
 
-def _revision(file: Path) -> str:
+def revision(file: Path) -> str:
     """Of the program that `file` is of, where a git repository has it; with "-dirty" where tracked files were changed."""
     commands = (
         ["git", "ls-files", "--error-unmatch", file.name],  # the repository around it may be of something else

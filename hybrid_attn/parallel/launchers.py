@@ -24,6 +24,8 @@ def given(coordinator: str | None, num_processes: int | None, process_id: int | 
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"--coordinator={coordinator} is no HOST:PORT, as in 10.0.0.1:8476")
+    if ":" in host and not (host[0] == "[" and host[-1] == "]"):
+        raise ValueError(f"--coordinator={coordinator}: an IPv6 address stands in brackets, as in [{host.strip('[]')}]:{port}")
     return coordinator, num_processes, process_id, None
 
 
