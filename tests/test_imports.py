@@ -18,6 +18,7 @@ ALLOWED |= {room: set() for room in ("programs", "checksums", "files")}
 ALLOWED["checkpoint"] |= {"checksums"}
 ALLOWED["infer"] |= {"data", "checkpoint"}
 ALLOWED["evals"] |= {"data", "files"}
+ALLOWED["data"] |= {"files"}
 ALLOWED["train"] |= {"data", "checkpoint"}
 
 

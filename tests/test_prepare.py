@@ -17,6 +17,7 @@ from test_tokenizer import byte_level
 
 from hybrid_attn.data import prepare, store, tokenizer
 from hybrid_attn.data.sources import Fields
+from hybrid_attn.data.summary import lines as summary_lines
 
 ROOT = Path(__file__).parents[1]
 BYTES = tokenizer.load("bytes")
@@ -91,7 +92,7 @@ def test_the_summary_counts_what_is_in_the_store(tmp_path):
         lengths = corpus.lengths[corpus.labels == i]
         wanted = {"documents": len(lengths), "tokens": lengths.sum(), "bytes": lengths.sum() - 2 * len(lengths)}
         assert summary["labels"][name] == wanted
-    lines = list(prepare.summary_lines(summary))
+    lines = list(summary_lines(summary))
     assert any(line.startswith("label        none: 1 documents, 12 tokens") for line in lines)
 
 
@@ -180,7 +181,7 @@ def test_a_label_that_only_copies_had_is_summed_up(tmp_path):
     lines = [{"text": "same", "source": "a"}, {"text": "same", "source": "b"}]
     (tmp_path / "raw/0.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     summary, _ = run(tmp_path, drop_duplicates=True)
-    assert "label        b: 0 documents, 0 tokens (0.0%), 0.000 bytes each" in prepare.summary_lines(summary)
+    assert "label        b: 0 documents, 0 tokens (0.0%), 0.000 bytes each" in summary_lines(summary)
 
 
 def test_a_run_that_failed_while_dropping_duplicates_goes_on(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hybrid_attn.data import sources
+from hybrid_attn.data import sources, tables
 from hybrid_attn.data.sources import Binary, Broken, Fields, Text
 
 RECORDS = [
@@ -63,7 +63,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_of_records_gives_the_same_documents(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(sources, "BATCH", 2)
+    monkeypatch.setattr(tables, "BATCH", 2)
     FORMATS[name](tmp_path / name)
     assert read(tmp_path / name) == WANTED
     assert [x.label for x in read(tmp_path / name, Fields("text", "n"))] == ["1", "2", "3", "4", "5"]
