@@ -127,10 +127,10 @@ def verify(path: str, tokenizer=None) -> Iterator[int]:
         yield i
 
 
-def _inspected(blocks: Iterable[bytes], dtype: np.dtype, lengths: np.ndarray, tokenizer, problems: list[str]) -> Iterator[bytes]:
+def _inspected(blocks: Iterable[bytes], dtype: np.dtype, lengths: np.ndarray, tokenizer, problems: list) -> Iterator[bytes]:
     """The `blocks` of a shard's tokens; to `problems` goes what does not fit the lengths of its documents and the tokenizer."""
     ends = np.cumsum(lengths)
-    marks = {tokenizer.bos: ends - lengths, tokenizer.eos: ends - 1}
+    marks = [(tokenizer.bos, ends - lengths), (tokenizer.eos, ends - 1)]
     first = 0
     for block in blocks:
         yield block
@@ -147,9 +147,9 @@ def _unknown_id(ids: np.ndarray, first: int, tokenizer) -> str | None:
     return f"token {first + at:,} has the id {int(ids[at])}, and the tokenizer's end at {tokenizer.vocab_size - 1}"
 
 
-def _missing_mark(ids: np.ndarray, first: int, marks: dict[int, np.ndarray]) -> str | None:
+def _missing_mark(ids: np.ndarray, first: int, marks: Iterable[tuple[int, np.ndarray]]) -> str | None:
     """What is wrong if a mark is not at its sorted places in a shard, of which `ids` are the tokens from `first` on."""
-    for mark, places in marks.items():
+    for mark, places in marks:
         here = places[slice(*np.searchsorted(places, (first, first + len(ids))))] - first
         wrong = here[ids[here] != mark]
         if len(wrong):
