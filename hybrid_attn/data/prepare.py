@@ -24,7 +24,6 @@ import os
 import shutil
 import signal
 import threading
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -33,10 +32,10 @@ import numpy as np
 import tqdm
 
 from hybrid_attn import files
-from hybrid_attn.data import documents, sources, store, summary, tokenizer
+from hybrid_attn.data import documents, parts, sources, store, summary, tokenizer
 from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields
 
-PLAN, PARTS = store.PLAN, "parts"
+PLAN, PARTS = store.PLAN, parts.FOLDER
 ENCODED = 2**20  # bytes of text that a tokenizer is given at a time
 COPIED = 2**22  # tokens that are in memory while a shard is copied
 MOST_LABELS = 2**16
@@ -168,21 +167,21 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
     sizes = [sum(stop - start for _, start, stop in shard) for shard in shards]
     for left_over in folder.glob("**/*.partial*"):
         left_over.unlink()
-    todo = [i for i in range(len(shards)) if not _part(folder, i, "json").exists()]
+    todo = [i for i in range(len(shards)) if not parts.path(folder, i, "json").exists()]
     if len(todo) < len(shards):
         say(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
-    done = sum(sizes) - sum(sizes[i] for i in todo)
-    with tqdm.tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, desc="input") as bar:
+    before = sum(sizes) - sum(sizes[i] for i in todo)
+    with tqdm.tqdm(total=sum(sizes), initial=before, unit="B", unit_scale=True, desc="input") as bar:
         for i in _in_processes(_encode_shard, {i: (folder, i, shards[i], options) for i in todo}, workers):
             bar.update(sizes[i])
     dtype = documents.token_dtype(words.vocab_size)
-    parts = [_read_part(folder, i, dtype) for i in range(len(shards))]
-    places = [place for part in parts for place in part["places"]]
+    done = [parts.read(folder, i, dtype.itemsize) for i in range(len(shards))]
+    places = [place for part in done for place in part["places"]]
     for place in places[:REPORTED]:
         say(f"skipped      {place}")
-    names = sorted({name for part in parts for name in part["labels"]})
+    names = sorted({name for part in done for name in part["labels"]})
     if not names:
-        skipped = {what: count for what, count in summary.skipped(parts).items() if count}
+        skipped = {what: count for what, count in summary.skipped(done).items() if count}
         raise ValueError(
             f"the {len(plan['files'])} input files have no text; skipped: {skipped}; name another --text_field, "
             f"--format or --input, and another --out or delete {folder}"
@@ -191,8 +190,8 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
         raise ValueError(f"the label field has {len(names):,} values and a store holds {MOST_LABELS:,}; name a coarser one")
     keep = _first_copies(folder, len(shards)) if options.drop_duplicates else [None] * len(shards)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        written = list(pool.map(lambda i: _write_shard(folder, i, parts[i], keep[i], names, dtype), range(len(shards))))
-    found = summary.summary([counts for _, counts in written], parts, names)
+        written = list(pool.map(lambda i: _write_shard(folder, i, done[i], keep[i], names, dtype), range(len(shards))))
+    found = summary.summary([counts for _, counts in written], done, names)
     manifest = store.Manifest(
         store.FORMAT, options.tokenizer, words.hash, dtype.str, tuple(names), tuple(shard for shard, _ in written), found
     )
@@ -244,7 +243,7 @@ def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], 
     """Writes the part `index` of all documents in `pieces`."""
     words = _tokenizer(options.tokenizer)
     dtype = documents.token_dtype(words.vocab_size)
-    columns, labels = {name: [] for name in ("lengths", "hashes", "labels", "bytes")}, {}
+    columns, labels = {name: [] for name in parts.COLUMNS}, {}
     skipped, places = collections.Counter(), []
 
     def texts() -> Iterator[bytes]:
@@ -278,13 +277,12 @@ def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], 
                 at += length
             yield tokens.data
 
-    digest = _write(_part(folder, index, "tokens"), blocks())
+    digest = _write(parts.path(folder, index, "tokens"), blocks())
     packed = io.BytesIO()
-    types = {"lengths": np.int64, "hashes": np.uint64, "labels": np.int64, "bytes": np.int64}
-    np.savez(packed, **{name: np.array(values, types[name]) for name, values in columns.items()})
-    _write(_part(folder, index, "npz"), [packed.getbuffer()])
+    np.savez(packed, **{name: np.array(values, parts.COLUMNS[name]) for name, values in columns.items()})
+    _write(parts.path(folder, index, "npz"), [packed.getbuffer()])
     part = {"sha256": digest, "labels": list(labels), "skipped": skipped, "places": places[:REPORTED]}
-    _write(_part(folder, index, "json"), [json.dumps(part).encode()])
+    _write(parts.path(folder, index, "json"), [json.dumps(part).encode()])
 
 
 def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
@@ -302,7 +300,7 @@ def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
     """Which documents of each part are the first with their hash."""
-    hashes = [_columns(folder, i)["hashes"] for i in range(shards)]
+    hashes = [parts.columns(folder, i)["hashes"] for i in range(shards)]
     keep = np.zeros(sum(map(len, hashes)), bool)
     keep[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
     return np.split(keep, np.cumsum([len(x) for x in hashes])[:-1])
@@ -312,18 +310,18 @@ def _write_shard(
     folder: Path, index: int, part: dict, kept: np.ndarray | None, names: list[str], dtype: np.dtype
 ) -> tuple[store.Shard, dict]:
     """The shard of a part's `kept` documents, None for all, and what there is of each of the labels `names`."""
-    x = _columns(folder, index)
+    x = parts.columns(folder, index)
     place = {name: i for i, name in enumerate(names)}
     x["labels"] = np.array([place[name] for name in part["labels"]], np.int64)[x["labels"]]
     tokens_path, tokens_sha256 = folder / store.tokens_name(index), part["sha256"]
     if kept is None or kept.all():
         tokens_path.unlink(missing_ok=True)
         try:
-            os.link(_part(folder, index, "tokens"), tokens_path)
+            os.link(parts.path(folder, index, "tokens"), tokens_path)
         except OSError:  # a file system without links
-            shutil.copyfile(_part(folder, index, "tokens"), tokens_path)
+            shutil.copyfile(parts.path(folder, index, "tokens"), tokens_path)
     else:
-        tokens_sha256 = _write(tokens_path, _kept_tokens(_part(folder, index, "tokens"), dtype, x["lengths"], kept))
+        tokens_sha256 = _write(tokens_path, _kept_tokens(parts.path(folder, index, "tokens"), dtype, x["lengths"], kept))
         x = {name: values[kept] for name, values in x.items()}
     index_sha256 = _write(folder / store.index_name(index), [store.index_bytes(x["lengths"], x["hashes"], x["labels"])])
     by_label = {
@@ -347,33 +345,6 @@ def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndar
     for first, last in edges.reshape(-1, 2):
         for at in range(ends[first], ends[last], COPIED):
             yield tokens[at : min(at + COPIED, ends[last])].data
-
-
-def _read_part(folder: Path, index: int, dtype: np.dtype) -> dict:
-    """What was skipped in a part; ValueError where the part is not as it was written."""
-    try:
-        part = json.loads(_part(folder, index, "json").read_text())
-        with np.load(_part(folder, index, "npz")) as columns:
-            tokens = int(columns["lengths"].sum())
-        size = _part(folder, index, "tokens").stat().st_size
-        if size != tokens * dtype.itemsize:
-            raise ValueError(f"it has {size:,} bytes of tokens instead of {tokens * dtype.itemsize:,}")
-        return {name: part[name] for name in ("sha256", "labels", "skipped", "places")}
-    except (EOFError, FileNotFoundError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        path = _part(folder, index, "json")
-        raise ValueError(
-            f"{path.with_suffix('')} is damaged: {error}; delete {path}, and the same command makes it again"
-        ) from error
-
-
-def _columns(folder: Path, index: int) -> dict[str, np.ndarray]:
-    """Length, hash, label and bytes of each document of a part."""
-    with np.load(_part(folder, index, "npz")) as columns:
-        return {name: columns[name] for name in ("lengths", "hashes", "labels", "bytes")}
-
-
-def _part(folder: Path, index: int, kind: str) -> Path:
-    return folder / PARTS / f"shard-{index:05}.{kind}"
 
 
 def _progress(folder: Path, plan: dict) -> str:

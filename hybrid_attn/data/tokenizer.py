@@ -148,7 +148,7 @@ def _check_exact(tokenizer, state: dict, path: str) -> None:
     """ValueError where a `tokenizer.json` encodes at random, cannot decode, or drops characters without a token."""
     dropout = state["model"].get("dropout")
     if dropout:
-        raise ValueError(f"{path} has dropout={dropout}, so that it encodes one text in many ways; set its model.dropout to null")
+        raise ValueError(f"{path} has dropout={dropout}, so it encodes a text in many ways; set its model.dropout to null")
     if state.get("decoder") is None:
         raise ValueError(f"{path} has no decoder, so its ids are no text again; give it the one of its kind, such as ByteLevel")
     for character in PROBE:
