@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from hybrid_attn.data import sources, tables
+from hybrid_attn.data import records, sources, tables
 from hybrid_attn.data.sources import Binary, Broken, Fields, Text
 
 RECORDS = [
@@ -209,7 +209,11 @@ def test_memory_does_not_grow_with_what_a_packed_file_claims_to_hold(tmp_path, n
     found = list(itertools.islice(sources.read(str(tmp_path / name), None, Fields("text", None), max_bytes=10**6), 1))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2 * 10**7 and isinstance(found[0], Broken) and "more than 1,000,000 bytes" in found[0].reason
+    assert (
+        peak < 2 * 10**7
+        and isinstance(found[0], Broken)
+        and "more than the 1,000,000 bytes of a document that --max_document_mb allows" in found[0].reason
+    )
 
 
 def test_a_line_that_is_too_long_is_named_and_the_others_are_read(tmp_path):
@@ -222,7 +226,7 @@ def test_a_line_that_is_too_long_is_named_and_the_others_are_read(tmp_path):
     size = path.stat().st_size
     found = read_part(0, size)
     assert found[::2] == [Text(b"1", None), Text(b"3", None)]
-    assert [x.reason for x in found[1::2]] == [f"{path}, line {n}: it has more than 100 bytes" for n in (2, 4)]
+    assert [x.reason for x in found[1::2]] == [f"{path}, line {n}: it has more than {records.most(100)}" for n in (2, 4)]
     for cut in (*range(0, 40), *range(2990, 3080), size - 1, size):
         assert read_part(0, cut) + read_part(cut, size) == found
 
@@ -233,9 +237,12 @@ def test_a_row_of_a_table_that_is_too_long_is_named(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a", "b" * 200, "c"]}), tmp_path / "x.parquet")
     found = list(sources.read(str(tmp_path / "x.parquet"), None, Fields("text", None), max_bytes=150))
     assert [type(x) for x in found] == [Text, Broken, Text]
-    assert found[1].reason == f"{tmp_path}/x.parquet, row 2: it has 200 bytes, and 150 are the most"
+    assert (
+        found[1].reason
+        == f"{tmp_path}/x.parquet, row 2: it has 200 bytes, more than the 150 bytes of a document that --max_document_mb allows"
+    )
     (long,) = sources.read(str(tmp_path / "x.parquet"), None, Fields("text", None), max_bytes=20)
-    assert "bytes in the mean of its row group, and 20 are the most" in long.reason
+    assert " bytes in the mean, more than the 20 bytes of a document" in long.reason
 
 
 def test_a_batch_that_refers_to_memory_that_is_not_its_own_is_named(tmp_path):

@@ -41,6 +41,11 @@ class Binary:
         return f"{self.path}: no UTF-8 text but binary, or UTF-16"
 
 
+def most(max_bytes: int) -> str:
+    """How a message names the bound of a document."""
+    return f"the {max_bytes:,} bytes of a document that --max_document_mb allows"
+
+
 def document(record, fields: Fields) -> Text:
     """The document of a record; null is no text."""
     text = _field(record, fields.text)

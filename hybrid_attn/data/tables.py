@@ -17,11 +17,11 @@ def parquet(path: str, fields: Fields, max_bytes: int) -> Iterator[Text | Broken
             columns = _columns(path, file.schema_arrow.names, fields)
             mean = _mean_bytes(file.metadata, columns)
             if mean > max_bytes:
-                yield Broken(f"{path}: a row has {mean:,} bytes in the mean of its row group, and {max_bytes:,} are the most")
+                yield Broken(f"{path}: a row group has rows of {mean:,} bytes in the mean, more than {records.most(max_bytes)}")
                 return
             rows = max(1, min(BATCH, max_bytes // max(1, mean)))
             yield from _rows(path, fields, max_bytes, file.iter_batches(rows, columns=columns))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:  # names of columns need not be UTF-8
         _stop_if_unreadable(error)
         yield Broken(f"{path}: not Parquet: {error}")
 
@@ -41,7 +41,7 @@ def arrow(path: str, fields: Fields, max_bytes: int) -> Iterator[Text | Broken]:
         with pyarrow.memory_map(path) as file, pyarrow.ipc.open_stream(file) as stream:
             columns = _columns(path, stream.schema.names, fields)
             yield from _rows(path, fields, max_bytes, batches(stream, columns))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:  # names of columns need not be UTF-8
         _stop_if_unreadable(error)
         yield Broken(f"{path}: not a stream of Arrow batches: {error}")
 
@@ -80,7 +80,7 @@ def _rows(path: str, fields: Fields, max_bytes: int, batches: Iterable) -> Itera
             except ValueError as error:
                 yield Broken(f"{path}, row {number}: {records.reason(error)}")
                 continue
-            too_long = f"{path}, row {number}: it has {len(found.text):,} bytes, and {max_bytes:,} are the most"
+            too_long = f"{path}, row {number}: it has {len(found.text):,} bytes, more than {records.most(max_bytes)}"
             yield found if len(found.text) <= max_bytes else Broken(too_long)
 
 
