@@ -94,7 +94,7 @@ def load(path: str, tokenizer=None) -> Documents:
             byte_range = slice(first * dtype.itemsize, (first + stop - start) * dtype.itemsize)
             pending.append((tokens_name(shard), files.read(tokens_name(shard), byte_range=byte_range)))
         read = [np.frombuffer(_value(read, f"{path}: {name}"), dtype) for name, read in pending]
-        if tokenizer is not None:
+        if tokenizer is not None and _largest(read) >= tokenizer.vocab_size:
             for (name, _), (i, start, _), ids in zip(pending, spans, read, strict=True):
                 if problem := _unknown_id(ids, start, tokenizer):
                     raise ValueError(f"{path}: {name}, document {i}: {problem}; {CURE}")
@@ -137,6 +137,13 @@ def _inspected(blocks: Iterable[bytes], dtype: np.dtype, lengths: np.ndarray, to
         ids = np.frombuffer(block, dtype)
         problems += filter(None, [_unknown_id(ids, first, tokenizer), _missing_mark(ids, first, marks)])
         first += len(ids)
+
+
+def _largest(arrays: list[np.ndarray]) -> int:
+    """The largest of all numbers, which are not negative."""
+    if sum(map(len, arrays)) < 4096 * len(arrays):  # then copying short arrays together costs less than a call for each
+        arrays = [np.concatenate(arrays)]
+    return max((int(np.maximum.reduce(x)) for x in arrays if len(x)), default=0)
 
 
 def _unknown_id(ids: np.ndarray, first: int, tokenizer) -> str | None:
