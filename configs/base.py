@@ -43,7 +43,7 @@ def kind(**changes) -> ConfigDict:
 def source(**changes) -> ConfigDict:
     """A source of documents, the sources of this interpreter's standard library, or of a task; with `changes` on top."""
     s = ConfigDict()
-    s.paths = ()  # glob patterns of text files; without any and without a store, the standard library
+    s.paths = ()  # patterns of files, or directories, as prepare_data reads them; without any and a store, the standard library
     s.store = None  # token store that tools/prepare_data.py wrote: a directory or a URL such as gs://bucket/corpus
     s.min_length = 0  # tokens; shorter documents are left out: a share of long ones for an extension stage
     s.label = None  # only documents of that label; None = all

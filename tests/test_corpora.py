@@ -86,3 +86,9 @@ def test_a_store_is_loaded_for_the_runs_tokenizer_and_chosen_by_label(monkeypatc
 def test_what_a_source_lacks_is_said_with_its_name(folder, holdout, changes, message):
     with pytest.raises(ValueError, match=f"^data.sources.text: .*{message}"):
         corpora.load(data_of(holdout, text={"paths": (folder,), **changes}), ["text"], BYTES)
+
+
+def test_what_a_config_has_opened_is_known_before(folder):
+    data = data_of(text={"paths": (folder,)}, library={}, stored={"store": "gs://b/s"}, drawn={"task": "copy"})
+    assert corpora.locations(data, data.sources) == {"text": (folder,), "stored": ("gs://b/s",)}
+    assert corpora.locations(data, ["library"]) == {}

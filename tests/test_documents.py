@@ -1,10 +1,14 @@
+import gzip
 import hashlib
+import json
 import os
 
 import numpy as np
 import pytest
+from test_sources import FORMATS
 
-from hybrid_attn.data import documents, tokenizer
+from hybrid_attn.data import documents, prepare, store, tokenizer
+from hybrid_attn.data.sources import Fields
 
 BYTES = tokenizer.load("bytes")
 
@@ -144,6 +148,48 @@ def test_bytes_read_what_is_not_utf8_and_text_tokenizers_name_it(tmp_path):
     assert load(settings, BYTES, heldout=False).read([(0, 0, 6)])[0].tolist() == [256, *b"caf\xe9", 257]
     with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 at byte 3, .*use data.tokenizer='bytes'"):
         load(settings, Letters(), heldout=False)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "x.txt.gz", "crlf.jsonl", "marked.jsonl"])
+def test_files_are_decoded_as_they_are_for_a_store(tmp_path, name):
+    record = json.dumps({"text": "東京\r\n"}).encode()
+    others = {
+        "x.txt.gz": gzip.compress(b"packed"),
+        "crlf.jsonl": record + b"\r\n\r\n" + record + b"\r\n",
+        "marked.jsonl": b"\xef\xbb\xbf" + record,
+    }
+    FORMATS[name](tmp_path / name) if name in FORMATS else (tmp_path / name).write_bytes(others[name])
+    options = prepare.Options("bytes", Fields("text", None), None, "text", False, "stop", None)
+    prepare.prepare([str(tmp_path / name)], str(tmp_path / "store"), options, 1)
+    stored, loaded = store.load(str(tmp_path / "store")), documents.load((f"{tmp_path}/{name[0]}*.*",), BYTES)
+    assert [x.tolist() for x in loaded.read(whole(loaded))] == [x.tolist() for x in stored.read(whole(stored))]
+    assert loaded.hashes.tolist() == stored.hashes.tolist() and len(loaded) > 0
+    assert loaded.fingerprint() == documents.load((str(tmp_path / name),) * 2, BYTES).fingerprint()
+
+
+def test_a_directory_is_read_as_it_is_for_a_store(tmp_path):
+    write(tmp_path, ["b.txt", "a/1.txt", ".git/config"])
+    (tmp_path / "c.jsonl").write_text('{"text": "record"}\n')
+    loaded = documents.load((str(tmp_path),), BYTES)
+    assert [BYTES.decode(x) for x in loaded.read(whole(loaded))] == ["text of a/1.txt", "text of b.txt", "record"]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "x.jsonl.gz: its packing is broken: "),
+    ("x.txt.gz", b"no gzip", "x.txt.gz: its packing is broken: "),
+    ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2: not JSON: "),
+    ("x.jsonl", b'{"body": "a"}\n', "x.jsonl, line 1: there is no field 'text'; .*prepare_data.py, which has --text_field"),
+    ("x.json", b'{"text": "a"}\n{"text": "b"}\n', "x.json: it holds JSON records"),
+    ("x.txt", "東".encode("utf-16"), "x.txt: no UTF-8 text but binary, or UTF-16; mend the file, leave it out of paths"),
+    ("x.png", b"\x89PNG\r\n\x1a\n\0\0", "x.png: no UTF-8 text but binary"),
+    ("x.parquet", b"PAR1 no more", "x.parquet: not Parquet: "),
+    ("x.txt.gz", gzip.compress(b""), "matches 1 files and all are empty; name files with text"),
+    ("x.jsonl", b'{"text": ""}\n\n{"text": null}\n', "matches 1 files and all are empty"),
+])  # fmt: skip
+def test_what_is_not_text_is_not_trained_on(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        documents.load((f"{tmp_path}/*",), BYTES)
 
 
 def test_paths_that_give_no_text_are_refused(tmp_path):

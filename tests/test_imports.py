@@ -19,6 +19,7 @@ ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet"}, "sto
 ALLOWED["checkpoint"] |= {"stored", "files"}
 ALLOWED["infer"] |= {"data", "checkpoint"}
 ALLOWED["evals"] |= {"data", "files"}
+ALLOWED["data"] |= {"files"}
 ALLOWED["train"] |= {"data", "checkpoint", "files"}
 
 

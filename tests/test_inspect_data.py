@@ -40,7 +40,8 @@ def test_a_store_is_summed_up_verified_and_read(made):
     for line in (
         "documents    3, of 5,319 bytes", "tokens       5,325, 0.999 bytes each, marks included",
         "label        label 0: 2 documents, 5,023 tokens (94.3%), 0.999 bytes each",
-        "verified     every checksum is the manifest's", "beginxxxx [...] xxxxxxend",
+        "verified     every checksum is the manifest's",
+        "verified     every id is the tokenizer's, and every document is between its marks", "beginxxxx [...] xxxxxxend",
     ):  # fmt: skip
         assert line in done.stdout.splitlines(), line
     assert "document     2: label label 0, 5,010 tokens, hash " in done.stdout
@@ -71,6 +72,12 @@ def test_what_is_wrong_is_a_line(made, monkeypatch, capsys):
     ]:
         error = wrong(*arguments)
         assert error.startswith(message) and error.count("\n") == 1, error
+    manifest = json.loads((made / "manifest.json").read_text())
+    for summary in ({}, {"documents": "3"}, manifest["summary"] | {"lengths": {}}, manifest["summary"] | {"tokens": 0}):
+        (made / "manifest.json").write_text(json.dumps(manifest | {"summary": summary}))
+        error = wrong(str(made))
+        assert error.startswith("error: the summary in the manifest is not as it was written: ") and error.count("\n") == 1
+    (made / "manifest.json").write_text(json.dumps(manifest))
     path = made / "shard-00000.tokens"
     path.write_bytes(b"\1" + path.read_bytes()[1:])
     assert "error: " + f"{made}: the checksum of shard-00000.tokens differs" in wrong(str(made), "--verify")

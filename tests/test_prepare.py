@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from test_tokenizer import byte_level
 
+from hybrid_attn import files
 from hybrid_attn.data import prepare, store, tokenizer
 from hybrid_attn.data.sources import Fields
+from hybrid_attn.data.summary import lines as summary_lines
 
 ROOT = Path(__file__).parents[1]
 BYTES = tokenizer.load("bytes")
@@ -91,7 +93,7 @@ def test_the_summary_counts_what_is_in_the_store(tmp_path):
         lengths = corpus.lengths[corpus.labels == i]
         wanted = {"documents": len(lengths), "tokens": lengths.sum(), "bytes": lengths.sum() - 2 * len(lengths)}
         assert summary["labels"][name] == wanted
-    lines = list(prepare.summary_lines(summary))
+    lines = list(summary_lines(summary))
     assert any(line.startswith("label        none: 1 documents, 12 tokens") for line in lines)
 
 
@@ -175,12 +177,109 @@ def raise_full(*_):
     raise OSError("no space left")
 
 
+def test_a_store_is_written_by_one_process_at_a_time(tmp_path):
+    write(tmp_path / "raw")
+    with files.lock(tmp_path / "out"):
+        with pytest.raises(BlockingIOError, match="out is in use by process [0-9]+ .*; wait until that ends"):
+            run(tmp_path)
+        assert [x.name for x in (tmp_path / "out").iterdir()] == [files.LOCK]
+    run(tmp_path)
+    run(tmp_path, "straight")
+    assert content(tmp_path / "out") == content(tmp_path / "straight") and files.LOCK not in content(tmp_path / "out")
+    with files.lock(tmp_path / "straight"):
+        assert run(tmp_path, "straight")[1] == [f"{tmp_path}/straight is complete"]  # which needs no lock, nor to write
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    write(tmp_path / "raw")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="mine is not empty and holds no unfinished store; name another --out"):
+        run(tmp_path, "mine")
+    assert content(tmp_path / "mine") == {"notes.txt": b"mine"}
+
+
+def unfinished(tmp_path, monkeypatch):
+    """A store of which all parts are done and no shard is written."""
+    write(tmp_path / "raw")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_write_shard", raise_full)
+        with pytest.raises(OSError, match="no space left"):
+            run(tmp_path)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("damage", [
+    lambda x: b"", lambda x: b"[]", lambda x: b"null", lambda x: b"[" * 10**5, lambda x: b"\xff", lambda x: x[:-9],
+    lambda x: x.replace(b'"options"', b'"option"'), lambda x: x.replace(b'"on_error"', b'"on_eror"'),
+    lambda x: x.replace(b'"path"', b'"pth"'), lambda x: x.replace(b'"shards"', b'"shard"'),
+])  # fmt: skip
+def test_a_damaged_plan_is_refused(tmp_path, monkeypatch, damage):
+    plan = unfinished(tmp_path, monkeypatch) / prepare.PLAN
+    plan.write_bytes(damage(plan.read_bytes()))
+    with pytest.raises(ValueError, match="out/plan.json is not as it was written: .*; name another --out"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "damage"), [
+    ("shard-00001.tokens", lambda x: x[:-2]), ("shard-00001.npz", lambda x: x[: len(x) // 2]),
+    ("shard-00001.npz", lambda x: x.replace(b"lengths.npy", b"lenghts.npy")), ("shard-00001.npz", lambda x: b""),
+    ("shard-00001.json", lambda x: b"[]"), ("shard-00001.json", lambda x: b""),
+    ("shard-00001.json", lambda x: x.replace(b'"labels": [', b'"labels": [3, ')),
+    ("shard-00001.json", lambda x: x.replace(b'"labels": [', b'"labels": [], "label": [')),
+])  # fmt: skip
+def test_a_damaged_part_is_named_and_made_again(tmp_path, monkeypatch, name, damage):
+    part = unfinished(tmp_path, monkeypatch) / "parts" / name
+    part.write_bytes(damage(part.read_bytes()))
+    cure = "out/parts/shard-00001.json, and the same command makes the part again"
+    with pytest.raises(ValueError, match=f"the part .*out/parts/shard-00001 is damaged: .*; delete .*{cure}"):
+        run(tmp_path)
+    part.with_suffix(".json").unlink()
+    run(tmp_path)
+    run(tmp_path, "straight")
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+def test_a_document_that_is_too_long_is_read_once_it_may_be(tmp_path):
+    made = [x["text"] for x in write(tmp_path / "raw") if x["text"]]
+    with open(tmp_path / "raw/5.jsonl", "a") as file:
+        file.write(json.dumps({"text": "y" * 2000, "source": "a"}) + "\n")
+    with pytest.raises(
+        ValueError, match="5.jsonl, line 16: it has more than the 1,000 bytes .* --max_document_mb allows; go on with"
+    ):
+        run(tmp_path, document_bytes=1000)
+    run(tmp_path, document_bytes=3000)
+    assert texts(tmp_path / "out") == [*made, "y" * 2000]
+    assert run(tmp_path, "skipped", on_error="skip", document_bytes=1000)[0]["skipped"]["broken"] == 1
+    with pytest.raises(ValueError, match="was begun with document_bytes=1000, and this is 3000"):
+        run(tmp_path, "skipped", on_error="skip", document_bytes=3000)
+
+
+def test_a_store_of_a_version_without_a_bound_of_documents_goes_on(tmp_path, monkeypatch):
+    plan = unfinished(tmp_path, monkeypatch) / prepare.PLAN
+    old = json.loads(plan.read_text())
+    del old["options"]["document_bytes"]
+    plan.write_text(json.dumps(old))
+    assert run(tmp_path)[1][0].endswith(" shards are done already")
+
+
+def test_an_input_that_cannot_be_opened_is_a_wrong_input(tmp_path, monkeypatch):
+    write(tmp_path / "raw")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.sources, "read", lambda *_: open(tmp_path / "gone"))
+        with pytest.raises(FileNotFoundError, match="No such file or directory: .*gone'; 0 of [0-9]+ shards are done and kept"):
+            run(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        run(tmp_path, "file")
+
+
 def test_a_label_that_only_copies_had_is_summed_up(tmp_path):
     (tmp_path / "raw").mkdir()
     lines = [{"text": "same", "source": "a"}, {"text": "same", "source": "b"}]
     (tmp_path / "raw/0.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     summary, _ = run(tmp_path, drop_duplicates=True)
-    assert "label        b: 0 documents, 0 tokens (0.0%), 0.000 bytes each" in prepare.summary_lines(summary)
+    assert "label        b: 0 documents, 0 tokens (0.0%), 0.000 bytes each" in summary_lines(summary)
 
 
 def test_a_run_that_failed_while_dropping_duplicates_goes_on(tmp_path, monkeypatch):

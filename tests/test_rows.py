@@ -6,6 +6,7 @@ import pytest
 from hybrid_attn.data import rows as rows_module
 from hybrid_attn.data.documents import Documents, in_memory
 from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.synthetic import SyntheticRows, Task
 
 LENGTHS = [3, 17, 4, 9, 3, 31, 5, 3]  # 75 tokens, each of them another number
 TOTAL = sum(LENGTHS)
@@ -174,3 +175,12 @@ def test_many_short_documents_and_one_long_one_cost_no_token():
     read = epoch_of(rows, 0)
     assert sorted(read["tokens"][read["segments"] > 0]) == list(range(sum(lengths)))
     assert read["segments"].max() > 40
+
+
+@pytest.mark.parametrize("make", [
+    lambda n: Rows(in_memory([np.zeros(5, np.uint16)], [1]), n, 0, np.ones(258), "best_fit"),
+    lambda n: SyntheticRows(Task("copy", 1), n, 0),
+])  # fmt: skip
+def test_rows_longer_than_positions_can_count_are_refused(make):
+    with pytest.raises(ValueError, match="rows of 100,000,000,000 tokens: they have at least 1 and at most 2,147,483,647, for"):
+        make(10**11)

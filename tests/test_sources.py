@@ -2,12 +2,15 @@
 
 import codecs
 import gzip
+import itertools
 import json
+import os
 import sys
+import tracemalloc
 
 import pytest
 
-from hybrid_attn.data import sources
+from hybrid_attn.data import records, sources, tables
 from hybrid_attn.data.sources import Binary, Broken, Fields, Text
 
 RECORDS = [
@@ -63,7 +66,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_of_records_gives_the_same_documents(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(sources, "BATCH", 2)
+    monkeypatch.setattr(tables, "BATCH", 2)
     FORMATS[name](tmp_path / name)
     assert read(tmp_path / name) == WANTED
     assert [x.label for x in read(tmp_path / name, Fields("text", "n"))] == ["1", "2", "3", "4", "5"]
@@ -184,6 +187,132 @@ def test_files_are_found_once_in_the_order_of_their_names(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no files under it"):
         sources.find([str(tmp_path / "empty")])
+
+
+def bomb(path, num_bytes, begin=b""):
+    """A file of `begin` and very many letters a: a .zst of blocks of 4 bytes for 128 KiB each, or a .gz."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(begin) + gzip.compress(b"a" * num_bytes, 1))
+        return
+    block, first = 2**17, len(begin) << 3
+    blocks = b"".join((last | 1 << 1 | block << 3).to_bytes(3, "little") + b"a" for last in [0] * (num_bytes // block) + [1])
+    path.write_bytes(b"\x28\xb5\x2f\xfd\x00\x58" + first.to_bytes(3, "little") + begin + blocks)  # a window of 2 MiB
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.zst", "x.txt.zst", "x.jsonl.gz"])
+def test_memory_does_not_grow_with_what_a_packed_file_claims_to_hold(tmp_path, name):
+    if name.endswith("zst"):
+        pytest.importorskip("zstandard")
+    bomb(tmp_path / name, 10**9 if name.endswith("zst") else 10**8, b'{"text": "')
+    assert (tmp_path / name).stat().st_size < 500_000
+    tracemalloc.start()
+    found = list(itertools.islice(sources.read(str(tmp_path / name), None, Fields("text", None), max_bytes=10**6), 1))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (
+        peak < 2 * 10**7
+        and isinstance(found[0], Broken)
+        and "more than the 1,000,000 bytes of a document that --max_document_mb allows" in found[0].reason
+    )
+
+
+def test_a_line_that_is_too_long_is_named_and_the_others_are_read(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "1"}\n{"text": "' + b"2" * 3000 + b'"}\n{"text": "3"}\n{"text": "' + b"4" * 3000)
+
+    def read_part(start, stop):
+        return list(sources.read(str(path), "jsonl", Fields("text", None), start, stop, max_bytes=100))
+
+    size = path.stat().st_size
+    found = read_part(0, size)
+    assert found[::2] == [Text(b"1", None), Text(b"3", None)]
+    assert [x.reason for x in found[1::2]] == [f"{path}, line {n}: it has more than {records.most(100)}" for n in (2, 4)]
+    for cut in (*range(0, 40), *range(2990, 3080), size - 1, size):
+        assert read_part(0, cut) + read_part(cut, size) == found
+
+
+def test_a_row_of_a_table_that_is_too_long_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", "b" * 200, "c"]}), tmp_path / "x.parquet")
+    found = list(sources.read(str(tmp_path / "x.parquet"), None, Fields("text", None), max_bytes=150))
+    assert [type(x) for x in found] == [Text, Broken, Text]
+    assert (
+        found[1].reason
+        == f"{tmp_path}/x.parquet, row 2: it has 200 bytes, more than the 150 bytes of a document that --max_document_mb allows"
+    )
+    (long,) = sources.read(str(tmp_path / "x.parquet"), None, Fields("text", None), max_bytes=20)
+    assert " bytes in the mean, more than the 20 bytes of a document" in long.reason
+
+
+def test_a_batch_that_refers_to_memory_that_is_not_its_own_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    offsets = pyarrow.py_buffer(b"".join(x.to_bytes(4, "little") for x in (0, 1, 2**30, 2)))
+    texts = pyarrow.StringArray.from_buffers(3, offsets, pyarrow.py_buffer(b"ab"))
+    batch = pyarrow.RecordBatch.from_arrays([texts], ["text"])
+    with pyarrow.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    (found,) = read(tmp_path / "x.arrow", Fields("text", None))
+    assert found.reason.startswith(f"{tmp_path}/x.arrow: not a stream of Arrow batches: ")
+
+
+@pytest.mark.parametrize("content", [
+    lines(), lines() * 2, b'[{"text": "a"}, {"text": "b"}]', b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}', b'{"a": 1} {"a": 2}',
+])  # fmt: skip
+def test_a_json_file_of_records_is_no_document_unless_told_to_be(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    (found,) = sources.read(str(path), None, FIELDS)
+    assert found.reason.startswith(f"{path}: it holds JSON records") and "--format=jsonl" in found.reason
+    assert list(sources.read(str(path), "text", FIELDS)) == [Text(content, None)]
+    assert list(sources.read(str(path), "jsonl", FIELDS)) != found
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"text": "a",\n "b": [1]}\n', b"[1, 2]", b'[{"a": 1}]', b"[[" * 10_000, b"{", b"// a\n{}"]
+)
+def test_other_json_files_are_documents(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    assert list(sources.read(str(tmp_path / "x.json"), None, FIELDS)) == [Text(content, None)]
+
+
+def test_files_of_other_formats_are_binary_whatever_their_name(tmp_path):
+    begins = [gzip.compress(b"a"), b"BZh91AY&SY", b"\xfd7zXZ", b"PK\x03\x04", b"PAR1", b"%PDF-1.7", "東".encode("utf-16")]
+    for content in (*begins, "a".encode("utf-16-le")):
+        (tmp_path / "x.txt").write_bytes(content)
+        assert read(tmp_path / "x.txt") == [Binary(str(tmp_path / "x.txt"))], content
+    (tmp_path / "x.txt").write_bytes("BZh and PK: 東".encode())
+    assert read(tmp_path / "x.txt") == [Text("BZh and PK: 東".encode(), None)]
+
+
+def test_a_pipe_in_a_directory_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "a.txt").write_text("a")
+    assert sources.find([str(tmp_path)]) == [str(tmp_path / "a.txt")]
+
+
+@pytest.mark.parametrize("name", [
+    "../../../../etc/passwd", "/etc/passwd", "../train/a.arrow", "sub/a.arrow", "notes.txt", "..", "", None, 3, ["a.arrow"],
+])  # fmt: skip
+def test_a_dataset_reads_only_tables_of_its_own_folder(tmp_path, name):
+    for file in ("dataset_info.json", "notes.txt"):
+        (tmp_path / file).write_text("{}")
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(ValueError, match=f"{tmp_path}/state.json is not as datasets writes it: "):
+        sources.find([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{}", '{"_data_files": []}', '{"_data_files": 1}', "[" * 10**5, "\udc80"]
+)
+def test_a_dataset_that_is_described_wrongly_is_refused(tmp_path, content):
+    (tmp_path / "dataset_info.json").touch()
+    (tmp_path / "state.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match="state.json is not as datasets writes it: "):
+        sources.find([str(tmp_path)])
+    (tmp_path / "dataset_dict.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match="dataset_dict.json is not as datasets writes it: "):
+        sources.find([str(tmp_path)])
 
 
 def test_a_dataset_on_disk_is_the_files_that_it_lists(tmp_path):

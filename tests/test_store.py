@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hybrid_attn.data import store
+from hybrid_attn.data.rows import Rows
 from hybrid_attn.data.tokenizer import Bytes
 
 SHARDS = [[5, 1, 9], [], [2, 30], [7]]
@@ -134,6 +135,104 @@ def test_what_is_no_store_is_said_so(tmp_path):
             store.load(str(tmp_path / "s"))
     path.write_text("{")
     with pytest.raises(ValueError, match="manifest.json is not as it was written: Expecting .*prepare the store again"):
+        store.load(str(tmp_path / "s"))
+
+
+def doctor(path, name, content):
+    """Replaces a file of the first shard and its checksum."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / store.MANIFEST).read_text())
+    manifest["shards"][0][name.partition(".")[2] + "_sha256"] = store.sha256([content])
+    (path / store.MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("lengths", "labels", "message"), [
+    ([20, -14, 9], [0, 1, 0], "has a document of -14 tokens, and the shard has 15"),
+    ([14, 0, 1], [0, 1, 0], "has a document of 0 tokens, and the shard has 15"),
+    ([2**62, 2**62, 15], [0, 1, 0], "has a document of 4,611,686,018,427,387,904 tokens, and the shard has 15"),
+    ([5, 1, 8], [0, 1, 0], "has 14 tokens, and the manifest 15"),
+    ([5, 1, 9], [0, 1, 2], "has the label 2, and the manifest 2 labels from 0"),
+])  # fmt: skip
+def test_an_index_that_contradicts_the_manifest_is_refused(tmp_path, lengths, labels, message):
+    write(tmp_path / "s")
+    doctor(tmp_path / "s", store.index_name(0), store.index_bytes(np.array(lengths), np.arange(3), np.array(labels)))
+    for use in (store.load, lambda path: list(store.verify(path))):
+        with pytest.raises(ValueError, match=f"s: shard-00000.index {message}; copy the file again, or prepare"):
+            use(str(tmp_path / "s"))
+
+
+@pytest.mark.parametrize(("dtype", "wrong"), [("<u2", 258), ("<u2", 65_535), ("<u4", 2**31), ("<u4", 2**32 - 1)])
+def test_an_id_that_the_tokenizer_lacks_is_named(tmp_path, dtype, wrong):
+    write(tmp_path / "s", dtype=dtype)
+    ids = np.arange(15).astype(dtype)
+    ids[11] = wrong
+    doctor(tmp_path / "s", store.tokens_name(0), ids.tobytes())
+    corpus = store.load(str(tmp_path / "s"), Bytes())
+    assert corpus.read([(2, 0, 5), (3, 0, 2)])[0].tolist() == [6, 7, 8, 9, 10]
+    message = f"s: shard-00000.tokens, document 2: token 5 has the id {wrong}, and the tokenizer's end at 257; copy the file"
+    with pytest.raises(ValueError, match=message):
+        corpus.read([(0, 0, 5), (2, 4, 9)])
+    with pytest.raises(ValueError, match=message):
+        list(Rows(corpus, 7, 0, Bytes().byte_lengths))
+    with pytest.raises(ValueError, match=f"s: shard-00000.tokens: token 11 has the id {wrong}, and the tokenizer's end at 257"):
+        list(store.verify(str(tmp_path / "s"), Bytes()))
+    assert list(store.verify(str(tmp_path / "s"))) == [0, 1, 2, 3]
+
+
+def test_documents_that_are_not_between_their_marks_are_found_by_verification(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "BLOCK", 6)
+    lengths, marked = [[5, 2, 9], [], [3]], [256, 1, 2, 3, 257, 256, 257, 256, *range(7), 257]
+    write(tmp_path / "s", lengths)
+    good = np.array(marked, "<u2")
+    doctor(tmp_path / "s", store.tokens_name(0), good.tobytes())
+    with pytest.raises(ValueError, match="s: shard-00002.tokens: by the index token 0 is a document's mark 256, and it is 16"):
+        list(store.verify(str(tmp_path / "s"), Bytes()))  # the first shard is whole
+    for place, mark in ((0, 256), (4, 257), (5, 256), (6, 257), (7, 256), (15, 257)):
+        bad = good.copy()
+        bad[place] = 9
+        doctor(tmp_path / "s", store.tokens_name(0), bad.tobytes())
+        with pytest.raises(ValueError, match=f"shard-00000.tokens: by the index token {place} is a document's mark {mark}"):
+            list(store.verify(str(tmp_path / "s"), Bytes()))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda x: [], ""), (lambda x: None, ""), (lambda x: "text", ""), (lambda x: 1, ""), (lambda x: {}, "'format'"),
+    (lambda x: x | {"shards": []}, "it has no shards"),
+    (lambda x: x | {"shards": None}, ""), (lambda x: x | {"shards": [[]]}, ""), (lambda x: x | {"shards": {"a": 1}}, ""),
+    (lambda x: x | {"shards": [x["shards"][0] | {"documents": 10**18}]}, "shard 0 has 1,000,000,000,000,000,000 doc"),
+    (lambda x: x | {"shards": [x["shards"][0] | {"tokens": 10**30}]}, "shard 0 has 3 documents of 1,000,000"),
+    (lambda x: x | {"shards": [x["shards"][0] | {"documents": -1}]}, "shard 0 has -1 documents of 15 tokens"),
+    (lambda x: x | {"shards": [x["shards"][0] | {"documents": True}]}, "its counts of documents and tokens are no numbers"),
+    (lambda x: x | {"shards": [x["shards"][0] | {"tokens_sha256": None}]}, "its names and checksums are no texts"),
+    (lambda x: x | {"tokenizer": None}, "its names and checksums are no texts"),
+    (lambda x: x | {"tokenizer_hash": 7}, "its names and checksums are no texts"),
+    (lambda x: x | {"label_names": "code"}, "its label_names are no list"), (lambda x: x | {"label_names": [1, 2]}, "names"),
+    (lambda x: x | {"label_names": None}, ""), (lambda x: x | {"summary": []}, "its summary is no object"),
+    (lambda x: x | {"dtype": ["<u2"]}, "its ids are"), (lambda x: x | {"extra": 1}, "extra"),
+])  # fmt: skip
+def test_a_manifest_of_other_values_is_refused(tmp_path, change, message):
+    write(tmp_path / "s")
+    path = tmp_path / "s" / store.MANIFEST
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    for use in (store.load, store.read_manifest, lambda path: list(store.verify(path))):
+        with pytest.raises(ValueError, match=f"manifest.json is not as it was written: .*{message}.*prepare the store again"):
+            use(str(tmp_path / "s"))
+
+
+def test_a_manifest_of_deep_json_is_refused(tmp_path):
+    write(tmp_path / "s")
+    (tmp_path / "s" / store.MANIFEST).write_text("[" * 10**5)
+    with pytest.raises(ValueError, match="manifest.json is not as it was written: "):
+        store.load(str(tmp_path / "s"))
+
+
+def test_counts_that_no_file_has_take_no_memory(tmp_path):
+    write(tmp_path / "s")
+    path = tmp_path / "s" / store.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0] |= {"documents": 2**40, "tokens": 2**47}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="shard-00000.(tokens|index) (is shorter than it was|has .* bytes or more instead)"):
         store.load(str(tmp_path / "s"))
 
 

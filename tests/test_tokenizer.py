@@ -1,3 +1,4 @@
+import functools
 import json
 import sys
 
@@ -125,6 +126,74 @@ def test_a_json_without_document_marks_is_refused(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match="no token that begins a document; add one of <s> "):
         load(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])), tmp_path)
+
+
+def changed(t, tmp_path, **values):
+    """The file of a tokenizer whose JSON has other values: model__dropout is state["model"]["dropout"]."""
+    state = json.loads(t.to_str())
+    for name, value in values.items():
+        *groups, last = name.split("__")
+        functools.reduce(dict.__getitem__, groups, state)[last] = value
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(state))
+    return str(path)
+
+
+def test_a_json_that_encodes_at_random_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json has dropout=0.1, so it encodes a text in many ways; set its"):
+        tokenizer.load(changed(byte_level(), tmp_path, model__dropout=0.1))
+    for value in (0.0, None):
+        tokenizer.load(changed(byte_level(), tmp_path, model__dropout=value))
+
+
+def test_a_json_without_a_decoder_is_refused(tmp_path):
+    path = changed(byte_level(), tmp_path, decoder=None)
+    with pytest.raises(ValueError, match="tokenizer.json has no decoder, so its ids are no text again; give it the one of its"):
+        tokenizer.load(path)
+    state = json.loads(byte_level().to_str())
+    del state["decoder"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="tokenizer.json has no decoder"):
+        tokenizer.load(path)
+
+
+def test_a_json_that_drops_characters_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json drops the character '~', or bytes of it, without a token"):
+        tokenizer.load(changed(sentence_piece(), tmp_path, model__unk_token=None, model__byte_fallback=False))
+    few = json.loads(byte_level().to_str())["model"]["vocab"]
+    del few["Ł"]  # a byte of every character of four
+    with pytest.raises(ValueError, match="drops the character '🙂', or bytes of it"):
+        tokenizer.load(changed(byte_level(), tmp_path, model__vocab=few, model__merges=[]))
+    tokenizer.load(changed(sentence_piece(), tmp_path, model__byte_fallback=False))  # what it lacks is <unk>
+
+
+def test_a_json_of_huge_ids_is_refused_before_tables_of_them_are_made(tmp_path):
+    vocab = json.loads(byte_level().to_str())["model"]["vocab"]
+    with pytest.raises(ValueError, match="tokenizer.json has the id 4294967295, and 16777215 is the largest that is read"):
+        tokenizer.load(changed(byte_level(), tmp_path, model__vocab=vocab | {"huge": 2**32 - 1}))
+
+
+def test_a_post_processor_adds_no_tokens(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    t = byte_level()
+    wanted = load(t, tmp_path).encode(b"def f").tolist()
+    t.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    assert t.encode("def f").ids[0] == 0 and load(t, tmp_path).encode(b"def f").tolist() == wanted
+
+
+@pytest.mark.parametrize("ids", [[2**32 - 1], [2**32], [-1], [10_000]])
+def test_ids_that_no_token_has_are_no_text(tmp_path, ids):
+    for t in (tokenizer.load("bytes"), load(byte_level(), tmp_path)):
+        assert t.decode([*t.encode(b"a"), *ids, *t.encode(b"b")]) == "ab"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "5", "{}", '{"model": null}', "[" * 10**5, '"a"', "\udc80", "\0"])
+def test_what_is_no_tokenizer_json_is_refused_in_a_line(tmp_path, content):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match="tokenizer.json' is not a tokenizer.json: .") as error:
+        tokenizer.load(str(tmp_path / "tokenizer.json"))
+    assert "\n" not in str(error.value)
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):

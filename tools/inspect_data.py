@@ -6,16 +6,18 @@ python tools/inspect_data.py STORE --document=17            and the text of a do
 python tools/inspect_data.py --config=configs/hybrid_8k.py --stage=0 --step=12      rows, decoded, documents apart
 """
 
+import os
+
 import jax
 import numpy as np
 import tqdm
 from absl import app, flags
 
 from hybrid_attn import config, config_file, programs
-from hybrid_attn.data import corpora, documents, pipeline, prepare, store, tokenizer
+from hybrid_attn.data import corpora, documents, pipeline, store, summary, tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 
-VERIFY = flags.DEFINE_bool("verify", False, "Compare the checksums of all files.")
+VERIFY = flags.DEFINE_bool("verify", False, "Compare the checksums of all files, and the ids with the tokenizer.")
 DOCUMENT = flags.DEFINE_integer("document", None, "Number of a document whose text to show.", 0)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes or a tokenizer.json; by default the one that the store names.")
 CONFIG = config_file.define("config", None, "Config of a run, of which to show a batch.", config.Config)
@@ -29,17 +31,30 @@ def show_store(path: str) -> None:
     store.load(path)  # which looks at every file
     print(f"store        {path}: {len(manifest.shards)} shards of {manifest.dtype} ids, all there and of their sizes")
     print(f"tokenizer    {manifest.tokenizer}, hash {manifest.tokenizer_hash[:12]}")
-    print(*prepare.summary_lines(manifest.summary), sep="\n")
+    print(*summary.lines(manifest.summary), sep="\n")
     if VERIFY.value:
-        for _ in tqdm.tqdm(store.verify(path), total=len(manifest.shards), unit=" shards", desc="verify"):
-            pass
-        print("verified     every checksum is the manifest's")
+        verify(path, manifest)
     if DOCUMENT.value is not None:
         try:
             words = tokenizer.load(TOKENIZER.value or manifest.tokenizer)
         except ValueError as error:
             raise ValueError(f"{error}; name the one that made the store with --tokenizer") from error
         show_document(store.load(path, words), words)
+
+
+def verify(path: str, manifest: store.Manifest) -> None:
+    name = TOKENIZER.value or manifest.tokenizer
+    known = name == "bytes" or TOKENIZER.value or os.path.isfile(name)
+    words = tokenizer.load(name) if known else None
+    if words is not None:
+        store.load(path, words)  # which refuses another tokenizer than the store's
+    for _ in tqdm.tqdm(store.verify(path, words), total=len(manifest.shards), unit=" shards", desc="verify"):
+        pass
+    print("verified     every checksum is the manifest's")
+    if words is None:
+        print(f"not verified the ids, for {name!r} is not here; name the tokenizer that made the store with --tokenizer")
+    else:
+        print("verified     every id is the tokenizer's, and every document is between its marks")
 
 
 def show_document(corpus: documents.Documents, words) -> None:

@@ -10,7 +10,7 @@ import os
 from absl import app, flags
 
 from hybrid_attn import programs
-from hybrid_attn.data import documents, prepare, sources
+from hybrid_attn.data import documents, prepare, records, sources, summary
 
 INPUT = flags.DEFINE_multi_string("input", None, "Glob pattern or directory; may be given again.", required=True)
 OUT = flags.DEFINE_string("out", None, "Directory of the store.", required=True)
@@ -24,21 +24,30 @@ LABEL = flags.DEFINE_string(
 DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "Keep the first of documents with the same text.")
 ON_ERROR = flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "What to do where UTF-8 or a record is broken.")
 SHARD_MB = flags.DEFINE_integer("shard_mb", None, "MB of input in a shard; by default a 256th of all, from 1 to 256.", 1)
-WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", 1)
+MAX_DOCUMENT_MB = flags.DEFINE_integer(
+    "max_document_mb",
+    records.MAX_BYTES // 10**6,
+    "MB of a line, of a text in a table, and of a decompressed file of text; longer ones are broken. Each worker "
+    "needs memory for some of them.",
+    1,
+    10**6,
+)
+WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", 1, 1024)
 
 
 def prepare_store() -> None:
     options = prepare.Options(
         tokenizer=TOKENIZER.value,
-        fields=sources.Fields(TEXT_FIELD.value, LABEL_FIELD.value),
+        fields=records.Fields(TEXT_FIELD.value, LABEL_FIELD.value),
         form=FORMAT.value,
         label=LABEL.value,
         drop_duplicates=DROP_DUPLICATES.value,
         on_error=ON_ERROR.value,
         shard_bytes=None if SHARD_MB.value is None else SHARD_MB.value * 10**6,
+        document_bytes=MAX_DOCUMENT_MB.value * 10**6,
     )
-    summary = prepare.prepare(INPUT.value, OUT.value, options, WORKERS.value)
-    print(*prepare.summary_lines(summary), sep="\n")
+    counts = prepare.prepare(INPUT.value, OUT.value, options, WORKERS.value)
+    print(*summary.lines(counts), sep="\n")
 
 
 def main(argv):

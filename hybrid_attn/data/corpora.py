@@ -30,6 +30,16 @@ def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus
     return corpora
 
 
+def locations(data: config.Data, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """What `load` opens for each of the named sources: patterns of files and directories, or a store, which may be a URL.
+
+    A config that came with a checkpoint may name anything: who loads it asks first. The standard library and tasks are nothing.
+    """
+    sources = {name: data.sources[name] for name in names}
+    opened = {name: source.paths if source.store is None else (source.store,) for name, source in sources.items()}
+    return {name: paths for name, paths in opened.items() if paths}
+
+
 def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable[[str], Documents]) -> Corpus:
     if source.task is not None:
         return Corpus(*[Task(source.task, source.pairs)] * 2)

@@ -2,17 +2,18 @@
 
 import concurrent.futures
 import dataclasses
-import glob
 import hashlib
 import os
-import re
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-NOT_SOURCES = {"site-packages", "dist-packages", "__pycache__"}
+from hybrid_attn.data import sources
+from hybrid_attn.data.records import Fields, Text
+
 NO_LABEL = "text"  # of documents that nobody gave a label
+FIELDS = Fields("text", None)  # of records that no store was made of
 
 Span = tuple[int, int, int]  # a document's number, and the tokens [start, stop) of it
 
@@ -89,9 +90,17 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def load(paths: tuple[str, ...], tokenizer) -> Documents:
-    """The documents of the files that `find` finds, each file whole; ValueError where one does not encode."""
+    """The documents of the files and directories that `paths` name, read as `sources.read` reads them: a file of text is one.
+
+    No `paths` means the sources of this interpreter's standard library. A record's text is its field `FIELDS.text`. ValueError
+    names what cannot be read or does not encode, and where there is no text at all.
+    """
+    files = sources.find(paths) if paths else [path for _, path in find(())]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        tokens, hashes = zip(*pool.map(lambda found: _encode(found[1], tokenizer), find(paths)), strict=True)
+        encoded = [pair for pairs in pool.map(lambda path: _encode(path, tokenizer), files) for pair in pairs]
+    if not encoded:
+        raise ValueError(f"paths={paths} matches {len(files)} files and all are empty; name files with text")
+    tokens, hashes = zip(*encoded, strict=True)
     return in_memory(tokens, hashes)
 
 
@@ -105,23 +114,12 @@ def find(paths: tuple[str, ...]) -> list[tuple[str, str]]:
         return _standard_library()
     files = {}
     for pattern in paths:
-        for name, path in matches(os.path.expanduser(pattern)):
+        for name, path in sources.matches(os.path.expanduser(pattern)):
             files.setdefault(os.path.realpath(path), (name, path))
     texts = [(name, path) for name, path in files.values() if os.path.getsize(path)]
     if not texts:
         raise ValueError(f"paths={paths} matches {len(files)} files and all are empty; name files with text")
     return texts
-
-
-def matches(pattern: str) -> list[tuple[str, str]]:
-    """Sorted names and paths of the files that `pattern` matches; names start where its fixed folders end."""
-    if os.path.isdir(pattern):
-        raise ValueError(f"{pattern!r} is a directory; use {os.path.join(pattern, '**')!r} for all its files")
-    paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    if not paths:
-        raise ValueError(f"{pattern!r} matches no file, seen from {os.getcwd()}; correct the path or pattern")
-    root = os.path.dirname(re.split(r"[*?[]", pattern, maxsplit=1)[0]) or os.curdir
-    return sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths)
 
 
 def _standard_library() -> list[tuple[str, str]]:
@@ -132,7 +130,7 @@ def _standard_library() -> list[tuple[str, str]]:
     root = sysconfig.get_path("stdlib")
     found = []
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = set(subfolders) - NOT_SOURCES
+        subfolders[:] = set(subfolders) - sources.NOT_SOURCES
         paths = [os.path.join(folder, file) for file in files if file.endswith(".py")]
         found += [(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths if _is_text(path)]
     if not found:
@@ -153,16 +151,32 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _encode(path: str, tokenizer) -> tuple[np.ndarray, int]:
-    """bos, the file's ids, eos in the narrowest type that holds the vocabulary; and the hash of the text."""
-    text = _read(path)
-    try:
-        ids = tokenizer.encode(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 at byte {error.start}, and a tokenizer.json reads text; "
-            "convert the file, leave it out of paths, or use data.tokenizer='bytes'"
-        ) from error
-    tokens = np.empty(len(ids) + 2, token_dtype(tokenizer.vocab_size))
-    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, ids, tokenizer.eos
-    return tokens, content_hash(text)
+def _texts(path: str) -> Iterator[bytes]:
+    """The texts of a file's documents but for empty ones; a file of text need not be UTF-8."""
+    is_text = sources.format_of(path) == "text"
+    for found in [sources.text_of(path)] if is_text else sources.read(path, None, FIELDS):
+        text = found.text if isinstance(found, Text) else found
+        if not isinstance(text, bytes):
+            raise ValueError(
+                f"{text.reason}; mend the file, leave it out of paths, or make a store with tools/prepare_data.py, which has "
+                "--text_field, --max_document_mb and --on_error=skip"
+            )
+        if text:
+            yield text
+
+
+def _encode(path: str, tokenizer) -> list[tuple[np.ndarray, int]]:
+    """Of each document bos, its ids, eos in the narrowest type that holds the vocabulary; and the hash of its text."""
+    encoded = []
+    for text in _texts(path):
+        try:
+            ids = tokenizer.encode(text)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8 at byte {error.start}, and a tokenizer.json reads text; "
+                "convert the file, leave it out of paths, or use data.tokenizer='bytes'"
+            ) from error
+        tokens = np.empty(len(ids) + 2, token_dtype(tokenizer.vocab_size))
+        tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, ids, tokenizer.eos
+        encoded.append((tokens, content_hash(text)))
+    return encoded

@@ -31,10 +31,11 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from hybrid_attn.data import documents, sources, store, tokenizer
-from hybrid_attn.data.sources import Binary, Broken, Fields
+from hybrid_attn import files
+from hybrid_attn.data import documents, parts, sources, store, summary, tokenizer
+from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields
 
-PLAN, PARTS = store.PLAN, "parts"
+PLAN, PARTS = store.PLAN, parts.FOLDER
 ENCODED = 2**20  # bytes of text that a tokenizer is given at a time
 COPIED = 2**22  # tokens that are in memory while a shard is copied
 MOST_LABELS = 2**16
@@ -48,7 +49,8 @@ class Options:
     """What decides the content of a store, beside its files.
 
     `form` None goes by each file's ending; `label` is that of all documents unless `fields` has one; `on_error` is "skip"
-    or "stop"; at most `shard_bytes` of input go into a shard, but for files that cannot be split; None goes by the whole.
+    or "stop"; at most `shard_bytes` of input go into a shard, but for files that cannot be split; None goes by the whole. A
+    line, a text in a table and a decompressed file of text have at most `document_bytes`.
     """
 
     tokenizer: str
@@ -58,59 +60,50 @@ class Options:
     drop_duplicates: bool
     on_error: str
     shard_bytes: int | None
+    document_bytes: int = MAX_BYTES
 
 
 def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say: Callable[[str], None] = print) -> dict:
     """Writes the store `out` from the files that `inputs` name, and returns its summary.
 
     The same call goes on where a killed one stopped. ValueError for a wrong input, OSError for a disk that fails, for
-    instance because it is full, ImportError for a missing library.
+    instance because it is full, BlockingIOError where another process writes the store, ImportError for a missing library.
     """
     words = tokenizer.load(options.tokenizer)
     plan = _plan(inputs, options, words)
     folder = Path(out)
-    try:
-        if not _begin(folder, plan):
-            shutil.rmtree(folder / PARTS, ignore_errors=True)
-            say(f"{out} is complete")
-            return store.read_manifest(out).summary
-        return _run(folder, plan, options, words, workers, say)
-    except BrokenProcessPool as error:
-        raise OSError(f"a worker was killed, perhaps for want of memory; {_progress(folder, plan)}") from error
-    except OSError as error:
-        raise OSError(f"{error}; {_progress(folder, plan)}") from error
+    _check_ours(folder)
+    if (folder / store.MANIFEST).exists() and not (folder / PARTS).exists():
+        return _complete(folder, plan, say)  # which may be read-only
+    with files.lock(folder):
+        try:
+            done = _run(folder, plan, options, words, workers, say) if _begin(folder, plan) else _complete(folder, plan, say)
+        except BrokenProcessPool as error:
+            raise OSError(f"a worker was killed, perhaps for want of memory; {_progress(folder, plan)}") from error
+        except OSError as error:
+            raise type(error)(f"{error}; {_progress(folder, plan)}") from error
+        (folder / files.LOCK).unlink()  # nobody writes a complete store
+    return done
 
 
-def summary_lines(summary: dict) -> Iterator[str]:
-    """The summary of a store as a person reads it."""
-    yield f"documents    {summary['documents']:,}, of {summary['bytes']:,} bytes"
-    yield f"tokens       {summary['tokens']:,}, {_ratio(summary):.3f} bytes each, marks included"
-    yield f"skipped      {', '.join(f'{count:,} {what}' for what, count in summary['skipped'].items())}"
-    for label, values in summary["labels"].items():
-        share = values["tokens"] / summary["tokens"]
-        yield (
-            f"label        {label}: {values['documents']:,} documents, {values['tokens']:,} tokens ({share:.1%}), "
-            f"{_ratio(values):.3f} bytes each"
-        )
-    most = max(summary["lengths"].values())
-    for first, count in summary["lengths"].items():
-        yield f"length       {f'{int(first):,} to {2 * int(first) - 1:,}':>27}  {count:>11,}  {'#' * -(-40 * count // most)}"
-
-
-def _ratio(values: dict) -> float:
-    return values["bytes"] / max(1, values["tokens"])  # copies may have been all that a label had
+def _complete(folder: Path, plan: dict, say: Callable[[str], None]) -> dict:
+    _check_same(folder, plan, complete=True)
+    if (folder / PARTS).exists():
+        shutil.rmtree(folder / PARTS)
+    say(f"{folder} is complete")
+    return store.read_manifest(str(folder)).summary
 
 
 def _plan(inputs: Sequence[str], options: Options, words) -> dict:
     """Options, files, and the pieces (file, first byte, last) of each shard, as JSON."""
-    files = []
+    found = []
     for path in sources.find(inputs):
         state = os.stat(path)
-        files.append({"path": path, "bytes": state.st_size, "modified_ns": state.st_mtime_ns})
-    total = sum(file["bytes"] for file in files)
+        found.append({"path": path, "bytes": state.st_size, "modified_ns": state.st_mtime_ns})
+    total = sum(file["bytes"] for file in found)
     most = options.shard_bytes or min(max(total // SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
     shards, size = [[]], 0
-    for i, file in enumerate(files):
+    for i, file in enumerate(found):
         form = options.form or sources.format_of(file["path"])
         cuts = -(-file["bytes"] // most) if sources.splits(file["path"], form) else 1
         edges = [file["bytes"] * k // cuts for k in range(cuts + 1)] if cuts else [0, 0]
@@ -120,30 +113,45 @@ def _plan(inputs: Sequence[str], options: Options, words) -> dict:
                 size = 0
             shards[-1].append([i, start, stop])
             size += stop - start
-    return {"options": dataclasses.asdict(options), "tokenizer_hash": words.hash, "files": files, "shards": shards}
+    return {"options": dataclasses.asdict(options), "tokenizer_hash": words.hash, "files": found, "shards": shards}
+
+
+def _check_ours(folder: Path) -> None:
+    """ValueError where `folder` holds something else than a store."""
+    ours = (folder / PLAN).exists() or not folder.exists()
+    if not ours and any(path.name != files.LOCK and not path.name.startswith(f"{PLAN}.partial") for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no unfinished store; name another --out")
 
 
 def _begin(folder: Path, plan: dict) -> bool:
     """Whether there is work left; ValueError where `folder` holds other work."""
-    folder.mkdir(parents=True, exist_ok=True)
-    complete = (folder / store.MANIFEST).exists()
+    if (folder / store.MANIFEST).exists():
+        return False
     if (folder / PLAN).exists():
+        _check_same(folder, plan, complete=False)
+    _write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
+    (folder / PARTS).mkdir(exist_ok=True)
+    return True
+
+
+def _check_same(folder: Path, new: dict, complete: bool) -> None:
+    """ValueError where `folder` was begun with another plan, or its plan cannot be read."""
+    try:
         old = json.loads((folder / PLAN).read_text())
-        if not complete and plan["options"]["on_error"] == "skip":
-            old["options"]["on_error"] = "skip"  # what is done without an error is the same either way
-        _check_same(folder, old, plan)
-    elif any(not path.name.startswith(f"{PLAN}.partial") for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no unfinished store; name another --out")
-    if not complete:
-        _write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
-        (folder / PARTS).mkdir(exist_ok=True)
-    return not complete
+        # What is done without an error is the same either way, and stores of an older version had no bound.
+        free = {"on_error"} if not complete and new["options"]["on_error"] == "skip" else set()
+        free |= {"document_bytes"} if old["options"]["on_error"] == "stop" else set()
+        older = {"document_bytes": new["options"]["document_bytes"]}
+        _compare(folder, old | {"options": older | old["options"]}, new, free)
+    except (AttributeError, KeyError, RecursionError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / PLAN} is not as it was written: {error!r}; name another --out") from error
 
 
-def _check_same(folder: Path, old: dict, new: dict) -> None:
+def _compare(folder: Path, old: dict, new: dict, free: set[str]) -> None:
+    """ValueError where two plans differ, but for the `free` options."""
     cure = "give what it was begun with, or name another --out"
     for name, value in new["options"].items():
-        if old["options"][name] != value:
+        if old["options"][name] != value and name not in free:
             raise ValueError(f"{folder} was begun with {name}={old['options'][name]!r}, and this is {value!r}; {cure}")
     if old["tokenizer_hash"] != new["tokenizer_hash"]:
         raise ValueError(f"the tokenizer {new['options']['tokenizer']!r} was changed since {folder} was begun; {cure}")
@@ -159,20 +167,21 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
     sizes = [sum(stop - start for _, start, stop in shard) for shard in shards]
     for left_over in folder.glob("**/*.partial*"):
         left_over.unlink()
-    todo = [i for i in range(len(shards)) if not _part(folder, i, "json").exists()]
+    todo = [i for i in range(len(shards)) if not parts.path(folder, i, "json").exists()]
     if len(todo) < len(shards):
         say(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
-    done = sum(sizes) - sum(sizes[i] for i in todo)
-    with tqdm.tqdm(total=sum(sizes), initial=done, unit="B", unit_scale=True, desc="input") as bar:
+    before = sum(sizes) - sum(sizes[i] for i in todo)
+    with tqdm.tqdm(total=sum(sizes), initial=before, unit="B", unit_scale=True, desc="input") as bar:
         for i in _in_processes(_encode_shard, {i: (folder, i, shards[i], options) for i in todo}, workers):
             bar.update(sizes[i])
-    parts = [json.loads(_part(folder, i, "json").read_text()) for i in range(len(shards))]
-    places = [place for part in parts for place in part["places"]]
+    dtype = documents.token_dtype(words.vocab_size)
+    done = [parts.read(folder, i, dtype.itemsize) for i in range(len(shards))]
+    places = [place for part in done for place in part["places"]]
     for place in places[:REPORTED]:
         say(f"skipped      {place}")
-    names = sorted({name for part in parts for name in part["labels"]})
+    names = sorted({name for part in done for name in part["labels"]})
     if not names:
-        skipped = {what: count for what, count in _skipped(parts).items() if count}
+        skipped = {what: count for what, count in summary.skipped(done).items() if count}
         raise ValueError(
             f"the {len(plan['files'])} input files have no text; skipped: {skipped}; name another --text_field, "
             f"--format or --input, and another --out or delete {folder}"
@@ -180,10 +189,9 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
     if len(names) > MOST_LABELS:
         raise ValueError(f"the label field has {len(names):,} values and a store holds {MOST_LABELS:,}; name a coarser one")
     keep = _first_copies(folder, len(shards)) if options.drop_duplicates else [None] * len(shards)
-    dtype = documents.token_dtype(words.vocab_size)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        written = list(pool.map(lambda i: _write_shard(folder, i, parts[i], keep[i], names, dtype), range(len(shards))))
-    found = _summary([counts for _, counts in written], parts, names)
+        written = list(pool.map(lambda i: _write_shard(folder, i, done[i], keep[i], names, dtype), range(len(shards))))
+    found = summary.summary([counts for _, counts in written], done, names)
     manifest = store.Manifest(
         store.FORMAT, options.tokenizer, words.hash, dtype.str, tuple(names), tuple(shard for shard, _ in written), found
     )
@@ -235,12 +243,12 @@ def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], 
     """Writes the part `index` of all documents in `pieces`."""
     words = _tokenizer(options.tokenizer)
     dtype = documents.token_dtype(words.vocab_size)
-    columns, labels = {name: [] for name in ("lengths", "hashes", "labels", "bytes")}, {}
+    columns, labels = {name: [] for name in parts.COLUMNS}, {}
     skipped, places = collections.Counter(), []
 
     def texts() -> Iterator[bytes]:
         for path, start, stop in pieces:
-            for found in sources.read(path, options.form or sources.format_of(path), options.fields, start, stop):
+            for found in sources.read(path, options.form, options.fields, start, stop, options.document_bytes):
                 if isinstance(found, Broken):
                     if options.on_error == "stop":
                         raise ValueError(f"{found.reason}; go on with --on_error=skip, or mend it and begin with another --out")
@@ -248,7 +256,7 @@ def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], 
                     places.append(found.reason)
                 elif isinstance(found, Binary):
                     skipped["binary"] += 1
-                    places.append(f"{found.path}: no UTF-8 text but binary, or UTF-16")
+                    places.append(found.reason)
                 elif not found.text:
                     skipped["empty"] += 1
                 else:
@@ -269,13 +277,12 @@ def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], 
                 at += length
             yield tokens.data
 
-    digest = _write(_part(folder, index, "tokens"), blocks())
+    digest = _write(parts.path(folder, index, "tokens"), blocks())
     packed = io.BytesIO()
-    types = {"lengths": np.int64, "hashes": np.uint64, "labels": np.int64, "bytes": np.int64}
-    np.savez(packed, **{name: np.array(values, types[name]) for name, values in columns.items()})
-    _write(_part(folder, index, "npz"), [packed.getbuffer()])
+    np.savez(packed, **{name: np.array(values, parts.COLUMNS[name]) for name, values in columns.items()})
+    _write(parts.path(folder, index, "npz"), [packed.getbuffer()])
     part = {"sha256": digest, "labels": list(labels), "skipped": skipped, "places": places[:REPORTED]}
-    _write(_part(folder, index, "json"), [json.dumps(part).encode()])
+    _write(parts.path(folder, index, "json"), [json.dumps(part).encode()])
 
 
 def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
@@ -293,7 +300,7 @@ def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
     """Which documents of each part are the first with their hash."""
-    hashes = [np.load(_part(folder, i, "npz"))["hashes"] for i in range(shards)]
+    hashes = [parts.columns(folder, i)["hashes"] for i in range(shards)]
     keep = np.zeros(sum(map(len, hashes)), bool)
     keep[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
     return np.split(keep, np.cumsum([len(x) for x in hashes])[:-1])
@@ -303,18 +310,18 @@ def _write_shard(
     folder: Path, index: int, part: dict, kept: np.ndarray | None, names: list[str], dtype: np.dtype
 ) -> tuple[store.Shard, dict]:
     """The shard of a part's `kept` documents, None for all, and what there is of each of the labels `names`."""
-    x = dict(np.load(_part(folder, index, "npz")))
+    x = parts.columns(folder, index)
     place = {name: i for i, name in enumerate(names)}
     x["labels"] = np.array([place[name] for name in part["labels"]], np.int64)[x["labels"]]
     tokens_path, tokens_sha256 = folder / store.tokens_name(index), part["sha256"]
     if kept is None or kept.all():
         tokens_path.unlink(missing_ok=True)
         try:
-            os.link(_part(folder, index, "tokens"), tokens_path)
+            os.link(parts.path(folder, index, "tokens"), tokens_path)
         except OSError:  # a file system without links
-            shutil.copyfile(_part(folder, index, "tokens"), tokens_path)
+            shutil.copyfile(parts.path(folder, index, "tokens"), tokens_path)
     else:
-        tokens_sha256 = _write(tokens_path, _kept_tokens(_part(folder, index, "tokens"), dtype, x["lengths"], kept))
+        tokens_sha256 = _write(tokens_path, _kept_tokens(parts.path(folder, index, "tokens"), dtype, x["lengths"], kept))
         x = {name: values[kept] for name, values in x.items()}
     index_sha256 = _write(folder / store.index_name(index), [store.index_bytes(x["lengths"], x["hashes"], x["labels"])])
     by_label = {
@@ -338,27 +345,6 @@ def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndar
     for first, last in edges.reshape(-1, 2):
         for at in range(ends[first], ends[last], COPIED):
             yield tokens[at : min(at + COPIED, ends[last])].data
-
-
-def _summary(counts: list[dict], parts: list[dict], names: list[str]) -> dict:
-    duplicates = sum(x["duplicates"] for x in counts)
-    by_label = {what: sum(x["labels"][what] for x in counts) for what in ("documents", "tokens", "bytes")}
-    lengths = sum(x["lengths"] for x in counts)
-    return {
-        **{what: int(values.sum()) for what, values in by_label.items()},
-        "skipped": _skipped(parts) | {"duplicates": duplicates},
-        # A length of [2^(k - 1), 2^k) has the exponent k.
-        "lengths": {str(2 ** (k - 1)): int(count) for k, count in enumerate(lengths) if count},
-        "labels": {name: {what: int(values[i]) for what, values in by_label.items()} for i, name in enumerate(names)},
-    }
-
-
-def _skipped(parts: list[dict]) -> dict[str, int]:
-    return {what: sum(part["skipped"].get(what, 0) for part in parts) for what in ("broken", "empty", "binary")}
-
-
-def _part(folder: Path, index: int, kind: str) -> Path:
-    return folder / PARTS / f"shard-{index:05}.{kind}"
 
 
 def _progress(folder: Path, plan: dict) -> str:

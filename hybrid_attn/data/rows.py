@@ -18,6 +18,7 @@ from hybrid_attn.data.documents import Documents
 
 ARRAYS = {"tokens": np.int32, "targets": np.int32, "positions": np.int32, "segments": np.int32}
 ARRAYS |= {"weights": np.float32, "bytes": np.float32}
+MAX_LEN = 2**31 - 1  # tokens of a row: positions are int32
 
 
 class Spans(NamedTuple):
@@ -35,6 +36,7 @@ class Rows:
     """
 
     def __init__(self, documents: Documents, seq_len: int, seed: int | None, byte_lengths: np.ndarray, packing: str = "concat"):
+        check_len(seq_len)
         self.seq_len = seq_len
         self._documents = documents
         self._byte_lengths = byte_lengths
@@ -173,6 +175,12 @@ class BestFit:
         """Row edges inside a document, and documents with such an edge: the same in every epoch."""
         edges = (self._lengths - 1) // self._seq_len
         return int(edges.sum()), int(np.count_nonzero(edges))
+
+
+def check_len(seq_len: int) -> None:
+    """ValueError where rows of `seq_len` tokens have positions that are no int32."""
+    if not 1 <= seq_len <= MAX_LEN:
+        raise ValueError(f"rows of {seq_len:,} tokens: they have at least 1 and at most {MAX_LEN:,}, for positions are int32")
 
 
 def blank(size: int) -> dict[str, np.ndarray]:

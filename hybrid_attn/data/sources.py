@@ -1,53 +1,26 @@
 """Files of text to documents: plain text and source code, JSON lines, Parquet, and Hugging Face datasets on disk."""
 
 import codecs
-import contextlib
-import dataclasses
-import gzip
-import io
+import functools
+import glob
 import json
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
 
-from hybrid_attn.data import documents
+from hybrid_attn.data import compressed, records, tables
+from hybrid_attn.data.compressed import opened
+from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields, Text
 
 FORMATS = ("text", "jsonl", "parquet", "arrow")
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
-PACKED = (".gz", ".zst")
-SKIPPED_FOLDERS = documents.NOT_SOURCES | {"node_modules"}
+PACKED = compressed.SUFFIXES
+NOT_SOURCES = {"site-packages", "dist-packages", "__pycache__"}
+SKIPPED_FOLDERS = NOT_SOURCES | {"node_modules"}
 SNIFFED = 8192  # bytes that show whether a file is text, as git looks at them
-BATCH = 256  # rows of a table that are in memory at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Fields:
-    """Where a record has its text, and its label if that is not None; dots lead into records within it."""
-
-    text: str
-    label: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A document, UTF-8, and what its label field says."""
-
-    text: bytes
-    label: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Broken:
-    """What cannot be read, with its file and line."""
-
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Binary:
-    """A file that is no text at all: it has a zero byte near its beginning."""
-
-    path: str
+# What binary files begin with that need have no zero byte there: gzip, bzip2, xz, zstd, zip, Parquet, PDF, UTF-16.
+BINARY = re.compile(rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ|\x28\xb5\x2f\xfd|PK\x03\x04|PAR1|%PDF-|\xff\xfe|\xfe\xff")
 
 
 def find(inputs: Iterable[str]) -> list[str]:
@@ -59,9 +32,20 @@ def find(inputs: Iterable[str]) -> list[str]:
     found = {}
     for name in inputs:
         name = os.path.expanduser(name)
-        for path in _files_under(name) if os.path.isdir(name) else [path for _, path in documents.matches(name)]:
+        for path in _files_under(name) if os.path.isdir(name) else [path for _, path in matches(name)]:
             found.setdefault(os.path.realpath(path), path)
     return list(found.values())
+
+
+def matches(pattern: str) -> list[tuple[str, str]]:
+    """Sorted names and paths of the files that `pattern` matches; names start where its fixed folders end."""
+    if os.path.isdir(pattern):
+        raise ValueError(f"{pattern!r} is a directory; use {os.path.join(pattern, '**')!r} for all its files")
+    paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    if not paths:
+        raise ValueError(f"{pattern!r} matches no file, seen from {os.getcwd()}; correct the path or pattern")
+    root = os.path.dirname(re.split(r"[*?[]", pattern, maxsplit=1)[0]) or os.curdir
+    return sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths)
 
 
 def format_of(path: str) -> str:
@@ -76,69 +60,153 @@ def splits(path: str, form: str) -> bool:
     return form == "jsonl" and not path.endswith(PACKED)
 
 
-def read(path: str, form: str, fields: Fields, start: int = 0, stop: int | None = None) -> Iterator[Text | Broken | Binary]:
+def read(
+    path: str, form: str | None, fields: Fields, start: int = 0, stop: int | None = None, max_bytes: int = MAX_BYTES
+) -> Iterator[Text | Broken | Binary]:
     """The documents of a file and, in their places, what cannot be read; ImportError where a library is missing.
 
-    Of a file that `splits` only the records that begin at bytes [start, stop).
+    `form` None goes by the file's ending. Of a file that `splits` only the records that begin at bytes [start, stop). A line, a
+    text in a table and a decompressed file of text have at most `max_bytes`.
     """
+    kind = form or format_of(path)
     try:
-        yield from _jsonl(path, fields, start, stop) if splits(path, form) else _READERS[form](path, fields)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        if kind == "text":
+            yield from _text(path, max_bytes, by_ending=form is None)
+        elif kind == "jsonl":
+            part = (start, stop) if splits(path, kind) else (0, None)
+            yield from _jsonl(path, fields, max_bytes, *part)
+        else:
+            yield from _TABLES[kind](path, fields, max_bytes)
+    except compressed.ERRORS as error:
         yield Broken(f"{path}: its packing is broken: {error}")
+
+
+_TABLES = {"parquet": tables.parquet, "arrow": tables.arrow}
+
+
+def text_of(path: str, max_bytes: int = MAX_BYTES, by_ending: bool = True) -> bytes | Broken | Binary:
+    """The content of a file of text, UTF-8 or not; `by_ending` if only its ending says that it is text, and not records."""
+    packed = path.endswith(PACKED)
+    try:
+        with opened(path) as file:
+            head = file.read(SNIFFED)
+            if b"\0" in head or BINARY.match(head):
+                return Binary(path)
+            text = head + (file.read(max_bytes) if packed else file.read())
+    except compressed.ERRORS as error:
+        return Broken(f"{path}: its packing is broken: {error}")
+    if packed and len(text) > max_bytes:
+        return Broken(f"{path}: decompressed, it has more than {records.most(max_bytes)}")
+    if by_ending and path.endswith(".json") and _holds_records(text):
+        return Broken(
+            f"{path}: it holds JSON records, and a .json file is read as one document; name it .jsonl, a record a line, or "
+            "read it by tools/prepare_data.py with --format=jsonl, or with --format=text as one document"
+        )
+    return text
+
+
+def _holds_records(text: bytes) -> bool:
+    """Whether a text is several JSON records: one after the other, or as a list."""
+    try:
+        decoded = text.decode("utf-8-sig").lstrip()
+        value, end = json.JSONDecoder().raw_decode(decoded)
+    except (RecursionError, ValueError):
+        return False
+    if isinstance(value, list):
+        return len(value) > 1 and all(isinstance(x, dict) for x in value)
+    return isinstance(value, dict) and bool(decoded[end:].strip())
 
 
 def _files_under(folder: str) -> list[str]:
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        with open(os.path.join(folder, "dataset_dict.json"), encoding="utf-8") as file:
-            splits = [os.path.join(folder, split) for split in json.load(file)["splits"]]
+        names = _from_json(folder, "dataset_dict.json", lambda state: [str(name) for name in state["splits"]])
+        splits = [os.path.join(folder, name) for name in names]
         raise ValueError(f"{folder} holds several datasets; name those you want: {', '.join(splits)}")
     if os.path.isfile(os.path.join(folder, "dataset_info.json")) and os.path.isfile(os.path.join(folder, "state.json")):
-        with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
-            state = json.load(file)
-        if state.get("_indices_data_files"):
+        names, reordered = _from_json(folder, "state.json", _dataset_files)
+        if reordered:
             raise ValueError(f"{folder} keeps an order of rows beside its rows; save it again after flatten_indices()")
-        return [os.path.join(folder, file["filename"]) for file in state["_data_files"]]
+        return [os.path.join(folder, name) for name in names]
     found = []
     for root, subfolders, files in os.walk(folder):
         subfolders[:] = sorted(x for x in subfolders if x not in SKIPPED_FOLDERS and not x.startswith("."))
-        found += [os.path.join(root, file) for file in files]
+        paths = [os.path.join(root, file) for file in files]
+        found += [path for path in paths if os.path.isfile(path) or os.path.islink(path)]  # and no pipe, which would block
     if not found:
         raise ValueError(f"{folder} has no files under it")
     return sorted(found, key=lambda path: os.path.relpath(path, folder).replace(os.sep, "/"))
 
 
-def _text(path: str, fields: Fields) -> Iterator[Text | Broken | Binary]:
-    with _opened(path) as file:
-        text = file.read()
-    if b"\0" in text[:SNIFFED]:
-        yield Binary(path)
+def _from_json(folder: str, name: str, read: Callable):
+    """What `read` takes from a JSON file in `folder`; ValueError names the file where it is not as `datasets` writes it."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return read(json.load(file))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not as datasets writes it: {type(error).__name__}: {error}") from error
+
+
+def _dataset_files(state: dict) -> tuple[list[str], bool]:
+    """Names of the files of rows, all in the folder itself; and whether there is an order of rows beside them.
+
+    A name with a path in it would have the tool read any file of the machine.
+    """
+    names = [file["filename"] for file in state["_data_files"]]
+    for name in names:
+        if os.path.basename(name) != name or not name.endswith(".arrow"):
+            raise ValueError(f"{name!r} is no name of an .arrow file in the folder itself")
+    if not names:
+        raise ValueError("it names no file")
+    return names, bool(state.get("_indices_data_files"))
+
+
+def _text(path: str, max_bytes: int, by_ending: bool) -> Iterator[Text | Broken | Binary]:
+    text = text_of(path, max_bytes, by_ending)
+    if not isinstance(text, bytes):
+        yield text
         return
     try:
         text.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield Broken(f"{path}, line {text.count(10, 0, error.start) + 1}: {_reason(error)}")
+        yield Broken(f"{path}, line {text.count(10, 0, error.start) + 1}: {records.reason(error)}")
         return
     yield Text(text, None)
 
 
-def _jsonl(path: str, fields: Fields, start: int = 0, stop: int | None = None) -> Iterator[Text | Broken]:
-    with _opened(path) as file:
+def _jsonl(path: str, fields: Fields, max_bytes: int, start: int, stop: int | None) -> Iterator[Text | Broken]:
+    end = sys.maxsize if stop is None else stop
+    with opened(path) as file:
         if start:
             file.seek(start - 1)
-            start += len(file.readline()) - 1  # of the record that began before
+            start += _skip_line(file, end - start + 1) - 1  # of the record that began before
         at = start
-        for number, line in enumerate(file, 1):
-            if stop is not None and at >= stop:
+        for number, line in enumerate(iter(functools.partial(file.readline, max_bytes + 1), b""), 1):
+            if at >= end:
                 return
             at += len(line)
+            if len(line) > max_bytes:
+                yield Broken(f"{path}, line {number + _lines(path, start)}: it has more than {records.most(max_bytes)}")
+                at += 0 if line.endswith(b"\n") else _skip_line(file, sys.maxsize)
+                continue
             if number == 1 and not start:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.isspace():
                 continue
             try:
-                yield _of_record(json.loads(line.decode("utf-8")), fields)
+                yield records.document(json.loads(line.decode("utf-8")), fields)
             except (RecursionError, ValueError) as error:
-                yield Broken(f"{path}, line {number + _lines(path, start)}: {_reason(error)}")
+                yield Broken(f"{path}, line {number + _lines(path, start)}: {records.reason(error)}")
+
+
+def _skip_line(file, limit: int) -> int:
+    """Reads on behind the end of the line, at most `limit` bytes; returns how many bytes were read."""
+    skipped = 0
+    while piece := file.readline(min(compressed.BUFFER, limit - skipped)):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _lines(path: str, stop: int) -> int:
@@ -150,142 +218,3 @@ def _lines(path: str, stop: int) -> int:
                 found += block.count(b"\n")
                 stop -= len(block)
     return found
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8: byte 0x{error.object[error.start]:02x}, {error.start + 1} from its start"
-    if isinstance(error, UnicodeEncodeError):
-        return "half of a surrogate pair is no character"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at character {error.pos + 1}"
-    return str(error)
-
-
-def _parquet(path: str, fields: Fields) -> Iterator[Text | Broken]:
-    pyarrow = _library("pyarrow.parquet", path)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _columns(path, file.schema_arrow.names, fields)
-            yield from _rows(path, fields, file.iter_batches(BATCH, columns=columns))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        _stop_if_unreadable(error)
-        yield Broken(f"{path}: not Parquet: {error}")
-
-
-def _arrow(path: str, fields: Fields) -> Iterator[Text | Broken]:
-    pyarrow = _library("pyarrow.ipc", path)
-    try:
-        with pyarrow.memory_map(path) as file, pyarrow.ipc.open_stream(file) as stream:
-            columns = _columns(path, stream.schema.names, fields)
-            slices = (batch.slice(at, BATCH) for batch in stream for at in range(0, len(batch), BATCH))
-            yield from _rows(path, fields, (batch.select(columns) for batch in slices))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        _stop_if_unreadable(error)
-        yield Broken(f"{path}: not a stream of Arrow batches: {error}")
-
-
-_READERS = {"text": _text, "jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow}
-
-
-def _rows(path: str, fields: Fields, batches: Iterable) -> Iterator[Text | Broken]:
-    number = 0
-    for batch in batches:
-        try:
-            records = batch.to_pylist()
-        except UnicodeDecodeError:
-            records = (batch.slice(i, 1) for i in range(len(batch)))  # to find the row
-        for record in records:
-            number += 1
-            try:
-                yield _of_record(record if isinstance(record, dict) else record.to_pylist()[0], fields)
-            except ValueError as error:
-                yield Broken(f"{path}, row {number}: {_reason(error)}")
-
-
-def _stop_if_unreadable(error: Exception) -> None:
-    """Raises what the operating system reports again; the library's own OSErrors have no number."""
-    if isinstance(error, OSError) and error.errno is not None:
-        raise error
-
-
-def _columns(path: str, names: list[str], fields: Fields) -> list[str]:
-    """The columns to read of a table; ValueError where it lacks one."""
-    wanted = {name if name in names else name.split(".")[0] for name in (fields.text, fields.label) if name is not None}
-    if wanted - set(names):
-        raise ValueError(f"{path} has no column {', '.join(wanted - set(names))}; it has {', '.join(names)}")
-    return [name for name in names if name in wanted]
-
-
-def _of_record(record, fields: Fields) -> Text:
-    """The document of a record; null is no text."""
-    text = _field(record, fields.text)
-    if not isinstance(text, str | None):
-        raise ValueError(f"the field {fields.text!r} is no text but {type(text).__name__}")
-    label = None if fields.label is None else _field(record, fields.label)
-    return Text((text or "").encode("utf-8"), None if label is None else str(label))
-
-
-def _field(record, name: str):
-    if isinstance(record, Mapping) and name in record:
-        return record[name]
-    for part in name.split("."):
-        if not isinstance(record, Mapping) or part not in record:
-            has = f"has {', '.join(map(repr, record))}" if isinstance(record, Mapping) else "is no record"
-            raise ValueError(f"there is no field {name!r}; what should hold {part!r} {has}")
-        record = record[part]
-    return record
-
-
-def _opened(path: str) -> contextlib.AbstractContextManager[io.BufferedIOBase]:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".zst"):
-        return io.BufferedReader(_Blocks(_unpacked(path)), 2**20)
-    return open(path, "rb", 2**20)
-
-
-def _unpacked(path: str) -> Iterator[bytes]:
-    """Blocks of a .zst file; zlib.error where it is broken or cut short, which the library's own reader passes over."""
-    zstandard = _library("zstandard", path)
-    with open(path, "rb") as file:
-        frame = None
-        while packed := file.read(2**17):
-            while packed:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    yield frame.decompress(packed)
-                except zstandard.ZstdError as error:
-                    raise zlib.error(str(error)) from error
-                packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise zlib.error("it ends within a frame")
-
-
-class _Blocks(io.RawIOBase):
-    """The file whose content is the given blocks."""
-
-    def __init__(self, blocks: Iterator[bytes]):
-        self._blocks = blocks
-        self._left = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._left:
-            block = next(self._blocks, None)
-            if block is None:
-                return 0
-            self._left = memoryview(block)
-        size = min(len(buffer), len(self._left))
-        buffer[:size], self._left = self._left[:size], self._left[size:]
-        return size
-
-
-def _library(name: str, path: str):
-    """The package of a module, the module loaded."""
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise ImportError(f"{path} needs the library {name.partition('.')[0]}; pip install 'hybrid_attn[data]'") from error

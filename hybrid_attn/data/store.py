@@ -9,7 +9,6 @@ Files are read through TensorStore's key-value stores, so a path may be a URL su
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ PLAN = "plan.json"  # of a store that is being prepared
 DTYPES = ("<u2", "<u4")
 BLOCK = 2**24  # bytes read at a time to take a checksum
 CURE = "copy the file again, or prepare the store again"
+MAX_COUNT = 2**48  # documents or tokens of a shard; sums of them stay far from 2^63
 INDEX = {"lengths": np.dtype("<i8"), "hashes": np.dtype("<u8"), "labels": np.dtype("<u2")}
 
 
@@ -71,7 +71,7 @@ def index_bytes(lengths: np.ndarray, hashes: np.ndarray, labels: np.ndarray) -> 
 def load(path: str, tokenizer=None) -> Documents:
     """The documents of the store at `path`; ValueError names what does not fit, or the shard that is not whole.
 
-    With a `tokenizer`, a store whose ids another one made is refused.
+    With a `tokenizer`, a store whose ids another one made is refused, and so is a read of ids that the tokenizer does not have.
     """
     files, manifest = _open(path)
     if tokenizer is not None and tokenizer.hash != manifest.tokenizer_hash:
@@ -80,10 +80,8 @@ def load(path: str, tokenizer=None) -> Documents:
             f"has hash {tokenizer.hash[:12]}; set data.tokenizer to the former, or prepare the text again with the latter"
         )
     documents = np.concatenate([[0], np.cumsum([shard.documents for shard in manifest.shards])])
-    columns = {name: np.empty(documents[-1], dtype) for name, dtype in INDEX.items()}
-    for (first, last), index in zip(itertools.pairwise(documents), _read_indices(path, files, manifest), strict=True):
-        for name, column in _columns(index, last - first).items():
-            columns[name][first:last] = column
+    shards = list(_read_indices(path, files, manifest))
+    columns = {name: np.concatenate([shard[name] for shard in shards]) for name in INDEX}
     ends = np.cumsum(columns["lengths"])
     tokens = np.concatenate([[0], np.cumsum([shard.tokens for shard in manifest.shards])])
     dtype = np.dtype(manifest.dtype)
@@ -95,7 +93,12 @@ def load(path: str, tokenizer=None) -> Documents:
             first = int(ends[i] - columns["lengths"][i] - tokens[shard]) + start
             byte_range = slice(first * dtype.itemsize, (first + stop - start) * dtype.itemsize)
             pending.append((tokens_name(shard), files.read(tokens_name(shard), byte_range=byte_range)))
-        return [np.frombuffer(_value(read, f"{path}: {name}"), dtype) for name, read in pending]
+        read = [np.frombuffer(_value(read, f"{path}: {name}"), dtype) for name, read in pending]
+        if tokenizer is not None and _largest(read) >= tokenizer.vocab_size:
+            for (name, _), (i, start, _), ids in zip(pending, spans, read, strict=True):
+                if problem := _unknown_id(ids, start, tokenizer):
+                    raise ValueError(f"{path}: {name}, document {i}: {problem}; {CURE}")
+        return read
 
     return Documents(**columns, label_names=manifest.label_names, dtype=dtype, fetch=fetch)
 
@@ -105,16 +108,60 @@ def read_manifest(path: str) -> Manifest:
     return _open(path)[1]
 
 
-def verify(path: str) -> Iterator[int]:
-    """Yields the number of each shard once its checksums agree; ValueError names the first file that was changed."""
+def verify(path: str, tokenizer=None) -> Iterator[int]:
+    """Yields the number of each shard once its files agree with the manifest; ValueError names the first that does not.
+
+    With the store's `tokenizer`, every id must be one of its, and every document must begin with bos and end with eos.
+    """
     files, manifest = _open(path)
-    for _ in _read_indices(path, files, manifest):
-        pass  # each is checked as it is read
-    for i, shard in enumerate(manifest.shards):
+    for i, (shard, index) in enumerate(zip(manifest.shards, _read_indices(path, files, manifest), strict=True)):
         (name, wanted, size), _ = _files_of(i, shard, manifest)
+        what, problems = f"{path}: {name}", []
         ranges = (slice(at, min(at + BLOCK, size)) for at in range(0, size, BLOCK))
-        _check_sum(path, name, wanted, (_value(files.read(name, byte_range=x), f"{path}: {name}") for x in ranges))
+        blocks = (_value(files.read(name, byte_range=x), what) for x in ranges)
+        if tokenizer is not None:
+            blocks = _inspected(blocks, np.dtype(manifest.dtype), index["lengths"], tokenizer, problems)
+        _check_sum(path, name, wanted, blocks)
+        if problems:
+            raise ValueError(f"{what}: {problems[0]}; {CURE}")
         yield i
+
+
+def _inspected(blocks: Iterable[bytes], dtype: np.dtype, lengths: np.ndarray, tokenizer, problems: list) -> Iterator[bytes]:
+    """The `blocks` of a shard's tokens; to `problems` goes what does not fit the lengths of its documents and the tokenizer."""
+    ends = np.cumsum(lengths)
+    marks = [(tokenizer.bos, ends - lengths), (tokenizer.eos, ends - 1)]
+    first = 0
+    for block in blocks:
+        yield block
+        ids = np.frombuffer(block, dtype)
+        problems += filter(None, [_unknown_id(ids, first, tokenizer), _missing_mark(ids, first, marks)])
+        first += len(ids)
+
+
+def _largest(arrays: list[np.ndarray]) -> int:
+    """The largest of all numbers, which are not negative."""
+    if sum(map(len, arrays)) < 4096 * len(arrays):  # then copying short arrays together costs less than a call for each
+        arrays = [np.concatenate(arrays)]
+    return max((int(np.maximum.reduce(x)) for x in arrays if len(x)), default=0)
+
+
+def _unknown_id(ids: np.ndarray, first: int, tokenizer) -> str | None:
+    """What is wrong if the tokenizer lacks one of `ids`, the tokens from `first` on of a document or shard."""
+    if not len(ids) or ids.max() < tokenizer.vocab_size:
+        return None
+    at = int(np.argmax(ids >= tokenizer.vocab_size))
+    return f"token {first + at:,} has the id {int(ids[at])}, and the tokenizer's end at {tokenizer.vocab_size - 1}"
+
+
+def _missing_mark(ids: np.ndarray, first: int, marks: Iterable[tuple[int, np.ndarray]]) -> str | None:
+    """What is wrong if a mark is not at its sorted places in a shard, of which `ids` are the tokens from `first` on."""
+    for mark, places in marks:
+        here = places[slice(*np.searchsorted(places, (first, first + len(ids))))] - first
+        wrong = here[ids[here] != mark]
+        if len(wrong):
+            return f"by the index token {first + wrong[0]:,} is a document's mark {mark}, and it is {int(ids[wrong[0]])}"
+    return None
 
 
 def _check_sum(path: str, name: str, wanted: str, blocks: Iterable[bytes]) -> None:
@@ -141,17 +188,35 @@ def _open(path: str) -> tuple[tensorstore.KvStore, Manifest]:
     if found.state != "value":
         raise ValueError(f"{path} is no token store, for it has no {MANIFEST}; make one with tools/prepare_data.py")
     try:
-        values = json.loads(found.value)
-        if values["format"] != FORMAT:
-            raise ValueError(f"it has format {values['format']}, and this code reads {FORMAT}")
-        if values["dtype"] not in DTYPES:
-            raise ValueError(f"its ids are {values['dtype']!r}, and there are {' and '.join(DTYPES)}")
-        shards = tuple(Shard(**shard) for shard in values.pop("shards"))
-        if not all(isinstance(count, int) for shard in shards for count in (shard.documents, shard.tokens)):
-            raise ValueError("its counts of documents and tokens are no numbers")
-        return files, Manifest(**values | {"shards": shards, "label_names": tuple(values["label_names"])})
-    except (KeyError, TypeError, ValueError) as error:
+        return files, _manifest(json.loads(found.value))
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}/{MANIFEST} is not as it was written: {error}; {CURE}") from error
+
+
+def _manifest(values: dict) -> Manifest:
+    """The manifest of a JSON value; KeyError, TypeError or ValueError where it is none."""
+    if values["format"] != FORMAT:
+        raise ValueError(f"it has format {values['format']}, and this code reads {FORMAT}")
+    if values["dtype"] not in DTYPES:
+        raise ValueError(f"its ids are {values['dtype']!r}, and there are {' and '.join(DTYPES)}")
+    shards = tuple(Shard(**shard) for shard in values["shards"])
+    manifest = Manifest(**values | {"shards": shards, "label_names": tuple(values["label_names"])})
+    counts = [count for shard in shards for count in (shard.documents, shard.tokens)]
+    texts = [manifest.tokenizer, manifest.tokenizer_hash, *manifest.label_names]
+    texts += [text for shard in shards for text in (shard.tokens_sha256, shard.index_sha256)]
+    for ok, what in (
+        (all(type(count) is int for count in counts), "its counts of documents and tokens are no numbers"),
+        (all(isinstance(text, str) for text in texts), "its names and checksums are no texts"),
+        (isinstance(values["label_names"], list), "its label_names are no list"),
+        (isinstance(manifest.summary, dict), "its summary is no object"),
+        (bool(shards), "it has no shards"),
+    ):
+        if not ok:
+            raise ValueError(what)
+    for i, shard in enumerate(shards):
+        if not 0 <= shard.documents <= shard.tokens <= MAX_COUNT:
+            raise ValueError(f"shard {i} has {shard.documents:,} documents of {shard.tokens:,} tokens, which no shard can have")
+    return manifest
 
 
 def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, str, int]]:
@@ -164,8 +229,9 @@ def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, s
     ]
 
 
-def _read_indices(path: str, files: tensorstore.KvStore, manifest: Manifest) -> Iterator[bytes]:
-    """The index of each shard; ValueError names one that was altered, and a file that is missing or has another size.
+def _read_indices(path: str, files: tensorstore.KvStore, manifest: Manifest) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of each shard's index; ValueError names an index that was altered or contradicts the manifest, and a file
+    that is missing or has another size.
 
     Of the tokens only the last one's last byte is read.
     """
@@ -180,7 +246,10 @@ def _read_indices(path: str, files: tensorstore.KvStore, manifest: Manifest) -> 
             raise ValueError(f"{path}: {name} has {first + len(value):,} bytes or more instead of {size:,}; {CURE}")
         if name.endswith(".index"):
             _check_sum(path, name, wanted, [value])
-            yield value
+            shard = manifest.shards[int(name.removeprefix("shard-").removesuffix(".index"))]
+            columns = _columns(value, shard.documents)
+            _check_index(f"{path}: {name}", columns, shard, manifest.label_names)
+            yield columns
 
 
 def _value(read: tensorstore.Future, what: str) -> bytes:
@@ -193,6 +262,21 @@ def _value(read: tensorstore.Future, what: str) -> bytes:
     if result.state != "value":
         raise ValueError(f"{what} is missing; {CURE}")
     return result.value
+
+
+def _check_index(what: str, columns: dict[str, np.ndarray], shard: Shard, label_names: tuple[str, ...]) -> None:
+    """ValueError where the documents of a shard's index are not those of the manifest."""
+    lengths, labels = columns["lengths"], columns["labels"]
+    shortest, longest = lengths.min(initial=MAX_COUNT), lengths.max(initial=0)
+    if shortest < 1 or longest > shard.tokens:
+        length = shortest if shortest < 1 else longest
+        raise ValueError(f"{what} has a document of {length:,} tokens, and the shard has {shard.tokens:,}; {CURE}")
+    # In halves, for the sum of wrong lengths may pass 2^63 and come out right.
+    tokens = (int((lengths >> 24).sum()) << 24) + int((lengths & (2**24 - 1)).sum())
+    if tokens != shard.tokens:
+        raise ValueError(f"{what} has {tokens:,} tokens, and the manifest {shard.tokens:,}; {CURE}")
+    if len(labels) and labels.max() >= len(label_names):
+        raise ValueError(f"{what} has the label {labels.max()}, and the manifest {len(label_names)} labels from 0; {CURE}")
 
 
 def _columns(index: bytes, documents: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from hybrid_attn import config
 from hybrid_attn.config import HOPS, QUERIES
-from hybrid_attn.data.rows import ARRAYS
+from hybrid_attn.data.rows import ARRAYS, check_len
 from hybrid_attn.data.tokenizer import Bytes
 
 QUERY = ord("?")
@@ -48,6 +48,7 @@ class SyntheticRows:
     """
 
     def __init__(self, task: Task, seq_len: int, seed: int | None):
+        check_len(seq_len)
         self.task, self.seq_len = task, seq_len
         self._heldout = seed is None
         self.shortest = seq_len if seed is None else seq_len // 2

@@ -31,6 +31,10 @@ EOS_TOKENS = (
 )
 
 
+MAX_IDS = 2**24  # of a vocabulary: there are tables of all ids
+PROBE = "~é東🙂"  # characters of one to four bytes of UTF-8, of which a vocabulary may lack some
+
+
 class Bytes:
     """Ids 0 to 255 are the bytes themselves; 256 begins a document and 257 ends it."""
 
@@ -58,18 +62,23 @@ class Bytes:
 class Json:
     """A `tokenizer.json` whose own special tokens never come out of text, however the text is spelled.
 
+    ValueError where it would drop characters or encode one text in several ways.
+
     `byte_lengths` [vocab_size] counts the space that some tokenizers put before a text as a byte of its first piece. `hash`
     is SHA-256 of what the file says about ids: neither its layout nor its truncation and padding, which nobody applies.
     """
 
     def __init__(self, path: str):
         self._tokenizer, state = _read_json(path)
-        decoder = json.dumps(state["decoder"], ensure_ascii=False)
+        decoder = json.dumps(state.get("decoder"), ensure_ascii=False)
         self.hash = _hash(state)
         vocab = self._tokenizer.get_vocab()
-        self.vocab_size = max(vocab.values()) + 1  # the ids may have holes, so their number is not enough
+        self.vocab_size = max(vocab.values(), default=0) + 1  # the ids may have holes, so their number is not enough
+        if self.vocab_size > MAX_IDS:
+            raise ValueError(f"{path} has the id {self.vocab_size - 1}, and {MAX_IDS - 1} is the largest that is read")
         self.bos = _first_known(vocab, BOS_TOKENS, path, "begins")
         self.eos = _first_known(vocab, EOS_TOKENS, path, "ends")
+        _check_exact(self._tokenizer, state, path)
         added = self._tokenizer.get_added_tokens_decoder()
         self._specials = {i for i, token in added.items() if token.special} | {self.bos, self.eos}
         self.byte_lengths = np.zeros(self.vocab_size, np.int64)
@@ -88,8 +97,8 @@ class Json:
         return [np.array(x.ids, np.int32) for x in encoded]
 
     def decode(self, ids) -> str:
-        """The text of `ids`; special tokens are skipped and invalid UTF-8 becomes U+FFFD."""
-        return self._tokenizer.decode([int(i) for i in ids if int(i) not in self._specials])
+        """The text of `ids`; special and unknown ones are skipped and invalid UTF-8 becomes U+FFFD."""
+        return self._tokenizer.decode([int(i) for i in ids if 0 <= int(i) < self.vocab_size and int(i) not in self._specials])
 
 
 def load(name: str) -> Bytes | Json:
@@ -130,12 +139,33 @@ def _read_json(path: str):
         with open(path, encoding="utf-8") as file:
             text = file.read()
         tokenizer = tokenizers.Tokenizer.from_str(text)
+        state = json.loads(text)
+    except OSError:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"the tokenizer {path!r} is not a tokenizer.json: {error}") from error
     tokenizer.no_truncation()  # files saved for fine-tuning carry both, and a document must come through whole
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "</s>" in a text is four characters of the text, not its end
-    return tokenizer, json.loads(text)
+    return tokenizer, state
+
+
+def _check_exact(tokenizer, state: dict, path: str) -> None:
+    """ValueError where a `tokenizer.json` encodes at random, cannot decode, or drops characters without a token."""
+    dropout = state["model"].get("dropout")
+    if dropout:
+        raise ValueError(f"{path} has dropout={dropout}, so it encodes a text in many ways; set its model.dropout to null")
+    if state.get("decoder") is None:
+        raise ValueError(f"{path} has no decoder, so its ids are no text again; give it the one of its kind, such as ByteLevel")
+    for character in PROBE:
+        kept = tokenizer.normalizer is None or tokenizer.normalizer.normalize_str(character)
+        try:
+            ids = tokenizer.encode(character, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} cannot encode {character!r}: {error}; give its model an unk_token") from error
+        if kept and (not ids or "\ufffd" in tokenizer.decode(ids)):
+            cure = "use a vocabulary of all bytes, byte_fallback or an unk_token"
+            raise ValueError(f"{path} drops the character {character!r}, or bytes of it, without a token; {cure}")
 
 
 def _hash(state: dict) -> str:

@@ -1,0 +1,49 @@
+"""What a store holds: counted while it is prepared, kept in its manifest, printed by the tools."""
+
+from collections.abc import Iterator
+
+
+def summary(counts: list[dict], parts: list[dict], names: list[str]) -> dict:
+    """The summary of a store, from the `counts` of its shards and what was skipped in the `parts`; `names` are its labels."""
+    duplicates = sum(x["duplicates"] for x in counts)
+    by_label = {what: sum(x["labels"][what] for x in counts) for what in ("documents", "tokens", "bytes")}
+    lengths = sum(x["lengths"] for x in counts)
+    return {
+        **{what: int(values.sum()) for what, values in by_label.items()},
+        "skipped": skipped(parts) | {"duplicates": duplicates},
+        # A length of [2^(k - 1), 2^k) has the exponent k.
+        "lengths": {str(2 ** (k - 1)): int(count) for k, count in enumerate(lengths) if count},
+        "labels": {name: {what: int(values[i]) for what, values in by_label.items()} for i, name in enumerate(names)},
+    }
+
+
+def skipped(parts: list[dict]) -> dict[str, int]:
+    return {what: sum(part["skipped"].get(what, 0) for part in parts) for what in ("broken", "empty", "binary")}
+
+
+def lines(summary: dict) -> list[str]:
+    """A summary as a person reads it; ValueError where it is not one."""
+    try:
+        return list(_lines(summary))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the summary in the manifest is not as it was written: {error!r}; prepare the store again") from error
+
+
+def _lines(summary: dict) -> Iterator[str]:
+    yield f"documents    {summary['documents']:,}, of {summary['bytes']:,} bytes"
+    yield f"tokens       {summary['tokens']:,}, {_ratio(summary):.3f} bytes each, marks included"
+    yield f"skipped      {', '.join(f'{count:,} {what}' for what, count in summary['skipped'].items())}"
+    for label, values in summary["labels"].items():
+        share = values["tokens"] / summary["tokens"]
+        yield (
+            f"label        {label}: {values['documents']:,} documents, {values['tokens']:,} tokens ({share:.1%}), "
+            f"{_ratio(values):.3f} bytes each"
+        )
+    most = max(summary["lengths"].values())
+    for first, count in summary["lengths"].items():
+        bar = "#" * min(40, -(-40 * count // most))
+        yield f"length       {f'{int(first):,} to {2 * int(first) - 1:,}':>27}  {count:>11,}  {bar}"
+
+
+def _ratio(values: dict) -> float:
+    return values["bytes"] / max(1, values["tokens"])  # copies may have been all that a label had
