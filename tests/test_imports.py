@@ -16,7 +16,8 @@ ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
 ALLOWED |= {room: set() for room in ("programs", "checksums", "files")}
 ALLOWED["checkpoint"] |= {"checksums"}
-ALLOWED["infer"] |= {"data", "checkpoint"}
+ALLOWED["convert"] |= {"files"}
+ALLOWED["infer"] |= {"data", "checkpoint", "files"}
 ALLOWED["evals"] |= {"data", "files"}
 ALLOWED["train"] |= {"data", "checkpoint"}
 

@@ -27,6 +27,7 @@ CONFIG = config_flags.DEFINE_config_file("config", str(BASE), "Everything but th
 
 
 def import_model() -> None:
+    hf.library()  # better now than after what is read
     described = hf.read_config(MODEL.value)
     model = families.model_of(described)
     values = CONFIG.value.to_dict() | {"model": config.to_dict(model)}

@@ -181,7 +181,9 @@ def _graph(model: Model) -> nnx.GraphDef:
 
 def matrices(model: Model) -> dict:
     """The part of the tree of parameters that is multiplied with activations in their dtype (`Matrix`)."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda key: LM(model, rngs=nnx.Rngs(params=key)), jax.random.key(0)), Matrix))
+    return nnx.to_pure_dict(
+        nnx.state(nnx.eval_shape(lambda key: LM(model, rngs=nnx.Rngs(params=key)), jax.random.key(0)), Matrix)
+    )
 
 
 def init(model: Model, key: jax.Array) -> dict:
