@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import json
 import logging
 import os
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 
 LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what network disks answer that have none
+JSON_BYTES = 2**26  # the index of a model of 700B parameters takes 9 MB
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -130,3 +132,22 @@ class Appended:
         os.close(self._number)
         self._open()
         return True
+
+
+def read_object(path: Path) -> dict:
+    """The object that a JSON file holds; ValueError with its name if there is none, or if it is too large or too deep."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} has no {path.name}")
+    try:
+        if not path.is_file():  # a pipe would keep its reader waiting
+            raise ValueError("it is no file")
+        if path.stat().st_size > JSON_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, and at most {JSON_BYTES:,} are read")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as cause:
+        raise ValueError(f"{path} is nested too deeply to be read") from cause
+    except (OSError, ValueError) as cause:
+        raise ValueError(f"{path} is not JSON: {cause}") from cause
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object and holds a {type(values).__name__}")
+    return values

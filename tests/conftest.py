@@ -90,13 +90,15 @@ def tool(name: str, folder: str = "tools", **replaced):
     before = set(flags.FLAGS)
     spec = importlib.util.spec_from_file_location(f"{name}_tool", Path(__file__).parents[1] / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        for path, other in {**replaced, spec.name: module}.items():
-            patch.setitem(sys.modules, path, other)
-        spec.loader.exec_module(module)
-        yield module
-    for flag in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, flag)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for path, other in {**replaced, spec.name: module}.items():
+                patch.setitem(sys.modules, path, other)
+            spec.loader.exec_module(module)
+            yield module
+    finally:
+        for flag in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, flag)
 
 
 def tensorboard_events(workdir: Path) -> list[event_pb2.Event]:

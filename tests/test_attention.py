@@ -1,5 +1,6 @@
 """What a layer of each kind sees, and how positions, norms, temperatures, sinks and gates enter, against plain NumPy."""
 
+import dataclasses
 import functools
 import math
 
@@ -172,6 +173,16 @@ def test_yarn_multiplies_rotated_queries_and_keys_by_its_attention_factor():
     np.testing.assert_array_equal(scaled[..., 6:], x[..., 6:])
 
 
+@pytest.mark.parametrize(
+    "original_len, dims, theta, stretched",  # from which pair on transformers 5.23 divides by the factor
+    [(2, 32, 1e4, 16), (10**9, 8, 100.0, 0), (5, 8, 1e4, 1)],  # ramps from 0 to -1, from 13 to 7, from 0 to 0
+)
+def test_a_yarn_ramp_whose_ends_cross_is_that_of_the_library(original_len, dims, theta, stretched):
+    got, _ = rope_frequencies(theta, dims, scaling("yarn", original_len=original_len, high=32.0))
+    plain = theta ** (-np.arange(0, dims, 2) / dims)
+    np.testing.assert_allclose(got, np.where(np.arange(dims // 2) < stretched, plain, plain / 8), rtol=1e-12)
+
+
 def rotate_by_hand(x, positions, frequencies, rope_layout):
     """x [T, heads, H] in float64: pairs of dimensions as complex numbers, turned by position times frequency."""
     x, R = np.array(x, np.float64), len(frequencies)
@@ -221,6 +232,18 @@ def test_scores_of_rotated_queries_and_keys_depend_on_distance_alone(type):
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
     assert abs(score(9, 4) - score(9, 1)) > 0.05
+
+
+def test_a_single_pair_is_rotated_in_a_row_of_its_own_and_with_one_head():
+    """Alone and in a batch, because a dimension of 1 hides from JAX how an array is split."""
+    fields = {"model.num_heads": 1, "model.num_kv_heads": 1, "model.head_dim": 2}
+    model = tiny(fields, L={"rope_theta": 100.0}, G={"rope_theta": 100.0}).model
+    params, tokens = random_params(model), np.random.default_rng(9).integers(0, 384, (2, T), np.int32)
+    positions, segments = np.tile(np.arange(T, dtype=np.int32), (2, 1)), np.ones((2, T), np.int32)
+    both = run(model, params, tokens, positions, segments)
+    assert_close(run(model, params, tokens[:1], positions[:1], segments[:1]), both[:1], 1e-5)
+    halves = dataclasses.replace(model, rope_layout="half")  # of a single pair the layouts are the same
+    assert_close(run(halves, params, tokens, positions, segments), both, 1e-5)
 
 
 def norm_by_hand(x, kind, weight, eps, axes):

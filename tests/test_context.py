@@ -98,6 +98,19 @@ def test_chunks_of_a_document_stay_apart(scheme):
     assert_as_on_one_device(scheme, True, chunk=11)
 
 
+@pytest.mark.parametrize("start", [85, 11 * 10**6 + 4])
+def test_documents_whose_positions_begin_anywhere_stay_apart_where_layers_have_chunks(start, one_device):
+    """Against the same documents cut at the chunks by hand."""
+    q, k, v, do, pos, seg, _ = arrays()
+    begins = np.where(seg % 2 == 1, start, 3)
+    chunks = np.int64(seg) * 2**32 + (pos + begins) // 11
+    own = np.where(seg > 0, 1 + np.unique(chunks, return_inverse=True)[1].reshape(chunks.shape), 0).astype(np.int32)
+    static = {"softcap": None, "kernel": "blocked", "scheme": "gather"}
+    found = value_and_grads(q, k, v, do, (pos + begins).astype(np.int32), seg, None, False, window=None, chunk=11, **static)
+    wanted = value_and_grads(q, k, v, do, pos, own, None, False, window=11, chunk=None, **static)
+    assert_close(found, wanted, 2e-6)
+
+
 @pytest.mark.parametrize("sizes", [{"context": 3}, {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 8}], ids=str)
 @pytest.mark.parametrize("scheme", context.SCHEMES)
 def test_it_holds_beside_other_axes_and_for_odd_numbers_of_shards(scheme, sizes):

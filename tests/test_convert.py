@@ -4,11 +4,14 @@
 """
 
 import dataclasses
+import errno
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -17,9 +20,10 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from conftest import RUN, mesh_of, on_mesh, random_params, tiny
+from absl.testing import flagsaver
+from conftest import RUN, mesh_of, on_mesh, random_params, tiny, tool
 
-from hybrid_attn import checkpoint, config
+from hybrid_attn import checkpoint, config, programs
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import apply, flops, logits
 from hybrid_attn.train import loop
@@ -226,7 +230,24 @@ def test_an_ntk_stretch_is_written_as_the_theta_that_it_is():
         ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0, which must be"),
         ("afmoe", {"layer_types": None, "global_attn_every_n_layers": ""}, "global_attn_every_n_layers='', which must be"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "value of the wrong type or size"),
-        ("llama", {"intermediate_size": 20.5}, "model.d_ff=20.5 must be of type int"),
+        ("llama", {"intermediate_size": 20.5}, "intermediate_size=20.5, which must be a whole number"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, which must be at most 1,024"),
+        ("llama", {"num_hidden_layers": -1}, "num_hidden_layers=-1, which must be a whole number above 0"),
+        ("llama", {"vocab_size": 10**30}, "vocab_size=10+, which must be at most 67,108,864"),
+        ("llama", {"num_key_value_heads": 0}, "num_key_value_heads=0, which must be a whole number above 0"),
+        ("llama", {"head_dim": "8"}, "head_dim='8', which must be a whole number above 0"),
+        ("llama", {"rms_norm_eps": 10**400}, "value of the wrong type or size"),
+        ("llama", {"rms_norm_eps": [0] * 10**5}, r"^model.norm_eps=\[0, 0.{500,600}$"),
+        (
+            "olmo3",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "type='linear', which the library of olmo3 does not apply",
+        ),
+        (
+            "gemma3_text",
+            {"rope_scaling": {"type": "yarn"}},
+            "type='yarn', which the library of gemma3_text does not apply; call",
+        ),
         ("cohere2", {"attention_bias": True}, "attention_bias=True; of cohere2, only attention_bias=False"),
         ("cohere2", {"hidden_act": "relu2"}, "activation 'relu2'; known: silu"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -240,6 +261,28 @@ def test_a_config_that_is_not_ours_is_refused_with_its_field(case, fields, messa
     values = {**hf.read_config(GOLDEN[case]), **fields}
     with pytest.raises(ValueError, match=message):
         families.model_of({key: x for key, x in values.items() if x is not None})
+
+
+def test_layers_of_olmo3_are_what_its_library_makes_of_a_pattern():
+    """It reads no `sliding_window_pattern` there: every fourth layer is full."""
+    values = {key: x for key, x in hf.read_config(GOLDEN["olmo3"]).items() if key != "layer_types"}
+    assert families.model_of(values | {"sliding_window_pattern": 2}) == families.model_of(values)
+
+
+def test_key_value_heads_that_are_null_are_as_many_as_heads():
+    """Where a config.json is silent, smollm3 has four; where it says null, its library takes all heads."""
+    values = hf.read_config(GOLDEN["smollm3"])
+    assert families.model_of(values | {"num_key_value_heads": None}).num_kv_heads == values["num_attention_heads"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_heads_that_do_not_divide_the_width_are_not_exported_to_a_library_that_wants_it(model_type):
+    model = families.model_of(hf.read_config(GOLDEN[model_type]))
+    model = dataclasses.replace(model, d_model=model.num_heads * 7 + 1, num_kv_heads=model.num_heads)
+    if model.embed_scale != 1.0:
+        model = dataclasses.replace(model, embed_scale=model.d_model**0.5)
+    with pytest.raises(ValueError, match=f"model.d_model: {model.d_model} -> a multiple of model.num_heads={model.num_heads}"):
+        families.config_json(model, model_type, 64)
 
 
 def test_every_tensor_that_does_not_fit_is_named_at_once(exported):
@@ -457,6 +500,158 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(ValueError, match="out exists and is not an empty directory"), hf.new_directory(tmp_path / "out"):
         pass
+
+
+def test_an_empty_directory_a_link_and_a_mount_point_are_filled_where_they_are(tmp_path, monkeypatch):
+    """A mount point cannot be renamed over: here, no directory can."""
+    rename = Path.rename
+
+    def busy(path, target):
+        if Path(target).is_dir():
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mount")
+    with pytest.raises(KeyboardInterrupt), hf.new_directory(tmp_path / "mount") as directory:
+        raise KeyboardInterrupt
+    with hf.new_directory(tmp_path / "link") as directory:
+        (directory / "config.json").write_text("x")
+        (directory / "0").mkdir()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "mount").iterdir()) == ["0", "config.json"]
+    (tmp_path / "nowhere").symlink_to(tmp_path / "later")
+    with hf.new_directory(tmp_path / "nowhere") as directory:
+        (directory / "x").write_text("x")
+    assert (tmp_path / "later" / "x").is_file()
+    with pytest.raises(ValueError, match="--out is empty"), hf.new_directory(""):
+        pass
+
+
+def test_work_that_cannot_be_put_in_place_is_kept_and_named(tmp_path):
+    with pytest.raises(OSError, match=r"out could not be made .*; all that was to be in it is in (\S+)") as error:
+        with hf.new_directory(tmp_path / "out") as directory:
+            (directory / "work").write_text("x")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "taken").write_text("x")
+    kept = Path(str(error.value).rpartition(" ")[2])
+    assert kept == directory and (kept / "work").read_text() == "x"
+
+
+def test_a_disk_that_is_full_is_a_line_and_nothing_is_left(tmp_path, one_device, monkeypatch):
+    params, described = random_params(HYBRID), families.config_json(HYBRID, "cohere2", 64)
+
+    def export():
+        with hf.new_directory(tmp_path / "out") as directory:
+            hf.write(directory, HYBRID, described, shapes_of(HYBRID), hf.by_period(params), "float32", 30_000)
+
+    def full(arrays, path, **_):
+        Path(path).write_bytes(b"half")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+        with pytest.raises(OSError, match="[0-9,]{6,} bytes of tensors do not fit: 1,000 are free at .*; free some space"):
+            export()
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="model-00001-of-0000..safetensors could not be written: .*No space left on device"):
+        export()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_file_is_not_opened(exported):
+    """A pipe would keep its reader waiting; a file of any size would be read whole."""
+    (exported / "model.safetensors").unlink()
+    os.mkfifo(exported / "model.safetensors")
+    with pytest.raises(ValueError, match="has no model.safetensors"):
+        read(exported)
+    os.truncate(exported / "config.json", 10**11)
+    with pytest.raises(ValueError, match="config.json is not JSON: it has 100,000,000,000 bytes"):
+        read(exported)
+    (exported / "config.json").unlink()
+    os.mkfifo(exported / "config.json")
+    with pytest.raises(ValueError, match="config.json is not JSON: it is no file"):
+        read(exported)
+
+
+def test_tensors_beyond_counting_are_named_in_part(exported):
+    edit_tensors(exported, lambda arrays: arrays.update({f"x.{i}": np.zeros(1, np.float32) for i in range(5000)}))
+    with pytest.raises(ValueError, match="  and 4,980 more$"):
+        read(exported)
+
+
+@pytest.fixture
+def tools(capsys):
+    """Runs a tool of tools/ in this process; gives its exit status, its stdout and its stderr."""
+
+    def call(name, *arguments):
+        status = 0
+        with tool(name) as module, flagsaver.flagsaver():
+            try:
+                module.main(programs.parse([f"{name}.py", *arguments]))
+            except SystemExit as end:
+                status = end.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def save_run(workdir, seed):
+    """A run of HYBRID as training leaves it; gives its parameters."""
+    params = random_params(HYBRID, seed)
+    c = config.to_dict(tiny()) | {"model": config.to_dict(HYBRID)}
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=1, every=1)
+    checkpoints.save(3, {"params": params}, {"stage_steps": [3], "stage": {"tokenizer": "bytes"}}, c, wait=True)
+    checkpoints.close()
+    return params
+
+
+def test_a_workdir_of_any_name_is_exported_to_a_place_of_any_name(tools, tmp_path, one_device):
+    """Beside a run whose name is what its own would be decoded to."""
+    save_run(tmp_path / "a b", seed=1)
+    workdir, out = tmp_path / "a%20b", tmp_path / "out#1?%20"
+    params = save_run(workdir, seed=2)
+    for given in (workdir, workdir / "checkpoints"):
+        status, said, err = tools("export_hf", f"--checkpoint={given}", f"--out={out}")
+        assert status == 0 and said.startswith(f"{out}: Cohere2ForCausalLM"), err
+        assert_same(read(out)[1], params)
+        shutil.rmtree(out)
+    workdir.rename(tmp_path / "a#b?é")
+    workdir = tmp_path / "a#b?é"
+    assert tools("export_hf", f"--checkpoint={workdir}", f"--out={out}")[0] == 0
+    assert_same(read(out)[1], params)
+    status, _, err = tools("export_hf", f"--checkpoint={tmp_path / 'none'}", f"--out={out}")
+    assert status == 2 and "none is no directory; name a run's workdir" in err and err.count("\n") == 1
+    status, _, err = tools("export_hf", f"--checkpoint={workdir}", f"--out={out}", "--step=4")
+    assert status == 2 and "has no complete checkpoint of step 4; it has 3" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.typo=1", "typo"),
+        ("more", "'more' is no flag"),
+        ("--out=", "--out is empty; name a new directory"),
+    ],
+)
+def test_wrong_words_of_an_import_are_a_line(tools, exported, tmp_path, monkeypatch, argument, message):
+    arguments = [f"--model={exported}", f"--out={tmp_path / 'ours'}", argument]
+    monkeypatch.setattr(sys, "argv", ["import_hf.py", *arguments])
+    status, out, err = tools("import_hf", *arguments)
+    assert (status, out) == (2, "") and message in err and err.count("\n") == 1, err
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+
+
+@pytest.mark.parametrize("name", ["import_hf", "export_hf"])
+def test_without_the_library_the_flags_are_there_and_a_run_says_what_to_install(name, exported, tools, tmp_path, monkeypatch):
+    for module in ("safetensors", "safetensors.numpy"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "hybrid_attn.convert.hf")
+    monkeypatch.delattr("hybrid_attn.convert.hf")
+    status, _, err = tools(name, f"--{'model' if name == 'import_hf' else 'checkpoint'}={exported}", f"--out={tmp_path / 'x'}")
+    assert status == 2 and err == "error: Hugging Face files need the library safetensors: pip install 'hybrid_attn[hf]'\n"
 
 
 def run_tool(name, *args):

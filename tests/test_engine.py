@@ -62,6 +62,18 @@ def test_greedy_answers_are_what_the_forward_pass_finds_most_likely(engine):
     assert 0 < timing.first_token_s and timing.prefill_s > 0 and timing.decode_s > 0
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_numbers_end_answers_and_scores(engine, monkeypatch, bad):
+    spoilt = engine.weights | {"embed": engine.weights["embed"] + jnp.asarray(bad, engine.weights["embed"].dtype)}
+    told = []
+    monkeypatch.setattr(engine, "weights", spoilt)
+    with pytest.raises(FloatingPointError, match="prompt 1: the log-probability of token 0 is nan; .* earlier step"):
+        engine.generate(PROMPTS[:2], NEW, on_tokens=lambda row, ids: told.extend(ids))
+    assert not told
+    with pytest.raises(FloatingPointError, match="prompt [01]: the log-probability of token [14] is nan"):
+        engine.score(PROMPTS[:2], [[1, 2], [3]])
+
+
 def test_drawn_answers_do_not_depend_on_the_batch(engine):
     sampling, seeds = Sampling(temperature=1.0, top_k=50), [5, 6, 7, 8, 9, 10, 11]
     together = engine.generate(PROMPTS, NEW, sampling=sampling, seeds=seeds)

@@ -52,9 +52,9 @@ def whole(model, params, rows, run=REFERENCE):
 def in_pieces(model, params, rows, pieces, capacity, quantised=False, run=REFERENCE):
     """The same through the cache, `pieces` tokens at a time one piece after the other."""
     context = jax.sharding.get_mesh().shape["context"]
-    weights = jax.jit(functools.partial(unstacked, model, dtype=jnp.float32))(params)
+    weights = jax.jit(functools.partial(unstacked, model, dtype=run.dtype))(params)
     span = max(pieces) // context
-    cache = caches.empty(model, len(rows), capacity, max(pieces), jnp.dtype("float32"), quantised)
+    cache = caches.empty(model, len(rows), capacity, max(pieces), run.dtype, quantised)
     found, read = [[] for _ in rows], np.zeros(len(rows), int)
 
     @jax.jit
@@ -91,6 +91,21 @@ def test_rows_in_pieces_are_the_rows(name, pieces, run, one_device):
     rows = rows_of(sum(pieces), 3, W, W + 1, 17)
     found, _ = in_pieces(model, params, rows, pieces, capacity=64)
     assert_close(found, whole(model, params, rows), 1e-5)
+
+
+def test_leaves_are_as_precise_in_the_cache_as_in_the_forward_pass(one_device):
+    """In bfloat16, with sinks and temperatures that it cannot hold: rounded, they would shift what every token sees."""
+    model = tiny({"model.block": "pre"}, L={"window": W, "sink": True}, G={"sink": True, "temperature.type": "learned"}).model
+    params, rows, pieces = random_params(model), rows_of(29, 17), [16, 8, 1, 1, 1, 1, 1]
+    for layer in params["periods"].values():
+        attention = layer["attention"]
+        attention["sink"] = jnp.full_like(attention["sink"], 129.45)  # bfloat16: 129
+        attention["v"] = 100 * attention["v"]
+    params["periods"]["G1"]["attention"]["temperature"] += 40.11
+    run = REFERENCE._replace(dtype=jnp.dtype("bfloat16"))
+    found, _ = in_pieces(model, params, rows, pieces, 64, run=run)
+    wanted = whole(model, params, rows, run)
+    assert_close(found, wanted, 1e-2)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The tool that answers: what it gives the engine, what it prints and what it refuses. The engine here knows one answer."""
 
+import errno
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ import pytest
 from absl.testing import flagsaver
 from conftest import mesh_of, random_params, tiny
 
-from hybrid_attn import checkpoint, config
+from hybrid_attn import checkpoint, config, files
 from hybrid_attn.infer.compress import Compression
 from hybrid_attn.infer.engine import TOKENS_AT_ONCE, Generated, Timing
 from hybrid_attn.infer.sampling import GREEDY, Sampling
@@ -36,6 +37,8 @@ class Engine:
         if options["seeds"][0] == 13:
             options["on_tokens"](0, list(REPLY[:3]))
             raise KeyboardInterrupt
+        if options["seeds"][0] == 14:
+            raise FloatingPointError("prompt 0: the log-probability of token 0 is nan")
         tokens = REPLY[:max_new_tokens]
         for row in range(len(prompts)):
             for at in range(0, len(tokens), 3):
@@ -185,6 +188,13 @@ def test_what_cannot_be_answered_is_a_line(run, arguments, message):
     [
         ("\n", "in.jsonl has no lines"),
         ('{"prompt": "a"}\n{"prompt"\n', "in.jsonl:2 is not JSON: "),
+        (
+            '{"prompt": "a"}\n{"prompt": "b", "score": NaN}\n',
+            "in.jsonl:2 has a value that JSON in UTF-8 cannot hold: Out of range",
+        ),
+        ('{"prompt": "a"}\n{"prompt": "b", "x": ["\\ud800"]}\n', "in.jsonl:2 has a value that JSON in UTF-8 cannot hold: "),
+        ('{"prompt": "\\udcff"}\n', "in.jsonl:1 has a value that JSON in UTF-8 cannot hold: "),
+        ('{"prompt": "a", "x": %s}\n' % ("[" * 100_000), "in.jsonl:1 is nested too deeply to be read"),
         ('["a"]\n', 'in.jsonl:1 has no text under "prompt"'),
         ('{"prompt": "a", "question": 3}\n', 'in.jsonl:1 has something else than text under "question"'),
         ('{"prompt": "a"}\n{"prompt": ""}\n', "prompt 2 of 2 is empty"),
@@ -192,8 +202,44 @@ def test_what_cannot_be_answered_is_a_line(run, arguments, message):
 )
 def test_files_that_are_not_prompts_are_refused_by_line(run, tmp_path, content, message):
     (tmp_path / "in.jsonl").write_text(content)
-    status, out, err = run(f"--prompts={tmp_path / 'in.jsonl'}")
+    (tmp_path / "out.jsonl").write_text("earlier answers")
+    status, out, err = run(f"--prompts={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}")
     assert (status, out) == (2, "") and message in err and err.count("\n") == 1, err
+    assert (tmp_path / "out.jsonl").read_text() == "earlier answers"
+
+
+def test_what_is_not_utf8_is_refused_before_the_model_is_read(run, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    for arguments in ([f"--prompts={tmp_path / 'in.jsonl'}"], ["--prompt=\udcff"], ["--prompt=a", "--question=\udcff"]):
+        status, _, err = run(*arguments, directory=tmp_path / "none")
+        assert (
+            status == 2 and ("is not JSON" in err or "is not UTF-8; put the text into a file" in err) and err.count("\n") == 1
+        )
+
+
+def test_logits_that_are_not_numbers_are_a_failure_of_the_checkpoint(run, tmp_path):
+    out = tmp_path / "out.jsonl"
+    status, _, err = run("--prompt=a", "--seed=14", f"--out={out}")
+    assert status == 1 and err.startswith("error: the checkpoint of step 2 in ") and "of token 0 is nan" in err
+    assert err.count("\n") == 1 and not out.exists()
+
+
+def test_answers_that_cannot_be_written_go_to_stdout_and_the_old_ones_stay(run, tmp_path, monkeypatch):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a"}\n')
+    target.write_text("earlier answers")
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomically", full)
+        status, out, err = run(f"--prompts={source}", f"--out={target}")
+    assert status == 1 and json.loads(out)["prompt"] == "a" and target.read_text() == "earlier answers"
+    assert err == f"error: {target} could not be written (No space left on device); the answers are on stdout instead\n"
+    (tmp_path / "link").symlink_to(target)
+    assert run(f"--prompts={source}", f"--out={tmp_path / 'link'}")[0] == 0
+    assert (tmp_path / "link").is_symlink() and json.loads(target.read_text())["prompt"] == "a"
 
 
 def test_a_directory_without_a_model_is_a_line(run, tmp_path):

@@ -93,6 +93,38 @@ def test_an_imported_model_brings_its_tokenizer_and_its_ends_wherever_it_is_move
     assert loading.stop_tokens(tmp_path / "new", loaded.tokenizer) == sorted({5, 8, 9, words.eos})
 
 
+@pytest.mark.parametrize("eos", ["</s>", "7", True, -1, 2**31, 1.5, [3, None], [[3]], {"id": 3}, float("nan")])
+def test_an_end_of_answers_that_is_no_id_is_refused_with_its_file(copied, eos):
+    (copied / "companions").mkdir()
+    file = copied / "companions" / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(
+        ValueError, match="generation_config.json has eos_token_id=.*, which must be an id, a list of ids, or null"
+    ):
+        loading.stop_tokens(copied, tokenizer.Bytes())
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ('{"eos_token_id": null}', [257]),
+        ("{}", [257]),
+        ('{"eos_token_id": []}', [257]),
+        ("[]", None),
+        ("{", None),
+        ("[" * 10**5, None),
+    ],
+)
+def test_a_generation_config_may_name_no_end_and_must_be_an_object(copied, text, ids):
+    (copied / "companions").mkdir()
+    (copied / "companions" / "generation_config.json").write_text(text)
+    if ids:
+        assert loading.stop_tokens(copied, tokenizer.Bytes()) == ids
+    else:
+        with pytest.raises(ValueError, match="generation_config.json (must hold an object|is not JSON|is nested too deeply)"):
+            loading.stop_tokens(copied, tokenizer.Bytes())
+
+
 def test_a_vocabulary_of_another_size_is_refused(tmp_path, one_device):
     save(tmp_path, tiny({"model.vocab_size": 1024}), None, steps=[0])  # imported without its tokenizer
     with pytest.raises(

@@ -1,6 +1,7 @@
 """Makes a Hugging Face directory from a checkpoint of ours: python tools/export_hf.py --checkpoint=DIR --out=DIR
 
-The family is --family, or that of the imported config.json, or the first that expresses the model.
+--checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes. The family is --family, or
+that of the imported config.json, or the first that expresses the model.
 """
 
 import functools
@@ -8,11 +9,12 @@ from pathlib import Path
 
 from absl import app, flags
 
-from hybrid_attn import checkpoint, config, programs
+from hybrid_attn import checkpoint, programs
 from hybrid_attn.convert import families, hf
+from hybrid_attn.infer import loading
 from hybrid_attn.model import flops
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of checkpoints.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Which of them; by default the newest.")
 OUT = flags.DEFINE_string("out", None, "New directory.", required=True)
 FAMILY = flags.DEFINE_enum("family", None, sorted(families.FAMILIES), "The model_type of config.json.")
@@ -20,14 +22,17 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the t
 
 
 def export_model() -> None:
-    c = config.build_trained(checkpoint.read_config(CHECKPOINT.value, STEP.value))
-    companions = Path(CHECKPOINT.value) / "companions"
+    hf.library()  # better now than after what is read
+    directory = loading.find(CHECKPOINT.value)
+    step = loading.step_of(directory, STEP.value)
+    c, _ = loading.config_of(directory, step)
+    companions = Path(directory) / "companions"
     described = hf.describe(c.model, companions, max(stage.seq_len for stage in c.stages), FAMILY.value)
     shapes = {path: x.shape for path, x in hf.flat(flops.shapes(c.model)).items()}
-    with hf.new_directory(OUT.value) as directory:
-        read = functools.partial(checkpoint.read_slices, CHECKPOINT.value, step=STEP.value)
-        hf.write(directory, c.model, described, shapes, lambda path: read(path, shapes[path]), DTYPE.value)
-        found = hf.copy_companions(companions, directory, without=("config.json",))
+    with hf.new_directory(OUT.value) as new:
+        read = functools.partial(checkpoint.read_slices, directory, step=step)
+        hf.write(new, c.model, described, shapes, lambda path: read(path, shapes[path]), DTYPE.value)
+        found = hf.copy_companions(companions, new, without=("config.json",))
     print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *found])}")
 
 

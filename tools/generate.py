@@ -3,18 +3,21 @@
 --checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes. The answer to --prompt goes to
 stdout as it comes. --prompts=FILE has JSON lines {"prompt": ..., "question": ...}, the question where one is asked; the same
 lines with "answer", "tokens" and "logprob" (the answer's, summed over its tokens) go to --out, or to stdout. Speed and the
-bytes of the cache go to stderr. Exit status: 2 for what cannot be answered; 130 after Ctrl-C.
+bytes of the cache go to stderr. Exit status: 2 for what cannot be answered; 1 for logits that are not numbers and for a disk
+that is full, where the answers go to stdout instead; 130 after Ctrl-C.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 import sys
+from pathlib import Path
 
 import jax
 from absl import app, flags
 
-from hybrid_attn import programs
+from hybrid_attn import files, programs
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.compress import Compression
 from hybrid_attn.infer.engine import TOKENS_AT_ONCE, Engine, Timing
@@ -58,10 +61,13 @@ def records() -> list[dict]:
     """A record with a prompt for each answer wanted, and a question in each or in none."""
     if (PROMPT.value is None) == (PROMPTS.value is None):
         raise ValueError("give either --prompt=TEXT or --prompts=FILE")
+    for flag in (PROMPT, QUESTION):
+        if flag.value is not None and not _encodes(flag.value):
+            raise ValueError(f"--{flag.name} is not UTF-8; put the text into a file of --prompts")
     if PROMPT.value is not None:
         found = [{"prompt": PROMPT.value}]
     else:
-        with open(PROMPTS.value, encoding="utf-8") as file:
+        with open(PROMPTS.value, "rb") as file:
             found = [record(line, number) for number, line in enumerate(file, 1) if line.strip()]
         if not found:
             raise ValueError(f'{PROMPTS.value} has no lines; write one {{"prompt": ...}} for each answer')
@@ -72,16 +78,33 @@ def records() -> list[dict]:
     return found
 
 
-def record(line: str, number: int) -> dict:
+def record(line: bytes, number: int) -> dict:
+    """The record of a JSON line; ValueError if it is none, or cannot be written again with an answer."""
     try:
         found = json.loads(line)
+    except RecursionError as cause:
+        raise ValueError(f"{PROMPTS.value}:{number} is nested too deeply to be read") from cause
     except ValueError as cause:
         raise ValueError(f"{PROMPTS.value}:{number} is not JSON: {cause}") from cause
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
         raise ValueError(f'{PROMPTS.value}:{number} has no text under "prompt"')
     if not isinstance(found.get("question", ""), str):
         raise ValueError(f'{PROMPTS.value}:{number} has something else than text under "question"')
+    try:
+        json_line(found).encode()
+    except ValueError as cause:
+        raise ValueError(f"{PROMPTS.value}:{number} has a value that JSON in UTF-8 cannot hold: {cause}") from cause
     return found
+
+
+def _encodes(text: str) -> bool:
+    """Whether UTF-8 can hold a text: no half of a surrogate pair, such as Python makes of other bytes in arguments."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def json_line(values: dict) -> str:
+    """ValueError for NaN and infinity, which JSON does not know."""
+    return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -101,17 +124,41 @@ def shown():
             print(flush=True)
 
 
+@contextlib.contextmanager
+def failures_of(checkpoint: str):
+    """Has a FloatingPointError of the body name the checkpoint."""
+    try:
+        yield
+    except FloatingPointError as cause:
+        raise FloatingPointError(f"{checkpoint}: {cause}") from cause
+
+
+def check_out() -> None:
+    """OSError if --out cannot be written: better now than after hours. What is there stays until the answers are."""
+    new = not os.path.exists(OUT.value)
+    open(OUT.value, "ab").close()
+    if new:
+        os.remove(OUT.value)
+
+
 def write(found: list[dict], replies: list[Answer]) -> None:
-    """The records with their answers, a JSON line each."""
+    """The records with their answers, a JSON line each: to --out, or to stdout where there is none or it cannot be written."""
     lines = []
     for old, reply in zip(found, replies, strict=True):
         numbers = {"tokens": len(reply.tokens), "logprob": float(reply.logprobs.sum())}
-        lines.append(json.dumps(old | {"answer": reply.text} | numbers, ensure_ascii=False) + "\n")
+        lines.append(json_line(old | {"answer": reply.text} | numbers))
     if OUT.value is None:
         sys.stdout.writelines(lines)
         return
-    with open(OUT.value, "w", encoding="utf-8") as file:
-        file.writelines(lines)
+    path = Path(os.path.realpath(OUT.value))  # a link stays one
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a terminal
+            path.write_text("".join(lines), encoding="utf-8")
+        else:
+            files.write_atomically(path, "".join(lines))
+    except OSError as cause:
+        sys.stdout.writelines(lines)
+        raise OSError(f"{OUT.value} could not be written ({cause.strerror}); the answers are on stdout instead") from cause
 
 
 def report(timing: Timing) -> str:
@@ -131,15 +178,17 @@ def generate() -> None:
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     chosen = None if COMPRESS.value is None else compression(COMPRESS.value)
     if OUT.value is not None:
-        open(OUT.value, "a").close()  # better now than after hours
+        check_out()
+    directory = loading.find(CHECKPOINT.value)
+    step = loading.step_of(directory, STEP.value)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
-    with jax.set_mesh(mesh), shown() as show:
-        c, params, words = loading.load(CHECKPOINT.value, STEP.value)
+    with jax.set_mesh(mesh), shown() as show, failures_of(f"the checkpoint of step {step} in {directory}"):
+        c, params, words = loading.load(directory, step)
         engine = Engine(params, c, chunk=CHUNK.value, cache=CACHE.value, capacity=CAPACITY.value)
         replies = answers(
             engine, words, [x["prompt"] for x in found], MAX_NEW_TOKENS.value, sampling=sampling,
             seeds=[(SEED.value + row) % 2**32 for row in range(len(found))], stops=STOP.value,
-            stop_tokens=loading.stop_tokens(CHECKPOINT.value, words), compression=chosen, bos=BOS.value,
+            stop_tokens=loading.stop_tokens(directory, words), compression=chosen, bos=BOS.value,
             questions=[x["question"] for x in found] if "question" in found[0] else None,
             on_text=show if PROMPT.value is not None else None,
         )  # fmt: skip

@@ -26,6 +26,7 @@ CONFIG = config_file.define("config", str(BASE), "Everything but the model, and 
 
 
 def import_model() -> None:
+    hf.library()  # better now than after what is read
     described = hf.read_config(MODEL.value)
     model = families.model_of(described)
     values = CONFIG.value.values | {"model": config.to_dict(model)}

@@ -15,7 +15,8 @@ from hybrid_attn.config import LayerKind, Model
 from hybrid_attn.convert import layers
 
 USUAL_LETTERS = {(True, True): "L", (True, False): "W", (False, False): "G", (False, True): "R"}  # window, rope
-NULLABLE = ("sliding_window", "final_logit_softcapping")  # of which null does not mean the default
+NULLABLE = ("sliding_window", "final_logit_softcapping", "num_key_value_heads")  # of which null does not mean the default
+MESSAGE = 600  # characters of an error, which may quote a value of any size
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -62,6 +63,7 @@ class Family(NamedTuple):
     layer: dict  # path of a layer's leaf -> tensor name, besides LAYER
     flat: tuple[str, ...] = ()  # leaves of which their tensor has one axis
     scales: Callable[[dict], dict] = lambda c: {}  # Model fields that follow from several of config.json
+    divides: bool = False  # its library opens only models whose hidden_size is a multiple of their heads
 
 
 class Tensor(NamedTuple):
@@ -90,6 +92,19 @@ def family_of(model_type: str | None) -> Family:
 
 def model_of(config_json: Mapping) -> Model:
     """The model that a config.json describes; ValueError where the family, or one of its features, is not ours."""
+    try:
+        return _model_of(config_json)
+    except KeyError as cause:
+        raise ValueError(f"config.json lacks {cause} where it describes its layers or their rotation") from cause
+    except (TypeError, AttributeError, ArithmeticError) as cause:
+        raise ValueError(f"config.json describes its layers with a value of the wrong type or size: {cause}") from cause
+    except ValueError as cause:
+        if len(str(cause)) <= MESSAGE:
+            raise
+        raise ValueError(f"{str(cause)[:MESSAGE]} ...") from None
+
+
+def _model_of(config_json: Mapping) -> Model:
     family = family_of(config_json.get("model_type"))
     said = {key: value for key, value in config_json.items() if value is not None or key in NULLABLE}
     c = {**family.defaults, **said}
@@ -98,10 +113,13 @@ def model_of(config_json: Mapping) -> Model:
     missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+    layers.whole(c, "num_attention_heads")
+    if c.get("num_key_value_heads") is None:
+        c["num_key_value_heads"] = c["num_attention_heads"]
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
         layers.whole(c, key)
-    c.setdefault("num_key_value_heads", c["num_attention_heads"])
     c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    layers.whole(c, "head_dim")
     for key, wanted in family.required.items():
         if c.get(key, wanted) != wanted:
             raise ValueError(f"config.json has {key}={c[key]!r}; of {c['model_type']}, only {key}={wanted!r} is built here")
@@ -109,12 +127,7 @@ def model_of(config_json: Mapping) -> Model:
     if not isinstance(values["activation"], str) or values["activation"] not in ACTIVATIONS:
         raise ValueError(f"config.json has activation {values['activation']!r}; known: {', '.join(ACTIVATIONS)}")
     values["activation"] = ACTIVATIONS[values["activation"]]
-    try:
-        pattern, kinds = _pattern(family.kinds(c), c["num_hidden_layers"])
-    except KeyError as cause:
-        raise ValueError(f"config.json lacks {cause} where it describes its layers or their rotation") from cause
-    except (TypeError, AttributeError, ArithmeticError) as cause:
-        raise ValueError(f"config.json describes its layers with a value of the wrong type or size: {cause}") from cause
+    pattern, kinds = _pattern(family.kinds(c), c["num_hidden_layers"])
     return config.build_model(values | {"pattern": pattern, "kinds": kinds})
 
 
@@ -132,6 +145,8 @@ def config_json(model: Model, model_type: str, max_len: int) -> dict:
     out = {"architectures": [family.architecture], "model_type": model_type, "max_position_embeddings": max_len}
     out |= values | family.required | family.layout(model)
     lines = differences(model, model_of(out))
+    if family.divides and model.d_model % model.num_heads:
+        lines.append(f"  model.d_model: {model.d_model} -> a multiple of model.num_heads={model.num_heads}, says its library")
     if lines:
         raise ValueError(f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
     return out
@@ -195,7 +210,7 @@ def _pattern(kinds: list[LayerKind], num_layers: int) -> tuple[str, dict]:
             usual = USUAL_LETTERS[kind.window is not None, kind.rope_theta is not None]
             names[kind] = next(x for x in usual + string.ascii_uppercase if x not in names.values())
     letters = "".join(names[kind] for kind in kinds)
-    period = next(n for n in range(1, num_layers + 1) if letters == (letters[:n] * num_layers)[:num_layers])
+    period = next(n for n in range(1, num_layers + 1) if letters == (letters[:n] * -(-num_layers // n))[:num_layers])
     return letters[:period], {letter: config.to_dict(kind) for kind, letter in names.items()}
 
 
@@ -232,7 +247,7 @@ FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
-        NO_BIAS | {"mlp_bias": False}, layers.llama_kinds, layers.llama_layout, PRE,
+        NO_BIAS | {"mlp_bias": False}, layers.llama_kinds, layers.llama_layout, PRE, divides=True,
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
@@ -247,7 +262,7 @@ FAMILIES = {
     ),
     "olmo3": Family(
         "Olmo3ForCausalLM", LLAMA | {"block": "post"}, LLAMA_FIELDS,
-        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window_pattern": 4, "sliding_window": 4096},
+        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window": 4096},
         NO_BIAS, layers.olmo3_kinds, layers.olmo3_layout, POST | HEAD_NORMS,
         flat=tuple(HEAD_NORMS),
     ),
@@ -262,7 +277,7 @@ FAMILIES = {
         layers.gemma3_kinds, layers.gemma3_layout,
         {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "pre_feedforward_layernorm.weight"}
         | POST | HEAD_NORMS,
-        scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5},
+        scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5}, divides=True,
     ),
     "afmoe": Family(
         "AfmoeForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,

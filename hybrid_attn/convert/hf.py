@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding
 from hybrid_attn.config import Model
 from hybrid_attn.convert import families
 from hybrid_attn.convert.families import Tensor
+from hybrid_attn.files import read_object, write_atomically
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 COMPANIONS = (  # what travels along: the tokenizer, how to generate, and the config.json that says which tokens are special
@@ -39,12 +40,22 @@ COMPANIONS = (  # what travels along: the tokenizer, how to generate, and the co
 )
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 BUFFERS = (".rotary_emb.inv_freq",)  # old checkpoints carry them; they follow from config.json
+LINES = 20  # most tensors that an error names
 DTYPES = ("F64", "F32", "F16", "BF16")  # whole numbers and 8-bit floats mean quantized weights, whose scales stand elsewhere
+
+
+def library():
+    """The library that reads and writes the tensors; ImportError that says how to get it."""
+    try:
+        import safetensors.numpy
+    except ImportError as cause:
+        raise ImportError("Hugging Face files need the library safetensors: pip install 'hybrid_attn[hf]'") from cause
+    return safetensors
 
 
 def read_config(directory: str | os.PathLike) -> dict:
     """The config.json of `directory`; ValueError if it is not there or not JSON."""
-    return _read_json(Path(directory) / "config.json")
+    return read_object(Path(directory) / "config.json")
 
 
 def read_params(directory: str | os.PathLike, model: Model, model_type: str, abstract: Any) -> dict:
@@ -72,10 +83,13 @@ def write(
 ) -> None:
     """Writes config.json and the tensors in `dtype`; `read` gives the periods of the leaf of a path, one at a time.
 
-    A shard has at most `shard_bytes`, or a single tensor.
+    A shard has at most `shard_bytes`, or a single tensor. OSError, with the path, for what cannot be written; if all of it
+    cannot, before anything is.
     """
-    directory, dtype = Path(directory), np.dtype(dtype)
+    directory, dtype, safetensors = Path(directory), np.dtype(dtype), library()
     shards = _shards(families.tensors(model, config_json["model_type"], shapes), dtype.itemsize, shard_bytes)
+    total = dtype.itemsize * sum(_size(tensor) for shard in shards for tensor in shard)
+    _check_space(directory, total)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = [SINGLE] if len(shards) == 1 else names
     path, periods = None, iter(())
@@ -85,10 +99,12 @@ def write(
             if tensor.path != path:
                 path, periods = tensor.path, read(tensor.path)
             arrays[tensor.name] = tensor.theirs(next(periods)).astype(dtype, order="C")
-        _safetensors().numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
+        except (OSError, safetensors.SafetensorError) as cause:
+            raise OSError(f"{directory / name} could not be written: {cause}") from cause
     if len(shards) > 1:
         files = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = dtype.itemsize * sum(_size(tensor) for shard in shards for tensor in shard)
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
     _write_json(directory / "config.json", {**config_json, "dtype": dtype.name})
 
@@ -99,7 +115,7 @@ def describe(model: Model, companions: str | os.PathLike, max_len: int, model_ty
     The family is `model_type`, or the companion's where that expresses the model, or the first that does.
     """
     path = Path(companions) / "config.json"
-    old = _read_json(path) if path.exists() else {}
+    old = read_object(path) if path.exists() else {}
     model_type = model_type or old.get("model_type") or families.expressing(model)
     longest = old.get("max_position_embeddings")
     if longest is not None and type(longest) is not int:
@@ -119,21 +135,24 @@ def copy_companions(source: str | os.PathLike, target: str | os.PathLike, withou
 
 @contextlib.contextmanager
 def new_directory(out: str | os.PathLike) -> Iterator[Path]:
-    """A directory to write in, renamed to `out` at the end and removed on failure; ValueError if `out` has content.
+    """A directory to write in, whose content is at `out` in the end; on failure it is removed. ValueError if `out` has content.
 
-    Failure leaves no parent of `out` that was not there before.
+    A new `out` appears all at once, and failure leaves no parent of it that was not there before. An empty directory, which may
+    be a mount point or a link to one, is filled by renames inside it. OSError, if they fail, says where the work is.
     """
-    out = Path(os.path.abspath(out))
+    if not os.fspath(out):
+        raise ValueError("--out is empty; name a new directory")
+    out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; name another --out, or remove it")
+    exists = out.exists()
     made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     temporary = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out if exists else out.parent))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        temporary.rename(out)
     except BaseException:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -141,6 +160,20 @@ def new_directory(out: str | os.PathLike) -> Iterator[Path]:
             for parent in made:
                 parent.rmdir()
         raise
+    try:
+        _move(temporary, out)
+    except OSError as cause:
+        raise OSError(f"{out} could not be made ({cause.strerror}); all that was to be in it is in {temporary}") from cause
+
+
+def _move(temporary: Path, out: Path) -> None:
+    """Renames `temporary` to `out`; or its content, where it is in `out`, with config.json or a numbered checkpoint last."""
+    if temporary.parent != out:
+        temporary.rename(out)
+        return
+    for path in sorted(temporary.iterdir(), reverse=True):
+        path.rename(out / path.name)
+    temporary.rmdir()
 
 
 def _umask() -> int:
@@ -165,7 +198,7 @@ def _open(directory: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Any],
 
 def _weight_map(index: Path) -> dict[str, str]:
     """The file of every tensor; ValueError if one is not the name of a safetensors file beside the index."""
-    named = _read_json(index).get("weight_map")
+    named = read_object(index).get("weight_map")
     if not isinstance(named, dict):
         raise ValueError(f"{index} has no weight_map of tensors to files")
     for key, name in named.items():
@@ -175,11 +208,12 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _open_file(directory: Path, name: str, otherwise: str, stack: contextlib.ExitStack):
+    safetensors = library()
+    if not (directory / name).is_file():  # a pipe would keep its reader waiting
+        raise ValueError(f"{directory} has no {name}, {otherwise}")
     try:
-        return stack.enter_context(_safetensors().safe_open(directory / name, framework="numpy"))
-    except FileNotFoundError as cause:
-        raise ValueError(f"{directory} has no {name}, {otherwise}") from cause
-    except (OSError, _safetensors().SafetensorError) as cause:
+        return stack.enter_context(safetensors.safe_open(directory / name, framework="numpy"))
+    except (OSError, safetensors.SafetensorError) as cause:
         raise ValueError(f"{directory / name} is not a whole safetensors file: {cause}; fetch it again") from cause
 
 
@@ -195,8 +229,10 @@ def _check(directory, files: Mapping[str, Any], astray: Mapping[str, str], wante
             extra.discard(head)  # stored twice
     lines += [f"  {name}: {found[name]} -> not expected" for name in sorted(extra)]
     if lines:
+        more = [f"  and {len(lines) - LINES:,} more"] if len(lines) > LINES else []
         raise ValueError(
-            f"the tensors of {directory} are not those of its config.json (file -> config.json):\n" + "\n".join(lines)
+            f"the tensors of {directory} are not those of its config.json (file -> config.json):\n"
+            + "\n".join(lines[:LINES] + more)
         )
 
 
@@ -287,28 +323,12 @@ def unflat(leaves: Mapping[str, Any]) -> dict:
     return tree
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as cause:
-        raise ValueError(f"{path.parent} has no {path.name}") from cause
-    except RecursionError as cause:
-        raise ValueError(f"{path} is nested too deeply to be read") from cause
-    except (OSError, ValueError) as cause:
-        raise ValueError(f"{path} is not JSON: {cause}") from cause
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object and holds a {type(values).__name__}")
-    return values
+def _check_space(directory: Path, needed: int) -> None:
+    """OSError, before anything is written, if less is free than the tensors take."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(f"{needed:,} bytes of tensors do not fit: {free:,} are free at {directory}; free some space")
 
 
 def _write_json(path: Path, values: Mapping) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _safetensors():
-    """The package; ImportError names the extra that brings it, without which a tool's --help should do."""
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError("weights are read and written by the library safetensors; pip install 'hybrid_attn[hf]'") from error
-    return safetensors
+    write_atomically(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -13,6 +13,15 @@ from hybrid_attn import config
 from hybrid_attn.config import LayerKind, Model, RopeScaling, Temperature, score_scale
 
 LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
+MOST = {  # several times what the largest public models have; what follows from them must fit memory and int64
+    "vocab_size": 2**26,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+}
 NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
 PLAIN = LayerKind(
     window=None, chunk=None, rope_theta=None, rope_fraction=1.0, rope_scaling=NO_SCALING,
@@ -51,9 +60,12 @@ def rounded(x: float) -> float:
 
 
 def whole(c: Mapping, key: str) -> int:
-    """The field `key` of a config.json; ValueError if it is not a count."""
-    if type(c[key]) is not int or not 0 < c[key] < 2**31:
+    """The field `key` of a config.json; ValueError if it is not a count that some model may have."""
+    most = MOST[key] if key in MOST else 2**31 - 1
+    if type(c[key]) is not int or c[key] < 1:
         raise ValueError(f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
+    if c[key] > most:
+        raise ValueError(f"config.json has {key}={c[key]}, which must be at most {most:,}")
     return c[key]
 
 
@@ -78,15 +90,23 @@ def _rope(c: dict, default_theta: float) -> tuple[float, RopeScaling]:
 
 
 def _rope_by_type(c: dict, local_theta: tuple[str | None, float], full_theta: float) -> dict:
-    """(theta, scaling) by type of layer; the older `rope_scaling` and `rope_theta` are those of the full layers alone."""
-    by_type = _object(c, "rope_parameters")
+    """(theta, scaling) by type of layer; the older `rope_scaling` and `rope_theta` are those of the full layers alone.
+
+    ValueError for a `rope_scaling` that calls its rope_type `type`: the library of these families passes over that.
+    """
+    by_type, older = _object(c, "rope_parameters"), _object(c, "rope_scaling")
+    if older.get("type", "default") != "default" and "rope_type" not in older:
+        raise ValueError(
+            f"config.json has rope_scaling with type={older['type']!r}, which the library of {c['model_type']} does not apply; "
+            "call it rope_type if the model was trained with it, or take rope_scaling out"
+        )
     if by_type and not {LOCAL, FULL} & set(by_type):
         raise ValueError(f"config.json has rope_parameters without {LOCAL} and {FULL}; {c['model_type']} has one for each")
     key, theta = local_theta
     local, full = (_object(by_type, kind, "rope_parameters.") for kind in (LOCAL, FULL))
     return {
         LOCAL: _theta_and_scaling(local, c.get(key, theta), c),
-        FULL: _theta_and_scaling(full | _object(c, "rope_scaling"), c.get("rope_theta", full_theta), c),
+        FULL: _theta_and_scaling(full | older, c.get("rope_theta", full_theta), c),
     }
 
 
@@ -254,8 +274,9 @@ def exaone4_layout(model: Model) -> dict:
 
 
 def olmo3_kinds(c: dict) -> list[LayerKind]:
-    ropes = _rope_by_type(c, (None, 500_000.0), 500_000.0)
-    return [_kind(_window(c, kind), ropes[kind], qk_norm="rms", qk_norm_scope="projection") for kind in _types(c)]
+    """Without `layer_types` every fourth layer is full: the library reads no `sliding_window_pattern` of this family."""
+    ropes, types = _rope_by_type(c, (None, 500_000.0), 500_000.0), _types({**c, "sliding_window_pattern": 4})
+    return [_kind(_window(c, kind), ropes[kind], qk_norm="rms", qk_norm_scope="projection") for kind in types]
 
 
 def olmo3_layout(model: Model) -> dict:

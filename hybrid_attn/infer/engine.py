@@ -7,7 +7,6 @@ Letters: B rows, T tokens of a chunk, D model, V vocabulary.
 """
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -108,7 +107,8 @@ class Engine:
         are read after that.
 
         `seeds` (0, 1, ... by default) make a row's answer the same in any batch. `on_tokens(row, ids)` is called as tokens
-        come; True ends the row. ValueError for a prompt that is empty, has a token out of the vocabulary, or does not fit.
+        come; True ends the row. ValueError for a prompt that is empty, has a token out of the vocabulary, or does not fit;
+        FloatingPointError where a logit is not a number.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
         _check_options(max_new_tokens, len(prompts), seeds, stop_tokens, questions)
@@ -120,15 +120,15 @@ class Engine:
         self.timing = Timing(sum(len(prompt) + len(question) for prompt, question in asked), 0, 0.0, 0.0, 0.0, 0.0, 0)
         answers: dict[int, Generated] = {}
         for which, cache, last_BD, program in self._read_in_batches(asked, max_new_tokens, compression):
-            told = [on_tokens and functools.partial(on_tokens, row) for row in which]
-            found = self._decode(
-                program, cache, last_BD, [seeds[row] for row in which], max_new_tokens, sampling, stop_tokens, told
-            )
+            found = self._decode(program, cache, last_BD, which, seeds, max_new_tokens, sampling, stop_tokens, on_tokens)
             answers |= dict(zip(which, found, strict=True))
         return [answers[row] for row in range(len(asked))]
 
     def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Log-probability of each token of each continuation after its prompt, float32; no array of all logits exists."""
+        """Log-probability of each token of each continuation after its prompt, float32; no array of all logits exists.
+
+        FloatingPointError where one is not a number.
+        """
         if len(prompts) != len(continuations):
             raise ValueError(f"{len(continuations)} continuations were given for {len(prompts)} prompts")
         whole = [[*prompt, *more] for prompt, more in zip(self._checked(prompts, 0), continuations, strict=True)]
@@ -137,6 +137,8 @@ class Engine:
         for which in self._batches(rows):
             inputs = [rows[row][:-1] for row in which]
             found = self._losses([rows[row] for row in which], inputs, [len(prompts[row]) for row in which])
+            for row, logprobs in zip(which, found, strict=True):
+                _check_finite(row, len(prompts[row]), logprobs)
             scores |= dict(zip(which, found, strict=True))
         return [scores[row] for row in range(len(rows))]
 
@@ -277,12 +279,15 @@ class Engine:
             cache, last_BD, found = self._run(read, (program, queries), self.weights, tokens_BT, counts_B, cache, last_BD)
         return cache, last_BD, found
 
-    def _decode(self, program, cache, last_BD, seeds, most: int, sampling, stop_tokens, asked) -> list[Generated]:
-        padded, count = cache.lengths_B.shape[0], len(seeds)
+    def _decode(
+        self, program, cache, last_BD, which: list[int], seeds, most: int, sampling, stop_tokens, on_tokens
+    ) -> list[Generated]:
+        """What follows the rows `which`, whose last activations are `last_BD`."""
+        padded, count = cache.lengths_B.shape[0], len(which)
         done_B = np.arange(padded) >= count
-        seeds_B = self._place(np.resize(np.asarray(seeds, np.uint32), padded), P(BATCH))
+        seeds_B = self._place(np.resize(np.asarray([seeds[row] for row in which], np.uint32), padded), P(BATCH))
         stops = np.array([*stop_tokens] or [-1], np.int32)
-        tokens, logprobs = [[] for _ in seeds], [[] for _ in seeds]
+        tokens, logprobs = [[] for _ in which], [[] for _ in which]
         number = 0
         while number < most and not done_B.all():
             steps = 1 if number == 0 else min(SLICE, most - number)
@@ -293,11 +298,12 @@ class Engine:
                 new_tokens_BT, new_logprobs_BT, counts_B, done_B = map(np.array, jax.device_get(new))
             if not self.timing.first_token_s:
                 self.timing = self.timing._replace(first_token_s=self.timing.prefill_s + self.timing.decode_s)
-            for b in range(count):
-                mine = new_tokens_BT[b, : counts_B[b]].tolist()
+            for b, row in enumerate(which):
+                mine, its_logprobs = new_tokens_BT[b, : counts_B[b]].tolist(), new_logprobs_BT[b, : counts_B[b]]
+                _check_finite(row, number, its_logprobs)
                 tokens[b] += mine
-                logprobs[b] += new_logprobs_BT[b, : counts_B[b]].tolist()
-                if mine and asked[b] and asked[b](mine):
+                logprobs[b] += its_logprobs.tolist()
+                if mine and on_tokens and on_tokens(row, mine):
                     done_B[b] = True
             number += steps
         self.timing = self.timing._replace(new_tokens=self.timing.new_tokens + sum(map(len, tokens)))
@@ -336,6 +342,16 @@ def _check_options(most: int, prompts: int, seeds: Sequence[int], stop_tokens: S
     for name, given, end in (("seed", seeds, 2**32), ("stop token", stop_tokens, 2**31)):
         if wrong := [x for x in given if not 0 <= x < end]:
             raise ValueError(f"{name} {wrong[0]} is not one of 0 to {end - 1}")
+
+
+def _check_finite(row: int, first: int, logprobs: np.ndarray) -> None:
+    """FloatingPointError if a log-probability of the tokens from number `first` on is not a number."""
+    bad = np.flatnonzero(~np.isfinite(logprobs))
+    if len(bad):
+        raise FloatingPointError(
+            f"prompt {row}: the log-probability of token {first + int(bad[0])} is {logprobs[bad[0]]}; the parameters hold such "
+            "numbers, or activations overflow: use a checkpoint of an earlier step"
+        )
 
 
 def _common(prompts: list[np.ndarray]) -> int:

@@ -1,6 +1,5 @@
 """From a directory of checkpoints to a model that answers: its config, its parameters and the tokenizer of its vocabulary."""
 
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from jax.sharding import NamedSharding
 
 from hybrid_attn import checkpoint, config
 from hybrid_attn.data import tokenizer
+from hybrid_attn.files import read_object
 from hybrid_attn.model import flops
 from hybrid_attn.parallel import fit
 
@@ -79,13 +79,25 @@ def find(directory: str | os.PathLike) -> str:
 
 
 def stop_tokens(directory: str | os.PathLike, words: tokenizer.Bytes | tokenizer.Json) -> list[int]:
-    """Ids that end an answer: the end of a document, and what an imported model's own files say."""
+    """Ids that end an answer: the end of a document, and what an imported model's own files say.
+
+    ValueError, with the file, for an `eos_token_id` that is neither an id nor a list of them.
+    """
     ids = {words.eos}
     for name in ("generation_config.json", "config.json"):
         path = Path(find(directory)) / "companions" / name
-        found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        ids |= set(found) if isinstance(found, list) else {found} - {None}
+        if path.is_file():
+            ids |= _ids(path, read_object(path).get("eos_token_id"))
     return sorted(ids)
+
+
+def _ids(path: Path, value) -> set[int]:
+    """The ids of an `eos_token_id`: null, one id, or a list."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    wrong = [x for x in ids if type(x) is not int or not 0 <= x < 2**31]
+    if wrong:
+        raise ValueError(f"{path} has eos_token_id={str(value)[:50]}, which must be an id, a list of ids, or null; correct it")
+    return set(ids)
 
 
 def _tokenizer(c: config.Trained, directory: str, where: str, trained_hash: str | None) -> tokenizer.Bytes | tokenizer.Json:

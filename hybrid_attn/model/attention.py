@@ -21,9 +21,13 @@ from hybrid_attn.parallel.mesh import gathered, spec_of
 Attend = Callable[..., tuple[jax.Array, Any]]
 
 
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, std: float) -> nnx.Param:
+class Matrix(nnx.Param):
+    """A parameter that is multiplied with activations, in their dtype. Any other parameter is used in float32 everywhere."""
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, std: float) -> Matrix:
     """A float32 parameter drawn from N(0, std^2)."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec))
+    return Matrix(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec))
 
 
 class Attention(nnx.Module):
@@ -123,7 +127,8 @@ def rope_frequencies(theta: float, dims: int, scaling: RopeScaling) -> tuple[np.
             dims * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (scaling.high, scaling.low)
         )
         first, last = max(math.floor(first), 0), min(math.ceil(last), dims - 1)
-        stretch = np.clip((np.arange(dims // 2) - first) / max(last - first, 0.001), 0, 1)
+        last += 0.001 * (first == last)  # where the ends cross the ramp falls, as it does in the code of the paper
+        stretch = np.clip((np.arange(dims // 2) - first) / (last - first), 0, 1)
         size = 0.1 * math.log(factor) + 1 if scaling.attention_factor is None else scaling.attention_factor
         return freq * (1 - stretch + stretch / factor), size
     return freq, 1.0
@@ -142,5 +147,8 @@ def rotate(x_BTNH: jax.Array, angles_BTR: jax.Array, size: float, layout: str) -
     cos, sin = size * jnp.cos(angles_BTR)[:, :, None], size * jnp.sin(angles_BTR)[:, :, None]
     a, b = (turn[..., ::2], turn[..., 1::2]) if layout == "interleaved" else (turn[..., :R], turn[..., R:])
     turned = (a * cos - b * sin, b * cos + a * sin)
-    turned = jnp.stack(turned, -1).reshape(turn.shape) if layout == "interleaved" else jnp.concatenate(turned, -1)
+    if layout == "interleaved" and R > 1:  # of a single pair the layouts are the same, and a reshape would lose the sharding
+        turned = jnp.stack(turned, -1).reshape(turn.shape)
+    else:
+        turned = jnp.concatenate(turned, -1)
     return jnp.concatenate([turned.astype(x_BTNH.dtype), rest], -1)

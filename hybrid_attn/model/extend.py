@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import LayerKind, Model
 from hybrid_attn.model.attention import Attend
 from hybrid_attn.model.norm import Norm
-from hybrid_attn.model.transformer import Block, Run, look_up
+from hybrid_attn.model.transformer import Block, Run, look_up, matrices
 from hybrid_attn.parallel import cached
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
@@ -28,15 +28,12 @@ class Cache(NamedTuple):
 
 
 def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
-    """Parameters as `extend` takes them: a dict for each layer under `layers`, matrices in `dtype`.
+    """Parameters as `extend` takes them: a dict for each layer under `layers`, matrices (`model.attention.Matrix`) in `dtype`.
 
     Layer by layer, because a loop over stacked weights copies each before it is used, which is most of a decode step.
     """
-
-    def cast(path, x):
-        return x if path[-1].key == "weight" else x.astype(dtype)
-
-    params = jax.tree.map_with_path(cast, params)
+    cast = {path for path, _ in jax.tree.leaves_with_path(matrices(model))}
+    params = jax.tree.map_with_path(lambda path, x: x.astype(dtype) if path in cast else x, params)
     layers = []
     for i in range(model.num_layers):
         period, place = divmod(i, len(model.pattern))

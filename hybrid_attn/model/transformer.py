@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config, kernels
 from hybrid_attn.config import LayerKind, Model, Table, Train
-from hybrid_attn.model.attention import Attend, Attention, weight
+from hybrid_attn.model.attention import Attend, Attention, Matrix, weight
 from hybrid_attn.model.mlp import MLP
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.parallel import context
@@ -177,6 +177,13 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
 @functools.cache
 def _graph(model: Model) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda key: LM(model, rngs=nnx.Rngs(params=key)), jax.random.key(0)))
+
+
+def matrices(model: Model) -> dict:
+    """The part of the tree of parameters that is multiplied with activations in their dtype (`Matrix`)."""
+    return nnx.to_pure_dict(
+        nnx.state(nnx.eval_shape(lambda key: LM(model, rngs=nnx.Rngs(params=key)), jax.random.key(0)), Matrix)
+    )
 
 
 def init(model: Model, key: jax.Array) -> dict:

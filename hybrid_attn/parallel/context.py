@@ -61,8 +61,7 @@ def attend(
     is a name in `SCHEMES`; `balanced` is what `balance` was told of these tokens.
     """
     if chunk is not None:
-        most = jnp.int32(pos_BT.shape[1] // chunk + 1)
-        seg_BT = jnp.where(seg_BT > 0, seg_BT * most + pos_BT // chunk, 0)
+        seg_BT = chunk_segments(pos_BT, seg_BT, chunk)
         window = chunk
     static = Static(window, scale, softcap, kernel, 2 if _balances(balanced) else 1)
 
@@ -76,6 +75,17 @@ def attend(
     return jax.shard_map(shard, in_specs=in_specs, out_specs=HEADS_BTNH, check_vma=False)(
         q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, *sinks
     )
+
+
+def chunk_segments(pos_BT: jax.Array, seg_BT: jax.Array, chunk: int) -> jax.Array:
+    """A segment for each chunk of positions of each document; they rise along a row as those of `seg_BT` do.
+
+    Each document has as many numbers for its chunks as int32 allows with T documents in a row, and at least enough for T
+    tokens. Positions beyond those share the last chunk of their document; other documents they never see.
+    """
+    T = pos_BT.shape[1]
+    chunks = max(T // chunk + 1, jnp.iinfo(jnp.int32).max // (T + 1))
+    return jnp.where(seg_BT > 0, seg_BT * chunks + jnp.minimum(pos_BT // chunk, chunks - 1), 0)
 
 
 def balance(arrays: Any, wanted: bool) -> Any:

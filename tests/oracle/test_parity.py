@@ -33,11 +33,15 @@ CASES = {
     "llama llama3": {"rope_theta": 500_000.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True},
     "llama linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "head_dim": 24},
     "llama yarn": {"rope_scaling": YARN | {"mscale": 1.5, "mscale_all_dim": 0.5}, "rope_theta": 10_000.0},
+    "llama yarn whose ends cross": {"rope_scaling": YARN | {"original_max_position_embeddings": 2}, "head_dim": 32},
+    "llama one pair": {"head_dim": 2, "num_key_value_heads": 1},
     "smollm3": {"rope_theta": 2_000_000.0},
+    "smollm3 null": {"num_key_value_heads": None},
     "exaone4": {"rope_theta": 1_000_000.0, "rope_scaling": LLAMA3, "sliding_window": WINDOW, "head_dim": 8},
     "exaone4 full": {"rope_theta": 1_000_000.0, "sliding_window": None, "layer_types": [FULL] * 6},
     "olmo3": {"sliding_window": WINDOW, "rope_theta": 500_000.0, "rope_scaling": YARN},
     "olmo3 older theta": {"sliding_window": WINDOW, "rope_theta": 1000.0},
+    "olmo3 with a pattern": {"sliding_window": WINDOW, "sliding_window_pattern": 2},
     "gemma3_text": {"sliding_window": WINDOW, "head_dim": 24, "query_pre_attn_scalar": 20},
     "afmoe": {"sliding_window": WINDOW, "head_dim": 8, "num_dense_layers": 6, "mup_enabled": True},
 }
@@ -138,6 +142,33 @@ def test_logits_agree_at_every_length_and_after_training_in_both_directions(thei
     ours_after = our_logits(ours, trained, tokens, mask)
     assert_same_logits(ours_after, their_logits(again, tokens, mask), "trained")
     assert np.abs(ours_after - their_logits(model, tokens, mask)).max() > 0.01
+
+
+@pytest.mark.parametrize("model_type", ["olmo3", "gemma3_text"])
+def test_the_library_does_not_apply_an_older_rope_scaling_that_is_refused_here(model_type, tmp_path):
+    values = {"model_type": model_type} | SIZES | {"sliding_window": WINDOW, "rope_scaling": {"type": "linear", "factor": 8.0}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    described = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert described.rope_parameters[FULL]["rope_type"] == "default"
+    with pytest.raises(ValueError, match="does not apply"):
+        families.model_of(values)
+
+
+@pytest.mark.parametrize("model_type", families.FAMILIES)
+def test_what_is_refused_for_its_heads_is_what_the_library_does_not_open(model_type, tmp_path):
+    """A width that is no multiple of the heads."""
+    values = {"model_type": model_type} | SIZES | {"hidden_size": 66, "head_dim": 16, "query_pre_attn_scalar": 16}
+    values |= {"num_dense_layers": 6, "sliding_window": WINDOW}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model = families.model_of(values)
+    try:
+        transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    except Exception as cause:  # the library's own class of errors
+        assert "multiple of" in str(cause)
+        with pytest.raises(ValueError, match="a multiple of model.num_heads=4"):
+            families.config_json(model, model_type, 64)
+    else:
+        families.config_json(model, model_type, 64)
 
 
 @pytest.mark.parametrize(("pattern", "head_dim"), [("LLLG", 8), ("G", 8), ("GL", 12), ("LLGLLLG", 6)])
