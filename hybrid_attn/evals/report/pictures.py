@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn with matplotlib (the extra `eval`)."""
+"""The pictures of a report, drawn with matplotlib."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
