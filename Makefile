@@ -1,9 +1,11 @@
 # make train, test, test-slow, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
 #   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.optim.lr=1e-3"
+#   make train EXTRA=gpu          # or tpu; "gpu hf" also reads and trains tokenizers
 PYTHON ?= python3
 CONFIG ?= configs/hybrid_8k.py
 WORKDIR ?= runs/$(subst :,_,$(subst .py,,$(notdir $(CONFIG))))
 ARGS ?=
+EXTRA ?=
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
@@ -13,40 +15,40 @@ PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: train test test-slow test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu lint clean
 
-train: .venv/.train
+train: .venv/.train $(EXTRA:%=.venv/.%)
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
 
 test: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
 
-# Several processes that train as one, the benches, and what else takes long: two minutes on two cores.
+# Several processes that train as one, the benches, and what else takes long: minutes on two cores.
 test-slow: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m slow $(ARGS)
 
 # Compiles for TPUs, and for H100s, that are not here. The second installs several GB.
-test-aot: .venv/.tpu
+test-aot: .venv/.test .venv/.tpu
 	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs -k 'not whole_step' $(ARGS)
 
 # Steps of whole models, of 1B and 8B parameters, at up to 1,048,576 tokens: a quarter of an hour.
-test-aot-models: .venv/.tpu
+test-aot-models: .venv/.test .venv/.tpu
 	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs -k whole_step $(ARGS)
 
-test-aot-gpu: .venv/.gpu
+test-aot-gpu: .venv/.test .venv/.gpu
 	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs -k 'not whole_step' $(ARGS)
 
 # The kernels on this machine's own device.
-test-gpu: .venv/.gpu
+test-gpu: .venv/.test .venv/.gpu
 	TEST_PLATFORM=cuda $(VENV_PYTHON) -m pytest tests/test_device.py $(ARGS)
 
-test-tpu: .venv/.tpu
+test-tpu: .venv/.test .venv/.tpu
 	TEST_PLATFORM=tpu $(VENV_PYTHON) -m pytest tests/test_device.py $(ARGS)
 
 # Against the library that defines the families of docs/families.md, which brings PyTorch.
-test-oracle: .venv/.oracle
+test-oracle: .venv/.test .venv/.oracle
 	$(VENV_PYTHON) -m pytest tests/oracle $(ARGS)
 
 # Tasks of lm-evaluation-harness, whose library `make test` does without.
-test-harness: .venv/.harness
+test-harness: .venv/.test .venv/.harness
 	$(VENV_PYTHON) -m pytest tests/test_harness.py -rs $(ARGS)
 
 lint: .venv/.test
@@ -72,6 +74,6 @@ clean:
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
-.venv/.tpu .venv/.gpu .venv/.oracle .venv/.harness: .venv/.%: .venv/.test
-	$(INSTALL) --editable '.[dev,$*]'
+.venv/.tpu .venv/.gpu .venv/.hf .venv/.data .venv/.oracle .venv/.harness: .venv/.%: .venv/.train
+	$(INSTALL) --editable '.[$*]'
 	@touch $@

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,11 +59,40 @@ def plan(*arguments):
     return subprocess.run(command, env=QUICK, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+def sizes(line):
+    """Bytes of all the sizes in a line."""
+    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+    return [float(x.replace(",", "")) * units[unit] for x, unit in re.findall(r"([\d,]+\.\d+) (GB|MB|kB)", line)]
+
+
+def test_a_size_with_a_vocabulary_of_its_own_is_planned_without_a_tokenizer_and_told_of_it(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for config, told in (("configs/hybrid_8k.py", False), ("configs/hybrid_8k.py:1b", True)):
+        with conftest.tool("plan") as tool, flagsaver.flagsaver():
+            for name in ("find_target", "make_plan", "report", "fits"):
+                monkeypatch.setattr(tool.plan, name, lambda *_, name=name: name)
+            tool.main(parse(["plan.py", f"--config={config}", "--target=v5p:4x4x4"]))
+        lines = capsys.readouterr().out.splitlines()
+        assert (lines[0], len(lines)) == ("report", 3 if told else 1)
+        assert (
+            lines[-1].startswith("note         no data was read; launch/train.py would say: model.vocab_size=65536 wastes")
+            == told
+        )
+        assert ("tools/train_tokenizer.py --vocab_size=65536" in lines[-1]) == told
+
+
 def test_the_tool_prints_memory_flops_and_collectives_by_axis():
     done = plan("--target=cpu:4", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.context=2")
     assert done.returncode == 0, done.stderr
     for words in ("target       cpu:4: 4 cpu", "fsdp 2 x context 2", "memory", "largest", "FLOPs"):
         assert words in done.stdout
+    assert "note" not in done.stdout
+    memory, largest = (next(line for line in done.stdout.splitlines() if line.startswith(x)) for x in ("memory ", "largest "))
+    peak, arguments, others = sizes(memory)
+    assert abs(peak - arguments - others) <= 2e3 and others > sizes(largest)[0] > 0
+    assert done.stdout.startswith("fits ")
+    needed, of, left = sizes(done.stdout.splitlines()[0])
+    assert abs(of - needed - left) < 3e6 and abs(needed - peak) <= 1e3
     lines = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
     assert ["all-gather", "fsdp"] in [line[1:3] for line in lines] and ["reduce-scatter", "fsdp"] in [
         line[1:3] for line in lines
@@ -75,6 +105,10 @@ def test_the_tool_prints_memory_flops_and_collectives_by_axis():
     [
         (["--target=v9:2x2"], "'v9:2x2' is not known; write cpu:8"),
         (["--target=cpu:many"], "h100:8"),
+        (["--target=cpu:1e8"], "'cpu:1e8' is not known"),
+        (["--target=cpu:100000000"], "target cpu:100000000 has 100,000,000 devices; at most 1,024 can be compiled for"),
+        (["--target=h100:100000000"], "at most 65,536 can be compiled for"),
+        (["--target=v5p:99999x99999x99999"], "at most 65,536 can be compiled for"),
         (["--target=cpu:1", "--stage=1"], "1 stages, counted from 0"),
     ],
 )
@@ -99,13 +133,17 @@ def test_a_tpu_needs_the_compiler_for_it():
 
 
 def test_what_does_not_fit_is_said_with_the_numbers():
-    from hybrid_attn.train.plan import CHIPS, Plan, Target, fits
+    from hybrid_attn.train.plan import CHIPS, Plan, Target, fits, verdict
 
     target = Target("v5e:1x1", "tpu", [], CHIPS["v5e"].memory)
     small = Plan(target, {}, 0, 0, 0, 0, 15_900_000_000, 0.0, 0.0, (0, "", ""), [], "")
-    assert fits(small) == "fits         15.900 GB of 16.000 GB"
-    assert fits(small._replace(peak=17_000_000_000)).startswith("DOES NOT FIT 17.000 GB and a device has 16.000 GB")
-    assert fits(small._replace(target=target._replace(memory=None))) == ""
+    large = small._replace(peak=17_000_000_000)
+    assert (fits(small), fits(large)) == (True, False)
+    assert verdict(small) == "fits         15.900 GB of the 16.000 GB of a device; 100.000 MB are left"
+    assert verdict(large).startswith(
+        "DOES NOT FIT 17.000 GB, and 16.000 GB is the memory of a device; 1.000 GB too much: use more"
+    )
+    assert "a device, all of this machine's; " in verdict(small._replace(target=target._replace(platform="cpu", name="cpu:1")))
 
 
 def main() -> None:

@@ -3,13 +3,15 @@
 python tools/plan.py --config=configs/hybrid_8k.py:8b --target=v5p:4x4x4 --config.mesh.fsdp=64
 python tools/plan.py --config=configs/hybrid_8k.py --target=cpu:8 --config.mesh.context=8 --config.mesh.data=1
 
-Memory, FLOPs, the largest array, and what is sent between devices, by mesh axis. It runs no step. Exit status: 0 it fits;
-1 it does not; 2 a wrong config, or a target that cannot be compiled for.
+Whether it fits, memory, FLOPs, the largest array, and what is sent between devices, by mesh axis. It runs no step and reads no
+data: a note says where training would ask for a tokenizer. Exit status: 0 it fits; 1 it does not; 2 a wrong config, or a
+target that cannot be compiled for.
 """
 
 from absl import app, flags
 
 from hybrid_attn import config, config_file, programs
+from hybrid_attn.data import tokenizer
 from hybrid_attn.train import plan
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
@@ -24,7 +26,12 @@ def plan_step() -> int:
         raise ValueError(f"--stage={STAGE.value}: the config has {len(c.stages)} stages, counted from 0")
     planned = plan.make_plan(c, plan.find_target(TARGET.value), STAGE.value)
     print(plan.report(planned))
-    return int(planned.target.memory is not None and planned.peak > planned.target.memory)
+    if c.data.tokenizer == "bytes":  # a tokenizer.json may lie elsewhere
+        try:
+            tokenizer.check_vocab(tokenizer.load("bytes"), c.model.vocab_size, "bytes")
+        except ValueError as error:
+            print(f"\nnote         no data was read; launch/train.py would say: {error}")
+    return int(not plan.fits(planned))
 
 
 def main(argv):

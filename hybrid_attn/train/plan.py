@@ -41,6 +41,7 @@ CHIPS = {
     "v6e": Chip(32 * GB, "v6e"),
     "h100": Chip(80 * GB),
 }
+MOST_DEVICES = {"cpu": 1024, "others": 65_536}  # a CPU device is made here, with threads of its own
 FORMS = "cpu:8 (a number of devices), h100:8, or a TPU's topology as v5e:4x4, v5p:4x4x4, v4:2x2x2, v6e:4x4"
 
 
@@ -53,12 +54,12 @@ class Device(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Devices to compile for; `memory` is bytes of one, or None where there is no such limit."""
+    """Devices to compile for; `memory` is bytes of one, a CPU device's an equal part of this machine's."""
 
     name: str
     platform: str
     devices: list
-    memory: int | None
+    memory: int
 
 
 def find_target(name: str) -> Target:
@@ -68,16 +69,18 @@ def find_target(name: str) -> Target:
     """
     kind, _, size = name.partition(":")
     jax.config.update("jax_platforms", "cpu")
-    if kind in ("cpu", "h100") and re.fullmatch("[1-9][0-9]*", size):
-        return Target(name, "cpu", _cpus(int(size)), None) if kind == "cpu" else _gpus(name, int(size))
-    if kind in CHIPS and CHIPS[kind].name and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", size):
-        return _tpus(name, CHIPS[kind], math.prod(map(int, size.split("x"))))
-    raise ValueError(f"target {name!r} is not known; write {FORMS}")
+    if not (kind in COMPILERS and re.fullmatch(COMPILERS[kind][0], size)):
+        raise ValueError(f"target {name!r} is not known; write {FORMS}")
+    count, most = math.prod(map(int, size.split("x"))), MOST_DEVICES["cpu" if kind == "cpu" else "others"]
+    if count > most:
+        raise ValueError(f"target {name} has {count:,} devices; at most {most:,} can be compiled for")
+    return COMPILERS[kind][1](name, CHIPS.get(kind), count)
 
 
-def _cpus(count: int) -> list:
+def _cpus(name: str, _, count: int) -> Target:
     jax.config.update("jax_num_cpu_devices", count)
-    return jax.devices("cpu")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Target(name, "cpu", jax.devices("cpu"), memory // count)
 
 
 def _tpus(name: str, chip: Chip, count: int) -> Target:
@@ -97,7 +100,7 @@ def _tpus(name: str, chip: Chip, count: int) -> Target:
         raise ValueError(f"target {name}: libtpu has no such topology ({cause}); write {FORMS}") from cause
 
 
-def _gpus(name: str, count: int) -> Target:
+def _gpus(name: str, chip: Chip, count: int) -> Target:
     from jax.experimental import topologies
     from jax.extend import backend
 
@@ -114,11 +117,20 @@ def _gpus(name: str, count: int) -> Target:
             f'target {name} needs JAX\'s CUDA plugin: pip install "hybrid-attn[gpu]" ({cause})'
         ) from cause
     backend.get_default_device = lambda: h100
-    return Target(name, "gpu", devices, CHIPS["h100"].memory)
+    return Target(name, "gpu", devices, chip.memory)
+
+
+# The form of a target's size and what makes it, by its kind.
+COMPILERS = {"cpu": (r"[1-9]\d*", _cpus), "h100": (r"[1-9]\d*", _gpus)}
+COMPILERS |= {kind: (r"[1-9]\d*(x[1-9]\d*)+", _tpus) for kind in CHIPS if CHIPS[kind].name}
 
 
 class Plan(NamedTuple):
-    """What one device needs for one step. `largest` is the biggest array that is written: bytes, type and where."""
+    """What one device needs for one step. `largest` is the biggest array that is written: bytes, type and where.
+
+    `peak` is all that is there at once, arguments included. `temporaries` is the compiler's sum, which for a TPU counts bytes
+    that are never there at once.
+    """
 
     target: Target
     axes: dict[str, int]
@@ -156,13 +168,20 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         m.output_size_in_bytes,
         m.temp_size_in_bytes,
         m.host_temp_size_in_bytes,
-        m.peak_memory_in_bytes,
+        _peak(m, target.platform),
         per_token * batch * length / mesh.size,
         compiled.cost_analysis()["flops"],
         largest_array(text),
         collectives(text, mesh.shape),
         text,
     )
+
+
+def _peak(m, platform: str) -> int:
+    """Bytes of a device at the peak. The compiler's own figure leaves out temporaries, but for a TPU."""
+    if platform == "tpu":
+        return m.peak_memory_in_bytes
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 def largest_array(text: str) -> tuple[int, str, str]:
@@ -207,12 +226,13 @@ def report(plan: Plan) -> str:
     t = plan.target
     axes = " x ".join(f"{axis} {size}" for axis, size in plan.axes.items())
     size, kind, where = plan.largest
+    host = f"; beside them {gb(plan.host)} of the host's memory" if plan.host else ""
     lines = [
+        verdict(plan),
         f"target       {t.name}: {len(t.devices)} {t.devices[0].device_kind} devices, of which all below is one's",
         f"mesh         {axes}",
-        f"memory       {gb(plan.peak)} at the peak: {gb(plan.arguments)} arguments, {gb(plan.temporaries)} temporaries, "
-        f"{gb(plan.outputs)} outputs, most in the arguments' place; {gb(plan.host)} in the host's memory",
-        fits(plan),
+        f"memory       {gb(plan.peak)} at the peak: {gb(plan.arguments)} parameters, optimiser state and batch, and "
+        f"{gb(plan.peak - plan.arguments)} activations, gradients and new values{host}",
         f"largest      {gb(size)} {kind}: {where}",
         f"FLOPs        {plan.flops:.4g} by the formula, recomputation not counted; {plan.compiler_flops:.4g} by the compiler, "
         "which counts loops once and no kernels",
@@ -229,19 +249,27 @@ def report(plan: Plan) -> str:
     for x in plan.collectives:
         totals[" ".join(x.axes)] += x.total
     sums = [[axes, "", gb(total)] for axes, total in totals.most_common()]
-    return "\n".join([*(line for line in lines if line), "", table(header, rows), "", table(["axes", "", "received"], sums)])
+    return "\n".join([*lines, "", table(header, rows), "", table(["axes", "", "received"], sums)])
 
 
-def fits(plan: Plan) -> str:
-    """Whether a device has room, with the numbers."""
-    memory = plan.target.memory
-    if memory is None:
-        return ""
-    if plan.peak <= memory:
-        return f"fits         {gb(plan.peak)} of {gb(memory)}"
+def fits(plan: Plan) -> bool:
+    """Whether a device has room for the peak."""
+    return plan.peak <= plan.target.memory
+
+
+def verdict(plan: Plan) -> str:
+    """Whether a device has room, for what, and how much is left or missing."""
+    memory, devices = plan.target.memory, len(plan.target.devices)
+    whose = (
+        f"a device, {'an equal part' if devices > 1 else 'all'} of this machine's"
+        if plan.target.platform == "cpu"
+        else "a device"
+    )
+    if fits(plan):
+        return f"fits         {gb(plan.peak)} of the {gb(memory)} of {whose}; {gb(memory - plan.peak)} are left"
     return (
-        f"DOES NOT FIT {gb(plan.peak)} and a device has {gb(memory)}: use more devices, a larger mesh.fsdp or mesh.context, "
-        "train.remat, or fewer rows"
+        f"DOES NOT FIT {gb(plan.peak)}, and {gb(memory)} is the memory of {whose}; {gb(plan.peak - memory)} too much: use more "
+        "devices, a larger mesh.fsdp or mesh.context, train.remat, more stages[i].microbatches, or fewer rows"
     )
 
 
