@@ -362,6 +362,31 @@ def test_a_second_run_in_a_workdir_is_refused_and_touches_nothing(corpus, tmp_pa
         loop.train(config_of(corpus), "gs://bucket/run")
 
 
+def test_data_that_cannot_be_read_any_more_ends_the_run_with_its_state_saved(corpus, tmp_path, monkeypatch):
+    batches = loop.pipeline.batches
+
+    def unplugged(*args):
+        for step, batch in batches(*args):
+            if step == 3:
+                raise OSError(errno.EIO, "Input/output error", "/data/shard-7")
+            yield step, batch
+
+    monkeypatch.setattr(loop.pipeline, "batches", unplugged)
+    with pytest.raises(OSError, match="^/data/shard-7: Input/output error; step 3 is saved; "):
+        loop.train(config_of(corpus), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 3]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint_that_is_being_written(corpus, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        monkeypatch.setattr(loop.Checkpoints, "wait", lambda _: pytest.fail("waits"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Checkpoints, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config_of(corpus), tmp_path)
+
+
 def test_ctrl_c_before_the_first_step_ends_the_run_at_once(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "summary", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
@@ -435,6 +460,33 @@ def test_a_wrong_config_is_a_line_and_exit_status_2(arguments, message, tmp_path
         program.main(parse(sys.argv))
     error = capsys.readouterr().err
     assert (ended.value.code, len(error.splitlines())) == (2, 1) and message in error
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/ro/run"), 1, "error: /ro/run: Read-only file system\n"),
+        (ValueError("another model:\n  d_model: 1 -> 2"), 2, "error: another model:\n  d_model: 1 -> 2\n"),
+    ],
+)
+def test_an_error_of_a_run_is_said_with_its_file_and_all_its_lines(error, code, said, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "train", broken)
+    monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, f"--workdir={tmp_path}"])
+    monkeypatch.chdir(ROOT)
+    with tool("train", "launch") as program, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+        program.main(parse(sys.argv))
+    assert (ended.value.code, capsys.readouterr().err) == (code, said)
+
+
+def test_the_program_reads_its_flags_before_it_imports_what_takes_long():
+    """So that --help is there at once, and Ctrl-C meets no import that swallows it."""
+    code = f"import runpy, sys; runpy.run_path({str(PROGRAM[1])!r}); print('jax' in sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert done.stdout == "False\n", done.stderr
 
 
 SMALL = (

@@ -95,7 +95,8 @@ class Evaluations:
         if jax.process_index() == 0:
             if (described := self._to_go_on_with(folder, about)) is None:
                 kept = files.set_aside(folder)
-                metrics.say(f"{folder} held what was measured with other settings; that is now {kept}, and it is measured anew")
+                metrics.say(f"{folder} held what was measured with other settings; it is measured anew")
+                metrics.say(f"kept         the old one as {kept}")
             about = described or about
         reader = self.reader._replace(subject=self.reader.subject._replace(params=params), engine=self.engine(params))
 

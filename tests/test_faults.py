@@ -1,0 +1,54 @@
+"""Broken runs end with the bits of undisturbed ones, and the harness that shows it sees what it looks for."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tool
+
+from hybrid_attn.train.metrics import Metrics
+
+ROOT = Path(__file__).parents[1]
+VALUES = {"loss": 2.0, "bits_per_byte": 3.0, "grad_norm": 1.0, "lr": 1e-3, "step_time": 0.5, "data_wait": 0.001}
+
+
+@pytest.mark.slow
+def test_broken_runs_end_as_undisturbed_ones_do():
+    command = [sys.executable, str(ROOT / "tools/faults.py"), "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_step_that_was_logged_before_a_kill_is_in_tensorboard_once_when_the_run_goes_on(tmp_path):
+    for start, steps in ((0, range(1, 8)), (4, range(5, 11))):
+        metrics = Metrics(tmp_path, start, 10, peak_flops=20e12)
+        for step in steps:
+            metrics.log(step, VALUES, tokens=2706, flops=4e12)
+            metrics.advance(step)  # and no close, as after a kill
+    with tool("faults") as faults:
+        assert faults.tensorboard_steps(tmp_path / "tensorboard") == list(range(1, 11))
+
+
+def test_the_harness_sees_a_lost_step_another_loss_and_other_parameters(tmp_path, monkeypatch):
+    every = [(step, 1 / step) for step in range(1, 97)]
+    steps = [step for step, _ in every]
+    outcomes = {
+        "other parameters": ("b", every, steps),
+        "a step twice, or missing": ("a", every[:50] + every[49:], steps),
+        "a step twice, or missing, in TensorBoard": ("a", every, steps[:-39]),
+        "other losses": ("a", [*every[:-1], (96, 2.0)], steps),
+    }
+    with tool("faults") as faults:
+        monkeypatch.setattr(faults, "finish", lambda *_: [])
+        lab = faults.Lab(tmp_path, {1: ("a", every, steps)})
+        case = faults.Case("kill", None, (0, -9))
+        for wrong, outcome in outcomes.items():
+            monkeypatch.setattr(faults, "outcome", lambda _, outcome=outcome: outcome)
+            assert faults.judge(lab, case, tmp_path / "kill", [-9]) == [wrong]
+        monkeypatch.setattr(faults, "outcome", lambda _: ("a", every, steps))
+        assert faults.judge(lab, case, tmp_path / "kill", [0]) == []
+        assert faults.judge(lab, case, tmp_path / "kill", [1]) == ["exit code 1"]
+        (tmp_path / "kill.log").mkdir()
+        (tmp_path / "kill.log/0-0.err").write_text("Traceback (most recent call last):")
+        assert faults.judge(lab, case, tmp_path / "kill", [0]) == ["1 runs with a traceback"]

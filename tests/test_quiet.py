@@ -1,0 +1,78 @@
+"""Libraries' tracebacks of errors that are raised again stay off stderr, and no others; Ctrl-C ends what does not listen."""
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from hybrid_attn import quiet
+
+HOOKS = ((sys, "unraisablehook"), (threading, "excepthook"))
+
+
+@pytest.fixture
+def hooked(monkeypatch):
+    """What still reaches the hooks that were there before."""
+    reached, filters = [], {name: list(logging.getLogger(name).filters) for name in ("absl", "asyncio")}
+    for module, hook in HOOKS:
+        monkeypatch.setattr(module, hook, reached.append)
+    quiet.silence_libraries()
+    yield reached
+    for name, before in filters.items():
+        logging.getLogger(name).filters[:] = before
+
+
+def raised_in(file: str, error: str) -> Exception:
+    """An error that was raised by code of that file."""
+    try:
+        exec(compile(f"raise {error}", file, "exec"))
+    except Exception as raised:
+        return raised
+
+
+@pytest.mark.parametrize("file, expected", [("/lib/orbax/checkpoint/future.py", 0), ("/run/hybrid_attn/data/rows.py", 1)])
+def test_tracebacks_of_checkpoint_libraries_alone_are_silenced(hooked, caplog, file, expected):
+    error = raised_in(file, "ValueError('full')")
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).error("a thread failed", exc_info=error)
+    args = threading.ExceptHookArgs((type(error), error, error.__traceback__, None))
+    threading.excepthook(args)
+    assert (len(caplog.records), len(hooked)) == (2 * expected, expected)
+    logging.getLogger("absl").error("a checkpoint cannot be read")
+    assert caplog.records[-1].getMessage() == "a checkpoint cannot be read"
+
+
+@pytest.mark.parametrize("error, expected", [("RuntimeError('Event loop is closed')", 0), ("RuntimeError('another')", 1)])
+def test_a_second_failed_read_is_not_printed_and_any_other_error_is(hooked, error, expected):
+    class Args:
+        exc_value = raised_in("x.py", error)
+
+    sys.unraisablehook(Args)
+    assert len(hooked) == expected
+
+
+BUSY = """
+import hashlib
+from hybrid_attn import programs
+programs.GRACE = 0.1
+def program():
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in which Python calls no signal handler, as in a compilation
+programs.run(program, [""])
+"""
+
+
+def test_ctrl_c_ends_a_program_whose_main_thread_is_busy_outside_python():
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as busy:
+        killer = threading.Timer(60, busy.kill)
+        killer.start()
+        assert busy.stdout.readline() == "busy\n"
+        time.sleep(0.1)
+        busy.send_signal(signal.SIGINT)
+        error = busy.stderr.read()
+        killer.cancel()
+    assert (busy.returncode, error) == (130, "error: interrupted\n")
