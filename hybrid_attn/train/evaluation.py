@@ -89,9 +89,8 @@ class Evaluations:
         """Whether all is measured and drawn of `step`, as the settings want it; in every process what process 0 says."""
         if not self.wanted:
             return True
-        path = self.folder / str(step) / "run.json"
-        done = self.report_of(step) is not None and path.exists() and self._is_of(path, self.about | {"step": step})
-        return told(done)
+        described = self._described(self.folder / str(step) / "run.json", self.about | {"step": step})
+        return told(described is not None and self.report_of(step) is not None)
 
     def measure(self, params: dict, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
         """Measures what this step has no files of, and tells all that it has; False if it was asked to stop before the end."""
@@ -120,20 +119,23 @@ class Evaluations:
 
     def _to_go_on_with(self, folder: Path, about: dict) -> dict | None:
         """`about`, as it was said of what the folder of a step has; None where that was measured otherwise, and is removed."""
-        path = folder / "run.json"
-        there = json.loads(path.read_text()) if path.exists() else {}
-        if path.exists() and self._is_of(path, about):
-            return about | {name: there[name] for name in PASSING if name in there}
+        described = self._described(folder / "run.json", about)
+        if described is not None:
+            return described
         if not folder.exists():
             return about
         shutil.rmtree(folder)
         return None
 
-    def _is_of(self, path: Path, about: dict) -> bool:
-        """Whether run.json is of an evaluation with these settings of the same run."""
-        there = json.loads(path.read_text())
-        passing = {name: there[name] for name in PASSING if name in there}
-        return there == suite.described(self.settings, about | passing) | {"revision": there.get("revision")}
+    def _described(self, path: Path, about: dict) -> dict | None:
+        """`about`, as run.json says it, if that is of an evaluation with these settings of the same run."""
+        try:
+            there = json.loads(path.read_text())
+            passing = {name: there[name] for name in PASSING if name in there}
+            same = there == suite.described(self.settings, about | passing) | {"revision": there.get("revision")}
+        except (OSError, ValueError, TypeError, AttributeError):  # none, or one that a crash of the machine left
+            return None
+        return about | passing if same else None
 
     def _compare(self, metrics: Metrics, folder: Path) -> None:
         """What is known when all units are: means over tasks, the bigram model beside the losses, the report."""
@@ -141,10 +143,10 @@ class Evaluations:
         for length, mean in contents.ruler_means(run, lambda length: True).items():
             metrics.score(f"{SCORES['ruler'][0]}/mean/{length}", mean)
             metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
-        if run.of("position"):
-            metrics.report("bigram", self._bigram)
+        baseline = self._bigram if run.of("position") else []
+        metrics.report("bigram", baseline)
         vocab_size = self.reader.subject.tokenizer.vocab_size
-        for line in evaluation_tables(run.records, self._bigram, vocab_size, self.reader.trained):
+        for line in evaluation_tables(run.records, baseline, vocab_size, self.reader.trained):
             metrics.say(line)
         report.write(folder, [run])
         _show(metrics, folder / "pictures")
