@@ -25,7 +25,7 @@ from hybrid_attn.evals import suite
 from hybrid_attn.evals.report import contents
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.programs import parse
-from hybrid_attn.train import loop, optim
+from hybrid_attn.train import evaluation, loop, optim
 from hybrid_attn.train import step as step_module
 
 ROOT = Path(__file__).parents[1]
@@ -37,10 +37,11 @@ def stage(steps, seq_len, batch):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def known_peak():
-    """What this machine's matmuls reach takes a second to measure, of every run."""
+def known_peak_and_no_pictures():
+    """What this machine's matmuls reach takes a second to measure, of every run, and the pictures of a report one to draw."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "peak_flops", lambda *_: (1e11, "measured"))
+        patch.setattr(evaluation.report, "write", lambda folder, runs: (folder / "report.html").write_text(""))
         yield
 
 

@@ -1,11 +1,13 @@
 """The line of a step: averages since the last one that no compilation distorts, tokens seen, and time left."""
 
 import math
+import types
 
 import pytest
 from conftest import tiny
 
 from hybrid_attn.model import flops
+from hybrid_attn.train import progress as progress_module
 from hybrid_attn.train.progress import Progress, Timed
 
 STAGES = [
@@ -39,3 +41,13 @@ def test_skipped_steps_are_not_among_the_tokens_seen():
     progress = Progress(tiny({"stages": STAGES}), [(3, 5), (9, 20)])
     assert progress.tokens_seen(4) == 2 * 16 * 24
     assert progress.tokens_seen(10) == 2 * 16 * 24 + 3 * 2 * 48
+
+
+@pytest.mark.parametrize("stats, peak", [([None, None], None), ([{"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 7}], 7)])
+def test_the_peak_memory_is_that_of_the_fullest_device_where_devices_say_it(monkeypatch, stats, peak):
+    devices = [types.SimpleNamespace(memory_stats=lambda x=x: x) for x in stats]
+    monkeypatch.setattr(progress_module.jax, "local_devices", lambda: devices)
+    progress = Progress(tiny({"stages": STAGES}), [])
+    progress.add(timed(0, 2.0))
+    values, _, _ = progress.line(1)
+    assert values.get("peak_memory_bytes") == peak

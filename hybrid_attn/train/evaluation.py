@@ -83,8 +83,8 @@ class Evaluations:
         """Whether all is measured and drawn of `step`, as the settings want it; in every process what process 0 says."""
         if not self.wanted:
             return True
-        about = _about_in(self.folder / str(step))
-        return told(self.report_of(step) is not None and self._is_of(about, self.about | {"step": step}))
+        described = self._described(self.folder / str(step), self.about | {"step": step})
+        return told(described is not None and self.report_of(step) is not None)
 
     def measure(self, params: dict, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
         """Measures what this step has no files of, and tells all that it has; False if it was asked to stop before the end."""
@@ -119,15 +119,18 @@ class Evaluations:
 
     def _to_go_on_with(self, folder: Path, about: dict) -> dict | None:
         """`about`, as it was said of what the folder of a step has; None where that was measured otherwise."""
-        there = _about_in(folder)
-        if self._is_of(there, about):
-            return about | {name: there[name] for name in PASSING if name in there}
-        return None if folder.exists() else about
+        described = self._described(folder, about)
+        return about if described is None and not folder.exists() else described
 
-    def _is_of(self, there: Mapping, about: dict) -> bool:
-        """Whether what run.json has is of an evaluation with these settings of the same run."""
+    def _described(self, folder: Path, about: dict) -> dict | None:
+        """`about`, as run.json of `folder` says it, if that is of an evaluation with these settings of the same run."""
+        try:
+            there = suite.read_about(folder / "run.json")
+        except (OSError, ValueError):  # none, or one that a crash of the machine left
+            return None
         passing = {name: there[name] for name in PASSING if name in there}
-        return there == suite.described(self.settings, about | passing) | {"revision": there.get("revision")}
+        same = there == suite.described(self.settings, about | passing) | {"revision": there.get("revision")}
+        return about | passing if same else None
 
     def _compare(self, metrics: Metrics, folder: Path) -> None:
         """What is known when all units are: means over tasks, the bigram model beside the losses, the report."""
@@ -135,10 +138,10 @@ class Evaluations:
         for length, mean in contents.ruler_means(run, lambda length: True).items():
             metrics.score(f"{SCORES['ruler'][0]}/mean/{length}", mean)
             metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
-        if run.of("position"):
-            metrics.report("bigram", self._bigram)
+        baseline = self._bigram if run.of("position") else []
+        metrics.report("bigram", baseline)
         vocab_size = self.reader.subject.tokenizer.vocab_size
-        for line in evaluation_tables(run.records, self._bigram, vocab_size, self.reader.trained):
+        for line in evaluation_tables(run.records, baseline, vocab_size, self.reader.trained):
             metrics.say(line)
         report.write(folder, [run])
         _show(metrics, folder / "pictures")
@@ -163,15 +166,6 @@ def _sizes(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> dict[str, in
     tokens = c.stages[-1].batch * c.stages[-1].seq_len
     rows = min(-(-ROWS_AT_ONCE // shards), tokens // (shards * max(lengths, default=1)))
     return {"chunk": max(TOKENS_AT_ONCE // context, 1) * context, "rows": max(rows, 1) * shards}
-
-
-def _about_in(folder: Path) -> dict:
-    """What run.json of a folder says of its evaluation; nothing where it is missing, or as a lost power leaves it."""
-    path = folder / "run.json"
-    try:
-        return suite.read_about(path) if path.exists() else {}
-    except ValueError:
-        return {}
 
 
 def _tell(metrics: Metrics, unit: suite.Unit, records: Sequence[Mapping]) -> None:

@@ -133,7 +133,7 @@ def past(c: config.Config, checkpoints: Checkpoints, start: int, skipped: Sequen
     saved = checkpoint.read_config(checkpoints.directory, start)
     changed = changed_fields(saved, c)
     if changed:
-        lines.append(f"config       {len(changed)} fields are not those of the checkpoint of step {start} (old -> new):")
+        lines.append(f"config       differs from that of the checkpoint of step {start} (old -> new):")
         lines += [f"             {line}" for line in changed]
     return lines + (check_rate(saved, c, start, allow_lr_jump) if start < c.total_steps else [])
 
