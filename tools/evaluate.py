@@ -256,6 +256,9 @@ def progress(name: str) -> Iterator[Callable[[suite.Unit, int, int], None]]:
 def evaluate_all() -> None:
     """Measures every checkpoint and writes the report; what is wrong with one is said before another is measured."""
     report.check_drawing()
+    for flag, values in (("checkpoint", CHECKPOINT.value), ("out", [OUT.value])):
+        if not all(values):
+            raise ValueError(f"--{flag}= is empty; name a directory")
     found, evals = models(), suite.named(SUITE.value)
     heldout.named(HELDOUT.value)
     chosen = [choose(*model, evals) for model in found]

@@ -157,7 +157,8 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
 def some_units(settings: Settings, reader: Reader) -> list[Unit]:
     """`units`; ValueError where there is none, and why."""
     found = units(settings, reader)
-    reasons = list(dict.fromkeys(f"{x.eval} of {x.part}: {x.reason}" for x in settings.absent))
+    reasons = [x.reason if x.eval in x.reason else f"{x.eval} of {x.part}: {x.reason}" for x in settings.absent]
+    reasons = list(dict.fromkeys(reasons))
     more = [f"and {len(reasons) - 3} more"] if len(reasons) > 3 else []
     lengths = sorted({length for name in settings.evals for length in settings.lengths_of(name)})
     nothing = f"nothing to measure at lengths {', '.join(map(str, lengths))}"
