@@ -76,9 +76,14 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
     sizes = ["--suite=position,recall", "--lengths=32,96", "--tokens=300", f"--out={tmp_path}"]
     run(tool, *checkpoints, *sizes)
     said = capsys.readouterr().out.splitlines()
+    read = {length: -(-300 // length) * length for length in (32, 96)}  # tokens of a unit: rows are whole
+    share = read[32] / (5 * sum(read.values()))
     assert said[0] == "one  trained on sequences of 48 tokens, by the seq_len of the last stage of the checkpoint's config"
-    assert said[1] == "one  1/10  position-text-32" and said[-1] == f"report  {tmp_path}/report.html"
-    assert [line.split()[0] for line in said[:-1]] == ["one"] * 11 + ["two"] * 11
+    assert said[1] == f"one  1/10  {share:.0%} of tokens  position-text-32" and said[-1] == f"report  {tmp_path}/report.html"
+    assert [line.split()[0] for line in said[:22]] == ["one"] * 11 + ["two"] * 11
+    assert said[10].startswith("one  10/10  100% of tokens")
+    assert said[23].split()[0] == "run" and [line.split()[0] for line in said[24:26]] == ["one", "two"]
+    assert "two against one:" in " ".join(said[26:])
     for name in ("one", "two"):
         about = json.loads((tmp_path / name / "run.json").read_text())
         assert about["step"] == 7 and about["model"]["seq_len"] == 48 and about["settings"]["lengths"] == [32, 96]
@@ -290,7 +295,7 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
         watch = threading.Timer(100, first.kill)
         watch.start()
         assert first.stdout.readline().startswith("one  trained on sequences of 48 tokens")
-        assert first.stdout.readline() == "one  1/8  recall-recall-32\n"
+        assert first.stdout.readline() == "one  1/8  12% of tokens  recall-recall-32\n"
         first.send_signal(signal.SIGINT)
         _, said = first.communicate()
         watch.cancel()

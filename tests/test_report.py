@@ -203,7 +203,9 @@ def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
 
 def test_every_field_of_a_record_of_the_harness_is_shown(runs):
     record, (row, _) = runs[0].of("harness")[0], rows_of(contents.harness(runs))
-    known = {"run": runs[0].name, "± stderr": record["stderr"]} | {x: record[x] for x in record if x not in ("eval", "stderr")}
+    half = statistics.Z * record["stderr"]
+    interval = {"± stderr": record["stderr"], "95% from": 0.5 - half, "to": 0.5 + half}
+    known = {"run": runs[0].name} | interval | {x: record[x] for x in record if x not in ("eval", "stderr")}
     assert row == known and (row["truncated"], row["windowed"]) == (3, 2)
 
 

@@ -23,7 +23,7 @@ from absl import app, flags
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn import files, programs
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import heldout, limits, output, report, ruler, suite, texts
+from hybrid_attn.evals import heldout, keytokens, limits, output, report, ruler, suite, texts
 from hybrid_attn.evals.provenance import provenance, trained_length
 from hybrid_attn.evals.ruler import compat, qa
 from hybrid_attn.evals.ruler.fit import check_known
@@ -234,21 +234,35 @@ def evaluate(name: str, planned: Planned) -> None:
     for x in planned.settings.absent:
         print(f"{name}  absent  {suite.Unit(*x[:3]).name}  {x.reason}", flush=True)
     out = Path(OUT.value)
-    with progress(name) as done:
+    with progress(name, tokens_read(planned)) as done:
         suite.run(*planned, out / name, out / "samples", done)
 
 
+def tokens_read(planned: Planned) -> dict[suite.Unit, int]:
+    """Of each unit, about how many tokens it reads: its time grows with them."""
+    settings, read = planned.settings, {}
+    questions = dict.fromkeys(("ruler", "harness"), settings.samples) | {"attention_mass": suite.ATTENTION_PROMPTS}
+    questions["needle"] = settings.samples * len(settings.depths)
+    for unit in suite.units(settings, planned.reader):
+        sequences = questions.get(unit.eval, -(-settings.tokens // unit.length))
+        read[unit] = sequences * unit.length * (1 + keytokens.SLIDE if unit.eval == "key_tokens" else 1)
+    return read
+
+
 @contextlib.contextmanager
-def progress(name: str) -> Iterator[Callable[[suite.Unit, int, int], None]]:
-    """Gives what shows each unit that is done: a bar on a terminal, a line elsewhere."""
-    with tqdm.tqdm(desc=name, unit="unit", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+def progress(name: str, read: Mapping[suite.Unit, int]) -> Iterator[Callable[[suite.Unit, int, int], None]]:
+    """Gives what shows each unit that is done, by the tokens that it has `read`: a bar on a terminal, a line elsewhere."""
+    total, shown = sum(read.values()), {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
+    with tqdm.tqdm(desc=name, total=total, disable=not sys.stderr.isatty(), **shown) as bar:
+        done_tokens = 0
 
         def done(unit: suite.Unit, number: int, of: int) -> None:
-            bar.total = of
-            bar.update(number - bar.n)
-            bar.set_postfix_str(unit.name)
+            nonlocal done_tokens
+            done_tokens += read[unit]
+            bar.update(read[unit])
+            bar.set_postfix_str(f"{number}/{of} {unit.name}")
             if bar.disable:
-                print(f"{name}  {number}/{of}  {unit.name}", flush=True)
+                print(f"{name}  {number}/{of}  {done_tokens / total:.0%} of tokens  {unit.name}", flush=True)
 
         yield done
 
@@ -276,8 +290,8 @@ def evaluate_all() -> None:
             for x, name in zip(chosen, called, strict=True):
                 print(f"{name}  trained on sequences of {x.trained:,} tokens, by the {x.trained_from}", flush=True)
                 evaluate(name, plan(x, wanted, about))
-        report.write(out, [report.read(out / name) for name in called])
-    print(f"report  {out / 'report.html'}")
+        summary = report.write(out, [report.read(out / name) for name in called])
+    print(f"\n{summary}\nreport  {out / 'report.html'}")
 
 
 def main(argv):

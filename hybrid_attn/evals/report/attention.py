@@ -22,6 +22,7 @@ SEGMENT_NAMES = {
     "qc": "question",
     "nothing": "nothing (sink)",
 }
+KINDS = (*RUNS[2:4], *RUNS[5:], RUNS[4])  # colours unlike those of segments
 MOST_BARS = 16  # layers whose numbers all fit below their bars
 STRIP = 0.035  # height of the strip below the bars that shows the kinds of layers
 TABLE = "attention"
@@ -60,14 +61,13 @@ def _of_source(name: str, where: str, records: Sequence[dict], kinds: Sequence[s
         return found
     if all("weights" in r for r in records) and len({tuple(r["edges"]) for r in records}) == 1:
         figure = weight_by_position(_weights(records), records[0]["edges"], length, kinds)
-        caption = f"{where}: the weight of a key by its position."
-        found.append(Picture(f"{name}_weights", caption, figure, False, "Means over the heads of a kind of layer.", TABLE))
+        note = "The mean weight of a key by its position, over the heads of a kind of layer."
+        found.append(Picture(f"{name}_weights", f"{where}: {_first_and_last(records)}.", figure, False, note, TABLE))
     rows = [f"{layer} {layers.short(kind)}" for layer, kind, *_ in shares]
     for field, label, most in (("retrieval", "retrieval score", 1.0), ("entropy_bits", "entropy (bits)", math.log2(length))):
         figure = heatmaps.heads(_grid(by_layer, field), rows, most or 1.0, label)
-        caption = f"{where}: {_heads_that_copy(records) if field == 'retrieval' else f'{label} of each head'}."
-        note = "Retrieval score: of the answer's tokens, the share that a head copies from the needle." * (field == "retrieval")
-        found.append(Picture(f"{name}_{field}", caption, figure, False, note, TABLE))
+        finding, note = FINDINGS[field]
+        found.append(Picture(f"{name}_{field}", f"{where}: {finding(records)}.", figure, False, note, TABLE))
     return found
 
 
@@ -83,6 +83,26 @@ def _heads_that_copy(records: Sequence[Mapping]) -> str:
     known = [r["retrieval"] for r in records if r["retrieval"] is not None and r["reach"]]
     number = sum(score > contents.RETRIEVES for score in known)
     return f"{number} of {len(records)} heads copy from the needle (score over {contents.RETRIEVES})"
+
+
+def _range_of_entropy(records: Sequence[Mapping]) -> str:
+    known = [r["entropy_bits"] for r in records if r["entropy_bits"] is not None]
+    return f"entropy of a head from {min(known):.1f} to {max(known):.1f} bits" if known else "no entropy is known"
+
+
+FINDINGS = {
+    "retrieval": (_heads_that_copy, "Retrieval score: of the answer's tokens, the share that a head copies from the needle."),
+    "entropy_bits": (_range_of_entropy, "Entropy of the attention of the question's tokens: 0 is one key, more is more keys."),
+}
+
+
+def _first_and_last(records: Sequence[Mapping]) -> str:
+    """What a key weighs in the first and the last interval that the kind of layer with the farthest reach sees."""
+    seen = {kind: [x for x in weights.tolist() if x > 0] for kind, weights in _weights(records).items()}
+    kind = max(seen, key=lambda kind: len(seen[kind]))
+    if not seen[kind]:
+        return "no key has a weight"
+    return f"a key of {kind} weighs {seen[kind][0]:.1e} early and {seen[kind][-1]:.1e} late"
 
 
 def _weights(records: Sequence[dict]) -> dict[str, np.ndarray]:
@@ -135,7 +155,7 @@ def _kinds_below(axes: Axes, of_layers: Sequence[str], kinds: Sequence[str]) -> 
 
 
 def _colour(kind: str, kinds: Sequence[str]) -> str:
-    return RUNS[-1 - kinds.index(kind) % len(RUNS)]
+    return KINDS[kinds.index(kind) % len(KINDS)]
 
 
 @styled

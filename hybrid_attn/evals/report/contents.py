@@ -303,17 +303,30 @@ def key_tokens(runs: Sequence[Run]) -> Table:
 
 
 def harness(runs: Sequence[Run]) -> Table:
-    """Values with what the records have beside them."""
+    """Values with what the records have beside them, and the interval of 95% that their documents leave."""
     records = [(run.name, record) for run in runs for record in run.of("harness")]
     beside = ("filter", "shots", "version", "documents", "requests", "truncated", "windowed")
     known = [field for field in beside if any(field in record for _, record in records)]
     columns = [
         *(RUN, Column("task"), LENGTH, Column("metric"), Column("value", fixed(4)), Column("± stderr", fixed(4))),
-        *(Column(field) for field in known),
+        *(Column("95% from", fixed(4)), Column("to", fixed(4)), *(Column(field) for field in known)),
     ]
-    fields = ("task", "length", "metric", "value", "stderr", *known)
-    rows = [[name, *map(record.get, fields)] for name, record in records]
+    rows = []
+    for name, record in records:
+        fields = [record.get(field) for field in ("task", "length", "metric", "value", "stderr")]
+        rows.append([name, *fields, *harness_interval(record), *map(record.get, known)])
     return Table("harness", "lm-evaluation-harness", columns, rows)
+
+
+def harness_interval(record: Mapping) -> tuple[float | None, float | None]:
+    """A normal interval from the standard error; Wilson's where that is 0, for a share of so many documents."""
+    value, error, documents = record["value"], record.get("stderr"), record.get("documents")
+    if value is None or error is None:
+        return None, None
+    if error:
+        return value - statistics.Z * error, value + statistics.Z * error
+    is_share = value in (0, 1) and isinstance(documents, int) and documents > 0
+    return statistics.wilson(value * documents, documents) if is_share else (None, None)
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[statistics.Difference]]]:

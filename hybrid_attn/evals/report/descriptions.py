@@ -40,13 +40,12 @@ def command(runs: Sequence[Run], evaluation: str) -> str:
     flags = [("checkpoint", run.provenance["checkpoint"]) for run in runs]
     steps = [run.provenance.get("step") for run in runs]
     flags += [("step", step) for step in (steps if len(set(steps)) > 1 else steps[:1]) if None not in steps]
-    flags += [("suite", evaluation), ("lengths", _listed(lengths)), ("tasks", _listed(settings.get("tasks")))]
+    flags += [("suite", evaluation), ("lengths", _listed(lengths))]
     of_asked = ("samples", "seed") if evaluation in ASKED else ("tokens",) if evaluation != "attention_mass" else ()
     flags += [(name, settings.get(name)) for name in of_asked]
-    if evaluation == "needle":
-        flags.append(("depths", _listed(settings.get("depths"))))
-    if evaluation != "harness":
-        flags = [flag for flag in flags if flag[0] != "tasks"]
+    of_one = {"needle": "depths", "harness": "tasks", "ruler": "ruler_tasks"}.get(evaluation)
+    if of_one and _listed(settings.get(of_one)) != _listed([*RULER]):
+        flags.append((of_one, _listed(settings.get(of_one))))
     words = [f"--{name}={value}" for name, value in flags if value not in (None, "")]
     words += ["--compat"] * (evaluation == "ruler" and runs[0].compat is True) + ["--out=DIR"]
     return escape.label(f"python tools/evaluate.py {shlex.join(words)}")

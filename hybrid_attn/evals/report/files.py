@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hybrid_attn.evals.report import contents, escape, tables
+from hybrid_attn.evals.report import contents, escape, overview, tables, verdict
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.wrong import failures
 from hybrid_attn.evals.ruler.scores import postprocess
@@ -14,10 +14,11 @@ from hybrid_attn.files import write_atomically
 from hybrid_attn.trees import check
 
 
-def write(out: Path, runs: Sequence[Run]) -> None:
+def write(out: Path, runs: Sequence[Run]) -> str:
     """report.html, report.md, results.json, pictures/*.png, tables/*.csv, and RULER's own files by run and length.
 
-    They follow from the runs alone, whatever the directory held before; the first run is what the others are compared with.
+    Returns the overview and the verdict for a terminal. The files follow from the runs alone, whatever the directory held
+    before; the first run is what the others are compared with.
     """
     check(bool(runs), f"there are 0 runs to report in {out}; evaluate a model first")
     names = [run.name for run in runs]
@@ -36,6 +37,7 @@ def write(out: Path, runs: Sequence[Run]) -> None:
     write_atomically(out / "results.json", _json(runs, written, wrong))
     write_atomically(out / "report.md", _markdown(title, runs, found, wrong))
     write_atomically(out / "report.html", html.page(title, runs, found, wrong))
+    return overview.terminal(runs)
 
 
 def check_drawing() -> None:
@@ -94,8 +96,6 @@ def _json(runs: Sequence[Run], written: Sequence, wrong: Mapping) -> str:
 
 def _markdown(title: str, runs: Sequence[Run], found: Sequence, wrong: Mapping) -> str:
     """The verdict and the sections with links to their pictures, without HTML; answers that were wrong are counted."""
-    from hybrid_attn.evals.report import verdict
-
     text = escape.markdown
     parts = [f"# {text(title)}\n", *(f"{text(x)}\n" for x in verdict.sentences(runs))]
     parts += [f"**{text(x)}**\n" for x in verdict.warnings(runs)]

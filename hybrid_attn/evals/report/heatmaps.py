@@ -106,11 +106,13 @@ def heads(values: np.ndarray, rows: Sequence[str], most: float, label: str) -> F
 
     A layer without a number has a window that does not reach the needle.
     """
-    figure = Figure(figsize=(4.9, 1.4 + 0.24 * min(max(len(rows), 5), 24)), layout="constrained")
+    figure = Figure(figsize=(4.9, 1.4 + 0.24 * min(max(len(rows), 5), 28)), layout="constrained")
     axes = figure.subplots()
     image = axes.pcolormesh(values, cmap=AMOUNTS, vmin=0, vmax=most, edgecolors=PAPER, linewidth=0.8)
     _cells_named(axes, [str(head) for head in range(values.shape[1])], rows)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, map(side_label, rows), fontsize=9.5 if len(rows) <= 16 else 5.5)
+    axes.set_yticks(
+        np.arange(len(rows)) + 0.5, map(side_label, rows), fontsize=9.5 if len(rows) <= 16 else 7 if len(rows) <= 40 else 5
+    )
     for row in np.flatnonzero(np.isnan(values).all(1)):
         axes.text(values.shape[1] / 2, row + 0.5, "out of reach", color=MUTED, **CENTRED)
     axes.set_xlabel("head")

@@ -44,9 +44,9 @@ def sentences(runs: Sequence[Run]) -> list[str]:
     """What one run can read and what its context gains it; of several also how each compares with the first."""
     found = []
     for run in runs[:MOST_RUNS]:
-        several = readings(run)
-        found += [ability(run, several[0])] if several else []
-        found += loss_sentences(run) if len(runs) == 1 or not several else []
+        several, told = readings(run), loss_sentences(run) if len(runs) == 1 or not readings(run) else []
+        said = [ability(run, several[0])] if several else []
+        found += told + said if several and several[0].asked.startswith("recall") else said + told
     if len(runs) > 1:
         first = runs[0].name
         found += [against(first, name, differences) for name, differences in contents.differences(runs)[: MOST_RUNS - 1]]

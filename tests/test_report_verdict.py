@@ -1,0 +1,207 @@
+"""The sentences, intervals and names of a report: they say what the numbers say, and no more."""
+
+import re
+
+import numpy as np
+import pytest
+from evaluated import TRAINED, answer, everything, run_of
+
+from hybrid_attn import config
+from hybrid_attn.evals import report
+from hybrid_attn.evals.report import contents, descriptions, heatmaps, html, layers, overview, sections, statistics, verdict
+from hybrid_attn.evals.ruler.tasks import NAMES
+
+
+def needles(name, *shares, number=50):
+    """A run that found these shares of single needles at 1K, 2K, 4K, …"""
+    cells = [{"length": 1024 * 2**i, "right": share * number, "answers": number} for i, share in enumerate(shares)]
+    return run_of(name, [], [{"eval": "needle", "depth": 0, "needles": 1} | cell for cell in cells])
+
+
+def test_the_verdict_says_up_to_which_length_a_model_reads_and_where_it_falls():
+    (falls,) = verdict.sentences([needles("run", 1.0, 0.96, 0.2)])
+    low, high = statistics.wilson(48, 50)
+    half = round(100 * max(0.96 - low, high - 0.96))
+    assert f"run (trained at 4K) reads up to 2K: there it has 96% ± {half} (n = 50) of single needles right" in falls
+    assert "it falls to 20% ±" in falls and "at 4K" in falls
+    (holds,) = verdict.sentences([needles("run", 1.0, 0.96)])
+    assert "reads up to 2K" in holds and "the longest length asked" in holds
+    (unclear,) = verdict.sentences([needles("run", 1.0, 0.6, number=5)])
+    assert "so few answers leave unclear" in unclear and "falls" not in unclear
+    (nothing,) = verdict.sentences([needles("run", 0.0, 0.0)])
+    assert "0% ± 7 (n = 50) of single needles right at 1K, none above chance" in nothing
+    (one,) = verdict.sentences([needles("run", 0.9)])
+    assert "one length does not show where it falls" in one
+
+
+def test_recall_at_chance_is_called_chance():
+    records = [
+        {"eval": "recall", "source": "own", "task": "recall of 4 pairs", "length": length, "answers": 100}
+        | {"accuracy": share, "by_row": [share + 0.1, share - 0.1] * 25}
+        for length, share in ((1024, 0.27), (2048, 0.25))
+    ]
+    (told,) = verdict.sentences([run_of("run", [], records)])
+    assert "no more than a guess (25%)" in told
+    known = {name: contents.chance(f"{name} of 4 pairs") for name in ("recall", "mqar", "tracking")}
+    assert known == {"recall": 1 / 4, "mqar": 1 / 4, "tracking": 1 / 16} and contents.chance("copy") == 1 / 16
+    assert set(known) | {"copy"} == set(config.TASKS)
+    assert contents.chance("something else") is None and contents.chance("recall of 0 pairs") is None
+    (section,) = (x for x in sections.sections([run_of("run", [], records)]) if x.name == "recall")
+    lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
+    assert lines["chance"] == 0.25
+
+
+def losses(name, **more):
+    total = {"eval": "position", "source": "text", "length": TRAINED, "tokens": 99, "loss": 2.0, "stderr": 0.01, **more}
+    total |= {"bits_per_byte": 3.0, "by_row": [2.0, 2.1]}
+    buckets = [{"first": 0, "end": 16, "loss": 3.0, "stderr": 0.03}, {"first": 2048, "end": 4096, "loss": 1.9, "stderr": 0.04}]
+    known = {"eval": "position", "source": "text", "length": TRAINED, "tokens": 9}
+    bigram = {"eval": "bigram", "source": "text", "length": TRAINED, "bits_per_byte": 3.5}
+    return run_of(name, [], [*(known | bucket for bucket in buckets), total, bigram])
+
+
+def test_of_losses_alone_the_verdict_says_bits_the_bigram_and_what_context_gains(tmp_path):
+    run = losses("step 3")
+    first, second = verdict.sentences([run])
+    half = statistics.Z * 0.01 * 3 / 2
+    assert f"reads text at 3.00 ± {half:.2f} bits per byte in rows of 4K, its trained length (n = 2 rows)" in first
+    assert first.endswith(", below a bigram model's 3.50.")
+    assert second == "Context gains 1.10 ± 0.10 nats: a token from 2K on against the first 16."
+    (section,) = (x for x in sections.sections([run]) if x.name == "loss")
+    lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
+    assert lines["bigram"] == pytest.approx(3.5 * 2 / 3)  # in nats per token, at the model's bytes per token
+    said = report.write(tmp_path, [run])
+    assert first in said and "3.500" in said and first in (tmp_path / "report.md").read_text().replace("\\", "")
+    assert f"<p>{first.replace(chr(39), '&#x27;')}</p>" in (tmp_path / "report.html").read_text()
+
+
+def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
+    first = run_of("a", [answer("vt", 4096, i, float(i < 10)) for i in range(40)], needles("a", 0.5).records)
+    better = run_of("b", [answer("vt", 4096, i, float(i < 30)) for i in range(40)], needles("b", 0.6).records)
+    *_, told = verdict.sentences([first, better])
+    (found,) = statistics.compare(first, better, {"vt"}, "")
+    half = 100 * max(0.5 - found.low, found.high - 0.5)
+    assert f"b against a: better on vt at 4K (+50 ± {half:.0f} points, n = 40). Of 1 comparisons: 1 better." == told
+    assert "worse on vt" in verdict.sentences([better, first])[-1]
+    assert "unclear on vt" in verdict.sentences([first, first._replace(name="c")])[-1]
+    other = first._replace(name="d", answers=())
+    assert verdict.sentences([first, other])[-1] == "d and a share no question and no row: they cannot be compared."
+
+
+def test_too_few_samples_are_warned_of():
+    assert verdict.warnings([needles("run", 0.5, number=200)]) == []
+    (told,) = verdict.warnings([needles("run", 0.5, number=5)])
+    assert "5 answers of single needles" in told and "97 leave ± 10" in told
+    low, high = statistics.wilson(48.5, 97)
+    assert (high - low) / 2 == pytest.approx(0.1, abs=0.003)
+
+
+def test_equal_differences_leave_an_interval_with_a_width():
+    for n, difference in ((20, 0.0), (12, 1.0), (1, 0.0)):
+        a = run_of("a", [answer("vt", 4096, i, 0.0) for i in range(n)])
+        b = run_of("b", [answer("vt", 4096, i, difference) for i in range(n)])
+        (found,) = statistics.compare(a, b, {"vt"}, "mean")
+        share = statistics.wilson(0, n)[1]
+        assert (found.low, found.high) == pytest.approx(
+            (difference - share * (1 + difference), difference + share * (1 - difference))
+        )
+        assert found.difference == difference
+    same = [answer(task, 4096, i, float(i < 20 and task == "vt")) for task in ("vt", "cwe") for i in range(20)]
+    (mean, *each) = statistics.compare(run_of("a", same), run_of("b", same), {"vt", "cwe"}, "mean")
+    assert (mean.low, mean.high) == pytest.approx((each[0].low / np.sqrt(2), each[0].high / np.sqrt(2)))
+    loss = {"eval": "position", "source": "text", "length": 64, "tokens": 99, "loss": 2.0, "by_row": [2.0, 2.5, 3.0]}
+    run = run_of("a", [], [loss])
+    (found,) = statistics.compare_rows(run, run)
+    assert (found.low, found.high, contents.verdict(found)) == (None, None, "unclear")
+
+
+def test_a_share_of_the_harness_that_is_none_or_all_has_wilsons_interval():
+    record = {"value": 0.0, "stderr": 0.0, "documents": 20}
+    assert contents.harness_interval(record) == statistics.wilson(0, 20)
+    assert contents.harness_interval(record | {"value": 1.0}) == statistics.wilson(20, 20)
+    assert contents.harness_interval(record | {"value": 7.5}) == (None, None)
+    assert contents.harness_interval({"value": 0.5}) == (None, None)
+
+
+def test_layers_are_named_by_what_they_see():
+    base = {"window": None, "chunk": None, "rope_theta": None}
+    kinds = {
+        letter: type("Kind", (), base | fields)
+        for letter, fields in {
+            "L": {"window": 512, "rope_theta": 1e4},
+            "G": {},
+            "C": {"chunk": 8192, "rope_theta": 1e4},
+            "F": {"rope_theta": 1e6},
+            "H": {"rope_theta": 1e7},
+        }.items()
+    }
+    assert layers.names(kinds) == {
+        **{"L": "local, window 512, RoPE", "G": "global, NoPE", "C": "local, chunks of 8,192, RoPE"},
+        **{"F": "global, RoPE (F)", "H": "global, RoPE (H)"},
+    }
+    assert [layers.layout(x) for x in ("LG", "LLLG" * 8, "LLLG" * 8 + "LL", "L" * 12, None)] == [
+        *("LG", "8×LLLG", "8×LLLG + LL", "12×L"),
+        None,
+    ]
+    records, _ = everything(1.0)
+    run = run_of("run", [], records)
+    run.provenance["model"] |= {"layers": "LG", "kinds": {"L": "local, window 512, RoPE", "G": "global, NoPE"}}
+    drawn = [picture for section in sections.sections([run]) if section.name == "attention" for picture in section.pictures]
+    words = {text.get_text() for picture in drawn for axes in picture.figure.axes for text in axes.get_yticklabels()}
+    labels = {x.get_text() for picture in drawn for legend in picture.figure.legends for x in legend.get_texts()}
+    assert {"0 local", "1 global"} <= words and {"local, window 512, RoPE", "global, NoPE"} <= labels
+    assert "Layers: L is local, window 512, RoPE; G is global, NoPE." in sections.sections([run])[0].words
+
+
+def test_tasks_are_a_heat_map_by_length_and_points_at_one_length():
+    one = {"eval": "ruler", "samples": 8, "nulls": 0}
+    records = [one | {"task": task, "length": length, "score": 50.0} for task in ("vt", "cwe") for length in (4096, 8192)]
+    both = run_of("run", [], records)
+    single = run_of("run", [], [r for r in records if r["length"] == 4096])
+    mean, tasks = next(x for x in sections.sections([both]) if x.name == "ruler").pictures
+    assert mean.caption == "Right answers: run 50% at all lengths."
+    assert tasks.figure.axes[0].collections[0].get_clim() == (0, 100)
+    assert [x.get_text() for x in tasks.figure.axes[0].get_yticklabels()] == ["vt", "cwe"]
+    (points,) = next(x for x in sections.sections([single]) if x.name == "ruler").pictures
+    axes = points.figure.axes[0]
+    assert [x.get_text() for x in axes.get_yticklabels()] == ["mean of the tasks", "vt", "cwe"]
+    bars = [tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
+    assert bars[1:] == [pytest.approx([100 * x for x in statistics.wilson(4, 8)])] * 2
+    assert heatmaps.task_map([("a", {("vt", 4): 1.0}, 4)] * 4, ["vt"]).axes[3].get_title("left") == "a"
+
+
+def test_every_task_of_ruler_is_described():
+    assert tuple(descriptions.RULER) == NAMES
+    run = run_of("run", [], [{"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}])
+    section = next(x for x in sections.sections([run]) if x.name == "ruler")
+    assert section.folded[0].rows == [["vt", descriptions.RULER["vt"]]]
+
+
+def test_a_figure_has_the_command_that_measures_it_anew():
+    run = needles("run", 1.0)
+    assert descriptions.command([run], "needle") == ""
+    settings = {"lengths": [1024, 4096], "asked": [2048], "samples": 5, "tokens": 99, "depths": [0.0, 50.0], "seed": 0}
+    run.provenance.update(checkpoint="/runs/my run", step=7, settings=settings)
+    assert descriptions.command([run], "needle") == (
+        "python tools/evaluate.py '--checkpoint=/runs/my run' --step=7 --suite=needle --lengths=2048 --samples=5 --seed=0 "
+        "--depths=0,50 --out=DIR"
+    )
+    assert "--lengths=1024,4096 --tokens=99 --out" in descriptions.command([run], "position")
+    page = html.page("title", [run], sections.sections([run]), {})
+    assert "<code>python tools/evaluate.py &#x27;--checkpoint=/runs/my run&#x27;" in page
+    assert 'href="pictures/needle_0_1.png">PNG</a> <a class="file" href="tables/needle_cells.csv">CSV' in page
+
+
+def test_an_answer_of_whitespace_alone_is_called_that():
+    run = run_of("run", [answer("vt", 4096, i, 0.0, given=given) for i, given in enumerate(("", " \n ", "words"))], [])
+    run = run._replace(records=needles("run", 0.5).records)
+    page = html.page("title", [run], sections.sections([run]), report.files.failures([run]))
+    given = re.findall(r"<dd>(.*?)</dd>", page)
+    assert {"<i>nothing</i>", "<i>only whitespace (3 characters)</i>", "<code>words</code>"} <= set(given)
+
+
+def test_the_overview_of_a_terminal_is_aligned():
+    runs = [needles("run", 1.0), needles("a longer name", 0.5)]
+    head, *rows = overview.terminal(runs).splitlines()[:3]
+    assert head.index("trained at") + len("trained at") == rows[0].index("4K") + 2 == rows[1].index("4K") + 2
+    assert rows[0].endswith("1.000") and rows[1].startswith("a longer name  ")
