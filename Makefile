@@ -21,7 +21,7 @@ train: .venv/.train $(EXTRA:%=.venv/.%)
 test: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
 
-# Several processes that train as one, the benches, and what else takes long: minutes on two cores.
+# Several processes that train as one, runs that are broken on purpose, the benches, and what else takes long.
 test-slow: .venv/.test
 	$(VENV_PYTHON) -m pytest $(PARALLEL) -m slow $(ARGS)
 

@@ -51,7 +51,10 @@ def run(
         os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
 
     def interrupt(*_):
-        raise KeyboardInterrupt  # a callback of jax, or an import, may swallow it: `watch` ends the program all the same
+        last = threading.Timer(GRACE, end)  # a callback of jax, or an import, may swallow the exception
+        last.daemon = True
+        last.start()
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, interrupt)
     unwatch = watch(signal.SIGINT, interrupt, end)

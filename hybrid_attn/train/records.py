@@ -22,7 +22,7 @@ def set_aside(workdir: Path, start: int, replayed: int) -> list[str]:
     notes = []
     for path in (workdir / name for name in LINES):
         if path.exists() and _is_at_stake(path, start, replayed):
-            kept = _rename(path) if start == 0 else _copy(path)
+            kept = files.set_aside(path) if start == 0 else _copy(path)
             notes.append(f"kept         the old {path.name} as {kept}; the run goes on from step {start}")
     later = [folder for folder in workdir.glob("evals/*") if folder.name.isdigit() and int(folder.name) > start]
     for folder in sorted(later, key=lambda folder: int(folder.name)):
@@ -48,9 +48,6 @@ def _is_at_stake(path: Path, start: int, replayed: int) -> bool:
     steps = [step_of(line) for line in lines if line.endswith(b"\n")]
     last = max((step for step in steps if step is not None), default=0)
     return bool(steps) and (start == 0 or None in steps or last - start > replayed)
-
-
-_rename = files.set_aside
 
 
 def _copy(path: Path) -> Path:

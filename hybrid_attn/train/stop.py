@@ -22,7 +22,7 @@ class Stop:
     def __init__(self, peers: Peers | None):
         self.peers, self.requested, self.saved = peers, False, False
         self.failure: OSError | None = None
-        self.before = {}
+        self.before, self.received = {}, set()
 
     def __enter__(self):
         self._catch(signal.SIGTERM)
@@ -37,8 +37,13 @@ class Stop:
         self.before[number] = signal.signal(number, self.request)
 
     def request(self, number, frame):
+        again, before = number in self.received, self.before[number]
+        if again and callable(before):
+            before(number, frame)  # called, not put back: `programs.watch` would take the first signal for its own
         self.requested = True
-        signal.signal(number, self.before[number])
+        self.received.add(number)
+        if not callable(before):
+            signal.signal(number, before)
         if self.peers:
             self.peers.ask_to_stop()
         elif self.saved:
