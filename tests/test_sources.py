@@ -155,6 +155,20 @@ def test_a_byte_order_mark_before_the_first_record_is_no_part_of_it(tmp_path):
     assert first == Text(b"a", None) and second.reason.startswith(f"{tmp_path}/x.jsonl, line 2: not ")
 
 
+def test_every_kind_of_frame_of_a_zst_file_is_read(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    content = b"".join(b"%d\n" % (i * i % 99_991) for i in range(60_000))  # several blocks
+    skipped = b"\x5a\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"\xffdata"
+    stream = zstandard.ZstdCompressor(level=1, write_checksum=True).compressobj()  # of a length that its header does not tell
+    streamed = stream.compress(content) + stream.flush()
+    small = zstandard.ZstdCompressor(write_content_size=True).compress(b"small")
+    (tmp_path / "x.txt.zst").write_bytes(skipped + streamed + small + skipped + zstandard.ZstdCompressor().compress(content))
+    assert read(tmp_path / "x.txt.zst") == [Text(content + b"small" + content, None)]
+    (tmp_path / "x.txt.zst").write_bytes(small + streamed[:-1] + bytes([streamed[-1] ^ 1]))
+    (found,) = read(tmp_path / "x.txt.zst")
+    assert found.reason.startswith(f"{tmp_path}/x.txt.zst: its packing is broken: ")
+
+
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
 @pytest.mark.parametrize("cut", [1, 3, 9, 60])
 def test_a_packed_file_cut_short_gives_what_it_has_and_is_named(tmp_path, name, cut):
