@@ -197,6 +197,10 @@ said.pictures = [...document.querySelectorAll(".picture svg")].map((svg) => {
   const box = svg.getBoundingClientRect(), page = svg.parentNode.getBoundingClientRect();
   return [box.width, box.height, box.left - page.left];
 });
+const scroll = table.closest(".scroll");
+scroll.scrollLeft = 120;
+said.scrolled = scroll.scrollLeft;
+said.first = table.tBodies[0].rows[0].cells[0].getBoundingClientRect().left - scroll.getBoundingClientRect().left;
 said.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 const out = document.createElement("output");
 out.id = "said";
@@ -229,3 +233,4 @@ def test_in_a_browser_tables_sort_and_pictures_load(written, tmp_path, width):
     assert said["shares"] == sorted(said["shares"]) and len(said["shares"]) == 27 and said["sorted"] == "ascending"
     assert len(said["pictures"]) > 15 and all(w > 200 and h > 100 and x >= 0 for w, h, x in said["pictures"])
     assert said["overflow"] <= 0
+    assert 0 <= said["first"] <= 1 and said["scrolled"] > 50  # the first column stays in sight

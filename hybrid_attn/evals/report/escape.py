@@ -9,8 +9,10 @@ from html import escape
 
 # Control characters, marks that change the direction of text, and half surrogate pairs, which no output can hold.
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-MARKUP = re.compile(  # emphasis, code, links, tables and formulas anywhere; headings and lists at the beginning
-    r"[\\`*\[\]~|$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|:(?=//)|(?<=www)\.|@|^(?:#|[+-](?=[\s-]|$)|=)|(?<=^\d)[.)](?=\s|$)|(?<=^\d\d)[.)](?=\s|$)"
+TAG = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")  # "<4K" begins none, and reads better as it is
+MARKUP = re.compile(  # emphasis, code, links, tables and formulas anywhere; quotes, headings and lists at the beginning
+    r"[\\`*\[\]~|$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|:(?=//)|(?<=www)\.|@"
+    r"|^(?:#|>(?!\d)|[+-](?=[\s-]|$)|=)|(?<=^\d)[.)](?=\s|$)|(?<=^\d\d)[.)](?=\s|$)"
 )
 SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 LONGEST = 80  # characters of a file name
@@ -30,7 +32,7 @@ def html(text: str) -> str:
 def markdown(text: str) -> str:
     """For a line or a cell of Markdown: no tag, link, emphasis, code, formula, heading or list of the text's own."""
     line = " ".join(visible(text).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = TAG.sub(lambda found: {"&": "&amp;", "<": "&lt;"}[found[0]], line)
     return MARKUP.sub(lambda found: f"\\{found[0]}", line)
 
 

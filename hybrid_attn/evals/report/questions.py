@@ -64,17 +64,17 @@ def _ruler_pictures(runs: Sequence[Run], belongs: Belongs, name: str, lengths: S
     shares = {
         curve.name: {length: score / 100 for length, score in zip(curve.lengths, curve.scores, strict=True)} for curve in mean
     }
-    told = _each({run: f"{change(by_length)}" for run, by_length in shares.items() if by_length})
+    told = _each({run: change(by_length) for run, by_length in shares.items()}) if shares else "no task at all lengths."
     by_task = _task_curves(runs, belongs)
     if len(lengths) == 1:
-        rows = ({"mean of the tasks": mean} if any(curve.lengths for curve in mean) else {}) | by_task
+        rows = ({"mean of the tasks": mean} if mean else {}) | by_task
         note = f"{WILSON}; the mean's combines those of its tasks."
         figure = pictures.points(rows, "score", 100)
         return [Picture(name, f"Right answers: {told}", figure, False, note, f"{name}_cells")]
     marks = [run.trained for run in runs]
-    figure = pictures.curves({"mean of the tasks": mean}, marks, "score", 100, THRESHOLD)
+    figure = pictures.curves({"mean of the tasks": mean}, marks, "score", 100, THRESHOLD) if mean else None
     note = f"Mean of the tasks by length. {WILSON} of the tasks, combined."
-    found = [Picture(name, f"Right answers: {told}", figure, False, note, name)]
+    found = [Picture(name, f"Right answers: {told}", figure, False, note, name)] if mean else []
     maps = []
     for run in runs:
         scores = {(r["task"], r["length"]): r["score"] for r in run.of("ruler") if belongs(r["length"])}
