@@ -27,7 +27,7 @@ MESHES = [(4, 1, 1, 2), (2, 2, 2, 1), (1, 2, 4, 1), (1, 1, 2, 4)]
 def corpus(tmp_path):
     generator = np.random.default_rng(0)
     for i in range(24):
-        (tmp_path / f"{i:02}.txt").write_bytes(generator.integers(0, 256, 5 + 7 * i, np.uint8).tobytes())
+        (tmp_path / f"{i:02}.txt").write_bytes(generator.integers(1, 256, 5 + 7 * i, np.uint8).tobytes())
     return documents.load((str(tmp_path / "*.txt"),), BYTES)
 
 

@@ -196,6 +196,11 @@ def test_what_is_no_tokenizer_json_is_refused_in_a_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+def test_a_json_at_which_the_library_panics_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json' is not a tokenizer.json: range end index"):
+        tokenizer.load(changed(byte_level(), tmp_path, model__continuing_subword_prefix="a" * 99))
+
+
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     with pytest.raises(UnicodeDecodeError):
         load(byte_level(), tmp_path).encode(b"ab\xff")

@@ -1,10 +1,11 @@
 """Text to token ids and back: plain bytes, or a `tokenizer.json`."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -93,7 +94,8 @@ class Json:
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """What `encode` gives of each text."""
         decoded = [text.decode("utf-8") for text in texts]
-        encoded = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
+        with _library_errors("the tokenizer cannot encode a text"):
+            encoded = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(x.ids, np.int32) for x in encoded]
 
     def decode(self, ids) -> str:
@@ -135,19 +137,30 @@ def _read_json(path: str):
         import tokenizers
     except ImportError as error:
         raise ImportError(f"{path} needs the library tokenizers; pip install 'hybrid_attn[hf]'") from error
+    refusal = f"the tokenizer {path!r} is not a tokenizer.json"
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{refusal}: {error}") from error
+    with _library_errors(refusal):
         tokenizer = tokenizers.Tokenizer.from_str(text)
         state = json.loads(text)
-    except OSError:
-        raise
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"the tokenizer {path!r} is not a tokenizer.json: {error}") from error
     tokenizer.no_truncation()  # files saved for fine-tuning carry both, and a document must come through whole
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "</s>" in a text is four characters of the text, not its end
     return tokenizer, state
+
+
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Errors of the library become ValueErrors: it raises bare Exceptions and, where its Rust panics, a BaseException."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _check_exact(tokenizer, state: dict, path: str) -> None:
@@ -158,12 +171,11 @@ def _check_exact(tokenizer, state: dict, path: str) -> None:
     if state.get("decoder") is None:
         raise ValueError(f"{path} has no decoder, so its ids are no text again; give it the one of its kind, such as ByteLevel")
     for character in PROBE:
-        kept = tokenizer.normalizer is None or tokenizer.normalizer.normalize_str(character)
-        try:
+        with _library_errors(f"{path} cannot encode {character!r}, for which a model may need an unk_token"):
+            kept = tokenizer.normalizer is None or tokenizer.normalizer.normalize_str(character)
             ids = tokenizer.encode(character, add_special_tokens=False).ids
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} cannot encode {character!r}: {error}; give its model an unk_token") from error
-        if kept and (not ids or "\ufffd" in tokenizer.decode(ids)):
+            decoded = tokenizer.decode(ids)
+        if kept and (not ids or "\ufffd" in decoded):
             cure = "use a vocabulary of all bytes, byte_fallback or an unk_token"
             raise ValueError(f"{path} drops the character {character!r}, or bytes of it, without a token; {cure}")
 
