@@ -43,7 +43,7 @@ def write(out: Path, runs: Sequence[Run]) -> str:
 def check_drawing() -> None:
     """ValueError where pictures cannot be drawn."""
     if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("a report has pictures, and matplotlib is not installed; install it: pip install matplotlib")
+        raise ValueError("a report has pictures, and matplotlib is not installed: pip install matplotlib")
 
 
 def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
