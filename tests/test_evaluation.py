@@ -18,7 +18,7 @@ from hybrid_attn import checkpoint
 from hybrid_attn.config import EVALS
 from hybrid_attn.data import corpora, tokenizer
 from hybrid_attn.evals import report, suite, texts
-from hybrid_attn.evals.report import contents, runs
+from hybrid_attn.evals.report import contents, fields
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation, loop
 
@@ -273,5 +273,5 @@ def test_the_names_of_a_config_are_evaluations_of_the_suite():
     assert set(EVALS) | {"harness"} == set(suite.MEASURES)
 
 
-def test_a_report_knows_what_the_suite_measures_and_nothing_else():
-    assert set(runs.FIELDS) == set(suite.MEASURES)
+def test_a_report_knows_what_the_suite_measures_and_the_bigram_beside_it():
+    assert set(fields.FIELDS) == {*suite.MEASURES, "bigram"}
