@@ -241,7 +241,8 @@ def run_steps(
         if is_skipped(step, skipped):
             report()
             state = skip_step(state)
-            metrics.skip(step)
+            with stop.after_saving():
+                metrics.skip(step)
             metrics.advance(step)
             before = time.perf_counter()
         else:
