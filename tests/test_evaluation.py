@@ -193,7 +193,7 @@ def test_a_run_that_goes_on_longer_keeps_what_was_measured_of_it(corpus, workdir
     (tmp_path / "run/evals/9/units").mkdir(parents=True)
     found = measured(monkeypatch)
     assert loop.train(c, tmp_path / "run", allow_lr_jump=True)
-    assert found == units and names(tmp_path / "run/evals") == ["2", "4", *(["6"] if units else []), "samples"]
+    assert found == units and names(tmp_path / "run/evals") == ["2", "4", *(["6"] if units else []), "9.old", "samples"]
     old, new = (lines(folder / "evals.jsonl") for folder in (workdir, tmp_path / "run"))
     assert [line for line in new if line["step"] <= 4] == old
     for name in ("run.json", "records.jsonl", "answers.jsonl"):
@@ -217,12 +217,13 @@ def test_a_finished_run_measures_again_what_has_other_settings_and_says_what_is_
     (workdir / "evals/9/units").mkdir(parents=True)
     units = measured(monkeypatch)
     assert loop.train(config_of(corpus), workdir)
-    assert units == [] and names(workdir / "evals") == ["2", "4", "samples"]
+    assert units == [] and names(workdir / "evals") == ["2", "4", "9.old", "samples"]
     capsys.readouterr()
     assert loop.train(config_of(corpus, **{"evals.names": ("attention_mass", "recall")}), workdir)
     said = capsys.readouterr().out
     assert said.count("\nevals        without recall of tasks: no source of this run is a task\n") == 1
-    assert said.count(f"\n{workdir}/evals/4 held what was measured with other settings; it is measured anew\n") == 1
+    held = f"{workdir}/evals/4 held what was measured with other settings; that is now {workdir}/evals/4.old, and it is measured"
+    assert said.count(f"\n{held} anew\n") == 1
     assert units == [f"attention_mass-text-{LENGTH}"] and names(workdir / "evals/4/units") == [f"{units[0]}.json"]
     told = [x for x in lines(workdir / "evals.jsonl") if x["step"] == 4]
     assert [(x["eval"], x["kind"]) for x in told] == [("attention_mass", "G"), ("attention_mass", "L")]
