@@ -106,7 +106,8 @@ def test_a_scalar_is_in_tensorboards_file_before_the_next_step(tmp_path):
     for step in range(1, 41):
         metrics.log(step, VALUES, tokens=2706, flops=4e12)
         metrics.score("position/text/48", 2.0)
-        steps = [event.step for event in tensorboard_events(tmp_path) for v in event.summary.value if v.tag == "train/loss_nats"]
+        values = [(event.step, value.tag) for event in tensorboard_events(tmp_path) for value in event.summary.value]
+        steps = [number for number, tag in values if tag == "train/loss_nats"]
         assert steps == list(range(1, step + 1))
 
 
