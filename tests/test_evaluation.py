@@ -140,13 +140,16 @@ def unreported(workdir, folder):
     (folder / "evals/4/report.html").unlink()
 
 
-def test_pictures_are_of_the_run_that_a_report_would_read(corpus, workdir, tmp_path, monkeypatch):
+def test_pictures_are_of_the_run_that_a_report_would_read_with_a_bigram_model_beside_it(corpus, workdir, tmp_path, monkeypatch):
     sections = pytest.importorskip("hybrid_attn.evals.report.sections")
     unreported(workdir, tmp_path / "run")
     drawn = []
     monkeypatch.setattr(sections, "sections", lambda runs: drawn.extend(runs) or [])
     assert loop.train(config_of(corpus), tmp_path / "run")
-    assert drawn == [report.read(tmp_path / "run/evals/4")._replace(name="step 4")]
+    read = report.read(tmp_path / "run/evals/4")._replace(name="step 4")
+    *records, baseline = drawn[0].records
+    assert [run._replace(records=tuple(records)) for run in drawn] == [read]
+    assert baseline["eval"] == "bigram" and baseline["bits_per_byte"] > 0
     assert drawn[0].provenance["settings"]["lengths"] == [LENGTH]
 
 

@@ -46,7 +46,9 @@ def test_a_loss_without_bytes_has_no_bits(bits):
 
 
 def test_the_ending_names_files_and_commands_that_a_shell_reads(tmp_path):
-    lines = overview.ending("runs/my run", 300, tmp_path / "report.html")
+    lines = overview.ending("runs/my run", 300, tmp_path / "report.html", True)
     assert f"report       {tmp_path}/report.html" in lines
     assert "next         python tools/generate.py --checkpoint='runs/my run' --prompt='def main('" in lines
-    assert "report" not in overview.ending("runs/x", 300, None)[1]
+    assert any(line.endswith("--out='evals/my run' --trust_checkpoint_data") for line in lines)
+    bare = overview.ending("runs/x", 300, None, False)
+    assert "report" not in bare[1] and "--trust" not in "".join(bare)

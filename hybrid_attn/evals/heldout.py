@@ -13,12 +13,11 @@ from hybrid_attn.trees import check
 NAME = re.compile(r"[\w.-]+")
 
 
-def files_of(c: config.Trained) -> dict[str, list[str]]:
+def files_of(c: config.Trained) -> dict[str, tuple[str, ...]]:
     """By source, the files and URLs that the config of a checkpoint names; tasks and the standard library name none."""
     unknown = sorted(set(c.sources) - set(c.data.sources))
     check(not unknown, f"the checkpoint's config mixes {', '.join(unknown)}, which is not in its data.sources")
-    named = {name: [*c.data.sources[name].paths, *filter(None, [c.data.sources[name].store])] for name in c.sources}
-    return {name: files for name, files in named.items() if files}
+    return corpora.locations(c.data, c.sources)
 
 
 def check_trusted(checkpoint: str, c: config.Trained) -> None:
@@ -55,7 +54,7 @@ def of_files(files: Mapping[str, str], tokenizer) -> dict[str, Documents]:
     loaded = {}
     for name, where in files.items():
         try:
-            is_store = "://" in where or os.path.isdir(os.path.expanduser(where))
+            is_store = "://" in where or os.path.exists(os.path.join(os.path.expanduser(where), store.MANIFEST))
             loaded[name] = store.load(where, tokenizer) if is_store else documents.load((where,), tokenizer)
         except ValueError as cause:
             raise ValueError(f"--heldout={name}={where}: {cause}") from cause

@@ -143,6 +143,7 @@ class Evaluations:
         vocab_size = self.reader.subject.tokenizer.vocab_size
         for line in evaluation_tables(run.records, baseline, vocab_size, self.reader.trained):
             metrics.say(line)
+        run = run._replace(records=(*run.records, *({"eval": "bigram", **record} for record in baseline)))
         report.write(folder, [run])
         _show(metrics, folder / "pictures")
 

@@ -71,7 +71,7 @@ def train(
                 metrics.say(line)
             if start == c.total_steps and evaluations.is_done(start):
                 metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
-                close(metrics, evaluations, workdir)
+                close(c, workdir, metrics, evaluations)
                 return True
             batches = pipeline.batches(c, stages, mesh, start)
 
@@ -95,7 +95,7 @@ def train(
             whole = measure(state.params)
             if not whole:
                 metrics.say(last_words)
-            close(metrics, evaluations if whole else None, workdir)
+            close(c, workdir, metrics, evaluations if whole else None)
             return whole
         except KeyboardInterrupt:
             if not stop.saved:
@@ -107,10 +107,11 @@ def train(
             checkpoints.close()
 
 
-def close(metrics: Metrics, evaluations: Evaluations | None, workdir: str) -> None:
+def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluations | None) -> None:
     """Ends the metrics of a run, and says what can be done with it where its `evaluations` are done."""
     if evaluations is not None:
-        for line in ending(workdir, metrics.step, evaluations.report_of(metrics.step)):
+        own_files = bool(corpora.locations(c.data, c.sources))
+        for line in ending(workdir, metrics.step, evaluations.report_of(metrics.step), own_files):
             metrics.say(line)
     metrics.close()
 

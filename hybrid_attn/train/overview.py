@@ -94,9 +94,10 @@ def _of(records: Sequence[Mapping], evaluation: str) -> list[Mapping]:
     return [record for record in records if record["eval"] == evaluation]
 
 
-def ending(workdir: str, step: int, report: Path | None) -> list[str]:
-    """Where the files of a finished run are, and commands that go on from it."""
+def ending(workdir: str, step: int, report: Path | None, own_files: bool) -> list[str]:
+    """Where the files of a finished run are, and commands that go on from it; `own_files`: it was trained on files or URLs."""
     place = shlex.quote(str(workdir))
+    trust = " --trust_checkpoint_data" if own_files else ""
     name = shlex.quote(f"evals/{Path(workdir).name}")
     return [
         "",
@@ -104,6 +105,6 @@ def ending(workdir: str, step: int, report: Path | None) -> list[str]:
         f"metrics      {workdir}/metrics.jsonl, evals.jsonl; tensorboard --logdir={place}",
         f"checkpoint   {workdir}/checkpoints/{step}",
         f"next         python tools/generate.py --checkpoint={place} --prompt='def main('",
-        f"             python tools/evaluate.py --checkpoint={place} --suite=quick --out={name}",
+        f"             python tools/evaluate.py --checkpoint={place} --suite=quick --out={name}{trust}",
         f"             python tools/plot_runs.py --workdir={place} --out=loss.png",
     ]
