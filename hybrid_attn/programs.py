@@ -46,7 +46,10 @@ def run(
     logging.getLogger().setLevel(logging.WARNING)
     quiet.silence_libraries()
 
+    ending = threading.Lock()
+
     def end():
+        ending.acquire()  # and kept: whoever comes second, of the main thread and those that watch it, says nothing more
         print(f"error: {interrupted}", file=sys.stderr, flush=True)
         os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
 

@@ -436,7 +436,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
         (["--heldout=a=nowhere.txt"], "nowhere.txt' matches no file"),
         (["--heldout=../a=x.txt"], "has not the form NAME=FILES"),
         (["--mesh=context=0"], "context=0"),
-        (["--mesh=context=1000000000"], "devices"),
+        (["--mesh=context=1000000"], "devices"),
         (["--mesh=context"], "context='' must be of type int"),
         (["--seed=100000000000000000000"], "seed"),
         (["--squad=deep.json"], "deep.json is no file of SQuAD 2.0"),

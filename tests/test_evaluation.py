@@ -225,7 +225,8 @@ def test_a_finished_run_measures_again_what_has_other_settings_and_says_what_is_
     assert loop.train(config_of(corpus, **{"evals.names": ("attention_mass", "recall")}), workdir)
     said = capsys.readouterr().out
     assert said.count("\nevals        without recall of tasks: no source of this run is a task\n") == 1
-    assert said.count(f"\n{workdir}/evals/4 held what was measured with other settings; that is now ") == 1
+    assert said.count(f"\n{workdir}/evals/4 held what was measured with other settings; it is measured anew\n") == 1
+    assert said.count(f"\nkept         the old one as {workdir}/evals/4.old\n") == 1
     assert units == [f"attention_mass-text-{LENGTH}"] and names(workdir / "evals/4/units") == [f"{units[0]}.json"]
     told = [x for x in lines(workdir / "evals.jsonl") if x["step"] == 4]
     assert [(x["eval"], x["kind"]) for x in told] == [("attention_mass", "G"), ("attention_mass", "L")]

@@ -104,7 +104,6 @@ def stage(**changes):
             "G,L=exchange splits the 1 key/value heads of a tensor shard over 2 context shards; use mesh.context=1, or a "
             "multiple of 4 for model.num_kv_heads, or G=auto,L=auto",
         ),
-        ({"evals.lengths": (0.001,)}, {}, "evals.lengths: 0.001 of 48 tokens, 0 does not split over 1 context shards; use 1"),
     ],
     ids=lambda x: "",
 )

@@ -190,8 +190,8 @@ def test_the_shortest_rows_that_a_config_may_have_can_be_drawn_and_shorter_ones_
     )
     with pytest.raises(ValueError, match=words):
         tiny(changes | {"stages": [stage | {"seq_len": 2 * least - 1}]})
-    with pytest.raises(ValueError, match=f"evals.lengths: 0.1 .* is too short for data.sources.x: .* needs {least} tokens"):
-        tiny(changes | {"stages": [stage | {"seq_len": 2 * least}], "evals.lengths": (0.1,)})
+    with pytest.raises(ValueError, match=f"evals.lengths: 0.4 .* is too short for data.sources.x: .* needs {least} tokens"):
+        tiny(changes | {"stages": [stage | {"seq_len": 2 * least}], "evals.lengths": (0.4,)})
 
 
 def test_documents_and_tasks_have_rows_of_the_same_arrays():
