@@ -87,12 +87,12 @@ def test_two_processes_of_four_devices_train_as_one_of_eight_and_go_on_from_each
         loop.train(config_of(folder, MESHES[0]), folder / "stopped")
     assert checkpoint.steps(folder / "stopped/checkpoints")[-1] > stopped
     with several("resume_and_stop_in_the_evaluation", folder) as started:
-        (status0, _, error0), (status1, _, error1) = ends(started)
+        (status0, _, error0), (status1, _, error1) = ends(started, 240)
     assert (status0, status1) == (0, 0), error0 + error1
     assert checkpoint.steps(folder / "stopped/checkpoints")[-1] == STEPS - 1
     assert 1 <= len(list((folder / f"stopped/evals/{STEPS - 1}/units").iterdir())) < 3
     with several("resume_and_break", folder) as started:
-        broken = ends(started)
+        broken = ends(started, 240)
     found, wanted = losses(folder / "stopped"), losses(tmp_path / "straight")
     assert list(found) == list(range(1, STEPS + 1))
     for step in found:
