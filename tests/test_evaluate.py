@@ -20,7 +20,7 @@ from hybrid_attn import checkpoint, config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import heldout, output, provenance, samples, settings, suite
+from hybrid_attn.evals import heldout, output, provenance, settings, suite
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation
@@ -163,7 +163,15 @@ def test_what_does_not_fit_a_length_is_absent_and_said(tool, models, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "content", [{"notes.txt": ""}, {"pictures/mine.png": ""}, {"report.md": ""}, {"run.json": "{}"}, {"a/run.json": '{"a": 1}'}]
+    "content",
+    [
+        {"notes.txt": ""},
+        {"pictures/mine.png": ""},
+        {"report.md": ""},
+        {"run.json": "{}"},
+        {"a/run.json": '{"a": 1}'},
+        {"pictures/mine.png": "", "a/run.json": '{"revision": "a", "settings": {}, "generator": 4}'},  # a copied run
+    ],
 )
 def test_a_directory_with_files_of_others_is_refused_and_left_as_it_is(tool, models, tmp_path, capsys, content):
     for name, text in content.items():
@@ -175,17 +183,25 @@ def test_a_directory_with_files_of_others_is_refused_and_left_as_it_is(tool, mod
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_directory_of_evaluations_is_known_by_its_marker_and_an_older_one_by_its_runs_or_samples(tmp_path):
-    new, marked, older, drawn = (tmp_path / name for name in ("new", "marked", "older", "drawn"))
+def test_a_directory_of_evaluations_is_new_or_known_by_its_marker_and_has_no_links(tmp_path):
+    new, marked = tmp_path / "new", tmp_path / "marked"
     output.mark(marked)
     (marked / "notes.txt").touch()
-    (older / "one").mkdir(parents=True)
-    (older / "one" / "run.json").write_text('{"revision": "a", "settings": {}, "generator": 3}')
-    (older / "pictures").mkdir()
-    samples.write(drawn / "samples" / "needle-1.jsonl", [])
-    for directory in (new, marked, older, drawn):
+    for directory in (new, marked):
         output.check_ours(directory)
     assert not new.exists()
+    (marked / "pictures").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"marked has links \(pictures\), which lead to files elsewhere; remove them"):
+        output.check_ours(marked)
+
+
+@pytest.mark.parametrize("name", ["evals", "evals/40", "mine"])
+def test_nothing_is_evaluated_into_the_workdir_of_a_training(tmp_path, name):
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    output.mark(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is in the workdir of a training, which writes there itself; name a"):
+        output.check_ours(tmp_path / name)
+    output.check_ours(tmp_path / "evals" / "of" / "others")
 
 
 def test_one_program_at_a_time_measures_into_a_directory(tool, models, tmp_path, capsys):
