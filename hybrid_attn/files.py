@@ -19,6 +19,12 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what network d
 JSON_BYTES = 2**26  # the index of a model of 700B parameters takes 9 MB
 
 
+def check_named(flag: str, path: str | os.PathLike, what: str) -> None:
+    """ValueError where a flag that names `what`, such as "a new file", is empty: its path would be the current directory."""
+    if not os.fspath(path).strip():
+        raise ValueError(f"--{flag}= is empty; name {what}")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file atomically, and creates its directory; after an interruption the old content, or no file, is there.
 

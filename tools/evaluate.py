@@ -271,8 +271,8 @@ def evaluate_all() -> None:
     """Measures every checkpoint and writes the report; what is wrong with one is said before another is measured."""
     report.check_drawing()
     for flag, values in (("checkpoint", CHECKPOINT.value), ("out", [OUT.value])):
-        if not all(values):
-            raise ValueError(f"--{flag}= is empty; name a directory")
+        for value in values:
+            files.check_named(flag, value, "a directory")
     found, evals = models(), suite.named(SUITE.value)
     heldout.named(HELDOUT.value)
     chosen = [choose(*model, evals) for model in found]
