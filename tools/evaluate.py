@@ -187,11 +187,10 @@ class Chosen(NamedTuple):
 def choose(checkpoint: str, step: int, evals: Sequence[str]) -> Chosen:
     """ValueError where measuring would open what nobody but the checkpoint has named."""
     directory = loading.find(checkpoint)
-    c, _ = loading.config_of(directory, step)
+    c, _, stage_steps = loading.saved_of(directory, step)
     if {*suite.OF_SOURCES} & {*evals} and not (TRUST.value or HELDOUT.value):
         heldout.check_trusted(checkpoint, c)
-    steps = sum(checkpoints.read_data(directory, step).get("stage_steps") or [step])
-    return Chosen(checkpoint, step, *trained_length(c, Path(directory), steps))
+    return Chosen(checkpoint, step, *trained_length(c, Path(directory), sum(stage_steps) if stage_steps else step))
 
 
 class Planned(NamedTuple):
