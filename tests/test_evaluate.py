@@ -416,7 +416,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
         (["--depths="], "--depths= names none"),
         (["--lengths=4096", f"--rows={2**50}"], "use shorter --lengths, or fewer --rows"),
         (["--text=blank.txt"], "blank.txt has no word; name files with text"),
-        (["--text=empty.txt"], "matches 1 files and all are empty"),
+        (["--text=empty.txt"], "empty.txt has no word; name files with text"),
         (["--out="], "--out= is empty; name a directory"),
         (["--checkpoint="], "--checkpoint= is empty; name a directory"),
         (["--out=blank.txt"], "--out=blank.txt is a file; name a directory"),

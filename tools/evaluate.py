@@ -48,7 +48,7 @@ SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens of held-out text, and of drawn rows, at each length.", lower_bound=1)
 DEPTHS = flags.DEFINE_list("depths", [f"{x:g}" for x in suite.DEPTHS], "Where needles are hidden, in percent of the text.")
 TEXT = flags.DEFINE_multi_string(
-    "text", [], "Pattern of files in which needles are hidden; with --compat those of RULER's essays."
+    "text", [], "Pattern of files, or directory, in which needles are hidden; with --compat those of RULER's essays."
 )
 HELDOUT = flags.DEFINE_multi_string(
     "heldout",

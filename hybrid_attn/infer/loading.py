@@ -61,7 +61,7 @@ def saved_of(directory: str | os.PathLike, step: int) -> Saved:
     try:
         c = config.build_trained(values)
     except ValueError as cause:
-        raise ValueError(f"{where} has a config that this version cannot read: {cause}; use the version that wrote it") from cause
+        raise ValueError(f"{where} has a config that this version cannot read: {cause}; use the one that wrote it") from cause
     return Saved(c, *_typed(data, where))
 
 
