@@ -78,7 +78,7 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
     said = capsys.readouterr().out.splitlines()
     read = {length: -(-300 // length) * length for length in (32, 96)}  # tokens of a unit: rows are whole
     share = read[32] / (5 * sum(read.values()))
-    assert said[0] == "one  trained on sequences of 48 tokens, by the seq_len of the last stage of the checkpoint's config"
+    assert said[0] == "one  trained at 48 tokens (seq_len of the last stage of the checkpoint's config)"
     assert said[1] == f"one  1/10  {share:.0%} of tokens  position-text-32" and said[-1] == f"report  {tmp_path}/report.html"
     assert [line.split()[0] for line in said[:22]] == ["one"] * 11 + ["two"] * 11
     assert said[10].startswith("one  10/10  100% of tokens")
@@ -223,7 +223,7 @@ def planned_of(tool, monkeypatch):
 
 def test_files_that_only_a_checkpoint_names_are_read_when_the_user_says_so(tool, models, tmp_path, monkeypatch, capsys):
     planned, opened = planned_of(tool, monkeypatch), []
-    arguments = [f"--checkpoint={models}/one", "--lengths=32", f"--text={models}/*.txt", f"--out={tmp_path}/out"]
+    arguments = [f"--checkpoint={models}/one", "--lengths=32", f"--out={tmp_path}/out"]
     monkeypatch.setattr(corpora, "load", lambda *_: opened.append(1) or {})
     for names in ("position", "attention_mass,recall", "quick"):
         said, code = refused(tool, capsys, *arguments, f"--suite={names}", trust=())
@@ -268,7 +268,7 @@ def test_the_trained_length_of_an_imported_model_is_that_of_its_own_config(tool,
         said = capsys.readouterr().out
         assert reader.trained == about["model"]["seq_len"] == trained
         assert wanted.lengths == (trained // 4, trained, 2 * trained)
-        assert f"model  trained on sequences of {trained} tokens, by the {about['model']['seq_len_from']}\n" in said
+        assert f"model  trained at {trained} tokens ({about['model']['seq_len_from']})\n" in said
         assert ("max_position_embeddings" in said) == (trained == 256)
     for content in (
         b'{"max_position_embeddings": "8K"}',
@@ -310,7 +310,7 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
     ) as first:  # fmt: skip
         watch = threading.Timer(100, first.kill)
         watch.start()
-        assert first.stdout.readline().startswith("one  trained on sequences of 48 tokens")
+        assert first.stdout.readline().startswith("one  trained at 48 tokens (")
         assert first.stdout.readline() == "one  1/8  12% of tokens  recall-recall-32\n"
         first.send_signal(signal.SIGINT)
         _, said = first.communicate()
@@ -435,6 +435,12 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
         (["--step=3"], "has no complete checkpoint of step 3; it has 7"),
         (["--checkpoint=x", "--step=7", "--step=8", "--step=9"], "--step is given 3 times for 2 checkpoints; give one for all"),
         (["--suite=position", "--depths=50"], "--depths is of --suite=needle, and this is --suite=position"),
+        (["--suite=position", "--text=x"], "--text is of --suite=needle or ruler, and this is --suite=position"),
+        (
+            ["--suite=recall", "--heldout=a=x.txt"],
+            "--heldout is of --suite=position or attention_mass or key_tokens, and this is",
+        ),
+        (["--heldout=a=blank.txt", *TRUSTED], "--heldout replaces them; leave one out"),
         (["--suite=full", "--task_path=x"], "--task_path=x is where --tasks lie, and there are none; name some"),
         (["--tasks=arc"], "--tasks=arc is of --suite=harness or full, and this is --suite=quick"),
         (["--suite=harness"], "--suite=harness asks lm-evaluation-harness, and for no task; name some with --tasks"),
@@ -467,7 +473,9 @@ def test_what_cannot_be_evaluated_is_a_line(tool, models, tmp_path, capsys, monk
     Path("empty.txt").touch()
     Path("deep.json").write_text("[" * 100_000)
     Path("records.jsonl").write_text('{"text": "a"}')
-    text = [] if any(x.startswith("--text") for x in arguments) else [f"--text={models}/*.txt"]
+    no_text = any(x.startswith("--text") or x in ("--suite=position", "--suite=recall", "--suite=harness") for x in arguments)
+    text = [] if no_text else [f"--text={models}/*.txt"]
+    trust = () if any(x.startswith("--heldout") for x in arguments) else TRUSTED
     Path("three").symlink_to(models / "three")
-    error, code = refused(tool, capsys, f"--checkpoint={models}/one", f"--out={tmp_path}/out", *text, *arguments)
+    error, code = refused(tool, capsys, f"--checkpoint={models}/one", f"--out={tmp_path}/out", *text, *arguments, trust=trust)
     assert code == 2 and said in error and not list(tmp_path.glob("**/run.json"))

@@ -57,7 +57,9 @@ def of_documents(several: Sequence[Documents], tokenizer) -> str:
 
 def _files(patterns: tuple[str, ...]) -> list[str]:
     """Paths of files that are not empty, as for training: of patterns and directories, or of the standard library."""
-    return [path for path in sources.find(patterns) if os.path.getsize(path)] if patterns else [x for _, x in documents.find(())]
+    if not patterns:
+        return [path for _, path in documents.find(())]
+    return [path for path in sources.find(patterns) if os.path.getsize(path)]
 
 
 def _read(path: str) -> str:
