@@ -77,7 +77,7 @@ READ_BY = {  # flags that nothing but these evaluations reads
 
 
 def lengths(trained: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Those of --lengths, or some around the models' trained lengths; questions, which take longest, are asked up to these."""
+    """Those of --lengths, or lengths around the trained ones; questions, the slowest part, stop at the trained length."""
     if LENGTHS.value is None:
         around = {length for most in trained for length in (max(2, most // 4), most, 2 * most)}
         asked = {max(SHORTEST, most // part) for most in trained for part in (4, 1)}
