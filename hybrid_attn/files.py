@@ -19,15 +19,23 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what network d
 JSON_BYTES = 2**26  # the index of a model of 700B parameters takes 9 MB
 
 
+def check_named(flag: str, path: str | os.PathLike, what: str) -> None:
+    """ValueError where a flag that names `what`, such as "a new file", is empty: its path would be the current directory."""
+    if not os.fspath(path).strip():
+        raise ValueError(f"--{flag}= is empty; name {what}")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file atomically, and creates its directory; after an interruption the old content, or no file, is there.
 
-    Half a surrogate pair, which a model may generate and UTF-8 cannot encode, becomes a question mark.
+    Half a surrogate pair, which a model may generate and UTF-8 cannot encode, becomes a question mark. No link is followed:
+    what a link of the name of `path`, or of `.NAME.part`, points to stays as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f".{path.name}.part")  # hidden, for NAME.part may be a file of the user
     with naming(path):
-        with part.open("wb") as file:
+        part.unlink(missing_ok=True)
+        with part.open("xb") as file:
             file.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
             file.flush()
             os.fsync(file.fileno())  # before the rename: the machine may lose power
@@ -48,11 +56,10 @@ def lock(directory: Path) -> Iterator[None]:
     """Holds `directory`, which it creates, for this process until the context ends; BlockingIOError names another holder.
 
     The holder is written to `.lock`. The operating system releases the lock of a process that dies, so no lock is stale.
-    A disk that has no locks is used without one, with a warning.
+    A disk that has no locks is used without one, with a warning. ValueError where `.lock` is a link: it is emptied later.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / LOCK
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", errors="replace") as file:
+    with open(_open_lock(directory / LOCK), "r+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -73,6 +80,15 @@ def lock(directory: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as cause:
+        if cause.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path} is a link, and this program makes none; remove it") from cause
 
 
 def set_aside(path: Path) -> Path:

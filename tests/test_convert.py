@@ -525,7 +525,7 @@ def test_an_empty_directory_a_link_and_a_mount_point_are_filled_where_they_are(t
     with hf.new_directory(tmp_path / "nowhere") as directory:
         (directory / "x").write_text("x")
     assert (tmp_path / "later" / "x").is_file()
-    with pytest.raises(ValueError, match="--out is empty"), hf.new_directory(""):
+    with pytest.raises(ValueError, match="--out= is empty"), hf.new_directory(""):
         pass
 
 
@@ -633,7 +633,7 @@ def test_a_workdir_of_any_name_is_exported_to_a_place_of_any_name(tools, tmp_pat
     [
         ("--config.typo=1", "typo"),
         ("more", "'more' is no flag"),
-        ("--out=", "--out is empty; name a new directory"),
+        ("--out=", "--out= is empty; name a new directory"),
     ],
 )
 def test_wrong_words_of_an_import_are_a_line(tools, exported, tmp_path, monkeypatch, argument, message):

@@ -92,3 +92,10 @@ def test_what_a_config_has_opened_is_known_before(folder):
     data = data_of(text={"paths": (folder,)}, library={}, stored={"store": "gs://b/s"}, drawn={"task": "copy"})
     assert corpora.locations(data, data.sources) == {"text": (folder,), "stored": ("gs://b/s",)}
     assert corpora.locations(data, ["library"]) == {}
+
+
+def test_a_mixture_of_a_source_that_is_not_there_is_refused(folder):
+    data = data_of(text={"paths": (folder,)})
+    for read in (corpora.locations, lambda *arguments: corpora.load(*arguments, BYTES)):
+        with pytest.raises(ValueError, match="names nowhere, which is not in its data.sources"):
+            read(data, ["text", "nowhere"])

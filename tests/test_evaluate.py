@@ -20,7 +20,7 @@ from hybrid_attn import checkpoint, config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import heldout, output, provenance, samples, settings, suite
+from hybrid_attn.evals import heldout, output, provenance, settings, suite
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation
@@ -78,7 +78,7 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
     said = capsys.readouterr().out.splitlines()
     read = {length: -(-300 // length) * length for length in (32, 96)}  # tokens of a unit: rows are whole
     share = read[32] / (5 * sum(read.values()))
-    assert said[0] == "one  trained on sequences of 48 tokens, by the seq_len of the last stage of the checkpoint's config"
+    assert said[0] == "one  trained at 48 tokens (seq_len of the last stage of the checkpoint's config)"
     assert said[1] == f"one  1/10  {share:.0%} of tokens  position-text-32" and said[-1] == f"report  {tmp_path}/report.html"
     assert [line.split()[0] for line in said[:22]] == ["one"] * 11 + ["two"] * 11
     assert said[10].startswith("one  10/10  100% of tokens")
@@ -163,7 +163,15 @@ def test_what_does_not_fit_a_length_is_absent_and_said(tool, models, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "content", [{"notes.txt": ""}, {"pictures/mine.png": ""}, {"report.md": ""}, {"run.json": "{}"}, {"a/run.json": '{"a": 1}'}]
+    "content",
+    [
+        {"notes.txt": ""},
+        {"pictures/mine.png": ""},
+        {"report.md": ""},
+        {"run.json": "{}"},
+        {"a/run.json": '{"a": 1}'},
+        {"pictures/mine.png": "", "a/run.json": '{"revision": "a", "settings": {}, "generator": 4}'},  # a copied run
+    ],
 )
 def test_a_directory_with_files_of_others_is_refused_and_left_as_it_is(tool, models, tmp_path, capsys, content):
     for name, text in content.items():
@@ -175,17 +183,25 @@ def test_a_directory_with_files_of_others_is_refused_and_left_as_it_is(tool, mod
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_directory_of_evaluations_is_known_by_its_marker_and_an_older_one_by_its_runs_or_samples(tmp_path):
-    new, marked, older, drawn = (tmp_path / name for name in ("new", "marked", "older", "drawn"))
+def test_a_directory_of_evaluations_is_new_or_known_by_its_marker_and_has_no_links(tmp_path):
+    new, marked = tmp_path / "new", tmp_path / "marked"
     output.mark(marked)
     (marked / "notes.txt").touch()
-    (older / "one").mkdir(parents=True)
-    (older / "one" / "run.json").write_text('{"revision": "a", "settings": {}, "generator": 3}')
-    (older / "pictures").mkdir()
-    samples.write(drawn / "samples" / "needle-1.jsonl", [])
-    for directory in (new, marked, older, drawn):
+    for directory in (new, marked):
         output.check_ours(directory)
     assert not new.exists()
+    (marked / "pictures").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"marked has links \(pictures\), which lead to files elsewhere; remove them"):
+        output.check_ours(marked)
+
+
+@pytest.mark.parametrize("name", ["evals", "evals/40", "mine"])
+def test_nothing_is_evaluated_into_the_workdir_of_a_training(tmp_path, name):
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    output.mark(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is in the workdir of a training, which writes there itself; name a"):
+        output.check_ours(tmp_path / name)
+    output.check_ours(tmp_path / "evals" / "of" / "others")
 
 
 def test_one_program_at_a_time_measures_into_a_directory(tool, models, tmp_path, capsys):
@@ -207,7 +223,7 @@ def planned_of(tool, monkeypatch):
 
 def test_files_that_only_a_checkpoint_names_are_read_when_the_user_says_so(tool, models, tmp_path, monkeypatch, capsys):
     planned, opened = planned_of(tool, monkeypatch), []
-    arguments = [f"--checkpoint={models}/one", "--lengths=32", f"--text={models}/*.txt", f"--out={tmp_path}/out"]
+    arguments = [f"--checkpoint={models}/one", "--lengths=32", f"--out={tmp_path}/out"]
     monkeypatch.setattr(corpora, "load", lambda *_: opened.append(1) or {})
     for names in ("position", "attention_mass,recall", "quick"):
         said, code = refused(tool, capsys, *arguments, f"--suite={names}", trust=())
@@ -252,7 +268,7 @@ def test_the_trained_length_of_an_imported_model_is_that_of_its_own_config(tool,
         said = capsys.readouterr().out
         assert reader.trained == about["model"]["seq_len"] == trained
         assert wanted.lengths == (trained // 4, trained, 2 * trained)
-        assert f"model  trained on sequences of {trained} tokens, by the {about['model']['seq_len_from']}\n" in said
+        assert f"model  trained at {trained} tokens ({about['model']['seq_len_from']})\n" in said
         assert ("max_position_embeddings" in said) == (trained == 256)
     for content in (
         b'{"max_position_embeddings": "8K"}',
@@ -294,7 +310,7 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
     ) as first:  # fmt: skip
         watch = threading.Timer(100, first.kill)
         watch.start()
-        assert first.stdout.readline().startswith("one  trained on sequences of 48 tokens")
+        assert first.stdout.readline().startswith("one  trained at 48 tokens (")
         assert first.stdout.readline() == "one  1/8  12% of tokens  recall-recall-32\n"
         first.send_signal(signal.SIGINT)
         _, said = first.communicate()
@@ -400,7 +416,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
         (["--depths="], "--depths= names none"),
         (["--lengths=4096", f"--rows={2**50}"], "use shorter --lengths, or fewer --rows"),
         (["--text=blank.txt"], "blank.txt has no word; name files with text"),
-        (["--text=empty.txt"], "matches 1 files and all are empty"),
+        (["--text=empty.txt"], "empty.txt has no word; name files with text"),
         (["--out="], "--out= is empty; name a directory"),
         (["--checkpoint="], "--checkpoint= is empty; name a directory"),
         (["--out=blank.txt"], "--out=blank.txt is a file; name a directory"),
@@ -419,6 +435,12 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
         (["--step=3"], "has no complete checkpoint of step 3; it has 7"),
         (["--checkpoint=x", "--step=7", "--step=8", "--step=9"], "--step is given 3 times for 2 checkpoints; give one for all"),
         (["--suite=position", "--depths=50"], "--depths is of --suite=needle, and this is --suite=position"),
+        (["--suite=position", "--text=x"], "--text is of --suite=needle or ruler, and this is --suite=position"),
+        (
+            ["--suite=recall", "--heldout=a=x.txt"],
+            "--heldout is of --suite=position or attention_mass or key_tokens, and this is",
+        ),
+        (["--heldout=a=blank.txt", *TRUSTED], "--heldout replaces them; leave one out"),
         (["--suite=full", "--task_path=x"], "--task_path=x is where --tasks lie, and there are none; name some"),
         (["--tasks=arc"], "--tasks=arc is of --suite=harness or full, and this is --suite=quick"),
         (["--suite=harness"], "--suite=harness asks lm-evaluation-harness, and for no task; name some with --tasks"),
@@ -451,7 +473,9 @@ def test_what_cannot_be_evaluated_is_a_line(tool, models, tmp_path, capsys, monk
     Path("empty.txt").touch()
     Path("deep.json").write_text("[" * 100_000)
     Path("records.jsonl").write_text('{"text": "a"}')
-    text = [] if any(x.startswith("--text") for x in arguments) else [f"--text={models}/*.txt"]
+    no_text = any(x.startswith("--text") or x in ("--suite=position", "--suite=recall", "--suite=harness") for x in arguments)
+    text = [] if no_text else [f"--text={models}/*.txt"]
+    trust = () if any(x.startswith("--heldout") for x in arguments) else TRUSTED
     Path("three").symlink_to(models / "three")
-    error, code = refused(tool, capsys, f"--checkpoint={models}/one", f"--out={tmp_path}/out", *text, *arguments)
+    error, code = refused(tool, capsys, f"--checkpoint={models}/one", f"--out={tmp_path}/out", *text, *arguments, trust=trust)
     assert code == 2 and said in error and not list(tmp_path.glob("**/run.json"))

@@ -60,6 +60,19 @@ def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path):
     assert path.read_text() == "half ? a pair"
 
 
+def test_no_link_is_followed_and_no_file_of_a_like_name_is_lost(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "out" / "report.html"
+    victim.write_text("of somebody")
+    path.parent.mkdir()
+    for name in ("report.html.part", ".report.html.part", "report.html", LOCK):
+        (path.parent / name).symlink_to(victim)
+    write_atomically(path, "new")
+    with pytest.raises(ValueError, match="out/.lock is a link, and this program makes none; remove it"), lock(path.parent):
+        pass
+    assert victim.read_text() == "of somebody" and path.read_text() == "new" and not path.is_symlink()
+    assert sorted(x.name for x in path.parent.iterdir()) == [LOCK, "report.html", "report.html.part"]
+
+
 def test_a_disk_without_locks_is_used_with_a_warning_and_any_other_error_is_one(tmp_path, monkeypatch, caplog):
     def refuse(number):
         def flock(*_):

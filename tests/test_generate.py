@@ -174,6 +174,7 @@ def test_ctrl_c_ends_the_line_and_the_program(run, monkeypatch):
         ),
         (["--prompt=a", "--mesh=tensor=9"], "needs 9 devices and 8 are here"),
         (["--prompts=none.jsonl"], "none.jsonl"),
+        (["--prompt=a", "--out="], "--out= is empty; name a file"),
         (["--prompt=a", "--out=none/out.jsonl", "--step=4"], "none/out.jsonl: No such file or directory"),
         (["--prompt=a", "more"], "'more' is no flag"),
     ],
@@ -240,6 +241,10 @@ def test_answers_that_cannot_be_written_go_to_stdout_and_the_old_ones_stay(run, 
     (tmp_path / "link").symlink_to(target)
     assert run(f"--prompts={source}", f"--out={tmp_path / 'link'}")[0] == 0
     assert (tmp_path / "link").is_symlink() and json.loads(target.read_text())["prompt"] == "a"
+    target.unlink()
+    assert run(f"--prompts={source}", f"--out={tmp_path / 'link'}", "--stop=")[0] == 2
+    assert (tmp_path / "link").is_symlink() and not target.exists()
+    assert run(f"--prompts={source}", f"--out={tmp_path / 'link'}")[0] == 0 and target.exists()
 
 
 def test_a_directory_without_a_model_is_a_line(run, tmp_path):

@@ -190,11 +190,28 @@ def test_an_unknown_key_of_what_makes_the_model_is_refused(tmp_path, one_device,
         loading.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"stage": [1]}, r"of step 1 in .* has stage=\[1\], which must be an object"),
+        ({"stage": {"tokenizer": 7}}, "has stage.tokenizer=7, which must be a hash"),
+        ({"stage_steps": 5}, "has stage_steps=5, which must be a list of numbers of steps"),
+        ({"stage_steps": ["x"]}, "has stage_steps=.*x.*, which must be a list"),
+    ],
+)
+def test_data_of_a_checkpoint_that_no_training_writes_is_refused(tmp_path, one_device, data, said):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, every=1)
+    checkpoints.save(1, {"params": random_params(tiny().model)}, data, config.to_dict(tiny()))
+    checkpoints.close()
+    with pytest.raises(ValueError, match=said):
+        loading.load(tmp_path)
+
+
 def test_a_config_of_another_version_is_refused_with_the_key(tmp_path, one_device, monkeypatch):
     values = config.to_dict(tiny())
     del values["train"]["keep"]
     save_values(tmp_path, values, monkeypatch)
     with pytest.raises(
-        ValueError, match="of step 1 in .* was written by another version of this program, .*: config.train lacks keep"
+        ValueError, match="of step 1 in .* has a config that this version cannot read: config.train lacks keep.*; use the"
     ):
         loading.load(tmp_path)

@@ -11,14 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from test_tokenizer import byte_level
 
 from hybrid_attn import files
 from hybrid_attn.data import prepare, store, tokenizer
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.data.summary import lines as summary_lines
+from hybrid_attn.programs import parse
 
 ROOT = Path(__file__).parents[1]
 BYTES = tokenizer.load("bytes")
@@ -188,6 +191,16 @@ def test_a_store_is_written_by_one_process_at_a_time(tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "straight") and files.LOCK not in content(tmp_path / "out")
     with files.lock(tmp_path / "straight"):
         assert run(tmp_path, "straight")[1] == [f"{tmp_path}/straight is complete"]  # which needs no lock, nor to write
+
+
+def test_a_store_without_a_name_is_refused_and_not_written_to_the_current_directory(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "raw", files=1)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with conftest.tool("prepare_data") as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+        module.main(parse(["prepare_data.py", f"--input={tmp_path}/raw", "--out=", "--workers=1"]))
+    assert (ended.value.code, capsys.readouterr().err) == (2, "error: --out= is empty; name the directory of the store\n")
+    assert not any(Path().iterdir())
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):

@@ -26,8 +26,9 @@ def test_every_source_gives_the_same_share_of_its_first_documents(monkeypatch):
 def test_files_are_read_in_their_order_until_there_is_enough(tmp_path, monkeypatch):
     for name, text in (("b", "two, and three"), ("a", "one, "), ("c", "never")):
         (tmp_path / name).write_text(text)
+    (tmp_path / "aa").touch()
     patterns = (f"{tmp_path}/*",)
-    assert texts.of_files(patterns) == "one, \ntwo, and three\nnever"
+    assert texts.of_files(patterns) == texts.of_files((str(tmp_path),)) == "one, \ntwo, and three\nnever"
     monkeypatch.setattr(texts, "CHARACTERS", 9)
     assert texts.of_files(patterns) == "one, \ntwo,"
 
@@ -36,14 +37,18 @@ def test_rulers_essays_are_its_files_with_nothing_between_or_the_one_that_its_sc
     monkeypatch.setattr(texts, "CHARACTERS", 5)
     for name, text in (("repo/b.txt", "Two.\n"), ("repo/a.txt", "One"), ("html/a.txt", "three")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode())
     whole = "OneTwo.\nthree"
     assert texts.of_essays((f"{tmp_path}/repo/*.txt", f"{tmp_path}/html/*.txt")) == whole
     (path := tmp_path / "PaulGrahamEssays.json").write_text(json.dumps({"text": whole}))
     assert texts.of_essays((str(path),)) == whole and texts.of_files((str(path),)) == whole[:5]
-    for other in ('{"a": 1}', '"text"', "{", "[" * 100_000):
+    for other in ('{"a": 1}', '{"text": 7}', '"text"', path.read_text()[:-2], "[" * 100_000):
         path.write_text(other)
-        assert texts.of_essays((str(path),)) == other  # JSON that is a text like others
+        with pytest.raises(
+            ValueError, match='Essays.json is no JSON object with a text "text", as RULER makes it; copy it again'
+        ):
+            texts.of_essays((str(path),))
+        assert texts.of_files((str(path),)) == other[:5]  # JSON that is a text like others
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt.gz", "a.parquet", "a.txt.zst"])
@@ -52,3 +57,11 @@ def test_files_that_are_no_plain_text_are_refused(tmp_path, name):
     for read in (texts.of_files, texts.of_essays):
         with pytest.raises(ValueError, match=f"{name} is packed or has records; name files of plain text"):
             read((str(tmp_path / name),))
+
+
+@pytest.mark.parametrize("content", [b"%PDF-1.7 text", b"a text \0" * 9_000, b"x" * 9_000 + b"\0"])
+def test_binary_files_are_no_text(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    for read in (texts.of_files, texts.of_essays):
+        with pytest.raises(ValueError, match="a.txt is no text"):
+            read((str(tmp_path / "a.txt"),))

@@ -81,6 +81,7 @@ def test_wrong_inputs_are_a_line_and_leave_no_file(corpus, capsys, monkeypatch):
         (["--vocab_size=300", "--input=binary.dat"], "binary.dat"),
         (["--vocab_size=300", "--input=empty.log"], "there is no text in empty.log"),
         (["--vocab_size=300", "--input=00.txt", "--out=taken.json"], "taken.json exists"),
+        (["--vocab_size=300", "--input=00.txt", "--out="], "--out= is empty; name a new file"),
     ]:
         assert run(*arguments) == 2, arguments
         error = capsys.readouterr().err

@@ -48,7 +48,7 @@ SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens of held-out text, and of drawn rows, at each length.", lower_bound=1)
 DEPTHS = flags.DEFINE_list("depths", [f"{x:g}" for x in suite.DEPTHS], "Where needles are hidden, in percent of the text.")
 TEXT = flags.DEFINE_multi_string(
-    "text", [], "Pattern of files in which needles are hidden; with --compat those of RULER's essays."
+    "text", [], "Pattern of files, or directory, in which needles are hidden; with --compat those of RULER's essays."
 )
 HELDOUT = flags.DEFINE_multi_string(
     "heldout",
@@ -68,10 +68,16 @@ CHUNK = flags.DEFINE_integer("chunk", TOKENS_AT_ONCE, "Tokens of a prompt that a
 ROWS = flags.DEFINE_integer("rows", None, f"Most prompts that are read together; by default {ROWS_AT_ONCE}.", lower_bound=1)
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
+READ_BY = {  # flags that nothing but these evaluations reads
+    **dict.fromkeys(("compat", "squad", "hotpot", "ruler_tasks"), ("ruler",)),
+    "depths": ("needle",),
+    "text": ("needle", "ruler"),
+    "heldout": suite.OF_SOURCES,
+}
 
 
 def lengths(trained: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Those of --lengths, or some around the models' trained lengths; questions, which take longest, are asked up to these."""
+    """Those of --lengths, or lengths around the trained ones; questions, the slowest part, stop at the trained length."""
     if LENGTHS.value is None:
         around = {length for most in trained for length in (max(2, most // 4), most, 2 * most)}
         asked = {max(SHORTEST, most // part) for most in trained for part in (4, 1)}
@@ -138,18 +144,18 @@ def settings(trained: Sequence[int]) -> suite.Settings:
         from hybrid_attn.evals import harness  # an extra
 
         harness.find_tasks(TASKS.value, TASK_PATH.value)
-    of_ruler = {"compat": COMPAT, "squad": SQUAD, "hotpot": HOTPOT, "ruler_tasks": RULER_TASKS}
-    for flag, holder in of_ruler.items():
-        if holder.present and holder.value and "ruler" not in evals:
-            raise ValueError(f"--{flag} is of --suite=ruler, and this is --suite={SUITE.value}")
+    for name, users in READ_BY.items():
+        flag = flags.FLAGS[name]
+        if flag.present and flag.value and not {*users} & {*evals}:
+            raise ValueError(f"--{name} is of --suite={' or '.join(users)}, and this is --suite={SUITE.value}")
+    if TRUST.value and HELDOUT.value:
+        raise ValueError("--trust_checkpoint_data opens the model's own sources, and --heldout replaces them; leave one out")
     if not RULER_TASKS.value:
         raise ValueError("--ruler_tasks= names none; leave it out for all, or leave ruler out of --suite")
     for task in RULER_TASKS.value:
         check_known(task)
     if TASK_PATH.value and not TASKS.value:
         raise ValueError(f"--task_path={TASK_PATH.value} is where --tasks lie, and there are none; name some")
-    if DEPTHS.present and "needle" not in evals:
-        raise ValueError(f"--depths is of --suite=needle, and this is --suite={SUITE.value}")
     if ENGLISH_WORDS.value and not COMPAT.value:
         raise ValueError("--english_words is for RULER's own prompts; give --compat, too")
     seed = compat.SEED if COMPAT.value and not SEED.present else SEED.value
@@ -187,11 +193,10 @@ class Chosen(NamedTuple):
 def choose(checkpoint: str, step: int, evals: Sequence[str]) -> Chosen:
     """ValueError where measuring would open what nobody but the checkpoint has named."""
     directory = loading.find(checkpoint)
-    c, _ = loading.config_of(directory, step)
+    c, _, stage_steps = loading.saved_of(directory, step)
     if {*suite.OF_SOURCES} & {*evals} and not (TRUST.value or HELDOUT.value):
         heldout.check_trusted(checkpoint, c)
-    steps = sum(checkpoints.read_data(directory, step).get("stage_steps") or [step])
-    return Chosen(checkpoint, step, *trained_length(c, Path(directory), steps))
+    return Chosen(checkpoint, step, *trained_length(c, Path(directory), sum(stage_steps) if stage_steps else step))
 
 
 class Planned(NamedTuple):
@@ -271,8 +276,8 @@ def evaluate_all() -> None:
     """Measures every checkpoint and writes the report; what is wrong with one is said before another is measured."""
     report.check_drawing()
     for flag, values in (("checkpoint", CHECKPOINT.value), ("out", [OUT.value])):
-        if not all(values):
-            raise ValueError(f"--{flag}= is empty; name a directory")
+        for value in values:
+            files.check_named(flag, value, "a directory")
     found, evals = models(), suite.named(SUITE.value)
     heldout.named(HELDOUT.value)
     chosen = [choose(*model, evals) for model in found]
@@ -288,7 +293,7 @@ def evaluate_all() -> None:
             for x in chosen[1:]:  # before hours go to the first
                 plan(x, wanted, about)
             for x, name in zip(chosen, called, strict=True):
-                print(f"{name}  trained on sequences of {x.trained:,} tokens, by the {x.trained_from}", flush=True)
+                print(f"{name}  trained at {x.trained:,} tokens ({x.trained_from})", flush=True)
                 evaluate(name, plan(x, wanted, about))
         summary = report.write(out, [report.read(out / name) for name in called])
     print(f"\n{summary}\nreport  {out / 'report.html'}")

@@ -25,7 +25,7 @@ def export_model() -> None:
     hf.library()  # better now than after what is read
     directory = loading.find(CHECKPOINT.value)
     step = loading.step_of(directory, STEP.value)
-    c, _ = loading.config_of(directory, step)
+    c = loading.saved_of(directory, step).config
     companions = Path(directory) / "companions"
     described = hf.describe(c.model, companions, max(stage.seq_len for stage in c.stages), FAMILY.value)
     shapes = {path: x.shape for path, x in hf.flat(flops.shapes(c.model)).items()}

@@ -133,12 +133,20 @@ def failures_of(checkpoint: str):
         raise FloatingPointError(f"{checkpoint}: {cause}") from cause
 
 
+def out_path() -> Path:
+    """The file that --out names, or the one that it is a link to, whether that is there or not."""
+    files.check_named("out", OUT.value, "a file")
+    return Path(os.path.realpath(OUT.value))
+
+
 def check_out() -> None:
     """OSError if --out cannot be written: better now than after hours. What is there stays until the answers are."""
-    new = not os.path.exists(OUT.value)
-    open(OUT.value, "ab").close()
+    path = out_path()
+    new = not path.exists()
+    with files.naming(OUT.value):
+        path.open("ab").close()
     if new:
-        os.remove(OUT.value)
+        path.unlink()
 
 
 def write(found: list[dict], replies: list[Answer]) -> None:
@@ -150,7 +158,7 @@ def write(found: list[dict], replies: list[Answer]) -> None:
     if OUT.value is None:
         sys.stdout.writelines(lines)
         return
-    path = Path(os.path.realpath(OUT.value))  # a link stays one
+    path = out_path()
     try:
         if path.exists() and not path.is_file():  # a pipe or a terminal
             path.write_text("".join(lines), encoding="utf-8")

@@ -9,7 +9,7 @@ import os
 
 from absl import app, flags
 
-from hybrid_attn import programs
+from hybrid_attn import files, programs
 from hybrid_attn.data import documents, prepare, records, sources, summary
 
 INPUT = flags.DEFINE_multi_string("input", None, "Glob pattern or directory; may be given again.", required=True)
@@ -36,6 +36,7 @@ WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", 1, 1024)
 
 
 def prepare_store() -> None:
+    files.check_named("out", OUT.value, "the directory of the store")
     options = prepare.Options(
         tokenizer=TOKENIZER.value,
         fields=records.Fields(TEXT_FIELD.value, LABEL_FIELD.value),

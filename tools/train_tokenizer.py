@@ -23,6 +23,7 @@ TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of a record that h
 
 
 def train_tokenizer() -> None:
+    files.check_named("out", OUT.value, "a new file")
     out = Path(OUT.value)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists, and ids of an old tokenizer mean nothing in a new one; give --out another name")

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from hybrid_attn.config import Model
 from hybrid_attn.convert import families
 from hybrid_attn.convert.families import Tensor
-from hybrid_attn.files import read_object, write_atomically
+from hybrid_attn.files import check_named, read_object, write_atomically
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 COMPANIONS = (  # what travels along: the tokenizer, how to generate, and the config.json that says which tokens are special
@@ -140,8 +140,7 @@ def new_directory(out: str | os.PathLike) -> Iterator[Path]:
     A new `out` appears all at once, and failure leaves no parent of it that was not there before. An empty directory, which may
     be a mount point or a link to one, is filled by renames inside it. OSError, if they fail, says where the work is.
     """
-    if not os.fspath(out):
-        raise ValueError("--out is empty; name a new directory")
+    check_named("out", out, "a new directory")
     out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; name another --out, or remove it")

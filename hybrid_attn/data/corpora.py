@@ -19,12 +19,12 @@ class Corpus(NamedTuple):
 
 
 def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus]:
-    """The named sources; ValueError says which of them does not fit, and why."""
+    """The named sources; ValueError says which of them is not there or does not fit, and why."""
     corpora = {}
     open_once = functools.cache(lambda path: store.load(path, tokenizer))  # several sources may share a store
-    for name in names:
+    for name, source in _named(data, names).items():
         try:
-            corpora[name] = _load(data.sources[name], data.holdout, tokenizer, open_once)
+            corpora[name] = _load(source, data.holdout, tokenizer, open_once)
         except ValueError as error:
             raise ValueError(f"data.sources.{name}: {error}") from error
     return corpora
@@ -35,9 +35,18 @@ def locations(data: config.Data, names: Iterable[str]) -> dict[str, tuple[str, .
 
     A config that came with a checkpoint may name anything: who loads it asks first. The standard library and tasks are nothing.
     """
-    sources = {name: data.sources[name] for name in names}
-    opened = {name: source.paths if source.store is None else (source.store,) for name, source in sources.items()}
+    named = _named(data, names)
+    opened = {name: source.paths if source.store is None else (source.store,) for name, source in named.items()}
     return {name: paths for name, paths in opened.items() if paths}
+
+
+def _named(data: config.Data, names: Iterable[str]) -> dict[str, config.Source]:
+    """The sources of these names; ValueError for a name that a mixture has and data.sources, of a doctored config, has not."""
+    names = list(names)
+    unknown = sorted(set(names) - set(data.sources))
+    if unknown:
+        raise ValueError(f"a mixture of the config names {', '.join(unknown)}, which is not in its data.sources")
+    return {name: data.sources[name] for name in names}
 
 
 def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable[[str], Documents]) -> Corpus:

@@ -1,6 +1,5 @@
 """The directory that evaluations are written to: only one that is new, empty, or was made by this program."""
 
-import json
 from pathlib import Path
 
 from hybrid_attn.files import LOCK, write_atomically
@@ -12,14 +11,20 @@ RESERVED = ("samples", "pictures", "tables", "report.html", "report.md", "result
 
 
 def check_ours(out: Path) -> None:
-    """ValueError where `out` has files that no evaluation wrote; older directories are known by a run, or by samples alone."""
+    """ValueError where `out` is in the workdir of a training, has links, or has files but not the marker of an evaluation.
+
+    Runs below it are no sign, for they may have been copied to beside files of the user that a report would replace.
+    """
     check(not out.is_file(), f"--out={out} is a file; name a directory, which need not be there")
+    around = out.resolve().parents[:2]  # a training writes to WORKDIR/evals/STEP
+    trained = any(path.name.isdigit() for folder in around for path in (folder / "checkpoints").glob("*"))
+    check(not trained, f"--out={out} is in the workdir of a training, which writes there itself; name a directory elsewhere")
+    links = sorted(path.name for path in out.iterdir() if path.is_symlink()) if out.is_dir() else []
+    check(not links, f"--out={out} has links ({', '.join(links[:5])}), which lead to files elsewhere; remove them")
     there = sorted(path.name for path in out.iterdir() if path.name != LOCK) if out.is_dir() else []
-    only_samples = there == ["samples"] and any(out.glob("samples/*.sha256"))
-    ours = not there or MARKER in there or only_samples or any(map(_is_run, out.glob("*/run.json")))
     shown = ", ".join(there[:5]) + (", …" if len(there) > 5 else "")
     check(
-        ours,
+        not there or MARKER in there,
         f"--out={out} has files that no evaluation wrote ({shown}), and a report would replace pictures/, tables/ and "
         "report.*; name a new or an empty directory",
     )
@@ -33,10 +38,3 @@ def mark(out: Path) -> None:
 def is_reserved(name: str) -> bool:
     """Whether a run of this name would lie where the report or the samples do."""
     return name in RESERVED or name.endswith((".part", ".old"))
-
-
-def _is_run(path: Path) -> bool:
-    try:
-        return {"revision", "settings", "generator"} <= {*json.loads(path.read_bytes())}
-    except (OSError, RecursionError, TypeError, ValueError):
-        return False

@@ -1,8 +1,8 @@
 """The suite: evaluations cut into units, each of which is a file as soon as it is done.
 
 The directory of a run has run.json (what was measured of which model), units/ (a file of records and answers each) and, when
-all are done, records.jsonl and answers.jsonl, of which a report is made. Who was interrupted goes on with the units that are
-not there. What cannot be asked, or does not fit a length that nobody named, is absent, with the reason in run.json.
+all are done, records.jsonl and answers.jsonl, of which a report is made. After an interruption the same call measures the
+missing units. What cannot be asked, or does not fit a length that nobody named, is absent, with the reason in run.json.
 """
 
 import difflib

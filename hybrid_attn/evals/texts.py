@@ -1,8 +1,9 @@
 """Text in which needles are hidden."""
 
+import io
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from hybrid_attn.data import documents, sources
 from hybrid_attn.data.documents import Documents
@@ -12,12 +13,13 @@ CHARACTERS = 2**22  # after which a text is repeated
 
 
 def of_files(patterns: tuple[str, ...]) -> str:
-    """The text of the files that `patterns` match, or of Python's standard library without any, as far as it is needed."""
+    """The text of the files that `patterns` name, or of Python's standard library without any, as far as it is needed."""
     pieces, room = [], CHARACTERS
-    for name, path in documents.find(patterns):
+    for path in _files(patterns):
         if room <= 0:
             break
-        pieces.append(_read(name, path)[:room])
+        text = _read(path)
+        pieces.append((text if (essays := _essays(path, text)) is None else essays)[:room])
         room -= len(pieces[-1])
     found = "\n".join(pieces)
     check(bool(found.strip()), f"{', '.join(patterns)} has no word; name files with text")
@@ -25,8 +27,16 @@ def of_files(patterns: tuple[str, ...]) -> str:
 
 
 def of_essays(patterns: tuple[str, ...]) -> str:
-    """The text of RULER's essays as its scripts read it: all of their files with nothing between, or PaulGrahamEssays.json."""
-    found = "".join(_read(name, path) for name, path in documents.find(patterns))
+    """The text of RULER's essays as its scripts read it: all of their files with nothing between, or PaulGrahamEssays.json.
+
+    ValueError for a .json file that is no object {"text": ...}: its JSON would be hidden in instead.
+    """
+    pieces = []
+    for path in _files(patterns):
+        text = _read(path)
+        pieces.append(_essays(path, text) if path.endswith(".json") else text)
+        check(pieces[-1] is not None, f'{path} is no JSON object with a text "text", as RULER makes it; copy it again')
+    found = "".join(pieces)
     check(bool(found.strip()), f"{', '.join(patterns)} has no word; name the files of RULER's essays")
     return found
 
@@ -45,16 +55,29 @@ def of_documents(several: Sequence[Documents], tokenizer) -> str:
     return "\n".join(pieces)
 
 
-def _read(name: str, path: str) -> str:
-    """The text of a file, which in the form of RULER's essays is a JSON object {"text": ...}; ValueError for other formats."""
-    form = sources.format_of(path)
-    check(form == "text" and not path.endswith((".gz", ".zst")), f"{name} is packed or has records; name files of plain text")
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    check("\0" not in text, f"{name} is no text")
+def _files(patterns: tuple[str, ...]) -> list[str]:
+    """Paths of files that are not empty, as for training: of patterns and directories, or of the standard library."""
+    if not patterns:
+        return [path for _, path in documents.find(())]
+    return [path for path in sources.find(patterns) if os.path.getsize(path)]
+
+
+def _read(path: str) -> str:
+    """The text of a file; ValueError for other formats."""
+    plain = sources.format_of(path) == "text" and not path.endswith(sources.PACKED)
+    check(plain, f"{path} is packed or has records; name files of plain text")
+    text = sources.text_of(path, by_ending=False)
+    check(isinstance(text, bytes) and b"\0" not in text, f"{path} is no text")
+    decoded = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8", errors="replace")  # all ends of lines as RULER reads them
+    return decoded.read()
+
+
+def _essays(path: str, text: str) -> str | None:
+    """The text in a file of the form of RULER's essays, a JSON object {"text": ...}; None if it has another form."""
     if not path.endswith(".json"):
-        return text
+        return None
     try:
         values = json.loads(text)
     except (RecursionError, ValueError):
-        return text
-    return values["text"] if isinstance(values, dict) and isinstance(values.get("text"), str) else text
+        return None
+    return values["text"] if isinstance(values, dict) and isinstance(values.get("text"), str) else None

@@ -12,6 +12,15 @@ from hybrid_attn.data import tokenizer
 from hybrid_attn.files import read_object
 from hybrid_attn.model import flops
 from hybrid_attn.parallel import fit
+from hybrid_attn.trees import check
+
+
+class Saved(NamedTuple):
+    """What a checkpoint says beside its arrays: its config, the hash of the tokenizer, and the steps done of each stage."""
+
+    config: config.Trained
+    tokenizer_hash: str | None
+    stage_steps: list[int]
 
 
 class Loaded(NamedTuple):
@@ -30,7 +39,7 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
     directory = find(directory)
     step = step_of(directory, step)
     where, mesh = f"the checkpoint of step {step} in {directory}", jax.sharding.get_mesh()
-    c, trained_with = config_of(directory, step)
+    c, trained_with, _ = saved_of(directory, step)
     fit.check_model(c.model, mesh.shape)
     words = _tokenizer(c, directory, where, trained_with)
     placed = jax.tree.map(
@@ -42,17 +51,29 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
         raise ValueError(f"{where} cannot be read: {cause}; use another --step, or copy it again") from cause
 
 
-def config_of(directory: str | os.PathLike, step: int) -> tuple[config.Trained, str | None]:
-    """The config of the checkpoint of `step` in `directory`, and the hash of the tokenizer that it was trained with."""
+def saved_of(directory: str | os.PathLike, step: int) -> Saved:
+    """What the checkpoint of `step` in `directory` says of itself; ValueError where it cannot be read."""
     where = f"the checkpoint of step {step} in {directory}"
     try:
         values, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
     except checkpoint.UnreadableError as cause:
         raise ValueError(f"{where} has no config that can be read: {cause}; use another --step, or copy it again") from cause
     try:
-        return config.build_trained(values), data.get("stage", {}).get("tokenizer")
+        c = config.build_trained(values)
     except ValueError as cause:
-        raise ValueError(f"{where} was written by another version of this program, which can read it: {cause}") from cause
+        raise ValueError(f"{where} has a config that this version cannot read: {cause}; use the one that wrote it") from cause
+    return Saved(c, *_typed(data, where))
+
+
+def _typed(data: dict, where: str) -> tuple[str | None, list[int]]:
+    """The tokenizer's hash and the steps of each stage, of the data item of a checkpoint; an import has neither."""
+    stage, steps = data.get("stage", {}), data.get("stage_steps", [])
+    check(isinstance(stage, dict), f"{where} has stage={str(stage)[:50]}, which must be an object")
+    hashed = stage.get("tokenizer")
+    check(hashed is None or isinstance(hashed, str), f"{where} has stage.tokenizer={str(hashed)[:50]}, which must be a hash")
+    ok = isinstance(steps, list) and all(type(x) is int and x >= 0 for x in steps)
+    check(ok, f"{where} has stage_steps={str(steps)[:50]}, which must be a list of numbers of steps")
+    return hashed, steps
 
 
 def step_of(directory: str | os.PathLike, step: int | None) -> int:
