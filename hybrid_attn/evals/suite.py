@@ -1,8 +1,8 @@
 """The suite: evaluations cut into units, each of which is a file as soon as it is done.
 
 The directory of a run has run.json (what was measured of which model), units/ (a file of records and answers each) and, when
-all are done, records.jsonl and answers.jsonl, of which a report is made. Who was interrupted goes on with the units that are
-not there. What cannot be asked, or does not fit a length that nobody named, is absent, with the reason in run.json.
+all are done, records.jsonl and answers.jsonl, of which a report is made. After an interruption the same call measures
+the missing units. What cannot be asked, or does not fit a length that nobody named, is absent, with the reason in run.json.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from hybrid_attn.evals.ruler.tasks import ESSAYS
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.settings import Absent, Measured, Reader, Settings, Unit
 from hybrid_attn.evals.subject import Spec
-from hybrid_attn.files import write_atomically
+from hybrid_attn.files import object_of, write_atomically
 from hybrid_attn.infer.text import answers
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import told
@@ -265,25 +265,18 @@ def described(settings: Settings, provenance: Mapping) -> dict:
 
 def read_about(path: Path) -> dict:
     """What the run.json of a run says; ValueError where that is not what the suite writes."""
-    try:
-        there = json.loads(path.read_bytes())
-    except (RecursionError, ValueError) as cause:
-        raise ValueError(f"{path} is cut short or no JSON ({cause}); remove it, or use another directory") from cause
-    known = isinstance(there, dict) and isinstance(there.get("revision"), str)
-    trees.check(known, f"{path} says nothing of an evaluation; remove it, or use another directory")
+    cure = "; remove it, or use another directory"
+    there = object_of(path.read_bytes(), str(path), cure)
+    trees.check(isinstance(there.get("revision"), str), f"{path} says nothing of an evaluation{cure}")
     return there
 
 
 def measured_of(directory: Path, unit: Unit) -> Measured:
     """What the file of a unit holds; ValueError where that is not what the suite writes of it."""
     path = directory / "units" / f"{unit.name}.json"
-    try:
-        values = json.loads(path.read_bytes())
-    except (RecursionError, ValueError) as cause:
-        raise ValueError(f"{path} is cut short or no JSON ({cause})") from cause
+    values = object_of(path.read_bytes(), str(path))
     trees.check(
-        isinstance(values, dict)
-        and tuple(values) == Measured._fields
+        tuple(values) == Measured._fields
         and all(isinstance(lines, list) for lines in values.values())
         and all(_is_of(unit, line) for lines in values.values() for line in lines)
         and all(record.get("eval") == unit.eval for record in values["records"]),
