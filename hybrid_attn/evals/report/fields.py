@@ -122,6 +122,7 @@ def check_provenance(values: object, where: str) -> None:
     _check(model, known, (), f"{where}: model")
     more = {"step": _or_none(COUNT), "heldout": Kind("names by source", _names), "tokenizer": _or_none(TEXT)}
     _check(values, more | {"checkpoint": TEXT, "settings": Kind("object", lambda x: isinstance(x, dict))}, (), where)
+    _check(settings, {"compat": FLAG}, (), f"{where}: settings")
     absent = settings.get("absent", [])
     ok = isinstance(absent, list) and all(isinstance(x, list) and len(x) == len(ABSENT) for x in absent)
     ok = ok and all(kind.holds(value) for x in absent for kind, value in zip(ABSENT, x, strict=True))
