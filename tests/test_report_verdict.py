@@ -75,6 +75,21 @@ def test_of_losses_alone_the_verdict_says_bits_the_bigram_and_what_context_gains
     assert f"<p>{first.replace(chr(39), '&#x27;')}</p>" in (tmp_path / "report.html").read_text()
 
 
+def test_a_difference_that_context_or_longer_rows_may_not_make_is_called_unclear():
+    run = losses("run")
+    first, last, total, _ = run.records
+    longer = total | {"length": 2 * TRAINED, "loss": 2.01, "bits_per_byte": 3.015}
+    half = statistics.Z * np.hypot(0.03, 0.04)
+    for loss, than in ((2.96, "0.04 ± {:.2f} nats less"), (3.04, "0.04 ± {:.2f} nats more")):
+        records = (first, last | {"loss": loss}, total, longer)
+        assert verdict.sentences([run._replace(records=records)])[1:] == [
+            f"Context makes no clear difference: tokens from position 2K on cost {than.format(half)} than the first 16.",
+            f"In rows of 8K the loss is not higher: 3.01 ± {statistics.Z * 0.015:.2f} bits per byte.",
+        ]
+    *_, told = verdict.sentences([run._replace(records=(total, longer | {"loss": 4.0}))])
+    assert told.startswith("In rows of 8K the loss is higher: 6.00 ± ")
+
+
 def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
     first = run_of("a", [answer("vt", 4096, i, float(i < 10)) for i in range(40)], needles("a", 0.5).records)
     better = run_of("b", [answer("vt", 4096, i, float(i < 30)) for i in range(40)], needles("b", 0.6).records)
@@ -92,6 +107,7 @@ def test_too_few_samples_are_warned_of():
     assert verdict.warnings([needles("run", 0.5, number=200)]) == []
     (told,) = verdict.warnings([needles("run", 0.5, number=5)])
     assert "5 answers of single needles" in told and "97 leave ± 10" in told
+    assert "run has 1 answer of single needles at a length, which leaves ±" in verdict.warnings([needles("run", 1, number=1)])[0]
     low, high = statistics.wilson(48.5, 97)
     assert (high - low) / 2 == pytest.approx(0.1, abs=0.003)
 

@@ -134,7 +134,7 @@ class Evaluations:
 
     def _compare(self, metrics: Metrics, folder: Path) -> None:
         """What is known when all units are: means over tasks, the bigram model beside the losses, the report."""
-        run = report.read(folder)._replace(name=f"step {folder.name}")
+        run = report.read(folder)._replace(name=f"{self.folder.resolve().parent.name}, step {folder.name}")
         for length, mean in contents.ruler_means(run, lambda length: True).items():
             metrics.score(f"{SCORES['ruler'][0]}/mean/{length}", mean)
             metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
