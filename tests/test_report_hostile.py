@@ -37,6 +37,8 @@ PROVENANCE = {
     "device": "a",
     "heldout": {"a": "a"},
     "model": {"seq_len": TRAINED, "layers": "a", "parameters": 9, "kinds": {"a": "a"}},
+    "data": {"heldout": ["a"], "text": ["a"], "squad": "a"},
+    "mesh": "a",
     "settings": {"absent": [["a", "a", 9, "a"]], "lengths": [9], "evals": ["a"], "more": {"a": "a"}},
 }
 KEPT = ("eval", "part")  # texts that must be one of a few
@@ -187,6 +189,10 @@ def test_every_field_of_a_record_has_a_type_and_one_that_does_not_fit_is_named()
         ("run.json", '{"model": {"seq_len": true}}', "model.seq_len=True"),
         ("run.json", '{"model": {"seq_len": 8}, "heldout": [1]}', "heldout"),
         ("run.json", '{"model": {"seq_len": 8}, "settings": {"absent": [1]}}', "settings.absent"),
+        ("run.json", '{"model": {"seq_len": 8}, "data": {"text": [7]}}', "data: text=\\[7\\] is no list"),
+        ("run.json", '{"model": {"seq_len": 8}, "data": 7}', "data=7 is no object"),
+        ("run.json", '{"model": {"seq_len": 8}, "mesh": [1]}', "mesh=\\[1\\] is no text"),
+        ("run.json", '{"model": {"seq_len": 8}, "vocab_size": 0}', "vocab_size=0 is no whole number"),
         ("run.json", '{"model": {"seq_len": 8}, "settings": {"compat": [1]}}', "settings: compat=\\[1\\] is no true or false"),
         ("run.json", "[" * 100_000, "run.json is nested too deeply to be read"),
         ("records.jsonl", b"\xff\xfe", "no UTF-8"),

@@ -107,7 +107,8 @@ def test_too_few_samples_are_warned_of():
     assert verdict.warnings([needles("run", 0.5, number=200)]) == []
     (told,) = verdict.warnings([needles("run", 0.5, number=5)])
     assert "5 answers of single needles" in told and "97 leave ± 10" in told
-    assert "run has 1 answer of single needles at a length, which leaves ±" in verdict.warnings([needles("run", 1, number=1)])[0]
+    (told,) = verdict.warnings([needles("run", 1.0, number=1)])
+    assert "run has 1 answer of single needles at a length, which leaves ±" in told
     low, high = statistics.wilson(48.5, 97)
     assert (high - low) / 2 == pytest.approx(0.1, abs=0.003)
 
@@ -203,6 +204,27 @@ def test_a_figure_has_the_command_that_measures_it_anew():
         "--depths=0,50 --out=DIR"
     )
     assert "--lengths=1024,4096 --tokens=99 --out" in descriptions.command([run], "position")
+    data = {
+        "trust_checkpoint_data": True,
+        "heldout": [],
+        "text": ["/texts/*.txt", "/b"],
+        "squad": "/squad.json",
+        "hotpot": None,
+    }
+    run.provenance.update(data=data | {"english_words": "/words.json"}, mesh="fsdp 2 x context 4")
+    run.provenance["settings"] |= {"tasks": ["copy"], "task_path": "/tasks", "compat": True}
+    texts, of_all = "'--text=/texts/*.txt' --text=/b", "--mesh=fsdp=2,context=4 --out=DIR"
+    assert descriptions.command([run], "needle").endswith(f" --depths=0,50 {texts} {of_all}")
+    asked = f" --seed=0 {texts} --squad=/squad.json --english_words=/words.json --mesh=fsdp=2,context=4 --compat --out=DIR"
+    assert descriptions.command([run], "ruler").endswith(asked)
+    assert descriptions.command([run], "harness").endswith(f" --tasks=copy --task_path=/tasks {of_all}")
+    for name in ("position", "key_tokens", "attention_mass"):
+        assert descriptions.command([run], name).endswith(of_all.replace(" --out", " --trust_checkpoint_data --out"))
+    assert descriptions.command([run], "recall").endswith(f" --tokens=99 {of_all}")
+    run.provenance["data"] = {"text": None, "trust_checkpoint_data": True, "heldout": ["a=/b"]}
+    assert descriptions.command([run], "position").endswith(f" --tokens=99 --heldout=a=/b {of_all}")
+    assert descriptions.command([run], "needle") == descriptions.command([run], "ruler") == ""  # no flag names their text
+    run.provenance.update(data={}, mesh="one device")
     page = html.page("title", [run], sections.sections([run]), {})
     assert "<code>python tools/evaluate.py &#x27;--checkpoint=/runs/my run&#x27;" in page
     assert 'href="pictures/needle_0_1.png">PNG</a> <a class="file" href="tables/needle_cells.csv">CSV' in page

@@ -28,6 +28,7 @@ def provenance(
         "model": model,
         "config": _sha(json.dumps(values, sort_keys=True)),
         "tokenizer": words.hash,
+        "vocab_size": words.vocab_size,
         "haystack": _sha(text),
         "revision": revision(Path(__file__)),
         "jax": jax.__version__,

@@ -39,6 +39,7 @@ EMPTY = {  # which part is missing where an evaluation has none, and why
 }
 OTHER_TOKENIZER = "the tasks are in bytes, and this model has another tokenizer"
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
+FREE = ("revision", "data")  # of run.json: what may differ where a run goes on, and makes no number another
 GENERATOR = 4  # raised when the same settings give other samples
 
 
@@ -228,7 +229,7 @@ def run(
     Whether all is measured: True from `done` ends this before. All questions are drawn before anything is asked: into `shared`,
     for every model with the same tokenizer. Every process of a run makes the same call; the first one writes, and the others
     see its files. ValueError where a question does not fit, and where the directory is of another run than that of
-    `provenance`, whose "revision" alone may differ. FloatingPointError where a model computes NaN: no record has one.
+    `provenance`, of which `FREE` may differ. FloatingPointError where a model computes NaN: no record has one.
     """
     wanted, writes = some_units(settings, reader), jax.process_index() == 0
     files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
@@ -360,7 +361,7 @@ def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
         return write_atomically(path, json.dumps(about, indent=1))
     there = read_about(path)
     revisions = there["revision"].split(", ")
-    lines = trees.differences(there, {**about, "revision": there["revision"]}, "  ")
+    lines = trees.differences(*({name: x for name, x in y.items() if name not in FREE} for y in (there, about)), "  ")
     trees.check(
         not lines,
         f"{directory} holds another evaluation (there -> wanted):\n"
@@ -368,7 +369,10 @@ def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
         + "\nuse another --out, or its settings",
     )
     if goes_on and about["revision"] not in revisions:
-        write_atomically(path, json.dumps({**there, "revision": ", ".join([*revisions, about["revision"]])}, indent=1))
+        revisions.append(about["revision"])
+    now = {**about, "revision": ", ".join(revisions)}
+    if now != there:
+        write_atomically(path, json.dumps(now, indent=1))
 
 
 def _attention_spec(reader: Reader, unit: Unit) -> Spec:
