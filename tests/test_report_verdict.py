@@ -70,6 +70,14 @@ def test_of_losses_alone_the_verdict_says_bits_the_bigram_and_what_context_gains
     (section,) = (x for x in sections.sections([run]) if x.name == "loss")
     lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
     assert lines["bigram"] == pytest.approx(3.5 * 2 / 3)  # in nats per token, at the model's bytes per token
+    table = section.tables[0]
+    assert (table.columns[-1].name, table.rows[0][-1]) == ("chance (nats)", None) and "chance" not in lines
+    for run.provenance["vocab_size"], near in ((40, True), (260, False)):  # its highest loss is 3 nats
+        (section,) = (x for x in sections.sections([run]) if x.name == "loss")
+        lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
+        chance = np.log(run.provenance["vocab_size"])
+        assert section.tables[0].rows[0][-1] == pytest.approx(chance)
+        assert lines.get("chance") == (pytest.approx(chance) if near else None)
     said = report.write(tmp_path, [run])
     assert first in said and "3.500" in said and first in (tmp_path / "report.md").read_text().replace("\\", "")
     assert f"<p>{first.replace(chr(39), '&#x27;')}</p>" in (tmp_path / "report.html").read_text()

@@ -42,6 +42,12 @@ class Run(NamedTuple):
         """Tokens in a row of training."""
         return self.provenance["model"]["seq_len"]
 
+    @property
+    def chance(self) -> float | None:
+        """Nats a token where all tokens are equally likely; None of runs that do not name the size of their vocabulary."""
+        size = self.provenance.get("vocab_size")
+        return None if size is None else math.log(size)
+
     def of(self, evaluation: str) -> list[dict]:
         """The records of one evaluation, in the order of the file."""
         return [record for record in self.records if record["eval"] == evaluation]
