@@ -11,7 +11,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 LOCK = ".lock"
@@ -159,11 +159,23 @@ def read_object(path: Path) -> dict:
             raise ValueError("it is no file")
         if path.stat().st_size > JSON_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, and at most {JSON_BYTES:,} are read")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as cause:
-        raise ValueError(f"{path} is nested too deeply to be read") from cause
+        content = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as cause:
         raise ValueError(f"{path} is not JSON: {cause}") from cause
+    return object_of(content, str(path))
+
+
+def object_of(content: str | bytes, where: str, cure: str = "", **numbers: Callable[[str], object]) -> dict:
+    """The object that JSON holds; `numbers` are json.loads' hooks for numbers.
+
+    ValueError, which names `where` and ends with `cure`, if the content is no object or nested too deeply to be read.
+    """
+    try:
+        values = json.loads(content, **numbers)
+    except RecursionError as cause:
+        raise ValueError(f"{where} is nested too deeply to be read{cure}") from cause
+    except ValueError as cause:
+        raise ValueError(f"{where} is not JSON: {cause}{cure}") from cause
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object and holds a {type(values).__name__}")
+        raise ValueError(f"{where} must hold an object and holds a {type(values).__name__}{cure}")
     return values

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from hybrid_attn import checkpoint, config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import heldout, output, provenance, settings, suite
+from hybrid_attn.evals import heldout, output, provenance, report, samples, settings, suite
+from hybrid_attn.evals.report import descriptions, fields
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation
@@ -244,6 +246,34 @@ def test_losses_are_measured_on_the_files_that_a_flag_names(tool, models, tmp_pa
     assert reader.heldout["mine"].lengths.tolist() == [30 * 16 + 2] and [*about["heldout"]] == ["mine"]
 
 
+def test_the_command_beside_a_figure_measures_the_same(tool, models, tmp_path, monkeypatch):
+    planned = planned_of(tool, monkeypatch)
+    question = {"question": "What?", "answers": [{"text": "words"}], "is_impossible": False}
+    paragraphs = [{"context": "Some words.", "qas": [question]}] * 40
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    asked = ["--suite=position,needle,ruler", "--ruler_tasks=qa_1,vt", "--lengths=900", "--samples=1", "--tokens=100"]
+    asked += ["--text=[01].txt", f"--squad={tmp_path}/squad.json", "--depths=50", "--mesh=fsdp=2"]
+    for number, data in enumerate((TRUSTED, ["--heldout=mine=3.txt"])):
+        monkeypatch.chdir(models)  # some paths are relative
+        planned.clear()
+        run(tool, "--checkpoint=one", *asked, *data, f"--out={tmp_path}/{number}", trust=())
+        reader, wanted, about = planned[0]
+        monkeypatch.chdir(tmp_path)
+        described = suite.described(wanted, about)
+        fields.check_provenance(described, "run.json")
+        found = report.Run("one", (), (), described)
+        for name in wanted.evals:
+            program, *arguments = shlex.split(descriptions.command([found], name))[1:]
+            assert program == "tools/evaluate.py" and arguments.pop() == "--out=DIR"
+            run(tool, *arguments, f"--out={tmp_path}/{number}-{name}", trust=())
+            again, settings_again, about_again = planned[-1]
+            units = [unit for unit in suite.units(wanted, reader) if unit.eval == name]
+            assert suite.units(settings_again, again) == units != []
+            assert again.questions == (reader.questions if name == "ruler" else {})
+            same = ("mesh", "step", "weights", "vocab_size", "heldout" if name == "position" else "haystack")
+            assert [about_again[x] for x in same] == [about[x] for x in same]
+
+
 def test_the_standard_library_and_tasks_are_read_without_a_flag_and_urls_are_not():
     for source in (base.source(), base.source(task="recall", pairs=2)):
         heldout.check_trusted("runs/hybrid_8k", tiny({"data.sources": {"text": source}}))
@@ -340,16 +370,18 @@ def test_a_run_is_the_same_however_its_checkpoint_is_written_and_tells_each_revi
     monkeypatch.chdir(models)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
     arguments = ["--suite=position", "--lengths=32", "--tokens=100", f"--out={tmp_path}"]
-    run(tool, "--checkpoint=one/", *arguments)
+    run(tool, "--checkpoint=one/", *arguments, "--text=0.txt")
     (unit,) = (tmp_path / "one" / "units").iterdir()
     about, before = tmp_path / "one" / "run.json", unit.stat().st_mtime_ns
     about.write_text(json.dumps(json.loads(about.read_text()) | {"revision": "of before"}))
-    run(tool, f"--checkpoint={models}/one", *arguments)
+    (tmp_path / "copied.txt").write_bytes((models / "0.txt").read_bytes())
+    run(tool, f"--checkpoint={models}/one", *arguments, f"--text={tmp_path}/copied.txt")
     assert unit.stat().st_mtime_ns == before and json.loads(about.read_text())["revision"] == "of before"
+    assert json.loads(about.read_text())["data"]["text"] == [f"{tmp_path}/copied.txt"]
     monkeypatch.setattr(provenance, "revision", lambda file: "of now")
     for _ in range(2):
         unit.unlink()
-        run(tool, "--checkpoint=one/", *arguments)
+        run(tool, "--checkpoint=one/", *arguments, "--text=0.txt")
         assert unit.exists() and json.loads(about.read_text())["revision"] == "of before, of now"
 
 

@@ -146,7 +146,7 @@ def test_pictures_are_of_the_run_that_a_report_would_read_with_a_bigram_model_be
     drawn = []
     monkeypatch.setattr(sections, "sections", lambda runs: drawn.extend(runs) or [])
     assert loop.train(config_of(corpus), tmp_path / "run")
-    read = report.read(tmp_path / "run/evals/4")._replace(name="step 4")
+    read = report.read(tmp_path / "run/evals/4")._replace(name="run, step 4")
     *records, baseline = drawn[0].records
     assert [run._replace(records=tuple(records)) for run in drawn] == [read]
     assert baseline["eval"] == "bigram" and baseline["bits_per_byte"] > 0

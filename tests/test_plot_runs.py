@@ -44,6 +44,20 @@ def test_each_run_is_a_curve_of_the_means_over_steps_or_tokens(program, tmp_path
     assert [(curve.label, curve.x) for curve in drawn] == [("a", (80, 160, 240)), ("b", (80,))]
 
 
+def test_only_points_of_finite_numbers_are_drawn(program, tmp_path, monkeypatch):
+    odd = [
+        {"step": 20},
+        {"step": 30, "loss_mean": 10**400},
+        {"step": 10**400, "loss_mean": 1.0},
+        {"step": 50, "loss_mean": True},
+    ]
+    odd += [{"step": 60, "loss_mean": 3.0, "tokens_seen": x} for x in ("a", float("nan"), None)]
+    rest = "".join(f"{json.dumps(line)}\n" for line in odd)
+    run = written(tmp_path, "run", 4.0, rest=rest)
+    assert plotted(program, monkeypatch, run, f"--out={tmp_path}/p.png", "--x=tokens") == [("run", (10,), (80,), (4.0,))]
+    assert plotted(program, monkeypatch, run, f"--out={tmp_path}/p.png")[0].y == (4.0, 3.0, 3.0, 3.0)
+
+
 def test_a_smoothed_value_is_the_mean_over_so_many_steps_however_many_lines_they_have(program):
     assert program.smoothed([1, 2, 3, 10], [4.0, 2.0, 3.0, 7.0], 2).tolist() == [4.0, 3.0, 2.5, 7.0]
     assert program.smoothed([10, 20, 30], [4.0, 2.0, 3.0], 20).tolist() == [4.0, 3.0, 2.5]
@@ -57,9 +71,12 @@ def test_a_smoothed_value_is_the_mean_over_so_many_steps_however_many_lines_they
         ("", ["--value=mfu"], "has no 'mfu'; it has loss"),
         ("", ["--label=a", "--label=b"], "--label is given 2 times for 1 runs"),
         ("", ["--out=/tmp/p.jpg"], "must end in .png"),
-        ("5\n", [], "line 3 is no step of a run: b'5'"),
-        ("null\n", [], "line 3 is no step of a run"),
-        ("\xff{\n", [], "line 3 is no JSON"),
+        ("5\n", [], "line 3 must hold an object and holds a int"),
+        ('{"step": true}\n', [], "line 3 is no step of a run"),
+        ("\xff{\n", [], "line 3 is not JSON"),
+        ("[" * 100_000 + "\n", [], "line 3 is nested too deeply to be read"),
+        ('{"step": 1, "a": 1}\n', ["--value=a", "--x=tokens"], "has no line with both 'a' and 'tokens_seen'"),
+        ('{"step": 1, "a": NaN}\n', ["--value=a"], "has no 'a'"),
     ],
 )
 def test_what_cannot_be_drawn_is_a_line_and_exit_code_2(program, tmp_path, capsys, rest, arguments, message):

@@ -337,11 +337,11 @@ def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(runs):
 @pytest.mark.parametrize(
     ("name", "line", "words"),
     [
-        ("records", '{"eval": "ruler", "ta', "records.jsonl, line 2 is cut short or no JSON"),
+        ("records", '{"eval": "ruler", "ta', "records.jsonl, line 2 is not JSON: .*; evaluate again, it goes on"),
         ("records", '{"eval": "neddle"}', "eval='neddle' is not known; did you mean 'needle'?"),
         ("records", '{"eval": "recall", "length": 4}', "line 2 lacks source, task, answers, accuracy, by_row"),
         ("records", '{"eval": "needle", "length": 4, "depth": 0, "needles": 1, "answers": 0, "right": 0}', "answers=0 says"),
-        ("records", "[]", "holds '\\[\\]', which is no record"),
+        ("records", "[]", "records.jsonl, line 2 must hold an object and holds a list"),
         ("answers", '{"task": "vt"}', "answers.jsonl, line 2 lacks length"),
         ("answers", json.dumps(answer("vt", 4096, 0, 100.0)), "score=100.0 is no share of right answers"),
     ],

@@ -37,6 +37,8 @@ PROVENANCE = {
     "device": "a",
     "heldout": {"a": "a"},
     "model": {"seq_len": TRAINED, "layers": "a", "parameters": 9, "kinds": {"a": "a"}},
+    "data": {"heldout": ["a"], "text": ["a"], "squad": "a"},
+    "mesh": "a",
     "settings": {"absent": [["a", "a", 9, "a"]], "lengths": [9], "evals": ["a"], "more": {"a": "a"}},
 }
 KEPT = ("eval", "part")  # texts that must be one of a few
@@ -183,11 +185,16 @@ def test_every_field_of_a_record_has_a_type_and_one_that_does_not_fit_is_named()
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("run.json", "[]", "model.seq_len"),
+        ("run.json", "[]", "run.json must hold an object and holds a list"),
         ("run.json", '{"model": {"seq_len": true}}', "model.seq_len=True"),
         ("run.json", '{"model": {"seq_len": 8}, "heldout": [1]}', "heldout"),
         ("run.json", '{"model": {"seq_len": 8}, "settings": {"absent": [1]}}', "settings.absent"),
-        ("run.json", "[" * 100_000, "nested too deep"),
+        ("run.json", '{"model": {"seq_len": 8}, "data": {"text": [7]}}', "data: text=\\[7\\] is no list"),
+        ("run.json", '{"model": {"seq_len": 8}, "data": 7}', "data=7 is no object"),
+        ("run.json", '{"model": {"seq_len": 8}, "mesh": [1]}', "mesh=\\[1\\] is no text"),
+        ("run.json", '{"model": {"seq_len": 8}, "vocab_size": 0}', "vocab_size=0 is no whole number"),
+        ("run.json", '{"model": {"seq_len": 8}, "settings": {"compat": [1]}}', "settings: compat=\\[1\\] is no true or false"),
+        ("run.json", "[" * 100_000, "run.json is nested too deeply to be read"),
         ("records.jsonl", b"\xff\xfe", "no UTF-8"),
         ("records.jsonl", "[" * 100_000, "nested too deep"),
         ("records.jsonl", '{"eval": ["ruler"]}', "is not known"),
@@ -226,3 +233,18 @@ def test_a_run_whose_length_is_a_path_cannot_name_a_file(tmp_path):
         fields.check_record(record | {"length": "../../x"}, "here")
     report.write(tmp_path, [run._replace(name="../..")])
     assert [path.name for path in (tmp_path / "tables" / "ruler").iterdir()] == [escape.file_name("../..")]
+
+
+def test_links_in_the_directory_of_a_report_are_replaced_and_what_they_point_to_stays(tmp_path):
+    record = {"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    names = ("pictures", "pictures.part", "pictures.old", "tables")
+    for folder in (elsewhere, out):
+        folder.mkdir()
+    (elsewhere / "holiday.png").touch()
+    for name in names:
+        (out / name).symlink_to(elsewhere if name != "tables" else tmp_path / "nowhere")
+    for _ in range(2):
+        report.write(out, [run_of("run", [], [record])])
+    assert [path.name for path in elsewhere.iterdir()] == ["holiday.png"]
+    assert not any((out / name).is_symlink() for name in names)

@@ -70,9 +70,32 @@ def test_of_losses_alone_the_verdict_says_bits_the_bigram_and_what_context_gains
     (section,) = (x for x in sections.sections([run]) if x.name == "loss")
     lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
     assert lines["bigram"] == pytest.approx(3.5 * 2 / 3)  # in nats per token, at the model's bytes per token
+    table = section.tables[0]
+    assert (table.columns[-1].name, table.rows[0][-1]) == ("chance (nats)", None) and "chance" not in lines
+    for run.provenance["vocab_size"], near in ((40, True), (260, False)):  # its highest loss is 3 nats
+        (section,) = (x for x in sections.sections([run]) if x.name == "loss")
+        lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
+        chance = np.log(run.provenance["vocab_size"])
+        assert section.tables[0].rows[0][-1] == pytest.approx(chance)
+        assert lines.get("chance") == (pytest.approx(chance) if near else None)
     said = report.write(tmp_path, [run])
     assert first in said and "3.500" in said and first in (tmp_path / "report.md").read_text().replace("\\", "")
     assert f"<p>{first.replace(chr(39), '&#x27;')}</p>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_difference_that_context_or_longer_rows_may_not_make_is_called_unclear():
+    run = losses("run")
+    first, last, total, _ = run.records
+    longer = total | {"length": 2 * TRAINED, "loss": 2.01, "bits_per_byte": 3.015}
+    half = statistics.Z * np.hypot(0.03, 0.04)
+    for loss, than in ((2.96, "0.04 ± {:.2f} nats less"), (3.04, "0.04 ± {:.2f} nats more")):
+        records = (first, last | {"loss": loss}, total, longer)
+        assert verdict.sentences([run._replace(records=records)])[1:] == [
+            f"Context makes no clear difference: tokens from position 2K on cost {than.format(half)} than the first 16.",
+            f"In rows of 8K the loss is not higher: 3.01 ± {statistics.Z * 0.015:.2f} bits per byte.",
+        ]
+    *_, told = verdict.sentences([run._replace(records=(total, longer | {"loss": 4.0}))])
+    assert told.startswith("In rows of 8K the loss is higher: 6.00 ± ")
 
 
 def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
@@ -92,6 +115,8 @@ def test_too_few_samples_are_warned_of():
     assert verdict.warnings([needles("run", 0.5, number=200)]) == []
     (told,) = verdict.warnings([needles("run", 0.5, number=5)])
     assert "5 answers of single needles" in told and "97 leave ± 10" in told
+    (told,) = verdict.warnings([needles("run", 1.0, number=1)])
+    assert "run has 1 answer of single needles at a length, which leaves ±" in told
     low, high = statistics.wilson(48.5, 97)
     assert (high - low) / 2 == pytest.approx(0.1, abs=0.003)
 
@@ -187,6 +212,27 @@ def test_a_figure_has_the_command_that_measures_it_anew():
         "--depths=0,50 --out=DIR"
     )
     assert "--lengths=1024,4096 --tokens=99 --out" in descriptions.command([run], "position")
+    data = {
+        "trust_checkpoint_data": True,
+        "heldout": [],
+        "text": ["/texts/*.txt", "/b"],
+        "squad": "/squad.json",
+        "hotpot": None,
+    }
+    run.provenance.update(data=data | {"english_words": "/words.json"}, mesh="fsdp 2 x context 4")
+    run.provenance["settings"] |= {"tasks": ["copy"], "task_path": "/tasks", "compat": True}
+    texts, of_all = "'--text=/texts/*.txt' --text=/b", "--mesh=fsdp=2,context=4 --out=DIR"
+    assert descriptions.command([run], "needle").endswith(f" --depths=0,50 {texts} {of_all}")
+    asked = f" --seed=0 {texts} --squad=/squad.json --english_words=/words.json --mesh=fsdp=2,context=4 --compat --out=DIR"
+    assert descriptions.command([run], "ruler").endswith(asked)
+    assert descriptions.command([run], "harness").endswith(f" --tasks=copy --task_path=/tasks {of_all}")
+    for name in ("position", "key_tokens", "attention_mass"):
+        assert descriptions.command([run], name).endswith(of_all.replace(" --out", " --trust_checkpoint_data --out"))
+    assert descriptions.command([run], "recall").endswith(f" --tokens=99 {of_all}")
+    run.provenance["data"] = {"text": None, "trust_checkpoint_data": True, "heldout": ["a=/b"]}
+    assert descriptions.command([run], "position").endswith(f" --tokens=99 --heldout=a=/b {of_all}")
+    assert descriptions.command([run], "needle") == descriptions.command([run], "ruler") == ""  # no flag names their text
+    run.provenance.update(data={}, mesh="one device")
     page = html.page("title", [run], sections.sections([run]), {})
     assert "<code>python tools/evaluate.py &#x27;--checkpoint=/runs/my run&#x27;" in page
     assert 'href="pictures/needle_0_1.png">PNG</a> <a class="file" href="tables/needle_cells.csv">CSV' in page

@@ -181,6 +181,18 @@ def asked_about() -> dict:
     }
 
 
+def data_flags() -> dict:
+    """The flags that name what is read beside the checkpoints, in their absolute form, for the commands in a report."""
+    heldout_files = [f"{name}={_absolute(where)}" for name, where in heldout.named(HELDOUT.value).items()]
+    found = {"trust_checkpoint_data": TRUST.value, "heldout": heldout_files, "text": [*map(_absolute, TEXT.value)]}
+    single = {"squad": SQUAD.value, "hotpot": HOTPOT.value, "english_words": ENGLISH_WORDS.value}
+    return found | {name: None if where is None else _absolute(where) for name, where in single.items()}
+
+
+def _absolute(where: str) -> str:
+    return where if "://" in where else os.path.abspath(os.path.expanduser(where))
+
+
 class Chosen(NamedTuple):
     """A checkpoint, its step, and the tokens of a sequence of its training, with what says so."""
 
@@ -226,6 +238,7 @@ def plan(chosen: Chosen, wanted: suite.Settings, about: Mapping) -> Planned:
     suite.some_units(wanted, reader)
     saved = checkpoints.read_config(loading.find(checkpoint), step)
     known = provenance(checkpoint, step, c, saved, words, about["haystack"], engine.run, engine.mesh)
+    known["data"] = data_flags()
     known["weights"] = checkpoints.fingerprint(loading.find(checkpoint), step)
     known["heldout"] = {source: x.fingerprint() for source, x in documents.items()}
     if about["essays"]:

@@ -6,8 +6,7 @@ grad_norm, tokens_per_s, lr, ... Exit codes: 2 for a wrong flag or input.
 
 import difflib
 import io
-import json
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from hybrid_attn import programs
-from hybrid_attn.files import write_atomically
+from hybrid_attn.files import object_of, write_atomically
 
 WORKDIR = flags.DEFINE_multi_string("workdir", None, "Workdir of a run; give several.", required=True)
 OUT = flags.DEFINE_string("out", None, "The picture, a .png file.", required=True)
@@ -49,11 +48,8 @@ def read(workdir: str) -> list[dict]:
         raise ValueError(f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
     *lines, last = path.read_bytes().split(b"\n")  # a run that is killed, or still writes, leaves a part of a line
     for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-        except ValueError as cause:
-            raise ValueError(f"{path}, line {number} is no JSON: {line[:40]!r}") from cause
-        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        values = object_of(line, f"{path}, line {number}")
+        if type(values.get("step")) is not int:
             raise ValueError(f"{path}, line {number} is no step of a run: {line[:40]!r}")
         if "skipped" not in values:
             found.append(values)
@@ -63,22 +59,25 @@ def read(workdir: str) -> list[dict]:
 
 
 def curve(label: str, workdir: str) -> Curve:
-    """The values of a run that are numbers, where they were logged."""
-    lines, name = read(workdir), VALUE.value
-    known = sorted({key for line in lines for key, x in line.items() if isinstance(x, (int, float))})
+    """The values of a run where they and the horizontal axis are finite numbers; ValueError where none are."""
+    lines, name, axis = read(workdir), VALUE.value, AXES[X.value]
+    known = sorted({key for line in lines for key, x in line.items() if _is_number(x)})
     if name in MEANS and f"{name}_mean" in known:
         name = f"{name}_mean"
-    for wanted in (name, AXES[X.value]):
+    for wanted in (name, axis):
         if wanted not in known:
             near = difflib.get_close_matches(wanted, known, 1)
             hint = f"did you mean {near[0]!r}? It" if near else "it"
             raise ValueError(f"{workdir}/metrics.jsonl has no {wanted!r}; {hint} has {', '.join(known)}")
-    points = [(line["step"], line[AXES[X.value]], line[name]) for line in lines if _is_number(line.get(name))]
+    points = [(x["step"], x[axis], x[name]) for x in lines if all(_is_number(x.get(key)) for key in ("step", axis, name))]
+    if not points:
+        raise ValueError(f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
     return Curve(label, *zip(*points, strict=True))
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether `value` is a number that a picture can hold: finite as a float."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def smoothed(steps: Sequence[int], values: Sequence[float], window: int) -> np.ndarray:

@@ -95,7 +95,7 @@ def _token_losses(model: Model, run: Run, params: dict, batch: dict) -> jax.Arra
 def _sums(short: int, first, nll_BT, weights_BT, short_BT) -> jax.Array:
     """Over the tokens after the first `short` of a window at `first`: loss of the key ones, their number, that of all.
 
-    Last comes the loss of all in both contexts, which shows NaN: no token is key whose loss is NaN.
+    The last entry sums both losses of all tokens, so that NaN is seen: a token whose loss is NaN never counts as a key token.
     """
     short_BT = jax.reshard(short_BT, P(BATCH, None))[:, short:]
 

@@ -11,7 +11,7 @@ from hybrid_attn.infer.engine import Engine
 from hybrid_attn.model import flops
 from hybrid_attn.trees import check
 
-MOST_ROWS = 2**20  # of an evaluation at one length: a record has a number for each
+MOST_ROWS = 2**20  # most rows of one evaluation at one length; a record keeps one number per row
 CHARACTERS = 2  # of a token, in a question's text
 ARRAYS = 4  # of d_model float32 numbers a token, that a layer's forward pass holds at least
 

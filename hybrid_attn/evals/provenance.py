@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from hybrid_attn import config
 from hybrid_attn.evals.report import layers
+from hybrid_attn.files import object_of
 from hybrid_attn.model import Run, flops
 from hybrid_attn.trees import check
 
@@ -27,6 +28,7 @@ def provenance(
         "model": model,
         "config": _sha(json.dumps(values, sort_keys=True)),
         "tokenizer": words.hash,
+        "vocab_size": words.vocab_size,
         "haystack": _sha(text),
         "revision": revision(Path(__file__)),
         "jax": jax.__version__,
@@ -43,11 +45,7 @@ def trained_length(c: config.Trained, checkpoints: Path, steps: int) -> tuple[in
     """
     path = checkpoints / "companions" / "config.json"
     if steps == 0 and path.is_file():
-        try:
-            values = json.loads(path.read_bytes())
-        except (RecursionError, ValueError) as cause:
-            raise ValueError(f"{path} is no JSON ({cause}); copy it again from the model") from cause
-        length = values.get("max_position_embeddings") if isinstance(values, dict) else None
+        length = object_of(path.read_bytes(), str(path), "; copy it again from the model").get("max_position_embeddings")
         if length is not None:
             ok = type(length) is int and 1 < length < 2**31
             check(

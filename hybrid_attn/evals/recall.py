@@ -35,7 +35,7 @@ def run(subject: Subject, spec: Spec) -> Iterator[dict]:
         for arrays in heldout_batches(rows, number, batch, subject.mesh)
     ]
     sums = np.concatenate(found, 1)[:, :number]
-    check_finite(sums, "the probability of an answer")
+    check_finite(sums, "a logit of an answer")
     right_B, answers_B, _ = sums.astype(int)
     shares = {"accuracy": right_B.sum() / answers_B.sum(), "by_row": (right_B / answers_B).tolist()}
     yield {"task": spec.documents.fingerprint(), "length": spec.length, "answers": int(answers_B.sum()), **shares}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hybrid_attn import trees
-from hybrid_attn.files import write_atomically
+from hybrid_attn.files import object_of, write_atomically
 
 
 class TooLongError(ValueError):
@@ -54,10 +54,10 @@ def read(path: Path) -> tuple[list[Sample], str]:
     found = []
     for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
         try:
-            values = json.loads(line)
+            values = object_of(line, "it")
             found.append(Sample(**values | {"answers": tuple(values["answers"])}))
             _check_types(found[-1])
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as cause:
+        except (KeyError, TypeError, ValueError) as cause:
             raise ValueError(f"{path}, line {number} is no sample: {cause}") from cause
     trees.check(_hash_of(path).is_file(), f"{path} has lost the hash beside it; remove the file, and the same is drawn again")
     digest, written = hashlib.sha256(content).hexdigest(), _hash_of(path).read_text(errors="replace").partition(" ")[0]

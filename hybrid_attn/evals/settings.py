@@ -17,7 +17,7 @@ ASKED = ("needle", "ruler", "harness")  # what is measured by questions that an 
 
 
 def with_own(tasks: Mapping[str, Task]) -> dict[str, Task]:
-    """The tasks that a model was trained on, by their sources, and then those of `RECALL` that are others."""
+    """The tasks that a model was trained on, by their sources, then the tasks of RECALL that the model was not trained on."""
     others = {name: task for name, task in RECALL.items() if name not in tasks and task not in tasks.values()}
     return {**tasks, **others}
 

@@ -22,7 +22,7 @@ from hybrid_attn.evals.ruler.tasks import ESSAYS
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.settings import Absent, Measured, Reader, Settings, Unit
 from hybrid_attn.evals.subject import Spec
-from hybrid_attn.files import write_atomically
+from hybrid_attn.files import object_of, write_atomically
 from hybrid_attn.infer.text import answers
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import told
@@ -39,6 +39,7 @@ EMPTY = {  # which part is missing where an evaluation has none, and why
 }
 OTHER_TOKENIZER = "the tasks are in bytes, and this model has another tokenizer"
 IN_ROWS = ("position", "recall", "key_tokens")  # what is measured on rows that are just as long
+FREE = ("revision", "data")  # of run.json: what may differ where a run goes on, and makes no number another
 GENERATOR = 4  # raised when the same settings give other samples
 
 
@@ -228,7 +229,7 @@ def run(
     Whether all is measured: True from `done` ends this before. All questions are drawn before anything is asked: into `shared`,
     for every model with the same tokenizer. Every process of a run makes the same call; the first one writes, and the others
     see its files. ValueError where a question does not fit, and where the directory is of another run than that of
-    `provenance`, whose "revision" alone may differ. FloatingPointError where a model computes NaN: no record has one.
+    `provenance`, of which `FREE` may differ. FloatingPointError where a model computes NaN: no record has one.
     """
     wanted, writes = some_units(settings, reader), jax.process_index() == 0
     files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
@@ -265,25 +266,18 @@ def described(settings: Settings, provenance: Mapping) -> dict:
 
 def read_about(path: Path) -> dict:
     """What the run.json of a run says; ValueError where that is not what the suite writes."""
-    try:
-        there = json.loads(path.read_bytes())
-    except (RecursionError, ValueError) as cause:
-        raise ValueError(f"{path} is cut short or no JSON ({cause}); remove it, or use another directory") from cause
-    known = isinstance(there, dict) and isinstance(there.get("revision"), str)
-    trees.check(known, f"{path} says nothing of an evaluation; remove it, or use another directory")
+    cure = "; remove it, or use another directory"
+    there = object_of(path.read_bytes(), str(path), cure)
+    trees.check(isinstance(there.get("revision"), str), f"{path} says nothing of an evaluation{cure}")
     return there
 
 
 def measured_of(directory: Path, unit: Unit) -> Measured:
     """What the file of a unit holds; ValueError where that is not what the suite writes of it."""
     path = directory / "units" / f"{unit.name}.json"
-    try:
-        values = json.loads(path.read_bytes())
-    except (RecursionError, ValueError) as cause:
-        raise ValueError(f"{path} is cut short or no JSON ({cause})") from cause
+    values = object_of(path.read_bytes(), str(path))
     trees.check(
-        isinstance(values, dict)
-        and tuple(values) == Measured._fields
+        tuple(values) == Measured._fields
         and all(isinstance(lines, list) for lines in values.values())
         and all(_is_of(unit, line) for lines in values.values() for line in lines)
         and all(record.get("eval") == unit.eval for record in values["records"]),
@@ -367,7 +361,7 @@ def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
         return write_atomically(path, json.dumps(about, indent=1))
     there = read_about(path)
     revisions = there["revision"].split(", ")
-    lines = trees.differences(there, {**about, "revision": there["revision"]}, "  ")
+    lines = trees.differences(*({name: x for name, x in y.items() if name not in FREE} for y in (there, about)), "  ")
     trees.check(
         not lines,
         f"{directory} holds another evaluation (there -> wanted):\n"
@@ -375,7 +369,10 @@ def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
         + "\nuse another --out, or its settings",
     )
     if goes_on and about["revision"] not in revisions:
-        write_atomically(path, json.dumps({**there, "revision": ", ".join([*revisions, about["revision"]])}, indent=1))
+        revisions.append(about["revision"])
+    now = {**about, "revision": ", ".join(revisions)}
+    if now != there:
+        write_atomically(path, json.dumps(now, indent=1))
 
 
 def _attention_spec(reader: Reader, unit: Unit) -> Spec:

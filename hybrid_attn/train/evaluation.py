@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from hybrid_attn import config, files
+from hybrid_attn.data import corpora
 from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.evals import Spec, Subject, bigram, report, suite, texts
 from hybrid_attn.evals.provenance import provenance
@@ -20,7 +21,7 @@ from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.overview import evaluation_tables
 from hybrid_attn.trees import check
 
-PASSING = ("checkpoint", "config")  # what may change of a run that goes on, and makes no number another
+PASSING = ("checkpoint", "config", "data")  # what may change of a run that goes on, and makes no number another
 SEGMENTS = tuple(contents.SEGMENTS.values())
 PER_TOKEN = (*(f"{segment}_per_token" for segment in SEGMENTS), "sink_rate")
 SCORES = {  # of a unit's score: its group in TensorBoard, which has the unit, and how a line says it
@@ -61,6 +62,8 @@ class Evaluations:
         )
         self.engine = functools.partial(Engine, config=c, programs={}, **_sizes(c, mesh, lengths)) if asks else lambda _: None
         self.about = provenance(str(workdir), start, c, config.to_dict(c), words, haystack, run, mesh)
+        trust = bool(corpora.locations(c.data, c.sources))
+        self.about["data"] = {"trust_checkpoint_data": trust, "text": None}  # no flag names the text that hides needles
         self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}
         if self.wanted:
             check(
@@ -134,7 +137,7 @@ class Evaluations:
 
     def _compare(self, metrics: Metrics, folder: Path) -> None:
         """What is known when all units are: means over tasks, the bigram model beside the losses, the report."""
-        run = report.read(folder)._replace(name=f"step {folder.name}")
+        run = report.read(folder)._replace(name=f"{self.folder.resolve().parent.name}, step {folder.name}")
         for length, mean in contents.ruler_means(run, lambda length: True).items():
             metrics.score(f"{SCORES['ruler'][0]}/mean/{length}", mean)
             metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])

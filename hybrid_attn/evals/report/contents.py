@@ -209,10 +209,10 @@ def kind_name(run: Run, record: Mapping) -> str:
 def position(runs: Sequence[Run]) -> Table:
     columns = [
         *(RUN, Column("source"), LENGTH, Column("tokens scored"), Column("number", count)),
-        *(Column("loss (nats)", fixed(3)), Column("bits per byte", fixed(3))),
+        *(Column("loss (nats)", fixed(3)), Column("bits per byte", fixed(3)), Column("chance (nats)", fixed(3))),
     ]
     rows = [
-        [run.name, r["source"], r["length"], part(r), r["tokens"], r["loss"], r.get("bits_per_byte")]
+        [run.name, r["source"], r["length"], part(r), r["tokens"], r["loss"], r.get("bits_per_byte"), run.chance]
         for run in runs
         for r in run.of("position")
         if "first" not in r

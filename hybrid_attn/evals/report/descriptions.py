@@ -1,5 +1,6 @@
 """Short descriptions of evaluations and tasks, and the command that measures a section anew."""
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -29,13 +30,23 @@ RULER = {
     "qa_1": "a question of SQuAD, its paragraph among others",
     "qa_2": "a question of HotpotQA, its two paragraphs among others",
 }
+FILES = {  # the flags in `data` of run.json that an evaluation depends on
+    **dict.fromkeys(("position", "attention_mass", "key_tokens"), ("heldout",)),
+    "needle": ("text",),
+    "ruler": ("text", "squad", "hotpot", "english_words"),
+}
+MESH = re.compile(r"[a-z]+ \d+( x [a-z]+ \d+)*")
 
 
 def command(runs: Sequence[Run], evaluation: str) -> str:
-    """What measures an evaluation of these runs anew, with the settings of the first; empty where a run names no checkpoint."""
-    if not all(run.provenance.get("checkpoint") for run in runs):
+    """What measures an evaluation of these runs anew, with the settings and data of the first.
+
+    Empty where a run names no checkpoint, or where no flag names the text that was asked about.
+    """
+    settings, data = (runs[0].provenance.get(name, {}) for name in ("settings", "data"))
+    files = FILES.get(evaluation, ())
+    if not all(run.provenance.get("checkpoint") for run in runs) or ("text" in files and data.get("text", ()) is None):
         return ""
-    settings = runs[0].provenance.get("settings", {})
     lengths = settings.get("asked") if evaluation in ASKED and settings.get("asked") else settings.get("lengths")
     flags = [("checkpoint", run.provenance["checkpoint"]) for run in runs]
     steps = [run.provenance.get("step") for run in runs]
@@ -46,9 +57,23 @@ def command(runs: Sequence[Run], evaluation: str) -> str:
     of_one = {"needle": "depths", "harness": "tasks", "ruler": "ruler_tasks"}.get(evaluation)
     if of_one and _listed(settings.get(of_one)) != _listed([*RULER]):
         flags.append((of_one, _listed(settings.get(of_one))))
+    flags += [("task_path", settings.get("task_path"))] if evaluation == "harness" else []
+    flags += [(name, value) for name in files for value in _several(data.get(name))]
+    flags.append(("mesh", _mesh(runs[0].provenance.get("mesh"))))
+    trusts = "heldout" in files and not data.get("heldout") and data.get("trust_checkpoint_data")
     words = [f"--{name}={value}" for name, value in flags if value not in (None, "")]
-    words += ["--compat"] * (evaluation == "ruler" and runs[0].compat is True) + ["--out=DIR"]
+    words += ["--trust_checkpoint_data"] * bool(trusts)
+    words += ["--compat"] * (evaluation == "ruler" and runs[0].compat) + ["--out=DIR"]
     return escape.label(f"python tools/evaluate.py {shlex.join(words)}")
+
+
+def _several(value: str | Sequence[str] | None) -> Sequence[str | None]:
+    return [value] if value is None or isinstance(value, str) else value
+
+
+def _mesh(said: str | None) -> str | None:
+    """The flag's form of the mesh that run.json names: "context 4 x tensor 2" as "context=4,tensor=2"."""
+    return said.replace(" x ", ",").replace(" ", "=") if said and MESH.fullmatch(said) else None
 
 
 def _listed(values: object) -> str | None:

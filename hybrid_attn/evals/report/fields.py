@@ -83,6 +83,10 @@ ANSWER = {
     **{"task": NAME, "length": SIZE, "index": COUNT, "prompt_hash": NAME, "prompt_end": TEXT, "wanted": TEXTS, "given": TEXT},
     **{"score": Kind("a share of right answers, 0 to 1", SHARE.holds), "group": TEXT, "meta": Kind("anything", lambda _: True)},
 }
+DATA = {  # of run.json: the flags that named what was read beside the checkpoint
+    **{"trust_checkpoint_data": FLAG, "heldout": _list(TEXT), "text": _or_none(_list(TEXT))},
+    **dict.fromkeys(("squad", "hotpot", "english_words"), _or_none(TEXT)),
+}
 ABSENT = (NAME, NAME, COUNT, TEXT)  # evaluation, part, length, reason
 
 
@@ -121,7 +125,10 @@ def check_provenance(values: object, where: str) -> None:
     known = {"layers": _or_none(TEXT), "parameters": _or_none(COUNT), "kinds": Kind("names by letter", _letters)}
     _check(model, known, (), f"{where}: model")
     more = {"step": _or_none(COUNT), "heldout": Kind("names by source", _names), "tokenizer": _or_none(TEXT)}
-    _check(values, more | {"checkpoint": TEXT, "settings": Kind("object", lambda x: isinstance(x, dict))}, (), where)
+    more |= {"vocab_size": _or_none(SIZE), "mesh": _or_none(TEXT), "checkpoint": TEXT}
+    _check(values, more | dict.fromkeys(("settings", "data"), Kind("object", lambda x: isinstance(x, dict))), (), where)
+    _check(values.get("data", {}), DATA, (), f"{where}: data")
+    _check(settings, {"compat": FLAG, "task_path": _or_none(TEXT)}, (), f"{where}: settings")
     absent = settings.get("absent", [])
     ok = isinstance(absent, list) and all(isinstance(x, list) and len(x) == len(ABSENT) for x in absent)
     ok = ok and all(kind.holds(value) for x in absent for kind, value in zip(ABSENT, x, strict=True))

@@ -55,14 +55,22 @@ def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
         check(all(map(escape.SAFE.fullmatch, path.split("/"))), f"{path!r} cannot be the name of a file of a report")
     new, old = (directory.with_name(f"{directory.name}.{name}") for name in ("part", "old"))
     for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
+        _remove(left)
     new.mkdir(parents=True)
     for name, content in files.items():
         write_atomically(new / name, content)
-    if directory.exists():
+    if directory.is_symlink() or directory.exists():
         directory.rename(old)
     new.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory, or a file or link of its name; what a link points to stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _ruler_files(run: Run) -> dict[str, str]:

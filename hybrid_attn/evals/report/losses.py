@@ -11,6 +11,7 @@ from hybrid_attn.evals.report.section import Section
 from hybrid_attn.evals.report.tables import tokens
 from hybrid_attn.evals.report.verdict import gain
 
+NEAR = 0.75  # of the loss by chance, from where on a picture shows it
 INTERVALS = "Bands are intervals of 95%: a normal one from the losses of rows."
 
 
@@ -26,7 +27,7 @@ def position(runs: Sequence[Run]) -> list[Section]:
                 if contents.part(r) == part:
                     panels.setdefault(f"rows of {tokens(r['length'])}", {}).setdefault((name, i), []).append(r)
             lines = {title: [(*line, several) for line, several in x.items()] for title, x in panels.items()}
-            beside = bigrams(runs, source) if part == "all" else {}
+            beside = (bigrams(runs, source) if part == "all" else {}) | chance(runs, [r["loss"] for *_, r in of_source])
             figure = pictures.loss_by_position(lines, marks, beside)
             caption = _finding(runs, source, part) or f"{source}: {PARTS.get(part, part)}."
             name = f"loss_{escape.file_name(source)}_{part}"
@@ -34,7 +35,8 @@ def position(runs: Sequence[Run]) -> list[Section]:
             drawn.append(Picture(name, caption, figure, len(panels) > 2, note, "loss_by_position"))
     words = [
         "What a token costs by its position in the document: a model that reads its context pays less further on, and one "
-        "that cannot go beyond its length of training pays more there."
+        "that cannot go beyond its length of training pays more there. Chance is the loss where all tokens of the vocabulary "
+        f"are equally likely, and drawn where a loss exceeds {NEAR:.0%} of it."
     ]
     words += _unreached(runs) + _unlike(runs, "position")
     return [Section("loss", "Loss", words, drawn, [contents.position(runs)], [contents.positions(runs)], "position")]
@@ -65,6 +67,18 @@ def bigrams(runs: Sequence[Run], source: str) -> dict[str, float]:
     if values and all(math.isclose(values[0], value, rel_tol=1e-3) for value in values):
         return {"bigram": values[0]}
     return found
+
+
+def chance(runs: Sequence[Run], losses: Sequence[float | None]) -> dict[str, float]:
+    """The losses by chance of the runs' vocabularies, once where all have the same.
+
+    Only where one of `losses` is near: far above the curves, such a line would flatten them.
+    """
+    found = {f"chance of {run.name}": run.chance for run in runs if run.of("position") and run.chance is not None}
+    highest = max((x for x in losses if x is not None), default=0.0)
+    if len({*found.values()}) == 1:
+        found = {"chance": next(iter(found.values()))}
+    return {name: loss for name, loss in found.items() if highest > NEAR * loss}
 
 
 def _unreached(runs: Sequence[Run]) -> list[str]:

@@ -1,12 +1,12 @@
 """What the suite wrote of one model: records, answers, and where they come from."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from hybrid_attn.evals.report.fields import check_answer, check_provenance, check_record
+from hybrid_attn.files import object_of
 from hybrid_attn.trees import check
 
 
@@ -41,6 +41,12 @@ class Run(NamedTuple):
     def trained(self) -> int:
         """Tokens in a row of training."""
         return self.provenance["model"]["seq_len"]
+
+    @property
+    def chance(self) -> float | None:
+        """Nats a token where all tokens are equally likely; None of runs that do not name the size of their vocabulary."""
+        size = self.provenance.get("vocab_size")
+        return None if size is None else math.log(size)
 
     def of(self, evaluation: str) -> list[dict]:
         """The records of one evaluation, in the order of the file."""
@@ -85,9 +91,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
         return
     for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), 1):
         where = f"{path}, line {number}"
-        values = _parse(line, where)
-        check(isinstance(values, dict), f"{where} holds {line[:40]!r}, which is no record")
-        yield where, values
+        yield where, _parse(line, where)
 
 
 def _text(path: Path) -> str:
@@ -97,14 +101,10 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is no UTF-8 text: {cause.reason} at byte {cause.start:,}; evaluate again") from cause
 
 
-def _parse(text: str, where: str) -> object:
-    """JSON, in which numbers that are not finite are None."""
-    try:
-        return json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
-    except RecursionError as cause:
-        raise ValueError(f"{where} is nested too deep") from cause
-    except ValueError as cause:
-        raise ValueError(f"{where} is cut short or no JSON: {cause}; evaluate again, it goes on where it stopped") from cause
+def _parse(text: str, where: str) -> dict:
+    """An object of JSON, in which numbers that are not finite are None."""
+    cure = "; evaluate again, it goes on where it stopped"
+    return object_of(text, where, cure, parse_constant=lambda name: None, parse_float=_finite)
 
 
 def _finite(digits: str) -> float | None:

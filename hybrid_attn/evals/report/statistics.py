@@ -13,7 +13,7 @@ Z = 1.959963984540054  # 95% of a normal distribution lies within as many deviat
 RESAMPLES = 2000
 DRAWS = 2**20  # at a time
 FEWEST = 5  # questions that say something together
-PAIRS = 10  # that tell two models apart: of five equal differences a sign test makes 0.06, and resampling them no spread
+PAIRS = 10  # fewest pairs for a verdict: a sign test on five equal differences gives p = 0.06
 
 
 class Difference(NamedTuple):

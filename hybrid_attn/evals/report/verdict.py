@@ -63,9 +63,10 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             widest = max(reading.by_length.values(), key=lambda share: share.half)
             if widest.half > WIDE:
                 enough = math.ceil((Z / AIM) ** 2 / 4)
+                answers, leave = ("answer", "leaves") if widest.number == 1 else ("answers", "leave")
                 found.append(
-                    f"Too few samples to tell: {run.name} has {widest.number:,} answers of {reading.asked} at a length, "
-                    f"which leave ± {100 * widest.half:.0f} points; {enough} leave ± {100 * AIM:.0f}. Ask more: --samples."
+                    f"Too few samples to tell: {run.name} has {widest.number:,} {answers} of {reading.asked} at a length, "
+                    f"which {leave} ± {100 * widest.half:.0f} points; {enough} leave ± {100 * AIM:.0f}. Ask more: --samples."
                 )
     return found
 
@@ -140,13 +141,14 @@ def loss_sentences(run: Run) -> list[str]:
         bigram = bigrams.pop()
         told += f", {'below' if bits < bigram else 'no better than'} a bigram model's {bigram:.2f}"
     found = [f"{told}."]
-    gained = gain(run, record)
+    if gained := gain(run, record):
+        found.append(f"{gained[0].upper()}{gained[1:]}.")
     longest = of_source[-1]
     if longest["length"] > record["length"]:
         clear = longest["loss"] - record["loss"] > Z * math.hypot(*(r.get("stderr") or 0 for r in (longest, record)))
-        rows = f"rows of {tokens(longest['length'])} cost {'more' if clear else 'no more'}, {_loss(longest, scale)}"
-        gained = f"{gained}; {rows}" if gained else rows
-    return [*found, *([f"{gained[0].upper()}{gained[1:]}."] if gained else [])]
+        higher = "higher" if clear else "not higher"
+        found.append(f"In rows of {tokens(longest['length'])} the loss is {higher}: {_loss(longest, scale)} {unit}.")
+    return found
 
 
 def gain(run: Run, total: dict) -> str | None:
@@ -158,9 +160,12 @@ def gain(run: Run, total: dict) -> str | None:
     first, last = min(of_row, key=lambda r: r["first"]), max(of_row, key=lambda r: r["first"])
     spread = [r.get("stderr") for r in (first, last)]
     less, half = first["loss"] - last["loss"], None if None in spread else Z * math.hypot(*spread)
-    gains = f"context gains {less:.2f}" if less >= 0 else f"context costs {-less:.2f}"
-    told = f"{gains}{'' if half is None else f' ± {half:.2f}'} nats: a token from {tokens(last['first'])} on against the first"
-    return f"{told} {first['end']:,}{', unclear' * (half is not None and abs(less) <= half)}"
+    amount = f"{abs(less):.2f}{'' if half is None else f' ± {half:.2f}'} nats"
+    if half is not None and abs(less) <= half:
+        than = f"{amount} {'less' if less >= 0 else 'more'} than the first {first['end']:,}"
+        return f"context makes no clear difference: tokens from position {tokens(last['first'])} on cost {than}"
+    verb = "gains" if less >= 0 else "costs"
+    return f"context {verb} {amount}: a token from {tokens(last['first'])} on against the first {first['end']:,}"
 
 
 def _loss(record: dict, scale: float) -> str:
