@@ -188,7 +188,7 @@ def test_a_packed_file_that_is_none_is_named(tmp_path, name):
 
 
 def test_files_are_found_once_in_the_order_of_their_names(tmp_path):
-    for name in ("b/1.py", "a/2.py", "a/.git/config", "a/__pycache__/2.pyc", ".hidden/3.py", "c.txt"):
+    for name in ("b/1.py", "a/2.py", "a/.git/config", "a/__pycache__/2.pyc", ".hidden/3.py", "c.txt", ".env", "b/.netrc"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "b/link.py").symlink_to(tmp_path / "a/2.py")

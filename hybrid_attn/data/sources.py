@@ -26,8 +26,8 @@ BINARY = re.compile(rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ|\x28\xb5\x2f\xfd|PK\x03\
 def find(inputs: Iterable[str]) -> list[str]:
     """Paths of the files that `inputs` name, each once, in an order that is the same on every machine.
 
-    An input is a glob pattern, a directory that `datasets` saved, or any other directory for all files under it but
-    those in hidden folders, caches and installed packages. ValueError where one has nothing.
+    An input is a glob pattern, a directory that `datasets` saved, or any other directory for all files under it but hidden
+    ones and those in hidden folders, caches and installed packages. ValueError where one has nothing.
     """
     found = {}
     for name in inputs:
@@ -130,10 +130,10 @@ def _files_under(folder: str) -> list[str]:
     found = []
     for root, subfolders, files in os.walk(folder):
         subfolders[:] = sorted(x for x in subfolders if x not in SKIPPED_FOLDERS and not x.startswith("."))
-        paths = [os.path.join(root, file) for file in files]
+        paths = [os.path.join(root, file) for file in files if not file.startswith(".")]  # .env and .netrc hold secrets
         found += [path for path in paths if os.path.isfile(path) or os.path.islink(path)]  # and no pipe, which would block
     if not found:
-        raise ValueError(f"{folder} has no files under it")
+        raise ValueError(f"{folder} has no files under it that are not hidden")
     return sorted(found, key=lambda path: os.path.relpath(path, folder).replace(os.sep, "/"))
 
 
