@@ -164,9 +164,11 @@ def test_every_kind_of_frame_of_a_zst_file_is_read(tmp_path):
     small = zstandard.ZstdCompressor(write_content_size=True).compress(b"small")
     (tmp_path / "x.txt.zst").write_bytes(skipped + streamed + small + skipped + zstandard.ZstdCompressor().compress(content))
     assert read(tmp_path / "x.txt.zst") == [Text(content + b"small" + content, None)]
-    (tmp_path / "x.txt.zst").write_bytes(small + streamed[:-1] + bytes([streamed[-1] ^ 1]))
-    (found,) = read(tmp_path / "x.txt.zst")
-    assert found.reason.startswith(f"{tmp_path}/x.txt.zst: its packing is broken: ")
+    for damaged in (streamed[:-1] + bytes([streamed[-1] ^ 1]), skipped[:-1], skipped[:8], skipped[:7]):
+        for before in (b"", small):
+            (tmp_path / "x.txt.zst").write_bytes(before + damaged)
+            (found,) = read(tmp_path / "x.txt.zst")
+            assert found.reason.startswith(f"{tmp_path}/x.txt.zst: its packing is broken: ")
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
