@@ -250,10 +250,11 @@ def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], 
         for path, start, stop in pieces:
             for found in sources.read(path, options.form, options.fields, start, stop, options.document_bytes):
                 if isinstance(found, Broken):
+                    reason = f"{found.reason}, which --max_document_mb raises" if found.too_long else found.reason
                     if options.on_error == "stop":
-                        raise ValueError(f"{found.reason}; go on with --on_error=skip, or mend it and begin with another --out")
+                        raise ValueError(f"{reason}; go on with --on_error=skip, or mend it and begin with another --out")
                     skipped["broken"] += 1
-                    places.append(found.reason)
+                    places.append(reason)
                 elif isinstance(found, Binary):
                     skipped["binary"] += 1
                     places.append(found.reason)

@@ -96,7 +96,7 @@ def text_of(path: str, max_bytes: int = MAX_BYTES, by_ending: bool = True) -> by
     except compressed.ERRORS as error:
         return Broken(f"{path}: its packing is broken: {error}")
     if packed and len(text) > max_bytes:
-        return Broken(f"{path}: decompressed, it has more than {records.most(max_bytes)}")
+        return Broken(f"{path}: decompressed, it has more than {records.most(max_bytes)}", too_long=True)
     if by_ending and path.endswith(".json") and _holds_records(text):
         return Broken(
             f"{path}: it holds JSON records, and a .json file is read as one document; name it .jsonl, a record a line, or "
@@ -186,7 +186,8 @@ def _jsonl(path: str, fields: Fields, max_bytes: int, start: int, stop: int | No
                 return
             at += len(line)
             if len(line) > max_bytes:
-                yield Broken(f"{path}, line {number + _lines(path, start)}: it has more than {records.most(max_bytes)}")
+                where = f"{path}, line {number + _lines(path, start)}"
+                yield Broken(f"{where}: it has more than {records.most(max_bytes)}", too_long=True)
                 at += 0 if line.endswith(b"\n") else _skip_line(file, sys.maxsize)
                 continue
             if number == 1 and not start:
