@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from hybrid_attn import files
+from hybrid_attn import characters, files
 from hybrid_attn.data import documents, parts, sources, store, summary, tokenizer
 from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields
 
@@ -178,7 +178,7 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
     done = [parts.read(folder, i, dtype.itemsize) for i in range(len(shards))]
     places = [place for part in done for place in part["places"]]
     for place in places[:REPORTED]:
-        say(f"skipped      {place}")
+        say(characters.line(f"skipped      {place}"))
     names = sorted({name for part in done for name in part["labels"]})
     if not names:
         skipped = {what: count for what, count in summary.skipped(done).items() if count}
