@@ -503,12 +503,13 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_an_empty_directory_a_link_and_a_mount_point_are_filled_where_they_are(tmp_path, monkeypatch):
-    """A mount point cannot be renamed over: here, no directory can."""
-    rename = Path.rename
+    """A mount point cannot be renamed over: here, no directory can. What makes it a model is the last that is there."""
+    rename, moved = Path.rename, []
 
     def busy(path, target):
         if Path(target).is_dir():
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        moved.append(path.name)
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", busy)
@@ -517,10 +518,14 @@ def test_an_empty_directory_a_link_and_a_mount_point_are_filled_where_they_are(t
     with pytest.raises(KeyboardInterrupt), hf.new_directory(tmp_path / "mount") as directory:
         raise KeyboardInterrupt
     with hf.new_directory(tmp_path / "link") as directory:
-        (directory / "config.json").write_text("x")
+        others = ["added_tokens.json", "chat_template.jinja", "companions", "model.safetensors", "tokenizer.json"]
+        for name in ("config.json", *others):
+            (directory / name).write_text("x")
         (directory / "0").mkdir()
     assert (tmp_path / "link").is_symlink()
-    assert sorted(path.name for path in (tmp_path / "mount").iterdir()) == ["0", "config.json"]
+    there = sorted(path.name for path in (tmp_path / "mount").iterdir())
+    assert there == sorted(moved) == sorted([*others, "0", "config.json"])
+    assert set(moved[-2:]) == {"0", "config.json"}
     (tmp_path / "nowhere").symlink_to(tmp_path / "later")
     with hf.new_directory(tmp_path / "nowhere") as directory:
         (directory / "x").write_text("x")

@@ -171,7 +171,7 @@ def _move(temporary: Path, out: Path) -> None:
     if temporary.parent != out:
         temporary.rename(out)
         return
-    for path in sorted(temporary.iterdir(), reverse=True):
+    for path in sorted(temporary.iterdir(), key=lambda path: (path.name == "config.json" or path.name.isdigit(), path.name)):
         path.rename(out / path.name)
     temporary.rmdir()
 
