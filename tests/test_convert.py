@@ -8,6 +8,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from conftest import RUN, mesh_of, on_mesh, random_params, tiny, tool
 
 from hybrid_attn import checkpoint, config, programs
 from hybrid_attn.convert import families, hf
+from hybrid_attn.evals import provenance
 from hybrid_attn.model import apply, flops, logits
 from hybrid_attn.train import loop
 
@@ -191,10 +193,15 @@ def test_a_model_that_no_family_expresses_is_refused_with_the_nearest():
     assert families.expressing(HYBRID) == "cohere2"
 
 
-def test_a_companion_whose_length_is_no_number_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"max_position_embeddings": "x"}')
-    with pytest.raises(ValueError, match="config.json has max_position_embeddings='x'; make it a whole number"):
-        hf.describe(HYBRID, tmp_path, 64)
+@pytest.mark.parametrize("length", ["x", True, 0, -5, 1, 2**31, 1.5, []])
+def test_a_companion_whose_length_is_no_number_is_named(tmp_path, length):
+    path = tmp_path / "companions" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"max_position_embeddings": length}))
+    message = re.escape(f"config.json has max_position_embeddings={length!r}; make it a number of tokens, from 2 to")
+    for read in (lambda: hf.describe(HYBRID, path.parent, 64), lambda: provenance.trained_length(None, tmp_path, 0)):
+        with pytest.raises(ValueError, match=message):
+            read()
 
 
 def test_an_ntk_stretch_is_written_as_the_theta_that_it_is():

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from hybrid_attn import config
 from hybrid_attn.evals.report import layers
 from hybrid_attn.model import Run, flops
-from hybrid_attn.trees import check
 
 
 def provenance(
@@ -47,12 +46,8 @@ def trained_length(c: config.Trained, checkpoints: Path, steps: int) -> tuple[in
             values = json.loads(path.read_bytes())
         except (RecursionError, ValueError) as cause:
             raise ValueError(f"{path} is no JSON ({cause}); copy it again from the model") from cause
-        length = values.get("max_position_embeddings") if isinstance(values, dict) else None
+        length = config.longest_text(values, path) if isinstance(values, dict) else None
         if length is not None:
-            ok = type(length) is int and 1 < length < 2**31
-            check(
-                ok, f"{path} has max_position_embeddings={length!r}, which is no number of tokens; correct it, or take it out"
-            )
             return length, "max_position_embeddings of companions/config.json"
     return c.stages[-1].seq_len, "seq_len of the last stage of the checkpoint's config"
 
