@@ -288,7 +288,8 @@ def test_heads_that_do_not_divide_the_width_are_not_exported_to_a_library_that_w
     model = dataclasses.replace(model, d_model=model.num_heads * 7 + 1, num_kv_heads=model.num_heads)
     if model.embed_scale != 1.0:
         model = dataclasses.replace(model, embed_scale=model.d_model**0.5)
-    with pytest.raises(ValueError, match=f"model.d_model: {model.d_model} -> a multiple of model.num_heads={model.num_heads}"):
+    message = f"model.d_model: {model.d_model} must be a multiple of model.num_heads={model.num_heads} for transformers"
+    with pytest.raises(ValueError, match=message):
         families.config_json(model, model_type, 64)
 
 
