@@ -6,6 +6,7 @@ No field has a default here: `configs/base.py` holds every default with its unit
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -41,6 +42,19 @@ TASKS = {
 def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
     problem = trees.not_among(value, choices)
     check(not problem, f"{field}={value!r} {problem}")
+
+
+def longest_text(config_json: Mapping, path: os.PathLike) -> int | None:
+    """The tokens of the longest text of the published model whose config.json, at `path`, this is; None where it is silent.
+
+    ValueError where it is no such number.
+    """
+    length = config_json.get("max_position_embeddings")
+    check(
+        length is None or (type(length) is int and 2 <= length < 2**31),
+        f"{path} has max_position_embeddings={length!r}; make it a number of tokens, from 2 to {2**31 - 1:,}, or take it out",
+    )
+    return length
 
 
 @dataclasses.dataclass(frozen=True)

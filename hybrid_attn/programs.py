@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from absl import flags
 
 from hybrid_attn import config_file, quiet
+from hybrid_attn.characters import visible
 
 GRACE = 2  # seconds in which a program that was interrupted ends by itself
 # Errors that the user mends by another flag, config or input, and those of the machine or of the computation.
@@ -144,5 +145,5 @@ def reason(error: Exception) -> str:
 
 
 def fail(message: str, code: int):
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {visible(message)}", file=sys.stderr)  # which may quote a file
     sys.exit(code)

@@ -8,6 +8,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from conftest import RUN, mesh_of, on_mesh, random_params, tiny, tool
 
 from hybrid_attn import checkpoint, config, programs
 from hybrid_attn.convert import families, hf
+from hybrid_attn.evals import provenance
 from hybrid_attn.model import apply, flops, logits
 from hybrid_attn.train import loop
 
@@ -191,10 +193,15 @@ def test_a_model_that_no_family_expresses_is_refused_with_the_nearest():
     assert families.expressing(HYBRID) == "cohere2"
 
 
-def test_a_companion_whose_length_is_no_number_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"max_position_embeddings": "x"}')
-    with pytest.raises(ValueError, match="config.json has max_position_embeddings='x'; make it a whole number"):
-        hf.describe(HYBRID, tmp_path, 64)
+@pytest.mark.parametrize("length", ["x", True, 0, -5, 1, 2**31, 1.5, []])
+def test_a_companion_whose_length_is_no_number_is_named(tmp_path, length):
+    path = tmp_path / "companions" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"max_position_embeddings": length}))
+    message = re.escape(f"config.json has max_position_embeddings={length!r}; make it a number of tokens, from 2 to")
+    for read in (lambda: hf.describe(HYBRID, path.parent, 64), lambda: provenance.trained_length(None, tmp_path, 0)):
+        with pytest.raises(ValueError, match=message):
+            read()
 
 
 def test_an_ntk_stretch_is_written_as_the_theta_that_it_is():
@@ -281,7 +288,8 @@ def test_heads_that_do_not_divide_the_width_are_not_exported_to_a_library_that_w
     model = dataclasses.replace(model, d_model=model.num_heads * 7 + 1, num_kv_heads=model.num_heads)
     if model.embed_scale != 1.0:
         model = dataclasses.replace(model, embed_scale=model.d_model**0.5)
-    with pytest.raises(ValueError, match=f"model.d_model: {model.d_model} -> a multiple of model.num_heads={model.num_heads}"):
+    message = f"model.d_model: {model.d_model} must be a multiple of model.num_heads={model.num_heads} for transformers"
+    with pytest.raises(ValueError, match=message):
         families.config_json(model, model_type, 64)
 
 
@@ -503,12 +511,13 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_an_empty_directory_a_link_and_a_mount_point_are_filled_where_they_are(tmp_path, monkeypatch):
-    """A mount point cannot be renamed over: here, no directory can."""
-    rename = Path.rename
+    """A mount point cannot be renamed over: here, no directory can. What makes it a model is the last that is there."""
+    rename, moved = Path.rename, []
 
     def busy(path, target):
         if Path(target).is_dir():
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        moved.append(path.name)
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", busy)
@@ -517,10 +526,14 @@ def test_an_empty_directory_a_link_and_a_mount_point_are_filled_where_they_are(t
     with pytest.raises(KeyboardInterrupt), hf.new_directory(tmp_path / "mount") as directory:
         raise KeyboardInterrupt
     with hf.new_directory(tmp_path / "link") as directory:
-        (directory / "config.json").write_text("x")
+        others = ["added_tokens.json", "chat_template.jinja", "companions", "model.safetensors", "tokenizer.json"]
+        for name in ("config.json", *others):
+            (directory / name).write_text("x")
         (directory / "0").mkdir()
     assert (tmp_path / "link").is_symlink()
-    assert sorted(path.name for path in (tmp_path / "mount").iterdir()) == ["0", "config.json"]
+    there = sorted(path.name for path in (tmp_path / "mount").iterdir())
+    assert there == sorted(moved) == sorted([*others, "0", "config.json"])
+    assert set(moved[-2:]) == {"0", "config.json"}
     (tmp_path / "nowhere").symlink_to(tmp_path / "later")
     with hf.new_directory(tmp_path / "nowhere") as directory:
         (directory / "x").write_text("x")

@@ -21,7 +21,7 @@ from hybrid_attn import checkpoint, config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import Bytes
-from hybrid_attn.evals import heldout, output, provenance, report, samples, settings, suite
+from hybrid_attn.evals import heldout, output, provenance, report, settings, suite
 from hybrid_attn.evals.report import descriptions, fields
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.programs import parse
@@ -370,18 +370,18 @@ def test_a_run_is_the_same_however_its_checkpoint_is_written_and_tells_each_revi
     monkeypatch.chdir(models)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
     arguments = ["--suite=position", "--lengths=32", "--tokens=100", f"--out={tmp_path}"]
-    run(tool, "--checkpoint=one/", *arguments, "--text=0.txt")
+    run(tool, "--checkpoint=one/", *arguments, "--heldout=text=0.txt", trust=())
     (unit,) = (tmp_path / "one" / "units").iterdir()
     about, before = tmp_path / "one" / "run.json", unit.stat().st_mtime_ns
     about.write_text(json.dumps(json.loads(about.read_text()) | {"revision": "of before"}))
     (tmp_path / "copied.txt").write_bytes((models / "0.txt").read_bytes())
-    run(tool, f"--checkpoint={models}/one", *arguments, f"--text={tmp_path}/copied.txt")
+    run(tool, f"--checkpoint={models}/one", *arguments, f"--heldout=text={tmp_path}/copied.txt", trust=())
     assert unit.stat().st_mtime_ns == before and json.loads(about.read_text())["revision"] == "of before"
-    assert json.loads(about.read_text())["data"]["text"] == [f"{tmp_path}/copied.txt"]
+    assert json.loads(about.read_text())["data"]["heldout"] == [f"text={tmp_path}/copied.txt"]
     monkeypatch.setattr(provenance, "revision", lambda file: "of now")
     for _ in range(2):
         unit.unlink()
-        run(tool, "--checkpoint=one/", *arguments, "--text=0.txt")
+        run(tool, "--checkpoint=one/", *arguments, "--heldout=text=0.txt", trust=())
         assert unit.exists() and json.loads(about.read_text())["revision"] == "of before, of now"
 
 

@@ -14,13 +14,13 @@ OUTSIDE = {"tools", "launch", "configs", "tests"}
 LEFT_TO_RIGHT = ("trees", "config", "kernels", "parallel", "model", "infer", "evals", "train")
 ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
-ALLOWED |= {room: set() for room in ("quiet", "checksums", "files")}
-ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet"}, "stored": {"checksums"}}
+ALLOWED |= {room: set() for room in ("quiet", "checksums", "files", "characters")}
+ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet", "characters"}, "stored": {"checksums"}}
 ALLOWED["checkpoint"] |= {"stored", "files"}
 ALLOWED["convert"] |= {"files"}
 ALLOWED["infer"] |= {"data", "checkpoint", "files"}
-ALLOWED["evals"] |= {"data", "files"}
-ALLOWED["data"] |= {"files"}
+ALLOWED["evals"] |= {"data", "files", "characters"}
+ALLOWED["data"] |= {"files", "characters"}
 ALLOWED["train"] |= {"data", "checkpoint", "files"}
 
 

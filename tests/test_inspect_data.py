@@ -83,6 +83,28 @@ def test_what_is_wrong_is_a_line(made, monkeypatch, capsys):
     assert "error: " + f"{made}: the checksum of shard-00000.tokens differs" in wrong(str(made), "--verify")
 
 
+def test_escape_characters_of_a_store_are_shown_by_their_numbers(tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "one\ntwo\x1b]0;x\x07\u202e", "from": "label\x1b[2J\ndocuments 9"}))
+    options = prepare.Options("bytes", Fields("text", "from"), None, "text", False, "stop", 10**6)
+    prepare.prepare([str(tmp_path / "in.jsonl")], str(tmp_path / "store"), options, 1)
+    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
+    (tmp_path / "store/manifest.json").write_text(json.dumps(manifest | {"tokenizer": "bytes\x9b2J"}))
+    capsys.readouterr()
+    with tool("inspect_data") as module, flagsaver.flagsaver():
+        module.main(parse(["inspect_data.py", str(tmp_path / "store"), "--document=0", "--tokenizer=bytes"]))
+        shown = capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            module.main(parse(["inspect_data.py", "no\x1b[2J"]))
+    shown += capsys.readouterr().err
+    for line in (
+        "tokenizer    bytes\\x9b2J, hash bytes", "label        label\\x1b[2J documents 9: 1 documents, ",
+        "document     0: label label\\x1b[2J documents 9, ", "one\ntwo\\x1b]0;x\\x07\\u202e\n",
+        "error: no\\x1b[2J is no token store",
+    ):  # fmt: skip
+        assert f"\n{line}" in shown, line
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
+
+
 def test_the_batch_of_a_step_is_decoded_with_its_documents_apart(tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(f"<{i}>" + "abcdefgh"[i] * 40)

@@ -258,7 +258,7 @@ def test_a_document_that_is_too_long_is_read_once_it_may_be(tmp_path):
     with open(tmp_path / "raw/5.jsonl", "a") as file:
         file.write(json.dumps({"text": "y" * 2000, "source": "a"}) + "\n")
     with pytest.raises(
-        ValueError, match="5.jsonl, line 16: it has more than the 1,000 bytes .* --max_document_mb allows; go on with"
+        ValueError, match="5.jsonl, line 16: it has more than the 1,000 bytes .*, which --max_document_mb raises; go on with"
     ):
         run(tmp_path, document_bytes=1000)
     run(tmp_path, document_bytes=3000)

@@ -40,6 +40,14 @@ def sentence_piece():
     return t
 
 
+def metaspace():
+    """A BPE without a normalizer, whose pre-tokenizer writes a space as ▁."""
+    tokenizers = pytest.importorskip("tokenizers")
+    t = tokenizers.Tokenizer(tokenizers.models.BPE({p: i for i, p in enumerate(["<s>", "</s>", "▁", *"~é東🙂"])}, []))
+    t.pre_tokenizer, t.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    return t
+
+
 def load(t, tmp_path):
     path = str(tmp_path / "tokenizer.json")
     t.save(path)
@@ -165,6 +173,17 @@ def test_a_json_that_drops_characters_is_refused(tmp_path):
     with pytest.raises(ValueError, match="drops the character '🙂', or bytes of it"):
         tokenizer.load(changed(byte_level(), tmp_path, model__vocab=few, model__merges=[]))
     tokenizer.load(changed(sentence_piece(), tmp_path, model__byte_fallback=False))  # what it lacks is <unk>
+
+
+@pytest.mark.parametrize(("make", "decoder", "message"), [
+    (byte_level, {"type": "WordPiece", "prefix": "##", "cleanup": True}, "ids of 'é' to 'Ã©'; give it the decoder of its"),
+    (byte_level, {"type": "Fuse"}, "ids of 'é' to 'Ã©'; give it the decoder of its kind, such as ByteLevel"),
+    (metaspace, {"type": "Fuse"}, "ids of '~ ~' to '▁~▁~'; give it the decoder"),
+])  # fmt: skip
+def test_a_json_with_the_decoder_of_another_kind_is_refused(tmp_path, make, decoder, message):
+    load(make(), tmp_path)
+    with pytest.raises(ValueError, match=f"tokenizer.json decodes its {message}"):
+        tokenizer.load(changed(make(), tmp_path, decoder=decoder))
 
 
 def test_a_json_of_huge_ids_is_refused_before_tables_of_them_are_made(tmp_path):

@@ -1,5 +1,6 @@
 """A trained tokenizer is that of its text alone, gives every text back, and is what the data pipeline and the configs want."""
 
+import gzip
 import json
 
 import numpy as np
@@ -72,13 +73,15 @@ def test_wrong_inputs_are_a_line_and_leave_no_file(corpus, capsys, monkeypatch):
     (corpus / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (corpus / "binary.dat").write_bytes(b"\0\1\2" * 50)
     (corpus / "empty.log").write_text("")
+    (corpus / "long.txt.gz").write_bytes(gzip.compress(b"a" * (10**8 + 8193), 1))
     (corpus / "taken.json").write_text("{}")
     for arguments, words in [
         (["--vocab_size=257"], "257"),
         ([], "vocab_size"),
         (["--vocab_size=300", "--input=nowhere/*"], "matches no file"),
         (["--vocab_size=300", "--input=broken.jsonl"], "broken.jsonl, line 2"),
-        (["--vocab_size=300", "--input=binary.dat"], "binary.dat"),
+        (["--vocab_size=300", "--input=binary.dat"], "binary, or UTF-16; mend or split the file, or leave it out of --input"),
+        (["--vocab_size=300", "--input=long.txt.gz"], "long.txt.gz: decompressed, it has more than the 100,000,000 bytes"),
         (["--vocab_size=300", "--input=empty.log"], "there is no text in empty.log"),
         (["--vocab_size=300", "--input=00.txt", "--out=taken.json"], "taken.json exists"),
         (["--vocab_size=300", "--input=00.txt", "--out="], "--out= is empty; name a new file"),
@@ -86,4 +89,5 @@ def test_wrong_inputs_are_a_line_and_leave_no_file(corpus, capsys, monkeypatch):
         assert run(*arguments) == 2, arguments
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
+        assert "--max_document_mb" not in error  # which this program does not have
     assert (corpus / "taken.json").read_text() == "{}" and not (corpus / "tokenizer.json").exists()

@@ -14,6 +14,7 @@ import tqdm
 from absl import app, flags
 
 from hybrid_attn import config, config_file, programs
+from hybrid_attn.characters import line, visible
 from hybrid_attn.data import corpora, documents, pipeline, store, summary, tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 
@@ -30,7 +31,7 @@ def show_store(path: str) -> None:
     manifest = store.read_manifest(path)
     store.load(path)  # which looks at every file
     print(f"store        {path}: {len(manifest.shards)} shards of {manifest.dtype} ids, all there and of their sizes")
-    print(f"tokenizer    {manifest.tokenizer}, hash {manifest.tokenizer_hash[:12]}")
+    print(line(f"tokenizer    {manifest.tokenizer}, hash {manifest.tokenizer_hash[:12]}"))
     print(*summary.lines(manifest.summary), sep="\n")
     if VERIFY.value:
         verify(path, manifest)
@@ -62,7 +63,7 @@ def show_document(corpus: documents.Documents, words) -> None:
     if number >= len(corpus):
         raise ValueError(f"--document={number}: the store has {len(corpus):,} documents, numbered from 0")
     length, label = int(corpus.lengths[number]), corpus.label_names[corpus.labels[number]]
-    print(f"document     {number}: label {label}, {length:,} tokens, hash {int(corpus.hashes[number]):016x}")
+    print(line(f"document     {number}: label {label}, {length:,} tokens, hash {int(corpus.hashes[number]):016x}"))
     most = 4 * CHARACTERS.value + 1  # tokens: a character has at most four bytes, and a token at least one
     ends = [(number, 0, min(most, length)), (number, max(0, length - most), length)]
     first, last = corpus.read([(number, 0, length)] * 2 if length <= 2 * most else ends)
@@ -70,10 +71,13 @@ def show_document(corpus: documents.Documents, words) -> None:
 
 
 def clipped(first: str, last: str, cut: bool) -> str:
-    """The beginning of `first` and the end of `last`, which are the same text where nothing was `cut` from between."""
+    """The beginning of `first` and the end of `last`, which are the same text where nothing was `cut` from between.
+
+    Of the text of others, nothing reaches the terminal that it would take for a command.
+    """
     if not cut and len(first) <= 2 * CHARACTERS.value:
-        return first
-    return f"{first[: CHARACTERS.value]} [...] {last[-CHARACTERS.value :]}"
+        return visible(first)
+    return visible(f"{first[: CHARACTERS.value]} [...] {last[-CHARACTERS.value :]}")
 
 
 def show_step(c: config.Config) -> None:

@@ -146,7 +146,8 @@ def config_json(model: Model, model_type: str, max_len: int) -> dict:
     out |= values | family.required | family.layout(model)
     lines = differences(model, model_of(out))
     if family.divides and model.d_model % model.num_heads:
-        lines.append(f"  model.d_model: {model.d_model} -> a multiple of model.num_heads={model.num_heads}, says its library")
+        heads = f"model.num_heads={model.num_heads}"
+        lines.append(f"  model.d_model: {model.d_model} must be a multiple of {heads} for transformers to open it")
     if lines:
         raise ValueError(f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
     return out

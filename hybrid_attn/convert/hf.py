@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from hybrid_attn import config
 from hybrid_attn.config import Model
 from hybrid_attn.convert import families
 from hybrid_attn.convert.families import Tensor
@@ -117,11 +118,8 @@ def describe(model: Model, companions: str | os.PathLike, max_len: int, model_ty
     path = Path(companions) / "config.json"
     old = read_object(path) if path.exists() else {}
     model_type = model_type or old.get("model_type") or families.expressing(model)
-    longest = old.get("max_position_embeddings")
-    if longest is not None and type(longest) is not int:
-        raise ValueError(f"{path} has max_position_embeddings={longest!r}; make it a whole number, or take it out")
     special = {key: old.get(key) for key in SPECIAL_TOKENS}  # null, since a family's default is an id of its own vocabulary
-    return families.config_json(model, model_type, max(max_len, longest or 0)) | special
+    return families.config_json(model, model_type, max(max_len, config.longest_text(old, path) or 0)) | special
 
 
 def copy_companions(source: str | os.PathLike, target: str | os.PathLike, without: tuple[str, ...] = ()) -> list[str]:
@@ -170,7 +168,7 @@ def _move(temporary: Path, out: Path) -> None:
     if temporary.parent != out:
         temporary.rename(out)
         return
-    for path in sorted(temporary.iterdir(), reverse=True):
+    for path in sorted(temporary.iterdir(), key=lambda path: (path.name == "config.json" or path.name.isdigit(), path.name)):
         path.rename(out / path.name)
     temporary.rmdir()
 

@@ -21,7 +21,7 @@ def texts(inputs: Iterable[str], fields: Fields, form: str | None = None) -> Ite
     for path in files:
         for document in sources.read(path, form or sources.format_of(path), fields):
             if isinstance(document, (Broken, Binary)):
-                raise ValueError(getattr(document, "reason", f"{path} is binary; name files of text"))
+                raise ValueError(f"{document.reason}; mend or split the file, or leave it out of --input")
             if document.text:
                 number += 1
                 yield document.text.decode("utf-8")

@@ -41,7 +41,9 @@ def _zst_blocks(path: str) -> Iterator[bytes]:
     with open(path, "rb", BUFFER) as file:
         while magic := file.read(4):
             if magic[1:] == SKIPPABLE and magic[0] >> 4 == 5:
-                file.seek(int.from_bytes(_exactly(file, 4), "little"), io.SEEK_CUR)
+                if size := int.from_bytes(_exactly(file, 4), "little"):
+                    file.seek(size - 1, io.SEEK_CUR)
+                    _exactly(file, 1)  # for one may seek past the end
                 continue
             frame = zstandard.ZstdDecompressor().decompressobj()
             for piece in _frame_pieces(file, magic):

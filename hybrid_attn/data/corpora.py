@@ -33,7 +33,7 @@ def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus
 def locations(data: config.Data, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """What `load` opens for each of the named sources: patterns of files and directories, or a store, which may be a URL.
 
-    A config that came with a checkpoint may name anything: who loads it asks first. The standard library and tasks are nothing.
+    A config that came with a checkpoint may name any file, so ask before loading. Sources that open no file are left out.
     """
     named = _named(data, names)
     opened = {name: source.paths if source.store is None else (source.store,) for name, source in named.items()}

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from hybrid_attn import files
+from hybrid_attn import characters, files
 from hybrid_attn.data import documents, parts, sources, store, summary, tokenizer
 from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields
 
@@ -178,7 +178,7 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
     done = [parts.read(folder, i, dtype.itemsize) for i in range(len(shards))]
     places = [place for part in done for place in part["places"]]
     for place in places[:REPORTED]:
-        say(f"skipped      {place}")
+        say(characters.line(f"skipped      {place}"))
     names = sorted({name for part in done for name in part["labels"]})
     if not names:
         skipped = {what: count for what, count in summary.skipped(done).items() if count}
@@ -250,10 +250,11 @@ def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], 
         for path, start, stop in pieces:
             for found in sources.read(path, options.form, options.fields, start, stop, options.document_bytes):
                 if isinstance(found, Broken):
+                    reason = f"{found.reason}, which --max_document_mb raises" if found.too_long else found.reason
                     if options.on_error == "stop":
-                        raise ValueError(f"{found.reason}; go on with --on_error=skip, or mend it and begin with another --out")
+                        raise ValueError(f"{reason}; go on with --on_error=skip, or mend it and begin with another --out")
                     skipped["broken"] += 1
-                    places.append(found.reason)
+                    places.append(reason)
                 elif isinstance(found, Binary):
                     skipped["binary"] += 1
                     places.append(found.reason)

@@ -25,9 +25,10 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Broken:
-    """What cannot be read, with its file and line."""
+    """What cannot be read, with its file and line; `too_long` if a larger bound of a document would let it pass."""
 
     reason: str
+    too_long: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Binary:
 
 def most(max_bytes: int) -> str:
     """How a message names the bound of a document."""
-    return f"the {max_bytes:,} bytes of a document that --max_document_mb allows"
+    return f"the {max_bytes:,} bytes that a document may have"
 
 
 def document(record, fields: Fields) -> Text:

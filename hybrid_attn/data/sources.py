@@ -26,8 +26,8 @@ BINARY = re.compile(rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ|\x28\xb5\x2f\xfd|PK\x03\
 def find(inputs: Iterable[str]) -> list[str]:
     """Paths of the files that `inputs` name, each once, in an order that is the same on every machine.
 
-    An input is a glob pattern, a directory that `datasets` saved, or any other directory for all files under it but
-    those in hidden folders, caches and installed packages. ValueError where one has nothing.
+    An input is a glob pattern, a directory that `datasets` saved, or any other directory for all files under it but hidden
+    ones and those in hidden folders, caches and installed packages. ValueError where one has nothing.
     """
     found = {}
     for name in inputs:
@@ -96,7 +96,7 @@ def text_of(path: str, max_bytes: int = MAX_BYTES, by_ending: bool = True) -> by
     except compressed.ERRORS as error:
         return Broken(f"{path}: its packing is broken: {error}")
     if packed and len(text) > max_bytes:
-        return Broken(f"{path}: decompressed, it has more than {records.most(max_bytes)}")
+        return Broken(f"{path}: decompressed, it has more than {records.most(max_bytes)}", too_long=True)
     if by_ending and path.endswith(".json") and _holds_records(text):
         return Broken(
             f"{path}: it holds JSON records, and a .json file is read as one document; name it .jsonl, a record a line, or "
@@ -130,10 +130,10 @@ def _files_under(folder: str) -> list[str]:
     found = []
     for root, subfolders, files in os.walk(folder):
         subfolders[:] = sorted(x for x in subfolders if x not in SKIPPED_FOLDERS and not x.startswith("."))
-        paths = [os.path.join(root, file) for file in files]
+        paths = [os.path.join(root, file) for file in files if not file.startswith(".")]  # .env and .netrc hold secrets
         found += [path for path in paths if os.path.isfile(path) or os.path.islink(path)]  # and no pipe, which would block
     if not found:
-        raise ValueError(f"{folder} has no files under it")
+        raise ValueError(f"{folder} has no files under it that are not hidden")
     return sorted(found, key=lambda path: os.path.relpath(path, folder).replace(os.sep, "/"))
 
 
@@ -186,7 +186,8 @@ def _jsonl(path: str, fields: Fields, max_bytes: int, start: int, stop: int | No
                 return
             at += len(line)
             if len(line) > max_bytes:
-                yield Broken(f"{path}, line {number + _lines(path, start)}: it has more than {records.most(max_bytes)}")
+                where = f"{path}, line {number + _lines(path, start)}"
+                yield Broken(f"{where}: it has more than {records.most(max_bytes)}", too_long=True)
                 at += 0 if line.endswith(b"\n") else _skip_line(file, sys.maxsize)
                 continue
             if number == 1 and not start:

@@ -17,6 +17,7 @@ import numpy as np
 import tensorstore
 
 from hybrid_attn.data.documents import Documents, Span
+from hybrid_attn.files import JSON_BYTES
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -180,7 +181,10 @@ def _open(path: str) -> tuple[tensorstore.KvStore, Manifest]:
     local = {"driver": "file", "path": os.path.abspath(os.path.expanduser(path)) + "/"}  # in a URL, # and % mean something
     try:
         files = tensorstore.KvStore.open(path.rstrip("/") + "/" if "://" in path else local).result()
-        found, plan = (files.read(name).result() for name in (MANIFEST, PLAN))
+        plan = files.read(PLAN, byte_range=slice(0, 0))
+        if _has_byte(files.read(MANIFEST, byte_range=slice(JSON_BYTES, JSON_BYTES + 1))):
+            raise ValueError(f"its {MANIFEST} has more than {JSON_BYTES:,} bytes; {CURE}")
+        found, plan = files.read(MANIFEST).result(), plan.result()
     except ValueError as error:  # every failure of the library's
         raise ValueError(f"{path} cannot be read as a token store: {error}") from error
     if found.state != "value" and plan.state == "value":
@@ -233,17 +237,18 @@ def _read_indices(path: str, files: tensorstore.KvStore, manifest: Manifest) -> 
     """The columns of each shard's index; ValueError names an index that was altered or contradicts the manifest, and a file
     that is missing or has another size.
 
-    Of the tokens only the last one's last byte is read.
+    Of the tokens only the last one's last byte is read, and of a file that is too long nothing beyond its size but a byte.
     """
     reads = []
     for i, shard in enumerate(manifest.shards):
         for name, wanted, size in _files_of(i, shard, manifest):
             first = max(size - 1, 0) if name.endswith(".tokens") else 0
-            reads.append((name, wanted, first, size, files.read(name, byte_range=slice(first, None))))
-    for name, wanted, first, size, read in reads:
+            ranges = slice(first, size), slice(size, size + 1)
+            reads.append((name, wanted, size, *[files.read(name, byte_range=x) for x in ranges]))
+    for name, wanted, size, read, behind in reads:
         value = _value(read, f"{path}: {name}")
-        if len(value) != size - first:
-            raise ValueError(f"{path}: {name} has {first + len(value):,} bytes or more instead of {size:,}; {CURE}")
+        if _has_byte(behind):
+            raise ValueError(f"{path}: {name} has more than its {size:,} bytes; {CURE}")
         if name.endswith(".index"):
             _check_sum(path, name, wanted, [value])
             shard = manifest.shards[int(name.removeprefix("shard-").removesuffix(".index"))]
@@ -262,6 +267,16 @@ def _value(read: tensorstore.Future, what: str) -> bytes:
     if result.state != "value":
         raise ValueError(f"{what} is missing; {CURE}")
     return result.value
+
+
+def _has_byte(read: tensorstore.Future) -> bool:
+    """Whether there is anything where one byte was read; ValueError where it cannot be read."""
+    try:
+        return bool(read.result().value)
+    except ValueError as error:
+        if "OUT_OF_RANGE" in str(error):
+            return False
+        raise
 
 
 def _check_index(what: str, columns: dict[str, np.ndarray], shard: Shard, label_names: tuple[str, ...]) -> None:

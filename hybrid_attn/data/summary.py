@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from hybrid_attn import characters
+
 
 def summary(counts: list[dict], parts: list[dict], names: list[str]) -> dict:
     """The summary of a store, from the `counts` of its shards and what was skipped in the `parts`; `names` are its labels."""
@@ -24,7 +26,7 @@ def skipped(parts: list[dict]) -> dict[str, int]:
 def lines(summary: dict) -> list[str]:
     """A summary as a person reads it; ValueError where it is not one."""
     try:
-        return list(_lines(summary))
+        return [characters.line(line) for line in _lines(summary)]
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the summary in the manifest is not as it was written: {error!r}; prepare the store again") from error
 

@@ -17,7 +17,8 @@ def parquet(path: str, fields: Fields, max_bytes: int) -> Iterator[Text | Broken
             columns = _columns(path, file.schema_arrow.names, fields)
             mean = _mean_bytes(file.metadata, columns)
             if mean > max_bytes:
-                yield Broken(f"{path}: a row group has rows of {mean:,} bytes in the mean, more than {records.most(max_bytes)}")
+                too_long = f"{path}: a row group has rows of {mean:,} bytes in the mean, more than {records.most(max_bytes)}"
+                yield Broken(too_long, too_long=True)
                 return
             rows = max(1, min(BATCH, max_bytes // max(1, mean)))
             yield from _rows(path, fields, max_bytes, file.iter_batches(rows, columns=columns))
@@ -81,7 +82,7 @@ def _rows(path: str, fields: Fields, max_bytes: int, batches: Iterable) -> Itera
                 yield Broken(f"{path}, row {number}: {records.reason(error)}")
                 continue
             too_long = f"{path}, row {number}: it has {len(found.text):,} bytes, more than {records.most(max_bytes)}"
-            yield found if len(found.text) <= max_bytes else Broken(too_long)
+            yield found if len(found.text) <= max_bytes else Broken(too_long, too_long=True)
 
 
 def _stop_if_unreadable(error: Exception) -> None:

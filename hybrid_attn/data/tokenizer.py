@@ -33,7 +33,7 @@ EOS_TOKENS = (
 
 
 MAX_IDS = 2**24  # of a vocabulary: there are tables of all ids
-PROBE = "~é東🙂"  # characters of one to four bytes of UTF-8, of which a vocabulary may lack some
+PROBES = (*"~é東🙂", "~ ~")  # characters of one to four bytes of UTF-8, of which a vocabulary may lack some, and a space
 
 
 class Bytes:
@@ -164,20 +164,27 @@ def _library_errors(what: str) -> Iterator[None]:
 
 
 def _check_exact(tokenizer, state: dict, path: str) -> None:
-    """ValueError where a `tokenizer.json` encodes at random, cannot decode, or drops characters without a token."""
+    """ValueError where a `tokenizer.json` encodes at random, drops characters without a token, or decodes to other text.
+
+    Texts that its normalizer changes, or that it encodes with its token for unknown ones, need not come back.
+    """
     dropout = state["model"].get("dropout")
     if dropout:
         raise ValueError(f"{path} has dropout={dropout}, so it encodes a text in many ways; set its model.dropout to null")
     if state.get("decoder") is None:
         raise ValueError(f"{path} has no decoder, so its ids are no text again; give it the one of its kind, such as ByteLevel")
-    for character in PROBE:
-        with _library_errors(f"{path} cannot encode {character!r}, for which a model may need an unk_token"):
-            kept = tokenizer.normalizer is None or tokenizer.normalizer.normalize_str(character)
-            ids = tokenizer.encode(character, add_special_tokens=False).ids
+    for text in PROBES:
+        with _library_errors(f"{path} cannot encode {text!r}, for which a model may need an unk_token"):
+            kept = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
             decoded = tokenizer.decode(ids)
+            unknown = [state["model"].get("unk_id"), tokenizer.token_to_id(state["model"].get("unk_token") or "")]
         if kept and (not ids or "\ufffd" in decoded):
             cure = "use a vocabulary of all bytes, byte_fallback or an unk_token"
-            raise ValueError(f"{path} drops the character {character!r}, or bytes of it, without a token; {cure}")
+            raise ValueError(f"{path} drops the character {text!r}, or bytes of it, without a token; {cure}")
+        if kept == text and text not in decoded and not any(i in unknown for i in ids):
+            cure = "give it the decoder of its kind, such as ByteLevel"
+            raise ValueError(f"{path} decodes its ids of {text!r} to {decoded!r}; {cure}")
 
 
 def _hash(state: dict) -> str:

@@ -13,7 +13,6 @@ from hybrid_attn import config
 from hybrid_attn.evals.report import layers
 from hybrid_attn.files import object_of
 from hybrid_attn.model import Run, flops
-from hybrid_attn.trees import check
 
 
 def provenance(
@@ -45,12 +44,9 @@ def trained_length(c: config.Trained, checkpoints: Path, steps: int) -> tuple[in
     """
     path = checkpoints / "companions" / "config.json"
     if steps == 0 and path.is_file():
-        length = object_of(path.read_bytes(), str(path), "; copy it again from the model").get("max_position_embeddings")
+        values = object_of(path.read_bytes(), str(path), "; copy it again from the model")
+        length = config.longest_text(values, path)
         if length is not None:
-            ok = type(length) is int and 1 < length < 2**31
-            check(
-                ok, f"{path} has max_position_embeddings={length!r}, which is no number of tokens; correct it, or take it out"
-            )
             return length, "max_position_embeddings of companions/config.json"
     return c.stages[-1].seq_len, "seq_len of the last stage of the checkpoint's config"
 

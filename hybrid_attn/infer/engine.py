@@ -349,8 +349,8 @@ def _check_finite(row: int, first: int, logprobs: np.ndarray) -> None:
     bad = np.flatnonzero(~np.isfinite(logprobs))
     if len(bad):
         raise FloatingPointError(
-            f"prompt {row}: the log-probability of token {first + int(bad[0])} is {logprobs[bad[0]]}; the parameters hold such "
-            "numbers, or activations overflow: use a checkpoint of an earlier step"
+            f"prompt {row}: the log-probability of token {first + int(bad[0])} is {logprobs[bad[0]]}: the parameters contain "
+            "NaN, or activations overflow; use a checkpoint of an earlier step"
         )
 
 

@@ -7,8 +7,8 @@ import hashlib
 import re
 from html import escape
 
-# Control characters, marks that change the direction of text, and half surrogate pairs, which no output can hold.
-HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+from hybrid_attn.characters import visible
+
 TAG = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")  # "<4K" begins none, and reads better as it is
 MARKUP = re.compile(  # emphasis, code, links, tables and formulas anywhere; quotes, headings and lists at the beginning
     r"[\\`*\[\]~|$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|:(?=//)|(?<=www)\.|@"
@@ -17,11 +17,6 @@ MARKUP = re.compile(  # emphasis, code, links, tables and formulas anywhere; quo
 SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 LONGEST = 80  # characters of a file name
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
-
-
-def visible(text: str) -> str:
-    r"""Hidden characters as \xNN or \uNNNN; line breaks and tabs stay, half a surrogate pair is a question mark."""
-    return HIDDEN.sub(_code, text)
 
 
 def html(text: str) -> str:
@@ -55,10 +50,3 @@ def file_name(name: str) -> str:
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     kept = re.sub(r"[^A-Za-z0-9_-]", "_", name)[: LONGEST - len(digest) - 1]
     return f"{kept if SAFE.match(kept) else f'_{kept[1:]}'}-{digest}"
-
-
-def _code(found: re.Match) -> str:
-    number = ord(found[0])
-    if 0xD800 <= number < 0xE000:
-        return "?"
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"

@@ -1,0 +1,23 @@
+"""Characters that no output can show, or that make a terminal do something: told by their number."""
+
+import re
+
+# Control characters, marks that change the direction of text, and half surrogate pairs, which no output can hold.
+HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def visible(text: str) -> str:
+    r"""Hidden characters as \xNN or \uNNNN; line breaks and tabs stay, half a surrogate pair is a question mark."""
+    return HIDDEN.sub(_code, text)
+
+
+def line(text: str) -> str:
+    """Like `visible`, in one line."""
+    return visible(text).replace("\n", " ")
+
+
+def _code(found: re.Match) -> str:
+    number = ord(found[0])
+    if 0xD800 <= number < 0xE000:
+        return "?"
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
