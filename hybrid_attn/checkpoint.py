@@ -8,6 +8,7 @@ another name and renamed when all of it is on disk. The mesh and the precision a
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -34,10 +35,13 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, keep: int, every: int):
         """Opens or creates `directory` and removes what a killed run left half-written; the newest `keep` are kept.
 
-        ValueError for a name that Orbax cannot write to; OSError if some process does not see what another has written there.
+        ValueError for a name that Orbax cannot write to, and for a file; OSError if some process does not see what another has
+        written there.
         """
         self.directory = _absolute(directory)
         check_name(self.directory)
+        if os.path.lexists(self.directory) and not os.path.isdir(self.directory):
+            raise ValueError(f"{self.directory} is not a directory, and checkpoints go there; move it away")
         _check_shared(self.directory)
         self._writing: int | None = None
         self._read_back = self._abandoned = False
@@ -61,7 +65,6 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return
-        _check_space(self.directory, state)
         items = {"config": copy.deepcopy(dict(config_dict)), "data": copy.deepcopy(dict(data))}
         items["checksums"] = stored.sums_of(state, items)
         items = ocp.args.Composite(
@@ -70,6 +73,7 @@ class Checkpoints:
         )
         self._writing = step
         try:
+            _check_space(self.directory, state)
             self._manager.save(step, args=items, force=True)
         except OSError as cause:
             raise self._not_written(cause) from cause
@@ -262,15 +266,18 @@ def _newest_path(directory: str | os.PathLike, step: int | None):
 
 
 def _check_space(directory: str, state: Any) -> None:
-    """OSError, before anything is written, if less is free than the arrays and 1 MiB for Orbax's own files."""
+    """OSError, before anything is written, if less is free than the arrays and 1 MiB for Orbax's own files.
+
+    Creates a directory that was removed.
+    """
     if "://" in directory:
         return
     needed = sum(x.nbytes for x in jax.tree.leaves(state)) + MIB
+    os.makedirs(directory, exist_ok=True)
     free = shutil.disk_usage(directory).free
     if not stored.agree(needed <= free):
         raise OSError(
-            f"checkpoint of {needed / MIB:,.0f} MiB does not fit: {free / MIB:,.0f} MiB free at {directory}; "
-            "free some space or lower train.keep"
+            f"{math.ceil(10 * needed / MIB) / 10:,.1f} MiB do not fit: {math.floor(10 * free / MIB) / 10:,.1f} MiB are free"
         )
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -342,9 +343,28 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(tm
     checkpoints, before = _reopen(tmp_path), sorted(tmp_path.rglob("*"))
     usage = checkpoint.shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=f"checkpoint of 1 MiB does not fit: 1 MiB free at {tmp_path}; .*train.keep"):
+    with pytest.raises(OSError, match=f"step 6 could not be written to {tmp_path}: .*1.1 MiB do not fit: 1.0 MiB are free; "):
         checkpoints.save(6, _state(6), DATA, CONFIG)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_directory_that_was_removed_is_made_again_and_where_it_cannot_be_the_error_says_so(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints", keep=1, every=1)
+    checkpoints.save(5, _state(5), DATA, CONFIG, wait=True)
+    shutil.rmtree(tmp_path / "run")
+    checkpoints.save(6, _state(6), DATA, CONFIG, wait=True)
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [6]
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OSError, match="step 7 could not be written to .*; there is no other; .*restore the directory") as error:
+        checkpoints.save(7, _state(7), DATA, CONFIG)
+    assert error.type is OSError
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/checkpoints is not a directory, and checkpoints go there; move it away"):
+        Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
 
 
 def test_a_write_that_fails_in_the_background_is_an_error_and_keeps_the_one_before(tmp_path):

@@ -212,7 +212,7 @@ def test_an_evaluation_that_is_not_finite_does_not_end_the_run(corpus, workdir, 
     assert loop.train(c, tmp_path / "run")
     said = capsys.readouterr().out
     for step in (5, 6):
-        assert f"evaluation of step {step} failed, and the run goes on: position-text-16: the loss is nan" in said
+        assert f"evaluation of step {step} failed: position-text-16: the loss is nan; training is not affected" in said
     assert (tmp_path / "run/checkpoints/6").is_dir()
 
 
@@ -225,7 +225,8 @@ def test_a_finished_run_measures_again_what_has_other_settings_and_says_what_is_
     assert loop.train(config_of(corpus, **{"evals.names": ("attention_mass", "recall")}), workdir)
     said = capsys.readouterr().out
     assert said.count("\nevals        without recall of tasks: no source of this run is a task\n") == 1
-    assert said.count(f"\n{workdir}/evals/4 held what was measured with other settings; it is measured anew\n") == 1
+    again = f"\n{workdir}/evals/4 cannot be continued (other settings, or a damaged run.json); measuring again\n"
+    assert said.count(again) == 1
     assert said.count(f"\nkept         the old one as {workdir}/evals/4.old\n") == 1
     assert units == [f"attention_mass-text-{LENGTH}"] and names(workdir / "evals/4/units") == [f"{units[0]}.json"]
     told = [x for x in lines(workdir / "evals.jsonl") if x["step"] == 4]

@@ -1,4 +1,5 @@
 import ast
+import dataclasses
 import errno
 import glob
 import json
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -175,6 +177,8 @@ def test_stages_already_begun_cannot_change(corpus, tmp_path, monkeypatch):
         loop.train(config_of(corpus, stages=[stages[0], stages[1] | {"steps": 4}]), tmp_path)
     with pytest.raises(ValueError, match=r"has done \[3, 3\] steps of each stage.*would have done \[2\]"):
         loop.train(config_of(corpus, stages=stages[:1]), tmp_path)
+    with pytest.raises(ValueError, match=r"done 3 steps of stages\[1\], and this config has 2 there; give --steps=3 or more$"):
+        loop.train(config_of(corpus, stages=[stage(3, 24, 16), stage(2, 48, 8)]), tmp_path)
 
 
 def test_the_batches_of_a_stage_in_its_middle_cannot_change_and_those_of_the_next_can(corpus, tmp_path, monkeypatch):
@@ -300,27 +304,42 @@ def test_a_finished_run_goes_on_at_its_last_rate_or_is_allowed_to_jump(corpus, s
     assert re.search(r"rate +jumps from 0.0006 to 0.00\d+ at step 7, as --allow_lr_jump", capsys.readouterr().out)
 
 
-def test_a_finished_run_with_nothing_left_to_train_says_so_and_measures_nothing(corpus, straight, monkeypatch, capsys):
+@pytest.mark.parametrize("changes", [{}, {"optim.lr": 0.5, "mesh.fsdp": 4}], ids=["as_before", "other_rate_and_mesh"])
+def test_a_finished_run_with_nothing_left_to_train_says_so_and_changes_nothing(corpus, straight, monkeypatch, capsys, changes):
     before = {path: path.read_bytes() for path in straight.rglob("*.json*")}
     monkeypatch.setitem(suite.MEASURES, "position", lambda *_: pytest.fail("measured again"))
-    assert loop.train(config_of(corpus, **{"evals.lengths": (1.0, 2.0)}), straight)
+    assert loop.train(config_of(corpus, **{"evals.lengths": (1.0, 2.0)}, **changes), straight)
     said = capsys.readouterr().out
     assert f"nothing left to train: {STEPS} steps are done; add steps or a stage\n" in said
     assert f"report       {straight}/evals/{STEPS}/report.html\n" in said and "tools/generate.py" in said
     assert before == {path: path.read_bytes() for path in straight.rglob("*.json*")}
 
 
-def test_a_run_that_starts_from_an_import_says_whose_parameters_it_has(corpus, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "records, said",
+    [
+        ({"imported": "cohere2 from a/directory"}, "step 0 found; restored parameters of cohere2 from a/directory\n"),
+        (
+            {},
+            "step 0 found: a run that was stopped before its first step\n"
+            "config       differs from that of the checkpoint of step 0 (old -> new):\n"
+            "             optim.lr: 0.006 -> 0.5\n             seed: 0 -> 1\n",
+        ),
+    ],
+    ids=["import", "stopped"],
+)
+def test_a_run_that_starts_from_parameters_says_whose_they_are(corpus, tmp_path, capsys, records, said):
     c = config_of(corpus, stages=[stage(1, 48, 8)], **{"evals.names": ()})
     with jax.set_mesh(make_mesh(c.mesh)):
         state = jax.jit(loop.init_state, static_argnums=0)(c)
         checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
-        imported = {"stage_steps": [], "stage": {}, "imported": "cohere2 from a/directory"}
-        checkpoints.save(0, state, imported, config.to_dict(c), wait=True)
+        checkpoints.save(0, state, {"stage_steps": [], "stage": {}, **records}, config.to_dict(c), wait=True)
         checkpoints.close()
-    assert loop.train(c, tmp_path)
-    assert "checkpoint   step 0 found; restored parameters of cohere2 from a/directory\n" in capsys.readouterr().out
-    assert checkpoint.read_data(tmp_path / "checkpoints")["imported"] == "cohere2 from a/directory"
+    other = dataclasses.replace(c, seed=1, optim=dataclasses.replace(c.optim, lr=0.5))
+    assert loop.train(other, tmp_path)
+    printed = capsys.readouterr().out
+    assert f"checkpoint   {said}" in printed and ("differs" in printed) == ("imported" not in records)
+    assert checkpoint.read_data(tmp_path / "checkpoints").items() >= records.items()
 
 
 def test_the_config_of_a_run_is_in_its_workdir(corpus, straight):
@@ -348,8 +367,12 @@ def test_a_full_disk_at_a_line_of_metrics_saves_first_and_records_outlive_their_
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] in (3, 4)
     shutil.rmtree(tmp_path / "checkpoints")
     capsys.readouterr()
-    assert loop.train(config_of(corpus), tmp_path)
-    assert f"the old metrics.jsonl as {tmp_path}/metrics.jsonl.old; the run goes on from step 0" in capsys.readouterr().out
+    assert loop.train(config_of(corpus, **{"train.keep": 7}), tmp_path)
+    said = capsys.readouterr().out
+    assert f"kept         the old metrics.jsonl as {tmp_path}/metrics.jsonl.old; the run starts at step 0\n" in said
+    assert f"kept         the old config.json as {tmp_path}/config.json.old\n" in said
+    keeps = [json.loads((tmp_path / name).read_text())["train"]["keep"] for name in ("config.json.old", "config.json")]
+    assert keeps == [config_of(corpus).train.keep, 7]
     assert len((tmp_path / "metrics.jsonl.old").read_text().splitlines()) == 2
     assert losses(tmp_path) == losses(straight)
 
@@ -388,8 +411,13 @@ def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint_that_is_being_written(
         loop.train(config_of(corpus), tmp_path)
 
 
-def test_ctrl_c_before_the_first_step_ends_the_run_at_once(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "summary", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize("place", ["summary", "make_step"])
+def test_ctrl_c_before_the_first_step_is_compiled_ends_the_run_at_once(corpus, tmp_path, monkeypatch, place):
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("goes on")
+
+    monkeypatch.setattr(loop, place, lambda *_: interrupt if place == "make_step" else interrupt())
     with pytest.raises(KeyboardInterrupt):
         loop.train(config_of(corpus), tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -398,16 +426,21 @@ def test_ctrl_c_before_the_first_step_ends_the_run_at_once(corpus, tmp_path, mon
 def test_a_full_disk_ends_the_run_before_anything_is_written(corpus, tmp_path, monkeypatch):
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(OSError, match="does not fit: 0 MiB free"):
+    with pytest.raises(OSError, match="step 2 could not be written to .* do not fit: 0.0 MiB are free; there is no other"):
         loop.train(config_of(corpus), tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints") == []
 
 
 def test_a_workdir_that_cannot_be_written_is_named(corpus, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file") as error:
+    with pytest.raises(ValueError, match=f"^--workdir={tmp_path}/file is not a directory$"):
         loop.train(config_of(corpus), tmp_path / "file")
+    with pytest.raises(OSError, match="file") as error:
+        loop.train(config_of(corpus), tmp_path / "file/run")
     assert error.value.errno in (errno.ENOTDIR, errno.EEXIST)
+    with pytest.raises(ValueError, match=r"a\[b\]: its name has \["):
+        loop.train(config_of(corpus), tmp_path / "new/a[b]")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
@@ -546,3 +579,28 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
         loop.run_steps(c, None, step, 0, 0, iter((i, ()) for i in range(3)), Quiet(), Quiet(), stop, None)
     order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
     assert order == sorted(order)
+
+
+def test_no_step_waits_longer_for_data_than_it_takes():
+    waits, values = (0.0, 0.2, 0.0, 0.1), {"step_time": [], "data_wait": []}
+
+    def batches():
+        for i, seconds in enumerate(waits):
+            time.sleep(seconds)
+            yield i, ()
+
+    class Lines:
+        advance = lambda *_: None  # noqa: E731
+        due = lambda *_: False  # noqa: E731
+
+        def log(self, number, line, *_):
+            for name, of_steps in values.items():
+                of_steps.append(line[name])
+
+    names = ("loss", "grad_norm", "bits_per_byte", "lr", "update_norm", "param_norm")
+    c = tiny({"train.log_every": 1, "stages": [stage(len(waits), 48, 8)]})
+    with loop.Stop(None) as stop:
+        step = lambda state, *_: (state, dict.fromkeys(names, np.float32(1)))  # noqa: E731
+        loop.run_steps(c, None, step, 0, 0, batches(), Lines(), Lines(), stop, None)
+    assert all(waited <= took for waited, took in zip(values["data_wait"], values["step_time"], strict=True))
+    assert sum(values["data_wait"]) == pytest.approx(sum(waits), rel=0.5)

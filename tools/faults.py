@@ -214,7 +214,7 @@ def damaged(damage: Callable[[Path], None], newest: int) -> Callable:
         if not stopped.exists():
             signalled(signal.SIGTERM, reached(75), 0)(lab, stopped)
         shutil.copytree(stopped, workdir)
-        steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+        steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
         for step in steps[-newest:]:
             damage(workdir / "checkpoints" / str(step))
         return f"damaged {', '.join(map(str, steps[-newest:]))} of {', '.join(map(str, steps))}", []

@@ -21,6 +21,7 @@ from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.overview import evaluation_tables
 from hybrid_attn.trees import check
 
+MACHINE = ("mesh", "device", "jax")  # where it was measured: what is all measured there is not measured again elsewhere
 PASSING = ("checkpoint", "config", "data")  # what may change of a run that goes on, and makes no number another
 SEGMENTS = tuple(contents.SEGMENTS.values())
 PER_TOKEN = (*(f"{segment}_per_token" for segment in SEGMENTS), "sink_rate")
@@ -83,10 +84,13 @@ class Evaluations:
         return path if path.exists() else None
 
     def is_done(self, step: int) -> bool:
-        """Whether all is measured and drawn of `step`, as the settings want it; in every process what process 0 says."""
+        """Whether all is measured and drawn of `step`, as the settings want it, on whatever machine.
+
+        In every process what process 0 says.
+        """
         if not self.wanted:
             return True
-        described = self._described(self.folder / str(step), self.about | {"step": step})
+        described = self._described(self.folder / str(step), self.about | {"step": step}, (*PASSING, *MACHINE))
         return told(described is not None and self.report_of(step) is not None)
 
     def measure(self, params: dict, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
@@ -98,7 +102,7 @@ class Evaluations:
         if jax.process_index() == 0:
             if (described := self._to_go_on_with(folder, about)) is None:
                 kept = files.set_aside(folder)
-                metrics.say(f"{folder} held what was measured with other settings; it is measured anew")
+                metrics.say(f"{folder} cannot be continued (other settings, or a damaged run.json); measuring again")
                 metrics.say(f"kept         the old one as {kept}")
             about = described or about
         reader = self.reader._replace(subject=self.reader.subject._replace(params=params), engine=self.engine(params))
@@ -111,7 +115,7 @@ class Evaluations:
         try:
             whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)
         except FloatingPointError as error:  # on every process; the steps to come are worth more than these numbers
-            metrics.say(f"evaluation of step {metrics.step} failed, and the run goes on: {error}")
+            metrics.say(f"evaluation of step {metrics.step} failed: {error}; training is not affected")
             return True
         if whole and jax.process_index() == 0:
             try:
@@ -125,15 +129,18 @@ class Evaluations:
         described = self._described(folder, about)
         return about if described is None and not folder.exists() else described
 
-    def _described(self, folder: Path, about: dict) -> dict | None:
-        """`about`, as run.json of `folder` says it, if that is of an evaluation with these settings of the same run."""
+    def _described(self, folder: Path, about: dict, passing: Sequence[str] = PASSING) -> dict | None:
+        """`about`, as run.json of `folder` says it, if that is of an evaluation with these settings of the same run.
+
+        What is named in `passing` may differ.
+        """
         try:
             there = suite.read_about(folder / "run.json")
         except (OSError, ValueError):  # none, or one that a crash of the machine left
             return None
-        passing = {name: there[name] for name in PASSING if name in there}
-        same = there == suite.described(self.settings, about | passing) | {"revision": there.get("revision")}
-        return about | passing if same else None
+        passed = {name: there[name] for name in passing if name in there}
+        same = there == suite.described(self.settings, about | passed) | {"revision": there.get("revision")}
+        return about | passed if same else None
 
     def _compare(self, metrics: Metrics, folder: Path) -> None:
         """What is known when all units are: means over tasks, the bigram model beside the losses, the report."""

@@ -9,10 +9,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from hybrid_attn import checkpoint, config, trees
+from hybrid_attn import checkpoint, config, files, trees
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline, tokenizer
-from hybrid_attn.files import write_atomically
 from hybrid_attn.model import run_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
@@ -57,14 +56,13 @@ def train(
         try:
             new = checkpoints.latest() is None
             state, start, recorded = first_state(c, identities, mesh, checkpoints)
-            skipped = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
+            recorded["skipped_steps"] = skipped = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
             begins = "none found; starting at step 0" if new else restored(start, recorded)
-            history = [f"checkpoint   {begins}", *past(c, checkpoints, start, skipped, allow_lr_jump)]
+            history = [f"checkpoint   {begins}", *past(c, checkpoints, start, recorded, allow_lr_jump)]
             evaluations = Evaluations(c, run, mesh, words, loaded, workdir, start)
             peak, found = peak_flops(jax.devices()[0], run.dtype)
             kept = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
-            write_config(Path(workdir), c, start)
             peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {found}; MFU is the share of it"
             lines = (*kept, *summary(c, run, mesh, peak_line, stages, workdir, start), *history, *evaluations.left_out())
             for line in lines:
@@ -73,13 +71,15 @@ def train(
                 metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
                 close(c, workdir, metrics, evaluations)
                 return True
+            for line in write_config(Path(workdir), c, start):
+                metrics.say(line)
             batches = pipeline.batches(c, stages, mesh, start)
 
             def measure(params: dict) -> bool:
                 return evaluations.measure(params, metrics, stop.asked)
 
             def data_of(step: int) -> dict:
-                return data_state(c, identities, step, recorded | {"skipped_steps": skipped})
+                return data_state(c, identities, step, recorded)
 
             state, step = run_steps(
                 c, data_of, make_step(c, run), state, start, batches, checkpoints, metrics, stop, measure, skipped
@@ -118,36 +118,48 @@ def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluat
 
 def restored(start: int, recorded: dict) -> str:
     """What the run begins with, of the checkpoint of step `start` and what its data state has `recorded`."""
-    if start == 0:
-        return f"step 0 found; restored parameters of {recorded.get('imported', 'a run that had not begun')}"
-    return f"step {start} found; going on from there"
+    if start > 0:
+        return f"step {start} found; going on from there"
+    if "imported" in recorded:
+        return f"step 0 found; restored parameters of {recorded['imported']}"
+    return "step 0 found: a run that was stopped before its first step"
 
 
-def past(c: config.Config, checkpoints: Checkpoints, start: int, skipped: Sequence[Range], allow_lr_jump: bool) -> list[str]:
-    """What is to be said of `skipped` steps, and of a config that is not that of the checkpoint of step `start`, if any.
+def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict, allow_lr_jump: bool) -> list[str]:
+    """Lines for skipped steps, and for a config that is not that of the checkpoint of step `start`, if any.
 
-    ValueError where the learning rate would jump. No steps were trained with the config of a checkpoint of step 0.
+    ValueError where the learning rate would jump; before the first step any rate will do. The config of a model that was
+    imported is not one that it was trained with.
     """
+    skipped = recorded["skipped_steps"]
     lines = [f"skipped      steps {text_of(skipped)}: their batches are passed over"] if skipped else []
-    if start == 0:
+    if start == 0 and ("imported" in recorded or checkpoints.latest() is None):
         return lines
     saved = checkpoint.read_config(checkpoints.directory, start)
     changed = changed_fields(saved, c)
     if changed:
         lines.append(f"config       differs from that of the checkpoint of step {start} (old -> new):")
         lines += [f"             {line}" for line in changed]
-    return lines + (check_rate(saved, c, start, allow_lr_jump) if start < c.total_steps else [])
+    return lines + (check_rate(saved, c, start, allow_lr_jump) if 0 < start < c.total_steps else [])
 
 
-def write_config(workdir: Path, c: config.Config, start: int) -> None:
-    """Writes config.json; another one that is there becomes config_until_STEP.json, the config of the steps up to `start`."""
+def write_config(workdir: Path, c: config.Config, start: int) -> list[str]:
+    """Writes config.json; another one that is there becomes config_until_STEP.json, the config of the steps up to `start`.
+
+    At step 0 it is of a run whose checkpoints are gone, or that was stopped before its first step: it is set aside, and a
+    line says so.
+    """
     if jax.process_index():
-        return
-    path, text = workdir / "config.json", json.dumps(config.to_dict(c), indent=1) + "\n"
+        return []
+    path, text, notes = workdir / "config.json", json.dumps(config.to_dict(c), indent=1) + "\n", []
     older = path.with_name(f"config_until_{start}.json")
-    if start and path.exists() and path.read_text(errors="replace") != text and not older.exists():
-        path.rename(older)
-    write_atomically(path, text)
+    if path.exists() and path.read_text(errors="replace") != text:
+        if start == 0:
+            notes.append(f"kept         the old config.json as {files.set_aside(path)}")
+        elif not older.exists():
+            path.rename(older)
+    files.write_atomically(path, text)
+    return notes
 
 
 def first_state(
@@ -165,10 +177,7 @@ def first_state(
     wanted = data_state(c, identities, step, {})
     done = saved["stage_steps"]
     if done != wanted["stage_steps"]:
-        raise ValueError(
-            f"the checkpoint of step {step} has done {done} steps of each stage; the stages of this config "
-            f"would have done {wanted['stage_steps']}; only the steps of the last stage begun can change"
-        )
+        raise ValueError(other_steps(c, step, done, wanted["stage_steps"]))
     if done and done[-1] < c.stages[len(done) - 1].steps:
         lines = trees.differences(saved["stage"], wanted["stage"], "  ")
         if lines:
@@ -180,6 +189,22 @@ def first_state(
             )
     records = {key: value for key, value in saved.items() if key not in wanted}
     return state, step, {"skipped_steps": []} | records  # none in checkpoints of before such steps were recorded
+
+
+def other_steps(c: config.Config, step: int, done: Sequence[int], wanted: Sequence[int]) -> str:
+    """The error for stages that would have done `wanted` steps each by `step`, at which the checkpoint has `done` others."""
+    last = len(done) - 1
+    if last < len(c.stages) and all(stage.steps == n for stage, n in zip(c.stages[:last], done, strict=False)):
+        flag = "--steps" if last == len(c.stages) - 1 else f"--config.stages[{last}].steps"
+        return (
+            f"the checkpoint of step {step} has done {done[last]} steps of stages[{last}], and this config has "
+            f"{c.stages[last].steps} there; give {flag}={done[last]} or more"
+        )
+    needed = ", ".join(f"stages[{i}].steps={n}" for i, n in enumerate(done[:last]))
+    return (
+        f"the checkpoint of step {step} has done {list(done)} steps of each stage, and this config's stages would have done "
+        f"{list(wanted)}; a stage that is over keeps its steps; give {needed} and stages[{last}].steps={done[last]} or more"
+    )
 
 
 def data_state(c: config.Config, identities: Sequence[dict], step: int, records: dict) -> dict:
@@ -201,14 +226,14 @@ def run_steps(
     because who resumes there may have been stopped before that. `data_of` is the data state after a step. The batches of
     `skipped` steps are read and not trained on.
     """
-    pending, step, before, shapes = None, start, time.perf_counter(), set()
+    pending, step, before, waited, shapes = None, start, time.perf_counter(), 0.0, set()
     progress = Progress(c, skipped)
 
     def report():
-        nonlocal before, pending
+        nonlocal before, pending, waited
         if pending is None:
             return
-        number, values, waited, compiled = pending
+        number, values, compiled = pending
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         now = time.perf_counter()
         check_finite(number, values, checkpoints)
@@ -217,7 +242,7 @@ def run_steps(
             with stop.after_saving():
                 metrics.log(number, *progress.line(number))
         metrics.advance(number)
-        before, pending = now, None
+        before, waited, pending = now, 0.0, None
 
     while step < c.total_steps and not stop.reached(step):
         if c.evals.every is not None and step and step % c.evals.every == 0:
@@ -227,31 +252,32 @@ def run_steps(
                 complete = measure(state.params)
             if not complete:
                 break
-            before = time.perf_counter()
+            before, waited = time.perf_counter(), 0.0
         clock = time.perf_counter()
         batch = None
         with stop.after_saving(together=True):
             _, batch = next(batches)
         if batch is None:
             break
-        waited = time.perf_counter() - clock
+        waited += time.perf_counter() - clock
         stage = c.stages[c.stage_at(step)[0]]
         shape = stage.batch, stage.seq_len, stage.microbatches
         step += 1
-        stop.begun()
         if is_skipped(step, skipped):
             report()
             state = skip_step(state)
+            stop.begun()
             with stop.after_saving():
                 metrics.skip(step)
             metrics.advance(step)
-            before = time.perf_counter()
+            before, waited = time.perf_counter(), 0.0
         else:
             if shape not in shapes:
                 report()  # before the new program is compiled, whose time is not that of the step before
             state, values = step_fn(state, batch, stage.microbatches)
+            stop.begun()
             report()
-            pending = step, values, waited, shape not in shapes
+            pending = step, values, shape not in shapes
             shapes.add(shape)
         if checkpoints.due(step) and step < c.total_steps:
             report()  # so that no state is saved whose loss nobody has looked at

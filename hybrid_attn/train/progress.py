@@ -14,7 +14,7 @@ AVERAGED = ("loss", "bits_per_byte")
 
 
 class Timed(NamedTuple):
-    """A step that is done, with seconds from the end of the one before and in which its batch was waited for."""
+    """A step that is done, with the seconds since the end of the one before, and those of them spent waiting for a batch."""
 
     values: Mapping[str, float]
     seconds: float

@@ -14,8 +14,9 @@ LINES = ("metrics.jsonl", "evals.jsonl")
 def set_aside(workdir: Path, start: int, replayed: int) -> list[str]:
     """Makes room for a run that goes on from step `start`; a line for everything that now has another name.
 
-    A kill costs at most `replayed` steps, whose records come again. Without a checkpoint, with records of more steps, or with
-    lines that cannot be read, the files are kept as they were; so are evaluations of later steps. Process 0 does it for all.
+    After a kill at most `replayed` steps are repeated, and their records are written again. Without a checkpoint, with records
+    of more steps, or with lines that cannot be read, the files are kept as they were; so are evaluations of later steps.
+    Process 0 does it for all.
     """
     if jax.process_index() != 0:
         return []
@@ -23,8 +24,9 @@ def set_aside(workdir: Path, start: int, replayed: int) -> list[str]:
     for path in (workdir / name for name in LINES):
         if path.exists() and _is_at_stake(path, start, replayed):
             kept = files.set_aside(path) if start == 0 else _copy(path)
-            notes.append(f"kept         the old {path.name} as {kept}; the run goes on from step {start}")
-    later = [folder for folder in workdir.glob("evals/*") if folder.name.isdigit() and int(folder.name) > start]
+            begins = f"goes on from step {start}" if start else "starts at step 0"
+            notes.append(f"kept         the old {path.name} as {kept}; the run {begins}")
+    later = [folder for folder in workdir.glob("evals/*") if folder.name.isdecimal() and int(folder.name) > start]
     for folder in sorted(later, key=lambda folder: int(folder.name)):
         notes.append(f"kept         the old evaluation of step {folder.name} as {files.set_aside(folder)}")
     if start == 0 and notes and (workdir / "tensorboard").exists():

@@ -60,7 +60,7 @@ def check_rate(saved: Mapping, c: Config, start: int, allowed: bool) -> list[str
 
 
 def held_rate(c: Config, start: int, rate: float) -> list[str]:
-    """Flags with which the rate after step `start` is `rate`, until it falls in the share of the steps that decay."""
+    """Flags with which the rate after step `start` is `rate`, until the final decay begins."""
     share = min(c.optim.decay_fraction, (c.total_steps - start) / c.total_steps)
     values = {"lr": f"{rate:.6g}", "schedule": "wsd", "warmup_steps": "0", "decay_fraction": f"{share:.6g}"}
     return [f"--config.optim.{name}={value}" for name, value in values.items()]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from hybrid_attn import files
+from hybrid_attn import checkpoint, files
 from hybrid_attn.parallel.processes import Peers
 
 
@@ -29,7 +29,7 @@ class Stop:
         return self
 
     def begun(self) -> None:
-        """Call it after the first step: from now on there is something to save."""
+        """Call it after the first step, which may compile for minutes: from now on there is something to save."""
         if signal.SIGINT not in self.before:
             self._catch(signal.SIGINT)
 
@@ -87,8 +87,12 @@ class Stop:
 def hold(workdir: str | os.PathLike) -> contextlib.AbstractContextManager:
     """Holds `workdir` for this run until the context ends; the first of several processes does it for all.
 
-    ValueError for a bucket's address; BlockingIOError if another run is in it.
+    ValueError, before it is created, for a bucket's address, a file, or a name that no checkpoint can be written to;
+    BlockingIOError if another run is in it.
     """
     if "://" in str(workdir):
         raise ValueError(f"--workdir={workdir} is no directory; mount the bucket, and name the directory in the mount")
+    checkpoint.check_name(os.path.abspath(workdir))
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise ValueError(f"--workdir={workdir} is not a directory")
     return files.lock(Path(workdir)) if jax.process_index() == 0 else contextlib.nullcontext()
