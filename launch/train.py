@@ -33,6 +33,7 @@ ALLOW_LR_JUMP = flags.DEFINE_bool(
     "allow_lr_jump", False, "Go on from a checkpoint with another learning rate than its schedule has at that step."
 )
 flags.mark_flag_as_required("config")
+MEMORY_FOR = "a step of this config (tools/plan.py computes what a step needs)"
 INTERRUPTED = "interrupted before this step was saved; the last checkpoint is kept"
 
 
@@ -86,16 +87,11 @@ def train() -> None:
     except Exception as error:
         code = programs.exit_code(error)
         if code is not None:
-            give_up(message(error), code)
+            give_up(programs.message(error, MEMORY_FOR), code)
         if peers is None:
             raise
         lost = type(error).__name__ == "JaxRuntimeError"  # another process is gone, and the hub says which
         peers.fail(f"{type(error).__name__}: {error}", 1, "" if lost else traceback.format_exc())
-
-
-def message(error: Exception) -> str:
-    """What is said of an error: with its file, and on as many lines as it has."""
-    return programs.reason(error) if isinstance(error, OSError) and error.filename is not None else str(error)
 
 
 def main(argv):

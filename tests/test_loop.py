@@ -488,6 +488,12 @@ def test_a_wrong_config_is_a_line_and_exit_status_2(arguments, message, tmp_path
     [
         (OSError(errno.EROFS, "Read-only file system", "/ro/run"), 1, "error: /ro/run: Read-only file system\n"),
         (ValueError("another model:\n  d_model: 1 -> 2"), 2, "error: another model:\n  d_model: 1 -> 2\n"),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Error preparing computation: Out of memory allocating 400 bytes."), 2,
+            "error: a device has too little memory for a step of this config (tools/plan.py computes what a step needs): "
+            "INTERNAL: Error preparing computation: Out of memory allocating 400 bytes.\n",
+        ),
+        (RuntimeError("Unable to initialize backend 'foo': new"), 2, "error: Unable to initialize backend 'foo': new\n"),
     ],
 )
 def test_an_error_of_a_run_is_said_with_its_file_and_all_its_lines(error, code, said, tmp_path, monkeypatch, capsys):
