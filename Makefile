@@ -1,5 +1,5 @@
 # make train, test, test-slow, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
-#   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.optim.lr=1e-3"
+#   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.data.tokenizer=tokenizer.json"
 #   make train EXTRA=gpu          # or tpu; "gpu hf" also reads and trains tokenizers
 PYTHON ?= python3
 CONFIG ?= configs/hybrid_8k.py

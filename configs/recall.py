@@ -2,7 +2,7 @@
 
 python launch/train.py --config=configs/recall.py                       # RNoPE-SWA 3:1
 python launch/train.py --config=configs/recall.py:rope                  # any of LAYOUTS
-python launch/train.py --config=configs/recall.py --config.data.sources.probe.task=mqar --config.data.sources.probe.pairs=8
+python launch/train.py --config=configs/recall.py --config.data.sources.probe.task=mqar --config.data.sources.probe.pairs=7
 python launch/train.py --config=configs/recall.py --config.data.sources.probe.task=tracking --config.data.sources.probe.pairs=2
 """
 

@@ -46,6 +46,17 @@ def define(name: str, default: str | None, help: str, schema: type) -> flags.Fla
     return flags.DEFINE(_Parser(name, schema), name, default, help, serializer=flags.ArgumentSerializer())
 
 
+class _LastStageParser(flags.IntegerParser):
+    """Reads a key of a config's last stage that has a flag of its own."""
+
+
+def define_last_stage() -> None:
+    """The flags --steps and --batch, short for the keys of the last stage of the config that --config names."""
+    for key, help in (("steps", "Steps"), ("batch", "Rows in a step")):
+        help = f"{help} of the last stage, instead of the config's."
+        flags.DEFINE(_LastStageParser(), key, None, help, serializer=flags.ArgumentSerializer())
+
+
 def parse(argv: Sequence[str]) -> list[str]:
     """Reads the flags, overrides of configs among them; the words left over. ValueError or flags.Error says what is wrong."""
     argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
@@ -55,11 +66,23 @@ def parse(argv: Sequence[str]) -> list[str]:
     for name in flags.FLAGS:
         value = flags.FLAGS[name].value
         trees.check(not isinstance(value, float) or math.isfinite(value), f"--{name}={value} must be a finite number")
-    for name, key, text in overrides:
-        flag = flags.FLAGS[name]
-        trees.check(flag.value is not None, f"--{name}.{key} changes a config, and --{name} names none")
-        trees.override(flag.parser.schema, flag.value.values, name, key, text)
+    written = [(f"{name}.{key}", name, key, text) for name, key, text in overrides]
+    for short in (name for name in flags.FLAGS if isinstance(flags.FLAGS[name].parser, _LastStageParser)):
+        if flags.FLAGS[short].value is not None:
+            written.append((short, "config", f"stages[-1].{short}", str(flags.FLAGS[short].value)))
+    _override(written)
     return rest
+
+
+def _override(written: Sequence[tuple[str, str, str, str | None]]) -> None:
+    """Puts each text into its config, from (flag as it was written, config, key, text); ValueError for two values of a key."""
+    given = {}
+    for as_written, name, key, text in written:
+        flag, said = flags.FLAGS[name], f"--{as_written}" + ("" if text is None else f"={text}")
+        trees.check(flag.value is not None, f"--{as_written} changes a config, and --{name} names none")
+        path, value = trees.override(flag.parser.schema, flag.value.values, name, key, text)
+        before, other = given.setdefault(path, (said, value))
+        trees.check(other is value or other == value, f"{path} has two values: {before} and {said}; give one of them")
 
 
 def _split(argv: Sequence[str], names: str) -> tuple[list[tuple[str, str, str | None]], list[str]]:

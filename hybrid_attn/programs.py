@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 a failure while running; 2 a wrong flag, config or input; 130 Ctrl-C.
 """
 
+import atexit
 import logging
 import os
 import signal
@@ -29,7 +30,7 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return config_file.parse(argv)
     except (flags.Error, OSError, ValueError) as error:
-        fail(reason(error), 2)
+        fail(one_line(message(error)), 2)
 
 
 def run(
@@ -71,11 +72,12 @@ def run(
         code = exit_code(error)
         if code is None:
             raise
-        what = f"a device has too little memory for {memory_for}: " if out_of_memory(error) else ""
-        fail(what + reason(error), code)
+        fail(one_line(message(error, memory_for)), code)
     finally:
         unwatch()
         signal.signal(signal.SIGINT, before)
+        # The program has ended: Ctrl-C while the interpreter shuts down would be a traceback of a library that cleans up.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     if code:
         sys.exit(code)
 
@@ -113,14 +115,19 @@ def check_arguments(argv: Sequence[str], most: int = 0) -> None:
 
 def exit_code(error: Exception) -> int | None:
     """2 for a wrong input, 1 for a failure while running, None for an error of this code, whose traceback is wanted."""
-    if isinstance(error, INPUT_ERRORS) or out_of_memory(error):
+    if isinstance(error, INPUT_ERRORS) or out_of_memory(error) or lacks_backend(error):
         return 2
     return 1 if isinstance(error, FAILURES) else None
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether a device's memory was too small. By name, because importing jax takes a second that --help should not."""
-    return type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    return type(error).__name__ == "JaxRuntimeError" and any(x in str(error) for x in ("RESOURCE_EXHAUSTED", "Out of memory"))
+
+
+def lacks_backend(error: Exception) -> bool:
+    """Whether jax has found no device of a kind that JAX_PLATFORMS names."""
+    return isinstance(error, RuntimeError) and str(error).startswith(("Unable to initialize backend", "Unknown backend"))
 
 
 def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
@@ -137,11 +144,15 @@ def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
     return values
 
 
-def reason(error: Exception) -> str:
-    """An error in one line."""
+def message(error: Exception, memory_for: str = "the arrays of this program") -> str:
+    """The text of an error, with its file, or with what needed the memory (`memory_for`) that a device lacks."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(line for line in str(error).splitlines() if line.strip())
+    return f"a device has too little memory for {memory_for}: {error}" if out_of_memory(error) else str(error)
+
+
+def one_line(text: str) -> str:
+    return " ".join(line for line in text.splitlines() if line.strip())
 
 
 def fail(message: str, code: int):

@@ -15,6 +15,8 @@ def silence_libraries() -> None:
     unraisable, in_a_thread = sys.unraisablehook, threading.excepthook
 
     def after_the_first_failure(args):
+        if isinstance(args.exc_value, KeyboardInterrupt):
+            return  # in a callback of jax, which swallows it; `programs.run` ends the program and says so
         # TensorStore tells Orbax's event loop that a read has failed, after that loop was closed by the first failure.
         if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
             unraisable(args)

@@ -121,15 +121,17 @@ def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
     return lines
 
 
-def override(wanted: type, values: dict, path: str, key: str, text: str | None) -> None:
+def override(wanted: type, values: dict, path: str, key: str, text: str | None) -> tuple[str, typing.Any]:
     """Puts `text`, as the type that its field has, into `values`, the nested dict of a `wanted`, at a key as stages[0].steps.
 
-    No text is true for a bool. ValueError where there is no such key, or where the text is no value of the type.
+    Returns the whole name of the key, in which stages[-1] has its index from 0, and the value. No text is true for a bool.
+    ValueError where there is no such key, or where the text is no value of the type.
     """
     root = wanted, values, path
     container, last, kind, name = _find(root, key)
     check(text is not None or kind is bool, f"--{name} has no value; write --{name}=VALUE")
     container[last] = text is None or _from_text(kind, text, name)
+    return name, container[last]
 
 
 def _find(root: tuple, key: str) -> tuple:
@@ -139,7 +141,7 @@ def _find(root: tuple, key: str) -> tuple:
     for part in re.findall(PART, key):
         values = values if container is None else container[last]
         (last, inner), container = _step(_some(kind), values, path, part, root), values
-        kind, path = inner, path + (part if part.startswith("[") else f".{part}")
+        kind, path = inner, path + (f"[{last}]" if part.startswith("[") else f".{part}")
     return container, last, kind, path
 
 
@@ -148,9 +150,10 @@ def _step(kind, values, path: str, part: str, root: tuple) -> tuple:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if part.startswith("["):
         check(origin is tuple and isinstance(values, list), f"{path} is no list, and has no entry {part}")
+        check(len(values) > 0, f"{path}{part} does not exist: {path} is empty")
         entries = f"{len(values)} {'entry' if len(values) == 1 else 'entries'}, counted from 0"
         check(-len(values) <= int(part[1:-1]) < len(values), f"{path}{part} does not exist: {path} has {entries}")
-        return int(part[1:-1]), args[0]
+        return int(part[1:-1]) % len(values), args[0]
     check(origin is not tuple, f"{path} is a list; write {path}[0].{part}")
     groups = dataclasses.is_dataclass(kind) or origin is Table
     check(groups and isinstance(values, Mapping), f"{path}={values!r} is a value, and has no key {part!r}")

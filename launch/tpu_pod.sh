@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU pod: launch/tpu_pod.sh NAME ZONE TYPE [OPTIONS] -- FLAGS OF launch/train.py
 #
-#   launch/tpu_pod.sh run1 us-east5-a v5p-128 -- --config=configs/hybrid_8k.py:8b --workdir=/mnt/runs/run1
-#   launch/tpu_pod.sh run1 us-east5-a v5p-128 --dry-run -- --config=configs/hybrid_8k.py:8b --workdir=/mnt/runs/run1
+#   launch/tpu_pod.sh run1 us-east5-a v5p-128 -- --config=configs/hybrid_8k.py:8b --workdir=/mnt/runs/run1 --config.data.tokenizer=/mnt/tokenizer.json
+#   launch/tpu_pod.sh run1 us-east5-a v5p-128 --dry-run -- --config=configs/hybrid_8k.py:8b --workdir=/mnt/runs/run1 --config.data.tokenizer=/mnt/tokenizer.json
 #   launch/tpu_pod.sh run1 us-east5-a v5p-128 --delete
 #
 # Queues for the machine or takes the one of that name, waits for it, copies the files of this repository that git tracks, as

@@ -19,10 +19,9 @@ from absl import app, flags
 from hybrid_attn import config, config_file, programs, trees
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
-STEPS = flags.DEFINE_integer("steps", None, "Steps of the last stage, instead of the config's.")
-BATCH = flags.DEFINE_integer("batch", None, "Rows in a step of the last stage, instead of the config's.")
+config_file.define_last_stage()
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and metrics; by default runs/ and the config's name.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of which the port after it is used too.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, which also uses PORT + 1.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds within which all processes must have joined.", 1, 10**6)
@@ -33,6 +32,7 @@ ALLOW_LR_JUMP = flags.DEFINE_bool(
     "allow_lr_jump", False, "Go on from a checkpoint with another learning rate than its schedule has at that step."
 )
 flags.mark_flag_as_required("config")
+MEMORY_FOR = "a step of this config (tools/plan.py computes what a step needs)"
 INTERRUPTED = "interrupted before this step was saved; the last checkpoint is kept"
 
 
@@ -41,15 +41,6 @@ def default_workdir(config_path: str) -> str:
     path, _, argument = config_path.partition(":")
     name = Path(path).stem + (f"_{argument}" if argument else "")
     return str(Path("runs") / re.sub(r"[^\w.-]", "_", name))
-
-
-def read_config() -> config.Config:
-    """The config of the flags; ValueError where it does not fit."""
-    values = CONFIG.value.values
-    for key, number in (("steps", STEPS.value), ("batch", BATCH.value)):
-        if number is not None:
-            trees.override(config.Config, values, "config", f"stages[-1].{key}", str(number))
-    return config.build(values)
 
 
 def read_workdir() -> str:
@@ -73,7 +64,7 @@ def train() -> None:
         logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
     give_up = peers.fail if peers else programs.fail
     try:
-        c, workdir = read_config(), read_workdir()
+        c, workdir = config.build(CONFIG.value.values), read_workdir()
         skip_steps = parse_steps(SKIP_STEPS.value) if SKIP_STEPS.value is not None else []
         if peers:
             passed = {f"--{flag.name}": str(flag.value) for flag in (SKIP_STEPS, ALLOW_LR_JUMP)}
@@ -86,16 +77,11 @@ def train() -> None:
     except Exception as error:
         code = programs.exit_code(error)
         if code is not None:
-            give_up(message(error), code)
+            give_up(programs.message(error, MEMORY_FOR), code)
         if peers is None:
             raise
         lost = type(error).__name__ == "JaxRuntimeError"  # another process is gone, and the hub says which
         peers.fail(f"{type(error).__name__}: {error}", 1, "" if lost else traceback.format_exc())
-
-
-def message(error: Exception) -> str:
-    """What is said of an error: with its file, and on as many lines as it has."""
-    return programs.reason(error) if isinstance(error, OSError) and error.filename is not None else str(error)
 
 
 def main(argv):

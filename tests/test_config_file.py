@@ -207,14 +207,40 @@ def test_a_wrong_command_line_of_the_trainer_is_a_line_that_names_the_flag_and_t
     assert code == 2 and error.count("\n") == 1 and error.startswith(f"error: {words}"), error
 
 
-def test_steps_and_batch_are_those_of_the_last_stage(monkeypatch):
+@pytest.mark.parametrize("name, folder", [("train", "launch"), ("plan", "tools")])
+def test_steps_and_batch_are_those_of_the_last_stage(name, folder, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with tool("train", "launch") as program, flagsaver.flagsaver():
-        parse(["train.py", "--config=configs/models/command_a.py", "--steps=7", "--batch=3", "--noconfig.train.balance"])
-        c = program.read_config()
+    with tool(name, folder) as program, flagsaver.flagsaver():
+        target = ["--target=cpu:1"] if name == "plan" else []
+        parse([name, *target, "--config=configs/models/command_a.py", "--steps=7", "--batch=3", "--noconfig.train.balance"])
+        c = config.build(program.CONFIG.value.values)
         assert [stage.steps for stage in c.stages] == [30_000, 10_000, 5_000, 7]
         assert [stage.batch for stage in c.stages] == [512, 128, 32, 3] and not c.train.balance
-        assert not Path(program.read_workdir()).name.startswith("base")
+        assert name == "plan" or program.read_workdir() == "runs/command_a"
+
+
+@pytest.mark.parametrize(
+    "once, again",
+    [
+        ("--steps=5", "--config.stages[0].steps=7"),
+        ("--config.stages[0].batch=2", "--config.stages[-1].batch=3"),
+        ("--config.optim.lr=0.1", "--config.optim.lr=0.2"),
+        ("--config.train.balance", "--noconfig.train.balance"),
+    ],
+)
+def test_a_key_with_two_values_is_refused_and_the_same_one_twice_is_not(once, again, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with tool("train", "launch"), flagsaver.flagsaver():
+        parse(["train.py", "--config=configs/base.py", once, once.replace("=0.1", "=1e-1")])
+    code, error = ended("train", ["--config=configs/base.py", again, once], capsys, "launch")
+    assert code == 2 and "has two values: --" in error and error.count("\n") == 1, error
+    assert again.partition("=")[2] in error and once.partition("=")[2] in error
+
+
+def test_an_empty_list_is_said_to_be_empty():
+    values = config.to_dict(config.build(base.get_config())) | {"stages": []}
+    with pytest.raises(ValueError, match=r"^config.stages\[-1\] does not exist: config.stages is empty$"):
+        trees.override(config.Config, values, "config", "stages[-1].steps", "3")
 
 
 def test_overrides_come_from_flag_files_too_and_stop_at_two_dashes(tmp_path, monkeypatch):

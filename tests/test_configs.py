@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train import loop
 from hybrid_attn.train.summary import summary
 
+ROOT = Path(__file__).parents[1]
 R7B = {
     "model_type": "cohere2", "vocab_size": 256000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 50000.0, "rope_scaling": None,
@@ -79,7 +81,6 @@ def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, 
     assert flops.parameters(c.model) == flops.parameters(default.model)
 
 
-ROOT = Path(__file__).parents[1]
 ARGUMENTS = {"recall": list(recall.LAYOUTS), "models": [""], "base": [""], "bench": [""]}  # the others: sizes
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py"))
 SHIPPED = [
@@ -175,3 +176,22 @@ def test_shrunken_forms_of_the_shipped_configs_train(name, texts, tmp_path, monk
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == list(range(1, c.total_steps + 1)) and c.total_steps >= 2
     assert all(0 < line["loss"] < 2 * math.log(384) for line in logged)
+
+
+COMMAND = re.compile(r"(?:--config=|CONFIG=)(configs/[\w/]+\.py(?::\w+)?)(.*)")
+TEXTS = ("Makefile", "README.md", "launch/*.*", "tools/*.py", "configs/**/*.py")
+WITHOUT_DATA = ("tools/plan.py", "tools/import_hf.py")
+
+
+def test_every_command_of_the_documentation_names_a_config_and_the_tokenizer_that_its_vocabulary_needs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [line for text in TEXTS for path in ROOT.glob(text) for line in path.read_text().splitlines() if "$" not in line]
+    found = [(line, *match.groups()) for line in lines if (match := COMMAND.search(line))]
+    assert len(found) > 30
+    for line, name, rest in found:
+        values = config_file.load(name)
+        for key, text in re.findall(r"--config\.([\w.\[\]-]+)=([^\s'\"`]+)", rest):
+            trees.override(config.Config, values, "config", key, text)
+        c = config.build(values)
+        if c.data.tokenizer == "bytes" and not any(tool in line for tool in WITHOUT_DATA):
+            tokenizer.check_vocab(tokenizer.load("bytes"), c.model.vocab_size, "bytes")

@@ -1,5 +1,6 @@
 """Broken runs end with the bits of undisturbed ones, and the harness that shows it sees what it looks for."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,12 @@ def test_the_harness_sees_a_lost_step_another_loss_and_other_parameters(tmp_path
         monkeypatch.setattr(faults, "outcome", lambda _: ("a", every, steps))
         assert faults.judge(lab, case, tmp_path / "kill", [0]) == []
         assert faults.judge(lab, case, tmp_path / "kill", [1]) == ["exit code 1"]
+        damage = faults.Case("kill", None, unreadable=2)
+        for noticed in range(3):
+            wrong = [f"{noticed} of 2 damaged checkpoints set aside"] if noticed < 2 else []
+            assert faults.judge(lab, damage, tmp_path / "kill", []) == wrong
+            (tmp_path / f"kill/checkpoints/{noticed}.unreadable").mkdir(parents=True)
+        shutil.rmtree(tmp_path / "kill")
         (tmp_path / "kill.log").mkdir()
         (tmp_path / "kill.log/0-0.err").write_text("Traceback (most recent call last):")
         assert faults.judge(lab, case, tmp_path / "kill", [0]) == ["1 runs with a traceback"]

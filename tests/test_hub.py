@@ -274,6 +274,10 @@ def test_processes_that_were_started_differently_end_with_the_fields_that_differ
 
 def test_what_processes_must_have_in_common_are_all_keys_of_the_config_the_workdir_and_the_code(tmp_path, monkeypatch):
     values = config.to_dict(tiny())
+    many = {"data": {"sources": {"text": {"paths": [f"/data/shard-{i}.txt" for i in range(10**5)]}}}}
+    fewer = {"data": {"sources": {"text": {"paths": [f"/data/shard-{i}.txt" for i in range(10**5 - 1)]}}}}
+    long, longer = (identity.identity(some, "runs/a", "abc")["config.data.sources.text.paths"] for some in (fewer, many))
+    assert long != longer and long.startswith("['/data/shard-0.txt', ") and len(longer) <= 200
     ours = identity.identity(values, "runs/a", "abc")
     assert ours == identity.identity(config.to_dict(tiny()), Path.cwd() / "runs/a", "abc")
     others = config.to_dict(tiny({"optim.lr": 0.5, "model.kinds.L.window": 7}))
@@ -284,7 +288,7 @@ def test_what_processes_must_have_in_common_are_all_keys_of_the_config_the_workd
     assert {name for name in ours | theirs if ours.get(name) != theirs.get(name)} == {
         "config.optim.lr", "config.model.kinds.L.window", "config.stages[0].steps", "workdir", "revision", "source code",
     }  # fmt: skip
-    assert {f"version of {name}" for name in ("python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")} <= ours.keys()
+    assert {f"version of {name}" for name in ("python", *identity.LIBRARIES, "tokenizers", "grain")} <= ours.keys()
 
 
 def test_processes_find_each_other_by_ipv6_and_ipv4(hub_of):

@@ -377,6 +377,26 @@ def test_a_full_disk_at_a_line_of_metrics_saves_first_and_records_outlive_their_
     assert losses(tmp_path) == losses(straight)
 
 
+def test_processes_that_read_other_documents_from_the_same_paths_do_not_agree(corpus, tmp_path, monkeypatch):
+    class Recorder:
+        def agree(self, run):
+            found.append(run)
+            raise ValueError("compared")
+
+    found = []
+    for name, added in (("a", ""), ("b", ""), ("c", "x")):
+        (tmp_path / name).mkdir()
+        for path in glob.glob(corpus):
+            (tmp_path / name / os.path.basename(path)).write_text(Path(path).read_text() + added)
+        monkeypatch.chdir(tmp_path / name)
+        with pytest.raises(ValueError, match="compared"):
+            loop.train(config_of("*.txt"), "run", Recorder())
+    same, ours, theirs = found
+    assert same == ours
+    different = {field for field in ours if ours[field] != theirs[field]}
+    assert different == {"training documents of text", "held-out documents of text"} and ours["tokenizer"] == "bytes"
+
+
 def test_a_second_run_in_a_workdir_is_refused_and_touches_nothing(corpus, tmp_path):
     with loop.hold(tmp_path):
         with pytest.raises(BlockingIOError, match=f"{tmp_path} is in use by process {os.getpid()} "):
@@ -501,6 +521,12 @@ def test_a_wrong_config_is_a_line_and_exit_status_2(arguments, message, tmp_path
     [
         (OSError(errno.EROFS, "Read-only file system", "/ro/run"), 1, "error: /ro/run: Read-only file system\n"),
         (ValueError("another model:\n  d_model: 1 -> 2"), 2, "error: another model:\n  d_model: 1 -> 2\n"),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Error preparing computation: Out of memory allocating 400 bytes."), 2,
+            "error: a device has too little memory for a step of this config (tools/plan.py computes what a step needs): "
+            "INTERNAL: Error preparing computation: Out of memory allocating 400 bytes.\n",
+        ),
+        (RuntimeError("Unable to initialize backend 'foo': new"), 2, "error: Unable to initialize backend 'foo': new\n"),
     ],
 )
 def test_an_error_of_a_run_is_said_with_its_file_and_all_its_lines(error, code, said, tmp_path, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_the_tool_prints_memory_flops_and_collectives_by_axis():
         (["--target=cpu:100000000"], "target cpu:100000000 has 100,000,000 devices; at most 1,024 can be compiled for"),
         (["--target=h100:100000000"], "at most 65,536 can be compiled for"),
         (["--target=v5p:99999x99999x99999"], "at most 65,536 can be compiled for"),
-        (["--target=cpu:1", "--stage=1"], "1 stages, counted from 0"),
+        (["--target=cpu:1", "--stage=1"], "the config has 1 stage, counted from 0"),
     ],
 )
 def test_what_cannot_be_planned_is_an_error_in_a_line(arguments, words, monkeypatch, capsys):

@@ -200,6 +200,15 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
     for thread in threads:
         thread.join(20)
     peers = [processes.Peers(number, link, hub if number == 0 else None) for number, link in enumerate(links)]
+    for _ in range(2):  # what each was started with, and later its data
+        early = [threading.Thread(target=peer.agree, args=({"seed": "1"},), daemon=True) for peer in peers[:2]]
+        for thread in early:
+            thread.start()
+        time.sleep(0.05)
+        assert all(thread.is_alive() for thread in early)
+        peers[2].agree({"seed": "1"})
+        for thread in early:
+            thread.join(10)
     for peer, step in zip(peers, steps, strict=True):
         assert step < 0 or not peer.reached(step)
     peers[1].ask_to_stop()

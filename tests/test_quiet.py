@@ -26,11 +26,11 @@ def hooked(monkeypatch):
         logging.getLogger(name).filters[:] = before
 
 
-def raised_in(file: str, error: str) -> Exception:
+def raised_in(file: str, error: str) -> BaseException:
     """An error that was raised by code of that file."""
     try:
         exec(compile(f"raise {error}", file, "exec"))
-    except Exception as raised:
+    except BaseException as raised:
         return raised
 
 
@@ -46,13 +46,33 @@ def test_tracebacks_of_checkpoint_libraries_alone_are_silenced(hooked, caplog, f
     assert caplog.records[-1].getMessage() == "a checkpoint cannot be read"
 
 
-@pytest.mark.parametrize("error, expected", [("RuntimeError('Event loop is closed')", 0), ("RuntimeError('another')", 1)])
-def test_a_second_failed_read_is_not_printed_and_any_other_error_is(hooked, error, expected):
+@pytest.mark.parametrize(
+    "error, expected", [("RuntimeError('Event loop is closed')", 0), ("KeyboardInterrupt", 0), ("RuntimeError('another')", 1)]
+)
+def test_a_second_failed_read_and_ctrl_c_in_a_callback_are_not_printed_and_any_other_error_is(hooked, error, expected):
     class Args:
         exc_value = raised_in("x.py", error)
 
     sys.unraisablehook(Args)
     assert len(hooked) == expected
+
+
+ENDED = """
+import atexit, os, signal
+from hybrid_attn import programs
+def clean_up():
+    os.kill(os.getpid(), signal.SIGINT)
+    sum(range(10**4))
+    print("cleaned up")
+def program():
+    atexit.register(clean_up)  # as jax does
+programs.run(program, [""])
+"""
+
+
+def test_ctrl_c_while_the_interpreter_shuts_down_is_ignored():
+    done = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cleaned up\n", "")
 
 
 BUSY = """

@@ -166,6 +166,7 @@ class Case:
     disturb: Callable[[Lab, Path], tuple[str, list]]
     allowed: tuple = ()
     processes: int = 1
+    unreadable: int = 0  # checkpoints that the next run must set aside
 
 
 def signalled(number: int, moment: Callable, delay: float, process: int = 0, processes: int = 1) -> Callable:
@@ -298,7 +299,7 @@ def cases(rng: random.Random) -> Iterator[Case]:
             yield Case("ctrl-c-twice", signalled_twice, (0, 130))
     for damage in DAMAGES:
         for newest in (1, 2):
-            yield Case(f"{damage.__name__}-{newest}", damaged(damage, newest))
+            yield Case(f"{damage.__name__}-{newest}", damaged(damage, newest), unreadable=newest)
     yield Case("full-disk", full_disk, (1,))
     for process in (0, 1):
         disturb = signalled(signal.SIGKILL, reached(30), rng.uniform(0, 0.05), process, 2)
@@ -356,6 +357,8 @@ def judge(lab: Lab, case: Case, workdir: Path, codes: list) -> list[str]:
     """What is wrong, in words; nothing if the run is what it would have been undisturbed."""
     wrong = [f"exit code {code}" for code in codes if code not in case.allowed]
     wrong += finish(lab, workdir, case.processes)
+    noticed = len(list(workdir.glob("checkpoints/*.unreadable*")))
+    wrong += [f"{noticed} of {case.unreadable} damaged checkpoints set aside"] if noticed < case.unreadable else []
     spoken = [path for path in (workdir.parent / f"{workdir.name}.log").glob("*.err") if "Traceback" in path.read_text()]
     wrong += [f"{len(spoken)} runs with a traceback"] if spoken else []
     if not wrong:

@@ -2,7 +2,8 @@
 
 The tokenizer is byte-level BPE, so it encodes any UTF-8 text and decodes it again exactly. Inputs are those of
 tools/prepare_data.py; without any it is trained on the sources of Python's standard library. The same text gives the same
-file. It has fewer than --vocab_size ids where the text has no more pairs of tokens that occur twice. Needs the extra [hf].
+file. It has fewer ids than --vocab_size if the text is too short: no pair of tokens occurs twice any more.
+Needs the extra [hf].
 """
 
 import os

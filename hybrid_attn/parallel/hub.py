@@ -27,7 +27,7 @@ HELLO_WITHIN = 5  # seconds after which a connection that has not said who it is
 MOST_STRANGERS = 64  # of those at a time, besides the processes that are expected
 LONGEST_HELLO, LONGEST_LINE = 1000, 2**20  # bytes
 LONGEST_TEXT = 10_000  # characters of an error
-GONE = " ended without a word: look at its log, and for the memory that its machine ran out of"
+GONE = " ended without a message: look at its log and at its machine's memory (out-of-memory kill)"
 SILENT = " has said nothing for {:.0f} s: it is stopped, or its machine or the network is gone"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 

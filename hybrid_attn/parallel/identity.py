@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "ml_collections", "numpy")
+OPTIONAL_LIBRARIES = ("tokenizers",)
+LONGEST_VALUE = 200  # characters of a value in a message, all of which has to fit in one line of the hub
 
 
 def identity(values: Mapping, workdir: str | Path, revision: str) -> dict[str, str]:
     """Fields and their values: those of a config (`values`, nested), the workdir, this code, Python and the libraries."""
     versions = {f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
+    versions |= {f"version of {name}": _version_if_installed(name) for name in OPTIONAL_LIBRARIES}
     return {
         **dict(_fields(values, "config")),
         "workdir": os.path.abspath(workdir),
@@ -24,6 +27,13 @@ def identity(values: Mapping, workdir: str | Path, revision: str) -> dict[str, s
     }
 
 
+def data_identity(corpora: Mapping, tokenizer) -> dict[str, str]:
+    """Fields and their values: the training and held-out documents of each source in `corpora`, and the tokenizer."""
+    training = {f"training documents of {name}": corpus.training.fingerprint() for name, corpus in corpora.items()}
+    heldout = {f"held-out documents of {name}": corpus.heldout.fingerprint() for name, corpus in corpora.items()}
+    return {**training, **heldout, "tokenizer": tokenizer.hash}
+
+
 def _fields(values, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(values, Mapping):
         for key, value in values.items():
@@ -32,7 +42,21 @@ def _fields(values, name: str) -> Iterator[tuple[str, str]]:
         for i, value in enumerate(values):
             yield from _fields(value, f"{name}[{i}]")
     else:
-        yield name, repr(values)
+        yield name, _shortened(repr(values))
+
+
+def _shortened(value: str) -> str:
+    """A value, or its beginning and a digest of all of it."""
+    if len(value) <= LONGEST_VALUE:
+        return value
+    return f"{value[: LONGEST_VALUE - 50]}... (sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]})"
+
+
+def _version_if_installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _source_code() -> str:

@@ -37,7 +37,11 @@ class Peers:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def agree(self, run: Mapping[str, str]) -> None:
-        """Waits until all have called this; if their runs differ in a field, all end with exit code 2 and say in which."""
+        """Waits until all have called this; if their runs differ in a field, all end with exit code 2 and say in which.
+
+        All may call it again, for what they learn of their runs later.
+        """
+        self._same.clear()
         self._link.send(run=dict(run))
         self._same.wait()
 

@@ -14,6 +14,7 @@ from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline, tokenizer
 from hybrid_attn.model import run_on
 from hybrid_attn.parallel import fit
+from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
 from hybrid_attn.train.evaluation import Evaluations
@@ -49,6 +50,8 @@ def train(
     loaded = corpora.load(c.data, c.sources, words)
     training = {name: corpus.training for name, corpus in loaded.items()}
     stages, identities = pipeline.stage_rows(c, training, words), pipeline.identities(c, training, words)
+    if peers:
+        peers.agree(data_identity(loaded, words))
     run = run_on(jax.default_backend(), c.model, c.train)
     last_words = f"stopped in the evaluation; all {c.total_steps} steps are saved, the same command goes on with it"
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh):

@@ -235,7 +235,7 @@ def report(plan: Plan) -> str:
         f"{gb(plan.peak - plan.arguments)} activations, gradients and new values{host}",
         f"largest      {gb(size)} {kind}: {where}",
         f"FLOPs        {plan.flops:.4g} by the formula, recomputation not counted; {plan.compiler_flops:.4g} by the compiler, "
-        "which counts loops once and no kernels",
+        "which counts a loop's body once and custom kernels not at all",
     ]
     groups = Counter()
     for x in plan.collectives:
