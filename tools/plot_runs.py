@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
-from matplotlib.figure import Figure
 
 from hybrid_attn import programs
 from hybrid_attn.files import object_of, write_atomically
@@ -89,6 +88,8 @@ def smoothed(steps: Sequence[int], values: Sequence[float], window: int) -> np.n
 
 def picture(curves: Sequence[Curve]) -> bytes:
     """The curves as a PNG."""
+    from matplotlib.figure import Figure  # takes a second, without which --help should do
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (label, steps, x, y) in enumerate(curves):
