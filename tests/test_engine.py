@@ -67,7 +67,7 @@ def test_logits_that_are_not_numbers_end_answers_and_scores(engine, monkeypatch,
     spoilt = engine.weights | {"embed": engine.weights["embed"] + jnp.asarray(bad, engine.weights["embed"].dtype)}
     told = []
     monkeypatch.setattr(engine, "weights", spoilt)
-    with pytest.raises(FloatingPointError, match="prompt 1: the log-probability of token 0 is nan; .* earlier step"):
+    with pytest.raises(FloatingPointError, match="prompt 1: the log-probability of token 0 is nan: .* earlier step"):
         engine.generate(PROMPTS[:2], NEW, on_tokens=lambda row, ids: told.extend(ids))
     assert not told
     with pytest.raises(FloatingPointError, match="prompt [01]: the log-probability of token [14] is nan"):

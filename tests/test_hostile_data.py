@@ -13,7 +13,7 @@ from test_tokenizer import TEXT, byte_level, sentence_piece
 from hybrid_attn.data import documents, sources, store, tokenizer
 from hybrid_attn.data.rows import Rows
 from hybrid_attn.data.sources import Fields
-from hybrid_attn.programs import INPUT_ERRORS, reason
+from hybrid_attn.programs import INPUT_ERRORS, message
 
 BYTES = tokenizer.load("bytes")
 ODD = [None, [], {}, "", 0, -1, 2**31, 2**32 - 1, 2**63, 10**30, 1e300, float("nan"), True, "a" * 99, "../x", [[]], {"a": 1}]
@@ -77,7 +77,7 @@ def refusals(good, tmp_path, use, damage) -> int:
             use(bad)
         except INPUT_ERRORS as error:
             refused += 1
-            assert reason(error).strip() and "\n" not in reason(error), error
+            assert message(error).strip() and "\n" not in message(error), error
         shutil.rmtree(bad)
     return refused
 
@@ -136,7 +136,7 @@ def test_files_of_text(tmp_path):
             assert str(folder) in path
             for fields in (Fields("text", "meta.from"), Fields("meta.from", None)):
                 found = list(sources.read(path, None, fields, max_bytes=1000))
-                assert not [x for x in found if isinstance(x, sources.Broken) and "\n" in reason(ValueError(x.reason))]
+                assert not [x for x in found if isinstance(x, sources.Broken) and "\n" in x.reason]
         documents.load((str(folder / "[!s]*"),), BYTES)
 
     def damage(folder, rng):

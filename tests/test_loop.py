@@ -250,9 +250,7 @@ def test_parameters_that_are_not_finite_are_not_saved_where_loss_and_gradient_ar
 
     monkeypatch.setattr(step_module, "schedule", rate)
     monkeypatch.setattr(optim, "schedule", rate)
-    with pytest.raises(
-        FloatingPointError, match="step 4: lr is nan and update_norm is nan and param_norm is nan; .* step 2 is"
-    ):
+    with pytest.raises(FloatingPointError, match="step 4: lr is nan and param_norm is nan; .* step 2 is"):
         loop.train(config_of(corpus, **{"optim.lr": 1e-3}), tmp_path)  # a config of no other test, for steps are kept
     assert checkpoint.steps(tmp_path / "checkpoints") == [2]
 
@@ -522,7 +520,8 @@ def test_a_wrong_config_is_a_line_and_exit_status_2(arguments, message, tmp_path
         (OSError(errno.EROFS, "Read-only file system", "/ro/run"), 1, "error: /ro/run: Read-only file system\n"),
         (ValueError("another model:\n  d_model: 1 -> 2"), 2, "error: another model:\n  d_model: 1 -> 2\n"),
         (
-            jax.errors.JaxRuntimeError("INTERNAL: Error preparing computation: Out of memory allocating 400 bytes."), 2,
+            jax.errors.JaxRuntimeError("INTERNAL: Error preparing computation: Out of memory allocating 400 bytes."),
+            2,
             "error: a device has too little memory for a step of this config (tools/plan.py computes what a step needs): "
             "INTERNAL: Error preparing computation: Out of memory allocating 400 bytes.\n",
         ),
@@ -599,7 +598,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
         log = advance = lambda *_: None
         due = lambda *_: False  # noqa: E731
 
-    others = ("grad_norm", "bits_per_byte", "lr", "update_norm", "param_norm")
+    others = ("grad_norm", "bits_per_byte", "lr", "param_norm")
     c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
     with loop.Stop(None) as stop:
         loop.run_steps(c, None, step, 0, 0, iter((i, ()) for i in range(3)), Quiet(), Quiet(), stop, None)
@@ -623,7 +622,7 @@ def test_no_step_waits_longer_for_data_than_it_takes():
             for name, of_steps in values.items():
                 of_steps.append(line[name])
 
-    names = ("loss", "grad_norm", "bits_per_byte", "lr", "update_norm", "param_norm")
+    names = ("loss", "grad_norm", "bits_per_byte", "lr", "param_norm")
     c = tiny({"train.log_every": 1, "stages": [stage(len(waits), 48, 8)]})
     with loop.Stop(None) as stop:
         step = lambda state, *_: (state, dict.fromkeys(names, np.float32(1)))  # noqa: E731

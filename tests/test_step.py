@@ -68,20 +68,22 @@ def test_a_skipped_step_moves_the_schedule_on_and_nothing_else(one_device):
         if not np.array_equal(a, b)
     }
     assert changed == {".step", ".opt_state[3].count"}
-    _, third = step(state, on_mesh(BATCH), 1)
-    assert third["lr"] == pytest.approx(3 * first["lr"]) and third["update_norm"] > 2 * first["update_norm"]
+    state, third = step(state, on_mesh(BATCH), 1)
+    assert third["lr"] == pytest.approx(3 * first["lr"])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), jax.device_get(state.params), after.params)
+    assert max(jax.tree.leaves(moved)) > 2 * first["lr"]
 
 
-def test_norms_are_those_of_the_update_and_of_the_parameters_that_it_gives(one_device):
+def test_the_norm_of_the_parameters_is_of_those_that_the_update_gives(one_device):
     c = tiny()
     state = jax.jit(init_state, static_argnums=0)(c)
     before = jax.device_get(state.params)
     state, metrics = make_step(c, RUN)(state, on_mesh(BATCH), 1)
-    after = jax.device_get(state.params)
-    moved = jax.tree.map(lambda a, b: a.astype(np.float64) - b, after, before)
-    for name, tree in (("param_norm", after), ("update_norm", moved)):
-        norm = np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(tree)))
-        assert metrics[name] == pytest.approx(norm, rel=1e-4)
+    old, new = (
+        np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(params)))
+        for params in (before, jax.device_get(state.params))
+    )
+    assert metrics["param_norm"] == pytest.approx(new, rel=1e-6) and metrics["param_norm"] != pytest.approx(old, rel=1e-6)
 
 
 def test_each_token_weighs_the_same_whatever_part_it_is_in():

@@ -29,7 +29,7 @@ MEANS = ("loss", "bits_per_byte")  # whose mean since the line before stands in 
 UNITS = {
     "loss": "loss (nats per token)", "bits_per_byte": "bits per byte", "lr": "learning rate", "step_time": "seconds per step",
     "tokens_per_s": "tokens per second", "mfu": "share of the peak FLOP/s", "grad_norm": "norm of the gradient",
-    "update_norm": "norm of the update", "param_norm": "norm of the parameters", "peak_memory_bytes": "peak memory (bytes)",
+    "param_norm": "norm of the parameters", "peak_memory_bytes": "peak memory (bytes)",
 }  # fmt: skip
 
 

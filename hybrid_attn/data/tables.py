@@ -24,7 +24,7 @@ def parquet(path: str, fields: Fields, max_bytes: int) -> Iterator[Text | Broken
             yield from _rows(path, fields, max_bytes, file.iter_batches(rows, columns=columns))
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:  # names of columns need not be UTF-8
         _stop_if_unreadable(error)
-        yield Broken(f"{path}: not Parquet: {error}")
+        yield Broken(f"{path}: not Parquet: {' '.join(str(error).split())}")
 
 
 def arrow(path: str, fields: Fields, max_bytes: int) -> Iterator[Text | Broken]:

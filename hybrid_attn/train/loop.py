@@ -296,8 +296,8 @@ def after_saving(error: OSError, step: int) -> OSError:
 
 
 def check_finite(step: int, values: dict, checkpoints: Checkpoints) -> None:
-    """FloatingPointError if the loss, the learning rate or a norm of gradient, update or new parameters is not a number."""
-    names = ("loss", "grad_norm", "lr", "update_norm", "param_norm")
+    """FloatingPointError if the loss, the learning rate or a norm (of the gradient, of the new parameters) is not finite."""
+    names = ("loss", "grad_norm", "lr", "param_norm")
     bad = [f"{name} is {values[name]}" for name in names if not math.isfinite(values[name])]
     if not bad:
         return

@@ -48,7 +48,6 @@ TAGS = {
     "bits_per_byte": "train/bits_per_byte",
     "lr": "train/learning_rate",
     "grad_norm": "norms/gradient",
-    "update_norm": "norms/update",
     "param_norm": "norms/parameters",
     "tokens_per_s": "speed/tokens_per_second",
     "mfu": "speed/mfu_share",

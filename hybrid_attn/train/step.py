@@ -51,8 +51,9 @@ def parts(batch: dict, number: int) -> dict:
 def make_step(config: Config, run: Run):
     """The jitted `step(state, batch, microbatches) -> (state, metrics)`; it donates its state.
 
-    `microbatches` is a stage's: the step's function is that of 1, in the memory of a part of the rows. All metrics of a step
-    are finite where its state is: the norms are those of the gradient, of the update and of the new parameters.
+    `microbatches` is a stage's: the step's function is that of 1, in the memory of a part of the rows. The
+    norms are those of the gradient and of the new parameters, which an update that is not finite makes so as well; the norm of
+    the update itself would keep the whole update in memory.
     """
     tx, rate = optimiser(config.optim, config.total_steps), schedule(config.optim, config.total_steps)
 
@@ -84,7 +85,6 @@ def make_step(config: Config, run: Run):
             "bits_per_byte": bits_per_byte(nll_sum, batch["bytes"].sum()),
             "grad_norm": optax.tree.norm(grads),
             "lr": rate(state.step),
-            "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
