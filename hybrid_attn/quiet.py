@@ -17,8 +17,10 @@ def silence_libraries() -> None:
     def after_the_first_failure(args):
         if isinstance(args.exc_value, KeyboardInterrupt):
             return  # in a callback of jax, which swallows it; `programs.run` ends the program and says so
-        # TensorStore tells Orbax's event loop that a read has failed, after that loop was closed by the first failure.
-        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+        # TensorStore tells Orbax's event loop that a read has failed, after that loop was closed by the first failure; a read
+        # that fails after the first one is dropped with its coroutine.
+        closed = isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"
+        if not closed and not _is_of_a_library(args.exc_traceback):
             unraisable(args)
 
     def unless_raised_again(args):

@@ -47,11 +47,18 @@ def test_tracebacks_of_checkpoint_libraries_alone_are_silenced(hooked, caplog, f
 
 
 @pytest.mark.parametrize(
-    "error, expected", [("RuntimeError('Event loop is closed')", 0), ("KeyboardInterrupt", 0), ("RuntimeError('another')", 1)]
+    "file, error, expected",
+    [
+        ("x.py", "RuntimeError('Event loop is closed')", 0),
+        ("x.py", "KeyboardInterrupt", 0),
+        ("/lib/orbax/checkpoint/serialization.py", "Exception('while reading')", 0),
+        ("x.py", "RuntimeError('another')", 1),
+    ],
 )
-def test_a_second_failed_read_and_ctrl_c_in_a_callback_are_not_printed_and_any_other_error_is(hooked, error, expected):
+def test_further_failed_reads_and_ctrl_c_in_a_callback_are_not_printed_and_any_other_error_is(hooked, file, error, expected):
     class Args:
-        exc_value = raised_in("x.py", error)
+        exc_value = raised_in(file, error)
+        exc_traceback = exc_value.__traceback__
 
     sys.unraisablehook(Args)
     assert len(hooked) == expected
