@@ -96,8 +96,7 @@ def test_a_slurm_job_that_cannot_be_queued_again_fails(tmp_path):
     for name in ("scancel", "sleep"):
         fake(tmp_path, name)
     fake(tmp_path, "scontrol", "exit 1")
-    # It goes on for a while, as a run that saves does: bash 5.2 loses the status of a child that ends with the signal.
-    fake(tmp_path, "srun", 'kill -USR1 "$PPID"; /bin/sleep 0.5; [ ${#HYBRID_RUN_TOKEN} = 32 ]')
+    fake(tmp_path, "srun", 'kill -USR1 $(ps -o ppid= "$PPID"); [ ${#HYBRID_RUN_TOKEN} = 32 ]')  # it ends with the signal
     done = run_script(["bash", str(ROOT / "launch/slurm.sbatch")], tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="7")
     assert done.returncode == 1 and "everything is saved, and the job could not be queued again" in done.stderr
     assert calls(tmp_path).count("scontrol requeue 7 ") == 4
