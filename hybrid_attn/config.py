@@ -188,6 +188,13 @@ class Model:
         return self.layers[self.num_periods * len(self.pattern) :]
 
 
+def reach(kind: LayerKind) -> str | None:
+    """Which keys a query sees, in words; None where it sees the whole prefix."""
+    if kind.window is not None:
+        return f"window {kind.window:,}"
+    return None if kind.chunk is None else f"chunks of {kind.chunk:,}"
+
+
 def rotated_dims(model: Model, kind: LayerKind) -> int:
     """Dimensions of a head that are rotated; the rest carry no position."""
     return round(model.head_dim * kind.rope_fraction)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import Mesh
 
-from hybrid_attn.config import Config, LayerKind
+from hybrid_attn.config import Config, LayerKind, reach
 from hybrid_attn.data.pipeline import MixedRows
 from hybrid_attn.data.synthetic import SyntheticRows
 from hybrid_attn.model import Run, flops
@@ -76,11 +76,6 @@ def by_letter(choices: Mapping[str, str]) -> str:
 
 def describe(kind: LayerKind) -> str:
     """A kind of layer in a few words: what it sees, its positions, its norms."""
-    sees = "whole prefix"
-    if kind.window is not None:
-        sees = f"window {kind.window:,}"
-    elif kind.chunk is not None:
-        sees = f"chunks of {kind.chunk:,}"
     positions = "NoPE" if kind.rope_theta is None else f"RoPE {kind.rope_theta:,.0f}"
     norm = "" if kind.qk_norm == "none" else f", QK-norm {kind.qk_norm}"
-    return f"{sees}, {positions}{norm}"
+    return f"{reach(kind) or 'whole prefix'}, {positions}{norm}"

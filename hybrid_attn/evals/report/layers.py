@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from hybrid_attn.config import LayerKind
+from hybrid_attn.config import LayerKind, reach
 from hybrid_attn.evals.report.runs import Run
 
 LONGEST_LAYOUT = 8  # letters that are shown one by one
@@ -10,12 +10,8 @@ LONGEST_LAYOUT = 8  # letters that are shown one by one
 
 def name(kind: LayerKind) -> str:
     """Such as "local, window 512, RoPE" or "global, NoPE"."""
-    sees = "global"
-    if kind.window is not None:
-        sees = f"local, window {kind.window:,}"
-    elif kind.chunk is not None:
-        sees = f"local, chunks of {kind.chunk:,}"
-    return f"{sees}, {'NoPE' if kind.rope_theta is None else 'RoPE'}"
+    seen = reach(kind)
+    return f"{f'local, {seen}' if seen else 'global'}, {'NoPE' if kind.rope_theta is None else 'RoPE'}"
 
 
 def names(kinds: Mapping[str, LayerKind]) -> dict[str, str]:
