@@ -92,7 +92,7 @@ def test_a_difference_that_context_or_longer_rows_may_not_make_is_called_unclear
         records = (first, last | {"loss": loss}, total, longer)
         assert verdict.sentences([run._replace(records=records)])[1:] == [
             f"Context makes no clear difference: tokens from position 2K on cost {than.format(half)} than the first 16.",
-            f"In rows of 8K the loss is not higher: 3.01 ± {statistics.Z * 0.015:.2f} bits per byte.",
+            f"In rows of 8K the loss is not clearly higher: 3.01 ± {statistics.Z * 0.015:.2f} bits per byte.",
         ]
     *_, told = verdict.sentences([run._replace(records=(total, longer | {"loss": 4.0}))])
     assert told.startswith("In rows of 8K the loss is higher: 6.00 ± ")

@@ -89,6 +89,7 @@ def smoothed(steps: Sequence[int], values: Sequence[float], window: int) -> np.n
 def picture(curves: Sequence[Curve]) -> bytes:
     """The curves as a PNG."""
     from matplotlib.figure import Figure  # takes a second, without which --help should do
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -99,6 +100,7 @@ def picture(curves: Sequence[Curve]) -> bytes:
         if SMOOTH.value > 1:
             axes.plot(x, y, alpha=0.25, linewidth=1, **look)
         axes.plot(x, mean, label=f"{label}: {mean[-1]:.4g}", linewidth=1.6, **style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if LOG_X.value:
         axes.set_xscale("log")
     axes.set_xlabel({"steps": "step", "tokens": "tokens seen"}[X.value])

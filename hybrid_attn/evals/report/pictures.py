@@ -21,7 +21,7 @@ LINE = 0.18  # inches of a legend
 LONGEST_NAME = 22
 LONGEST_LABEL = 34  # beside an axis
 NOTHING = "\u200b"  # a character without a width
-DOTTED, DASHED, DASH_DOT = (0, (1, 2)), (0, (4, 3)), (0, (7, 2, 1.5, 2))
+DOTTED, DASHED, DASH_DOT, LONG_DASHED = (0, (1, 2)), (0, (4, 3)), (0, (7, 2, 1.5, 2)), (0, (7, 2))
 
 
 class Curve(NamedTuple):
@@ -185,7 +185,8 @@ def loss_by_position(
             axes.stairs(losses, edges, baseline=None, color=colour, linewidth=1.6, label=_label(label))
             axes.stairs(losses + spreads, edges, baseline=losses - spreads, fill=True, color=colour, alpha=0.15, linewidth=0)
         for label, loss in (beside or {}).items():
-            axes.axhline(loss, color=MUTED, linewidth=1.2, linestyle=DASH_DOT, label=_label(label))
+            style = DASH_DOT if label.startswith("chance") else LONG_DASHED
+            axes.axhline(loss, color=MUTED, linewidth=1.2, linestyle=style, label=_label(label))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: tokens(round(x)) if x >= 1 else "")
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -146,7 +146,7 @@ def loss_sentences(run: Run) -> list[str]:
     longest = of_source[-1]
     if longest["length"] > record["length"]:
         clear = longest["loss"] - record["loss"] > Z * math.hypot(*(r.get("stderr") or 0 for r in (longest, record)))
-        higher = "higher" if clear else "not higher"
+        higher = "higher" if clear else "not clearly higher"
         found.append(f"In rows of {tokens(longest['length'])} the loss is {higher}: {_loss(longest, scale)} {unit}.")
     return found
 
