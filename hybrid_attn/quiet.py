@@ -10,8 +10,10 @@ LIBRARIES = ("orbax", "tensorstore")  # their threads keep an error until it is 
 
 def silence_libraries() -> None:
     """Keeps tracebacks of checkpoint libraries off stderr; those of everything else are printed as before."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_news)
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and _is_of_a_library(record.exc_info[2])))
+    # Orbax alone has asyncio read here. It raises the first failure, and asyncio logs those of the other reads, often without a
+    # frame of Orbax.
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     unraisable, in_a_thread = sys.unraisablehook, threading.excepthook
 
     def after_the_first_failure(args):
@@ -28,10 +30,6 @@ def silence_libraries() -> None:
             in_a_thread(args)
 
     sys.unraisablehook, threading.excepthook = after_the_first_failure, unless_raised_again
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and _is_of_a_library(record.exc_info[2]))
 
 
 def _is_of_a_library(traceback: types.TracebackType | None) -> bool:

@@ -57,5 +57,7 @@ def test_the_harness_sees_a_lost_step_another_loss_and_other_parameters(tmp_path
             (tmp_path / f"kill/checkpoints/{noticed}.unreadable").mkdir(parents=True)
         shutil.rmtree(tmp_path / "kill")
         (tmp_path / "kill.log").mkdir()
-        (tmp_path / "kill.log/0-0.err").write_text("Traceback (most recent call last):")
-        assert faults.judge(lab, case, tmp_path / "kill", [0]) == ["1 runs with a traceback"]
+        traceback = "Traceback (most recent call last):\n"
+        (tmp_path / "kill.log/0-0.err").write_text(f"{traceback}  in a file\nOSError: full\nerror: full\n")
+        (tmp_path / "kill.log/1-0.err").write_text(f"a line\n{traceback}  in a f")
+        assert faults.judge(lab, case, tmp_path / "kill", [0]) == ["a traceback: OSError: full", "a traceback: cut off"]

@@ -281,6 +281,14 @@ def last_line(run: Training) -> str:
     return lines[-1].replace(f"{run.workdir}/", "")[:100]
 
 
+def tracebacks(logs: Path) -> Iterator[str]:
+    """The last line of the first traceback of each run that printed one."""
+    for path in sorted(logs.glob("*.err")):
+        _, found, after = path.read_text().partition("Traceback (most recent call last):\n")
+        if found:
+            yield next((line for line in after.splitlines() if not line.startswith(" ")), "cut off")[:200]
+
+
 def cases(rng: random.Random) -> Iterator[Case]:
     """All of them, in the order of the table; the first of each kind is in the small form."""
     anywhere = [reached(rng.randrange(1, STEPS)) for _ in range(9)]
@@ -359,8 +367,7 @@ def judge(lab: Lab, case: Case, workdir: Path, codes: list) -> list[str]:
     wrong += finish(lab, workdir, case.processes)
     noticed = len(list(workdir.glob("checkpoints/*.unreadable*")))
     wrong += [f"{noticed} of {case.unreadable} damaged checkpoints set aside"] if noticed < case.unreadable else []
-    spoken = [path for path in (workdir.parent / f"{workdir.name}.log").glob("*.err") if "Traceback" in path.read_text()]
-    wrong += [f"{len(spoken)} runs with a traceback"] if spoken else []
+    wrong += [f"a traceback: {error}" for error in tracebacks(workdir.parent / f"{workdir.name}.log")]
     if not wrong:
         (wanted, wanted_losses, _), (got, losses, steps) = lab.straight[case.processes], outcome(workdir)
         every = list(range(1, STEPS + 1))
