@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
@@ -55,8 +56,10 @@ def run(
         print(f"error: {interrupted}", file=sys.stderr, flush=True)
         os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
 
-    def interrupt(*_):
-        last = threading.Timer(GRACE, end)  # a callback of jax, or an import, may swallow the exception
+    def interrupt(_, frame):
+        if is_importing(frame):
+            end()
+        last = threading.Timer(GRACE, end)  # a callback of jax may swallow the exception
         last.daemon = True
         last.start()
         raise KeyboardInterrupt
@@ -80,6 +83,15 @@ def run(
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     if code:
         sys.exit(code)
+
+
+def is_importing(frame: types.FrameType | None) -> bool:
+    """Whether a module is being imported: an exception there is lost, or crashes a library that is half loaded (jaxlib)."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def watch(number: int, handler: Callable, end: Callable[[], None]) -> Callable[[], None]:

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
-QUIET = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHON"}  # which `make PYTHON=...` exports
+QUIET = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 LOCAL = [str(ROOT / "launch/local_processes.sh"), "2", "--", f"--config={ROOT / 'configs/hybrid_8k.py'}"]
 
 

@@ -124,3 +124,27 @@ def test_ctrl_c_ends_a_program_whose_main_thread_is_busy_outside_python():
         error = busy.stderr.read()
         killer.cancel()
     assert (busy.returncode, error) == (130, "error: interrupted\n")
+
+
+IMPORTED = """
+import signal, time
+try:
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(1)
+except KeyboardInterrupt:
+    print("swallowed")
+"""
+
+
+def test_ctrl_c_ends_a_program_that_imports_at_once(tmp_path):
+    (tmp_path / "imported.py").write_text(IMPORTED)
+    program = f"""
+import sys
+from hybrid_attn import programs
+def program():
+    sys.path.append({str(tmp_path)!r})
+    import imported
+programs.run(program, [""])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")

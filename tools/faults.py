@@ -158,6 +158,11 @@ def started(run: Training) -> bool:
     return True
 
 
+def importing(run: Training) -> bool:
+    """The compiled part of jax is being loaded."""
+    return "jaxlib" in Path(f"/proc/{run.processes[0].pid}/maps").read_text()
+
+
 @dataclasses.dataclass
 class Case:
     """`disturb(lab, workdir)` starts a run, breaks it and says how it ended; exit codes outside `allowed` are a failure."""
@@ -298,12 +303,12 @@ def cases(rng: random.Random) -> Iterator[Case]:
     ]  # fmt: skip
     for i, moment in enumerate(kills):
         yield Case(f"kill-{i + 1}", signalled(signal.SIGKILL, moment, rng.uniform(0, 0.03)), (-signal.SIGKILL, 0))
-    moments = [saving(24), evaluating(EVALS), reached(EDGE), started, reached(1), evaluating(STEPS), *anywhere[:4]]
+    moments = [saving(24), evaluating(EVALS), reached(EDGE), importing, reached(1), evaluating(STEPS), *anywhere[:4]]
     for number, name, codes in ((signal.SIGTERM, "term", (0, -signal.SIGTERM)), (signal.SIGINT, "ctrl-c", (0, 130))):
         for i, moment in enumerate(moments):
             yield Case(f"{name}-{i + 1}", signalled(number, moment, rng.uniform(0, 0.05)), codes)
         if number == signal.SIGINT:
-            yield Case("ctrl-c-imports", signalled(number, started, 1), (130,))
+            yield Case("ctrl-c-imports", signalled(number, importing, 0.2), (130,))
             yield Case("ctrl-c-twice", signalled_twice, (0, 130))
     for damage in DAMAGES:
         for newest in (1, 2):
