@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import score_scale
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.synthetic import SyntheticRows, Task
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import Spec, Subject, attention, marked, shares
 from hybrid_attn.evals.attention import SEGMENTS
 from hybrid_attn.evals.marked import Marked
@@ -123,7 +123,7 @@ MODELS = {"everything": everything("LLG", 5), "chunks": tiny({}, L={"chunk": 16,
 
 
 def subject_on(mesh, model):
-    return Subject(model, random_params(model), RUN._replace(kernel="reference", balance=True), mesh, Bytes())
+    return Subject(model, random_params(model), RUN._replace(kernel="reference", balance=True), mesh, ByteTokenizer())
 
 
 def watched_weights(subject, prompt):
@@ -158,7 +158,7 @@ def dense_values(name, spec):
     mesh = mesh_of()
     with jax.set_mesh(mesh):
         subject = subject_on(mesh, MODELS[name])
-        prompts = marked.prompts(spec, Bytes())
+        prompts = marked.prompts(spec, ByteTokenizer())
         return prompts, [watched_weights(subject, prompt) for prompt in prompts]
 
 
@@ -243,28 +243,28 @@ def text_documents(number, size):
 
 
 def test_a_prompt_of_text_has_its_marks_round_the_needle_the_question_and_the_answer():
-    prompts = marked.prompts(Spec(text_documents(3, 700), 600, 3 * 600), Bytes())
+    prompts = marked.prompts(Spec(text_documents(3, 700), 600, 3 * 600), ByteTokenizer())
     assert len({p.tokens_S.tobytes() for p in prompts}) == len(prompts) == 3
     for prompt in prompts:
         start, stop = prompt.needle
         tokens = prompt.tokens_S
         needle, question, answer = (
-            Bytes().decode(part)
+            ByteTokenizer().decode(part)
             for part in (tokens[start:stop], tokens[prompt.question : prompt.answer], tokens[prompt.answer :])
         )
         key, value = needle.removeprefix(" One of the special magic numbers for ").removesuffix(".").split(" is:")
         assert 10**6 <= int(value) < 10**7 and answer == value and question.count(f" for {key} ") == 2
         assert len(tokens) <= 600 and len(tokens) > 595 and tokens[0] == 256 and not np.isin(257, tokens)
-        before = Bytes().decode(tokens[:start])
+        before = ByteTokenizer().decode(tokens[:start])
         assert before.startswith("A special magic number") and before.endswith((".", "\n"))
         assert abs(len(before) - before.index("\n") - (prompt.question - stop)) < 60
         assert prompt.copied.all()
 
 
 def test_a_prompt_of_recall_is_its_row_up_to_the_first_answer():
-    (prompt,) = marked.prompts(Spec(Task("recall", 4), 64, 1), Bytes())
+    (prompt,) = marked.prompts(Spec(Task("recall", 4), 64, 1), ByteTokenizer())
     (row,) = SyntheticRows(Task("recall", 4), 64, None).read([(0, 0, 64)])
-    text = Bytes().decode(prompt.tokens_S[1:])
+    text = ByteTokenizer().decode(prompt.tokens_S[1:])
     assert np.array_equal(prompt.tokens_S[:-1], row["tokens"][: len(prompt.tokens_S) - 1])
     assert text[prompt.needle[0] - 1 : prompt.needle[1] - 1] == text[-2:] and text[-3] == "?" and prompt.copied.all()
     assert (prompt.question, prompt.answer) == (len(prompt.tokens_S) - 3, len(prompt.tokens_S) - 1)
@@ -280,7 +280,7 @@ def test_a_prompt_of_recall_is_its_row_up_to_the_first_answer():
 )
 def test_what_makes_no_prompt_is_refused(spec, message):
     with pytest.raises(ValueError, match=message):
-        marked.prompts(spec, Bytes())
+        marked.prompts(spec, ByteTokenizer())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 from configs import hybrid_8k, recall
 from hybrid_attn import config, config_file, trees
 from hybrid_attn.convert import families
-from hybrid_attn.data import bpe, corpora, pipeline, tokenizer
+from hybrid_attn.data import bpe, corpora, pipeline
+from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
 from hybrid_attn.model import flops, run_on
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train import loop
@@ -127,7 +128,7 @@ def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and
         raise Started
 
     monkeypatch.setattr(loop, "first_state", start)  # which makes the parameters
-    monkeypatch.setattr(tokenizer, "load", functools.cache(tokenizer.load))
+    monkeypatch.setattr(loop, "load_tokenizer", functools.cache(load_tokenizer))
     assert len(SHIPPED) == 41
     for name in SHIPPED:
         ids = shipped(name, texts)["model"]["vocab_size"]
@@ -141,7 +142,7 @@ def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and
         c = config.build(shipped(name, texts, **overrides))
         with pytest.raises(Started):
             loop.train(c, tmp_path)
-        words = tokenizer.load(c.data.tokenizer)
+        words = load_tokenizer(c.data.tokenizer)
         training = {name: corpus.training for name, corpus in corpora.load(c.data, c.sources, words).items()}
         rows = pipeline.stage_rows(c, training, words)
         lines = summary(c, run_on("cpu", c.model, c.train), make_mesh(c.mesh), "", rows, "", 0)
@@ -194,4 +195,4 @@ def test_every_command_of_the_documentation_names_a_config_and_the_tokenizer_tha
             trees.override(config.Config, values, "config", key, text)
         c = config.build(values)
         if c.data.tokenizer == "bytes" and not any(tool in line for tool in WITHOUT_DATA):
-            tokenizer.check_vocab(tokenizer.load("bytes"), c.model.vocab_size, "bytes")
+            check_vocab(load_tokenizer("bytes"), c.model.vocab_size, "bytes")

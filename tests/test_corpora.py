@@ -7,10 +7,11 @@ import pytest
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.data import corpora, documents, prepare, tokenizer
+from hybrid_attn.data import corpora, documents, prepare
 from hybrid_attn.data.sources import Fields
+from hybrid_attn.data.tokenizer import load_tokenizer
 
-BYTES = tokenizer.load("bytes")
+BYTES = load_tokenizer("bytes")
 
 
 def data_of(holdout=0.3, **sources):

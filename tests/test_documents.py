@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from test_sources import FORMATS
 
-from hybrid_attn.data import documents, prepare, store, tokenizer
+from hybrid_attn.data import documents, prepare, store
 from hybrid_attn.data.sources import Fields
+from hybrid_attn.data.tokenizer import load_tokenizer
 
-BYTES = tokenizer.load("bytes")
+BYTES = load_tokenizer("bytes")
 
 
 class Letters:
@@ -26,9 +27,9 @@ def data(*paths, holdout=0.3):
     return tuple(map(str, paths)), holdout
 
 
-def load(settings, words, heldout):
+def load(settings, tokenizer, heldout):
     paths, holdout = settings
-    return documents.load(paths, words).split(holdout, heldout)
+    return documents.load(paths, tokenizer).split(holdout, heldout)
 
 
 def write(root, names, text="text of {}"):

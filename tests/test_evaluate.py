@@ -20,7 +20,7 @@ from configs import base
 from hybrid_attn import checkpoint, config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import heldout, output, provenance, report, settings, suite
 from hybrid_attn.evals.report import descriptions, fields
 from hybrid_attn.infer.engine import Engine
@@ -90,7 +90,7 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
         about = json.loads((tmp_path / name / "run.json").read_text())
         assert about["step"] == 7 and about["model"]["seq_len"] == 48 and about["settings"]["lengths"] == [32, 96]
         assert len(about["config"]) == len(about["haystack"]) == 64 and about["dtype"] == "float32"
-        heldout = corpora.load(models_config(models).data, ("text",), Bytes())["text"].heldout
+        heldout = corpora.load(models_config(models).data, ("text",), ByteTokenizer())["text"].heldout
         assert about["heldout"] == {"text": heldout.fingerprint()}
         records = [json.loads(line) for line in (tmp_path / name / "records.jsonl").read_text().splitlines()]
         assert {(r["eval"], r["length"]) for r in records} == {(e, n) for e in ("position", "recall") for n in (32, 96)}
@@ -357,13 +357,13 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
 
 
 def test_answers_end_where_the_files_of_an_imported_model_say(tool, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool.loading, "stop_tokens", lambda checkpoint, words: [5, words.eos])
+    monkeypatch.setattr(tool.loading, "stop_tokens", lambda checkpoint, tokenizer: [5, tokenizer.eos])
     monkeypatch.setattr(tool.suite, "run", lambda reader, *_: found.append(reader.stop_tokens))
     monkeypatch.setattr(tool.report, "read", lambda directory: None)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
     found = []
     run(tool, f"--checkpoint={models}/one", "--suite=recall", f"--out={tmp_path}")
-    assert found == [[5, Bytes.eos]]
+    assert found == [[5, ByteTokenizer.eos]]
 
 
 def test_a_run_is_the_same_however_its_checkpoint_is_written_and_tells_each_revision(tool, models, tmp_path, monkeypatch):

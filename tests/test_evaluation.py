@@ -16,7 +16,8 @@ from conftest import tensorboard_events, tiny
 from configs import base
 from hybrid_attn import checkpoint
 from hybrid_attn.config import EVALS
-from hybrid_attn.data import corpora, tokenizer
+from hybrid_attn.data import corpora
+from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.evals import report, suite, texts
 from hybrid_attn.evals.report import contents, fields
 from hybrid_attn.programs import parse
@@ -165,9 +166,9 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(corpus, workdir, tmp_path, m
 
 def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
     pytest.importorskip("matplotlib")
-    words = tokenizer.load("bytes")
-    heldout = corpora.load(config_of(corpus).data, ["text"], words)["text"].heldout
-    (tmp_path / "haystack").write_text(texts.of_documents([heldout], words))
+    tokenizer = load_tokenizer("bytes")
+    heldout = corpora.load(config_of(corpus).data, ["text"], tokenizer)["text"].heldout
+    (tmp_path / "haystack").write_text(texts.of_documents([heldout], tokenizer))
     with conftest.tool("evaluate") as tool, flagsaver.flagsaver():
         sizes = [f"--lengths={LENGTH}", "--tokens=400", "--samples=1", "--depths=0,50", "--suite=position,needle"]
         flags = [f"--checkpoint={workdir}", f"--text={tmp_path}/haystack", f"--out={tmp_path}/out", "--trust_checkpoint_data"]

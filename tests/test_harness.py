@@ -125,13 +125,13 @@ def crossing(tmp_path):
 
 
 def test_a_context_is_encoded_alone_as_the_harness_encodes_it(tmp_path):
-    words = crossing(tmp_path)
-    lm = harness.EngineLM(Echo(lambda prompt: []), words, MAX_LENGTH)
+    tokenizer = crossing(tmp_path)
+    lm = harness.EngineLM(Echo(lambda prompt: []), tokenizer, MAX_LENGTH)
     pairs = [("import sys, o", "s.path"), ("import sys,", " os"), ("import ", "os"), ("a", "b c"), (" a\n", "b")]
     for context, continuation in pairs:
         found = lm._split(context, continuation)
         assert found == TemplateLM._encode_pair(Stub(lm), context, continuation)
-        assert found[0] == [words.bos, *words.encode(context.rstrip().encode())]
+        assert found[0] == [tokenizer.bos, *tokenizer.encode(context.rstrip().encode())]
     context, continuation = lm._split("import sys, o", "s.path")
     whole = lm._ids("import sys, os.path")
     assert context[-1] != whole[len(context) - 1] and continuation == whole[len(context) :]  # a token crosses the border
@@ -387,15 +387,15 @@ def value_of_the_key(text: str) -> str:
 def test_who_reads_a_needle_scores_all_and_who_drops_a_letter_none(score, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(pytest.importorskip("nltk"), "download", lambda name: None)
-    words, first = load(byte_level(), tmp_path), 0 if score else 1
+    tokenizer, first = load(byte_level(), tmp_path), 0 if score else 1
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    engine = Echo(lambda prompt: words.encode(f" it is {value_of_the_key(words.decode(prompt))[first:]}.".encode()))
+    engine = Echo(lambda prompt: tokenizer.encode(f" it is {value_of_the_key(tokenizer.decode(prompt))[first:]}.".encode()))
     tasks = ["niah_single_1", "niah_multikey_2", "niah_multikey_3"] if score else ["niah_multikey_3"]
     (own := tmp_path / "tasks").mkdir()
     for task in tasks:
         of_harness = Path(lm_eval.__file__).parent / "tasks" / "ruler" / f"{task}.yaml"
         about = {"tokenizer": str(tmp_path), "max_seq_lengths": [1024]}
         (own / f"{task}.yaml").write_text(json.dumps({"include": str(of_harness), "task": task, "metadata": about}))
-    found = harness.evaluate(engine, words, tasks, max_length=1024, limit=12, include_path=own)
+    found = harness.evaluate(engine, tokenizer, tasks, max_length=1024, limit=12, include_path=own)
     assert {task: found["results"][task]["1024,none"] for task in tasks} == dict.fromkeys(tasks, score)
     assert sum(len(prompts) for _, prompts, *_ in engine.asked) == 12 * len(tasks)

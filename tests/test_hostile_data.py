@@ -10,12 +10,13 @@ from test_sources import lines, write_arrow, write_gz, write_parquet, write_zst
 from test_store import write
 from test_tokenizer import TEXT, byte_level, sentence_piece
 
-from hybrid_attn.data import documents, sources, store, tokenizer
+from hybrid_attn.data import documents, sources, store
 from hybrid_attn.data.rows import Rows
 from hybrid_attn.data.sources import Fields
+from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.programs import INPUT_ERRORS, message
 
-BYTES = tokenizer.load("bytes")
+BYTES = load_tokenizer("bytes")
 ODD = [None, [], {}, "", 0, -1, 2**31, 2**32 - 1, 2**63, 10**30, 1e300, float("nan"), True, "a" * 99, "../x", [[]], {"a": 1}]
 CASES = 60
 
@@ -108,10 +109,10 @@ def test_a_tokenizer(tmp_path, make):
     make().save(str(tmp_path / "good/tokenizer.json"))
 
     def use(folder):
-        words = tokenizer.load(str(folder / "tokenizer.json"))
-        ids = words.encode(TEXT.encode())
-        assert ids.tolist() == words.encode(TEXT.encode()).tolist() and len(words.byte_lengths[ids]) == len(ids)
-        words.decode(ids)
+        tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+        ids = tokenizer.encode(TEXT.encode())
+        assert ids.tolist() == tokenizer.encode(TEXT.encode()).tolist() and len(tokenizer.byte_lengths[ids]) == len(ids)
+        tokenizer.decode(ids)
 
     def damage(folder, rng):
         mutate(folder / "tokenizer.json", rng)

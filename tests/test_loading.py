@@ -9,7 +9,7 @@ from conftest import assert_close, mesh_of, random_params, tiny
 from test_tokenizer import byte_level
 
 from hybrid_attn import checkpoint, config
-from hybrid_attn.data import tokenizer
+from hybrid_attn.data.tokenizer import ByteTokenizer, load_tokenizer
 from hybrid_attn.infer import loading
 
 
@@ -39,10 +39,10 @@ def copied(run, tmp_path):
 
 def test_a_workdir_or_its_checkpoints_give_the_newest_or_the_one_asked_for(run, one_device):
     for directory, step, seed in ((run, None, 7), (str(run / "checkpoints"), None, 7), (run, 3, 3)):
-        c, params, words = loading.load(directory, step)
-        assert c == config.build_trained(config.to_dict(tiny())) and words.hash == "bytes"
+        c, params, tokenizer = loading.load(directory, step)
+        assert c == config.build_trained(config.to_dict(tiny())) and tokenizer.hash == "bytes"
         assert_close(params, random_params(c.model, seed), 0)
-    assert loading.stop_tokens(run, words) == [257]
+    assert loading.stop_tokens(run, tokenizer) == [257]
 
 
 def test_parameters_lie_on_the_mesh_in_force(run):
@@ -60,17 +60,17 @@ def saved_tokenizer(directory, **changes):
     t = byte_level()
     t.add_tokens(list(changes.get("more", ())))
     t.save(str(directory / "tokenizer.json"))
-    return tokenizer.load(str(directory / "tokenizer.json"))
+    return load_tokenizer(str(directory / "tokenizer.json"))
 
 
 def test_a_trained_tokenizer_is_known_by_its_hash_and_found_beside_the_checkpoint(tmp_path, one_device):
-    words = saved_tokenizer(tmp_path / "words")
+    tokenizer = saved_tokenizer(tmp_path / "words")
     c = tiny({"data.tokenizer": str(tmp_path / "words" / "tokenizer.json")})
-    save(tmp_path / "ckpt", c, words.hash)
-    assert loading.load(tmp_path / "ckpt").tokenizer.hash == words.hash
+    save(tmp_path / "ckpt", c, tokenizer.hash)
+    assert loading.load(tmp_path / "ckpt").tokenizer.hash == tokenizer.hash
     saved_tokenizer(tmp_path / "words", more=["another"])
     with pytest.raises(
-        ValueError, match=f"of step 7 in .*ckpt was trained with a tokenizer of hash {words.hash[:12]}, and .* has"
+        ValueError, match=f"of step 7 in .*ckpt was trained with a tokenizer of hash {tokenizer.hash[:12]}, and .* has"
     ):
         loading.load(tmp_path / "ckpt")
     shutil.rmtree(tmp_path / "words")
@@ -78,19 +78,19 @@ def test_a_trained_tokenizer_is_known_by_its_hash_and_found_beside_the_checkpoin
     with pytest.raises(ValueError, match=f"there is no such file; put the tokenizer.json that it was trained with at {copy}"):
         loading.load(tmp_path / "ckpt")
     saved_tokenizer(tmp_path / "ckpt" / "companions")
-    assert loading.load(tmp_path / "ckpt").tokenizer.hash == words.hash
+    assert loading.load(tmp_path / "ckpt").tokenizer.hash == tokenizer.hash
 
 
 def test_an_imported_model_brings_its_tokenizer_and_its_ends_wherever_it_is_moved(tmp_path, one_device):
-    words = saved_tokenizer(tmp_path / "old" / "companions")
+    tokenizer = saved_tokenizer(tmp_path / "old" / "companions")
     save(tmp_path / "old", tiny({"data.tokenizer": str(tmp_path / "old" / "companions" / "tokenizer.json")}), None, steps=[0])
     (tmp_path / "old" / "companions" / "config.json").write_text(json.dumps({"eos_token_id": 5}))
     (tmp_path / "old").rename(tmp_path / "new")
     loaded = loading.load(tmp_path / "new")
-    assert loaded.tokenizer.hash == words.hash
-    assert loading.stop_tokens(tmp_path / "new", loaded.tokenizer) == sorted({5, words.eos})
+    assert loaded.tokenizer.hash == tokenizer.hash
+    assert loading.stop_tokens(tmp_path / "new", loaded.tokenizer) == sorted({5, tokenizer.eos})
     (tmp_path / "new" / "companions" / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9]}))
-    assert loading.stop_tokens(tmp_path / "new", loaded.tokenizer) == sorted({5, 8, 9, words.eos})
+    assert loading.stop_tokens(tmp_path / "new", loaded.tokenizer) == sorted({5, 8, 9, tokenizer.eos})
 
 
 @pytest.mark.parametrize("eos", ["</s>", "7", True, -1, 2**31, 1.5, [3, None], [[3]], {"id": 3}, float("nan")])
@@ -101,7 +101,7 @@ def test_an_end_of_answers_that_is_no_id_is_refused_with_its_file(copied, eos):
     with pytest.raises(
         ValueError, match="generation_config.json has eos_token_id=.*, which must be an id, a list of ids, or null"
     ):
-        loading.stop_tokens(copied, tokenizer.Bytes())
+        loading.stop_tokens(copied, ByteTokenizer())
 
 
 @pytest.mark.parametrize(
@@ -119,16 +119,16 @@ def test_a_generation_config_may_name_no_end_and_must_be_an_object(copied, text,
     (copied / "companions").mkdir()
     (copied / "companions" / "generation_config.json").write_text(text)
     if ids:
-        assert loading.stop_tokens(copied, tokenizer.Bytes()) == ids
+        assert loading.stop_tokens(copied, ByteTokenizer()) == ids
     else:
         with pytest.raises(ValueError, match="generation_config.json (must hold an object|is not JSON|is nested too deeply)"):
-            loading.stop_tokens(copied, tokenizer.Bytes())
+            loading.stop_tokens(copied, ByteTokenizer())
 
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path, one_device):
     save(tmp_path, tiny({"model.vocab_size": 1024}), None, steps=[0])  # imported without its tokenizer
     with pytest.raises(
-        ValueError, match="of step 0 in .* has 1024 words, and the tokenizer bytes has 258 ids; put the tokenizer"
+        ValueError, match="of step 0 in .* has a vocabulary of 1024, and the tokenizer bytes has 258 ids; put the tokenizer"
     ):
         loading.load(tmp_path)
 

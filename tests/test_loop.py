@@ -22,7 +22,8 @@ from conftest import tiny, tool
 
 from configs import base
 from hybrid_attn import checkpoint, config
-from hybrid_attn.data import corpora, tokenizer
+from hybrid_attn.data import corpora
+from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.evals import suite
 from hybrid_attn.evals.report import contents
 from hybrid_attn.parallel.mesh import make_mesh
@@ -126,7 +127,7 @@ def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(c
     c = config_of(corpus, stages=stages, **{"data.sources": sources, "data.packing": "best_fit"})
     assert loop.train(c, tmp_path / "straight")
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("source ")]
-    rows = corpora.load(c.data, ["all"], tokenizer.load("bytes"))["all"].training.lengths.sum() / 24
+    rows = corpora.load(c.data, ["all"], load_tokenizer("bytes"))["all"].training.lengths.sum() / 24
     assert [line.split()[1:4] for line in told] == [["stage", "1,", "all:"], ["stage", "2,", "all:"], ["stage", "2,", "long:"]]
     assert float(told[0].split("; ")[-1].removesuffix(" epochs")) == pytest.approx(3 * 16 / rows, rel=0.02)
     evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]

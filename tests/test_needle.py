@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import needle
 
 TEXT = " ".join(f"Sentence number {i} says little." for i in range(400))
 
 
 def drawn(length=2048, depth=50.0, needles=1, index=0, seed=0, text=TEXT):
-    return needle.generate(length, depth, needles, index, seed, Bytes(), text)
+    return needle.generate(length, depth, needles, index, seed, ByteTokenizer(), text)
 
 
 @pytest.mark.parametrize("depth", [0.0, 33.0, 50.0, 100.0])

@@ -14,11 +14,12 @@ import two_processes
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.data import documents, pipeline, tokenizer
+from hybrid_attn.data import documents, pipeline
 from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel import mesh as meshes
 
-BYTES = tokenizer.load("bytes")
+BYTES = load_tokenizer("bytes")
 STAGES = [(3, 16, 8), (2, 32, 4), (4, 16, 8)]  # steps, seq_len, batch
 MESHES = [(4, 1, 1, 2), (2, 2, 2, 1), (1, 2, 4, 1), (1, 1, 2, 4)]
 

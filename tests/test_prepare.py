@@ -18,13 +18,14 @@ from absl.testing import flagsaver
 from test_tokenizer import byte_level
 
 from hybrid_attn import files
-from hybrid_attn.data import prepare, store, tokenizer
+from hybrid_attn.data import prepare, store
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.data.summary import lines as summary_lines
+from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.programs import parse
 
 ROOT = Path(__file__).parents[1]
-BYTES = tokenizer.load("bytes")
+BYTES = load_tokenizer("bytes")
 OPTIONS = prepare.Options("bytes", Fields("text", "source"), None, "none", False, "stop", shard_bytes=900)
 
 
@@ -53,9 +54,9 @@ def run(tmp_path, out="out", inputs="raw/*.jsonl", workers=1, **changes):
     return summary, said
 
 
-def texts(path, words=BYTES):
-    corpus = store.load(str(path), words)
-    return [words.decode(x) for x in corpus.read((i, 0, n) for i, n in enumerate(corpus.lengths))]
+def texts(path, tokenizer=BYTES):
+    corpus = store.load(str(path), tokenizer)
+    return [tokenizer.decode(x) for x in corpus.read((i, 0, n) for i, n in enumerate(corpus.lengths))]
 
 
 def content(path):
@@ -392,18 +393,18 @@ def test_other_files_on_resume_are_refused(tmp_path):
 
 def test_a_tokenizer_json_is_used_and_its_change_is_refused(tmp_path):
     made = [x["text"] for x in write(tmp_path / "raw") if x["text"]]
-    words = byte_level()
+    tokenizer = byte_level()
     path = str(tmp_path / "tokenizer.json")
-    words.save(path)
+    tokenizer.save(path)
     summary, _ = run(tmp_path, workers=2, tokenizer=path)
-    loaded = tokenizer.load(path)
+    loaded = load_tokenizer(path)
     assert texts(tmp_path / "out", loaded) == made and summary["bytes"] > summary["tokens"]
     corpus = store.load(str(tmp_path / "out"), loaded)
     assert corpus.lengths.tolist() == [len(loaded.encode(x.encode())) + 2 for x in made]
     with pytest.raises(ValueError, match="was made by the tokenizer .*tokenizer.json' of hash"):
         store.load(str(tmp_path / "out"), BYTES)
-    words.add_tokens(["new"])
-    words.save(path)
+    tokenizer.add_tokens(["new"])
+    tokenizer.save(path)
     with pytest.raises(ValueError, match="tokenizer.json' was changed since .*/out was begun"):
         run(tmp_path, tokenizer=path)
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import RUN, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.synthetic import VALUES, SyntheticRows, Task
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import Spec, Subject, recall
 from hybrid_attn.model import apply, logits
 
@@ -19,7 +19,7 @@ def subject_on(mesh):
     params = random_params(model)
     letters = np.isin(np.arange(model.vocab_size), VALUES)[:, None]
     params["embed"] = jax.device_put(np.asarray(params["embed"]) * letters, params["embed"].sharding)
-    return Subject(model, params, RUN._replace(kernel="reference"), mesh, Bytes())
+    return Subject(model, params, RUN._replace(kernel="reference"), mesh, ByteTokenizer())
 
 
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2, "context": 2}])

@@ -11,7 +11,7 @@ import types
 
 import pytest
 
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import ruler, samples
 from hybrid_attn.evals.ruler import compat, fit, scores, tasks, words
 from hybrid_attn.evals.ruler.draws import of_sample
@@ -22,11 +22,11 @@ FREE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe
 FACTS = {"Ada": "mill", "Bo": "forge", "Cy": "barn", "Di": "quay", "Ed": "inn", "Flo": "dairy"}
 
 
-class Pieces(Bytes):
+class Pieces(ByteTokenizer):
     """A tokenizer of few tokens: a word, a number or a sign with the space before it is one."""
 
     def encode(self, text):
-        return Bytes().encode(b"." * len(re.findall(r" ?\w+| ?[^\w ]", text.decode())))
+        return ByteTokenizer().encode(b"." * len(re.findall(r" ?\w+| ?[^\w ]", text.decode())))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,9 @@ def score(sample: samples.Sample, prediction: str) -> float:
 
 
 @pytest.mark.parametrize("task", ruler.NAMES)
-@pytest.mark.parametrize(("tokenizer", "length"), [(Bytes(), 2300), (Bytes(), 8192), (Pieces(), 600), (Pieces(), 4096)])
+@pytest.mark.parametrize(
+    ("tokenizer", "length"), [(ByteTokenizer(), 2300), (ByteTokenizer(), 8192), (Pieces(), 600), (Pieces(), 4096)]
+)
 def test_a_question_fills_its_length_and_the_prompt_tells_its_answer(task, tokenizer, length, qa):
     asked = [ruler.generate(task, length, i, 7, tokenizer, PROSE, qa) for i in range(2)]
     assert samples.too_long(asked, tokenizer) is None
@@ -103,14 +105,14 @@ UNITS = {
 @pytest.mark.parametrize("task", ruler.NAMES)
 @pytest.mark.parametrize("length", [2400, 6600])
 def test_less_than_one_unit_of_text_is_left_empty(task, length, qa):
-    sample = ruler.generate(task, length, 1, 0, Bytes(), PROSE, qa)
+    sample = ruler.generate(task, length, 1, 0, ByteTokenizer(), PROSE, qa)
     assert sample.length - sample.meta["tokens"] < UNITS.get(task, 20)
 
 
 @pytest.mark.parametrize("task", ruler.NAMES)
 def test_a_question_follows_from_its_name(task, qa):
     def ask(index, seed, length=2400):
-        return ruler.generate(task, length, index, seed, Bytes(), PROSE, qa)
+        return ruler.generate(task, length, index, seed, ByteTokenizer(), PROSE, qa)
 
     assert ask(1, 7) == ask(1, 7)
     prompts = {ask(1, 7).prompt, ask(0, 7).prompt, ask(1, 8).prompt, ask(1, 7, 3000).prompt}
@@ -119,12 +121,12 @@ def test_a_question_follows_from_its_name(task, qa):
 
 def test_every_sample_has_an_order_of_its_own(qa):
     def places(task, length):
-        return {tuple(ruler.generate(task, length, i, 0, Bytes(), PROSE, qa).meta["depths"]) for i in range(2)}
+        return {tuple(ruler.generate(task, length, i, 0, ByteTokenizer(), PROSE, qa).meta["depths"]) for i in range(2)}
 
     assert len(places("qa_2", 900)) == 2
 
     def ranks(index):
-        prompt = ruler.generate("fwe", 4096, index, 0, Bytes()).prompt
+        prompt = ruler.generate("fwe", 4096, index, 0, ByteTokenizer()).prompt
         coded = re.search(r"coded words\. (.*)\nQuestion", prompt)[1].split()
         return [i for i, word in enumerate(coded) if word == "..."]
 
@@ -147,9 +149,9 @@ def test_a_question_of_variables_comes_after_a_solved_one_of_its_own():
 @pytest.mark.parametrize("task", FREE)
 def test_what_does_not_fit_is_refused_with_the_length_that_does(task):
     with pytest.raises(ValueError, match=f"sample 0 of {task} does not fit into 300 tokens") as refused:
-        ruler.generate(task, 300, 0, 0, Bytes())
+        ruler.generate(task, 300, 0, 0, ByteTokenizer())
     enough = int(re.search(r"use a length of at least ([\d,]+)", str(refused.value))[1].replace(",", ""))
-    assert ruler.generate(task, enough, 0, 0, Bytes()).meta["tokens"] <= enough
+    assert ruler.generate(task, enough, 0, 0, ByteTokenizer()).meta["tokens"] <= enough
 
 
 def test_a_long_list_has_enough_words():
@@ -183,11 +185,11 @@ def test_a_solved_list_has_no_word_of_the_list_that_is_asked_about(length):
 @pytest.mark.parametrize("task", tasks.ESSAYS)
 def test_every_sample_has_a_part_of_the_text_of_its_own(task):
     text = " ".join(f"Sentence {i} {'is long and ' * (i % 7)}says little." for i in range(3000))
-    found = [ruler.generate(task, 2400, index, 0, Bytes(), text) for index in range(20)]
+    found = [ruler.generate(task, 2400, index, 0, ByteTokenizer(), text) for index in range(20)]
     texts = [re.sub(r"One of the special magic .*? is: \S+\. ?", "", sample.prompt.split("\n")[1]) for sample in found]
     assert len({text[:200] for text in texts}) == 20
     assert len({depth for sample in found for depth in sample.meta["depths"]}) >= 18  # 8 where all begin alike
-    short, long = (ruler.generate(task, length, 3, 0, Bytes(), text) for length in (2400, 4000))
+    short, long = (ruler.generate(task, length, 3, 0, ByteTokenizer(), text) for length in (2400, 4000))
     assert short.answers == long.answers and short.prompt.split("\n")[1][:40] == long.prompt.split("\n")[1][:40]
 
 
@@ -215,8 +217,8 @@ def test_the_coded_words_that_are_asked_for_are_the_most_frequent():
 
 
 def test_answers_that_bytes_spell_out_get_more_tokens_than_subwords():
-    assert fit.new_tokens("vt", "ABCDE " * 5, Bytes()) == 32 and fit.new_tokens("vt", "ABCDE " * 5, Pieces()) == 30
-    assert fit.new_tokens("qa_1", "x" * 40, Bytes()) == 64
+    assert fit.new_tokens("vt", "ABCDE " * 5, ByteTokenizer()) == 32 and fit.new_tokens("vt", "ABCDE " * 5, Pieces()) == 30
+    assert fit.new_tokens("qa_1", "x" * 40, ByteTokenizer()) == 64
 
 
 def test_the_search_finds_the_largest_in_few_calls():
@@ -249,7 +251,7 @@ def test_the_search_ends_soon_where_costs_are_no_line(cost):
 )
 def test_what_is_missing_is_named(task, given, words):
     with pytest.raises(ValueError, match=words):
-        ruler.generate(task, 4096, 0, 0, Bytes(), **given)
+        ruler.generate(task, 4096, 0, 0, ByteTokenizer(), **given)
 
 
 def test_tasks_without_their_data_are_not_present(qa):
@@ -263,7 +265,7 @@ def test_questions_are_those_of_the_files(qa, tmp_path):
     own = qa["qa_1"].asked[2]
     assert qa["qa_1"].documents[own.documents[0]].startswith("Cy") and len(own.related) == 3
     with pytest.raises(ValueError, match="qa_2 has 2 questions and no number 2; ask for at most 2 samples"):
-        ruler.generate("qa_2", 4096, 2, 0, Bytes(), None, qa)
+        ruler.generate("qa_2", 4096, 2, 0, ByteTokenizer(), None, qa)
     other = tmp_path / "other.json"
     other.write_text('{"data": [{}]}')
     for read in (read_squad, read_hotpot):
@@ -326,7 +328,7 @@ def test_rulers_habits_are_kept():
 )
 def test_what_rulers_scripts_try_for_ever_is_an_error(task, length, lists, words):
     with pytest.raises(ValueError, match=words):
-        compat.generate(task, length, 1, 7, Bytes(), lists)
+        compat.generate(task, length, 1, 7, ByteTokenizer(), lists)
 
 
 def test_rulers_own_words_need_their_package(monkeypatch):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import samples
 from hybrid_attn.evals.samples import Sample
 
@@ -63,6 +63,6 @@ def test_a_line_that_is_no_sample_is_named(tmp_path, line):
 
 def test_the_mark_that_begins_a_document_and_the_answer_count():
     fits = dataclasses.replace(ONE, prompt="x" * 55)
-    assert samples.too_long([fits, fits], Bytes()) is None
+    assert samples.too_long([fits, fits], ByteTokenizer()) is None
     longer = dataclasses.replace(ONE, prompt="x" * 56, index=4)
-    assert samples.too_long([fits, longer], Bytes()) is longer
+    assert samples.too_long([fits, longer], ByteTokenizer()) is longer

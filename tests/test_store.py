@@ -10,12 +10,12 @@ import pytest
 
 from hybrid_attn.data import store
 from hybrid_attn.data.rows import Rows
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 
 SHARDS = [[5, 1, 9], [], [2, 30], [7]]
 
 
-def write(path, shards=SHARDS, dtype="<u2", names=("code", "prose"), tokenizer_hash=Bytes.hash):
+def write(path, shards=SHARDS, dtype="<u2", names=("code", "prose"), tokenizer_hash=ByteTokenizer.hash):
     """A store whose tokens, hashes and labels are all numbers of their own; returns what its documents hold."""
     path.mkdir()
     count, made, written = 0, [], []
@@ -127,9 +127,9 @@ def test_a_folder_may_have_any_name(tmp_path, name):
 def test_another_tokenizer_than_the_stores_is_refused(tmp_path):
     write(tmp_path / "s", tokenizer_hash="0123456789abcdef")
     with pytest.raises(ValueError, match="by the tokenizer 'bytes' of hash 0123456789ab, and the run's has hash bytes; set"):
-        store.load(str(tmp_path / "s"), Bytes())
+        store.load(str(tmp_path / "s"), ByteTokenizer())
     write(tmp_path / "t")
-    assert len(store.load(str(tmp_path / "t"), Bytes())) == 6
+    assert len(store.load(str(tmp_path / "t"), ByteTokenizer())) == 6
 
 
 def test_what_is_no_store_is_said_so(tmp_path):
@@ -183,15 +183,15 @@ def test_an_id_that_the_tokenizer_lacks_is_named(tmp_path, dtype, wrong):
     ids = np.arange(15).astype(dtype)
     ids[11] = wrong
     doctor(tmp_path / "s", store.tokens_name(0), ids.tobytes())
-    corpus = store.load(str(tmp_path / "s"), Bytes())
+    corpus = store.load(str(tmp_path / "s"), ByteTokenizer())
     assert corpus.read([(2, 0, 5), (3, 0, 2)])[0].tolist() == [6, 7, 8, 9, 10]
     message = f"s: shard-00000.tokens, document 2: token 5 has the id {wrong}, and the tokenizer's end at 257; copy the file"
     with pytest.raises(ValueError, match=message):
         corpus.read([(0, 0, 5), (2, 4, 9)])
     with pytest.raises(ValueError, match=message):
-        list(Rows(corpus, 7, 0, Bytes().byte_lengths))
+        list(Rows(corpus, 7, 0, ByteTokenizer().byte_lengths))
     with pytest.raises(ValueError, match=f"s: shard-00000.tokens: token 11 has the id {wrong}, and the tokenizer's end at 257"):
-        list(store.verify(str(tmp_path / "s"), Bytes()))
+        list(store.verify(str(tmp_path / "s"), ByteTokenizer()))
     assert list(store.verify(str(tmp_path / "s"))) == [0, 1, 2, 3]
 
 
@@ -202,13 +202,13 @@ def test_documents_that_are_not_between_their_marks_are_found_by_verification(tm
     good = np.array(marked, "<u2")
     doctor(tmp_path / "s", store.tokens_name(0), good.tobytes())
     with pytest.raises(ValueError, match="s: shard-00002.tokens: by the index token 0 is a document's mark 256, and it is 16"):
-        list(store.verify(str(tmp_path / "s"), Bytes()))  # the first shard is whole
+        list(store.verify(str(tmp_path / "s"), ByteTokenizer()))  # the first shard is whole
     for place, mark in ((0, 256), (4, 257), (5, 256), (6, 257), (7, 256), (15, 257)):
         bad = good.copy()
         bad[place] = 9
         doctor(tmp_path / "s", store.tokens_name(0), bad.tobytes())
         with pytest.raises(ValueError, match=f"shard-00000.tokens: by the index token {place} is a document's mark {mark}"):
-            list(store.verify(str(tmp_path / "s"), Bytes()))
+            list(store.verify(str(tmp_path / "s"), ByteTokenizer()))
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -11,7 +11,7 @@ import pytest
 from test_ruler import LISTS
 
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import keytokens, report, samples, suite
 from hybrid_attn.evals.ruler import compat, draws
 from hybrid_attn.evals.ruler.qa import Asked, Questions
@@ -41,14 +41,14 @@ class Engine:
             self.prompts.append(text)
             asked = re.search(r"special magic number(?:s)? for (\S+) mentioned", text)
             values = re.findall(rf"for {asked[1]} is: (\d+)\.", text) if asked else []
-            tokens = list(", ".join(values).encode())[:most] or [Bytes.eos]
+            tokens = list(", ".join(values).encode())[:most] or [ByteTokenizer.eos]
             on_tokens(row, tokens)
             found.append(Generated(np.array(tokens), np.zeros(len(tokens))))
         return found
 
 
 def reader_of(engine, text=TEXT):
-    return suite.Reader(Subject(None, None, None, None, Bytes()), engine, {}, text, {}, 2048)
+    return suite.Reader(Subject(None, None, None, None, ByteTokenizer()), engine, {}, text, {}, 2048)
 
 
 def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
@@ -200,7 +200,7 @@ def test_evaluations_are_known_by_name():
 
 def test_rows_of_a_task_are_left_out_where_they_are_too_short():
     model, way = types.SimpleNamespace(num_kv_heads=1), types.SimpleNamespace(balance=False, context={})
-    subject = Subject(model, None, way, types.SimpleNamespace(shape={"context": 1, "tensor": 1}), Bytes())
+    subject = Subject(model, None, way, types.SimpleNamespace(shape={"context": 1, "tensor": 1}), ByteTokenizer())
     reader, settings = reader_of(None)._replace(subject=subject), SETTINGS._replace(evals=("recall",), lengths=(16, 64))
     fitted = suite.fitting(settings, reader, None, False)
     assert [x.part for x in fitted.absent] == ["recall", "mqar", "tracking"]
@@ -233,9 +233,9 @@ def test_questions_may_have_lengths_of_their_own():
 
 def test_an_answer_ends_where_its_model_says_so(tmp_path):
     engine, unit = Engine(), suite.Unit("needle", "1", 2048)
-    reader = reader_of(engine)._replace(stops=(7, Bytes.eos))
+    reader = reader_of(engine)._replace(stops=(7, ByteTokenizer.eos))
     suite.measure_needle(reader, SETTINGS, unit, list(suite.draw_needle(reader, SETTINGS, unit)))
-    assert engine.stops == [7, Bytes.eos]
+    assert engine.stops == [7, ByteTokenizer.eos]
 
 
 def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_path):
@@ -247,11 +247,11 @@ def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_pa
     assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 26
     assert json.loads((tmp_path / "two/run.json").read_text())["settings"]["seed"] == 3
     reader, needles = reader_of(None), SETTINGS._replace(evals=("needle",))
-    words = Bytes()
-    words.hash = "other"
+    tokenizer = ByteTokenizer()
+    tokenizer.hash = "other"
     changed = [(reader, needles._replace(samples=1)), (reader, needles._replace(depths=(50.0, 0.0)))]
     changed += [(reader._replace(haystack=TEXT.replace("little", "much")), needles)]
-    changed += [(reader._replace(subject=reader.subject._replace(tokenizer=words)), needles)]
+    changed += [(reader._replace(subject=reader.subject._replace(tokenizer=tokenizer)), needles)]
     for number, (like, settings) in enumerate(changed, 14):
         suite.fitting(settings, like, tmp_path / "samples", named=True)
         assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 2 * number
@@ -310,7 +310,7 @@ def test_the_text_of_rulers_own_prompts_is_that_of_its_essays_alone(tmp_path, mo
     suite.fitting(own, reader._replace(essays=essays), tmp_path / "samples", True)
     (path,) = (tmp_path / "samples").glob("ruler-niah_single_2-*.jsonl")
     asked, _ = samples.read(path)
-    wanted = compat.generate("niah_single_2", 4096, 2, own.seed, Bytes(), LISTS, essays, {}, draws.sentences)
+    wanted = compat.generate("niah_single_2", 4096, 2, own.seed, ByteTokenizer(), LISTS, essays, {}, draws.sentences)
     assert asked == wanted and "little" not in asked[0].prompt
 
 
@@ -340,7 +340,7 @@ def test_samples_of_questions_follow_from_their_file(tmp_path):
 def test_rows_that_a_mesh_does_not_split_are_refused():
     mesh = types.SimpleNamespace(shape={"context": 2, "tensor": 1})
     model, way = types.SimpleNamespace(num_kv_heads=2), types.SimpleNamespace(balance=True, context={"G": "exchange"})
-    subject = Subject(model, None, way, mesh, Bytes())
+    subject = Subject(model, None, way, mesh, ByteTokenizer())
     reader = reader_of(None)._replace(subject=subject)
     settings = SETTINGS._replace(evals=("recall",), lengths=(64, 66))
     with pytest.raises(ValueError, match="recall of recall: length 66 does not split over 2 context shards of 2 parts each"):
@@ -351,7 +351,9 @@ def test_rows_that_a_mesh_does_not_split_are_refused():
 
 
 def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
-    subject = Subject(None, None, types.SimpleNamespace(balance=False), types.SimpleNamespace(shape={"context": 1}), Bytes())
+    subject = Subject(
+        None, None, types.SimpleNamespace(balance=False), types.SimpleNamespace(shape={"context": 1}), ByteTokenizer()
+    )
     heldout = {"probe": Task("recall", 4), "again": Task("copy", 1)}
     reader = reader_of(None)._replace(subject=subject, heldout=heldout)
     settings = SETTINGS._replace(evals=("position", "attention_mass"), lengths=(16, 64))

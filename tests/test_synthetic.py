@@ -9,11 +9,12 @@ from conftest import mesh_of, tiny
 
 from configs import base
 from hybrid_attn import config, trees
-from hybrid_attn.data import corpora, documents, pipeline, tokenizer
+from hybrid_attn.data import corpora, documents, pipeline
 from hybrid_attn.data.rows import Rows
 from hybrid_attn.data.synthetic import TASKS, SyntheticRows, Task
+from hybrid_attn.data.tokenizer import load_tokenizer
 
-BYTES = tokenizer.load("bytes")
+BYTES = load_tokenizer("bytes")
 ROWS = 300
 
 

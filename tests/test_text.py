@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_tokenizer import TEXT, byte_level, load, sentence_piece
 
-from hybrid_attn.data import tokenizer
+from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import TextStream, answers
 
@@ -24,7 +24,7 @@ def metaspace():
 
 def tokenizer_named(name, tmp_path):
     if name == "bytes":
-        return tokenizer.load("bytes")
+        return load_tokenizer("bytes")
     return load({"byte_level": byte_level, "sentence_piece": sentence_piece, "metaspace": metaspace}[name](), tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_pieces_come_as_soon_as_they_are_certain_and_hold_no_half_character(name
 
 
 def test_what_may_become_a_stop_is_held_until_it_does_not(tmp_path):
-    t = tokenizer.load("bytes")
+    t = load_tokenizer("bytes")
     stream = TextStream(t, ("<end>", "dx"))
     given = [stream.add([byte]) for byte in b"a<e<en<endy<end>zzz"]
     assert given == ["a", *[""] * 2, "<e", *[""] * 2, "<en", *[""] * 3, "<endy", *[""] * 8]
@@ -110,9 +110,9 @@ def test_what_may_become_a_stop_is_held_until_it_does_not(tmp_path):
 
 
 def test_bytes_that_are_never_a_character_come_at_the_end():
-    stream = TextStream(tokenizer.load("bytes"), ("\ufffd!",))
+    stream = TextStream(load_tokenizer("bytes"), ("\ufffd!",))
     assert stream.add([0x61, 0xF0, 0x9F]) == "a" and stream.finish() == "\ufffd"
-    stream = TextStream(tokenizer.load("bytes"), ("\ufffd!",))
+    stream = TextStream(load_tokenizer("bytes"), ("\ufffd!",))
     assert stream.add([0x61, 0xFF]) == "a" and stream.add([0x21]) == "" and stream.stopped
 
 
@@ -130,7 +130,7 @@ def test_an_answer_keeps_the_space_that_joins_it_to_the_prompt(tmp_path):
 
 def test_an_empty_stop_is_refused():
     with pytest.raises(ValueError, match=r"an empty string is no stop: \['a', ''\]; leave it out"):
-        TextStream(tokenizer.load("bytes"), ["a", ""])
+        TextStream(load_tokenizer("bytes"), ["a", ""])
 
 
 class Echo:
@@ -152,7 +152,7 @@ class Echo:
 
 
 def test_answers_are_streamed_cut_at_stops_and_end_their_rows():
-    t, heard = tokenizer.load("bytes"), []
+    t, heard = load_tokenizer("bytes"), []
     engine = Echo("née.Q: b".encode(), b"abcdefghij", b"Q")
     found = answers(
         engine, t, ["x", "yé", "z"], 8, stops=("Q:",), seeds=[1, 2, 3], sampling=Sampling(0.5), stop_tokens=(257,),
@@ -170,7 +170,7 @@ def test_answers_are_streamed_cut_at_stops_and_end_their_rows():
 
 def test_questions_are_encoded_apart_and_the_mark_can_be_left_out():
     engine = Echo(b"a", b"b")
-    found = answers(engine, tokenizer.load("bytes"), ["x", "y"], 4, questions=["?", "??"], compression="c", bos=False)
+    found = answers(engine, load_tokenizer("bytes"), ["x", "y"], 4, questions=["?", "??"], compression="c", bos=False)
     assert [x.text for x in found] == ["a", "b"]
     assert (engine.prompts, engine.options["questions"]) == ([[*b"x"], [*b"y"]], [[*b"?"], [*b"??"]])
     assert engine.options["compression"] == "c"
@@ -178,6 +178,6 @@ def test_questions_are_encoded_apart_and_the_mark_can_be_left_out():
 
 def test_empty_prompts_and_questions_are_refused_with_their_number():
     with pytest.raises(ValueError, match="prompt 2 of 2 is empty; give it at least one character"):
-        answers(Echo(), tokenizer.load("bytes"), ["a", ""], 4)
+        answers(Echo(), load_tokenizer("bytes"), ["a", ""], 4)
     with pytest.raises(ValueError, match="question 1 of 1 is empty; give it at least one character"):
-        answers(Echo(), tokenizer.load("bytes"), ["a"], 4, questions=[""])
+        answers(Echo(), load_tokenizer("bytes"), ["a"], 4, questions=[""])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_attn.data.documents import in_memory
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import texts
 
 
@@ -17,10 +17,10 @@ def source(*documents: str):
 
 def test_every_source_gives_the_same_share_of_its_first_documents(monkeypatch):
     several = [source("one, ", "two, and three"), source("four"), source("five, ", "six")]
-    assert texts.of_documents(several, Bytes()) == "one, \ntwo, and three\nfour\nfive, \nsix"
+    assert texts.of_documents(several, ByteTokenizer()) == "one, \ntwo, and three\nfour\nfive, \nsix"
     monkeypatch.setattr(texts, "CHARACTERS", 27)
-    assert texts.of_documents(several, Bytes()) == "one, \ntwo,\nfour\nfive, \nsix"
-    assert texts.of_documents(several[:1], Bytes()) == "one, \ntwo, and three"
+    assert texts.of_documents(several, ByteTokenizer()) == "one, \ntwo,\nfour\nfive, \nsix"
+    assert texts.of_documents(several[:1], ByteTokenizer()) == "one, \ntwo, and three"
 
 
 def test_files_are_read_in_their_order_until_there_is_enough(tmp_path, monkeypatch):

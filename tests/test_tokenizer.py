@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from hybrid_attn.data import tokenizer
+from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
 
 TEXT = "naïve — 東京 🙂\n\tdef f(x):  return  x</s> <tool é>"
 
@@ -51,11 +51,11 @@ def metaspace():
 def load(t, tmp_path):
     path = str(tmp_path / "tokenizer.json")
     t.save(path)
-    return tokenizer.load(path)
+    return load_tokenizer(path)
 
 
 def test_bytes_give_every_byte_back():
-    t = tokenizer.load("bytes")
+    t = load_tokenizer("bytes")
     ids = t.encode(bytes(range(256)))
     assert ids.tolist() == list(range(256)) and ids.dtype == np.int32
     assert t.decode([t.bos, *t.encode(TEXT.encode()), t.eos, 300]) == TEXT
@@ -100,7 +100,7 @@ def test_truncation_and_padding_of_the_file_do_not_touch_documents(tmp_path):
 
 def test_a_batch_is_encoded_as_its_texts_alone(tmp_path):
     texts = [b"e f", TEXT.encode(), b"", b"def def"]
-    for t in (tokenizer.load("bytes"), load(byte_level(), tmp_path)):
+    for t in (load_tokenizer("bytes"), load(byte_level(), tmp_path)):
         assert [x.tolist() for x in t.encode_batch(texts)] == [t.encode(text).tolist() for text in texts]
 
 
@@ -108,11 +108,11 @@ def test_hashes_tell_tokenizers_apart_and_not_their_files(tmp_path):
     plain = byte_level()
     wanted = load(plain, tmp_path).hash
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(plain.to_str()), indent=7))
-    assert tokenizer.load(str(tmp_path / "tokenizer.json")).hash == wanted
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).hash == wanted
     plain.enable_truncation(7)
     assert load(plain, tmp_path).hash == wanted
     plain.add_tokens(["another"])
-    assert len({wanted, load(plain, tmp_path).hash, load(sentence_piece(), tmp_path).hash, tokenizer.load("bytes").hash}) == 4
+    assert len({wanted, load(plain, tmp_path).hash, load(sentence_piece(), tmp_path).hash, load_tokenizer("bytes").hash}) == 4
 
 
 def test_one_token_can_begin_and_end_documents_and_ids_can_have_holes(tmp_path):
@@ -124,7 +124,7 @@ def test_one_token_can_begin_and_end_documents_and_ids_can_have_holes(tmp_path):
     vocab["<|endoftext|>"] = 400
     path = tmp_path / "holes.json"
     path.write_text(json.dumps(state))
-    loaded = tokenizer.load(str(path))
+    loaded = load_tokenizer(str(path))
     assert (loaded.bos, loaded.eos, loaded.vocab_size) == (400, 400, 401)
     assert loaded.byte_lengths[[0, 399, 400]].tolist() == [0, 0, 0]
     assert loaded.decode([400, *loaded.encode(b"de"), 400]) == "de"
@@ -149,30 +149,30 @@ def changed(t, tmp_path, **values):
 
 def test_a_json_that_encodes_at_random_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json has dropout=0.1, so it encodes a text in many ways; set its"):
-        tokenizer.load(changed(byte_level(), tmp_path, model__dropout=0.1))
+        load_tokenizer(changed(byte_level(), tmp_path, model__dropout=0.1))
     for value in (0.0, None):
-        tokenizer.load(changed(byte_level(), tmp_path, model__dropout=value))
+        load_tokenizer(changed(byte_level(), tmp_path, model__dropout=value))
 
 
 def test_a_json_without_a_decoder_is_refused(tmp_path):
     path = changed(byte_level(), tmp_path, decoder=None)
     with pytest.raises(ValueError, match="tokenizer.json has no decoder, so its ids are no text again; give it the one of its"):
-        tokenizer.load(path)
+        load_tokenizer(path)
     state = json.loads(byte_level().to_str())
     del state["decoder"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="tokenizer.json has no decoder"):
-        tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_a_json_that_drops_characters_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json drops the character '~', or bytes of it, without a token"):
-        tokenizer.load(changed(sentence_piece(), tmp_path, model__unk_token=None, model__byte_fallback=False))
+        load_tokenizer(changed(sentence_piece(), tmp_path, model__unk_token=None, model__byte_fallback=False))
     few = json.loads(byte_level().to_str())["model"]["vocab"]
     del few["Ł"]  # a byte of every character of four
     with pytest.raises(ValueError, match="drops the character '🙂', or bytes of it"):
-        tokenizer.load(changed(byte_level(), tmp_path, model__vocab=few, model__merges=[]))
-    tokenizer.load(changed(sentence_piece(), tmp_path, model__byte_fallback=False))  # what it lacks is <unk>
+        load_tokenizer(changed(byte_level(), tmp_path, model__vocab=few, model__merges=[]))
+    load_tokenizer(changed(sentence_piece(), tmp_path, model__byte_fallback=False))  # what it lacks is <unk>
 
 
 @pytest.mark.parametrize(("make", "decoder", "message"), [
@@ -183,13 +183,13 @@ def test_a_json_that_drops_characters_is_refused(tmp_path):
 def test_a_json_with_the_decoder_of_another_kind_is_refused(tmp_path, make, decoder, message):
     load(make(), tmp_path)
     with pytest.raises(ValueError, match=f"tokenizer.json decodes its {message}"):
-        tokenizer.load(changed(make(), tmp_path, decoder=decoder))
+        load_tokenizer(changed(make(), tmp_path, decoder=decoder))
 
 
 def test_a_json_of_huge_ids_is_refused_before_tables_of_them_are_made(tmp_path):
     vocab = json.loads(byte_level().to_str())["model"]["vocab"]
     with pytest.raises(ValueError, match="tokenizer.json has the id 4294967295, and 16777215 is the largest that is read"):
-        tokenizer.load(changed(byte_level(), tmp_path, model__vocab=vocab | {"huge": 2**32 - 1}))
+        load_tokenizer(changed(byte_level(), tmp_path, model__vocab=vocab | {"huge": 2**32 - 1}))
 
 
 def test_a_post_processor_adds_no_tokens(tmp_path):
@@ -202,7 +202,7 @@ def test_a_post_processor_adds_no_tokens(tmp_path):
 
 @pytest.mark.parametrize("ids", [[2**32 - 1], [2**32], [-1], [10_000]])
 def test_ids_that_no_token_has_are_no_text(tmp_path, ids):
-    for t in (tokenizer.load("bytes"), load(byte_level(), tmp_path)):
+    for t in (load_tokenizer("bytes"), load(byte_level(), tmp_path)):
         assert t.decode([*t.encode(b"a"), *ids, *t.encode(b"b")]) == "ab"
 
 
@@ -211,13 +211,13 @@ def test_what_is_no_tokenizer_json_is_refused_in_a_line(tmp_path, content):
     pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text(content, errors="surrogateescape")
     with pytest.raises(ValueError, match="tokenizer.json' is not a tokenizer.json: .") as error:
-        tokenizer.load(str(tmp_path / "tokenizer.json"))
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert "\n" not in str(error.value)
 
 
 def test_a_json_at_which_the_library_panics_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json' is not a tokenizer.json: range end index"):
-        tokenizer.load(changed(byte_level(), tmp_path, model__continuing_subword_prefix="a" * 99))
+        load_tokenizer(changed(byte_level(), tmp_path, model__continuing_subword_prefix="a" * 99))
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
@@ -227,12 +227,12 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
 
 def test_unknown_names_and_broken_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the tokenizer 'byte' is no file; use 'bytes' or the path"):
-        tokenizer.load("byte")
+        load_tokenizer("byte")
     pytest.importorskip("tokenizers")
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer.json: "):
-        tokenizer.load(str(path))
+        load_tokenizer(str(path))
 
 
 def test_a_missing_library_names_its_extra(tmp_path, monkeypatch):
@@ -240,18 +240,18 @@ def test_a_missing_library_names_its_extra(tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
     with pytest.raises(ImportError, match=r"pip install 'hybrid_attn\[hf\]'"):
-        tokenizer.load(str(path))
+        load_tokenizer(str(path))
 
 
 @pytest.mark.parametrize("size", [258, 384, 398])
 def test_a_vocabulary_with_little_padding_is_accepted(size):
-    tokenizer.check_vocab(tokenizer.load("bytes"), size, "bytes")
+    check_vocab(load_tokenizer("bytes"), size, "bytes")
 
 
 @pytest.mark.parametrize(("size", "problem"), [(257, "is below the 258 ids"), (399, "wastes memory on the 258 ids")])
 def test_a_vocabulary_of_another_size_is_refused_and_the_cure_works(size, problem):
-    t = tokenizer.load("bytes")
+    t = load_tokenizer("bytes")
     message = rf"model.vocab_size={size} {problem} of data.tokenizer='bytes'.*set model.vocab_size=384"
     with pytest.raises(ValueError, match=message):
-        tokenizer.check_vocab(t, size, "bytes")
-    tokenizer.check_vocab(t, 384, "bytes")
+        check_vocab(t, size, "bytes")
+    check_vocab(t, 384, "bytes")

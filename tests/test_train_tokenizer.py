@@ -8,7 +8,8 @@ import pytest
 from absl.testing import flagsaver
 from conftest import tool
 
-from hybrid_attn.data import bpe, tokenizer
+from hybrid_attn.data import bpe
+from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
 from hybrid_attn.programs import parse
 
 pytest.importorskip("tokenizers")
@@ -40,7 +41,7 @@ def test_the_same_documents_give_the_same_file_that_encodes_every_text_and_knows
     assert "a.json: 300 ids, from 30 documents of" in capsys.readouterr().out
     assert run("--vocab_size=300", f"--input={corpus}/all.jsonl", "--text_field=body", "--out=b.json") == 0
     assert (corpus / "a.json").read_bytes() == (corpus / "b.json").read_bytes()
-    trained = tokenizer.load("a.json")
+    trained = load_tokenizer("a.json")
     for text in ("return x + 東京\r\n", "\u0000 ünseen 🜚 </s> <s>", "".join(map(chr, range(1, 400)))):
         ids = trained.encode(text.encode())
         assert trained.decode(ids) == text and trained.byte_lengths[ids].sum() == len(text.encode())
@@ -53,12 +54,12 @@ def test_text_without_so_many_pairs_gives_fewer_ids_and_says_which_model_takes_t
     monkeypatch.chdir(corpus)
     assert run("--vocab_size=65536", f"--input={corpus}/*.txt") == 0
     out = capsys.readouterr().out
-    size = tokenizer.load("tokenizer.json").vocab_size
+    size = load_tokenizer("tokenizer.json").vocab_size
     assert 258 < size < 1000 and f"{size} ids" in out and "for 65,536 ids give it more text" in out
     wanted = int(out.split("--config.model.vocab_size=")[1])
-    tokenizer.check_vocab(tokenizer.load("tokenizer.json"), wanted, "tokenizer.json")
+    check_vocab(load_tokenizer("tokenizer.json"), wanted, "tokenizer.json")
     with pytest.raises(ValueError, match=f"wastes memory on the {size} ids"):
-        tokenizer.check_vocab(tokenizer.load("tokenizer.json"), 65_536, "tokenizer.json")
+        check_vocab(load_tokenizer("tokenizer.json"), 65_536, "tokenizer.json")
 
 
 def test_long_texts_are_counted_as_a_whole(monkeypatch):

@@ -11,7 +11,8 @@ import numpy as np
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.data import documents, pipeline, tokenizer
+from hybrid_attn.data import documents, pipeline
+from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 
 MESHES = ((2, 1, 2, 1), (1, 1, 4, 1), (1, 2, 1, 2))  # the processes share rows, positions, rows
@@ -33,7 +34,7 @@ def config_and_rows():
     c = config.build(c)
     tokens = {name: [rng.integers(0, 256, n).astype(np.uint16) for n in rng.integers(3, 90, 20)] for name in "ab"}
     corpora = {name: documents.in_memory(x, range(len(x))) for name, x in tokens.items()}
-    return c, pipeline.stage_rows(c, corpora, tokenizer.load("bytes"))
+    return c, pipeline.stage_rows(c, corpora, load_tokenizer("bytes"))
 
 
 def main(address: str, number: int, out: str) -> None:

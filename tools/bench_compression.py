@@ -18,7 +18,7 @@ from absl import app, flags
 
 from hybrid_attn import config, programs
 from hybrid_attn.data.synthetic import SyntheticRows, Task
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.compress import Compression
 from hybrid_attn.infer.engine import Engine
@@ -100,7 +100,7 @@ def bench() -> None:
         raise ValueError(f"--length={LENGTH.value}: {PAIRS.value} pairs need {config.shortest_row(source)} tokens")
     with jax.set_mesh(make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])):
         c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)
-        if not isinstance(tokenizer, Bytes):
+        if not isinstance(tokenizer, ByteTokenizer):
             raise ValueError(f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the rows are written in bytes")
         rows = SyntheticRows(Task(source.task, source.pairs), LENGTH.value, None)
         records = accuracies(Engine(params, c), rows, ROWS.value, kept, WINDOW.value)

@@ -1,7 +1,7 @@
 """How fast text is prepared on one core, packed, and read from a warm store: python tools/bench_data.py
 
 The text is Python's standard library as JSON lines, again and again until there is enough. The tokenizer.json is --tokenizer,
-or a byte-level BPE of 8,192 words that is trained on it.
+or a byte-level BPE of 8,192 tokens that is trained on it.
 """
 
 import itertools
@@ -16,8 +16,9 @@ import numpy as np
 from absl import app, flags
 
 from hybrid_attn import programs
-from hybrid_attn.data import documents, packing, prepare, rows, store, tokenizer
+from hybrid_attn.data import documents, packing, prepare, rows, store
 from hybrid_attn.data.sources import Fields
+from hybrid_attn.data.tokenizer import ByteTokenizer, load_tokenizer
 
 MEGABYTES = flags.DEFINE_integer("megabytes", 64, "Of text for bytes; half of it for the tokenizer.json.", 1)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json to use instead of the one trained here.")
@@ -56,10 +57,10 @@ def train_tokenizer(path: Path) -> None:
     made.save(str(path))
 
 
-def time_prepare(folder: Path, name: str, words: str, num_bytes: int) -> None:
+def time_prepare(folder: Path, name: str, tokenizer: str, num_bytes: int) -> None:
     text = folder / f"{name}.jsonl"
     written = write_text(text, num_bytes)
-    options = prepare.Options(words, Fields("text", None), None, "text", False, "stop", shard_bytes=10**12)
+    options = prepare.Options(tokenizer, Fields("text", None), None, "text", False, "stop", shard_bytes=10**12)
     wall, core = time.perf_counter(), time.process_time()
     summary = prepare.prepare([str(text)], str(folder / name), options, workers=1)
     wall, core = time.perf_counter() - wall, time.process_time() - core
@@ -85,8 +86,8 @@ def time_reads(path: Path, length: int) -> None:
 
 
 def time_rows(path: Path, way: str) -> None:
-    corpus, words = store.load(str(path)), tokenizer.load("bytes")
-    made = rows.Rows(corpus, SEQ_LEN.value, 0, words.byte_lengths, way)
+    corpus, tokenizer = store.load(str(path)), load_tokenizer("bytes")
+    made = rows.Rows(corpus, SEQ_LEN.value, 0, tokenizer.byte_lengths, way)
     read, began = 0, time.perf_counter()
     while time.perf_counter() - began < SECONDS.value:
         read += len(made.read([((read + i) % len(made), 0, SEQ_LEN.value) for i in range(TOGETHER.value)]))
@@ -119,7 +120,7 @@ def time_opening(folder: Path) -> None:
         with open(folder / store.tokens_name(i), "wb") as file:
             file.truncate(2 * 1000 * len(lengths))  # holes: nobody reads them
         shards.append(store.Shard(len(lengths), 1000 * len(lengths), "", store.sha256([index])))
-    manifest = store.Manifest(store.FORMAT, "bytes", tokenizer.Bytes.hash, "<u2", ("text",), tuple(shards), {})
+    manifest = store.Manifest(store.FORMAT, "bytes", ByteTokenizer.hash, "<u2", ("text",), tuple(shards), {})
     (folder / store.MANIFEST).write_text(manifest.to_json())
     took = []
     for _ in range(OPENINGS):
@@ -135,13 +136,13 @@ def bench() -> None:
     with tempfile.TemporaryDirectory(dir=DIRECTORY.value) as made:
         folder = Path(made)
         time_prepare(folder, "bytes", "bytes", MEGABYTES.value * 10**6)
-        words = TOKENIZER.value or str(folder / "tokenizer.json")
+        tokenizer = TOKENIZER.value or str(folder / "tokenizer.json")
         if TOKENIZER.value is None:
             try:
                 train_tokenizer(folder / "tokenizer.json")
             except ImportError as error:
                 raise ImportError("a tokenizer.json needs the library tokenizers; pip install 'hybrid_attn[hf]'") from error
-        time_prepare(folder, "json", words, MEGABYTES.value * 10**6 // 2)
+        time_prepare(folder, "json", tokenizer, MEGABYTES.value * 10**6 // 2)
         for length in map(int, SPANS.value):
             time_reads(folder / "bytes", length)
         for way in rows.PLANS:

@@ -222,22 +222,22 @@ class Planned(NamedTuple):
 def plan(chosen: Chosen, wanted: suite.Settings, about: Mapping) -> Planned:
     """What is measured of one model, on the mesh in force; its questions are drawn into --out."""
     checkpoint, step, trained, trained_from = chosen
-    c, params, words = loading.load(checkpoint, step)
+    c, params, tokenizer = loading.load(checkpoint, step)
     engine = Engine(params, c, chunk=CHUNK.value, rows=ROWS.value)
-    subject = Subject(c.model, params, engine.run, engine.mesh, words)
+    subject = Subject(c.model, params, engine.run, engine.mesh, tokenizer)
     limits.check_caches(c.model, wanted, engine)
     limits.check_rows(c.model, wanted, engine.mesh)
     documents = {}
     if {*suite.OF_SOURCES} & {*wanted.evals}:
         named = heldout.named(HELDOUT.value)
-        documents = heldout.of_files(named, words) if named else heldout.of_sources(c, words)
-    stops = tuple(loading.stop_tokens(checkpoint, words))
+        documents = heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
+    stops = tuple(loading.stop_tokens(checkpoint, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
     reader = suite.Reader(subject, engine, documents, trained=trained, tasks=with_own(own), stops=stops, **about)
     wanted = suite.fitting(wanted, reader, Path(OUT.value) / "samples", named=False)
     suite.some_units(wanted, reader)
     saved = checkpoints.read_config(loading.find(checkpoint), step)
-    known = provenance(checkpoint, step, c, saved, words, about["haystack"], engine.run, engine.mesh)
+    known = provenance(checkpoint, step, c, saved, tokenizer, about["haystack"], engine.run, engine.mesh)
     known["data"] = data_flags()
     known["weights"] = checkpoints.fingerprint(loading.find(checkpoint), step)
     known["heldout"] = {source: x.fingerprint() for source, x in documents.items()}

@@ -191,12 +191,12 @@ def generate() -> None:
     step = loading.step_of(directory, STEP.value)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
     with jax.set_mesh(mesh), shown() as show, failures_of(f"the checkpoint of step {step} in {directory}"):
-        c, params, words = loading.load(directory, step)
+        c, params, tokenizer = loading.load(directory, step)
         engine = Engine(params, c, chunk=CHUNK.value, cache=CACHE.value, capacity=CAPACITY.value)
         replies = answers(
-            engine, words, [x["prompt"] for x in found], MAX_NEW_TOKENS.value, sampling=sampling,
+            engine, tokenizer, [x["prompt"] for x in found], MAX_NEW_TOKENS.value, sampling=sampling,
             seeds=[(SEED.value + row) % 2**32 for row in range(len(found))], stops=STOP.value,
-            stop_tokens=loading.stop_tokens(directory, words), compression=chosen, bos=BOS.value,
+            stop_tokens=loading.stop_tokens(directory, tokenizer), compression=chosen, bos=BOS.value,
             questions=[x["question"] for x in found] if "question" in found[0] else None,
             on_text=show if PROMPT.value is not None else None,
         )  # fmt: skip

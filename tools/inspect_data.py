@@ -15,7 +15,8 @@ from absl import app, flags
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.characters import line, visible
-from hybrid_attn.data import corpora, documents, pipeline, store, summary, tokenizer
+from hybrid_attn.data import corpora, documents, pipeline, store, summary
+from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 
 VERIFY = flags.DEFINE_bool("verify", False, "Compare the checksums of all files, and the ids with the tokenizer.")
@@ -37,28 +38,28 @@ def show_store(path: str) -> None:
         verify(path, manifest)
     if DOCUMENT.value is not None:
         try:
-            words = tokenizer.load(TOKENIZER.value or manifest.tokenizer)
+            tokenizer = load_tokenizer(TOKENIZER.value or manifest.tokenizer)
         except ValueError as error:
             raise ValueError(f"{error}; name the one that made the store with --tokenizer") from error
-        show_document(store.load(path, words), words)
+        show_document(store.load(path, tokenizer), tokenizer)
 
 
 def verify(path: str, manifest: store.Manifest) -> None:
     name = TOKENIZER.value or manifest.tokenizer
     known = name == "bytes" or TOKENIZER.value or os.path.isfile(name)
-    words = tokenizer.load(name) if known else None
-    if words is not None:
-        store.load(path, words)  # which refuses another tokenizer than the store's
-    for _ in tqdm.tqdm(store.verify(path, words), total=len(manifest.shards), unit=" shards", desc="verify"):
+    tokenizer = load_tokenizer(name) if known else None
+    if tokenizer is not None:
+        store.load(path, tokenizer)  # which refuses another tokenizer than the store's
+    for _ in tqdm.tqdm(store.verify(path, tokenizer), total=len(manifest.shards), unit=" shards", desc="verify"):
         pass
     print("verified     every checksum is the manifest's")
-    if words is None:
+    if tokenizer is None:
         print(f"not verified the ids, for {name!r} is not here; name the tokenizer that made the store with --tokenizer")
     else:
         print("verified     every id is the tokenizer's, and every document is between its marks")
 
 
-def show_document(corpus: documents.Documents, words) -> None:
+def show_document(corpus: documents.Documents, tokenizer) -> None:
     number = DOCUMENT.value
     if number >= len(corpus):
         raise ValueError(f"--document={number}: the store has {len(corpus):,} documents, numbered from 0")
@@ -67,7 +68,7 @@ def show_document(corpus: documents.Documents, words) -> None:
     most = 4 * CHARACTERS.value + 1  # tokens: a character has at most four bytes, and a token at least one
     ends = [(number, 0, min(most, length)), (number, max(0, length - most), length)]
     first, last = corpus.read([(number, 0, length)] * 2 if length <= 2 * most else ends)
-    print(clipped(words.decode(first), words.decode(last), length > 2 * most))
+    print(clipped(tokenizer.decode(first), tokenizer.decode(last), length > 2 * most))
 
 
 def clipped(first: str, last: str, cut: bool) -> str:
@@ -84,9 +85,9 @@ def show_step(c: config.Config) -> None:
     if STAGE.value >= len(c.stages) or STEP.value >= c.stages[STAGE.value].steps:
         steps = ", ".join(str(stage.steps) for stage in c.stages)
         raise ValueError(f"--stage={STAGE.value} --step={STEP.value}: the stages have {steps} steps, both are counted from 0")
-    words = tokenizer.load(c.data.tokenizer)
-    loaded = corpora.load(c.data, c.sources, words)
-    stages = pipeline.stage_rows(c, {name: corpus.training for name, corpus in loaded.items()}, words)
+    tokenizer = load_tokenizer(c.data.tokenizer)
+    loaded = corpora.load(c.data, c.sources, tokenizer)
+    stages = pipeline.stage_rows(c, {name: corpus.training for name, corpus in loaded.items()}, tokenizer)
     mesh = make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.local_devices(backend="cpu")[:1])
     step = sum(stage.steps for stage in c.stages[: STAGE.value]) + STEP.value
     batches = pipeline.batches(c, stages, mesh, step)
@@ -94,10 +95,10 @@ def show_step(c: config.Config) -> None:
     batches.close()
     for row in range(len(batch["tokens"])):
         source, number = stages[STAGE.value].mixture.row(STEP.value * len(batch["tokens"]) + row)
-        show_row(f"row {row}, row {number:,} of {source}", {name: array[row] for name, array in batch.items()}, words)
+        show_row(f"row {row}, row {number:,} of {source}", {name: array[row] for name, array in batch.items()}, tokenizer)
 
 
-def show_row(title: str, row: dict, words) -> None:
+def show_row(title: str, row: dict, tokenizer) -> None:
     segments = row["segments"]
     padding = int(np.sum(segments == 0))
     print(f"{title}: {len(segments):,} tokens, {int(row['weights'].sum()):,} targets, {padding:,} of padding")
@@ -105,10 +106,10 @@ def show_row(title: str, row: dict, words) -> None:
         places = np.flatnonzero(segments == segment)
         first, last = int(places[0]), int(places[-1])
         tokens = row["tokens"][places]
-        begins = "from its beginning" if tokens[0] == words.bos else "from within"
-        ends = "to its end" if tokens[-1] == words.eos else "cut at the row's edge"
+        begins = "from its beginning" if tokens[0] == tokenizer.bos else "from within"
+        ends = "to its end" if tokens[-1] == tokenizer.eos else "cut at the row's edge"
         print(f"--- document {segment}, tokens {first:,} to {last:,}, {begins}, {ends}")
-        text = words.decode(tokens)
+        text = tokenizer.decode(tokens)
         print(clipped(text, text, cut=False))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from hybrid_attn import config, config_file, programs
-from hybrid_attn.data import tokenizer
+from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
 from hybrid_attn.train import plan
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
@@ -31,7 +31,7 @@ def plan_step() -> int:
     print(plan.report(planned))
     if c.data.tokenizer == "bytes":  # a tokenizer.json may lie elsewhere
         try:
-            tokenizer.check_vocab(tokenizer.load("bytes"), c.model.vocab_size, "bytes")
+            check_vocab(load_tokenizer("bytes"), c.model.vocab_size, "bytes")
         except ValueError as error:
             print(f"\nnote         no data was read; launch/train.py would say: {error}")
     return int(not plan.fits(planned))

@@ -32,8 +32,9 @@ import numpy as np
 import tqdm
 
 from hybrid_attn import characters, files
-from hybrid_attn.data import documents, parts, sources, store, summary, tokenizer
+from hybrid_attn.data import documents, parts, sources, store, summary
 from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields
+from hybrid_attn.data.tokenizer import load_tokenizer
 
 PLAN, PARTS = store.PLAN, parts.FOLDER
 ENCODED = 2**20  # bytes of text that a tokenizer is given at a time
@@ -69,15 +70,16 @@ def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say
     The same call goes on where a killed one stopped. ValueError for a wrong input, OSError for a disk that fails, for
     instance because it is full, BlockingIOError where another process writes the store, ImportError for a missing library.
     """
-    words = tokenizer.load(options.tokenizer)
-    plan = _plan(inputs, options, words)
+    tokenizer = load_tokenizer(options.tokenizer)
+    plan = _plan(inputs, options, tokenizer)
     folder = Path(out)
     _check_ours(folder)
     if (folder / store.MANIFEST).exists() and not (folder / PARTS).exists():
         return _complete(folder, plan, say)  # which may be read-only
     with files.lock(folder):
         try:
-            done = _run(folder, plan, options, words, workers, say) if _begin(folder, plan) else _complete(folder, plan, say)
+            begun = _begin(folder, plan)
+            done = _run(folder, plan, options, tokenizer, workers, say) if begun else _complete(folder, plan, say)
         except BrokenProcessPool as error:
             raise OSError(f"a worker was killed, perhaps for want of memory; {_progress(folder, plan)}") from error
         except OSError as error:
@@ -94,7 +96,7 @@ def _complete(folder: Path, plan: dict, say: Callable[[str], None]) -> dict:
     return store.read_manifest(str(folder)).summary
 
 
-def _plan(inputs: Sequence[str], options: Options, words) -> dict:
+def _plan(inputs: Sequence[str], options: Options, tokenizer) -> dict:
     """Options, files, and the pieces (file, first byte, last) of each shard, as JSON."""
     found = []
     for path in sources.find(inputs):
@@ -113,7 +115,7 @@ def _plan(inputs: Sequence[str], options: Options, words) -> dict:
                 size = 0
             shards[-1].append([i, start, stop])
             size += stop - start
-    return {"options": dataclasses.asdict(options), "tokenizer_hash": words.hash, "files": found, "shards": shards}
+    return {"options": dataclasses.asdict(options), "tokenizer_hash": tokenizer.hash, "files": found, "shards": shards}
 
 
 def _check_ours(folder: Path) -> None:
@@ -162,7 +164,7 @@ def _compare(folder: Path, old: dict, new: dict, free: set[str]) -> None:
         raise ValueError(f"the input files changed since {folder} was begun ({len(changed)} of them, first {what}); {cure}")
 
 
-def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: Callable[[str], None]) -> dict:
+def _run(folder: Path, plan: dict, options: Options, tokenizer, workers: int, say: Callable[[str], None]) -> dict:
     shards = [[(plan["files"][i]["path"], start, stop) for i, start, stop in shard] for shard in plan["shards"]]
     sizes = [sum(stop - start for _, start, stop in shard) for shard in shards]
     for left_over in folder.glob("**/*.partial*"):
@@ -174,7 +176,7 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
     with tqdm.tqdm(total=sum(sizes), initial=before, unit="B", unit_scale=True, desc="input") as bar:
         for i in _in_processes(_encode_shard, {i: (folder, i, shards[i], options) for i in todo}, workers):
             bar.update(sizes[i])
-    dtype = documents.token_dtype(words.vocab_size)
+    dtype = documents.token_dtype(tokenizer.vocab_size)
     done = [parts.read(folder, i, dtype.itemsize) for i in range(len(shards))]
     places = [place for part in done for place in part["places"]]
     for place in places[:REPORTED]:
@@ -193,7 +195,7 @@ def _run(folder: Path, plan: dict, options: Options, words, workers: int, say: C
         written = list(pool.map(lambda i: _write_shard(folder, i, done[i], keep[i], names, dtype), range(len(shards))))
     found = summary.summary([counts for _, counts in written], done, names)
     manifest = store.Manifest(
-        store.FORMAT, options.tokenizer, words.hash, dtype.str, tuple(names), tuple(shard for shard, _ in written), found
+        store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), tuple(shard for shard, _ in written), found
     )
     _write(folder / store.MANIFEST, [manifest.to_json().encode()])
     shutil.rmtree(folder / PARTS)
@@ -236,13 +238,13 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-_tokenizer = functools.cache(tokenizer.load)
+_tokenizer = functools.cache(load_tokenizer)
 
 
 def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], options: Options) -> None:
     """Writes the part `index` of all documents in `pieces`."""
-    words = _tokenizer(options.tokenizer)
-    dtype = documents.token_dtype(words.vocab_size)
+    tokenizer = _tokenizer(options.tokenizer)
+    dtype = documents.token_dtype(tokenizer.vocab_size)
     columns, labels = {name: [] for name in parts.COLUMNS}, {}
     skipped, places = collections.Counter(), []
 
@@ -268,13 +270,13 @@ def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], 
 
     def blocks() -> Iterator[bytes]:
         for batch in _batches(texts()):
-            encoded = words.encode_batch(batch)
+            encoded = tokenizer.encode_batch(batch)
             lengths = [len(ids) + 2 for ids in encoded]
             columns["lengths"] += lengths
             tokens = np.empty(sum(lengths), dtype)
             at = 0
             for ids, length in zip(encoded, lengths, strict=True):
-                tokens[at], tokens[at + 1 : at + length - 1], tokens[at + length - 1] = words.bos, ids, words.eos
+                tokens[at], tokens[at + 1 : at + length - 1], tokens[at + length - 1] = tokenizer.bos, ids, tokenizer.eos
                 at += length
             yield tokens.data
 

@@ -14,7 +14,7 @@ import numpy as np
 from hybrid_attn import config
 from hybrid_attn.config import HOPS, QUERIES
 from hybrid_attn.data.rows import ARRAYS, check_len
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 
 QUERY = ord("?")
 KEYS = np.frombuffer(b"ABCDEFGH", np.uint8)
@@ -93,7 +93,7 @@ def recall(raw: Raw, n: int, pairs: int) -> Drawn:
     noise[places], noise[places + 1] = keys, values
     asked = raw(QUERIES) % pairs
     queries = np.stack([np.full(QUERIES, QUERY), keys[asked], values[asked]], 1)
-    return _next_tokens(np.concatenate([[Bytes.bos], noise, queries.ravel()]), len(noise) + 3, 3)
+    return _next_tokens(np.concatenate([[ByteTokenizer.bos], noise, queries.ravel()]), len(noise) + 3, 3)
 
 
 def mqar(raw: Raw, n: int, pairs: int) -> Drawn:
@@ -103,7 +103,7 @@ def mqar(raw: Raw, n: int, pairs: int) -> Drawn:
     """
     keys = _choose(raw, np.arange(1, MQAR_WORDS // 2), pairs)
     values = _choose(raw, np.arange(MQAR_WORDS // 2, MQAR_WORDS), pairs)
-    tokens_n = np.concatenate([[Bytes.bos], np.stack([keys, values], 1).ravel(), raw(n - 1 - 2 * pairs) % MQAR_WORDS])
+    tokens_n = np.concatenate([[ByteTokenizer.bos], np.stack([keys, values], 1).ravel(), raw(n - 1 - 2 * pairs) % MQAR_WORDS])
     gaps = np.arange(1, (n - 1 - 2 * pairs) // 2 + 1)
     # The least of exponential times, each at the rate of its weight, are a weighted draw without replacement.
     uniform = (raw(len(gaps)) >> np.uint64(11)) * 2.0**-53
@@ -118,7 +118,7 @@ def copy(raw: Raw, n: int, pairs: int) -> Drawn:
     """Letters, a question mark, the same letters: of any length, and the order of all of them matters."""
     alphabet = np.concatenate([KEYS, VALUES])
     letters = alphabet[raw((n - 1) // 2) % len(alphabet)]
-    return _next_tokens(np.concatenate([[Bytes.bos], letters, [QUERY], letters]), len(letters) + 2, 1)
+    return _next_tokens(np.concatenate([[ByteTokenizer.bos], letters, [QUERY], letters]), len(letters) + 2, 1)
 
 
 def tracking(raw: Raw, n: int, pairs: int) -> Drawn:
@@ -136,7 +136,7 @@ def tracking(raw: Raw, n: int, pairs: int) -> Drawn:
     turns = _choose(raw, np.repeat(np.arange(pairs), HOPS + 1), names.size)
     text[places[np.argsort(turns, kind="stable"), None] + np.arange(3)] = chains_CA3.reshape(-1, 3)
     asked = int(raw(1)[0] % pairs)
-    return _next_tokens(np.concatenate([[Bytes.bos], text, [QUERY, values[asked]], names[asked]]), len(text) + 3, 1)
+    return _next_tokens(np.concatenate([[ByteTokenizer.bos], text, [QUERY, values[asked]], names[asked]]), len(text) + 3, 1)
 
 
 TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "tracking": tracking}

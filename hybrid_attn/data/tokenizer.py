@@ -36,7 +36,7 @@ MAX_IDS = 2**24  # of a vocabulary: there are tables of all ids
 PROBES = (*"~é東🙂", "~ ~")  # characters of one to four bytes of UTF-8, of which a vocabulary may lack some, and a space
 
 
-class Bytes:
+class ByteTokenizer:
     """Ids 0 to 255 are the bytes themselves; 256 begins a document and 257 ends it."""
 
     vocab_size = 258
@@ -60,7 +60,7 @@ class Bytes:
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
-class Json:
+class JsonTokenizer:
     """A `tokenizer.json` whose own special tokens never come out of text, however the text is spelled.
 
     ValueError where it would drop characters or encode one text in several ways.
@@ -103,23 +103,23 @@ class Json:
         return self._tokenizer.decode([int(i) for i in ids if 0 <= int(i) < self.vocab_size and int(i) not in self._specials])
 
 
-def load(name: str) -> Bytes | Json:
+def load_tokenizer(name: str) -> ByteTokenizer | JsonTokenizer:
     """The tokenizer called `name`: "bytes", or the path of a `tokenizer.json`."""
     if name == "bytes":
-        return Bytes()
+        return ByteTokenizer()
     if not os.path.isfile(name):
         raise ValueError(f"the tokenizer {name!r} is no file; use 'bytes' or the path of a tokenizer.json")
-    return Json(name)
+    return JsonTokenizer(name)
 
 
-def check_vocab(tokenizer: Bytes | Json, model_vocab_size: int, name: str) -> None:
+def check_vocab(tokenizer: ByteTokenizer | JsonTokenizer, model_vocab_size: int, name: str) -> None:
     """ValueError where a model of `model_vocab_size` lacks ids of the tokenizer `name`, or has far more than those.
 
-    Bytes are 258 ids whatever the text, so that the rest is padding. The training of a tokenizer.json ends early where its text
-    has no more pairs, and a published model leaves room for tokens to come: half of its ids are enough.
+    Bytes are 258 ids whatever the text, so that the rest is padding. The training of a tokenizer.json ends early where its
+    text has no more pairs, and a published model leaves room for tokens to come: half of its ids are enough.
     """
     used = tokenizer.vocab_size
-    most = int(1.05 * used + 128) if isinstance(tokenizer, Bytes) else 2 * used
+    most = int(1.05 * used + 128) if isinstance(tokenizer, ByteTokenizer) else 2 * used
     cure = f"set model.vocab_size={-(-used // 128) * 128}"
     if model_vocab_size < used:
         raise ValueError(f"model.vocab_size={model_vocab_size} is below the {used} ids of data.tokenizer={name!r}; {cure}")

@@ -7,7 +7,7 @@ have one key: the first stands at the depth, each further one a k-th of the rest
 import random
 from collections.abc import Mapping, Sequence
 
-from hybrid_attn.data.tokenizer import Bytes, Json
+from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from hybrid_attn.evals.ruler import fit, scores, words
 from hybrid_attn.evals.ruler.draws import hidden, of_sample
 from hybrid_attn.evals.ruler.tasks import FIND_ALL, FIND_ONE, NEEDLE
@@ -22,7 +22,9 @@ def task_of(needles: int) -> str:
     return "needle" if needles == 1 else f"needle_{needles}"
 
 
-def generate(length: int, depth: float, needles: int, index: int, seed: int, tokenizer: Bytes | Json, haystack: str) -> Sample:
+def generate(
+    length: int, depth: float, needles: int, index: int, seed: int, tokenizer: ByteTokenizer | JsonTokenizer, haystack: str
+) -> Sample:
     """A question of `length` tokens, answer included, about `needles` numbers from `depth` percent of the text on.
 
     ValueError where the smallest prompt does not fit.

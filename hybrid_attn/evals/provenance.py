@@ -16,9 +16,9 @@ from hybrid_attn.model import Run, flops
 
 
 def provenance(
-    checkpoint: str, step: int, c: config.Config | config.Trained, values: Mapping, words, text: str, run: Run, mesh: Mesh
+    checkpoint: str, step: int, c: config.Config | config.Trained, values: Mapping, tokenizer, text: str, run: Run, mesh: Mesh
 ) -> dict:
-    """Of the model of `c` (the whole config is `values`) at `step`, asked in tokens of `words` about needles in `text`."""
+    """Of the model of `c` (the whole config is `values`) at `step`, asked in tokens of `tokenizer` about needles in `text`."""
     model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
     model["kinds"] = layers.names({letter: c.model.kinds[letter] for letter in sorted(set(c.model.layers))})
     return {
@@ -26,8 +26,8 @@ def provenance(
         "step": step,
         "model": model,
         "config": _sha(json.dumps(values, sort_keys=True)),
-        "tokenizer": words.hash,
-        "vocab_size": words.vocab_size,
+        "tokenizer": tokenizer.hash,
+        "vocab_size": tokenizer.vocab_size,
         "haystack": _sha(text),
         "revision": revision(Path(__file__)),
         "jax": jax.__version__,

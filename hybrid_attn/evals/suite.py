@@ -15,7 +15,7 @@ import jax
 
 from hybrid_attn import config, trees
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.data.tokenizer import Bytes
+from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import attention, keytokens, marked, needle, position, recall, ruler, samples
 from hybrid_attn.evals.ruler import compat, draws, scores
 from hybrid_attn.evals.ruler.tasks import ESSAYS
@@ -44,20 +44,21 @@ GENERATOR = 4  # raised when the same settings give other samples
 
 
 def draw_needle(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sample]:
-    words, text = reader.subject.tokenizer, reader.haystack
+    tokenizer, text = reader.subject.tokenizer, reader.haystack
     for depth in settings.depths:
         for index in range(settings.samples):
-            yield needle.generate(unit.length, depth, int(unit.part), index, settings.seed, words, text)
+            yield needle.generate(unit.length, depth, int(unit.part), index, settings.seed, tokenizer, text)
 
 
 def draw_ruler(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sample]:
-    words, texts = reader.subject.tokenizer, (_text(reader, settings, unit), reader.questions)
+    tokenizer, texts = reader.subject.tokenizer, (_text(reader, settings, unit), reader.questions)
     if settings.compat:
         cut = compat.sent_tokenize() if unit.part in ESSAYS else draws.sentences
-        yield from compat.generate(unit.part, unit.length, settings.samples, settings.seed, words, reader.lists, *texts, cut)
+        asked = unit.part, unit.length, settings.samples, settings.seed
+        yield from compat.generate(*asked, tokenizer, reader.lists, *texts, cut)
         return
     for index in range(settings.samples):
-        yield ruler.generate(unit.part, unit.length, index, settings.seed, words, *texts)
+        yield ruler.generate(unit.part, unit.length, index, settings.seed, tokenizer, *texts)
 
 
 def _text(reader: Reader, settings: Settings, unit: Unit) -> str:
@@ -92,9 +93,9 @@ def measure_harness(reader: Reader, settings: Settings, unit: Unit, asked) -> Me
     """A task of lm-evaluation-harness, whose library is an extra; of longer prompts than the unit the beginning is lost."""
     from hybrid_attn.evals import harness
 
-    words = reader.subject.tokenizer
+    tokenizer = reader.subject.tokenizer
     found = harness.evaluate(
-        reader.engine, words, [unit.part], max_length=unit.length, include_path=settings.task_path, limit=settings.samples,
+        reader.engine, tokenizer, [unit.part], max_length=unit.length, include_path=settings.task_path, limit=settings.samples,
         stop_tokens=reader.stop_tokens,
     )  # fmt: skip
     return Measured([{"length": unit.length, **record} for record in harness.records(found)], [])
@@ -143,7 +144,7 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
     parts = {
         **dict.fromkeys(OF_SOURCES, tuple(name for name in reader.heldout if name not in drawn)),
         "attention_mass": tuple(x for x in reader.heldout if x not in drawn or reader.heldout[x].name == "recall"),
-        "recall": tuple(reader.tasks) if isinstance(reader.subject.tokenizer, Bytes) else (),
+        "recall": tuple(reader.tasks) if isinstance(reader.subject.tokenizer, ByteTokenizer) else (),
         "needle": ("1", "4"),
         "ruler": tuple(task for task in settings.ruler_tasks if task not in missing(settings, reader)),
         "harness": settings.tasks,
@@ -186,7 +187,7 @@ def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Se
     for length in settings.lengths_of("ruler") if "ruler" in settings.evals else ():
         absent += [Absent("ruler", task, length, reason) for task, reason in missing(settings, reader).items()]
     found = units(settings, reader)
-    empty = EMPTY if isinstance(reader.subject.tokenizer, Bytes) else EMPTY | {"recall": ("tasks", OTHER_TOKENIZER)}
+    empty = EMPTY if isinstance(reader.subject.tokenizer, ByteTokenizer) else EMPTY | {"recall": ("tasks", OTHER_TOKENIZER)}
     without = [(name, *empty[name]) for name in settings.evals if name in empty and name not in {unit.eval for unit in found}]
     absent += [Absent(name, part, length, why) for name, part, why in without for length in settings.lengths_of(name)]
     for unit in found:
@@ -329,13 +330,13 @@ def _drawn(reader: Reader, settings: Settings, unit: Unit, shared: Path) -> Path
 
 def _given(reader: Reader, asked: list[Sample], spare: int) -> list[str]:
     """What the model says to each, whose lengths may be passed by `spare` tokens; nothing is cut to fit."""
-    words = reader.subject.tokenizer
-    if (long := samples.too_long(asked, words, spare)) is not None:
+    tokenizer = reader.subject.tokenizer
+    if (long := samples.too_long(asked, tokenizer, spare)) is not None:
         raise ValueError(f"sample {long.index} of {long.task} does not fit into {long.length:,} tokens; its file was changed")
     given: dict[int, str] = {}
     for most in sorted({sample.max_new_tokens for sample in asked}):  # of a question, whatever is asked beside it
         alike = [i for i, sample in enumerate(asked) if sample.max_new_tokens == most]
-        found = answers(reader.engine, words, [asked[i].prompt for i in alike], most, stop_tokens=reader.stop_tokens)
+        found = answers(reader.engine, tokenizer, [asked[i].prompt for i in alike], most, stop_tokens=reader.stop_tokens)
         given |= {i: answer.text for i, answer in zip(alike, found, strict=True)}
     return [given[i] for i in range(len(asked))]
 

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from hybrid_attn import checkpoint, config
-from hybrid_attn.data import tokenizer
+from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, check_vocab, load_tokenizer
 from hybrid_attn.files import read_object
 from hybrid_attn.model import flops
 from hybrid_attn.parallel import fit
@@ -26,7 +26,7 @@ class Saved(NamedTuple):
 class Loaded(NamedTuple):
     config: config.Trained
     params: dict
-    tokenizer: tokenizer.Bytes | tokenizer.Json
+    tokenizer: ByteTokenizer | JsonTokenizer
 
 
 def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
@@ -41,12 +41,12 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
     where, mesh = f"the checkpoint of step {step} in {directory}", jax.sharding.get_mesh()
     c, trained_with, _ = saved_of(directory, step)
     fit.check_model(c.model, mesh.shape)
-    words = _tokenizer(c, directory, where, trained_with)
+    tokenizer = _tokenizer(c, directory, where, trained_with)
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), flops.shapes(c.model)
     )
     try:
-        return Loaded(c, checkpoint.read_params(directory, placed, step), words)
+        return Loaded(c, checkpoint.read_params(directory, placed, step), tokenizer)
     except checkpoint.UnreadableError as cause:
         raise ValueError(f"{where} cannot be read: {cause}; use another --step, or copy it again") from cause
 
@@ -99,12 +99,12 @@ def find(directory: str | os.PathLike) -> str:
     raise ValueError(f"{directory} has no complete checkpoint; name a run's workdir, or the folder of its checkpoints")
 
 
-def stop_tokens(directory: str | os.PathLike, words: tokenizer.Bytes | tokenizer.Json) -> list[int]:
+def stop_tokens(directory: str | os.PathLike, tokenizer: ByteTokenizer | JsonTokenizer) -> list[int]:
     """Ids that end an answer: the end of a document, and what an imported model's own files say.
 
     ValueError, with the file, for an `eos_token_id` that is neither an id nor a list of them.
     """
-    ids = {words.eos}
+    ids = {tokenizer.eos}
     for name in ("generation_config.json", "config.json"):
         path = Path(find(directory)) / "companions" / name
         if path.is_file():
@@ -121,22 +121,22 @@ def _ids(path: Path, value) -> set[int]:
     return set(ids)
 
 
-def _tokenizer(c: config.Trained, directory: str, where: str, trained_hash: str | None) -> tokenizer.Bytes | tokenizer.Json:
+def _tokenizer(c: config.Trained, directory: str, where: str, trained_hash: str | None) -> ByteTokenizer | JsonTokenizer:
     """The tokenizer of the config, or the copy that an import left beside the checkpoint; ValueError if it is another."""
     copy = os.path.join(directory, "companions", "tokenizer.json")
     name = copy if os.path.isfile(copy) else c.data.tokenizer
     cure = f"put the tokenizer.json that it was trained with at {copy}"
     if name != "bytes" and not os.path.isfile(name):
         raise ValueError(f"{where} was trained with the tokenizer {name}, and there is no such file; {cure}")
-    words = tokenizer.load(name)
-    if trained_hash not in (None, words.hash):
+    tokenizer = load_tokenizer(name)
+    if trained_hash not in (None, tokenizer.hash):
         raise ValueError(
-            f"{where} was trained with a tokenizer of hash {trained_hash[:12]}, and {name} has {words.hash[:12]}; {cure}"
+            f"{where} was trained with a tokenizer of hash {trained_hash[:12]}, and {name} has {tokenizer.hash[:12]}; {cure}"
         )
     try:
-        tokenizer.check_vocab(words, c.model.vocab_size, name)
+        check_vocab(tokenizer, c.model.vocab_size, name)
     except ValueError as cause:
         raise ValueError(
-            f"{where} has {c.model.vocab_size} words, and the tokenizer {name} has {words.vocab_size} ids; {cure}"
+            f"{where} has a vocabulary of {c.model.vocab_size}, and the tokenizer {name} has {tokenizer.vocab_size} ids; {cure}"
         ) from cause
-    return words
+    return tokenizer

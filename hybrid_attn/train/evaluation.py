@@ -42,7 +42,9 @@ class Evaluations:
     Every process of a run makes the same calls; the first one writes.
     """
 
-    def __init__(self, c: config.Config, run: Run, mesh: Mesh, words, loaded: Mapping[str, Corpus], workdir: str, start: int):
+    def __init__(
+        self, c: config.Config, run: Run, mesh: Mesh, tokenizer, loaded: Mapping[str, Corpus], workdir: str, start: int
+    ):
         """Draws all questions.
 
         ValueError where a question does not fit its length, and where there is nothing to measure.
@@ -56,13 +58,13 @@ class Evaluations:
         heldout, haystack = {name: x.heldout for name, x in of_last.items()}, ""
         if asks:
             documents = [x.heldout for x in self.texts.values()]
-            haystack = texts.of_documents(documents, words) if documents else texts.of_files(())
+            haystack = texts.of_documents(documents, tokenizer) if documents else texts.of_files(())
         tasks = {name: x for name, x in heldout.items() if name not in self.texts}
         self.reader = suite.Reader(
-            Subject(c.model, {}, run, mesh, words), None, heldout, haystack, {}, c.stages[-1].seq_len, tasks=tasks
+            Subject(c.model, {}, run, mesh, tokenizer), None, heldout, haystack, {}, c.stages[-1].seq_len, tasks=tasks
         )
         self.engine = functools.partial(Engine, config=c, programs={}, **_sizes(c, mesh, lengths)) if asks else lambda _: None
-        self.about = provenance(str(workdir), start, c, config.to_dict(c), words, haystack, run, mesh)
+        self.about = provenance(str(workdir), start, c, config.to_dict(c), tokenizer, haystack, run, mesh)
         trust = bool(corpora.locations(c.data, c.sources))
         self.about["data"] = {"trust_checkpoint_data": trust, "text": None}  # no flag names the text that hides needles
         self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}
@@ -159,14 +161,14 @@ class Evaluations:
 
     @functools.cached_property
     def _bigram(self) -> list[dict]:
-        """What a bigram model of each source's training documents scores on its held-out ones, if the words are few."""
-        words, length = self.reader.subject.tokenizer, self.about["model"]["seq_len"]
-        if words.vocab_size > bigram.MOST_WORDS:
+        """What a bigram model of each source's training documents scores on its held-out ones, if the vocabulary is small."""
+        tokenizer, length = self.reader.subject.tokenizer, self.about["model"]["seq_len"]
+        if tokenizer.vocab_size > bigram.MOST_WORDS:
             return []
         found = []
         for source, corpus in self.texts.items():
-            log_probs = bigram.log_probabilities(corpus.training, words.vocab_size)
-            bits = bigram.score(log_probs, Spec(corpus.heldout, length, self.settings.tokens), words.byte_lengths)
+            log_probs = bigram.log_probabilities(corpus.training, tokenizer.vocab_size)
+            bits = bigram.score(log_probs, Spec(corpus.heldout, length, self.settings.tokens), tokenizer.byte_lengths)
             found.append({"source": source, "length": length, "bits_per_byte": bits})
         return found
 

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from hybrid_attn import checkpoint, config, files, trees
 from hybrid_attn.checkpoint import Checkpoints
-from hybrid_attn.data import corpora, pipeline, tokenizer
+from hybrid_attn.data import corpora, pipeline
+from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
 from hybrid_attn.model import run_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
@@ -45,13 +46,13 @@ def train(
     """
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
     mesh = make_mesh(c.mesh)
-    words = tokenizer.load(c.data.tokenizer)
-    tokenizer.check_vocab(words, c.model.vocab_size, c.data.tokenizer)
-    loaded = corpora.load(c.data, c.sources, words)
+    tokenizer = load_tokenizer(c.data.tokenizer)
+    check_vocab(tokenizer, c.model.vocab_size, c.data.tokenizer)
+    loaded = corpora.load(c.data, c.sources, tokenizer)
     training = {name: corpus.training for name, corpus in loaded.items()}
-    stages, identities = pipeline.stage_rows(c, training, words), pipeline.identities(c, training, words)
+    stages, identities = pipeline.stage_rows(c, training, tokenizer), pipeline.identities(c, training, tokenizer)
     if peers:
-        peers.agree(data_identity(loaded, words))
+        peers.agree(data_identity(loaded, tokenizer))
     run = run_on(jax.default_backend(), c.model, c.train)
     last_words = f"stopped in the evaluation; all {c.total_steps} steps are saved, the same command goes on with it"
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh):
@@ -62,7 +63,7 @@ def train(
             recorded["skipped_steps"] = skipped = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
             begins = "none found; starting at step 0" if new else restored(start, recorded)
             history = [f"checkpoint   {begins}", *past(c, checkpoints, start, recorded, allow_lr_jump)]
-            evaluations = Evaluations(c, run, mesh, words, loaded, workdir, start)
+            evaluations = Evaluations(c, run, mesh, tokenizer, loaded, workdir, start)
             peak, found = peak_flops(jax.devices()[0], run.dtype)
             kept = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)

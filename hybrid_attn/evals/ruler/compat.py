@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrid_attn.data.tokenizer import Bytes, Json
+from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from hybrid_attn.evals.ruler import draws as own
 from hybrid_attn.evals.ruler import tasks
 from hybrid_attn.evals.ruler.draws import Draws
@@ -94,7 +94,7 @@ def generate(
     length: int,
     samples: int,
     seed: int,
-    tokenizer: Bytes | Json,
+    tokenizer: ByteTokenizer | JsonTokenizer,
     words: Words,
     haystack: str | None = None,
     qa: Mapping[str, Questions] | None = None,

@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from hybrid_attn.data.tokenizer import Bytes, Json
+from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from hybrid_attn.evals.ruler import tasks, words
 from hybrid_attn.evals.ruler.draws import of_sample
 from hybrid_attn.evals.ruler.qa import Questions
@@ -31,7 +31,7 @@ def generate(
     length: int,
     index: int,
     seed: int,
-    tokenizer: Bytes | Json,
+    tokenizer: ByteTokenizer | JsonTokenizer,
     haystack: str | None = None,
     qa: Mapping[str, Questions] | None = None,
 ) -> Sample:
@@ -87,11 +87,11 @@ def largest(cost: Callable[[int], int], budget: int, fewest: int, what: str, mos
     return low
 
 
-def count(tokenizer: Bytes | Json, text: str) -> int:
+def count(tokenizer: ByteTokenizer | JsonTokenizer, text: str) -> int:
     return len(tokenizer.encode(text.encode()))
 
 
-def new_tokens(task: str, gold: str, tokenizer: Bytes | Json) -> int:
+def new_tokens(task: str, gold: str, tokenizer: ByteTokenizer | JsonTokenizer) -> int:
     """RULER's for the task, or more where its answer takes more tokens than that, as in bytes."""
     needed = count(tokenizer, f" {gold}")
     return NEW_TOKENS[task] if needed <= NEW_TOKENS[task] else -(-needed // ROUND_TO) * ROUND_TO
@@ -106,7 +106,7 @@ def _asked(task: str, name: str, place: Place, listed: Sequence[str], units: int
     return tasks.ask(task, of_sample(name, listed, words.pairs()), place, units)
 
 
-def _tracking(name: str, length: int, tokenizer: Bytes | Json) -> Callable[[int], Question]:
+def _tracking(name: str, length: int, tokenizer: ByteTokenizer | JsonTokenizer) -> Callable[[int], Question]:
     """Questions of variables after a solved one, which has 500 tokens or its smallest, and less where all is short."""
 
     def example(draws, units: int) -> str:
