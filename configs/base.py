@@ -132,9 +132,9 @@ def get_config() -> ConfigDict:
     t.remat = "layer"  # layer | none | attention | offload
     # How a kind of layer attends where mesh.context splits the sequence, for every kind or by letter ("G=ring"; the others:
     # auto). halo: keys of the neighbours that the window or the chunk reaches. gather: all keys. ring: all keys, one shard's at
-    # a time. exchange: shards trade tokens for heads. auto: halo where there is a window or a chunk, else gather.
-    t.context = "auto"  # auto | halo | gather | ring | exchange
-    t.balance = True  # each context shard has an early and a late part of the row, so that causal work is equal
+    # a time. ulysses: shards trade tokens for heads. auto: halo where there is a window or a chunk, else gather.
+    t.context = "auto"  # auto | halo | gather | ring | ulysses
+    t.zigzag = True  # each context shard has an early and a late part of the row, so that causal work is equal
     # auto = splash on TPU, tokamax on GPU (blocked, with a warning, where it is not installed), blocked on CPU
     # reference is float32 and materialises T x S: tests only. cudnn takes one document a row. See docs/kernels.md
     t.kernel = "auto"  # auto | blocked | splash | tokamax | cudnn | reference

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from hybrid_attn import trees
-from hybrid_attn.trees import Table, check, check_fields, one_of, within
+from hybrid_attn.trees import Table, check, check_fields, named, one_of, within
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is for the kinds that a config does not name
-CONTEXT = ("auto", "halo", "gather", "ring", "exchange")
+CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
+RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 EVALS = ("position", "recall", "needle", "ruler", "attention_mass", "key_tokens")  # that run in training
 LONGEST = 2**27  # tokens of a sequence: 134 million
 MOST_STEPS = 10**9
@@ -40,7 +41,8 @@ TASKS = {
 
 
 def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
-    problem = trees.not_among(value, choices)
+    before, today = RENAMED_CONTEXT
+    problem = f"is now called {today!r}" if value == before and today in choices else trees.not_among(value, choices)
     check(not problem, f"{field}={value!r} {problem}")
 
 
@@ -89,7 +91,7 @@ class Temperature:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerKind:
+class LayerType:
     """What one letter of the pattern means: which keys a query sees and how positions enter."""
 
     window: int | None = within(1, 2**31 - 1, aliases=("sliding_window",))
@@ -139,7 +141,7 @@ class Model:
     logit_scale: float = within(0, 10**6, above=True)
     logit_softcap: float | None = within(0, 10**6, above=True, aliases=("final_logit_softcapping",))
     init_std: float = within(0, 100, above=True, aliases=("initializer_range",))
-    kinds: Table[str, LayerKind]
+    kinds: Table[str, LayerType]
 
     def __post_init__(self):
         check_fields(self, "model")
@@ -188,19 +190,19 @@ class Model:
         return self.layers[self.num_periods * len(self.pattern) :]
 
 
-def reach(kind: LayerKind) -> str | None:
+def reach(kind: LayerType) -> str | None:
     """Which keys a query sees, in words; None where it sees the whole prefix."""
     if kind.window is not None:
         return f"window {kind.window:,}"
     return None if kind.chunk is None else f"chunks of {kind.chunk:,}"
 
 
-def rotated_dims(model: Model, kind: LayerKind) -> int:
+def rotated_dims(model: Model, kind: LayerType) -> int:
     """Dimensions of a head that are rotated; the rest carry no position."""
     return round(model.head_dim * kind.rope_fraction)
 
 
-def score_scale(model: Model, kind: LayerKind) -> float:
+def score_scale(model: Model, kind: LayerType) -> float:
     """What the products of queries and keys are multiplied with."""
     return model.head_dim**-0.5 if kind.scale is None else kind.scale
 
@@ -309,7 +311,7 @@ class Train:
     dtype: str = one_of("auto", "float32", "bfloat16")
     remat: str
     context: str
-    balance: bool
+    zigzag: bool = named("balance")
     kernel: str = one_of("auto", "reference", "blocked", "splash", "tokamax", "cudnn")
     loss_chunk: int = within(1, 2**31 - 1)
     mlp_chunk: int | None = within(1, 2**31 - 1)
@@ -338,7 +340,7 @@ class Evals:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class CheckpointConfig:
     """What of a run's config its checkpoints are read with: what the model is, how it computes, and what it has read."""
 
     model: Model
@@ -370,7 +372,7 @@ class Trained:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Trained):
+class Config(CheckpointConfig):
     seed: int = within(0, 2**32 - 1)
     mesh: Mesh
     optim: Optim
@@ -438,7 +440,7 @@ def context(model: Model, train: Train) -> Table[str, str]:
         check(
             scheme != "halo" or bounded[letter],
             f"train.context: {letter}=halo needs a window or a chunk, and model.kinds.{letter} has none; "
-            "use 'gather', 'ring' or 'exchange'",
+            "use 'gather', 'ring' or 'ulysses'",
         )
     return Table({k: x if x != "auto" else "halo" if bounded[k] else "gather" for k, x in chosen.items()})
 
@@ -465,10 +467,18 @@ def build(values: Mapping) -> Config:
     return trees.build(Config, values, "config")
 
 
-def build_trained(values: Mapping) -> Trained:
+def build_checkpoint_config(values: Mapping) -> CheckpointConfig:
     """Those groups of a config that made a checkpoint; of the others, other versions of this program have other keys."""
-    read = {field.name for field in dataclasses.fields(Trained)}
-    return trees.build(Trained, {key: x for key, x in values.items() if key in read}, "config")
+    read = {field.name for field in dataclasses.fields(CheckpointConfig)}
+    return trees.build(CheckpointConfig, {key: x for key, x in renamed(values).items() if key in read}, "config")
+
+
+def renamed(values: Mapping) -> dict:
+    """The nested dict of an older checkpoint's config with today's keys and choices in place of those that were renamed."""
+    if "balance" not in values.get("train", ()):
+        return dict(values)
+    train = {"zigzag" if key == "balance" else key: value for key, value in values["train"].items()}
+    return {**values, "train": train | {"context": train["context"].replace(*RENAMED_CONTEXT)}}
 
 
 def build_model(values: Mapping) -> Model:

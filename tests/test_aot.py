@@ -291,7 +291,7 @@ def lower_attention(mesh, shape: str, kernel: str):
         o = context.attend(
             q, k, v, pos, seg,
             window=WINDOW if scheme == "halo" else None, chunk=None, scale=128**-0.5, softcap=None, kernel=kernel,
-            scheme=scheme, balanced=shape != "ragged",
+            scheme=scheme, zigzag=shape != "ragged",
         )  # fmt: skip
         return o.astype(jnp.float32).sum()
 

@@ -123,7 +123,7 @@ MODELS = {"everything": everything("LLG", 5), "chunks": tiny({}, L={"chunk": 16,
 
 
 def subject_on(mesh, model):
-    return Subject(model, random_params(model), RUN._replace(kernel="reference", balance=True), mesh, ByteTokenizer())
+    return Subject(model, random_params(model), RUN._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
 
 
 def watched_weights(subject, prompt):
@@ -131,7 +131,7 @@ def watched_weights(subject, prompt):
     S = len(prompt.tokens_S)
     place = functools.partial(jax.device_put, device=NamedSharding(subject.mesh, TOKENS_BT))
     tokens, pos, seg = (place(x[None]) for x in (prompt.tokens_S, np.arange(S, dtype=np.int32), np.ones(S, np.int32)))
-    run = subject.run._replace(balance=False)
+    run = subject.run._replace(zigzag=False)
 
     def watched(letter):
         def attend(q, k, v, sinks, kind, scale):

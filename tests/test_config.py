@@ -266,7 +266,7 @@ def test_a_choice_for_each_kind_is_one_for_all_or_by_letter(value, wanted):
     [
         ("auto", {"C": "halo", "G": "gather", "L": "halo"}),
         ("G=ring", {"C": "halo", "G": "ring", "L": "halo"}),
-        ("exchange", {"C": "exchange", "G": "exchange", "L": "exchange"}),
+        ("ulysses", {"C": "ulysses", "G": "ulysses", "L": "ulysses"}),
         ("L=gather,C=halo", {"C": "halo", "G": "gather", "L": "gather"}),
     ],
 )
@@ -369,7 +369,7 @@ def test_every_key_of_the_defaults_has_a_field_and_every_field_a_default():
     check(config.Evals, values.evals)
     check(Stage, values.stages[0])
     check(config.Source, base.source())
-    check(config.LayerKind, base.kind())
+    check(config.LayerType, base.kind())
     check(config.RopeScaling, base.kind().rope_scaling)
     check(config.Temperature, base.kind().temperature)
 
@@ -382,3 +382,15 @@ def test_the_baseline_differs_from_the_hybrid_in_its_kinds_of_layers_alone():
         )
         changed = {line.split(":")[0] for line in trees.differences(hybrid, rope)}
         assert changed == {"model.pattern", "model.kinds.G", "model.kinds.L", "model.kinds.R"}
+
+
+def test_names_of_before_are_errors_that_give_todays_and_older_checkpoints_are_read():
+    with pytest.raises(ValueError, match="train.balance; did you mean config.train.zigzag"):
+        tiny({"train.balance": True})
+    with pytest.raises(ValueError, match="train.context: G='exchange' is now called 'ulysses'"):
+        tiny({"train.context": "G=exchange"})
+    c = tiny({"train.context": "G=ulysses", "train.zigzag": False})
+    values = config.to_dict(c)
+    older = {key: value for key, value in values["train"].items() if key != "zigzag"}
+    older = values | {"train": older | {"balance": False, "context": "G=exchange"}}
+    assert config.renamed(older) == values and config.build_checkpoint_config(older).train == c.train

@@ -81,9 +81,7 @@ def test_lists_are_written_with_commas_or_as_python_writes_them_and_flags_withou
     assert overridden("evals.lengths", "(1.0, 0.5)").evals.lengths == overridden("evals.lengths", "1,0.5").evals.lengths
     assert overridden("data.sources.text.paths", "a/*.txt").data.sources["text"].paths == ("a/*.txt",)
     assert overridden("stages[-1].mixture", "{'text': 2}").stages[0].mixture == {"text": 2.0}
-    assert (
-        overridden("model.kinds.G.sink", None).model.kinds["G"].sink and not overridden("train.balance", "false").train.balance
-    )
+    assert overridden("model.kinds.G.sink", None).model.kinds["G"].sink and not overridden("train.zigzag", "false").train.zigzag
 
 
 @pytest.mark.parametrize(
@@ -95,7 +93,7 @@ def test_lists_are_written_with_commas_or_as_python_writes_them_and_flags_withou
         ("optim.lr.x", "3", "^config.optim.lr=0.006 is a value, and has no key 'x'$"),
         ("optim..lr", "3", "is no key; write a.b"),
         ("optim.lr", None, "^--config.optim.lr has no value; write --config.optim.lr=VALUE$"),
-        ("train.balance", "maybe", "^config.train.balance='maybe' must be true or false$"),
+        ("train.zigzag", "maybe", "^config.train.zigzag='maybe' must be true or false$"),
         ("seed", "1e20", "^config.seed='1e20' must be of type int$"),
         ("mesh", "4", "^config.mesh=4 must be a group of keys$"),
         ("model.kinds.X.window", "4", "^unknown key config.model.kinds.X; known keys: G, L$"),
@@ -196,7 +194,7 @@ def test_a_typo_in_a_key_is_a_line_with_what_was_meant_in_every_tool_that_has_a_
             "config.stages[0]: batch=16777216 times seq_len=8192 is 137,438,953,472 tokens",
         ),
         (["--config.evals.lengths=100000"], "evals.lengths: 100000.0 of the last seq_len, 8,192, is 819,200,000 tokens"),
-        (["--noconfig.train.balance=true"], "--noconfig.train.balance=true: write --noconfig.train.balance"),
+        (["--noconfig.train.zigzag=true"], "--noconfig.train.zigzag=true: write --noconfig.train.zigzag"),
     ],
 )
 def test_a_wrong_command_line_of_the_trainer_is_a_line_that_names_the_flag_and_the_bound(
@@ -212,10 +210,10 @@ def test_steps_and_batch_are_those_of_the_last_stage(name, folder, monkeypatch):
     monkeypatch.chdir(ROOT)
     with tool(name, folder) as program, flagsaver.flagsaver():
         target = ["--target=cpu:1"] if name == "plan" else []
-        parse([name, *target, "--config=configs/models/command_a.py", "--steps=7", "--batch=3", "--noconfig.train.balance"])
+        parse([name, *target, "--config=configs/models/command_a.py", "--steps=7", "--batch=3", "--noconfig.train.zigzag"])
         c = config.build(program.CONFIG.value.values)
         assert [stage.steps for stage in c.stages] == [30_000, 10_000, 5_000, 7]
-        assert [stage.batch for stage in c.stages] == [512, 128, 32, 3] and not c.train.balance
+        assert [stage.batch for stage in c.stages] == [512, 128, 32, 3] and not c.train.zigzag
         assert name == "plan" or program.read_workdir() == "runs/command_a"
 
 
@@ -225,7 +223,7 @@ def test_steps_and_batch_are_those_of_the_last_stage(name, folder, monkeypatch):
         ("--steps=5", "--config.stages[0].steps=7"),
         ("--config.stages[0].batch=2", "--config.stages[-1].batch=3"),
         ("--config.optim.lr=0.1", "--config.optim.lr=0.2"),
-        ("--config.train.balance", "--noconfig.train.balance"),
+        ("--config.train.zigzag", "--noconfig.train.zigzag"),
     ],
 )
 def test_a_key_with_two_values_is_refused_and_the_same_one_twice_is_not(once, again, monkeypatch, capsys):

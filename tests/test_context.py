@@ -44,17 +44,17 @@ def on_one_device(window, chunk, softcap, with_sinks):
             softcap=softcap, kernel="reference", scheme="gather")  # fmt: skip
 
 
-def value_and_grads(q, k, v, do, pos, seg, sinks, balanced, **static):
+def value_and_grads(q, k, v, do, pos, seg, sinks, zigzag, **static):
     mesh = jax.sharding.get_mesh()
     spread = {4: HEADS_BTNH, 2: TOKENS_BT, 1: P("tensor")}
     inputs = [x if x is None else jax.device_put(x, NamedSharding(mesh, spread[x.ndim])) for x in (q, k, v, sinks)]
     do, pos, seg = (jax.device_put(x, NamedSharding(mesh, spread[x.ndim])) for x in (do, pos, seg))
 
     def attend(q, k, v, sinks):
-        heads = context.balance((q, k, v), balanced)
-        places = context.balance((pos, seg), balanced)
-        o = context.attend(*heads, *places, sinks, scale=0.3, balanced=balanced, **static)
-        return context.unbalance(o, balanced)
+        heads = context.to_zigzag((q, k, v), zigzag)
+        places = context.to_zigzag((pos, seg), zigzag)
+        o = context.attend(*heads, *places, sinks, scale=0.3, zigzag=zigzag, **static)
+        return context.from_zigzag(o, zigzag)
 
     @jax.jit
     def both(*inputs):
@@ -65,30 +65,30 @@ def value_and_grads(q, k, v, do, pos, seg, sinks, balanced, **static):
 
 
 def assert_as_on_one_device(
-    scheme, balanced, sizes=None, *, window=None, chunk=None, softcap=None, sinks=False, kernel="blocked", tolerance=2e-6
+    scheme, zigzag, sizes=None, *, window=None, chunk=None, softcap=None, sinks=False, kernel="blocked", tolerance=2e-6
 ):
     q, k, v, do, pos, seg, given = arrays()
     with jax.set_mesh(mesh_of(**(sizes or {"context": 4}))):
         found = value_and_grads(
-            q, k, v, do, pos, seg, given if sinks else None, balanced,
+            q, k, v, do, pos, seg, given if sinks else None, zigzag,
             window=window, chunk=chunk, softcap=softcap, kernel=kernel, scheme=scheme,
         )  # fmt: skip
     assert_close(found, on_one_device(window, chunk, softcap, sinks), tolerance)
 
 
-@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("zigzag", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_halo_gives_a_window_what_one_device_gives(window, balanced):
-    assert_as_on_one_device("halo", balanced, window=WINDOWS[window], sinks=window == "smaller")
+def test_a_halo_gives_a_window_what_one_device_gives(window, zigzag):
+    assert_as_on_one_device("halo", zigzag, window=WINDOWS[window], sinks=window == "smaller")
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-@pytest.mark.parametrize("scheme", ["gather", "ring", "exchange"])
-def test_every_scheme_gives_the_whole_prefix_what_one_device_gives(scheme, balanced):
-    assert_as_on_one_device(scheme, balanced, softcap=2.0 if balanced else None, sinks=True)
+@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize("scheme", ["gather", "ring", "ulysses"])
+def test_every_scheme_gives_the_whole_prefix_what_one_device_gives(scheme, zigzag):
+    assert_as_on_one_device(scheme, zigzag, softcap=2.0 if zigzag else None, sinks=True)
 
 
-@pytest.mark.parametrize("scheme", ["gather", "ring", "exchange"])
+@pytest.mark.parametrize("scheme", ["gather", "ring", "ulysses"])
 def test_every_scheme_takes_a_window_too(scheme):
     assert_as_on_one_device(scheme, True, window=SHARD + 3)
 
@@ -114,7 +114,7 @@ def test_documents_whose_positions_begin_anywhere_stay_apart_where_layers_have_c
 @pytest.mark.parametrize("sizes", [{"context": 3}, {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 8}], ids=str)
 @pytest.mark.parametrize("scheme", context.SCHEMES)
 def test_it_holds_beside_other_axes_and_for_odd_numbers_of_shards(scheme, sizes):
-    if scheme == "exchange" and sizes["context"] != 2:
+    if scheme == "ulysses" and sizes["context"] != 2:
         pytest.skip("needs as many key/value heads as shards")
     assert_as_on_one_device(scheme, True, sizes, window=37 if scheme == "halo" else None)
 
@@ -132,21 +132,21 @@ def test_balancing_gives_each_shard_an_early_and_a_late_slice_and_is_undone(shar
     mesh = mesh_of(context=shards)
     with jax.set_mesh(mesh):
         placed = jax.device_put(tokens, NamedSharding(mesh, P(BATCH, "context", None)))
-        moved = context.balance(placed, True)
+        moved = context.to_zigzag(placed, True)
         size = 48 // (2 * shards)
         for shard in moved.addressable_shards:
             i = (shard.index[1].start or 0) // (2 * size)
             wanted = [tokens[:, j * size : (j + 1) * size] for j in (i, 2 * shards - 1 - i)]
             np.testing.assert_array_equal(shard.data, np.concatenate(wanted, 1))
-        np.testing.assert_array_equal(context.unbalance(moved, True), tokens)
-        assert context.balance(placed, False) is context.unbalance(placed, False) is placed
+        np.testing.assert_array_equal(context.from_zigzag(moved, True), tokens)
+        assert context.to_zigzag(placed, False) is context.from_zigzag(placed, False) is placed
 
 
-def work(balanced):
+def work(zigzag):
     """Of each of four shards, how many pairs of query and key a whole row costs it."""
     pairs = np.tril(np.ones((T, T))).sum(1)
     order = np.arange(T).reshape(8, -1)
-    slices = [(i, 7 - i) if balanced else (2 * i, 2 * i + 1) for i in range(4)]
+    slices = [(i, 7 - i) if zigzag else (2 * i, 2 * i + 1) for i in range(4)]
     return [pairs[order[list(x)]].sum() for x in slices]
 
 
@@ -154,8 +154,8 @@ def test_balanced_shards_have_the_same_work():
     assert len(set(work(True))) == 1 and max(work(False)) > 1.7 * np.mean(work(False))
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(balanced):
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(zigzag):
     """Autodiff of its loop would keep the keys of every visit."""
     mesh = mesh_of(context=8)
     with jax.set_mesh(mesh):
@@ -164,7 +164,7 @@ def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(balanced)
 
         def total(scheme, q, k, v, pos, seg):
             static = {"window": None, "chunk": None, "scale": 1.0, "softcap": None, "kernel": "blocked"}
-            return jnp.square(context.attend(q, k, v, pos, seg, scheme=scheme, balanced=balanced, **static)).sum()
+            return jnp.square(context.attend(q, k, v, pos, seg, scheme=scheme, zigzag=zigzag, **static)).sum()
 
         def biggest(scheme):
             return biggest_array(jax.grad(functools.partial(total, scheme), (0, 1, 2)), q, k, k, pos, seg, inside="shard_map")

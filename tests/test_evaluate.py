@@ -44,8 +44,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for i in range(20):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}.\n" for j in range(20)))
-    exchange = {"train.context": "G=exchange"}
-    for name, seed, steps, changes in (("one", 0, [7], {}), ("two", 1, [7], {}), ("three", 2, [7, 8], exchange)):
+    ulysses = {"train.context": "G=ulysses"}
+    for name, seed, steps, changes in (("one", 0, [7], {}), ("two", 1, [7], {}), ("three", 2, [7, 8], ulysses)):
         c = models_config(folder, **changes)
         with jax.set_mesh(mesh_of()):
             checkpoints = checkpoint.Checkpoints(folder / name / "checkpoints", keep=2, every=1)
@@ -456,7 +456,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
         (["--checkpoint=blank.txt"], "blank.txt is no directory; name a run's workdir"),
         (["--mesh=tensors=2"], "--mesh=tensors=2 names 'tensors', and has only slice, data, fsdp, context, tensor"),
         (["--suite=recall", "--lengths=50", "--mesh=context=4"], "recall of recall: length 50 does not split over 4 context"),
-        (["--checkpoint=three", "--suite=recall", "--lengths=48", "--mesh=context=4"], "exchange splits the 2 key/value heads"),
+        (["--checkpoint=three", "--suite=recall", "--lengths=48", "--mesh=context=4"], "ulysses splits the 2 key/value heads"),
         (["--compat", "--suite=position"], "--compat is of --suite=ruler, and this is --suite=position"),
         (["--compat", "--suite=ruler"], "RULER's own words need the package wonderwords; pip install wonderwords"),
         (["--english_words=x.json"], "--english_words is for RULER's own prompts; give --compat, too"),

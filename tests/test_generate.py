@@ -20,7 +20,7 @@ from hybrid_attn.infer.sampling import GREEDY, Sampling
 from hybrid_attn.programs import parse
 
 REPLY = "two: né. END after".encode()
-TRAINED = config.build_trained(config.to_dict(tiny()))
+TRAINED = config.build_checkpoint_config(config.to_dict(tiny()))
 
 
 class Engine:

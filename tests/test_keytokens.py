@@ -24,7 +24,7 @@ def subject_on(mesh):
     for layer in params["periods"].values():
         layer["attention"]["o"] *= 10
     params["embed"] = jax.device_put(np.asarray(params["embed"]) * letters, params["embed"].sharding)
-    return Subject(model, params, RUN._replace(kernel="reference", balance=True), mesh, ByteTokenizer())
+    return Subject(model, params, RUN._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
 
 
 def documents():

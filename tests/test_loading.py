@@ -40,7 +40,7 @@ def copied(run, tmp_path):
 def test_a_workdir_or_its_checkpoints_give_the_newest_or_the_one_asked_for(run, one_device):
     for directory, step, seed in ((run, None, 7), (str(run / "checkpoints"), None, 7), (run, 3, 3)):
         c, params, tokenizer = loading.load(directory, step)
-        assert c == config.build_trained(config.to_dict(tiny())) and tokenizer.hash == "bytes"
+        assert c == config.build_checkpoint_config(config.to_dict(tiny())) and tokenizer.hash == "bytes"
         assert_close(params, random_params(c.model, seed), 0)
     assert loading.stop_tokens(run, tokenizer) == [257]
 
@@ -174,7 +174,7 @@ def test_what_does_not_make_the_model_may_be_of_another_version(tmp_path, one_de
     values["mesh"]["expert"] = 1
     save_values(tmp_path, values, monkeypatch)
     loaded = loading.load(tmp_path)
-    assert loaded.config == config.build_trained(config.to_dict(tiny()))
+    assert loaded.config == config.build_checkpoint_config(config.to_dict(tiny()))
     assert_close(loaded.params, random_params(tiny().model, 1), 0)
 
 

@@ -75,7 +75,7 @@ def stage(**changes):
             "seq_len 52 does not split over 4 context shards of 2 parts each; use 48 or 56, or mesh.context=2",
         ),
         (
-            stage(seq_len=50) | {"train.balance": False},
+            stage(seq_len=50) | {"train.zigzag": False},
             {"context": 4},
             "seq_len 50 does not split over 4 context shards; use 48 or 52, or mesh.context=2",
         ),
@@ -94,14 +94,14 @@ def stage(**changes):
             "model.d_model 40 does not split over 12 fsdp shards; use 36 or 48, or mesh.fsdp=4",
         ),
         (
-            {"train.context": "G=exchange"},
+            {"train.context": "G=ulysses"},
             {"context": 4},
             "the 2 key/value heads of a tensor shard over 4 context shards; use mesh.context=2, or a multiple of 4",
         ),
         (
-            {"train.context": "exchange"},
+            {"train.context": "ulysses"},
             {"context": 2, "tensor": 2},
-            "G,L=exchange splits the 1 key/value heads of a tensor shard over 2 context shards; use mesh.context=1, or a "
+            "G,L=ulysses splits the 1 key/value heads of a tensor shard over 2 context shards; use mesh.context=1, or a "
             "multiple of 4 for model.num_kv_heads, or G=auto,L=auto",
         ),
     ],
@@ -117,10 +117,10 @@ def test_what_does_not_split_is_refused_with_the_axis_the_numbers_and_what_works
     [
         ({}, {"slice": 2, "data": 2, "fsdp": 2, "context": 6, "tensor": 2}),
         (stage(seq_len=50), {"context": 1}),
-        (stage(seq_len=50) | {"train.balance": False}, {"context": 2}),
+        (stage(seq_len=50) | {"train.zigzag": False}, {"context": 2}),
         (stage(batch=24, microbatches=3), {"data": 8}),
-        ({"train.context": "exchange"}, {"context": 2}),
-        ({"train.context": "G=exchange"}, {"context": 1, "tensor": 2}),
+        ({"train.context": "ulysses"}, {"context": 2}),
+        ({"train.context": "G=ulysses"}, {"context": 1, "tensor": 2}),
     ],
     ids=str,
 )

@@ -32,12 +32,12 @@ class Case(NamedTuple):
     pattern: str = "LG"
     window: int = 6
     scheme: str = "gather"  # of the global layers
-    balanced: bool = False
+    zigzag: bool = False
     packed: bool = True
 
     def run(self):
         local = "halo" if self.sizes[2] > 1 else "gather"
-        return RUN._replace(context=Table({"L": local, "G": self.scheme}), balance=self.balanced)
+        return RUN._replace(context=Table({"L": local, "G": self.scheme}), zigzag=self.zigzag)
 
     def reference(self):
         return Case((1, 1, 1, 1), self.pattern, self.window, packed=self.packed)
@@ -51,14 +51,14 @@ CASES = [
     Case((8, 1, 1, 1)),
     Case((1, 8, 1, 1)),
     Case((1, 1, 1, 8)),
-    Case((1, 1, 8, 1), scheme="ring", balanced=True),
-    Case((1, 1, 8, 1), pattern="G", scheme="gather", balanced=True),
-    Case((1, 1, 8, 1), pattern="L", window=30, balanced=True),
+    Case((1, 1, 8, 1), scheme="ring", zigzag=True),
+    Case((1, 1, 8, 1), pattern="G", scheme="gather", zigzag=True),
+    Case((1, 1, 8, 1), pattern="L", window=30, zigzag=True),
     Case((2, 1, 4, 1), pattern="L", window=12, packed=False),
-    Case((2, 1, 4, 1), pattern="G", scheme="exchange", balanced=True),
+    Case((2, 1, 4, 1), pattern="G", scheme="ulysses", zigzag=True),
     Case((2, 2, 2, 1), scheme="ring"),
-    Case((1, 2, 2, 2), pattern="LLLG", scheme="exchange", balanced=True),
-    Case((2, 1, 2, 1, 2), scheme="gather", balanced=True),
+    Case((1, 2, 2, 2), pattern="LLLG", scheme="ulysses", zigzag=True),
+    Case((2, 1, 2, 1, 2), scheme="gather", zigzag=True),
 ]
 
 
@@ -88,12 +88,12 @@ def test_loss_and_gradients_are_those_of_one_device(case, compiled):
     assert_close(found, run(case.reference()), 1e-5)
 
 
-@pytest.mark.parametrize("scheme", ["gather", "exchange"])
+@pytest.mark.parametrize("scheme", ["gather", "ulysses"])
 def test_activations_come_back_in_reading_order(scheme):
     from hybrid_attn.model import apply
 
     model, found = everything("LG", 6), []
-    for sizes, run in (((1, 1, 1, 1), REFERENCE), ((1, 1, 4, 2), RUN._replace(context=every(scheme), balance=True))):
+    for sizes, run in (((1, 1, 1, 1), REFERENCE), ((1, 1, 4, 2), RUN._replace(context=every(scheme), zigzag=True))):
         with jax.set_mesh(mesh_of(*sizes)):
             arrays = [on_mesh(BATCH)[name] for name in ("tokens", "positions", "segments")]
             found.append(jax.device_get(jax.jit(apply, static_argnums=(0, 5))(model, random_params(model), *arrays, run)))

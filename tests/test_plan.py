@@ -153,13 +153,13 @@ def main() -> None:
     from hybrid_attn.train import plan
 
     target = plan.find_target(f"cpu:{CONTEXT}")
-    for context, balance in CASES:
+    for context, zigzag in CASES:
         c = base.get_config()
         c.model.update(d_model=16, num_heads=1, num_kv_heads=1, head_dim=HEAD, d_ff=16, vocab_size=128)
         c.model.kinds.L.window = W
         c.stages[0].update(seq_len=S, batch=1)
         c.mesh.update(data=1, context=CONTEXT)
-        c.train.update(context=context, balance=balance, remat="none")
+        c.train.update(context=context, zigzag=zigzag, remat="none")
         floats = [x for x in plan.make_plan(config.build(c), target).collectives if "f32" in x.types]
         tokens = {}
         for name, backward in {"forward": False, "backward": True}.items():

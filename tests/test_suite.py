@@ -199,7 +199,7 @@ def test_evaluations_are_known_by_name():
 
 
 def test_rows_of_a_task_are_left_out_where_they_are_too_short():
-    model, way = types.SimpleNamespace(num_kv_heads=1), types.SimpleNamespace(balance=False, context={})
+    model, way = types.SimpleNamespace(num_kv_heads=1), types.SimpleNamespace(zigzag=False, context={})
     subject = Subject(model, None, way, types.SimpleNamespace(shape={"context": 1, "tensor": 1}), ByteTokenizer())
     reader, settings = reader_of(None)._replace(subject=subject), SETTINGS._replace(evals=("recall",), lengths=(16, 64))
     fitted = suite.fitting(settings, reader, None, False)
@@ -339,20 +339,20 @@ def test_samples_of_questions_follow_from_their_file(tmp_path):
 
 def test_rows_that_a_mesh_does_not_split_are_refused():
     mesh = types.SimpleNamespace(shape={"context": 2, "tensor": 1})
-    model, way = types.SimpleNamespace(num_kv_heads=2), types.SimpleNamespace(balance=True, context={"G": "exchange"})
+    model, way = types.SimpleNamespace(num_kv_heads=2), types.SimpleNamespace(zigzag=True, context={"G": "ulysses"})
     subject = Subject(model, None, way, mesh, ByteTokenizer())
     reader = reader_of(None)._replace(subject=subject)
     settings = SETTINGS._replace(evals=("recall",), lengths=(64, 66))
     with pytest.raises(ValueError, match="recall of recall: length 66 does not split over 2 context shards of 2 parts each"):
         suite.fitting(settings, reader, None, True)
     wide = subject._replace(model=types.SimpleNamespace(num_kv_heads=3))
-    with pytest.raises(ValueError, match="exchange splits the 3 key/value heads"):
+    with pytest.raises(ValueError, match="ulysses splits the 3 key/value heads"):
         suite.fitting(settings._replace(lengths=(64,)), reader._replace(subject=wide), None, True)
 
 
 def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
     subject = Subject(
-        None, None, types.SimpleNamespace(balance=False), types.SimpleNamespace(shape={"context": 1}), ByteTokenizer()
+        None, None, types.SimpleNamespace(zigzag=False), types.SimpleNamespace(shape={"context": 1}), ByteTokenizer()
     )
     heldout = {"probe": Task("recall", 4), "again": Task("copy", 1)}
     reader = reader_of(None)._replace(subject=subject, heldout=heldout)

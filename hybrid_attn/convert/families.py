@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from hybrid_attn import config, trees
-from hybrid_attn.config import LayerKind, Model
+from hybrid_attn.config import LayerType, Model
 from hybrid_attn.convert import layers
 
 USUAL_LETTERS = {(True, True): "L", (True, False): "W", (False, False): "G", (False, True): "R"}  # window, rope
@@ -58,7 +58,7 @@ class Family(NamedTuple):
     fields: dict  # config.json field -> Model field, besides FIELDS
     defaults: dict
     required: dict  # config.json fields of which we compute only this value
-    kinds: Callable[[dict], list[LayerKind]]
+    kinds: Callable[[dict], list[LayerType]]
     layout: Callable[[Model], dict]
     layer: dict  # path of a layer's leaf -> tensor name, besides LAYER
     flat: tuple[str, ...] = ()  # leaves of which their tensor has one axis
@@ -201,11 +201,11 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
     return found
 
 
-def _pattern(kinds: list[LayerKind], num_layers: int) -> tuple[str, dict]:
+def _pattern(kinds: list[LayerType], num_layers: int) -> tuple[str, dict]:
     """The shortest pattern that repeats to these kinds, and what its letters mean."""
     if len(kinds) != num_layers:
         raise ValueError(f"config.json names the types of {len(kinds)} layers and has num_hidden_layers={num_layers}")
-    names: dict[LayerKind, str] = {}
+    names: dict[LayerType, str] = {}
     for kind in kinds:
         if kind not in names:
             usual = USUAL_LETTERS[kind.window is not None, kind.rope_theta is not None]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from hybrid_attn import config
-from hybrid_attn.config import LayerKind, Model, RopeScaling, Temperature, score_scale
+from hybrid_attn.config import LayerType, Model, RopeScaling, Temperature, score_scale
 
 LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
 MOST = {  # several times what the largest public models have; what follows from them must fit memory and int64
@@ -23,14 +23,14 @@ MOST = {  # several times what the largest public models have; what follows from
     "head_dim": 2**14,
 }
 NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
-PLAIN = LayerKind(
+PLAIN = LayerType(
     window=None, chunk=None, rope_theta=None, rope_fraction=1.0, rope_scaling=NO_SCALING,
     qk_norm="none", qk_norm_scope="head_dim", qk_norm_after_rope=False, scale=None, softcap=None,
     temperature=Temperature("none", 0.1, 8192), sink=False, gate="none",
 )  # fmt: skip
 
 
-def essential(model: Model, kind: LayerKind) -> LayerKind:
+def essential(model: Model, kind: LayerType) -> LayerType:
     """`kind` with what its other fields make meaningless at its default, and ways to say one thing said in one way."""
     theta, scaling = kind.rope_theta, kind.rope_scaling
     if theta is None or scaling.type in ("none", "ntk"):
@@ -139,7 +139,7 @@ def _yarn_size(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-def _rope_parameters(model: Model, kind: LayerKind | None) -> dict:
+def _rope_parameters(model: Model, kind: LayerType | None) -> dict:
     """The `rope_parameters` of a kind; of None, the plain ones of a model that rotates nothing."""
     if kind is None or kind.rope_theta is None:
         return {"rope_type": "default", "rope_theta": 10_000.0}
@@ -202,7 +202,7 @@ def _layer_types(model: Model) -> dict:
     return {"layer_types": types, "sliding_window": next((w for w in windows if w is not None), 4096)}
 
 
-def _kind(window: int | None, rope: tuple[float, RopeScaling] | None, **changes) -> LayerKind:
+def _kind(window: int | None, rope: tuple[float, RopeScaling] | None, **changes) -> LayerType:
     theta, scaling = rope or (None, NO_SCALING)
     return dataclasses.replace(PLAIN, window=window, rope_theta=theta, rope_scaling=scaling, **changes)
 
@@ -211,7 +211,7 @@ def _window(c: dict, kind: str) -> int | None:
     return c["sliding_window"] if kind == LOCAL else None
 
 
-def cohere2_kinds(c: dict) -> list[LayerKind]:
+def cohere2_kinds(c: dict) -> list[LayerType]:
     rope = _rope(c, 10_000.0)
     return [_kind(_window(c, kind), rope if kind == LOCAL else None) for kind in _types(c)]
 
@@ -220,7 +220,7 @@ def cohere2_layout(model: Model) -> dict:
     return _layer_types(model) | _one_rope(model)
 
 
-def cohere_kinds(c: dict) -> list[LayerKind]:
+def cohere_kinds(c: dict) -> list[LayerType]:
     norm = {"qk_norm": "layernorm", "qk_norm_scope": "head"} if c["use_qk_norm"] else {}
     return [_kind(None, _rope(c, 500_000.0), **norm)] * c["num_hidden_layers"]
 
@@ -229,7 +229,7 @@ def cohere_layout(model: Model) -> dict:
     return {"use_qk_norm": model.kinds[model.pattern[0]].qk_norm != "none"} | _one_rope(model)
 
 
-def llama_kinds(c: dict) -> list[LayerKind]:
+def llama_kinds(c: dict) -> list[LayerType]:
     return [_kind(None, _rope(c, 10_000.0))] * c["num_hidden_layers"]
 
 
@@ -237,7 +237,7 @@ def llama_layout(model: Model) -> dict:
     return _one_rope(model)
 
 
-def smollm3_kinds(c: dict) -> list[LayerKind]:
+def smollm3_kinds(c: dict) -> list[LayerType]:
     rotates = c.get("no_rope_layers")  # 1 = it does rotate
     if not rotates:
         every = whole(c, "no_rope_layer_interval")
@@ -259,7 +259,7 @@ def smollm3_layout(model: Model) -> dict:
     return types | {"no_rope_layers": rotates, "use_sliding_window": LOCAL in types["layer_types"]} | _one_rope(model)
 
 
-def exaone4_kinds(c: dict) -> list[LayerKind]:
+def exaone4_kinds(c: dict) -> list[LayerType]:
     """With a window anywhere, the full layers have no positions; without one, every layer rotates."""
     window, rope = c.get("sliding_window"), _rope(c, 10_000.0)
     types = _types(c if window else c | {"sliding_window_pattern": None})
@@ -273,7 +273,7 @@ def exaone4_layout(model: Model) -> dict:
     return types | _one_rope(model)
 
 
-def olmo3_kinds(c: dict) -> list[LayerKind]:
+def olmo3_kinds(c: dict) -> list[LayerType]:
     """Without `layer_types` every fourth layer is full: the library reads no `sliding_window_pattern` of this family."""
     ropes, types = _rope_by_type(c, (None, 500_000.0), 500_000.0), _types({**c, "sliding_window_pattern": 4})
     return [_kind(_window(c, kind), ropes[kind], qk_norm="rms", qk_norm_scope="projection") for kind in types]
@@ -283,7 +283,7 @@ def olmo3_layout(model: Model) -> dict:
     return _layer_types(model) | _rope_of_each(model, None)
 
 
-def gemma3_kinds(c: dict) -> list[LayerKind]:
+def gemma3_kinds(c: dict) -> list[LayerType]:
     ropes = _rope_by_type(c, ("rope_local_base_freq", 10_000.0), 1_000_000.0)
     scalar = float(c["query_pre_attn_scalar"])
     if not 0 < scalar < math.inf:
@@ -298,7 +298,7 @@ def gemma3_layout(model: Model) -> dict:
     return _layer_types(model) | _rope_of_each(model, "rope_local_base_freq") | {"query_pre_attn_scalar": scalar}
 
 
-def afmoe_kinds(c: dict) -> list[LayerKind]:
+def afmoe_kinds(c: dict) -> list[LayerType]:
     if c["num_dense_layers"] < c["num_hidden_layers"]:
         raise ValueError(
             f"config.json has num_dense_layers={c['num_dense_layers']} of {c['num_hidden_layers']} layers; "

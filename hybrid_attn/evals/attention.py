@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import LayerKind, Model
+from hybrid_attn.config import LayerType, Model
 from hybrid_attn.evals import marked
 from hybrid_attn.evals.marked import Marked
 from hybrid_attn.evals.shares import Asked, Shares, oldest_key, shares
@@ -74,7 +74,7 @@ def position_edges(length: int) -> tuple[int, ...]:
     return (*(edge for edge in steps if edge < end), end)
 
 
-def reaches(kind: LayerKind, prompt: Marked) -> bool:
+def reaches(kind: LayerType, prompt: Marked) -> bool:
     """Whether a layer of this kind shows a token of the needle to a query: to the first one, if to any."""
     return prompt.needle[1] > oldest_key(kind, prompt.question)
 
@@ -92,7 +92,7 @@ def by_position(prompt: Marked, edges: Sequence[int]) -> list[tuple[int, int]]:
     return [(min(first, end), min(last, end)) for first, last in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def head_values(kind: LayerKind, prompt: Marked, look: Shares) -> dict[str, np.ndarray]:
+def head_values(kind: LayerType, prompt: Marked, look: Shares) -> dict[str, np.ndarray]:
     """The numbers of every head [N] for one prompt, whose intervals begin with `PARTS`."""
     mass = dict(zip(PARTS, look.mass_BNI.T.astype(np.float64), strict=False))
     size = {name: end - first for name, (first, end) in zip(PARTS, parts(prompt), strict=True)}
@@ -127,7 +127,7 @@ def _looks(subject: Subject, prompts: Sequence[Marked], length: int, edges) -> I
     rows, context = math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape["context"]
     queries = max(len(prompt.tokens_S) - prompt.question for prompt in prompts)
     queries = -(-queries // ROUND) * ROUND
-    run = subject.run._replace(balance=False)
+    run = subject.run._replace(zigzag=False)
     for first in range(0, len(prompts), rows):
         batch = list(prompts[first : first + rows])
         filled = batch + batch[-1:] * (rows - len(batch))
@@ -154,7 +154,7 @@ def _look(model: Model, run: Run, queries: int, params: dict, tokens_BT: jax.Arr
     def watched(letter: str):
         attend_in_rows = in_rows(pos_BT, seg_BT, run, letter)
 
-        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerKind, scale: float):
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
             o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind, scale)
             return o_BTNH, shares(q_BTNH, k_BTKH, asked, sinks_N, queries=queries, kind=kind, scale=scale)
 

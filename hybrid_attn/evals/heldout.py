@@ -13,12 +13,12 @@ from hybrid_attn.trees import check
 NAME = re.compile(r"[\w.-]+")
 
 
-def files_of(c: config.Trained) -> dict[str, tuple[str, ...]]:
+def files_of(c: config.CheckpointConfig) -> dict[str, tuple[str, ...]]:
     """By source, the files and URLs that the config of a checkpoint names; tasks and the standard library name none."""
     return corpora.locations(c.data, c.sources)
 
 
-def check_trusted(checkpoint: str, c: config.Trained) -> None:
+def check_trusted(checkpoint: str, c: config.CheckpointConfig) -> None:
     """ValueError where reading the sources of a checkpoint would open files or URLs, which it lists."""
     listed = "; ".join(f"{name}: {', '.join(files)}" for name, files in files_of(c).items())
     check(
@@ -29,7 +29,7 @@ def check_trusted(checkpoint: str, c: config.Trained) -> None:
     )
 
 
-def of_sources(c: config.Trained, tokenizer) -> dict[str, Documents | Task]:
+def of_sources(c: config.CheckpointConfig, tokenizer) -> dict[str, Documents | Task]:
     """The held-out documents of the sources that took part in training."""
     return {name: corpus.heldout for name, corpus in corpora.load(c.data, c.sources, tokenizer).items()}
 

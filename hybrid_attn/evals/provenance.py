@@ -16,7 +16,14 @@ from hybrid_attn.model import Run, flops
 
 
 def provenance(
-    checkpoint: str, step: int, c: config.Config | config.Trained, values: Mapping, tokenizer, text: str, run: Run, mesh: Mesh
+    checkpoint: str,
+    step: int,
+    c: config.Config | config.CheckpointConfig,
+    values: Mapping,
+    tokenizer,
+    text: str,
+    run: Run,
+    mesh: Mesh,
 ) -> dict:
     """Of the model of `c` (the whole config is `values`) at `step`, asked in tokens of `tokenizer` about needles in `text`."""
     model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
@@ -37,7 +44,7 @@ def provenance(
     }
 
 
-def trained_length(c: config.Trained, checkpoints: Path, steps: int) -> tuple[int, str]:
+def trained_length(c: config.CheckpointConfig, checkpoints: Path, steps: int) -> tuple[int, str]:
     """The tokens of a sequence in training, and what says so, of a checkpoint after so many `steps` of ours.
 
     A model without any was imported, and its own config.json, beside the `checkpoints`, knows better than ours.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import LayerKind
+from hybrid_attn.config import LayerType
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH
 
@@ -53,7 +53,7 @@ class Sums(NamedTuple):
     greatest_BKGQ: jax.Array
 
 
-def shares(q_BTNH, k_BTKH, asked: Asked, sinks_N, *, queries: int, kind: LayerKind, scale: float) -> Shares:
+def shares(q_BTNH, k_BTKH, asked: Asked, sinks_N, *, queries: int, kind: LayerType, scale: float) -> Shares:
     """Of queries and keys as they enter the scores, rows whose tokens are 0 to T - 1 in reading order.
 
     `queries` is the most that a row has. O(queries x T) time and O(queries x KEYS) memory; less time for a window or a chunk.
@@ -84,7 +84,7 @@ def shares(q_BTNH, k_BTKH, asked: Asked, sinks_N, *, queries: int, kind: LayerKi
     )(q_BTNH, k_BTKH, asked, *sinks)  # fmt: skip
 
 
-def oldest_key(kind: LayerKind, pos):
+def oldest_key(kind: LayerType, pos):
     """The first position that a query at `pos` sees."""
     if kind.chunk is not None:
         return pos // kind.chunk * kind.chunk
@@ -99,7 +99,7 @@ def _from_all(q_BTNH, local_BQ) -> jax.Array:
     return jax.lax.psum(jnp.where(here_BQ[..., None, None], found_BQNH, 0), AXIS)
 
 
-def _sums(q_BKGQH, pos_BQ, k_BTKH, offset, asked: Asked, kind: LayerKind, scale: float) -> Sums:
+def _sums(q_BKGQH, pos_BQ, k_BTKH, offset, asked: Asked, kind: LayerType, scale: float) -> Sums:
     """Over this shard's keys, the first of which stands at `offset`."""
     T, size = k_BTKH.shape[1], min(KEYS, k_BTKH.shape[1])
     oldest_BQ1, pos_BQ1 = oldest_key(kind, pos_BQ)[..., None], pos_BQ[..., None]

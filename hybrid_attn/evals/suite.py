@@ -25,7 +25,7 @@ from hybrid_attn.evals.subject import Spec
 from hybrid_attn.files import object_of, write_atomically
 from hybrid_attn.infer.text import answers
 from hybrid_attn.parallel import fit
-from hybrid_attn.parallel.mesh import told
+from hybrid_attn.parallel.mesh import broadcast_from_first
 
 ATTENTION_PROMPTS = 2  # whose attention is averaged
 PROMPT_END = 400  # characters of a prompt that are kept beside its answer
@@ -205,7 +205,7 @@ def _check_fits(settings: Settings, reader: Reader, unit: Unit, shared: Path) ->
         _drawn(reader, settings, unit, shared)
     if unit.eval in IN_ROWS:
         model, run, sizes = reader.subject.model, reader.subject.run, reader.subject.mesh.shape
-        fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.balance)
+        fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.zigzag)
         fit.check_schemes(model, run.context, sizes)
     task = {"recall": reader.tasks, "attention_mass": reader.heldout}.get(unit.eval, {}).get(unit.part)
     if isinstance(task, Task) and unit.length < (least := _shortest(task)):
@@ -234,12 +234,12 @@ def run(
     """
     wanted, writes = some_units(settings, reader), jax.process_index() == 0
     files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
-    told(True)  # the others find what the first one has drawn
+    broadcast_from_first(True)  # the others find what the first one has drawn
     drawn = {unit: _read_samples(settings, unit, path) for unit, path in files.items()}  # as they were, also of what is done
     if writes:
         _begin(directory, described(settings, provenance), not all(_is_done(directory, unit) for unit in wanted))
     for number, unit in enumerate(wanted, 1):
-        if not told(_is_done(directory, unit)):
+        if not broadcast_from_first(_is_done(directory, unit)):
             asked, digest = drawn.get(unit, ([], None))
             try:
                 measured = MEASURES[unit.eval](reader, settings, unit, asked)

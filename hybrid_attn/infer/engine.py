@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Trained
+from hybrid_attn.config import CheckpointConfig
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer.compress import Compression, compressed
 from hybrid_attn.infer.sampling import GREEDY, Sampling
@@ -66,7 +66,7 @@ class Engine:
     def __init__(
         self,
         params: dict,
-        config: Trained,
+        config: CheckpointConfig,
         *,
         chunk: int = TOKENS_AT_ONCE,
         cache: str = "auto",

@@ -18,13 +18,13 @@ from hybrid_attn.trees import check
 class Saved(NamedTuple):
     """What a checkpoint says beside its arrays: its config, the hash of the tokenizer, and the steps done of each stage."""
 
-    config: config.Trained
+    config: config.CheckpointConfig
     tokenizer_hash: str | None
     stage_steps: list[int]
 
 
 class Loaded(NamedTuple):
-    config: config.Trained
+    config: config.CheckpointConfig
     params: dict
     tokenizer: ByteTokenizer | JsonTokenizer
 
@@ -59,7 +59,7 @@ def saved_of(directory: str | os.PathLike, step: int) -> Saved:
     except checkpoint.UnreadableError as cause:
         raise ValueError(f"{where} has no config that can be read: {cause}; use another --step, or copy it again") from cause
     try:
-        c = config.build_trained(values)
+        c = config.build_checkpoint_config(values)
     except ValueError as cause:
         raise ValueError(f"{where} has a config that this version cannot read: {cause}; use the one that wrote it") from cause
     return Saved(c, *_typed(data, where))
@@ -121,7 +121,9 @@ def _ids(path: Path, value) -> set[int]:
     return set(ids)
 
 
-def _tokenizer(c: config.Trained, directory: str, where: str, trained_hash: str | None) -> ByteTokenizer | JsonTokenizer:
+def _tokenizer(
+    c: config.CheckpointConfig, directory: str, where: str, trained_hash: str | None
+) -> ByteTokenizer | JsonTokenizer:
     """The tokenizer of the config, or the copy that an import left beside the checkpoint; ValueError if it is another."""
     copy = os.path.join(directory, "companions", "tokenizer.json")
     name = copy if os.path.isfile(copy) else c.data.tokenizer

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import LayerKind, Model, RopeScaling, rotated_dims, score_scale
+from hybrid_attn.config import LayerType, Model, RopeScaling, rotated_dims, score_scale
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.parallel.mesh import gathered, spec_of
 
@@ -33,7 +33,7 @@ def weight(rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, std: float) -> Matri
 class Attention(nnx.Module):
     """Self-attention of one kind of layer (`kind`) inside `model`."""
 
-    def __init__(self, model: Model, kind: LayerKind, *, rngs: nnx.Rngs):
+    def __init__(self, model: Model, kind: LayerType, *, rngs: nnx.Rngs):
         self.model, self.kind = model, kind
         D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
         std, heads = model.init_std, P("fsdp", "tensor", None)
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         return self.temperature[...][:, None] * jnp.log(n_BT11)
 
 
-def _head_norm(model: Model, kind: LayerKind, heads: int) -> Norm:
+def _head_norm(model: Model, kind: LayerType, heads: int) -> Norm:
     """The norm of queries or keys [B, T, heads, H], by `kind.qk_norm_scope`."""
     if kind.qk_norm_scope == "head_dim":
         return Norm(kind.qk_norm, (model.head_dim,), model.norm_eps, P(None))
@@ -134,7 +134,7 @@ def rope_frequencies(theta: float, dims: int, scaling: RopeScaling) -> tuple[np.
     return freq, 1.0
 
 
-def rope_angles(kind: LayerKind, dims: int, pos_BT: jax.Array) -> tuple[jax.Array, float]:
+def rope_angles(kind: LayerType, dims: int, pos_BT: jax.Array) -> tuple[jax.Array, float]:
     """Angles [B, T, dims / 2] in float32, and the factor on their cosines and sines."""
     freq_R, size = rope_frequencies(kind.rope_theta, dims, kind.rope_scaling)
     return pos_BT[..., None].astype(jnp.float32) * freq_R.astype(np.float32), size

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import LayerKind, Model
+from hybrid_attn.config import LayerType, Model
 from hybrid_attn.model.attention import Attend
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.model.transformer import Block, Run, look_up, matrices
@@ -57,7 +57,7 @@ def extend(
     pos_BT = jax.reshard(jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T), spec)
 
     def in_cache(layer: cached.Layer) -> Attend:
-        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerKind, scale: float):
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
             o_BTNH, new = cached.attend(
                 q_BTNH, k_BTKH, v_BTKH, layer, cache.lengths_B, counts_B, sinks_N,
                 kind=kind, scale=scale, kernel=run.kernel, span=span,

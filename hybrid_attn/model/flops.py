@@ -8,7 +8,7 @@ import math
 
 import jax
 
-from hybrid_attn.config import LayerKind, Model
+from hybrid_attn.config import LayerType, Model
 from hybrid_attn.model.transformer import init
 from hybrid_attn.parallel.mesh import abstract_mesh
 
@@ -27,7 +27,7 @@ def shapes(model: Model):
         return jax.eval_shape(lambda: init(model, jax.random.key(0)))
 
 
-def attended_pairs(kind: LayerKind, length: int) -> int:
+def attended_pairs(kind: LayerType, length: int) -> int:
     """Pairs of a query and a key that it sees, in one document of `length` tokens."""
     if kind.chunk is not None:
         whole, rest = divmod(length, kind.chunk)

@@ -23,10 +23,10 @@ WORDS = 16_384  # of the vocabulary at a time: with 1,024 tokens, 64 MiB of logi
 def losses(model: Model, params: dict, batch: dict, run: Run) -> tuple[jax.Array, jax.Array]:
     """Negative log-probability of each target of a batch and log-sum-exp of its logits, [B, T] float32."""
     names = ("tokens", "positions", "segments", "targets")
-    *inputs, targets_BT = context.balance(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), run.balance)
+    *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), run.zigzag)
     x_BTD = apply_in_place(model, params, *inputs, run)
     found = token_losses(model, unembedding(model, params), x_BTD, targets_BT, run.loss_chunk)
-    return context.unbalance(found, run.balance)
+    return context.from_zigzag(found, run.zigzag)
 
 
 def token_losses(model: Model, table_VD: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int):

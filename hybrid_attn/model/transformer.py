@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config, kernels
-from hybrid_attn.config import LayerKind, Model, Table, Train
+from hybrid_attn.config import LayerType, Model, Table, Train
 from hybrid_attn.model.attention import Attend, Attention, Matrix, weight
 from hybrid_attn.model.mlp import MLP
 from hybrid_attn.model.norm import Norm
@@ -46,7 +46,7 @@ class Run(NamedTuple):
     dtype: jnp.dtype
     remat: Table[str, str]  # by the letter of the layer
     context: Table[str, str]
-    balance: bool
+    zigzag: bool
     kernel: str
     loss_chunk: int
     mlp_chunk: int | None
@@ -67,7 +67,7 @@ def run_on(platform: str, model: Model, train: Train) -> Run:
             f'the kernel "{kernel}" runs again in the backward pass, and train.remat={" and ".join(sorted(wanted))} keeps '
             f"its outputs so that it does not; use train.kernel={able}, or remat none or layer"
         )
-    return Run(jnp.dtype(dtype), remat, schemes, train.balance, kernel, train.loss_chunk, mlp_chunk)
+    return Run(jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk)
 
 
 class Block(nnx.Module):
@@ -122,10 +122,10 @@ class Period(nnx.Module):
 def in_rows(pos_BT: jax.Array, seg_BT: jax.Array, run: Run, letter: str) -> Attend:
     """Attention of a layer of that letter to the tokens of its own rows, of which nothing is kept."""
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerKind, scale: float):
+    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
         o_BTNH = context.attend(
             q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N, window=kind.window, chunk=kind.chunk, scale=scale,
-            softcap=kind.softcap, kernel=run.kernel, scheme=run.context[letter], balanced=run.balance,
+            softcap=kind.softcap, kernel=run.kernel, scheme=run.context[letter], zigzag=run.zigzag,
         )  # fmt: skip
         return o_BTNH, None
 
@@ -193,12 +193,12 @@ def init(model: Model, key: jax.Array) -> dict:
 
 def apply(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
     """Final normed activations [B, T, D] of int32 tokens; positions restart with each document, segment 0 is padding."""
-    placed = context.balance(tuple(jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT)), run.balance)
-    return context.unbalance(apply_in_place(model, params, *placed, run), run.balance)
+    placed = context.to_zigzag(tuple(jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT)), run.zigzag)
+    return context.from_zigzag(apply_in_place(model, params, *placed, run), run.zigzag)
 
 
 def apply_in_place(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run):
-    """`apply` where the tokens lie as `context.balance` puts them, and the activations stay there."""
+    """`apply` where the tokens lie as `context.to_zigzag` puts them, and the activations stay there."""
     return nnx.merge(_graph(model), params)(tokens_BT, pos_BT, seg_BT, run)
 
 

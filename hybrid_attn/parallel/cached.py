@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import kernels
-from hybrid_attn.config import LayerKind
+from hybrid_attn.config import LayerType
 from hybrid_attn.parallel.context import AXIS, merged
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
@@ -49,7 +49,7 @@ class Static(NamedTuple):
     span: int
 
 
-def reach(kind: LayerKind) -> int | None:
+def reach(kind: LayerType) -> int | None:
     """How many tokens a query of this kind sees at most, itself among them; None for the whole prefix."""
     return kind.chunk if kind.window is None else kind.window
 
@@ -63,7 +63,7 @@ def specs(layer: Layer) -> Layer:
     return Layer(slots, slots, steps, steps, P(BATCH, heads))
 
 
-def empty(kind: LayerKind, rows: int, slots: int, heads: int, size: int, dtype: jnp.dtype, quantised: bool) -> Layer:
+def empty(kind: LayerType, rows: int, slots: int, heads: int, size: int, dtype: jnp.dtype, quantised: bool) -> Layer:
     """A layer of `kind` that holds nothing yet, on the mesh in force; `quantised` applies to layers of the whole prefix."""
     bounded = reach(kind) is not None
     quantised = quantised and not bounded
@@ -76,7 +76,7 @@ def empty(kind: LayerKind, rows: int, slots: int, heads: int, size: int, dtype: 
 
 def attend(
     q_BTNH, k_BTKH, v_BTKH, layer: Layer, lengths_B, counts_B, sinks_N=None,
-    *, kind: LayerKind, scale: float, kernel: str, span: int,
+    *, kind: LayerType, scale: float, kernel: str, span: int,
 ) -> tuple[jax.Array, Layer]:  # fmt: skip
     """o_BTNH of new tokens that see the cache and each other, and the layer with them in it.
 

@@ -2,11 +2,11 @@
 
 A local layer asks for the keys of its window that lie before its own tokens (`halo`). A global one has all keys sent to all
 shards (`gather`), passes them round while it computes and merges by the log-sum-exp (`ring`, after "Ring Attention",
-arXiv 2310.01889), or trades tokens for heads (`exchange`, after "DeepSpeed Ulysses", arXiv 2309.14509). All give the same.
+arXiv 2310.01889), or trades tokens for heads (`ulysses`, after "DeepSpeed Ulysses", arXiv 2309.14509). All give the same.
 
-A causal row costs its last tokens more than its first, so a balanced shard i of c holds two slices of the row: the early one i
-and the late one 2c - 1 - i of 2c. `balance` lays [B, T] arrays out so and `unbalance` takes it back; between them only this
-file knows in which order the tokens are.
+The last tokens of a causal sequence cost more than its first, so in zigzag order shard i of c holds two slices of the sequence:
+the early one i and the late one 2c - 1 - i of 2c. `to_zigzag` puts [B, T] arrays into this order and `from_zigzag` undoes it;
+between them only this file knows in which order the tokens are.
 
 Letters: B batch, T tokens, S keys, N query heads, K key/value heads, H head size; c shards.
 """
@@ -53,17 +53,17 @@ class Static(NamedTuple):
 
 
 def attend(
-    q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N=None, *, window, chunk, scale, softcap, kernel, scheme, balanced
+    q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N=None, *, window, chunk, scale, softcap, kernel, scheme, zigzag
 ) -> jax.Array:
     """o_BTNH of causal self-attention over a sequence that the mesh splits; the contract of the mask is `kernels.attend`'s.
 
     `chunk` (tokens) keeps each query to the keys of its own chunk of positions: a chunk is a segment of its document. `scheme`
-    is a name in `SCHEMES`; `balanced` is what `balance` was told of these tokens.
+    is a name in `SCHEMES`; `zigzag` is whether the tokens are in zigzag order (`to_zigzag`).
     """
     if chunk is not None:
         seg_BT = chunk_segments(pos_BT, seg_BT, chunk)
         window = chunk
-    static = Static(window, scale, softcap, kernel, 2 if _balances(balanced) else 1)
+    static = Static(window, scale, softcap, kernel, 2 if _is_zigzag(zigzag) else 1)
 
     def shard(q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, *sinks):
         attend_here = SCHEMES[scheme] if jax.lax.axis_size(AXIS) > 1 else _alone
@@ -88,18 +88,18 @@ def chunk_segments(pos_BT: jax.Array, seg_BT: jax.Array, chunk: int) -> jax.Arra
     return jnp.where(seg_BT > 0, seg_BT * chunks + jnp.minimum(pos_BT // chunk, chunks - 1), 0)
 
 
-def balance(arrays: Any, wanted: bool) -> Any:
-    """Arrays [B, T, ...] in reading order; where `wanted`, each shard then holds an early and a late slice of them."""
-    return _over_context(_to_pairs, arrays) if _balances(wanted) else arrays
+def to_zigzag(arrays: Any, zigzag: bool) -> Any:
+    """Arrays [B, T, ...] in reading order, put into zigzag order if `zigzag` and the mesh splits the sequence."""
+    return _over_context(_to_pairs, arrays) if _is_zigzag(zigzag) else arrays
 
 
-def unbalance(arrays: Any, wanted: bool) -> Any:
-    """Arrays [B, T, ...] that `balance` was told the same of, in reading order again."""
-    return _over_context(_from_pairs, arrays) if _balances(wanted) else arrays
+def from_zigzag(arrays: Any, zigzag: bool) -> Any:
+    """The inverse of `to_zigzag` with the same `zigzag`."""
+    return _over_context(_from_pairs, arrays) if _is_zigzag(zigzag) else arrays
 
 
-def _balances(wanted: bool) -> bool:
-    return wanted and jax.sharding.get_abstract_mesh().shape[AXIS] > 1
+def _is_zigzag(zigzag: bool) -> bool:
+    return zigzag and jax.sharding.get_abstract_mesh().shape[AXIS] > 1
 
 
 def _over_context(move: Callable, arrays: Any) -> Any:
@@ -108,7 +108,7 @@ def _over_context(move: Callable, arrays: Any) -> Any:
 
 
 def _even_and_odd() -> tuple[list, list]:
-    """For the even and for the odd ones of 2c slices: which shard has it in reading order, and which when balanced."""
+    """For the even and for the odd ones of 2c slices: which shard has it in reading order, and which in zigzag order."""
     c = jax.lax.axis_size(AXIS)
     homes = [(slice_ // 2, min(slice_, 2 * c - 1 - slice_)) for slice_ in range(2 * c)]
     return homes[::2], homes[1::2]
@@ -203,7 +203,7 @@ def _gather(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
     return jnp.concatenate([_kernel(static, part, whole, sinks_N)[0] for part in _parts(queries, static.slices)], 1)
 
 
-def _exchange(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
+def _ulysses(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
     """All tokens of some heads here, for some tokens of all heads."""
     c, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
 
@@ -213,12 +213,12 @@ def _exchange(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Arra
     def whole(x_BT):
         return _reading_order(jax.lax.all_gather(x_BT, AXIS, axis=1, tiled=True), static)
 
-    with jax.named_scope("exchange"):
+    with jax.named_scope("ulysses"):
         q_BTNH, k_BSKH, v_BSKH = swap(queries.q_BTNH), swap(keys.k_BSKH), swap(keys.v_BSKH)
         pos_BS, seg_BS = whole(keys.pos_BS), whole(keys.seg_BS)
     sinks = None if sinks_N is None else jax.lax.dynamic_slice_in_dim(sinks_N, i * (len(sinks_N) // c), len(sinks_N) // c)
     o_BTNH, _ = _kernel(static, Queries(q_BTNH, pos_BS, seg_BS), Keys(k_BSKH, v_BSKH, pos_BS, seg_BS), sinks)
-    with jax.named_scope("exchange"):
+    with jax.named_scope("ulysses"):
         return jax.lax.all_to_all(_shards_order(o_BTNH, static), AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
@@ -242,7 +242,7 @@ def _shards_order(x_BS: jax.Array, static: Static) -> jax.Array:
 def _ring(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
     """Keys travel from shard to shard; what each visit gives is merged by its log-sum-exp."""
     if static.kernel == "cudnn":
-        raise NotImplementedError('cudnn attends to keys of the queries\' own places alone; use train.context="exchange"')
+        raise NotImplementedError('cudnn attends to keys of the queries\' own places alone; use train.context="ulysses"')
     q_BTNH, *places = queries
     o_BTNH, lse_BTN = _ring_attend(static, q_BTNH, keys.k_BSKH, keys.v_BSKH, *places)
     if sinks_N is not None:
@@ -340,4 +340,4 @@ def _pulled_back(static: Static, queries: Queries, keys: Keys, o_BTNH, lse_BTN, 
 
 _ring_attend.defvjp(_ring_forward, _ring_backward)
 
-SCHEMES = {"halo": _halo, "gather": _gather, "ring": _ring, "exchange": _exchange}
+SCHEMES = {"halo": _halo, "gather": _gather, "ring": _ring, "ulysses": _ulysses}

@@ -15,7 +15,7 @@ def check(c: config.Config, sizes: Mapping[str, int]) -> None:
     for index, stage in enumerate(c.stages):
         check_splits(f"stages[{index}]: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
     for name, length in lengths.items():
-        check_row(name, length, sizes, c.train.balance)
+        check_row(name, length, sizes, c.train.zigzag)
     check_model(c.model, sizes)
     check_schemes(c.model, config.context(c.model, c.train), sizes)
 
@@ -27,9 +27,9 @@ def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
     check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
 
 
-def check_row(what: str, length: int, sizes: Mapping[str, int], balance: bool) -> None:
-    """ValueError where a row of `length` tokens does not split over context shards, which `balance` gives two parts each."""
-    check_splits(what, length, sizes, ("context",), 2 if balance and sizes["context"] > 1 else 1, "parts")
+def check_row(what: str, length: int, sizes: Mapping[str, int], zigzag: bool) -> None:
+    """ValueError where a row of `length` tokens does not split over context shards, which `zigzag` gives two parts each."""
+    check_splits(what, length, sizes, ("context",), 2 if zigzag and sizes["context"] > 1 else 1, "parts")
 
 
 def check_splits(
@@ -57,10 +57,10 @@ def check_schemes(model: config.Model, schemes: Mapping[str, str], sizes: Mappin
     """
     tensor, context = sizes["tensor"], sizes["context"]
     heads = model.num_kv_heads // tensor
-    letters = [letter for letter, scheme in schemes.items() if scheme == "exchange"]
+    letters = [letter for letter, scheme in schemes.items() if scheme == "ulysses"]
     if letters and heads % context:
         raise ValueError(
-            f"train.context: {','.join(letters)}=exchange splits the {heads} key/value heads of a tensor shard over {context} "
+            f"train.context: {','.join(letters)}=ulysses splits the {heads} key/value heads of a tensor shard over {context} "
             f"context shards; use mesh.context={math.gcd(heads, context)}, or a multiple of {tensor * context} for "
             f"model.num_kv_heads, or {','.join(f'{letter}=auto' for letter in letters)}"
         )

@@ -87,7 +87,7 @@ def place(x: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda part: x[part])
 
 
-def told(yes: bool) -> bool:
+def broadcast_from_first(yes: bool) -> bool:
     """What process 0 says, in every process of the run: they must all go the same way."""
     return bool(multihost_utils.broadcast_one_to_all(np.int32(yes)))
 

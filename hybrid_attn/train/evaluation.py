@@ -16,7 +16,7 @@ from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.report import contents
 from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
 from hybrid_attn.model import Run
-from hybrid_attn.parallel.mesh import BATCH, told
+from hybrid_attn.parallel.mesh import BATCH, broadcast_from_first
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.overview import evaluation_tables
 from hybrid_attn.trees import check
@@ -93,7 +93,7 @@ class Evaluations:
         if not self.wanted:
             return True
         described = self._described(self.folder / str(step), self.about | {"step": step}, (*PASSING, *MACHINE))
-        return told(described is not None and self.report_of(step) is not None)
+        return broadcast_from_first(described is not None and self.report_of(step) is not None)
 
     def measure(self, params: dict, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
         """Measures what this step has no files of, and tells all that it has; False if it was asked to stop before the end."""
@@ -112,7 +112,7 @@ class Evaluations:
         def done(unit: suite.Unit, number: int, of: int) -> bool:
             if jax.process_index() == 0:
                 _tell(metrics, unit, suite.measured_of(folder, unit).records)
-            return told(asked_to_stop()) and number < of
+            return broadcast_from_first(asked_to_stop()) and number < of
 
         try:
             whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import Mesh
 
-from hybrid_attn.config import Config, LayerKind, reach
+from hybrid_attn.config import Config, LayerType, reach
 from hybrid_attn.data.pipeline import MixedRows
 from hybrid_attn.data.synthetic import SyntheticRows
 from hybrid_attn.model import Run, flops
@@ -24,7 +24,7 @@ def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedRows
     kinds = "; ".join(f"{letter} = {describe(c.model.kinds[letter])}" for letter in sorted(set(c.model.layers)))
     device = jax.devices()[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    shared = {letter: f"{scheme}{', balanced' if run.balance else ''}" for letter, scheme in run.context.items()}
+    shared = {letter: f"{scheme}{', zigzag' if run.zigzag else ''}" for letter, scheme in run.context.items()}
     remat = by_letter(run.remat)
     context = f"; a row is shared by {by_letter(shared)}" if mesh.shape["context"] > 1 else ""
     several = len(c.stages) > 1
@@ -74,7 +74,7 @@ def by_letter(choices: Mapping[str, str]) -> str:
     return values.pop() if len(values) == 1 else ", ".join(f"{letter} {choice}" for letter, choice in choices.items())
 
 
-def describe(kind: LayerKind) -> str:
+def describe(kind: LayerType) -> str:
     """A kind of layer in a few words: what it sees, its positions, its norms."""
     positions = "NoPE" if kind.rope_theta is None else f"RoPE {kind.rope_theta:,.0f}"
     norm = "" if kind.qk_norm == "none" else f", QK-norm {kind.qk_norm}"

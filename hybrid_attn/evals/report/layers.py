@@ -2,19 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 
-from hybrid_attn.config import LayerKind, reach
+from hybrid_attn.config import LayerType, reach
 from hybrid_attn.evals.report.runs import Run
 
 LONGEST_LAYOUT = 8  # letters that are shown one by one
 
 
-def name(kind: LayerKind) -> str:
+def name(kind: LayerType) -> str:
     """Such as "local, window 512, RoPE" or "global, NoPE"."""
     seen = reach(kind)
     return f"{f'local, {seen}' if seen else 'global'}, {'NoPE' if kind.rope_theta is None else 'RoPE'}"
 
 
-def names(kinds: Mapping[str, LayerKind]) -> dict[str, str]:
+def names(kinds: Mapping[str, LayerType]) -> dict[str, str]:
     """The name of each letter; letters whose names would be the same keep the letter behind it."""
     called = {letter: name(kind) for letter, kind in kinds.items()}
     same = {x for x in called.values() if [*called.values()].count(x) > 1}
