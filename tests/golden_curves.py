@@ -1,6 +1,6 @@
-"""Makes tests/golden/curves.json: what small runs of the public programs come to, as exact numbers.
+"""Makes tests/golden_curves.json: what small runs of the public programs come to, as exact numbers.
 
-    python tests/golden_curves.py --out=tests/golden/curves.json
+    python tests/golden_curves.py --out=tests/golden_curves.json
 
 A change that should leave every number as it is, is compared with the file of the code before it: bit for bit with the same
 version of jax on the same kind of processor, and closely elsewhere. Everything goes through the programs of launch/ and tools/,

@@ -1,4 +1,4 @@
-"""Small runs of the public programs come to the numbers that they came to before: tests/golden/curves.json."""
+"""Small runs of the public programs come to the numbers that they came to before: tests/golden_curves.json."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-PATH = Path(__file__).parent / "golden/curves.json"
+PATH = Path(__file__).parent / "golden_curves.json"
 pytestmark = pytest.mark.slow
 
 
