@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 def kind(**changes) -> ConfigDict:
     """A kind of layer: whole prefix, no positions, nothing else, with `changes` on top."""
     k = ConfigDict()
+    k.mixer = "attention"  # how tokens exchange information; the names are those of `MIXERS` in hybrid_attn/model/block.py
+    k.mlp = "gated"  # the feed-forward; the names are those of `MLPS` there
     k.window = None  # keys that a query sees, itself included; None = the whole prefix
     k.chunk = None  # tokens; a query sees only keys of its own chunk (Llama 4); not together with a window
     k.rope_theta = None  # base of the rotary frequencies; None = no positions (NoPE)
@@ -103,6 +105,7 @@ def get_config() -> ConfigDict:
     c.data.prefetch = 2  # batches read ahead, each by a thread of its own
 
     o = c.optim = ConfigDict()
+    o.optimiser = "adamw"  # the names are those of `OPTIMISERS` in hybrid_attn/train/optim.py
     o.lr = 6e-3  # peak; small models bear high rates
     o.b1 = 0.9
     o.b2 = 0.95  # shorter memory than 0.999: the usual choice for language models
@@ -121,6 +124,7 @@ def get_config() -> ConfigDict:
     stage.batch = 1  # rows in a step, over all devices
     # Parts of the batch whose gradients are summed one after the other: less memory for activations, the same step.
     stage.microbatches = 1
+    stage.objective = "next_token"  # the names are those of `OBJECTIVES` in hybrid_attn/train/objectives/__init__.py
     stage.mixture = ConfigDict()  # source -> weight: its share in the tokens; empty = the only source
     c.stages = [stage]
 

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from hybrid_attn import files, stored, trees
+from hybrid_attn.config import upgraded
 from hybrid_attn.stored import UnreadableError
 
 MIB = 2**20
@@ -190,8 +191,11 @@ def steps(directory: str | os.PathLike) -> list[int]:
 
 
 def read_config(directory: str | os.PathLike, step: int | None = None) -> dict:
-    """The nested dict of the config that made the newest checkpoint, or that of `step`; ValueError if unreadable."""
-    return stored.read_item(_newest_path(directory, step), "config")
+    """The nested dict, with today's keys, of the config that made the newest checkpoint, or that of `step`.
+
+    ValueError if it is unreadable.
+    """
+    return upgraded(stored.read_item(_newest_path(directory, step), "config"))
 
 
 def read_data(directory: str | os.PathLike, step: int | None = None) -> dict:

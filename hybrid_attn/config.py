@@ -92,8 +92,10 @@ class Temperature:
 
 @dataclasses.dataclass(frozen=True)
 class LayerType:
-    """What one letter of the pattern means: which keys a query sees and how positions enter."""
+    """What one letter of the pattern means: its mixer and feed-forward, which keys a query sees, how positions enter."""
 
+    mixer: str
+    mlp: str
     window: int | None = within(1, 2**31 - 1, aliases=("sliding_window",))
     chunk: int | None = within(1, 2**31 - 1, aliases=("attention_chunk_size",))
     rope_theta: float | None = within(1, 10**18, above=True, aliases=("theta", "rope_base"))
@@ -270,6 +272,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
+    optimiser: str = named("optimizer")
     lr: float = within(0, 100, above=True, aliases=("learning_rate", "peak_lr", "max_lr"))
     b1: float = within(0, 1, below=True, aliases=("adam_beta1",))
     b2: float = within(0, 1, below=True, aliases=("adam_beta2",))
@@ -295,6 +298,7 @@ class Stage:
     batch: int = within(1, 2**24, aliases=("batch_size", "global_batch_size"))
     microbatches: int = within(1, 2**24, aliases=("gradient_accumulation_steps", "grad_accum", "accumulation"))
     mixture: Table[str, float] = within(0, 10**9)
+    objective: str = named("loss")
 
     def __post_init__(self):
         check_fields(self, "stages")
@@ -470,15 +474,22 @@ def build(values: Mapping) -> Config:
 def build_checkpoint_config(values: Mapping) -> CheckpointConfig:
     """Those groups of a config that made a checkpoint; of the others, other versions of this program have other keys."""
     read = {field.name for field in dataclasses.fields(CheckpointConfig)}
-    return trees.build(CheckpointConfig, {key: x for key, x in renamed(values).items() if key in read}, "config")
+    return trees.build(CheckpointConfig, {key: x for key, x in values.items() if key in read}, "config")
 
 
-def renamed(values: Mapping) -> dict:
-    """The nested dict of an older checkpoint's config with today's keys and choices in place of those that were renamed."""
-    if "balance" not in values.get("train", ()):
-        return dict(values)
-    train = {"zigzag" if key == "balance" else key: value for key, value in values["train"].items()}
-    return {**values, "train": train | {"context": train["context"].replace(*RENAMED_CONTEXT)}}
+def upgraded(values: Mapping) -> dict:
+    """The nested dict of an older checkpoint's config with today's keys: what was renamed, and what had one choice before."""
+    values = trees.plain(values)
+    for layer_type in values.get("model", {}).get("kinds", {}).values():
+        layer_type |= {"mixer": "attention", "mlp": "gated"} | layer_type
+    for stage in values.get("stages", ()):
+        stage |= {"objective": "next_token"} | stage
+    if "optim" in values:
+        values["optim"] = {"optimiser": "adamw"} | values["optim"]
+    if "balance" in values.get("train", ()):
+        values["train"]["zigzag"] = values["train"].pop("balance")
+        values["train"]["context"] = values["train"]["context"].replace(*RENAMED_CONTEXT)
+    return values
 
 
 def build_model(values: Mapping) -> Model:

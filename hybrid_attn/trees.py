@@ -75,6 +75,13 @@ def not_among(value: str, choices: Sequence[str]) -> str:
     return f"is not one of {', '.join(map(repr, choices))}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
+def choice(field: str, name: str, table: Mapping):
+    """The entry that a config's `field` names; ValueError with the nearest name if the table has none of this name."""
+    problem = not_among(name, tuple(table))
+    check(not problem, f"{field}={name!r} {problem}")
+    return table[name]
+
+
 def check_fields(instance, group: str) -> None:
     """FieldError for the first field of a dataclass whose value, or an element of it, is not what the field declares."""
     for field in dataclasses.fields(instance):

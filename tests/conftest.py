@@ -26,7 +26,7 @@ from tensorboardX.proto import event_pb2
 from configs import base
 from hybrid_attn import config
 from hybrid_attn.model import Run, flops, losses
-from hybrid_attn.model.loss import mean_loss
+from hybrid_attn.model.loss import weighted_sum
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train import loop
 
@@ -168,6 +168,11 @@ def everything(pattern: str, window: int) -> config.Model:
         L={"window": window, "rope_theta": 100.0, "temperature.type": "learned", "gate": "head"},
         G={"qk_norm": "rms", "qk_norm_scope": "projection", "sink": True},
     ).model
+
+
+def mean_loss(nll_BT, lse_BT, weights_BT, z_loss: float):
+    """Over the weighted tokens of a batch."""
+    return weighted_sum(nll_BT, lse_BT, weights_BT, z_loss) / jnp.maximum(weights_BT.sum(), 1.0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

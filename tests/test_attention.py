@@ -14,7 +14,7 @@ from flax import nnx
 from hybrid_attn.config import RopeScaling
 from hybrid_attn.model import apply
 from hybrid_attn.model.attention import Attention, rope_angles, rope_frequencies, rotate
-from hybrid_attn.model.transformer import in_rows
+from hybrid_attn.model.transformer import in_packed
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -302,7 +302,7 @@ def test_every_query_key_norm_is_its_formula_before_or_after_the_rotation(qk_nor
     rng = np.random.default_rng(9)
     q, k = rng.normal(size=(7, 4, 8)), rng.normal(1.0, 2.0, size=(7, 2, 8))
     pos = 3 * np.arange(7)
-    got = layer.place(*(jnp.asarray(x[None], jnp.float32) for x in (q, k)), jnp.asarray(pos[None]))
+    got = layer.norm_and_rotate(*(jnp.asarray(x[None], jnp.float32) for x in (q, k)), jnp.asarray(pos[None]))
     wanted = place_by_hand(layer.kind, layer.model, params, q, k, pos)
     assert_close(tuple(x[0] for x in jax.device_get(got)), wanted, 2e-6)
     shapes = {"head_dim": [(8,), (8,)], "head": [(4, 8), (2, 8)], "projection": [(4, 8), (2, 8)]}[scope]
@@ -351,7 +351,7 @@ def test_attention_is_its_formula(fields):
     x = np.random.default_rng(10).normal(size=(T, 32))
     positions, segments = layout(PACKED)
     row = on_mesh({"x": x[None].astype(np.float32), "p": positions[None], "s": segments[None]})
-    got = jax.jit(lambda layer, x, pos, seg: layer(x, pos, in_rows(pos, seg, REFERENCE, "L"))[0])(layer, *row.values())
+    got = jax.jit(lambda layer, x, pos, seg: layer(x, pos, in_packed(pos, seg, REFERENCE, "L"))[0])(layer, *row.values())
     got = jax.device_get(got)[0]
 
     q, k, v = (np.einsum("TD,DNH->TNH", x, params[name]) for name in "qkv")

@@ -20,7 +20,7 @@ from hybrid_attn.evals.attention import SEGMENTS
 from hybrid_attn.evals.marked import Marked
 from hybrid_attn.evals.shares import Asked, Shares
 from hybrid_attn.model.extend import layer_by_layer, unstacked
-from hybrid_attn.model.transformer import in_rows
+from hybrid_attn.model.transformer import in_packed
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
 
 B, T, N, K, H, Q = 2, 48, 4, 2, 8, 24  # more queries than a row has, beyond the reach of the windows
@@ -135,7 +135,7 @@ def watched_weights(subject, prompt):
 
     def watched(letter):
         def attend(q, k, v, sinks, kind, scale):
-            return in_rows(pos, seg, run, letter)(q, k, v, sinks, kind, scale)[0], (q[0], k[0], sinks)
+            return in_packed(pos, seg, run, letter)(q, k, v, sinks, kind, scale)[0], (q[0], k[0], sinks)
 
         return attend
 

@@ -11,6 +11,7 @@ from conftest import RUN, batch_of, tiny
 from hybrid_attn import config
 from hybrid_attn.kernels.reference import visible_BTS
 from hybrid_attn.model import flops, losses
+from hybrid_attn.model.attention import attended_pairs
 from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh
 
 KINDS = {
@@ -31,7 +32,7 @@ def test_attended_pairs_are_those_of_the_reference_mask(letter, length):
     positions = np.arange(length)[None]
     segments = np.ones_like(positions) if kind.chunk is None else 1 + positions // kind.chunk
     counted = visible_BTS(positions, positions, segments, segments, kind.window).sum()
-    assert flops.attended_pairs(kind, length) == counted
+    assert attended_pairs(kind, length) == counted
 
 
 def test_forward_flops_are_those_that_the_compiler_counts():
@@ -50,7 +51,7 @@ def test_forward_flops_are_those_that_the_compiler_counts():
         }
         step = jax.jit(losses, static_argnums=(0, 3)).trace(model, flops.shapes(model), batch, run)
     counted = step.lower(lowering_platforms=("cpu",)).cost_analysis()["flops"]
-    seen = sum(flops.attended_pairs(model.kinds[letter], length) for letter in model.layers)
+    seen = sum(attended_pairs(model.kinds[letter], length) for letter in model.layers)
     unseen = 3 * length**2 - seen  # the reference kernel computes them all
     wanted = length * flops.forward_flops_per_token(model, length) + 4 * model.num_heads * model.head_dim * unseen
     assert counted == pytest.approx(wanted, rel=0.02)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, biggest_array, mesh_of, on_mesh, tiny
+from conftest import assert_close, biggest_array, mean_loss, mesh_of, on_mesh, tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.model import loss
-from hybrid_attn.model.loss import bits_per_byte, mean_loss, token_losses
+from hybrid_attn.model.loss import bits_per_byte, token_losses
 
 B, T, D, V, CHUNK = 8, 13, 32, 384, 9  # 104 tokens are no multiple of 9, nor are 384, 192 and 96 words of 70
 CASES = {"plain": (1.0, None, 0.0), "scale, softcap, z-loss": (0.5, 3.0, 1e-2)}

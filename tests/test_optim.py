@@ -9,12 +9,17 @@ import optax
 import pytest
 from conftest import assert_close, tiny
 
-from hybrid_attn.model import flops
-from hybrid_attn.train.optim import decayed, optimiser, schedule
+from hybrid_attn.model import specs
+from hybrid_attn.model.params import EMBEDDING, MATRIX, ParamSpec, map_specs
+from hybrid_attn.train.optim import adamw, schedule
 
 
 def optim_of(**changes):
     return dataclasses.replace(tiny().optim, **changes)
+
+
+def spec_of(group):
+    return ParamSpec((), (), group, 0.0, 1.0, 0)
 
 
 def rates(total_steps, **changes):
@@ -54,9 +59,9 @@ def test_short_runs_have_rates_that_train(kind, total_steps, warmup_steps):
 def test_decay_shrinks_the_matrices_and_neither_norms_nor_embeddings_nor_scalars_of_heads():
     everything = {"sink": True, "gate": "head", "temperature.type": "learned", "qk_norm": "rms", "qk_norm_scope": "head"}
     changes = {"model.tie_embeddings": False, "model.num_layers": 5, "model.block": "sandwich"}
-    shapes = flops.shapes(tiny(changes, G=everything, L=everything | {"gate": "projection"}).model)
+    model = tiny(changes, G=everything, L=everything | {"gate": "projection"}).model
     names = {True: set(), False: set()}
-    for path, decays in jax.tree.leaves_with_path(decayed(shapes)):
+    for path, decays in jax.tree.leaves_with_path(map_specs(lambda spec: spec.decay, specs(model))):
         place = {"periods": "stacked", "tail": "tail"}.get(path[0].key, "alone")
         names[decays].add((place, *(key.key for key in path[-2:])))
     attention, mlp = ("q", "k", "v", "o", "gate"), ("gate", "up", "down")
@@ -67,8 +72,9 @@ def test_decay_shrinks_the_matrices_and_neither_norms_nor_embeddings_nor_scalars
 
 def test_updates_are_those_of_adamw_after_clipping_by_the_norm_of_all_gradients():
     optim = optim_of(lr=0.1, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3, clip_norm=2.0, warmup_steps=2)
-    tx, rng = optimiser(optim, 10), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     params = {"embed": rng.normal(size=(6, 4)), "mlp": {"up": rng.normal(size=(4, 5))}}
+    tx = adamw(optim, {"embed": spec_of(EMBEDDING), "mlp": {"up": spec_of(MATRIX)}}, 10)
     got = jax.tree.map(jnp.float32, params)
     state = tx.init(got)
     moments = jax.tree.map(lambda p: (np.zeros_like(p), np.zeros_like(p)), params)

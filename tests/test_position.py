@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, mesh_of, on_mesh, random_params, tiny
+from conftest import RUN, mean_loss, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.rows import Rows
@@ -13,7 +13,6 @@ from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import Spec, Subject, attention, bigram, keytokens, position, recall
 from hybrid_attn.model import losses
-from hybrid_attn.model.loss import mean_loss
 
 LENGTH = 48
 

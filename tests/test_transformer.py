@@ -31,9 +31,9 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config
 from hybrid_attn.model import apply, flops, init, losses, run_on, unembedding
-from hybrid_attn.model.mlp import MLP
+from hybrid_attn.model.mlp import GatedMLP
 from hybrid_attn.model.norm import Norm
-from hybrid_attn.model.transformer import Block, in_rows
+from hybrid_attn.model.transformer import Block, in_packed
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.train.step import init_state, make_step
@@ -197,16 +197,16 @@ def mlp_by_hand(x, p, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_feed_forward_is_its_formula(activation, one_device):
     model = tiny({"model.activation": activation, "model.init_std": 0.4}).model
-    mlp = MLP(model, rngs=nnx.Rngs(0))
+    mlp = GatedMLP(model, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(8, 48, 32)).astype(np.float32)
     wanted = mlp_by_hand(x, jax.device_get(nnx.to_pure_dict(nnx.state(mlp))), activation)
     for chunk in (None, 7, 1000):
-        assert_close(jax.device_get(mlp(on_mesh({"x": x})["x"], chunk)), wanted, 1e-6)
+        assert_close(jax.device_get(mlp(on_mesh({"x": x})["x"], chunk)[0]), wanted, 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rms", "rms_plus1"])
 def test_norms_are_their_formulas_computed_in_float32(kind, one_device):
-    norm = Norm(kind, (32,), 1e-2, P(None))
+    norm = Norm(kind, (32,), ("norm",), 1e-2)
     assert np.all(np.asarray(norm.weight[...]) == (0.0 if kind == "rms_plus1" else 1.0))
     rng = np.random.default_rng(1)
     w, x = rng.normal(size=32), jnp.asarray(rng.normal(300.0, 1.0, size=(5, 32)), jnp.bfloat16)
@@ -245,7 +245,7 @@ def test_a_layer_of_every_block_is_its_formula_with_embedding_scale_and_final_no
     mine = jax.tree.map(lambda x: x[0], params["periods"]["L0"])
     nnx.update(layer, mine)
     mine = jax.device_get(mine)
-    attention = jax.jit(lambda x: layer.attention(x, pos, in_rows(pos, seg, REFERENCE, "L"))[0])
+    attention = jax.jit(lambda x: layer.attention(x, pos, in_packed(pos, seg, REFERENCE, "L"))[0])
     wanted = BLOCKS[block](
         1.7 * np.asarray(params["embed"])[BATCH["tokens"]],
         lambda name, x: norm_by_hand(x, "rms_plus1", mine[name]["weight"], model.norm_eps),

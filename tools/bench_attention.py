@@ -25,6 +25,7 @@ from absl import app, flags
 from hybrid_attn import kernels, programs
 from hybrid_attn.convert.layers import PLAIN
 from hybrid_attn.model import flops
+from hybrid_attn.model.attention import attended_pairs, attention_flops
 from hybrid_attn.train import measurement
 from hybrid_attn.train.measurement import Processes, Ready, Task
 
@@ -56,8 +57,8 @@ class Case(NamedTuple):
 
     @property
     def flops(self) -> int:
-        pairs = flops.attended_pairs(dataclasses.replace(PLAIN, window=self.window), self.S)
-        return flops.TRAIN * flops.attention_flops(self.N, self.H, pairs)
+        pairs = attended_pairs(dataclasses.replace(PLAIN, window=self.window), self.S)
+        return flops.TRAIN * attention_flops(self.N, self.H, pairs)
 
     def inputs(self) -> list[np.ndarray]:
         """q_BSNH, k_BSKH, v_BSKH and the gradient of the output, do_BSNH."""

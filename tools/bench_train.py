@@ -28,12 +28,14 @@ from jax.sharding import NamedSharding
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.config import Config
 from hybrid_attn.convert import families, hf
-from hybrid_attn.model import flops, init, run_on
+from hybrid_attn.model import flops, init, run_on, specs
+from hybrid_attn.model.attention import attended_pairs, attention_flops
+from hybrid_attn.model.params import map_specs
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train import measurement
 from hybrid_attn.train.measurement import Processes, Ready, Task
-from hybrid_attn.train.optim import decayed, schedule
+from hybrid_attn.train.optim import schedule
 from hybrid_attn.train.step import init_state, make_step
 
 BENCH = Path(__file__).parents[1] / "configs" / "bench.py"
@@ -91,7 +93,7 @@ def export(values: dict, directory: str) -> list[str]:
     c = config.build(values)
     with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
         params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
-    shrunk = hf.flat(decayed(params))
+    shrunk = hf.flat(map_specs(lambda spec: spec.decay, specs(c.model)))
     shapes = {path: x.shape for path, x in hf.flat(params).items()}
     described = hf.describe(c.model, directory, c.stages[0].seq_len)
     hf.write(directory, c.model, described, shapes, hf.by_period(params), "float32")
@@ -153,8 +155,8 @@ def computed_with_masks(c: Config) -> float:
     """FLOPs of a step that computes the whole square of every layer that has a window shorter than the row."""
     (B, S), m = (c.stages[0].batch, c.stages[0].seq_len), c.model
     windows = [kind for kind in map(m.kinds.get, m.layers) if kind.window is not None and kind.window < S]
-    unseen = sum(S**2 - flops.attended_pairs(kind, S) for kind in windows)
-    return needed(c) + B * flops.TRAIN * flops.attention_flops(m.num_heads, m.head_dim, unseen)
+    unseen = sum(S**2 - attended_pairs(kind, S) for kind in windows)
+    return needed(c) + B * flops.TRAIN * attention_flops(m.num_heads, m.head_dim, unseen)
 
 
 class Contender(NamedTuple):

@@ -36,7 +36,7 @@ def import_model() -> None:
     with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
         params = hf.read_params(MODEL.value, model, described["model_type"], flops.shapes(model))
         checkpoints = Checkpoints(directory, keep=1, every=1)
-        fresh = jax.jit(optimiser(c.optim, c.total_steps).init)
+        fresh = jax.jit(optimiser(c).init)
         state = TrainState(jnp.int32(0), params, fresh(params)) if OPTIMISER.value else {"params": params}
         origin = f"{described['model_type']} from {MODEL.value}"
         checkpoints.save(0, state, {"stage_steps": [], "stage": {}, "imported": origin}, config.to_dict(c), wait=True)

@@ -22,7 +22,7 @@ from hybrid_attn.evals.shares import Asked, Shares, oldest_key, shares
 from hybrid_attn.evals.subject import Spec, Subject, check_finite
 from hybrid_attn.model import Run
 from hybrid_attn.model.extend import layer_by_layer, unstacked
-from hybrid_attn.model.transformer import in_rows
+from hybrid_attn.model.transformer import in_packed
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
 
 BEGIN = 10  # tokens; the weights by position leave them out
@@ -152,7 +152,7 @@ def _look(model: Model, run: Run, queries: int, params: dict, tokens_BT: jax.Arr
     seg_BT = (pos_BT < jax.reshard(asked.length_B, P(BATCH))[:, None]).astype(jnp.int32)
 
     def watched(letter: str):
-        attend_in_rows = in_rows(pos_BT, seg_BT, run, letter)
+        attend_in_rows = in_packed(pos_BT, seg_BT, run, letter)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
             o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind, scale)

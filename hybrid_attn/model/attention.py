@@ -15,19 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model, RopeScaling, rotated_dims, score_scale
 from hybrid_attn.model.norm import Norm
-from hybrid_attn.parallel.mesh import gathered, spec_of
+from hybrid_attn.model.params import linear, vector
+from hybrid_attn.parallel.mesh import spec_of
 
-# (q_BTNH, k_BTKH, v_BTKH, sinks_N or None, kind, scale) -> o_BTNH and anything that is to be kept of it.
-Attend = Callable[..., tuple[jax.Array, Any]]
-
-
-class Matrix(nnx.Param):
-    """A parameter that is multiplied with activations, in their dtype. Any other parameter is used in float32 everywhere."""
-
-
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, std: float) -> Matrix:
-    """A float32 parameter drawn from N(0, std^2)."""
-    return Matrix(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec))
+# (q_BTNH, k_BTKH, v_BTKH, sinks_N or None, kind, scale) -> o_BTNH, and anything that its caller wants beside it.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, LayerType, float], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
@@ -36,41 +28,37 @@ class Attention(nnx.Module):
     def __init__(self, model: Model, kind: LayerType, *, rngs: nnx.Rngs):
         self.model, self.kind = model, kind
         D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
-        std, heads = model.init_std, P("fsdp", "tensor", None)
-        self.q = weight(rngs, (D, N, H), heads, std)
-        self.k = weight(rngs, (D, K, H), heads, std)
-        self.v = weight(rngs, (D, K, H), heads, std)
-        self.o = weight(rngs, (N, H, D), P("tensor", None, "fsdp"), std)
+        std, axes = model.init_std, ("embed", "heads", "head_dim")
+        self.q = linear(rngs, (D, N, H), axes, std)
+        self.k = linear(rngs, (D, K, H), axes, std)
+        self.v = linear(rngs, (D, K, H), axes, std)
+        self.o = linear(rngs, (N, H, D), ("heads", "head_dim", "embed"), std, fan_in=2)
         if kind.qk_norm != "none":
             self.q_norm, self.k_norm = (_head_norm(model, kind, heads) for heads in (N, K))
         if kind.temperature.type == "learned":
-            self.temperature = nnx.Param(jnp.full((N,), kind.temperature.scale, jnp.float32, out_sharding=P("tensor")))
+            self.temperature = vector((N,), ("heads",), kind.temperature.scale)
         if kind.sink:
-            self.sink = nnx.Param(jnp.zeros((N,), out_sharding=P("tensor")))
-        if kind.gate != "none":
-            gate_shape = (D, N, H) if kind.gate == "projection" else (D, N)
-            self.gate = weight(rngs, gate_shape, P("fsdp", "tensor"), std)
+            self.sink = vector((N,), ("heads",), 0.0)
+        if kind.gate == "projection":
+            self.gate = linear(rngs, (D, N, H), axes, std)
+        elif kind.gate == "head":
+            self.gate = linear(rngs, (D, N), ("embed", "heads"), std)
 
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """[B, T, D] of the same, and what `attend` keeps."""
-        dtype, kind = x_BTD.dtype, self.kind
+        """[B, T, D] of the same, and what else `attend` returns."""
         spec = spec_of(x_BTD)
         heads = P(*spec[:2], "tensor", None)
-        w_q, w_k, w_v, w_o = (gathered(w[...].astype(dtype)) for w in (self.q, self.k, self.v, self.o))
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q, out_sharding=heads)
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_k, out_sharding=heads)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_v, out_sharding=heads)
-        q_BTNH, k_BTKH = self.place(q_BTNH, k_BTKH, pos_BT)
-        scale = score_scale(self.model, kind)
-        o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH, self.sink[...] if kind.sink else None, kind, scale)
-        if kind.gate == "head":
-            o_BTNH *= jax.nn.sigmoid(jnp.einsum("BTD,DN->BTN", x_BTD, gathered(self.gate[...].astype(dtype))))[..., None]
-        elif kind.gate == "projection":
-            o_BTNH *= jax.nn.sigmoid(jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(self.gate[...].astype(dtype))))
-        # einsum would contract H before N, for which compilers copy both.
-        return jax.lax.dot_general(o_BTNH, w_o, (((2, 3), (0, 1)), ((), ())), out_sharding=spec), kept
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD, heads), self.k(x_BTD, heads), self.v(x_BTD, heads)
+        q_BTNH, k_BTKH = self.norm_and_rotate(q_BTNH, k_BTKH, pos_BT)
+        sinks_N = self.sink[...] if self.kind.sink else None
+        o_BTNH, state = attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, self.kind, score_scale(self.model, self.kind))
+        if self.kind.gate == "head":
+            o_BTNH *= jax.nn.sigmoid(self.gate(x_BTD))[..., None]
+        elif self.kind.gate == "projection":
+            o_BTNH *= jax.nn.sigmoid(self.gate(x_BTD))
+        return self.o(o_BTNH, spec), state
 
-    def place(self, q_BTNH, k_BTKH, pos_BT) -> tuple[jax.Array, jax.Array]:
+    def norm_and_rotate(self, q_BTNH, k_BTKH, pos_BT) -> tuple[jax.Array, jax.Array]:
         """Queries and keys as they enter the scores: normalised, rotated, and queries at their temperature."""
         kind = self.kind
         if kind.qk_norm != "none" and not kind.qk_norm_after_rope:
@@ -83,6 +71,11 @@ class Attention(nnx.Module):
         if kind.temperature.type != "none":
             q_BTNH = (q_BTNH * self.temperatures(pos_BT)).astype(q_BTNH.dtype)
         return q_BTNH, k_BTKH
+
+    @staticmethod
+    def sequence_flops(model: Model, kind: LayerType, length: int) -> int:
+        """FLOPs of the scores and the weighted sums over one document of `length` tokens, forward."""
+        return attention_flops(model.num_heads, model.head_dim, attended_pairs(kind, length))
 
     def temperatures(self, pos_BT: jax.Array) -> jax.Array:
         """Factor on each query [B, T, N or 1, 1], float32, by n, the keys from its document's start to itself.
@@ -98,12 +91,30 @@ class Attention(nnx.Module):
         return self.temperature[...][:, None] * jnp.log(n_BT11)
 
 
+def attended_pairs(kind: LayerType, length: int) -> int:
+    """Pairs of a query and a key that it sees, in one document of `length` tokens."""
+    if kind.chunk is not None:
+        chunks, remainder = divmod(length, kind.chunk)
+        return chunks * _triangle(kind.chunk) + _triangle(remainder)
+    window = length if kind.window is None else min(kind.window, length)
+    return _triangle(window) + (length - window) * window
+
+
+def attention_flops(num_heads: int, head_dim: int, pairs: int) -> int:
+    """FLOPs forward of the scores and the weighted sums of a layer, over `pairs` of a query and a key."""
+    return 4 * num_heads * head_dim * pairs
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
+
+
 def _head_norm(model: Model, kind: LayerType, heads: int) -> Norm:
     """The norm of queries or keys [B, T, heads, H], by `kind.qk_norm_scope`."""
     if kind.qk_norm_scope == "head_dim":
-        return Norm(kind.qk_norm, (model.head_dim,), model.norm_eps, P(None))
+        return Norm(kind.qk_norm, (model.head_dim,), ("head_dim",), model.norm_eps)
     dims = 2 if kind.qk_norm_scope == "projection" else 1
-    return Norm(kind.qk_norm, (heads, model.head_dim), model.norm_eps, P("tensor", None), dims=dims)
+    return Norm(kind.qk_norm, (heads, model.head_dim), ("heads", "head_dim"), model.norm_eps, dims=dims)
 
 
 def rope_frequencies(theta: float, dims: int, scaling: RopeScaling) -> tuple[np.ndarray, float]:

@@ -3,19 +3,17 @@
 Letters: B rows, T new tokens, D model, S slots, K key/value heads, N query heads, H head size.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model
 from hybrid_attn.model.attention import Attend
-from hybrid_attn.model.norm import Norm
-from hybrid_attn.model.transformer import Block, Run, look_up, matrices
+from hybrid_attn.model.params import map_specs
+from hybrid_attn.model.transformer import Run, bind, final_norm, look_up, specs
 from hybrid_attn.parallel import cached
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
@@ -28,12 +26,11 @@ class Cache(NamedTuple):
 
 
 def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
-    """Parameters as `extend` takes them: a dict for each layer under `layers`, matrices (`model.attention.Matrix`) in `dtype`.
+    """Parameters as `extend` takes them: a dict for each layer under `layers`, in `dtype` where the `ParamSpec` says so.
 
     Layer by layer, because a loop over stacked weights copies each before it is used, which is most of a decode step.
     """
-    cast = {path for path, _ in jax.tree.leaves_with_path(matrices(model))}
-    params = jax.tree.map_with_path(lambda path, x: x.astype(dtype) if path in cast else x, params)
+    params = map_specs(lambda spec, x: x.astype(dtype) if spec.cast else x, specs(model), params)
     layers = []
     for i in range(model.num_layers):
         period, place = divmod(i, len(model.pattern))
@@ -76,19 +73,9 @@ def layer_by_layer(
 ) -> tuple[jax.Array, list[Any]]:
     """Final normed activations [B, T, D], and what each layer's own `attend` keeps. `weights` are `unstacked`'s."""
     x_BTD = look_up(weights["embed"], tokens_BT, run.dtype) * model.embed_scale
-    kept = []
-    for letter, params, attend in zip(model.layers, weights["layers"], attends, strict=True):
-        block = nnx.merge(_graph(model, letter), params)
-        x_BTD, new = block(x_BTD, pos_BT, attend, run.mlp_chunk if tokens_BT.shape[1] > 1 else None)
-        kept.append(new)
-    return nnx.merge(_final_norm(model), weights["final_norm"])(x_BTD), kept
-
-
-@functools.cache
-def _graph(model: Model, letter: str) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda key: Block(model, letter, rngs=nnx.Rngs(params=key)), jax.random.key(0)))
-
-
-@functools.cache
-def _final_norm(model: Model) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda: Norm(model.norm, (model.d_model,), model.norm_eps, P(None))))
+    states = []
+    for letter, leaves, attend in zip(model.layers, weights["layers"], attends, strict=True):
+        mlp_chunk = run.mlp_chunk if tokens_BT.shape[1] > 1 else None
+        x_BTD, _, state = bind(model, letter, leaves)(x_BTD, pos_BT, attend, mlp_chunk)
+        states.append(state)
+    return final_norm(model, weights, x_BTD), states

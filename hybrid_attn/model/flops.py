@@ -8,8 +8,10 @@ import math
 
 import jax
 
-from hybrid_attn.config import LayerType, Model
-from hybrid_attn.model.transformer import init
+from hybrid_attn.config import Model
+from hybrid_attn.model.block import MIXERS
+from hybrid_attn.model.params import leaves_of
+from hybrid_attn.model.transformer import init, layer_specs
 from hybrid_attn.parallel.mesh import abstract_mesh
 
 TRAIN = 3  # forward passes that a training step costs: one forward, and twice that backward
@@ -27,35 +29,14 @@ def shapes(model: Model):
         return jax.eval_shape(lambda: init(model, jax.random.key(0)))
 
 
-def attended_pairs(kind: LayerType, length: int) -> int:
-    """Pairs of a query and a key that it sees, in one document of `length` tokens."""
-    if kind.chunk is not None:
-        whole, rest = divmod(length, kind.chunk)
-        return whole * _triangle(kind.chunk) + _triangle(rest)
-    window = length if kind.window is None else min(kind.window, length)
-    return _triangle(window) + (length - window) * window
-
-
-def attention_flops(num_heads: int, head_dim: int, pairs: int) -> int:
-    """FLOPs forward of the scores and the weighted sums of a layer, over `pairs` of a query and a key."""
-    return 4 * num_heads * head_dim * pairs
-
-
-def _triangle(n: int) -> int:
-    return n * (n + 1) // 2
-
-
 def forward_flops_per_token(model: Model, length: int) -> float:
     """FLOPs of a forward pass over one document of `length` tokens, by token."""
-    D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
-    weights = model.vocab_size * D
-    pairs = 0
-    for letter in model.layers:
-        kind = model.kinds[letter]
-        gate = {"none": 0, "head": D * N, "projection": D * N * H}[kind.gate]
-        weights += 2 * D * N * H + 2 * D * K * H + gate + 3 * D * model.d_ff
-        pairs += attended_pairs(kind, length)
-    return 2 * weights + attention_flops(N, H, pairs) / length
+    multiplications, sequence = model.vocab_size * model.d_model, 0
+    for letter, number, leaves in layer_specs(model):
+        layer_type = model.kinds[letter]
+        multiplications += number * sum(spec.multiplications for spec in leaves_of(leaves))
+        sequence += number * MIXERS[layer_type.mixer].sequence_flops(model, layer_type, length)
+    return 2 * multiplications + sequence / length
 
 
 def train_flops_per_token(model: Model, length: int) -> float:
@@ -65,8 +46,8 @@ def train_flops_per_token(model: Model, length: int) -> float:
 
 def cache_bytes(model: Model, length: int, bytes_per_value: int = 2) -> int:
     """Bytes of keys and values that decoding needs after `length` tokens of one sequence."""
-    kept = 0
+    tokens = 0
     for letter in model.layers:
-        kind = model.kinds[letter]
-        kept += min(length, kind.window or kind.chunk or length)
-    return 2 * kept * model.num_kv_heads * model.head_dim * bytes_per_value
+        layer_type = model.kinds[letter]
+        tokens += min(length, layer_type.window or layer_type.chunk or length)
+    return 2 * tokens * model.num_kv_heads * model.head_dim * bytes_per_value

@@ -13,20 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
-from hybrid_attn.model.transformer import Run, apply_in_place, unembedding
-from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT
 
 WORDS = 16_384  # of the vocabulary at a time: with 1,024 tokens, 64 MiB of logits; that much of the table is gathered at a time
-
-
-def losses(model: Model, params: dict, batch: dict, run: Run) -> tuple[jax.Array, jax.Array]:
-    """Negative log-probability of each target of a batch and log-sum-exp of its logits, [B, T] float32."""
-    names = ("tokens", "positions", "segments", "targets")
-    *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), run.zigzag)
-    x_BTD = apply_in_place(model, params, *inputs, run)
-    found = token_losses(model, unembedding(model, params), x_BTD, targets_BT, run.loss_chunk)
-    return context.from_zigzag(found, run.zigzag)
 
 
 def token_losses(model: Model, table_VD: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int):
@@ -51,13 +40,9 @@ def token_losses(model: Model, table_VD: jax.Array, x_BTD: jax.Array, targets_BT
     )
 
 
-def mean_loss(nll_BT, lse_BT, weights_BT, z_loss: float, total_weight=None) -> jax.Array:
-    """Mean over the weighted tokens of the whole batch, with z_loss * lse^2 (PaLM, arXiv 2204.02311, section 5) added.
-
-    Of a part of a batch, with the `total_weight` of all its parts, it is what the part adds to the mean.
-    """
-    total = (weights_BT * (nll_BT + z_loss * jnp.square(lse_BT))).sum()
-    return total / jnp.maximum(weights_BT.sum() if total_weight is None else total_weight, 1.0)
+def weighted_sum(nll_BT, lse_BT, weights_BT, z_loss: float) -> jax.Array:
+    """Sum over the weighted tokens of their loss, to which z_loss * lse^2 is added (PaLM, arXiv 2204.02311, section 5)."""
+    return (weights_BT * (nll_BT + z_loss * jnp.square(lse_BT))).sum()
 
 
 def bits_per_byte(nll_sum, num_bytes):

@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
-from hybrid_attn.model.attention import weight
-from hybrid_attn.parallel.mesh import gathered, spec_of
+from hybrid_attn.model.params import linear
+from hybrid_attn.parallel.mesh import spec_of
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -21,25 +21,26 @@ ACTIVATIONS = {
 }
 
 
-class MLP(nnx.Module):
+class GatedMLP(nnx.Module):
     """Gated feed-forward: down(act(gate x) * up x)."""
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs):
         D, F, std = model.d_model, model.d_ff, model.init_std
         self.activation = model.activation
-        self.gate = weight(rngs, (D, F), P("fsdp", "tensor"), std)
-        self.up = weight(rngs, (D, F), P("fsdp", "tensor"), std)
-        self.down = weight(rngs, (F, D), P("tensor", "fsdp"), std)
+        self.gate = linear(rngs, (D, F), ("embed", "mlp"), std)
+        self.up = linear(rngs, (D, F), ("embed", "mlp"), std)
+        self.down = linear(rngs, (F, D), ("mlp", "embed"), std)
 
-    def __call__(self, x_BTD: jax.Array, chunk: int | None) -> jax.Array:
-        """[B, T, D] of the same; with `chunk`, so many tokens of a device at a time, whose hidden activations are not kept."""
-        weights = tuple(w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+    def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, dict]:
+        """[B, T, D] of the same, and no scalars.
+
+        With `chunk`, the hidden activations of so many tokens of a device exist at a time; the backward pass makes them again.
+        """
         if chunk is not None:
-            return in_chunks(self.activation, chunk, x_BTD, *weights)
-        w_gate, w_up, w_down = map(gathered, weights)
-        gate_BTF, up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_gate), jnp.einsum("BTD,DF->BTF", x_BTD, w_up)
-        h_BTF = ACTIVATIONS[self.activation](gate_BTF) * up_BTF
-        return jnp.einsum("BTF,FD->BTD", h_BTF, w_down, out_sharding=spec_of(x_BTD))
+            weights = (w.cast(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+            return in_chunks(self.activation, chunk, x_BTD, *weights), {}
+        h_BTF = ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD)
+        return self.down(h_BTF, spec_of(x_BTD)), {}
 
 
 def in_chunks(activation: str, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array):

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.model.params import vector
 
 
 class Norm(nnx.Module):
@@ -12,10 +13,10 @@ class Norm(nnx.Module):
     layernorm: w (x - mean) / sqrt(var + eps), population variance. rms: w x / sqrt(mean(x^2) + eps). rms_plus1 stores w - 1.
     """
 
-    def __init__(self, kind: str, shape: tuple[int, ...], eps: float, spec: P, *, dims: int = 1):
+    def __init__(self, kind: str, shape: tuple[int, ...], axes: tuple[str, ...], eps: float, *, dims: int = 1):
         self.kind, self.eps, self.axes = kind, eps, tuple(range(-dims, 0))
         if kind != "rms_weightless":
-            self.weight = nnx.Param(jnp.full(shape, 0.0 if kind == "rms_plus1" else 1.0, jnp.float32, out_sharding=spec))
+            self.weight = vector(shape, axes, 0.0 if kind == "rms_plus1" else 1.0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         z = x.astype(jnp.float32)

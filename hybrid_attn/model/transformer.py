@@ -5,7 +5,7 @@ paths are names (`periods/L0/attention/q`); those under `periods` carry the peri
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config, kernels
 from hybrid_attn.config import LayerType, Model, Table, Train
-from hybrid_attn.model.attention import Attend, Attention, Matrix, weight
-from hybrid_attn.model.mlp import MLP
-from hybrid_attn.model.norm import Norm
+from hybrid_attn.model.attention import Attend
+from hybrid_attn.model.block import Aux, Block, added, residual_norm
+from hybrid_attn.model.loss import token_losses
+from hybrid_attn.model.params import embedding, map_weights, weights_of
 from hybrid_attn.parallel import context
-from hybrid_attn.parallel.mesh import TOKENS_BT, gathered, spec_of
+from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of
 
-NORMS_BEFORE = {"parallel": ("norm",), "pre": ("attention_norm", "mlp_norm"), "post": ()}
-NORMS_BEFORE["sandwich"] = NORMS_BEFORE["pre"]
-NORMS_AFTER = {"parallel": (), "pre": (), "post": ("attention_post_norm", "mlp_post_norm")}
-NORMS_AFTER["sandwich"] = NORMS_AFTER["post"]
 INPUT = "layer input"
 KEEP = jax.checkpoint_policies.save_only_these_names(kernels.OUTPUTS)
 OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -70,57 +67,8 @@ def run_on(platform: str, model: Model, train: Train) -> Run:
     return Run(jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk)
 
 
-class Block(nnx.Module):
-    """One layer: attention and feed-forward around the residual stream, by `model.block`."""
-
-    def __init__(self, model: Model, letter: str, *, rngs: nnx.Rngs):
-        self.block = model.block
-        self.attention = Attention(model, model.kinds[letter], rngs=rngs)
-        self.mlp = MLP(model, rngs=rngs)
-        for name in NORMS_BEFORE[model.block] + NORMS_AFTER[model.block]:
-            setattr(self, name, Norm(model.norm, (model.d_model,), model.norm_eps, P(None)))
-
-    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend, mlp_chunk: int | None) -> tuple[jax.Array, Any]:
-        """[B, T, D] of the same, and what `attend` keeps."""
-        if self.block == "parallel":
-            h_BTD = self.norm(x_BTD)
-            y_BTD, kept = self.attention(h_BTD, pos_BT, attend)
-            return x_BTD + y_BTD + self.mlp(h_BTD, mlp_chunk), kept
-        h_BTD, kept = self.attention(self.before("attention", x_BTD), pos_BT, attend)
-        x_BTD = x_BTD + self.after("attention", h_BTD)
-        h_BTD = self.mlp(self.before("mlp", x_BTD), mlp_chunk)
-        return x_BTD + self.after("mlp", h_BTD), kept
-
-    def before(self, part: str, x_BTD: jax.Array) -> jax.Array:
-        return getattr(self, f"{part}_norm")(x_BTD) if NORMS_BEFORE[self.block] else x_BTD
-
-    def after(self, part: str, x_BTD: jax.Array) -> jax.Array:
-        return getattr(self, f"{part}_post_norm")(x_BTD) if NORMS_AFTER[self.block] else x_BTD
-
-
-class Period(nnx.Module):
-    """One layer per letter, under the names L0, L1, … of letter and place."""
-
-    def __init__(self, model: Model, letters: str, *, rngs: nnx.Rngs):
-        self.slots = tuple(f"{letter}{i}" for i, letter in enumerate(letters))
-        for slot, letter in zip(self.slots, letters, strict=True):
-            setattr(self, slot, Block(model, letter, rngs=rngs))
-
-    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
-        for slot in self.slots:
-            attend = in_rows(pos_BT, seg_BT, run, slot[0])
-
-            def layer(block: Block, x_BTD: jax.Array, attend: Attend = attend) -> jax.Array:
-                # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
-                return block(checkpoint_name(x_BTD, INPUT), pos_BT, attend, run.mlp_chunk)[0]
-
-            with jax.named_scope(slot):
-                x_BTD = CHECKPOINTS[run.remat[slot[0]]](layer)(getattr(self, slot), x_BTD)
-        return x_BTD
-
-
-def in_rows(pos_BT: jax.Array, seg_BT: jax.Array, run: Run, letter: str) -> Attend:
-    """Attention of a layer of that letter to the tokens of its own rows, of which nothing is kept."""
+def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, run: Run, letter: str) -> Attend:
+    """Attention of a layer of that type to the tokens of its own packed sequences."""
 
     def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
         o_BTNH = context.attend(
@@ -130,30 +78,6 @@ def in_rows(pos_BT: jax.Array, seg_BT: jax.Array, run: Run, letter: str) -> Atte
         return o_BTNH, None
 
     return attend
-
-
-class LM(nnx.Module):
-    """Tokens to the final normed activations [B, T, D], which `loss` and `unembedding` take on."""
-
-    def __init__(self, model: Model, *, rngs: nnx.Rngs):
-        self.model = model
-        self.embed = weight(rngs, (model.vocab_size, model.d_model), P("tensor", "fsdp"), model.init_std)
-        if model.num_periods:
-            stack = jax.vmap(lambda keys: Period(model, model.pattern, rngs=keys))
-            self.periods = stack(rngs.split(model.num_periods))
-        if model.tail:
-            self.tail = Period(model, model.tail, rngs=rngs)
-        self.final_norm = Norm(model.norm, (model.d_model,), model.norm_eps, P(None))
-        if not model.tie_embeddings:
-            self.unembed = weight(rngs, (model.vocab_size, model.d_model), P("tensor", "fsdp"), model.init_std)
-
-    def __call__(self, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
-        x_BTD = look_up(self.embed[...], tokens_BT, run.dtype) * self.model.embed_scale
-        if self.model.num_periods:
-            x_BTD, _ = jax.lax.scan(lambda x, period: (period(x, pos_BT, seg_BT, run), None), x_BTD, self.periods)
-        if self.model.tail:
-            x_BTD = self.tail(x_BTD, pos_BT, seg_BT, run)
-        return self.final_norm(x_BTD)
 
 
 def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -174,32 +98,122 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
     return jax.shard_map(shard, in_specs=(P("tensor", "fsdp"), tokens), out_specs=P(*tokens, None))(embed_VD, tokens_BT)
 
 
-@functools.cache
-def _graph(model: Model) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda key: LM(model, rngs=nnx.Rngs(params=key)), jax.random.key(0)))
+def _weights(model: Model, rngs: nnx.Rngs) -> dict:
+    """Every `Weight` of the model, as a nested dict whose paths are their names."""
+    weights = {"embed": embedding(rngs, model.vocab_size, model.d_model, model.init_std)}
+    if model.num_periods:
+        stack = jax.vmap(lambda rngs: _weights_of_layers(model, model.pattern, rngs))
+        weights["periods"] = stack(rngs.split(model.num_periods))
+    if model.tail:
+        weights["tail"] = _weights_of_layers(model, model.tail, rngs)
+    weights["final_norm"] = weights_of(residual_norm(model))
+    if not model.tie_embeddings:
+        weights["unembed"] = embedding(rngs, model.vocab_size, model.d_model, model.init_std)
+    return weights
 
 
-def matrices(model: Model) -> dict:
-    """The part of the tree of parameters that is multiplied with activations in their dtype (`Matrix`)."""
-    return nnx.to_pure_dict(
-        nnx.state(nnx.eval_shape(lambda key: LM(model, rngs=nnx.Rngs(params=key)), jax.random.key(0)), Matrix)
-    )
+def _weights_of_layers(model: Model, letters: str, rngs: nnx.Rngs) -> dict:
+    return {slot: weights_of(Block(model, letter, rngs=rngs)) for slot, letter in slots(letters)}
+
+
+def slots(letters: str) -> list[tuple[str, str]]:
+    """The names of successive layers in the parameters, L0, L1, …, and the letters of their types."""
+    return [(f"{letter}{i}", letter) for i, letter in enumerate(letters)]
 
 
 def init(model: Model, key: jax.Array) -> dict:
     """Parameters as a nested dict of float32 arrays, laid out on the mesh in force (`jax.set_mesh`)."""
-    return nnx.to_pure_dict(nnx.state(LM(model, rngs=nnx.Rngs(params=key))))
+    return map_weights(lambda weight: weight[...], _weights(model, nnx.Rngs(params=key)))
+
+
+@functools.cache
+def specs(model: Model) -> dict:
+    """The `ParamSpec` of every parameter, as a nested dict like that of `init`; those under `periods` are of one period."""
+    mesh = jax.sharding.get_abstract_mesh()
+    with jax.sharding.use_abstract_mesh(abstract_mesh() if mesh.empty else mesh):
+        weights = jax.eval_shape(lambda: _weights(model, nnx.Rngs(params=jax.random.key(0))))
+    return map_weights(lambda weight: weight.spec, weights)
+
+
+def layer_specs(model: Model) -> list[tuple[str, int, dict]]:
+    """The letter of each layer of a period and of the tail, how many layers there are like it, and the specs of one."""
+    of_groups = specs(model)
+    groups = (("periods", model.pattern, model.num_periods), ("tail", model.tail, 1))
+    return [
+        (letter, number, of_groups[group][slot])
+        for group, letters, number in groups if group in of_groups
+        for slot, letter in slots(letters)
+    ]  # fmt: skip
 
 
 def apply(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
     """Final normed activations [B, T, D] of int32 tokens; positions restart with each document, segment 0 is padding."""
-    placed = context.to_zigzag(tuple(jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT)), run.zigzag)
-    return context.from_zigzag(apply_in_place(model, params, *placed, run), run.zigzag)
+    inputs = context.to_zigzag(tuple(jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT)), run.zigzag)
+    return context.from_zigzag(apply_in_zigzag(model, params, *inputs, run)[0], run.zigzag)
 
 
-def apply_in_place(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run):
-    """`apply` where the tokens lie as `context.to_zigzag` puts them, and the activations stay there."""
-    return nnx.merge(_graph(model), params)(tokens_BT, pos_BT, seg_BT, run)
+def apply_in_zigzag(
+    model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run
+) -> tuple[jax.Array, Aux]:
+    """`apply` to tokens that `context.to_zigzag` has ordered, whose activations keep that order; and the layers' scalars."""
+    attends = {letter: in_packed(pos_BT, seg_BT, run, letter) for letter in sorted(set(model.layers))}
+
+    def layers(x_BTD: jax.Array, leaves: dict, letters: str) -> tuple[jax.Array, Aux]:
+        total: Aux = {}
+        for slot, letter in slots(letters):
+
+            def layer(leaves: dict, x_BTD: jax.Array, letter: str = letter) -> tuple[jax.Array, Aux]:
+                # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
+                x_BTD = checkpoint_name(x_BTD, INPUT)
+                return bind(model, letter, leaves)(x_BTD, pos_BT, attends[letter], run.mlp_chunk)[:2]
+
+            with jax.named_scope(slot):
+                x_BTD, aux = CHECKPOINTS[run.remat[letter]](layer)(leaves[slot], x_BTD)
+            total = added(total, aux)
+        return x_BTD, total
+
+    x_BTD, aux = look_up(params["embed"], tokens_BT, run.dtype) * model.embed_scale, {}
+    if model.num_periods:
+        x_BTD, by_period = jax.lax.scan(lambda x, leaves: layers(x, leaves, model.pattern), x_BTD, params["periods"])
+        aux = jax.tree.map(lambda values: values.sum(0), by_period)
+    if model.tail:
+        x_BTD, of_tail = layers(x_BTD, params["tail"], model.tail)
+        aux = added(aux, of_tail)
+    return final_norm(model, params, x_BTD), aux
+
+
+def losses(model: Model, params: dict, batch: dict, run: Run) -> tuple[jax.Array, jax.Array]:
+    """Negative log-probability of each target of a batch and log-sum-exp of its logits, [B, T] float32."""
+    return losses_and_aux(model, params, batch, run)[:2]
+
+
+def losses_and_aux(model: Model, params: dict, batch: dict, run: Run) -> tuple[jax.Array, jax.Array, Aux]:
+    """`losses`, and the scalars of the layers (`block.FeedForward`), summed over them."""
+    names = ("tokens", "positions", "segments", "targets")
+    *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), run.zigzag)
+    x_BTD, aux = apply_in_zigzag(model, params, *inputs, run)
+    nll_BT, lse_BT = token_losses(model, unembedding(model, params), x_BTD, targets_BT, run.loss_chunk)
+    return *context.from_zigzag((nll_BT, lse_BT), run.zigzag), aux
+
+
+def bind(model: Model, letter: str, leaves: dict) -> Block:
+    """The layer of a type with these parameters."""
+    return nnx.merge(_graph(model, letter), leaves)
+
+
+@functools.cache
+def _graph(model: Model, letter: str) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda key: Block(model, letter, rngs=nnx.Rngs(params=key)), jax.random.key(0)))
+
+
+def final_norm(model: Model, params: dict, x_BTD: jax.Array) -> jax.Array:
+    """What the logits are made of."""
+    return nnx.merge(_final_norm_graph(model), params["final_norm"])(x_BTD)
+
+
+@functools.cache
+def _final_norm_graph(model: Model) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: residual_norm(model)))
 
 
 def unembedding(model: Model, params: dict) -> jax.Array:

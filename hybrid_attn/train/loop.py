@@ -139,7 +139,7 @@ def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict,
     lines = [f"skipped      steps {text_of(skipped)}: their batches are passed over"] if skipped else []
     if start == 0 and ("imported" in recorded or checkpoints.latest() is None):
         return lines
-    saved = config.renamed(checkpoint.read_config(checkpoints.directory, start))
+    saved = checkpoint.read_config(checkpoints.directory, start)
     changed = changed_fields(saved, c)
     if changed:
         lines.append(f"config       differs from that of the checkpoint of step {start} (old -> new):")
@@ -278,7 +278,7 @@ def run_steps(
         else:
             if shape not in shapes:
                 report()  # before the new program is compiled, whose time is not that of the step before
-            state, values = step_fn(state, batch, stage.microbatches)
+            state, values = step_fn(state, batch, stage.microbatches, stage.objective)
             stop.begun()
             report()
             pending = step, values, shape not in shapes

@@ -1,17 +1,13 @@
-"""The optimiser and its learning-rate schedule."""
+"""Optimisers, and the learning-rate schedule that they share."""
 
-import jax
+from collections.abc import Callable
+
 import optax
 
-from hybrid_attn.config import Optim
-
-UNDECAYED = (
-    "weight",
-    "embed",
-    "unembed",
-    "sink",
-    "temperature",
-)  # norms, embeddings and per-head scalars, by leaf name
+from hybrid_attn.config import Config, Optim
+from hybrid_attn.model import specs
+from hybrid_attn.model.params import map_specs
+from hybrid_attn.trees import choice
 
 
 def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
@@ -30,16 +26,20 @@ def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(optim.lr), fall], [warmup, total_steps - decay])
 
 
-def decayed(params: dict) -> dict:
-    """True for the leaves that weight decay shrinks: the matrices, told by name since stacking adds an axis to every leaf."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
-
-
-def optimiser(optim: Optim, total_steps: int) -> optax.GradientTransformation:
+def adamw(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) after clipping by the global norm."""
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
         optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-        optax.add_decayed_weights(optim.weight_decay, mask=decayed),
+        optax.add_decayed_weights(optim.weight_decay, mask=map_specs(lambda spec: spec.decay, specs)),
         optax.scale_by_learning_rate(schedule(optim, total_steps)),
     )
+
+
+# From the optimiser's part of a config, the `ParamSpec` of every parameter and the steps of all stages.
+OPTIMISERS: dict[str, Callable[[Optim, dict, int], optax.GradientTransformation]] = {"adamw": adamw}
+
+
+def optimiser(c: Config) -> optax.GradientTransformation:
+    """The optimiser that `c.optim.optimiser` names; ValueError for one that is not in `OPTIMISERS`."""
+    return choice("optim.optimiser", c.optim.optimiser, OPTIMISERS)(c.optim, specs(c.model), c.total_steps)

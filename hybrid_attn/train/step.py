@@ -10,10 +10,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Config
-from hybrid_attn.model import Run, init, losses
-from hybrid_attn.model.loss import bits_per_byte, mean_loss
+from hybrid_attn.model import Run, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
+from hybrid_attn.train.objectives import OBJECTIVES, Objective
 from hybrid_attn.train.optim import optimiser, schedule
+from hybrid_attn.trees import choice
 
 
 class TrainState(NamedTuple):
@@ -25,7 +26,7 @@ class TrainState(NamedTuple):
 def init_state(config: Config) -> TrainState:
     """The state before the first step, laid out on the mesh in force; the same values on every mesh."""
     params = init(config.model, jax.random.key(config.seed))
-    return TrainState(jnp.int32(0), params, optimiser(config.optim, config.total_steps).init(params))
+    return TrainState(jnp.int32(0), params, optimiser(config).init(params))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -49,40 +50,25 @@ def parts(batch: dict, number: int) -> dict:
 
 
 def make_step(config: Config, run: Run):
-    """The jitted `step(state, batch, microbatches) -> (state, metrics)`; it donates its state.
+    """The jitted `step(state, batch, microbatches, objective) -> (state, metrics)`; it donates its state.
 
-    `microbatches` is a stage's: the step's function is that of 1, in the memory of a part of the rows. The
+    `microbatches` and the name of the `objective` are a stage's; more microbatches compute the same step in less memory. The
     norms are those of the gradient and of the new parameters, which an update that is not finite makes so as well; the norm of
-    the update itself would keep the whole update in memory.
+    the update itself would keep the whole update in memory. ValueError for an objective that is not in `OBJECTIVES`.
     """
-    tx, rate = optimiser(config.optim, config.total_steps), schedule(config.optim, config.total_steps)
+    for index, stage in enumerate(config.stages):
+        choice(f"stages[{index}].objective", stage.objective, OBJECTIVES)
+    tx, rate = optimiser(config), schedule(config.optim, config.total_steps)
 
-    def loss_fn(params, batch, total_weight):
-        nll_BT, lse_BT = losses(config.model, params, batch, run)
-        nll_sum = (batch["weights"] * nll_BT).sum()
-        return mean_loss(nll_BT, lse_BT, batch["weights"], config.optim.z_loss, total_weight), nll_sum
-
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def summed(params, batch, microbatches, total_weight):
-        def add(sums, part):
-            return jax.tree.map(jnp.add, sums, gradient(params, part, total_weight)), None
-
-        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(add, zeros, parts(batch, microbatches))[0]
-
-    @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
-    def step(state: TrainState, batch: dict, microbatches: int) -> tuple[TrainState, dict]:
-        total_weight = batch["weights"].sum()
-        if microbatches == 1:
-            (loss, nll_sum), grads = gradient(state.params, batch, total_weight)
-        else:
-            (loss, nll_sum), grads = summed(state.params, batch, microbatches, total_weight)
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=(2, 3))
+    def step(state: TrainState, batch: dict, microbatches: int, objective: str = "next_token") -> tuple[TrainState, dict]:
+        goal = OBJECTIVES[objective]
+        (loss, sums), grads = loss_and_gradient(config, run, goal, state.params, batch, microbatches)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "bits_per_byte": bits_per_byte(nll_sum, batch["bytes"].sum()),
+            **goal.metrics(sums, batch),
             "grad_norm": optax.tree.norm(grads),
             "lr": rate(state.step),
             "param_norm": optax.tree.norm(params),
@@ -90,6 +76,28 @@ def make_step(config: Config, run: Run):
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def loss_and_gradient(config: Config, run: Run, objective: Objective, params: dict, batch: dict, microbatches: int):
+    """((loss, the objective's sums), gradient) of a batch, computed over so many parts of it one after the other."""
+    weight = jnp.maximum(objective.weight(batch), 1.0)
+
+    def loss_of(params, part):
+        total, sums = objective.loss(config, params, part, run)
+        loss = total / weight
+        return (loss + sums["aux_loss"] / microbatches if "aux_loss" in sums else loss), sums
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    if microbatches == 1:
+        return gradient(params, batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    split = parts(batch, microbatches)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(jnp.zeros_like, shapes[0]), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, zeros, split)[0]
 
 
 @functools.partial(jax.jit, donate_argnums=0)

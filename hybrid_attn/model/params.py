@@ -1,0 +1,116 @@
+"""Parameters: what a weight is, declared once, and the one place where it is cast, gathered and multiplied.
+
+A layer makes its weights with `linear`, `embedding` and `vector`. Whatever else depends on a weight (its sharding, weight
+decay, precision in inference, FLOPs) reads its `ParamSpec`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.parallel.mesh import gathered
+
+DotGeneral = Callable[..., jax.Array]  # called as jax.lax.dot_general is
+# The mesh axis over which each logical axis of a weight is split.
+MESH_AXES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
+MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
+
+
+class ParamSpec(NamedTuple):
+    """A weight of one layer; where layers are stacked, the array has the period as one more axis before these.
+
+    `axes` are logical names (`MESH_AXES`). Initial values are drawn from N(mean, std^2). The first `fan_in` axes are contracted
+    with activations. `group` is the optimiser's: matrices are decayed; embeddings, norms and scalars of heads are not.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    group: str
+    mean: float
+    std: float
+    fan_in: int
+
+    @property
+    def sharding(self) -> P:
+        return P(*(MESH_AXES[axis] for axis in self.axes))
+
+    @property
+    def decay(self) -> bool:
+        return self.group == MATRIX
+
+    @property
+    def cast(self) -> bool:
+        """Whether it is used in the dtype of the activations; vectors are used in float32 everywhere."""
+        return self.group != VECTOR
+
+    @property
+    def multiplications(self) -> int:
+        """Multiplications of one token by this weight."""
+        return math.prod(self.shape) if self.fan_in else 0
+
+
+class Weight(nnx.Param):
+    """A float32 parameter that carries its `ParamSpec` as `spec`."""
+
+    def cast(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight in `dtype`, split over the mesh as it is."""
+        return self[...].astype(dtype)
+
+
+class Linear(Weight):
+    """A matrix that is multiplied with activations."""
+
+    def __call__(self, x: jax.Array, sharding: P | None = None, dot: DotGeneral = jax.lax.dot_general) -> jax.Array:
+        """The product over the last `fan_in` axes of `x` and the first of the matrix, in the dtype of `x`.
+
+        With `dot` and not einsum, which contracts H before N in [B,T,N,H] x [N,H,D]: compilers then copy both.
+        """
+        number = self.spec.fan_in
+        contracted = tuple(range(x.ndim - number, x.ndim)), tuple(range(number))
+        return dot(x, gathered(self.cast(x.dtype)), (contracted, ((), ())), out_sharding=sharding)
+
+
+def linear(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, fan_in: int = 1) -> Linear:
+    """A matrix drawn from N(0, std^2)."""
+    spec = ParamSpec(shape, axes, MATRIX, 0.0, std, fan_in)
+    return Linear(_normal(rngs, spec), spec=spec)
+
+
+def embedding(rngs: nnx.Rngs, vocab_size: int, d_model: int, std: float) -> Weight:
+    """A table [V, D] drawn from N(0, std^2)."""
+    spec = ParamSpec((vocab_size, d_model), ("vocab", "embed"), EMBEDDING, 0.0, std, 0)
+    return Weight(_normal(rngs, spec), spec=spec)
+
+
+def vector(shape: tuple[int, ...], axes: tuple[str, ...], value: float) -> Weight:
+    """A weight that starts at one value: of a norm, or a scalar of each head."""
+    spec = ParamSpec(shape, axes, VECTOR, value, 0.0, 0)
+    return Weight(jnp.full(shape, value, jnp.float32, out_sharding=spec.sharding), spec=spec)
+
+
+def _normal(rngs: nnx.Rngs, spec: ParamSpec) -> jax.Array:
+    return spec.std * jax.random.normal(rngs.params(), spec.shape, jnp.float32, out_sharding=spec.sharding)
+
+
+def weights_of(module: nnx.Module) -> dict:
+    """Every `Weight` of a module, as a nested dict whose paths are their names."""
+    return traverse_util.unflatten_dict(dict(nnx.to_flat_state(nnx.state(module))))
+
+
+def map_weights(function: Callable[[Weight], Any], weights: dict) -> dict:
+    """`function` of every `Weight` of a nested dict."""
+    return jax.tree.map(function, weights, is_leaf=lambda x: isinstance(x, Weight))
+
+
+def leaves_of(specs: dict) -> list[ParamSpec]:
+    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def map_specs(function: Callable, specs: dict, *trees: dict) -> dict:
+    """`function(spec, leaf, ...)` for every weight of a nested dict of specs and of trees of the same structure."""
+    return jax.tree.map(function, specs, *trees, is_leaf=lambda x: isinstance(x, ParamSpec))

@@ -1,0 +1,27 @@
+"""Cross-entropy of the next token, in packed sequences whose tokens have weights."""
+
+import jax
+
+from hybrid_attn.config import Config
+from hybrid_attn.model import Run, losses_and_aux
+from hybrid_attn.model.loss import bits_per_byte, weighted_sum
+from hybrid_attn.train.objectives.objective import Batch, Objective
+
+
+def weight(batch: Batch) -> jax.Array:
+    """The sum of the weights of the tokens."""
+    return batch["weights"].sum()
+
+
+def loss(config: Config, params: dict, batch: Batch, run: Run) -> tuple[jax.Array, dict]:
+    """The weighted sum over the tokens, z-loss included, and the sum of their negative log-probabilities alone."""
+    nll_BT, lse_BT, aux = losses_and_aux(config.model, params, batch, run)
+    total = weighted_sum(nll_BT, lse_BT, batch["weights"], config.optim.z_loss)
+    return total, {"nll": (batch["weights"] * nll_BT).sum(), **aux}
+
+
+def metrics(sums: dict, batch: Batch) -> dict:
+    return {"bits_per_byte": bits_per_byte(sums["nll"], batch["bytes"].sum())}
+
+
+NEXT_TOKEN = Objective(weight, loss, metrics)

@@ -1,0 +1,118 @@
+"""A mixer, a feed-forward, an objective and an optimiser enter by one row of a table each; nothing else knows of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import BATCH, REFERENCE, mesh_of, on_mesh, tiny
+from flax import nnx
+
+from hybrid_attn.model import flops, init, specs
+from hybrid_attn.model.block import MIXERS, MLPS
+from hybrid_attn.model.params import linear, vector
+from hybrid_attn.parallel.mesh import spec_of
+from hybrid_attn.train.objectives import OBJECTIVES, next_token
+from hybrid_attn.train.optim import OPTIMISERS
+from hybrid_attn.train.step import init_state, make_step
+
+
+class Shift(nnx.Module):
+    """A mixer that adds the token before, in the same document, through a matrix."""
+
+    def __init__(self, model, layer_type, *, rngs):
+        self.previous = linear(rngs, (model.d_model, model.d_model), ("embed", "norm"), model.init_std)
+
+    def __call__(self, x_BTD, pos_BT, attend):
+        before_BTD = jnp.pad(x_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        return self.previous(jnp.where(pos_BT[..., None] > 0, before_BTD, 0), spec_of(x_BTD)), None
+
+    @staticmethod
+    def sequence_flops(model, layer_type, length):
+        return 0
+
+
+class Scale(nnx.Module):
+    """A feed-forward that scales each dimension, and an auxiliary loss that pulls the scales to zero."""
+
+    def __init__(self, model, *, rngs):
+        self.scale = vector((model.d_model,), ("norm",), 0.5)
+
+    def __call__(self, x_BTD, chunk):
+        return x_BTD * self.scale[...].astype(x_BTD.dtype), {"aux_loss": jnp.square(self.scale[...]).sum()}
+
+
+def sgd(optim, specs, total_steps):
+    return optax.sgd(optim.lr)
+
+
+def first_half(config, params, batch, run):
+    """The loss of the first half of each sequence."""
+    early = jnp.arange(batch["weights"].shape[1]) < batch["weights"].shape[1] // 2
+    return next_token.loss(config, params, batch | {"weights": batch["weights"] * early}, run)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    monkeypatch.setitem(MIXERS, "shift", Shift)
+    monkeypatch.setitem(MLPS, "scale", Scale)
+    monkeypatch.setitem(OPTIMISERS, "sgd", sgd)
+    objective = next_token.NEXT_TOKEN._replace(loss=first_half)
+    monkeypatch.setitem(OBJECTIVES, "first half", objective)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_toy_of_each_kind_is_trained(toys, microbatches):
+    c = tiny({"optim.optimiser": "sgd", "optim.lr": 0.1}, L={"mixer": "shift", "mlp": "scale"}, G={"mlp": "scale"})
+    with jax.set_mesh(mesh_of(data=2)):
+        state, batch = jax.jit(init_state, static_argnums=0)(c), on_mesh(BATCH | {"bytes": np.ones_like(BATCH["weights"])})
+        assert set(state.params["periods"]["L0"]) == {"shift", "mlp", "norm"}
+        before = jax.device_get(state.params)
+        step = make_step(c, REFERENCE)
+        observed = []
+        for _ in range(2):
+            state, values = step(state, batch, microbatches, "first half")
+            observed.append(jax.device_get(values))
+        after = jax.device_get(state.params)
+    aux = 2 * 32 * 0.5**2  # of both layers
+    assert observed[0]["loss"] > aux and observed[1]["loss"] < observed[0]["loss"]
+    for leaf in ("L0", "G1"):
+        # Each step of the auxiliary loss takes 2 x 0.1 of a scale off it.
+        assert np.all(np.abs(before["periods"][leaf]["mlp"]["scale"]) == 0.5)
+        assert np.median(after["periods"][leaf]["mlp"]["scale"]) < 0.4
+    assert not np.array_equal(before["periods"]["L0"]["shift"]["previous"], after["periods"]["L0"]["shift"]["previous"])
+
+
+def test_specs_say_what_toys_cost_and_what_decays(toys):
+    model = tiny(L={"mixer": "shift", "mlp": "scale"}, G={"mlp": "scale"}).model
+    leaves = specs(model)["periods"]["L0"]
+    assert leaves["shift"]["previous"].decay and not leaves["mlp"]["scale"].decay
+    with jax.set_mesh(mesh_of(data=2)):
+        assert jax.tree.structure(init(model, jax.random.key(0))) == jax.tree.structure(flops.shapes(model))
+    D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
+    attention = 2 * D * N * H + 2 * D * K * H
+    pairs = 10 * 11 // 2
+    expected = 2 * (model.vocab_size * D + D * D + attention) + 4 * N * H * pairs / 10
+    assert flops.forward_flops_per_token(model, 10) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"optim.optimiser": "adam"}, "optim.optimiser='adam' is not one of 'adamw'; did you mean 'adamw'"),
+        ({"model.kinds.L.mixer": "atention"}, "model.kinds.L.mixer='atention' is not one of 'attention'; did you mean"),
+        ({"model.kinds.G.mlp": "gate"}, "model.kinds.G.mlp='gate' is not one of 'gated'; did you mean 'gated'"),
+    ],
+)
+def test_a_name_that_no_table_has_is_an_error_with_the_nearest(changes, message):
+    with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=message):
+        init_state(tiny(changes))
+
+
+def test_an_objective_that_no_table_has_is_an_error_before_the_first_step():
+    c = tiny()
+    stage = dataclasses.replace(c.stages[0], objective="next_tokn")
+    with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=r"stages\[0\].objective='next_tokn' .*'next_token'"):
+        make_step(dataclasses.replace(c, stages=(stage,)), REFERENCE)
