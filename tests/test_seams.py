@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import BATCH, REFERENCE, mesh_of, on_mesh, tiny
+from conftest import BATCH, REFERENCE, assert_close, loss_and_grads, mesh_of, on_mesh, random_params, tiny
 from flax import nnx
 
 from hybrid_attn.model import flops, init, specs
@@ -116,3 +116,32 @@ def test_an_objective_that_no_table_has_is_an_error_before_the_first_step():
     stage = dataclasses.replace(c.stages[0], objective="next_tokn")
     with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=r"stages\[0\].objective='next_tokn' .*'next_token'"):
         make_step(dataclasses.replace(c, stages=(stage,)), REFERENCE)
+
+
+def low_rank(leaves):
+    """Adds the product of two small matrices to every weight that has them beside it."""
+
+    def adapted(x):
+        return isinstance(x, dict) and set(x) == {"weight", "down", "up"}
+
+    def added(x):
+        return x["weight"] + jnp.tensordot(x["down"], x["up"], 1) if adapted(x) else x
+
+    return jax.tree.map(added, leaves, is_leaf=adapted)
+
+
+def test_a_transform_of_a_layers_leaves_is_applied_inside_the_scanned_body_and_has_gradients():
+    model, run = tiny({"model.num_layers": 4}).model, REFERENCE._replace(transform=low_rank)
+    with jax.set_mesh(mesh_of()):
+        params, batch = random_params(model), on_mesh(BATCH)
+        down, up = (0.1 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((2, 32, 3), (2, 3, 48))))
+        adapted, summed = (jax.tree.map(lambda x: x, params) for _ in range(2))
+        mlp = summed["periods"]["G1"]["mlp"]
+        mlp["up"] = mlp["up"] + jnp.einsum("pdr,prf->pdf", down, up)
+        adapted["periods"]["G1"]["mlp"]["up"] = {"weight": params["periods"]["G1"]["mlp"]["up"], "down": down, "up": up}
+        loss, grads = jax.device_get(loss_and_grads(model, run, adapted, batch))
+        loss_of_sum, grads_of_sum = jax.device_get(loss_and_grads(model, REFERENCE, summed, batch))
+    assert loss == pytest.approx(loss_of_sum, rel=1e-6)
+    got, expected = grads["periods"]["G1"]["mlp"]["up"], grads_of_sum["periods"]["G1"]["mlp"]["up"]
+    assert_close(got["weight"], expected, 1e-5)
+    assert_close(got["up"], np.einsum("pdr,pdf->prf", down, expected), 1e-5)

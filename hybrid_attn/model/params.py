@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.parallel.mesh import gathered
 
-DotGeneral = Callable[..., jax.Array]  # called as jax.lax.dot_general is
 # The mesh axis over which each logical axis of a weight is split.
 MESH_AXES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
@@ -65,14 +64,14 @@ class Weight(nnx.Param):
 class Linear(Weight):
     """A matrix that is multiplied with activations."""
 
-    def __call__(self, x: jax.Array, sharding: P | None = None, dot: DotGeneral = jax.lax.dot_general) -> jax.Array:
+    def __call__(self, x: jax.Array, sharding: P | None = None) -> jax.Array:
         """The product over the last `fan_in` axes of `x` and the first of the matrix, in the dtype of `x`.
 
-        With `dot` and not einsum, which contracts H before N in [B,T,N,H] x [N,H,D]: compilers then copy both.
+        It lies as `sharding` says. Not by einsum, which contracts H before N in [B,T,N,H] x [N,H,D]: compilers then copy both.
         """
         number = self.spec.fan_in
         contracted = tuple(range(x.ndim - number, x.ndim)), tuple(range(number))
-        return dot(x, gathered(self.cast(x.dtype)), (contracted, ((), ())), out_sharding=sharding)
+        return jax.lax.dot_general(x, gathered(self.cast(x.dtype)), (contracted, ((), ())), out_sharding=sharding)
 
 
 def linear(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, fan_in: int = 1) -> Linear:

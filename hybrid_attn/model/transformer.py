@@ -5,6 +5,7 @@ paths are names (`periods/L0/attention/q`); those under `periods` carry the peri
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,10 @@ CHECKPOINTS = {
 CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as whole rows, recomputation included
 
 
+def unchanged(leaves: dict) -> dict:
+    return leaves
+
+
 class Run(NamedTuple):
     """How a model runs, which never changes the function that it computes: the `train` keys of configs/base.py, resolved."""
 
@@ -47,6 +52,7 @@ class Run(NamedTuple):
     kernel: str
     loss_chunk: int
     mlp_chunk: int | None
+    transform: Callable[[dict], dict] = unchanged  # of the leaves of a layer, of any structure, into those that it takes
 
 
 def run_on(platform: str, model: Model, train: Train) -> Run:
@@ -165,7 +171,7 @@ def apply_in_zigzag(
             def layer(leaves: dict, x_BTD: jax.Array, letter: str = letter) -> tuple[jax.Array, Aux]:
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
-                return bind(model, letter, leaves)(x_BTD, pos_BT, attends[letter], run.mlp_chunk)[:2]
+                return bind(model, letter, run.transform(leaves))(x_BTD, pos_BT, attends[letter], run.mlp_chunk)[:2]
 
             with jax.named_scope(slot):
                 x_BTD, aux = CHECKPOINTS[run.remat[letter]](layer)(leaves[slot], x_BTD)
