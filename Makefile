@@ -1,4 +1,4 @@
-# make train, test, test-slow, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
+# make train, docs, test, test-slow, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
 #   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.data.tokenizer=tokenizer.json"
 #   make train EXTRA=gpu          # or tpu; "gpu hf" also reads and trains tokenizers
 PYTHON ?= python3
@@ -13,7 +13,7 @@ VENV_PYTHON := .venv/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-slow test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu lint clean
+.PHONY: train docs test test-slow test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu lint clean
 
 train: .venv/.train $(EXTRA:%=.venv/.%)
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
@@ -51,6 +51,10 @@ test-oracle: .venv/.test .venv/.oracle
 test-harness: .venv/.test .venv/.harness
 	$(VENV_PYTHON) -m pytest tests/test_harness.py -rs $(ARGS)
 
+# The pages of docs/ as HTML, in docs/_build/html; warnings are errors.
+docs: .venv/.docs
+	$(VENV_PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build/html $(ARGS)
+
 lint: .venv/.test
 	$(VENV_PYTHON) -m ruff check .
 
@@ -74,6 +78,6 @@ clean:
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
-.venv/.tpu .venv/.gpu .venv/.hf .venv/.data .venv/.oracle .venv/.harness: .venv/.%: .venv/.train
+.venv/.tpu .venv/.gpu .venv/.hf .venv/.data .venv/.oracle .venv/.harness .venv/.docs: .venv/.%: .venv/.train
 	$(INSTALL) --editable '.[$*]'
 	@touch $@

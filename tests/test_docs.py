@@ -1,0 +1,259 @@
+"""What the pages say is true: commands parse or run; config keys, flags, paths, links and the picture exist as they say."""
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import tool
+
+from configs import base
+from hybrid_attn import config, programs
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "docs/results/*.md") for path in ROOT.glob(pattern))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+GROUPS = "model|mesh|data|optim|stages|train|evals"
+FOLDERS = "configs|docs|hybrid_attn|launch|tools|tests|constraints"
+NEW_FILE = "mine"  # the name that worked examples give to a file that the reader writes
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def fences(text: str, language: str) -> list[str]:
+    return [content for name, content in FENCE.findall(text) if name == language]
+
+
+def inline_code(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command: the lines of shell fences, and what begins as one in a sentence."""
+    lines = [line for content in fences(text, "sh") for line in content.replace("\\\n", " ").splitlines()]
+    lines += [code for code in inline_code(text) if re.match(r"(python|make|pip) ", code)]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def check_command(words: list[str]) -> None:
+    """Reads a command as the program itself does; an exception where that refuses it."""
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    CHECKS[words[0]](words[1:])
+
+
+def check_python(words: list[str]) -> None:
+    path = Path(words[0])
+    with tool(path.stem, str(path.parent)) as module, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "run", lambda _, argv, *args, arguments=0, **kw: programs.check_arguments(argv, arguments))
+        module.main(programs.parse(words))
+
+
+def check_training(words: list[str]) -> None:
+    check_python(["launch/train.py", *words])
+
+
+def check_script(words: list[str]) -> None:
+    check_training(words[words.index("--") + 1 :])
+
+
+def check_sbatch(words: list[str]) -> None:
+    script = words.index("launch/slurm.sbatch")
+    assert all(word.startswith("--") for word in words[:script])
+    check_training(words[script + 1 :])
+
+
+def check_make(words: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    target, values = words[0], dict(word.split("=", 1) for word in words[1:])
+    assert target in re.findall(r"[\w./-]+", " ".join(re.findall(r"^([\w./ -]+):", makefile, re.MULTILINE))), target
+    assert set(values) <= set(re.findall(r"^(\w+) \?=", makefile, re.MULTILINE)), values
+    assert set(values.get("EXTRA", "").split()) <= set(EXTRAS)
+    arguments = shlex.split(values.get("ARGS", ""))
+    if target == "train":
+        check_training([f"--config={values.get('CONFIG', 'configs/hybrid_8k.py')}", *arguments])
+    else:
+        assert all((ROOT / path).exists() for path in arguments), arguments
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[0] == "install"
+    for extra in re.findall(r"\[(.*?)\]", " ".join(words)):
+        assert set(extra.split(",")) <= set(EXTRAS), extra
+
+
+CHECKS = {
+    "python": check_python,
+    "make": check_make,
+    "pip": check_pip,
+    "sbatch": check_sbatch,
+    "launch/local_processes.sh": check_script,
+    "launch/tpu_pod.sh": check_script,
+}
+
+
+def refusal(check, *arguments) -> str:
+    """What `check` says of its arguments; empty if it takes them."""
+    try:
+        check(*arguments)
+    except (Exception, SystemExit) as error:
+        return f"{error!r}"
+    return ""
+
+
+def command_problems(text: str) -> list[str]:
+    return [f"{shlex.join(words)}: {said}" for words in commands(text) if (said := refusal(check_command, words))]
+
+
+def check_code(code: str) -> None:
+    names: dict = {}
+    exec(compile(code, "page", "exec"), names)
+    if "get_config" in names:
+        config.build(names["get_config"]())
+
+
+def code_problems(text: str) -> list[str]:
+    unknown = {name for name, _ in FENCE.findall(text)} - {"sh", "python", "text"}
+    return [f"a fence of {unknown}"] * bool(unknown) + list(
+        filter(None, (refusal(check_code, x) for x in fences(text, "python")))
+    )
+
+
+def has_key(key: str) -> bool:
+    """Whether configs/base.py has this key; any layer type, source and stage counts as one that it has."""
+    for pattern, usual in ((r"kinds\.\w\b", "kinds.L"), (r"sources\.\w+", "sources.text"), (r"stages(\[\w+\])?\.", "stage.")):
+        key = re.sub(pattern, usual, key)
+    c = base.get_config()
+    values, parts = {**c, "stage": c.stages[0]}, key.split(".")
+    for part in parts:
+        if part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def key_problems(text: str) -> list[str]:
+    pattern = re.compile(rf"(?<![\w./-])(?:--config\.|c\.)?((?:{GROUPS})(?:\[\w+\])?\.\w[\w.]*)")
+    keys = {key for code in inline_code(text) for key in pattern.findall(code)}
+    return [f"no config key {key}" for key in sorted(keys) if not key.endswith((".py", ".jsonl")) and not has_key(key)]
+
+
+def known_flags() -> set[str]:
+    sources = [path.read_text() for folder in ("tools", "launch", "hybrid_attn") for path in (ROOT / folder).rglob("*.*y")]
+    defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"|\bdefine\("(\w+)"', "\n".join(sources))
+    scripts = "\n".join(path.read_text() for path in (ROOT / "launch").glob("*.s*"))
+    return {*filter(None, sum(defined, ())), "steps", "batch", *re.findall(r"--([\w-]+)", scripts)}
+
+
+def flag_problems(text: str) -> list[str]:
+    flags = {flag for code in inline_code(text) for flag in re.findall(r"(?<![\w-])--([\w-]+)", code)}
+    return [f"no flag --{flag}" for flag in sorted(flags - known_flags())]
+
+
+def path_problems(text: str) -> list[str]:
+    code = " ".join([*inline_code(text), *fences(text, "sh")])
+    paths = {path.rstrip(".") for path in re.findall(rf"(?<![\w./-])((?:{FOLDERS})/[\w./*-]*)", code)}
+    paths |= {f"**/{name}" for name in inline_code(text) if re.fullmatch(r"\w+\.(py|sh|sbatch)", name)}
+    return [f"no path {path}" for path in sorted(paths) if Path(path).stem != NEW_FILE and not any(ROOT.glob(path))]
+
+
+def slugs(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def link_problems(text: str, page: Path) -> list[str]:
+    problems = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        if not link.startswith("https://") and not target.exists():
+            problems.append(f"no file {link}")
+        elif heading and heading not in slugs(target.read_text()):
+            problems.append(f"no heading {link}")
+    return problems
+
+
+def problems(text: str, page: Path) -> list[str]:
+    checks = command_problems, code_problems, key_problems, flag_problems, path_problems
+    return [problem for check in checks for problem in check(text)] + link_problems(text, page)
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_code_keys_flags_paths_and_links_of_a_page_exist(page):
+    assert not problems(page.read_text(), page)
+
+
+BROKEN = {
+    "a flag": "```sh\npython tools/plan.py --config=configs/hybrid_8k.py --target=cpu:8 --nothing=1\n```",
+    "a config key": "```sh\npython launch/train.py --config=configs/hybrid_8k.py --config.optim.learnrate=1\n```",
+    "a key of make": "```sh\nmake train ARGS='--config.model.depths=3'\n```",
+    "a target": "```sh\nmake everything\n```",
+    "an extra": "```sh\npip install '.[everything]'\n```",
+    "a program": "```sh\nnothing --config=configs/hybrid_8k.py\n```",
+    "a value of a script": "```sh\nlaunch/local_processes.sh 2 -- --config=configs/hybrid_8k.py --batch=few\n```",
+    "a command in a sentence": "Run `python tools/plan.py --config=configs/hybrid_8k.py:nothing --target=cpu:8`.",
+    "an argument": "```sh\npython tools/plan.py --config=configs/hybrid_8k.py --target=cpu:8 more\n```",
+    "a required flag": "```sh\npython tools/plan.py --target=cpu:8\n```",
+    "code": "```python\nfrom configs import nothing\n```",
+    "a config": "```python\ndef get_config():\n    return {'model': {}}\n```",
+    "a key in a sentence": "The key `train.rematerialise` says it.",
+    "a key of a layer type": "The key `model.kinds.G.windows` says it.",
+    "a flag in a sentence": "The flag `--suites=full` says it.",
+    "a path": "See `hybrid_attn/kernels/nothing.py`.",
+    "a file": "See `nothing.py`.",
+    "a link": "See [this](nothing.md).",
+    "a heading": "See [this](install.md#nothing).",
+    "a language": "```\nwithout one\n```",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_page_with_one_thing_that_does_not_exist_is_found(text):
+    assert len(problems(text + "\n", ROOT / "docs" / "page.md")) == 1
+
+
+def test_the_readme_is_short_and_the_index_lists_every_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 160
+    docs = ROOT / "docs"
+    listed = re.findall(r"^- \[.+\]\((.+)\)$", (docs / "index.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(
+        str(path.relative_to(docs)) for path in PAGES if docs in path.parents and path.stem != "index"
+    )
+
+
+def test_the_picture_is_what_its_script_draws():
+    draw = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["draw"]
+    assert (ROOT / "docs" / "architecture.svg").read_text() == draw()
+
+
+TINY = [f"--config.model.{key}={value}" for key, value in {"d_model": 32, "d_ff": 48, "num_layers": 2, "head_dim": 8}.items()]
+TINY += ["--config.model.pattern=LG", "--config.stages[0].seq_len=64", "--steps=2", "--config.evals.tokens=256"]
+SHORTER = {
+    "train": TINY,
+    "generate": ["--max_new_tokens=2"],
+    "evaluate": ["--suite=position", "--lengths=64", "--tokens=256"],
+    "plot_runs": [],
+}
+
+
+@pytest.mark.slow  # four programs, each of which starts jax or draws
+def test_the_commands_of_a_first_run_follow_one_another(tmp_path):
+    output = " ".join(fences((ROOT / "README.md").read_text(), "text"))
+    first = [words for words in commands((ROOT / "docs" / "first-run.md").read_text()) if words[1:2] == ["launch/train.py"]]
+    then = [shlex.split(line) for line in re.findall(r"python tools/.*", output)]
+    assert [Path(words[1]).stem for words in (*first, *then)] == list(SHORTER)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    for _, script, *words in (*first, *then):
+        words = [word.replace("configs/", f"{ROOT}/configs/") for word in words]
+        subprocess.run([sys.executable, ROOT / script, *words, *SHORTER[Path(script).stem]], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "loss.png").exists() and (tmp_path / "evals/hybrid_8k/report.html").exists()
