@@ -11,8 +11,8 @@ import pytest
 from conftest import biggest_array, mesh_of
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.infer import compress
-from hybrid_attn.infer.compress import METHODS, VOTING, Compression
+from hybrid_attn.infer.cache import compress
+from hybrid_attn.infer.cache.compress import METHODS, VOTING, Compression
 
 B, N, K, H, S, W = 4, 6, 2, 8, 41, 5
 LENGTHS = np.array([41, 23, 13, 3], np.int32)  # all of the cache, less, a little more than the cap of 12, less than the window

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.infer import cache as caches
-from hybrid_attn.infer.compress import Compression
+from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.sampling import GREEDY, Sampling
 from hybrid_attn.infer.steps import decode

@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.convert.families import model_of
 from hybrid_attn.infer import cache as caches
+from hybrid_attn.infer.cache import int8
+from hybrid_attn.infer.steps import extend
 from hybrid_attn.model import apply
-from hybrid_attn.model.extend import extend, unstacked
-from hybrid_attn.parallel import cached
+from hybrid_attn.model.extend import unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 W = 5
@@ -166,7 +167,7 @@ def test_int8_slots_are_within_half_a_step(one_device):
 def test_int8_slots_are_all_seen_where_no_number_of_parts_holds_them(size, one_device, monkeypatch):
     model, rows, pieces = MODELS["window and prefix"], rows_of(61, 30), [16, 16, 16, 12, 1]
     wanted, _ = in_pieces(model, random_params(model), rows, pieces, 64, quantised=True)
-    monkeypatch.setattr(cached, "QUANTISED_SLOTS", size)
+    monkeypatch.setattr(int8, "QUANTISED_SLOTS", size)
     found, _ = in_pieces(model, random_params(model), rows, pieces, 64, quantised=True)
     assert_close(found, wanted, 1e-5)
 

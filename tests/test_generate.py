@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 from conftest import mesh_of, random_params, tiny
 
 from hybrid_attn import checkpoint, config, files
-from hybrid_attn.infer.compress import Compression
+from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import TOKENS_AT_ONCE, Generated, Timing
 from hybrid_attn.infer.sampling import GREEDY, Sampling
 from hybrid_attn.programs import parse

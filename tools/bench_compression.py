@@ -20,7 +20,7 @@ from hybrid_attn import config, programs
 from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.infer import loading
-from hybrid_attn.infer.compress import Compression
+from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train import measurement

@@ -19,7 +19,7 @@ from absl import app, flags
 
 from hybrid_attn import files, programs
 from hybrid_attn.infer import loading
-from hybrid_attn.infer.compress import Compression
+from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import TOKENS_AT_ONCE, Engine, Timing
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import Answer, answers

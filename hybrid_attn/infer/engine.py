@@ -18,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import CheckpointConfig
 from hybrid_attn.infer import cache as caches
-from hybrid_attn.infer.compress import Compression, compressed
+from hybrid_attn.infer.cache import Cache, Compression, compressed
 from hybrid_attn.infer.sampling import GREEDY, Sampling
 from hybrid_attn.infer.steps import SLICE, Program, decode, read, score
 from hybrid_attn.model import run_on
-from hybrid_attn.model.extend import Cache, unstacked
+from hybrid_attn.model.extend import unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
 
 SEED = 0  # of what a compression draws at random

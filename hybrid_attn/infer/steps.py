@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Model
+from hybrid_attn.config import LayerType, Model
+from hybrid_attn.infer.cache.attend import attend as cached_attend
+from hybrid_attn.infer.cache.shapes import Cache, Layer
 from hybrid_attn.infer.sampling import Sampling, sample
 from hybrid_attn.model import Run, logits, unembedding
-from hybrid_attn.model.extend import Cache, extend
+from hybrid_attn.model.attention import Attend
+from hybrid_attn.model.extend import layer_by_layer
 from hybrid_attn.model.loss import token_losses
-from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, spec_of
 
 SLICE = 32  # most tokens of a row between two looks at what came
 
@@ -26,6 +29,33 @@ class Program(NamedTuple):
     model: Model
     run: Run
     span: int  # slots that a shard of `context` takes in its turn: its part of a chunk
+
+
+def extend(
+    model: Model, weights: dict, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache, run: Run, span: int
+) -> tuple[jax.Array, Cache, tuple[jax.Array | None, ...]]:
+    """Final normed activations [B, T, D] of the next `counts_B` tokens of each row, and the cache that has read them.
+
+    Tokens beyond a row's count are padding. `weights` are `unstacked`'s; the cache must have room (`cache.attend`, which says
+    what `span` is). Last come each layer's queries [B, T, N, H] as they enter the scores; None for a ring.
+    """
+    spec = spec_of(tokens_BT)
+    T = tokens_BT.shape[1]
+    pos_BT = jax.reshard(jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T), spec)
+
+    def in_cache(layer: Layer) -> Attend:
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
+            o_BTNH, new = cached_attend(
+                q_BTNH, k_BTKH, v_BTKH, layer, cache.lengths_B, counts_B, sinks_N,
+                kind=kind, scale=scale, kernel=run.kernel, span=span,
+            )  # fmt: skip
+            return o_BTNH, (new, None if new.dropped_BK is None else q_BTNH)
+
+        return attend
+
+    x_BTD, kept = layer_by_layer(model, weights, tokens_BT, pos_BT, [in_cache(layer) for layer in cache.layers], run)
+    layers, queries = zip(*kept, strict=True)
+    return x_BTD, Cache(layers, cache.lengths_B + counts_B), queries
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))

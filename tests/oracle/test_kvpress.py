@@ -12,8 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 kvpress = pytest.importorskip("kvpress")
 
-from hybrid_attn.infer import compress  # noqa: E402
-from hybrid_attn.infer.compress import Compression  # noqa: E402
+from hybrid_attn.infer.cache import compress  # noqa: E402
+from hybrid_attn.infer.cache.compress import Compression  # noqa: E402
 
 B, N, K, H, S, W, CAP = 2, 6, 2, 8, 64, 7, 16
 LENGTHS = jnp.full(B, S)

@@ -20,9 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model, score_scale
-from hybrid_attn.infer.cache import Run, call, power_of_two
-from hybrid_attn.model.extend import Cache
-from hybrid_attn.parallel.cached import Layer, specs
+from hybrid_attn.infer.cache.shapes import Cache, Layer, Run, call, power_of_two, specs
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 

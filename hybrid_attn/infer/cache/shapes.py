@@ -6,19 +6,81 @@ are powers of two, so that few programs are compiled.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Model
-from hybrid_attn.model.extend import Cache
-from hybrid_attn.parallel import cached
+from hybrid_attn.config import LayerType, Model
+from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
 # How a jitted function is run, with its static arguments apart; whoever measures hands on another way.
 Run = Callable[..., Any]
+
+
+class Layer(NamedTuple):
+    """Keys as they enter the scores, values, and where they are int8 the float32 size of one step of each slot.
+
+    `dropped` [B, 1 or K] is how many tokens before a slot's own are gone; a ring has none.
+    """
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    k_step_BKS: jax.Array | None
+    v_step_BKS: jax.Array | None
+    dropped_BK: jax.Array | None
+
+
+class Cache(NamedTuple):
+    """What B rows have read: each layer's keys and values, and how many tokens."""
+
+    layers: tuple[Layer, ...]
+    lengths_B: jax.Array
+
+
+class Static(NamedTuple):
+    """What is known while tracing. `bounded`: the layer is a ring; `span`: slots that one shard takes in its turn."""
+
+    bounded: bool
+    window: int | None
+    chunk: int | None
+    scale: float
+    softcap: float | None
+    kernel: str
+    span: int
+
+
+def reach(kind: LayerType) -> int | None:
+    """How many tokens a query of this kind sees at most, itself among them; None for the whole prefix."""
+    return kind.chunk if kind.window is None else kind.window
+
+
+def specs(layer: Layer) -> Layer:
+    """Where the arrays of a layer lie."""
+    if layer.dropped_BK is None:
+        return Layer(P(BATCH, "tensor", None, None), P(BATCH, "tensor", None, None), None, None, None)
+    heads = None if layer.dropped_BK.shape[1] == 1 else "tensor"
+    slots, steps = P(BATCH, "tensor", AXIS, None), None if layer.k_step_BKS is None else P(BATCH, "tensor", AXIS)
+    return Layer(slots, slots, steps, steps, P(BATCH, heads))
+
+
+def slot_numbers(static: Static, local_S: jax.Array) -> jax.Array:
+    """The slots' numbers over all shards, by their place on this one."""
+    c, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    return local_S // static.span * (static.span * c) + i * static.span + local_S % static.span
+
+
+def empty_layer(kind: LayerType, rows: int, slots: int, heads: int, size: int, dtype: jnp.dtype, quantised: bool) -> Layer:
+    """A layer of `kind` that holds nothing yet, on the mesh in force; `quantised` applies to layers of the whole prefix."""
+    bounded = reach(kind) is not None
+    quantised = quantised and not bounded
+    shape = (rows, heads, slots, size)
+    kept = jax.ShapeDtypeStruct(shape, jnp.int8 if quantised else dtype)
+    step = jax.ShapeDtypeStruct(shape[:3], jnp.float32) if quantised else None
+    layer = Layer(kept, kept, step, step, None if bounded else jax.ShapeDtypeStruct((rows, 1), jnp.int32))
+    return jax.tree.map(lambda x, spec: jnp.zeros(x.shape, x.dtype, out_sharding=spec), layer, specs(layer))
 
 
 def call(function: Callable, statics: tuple, *args: Any) -> Any:
@@ -44,24 +106,22 @@ def empty(model: Model, rows: int, capacity: int, new: int, dtype: jnp.dtype, qu
     layers = []
     for letter in model.layers:
         kind = model.kinds[letter]
-        sees = cached.reach(kind)
+        sees = reach(kind)
         slots = capacity if sees is None else ring_slots(sees, new, capacity)
-        layers.append(cached.empty(kind, rows, slots, model.num_kv_heads, model.head_dim, dtype, quantised))
+        layers.append(empty_layer(kind, rows, slots, model.num_kv_heads, model.head_dim, dtype, quantised))
     return Cache(tuple(layers), jnp.zeros((rows,), jnp.int32, out_sharding=P(BATCH)))
 
 
 def resized(model: Model, cache: Cache, capacity: int, new: int, run: Run = call) -> Cache:
     """The same with rings for `new` tokens at a time; what has its size already is not copied. `run` runs what is compiled."""
 
-    def resize(layer: cached.Layer, sees: int | None) -> cached.Layer:
+    def resize(layer: Layer, sees: int | None) -> Layer:
         if sees is None or (slots := ring_slots(sees, new, capacity)) == layer.k_BKSH.shape[2]:
             return layer
         k_BKSH, v_BKSH = run(_turned, (slots,), (layer.k_BKSH, layer.v_BKSH), cache.lengths_B)
         return layer._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH)
 
-    layers = (
-        resize(layer, cached.reach(model.kinds[letter])) for letter, layer in zip(model.layers, cache.layers, strict=True)
-    )
+    layers = (resize(layer, reach(model.kinds[letter])) for letter, layer in zip(model.layers, cache.layers, strict=True))
     return cache._replace(layers=tuple(layers))
 
 
