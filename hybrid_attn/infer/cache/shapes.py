@@ -1,7 +1,11 @@
-"""The cache of a whole model: how large each layer's is, made, resized, repeated for more rows.
+"""The shapes of a KV cache: what each layer holds, and how a cache is made, resized and repeated for more requests.
 
-A layer that sees W tokens back needs W + T - 1 slots while chunks of T tokens are read, and W to go on token by token. Sizes
-are powers of two, so that few programs are compiled.
+A layer type with a window or a chunk has a ring buffer: the token at position p is in slot p % R. A window of W tokens needs
+W + T - 1 slots while chunks of T tokens are prefilled, and W slots while tokens are decoded one by one. Any other layer type
+keeps every token: the token at position p is in slot p - evicted, where `evicted` counts the tokens that compression removed.
+Numbers of slots are powers of two, so that few programs are compiled.
+
+Letters: B requests, S slots, R slots of a ring, K key/value heads, H head size.
 """
 
 import functools
@@ -16,133 +20,140 @@ from hybrid_attn.config import LayerType, Model
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
-# How a jitted function is run, with its static arguments apart; whoever measures hands on another way.
-Run = Callable[..., Any]
+# Runs a jitted function: (function, static arguments, *arrays). The engine compiles first, to time the two apart.
+Runner = Callable[..., Any]
 
 
-class Layer(NamedTuple):
-    """Keys as they enter the scores, values, and where they are int8 the float32 size of one step of each slot.
+class LayerCache(NamedTuple):
+    """One layer's keys as they enter the scores, its values, and float32 scales of each slot where both are int8.
 
-    `dropped` [B, 1 or K] is how many tokens before a slot's own are gone; a ring has none.
+    `evicted_BK` [B, 1 or K] counts the tokens that compression removed; a ring has none.
     """
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
-    k_step_BKS: jax.Array | None
-    v_step_BKS: jax.Array | None
-    dropped_BK: jax.Array | None
+    k_scales_BKS: jax.Array | None
+    v_scales_BKS: jax.Array | None
+    evicted_BK: jax.Array | None
 
 
 class Cache(NamedTuple):
-    """What B rows have read: each layer's keys and values, and how many tokens."""
+    """The cache of every layer, and how many tokens of each request it has read."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerCache, ...]
     lengths_B: jax.Array
 
 
-class Static(NamedTuple):
-    """What is known while tracing. `bounded`: the layer is a ring; `span`: slots that one shard takes in its turn."""
+class LayerSettings(NamedTuple):
+    """What is static in one layer's attention to its cache. `span` is explained in `cache/attend.py`."""
 
-    bounded: bool
-    window: int | None
-    chunk: int | None
+    layer_type: LayerType
     scale: float
-    softcap: float | None
     kernel: str
     span: int
 
+    @property
+    def window(self) -> int | None:
+        return visible_tokens(self.layer_type)
 
-def reach(kind: LayerType) -> int | None:
-    """How many tokens a query of this kind sees at most, itself among them; None for the whole prefix."""
-    return kind.chunk if kind.window is None else kind.window
-
-
-def specs(layer: Layer) -> Layer:
-    """Where the arrays of a layer lie."""
-    if layer.dropped_BK is None:
-        return Layer(P(BATCH, "tensor", None, None), P(BATCH, "tensor", None, None), None, None, None)
-    heads = None if layer.dropped_BK.shape[1] == 1 else "tensor"
-    slots, steps = P(BATCH, "tensor", AXIS, None), None if layer.k_step_BKS is None else P(BATCH, "tensor", AXIS)
-    return Layer(slots, slots, steps, steps, P(BATCH, heads))
+    @property
+    def is_ring(self) -> bool:
+        return self.window is not None
 
 
-def slot_numbers(static: Static, local_S: jax.Array) -> jax.Array:
-    """The slots' numbers over all shards, by their place on this one."""
+def visible_tokens(layer_type: LayerType) -> int | None:
+    """The most tokens that a query sees, itself included; None for the whole prefix."""
+    return layer_type.chunk if layer_type.window is None else layer_type.window
+
+
+def partition_specs(layer: LayerCache) -> LayerCache:
+    """How the arrays of a layer are sharded."""
+    if layer.evicted_BK is None:
+        return LayerCache(P(BATCH, "tensor", None, None), P(BATCH, "tensor", None, None), None, None, None)
+    heads = None if layer.evicted_BK.shape[1] == 1 else "tensor"
+    slots, scales = P(BATCH, "tensor", AXIS, None), None if layer.k_scales_BKS is None else P(BATCH, "tensor", AXIS)
+    return LayerCache(slots, slots, scales, scales, P(BATCH, heads))
+
+
+def slot_numbers(span: int, local_S: jax.Array) -> jax.Array:
+    """The number over all `context` shards of each of this shard's slots."""
     c, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
-    return local_S // static.span * (static.span * c) + i * static.span + local_S % static.span
-
-
-def empty_layer(kind: LayerType, rows: int, slots: int, heads: int, size: int, dtype: jnp.dtype, quantised: bool) -> Layer:
-    """A layer of `kind` that holds nothing yet, on the mesh in force; `quantised` applies to layers of the whole prefix."""
-    bounded = reach(kind) is not None
-    quantised = quantised and not bounded
-    shape = (rows, heads, slots, size)
-    kept = jax.ShapeDtypeStruct(shape, jnp.int8 if quantised else dtype)
-    step = jax.ShapeDtypeStruct(shape[:3], jnp.float32) if quantised else None
-    layer = Layer(kept, kept, step, step, None if bounded else jax.ShapeDtypeStruct((rows, 1), jnp.int32))
-    return jax.tree.map(lambda x, spec: jnp.zeros(x.shape, x.dtype, out_sharding=spec), layer, specs(layer))
-
-
-def call(function: Callable, statics: tuple, *args: Any) -> Any:
-    return function(*statics, *args)
+    return local_S // span * (span * c) + i * span + local_S % span
 
 
 def power_of_two(number: int) -> int:
-    """The least that is not below `number`."""
+    """The smallest power of two that is at least `number`."""
     return 1 << max(number - 1, 0).bit_length()
 
 
-def ring_slots(sees: int, new: int, capacity: int) -> int:
-    """Slots of a layer that sees so many tokens back, when `new` come at a time and rows never pass `capacity`."""
-    return min(power_of_two(sees + new - 1), capacity)
+def ring_slots(visible: int, chunk: int, capacity: int) -> int:
+    """Slots of a ring whose queries see `visible` tokens, read `chunk` at a time, for requests of at most `capacity` tokens."""
+    return min(power_of_two(visible + chunk - 1), capacity)
 
 
 @functools.partial(jax.jit, static_argnums=range(6))
-def empty(model: Model, rows: int, capacity: int, new: int, dtype: jnp.dtype, quantised: bool) -> Cache:
-    """A cache of `rows` rows that have read nothing, for at most `capacity` tokens each, `new` at a time.
+def empty(model: Model, batch_size: int, capacity: int, chunk: int, dtype: jnp.dtype, quantised: bool) -> Cache:
+    """An empty cache for `batch_size` requests of at most `capacity` tokens, of which `chunk` are read at a time.
 
-    `quantised`: layers that see the whole prefix keep int8 numbers and a float32 scale for each token and head.
+    `quantised`: layers that see the whole prefix hold int8 numbers, and a float32 scale for each token and head.
     """
     layers = []
     for letter in model.layers:
-        kind = model.kinds[letter]
-        sees = reach(kind)
-        slots = capacity if sees is None else ring_slots(sees, new, capacity)
-        layers.append(empty_layer(kind, rows, slots, model.num_kv_heads, model.head_dim, dtype, quantised))
-    return Cache(tuple(layers), jnp.zeros((rows,), jnp.int32, out_sharding=P(BATCH)))
+        visible = visible_tokens(model.kinds[letter])
+        slots = capacity if visible is None else ring_slots(visible, chunk, capacity)
+        layers.append(empty_layer(model, model.kinds[letter], (batch_size, slots), dtype, quantised))
+    return Cache(tuple(layers), jnp.zeros((batch_size,), jnp.int32, out_sharding=P(BATCH)))
 
 
-def resized(model: Model, cache: Cache, capacity: int, new: int, run: Run = call) -> Cache:
-    """The same with rings for `new` tokens at a time; what has its size already is not copied. `run` runs what is compiled."""
+def empty_layer(model: Model, layer_type: LayerType, size: tuple[int, int], dtype: jnp.dtype, quantised: bool) -> LayerCache:
+    """An empty layer of `size` (requests, slots) on the mesh in force; a ring is never quantised."""
+    is_ring = visible_tokens(layer_type) is not None
+    quantised = quantised and not is_ring
+    shape = (size[0], model.num_kv_heads, size[1], model.head_dim)
+    numbers = jax.ShapeDtypeStruct(shape, jnp.int8 if quantised else dtype)
+    scales = jax.ShapeDtypeStruct(shape[:3], jnp.float32) if quantised else None
+    evicted = None if is_ring else jax.ShapeDtypeStruct((size[0], 1), jnp.int32)
+    layer = LayerCache(numbers, numbers, scales, scales, evicted)
+    return jax.tree.map(lambda x, spec: jnp.zeros(x.shape, x.dtype, out_sharding=spec), layer, partition_specs(layer))
 
-    def resize(layer: Layer, sees: int | None) -> Layer:
-        if sees is None or (slots := ring_slots(sees, new, capacity)) == layer.k_BKSH.shape[2]:
+
+def run_directly(function: Callable, static_args: tuple, *arrays: Any) -> Any:
+    return function(*static_args, *arrays)
+
+
+def resized(model: Model, cache: Cache, capacity: int, chunk: int, run: Runner = run_directly) -> Cache:
+    """The cache with rings for `chunk` tokens at a time. A ring that has its size already is not copied."""
+
+    def resize(layer: LayerCache, visible: int | None) -> LayerCache:
+        if visible is None or (slots := ring_slots(visible, chunk, capacity)) == layer.k_BKSH.shape[2]:
             return layer
-        k_BKSH, v_BKSH = run(_turned, (slots,), (layer.k_BKSH, layer.v_BKSH), cache.lengths_B)
+        k_BKSH, v_BKSH = run(_resized_rings, (slots,), (layer.k_BKSH, layer.v_BKSH), cache.lengths_B)
         return layer._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH)
 
-    layers = (resize(layer, reach(model.kinds[letter])) for letter, layer in zip(model.layers, cache.layers, strict=True))
+    layers = (
+        resize(layer, visible_tokens(model.kinds[letter])) for letter, layer in zip(model.layers, cache.layers, strict=True)
+    )
     return cache._replace(layers=tuple(layers))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _turned(slots: int, both_BKRH: tuple[jax.Array, jax.Array], lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rings of `slots`, with the newest tokens of the old ones."""
+def _resized_rings(slots: int, kv_BKRH: tuple[jax.Array, jax.Array], lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rings of `slots` with the newest tokens of the old ones."""
 
-    def shard(both_BKRH, lengths_B):
+    def shard(kv_BKRH, lengths_B):
         newest_B1 = lengths_B[:, None] - 1
         position_BR = newest_B1 - (newest_B1 - jnp.arange(slots)) % slots
         return tuple(
-            jnp.take_along_axis(x_BKRH, (position_BR % x_BKRH.shape[2])[:, None, :, None], axis=2) for x_BKRH in both_BKRH
+            jnp.take_along_axis(x_BKRH, (position_BR % x_BKRH.shape[2])[:, None, :, None], axis=2) for x_BKRH in kv_BKRH
         )
 
-    specs = tuple(map(spec_of, both_BKRH))
-    return jax.shard_map(shard, in_specs=(specs, P(BATCH)), out_specs=specs)(both_BKRH, lengths_B)
+    specs = tuple(map(spec_of, kv_BKRH))
+    return jax.shard_map(shard, in_specs=(specs, P(BATCH)), out_specs=specs)(kv_BKRH, lengths_B)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def repeated(times: int, cache: Cache) -> Cache:
-    """Every row `times` times, one after the other."""
+    """Every request `times` times, one after the other."""
 
     def repeat(x):
         spec = spec_of(x)
@@ -152,5 +163,5 @@ def repeated(times: int, cache: Cache) -> Cache:
 
 
 def num_bytes(cache: Cache) -> int:
-    """Of all keys and values, over all devices; what a ring has on each `context` shard is counted once."""
-    return sum(x.nbytes for layer in cache.layers for x in jax.tree.leaves(layer._replace(dropped_BK=None)))
+    """Bytes of all keys and values over all devices; copies of a ring on several `context` shards count once."""
+    return sum(x.nbytes for layer in cache.layers for x in jax.tree.leaves(layer._replace(evicted_BK=None)))
