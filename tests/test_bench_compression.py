@@ -47,15 +47,15 @@ class Recall:
 def test_an_answer_is_right_when_it_is_the_value_of_the_key_that_was_asked_for(tool, length):
     engine, rows = Recall(), SyntheticRows(Task("recall", 4), length, None)
     records = tool.accuracies(engine, rows, 10, CAPS, WINDOW)
-    whole, *others = [(r["method"], r["share"], r["question"], r["accuracy"]) for r in records]
-    assert whole == ("full", "1", "new", 1.0) and others[0] == ("full", "1", "known", 1.0)
+    full, *others = [(r["method"], r["share"], r["question"], r["accuracy"]) for r in records]
+    assert full == ("full", "1", "new", 1.0) and others[0] == ("full", "1", "known", 1.0)
     right = {"snapkv": 0.5, "adakv": 0.0, "streaming": 0.0, "random": 0.0}
     assert others[1:] == [(m, s, q, right[m]) for m in right for s in CAPS for q in ("new", "known")]
     for (new, questions, same), (known, again, compression) in zip(engine.calls[::2], engine.calls[1::2], strict=True):
         assert same == compression and (compression is None or compression.cap in CAPS.values())
         for text, longer, question, repeated in zip(new, known, questions, again, strict=True):
-            text, longer, asked = (bytes(x).decode() for x in (text[1:].tolist(), longer[1:].tolist(), question.tolist()))
-            assert "?" not in text and longer.replace(asked, "") == text and asked in longer[-WINDOW:]
+            text, longer, asked_for = (bytes(x).decode() for x in (text[1:].tolist(), longer[1:].tolist(), question.tolist()))
+            assert "?" not in text and longer.replace(asked_for, "") == text and asked_for in longer[-WINDOW:]
             assert repeated is question and re.findall("[A-H][a-h]", longer) == re.findall("[A-H][a-h]", text)
 
 

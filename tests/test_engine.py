@@ -41,10 +41,10 @@ def all_logits(model, params, sequence):
     size = 64
     tokens = np.pad(sequence, (0, size - len(sequence)))[None].astype(np.int32)
     seg = (np.arange(size) < len(sequence))[None].astype(np.int32)
-    place = NamedSharding(jax.sharding.get_mesh(), TOKENS_BT)
-    args = (jax.device_put(x, place) for x in (tokens, np.arange(size, dtype=np.int32)[None], seg))
-    whole = jax.jit(lambda params, *args: logits(model, params, apply(model, params, *args, REFERENCE)))
-    return np.asarray(whole(params, *args))[0, : len(sequence)]
+    sharding = NamedSharding(jax.sharding.get_mesh(), TOKENS_BT)
+    args = (jax.device_put(x, sharding) for x in (tokens, np.arange(size, dtype=np.int32)[None], seg))
+    run = jax.jit(lambda params, *args: logits(model, params, apply(model, params, *args, REFERENCE)))
+    return np.asarray(run(params, *args))[0, : len(sequence)]
 
 
 PROMPTS = sequences_of(1, 4, 5, 6, 16, 17, 40)
@@ -91,9 +91,10 @@ def test_more_requests_than_a_batch_come_back_in_their_order(engine):
 
 
 def test_a_request_ends_with_its_stop_token_or_when_on_tokens_returns_true(engine):
-    whole = engine.generate(PROMPTS, NEW)
-    stop = int(whole[2].tokens[3])
-    for answer, full in zip(engine.generate(PROMPTS, NEW, GenerateOptions(stop_tokens=[stop])), whole, strict=True):
+    full_answers = engine.generate(PROMPTS, NEW)
+    stop = int(full_answers[2].tokens[3])
+    stopped = engine.generate(PROMPTS, NEW, GenerateOptions(stop_tokens=[stop]))
+    for answer, full in zip(stopped, full_answers, strict=True):
         tokens = full.tokens.tolist()
         assert answer.tokens.tolist() == (tokens[: tokens.index(stop) + 1] if stop in tokens else tokens)
     came = {}
@@ -149,14 +150,14 @@ def test_compression_changes_long_prompts_alone(engine, method):
     question, options = [[7, 8]] * len(PROMPTS), GenerateOptions(compression=COMPRESSIONS[method])
     prompts = [*PROMPTS[:6], PROMPTS[6] * 3]
     for questions in (None, question):
-        whole = engine.generate(prompts, NEW, questions=questions)
+        full = engine.generate(prompts, NEW, questions=questions)
         full_bytes = engine.timing.cache_bytes
         answers = engine.generate(prompts, NEW, options, questions=questions)
         cap = COMPRESSIONS[method].cap
-        for prompt, a, b in zip(prompts, answers, whole, strict=True):
+        for prompt, a, b in zip(prompts, answers, full, strict=True):
             if len(prompt) <= cap:
                 assert a.tokens.tolist() == b.tokens.tolist()
-        assert np.abs(answers[6].logprobs - whole[6].logprobs).max() > 0
+        assert np.abs(answers[6].logprobs - full[6].logprobs).max() > 0
         assert engine.timing.cache_bytes < 0.6 * full_bytes
 
 
@@ -183,10 +184,10 @@ def test_one_prompt_is_compressed_whatever_its_heads(heads):
 
     with jax.set_mesh(mesh_of()):
         engine = Engine(random_params(c.model), c, EngineOptions(chunk=16))
-        (whole,) = engine.generate(PROMPTS[5:6], NEW)
+        (full,) = engine.generate(PROMPTS[5:6], NEW)
         for cap in (9, 20):
             (answer,) = engine.generate(PROMPTS[5:6], NEW, compressed(cap))
-            assert (answer.tokens.tolist() == whole.tokens.tolist()) or cap == 9
+            assert (answer.tokens.tolist() == full.tokens.tolist()) or cap == 9
         assert engine.timing.compile_s > 0
         engine.generate(PROMPTS[5:6], NEW, compressed(20))
         assert engine.timing.compile_s == 0

@@ -41,9 +41,9 @@ class Engine:
         if options["seeds"][0] == 14:
             raise FloatingPointError("prompt 0: the log-probability of token 0 is nan")
         tokens = REPLY[:max_new_tokens]
-        for row in range(len(prompts)):
+        for i in range(len(prompts)):
             for at in range(0, len(tokens), 3):
-                if options["on_tokens"](row, list(tokens[at : at + 3])):
+                if options["on_tokens"](i, list(tokens[at : at + 3])):
                     break
         self.timing = Timing(2_000, 60, 0.25, 0.5, 2.0, 9.0, 3 * 2**19)
         return [Generated(np.array(list(tokens)), np.full(len(tokens), -0.5))] * len(prompts)

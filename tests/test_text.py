@@ -94,9 +94,9 @@ def test_pieces_come_as_soon_as_they_are_certain_and_hold_no_half_character(name
     stream, out = TextStream(t), ""
     for n, i in enumerate(ids):
         out += stream.add([i])
-        whole = t.decode(ids[: n + 1])
-        if not whole.endswith("\ufffd"):
-            assert out == whole
+        text = t.decode(ids[: n + 1])
+        if not text.endswith("\ufffd"):
+            assert out == text
         assert "\ufffd" not in out
 
 

@@ -48,7 +48,7 @@ LENGTHS = {
 }
 ALLOCATED = 4096  # tokens of the cache that an engine allocates, to check the computed sizes
 PART = flags.DEFINE_enum("part", "all", [*LENGTHS, "all"], "What to measure.")
-ROWS = flags.DEFINE_list("lengths", None, f"Numbers of tokens; K is 1,024. By default {LENGTHS}.")
+TOKENS = flags.DEFINE_list("lengths", None, f"Numbers of tokens; K is 1,024. By default {LENGTHS}.")
 NEW = flags.DEFINE_integer("new", 32, "Tokens of an answer.", lower_bound=2)
 CHUNK = flags.DEFINE_integer("chunk", DEFAULT_CHUNK, "Tokens of a prompt that our engine reads at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Answers of each contender.", lower_bound=1)
@@ -345,7 +345,7 @@ PARTS = {
 
 def bench() -> None:
     parts = [part for part in PARTS if PART.value in (part, "all")]
-    lengths = {part: measurement.lengths(ROWS.value or LENGTHS[part]) for part in parts}
+    lengths = {part: measurement.lengths(TOKENS.value or LENGTHS[part]) for part in parts}
     configs = {part: config.build(PARTS[part].config.value.values) for part in parts}
     records = {}
     with Processes(round(MEMORY_GIB.value * GIB)) as processes:
