@@ -229,10 +229,10 @@ def main_prompt() -> None:
         params = placed(flops.shapes(c.model))
         weights = placed(jax.eval_shape(functools.partial(unstacked, c.model, dtype=run.dtype), params))
         empty = placed(jax.eval_shape(lambda: cache.empty(c.model, 1, length, chunk, run.dtype, False)))
-        program = steps.Program(c.model, run, chunk // axes["context"])
+        program = steps.StepConfig(c.model, run, chunk // axes["context"])
         last = like((1, c.model.d_model), run.dtype, P(BATCH, None))
         tokens, counts = like((1, chunk), jnp.int32, TOKENS_BT), like((1,), jnp.int32, P(BATCH))
-        executable = steps.read.lower(program, False, weights, tokens, counts, empty, last).compile()
+        executable = steps.prefill.lower(program, False, weights, steps.DecodeState(empty, last), tokens, counts).compile()
     text, memory = executable.as_text(), executable.memory_analysis()
     arrays = [x for layer in empty.layers for x in (layer.k_BKSH, layer.v_BKSH)]
     report = {

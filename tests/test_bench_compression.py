@@ -1,4 +1,4 @@
-"""The tool that asks compressed caches: its questions, what counts as right, and what it refuses."""
+"""The program that measures compressed caches: its questions, which answers are right, and what it refuses."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from hybrid_attn import checkpoint, config
 from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.programs import parse
 
-KEPT, WINDOW = {"1/2": 32, "1/4": 16}, 8
+CAPS, WINDOW = {"1/2": 32, "1/4": 16}, 8
 
 
 @pytest.fixture(scope="module")
@@ -24,37 +24,38 @@ def tool():
         yield module
 
 
-class Reader:
-    """Knows every pair that it keeps: all of them without a compression, those of even rows with snapkv, none with others."""
+class Recall:
+    """Knows every pair without a compression, the pairs of even requests with snapkv, and none with another method."""
 
     def __init__(self):
-        self.asked = []
+        self.calls = []
 
-    def generate(self, prompts, most, *, compression, questions):
-        assert most == 1
-        self.asked.append((prompts, questions, compression))
+    def generate(self, prompts, max_new_tokens, *, options, questions):
+        assert max_new_tokens == 1
+        compression = options.compression
+        self.calls.append((prompts, questions, compression))
         answers = []
         for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
-            text, (mark, key) = bytes(prompt[1:].tolist()).decode(), bytes(question.tolist()).decode()
+            text, (question_mark, key) = bytes(prompt[1:].tolist()).decode(), bytes(question.tolist()).decode()
             kept = compression is None or (compression.method == "snapkv" and row % 2 == 0)
-            assert mark == "?"
+            assert question_mark == "?"
             answers.append(ord(re.search(f"{key}([a-z])", text)[1]) if kept else ord("?"))
         return [SimpleNamespace(tokens=np.array([answer])) for answer in answers]
 
 
 @pytest.mark.parametrize("length", [64, 65])
 def test_an_answer_is_right_when_it_is_the_value_of_the_key_that_was_asked_for(tool, length):
-    engine, rows = Reader(), SyntheticRows(Task("recall", 4), length, None)
-    records = tool.accuracies(engine, rows, 10, KEPT, WINDOW)
-    whole, *others = [(r["method"], r["share"], r["question"], r["accuracy"]) for r in records]
-    assert whole == ("full", "1", "new", 1.0) and others[0] == ("full", "1", "foretold", 1.0)
+    engine, rows = Recall(), SyntheticRows(Task("recall", 4), length, None)
+    records = tool.accuracies(engine, rows, 10, CAPS, WINDOW)
+    full, *others = [(r["method"], r["share"], r["question"], r["accuracy"]) for r in records]
+    assert full == ("full", "1", "new", 1.0) and others[0] == ("full", "1", "known", 1.0)
     right = {"snapkv": 0.5, "adakv": 0.0, "streaming": 0.0, "random": 0.0}
-    assert others[1:] == [(m, s, q, right[m]) for m in right for s in KEPT for q in ("new", "foretold")]
-    for (new, questions, same), (foretold, again, compression) in zip(engine.asked[::2], engine.asked[1::2], strict=True):
-        assert same == compression and (compression is None or compression.cap in KEPT.values())
-        for text, longer, question, repeated in zip(new, foretold, questions, again, strict=True):
-            text, longer, asked = (bytes(x).decode() for x in (text[1:].tolist(), longer[1:].tolist(), question.tolist()))
-            assert "?" not in text and longer.replace(asked, "") == text and asked in longer[-WINDOW:]
+    assert others[1:] == [(m, s, q, right[m]) for m in right for s in CAPS for q in ("new", "known")]
+    for (new, questions, same), (known, again, compression) in zip(engine.calls[::2], engine.calls[1::2], strict=True):
+        assert same == compression and (compression is None or compression.cap in CAPS.values())
+        for text, longer, question, repeated in zip(new, known, questions, again, strict=True):
+            text, longer, asked_for = (bytes(x).decode() for x in (text[1:].tolist(), longer[1:].tolist(), question.tolist()))
+            assert "?" not in text and longer.replace(asked_for, "") == text and asked_for in longer[-WINDOW:]
             assert repeated is question and re.findall("[A-H][a-h]", longer) == re.findall("[A-H][a-h]", text)
 
 
@@ -73,7 +74,7 @@ def test_a_checkpoint_is_asked_and_its_table_has_a_line_for_each_method_and_ques
     records = json.loads(out.read_text())
     assert len(records) == 2 + 4 * 2 * 2 and {round(3 * r["accuracy"], 6) for r in records} <= {0, 1, 2, 3}
     title, header, _, *lines = capsys.readouterr().out.splitlines()
-    assert title == "LG; 3 rows of 64 tokens, 4 pairs; window 8"
+    assert title == "LG; 3 sequences of 64 tokens, 4 pairs; window 8"
     assert [x.strip() for x in header.strip("|").split("|")] == ["method", "question", "1", "0.5", "1/4"]
     assert [line.split()[1] for line in lines] == [
         m for m in ("full", "snapkv", "adakv", "streaming", "random") for _ in range(2)
@@ -91,7 +92,7 @@ def test_a_checkpoint_is_asked_and_its_table_has_a_line_for_each_method_and_ques
         (["--length=64", "--window=7", "--shares=1/2", "--rows=0"], "flag --rows=0: 0 is not a positive integer"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_in_a_line(tool, tmp_path, capsys, arguments, said):
+def test_wrong_flags_are_refused_in_a_line(tool, tmp_path, capsys, arguments, said):
     with pytest.raises(SystemExit) as ended, flagsaver.flagsaver():
         tool.main(parse(["bench_compression.py", f"--checkpoint={tmp_path}", *arguments]))
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Compression of a cache keeps the slots that the papers' algorithms keep, written here as loops over single numbers."""
+"""Compression of a cache keeps the slots of the papers' algorithms, which are written here as loops over single numbers."""
 
 import functools
 import math
@@ -11,15 +11,15 @@ import pytest
 from conftest import biggest_array, mesh_of
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.infer import compress
-from hybrid_attn.infer.compress import METHODS, VOTING, Compression
+from hybrid_attn.infer.cache import compress
+from hybrid_attn.infer.cache.compress import METHODS, VOTING, Compression, Scoring
 
 B, N, K, H, S, W = 4, 6, 2, 8, 41, 5
-LENGTHS = np.array([41, 23, 13, 3], np.int32)  # all of the cache, less, a little more than the cap of 12, less than the window
+LENGTHS = np.array([41, 23, 13, 3], np.int32)  # the whole cache, less, a little more than the cap of 12, less than the window
 SCALE, SOFTCAP = 0.6, 1.7
 
 
-scored = jax.jit(compress.scores, static_argnames=("compression", "softcap"))
+scored = jax.jit(compress.scores, static_argnums=0)
 counted = jax.jit(compress.counts, static_argnums=0)
 chosen = jax.jit(compress.kept_slots, static_argnums=2)
 compacted = jax.jit(compress.compacted)
@@ -39,11 +39,12 @@ def arrays():
 
 def scores_of(c, q, k, lengths=LENGTHS, compiled=True, **options):
     function = scored if compiled else compress.scores
-    return np.asarray(function(c, jax.random.key(3), q, jnp.asarray(k), jnp.asarray(lengths), scale=SCALE, **options))
+    scoring = Scoring(SCALE, **options)
+    return np.asarray(function(c, jax.random.key(3), q, jnp.asarray(k), jnp.asarray(lengths), scoring))
 
 
 def paper_votes(c, q_BWNH, k_BKSH, lengths_B, softcap=None, sinks_N=None) -> np.ndarray:
-    """SnapKV for each row, query head and query by itself; slots that no vote is for are left out as NaN."""
+    """SnapKV for each request, query head and query separately; slots without votes are NaN."""
     votes_BKS = np.full(k_BKSH.shape[:3], np.nan)
     for b, length in enumerate(lengths_B):
         prefix = max(0, length - c.window)
@@ -66,12 +67,12 @@ def paper_votes(c, q_BWNH, k_BKSH, lengths_B, softcap=None, sinks_N=None) -> np.
 
 
 def best(scores_S, count) -> list[int]:
-    """The slots of the highest scores, the lowest slot first among equals."""
+    """The slots with the highest scores; among equal scores the lowest slot comes first."""
     return sorted(sorted(range(len(scores_S)), key=lambda s: (-scores_S[s], s))[:count])
 
 
 def kept_of(c, scores, lengths=LENGTHS, slots=None):
-    """(slots kept by each head as lists, the indices): as an engine composes the functions for an only layer."""
+    """(slots kept by each head as lists, their indices), composed as the engine does for a single layer."""
     kept_BK = np.asarray(counted(c, scores, compress.budgets(c, lengths, 1)[0]))
     index_BKC = np.asarray(chosen(scores, kept_BK, slots or int(kept_BK.max())))
     return [
@@ -83,15 +84,17 @@ def kept_of(c, scores, lengths=LENGTHS, slots=None):
     "keys, pooling, kernel, softcap, with_sinks",
     [(16, "avg", 5, None, False), (1024, "avg", 1, SOFTCAP, False), (16, "max", 5, SOFTCAP, True), (41, "max", 7, None, True)],
 )
-def test_scores_are_the_papers_with_ragged_rows_and_shared_heads(monkeypatch, keys, pooling, kernel, softcap, with_sinks):
-    monkeypatch.setattr(compress, "KEYS", keys)
+def test_scores_are_the_papers_for_requests_of_unequal_lengths_and_shared_heads(
+    monkeypatch, keys, pooling, kernel, softcap, with_sinks
+):
+    monkeypatch.setattr(compress, "BLOCK", keys)
     q, k, _, sinks = arrays()
     c, sinks_N = small(pooling=pooling, kernel=kernel), sinks if with_sinks else None
     got = scores_of(c, q, k, compiled=False, softcap=softcap, sinks_N=sinks_N)
-    wanted = paper_votes(c, q, k, LENGTHS, softcap, sinks_N)
+    expected = paper_votes(c, q, k, LENGTHS, softcap, sinks_N)
     for b, length in enumerate(LENGTHS):
         prefix = max(0, length - W)
-        np.testing.assert_allclose(got[b, :, :prefix], wanted[b, :, :prefix], rtol=2e-5)
+        np.testing.assert_allclose(got[b, :, :prefix], expected[b, :, :prefix], rtol=2e-5)
         assert np.all(got[b, :, prefix:length] == np.inf) and np.all(got[b, :, length:] == -np.inf)
 
 
@@ -103,12 +106,12 @@ def test_kept_slots_are_the_papers_in_reading_order(method):
     for b, length in enumerate(int(n) for n in LENGTHS):
         for h in range(K):
             if length <= 12:
-                wanted = list(range(length))
+                expected = list(range(length))
             elif method == "streaming":
-                wanted = [0, 1, *range(length - 10, length)]
+                expected = [0, 1, *range(length - 10, length)]
             else:
-                wanted = best(votes[b, h, : length - W], 12 - W) + list(range(length - W, length))
-            assert kept[b][h] == wanted
+                expected = best(votes[b, h, : length - W], 12 - W) + list(range(length - W, length))
+            assert kept[b][h] == expected
 
 
 def test_the_votes_of_shared_heads_are_not_those_of_one_of_them():
@@ -118,7 +121,7 @@ def test_the_votes_of_shared_heads_are_not_those_of_one_of_them():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_row_no_longer_than_the_cap_is_kept_as_it_is(method):
+def test_a_request_no_longer_than_the_cap_is_unchanged(method):
     q, k, v, _ = arrays()
     c, lengths = small(method, cap=23), np.array([41, 23, 13, 3], np.int32)
     scores = scores_of(c, q, k)
@@ -165,15 +168,15 @@ def test_adakv_shares_the_slots_of_a_layer_among_its_heads(floor):
     for b, length in enumerate(int(n) for n in LENGTHS):
         safe = {(h, s) for h in range(K) for s in best(scores[b, h, :length], max(1, int(floor * 12)))}
         rest = sorted((-scores[b, h, s], s, h) for h in range(K) for s in range(length) if (h, s) not in safe)
-        wanted = safe | {(h, s) for _, s, h in rest[: K * min(12, length) - len(safe)]}
-        assert {(h, s) for h in range(K) for s in kept[b][h]} == wanted
+        expected = safe | {(h, s) for _, s, h in rest[: K * min(12, length) - len(safe)]}
+        assert {(h, s) for h in range(K) for s in kept[b][h]} == expected
         assert sum(map(len, kept[b])) == K * min(12, length)
     assert [len(heads[0]) for heads in kept] == {0.0: [19, 18, 13, 3], 0.7: [16, 16, 13, 3], 1.0: [12, 12, 12, 3]}[floor]
 
 
 def test_random_keeps_the_window_and_other_slots_of_each_head():
     q, k, _, _ = arrays()
-    c, draw = small("random"), functools.partial(scored, lengths_B=jnp.asarray(LENGTHS), scale=SCALE)
+    c, draw = small("random"), functools.partial(scored, lengths_B=jnp.asarray(LENGTHS), scoring=Scoring(SCALE))
     kept = [kept_of(c, draw(c, jax.random.key(seed), None, jnp.asarray(k)))[0] for seed in (0, 0, 1)]
     assert kept[0] == kept[1] != kept[2]
     for b, length in enumerate(int(n) for n in LENGTHS[:2]):
@@ -183,7 +186,7 @@ def test_random_keeps_the_window_and_other_slots_of_each_head():
     assert len({s for head in many for s in head}) == S
 
 
-def test_a_pyramid_spends_on_its_layers_what_uniform_ones_would():
+def test_a_pyramid_has_the_same_total_budget_as_uniform_layers():
     c = Compression("pyramid", cap=70, window=10, beta=6)
     got = compress.budgets(c, [1000, 95, 71, 70, 7], 5)
     assert [list(row) for row in got.T] == [
@@ -249,23 +252,23 @@ def test_the_scales_of_an_int8_cache_count_in_the_scores_and_follow_their_slots(
 
 
 def test_scores_hold_no_more_than_a_block_of_the_windows_attention(monkeypatch):
-    monkeypatch.setattr(compress, "KEYS", 64)
+    monkeypatch.setattr(compress, "BLOCK", 64)
     long = 64 * 32
     q, k = jnp.zeros((1, W, N, H)), jnp.zeros((1, K, long, H))
-    biggest = biggest_array(lambda q, k, n: compress.scores(small(), None, q, k, n, scale=1.0), q, k, jnp.array([long]))
+    biggest = biggest_array(lambda q, k, n: compress.scores(small(), None, q, k, n, Scoring(1.0)), q, k, jnp.array([long]))
     assert biggest == N * long
 
 
 @pytest.mark.parametrize(
     "method, inside", [("snapkv", "explicit"), ("adakv", "explicit"), ("random", "explicit"), ("adakv", "shard_map")]
 )
-def test_rows_and_heads_over_devices_keep_what_one_device_keeps(method, inside):
+def test_sharded_requests_and_heads_keep_the_slots_of_one_device(method, inside):
     q, k, v, sinks = (jnp.asarray(x) for x in arrays())
     c = small(method)
 
     def score(q, k, lengths, sinks):
         key = jax.random.key(3)
-        return compress.scores(c, key, q, k, lengths, scale=SCALE, softcap=SOFTCAP, sinks_N=sinks)
+        return compress.scores(c, key, q, k, lengths, Scoring(SCALE, SOFTCAP, sinks))
 
     def compressed(score, q, k, v, lengths, sinks):
         scores_BKS = score(q, k, lengths, sinks)
@@ -275,13 +278,13 @@ def test_rows_and_heads_over_devices_keep_what_one_device_keeps(method, inside):
 
     specs = P("data", None, "tensor"), P("data", "tensor"), P("data", "tensor"), P("data"), P("tensor")
     args = q, k, v, jnp.asarray(LENGTHS), sinks
-    wanted = compressed(score, *args)
+    expected = compressed(score, *args)
     with jax.set_mesh(mesh_of(data=2, tensor=2)):
         args = [jax.device_put(x, spec) for x, spec in zip(args, specs, strict=True)]
         if inside == "shard_map":
             score = jax.shard_map(score, in_specs=(*specs[:2], *specs[3:]), out_specs=P("data", "tensor"))
         got = jax.jit(compressed, static_argnums=0)(score, *args)
-    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -292,14 +295,14 @@ def test_one_program_serves_all_lengths_and_budgets(method):
     @jax.jit
     def compressed(q, k, v, lengths, budget):
         traced.append(lengths)
-        scores = compress.scores(c, jax.random.key(3), q, k, lengths, scale=SCALE)
+        scores = compress.scores(c, jax.random.key(3), q, k, lengths, Scoring(SCALE))
         kept_BK = compress.counts(c, scores, budget)
         return kept_BK, compress.compacted((k, v), compress.kept_slots(scores, kept_BK, 24))
 
     for lengths in (LENGTHS, LENGTHS[::-1] // 2 + W):
         kept_BK, (new_k, _) = compressed(q, k, v, lengths, compress.budgets(c, lengths, 1)[0])
-        wanted, index_BKC = kept_of(c, scores_of(c, q, k, lengths), lengths, 24)
-        assert [[len(head) for head in row] for row in wanted] == kept_BK.tolist()
+        expected, index_BKC = kept_of(c, scores_of(c, q, k, lengths), lengths, 24)
+        assert [[len(head) for head in row] for row in expected] == kept_BK.tolist()
         assert np.array_equal(new_k, compacted(k, index_BKC), equal_nan=True)
     assert len(traced) == 1
 
@@ -320,6 +323,6 @@ def test_one_program_serves_all_lengths_and_budgets(method):
         ({"floor": 1.2}, "floor=1.2 must be a share from 0 to 1"),
     ],
 )
-def test_what_cannot_be_is_refused_with_its_numbers(changes, message):
+def test_wrong_compression_options_are_refused_with_their_numbers(changes, message):
     with pytest.raises(ValueError, match=message):
         Compression(**{"method": "snapkv", "cap": 320} | changes)

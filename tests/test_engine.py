@@ -9,10 +9,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.infer import cache as caches
-from hybrid_attn.infer.compress import Compression
-from hybrid_attn.infer.engine import Engine
+from hybrid_attn.infer.cache import Compression
+from hybrid_attn.infer.engine import Engine, EngineOptions
+from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.sampling import GREEDY, Sampling
-from hybrid_attn.infer.steps import decode
+from hybrid_attn.infer.steps import DecodeSlice, DecodeState, decode
 from hybrid_attn.model import apply, logits
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
@@ -27,26 +28,26 @@ def config_of(**changes):
 def engine():
     c = config_of()
     with jax.set_mesh(mesh_of()):
-        yield Engine(random_params(c.model), c, chunk=16)
+        yield Engine(random_params(c.model), c, EngineOptions(chunk=16))
 
 
-def rows_of(*lengths):
+def sequences_of(*lengths):
     rng = np.random.default_rng(3)
     return [rng.integers(0, 384, n).tolist() for n in lengths]
 
 
-def all_logits(model, params, row):
-    """Logits [T, V] of a row, by the forward pass."""
+def all_logits(model, params, sequence):
+    """Logits [T, V] of a sequence, by the forward pass."""
     size = 64
-    tokens = np.pad(row, (0, size - len(row)))[None].astype(np.int32)
-    seg = (np.arange(size) < len(row))[None].astype(np.int32)
-    place = NamedSharding(jax.sharding.get_mesh(), TOKENS_BT)
-    args = (jax.device_put(x, place) for x in (tokens, np.arange(size, dtype=np.int32)[None], seg))
-    whole = jax.jit(lambda params, *args: logits(model, params, apply(model, params, *args, REFERENCE)))
-    return np.asarray(whole(params, *args))[0, : len(row)]
+    tokens = np.pad(sequence, (0, size - len(sequence)))[None].astype(np.int32)
+    seg = (np.arange(size) < len(sequence))[None].astype(np.int32)
+    sharding = NamedSharding(jax.sharding.get_mesh(), TOKENS_BT)
+    args = (jax.device_put(x, sharding) for x in (tokens, np.arange(size, dtype=np.int32)[None], seg))
+    run = jax.jit(lambda params, *args: logits(model, params, apply(model, params, *args, REFERENCE)))
+    return np.asarray(run(params, *args))[0, : len(sequence)]
 
 
-PROMPTS = rows_of(1, 4, 5, 6, 16, 17, 40)
+PROMPTS = sequences_of(1, 4, 5, 6, 16, 17, 40)
 
 
 def test_greedy_answers_are_what_the_forward_pass_finds_most_likely(engine):
@@ -65,61 +66,62 @@ def test_greedy_answers_are_what_the_forward_pass_finds_most_likely(engine):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_not_numbers_end_answers_and_scores(engine, monkeypatch, bad):
     spoilt = engine.weights | {"embed": engine.weights["embed"] + jnp.asarray(bad, engine.weights["embed"].dtype)}
-    told = []
+    came = []
     monkeypatch.setattr(engine, "weights", spoilt)
     with pytest.raises(FloatingPointError, match="prompt 1: the log-probability of token 0 is nan: .* earlier step"):
-        engine.generate(PROMPTS[:2], NEW, on_tokens=lambda row, ids: told.extend(ids))
-    assert not told
+        engine.generate(PROMPTS[:2], NEW, on_tokens=lambda _, ids: came.extend(ids))
+    assert not came
     with pytest.raises(FloatingPointError, match="prompt [01]: the log-probability of token [14] is nan"):
         engine.score(PROMPTS[:2], [[1, 2], [3]])
 
 
-def test_drawn_answers_do_not_depend_on_the_batch(engine):
+def test_sampled_answers_do_not_depend_on_the_batch(engine):
     sampling, seeds = Sampling(temperature=1.0, top_k=50), [5, 6, 7, 8, 9, 10, 11]
-    together = engine.generate(PROMPTS, NEW, sampling=sampling, seeds=seeds)
+    together = engine.generate(PROMPTS, NEW, GenerateOptions(sampling), seeds=seeds)
     for i in (0, 3, 6):
-        (alone,) = engine.generate(PROMPTS[i : i + 1], NEW, sampling=sampling, seeds=seeds[i : i + 1])
+        (alone,) = engine.generate(PROMPTS[i : i + 1], NEW, GenerateOptions(sampling), seeds=seeds[i : i + 1])
         assert alone.tokens.tolist() == together[i].tokens.tolist()
-    (other,) = engine.generate(PROMPTS[:1], NEW, sampling=sampling, seeds=[99])
+    (other,) = engine.generate(PROMPTS[:1], NEW, GenerateOptions(sampling), seeds=[99])
     assert other.tokens.tolist() != together[0].tokens.tolist()
 
 
-def test_more_rows_than_a_batch_come_back_in_their_order(engine):
-    wanted = [answer.tokens.tolist() for answer in engine.generate(PROMPTS, NEW)]
-    assert [answer.tokens.tolist() for answer in engine.generate(PROMPTS[::-1] * 2, NEW)] == wanted[::-1] * 2
+def test_more_requests_than_a_batch_come_back_in_their_order(engine):
+    expected = [answer.tokens.tolist() for answer in engine.generate(PROMPTS, NEW)]
+    assert [answer.tokens.tolist() for answer in engine.generate(PROMPTS[::-1] * 2, NEW)] == expected[::-1] * 2
 
 
-def test_a_row_ends_with_its_stop_token_or_when_it_is_told_to(engine):
-    whole = engine.generate(PROMPTS, NEW)
-    stop = int(whole[2].tokens[3])
-    for answer, full in zip(engine.generate(PROMPTS, NEW, stop_tokens=[stop]), whole, strict=True):
+def test_a_request_ends_with_its_stop_token_or_when_on_tokens_returns_true(engine):
+    full_answers = engine.generate(PROMPTS, NEW)
+    stop = int(full_answers[2].tokens[3])
+    stopped = engine.generate(PROMPTS, NEW, GenerateOptions(stop_tokens=[stop]))
+    for answer, full in zip(stopped, full_answers, strict=True):
         tokens = full.tokens.tolist()
         assert answer.tokens.tolist() == (tokens[: tokens.index(stop) + 1] if stop in tokens else tokens)
     came = {}
 
-    def on_tokens(row, ids):
-        came.setdefault(row, []).extend(ids)
-        return row == 1
+    def on_tokens(index, ids):
+        came.setdefault(index, []).extend(ids)
+        return index == 1
 
     answers = engine.generate(PROMPTS, NEW, on_tokens=on_tokens)
-    assert {row: answer.tokens.tolist() for row, answer in enumerate(answers)} == came
+    assert {index: answer.tokens.tolist() for index, answer in enumerate(answers)} == came
     assert len(came[1]) == 1 and len(came[0]) == NEW
 
 
-def test_a_shared_beginning_is_read_once_and_changes_nothing(engine):
-    beginning = PROMPTS[6]
-    prompts = [[*beginning, *more] for more in ([1], [2, 3, 4], [5] * 20)]
-    wanted = [engine.generate([prompt], NEW)[0].tokens.tolist() for prompt in prompts]
-    assert [answer.tokens.tolist() for answer in engine.generate(prompts, NEW)] == wanted
+def test_a_shared_prefix_is_read_once_and_changes_nothing(engine):
+    prefix = PROMPTS[6]
+    prompts = [[*prefix, *more] for more in ([1], [2, 3, 4], [5] * 20)]
+    expected = [engine.generate([prompt], NEW)[0].tokens.tolist() for prompt in prompts]
+    assert [answer.tokens.tolist() for answer in engine.generate(prompts, NEW)] == expected
 
 
 def test_a_step_of_decoding_copies_neither_weights_nor_cache(engine):
-    program, _, capacity = engine._sizes(64, 64)
+    config, _, capacity = engine._sizes(64, 64)
     cache = caches.empty(engine.model, 1, capacity, 1, engine.run.dtype, False)
     last_BD = jnp.zeros((1, engine.model.d_model), engine.run.dtype, out_sharding=P(BATCH, None))
     no_B, seeds_B = jnp.zeros_like(cache.lengths_B, bool), jnp.zeros_like(cache.lengths_B, jnp.uint32)
-    stops = np.full(1, -1, np.int32)
-    compiled = decode.lower(program, GREEDY, engine.weights, cache, last_BD, no_B, seeds_B, stops, 0, 1).compile()
+    part = DecodeSlice(no_B, seeds_B, np.full(1, -1, np.int32), 0, 1)
+    compiled = decode.lower(config, GREEDY, engine.weights, DecodeState(cache, last_BD), part).compile()
     least = min(engine.weights["embed"].nbytes, caches.num_bytes(cache))
     assert compiled.memory_analysis().temp_size_in_bytes < least
 
@@ -127,11 +129,11 @@ def test_a_step_of_decoding_copies_neither_weights_nor_cache(engine):
 def test_scores_are_those_of_the_forward_pass(engine):
     c = config_of()
     params = random_params(c.model)
-    continuations = rows_of(3, 1, 20, 2, 5, 18, 4)
-    for prompt, more, found in zip(PROMPTS, continuations, engine.score(PROMPTS, continuations), strict=True):
+    continuations = sequences_of(3, 1, 20, 2, 5, 18, 4)
+    for prompt, more, scores in zip(PROMPTS, continuations, engine.score(PROMPTS, continuations), strict=True):
         logprobs = np.asarray(jax.nn.log_softmax(all_logits(c.model, params, [*prompt, *more])))
-        wanted = [logprobs[len(prompt) - 1 + i, token] for i, token in enumerate(more)]
-        np.testing.assert_allclose(found, wanted, atol=1e-4)
+        expected = [logprobs[len(prompt) - 1 + i, token] for i, token in enumerate(more)]
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
 COMPRESSIONS = {
@@ -145,28 +147,28 @@ COMPRESSIONS = {
 
 @pytest.mark.parametrize("method", COMPRESSIONS)
 def test_compression_changes_long_prompts_alone(engine, method):
-    question = [[7, 8]] * len(PROMPTS)
+    question, options = [[7, 8]] * len(PROMPTS), GenerateOptions(compression=COMPRESSIONS[method])
     prompts = [*PROMPTS[:6], PROMPTS[6] * 3]
     for questions in (None, question):
-        whole = engine.generate(prompts, NEW, questions=questions)
+        full = engine.generate(prompts, NEW, questions=questions)
         full_bytes = engine.timing.cache_bytes
-        answers = engine.generate(prompts, NEW, questions=questions, compression=COMPRESSIONS[method])
+        answers = engine.generate(prompts, NEW, options, questions=questions)
         cap = COMPRESSIONS[method].cap
-        for prompt, a, b in zip(prompts, answers, whole, strict=True):
+        for prompt, a, b in zip(prompts, answers, full, strict=True):
             if len(prompt) <= cap:
                 assert a.tokens.tolist() == b.tokens.tolist()
-        assert np.abs(answers[6].logprobs - whole[6].logprobs).max() > 0
+        assert np.abs(answers[6].logprobs - full[6].logprobs).max() > 0
         assert engine.timing.cache_bytes < 0.6 * full_bytes
 
 
-def test_a_compressed_prompt_is_attended_to_as_what_is_kept_of_it(engine):
-    """A last layer sees the first and last tokens of a prompt: as the forward pass does whose mask hides the others there."""
+def test_a_compressed_prompt_is_attended_to_as_its_kept_tokens(engine):
+    """A compressed last layer gives what the forward pass gives whose mask hides the other tokens in that layer."""
     c = config_of(**{"model.pattern": "G", "model.num_layers": 1})
     params, prompt = random_params(c.model), PROMPTS[6]
-    cut = Compression("streaming", cap=12, sinks=2)
-    (answer,) = Engine(params, c, chunk=16).generate([prompt], 1, questions=[[9]], compression=cut)
+    cut = GenerateOptions(compression=Compression("streaming", cap=12, sinks=2))
+    (answer,) = Engine(params, c, EngineOptions(chunk=16)).generate([prompt], 1, cut, questions=[[9]])
     kept = [*prompt[:2], *prompt[-10:], 9]
-    scores = all_logits(c.model, params, kept)[-1]  # one layer without positions: what is hidden may as well not be there
+    scores = all_logits(c.model, params, kept)[-1]  # one layer without positions: hidden tokens may be left out
     assert answer.tokens.tolist() == [scores.argmax()]
     np.testing.assert_allclose(
         answer.logprobs, [np.log(np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()).max()], atol=1e-4
@@ -176,27 +178,31 @@ def test_a_compressed_prompt_is_attended_to_as_what_is_kept_of_it(engine):
 @pytest.mark.parametrize("heads", [(4, 1), (4, 4)], ids=str)
 def test_one_prompt_is_compressed_whatever_its_heads(heads):
     c = config_of(**{"model.num_heads": heads[0], "model.num_kv_heads": heads[1]})
+
+    def compressed(cap):
+        return GenerateOptions(compression=Compression("snapkv", cap=cap, window=4))
+
     with jax.set_mesh(mesh_of()):
-        engine = Engine(random_params(c.model), c, chunk=16)
-        (whole,) = engine.generate(PROMPTS[5:6], NEW)
+        engine = Engine(random_params(c.model), c, EngineOptions(chunk=16))
+        (full,) = engine.generate(PROMPTS[5:6], NEW)
         for cap in (9, 20):
-            (answer,) = engine.generate(PROMPTS[5:6], NEW, compression=Compression("snapkv", cap=cap, window=4))
-            assert (answer.tokens.tolist() == whole.tokens.tolist()) or cap == 9
+            (answer,) = engine.generate(PROMPTS[5:6], NEW, compressed(cap))
+            assert (answer.tokens.tolist() == full.tokens.tolist()) or cap == 9
         assert engine.timing.compile_s > 0
-        engine.generate(PROMPTS[5:6], NEW, compression=Compression("snapkv", cap=20, window=4))
+        engine.generate(PROMPTS[5:6], NEW, compressed(20))
         assert engine.timing.compile_s == 0
 
 
-def test_what_one_engine_has_compiled_another_runs_with_its_own_parameters(engine):
+def test_engines_may_share_compiled_programs(engine):
     c, programs = config_of(), {}
-    first, other = (Engine(random_params(c.model, seed), c, chunk=16, programs=programs) for seed in (1, 0))
+    first, other = (Engine(random_params(c.model, seed), c, EngineOptions(chunk=16), programs) for seed in (1, 0))
     first.generate(PROMPTS[:2], NEW)
-    found, wanted = (x.generate(PROMPTS[:2], NEW) for x in (other, engine))
+    answers, expected = (x.generate(PROMPTS[:2], NEW) for x in (other, engine))
     assert other.timing.compile_s == 0 < first.timing.compile_s
-    assert [x.tokens.tolist() for x in found] == [x.tokens.tolist() for x in wanted]
+    assert [x.tokens.tolist() for x in answers] == [x.tokens.tolist() for x in expected]
 
 
-def test_nothing_is_asked_and_nothing_answered(engine):
+def test_no_prompts_give_no_answers_and_empty_continuations_no_scores(engine):
     assert engine.generate([], NEW) == [] and engine.score([], []) == []
     empty, two = engine.score([[5], [6]], [[], [7, 8]])
     assert empty.shape == (0,) and two.shape == (2,)
@@ -206,10 +212,11 @@ def test_nothing_is_asked_and_nothing_answered(engine):
 def test_short_prompts_are_read_in_a_small_cache_beside_long_ones():
     c = config_of()
     with jax.set_mesh(mesh_of()):
-        engine = Engine(random_params(c.model), c, chunk=32, rows=1)
+        engine = Engine(random_params(c.model), c, EngineOptions(chunk=32, batch_size=1))
         short, small = engine.generate([PROMPTS[0]], NEW)[0], engine.timing.cache_bytes
         sizes = []
-        engine._decode = lambda *args, decode=engine._decode: sizes.append(args[1].layers[1].k_BKSH.shape[2]) or decode(*args)
+        decoded = engine._decoded
+        engine._decoded = lambda call, batch: sizes.append(batch.state.cache.layers[1].k_BKSH.shape[2]) or decoded(call, batch)
         assert engine.generate([PROMPTS[6], PROMPTS[0]], NEW)[1].tokens.tolist() == short.tokens.tolist()
     assert sizes == [64, 16] and small < engine.timing.cache_bytes
 
@@ -217,16 +224,16 @@ def test_short_prompts_are_read_in_a_small_cache_beside_long_ones():
 def test_compression_over_a_split_sequence_is_refused():
     c = config_of()
     with jax.set_mesh(mesh_of(context=2)):
-        engine = Engine(random_params(c.model), c, chunk=16)
+        engine = Engine(random_params(c.model), c, EngineOptions(chunk=16))
         with pytest.raises(NotImplementedError, match="use a mesh with context=1"):
-            engine.generate(PROMPTS, NEW, compression=COMPRESSIONS["snapkv"])
+            engine.generate(PROMPTS, NEW, GenerateOptions(compression=COMPRESSIONS["snapkv"]))
 
 
 def answers_and_scores(**sizes):
     c = config_of(**{"model.pattern": "LLG", "model.num_layers": 4})
-    alike = [[*PROMPTS[6], i] for i in range(3)]  # their beginning is read once
+    alike = [[*PROMPTS[6], i] for i in range(3)]  # their prefix is read once
     with jax.set_mesh(mesh_of(**sizes)):
-        engine = Engine(random_params(c.model), c, chunk=16)
+        engine = Engine(random_params(c.model), c, EngineOptions(chunk=16))
         answers = engine.generate(PROMPTS, NEW) + engine.generate(alike, NEW)
         return [x.tokens.tolist() for x in answers], np.concatenate(engine.score(PROMPTS, PROMPTS[::-1]))
 
@@ -240,7 +247,7 @@ SIZES = [pytest.param({"context": 4}, marks=pytest.mark.slow), {"fsdp": 2, "cont
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_a_mesh_answers_and_scores_as_one_device(sizes, of_one_device):
+def test_a_mesh_answers_and_scores_like_one_device(sizes, of_one_device):
     answers, scores = answers_and_scores(**sizes)
     assert answers == of_one_device[0]
     np.testing.assert_allclose(scores, of_one_device[1], atol=1e-4)
@@ -250,7 +257,7 @@ def test_int8_slots_answer_nearly_the_same_in_a_third_of_the_bytes():
     c = config_of()
     with jax.set_mesh(mesh_of()):
         params = random_params(c.model)
-        exact, small = (Engine(params, c, chunk=16, cache=cache) for cache in ("auto", "int8"))
+        exact, small = (Engine(params, c, EngineOptions(chunk=16, cache=cache)) for cache in ("auto", "int8"))
         a, b = (np.concatenate(engine.score(PROMPTS, PROMPTS)) for engine in (exact, small))
         assert 0 < np.abs(a - b).max() < 0.3
         exact.generate(PROMPTS, NEW)
@@ -262,7 +269,7 @@ def test_int8_slots_answer_nearly_the_same_in_a_third_of_the_bytes():
     "length, share", [(8192, 0.625), (32768, 0.34375), (131072, 0.2734375), (262144, 0.26171875)], ids=lambda x: str(x)
 )
 def test_the_hybrid_s_cache_is_a_quarter_and_its_windows(length, share):
-    """3 of 4 layers keep W = 4096 of S tokens: (3 W / S + 1) / 4 of what layers that see everything keep."""
+    """3 of 4 layers cache W = 4096 of S tokens: (3 W / S + 1) / 4 of the cache of full attention."""
     kinds = dict(L={"window": 4096, "rope_theta": 1e4}, G={})
     hybrid = tiny({"model.pattern": "LLLG", "model.num_layers": 32}, **kinds).model
     full = tiny({"model.pattern": "G", "model.num_layers": 32}, **kinds).model
@@ -275,7 +282,7 @@ def test_the_hybrid_s_cache_is_a_quarter_and_its_windows(length, share):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, message",
     [
         (([[]], 4), "prompt 0 is empty"),
         (([[1], [2, 384]], 4), "prompt 1: token 384 is not in the vocabulary of 384"),
@@ -285,39 +292,40 @@ def test_the_hybrid_s_cache_is_a_quarter_and_its_windows(length, share):
             "60 tokens and 5 new tokens do not fit the capacity of 64; shorten it, or make the engine with capacity=128",
         ),
         (([[1]], 0), "max_new_tokens=0 must be at least 1"),
-        (([[1.5]], 4), "prompt 0 is not of token ids"),
+        (([[1.5]], 4), "prompt 0 must hold token ids"),
     ],
 )
-def test_what_cannot_be_answered_is_refused(engine, arguments, words):
+def test_prompts_that_cannot_be_answered_are_refused(engine, arguments, message):
     c = config_of()
-    limited = Engine(random_params(c.model), c, chunk=16, capacity=64)
-    with pytest.raises(ValueError, match=words):
+    limited = Engine(random_params(c.model), c, EngineOptions(chunk=16, capacity=64))
+    with pytest.raises(ValueError, match=message):
         limited.generate(*arguments)
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, message",
     [
-        ({"seeds": [1, 2]}, "2 seeds were given for 1 prompts"),
+        ({"seeds": [1, 2]}, "2 seeds do not match 1 prompts; use one for each prompt"),
         ({"seeds": [-1]}, "seed -1 is not one of 0 to 4294967295"),
         ({"stop_tokens": [2**40]}, "stop token 1099511627776 is not one of 0 to 2147483647"),
-        ({"questions": [[1], [2]]}, "2 questions were given for 1 prompts"),
+        ({"questions": [[1], [2]]}, "2 questions do not match 1 prompts"),
     ],
 )
-def test_options_that_do_not_fit_the_prompts_are_refused(engine, options, words):
-    with pytest.raises(ValueError, match=words):
-        engine.generate([[1]], 2, **options)
+def test_options_that_do_not_fit_the_prompts_are_refused(engine, options, message):
+    with pytest.raises(ValueError, match=message):
+        own = {name: options[name] for name in options if name != "stop_tokens"}
+        engine.generate([[1]], 2, GenerateOptions(stop_tokens=options.get("stop_tokens", ())), **own)
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, message",
     [
         ({"chunk": 18}, "chunk=18 does not split over 4 context shards"),
         ({"cache": "int4"}, "'int4' is not one of"),
-        ({"rows": 0}, "rows=0"),
+        ({"batch_size": 0}, "a batch of 0 requests does not split over 1 shards"),
     ],
 )
-def test_an_engine_that_cannot_be_is_refused(options, words):
+def test_engine_options_that_do_not_fit_are_refused(options, message):
     c = config_of()
-    with jax.set_mesh(mesh_of(context=4)), pytest.raises(ValueError, match=words):
-        Engine({}, c, **options)
+    with jax.set_mesh(mesh_of(context=4)), pytest.raises(ValueError, match=message):
+        Engine({}, c, EngineOptions(**options))

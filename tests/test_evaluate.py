@@ -23,7 +23,7 @@ from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import heldout, output, provenance, report, settings, suite
 from hybrid_attn.evals.report import descriptions, fields
-from hybrid_attn.infer.engine import Engine
+from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation
 
@@ -326,8 +326,9 @@ def test_a_run_and_the_tool_ask_the_same_where_nobody_says_otherwise(tool, model
         parse(["", "--out=x", "--checkpoint=y"])
         assert (tool.settings([64]).depths, tool.settings([64]).seed) == (suite.DEPTHS, suite.SEED)
         c, params, _ = tool.loading.load(f"{models}/one", 7)
-        engine = Engine(params, c, chunk=tool.CHUNK.value, rows=tool.ROWS.value)
-    assert evaluation._sizes(c, engine.mesh, [48]) == {"chunk": engine.chunk, "rows": engine.rows}
+        engine = Engine(params, c, EngineOptions(tool.CHUNK.value, batch_size=tool.ROWS.value))
+    options = evaluation._engine_options(c, engine.mesh, [48])
+    assert (options.chunk, options.batch_size) == (engine.chunk, engine.batch_size)
 
 
 def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Rows that come in pieces through caches give what whole rows give."""
+"""Sequences that are read in chunks through a cache give what the forward pass gives for all their tokens."""
 
 import dataclasses
 import functools
@@ -15,14 +15,15 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.convert.families import model_of
 from hybrid_attn.infer import cache as caches
+from hybrid_attn.infer.cache import int8
+from hybrid_attn.infer.steps import StepConfig, extend
 from hybrid_attn.model import apply
-from hybrid_attn.model.extend import extend, unstacked
-from hybrid_attn.parallel import cached
+from hybrid_attn.model.extend import unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 W = 5
 GOLDEN = Path(__file__).parent / "golden"
-# Every kind of layer and block that a family needs, two layers or three.
+# Every layer type and block that a family needs, in two or three layers.
 MODELS = {
     "window and prefix": tiny().model,
     "everything": everything("LG", W),
@@ -38,87 +39,90 @@ def place(x, spec):
     return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
 
 
-def whole(model, params, rows, run=REFERENCE):
-    """Activations of each row, by the forward pass."""
-    size = -(-max(map(len, rows)) // 8) * 8
-    tokens_BT = np.stack([np.pad(row, (0, size - len(row))) for row in rows]).astype(np.int32)
-    pos_BT = np.tile(np.arange(size, dtype=np.int32), (len(rows), 1))
-    seg_BT = np.stack([np.arange(size) < len(row) for row in rows]).astype(np.int32)
+def forward(model, params, sequences, run=REFERENCE):
+    """Activations of each sequence, by the forward pass."""
+    size = -(-max(map(len, sequences)) // 8) * 8
+    tokens_BT = np.stack([np.pad(sequence, (0, size - len(sequence))) for sequence in sequences]).astype(np.int32)
+    pos_BT = np.tile(np.arange(size, dtype=np.int32), (len(sequences), 1))
+    seg_BT = np.stack([np.arange(size) < len(sequence) for sequence in sequences]).astype(np.int32)
     placed = (place(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT))
     x_BTD = np.asarray(jax.jit(functools.partial(apply, model, run=run))(params, *placed))
-    return [x_BTD[b, : len(row)] for b, row in enumerate(rows)]
+    return [x_BTD[b, : len(sequence)] for b, sequence in enumerate(sequences)]
 
 
-def in_pieces(model, params, rows, pieces, capacity, quantised=False, run=REFERENCE):
-    """The same through the cache, `pieces` tokens at a time one piece after the other."""
+def in_chunks(model, params, sequences, chunks, capacity, quantised=False, run=REFERENCE):
+    """(activations, cache): the same through the cache, in chunks of these sizes."""
     context = jax.sharding.get_mesh().shape["context"]
     weights = jax.jit(functools.partial(unstacked, model, dtype=run.dtype))(params)
-    span = max(pieces) // context
-    cache = caches.empty(model, len(rows), capacity, max(pieces), run.dtype, quantised)
-    found, read = [[] for _ in rows], np.zeros(len(rows), int)
+    span = max(chunks) // context
+    cache = caches.empty(model, len(sequences), capacity, max(chunks), run.dtype, quantised)
+    outputs, read = [[] for _ in sequences], np.zeros(len(sequences), int)
 
     @jax.jit
-    def more(tokens, counts, cache):
-        return extend(model, weights, tokens, counts, cache, run, span)[:2]
+    def extended(tokens, counts, cache):
+        return extend(StepConfig(model, run, span), weights, tokens, counts, cache)[:2]
 
-    for size in pieces:
-        tokens, counts = np.zeros((len(rows), size), np.int32), np.zeros(len(rows), np.int32)
-        for b, row in enumerate(rows):
-            part = row[read[b] : read[b] + size]
+    for size in chunks:
+        tokens, counts = np.zeros((len(sequences), size), np.int32), np.zeros(len(sequences), np.int32)
+        for b, sequence in enumerate(sequences):
+            part = sequence[read[b] : read[b] + size]
             tokens[b, : len(part)], counts[b] = part, len(part)
-        spec = TOKENS_BT if size == max(pieces) else P(BATCH, None)
-        x_BTD, cache = more(place(tokens, spec), place(counts, P(BATCH)), cache)
+        spec = TOKENS_BT if size == max(chunks) else P(BATCH, None)
+        x_BTD, cache = extended(place(tokens, spec), place(counts, P(BATCH)), cache)
         for b, count in enumerate(counts):
-            found[b].append(np.asarray(x_BTD)[b, :count])
+            outputs[b].append(np.asarray(x_BTD)[b, :count])
         read += counts
-    assert (read == [len(row) for row in rows]).all()
-    return [np.concatenate(parts) for parts in found], cache
+    assert (read == [len(sequence) for sequence in sequences]).all()
+    return [np.concatenate(parts) for parts in outputs], cache
 
 
-def rows_of(*lengths, words=384):
+def sequences_of(*lengths, vocab_size=384):
     rng = np.random.default_rng(1)
-    return [rng.integers(0, words, n) for n in lengths]
+    return [rng.integers(0, vocab_size, n) for n in lengths]
 
 
 @pytest.mark.parametrize(
-    "name, pieces, run",
+    "name, chunks, run",
     [*((name, [4] * 8 + [1] * 4, REFERENCE) for name in MODELS), ("everything", [16] * 2 + [4], RUN)],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_rows_in_pieces_are_the_rows(name, pieces, run, one_device):
+def test_sequences_in_chunks_give_what_the_forward_pass_gives(name, chunks, run, one_device):
     model = MODELS[name]
     params = random_params(model)
-    rows = rows_of(sum(pieces), 3, W, W + 1, 17)
-    found, _ = in_pieces(model, params, rows, pieces, capacity=64)
-    assert_close(found, whole(model, params, rows), 1e-5)
+    sequences = sequences_of(sum(chunks), 3, W, W + 1, 17)
+    outputs, _ = in_chunks(model, params, sequences, chunks, capacity=64)
+    assert_close(outputs, forward(model, params, sequences), 1e-5)
 
 
-def test_leaves_are_as_precise_in_the_cache_as_in_the_forward_pass(one_device):
-    """In bfloat16, with sinks and temperatures that it cannot hold: rounded, they would shift what every token sees."""
+def test_a_cached_forward_pass_in_bfloat16_keeps_float32_leaves(one_device):
+    """Sinks and temperatures that bfloat16 cannot represent: rounded, they would change the attention of every token."""
     model = tiny({"model.block": "pre"}, L={"window": W, "sink": True}, G={"sink": True, "temperature.type": "learned"}).model
-    params, rows, pieces = random_params(model), rows_of(29, 17), [16, 8, 1, 1, 1, 1, 1]
+    params, sequences, chunks = random_params(model), sequences_of(29, 17), [16, 8, 1, 1, 1, 1, 1]
     for layer in params["periods"].values():
         attention = layer["attention"]
         attention["sink"] = jnp.full_like(attention["sink"], 129.45)  # bfloat16: 129
         attention["v"] = 100 * attention["v"]
     params["periods"]["G1"]["attention"]["temperature"] += 40.11
     run = REFERENCE._replace(dtype=jnp.dtype("bfloat16"))
-    found, _ = in_pieces(model, params, rows, pieces, 64, run=run)
-    wanted = whole(model, params, rows, run)
-    assert_close(found, wanted, 1e-2)
+    outputs, _ = in_chunks(model, params, sequences, chunks, 64, run=run)
+    expected = forward(model, params, sequences, run)
+    assert_close(outputs, expected, 1e-2)
 
 
 @pytest.mark.parametrize(
     "family", ["afmoe", "cohere", "cohere2", "exaone4", "gemma3_text", "llama_llama3", "olmo3", "smollm3_window"]
 )
-def test_rows_of_every_family_in_pieces_are_the_rows(family, one_device):
-    """Shorter than a window, as long, one longer, 20 times that, in pieces that are longer than it and do not divide them."""
+def test_sequences_of_every_family_in_chunks_give_what_the_forward_pass_gives(family, one_device):
+    """Lengths below, at, above and 20 times a window, in chunks that are longer than it and do not divide the lengths."""
     model = model_of(json.loads((GOLDEN / family / "config.json").read_text()))
     window = min((kind.window for kind in model.kinds.values() if kind.window), default=6)
-    params, rows = random_params(model), rows_of(window - 1, window, window + 1, 20 * window, words=model.vocab_size)
-    pieces = [window + 3] * -(-20 * window // (window + 3)) + [1]
-    found, _ = in_pieces(model, params, rows, pieces, capacity=32 * (window + 3))
-    assert_close(found, whole(model, params, rows), 1e-5)
+    params, sequences = (
+        random_params(model),
+        sequences_of(window - 1, window, window + 1, 20 * window, vocab_size=model.vocab_size),
+    )
+    chunks = [window + 3] * -(-20 * window // (window + 3)) + [1]
+    outputs, _ = in_chunks(model, params, sequences, chunks, capacity=32 * (window + 3))
+    assert_close(outputs, forward(model, params, sequences), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -129,58 +133,58 @@ def test_rows_of_every_family_in_pieces_are_the_rows(family, one_device):
         ("chunks", {"data": 2, "context": 3}),
     ],
 )
-def test_a_mesh_reads_pieces_as_one_device_does(name, sizes):
+def test_a_mesh_reads_chunks_as_one_device_does(name, sizes):
     model = MODELS[name]
-    pieces, rows = [12] * 3 + [1] * 3, rows_of(39, 20, W, 1)
+    chunks, sequences = [12] * 3 + [1] * 3, sequences_of(39, 20, W, 1)
     with jax.set_mesh(mesh_of()):
-        wanted, _ = in_pieces(model, random_params(model), rows, pieces, capacity=48)
+        expected, _ = in_chunks(model, random_params(model), sequences, chunks, capacity=48)
     with jax.set_mesh(mesh_of(**sizes)):
-        found, _ = in_pieces(model, random_params(model), rows, pieces, capacity=48)
-    assert_close(found, wanted, 1e-5)
+        outputs, _ = in_chunks(model, random_params(model), sequences, chunks, capacity=48)
+    assert_close(outputs, expected, 1e-5)
 
 
-def test_pieces_may_begin_anywhere_on_a_mesh():
-    model, rows = MODELS["window and prefix"], rows_of(41, 30, 7, 2)
-    pieces = [12, 1, 1, 12, 1, 12, 1, 1]
+def test_chunks_may_start_anywhere_on_a_mesh():
+    model, sequences = MODELS["window and prefix"], sequences_of(41, 30, 7, 2)
+    chunks = [12, 1, 1, 12, 1, 12, 1, 1]
     with jax.set_mesh(mesh_of(context=4)):
-        found, _ = in_pieces(model, random_params(model), rows, pieces, capacity=60)
+        outputs, _ = in_chunks(model, random_params(model), sequences, chunks, capacity=60)
     with jax.set_mesh(mesh_of()):
-        assert_close(found, whole(model, random_params(model), rows), 1e-5)
+        assert_close(outputs, forward(model, random_params(model), sequences), 1e-5)
 
 
 def test_int8_slots_are_within_half_a_step(one_device):
-    model, rows = MODELS["window and prefix"], rows_of(40, 9)
+    model, sequences = MODELS["window and prefix"], sequences_of(40, 9)
     params = random_params(model)
-    exact, cache = in_pieces(model, params, rows, [16, 16, 8], 64)
-    found, quantised = in_pieces(model, params, rows, [16, 16, 8], 64, quantised=True)
+    exact, cache = in_chunks(model, params, sequences, [16, 16, 8], 64)
+    outputs, quantised = in_chunks(model, params, sequences, [16, 16, 8], 64, quantised=True)
     scale = np.abs(np.concatenate(exact)).max()
-    assert 0 < max(np.abs(a - b).max() for a, b in zip(exact, found, strict=True)) < 0.05 * scale
+    assert 0 < max(np.abs(a - b).max() for a, b in zip(exact, outputs, strict=True)) < 0.05 * scale
     ring, slots = quantised.layers
-    assert ring.k_step_BKS is None and slots.k_BKSH.dtype == jnp.int8
-    steps = np.asarray(slots.k_step_BKS)[..., None]
+    assert ring.k_scales_BKS is None and slots.k_BKSH.dtype == jnp.int8
+    steps = np.asarray(slots.k_scales_BKS)[..., None]
     near = np.abs(np.asarray(slots.k_BKSH) * steps - np.asarray(cache.layers[1].k_BKSH)) <= 0.5001 * steps
     assert near[0, :, :40].all() and near[1, :, :9].all()
 
 
 @pytest.mark.parametrize("size", [24, 40])
-def test_int8_slots_are_all_seen_where_no_number_of_parts_holds_them(size, one_device, monkeypatch):
-    model, rows, pieces = MODELS["window and prefix"], rows_of(61, 30), [16, 16, 16, 12, 1]
-    wanted, _ = in_pieces(model, random_params(model), rows, pieces, 64, quantised=True)
-    monkeypatch.setattr(cached, "QUANTISED_SLOTS", size)
-    found, _ = in_pieces(model, random_params(model), rows, pieces, 64, quantised=True)
-    assert_close(found, wanted, 1e-5)
+def test_all_int8_slots_are_seen_if_their_parts_do_not_divide_them(size, one_device, monkeypatch):
+    model, sequences, chunks = MODELS["window and prefix"], sequences_of(61, 30), [16, 16, 16, 12, 1]
+    expected, _ = in_chunks(model, random_params(model), sequences, chunks, 64, quantised=True)
+    monkeypatch.setattr(int8, "QUANTISED_SLOTS", size)
+    outputs, _ = in_chunks(model, random_params(model), sequences, chunks, 64, quantised=True)
+    assert_close(outputs, expected, 1e-5)
 
 
-def test_a_ring_turned_smaller_and_larger_keeps_what_a_window_sees(one_device):
+def test_a_ring_made_smaller_and_larger_keeps_the_tokens_of_its_window(one_device):
     model = MODELS["window and prefix"]
-    _, cache = in_pieces(model, random_params(model), rows_of(29, 3), [16, 16], 64)
+    _, cache = in_chunks(model, random_params(model), sequences_of(29, 3), [16, 16], 64)
     assert cache.layers[0].k_BKSH.shape[2] == 32  # 16 + 5 - 1 tokens, in a power of two
     small = caches.resized(model, cache, 64, 1)
     assert small.layers[0].k_BKSH.shape[2] == 8
     large = caches.resized(model, small, 128, 60)
     assert large.layers[0].k_BKSH.shape[2] == 64
-    for row, length in enumerate((29, 3)):
+    for request, length in enumerate((29, 3)):
         for position in range(max(0, length - 8), length):
-            wanted = np.asarray(cache.layers[0].k_BKSH)[row, :, position % 32]
-            assert (np.asarray(small.layers[0].k_BKSH)[row, :, position % 8] == wanted).all()
-            assert (np.asarray(large.layers[0].k_BKSH)[row, :, position % 64] == wanted).all()
+            expected = np.asarray(cache.layers[0].k_BKSH)[request, :, position % 32]
+            assert (np.asarray(small.layers[0].k_BKSH)[request, :, position % 8] == expected).all()
+            assert (np.asarray(large.layers[0].k_BKSH)[request, :, position % 64] == expected).all()

@@ -1,4 +1,4 @@
-"""The tool that answers: what it gives the engine, what it prints and what it refuses. The engine here knows one answer."""
+"""The tool that answers: what it passes to the engine, what it prints and what it refuses. The engine here knows one answer."""
 
 import errno
 import json
@@ -14,8 +14,9 @@ from absl.testing import flagsaver
 from conftest import mesh_of, random_params, tiny
 
 from hybrid_attn import checkpoint, config, files
-from hybrid_attn.infer.compress import Compression
-from hybrid_attn.infer.engine import TOKENS_AT_ONCE, Generated, Timing
+from hybrid_attn.infer.cache import Compression
+from hybrid_attn.infer.engine import DEFAULT_CHUNK, EngineOptions, Generated, Timing
+from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.sampling import GREEDY, Sampling
 from hybrid_attn.programs import parse
 
@@ -24,25 +25,25 @@ TRAINED = config.build_checkpoint_config(config.to_dict(tiny()))
 
 
 class Engine:
-    """Answers every prompt with REPLY, three bytes at a time; `last` is the one made last, with what it was given."""
+    """Answers every prompt with REPLY, three bytes at a time, and records its arguments; `last` is the newest engine."""
 
     last = None
 
-    def __init__(self, params, config, **options):
+    def __init__(self, params, config, options):
         self.params, self.config, self.options, self.mesh = params, config, options, jax.sharding.get_mesh()
         Engine.last = self
 
     def generate(self, prompts, max_new_tokens, **options):
-        self.prompts, self.most, self.asked = prompts, max_new_tokens, options
+        self.prompts, self.max_new_tokens, self.arguments = prompts, max_new_tokens, options
         if options["seeds"][0] == 13:
             options["on_tokens"](0, list(REPLY[:3]))
             raise KeyboardInterrupt
         if options["seeds"][0] == 14:
             raise FloatingPointError("prompt 0: the log-probability of token 0 is nan")
         tokens = REPLY[:max_new_tokens]
-        for row in range(len(prompts)):
+        for i in range(len(prompts)):
             for at in range(0, len(tokens), 3):
-                if options["on_tokens"](row, list(tokens[at : at + 3])):
+                if options["on_tokens"](i, list(tokens[at : at + 3])):
                     break
         self.timing = Timing(2_000, 60, 0.25, 0.5, 2.0, 9.0, 3 * 2**19)
         return [Generated(np.array(list(tokens)), np.full(len(tokens), -0.5))] * len(prompts)
@@ -52,7 +53,7 @@ class Engine:
 def tool():
     """The tool's module over the engine above."""
     engine = types.ModuleType("hybrid_attn.infer.engine")
-    engine.Engine, engine.Timing, engine.TOKENS_AT_ONCE = Engine, Timing, TOKENS_AT_ONCE
+    engine.Engine, engine.Timing, engine.DEFAULT_CHUNK, engine.EngineOptions = Engine, Timing, DEFAULT_CHUNK, EngineOptions
     with conftest.tool("generate", **{engine.__name__: engine}) as module:
         yield module
 
@@ -85,20 +86,20 @@ def run(tool, workdir, capsys):
     return call
 
 
-def test_an_answer_is_streamed_to_its_stop_and_its_speed_is_told(run):
+def test_an_answer_is_streamed_to_its_stop_and_its_speed_is_printed(run):
     status, out, err = run("--prompt=one, é", "--stop=END", "--stop=never", "--max_new_tokens=20")
     assert (status, out) == (0, "two: né. \n")
     assert err.splitlines()[-4:] == [
-        "first token  after 0.25 s, beside 9.0 s in which programs were compiled",
+        "first token  after 0.25 s, besides 9.0 s of compiling",
         "prefill      2,000 tokens in 0.50 s, 4,000 tokens/s",
         "decode       60 tokens in 2.00 s, 30 tokens/s",
         "cache        1.50 MiB",
     ]
     engine = Engine.last
-    assert engine.prompts == [[256, *"one, é".encode()]] and engine.most == 20
-    assert (engine.config, engine.options, engine.mesh.size) == (TRAINED, {"chunk": 2048, "cache": "auto", "capacity": None}, 1)
-    asked = {name: x for name, x in engine.asked.items() if name != "on_tokens"}
-    assert asked == {"sampling": GREEDY, "seeds": [0], "stop_tokens": [257], "compression": None, "questions": None}
+    assert engine.prompts == [[256, *"one, é".encode()]] and engine.max_new_tokens == 20
+    assert (engine.config, engine.options, engine.mesh.size) == (TRAINED, EngineOptions(2048, "auto", None), 1)
+    arguments = {name: x for name, x in engine.arguments.items() if name != "on_tokens"}
+    assert arguments == {"options": GenerateOptions(GREEDY, [257], None), "seeds": [0], "questions": None}
 
 
 def test_every_flag_reaches_the_engine(run):
@@ -109,12 +110,12 @@ def test_every_flag_reaches_the_engine(run):
         "--mesh=tensor=2,fsdp=2",
     )  # fmt: skip
     engine = Engine.last
-    assert status == 0 and engine.options == {"chunk": 64, "cache": "int8", "capacity": 512}
+    assert status == 0 and engine.options == EngineOptions(chunk=64, cache="int8", capacity=512)
     assert {name: size for name, size in engine.mesh.shape.items() if size > 1} == {"tensor": 2, "fsdp": 2}
     assert len(engine.params["embed"].sharding.device_set) == 4
-    assert (engine.prompts, engine.asked["questions"], engine.asked["seeds"]) == ([[*b"x"]], [[*b"y?"]], [2**32 - 1])
-    assert engine.asked["sampling"] == Sampling(0.7, 5, 0.9, 0.01)
-    assert engine.asked["compression"] == Compression("adakv", cap=96, window=16, floor=0.5, pooling="max")
+    assert (engine.prompts, engine.arguments["questions"], engine.arguments["seeds"]) == ([[*b"x"]], [[*b"y?"]], [2**32 - 1])
+    assert engine.arguments["options"].sampling == Sampling(0.7, 5, 0.9, 0.01)
+    assert engine.arguments["options"].compression == Compression("adakv", cap=96, window=16, floor=0.5, pooling="max")
 
 
 def test_json_lines_are_answered_with_what_they_carry(run, tmp_path):
@@ -124,7 +125,7 @@ def test_json_lines_are_answered_with_what_they_carry(run, tmp_path):
     status, out, _ = run(f"--prompts={source}", "--seed=4294967295", "--stop=END")
     numbers = {"answer": "two: né. ", "tokens": 13, "logprob": -6.5}  # up to the stop's last byte
     assert status == 0 and [json.loads(line) for line in out.splitlines()] == [x | numbers for x in lines]
-    assert Engine.last.prompts == [[256, *b"a"], [256, *"東".encode()]] and Engine.last.asked["seeds"] == [2**32 - 1, 0]
+    assert Engine.last.prompts == [[256, *b"a"], [256, *"東".encode()]] and Engine.last.arguments["seeds"] == [2**32 - 1, 0]
     status, out, _ = run(f"--prompts={source}", "--question=what?", f"--out={target}", "--max_new_tokens=3")
     assert (status, out) == (0, "")
     written = [json.loads(line) for line in target.read_text().splitlines()]
@@ -136,11 +137,11 @@ def test_json_lines_are_answered_with_what_they_carry(run, tmp_path):
 def test_lines_may_have_questions_of_their_own(run, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "a", "question": "b"}\n{"prompt": "c", "question": "d"}\n')
-    assert run(f"--prompts={source}")[0] == 0 and Engine.last.asked["questions"] == [[*b"b"], [*b"d"]]
+    assert run(f"--prompts={source}")[0] == 0 and Engine.last.arguments["questions"] == [[*b"b"], [*b"d"]]
     source.write_text('{"prompt": "a", "question": "b"}\n{"prompt": "c"}\n')
     status, _, err = run(f"--prompts={source}")
     assert status == 2 and "some lines have a question and others have none; give --question for those" in err
-    assert run(f"--prompts={source}", "--question=e")[0] == 0 and Engine.last.asked["questions"] == [[*b"b"], [*b"e"]]
+    assert run(f"--prompts={source}", "--question=e")[0] == 0 and Engine.last.arguments["questions"] == [[*b"b"], [*b"e"]]
 
 
 def test_ctrl_c_ends_the_line_and_the_program(run, monkeypatch):

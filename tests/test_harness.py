@@ -12,7 +12,7 @@ import pytest
 from conftest import mesh_of, random_params, tiny
 from test_tokenizer import byte_level, load
 
-from hybrid_attn.infer.engine import Engine
+from hybrid_attn.infer.engine import Engine, EngineOptions
 
 lm_eval = pytest.importorskip("lm_eval")
 datasets = pytest.importorskip("datasets")
@@ -43,7 +43,7 @@ LETTERS = Letters()
 
 def engine_of(**options) -> Engine:
     c = tiny({"train.kernel": "reference", "train.dtype": "float32"})
-    return Engine(random_params(c.model), c, chunk=16, **options)
+    return Engine(random_params(c.model), c, EngineOptions(chunk=16, **options))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def answers(lm, *contexts, task="toy", doc=None, **options):
 class Echo:
     """Gives each prompt the ids that `reply` finds for it, and remembers what it was asked."""
 
-    rows, capacity = 2, None
+    batch_size, capacity = 2, None
 
     def __init__(self, reply):
         self.reply, self.asked = reply, []
@@ -199,7 +199,7 @@ def test_results_are_those_of_the_requests_in_any_order_and_batch(lm):
         found = answers(lm, *contexts, **options)
         assert answers(lm, *shuffled, **options) == [found[i] for i in order]
     assert len(set(answers(lm, "abc", "abc", "abc", **draw))) == 3
-    small = harness.EngineLM(engine_of(rows=2), LETTERS, MAX_LENGTH)
+    small = harness.EngineLM(engine_of(batch_size=2), LETTERS, MAX_LENGTH)
     np.testing.assert_allclose([x for x, _ in scores(small, *pairs)], [x for x, _ in wanted], atol=1e-5)
     assert answers(small, *shuffled, **greedy) == answers(lm, *shuffled, **greedy)
 
@@ -229,7 +229,7 @@ def test_an_answer_ends_before_a_stop_whose_characters_come_one_by_one(lm):
     found = harness.EngineLM(engine, LETTERS, MAX_LENGTH, stop_tokens=[383])
     assert answers(found, "x", "y", until=["Q:", "Q x"], max_new_tokens=6) == ["a b"] * 2
     assert answers(found, "x", until="Q:", max_gen_toks=4) == ["a bQ"]
-    assert [(new, options["stop_tokens"]) for _, _, new, options in engine.asked] == [(6, (383,)), (4, (383,))]
+    assert [(new, options["options"].stop_tokens) for _, _, new, options in engine.asked] == [(6, (383,)), (4, (383,))]
 
 
 def test_a_long_prompt_loses_its_beginning_and_is_counted():

@@ -58,6 +58,17 @@ def test_only_the_trainer_and_what_answers_import_checkpoints():
     assert {room(path) for path in FILES if "checkpoint" in rooms_of(imported(path))} == {"train", "infer"}
 
 
+def test_nobody_but_the_engine_knows_the_modules_of_the_cache_and_they_do_not_know_the_engine():
+    cache = "hybrid_attn.infer.cache"
+    for path in FILES:
+        inside = path.is_relative_to(PACKAGE / "infer" / "cache")
+        of_infer = {name for name in imported(path) if name.startswith("hybrid_attn.infer")}
+        if inside:
+            assert all(name.startswith(cache) for name in of_infer), path
+        elif room(path) != "infer":
+            assert not any(name.startswith(cache) for name in of_infer), path
+
+
 def test_nobody_imports_programs_or_configs():
     programs = [*(ROOT / "tools").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
     assert programs

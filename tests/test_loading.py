@@ -1,4 +1,4 @@
-"""What is loaded of a checkpoint is what was saved, and what does not fit it is a line."""
+"""A checkpoint loads as it was saved, and whatever does not fit it is an error in one line."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from hybrid_attn.infer import loading
 
 
 def save(directory, c, tokenizer_hash="bytes", steps=(3, 7)):
-    """Checkpoints of `c` as training writes them; the parameters of step n are drawn with seed n."""
+    """Checkpoints of `c` as training writes them; the parameters of step n have seed n."""
     stage = {"tokenizer": tokenizer_hash} if tokenizer_hash else {}
     with jax.set_mesh(mesh_of()):
         checkpoints = checkpoint.Checkpoints(directory, keep=5, every=1)
@@ -63,17 +63,17 @@ def saved_tokenizer(directory, **changes):
     return load_tokenizer(str(directory / "tokenizer.json"))
 
 
-def test_a_trained_tokenizer_is_known_by_its_hash_and_found_beside_the_checkpoint(tmp_path, one_device):
-    tokenizer = saved_tokenizer(tmp_path / "words")
-    c = tiny({"data.tokenizer": str(tmp_path / "words" / "tokenizer.json")})
+def test_a_trained_tokenizer_is_identified_by_its_hash_and_loaded_from_beside_the_checkpoint(tmp_path, one_device):
+    tokenizer = saved_tokenizer(tmp_path / "tokenizer")
+    c = tiny({"data.tokenizer": str(tmp_path / "tokenizer" / "tokenizer.json")})
     save(tmp_path / "ckpt", c, tokenizer.hash)
     assert loading.load(tmp_path / "ckpt").tokenizer.hash == tokenizer.hash
-    saved_tokenizer(tmp_path / "words", more=["another"])
+    saved_tokenizer(tmp_path / "tokenizer", more=["another"])
     with pytest.raises(
         ValueError, match=f"of step 7 in .*ckpt was trained with a tokenizer of hash {tokenizer.hash[:12]}, and .* has"
     ):
         loading.load(tmp_path / "ckpt")
-    shutil.rmtree(tmp_path / "words")
+    shutil.rmtree(tmp_path / "tokenizer")
     copy = tmp_path / "ckpt" / "companions" / "tokenizer.json"
     with pytest.raises(ValueError, match=f"there is no such file; put the tokenizer.json that it was trained with at {copy}"):
         loading.load(tmp_path / "ckpt")
@@ -81,7 +81,7 @@ def test_a_trained_tokenizer_is_known_by_its_hash_and_found_beside_the_checkpoin
     assert loading.load(tmp_path / "ckpt").tokenizer.hash == tokenizer.hash
 
 
-def test_an_imported_model_brings_its_tokenizer_and_its_ends_wherever_it_is_moved(tmp_path, one_device):
+def test_an_imported_model_brings_its_tokenizer_and_its_eos_ids_wherever_it_is_moved(tmp_path, one_device):
     tokenizer = saved_tokenizer(tmp_path / "old" / "companions")
     save(tmp_path / "old", tiny({"data.tokenizer": str(tmp_path / "old" / "companions" / "tokenizer.json")}), None, steps=[0])
     (tmp_path / "old" / "companions" / "config.json").write_text(json.dumps({"eos_token_id": 5}))
@@ -94,7 +94,7 @@ def test_an_imported_model_brings_its_tokenizer_and_its_ends_wherever_it_is_move
 
 
 @pytest.mark.parametrize("eos", ["</s>", "7", True, -1, 2**31, 1.5, [3, None], [[3]], {"id": 3}, float("nan")])
-def test_an_end_of_answers_that_is_no_id_is_refused_with_its_file(copied, eos):
+def test_an_eos_token_id_that_is_no_id_is_refused_with_its_file(copied, eos):
     (copied / "companions").mkdir()
     file = copied / "companions" / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": eos}))
@@ -115,7 +115,7 @@ def test_an_end_of_answers_that_is_no_id_is_refused_with_its_file(copied, eos):
         ("[" * 10**5, None),
     ],
 )
-def test_a_generation_config_may_name_no_end_and_must_be_an_object(copied, text, ids):
+def test_a_generation_config_may_have_no_eos_and_must_be_an_object(copied, text, ids):
     (copied / "companions").mkdir()
     (copied / "companions" / "generation_config.json").write_text(text)
     if ids:
@@ -167,7 +167,7 @@ def save_values(directory, values, monkeypatch):
         save(directory, tiny(), steps=[1])
 
 
-def test_what_does_not_make_the_model_may_be_of_another_version(tmp_path, one_device, monkeypatch):
+def test_groups_that_do_not_define_the_model_may_be_of_another_version(tmp_path, one_device, monkeypatch):
     values = config.to_dict(tiny())
     del values["evals"]["every"]
     del values["optim"]
@@ -179,19 +179,19 @@ def test_what_does_not_make_the_model_may_be_of_another_version(tmp_path, one_de
 
 
 @pytest.mark.parametrize(
-    ("group", "added", "said"),
+    ("group", "added", "message"),
     [("model", "head_dims", "unknown key config.model.head_dims"), ("data", "eos", "config.data.eos")],
 )
-def test_an_unknown_key_of_what_makes_the_model_is_refused(tmp_path, one_device, monkeypatch, group, added, said):
+def test_an_unknown_key_in_a_group_that_defines_the_model_is_refused(tmp_path, one_device, monkeypatch, group, added, message):
     values = config.to_dict(tiny())
     values[group][added] = 1
     save_values(tmp_path, values, monkeypatch)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         loading.load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ({"stage": [1]}, r"of step 1 in .* has stage=\[1\], which must be an object"),
         ({"stage": {"tokenizer": 7}}, "has stage.tokenizer=7, which must be a hash"),
@@ -199,11 +199,11 @@ def test_an_unknown_key_of_what_makes_the_model_is_refused(tmp_path, one_device,
         ({"stage_steps": ["x"]}, "has stage_steps=.*x.*, which must be a list"),
     ],
 )
-def test_data_of_a_checkpoint_that_no_training_writes_is_refused(tmp_path, one_device, data, said):
+def test_data_of_a_checkpoint_that_no_training_writes_is_refused(tmp_path, one_device, data, message):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, every=1)
     checkpoints.save(1, {"params": random_params(tiny().model)}, data, config.to_dict(tiny()))
     checkpoints.close()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         loading.load(tmp_path)
 
 

@@ -30,8 +30,8 @@ class Engine:
     def __init__(self, patience=10**6):
         self.patience, self.prompts = patience, []
 
-    def generate(self, ids, most, *, on_tokens, stop_tokens, **_):
-        self.stops = stop_tokens
+    def generate(self, ids, most, *, on_tokens, options, **_):
+        self.stops = options.stop_tokens
         self.patience -= 1
         if self.patience < 0:
             raise KeyboardInterrupt

@@ -7,8 +7,9 @@ import pytest
 from test_tokenizer import TEXT, byte_level, load, sentence_piece
 
 from hybrid_attn.data.tokenizer import load_tokenizer
+from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.sampling import Sampling
-from hybrid_attn.infer.text import TextStream, answers
+from hybrid_attn.infer.text import AnswerOptions, TextStream, answers
 
 
 def metaspace():
@@ -69,8 +70,8 @@ def before_first_stop(text, stops):
 def test_the_text_is_the_tokenizers_up_to_the_first_stop_for_any_cut(name, stops, tmp_path):
     t = tokenizer_named(name, tmp_path)
     ids = [*t.encode((TEXT + " abcd x</s> de 🙂🙂東東 de").encode()).tolist(), t.eos]
-    wanted = before_first_stop(t.decode(ids), stops)
-    assert {read(TextStream(t, stops), pieces) for pieces in cuts(ids)} == {wanted}
+    expected = before_first_stop(t.decode(ids), stops)
+    assert {read(TextStream(t, stops), pieces) for pieces in cuts(ids)} == {expected}
 
 
 def test_random_ids_give_one_text_for_any_cut(tmp_path):
@@ -93,17 +94,17 @@ def test_pieces_come_as_soon_as_they_are_certain_and_hold_no_half_character(name
     stream, out = TextStream(t), ""
     for n, i in enumerate(ids):
         out += stream.add([i])
-        whole = t.decode(ids[: n + 1])
-        if not whole.endswith("\ufffd"):
-            assert out == whole
+        text = t.decode(ids[: n + 1])
+        if not text.endswith("\ufffd"):
+            assert out == text
         assert "\ufffd" not in out
 
 
 def test_what_may_become_a_stop_is_held_until_it_does_not(tmp_path):
     t = load_tokenizer("bytes")
     stream = TextStream(t, ("<end>", "dx"))
-    given = [stream.add([byte]) for byte in b"a<e<en<endy<end>zzz"]
-    assert given == ["a", *[""] * 2, "<e", *[""] * 2, "<en", *[""] * 3, "<endy", *[""] * 8]
+    pieces = [stream.add([byte]) for byte in b"a<e<en<endy<end>zzz"]
+    assert pieces == ["a", *[""] * 2, "<e", *[""] * 2, "<en", *[""] * 3, "<endy", *[""] * 8]
     assert stream.stopped and stream.finish() == ""
     stream = TextStream(t, ("<end>",))
     assert stream.add(b"a<en") == "a" and not stream.stopped and stream.finish() == "<en"
@@ -134,50 +135,49 @@ def test_an_empty_stop_is_refused():
 
 
 class Echo:
-    """Answers each prompt with fixed ids, two at a time, to all rows in turn."""
+    """Answers each prompt with fixed ids, two at a time, all requests in turn."""
 
     def __init__(self, *replies):
         self.replies = [list(reply) for reply in replies]
 
     def generate(self, prompts, max_new_tokens, **options):
         self.prompts, self.options = prompts, options
-        on, out = set(range(len(prompts))), [[] for _ in prompts]
+        active, out = set(range(len(prompts))), [[] for _ in prompts]
         for at in range(0, max_new_tokens, 2):
-            for row in sorted(on):
-                new = self.replies[row][at : at + 2]
-                out[row] += new
-                if options["on_tokens"](row, new) or not new:
-                    on.discard(row)
+            for i in sorted(active):
+                new = self.replies[i][at : at + 2]
+                out[i] += new
+                if options["on_tokens"](i, new) or not new:
+                    active.discard(i)
         return [type("Generated", (), {"tokens": np.array(x), "logprobs": np.zeros(len(x))}) for x in out]
 
 
-def test_answers_are_streamed_cut_at_stops_and_end_their_rows():
+def test_answers_are_streamed_cut_at_stops_and_end_their_requests():
     t, heard = load_tokenizer("bytes"), []
     engine = Echo("née.Q: b".encode(), b"abcdefghij", b"Q")
-    found = answers(
-        engine, t, ["x", "yé", "z"], 8, stops=("Q:",), seeds=[1, 2, 3], sampling=Sampling(0.5), stop_tokens=(257,),
-        on_text=lambda row, piece: heard.append((row, piece)),
+    replies = answers(
+        engine, t, ["x", "yé", "z"], 8, AnswerOptions(GenerateOptions(Sampling(0.5), (257,)), stops=("Q:",), seeds=[1, 2, 3]),
+        on_text=lambda index, piece: heard.append((index, piece)),
     )  # fmt: skip
-    assert [x.text for x in found] == ["née.", "abcdefgh", "Q"]
-    assert [bytes(x.tokens.tolist()) for x in found] == ["née.Q:".encode(), b"abcdefgh", b"Q"]
-    assert [len(x.logprobs) for x in found] == [7, 8, 1]
-    assert ["".join(piece for r, piece in heard if r == row) for row in range(3)] == [x.text for x in found]
+    assert [x.text for x in replies] == ["née.", "abcdefgh", "Q"]
+    assert [bytes(x.tokens.tolist()) for x in replies] == ["née.Q:".encode(), b"abcdefgh", b"Q"]
+    assert [len(x.logprobs) for x in replies] == [7, 8, 1]
+    assert ["".join(piece for index, piece in heard if index == i) for i in range(3)] == [x.text for x in replies]
     assert heard[:2] == [(0, "n"), (1, "ab")]
     assert engine.prompts == [[256, *b"x"], [256, *"yé".encode()], [256, *b"z"]]
-    wanted = {"seeds": [1, 2, 3], "sampling": Sampling(0.5), "stop_tokens": (257,), "compression": None, "questions": None}
-    assert {name: engine.options[name] for name in wanted} == wanted
+    expected = {"seeds": [1, 2, 3], "options": GenerateOptions(Sampling(0.5), (257,)), "questions": None}
+    assert {name: engine.options[name] for name in expected} == expected
 
 
-def test_questions_are_encoded_apart_and_the_mark_can_be_left_out():
-    engine = Echo(b"a", b"b")
-    found = answers(engine, load_tokenizer("bytes"), ["x", "y"], 4, questions=["?", "??"], compression="c", bos=False)
-    assert [x.text for x in found] == ["a", "b"]
+def test_questions_are_encoded_apart_and_bos_can_be_left_out():
+    engine, options = Echo(b"a", b"b"), AnswerOptions(questions=["?", "??"], bos=False)
+    replies = answers(engine, load_tokenizer("bytes"), ["x", "y"], 4, options)
+    assert [x.text for x in replies] == ["a", "b"]
     assert (engine.prompts, engine.options["questions"]) == ([[*b"x"], [*b"y"]], [[*b"?"], [*b"??"]])
-    assert engine.options["compression"] == "c"
 
 
 def test_empty_prompts_and_questions_are_refused_with_their_number():
     with pytest.raises(ValueError, match="prompt 2 of 2 is empty; give it at least one character"):
         answers(Echo(), load_tokenizer("bytes"), ["a", ""], 4)
     with pytest.raises(ValueError, match="question 1 of 1 is empty; give it at least one character"):
-        answers(Echo(), load_tokenizer("bytes"), ["a"], 4, questions=[""])
+        answers(Echo(), load_tokenizer("bytes"), ["a"], 4, AnswerOptions(questions=[""]))

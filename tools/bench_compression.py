@@ -1,16 +1,17 @@
-"""What a compressed cache still answers: python tools/bench_compression.py --checkpoint=runs/recall
+"""Accuracy of answers from a compressed KV cache: python tools/bench_compression.py --checkpoint=runs/recall
 
---checkpoint is the workdir of a run of configs/recall.py, or of any model of bytes that has learnt its task. Each held-out row
-of --length tokens hides pairs of letters in noise. The layers that see the whole prefix keep a share of its slots; then it is
-asked for one of the pairs. In half of the lines the question also stands among the last tokens that are read before, by whose
-queries snapkv and its kin choose ("foretold"); in the others it is new. The table has the share of right answers; whoever
-knows the values of a row and no pair has 1 / --pairs. PyramidKV is left out: it shares slots among layers, and the probe's
-model has one that sees the whole prefix.
+--checkpoint is the workdir of a run of configs/recall.py, or of any byte-level model that has learnt its task. Each held-out
+sequence of --length tokens hides pairs of letters in noise. Layers that see the whole prefix compress its cache; then the
+question asks for one of the pairs. In half of the lines the question is known in advance ("known"): it is also among the
+last tokens of the prompt, by whose queries snapkv, pyramid and adakv choose. In the other lines it is new. The table has the
+share of right answers; a model that knows the values of a sequence and no pair gets 1 / --pairs. PyramidKV is not measured: it
+shares slots among layers, and the model of configs/recall.py has one layer that sees the whole prefix.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,67 +21,78 @@ from hybrid_attn import config, programs
 from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.infer import loading
-from hybrid_attn.infer.compress import Compression
+from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import Engine
+from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train import measurement
 
 METHODS = ("snapkv", "adakv", "streaming", "random")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Which of them; by default the newest.")
-LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row, questions included.", lower_bound=64)
-PAIRS = flags.DEFINE_integer("pairs", 4, "Pairs that a row hides.", lower_bound=1)
-ROWS = flags.DEFINE_integer("rows", 128, "Rows, with a question each.", lower_bound=1)
-SHARES = flags.DEFINE_list("shares", ["1/2", "1/4", "1/8", "1/16", "1/32"], "Shares of the slots that are kept.")
-WINDOW = flags.DEFINE_integer("window", 8, "The last tokens, whose queries choose what is kept.", lower_bound=2)
-JSON = flags.DEFINE_string("json", None, "File for the numbers of the table.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest.")
+LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a sequence, the question included.", lower_bound=64)
+PAIRS = flags.DEFINE_integer("pairs", 4, "Pairs that a sequence hides.", lower_bound=1)
+ROWS = flags.DEFINE_integer("rows", 128, "Sequences, with one question each.", lower_bound=1)
+SHARES = flags.DEFINE_list(
+    "shares", ["1/2", "1/4", "1/8", "1/16", "1/32"], "Shares of the slots that a compressed cache keeps."
+)
+WINDOW = flags.DEFINE_integer("window", 8, "The last tokens of a prompt, whose queries choose the slots.", lower_bound=2)
+JSON = flags.DEFINE_string("json", None, "JSON file for the numbers of the table.")
 
 
 def caps(shares: list[str], length: int) -> dict[str, int]:
-    """Slots that a head keeps of `length`, by the share as it was written."""
-    found = {}
+    """The number of slots of `length` that a head keeps, by the share as it is written in the flag."""
+    slots = {}
     for share in shares:
         try:
-            above, _, below = share.partition("/")
-            value = float(above) / float(below or 1)
+            numerator, _, denominator = share.partition("/")
+            value = float(numerator) / float(denominator or 1)
         except (ValueError, ZeroDivisionError):
             raise ValueError(f"--shares has {share!r}, which is no number and no fraction such as 1/8") from None
         if not 0 < value < 1:
             raise ValueError(f"--shares has {share!r}, which does not lie between 0 and 1")
-        found[share] = round(value * length)
-    return found
+        slots[share] = round(value * length)
+    return slots
 
 
-def asked(rows: SyntheticRows, number: int, window: int) -> tuple[dict[str, list[np.ndarray]], list[np.ndarray], np.ndarray]:
-    """The text of each row without and with its question in the window, the question, and the answer that is wanted."""
-    texts, questions, answers = {"new": [], "foretold": []}, [], []
+class Prompts(NamedTuple):
+    """Prompts by whether their question is new or known in advance, the questions, and the right answers."""
+
+    prompts: dict[str, list[np.ndarray]]
+    questions: list[np.ndarray]
+    answers: np.ndarray
+
+
+def make_prompts(rows: SyntheticRows, number: int, window: int) -> Prompts:
+    prompts, questions, answers = {"new": [], "known": []}, [], []
     for row in rows.read([(i, 0, rows.seq_len) for i in rows.spread(number)]):
         key = int(np.flatnonzero(row["weights"])[0])  # a question mark comes before it
         text, question = row["tokens"][: key - 1], row["tokens"][key - 1 : key + 1]
-        before = 1 + 2 * -(-(len(text) + 1 - window) // 2)  # pairs begin at odd places: none is torn apart
-        texts["new"].append(text)
-        texts["foretold"].append(np.concatenate([text[:before], question, text[before:]]))
+        split = 1 + 2 * -(-(len(text) + 1 - window) // 2)  # pairs start at odd positions: none is split
+        prompts["new"].append(text)
+        prompts["known"].append(np.concatenate([text[:split], question, text[split:]]))
         questions.append(question)
         answers.append(row["targets"][key])
-    return texts, questions, np.array(answers)
+    return Prompts(prompts, questions, np.array(answers))
 
 
-def accuracies(engine: Engine, rows: SyntheticRows, number: int, kept: Mapping[str, int], window: int) -> list[dict]:
-    """A record for each method, question and share of `kept`; the whole cache comes first."""
-    texts, questions, answers = asked(rows, number, window)
+def accuracies(engine: Engine, rows: SyntheticRows, number: int, caps: Mapping[str, int], window: int) -> list[dict]:
+    """A record for each method, kind of question and share of `caps`; the whole cache comes first."""
+    by_question, questions, answers = make_prompts(rows, number, window)
     cases = [("full", "1", None)]
-    cases += [(method, share, Compression(method, cap, window)) for method in METHODS for share, cap in kept.items()]
+    cases += [(method, share, Compression(method, cap, window)) for method in METHODS for share, cap in caps.items()]
     records = []
     for method, share, compression in cases:
-        for question, prompts in texts.items():
-            found = engine.generate(prompts, 1, compression=compression, questions=questions)
-            right = float(np.mean([x.tokens[0] == answer for x, answer in zip(found, answers, strict=True)]))
-            records.append({"method": method, "question": question, "share": share, "accuracy": right})
+        options = GenerateOptions(compression=compression)
+        for question, prompts in by_question.items():
+            generated = engine.generate(prompts, 1, options=options, questions=questions)
+            accuracy = float(np.mean([x.tokens[0] == answer for x, answer in zip(generated, answers, strict=True)]))
+            records.append({"method": method, "question": question, "share": share, "accuracy": accuracy})
     return records
 
 
 def table(records: list[dict]) -> str:
-    """Methods and questions down, shares across."""
+    """Rows of methods and questions, columns of shares."""
     lines: dict[tuple, dict[str, str]] = {}
     for r in records:
         lines.setdefault((r["method"], r["question"]), {})[r["share"]] = f"{r['accuracy']:.3f}"
@@ -90,10 +102,10 @@ def table(records: list[dict]) -> str:
 
 
 def bench() -> None:
-    kept = caps(SHARES.value, LENGTH.value)
-    if min(kept.values()) <= WINDOW.value:
+    slots = caps(SHARES.value, LENGTH.value)
+    if min(slots.values()) <= WINDOW.value:
         raise ValueError(
-            f"--shares: {min(kept.values())} slots leave nothing beside --window={WINDOW.value}; use larger shares"
+            f"--shares: {min(slots.values())} slots leave nothing beside --window={WINDOW.value}; use larger shares"
         )
     source = config.Source((), None, 0, None, "recall", PAIRS.value)
     if LENGTH.value < config.shortest_row(source):
@@ -101,10 +113,10 @@ def bench() -> None:
     with jax.set_mesh(make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])):
         c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)
         if not isinstance(tokenizer, ByteTokenizer):
-            raise ValueError(f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the rows are written in bytes")
+            raise ValueError(f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the sequences are bytes")
         rows = SyntheticRows(Task(source.task, source.pairs), LENGTH.value, None)
-        records = accuracies(Engine(params, c), rows, ROWS.value, kept, WINDOW.value)
-    print(f"{c.model.layers}; {ROWS.value} rows of {LENGTH.value:,} tokens, {PAIRS.value} pairs; window {WINDOW.value}")
+        records = accuracies(Engine(params, c), rows, ROWS.value, slots, WINDOW.value)
+    print(f"{c.model.layers}; {ROWS.value} sequences of {LENGTH.value:,} tokens, {PAIRS.value} pairs; window {WINDOW.value}")
     print(table(records))
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(records, indent=1) + "\n")

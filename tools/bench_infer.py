@@ -1,16 +1,16 @@
-"""Answers timed beside `transformers` and beside full attention, and what their caches take: python tools/bench_infer.py
+"""Times answers against `transformers` and against full attention, and measures caches: python tools/bench_infer.py
 
     python tools/bench_infer.py --part=transformers --lengths=2K,8K,32K --json=transformers.json
     python tools/bench_infer.py --part=growth --config.model.num_layers=4
 
-cache: bytes of the caches of --cache_config, after a prompt and while one is read in chunks, beside those of full attention.
-transformers: the same model (ours, exported) and prompts, read and continued greedily here and by `generate` of `transformers`
-on PyTorch with its cache; on a CPU with the extra `oracle`. A length is that of a prompt and its answer.
-growth: seconds of a token of --config, and of the same with the whole prefix and the rotation of its windows in every layer,
-after prompts of growing length of which only the length is made: what was read does not change the time.
+cache: bytes of the caches of --cache_config, after a prompt and while it is read in chunks, against those of full attention.
+transformers: the same model (ours, exported) and prompts, continued greedily here and by `generate` of `transformers` on
+PyTorch with its cache; on a CPU with the extra `oracle`. A length is that of a prompt and its answer.
+growth: seconds of a token of --config, and of the same model with full attention and the local layers' RoPE in every layer,
+after prompts of growing length. The cache has the length of the prompt but not its tokens, which do not change the time.
 long: --long_config reads a prompt of 131,072 tokens; the highest memory of its process.
 
-Contenders answer in turn, and the best of --repeats counts. A dash is explained under the table.
+Contenders run in turn, and the best of --repeats counts. A dash is explained under the table.
 """
 
 import json
@@ -32,7 +32,7 @@ from hybrid_attn.config import Config
 from hybrid_attn.convert import hf
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer import steps
-from hybrid_attn.infer.engine import TOKENS_AT_ONCE, Engine
+from hybrid_attn.infer.engine import DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.infer.sampling import GREEDY
 from hybrid_attn.model import flops, init, run_on
 from hybrid_attn.parallel.mesh import BATCH, make_mesh
@@ -46,21 +46,21 @@ LENGTHS = {
     "growth": ["2K", "8K", "32K", "128K"],
     "long": ["128K"],
 }
-MADE = 4096  # tokens whose cache is made, not only computed
+ALLOCATED = 4096  # tokens of the cache that an engine allocates, to check the computed sizes
 PART = flags.DEFINE_enum("part", "all", [*LENGTHS, "all"], "What to measure.")
-ROWS = flags.DEFINE_list("lengths", None, f"Numbers of tokens; K is 1,024. By default {LENGTHS}.")
+TOKENS = flags.DEFINE_list("lengths", None, f"Numbers of tokens; K is 1,024. By default {LENGTHS}.")
 NEW = flags.DEFINE_integer("new", 32, "Tokens of an answer.", lower_bound=2)
-CHUNK = flags.DEFINE_integer("chunk", TOKENS_AT_ONCE, "Tokens of a prompt that our engine reads at a time.", lower_bound=1)
+CHUNK = flags.DEFINE_integer("chunk", DEFAULT_CHUNK, "Tokens of a prompt that our engine reads at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Answers of each contender.", lower_bound=1)
 MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
 JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")
-CONFIG = config_file.define("config", str(CONFIGS / "bench.py"), "The model beside others.", config.Config)
+CONFIG = config_file.define("config", str(CONFIGS / "bench.py"), "The model of parts transformers and growth.", config.Config)
 CACHE = config_file.define("cache_config", str(CONFIGS / "hybrid_8k.py") + ":8b", "The model of part=cache.", config.Config)
 LONG = config_file.define("long_config", str(CONFIGS / "hybrid_8k.py"), "The model of part=long.", config.Config)
 
 
-class Spent(NamedTuple):
-    """Seconds until a prompt was read, seconds of each token after that, the tokens, and the bytes of the cache if known."""
+class Measurement(NamedTuple):
+    """Seconds of the prefill, seconds of each decoded token, the tokens, and the bytes of the cache if known."""
 
     prefill: float
     token: float
@@ -73,26 +73,26 @@ def prompt_of(c: Config, length: int) -> list[int]:
 
 
 def make_ours(values: dict, length: int, new: int, chunk: int) -> Ready:
-    """Answers of the engine to one prompt, whose programs are compiled."""
+    """Answers of the engine to one prompt, with its programs compiled."""
     c = config.build(values)
     mesh, prompt = make_mesh(c.mesh, jax.devices()[:1]), prompt_of(c, length)
     with jax.set_mesh(mesh):
-        engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, chunk=chunk)
+        engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, EngineOptions(chunk))
         first = prompt[:chunk]
         engine.generate([first], length - len(first) + new, on_tokens=lambda *_: True)  # in a cache of the same size
 
-    def run() -> Spent:
+    def run() -> Measurement:
         start = time.perf_counter()
         with jax.set_mesh(mesh):
             (answer,) = engine.generate([prompt], new)
         seconds, timing = time.perf_counter() - start, engine.timing
-        return Spent(seconds - timing.decode_s, timing.decode_s / new, answer.tokens.tolist(), timing.cache_bytes)
+        return Measurement(seconds - timing.decode_s, timing.decode_s / new, answer.tokens.tolist(), timing.cache_bytes)
 
     return Ready(run, None)
 
 
 def export(values: dict, directory: str) -> None:
-    """Writes the parameters that `make_ours` draws for other libraries."""
+    """Writes the parameters that `make_ours` makes, for other libraries."""
     c = config.build(values)
     with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
         params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
@@ -108,46 +108,46 @@ def make_theirs(values: dict, length: int, new: int, directory: str) -> Ready:
     torch.set_num_threads(measurement.threads())
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32).eval()
-    given = torch.tensor([prompt_of(config.build(values), length)])
+    prompt = torch.tensor([prompt_of(config.build(values), length)])
 
-    def answer(given) -> Spent:
+    def answer(prompt) -> Measurement:
         times = [time.perf_counter()]
 
-        def came(*_, **__):
+        def record_time(*_, **__):
             times.append(time.perf_counter())
             return torch.zeros(1, dtype=torch.bool)
 
-        whole = model.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False, eos_token_id=None,
-            stopping_criteria=[came],
+        output = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, eos_token_id=None,
+            stopping_criteria=[record_time],
         )  # fmt: skip
-        tokens = whole[0, given.shape[1] :].tolist()
-        return Spent(times[1] - times[0], (times[-1] - times[1]) / (len(tokens) - 1), tokens, None)
+        tokens = output[0, prompt.shape[1] :].tolist()
+        return Measurement(times[1] - times[0], (times[-1] - times[1]) / (len(tokens) - 1), tokens, None)
 
-    answer(given[:, :16])  # starts the threads
-    return Ready(lambda: answer(given), None)
+    answer(prompt[:, :16])  # starts the threads
+    return Ready(lambda: answer(prompt), None)
 
 
 def make_growth(values: dict, length: int, chunk: int) -> Ready:
-    """The last tokens of rows of `length`, of which the cache has the length; seconds of one."""
+    """Seconds of a token at the end of a sequence of `length`; the cache has the length but no tokens of it."""
     c, new = config.build(values), steps.SLICE
     mesh = make_mesh(c.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, chunk=chunk)
+        engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, EngineOptions(chunk))
         capacity = chunk * caches.power_of_two(-(-length // chunk))
         cache = caches.empty(c.model, 1, capacity, 1, engine.run.dtype, False)
         last_BD = jnp.zeros((1, c.model.d_model), engine.run.dtype, out_sharding=P(BATCH, None))
-    program, stops = steps.Program(c.model, engine.run, chunk), np.full(1, -1, np.int32)
+    step_config, stop_tokens = steps.StepConfig(c.model, engine.run, chunk), np.full(1, -1, np.int32)
 
     def run() -> float:
         nonlocal cache, last_BD
         with jax.set_mesh(mesh):
             cache = cache._replace(lengths_B=jnp.full_like(cache.lengths_B, length - new))
             no_B, seeds_B = jnp.zeros_like(cache.lengths_B, bool), jnp.zeros_like(cache.lengths_B, jnp.uint32)
+            state = steps.DecodeState(cache, last_BD)
+            part = steps.DecodeSlice(no_B, seeds_B, stop_tokens, 0, new)
             start = time.perf_counter()
-            cache, last_BD, out = steps.decode(
-                program, GREEDY, engine.weights, cache, last_BD, no_B, seeds_B, stops, 0, new
-            )  # fmt: skip
+            (cache, last_BD), out = steps.decode(step_config, GREEDY, engine.weights, state, part)
             jax.block_until_ready(out)
             return (time.perf_counter() - start) / new
 
@@ -155,7 +155,7 @@ def make_growth(values: dict, length: int, chunk: int) -> Ready:
     return Ready(run, None)
 
 
-def beside_transformers(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
+def against_transformers(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
     """A record for each contender and length."""
     values, records = config.to_dict(c), []
     with tempfile.TemporaryDirectory() as directory:
@@ -165,16 +165,20 @@ def beside_transformers(processes: Processes, c: Config, lengths: list[int]) -> 
                 "ours": Task("jax", make_ours, (values, S - NEW.value, NEW.value, CHUNK.value)),
                 "transformers": Task("torch", make_theirs, (values, S - NEW.value, NEW.value, directory)),
             }
-            for name, got in processes.race(f"transformers {S:,}", tasks, REPEATS.value).items():
-                record = {"contender": name, "tokens": S, "prompt": S - NEW.value, "missing": got.missing}
-                if got.missing is None:
-                    record |= {"prefill": min(x.prefill for x in got.results), "token": min(x.token for x in got.results)}
-                    record |= {"calls": [x[:2] for x in got.results], "answer": got.results[0].tokens, "memory": got.memory}
+            for name, result in processes.race(f"transformers {S:,}", tasks, REPEATS.value).items():
+                record = {"contender": name, "tokens": S, "prompt": S - NEW.value, "missing": result.missing}
+                if result.missing is None:
+                    record |= {"prefill": min(x.prefill for x in result.results), "token": min(x.token for x in result.results)}
+                    record |= {
+                        "calls": [x[:2] for x in result.results],
+                        "answer": result.results[0].tokens,
+                        "memory": result.memory,
+                    }
                 records.append(record)
     return records
 
 
-def show_beside_transformers(records: list[dict]) -> None:
+def show_against_transformers(records: list[dict]) -> None:
     header = (
         "contender",
         "tokens",
@@ -189,15 +193,15 @@ def show_beside_transformers(records: list[dict]) -> None:
     )
     ours, rows = {r["tokens"]: r for r in records if r["contender"] == "ours"}, []
     for r in records:
-        mine, row = ours[r["tokens"]], [r["contender"], f"{r['tokens']:,}"]
-        if r["missing"] or mine["missing"]:
+        our, row = ours[r["tokens"]], [r["contender"], f"{r['tokens']:,}"]
+        if r["missing"] or our["missing"]:
             rows.append([*row, *["—"] * 8])
             continue
-        same = sum(a == b for a, b in zip(r["answer"], mine["answer"], strict=True))
+        same = sum(a == b for a, b in zip(r["answer"], our["answer"], strict=True))
         rows.append(
-            [*row, f"{r['prefill']:.3g}", f"{r['prompt'] / r['prefill']:,.0f}", f"{r['prefill'] / mine['prefill']:.2f}"]
-            + [f"{1e3 * r['token']:.3g}", f"{1 / r['token']:,.1f}", f"{r['token'] / mine['token']:.2f}"]
-            + [f"{same}/{len(mine['answer'])}", "—" if r["memory"] is None else f"{r['memory'] / GIB:.2f}"]
+            [*row, f"{r['prefill']:.3g}", f"{r['prompt'] / r['prefill']:,.0f}", f"{r['prefill'] / our['prefill']:.2f}"]
+            + [f"{1e3 * r['token']:.3g}", f"{1 / r['token']:,.1f}", f"{r['token'] / our['token']:.2f}"]
+            + [f"{same}/{len(our['answer'])}", "—" if r["memory"] is None else f"{r['memory'] / GIB:.2f}"]
         )
     print(measurement.table(header, rows))
     for r in records:
@@ -205,14 +209,14 @@ def show_beside_transformers(records: list[dict]) -> None:
             print(f"— {r['contender']}, {r['tokens']:,} tokens: {r['missing']}")
 
 
-def beside_full_attention(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
+def against_full_attention(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
     records = []
     for S in lengths:
         pair = {"hybrid": c, "full attention": measurement.full_attention(c)}
         tasks = {name: Task("jax", make_growth, (config.to_dict(x), S, CHUNK.value)) for name, x in pair.items()}
-        for name, got in processes.race(f"growth {S:,}", tasks, REPEATS.value).items():
-            record = {"contender": name, "layers": pair[name].model.layers, "tokens": S, "missing": got.missing}
-            records.append(record | ({} if got.missing else {"token": min(got.results), "calls": got.results}))
+        for name, result in processes.race(f"growth {S:,}", tasks, REPEATS.value).items():
+            record = {"contender": name, "layers": pair[name].model.layers, "tokens": S, "missing": result.missing}
+            records.append(record | ({} if result.missing else {"token": min(result.results), "calls": result.results}))
     return records
 
 
@@ -234,9 +238,9 @@ def show_growth(records: list[dict]) -> None:
         print(f"the hybrid's token grows {slopes['hybrid'] / slopes['full attention']:.2f} times as fast")
 
 
-def cache_bytes(c: Config, length: int, new: int) -> int:
-    """Bytes of the cache of one row of `length` tokens, `new` read at a time, in bfloat16; nothing of it is made."""
-    cache = jax.eval_shape(lambda: caches.empty(c.model, 1, length, new, jnp.dtype("bfloat16"), False))
+def cache_bytes(c: Config, length: int, chunk: int) -> int:
+    """Bytes in bfloat16 of the cache of one sequence of `length` tokens, `chunk` read at a time; nothing is allocated."""
+    cache = jax.eval_shape(lambda: caches.empty(c.model, 1, length, chunk, jnp.dtype("bfloat16"), False))
     return sum(x.size * x.dtype.itemsize for layer in cache.layers for x in (layer.k_BKSH, layer.v_BKSH))
 
 
@@ -251,19 +255,19 @@ def sizes(values: dict, lengths: list[int], chunk: int) -> list[dict]:
     return records
 
 
-def made(values: dict, length: int, new: int, chunk: int) -> dict:
-    """Bytes of the cache that an engine has made for a row of `length`, and the formula's for the same type of number."""
+def allocated(values: dict, length: int, new: int, chunk: int) -> dict:
+    """Bytes of the cache that an engine allocates for a sequence of `length`, and the formula's for the same dtype."""
     c = config.build(values)
-    spent = make_ours(values, length - new, new, chunk).run()
+    answer = make_ours(values, length - new, new, chunk).run()
     bytes_per_value = run_on(jax.default_backend(), c.model, c.train).dtype.itemsize
-    return {"tokens": length, "made": spent.cache_bytes, "formula": flops.cache_bytes(c.model, length, bytes_per_value)}
+    return {"tokens": length, "allocated": answer.cache_bytes, "formula": flops.cache_bytes(c.model, length, bytes_per_value)}
 
 
 def cache_sizes(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
-    """Of each length, and last of one cache that a small engine makes."""
+    """A record for each length, and last one of a cache that a small engine allocates."""
     small = config.to_dict(config.build(LONG.value.values))
     records = processes.call("jax", sizes, config.to_dict(c), lengths, CHUNK.value)
-    return [*records, processes.call("jax", made, small, MADE, NEW.value, CHUNK.value)]
+    return [*records, processes.call("jax", allocated, small, ALLOCATED, NEW.value, CHUNK.value)]
 
 
 def show_cache_sizes(records: list[dict]) -> None:
@@ -276,21 +280,21 @@ def show_cache_sizes(records: list[dict]) -> None:
     ]
     print(measurement.table(header, rows))
     print(
-        f"made by an engine of --long_config for {last['tokens']:,} tokens: {last['made']:,} bytes; "
+        f"allocated by an engine of --long_config for {last['tokens']:,} tokens: {last['allocated']:,} bytes; "
         f"the formula says {last['formula']:,}"
     )
 
 
 def long_prompts(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
-    """One prompt after the other, in a process of their own."""
+    """A record for each length; the prompts run one after the other in a process of their own."""
     records = []
     for S in lengths:
         task = Task("long", make_ours, (config.to_dict(c), S, NEW.value, CHUNK.value))
-        got = processes.race(f"long {S:,}", {"ours": task}, REPEATS.value)["ours"]
-        record = {"tokens": S, "missing": got.missing}
-        if got.missing is None:
-            best = min(got.results, key=lambda x: x.prefill)
-            record |= {"prefill": best.prefill, "token": best.token, "cache": best.cache_bytes, "memory": got.memory}
+        result = processes.race(f"long {S:,}", {"ours": task}, REPEATS.value)["ours"]
+        record = {"tokens": S, "missing": result.missing}
+        if result.missing is None:
+            best = min(result.results, key=lambda x: x.prefill)
+            record |= {"prefill": best.prefill, "token": best.token, "cache": best.cache_bytes, "memory": result.memory}
             record |= {"peak": processes.call("long", measurement.highest_memory), "formula": flops.cache_bytes(c.model, S, 4)}
         records.append(record)
     return records
@@ -324,7 +328,7 @@ def show_long_prompts(records: list[dict]) -> None:
 
 
 class Part(NamedTuple):
-    """Its model's flag, what measures, and what prints."""
+    """The flag of the model's config, the measurement, and the function that prints it."""
 
     config: flags.FlagHolder
     measure: Callable[[Processes, Config, list[int]], list[dict]]
@@ -333,15 +337,15 @@ class Part(NamedTuple):
 
 PARTS = {
     "cache": Part(CACHE, cache_sizes, show_cache_sizes),
-    "transformers": Part(CONFIG, beside_transformers, show_beside_transformers),
-    "growth": Part(CONFIG, beside_full_attention, show_growth),
+    "transformers": Part(CONFIG, against_transformers, show_against_transformers),
+    "growth": Part(CONFIG, against_full_attention, show_growth),
     "long": Part(LONG, long_prompts, show_long_prompts),
 }
 
 
 def bench() -> None:
     parts = [part for part in PARTS if PART.value in (part, "all")]
-    lengths = {part: measurement.lengths(ROWS.value or LENGTHS[part]) for part in parts}
+    lengths = {part: measurement.lengths(TOKENS.value or LENGTHS[part]) for part in parts}
     configs = {part: config.build(PARTS[part].config.value.values) for part in parts}
     records = {}
     with Processes(round(MEMORY_GIB.value * GIB)) as processes:
@@ -351,11 +355,11 @@ def bench() -> None:
             c = configs[part]
             dtype = "bfloat16" if part == "cache" else str(run_on(platform, c.model, c.train).dtype)
             print(f"\n{part}: {flops.parameters(c.model):,} parameters, layers {c.model.layers}, {dtype}")
-            why = measurement.no_transformers(platform, dtype) if part == "transformers" else None
-            if why and PART.value == part:
-                raise ValueError(f"--part={part}: {why}")
-            if why:
-                print(f"— {why}")
+            reason = measurement.no_transformers(platform, dtype) if part == "transformers" else None
+            if reason and PART.value == part:
+                raise ValueError(f"--part={part}: {reason}")
+            if reason:
+                print(f"— {reason}")
                 continue
             if part == "transformers":
                 print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")))

@@ -30,7 +30,7 @@ from hybrid_attn.evals.ruler.fit import check_known
 from hybrid_attn.evals.settings import ASKED, with_own
 from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer import loading
-from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
+from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
 from hybrid_attn.programs import parse
 
@@ -64,8 +64,8 @@ ENGLISH_WORDS = flags.DEFINE_string("english_words", None, "english_words.json o
 TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, for --suite=harness or full.")
 TASK_PATH = flags.DEFINE_string("task_path", None, "Folder of the YAML files of such tasks. They run code: !function.")
 SEED = flags.DEFINE_integer("seed", suite.SEED, "Of the questions.", lower_bound=0, upper_bound=2**32 - 1)
-CHUNK = flags.DEFINE_integer("chunk", TOKENS_AT_ONCE, "Tokens of a prompt that are read at a time.", lower_bound=1)
-ROWS = flags.DEFINE_integer("rows", None, f"Most prompts that are read together; by default {ROWS_AT_ONCE}.", lower_bound=1)
+CHUNK = flags.DEFINE_integer("chunk", DEFAULT_CHUNK, "Tokens of a prompt that are read at a time.", lower_bound=1)
+ROWS = flags.DEFINE_integer("rows", None, f"Most prompts read together; by default {DEFAULT_BATCH_SIZE}.", lower_bound=1)
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
 READ_BY = {  # flags that nothing but these evaluations reads
@@ -223,7 +223,7 @@ def plan(chosen: Chosen, wanted: suite.Settings, about: Mapping) -> Planned:
     """What is measured of one model, on the mesh in force; its questions are drawn into --out."""
     checkpoint, step, trained, trained_from = chosen
     c, params, tokenizer = loading.load(checkpoint, step)
-    engine = Engine(params, c, chunk=CHUNK.value, rows=ROWS.value)
+    engine = Engine(params, c, EngineOptions(CHUNK.value, batch_size=ROWS.value))
     subject = Subject(c.model, params, engine.run, engine.mesh, tokenizer)
     limits.check_caches(c.model, wanted, engine)
     limits.check_rows(c.model, wanted, engine.mesh)

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hybrid_attn.evals.subject import check_finite
+from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import TextStream
 
@@ -142,7 +143,7 @@ class EngineLM(LM):
             seed = hashlib.sha256(f"{seen[context]} {context}".encode()).digest()[:4]
             prompt = self._cut(request, self._ids(context), self.max_length - options[0])
             questions.append((options, prompt, stops, int.from_bytes(seed)))
-        return in_turn(questions, self._continue, BATCHES * self.engine.rows, "answers")
+        return in_turn(questions, self._continue, BATCHES * self.engine.batch_size, "answers")
 
     def _ids(self, text: str) -> list[int]:
         return [self.tokenizer.bos, *self.tokenizer.encode(text.encode()).tolist()]
@@ -177,7 +178,7 @@ class EngineLM(LM):
             check_finite(scores, "the log-probability of a continuation")
             return scores
 
-        return in_turn([(0, *pair) for pair in pairs], ask, BATCHES * self.engine.rows, "scores")
+        return in_turn([(0, *pair) for pair in pairs], ask, BATCHES * self.engine.batch_size, "scores")
 
     def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Whether greedy answers begin with the continuations: one answer to each context, which ends where all differ."""
@@ -198,7 +199,7 @@ class EngineLM(LM):
             return came
 
         questions = [(max(1, *map(len, more)), context) for context, more in wanted.items()]
-        answers = dict(zip(wanted, in_turn(questions, ask, BATCHES * self.engine.rows, "greedy answers"), strict=True))
+        answers = dict(zip(wanted, in_turn(questions, ask, BATCHES * self.engine.batch_size, "greedy answers"), strict=True))
         return [answers[tuple(context)][: len(continuation)] == continuation for context, continuation in pairs]
 
     def _continue(self, questions: Sequence[tuple]) -> list[str]:
@@ -211,10 +212,9 @@ class EngineLM(LM):
             texts[row] += streams[row].add(ids)
             return streams[row].stopped
 
-        self.engine.generate(
-            prompts, new, sampling=Sampling(temperature, top_k or None, top_p or None, min_p or None), seeds=seeds,
-            stop_tokens=self._stop_tokens, on_tokens=on_tokens,
-        )  # fmt: skip
+        sampling = Sampling(temperature, top_k or None, top_p or None, min_p or None)
+        options = GenerateOptions(sampling, self._stop_tokens)
+        self.engine.generate(prompts, new, options=options, seeds=seeds, on_tokens=on_tokens)
         return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
 
 

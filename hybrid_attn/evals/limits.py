@@ -58,7 +58,7 @@ def check_caches(model: config.Model, wanted: settings.Settings, engine: Engine)
     """ValueError where the devices cannot hold the keys and values of as many prompts as are read together."""
     lengths = [length for name in settings.ASKED if name in wanted.evals for length in wanted.lengths_of(name)]
     if lengths:
-        longest, rows = max(lengths), engine.rows
+        longest, rows = max(lengths), engine.batch_size
         size = rows * flops.cache_bytes(model, longest, engine.run.dtype.itemsize)
         what = f"keys and values of {rows} prompts of {longest:,} tokens"
         _check_fits(what, size, device_memory(engine.mesh), "shorter --lengths, or fewer --rows")

@@ -23,7 +23,8 @@ from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.settings import Absent, Measured, Reader, Settings, Unit
 from hybrid_attn.evals.subject import Spec
 from hybrid_attn.files import object_of, write_atomically
-from hybrid_attn.infer.text import answers
+from hybrid_attn.infer.requests import GenerateOptions
+from hybrid_attn.infer.text import AnswerOptions, answers
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import broadcast_from_first
 
@@ -336,7 +337,8 @@ def _given(reader: Reader, asked: list[Sample], spare: int) -> list[str]:
     given: dict[int, str] = {}
     for most in sorted({sample.max_new_tokens for sample in asked}):  # of a question, whatever is asked beside it
         alike = [i for i, sample in enumerate(asked) if sample.max_new_tokens == most]
-        found = answers(reader.engine, tokenizer, [asked[i].prompt for i in alike], most, stop_tokens=reader.stop_tokens)
+        options = AnswerOptions(GenerateOptions(stop_tokens=reader.stop_tokens))
+        found = answers(reader.engine, tokenizer, [asked[i].prompt for i in alike], most, options)
         given |= {i: answer.text for i, answer in zip(alike, found, strict=True)}
     return [given[i] for i in range(len(asked))]
 

@@ -1,364 +1,370 @@
-"""Prompts in, answers out: chunks of prompts are read into caches, then each row goes on token by token.
+"""Completions and scores: prompts are prefilled chunk by chunk into a KV cache, then decoded token by token.
 
-One compiled program reads every chunk, another decodes in one loop with a stop for each row. Prompts of like length share a
-batch; what all of them begin with is read once.
+One compiled program reads every chunk, another decodes in one loop with a stop for each request. Prompts of similar length
+share a batch; a prefix that all of them share is read once.
 
-Letters: B rows, T tokens of a chunk, D model, V vocabulary.
+Letters: B requests, T tokens of a chunk, D model.
 """
 
 import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import CheckpointConfig
 from hybrid_attn.infer import cache as caches
-from hybrid_attn.infer.compress import Compression, compressed
-from hybrid_attn.infer.sampling import GREEDY, Sampling
-from hybrid_attn.infer.steps import SLICE, Program, decode, read, score
+from hybrid_attn.infer.cache import Cache
+from hybrid_attn.infer.requests import (
+    DEFAULT_OPTIONS,
+    Call,
+    GenerateOptions,
+    Limits,
+    OnTokens,
+    batches,
+    call_of,
+    check_finite,
+    chunks,
+    common_prefix,
+)
+from hybrid_attn.infer.sampling import Sampling
+from hybrid_attn.infer.steps import SLICE, DecodeSlice, DecodeState, StepConfig, decode, prefill, score
 from hybrid_attn.model import run_on
-from hybrid_attn.model.extend import Cache, unstacked
+from hybrid_attn.model.extend import unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
 
-SEED = 0  # of what a compression draws at random
-TOKENS_AT_ONCE = 2048  # of a prompt, where nobody says another chunk
-ROWS_AT_ONCE = 8  # or as many as a batch has shards
-LEAST_CHUNK = 16
+DEFAULT_CHUNK = 2048
+DEFAULT_BATCH_SIZE = 8  # or as many requests as a batch has shards
+MIN_CHUNK = 16
 WEIGHTS = jax.jit(unstacked, static_argnums=(0, 2))
 
 
 class Generated(NamedTuple):
-    """An answer: int32 tokens, the stop token included, and the log-probability that the model gave to each."""
+    """A completion: int32 tokens, the stop token included, and the model's log-probability of each."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
 
 
 class Timing(NamedTuple):
-    """Of the last call. Seconds are those of running; compiling, which happens once for each size, is apart.
+    """Sizes and seconds of the last call. Compiling, which happens once for each size, is not part of the other seconds.
 
-    `first_token_s` is until the rows of the first batch had a token, `cache_bytes` the largest batch's.
+    `first_token_s` lasts until the requests of the first batch have a token; `cache_bytes` is the largest batch's.
     """
 
-    prompt_tokens: int
-    new_tokens: int
-    first_token_s: float
-    prefill_s: float
-    decode_s: float
-    compile_s: float
-    cache_bytes: int
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_token_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    compile_s: float = 0.0
+    cache_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """The sizes of an engine's programs and the numbers of its cache.
+
+    `chunk` tokens of each prompt are read at a time, for at most `batch_size` requests (None: `DEFAULT_BATCH_SIZE`, or as many
+    as the batch has shards). `cache` is "auto" (the dtype of the activations), or "int8" for the layers that see the whole
+    prefix. `capacity` is the most tokens of a prompt and its completion together; None is what memory allows.
+    """
+
+    chunk: int = DEFAULT_CHUNK
+    cache: str = "auto"
+    capacity: int | None = None
+    batch_size: int | None = None
+
+    def on(self, mesh: Mesh) -> "EngineOptions":
+        """The options with a batch size; ValueError where they do not fit the mesh."""
+        context, shards = mesh.shape["context"], batch_shards(mesh)
+        if self.cache not in ("auto", "int8"):
+            raise ValueError(f"cache={self.cache!r} is not one of 'auto', 'int8'")
+        if self.chunk < 1 or self.chunk % context:
+            raise ValueError(f"chunk={self.chunk} does not split over {context} context shards; use a multiple of {context}")
+        batch_size = -(-DEFAULT_BATCH_SIZE // shards) * shards if self.batch_size is None else self.batch_size
+        if batch_size < 1 or batch_size % shards:
+            raise ValueError(
+                f"a batch of {batch_size} requests does not split over {shards} shards of the batch; use a multiple of {shards}"
+            )
+        return dataclasses.replace(self, batch_size=batch_size)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+class Sizes(NamedTuple):
+    """What the programs of a batch are compiled for: the step's config, tokens of a chunk, and slots of a request."""
+
+    config: StepConfig
+    chunk: int
+    capacity: int
+
+
+class Prefix(NamedTuple):
+    """The tokens that all prompts begin with, and their cache (None where they are not worth a chunk)."""
+
+    length: int
+    cache: Cache | None
+
+
+class Batch(NamedTuple):
+    """Requests that have been read, by their numbers, and the state from which they are decoded."""
+
+    indices: list[int]
+    config: StepConfig
+    state: DecodeState
 
 
 class Engine:
     """Generates and scores with `params` (as `model.init` makes them) on the mesh in force when it is made and used.
 
-    `chunk` tokens of each prompt are read at a time; `cache` is "auto" (the dtype of the run) or "int8" for the layers that
-    see the whole prefix; `capacity` is the most tokens of a row, prompt and answer together (None: what memory allows);
-    `rows` is the most rows of a batch (None: `ROWS_AT_ONCE`, or as many as its shards need); `programs` is a dict, which
-    engines on one mesh may share, of what they have compiled. Several processes make the same calls and get the same answers.
+    `programs` is a dict of compiled programs, which engines on one mesh may share. Several processes make the same calls and
+    get the same results.
     """
 
     def __init__(
         self,
         params: dict,
         config: CheckpointConfig,
-        *,
-        chunk: int = TOKENS_AT_ONCE,
-        cache: str = "auto",
-        capacity: int | None = None,
-        rows: int | None = None,
+        options: EngineOptions = EngineOptions(),
         programs: dict | None = None,
     ):
         self.mesh = jax.sharding.get_mesh()
-        context, shards = self.mesh.shape["context"], math.prod(self.mesh.shape[axis] for axis in BATCH)
-        if cache not in ("auto", "int8"):
-            raise ValueError(f"cache={cache!r} is not one of 'auto', 'int8'")
-        if chunk < 1 or chunk % context:
-            raise ValueError(f"chunk={chunk} does not split over {context} context shards; use a multiple of {context}")
-        rows = -(-ROWS_AT_ONCE // shards) * shards if rows is None else rows
-        if rows < 1 or rows % shards:
-            raise ValueError(f"rows={rows} does not split over {shards} shards of the batch; use a multiple of {shards}")
-        self.model, self.chunk, self.capacity, self.rows, self.quantised = config.model, chunk, capacity, rows, cache == "int8"
+        options = options.on(self.mesh)
+        self.chunk, self.capacity, self.batch_size = options.chunk, options.capacity, options.batch_size
+        self.quantised, self.model = options.cache == "int8", config.model
         self.run = run_on(self.mesh.devices.flat[0].platform, config.model, config.train)
         self.weights = WEIGHTS(config.model, params, self.run.dtype)
+        self.timing = Timing()
+        self._limits = Limits(config.model, options.capacity)
         self._programs: dict[tuple, Callable] = {} if programs is None else programs
-        self.timing = Timing(0, 0, 0.0, 0.0, 0.0, 0.0, 0)
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
+        options: GenerateOptions = DEFAULT_OPTIONS,
         *,
-        sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
-        stop_tokens: Sequence[int] = (),
-        compression: Compression | None = None,
         questions: Sequence[Sequence[int]] | None = None,
-        on_tokens: Callable[[int, list[int]], bool | None] | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> list[Generated]:
-        """An answer to each prompt, at most `max_new_tokens` long, ended by a stop token if one comes.
+        """A completion of each prompt, at most `max_new_tokens` long, ended by a stop token if one comes.
 
-        With `compression`, layers that see the whole prefix keep part of each prompt; `questions` follow the prompts, and
-        are read after that.
+        `questions` follow the prompts. With a compression, global layers keep a part of each prompt, and the questions are read
+        after that.
 
-        `seeds` (0, 1, ... by default) make a row's answer the same in any batch. `on_tokens(row, ids)` is called as tokens
-        come; True ends the row. ValueError for a prompt that is empty, has a token out of the vocabulary, or does not fit;
-        FloatingPointError where a logit is not a number.
+        `seeds` (0, 1, ... by default) make a completion the same in any batch. `on_tokens(index, ids)` is called as tokens
+        come; if it returns True, the request ends. ValueError for a prompt that is empty, has a token outside the vocabulary,
+        or does not fit; FloatingPointError where a logit is not finite.
         """
-        seeds = range(len(prompts)) if seeds is None else seeds
-        _check_options(max_new_tokens, len(prompts), seeds, stop_tokens, questions)
-        if compression is not None and (self.mesh.shape["context"] > 1 or self.mesh.is_multi_process):
+        call = call_of(self._limits, (prompts, questions), seeds, max_new_tokens, options, on_tokens)
+        if options.compression is not None and (self.mesh.shape["context"] > 1 or self.mesh.is_multi_process):
             raise NotImplementedError("compression needs every slot on one device of one process; use a mesh with context=1")
-        if not prompts:
+        if not call.requests:
             return []
-        asked = self._asked(prompts, questions, max_new_tokens, compression)
-        self.timing = Timing(sum(len(prompt) + len(question) for prompt, question in asked), 0, 0.0, 0.0, 0.0, 0.0, 0)
-        answers: dict[int, Generated] = {}
-        for which, cache, last_BD, program in self._read_in_batches(asked, max_new_tokens, compression):
-            found = self._decode(program, cache, last_BD, which, seeds, max_new_tokens, sampling, stop_tokens, on_tokens)
-            answers |= dict(zip(which, found, strict=True))
-        return [answers[row] for row in range(len(asked))]
+        self.timing = Timing(sum(len(request.prompt) + len(request.question) for request in call.requests))
+        results: dict[int, Generated] = {}
+        for batch in self._prefilled_batches(call):
+            results |= dict(zip(batch.indices, self._decoded(call, batch), strict=True))
+        return [results[i] for i in range(len(call.requests))]
 
     def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Log-probability of each token of each continuation after its prompt, float32; no array of all logits exists.
+        """Log-probability of each token of each continuation after its prompt, float32. All logits never exist at once.
 
-        FloatingPointError where one is not a number.
+        FloatingPointError where one is not finite.
         """
         if len(prompts) != len(continuations):
-            raise ValueError(f"{len(continuations)} continuations were given for {len(prompts)} prompts")
-        whole = [[*prompt, *more] for prompt, more in zip(self._checked(prompts, 0), continuations, strict=True)]
-        rows = self._checked(whole, 0)
+            raise ValueError(f"{len(continuations)} continuations do not match {len(prompts)} prompts; use one for each prompt")
+        checked = self._limits.checked(prompts, 0)
+        sequences = [[*prompt, *more] for prompt, more in zip(checked, continuations, strict=True)]
+        sequences = self._limits.checked(sequences, 0)
         scores: dict[int, np.ndarray] = {}
-        for which in self._batches(rows):
-            inputs = [rows[row][:-1] for row in which]
-            found = self._losses([rows[row] for row in which], inputs, [len(prompts[row]) for row in which])
-            for row, logprobs in zip(which, found, strict=True):
-                _check_finite(row, len(prompts[row]), logprobs)
-            scores |= dict(zip(which, found, strict=True))
-        return [scores[row] for row in range(len(rows))]
+        for indices in batches(sequences, self.batch_size):
+            starts = [len(prompts[i]) for i in indices]
+            logprobs = self._logprobs([sequences[i] for i in indices], starts)
+            for i, start, of_sequence in zip(indices, starts, logprobs, strict=True):
+                check_finite(i, start, of_sequence)
+            scores |= dict(zip(indices, logprobs, strict=True))
+        return [scores[i] for i in range(len(sequences))]
 
-    def _asked(self, prompts, questions, new: int, compression: Compression | None) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Each prompt with what is read after its cache is compressed."""
-        nothing = np.zeros(0, np.int32)
-        if questions is None:
-            return [(prompt, nothing) for prompt in self._checked(prompts, new)]
-        both = self._checked([[*prompt, *question] for prompt, question in zip(prompts, questions, strict=True)], new)
-        if compression is None:
-            return [(prompt, nothing) for prompt in both]
-        return [(row[: len(prompt)], row[len(prompt) :]) for row, prompt in zip(both, self._checked(prompts, 0), strict=True)]
-
-    def _checked(self, prompts: Sequence[Sequence[int]], new: int) -> list[np.ndarray]:
-        rows = [np.asarray(prompt).reshape(-1) for prompt in prompts]
-        for i, row in enumerate(rows):
-            if len(row) and not np.issubdtype(row.dtype, np.integer):
-                raise ValueError(f"prompt {i} is not of token ids, which are integers: {row[:3].tolist()}...")
-            if not len(row):
-                raise ValueError(f"prompt {i} is empty; give it at least one token, such as the one that begins a document")
-            if row.min() < 0 or row.max() >= self.model.vocab_size:
-                wrong = next(int(x) for x in row if not 0 <= x < self.model.vocab_size)
-                raise ValueError(f"prompt {i}: token {wrong} is not in the vocabulary of {self.model.vocab_size}")
-            if self.capacity is not None and len(row) + new > self.capacity:
-                answer = f" and {new} new tokens" if new else ""
-                raise ValueError(
-                    f"prompt {i}: {len(row)} tokens{answer} do not fit the capacity of {self.capacity}; shorten it, or make "
-                    f"the engine with capacity={caches.power_of_two(len(row) + new)}"
-                )
-        return [row.astype(np.int32) for row in rows]
-
-    def _batches(self, rows: list[np.ndarray]) -> list[list[int]]:
-        """Numbers of rows of like length, longest first."""
-        order = sorted(range(len(rows)), key=lambda row: (-len(rows[row]), row))
-        return [order[i : i + self.rows] for i in range(0, len(order), self.rows)]
-
-    def _sizes(self, most: int, longest: int, least: int = 1) -> tuple[Program, int, int]:
-        """The program, the chunk and the capacity for rows that reach `most` tokens, `longest` of them read in chunks.
-
-        A chunk has `least` tokens or more.
-        """
+    def _sizes(self, total: int, longest: int, min_chunk: int = 1) -> Sizes:
+        """Sizes for requests of at most `total` tokens, `longest` of them read in chunks of `min_chunk` or more."""
         context = self.mesh.shape["context"]
-        chunk = min(self.chunk, context * caches.power_of_two(max(-(-longest // context), LEAST_CHUNK)))
-        chunk = max(chunk, caches.power_of_two(least))
-        capacity = chunk * caches.power_of_two(-(-most // chunk))
-        return Program(self.model, self.run, chunk // context), chunk, capacity
+        chunk = min(self.chunk, context * caches.power_of_two(max(-(-longest // context), MIN_CHUNK)))
+        chunk = max(chunk, caches.power_of_two(min_chunk))
+        capacity = chunk * caches.power_of_two(-(-total // chunk))
+        return Sizes(StepConfig(self.model, self.run, chunk // context), chunk, capacity)
 
     def _padded(self, count: int) -> int:
-        """Rows of the batch that `count` rows are read in."""
-        shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
-        return min(shards * caches.power_of_two(-(-count // shards)), self.rows)
+        """The size of the batch in which `count` requests are read."""
+        shards = batch_shards(self.mesh)
+        return min(shards * caches.power_of_two(-(-count // shards)), self.batch_size)
 
-    def _place(self, x, spec: P) -> jax.Array:
+    def _place(self, x: np.ndarray, spec: P) -> jax.Array:
         return place(x, self.mesh, spec)
 
-    def _read_in_batches(self, asked: list[tuple[np.ndarray, np.ndarray]], new: int, compression: Compression | None):
-        """(row numbers, cache, last activations, program) of each batch, whose prompts and questions are read."""
-        prompts, window = [prompt for prompt, _ in asked], compression.window if compression else 0
-        room = new + max(len(question) for _, question in asked)
+    def _prefilled_batches(self, call: Call) -> Iterator[Batch]:
+        prompts, window = call.prompts, call.options.window
 
-        def sizes(longest: int):
-            return self._sizes(longest + room, longest, max(window, 1))
+        def sizes_for(longest: int) -> Sizes:
+            return self._sizes(longest + call.room, longest, max(window, 1))
 
-        program, chunk, capacity = sizes(max(map(len, prompts)))
-        shared, prefix = _common(prompts) - window, None
-        if len(prompts) > 1 and shared >= chunk:
+        sizes = sizes_for(max(map(len, prompts)))
+        prefix = self._shared_prefix(prompts, window, sizes)
+        for indices in batches(prompts, self.batch_size):
+            if prefix.cache is None:
+                sizes = sizes_for(len(prompts[indices[0]]))
             with self._timed("prefill_s"):
-                prefix, *_ = self._read(
-                    program, chunk, self._new(self._padded(1), capacity, chunk), [prompts[0][:shared]] * self._padded(1)
-                )
-        for which in self._batches(prompts):
-            if prefix is None:
-                program, chunk, capacity = sizes(len(prompts[which[0]]))
-            with self._timed("prefill_s"):
-                rows, first = self._padded(len(which)), 0 if prefix is None else shared
-                cache = (
-                    self._new(rows, capacity, chunk)
-                    if prefix is None
-                    else self._run(caches.repeated, (rows // self._padded(1),), prefix)
-                )
-                unread = [prompts[row][first:] for row in which]
-                if compression is None:
-                    cache, last_BD, _ = self._read(program, chunk, cache, unread)
-                else:
-                    cache, last_BD = self._compress(program, chunk, cache, unread, compression, room)
-                    if room > new:
-                        cache, last_BD, _ = self._read(program, chunk, cache, [asked[row][1] for row in which], last_BD)
-                cache = jax.block_until_ready(caches.resized(self.model, cache, capacity, 1, self._run))
-            self.timing = self.timing._replace(cache_bytes=max(self.timing.cache_bytes, caches.num_bytes(cache)))
-            yield which, cache, last_BD, program
+                state = self._resized(self._prefilled(call, indices, sizes, prefix), sizes.capacity)
+            self.timing = self.timing._replace(cache_bytes=max(self.timing.cache_bytes, caches.num_bytes(state.cache)))
+            yield Batch(indices, sizes.config, state)
 
-    def _new(self, rows: int, capacity: int, chunk: int) -> Cache:
-        return self._run(caches.empty, (self.model, rows, capacity, chunk, self.run.dtype, self.quantised))
+    def _shared_prefix(self, prompts: list[np.ndarray], window: int, sizes: Sizes) -> Prefix:
+        """What all prompts share before their last `window` tokens, if that is at least a chunk."""
+        length = common_prefix(prompts) - window
+        if len(prompts) == 1 or length < sizes.chunk:
+            return Prefix(0, None)
+        batch_size = self._padded(1)
+        with self._timed("prefill_s"):
+            state = self._new_state(batch_size, sizes)
+            state, _ = self._prefill(sizes, state, [prompts[0][:length]] * batch_size)
+        return Prefix(length, state.cache)
+
+    def _prefilled(self, call: Call, indices: list[int], sizes: Sizes, prefix: Prefix) -> DecodeState:
+        """The state after the prompts and questions of `indices`."""
+        batch_size = self._padded(len(indices))
+        if prefix.cache is None:
+            state = self._new_state(batch_size, sizes)
+        else:
+            cache = self._execute(caches.repeated, (batch_size // self._padded(1),), prefix.cache)
+            state = DecodeState(cache, self._zeros(batch_size))
+        requests = [call.requests[i] for i in indices]
+        unread = [request.prompt[prefix.length :] for request in requests]
+        if call.options.compression is None:
+            return self._prefill(sizes, state, unread)[0]
+        state = self._compressed(call, sizes, state, unread)
+        if call.room > call.max_new_tokens:
+            state, _ = self._prefill(sizes, state, [request.question for request in requests])
+        return state
+
+    def _resized(self, state: DecodeState, capacity: int) -> DecodeState:
+        """The state with rings for one token at a time."""
+        cache = caches.resized(self.model, state.cache, capacity, 1, self._execute)
+        return DecodeState(jax.block_until_ready(cache), state.last_BD)
+
+    def _compressed(self, call: Call, sizes: Sizes, state: DecodeState, unread: list[np.ndarray]) -> DecodeState:
+        """The state after the unread tokens, with its cache compressed by the queries of each request's last tokens."""
+        compression, window = call.options.compression, call.options.window
+        state, _ = self._prefill(sizes, state, [tokens[:-window] for tokens in unread])
+        sizes = sizes._replace(chunk=window)
+        state, queries = self._prefill(sizes, state, [tokens[-window:] for tokens in unread], with_queries=True)
+        scorings = caches.scorings(self.model, self.weights)
+        cache = caches.compressed(compression, state.cache, queries, scorings, call.room, self._execute)
+        return DecodeState(cache, state.last_BD)
+
+    def _prefill(self, sizes: Sizes, state: DecodeState, sequences: list[np.ndarray], with_queries: bool = False):
+        """The state after these tokens of each request, and the queries of the last chunk if they are needed."""
+        queries = ()
+        for tokens_BT, counts_B in self._chunks(sequences, sizes.chunk, len(state.last_BD)):
+            static_args = sizes.config, with_queries
+            state, queries = self._execute(prefill, static_args, self.weights, state, tokens_BT, counts_B)
+        return state, queries
+
+    def _chunks(self, sequences: list[np.ndarray], chunk: int, batch_size: int) -> Iterator[tuple[jax.Array, jax.Array]]:
+        for tokens_BT, counts_B in chunks(sequences, chunk, batch_size):
+            yield self._place(tokens_BT, TOKENS_BT), self._place(counts_B, P(BATCH))
+
+    def _new_cache(self, batch_size: int, sizes: Sizes) -> Cache:
+        static_args = self.model, batch_size, sizes.capacity, sizes.chunk, self.run.dtype, self.quantised
+        return self._execute(caches.empty, static_args)
+
+    def _zeros(self, batch_size: int) -> jax.Array:
+        return self._place(np.zeros((batch_size, self.model.d_model), self.run.dtype), P(BATCH, None))
+
+    def _new_state(self, batch_size: int, sizes: Sizes) -> DecodeState:
+        return DecodeState(self._new_cache(batch_size, sizes), self._zeros(batch_size))
 
     @contextlib.contextmanager
-    def _timed(self, *names: str):
-        """Adds the seconds that what it holds takes, compiling apart, to fields of `timing`."""
+    def _timed(self, name: str):
+        """Adds the seconds of the body, without compiling, to a field of `timing`."""
         started, compiled = time.perf_counter(), self.timing.compile_s
         yield
         seconds = time.perf_counter() - started - (self.timing.compile_s - compiled)
-        self.timing = self.timing._replace(**{name: getattr(self.timing, name) + seconds for name in names})
+        self.timing = self.timing._replace(**{name: getattr(self.timing, name) + seconds})
 
-    def _run(self, function: Callable, statics: tuple, *args):
-        """What a jitted function gives; compiled apart, once for each size, so that the time of running is known."""
-        key = (function, statics, jax.tree.structure(args), *map(jax.typeof, jax.tree.leaves(args)))
+    def _execute(self, function: Callable, static_args: tuple, *args):
+        """The result of a jitted function, which is compiled first, once for each size; compiling is timed apart."""
+        key = (function, static_args, jax.tree.structure(args), *map(jax.typeof, jax.tree.leaves(args)))
         if key not in self._programs:
-            jax.block_until_ready(args)  # what still runs is not compiling
+            jax.block_until_ready(args)  # earlier work does not count as compiling
             started = time.perf_counter()
-            self._programs[key] = function.lower(*statics, *args).compile()
+            self._programs[key] = function.lower(*static_args, *args).compile()
             self.timing = self.timing._replace(compile_s=self.timing.compile_s + time.perf_counter() - started)
         return self._programs[key](*args)
 
-    def _chunks(self, rows: list[np.ndarray], chunk: int, padded: int):
-        """(tokens [B, T], counts [B]) of each chunk of rows that begin together."""
-        for first in range(0, max(map(len, rows)), chunk):
-            tokens_BT, counts_B = np.zeros((padded, chunk), np.int32), np.zeros(padded, np.int32)
-            for b, row in enumerate(rows):
-                part = row[first : first + chunk]
-                tokens_BT[b, : len(part)], counts_B[b] = part, len(part)
-            yield self._place(tokens_BT, TOKENS_BT), self._place(counts_B, P(BATCH))
-
-    def _compress(self, program: Program, chunk: int, cache: Cache, rows, compression: Compression, room: int):
-        """The compressed cache after these rows, and their last activations [B, D]; what votes are their last queries."""
-        window = compression.window
-        cache, last_BD, _ = self._read(program, chunk, cache, [row[:-window] for row in rows])
-        cache, last_BD, queries = self._read(program, window, cache, [row[-window:] for row in rows], last_BD, queries=True)
-        return compressed(self.model, compression, self.weights, cache, queries, SEED, room, self._run), last_BD
-
-    def _read(self, program: Program, chunk: int, cache: Cache, rows, last_BD: jax.Array | None = None, queries: bool = False):
-        """The cache after these rows, each row's last activations [B, D], and the last chunk's queries if they are wanted.
-
-        `last_BD` stays where a row has nothing to read.
-        """
-        padded, found = cache.lengths_B.shape[0], ()
-        if last_BD is None:
-            last_BD = self._place(np.zeros((padded, self.model.d_model), self.run.dtype), P(BATCH, None))
-        for tokens_BT, counts_B in self._chunks(rows, chunk, padded):
-            cache, last_BD, found = self._run(read, (program, queries), self.weights, tokens_BT, counts_B, cache, last_BD)
-        return cache, last_BD, found
-
-    def _decode(
-        self, program, cache, last_BD, which: list[int], seeds, most: int, sampling, stop_tokens, on_tokens
-    ) -> list[Generated]:
-        """What follows the rows `which`, whose last activations are `last_BD`."""
-        padded, count = cache.lengths_B.shape[0], len(which)
-        done_B = np.arange(padded) >= count
-        seeds_B = self._place(np.resize(np.asarray([seeds[row] for row in which], np.uint32), padded), P(BATCH))
-        stops = np.array([*stop_tokens] or [-1], np.int32)
-        tokens, logprobs = [[] for _ in which], [[] for _ in which]
-        number = 0
-        while number < most and not done_B.all():
-            steps = 1 if number == 0 else min(SLICE, most - number)
+    def _decoded(self, call: Call, batch: Batch) -> list[Generated]:
+        """The completions of a batch."""
+        batch_size, indices = len(batch.state.last_BD), batch.indices
+        done_B = np.arange(batch_size) >= len(indices)
+        seeds_B = np.resize(np.asarray([call.requests[i].seed for i in indices], np.uint32), batch_size)
+        seeds_B = self._place(seeds_B, P(BATCH))
+        stop_tokens = np.array([*call.options.stop_tokens] or [-1], np.int32)
+        tokens, logprobs = [[] for _ in indices], [[] for _ in indices]
+        state, number = batch.state, 0
+        while number < call.max_new_tokens and not done_B.all():
+            steps = 1 if number == 0 else min(SLICE, call.max_new_tokens - number)
             scalars = np.int32(number), np.int32(steps)
-            args = (self.weights, cache, last_BD, self._place(done_B, P(BATCH)), seeds_B, stops, *scalars)
-            with self._timed("decode_s"):
-                cache, last_BD, new = self._run(decode, (program, sampling), *args)
-                new_tokens_BT, new_logprobs_BT, counts_B, done_B = map(np.array, jax.device_get(new))
-            if not self.timing.first_token_s:
-                self.timing = self.timing._replace(first_token_s=self.timing.prefill_s + self.timing.decode_s)
-            for b, row in enumerate(which):
-                mine, its_logprobs = new_tokens_BT[b, : counts_B[b]].tolist(), new_logprobs_BT[b, : counts_B[b]]
-                _check_finite(row, number, its_logprobs)
-                tokens[b] += mine
-                logprobs[b] += its_logprobs.tolist()
-                if mine and on_tokens and on_tokens(row, mine):
+            part = DecodeSlice(self._place(done_B, P(BATCH)), seeds_B, stop_tokens, *scalars)
+            state, new = self._decode_slice(batch.config, call.options.sampling, state, part)
+            new_tokens_BT, new_logprobs_BT, counts_B, done_B = new
+            for b, index in enumerate(indices):
+                ids, new_logprobs = new_tokens_BT[b, : counts_B[b]].tolist(), new_logprobs_BT[b, : counts_B[b]]
+                check_finite(index, number, new_logprobs)
+                tokens[b] += ids
+                logprobs[b] += new_logprobs.tolist()
+                if ids and call.on_tokens and call.on_tokens(index, ids):
                     done_B[b] = True
             number += steps
         self.timing = self.timing._replace(new_tokens=self.timing.new_tokens + sum(map(len, tokens)))
         return [Generated(np.int32(a), np.float32(b)) for a, b in zip(tokens, logprobs, strict=True)]
 
-    def _losses(self, rows: list[np.ndarray], inputs: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
-        """Log-probabilities of the tokens of each row from its start on."""
-        longest = max(map(len, inputs))
-        program, chunk, capacity = self._sizes(longest, longest)
-        padded = self._padded(len(rows))
-        cache, parts = self._new(padded, capacity, chunk), []
-        last_BD = self._place(np.zeros((padded, self.model.d_model), self.run.dtype), P(BATCH, None))
-        wanted = min(starts) - 1  # the first input whose next token is asked for
-        targets = self._chunks([row[1:] for row in rows], chunk, padded)
-        for i, (tokens_BT, counts_B) in enumerate(self._chunks(inputs, chunk, padded)):
-            targets_BT, _ = next(targets)
-            if (i + 1) * chunk <= wanted:
-                cache, last_BD, _ = self._run(read, (program, False), self.weights, tokens_BT, counts_B, cache, last_BD)
+    def _decode_slice(self, config: StepConfig, sampling: Sampling, state: DecodeState, part: DecodeSlice):
+        """(state, host arrays of the new tokens, their log-probabilities, their counts, and the done requests)."""
+        with self._timed("decode_s"):
+            state, new = self._execute(decode, (config, sampling), self.weights, state, part)
+            new = [np.array(x) for x in jax.device_get(new)]
+        if not self.timing.first_token_s:
+            self.timing = self.timing._replace(first_token_s=self.timing.prefill_s + self.timing.decode_s)
+        return state, new
+
+    def _logprobs(self, sequences: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
+        """Log-probabilities of each sequence's tokens from its start on."""
+        longest = max(map(len, sequences)) - 1
+        sizes, batch_size = self._sizes(longest, longest), self._padded(len(sequences))
+        state, parts = self._new_state(batch_size, sizes), []
+        first_input = min(starts) - 1  # its next token is the first that is scored
+        inputs = self._chunks([sequence[:-1] for sequence in sequences], sizes.chunk, batch_size)
+        targets = self._chunks([sequence[1:] for sequence in sequences], sizes.chunk, batch_size)
+        for i, ((tokens_BT, counts_B), (targets_BT, _)) in enumerate(zip(inputs, targets, strict=True)):
+            if (i + 1) * sizes.chunk <= first_input:
+                state, _ = self._execute(prefill, (sizes.config, False), self.weights, state, tokens_BT, counts_B)
                 parts.append(np.zeros(tokens_BT.shape, np.float32))
             else:
-                cache, nll_BT = self._run(score, (program,), self.weights, tokens_BT, targets_BT, counts_B, cache)
+                cache, nll_BT = self._execute(
+                    score, (sizes.config,), self.weights, state.cache, tokens_BT, targets_BT, counts_B
+                )
+                state = DecodeState(cache, state.last_BD)
                 parts.append(-np.asarray(jax.device_get(nll_BT)))
         if not parts:
-            return [np.zeros(0, np.float32) for _ in rows]
+            return [np.zeros(0, np.float32) for _ in sequences]
         logprobs_BT = np.concatenate(parts, 1)
-        return [logprobs_BT[b, start - 1 : len(row) - 1] for b, (row, start) in enumerate(zip(rows, starts, strict=True))]
-
-
-def _check_options(most: int, prompts: int, seeds: Sequence[int], stop_tokens: Sequence[int], questions) -> None:
-    """ValueError for options of `generate` that mean nothing for so many prompts."""
-    if most < 1:
-        raise ValueError(f"max_new_tokens={most} must be at least 1")
-    for name, given in {"seeds": seeds, "questions": questions}.items():
-        if given is not None and len(given) != prompts:
-            raise ValueError(f"{len(given)} {name} were given for {prompts} prompts")
-    for name, given, end in (("seed", seeds, 2**32), ("stop token", stop_tokens, 2**31)):
-        if wrong := [x for x in given if not 0 <= x < end]:
-            raise ValueError(f"{name} {wrong[0]} is not one of 0 to {end - 1}")
-
-
-def _check_finite(row: int, first: int, logprobs: np.ndarray) -> None:
-    """FloatingPointError if a log-probability of the tokens from number `first` on is not a number."""
-    bad = np.flatnonzero(~np.isfinite(logprobs))
-    if len(bad):
-        raise FloatingPointError(
-            f"prompt {row}: the log-probability of token {first + int(bad[0])} is {logprobs[bad[0]]}: the parameters contain "
-            "NaN, or activations overflow; use a checkpoint of an earlier step"
-        )
-
-
-def _common(prompts: list[np.ndarray]) -> int:
-    """How many tokens all prompts begin with, short of the last of any."""
-    first, *others = sorted(prompts, key=len)
-    same = len(first) - 1
-    for other in others:
-        differ = np.flatnonzero(first[:same] != other[:same])
-        same = int(differ[0]) if len(differ) else same
-    return same
+        return [logprobs_BT[b, start - 1 : len(x) - 1] for b, (x, start) in enumerate(zip(sequences, starts, strict=True))]

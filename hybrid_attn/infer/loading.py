@@ -1,4 +1,4 @@
-"""From a directory of checkpoints to a model that answers: its config, its parameters and the tokenizer of its vocabulary."""
+"""Loads a model from a directory of checkpoints: its config, its parameters and its tokenizer."""
 
 import os
 from pathlib import Path
@@ -14,9 +14,12 @@ from hybrid_attn.model import flops
 from hybrid_attn.parallel import fit
 from hybrid_attn.trees import check
 
+# The directory beside an imported checkpoint with the tokenizer and config files of the original model.
+IMPORTED_FILES = "companions"
+
 
 class Saved(NamedTuple):
-    """What a checkpoint says beside its arrays: its config, the hash of the tokenizer, and the steps done of each stage."""
+    """What a checkpoint holds besides its arrays: its config, the tokenizer's hash, and the completed steps of each stage."""
 
     config: config.CheckpointConfig
     tokenizer_hash: str | None
@@ -32,64 +35,70 @@ class Loaded(NamedTuple):
 def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
     """The newest checkpoint, or that of `step`, with its parameters on the mesh in force.
 
-    `directory` holds the numbered checkpoints, or is the workdir of a run. ValueError where there is none, where its config
-    cannot be read, and where the tokenizer that the config names is not the one that the model was trained with. A key that
-    is not known, or not there, is an error in what the model computes and has read, and not looked at elsewhere.
+    `directory` holds the numbered checkpoints, or is the workdir of a run. ValueError if there is no checkpoint, if its config
+    cannot be read, or if the model was trained with another tokenizer than the one that the config names. An unknown or missing
+    key is an error in the groups `model` and `data`, and ignored in other groups.
     """
     directory = find(directory)
     step = step_of(directory, step)
-    where, mesh = f"the checkpoint of step {step} in {directory}", jax.sharding.get_mesh()
-    c, trained_with, _ = saved_of(directory, step)
+    name, mesh = name_of(directory, step), jax.sharding.get_mesh()
+    c, trained_hash, _ = saved_of(directory, step)
     fit.check_model(c.model, mesh.shape)
-    tokenizer = _tokenizer(c, directory, where, trained_with)
-    placed = jax.tree.map(
+    tokenizer = _tokenizer(c, directory, name, trained_hash)
+    abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), flops.shapes(c.model)
     )
     try:
-        return Loaded(c, checkpoint.read_params(directory, placed, step), tokenizer)
+        return Loaded(c, checkpoint.read_params(directory, abstract, step), tokenizer)
     except checkpoint.UnreadableError as cause:
-        raise ValueError(f"{where} cannot be read: {cause}; use another --step, or copy it again") from cause
+        raise ValueError(f"{name} cannot be read: {cause}; use another --step, or copy it again") from cause
+
+
+def name_of(directory: str | os.PathLike, step: int) -> str:
+    """How messages name a checkpoint."""
+    return f"the checkpoint of step {step} in {directory}"
 
 
 def saved_of(directory: str | os.PathLike, step: int) -> Saved:
-    """What the checkpoint of `step` in `directory` says of itself; ValueError where it cannot be read."""
-    where = f"the checkpoint of step {step} in {directory}"
+    """What the checkpoint of `step` in `directory` holds besides its arrays; ValueError if it cannot be read."""
+    name = name_of(directory, step)
     try:
         values, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
     except checkpoint.UnreadableError as cause:
-        raise ValueError(f"{where} has no config that can be read: {cause}; use another --step, or copy it again") from cause
+        raise ValueError(f"{name} has no config that can be read: {cause}; use another --step, or copy it again") from cause
     try:
         c = config.build_checkpoint_config(values)
     except ValueError as cause:
-        raise ValueError(f"{where} has a config that this version cannot read: {cause}; use the one that wrote it") from cause
-    return Saved(c, *_typed(data, where))
+        raise ValueError(f"{name} has a config that this version cannot read: {cause}; use the one that wrote it") from cause
+    return Saved(c, *_typed(data, name))
 
 
-def _typed(data: dict, where: str) -> tuple[str | None, list[int]]:
-    """The tokenizer's hash and the steps of each stage, of the data item of a checkpoint; an import has neither."""
+def _typed(data: dict, name: str) -> tuple[str | None, list[int]]:
+    """The tokenizer's hash and the steps of each stage from the data item of a checkpoint; an imported one has neither."""
     stage, steps = data.get("stage", {}), data.get("stage_steps", [])
-    check(isinstance(stage, dict), f"{where} has stage={str(stage)[:50]}, which must be an object")
-    hashed = stage.get("tokenizer")
-    check(hashed is None or isinstance(hashed, str), f"{where} has stage.tokenizer={str(hashed)[:50]}, which must be a hash")
-    ok = isinstance(steps, list) and all(type(x) is int and x >= 0 for x in steps)
-    check(ok, f"{where} has stage_steps={str(steps)[:50]}, which must be a list of numbers of steps")
-    return hashed, steps
+    check(isinstance(stage, dict), f"{name} has stage={str(stage)[:50]}, which must be an object")
+    tokenizer_hash = stage.get("tokenizer")
+    is_hash = tokenizer_hash is None or isinstance(tokenizer_hash, str)
+    check(is_hash, f"{name} has stage.tokenizer={str(tokenizer_hash)[:50]}, which must be a hash")
+    are_counts = isinstance(steps, list) and all(type(x) is int and x >= 0 for x in steps)
+    check(are_counts, f"{name} has stage_steps={str(steps)[:50]}, which must be a list of numbers of steps")
+    return tokenizer_hash, steps
 
 
 def step_of(directory: str | os.PathLike, step: int | None) -> int:
-    """`step`, or the newest of the checkpoints in `directory`; ValueError where it is not there."""
-    there = checkpoint.steps(directory)
-    if step is not None and step not in there:
-        raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {', '.join(map(str, there))}")
-    return there[-1] if step is None else step
+    """`step`, or the step of the newest checkpoint in `directory`; ValueError if `directory` has no such checkpoint."""
+    steps = checkpoint.steps(directory)
+    if step is not None and step not in steps:
+        raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    return steps[-1] if step is None else step
 
 
 def find(directory: str | os.PathLike) -> str:
     """The directory of the numbered checkpoints: `directory` itself, or `checkpoints` in it."""
     directory = os.fspath(directory)
-    for place in (directory, os.path.join(directory, "checkpoints")):
-        if checkpoint.steps(place):
-            return place
+    for candidate in (directory, os.path.join(directory, "checkpoints")):
+        if checkpoint.steps(candidate):
+            return candidate
     if "://" not in directory and not os.path.isdir(directory):
         raise ValueError(f"{directory} is no directory; name a run's workdir, or the folder of its checkpoints")
     if os.path.isfile(os.path.join(directory, "config.json")):
@@ -100,13 +109,13 @@ def find(directory: str | os.PathLike) -> str:
 
 
 def stop_tokens(directory: str | os.PathLike, tokenizer: ByteTokenizer | JsonTokenizer) -> list[int]:
-    """Ids that end an answer: the end of a document, and what an imported model's own files say.
+    """Ids that end an answer: EOS, and every `eos_token_id` in the config files of an imported model.
 
-    ValueError, with the file, for an `eos_token_id` that is neither an id nor a list of them.
+    ValueError, with the file, for an `eos_token_id` that is neither an id nor a list of ids.
     """
     ids = {tokenizer.eos}
     for name in ("generation_config.json", "config.json"):
-        path = Path(find(directory)) / "companions" / name
+        path = Path(find(directory)) / IMPORTED_FILES / name
         if path.is_file():
             ids |= _ids(path, read_object(path).get("eos_token_id"))
     return sorted(ids)
@@ -122,23 +131,23 @@ def _ids(path: Path, value) -> set[int]:
 
 
 def _tokenizer(
-    c: config.CheckpointConfig, directory: str, where: str, trained_hash: str | None
+    c: config.CheckpointConfig, directory: str, name: str, trained_hash: str | None
 ) -> ByteTokenizer | JsonTokenizer:
-    """The tokenizer of the config, or the copy that an import left beside the checkpoint; ValueError if it is another."""
-    copy = os.path.join(directory, "companions", "tokenizer.json")
-    name = copy if os.path.isfile(copy) else c.data.tokenizer
+    """The tokenizer of the config, or an imported checkpoint's own copy; ValueError if it is not the one of the training."""
+    copy = os.path.join(directory, IMPORTED_FILES, "tokenizer.json")
+    path = copy if os.path.isfile(copy) else c.data.tokenizer
     cure = f"put the tokenizer.json that it was trained with at {copy}"
-    if name != "bytes" and not os.path.isfile(name):
-        raise ValueError(f"{where} was trained with the tokenizer {name}, and there is no such file; {cure}")
-    tokenizer = load_tokenizer(name)
+    if path != "bytes" and not os.path.isfile(path):
+        raise ValueError(f"{name} was trained with the tokenizer {path}, and there is no such file; {cure}")
+    tokenizer = load_tokenizer(path)
     if trained_hash not in (None, tokenizer.hash):
         raise ValueError(
-            f"{where} was trained with a tokenizer of hash {trained_hash[:12]}, and {name} has {tokenizer.hash[:12]}; {cure}"
+            f"{name} was trained with a tokenizer of hash {trained_hash[:12]}, and {path} has {tokenizer.hash[:12]}; {cure}"
         )
     try:
-        check_vocab(tokenizer, c.model.vocab_size, name)
+        check_vocab(tokenizer, c.model.vocab_size, path)
     except ValueError as cause:
         raise ValueError(
-            f"{where} has a vocabulary of {c.model.vocab_size}, and the tokenizer {name} has {tokenizer.vocab_size} ids; {cure}"
+            f"{name} has a vocabulary of {c.model.vocab_size}, and the tokenizer {path} has {tokenizer.vocab_size} ids; {cure}"
         ) from cause
     return tokenizer

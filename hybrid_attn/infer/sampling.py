@@ -1,6 +1,6 @@
-"""The next token of each row from its logits.
+"""The next token of each request from its logits.
 
-Letters: B rows, V vocabulary.
+Letters: B requests, V vocabulary.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from hybrid_attn.parallel.mesh import spec_of
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen: the most likely at temperature 0, else drawn from what the filters leave.
+    """How a token is chosen: the most likely one at temperature 0, otherwise at random among those that pass the filters.
 
-    In this order: logits / temperature; the `top_k` largest; the fewest whose probabilities reach `top_p` (arXiv 1904.09751);
-    those of at least `min_p` times the largest probability (arXiv 2407.01082). None is off.
+    In this order: logits / temperature; the `top_k` largest; the fewest tokens whose probabilities reach `top_p` (arXiv
+    1904.09751); tokens of at least `min_p` times the largest probability (arXiv 2407.01082). None turns a filter off.
     """
 
     temperature: float = 0.0
@@ -27,40 +27,40 @@ class Sampling:
 
     def __post_init__(self):
         filters = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
-        on = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
+        used = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be finite and at least 0, which takes the likeliest token")
-        if self.temperature == 0 and on:
-            raise ValueError(f"{on} changes nothing at temperature=0; use temperature=1, or leave it out")
+            raise ValueError(f"temperature={self.temperature} must be finite and at least 0, which takes the most likely token")
+        if self.temperature == 0 and used:
+            raise ValueError(f"{used} changes nothing at temperature=0; use temperature=1, or leave it out")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1 token; leave it out to draw from all")
+            raise ValueError(f"top_k={self.top_k} must be at least 1 token; leave it out to sample from all")
         for name in ("top_p", "min_p"):
             if filters[name] is not None and not 0 < filters[name] <= 1:
-                raise ValueError(f"{name}={filters[name]} must be above 0 and at most 1; leave it out to draw from all")
+                raise ValueError(f"{name}={filters[name]} must be above 0 and at most 1; leave it out to sample from all")
 
 
 GREEDY = Sampling()
 
 
 def sample(logits_BV: jax.Array, sampling: Sampling, seeds_B: jax.Array, numbers_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [B], and their log-probabilities float32 [B] under the logits as they came.
+    """Tokens int32 [B], and their log-probabilities float32 [B] under the unfiltered logits.
 
-    `seeds_B` are uint32; `numbers_B` int32 count the tokens of an answer. Noise follows from a row's seed and number alone, so
-    that an answer does not depend on the batch that it is in.
+    `seeds_B` are uint32; `numbers_B` int32 number the tokens of a completion. The noise follows from a request's seed and
+    number alone, so that a completion does not depend on its batch.
     """
-    rows = spec_of(logits_BV)[0]
-    logits_BV = jax.reshard(logits_BV.astype(jnp.float32), P(rows, None))
-    choice_BV = logits_BV
+    batch_axes = spec_of(logits_BV)[0]
+    logits_BV = jax.reshard(logits_BV.astype(jnp.float32), P(batch_axes, None))
+    noisy_BV = logits_BV
     if sampling.temperature > 0:
-        seeds_B, numbers_B = jax.reshard((seeds_B, numbers_B), P(rows))
-        choice_BV = filtered(logits_BV, sampling) + _noise(seeds_B, numbers_B, logits_BV.shape[1])
-    tokens_B = jnp.argmax(choice_BV, -1).astype(jnp.int32)
-    chosen_BV = jnp.arange(logits_BV.shape[1]) == tokens_B[:, None]  # no gather: of one row it would lose the sharding
+        seeds_B, numbers_B = jax.reshard((seeds_B, numbers_B), P(batch_axes))
+        noisy_BV = filtered(logits_BV, sampling) + _noise(seeds_B, numbers_B, logits_BV.shape[1])
+    tokens_B = jnp.argmax(noisy_BV, -1).astype(jnp.int32)
+    chosen_BV = jnp.arange(logits_BV.shape[1]) == tokens_B[:, None]  # a gather would lose the sharding of a batch of 1
     return tokens_B, jnp.where(chosen_BV, logits_BV, 0).sum(-1) - jax.nn.logsumexp(logits_BV, -1)
 
 
 def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits at the temperature of `sampling`, less the row's largest, with -inf where its filters forbid the token."""
+    """Logits less their maximum, divided by the temperature of `sampling`, and -inf where its filters forbid the token."""
     logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None:
         largest_Bk, _ = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[1]))
@@ -79,10 +79,10 @@ def _at_least(logits_BV: jax.Array, least_B1: jax.Array) -> jax.Array:
     return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 
 
-def _noise(seeds_B: jax.Array, numbers_B: jax.Array, words: int) -> jax.Array:
-    """Gumbel noise [B, words]: the largest sum of it and logits falls on each word with that word's probability."""
+def _noise(seeds_B: jax.Array, numbers_B: jax.Array, vocab_size: int) -> jax.Array:
+    """Gumbel noise [B, V]: the argmax of logits + noise is each token with the token's probability."""
 
-    def row(seed, number):
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), number), (words,))
+    def of_request(seed, number):
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), number), (vocab_size,))
 
-    return jax.vmap(row)(seeds_B, numbers_B)
+    return jax.vmap(of_request)(seeds_B, numbers_B)

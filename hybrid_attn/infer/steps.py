@@ -1,6 +1,6 @@
-"""The programs that an engine compiles: a chunk read, a chunk scored, some tokens decoded.
+"""The functions that an engine compiles: prefill of a chunk, scores of a chunk, a few decoded tokens.
 
-Letters: B rows, T tokens of a chunk, D model, V vocabulary.
+Letters: B requests, T tokens of a chunk, D model, N query heads, K key/value heads, H head size, V vocabulary.
 """
 
 import functools
@@ -10,71 +10,112 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Model
+from hybrid_attn.config import LayerType, Model
+from hybrid_attn.infer.cache.attend import attend as attend_in_cache
+from hybrid_attn.infer.cache.shapes import Cache, LayerCache, LayerSettings
 from hybrid_attn.infer.sampling import Sampling, sample
 from hybrid_attn.model import Run, logits, unembedding
-from hybrid_attn.model.extend import Cache, extend
+from hybrid_attn.model.attention import Attend
+from hybrid_attn.model.extend import layer_by_layer
 from hybrid_attn.model.loss import token_losses
-from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, spec_of
 
-SLICE = 32  # most tokens of a row between two looks at what came
+SLICE = 32  # the most tokens of a request that are decoded before the host looks at them
 
 
-class Program(NamedTuple):
-    """What programs are compiled for, besides shapes."""
+class StepConfig(NamedTuple):
+    """What a step is compiled for, besides shapes."""
 
     model: Model
     run: Run
-    span: int  # slots that a shard of `context` takes in its turn: its part of a chunk
+    span: int  # a `context` shard's part of a chunk, in slots; see infer/cache/attend.py
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5, 6))
-def read(program: Program, with_queries: bool, weights, tokens_BT, counts_B, cache: Cache, last_BD):
-    """The cache after a chunk, each row's last activations [B, D] (`last_BD` where it has nothing to read), and its queries."""
-    x_BTD, cache, queries = extend(program.model, weights, tokens_BT, counts_B, cache, program.run, program.span)
-    ends_BT = jax.reshard(jnp.arange(tokens_BT.shape[1]) == counts_B[:, None] - 1, TOKENS_BT)
-    # A sum over one: the token may be on another shard.
-    here_BD = jnp.einsum("BT,BTD->BD", ends_BT.astype(x_BTD.dtype), x_BTD, out_sharding=P(BATCH, None))
-    return cache, jnp.where(counts_B[:, None] > 0, here_BD, last_BD), queries if with_queries else ()
+class DecodeState(NamedTuple):
+    """What decoding replaces: the cache, and the activations of each request's last token."""
+
+    cache: Cache
+    last_BD: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def score(program: Program, weights, tokens_BT, targets_BT, counts_B, cache: Cache) -> tuple[Cache, jax.Array]:
-    """The cache after a chunk, and the negative log-probability [B, T] of each token's target, on every device."""
-    x_BTD, cache, _ = extend(program.model, weights, tokens_BT, counts_B, cache, program.run, program.span)
-    table_VD = unembedding(program.model, weights)
-    return cache, jax.reshard(token_losses(program.model, table_VD, x_BTD, targets_BT, program.run.loss_chunk)[0], P())
+class DecodeSlice(NamedTuple):
+    """What is decoded: up to `steps` tokens of each request that is not done, of which the first is its `first`-th, from 0."""
+
+    done_B: jax.Array
+    seeds_B: jax.Array
+    stop_tokens: jax.Array
+    first: jax.Array
+    steps: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
-def decode(program: Program, sampling: Sampling, weights, cache: Cache, last_BD, done_B, seeds_B, stops, number, steps):
-    """Up to `steps` tokens of each row that is not done, of which the first is the row's `number`-th, from 0.
+def extend(
+    config: StepConfig, weights: dict, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache, tuple[jax.Array | None, ...]]:
+    """(x_BTD, cache, queries) after the next `counts_B` tokens of each request; the tokens after those are padding.
 
-    Returns the cache, the last activations, and (tokens [B, SLICE], log-probabilities, how many, which rows are done), these on
-    every device.
+    x_BTD are the final normed activations. `weights` come from `unstacked`; the cache must have room for the tokens. `queries`
+    are each layer's [B, T, N, H] as they enter the scores, or None for a ring.
     """
-    zeros_BT = jnp.zeros((done_B.shape[0], SLICE), jnp.int32, out_sharding=P(BATCH, None))
+    T = tokens_BT.shape[1]
+    position_BT = jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T)
+    position_BT = jax.reshard(position_BT, spec_of(tokens_BT))
 
-    def go_on(carry):
+    def cached(layer: LayerCache) -> Attend:
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, layer_type: LayerType, scale: float):
+            settings = LayerSettings(layer_type, scale, config.run.kernel, config.span)
+            qkv = q_BTNH, k_BTKH, v_BTKH
+            o_BTNH, new_layer = attend_in_cache(qkv, layer, settings, cache.lengths_B, counts_B, sinks_N)
+            return o_BTNH, (new_layer, None if settings.is_ring else q_BTNH)
+
+        return attend
+
+    attends = [cached(layer) for layer in cache.layers]
+    x_BTD, states = layer_by_layer(config.model, weights, tokens_BT, position_BT, attends, config.run)
+    layers, queries = zip(*states, strict=True)
+    return x_BTD, Cache(layers, cache.lengths_B + counts_B), queries
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def prefill(config: StepConfig, with_queries: bool, weights, state: DecodeState, tokens_BT, counts_B):
+    """(state, queries) after a chunk. A request without tokens in it keeps its last activations."""
+    x_BTD, cache, queries = extend(config, weights, tokens_BT, counts_B, state.cache)
+    is_last_BT = jax.reshard(jnp.arange(tokens_BT.shape[1]) == counts_B[:, None] - 1, TOKENS_BT)
+    # A sum over one token, because the token may be on another shard.
+    last_BD = jnp.einsum("BT,BTD->BD", is_last_BT.astype(x_BTD.dtype), x_BTD, out_sharding=P(BATCH, None))
+    last_BD = jnp.where(counts_B[:, None] > 0, last_BD, state.last_BD)
+    return DecodeState(cache, last_BD), queries if with_queries else ()
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def score(config: StepConfig, weights, cache: Cache, tokens_BT, targets_BT, counts_B) -> tuple[Cache, jax.Array]:
+    """The cache after a chunk, and the negative log-probability [B, T] of each token's target, on every device."""
+    x_BTD, cache, _ = extend(config, weights, tokens_BT, counts_B, cache)
+    table_VD = unembedding(config.model, weights)
+    return cache, jax.reshard(token_losses(config.model, table_VD, x_BTD, targets_BT, config.run.loss_chunk)[0], P())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def decode(config: StepConfig, sampling: Sampling, weights, state: DecodeState, part: DecodeSlice):
+    """(state, (tokens [B, SLICE], log-probabilities, number of tokens, done requests)), the latter on every device."""
+    zeros_BT = jnp.zeros((part.done_B.shape[0], SLICE), jnp.int32, out_sharding=P(BATCH, None))
+
+    def unfinished(carry):
         i, *_, done_B = carry
-        return (i < steps) & ~jnp.all(done_B)
+        return (i < part.steps) & ~jnp.all(done_B)
 
     def step(carry):
         i, cache, last_BD, tokens_BT, logprobs_BT, counts_B, done_B = carry
-        logits_BV = logits(program.model, weights, last_BD[:, None])[:, 0]
-        logits_BV = jax.reshard(logits_BV, P(BATCH, None))
-        numbers_B = jnp.full_like(counts_B, number) + i
-        new_B, logprob_B = sample(logits_BV, sampling, seeds_B, numbers_B)
+        logits_BV = jax.reshard(logits(config.model, weights, last_BD[:, None])[:, 0], P(BATCH, None))
+        numbers_B = jnp.full_like(counts_B, part.first) + i
+        new_B, logprob_B = sample(logits_BV, sampling, part.seeds_B, numbers_B)
         tokens_BT = jax.lax.dynamic_update_index_in_dim(tokens_BT, new_B, i, 1)
         logprobs_BT = jax.lax.dynamic_update_index_in_dim(logprobs_BT, logprob_B, i, 1)
         counts_B += ~done_B
-        x_B1D, cache, _ = extend(
-            program.model, weights, new_B[:, None], (~done_B).astype(jnp.int32), cache, program.run, program.span
-        )
-        done_B |= (new_B[:, None] == stops).any(1)
+        x_B1D, cache, _ = extend(config, weights, new_B[:, None], (~done_B).astype(jnp.int32), cache)
+        done_B |= (new_B[:, None] == part.stop_tokens).any(1)
         return i + 1, cache, x_B1D[:, 0], tokens_BT, logprobs_BT, counts_B, done_B
 
-    counts_B = jnp.zeros_like(done_B, jnp.int32)
-    start = (jnp.int32(0), cache, last_BD, zeros_BT, zeros_BT.astype(jnp.float32), counts_B, done_B)
-    _, cache, last_BD, *new = jax.lax.while_loop(go_on, step, start)
-    return cache, last_BD, jax.reshard(tuple(new), P())
+    counts_B = jnp.zeros_like(part.done_B, jnp.int32)
+    start = (jnp.int32(0), *state, zeros_BT, zeros_BT.astype(jnp.float32), counts_B, part.done_B)
+    _, cache, last_BD, *new = jax.lax.while_loop(unfinished, step, start)
+    return DecodeState(cache, last_BD), jax.reshard(tuple(new), P())

@@ -14,7 +14,7 @@ from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.evals import Spec, Subject, bigram, report, suite, texts
 from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.report import contents
-from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
+from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.model import Run
 from hybrid_attn.parallel.mesh import BATCH, broadcast_from_first
 from hybrid_attn.train.metrics import Metrics
@@ -63,7 +63,8 @@ class Evaluations:
         self.reader = suite.Reader(
             Subject(c.model, {}, run, mesh, tokenizer), None, heldout, haystack, {}, c.stages[-1].seq_len, tasks=tasks
         )
-        self.engine = functools.partial(Engine, config=c, programs={}, **_sizes(c, mesh, lengths)) if asks else lambda _: None
+        options = _engine_options(c, mesh, lengths)
+        self.engine = functools.partial(Engine, config=c, options=options, programs={}) if asks else lambda _: None
         self.about = provenance(str(workdir), start, c, config.to_dict(c), tokenizer, haystack, run, mesh)
         trust = bool(corpora.locations(c.data, c.sources))
         self.about["data"] = {"trust_checkpoint_data": trust, "text": None}  # no flag names the text that hides needles
@@ -173,12 +174,12 @@ class Evaluations:
         return found
 
 
-def _sizes(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> dict[str, int]:
-    """The engine's chunk, and rows whose caches have no more tokens than a training step, where the mesh lets them."""
+def _engine_options(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> EngineOptions:
+    """The chunk, and a batch whose caches have no more tokens than a training step if the mesh allows it."""
     context, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in BATCH)
     tokens = c.stages[-1].batch * c.stages[-1].seq_len
-    rows = min(-(-ROWS_AT_ONCE // shards), tokens // (shards * max(lengths, default=1)))
-    return {"chunk": max(TOKENS_AT_ONCE // context, 1) * context, "rows": max(rows, 1) * shards}
+    per_shard = min(-(-DEFAULT_BATCH_SIZE // shards), tokens // (shards * max(lengths, default=1)))
+    return EngineOptions(max(DEFAULT_CHUNK // context, 1) * context, batch_size=max(per_shard, 1) * shards)
 
 
 def _tell(metrics: Metrics, unit: suite.Unit, records: Sequence[Mapping]) -> None:

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from test_parity import export, opened, ours_of  # noqa: E402
 
 from hybrid_attn import config  # noqa: E402
-from hybrid_attn.infer.engine import Engine  # noqa: E402
+from hybrid_attn.infer.engine import Engine, EngineOptions  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.name for path in GOLDEN.iterdir())  # windows of 5 in those that have one
@@ -23,7 +23,7 @@ LENGTHS = (1, 4, 5, 6, 23, 40)  # of prompts: within a window, as long, longer, 
 
 def ours(model, params, prompts):
     c = config.build({**config.to_dict(tiny({"train.dtype": "float32"})), "model": config.to_dict(model)})
-    engine = Engine(params, c, chunk=16)
+    engine = Engine(params, c, EngineOptions(chunk=16))
     return [answer.tokens.tolist() for answer in engine.generate(prompts, NEW)]
 
 

@@ -12,8 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 kvpress = pytest.importorskip("kvpress")
 
-from hybrid_attn.infer import compress  # noqa: E402
-from hybrid_attn.infer.compress import Compression  # noqa: E402
+from hybrid_attn.infer.cache import compress  # noqa: E402
+from hybrid_attn.infer.cache.compress import Compression, Scoring  # noqa: E402
 
 B, N, K, H, S, W, CAP = 2, 6, 2, 8, 64, 7, 16
 LENGTHS = jnp.full(B, S)
@@ -39,7 +39,7 @@ def inputs():
 
 def ours(c: Compression, q_BWNH, k_BKSH):
     """Scores, and which slots are kept, as a mask."""
-    scores_BKS = compress.scores(c, None, q_BWNH, k_BKSH, LENGTHS, scale=H**-0.5)
+    scores_BKS = compress.scores(c, None, q_BWNH, k_BKSH, LENGTHS, Scoring(H**-0.5))
     kept_BK = compress.counts(c, scores_BKS, compress.budgets(c, LENGTHS, 1)[0])
     index_BKC = np.asarray(compress.kept_slots(scores_BKS, kept_BK, int(kept_BK.max())))
     return np.asarray(scores_BKS), (index_BKC[..., None] == np.arange(S)).any(2), index_BKC

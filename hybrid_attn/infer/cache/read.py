@@ -1,0 +1,179 @@
+"""Attention of new queries to the slots of one layer's cache, on one device and over `context` shards.
+
+Letters: B requests, T queries, S slots, R slots of a ring, N query heads, K key/value heads, G = N/K, H head size.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_attn import kernels
+from hybrid_attn.infer.cache.int8 import attend_in_parts, dequantised
+from hybrid_attn.infer.cache.shapes import LayerCache, LayerSettings, slot_numbers
+from hybrid_attn.parallel.context import AXIS
+
+
+class Queries(NamedTuple):
+    """Positions are [B, 1 or K, T]: they count slots, and after a compression heads may differ."""
+
+    q_BTNH: jax.Array
+    position_BKT: jax.Array
+    segment_BT: jax.Array
+
+
+class Keys(NamedTuple):
+    """Keys and values; positions and segments are [B, 1 or K, S]."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    position_BKS: jax.Array
+    segment_BKS: jax.Array
+
+
+def attend_ring(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache, lengths_B, counts_B):
+    """(o_BTNH, lse_BTN, segment_BT) of this shard's queries to a ring, which has all keys that they may see.
+
+    `split`: the queries are sharded over `context`.
+    """
+    T, chunk = q_BTNH.shape[1], settings.layer_type.chunk
+    offset = jax.lax.axis_index(AXIS) * T if split else 0
+    q_position_BT = lengths_B[:, None] + offset + jnp.arange(T)
+    segment_BT = (offset + jnp.arange(T) < counts_B[:, None]).astype(jnp.int32)
+    k_BKRH, v_BKRH, k_position_BR = _ring_keys(layer, (lengths_B + counts_B)[:, None], T)
+    q_segment_BT, k_segment_BR = segment_BT, (k_position_BR >= 0).astype(jnp.int32)
+    if chunk is not None:  # a chunk of positions is a segment, as in `context.attend`
+        q_segment_BT = jnp.where(segment_BT > 0, 1 + q_position_BT // chunk, 0)
+        k_segment_BR = jnp.where(k_position_BR >= 0, 1 + k_position_BR // chunk, 0)
+    queries = Queries(q_BTNH, q_position_BT[:, None], q_segment_BT)
+    o_BTNH, lse_BTN = _attend(settings, queries, Keys(k_BKRH, v_BKRH, k_position_BR[:, None], k_segment_BR[:, None]))
+    return o_BTNH, lse_BTN, segment_BT
+
+
+def _ring_keys(layer: LayerCache, end_B1: jax.Array, T: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(k_BKRH, v_BKRH, position_BR) of a ring that ends before position `end`: in slot order for one query, else by position.
+
+    Positions before the first token are negative.
+    """
+    R = layer.k_BKSH.shape[2]
+    if T == 1:
+        newest_B1 = end_B1 - 1
+        behind_BR = newest_B1 % R - jnp.arange(R)
+        return layer.k_BKSH, layer.v_BKSH, newest_B1 - jnp.where(behind_BR < 0, behind_BR + R, behind_BR)
+    position_BR = end_B1 - R + jnp.arange(R)
+    order = (position_BR % R)[:, None, :, None]
+    k_BKRH, v_BKRH = (jnp.take_along_axis(x_BKRH, order, axis=2) for x_BKRH in (layer.k_BKSH, layer.v_BKSH))
+    return k_BKRH, v_BKRH, position_BR
+
+
+def attend_slots(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache, lengths_B, counts_B):
+    """(o_BTNH, lse_BTN, segment_BT) of this shard's queries to the slots of all shards; `split` as in `attend_ring`."""
+    if split:
+        q_BTNH = jax.lax.all_gather(q_BTNH, AXIS, axis=1, tiled=True)
+    T, S = q_BTNH.shape[1], layer.k_BKSH.shape[2]
+    segment_BT = (jnp.arange(T) < counts_B[:, None]).astype(jnp.int32)
+    position_BKT = (lengths_B[:, None] - layer.evicted_BK)[..., None] + jnp.arange(T)
+    end_BK1 = (lengths_B + counts_B)[:, None, None] - layer.evicted_BK[..., None]
+    queries = Queries(q_BTNH, position_BKT, segment_BT)
+
+    def attend_part(first, size: int):
+        return _attend(settings, queries, _slot_keys(settings, layer, first, size, end_BK1, q_BTNH.dtype))
+
+    if layer.k_scales_BKS is None:
+        o_BTNH, lse_BTN = attend_part(0, S)
+    else:
+        o_BTNH, lse_BTN = attend_in_parts(attend_part, S, jnp.max(end_BK1), q_BTNH.shape)
+    if jax.lax.axis_size(AXIS) > 1:
+        o_BTNH, lse_BTN = _merged_over_shards(o_BTNH, lse_BTN, split)
+    return o_BTNH, lse_BTN, _own_part(segment_BT) if split else segment_BT
+
+
+def _slot_keys(settings: LayerSettings, layer: LayerCache, first, size: int, end_BK1, dtype: jnp.dtype) -> Keys:
+    """The keys of this shard's slots [first, first + size), without those past its end or from slot number `end` on.
+
+    int8 numbers are dequantised to `dtype`.
+    """
+    start = jnp.minimum(first, layer.k_BKSH.shape[2] - size)
+    k_BKSH, v_BKSH, k_scales_BKS, v_scales_BKS = (
+        None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in layer[:4]
+    )
+    if k_scales_BKS is not None:
+        k_BKSH, v_BKSH = dequantised(k_BKSH, k_scales_BKS, dtype), dequantised(v_BKSH, v_scales_BKS, dtype)
+    slot_S = start + jnp.arange(size)
+    number_S = slot_numbers(settings.span, slot_S)
+    segment_BKS = ((number_S < end_BK1) & (slot_S >= first)).astype(jnp.int32)
+    return Keys(k_BKSH, v_BKSH, jnp.broadcast_to(number_S, segment_BKS.shape), segment_BKS)
+
+
+def _own_part(x_BT: jax.Array) -> jax.Array:
+    """This shard's part of an array that every shard has."""
+    size = x_BT.shape[1] // jax.lax.axis_size(AXIS)
+    return jax.lax.dynamic_slice_in_dim(x_BT, jax.lax.axis_index(AXIS) * size, size, axis=1)
+
+
+def _merged_over_shards(o_BTNH, lse_BTN, split: bool) -> tuple[jax.Array, jax.Array]:
+    """The partial results of all shards merged: on every shard, or with `split` each shard's own queries alone."""
+
+    def summed(x_BT):
+        if not split:
+            return jax.lax.psum(x_BT, AXIS)
+        return jax.lax.psum_scatter(x_BT, AXIS, scatter_dimension=1, tiled=True)
+
+    max_BTN = jax.lax.pmax(lse_BTN, AXIS)
+    weight_BTN = jnp.exp(lse_BTN - jnp.where(jnp.isfinite(max_BTN), max_BTN, 0.0))
+    denominator_BTN, o_BTNH = summed(weight_BTN), summed(weight_BTN[..., None] * o_BTNH.astype(jnp.float32))
+    max_BTN = _own_part(max_BTN) if split else max_BTN
+    safe_BTN = jnp.where(denominator_BTN > 0, denominator_BTN, 1.0)
+    return o_BTNH / safe_BTN[..., None], jnp.where(denominator_BTN > 0, max_BTN + jnp.log(safe_BTN), -jnp.inf)
+
+
+def _attend(settings: LayerSettings, queries: Queries, keys: Keys) -> tuple[jax.Array, jax.Array]:
+    """(o_BTNH, lse_BTN) of queries to keys whose positions may differ between heads."""
+    (B, T, N, H), (K, S) = queries.q_BTNH.shape, keys.k_BKSH.shape[1:3]
+    if T == 1:
+        return _attend_one(settings, queries, keys)
+
+    def by_head(x_BKS):  # each key/value head becomes a sequence of its own
+        return jnp.broadcast_to(x_BKS, (B, K, x_BKS.shape[2])).reshape(B * K, -1)
+
+    q_RTGH = queries.q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B * K, T, N // K, H)
+    k_RS1H, v_RS1H = (x.reshape(B * K, S, 1, H) for x in (keys.k_BKSH, keys.v_BKSH))
+    positions = by_head(queries.position_BKT), by_head(keys.position_BKS)
+    segments = by_head(queries.segment_BT[:, None]), by_head(keys.segment_BKS)
+    o_RTGH, lse_RTG = kernels.attend(
+        q_RTGH, k_RS1H, v_RS1H, *positions, *segments,
+        window=settings.window, scale=settings.scale, softcap=settings.layer_type.softcap, kernel=settings.kernel,
+    )  # fmt: skip
+    o_BTNH = o_RTGH.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H)
+    return o_BTNH, lse_RTG.reshape(B, K, T, N // K).swapaxes(1, 2).reshape(B, T, N)
+
+
+def _attend_one(settings: LayerSettings, queries: Queries, keys: Keys) -> tuple[jax.Array, jax.Array]:
+    """`_attend` of one query for each request, by plain products: keys pass through memory once, in any order."""
+    (B, _, N, H), K = queries.q_BTNH.shape, keys.k_BKSH.shape[1]
+    q_BKGH = queries.q_BTNH.reshape(B, K, N // K, H)
+    # This order of the einsum is the faster one on a CPU.
+    s_BKSG = jnp.einsum("BKSH,BKGH->BKSG", keys.k_BKSH, q_BKGH, preferred_element_type=jnp.float32)
+    s_BKGS = settings.scale * s_BKSG.swapaxes(2, 3)
+    softcap = settings.layer_type.softcap
+    if softcap is not None:
+        s_BKGS = softcap * jnp.tanh(s_BKGS / softcap)
+    s_BKGS = jnp.where(_visible(settings, queries, keys)[:, :, None], s_BKGS, -jnp.inf)
+    max_BKG = s_BKGS.max(-1)
+    p_BKGS = jnp.exp(s_BKGS - jnp.where(jnp.isfinite(max_BKG), max_BKG, 0.0)[..., None])
+    denominator_BKG = p_BKGS.sum(-1)
+    safe_BKG = jnp.where(denominator_BKG > 0, denominator_BKG, 1.0)
+    v_BKSH = keys.v_BKSH
+    o_BKGH = jnp.einsum("BKGS,BKSH->BKGH", p_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    o_B1NH = (o_BKGH / safe_BKG[..., None]).astype(queries.q_BTNH.dtype).reshape(B, 1, N, H)
+    lse_BKG = jnp.where(denominator_BKG > 0, max_BKG + jnp.log(safe_BKG), -jnp.inf)
+    return o_B1NH, lse_BKG.reshape(B, 1, N)
+
+
+def _visible(settings: LayerSettings, queries: Queries, keys: Keys) -> jax.Array:
+    """Which keys the one query of each request sees, [B, 1 or K, S]."""
+    segment_B11 = queries.segment_BT[:, None]
+    visible_BKS = (keys.position_BKS <= queries.position_BKT) & (keys.segment_BKS == segment_B11) & (keys.segment_BKS > 0)
+    if settings.window is not None:
+        visible_BKS &= keys.position_BKS > queries.position_BKT - settings.window
+    return visible_BKS

@@ -1,0 +1,167 @@
+"""The shapes of a KV cache: what each layer holds, and how a cache is made, resized and repeated for more requests.
+
+A layer type with a window or a chunk has a ring buffer: the token at position p is in slot p % R. A window of W tokens needs
+W + T - 1 slots while chunks of T tokens are prefilled, and W slots while tokens are decoded one by one. Any other layer type
+keeps every token: the token at position p is in slot p - evicted, where `evicted` counts the tokens that compression removed.
+Numbers of slots are powers of two, so that few programs are compiled.
+
+Letters: B requests, S slots, R slots of a ring, K key/value heads, H head size.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.config import LayerType, Model
+from hybrid_attn.parallel.context import AXIS
+from hybrid_attn.parallel.mesh import BATCH, spec_of
+
+# Runs a jitted function: (function, static arguments, *arrays). The engine compiles first, to time the two apart.
+Runner = Callable[..., Any]
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys as they enter the scores, its values, and float32 scales of each slot where both are int8.
+
+    `evicted_BK` [B, 1 or K] counts the tokens that compression removed; a ring has none.
+    """
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    k_scales_BKS: jax.Array | None
+    v_scales_BKS: jax.Array | None
+    evicted_BK: jax.Array | None
+
+
+class Cache(NamedTuple):
+    """The cache of every layer, and how many tokens of each request it has read."""
+
+    layers: tuple[LayerCache, ...]
+    lengths_B: jax.Array
+
+
+class LayerSettings(NamedTuple):
+    """What is static in one layer's attention to its cache. `span` is explained in `cache/attend.py`."""
+
+    layer_type: LayerType
+    scale: float
+    kernel: str
+    span: int
+
+    @property
+    def window(self) -> int | None:
+        return visible_tokens(self.layer_type)
+
+    @property
+    def is_ring(self) -> bool:
+        return self.window is not None
+
+
+def visible_tokens(layer_type: LayerType) -> int | None:
+    """The most tokens that a query sees, itself included; None for the whole prefix."""
+    return layer_type.chunk if layer_type.window is None else layer_type.window
+
+
+def partition_specs(layer: LayerCache) -> LayerCache:
+    """How the arrays of a layer are sharded."""
+    if layer.evicted_BK is None:
+        return LayerCache(P(BATCH, "tensor", None, None), P(BATCH, "tensor", None, None), None, None, None)
+    heads = None if layer.evicted_BK.shape[1] == 1 else "tensor"
+    slots, scales = P(BATCH, "tensor", AXIS, None), None if layer.k_scales_BKS is None else P(BATCH, "tensor", AXIS)
+    return LayerCache(slots, slots, scales, scales, P(BATCH, heads))
+
+
+def slot_numbers(span: int, local_S: jax.Array) -> jax.Array:
+    """The number over all `context` shards of each of this shard's slots."""
+    c, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    return local_S // span * (span * c) + i * span + local_S % span
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def ring_slots(visible: int, chunk: int, capacity: int) -> int:
+    """Slots of a ring whose queries see `visible` tokens, read `chunk` at a time, for requests of at most `capacity` tokens."""
+    return min(power_of_two(visible + chunk - 1), capacity)
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def empty(model: Model, batch_size: int, capacity: int, chunk: int, dtype: jnp.dtype, quantised: bool) -> Cache:
+    """An empty cache for `batch_size` requests of at most `capacity` tokens, of which `chunk` are read at a time.
+
+    `quantised`: layers that see the whole prefix hold int8 numbers, and a float32 scale for each token and head.
+    """
+    layers = []
+    for letter in model.layers:
+        visible = visible_tokens(model.kinds[letter])
+        slots = capacity if visible is None else ring_slots(visible, chunk, capacity)
+        layers.append(empty_layer(model, model.kinds[letter], (batch_size, slots), dtype, quantised))
+    return Cache(tuple(layers), jnp.zeros((batch_size,), jnp.int32, out_sharding=P(BATCH)))
+
+
+def empty_layer(model: Model, layer_type: LayerType, size: tuple[int, int], dtype: jnp.dtype, quantised: bool) -> LayerCache:
+    """An empty layer of `size` (requests, slots) on the mesh in force; a ring is never quantised."""
+    is_ring = visible_tokens(layer_type) is not None
+    quantised = quantised and not is_ring
+    shape = (size[0], model.num_kv_heads, size[1], model.head_dim)
+    numbers = jax.ShapeDtypeStruct(shape, jnp.int8 if quantised else dtype)
+    scales = jax.ShapeDtypeStruct(shape[:3], jnp.float32) if quantised else None
+    evicted = None if is_ring else jax.ShapeDtypeStruct((size[0], 1), jnp.int32)
+    layer = LayerCache(numbers, numbers, scales, scales, evicted)
+    return jax.tree.map(lambda x, spec: jnp.zeros(x.shape, x.dtype, out_sharding=spec), layer, partition_specs(layer))
+
+
+def run_directly(function: Callable, static_args: tuple, *arrays: Any) -> Any:
+    return function(*static_args, *arrays)
+
+
+def resized(model: Model, cache: Cache, capacity: int, chunk: int, run: Runner = run_directly) -> Cache:
+    """The cache with rings for `chunk` tokens at a time. A ring that has its size already is not copied."""
+
+    def resize(layer: LayerCache, visible: int | None) -> LayerCache:
+        if visible is None or (slots := ring_slots(visible, chunk, capacity)) == layer.k_BKSH.shape[2]:
+            return layer
+        k_BKSH, v_BKSH = run(_resized_rings, (slots,), (layer.k_BKSH, layer.v_BKSH), cache.lengths_B)
+        return layer._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH)
+
+    layers = (
+        resize(layer, visible_tokens(model.kinds[letter])) for letter, layer in zip(model.layers, cache.layers, strict=True)
+    )
+    return cache._replace(layers=tuple(layers))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _resized_rings(slots: int, kv_BKRH: tuple[jax.Array, jax.Array], lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rings of `slots` with the newest tokens of the old ones."""
+
+    def shard(kv_BKRH, lengths_B):
+        newest_B1 = lengths_B[:, None] - 1
+        position_BR = newest_B1 - (newest_B1 - jnp.arange(slots)) % slots
+        return tuple(
+            jnp.take_along_axis(x_BKRH, (position_BR % x_BKRH.shape[2])[:, None, :, None], axis=2) for x_BKRH in kv_BKRH
+        )
+
+    specs = tuple(map(spec_of, kv_BKRH))
+    return jax.shard_map(shard, in_specs=(specs, P(BATCH)), out_specs=specs)(kv_BKRH, lengths_B)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def repeated(times: int, cache: Cache) -> Cache:
+    """Every request `times` times, one after the other."""
+
+    def repeat(x):
+        spec = spec_of(x)
+        return jax.shard_map(lambda x: jnp.repeat(x, times, axis=0), in_specs=spec, out_specs=spec)(x)
+
+    return jax.tree.map(repeat, cache)
+
+
+def num_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values over all devices; copies of a ring on several `context` shards count once."""
+    return sum(x.nbytes for layer in cache.layers for x in jax.tree.leaves(layer._replace(evicted_BK=None)))
