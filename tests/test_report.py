@@ -8,7 +8,7 @@ from evaluated import LENGTHS, TRAINED, answer, everything, run_of, store, two
 
 from hybrid_attn import config
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import contents, descriptions, pictures, sections, statistics, tables, wrong
+from hybrid_attn.evals.report import contents, descriptions, failures, pictures, sections, statistics, tables
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,9 @@ def test_prompts_that_differ_before_their_ends_are_other_questions():
     b = run_of("b", [x | {"score": 1.0, "prompt_hash": "f" * 64} if x["index"] > 5 else x for x in a.answers])
     (found,) = statistics.compare(a, b, {"vt"}, "mean")
     assert (found.pairs, found.difference) == (6, 0.0)
-    missed, shown = wrong.failures([a, b])["vt"]
-    assert missed == "a 9 of 9, b 6 of 9"
-    assert [len(failure.given) for failure in shown] == [2] * 6 + [1] * 2
+    (task,) = failures.by_task([a, b])
+    assert (task.name, task.missed) == ("vt", "a 9 of 9, b 6 of 9")
+    assert [len(failure.answers) for failure in task.examples] == [2] * 6 + [1] * 2
 
 
 def test_few_questions_say_nothing_of_two_runs():
@@ -279,8 +279,7 @@ def test_attention_is_told_of_a_segment_and_of_one_of_its_tokens(runs):
     of_one = {"begin": 0.25 / 10, "needle": 0.25 / 20, "context": 0.25 / 4050, "question": 0.25 / 16}
     assert {name: row[f"{name} per token"] for name in of_one} == pytest.approx(of_one)
     assert (row["needle lift"], row["token 0"], row["reach"]) == (9, pytest.approx(0.2), "yes")
-    page = tables.html(table)
-    assert ">0.0125</td>" in page and ">6.17e-05</td>" in page
+    assert {"0.0125", "6.17e-05"} <= {cell.text for cells in table.cells() for cell in cells}
     (section,) = (x for x in sections.sections(runs) if x.name == "attention")
     assert "Per token: a segment's share over its tokens" in section.words[0]
 
@@ -322,14 +321,15 @@ def test_sources_are_told_apart():
 
 
 def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(runs):
-    missed, found = wrong.failures(runs)["vt"]
-    assert missed == "hybrid <3:1> 2 of 24, rope 6 of 24"
-    assert [failure.length for failure in found] == [8192] * 6
-    assert found[0].given == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and found[0].wanted == ["7"]
+    _, task = failures.by_task(runs)
+    assert (task.name, task.missed) == ("vt", "hybrid <3:1> 2 of 24, rope 6 of 24")
+    first = task.examples[0]
+    assert [failure.question["length"] for failure in task.examples] == [8192] * 6
+    assert first.answers == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and first.question["wanted"] == ["7"]
     late = {2048: 0, 4096: 5, 8192: 15}
     many = run_of("many", [answer("vt", length, i, float(i < late[length])) for length in LENGTHS for i in range(20)])
-    _, found = wrong.failures([many])["vt"]
-    assert [(failure.length, failure.index) for failure in found] == [
+    (task,) = failures.by_task([many])
+    assert [(failure.question["length"], failure.question["index"]) for failure in task.examples] == [
         *((2048, 0), (2048, 1), (2048, 2), (4096, 5), (4096, 6), (4096, 7), (8192, 15), (8192, 16))
     ]
 
@@ -384,5 +384,6 @@ def test_numbers_that_are_not_finite_are_missing(tmp_path):
         }
     ]
     run = store(tmp_path / "run", records, [])
-    (row,) = rows_of(contents.key_tokens([run]))
-    assert row["loss (nats)"] is None and ">–</td>" in tables.html(contents.key_tokens([run]))
+    table = contents.key_tokens([run])
+    (row,) = rows_of(table)
+    assert row["loss (nats)"] is None and "–" in [cell.text for cell in table.cells()[0]]

@@ -8,7 +8,18 @@ from evaluated import TRAINED, answer, everything, run_of
 
 from hybrid_attn import config
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import contents, descriptions, heatmaps, html, layers, overview, sections, statistics, verdict
+from hybrid_attn.evals.report import (
+    contents,
+    descriptions,
+    failures,
+    heatmaps,
+    layers,
+    overview,
+    render,
+    sections,
+    statistics,
+    verdict,
+)
 from hybrid_attn.evals.ruler.tasks import NAMES
 
 
@@ -80,7 +91,10 @@ def test_of_losses_alone_the_verdict_says_bits_the_bigram_and_what_context_gains
         assert lines.get("chance") == (pytest.approx(chance) if near else None)
     said = report.write(tmp_path, [run])
     assert first in said and "3.500" in said and first in (tmp_path / "report.md").read_text().replace("\\", "")
-    assert f"<p>{first.replace(chr(39), '&#x27;')}</p>" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert f"<p>{first.replace(chr(39), '&#39;')}</p>" in page.replace("\N{NO-BREAK SPACE}", " ")
+    assert "3.00 ± " in first and "3.00\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}" in page  # no line ends before a spread
+    assert "(n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}2 rows)" in page
 
 
 def test_a_difference_that_context_or_longer_rows_may_not_make_is_called_unclear():
@@ -233,15 +247,15 @@ def test_a_figure_has_the_command_that_measures_it_anew():
     assert descriptions.command([run], "position").endswith(f" --tokens=99 --heldout=a=/b {of_all}")
     assert descriptions.command([run], "needle") == descriptions.command([run], "ruler") == ""  # no flag names their text
     run.provenance.update(data={}, mesh="one device")
-    page = html.page("title", [run], sections.sections([run]), {})
-    assert "<code>python tools/evaluate.py &#x27;--checkpoint=/runs/my run&#x27;" in page
+    page = render.page("title", [run], sections.sections([run]), [])
+    assert "<code>python tools/evaluate.py &#39;--checkpoint=/runs/my run&#39;" in page
     assert 'href="pictures/needle_0_1.png">PNG</a> <a class="file" href="tables/needle_cells.csv">CSV' in page
 
 
 def test_an_answer_of_whitespace_alone_is_called_that():
     run = run_of("run", [answer("vt", 4096, i, 0.0, given=given) for i, given in enumerate(("", " \n ", "words"))], [])
     run = run._replace(records=needles("run", 0.5).records)
-    page = html.page("title", [run], sections.sections([run]), report.files.failures([run]))
+    page = render.page("title", [run], sections.sections([run]), failures.by_task([run]))
     given = re.findall(r"<dd>(.*?)</dd>", page)
     assert {"<i>nothing</i>", "<i>only whitespace (3 characters)</i>", "<code>words</code>"} <= set(given)
 

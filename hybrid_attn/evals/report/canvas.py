@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from hybrid_attn.characters import visible
 from hybrid_attn.evals.report import escape
 
 INK, MUTED, GRID, PAPER = "#20262d", "#66707b", "#dde2e7", "#fffffe"
@@ -76,7 +78,7 @@ def styled(draw: Callable) -> Callable:
 
 
 @styled
-def svg(picture: Picture) -> str:
+def svg(picture: Picture) -> Markup:
     """An element of a page, whose colours and fonts are the page's, and whose names meet no other picture's."""
     out = io.StringIO()
     picture.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -92,7 +94,8 @@ def svg(picture: Picture) -> str:
     text = re.sub(r"<[^>]*>", of_page, whole[whole.index("<svg") :])  # tags alone: what stands between them are labels
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     size = f"max-width:{110 * picture.figure.get_figwidth():.0f}px"
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape.html(picture.caption)}" style="{size}"', 1)
+    label = Markup('<svg role="img" aria-label="{}" style="{}"').format(visible(picture.caption), size)
+    return Markup(text.replace("<svg", label, 1))
 
 
 @styled

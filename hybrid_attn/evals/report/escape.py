@@ -1,11 +1,10 @@
-"""Text from files made safe for a page, Markdown, CSV, a picture and a file name.
+"""Text from files made safe for Markdown, CSV, a picture and a file name; templates escape HTML by themselves.
 
 Names of runs, sources and tasks, answers and config values are whatever a file says. Each function here is for one output.
 """
 
 import hashlib
 import re
-from html import escape
 
 from hybrid_attn.characters import visible
 
@@ -17,11 +16,6 @@ MARKUP = re.compile(  # emphasis, code, links, tables and formulas anywhere; quo
 SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 LONGEST = 80  # characters of a file name
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
-
-
-def html(text: str) -> str:
-    """For an element or a quoted attribute."""
-    return escape(visible(text))
 
 
 def markdown(text: str) -> str:
