@@ -186,10 +186,10 @@ def test_layers_are_named_by_what_they_see():
     run = run_of("run", [], records)
     run.provenance["model"] |= {"layers": "LG", "kinds": {"L": "local, window 512, RoPE", "G": "global, NoPE"}}
     drawn = [picture for section in sections.sections([run]) if section.name == "attention" for picture in section.pictures]
-    words = {text.get_text() for picture in drawn for axes in picture.figure.axes for text in axes.get_yticklabels()}
+    ticks = {text.get_text() for picture in drawn for axes in picture.figure.axes for text in axes.get_yticklabels()}
     labels = {x.get_text() for picture in drawn for legend in picture.figure.legends for x in legend.get_texts()}
-    assert {"0 local", "1 global"} <= words and {"local, window 512, RoPE", "global, NoPE"} <= labels
-    assert "Layers: L is local, window 512, RoPE; G is global, NoPE." in sections.sections([run])[0].words
+    assert {"0 local", "1 global"} <= ticks and {"local, window 512, RoPE", "global, NoPE"} <= labels
+    assert "Layers: L is local, window 512, RoPE; G is global, NoPE." in sections.sections([run])[0].paragraphs
 
 
 def test_tasks_are_a_heat_map_by_length_and_points_at_one_length():

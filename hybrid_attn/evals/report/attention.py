@@ -28,7 +28,7 @@ STRIP = 0.035  # height of the strip below the bars that shows the kinds of laye
 TABLE = "attention"
 
 
-def drawn(runs: Sequence[Run]) -> list[Picture]:
+def pictures(runs: Sequence[Run]) -> list[Picture]:
     """Of every run, source and length; single heads and positions at the longest."""
     found, kinds = [], sorted({_kind(run, r) for run in runs for r in run.of("attention_mass")})
     for number, run in enumerate(runs):
