@@ -150,7 +150,7 @@ def test_dollars_and_foreign_letters_in_a_label_do_not_stop_a_picture():
             dict.fromkeys(HOSTILE[:5], [x._replace(lengths=[1], scores=[0.5], bands=[(0, 1)]) for x in curves]), "", 1
         ),
     ):
-        picture = canvas.Picture("a", TAG, figure, False)
+        picture = canvas.Picture("a", TAG, figure)
         assert "$\\frac{$x$_^{" in canvas.svg(picture) and canvas.png(picture)
     assert not plt.get_fignums()
 

@@ -28,14 +28,14 @@ def write(out: Path, runs: Sequence[Run]) -> str:
     from hybrid_attn.evals.report import canvas, render, sections  # matplotlib takes a second to import
 
     parts, failed = sections.sections(runs), failures.by_task(runs)
-    drawn = [picture for section in parts for picture in section.pictures]
-    written = [table for section in parts for table in (*section.tables, *section.folded)]
+    pictures = [picture for section in parts for picture in section.pictures]
+    shown = [table for section in parts for table in (*section.tables, *section.folded)]
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
-    _replace(out / "pictures", {f"{escape.file_name(picture.name)}.png": canvas.png(picture) for picture in drawn})
-    values = {f"{escape.file_name(table.name)}.csv": tables.comma_separated(table) for table in written}
+    _replace(out / "pictures", {f"{escape.file_name(picture.name)}.png": canvas.png(picture) for picture in pictures})
+    values = {f"{escape.file_name(table.name)}.csv": tables.comma_separated(table) for table in shown}
     of_ruler = {f"ruler/{name}": text for run in runs for name, text in _ruler_files(run).items()}
     _replace(out / "tables", values | of_ruler)
-    write_atomically(out / "results.json", _json(runs, written, failed))
+    write_atomically(out / "results.json", _json(runs, shown, failed))
     write_atomically(out / "report.md", render.markdown(title, runs, parts, failed))
     write_atomically(out / "report.html", render.page(title, runs, parts, failed))
     return overview.terminal(runs)
@@ -58,8 +58,8 @@ def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
     for path in files:
         check(all(map(escape.SAFE.fullmatch, path.split("/"))), f"{path!r} cannot be the name of a file of a report")
     new, old = (directory.with_name(f"{directory.name}.{name}") for name in ("part", "old"))
-    for left in (new, old):
-        _remove(left)
+    for leftover in (new, old):
+        _remove(leftover)
     new.mkdir(parents=True)
     for name, content in files.items():
         write_atomically(new / name, content)
@@ -89,18 +89,18 @@ def _ruler_files(run: Run) -> dict[str, str]:
             ["Score", *(round(r["score"], 2) for r in records)],
             ["Nulls", *(f"{r['nulls']}/{r['samples']}" for r in records)],
         ]
-        given = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
-        submission = [["Task", "ID", "Prediction"], *([x["task"], x["index"], postprocess(x["given"])] for x in given)]
+        answers = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
+        submission = [["Task", "ID", "Prediction"], *([x["task"], x["index"], postprocess(x["given"])] for x in answers)]
         for name, lines in (("summary", summary), ("submission", submission)):
             files[f"{escape.file_name(run.name)}/{length}/{name}.csv"] = tables.lines_of(lines)
     return files
 
 
-def _json(runs: Sequence[Run], written: Sequence[Table], failed: Sequence[Task]) -> str:
+def _json(runs: Sequence[Run], shown: Sequence[Table], failed: Sequence[Task]) -> str:
     """Records and provenance by run, every table's rows, and the questions that the page shows."""
     content = {
         "runs": {run.name: {"provenance": run.provenance, "records": run.records} for run in runs},
-        "tables": {x.name: [dict(zip([c.name for c in x.columns], row, strict=True)) for row in x.rows] for x in written},
+        "tables": {x.name: [dict(zip([c.name for c in x.columns], row, strict=True)) for row in x.rows] for x in shown},
         "failures": {task.name: [x.question | {"given": x.answers} for x in task.examples] for task in failed},
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"

@@ -60,7 +60,7 @@ def _comparison(runs: Sequence[Run]) -> list[Section]:
             caption = f"{name} against {first}: of {len(several)} comparisons {', '.join(counts)}."
             note = f"{name} less {first}; in bold and in the colour of the better run where it is clear."
             figure = heatmaps.differences(several, number)
-            drawn.append(Picture(f"comparison_{number}", caption, figure, False, note, "comparison"))
+            drawn.append(Picture(f"comparison_{number}", caption, figure, note, "comparison"))
     if not any(several for _, several in found):
         return []
     words = [
