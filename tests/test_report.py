@@ -155,7 +155,7 @@ def test_unequal_runs_are_not_averaged_silently():
     text = " ".join(section.paragraphs)
     assert "few: cells have 8 to 9 samples" in text
     assert "few: means are over 2 of 13 tasks, without niah_single_1, " in text and "long: means are over 1 of 13" in text
-    assert "The runs have other lengths" in text and "The runs have other tasks" in text
+    assert "The runs have different lengths" in text and "The runs have different tasks" in text
     rows = rows_of(section.tables[0])
     assert [(row["4K"], row["8K"], row["Avg."], row["Tasks"]) for row in rows] == [
         (50.0, None, 50.0, "2 of 13"),
@@ -174,7 +174,7 @@ def test_the_needles_of_a_question_are_one_answer_to_an_interval():
     *_, curve = section.pictures
     interval = next(line for line in curve.figure.axes[0].lines if len(line.get_xdata()) == 2)
     assert tuple(interval.get_xdata()) == statistics.wilson(7, 10)
-    assert "questions a cell 5." in section.paragraphs[0] and "noise" not in section.paragraphs[0]
+    assert "Questions per cell: 5." in section.paragraphs[0] and "noise" not in section.paragraphs[0]
     (row,) = rows_of(sections.sections([run])[0].tables[0])
     assert row["needles"] == 0.7
 
@@ -231,7 +231,7 @@ def test_paragraphs_on_recall_are_of_the_tasks_that_were_measured():
     assert set(descriptions.TASKS) == set(config.TASKS)
 
 
-def test_the_line_of_training_is_told_of_where_it_is_drawn():
+def test_the_line_of_training_is_explained_where_it_is_drawn():
     cell = {"eval": "needle", "depth": 0, "needles": 1, "answers": 8, "right": 4}
     for lengths, beyond in (((2048, TRAINED), False), ((2048, 2 * TRAINED), True), ((2 * TRAINED,), True)):
         run = run_of("run", [], [cell | {"length": length} for length in lengths])
@@ -251,7 +251,7 @@ def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rul
         ["own", "recall", "mqar", "8, 1K", "is short"],
     ]
     text = " ".join(ruler.paragraphs)
-    assert "own: the prompts are RULER's own" in text and "others are not: scores do not compare" in text
+    assert "own: the prompts are RULER's own" in text and "others are not: their scores cannot be compared" in text
     known = [row["of the run"] for row in rows_of(provenance.tables[0])]
     assert "settings.compat" in known and "settings.absent" not in known
     assert "RULER's own" not in " ".join(text for x in sections.sections([other]) for text in x.paragraphs)
@@ -267,13 +267,13 @@ def test_losses_of_other_documents_and_other_tokens_are_not_compared_silently():
     def paragraphs(*runs):
         return next(" ".join(section.paragraphs) for section in sections.sections(runs) if section.name == "loss")
 
-    assert "code: the runs read other held-out documents" in paragraphs(a, b) and "books: the runs" not in paragraphs(a, b)
+    assert "code: the runs read different held-out documents" in paragraphs(a, b) and "books: the runs" not in paragraphs(a, b)
     assert "held-out" not in paragraphs(a, c) + paragraphs(a) and "tokenizers" not in paragraphs(a, b)
     c.provenance["tokenizer"] = "json"
-    assert "other tokenizers" in paragraphs(a, c) and "other tokenizers" not in paragraphs(c)
+    assert "different tokenizers" in paragraphs(a, c) and "different tokenizers" not in paragraphs(c)
 
 
-def test_attention_is_told_of_a_segment_and_of_one_of_its_tokens(runs):
+def test_attention_is_shown_of_a_segment_and_of_one_of_its_tokens(runs):
     table = contents.attention(runs)
     (row,) = (row for row in rows_of(table) if row["kind"] == "G")
     of_one = {"begin": 0.25 / 10, "needle": 0.25 / 20, "context": 0.25 / 4050, "question": 0.25 / 16}
@@ -284,7 +284,7 @@ def test_attention_is_told_of_a_segment_and_of_one_of_its_tokens(runs):
     assert "Per token: a segment's share over its tokens" in section.paragraphs[0]
 
 
-def test_rows_that_no_document_fills_are_told_of():
+def test_rows_that_no_document_fills_are_named():
     def buckets(source, length, *edges):
         names = {"eval": "position", "source": source, "length": length, "tokens": 9, "loss": 1.0}
         parts = [{}, {"part": "recall"}]
@@ -294,8 +294,8 @@ def test_rows_that_no_document_fills_are_told_of():
     filled = [*buckets("books", 1024, 0, 16, 1024), *buckets("notes", 48, 0, 16, 48)]
     (section,) = (x for x in sections.sections([run_of("a", [], short + filled)]) if x.name == "loss")
     assert section.paragraphs[1:] == [
-        "a, notes: in rows of 512, 1K no document that was read reaches beyond 64 tokens; more --tokens read more documents.",
-        "a, notes: in rows of 4K no document that was read reaches beyond 2,048 tokens; more --tokens read more documents.",
+        "a, notes: in rows of 512, 1K no document that was read is longer than 64 tokens; set --tokens higher to read more.",
+        "a, notes: in rows of 4K no document that was read is longer than 2,048 tokens; set --tokens higher to read more.",
     ]
     (section,) = (x for x in sections.sections([run_of("b", [], filled)]) if x.name == "loss")
     assert len(section.paragraphs) == 1

@@ -60,20 +60,19 @@ def _of_length(name: str, records: Sequence[dict], layer_types: Sequence[str], b
     """Of one source at one length; `layer_types` are those of all runs."""
     by_layer = dict(sorted(grouped(records, itemgetter("layer")).items()))
     shown = [Layer(i, x[0]["kind"], x[0]["reach"], {s: contents.mean_of(x, s) for s in SEGMENTS}) for i, x in by_layer.items()]
-
     length = records[0]["length"]
     where = f"{records[0]['run']}, {records[0]['source']}, {tokens(length)}"
 
     def picture(suffix: str, finding: str, figure: Figure, note: str) -> Picture:
         return Picture(f"{name}{suffix}", f"{where}: {finding}.", figure, note, "attention")
 
-    note = "Where the question's tokens look, by layer; the strip below is the kind of each layer."
+    note = "Where the question's tokens look, by layer; the strip below shows the type of each layer."
     drawn = [picture("", _most_on_needle(shown), attention_by_layer(shown, layer_types), note)]
     if not by_head:
         return drawn
     if all("weights" in r for r in records) and len({tuple(r["edges"]) for r in records}) == 1:
         figure = weight_by_position(_weights(records), records[0]["edges"], length, layer_types)
-        note = "The mean weight of a key by its position, over the heads of a kind of layer."
+        note = "The mean weight of a key by its position, over the heads of each layer type."
         drawn.append(picture("_weights", _first_and_last(records), figure, note))
     names = [f"{x.number} {layers.short(x.layer_type)}" for x in shown]
     for field, label, most in (("retrieval", "retrieval score", 1.0), ("entropy_bits", "entropy (bits)", math.log2(length))):
@@ -104,7 +103,10 @@ def _range_of_entropy(records: Sequence[Mapping]) -> str:
 
 FINDINGS = {
     "retrieval": (_heads_that_copy, "Retrieval score: of the answer's tokens, the share that a head copies from the needle."),
-    "entropy_bits": (_range_of_entropy, "Entropy of the attention of the question's tokens: 0 is one key, more is more keys."),
+    "entropy_bits": (
+        _range_of_entropy,
+        "Entropy of the attention of the question's tokens: 0 bits is one key, more bits are more keys.",
+    ),
 }
 
 
@@ -151,11 +153,8 @@ def attention_by_layer(shown: Sequence[Layer], layer_types: Sequence[str]) -> Fi
     far = [i for i, layer in enumerate(shown) if not layer.reach]
     if far:
         axes.plot(far, [1.035] * len(far), "x", color=MUTED, markersize=5, clip_on=False, label="needle out of reach")
-    axes.set_ylim(-2 * STRIP, 1.06)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set(xlabel="layer", ylabel="share of attention", ylim=(-2 * STRIP, 1.06), yticks=[0, 0.25, 0.5, 0.75, 1])
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("share of attention")
     legend(figure)
     return figure
 
@@ -184,7 +183,6 @@ def weight_by_position(
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0e}".replace("e-0", "e-"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("position of the key (tokens)")
-    axes.set_ylabel("mean weight of a key")
+    axes.set(xlabel="position of the key (tokens)", ylabel="mean weight of a key")
     legend(figure)
     return figure

@@ -79,12 +79,14 @@ def single(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def panels(number: int, across: int, size: tuple[float, float], **shared: bool) -> tuple[Figure, np.ndarray]:
-    """A figure with a grid of panels that share their vertical axis; those after `number` are hidden."""
+def panels(number: int, across: int, size: tuple[float, float], label: str = "", **shared: bool) -> tuple[Figure, np.ndarray]:
+    """A figure with a grid of panels that share their vertical axis and its label; those after `number` are hidden."""
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(-(-number // across), across, sharey=True, squeeze=False, **shared)
     for axes in grid.flat[number:]:
         axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(label)
     return figure, grid
 
 

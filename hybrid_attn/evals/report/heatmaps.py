@@ -35,8 +35,7 @@ def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, t
     figure, axes = single(1.5 + 0.29 * min(max(len(depths), 4), 16), width)
     _scale(figure, axes, _scores(axes, cells, 1), ticks=[0, 0.5, 1])
     _name_cells(axes, [tokens(length) for length in lengths], [f"{depth:g}" for depth in depths])
-    axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel("depth of the needle (%)")
+    axes.set(xlabel="context length (tokens)", ylabel="depth of the needle (%)")
     _mark_beyond(axes, lengths, trained)
     return figure
 
@@ -54,8 +53,7 @@ def task_map(runs: Sequence[tuple[str, Mapping[tuple[str, int], float], int]], t
         _scores(axes, np.array([[scores.get((task, length), math.nan) for length in lengths] for task in tasks]), 100)
         _name_cells(axes, [tokens(length) for length in lengths], names)
         _mark_beyond(axes, lengths, trained)
-        axes.set_title(side_label(name) if len(runs) > 1 else "")
-        axes.set_xlabel("length (tokens)")
+        axes.set(title=side_label(name) if len(runs) > 1 else "", xlabel="length (tokens)")
     grid[0, 0].set_ylim(len(tasks), 0)
     return figure
 
@@ -117,8 +115,7 @@ def heads(values: np.ndarray, names: Sequence[str], most: float, label: str) -> 
     axes.set_yticks(np.arange(len(names)) + 0.5, map(side_label, names), fontsize=size)
     for row in np.flatnonzero(np.isnan(values).all(1)):
         axes.text(values.shape[1] / 2, row + 0.5, "out of reach", color=MUTED, **CENTRED)
-    axes.set_xlabel("head")
-    axes.set_ylabel("layer")
+    axes.set(xlabel="head", ylabel="layer")
     _scale(figure, axes, image, label)
     return figure
 

@@ -13,7 +13,7 @@ from hybrid_attn.evals.report.tables import tokens
 from hybrid_attn.evals.report.verdict import gain
 
 NEAR = 0.75  # of the loss by chance, from where on a picture shows it
-INTERVALS = "Bands are intervals of 95%: a normal one from the losses of rows."
+INTERVALS = "Bands are normal intervals of 95% from the losses of single rows."
 
 
 def position(runs: Sequence[Run]) -> list[Section]:
@@ -32,9 +32,9 @@ def position(runs: Sequence[Run]) -> list[Section]:
             name = f"loss_{escape.file_name(source)}_{part}"
             drawn.append(Picture(name, caption, figure, f"{what} {INTERVALS}", "loss_by_position"))
     paragraphs = [
-        "What a token costs by its position in the document: a model that reads its context pays less further on, and one "
-        "that cannot go beyond its length of training pays more there. Chance is the loss where all tokens of the vocabulary "
-        f"are equally likely, and drawn where a loss exceeds {NEAR:.0%} of it."
+        "The loss of a token by its position in the document. If a model reads its context, the loss is lower at later "
+        "positions; if it cannot go beyond its length of training, the loss is higher there. Chance is the loss when all "
+        f"tokens of the vocabulary are equally likely; its line is shown where a loss exceeds {NEAR:.0%} of it."
     ]
     paragraphs += _unreached(runs) + _unlike(runs, "position")
     return [Section("loss", "Loss", paragraphs, drawn, [contents.position(runs)], [contents.positions(runs)], "position")]
@@ -83,8 +83,8 @@ def _unreached(runs: Sequence[Run]) -> list[str]:
     ends = [(run.name, source, end, length) for run in runs for (source, length), end in contents.ends(run).items()]
     short = grouped((x for x in ends if x[2] < x[3]), lambda x: x[:3])
     return [
-        f"{name}, {source}: in rows of {', '.join(tokens(x[3]) for x in items)} no document that was read reaches beyond "
-        f"{end:,} tokens; more --tokens read more documents."
+        f"{name}, {source}: in rows of {', '.join(tokens(x[3]) for x in items)} no document that was read is longer than "
+        f"{end:,} tokens; set --tokens higher to read more."
         for (name, source, end), items in short.items()
     ]
 
@@ -96,19 +96,19 @@ def _unlike(runs: Sequence[Run], evaluation: str) -> list[str]:
         for source in {r["source"] for r in run.of(evaluation)}:
             read.setdefault(source, set()).add(run.provenance.get("heldout", {}).get(source))
     paragraphs = [
-        f"{source}: the runs read other held-out documents of this name; their losses do not compare."
+        f"{source}: the runs read different held-out documents under this name; their losses cannot be compared."
         for source in sorted(read)
         if len(read[source]) > 1
     ]
     if len({run.provenance.get("tokenizer") for run in runs if run.of(evaluation)}) > 1:
-        paragraphs.append("The runs have other tokenizers: the loss of a token does not compare, bits per byte do.")
+        paragraphs.append("The runs have different tokenizers: compare their bits per byte, not their losses per token.")
     return paragraphs
 
 
 def key_tokens(runs: Sequence[Run]) -> list[Section]:
     paragraphs = [
-        "Tokens that the context farther away than the near one makes likely: the loss is over these alone. Each model says "
-        "for itself which they are, so that losses of two models are not over the same tokens."
+        "Key tokens are those that the far context makes more likely than the near context alone does; the loss is over these "
+        "tokens only. Each model has its own key tokens, so that the losses of two models are not over the same tokens."
     ]
     paragraphs += _unlike(runs, "key_tokens")
     return [Section("key_tokens", "Key tokens", paragraphs, [], [contents.key_tokens(runs)], [], "key_tokens")]

@@ -9,11 +9,11 @@ from hybrid_attn.evals.ruler.scores import averages
 
 MEANINGS = {
     "RULER Avg.": "RULER's mean over tasks and lengths",
-    "needles": "the share found at all lengths and depths, of those asked for alone and of several together",
-    "recall": "the share of right answers at the longest length, in the first of the tasks",
-    "loss": "of the held-out text of one source, in nats, at the length of training",
-    "bits per byte": "the same loss by the bytes of the text",
-    "bigram": "bits per byte of a bigram model on that text",
+    "needles": "the share of needles found, over all lengths, depths and numbers of needles",
+    "recall": "the share of right answers in the first task, at the longest length",
+    "loss": "nats per token on held-out text of one source, at the length of training",
+    "bits per byte": "the same loss per byte of the text",
+    "bigram": "the bits per byte of a bigram model on that text",
 }
 
 

@@ -49,7 +49,7 @@ def curves(
     """
     number, across = len(by_panel), min(len(by_panel), 4)
     size = {1: (WIDTH, 3.2), 2: (WIDTH, 2.5)}.get(across, (2.75 * across, 2.35 * -(-number // across) + 0.5))
-    figure, grid = panels(number, across, size, sharex=True)
+    figure, grid = panels(number, across, size, label, sharex=True)
     lengths = sorted(lengths_of(by_panel))
     for axes, (name, in_panel) in zip(grid.flat, by_panel.items(), strict=False):
         for curve in in_panel:
@@ -65,8 +65,6 @@ def curves(
         axes.tick_params(labelbottom=True)
     for axes in grid[-1]:
         axes.set_xlabel("length (tokens)")
-    for axes in grid[:, 0]:
-        axes.set_ylabel(label)
     legend(figure)
     return figure
 
@@ -161,10 +159,8 @@ def points(by_name: Mapping[str, Sequence[Curve]], label: str, top: float, chanc
         if chance and name in chance:
             axes.plot([chance[name]] * 2, [line - 0.4, line + 0.4], color=MUTED, linewidth=1.5, label="chance")
     axes.set_yticks(range(len(by_name)), map(side_label, by_name))
-    axes.set_ylim(len(by_name) - 0.4, -0.6)
-    axes.set_xlim(-0.02 * top, 1.03 * top)
+    axes.set(xlabel=label, xlim=(-0.02 * top, 1.03 * top), ylim=(len(by_name) - 0.4, -0.6))
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(label)
     legend(figure)
     return figure
 
@@ -183,7 +179,7 @@ def loss_by_position(
     number = len(by_panel)
     across = 2 if number == 4 else min(number, 3)
     size = (WIDTH, 3.0) if number < 3 else (3.7 * across, 2.6 * -(-number // across) + 0.5)
-    figure, grid = panels(number, across, size)
+    figure, grid = panels(number, across, size, "loss (nats per token)")
     for axes, (name, lines) in zip(grid.flat, by_panel.items(), strict=False):
         for label, run, buckets in lines:
             _loss_line(axes, buckets, RUNS[run % len(RUNS)], label)
@@ -195,10 +191,7 @@ def loss_by_position(
         axes.xaxis.set_minor_formatter(NullFormatter())
         last = max(bucket["end"] for *_, buckets in lines for bucket in buckets)
         _mark(axes, [length for length in trained if length <= last])
-        axes.set_title(side_label(name))
-        axes.set_xlabel("position (tokens)")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("loss (nats per token)")
+        axes.set(title=side_label(name), xlabel="position (tokens)")
     legend(figure)
     return figure
 

@@ -105,12 +105,13 @@ def _task_curves(runs: Sequence[Run], belongs: Belongs) -> dict[str, list[pictur
 def _ruler_paragraphs(runs: Sequence[Run], belongs: Belongs) -> list[str]:
     """What the averages are over, and where that differs."""
     paragraphs = [
-        f"A length is effective if it and all shorter ones score {THRESHOLD} or more (in bold), and > stands before "
-        f"the longest length asked; the last column wants {RELATIVE:.0%} of the score at the shortest length instead. Averages "
-        "are over the lengths of a row, wAvg. with weights that grow (inc) or fall (dec) with the length. A guess scores 0."
+        f"A length is effective if the scores at it and at all shorter lengths are {THRESHOLD} or more (in bold). A > marks an "
+        f'effective length that is the longest one tested. The column "{RELATIVE:.0%} of base" asks for {RELATIVE:.0%} of the '
+        "score at the shortest length instead. Averages are over the lengths in a line of the table; wAvg. has weights that "
+        "grow (inc) or fall (dec) with the length. A guess scores 0."
     ]
     if belongs is contents.is_short:
-        paragraphs.append("Lengths under 4,096 are easier than RULER and no part of its averages.")
+        paragraphs.append("Lengths under 4,096 are easier than those of RULER, and its averages leave them out.")
     lengths, families, without = set(), set(), {}
     for run in runs:
         if not (records := _ruler_records(run, belongs)):
@@ -127,11 +128,11 @@ def _ruler_paragraphs(runs: Sequence[Run], belongs: Belongs) -> list[str]:
             paragraphs.append(f"{run.name}: the prompts are RULER's own, as its scripts draw them.")
     paragraphs += [f"{', '.join(names)}: means are {x}, which have no score at some length." for x, names in without.items()]
     if len(lengths) > 1:
-        paragraphs.append("The runs have other lengths: compare their columns, not averages.")
+        paragraphs.append("The runs have different lengths: compare single lengths, not averages.")
     if len(families) > 1:
-        paragraphs.append("The runs have other tasks: compare their tasks, not averages.")
+        paragraphs.append("The runs have different tasks: compare single tasks, not averages.")
     if len({run.compat for run in runs}) > 1:
-        paragraphs.append("Some prompts are RULER's own and others are not: scores do not compare.")
+        paragraphs.append("Some prompts are RULER's own and others are not: their scores cannot be compared.")
     return paragraphs
 
 
@@ -150,11 +151,12 @@ def needle(runs: Sequence[Run]) -> list[Section]:
     few = f" Fewer than {statistics.FEWEST} are noise." if min(sizes) < statistics.FEWEST else ""
     span = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
     paragraphs = [
-        f"A sentence hidden at a depth of a text of a length, and asked for at its end: questions a cell {span}.{few} An "
-        "answer is right that contains the value; of several needles, each is a part of it. A guess finds none."
+        "A sentence, the needle, is hidden at some depth of a text, and the prompt ends with a question about it. Questions "
+        f"per cell: {span}.{few} An answer is right if it contains the value of the needle; an answer about several needles "
+        "is right in part for each of them. A guess finds none."
     ]
     if any(r["length"] > run.trained for run in runs for r in run.of("needle")):
-        paragraphs.append("The white dashed line is the length of training: all to its right is longer.")
+        paragraphs.append("The white dashed line marks the length of training: texts to its right are longer.")
     return [Section("needle", "Needle", paragraphs, [*maps, overall], [], [contents.needle(runs)], "needle")]
 
 
@@ -179,9 +181,9 @@ def recall(runs: Sequence[Run]) -> list[Section]:
                 guesses[source] = guess
     first = next(iter(panels))
     figure = pictures.shares(panels, [run.trained for run in runs], "accuracy", guesses)
-    note = f"{WILSON} for as many answers as are independent. Chance: a guess among what the row names."
+    note = f"{WILSON} for as many answers as are independent. Chance: the score of a guess among what the row names."
     drawn = [Picture("recall", f"{first}: {_changes(panels[first])}", figure, note, "recall")]
     tasks = {r["task"].split()[0] for run in runs for r in run.of("recall") if r["task"].split()}
     meanings = "".join(f" {name}: {text}." for name, text in descriptions.TASKS.items() if name in tasks)
-    text = f"Drawn rows that say what is asked for later; the row holds the right answers before each question.{meanings}"
+    text = f"Synthetic rows, in which each question is about something that the row has named before.{meanings}"
     return [Section("recall", "Recall", [text], drawn, [contents.recall(runs)], [], "recall")]

@@ -55,21 +55,21 @@ def sentences(runs: Sequence[Run]) -> list[str]:
         first = runs[0].name
         texts += [against(first, name, differences) for name, differences in contents.differences(runs)[: MOST_RUNS - 1]]
     if len(runs) > MOST_RUNS:
-        texts.append(f"The other {len(runs) - MOST_RUNS} runs stand in the table.")
+        texts.append(f"The table below has the other {len(runs) - MOST_RUNS} runs too.")
     return texts
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """Where there are too few samples to tell."""
+    """Where there are too few samples to tell models or lengths apart."""
     texts, enough = [], math.ceil((Z / AIM) ** 2 / 4)
     for run in runs[:MOST_RUNS]:
         for reading in readings(run)[:1]:
             widest = max(reading.by_length.values(), key=lambda share: share.half)
             if widest.half > WIDE:
-                answers, leave = ("answer", "leaves") if widest.number == 1 else ("answers", "leave")
+                answers, give = ("answer", "gives") if widest.number == 1 else ("answers", "give")
                 texts.append(
-                    f"Too few samples to tell: {run.name} has {widest.number:,} {answers} of {reading.questions} at a length, "
-                    f"which {leave} ± {100 * widest.half:.0f} points; {enough} leave ± {100 * AIM:.0f}. Ask more: --samples."
+                    f"Too few samples: {run.name} has {widest.number:,} {answers} per length for {reading.questions}, which "
+                    f"{give} ± {100 * widest.half:.0f} points; {enough} answers give ± {100 * AIM:.0f}. Set --samples higher."
                 )
     return texts
 
@@ -104,7 +104,7 @@ def _share(right: float, number: float) -> Share:
 
 
 def ability(run: Run, reading: Reading) -> str:
-    """Up to which length a run answers at least 85% as well as at the shortest, and what it does behind it."""
+    """Up to which length a run answers at least 85% as well as at the shortest, and what it does at the next length."""
     shares, questions = reading.by_length, reading.questions
     lengths, name = list(shares), f"{run.name} (trained at {tokens(run.trained)})"
     first = shares[lengths[0]]
@@ -115,15 +115,15 @@ def ability(run: Run, reading: Reading) -> str:
         return f"{text}." if best == lengths[0] else f"{text}; its best is {shares[best]} at {tokens(best)}."
     good = relative_length({length: share.share for length, share in shares.items()}) or lengths[0]
     if len(lengths) == 1:
-        return f"{name} has {shares[good]} of {questions} right at {tokens(good)}; one length does not show where it falls."
+        return f"{name} has {shares[good]} of {questions} right at {tokens(good)}; other lengths were not tested."
     text = f"{name} reads up to {tokens(good)}: there it has {shares[good]} of {questions} right"
     if good == lengths[-1]:
-        return f"{text}, at the longest length asked, and {first} at {tokens(lengths[0])}."
+        return f"{text}, and {first} at {tokens(lengths[0])}; no longer text was tested."
     after = lengths[lengths.index(good) + 1]
     before, behind = shares[good], shares[after]
     if before.share - behind.share > math.hypot(before.share - before.low, behind.high - behind.share):
         return f"{text}; it falls to {behind} at {tokens(after)}."
-    return f"{text}; whether {behind} at {tokens(after)} is less, so few answers leave unclear."
+    return f"{text}; at {tokens(after)} it has {behind}, too few answers to tell whether that is less."
 
 
 def loss_sentences(run: Run) -> list[str]:
@@ -154,7 +154,7 @@ def loss_sentences(run: Run) -> list[str]:
 
 
 def gain(run: Run, total: dict) -> str | None:
-    """What a token late in a row costs less than one of the first."""
+    """How much less a token late in a row costs than one of the first."""
     buckets = [r for r in run.of("position") if "first" in r and contents.part(r) == "all" and r["loss"] is not None]
     buckets = [r for r in buckets if (r["source"], r["length"]) == (total["source"], total["length"])]
     if len(buckets) < 2:
@@ -166,8 +166,9 @@ def gain(run: Run, total: dict) -> str | None:
     if half is not None and abs(less) <= half:
         than = f"{amount} {'less' if less >= 0 else 'more'} than the first {first['end']:,}"
         return f"context makes no clear difference: tokens from position {tokens(last['first'])} on cost {than}"
-    verb = "gains" if less >= 0 else "costs"
-    return f"context {verb} {amount}: a token from {tokens(last['first'])} on against the first {first['end']:,}"
+    verb, than = ("gains", "less") if less >= 0 else ("costs", "more")
+    late = f"a token from position {tokens(last['first'])} on costs that much {than} than the first {first['end']:,}"
+    return f"context {verb} {amount}: {late}"
 
 
 def _loss(record: dict, scale: float) -> str:
@@ -182,7 +183,7 @@ def _rows(record: dict) -> str:
 def against(first: str, name: str, differences: Sequence[Difference]) -> str:
     """Which of two runs is better where, by how much: of each task at its longest length, means of tasks before single ones."""
     if not differences:
-        return f"{name} and {first} share no question and no row: they cannot be compared."
+        return f"{name} and {first} have no question and no row in common: they cannot be compared."
     groups = {verdict: [] for verdict in ("better", "worse", "unclear")}
     for difference in headlines(differences):
         groups[contents.verdict(difference)].append(_amount(difference))
