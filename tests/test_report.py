@@ -1,4 +1,4 @@
-"""The report says what the files say: statistics against hand counts, tables, words, and files that do not fit."""
+"""The report says what the files say: statistics against hand counts, tables, text, and files that do not fit."""
 
 import json
 
@@ -8,7 +8,7 @@ from evaluated import LENGTHS, TRAINED, answer, everything, run_of, store, two
 
 from hybrid_attn import config
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import contents, descriptions, pictures, sections, statistics, tables, wrong
+from hybrid_attn.evals.report import contents, descriptions, failures, pictures, sections, statistics, tables
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,9 @@ def test_prompts_that_differ_before_their_ends_are_other_questions():
     b = run_of("b", [x | {"score": 1.0, "prompt_hash": "f" * 64} if x["index"] > 5 else x for x in a.answers])
     (found,) = statistics.compare(a, b, {"vt"}, "mean")
     assert (found.pairs, found.difference) == (6, 0.0)
-    missed, shown = wrong.failures([a, b])["vt"]
-    assert missed == "a 9 of 9, b 6 of 9"
-    assert [len(failure.given) for failure in shown] == [2] * 6 + [1] * 2
+    (task,) = failures.by_task([a, b])
+    assert (task.name, task.missed) == ("vt", "a 9 of 9, b 6 of 9")
+    assert [len(failure.answers) for failure in task.examples] == [2] * 6 + [1] * 2
 
 
 def test_few_questions_say_nothing_of_two_runs():
@@ -124,7 +124,7 @@ def test_two_runs_are_compared_on_the_rows_that_both_have_read():
     b.provenance["heldout"] = {"text": "other"}
     assert [x.task for x in statistics.compare_rows(a, b)] == ["recall: b"]
     (section,) = (x for x in sections.sections([a, b]) if x.name == "comparison")
-    assert "rows that both have read" in section.words[0] and len(section.pictures) == 1
+    assert "rows that both have read" in section.paragraphs[0] and len(section.pictures) == 1
 
 
 def rows_of(table: tables.Table) -> list[dict]:
@@ -152,10 +152,10 @@ def test_unequal_runs_are_not_averaged_silently():
     longer = one | {"task": "vt", "length": 8192, "score": 80.0}
     long = run_of("long", [], [one | {"task": "vt"}, one | {"task": "cwe", "score": 90.0}, longer])
     (section,) = (x for x in sections.sections([few, long]) if x.name == "ruler")
-    words = " ".join(section.words)
-    assert "few: cells have 8 to 9 samples" in words
-    assert "few: means are over 2 of 13 tasks, without niah_single_1, " in words and "long: means are over 1 of 13" in words
-    assert "The runs have other lengths" in words and "The runs have other tasks" in words
+    text = " ".join(section.paragraphs)
+    assert "few: cells have 8 to 9 samples" in text
+    assert "few: means are over 2 of 13 tasks, without niah_single_1, " in text and "long: means are over 1 of 13" in text
+    assert "The runs have different lengths" in text and "The runs have different tasks" in text
     rows = rows_of(section.tables[0])
     assert [(row["4K"], row["8K"], row["Avg."], row["Tasks"]) for row in rows] == [
         (50.0, None, 50.0, "2 of 13"),
@@ -174,7 +174,7 @@ def test_the_needles_of_a_question_are_one_answer_to_an_interval():
     *_, curve = section.pictures
     interval = next(line for line in curve.figure.axes[0].lines if len(line.get_xdata()) == 2)
     assert tuple(interval.get_xdata()) == statistics.wilson(7, 10)
-    assert "questions a cell 5." in section.words[0] and "noise" not in section.words[0]
+    assert "Questions per cell: 5." in section.paragraphs[0] and "noise" not in section.paragraphs[0]
     (row,) = rows_of(sections.sections([run])[0].tables[0])
     assert row["needles"] == 0.7
 
@@ -220,24 +220,24 @@ def test_answers_of_a_row_that_are_right_or_wrong_together_are_one():
         assert contents.independent_answers(record) == (by_row[0] * len(by_row), len(by_row))
 
 
-def test_words_of_recall_are_of_the_tasks_that_were_measured():
+def test_paragraphs_on_recall_are_of_the_tasks_that_were_measured():
     one = {"eval": "recall", "length": 64, "answers": 8, "accuracy": 0.5}
     sources = {"copy": "copy", "my own": "tracking of 2 pairs", "again": "tracking of 1 pairs"}
     run = run_of("run", [], [one | {"source": source, "task": task, "by_row": [0.5]} for source, task in sources.items()])
     (section,) = (x for x in sections.sections([run]) if x.name == "recall")
-    (words,) = section.words
-    assert "copy: letters, then the same letters." in words and words.count("tracking: chains of assignments") == 1
-    assert "noise, then keys" not in words and "my own" not in words
+    (text,) = section.paragraphs
+    assert "copy: letters, then the same letters." in text and text.count("tracking: chains of assignments") == 1
+    assert "noise, then keys" not in text and "my own" not in text
     assert set(descriptions.TASKS) == set(config.TASKS)
 
 
-def test_the_line_of_training_is_told_of_where_it_is_drawn():
+def test_the_line_of_training_is_explained_where_it_is_drawn():
     cell = {"eval": "needle", "depth": 0, "needles": 1, "answers": 8, "right": 4}
     for lengths, beyond in (((2048, TRAINED), False), ((2048, 2 * TRAINED), True), ((2 * TRAINED,), True)):
         run = run_of("run", [], [cell | {"length": length} for length in lengths])
         (section,) = (x for x in sections.sections([run]) if x.name == "needle")
         white = [line for line in section.pictures[0].figure.axes[0].lines if line.get_color() == "#ffffff"]
-        assert ("white dashed line" in " ".join(section.words), len(white)) == (beyond, beyond)
+        assert ("white dashed line" in " ".join(section.paragraphs), len(white)) == (beyond, beyond)
 
 
 def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rulers():
@@ -250,11 +250,11 @@ def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rul
         ["own", "ruler", "cwe", "4K", "does not fit"],
         ["own", "recall", "mqar", "8, 1K", "is short"],
     ]
-    words = " ".join(ruler.words)
-    assert "own: the prompts are RULER's own" in words and "others are not: scores do not compare" in words
+    text = " ".join(ruler.paragraphs)
+    assert "own: the prompts are RULER's own" in text and "others are not: their scores cannot be compared" in text
     known = [row["of the run"] for row in rows_of(provenance.tables[0])]
     assert "settings.compat" in known and "settings.absent" not in known
-    assert "RULER's own" not in " ".join(text for x in sections.sections([other]) for text in x.words)
+    assert "RULER's own" not in " ".join(text for x in sections.sections([other]) for text in x.paragraphs)
 
 
 def test_losses_of_other_documents_and_other_tokens_are_not_compared_silently():
@@ -264,28 +264,27 @@ def test_losses_of_other_documents_and_other_tokens_are_not_compared_silently():
     for run, code in ((a, "x"), (b, "y"), (c, "z")):
         run.provenance.update(tokenizer="bytes", heldout={"books": "same", "code": code})
 
-    def words(*runs):
-        return next(" ".join(section.words) for section in sections.sections(runs) if section.name == "loss")
+    def paragraphs(*runs):
+        return next(" ".join(section.paragraphs) for section in sections.sections(runs) if section.name == "loss")
 
-    assert "code: the runs read other held-out documents" in words(a, b) and "books: the runs" not in words(a, b)
-    assert "held-out" not in words(a, c) + words(a) and "tokenizers" not in words(a, b)
+    assert "code: the runs read different held-out documents" in paragraphs(a, b) and "books: the runs" not in paragraphs(a, b)
+    assert "held-out" not in paragraphs(a, c) + paragraphs(a) and "tokenizers" not in paragraphs(a, b)
     c.provenance["tokenizer"] = "json"
-    assert "other tokenizers" in words(a, c) and "other tokenizers" not in words(c)
+    assert "different tokenizers" in paragraphs(a, c) and "different tokenizers" not in paragraphs(c)
 
 
-def test_attention_is_told_of_a_segment_and_of_one_of_its_tokens(runs):
+def test_attention_is_shown_of_a_segment_and_of_one_of_its_tokens(runs):
     table = contents.attention(runs)
     (row,) = (row for row in rows_of(table) if row["kind"] == "G")
     of_one = {"begin": 0.25 / 10, "needle": 0.25 / 20, "context": 0.25 / 4050, "question": 0.25 / 16}
     assert {name: row[f"{name} per token"] for name in of_one} == pytest.approx(of_one)
     assert (row["needle lift"], row["token 0"], row["reach"]) == (9, pytest.approx(0.2), "yes")
-    page = tables.html(table)
-    assert ">0.0125</td>" in page and ">6.17e-05</td>" in page
+    assert {"0.0125", "6.17e-05"} <= {cell.text for cells in table.cells() for cell in cells}
     (section,) = (x for x in sections.sections(runs) if x.name == "attention")
-    assert "Per token: a segment's share over its tokens" in section.words[0]
+    assert "Per token: a segment's share over its tokens" in section.paragraphs[0]
 
 
-def test_rows_that_no_document_fills_are_told_of():
+def test_rows_that_no_document_fills_are_named():
     def buckets(source, length, *edges):
         names = {"eval": "position", "source": source, "length": length, "tokens": 9, "loss": 1.0}
         parts = [{}, {"part": "recall"}]
@@ -294,12 +293,12 @@ def test_rows_that_no_document_fills_are_told_of():
     short = [*buckets("notes", 512, 0, 16, 64), *buckets("notes", 1024, 0, 16, 64), *buckets("notes", 4096, 0, 16, 2048)]
     filled = [*buckets("books", 1024, 0, 16, 1024), *buckets("notes", 48, 0, 16, 48)]
     (section,) = (x for x in sections.sections([run_of("a", [], short + filled)]) if x.name == "loss")
-    assert section.words[1:] == [
-        "a, notes: in rows of 512, 1K no document that was read reaches beyond 64 tokens; more --tokens read more documents.",
-        "a, notes: in rows of 4K no document that was read reaches beyond 2,048 tokens; more --tokens read more documents.",
+    assert section.paragraphs[1:] == [
+        "a, notes: in rows of 512, 1K no document that was read is longer than 64 tokens; set --tokens higher to read more.",
+        "a, notes: in rows of 4K no document that was read is longer than 2,048 tokens; set --tokens higher to read more.",
     ]
     (section,) = (x for x in sections.sections([run_of("b", [], filled)]) if x.name == "loss")
-    assert len(section.words) == 1
+    assert len(section.paragraphs) == 1
 
 
 def test_sources_are_told_apart():
@@ -322,20 +321,21 @@ def test_sources_are_told_apart():
 
 
 def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(runs):
-    missed, found = wrong.failures(runs)["vt"]
-    assert missed == "hybrid <3:1> 2 of 24, rope 6 of 24"
-    assert [failure.length for failure in found] == [8192] * 6
-    assert found[0].given == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and found[0].wanted == ["7"]
+    _, task = failures.by_task(runs)
+    assert (task.name, task.missed) == ("vt", "hybrid <3:1> 2 of 24, rope 6 of 24")
+    first = task.examples[0]
+    assert [failure.question["length"] for failure in task.examples] == [8192] * 6
+    assert first.answers == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and first.question["wanted"] == ["7"]
     late = {2048: 0, 4096: 5, 8192: 15}
     many = run_of("many", [answer("vt", length, i, float(i < late[length])) for length in LENGTHS for i in range(20)])
-    _, found = wrong.failures([many])["vt"]
-    assert [(failure.length, failure.index) for failure in found] == [
+    (task,) = failures.by_task([many])
+    assert [(failure.question["length"], failure.question["index"]) for failure in task.examples] == [
         *((2048, 0), (2048, 1), (2048, 2), (4096, 5), (4096, 6), (4096, 7), (8192, 15), (8192, 16))
     ]
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "words"),
+    ("name", "line", "message"),
     [
         ("records", '{"eval": "ruler", "ta', "records.jsonl, line 2 is not JSON: .*; evaluate again, it goes on"),
         ("records", '{"eval": "neddle"}', "eval='neddle' is not known; did you mean 'needle'?"),
@@ -346,11 +346,11 @@ def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(runs):
         ("answers", json.dumps(answer("vt", 4096, 0, 100.0)), "score=100.0 is no share of right answers"),
     ],
 )
-def test_a_line_that_does_not_fit_is_named(tmp_path, name, line, words):
+def test_a_line_that_does_not_fit_is_named(tmp_path, name, line, message):
     store(tmp_path / "run", everything(1.0)[0][:1], [answer("vt", 4096, 0, 1.0)])
     path = tmp_path / "run" / f"{name}.jsonl"
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         report.read(tmp_path / "run")
 
 
@@ -384,5 +384,6 @@ def test_numbers_that_are_not_finite_are_missing(tmp_path):
         }
     ]
     run = store(tmp_path / "run", records, [])
-    (row,) = rows_of(contents.key_tokens([run]))
-    assert row["loss (nats)"] is None and ">–</td>" in tables.html(contents.key_tokens([run]))
+    table = contents.key_tokens([run])
+    (row,) = rows_of(table)
+    assert row["loss (nats)"] is None and "–" in [cell.text for cell in table.cells()[0]]

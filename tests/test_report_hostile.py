@@ -150,7 +150,7 @@ def test_dollars_and_foreign_letters_in_a_label_do_not_stop_a_picture():
             dict.fromkeys(HOSTILE[:5], [x._replace(lengths=[1], scores=[0.5], bands=[(0, 1)]) for x in curves]), "", 1
         ),
     ):
-        picture = canvas.Picture("a", TAG, figure, False)
+        picture = canvas.Picture("a", TAG, figure)
         assert "$\\frac{$x$_^{" in canvas.svg(picture) and canvas.png(picture)
     assert not plt.get_fignums()
 
@@ -183,7 +183,7 @@ def test_every_field_of_a_record_has_a_type_and_one_that_does_not_fit_is_named()
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "words"),
+    ("file", "content", "message"),
     [
         ("run.json", "[]", "run.json must hold an object and holds a list"),
         ("run.json", '{"model": {"seq_len": true}}', "model.seq_len=True"),
@@ -201,11 +201,11 @@ def test_every_field_of_a_record_has_a_type_and_one_that_does_not_fit_is_named()
         ("records.jsonl", '{"eval": "needle", "length": 9, "depth": 0, "needles": 4, "answers": 2, "right": 1}', "4 needles"),
     ],
 )
-def test_a_file_that_no_evaluation_wrote_is_refused_with_its_name(tmp_path, file, content, words):
+def test_a_file_that_no_evaluation_wrote_is_refused_with_its_name(tmp_path, file, content, message):
     store(tmp_path / "run", few()[0][:1], [])
     path = tmp_path / "run" / file
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=words) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         report.read(tmp_path / "run")
     assert file in str(caught.value)
 

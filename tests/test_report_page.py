@@ -80,8 +80,8 @@ def test_names_of_runs_stand_in_legends_as_they_are():
     lines = {"rows": [(name, i, buckets) for i, name in enumerate(names)]}
     of_sources = dict.fromkeys((r"$\x$", "other"), several)
     for figure in (pictures.curves(of_sources, [], "score", 1, None), pictures.loss_by_position(lines, [])):
-        drawn = canvas.svg(canvas.Picture("names", "", figure, False))
-        assert canvas.png(canvas.Picture("names", "", figure, False))
+        drawn = canvas.svg(canvas.Picture("names", "", figure))
+        assert canvas.png(canvas.Picture("names", "", figure))
         assert [text.strip(pictures.NOTHING) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)][-4:] == names
 
 

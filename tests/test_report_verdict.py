@@ -8,7 +8,18 @@ from evaluated import TRAINED, answer, everything, run_of
 
 from hybrid_attn import config
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import contents, descriptions, heatmaps, html, layers, overview, sections, statistics, verdict
+from hybrid_attn.evals.report import (
+    contents,
+    descriptions,
+    failures,
+    heatmaps,
+    layers,
+    overview,
+    render,
+    sections,
+    statistics,
+    verdict,
+)
 from hybrid_attn.evals.ruler.tasks import NAMES
 
 
@@ -25,13 +36,13 @@ def test_the_verdict_says_up_to_which_length_a_model_reads_and_where_it_falls():
     assert f"run (trained at 4K) reads up to 2K: there it has 96% ± {half} (n = 50) of single needles right" in falls
     assert "it falls to 20% ±" in falls and "at 4K" in falls
     (holds,) = verdict.sentences([needles("run", 1.0, 0.96)])
-    assert "reads up to 2K" in holds and "the longest length asked" in holds
+    assert "reads up to 2K" in holds and "no longer text was tested" in holds
     (unclear,) = verdict.sentences([needles("run", 1.0, 0.6, number=5)])
-    assert "so few answers leave unclear" in unclear and "falls" not in unclear
+    assert "too few answers to tell whether that is less" in unclear and "falls" not in unclear
     (nothing,) = verdict.sentences([needles("run", 0.0, 0.0)])
     assert "0% ± 7 (n = 50) of single needles right at 1K, none above chance" in nothing
     (one,) = verdict.sentences([needles("run", 0.9)])
-    assert "one length does not show where it falls" in one
+    assert "other lengths were not tested" in one
 
 
 def test_recall_at_chance_is_called_chance():
@@ -40,8 +51,8 @@ def test_recall_at_chance_is_called_chance():
         | {"accuracy": share, "by_row": [share + 0.1, share - 0.1] * 25}
         for length, share in ((1024, 0.27), (2048, 0.25))
     ]
-    (told,) = verdict.sentences([run_of("run", [], records)])
-    assert "no more than a guess (25%)" in told
+    (text,) = verdict.sentences([run_of("run", [], records)])
+    assert "no more than a guess (25%)" in text
     known = {name: contents.chance(f"{name} of 4 pairs") for name in ("recall", "mqar", "tracking")}
     assert known == {"recall": 1 / 4, "mqar": 1 / 4, "tracking": 1 / 16} and contents.chance("copy") == 1 / 16
     assert set(known) | {"copy"} == set(config.TASKS)
@@ -66,7 +77,7 @@ def test_of_losses_alone_the_verdict_says_bits_the_bigram_and_what_context_gains
     half = statistics.Z * 0.01 * 3 / 2
     assert f"reads text at 3.00 ± {half:.2f} bits per byte in rows of 4K, its trained length (n = 2 rows)" in first
     assert first.endswith(", below a bigram model's 3.50.")
-    assert second == "Context gains 1.10 ± 0.10 nats: a token from 2K on against the first 16."
+    assert second == "Context gains 1.10 ± 0.10 nats: a token from position 2K on costs that much less than the first 16."
     (section,) = (x for x in sections.sections([run]) if x.name == "loss")
     lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
     assert lines["bigram"] == pytest.approx(3.5 * 2 / 3)  # in nats per token, at the model's bytes per token
@@ -80,7 +91,10 @@ def test_of_losses_alone_the_verdict_says_bits_the_bigram_and_what_context_gains
         assert lines.get("chance") == (pytest.approx(chance) if near else None)
     said = report.write(tmp_path, [run])
     assert first in said and "3.500" in said and first in (tmp_path / "report.md").read_text().replace("\\", "")
-    assert f"<p>{first.replace(chr(39), '&#x27;')}</p>" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert f"<p>{first.replace(chr(39), '&#39;')}</p>" in page.replace("\N{NO-BREAK SPACE}", " ")
+    assert "3.00 ± " in first and "3.00\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}" in page  # no line ends before a spread
+    assert "(n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}2 rows)" in page
 
 
 def test_a_difference_that_context_or_longer_rows_may_not_make_is_called_unclear():
@@ -94,29 +108,29 @@ def test_a_difference_that_context_or_longer_rows_may_not_make_is_called_unclear
             f"Context makes no clear difference: tokens from position 2K on cost {than.format(half)} than the first 16.",
             f"In rows of 8K the loss is not clearly higher: 3.01 ± {statistics.Z * 0.015:.2f} bits per byte.",
         ]
-    *_, told = verdict.sentences([run._replace(records=(total, longer | {"loss": 4.0}))])
-    assert told.startswith("In rows of 8K the loss is higher: 6.00 ± ")
+    *_, text = verdict.sentences([run._replace(records=(total, longer | {"loss": 4.0}))])
+    assert text.startswith("In rows of 8K the loss is higher: 6.00 ± ")
 
 
 def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
     first = run_of("a", [answer("vt", 4096, i, float(i < 10)) for i in range(40)], needles("a", 0.5).records)
     better = run_of("b", [answer("vt", 4096, i, float(i < 30)) for i in range(40)], needles("b", 0.6).records)
-    *_, told = verdict.sentences([first, better])
+    *_, text = verdict.sentences([first, better])
     (found,) = statistics.compare(first, better, {"vt"}, "")
     half = 100 * max(0.5 - found.low, found.high - 0.5)
-    assert f"b against a: better on vt at 4K (+50 ± {half:.0f} points, n = 40). Of 1 comparisons: 1 better." == told
+    assert f"b against a: better on vt at 4K (+50 ± {half:.0f} points, n = 40). Of 1 comparisons: 1 better." == text
     assert "worse on vt" in verdict.sentences([better, first])[-1]
     assert "unclear on vt" in verdict.sentences([first, first._replace(name="c")])[-1]
     other = first._replace(name="d", answers=())
-    assert verdict.sentences([first, other])[-1] == "d and a share no question and no row: they cannot be compared."
+    assert verdict.sentences([first, other])[-1] == "d and a have no question and no row in common: they cannot be compared."
 
 
 def test_too_few_samples_are_warned_of():
     assert verdict.warnings([needles("run", 0.5, number=200)]) == []
-    (told,) = verdict.warnings([needles("run", 0.5, number=5)])
-    assert "5 answers of single needles" in told and "97 leave ± 10" in told
-    (told,) = verdict.warnings([needles("run", 1.0, number=1)])
-    assert "run has 1 answer of single needles at a length, which leaves ±" in told
+    (text,) = verdict.warnings([needles("run", 0.5, number=5)])
+    assert "5 answers per length for single needles" in text and "97 answers give ± 10" in text
+    (text,) = verdict.warnings([needles("run", 1.0, number=1)])
+    assert "run has 1 answer per length for single needles, which gives ±" in text
     low, high = statistics.wilson(48.5, 97)
     assert (high - low) / 2 == pytest.approx(0.1, abs=0.003)
 
@@ -172,10 +186,10 @@ def test_layers_are_named_by_what_they_see():
     run = run_of("run", [], records)
     run.provenance["model"] |= {"layers": "LG", "kinds": {"L": "local, window 512, RoPE", "G": "global, NoPE"}}
     drawn = [picture for section in sections.sections([run]) if section.name == "attention" for picture in section.pictures]
-    words = {text.get_text() for picture in drawn for axes in picture.figure.axes for text in axes.get_yticklabels()}
+    ticks = {text.get_text() for picture in drawn for axes in picture.figure.axes for text in axes.get_yticklabels()}
     labels = {x.get_text() for picture in drawn for legend in picture.figure.legends for x in legend.get_texts()}
-    assert {"0 local", "1 global"} <= words and {"local, window 512, RoPE", "global, NoPE"} <= labels
-    assert "Layers: L is local, window 512, RoPE; G is global, NoPE." in sections.sections([run])[0].words
+    assert {"0 local", "1 global"} <= ticks and {"local, window 512, RoPE", "global, NoPE"} <= labels
+    assert "Layers: L is local, window 512, RoPE; G is global, NoPE." in sections.sections([run])[0].paragraphs
 
 
 def test_tasks_are_a_heat_map_by_length_and_points_at_one_length():
@@ -233,15 +247,15 @@ def test_a_figure_has_the_command_that_measures_it_anew():
     assert descriptions.command([run], "position").endswith(f" --tokens=99 --heldout=a=/b {of_all}")
     assert descriptions.command([run], "needle") == descriptions.command([run], "ruler") == ""  # no flag names their text
     run.provenance.update(data={}, mesh="one device")
-    page = html.page("title", [run], sections.sections([run]), {})
-    assert "<code>python tools/evaluate.py &#x27;--checkpoint=/runs/my run&#x27;" in page
+    page = render.page("title", [run], sections.sections([run]), [])
+    assert "<code>python tools/evaluate.py &#39;--checkpoint=/runs/my run&#39;" in page
     assert 'href="pictures/needle_0_1.png">PNG</a> <a class="file" href="tables/needle_cells.csv">CSV' in page
 
 
 def test_an_answer_of_whitespace_alone_is_called_that():
     run = run_of("run", [answer("vt", 4096, i, 0.0, given=given) for i, given in enumerate(("", " \n ", "words"))], [])
     run = run._replace(records=needles("run", 0.5).records)
-    page = html.page("title", [run], sections.sections([run]), report.files.failures([run]))
+    page = render.page("title", [run], sections.sections([run]), failures.by_task([run]))
     given = re.findall(r"<dd>(.*?)</dd>", page)
     assert {"<i>nothing</i>", "<i>only whitespace (3 characters)</i>", "<code>words</code>"} <= set(given)
 

@@ -52,28 +52,28 @@ def command(runs: Sequence[Run], evaluation: str) -> str:
     steps = [run.provenance.get("step") for run in runs]
     flags += [("step", step) for step in (steps if len(set(steps)) > 1 else steps[:1]) if None not in steps]
     flags += [("suite", evaluation), ("lengths", _listed(lengths))]
-    of_asked = ("samples", "seed") if evaluation in ASKED else ("tokens",) if evaluation != "attention_mass" else ()
-    flags += [(name, settings.get(name)) for name in of_asked]
-    of_one = {"needle": "depths", "harness": "tasks", "ruler": "ruler_tasks"}.get(evaluation)
-    if of_one and _listed(settings.get(of_one)) != _listed([*RULER]):
-        flags.append((of_one, _listed(settings.get(of_one))))
+    sizes = ("samples", "seed") if evaluation in ASKED else ("tokens",) if evaluation != "attention_mass" else ()
+    flags += [(name, settings.get(name)) for name in sizes]
+    choice = {"needle": "depths", "harness": "tasks", "ruler": "ruler_tasks"}.get(evaluation)
+    if choice and _listed(settings.get(choice)) != _listed([*RULER]):
+        flags.append((choice, _listed(settings.get(choice))))
     flags += [("task_path", settings.get("task_path"))] if evaluation == "harness" else []
-    flags += [(name, value) for name in files for value in _several(data.get(name))]
+    flags += [(name, value) for name in files for value in _as_list(data.get(name))]
     flags.append(("mesh", _mesh(runs[0].provenance.get("mesh"))))
     trusts = "heldout" in files and not data.get("heldout") and data.get("trust_checkpoint_data")
-    words = [f"--{name}={value}" for name, value in flags if value not in (None, "")]
-    words += ["--trust_checkpoint_data"] * bool(trusts)
-    words += ["--compat"] * (evaluation == "ruler" and runs[0].compat) + ["--out=DIR"]
-    return escape.label(f"python tools/evaluate.py {shlex.join(words)}")
+    arguments = [f"--{name}={value}" for name, value in flags if value not in (None, "")]
+    arguments += ["--trust_checkpoint_data"] * bool(trusts)
+    arguments += ["--compat"] * (evaluation == "ruler" and runs[0].compat) + ["--out=DIR"]
+    return escape.label(f"python tools/evaluate.py {shlex.join(arguments)}")
 
 
-def _several(value: str | Sequence[str] | None) -> Sequence[str | None]:
+def _as_list(value: str | Sequence[str] | None) -> Sequence[str | None]:
     return [value] if value is None or isinstance(value, str) else value
 
 
-def _mesh(said: str | None) -> str | None:
+def _mesh(mesh: str | None) -> str | None:
     """The flag's form of the mesh that run.json names: "context 4 x tensor 2" as "context=4,tensor=2"."""
-    return said.replace(" x ", ",").replace(" ", "=") if said and MESH.fullmatch(said) else None
+    return mesh.replace(" x ", ",").replace(" ", "=") if mesh and MESH.fullmatch(mesh) else None
 
 
 def _listed(values: object) -> str | None:

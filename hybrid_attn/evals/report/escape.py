@@ -1,11 +1,10 @@
-"""Text from files made safe for a page, Markdown, CSV, a picture and a file name.
+"""Text from files made safe for Markdown, CSV, a picture and a file name; templates escape HTML by themselves.
 
 Names of runs, sources and tasks, answers and config values are whatever a file says. Each function here is for one output.
 """
 
 import hashlib
 import re
-from html import escape
 
 from hybrid_attn.characters import visible
 
@@ -19,16 +18,11 @@ LONGEST = 80  # characters of a file name
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 
 
-def html(text: str) -> str:
-    """For an element or a quoted attribute."""
-    return escape(visible(text))
-
-
 def markdown(text: str) -> str:
     """For a line or a cell of Markdown: no tag, link, emphasis, code, formula, heading or list of the text's own."""
     line = " ".join(visible(text).split())
-    line = TAG.sub(lambda found: {"&": "&amp;", "<": "&lt;"}[found[0]], line)
-    return MARKUP.sub(lambda found: f"\\{found[0]}", line)
+    line = TAG.sub(lambda match: {"&": "&amp;", "<": "&lt;"}[match[0]], line)
+    return MARKUP.sub(lambda match: f"\\{match[0]}", line)
 
 
 def csv(value: str | int | float | None) -> str | int | float | None:
@@ -48,5 +42,5 @@ def file_name(name: str) -> str:
     if SAFE.fullmatch(name) and len(name) <= LONGEST:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    kept = re.sub(r"[^A-Za-z0-9_-]", "_", name)[: LONGEST - len(digest) - 1]
-    return f"{kept if SAFE.match(kept) else f'_{kept[1:]}'}-{digest}"
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", name)[: LONGEST - len(digest) - 1]
+    return f"{safe if SAFE.match(safe) else f'_{safe[1:]}'}-{digest}"

@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hybrid_attn.evals.report import contents, escape, overview, tables, verdict
+from hybrid_attn.evals.report import contents, escape, failures, overview, tables
+from hybrid_attn.evals.report.failures import Task
 from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.report.wrong import failures
+from hybrid_attn.evals.report.tables import Table
 from hybrid_attn.evals.ruler.scores import postprocess
 from hybrid_attn.files import write_atomically
 from hybrid_attn.trees import check
@@ -24,26 +25,29 @@ def write(out: Path, runs: Sequence[Run]) -> str:
     names = [run.name for run in runs]
     check(len(set(names)) == len(names), f"runs of a report have a name each, and these are {', '.join(names)}")
     check_drawing()
-    from hybrid_attn.evals.report import canvas, html, sections  # matplotlib takes a second to import
+    from hybrid_attn.evals.report import canvas, render, sections  # matplotlib takes a second to import
 
-    found, wrong = sections.sections(runs), failures(runs)
-    drawn = [picture for section in found for picture in section.pictures]
-    written = [table for section in found for table in (*section.tables, *section.folded)]
+    parts, failed = sections.sections(runs), failures.by_task(runs)
+    pictures = [picture for section in parts for picture in section.pictures]
+    shown = [table for section in parts for table in (*section.tables, *section.folded)]
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
-    _replace(out / "pictures", {f"{escape.file_name(picture.name)}.png": canvas.png(picture) for picture in drawn})
-    values = {f"{escape.file_name(table.name)}.csv": tables.comma_separated(table) for table in written}
+    _replace(out / "pictures", {f"{escape.file_name(picture.name)}.png": canvas.png(picture) for picture in pictures})
+    values = {f"{escape.file_name(table.name)}.csv": tables.comma_separated(table) for table in shown}
     of_ruler = {f"ruler/{name}": text for run in runs for name, text in _ruler_files(run).items()}
     _replace(out / "tables", values | of_ruler)
-    write_atomically(out / "results.json", _json(runs, written, wrong))
-    write_atomically(out / "report.md", _markdown(title, runs, found, wrong))
-    write_atomically(out / "report.html", html.page(title, runs, found, wrong))
+    write_atomically(out / "results.json", _json(runs, shown, failed))
+    write_atomically(out / "report.md", render.markdown(title, runs, parts, failed))
+    write_atomically(out / "report.html", render.page(title, runs, parts, failed))
     return overview.terminal(runs)
 
 
 def check_drawing() -> None:
-    """ValueError where pictures cannot be drawn."""
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("a report has pictures, and matplotlib is not installed: pip install matplotlib")
+    """ValueError where a library that draws pictures or fills templates is missing."""
+    for name in ("matplotlib", "jinja2"):
+        check(
+            importlib.util.find_spec(name) is not None,
+            f"a report needs {name}, and {name} is not installed: pip install {name}",
+        )
 
 
 def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
@@ -54,8 +58,8 @@ def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
     for path in files:
         check(all(map(escape.SAFE.fullmatch, path.split("/"))), f"{path!r} cannot be the name of a file of a report")
     new, old = (directory.with_name(f"{directory.name}.{name}") for name in ("part", "old"))
-    for left in (new, old):
-        _remove(left)
+    for leftover in (new, old):
+        _remove(leftover)
     new.mkdir(parents=True)
     for name, content in files.items():
         write_atomically(new / name, content)
@@ -85,34 +89,18 @@ def _ruler_files(run: Run) -> dict[str, str]:
             ["Score", *(round(r["score"], 2) for r in records)],
             ["Nulls", *(f"{r['nulls']}/{r['samples']}" for r in records)],
         ]
-        given = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
-        submission = [["Task", "ID", "Prediction"], *([x["task"], x["index"], postprocess(x["given"])] for x in given)]
+        answers = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
+        submission = [["Task", "ID", "Prediction"], *([x["task"], x["index"], postprocess(x["given"])] for x in answers)]
         for name, lines in (("summary", summary), ("submission", submission)):
             files[f"{escape.file_name(run.name)}/{length}/{name}.csv"] = tables.lines_of(lines)
     return files
 
 
-def _json(runs: Sequence[Run], written: Sequence, wrong: Mapping) -> str:
+def _json(runs: Sequence[Run], shown: Sequence[Table], failed: Sequence[Task]) -> str:
     """Records and provenance by run, every table's rows, and the questions that the page shows."""
-    told = {
+    content = {
         "runs": {run.name: {"provenance": run.provenance, "records": run.records} for run in runs},
-        "tables": {x.name: [dict(zip([c.name for c in x.columns], row, strict=True)) for row in x.rows] for x in written},
-        "failures": {task: [failure._asdict() for failure in found] for task, (_, found) in wrong.items()},
+        "tables": {x.name: [dict(zip([c.name for c in x.columns], row, strict=True)) for row in x.rows] for x in shown},
+        "failures": {task.name: [x.question | {"given": x.answers} for x in task.examples] for task in failed},
     }
-    return json.dumps(told, indent=1, allow_nan=False) + "\n"
-
-
-def _markdown(title: str, runs: Sequence[Run], found: Sequence, wrong: Mapping) -> str:
-    """The verdict and the sections with links to their pictures, without HTML; answers that were wrong are counted."""
-    text = escape.markdown
-    parts = [f"# {text(title)}\n", *(f"{text(x)}\n" for x in verdict.sentences(runs))]
-    parts += [f"**{text(x)}**\n" for x in verdict.warnings(runs)]
-    for section in found:
-        parts.append(f"## {text(section.title)}\n")
-        parts += [f"{text(x)}\n" for x in section.words]
-        parts += [f"![{text(x.caption)}](pictures/{escape.file_name(x.name)}.png)\n" for x in section.pictures]
-        parts += [tables.markdown(table) for table in section.tables]
-    if wrong:
-        counted = [f"- {text(task)}: {text(missed)}" for task, (missed, _) in wrong.items()]
-        parts.append("\n".join(["## Wrong answers\n", *counted, ""]))
-    return "\n".join(parts)
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from hybrid_attn.evals.report import contents
-from hybrid_attn.evals.report.canvas import MUTED, PAPER, RUNS, styled
+from hybrid_attn.evals.report.canvas import MUTED, PAPER, RUNS, WIDTH, panels, single, styled
 from hybrid_attn.evals.report.pictures import side_label
 from hybrid_attn.evals.report.statistics import Difference
 from hybrid_attn.evals.report.tables import signed, tokens
@@ -30,13 +31,11 @@ def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, t
     `shares` has them by length and depth. A white dashed line parts the lengths up to that of training from those beyond it.
     """
     cells = np.array([[shares.get((length, depth), math.nan) for length in lengths] for depth in depths])
-    width = 4.9 if len(lengths) > 2 else 2.1 + 0.9 * len(lengths)
-    figure = Figure(figsize=(width, 1.5 + 0.29 * min(max(len(depths), 4), 16)), layout="constrained")
-    axes = figure.subplots()
-    _scores(figure, axes, cells, 1)
-    _cells_named(axes, [tokens(length) for length in lengths], [f"{depth:g}" for depth in depths])
-    axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel("depth of the needle (%)")
+    width = WIDTH if len(lengths) > 2 else 2.1 + 0.9 * len(lengths)
+    figure, axes = single(1.5 + 0.29 * min(max(len(depths), 4), 16), width)
+    _scale(figure, axes, _scores(axes, cells, 1), ticks=[0, 0.5, 1])
+    _name_cells(axes, [tokens(length) for length in lengths], [f"{depth:g}" for depth in depths])
+    axes.set(xlabel="context length (tokens)", ylabel="depth of the needle (%)")
     _mark_beyond(axes, lengths, trained)
     return figure
 
@@ -45,42 +44,45 @@ def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, t
 def task_map(runs: Sequence[tuple[str, Mapping[tuple[str, int], float], int]], tasks: Sequence[str]) -> Figure:
     """Tasks down, lengths across, scores from 0 to 100; a panel for each run: its name, scores by task and length, training."""
     lengths = sorted({length for _, scores, _ in runs for _, length in scores})
-    across = min(len(runs), 3)
-    down = -(-len(runs) // across)
-    beside = 0.5 + 0.085 * max(len(side_label(task)) for task in tasks)  # inches
-    width = max(4.9 if across < 3 else 0, beside + across * max(1.3, 0.62 * len(lengths)))
-    figure = Figure(figsize=(width, 0.9 + down * (0.55 + 0.25 * max(len(tasks), 3))), layout="constrained")
-    grid = figure.subplots(down, across, sharey=True, squeeze=False)
+    across, names = min(len(runs), 3), [side_label(task) for task in tasks]
+    beside = 0.5 + 0.085 * max(map(len, names))  # inches
+    width = max(WIDTH if across < 3 else 0, beside + across * max(1.3, 0.62 * len(lengths)))
+    height = 0.9 + -(-len(runs) // across) * (0.55 + 0.25 * max(len(tasks), 3))
+    figure, grid = panels(len(runs), across, (width, height))
     for axes, (name, scores, trained) in zip(grid.flat, runs, strict=False):
-        cells = np.array([[scores.get((task, length), math.nan) for length in lengths] for task in tasks])
-        _scores(figure, axes, cells, 100, bar=False)
-        _cells_named(axes, [tokens(length) for length in lengths], [side_label(task) for task in tasks])
+        _scores(axes, np.array([[scores.get((task, length), math.nan) for length in lengths] for task in tasks]), 100)
+        _name_cells(axes, [tokens(length) for length in lengths], names)
         _mark_beyond(axes, lengths, trained)
-        axes.set_title(side_label(name) if len(runs) > 1 else "")
-        axes.set_xlabel("length (tokens)")
-    for axes in grid.flat[len(runs) :]:
-        axes.set_visible(False)
+        axes.set(title=side_label(name) if len(runs) > 1 else "", xlabel="length (tokens)")
     grid[0, 0].set_ylim(len(tasks), 0)
     return figure
 
 
-def _scores(figure: Figure, axes: Axes, cells: np.ndarray, top: float, bar: bool = True) -> None:
-    image = axes.pcolormesh(cells, cmap=SCORES, vmin=0, vmax=top, edgecolors=PAPER, linewidth=0.8)
+def _coloured(axes: Axes, cells: np.ndarray, colours: Colormap, low: float, high: float) -> QuadMesh:
+    return axes.pcolormesh(cells, cmap=colours, vmin=low, vmax=high, edgecolors=PAPER, linewidth=0.8)
+
+
+def _scores(axes: Axes, cells: np.ndarray, top: float) -> QuadMesh:
+    """Cells in colours from 0 to `top`, with numbers where there is room."""
     if max(cells.shape) <= MOST_NUMBERS:
         _numbers(axes, cells, top)
-    if bar:
-        scale = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02, ticks=[0, top / 2, top])
-        scale.outline.set_visible(False)
+    return _coloured(axes, cells, SCORES, 0, top)
+
+
+def _scale(figure: Figure, axes: Axes, image: QuadMesh, label: str = "", ticks: Sequence[float] | None = None) -> None:
+    bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02, ticks=ticks)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
 
 
 def _mark_beyond(axes: Axes, lengths: Sequence[int], trained: int) -> None:
     beyond = sum(length <= trained for length in lengths)
     if beyond < len(lengths):
-        axes.axvline(beyond, color=DARK, linewidth=4.5, clip_on=False)  # whole at the edge, too
+        axes.axvline(beyond, color=DARK, linewidth=4.5, clip_on=False)  # not cut off at the edge
         axes.axvline(beyond, color=LIGHT, linewidth=2.2, linestyle=(0, (3, 1.6)), clip_on=False)
 
 
-def _cells_named(axes: Axes, across: Sequence[str], down: Sequence[str]) -> None:
+def _name_cells(axes: Axes, across: Sequence[str], down: Sequence[str]) -> None:
     axes.grid(False)
     if not axes.yaxis_inverted():
         axes.invert_yaxis()
@@ -101,39 +103,33 @@ def _numbers(axes: Axes, cells: np.ndarray, top: float) -> None:
 
 
 @styled
-def heads(values: np.ndarray, rows: Sequence[str], most: float, label: str) -> Figure:
-    """A heat map of layers down and heads across; `rows` names the layers, the scale is 0 to `most`.
+def heads(values: np.ndarray, names: Sequence[str], most: float, label: str) -> Figure:
+    """A heat map of layers down and heads across, with the names of the layers; the scale is 0 to `most`.
 
     A layer without a number has a window that does not reach the needle.
     """
-    figure = Figure(figsize=(4.9, 1.4 + 0.24 * min(max(len(rows), 5), 28)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.pcolormesh(values, cmap=AMOUNTS, vmin=0, vmax=most, edgecolors=PAPER, linewidth=0.8)
-    _cells_named(axes, [str(head) for head in range(values.shape[1])], rows)
-    axes.set_yticks(
-        np.arange(len(rows)) + 0.5, map(side_label, rows), fontsize=9.5 if len(rows) <= 16 else 7 if len(rows) <= 40 else 5
-    )
+    figure, axes = single(1.4 + 0.24 * min(max(len(names), 5), 28))
+    image = _coloured(axes, values, AMOUNTS, 0, most)
+    _name_cells(axes, [str(head) for head in range(values.shape[1])], names)
+    size = 9.5 if len(names) <= 16 else 7 if len(names) <= 40 else 5
+    axes.set_yticks(np.arange(len(names)) + 0.5, map(side_label, names), fontsize=size)
     for row in np.flatnonzero(np.isnan(values).all(1)):
         axes.text(values.shape[1] / 2, row + 0.5, "out of reach", color=MUTED, **CENTRED)
-    axes.set_xlabel("head")
-    axes.set_ylabel("layer")
-    bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02)
-    bar.set_label(label)
-    bar.outline.set_visible(False)
+    axes.set(xlabel="head", ylabel="layer")
+    _scale(figure, axes, image, label)
     return figure
 
 
 @styled
-def differences(found: Sequence[Difference], number: int) -> Figure:
+def differences(differences: Sequence[Difference], number: int) -> Figure:
     """Tasks down, lengths across: the difference of scores, in the colour of the better run where it is clear.
 
     `number` is that of the run which is compared with the first.
     """
-    tasks, lengths = list(dict.fromkeys(x.task for x in found)), sorted({x.length for x in found})
+    tasks, lengths = list(dict.fromkeys(x.task for x in differences)), sorted({x.length for x in differences})
     cells = np.full((len(tasks), len(lengths)), math.nan)
-    figure = Figure(figsize=(4.9, 1.2 + 0.27 * max(len(tasks), 3)), layout="constrained")
-    axes = figure.subplots()
-    for x in found:
+    figure, axes = single(1.2 + 0.27 * max(len(tasks), 3))
+    for x in differences:
         row, column = tasks.index(x.task), lengths.index(x.length)
         clear = contents.verdict(x) != "unclear"
         cells[row, column] = x.difference if clear else 0
@@ -141,9 +137,8 @@ def differences(found: Sequence[Difference], number: int) -> Figure:
         weight = "bold" if clear else "normal"
         axes.text(column + 0.5, row + 0.5, signed(2)(x.difference), color=colour, fontweight=weight, **CENTRED)
     towards = LinearSegmentedColormap.from_list("towards", (RUNS[0], "#eef0f2", RUNS[number % len(RUNS)]))
-    image = axes.pcolormesh(cells, cmap=towards, vmin=-1, vmax=1, edgecolors=PAPER, linewidth=0.8)
-    _cells_named(axes, [tokens(length) for length in lengths], [side_label(task) for task in tasks])
+    image = _coloured(axes, cells, towards, -1, 1)
+    _name_cells(axes, [tokens(length) for length in lengths], [side_label(task) for task in tasks])
     axes.set_xlabel("length (tokens)")
-    bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02, ticks=[-1, 0, 1])
-    bar.outline.set_visible(False)
+    _scale(figure, axes, image, ticks=[-1, 0, 1])
     return figure

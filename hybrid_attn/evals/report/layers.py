@@ -1,5 +1,6 @@
 """What layers are called in a report: by what they see and how positions enter, not by the letters of a config."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from hybrid_attn.config import LayerType, reach
@@ -8,23 +9,23 @@ from hybrid_attn.evals.report.runs import Run
 LONGEST_LAYOUT = 8  # letters that are shown one by one
 
 
-def name(kind: LayerType) -> str:
+def name(layer_type: LayerType) -> str:
     """Such as "local, window 512, RoPE" or "global, NoPE"."""
-    seen = reach(kind)
-    return f"{f'local, {seen}' if seen else 'global'}, {'NoPE' if kind.rope_theta is None else 'RoPE'}"
+    limit = reach(layer_type)
+    return f"{f'local, {limit}' if limit else 'global'}, {'NoPE' if layer_type.rope_theta is None else 'RoPE'}"
 
 
-def names(kinds: Mapping[str, LayerType]) -> dict[str, str]:
+def names(layer_types: Mapping[str, LayerType]) -> dict[str, str]:
     """The name of each letter; letters whose names would be the same keep the letter behind it."""
-    called = {letter: name(kind) for letter, kind in kinds.items()}
-    same = {x for x in called.values() if [*called.values()].count(x) > 1}
-    return {letter: f"{x} ({letter})" if x in same else x for letter, x in called.items()}
+    by_letter = {letter: name(layer_type) for letter, layer_type in layer_types.items()}
+    counts = Counter(by_letter.values())
+    return {letter: f"{x} ({letter})" if counts[x] > 1 else x for letter, x in by_letter.items()}
 
 
-def short(called: str) -> str:
+def short(name: str) -> str:
     """The first word of a name: "local" or "global"; all of another."""
-    first = called.partition(",")[0]
-    return first if first in ("local", "global") else called
+    first = name.partition(",")[0]
+    return first if first in ("local", "global") else name
 
 
 def layout(letters: str | None) -> str | None:
@@ -32,21 +33,19 @@ def layout(letters: str | None) -> str | None:
     if letters is None or len(letters) <= LONGEST_LAYOUT:
         return letters
     for size in range(1, len(letters) // 2 + 1):
-        times, rest = divmod(len(letters), size)
+        times, remainder = divmod(len(letters), size)
         period, tail = letters[:size], letters[times * size :]
-        if letters == period * times + period[:rest]:
+        if letters == period * times + period[:remainder]:
             return f"{times}×{period}" + (f" + {tail}" if tail else "")
     return letters if len(letters) <= 40 else f"{letters[:20]}…{letters[-10:]} ({len(letters)})"
 
 
-def told(runs: Sequence[Run]) -> list[str]:
+def meanings(runs: Sequence[Run]) -> list[str]:
     """What the letters of the layouts are, once where runs agree."""
-    meanings: dict[str, list[str]] = {}
+    by_text: dict[str, list[str]] = {}
     for run in runs:
         letters = run.provenance["model"].get("layers") or ""
-        known = "; ".join(f"{letter} is {called}" for letter, called in run.kinds.items() if letter in letters)
-        if known:
-            meanings.setdefault(known, []).append(run.name)
-    if len(meanings) == 1:
-        return [f"Layers: {text}." for text in meanings]
-    return [f"Layers of {', '.join(names)}: {text}." for text, names in meanings.items()]
+        text = "; ".join(f"{letter} is {name}" for letter, name in run.kinds.items() if letter in letters)
+        if text:
+            by_text.setdefault(text, []).append(run.name)
+    return [f"Layers{' of ' + ', '.join(names) if len(by_text) > 1 else ''}: {text}." for text, names in by_text.items()]

@@ -6,40 +6,38 @@ from collections.abc import Sequence
 from hybrid_attn.evals.report import contents, escape, pictures
 from hybrid_attn.evals.report.canvas import Picture
 from hybrid_attn.evals.report.descriptions import PARTS
+from hybrid_attn.evals.report.records import grouped
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.section import Section
 from hybrid_attn.evals.report.tables import tokens
 from hybrid_attn.evals.report.verdict import gain
 
 NEAR = 0.75  # of the loss by chance, from where on a picture shows it
-INTERVALS = "Bands are intervals of 95%: a normal one from the losses of rows."
+INTERVALS = "Bands are normal intervals of 95% from the losses of single rows."
 
 
 def position(runs: Sequence[Run]) -> list[Section]:
     """Loss by position, a picture for each source and part of the tokens, a panel for each length of rows."""
-    drawn, marks = [], [run.trained for run in runs]
-    buckets = [(i, run.name, r) for i, run in enumerate(runs) for r in run.of("position") if "first" in r]
-    for source in dict.fromkeys(r["source"] for *_, r in buckets):
-        of_source = [(i, name, r) for i, name, r in buckets if r["source"] == source]
-        for part in dict.fromkeys(contents.part(r) for *_, r in of_source):
-            panels: dict[str, dict[tuple[str, int], list[dict]]] = {}
-            for i, name, r in sorted(of_source, key=lambda x: (x[2]["length"], x[0])):
-                if contents.part(r) == part:
-                    panels.setdefault(f"rows of {tokens(r['length'])}", {}).setdefault((name, i), []).append(r)
-            lines = {title: [(*line, several) for line, several in x.items()] for title, x in panels.items()}
-            beside = (bigrams(runs, source) if part == "all" else {}) | chance(runs, [r["loss"] for *_, r in of_source])
-            figure = pictures.loss_by_position(lines, marks, beside)
-            caption = _finding(runs, source, part) or f"{source}: {PARTS.get(part, part)}."
+    drawn, buckets = [], [(i, run, r) for i, run in enumerate(runs) for r in run.of("position") if "first" in r]
+    for source, of_source in grouped(buckets, lambda x: x[2]["source"]).items():
+        level = chance(runs, [r["loss"] for *_, r in of_source])
+        for part, of_part in grouped(of_source, lambda x: contents.part(x[2])).items():
+            lines: dict[str, list[tuple[str, int, list[dict]]]] = {}
+            for (length, i), line in sorted(grouped(of_part, lambda x: (x[2]["length"], x[0])).items()):
+                lines.setdefault(f"rows of {tokens(length)}", []).append((runs[i].name, i, [r for *_, r in line]))
+            baselines = (bigrams(runs, source) if part == "all" else {}) | level
+            figure = pictures.loss_by_position(lines, [run.trained for run in runs], baselines)
+            what = f"{source}, {PARTS.get(part, part)}."
+            caption = _finding(runs, source, part) or what.replace(f"{source}, ", f"{source}: ", 1)
             name = f"loss_{escape.file_name(source)}_{part}"
-            note = f"{source}, {PARTS.get(part, part)}. {INTERVALS}"
-            drawn.append(Picture(name, caption, figure, len(panels) > 2, note, "loss_by_position"))
-    words = [
-        "What a token costs by its position in the document: a model that reads its context pays less further on, and one "
-        "that cannot go beyond its length of training pays more there. Chance is the loss where all tokens of the vocabulary "
-        f"are equally likely, and drawn where a loss exceeds {NEAR:.0%} of it."
+            drawn.append(Picture(name, caption, figure, f"{what} {INTERVALS}", "loss_by_position"))
+    paragraphs = [
+        "The loss of a token by its position in the document. If a model reads its context, the loss is lower at later "
+        "positions; if it cannot go beyond its length of training, the loss is higher there. Chance is the loss when all "
+        f"tokens of the vocabulary are equally likely; its line is shown where a loss exceeds {NEAR:.0%} of it."
     ]
-    words += _unreached(runs) + _unlike(runs, "position")
-    return [Section("loss", "Loss", words, drawn, [contents.position(runs)], [contents.positions(runs)], "position")]
+    paragraphs += _unreached(runs) + _unlike(runs, "position")
+    return [Section("loss", "Loss", paragraphs, drawn, [contents.position(runs)], [contents.positions(runs)], "position")]
 
 
 def _finding(runs: Sequence[Run], source: str, part: str) -> str:
@@ -47,8 +45,8 @@ def _finding(runs: Sequence[Run], source: str, part: str) -> str:
     for run in runs:
         totals = [r for r in run.of("position") if "first" not in r and (r["source"], contents.part(r)) == (source, part)]
         record = next((r for r in totals if r["length"] == run.trained), totals[0] if totals else None)
-        if record and part == "all" and (told := gain(run, record)):
-            return f"{run.name}, {source}: {told}."
+        if record and part == "all" and (text := gain(run, record)):
+            return f"{run.name}, {source}: {text}."
         if record and part != "all" and record["loss"] is not None:
             return f"{run.name}, {source}: {PARTS[part]} cost {record['loss']:.2f} nats in rows of {tokens(record['length'])}."
     return ""
@@ -56,17 +54,16 @@ def _finding(runs: Sequence[Run], source: str, part: str) -> str:
 
 def bigrams(runs: Sequence[Run], source: str) -> dict[str, float]:
     """What bigram models lose on a source, in nats per token of the runs' own tokenizers; once where they agree."""
-    found: dict[str, float] = {}
+    losses: dict[str, float] = {}
     for run in runs:
         totals = [r for r in run.of("position") if contents.is_total(r) and r["source"] == source]
         rates = [r["loss"] / r["bits_per_byte"] for r in totals if r["loss"] and r.get("bits_per_byte")]
-        for r in run.of("bigram"):
-            if r["source"] == source and rates:
-                found[f"bigram of {run.name}"] = r["bits_per_byte"] * rates[0]
-    values = [*found.values()]
-    if values and all(math.isclose(values[0], value, rel_tol=1e-3) for value in values):
-        return {"bigram": values[0]}
-    return found
+        bits = [r["bits_per_byte"] for r in run.of("bigram") if r["source"] == source]
+        if rates and bits:
+            losses[f"bigram of {run.name}"] = bits[-1] * rates[0]
+    values = [*losses.values()]
+    agree = values and all(math.isclose(values[0], value, rel_tol=1e-3) for value in values)
+    return {"bigram": values[0]} if agree else losses
 
 
 def chance(runs: Sequence[Run], losses: Sequence[float | None]) -> dict[str, float]:
@@ -74,24 +71,21 @@ def chance(runs: Sequence[Run], losses: Sequence[float | None]) -> dict[str, flo
 
     Only where one of `losses` is near: far above the curves, such a line would flatten them.
     """
-    found = {f"chance of {run.name}": run.chance for run in runs if run.of("position") and run.chance is not None}
+    levels = {f"chance of {run.name}": run.chance for run in runs if run.of("position") and run.chance is not None}
     highest = max((x for x in losses if x is not None), default=0.0)
-    if len({*found.values()}) == 1:
-        found = {"chance": next(iter(found.values()))}
-    return {name: loss for name, loss in found.items() if highest > NEAR * loss}
+    if len({*levels.values()}) == 1:
+        levels = {"chance": next(iter(levels.values()))}
+    return {name: loss for name, loss in levels.items() if highest > NEAR * loss}
 
 
 def _unreached(runs: Sequence[Run]) -> list[str]:
     """Which rows are longer than all that was read of documents in them."""
-    short: dict[tuple[str, str, int], list[int]] = {}
-    for run in runs:
-        for (source, length), end in contents.ends(run).items():
-            if end < length:
-                short.setdefault((run.name, source, end), []).append(length)
+    ends = [(run.name, source, end, length) for run in runs for (source, length), end in contents.ends(run).items()]
+    short = grouped((x for x in ends if x[2] < x[3]), lambda x: x[:3])
     return [
-        f"{name}, {source}: in rows of {', '.join(map(tokens, lengths))} no document that was read reaches beyond "
-        f"{end:,} tokens; more --tokens read more documents."
-        for (name, source, end), lengths in short.items()
+        f"{name}, {source}: in rows of {', '.join(tokens(x[3]) for x in items)} no document that was read is longer than "
+        f"{end:,} tokens; set --tokens higher to read more."
+        for (name, source, end), items in short.items()
     ]
 
 
@@ -101,20 +95,20 @@ def _unlike(runs: Sequence[Run], evaluation: str) -> list[str]:
     for run in runs:
         for source in {r["source"] for r in run.of(evaluation)}:
             read.setdefault(source, set()).add(run.provenance.get("heldout", {}).get(source))
-    words = [
-        f"{source}: the runs read other held-out documents of this name; their losses do not compare."
+    paragraphs = [
+        f"{source}: the runs read different held-out documents under this name; their losses cannot be compared."
         for source in sorted(read)
         if len(read[source]) > 1
     ]
     if len({run.provenance.get("tokenizer") for run in runs if run.of(evaluation)}) > 1:
-        words.append("The runs have other tokenizers: the loss of a token does not compare, bits per byte do.")
-    return words
+        paragraphs.append("The runs have different tokenizers: compare their bits per byte, not their losses per token.")
+    return paragraphs
 
 
 def key_tokens(runs: Sequence[Run]) -> list[Section]:
-    words = [
-        "Tokens that the context farther away than the near one makes likely: the loss is over these alone. Each model says "
-        "for itself which they are, so that losses of two models are not over the same tokens."
+    paragraphs = [
+        "Key tokens are those that the far context makes more likely than the near context alone does; the loss is over these "
+        "tokens only. Each model has its own key tokens, so that the losses of two models are not over the same tokens."
     ]
-    words += _unlike(runs, "key_tokens")
-    return [Section("key_tokens", "Key tokens", words, [], [contents.key_tokens(runs)], [], "key_tokens")]
+    paragraphs += _unlike(runs, "key_tokens")
+    return [Section("key_tokens", "Key tokens", paragraphs, [], [contents.key_tokens(runs)], [], "key_tokens")]

@@ -9,11 +9,11 @@ from hybrid_attn.evals.ruler.scores import averages
 
 MEANINGS = {
     "RULER Avg.": "RULER's mean over tasks and lengths",
-    "needles": "the share found at all lengths and depths, of those asked for alone and of several together",
-    "recall": "the share of right answers at the longest length, in the first of the tasks",
-    "loss": "of the held-out text of one source, in nats, at the length of training",
-    "bits per byte": "the same loss by the bytes of the text",
-    "bigram": "bits per byte of a bigram model on that text",
+    "needles": "the share of needles found, over all lengths, depths and numbers of needles",
+    "recall": "the share of right answers in the first task, at the longest length",
+    "loss": "nats per token on held-out text of one source, at the length of training",
+    "bits per byte": "the same loss per byte of the text",
+    "bigram": "the bits per byte of a bigram model on that text",
 }
 
 
@@ -26,8 +26,8 @@ def table(runs: Sequence[Run]) -> Table:
         *(Column("bits per byte", fixed(3)), Column("bigram", fixed(3)), Column("of source")),
     ]
     rows = [_row(run) for run in runs]
-    kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
-    return Table("overview", "The runs", [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    filled = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    return Table("overview", "The runs", [columns[i] for i in filled], [[row[i] for i in filled] for row in rows])
 
 
 def _row(run: Run) -> list:
@@ -48,12 +48,12 @@ def _row(run: Run) -> list:
     ]
 
 
-def meanings(shown: Table) -> list[str]:
+def meanings(overview: Table) -> list[str]:
     """What the columns of an overview are."""
-    return [f"{column.name}: {MEANINGS[column.name]}." for column in shown.columns if column.name in MEANINGS]
+    return [f"{column.name}: {MEANINGS[column.name]}." for column in overview.columns if column.name in MEANINGS]
 
 
 def terminal(runs: Sequence[Run]) -> str:
     """The overview and the verdict, for the end of a program's output."""
-    found = [*verdict.sentences(runs), *(f"warning: {text}" for text in verdict.warnings(runs))]
-    return "\n".join([tables.plain(table(runs)), *map(escape.label, found)])
+    sentences = [*verdict.sentences(runs), *(f"warning: {text}" for text in verdict.warnings(runs))]
+    return "\n".join([tables.plain(table(runs)), *map(escape.label, sentences)])

@@ -12,7 +12,7 @@ class Section(NamedTuple):
 
     name: str
     title: str
-    words: Sequence[str]
+    paragraphs: Sequence[str]
     pictures: Sequence[Picture]
     tables: Sequence[Table]
     folded: Sequence[Table]

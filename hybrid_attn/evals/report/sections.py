@@ -27,7 +27,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 def _overview(runs: Sequence[Run]) -> Section:
     table = overview.table(runs)
     words = [" ".join(told)] if (told := overview.meanings(table)) else []
-    return Section("overview", "At a glance", [*words, *layers.told(runs)], [], [table], [])
+    return Section("overview", "At a glance", [*words, *layers.meanings(runs)], [], [table], [])
 
 
 def _attention(runs: Sequence[Run]) -> list[Section]:
@@ -39,7 +39,7 @@ def _attention(runs: Sequence[Run]) -> list[Section]:
         "tokens; token 0 is the share of the very first. Crosses: layers whose window does not reach the needle. Single heads, "
         "and weights by position without the first 10 and the last 3% of the keys, are drawn at the longest length."
     ]
-    drawn = attention.drawn(runs)
+    drawn = attention.pictures(runs)
     return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [], "attention_mass")]
 
 
@@ -60,7 +60,7 @@ def _comparison(runs: Sequence[Run]) -> list[Section]:
             caption = f"{name} against {first}: of {len(several)} comparisons {', '.join(counts)}."
             note = f"{name} less {first}; in bold and in the colour of the better run where it is clear."
             figure = heatmaps.differences(several, number)
-            drawn.append(Picture(f"comparison_{number}", caption, figure, False, note, "comparison"))
+            drawn.append(Picture(f"comparison_{number}", caption, figure, note, "comparison"))
     if not any(several for _, several in found):
         return []
     words = [

@@ -49,8 +49,8 @@ def resampled_means(values: np.ndarray, key: int) -> np.ndarray:
     bits, n = np.random.Philox(key=key), len(values)
     step = max(1, DRAWS // n)
     chunks = [min(step, RESAMPLES - first) for first in range(0, RESAMPLES, step)]
-    drawn = [values[(bits.random_raw(rows * n) % np.uint64(n)).astype(np.int64)].reshape(rows, n).mean(1) for rows in chunks]
-    return np.concatenate(drawn)
+    means = [values[(bits.random_raw(rows * n) % np.uint64(n)).astype(np.int64)].reshape(rows, n).mean(1) for rows in chunks]
+    return np.concatenate(means)
 
 
 def interval(means: np.ndarray) -> tuple[float, float]:
@@ -94,40 +94,38 @@ def difference_interval(pairs: Sequence[np.ndarray], means: Sequence[np.ndarray]
 
 
 def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
-    """b against a, by task and length, on the questions that both were asked; a paired bootstrap gives the intervals.
+    """b against a, by task and length, on the questions that both answered; a paired bootstrap gives the intervals.
 
     At each length the mean over the tasks of `family` that have pairs comes first, called `name` with their number in it.
     """
-    asked = {sample_of(answer): answer["score"] for answer in a.answers}
+    scores = {sample_of(answer): answer["score"] for answer in a.answers}
     cells: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for answer in b.answers:
-        if (sample := sample_of(answer)) in asked:
-            cells.setdefault((answer["length"], answer["task"]), []).append((asked[sample], answer["score"]))
-    found = []
+        if (sample := sample_of(answer)) in scores:
+            cells.setdefault((answer["length"], answer["task"]), []).append((scores[sample], answer["score"]))
+    differences = []
     for length in sorted({length for length, _ in cells}):
         tasks = {task: np.array(pairs) for (at, task), pairs in sorted(cells.items()) if at == length}
         means = {task: resampled_means(pairs[:, 1] - pairs[:, 0], key) for key, (task, pairs) in enumerate(tasks.items())}
-        together = [task for task in tasks if task in family]
-        if len(together) > 1:
-            found.append(
-                _difference(name.format(len(together)), length, [tasks[x] for x in together], [means[x] for x in together])
-            )
-        found += [_difference(task, length, [pairs], [means[task]]) for task, pairs in tasks.items()]
-    return found
+        averaged = [task for task in tasks if task in family]
+        groups = {name.format(len(averaged)): averaged} if len(averaged) > 1 else {}
+        for title, group in [*groups.items(), *((task, [task]) for task in tasks)]:
+            differences.append(_difference(title, length, [tasks[x] for x in group], [means[x] for x in group]))
+    return differences
 
 
 def compare_rows(a: Run, b: Run) -> list[Difference]:
     """b against a on the rows that both have read: the share of right answers in each, or its mean loss in nats."""
-    read = {rows_of(a, record): record["by_row"] for record in a.records if "by_row" in record}
-    found = []
+    by_rows = {rows_of(a, record): record["by_row"] for record in a.records if "by_row" in record}
+    differences = []
     for key, record in enumerate(b.records):
-        if "by_row" in record and (theirs := read.get(rows_of(b, record))):
-            pairs = np.stack([theirs, record["by_row"]], 1)
+        if "by_row" in record and (of_a := by_rows.get(rows_of(b, record))):
+            pairs = np.stack([of_a, record["by_row"]], 1)
             loss = record["eval"] == "position"
             name = f"{'loss of' if loss else 'recall:'} {record['source']}"
             means = resampled_means(pairs[:, 1] - pairs[:, 0], key)
-            found.append(_difference(name, record["length"], [pairs], [means], loss))
-    return found
+            differences.append(_difference(name, record["length"], [pairs], [means], loss))
+    return differences
 
 
 def _difference(

@@ -1,4 +1,4 @@
-"""Tables of plain values, and their forms: HTML that sorts, CSV and Markdown."""
+"""Tables of plain values, as CSV, Markdown and plain text; a template makes HTML of their cells."""
 
 import csv
 import io
@@ -18,6 +18,15 @@ class Column(NamedTuple):
     marked: Callable[[Any], bool] = lambda value: False
 
 
+class Cell(NamedTuple):
+    """A value, its text for a reader, and the classes of its element in a page."""
+
+    value: Value
+    text: str
+    classes: str
+    marked: bool
+
+
 class Table(NamedTuple):
     """`name` is that of its files; a missing value is None."""
 
@@ -25,6 +34,21 @@ class Table(NamedTuple):
     title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Value]]
+
+    def numeric(self) -> list[bool]:
+        """Which columns have numbers."""
+        return [any(isinstance(row[i], (int, float)) for row in self.rows) for i in range(len(self.columns))]
+
+    def cells(self) -> list[list[Cell]]:
+        """What every form of the table shows."""
+        columns = [*zip(self.columns, self.numeric(), strict=True)]
+        return [[_cell(*column, value) for column, value in zip(columns, row, strict=True)] for row in self.rows]
+
+
+def _cell(column: Column, is_number: bool, value: Value) -> Cell:
+    marked = value is not None and column.marked(value)
+    text = "–" if value is None else column.show(value)
+    return Cell(value, text, " ".join(["number"] * is_number + ["marked"] * marked), marked)
 
 
 def tokens(length: int) -> str:
@@ -59,52 +83,28 @@ def signed(digits: int) -> Callable[[float], str]:
     return shown
 
 
-def html(table: Table) -> str:
-    """With what JavaScript sorts by in `data-value`."""
-    numbers = numeric(table)
-    heads = "".join(
-        f'<th scope="col"{" class=number" * is_number}><button type="button">{escape.html(column.name)}</button></th>'
-        for column, is_number in zip(table.columns, numbers, strict=True)
-    )
-    rows = "\n".join(
-        f"<tr>{''.join(_cell(*x) for x in zip(table.columns, row, numbers, strict=True))}</tr>" for row in table.rows
-    )
-    link = f' <a class="file" href="tables/{escape.file_name(table.name)}.csv">CSV</a>'
-    return (
-        f'<figure class="table" data-name="{escape.html(table.name)}"><figcaption>{escape.html(table.title)}{link}</figcaption>'
-        '<div class="scroll" tabindex="0">'
-        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div></figure>"
-    )
-
-
 def markdown(table: Table) -> str:
     """A table of GitHub's Markdown, aligned so that it reads in a terminal; a marked value is bold."""
-    lines = [[escape.markdown(column.name) for column in table.columns]]
-    for row in table.rows:
-        cells = [escape.markdown(_shown(column, value)) for column, value in zip(table.columns, row, strict=True)]
-        lines.append([f"**{x}**" if _is_marked(c, v) else x for c, v, x in zip(table.columns, row, cells, strict=True)])
-    right, widths = numeric(table), [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * (width - 1) + (":" if is_number else "-") for width, is_number in zip(widths, right, strict=True)]
-    body = "\n".join(f"| {' | '.join(_aligned(line, widths, right))} |" for line in (lines[0], rule, *lines[1:]))
-    return f"**{escape.markdown(table.title)}**\n\n{body}\n"
+    rows = [
+        [f"**{escape.markdown(cell.text)}**" if cell.marked else escape.markdown(cell.text) for cell in row]
+        for row in table.cells()
+    ]
+    head, *body = _aligned(table, [[escape.markdown(column.name) for column in table.columns], *rows], 3)
+    rule = ["-" * (len(text) - 1) + (":" if is_number else "-") for text, is_number in zip(head, table.numeric(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
 
 
 def plain(table: Table) -> str:
     """For a terminal: columns aligned, two spaces between them."""
-    lines = [[escape.label(column.name) for column in table.columns]]
-    lines += [[escape.label(_shown(*cell)) for cell in zip(table.columns, row, strict=True)] for row in table.rows]
-    right, widths = numeric(table), [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(_aligned(line, widths, right)).rstrip() for line in lines)
+    lines = [[column.name for column in table.columns], *([cell.text for cell in row] for row in table.cells())]
+    return "\n".join("  ".join(line).rstrip() for line in _aligned(table, [[*map(escape.label, line)] for line in lines]))
 
 
-def _aligned(line: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
-    cells = zip(line, widths, right, strict=True)
-    return [text.rjust(width) if is_number else text.ljust(width) for text, width, is_number in cells]
-
-
-def numeric(table: Table) -> list[bool]:
-    """Which columns have numbers."""
-    return [any(isinstance(row[i], (int, float)) for row in table.rows) for i in range(len(table.columns))]
+def _aligned(table: Table, lines: Sequence[Sequence[str]], least: int = 0) -> list[list[str]]:
+    """Lines whose cells are as wide as the widest of their column, `least` at least; numbers are at the right."""
+    widths = [max(least, *map(len, column)) for column in zip(*lines, strict=True)]
+    sides = [str.rjust if is_number else str.ljust for is_number in table.numeric()]
+    return [[side(text, width) for side, text, width in zip(sides, line, widths, strict=True)] for line in lines]
 
 
 def comma_separated(table: Table) -> str:
@@ -117,18 +117,3 @@ def lines_of(rows: Sequence[Sequence[Value]]) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([map(escape.csv, row) for row in rows])
     return out.getvalue()
-
-
-def _cell(column: Column, value: Value, is_number: bool) -> str:
-    names = [name for name, holds in (("number", is_number), ("marked", _is_marked(column, value))) if holds]
-    kind = f' class="{" ".join(names)}"' if names else ""
-    raw = "" if value is None else escape.html(str(value))
-    return f'<td{kind} data-value="{raw}">{escape.html(_shown(column, value))}</td>'
-
-
-def _shown(column: Column, value: Value) -> str:
-    return "–" if value is None else column.show(value)
-
-
-def _is_marked(column: Column, value: Value) -> bool:
-    return value is not None and column.marked(value)
