@@ -26,13 +26,13 @@ from absl import app, flags
 from jax.sharding import NamedSharding
 
 from hybrid_attn import config, config_file, programs
+from hybrid_attn.bench import measurement
+from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.config import Config
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops, init, run_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
-from hybrid_attn.train import measurement
-from hybrid_attn.train.measurement import Processes, Ready, Task
 from hybrid_attn.train.optim import decayed, schedule
 from hybrid_attn.train.step import init_state, make_step
 
