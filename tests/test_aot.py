@@ -174,7 +174,7 @@ def main_plan(case: str) -> None:
     """Plans the whole step of a case and prints a line of JSON."""
     from configs import base, hybrid_8k
     from hybrid_attn import config
-    from hybrid_attn.train import plan
+    from hybrid_attn.plan import step as plan
 
     target, axes, length, *_ = PLANS[case]
     size = case.split()[0]
@@ -210,7 +210,7 @@ def main_prompt() -> None:
     from hybrid_attn.model import flops, run_on
     from hybrid_attn.model.extend import unstacked
     from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, make_mesh
-    from hybrid_attn.train import plan
+    from hybrid_attn.plan import step as plan
 
     name, axes, length, chunk, _ = PROMPT
     c = hybrid_8k.get_config("8b")
@@ -251,7 +251,7 @@ def main(target: str) -> None:
 
     from hybrid_attn import config
     from hybrid_attn.parallel.mesh import make_mesh
-    from hybrid_attn.train import plan
+    from hybrid_attn.plan import step as plan
 
     jax.config.update("jax_disable_most_optimizations", False)
     devices = plan.find_target(target).devices

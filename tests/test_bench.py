@@ -10,8 +10,8 @@ import conftest
 import pytest
 from absl.testing import flagsaver
 
+from hybrid_attn.bench import measurement
 from hybrid_attn.programs import parse
-from hybrid_attn.train import measurement
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,7 @@ from conftest import mesh_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.parallel.collectives import axes_of, collectives, parse, replica_groups, shapes
+from hybrid_attn.plan.collectives import axes_of, collectives, parse, replica_groups, shapes
 
 T, D = 24, 20  # of a shard: float32 [24, 20] is 1,920 bytes
 SHARD = 4 * T * D

@@ -22,6 +22,8 @@ ALLOWED["infer"] |= {"data", "checkpoint", "files"}
 ALLOWED["evals"] |= {"data", "files", "characters"}
 ALLOWED["data"] |= {"files", "characters"}
 ALLOWED["train"] |= {"data", "checkpoint", "files"}
+ALLOWED["bench"] = {*LEFT_TO_RIGHT, "data", "checkpoint", "files"}
+ALLOWED["plan"] = ALLOWED["bench"] | {"bench"}
 
 
 def imported(path: Path) -> set[str]:

@@ -133,7 +133,7 @@ def test_a_tpu_needs_the_compiler_for_it():
 
 
 def test_what_does_not_fit_is_said_with_the_numbers():
-    from hybrid_attn.train.plan import CHIPS, Plan, Target, fits, verdict
+    from hybrid_attn.plan.step import CHIPS, Plan, Target, fits, verdict
 
     target = Target("v5e:1x1", "tpu", [], CHIPS["v5e"].memory)
     small = Plan(target, {}, 0, 0, 0, 0, 15_900_000_000, 0.0, 0.0, (0, "", ""), [], "")
@@ -150,7 +150,7 @@ def main() -> None:
     """Plans the step of a narrow LLLG on 16 CPU devices in each case and prints what `sent` has of it."""
     from configs import base
     from hybrid_attn import config
-    from hybrid_attn.train import plan
+    from hybrid_attn.plan import step as plan
 
     target = plan.find_target(f"cpu:{CONTEXT}")
     for context, zigzag in CASES:

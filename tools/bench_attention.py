@@ -23,11 +23,11 @@ import numpy as np
 from absl import app, flags
 
 from hybrid_attn import kernels, programs
+from hybrid_attn.bench import measurement
+from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.convert.layers import PLAIN
 from hybrid_attn.model import flops
 from hybrid_attn.model.attention import attended_pairs, attention_flops
-from hybrid_attn.train import measurement
-from hybrid_attn.train.measurement import Processes, Ready, Task
 
 LENGTHS = flags.DEFINE_list("lengths", ["2K", "4K", "8K", "16K", "32K", "64K", "128K"], "Tokens; K is 1,024.")
 CONTENDERS = flags.DEFINE_list("contenders", ["ours", "jax.nn", "torch"], "Which of them.")

@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from hybrid_attn import config, programs
+from hybrid_attn.bench import measurement
 from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.infer import loading
@@ -25,7 +26,6 @@ from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.parallel.mesh import make_mesh
-from hybrid_attn.train import measurement
 
 METHODS = ("snapkv", "adakv", "streaming", "random")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)

@@ -28,6 +28,8 @@ from absl import app, flags
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config, config_file, programs
+from hybrid_attn.bench import measurement
+from hybrid_attn.bench.measurement import GIB, Processes, Ready, Task
 from hybrid_attn.config import Config
 from hybrid_attn.convert import hf
 from hybrid_attn.infer import cache as caches
@@ -36,8 +38,6 @@ from hybrid_attn.infer.engine import DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.infer.sampling import GREEDY
 from hybrid_attn.model import flops, init, run_on
 from hybrid_attn.parallel.mesh import BATCH, make_mesh
-from hybrid_attn.train import measurement
-from hybrid_attn.train.measurement import GIB, Processes, Ready, Task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LENGTHS = {

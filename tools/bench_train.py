@@ -26,6 +26,8 @@ from absl import app, flags
 from jax.sharding import NamedSharding
 
 from hybrid_attn import config, config_file, programs
+from hybrid_attn.bench import measurement
+from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.config import Config
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops, init, run_on, specs
@@ -33,8 +35,6 @@ from hybrid_attn.model.attention import attended_pairs, attention_flops
 from hybrid_attn.model.params import map_specs
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
-from hybrid_attn.train import measurement
-from hybrid_attn.train.measurement import Processes, Ready, Task
 from hybrid_attn.train.optim import schedule
 from hybrid_attn.train.step import init_state, make_step
 

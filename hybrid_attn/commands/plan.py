@@ -14,7 +14,7 @@ from absl import app, flags
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
-from hybrid_attn.train import plan
+from hybrid_attn.plan import step as plan
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
 config_file.define_last_stage()

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from hybrid_attn.bench.measurement import table
 from hybrid_attn.config import Config
 from hybrid_attn.data.rows import ARRAYS
 from hybrid_attn.model import flops, run_on
 from hybrid_attn.parallel import fit
-from hybrid_attn.parallel.collectives import Collective, collectives, parse, shapes
 from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
-from hybrid_attn.train.measurement import table
+from hybrid_attn.plan.collectives import Collective, collectives, parse, shapes
 from hybrid_attn.train.step import abstract_state, make_step
 
 GB = 10**9

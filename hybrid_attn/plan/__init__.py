@@ -1,0 +1,1 @@
+"""What a training step needs, found by compiling it ahead of time: memory, collectives, FLOPs."""
