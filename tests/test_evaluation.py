@@ -18,7 +18,7 @@ from hybrid_attn import checkpoint
 from hybrid_attn.config import EVALS
 from hybrid_attn.data import corpora
 from hybrid_attn.data.tokenizer import load_tokenizer
-from hybrid_attn.evals import report, suite, texts
+from hybrid_attn.evals import haystack, report, suite
 from hybrid_attn.evals.report import contents, fields
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation, loop
@@ -49,9 +49,9 @@ def measured(patch, after=lambda unit: None):
     units = []
 
     def counted(measure):
-        def counting(reader, settings, unit, asked):
+        def counting(context, settings, unit, asked):
             units.append(unit.name)
-            found = measure(reader, settings, unit, asked)
+            found = measure(context, settings, unit, asked)
             after(unit)
             return found
 
@@ -168,7 +168,7 @@ def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
     pytest.importorskip("matplotlib")
     tokenizer = load_tokenizer("bytes")
     heldout = corpora.load(config_of(corpus).data, ["text"], tokenizer)["text"].heldout
-    (tmp_path / "haystack").write_text(texts.of_documents([heldout], tokenizer))
+    (tmp_path / "haystack").write_text(haystack.of_documents([heldout], tokenizer))
     with conftest.tool("evaluate") as tool, flagsaver.flagsaver():
         sizes = [f"--lengths={LENGTH}", "--tokens=400", "--samples=1", "--depths=0,50", "--suite=position,needle"]
         flags = [f"--checkpoint={workdir}", f"--text={tmp_path}/haystack", f"--out={tmp_path}/out", "--trust_checkpoint_data"]

@@ -23,12 +23,11 @@ from absl import app, flags
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn import files, programs
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import heldout, keytokens, limits, output, report, ruler, suite, texts
+from hybrid_attn.evals import haystack, heldout, keytokens, limits, output, report, ruler, suite
 from hybrid_attn.evals.provenance import provenance, trained_length
 from hybrid_attn.evals.ruler import compat, qa
 from hybrid_attn.evals.ruler.fit import check_known
-from hybrid_attn.evals.settings import ASKED, with_own
-from hybrid_attn.evals.subject import Subject
+from hybrid_attn.evals.types import ASKED, EvalModel, with_own
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
@@ -175,9 +174,9 @@ def asked_about() -> dict:
     questions = {task: read(Path(path)) for task, (path, read) in of_questions.items() if path is not None}
     others = compat.read_others(Path(ENGLISH_WORDS.value)) if ENGLISH_WORDS.value else ()
     return {
-        **{"haystack": texts.of_files(tuple(TEXT.value)), "questions": questions},
+        **{"haystack": haystack.of_files(tuple(TEXT.value)), "questions": questions},
         "lists": compat.wonderwords(others) if COMPAT.value else None,
-        "essays": texts.of_essays(tuple(TEXT.value)) if COMPAT.value and TEXT.value else "",
+        "essays": haystack.of_essays(tuple(TEXT.value)) if COMPAT.value and TEXT.value else "",
     }
 
 
@@ -214,7 +213,7 @@ def choose(checkpoint: str, step: int, evals: Sequence[str]) -> Chosen:
 class Planned(NamedTuple):
     """All that the suite runs with, but for what it tells."""
 
-    reader: suite.Reader
+    context: suite.EvalContext
     settings: suite.Settings
     provenance: dict
 
@@ -224,7 +223,7 @@ def plan(chosen: Chosen, wanted: suite.Settings, about: Mapping) -> Planned:
     checkpoint, step, trained, trained_from = chosen
     c, params, tokenizer = loading.load(checkpoint, step)
     engine = Engine(params, c, chunk=CHUNK.value, rows=ROWS.value)
-    subject = Subject(c.model, params, engine.run, engine.mesh, tokenizer)
+    eval_model = EvalModel(c.model, params, engine.run, engine.mesh, tokenizer)
     limits.check_caches(c.model, wanted, engine)
     limits.check_rows(c.model, wanted, engine.mesh)
     documents = {}
@@ -233,9 +232,9 @@ def plan(chosen: Chosen, wanted: suite.Settings, about: Mapping) -> Planned:
         documents = heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
     stops = tuple(loading.stop_tokens(checkpoint, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
-    reader = suite.Reader(subject, engine, documents, trained=trained, tasks=with_own(own), stops=stops, **about)
-    wanted = suite.fitting(wanted, reader, Path(OUT.value) / "samples", named=False)
-    suite.some_units(wanted, reader)
+    context = suite.EvalContext(eval_model, engine, documents, trained=trained, tasks=with_own(own), stops=stops, **about)
+    wanted = suite.fitting(wanted, context, Path(OUT.value) / "samples", named=False)
+    suite.some_units(wanted, context)
     saved = checkpoints.read_config(loading.find(checkpoint), step)
     known = provenance(checkpoint, step, c, saved, tokenizer, about["haystack"], engine.run, engine.mesh)
     known["data"] = data_flags()
@@ -244,7 +243,7 @@ def plan(chosen: Chosen, wanted: suite.Settings, about: Mapping) -> Planned:
     if about["essays"]:
         known["essays"] = hashlib.sha256(about["essays"].encode()).hexdigest()
     known["model"] |= {"seq_len": trained, "seq_len_from": trained_from}
-    return Planned(reader, wanted, known)
+    return Planned(context, wanted, known)
 
 
 def evaluate(name: str, planned: Planned) -> None:
@@ -261,7 +260,7 @@ def tokens_read(planned: Planned) -> dict[suite.Unit, int]:
     settings, read = planned.settings, {}
     questions = dict.fromkeys(("ruler", "harness"), settings.samples) | {"attention_mass": suite.ATTENTION_PROMPTS}
     questions["needle"] = settings.samples * len(settings.depths)
-    for unit in suite.units(settings, planned.reader):
+    for unit in suite.units(settings, planned.context):
         sequences = questions.get(unit.eval, -(-settings.tokens // unit.length))
         read[unit] = sequences * unit.length * (1 + keytokens.SLIDE if unit.eval == "key_tokens" else 1)
     return read

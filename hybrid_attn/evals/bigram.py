@@ -4,7 +4,7 @@ import numpy as np
 
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.rows import Rows
-from hybrid_attn.evals.subject import Spec
+from hybrid_attn.evals.types import Spec
 from hybrid_attn.model.loss import bits_per_byte
 
 MOST_WORDS = 1024  # a table of pairs beyond that is no small baseline

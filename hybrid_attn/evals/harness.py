@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hybrid_attn.evals.subject import check_finite
+from hybrid_attn.evals.types import check_finite
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import TextStream
 

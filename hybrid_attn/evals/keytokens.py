@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import Slice, heldout_batches
 from hybrid_attn.data.rows import Rows, blank
-from hybrid_attn.evals.subject import Spec, Subject, check_finite
+from hybrid_attn.evals.types import EvalModel, Spec, check_finite
 from hybrid_attn.model import Run, losses
 from hybrid_attn.parallel.mesh import BATCH
 
@@ -26,18 +26,18 @@ LIKELY = 2.0  # nats, which a key token's loss in the whole context is below
 SLIDE = 4  # windows for each short context
 
 
-def run(subject: Subject, spec: Spec, short: int) -> Iterator[dict]:
-    """One record: of the tokens with `short` tokens before them in their row, how many are key to `subject`, and their loss.
+def run(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
+    """One record: of the tokens with `short` tokens before them in their row, how many are key to `eval_model`, and their loss.
 
     Without key tokens `loss` (nats) and `perplexity` are None. Each model finds key tokens of its own.
     """
     if not 0 < short < spec.length:
         raise ValueError(f"short={short} is no part of rows of {spec.length} tokens; use 1 to {spec.length - 1}")
     found = np.zeros(4)
-    for whole, windows in _batches(subject, spec, short):
-        nll_BT = _losses(subject, whole)
+    for whole, windows in _batches(eval_model, spec, short):
+        nll_BT = _losses(eval_model, whole)
         for first, window in windows:
-            found += jax.device_get(_sums(short, first, nll_BT, whole["weights"], _losses(subject, window)))
+            found += jax.device_get(_sums(short, first, nll_BT, whole["weights"], _losses(eval_model, window)))
     check_finite(found, "the loss")
     nll, keys, tokens, _ = found
     loss = float(nll / keys) if keys else None
@@ -70,20 +70,20 @@ class Window:
         return {name: np.concatenate([row[name], x]) for name, x in padding.items()}
 
 
-def _batches(subject: Subject, spec: Spec, short: int) -> Iterator[tuple[dict, list[tuple[int, dict]]]]:
+def _batches(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[tuple[dict, list[tuple[int, dict]]]]:
     """Batches of whole rows, each with the windows of the same rows and where they begin."""
-    rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
-    slices = 2 * subject.mesh.shape["context"]  # a mesh may want two for each of its shards
+    rows = Rows(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
+    slices = 2 * eval_model.mesh.shape["context"]  # a mesh may want two for each of its shards
     size = -(-(short + max(1, short // SLIDE)) // slices) * slices
     windows = [Window(rows, first, size) for first in range(0, spec.length - short, size - short)]
-    batch = math.prod(subject.mesh.shape[axis] for axis in BATCH)
-    batches = (heldout_batches(x, -(-spec.tokens // spec.length), batch, subject.mesh) for x in (rows, *windows))
+    batch = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
+    batches = (heldout_batches(x, -(-spec.tokens // spec.length), batch, eval_model.mesh) for x in (rows, *windows))
     for whole, *parts in zip(*batches, strict=True):
         yield whole, [(window.first, arrays) for window, arrays in zip(windows, parts, strict=True)]
 
 
-def _losses(subject: Subject, batch: dict) -> jax.Array:
-    return _token_losses(subject.model, subject.run, subject.params, batch)
+def _losses(eval_model: EvalModel, batch: dict) -> jax.Array:
+    return _token_losses(eval_model.model, eval_model.run, eval_model.params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -6,7 +6,7 @@ import os
 from jax.sharding import Mesh
 
 from hybrid_attn import config
-from hybrid_attn.evals import settings
+from hybrid_attn.evals import types
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.model import flops
 from hybrid_attn.trees import check
@@ -27,14 +27,14 @@ def device_memory(mesh: Mesh) -> int:
     return known["bytes_limit"] * mesh.size if known else host_memory()
 
 
-def check_settings(wanted: settings.Settings) -> None:
+def check_settings(wanted: types.Settings) -> None:
     """ValueError where the questions do not fit into memory, or an evaluation has too many rows."""
     cells = {"needle": 2 * len(wanted.depths), "ruler": len(wanted.ruler_tasks)}
     lengths = {name: wanted.lengths_of(name) for name in cells if name in wanted.evals}
     size = CHARACTERS * wanted.samples * sum(cells[name] * sum(those) for name, those in lengths.items())
     questions = wanted.samples * sum(cells[name] * len(those) for name, those in lengths.items())
     _check_fits(f"{questions:,} questions", size, host_memory(), "fewer --samples, or shorter --lengths")
-    in_rows = set(wanted.evals) - set(settings.ASKED) - {"attention_mass"}
+    in_rows = set(wanted.evals) - set(types.ASKED) - {"attention_mass"}
     rows = math.ceil(wanted.tokens / min(wanted.lengths))
     check(
         not in_rows or rows <= MOST_ROWS,
@@ -43,9 +43,9 @@ def check_settings(wanted: settings.Settings) -> None:
     )
 
 
-def check_rows(model: config.Model, wanted: settings.Settings, mesh: Mesh) -> None:
+def check_rows(model: config.Model, wanted: types.Settings, mesh: Mesh) -> None:
     """ValueError where the devices cannot hold the activations of a row, or its logits where all exist at once."""
-    in_rows = [name for name in wanted.evals if name not in settings.ASKED]
+    in_rows = [name for name in wanted.evals if name not in types.ASKED]
     if in_rows:
         longest = max(wanted.lengths)
         numbers = ARRAYS * model.d_model + (model.vocab_size if "recall" in in_rows else 0)
@@ -54,9 +54,9 @@ def check_rows(model: config.Model, wanted: settings.Settings, mesh: Mesh) -> No
         )
 
 
-def check_caches(model: config.Model, wanted: settings.Settings, engine: Engine) -> None:
+def check_caches(model: config.Model, wanted: types.Settings, engine: Engine) -> None:
     """ValueError where the devices cannot hold the keys and values of as many prompts as are read together."""
-    lengths = [length for name in settings.ASKED if name in wanted.evals for length in wanted.lengths_of(name)]
+    lengths = [length for name in types.ASKED if name in wanted.evals for length in wanted.lengths_of(name)]
     if lengths:
         longest, rows = max(lengths), engine.rows
         size = rows * flops.cache_bytes(model, longest, engine.run.dtype.itemsize)

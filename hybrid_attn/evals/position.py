@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.data.rows import Rows
-from hybrid_attn.evals.subject import Spec, Subject, check_finite
+from hybrid_attn.evals.types import EvalModel, Spec, check_finite
 from hybrid_attn.model import Run, losses
 from hybrid_attn.model.loss import bits_per_byte
 from hybrid_attn.parallel.mesh import BATCH, spec_of
@@ -22,7 +22,7 @@ PARTS = ("recall", "rest")
 FIRST_EDGE = 16  # tokens; the edges after it double
 
 
-def run(subject: Subject, spec: Spec) -> Iterator[dict]:
+def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """One record per bucket of positions, [first, end) tokens into the document within its row, then one for all.
 
     Losses are nats per token, and bits per byte over the UTF-8 bytes of the scored tokens; `stderr` is the loss' standard
@@ -30,12 +30,12 @@ def run(subject: Subject, spec: Spec) -> Iterator[dict]:
     row foretells ("recall", see `recalled`) and the "rest", by bucket and in all. The record of all has the mean loss of each
     row, too.
     """
-    rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
+    rows = Rows(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
-    batch = math.prod(subject.mesh.shape[axis] for axis in BATCH)
+    batch = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
     found = [
-        jax.device_get(_score(subject.model, subject.run, edges, subject.params, arrays))
-        for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, subject.mesh)
+        jax.device_get(_score(eval_model.model, eval_model.run, edges, eval_model.params, arrays))
+        for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, eval_model.mesh)
     ]
     sums = np.concatenate(found, -1).astype(float)
     check_finite(sums, "the loss")

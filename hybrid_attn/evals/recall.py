@@ -15,24 +15,24 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.data.synthetic import SyntheticRows
-from hybrid_attn.evals.subject import Spec, Subject, check_finite
+from hybrid_attn.evals.types import EvalModel, Spec, check_finite
 from hybrid_attn.model import Run, apply, logits
 from hybrid_attn.parallel.mesh import BATCH
 
 TOKENS = 8192  # of a batch on each of its shards: their logits all exist at once
 
 
-def run(subject: Subject, spec: Spec) -> Iterator[dict]:
+def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """One record: of the answers in `spec.tokens` tokens of rows of `spec.length` the share that is right, in all and by row.
 
     The row holds the right answers, so that one does not suffer from another.
     """
     rows = SyntheticRows(spec.documents, spec.length, None)
-    batch = max(1, TOKENS // spec.length) * math.prod(subject.mesh.shape[axis] for axis in BATCH)
+    batch = max(1, TOKENS // spec.length) * math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
     number = -(-spec.tokens // spec.length)
     found = [
-        jax.device_get(_right(subject.model, subject.run, subject.params, arrays))
-        for arrays in heldout_batches(rows, number, batch, subject.mesh)
+        jax.device_get(_right(eval_model.model, eval_model.run, eval_model.params, arrays))
+        for arrays in heldout_batches(rows, number, batch, eval_model.mesh)
     ]
     sums = np.concatenate(found, 1)[:, :number]
     check_finite(sums, "a logit of an answer")

@@ -16,12 +16,11 @@ import jax
 from hybrid_attn import config, trees
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals import attention, keytokens, marked, needle, position, recall, ruler, samples
+from hybrid_attn.evals import attention, keytokens, needle, needle_prompts, position, recall, ruler, samples
 from hybrid_attn.evals.ruler import compat, draws, scores
 from hybrid_attn.evals.ruler.tasks import ESSAYS
 from hybrid_attn.evals.samples import Sample, TooLongError
-from hybrid_attn.evals.settings import Absent, Measured, Reader, Settings, Unit
-from hybrid_attn.evals.subject import Spec
+from hybrid_attn.evals.types import Absent, EvalContext, Measured, Settings, Spec, Unit
 from hybrid_attn.files import object_of, write_atomically
 from hybrid_attn.infer.text import answers
 from hybrid_attn.parallel import fit
@@ -43,79 +42,79 @@ FREE = ("revision", "data")  # of run.json: what may differ where a run goes on,
 GENERATOR = 4  # raised when the same settings give other samples
 
 
-def draw_needle(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sample]:
-    tokenizer, text = reader.subject.tokenizer, reader.haystack
+def draw_needle(context: EvalContext, settings: Settings, unit: Unit) -> Iterator[Sample]:
+    tokenizer, text = context.eval_model.tokenizer, context.haystack
     for depth in settings.depths:
         for index in range(settings.samples):
             yield needle.generate(unit.length, depth, int(unit.part), index, settings.seed, tokenizer, text)
 
 
-def draw_ruler(reader: Reader, settings: Settings, unit: Unit) -> Iterator[Sample]:
-    tokenizer, texts = reader.subject.tokenizer, (_text(reader, settings, unit), reader.questions)
+def draw_ruler(context: EvalContext, settings: Settings, unit: Unit) -> Iterator[Sample]:
+    tokenizer, texts = context.eval_model.tokenizer, (_text(context, settings, unit), context.questions)
     if settings.compat:
         cut = compat.sent_tokenize() if unit.part in ESSAYS else draws.sentences
         asked = unit.part, unit.length, settings.samples, settings.seed
-        yield from compat.generate(*asked, tokenizer, reader.lists, *texts, cut)
+        yield from compat.generate(*asked, tokenizer, context.lists, *texts, cut)
         return
     for index in range(settings.samples):
         yield ruler.generate(unit.part, unit.length, index, settings.seed, tokenizer, *texts)
 
 
-def _text(reader: Reader, settings: Settings, unit: Unit) -> str:
+def _text(context: EvalContext, settings: Settings, unit: Unit) -> str:
     """What the needles of a unit are hidden in."""
-    return reader.essays if settings.compat and unit.eval == "ruler" else reader.haystack
+    return context.essays if settings.compat and unit.eval == "ruler" else context.haystack
 
 
-def measure_position(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
-    spec = Spec(reader.heldout[unit.part], unit.length, settings.tokens)
-    return _of_source(unit, position.run(reader.subject, spec))
+def measure_position(context: EvalContext, settings: Settings, unit: Unit, asked) -> Measured:
+    spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
+    return _of_source(unit, position.run(context.eval_model, spec))
 
 
-def measure_recall(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
-    spec = Spec(reader.tasks[unit.part], unit.length, settings.tokens)
-    return _of_source(unit, recall.run(reader.subject, spec))
+def measure_recall(context: EvalContext, settings: Settings, unit: Unit, asked) -> Measured:
+    spec = Spec(context.tasks[unit.part], unit.length, settings.tokens)
+    return _of_source(unit, recall.run(context.eval_model, spec))
 
 
-def measure_attention(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
-    return _of_source(unit, attention.run(reader.subject, _attention_spec(reader, unit)))
+def measure_attention(context: EvalContext, settings: Settings, unit: Unit, asked) -> Measured:
+    return _of_source(unit, attention.run(context.eval_model, _attention_spec(context, unit)))
 
 
-def measure_key_tokens(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
-    spec = Spec(reader.heldout[unit.part], unit.length, settings.tokens)
-    return _of_source(unit, keytokens.run(reader.subject, spec, min(unit.length, reader.trained) // 2))
+def measure_key_tokens(context: EvalContext, settings: Settings, unit: Unit, asked) -> Measured:
+    spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
+    return _of_source(unit, keytokens.run(context.eval_model, spec, min(unit.length, context.trained) // 2))
 
 
 def _of_source(unit: Unit, records: Iterable[dict]) -> Measured:
     return Measured([{"source": unit.part, **record} for record in records], [])
 
 
-def measure_harness(reader: Reader, settings: Settings, unit: Unit, asked) -> Measured:
+def measure_harness(context: EvalContext, settings: Settings, unit: Unit, asked) -> Measured:
     """A task of lm-evaluation-harness, whose library is an extra; of longer prompts than the unit the beginning is lost."""
     from hybrid_attn.evals import harness
 
-    tokenizer = reader.subject.tokenizer
+    tokenizer = context.eval_model.tokenizer
     found = harness.evaluate(
-        reader.engine, tokenizer, [unit.part], max_length=unit.length, include_path=settings.task_path, limit=settings.samples,
-        stop_tokens=reader.stop_tokens,
+        context.engine, tokenizer, [unit.part], max_length=unit.length, include_path=settings.task_path, limit=settings.samples,
+        stop_tokens=context.stop_tokens,
     )  # fmt: skip
     return Measured([{"length": unit.length, **record} for record in harness.records(found)], [])
 
 
-def measure_needle(reader: Reader, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
-    given = _given(reader, asked, 0)
+def measure_needle(context: EvalContext, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
+    given = _given(context, asked, 0)
     return Measured(needle.records(asked, given), _answers(asked, given, _shares(asked, given)))
 
 
-def measure_ruler(reader: Reader, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
-    given = _given(reader, asked, settings.compat)  # RULER's lengths are without the mark
+def measure_ruler(context: EvalContext, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
+    given = _given(context, asked, settings.compat)  # RULER's lengths are without the mark
     shares = _shares(asked, given)
     nulls = sum(not scores.postprocess(text) for text in given)
     record = {"task": unit.part, "length": unit.length, "samples": len(asked), "score": 100 * sum(shares) / len(shares)}
     return Measured([record | {"nulls": nulls}], _answers(asked, given, shares))
 
 
-DRAWS: dict[str, Callable[[Reader, Settings, Unit], Iterator[Sample]]] = {"needle": draw_needle, "ruler": draw_ruler}
-MEASURES: dict[str, Callable[[Reader, Settings, Unit, list[Sample]], Measured]] = {
+DRAWS: dict[str, Callable[[EvalContext, Settings, Unit], Iterator[Sample]]] = {"needle": draw_needle, "ruler": draw_ruler}
+MEASURES: dict[str, Callable[[EvalContext, Settings, Unit, list[Sample]], Measured]] = {
     "position": measure_position,
     "recall": measure_recall,
     "needle": measure_needle,
@@ -138,15 +137,15 @@ def named(suite: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(evaluation for name in found for evaluation in groups[name]))
 
 
-def units(settings: Settings, reader: Reader) -> list[Unit]:
-    """All that `settings` ask for and the reader has the text for."""
-    drawn = [name for name, x in reader.heldout.items() if isinstance(x, Task)]
+def units(settings: Settings, context: EvalContext) -> list[Unit]:
+    """All that `settings` ask for and the context has the text for."""
+    drawn = [name for name, x in context.heldout.items() if isinstance(x, Task)]
     parts = {
-        **dict.fromkeys(OF_SOURCES, tuple(name for name in reader.heldout if name not in drawn)),
-        "attention_mass": tuple(x for x in reader.heldout if x not in drawn or reader.heldout[x].name == "recall"),
-        "recall": tuple(reader.tasks) if isinstance(reader.subject.tokenizer, ByteTokenizer) else (),
+        **dict.fromkeys(OF_SOURCES, tuple(name for name in context.heldout if name not in drawn)),
+        "attention_mass": tuple(x for x in context.heldout if x not in drawn or context.heldout[x].name == "recall"),
+        "recall": tuple(context.tasks) if isinstance(context.eval_model.tokenizer, ByteTokenizer) else (),
         "needle": ("1", "4"),
-        "ruler": tuple(task for task in settings.ruler_tasks if task not in missing(settings, reader)),
+        "ruler": tuple(task for task in settings.ruler_tasks if task not in missing(settings, context)),
         "harness": settings.tasks,
     }
     found = [
@@ -156,9 +155,9 @@ def units(settings: Settings, reader: Reader) -> list[Unit]:
     return [unit for unit in found if unit not in absent]
 
 
-def some_units(settings: Settings, reader: Reader) -> list[Unit]:
+def some_units(settings: Settings, context: EvalContext) -> list[Unit]:
     """`units`; ValueError where there is none, and why."""
-    found = units(settings, reader)
+    found = units(settings, context)
     reasons = [x.reason if x.eval in x.reason else f"{x.eval} of {x.part}: {x.reason}" for x in settings.absent]
     reasons = list(dict.fromkeys(reasons))
     more = [f"and {len(reasons) - 3} more"] if len(reasons) > 3 else []
@@ -168,31 +167,31 @@ def some_units(settings: Settings, reader: Reader) -> list[Unit]:
     return found
 
 
-def missing(settings: Settings, reader: Reader) -> dict[str, str]:
+def missing(settings: Settings, context: EvalContext) -> dict[str, str]:
     """Why tasks of RULER cannot be asked at any length, of those that cannot."""
-    found = ruler.missing(reader.haystack, reader.questions)
-    if settings.compat and not reader.essays:
+    found = ruler.missing(context.haystack, context.questions)
+    if settings.compat and not context.essays:
         found |= dict.fromkeys(ESSAYS, "needs the text of RULER's essays, its PaulGrahamEssays.json, as --text")
     elif settings.compat and compat.sent_tokenize() is None:
         found |= dict.fromkeys(ESSAYS, "needs nltk with its punkt_tab, by which RULER cuts prose into sentences")
     return {task: reason for task, reason in found.items() if task in settings.ruler_tasks}
 
 
-def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Settings:
+def fitting(settings: Settings, context: EvalContext, shared: Path, named: bool) -> Settings:
     """`settings` with all in `absent` that cannot be measured; the samples of the rest are drawn into `shared`.
 
     Absent is what does not fit, too; but not of lengths that somebody has `named`: there it is a ValueError.
     """
     absent = []
     for length in settings.lengths_of("ruler") if "ruler" in settings.evals else ():
-        absent += [Absent("ruler", task, length, reason) for task, reason in missing(settings, reader).items()]
-    found = units(settings, reader)
-    empty = EMPTY if isinstance(reader.subject.tokenizer, ByteTokenizer) else EMPTY | {"recall": ("tasks", OTHER_TOKENIZER)}
+        absent += [Absent("ruler", task, length, reason) for task, reason in missing(settings, context).items()]
+    found = units(settings, context)
+    empty = EMPTY if isinstance(context.eval_model.tokenizer, ByteTokenizer) else EMPTY | {"recall": ("tasks", OTHER_TOKENIZER)}
     without = [(name, *empty[name]) for name in settings.evals if name in empty and name not in {unit.eval for unit in found}]
     absent += [Absent(name, part, length, why) for name, part, why in without for length in settings.lengths_of(name)]
     for unit in found:
         try:
-            _check_fits(settings, reader, unit, shared)
+            _check_fits(settings, context, unit, shared)
         except TooLongError as cause:
             if named:
                 raise
@@ -200,25 +199,25 @@ def fitting(settings: Settings, reader: Reader, shared: Path, named: bool) -> Se
     return settings._replace(absent=tuple(absent))
 
 
-def _check_fits(settings: Settings, reader: Reader, unit: Unit, shared: Path) -> None:
+def _check_fits(settings: Settings, context: EvalContext, unit: Unit, shared: Path) -> None:
     if unit.eval in DRAWS:
-        _drawn(reader, settings, unit, shared)
+        _drawn(context, settings, unit, shared)
     if unit.eval in IN_ROWS:
-        model, run, sizes = reader.subject.model, reader.subject.run, reader.subject.mesh.shape
+        model, run, sizes = context.eval_model.model, context.eval_model.run, context.eval_model.mesh.shape
         fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.zigzag)
         fit.check_schemes(model, run.context, sizes)
-    task = {"recall": reader.tasks, "attention_mass": reader.heldout}.get(unit.eval, {}).get(unit.part)
+    task = {"recall": context.tasks, "attention_mass": context.heldout}.get(unit.eval, {}).get(unit.part)
     if isinstance(task, Task) and unit.length < (least := _shortest(task)):
         raise TooLongError(f"{unit.eval} of {unit.part}: its shortest row has {least} tokens, and {unit.length} are asked for")
     if unit.eval == "attention_mass":
         try:
-            marked.prompts(_attention_spec(reader, unit), reader.subject.tokenizer)
+            needle_prompts.prompts(_attention_spec(context, unit), context.eval_model.tokenizer)
         except ValueError as cause:
             raise TooLongError(f"attention_mass of {unit.part}: {cause}") from cause
 
 
 def run(
-    reader: Reader,
+    context: EvalContext,
     settings: Settings,
     provenance: Mapping,
     directory: Path,
@@ -232,8 +231,8 @@ def run(
     see its files. ValueError where a question does not fit, and where the directory is of another run than that of
     `provenance`, of which `FREE` may differ. FloatingPointError where a model computes NaN: no record has one.
     """
-    wanted, writes = some_units(settings, reader), jax.process_index() == 0
-    files = {unit: _drawn(reader, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
+    wanted, writes = some_units(settings, context), jax.process_index() == 0
+    files = {unit: _drawn(context, settings, unit, shared) for unit in wanted if unit.eval in DRAWS}
     broadcast_from_first(True)  # the others find what the first one has drawn
     drawn = {unit: _read_samples(settings, unit, path) for unit, path in files.items()}  # as they were, also of what is done
     if writes:
@@ -242,7 +241,7 @@ def run(
         if not broadcast_from_first(_is_done(directory, unit)):
             asked, digest = drawn.get(unit, ([], None))
             try:
-                measured = MEASURES[unit.eval](reader, settings, unit, asked)
+                measured = MEASURES[unit.eval](context, settings, unit, asked)
             except FloatingPointError as cause:
                 raise FloatingPointError(f"{unit.name}: {cause}") from cause
             records = [{"eval": unit.eval, **record} for record in measured.records]
@@ -316,27 +315,27 @@ def _read_samples(settings: Settings, unit: Unit, path: Path) -> tuple[list[Samp
     return asked, digest
 
 
-def _drawn(reader: Reader, settings: Settings, unit: Unit, shared: Path) -> Path:
+def _drawn(context: EvalContext, settings: Settings, unit: Unit, shared: Path) -> Path:
     """The file of a unit's samples, in whose name is what they follow from; the first process writes it."""
-    about = [GENERATOR, settings.samples, settings.seed, settings.depths, reader.subject.tokenizer.hash]
-    about += [_text(reader, settings, unit)]
-    about += [reader.questions.get(unit.part), *([reader.lists] if settings.compat and unit.eval == "ruler" else [])]
+    about = [GENERATOR, settings.samples, settings.seed, settings.depths, context.eval_model.tokenizer.hash]
+    about += [_text(context, settings, unit)]
+    about += [context.questions.get(unit.part), *([context.lists] if settings.compat and unit.eval == "ruler" else [])]
     path = shared / f"{unit.name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}.jsonl"
     if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        samples.write(path, DRAWS[unit.eval](reader, settings, unit))
+        samples.write(path, DRAWS[unit.eval](context, settings, unit))
     return path
 
 
-def _given(reader: Reader, asked: list[Sample], spare: int) -> list[str]:
+def _given(context: EvalContext, asked: list[Sample], spare: int) -> list[str]:
     """What the model says to each, whose lengths may be passed by `spare` tokens; nothing is cut to fit."""
-    tokenizer = reader.subject.tokenizer
+    tokenizer = context.eval_model.tokenizer
     if (long := samples.too_long(asked, tokenizer, spare)) is not None:
         raise ValueError(f"sample {long.index} of {long.task} does not fit into {long.length:,} tokens; its file was changed")
     given: dict[int, str] = {}
     for most in sorted({sample.max_new_tokens for sample in asked}):  # of a question, whatever is asked beside it
         alike = [i for i, sample in enumerate(asked) if sample.max_new_tokens == most]
-        found = answers(reader.engine, tokenizer, [asked[i].prompt for i in alike], most, stop_tokens=reader.stop_tokens)
+        found = answers(context.engine, tokenizer, [asked[i].prompt for i in alike], most, stop_tokens=context.stop_tokens)
         given |= {i: answer.text for i, answer in zip(alike, found, strict=True)}
     return [given[i] for i in range(len(asked))]
 
@@ -376,8 +375,8 @@ def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
         write_atomically(path, json.dumps(now, indent=1))
 
 
-def _attention_spec(reader: Reader, unit: Unit) -> Spec:
-    return Spec(reader.heldout[unit.part], unit.length, ATTENTION_PROMPTS * unit.length)
+def _attention_spec(context: EvalContext, unit: Unit) -> Spec:
+    return Spec(context.heldout[unit.part], unit.length, ATTENTION_PROMPTS * unit.length)
 
 
 def _shortest(task: Task) -> int:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from hybrid_attn import config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.corpora import Corpus
-from hybrid_attn.evals import Spec, Subject, bigram, report, suite, texts
+from hybrid_attn.evals import EvalModel, Spec, bigram, haystack, report, suite
 from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.report import contents
 from hybrid_attn.infer.engine import ROWS_AT_ONCE, TOKENS_AT_ONCE, Engine
@@ -55,26 +55,26 @@ class Evaluations:
         self.wanted, asks = bool(c.evals.names and lengths), not set(suite.DRAWS).isdisjoint(c.evals.names)
         of_last = {name: loaded[name] for name in sorted(c.weights(-1))}
         self.texts = {name: x for name, x in of_last.items() if c.data.sources[name].task is None}
-        heldout, haystack = {name: x.heldout for name, x in of_last.items()}, ""
+        heldout, haystack_text = {name: x.heldout for name, x in of_last.items()}, ""
         if asks:
             documents = [x.heldout for x in self.texts.values()]
-            haystack = texts.of_documents(documents, tokenizer) if documents else texts.of_files(())
+            haystack_text = haystack.of_documents(documents, tokenizer) if documents else haystack.of_files(())
         tasks = {name: x for name, x in heldout.items() if name not in self.texts}
-        self.reader = suite.Reader(
-            Subject(c.model, {}, run, mesh, tokenizer), None, heldout, haystack, {}, c.stages[-1].seq_len, tasks=tasks
+        self.context = suite.EvalContext(
+            EvalModel(c.model, {}, run, mesh, tokenizer), None, heldout, haystack_text, {}, c.stages[-1].seq_len, tasks=tasks
         )
         self.engine = functools.partial(Engine, config=c, programs={}, **_sizes(c, mesh, lengths)) if asks else lambda _: None
-        self.about = provenance(str(workdir), start, c, config.to_dict(c), tokenizer, haystack, run, mesh)
+        self.about = provenance(str(workdir), start, c, config.to_dict(c), tokenizer, haystack_text, run, mesh)
         trust = bool(corpora.locations(c.data, c.sources))
         self.about["data"] = {"trust_checkpoint_data": trust, "text": None}  # no flag names the text that hides needles
         self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}
         if self.wanted:
             check(
-                bool(suite.units(self.settings, self.reader)),
+                bool(suite.units(self.settings, self.context)),
                 f"evals.names={c.evals.names} measures nothing of the last stage's {', '.join(of_last)}: position, key_tokens "
                 "and attention_mass are of documents, recall is of tasks, needle and ruler are of every model",
             )
-            self.settings = suite.fitting(self.settings, self.reader, self.folder / "samples", named=True)
+            self.settings = suite.fitting(self.settings, self.context, self.folder / "samples", named=True)
 
     def left_out(self) -> list[str]:
         """A line for each part of what `c.evals` names that is not measured."""
@@ -107,7 +107,7 @@ class Evaluations:
                 metrics.say(f"{folder} cannot be continued (other settings, or a damaged run.json); measuring again")
                 metrics.say(f"kept         the old one as {kept}")
             about = described or about
-        reader = self.reader._replace(subject=self.reader.subject._replace(params=params), engine=self.engine(params))
+        context = self.context._replace(eval_model=self.context.eval_model._replace(params=params), engine=self.engine(params))
 
         def done(unit: suite.Unit, number: int, of: int) -> bool:
             if jax.process_index() == 0:
@@ -115,7 +115,7 @@ class Evaluations:
             return broadcast_from_first(asked_to_stop()) and number < of
 
         try:
-            whole = suite.run(reader, self.settings, about, folder, self.folder / "samples", done)
+            whole = suite.run(context, self.settings, about, folder, self.folder / "samples", done)
         except FloatingPointError as error:  # on every process; the steps to come are worth more than these numbers
             metrics.say(f"evaluation of step {metrics.step} failed: {error}; training is not affected")
             return True
@@ -152,8 +152,8 @@ class Evaluations:
             metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
         baseline = self._bigram if run.of("position") else []
         metrics.report("bigram", baseline)
-        vocab_size = self.reader.subject.tokenizer.vocab_size
-        for line in evaluation_tables(run.records, baseline, vocab_size, self.reader.trained):
+        vocab_size = self.context.eval_model.tokenizer.vocab_size
+        for line in evaluation_tables(run.records, baseline, vocab_size, self.context.trained):
             metrics.say(line)
         run = run._replace(records=(*run.records, *({"eval": "bigram", **record} for record in baseline)))
         report.write(folder, [run])
@@ -162,7 +162,7 @@ class Evaluations:
     @functools.cached_property
     def _bigram(self) -> list[dict]:
         """What a bigram model of each source's training documents scores on its held-out ones, if the vocabulary is small."""
-        tokenizer, length = self.reader.subject.tokenizer, self.about["model"]["seq_len"]
+        tokenizer, length = self.context.eval_model.tokenizer, self.about["model"]["seq_len"]
         if tokenizer.vocab_size > bigram.MOST_WORDS:
             return []
         found = []

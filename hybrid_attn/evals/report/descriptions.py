@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hybrid_attn.evals.report import escape
 from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.settings import ASKED
+from hybrid_attn.evals.types import ASKED
 
 PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 TASKS = {

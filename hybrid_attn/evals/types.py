@@ -1,16 +1,20 @@
-"""What is measured of which model, in which units."""
+"""What is evaluated, on what, and in which units."""
 
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+from jax.sharding import Mesh
+
+from hybrid_attn.config import Model
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import ruler
 from hybrid_attn.evals.ruler import compat
 from hybrid_attn.evals.ruler.qa import Questions
-from hybrid_attn.evals.subject import Subject
 from hybrid_attn.infer.engine import Engine
+from hybrid_attn.model import Run
 
 RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1), ("tracking", 2))}
 ASKED = ("needle", "ruler", "harness")  # what is measured by questions that an engine answers
@@ -20,6 +24,24 @@ def with_own(tasks: Mapping[str, Task]) -> dict[str, Task]:
     """The tasks that a model was trained on, by their sources, then the tasks of RECALL that the model was not trained on."""
     others = {name: task for name, task in RECALL.items() if name not in tasks and task not in tasks.values()}
     return {**tasks, **others}
+
+
+class EvalModel(NamedTuple):
+    """A model with its parameters on a mesh (which must be in force), and the tokenizer of its vocabulary."""
+
+    model: Model
+    params: dict
+    run: Run
+    mesh: Mesh
+    tokenizer: object
+
+
+class Spec(NamedTuple):
+    """Held-out documents, the length of the rows that they are cut into, and how many tokens to score; or a task's rows."""
+
+    documents: Documents | Task
+    length: int
+    tokens: int
 
 
 class Absent(NamedTuple):
@@ -51,7 +73,7 @@ class Settings(NamedTuple):
         return self.asked if self.asked is not None and evaluation in ASKED else self.lengths
 
 
-class Reader(NamedTuple):
+class EvalContext(NamedTuple):
     """A model with an engine of it (None if nothing is asked), and what it is asked about.
 
     `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` those whose answers
@@ -59,7 +81,7 @@ class Reader(NamedTuple):
     `stops` end an answer as the end of a document does.
     """
 
-    subject: Subject
+    eval_model: EvalModel
     engine: Engine | None
     heldout: Mapping[str, Documents | Task]
     haystack: str
@@ -72,7 +94,7 @@ class Reader(NamedTuple):
 
     @property
     def stop_tokens(self) -> list[int]:
-        return sorted({self.subject.tokenizer.eos, *self.stops})
+        return sorted({self.eval_model.tokenizer.eos, *self.stops})
 
 
 class Unit(NamedTuple):
@@ -94,3 +116,12 @@ class Unit(NamedTuple):
 class Measured(NamedTuple):
     records: list[dict]
     answers: list[dict]
+
+
+def check_finite(numbers, what: str) -> None:
+    """FloatingPointError where one of the `numbers` that a model computed is NaN or infinite; `what` says what they are."""
+    bad = np.ravel(numbers)[~np.isfinite(np.ravel(numbers))]
+    if bad.size:
+        raise FloatingPointError(
+            f"{what} is {bad[0]}: the parameters are not finite, or activations overflow; use an earlier checkpoint, or float32"
+        )
