@@ -140,9 +140,9 @@ def settings(trained: Sequence[int]) -> suite.Settings:
     if "harness" in evals and not TASKS.value and SUITE.value != "full":
         raise ValueError(f"--suite={SUITE.value} asks lm-evaluation-harness, and for no task; name some with --tasks")
     if TASKS.value:
-        from hybrid_attn.evals import harness  # an extra
+        from hybrid_attn.evals import engine_lm  # an extra
 
-        harness.find_tasks(TASKS.value, TASK_PATH.value)
+        engine_lm.find_tasks(TASKS.value, TASK_PATH.value)
     for name, users in READ_BY.items():
         flag = flags.FLAGS[name]
         if flag.present and flag.value and not {*users} & {*evals}:

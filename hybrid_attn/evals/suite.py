@@ -90,14 +90,14 @@ def _of_source(unit: Unit, records: Iterable[dict]) -> Measured:
 
 def measure_harness(context: EvalContext, settings: Settings, unit: Unit, asked) -> Measured:
     """A task of lm-evaluation-harness, whose library is an extra; of longer prompts than the unit the beginning is lost."""
-    from hybrid_attn.evals import harness
+    from hybrid_attn.evals import engine_lm
 
     tokenizer = context.eval_model.tokenizer
-    found = harness.evaluate(
+    found = engine_lm.evaluate(
         context.engine, tokenizer, [unit.part], max_length=unit.length, include_path=settings.task_path, limit=settings.samples,
         stop_tokens=context.stop_tokens,
     )  # fmt: skip
-    return Measured([{"length": unit.length, **record} for record in harness.records(found)], [])
+    return Measured([{"length": unit.length, **record} for record in engine_lm.records(found)], [])
 
 
 def measure_needle(context: EvalContext, settings: Settings, unit: Unit, asked: list[Sample]) -> Measured:
