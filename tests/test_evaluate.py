@@ -424,17 +424,29 @@ programs.run(program, [""], "all")
 
 
 def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, models, tmp_path, monkeypatch, capsys):
-    load = tool.loading.load
+    described = tool.loading.described
 
-    def broken(checkpoint, step):
-        if checkpoint.endswith("two"):
+    def broken(directory, step):
+        if "two" in directory:
             raise ValueError("two is broken")
-        return load(checkpoint, step)
+        return described(directory, step)
 
-    monkeypatch.setattr(tool.loading, "load", broken)
+    monkeypatch.setattr(tool.loading, "described", broken)
     monkeypatch.setattr(tool.suite, "run", lambda *_: pytest.fail("measured the first"))
     models = [f"--checkpoint={models}/{name}" for name in ("one", "two")]
     assert refused(tool, capsys, *models, "--suite=recall", f"--out={tmp_path}") == ("error: two is broken", 2)
+
+
+def test_parameters_are_loaded_once_and_one_model_after_the_other(tool, models, tmp_path, monkeypatch):
+    steps, load, read_params = [], tool.loading.load, checkpoint.read_params
+    monkeypatch.setattr(tool.suite, "run", lambda context, *_: steps.append(sorted(context.eval_model.params)))
+    monkeypatch.setattr(tool.report, "read", lambda directory: None)
+    monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
+    monkeypatch.setattr(checkpoint, "read_params", lambda *arguments: steps.append("load") or read_params(*arguments))
+    run(tool, *(f"--checkpoint={models}/{name}" for name in ("one", "two")), "--suite=recall", f"--out={tmp_path}")
+    with jax.set_mesh(mesh_of()):
+        params = sorted(load(f"{models}/one").params)
+    assert steps[:-1] == ["load", params, "load", params]
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,15 @@ from test_ruler import LISTS
 
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals import keytokens, report, samples, suite
+from hybrid_attn.evals import keytokens, replies, report, samples, suite
 from hybrid_attn.evals.ruler import compat, draws
 from hybrid_attn.evals.ruler.qa import Asked, Questions
-from hybrid_attn.evals.types import RECALL, EvalModel
+from hybrid_attn.evals.table import EVALS
+from hybrid_attn.evals.types import RECALL, EvalContext, EvalModel, Settings, Unit
 from hybrid_attn.infer.engine import Generated
 
 TEXT = " ".join(f"Sentence number {i} says little." for i in range(400))
-SETTINGS = suite.Settings(("needle", "ruler"), (2048,), 2, 100, (0.0, 50.0), 3)
+SETTINGS = Settings(("needle", "ruler"), (2048,), 2, 100, (0.0, 50.0), 3)
 ABOUT = {"model": {"layers": "LG", "parameters": 5, "seq_len": 2048}, "step": 1, "revision": "now"}
 
 
@@ -47,7 +48,7 @@ class Engine:
 
 
 def context_of(engine, text=TEXT):
-    return suite.EvalContext(EvalModel(None, None, None, None, ByteTokenizer()), engine, {}, text, {}, 2048)
+    return EvalContext(EvalModel(None, None, None, None, ByteTokenizer()), engine, {}, text, {}, 2048)
 
 
 def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
@@ -145,10 +146,10 @@ def test_samples_of_another_unit_are_refused(tmp_path):
 
 @pytest.mark.parametrize("part", ["../../x", "/etc/x", "a b", "\x00\x1b[2J", "..", "100%"])
 def test_the_file_of_a_unit_lies_in_its_folder_whatever_its_part_is_called(part, tmp_path):
-    unit = suite.Unit("position", part, 32)
+    unit = Unit("position", part, 32)
     path = tmp_path / "units" / f"{unit.name}.json"
     assert path.parent == tmp_path / "units" and path.resolve().parent == (tmp_path / "units").resolve()
-    assert unit.name.isprintable() and len({unit.name, suite.Unit("position", "100%25", 32).name}) == 2
+    assert unit.name.isprintable() and len({unit.name, Unit("position", "100%25", 32).name}) == 2
 
 
 def test_what_a_model_computes_that_is_not_finite_ends_the_suite_with_the_name_of_the_unit(tmp_path):
@@ -166,7 +167,7 @@ def test_what_a_model_computes_that_is_not_finite_ends_the_suite_with_the_name_o
 def test_an_answer_has_the_room_of_its_own_question_whatever_is_asked_beside_it():
     one = samples.Sample("niah_single_1", 2048, 0, "special magic number for x mentioned for x is: 1234567.", ("1",), 4, "", {})
     asked = [one, dataclasses.replace(one, max_new_tokens=6), one]
-    found = suite.measure_ruler(context_of(Engine()), SETTINGS, suite.Unit("ruler", "niah_single_1", 2048), asked)
+    found = EVALS["ruler"].measure(context_of(Engine()), SETTINGS, Unit("ruler", "niah_single_1", 2048), asked)
     assert [answer["given"] for answer in found.answers] == ["1234", "123456", "1234"]
 
 
@@ -188,9 +189,9 @@ def test_all_samples_are_drawn_before_anything_is_asked(tmp_path):
 
 
 def test_evaluations_are_known_by_name():
-    assert suite.named("quick") == suite.SUITES["quick"] and set(suite.named("full")) == set(suite.MEASURES)
+    assert suite.named("quick") == suite.suites()["quick"] and set(suite.named("full")) == set(EVALS)
     assert suite.named("ruler, needle") == ("ruler", "needle")
-    assert suite.named("quick,key_tokens,needle") == (*suite.SUITES["quick"], "key_tokens")
+    assert suite.named("quick,key_tokens,needle") == (*suite.suites()["quick"], "key_tokens")
     with pytest.raises(ValueError, match="names ''; there are quick, full, position"):
         suite.named("position,")
     with pytest.raises(ValueError, match="names 'needel'; did you mean 'needle'?"):
@@ -231,9 +232,9 @@ def test_questions_may_have_lengths_of_their_own():
 
 
 def test_an_answer_ends_where_its_model_says_so(tmp_path):
-    engine, unit = Engine(), suite.Unit("needle", "1", 2048)
+    engine, unit = Engine(), Unit("needle", "1", 2048)
     context = context_of(engine)._replace(stops=(7, ByteTokenizer.eos))
-    suite.measure_needle(context, SETTINGS, unit, list(suite.draw_needle(context, SETTINGS, unit)))
+    EVALS["needle"].measure(context, SETTINGS, unit, list(EVALS["needle"].questions.draw(context, SETTINGS, unit)))
     assert engine.stops == [7, ByteTokenizer.eos]
 
 
@@ -293,7 +294,7 @@ def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monk
         suite.run(context._replace(engine=engine), own, ABOUT, tmp_path / "own", tmp_path / "samples", lambda *_: None)
     found = report.read(tmp_path / "own")
     assert found.compat and found.absent == [tuple(x) for x in own.absent]
-    asked = [x for unit in suite.units(own, context) for x in suite.DRAWS["ruler"](context, own, unit)]
+    asked = [x for unit in suite.units(own, context) for x in EVALS["ruler"].questions.draw(context, own, unit)]
     assert sorted(engine.prompts) == sorted(x.prompt for x in asked) and len(asked) == 18
     with pytest.raises(samples.TooLongError, match="the example of vt does not fit into 500 tokens as RULER asks it"):
         plan(tmp_path, RULER._replace(compat=True), named=True)
@@ -366,24 +367,24 @@ def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
 def test_the_short_context_of_key_tokens_is_half_of_what_training_had(monkeypatch):
     monkeypatch.setattr(keytokens, "run", lambda eval_model, spec, short: [{"length": spec.length, "short": short}])
     context = context_of(None)._replace(heldout={"text": None}, trained=64)
-    found = [suite.measure_key_tokens(context, SETTINGS, suite.Unit("key_tokens", "text", n), []) for n in (32, 64, 4096)]
+    found = [EVALS["key_tokens"].measure(context, SETTINGS, Unit("key_tokens", "text", n), []) for n in (32, 64, 4096)]
     assert [x.records[0]["short"] for x in found] == [16, 32, 32]
 
 
 def test_rulers_lengths_are_without_the_mark_that_begins_a_document():
-    full, unit = samples.Sample("fwe", 400, 0, "x" * 350, ("7",), 50, "", {}), suite.Unit("ruler", "fwe", 400)
+    full, unit = samples.Sample("fwe", 400, 0, "x" * 350, ("7",), 50, "", {}), Unit("ruler", "fwe", 400)
     own = RULER._replace(compat=True)
-    assert suite.measure_ruler(context_of(Engine()), own, unit, [full]).records[0]["samples"] == 1
+    assert EVALS["ruler"].measure(context_of(Engine()), own, unit, [full]).records[0]["samples"] == 1
     for settings, prompt in ((RULER, "x" * 350), (own, "x" * 351)):
         with pytest.raises(ValueError, match="sample 0 of fwe does not fit into 400 tokens"):
-            suite.measure_ruler(context_of(Engine()), settings, unit, [dataclasses.replace(full, prompt=prompt)])
+            EVALS["ruler"].measure(context_of(Engine()), settings, unit, [dataclasses.replace(full, prompt=prompt)])
 
 
 def test_an_answer_counts_in_part_and_one_of_blanks_is_none(monkeypatch):
     given = ["8 and 7", " \n\x07\t", "7", "none"]
-    monkeypatch.setattr(suite, "answers", lambda *_, **__: [types.SimpleNamespace(text=text) for text in given])
-    for unit, task in ((suite.Unit("needle", "4", 400), "needle_4"), (suite.Unit("ruler", "vt", 400), "vt")):
+    monkeypatch.setattr(replies, "answers", lambda *_, **__: [types.SimpleNamespace(text=text) for text in given])
+    for unit, task in ((Unit("needle", "4", 400), "needle_4"), (Unit("ruler", "vt", 400), "vt")):
         asked = [samples.Sample(task, 400, i, "x", ("6", "7", "8", "9"), 50, "", {"depth": 0.0}) for i in range(len(given))]
-        measured = suite.MEASURES[unit.eval](context_of(None), SETTINGS, unit, asked)
+        measured = EVALS[unit.eval].measure(context_of(None), SETTINGS, unit, asked)
         assert [answer["score"] for answer in measured.answers] == [0.5, 0, 0.25, 0]
     assert measured.records == [{"task": "vt", "length": 400, "samples": 4, "score": 18.75, "nulls": 1}]

@@ -8,7 +8,7 @@ Letters: B prompts, T and S tokens, L layers, N heads, Q queries, A tokens of th
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model
+from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import needle_prompts
 from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries, oldest_key, statistics_of
+from hybrid_attn.evals.evaluation import Evaluation, Headline, check_task_fits, measured_of_source, without_documents
+from hybrid_attn.evals.fields import ANY, COUNT, FLAG, NAME, SIZE, whole
 from hybrid_attn.evals.needle_prompts import NeedlePrompt
-from hybrid_attn.evals.types import EvalModel, Spec, check_finite
+from hybrid_attn.evals.samples import Sample, TooLongError
+from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Run
 from hybrid_attn.model.extend import layer_by_layer, unstacked
 from hybrid_attn.model.transformer import in_rows
@@ -28,7 +32,11 @@ from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
 BEGIN = 10  # tokens; the weights by position leave them out
 END = 0.03  # share of the tokens, the last ones, that the weights by position leave out
 SEGMENTS = ("begin", "needle", "context", "qc")
+PER_TOKEN = (*(f"{segment}_per_token" for segment in SEGMENTS), "sink_rate")
+MEANS = (*SEGMENTS, "entropy_bits", "needle_lift", *PER_TOKEN, "retrieval")  # of a layer type
 PARTS = ("begin", "needle", "before", "after", "qc", "sink_rate")  # intervals; the context is before and after the needle
+PROMPTS = 2  # of a unit, whose attention is averaged
+MOST_HEADS = 2**16  # of a layer
 ROUND = 16  # queries: prompts whose questions differ a little share a program
 
 
@@ -167,3 +175,78 @@ def _batch_statistics(
     weights = unstacked(model, params, run.dtype)
     _, found = layer_by_layer(model, weights, tokens_BT, pos_BT, [attend_and_measure(letter) for letter in model.layers], run)
     return jax.tree.map(lambda x: jax.reshard(x, P()), found)
+
+
+def sources(settings: Settings, context: EvalContext) -> list[str]:
+    """Those whose held-out data can hide a needle: documents, and the task "recall"."""
+    return [name for name, x in context.heldout.items() if not isinstance(x, Task) or x.name == "recall"]
+
+
+def spec_of(context: EvalContext, unit: Unit) -> Spec:
+    return Spec(context.heldout[unit.part], unit.length, PROMPTS * unit.length)
+
+
+def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
+    return measured_of_source(unit, run(context.eval_model, spec_of(context, unit)))
+
+
+def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:
+    check_task_fits(unit, context.heldout[unit.part])
+    try:
+        needle_prompts.prompts(spec_of(context, unit), context.eval_model.tokenizer)
+    except ValueError as cause:
+        raise TooLongError(f"attention_mass of {unit.part}: {cause}") from cause
+
+
+def mean_lift(records: Sequence[Mapping]) -> float | None:
+    """How far the needle stands out in the heads of the layers that reach it."""
+    from hybrid_attn.evals.report.contents import mean_of
+
+    return mean_of([record for record in records if record["reach"]], "needle_lift")
+
+
+def means_by_layer_type(records: Sequence[Mapping]) -> Iterator[dict]:
+    """Means over the heads of each layer type."""
+    from hybrid_attn.evals.report.contents import mean_of
+
+    for letter in sorted({head["kind"] for head in records}):
+        heads = [head for head in records if head["kind"] == letter]
+        names = {name: heads[0][name] for name in ("source", "length", "kind")}
+        yield names | {name: mean_of(heads, name) for name in MEANS}
+
+
+def section(runs: Sequence) -> list:
+    from hybrid_attn.evals.report import attention, contents  # matplotlib takes a second to import
+    from hybrid_attn.evals.report.section import Section
+
+    prompts = sorted({r["prompts"] for run in runs for r in run.of("attention_mass")})
+    words = [
+        "Shares of the attention of the question's tokens, means over heads and over so many prompts: "
+        f"{', '.join(map(str, prompts))}. The needle's lift is its share over the share of the tokens that it has; a retrieval "
+        f"head (score over {contents.RETRIEVES}) looks at the token that it copies. Per token: a segment's share over its "
+        "tokens; token 0 is the share of the very first. Crosses: layers whose window does not reach the needle. Single heads, "
+        "and weights by position without the first 10 and the last 3% of the keys, are drawn at the longest length."
+    ]
+    drawn = attention.drawn(runs)
+    return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [], "attention_mass")]
+
+
+EVALUATION = Evaluation(
+    name="attention_mass",
+    parts=sources,
+    measure=measure,
+    fields={
+        **{"source": NAME, "prompts": SIZE, "layer": COUNT, "kind": NAME, "head": whole(0, MOST_HEADS), "length": SIZE},
+        **dict.fromkeys(("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval"), ANY),
+        "reach": FLAG,
+    },
+    headline=Headline(mean_lift, "attention_needle_lift_ratio", "needle's lift {:.2f}", higher_is_better=True),
+    section=section,
+    section_order=5,
+    in_quick_suite=True,
+    flags=("heldout",),
+    sequences=lambda settings, length: PROMPTS,
+    empty=without_documents,
+    check_fits=check_fits,
+    summary=means_by_layer_type,
+)

@@ -17,7 +17,19 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import Slice, heldout_batches
 from hybrid_attn.data.rows import Rows, blank
-from hybrid_attn.evals.types import EvalModel, Spec, check_finite
+from hybrid_attn.evals.evaluation import (
+    Evaluation,
+    Headline,
+    check_row,
+    first_total,
+    measured_of_source,
+    rows_of_tokens,
+    texts,
+    without_documents,
+)
+from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
+from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Run, losses
 from hybrid_attn.parallel.mesh import BATCH
 
@@ -107,3 +119,37 @@ def _sums(short: int, first, nll_BT, weights_BT, short_BT) -> jax.Array:
     keys_BT = weights_BT * ((short_BT - nll_BT > GAIN) & (nll_BT < LIKELY))
     all_BT = jnp.where(weights_BT > 0, nll_BT + short_BT, 0)
     return jnp.stack([(keys_BT * nll_BT).sum(), keys_BT.sum(), weights_BT.sum(), all_BT.sum()])
+
+
+def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
+    """The short context is half of what a sequence of training had, and half of a shorter row."""
+    spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
+    return measured_of_source(unit, run(context.eval_model, spec, min(unit.length, context.trained) // 2))
+
+
+def sequences(settings: Settings, length: int) -> int:
+    return rows_of_tokens(settings, length) * (1 + SLIDE)
+
+
+def section(runs: Sequence) -> list:
+    from hybrid_attn.evals.report import losses  # matplotlib takes a second to import
+
+    return losses.key_tokens(runs)
+
+
+EVALUATION = Evaluation(
+    name="key_tokens",
+    parts=texts,
+    measure=measure,
+    fields={
+        **{"source": NAME, "length": SIZE, "short": SIZE, "key_tokens": COUNT, "tokens": COUNT},
+        **{"loss": ANY, "perplexity": ANY},
+    },
+    headline=Headline(first_total("loss"), "key_tokens_loss_nats", "loss {:.3f} nats", higher_is_better=False),
+    section=section,
+    section_order=4,
+    flags=("tokens", "heldout"),
+    sequences=sequences,
+    empty=without_documents,
+    check_fits=check_row,
+)

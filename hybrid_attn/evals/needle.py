@@ -5,16 +5,21 @@ have one key: the first stands at the depth, each further one a k-th of the rest
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
+from hybrid_attn.evals.evaluation import Evaluation, Headline, Questions
+from hybrid_attn.evals.fields import SIZE, number
+from hybrid_attn.evals.replies import answer_records, replies_to, right_shares
 from hybrid_attn.evals.ruler import fit, scores, words
 from hybrid_attn.evals.ruler.draws import hidden, of_sample
 from hybrid_attn.evals.ruler.tasks import FIND_ALL, FIND_ONE, NEEDLE
 from hybrid_attn.evals.samples import Sample, spent
+from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
 from hybrid_attn.trees import check
 
 FEWEST = 8  # words of the text
+NEEDLES = (1, 4)  # in a text; a part of the evaluation each
 
 
 def task_of(needles: int) -> str:
@@ -64,3 +69,66 @@ def records(samples: Sequence[Sample], given: Sequence[str]) -> list[Mapping]:
         needles = len(samples[0].answers)
         found.append({"length": samples[0].length, "depth": depth, "needles": needles, "answers": wanted, "right": got})
     return found
+
+
+def draw(context: EvalContext, settings: Settings, unit: Unit) -> Iterator[Sample]:
+    tokenizer, text = context.eval_model.tokenizer, context.haystack
+    for depth in settings.depths:
+        for index in range(settings.samples):
+            yield generate(unit.length, depth, int(unit.part), index, settings.seed, tokenizer, text)
+
+
+def matches(settings: Settings, unit: Unit, sample: Sample) -> bool:
+    return sample.task == task_of(int(unit.part)) and sample.meta.get("depth") in settings.depths
+
+
+def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
+    replies = replies_to(context, samples)
+    return Measured(records(samples, replies), answer_records(samples, replies, right_shares(samples, replies)))
+
+
+def is_of(unit: Unit, line: Mapping) -> bool:
+    """An answer names its task, and a record its number of needles."""
+    needles = int(unit.part)
+    return line["task"] == task_of(needles) if "task" in line else line.get("needles") == needles
+
+
+def check_record(record: Mapping, where: str) -> None:
+    needles, answers, right = (record[name] for name in ("needles", "answers", "right"))
+    check(needles <= answers, f"{where}: {needles} needles have {answers} answers")
+    check(right <= answers, f"{where}: {right:g} of {answers} answers are right")
+
+
+def share_found(cells: Sequence[Mapping]) -> float | None:
+    from hybrid_attn.evals.report.contents import needles_found
+
+    return needles_found(cells)
+
+
+def section(runs: Sequence) -> list:
+    from hybrid_attn.evals.report import questions  # matplotlib takes a second to import
+
+    return questions.needle(runs)
+
+
+EVALUATION = Evaluation(
+    name="needle",
+    parts=lambda settings, context: [str(needles) for needles in NEEDLES],
+    measure=measure,
+    fields={"length": SIZE, "depth": number(0, 100), "needles": SIZE, "answers": SIZE, "right": number(0, 2**53)},
+    headline=Headline(share_found, "needle_found_share", "{:.1%} found", higher_is_better=True),
+    section=section,
+    section_order=1,
+    questions=Questions(
+        draw,
+        count=lambda settings: len(NEEDLES) * len(settings.depths) * settings.samples,
+        sources=lambda context, settings, unit: [context.haystack, None],  # None: keeps the names of files
+        matches=matches,
+    ),
+    uses_engine=True,
+    in_quick_suite=True,
+    flags=("samples", "seed", "depths", "text"),
+    sequences=lambda settings, length: settings.samples * len(settings.depths),
+    is_of=is_of,
+    check_record=check_record,
+)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,18 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.data.rows import Rows
-from hybrid_attn.evals.types import EvalModel, Spec, check_finite
+from hybrid_attn.evals.evaluation import (
+    Evaluation,
+    Headline,
+    check_row,
+    first_total,
+    measured_of_source,
+    texts,
+    without_documents,
+)
+from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
+from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Run, losses
 from hybrid_attn.model.loss import bits_per_byte
 from hybrid_attn.parallel.mesh import BATCH, spec_of
@@ -26,9 +37,9 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """One record per bucket of positions, [first, end) tokens into the document within its row, then one for all.
 
     Losses are nats per token, and bits per byte over the UTF-8 bytes of the scored tokens; `stderr` is the loss' standard
-    error over rows, where there are two, for their tokens are not independent. Last come those that an earlier token of the
-    row foretells ("recall", see `recalled`) and the "rest", by bucket and in all. The record of all has the mean loss of each
-    row, too.
+    error over rows, where there are two or more, for tokens of a row are not independent. The records of repeated bigrams
+    ("recall", see `recalled`) and of the other tokens ("rest") come last, by bucket and in all. The record of all tokens has
+    the mean loss of each row, too.
     """
     rows = Rows(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
@@ -99,3 +110,29 @@ def recalled(tokens_BT: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array
     same_BT = functools.reduce(jnp.logical_and, [x_BT[:, 1:] == x_BT[:, :-1] for x_BT in keys])
     again_BT = jnp.pad(same_BT, ((0, 0), (1, 0)))
     return jax.reshard(jax.lax.sort((place_BT, again_BT), dimension=1, num_keys=1)[1], spec)
+
+
+def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
+    spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
+    return measured_of_source(unit, run(context.eval_model, spec))
+
+
+def section(runs: Sequence) -> list:
+    from hybrid_attn.evals.report import losses  # matplotlib takes a second to import
+
+    return losses.position(runs)
+
+
+EVALUATION = Evaluation(
+    name="position",
+    parts=texts,
+    measure=measure,
+    fields={"source": NAME, "length": SIZE, "tokens": COUNT, "loss": ANY},
+    headline=Headline(first_total("loss"), "position_loss_nats", "loss {:.3f} nats", higher_is_better=False),
+    section=section,
+    section_order=3,
+    in_quick_suite=True,
+    flags=("tokens", "heldout"),
+    empty=without_documents,
+    check_fits=check_row,
+)

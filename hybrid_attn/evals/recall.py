@@ -5,7 +5,7 @@ Only bytes have such tasks: a vocabulary of a few hundred words, so that all log
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,11 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.data.synthetic import SyntheticRows
-from hybrid_attn.evals.types import EvalModel, Spec, check_finite
+from hybrid_attn.data.tokenizer import ByteTokenizer
+from hybrid_attn.evals.evaluation import Evaluation, Headline, check_row, check_task_fits, first_total, measured_of_source
+from hybrid_attn.evals.fields import NAME, SHARE, SIZE, list_of
+from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Run, apply, logits
 from hybrid_attn.parallel.mesh import BATCH
 
@@ -50,3 +54,47 @@ def _right(model: Model, run: Run, params: dict, batch: dict):
     lse_BT = jax.nn.logsumexp(logits_BTV, -1)
     counts = [(weights_BT * right_BT).sum(1), weights_BT.sum(1), jnp.where(weights_BT > 0, lse_BT, 0).sum(1)]
     return jax.reshard(jnp.stack(counts), P())
+
+
+def parts(settings: Settings, context: EvalContext) -> tuple[str, ...]:
+    return tuple(context.tasks) if isinstance(context.eval_model.tokenizer, ByteTokenizer) else ()
+
+
+def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
+    spec = Spec(context.tasks[unit.part], unit.length, settings.tokens)
+    return measured_of_source(unit, run(context.eval_model, spec))
+
+
+def empty(context: EvalContext) -> tuple[str, str]:
+    if isinstance(context.eval_model.tokenizer, ByteTokenizer):
+        return "tasks", "no source of this run is a task"
+    return "tasks", "the tasks are in bytes, and this model has another tokenizer"
+
+
+def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:
+    check_row(context, settings, unit)
+    check_task_fits(unit, context.tasks[unit.part])
+
+
+def section(runs: Sequence) -> list:
+    from hybrid_attn.evals.report import questions  # matplotlib takes a second to import
+
+    return questions.recall(runs)
+
+
+EVALUATION = Evaluation(
+    name="recall",
+    parts=parts,
+    measure=measure,
+    fields={
+        **{"source": NAME, "task": NAME, "length": SIZE, "answers": SIZE, "accuracy": SHARE},
+        "by_row": list_of(SHARE, 1),
+    },
+    headline=Headline(first_total("accuracy"), "recall_accuracy_share", "{:.1%} right", higher_is_better=True),
+    section=section,
+    section_order=2,
+    in_quick_suite=True,
+    all_logits=True,
+    empty=empty,
+    check_fits=check_fits,
+)

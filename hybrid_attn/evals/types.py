@@ -17,7 +17,6 @@ from hybrid_attn.infer.engine import Engine
 from hybrid_attn.model import Run
 
 RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1), ("tracking", 2))}
-ASKED = ("needle", "ruler", "harness")  # what is measured by questions that an engine answers
 
 
 def with_own(tasks: Mapping[str, Task]) -> dict[str, Task]:
@@ -59,7 +58,7 @@ class Settings(NamedTuple):
     evals: tuple[str, ...]
     lengths: tuple[int, ...]
     samples: int  # of each task of RULER and each depth of the needles, at each length
-    tokens: int  # of held-out text, or of rows of a drawn task, at each length
+    tokens: int  # of held-out text, or of sequences of a synthetic task, at each length
     depths: tuple[float, ...]
     seed: int
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness, whose own files are in `task_path`
@@ -67,18 +66,15 @@ class Settings(NamedTuple):
     compat: bool = False  # RULER's own prompts
     ruler_tasks: tuple[str, ...] = ruler.NAMES
     absent: tuple[Absent, ...] = ()
-    asked: tuple[int, ...] | None = None  # the lengths of what an engine answers, where they are others
-
-    def lengths_of(self, evaluation: str) -> tuple[int, ...]:
-        return self.asked if self.asked is not None and evaluation in ASKED else self.lengths
+    asked: tuple[int, ...] | None = None  # the lengths of evaluations that use an engine, if they are others
 
 
 class EvalContext(NamedTuple):
-    """A model with an engine of it (None if nothing is asked), and what it is asked about.
+    """A model with its engine (None if no evaluation uses one), and the data of evaluations.
 
-    `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` those whose answers
-    are counted, `lists` the words of RULER's own prompts and `essays` their text; rows of training had `trained` tokens, and
-    `stops` end an answer as the end of a document does.
+    `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` the synthetic tasks
+    of recall, `lists` the words of RULER's own prompts and `essays` their text. Sequences of training had `trained` tokens, and
+    the tokens of `stops` end an answer as EOS does.
     """
 
     eval_model: EvalModel
@@ -98,9 +94,9 @@ class EvalContext(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What is done or not: `part` is a source or a task.
+    """What is measured as a whole or not at all: an evaluation of a part (a source or a task) at a length.
 
-    `name` is that of its file: a slash in the name of a part, which would lead elsewhere, and control characters are escaped.
+    `name` is that of its file: slashes, which would lead to another folder, and control characters of a part are escaped.
     """
 
     eval: str
@@ -109,7 +105,7 @@ class Unit(NamedTuple):
 
     @property
     def name(self) -> str:
-        part = re.sub(r"[/\x00-\x1f\x7f%]", lambda found: f"%{ord(found[0]):02X}", self.part)
+        part = re.sub(r"[/\x00-\x1f\x7f%]", lambda match: f"%{ord(match[0]):02X}", self.part)
         return f"{self.eval}-{part}-{self.length}"
 
 

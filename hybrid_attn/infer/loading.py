@@ -39,9 +39,7 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
     directory = find(directory)
     step = step_of(directory, step)
     where, mesh = f"the checkpoint of step {step} in {directory}", jax.sharding.get_mesh()
-    c, trained_with, _ = saved_of(directory, step)
-    fit.check_model(c.model, mesh.shape)
-    tokenizer = _tokenizer(c, directory, where, trained_with)
+    c, tokenizer = described(directory, step)
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), flops.shapes(c.model)
     )
@@ -49,6 +47,13 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
         return Loaded(c, checkpoint.read_params(directory, placed, step), tokenizer)
     except checkpoint.UnreadableError as cause:
         raise ValueError(f"{where} cannot be read: {cause}; use another --step, or copy it again") from cause
+
+
+def described(directory: str | os.PathLike, step: int) -> tuple[config.CheckpointConfig, ByteTokenizer | JsonTokenizer]:
+    """Config and tokenizer of the checkpoint of `step` in `directory`, without its parameters: ValueError as `load` has it."""
+    c, trained_with, _ = saved_of(directory, step)
+    fit.check_model(c.model, jax.sharding.get_mesh().shape)
+    return c, _tokenizer(c, os.fspath(directory), f"the checkpoint of step {step} in {directory}", trained_with)
 
 
 def saved_of(directory: str | os.PathLike, step: int) -> Saved:

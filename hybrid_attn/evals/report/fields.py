@@ -17,35 +17,14 @@ from hybrid_attn.evals.fields import (
     list_of,
     number,
     or_none,
-    whole,
 )
+from hybrid_attn.evals.table import EVALS
 from hybrid_attn.trees import check
 
-MOST_HEADS = 2**16  # of a layer
 PART = Kind("all, recall or rest", lambda value: value in ("all", "recall", "rest"))
 
-# The evaluations that a report knows, with the fields without which a record of theirs says nothing.
-FIELDS: dict[str, dict[str, Kind]] = {
-    "position": {"source": NAME, "length": SIZE, "tokens": COUNT, "loss": ANY},
-    "bigram": {"source": NAME, "length": SIZE, "bits_per_byte": number()},
-    "recall": {
-        **{"source": NAME, "task": NAME, "length": SIZE, "answers": SIZE, "accuracy": SHARE},
-        "by_row": list_of(SHARE, 1),
-    },
-    "needle": {"length": SIZE, "depth": number(0, 100), "needles": SIZE, "answers": SIZE, "right": number(0, 2**53)},
-    "ruler": {"task": NAME, "length": SIZE, "samples": SIZE, "score": number(0, 100), "nulls": COUNT},
-    "attention_mass": {
-        **{"source": NAME, "prompts": SIZE, "layer": COUNT, "kind": NAME, "head": whole(0, MOST_HEADS), "length": SIZE},
-        **dict.fromkeys(("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval"), ANY),
-        "reach": FLAG,
-    },
-    "key_tokens": {
-        **{"source": NAME, "length": SIZE, "short": SIZE, "key_tokens": COUNT, "tokens": COUNT},
-        **{"loss": ANY, "perplexity": ANY},
-    },
-    "harness": {"task": NAME, "length": SIZE, "metric": NAME, "value": ANY},
-}
-# What may stand beside them, in records of any evaluation.
+BIGRAM = {"source": NAME, "length": SIZE, "bits_per_byte": number()}  # of the baseline beside the losses
+# Fields that a record of any evaluation may have beside its own.
 BESIDE: dict[str, Kind] = {
     **{"part": PART, "first": COUNT, "end": SIZE, "stderr": ANY, "bits_per_byte": ANY, "by_row": list_of(number(), 1)},
     **dict.fromkeys(("nothing", "sink_rate", *(f"{x}_per_token" for x in ("begin", "needle", "context", "qc"))), ANY),
@@ -63,19 +42,23 @@ DATA = {  # of run.json: the flags that named what was read beside the checkpoin
 ABSENT = (NAME, NAME, COUNT, TEXT)  # evaluation, part, length, reason
 
 
+def required() -> dict[str, Mapping[str, Kind]]:
+    """By evaluation, the fields without which a record is refused; those of the bigram baseline, too."""
+    return {name: evaluation.fields for name, evaluation in EVALS.items()} | {"bigram": BIGRAM}
+
+
 def check_record(record: Mapping, where: str) -> None:
     """ValueError names the field that is not what a record of its evaluation holds."""
-    name = record.get("eval")
-    if not isinstance(name, str) or name not in FIELDS:
-        near = difflib.get_close_matches(str(name), FIELDS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FIELDS)}"
+    name, known = record.get("eval"), required()
+    if not isinstance(name, str) or name not in known:
+        near = difflib.get_close_matches(str(name), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         raise ValueError(f"{where}: eval={_short(name)} is not known; {hint}")
     for field in ("answers", "samples"):
         check(record.get(field) != 0, f"{where}: {name} with {field}=0 says nothing; ask one question at least")
-    _check(record, BESIDE | FIELDS[name], FIELDS[name], where)
-    if name == "needle":
-        check(record["needles"] <= record["answers"], f"{where}: {record['needles']} needles have {record['answers']} answers")
-        check(record["right"] <= record["answers"], f"{where}: {record['right']:g} of {record['answers']} answers are right")
+    _check(record, BESIDE | known[name], known[name], where)
+    if name in EVALS:
+        EVALS[name].check_record(record, where)
     if "first" in record or "end" in record:
         first, end = record.get("first", -1), record.get("end", -1)
         check(0 <= first < end, f"{where}: a bucket from first={first} to end={end} has no position")

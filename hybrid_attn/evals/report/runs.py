@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hybrid_attn.evals.report.fields import check_answer, check_provenance, check_record
+from hybrid_attn.evals.table import EVALS
 from hybrid_attn.files import object_of
 from hybrid_attn.trees import check
 
@@ -79,9 +80,9 @@ def sample_of(answer: Mapping) -> tuple:
 
 
 def rows_of(run: Run, record: Mapping) -> tuple:
-    """What makes the rows of two records the same: drawn ones of a task, or those of the same held-out documents in tokens."""
+    """What makes the rows of two records the same: those of a synthetic task, or of the same held-out documents in tokens."""
     known = run.provenance.get("heldout", {}).get(record["source"]), run.provenance.get("tokenizer")
-    what = record["task"] if record["eval"] == "recall" else (record["source"], *known)
+    what = record["task"] if "task" in EVALS[record["eval"]].fields else (record["source"], *known)
     return record["eval"], what, record["length"], len(record["by_row"])
 
 

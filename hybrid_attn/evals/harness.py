@@ -1,0 +1,55 @@
+"""Tasks of lm-evaluation-harness as an evaluation. Its library is an extra, which only a measurement imports."""
+
+from collections.abc import Mapping, Sequence
+
+from hybrid_attn.evals.evaluation import Evaluation, Headline
+from hybrid_attn.evals.fields import ANY, NAME, SIZE
+from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
+
+
+def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
+    """Prompts that are longer than the unit lose their beginning."""
+    from hybrid_attn.evals import engine_lm
+
+    results = engine_lm.evaluate(
+        context.engine, context.eval_model.tokenizer, [unit.part], max_length=unit.length, include_path=settings.task_path,
+        limit=settings.samples, stop_tokens=context.stop_tokens,
+    )  # fmt: skip
+    return Measured([{"length": unit.length, **record} for record in engine_lm.records(results)], [])
+
+
+def is_of(unit: Unit, line: Mapping) -> bool:
+    return isinstance(line.get("task"), str)  # a group has tasks of other names
+
+
+def first_value(records: Sequence[Mapping]) -> float | None:
+    return next((record["value"] for record in records), None)
+
+
+def section(runs: Sequence) -> list:
+    from hybrid_attn.evals.report import contents
+    from hybrid_attn.evals.report.section import Section
+
+    words = [
+        "A truncated request lost the beginning of its prompt: its score says little about context. A windowed text was scored "
+        "in several pieces."
+    ]
+    return [Section("harness", "Harness", words, [], [contents.harness(runs)], [], "harness")]
+
+
+EVALUATION = Evaluation(
+    name="harness",
+    parts=lambda settings, context: settings.tasks,
+    measure=measure,
+    fields={"task": NAME, "length": SIZE, "metric": NAME, "value": ANY},
+    headline=Headline(first_value, "harness_value", "{:.4f}", higher_is_better=True),
+    section=section,
+    section_order=6,
+    uses_engine=True,
+    in_training=False,  # no key of a config names its tasks
+    flags=("samples", "seed", "tasks", "task_path"),
+    sequences=lambda settings, length: settings.samples,
+    empty=lambda context: ("tasks", "none is named"),
+    is_of=is_of,
+)
