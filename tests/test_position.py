@@ -140,7 +140,7 @@ def test_bigram_probabilities_are_counts_plus_one_without_pairs_across_documents
 
 def test_of_a_large_corpus_the_bigram_counts_the_first_documents(monkeypatch):
     first, rest = [[0, 1], [1, 1, 0]], [[0, 0], [1, 0]]
-    monkeypatch.setattr(bigram, "MOST_TOKENS", 5)
+    monkeypatch.setattr(bigram, "MAX_TOKENS", 5)
     monkeypatch.setattr(bigram, "READ_TOKENS", 2)
     wanted = bigram.log_probabilities(documents_of(*first), 2)
     np.testing.assert_array_equal(bigram.log_probabilities(documents_of(*first, *rest), 2), wanted)

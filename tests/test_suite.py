@@ -14,7 +14,7 @@ from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import keytokens, replies, report, samples, suite
 from hybrid_attn.evals.ruler import compat, draws
-from hybrid_attn.evals.ruler.qa import Asked, Questions
+from hybrid_attn.evals.ruler.qa import Item, Questions
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import RECALL, EvalContext, EvalModel, Settings, Unit
 from hybrid_attn.infer.engine import Generated
@@ -332,7 +332,7 @@ def test_samples_of_questions_follow_from_their_file(tmp_path):
     context = context_of(None)
     place = "Ada works at the mill."
     for answer in ("mill", "forge"):
-        asked = Questions((Asked("Where does Ada work?", (answer,), (0,), ()),) * 2, (place, "Bo works at the forge."))
+        asked = Questions((Item("Where does Ada work?", (answer,), (0,), ()),) * 2, (place, "Bo works at the forge."))
         suite.fitting(RULER, context._replace(questions={"qa_1": asked}), tmp_path / "samples", False)
     assert len(list((tmp_path / "samples").glob("ruler-qa_1-4096-*.jsonl"))) == 2
 

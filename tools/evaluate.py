@@ -1,10 +1,10 @@
 """What a model can read: python tools/evaluate.py --checkpoint=runs/hybrid_8k --suite=quick --out=evals/hybrid_8k
 
---checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes; several of them are compared,
-and so are several --step of one. --suite is quick, full, or names of evaluations with commas. The text of haystacks is --text,
-patterns of files, or the standard library of Python; held-out documents are those of the model's own sources, or --heldout.
-What does not fit a length is left out, and printed. The same command goes on where it was interrupted.
-Exit status: 2 for what cannot be evaluated, 1 for failures while running, 130 after Ctrl-C.
+--checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes. Two or more of them are
+compared, and so are two or more --step of one. --suite is quick, full, or names of evaluations with commas. Needles are hidden
+in --text, patterns of files, or in the standard library of Python; held-out documents are those of the model's own sources,
+or --heldout. Units that do not fit a length are left out, and printed. The same command goes on where it was interrupted.
+Exit status: 2 for wrong flags or inputs, 1 for failures while running, 130 after Ctrl-C.
 """
 
 import contextlib
@@ -47,7 +47,9 @@ LENGTHS = flags.DEFINE_list(
     f"{', '.join(name for name, x in EVALS.items() if x.uses_engine)} the first two, from {SHORTEST:,} on.",
 )
 SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth; of the harness, too.", lower_bound=1)
-TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens of held-out text, and of drawn rows, at each length.", lower_bound=1)
+TOKENS = flags.DEFINE_integer(
+    "tokens", 65_536, "Tokens of held-out text, and of synthetic sequences, at each length.", lower_bound=1
+)
 DEPTHS = flags.DEFINE_list("depths", [f"{x:g}" for x in suite.DEPTHS], "Where needles are hidden, in percent of the text.")
 TEXT = flags.DEFINE_multi_string(
     "text", [], "Pattern of files, or directory, in which needles are hidden; with --compat those of RULER's essays."
@@ -75,64 +77,68 @@ SPECIAL = ("compat", "squad", "hotpot", "ruler_tasks", "depths", "text", "heldou
 
 
 def lengths(trained: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Those of --lengths, or lengths around the trained ones; questions, the slowest part, stop at the trained length."""
+    """--lengths, or lengths around the trained ones; those of questions, which take most time, end at the trained length."""
     if LENGTHS.value is None:
         around = {length for most in trained for length in (max(2, most // 4), most, 2 * most)}
-        asked = {max(SHORTEST, most // part) for most in trained for part in (4, 1)}
-        return {"lengths": tuple(sorted(around)), "asked": tuple(sorted(asked))}
-    found = numbers("lengths", LENGTHS.value, int)
-    if min(found) < 2:
-        raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {min(found)} tokens hold no question; use more")
-    return {"lengths": found}
+        of_questions = {max(SHORTEST, most // part) for most in trained for part in (4, 1)}
+        return {"lengths": tuple(sorted(around)), "asked": tuple(sorted(of_questions))}
+    chosen = numbers("lengths", LENGTHS.value, int)
+    if min(chosen) < 2:
+        raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {min(chosen)} tokens hold no question; use more")
+    return {"lengths": chosen}
 
 
 def depths() -> tuple[float, ...]:
-    found = numbers("depths", DEPTHS.value, float)
-    if not all(0 <= depth <= 100 for depth in found):
+    percents = numbers("depths", DEPTHS.value, float)
+    if not all(0 <= depth <= 100 for depth in percents):
         raise ValueError(f"--depths={','.join(DEPTHS.value)} must lie between 0 and 100 percent")
-    return found
+    return percents
 
 
 def numbers(flag: str, texts: Sequence[str], kind: type) -> tuple:
     """Each number once."""
-    found = []
+    values = []
     for text in texts:
         try:
-            found.append(kind(text))
+            values.append(kind(text))
         except ValueError:
             what = "number of tokens" if kind is int else "number"
             raise ValueError(f"--{flag}={','.join(texts)} has {text!r}, which is no {what}") from None
-    if not found:
+    if not values:
         raise ValueError(f"--{flag}= names none; leave it out for the default")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(values))
 
 
 def names(checkpoints: Sequence[tuple[str, int]]) -> list[str]:
-    """A name for each directory and step, by which it is known in the report; the step is in it where there are several."""
-    found: list[str] = []
+    """A name for each directory and step in the report; it contains the step where a directory has two or more."""
+    run_names: list[str] = []
     for checkpoint, step in checkpoints:
         path = Path(os.path.abspath(checkpoint))
         name = path.parent.name if path.name == "checkpoints" else path.name
         if any(other == checkpoint and at != step for other, at in checkpoints):
             name = f"{name}-{step}"
         others = (f"{name}-{number}" for number in itertools.count(2))
-        found.append(next(x for x in itertools.chain([name], others) if x and x not in found and not output.is_reserved(x)))
-    return found
+        run_names.append(
+            next(x for x in itertools.chain([name], others) if x and x not in run_names and not output.is_reserved(x))
+        )
+    return run_names
 
 
 def models() -> list[tuple[str, int]]:
-    """The checkpoints, each by one name however it was written, and of which step."""
-    found = [place if "://" in place else os.path.abspath(place) for place in CHECKPOINT.value]
+    """The absolute directory and the step of each checkpoint."""
+    directories = [path if "://" in path else os.path.abspath(path) for path in CHECKPOINT.value]
     steps = STEP.value or [None]
-    if len(steps) > 1 and len(found) > 1 and len(steps) != len(found):
-        raise ValueError(f"--step is given {len(steps)} times for {len(found)} checkpoints; give one for all, or one for each")
-    several = max(len(found), len(steps))
-    pairs = zip(found * (several // len(found)), steps * (several // len(steps)), strict=True)
+    if len(steps) > 1 and len(directories) > 1 and len(steps) != len(directories):
+        raise ValueError(
+            f"--step is given {len(steps)} times for {len(directories)} checkpoints; give one for all, or one for each"
+        )
+    number = max(len(directories), len(steps))
+    pairs = zip(directories * (number // len(directories)), steps * (number // len(steps)), strict=True)
     return [(checkpoint, loading.step_of(loading.find(checkpoint), step)) for checkpoint, step in pairs]
 
 
 def settings(trained: Sequence[int]) -> Settings:
-    """What is measured of every checkpoint; their rows of training had `trained` tokens."""
+    """The settings for all checkpoints, whose sequences of training had `trained` tokens."""
     evals = suite.named(SUITE.value)
     if TASKS.value and "harness" not in evals:
         raise ValueError(f"--tasks={','.join(TASKS.value)} is of --suite=harness or full, and this is --suite={SUITE.value}")
@@ -157,14 +163,14 @@ def settings(trained: Sequence[int]) -> Settings:
     if ENGLISH_WORDS.value and not COMPAT.value:
         raise ValueError("--english_words is for RULER's own prompts; give --compat, too")
     seed = compat.SEED if COMPAT.value and not SEED.present else SEED.value
-    wanted = Settings(
+    chosen = Settings(
         **{"evals": evals, "samples": SAMPLES.value, "tokens": TOKENS.value, "depths": depths(), "seed": seed},
         **{"tasks": tuple(TASKS.value), "task_path": TASK_PATH.value, "compat": COMPAT.value},
         ruler_tasks=tuple(dict.fromkeys(RULER_TASKS.value)),
         **lengths(trained),
     )
-    limits.check_settings(wanted)
-    return wanted
+    limits.check_settings(chosen)
+    return chosen
 
 
 def question_data() -> dict:
@@ -181,14 +187,14 @@ def question_data() -> dict:
 
 def data_flags() -> dict:
     """The flags that name what is read beside the checkpoints, in their absolute form, for the commands in a report."""
-    heldout_files = [f"{name}={_absolute(where)}" for name, where in heldout.named(HELDOUT.value).items()]
-    found = {"trust_checkpoint_data": TRUST.value, "heldout": heldout_files, "text": [*map(_absolute, TEXT.value)]}
+    heldout_files = [f"{name}={_absolute(path)}" for name, path in heldout.named(HELDOUT.value).items()]
+    values = {"trust_checkpoint_data": TRUST.value, "heldout": heldout_files, "text": [*map(_absolute, TEXT.value)]}
     single = {"squad": SQUAD.value, "hotpot": HOTPOT.value, "english_words": ENGLISH_WORDS.value}
-    return found | {name: None if where is None else _absolute(where) for name, where in single.items()}
+    return values | {name: None if path is None else _absolute(path) for name, path in single.items()}
 
 
-def _absolute(where: str) -> str:
-    return where if "://" in where else os.path.abspath(os.path.expanduser(where))
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 class Checkpoint(NamedTuple):
@@ -270,7 +276,7 @@ def tokens_read(planned: Plan) -> dict[Unit, int]:
 
 @contextlib.contextmanager
 def progress(name: str, read: Mapping[Unit, int]) -> Iterator[Callable[[Unit, int, int], None]]:
-    """Gives what shows each unit that is done, by the tokens that it has `read`: a bar on a terminal, a line elsewhere."""
+    """Gives a function that shows a finished unit, by the tokens that it `read`: a bar on a terminal, a line elsewhere."""
     total, shown = sum(read.values()), {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
     with tqdm.tqdm(desc=name, total=total, disable=not sys.stderr.isatty(), **shown) as bar:
         done_tokens = 0
@@ -296,12 +302,12 @@ def evaluate_all() -> None:
     for flag, values in (("checkpoint", CHECKPOINT.value), ("out", [OUT.value])):
         for value in values:
             files.check_named(flag, value, "a directory")
-    found, evals = models(), suite.named(SUITE.value)
+    directories, evals = models(), suite.named(SUITE.value)
     heldout.named(HELDOUT.value)
-    sources = [inspect(*model, evals) for model in found]
+    sources = [inspect(*model, evals) for model in directories]
     chosen = settings([x.trained for x in sources])
     data = question_data()
-    run_names = names(found)
+    run_names = names(directories)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
     out = Path(OUT.value)
     output.check_ours(out)

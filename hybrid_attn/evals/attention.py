@@ -1,7 +1,7 @@
 """Attention mass: where a question about a needle far back, and its answer, look, in every head of every layer.
 
 The analysis of "Rope to Nope and Back Again" (arXiv 2501.18795): the queries are the tokens of the question and of the right
-answer; keys are the first tokens (`begin`), the needle, the queries' own tokens (`qc`) and all the rest (`context`).
+answer; keys are the first tokens (`begin`), the needle, the queries' own tokens (`qc`) and all other tokens (`context`).
 
 Letters: B prompts, T and S tokens, L layers, N heads, Q queries, A tokens of the answer, I intervals of keys.
 """
@@ -120,7 +120,7 @@ def head_values(kind: LayerType, prompt: NeedlePrompt, statistics: AttentionStat
 def retrieval(prompt: NeedlePrompt, greatest_NQ: np.ndarray) -> np.ndarray:
     """Of the answer's tokens that stand in the needle, the share that a head copies (Wu et al., arXiv 2404.15574): [N].
 
-    It does where the token before, which says the next one, attends most to that very word in the needle.
+    A head copies a token where the query before it, which predicts it, attends most to the same token in the needle.
     """
     tokens_S, (start, stop) = prompt.tokens_S, prompt.needle
     copied_A = np.flatnonzero(prompt.copied)
@@ -150,9 +150,9 @@ def _statistics(
             intervals_BI2[..., 0], intervals_BI2[..., 1],
         )  # fmt: skip
         tokens_BT, queries = place(tokens_BT, mesh, TOKENS_BT), jax.tree.map(lambda x: place(x, mesh, P(BATCH)), queries)
-        found = jax.device_get(_batch_statistics(eval_model.model, run, num_queries, eval_model.params, tokens_BT, queries))
+        layers = jax.device_get(_batch_statistics(eval_model.model, run, num_queries, eval_model.params, tokens_BT, queries))
         for b, prompt in enumerate(batch):
-            yield prompt, [AttentionStatistics(*(x[b] for x in layer)) for layer in found]
+            yield prompt, [AttentionStatistics(*(x[b] for x in layer)) for layer in layers]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -173,8 +173,9 @@ def _batch_statistics(
         return attend
 
     weights = unstacked(model, params, run.dtype)
-    _, found = layer_by_layer(model, weights, tokens_BT, pos_BT, [attend_and_measure(letter) for letter in model.layers], run)
-    return jax.tree.map(lambda x: jax.reshard(x, P()), found)
+    attends = [attend_and_measure(letter) for letter in model.layers]
+    _, statistics = layer_by_layer(model, weights, tokens_BT, pos_BT, attends, run)
+    return jax.tree.map(lambda x: jax.reshard(x, P()), statistics)
 
 
 def sources(settings: Settings, context: EvalContext) -> list[str]:

@@ -1,8 +1,8 @@
 """Shares of attention that a few queries of a row give to its keys: streamed, block of keys by block, never T x S.
 
-Queries come from wherever on the `context` axis they lie; every shard reads its own keys, and what they found is merged as
-the blocks are. A query's softmax has running sums: of e^(s - max), of e^(s - max) (s - max) for the entropy, and of the first
-over the keys of each interval.
+Queries are gathered from all shards of the `context` axis; every shard reads its own keys, and the results of shards are merged
+as those of blocks are. A query's softmax has running sums: of e^(s - max), of e^(s - max) (s - max) for the entropy, and of the
+first over the keys of each interval.
 
 Letters: B rows, T tokens of a shard, Q num_queries, N query heads, K key/value heads, G = N/K, H head size, C keys of a block,
 I intervals of keys.
@@ -97,8 +97,8 @@ def _from_all(q_BTNH, local_BQ) -> jax.Array:
     """The queries [B, Q, N, H] on every shard, from the one that has each; zeros where none has it."""
     T = q_BTNH.shape[1]
     here_BQ = (local_BQ >= 0) & (local_BQ < T)
-    found_BQNH = jnp.take_along_axis(q_BTNH, jnp.clip(local_BQ, 0, T - 1)[..., None, None], axis=1)
-    return jax.lax.psum(jnp.where(here_BQ[..., None, None], found_BQNH, 0), AXIS)
+    local_BQNH = jnp.take_along_axis(q_BTNH, jnp.clip(local_BQ, 0, T - 1)[..., None, None], axis=1)
+    return jax.lax.psum(jnp.where(here_BQ[..., None, None], local_BQNH, 0), AXIS)
 
 
 def _sums(q_BKGQH, pos_BQ, k_BTKH, offset, queries: Queries, kind: LayerType, scale: float) -> Sums:
@@ -156,7 +156,7 @@ def _below(sums: Sums, max_BKGQ) -> Sums:
 
 
 def _over_shards(sums: Sums) -> Sums:
-    """What all shards of `context` found, on each of them."""
+    """The sums over the keys of all shards of `context`, on each of them."""
     max_BKGQ = jax.lax.pmax(sums.max_BKGQ, AXIS)
     greatest_BKGQ = jnp.where(sums.max_BKGQ == max_BKGQ, sums.greatest_BKGQ, jnp.iinfo(jnp.int32).max)
     _, *parts, _ = _below(sums, max_BKGQ)

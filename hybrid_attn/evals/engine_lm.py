@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness (the extra `harness`), asked of an `Engine` in process.
 
 What a continuation is, how a text that is longer than the model reads is cut into windows and which of a prompt's tokens are
-left out are the harness's own definitions. A context begins with the mark that begins a document, as rows do in training.
+left out are the harness's own definitions. A context begins with BOS, as sequences do in training.
 """
 
 import difflib
@@ -48,8 +48,8 @@ def evaluate(
     Tasks are names of those in the YAML files under `include_path`, of the harness's own, or paths of YAML files. Those that
     make their own documents find what they need in the `metadata` of their file. A file may name Python functions
     (`!function`), which then run: use files that you trust. `limit` is a number of documents of each, or a share
-    below 1. For the rest see `EngineLM`, whose `counts` are added under "requests". Every process must call it.
-    ValueError for what is not there.
+    below 1. The other arguments are those of `EngineLM`, whose `counts` are added under "requests". Every process must call it.
+    ValueError for an unknown task.
     """
     if not tasks:
         raise ValueError("no task is named; name at least one")
@@ -57,16 +57,16 @@ def evaluate(
         raise ValueError(f"limit={limit} leaves no document of a task; use at least 1, or None for all")
     lm = EngineLM(engine, tokenizer, max_length, stop_tokens=stop_tokens)
     manager = find_tasks(tasks, include_path)
-    found = simple_evaluate(model=lm, tasks=[*tasks], task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAPS)
-    if jax.process_index() > 0 or found is None:
+    results = simple_evaluate(model=lm, tasks=[*tasks], task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAPS)
+    if jax.process_index() > 0 or results is None:
         return None
-    return json.loads(json.dumps(found | {"requests": lm.counts()}, default=handle_non_serializable))
+    return json.loads(json.dumps(results | {"requests": lm.counts()}, default=handle_non_serializable))
 
 
-def records(found: dict) -> list[dict]:
+def records(results: dict) -> list[dict]:
     """A record for each task, metric and filter of what `evaluate` returned, with the counts of the task's requests."""
     made = []
-    for task, values in found["results"].items():
+    for task, values in results["results"].items():
         for key, value in values.items():
             metric, comma, chosen = key.partition(",")
             if not comma or metric.endswith("_stderr"):
@@ -74,8 +74,8 @@ def records(found: dict) -> list[dict]:
             stderr = values.get(f"{metric}_stderr,{chosen}")
             record = {"task": task, "metric": metric, "filter": chosen, "value": value}
             record |= {"stderr": stderr if isinstance(stderr, (int, float)) else None, "documents": values["sample_len"]}
-            record |= {"shots": found["n-shot"].get(task), "version": found["versions"].get(task)}
-            made.append(record | found["requests"].get(task, {}))
+            record |= {"shots": results["n-shot"].get(task), "version": results["versions"].get(task)}
+            made.append(record | results["requests"].get(task, {}))
     return made
 
 
@@ -86,7 +86,7 @@ class EngineLM(LM):
     read. What is longer loses its beginning, and is counted; of a task that hides answers in its prompts it is a ValueError.
     Such a task has ruler, niah, needle, passkey or babilong in its name, or documents with a "max_length", as RULER's have.
 
-    One process or many ask the same questions on the same mesh, so the harness is told of one.
+    One process or many ask the same questions on the same mesh, so the harness sees one.
     """
 
     def __init__(self, engine, tokenizer, max_length: int, *, stop_tokens: Sequence[int] = ()):
@@ -133,7 +133,7 @@ class EngineLM(LM):
         return [sum(itertools.islice(scores, len(pairs))) for pairs in windows]
 
     def generate_until(self, requests) -> list[str]:
-        """An answer to each context, up to the first of its stops. A drawn one does not depend on the other requests."""
+        """An answer to each context, up to the first of its stops. A sampled one does not depend on the other requests."""
         questions, seen = [], Counter()
         for request in requests:
             context, _ = request.args
@@ -181,9 +181,9 @@ class EngineLM(LM):
 
     def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Whether greedy answers begin with the continuations: one answer to each context, which ends where all differ."""
-        wanted = defaultdict(list)
+        continuations = defaultdict(list)
         for context, continuation in pairs:
-            wanted[tuple(context)].append(continuation)
+            continuations[tuple(context)].append(continuation)
 
         def ask(questions):
             longest, contexts = questions[0][0], [context for _, context in questions]
@@ -191,14 +191,14 @@ class EngineLM(LM):
 
             def on_tokens(row: int, ids: list[int]) -> bool:
                 came[row] += ids
-                open_ends = (x for x in wanted[contexts[row]] if len(x) > len(came[row]))
+                open_ends = (x for x in continuations[contexts[row]] if len(x) > len(came[row]))
                 return not any(x[: len(came[row])] == came[row] for x in open_ends)
 
             self.engine.generate(contexts, longest, on_tokens=on_tokens)
             return came
 
-        questions = [(max(1, *map(len, more)), context) for context, more in wanted.items()]
-        answers = dict(zip(wanted, in_turn(questions, ask, BATCHES * self.engine.rows, "greedy answers"), strict=True))
+        questions = [(max(1, *map(len, more)), context) for context, more in continuations.items()]
+        answers = dict(zip(continuations, in_turn(questions, ask, BATCHES * self.engine.rows, "greedy answers"), strict=True))
         return [answers[tuple(context)][: len(continuation)] == continuation for context, continuation in pairs]
 
     def _continue(self, questions: Sequence[tuple]) -> list[str]:
@@ -226,26 +226,26 @@ def in_turn(questions: Sequence[tuple], ask: Callable[[list[tuple]], list], at_o
     order = sorted(range(len(questions)), key=lambda i: (questions[i][0], -len(questions[i][1]), questions[i][1:]))
     groups = [[*group] for _, group in itertools.groupby(order, key=lambda i: questions[i][0])]
     turns = [group[first : first + at_once] for group in groups for first in range(0, len(group), at_once)]
-    found = {}
+    results = {}
     for turn in tqdm(turns, name, disable=jax.process_index() > 0):
-        found |= dict(zip(turn, ask([questions[i] for i in turn]), strict=True))
-    return [found[i] for i in range(len(questions))]
+        results |= dict(zip(turn, ask([questions[i] for i in turn]), strict=True))
+    return [results[i] for i in range(len(questions))]
 
 
 def _options(request) -> tuple[tuple[str, ...], tuple]:
     """The stops of a request, and (most tokens, temperature, top_k, top_p, min_p) with 0 for what is off."""
-    given = dict(normalize_gen_kwargs(request.args[1]))
-    if given.get("num_beams") == 1:
-        del given["num_beams"]
-    if unknown := sorted(set(given) - OPTIONS):
+    options = dict(normalize_gen_kwargs(request.args[1]))
+    if options.get("num_beams") == 1:
+        del options["num_beams"]
+    if unknown := sorted(set(options) - OPTIONS):
         raise ValueError(
             f"{request.task_name} has {unknown[0]!r} in its generation_kwargs, which may have only {', '.join(sorted(OPTIONS))}"
         )
     filters = [0, 0, 0]
-    if given["do_sample"]:
-        filters = [max(given.get(name) or 0, 0) for name in ("top_k", "top_p", "min_p")]
-    temperature = given.get("temperature", 1.0) if given["do_sample"] else 0.0
-    return tuple(given["until"]), (given["max_gen_toks"], temperature, *filters)
+    if options["do_sample"]:
+        filters = [max(options.get(name) or 0, 0) for name in ("top_k", "top_p", "min_p")]
+    temperature = options.get("temperature", 1.0) if options["do_sample"] else 0.0
+    return tuple(options["until"]), (options["max_gen_toks"], temperature, *filters)
 
 
 def find_tasks(names: Sequence[str], include_path) -> TaskManager:

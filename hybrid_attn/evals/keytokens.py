@@ -1,7 +1,7 @@
 """Key tokens: the loss on those tokens that only the far context makes likely.
 
 LongPPL (arXiv 2410.23771): a token is key where a model finds it likely in its whole context (loss below 2 nats) and much
-less so in a short one (more than 2 nats above that). Here that model is the one whose loss is told. The short contexts of
+less so in a short one (more than 2 nats above that). Here that model is the evaluated one. The short contexts of
 neighbours are shared: windows that slide by a quarter of them.
 """
 
@@ -45,13 +45,13 @@ def run(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
     """
     if not 0 < short < spec.length:
         raise ValueError(f"short={short} is no part of rows of {spec.length} tokens; use 1 to {spec.length - 1}")
-    found = np.zeros(4)
-    for whole, windows in _batches(eval_model, spec, short):
-        nll_BT = _losses(eval_model, whole)
+    sums = np.zeros(4)
+    for batch, windows in _batches(eval_model, spec, short):
+        nll_BT = _losses(eval_model, batch)
         for first, window in windows:
-            found += jax.device_get(_sums(short, first, nll_BT, whole["weights"], _losses(eval_model, window)))
-    check_finite(found, "the loss")
-    nll, keys, tokens, _ = found
+            sums += jax.device_get(_sums(short, first, nll_BT, batch["weights"], _losses(eval_model, window)))
+    check_finite(sums, "the loss")
+    nll, keys, tokens, _ = sums
     loss = float(nll / keys) if keys else None
     record = {"length": spec.length, "short": short, "tokens": int(tokens), "key_tokens": int(keys), "loss": loss}
     yield record | {"perplexity": None if loss is None else math.exp(loss)}
@@ -64,9 +64,9 @@ class Window:
         self.first, self.seq_len = first, seq_len
         self._rows = rows
 
-    def spread(self, wanted: int) -> list[int]:
+    def spread(self, number: int) -> list[int]:
         """The numbers of the rows that `rows` gives."""
-        return self._rows.spread(wanted)
+        return self._rows.spread(number)
 
     def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
         """As `Rows.read` gives them; padding where the rows have ended."""
@@ -83,15 +83,15 @@ class Window:
 
 
 def _batches(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[tuple[dict, list[tuple[int, dict]]]]:
-    """Batches of whole rows, each with the windows of the same rows and where they begin."""
+    """Batches of full-length rows, each with the windows of the same rows and where they begin."""
     rows = Rows(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     slices = 2 * eval_model.mesh.shape["context"]  # a mesh may want two for each of its shards
     size = -(-(short + max(1, short // SLIDE)) // slices) * slices
     windows = [Window(rows, first, size) for first in range(0, spec.length - short, size - short)]
-    batch = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
-    batches = (heldout_batches(x, -(-spec.tokens // spec.length), batch, eval_model.mesh) for x in (rows, *windows))
-    for whole, *parts in zip(*batches, strict=True):
-        yield whole, [(window.first, arrays) for window, arrays in zip(windows, parts, strict=True)]
+    rows_at_once = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
+    batches = (heldout_batches(x, -(-spec.tokens // spec.length), rows_at_once, eval_model.mesh) for x in (rows, *windows))
+    for batch, *parts in zip(*batches, strict=True):
+        yield batch, [(window.first, arrays) for window, arrays in zip(windows, parts, strict=True)]
 
 
 def _losses(eval_model: EvalModel, batch: dict) -> jax.Array:

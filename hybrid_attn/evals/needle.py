@@ -1,7 +1,7 @@
-"""Needles in a text: numbers at chosen depths, which are asked for at its end, in RULER's words.
+"""Needles in a text: numbers at chosen depths, and a question about them at its end, in RULER's words.
 
 After Kamradt's "needle in a haystack", with numbers that no model has seen and containment in place of a judge. Several needles
-have one key: the first stands at the depth, each further one a k-th of the rest below it.
+have one key: the first stands at the depth, the others at equal distances below it.
 """
 
 import random
@@ -41,13 +41,13 @@ def generate(
     draws = of_sample(name, (), words.pairs())
     key, values = draws.magic("words"), tuple(draws.magic("numbers") for _ in range(needles))
     depths = [depth + i * (100 - depth) / needles for i in range(needles)]
-    told = [NEEDLE.format(kind="numbers", key=key, value=value) for value in values]
+    needle_texts = [NEEDLE.format(kind="numbers", key=key, value=value) for value in values]
     listed = haystack.split()
     start = random.Random(f"{name} text").randrange(len(listed))
 
     def ask(units: int) -> str:
         text = " ".join(listed[(start + i) % len(listed)] for i in range(units))
-        context = hidden(text, told, depths)
+        context = hidden(text, needle_texts, depths)
         template, kind = (FIND_ONE, "number") if needles == 1 else (FIND_ALL, "numbers")
         return template.format(kind=kind, context=context, query=key)
 
@@ -58,17 +58,18 @@ def generate(
     return Sample(task, length, index, ask(units), values, new, f"{depth:g}", {"depth": depth, "seed": seed, "units": units})
 
 
-def records(samples: Sequence[Sample], given: Sequence[str]) -> list[Mapping]:
-    """One for each depth of one length: how many numbers were wanted, and how many were given."""
+def records(samples: Sequence[Sample], replies: Sequence[str]) -> list[Mapping]:
+    """One for each depth of one length: how many numbers were hidden, and how many of them the replies contain."""
     cells: dict[float, list[tuple[int, int]]] = {}
-    for sample, answer in zip(samples, given, strict=True):
-        cells.setdefault(sample.meta["depth"], []).append((len(sample.answers), scores.right(answer, sample.answers)))
-    found = []
+    for sample, reply in zip(samples, replies, strict=True):
+        cells.setdefault(sample.meta["depth"], []).append((len(sample.answers), scores.right(reply, sample.answers)))
+    cell_records = []
     for depth, counts in sorted(cells.items()):
-        wanted, got = map(sum, zip(*counts, strict=True))
+        answers, right = map(sum, zip(*counts, strict=True))
         needles = len(samples[0].answers)
-        found.append({"length": samples[0].length, "depth": depth, "needles": needles, "answers": wanted, "right": got})
-    return found
+        record = {"length": samples[0].length, "depth": depth, "needles": needles, "answers": answers, "right": right}
+        cell_records.append(record)
+    return cell_records
 
 
 def draw(context: EvalContext, settings: Settings, unit: Unit) -> Iterator[Sample]:

@@ -1,4 +1,4 @@
-"""Prompts that hide a needle, ask for it and answer, with marks where each of these stands."""
+"""Prompts with a needle, a question about it and the right answer, and the position of each."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -64,8 +64,8 @@ def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> NeedlePr
     keys = words.pairs()
     key, value = keys[int(draw[0] % len(keys))], f" {1_000_000 + int(draw[1] % 9_000_000)}"
     around = FIND_ONE.format(kind="number", context=value, query=key).split(value)
-    told = NEEDLE.format(kind="numbers", key=key, value=value[1:]).split(value)
-    pieces = (around[0], " " + told[0], value, told[1], around[1])
+    statement = NEEDLE.format(kind="numbers", key=key, value=value[1:]).split(value)
+    pieces = (around[0], " " + statement[0], value, statement[1], around[1])
     before, needle, value, stop, question = (x.tolist() for x in tokenizer.encode_batch([x.encode() for x in pieces]))
     needle += value + stop
     room = length - 1 - sum(map(len, (before, needle, question, value)))
@@ -76,14 +76,13 @@ def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> NeedlePr
     tokens = [tokenizer.bos, *before, *text[:middle]]
     start = len(tokens)
     tokens += needle + text[middle:]
-    asked = len(tokens)
-    return NeedlePrompt(
-        np.array(tokens + question + value, np.int32), (start, start + len(needle)), asked, asked + len(question)
-    )
+    question_start = len(tokens)
+    all_tokens, answer_start = np.array(tokens + question + value, np.int32), question_start + len(question)
+    return NeedlePrompt(all_tokens, (start, start + len(needle)), question_start, answer_start)
 
 
 def _sentence_end(text: Sequence[int], middle: int, tokenizer) -> int:
-    """The last place up to `middle` after the end of a sentence or a line; `middle` where there is none near."""
+    """The last position up to `middle` after the end of a sentence or a line; `middle` where there is none near."""
     near = range(middle, max(1, middle - SENTENCE), -1)
     return next((i for i in near if tokenizer.decode(text[i - 1 : i]).endswith((".", "\n"))), middle)
 
@@ -92,10 +91,10 @@ def _of_task(task: Task, length: int, number: int) -> list[NeedlePrompt]:
     """Rows of "recall" up to the answer of their first question."""
     trees.check(task.name == "recall", f'the task "{task.name}" hides no needle that is asked for; use "recall" or documents')
     rows = SyntheticRows(task, length, None)
-    found = []
+    prompts = []
     for row in rows.read([(i, 0, length) for i in rows.spread(number)]):
         tokens, key = row["tokens"], int(np.flatnonzero(row["weights"])[0])
         pair = tokens[key], row["targets"][key]
         start = int(np.flatnonzero((tokens[: key - 2] == pair[0]) & (tokens[1 : key - 1] == pair[1]))[0])
-        found.append(NeedlePrompt(np.append(tokens[: key + 1], pair[1]), (start, start + 2), key - 1, key + 1))
-    return found
+        prompts.append(NeedlePrompt(np.append(tokens[: key + 1], pair[1]), (start, start + 2), key - 1, key + 1))
+    return prompts

@@ -44,11 +44,11 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     rows = Rows(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
     batch = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
-    found = [
+    batches = [
         jax.device_get(_score(eval_model.model, eval_model.run, edges, eval_model.params, arrays))
         for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, eval_model.mesh)
     ]
-    sums = np.concatenate(found, -1).astype(float)
+    sums = np.concatenate(batches, -1).astype(float)
     check_finite(sums, "the loss")
     *buckets, total = _records(spec.length, edges, sums.sum(0), {})
     nll_B, count_B, _ = sums.sum((0, 2))
@@ -59,10 +59,10 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
 
 def _records(length: int, edges: tuple[int, ...], sums, names: dict) -> Iterator[dict]:
     """Of `sums` [3, buckets, rows]."""
-    places = [{"first": first, "end": end} for first, end in itertools.pairwise(edges)]
-    for place, (nll_B, count_B, bytes_B) in zip((*places, {}), (*sums.swapaxes(0, 1), sums.sum(1)), strict=True):
+    buckets = [{"first": first, "end": end} for first, end in itertools.pairwise(edges)]
+    for bucket, (nll_B, count_B, bytes_B) in zip((*buckets, {}), (*sums.swapaxes(0, 1), sums.sum(1)), strict=True):
         if count := count_B.sum():
-            record = {"length": length, **place, **names, "tokens": int(count), "loss": nll_B.sum() / count}
+            record = {"length": length, **bucket, **names, "tokens": int(count), "loss": nll_B.sum() / count}
             bits = bits_per_byte(nll_B.sum(), bytes_B.sum()) if bytes_B.any() else None
             spread = {"stderr": _stderr(nll_B, count_B)} if (count_B > 0).sum() > 1 else {}
             yield record | spread | {"bits_per_byte": bits}
@@ -98,18 +98,17 @@ def _score(model: Model, run: Run, edges: tuple[int, ...], params: dict, batch: 
 
 
 def recalled(tokens_BT: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Where a token and its target have followed one another before, in the same document of the row: bool, [B, T].
+    """Repeated bigrams: where the pair of a token and its target occurred earlier in the same document of the row, [B, T].
 
-    Of such tokens associative recall is asked (Arora et al., Zoology, 2312.04927): they show what context gives, and most of
-    what separates models of language.
+    They need associative recall (Arora et al., Zoology, 2312.04927), and explain most of the difference between architectures.
     """
     spec = spec_of(tokens_BT)
     keys = tuple(jax.reshard(x_BT, P(BATCH, None)) for x_BT in (segments_BT, tokens_BT, targets_BT))
-    place_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    *keys, place_BT = jax.lax.sort((*keys, jax.reshard(place_BT, P(BATCH, None))), dimension=1, num_keys=3, is_stable=True)
+    index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    *keys, index_BT = jax.lax.sort((*keys, jax.reshard(index_BT, P(BATCH, None))), dimension=1, num_keys=3, is_stable=True)
     same_BT = functools.reduce(jnp.logical_and, [x_BT[:, 1:] == x_BT[:, :-1] for x_BT in keys])
     again_BT = jnp.pad(same_BT, ((0, 0), (1, 0)))
-    return jax.reshard(jax.lax.sort((place_BT, again_BT), dimension=1, num_keys=1)[1], spec)
+    return jax.reshard(jax.lax.sort((index_BT, again_BT), dimension=1, num_keys=1)[1], spec)
 
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:

@@ -1,6 +1,6 @@
-"""Recall: how many answers of a synthetic task's held-out rows a model gives, each the likeliest token where it is wanted.
+"""Recall: the share of answers in a synthetic task's held-out rows that are the likeliest token of the model.
 
-Only bytes have such tasks: a vocabulary of a few hundred words, so that all logits of a batch are little beside the rest.
+Only bytes have such tasks: a vocabulary of a few hundred words, so that all logits of a batch take little memory.
 """
 
 import functools
@@ -34,11 +34,11 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     rows = SyntheticRows(spec.documents, spec.length, None)
     batch = max(1, TOKENS // spec.length) * math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
     number = -(-spec.tokens // spec.length)
-    found = [
+    batches = [
         jax.device_get(_right(eval_model.model, eval_model.run, eval_model.params, arrays))
         for arrays in heldout_batches(rows, number, batch, eval_model.mesh)
     ]
-    sums = np.concatenate(found, 1)[:, :number]
+    sums = np.concatenate(batches, 1)[:, :number]
     check_finite(sums, "a logit of an answer")
     right_B, answers_B, _ = sums.astype(int)
     shares = {"accuracy": right_B.sum() / answers_B.sum(), "by_row": (right_B / answers_B).tolist()}

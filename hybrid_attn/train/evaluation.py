@@ -168,7 +168,7 @@ class Evaluations:
     def _bigram(self) -> list[dict]:
         """What a bigram model of each source's training documents scores on its held-out ones, if the vocabulary is small."""
         tokenizer, length = self.context.eval_model.tokenizer, self.about["model"]["seq_len"]
-        if tokenizer.vocab_size > bigram.MOST_WORDS:
+        if tokenizer.vocab_size > bigram.MAX_VOCABULARY:
             return []
         records = []
         for source, corpus in self.texts.items():

@@ -1,4 +1,4 @@
-"""What a report says, in order: sections of words, pictures and tables."""
+"""The sections of a report, in order: text, pictures and tables."""
 
 from collections.abc import Sequence
 
@@ -19,21 +19,21 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 def _overview(runs: Sequence[Run]) -> Section:
     table = overview.table(runs)
-    words = [" ".join(told)] if (told := overview.meanings(table)) else []
+    words = [" ".join(meanings)] if (meanings := overview.meanings(table)) else []
     return Section("overview", "At a glance", [*words, *layers.told(runs)], [], [table], [])
 
 
 def _comparison(runs: Sequence[Run]) -> list[Section]:
-    found = contents.differences(runs)
+    differences = contents.differences(runs)
     first, drawn = runs[0].name, []
-    for number, (name, several) in enumerate(found, 1):
-        if several := [x for x in several if not x.loss]:
-            counts = [f"{sum(contents.verdict(x) == y for x in several)} {y}" for y in ("better", "worse", "unclear")]
-            caption = f"{name} against {first}: of {len(several)} comparisons {', '.join(counts)}."
+    for number, (name, of_run) in enumerate(differences, 1):
+        if of_run := [x for x in of_run if not x.loss]:
+            counts = [f"{sum(contents.verdict(x) == y for x in of_run)} {y}" for y in ("better", "worse", "unclear")]
+            caption = f"{name} against {first}: of {len(of_run)} comparisons {', '.join(counts)}."
             note = f"{name} less {first}; in bold and in the colour of the better run where it is clear."
-            figure = heatmaps.differences(several, number)
+            figure = heatmaps.differences(of_run, number)
             drawn.append(Picture(f"comparison_{number}", caption, figure, False, note, "comparison"))
-    if not any(several for _, several in found):
+    if not any(of_run for _, of_run in differences):
         return []
     words = [
         "Only questions that both runs were asked count, word for word, and rows that both have read. The interval is a paired "
@@ -41,7 +41,7 @@ def _comparison(runs: Sequence[Run]) -> list[Section]:
         f"Wilson's, as Newcombe's does. Fewer than {statistics.PAIRS} pairs of a task leave it unclear. The mean of tasks "
         "gives each task the same weight, that of rows each row. Of losses, less is better."
     ]
-    return [Section("comparison", "Comparison", words, drawn, [contents.comparison(first, found)], [])]
+    return [Section("comparison", "Comparison", words, drawn, [contents.comparison(first, differences)], [])]
 
 
 def _absent(runs: Sequence[Run]) -> list[Section]:
