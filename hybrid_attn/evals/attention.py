@@ -178,7 +178,7 @@ def _batch_statistics(
     return jax.tree.map(lambda x: jax.reshard(x, P()), statistics)
 
 
-def sources(settings: Settings, context: EvalContext) -> list[str]:
+def sources(context: EvalContext, settings: Settings) -> list[str]:
     """Those whose held-out data can hide a needle: documents, and the task "recall"."""
     return [name for name, x in context.heldout.items() if not isinstance(x, Task) or x.name == "recall"]
 

@@ -57,7 +57,7 @@ class Evaluation(NamedTuple):
     """
 
     name: str
-    parts: Callable[[Settings, EvalContext], Sequence[str]]
+    parts: Callable[[EvalContext, Settings], Sequence[str]]
     measure: Callable[[EvalContext, Settings, Unit, list[Sample]], Measured]
     fields: Mapping[str, Kind]
     headline: Headline
@@ -70,7 +70,7 @@ class Evaluation(NamedTuple):
     flags: tuple[str, ...] = ("tokens",)  # of tools/evaluate.py, which change what is measured
     all_logits: bool = False  # the logits of a row exist at once
     sequences: Callable[[Settings, int], int] = rows_of_tokens  # that a unit of a length reads; its time grows with them
-    missing: Callable[[Settings, EvalContext], Mapping[str, str]] = lambda settings, context: {}  # parts, and why they are
+    missing: Callable[[EvalContext, Settings], Mapping[str, str]] = lambda context, settings: {}  # parts, and why they are
     empty: Callable[[EvalContext], tuple[str, str]] | None = None  # where it has no part at all: what is missing, and why
     check_fits: Callable[[EvalContext, Settings, Unit], None] = lambda context, settings, unit: None  # TooLongError if not
     is_of: Callable[[Unit, Mapping], bool] = is_of_source  # whether a record or an answer belongs to a unit
@@ -85,14 +85,14 @@ class Evaluation(NamedTuple):
     def lengths(self, settings: Settings) -> tuple[int, ...]:
         return settings.asked if self.uses_engine and settings.asked is not None else settings.lengths
 
-    def units(self, settings: Settings, context: EvalContext) -> list[Unit]:
+    def units(self, context: EvalContext, settings: Settings) -> list[Unit]:
         """All that can be measured, whether it fits its length or not."""
-        missing = self.missing(settings, context)
-        parts = [part for part in self.parts(settings, context) if part not in missing]
+        missing = self.missing(context, settings)
+        parts = [part for part in self.parts(context, settings) if part not in missing]
         return [Unit(self.name, part, length) for length in self.lengths(settings) for part in parts]
 
 
-def texts(settings: Settings, context: EvalContext) -> list[str]:
+def texts(context: EvalContext, settings: Settings) -> list[str]:
     """The sources whose held-out data are documents."""
     return [name for name, heldout in context.heldout.items() if not isinstance(heldout, Task)]
 

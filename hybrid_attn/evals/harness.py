@@ -40,7 +40,7 @@ def section(runs: Sequence) -> list:
 
 EVALUATION = Evaluation(
     name="harness",
-    parts=lambda settings, context: settings.tasks,
+    parts=lambda context, settings: settings.tasks,
     measure=measure,
     fields={"task": NAME, "length": SIZE, "metric": NAME, "value": ANY},
     headline=Headline(first_value, "harness_value", "{:.4f}", higher_is_better=True),

@@ -114,7 +114,7 @@ def section(runs: Sequence) -> list:
 
 EVALUATION = Evaluation(
     name="needle",
-    parts=lambda settings, context: [str(needles) for needles in NEEDLES],
+    parts=lambda context, settings: [str(needles) for needles in NEEDLES],
     measure=measure,
     fields={"length": SIZE, "depth": number(0, 100), "needles": SIZE, "answers": SIZE, "right": number(0, 2**53)},
     headline=Headline(share_found, "needle_found_share", "{:.1%} found", higher_is_better=True),

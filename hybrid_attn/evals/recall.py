@@ -56,7 +56,7 @@ def _right(model: Model, run: Run, params: dict, batch: dict):
     return jax.reshard(jnp.stack(counts), P())
 
 
-def parts(settings: Settings, context: EvalContext) -> tuple[str, ...]:
+def parts(context: EvalContext, settings: Settings) -> tuple[str, ...]:
     return tuple(context.tasks) if isinstance(context.eval_model.tokenizer, ByteTokenizer) else ()
 
 

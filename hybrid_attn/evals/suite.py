@@ -47,7 +47,7 @@ def named(suite: str) -> tuple[str, ...]:
 def units(settings: Settings, context: EvalContext) -> list[Unit]:
     """All that `settings` name, the context has data for, and `settings.absent` does not leave out."""
     absent = {unit[:3] for unit in settings.absent}
-    return [unit for name in settings.evals for unit in EVALS[name].units(settings, context) if unit not in absent]
+    return [unit for name in settings.evals for unit in EVALS[name].units(context, settings) if unit not in absent]
 
 
 def some_units(settings: Settings, context: EvalContext) -> list[Unit]:
@@ -85,7 +85,7 @@ def _without_data(settings: Settings, context: EvalContext, measured: set[str]) 
     """Parts that cannot be measured at any length, then the evaluations that have no part at all."""
     absent = []
     for name in settings.evals:
-        missing, lengths = EVALS[name].missing(settings, context), EVALS[name].lengths(settings)
+        missing, lengths = EVALS[name].missing(context, settings), EVALS[name].lengths(settings)
         absent += [Absent(name, part, length, why) for length in lengths for part, why in missing.items()]
     for name in settings.evals:
         if EVALS[name].empty and name not in measured:

@@ -12,7 +12,7 @@ from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
 
 
-def missing(settings: Settings, context: EvalContext) -> dict[str, str]:
+def missing(context: EvalContext, settings: Settings) -> dict[str, str]:
     """Why tasks cannot be asked at any length, of those that cannot."""
     reasons = ruler.missing(context.haystack, context.questions)
     if settings.compat and not context.essays:
@@ -63,7 +63,7 @@ def section(runs: Sequence) -> list:
 
 EVALUATION = Evaluation(
     name="ruler",
-    parts=lambda settings, context: settings.ruler_tasks,
+    parts=lambda context, settings: settings.ruler_tasks,
     measure=measure,
     fields={"task": NAME, "length": SIZE, "samples": SIZE, "score": number(0, 100), "nulls": COUNT},
     headline=Headline(first_total("score"), "ruler_score_percent", "score {:.1f}", higher_is_better=True),
