@@ -15,10 +15,10 @@ from hybrid_attn.config import score_scale
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals import Spec, Subject, attention, marked, shares
+from hybrid_attn.evals import EvalModel, Spec, attention, attention_statistics, needle_prompts
 from hybrid_attn.evals.attention import SEGMENTS
-from hybrid_attn.evals.marked import Marked
-from hybrid_attn.evals.shares import Asked, Shares
+from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries
+from hybrid_attn.evals.needle_prompts import NeedlePrompt
 from hybrid_attn.model.extend import layer_by_layer, unstacked
 from hybrid_attn.model.transformer import in_packed
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
@@ -62,18 +62,18 @@ def entropy(p_NS):
 
 
 def found(q, k, kind, sinks, intervals=INTERVALS, scale=0.4):
-    asked = Asked(np.array(QUERIES), np.array(LENGTHS), intervals[..., 0], intervals[..., 1])
+    asked = Queries(np.array(QUERIES), np.array(LENGTHS), intervals[..., 0], intervals[..., 1])
     asked = jax.tree.map(lambda x: jax.device_put(x.astype(np.int32), P(BATCH)), asked)
     q, k = (jax.device_put(x, HEADS_BTNH) for x in (q, k))
     sinks = None if sinks is None else jax.device_put(sinks, P("tensor"))
-    measure = functools.partial(shares.shares, queries=Q, kind=kind, scale=scale)
+    measure = functools.partial(attention_statistics.statistics_of, num_queries=Q, kind=kind, scale=scale)
     return jax.device_get(jax.jit(measure)(q, k, asked, sinks))
 
 
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "context": 2, "tensor": 2}], ids=["one", "eight"])
 @pytest.mark.parametrize("name", KINDS)
 def test_shares_are_those_of_a_dense_softmax(name, sizes, monkeypatch):
-    monkeypatch.setattr(shares, "KEYS", 10)  # a shard has blocks that it begins again in the middle
+    monkeypatch.setattr(attention_statistics, "KEYS", 10)  # a shard has blocks that it begins again in the middle
     kind, rng = kind_of(KINDS[name]), np.random.default_rng(0)
     q, k = (2 * rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (N, K))
     sinks = rng.normal(size=N).astype(np.float32) if kind.sink else None
@@ -100,10 +100,11 @@ def test_equal_scores_give_an_interval_its_share_of_the_keys_that_a_query_sees(o
 
 
 def test_a_head_that_looks_at_the_needle_alone_has_the_greatest_lift(one_device):
-    prompt = Marked(np.arange(T) % 7, (14, 17), 33, 40)
+    prompt = NeedlePrompt(np.arange(T) % 7, (14, 17), 33, 40)
     q, k = np.zeros((B, T, N, H), np.float32), np.zeros((B, T, K, H), np.float32)
     q[..., 0], k[:, 14:17, 0, 0] = 100.0, 1.0  # the first key/value head's needle
-    look = Shares(*(x[0] for x in found(q, k, kind_of({}), None, np.array([attention.parts(prompt)] * B), scale=1.0)))
+    measured = found(q, k, kind_of({}), None, np.array([attention.parts(prompt)] * B), scale=1.0)
+    look = AttentionStatistics(*(x[0] for x in measured))
     values = attention.head_values(kind_of({}), prompt, look)
     np.testing.assert_allclose(values["needle_lift"][: N // K], T / 3, rtol=1e-5)
     np.testing.assert_allclose(values["entropy_bits"][: N // K], math.log2(3), rtol=1e-5)
@@ -114,24 +115,24 @@ def test_a_head_that_looks_at_the_needle_alone_has_the_greatest_lift(one_device)
 def test_the_largest_array_is_a_block_of_scores(one_device):
     long, kind = 64 * 1024, kind_of({})
     q = k = jnp.zeros((1, long, 1, H), out_sharding=HEADS_BTNH)
-    asked = Asked(*(jax.device_put(np.int32(x), P(BATCH)) for x in ([long - Q], [long], [[0]], [[9]])))
-    measure = functools.partial(shares.shares, sinks_N=None, queries=Q, kind=kind, scale=1.0)
-    assert biggest_array(measure, q, k, asked) == Q * shares.KEYS
+    asked = Queries(*(jax.device_put(np.int32(x), P(BATCH)) for x in ([long - Q], [long], [[0]], [[9]])))
+    measure = functools.partial(attention_statistics.statistics_of, sinks_N=None, num_queries=Q, kind=kind, scale=1.0)
+    assert biggest_array(measure, q, k, asked) == Q * attention_statistics.KEYS
 
 
 MODELS = {"everything": everything("LLG", 5), "chunks": tiny({}, L={"chunk": 16, "rope_theta": 50.0}, G={"softcap": 2.0}).model}
 
 
-def subject_on(mesh, model):
-    return Subject(model, random_params(model), RUN._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
+def eval_model_on(mesh, model):
+    return EvalModel(model, random_params(model), RUN._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
 
 
-def watched_weights(subject, prompt):
+def watched_weights(eval_model, prompt):
     """Dense shares [N, Q, S + 1] of each layer, from the queries and keys that its attention gets."""
     S = len(prompt.tokens_S)
-    place = functools.partial(jax.device_put, device=NamedSharding(subject.mesh, TOKENS_BT))
+    place = functools.partial(jax.device_put, device=NamedSharding(eval_model.mesh, TOKENS_BT))
     tokens, pos, seg = (place(x[None]) for x in (prompt.tokens_S, np.arange(S, dtype=np.int32), np.ones(S, np.int32)))
-    run = subject.run._replace(zigzag=False)
+    run = eval_model.run._replace(zigzag=False)
 
     def watched(letter):
         def attend(q, k, v, sinks, kind, scale):
@@ -141,13 +142,13 @@ def watched_weights(subject, prompt):
 
     @jax.jit
     def through(params):
-        weights = unstacked(subject.model, params, jnp.float32)
-        return layer_by_layer(subject.model, weights, tokens, pos, [watched(x) for x in subject.model.layers], run)[1]
+        weights = unstacked(eval_model.model, params, jnp.float32)
+        return layer_by_layer(eval_model.model, weights, tokens, pos, [watched(x) for x in eval_model.model.layers], run)[1]
 
     dense = []
-    for letter, (q, k, sinks) in zip(subject.model.layers, jax.device_get(through(subject.params)), strict=True):
-        kind = subject.model.kinds[letter]
-        scale = score_scale(subject.model, kind)
+    for letter, (q, k, sinks) in zip(eval_model.model.layers, jax.device_get(through(eval_model.params)), strict=True):
+        kind = eval_model.model.kinds[letter]
+        scale = score_scale(eval_model.model, kind)
         dense.append(np.stack([weights_of(q[p], k, p, kind, scale, sinks) for p in range(prompt.question, S)], 1))
     return dense
 
@@ -157,9 +158,9 @@ def dense_values(name, spec):
     """(prompts, their dense shares by layer)."""
     mesh = mesh_of()
     with jax.set_mesh(mesh):
-        subject = subject_on(mesh, MODELS[name])
-        prompts = marked.prompts(spec, ByteTokenizer())
-        return prompts, [watched_weights(subject, prompt) for prompt in prompts]
+        eval_model = eval_model_on(mesh, MODELS[name])
+        prompts = needle_prompts.prompts(spec, ByteTokenizer())
+        return prompts, [watched_weights(eval_model, prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def dense_values(name, spec):
 def test_records_are_the_means_of_dense_shares(name, sizes):
     spec, mesh, model = Spec(Task("recall", 4), 64, 3 * 64), mesh_of(**sizes), MODELS[name]
     with jax.set_mesh(mesh):
-        records = [*attention.run(subject_on(mesh, model), spec)]
+        records = [*attention.run(eval_model_on(mesh, model), spec)]
     prompts, dense = dense_values(name, spec)
     heads = {(r["layer"], r["head"]): r for r in records}
     assert len(prompts) == 3 and len(heads) == len(records) == len(model.layers) * model.num_heads
@@ -195,7 +196,7 @@ def test_records_are_the_means_of_dense_shares(name, sizes):
 
 def test_weights_by_position_leave_out_both_ends(one_device):
     spec = Spec(Task("recall", 4), 64, 3 * 64)
-    records = [*attention.run(subject_on(one_device, MODELS["everything"]), spec)]
+    records = [*attention.run(eval_model_on(one_device, MODELS["everything"]), spec)]
     prompts, dense = dense_values("everything", spec)
     for record in records:
         edges = record["edges"]
@@ -208,7 +209,7 @@ def test_weights_by_position_leave_out_both_ends(one_device):
 
 
 def test_a_window_that_ends_behind_the_needle_is_marked(one_device):
-    records = attention.run(subject_on(one_device, MODELS["everything"]), Spec(Task("recall", 4), 64, 64))
+    records = attention.run(eval_model_on(one_device, MODELS["everything"]), Spec(Task("recall", 4), 64, 64))
     assert {(r["kind"], r["reach"], r["needle"] > 0, r["needle_lift"] > 0) for r in records} == {
         ("G", True, True, True), ("L", False, False, False),
     }  # fmt: skip
@@ -219,7 +220,7 @@ def test_a_window_that_ends_behind_the_needle_is_marked(one_device):
     [({}, True), ({"window": 14}, True), ({"window": 13}, False), ({"chunk": 16}, True), ({"chunk": 10}, False)],
 )
 def test_a_layer_reaches_the_needle_if_a_query_sees_its_last_token(fields, reaches):
-    kind, prompt = kind_of({"rope_theta": 9.0, **fields}), Marked(np.zeros(40, np.int32), (14, 18), 30, 35)
+    kind, prompt = kind_of({"rope_theta": 9.0, **fields}), NeedlePrompt(np.zeros(40, np.int32), (14, 18), 30, 35)
     assert attention.reaches(kind, prompt) == reaches  # the first query is the 13th token after the needle's last
     seen = np.flatnonzero(weights_of(np.zeros((1, H)), np.zeros((40, 1, H)), 30, kind, 1.0)[0])
     assert np.isin(np.arange(14, 18), seen).any() == reaches
@@ -227,7 +228,7 @@ def test_a_layer_reaches_the_needle_if_a_query_sees_its_last_token(fields, reach
 
 def test_retrieval_counts_the_words_that_are_copied_from_the_needle():
     #                           0  1  2  3  4  5  6   7  8  9 10 11
-    prompt = Marked(np.array([9, 1, 2, 5, 1, 2, 3, 30, 31, 1, 7, 3]), (4, 7), 7, 9)
+    prompt = NeedlePrompt(np.array([9, 1, 2, 5, 1, 2, 3, 30, 31, 1, 7, 3]), (4, 7), 7, 9)
     greatest = [
         [7, 4, 0, 6, 0],  # both words from their places: 7 stands in no needle
         [7, 1, 0, 6, 0],  # the first from a like word outside the needle
@@ -243,7 +244,7 @@ def text_documents(number, size):
 
 
 def test_a_prompt_of_text_has_its_marks_round_the_needle_the_question_and_the_answer():
-    prompts = marked.prompts(Spec(text_documents(3, 700), 600, 3 * 600), ByteTokenizer())
+    prompts = needle_prompts.prompts(Spec(text_documents(3, 700), 600, 3 * 600), ByteTokenizer())
     assert len({p.tokens_S.tobytes() for p in prompts}) == len(prompts) == 3
     for prompt in prompts:
         start, stop = prompt.needle
@@ -262,7 +263,7 @@ def test_a_prompt_of_text_has_its_marks_round_the_needle_the_question_and_the_an
 
 
 def test_a_prompt_of_recall_is_its_row_up_to_the_first_answer():
-    (prompt,) = marked.prompts(Spec(Task("recall", 4), 64, 1), ByteTokenizer())
+    (prompt,) = needle_prompts.prompts(Spec(Task("recall", 4), 64, 1), ByteTokenizer())
     (row,) = SyntheticRows(Task("recall", 4), 64, None).read([(0, 0, 64)])
     text = ByteTokenizer().decode(prompt.tokens_S[1:])
     assert np.array_equal(prompt.tokens_S[:-1], row["tokens"][: len(prompt.tokens_S) - 1])
@@ -280,7 +281,7 @@ def test_a_prompt_of_recall_is_its_row_up_to_the_first_answer():
 )
 def test_what_makes_no_prompt_is_refused(spec, message):
     with pytest.raises(ValueError, match=message):
-        marked.prompts(spec, ByteTokenizer())
+        needle_prompts.prompts(spec, ByteTokenizer())
 
 
 @pytest.mark.parametrize(
@@ -288,4 +289,4 @@ def test_what_makes_no_prompt_is_refused(spec, message):
 )
 def test_marks_out_of_order_are_refused(needle, question, answer):
     with pytest.raises(ValueError, match="do not follow one another"):
-        Marked(np.zeros(9, np.int32), needle, question, answer)
+        NeedlePrompt(np.zeros(9, np.int32), needle, question, answer)

@@ -21,7 +21,7 @@ from hybrid_attn import checkpoint, config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals import heldout, output, provenance, report, settings, suite
+from hybrid_attn.evals import heldout, output, provenance, report, suite, types
 from hybrid_attn.evals.report import descriptions, fields
 from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.programs import parse
@@ -144,7 +144,7 @@ def test_on_a_mesh_the_same_is_measured(tool, models, tmp_path, monkeypatch):
 
 def test_what_does_not_fit_a_length_is_absent_and_said(tool, models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, "SHORTEST", 600)
-    monkeypatch.setattr(tool.suite, "run", lambda reader, settings, *_: planned.append(tool.suite.units(settings, reader)))
+    monkeypatch.setattr(tool.suite, "run", lambda context, settings, *_: planned.append(tool.suite.units(settings, context)))
     monkeypatch.setattr(tool.report, "read", lambda directory: None)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
     planned = []
@@ -215,7 +215,7 @@ def test_one_program_at_a_time_measures_into_a_directory(tool, models, tmp_path,
 
 
 def planned_of(tool, monkeypatch):
-    """A list to which (reader, settings, provenance) of every model are added that would be measured."""
+    """A list to which (context, settings, provenance) of every model are added that would be measured."""
     planned = []
     monkeypatch.setattr(tool.suite, "run", lambda *arguments: planned.append(arguments[:3]))
     monkeypatch.setattr(tool.report, "read", lambda directory: None)
@@ -241,9 +241,9 @@ def test_losses_are_measured_on_the_files_that_a_flag_names(tool, models, tmp_pa
     (tmp_path / "mine.txt").write_text("A text of mine. " * 30)
     arguments = [f"--checkpoint={models}/one", "--suite=position", "--lengths=32", f"--out={tmp_path}/out"]
     run(tool, *arguments, f"--heldout=mine={tmp_path}/mine.txt", trust=())
-    reader, wanted, about = planned[0]
-    assert [unit.name for unit in suite.units(wanted, reader)] == ["position-mine-32"]
-    assert reader.heldout["mine"].lengths.tolist() == [30 * 16 + 2] and [*about["heldout"]] == ["mine"]
+    context, wanted, about = planned[0]
+    assert [unit.name for unit in suite.units(wanted, context)] == ["position-mine-32"]
+    assert context.heldout["mine"].lengths.tolist() == [30 * 16 + 2] and [*about["heldout"]] == ["mine"]
 
 
 def test_the_command_beside_a_figure_measures_the_same(tool, models, tmp_path, monkeypatch):
@@ -257,7 +257,7 @@ def test_the_command_beside_a_figure_measures_the_same(tool, models, tmp_path, m
         monkeypatch.chdir(models)  # some paths are relative
         planned.clear()
         run(tool, "--checkpoint=one", *asked, *data, f"--out={tmp_path}/{number}", trust=())
-        reader, wanted, about = planned[0]
+        context, wanted, about = planned[0]
         monkeypatch.chdir(tmp_path)
         described = suite.described(wanted, about)
         fields.check_provenance(described, "run.json")
@@ -267,9 +267,9 @@ def test_the_command_beside_a_figure_measures_the_same(tool, models, tmp_path, m
             assert program == "tools/evaluate.py" and arguments.pop() == "--out=DIR"
             run(tool, *arguments, f"--out={tmp_path}/{number}-{name}", trust=())
             again, settings_again, about_again = planned[-1]
-            units = [unit for unit in suite.units(wanted, reader) if unit.eval == name]
+            units = [unit for unit in suite.units(wanted, context) if unit.eval == name]
             assert suite.units(settings_again, again) == units != []
-            assert again.questions == (reader.questions if name == "ruler" else {})
+            assert again.questions == (context.questions if name == "ruler" else {})
             same = ("mesh", "step", "weights", "vocab_size", "heldout" if name == "position" else "haystack")
             assert [about_again[x] for x in same] == [about[x] for x in same]
 
@@ -294,9 +294,9 @@ def test_the_trained_length_of_an_imported_model_is_that_of_its_own_config(tool,
     for values, trained in (({"max_position_embeddings": 256}, 256), ({}, 48)):
         path.write_text(json.dumps(values))
         run(tool, *arguments)
-        reader, wanted, about = planned.pop()
+        context, wanted, about = planned.pop()
         said = capsys.readouterr().out
-        assert reader.trained == about["model"]["seq_len"] == trained
+        assert context.trained == about["model"]["seq_len"] == trained
         assert wanted.lengths == (trained // 4, trained, 2 * trained)
         assert f"model  trained at {trained} tokens ({about['model']['seq_len_from']})\n" in said
         assert ("max_position_embeddings" in said) == (trained == 256)
@@ -359,7 +359,7 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
 
 def test_answers_end_where_the_files_of_an_imported_model_say(tool, models, tmp_path, monkeypatch):
     monkeypatch.setattr(tool.loading, "stop_tokens", lambda checkpoint, tokenizer: [5, tokenizer.eos])
-    monkeypatch.setattr(tool.suite, "run", lambda reader, *_: found.append(reader.stop_tokens))
+    monkeypatch.setattr(tool.suite, "run", lambda context, *_: found.append(context.stop_tokens))
     monkeypatch.setattr(tool.report, "read", lambda directory: None)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
     found = []
@@ -399,9 +399,9 @@ def test_other_weights_under_the_same_name_are_another_evaluation(tool, models, 
 
 def test_a_model_is_asked_its_own_tasks_and_those_of_the_others_that_it_was_not_trained_on():
     own = {"probe": Task("recall", 4), "mine": Task("mqar", 8)}
-    found = settings.with_own(own)
-    assert [*found.items()] == [*own.items(), *((name, settings.RECALL[name]) for name in ("mqar", "copy", "tracking"))]
-    assert settings.with_own({}) == settings.RECALL and settings.with_own({"copy": Task("recall", 2)})["copy"].name == "recall"
+    found = types.with_own(own)
+    assert [*found.items()] == [*own.items(), *((name, types.RECALL[name]) for name in ("mqar", "copy", "tracking"))]
+    assert types.with_own({}) == types.RECALL and types.with_own({"copy": Task("recall", 2)})["copy"].name == "recall"
 
 
 def test_a_signal_that_is_swallowed_ends_the_program_nevertheless():
@@ -425,17 +425,29 @@ programs.run(program, [""], "all")
 
 
 def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, models, tmp_path, monkeypatch, capsys):
-    load = tool.loading.load
+    described = tool.loading.described
 
-    def broken(checkpoint, step):
-        if checkpoint.endswith("two"):
+    def broken(directory, step):
+        if "two" in directory:
             raise ValueError("two is broken")
-        return load(checkpoint, step)
+        return described(directory, step)
 
-    monkeypatch.setattr(tool.loading, "load", broken)
+    monkeypatch.setattr(tool.loading, "described", broken)
     monkeypatch.setattr(tool.suite, "run", lambda *_: pytest.fail("measured the first"))
     models = [f"--checkpoint={models}/{name}" for name in ("one", "two")]
     assert refused(tool, capsys, *models, "--suite=recall", f"--out={tmp_path}") == ("error: two is broken", 2)
+
+
+def test_parameters_are_loaded_once_and_one_model_after_the_other(tool, models, tmp_path, monkeypatch):
+    steps, load, read_params = [], tool.loading.load, checkpoint.read_params
+    monkeypatch.setattr(tool.suite, "run", lambda context, *_: steps.append(sorted(context.eval_model.params)))
+    monkeypatch.setattr(tool.report, "read", lambda directory: None)
+    monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
+    monkeypatch.setattr(checkpoint, "read_params", lambda *arguments: steps.append("load") or read_params(*arguments))
+    run(tool, *(f"--checkpoint={models}/{name}" for name in ("one", "two")), "--suite=recall", f"--out={tmp_path}")
+    with jax.set_mesh(mesh_of()):
+        params = sorted(load(f"{models}/one").params)
+    assert steps[:-1] == ["load", params, "load", params]
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from conftest import tensorboard_events, tiny
 
 from configs import base
 from hybrid_attn import checkpoint
-from hybrid_attn.config import EVALS
 from hybrid_attn.data import corpora
 from hybrid_attn.data.tokenizer import load_tokenizer
-from hybrid_attn.evals import report, suite, texts
-from hybrid_attn.evals.report import contents, fields
+from hybrid_attn.evals import haystack, report, suite
+from hybrid_attn.evals.report import contents
+from hybrid_attn.evals.table import EVALS
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation, loop
 
@@ -49,16 +49,16 @@ def measured(patch, after=lambda unit: None):
     units = []
 
     def counted(measure):
-        def counting(reader, settings, unit, asked):
+        def counting(context, settings, unit, asked):
             units.append(unit.name)
-            found = measure(reader, settings, unit, asked)
+            found = measure(context, settings, unit, asked)
             after(unit)
             return found
 
         return counting
 
-    for name, measure in suite.MEASURES.items():
-        patch.setitem(suite.MEASURES, name, counted(measure))
+    for name, record in EVALS.items():
+        patch.setitem(EVALS, name, record._replace(measure=counted(record.measure)))
     return units
 
 
@@ -168,7 +168,7 @@ def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
     pytest.importorskip("matplotlib")
     tokenizer = load_tokenizer("bytes")
     heldout = corpora.load(config_of(corpus).data, ["text"], tokenizer)["text"].heldout
-    (tmp_path / "haystack").write_text(texts.of_documents([heldout], tokenizer))
+    (tmp_path / "haystack").write_text(haystack.of_documents([heldout], tokenizer))
     with conftest.tool("evaluate") as tool, flagsaver.flagsaver():
         sizes = [f"--lengths={LENGTH}", "--tokens=400", "--samples=1", "--depths=0,50", "--suite=position,needle"]
         flags = [f"--checkpoint={workdir}", f"--text={tmp_path}/haystack", f"--out={tmp_path}/out", "--trust_checkpoint_data"]
@@ -246,7 +246,7 @@ def test_a_finished_run_measures_again_what_has_other_settings_and_says_what_is_
         ({"evals.names": ("attention_mass",), "evals.lengths": (2000.0,)}, "which fill no prompt of 96,000"),
         (
             {"evals.names": ("position",), "data.sources": {"probe": base.source(task="recall", pairs=2)}},
-            r"evals.names=\('position',\) measures nothing of the last stage's probe: position, .* are of documents",
+            r"evals.names=\('position',\) measures nothing of the last stage's probe: position needs documents, and the",
         ),
     ],
     ids=["needle", "attention_mass", "position"],
@@ -271,13 +271,19 @@ def test_a_run_whose_config_is_refused_has_all_that_it_had(corpus, workdir, tmp_
 
 def test_how_far_a_needle_stands_out_is_told_of_the_layers_that_reach_it():
     heads = [{"reach": True, "needle_lift": 3.0}, {"reach": False, "needle_lift": 0.0}, {"reach": True, "needle_lift": 6.0}]
-    assert evaluation.score("attention_mass", heads) == 4.5
-    assert evaluation.score("attention_mass", heads[1:2]) is None
+    headline = EVALS["attention_mass"].headline
+    assert headline.value(heads) == 4.5
+    assert headline.value(heads[1:2]) is None
 
 
-def test_the_names_of_a_config_are_evaluations_of_the_suite():
-    assert set(EVALS) | {"harness"} == set(suite.MEASURES)
-
-
-def test_a_report_knows_what_the_suite_measures_and_the_bigram_beside_it():
-    assert set(fields.FIELDS) == {*suite.MEASURES, "bigram"}
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("position", "needel"), r"evals.names\[1\]='needel' is not one of .*; did you mean 'needle'\?"),
+        (("harness",), r"evals.names\[0\]='harness' is not one of 'position', 'recall', .*'key_tokens'"),
+    ],
+)
+def test_an_unknown_evaluation_is_refused_before_anything_is_read(tmp_path, names, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(config_of("/nowhere", **{"evals.names": names}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

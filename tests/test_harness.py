@@ -19,7 +19,7 @@ datasets = pytest.importorskip("datasets")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import TemplateLM  # noqa: E402
 
-from hybrid_attn.evals import harness, report  # noqa: E402
+from hybrid_attn.evals import engine_lm, report  # noqa: E402
 from hybrid_attn.evals.report import contents  # noqa: E402
 
 MAX_LENGTH = 48
@@ -54,7 +54,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def lm(engine):
-    return harness.EngineLM(engine, LETTERS, MAX_LENGTH)
+    return engine_lm.EngineLM(engine, LETTERS, MAX_LENGTH)
 
 
 def requests(kind, *arguments, task="toy", doc=None):
@@ -126,7 +126,7 @@ def crossing(tmp_path):
 
 def test_a_context_is_encoded_alone_as_the_harness_encodes_it(tmp_path):
     tokenizer = crossing(tmp_path)
-    lm = harness.EngineLM(Echo(lambda prompt: []), tokenizer, MAX_LENGTH)
+    lm = engine_lm.EngineLM(Echo(lambda prompt: []), tokenizer, MAX_LENGTH)
     pairs = [("import sys, o", "s.path"), ("import sys,", " os"), ("import ", "os"), ("a", "b c"), (" a\n", "b")]
     for context, continuation in pairs:
         found = lm._split(context, continuation)
@@ -140,7 +140,7 @@ def test_a_context_is_encoded_alone_as_the_harness_encodes_it(tmp_path):
 
 
 def test_a_continuation_of_which_no_token_is_left_is_refused(tmp_path):
-    lm = harness.EngineLM(Echo(lambda prompt: []), crossing(tmp_path), MAX_LENGTH)
+    lm = engine_lm.EngineLM(Echo(lambda prompt: []), crossing(tmp_path), MAX_LENGTH)
     with pytest.raises(ValueError, match="toy, document 1: no token is left of the answer 's', which the tokenizer joins"):
         scores(lm, ("import", " sys"), ("import sys, o", "s"))
 
@@ -149,11 +149,11 @@ def test_a_probability_that_is_not_finite_is_an_error():
     engine = Echo(lambda prompt: [])
     engine.score = lambda prompts, continuations: [np.array([-0.5, np.nan]) for _ in prompts]
     with pytest.raises(FloatingPointError, match="the log-probability of a continuation is nan: the parameters are not finite"):
-        scores(harness.EngineLM(engine, LETTERS, MAX_LENGTH), ("a", "bc"))
+        scores(engine_lm.EngineLM(engine, LETTERS, MAX_LENGTH), ("a", "bc"))
 
 
 def test_spaces_that_end_a_context_belong_to_what_follows():
-    lm = harness.EngineLM(Echo(lambda prompt: []), LETTERS, MAX_LENGTH)
+    lm = engine_lm.EngineLM(Echo(lambda prompt: []), LETTERS, MAX_LENGTH)
     for context, continuation in (("a b", " c"), ("a b ", "c"), ("a\n\n", "b"), (" ", "b"), ("", "b c")):
         found = lm._split(context, continuation)
         ids = [LETTERS.bos, *LETTERS.encode((context + continuation).encode())]
@@ -165,7 +165,7 @@ def test_spaces_that_end_a_context_belong_to_what_follows():
 
 def test_long_texts_are_scored_in_the_windows_that_the_harness_defines():
     engine = Echo(lambda prompt: [])
-    lm = harness.EngineLM(engine, LETTERS, 4)
+    lm = engine_lm.EngineLM(engine, LETTERS, 4)
     found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", ("abcdefghij",), ("abc",), ("",)))
     assert found == [-5.0, -1.5, 0.0]
     asked = [pair for _, *both in engine.asked for pair in zip(*both, strict=True)]
@@ -199,7 +199,7 @@ def test_results_are_those_of_the_requests_in_any_order_and_batch(lm):
         found = answers(lm, *contexts, **options)
         assert answers(lm, *shuffled, **options) == [found[i] for i in order]
     assert len(set(answers(lm, "abc", "abc", "abc", **draw))) == 3
-    small = harness.EngineLM(engine_of(batch_size=2), LETTERS, MAX_LENGTH)
+    small = engine_lm.EngineLM(engine_of(batch_size=2), LETTERS, MAX_LENGTH)
     np.testing.assert_allclose([x for x, _ in scores(small, *pairs)], [x for x, _ in wanted], atol=1e-5)
     assert answers(small, *shuffled, **greedy) == answers(lm, *shuffled, **greedy)
 
@@ -211,12 +211,12 @@ def test_which_questions_are_asked_together_does_not_depend_on_their_order():
         calls.append(some)
         return [number for _, _, number in some]
 
-    assert harness.in_turn(questions, ask, 4, "numbers") == [*range(11)]
+    assert engine_lm.in_turn(questions, ask, 4, "numbers") == [*range(11)]
     assert [(len(some), {group for group, *_ in some}) for some in calls] == [(4, {0}), (2, {0}), (4, {1}), (1, {1})]
     assert [len(ids) for _, ids, _ in calls[0]] == [6, 5, 3, 2]
     asked = [*calls]
     calls.clear()
-    assert harness.in_turn(questions[::-1], ask, 4, "numbers") == [*range(11)][::-1] and calls == asked
+    assert engine_lm.in_turn(questions[::-1], ask, 4, "numbers") == [*range(11)][::-1] and calls == asked
 
 
 def test_an_answer_ends_before_a_stop_whose_characters_come_one_by_one(lm):
@@ -226,7 +226,7 @@ def test_an_answer_ends_before_a_stop_whose_characters_come_one_by_one(lm):
     found = lm.generate_until(requests("generate_until", *asked))
     assert found == [answer[: answer.find(answer[2:5])] for answer in whole]
     engine = Echo(lambda prompt: LETTERS.encode(b"a bQ x").tolist())
-    found = harness.EngineLM(engine, LETTERS, MAX_LENGTH, stop_tokens=[383])
+    found = engine_lm.EngineLM(engine, LETTERS, MAX_LENGTH, stop_tokens=[383])
     assert answers(found, "x", "y", until=["Q:", "Q x"], max_new_tokens=6) == ["a b"] * 2
     assert answers(found, "x", until="Q:", max_gen_toks=4) == ["a bQ"]
     assert [(new, options["options"].stop_tokens) for _, _, new, options in engine.asked] == [(6, (383,)), (4, (383,))]
@@ -234,7 +234,7 @@ def test_an_answer_ends_before_a_stop_whose_characters_come_one_by_one(lm):
 
 def test_a_long_prompt_loses_its_beginning_and_is_counted():
     engine = Echo(lambda prompt: [])
-    lm = harness.EngineLM(engine, LETTERS, 8)
+    lm = engine_lm.EngineLM(engine, LETTERS, 8)
     answers(lm, "abcdef", "abcde", until=[], max_gen_toks=2)
     assert [prompts for _, prompts, *_ in engine.asked] == [[[*range(6)], [382, *range(5)]]]
     engine.asked.clear()
@@ -247,7 +247,7 @@ def test_a_long_prompt_loses_its_beginning_and_is_counted():
     ("task", "doc"), [("niah_single_1", {}), ("my_needles", {}), ("passkey", {}), ("cwe", {"max_length": 8})]
 )
 def test_a_prompt_that_hides_its_answer_is_never_cut(task, doc):
-    lm = harness.EngineLM(Echo(lambda prompt: []), LETTERS, 8)
+    lm = engine_lm.EngineLM(Echo(lambda prompt: []), LETTERS, 8)
     assert answers(lm, "abcde", task=task, doc=doc, until=[], max_gen_toks=2) == [""]
     message = rf"{task}, document 0: a prompt of 8 tokens would lose its first 2, .*; raise max_length=8 to 10"
     with pytest.raises(ValueError, match=message):
@@ -256,18 +256,18 @@ def test_a_prompt_that_hides_its_answer_is_never_cut(task, doc):
 
 
 def test_options_that_cannot_be_kept_are_refused(engine):
-    lm = harness.EngineLM(Echo(lambda prompt: [0]), LETTERS, 8)
+    lm = engine_lm.EngineLM(Echo(lambda prompt: [0]), LETTERS, 8)
     with pytest.raises(ValueError, match="toy has 'num_beams' in its generation_kwargs, which may have only do_"):
         answers(lm, "a", until=[], max_gen_toks=2, num_beams=4)
     assert answers(lm, "a", until=[], max_gen_toks=2, num_beams=1, top_p=0.9, temperature=0.0) == ["a"]
     with pytest.raises(ValueError, match="a prompt of 2 tokens has no room beside its answer of 8; raise max_length=8 to 10"):
         answers(lm, "a", until=[], max_gen_toks=8)
     with pytest.raises(ValueError, match="max_length=0 must be at least 1 token"):
-        harness.EngineLM(engine, LETTERS, 0)
+        engine_lm.EngineLM(engine, LETTERS, 0)
     engine = Echo(lambda prompt: [])
     engine.capacity = 8
     with pytest.raises(ValueError, match="use max_length=7, or make the engine with capacity=9"):
-        harness.EngineLM(engine, LETTERS, 8)
+        engine_lm.EngineLM(engine, LETTERS, 8)
 
 
 CHOICES = [
@@ -310,7 +310,7 @@ def local(tmp_path, monkeypatch):
 
 def test_local_tasks_of_every_kind_have_the_values_that_a_hand_finds(engine, lm, local):
     names = ["toys", "toy_text", "toy_answer"]
-    found = harness.evaluate(engine, LETTERS, names, max_length=MAX_LENGTH, include_path=local)
+    found = engine_lm.evaluate(engine, LETTERS, names, max_length=MAX_LENGTH, include_path=local)
     assert json.loads(json.dumps(found)) == found
     right = 0
     for doc in CHOICES:
@@ -318,7 +318,7 @@ def test_local_tasks_of_every_kind_have_the_values_that_a_hand_finds(engine, lm,
             [[382, *LETTERS.encode(doc["question"].encode())]] * 3, [LETTERS.encode(x.encode()) for x in doc["choices"]]
         )
         right += int(np.argmax([x.sum() for x in given])) == doc["answer"]
-    values = {(x["task"], x["metric"]): x for x in harness.records(found)}
+    values = {(x["task"], x["metric"]): x for x in engine_lm.records(found)}
     choice = values["toy_choice", "acc"]
     assert 0 < right < 5 and choice["value"] == right / 5 and choice["stderr"] > 0
     assert choice | {"value": 0, "stderr": 0} == {
@@ -339,8 +339,10 @@ def test_local_tasks_of_every_kind_have_the_values_that_a_hand_finds(engine, lm,
 
 def test_on_a_mesh_tasks_have_the_same_values(engine, local):
     def values(engine):
-        found = harness.evaluate(engine, LETTERS, ["toys", "toy_text", "toy_answer"], max_length=MAX_LENGTH, include_path=local)
-        return {(x["task"], x["metric"]): x["value"] for x in harness.records(found)}
+        found = engine_lm.evaluate(
+            engine, LETTERS, ["toys", "toy_text", "toy_answer"], max_length=MAX_LENGTH, include_path=local
+        )
+        return {(x["task"], x["metric"]): x["value"] for x in engine_lm.records(found)}
 
     alone = values(engine)
     with jax.set_mesh(mesh_of(fsdp=2, tensor=2, context=2)):
@@ -354,7 +356,7 @@ def test_one_process_reports_and_all_ask_the_same(local, monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         engine = Echo(lambda prompt: [0, 1, 2])
         names = ["toy_choice", "toy_text", "toy_answer"]
-        reports.append(harness.evaluate(engine, LETTERS, names, max_length=MAX_LENGTH, include_path=local, limit=2))
+        reports.append(engine_lm.evaluate(engine, LETTERS, names, max_length=MAX_LENGTH, include_path=local, limit=2))
         asked.append(engine.asked)
     assert reports[0]["n-samples"]["toy_choice"] == {"original": 5, "effective": 2} and reports[1] is None
     assert len(asked[0]) == 4 and repr(asked[0]) == repr(asked[1])
@@ -362,7 +364,7 @@ def test_one_process_reports_and_all_ask_the_same(local, monkeypatch):
 
 def test_what_is_not_there_is_named(local):
     def evaluate(*tasks, **options):
-        harness.evaluate(Echo(lambda prompt: []), LETTERS, tasks, max_length=8, include_path=local, **options)
+        engine_lm.evaluate(Echo(lambda prompt: []), LETTERS, tasks, max_length=8, include_path=local, **options)
 
     with pytest.raises(ValueError, match="no task is named"):
         evaluate()
@@ -371,7 +373,7 @@ def test_what_is_not_there_is_named(local):
     with pytest.raises(ValueError, match=r"there is no task 'toy_choise' under .*; did you mean 'toy_choice'\?"):
         evaluate("toy_choise")
     with pytest.raises(ValueError, match="/none is no directory; name the one that holds the YAML files"):
-        harness.evaluate(Echo(lambda prompt: []), LETTERS, ["toy_choice"], max_length=8, include_path=local / "none")
+        engine_lm.evaluate(Echo(lambda prompt: []), LETTERS, ["toy_choice"], max_length=8, include_path=local / "none")
     (local / "toy_choice.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="toy_choice.jsonl"):
         evaluate("toy_choice")
@@ -396,6 +398,6 @@ def test_who_reads_a_needle_scores_all_and_who_drops_a_letter_none(score, tmp_pa
         of_harness = Path(lm_eval.__file__).parent / "tasks" / "ruler" / f"{task}.yaml"
         about = {"tokenizer": str(tmp_path), "max_seq_lengths": [1024]}
         (own / f"{task}.yaml").write_text(json.dumps({"include": str(of_harness), "task": task, "metadata": about}))
-    found = harness.evaluate(engine, tokenizer, tasks, max_length=1024, limit=12, include_path=own)
+    found = engine_lm.evaluate(engine, tokenizer, tasks, max_length=1024, limit=12, include_path=own)
     assert {task: found["results"][task]["1024,none"] for task in tasks} == dict.fromkeys(tasks, score)
     assert sum(len(prompts) for _, prompts, *_ in engine.asked) == 12 * len(tasks)

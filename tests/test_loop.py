@@ -24,8 +24,8 @@ from configs import base
 from hybrid_attn import checkpoint, config
 from hybrid_attn.data import corpora
 from hybrid_attn.data.tokenizer import load_tokenizer
-from hybrid_attn.evals import suite
 from hybrid_attn.evals.report import contents
+from hybrid_attn.evals.table import EVALS
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation, loop, optim
@@ -306,7 +306,8 @@ def test_a_finished_run_goes_on_at_its_last_rate_or_is_allowed_to_jump(corpus, s
 @pytest.mark.parametrize("changes", [{}, {"optim.lr": 0.5, "mesh.fsdp": 4}], ids=["as_before", "other_rate_and_mesh"])
 def test_a_finished_run_with_nothing_left_to_train_says_so_and_changes_nothing(corpus, straight, monkeypatch, capsys, changes):
     before = {path: path.read_bytes() for path in straight.rglob("*.json*")}
-    monkeypatch.setitem(suite.MEASURES, "position", lambda *_: pytest.fail("measured again"))
+    failing = EVALS["position"]._replace(measure=lambda *_: pytest.fail("measured again"))
+    monkeypatch.setitem(EVALS, "position", failing)
     assert loop.train(config_of(corpus, **{"evals.lengths": (1.0, 2.0)}, **changes), straight)
     said = capsys.readouterr().out
     assert f"nothing left to train: {STEPS} steps are done; add steps or a stage\n" in said
@@ -487,7 +488,8 @@ def test_what_does_not_fit_is_said_before_training(corpus, tmp_path, changes, me
 
 
 def test_a_signal_in_the_evaluation_ends_it_with_everything_saved(corpus, straight, monkeypatch, capsys):
-    monkeypatch.setitem(suite.MEASURES, "position", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    stopping = EVALS["position"]._replace(measure=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setitem(EVALS, "position", stopping)
     assert not loop.train(config_of(corpus), straight)
     assert f"stopped in the evaluation; all {STEPS} steps are saved" in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.rows import Rows
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals import Spec, Subject, attention, bigram, keytokens, position, recall
+from hybrid_attn.evals import EvalModel, Spec, attention, bigram, keytokens, position, recall
 from hybrid_attn.model import losses
 
 LENGTH = 48
@@ -26,9 +26,9 @@ def text_documents(*lengths):
     return documents_of(*([256, *rng.integers(0, 256, length - 2), 257] for length in lengths))
 
 
-def subject_on(mesh):
+def eval_model_on(mesh):
     model = tiny({"model.pattern": "LG"}).model
-    return Subject(model, random_params(model), RUN._replace(kernel="reference"), mesh, ByteTokenizer())
+    return EvalModel(model, random_params(model), RUN._replace(kernel="reference"), mesh, ByteTokenizer())
 
 
 @pytest.mark.parametrize("data, fsdp", [(1, 1), (2, 2)])
@@ -36,14 +36,14 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
     spec = Spec(text_documents(70, 9, 2, 40, 90, 30), LENGTH, 2 * LENGTH + 5)  # scores three rows of six
     mesh = mesh_of(data, fsdp)
     with jax.set_mesh(mesh):
-        subject = subject_on(mesh)
-        *buckets, total = [record for record in position.run(subject, spec) if "part" not in record]
+        eval_model = eval_model_on(mesh)
+        *buckets, total = [record for record in position.run(eval_model, spec) if "part" not in record]
     rows = [Rows(spec.documents, LENGTH, None, ByteTokenizer().byte_lengths)[i] for i in (0, 2, 4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     with jax.set_mesh(mesh_of()):
         by_token = {name: x for name, x in batch.items() if name != "bytes"}
-        params = random_params(subject.model)
-        nll, lse = jax.jit(losses, static_argnums=(0, 3))(subject.model, params, on_mesh(by_token), subject.run)
+        params = random_params(eval_model.model)
+        nll, lse = jax.jit(losses, static_argnums=(0, 3))(eval_model.model, params, on_mesh(by_token), eval_model.run)
         mean = float(mean_loss(*jax.device_get((nll, lse)), batch["weights"], 0.0))
     nll, counts = np.asarray(nll), batch["weights"] > 0
 
@@ -72,27 +72,27 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
     "measure, documents",
     [
         (position.run, text_documents(70, 90)),
-        (lambda subject, spec: keytokens.run(subject, spec, 16), text_documents(70, 90)),
+        (lambda eval_model, spec: keytokens.run(eval_model, spec, 16), text_documents(70, 90)),
         (recall.run, Task("recall", 4)),
         (attention.run, Task("recall", 4)),
     ],
     ids=["position", "key_tokens", "recall", "attention_mass"],
 )
 def test_what_is_not_finite_is_an_error_and_never_a_record(one_device, measure, documents):
-    subject = subject_on(one_device)
-    broken = subject._replace(params=jax.tree.map(lambda x: x * np.nan, subject.params))
+    eval_model = eval_model_on(one_device)
+    broken = eval_model._replace(params=jax.tree.map(lambda x: x * np.nan, eval_model.params))
     with pytest.raises(FloatingPointError, match="is nan: the parameters are not finite"):
         list(measure(broken, Spec(documents, LENGTH, LENGTH)))
 
 
 def test_one_row_alone_has_no_standard_error(one_device):
-    records = list(position.run(subject_on(one_device), Spec(text_documents(LENGTH), LENGTH, 1)))
+    records = list(position.run(eval_model_on(one_device), Spec(text_documents(LENGTH), LENGTH, 1)))
     assert records and not any("stderr" in record for record in records)
 
 
 def test_a_bucket_without_tokens_has_no_record(one_device):
     spec = Spec(text_documents(10, 12, 11, 13), LENGTH, 10**6)
-    *buckets, total = [record for record in position.run(subject_on(one_device), spec) if "part" not in record]
+    *buckets, total = [record for record in position.run(eval_model_on(one_device), spec) if "part" not in record]
     assert [(b["first"], b["end"]) for b in buckets] == [(0, 16)]
     assert buckets[0]["tokens"] == total["tokens"] == 46 - 4
 
@@ -103,7 +103,7 @@ def test_tokens_that_a_pair_foretells_are_apart_from_the_rest(sizes):
     documents = documents_of(*([256, *rng.integers(97, 101, length - 2), 257] for length in (40, 30, 70, 20, 56, 40)))
     spec = Spec(documents, LENGTH, 10**6)
     with jax.set_mesh(mesh_of(**sizes)):
-        records = list(position.run(subject_on(mesh_of(**sizes)), spec))
+        records = list(position.run(eval_model_on(mesh_of(**sizes)), spec))
     found = {name: [r for r in records if r.get("part") == name] for name in (None, *position.PARTS)}
     rows = Rows(documents, LENGTH, None, ByteTokenizer().byte_lengths)
     wanted = {name: 0 for name in position.PARTS}
@@ -139,7 +139,7 @@ def test_bigram_probabilities_are_counts_plus_one_without_pairs_across_documents
 
 def test_of_a_large_corpus_the_bigram_counts_the_first_documents(monkeypatch):
     first, rest = [[0, 1], [1, 1, 0]], [[0, 0], [1, 0]]
-    monkeypatch.setattr(bigram, "MOST_TOKENS", 5)
+    monkeypatch.setattr(bigram, "MAX_TOKENS", 5)
     monkeypatch.setattr(bigram, "READ_TOKENS", 2)
     wanted = bigram.log_probabilities(documents_of(*first), 2)
     np.testing.assert_array_equal(bigram.log_probabilities(documents_of(*first, *rest), 2), wanted)

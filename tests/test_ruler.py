@@ -261,8 +261,8 @@ def test_tasks_without_their_data_are_not_present(qa):
 
 
 def test_questions_are_those_of_the_files(qa, tmp_path):
-    assert [len(x.asked) for x in qa.values()] == [6, 2] and [len(x.documents) for x in qa.values()] == [6, 6]
-    own = qa["qa_1"].asked[2]
+    assert [len(x.items) for x in qa.values()] == [6, 2] and [len(x.documents) for x in qa.values()] == [6, 6]
+    own = qa["qa_1"].items[2]
     assert qa["qa_1"].documents[own.documents[0]].startswith("Cy") and len(own.related) == 3
     with pytest.raises(ValueError, match="qa_2 has 2 questions and no number 2; ask for at most 2 samples"):
         ruler.generate("qa_2", 4096, 2, 0, ByteTokenizer(), None, qa)

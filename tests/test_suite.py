@@ -12,15 +12,15 @@ from test_ruler import LISTS
 
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals import keytokens, report, samples, suite
+from hybrid_attn.evals import keytokens, replies, report, samples, suite
 from hybrid_attn.evals.ruler import compat, draws
-from hybrid_attn.evals.ruler.qa import Asked, Questions
-from hybrid_attn.evals.settings import RECALL
-from hybrid_attn.evals.subject import Subject
+from hybrid_attn.evals.ruler.qa import Item, Questions
+from hybrid_attn.evals.table import EVALS
+from hybrid_attn.evals.types import RECALL, EvalContext, EvalModel, Settings, Unit
 from hybrid_attn.infer.engine import Generated
 
 TEXT = " ".join(f"Sentence number {i} says little." for i in range(400))
-SETTINGS = suite.Settings(("needle", "ruler"), (2048,), 2, 100, (0.0, 50.0), 3)
+SETTINGS = Settings(("needle", "ruler"), (2048,), 2, 100, (0.0, 50.0), 3)
 ABOUT = {"model": {"layers": "LG", "parameters": 5, "seq_len": 2048}, "step": 1, "revision": "now"}
 
 
@@ -47,15 +47,15 @@ class Engine:
         return found
 
 
-def reader_of(engine, text=TEXT):
-    return suite.Reader(Subject(None, None, None, None, ByteTokenizer()), engine, {}, text, {}, 2048)
+def context_of(engine, text=TEXT):
+    return EvalContext(EvalModel(None, None, None, None, ByteTokenizer()), engine, {}, text, {}, 2048)
 
 
 def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
-    heard, reader = [], reader_of(engine)
-    settings = suite.fitting(settings, reader, tmp_path / "samples", named=True)
+    heard, context = [], context_of(engine)
+    settings = suite.fitting(settings, context, tmp_path / "samples", named=True)
     suite.run(
-        reader, settings, ABOUT | changes, tmp_path / name, tmp_path / "samples",
+        context, settings, ABOUT | changes, tmp_path / name, tmp_path / "samples",
         lambda unit, number, of: heard.append((unit.name, number, of)),
     )  # fmt: skip
     return heard
@@ -146,10 +146,10 @@ def test_samples_of_another_unit_are_refused(tmp_path):
 
 @pytest.mark.parametrize("part", ["../../x", "/etc/x", "a b", "\x00\x1b[2J", "..", "100%"])
 def test_the_file_of_a_unit_lies_in_its_folder_whatever_its_part_is_called(part, tmp_path):
-    unit = suite.Unit("position", part, 32)
+    unit = Unit("position", part, 32)
     path = tmp_path / "units" / f"{unit.name}.json"
     assert path.parent == tmp_path / "units" and path.resolve().parent == (tmp_path / "units").resolve()
-    assert unit.name.isprintable() and len({unit.name, suite.Unit("position", "100%25", 32).name}) == 2
+    assert unit.name.isprintable() and len({unit.name, Unit("position", "100%25", 32).name}) == 2
 
 
 def test_what_a_model_computes_that_is_not_finite_ends_the_suite_with_the_name_of_the_unit(tmp_path):
@@ -167,7 +167,7 @@ def test_what_a_model_computes_that_is_not_finite_ends_the_suite_with_the_name_o
 def test_an_answer_has_the_room_of_its_own_question_whatever_is_asked_beside_it():
     one = samples.Sample("niah_single_1", 2048, 0, "special magic number for x mentioned for x is: 1234567.", ("1",), 4, "", {})
     asked = [one, dataclasses.replace(one, max_new_tokens=6), one]
-    found = suite.measure_ruler(reader_of(Engine()), SETTINGS, suite.Unit("ruler", "niah_single_1", 2048), asked)
+    found = EVALS["ruler"].measure(context_of(Engine()), SETTINGS, Unit("ruler", "niah_single_1", 2048), asked)
     assert [answer["given"] for answer in found.answers] == ["1234", "123456", "1234"]
 
 
@@ -189,9 +189,9 @@ def test_all_samples_are_drawn_before_anything_is_asked(tmp_path):
 
 
 def test_evaluations_are_known_by_name():
-    assert suite.named("quick") == suite.SUITES["quick"] and set(suite.named("full")) == set(suite.MEASURES)
+    assert suite.named("quick") == suite.suites()["quick"] and set(suite.named("full")) == set(EVALS)
     assert suite.named("ruler, needle") == ("ruler", "needle")
-    assert suite.named("quick,key_tokens,needle") == (*suite.SUITES["quick"], "key_tokens")
+    assert suite.named("quick,key_tokens,needle") == (*suite.suites()["quick"], "key_tokens")
     with pytest.raises(ValueError, match="names ''; there are quick, full, position"):
         suite.named("position,")
     with pytest.raises(ValueError, match="names 'needel'; did you mean 'needle'?"):
@@ -200,41 +200,41 @@ def test_evaluations_are_known_by_name():
 
 def test_rows_of_a_task_are_left_out_where_they_are_too_short():
     model, way = types.SimpleNamespace(num_kv_heads=1), types.SimpleNamespace(zigzag=False, context={})
-    subject = Subject(model, None, way, types.SimpleNamespace(shape={"context": 1, "tensor": 1}), ByteTokenizer())
-    reader, settings = reader_of(None)._replace(subject=subject), SETTINGS._replace(evals=("recall",), lengths=(16, 64))
-    fitted = suite.fitting(settings, reader, None, False)
+    eval_model = EvalModel(model, None, way, types.SimpleNamespace(shape={"context": 1, "tensor": 1}), ByteTokenizer())
+    context, settings = context_of(None)._replace(eval_model=eval_model), SETTINGS._replace(evals=("recall",), lengths=(16, 64))
+    fitted = suite.fitting(settings, context, None, False)
     assert [x.part for x in fitted.absent] == ["recall", "mqar", "tracking"]
-    names = [unit.name for unit in suite.units(fitted, reader)]
+    names = [unit.name for unit in suite.units(fitted, context)]
     assert names == ["recall-copy-16", *(f"recall-{task}-64" for task in RECALL)]
     with pytest.raises(ValueError, match="recall of recall: its shortest row has 26 tokens, and 16 are asked for"):
-        suite.fitting(settings, reader, None, True)
+        suite.fitting(settings, context, None, True)
     with pytest.raises(ValueError, match="nothing to measure at lengths 2"):
-        nothing = suite.fitting(settings._replace(lengths=(2,)), reader, None, False)
-        suite.run(reader, nothing, {}, None, None, None)
+        nothing = suite.fitting(settings._replace(lengths=(2,)), context, None, False)
+        suite.run(context, nothing, {}, None, None, None)
 
 
 def test_tasks_in_bytes_are_not_asked_of_other_tokenizers_and_no_task_of_the_harness_is_no_secret():
-    subject = Subject(None, None, None, None, types.SimpleNamespace(hash="json"))
+    eval_model = EvalModel(None, None, None, None, types.SimpleNamespace(hash="json"))
     settings = SETTINGS._replace(evals=("recall", "harness", "position"), lengths=(64, 128))
-    fitted = suite.fitting(settings, reader_of(None)._replace(subject=subject, heldout={}), None, True)
+    fitted = suite.fitting(settings, context_of(None)._replace(eval_model=eval_model, heldout={}), None, True)
     assert [x[:3] for x in fitted.absent] == [
         (name, part, length)
         for name, part in (("recall", "tasks"), ("harness", "tasks"), ("position", "documents"))
         for length in (64, 128)
     ]
-    assert "in bytes" in fitted.absent[0].reason and suite.units(fitted, reader_of(None)._replace(subject=subject)) == []
+    assert "in bytes" in fitted.absent[0].reason and suite.units(fitted, context_of(None)._replace(eval_model=eval_model)) == []
 
 
 def test_questions_may_have_lengths_of_their_own():
     settings = SETTINGS._replace(evals=("recall", "needle"), lengths=(64, 128), asked=(2048,))
-    found = {(unit.eval, unit.length) for unit in suite.units(settings, reader_of(None))}
+    found = {(unit.eval, unit.length) for unit in suite.units(settings, context_of(None))}
     assert found == {("recall", 64), ("recall", 128), ("needle", 2048)}
 
 
 def test_an_answer_ends_where_its_model_says_so(tmp_path):
-    engine, unit = Engine(), suite.Unit("needle", "1", 2048)
-    reader = reader_of(engine)._replace(stops=(7, ByteTokenizer.eos))
-    suite.measure_needle(reader, SETTINGS, unit, list(suite.draw_needle(reader, SETTINGS, unit)))
+    engine, unit = Engine(), Unit("needle", "1", 2048)
+    context = context_of(engine)._replace(stops=(7, ByteTokenizer.eos))
+    EVALS["needle"].measure(context, SETTINGS, unit, list(EVALS["needle"].questions.draw(context, SETTINGS, unit)))
     assert engine.stops == [7, ByteTokenizer.eos]
 
 
@@ -246,12 +246,12 @@ def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_pa
     run(tmp_path, Engine(), SETTINGS._replace(seed=4), name="three")
     assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 26
     assert json.loads((tmp_path / "two/run.json").read_text())["settings"]["seed"] == 3
-    reader, needles = reader_of(None), SETTINGS._replace(evals=("needle",))
+    context, needles = context_of(None), SETTINGS._replace(evals=("needle",))
     tokenizer = ByteTokenizer()
     tokenizer.hash = "other"
-    changed = [(reader, needles._replace(samples=1)), (reader, needles._replace(depths=(50.0, 0.0)))]
-    changed += [(reader._replace(haystack=TEXT.replace("little", "much")), needles)]
-    changed += [(reader._replace(subject=reader.subject._replace(tokenizer=tokenizer)), needles)]
+    changed = [(context, needles._replace(samples=1)), (context, needles._replace(depths=(50.0, 0.0)))]
+    changed += [(context._replace(haystack=TEXT.replace("little", "much")), needles)]
+    changed += [(context._replace(eval_model=context.eval_model._replace(tokenizer=tokenizer)), needles)]
     for number, (like, settings) in enumerate(changed, 14):
         suite.fitting(settings, like, tmp_path / "samples", named=True)
         assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 2 * number
@@ -272,8 +272,8 @@ def test_a_further_model_is_not_asked_other_questions_under_the_same_name(tmp_pa
 
 
 def plan(tmp_path, settings, named=False):
-    reader = reader_of(None)._replace(lists=LISTS, essays=TEXT)
-    return reader, suite.fitting(settings, reader, tmp_path / "samples", named)
+    context = context_of(None)._replace(lists=LISTS, essays=TEXT)
+    return context, suite.fitting(settings, context, tmp_path / "samples", named)
 
 
 RULER = SETTINGS._replace(evals=("ruler",), lengths=(4096,))
@@ -283,7 +283,7 @@ def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monk
     monkeypatch.setattr(compat, "sent_tokenize", lambda: draws.sentences)
     plan(tmp_path, RULER)
     ours = {*(tmp_path / "samples").glob("*.jsonl")}
-    reader, own = plan(tmp_path, RULER._replace(compat=True))
+    context, own = plan(tmp_path, RULER._replace(compat=True))
     assert len(ours) == 10 and len({*(tmp_path / "samples").glob("*.jsonl")} - ours) == 9  # of cwe, ours does not fit either
     assert [(x.part, "script would try for ever" in x.reason) for x in own.absent] == [
         *(("qa_1", False), ("qa_2", False), ("vt", True), ("cwe", True))
@@ -291,10 +291,10 @@ def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monk
     engine = Engine()
     for patience in (10**6, 0):  # the second time, all is done
         engine.patience = patience
-        suite.run(reader._replace(engine=engine), own, ABOUT, tmp_path / "own", tmp_path / "samples", lambda *_: None)
+        suite.run(context._replace(engine=engine), own, ABOUT, tmp_path / "own", tmp_path / "samples", lambda *_: None)
     found = report.read(tmp_path / "own")
     assert found.compat and found.absent == [tuple(x) for x in own.absent]
-    asked = [x for unit in suite.units(own, reader) for x in suite.DRAWS["ruler"](reader, own, unit)]
+    asked = [x for unit in suite.units(own, context) for x in EVALS["ruler"].questions.draw(context, own, unit)]
     assert sorted(engine.prompts) == sorted(x.prompt for x in asked) and len(asked) == 18
     with pytest.raises(samples.TooLongError, match="the example of vt does not fit into 500 tokens as RULER asks it"):
         plan(tmp_path, RULER._replace(compat=True), named=True)
@@ -302,12 +302,12 @@ def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monk
 
 def test_the_text_of_rulers_own_prompts_is_that_of_its_essays_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(compat, "sent_tokenize", lambda: draws.sentences)
-    reader = reader_of(None)._replace(lists=LISTS)
+    context = context_of(None)._replace(lists=LISTS)
     own = RULER._replace(compat=True, ruler_tasks=("niah_single_2", "fwe"))
-    without = suite.fitting(own, reader, tmp_path / "samples", False)
+    without = suite.fitting(own, context, tmp_path / "samples", False)
     assert [(x.part, "needs the text of RULER's essays" in x.reason) for x in without.absent] == [("niah_single_2", True)]
     essays = "Another text stands here. " * 999
-    suite.fitting(own, reader._replace(essays=essays), tmp_path / "samples", True)
+    suite.fitting(own, context._replace(essays=essays), tmp_path / "samples", True)
     (path,) = (tmp_path / "samples").glob("ruler-niah_single_2-*.jsonl")
     asked, _ = samples.read(path)
     wanted = compat.generate("niah_single_2", 4096, 2, own.seed, ByteTokenizer(), LISTS, essays, {}, draws.sentences)
@@ -317,7 +317,7 @@ def test_the_text_of_rulers_own_prompts_is_that_of_its_essays_alone(tmp_path, mo
 def test_of_ruler_those_tasks_are_asked_that_are_chosen(tmp_path):
     found = plan(tmp_path, RULER._replace(ruler_tasks=("vt", "qa_1", "cwe")))[1]
     assert [x.part for x in found.absent] == ["qa_1", "cwe"]
-    names = [unit.name for unit in suite.units(found, reader_of(None))]
+    names = [unit.name for unit in suite.units(found, context_of(None))]
     assert names == ["ruler-vt-4096"]
 
 
@@ -329,62 +329,62 @@ def test_prose_is_left_out_of_rulers_own_prompts_where_nltk_is_not_here(tmp_path
 
 
 def test_samples_of_questions_follow_from_their_file(tmp_path):
-    reader = reader_of(None)
+    context = context_of(None)
     place = "Ada works at the mill."
     for answer in ("mill", "forge"):
-        asked = Questions((Asked("Where does Ada work?", (answer,), (0,), ()),) * 2, (place, "Bo works at the forge."))
-        suite.fitting(RULER, reader._replace(questions={"qa_1": asked}), tmp_path / "samples", False)
+        asked = Questions((Item("Where does Ada work?", (answer,), (0,), ()),) * 2, (place, "Bo works at the forge."))
+        suite.fitting(RULER, context._replace(questions={"qa_1": asked}), tmp_path / "samples", False)
     assert len(list((tmp_path / "samples").glob("ruler-qa_1-4096-*.jsonl"))) == 2
 
 
 def test_rows_that_a_mesh_does_not_split_are_refused():
     mesh = types.SimpleNamespace(shape={"context": 2, "tensor": 1})
     model, way = types.SimpleNamespace(num_kv_heads=2), types.SimpleNamespace(zigzag=True, context={"G": "ulysses"})
-    subject = Subject(model, None, way, mesh, ByteTokenizer())
-    reader = reader_of(None)._replace(subject=subject)
+    eval_model = EvalModel(model, None, way, mesh, ByteTokenizer())
+    context = context_of(None)._replace(eval_model=eval_model)
     settings = SETTINGS._replace(evals=("recall",), lengths=(64, 66))
     with pytest.raises(ValueError, match="recall of recall: length 66 does not split over 2 context shards of 2 parts each"):
-        suite.fitting(settings, reader, None, True)
-    wide = subject._replace(model=types.SimpleNamespace(num_kv_heads=3))
+        suite.fitting(settings, context, None, True)
+    wide = eval_model._replace(model=types.SimpleNamespace(num_kv_heads=3))
     with pytest.raises(ValueError, match="ulysses splits the 3 key/value heads"):
-        suite.fitting(settings._replace(lengths=(64,)), reader._replace(subject=wide), None, True)
+        suite.fitting(settings._replace(lengths=(64,)), context._replace(eval_model=wide), None, True)
 
 
 def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
-    subject = Subject(
+    eval_model = EvalModel(
         None, None, types.SimpleNamespace(zigzag=False), types.SimpleNamespace(shape={"context": 1}), ByteTokenizer()
     )
     heldout = {"probe": Task("recall", 4), "again": Task("copy", 1)}
-    reader = reader_of(None)._replace(subject=subject, heldout=heldout)
+    context = context_of(None)._replace(eval_model=eval_model, heldout=heldout)
     settings = SETTINGS._replace(evals=("position", "attention_mass"), lengths=(16, 64))
-    found = suite.fitting(settings, reader, None, False)
-    assert suite.units(found, reader) == [("attention_mass", "probe", 64)]
+    found = suite.fitting(settings, context, None, False)
+    assert suite.units(found, context) == [("attention_mass", "probe", 64)]
     assert [x[:3] for x in found.absent] == [
         *(("position", "documents", 16), ("position", "documents", 64), ("attention_mass", "probe", 16))
     ]  # fmt: skip
 
 
 def test_the_short_context_of_key_tokens_is_half_of_what_training_had(monkeypatch):
-    monkeypatch.setattr(keytokens, "run", lambda subject, spec, short: [{"length": spec.length, "short": short}])
-    reader = reader_of(None)._replace(heldout={"text": None}, trained=64)
-    found = [suite.measure_key_tokens(reader, SETTINGS, suite.Unit("key_tokens", "text", n), []) for n in (32, 64, 4096)]
+    monkeypatch.setattr(keytokens, "run", lambda eval_model, spec, short: [{"length": spec.length, "short": short}])
+    context = context_of(None)._replace(heldout={"text": None}, trained=64)
+    found = [EVALS["key_tokens"].measure(context, SETTINGS, Unit("key_tokens", "text", n), []) for n in (32, 64, 4096)]
     assert [x.records[0]["short"] for x in found] == [16, 32, 32]
 
 
 def test_rulers_lengths_are_without_the_mark_that_begins_a_document():
-    full, unit = samples.Sample("fwe", 400, 0, "x" * 350, ("7",), 50, "", {}), suite.Unit("ruler", "fwe", 400)
+    full, unit = samples.Sample("fwe", 400, 0, "x" * 350, ("7",), 50, "", {}), Unit("ruler", "fwe", 400)
     own = RULER._replace(compat=True)
-    assert suite.measure_ruler(reader_of(Engine()), own, unit, [full]).records[0]["samples"] == 1
+    assert EVALS["ruler"].measure(context_of(Engine()), own, unit, [full]).records[0]["samples"] == 1
     for settings, prompt in ((RULER, "x" * 350), (own, "x" * 351)):
         with pytest.raises(ValueError, match="sample 0 of fwe does not fit into 400 tokens"):
-            suite.measure_ruler(reader_of(Engine()), settings, unit, [dataclasses.replace(full, prompt=prompt)])
+            EVALS["ruler"].measure(context_of(Engine()), settings, unit, [dataclasses.replace(full, prompt=prompt)])
 
 
 def test_an_answer_counts_in_part_and_one_of_blanks_is_none(monkeypatch):
     given = ["8 and 7", " \n\x07\t", "7", "none"]
-    monkeypatch.setattr(suite, "answers", lambda *_, **__: [types.SimpleNamespace(text=text) for text in given])
-    for unit, task in ((suite.Unit("needle", "4", 400), "needle_4"), (suite.Unit("ruler", "vt", 400), "vt")):
+    monkeypatch.setattr(replies, "answers", lambda *_, **__: [types.SimpleNamespace(text=text) for text in given])
+    for unit, task in ((Unit("needle", "4", 400), "needle_4"), (Unit("ruler", "vt", 400), "vt")):
         asked = [samples.Sample(task, 400, i, "x", ("6", "7", "8", "9"), 50, "", {"depth": 0.0}) for i in range(len(given))]
-        measured = suite.MEASURES[unit.eval](reader_of(None), SETTINGS, unit, asked)
+        measured = EVALS[unit.eval].measure(context_of(None), SETTINGS, unit, asked)
         assert [answer["score"] for answer in measured.answers] == [0.5, 0, 0.25, 0]
     assert measured.records == [{"task": "vt", "length": 400, "samples": 4, "score": 18.75, "nulls": 1}]

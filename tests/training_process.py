@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from configs import base
 from hybrid_attn.checkpoint import Checkpoints
-from hybrid_attn.evals import suite
+from hybrid_attn.evals.table import EVALS
 from hybrid_attn.parallel import processes
 from hybrid_attn.train import loop
 
@@ -68,14 +68,14 @@ def train_and_stop(folder: Path, peers) -> None:
 
 def resume_and_stop_in_the_evaluation(folder: Path, peers) -> None:
     """On another mesh; a signal comes to process 1 in the first unit of the evaluation before the last step."""
-    position = suite.MEASURES["position"]
+    position = EVALS["position"]
 
     def measure_and_signal(*args):
         if peers.number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return position(*args)
+        return position.measure(*args)
 
-    suite.MEASURES["position"] = measure_and_signal
+    EVALS["position"] = position._replace(measure=measure_and_signal)
     assert not loop.train(config_of(folder, MESHES[1]), folder / "stopped", peers)
 
 

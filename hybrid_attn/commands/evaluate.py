@@ -1,10 +1,10 @@
 """What a model can read: python tools/evaluate.py --checkpoint=runs/hybrid_8k --suite=quick --out=evals/hybrid_8k
 
---checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes; several of them are compared,
-and so are several --step of one. --suite is quick, full, or names of evaluations with commas. The text of haystacks is --text,
-patterns of files, or the standard library of Python; held-out documents are those of the model's own sources, or --heldout.
-What does not fit a length is left out, and printed. The same command goes on where it was interrupted.
-Exit status: 2 for what cannot be evaluated, 1 for failures while running, 130 after Ctrl-C.
+--checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes. Two or more of them are
+compared, and so are two or more --step of one. --suite is quick, full, or names of evaluations with commas. Needles are hidden
+in --text, patterns of files, or in the standard library of Python; held-out documents are those of the model's own sources,
+or --heldout. Units that do not fit a length are left out, and printed. The same command goes on where it was interrupted.
+Exit status: 2 for wrong flags or inputs, 1 for failures while running, 130 after Ctrl-C.
 """
 
 import contextlib
@@ -22,15 +22,17 @@ from absl import app, flags
 
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn import files, programs
+from hybrid_attn.config import CheckpointConfig
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import heldout, keytokens, limits, output, report, ruler, suite, texts
+from hybrid_attn.evals import haystack, heldout, limits, output, report, ruler, suite
 from hybrid_attn.evals.provenance import provenance, trained_length
 from hybrid_attn.evals.ruler import compat, qa
 from hybrid_attn.evals.ruler.fit import check_known
-from hybrid_attn.evals.settings import ASKED, with_own
-from hybrid_attn.evals.subject import Subject
+from hybrid_attn.evals.table import EVALS
+from hybrid_attn.evals.types import EvalContext, EvalModel, Settings, Unit, with_own
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
+from hybrid_attn.model import run_on
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
 from hybrid_attn.programs import parse
 
@@ -42,10 +44,12 @@ LENGTHS = flags.DEFINE_list(
     "lengths",
     None,
     "Tokens; by default a quarter of the trained length, all, and twice as many; of "
-    f"{', '.join(ASKED)} the first two, from {SHORTEST:,} on.",
+    f"{', '.join(name for name, x in EVALS.items() if x.uses_engine)} the first two, from {SHORTEST:,} on.",
 )
 SAMPLES = flags.DEFINE_integer("samples", 5, "Questions of each task, length and depth; of the harness, too.", lower_bound=1)
-TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens of held-out text, and of drawn rows, at each length.", lower_bound=1)
+TOKENS = flags.DEFINE_integer(
+    "tokens", 65_536, "Tokens of held-out text, and of synthetic sequences, at each length.", lower_bound=1
+)
 DEPTHS = flags.DEFINE_list("depths", [f"{x:g}" for x in suite.DEPTHS], "Where needles are hidden, in percent of the text.")
 TEXT = flags.DEFINE_multi_string(
     "text", [], "Pattern of files, or directory, in which needles are hidden; with --compat those of RULER's essays."
@@ -68,84 +72,84 @@ CHUNK = flags.DEFINE_integer("chunk", DEFAULT_CHUNK, "Tokens of a prompt that ar
 ROWS = flags.DEFINE_integer("rows", None, f"Most prompts read together; by default {DEFAULT_BATCH_SIZE}.", lower_bound=1)
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
-READ_BY = {  # flags that nothing but these evaluations reads
-    **dict.fromkeys(("compat", "squad", "hotpot", "ruler_tasks"), ("ruler",)),
-    "depths": ("needle",),
-    "text": ("needle", "ruler"),
-    "heldout": suite.OF_SOURCES,
-}
+# Flags that are an error where no evaluation of --suite reads them.
+SPECIAL = ("compat", "squad", "hotpot", "ruler_tasks", "depths", "text", "heldout")
 
 
 def lengths(trained: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Those of --lengths, or lengths around the trained ones; questions, the slowest part, stop at the trained length."""
+    """--lengths, or lengths around the trained ones; those of questions, which take most time, end at the trained length."""
     if LENGTHS.value is None:
         around = {length for most in trained for length in (max(2, most // 4), most, 2 * most)}
-        asked = {max(SHORTEST, most // part) for most in trained for part in (4, 1)}
-        return {"lengths": tuple(sorted(around)), "asked": tuple(sorted(asked))}
-    found = numbers("lengths", LENGTHS.value, int)
-    if min(found) < 2:
-        raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {min(found)} tokens hold no question; use more")
-    return {"lengths": found}
+        of_questions = {max(SHORTEST, most // part) for most in trained for part in (4, 1)}
+        return {"lengths": tuple(sorted(around)), "asked": tuple(sorted(of_questions))}
+    chosen = numbers("lengths", LENGTHS.value, int)
+    if min(chosen) < 2:
+        raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {min(chosen)} tokens hold no question; use more")
+    return {"lengths": chosen}
 
 
 def depths() -> tuple[float, ...]:
-    found = numbers("depths", DEPTHS.value, float)
-    if not all(0 <= depth <= 100 for depth in found):
+    percents = numbers("depths", DEPTHS.value, float)
+    if not all(0 <= depth <= 100 for depth in percents):
         raise ValueError(f"--depths={','.join(DEPTHS.value)} must lie between 0 and 100 percent")
-    return found
+    return percents
 
 
 def numbers(flag: str, texts: Sequence[str], kind: type) -> tuple:
     """Each number once."""
-    found = []
+    values = []
     for text in texts:
         try:
-            found.append(kind(text))
+            values.append(kind(text))
         except ValueError:
             what = "number of tokens" if kind is int else "number"
             raise ValueError(f"--{flag}={','.join(texts)} has {text!r}, which is no {what}") from None
-    if not found:
+    if not values:
         raise ValueError(f"--{flag}= names none; leave it out for the default")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(values))
 
 
 def names(checkpoints: Sequence[tuple[str, int]]) -> list[str]:
-    """A name for each directory and step, by which it is known in the report; the step is in it where there are several."""
-    found: list[str] = []
+    """A name for each directory and step in the report; it contains the step where a directory has two or more."""
+    run_names: list[str] = []
     for checkpoint, step in checkpoints:
         path = Path(os.path.abspath(checkpoint))
         name = path.parent.name if path.name == "checkpoints" else path.name
         if any(other == checkpoint and at != step for other, at in checkpoints):
             name = f"{name}-{step}"
         others = (f"{name}-{number}" for number in itertools.count(2))
-        found.append(next(x for x in itertools.chain([name], others) if x and x not in found and not output.is_reserved(x)))
-    return found
+        run_names.append(
+            next(x for x in itertools.chain([name], others) if x and x not in run_names and not output.is_reserved(x))
+        )
+    return run_names
 
 
 def models() -> list[tuple[str, int]]:
-    """The checkpoints, each by one name however it was written, and of which step."""
-    found = [place if "://" in place else os.path.abspath(place) for place in CHECKPOINT.value]
+    """The absolute directory and the step of each checkpoint."""
+    directories = [path if "://" in path else os.path.abspath(path) for path in CHECKPOINT.value]
     steps = STEP.value or [None]
-    if len(steps) > 1 and len(found) > 1 and len(steps) != len(found):
-        raise ValueError(f"--step is given {len(steps)} times for {len(found)} checkpoints; give one for all, or one for each")
-    several = max(len(found), len(steps))
-    pairs = zip(found * (several // len(found)), steps * (several // len(steps)), strict=True)
+    if len(steps) > 1 and len(directories) > 1 and len(steps) != len(directories):
+        raise ValueError(
+            f"--step is given {len(steps)} times for {len(directories)} checkpoints; give one for all, or one for each"
+        )
+    number = max(len(directories), len(steps))
+    pairs = zip(directories * (number // len(directories)), steps * (number // len(steps)), strict=True)
     return [(checkpoint, loading.step_of(loading.find(checkpoint), step)) for checkpoint, step in pairs]
 
 
-def settings(trained: Sequence[int]) -> suite.Settings:
-    """What is measured of every checkpoint; their rows of training had `trained` tokens."""
+def settings(trained: Sequence[int]) -> Settings:
+    """The settings for all checkpoints, whose sequences of training had `trained` tokens."""
     evals = suite.named(SUITE.value)
     if TASKS.value and "harness" not in evals:
         raise ValueError(f"--tasks={','.join(TASKS.value)} is of --suite=harness or full, and this is --suite={SUITE.value}")
     if "harness" in evals and not TASKS.value and SUITE.value != "full":
         raise ValueError(f"--suite={SUITE.value} asks lm-evaluation-harness, and for no task; name some with --tasks")
     if TASKS.value:
-        from hybrid_attn.evals import harness  # an extra
+        from hybrid_attn.evals import engine_lm  # an extra
 
-        harness.find_tasks(TASKS.value, TASK_PATH.value)
-    for name, users in READ_BY.items():
-        flag = flags.FLAGS[name]
+        engine_lm.find_tasks(TASKS.value, TASK_PATH.value)
+    for name in SPECIAL:
+        flag, users = flags.FLAGS[name], [evaluation.name for evaluation in EVALS.values() if name in evaluation.flags]
         if flag.present and flag.value and not {*users} & {*evals}:
             raise ValueError(f"--{name} is of --suite={' or '.join(users)}, and this is --suite={SUITE.value}")
     if TRUST.value and HELDOUT.value:
@@ -159,122 +163,125 @@ def settings(trained: Sequence[int]) -> suite.Settings:
     if ENGLISH_WORDS.value and not COMPAT.value:
         raise ValueError("--english_words is for RULER's own prompts; give --compat, too")
     seed = compat.SEED if COMPAT.value and not SEED.present else SEED.value
-    wanted = suite.Settings(
+    chosen = Settings(
         **{"evals": evals, "samples": SAMPLES.value, "tokens": TOKENS.value, "depths": depths(), "seed": seed},
         **{"tasks": tuple(TASKS.value), "task_path": TASK_PATH.value, "compat": COMPAT.value},
         ruler_tasks=tuple(dict.fromkeys(RULER_TASKS.value)),
         **lengths(trained),
     )
-    limits.check_settings(wanted)
-    return wanted
+    limits.check_settings(chosen)
+    return chosen
 
 
-def asked_about() -> dict:
-    """What every checkpoint is asked about."""
+def question_data() -> dict:
+    """What the questions of all checkpoints are made from: fields of an EvalContext."""
     of_questions = {"qa_1": (SQUAD.value, qa.read_squad), "qa_2": (HOTPOT.value, qa.read_hotpot)}
     questions = {task: read(Path(path)) for task, (path, read) in of_questions.items() if path is not None}
     others = compat.read_others(Path(ENGLISH_WORDS.value)) if ENGLISH_WORDS.value else ()
     return {
-        **{"haystack": texts.of_files(tuple(TEXT.value)), "questions": questions},
+        **{"haystack": haystack.of_files(tuple(TEXT.value)), "questions": questions},
         "lists": compat.wonderwords(others) if COMPAT.value else None,
-        "essays": texts.of_essays(tuple(TEXT.value)) if COMPAT.value and TEXT.value else "",
+        "essays": haystack.of_essays(tuple(TEXT.value)) if COMPAT.value and TEXT.value else "",
     }
 
 
 def data_flags() -> dict:
     """The flags that name what is read beside the checkpoints, in their absolute form, for the commands in a report."""
-    heldout_files = [f"{name}={_absolute(where)}" for name, where in heldout.named(HELDOUT.value).items()]
-    found = {"trust_checkpoint_data": TRUST.value, "heldout": heldout_files, "text": [*map(_absolute, TEXT.value)]}
+    heldout_files = [f"{name}={_absolute(path)}" for name, path in heldout.named(HELDOUT.value).items()]
+    values = {"trust_checkpoint_data": TRUST.value, "heldout": heldout_files, "text": [*map(_absolute, TEXT.value)]}
     single = {"squad": SQUAD.value, "hotpot": HOTPOT.value, "english_words": ENGLISH_WORDS.value}
-    return found | {name: None if where is None else _absolute(where) for name, where in single.items()}
+    return values | {name: None if path is None else _absolute(path) for name, path in single.items()}
 
 
-def _absolute(where: str) -> str:
-    return where if "://" in where else os.path.abspath(os.path.expanduser(where))
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
-class Chosen(NamedTuple):
+class Checkpoint(NamedTuple):
     """A checkpoint, its step, and the tokens of a sequence of its training, with what says so."""
 
-    checkpoint: str
+    directory: str
     step: int
     trained: int
     trained_from: str
 
 
-def choose(checkpoint: str, step: int, evals: Sequence[str]) -> Chosen:
-    """ValueError where measuring would open what nobody but the checkpoint has named."""
-    directory = loading.find(checkpoint)
-    c, _, stage_steps = loading.saved_of(directory, step)
-    if {*suite.OF_SOURCES} & {*evals} and not (TRUST.value or HELDOUT.value):
-        heldout.check_trusted(checkpoint, c)
-    return Chosen(checkpoint, step, *trained_length(c, Path(directory), sum(stage_steps) if stage_steps else step))
+def inspect(directory: str, step: int, evals: Sequence[str]) -> Checkpoint:
+    """ValueError where measuring would open files or URLs that only the checkpoint names."""
+    steps_in = loading.find(directory)
+    c, _, stage_steps = loading.saved_of(steps_in, step)
+    if any(EVALS[name].reads_heldout for name in evals) and not (TRUST.value or HELDOUT.value):
+        heldout.check_trusted(directory, c)
+    return Checkpoint(directory, step, *trained_length(c, Path(steps_in), sum(stage_steps) if stage_steps else step))
 
 
-class Planned(NamedTuple):
-    """All that the suite runs with, but for what it tells."""
+class Plan(NamedTuple):
+    """The arguments of the suite for one model, whose parameters are not loaded yet."""
 
-    reader: suite.Reader
-    settings: suite.Settings
+    context: EvalContext
+    settings: Settings
     provenance: dict
 
 
-def plan(chosen: Chosen, wanted: suite.Settings, about: Mapping) -> Planned:
-    """What is measured of one model, on the mesh in force; its questions are drawn into --out."""
-    checkpoint, step, trained, trained_from = chosen
-    c, params, tokenizer = loading.load(checkpoint, step)
-    engine = Engine(params, c, EngineOptions(CHUNK.value, batch_size=ROWS.value))
-    subject = Subject(c.model, params, engine.run, engine.mesh, tokenizer)
-    limits.check_caches(c.model, wanted, engine)
-    limits.check_rows(c.model, wanted, engine.mesh)
-    documents = {}
-    if {*suite.OF_SOURCES} & {*wanted.evals}:
-        named = heldout.named(HELDOUT.value)
-        documents = heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
-    stops = tuple(loading.stop_tokens(checkpoint, tokenizer))
+def plan(source: Checkpoint, settings: Settings, data: Mapping) -> Plan:
+    """What is measured of one model, on the mesh in force; its samples are drawn into --out."""
+    directory, mesh = loading.find(source.directory), jax.sharding.get_mesh()
+    c, tokenizer = loading.described(directory, source.step)
+    run = run_on(mesh.devices.flat[0].platform, c.model, c.train)
+    limits.check_caches(c.model, settings, run, mesh, ROWS.value or DEFAULT_BATCH_SIZE)
+    limits.check_rows(c.model, settings, mesh)
+    documents = heldout_of(c, tokenizer) if any(EVALS[name].reads_heldout for name in settings.evals) else {}
+    stops = tuple(loading.stop_tokens(source.directory, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
-    reader = suite.Reader(subject, engine, documents, trained=trained, tasks=with_own(own), stops=stops, **about)
-    wanted = suite.fitting(wanted, reader, Path(OUT.value) / "samples", named=False)
-    suite.some_units(wanted, reader)
-    saved = checkpoints.read_config(loading.find(checkpoint), step)
-    known = provenance(checkpoint, step, c, saved, tokenizer, about["haystack"], engine.run, engine.mesh)
-    known["data"] = data_flags()
-    known["weights"] = checkpoints.fingerprint(loading.find(checkpoint), step)
-    known["heldout"] = {source: x.fingerprint() for source, x in documents.items()}
-    if about["essays"]:
-        known["essays"] = hashlib.sha256(about["essays"].encode()).hexdigest()
-    known["model"] |= {"seq_len": trained, "seq_len_from": trained_from}
-    return Planned(reader, wanted, known)
+    eval_model = EvalModel(c.model, {}, run, mesh, tokenizer)
+    context = EvalContext(eval_model, None, documents, trained=source.trained, tasks=with_own(own), stops=stops, **data)
+    settings = suite.fitting(settings, context, Path(OUT.value) / "samples", named=False)
+    suite.some_units(settings, context)
+    saved = checkpoints.read_config(directory, source.step)
+    known = provenance(source.directory, source.step, c, saved, tokenizer, data["haystack"], run, mesh)
+    known |= {"data": data_flags(), "weights": checkpoints.fingerprint(directory, source.step)}
+    known["heldout"] = {name: x.fingerprint() for name, x in documents.items()}
+    if data["essays"]:
+        known["essays"] = hashlib.sha256(data["essays"].encode()).hexdigest()
+    known["model"] |= {"seq_len": source.trained, "seq_len_from": source.trained_from}
+    return Plan(context, settings, known)
 
 
-def evaluate(name: str, planned: Planned) -> None:
+def heldout_of(c: CheckpointConfig, tokenizer) -> dict:
+    """Held-out documents, or synthetic tasks, by name: those of --heldout, or of the model's own sources."""
+    named = heldout.named(HELDOUT.value)
+    return heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
+
+
+def evaluate(name: str, source: Checkpoint, planned: Plan) -> None:
     """Measures one model into --out, on the mesh in force."""
+    print(f"{name}  trained at {source.trained:,} tokens ({source.trained_from})", flush=True)
     for x in planned.settings.absent:
-        print(f"{name}  absent  {suite.Unit(*x[:3]).name}  {x.reason}", flush=True)
+        print(f"{name}  absent  {Unit(*x[:3]).name}  {x.reason}", flush=True)
+    c, params, _ = loading.load(source.directory, source.step)
+    engine = Engine(params, c, EngineOptions(CHUNK.value, batch_size=ROWS.value))
+    eval_model = planned.context.eval_model._replace(params=params)
+    planned = planned._replace(context=planned.context._replace(eval_model=eval_model, engine=engine))
     out = Path(OUT.value)
     with progress(name, tokens_read(planned)) as done:
         suite.run(*planned, out / name, out / "samples", done)
 
 
-def tokens_read(planned: Planned) -> dict[suite.Unit, int]:
+def tokens_read(planned: Plan) -> dict[Unit, int]:
     """Of each unit, about how many tokens it reads: its time grows with them."""
-    settings, read = planned.settings, {}
-    questions = dict.fromkeys(("ruler", "harness"), settings.samples) | {"attention_mass": suite.ATTENTION_PROMPTS}
-    questions["needle"] = settings.samples * len(settings.depths)
-    for unit in suite.units(settings, planned.reader):
-        sequences = questions.get(unit.eval, -(-settings.tokens // unit.length))
-        read[unit] = sequences * unit.length * (1 + keytokens.SLIDE if unit.eval == "key_tokens" else 1)
-    return read
+    settings = planned.settings
+    units = suite.units(settings, planned.context)
+    return {unit: EVALS[unit.eval].sequences(settings, unit.length) * unit.length for unit in units}
 
 
 @contextlib.contextmanager
-def progress(name: str, read: Mapping[suite.Unit, int]) -> Iterator[Callable[[suite.Unit, int, int], None]]:
-    """Gives what shows each unit that is done, by the tokens that it has `read`: a bar on a terminal, a line elsewhere."""
+def progress(name: str, read: Mapping[Unit, int]) -> Iterator[Callable[[Unit, int, int], None]]:
+    """Gives a function that shows a finished unit, by the tokens that it `read`: a bar on a terminal, a line elsewhere."""
     total, shown = sum(read.values()), {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
     with tqdm.tqdm(desc=name, total=total, disable=not sys.stderr.isatty(), **shown) as bar:
         done_tokens = 0
 
-        def done(unit: suite.Unit, number: int, of: int) -> None:
+        def done(unit: Unit, number: int, of: int) -> None:
             nonlocal done_tokens
             done_tokens += read[unit]
             bar.update(read[unit])
@@ -286,29 +293,31 @@ def progress(name: str, read: Mapping[suite.Unit, int]) -> Iterator[Callable[[su
 
 
 def evaluate_all() -> None:
-    """Measures every checkpoint and writes the report; what is wrong with one is said before another is measured."""
+    """Measures every checkpoint and writes the report.
+
+    An error in the config, the tokenizer or the data of any checkpoint comes before the first is measured; parameters are
+    loaded when it is their turn.
+    """
     report.check_drawing()
     for flag, values in (("checkpoint", CHECKPOINT.value), ("out", [OUT.value])):
         for value in values:
             files.check_named(flag, value, "a directory")
-    found, evals = models(), suite.named(SUITE.value)
+    directories, evals = models(), suite.named(SUITE.value)
     heldout.named(HELDOUT.value)
-    chosen = [choose(*model, evals) for model in found]
-    wanted = settings([x.trained for x in chosen])
-    about = asked_about()
-    called = names(found)
+    sources = [inspect(*model, evals) for model in directories]
+    chosen = settings([x.trained for x in sources])
+    data = question_data()
+    run_names = names(directories)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
     out = Path(OUT.value)
     output.check_ours(out)
     with files.lock(out):
         output.mark(out)
         with jax.set_mesh(mesh):
-            for x in chosen[1:]:  # before hours go to the first
-                plan(x, wanted, about)
-            for x, name in zip(chosen, called, strict=True):
-                print(f"{name}  trained at {x.trained:,} tokens ({x.trained_from})", flush=True)
-                evaluate(name, plan(x, wanted, about))
-        summary = report.write(out, [report.read(out / name) for name in called])
+            plans = [plan(source, chosen, data) for source in sources]
+            for name, source, planned in zip(run_names, sources, plans, strict=True):
+                evaluate(name, source, planned)
+        summary = report.write(out, [report.read(out / name) for name in run_names])
     print(f"\n{summary}\nreport  {out / 'report.html'}")
 
 

@@ -1,9 +1,9 @@
-"""What a model can read. Evaluations give records, plain dicts of numbers and names; `suite` measures those that are named.
+"""Evaluations of what a model reads: one file and one record each (`table.EVALS`); `suite` runs them by their names.
 
-`position`, `recall`, `attention` and `keytokens` yield theirs from a `Subject` and a `Spec` with `run`. `needle`, `ruler` and
-`harness` ask questions, and make theirs of the answers of an engine.
+`position`, `recall`, `attention` and `keytokens` yield records, plain dicts of numbers and names, from an `EvalModel` and a
+`Spec` with `run`. `needle`, `ruler` and `harness` make theirs from what an engine answers or scores.
 """
 
-from hybrid_attn.evals.subject import Spec, Subject
+from hybrid_attn.evals.types import EvalModel, Spec
 
-__all__ = ["Spec", "Subject"]
+__all__ = ["EvalModel", "Spec"]

@@ -1,14 +1,14 @@
 """Attention mass: where a question about a needle far back, and its answer, look, in every head of every layer.
 
 The analysis of "Rope to Nope and Back Again" (arXiv 2501.18795): the queries are the tokens of the question and of the right
-answer; keys are the first tokens (`begin`), the needle, the queries' own tokens (`qc`) and all the rest (`context`).
+answer; keys are the first tokens (`begin`), the needle, the queries' own tokens (`qc`) and all other tokens (`context`).
 
 Letters: B prompts, T and S tokens, L layers, N heads, Q queries, A tokens of the answer, I intervals of keys.
 """
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model
-from hybrid_attn.evals import marked
-from hybrid_attn.evals.marked import Marked
-from hybrid_attn.evals.shares import Asked, Shares, oldest_key, shares
-from hybrid_attn.evals.subject import Spec, Subject, check_finite
+from hybrid_attn.data.synthetic import Task
+from hybrid_attn.evals import needle_prompts
+from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries, oldest_key, statistics_of
+from hybrid_attn.evals.evaluation import Evaluation, Headline, check_task_fits, measured_of_source, without_documents
+from hybrid_attn.evals.fields import ANY, COUNT, FLAG, NAME, SIZE, whole
+from hybrid_attn.evals.needle_prompts import NeedlePrompt
+from hybrid_attn.evals.samples import Sample, TooLongError
+from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Run
 from hybrid_attn.model.extend import layer_by_layer, unstacked
 from hybrid_attn.model.transformer import in_packed
@@ -28,16 +32,20 @@ from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
 BEGIN = 10  # tokens; the weights by position leave them out
 END = 0.03  # share of the tokens, the last ones, that the weights by position leave out
 SEGMENTS = ("begin", "needle", "context", "qc")
+PER_TOKEN = (*(f"{segment}_per_token" for segment in SEGMENTS), "sink_rate")
+MEANS = (*SEGMENTS, "entropy_bits", "needle_lift", *PER_TOKEN, "retrieval")  # of a layer type
 PARTS = ("begin", "needle", "before", "after", "qc", "sink_rate")  # intervals; the context is before and after the needle
+PROMPTS = 2  # of a unit, whose attention is averaged
+MOST_HEADS = 2**16  # of a layer
 ROUND = 16  # queries: prompts whose questions differ a little share a program
 
 
-def run(subject: Subject, spec: Spec) -> Iterator[dict]:
-    """`measured` of prompts of `spec.length` tokens, as many as `spec.tokens` fill (`marked.prompts`)."""
-    return measured(subject, marked.prompts(spec, subject.tokenizer), spec.length)
+def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
+    """`measured` of prompts of `spec.length` tokens, as many as `spec.tokens` fill (`needle_prompts.prompts`)."""
+    return measured(eval_model, needle_prompts.prompts(spec, eval_model.tokenizer), spec.length)
 
 
-def measured(subject: Subject, prompts: Sequence[Marked], length: int) -> Iterator[dict]:
+def measured(eval_model: EvalModel, prompts: Sequence[NeedlePrompt], length: int) -> Iterator[dict]:
     """A record per head: means over its queries and then over the prompts, of which none is longer than `length` tokens.
 
     The share of each segment (they sum to 1, with `nothing` where the kind has a sink), that of one token of it and that of
@@ -46,16 +54,16 @@ def measured(subject: Subject, prompts: Sequence[Marked], length: int) -> Iterat
     without the first 10 and the last 3% of a prompt: None where no prompt has a key. `reach`: whether the layer shows the
     needle to any query.
     """
-    model, edges = subject.model, position_edges(length)
+    model, edges = eval_model.model, position_edges(length)
     values = [[] for _ in model.layers]
     weights_LNI = np.zeros((model.num_layers, model.num_heads, len(edges) - 1))
     tokens_I = np.zeros(len(edges) - 1)
-    for prompt, layers in _looks(subject, prompts, length, edges):
+    for prompt, layers in _statistics(eval_model, prompts, length, edges):
         tokens_I += [end - first for first, end in by_position(prompt, edges)]
-        for i, (letter, look) in enumerate(zip(model.layers, layers, strict=True)):
-            check_finite(np.append(look.mass_BNI, look.entropy_BN), f"the attention of layer {i}")
-            values[i].append(head_values(model.kinds[letter], prompt, look))
-            weights_LNI[i] += look.mass_BNI[:, len(PARTS) :]
+        for i, (letter, statistics) in enumerate(zip(model.layers, layers, strict=True)):
+            check_finite(np.append(statistics.mass_BNI, statistics.entropy_BN), f"the attention of layer {i}")
+            values[i].append(head_values(model.kinds[letter], prompt, statistics))
+            weights_LNI[i] += statistics.mass_BNI[:, len(PARTS) :]
     for i, letter in enumerate(model.layers):
         means = {name: np.mean([x[name] for x in values[i]], axis=0) for name in values[i][0]}
         reach = any(reaches(model.kinds[letter], prompt) for prompt in prompts)
@@ -74,27 +82,27 @@ def position_edges(length: int) -> tuple[int, ...]:
     return (*(edge for edge in steps if edge < end), end)
 
 
-def reaches(kind: LayerType, prompt: Marked) -> bool:
+def reaches(kind: LayerType, prompt: NeedlePrompt) -> bool:
     """Whether a layer of this kind shows a token of the needle to a query: to the first one, if to any."""
     return prompt.needle[1] > oldest_key(kind, prompt.question)
 
 
-def parts(prompt: Marked) -> list[tuple[int, int]]:
+def parts(prompt: NeedlePrompt) -> list[tuple[int, int]]:
     """The interval of each of `PARTS`."""
     length, (start, stop) = len(prompt.tokens_S), prompt.needle
     begin = min(BEGIN, start)
     return [(0, begin), (start, stop), (begin, start), (stop, prompt.question), (prompt.question, length), (0, 1)]
 
 
-def by_position(prompt: Marked, edges: Sequence[int]) -> list[tuple[int, int]]:
+def by_position(prompt: NeedlePrompt, edges: Sequence[int]) -> list[tuple[int, int]]:
     """The intervals between `edges`, of which none goes into the last 3% of the prompt."""
     end = math.floor(len(prompt.tokens_S) * (1 - END))
     return [(min(first, end), min(last, end)) for first, last in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def head_values(kind: LayerType, prompt: Marked, look: Shares) -> dict[str, np.ndarray]:
+def head_values(kind: LayerType, prompt: NeedlePrompt, statistics: AttentionStatistics) -> dict[str, np.ndarray]:
     """The numbers of every head [N] for one prompt, whose intervals begin with `PARTS`."""
-    mass = dict(zip(PARTS, look.mass_BNI.T.astype(np.float64), strict=False))
+    mass = dict(zip(PARTS, statistics.mass_BNI.T.astype(np.float64), strict=False))
     size = {name: end - first for name, (first, end) in zip(PARTS, parts(prompt), strict=True)}
     mass["context"], size["context"] = mass["before"] + mass["after"], size["before"] + size["after"]
     values = {name: mass[name] for name in SEGMENTS}
@@ -103,31 +111,33 @@ def head_values(kind: LayerType, prompt: Marked, look: Shares) -> dict[str, np.n
     values |= {f"{name}_per_token": mass[name] / max(size[name], 1) for name in SEGMENTS}
     return values | {
         "sink_rate": mass["sink_rate"],
-        "entropy_bits": look.entropy_BN,
+        "entropy_bits": statistics.entropy_BN,
         "needle_lift": mass["needle"] * len(prompt.tokens_S) / size["needle"],
-        "retrieval": retrieval(prompt, look.greatest_BNQ),
+        "retrieval": retrieval(prompt, statistics.greatest_BNQ),
     }
 
 
-def retrieval(prompt: Marked, greatest_NQ: np.ndarray) -> np.ndarray:
+def retrieval(prompt: NeedlePrompt, greatest_NQ: np.ndarray) -> np.ndarray:
     """Of the answer's tokens that stand in the needle, the share that a head copies (Wu et al., arXiv 2404.15574): [N].
 
-    It does where the token before, which says the next one, attends most to that very word in the needle.
+    A head copies a token where the query before it, which predicts it, attends most to the same token in the needle.
     """
     tokens_S, (start, stop) = prompt.tokens_S, prompt.needle
-    wanted = np.flatnonzero(prompt.copied)
-    keys_NA = greatest_NQ[:, prompt.answer - 1 - prompt.question + wanted]
+    copied_A = np.flatnonzero(prompt.copied)
+    keys_NA = greatest_NQ[:, prompt.answer - 1 - prompt.question + copied_A]
     inside_NA = (keys_NA >= start) & (keys_NA < stop)
-    return (inside_NA & (tokens_S[keys_NA] == tokens_S[prompt.answer + wanted])).mean(1)
+    return (inside_NA & (tokens_S[keys_NA] == tokens_S[prompt.answer + copied_A])).mean(1)
 
 
-def _looks(subject: Subject, prompts: Sequence[Marked], length: int, edges) -> Iterator[tuple[Marked, list[Shares]]]:
+def _statistics(
+    eval_model: EvalModel, prompts: Sequence[NeedlePrompt], length: int, edges
+) -> Iterator[tuple[NeedlePrompt, list[AttentionStatistics]]]:
     """Each prompt with what its queries saw in each layer, as arrays [N, ...]."""
-    mesh = subject.mesh
+    mesh = eval_model.mesh
     rows, context = math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape["context"]
-    queries = max(len(prompt.tokens_S) - prompt.question for prompt in prompts)
-    queries = -(-queries // ROUND) * ROUND
-    run = subject.run._replace(zigzag=False)
+    num_queries = max(len(prompt.tokens_S) - prompt.question for prompt in prompts)
+    num_queries = -(-num_queries // ROUND) * ROUND
+    run = eval_model.run._replace(zigzag=False)
     for first in range(0, len(prompts), rows):
         batch = list(prompts[first : first + rows])
         filled = batch + batch[-1:] * (rows - len(batch))
@@ -135,31 +145,109 @@ def _looks(subject: Subject, prompts: Sequence[Marked], length: int, edges) -> I
         for row_T, prompt in zip(tokens_BT, filled, strict=True):
             row_T[: len(prompt.tokens_S)] = prompt.tokens_S
         intervals_BI2 = np.array([parts(prompt) + by_position(prompt, edges) for prompt in filled], np.int32)
-        asked = Asked(
+        queries = Queries(
             *(np.array(x, np.int32) for x in zip(*((p.question, len(p.tokens_S)) for p in filled), strict=True)),
             intervals_BI2[..., 0], intervals_BI2[..., 1],
         )  # fmt: skip
-        placed, asked = place(tokens_BT, mesh, TOKENS_BT), jax.tree.map(lambda x: place(x, mesh, P(BATCH)), asked)
-        found = jax.device_get(_look(subject.model, run, queries, subject.params, placed, asked))
+        tokens_BT, queries = place(tokens_BT, mesh, TOKENS_BT), jax.tree.map(lambda x: place(x, mesh, P(BATCH)), queries)
+        layers = jax.device_get(_batch_statistics(eval_model.model, run, num_queries, eval_model.params, tokens_BT, queries))
         for b, prompt in enumerate(batch):
-            yield prompt, [Shares(*(x[b] for x in layer)) for layer in found]
+            yield prompt, [AttentionStatistics(*(x[b] for x in layer)) for layer in layers]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _look(model: Model, run: Run, queries: int, params: dict, tokens_BT: jax.Array, asked: Asked) -> list[Shares]:
+def _batch_statistics(
+    model: Model, run: Run, num_queries: int, params: dict, tokens_BT: jax.Array, queries: Queries
+) -> list[AttentionStatistics]:
     """What each layer's queries see, on every device."""
     pos_BT = jax.reshard(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape), TOKENS_BT)
-    seg_BT = (pos_BT < jax.reshard(asked.length_B, P(BATCH))[:, None]).astype(jnp.int32)
+    seg_BT = (pos_BT < jax.reshard(queries.length_B, P(BATCH))[:, None]).astype(jnp.int32)
 
-    def watched(letter: str):
+    def attend_and_measure(letter: str):
         attend_in_rows = in_packed(pos_BT, seg_BT, run, letter)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
             o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind, scale)
-            return o_BTNH, shares(q_BTNH, k_BTKH, asked, sinks_N, queries=queries, kind=kind, scale=scale)
+            return o_BTNH, statistics_of(q_BTNH, k_BTKH, queries, sinks_N, num_queries=num_queries, kind=kind, scale=scale)
 
         return attend
 
     weights = unstacked(model, params, run.dtype)
-    _, found = layer_by_layer(model, weights, tokens_BT, pos_BT, [watched(letter) for letter in model.layers], run)
-    return jax.tree.map(lambda x: jax.reshard(x, P()), found)
+    attends = [attend_and_measure(letter) for letter in model.layers]
+    _, statistics = layer_by_layer(model, weights, tokens_BT, pos_BT, attends, run)
+    return jax.tree.map(lambda x: jax.reshard(x, P()), statistics)
+
+
+def sources(context: EvalContext, settings: Settings) -> list[str]:
+    """Those whose held-out data can hide a needle: documents, and the task "recall"."""
+    return [name for name, x in context.heldout.items() if not isinstance(x, Task) or x.name == "recall"]
+
+
+def spec_of(context: EvalContext, unit: Unit) -> Spec:
+    return Spec(context.heldout[unit.part], unit.length, PROMPTS * unit.length)
+
+
+def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
+    return measured_of_source(unit, run(context.eval_model, spec_of(context, unit)))
+
+
+def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:
+    check_task_fits(unit, context.heldout[unit.part])
+    try:
+        needle_prompts.prompts(spec_of(context, unit), context.eval_model.tokenizer)
+    except ValueError as cause:
+        raise TooLongError(f"attention_mass of {unit.part}: {cause}") from cause
+
+
+def mean_lift(records: Sequence[Mapping]) -> float | None:
+    """How far the needle stands out in the heads of the layers that reach it."""
+    from hybrid_attn.evals.report.contents import mean_of
+
+    return mean_of([record for record in records if record["reach"]], "needle_lift")
+
+
+def means_by_layer_type(records: Sequence[Mapping]) -> Iterator[dict]:
+    """Means over the heads of each layer type."""
+    from hybrid_attn.evals.report.contents import mean_of
+
+    for letter in sorted({head["kind"] for head in records}):
+        heads = [head for head in records if head["kind"] == letter]
+        names = {name: heads[0][name] for name in ("source", "length", "kind")}
+        yield names | {name: mean_of(heads, name) for name in MEANS}
+
+
+def section(runs: Sequence) -> list:
+    from hybrid_attn.evals.report import attention, contents  # matplotlib takes a second to import
+    from hybrid_attn.evals.report.section import Section
+
+    prompts = sorted({r["prompts"] for run in runs for r in run.of("attention_mass")})
+    words = [
+        "Shares of the attention of the question's tokens, means over heads and over so many prompts: "
+        f"{', '.join(map(str, prompts))}. The needle's lift is its share over the share of the tokens that it has; a retrieval "
+        f"head (score over {contents.RETRIEVES}) looks at the token that it copies. Per token: a segment's share over its "
+        "tokens; token 0 is the share of the very first. Crosses: layers whose window does not reach the needle. Single heads, "
+        "and weights by position without the first 10 and the last 3% of the keys, are drawn at the longest length."
+    ]
+    drawn = attention.drawn(runs)
+    return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [], "attention_mass")]
+
+
+EVALUATION = Evaluation(
+    name="attention_mass",
+    parts=sources,
+    measure=measure,
+    fields={
+        **{"source": NAME, "prompts": SIZE, "layer": COUNT, "kind": NAME, "head": whole(0, MOST_HEADS), "length": SIZE},
+        **dict.fromkeys(("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval"), ANY),
+        "reach": FLAG,
+    },
+    headline=Headline(mean_lift, "attention_needle_lift_ratio", "needle's lift {:.2f}", higher_is_better=True),
+    section=section,
+    section_order=5,
+    in_quick_suite=True,
+    flags=("heldout",),
+    sequences=lambda settings, length: PROMPTS,
+    empty=without_documents,
+    check_fits=check_fits,
+    summary=means_by_layer_type,
+)

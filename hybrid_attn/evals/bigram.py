@@ -4,22 +4,22 @@ import numpy as np
 
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.rows import Rows
-from hybrid_attn.evals.subject import Spec
+from hybrid_attn.evals.types import Spec
 from hybrid_attn.model.loss import bits_per_byte
 
-MOST_WORDS = 1024  # a table of pairs beyond that is no small baseline
+MAX_VOCABULARY = 1024  # tokens; a larger table of pairs is no small baseline
 READ_TOKENS = 2**22  # at a time
-MOST_TOKENS = 2**28  # counted: far more than a table of pairs needs, and read within a minute
+MAX_TOKENS = 2**28  # counted: more than a table of pairs needs, and read within a minute
 
 
 def log_probabilities(documents: Documents, vocab_size: int) -> np.ndarray:
-    """Log-probability of each word after each word [vocab_size, vocab_size], from pairs counted in `documents` plus one.
+    """Log-probability of each token after each token [vocab_size, vocab_size], from pairs counted in `documents` plus one.
 
-    Of a large corpus only the first documents are counted, those that begin within `MOST_TOKENS`.
+    Of a large corpus only the first documents are counted, those that begin within `MAX_TOKENS`.
     """
     counts = np.ones(vocab_size**2)
     ends = np.cumsum(documents.lengths)
-    counted = np.count_nonzero(ends - documents.lengths < MOST_TOKENS)
+    counted = np.count_nonzero(ends - documents.lengths < MAX_TOKENS)
     groups = ends[:counted] // READ_TOKENS
     for group in np.split(np.arange(counted), np.flatnonzero(np.diff(groups)) + 1):
         pieces = documents.read((i, 0, documents.lengths[i]) for i in group)

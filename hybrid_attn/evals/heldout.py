@@ -36,15 +36,15 @@ def of_sources(c: config.CheckpointConfig, tokenizer) -> dict[str, Documents | T
 
 def named(flags: Sequence[str]) -> dict[str, str]:
     """The files of each "NAME=FILES"; ValueError where one has another form."""
-    found = {}
+    files_by_name = {}
     for flag in flags:
         name, equals, files = flag.partition("=")
         check(
             bool(NAME.fullmatch(name) and equals and files), f"--heldout={flag} has not the form NAME=FILES, as text=data/*.txt"
         )
-        check(name not in found, f"--heldout names {name!r} twice; give each text a name of its own")
-        found[name] = files
-    return found
+        check(name not in files_by_name, f"--heldout names {name!r} twice; give each text a name of its own")
+        files_by_name[name] = files
+    return files_by_name
 
 
 def of_files(files: Mapping[str, str], tokenizer) -> dict[str, Documents]:

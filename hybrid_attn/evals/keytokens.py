@@ -1,7 +1,7 @@
 """Key tokens: the loss on those tokens that only the far context makes likely.
 
 LongPPL (arXiv 2410.23771): a token is key where a model finds it likely in its whole context (loss below 2 nats) and much
-less so in a short one (more than 2 nats above that). Here that model is the one whose loss is told. The short contexts of
+less so in a short one (more than 2 nats above that). Here that model is the evaluated one. The short contexts of
 neighbours are shared: windows that slide by a quarter of them.
 """
 
@@ -17,7 +17,19 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import Slice, heldout_batches
 from hybrid_attn.data.rows import Rows, blank
-from hybrid_attn.evals.subject import Spec, Subject, check_finite
+from hybrid_attn.evals.evaluation import (
+    Evaluation,
+    Headline,
+    check_row,
+    first_total,
+    measured_of_source,
+    rows_of_tokens,
+    texts,
+    without_documents,
+)
+from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
+from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Run, losses
 from hybrid_attn.parallel.mesh import BATCH
 
@@ -26,20 +38,20 @@ LIKELY = 2.0  # nats, which a key token's loss in the whole context is below
 SLIDE = 4  # windows for each short context
 
 
-def run(subject: Subject, spec: Spec, short: int) -> Iterator[dict]:
-    """One record: of the tokens with `short` tokens before them in their row, how many are key to `subject`, and their loss.
+def run(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
+    """One record: of the tokens with `short` tokens before them in their row, how many are key to `eval_model`, and their loss.
 
     Without key tokens `loss` (nats) and `perplexity` are None. Each model finds key tokens of its own.
     """
     if not 0 < short < spec.length:
         raise ValueError(f"short={short} is no part of rows of {spec.length} tokens; use 1 to {spec.length - 1}")
-    found = np.zeros(4)
-    for whole, windows in _batches(subject, spec, short):
-        nll_BT = _losses(subject, whole)
+    sums = np.zeros(4)
+    for batch, windows in _batches(eval_model, spec, short):
+        nll_BT = _losses(eval_model, batch)
         for first, window in windows:
-            found += jax.device_get(_sums(short, first, nll_BT, whole["weights"], _losses(subject, window)))
-    check_finite(found, "the loss")
-    nll, keys, tokens, _ = found
+            sums += jax.device_get(_sums(short, first, nll_BT, batch["weights"], _losses(eval_model, window)))
+    check_finite(sums, "the loss")
+    nll, keys, tokens, _ = sums
     loss = float(nll / keys) if keys else None
     record = {"length": spec.length, "short": short, "tokens": int(tokens), "key_tokens": int(keys), "loss": loss}
     yield record | {"perplexity": None if loss is None else math.exp(loss)}
@@ -52,9 +64,9 @@ class Window:
         self.first, self.seq_len = first, seq_len
         self._rows = rows
 
-    def spread(self, wanted: int) -> list[int]:
+    def spread(self, number: int) -> list[int]:
         """The numbers of the rows that `rows` gives."""
-        return self._rows.spread(wanted)
+        return self._rows.spread(number)
 
     def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
         """As `Rows.read` gives them; padding where the rows have ended."""
@@ -70,20 +82,20 @@ class Window:
         return {name: np.concatenate([row[name], x]) for name, x in padding.items()}
 
 
-def _batches(subject: Subject, spec: Spec, short: int) -> Iterator[tuple[dict, list[tuple[int, dict]]]]:
-    """Batches of whole rows, each with the windows of the same rows and where they begin."""
-    rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
-    slices = 2 * subject.mesh.shape["context"]  # a mesh may want two for each of its shards
+def _batches(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[tuple[dict, list[tuple[int, dict]]]]:
+    """Batches of full-length rows, each with the windows of the same rows and where they begin."""
+    rows = Rows(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
+    slices = 2 * eval_model.mesh.shape["context"]  # a mesh may want two for each of its shards
     size = -(-(short + max(1, short // SLIDE)) // slices) * slices
     windows = [Window(rows, first, size) for first in range(0, spec.length - short, size - short)]
-    batch = math.prod(subject.mesh.shape[axis] for axis in BATCH)
-    batches = (heldout_batches(x, -(-spec.tokens // spec.length), batch, subject.mesh) for x in (rows, *windows))
-    for whole, *parts in zip(*batches, strict=True):
-        yield whole, [(window.first, arrays) for window, arrays in zip(windows, parts, strict=True)]
+    rows_at_once = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
+    batches = (heldout_batches(x, -(-spec.tokens // spec.length), rows_at_once, eval_model.mesh) for x in (rows, *windows))
+    for batch, *parts in zip(*batches, strict=True):
+        yield batch, [(window.first, arrays) for window, arrays in zip(windows, parts, strict=True)]
 
 
-def _losses(subject: Subject, batch: dict) -> jax.Array:
-    return _token_losses(subject.model, subject.run, subject.params, batch)
+def _losses(eval_model: EvalModel, batch: dict) -> jax.Array:
+    return _token_losses(eval_model.model, eval_model.run, eval_model.params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -107,3 +119,37 @@ def _sums(short: int, first, nll_BT, weights_BT, short_BT) -> jax.Array:
     keys_BT = weights_BT * ((short_BT - nll_BT > GAIN) & (nll_BT < LIKELY))
     all_BT = jnp.where(weights_BT > 0, nll_BT + short_BT, 0)
     return jnp.stack([(keys_BT * nll_BT).sum(), keys_BT.sum(), weights_BT.sum(), all_BT.sum()])
+
+
+def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
+    """The short context is half of what a sequence of training had, and half of a shorter row."""
+    spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
+    return measured_of_source(unit, run(context.eval_model, spec, min(unit.length, context.trained) // 2))
+
+
+def sequences(settings: Settings, length: int) -> int:
+    return rows_of_tokens(settings, length) * (1 + SLIDE)
+
+
+def section(runs: Sequence) -> list:
+    from hybrid_attn.evals.report import losses  # matplotlib takes a second to import
+
+    return losses.key_tokens(runs)
+
+
+EVALUATION = Evaluation(
+    name="key_tokens",
+    parts=texts,
+    measure=measure,
+    fields={
+        **{"source": NAME, "length": SIZE, "short": SIZE, "key_tokens": COUNT, "tokens": COUNT},
+        **{"loss": ANY, "perplexity": ANY},
+    },
+    headline=Headline(first_total("loss"), "key_tokens_loss_nats", "loss {:.3f} nats", higher_is_better=False),
+    section=section,
+    section_order=4,
+    flags=("tokens", "heldout"),
+    sequences=sequences,
+    empty=without_documents,
+    check_fits=check_row,
+)

@@ -1,4 +1,4 @@
-"""What is too much for this machine, by estimates from below: said before memory fills."""
+"""What this machine cannot hold, by lower bounds: an error before its memory is full."""
 
 import math
 import os
@@ -6,9 +6,9 @@ import os
 from jax.sharding import Mesh
 
 from hybrid_attn import config
-from hybrid_attn.evals import settings
-from hybrid_attn.infer.engine import Engine
-from hybrid_attn.model import flops
+from hybrid_attn.evals.table import EVALS
+from hybrid_attn.evals.types import Settings
+from hybrid_attn.model import Run, flops
 from hybrid_attn.trees import check
 
 MOST_ROWS = 2**20  # most rows of one evaluation at one length; a record keeps one number per row
@@ -27,41 +27,41 @@ def device_memory(mesh: Mesh) -> int:
     return known["bytes_limit"] * mesh.size if known else host_memory()
 
 
-def check_settings(wanted: settings.Settings) -> None:
+def check_settings(settings: Settings) -> None:
     """ValueError where the questions do not fit into memory, or an evaluation has too many rows."""
-    cells = {"needle": 2 * len(wanted.depths), "ruler": len(wanted.ruler_tasks)}
-    lengths = {name: wanted.lengths_of(name) for name in cells if name in wanted.evals}
-    size = CHARACTERS * wanted.samples * sum(cells[name] * sum(those) for name, those in lengths.items())
-    questions = wanted.samples * sum(cells[name] * len(those) for name, those in lengths.items())
+    evaluations = [EVALS[name] for name in settings.evals]
+    counts = [(x.questions.count(settings), x.lengths(settings)) for x in evaluations if x.questions]
+    size = CHARACTERS * sum(count * sum(lengths) for count, lengths in counts)
+    questions = sum(count * len(lengths) for count, lengths in counts)
     _check_fits(f"{questions:,} questions", size, host_memory(), "fewer --samples, or shorter --lengths")
-    in_rows = set(wanted.evals) - set(settings.ASKED) - {"attention_mass"}
-    rows = math.ceil(wanted.tokens / min(wanted.lengths))
+    shortest = min(settings.lengths)
+    rows = math.ceil(settings.tokens / shortest)
     check(
-        not in_rows or rows <= MOST_ROWS,
-        f"--tokens={wanted.tokens} are {rows:,} rows of {min(wanted.lengths):,} tokens; use at most "
-        f"{MOST_ROWS * min(wanted.lengths)}",
+        not any("tokens" in x.flags for x in evaluations) or rows <= MOST_ROWS,
+        f"--tokens={settings.tokens} are {rows:,} rows of {shortest:,} tokens; use at most {MOST_ROWS * shortest}",
     )
 
 
-def check_rows(model: config.Model, wanted: settings.Settings, mesh: Mesh) -> None:
+def check_rows(model: config.Model, settings: Settings, mesh: Mesh) -> None:
     """ValueError where the devices cannot hold the activations of a row, or its logits where all exist at once."""
-    in_rows = [name for name in wanted.evals if name not in settings.ASKED]
+    in_rows = [EVALS[name] for name in settings.evals if not EVALS[name].uses_engine]
     if in_rows:
-        longest = max(wanted.lengths)
-        numbers = ARRAYS * model.d_model + (model.vocab_size if "recall" in in_rows else 0)
+        longest = max(settings.lengths)
+        numbers = ARRAYS * model.d_model + (model.vocab_size if any(x.all_logits for x in in_rows) else 0)
         _check_fits(
             f"activations of a row of {longest:,} tokens", 4 * longest * numbers, device_memory(mesh), "shorter --lengths"
         )
 
 
-def check_caches(model: config.Model, wanted: settings.Settings, engine: Engine) -> None:
-    """ValueError where the devices cannot hold the keys and values of as many prompts as are read together."""
-    lengths = [length for name in settings.ASKED if name in wanted.evals for length in wanted.lengths_of(name)]
+def check_caches(model: config.Model, settings: Settings, run: Run, mesh: Mesh, rows: int) -> None:
+    """ValueError where the devices cannot hold the keys and values of `rows` prompts, which are read together."""
+    evaluations = [EVALS[name] for name in settings.evals]
+    lengths = [length for x in evaluations if x.uses_engine for length in x.lengths(settings)]
     if lengths:
-        longest, rows = max(lengths), engine.batch_size
-        size = rows * flops.cache_bytes(model, longest, engine.run.dtype.itemsize)
+        longest = max(lengths)
+        size = rows * flops.cache_bytes(model, longest, run.dtype.itemsize)
         what = f"keys and values of {rows} prompts of {longest:,} tokens"
-        _check_fits(what, size, device_memory(engine.mesh), "shorter --lengths, or fewer --rows")
+        _check_fits(what, size, device_memory(mesh), "shorter --lengths, or fewer --rows")
 
 
 def _check_fits(what: str, size: int, memory: int, cure: str) -> None:

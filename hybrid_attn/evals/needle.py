@@ -1,20 +1,25 @@
-"""Needles in a text: numbers at chosen depths, which are asked for at its end, in RULER's words.
+"""Needles in a text: numbers at chosen depths, and a question about them at its end, in RULER's words.
 
 After Kamradt's "needle in a haystack", with numbers that no model has seen and containment in place of a judge. Several needles
-have one key: the first stands at the depth, each further one a k-th of the rest below it.
+have one key: the first stands at the depth, the others at equal distances below it.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
+from hybrid_attn.evals.evaluation import Evaluation, Headline, Questions
+from hybrid_attn.evals.fields import SIZE, number
+from hybrid_attn.evals.replies import answer_records, replies_to, right_shares
 from hybrid_attn.evals.ruler import fit, scores, words
 from hybrid_attn.evals.ruler.draws import hidden, of_sample
 from hybrid_attn.evals.ruler.tasks import FIND_ALL, FIND_ONE, NEEDLE
 from hybrid_attn.evals.samples import Sample, spent
+from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
 from hybrid_attn.trees import check
 
 FEWEST = 8  # words of the text
+NEEDLES = (1, 4)  # in a text; a part of the evaluation each
 
 
 def task_of(needles: int) -> str:
@@ -36,13 +41,13 @@ def generate(
     draws = of_sample(name, (), words.pairs())
     key, values = draws.magic("words"), tuple(draws.magic("numbers") for _ in range(needles))
     depths = [depth + i * (100 - depth) / needles for i in range(needles)]
-    told = [NEEDLE.format(kind="numbers", key=key, value=value) for value in values]
+    needle_texts = [NEEDLE.format(kind="numbers", key=key, value=value) for value in values]
     listed = haystack.split()
     start = random.Random(f"{name} text").randrange(len(listed))
 
     def ask(units: int) -> str:
         text = " ".join(listed[(start + i) % len(listed)] for i in range(units))
-        context = hidden(text, told, depths)
+        context = hidden(text, needle_texts, depths)
         template, kind = (FIND_ONE, "number") if needles == 1 else (FIND_ALL, "numbers")
         return template.format(kind=kind, context=context, query=key)
 
@@ -53,14 +58,78 @@ def generate(
     return Sample(task, length, index, ask(units), values, new, f"{depth:g}", {"depth": depth, "seed": seed, "units": units})
 
 
-def records(samples: Sequence[Sample], given: Sequence[str]) -> list[Mapping]:
-    """One for each depth of one length: how many numbers were wanted, and how many were given."""
+def records(samples: Sequence[Sample], replies: Sequence[str]) -> list[Mapping]:
+    """One for each depth of one length: how many numbers were hidden, and how many of them the replies contain."""
     cells: dict[float, list[tuple[int, int]]] = {}
-    for sample, answer in zip(samples, given, strict=True):
-        cells.setdefault(sample.meta["depth"], []).append((len(sample.answers), scores.right(answer, sample.answers)))
-    found = []
+    for sample, reply in zip(samples, replies, strict=True):
+        cells.setdefault(sample.meta["depth"], []).append((len(sample.answers), scores.right(reply, sample.answers)))
+    cell_records = []
     for depth, counts in sorted(cells.items()):
-        wanted, got = map(sum, zip(*counts, strict=True))
+        answers, right = map(sum, zip(*counts, strict=True))
         needles = len(samples[0].answers)
-        found.append({"length": samples[0].length, "depth": depth, "needles": needles, "answers": wanted, "right": got})
-    return found
+        record = {"length": samples[0].length, "depth": depth, "needles": needles, "answers": answers, "right": right}
+        cell_records.append(record)
+    return cell_records
+
+
+def draw(context: EvalContext, settings: Settings, unit: Unit) -> Iterator[Sample]:
+    tokenizer, text = context.eval_model.tokenizer, context.haystack
+    for depth in settings.depths:
+        for index in range(settings.samples):
+            yield generate(unit.length, depth, int(unit.part), index, settings.seed, tokenizer, text)
+
+
+def matches(settings: Settings, unit: Unit, sample: Sample) -> bool:
+    return sample.task == task_of(int(unit.part)) and sample.meta.get("depth") in settings.depths
+
+
+def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
+    replies = replies_to(context, samples)
+    return Measured(records(samples, replies), answer_records(samples, replies, right_shares(samples, replies)))
+
+
+def is_of(unit: Unit, line: Mapping) -> bool:
+    """An answer names its task, and a record its number of needles."""
+    needles = int(unit.part)
+    return line["task"] == task_of(needles) if "task" in line else line.get("needles") == needles
+
+
+def check_record(record: Mapping, where: str) -> None:
+    needles, answers, right = (record[name] for name in ("needles", "answers", "right"))
+    check(needles <= answers, f"{where}: {needles} needles have {answers} answers")
+    check(right <= answers, f"{where}: {right:g} of {answers} answers are right")
+
+
+def share_found(cells: Sequence[Mapping]) -> float | None:
+    from hybrid_attn.evals.report.contents import needles_found
+
+    return needles_found(cells)
+
+
+def section(runs: Sequence) -> list:
+    from hybrid_attn.evals.report import questions  # matplotlib takes a second to import
+
+    return questions.needle(runs)
+
+
+EVALUATION = Evaluation(
+    name="needle",
+    parts=lambda context, settings: [str(needles) for needles in NEEDLES],
+    measure=measure,
+    fields={"length": SIZE, "depth": number(0, 100), "needles": SIZE, "answers": SIZE, "right": number(0, 2**53)},
+    headline=Headline(share_found, "needle_found_share", "{:.1%} found", higher_is_better=True),
+    section=section,
+    section_order=1,
+    questions=Questions(
+        draw,
+        count=lambda settings: len(NEEDLES) * len(settings.depths) * settings.samples,
+        sources=lambda context, settings, unit: [context.haystack, None],  # None: keeps the names of files
+        matches=matches,
+    ),
+    uses_engine=True,
+    in_quick_suite=True,
+    flags=("samples", "seed", "depths", "text"),
+    sequences=lambda settings, length: settings.samples * len(settings.depths),
+    is_of=is_of,
+    check_record=check_record,
+)

@@ -21,10 +21,10 @@ def check_ours(out: Path) -> None:
     check(not trained, f"--out={out} is in the workdir of a training, which writes there itself; name a directory elsewhere")
     links = sorted(path.name for path in out.iterdir() if path.is_symlink()) if out.is_dir() else []
     check(not links, f"--out={out} has links ({', '.join(links[:5])}), which lead to files elsewhere; remove them")
-    there = sorted(path.name for path in out.iterdir() if path.name != LOCK) if out.is_dir() else []
-    shown = ", ".join(there[:5]) + (", …" if len(there) > 5 else "")
+    names = sorted(path.name for path in out.iterdir() if path.name != LOCK) if out.is_dir() else []
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     check(
-        not there or MARKER in there,
+        not names or MARKER in names,
         f"--out={out} has files that no evaluation wrote ({shown}), and a report would replace pictures/, tables/ and "
         "report.*; name a new or an empty directory",
     )

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,18 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.data.rows import Rows
-from hybrid_attn.evals.subject import Spec, Subject, check_finite
+from hybrid_attn.evals.evaluation import (
+    Evaluation,
+    Headline,
+    check_row,
+    first_total,
+    measured_of_source,
+    texts,
+    without_documents,
+)
+from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
+from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Run, losses
 from hybrid_attn.model.loss import bits_per_byte
 from hybrid_attn.parallel.mesh import BATCH, spec_of
@@ -22,22 +33,22 @@ PARTS = ("recall", "rest")
 FIRST_EDGE = 16  # tokens; the edges after it double
 
 
-def run(subject: Subject, spec: Spec) -> Iterator[dict]:
+def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """One record per bucket of positions, [first, end) tokens into the document within its row, then one for all.
 
     Losses are nats per token, and bits per byte over the UTF-8 bytes of the scored tokens; `stderr` is the loss' standard
-    error over rows, where there are two, for their tokens are not independent. Last come those that an earlier token of the
-    row foretells ("recall", see `recalled`) and the "rest", by bucket and in all. The record of all has the mean loss of each
-    row, too.
+    error over rows, where there are two or more, for tokens of a row are not independent. The records of repeated bigrams
+    ("recall", see `recalled`) and of the other tokens ("rest") come last, by bucket and in all. The record of all tokens has
+    the mean loss of each row, too.
     """
-    rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
+    rows = Rows(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
-    batch = math.prod(subject.mesh.shape[axis] for axis in BATCH)
-    found = [
-        jax.device_get(_score(subject.model, subject.run, edges, subject.params, arrays))
-        for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, subject.mesh)
+    batch = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
+    batches = [
+        jax.device_get(_score(eval_model.model, eval_model.run, edges, eval_model.params, arrays))
+        for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, eval_model.mesh)
     ]
-    sums = np.concatenate(found, -1).astype(float)
+    sums = np.concatenate(batches, -1).astype(float)
     check_finite(sums, "the loss")
     *buckets, total = _records(spec.length, edges, sums.sum(0), {})
     nll_B, count_B, _ = sums.sum((0, 2))
@@ -48,10 +59,10 @@ def run(subject: Subject, spec: Spec) -> Iterator[dict]:
 
 def _records(length: int, edges: tuple[int, ...], sums, names: dict) -> Iterator[dict]:
     """Of `sums` [3, buckets, rows]."""
-    places = [{"first": first, "end": end} for first, end in itertools.pairwise(edges)]
-    for place, (nll_B, count_B, bytes_B) in zip((*places, {}), (*sums.swapaxes(0, 1), sums.sum(1)), strict=True):
+    buckets = [{"first": first, "end": end} for first, end in itertools.pairwise(edges)]
+    for bucket, (nll_B, count_B, bytes_B) in zip((*buckets, {}), (*sums.swapaxes(0, 1), sums.sum(1)), strict=True):
         if count := count_B.sum():
-            record = {"length": length, **place, **names, "tokens": int(count), "loss": nll_B.sum() / count}
+            record = {"length": length, **bucket, **names, "tokens": int(count), "loss": nll_B.sum() / count}
             bits = bits_per_byte(nll_B.sum(), bytes_B.sum()) if bytes_B.any() else None
             spread = {"stderr": _stderr(nll_B, count_B)} if (count_B > 0).sum() > 1 else {}
             yield record | spread | {"bits_per_byte": bits}
@@ -87,15 +98,40 @@ def _score(model: Model, run: Run, edges: tuple[int, ...], params: dict, batch: 
 
 
 def recalled(tokens_BT: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Where a token and its target have followed one another before, in the same document of the row: bool, [B, T].
+    """Repeated bigrams: where the pair of a token and its target occurred earlier in the same document of the row, [B, T].
 
-    Of such tokens associative recall is asked (Arora et al., Zoology, 2312.04927): they show what context gives, and most of
-    what separates models of language.
+    They need associative recall (Arora et al., Zoology, 2312.04927), and explain most of the difference between architectures.
     """
     spec = spec_of(tokens_BT)
     keys = tuple(jax.reshard(x_BT, P(BATCH, None)) for x_BT in (segments_BT, tokens_BT, targets_BT))
-    place_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    *keys, place_BT = jax.lax.sort((*keys, jax.reshard(place_BT, P(BATCH, None))), dimension=1, num_keys=3, is_stable=True)
+    index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    *keys, index_BT = jax.lax.sort((*keys, jax.reshard(index_BT, P(BATCH, None))), dimension=1, num_keys=3, is_stable=True)
     same_BT = functools.reduce(jnp.logical_and, [x_BT[:, 1:] == x_BT[:, :-1] for x_BT in keys])
     again_BT = jnp.pad(same_BT, ((0, 0), (1, 0)))
-    return jax.reshard(jax.lax.sort((place_BT, again_BT), dimension=1, num_keys=1)[1], spec)
+    return jax.reshard(jax.lax.sort((index_BT, again_BT), dimension=1, num_keys=1)[1], spec)
+
+
+def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
+    spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
+    return measured_of_source(unit, run(context.eval_model, spec))
+
+
+def section(runs: Sequence) -> list:
+    from hybrid_attn.evals.report import losses  # matplotlib takes a second to import
+
+    return losses.position(runs)
+
+
+EVALUATION = Evaluation(
+    name="position",
+    parts=texts,
+    measure=measure,
+    fields={"source": NAME, "length": SIZE, "tokens": COUNT, "loss": ANY},
+    headline=Headline(first_total("loss"), "position_loss_nats", "loss {:.3f} nats", higher_is_better=False),
+    section=section,
+    section_order=3,
+    in_quick_suite=True,
+    flags=("tokens", "heldout"),
+    empty=without_documents,
+    check_fits=check_row,
+)

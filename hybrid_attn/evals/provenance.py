@@ -25,7 +25,7 @@ def provenance(
     run: Run,
     mesh: Mesh,
 ) -> dict:
-    """Of the model of `c` (the whole config is `values`) at `step`, asked in tokens of `tokenizer` about needles in `text`."""
+    """What run.json says of the model of `c` (its full config is `values`) at `step`; `text` hides the needles."""
     model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
     model["kinds"] = layers.names({letter: c.model.kinds[letter] for letter in sorted(set(c.model.layers))})
     return {

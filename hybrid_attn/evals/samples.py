@@ -1,4 +1,4 @@
-"""Questions with known answers, written once and asked of every model: a line of JSON each, and a hash of all of them."""
+"""Questions with known answers, written once and the same for every model: a line of JSON each, and a hash of all of them."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ class TooLongError(ValueError):
 class Sample:
     """One question of a task.
 
-    `prompt` is all the text that a model goes on from; it, a mark that begins a document and `max_new_tokens` fit into
+    `prompt` is all the text that a model goes on from; it, BOS and `max_new_tokens` fit into
     `length` tokens. `group` tells cells of a task apart, as a depth does, and `meta` holds plain values to look at.
     """
 
@@ -51,12 +51,12 @@ def write(path: Path, samples: Iterable[Sample]) -> str:
 def read(path: Path) -> tuple[list[Sample], str]:
     """The samples of a file, and the SHA-256 of its bytes; ValueError names a line that is none, or says what was changed."""
     content = path.read_bytes()
-    found = []
+    samples = []
     for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
         try:
             values = object_of(line, "it")
-            found.append(Sample(**values | {"answers": tuple(values["answers"])}))
-            _check_types(found[-1])
+            samples.append(Sample(**values | {"answers": tuple(values["answers"])}))
+            _check_types(samples[-1])
         except (KeyError, TypeError, ValueError) as cause:
             raise ValueError(f"{path}, line {number} is no sample: {cause}") from cause
     trees.check(_hash_of(path).is_file(), f"{path} has lost the hash beside it; remove the file, and the same is drawn again")
@@ -66,7 +66,7 @@ def read(path: Path) -> tuple[list[Sample], str]:
         f"{path} was changed after it was written: its hash is {digest[:12]} and was {written[:12]}; models asked before and "
         "after do not compare, so use another directory",
     )
-    return found, digest
+    return samples, digest
 
 
 def _check_types(sample: Sample) -> None:
@@ -82,12 +82,12 @@ def _hash_of(path: Path) -> Path:
 
 
 def spent(prompt_tokens: int, max_new_tokens: int) -> int:
-    """The tokens of a question: the mark that begins a document, the prompt and the answer."""
+    """The tokens of a question: BOS, the prompt and the answer."""
     return 1 + prompt_tokens + max_new_tokens
 
 
 def too_long(samples: Sequence[Sample], tokenizer, spare: int = 0) -> Sample | None:
-    """The first whose prompt, the mark before it and its answer do not fit its length and `spare` tokens."""
+    """The first whose BOS, prompt and answer do not fit its length and `spare` tokens."""
     prompts = tokenizer.encode_batch([sample.prompt.encode() for sample in samples])
     for sample, ids in zip(samples, prompts, strict=True):
         if spent(len(ids), sample.max_new_tokens) > sample.length + spare:

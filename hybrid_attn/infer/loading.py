@@ -42,9 +42,7 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
     directory = find(directory)
     step = step_of(directory, step)
     name, mesh = name_of(directory, step), jax.sharding.get_mesh()
-    c, trained_hash, _ = saved_of(directory, step)
-    fit.check_model(c.model, mesh.shape)
-    tokenizer = _tokenizer(c, directory, name, trained_hash)
+    c, tokenizer = described(directory, step)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), flops.shapes(c.model)
     )
@@ -57,6 +55,13 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
 def name_of(directory: str | os.PathLike, step: int) -> str:
     """How messages name a checkpoint."""
     return f"the checkpoint of step {step} in {directory}"
+
+
+def described(directory: str | os.PathLike, step: int) -> tuple[config.CheckpointConfig, ByteTokenizer | JsonTokenizer]:
+    """Config and tokenizer of the checkpoint of `step` in `directory`, without its parameters: ValueError as `load` has it."""
+    c, trained_hash, _ = saved_of(directory, step)
+    fit.check_model(c.model, jax.sharding.get_mesh().shape)
+    return c, _tokenizer(c, os.fspath(directory), name_of(directory, step), trained_hash)
 
 
 def saved_of(directory: str | os.PathLike, step: int) -> Saved:

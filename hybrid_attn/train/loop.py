@@ -18,7 +18,7 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train.evaluation import Evaluations
+from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.metrics import Metrics, peak_flops
 from hybrid_attn.train.overview import ending
 from hybrid_attn.train.progress import Progress, Timed
@@ -44,6 +44,7 @@ def train(
     parameters are not finite; BlockingIOError when another run is in `workdir`; OSError when a file cannot be written or read,
     after saving if possible.
     """
+    check_names(c.evals.names)
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
     mesh = make_mesh(c.mesh)
     tokenizer = load_tokenizer(c.data.tokenizer)
@@ -63,7 +64,8 @@ def train(
             recorded["skipped_steps"] = skipped = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
             begins = "none found; starting at step 0" if new else restored(start, recorded)
             history = [f"checkpoint   {begins}", *past(c, checkpoints, start, recorded, allow_lr_jump)]
-            evaluations = Evaluations(c, run, mesh, tokenizer, loaded, workdir, start)
+            evaluations = Evaluations(c, run, mesh, tokenizer, loaded, workdir)
+            evaluations.draw_questions()
             peak, found = peak_flops(jax.devices()[0], run.dtype)
             kept = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)

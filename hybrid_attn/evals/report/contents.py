@@ -13,7 +13,7 @@ from hybrid_attn.evals.report.tables import Column, Table, count, fixed, signed,
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, averages, effective_length, relative_length
 from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
 
-HASH = re.compile("[0-9a-f]{64}")  # of which a page shows the beginning; files hold the whole
+HASH = re.compile("[0-9a-f]{64}")  # of which a page shows the beginning; files hold all of it
 TASK = re.compile(r"(\w+)(?: of (\d{1,4}) pairs)?")  # of synthetic rows
 LONGEST_VALUE = 300  # characters of a value of run.json that the page shows
 RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
@@ -38,12 +38,12 @@ def lengths_of(records: Iterable[Mapping]) -> list[int]:
 
 def ruler_tasks_of(run: Run, belongs: Callable[[int], bool]) -> list[str]:
     """The tasks that a run's means are over: those with a score at each of its lengths, so that lengths compare."""
-    asked: dict[str, set[int]] = {}
+    lengths: dict[str, set[int]] = {}
     for record in run.of("ruler"):
         if belongs(record["length"]):
-            asked.setdefault(record["task"], set()).add(record["length"])
-    every = set().union(*asked.values())
-    return [task for task in NAMES if asked.get(task) == every]
+            lengths.setdefault(record["task"], set()).add(record["length"])
+    all_lengths = set().union(*lengths.values())
+    return [task for task in NAMES if lengths.get(task) == all_lengths]
 
 
 def ruler_means(run: Run, belongs: Callable[[int], bool]) -> dict[int, float]:
@@ -71,11 +71,11 @@ def of_all(tasks: Sequence[str]) -> str:
 
 
 def effective(scores: Mapping[int, float], find: Callable[[Mapping[int, float]], int | None] = effective_length) -> str:
-    """The length that `find` gives as RULER writes it: `<4K` and `>128K` where it lies outside what was asked."""
-    found = find(scores)
-    if found is None:
+    """The length that `find` gives as RULER writes it: `<4K` and `>128K` where it lies outside the lengths."""
+    length = find(scores)
+    if length is None:
         return f"<{tokens(min(scores))}"
-    return f">{tokens(found)}" if found == max(scores) else tokens(found)
+    return f">{tokens(length)}" if length == max(scores) else tokens(length)
 
 
 def ruler(runs: Sequence[Run], belongs: Callable[[int], bool], name: str, title: str) -> Table:
@@ -192,8 +192,8 @@ def independent_answers(record: Mapping) -> tuple[float, float]:
 
 def chance(task: str) -> float | None:
     """What a guess scores in rows of a synthetic task, "recall of 4 pairs": among what the row names, or its letters."""
-    found = TASK.fullmatch(task)
-    name, pairs = found.groups() if found else (None, None)
+    match = TASK.fullmatch(task)
+    name, pairs = match.groups() if match else (None, None)
     if name == "copy":
         return 1 / (len(KEYS) + len(VALUES))
     if not pairs or not int(pairs):
@@ -221,7 +221,7 @@ def position(runs: Sequence[Run]) -> Table:
 
 
 def part(record: Mapping) -> str:
-    """Which tokens a record of losses is about: all, those of a bigram seen before in the row, or the rest."""
+    """Which tokens a record of losses is about: all, repeated bigrams ("recall"), or the others ("rest")."""
     return record.get("part", "all")
 
 
@@ -246,12 +246,12 @@ def positions(runs: Sequence[Run]) -> Table:
 
 def ends(run: Run) -> dict[tuple[str, int], int]:
     """Where the last bucket of positions ends, by source and length of the rows."""
-    found: dict[tuple[str, int], int] = {}
+    last: dict[tuple[str, int], int] = {}
     for r in run.of("position"):
         if "end" in r:
             of_rows = r["source"], r["length"]
-            found[of_rows] = max(found.get(of_rows, 0), r["end"])
-    return found
+            last[of_rows] = max(last.get(of_rows, 0), r["end"])
+    return last
 
 
 def attention(runs: Sequence[Run]) -> Table:

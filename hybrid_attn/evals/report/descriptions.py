@@ -5,8 +5,9 @@ import shlex
 from collections.abc import Sequence
 
 from hybrid_attn.evals.report import escape
+from hybrid_attn.evals.report.fields import DATA
 from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.settings import ASKED
+from hybrid_attn.evals.table import EVALS
 
 PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 TASKS = {
@@ -30,11 +31,6 @@ RULER = {
     "qa_1": "a question of SQuAD, its paragraph among others",
     "qa_2": "a question of HotpotQA, its two paragraphs among others",
 }
-FILES = {  # the flags in `data` of run.json that an evaluation depends on
-    **dict.fromkeys(("position", "attention_mass", "key_tokens"), ("heldout",)),
-    "needle": ("text",),
-    "ruler": ("text", "squad", "hotpot", "english_words"),
-}
 MESH = re.compile(r"[a-z]+ \d+( x [a-z]+ \d+)*")
 
 
@@ -44,27 +40,29 @@ def command(runs: Sequence[Run], evaluation: str) -> str:
     Empty where a run names no checkpoint, or where no flag names the text that was asked about.
     """
     settings, data = (runs[0].provenance.get(name, {}) for name in ("settings", "data"))
-    files = FILES.get(evaluation, ())
-    if not all(run.provenance.get("checkpoint") for run in runs) or ("text" in files and data.get("text", ()) is None):
+    if evaluation not in EVALS or not all(run.provenance.get("checkpoint") for run in runs):
         return ""
-    lengths = settings.get("asked") if evaluation in ASKED and settings.get("asked") else settings.get("lengths")
+    read = EVALS[evaluation].flags
+    if "text" in read and data.get("text", ()) is None:
+        return ""
+    lengths = settings.get("asked") if EVALS[evaluation].uses_engine and settings.get("asked") else settings.get("lengths")
     flags = [("checkpoint", run.provenance["checkpoint"]) for run in runs]
     steps = [run.provenance.get("step") for run in runs]
     flags += [("step", step) for step in (steps if len(set(steps)) > 1 else steps[:1]) if None not in steps]
     flags += [("suite", evaluation), ("lengths", _listed(lengths))]
-    sizes = ("samples", "seed") if evaluation in ASKED else ("tokens",) if evaluation != "attention_mass" else ()
-    flags += [(name, settings.get(name)) for name in sizes]
-    choice = {"needle": "depths", "harness": "tasks", "ruler": "ruler_tasks"}.get(evaluation)
-    if choice and _listed(settings.get(choice)) != _listed([*RULER]):
-        flags.append((choice, _listed(settings.get(choice))))
-    flags += [("task_path", settings.get("task_path"))] if evaluation == "harness" else []
-    flags += [(name, value) for name in files for value in _as_list(data.get(name))]
+    for name in read:
+        values = _as_list(data.get(name)) if name in DATA else [_plain(settings.get(name))]
+        flags += [(name, value) for value in values if value != _listed([*RULER])]
     flags.append(("mesh", _mesh(runs[0].provenance.get("mesh"))))
-    trusts = "heldout" in files and not data.get("heldout") and data.get("trust_checkpoint_data")
-    arguments = [f"--{name}={value}" for name, value in flags if value not in (None, "")]
+    trusts = "heldout" in read and not data.get("heldout") and data.get("trust_checkpoint_data")
+    arguments = [f"--{name}={value}" for name, value in flags if value not in (None, "") and name != "compat"]
     arguments += ["--trust_checkpoint_data"] * bool(trusts)
-    arguments += ["--compat"] * (evaluation == "ruler" and runs[0].compat) + ["--out=DIR"]
+    arguments += ["--compat"] * ("compat" in read and runs[0].compat) + ["--out=DIR"]
     return escape.label(f"python tools/evaluate.py {shlex.join(arguments)}")
+
+
+def _plain(value: object) -> object:
+    return _listed(value) if isinstance(value, (list, tuple)) else value
 
 
 def _as_list(value: str | Sequence[str] | None) -> Sequence[str | None]:

@@ -1,82 +1,34 @@
 """What records and answers must hold, so that a report of files from elsewhere is right or names the line that is not."""
 
 import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
+from hybrid_attn.evals.fields import (
+    ANY,
+    COUNT,
+    FLAG,
+    NAME,
+    SCALAR,
+    SHARE,
+    SIZE,
+    TEXT,
+    TEXTS,
+    Kind,
+    list_of,
+    number,
+    or_none,
+)
+from hybrid_attn.evals.table import EVALS
 from hybrid_attn.trees import check
 
-LONGEST_NAME = 500  # characters
-MOST_HEADS = 2**16  # of a layer
-
-
-class Kind(NamedTuple):
-    """What a value must be, in words, and whether it is."""
-
-    what: str
-    holds: Callable[[object], bool]
-
-
-def _whole(least: int, most: int = 2**53) -> Kind:
-    def holds(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value < most
-
-    return Kind(f"a whole number from {least}" + (f" to {most - 1:,}" if most < 2**53 else ""), holds)
-
-
-def _number(low: float = -math.inf, high: float = math.inf) -> Kind:
-    def holds(value: object) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and abs(value) < 2**1000
-
-    return Kind("a number" if math.isinf(low) else f"a number from {low:g} to {high:g}", holds)
-
-
-def _or_none(kind: Kind) -> Kind:
-    return Kind(f"{kind.what}, or null", lambda value: value is None or kind.holds(value))
-
-
-def _list(kind: Kind, least: int = 0) -> Kind:
-    def holds(value: object) -> bool:
-        return isinstance(value, (list, tuple)) and len(value) >= least and all(map(kind.holds, value))
-
-    return Kind(f"a list, each {kind.what}", holds)
-
-
-NAME = Kind(f"a text of at most {LONGEST_NAME} characters", lambda value: isinstance(value, str) and len(value) <= LONGEST_NAME)
-TEXT = Kind("a text", lambda value: isinstance(value, str))
-TEXTS = Kind("a text or a list of texts", lambda value: TEXT.holds(value) or _list(TEXT).holds(value))
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-SCALAR = Kind("a text, a number, true, false or null", lambda value: value is None or isinstance(value, (str, int, float)))
 PART = Kind("all, recall or rest", lambda value: value in ("all", "recall", "rest"))
-COUNT, SIZE, ANY, SHARE = _whole(0), _whole(1), _or_none(_number()), _number(0, 1)
 
-# The evaluations that a report knows, with the fields without which a record of theirs says nothing.
-FIELDS: dict[str, dict[str, Kind]] = {
-    "position": {"source": NAME, "length": SIZE, "tokens": COUNT, "loss": ANY},
-    "bigram": {"source": NAME, "length": SIZE, "bits_per_byte": _number()},
-    "recall": {
-        **{"source": NAME, "task": NAME, "length": SIZE, "answers": SIZE, "accuracy": SHARE},
-        "by_row": _list(SHARE, 1),
-    },
-    "needle": {"length": SIZE, "depth": _number(0, 100), "needles": SIZE, "answers": SIZE, "right": _number(0, 2**53)},
-    "ruler": {"task": NAME, "length": SIZE, "samples": SIZE, "score": _number(0, 100), "nulls": COUNT},
-    "attention_mass": {
-        **{"source": NAME, "prompts": SIZE, "layer": COUNT, "kind": NAME, "head": _whole(0, MOST_HEADS), "length": SIZE},
-        **dict.fromkeys(("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval"), ANY),
-        "reach": FLAG,
-    },
-    "key_tokens": {
-        **{"source": NAME, "length": SIZE, "short": SIZE, "key_tokens": COUNT, "tokens": COUNT},
-        **{"loss": ANY, "perplexity": ANY},
-    },
-    "harness": {"task": NAME, "length": SIZE, "metric": NAME, "value": ANY},
-}
-# What may stand beside them, in records of any evaluation.
+BIGRAM = {"source": NAME, "length": SIZE, "bits_per_byte": number()}  # of the baseline beside the losses
+# Fields that a record of any evaluation may have beside its own.
 BESIDE: dict[str, Kind] = {
-    **{"part": PART, "first": COUNT, "end": SIZE, "stderr": ANY, "bits_per_byte": ANY, "by_row": _list(_number(), 1)},
+    **{"part": PART, "first": COUNT, "end": SIZE, "stderr": ANY, "bits_per_byte": ANY, "by_row": list_of(number(), 1)},
     **dict.fromkeys(("nothing", "sink_rate", *(f"{x}_per_token" for x in ("begin", "needle", "context", "qc"))), ANY),
-    **{"edges": _list(COUNT, 2), "weights": _list(ANY, 1)},
+    **{"edges": list_of(COUNT, 2), "weights": list_of(ANY, 1)},
     **dict.fromkeys(("filter", "shots", "version", "documents", "requests", "truncated", "windowed"), SCALAR),
 }
 ANSWER = {
@@ -84,25 +36,29 @@ ANSWER = {
     **{"score": Kind("a share of right answers, 0 to 1", SHARE.holds), "group": TEXT, "meta": Kind("anything", lambda _: True)},
 }
 DATA = {  # of run.json: the flags that named what was read beside the checkpoint
-    **{"trust_checkpoint_data": FLAG, "heldout": _list(TEXT), "text": _or_none(_list(TEXT))},
-    **dict.fromkeys(("squad", "hotpot", "english_words"), _or_none(TEXT)),
+    **{"trust_checkpoint_data": FLAG, "heldout": list_of(TEXT), "text": or_none(list_of(TEXT))},
+    **dict.fromkeys(("squad", "hotpot", "english_words"), or_none(TEXT)),
 }
 ABSENT = (NAME, NAME, COUNT, TEXT)  # evaluation, part, length, reason
 
 
+def required() -> dict[str, Mapping[str, Kind]]:
+    """By evaluation, the fields without which a record is refused; those of the bigram baseline, too."""
+    return {name: evaluation.fields for name, evaluation in EVALS.items()} | {"bigram": BIGRAM}
+
+
 def check_record(record: Mapping, where: str) -> None:
     """ValueError names the field that is not what a record of its evaluation holds."""
-    name = record.get("eval")
-    if not isinstance(name, str) or name not in FIELDS:
-        near = difflib.get_close_matches(str(name), FIELDS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FIELDS)}"
+    name, known = record.get("eval"), required()
+    if not isinstance(name, str) or name not in known:
+        near = difflib.get_close_matches(str(name), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         raise ValueError(f"{where}: eval={_short(name)} is not known; {hint}")
     for field in ("answers", "samples"):
         check(record.get(field) != 0, f"{where}: {name} with {field}=0 says nothing; ask one question at least")
-    _check(record, BESIDE | FIELDS[name], FIELDS[name], where)
-    if name == "needle":
-        check(record["needles"] <= record["answers"], f"{where}: {record['needles']} needles have {record['answers']} answers")
-        check(record["right"] <= record["answers"], f"{where}: {record['right']:g} of {record['answers']} answers are right")
+    _check(record, BESIDE | known[name], known[name], where)
+    if name in EVALS:
+        EVALS[name].check_record(record, where)
     if "first" in record or "end" in record:
         first, end = record.get("first", -1), record.get("end", -1)
         check(0 <= first < end, f"{where}: a bucket from first={first} to end={end} has no position")
@@ -122,13 +78,13 @@ def check_provenance(values: object, where: str) -> None:
     model, settings = values["model"], values.get("settings", {})
     trained = model.get("seq_len")
     check(SIZE.holds(trained), f"{where}: model.seq_len={_short(trained)}, the length of training, is no number of tokens")
-    known = {"layers": _or_none(TEXT), "parameters": _or_none(COUNT), "kinds": Kind("names by letter", _letters)}
+    known = {"layers": or_none(TEXT), "parameters": or_none(COUNT), "kinds": Kind("names by letter", _letters)}
     _check(model, known, (), f"{where}: model")
-    more = {"step": _or_none(COUNT), "heldout": Kind("names by source", _names), "tokenizer": _or_none(TEXT)}
-    more |= {"vocab_size": _or_none(SIZE), "mesh": _or_none(TEXT), "checkpoint": TEXT}
+    more = {"step": or_none(COUNT), "heldout": Kind("names by source", _names), "tokenizer": or_none(TEXT)}
+    more |= {"vocab_size": or_none(SIZE), "mesh": or_none(TEXT), "checkpoint": TEXT}
     _check(values, more | dict.fromkeys(("settings", "data"), Kind("object", lambda x: isinstance(x, dict))), (), where)
     _check(values.get("data", {}), DATA, (), f"{where}: data")
-    _check(settings, {"compat": FLAG, "task_path": _or_none(TEXT)}, (), f"{where}: settings")
+    _check(settings, {"compat": FLAG, "task_path": or_none(TEXT)}, (), f"{where}: settings")
     absent = settings.get("absent", [])
     ok = isinstance(absent, list) and all(isinstance(x, list) and len(x) == len(ABSENT) for x in absent)
     ok = ok and all(kind.holds(value) for x in absent for kind, value in zip(ABSENT, x, strict=True))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hybrid_attn.evals.report.fields import check_answer, check_provenance, check_record
+from hybrid_attn.evals.table import EVALS
 from hybrid_attn.files import object_of
 from hybrid_attn.trees import check
 
@@ -24,22 +25,22 @@ class Run(NamedTuple):
 
     @property
     def absent(self) -> list[tuple[str, str, int, str]]:
-        """What was not measured: evaluation, part, length and the reason."""
+        """The units that were not measured: evaluation, part, length and the reason."""
         return [tuple(x) for x in self.provenance.get("settings", {}).get("absent", ())]
 
     @property
     def compat(self) -> bool:
-        """Whether it was asked RULER's own prompts."""
+        """Whether the prompts were RULER's own."""
         return self.provenance.get("settings", {}).get("compat", False)
 
     @property
     def kinds(self) -> dict[str, str]:
-        """The name of each letter of the layout, such as "local, window 512, RoPE"; runs of old have none."""
+        """The name of each layer type, such as "local, window 512, RoPE"; older runs have none."""
         return self.provenance["model"].get("kinds", {})
 
     @property
     def trained(self) -> int:
-        """Tokens in a row of training."""
+        """Tokens of a sequence in training."""
         return self.provenance["model"]["seq_len"]
 
     @property
@@ -54,7 +55,7 @@ class Run(NamedTuple):
 
 
 def read(directory: Path) -> Run:
-    """The run in `directory`: run.json, records.jsonl and, if questions were asked, answers.jsonl.
+    """The run in `directory`: run.json, records.jsonl and, if there were questions, answers.jsonl.
 
     ValueError names the file and the line that does not fit.
     """
@@ -63,25 +64,25 @@ def read(directory: Path) -> Run:
         check(path.is_file(), f"{path} does not exist; evaluate the model into {directory} first")
     provenance = _parse(_text(source), str(source))
     check_provenance(provenance, str(source))
-    found = Run(
+    run = Run(
         directory.name,
         tuple(_record(record, where) for where, record in _lines(records)),
         tuple(_answer(answer, where) for where, answer in _lines(answers)) if answers.exists() else (),
         provenance,
     )
-    check(bool(found.records), f"{records} is empty; evaluate the model again, it goes on where it stopped")
-    return found
+    check(bool(run.records), f"{records} is empty; evaluate the model again, it goes on where it stopped")
+    return run
 
 
 def sample_of(answer: Mapping) -> tuple:
-    """What makes two answers answers to the same question: the whole prompt, of which the answer holds the end and a hash."""
+    """Equal for two answers to the same question: it has the hash of the full prompt, of which an answer holds the end."""
     return (*(answer[key] for key in ("task", "length", "index", "group", "prompt_hash")), *answer["wanted"])
 
 
 def rows_of(run: Run, record: Mapping) -> tuple:
-    """What makes the rows of two records the same: drawn ones of a task, or those of the same held-out documents in tokens."""
+    """What makes the rows of two records the same: those of a synthetic task, or of the same held-out documents in tokens."""
     known = run.provenance.get("heldout", {}).get(record["source"]), run.provenance.get("tokenizer")
-    what = record["task"] if record["eval"] == "recall" else (record["source"], *known)
+    what = record["task"] if "task" in EVALS[record["eval"]].fields else (record["source"], *known)
     return record["eval"], what, record["length"], len(record["by_row"])
 
 

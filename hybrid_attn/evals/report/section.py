@@ -8,7 +8,7 @@ from hybrid_attn.evals.report.tables import Table
 
 
 class Section(NamedTuple):
-    """`folded` tables are closed until they are asked for; `evaluation` is what measures it anew."""
+    """`folded` tables are closed until a reader opens them; `evaluation` is the one that it shows, if it shows one."""
 
     name: str
     title: str

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid_attn.evals.report.runs import Run, rows_of, sample_of
+from hybrid_attn.evals.table import EVALS
 from hybrid_attn.trees import check
 
 Z = 1.959963984540054  # 95% of a normal distribution lies within as many deviations
@@ -121,8 +122,8 @@ def compare_rows(a: Run, b: Run) -> list[Difference]:
     for key, record in enumerate(b.records):
         if "by_row" in record and (of_a := by_rows.get(rows_of(b, record))):
             pairs = np.stack([of_a, record["by_row"]], 1)
-            loss = record["eval"] == "position"
-            name = f"{'loss of' if loss else 'recall:'} {record['source']}"
+            loss = not EVALS[record["eval"]].headline.higher_is_better
+            name = f"loss of {record['source']}" if loss else f"{record['eval']}: {record['source']}"
             means = resampled_means(pairs[:, 1] - pairs[:, 0], key)
             differences.append(_difference(name, record["length"], [pairs], [means], loss))
     return differences

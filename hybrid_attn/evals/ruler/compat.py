@@ -1,7 +1,7 @@
 """RULER's own generator, draw for draw: the prompts of its scripts for the same tokenizer, seed and files.
 
-Its habits are kept: one order for all samples, samples that depend on those before them, lengths without the mark that begins
-a document. Only where it would try for ever is there an error. Scores of models that read such prompts compare with published
+Its habits are kept: one order for all samples, samples that depend on those before them, lengths that do not
+count BOS. Only where it would try for ever is there an error. Scores of models that read such prompts compare with published
 ones; where that is no matter, `fit.generate` asks better.
 """
 
@@ -20,7 +20,7 @@ from hybrid_attn.evals.ruler import tasks
 from hybrid_attn.evals.ruler.draws import Draws
 from hybrid_attn.evals.ruler.fit import check_known, count, source
 from hybrid_attn.evals.ruler.qa import Questions
-from hybrid_attn.evals.ruler.tasks import ESSAYS, NEEDLES, NEW_TOKENS, QA, SHORT, Place, Question
+from hybrid_attn.evals.ruler.tasks import ESSAYS, NEEDLES, NEW_TOKENS, QA, SHORT, Question, SampleSpec
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.trees import check
 
@@ -50,11 +50,11 @@ def wonderwords(others: tuple[str, ...] = ()) -> Words:
 def read_others(path: Path) -> tuple[str, ...]:
     """The words of RULER's english_words.json, a dict of them by their number."""
     try:
-        found = tuple(json.loads(path.read_bytes()).values())
+        others = tuple(json.loads(path.read_bytes()).values())
     except (AttributeError, RecursionError, ValueError) as cause:
         raise ValueError(f"{path} is no dict of words ({cause}); give RULER's english_words.json") from cause
-    check(all(isinstance(word, str) for word in found), f"{path} holds other things than words; give english_words.json")
-    return found
+    check(all(isinstance(word, str) for word in others), f"{path} holds other things than words; give english_words.json")
+    return others
 
 
 def sent_tokenize() -> Callable[[str], list[str]] | None:
@@ -80,7 +80,7 @@ class _Request(NamedTuple):
     tokens: Callable[[str], int]
 
     def ask(self, index: int, units: int) -> Question:
-        return tasks.ask(self.task, self.draws, Place(self.length, index, self.source), units)
+        return tasks.ask(self.task, self.draws, SampleSpec(self.length, index, self.source), units)
 
     def fits(self, question: Question) -> bool:
         return self.tokens(question.prompt) + NEW_TOKENS[self.task] <= self.length
@@ -108,9 +108,9 @@ def generate(
     read = source(task, samples - 1, haystack, qa or {})
     draws = _draws(seed, words, task in NEEDLES, sentences)
     request = _Request(task, length, draws, read, functools.partial(count, tokenizer))
-    found = {"vt": _tracking, "fwe": _frequent}.get(task, _searched)(request, samples)
+    questions = {"vt": _tracking, "fwe": _frequent}.get(task, _searched)(request, samples)
     meta = {"seed": seed, "generator": "RULER"}
-    rows = enumerate(found)
+    rows = enumerate(questions)
     return [Sample(task, length, i, x.prompt, x.answers, NEW_TOKENS[task], "", dict(meta)) for i, x in rows]
 
 
@@ -121,9 +121,9 @@ def _draws(seed: int, words: Words, named: bool, sentences: Callable[[str], list
     listed = sorted({*words.nouns, *words.adjectives, *words.verbs})
     shuffle(listed)
 
-    def drawable(wanted: int) -> Sequence[str]:
-        enough = listed if wanted <= len(listed) else words.others
-        check(wanted <= len(enough), f"a list of {wanted:,} words needs more than the {len(listed):,} given; give it others")
+    def drawable(number: int) -> Sequence[str]:
+        enough = listed if number <= len(listed) else words.others
+        check(number <= len(enough), f"a list of {number:,} words needs more than the {len(listed):,} given; give it others")
         return enough
 
     integer, hide = np.random.RandomState(seed).randint, functools.partial(own.between_sentences, sentences)
@@ -143,7 +143,7 @@ def _searched(request: _Request, samples: int) -> list[Question]:
     units = _search(lambda n: request.fits(request.ask(0, n)), step, most)
 
     def fewest(index: int) -> int:
-        return len(request.source.asked[index].documents) if task in QA else 1
+        return len(request.source.items[index].documents) if task in QA else 1
 
     return [request.shrunk(functools.partial(request.ask, i), units, step, fewest(i)) for i in range(samples)]
 
@@ -163,8 +163,8 @@ def _tracking(request: _Request, samples: int) -> list[Question]:
     solved = tasks.solved(_shrunk(small, example, shown, 5, fewest, what))
     step = _step(request)
     each = request.tokens(request.ask(0, step).prompt) / step
-    rest = request._replace(length=request.length - request.tokens(solved.removesuffix("\n")))
-    units = _search(lambda n: rest.fits(request.ask(0, n)), step, int(request.length / each * 3))
+    remaining = request._replace(length=request.length - request.tokens(solved.removesuffix("\n")))
+    units = _search(lambda n: remaining.fits(request.ask(0, n)), step, int(request.length / each * 3))
 
     def ask(units: int) -> Question:
         question = request.ask(0, units)
@@ -189,11 +189,11 @@ def _frequent(request: _Request, samples: int) -> list[Question]:
     while request.tokens(tasks.coded_text(draws, ranked, units).prompt) < budget:
         units += step
     units -= step
-    found = []
+    questions = []
     for _ in range(samples):
         ranked = tasks.vocabulary(draws, request.length)
-        found.append(request.shrunk(functools.partial(tasks.coded_text, draws, ranked), units, step, 1))
-    return found
+        questions.append(request.shrunk(functools.partial(tasks.coded_text, draws, ranked), units, step, 1))
+    return questions
 
 
 def _step(request: _Request) -> int:

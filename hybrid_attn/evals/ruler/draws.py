@@ -38,7 +38,7 @@ def _place(text: str, depth: float) -> int:
     """Where a word begins after the end of a sentence, the nearest to `depth`; after any word where none ends near."""
     at = len(text) * depth / 100
     for end in (r"[.!?] +", " "):
-        place = min((0, *(found.end() for found in re.finditer(end, text)), len(text)), key=lambda place: abs(place - at))
+        place = min((0, *(match.end() for match in re.finditer(end, text)), len(text)), key=lambda place: abs(place - at))
         if abs(place - at) <= NEAR * len(text):
             break
     return place

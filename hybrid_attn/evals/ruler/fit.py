@@ -9,7 +9,7 @@ from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from hybrid_attn.evals.ruler import tasks, words
 from hybrid_attn.evals.ruler.draws import of_sample
 from hybrid_attn.evals.ruler.qa import Questions
-from hybrid_attn.evals.ruler.tasks import ESSAYS, NAMES, NEW_TOKENS, QA, Place, Question
+from hybrid_attn.evals.ruler.tasks import ESSAYS, NAMES, NEW_TOKENS, QA, Question, SampleSpec
 from hybrid_attn.evals.samples import Sample, TooLongError, spent
 from hybrid_attn.trees import check
 
@@ -22,8 +22,8 @@ ROUND_TO = 32  # tokens of an answer longer than the task has in mind: few numbe
 
 def missing(haystack: str | None, qa: Mapping[str, Questions]) -> dict[str, str]:
     """Why tasks cannot be asked, of those that cannot: some need a text, the last two the files of their questions."""
-    found = {} if haystack else dict.fromkeys(ESSAYS, "needs a text to hide needles in")
-    return found | {task: "needs the file of its questions" for task in QA if task not in qa}
+    reasons = {} if haystack else dict.fromkeys(ESSAYS, "needs a text to hide needles in")
+    return reasons | {task: "needs the file of its questions" for task in QA if task not in qa}
 
 
 def generate(
@@ -37,29 +37,29 @@ def generate(
 ) -> Sample:
     """A sample that follows from its arguments alone; one more unit of text and it would not fit into `length` tokens.
 
-    The mark that begins a document and the answer count. TooLongError where the smallest prompt does not fit, ValueError where
+    BOS and the answer count. TooLongError where the smallest prompt does not fit, ValueError where
     the task lacks the text `haystack` or its questions.
     """
     check_known(task)
     name = f"{task} {index} {seed}"  # without the length: longer texts hide the same
-    place = Place(length, index, source(task, index, haystack, qa or {}))
+    spec = SampleSpec(length, index, source(task, index, haystack, qa or {}))
 
     def cost(question: Question) -> int:
         return spent(count(tokenizer, question.prompt), new_tokens(task, question.gold, tokenizer))
 
-    fewest = FEWEST.get(task, len(place.source.asked[index].documents) if task in QA else 1)
+    fewest = FEWEST.get(task, len(spec.source.items[index].documents) if task in QA else 1)
     what = f"sample {index} of {task}"
     if task == "vt":
         ask = _tracking(name, length, tokenizer)
     else:
-        ask = functools.partial(_asked, task, name, place, words.singles())
+        ask = functools.partial(_ask, task, name, spec, words.singles())
     most = len(words.singles()) - tasks.example_words(length) if task == "cwe" else None
     units = largest(lambda n: cost(ask(n)), length, fewest, what, most)
     if units == most:
-        ask = functools.partial(_asked, task, name, place, words.pairs())
+        ask = functools.partial(_ask, task, name, spec, words.pairs())
         units = largest(lambda n: cost(ask(n)), length, fewest, what)
     question = ask(units)
-    depths = [round(question.prompt.rindex(mark) / len(question.prompt), 4) for mark in question.marks]
+    depths = [round(question.prompt.rindex(part) / len(question.prompt), 4) for part in question.answer_parts]
     meta = {"seed": seed, "units": units, "tokens": cost(question), "depths": depths}
     answers = tuple(dict.fromkeys(question.answers))
     return Sample(task, length, index, question.prompt, answers, new_tokens(task, question.gold, tokenizer), "", meta)
@@ -70,7 +70,7 @@ def largest(cost: Callable[[int], int], budget: int, fewest: int, what: str, mos
     low, spent = fewest, cost(fewest)
     if spent > budget:
         raise TooLongError(
-            f"{what} does not fit into {budget:,} tokens: its smallest prompt, the mark before it and its answer take "
+            f"{what} does not fit into {budget:,} tokens: its smallest prompt, BOS and its answer take "
             f"{spent:,}; use a length of at least {spent:,}, or a tokenizer with longer pieces"
         )
     high, each, calls = None if most is None else most + 1, spent / fewest, 0
@@ -102,8 +102,8 @@ def check_known(task: str) -> None:
     check(task in NAMES, f"{task!r} is no task of RULER; did you mean {near[0]!r}? There are {', '.join(NAMES)}")
 
 
-def _asked(task: str, name: str, place: Place, listed: Sequence[str], units: int) -> Question:
-    return tasks.ask(task, of_sample(name, listed, words.pairs()), place, units)
+def _ask(task: str, name: str, spec: SampleSpec, listed: Sequence[str], units: int) -> Question:
+    return tasks.ask(task, of_sample(name, listed, words.pairs()), spec, units)
 
 
 def _tracking(name: str, length: int, tokenizer: ByteTokenizer | JsonTokenizer) -> Callable[[int], Question]:
@@ -129,14 +129,14 @@ def _tracking(name: str, length: int, tokenizer: ByteTokenizer | JsonTokenizer) 
 
 
 def source(task: str, index: int, haystack: str | None, qa: Mapping[str, Questions]) -> Sequence[str] | Questions | None:
-    """What question `index` is made from besides the numbers drawn; ValueError where that was not given."""
+    """What question `index` is made from besides the numbers drawn; ValueError where it is missing."""
     if task in ESSAYS:
         check(bool(haystack and haystack.strip()), f"{task} hides its needles in a text; give one as haystack")
         return _words(haystack)
     if task not in QA:
         return None
     check(task in qa, f"{task} asks questions of a file that was not given; give it, or leave the task out")
-    questions = len(qa[task].asked)
+    questions = len(qa[task].items)
     check(
         index < questions, f"{task} has {questions:,} questions and no number {index:,}; ask for at most {questions:,} samples"
     )

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from hybrid_attn.trees import check
 
 
-class Asked(NamedTuple):
-    """`documents` answer the question, `related` are others of the same article: places in `Questions.documents`."""
+class Item(NamedTuple):
+    """`documents` answer the question, `related` are others of the same article: indices in `Questions.documents`."""
 
     question: str
     answers: tuple[str, ...]
@@ -17,7 +17,7 @@ class Asked(NamedTuple):
 
 
 class Questions(NamedTuple):
-    asked: tuple[Asked, ...]
+    items: tuple[Item, ...]
     documents: tuple[str, ...]
 
 
@@ -26,19 +26,19 @@ def read_squad(path: Path) -> Questions:
     try:
         articles = json.loads(path.read_bytes())["data"]
         texts = [[paragraph["context"] for paragraph in article["paragraphs"]] for article in articles]
-        documents, place = _places(text for article in texts for text in article)
-        asked = []
+        documents, index = _indexed(text for article in texts for text in article)
+        items = []
         for article, around in zip(articles, texts, strict=True):
             for paragraph, own in zip(article["paragraphs"], around, strict=True):
-                related = tuple(place[text] for text in around if text != own)
+                related = tuple(index[text] for text in around if text != own)
                 for x in paragraph["qas"]:
                     if not x["is_impossible"]:
                         answers = tuple(answer["text"] for answer in x["answers"])
-                        asked.append(Asked(x["question"], answers, (place[own],), related))
+                        items.append(Item(x["question"], answers, (index[own],), related))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as cause:
         raise ValueError(f"{path} is no file of SQuAD 2.0 ({cause!r}); give dev-v2.0.json") from cause
-    check(bool(asked), f"{path} has no question with an answer")
-    return Questions(tuple(asked), documents)
+    check(bool(items), f"{path} has no question with an answer")
+    return Questions(tuple(items), documents)
 
 
 def read_hotpot(path: Path) -> Questions:
@@ -46,17 +46,17 @@ def read_hotpot(path: Path) -> Questions:
     try:
         entries = json.loads(path.read_bytes())
         texts = [[f"{title}\n{''.join(lines)}" for title, lines in entry["context"]] for entry in entries]
-        documents, place = _places(text for own in texts for text in own)
-        asked = [
-            Asked(entry["question"], (entry["answer"],), tuple(place[text] for text in own), ())
+        documents, index = _indexed(text for own in texts for text in own)
+        items = [
+            Item(entry["question"], (entry["answer"],), tuple(index[text] for text in own), ())
             for entry, own in zip(entries, texts, strict=True)
         ]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as cause:
         raise ValueError(f"{path} is no file of HotpotQA ({cause!r}); give hotpot_dev_distractor_v1.json") from cause
-    check(bool(asked), f"{path} has no question")
-    return Questions(tuple(asked), documents)
+    check(bool(items), f"{path} has no question")
+    return Questions(tuple(items), documents)
 
 
-def _places(texts) -> tuple[tuple[str, ...], dict[str, int]]:
+def _indexed(texts) -> tuple[tuple[str, ...], dict[str, int]]:
     documents = tuple(sorted(set(texts)))
     return documents, {text: i for i, text in enumerate(documents)}

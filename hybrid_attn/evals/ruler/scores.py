@@ -19,8 +19,8 @@ def score(task: str, prediction: str, answers: Sequence[str]) -> float:
 
     RULER's string_match_all and string_match_part, with `postprocess` applied.
     """
-    found = right(prediction, answers)
-    return 100.0 * (found > 0) if task in QA else 100 * found / len(answers)
+    number = right(prediction, answers)
+    return 100.0 * (number > 0) if task in QA else 100 * number / len(answers)
 
 
 def right(prediction: str, answers: Sequence[str]) -> int:

@@ -23,12 +23,12 @@ class Needles(NamedTuple):
 
 
 class Question(NamedTuple):
-    """`gold` is what a perfect model goes on with; `marks` are the parts of the prompt that tell the answers."""
+    """`gold` is what a perfect model goes on with; `answer_parts` are the parts of the prompt that hold the answers."""
 
     prompt: str
     answers: tuple[str, ...]
     gold: str
-    marks: tuple[str, ...]
+    answer_parts: tuple[str, ...]
 
 
 NEEDLES = {
@@ -87,40 +87,42 @@ CODED_LETTERS = 6
 
 def needles(draws: Draws, kind: Needles, essay: Sequence[str], units: int) -> Question:
     """`units` are words of `essay`, lines of noise, or lines that are needles with other keys."""
-    keys, values, found = [], [], []
+    keys, values, statements = [], [], []
     for _ in range(kind.keys):
         keys.append(draws.magic(kind.key))
         values.append([draws.magic(kind.value) for _ in range(kind.values)])
-        found += [NEEDLE.format(kind=kind.value, key=keys[-1], value=value) for value in values[-1]]
-    draws.shuffle(found)
-    context = _in_essay(draws, found, essay, units) if kind.haystack == "essay" else _in_lines(draws, found, kind, units)
-    asked = draws.rng.sample(range(kind.keys), kind.queries)
-    answers = tuple(value for i in asked for value in values[i])
-    *first, last = (keys[i] for i in asked)
+        statements += [NEEDLE.format(kind=kind.value, key=keys[-1], value=value) for value in values[-1]]
+    draws.shuffle(statements)
+    context = (
+        _in_essay(draws, statements, essay, units) if kind.haystack == "essay" else _in_lines(draws, statements, kind, units)
+    )
+    queried = draws.rng.sample(range(kind.keys), kind.queries)
+    answers = tuple(value for i in queried for value in values[i])
+    *first, last = (keys[i] for i in queried)
     query = f"{', '.join(first)}, and {last}" if first else last
     one = len(answers) == 1
     name = kind.value.removesuffix("s") if one else kind.value
     prompt = (FIND_ONE if one else FIND_ALL).format(kind=name, context=context, query=query)
-    marks = tuple(NEEDLE.format(kind=kind.value, key=keys[i], value=value) for i in asked for value in values[i])
-    return Question(prompt, answers, ", ".join(answers), marks)
+    parts = tuple(NEEDLE.format(kind=kind.value, key=keys[i], value=value) for i in queried for value in values[i])
+    return Question(prompt, answers, ", ".join(answers), parts)
 
 
-def _in_essay(draws: Draws, found: list[str], essay: Sequence[str], units: int) -> str:
+def _in_essay(draws: Draws, statements: list[str], essay: Sequence[str], units: int) -> str:
     first = draws.start(len(essay))
     words = list(essay[first : first + units])
     while len(words) < units:
         words += essay[: units - len(words)]
-    return draws.hide(" ".join(words).strip(), found, sorted(draws.rng.sample(DEPTHS, len(found))))
+    return draws.hide(" ".join(words).strip(), statements, sorted(draws.rng.sample(DEPTHS, len(statements))))
 
 
-def _in_lines(draws: Draws, found: list[str], kind: Needles, units: int) -> str:
+def _in_lines(draws: Draws, statements: list[str], kind: Needles, units: int) -> str:
     if kind.haystack == "noise":
         lines = [NOISE] * units
     else:
         others = ((draws.magic(kind.key), draws.magic(kind.value)) for _ in range(units))
         lines = [NEEDLE.format(kind=kind.value, key=key, value=value) for key, value in others]
-    for place, needle in zip(sorted(draws.rng.sample(range(units), len(found)), reverse=True), found, strict=True):
-        lines.insert(place, needle)
+    for index, needle in zip(sorted(draws.rng.sample(range(units), len(statements)), reverse=True), statements, strict=True):
+        lines.insert(index, needle)
     return "\n".join(lines)
 
 
@@ -129,12 +131,12 @@ def chain(draws: Draws, units: int, letters: int, value: str | None = None) -> Q
     names = [draws.fresh(lambda: draws.letters(letters)) for _ in range(HOPS + 1)]
     value = value or draws.value()
     hops = [f"VAR {new} = VAR {old} " for old, new in zip(names, names[1:], strict=False)]
-    marks = (f"VAR {names[0]} = {value}", *hops)
+    parts = (f"VAR {names[0]} = {value}", *hops)
     lines = [NOISE] * units
-    for passed, place in enumerate(sorted(draws.rng.sample(range(units), len(marks)))):
-        lines.insert(place + passed, marks[passed])
+    for passed, index in enumerate(sorted(draws.rng.sample(range(units), len(parts)))):
+        lines.insert(index + passed, parts[passed])
     prompt = TRACK.format(context="\n".join(lines), query=value, count=len(names))
-    return Question(prompt, tuple(names), " ".join(names), marks)
+    return Question(prompt, tuple(names), " ".join(names), parts)
 
 
 def solved(question: Question) -> str:
@@ -145,9 +147,10 @@ def solved(question: Question) -> str:
 def common_words(draws: Draws, length: int, units: int) -> Question:
     """Ten of `units` words stand in the list more often than the others; a solved list goes before it."""
     example, main = ((3, 1), (6, 1)) if length < SHORT else ((10, 3), (30, 3))
-    solved, wanted = draws.lists(example_words(length), units)
-    (shown, known), (asked, answers) = _word_list(draws, solved, *example), _word_list(draws, wanted, *main)
-    prompt = f"{COMMON.format(context=shown)} {_numbered(known)}\n{COMMON.format(context=asked)}"
+    solved, listed = draws.lists(example_words(length), units)
+    example_list, example_answers = _word_list(draws, solved, *example)
+    main_list, answers = _word_list(draws, listed, *main)
+    prompt = f"{COMMON.format(context=example_list)} {_numbered(example_answers)}\n{COMMON.format(context=main_list)}"
     return Question(prompt, tuple(answers), _numbered(answers), ())
 
 
@@ -189,11 +192,11 @@ def coded_text(draws: Draws, ranked: Sequence[str], units: int) -> Question:
 
 def documents(draws: Draws, qa: Questions, index: int, units: int) -> Question:
     """Question `index` with the documents that answer it and others, `units` in all; those of its own article come first."""
-    asked = qa.asked[index]
+    item = qa.items[index]
     if units >= len(qa.documents):
         texts = (list(qa.documents) * -(-units // len(qa.documents)))[:units]
     else:
-        near, more = list(asked.documents), list(asked.related)
+        near, more = list(item.documents), list(item.related)
         if units - len(near) > len(more):
             known = {*near, *more}
             others = [i for i in range(len(qa.documents)) if i not in known]
@@ -203,26 +206,26 @@ def documents(draws: Draws, qa: Questions, index: int, units: int) -> Question:
         texts = [qa.documents[i] for i in chosen]
     draws.shuffle(texts)
     context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(texts, 1))
-    prompt = DOCUMENTS.format(context=context, query=asked.question)
-    return Question(prompt, asked.answers, max(asked.answers, key=len), tuple(qa.documents[i] for i in asked.documents))
+    prompt = DOCUMENTS.format(context=context, query=item.question)
+    return Question(prompt, item.answers, max(item.answers, key=len), tuple(qa.documents[i] for i in item.documents))
 
 
-class Place(NamedTuple):
-    """Which question is asked: the length of its task, its number, and the words of an essay or the `Questions` it needs."""
+class SampleSpec(NamedTuple):
+    """A sample to make: the length of its task, its number, and the words of an essay or the `Questions` that it needs."""
 
     length: int
     index: int
     source: Sequence[str] | Questions | None
 
 
-def ask(task: str, draws: Draws, place: Place, units: int) -> Question:
+def ask(task: str, draws: Draws, spec: SampleSpec, units: int) -> Question:
     """One question of a task; of variables without the solved one before it."""
     if task in NEEDLES:
-        return needles(draws, NEEDLES[task], place.source, units)
+        return needles(draws, NEEDLES[task], spec.source, units)
     if task in QA:
-        return documents(draws, place.source, place.index, units)
+        return documents(draws, spec.source, spec.index, units)
     if task == "vt":
         return chain(draws, units, 5)
     if task == "cwe":
-        return common_words(draws, place.length, units)
-    return coded_text(draws, vocabulary(draws, place.length), units)
+        return common_words(draws, spec.length, units)
+    return coded_text(draws, vocabulary(draws, spec.length), units)

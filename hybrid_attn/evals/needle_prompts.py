@@ -1,4 +1,4 @@
-"""Prompts that hide a needle, ask for it and answer, with marks where each of these stands."""
+"""Prompts with a needle, a question about it and the right answer, and the position of each."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from hybrid_attn.data.rows import Rows
 from hybrid_attn.data.synthetic import SyntheticRows, Task
 from hybrid_attn.evals.ruler import words
 from hybrid_attn.evals.ruler.tasks import FIND_ONE, NEEDLE
-from hybrid_attn.evals.subject import Spec
+from hybrid_attn.evals.types import Spec
 
 SENTENCE = 256  # tokens that the needle moves back at most, to follow the end of a sentence or a line
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Marked:
+class NeedlePrompt:
     """int32 tokens, the right answer included: a needle [start, stop) of them, then where the question and the answer begin."""
 
     tokens_S: np.ndarray
@@ -39,7 +39,7 @@ class Marked:
         return np.isin(self.tokens_S[self.answer :], self.tokens_S[slice(*self.needle)])
 
 
-def prompts(spec: Spec, tokenizer) -> list[Marked]:
+def prompts(spec: Spec, tokenizer) -> list[NeedlePrompt]:
     """As many of at most `spec.length` tokens as `spec.tokens` fill.
 
     Of documents: a magic number in the middle of their text (RULER's niah_single_2). Of the task "recall": a pair of letters
@@ -58,14 +58,14 @@ def prompts(spec: Spec, tokenizer) -> list[Marked]:
     return [_in_text(rows[i]["tokens"], tokenizer, spec.length, i) for i in full]
 
 
-def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> Marked:
+def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> NeedlePrompt:
     """The number drawn for (length, index) in the middle of as much of the text as fits."""
     draw = np.random.Philox(np.random.SeedSequence((length, index))).random_raw(2)
     keys = words.pairs()
     key, value = keys[int(draw[0] % len(keys))], f" {1_000_000 + int(draw[1] % 9_000_000)}"
     around = FIND_ONE.format(kind="number", context=value, query=key).split(value)
-    told = NEEDLE.format(kind="numbers", key=key, value=value[1:]).split(value)
-    pieces = (around[0], " " + told[0], value, told[1], around[1])
+    statement = NEEDLE.format(kind="numbers", key=key, value=value[1:]).split(value)
+    pieces = (around[0], " " + statement[0], value, statement[1], around[1])
     before, needle, value, stop, question = (x.tolist() for x in tokenizer.encode_batch([x.encode() for x in pieces]))
     needle += value + stop
     room = length - 1 - sum(map(len, (before, needle, question, value)))
@@ -76,24 +76,25 @@ def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> Marked:
     tokens = [tokenizer.bos, *before, *text[:middle]]
     start = len(tokens)
     tokens += needle + text[middle:]
-    asked = len(tokens)
-    return Marked(np.array(tokens + question + value, np.int32), (start, start + len(needle)), asked, asked + len(question))
+    question_start = len(tokens)
+    all_tokens, answer_start = np.array(tokens + question + value, np.int32), question_start + len(question)
+    return NeedlePrompt(all_tokens, (start, start + len(needle)), question_start, answer_start)
 
 
 def _sentence_end(text: Sequence[int], middle: int, tokenizer) -> int:
-    """The last place up to `middle` after the end of a sentence or a line; `middle` where there is none near."""
+    """The last position up to `middle` after the end of a sentence or a line; `middle` where there is none near."""
     near = range(middle, max(1, middle - SENTENCE), -1)
     return next((i for i in near if tokenizer.decode(text[i - 1 : i]).endswith((".", "\n"))), middle)
 
 
-def _of_task(task: Task, length: int, number: int) -> list[Marked]:
+def _of_task(task: Task, length: int, number: int) -> list[NeedlePrompt]:
     """Rows of "recall" up to the answer of their first question."""
     trees.check(task.name == "recall", f'the task "{task.name}" hides no needle that is asked for; use "recall" or documents')
     rows = SyntheticRows(task, length, None)
-    found = []
+    prompts = []
     for row in rows.read([(i, 0, length) for i in rows.spread(number)]):
         tokens, key = row["tokens"], int(np.flatnonzero(row["weights"])[0])
         pair = tokens[key], row["targets"][key]
         start = int(np.flatnonzero((tokens[: key - 2] == pair[0]) & (tokens[1 : key - 1] == pair[1]))[0])
-        found.append(Marked(np.append(tokens[: key + 1], pair[1]), (start, start + 2), key - 1, key + 1))
-    return found
+        prompts.append(NeedlePrompt(np.append(tokens[: key + 1], pair[1]), (start, start + 2), key - 1, key + 1))
+    return prompts

@@ -5,7 +5,8 @@ import json
 import os
 from collections.abc import Sequence
 
-from hybrid_attn.data import documents, sources
+from hybrid_attn.data import documents
+from hybrid_attn.data import sources as source_files
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.trees import check
 
@@ -21,9 +22,9 @@ def of_files(patterns: tuple[str, ...]) -> str:
         text = _read(path)
         pieces.append((text if (essays := _essays(path, text)) is None else essays)[:room])
         room -= len(pieces[-1])
-    found = "\n".join(pieces)
-    check(bool(found.strip()), f"{', '.join(patterns)} has no word; name files with text")
-    return found
+    text = "\n".join(pieces)
+    check(bool(text.strip()), f"{', '.join(patterns)} has no word; name files with text")
+    return text
 
 
 def of_essays(patterns: tuple[str, ...]) -> str:
@@ -36,20 +37,20 @@ def of_essays(patterns: tuple[str, ...]) -> str:
         text = _read(path)
         pieces.append(_essays(path, text) if path.endswith(".json") else text)
         check(pieces[-1] is not None, f'{path} is no JSON object with a text "text", as RULER makes it; copy it again')
-    found = "".join(pieces)
-    check(bool(found.strip()), f"{', '.join(patterns)} has no word; name the files of RULER's essays")
-    return found
+    text = "".join(pieces)
+    check(bool(text.strip()), f"{', '.join(patterns)} has no word; name the files of RULER's essays")
+    return text
 
 
-def of_documents(several: Sequence[Documents], tokenizer) -> str:
-    """The text of documents of several sources, as far as it is needed: of each source the same share."""
+def of_documents(sources: Sequence[Documents], tokenizer) -> str:
+    """The text of the first documents of each source, up to `CHARACTERS` in all: the same share of each."""
     pieces = []
-    for found in several:
-        room = CHARACTERS // len(several)
-        for number, length in enumerate(found.lengths):
+    for source in sources:
+        room = CHARACTERS // len(sources)
+        for number, length in enumerate(source.lengths):
             if room <= 0:
                 break
-            (tokens,) = found.read([(number, 0, min(length, room))])  # a token has a character at least, but for marks
+            (tokens,) = source.read([(number, 0, min(length, room))])  # a token but BOS and EOS has a character at least
             pieces.append(tokenizer.decode(tokens)[:room])
             room -= len(pieces[-1])
     return "\n".join(pieces)
@@ -59,14 +60,14 @@ def _files(patterns: tuple[str, ...]) -> list[str]:
     """Paths of files that are not empty, as for training: of patterns and directories, or of the standard library."""
     if not patterns:
         return [path for _, path in documents.find(())]
-    return [path for path in sources.find(patterns) if os.path.getsize(path)]
+    return [path for path in source_files.find(patterns) if os.path.getsize(path)]
 
 
 def _read(path: str) -> str:
     """The text of a file; ValueError for other formats."""
-    plain = sources.format_of(path) == "text" and not path.endswith(sources.PACKED)
+    plain = source_files.format_of(path) == "text" and not path.endswith(source_files.PACKED)
     check(plain, f"{path} is packed or has records; name files of plain text")
-    text = sources.text_of(path, by_ending=False)
+    text = source_files.text_of(path, by_ending=False)
     check(isinstance(text, bytes) and b"\0" not in text, f"{path} is no text")
     decoded = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8", errors="replace")  # all ends of lines as RULER reads them
     return decoded.read()

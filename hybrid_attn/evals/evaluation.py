@@ -1,0 +1,130 @@
+"""The record of one evaluation: all that the suite, the trainer, the tool and the report know of it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from hybrid_attn import config
+from hybrid_attn.data.synthetic import Task
+from hybrid_attn.evals.fields import Kind
+from hybrid_attn.evals.samples import Sample, TooLongError
+from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
+from hybrid_attn.parallel import fit
+
+HELDOUT = "heldout"  # the flag of an evaluation that reads held-out documents
+
+
+class Questions(NamedTuple):
+    """How the samples of a unit are drawn. They go to a file that is shared by all models with the same tokenizer.
+
+    `draw` yields the samples of a unit, and `count` is how many the settings ask for at each length, at most. `sources` holds
+    what the samples follow from beside the settings, as values for JSON: a hash of it is in the name of the file. `matches`
+    says whether a sample that was read from the file is one of the unit's.
+    """
+
+    draw: Callable[[EvalContext, Settings, Unit], Iterator[Sample]]
+    count: Callable[[Settings], int]
+    sources: Callable[[EvalContext, Settings, Unit], list]
+    matches: Callable[[Settings, Unit, Sample], bool]
+
+
+class Headline(NamedTuple):
+    """The one number of a unit, from its records; None where they have none.
+
+    `tag` is its group in TensorBoard, and `form` formats it for a line of the log.
+    """
+
+    value: Callable[[Sequence[Mapping]], float | None]
+    tag: str
+    form: str
+    higher_is_better: bool
+
+
+def rows_of_tokens(settings: Settings, length: int) -> int:
+    """How many rows of `length` tokens hold the tokens that the settings ask for."""
+    return -(-settings.tokens // length)
+
+
+def is_of_source(unit: Unit, line: Mapping) -> bool:
+    """Whether a record names the unit's part as its source."""
+    return line.get("source") == unit.part
+
+
+class Evaluation(NamedTuple):
+    """One evaluation. Its units are its parts (sources or tasks) at each length; `measure` gives the records of a unit.
+
+    `fields` are those that each record must have, beside "eval". `section` makes the sections of a report from all runs, and
+    sections stand in the order of `section_order`. The fields with defaults are for evaluations that differ from the rest.
+    """
+
+    name: str
+    parts: Callable[[EvalContext, Settings], Sequence[str]]
+    measure: Callable[[EvalContext, Settings, Unit, list[Sample]], Measured]
+    fields: Mapping[str, Kind]
+    headline: Headline
+    section: Callable[[Sequence], list]  # Sequence[report.Run] -> list[Section]; both import this module
+    section_order: int = 100
+    questions: Questions | None = None  # None: no samples are drawn
+    uses_engine: bool = False  # an engine generates or scores; such units have the lengths `settings.asked`, if there are any
+    in_training: bool = True  # whether evals.names of a config may name it
+    in_quick_suite: bool = False
+    flags: tuple[str, ...] = ("tokens",)  # of tools/evaluate.py, which change what is measured
+    all_logits: bool = False  # the logits of a row exist at once
+    sequences: Callable[[Settings, int], int] = rows_of_tokens  # that a unit of a length reads; its time grows with them
+    missing: Callable[[EvalContext, Settings], Mapping[str, str]] = lambda context, settings: {}  # parts, and why they are
+    empty: Callable[[EvalContext], tuple[str, str]] | None = None  # where it has no part at all: what is missing, and why
+    check_fits: Callable[[EvalContext, Settings, Unit], None] = lambda context, settings, unit: None  # TooLongError if not
+    is_of: Callable[[Unit, Mapping], bool] = is_of_source  # whether a record or an answer belongs to a unit
+    check_record: Callable[[Mapping, str], None] = lambda record, where: None  # ValueError for what `fields` cannot say
+    summary: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: records  # what evals.jsonl of a training has
+
+    @property
+    def reads_heldout(self) -> bool:
+        """Whether it measures held-out documents of the model's sources."""
+        return HELDOUT in self.flags
+
+    def lengths(self, settings: Settings) -> tuple[int, ...]:
+        return settings.asked if self.uses_engine and settings.asked is not None else settings.lengths
+
+    def units(self, context: EvalContext, settings: Settings) -> list[Unit]:
+        """All that can be measured, whether it fits its length or not."""
+        missing = self.missing(context, settings)
+        parts = [part for part in self.parts(context, settings) if part not in missing]
+        return [Unit(self.name, part, length) for length in self.lengths(settings) for part in parts]
+
+
+def texts(context: EvalContext, settings: Settings) -> list[str]:
+    """The sources whose held-out data are documents."""
+    return [name for name, heldout in context.heldout.items() if not isinstance(heldout, Task)]
+
+
+def without_documents(context: EvalContext) -> tuple[str, str]:
+    return "documents", "the model's sources hold none out"
+
+
+def measured_of_source(unit: Unit, records: Iterable[Mapping]) -> Measured:
+    """Records that say which source they are of, and no answers."""
+    return Measured([{"source": unit.part, **record} for record in records], [])
+
+
+def first_total(field: str) -> Callable[[Sequence[Mapping]], float | None]:
+    """A headline: the field of the first record that is about all tokens of its rows."""
+
+    def value(records: Sequence[Mapping]) -> float | None:
+        from hybrid_attn.evals.report.contents import is_total
+
+        return next((record[field] for record in records if is_total(record)), None)
+
+    return value
+
+
+def check_row(context: EvalContext, settings: Settings, unit: Unit) -> None:
+    """ValueError where the mesh does not split rows of the unit's length, or the heads of the model."""
+    model, run, sizes = context.eval_model.model, context.eval_model.run, context.eval_model.mesh.shape
+    fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.zigzag)
+    fit.check_schemes(model, run.context, sizes)
+
+
+def check_task_fits(unit: Unit, task: object) -> None:
+    """TooLongError where the shortest row of a synthetic task is longer than the unit; documents have no such row."""
+    if isinstance(task, Task) and unit.length < (least := config.shortest_row(config.Source((), None, 0, None, *task))):
+        raise TooLongError(f"{unit.eval} of {unit.part}: its shortest row has {least} tokens, and {unit.length} are asked for")

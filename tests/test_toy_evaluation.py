@@ -1,0 +1,69 @@
+"""A new evaluation is one record and one row of the table: training logs it, the suite writes it, the report shows it."""
+
+import json
+
+import pytest
+from test_evaluation import config_of
+
+from hybrid_attn.evals import report, suite
+from hybrid_attn.evals.evaluation import Evaluation, Headline, check_row, measured_of_source, texts, without_documents
+from hybrid_attn.evals.fields import COUNT, NAME, SIZE
+from hybrid_attn.evals.report import descriptions
+from hybrid_attn.evals.table import EVALS
+from hybrid_attn.train import evaluation, loop
+
+
+def measure(context, settings, unit, samples):
+    """How many parameters the model has, and how many tokens its source holds out."""
+    parameters = sum(leaf.size for leaf in context.eval_model.params["periods"]["L0"]["attention"].values())
+    tokens = int(context.heldout[unit.part].lengths.sum())
+    return measured_of_source(unit, [{"length": unit.length, "parameters": parameters, "heldout_tokens": tokens}])
+
+
+def section(runs):
+    from hybrid_attn.evals.report.section import Section
+    from hybrid_attn.evals.report.tables import Column, Table, count
+
+    columns = [Column("run"), Column("parameters", count), Column("held-out tokens", count)]
+    rows = [[run.name, r["parameters"], r["heldout_tokens"]] for run in runs for r in run.of("toy")]
+    return [Section("toy", "Toy title", ["A toy."], [], [Table("toy", "Toy table", columns, rows)], [], "toy")]
+
+
+TOY = Evaluation(
+    name="toy",
+    parts=texts,
+    measure=measure,
+    fields={"source": NAME, "length": SIZE, "parameters": SIZE, "heldout_tokens": COUNT},
+    headline=Headline(lambda records: records[0]["parameters"], "toy_parameters", "{:,} parameters", higher_is_better=False),
+    section=section,
+    flags=("heldout",),
+    empty=without_documents,
+    check_fits=check_row,
+)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_evaluation_is_added_with_one_record_and_removed_again(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"This is document {i}.\n" * (10 + i))
+    with monkeypatch.context() as patch:
+        patch.setitem(EVALS, "toy", TOY)
+        changes = {"evals.names": ("toy",), "evals.every": None, "evals.lengths": (1.0,)}
+        assert loop.train(config_of(tmp_path / "text", **changes), tmp_path / "run")
+        folder = tmp_path / "run/evals/4"
+        (record,) = lines(folder / "records.jsonl")
+        assert (record["eval"], record["source"], record["length"]) == ("toy", "text", 48) and record["heldout_tokens"] > 0
+        assert f"evals        toy of text at 48: {record['parameters']:,} parameters\n" in capsys.readouterr().out
+        assert [(x["eval"], x["parameters"]) for x in lines(tmp_path / "run/evals.jsonl")] == [("toy", record["parameters"])]
+        page = (folder / "report.html").read_text()
+        assert "Toy title" in page and "Toy table" in page and f"{record['heldout_tokens']:,}" in page
+        assert "--suite=toy" in descriptions.command([report.read(folder)], "toy") and "toy" in suite.named("full")
+    with pytest.raises(ValueError, match=r"evals.names\[0\]='toy' is not one of"):
+        evaluation.check_names(("toy",))
+    with pytest.raises(ValueError, match="eval='toy' is not known"):
+        report.read(folder)
