@@ -69,31 +69,25 @@ def assert_same(got, wanted, tolerance):
     assert_close({**got, "lse": got["lse"][~nowhere]}, {**wanted, "lse": wanted["lse"][~nowhere]}, tolerance)
 
 
-def check_parts(kernel, softcap=None):
-    """Of three runs of keys each has its part in the gradients of the whole, and returns the whole's result as it is."""
+def check_merged_gradients(kernel, softcap=None):
+    """The backward function over parts of the keys, given the result over all keys, adds up to the gradients of autodiff."""
     q, k, v, pos, seg = arrays("packed", "padding in front")
-
-    def attend(q, k, v, pos, seg, kernel, merged=None):
-        given = {"window": None, "scale": SCALE, "softcap": softcap, "merged": merged, "kernel": kernel}
-        return kernels.attend(q, k, v, arrays_pos, pos, arrays_seg, seg, **given)
-
-    arrays_pos, arrays_seg = pos, seg
-    whole, pull = jax.vjp(functools.partial(attend, pos=pos, seg=seg, kernel="reference"), q, k, v)
-    given = jnp.cos(jnp.arange(whole[0].size)).reshape(whole[0].shape), jnp.where(jnp.isfinite(whole[1]), 0.3, 0.0)
+    options = kernels.AttentionOptions(None, SCALE, softcap)
+    result, pull = jax.vjp(lambda q, k, v: reference.forward(q, k, v, (pos, pos), (seg, seg), options), q, k, v)
+    grads = jnp.cos(jnp.arange(result[0].size)).reshape(result[0].shape), jnp.where(jnp.isfinite(result[1]), 0.3, 0.0)
     parts = []
     for part in np.split(np.arange(S), (5, S // 2)):
-        here = {"pos": pos[:, part], "seg": seg[:, part], "kernel": kernel, "merged": whole}
-        result, pull_part = jax.vjp(functools.partial(attend, **here), q, k[:, part], v[:, part])
-        jax.tree.map(np.testing.assert_array_equal, result, whole)
-        parts.append(pull_part(given))
+        positions, segments = (pos, pos[:, part]), (seg, seg[:, part])
+        residuals = kernels.Residuals(q, k[:, part], v[:, part], positions, segments, *result)
+        parts.append(kernels.KERNELS[kernel].backward(residuals, *grads, options))
     dq, dk, dv = zip(*parts, strict=True)
-    assert_close((sum(dq), jnp.concatenate(dk, 1), jnp.concatenate(dv, 1)), pull(given), 1e-5)
+    assert_close((sum(dq), jnp.concatenate(dk, 1), jnp.concatenate(dv, 1)), pull(grads), 1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("kernel", ["reference", "blocked"])
-def test_parts_of_the_keys_have_their_parts_in_the_gradients(kernel, softcap):
-    check_parts(kernel, softcap)
+def test_gradients_of_parts_of_the_keys_add_up_to_those_of_all_keys(kernel, softcap):
+    check_merged_gradients(kernel, softcap)
 
 
 @pytest.mark.parametrize("window, softcap, dtype", [(*c, "float32") for c in CASES] + [(6, 1.5, "bfloat16")])
@@ -231,15 +225,15 @@ def test_intervals_hold_exactly_the_keys_that_a_query_sees(window):
 def test_a_block_of_queries_walks_over_no_tile_that_none_of_them_sees(window, monkeypatch):
     visits, tile = [], blocked._tile
 
-    def counted(static, start, j, arrays_BKSH, bounds_BQ):
-        out = tile(static, start, j, arrays_BKSH, bounds_BQ)
+    def counted(*arguments):
+        out = tile(*arguments)
         jax.debug.callback(lambda see: visits.append(see.shape[-1]), out[2])
         return out
 
     monkeypatch.setattr(blocked, "_tile", counted)
     q, k, v, pos, seg = arrays("packed", seed=2)
-    attend = functools.partial(blocked.attend, window=window, scale=SCALE, softcap=None)
-    jax.block_until_ready(jax.jit(attend)(q, k, v, pos, pos, seg, seg))
+    options = kernels.AttentionOptions(window, SCALE, None)
+    jax.block_until_ready(jax.jit(blocked.forward, static_argnums=5)(q, k, v, (pos, pos), (seg, seg), options))
     jax.effects_barrier()
     see = np.asarray(reference.visible_BTS(pos, pos, seg, seg, window))[0]
     blocks = [see[t : t + 4].any(0).nonzero()[0] for t in range(0, S, 4)]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_kernels import CASES, PAIRS, K, N, S, arrays, assert_same, check_parts, outcome
+from test_kernels import CASES, PAIRS, K, N, S, arrays, assert_same, check_merged_gradients, outcome
 
 from hybrid_attn import kernels
 from hybrid_attn.kernels import gpu
@@ -49,11 +49,11 @@ class Plain:
 
 @pytest.fixture
 def plain_tokamax(monkeypatch):
-    def bound(static, call, q, k, v, first, end):
-        named = {"mask": (first, end), "scale": static.scale, "cap": static.softcap, "return_residuals": False}
+    def call_plain(options, call, q, k, v, bounds):
+        named = {"mask": bounds, "scale": options.scale, "cap": options.softcap, "return_residuals": False}
         return call(Plain(), SimpleNamespace(args=(q, k, v), kwargs=named))
 
-    monkeypatch.setattr(gpu, "_bound", bound)
+    monkeypatch.setattr(gpu, "_call_tokamax", call_plain)
 
 
 @pytest.mark.parametrize("window, softcap", CASES)
@@ -85,13 +85,13 @@ def test_tokamax_has_the_gradients_of_sinks_and_of_the_log_sum_exp_alone(plain_t
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
-def test_tokamax_gives_parts_of_the_keys_their_parts_in_the_gradients(plain_tokamax):
-    check_parts("tokamax")
+def test_gradients_of_parts_of_the_keys_add_up_with_tokamax_too(plain_tokamax):
+    check_merged_gradients("tokamax")
 
 
 @pytest.fixture
 def xla_cudnn(monkeypatch):
-    monkeypatch.setattr(gpu, "attend_cudnn", functools.partial(gpu.attend_cudnn, implementation="xla"))
+    monkeypatch.setattr(gpu, "CUDNN", "xla")
 
 
 @pytest.mark.parametrize("window", [None, 1, 6, 40])
@@ -133,8 +133,6 @@ def test_cudnn_is_refused_what_it_cannot_do():
         attend(q, k, v, pos, pos, seg, seg, softcap=2.0)
     with pytest.raises(NotImplementedError, match="no gradient by the log-sum-exp"):
         attend(q, k, v, pos, pos, seg, seg, sinks_N=jnp.zeros(N))
-    with pytest.raises(NotImplementedError, match="no log-sum-exp for its gradients"):
-        attend(q, k, v, pos, pos, seg, seg, merged=(q, q[..., 0]))
 
 
 def test_the_output_handed_on_has_the_wanted_product_with_any_gradient():
@@ -144,7 +142,7 @@ def test_the_output_handed_on_has_the_wanted_product_with_any_gradient():
     shift = rng.normal(size=(2, S, N)).astype(np.float32)
     shift[0, 0] = 0
     for dtype in (jnp.float32, jnp.bfloat16):
-        given, o = gpu.output_of(shift, do.astype(dtype))
+        given, o = gpu.output_with_product(shift, do.astype(dtype))
         given = np.asarray(given, np.float64)
         np.testing.assert_allclose((given * np.asarray(o, np.float64)).sum(-1), shift, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(given, np.asarray(do.astype(dtype), np.float64), rtol=0, atol=1e-18)
@@ -156,4 +154,4 @@ def test_the_output_handed_on_has_the_wanted_product_with_any_gradient():
 def test_cudnn_refuses_the_shapes_that_it_does_not_take_with_the_cure(dtype, length, size):
     q, tokens = jnp.zeros((1, length, 2, size), dtype), jnp.zeros((1, length), jnp.int32)
     with pytest.raises(NotImplementedError, match=f'{dtype}, heads of {size} and {length} tokens; use train.kernel="blocked"'):
-        gpu.attend_cudnn(q, q, q, tokens, tokens, tokens, tokens, window=None, scale=1.0, softcap=None)
+        kernels.attend(q, q, q, tokens, tokens, tokens, tokens, window=None, scale=1.0, kernel="cudnn")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import kernels
+from hybrid_attn.kernels.softmax import merged
 from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT, spec_of
 
 AXIS = "context"
@@ -138,11 +139,10 @@ def _joined(trees: list) -> Any:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *trees)
 
 
-def _kernel(static: Static, queries: Queries, keys: Keys, sinks_N=None, merged=None) -> tuple[jax.Array, jax.Array]:
+def _kernel(static: Static, queries: Queries, keys: Keys, sinks_N=None) -> tuple[jax.Array, jax.Array]:
     return kernels.attend(
         queries.q_BTNH, keys.k_BSKH, keys.v_BSKH, queries.pos_BT, keys.pos_BS, queries.seg_BT, keys.seg_BS,
-        window=static.window, scale=static.scale, softcap=static.softcap, sinks_N=sinks_N, merged=merged,
-        kernel=static.kernel,
+        window=static.window, scale=static.scale, softcap=static.softcap, sinks_N=sinks_N, kernel=static.kernel,
     )  # fmt: skip
 
 
@@ -241,8 +241,10 @@ def _shards_order(x_BS: jax.Array, static: Static) -> jax.Array:
 
 def _ring(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
     """Keys travel from shard to shard; what each visit gives is merged by its log-sum-exp."""
-    if static.kernel == "cudnn":
-        raise NotImplementedError('cudnn attends to keys of the queries\' own places alone; use train.context="ulysses"')
+    if kernels.KERNELS[static.kernel].backward is None:
+        raise NotImplementedError(
+            f'{static.kernel} computes no gradients of merged results, which a ring needs; use train.context="ulysses"'
+        )
     q_BTNH, *places = queries
     o_BTNH, lse_BTN = _ring_attend(static, q_BTNH, keys.k_BSKH, keys.v_BSKH, *places)
     if sinks_N is not None:
@@ -272,7 +274,7 @@ def _ring_forward(static: Static, q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT):
     nothing = [(jnp.zeros(x.q_BTNH.shape, jnp.float32), jnp.full(x.q_BTNH.shape[:3], -jnp.inf)) for x in queries]
     (found, keys), _ = jax.lax.scan(go_round, (nothing, keys), None, length=jax.lax.axis_size(AXIS) - 1)
     o_BTNH, lse_BTN = _joined(visit(found, keys))
-    o_BTNH, lse_BTN = kernels.kept(o_BTNH.astype(q_BTNH.dtype), lse_BTN)
+    o_BTNH, lse_BTN = kernels.name_outputs(o_BTNH.astype(q_BTNH.dtype), lse_BTN)
     return (o_BTNH, lse_BTN), (q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, o_BTNH, lse_BTN)
 
 
@@ -287,15 +289,6 @@ def _passed_on(tree: Any) -> Any:
         return _sent(tree, [(shard, (shard + 1) % c) for shard in range(c)])
 
 
-def merged(a: tuple, b: tuple) -> tuple:
-    """Output and log-sum-exp of attention to the keys of both; where neither saw a key, zeros and -inf."""
-    (a_BTNH, a_BTN), (b_BTNH, b_BTN) = a, b
-    lse_BTN = jnp.logaddexp(a_BTN, b_BTN)
-    known_BTN = jnp.where(jnp.isfinite(lse_BTN), lse_BTN, 0.0)
-    shares = (jnp.exp(x_BTN - known_BTN)[..., None] for x_BTN in (a_BTN, b_BTN))
-    return sum(share * x_BTNH.astype(jnp.float32) for share, x_BTNH in zip(shares, (a_BTNH, b_BTNH), strict=True)), lse_BTN
-
-
 def _ring_backward(static: Static, kept, grads):
     """Keys travel once more, and the gradients of keys and values with them until they are home."""
     q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, o_BTNH, lse_BTN = kept
@@ -308,7 +301,7 @@ def _ring_backward(static: Static, kept, grads):
         dq, dkv = list(dq), [list(x) for x in _parts(dkv, static.slices)]
         parts = _parts(keys, static.slices)
         for a, b in _visible(static):
-            new_dq, *new_dkv = _pulled_back(static, queries[a], parts[b], *results[a])
+            new_dq, *new_dkv = _gradients(static, queries[a], parts[b], *results[a])
             dq[a] += new_dq
             dkv[b] = [x + new for x, new in zip(dkv[b], new_dkv, strict=True)]
         return dq, tuple(_joined(dkv))
@@ -327,15 +320,13 @@ def _ring_backward(static: Static, kept, grads):
     return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None, None
 
 
-def _pulled_back(static: Static, queries: Queries, keys: Keys, o_BTNH, lse_BTN, do_BTNH, dlse_BTN) -> list:
-    """Gradients (dq, dk, dv) in float32 by these keys' part in a result o, lse that was merged from several."""
-
-    def attend_part(q_BTNH, k_BSKH, v_BSKH):
-        mine = queries._replace(q_BTNH=q_BTNH), keys._replace(k_BSKH=k_BSKH, v_BSKH=v_BSKH)
-        return _kernel(static, *mine, merged=(o_BTNH, lse_BTN))
-
-    _, pull = jax.vjp(attend_part, queries.q_BTNH, keys.k_BSKH, keys.v_BSKH)
-    return [x.astype(jnp.float32) for x in pull((do_BTNH, dlse_BTN))]
+def _gradients(static: Static, queries: Queries, keys: Keys, o_BTNH, lse_BTN, do_BTNH, dlse_BTN) -> list:
+    """The contribution of these keys to the gradients (dq, dk, dv) of the merged result o, lse; in float32."""
+    positions, segments = (queries.pos_BT, keys.pos_BS), (queries.seg_BT, keys.seg_BS)
+    residuals = kernels.Residuals(queries.q_BTNH, keys.k_BSKH, keys.v_BSKH, positions, segments, o_BTNH, lse_BTN)
+    options = kernels.AttentionOptions(static.window, static.scale, static.softcap)
+    grads = kernels.KERNELS[static.kernel].backward(residuals, do_BTNH, dlse_BTN, options)
+    return [x.astype(jnp.float32) for x in grads]
 
 
 _ring_attend.defvjp(_ring_forward, _ring_backward)
