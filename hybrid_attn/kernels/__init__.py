@@ -16,7 +16,7 @@ KERNELS = {
     "blocked": Kernel(blocked.forward, blocked.backward, ("cpu", "gpu", "tpu")),
     "splash": Kernel(tpu.forward, tpu.backward, ("tpu",), heads_first=True),
     "tokamax": Kernel(gpu.tokamax_forward, gpu.tokamax_backward, ("gpu",), "tokamax"),
-    "cudnn": Kernel(gpu.cudnn_forward, None, ("gpu",), saves_outputs=False),
+    "cudnn": Kernel(gpu.cudnn_forward, None, ("gpu",), saves_outputs=False, lse_has_gradient=False),
 }
 PLATFORMS = {"cpu": "blocked", "gpu": "tokamax", "tpu": "splash"}
 
@@ -52,9 +52,9 @@ def attend(
     whole prefix; `softcap` c makes scores c tanh(s / c); `sinks_N` are logits that take part in the softmax with no value.
     Keys are in reading order (`intervals`). `kernel` is a name in `KERNELS`.
     """
-    if sinks_N is not None and kernel == "cudnn":
-        raise NotImplementedError('cudnn has no gradient by the log-sum-exp, which sinks need; use train.kernel="tokamax"')
     pair, options = KERNELS[kernel], AttentionOptions(window, scale, softcap)
+    if sinks_N is not None and not pair.lse_has_gradient:
+        raise NotImplementedError(f'{kernel} has no gradient by the log-sum-exp, which sinks need; use train.kernel="tokamax"')
     arrays = q_BTNH, k_BSKH, v_BSKH, (q_pos_BT, k_pos_BS), (q_seg_BT, k_seg_BS)
     o_BTNH, lse_BTN = _attend(pair, options, *arrays) if pair.saves_outputs else pair.forward(*arrays, options)
     return (o_BTNH, lse_BTN) if sinks_N is None else with_sinks(o_BTNH, lse_BTN, q_seg_BT, sinks_N)

@@ -58,7 +58,7 @@ class Kernel(NamedTuple):
 
     `backward` None means that ring attention cannot use the kernel. Without `saves_outputs`, JAX differentiates `forward`, and
     `jax.checkpoint` cannot save its outputs by name. With `heads_first` they are saved as [B, N, T, ...], the order in which
-    the kernel writes them: a TPU pads the last two axes of an array.
+    the kernel writes them: a TPU pads the last two axes of an array. Sinks need an lse that has a gradient.
     """
 
     forward: Forward
@@ -67,6 +67,7 @@ class Kernel(NamedTuple):
     needs: str | None = None
     saves_outputs: bool = True
     heads_first: bool = False
+    lse_has_gradient: bool = True
 
 
 def name_outputs(*outputs: jax.Array) -> tuple[jax.Array, ...]:

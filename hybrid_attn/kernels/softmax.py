@@ -1,6 +1,7 @@
 """The formulas that kernels share: the soft cap, the softmax over parts of the keys, and its gradient.
 
-A shape suffix of `...` leaves out the axes of the queries; C is the keys of a tile, S all keys.
+Letters: B batch, T query tokens, N query heads, K key/value heads, M queries of a block (of all query heads that share a
+key/value head), C keys of a tile, H head size.
 """
 
 from typing import NamedTuple
