@@ -1,4 +1,4 @@
-"""Attention over a split sequence: every scheme, balanced or not, is the attention of one device, forward and backward."""
+"""Attention over a split sequence: every scheme, zigzag or not, is the attention of one device, forward and backward."""
 
 import functools
 
@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.kernels import tpu
+from hybrid_attn.kernels.softmax import merged
 from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
 
@@ -18,7 +19,7 @@ B, T, N, K, H = 4, 96, 8, 4, 8  # tokens divide by 2 slices of 3, 4 and 8 shards
 SHARD = T // 4
 # A document over all shards; documents that end in the middle of shards, and two shards of nothing but padding; short ones
 # after padding; documents that end where shards and slices do.
-ROWS = [
+SEQUENCES = [
     "a" * T,
     "a" * 37 + "b" * 9 + "." * 50,
     "." * 3 + "abbccccddddddddeeeeeeeeee" + "f" * 68,
@@ -31,7 +32,7 @@ WINDOWS = {"smaller": 5, "a slice": SHARD // 2, "a shard": SHARD, "larger": 55, 
 def arrays():
     rng = np.random.default_rng(0)
     q, k, v, do = (rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (N, K, K, N))
-    pos, seg = (np.stack(x) for x in zip(*map(layout, ROWS), strict=True))
+    pos, seg = (np.stack(x) for x in zip(*map(layout, SEQUENCES), strict=True))
     return q, k, v, do, pos, seg, rng.normal(size=N).astype(np.float32)
 
 
@@ -46,14 +47,14 @@ def on_one_device(window, chunk, softcap, with_sinks):
 
 def value_and_grads(q, k, v, do, pos, seg, sinks, zigzag, **static):
     mesh = jax.sharding.get_mesh()
-    spread = {4: HEADS_BTNH, 2: TOKENS_BT, 1: P("tensor")}
-    inputs = [x if x is None else jax.device_put(x, NamedSharding(mesh, spread[x.ndim])) for x in (q, k, v, sinks)]
-    do, pos, seg = (jax.device_put(x, NamedSharding(mesh, spread[x.ndim])) for x in (do, pos, seg))
+    specs = {4: HEADS_BTNH, 2: TOKENS_BT, 1: P("tensor")}
+    inputs = [x if x is None else jax.device_put(x, NamedSharding(mesh, specs[x.ndim])) for x in (q, k, v, sinks)]
+    do, pos, seg = (jax.device_put(x, NamedSharding(mesh, specs[x.ndim])) for x in (do, pos, seg))
 
     def attend(q, k, v, sinks):
         heads = context.to_zigzag((q, k, v), zigzag)
-        places = context.to_zigzag((pos, seg), zigzag)
-        o = context.attend(*heads, *places, sinks, scale=0.3, zigzag=zigzag, **static)
+        positions, segments = context.to_zigzag((pos, seg), zigzag)
+        o = context.attend(*heads, positions, segments, sinks, scale=0.3, zigzag=zigzag, **static)
         return context.from_zigzag(o, zigzag)
 
     @jax.jit
@@ -67,13 +68,13 @@ def value_and_grads(q, k, v, do, pos, seg, sinks, zigzag, **static):
 def assert_as_on_one_device(
     scheme, zigzag, sizes=None, *, window=None, chunk=None, softcap=None, sinks=False, kernel="blocked", tolerance=2e-6
 ):
-    q, k, v, do, pos, seg, given = arrays()
+    q, k, v, do, pos, seg, sink_logits = arrays()
     with jax.set_mesh(mesh_of(**(sizes or {"context": 4}))):
-        found = value_and_grads(
-            q, k, v, do, pos, seg, given if sinks else None, zigzag,
+        results = value_and_grads(
+            q, k, v, do, pos, seg, sink_logits if sinks else None, zigzag,
             window=window, chunk=chunk, softcap=softcap, kernel=kernel, scheme=scheme,
         )  # fmt: skip
-    assert_close(found, on_one_device(window, chunk, softcap, sinks), tolerance)
+    assert_close(results, on_one_device(window, chunk, softcap, sinks), tolerance)
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
@@ -84,7 +85,7 @@ def test_a_halo_gives_a_window_what_one_device_gives(window, zigzag):
 
 @pytest.mark.parametrize("zigzag", [False, True])
 @pytest.mark.parametrize("scheme", ["gather", "ring", "ulysses"])
-def test_every_scheme_gives_the_whole_prefix_what_one_device_gives(scheme, zigzag):
+def test_every_scheme_gives_the_full_prefix_what_one_device_gives(scheme, zigzag):
     assert_as_on_one_device(scheme, zigzag, softcap=2.0 if zigzag else None, sinks=True)
 
 
@@ -106,9 +107,9 @@ def test_documents_whose_positions_begin_anywhere_stay_apart_where_layers_have_c
     chunks = np.int64(seg) * 2**32 + (pos + begins) // 11
     own = np.where(seg > 0, 1 + np.unique(chunks, return_inverse=True)[1].reshape(chunks.shape), 0).astype(np.int32)
     static = {"softcap": None, "kernel": "blocked", "scheme": "gather"}
-    found = value_and_grads(q, k, v, do, (pos + begins).astype(np.int32), seg, None, False, window=None, chunk=11, **static)
-    wanted = value_and_grads(q, k, v, do, pos, own, None, False, window=11, chunk=None, **static)
-    assert_close(found, wanted, 2e-6)
+    got = value_and_grads(q, k, v, do, (pos + begins).astype(np.int32), seg, None, False, window=None, chunk=11, **static)
+    expected = value_and_grads(q, k, v, do, pos, own, None, False, window=11, chunk=None, **static)
+    assert_close(got, expected, 2e-6)
 
 
 @pytest.mark.parametrize("sizes", [{"context": 3}, {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 8}], ids=str)
@@ -127,36 +128,36 @@ def test_slices_meet_the_condition_of_splash(scheme, monkeypatch):
 
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 8])
-def test_balancing_gives_each_shard_an_early_and_a_late_slice_and_is_undone(shards):
+def test_zigzag_gives_each_shard_an_early_and_a_late_slice_and_is_undone(shards):
     tokens = np.arange(2 * 48 * 3).reshape(2, 48, 3)
     mesh = mesh_of(context=shards)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(tokens, NamedSharding(mesh, P(BATCH, "context", None)))
-        moved = context.to_zigzag(placed, True)
+        sharded = jax.device_put(tokens, NamedSharding(mesh, P(BATCH, "context", None)))
+        moved = context.to_zigzag(sharded, True)
         size = 48 // (2 * shards)
         for shard in moved.addressable_shards:
             i = (shard.index[1].start or 0) // (2 * size)
-            wanted = [tokens[:, j * size : (j + 1) * size] for j in (i, 2 * shards - 1 - i)]
-            np.testing.assert_array_equal(shard.data, np.concatenate(wanted, 1))
+            expected = [tokens[:, j * size : (j + 1) * size] for j in (i, 2 * shards - 1 - i)]
+            np.testing.assert_array_equal(shard.data, np.concatenate(expected, 1))
         np.testing.assert_array_equal(context.from_zigzag(moved, True), tokens)
-        assert context.to_zigzag(placed, False) is context.from_zigzag(placed, False) is placed
+        assert context.to_zigzag(sharded, False) is context.from_zigzag(sharded, False) is sharded
 
 
 def work(zigzag):
-    """Of each of four shards, how many pairs of query and key a whole row costs it."""
+    """Pairs of query and key that each of four shards computes for a sequence."""
     pairs = np.tril(np.ones((T, T))).sum(1)
     order = np.arange(T).reshape(8, -1)
     slices = [(i, 7 - i) if zigzag else (2 * i, 2 * i + 1) for i in range(4)]
     return [pairs[order[list(x)]].sum() for x in slices]
 
 
-def test_balanced_shards_have_the_same_work():
+def test_shards_in_zigzag_order_have_the_same_work():
     assert len(set(work(True))) == 1 and max(work(False)) > 1.7 * np.mean(work(False))
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
 def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(zigzag):
-    """Autodiff of its loop would keep the keys of every visit."""
+    """Autodiff of its loop would save the keys of every step."""
     mesh = mesh_of(context=8)
     with jax.set_mesh(mesh):
         q, k, _, _, pos, seg, _ = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)) for x, spec in
@@ -173,15 +174,15 @@ def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(zigzag):
 
 
 def test_a_ring_of_cudnn_is_refused():
-    with pytest.raises(NotImplementedError, match="cudnn attends to keys of the queries' own places alone"):
+    with pytest.raises(NotImplementedError, match="cudnn computes no gradients of merged results"):
         assert_as_on_one_device("ring", True, kernel="cudnn")
 
 
 def test_a_merge_of_nothing_with_nothing_is_nothing():
-    none = jnp.zeros((1, 1, 1, 2)), jnp.full((1, 1, 1), -jnp.inf)
-    some = jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1, 1))
-    o, lse = context.merged(none, none)
+    empty = jnp.zeros((1, 1, 1, 2)), jnp.full((1, 1, 1), -jnp.inf)
+    result = jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1, 1))
+    o, lse = merged(empty, empty)
     assert not o.any() and np.isneginf(lse).all()
-    for pair in ((none, some), (some, none)):
-        o, lse = context.merged(*pair)
+    for pair in ((empty, result), (result, empty)):
+        o, lse = merged(*pair)
         assert (o == 1).all() and (lse == 0).all()

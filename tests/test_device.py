@@ -41,10 +41,10 @@ def outcome(q, k, v, pos, seg, kernel, window):
 
 @pytest.mark.parametrize("kernel, window", [(kernel, window) for kernel in HERE for window in (None, 1, 130, 2 * S)])
 def test_the_kernels_of_this_device_equal_the_reference_in_bfloat16(kernel, window):
-    rng, rows = np.random.default_rng(0), LAYOUTS | ({} if kernel == "cudnn" else PACKED)
-    pos, seg = (np.stack(x) for x in zip(*map(layout, rows.values()), strict=True))
-    q, k, v = (rng.normal(size=(len(rows), S, heads, H)).astype(jnp.bfloat16) for heads in (N, K, K))
+    rng, layouts = np.random.default_rng(0), LAYOUTS | ({} if kernel == "cudnn" else PACKED)
+    pos, seg = (np.stack(x) for x in zip(*map(layout, layouts.values()), strict=True))
+    q, k, v = (rng.normal(size=(len(layouts), S, heads, H)).astype(jnp.bfloat16) for heads in (N, K, K))
     got = outcome(q, k, v, pos, seg, kernel, window)
     with jax.default_matmul_precision("highest"):
-        wanted = outcome(*(np.asarray(x, np.float32) for x in (q, k, v)), pos, seg, "reference", window)
-    assert_close(got, wanted, 1e-2)
+        expected = outcome(*(np.asarray(x, np.float32) for x in (q, k, v)), pos, seg, "reference", window)
+    assert_close(got, expected, 1e-2)

@@ -35,7 +35,7 @@ def small_blocks(monkeypatch):
 
 
 def arrays(*names, dtype=jnp.float32, seed=0):
-    """q, k and v [B, S, heads, H], positions and segments [B, S], a row for each name of a layout."""
+    """q, k and v [B, S, heads, H], positions and segments [B, S], a sequence for each name of a layout."""
     rng, B = np.random.default_rng(seed), len(names)
     q, k, v = (rng.normal(size=(B, S, heads, H)).astype(dtype) for heads in (N, K, K))
     pos, seg = (np.stack(x) for x in zip(*(layout(LAYOUTS[name]) for name in names), strict=True))
@@ -62,38 +62,32 @@ def _outcome(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, kernel, window, softcap
     return {"o": o, "lse": lse, "grads": grads}
 
 
-def assert_same(got, wanted, tolerance):
-    """Equal to `tolerance`, with -inf in the same places of lse and nothing else that is not finite."""
-    nowhere = np.isneginf(wanted["lse"])
-    np.testing.assert_array_equal(np.isneginf(got["lse"]), nowhere)
-    assert_close({**got, "lse": got["lse"][~nowhere]}, {**wanted, "lse": wanted["lse"][~nowhere]}, tolerance)
+def assert_same(got, expected, tolerance):
+    """Equal to `tolerance`, with -inf for the same queries in lse and nothing else that is not finite."""
+    sees_none = np.isneginf(expected["lse"])
+    np.testing.assert_array_equal(np.isneginf(got["lse"]), sees_none)
+    assert_close({**got, "lse": got["lse"][~sees_none]}, {**expected, "lse": expected["lse"][~sees_none]}, tolerance)
 
 
-def check_parts(kernel, softcap=None):
-    """Of three runs of keys each has its part in the gradients of the whole, and returns the whole's result as it is."""
+def check_merged_gradients(kernel, softcap=None):
+    """The backward function over parts of the keys, given the result over all keys, adds up to the gradients of autodiff."""
     q, k, v, pos, seg = arrays("packed", "padding in front")
-
-    def attend(q, k, v, pos, seg, kernel, merged=None):
-        given = {"window": None, "scale": SCALE, "softcap": softcap, "merged": merged, "kernel": kernel}
-        return kernels.attend(q, k, v, arrays_pos, pos, arrays_seg, seg, **given)
-
-    arrays_pos, arrays_seg = pos, seg
-    whole, pull = jax.vjp(functools.partial(attend, pos=pos, seg=seg, kernel="reference"), q, k, v)
-    given = jnp.cos(jnp.arange(whole[0].size)).reshape(whole[0].shape), jnp.where(jnp.isfinite(whole[1]), 0.3, 0.0)
+    options = kernels.AttentionOptions(None, SCALE, softcap)
+    result, pull = jax.vjp(lambda q, k, v: reference.forward(q, k, v, (pos, pos), (seg, seg), options), q, k, v)
+    grads = jnp.cos(jnp.arange(result[0].size)).reshape(result[0].shape), jnp.where(jnp.isfinite(result[1]), 0.3, 0.0)
     parts = []
     for part in np.split(np.arange(S), (5, S // 2)):
-        here = {"pos": pos[:, part], "seg": seg[:, part], "kernel": kernel, "merged": whole}
-        result, pull_part = jax.vjp(functools.partial(attend, **here), q, k[:, part], v[:, part])
-        jax.tree.map(np.testing.assert_array_equal, result, whole)
-        parts.append(pull_part(given))
+        positions, segments = (pos, pos[:, part]), (seg, seg[:, part])
+        residuals = kernels.Residuals(q, k[:, part], v[:, part], positions, segments, *result)
+        parts.append(kernels.KERNELS[kernel].backward(residuals, *grads, options))
     dq, dk, dv = zip(*parts, strict=True)
-    assert_close((sum(dq), jnp.concatenate(dk, 1), jnp.concatenate(dv, 1)), pull(given), 1e-5)
+    assert_close((sum(dq), jnp.concatenate(dk, 1), jnp.concatenate(dv, 1)), pull(grads), 1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("kernel", ["reference", "blocked"])
-def test_parts_of_the_keys_have_their_parts_in_the_gradients(kernel, softcap):
-    check_parts(kernel, softcap)
+def test_gradients_of_parts_of_the_keys_add_up_to_those_of_all_keys(kernel, softcap):
+    check_merged_gradients(kernel, softcap)
 
 
 @pytest.mark.parametrize("window, softcap, dtype", [(*c, "float32") for c in CASES] + [(6, 1.5, "bfloat16")])
@@ -101,11 +95,11 @@ def test_blocked_equals_reference_in_values_and_gradients(window, softcap, dtype
     tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
     for names in PAIRS:
         q, k, v, pos, seg = arrays(*names, dtype=dtype)
-        got, wanted = (
+        got, expected = (
             outcome(q, k, v, pos, pos, seg, seg, None, kernel, window, softcap) for kernel in ("blocked", "reference")
         )
         assert got["o"].dtype == dtype and got["lse"].dtype == jnp.float32
-        assert_same(got, wanted, tolerance)
+        assert_same(got, expected, tolerance)
         np.testing.assert_array_equal(np.isneginf(got["lse"][..., 0]), seg == 0)
         assert not np.any(np.asarray(got["o"], np.float32)[seg == 0])
         assert not any(np.any(np.asarray(grad, np.float32)[seg == 0]) for grad in got["grads"][:3])
@@ -116,20 +110,20 @@ def by_hand(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, window, softcap=None):
     q, k, v, sinks = (np.asarray(x, np.float64) for x in (q, k, v, sinks))
     o, lse = np.zeros(q.shape), np.full(q.shape[:-1], -np.inf)
     for b, t, n in np.ndindex(*q.shape[:3]):
-        seen = [
+        visible = [
             s
             for s in range(k.shape[1])
             if q_seg[b, t] == k_seg[b, s] != 0
             and k_pos[b, s] <= q_pos[b, t]
             and (window is None or k_pos[b, s] > q_pos[b, t] - window)
         ]
-        if q_seg[b, t] == 0 or not seen and not sinks.size:
+        if q_seg[b, t] == 0 or not visible and not sinks.size:
             continue
         group = n // (N // K)
-        scores = np.array([SCALE * q[b, t, n] @ k[b, s, group] for s in seen])
+        scores = np.array([SCALE * q[b, t, n] @ k[b, s, group] for s in visible])
         scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
         mass = np.exp(np.append(scores, sinks[n : n + 1]))
-        o[b, t, n] = sum((p * v[b, s, group] for p, s in zip(mass, seen, strict=False)), np.zeros(H)) / mass.sum()
+        o[b, t, n] = sum((p * v[b, s, group] for p, s in zip(mass, visible, strict=False)), np.zeros(H)) / mass.sum()
         lse[b, t, n] = np.log(mass.sum())
     return {"o": o, "lse": lse}
 
@@ -141,8 +135,8 @@ def test_every_kernel_is_the_softmax_of_each_query_with_the_sink_as_one_more_col
         q, k, v, pos, seg = arrays(*names)
         sinks = jnp.linspace(-1.0, 2.0, N) if with_sinks else None
         got = outcome(q, k, v, pos, pos, seg, seg, sinks, kernel, window, softcap)
-        wanted = by_hand(q, k, v, pos, pos, seg, seg, np.array([]) if sinks is None else sinks, window, softcap)
-        assert_same({"o": got["o"], "lse": got["lse"]}, wanted, 1e-5)
+        expected = by_hand(q, k, v, pos, pos, seg, seg, np.array([]) if sinks is None else sinks, window, softcap)
+        assert_same({"o": got["o"], "lse": got["lse"]}, expected, 1e-5)
 
 
 def test_sinks_have_the_gradients_of_an_explicit_softmax():
@@ -163,9 +157,9 @@ def test_sinks_have_the_gradients_of_an_explicit_softmax():
         real_BT1 = seg[..., None] > 0
         return (pull * o_BTNH * real_BT1[..., None]).sum() + (pull[..., 0] * jnp.sin(lse_BTN * real_BT1)).sum()
 
-    wanted = jax.jit(jax.grad(explicit, (0, 1, 2, 3)))(q, k, v, sinks)
+    expected = jax.jit(jax.grad(explicit, (0, 1, 2, 3)))(q, k, v, sinks)
     for kernel in HERE:
-        assert_close(outcome(q, k, v, pos, pos, seg, seg, sinks, kernel, window, softcap)["grads"], wanted, 1e-5)
+        assert_close(outcome(q, k, v, pos, pos, seg, seg, sinks, kernel, window, softcap)["grads"], expected, 1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -175,15 +169,15 @@ def test_queries_may_be_the_last_of_the_keys_and_one_that_sees_none_gives_zeros(
     q, q_pos, q_seg = q[:, -T:], pos[:, -T:].copy(), seg[:, -T:].copy()
     q_seg[0, 3] = 9  # of a document that has no keys here
     q_pos[1, 5] = -1  # before the first key of its document
-    alone = np.zeros((2, T), bool)
-    alone[0, 3] = alone[1, 5] = True
-    got, wanted = (outcome(q, k, v, q_pos, pos, q_seg, seg, None, kernel, window) for kernel in ("blocked", "reference"))
-    assert_same(got, wanted, 1e-5)
-    np.testing.assert_array_equal(np.isneginf(got["lse"]), np.repeat(alone[..., None], N, -1))
-    assert not np.any(got["o"][alone]) and not np.any(got["grads"][0][alone])
+    sees_none = np.zeros((2, T), bool)
+    sees_none[0, 3] = sees_none[1, 5] = True
+    got, expected = (outcome(q, k, v, q_pos, pos, q_seg, seg, None, kernel, window) for kernel in ("blocked", "reference"))
+    assert_same(got, expected, 1e-5)
+    np.testing.assert_array_equal(np.isneginf(got["lse"]), np.repeat(sees_none[..., None], N, -1))
+    assert not np.any(got["o"][sees_none]) and not np.any(got["grads"][0][sees_none])
     if window is None:
-        whole = outcome(*arrays("one document", "packed")[:3], pos, pos, seg, seg, None, "blocked", window)
-        assert_close(got["o"][~alone], whole["o"][:, -T:][~alone], 1e-5)
+        all_queries = outcome(*arrays("one document", "packed")[:3], pos, pos, seg, seg, None, "blocked", window)
+        assert_close(got["o"][~sees_none], all_queries["o"][:, -T:][~sees_none], 1e-5)
 
 
 @pytest.mark.parametrize("kernel", HERE)
@@ -201,15 +195,15 @@ def test_a_document_reads_no_bit_of_another(kernel, window):
         assert (segment == 0) == np.array_equal(before["o"][changed], after["o"][changed])
 
 
-def random_rows(rows, rng):
-    """Positions and segments of rows of S tokens: documents of random lengths between padding, some of it inside."""
-    drawn = []
-    for _ in range(rows):
-        row = "".join(chr(ord("a") + i) * length for i, length in enumerate(rng.integers(1, 12, 6)))
+def random_sequences(count, rng):
+    """Positions and segments of sequences of S tokens: documents of random lengths between padding, some of it inside."""
+    sequences = []
+    for _ in range(count):
+        text = "".join(chr(ord("a") + i) * length for i, length in enumerate(rng.integers(1, 12, 6)))
         front, inside, end = rng.integers(0, 7, 3)
-        cut = 1 + max(i for i in range(len(row)) if row[i] == "b")  # padding between documents b and c
-        drawn.append(layout(("." * front + row[:cut] + "." * inside + row[cut:])[: S - end] + "." * end))
-    pos, seg = (np.stack([np.pad(x, (0, S - len(x))) for x in xs]) for xs in zip(*drawn, strict=True))
+        cut = 1 + max(i for i in range(len(text)) if text[i] == "b")  # padding between documents b and c
+        sequences.append(layout(("." * front + text[:cut] + "." * inside + text[cut:])[: S - end] + "." * end))
+    pos, seg = (np.stack([np.pad(x, (0, S - len(x))) for x in xs]) for xs in zip(*sequences, strict=True))
     pos[seg == 0] = rng.integers(0, 99, (seg == 0).sum())  # the positions of padding mean nothing
     return pos, seg
 
@@ -217,8 +211,8 @@ def random_rows(rows, rng):
 @pytest.mark.parametrize("window", [None, 1, 6, 40])
 def test_intervals_hold_exactly_the_keys_that_a_query_sees(window):
     rng = np.random.default_rng(3)
-    pos, seg = random_rows(200, rng)
-    pos[100:] += 5 * (seg[100:] > 0)  # documents that go on from an earlier row
+    pos, seg = random_sequences(200, rng)
+    pos[100:] += 5 * (seg[100:] > 0)  # documents that go on from an earlier sequence
     q_pos, q_seg = pos[:, -9:], rng.permuted(seg[:, -9:], axis=1)
     for queries in ((pos, seg), (q_pos, q_seg)):
         first, end = jax.device_get(jax.jit(intervals, static_argnums=4)(queries[0], pos, queries[1], seg, window))
@@ -231,29 +225,29 @@ def test_intervals_hold_exactly_the_keys_that_a_query_sees(window):
 def test_a_block_of_queries_walks_over_no_tile_that_none_of_them_sees(window, monkeypatch):
     visits, tile = [], blocked._tile
 
-    def counted(static, start, j, arrays_BKSH, bounds_BQ):
-        out = tile(static, start, j, arrays_BKSH, bounds_BQ)
+    def counted(*arguments):
+        out = tile(*arguments)
         jax.debug.callback(lambda see: visits.append(see.shape[-1]), out[2])
         return out
 
     monkeypatch.setattr(blocked, "_tile", counted)
     q, k, v, pos, seg = arrays("packed", seed=2)
-    attend = functools.partial(blocked.attend, window=window, scale=SCALE, softcap=None)
-    jax.block_until_ready(jax.jit(attend)(q, k, v, pos, pos, seg, seg))
+    options = kernels.AttentionOptions(window, SCALE, None)
+    jax.block_until_ready(jax.jit(blocked.forward, static_argnums=5)(q, k, v, (pos, pos), (seg, seg), options))
     jax.effects_barrier()
     see = np.asarray(reference.visible_BTS(pos, pos, seg, seg, window))[0]
     blocks = [see[t : t + 4].any(0).nonzero()[0] for t in range(0, S, 4)]
     size = visits[0]
     assert size <= (5 if window is None else 2 * 5)
-    assert visits == [size] * sum(math.ceil((seen[-1] + 1 - seen[0]) / size) for seen in blocks)
+    assert visits == [size] * sum(math.ceil((keys[-1] + 1 - keys[0]) / size) for keys in blocks)
 
 
 @pytest.mark.parametrize("window", [None, 500])
 def test_no_array_has_as_many_elements_as_pairs_of_tokens(window, monkeypatch):
     monkeypatch.undo()
     length = 4096
-    q, kv, row = (jax.ShapeDtypeStruct((1, length, *rest), jnp.float32) for rest in ((2, 8), (1, 8), ()))
-    tokens = jax.ShapeDtypeStruct(row.shape, jnp.int32)
+    q, kv = (jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for heads in (2, 1))
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
     def biggest(kernel):
         def loss(q, k, v, pos, seg):
@@ -268,7 +262,7 @@ def test_no_array_has_as_many_elements_as_pairs_of_tokens(window, monkeypatch):
 
 def test_a_window_over_131072_tokens_of_8_heads_compiles_to_less_than_2_gib(monkeypatch):
     monkeypatch.undo()
-    heads, tokens = (jax.ShapeDtypeStruct((1, 131072, *rest), dtype) for rest, dtype in (((8, 32), "float32"), ((), "int32")))
+    heads, tokens = jax.ShapeDtypeStruct((1, 131072, 8, 32), jnp.float32), jax.ShapeDtypeStruct((1, 131072), jnp.int32)
 
     def loss(q, k, v, pos, seg):
         return kernels.attend(q, k, v, pos, pos, seg, seg, window=1024, scale=1.0, kernel="blocked")[0].sum()

@@ -1,7 +1,8 @@
-"""What the adapters add to the GPU libraries, on CPU with plain attention in the libraries' place.
+"""What the adapters add to the GPU libraries, on CPU with plain attention in place of the libraries.
 
-The stand-in for tokamax has its manners: it returns a maximum and a sum without gradients, gives a query without keys the mean
-of all values, and computes the backward pass from the output that it is handed. cuDNN's is jax.nn's own XLA implementation.
+The stand-in for tokamax does as tokamax does: it returns a maximum and a denominator without gradients, gives a query without
+keys the mean of all values, and computes the backward pass from the output that is passed to it. That of cuDNN is the XLA
+implementation of jax.nn.
 """
 
 import functools
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_kernels import CASES, PAIRS, K, N, S, arrays, assert_same, check_parts, outcome
+from test_kernels import CASES, PAIRS, K, N, S, arrays, assert_same, check_merged_gradients, outcome
 
 from hybrid_attn import kernels
 from hybrid_attn.kernels import gpu
@@ -29,14 +30,14 @@ class Plain:
 
     def __call__(self, q, k, v, *, mask, scale, cap, return_residuals):
         s_BNTS, _ = self.scores(q, k, mask, scale, cap)
-        top_BNT = s_BNTS.max(-1)
-        p_BNTS = jnp.exp(s_BNTS - top_BNT[..., None])
+        max_BNT = s_BNTS.max(-1)
+        p_BNTS = jnp.exp(s_BNTS - max_BNT[..., None])
         o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", p_BNTS / p_BNTS.sum(-1, keepdims=True), v.repeat(N // K, 2), precision="highest")
-        return o_BTNH.astype(q.dtype), (top_BNT, p_BNTS.sum(-1))
+        return o_BTNH.astype(q.dtype), (max_BNT, p_BNTS.sum(-1))
 
     def vjp(self, residuals, o, do, q, k, v, *, mask, scale, cap):
-        (s_BNTS, t_BNTS), (top_BNT, total_BNT) = self.scores(q, k, mask, scale, cap), residuals
-        p_BNTS = jnp.exp(s_BNTS - top_BNT[..., None]) / total_BNT[..., None]
+        (s_BNTS, t_BNTS), (max_BNT, denominator_BNT) = self.scores(q, k, mask, scale, cap), residuals
+        p_BNTS = jnp.exp(s_BNTS - max_BNT[..., None]) / denominator_BNT[..., None]
         shift_BNT = jnp.einsum("BTNH,BTNH->BNT", o, do, precision="highest")
         dp_BNTS = jnp.einsum("BTNH,BSNH->BNTS", do, v.repeat(N // K, 2), precision="highest")
         ds_BNTS = scale * p_BNTS * (dp_BNTS - shift_BNT[..., None]) * (1 - t_BNTS**2)
@@ -49,29 +50,29 @@ class Plain:
 
 @pytest.fixture
 def plain_tokamax(monkeypatch):
-    def bound(static, call, q, k, v, first, end):
-        named = {"mask": (first, end), "scale": static.scale, "cap": static.softcap, "return_residuals": False}
+    def call_plain(options, call, q, k, v, bounds):
+        named = {"mask": bounds, "scale": options.scale, "cap": options.softcap, "return_residuals": False}
         return call(Plain(), SimpleNamespace(args=(q, k, v), kwargs=named))
 
-    monkeypatch.setattr(gpu, "_bound", bound)
+    monkeypatch.setattr(gpu, "_call_tokamax", call_plain)
 
 
 @pytest.mark.parametrize("window, softcap", CASES)
 def test_tokamax_has_the_log_sum_exp_and_all_gradients_of_the_reference(plain_tokamax, window, softcap):
     for names in PAIRS:
         q, k, v, pos, seg = arrays(*names)
-        got, wanted = (
+        got, expected = (
             outcome(q, k, v, pos, pos, seg, seg, None, kernel, window, softcap) for kernel in ("tokamax", "reference")
         )
-        assert_same(got, wanted, 1e-5)
+        assert_same(got, expected, 1e-5)
         assert not any(np.any(grad[seg == 0]) for grad in got["grads"][:3])
 
 
 def test_tokamax_has_the_gradients_of_sinks_and_of_the_log_sum_exp_alone(plain_tokamax):
     q, k, v, pos, seg = arrays("packed", "padding in front")
     sinks = jnp.linspace(-1.0, 2.0, N)
-    got, wanted = (outcome(q, k, v, pos, pos, seg, seg, sinks, kernel, 6) for kernel in ("tokamax", "reference"))
-    assert_same(got, wanted, 1e-5)
+    got, expected = (outcome(q, k, v, pos, pos, seg, seg, sinks, kernel, 6) for kernel in ("tokamax", "reference"))
+    assert_same(got, expected, 1e-5)
 
     @functools.partial(jax.jit, static_argnums=0)
     def alone(kernel, q, k, v):
@@ -85,20 +86,20 @@ def test_tokamax_has_the_gradients_of_sinks_and_of_the_log_sum_exp_alone(plain_t
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
-def test_tokamax_gives_parts_of_the_keys_their_parts_in_the_gradients(plain_tokamax):
-    check_parts("tokamax")
+def test_gradients_of_parts_of_the_keys_add_up_with_tokamax_too(plain_tokamax):
+    check_merged_gradients("tokamax")
 
 
 @pytest.fixture
 def xla_cudnn(monkeypatch):
-    monkeypatch.setattr(gpu, "attend_cudnn", functools.partial(gpu.attend_cudnn, implementation="xla"))
+    monkeypatch.setattr(gpu, "CUDNN", "xla")
 
 
 @pytest.mark.parametrize("window", [None, 1, 6, 40])
 def test_cudnn_sees_exactly_the_keys_of_the_window_and_no_padding(xla_cudnn, window):
     q, k, v, pos, seg = arrays("one document", "one document")
     seg[1, 17:] = 0
-    pos[1] += 5 * (seg[1] > 0)  # a document that goes on from an earlier row
+    pos[1] += 5 * (seg[1] > 0)  # a document that goes on from an earlier sequence
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(kernel, q, k, v):
@@ -112,7 +113,7 @@ def test_cudnn_sees_exactly_the_keys_of_the_window_and_no_padding(xla_cudnn, win
     assert_same(jax.device_get(run("cudnn", q, k, v)), jax.device_get(run("reference", q, k, v)), 1e-5)
 
 
-def test_cudnn_gives_nan_for_rows_whose_mask_it_cannot_express_and_for_a_gradient_that_it_drops(xla_cudnn):
+def test_cudnn_gives_nan_for_sequences_whose_mask_it_cannot_express_and_for_a_gradient_that_it_drops(xla_cudnn):
     q, k, v, pos, seg = arrays("one document", "packed", "padding in front", "padding between")
     o, lse = kernels.attend(q, k, v, pos, pos, seg, seg, window=None, scale=0.4, kernel="cudnn")
     np.testing.assert_array_equal(np.isnan(o).all((1, 2, 3)), [False, True, True, True])
@@ -133,21 +134,19 @@ def test_cudnn_is_refused_what_it_cannot_do():
         attend(q, k, v, pos, pos, seg, seg, softcap=2.0)
     with pytest.raises(NotImplementedError, match="no gradient by the log-sum-exp"):
         attend(q, k, v, pos, pos, seg, seg, sinks_N=jnp.zeros(N))
-    with pytest.raises(NotImplementedError, match="no log-sum-exp for its gradients"):
-        attend(q, k, v, pos, pos, seg, seg, merged=(q, q[..., 0]))
 
 
-def test_the_output_handed_on_has_the_wanted_product_with_any_gradient():
+def test_the_output_passed_on_has_the_product_that_the_gradient_needs():
     rng = np.random.default_rng(0)
     do = rng.normal(size=(2, S, N, 8)).astype(np.float32) * 10.0 ** rng.integers(-12, 3, (2, S, N, 1))
     do[0, :4] = 0
     shift = rng.normal(size=(2, S, N)).astype(np.float32)
     shift[0, 0] = 0
     for dtype in (jnp.float32, jnp.bfloat16):
-        given, o = gpu.output_of(shift, do.astype(dtype))
-        given = np.asarray(given, np.float64)
-        np.testing.assert_allclose((given * np.asarray(o, np.float64)).sum(-1), shift, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(given, np.asarray(do.astype(dtype), np.float64), rtol=0, atol=1e-18)
+        passed_do, o = gpu.output_with_product(shift, do.astype(dtype))
+        passed_do = np.asarray(passed_do, np.float64)
+        np.testing.assert_allclose((passed_do * np.asarray(o, np.float64)).sum(-1), shift, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(passed_do, np.asarray(do.astype(dtype), np.float64), rtol=0, atol=1e-18)
 
 
 @pytest.mark.parametrize(
@@ -156,4 +155,4 @@ def test_the_output_handed_on_has_the_wanted_product_with_any_gradient():
 def test_cudnn_refuses_the_shapes_that_it_does_not_take_with_the_cure(dtype, length, size):
     q, tokens = jnp.zeros((1, length, 2, size), dtype), jnp.zeros((1, length), jnp.int32)
     with pytest.raises(NotImplementedError, match=f'{dtype}, heads of {size} and {length} tokens; use train.kernel="blocked"'):
-        gpu.attend_cudnn(q, q, q, tokens, tokens, tokens, tokens, window=None, scale=1.0, softcap=None)
+        kernels.attend(q, q, q, tokens, tokens, tokens, tokens, window=None, scale=1.0, kernel="cudnn")

@@ -10,6 +10,7 @@ import pytest
 from conftest import layout
 from test_kernels import assert_same, outcome
 
+from hybrid_attn import kernels
 from hybrid_attn.kernels import reference, tpu
 
 S, N, K, H = 300, 4, 2, 8  # three tiles of 128, the last one of padding for the most part
@@ -29,7 +30,7 @@ def interpreted(monkeypatch):
 
 
 def arrays(*names, dtype=jnp.float32, seed=0):
-    """q, k and v [B, S, heads, H], positions and segments [B, S], a row for each name of a layout."""
+    """q, k and v [B, S, heads, H], positions and segments [B, S], a sequence for each name of a layout."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.normal(size=(len(names), S, heads, H)).astype(dtype) for heads in (N, K, K))
     pos, seg = (np.stack(x) for x in zip(*(layout(LAYOUTS[name]) for name in names), strict=True))
@@ -42,9 +43,9 @@ def arrays(*names, dtype=jnp.float32, seed=0):
 )
 def test_splash_equals_reference_in_values_and_gradients(window, softcap, dtype):
     q, k, v, pos, seg = arrays(*LAYOUTS, dtype=dtype)
-    got, wanted = (outcome(q, k, v, pos, pos, seg, seg, None, kernel, window, softcap) for kernel in ("splash", "reference"))
+    got, expected = (outcome(q, k, v, pos, pos, seg, seg, None, kernel, window, softcap) for kernel in ("splash", "reference"))
     assert got["o"].dtype == dtype and got["lse"].dtype == jnp.float32
-    assert_same(got, wanted, {"float32": 1e-5, "bfloat16": 1e-2}[dtype])
+    assert_same(got, expected, {"float32": 1e-5, "bfloat16": 1e-2}[dtype])
     np.testing.assert_array_equal(np.isneginf(got["lse"][..., 0]), seg == 0)
     assert not np.any(np.asarray(got["o"], np.float32)[seg == 0])
     assert not any(np.any(np.asarray(grad, np.float32)[seg == 0]) for grad in got["grads"][:3])
@@ -52,34 +53,35 @@ def test_splash_equals_reference_in_values_and_gradients(window, softcap, dtype)
 
 def test_sinks_have_the_gradients_of_the_reference():
     q, k, v, pos, seg = arrays("packed")
-    got, wanted = (
+    got, expected = (
         outcome(q, k, v, pos, pos, seg, seg, jnp.linspace(-1.0, 2.0, N), kernel, 100) for kernel in ("splash", "reference")
     )
-    assert_same(got, wanted, 1e-5)
+    assert_same(got, expected, 1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 100])
-def test_queries_may_be_any_run_of_the_row(window):
+def test_queries_may_be_any_run_of_the_sequence(window):
     """A slice of the gathered keys, a slice that begins before them, and one after all of them: a shard, a halo, a ring."""
     q, k, v, pos, seg = arrays("one document", "packed", "padding between")
     for queries, keys in [((130, 230), (90, 240)), ((40, 140), (90, 240)), ((190, 290), (30, 180))]:
-        mine, theirs = (slice(None), slice(*queries)), (slice(None), slice(*keys))
-        got, wanted = (
-            outcome(q[mine], k[theirs], v[theirs], pos[mine], pos[theirs], seg[mine], seg[theirs], None, kernel, window)
+        q_part, q_pos, q_seg = (x[:, slice(*queries)] for x in (q, pos, seg))
+        k_part, v_part, k_pos, k_seg = (x[:, slice(*keys)] for x in (k, v, pos, seg))
+        got, expected = (
+            outcome(q_part, k_part, v_part, q_pos, k_pos, q_seg, k_seg, None, kernel, window)
             for kernel in ("splash", "reference")
         )
-        assert_same(got, wanted, 1e-5)
+        assert_same(got, expected, 1e-5)
 
 
-def test_rows_that_break_the_condition_give_nan():
+def test_sequences_that_break_the_condition_give_nan():
     q, k, v, pos, seg = arrays("one document", "packed", "packed")
     gap = np.where(np.arange(S) < 40, pos, pos + 3)
     swapped = pos.copy()
     swapped[:, [200, 201]] = swapped[:, [201, 200]]
-    shifted = np.where(seg == 2, 0, seg)  # of the packed rows, queries find other keys where the second document was
+    shifted = np.where(seg == 2, 0, seg)  # the queries of the second document meet keys of padding
     cases = [(gap, gap, seg), (swapped, pos, seg), (pos, swapped, seg), (pos, pos, shifted)]
     for q_pos, k_pos, k_seg in cases:
-        o, lse = tpu.attend(q, k, v, q_pos, k_pos, seg, k_seg, window=100, scale=1.0, softcap=None)
+        o, lse = tpu.forward(q, k, v, (q_pos, k_pos), (seg, k_seg), kernels.AttentionOptions(100, 1.0, None))
         o, lse = (o, lse) if k_seg is seg else (o[1:], lse[1:])
         assert np.all(np.isnan(o)) and np.all(np.isnan(lse))
 
@@ -109,17 +111,17 @@ def test_the_tables_visit_every_tile_with_a_visible_pair_and_none_of_other_docum
     see = np.asarray(reference.visible_BTS(q_pos[None], pos[None], q_seg[None], seg[None], window))[0]
     pads = (0, -T % 128), (0, -S % 128)
     q_pos, q_seg, pos, seg = (np.pad(x, (0, -len(x) % 128)) for x in (q_pos, q_seg, pos, seg))
-    masks, right = tpu.mask_row(tpu.Static(window, None, S, 128, 128, True), q_pos, pos, q_seg, seg)
+    masks, valid = tpu.make_masks(tpu.SplashOptions(window, None, S, 128, 128), (q_pos, pos), (q_seg, seg))
     needed = np.pad(see, pads).reshape(-1, 128, len(seg) // 128, 128).any((1, 3))
-    assert right
-    for (following, run), wanted in ((masks.by_query, needed), (masks.by_key, needed.T)):
-        following, run = (np.asarray(x if wanted is needed else x.T) for x in (following, run))
-        visited = np.zeros_like(wanted)
+    assert valid
+    for (following, run), expected in ((masks.by_query, needed), (masks.by_key, needed.T)):
+        following, run = (np.asarray(x if expected is needed else x.T) for x in (following, run))
+        visited = np.zeros_like(expected)
         for i, v in np.argwhere(run):
             assert not visited[i, following[i, v]]
             visited[i, following[i, v]] = True
-        assert not np.any(wanted & ~visited)
-        assert visited.sum() <= wanted.sum() + 1  # a block whose end is padding may visit one tile for nothing
+        assert not np.any(expected & ~visited)
+        assert visited.sum() <= expected.sum() + 1  # a block whose end is padding may visit one tile for nothing
 
 
 def test_a_window_visits_as_many_tiles_at_any_length():
@@ -127,7 +129,7 @@ def test_a_window_visits_as_many_tiles_at_any_length():
     assert widths == {(10, 10)}
 
 
-def test_rows_beyond_the_scalar_memory_are_refused_with_the_cure(monkeypatch):
+def test_lengths_beyond_the_scalar_memory_are_refused_with_the_cure(monkeypatch):
     monkeypatch.undo()
     assert tpu.block_sizes(32768, 262144, None) == (512, 512)
     assert tpu.block_sizes(131072, 1048576, None) == (1024, 1024)

@@ -1,4 +1,4 @@
-"""On every mesh the whole model is one function: its loss and all its gradients are those of one device."""
+"""On every mesh the model is one function: its loss and all its gradients are those of one device."""
 
 import concurrent.futures
 from typing import NamedTuple
@@ -22,11 +22,11 @@ from conftest import (
 
 from hybrid_attn.config import Table
 
-ALONE = batch_of(*["a" * 48] * 8)  # a document a row, beside BATCH, whose rows are packed and padded
+ALONE = batch_of(*["a" * 48] * 8)  # a document a sequence; those of BATCH are packed and padded
 
 
 class Case(NamedTuple):
-    """A mesh (data, fsdp, context, tensor, slices), a layout and its window, and how its rows are shared."""
+    """A mesh (data, fsdp, context, tensor, slices), a layout and its window, and how a sequence is split."""
 
     sizes: tuple[int, ...]
     pattern: str = "LG"
@@ -46,7 +46,7 @@ class Case(NamedTuple):
         return BATCH if self.packed else ALONE
 
 
-# A shard of eight has 6 of the 48 tokens, of four 12, of two 24; many shards of the packed rows have nothing but padding.
+# A shard of eight has 6 of the 48 tokens, of four 12, of two 24; many shards of the packed sequences have nothing but padding.
 CASES = [
     Case((8, 1, 1, 1)),
     Case((1, 8, 1, 1)),
@@ -83,19 +83,19 @@ def test_loss_and_gradients_are_those_of_one_device(case, compiled):
         with jax.set_mesh(mesh_of(*case.sizes)):
             return jax.device_get(compiled[case](random_params(everything(case.pattern, case.window)), on_mesh(case.batch())))
 
-    found = run(case)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
-    assert_close(found, run(case.reference()), 1e-5)
+    got = run(case)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    assert_close(got, run(case.reference()), 1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["gather", "ulysses"])
 def test_activations_come_back_in_reading_order(scheme):
     from hybrid_attn.model import apply
 
-    model, found = everything("LG", 6), []
+    model, results = everything("LG", 6), []
     for sizes, run in (((1, 1, 1, 1), REFERENCE), ((1, 1, 4, 2), RUN._replace(context=every(scheme), zigzag=True))):
         with jax.set_mesh(mesh_of(*sizes)):
             arrays = [on_mesh(BATCH)[name] for name in ("tokens", "positions", "segments")]
-            found.append(jax.device_get(jax.jit(apply, static_argnums=(0, 5))(model, random_params(model), *arrays, run)))
+            results.append(jax.device_get(jax.jit(apply, static_argnums=(0, 5))(model, random_params(model), *arrays, run)))
     real = BATCH["segments"] > 0
-    assert_close(found[1][real], found[0][real], 1e-5)
+    assert_close(results[1][real], results[0][real], 1e-5)

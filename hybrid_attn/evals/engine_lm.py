@@ -199,7 +199,8 @@ class EngineLM(LM):
             return came
 
         questions = [(max(1, *map(len, more)), context) for context, more in continuations.items()]
-        answers = dict(zip(continuations, in_turn(questions, ask, BATCHES * self.engine.batch_size, "greedy answers"), strict=True))
+        answered = in_turn(questions, ask, BATCHES * self.engine.batch_size, "greedy answers")
+        answers = dict(zip(continuations, answered, strict=True))
         return [answers[tuple(context)][: len(continuation)] == continuation for context, continuation in pairs]
 
     def _continue(self, questions: Sequence[tuple]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Every mask of the project as one interval of key indices per query.
+"""Every mask as one interval of key indices per query.
 
-Keys come in reading order: segments never decrease along the row and positions increase within a segment, with padding
-(segment 0) anywhere. Then the keys that a query sees lie side by side, and two binary searches find them.
+Keys come in reading order: segments never decrease along the sequence and positions increase within a segment, with padding
+(segment 0) anywhere. Then the keys that a query sees are contiguous, and two binary searches find them.
 """
 
 import jax
@@ -20,20 +20,20 @@ def intervals(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window: int | None) -> tup
     oldest_BT = jnp.zeros_like(q_pos_BT) if window is None else q_pos_BT - window + 1
     first_BT = _count_before(seg_BS, pos_BS, q_seg_BT, oldest_BT)
     end_BT = _count_before(seg_BS, pos_BS, q_seg_BT, q_pos_BT + 1)
-    none_BT = q_seg_BT == 0
-    return jnp.where(none_BT, 0, first_BT), jnp.where(none_BT, 0, jnp.maximum(first_BT, end_BT))
+    padding_BT = q_seg_BT == 0
+    return jnp.where(padding_BT, 0, first_BT), jnp.where(padding_BT, 0, jnp.maximum(first_BT, end_BT))
 
 
 def _count_before(seg_BS, pos_BS, q_seg_BT, q_pos_BT) -> jax.Array:
     """How many keys come before (q_seg, q_pos) in the order of (segment, position)."""
     S = seg_BS.shape[1]
-    take = jax.vmap(lambda row_S, index_T: row_S[index_T])
+    take = jax.vmap(lambda keys_S, index_T: keys_S[index_T])
 
     def halve(_, bounds):
         low_BT, high_BT = bounds
         middle_BT = (low_BT + high_BT) // 2
-        at_BT = jnp.minimum(middle_BT, S - 1)
-        seg_BT, pos_BT = take(seg_BS, at_BT), take(pos_BS, at_BT)
+        index_BT = jnp.minimum(middle_BT, S - 1)
+        seg_BT, pos_BT = take(seg_BS, index_BT), take(pos_BS, index_BT)
         before_BT = (seg_BT < q_seg_BT) | ((seg_BT == q_seg_BT) & (pos_BT < q_pos_BT))
         open_BT = low_BT < high_BT
         return (

@@ -64,8 +64,8 @@ def run_on(platform: str, model: Model, train: Train) -> Run:
     mlp_chunk = CPU_MLP_CHUNK if train.mlp_chunk is None and platform == "cpu" else train.mlp_chunk
     kernel = kernels.choose(train.kernel, platform)
     remat, schemes = config.remat(model, train), config.context(model, train)
-    if not kernels.KERNELS[kernel].keeps and (wanted := {"attention", "offload"} & {*remat.values()}):
-        able = " or ".join(f'"{name}"' for name, x in kernels.KERNELS.items() if x.keeps and platform in x.platforms)
+    if not kernels.KERNELS[kernel].saves_outputs and (wanted := {"attention", "offload"} & {*remat.values()}):
+        able = " or ".join(f'"{name}"' for name, x in kernels.KERNELS.items() if x.saves_outputs and platform in x.platforms)
         raise NotImplementedError(
             f'the kernel "{kernel}" runs again in the backward pass, and train.remat={" and ".join(sorted(wanted))} keeps '
             f"its outputs so that it does not; use train.kernel={able}, or remat none or layer"

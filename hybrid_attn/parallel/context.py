@@ -1,12 +1,12 @@
-"""A sequence over devices: each shard of the `context` axis holds some of the tokens and asks the others for keys.
+"""Attention over a sequence that is split over devices: each shard of the `context` axis holds some of its tokens.
 
-A local layer asks for the keys of its window that lie before its own tokens (`halo`). A global one has all keys sent to all
-shards (`gather`), passes them round while it computes and merges by the log-sum-exp (`ring`, after "Ring Attention",
-arXiv 2310.01889), or trades tokens for heads (`ulysses`, after "DeepSpeed Ulysses", arXiv 2309.14509). All give the same.
+A local layer gets the keys of its window that lie before its own tokens (`halo`). A global layer all-gathers the keys
+(`gather`), passes them round a ring and merges results by the log-sum-exp (`ring`, after "Ring Attention", arXiv 2310.01889),
+or exchanges tokens for heads by an all-to-all (`ulysses`, after "DeepSpeed Ulysses", arXiv 2309.14509). All compute the same.
 
 The last tokens of a causal sequence cost more than its first, so in zigzag order shard i of c holds two slices of the sequence:
 the early one i and the late one 2c - 1 - i of 2c. `to_zigzag` puts [B, T] arrays into this order and `from_zigzag` undoes it;
-between them only this file knows in which order the tokens are.
+between them only this file depends on the order of the tokens.
 
 Letters: B batch, T tokens, S keys, N query heads, K key/value heads, H head size; c shards.
 """
@@ -20,13 +20,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import kernels
+from hybrid_attn.kernels.softmax import merged
 from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT, spec_of
 
 AXIS = "context"
 
 
 class Keys(NamedTuple):
-    """Keys and values with their places, [B, S, ...] each."""
+    """Keys and values with their positions and segments, [B, S, ...] each."""
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
@@ -35,19 +36,17 @@ class Keys(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Queries with their places, [B, T, ...] each."""
+    """Queries with their positions and segments, [B, T, ...] each."""
 
     q_BTNH: jax.Array
     pos_BT: jax.Array
     seg_BT: jax.Array
 
 
-class Static(NamedTuple):
-    """What is known while tracing; `slices` is how many a shard has."""
+class ContextOptions(NamedTuple):
+    """The static arguments; `slices` is how many slices of the sequence a shard has."""
 
-    window: int | None
-    scale: float
-    softcap: float | None
+    attention: kernels.AttentionOptions
     kernel: str
     slices: int
 
@@ -57,18 +56,18 @@ def attend(
 ) -> jax.Array:
     """o_BTNH of causal self-attention over a sequence that the mesh splits; the contract of the mask is `kernels.attend`'s.
 
-    `chunk` (tokens) keeps each query to the keys of its own chunk of positions: a chunk is a segment of its document. `scheme`
-    is a name in `SCHEMES`; `zigzag` is whether the tokens are in zigzag order (`to_zigzag`).
+    With `chunk` (tokens) a query sees only the keys of its own chunk of positions: a chunk is a segment of its document.
+    `scheme` is a name in `SCHEMES`; `zigzag` is whether the tokens are in zigzag order (`to_zigzag`).
     """
     if chunk is not None:
         seg_BT = chunk_segments(pos_BT, seg_BT, chunk)
         window = chunk
-    static = Static(window, scale, softcap, kernel, 2 if _is_zigzag(zigzag) else 1)
+    options = ContextOptions(kernels.AttentionOptions(window, scale, softcap), kernel, 2 if _is_zigzag(zigzag) else 1)
 
     def shard(q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, *sinks):
-        attend_here = SCHEMES[scheme] if jax.lax.axis_size(AXIS) > 1 else _alone
+        attend_shard = SCHEMES[scheme] if jax.lax.axis_size(AXIS) > 1 else _unsharded
         queries, keys = Queries(q_BTNH, pos_BT, seg_BT), Keys(k_BTKH, v_BTKH, pos_BT, seg_BT)
-        return attend_here(static, queries, keys, sinks[0] if sinks else None)
+        return attend_shard(options, queries, keys, sinks[0] if sinks else None)
 
     sinks, specs = ((), ()) if sinks_N is None else ((sinks_N,), (P("tensor"),))
     in_specs = (HEADS_BTNH, HEADS_BTNH, HEADS_BTNH, TOKENS_BT, TOKENS_BT, *specs)
@@ -78,10 +77,10 @@ def attend(
 
 
 def chunk_segments(pos_BT: jax.Array, seg_BT: jax.Array, chunk: int) -> jax.Array:
-    """A segment for each chunk of positions of each document; they rise along a row as those of `seg_BT` do.
+    """A segment for each chunk of positions of each document; like those of `seg_BT` they never decrease along the sequence.
 
-    Each document has as many numbers for its chunks as int32 allows with T documents in a row, and at least enough for T
-    tokens. Positions beyond those share the last chunk of their document; other documents they never see.
+    Each document has as many segments for its chunks as int32 allows with T documents in a sequence, and at least enough for T
+    tokens. Positions beyond those share the last chunk of their document; they never see another document.
     """
     T = pos_BT.shape[1]
     chunks = max(T // chunk + 1, jnp.iinfo(jnp.int32).max // (T + 1))
@@ -108,234 +107,233 @@ def _over_context(move: Callable, arrays: Any) -> Any:
 
 
 def _even_and_odd() -> tuple[list, list]:
-    """For the even and for the odd ones of 2c slices: which shard has it in reading order, and which in zigzag order."""
+    """For each even and for each odd one of 2c slices: the shard that has it in reading order, and in zigzag order."""
     c = jax.lax.axis_size(AXIS)
-    homes = [(slice_ // 2, min(slice_, 2 * c - 1 - slice_)) for slice_ in range(2 * c)]
-    return homes[::2], homes[1::2]
+    shards = [(slice_ // 2, min(slice_, 2 * c - 1 - slice_)) for slice_ in range(2 * c)]
+    return shards[::2], shards[1::2]
 
 
 def _to_pairs(x_BT: jax.Array) -> jax.Array:
-    even, odd = (jax.lax.ppermute(x, AXIS, homes) for x, homes in zip(_parts(x_BT, 2), _even_and_odd(), strict=True))
-    first = jax.lax.axis_index(AXIS) % 2 == 0  # an even shard's early slice is even
-    return jnp.concatenate([jnp.where(first, even, odd), jnp.where(first, odd, even)], 1)
+    even, odd = (jax.lax.ppermute(x, AXIS, pairs) for x, pairs in zip(_split(x_BT, 2), _even_and_odd(), strict=True))
+    is_even = jax.lax.axis_index(AXIS) % 2 == 0  # an even shard's early slice is even
+    return jnp.concatenate([jnp.where(is_even, even, odd), jnp.where(is_even, odd, even)], 1)
 
 
 def _from_pairs(x_BT: jax.Array) -> jax.Array:
-    early, late = _parts(x_BT, 2)
-    first = jax.lax.axis_index(AXIS) % 2 == 0
-    even, odd = jnp.where(first, early, late), jnp.where(first, late, early)
-    back = [[(there, here) for here, there in homes] for homes in _even_and_odd()]
-    return jnp.concatenate([jax.lax.ppermute(x, AXIS, homes) for x, homes in zip((even, odd), back, strict=True)], 1)
+    early, late = _split(x_BT, 2)
+    is_even = jax.lax.axis_index(AXIS) % 2 == 0
+    even, odd = jnp.where(is_even, early, late), jnp.where(is_even, late, early)
+    inverse = [[(zigzag, reading) for reading, zigzag in pairs] for pairs in _even_and_odd()]
+    return jnp.concatenate([jax.lax.ppermute(x, AXIS, pairs) for x, pairs in zip((even, odd), inverse, strict=True)], 1)
 
 
-def _parts(tree: Any, count: int) -> list:
+def _split(tree: Any, count: int) -> list:
     """Trees of the `count` equal parts of every array along axis 1."""
-    leaves, form = jax.tree.flatten(tree)
-    return [jax.tree.unflatten(form, part) for part in zip(*(jnp.split(x, count, axis=1) for x in leaves), strict=True)]
+    leaves, treedef = jax.tree.flatten(tree)
+    return [jax.tree.unflatten(treedef, part) for part in zip(*(jnp.split(x, count, axis=1) for x in leaves), strict=True)]
 
 
-def _joined(trees: list) -> Any:
+def _concatenate(trees: list) -> Any:
+    """One tree, of every array concatenated along axis 1."""
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *trees)
 
 
-def _kernel(static: Static, queries: Queries, keys: Keys, sinks_N=None, merged=None) -> tuple[jax.Array, jax.Array]:
+def _attend_keys(options: ContextOptions, queries: Queries, keys: Keys, sinks_N=None) -> tuple[jax.Array, jax.Array]:
+    """(o_BTNH, lse_BTN) of queries and keys that are both on this shard."""
     return kernels.attend(
         queries.q_BTNH, keys.k_BSKH, keys.v_BSKH, queries.pos_BT, keys.pos_BS, queries.seg_BT, keys.seg_BS,
-        window=static.window, scale=static.scale, softcap=static.softcap, sinks_N=sinks_N, merged=merged,
-        kernel=static.kernel,
+        **options.attention._asdict(), sinks_N=sinks_N, kernel=options.kernel,
     )  # fmt: skip
 
 
-def _alone(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
-    return _kernel(static, queries, keys, sinks_N)[0]
+def _unsharded(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
+    return _attend_keys(options, queries, keys, sinks_N)[0]
 
 
-def _halo(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
-    """Each slice against itself and the `window` keys before it, which are asked of one slice, or of more if it is longer.
+def _halo(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
+    """Each slice against itself and the `window` keys before it, which come from one slice, or from more if it is longer.
 
-    One key fewer would do; a window is a whole number of a TPU's tiles, and its keys but one are not.
+    One key fewer would do; a window is often a multiple of a TPU's tiles, and one key fewer is not.
     """
-    own = _parts(keys, static.slices)
+    own = _split(keys, options.slices)
     with jax.named_scope("halo"):
-        before = _before(own, static.window)
-    found = []
-    for queries_here, keys_here, keys_before in zip(_parts(queries, static.slices), own, before, strict=True):
-        found.append(_kernel(static, queries_here, _joined([*keys_before, keys_here]), sinks_N)[0])
-    return jnp.concatenate(found, 1)
+        before = _keys_before(own, options.attention.window)
+    outputs = []
+    for slice_queries, slice_keys, keys_before in zip(_split(queries, options.slices), own, before, strict=True):
+        outputs.append(_attend_keys(options, slice_queries, _concatenate([*keys_before, slice_keys]), sinks_N)[0])
+    return jnp.concatenate(outputs, 1)
 
 
-def _before(own: list[Keys], window: int) -> list[list[Keys]]:
-    """For each slice of this shard the keys right before it, in reading order; where the row begins later, padding."""
-    c, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
-    size, total = own[0].seg_BS.shape[1], c * len(own)
+def _keys_before(own: list[Keys], window: int) -> list[list[Keys]]:
+    """For each slice of this shard the `window` keys right before it, in reading order; padding before the sequence."""
+    size, num_slices = own[0].seg_BS.shape[1], jax.lax.axis_size(AXIS) * len(own)
     before: list[list[Keys]] = [[] for _ in own]
-    for away in range(1, total):  # slices
-        wanted = min(size, window - (away - 1) * size)
-        if wanted <= 0:
+    for distance in range(1, num_slices):  # slices
+        count = min(size, window - (distance - 1) * size)
+        if count <= 0:
             break
-        tails = [jax.tree.map(lambda x, first=size - wanted: x[:, first:], keys) for keys in own]
-        found = [_sent(tails[0], [(shard, shard + away) for shard in range(c - away)])]
-        if len(own) == 2:
-            # The slice before a late one is a late one of another shard, or past the middle of the row an early one.
-            late = _sent(tails[1], [(shard, shard - away) for shard in range(away, c)])
-            turn = [(shard, 2 * c - 1 - away - shard) for shard in range(c) if 0 <= 2 * c - 1 - away - shard < c]
-            if turn == [(c - 1, c - 1)]:
-                early = jax.tree.map(lambda x: jnp.where(i == c - 1, x, 0), tails[0])
-            else:
-                early = _sent(tails[0], turn)
-            found.append(jax.tree.map(jnp.add, late, early))  # zeros where nothing was sent
-        for keys_before, new in zip(before, found, strict=True):
-            keys_before.insert(0, new)
+        tails = [jax.tree.map(lambda x, first=size - count: x[:, first:], keys) for keys in own]
+        for keys_before, received in zip(before, _slices_before(tails, distance), strict=True):
+            keys_before.insert(0, received)
     return before
 
 
-def _sent(tree: Any, pairs: list[tuple[int, int]]) -> Any:
-    """What shard `b` gets of shard `a` for each (a, b), and zeros where nothing comes."""
+def _slices_before(slices: list[Keys], distance: int) -> list[Keys]:
+    """For each slice of this shard the one that lies `distance` slices before it; zeros before the sequence."""
+    c, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    before_early = _permute(slices[0], [(shard, shard + distance) for shard in range(c - distance)])
+    if len(slices) == 1:
+        return [before_early]
+    # The slice before a late one is a late one of another shard, or in the first half of the sequence an early one.
+    late = _permute(slices[1], [(shard, shard - distance) for shard in range(distance, c)])
+    pairs = [(shard, 2 * c - 1 - distance - shard) for shard in range(c) if 0 <= 2 * c - 1 - distance - shard < c]
+    if pairs == [(c - 1, c - 1)]:
+        early = jax.tree.map(lambda x: jnp.where(i == c - 1, x, 0), slices[0])
+    else:
+        early = _permute(slices[0], pairs)
+    return [before_early, jax.tree.map(jnp.add, late, early)]  # zeros where nothing was sent
+
+
+def _permute(tree: Any, pairs: list[tuple[int, int]]) -> Any:
+    """Shard b gets the arrays of shard a for each pair (a, b), and zeros if it is in no pair."""
     if not pairs:
         return jax.tree.map(jnp.zeros_like, tree)
     return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, pairs), tree)
 
 
-def _gather(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
+def _gather(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
     """Each slice against all keys."""
     with jax.named_scope("gather"):
-        whole = jax.tree.map(lambda x: _reading_order(jax.lax.all_gather(x, AXIS, axis=1, tiled=True), static), keys)
-    return jnp.concatenate([_kernel(static, part, whole, sinks_N)[0] for part in _parts(queries, static.slices)], 1)
+        all_keys = jax.tree.map(lambda x: _all_gather(x, options), keys)
+    outputs = [_attend_keys(options, part, all_keys, sinks_N)[0] for part in _split(queries, options.slices)]
+    return jnp.concatenate(outputs, 1)
 
 
-def _ulysses(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
-    """All tokens of some heads here, for some tokens of all heads."""
+def _all_gather(x_BT: jax.Array, options: ContextOptions) -> jax.Array:
+    """The tokens of all shards, in reading order."""
+    return _reading_order(jax.lax.all_gather(x_BT, AXIS, axis=1, tiled=True), options)
+
+
+def _ulysses(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
+    """An all-to-all from some tokens of all heads to all tokens of some heads, and back."""
     c, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
 
-    def swap(x_BTNH):
-        return _reading_order(jax.lax.all_to_all(x_BTNH, AXIS, split_axis=2, concat_axis=1, tiled=True), static)
-
-    def whole(x_BT):
-        return _reading_order(jax.lax.all_gather(x_BT, AXIS, axis=1, tiled=True), static)
+    def to_heads(x_BTNH):
+        return _reading_order(jax.lax.all_to_all(x_BTNH, AXIS, split_axis=2, concat_axis=1, tiled=True), options)
 
     with jax.named_scope("ulysses"):
-        q_BTNH, k_BSKH, v_BSKH = swap(queries.q_BTNH), swap(keys.k_BSKH), swap(keys.v_BSKH)
-        pos_BS, seg_BS = whole(keys.pos_BS), whole(keys.seg_BS)
+        q_BTNH, k_BSKH, v_BSKH = to_heads(queries.q_BTNH), to_heads(keys.k_BSKH), to_heads(keys.v_BSKH)
+        pos_BS, seg_BS = _all_gather(keys.pos_BS, options), _all_gather(keys.seg_BS, options)
     sinks = None if sinks_N is None else jax.lax.dynamic_slice_in_dim(sinks_N, i * (len(sinks_N) // c), len(sinks_N) // c)
-    o_BTNH, _ = _kernel(static, Queries(q_BTNH, pos_BS, seg_BS), Keys(k_BSKH, v_BSKH, pos_BS, seg_BS), sinks)
+    o_BTNH, _ = _attend_keys(options, Queries(q_BTNH, pos_BS, seg_BS), Keys(k_BSKH, v_BSKH, pos_BS, seg_BS), sinks)
     with jax.named_scope("ulysses"):
-        return jax.lax.all_to_all(_shards_order(o_BTNH, static), AXIS, split_axis=1, concat_axis=2, tiled=True)
+        return jax.lax.all_to_all(_shards_order(o_BTNH, options), AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _reading_order(x_BS: jax.Array, static: Static) -> jax.Array:
-    """What all shards hold, one after the other, in reading order."""
-    if static.slices == 1:
+def _reading_order(x_BS: jax.Array, options: ContextOptions) -> jax.Array:
+    """The concatenated tokens of all shards, put into reading order."""
+    if options.slices == 1:
         return x_BS
     pairs = x_BS.reshape(x_BS.shape[0], jax.lax.axis_size(AXIS), 2, -1, *x_BS.shape[2:])
     return jnp.concatenate([pairs[:, :, 0], pairs[:, ::-1, 1]], 1).reshape(x_BS.shape)
 
 
-def _shards_order(x_BS: jax.Array, static: Static) -> jax.Array:
+def _shards_order(x_BS: jax.Array, options: ContextOptions) -> jax.Array:
     """The inverse of `_reading_order`."""
-    if static.slices == 1:
+    if options.slices == 1:
         return x_BS
     c = jax.lax.axis_size(AXIS)
     slices = x_BS.reshape(x_BS.shape[0], 2 * c, -1, *x_BS.shape[2:])
     return jnp.stack([slices[:, :c], slices[:, c:][:, ::-1]], 2).reshape(x_BS.shape)
 
 
-def _ring(static: Static, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
-    """Keys travel from shard to shard; what each visit gives is merged by its log-sum-exp."""
-    if static.kernel == "cudnn":
-        raise NotImplementedError('cudnn attends to keys of the queries\' own places alone; use train.context="ulysses"')
-    q_BTNH, *places = queries
-    o_BTNH, lse_BTN = _ring_attend(static, q_BTNH, keys.k_BSKH, keys.v_BSKH, *places)
+def _ring(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
+    """Keys travel from shard to shard; the results of each step are merged by their log-sum-exp."""
+    if kernels.KERNELS[options.kernel].backward is None:
+        raise NotImplementedError(
+            f'{options.kernel} computes no gradients of merged results, which a ring needs; use train.context="ulysses"'
+        )
+    o_BTNH, lse_BTN = _ring_attend(options, queries, keys.k_BSKH, keys.v_BSKH)
     if sinks_N is not None:
         o_BTNH, _ = kernels.with_sinks(o_BTNH, lse_BTN, queries.seg_BT, sinks_N)
     return o_BTNH
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring_attend(static: Static, q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT):
-    return _ring_forward(static, q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT)[0]
+def _ring_attend(options: ContextOptions, queries: Queries, k_BTKH, v_BTKH) -> tuple[jax.Array, jax.Array]:
+    """(o_BTNH, lse_BTN) of the queries of this shard to the keys of all shards."""
+    return _ring_forward(options, queries, k_BTKH, v_BTKH)[0]
 
 
-def _ring_forward(static: Static, q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT):
-    queries = _parts(Queries(q_BTNH, pos_BT, seg_BT), static.slices)
-    keys = Keys(k_BTKH, v_BTKH, pos_BT, seg_BT)
+def _ring_forward(options: ContextOptions, queries: Queries, k_BTKH, v_BTKH):
+    slices = _split(queries, options.slices)
 
-    def visit(found: list, keys: Keys) -> list:
-        found, parts = list(found), _parts(keys, static.slices)
-        for a, b in _visible(static):
-            found[a] = merged(found[a], _kernel(static, queries[a], parts[b]))
-        return found
+    def add_keys(results: list, keys: Keys) -> list:
+        results, parts = list(results), _split(keys, options.slices)
+        for a, b in _visible(options):
+            results[a] = merged(results[a], _attend_keys(options, slices[a], parts[b]))
+        return results
 
-    def go_round(carry, _):
-        found, keys = carry
-        return (visit(found, keys), _passed_on(keys)), None  # the next keys travel meanwhile
+    def step(carry, _):
+        results, keys = carry
+        return (add_keys(results, keys), _to_next_shard(keys)), None  # the next keys travel meanwhile
 
-    nothing = [(jnp.zeros(x.q_BTNH.shape, jnp.float32), jnp.full(x.q_BTNH.shape[:3], -jnp.inf)) for x in queries]
-    (found, keys), _ = jax.lax.scan(go_round, (nothing, keys), None, length=jax.lax.axis_size(AXIS) - 1)
-    o_BTNH, lse_BTN = _joined(visit(found, keys))
-    o_BTNH, lse_BTN = kernels.kept(o_BTNH.astype(q_BTNH.dtype), lse_BTN)
-    return (o_BTNH, lse_BTN), (q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, o_BTNH, lse_BTN)
+    empty = [(jnp.zeros(x.q_BTNH.shape, jnp.float32), jnp.full(x.q_BTNH.shape[:3], -jnp.inf)) for x in slices]
+    carry = empty, Keys(k_BTKH, v_BTKH, queries.pos_BT, queries.seg_BT)
+    (results, keys), _ = jax.lax.scan(step, carry, None, length=jax.lax.axis_size(AXIS) - 1)
+    o_BTNH, lse_BTN = _concatenate(add_keys(results, keys))
+    outputs = kernels.name_outputs(o_BTNH.astype(queries.q_BTNH.dtype), lse_BTN)
+    return outputs, (queries, k_BTKH, v_BTKH, *outputs)
 
 
-def _visible(static: Static) -> list[tuple[int, int]]:
+def _visible(options: ContextOptions) -> list[tuple[int, int]]:
     """Which slices of one shard may see which of another: an early one never sees a late one."""
-    return [(0, 0), (1, 0), (1, 1)] if static.slices == 2 else [(0, 0)]
+    return [(0, 0), (1, 0), (1, 1)] if options.slices == 2 else [(0, 0)]
 
 
-def _passed_on(tree: Any) -> Any:
+def _to_next_shard(tree: Any) -> Any:
     c = jax.lax.axis_size(AXIS)
     with jax.named_scope("ring"):
-        return _sent(tree, [(shard, (shard + 1) % c) for shard in range(c)])
+        return _permute(tree, [(shard, (shard + 1) % c) for shard in range(c)])
 
 
-def merged(a: tuple, b: tuple) -> tuple:
-    """Output and log-sum-exp of attention to the keys of both; where neither saw a key, zeros and -inf."""
-    (a_BTNH, a_BTN), (b_BTNH, b_BTN) = a, b
-    lse_BTN = jnp.logaddexp(a_BTN, b_BTN)
-    known_BTN = jnp.where(jnp.isfinite(lse_BTN), lse_BTN, 0.0)
-    shares = (jnp.exp(x_BTN - known_BTN)[..., None] for x_BTN in (a_BTN, b_BTN))
-    return sum(share * x_BTNH.astype(jnp.float32) for share, x_BTNH in zip(shares, (a_BTNH, b_BTNH), strict=True)), lse_BTN
+def _ring_backward(options: ContextOptions, residuals, grads):
+    """Keys travel round the ring again, and the gradients of keys and values with them back to their own shard."""
+    queries, k_BTKH, v_BTKH, o_BTNH, lse_BTN = residuals
+    slices = _split(queries, options.slices)
+    results = _split((o_BTNH, lse_BTN, *grads), options.slices)
 
-
-def _ring_backward(static: Static, kept, grads):
-    """Keys travel once more, and the gradients of keys and values with them until they are home."""
-    q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, o_BTNH, lse_BTN = kept
-    do_BTNH, dlse_BTN = grads
-    queries = _parts(Queries(q_BTNH, pos_BT, seg_BT), static.slices)
-    results = _parts((o_BTNH, lse_BTN, do_BTNH, dlse_BTN), static.slices)
-    keys = Keys(k_BTKH, v_BTKH, pos_BT, seg_BT)
-
-    def visit(dq, keys: Keys, dkv):
-        dq, dkv = list(dq), [list(x) for x in _parts(dkv, static.slices)]
-        parts = _parts(keys, static.slices)
-        for a, b in _visible(static):
-            new_dq, *new_dkv = _pulled_back(static, queries[a], parts[b], *results[a])
+    def add_gradients(dq, keys: Keys, dkv):
+        dq, dkv = list(dq), [list(x) for x in _split(dkv, options.slices)]
+        parts = _split(keys, options.slices)
+        for a, b in _visible(options):
+            new_dq, *new_dkv = _gradients(options, slices[a], parts[b], results[a])
             dq[a] += new_dq
             dkv[b] = [x + new for x, new in zip(dkv[b], new_dkv, strict=True)]
-        return dq, tuple(_joined(dkv))
+        return dq, tuple(_concatenate(dkv))
 
-    def go_round(carry, _):
+    def step(carry, _):
         dq, keys, dkv = carry
-        dq, dkv = visit(dq, keys, dkv)
-        return (dq, _passed_on(keys), _passed_on(dkv)), None
+        dq, dkv = add_gradients(dq, keys, dkv)
+        return (dq, _to_next_shard(keys), _to_next_shard(dkv)), None
 
-    zeros = [jnp.zeros(x.q_BTNH.shape, jnp.float32) for x in queries]
+    zeros = [jnp.zeros(x.q_BTNH.shape, jnp.float32) for x in slices]
     dkv = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k_BTKH, v_BTKH))
-    carry, _ = jax.lax.scan(go_round, (zeros, keys, dkv), None, length=jax.lax.axis_size(AXIS) - 1)
-    dq, dkv = visit(*carry)
-    dk_BTKH, dv_BTKH = _passed_on(dkv)
-    dq_BTNH = jnp.concatenate(dq, 1)
-    return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None, None
+    carry = zeros, Keys(k_BTKH, v_BTKH, queries.pos_BT, queries.seg_BT), dkv
+    carry, _ = jax.lax.scan(step, carry, None, length=jax.lax.axis_size(AXIS) - 1)
+    dq, dkv = add_gradients(*carry)
+    dk_BTKH, dv_BTKH = _to_next_shard(dkv)
+    dq_BTNH = jnp.concatenate(dq, 1).astype(queries.q_BTNH.dtype)
+    return Queries(dq_BTNH, None, None), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype)
 
 
-def _pulled_back(static: Static, queries: Queries, keys: Keys, o_BTNH, lse_BTN, do_BTNH, dlse_BTN) -> list:
-    """Gradients (dq, dk, dv) in float32 by these keys' part in a result o, lse that was merged from several."""
-
-    def attend_part(q_BTNH, k_BSKH, v_BSKH):
-        mine = queries._replace(q_BTNH=q_BTNH), keys._replace(k_BSKH=k_BSKH, v_BSKH=v_BSKH)
-        return _kernel(static, *mine, merged=(o_BTNH, lse_BTN))
-
-    _, pull = jax.vjp(attend_part, queries.q_BTNH, keys.k_BSKH, keys.v_BSKH)
-    return [x.astype(jnp.float32) for x in pull((do_BTNH, dlse_BTN))]
+def _gradients(options: ContextOptions, queries: Queries, keys: Keys, results: tuple) -> list[jax.Array]:
+    """The contribution of these keys to the gradients (dq, dk, dv), in float32. `results` are o, lse, do and dlse, merged."""
+    o_BTNH, lse_BTN, do_BTNH, dlse_BTN = results
+    positions, segments = (queries.pos_BT, keys.pos_BS), (queries.seg_BT, keys.seg_BS)
+    residuals = kernels.Residuals(queries.q_BTNH, keys.k_BSKH, keys.v_BSKH, positions, segments, o_BTNH, lse_BTN)
+    grads = kernels.KERNELS[options.kernel].backward(residuals, do_BTNH, dlse_BTN, options.attention)
+    return [x.astype(jnp.float32) for x in grads]
 
 
 _ring_attend.defvjp(_ring_forward, _ring_backward)

@@ -1,0 +1,78 @@
+"""The formulas that kernels share: the soft cap, the softmax over parts of the keys, and its gradient.
+
+Letters: B batch, T query tokens, N query heads, K key/value heads, M queries of a block (of all query heads that share a
+key/value head), C keys of a tile, H head size.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class OnlineSoftmax(NamedTuple):
+    """The state of a softmax after some of its keys, for each query: algorithm 1 of "FlashAttention" (arXiv 2205.14135).
+
+    `denominator` and `o` are the sums of exp(score - running_max), and of that times the values, in float32.
+    """
+
+    running_max_BKM: jax.Array
+    denominator_BKM: jax.Array
+    o_BKMH: jax.Array
+
+    @classmethod
+    def start(cls, q_BKMH: jax.Array) -> "OnlineSoftmax":
+        zero_BKM = jnp.zeros_like(q_BKMH[..., 0], jnp.float32)
+        lowest = jnp.finfo(jnp.float32).min  # finite, so that a query without keys gives exp(-inf) = 0 and not NaN
+        return cls(zero_BKM + lowest, zero_BKM, jnp.zeros_like(q_BKMH, jnp.float32))
+
+    def add(self, s_BKMC: jax.Array, v_BKCH: jax.Array) -> "OnlineSoftmax":
+        """The state after another tile of keys, of scores `s_BKMC`."""
+        max_BKM = jnp.maximum(self.running_max_BKM, s_BKMC.max(-1))
+        p_BKMC = jnp.exp(s_BKMC - max_BKM[..., None])
+        decay_BKM = jnp.exp(self.running_max_BKM - max_BKM)
+        o_BKMH = jnp.einsum("BKMC,BKCH->BKMH", p_BKMC.astype(v_BKCH.dtype), v_BKCH, preferred_element_type=jnp.float32)
+        return OnlineSoftmax(
+            max_BKM, decay_BKM * self.denominator_BKM + p_BKMC.sum(-1), decay_BKM[..., None] * self.o_BKMH + o_BKMH
+        )
+
+    def result(self) -> tuple[jax.Array, jax.Array]:
+        """(o_BKMH, lse_BKM), both float32."""
+        safe_denominator_BKM, lse_BKM = log_sum_exp(self.running_max_BKM, self.denominator_BKM)
+        return self.o_BKMH / safe_denominator_BKM[..., None], lse_BKM
+
+
+def log_sum_exp(max_BT: jax.Array, denominator_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A denominator that is safe to divide by, and the log-sum-exp; for a query that sees no key, 1 and -inf."""
+    safe_denominator_BT = jnp.where(denominator_BT > 0, denominator_BT, 1.0)
+    return safe_denominator_BT, jnp.where(denominator_BT > 0, max_BT + jnp.log(safe_denominator_BT), -jnp.inf)
+
+
+def finite_or_zero(lse_BT: jax.Array) -> jax.Array:
+    """A log-sum-exp that is safe to subtract: exp(-inf - 0) is 0 where a query sees no key."""
+    return jnp.where(jnp.isfinite(lse_BT), lse_BT, 0.0)
+
+
+def merged(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(o_BTNH, lse_BTN) of attention to the keys of both results, in float32; zeros and -inf where neither saw a key."""
+    (a_BTNH, a_BTN), (b_BTNH, b_BTN) = a, b
+    lse_BTN = jnp.logaddexp(a_BTN, b_BTN)
+    shares = (jnp.exp(x_BTN - finite_or_zero(lse_BTN))[..., None] for x_BTN in (a_BTN, b_BTN))
+    return sum(share * x_BTNH.astype(jnp.float32) for share, x_BTNH in zip(shares, (a_BTNH, b_BTNH), strict=True)), lse_BTN
+
+
+def soft_cap(scores: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.Array | None]:
+    """Scores bounded by +-softcap, and the derivative of that; the scores as they are, and None, without a soft cap."""
+    if softcap is None:
+        return scores, None
+    tanh = jnp.tanh(scores / softcap)
+    return softcap * tanh, 1 - tanh**2
+
+
+def gradient_shift(do: jax.Array, o: jax.Array, dlse: jax.Array) -> jax.Array:
+    """For each query sum(do o) - dlse, in float32.
+
+    With p = exp(score - lse), the gradient by a score is p (do v - shift): algorithm 4 of "FlashAttention", and d lse / d score
+    is p itself.
+    """
+    return jnp.einsum("...H,...H->...", do, o, preferred_element_type=jnp.float32) - dlse
