@@ -1,6 +1,6 @@
 """The configuration: frozen dataclasses that check themselves once, when they are built.
 
-No field has a default here: `configs/base.py` holds every default with its unit and its reason.
+No field has a default here: `configs/base.py` of this package holds every default with its unit and its reason.
 `build` turns the nested mapping of a config file into a `Config` and names what does not fit.
 """
 

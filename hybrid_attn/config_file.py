@@ -109,7 +109,9 @@ def load(name: str) -> dict:
         module = module_from_spec(spec_from_loader("config_file", loader))
         loader.exec_module(module)
         get_config = getattr(module, "get_config", None)
-        trees.check(callable(get_config), "it has no function get_config(), which returns the config; see configs/base.py")
+        trees.check(
+            callable(get_config), "it has no function get_config(), which returns the config; see hybrid_attn/configs/base.py"
+        )
         takes = len(inspect.signature(get_config).parameters)
         trees.check(takes or not colon, f"get_config() takes no argument, and {argument!r} is one")
         values = trees.plain(get_config(*[argument] if colon else []))

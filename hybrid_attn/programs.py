@@ -12,7 +12,7 @@ import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 
-from absl import flags
+from absl import app, flags
 
 from hybrid_attn import config_file, quiet
 from hybrid_attn.characters import visible
@@ -32,6 +32,15 @@ def parse(argv: list[str]) -> list[str]:
         return config_file.parse(argv)
     except (flags.Error, OSError, ValueError) as error:
         fail(one_line(message(error)), 2)
+
+
+def start(main: Callable[[Sequence[str]], None], module: str) -> None:
+    """Runs the `main` of a module with the command line; --help shows the module's docstring and its flags."""
+    sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
+    for name in (module, config_file.__name__):
+        for flag in flags.FLAGS.get_key_flags_for_module(name):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    app.run(main, flags_parser=parse)
 
 
 def run(

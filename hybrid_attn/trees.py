@@ -238,7 +238,7 @@ def _build_dataclass(wanted, value, path: str, root: tuple):
         if key not in hints:
             raise _unknown(key, wanted, list(hints), path, root)
     missing = [key for key in hints if key not in value]
-    check(not missing, f"{path} lacks {', '.join(missing)}; start from configs/base.py, which has every key")
+    check(not missing, f"{path} lacks {', '.join(missing)}; start from hybrid_attn/configs/base.py, which has every key")
     fields = {key: _build(hint, value[key], f"{path}.{key}", root) for key, hint in hints.items()}
     try:
         return wanted(**fields)

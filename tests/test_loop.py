@@ -517,7 +517,7 @@ def test_the_program_says_what_is_wrong_in_a_line(tmp_path):
 def test_a_wrong_config_is_a_line_and_exit_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, f"--workdir={tmp_path}", *arguments])
     monkeypatch.chdir(ROOT)
-    with tool("train", "launch") as program, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+    with tool("train") as program, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         program.main(parse(sys.argv))
     error = capsys.readouterr().err
     assert (ended.value.code, len(error.splitlines())) == (2, 1) and message in error
@@ -544,7 +544,7 @@ def test_an_error_of_a_run_is_said_with_its_file_and_all_its_lines(error, code, 
     monkeypatch.setattr(loop, "train", broken)
     monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, f"--workdir={tmp_path}"])
     monkeypatch.chdir(ROOT)
-    with tool("train", "launch") as program, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+    with tool("train") as program, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         program.main(parse(sys.argv))
     assert (ended.value.code, capsys.readouterr().err) == (code, said)
 

@@ -10,7 +10,7 @@ target that cannot be compiled for.
 
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
@@ -45,5 +45,6 @@ def main(argv):
     programs.run(plan_step, argv)
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=programs.parse)
+def start() -> None:
+    """The console script."""
+    programs.start(main, __name__)

@@ -14,7 +14,7 @@ import re
 import traceback
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from hybrid_attn import config, config_file, programs, trees
 
@@ -88,5 +88,6 @@ def main(argv):
     programs.run(train, argv, interrupted=INTERRUPTED)
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=programs.parse)
+def start() -> None:
+    """The console script."""
+    programs.start(main, __name__)

@@ -1,6 +1,6 @@
 """Every key of a config, with its default, its unit and the reason for it. Other configs start here and override.
 
-from configs import base
+from hybrid_attn.configs import base
 def get_config(size="small"):
     c = base.get_config()
     c.model.d_model = 512
