@@ -45,10 +45,7 @@ class Evaluations:
     def __init__(
         self, c: config.Config, run: Run, mesh: Mesh, tokenizer, loaded: Mapping[str, Corpus], workdir: str, start: int
     ):
-        """Draws all questions.
-
-        ValueError where a question does not fit its length, and where there is nothing to measure.
-        """
+        """`loaded` are the corpora by source, `start` is the step that the run goes on from. Call `prepare` before the rest."""
         self.folder = Path(workdir) / "evals"
         lengths = tuple(dict.fromkeys(round(multiple * c.stages[-1].seq_len) for multiple in c.evals.lengths))
         self.settings = suite.Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, suite.SEED)
@@ -68,13 +65,21 @@ class Evaluations:
         trust = bool(corpora.locations(c.data, c.sources))
         self.about["data"] = {"trust_checkpoint_data": trust, "text": None}  # no flag names the text that hides needles
         self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}
-        if self.wanted:
-            check(
-                bool(suite.units(self.settings, self.reader)),
-                f"evals.names={c.evals.names} measures nothing of the last stage's {', '.join(of_last)}: position, key_tokens "
-                "and attention_mass are of documents, recall is of tasks, needle and ruler are of every model",
-            )
-            self.settings = suite.fitting(self.settings, self.reader, self.folder / "samples", named=True)
+
+    def prepare(self) -> None:
+        """Writes all questions to evals/samples of the workdir.
+
+        ValueError where a question does not fit its length, and where there is nothing to measure.
+        """
+        if not self.wanted:
+            return
+        sources = ", ".join(self.about["heldout"])
+        check(
+            bool(suite.units(self.settings, self.reader)),
+            f"evals.names={self.settings.evals} measures nothing of the last stage's {sources}: position, key_tokens and "
+            "attention_mass are of documents, recall is of tasks, needle and ruler are of every model",
+        )
+        self.settings = suite.fitting(self.settings, self.reader, self.folder / "samples", named=True)
 
     def left_out(self) -> list[str]:
         """A line for each part of what `c.evals` names that is not measured."""

@@ -17,7 +17,7 @@ import tqdm
 from hybrid_attn.files import Appended, write_atomically
 from hybrid_attn.train.console import step_line, summary
 from hybrid_attn.train.records import step_of
-from hybrid_attn.train.tensorboard import Events
+from hybrid_attn.train.tensorboard import open_events
 
 # Dense bfloat16 matmul peak of one JAX device in FLOP/s, from the makers' data sheets; the first name found in the
 # device's kind counts.
@@ -63,19 +63,23 @@ class Metrics:
     """The metrics of a run: `metrics.jsonl`, `evals.jsonl` and `tensorboard/` in `workdir`; process 0 alone writes."""
 
     def __init__(self, workdir: str | os.PathLike, start: int, total_steps: int, peak_flops: float):
-        """Goes on from step `start` and drops what was written of later ones; `peak_flops` is that of all devices."""
-        self.total_steps, self.peak_flops, self.step = total_steps, peak_flops, start
+        """The run goes on from step `start`; `peak_flops` is the peak of all devices together. Call `open` before the rest."""
+        self.workdir, self.total_steps, self.peak_flops, self.step = Path(workdir), total_steps, peak_flops, start
         self.writes = jax.process_index() == 0
-        if not self.writes:
-            return
-        self.workdir = workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.steps_file = _continue(workdir / "metrics.jsonl", lambda step: step <= start)
-        self.evals_file = _continue(workdir / "evals.jsonl", lambda step: step <= start)
-        self.tensorboard = Events(workdir / "tensorboard", start)
         self.bar = None
+
+    def open(self) -> "Metrics":
+        """Opens the files, and drops what was written of steps after the one reached."""
+        if not self.writes:
+            return self
+        start = self.step
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.steps_file = _continue(self.workdir / "metrics.jsonl", lambda step: step <= start)
+        self.evals_file = _continue(self.workdir / "evals.jsonl", lambda step: step <= start)
+        self.tensorboard = open_events(self.workdir / "tensorboard", start)
         if sys.stderr.isatty():
-            self.bar = tqdm.tqdm(total=total_steps, initial=start, unit="step", dynamic_ncols=True)
+            self.bar = tqdm.tqdm(total=self.total_steps, initial=start, unit="step", dynamic_ncols=True)
+        return self
 
     def log(self, step: int, values: Mapping[str, float], tokens: float, flops: float) -> None:
         """Writes the `values` of a step's line; `tokens` and `flops` are those of `step_time` seconds, or NaN.
@@ -136,7 +140,7 @@ class Metrics:
         if file.write((json.dumps(finite, allow_nan=False) + "\n").encode()):
             self.say(f"{file.path} was removed or replaced while the run was going on; all of it is written again")
 
-    def write_the_rest(self) -> None:
+    def write_again(self) -> None:
         """Tries once more to write lines that a full disk refused."""
         if self.writes:
             with contextlib.suppress(OSError):
