@@ -53,8 +53,8 @@ class Process:
 def hub_of(monkeypatch):
     """Starts hubs, which end with their test at the latest."""
     hubs = []
-    monkeypatch.setattr(hub, "CAUSE_COMES_WITHIN", 0.1)
-    monkeypatch.setattr(hub, "OTHERS_END_WITHIN", 0.1)
+    monkeypatch.setattr(hub, "CAUSE_DELAY", 0.1)
+    monkeypatch.setattr(hub, "EXIT_TIMEOUT", 0.1)
 
     def start(count: int, host="localhost", timeout=10.0, **options) -> tuple[hub.Hub, int]:
         port = free_port()

@@ -211,8 +211,8 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
             thread.join(10)
     for peer, step in zip(peers, steps, strict=True):
         assert step < 0 or not peer.reached(step)
-    peers[1].ask_to_stop()
-    peers[2].ask_to_stop()  # a cluster signals many
+    peers[1].request_stop()
+    peers[2].request_stop()  # a cluster signals many
     until = time.monotonic() + 10
     while not all(peer._stop_at is not None for peer in peers) and time.monotonic() < until:
         time.sleep(0.01)
@@ -368,11 +368,11 @@ def test_a_tpu_machine_asks_what_it_is_part_of(bare, workers, tpu_env, wanted):
 def test_slurm_gives_a_node_s_only_process_all_its_gpus_and_others_one_each(bare, changes, devices):
     for name, value in (STEP | changes).items():
         bare.setenv(name, value)
-    address, *rest = launchers.detected(5)
-    assert address.startswith("node001:") and rest == [2, 1, devices]
+    address, *others = launchers.from_launcher(5)
+    assert address.startswith("node001:") and others == [2, 1, devices]
 
 
 def test_a_launcher_that_tells_too_little_is_an_error_with_its_cure(bare):
     bare.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="Open MPI 5 started .* install the package mpi4py, or pass --coordinator=HOST:PORT"):
-        launchers.detected(5)
+        launchers.from_launcher(5)

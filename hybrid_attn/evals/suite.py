@@ -205,7 +205,7 @@ def _check_fits(settings: Settings, reader: Reader, unit: Unit, shared: Path) ->
         _drawn(reader, settings, unit, shared)
     if unit.eval in IN_ROWS:
         model, run, sizes = reader.subject.model, reader.subject.run, reader.subject.mesh.shape
-        fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.zigzag)
+        fit.check_length(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.zigzag)
         fit.check_schemes(model, run.context, sizes)
     task = {"recall": reader.tasks, "attention_mass": reader.heldout}.get(unit.eval, {}).get(unit.part)
     if isinstance(task, Task) and unit.length < (least := _shortest(task)):

@@ -81,7 +81,7 @@ def train(
                 metrics,
                 stop,
                 data_state=lambda step: data_state(c, data.identities, step, recorded),
-                evaluate=lambda params: evaluations.measure(params, metrics, stop.asked),
+                evaluate=lambda params: evaluations.measure(params, metrics, stop.is_requested),
                 skipped=skipped,
             )
             state, step = run_steps(context, state, start)
@@ -95,7 +95,7 @@ def train(
 
 
 class TrainingData(NamedTuple):
-    """The tokenizer of a run, its corpora by source, and of each stage the packed sequences and what they follow from."""
+    """The tokenizer of a run, its corpora by source, and the packed sequences and the data identity of each stage."""
 
     tokenizer: ByteTokenizer | JsonTokenizer
     corpora: Mapping[str, Corpus]
@@ -134,12 +134,14 @@ def finish(context: TrainContext, state: TrainState, step: int, workdir: str, ev
         close(c, workdir, metrics, evaluations if complete else None)
         return complete
     except KeyboardInterrupt:
+        if not stop.saved:
+            raise
         metrics.say(interrupted)
         return False
 
 
 def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluations | None) -> None:
-    """Ends the metrics of a run, and prints what to do next where its `evaluations` are done."""
+    """Closes the metrics of a run, and prints what to do next where its `evaluations` are done."""
     if evaluations is not None:
         own_files = bool(corpora.locations(c.data, c.sources))
         for line in ending(workdir, metrics.step, evaluations.report_of(metrics.step), own_files):
@@ -148,7 +150,7 @@ def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluat
 
 
 def restored(start: int, recorded: dict) -> str:
-    """What the run begins with, of the checkpoint of step `start` and what its data state has `recorded`."""
+    """A line about the checkpoint of step `start`, whose data state has `recorded`."""
     if start > 0:
         return f"step {start} found; going on from there"
     if "imported" in recorded:
@@ -157,10 +159,10 @@ def restored(start: int, recorded: dict) -> str:
 
 
 def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict, allow_lr_jump: bool) -> list[str]:
-    """Lines for skipped steps, and for a config that is not that of the checkpoint of step `start`, if any.
+    """Lines for skipped steps, and for changes of the config since the checkpoint of step `start`.
 
-    ValueError where the learning rate would jump; before the first step any rate will do. The config of a model that was
-    imported is not one that it was trained with.
+    ValueError where the learning rate would jump; before the first step any rate is allowed. The config of an imported model is
+    not compared, because the model was not trained with it.
     """
     skipped = recorded["skipped_steps"]
     lines = [f"skipped      steps {text_of(skipped)}: their batches are passed over"] if skipped else []
@@ -175,10 +177,9 @@ def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict,
 
 
 def write_config(workdir: Path, c: config.Config, start: int) -> list[str]:
-    """Writes config.json; another one that is there becomes config_until_STEP.json, the config of the steps up to `start`.
+    """Writes config.json; a different one is renamed to config_until_STEP.json, the config of the steps up to `start`.
 
-    At step 0 it is of a run whose checkpoints are gone, or that was stopped before its first step: it is set aside, and a
-    line says so.
+    At step 0 the different one belongs to a run without checkpoints: it gets a name of its own, which is the returned line.
     """
     if jax.process_index():
         return []
@@ -196,34 +197,34 @@ def write_config(workdir: Path, c: config.Config, start: int) -> list[str]:
 def first_state(
     c: config.Config, identities: Sequence[dict], mesh: Mesh, checkpoints: Checkpoints
 ) -> tuple[TrainState, int, dict]:
-    """The newest checkpoint's state, or a new one, the steps that it has behind it, and what else its data state records.
+    """The state of the newest checkpoint or a new one, its number of steps, and further records of its data state.
 
-    `identities` are the stages' of `pipeline.identities`. ValueError where the config is of another model, or would have
-    trained on other tokens in the stage that the checkpoint is in the middle of.
+    `identities` are those of `pipeline.identities`. ValueError where the config is of another model, or has other batches in a
+    stage that the checkpoint has begun and not finished.
     """
     if checkpoints.latest() is None:
         return jax.jit(init_state, static_argnums=0)(c), 0, {"skipped_steps": []}
     checkpoints.check_config(config.to_dict(c))
     step, state, saved = checkpoints.restore(abstract_state(c, mesh))
-    wanted = data_state(c, identities, step, {})
+    expected = data_state(c, identities, step, {})
     done = saved["stage_steps"]
-    if done != wanted["stage_steps"]:
-        raise ValueError(other_steps(c, step, done, wanted["stage_steps"]))
+    if done != expected["stage_steps"]:
+        raise ValueError(other_steps(c, step, done, expected["stage_steps"]))
     if done and done[-1] < c.stages[len(done) - 1].steps:
-        lines = trees.differences(saved["stage"], wanted["stage"], "  ")
+        lines = trees.differences(saved["stage"], expected["stage"], "  ")
         if lines:
             stage = f"stages[{len(done) - 1}]"
             raise ValueError(
                 f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches there "
-                "(saved -> wanted):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with {stage}.steps="
+                "(saved -> new):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with {stage}.steps="
                 f"{done[-1]}, and give the new values to a stage after it"
             )
-    records = {key: value for key, value in saved.items() if key not in wanted}
-    return state, step, {"skipped_steps": []} | records  # none in checkpoints of before such steps were recorded
+    records = {key: value for key, value in saved.items() if key not in expected}
+    return state, step, {"skipped_steps": []} | records  # older checkpoints have no skipped steps
 
 
-def other_steps(c: config.Config, step: int, done: Sequence[int], wanted: Sequence[int]) -> str:
-    """The error for stages that would have done `wanted` steps each by `step`, at which the checkpoint has `done` others."""
+def other_steps(c: config.Config, step: int, done: Sequence[int], expected: Sequence[int]) -> str:
+    """The error for a checkpoint with `done` steps of each stage, where this config has `expected` steps at the same `step`."""
     last = len(done) - 1
     if last < len(c.stages) and all(stage.steps == n for stage, n in zip(c.stages[:last], done, strict=False)):
         flag = "--steps" if last == len(c.stages) - 1 else f"--config.stages[{last}].steps"
@@ -234,12 +235,12 @@ def other_steps(c: config.Config, step: int, done: Sequence[int], wanted: Sequen
     needed = ", ".join(f"stages[{i}].steps={n}" for i, n in enumerate(done[:last]))
     return (
         f"the checkpoint of step {step} has done {list(done)} steps of each stage, and this config's stages would have done "
-        f"{list(wanted)}; a stage that is over keeps its steps; give {needed} and stages[{last}].steps={done[last]} or more"
+        f"{list(expected)}; a stage that is over keeps its steps; give {needed} and stages[{last}].steps={done[last]} or more"
     )
 
 
 def data_state(c: config.Config, identities: Sequence[dict], step: int, records: dict) -> dict:
-    """Where the data stands after `step` steps: how many are done of each stage begun, what the last of those is, `records`."""
+    """The data state after `step` steps: the steps of each stage begun, the identity of the last of them, and `records`."""
     done = []
     for stage in c.stages:
         if step:

@@ -114,7 +114,7 @@ class _Loop:
         context = self.context
         self.report()
         self.state = skip_step(self.state)
-        context.stop.begun()
+        context.stop.first_step_began()
         with context.stop.after_saving():
             context.metrics.skip(self.step)
         context.metrics.advance(self.step)
@@ -127,7 +127,7 @@ class _Loop:
         if new:
             self.report()  # first, because the compilation is not part of the time of the step before
         self.state, metrics = self.context.step_fn(self.state, batch, stage.microbatches)
-        self.context.stop.begun()
+        self.context.stop.first_step_began()
         self.report()
         self.dispatched = _Dispatched(self.step, metrics, new)
         self.compiled.add(shape)
