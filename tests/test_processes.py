@@ -145,7 +145,7 @@ def test_a_stopped_process_is_given_up_by_the_others_and_ends_with_them_when_it_
         time.sleep(3)  # jax's heartbeats have time to see that the other is gone
         started[stopped].send_signal(signal.SIGCONT)
         ((status_of_stopped, _, error_of_stopped),) = ends([started[stopped]], 20)
-    wanted = rf"process {stopped} has said nothing for \d s: it is stopped, or its machine or the network is gone"
+    wanted = rf"process {stopped} has sent nothing for \d s: it is stopped, or its machine or the network is gone"
     assert status == status_of_stopped == 1
     assert re.fullmatch(f"error: {wanted}", error)
     assert re.fullmatch(f"error: {wanted}" if stopped else f"error: process 1: {wanted}", error_of_stopped)
@@ -227,8 +227,8 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
 @pytest.mark.parametrize(
     "hellos, message",
     [
-        ([(1, 3), (1, 3)], "two processes say that they are process 1; give each its own --process_id"),
-        ([(1, 4)], "process 1 counts 4 processes and process 0 counts 3; say the same to all"),
+        ([(1, 3), (1, 3)], "two processes have --process_id=1; give each its own --process_id"),
+        ([(1, 4)], "process 1 expects 4 processes and process 0 3; give all the same number"),
     ],
 )
 def test_processes_that_were_started_wrongly_are_told(hellos, message):

@@ -31,7 +31,7 @@ MAX_PENDING = 64  # connections without a join message at a time, besides those 
 MAX_JOIN_BYTES, MAX_MESSAGE_BYTES = 1000, 2**20
 MAX_ERROR_LENGTH = 10_000  # characters of an error
 GONE = " ended without a message: look at its log and at its machine's memory (out-of-memory kill)"
-SILENT = " has said nothing for {:.0f} s: it is stopped, or its machine or the network is gone"
+SILENT = " has sent nothing for {:.0f} s: it is stopped, or its machine or the network is gone"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -153,7 +153,7 @@ class Hub(threading.Thread):
             most = MAX_PENDING + self.num_processes
             late = sum(time.monotonic() - link.opened > JOIN_MESSAGE_TIMEOUT for link in pending)
             for link in pending[: max(late, len(pending) - most)]:
-                self.reject(link, selector, "did not say who it is")
+                self.reject(link, selector, "sent no join message")
         return None
 
     def accept(self) -> Link | None:
@@ -177,15 +177,15 @@ class Hub(threading.Thread):
             case [{"join": int(number), "of": int(count), "token": str(token)}] if link.number is None:
                 pass
             case _:
-                return self.reject(link, selector, "went away or said what no process of a run says")
+                return self.reject(link, selector, "disconnected or sent an invalid message")
         if not hmac.compare_digest(*(text.encode("utf-8", "surrogatepass") for text in (token, self.token))):
             reason = "the HYBRID_RUN_TOKEN in its environment is not that of process 0"
-            link.send(error=f"process {number}: {reason}; it belongs to another run, or give all the same", code=2)
+            link.send(error=f"process {number}: {reason}; it belongs to another run, or give all the same token", code=2)
             return self.reject(link, selector, f"called itself process {number}, but {reason}")
         if count != self.num_processes:
-            error = f"process {number} counts {count} processes and process 0 counts {self.num_processes}; say the same to all"
+            error = f"process {number} expects {count} processes and process 0 {self.num_processes}; give all the same number"
         elif number in self.links:
-            error = f"two processes say that they are process {number}; give each its own --process_id"
+            error = f"two processes have --process_id={number}; give each its own --process_id"
         elif isinstance(number, bool) or not 0 <= number < count:
             return self.reject(link, selector, f"called itself process {number}")
         else:
@@ -205,10 +205,10 @@ class Hub(threading.Thread):
 
     def missing_processes(self) -> str:
         absent = [number for number in range(self.num_processes) if number not in self.links]
-        rejection = f"; the last connection that was turned away: {self.last_rejection}" if self.last_rejection else ""
+        rejection = f"; the last rejected connection: {self.last_rejection}" if self.last_rejection else ""
         return (
             f"{_processes(absent)} never joined: {len(self.links)} of {self.num_processes} came within {self.timeout:g} s; "
-            f"look at what the missing said when they started, or give them more time with --join_timeout{rejection}"
+            f"look at the logs of the missing ones, or give them more time with --join_timeout{rejection}"
         )
 
     def serve(self) -> tuple[str, int] | None:
@@ -246,7 +246,7 @@ class Hub(threading.Thread):
         except OSError:
             self.lost[link.number] = GONE
         except ValueError as error:
-            self.failed[link.number] = f": it sent what no process of a run sends: {error}", 1
+            self.failed[link.number] = f": it sent an invalid message: {error}", 1
 
     def notice_silence(self, heartbeat: Heartbeat, limit: float) -> None:
         for number in self.links.keys() - self.done - self.lost.keys() - self.failed.keys():

@@ -113,7 +113,7 @@ class Peers:
                     over |= self._handle(message)
             except (OSError, ValueError) as error:
                 if self._hub is None:
-                    text = GONE if isinstance(error, OSError) else f" sent what no process of a run sends: {error}"
+                    text = GONE if isinstance(error, OSError) else f" sent an invalid message: {error}"
                     _end(f"error: process 0{text}", self._status or 1)
                 return
 
@@ -212,7 +212,7 @@ def _join(address: tuple[str, int], number: int, count: int, timeout: float, tok
     else:
         raise OSError(
             f"process 0 never joined: nothing answered process {number} at {host}:{port} within {timeout:g} s ({cause}); look "
-            "at what it said when it started, or give it more time with --join_timeout"
+            "at its log, or give it more time with --join_timeout"
         )
     link.send(join=number, of=count, token=token)
     messages, until = [], time.monotonic() + timeout + 30  # the timeout of the hub may have begun later
@@ -221,9 +221,9 @@ def _join(address: tuple[str, int], number: int, count: int, timeout: float, tok
             link.connection.settimeout(max(until - time.monotonic(), 0.001))
             messages = link.receive()
     except OSError:
-        raise OSError(f"process 0 went away from {host}:{port} before all had joined; look at what it said") from None
+        raise OSError(f"process 0 disconnected from {host}:{port} before all had joined; look at its log") from None
     except ValueError as error:
-        raise OSError(f"what answers at {host}:{port} is not process 0 of a run: {error}; name another port") from None
+        raise OSError(f"the program at {host}:{port} is not process 0 of a run: {error}; name another port") from None
     for message in messages:
         match message:
             case {"error": str(text), "code": int(code)}:

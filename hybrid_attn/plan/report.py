@@ -15,7 +15,7 @@ def report(plan: Plan) -> str:
     host = f"; beside them {gb(plan.host)} of the host's memory" if plan.host else ""
     lines = [
         verdict(plan),
-        f"target       {t.name}: {len(t.devices)} {t.devices[0].device_kind} devices, of which all below is one's",
+        f"target       {t.name}: {len(t.devices)} {t.devices[0].device_kind} devices; the numbers below are per device",
         f"mesh         {axes}",
         f"memory       {gb(plan.peak)} at the peak: {gb(plan.arguments)} parameters, optimiser state and batch, and "
         f"{gb(plan.peak - plan.arguments)} activations, gradients and new values{host}",
