@@ -5,7 +5,7 @@
 6.4 M parameters, of which 0.1 M are in the vocabulary, so that a step is attention and matrices.
 """
 
-from configs import base
+from hybrid_attn.configs import base
 
 
 def get_config():

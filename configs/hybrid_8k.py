@@ -10,7 +10,7 @@ the paper's and Command R7B's own layout. The small one ends at 3.17 held-out bi
 standard library, and at 3.34 on rows of 16,384 tokens; a byte bigram model has 3.46.
 """
 
-from configs import base
+from hybrid_attn.configs import base
 
 SIZES = ("small", "150m", "1b", "8b")
 

@@ -8,7 +8,7 @@ python launch/train.py --config=configs/recall.py --config.data.sources.probe.ta
 
 from ml_collections import ConfigDict
 
-from configs import base
+from hybrid_attn.configs import base
 
 LAYOUTS = {
     "rnope_swa": "LLLG",

@@ -5,7 +5,8 @@ make train CONFIG=configs/rope_8k.py
 
 from ml_collections import ConfigDict
 
-from configs import base, hybrid_8k
+from configs import hybrid_8k
+from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):

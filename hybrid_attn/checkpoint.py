@@ -1,8 +1,8 @@
-"""Checkpoints: what training writes and everything else reads.
+"""Checkpoints: training writes them, every other program reads them.
 
-A checkpoint is a directory named by its step. It holds `state` (arrays), `config` (the nested dict that made it),
-`data` (where the data stands) and `checksums` of all of these. It is complete or it does not exist: it is written under
-another name and renamed when all of it is on disk. The mesh and the precision are chosen by whoever reads it.
+A checkpoint is a directory named by its step. It holds `state` (arrays), `config` (the nested dict that made it), `data` (the
+data state) and `checksums` of all of these. It is complete or it does not exist: it is written under a temporary name and
+renamed when all of it is on disk. The reader chooses the mesh and the precision.
 """
 
 import copy
@@ -26,7 +26,7 @@ from hybrid_attn.config import upgraded
 from hybrid_attn.stored import UnreadableError
 
 MIB = 2**20
-GLOB = r"*?[" + "\\"  # Orbax takes a directory with these in its name for a pattern, and finds other files or none
+GLOB = r"*?[" + "\\"  # Orbax reads a directory name with one of these as a pattern
 _STEPS = ocp.path.step.standard_name_format()
 
 
@@ -34,10 +34,9 @@ class Checkpoints:
     """The checkpoints of one run, written in the background; every process of the run makes the same calls."""
 
     def __init__(self, directory: str | os.PathLike, keep: int, every: int):
-        """Opens or creates `directory` and removes what a killed run left half-written; the newest `keep` are kept.
+        """Opens or creates `directory` and removes incomplete checkpoints of a killed run; the newest `keep` are kept.
 
-        ValueError for a name that Orbax cannot write to, and for a file; OSError if some process does not see what another has
-        written there.
+        ValueError for a name that Orbax cannot write to, and for a file; OSError if the processes do not share the disk.
         """
         self.directory = _absolute(directory)
         check_name(self.directory)
@@ -58,10 +57,10 @@ class Checkpoints:
         return self._manager.should_save(step)
 
     def save(self, step: int, state: Any, data: Mapping, config_dict: Mapping, wait: bool = False) -> None:
-        """Starts writing, unless `step` is there; when this returns, `state` may be donated and the dicts may change.
+        """Starts writing, unless `step` has a checkpoint; afterwards `state` may be donated and the dicts may change.
 
-        The first one is waited for and read back. OSError if it does not fit on the disk, or if the one before could not be
-        written.
+        The first checkpoint is waited for and read back. OSError if it does not fit on the disk, or if the previous one could
+        not be written.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -92,7 +91,7 @@ class Checkpoints:
         self._writing = None
 
     def abandon(self) -> None:
-        """Has `close` not wait for a checkpoint that is being written; it is not there then, or complete."""
+        """Makes `close` return without waiting for a checkpoint that is being written."""
         self._abandoned = True
 
     def close(self) -> None:
@@ -117,11 +116,11 @@ class Checkpoints:
             try:
                 saved = read_config(self.directory, step)
             except UnreadableError:
-                continue  # `restore` says so and takes the one before
+                continue  # `restore` reports it and reads the previous one
             lines = trees.differences(saved["model"], config_dict["model"], "  model.")
             if lines:
                 raise ValueError(
-                    f"the checkpoint of step {step} in {self.directory} is of another model (saved -> wanted):\n"
+                    f"the checkpoint of step {step} in {self.directory} is of another model (saved -> new):\n"
                     + "\n".join(lines)
                     + "\nuse another --workdir, or the saved values"
                 )
@@ -130,9 +129,9 @@ class Checkpoints:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
         """(step, state, data) of the newest checkpoint that can be read, or of `step`.
 
-        `abstract_state` is a tree of `jax.ShapeDtypeStruct`s: their shardings and dtypes are those of the result.
-        An unreadable checkpoint is reported and set aside for the one before it. ValueError if none can be read,
-        or if the arrays are those of another model.
+        `abstract_state` is a tree of `jax.ShapeDtypeStruct`s with the shardings and dtypes of the result. An unreadable
+        checkpoint is reported and renamed, and the previous one is read. ValueError if none can be read, or if the arrays are
+        those of another model.
         """
         self.wait()
         candidates = [step] if step is not None else self.steps()[::-1]
@@ -152,19 +151,19 @@ class Checkpoints:
         raise ValueError(f"no checkpoint in {self.directory} can be read:\n{tried}\nstart anew in another --workdir")
 
     def _set_aside(self, unreadable: Mapping[int, Exception]) -> None:
-        """Renames unreadable checkpoints, so that their steps can be written again and nothing is deleted."""
+        """Renames unreadable checkpoints: their steps can be written again, and nothing is deleted."""
         for step in unreadable:
             path = _step_path(self.directory, step)
             if jax.process_index() == 0:
                 target = files.free_name(path, "unreadable")
                 path.rename(target)
-                logging.error("moved it to %s; delete that when it is of no more use", target)
+                logging.error("moved it to %s; delete it when it is no longer needed", target)
         if unreadable:
             stored.agree(True)  # every process waits here until they are moved
             self._manager.reload()
 
     def _check_written(self, step: int) -> None:
-        """FileNotFoundError if the checkpoint of `step` is not there; UnreadableError if it is the first and cannot be read."""
+        """FileNotFoundError if the checkpoint of `step` does not exist; UnreadableError if it is the first and unreadable."""
         if jax.process_index() == 0:
             if step not in self.steps():
                 raise FileNotFoundError("it is not there")
@@ -174,8 +173,8 @@ class Checkpoints:
 
     def _not_written(self, cause: Exception) -> OSError:
         step, self._writing = self._writing, None
-        kept = [other for other in self.steps() if other != step]
-        last = f"the last complete one is of step {kept[-1]}" if kept else "there is no other"
+        complete = [other for other in self.steps() if other != step]
+        last = f"the last complete one is of step {complete[-1]}" if complete else "there is no other"
         return OSError(
             f"the checkpoint of step {step} could not be written to {self.directory}: {stored.root(cause)}; {last}; "
             "free some space, or restore the directory, and run the same command again"
@@ -187,7 +186,7 @@ def steps(directory: str | os.PathLike) -> list[int]:
     directory = _absolute(directory)
     if "://" not in directory and not os.path.isdir(directory):
         return []
-    return sorted(found.step for found in _STEPS.find_all(directory))
+    return sorted(checkpoint.step for checkpoint in _STEPS.find_all(directory))
 
 
 def read_config(directory: str | os.PathLike, step: int | None = None) -> dict:
@@ -199,15 +198,15 @@ def read_config(directory: str | os.PathLike, step: int | None = None) -> dict:
 
 
 def read_data(directory: str | os.PathLike, step: int | None = None) -> dict:
-    """Where the data stood at the newest checkpoint, or at that of `step`, as it was saved; ValueError if unreadable."""
+    """The data state of the newest checkpoint, or of that of `step`; ValueError if unreadable."""
     return stored.read_item(_newest_path(directory, step), "data")
 
 
 def fingerprint(directory: str | os.PathLike, step: int | None = None) -> str:
-    """The SHA-256 of the checksums of the parameters of the newest checkpoint, or of `step`: tells its weights from others."""
+    """The SHA-256 of the checksums of the parameters of the newest checkpoint, or of that of `step`: it identifies weights."""
     sums = stored.read_sums(_newest_path(directory, step))
-    told = sorted((name, number) for name, number in sums.arrays.items() if name.startswith("params/"))
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    params = sorted((name, number) for name, number in sums.arrays.items() if name.startswith("params/"))
+    return hashlib.sha256(json.dumps(params).encode()).hexdigest()
 
 
 def read_params(directory: str | os.PathLike, abstract_params: Any, step: int | None = None) -> Any:
@@ -220,21 +219,21 @@ def read_params(directory: str | os.PathLike, abstract_params: Any, step: int | 
 
 
 def read_slices(directory: str | os.PathLike, name: str, shape: tuple, step: int | None = None) -> Iterator[np.ndarray]:
-    """The periods of a stacked parameter in turn, or an unstacked one whole, on the host and in the dtype on disk.
+    """Yields the periods of a stacked parameter, or all of an unstacked one, on the host and in the dtype on disk.
 
-    Holds one of them, and what TensorStore needs to decode it; of checkpoints whose chunks have several periods, as many.
-    UnreadableError, before the last, if their checksum is not that of the parameter.
+    One chunk is in memory at a time: a period, or several periods in older checkpoints. UnreadableError, before the last
+    period, if the checksum differs.
     """
     return stored.read_slices(_newest_path(directory, step), f"params/{name}", shape)
 
 
 def _chunks(key: tuple, _) -> ocp.SaveArgs:
-    """How a leaf lies on disk: a stacked parameter by period, so that one can be read without the others."""
+    """The chunks of a leaf on disk: a stacked parameter has one per period, so that a period can be read alone."""
     return ocp.SaveArgs(shard_axes=(0,) if stored.stacked(stored.name_of(key)) else ())
 
 
 def check_name(directory: str) -> None:
-    """ValueError for a directory that Orbax would take for another one, or could not name."""
+    """ValueError for a directory whose name Orbax would read as a pattern or cannot encode."""
     if "://" in directory:
         return
     wrong = [character for character in GLOB if character in directory]
@@ -248,7 +247,7 @@ def check_name(directory: str) -> None:
 
 
 def _absolute(directory: str | os.PathLike) -> str:
-    """An absolute path; a bucket's address stays as it is."""
+    """An absolute path; a URL is unchanged."""
     return str(directory) if "://" in str(directory) else os.path.abspath(directory)
 
 
@@ -256,8 +255,8 @@ def _step_path(directory: str, step: int):
     try:
         return _STEPS.find_step(directory, step).path
     except ValueError:
-        there = ", ".join(map(str, steps(directory))) or "none"
-        raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {there}") from None
+        existing = ", ".join(map(str, steps(directory))) or "none"
+        raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {existing}") from None
 
 
 def _newest_path(directory: str | os.PathLike, step: int | None):
@@ -270,9 +269,9 @@ def _newest_path(directory: str | os.PathLike, step: int | None):
 
 
 def _check_space(directory: str, state: Any) -> None:
-    """OSError, before anything is written, if less is free than the arrays and 1 MiB for Orbax's own files.
+    """OSError, before anything is written, if the disk lacks space for the arrays and 1 MiB of Orbax's own files.
 
-    Creates a directory that was removed.
+    Creates the directory again if it was removed.
     """
     if "://" in directory:
         return
@@ -286,18 +285,18 @@ def _check_space(directory: str, state: Any) -> None:
 
 
 def _check_shared(directory: str) -> None:
-    """OSError if the processes of a run have other disks there: each would hold a part of every checkpoint."""
+    """OSError if the processes of a run do not share the disk: each would hold a part of every checkpoint."""
     if "://" in directory or jax.process_count() == 1:
         return
     number = multihost_utils.broadcast_one_to_all(np.random.default_rng().integers(2**31, dtype=np.int32))
-    mark = os.path.join(directory, f".seen-{number}")
+    probe = os.path.join(directory, f".seen-{number}")
     if jax.process_index() == 0:
         os.makedirs(directory, exist_ok=True)
-        open(mark, "w").close()
+        open(probe, "w").close()
     stored.agree(True)  # every process waits here until it is written
-    seen = multihost_utils.process_allgather(np.array(os.path.exists(mark)))
+    seen = multihost_utils.process_allgather(np.array(os.path.exists(probe)))
     if jax.process_index() == 0:
-        os.remove(mark)
+        os.remove(probe)
     if not np.all(seen):
         blind = ", ".join(map(str, np.flatnonzero(~seen)))
         raise OSError(f"{directory} is not on a disk that all processes share: {blind} cannot see it; use another --workdir")

@@ -1,4 +1,4 @@
-"""Sums by which arrays are known again, whatever mesh they lie on."""
+"""Checksums of arrays, the same on every mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def checksums(leaves: list[jax.Array]) -> list[int]:
-    """For every array the sum of its bits as 32-bit words, which no sharding changes and any flipped bit does.
+    """Of every array, the sum of its elements as unsigned integers: independent of the sharding, changed by any flipped bit.
 
-    Orbax verifies the index of its files and not the arrays themselves: a flipped bit would train on unnoticed.
+    Orbax verifies the index of its files and not the arrays: a flipped bit would go unnoticed.
     """
     sums = []
     for x in leaves:
@@ -18,7 +18,7 @@ def checksums(leaves: list[jax.Array]) -> list[int]:
 
 
 def mesh_of(x: jax.Array) -> jax.sharding.Mesh:
-    """The mesh that `x` lies on, which need not be the one in force."""
+    """The mesh of an array, which may differ from the mesh in force."""
     if isinstance(x.sharding, jax.sharding.NamedSharding):
         return x.sharding.mesh
     return jax.sharding.Mesh(np.array(list(x.devices())), "device")

@@ -1,7 +1,7 @@
-"""The configuration: frozen dataclasses that check themselves once, when they are built.
+"""The configuration: frozen dataclasses that validate themselves once, when they are built.
 
-No field has a default here: `configs/base.py` holds every default with its unit and its reason.
-`build` turns the nested mapping of a config file into a `Config` and names what does not fit.
+No field has a default here: `configs/base.py` of this package holds every default with its unit and its reason.
+`build` turns the nested mapping of a config file into a `Config`; an error names the key that is wrong.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ from typing import NamedTuple
 from hybrid_attn import trees
 from hybrid_attn.trees import Table, check, check_fields, named, one_of, within
 
-REMAT = ("layer", "none", "attention", "offload")  # the first of each is for the kinds that a config does not name
+REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 LONGEST = 2**27  # tokens of a sequence: 134 million
 MOST_STEPS = 10**9
 MOST_LAYERS = 10_000
-QUERIES = 6  # in a row of the task "recall", of three tokens each
+QUERIES = 6  # in a sequence of the task "recall", of three tokens each
 HOPS = 3  # of a chain of the task "tracking", whose variables are one more; an assignment is three tokens
 
 
-class RowForm(NamedTuple):
-    """Of a task's rows: the most pairs (None: it has none), and the least tokens with and for each pair."""
+class TaskForm(NamedTuple):
+    """The sequences of a task: the most pairs (None: no pairs), and their fewest tokens without pairs and per pair."""
 
     pairs: int | None
     tokens: int
@@ -32,10 +32,10 @@ class RowForm(NamedTuple):
 
 
 TASKS = {
-    "recall": RowForm(8, 3 * QUERIES, 2),
-    "mqar": RowForm(127, 1, 4),
-    "copy": RowForm(None, 3, 0),
-    "tracking": RowForm(4, HOPS + 3, 3 * (HOPS + 1)),
+    "recall": TaskForm(8, 3 * QUERIES, 2),
+    "mqar": TaskForm(127, 1, 4),
+    "copy": TaskForm(None, 3, 0),
+    "tracking": TaskForm(4, HOPS + 3, 3 * (HOPS + 1)),
 }
 
 
@@ -46,9 +46,9 @@ def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
 
 
 def longest_text(config_json: Mapping, path: os.PathLike) -> int | None:
-    """The tokens of the longest text of the published model whose config.json, at `path`, this is; None where it is silent.
+    """max_position_embeddings of a published model's config.json, which is at `path`; None where it has none.
 
-    ValueError where it is no such number.
+    ValueError where it is no number of tokens.
     """
     length = config_json.get("max_position_embeddings")
     check(
@@ -60,7 +60,7 @@ def longest_text(config_json: Mapping, path: os.PathLike) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies stretch beyond the length that they were trained at."""
+    """Scaling of the rotary frequencies beyond the length that they were trained at."""
 
     type: str = one_of("none", "linear", "ntk", "yarn", "llama3")
     factor: float = within(1, 10**6)
@@ -79,7 +79,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Temperature:
-    """How the query's scale grows with the number of keys before it."""
+    """Growth of the attention scale with the position of the query."""
 
     type: str = one_of("none", "log_length", "steps", "learned")
     scale: float = within(0, 10**6)
@@ -111,7 +111,7 @@ class LayerType:
 
     def __post_init__(self):
         check_fields(self, "kind")
-        check(self.window is None or self.chunk is None, "a kind has a window or a chunk, not both")
+        check(self.window is None or self.chunk is None, "a layer type has a window or a chunk, not both")
         check(
             self.rope_theta is not None or self.rope_scaling.type == "none",
             f"rope_scaling.type={self.rope_scaling.type!r} scales nothing without a rope_theta",
@@ -148,7 +148,7 @@ class Model:
         check_fields(self, "model")
         for letter in self.kinds:
             ok = len(letter) == 1 and letter.isascii() and letter.isalpha()
-            check(ok, f"model.kinds names a kind of layer {letter!r}; a name is one letter from A to Z or a to z")
+            check(ok, f"model.kinds names a layer type {letter!r}; a name is one letter from A to Z or a to z")
         check(bool(self.pattern), "model.pattern is empty; write one letter for each layer of a period, as in 'LLLG'")
         check(len(self.pattern) <= MOST_LAYERS, f"model.pattern has {len(self.pattern):,} letters, and at most {MOST_LAYERS:,}")
         for letter in sorted(set(self.pattern)):
@@ -183,7 +183,7 @@ class Model:
 
     @property
     def num_periods(self) -> int:
-        """Whole repetitions of the pattern; the layers left over are the tail."""
+        """Complete repetitions of the pattern; the remaining layers are the tail."""
         return self.num_layers // len(self.pattern)
 
     @property
@@ -192,25 +192,25 @@ class Model:
 
 
 def reach(kind: LayerType) -> str | None:
-    """Which keys a query sees, in words; None where it sees the whole prefix."""
+    """The mask of a layer type as text; None for the whole prefix."""
     if kind.window is not None:
         return f"window {kind.window:,}"
     return None if kind.chunk is None else f"chunks of {kind.chunk:,}"
 
 
 def rotated_dims(model: Model, kind: LayerType) -> int:
-    """Dimensions of a head that are rotated; the rest carry no position."""
+    """Dimensions of a head that are rotated; the others carry no position."""
     return round(model.head_dim * kind.rope_fraction)
 
 
 def score_scale(model: Model, kind: LayerType) -> float:
-    """What the products of queries and keys are multiplied with."""
+    """The factor on the products of queries and keys."""
     return model.head_dim**-0.5 if kind.scale is None else kind.scale
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; one of them may be -1, for all the devices that are left."""
+    """Devices along each axis; one of them may be -1, for all remaining devices."""
 
     slice: int = within(1, 2**20, also=-1)
     data: int = within(1, 2**20, also=-1, aliases=("data_parallel", "dp"))
@@ -220,13 +220,13 @@ class Mesh:
 
     def __post_init__(self):
         check_fields(self, "mesh")
-        rest = [axis for axis, size in dataclasses.asdict(self).items() if size == -1]
-        check(len(rest) <= 1, f"mesh axes {' and '.join(rest)} are both -1; only one can take the devices left over")
+        unset = [axis for axis, size in dataclasses.asdict(self).items() if size == -1]
+        check(len(unset) <= 1, f"mesh axes {' and '.join(unset)} are both -1; only one can take the devices left over")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Documents of one kind: text files or a token store, or those of it that have a label and a length; or a task's rows."""
+    """Documents from text files or from a token store, filtered by label and length; or the sequences of a synthetic task."""
 
     paths: tuple[str, ...]
     store: str | None
@@ -290,7 +290,7 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stretch of training at one sequence length, on one mixture of sources: the share of each in the tokens."""
+    """A part of training with a sequence length, a batch and a mixture, which gives each source's share of the tokens."""
 
     steps: int = within(1, MOST_STEPS, aliases=("num_steps", "max_steps", "train_steps"))
     seq_len: int = within(1, LONGEST, aliases=("sequence_length", "context_length", "max_seq_len", "block_size"))
@@ -328,7 +328,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Evals:
-    """What is measured of the model when training ends, and every so many steps before."""
+    """The evaluations at the end of training, and every `every` steps."""
 
     names: tuple[str, ...]  # checked by the trainer, which knows the evaluations
     every: int | None = within(1, MOST_STEPS, aliases=("eval_every", "eval_interval", "eval_steps"))
@@ -344,7 +344,7 @@ class Evals:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What of a run's config its checkpoints are read with: what the model is, how it computes, and what it has read."""
+    """The groups of a run's config that a reader of its checkpoints needs."""
 
     model: Model
     data: Data
@@ -356,22 +356,22 @@ class CheckpointConfig:
         return sum(stage.steps for stage in self.stages)
 
     def weights(self, stage: int) -> dict[str, float]:
-        """The weight of each source that takes part in a stage; an only source needs no mixture."""
+        """The weight of each source of a stage; a single source needs no mixture."""
         mixture = self.stages[stage].mixture or dict.fromkeys(self.data.sources, 1.0)
         return {name: weight for name, weight in mixture.items() if weight}
 
     @property
     def sources(self) -> list[str]:
-        """The sources that take part in some stage."""
+        """The sources of all stages."""
         return sorted({name for index in range(len(self.stages)) for name in self.weights(index)})
 
     def stage_at(self, step: int) -> tuple[int, int]:
-        """Index of the stage that global step `step` belongs to, and the step within it."""
+        """The index of the stage of global step `step`, and the step within it."""
         for index, stage in enumerate(self.stages):
             if step < stage.steps:
                 return index, step
             step -= stage.steps
-        raise ValueError(f"step {step + self.total_steps} lies beyond the last of {self.total_steps} steps")
+        raise ValueError(f"step {step + self.total_steps} is beyond the last of {self.total_steps} steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,7 +407,7 @@ class Config(CheckpointConfig):
 
 def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[str]) -> None:
     known = ", ".join(sources)
-    check(bool(mixture) or len(sources) == 1, f"{field} is empty and data.sources has {known}; give those wanted a weight")
+    check(bool(mixture) or len(sources) == 1, f"{field} is empty and data.sources has {known}; give sources a weight")
     for name in mixture:
         near = difflib.get_close_matches(name, sources, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {known}"
@@ -415,14 +415,14 @@ def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[s
 
 
 def shortest_row(source: Source) -> int:
-    """The least tokens that a row of the source's task has."""
+    """The fewest tokens of a sequence of the source's task."""
     form = TASKS[source.task]
     return form.tokens + form.tokens_a_pair * source.pairs
 
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:
     if source.task is not None:
-        least, half = parts * shortest_row(source), "and rows from half of that on, " if parts == 2 else ""
+        least, half = parts * shortest_row(source), "and sequences from half of that on, " if parts == 2 else ""
         check(
             length >= least,
             f"{field} {length} is too short for data.sources.{name}: task={source.task!r} with pairs={source.pairs} "
@@ -431,12 +431,12 @@ def _check_task(field: str, length: int, name: str, source: Source, parts: int) 
 
 
 def remat(model: Model, train: Train) -> Table[str, str]:
-    """What the backward pass finds of each kind of layer, one of `REMAT` by letter."""
+    """The residuals of each layer type, one of `REMAT` by letter."""
     return _by_letter("train.remat", train.remat, REMAT, model.pattern)
 
 
 def context(model: Model, train: Train) -> Table[str, str]:
-    """How each kind of layer attends to a sequence that devices share, by letter: one of `CONTEXT`, with "auto" resolved."""
+    """The context-parallel scheme of each layer type by letter: one of `CONTEXT`, with "auto" resolved."""
     chosen = _by_letter("train.context", train.context, CONTEXT, model.pattern)
     bounded = {letter: model.kinds[letter].window or model.kinds[letter].chunk for letter in chosen}
     for letter, scheme in chosen.items():
@@ -449,7 +449,7 @@ def context(model: Model, train: Train) -> Table[str, str]:
 
 
 def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> Table[str, str]:
-    """The choice of each letter of `pattern`: "x" is for all of them, "L=x,G=y" for those named, the others have the first."""
+    """The choice of each letter of `pattern`: "x" for all of them, "L=x,G=y" for these; the default is the first choice."""
     letters = sorted(set(pattern))
     if "=" not in value:
         _check_choice(field, value, choices)
@@ -471,9 +471,9 @@ def build(values: Mapping) -> Config:
 
 
 def build_checkpoint_config(values: Mapping) -> CheckpointConfig:
-    """Those groups of a config that made a checkpoint; of the others, other versions of this program have other keys."""
-    read = {field.name for field in dataclasses.fields(CheckpointConfig)}
-    return trees.build(CheckpointConfig, {key: x for key, x in values.items() if key in read}, "config")
+    """The `CheckpointConfig` of a checkpoint's config; other versions of this program have other keys in other groups."""
+    groups = {field.name for field in dataclasses.fields(CheckpointConfig)}
+    return trees.build(CheckpointConfig, {key: x for key, x in values.items() if key in groups}, "config")
 
 
 def upgraded(values: Mapping) -> dict:
@@ -492,10 +492,10 @@ def upgraded(values: Mapping) -> dict:
 
 
 def build_model(values: Mapping) -> Model:
-    """A checked `Model` alone, as `build` makes it."""
+    """A checked `Model`, as `build` makes it."""
     return trees.build(Model, values, "model")
 
 
 def to_dict(config) -> dict:
-    """The nested plain dict that `build` takes, fit for JSON."""
+    """The nested dict that `build` reads; it can be written as JSON."""
     return trees.plain(dataclasses.asdict(config))

@@ -1,4 +1,4 @@
-"""Files and directories: written atomically, appended to, set aside, held by one process at a time."""
+"""Files and directories: written atomically, appended to, renamed, locked by one process at a time."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 LOCK = ".lock"
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what network disks answer that have none
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of network disks without locks
 JSON_BYTES = 2**26  # the index of a model of 700B parameters takes 9 MB
 
 
@@ -26,13 +26,13 @@ def check_named(flag: str, path: str | os.PathLike, what: str) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file atomically, and creates its directory; after an interruption the old content, or no file, is there.
+    """Writes a file atomically and creates its directory; after an interruption the old file, or no file, is there.
 
-    Half a surrogate pair, which a model may generate and UTF-8 cannot encode, becomes a question mark. No link is followed:
-    what a link of the name of `path`, or of `.NAME.part`, points to stays as it is.
+    Half a surrogate pair, which a model may generate and UTF-8 cannot encode, becomes a question mark. Links are replaced, not
+    followed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")  # hidden, for NAME.part may be a file of the user
+    part = path.with_name(f".{path.name}.part")  # hidden, because NAME.part may be a file of the user
     with naming(path):
         part.unlink(missing_ok=True)
         with part.open("xb") as file:
@@ -44,7 +44,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Has an OSError of the body, which a full disk raises without a name, name `path`."""
+    """Adds `path` to an OSError of the body: that of a full disk has no file name."""
     try:
         yield
     except OSError as cause:
@@ -53,10 +53,10 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Holds `directory`, which it creates, for this process until the context ends; BlockingIOError names another holder.
+    """Creates `directory` and locks it for this process until the context ends; BlockingIOError names another holder.
 
     The holder is written to `.lock`. The operating system releases the lock of a process that dies, so no lock is stale.
-    A disk that has no locks is used without one, with a warning. ValueError where `.lock` is a link: it is emptied later.
+    A disk without locks is used with a warning. ValueError where `.lock` is a link, because the file is emptied later.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(_open_lock(directory / LOCK), "r+", errors="replace") as file:
@@ -92,7 +92,7 @@ def _open_lock(path: Path) -> int:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a file or a directory to the first free name of `NAME.old`, `NAME.old1`, …, which is the result."""
+    """Renames a file or a directory to the first free name of `NAME.old`, `NAME.old1`, …, and returns that."""
     target = free_name(path, "old")
     path.rename(target)
     return target
@@ -105,26 +105,26 @@ def free_name(path: Path, ending: str) -> Path:
 
 
 class Appended:
-    """A file that grows while it is open; what cannot be written is kept, and written with what follows."""
+    """A file to append to; bytes that could not be written are written with the next ones."""
 
     def __init__(self, path: Path):
         self.path, self._unwritten = path, b""
         self._open()
 
     def write(self, content: bytes) -> bool:
-        """Appends `content`, which is on its way to the disk when this returns.
+        """Appends `content` and hands it to the operating system.
 
-        True if the file had been removed or replaced: all of it is written again, and another file of its name is set aside.
-        OSError if it cannot be written; the file then ends where it ended before.
+        True if the file had been removed or replaced: all of it is written again, and another file of its name is renamed.
+        OSError if it cannot be written; the file is then as it was before.
         """
         self._unwritten += content
         restored = self._restore_if_removed()
         size = os.fstat(self._number).st_size
         with naming(self.path):
             try:
-                rest = memoryview(self._unwritten)
-                while rest:
-                    rest = rest[os.write(self._number, rest) :]
+                remaining = memoryview(self._unwritten)
+                while remaining:
+                    remaining = remaining[os.write(self._number, remaining) :]
             except OSError:
                 os.ftruncate(self._number, size)
                 raise
@@ -140,8 +140,8 @@ class Appended:
     def _restore_if_removed(self) -> bool:
         ours = os.fstat(self._number)
         with contextlib.suppress(FileNotFoundError):
-            there = self.path.stat()
-            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+            current = self.path.stat()
+            if (current.st_dev, current.st_ino) == (ours.st_dev, ours.st_ino):
                 return False
             set_aside(self.path)
         write_atomically(self.path, os.pread(self._number, ours.st_size, 0))
@@ -151,7 +151,7 @@ class Appended:
 
 
 def read_object(path: Path) -> dict:
-    """The object that a JSON file holds; ValueError with its name if there is none, or if it is too large or too deep."""
+    """The object of a JSON file; ValueError with its name if it is missing, invalid, too large or too deeply nested."""
     if not path.exists():
         raise ValueError(f"{path.parent} has no {path.name}")
     try:
@@ -166,9 +166,9 @@ def read_object(path: Path) -> dict:
 
 
 def object_of(content: str | bytes, where: str, cure: str = "", **numbers: Callable[[str], object]) -> dict:
-    """The object that JSON holds; `numbers` are json.loads' hooks for numbers.
+    """The object of a JSON text; `numbers` are json.loads' hooks for numbers.
 
-    ValueError, which names `where` and ends with `cure`, if the content is no object or nested too deeply to be read.
+    ValueError, which names `where` and ends with `cure`, if the text is no object or nested too deeply.
     """
     try:
         values = json.loads(content, **numbers)

@@ -1,4 +1,4 @@
-"""What the command-line programs share: flags, a config's among them, one-line errors, exit codes and Ctrl-C.
+"""Shared by the command-line programs: flags, config flags among them, one-line errors, exit codes and Ctrl-C.
 
 Exit codes: 0 done; 1 a failure while running; 2 a wrong flag, config or input; 130 Ctrl-C.
 """
@@ -12,13 +12,13 @@ import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 
-from absl import flags
+from absl import app, flags
 
 from hybrid_attn import config_file, quiet
 from hybrid_attn.characters import visible
 
-GRACE = 2  # seconds in which a program that was interrupted ends by itself
-# Errors that the user mends by another flag, config or input, and those of the machine or of the computation.
+GRACE = 2  # seconds after Ctrl-C in which a program may end by itself
+# Errors that another flag, config or input cures, and errors of the machine or of the computation.
 INPUT_ERRORS = (
     ValueError, NotImplementedError, ImportError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
     PermissionError,
@@ -34,6 +34,15 @@ def parse(argv: list[str]) -> list[str]:
         fail(one_line(message(error)), 2)
 
 
+def start(main: Callable[[Sequence[str]], None], module: str) -> None:
+    """Runs the `main` of a module with the command line; --help shows the module's docstring and its flags."""
+    sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
+    for name in (module, config_file.__name__):
+        for flag in flags.FLAGS.get_key_flags_for_module(name):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    app.run(main, flags_parser=parse)
+
+
 def run(
     program: Callable[..., int | None],
     argv: Sequence[str],
@@ -43,8 +52,8 @@ def run(
 ) -> None:
     """Runs `program` and exits with the code that it returns, if any; an error is one line on stderr, see `exit_code`.
 
-    `argv` is what `parse` left; the program takes at most so many `arguments` that are not flags. `memory_for` is what does not
-    fit where a device runs out of memory.
+    `argv` is the result of `parse`, with at most `arguments` arguments besides flags. `memory_for` says what did not fit when a
+    device runs out of memory.
     """
     logging.getLogger().setLevel(logging.WARNING)
     quiet.silence_libraries()
@@ -52,9 +61,9 @@ def run(
     ending = threading.Lock()
 
     def end():
-        ending.acquire()  # and kept: whoever comes second, of the main thread and those that watch it, says nothing more
+        ending.acquire()  # and never released: of the main thread and those that watch it, only the first prints
         print(f"error: {interrupted}", file=sys.stderr, flush=True)
-        os._exit(130)  # not by SystemExit: a compilation that was interrupted crashes jax where it tidies up
+        os._exit(130)  # not SystemExit: after an interrupted compilation the cleanup of jax crashes
 
     def interrupt(_, frame):
         if is_importing(frame):
@@ -79,14 +88,14 @@ def run(
     finally:
         unwatch()
         signal.signal(signal.SIGINT, before)
-        # The program has ended: Ctrl-C while the interpreter shuts down would be a traceback of a library that cleans up.
+        # Ctrl-C while the interpreter shuts down would print a traceback of a library that cleans up.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     if code:
         sys.exit(code)
 
 
 def is_importing(frame: types.FrameType | None) -> bool:
-    """Whether a module is being imported: an exception there is lost, or crashes a library that is half loaded (jaxlib)."""
+    """Whether a module is being imported: an exception there is lost, or crashes a partly loaded library (jaxlib)."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -95,50 +104,50 @@ def is_importing(frame: types.FrameType | None) -> bool:
 
 
 def watch(number: int, handler: Callable, end: Callable[[], None]) -> Callable[[], None]:
-    """Calls `end` in `GRACE` seconds when a signal comes while `handler` is in force; the result ends this.
+    """Calls `end` `GRACE` seconds after a signal whose handler is `handler`; the result is a function that stops the watch.
 
-    Python calls a handler between two instructions of the main thread, which may compile for minutes meanwhile.
+    Python calls a handler only between two instructions of the main thread, which may be compiling for minutes.
     """
     (reader, writer), ended = os.pipe(), threading.Event()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def listen():
-        while came := os.read(reader, 1):
-            if came[0] == number and signal.getsignal(number) is handler and not ended.wait(GRACE):
+        while received := os.read(reader, 1):
+            if received[0] == number and signal.getsignal(number) is handler and not ended.wait(GRACE):
                 end()
         os.close(reader)
 
     def unwatch():
         ended.set()
         signal.set_wakeup_fd(before)
-        os.close(writer)  # which ends the thread
+        os.close(writer)  # ends the thread
 
     threading.Thread(target=listen, daemon=True).start()
     return unwatch
 
 
 def check_arguments(argv: Sequence[str], most: int = 0) -> None:
-    """ValueError if a command line has more than `most` words that are not flags."""
+    """ValueError if a command line has more than `most` arguments besides flags."""
     extra = argv[1 + most :]
     if extra:
         raise ValueError(f"{' '.join(extra)!r} is no flag: flags begin with --, and text with spaces is quoted")
 
 
 def exit_code(error: Exception) -> int | None:
-    """2 for a wrong input, 1 for a failure while running, None for an error of this code, whose traceback is wanted."""
+    """2 for a wrong input, 1 for a failure while running, None for a bug, whose traceback is printed."""
     if isinstance(error, INPUT_ERRORS) or out_of_memory(error) or lacks_backend(error):
         return 2
     return 1 if isinstance(error, FAILURES) else None
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a device's memory was too small. By name, because importing jax takes a second that --help should not."""
+    """Whether a device's memory was too small. Compared by name, because importing jax takes a second."""
     return type(error).__name__ == "JaxRuntimeError" and any(x in str(error) for x in ("RESOURCE_EXHAUSTED", "Out of memory"))
 
 
 def lacks_backend(error: Exception) -> bool:
-    """Whether jax has found no device of a kind that JAX_PLATFORMS names."""
+    """Whether jax found no device of a platform that JAX_PLATFORMS names."""
     return isinstance(error, RuntimeError) and str(error).startswith(("Unable to initialize backend", "Unknown backend"))
 
 
@@ -157,7 +166,7 @@ def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
 
 
 def message(error: Exception, memory_for: str = "the arrays of this program") -> str:
-    """The text of an error, with its file, or with what needed the memory (`memory_for`) that a device lacks."""
+    """The text of an error, with its file, or with `memory_for` if a device ran out of memory."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return f"a device has too little memory for {memory_for}: {error}" if out_of_memory(error) else str(error)

@@ -1,11 +1,11 @@
-"""Tracebacks that libraries print of errors which this code raises, and says, itself."""
+"""Suppresses tracebacks that libraries print of errors which this package reports itself."""
 
 import logging
 import sys
 import threading
 import types
 
-LIBRARIES = ("orbax", "tensorstore")  # their threads keep an error until it is raised by whoever waits for them
+LIBRARIES = ("orbax", "tensorstore")  # an error of their threads is raised again in the thread that waits for them
 
 
 def silence_libraries() -> None:

@@ -1,7 +1,7 @@
-"""What lies in the directory of one checkpoint: JSON items and arrays, verified against their checksums as they are read.
+"""The files of one checkpoint: JSON items and arrays, verified against their checksums as they are read.
 
-`checksums` is an item of its own. It has the sum, the shape and the dtype of every array, a digest of every other JSON item and
-one of itself. Checkpoints of older versions have the sums of the arrays alone: `{name: sum}`.
+`checksums` is a JSON item with the sum, the shape and the dtype of every array, a digest of every other JSON item and a digest
+of itself. Checkpoints of older versions have only the sums of the arrays: `{name: sum}`.
 """
 
 import errno
@@ -21,8 +21,8 @@ from hybrid_attn.checksums import checksums, mesh_of
 
 ITEMS = ("config", "data")
 FORMAT = 2
-# Not the fault of the files: the same checkpoint may be readable in a minute, or by another user.
-PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+# Not a fault of the files: the checkpoint may be readable in a minute, or by another user.
+TRANSIENT = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
 
 class UnreadableError(ValueError):
@@ -30,11 +30,11 @@ class UnreadableError(ValueError):
 
 
 class AnotherModelError(ValueError):
-    """A checkpoint that is intact, and whose arrays are not those that are wanted."""
+    """An intact checkpoint with other arrays than the expected ones."""
 
 
 class Sums(NamedTuple):
-    """What the `checksums` of a checkpoint say; `described` and `items` are None where an older version wrote it."""
+    """The `checksums` of a checkpoint; `described` and `items` are None if an older version wrote it."""
 
     arrays: dict[str, int]
     described: dict[str, tuple[tuple[int, ...], str]] | None  # shape and dtype of each array
@@ -54,17 +54,17 @@ def sums_of(state: Any, items: Mapping[str, Mapping]) -> dict:
 
 
 def digest(value: Any) -> str:
-    """The SHA-256 of a value in the form that JSON gives it."""
+    """The SHA-256 of the JSON form of a value."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
 
 
 def read_sums(path) -> Sums:
-    """The checksums of the checkpoint at `path`; UnreadableError if they contradict themselves."""
+    """The checksums of the checkpoint at `path`; UnreadableError if their own digest differs."""
     saved = read_json(path, "checksums")
     if saved and all(type(total) is int for total in saved.values()):
         return Sums(saved, None, None)
-    rest = {key: value for key, value in saved.items() if key != "digest"}
-    if saved.get("digest") != digest(rest) or saved.get("format") != FORMAT:
+    content = {key: value for key, value in saved.items() if key != "digest"}
+    if saved.get("digest") != digest(content) or saved.get("format") != FORMAT:
         raise UnreadableError("checksums: the bytes changed on disk")
     described = {name: (tuple(x["shape"]), x["dtype"]) for name, x in saved["arrays"].items()}
     return Sums({name: x["sum"] for name, x in saved["arrays"].items()}, described, saved["items"])
@@ -73,7 +73,7 @@ def read_sums(path) -> Sums:
 def read_item(path, item: str) -> dict:
     """A JSON item of the checkpoint at `path`, verified; UnreadableError if it is missing or was changed.
 
-    Of older versions, whose items have no digest, an empty one is taken for changed: none was written.
+    Items of older versions have no digest; an empty one was changed, because none was written empty.
     """
     value, sums = read_json(path, item), read_sums(path)
     if not value if sums.items is None else sums.items.get(item) != digest(value):
@@ -82,11 +82,11 @@ def read_item(path, item: str) -> dict:
 
 
 def read_json(path, item: str) -> dict:
-    """A JSON item as it lies on disk; UnreadableError if it is no dict, OSError if it may be readable later."""
+    """A JSON item as it is on disk; UnreadableError if it is no dict, OSError if it may be readable later."""
     try:
         value = json.loads((path / item / "metadata").read_text())
     except (OSError, ValueError, RecursionError) as cause:
-        if isinstance(cause, OSError) and cause.errno in PASSING:
+        if isinstance(cause, OSError) and cause.errno in TRANSIENT:
             raise
         raise UnreadableError(f"{item}: {root(cause)}") from cause
     if not isinstance(value, dict):
@@ -114,7 +114,7 @@ def read_slices(path, name: str, shape: tuple) -> Iterator[np.ndarray]:
 
 
 def check_smallest(path) -> None:
-    """UnreadableError if the items, or the smallest array, of the checkpoint at `path` are not there as they were saved."""
+    """UnreadableError if the items or the smallest array of the checkpoint at `path` differ from their checksums."""
     for item in ITEMS:
         read_item(path, item)
     sums = read_sums(path)
@@ -124,9 +124,9 @@ def check_smallest(path) -> None:
 
 
 def open_array(path, name: str) -> tensorstore.TensorStore:
-    """An array of the checkpoint at `path`, not read yet; by its path, because a URL has special characters of its own."""
-    scheme, _, rest = str(path).rpartition("://")
-    base = f"{scheme}://{urllib.parse.quote(rest)}/state/" if scheme else {"driver": "file", "path": f"{path}/state/"}
+    """An array of the checkpoint at `path`, not read yet."""
+    scheme, _, location = str(path).rpartition("://")
+    base = f"{scheme}://{urllib.parse.quote(location)}/state/" if scheme else {"driver": "file", "path": f"{path}/state/"}
     kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
     return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
 
@@ -143,14 +143,14 @@ def stacked(name: str) -> bool:
 
 def read_arrays(path, abstract: Any, partial: bool) -> Any:
     """Arrays like `abstract`, checked against their checksums in the precision that they were saved in, then cast."""
-    abstract = jax.tree.map(_placed, abstract)
+    abstract = jax.tree.map(_with_sharding, abstract)
     sums = together(lambda: read_sums(path))
     leaves, treedef = jax.tree.flatten(together(lambda: _read_as_saved(path, abstract, sums, partial)))
     names = flat(abstract).keys()
     wrong = [name for name, value in zip(names, checksums(leaves), strict=True) if sums.arrays.get(name) != value]
     if wrong:
         raise changed(wrong)
-    for i, like in enumerate(jax.tree.leaves(abstract)):  # one at a time: both precisions of all of them may not fit
+    for i, like in enumerate(jax.tree.leaves(abstract)):  # one at a time: all arrays in both precisions may not fit
         with jax.set_mesh(mesh_of(leaves[i])):
             leaves[i] = leaves[i].astype(like.dtype)
     return treedef.unflatten(leaves)
@@ -163,22 +163,22 @@ def _read_as_saved(path, abstract: Any, sums: Sums, partial: bool) -> Any:
         saved = flat(handler.metadata(path / "state").tree)
         check_as_described(sums, saved, partial=False)
         check_same_arrays(path, saved, flat(abstract), partial)
-        wanted = jax.tree_util.tree_map_with_path(lambda key, x: _with_dtype(x, saved[name_of(key)].dtype), abstract)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=partial)
+        as_saved = jax.tree_util.tree_map_with_path(lambda key, x: _with_dtype(x, saved[name_of(key)].dtype), abstract)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(as_saved)
+        args = ocp.args.PyTreeRestore(item=as_saved, restore_args=restore_args, partial_restore=partial)
         return handler.restore(path / "state", args=args)
     finally:
         handler.close()
 
 
 def check_as_described(sums: Sums, saved: Mapping, partial: bool) -> None:
-    """UnreadableError if the names, shapes and dtypes of the arrays on disk are not those that the checksums were made of."""
+    """UnreadableError if the names, shapes and dtypes of the arrays on disk differ from those in the checksums."""
     names = saved.keys() if partial else saved.keys() | sums.arrays.keys()
     wrong = [name for name in names if name not in saved or name not in sums.arrays]
     if sums.described is not None and not wrong:
         wrong = [name for name, x in saved.items() if (tuple(x.shape), _dtype_name(x)) != sums.described[name]]
     if wrong:
-        raise UnreadableError(f"the description of {some(sorted(wrong))} changed on disk")
+        raise UnreadableError(f"the description of {first_eight(sorted(wrong))} changed on disk")
 
 
 def _dtype_name(x: Any) -> str:
@@ -186,7 +186,7 @@ def _dtype_name(x: Any) -> str:
 
 
 def changed(names: list[str]) -> UnreadableError:
-    return UnreadableError(f"checksums differ: the bytes of {some(names)} changed on disk")
+    return UnreadableError(f"checksums differ: the bytes of {first_eight(names)} changed on disk")
 
 
 def together(read: Callable[[], Any]) -> Any:
@@ -195,9 +195,9 @@ def together(read: Callable[[], Any]) -> Any:
     try:
         result = read()
     except (AnotherModelError, MemoryError, jax.errors.JaxRuntimeError):
-        raise  # not the fault of the files
-    except Exception as cause:  # Orbax raises bare Exceptions for what it cannot read
-        if isinstance(cause, OSError) and cause.errno in PASSING:
+        raise  # not a fault of the files
+    except Exception as cause:  # Orbax raises bare Exceptions for unreadable files
+        if isinstance(cause, OSError) and cause.errno in TRANSIENT:
             raise
         failure = cause
     if not agree(failure is None):
@@ -205,23 +205,23 @@ def together(read: Callable[[], Any]) -> Any:
     return result
 
 
-def check_same_arrays(path, saved: Mapping, wanted: Mapping, partial: bool) -> None:
-    """AnotherModelError that names the arrays which the checkpoint lacks, has besides, or has in another shape."""
-    shapes = {name: tuple(x.shape) for name, x in wanted.items()}
+def check_same_arrays(path, saved: Mapping, expected: Mapping, partial: bool) -> None:
+    """AnotherModelError that names the arrays which are missing, additional, or of another shape in the checkpoint."""
+    shapes = {name: tuple(x.shape) for name, x in expected.items()}
     lines = [f"  {name}: not saved -> {shape}" for name, shape in shapes.items() if name not in saved]
     if not partial:
-        lines += [f"  {name}: {tuple(x.shape)} -> not wanted" for name, x in saved.items() if name not in shapes]
+        lines += [f"  {name}: {tuple(x.shape)} -> not expected" for name, x in saved.items() if name not in shapes]
     for name in shapes.keys() & saved.keys():
         if tuple(saved[name].shape) != shapes[name]:
             lines.append(f"  {name}: {tuple(saved[name].shape)} -> {shapes[name]}")
     if lines:
         raise AnotherModelError(
-            f"{path} holds the arrays of another model or optimiser (saved -> wanted):\n{some(sorted(lines), chr(10))}"
+            f"{path} holds the arrays of another model or optimiser (saved -> expected):\n{first_eight(sorted(lines), chr(10))}"
             "\nuse another --workdir, or the config that wrote it"
         )
 
 
-def _placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _with_sharding(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -231,7 +231,7 @@ def _with_dtype(x: jax.ShapeDtypeStruct, dtype) -> jax.ShapeDtypeStruct:
 
 
 def name_of(key: tuple) -> str:
-    """A leaf's path, the same for a dict, a named tuple and a dataclass: `params/periods/L0/attention/q`."""
+    """The path of a leaf, such as `params/periods/L0/attention/q`; the same for dicts, named tuples and dataclasses."""
     return "/".join(ocp.tree.str_keypath(key))
 
 
@@ -241,21 +241,21 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def agree(ok: bool) -> bool:
-    """Whether `ok` holds in every process of the run: they must all go the same way."""
+    """Whether `ok` holds in every process of the run."""
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
 def root(cause: Exception) -> str:
-    """What went wrong at the bottom of a chain of causes, on one line, without TensorStore's dump of its settings."""
+    """The first error of a chain of causes, on one line, without TensorStore's dump of its settings."""
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = str(cause).partition(" [tensorstore_spec=")[0].partition("\n")[0]
     return f"{type(cause).__name__}: {text}"
 
 
-def some(items: list[str], separator: str = ", ") -> str:
-    """The first eight of them and how many there are besides."""
-    rest = [f"and {len(items) - 8} more"] if len(items) > 8 else []
-    return separator.join([*items[:8], *rest])
+def first_eight(items: list[str], separator: str = ", ") -> str:
+    """The first eight items, and how many more there are."""
+    more = [f"and {len(items) - 8} more"] if len(items) > 8 else []
+    return separator.join([*items[:8], *more])

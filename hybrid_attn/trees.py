@@ -1,6 +1,6 @@
-"""Nested plain values, as files have them, to frozen dataclasses that check themselves, and back.
+"""Nested dicts, as config files have them, to frozen dataclasses that validate themselves, and back.
 
-A field declares what it may hold: `steps: int = within(1, 1000)`, `norm: str = one_of("rms", "layernorm")`. It has no default.
+A field declares its valid values: `steps: int = within(1, 1000)`, `norm: str = one_of("rms", "layernorm")`. It has no default.
 """
 
 import ast
@@ -24,14 +24,14 @@ KEY = rf"({PART})(\.({PART})|\[-?\d+\])*"
 
 
 class Table(dict):
-    """A dict that is not changed after it is made, so that the configs that hold it can be hashed."""
+    """A dict that nobody changes, so that a config with it can be hashed."""
 
     def __hash__(self):
         return hash(frozenset(self.items()))
 
 
 class FieldError(ValueError):
-    """A value that a field of `group` may not hold; `problem` begins with the field's name."""
+    """An invalid value of a field of `group`; `problem` begins with the field's name."""
 
     def __init__(self, group: str, problem: str):
         super().__init__(f"{group}.{problem}")
@@ -58,17 +58,17 @@ def within(low: float, high: float, above: bool = False, below: bool = False, al
 
 
 def one_of(*choices: str):
-    """A field for one of a few words."""
+    """A field for one of these strings."""
     return dataclasses.field(metadata={"refuse": lambda value: not_among(value, choices), "aliases": ()})
 
 
 def named(*aliases: str):
-    """A field for any value, for which other programs have the names `aliases`."""
+    """A field for any value; `aliases` are names that other programs have for the field."""
     return dataclasses.field(metadata={"refuse": lambda value: "", "aliases": aliases})
 
 
 def not_among(value: str, choices: Sequence[str]) -> str:
-    """What is wrong with a value that is none of `choices`, with the nearest of them; empty if it is one."""
+    """The error for a value that is not among `choices`, with the nearest of them; empty if it is."""
     if value in choices:
         return ""
     near = difflib.get_close_matches(str(value), choices, 1)
@@ -83,7 +83,7 @@ def choice(field: str, name: str, table: Mapping):
 
 
 def check_fields(instance, group: str) -> None:
-    """FieldError for the first field of a dataclass whose value, or an element of it, is not what the field declares."""
+    """FieldError for the first field of a dataclass whose value, or an element of it, is invalid."""
     for field in dataclasses.fields(instance):
         for name, value in _elements(field.name, getattr(instance, field.name)):
             problem = field.metadata["refuse"](value) if field.metadata and value is not None else ""
@@ -101,14 +101,14 @@ def _elements(name: str, value) -> Iterator[tuple[str, object]]:
         yield name, value
 
 
-def build(wanted: type, values, path: str):
-    """`values` as the dataclass `wanted`; ValueError names the key under `path` that does not fit."""
+def build(target: type, values, path: str):
+    """`values` as the dataclass `target`; ValueError names the key under `path` that does not fit."""
     values = plain(values)
-    return _build(wanted, values, path, (wanted, values, path))
+    return _build(target, values, path, (target, values, path))
 
 
 def plain(value):
-    """Nested dicts and lists without the classes of the config library."""
+    """Nested dicts and lists of a ConfigDict."""
     if isinstance(value, Mapping) or hasattr(value, "items"):
         return {key: plain(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -128,13 +128,13 @@ def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
     return lines
 
 
-def override(wanted: type, values: dict, path: str, key: str, text: str | None) -> tuple[str, typing.Any]:
-    """Puts `text`, as the type that its field has, into `values`, the nested dict of a `wanted`, at a key as stages[0].steps.
+def override(target: type, values: dict, path: str, key: str, text: str | None) -> tuple[str, typing.Any]:
+    """Sets a key such as stages[0].steps in the nested dict `values` of type `target` to `text`, converted to the field's type.
 
-    Returns the whole name of the key, in which stages[-1] has its index from 0, and the value. No text is true for a bool.
-    ValueError where there is no such key, or where the text is no value of the type.
+    Returns the full name of the key, in which stages[-1] has its index from 0, and the value. Without text a bool is true.
+    ValueError for an unknown key and for a text that is no value of the type.
     """
-    root = wanted, values, path
+    root = target, values, path
     container, last, kind, name = _find(root, key)
     check(text is not None or kind is bool, f"--{name} has no value; write --{name}=VALUE")
     container[last] = text is None or _from_text(kind, text, name)
@@ -142,18 +142,18 @@ def override(wanted: type, values: dict, path: str, key: str, text: str | None) 
 
 
 def _find(root: tuple, key: str) -> tuple:
-    """The dict or list that holds a key, the key in it, its type, and its whole name."""
+    """The dict or list that holds a key, the key in it, its type, and its full name."""
     (kind, values, path), container, last = root, None, None
     check(re.fullmatch(KEY, key) is not None, f"{path}.{key} is no key; write a.b, or a[0].b for an entry of a list")
     for part in re.findall(PART, key):
         values = values if container is None else container[last]
-        (last, inner), container = _step(_some(kind), values, path, part, root), values
+        (last, inner), container = _step(_without_none(kind), values, path, part, root), values
         kind, path = inner, path + (f"[{last}]" if part.startswith("[") else f".{part}")
     return container, last, kind, path
 
 
 def _step(kind, values, path: str, part: str, root: tuple) -> tuple:
-    """One part of a key as the key or index of `values`, and the type of what is there."""
+    """One part of a key as a key or index of `values`, and the type of its value."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if part.startswith("["):
         check(origin is tuple and isinstance(values, list), f"{path} is no list, and has no entry {part}")
@@ -170,51 +170,51 @@ def _step(kind, values, path: str, part: str, root: tuple) -> tuple:
     return part, hints[part]
 
 
-def _some(kind):
+def _without_none(kind):
     """A type without None."""
     return typing.get_args(kind)[0] if typing.get_origin(kind) is types.UnionType else kind
 
 
-WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}  # of a flag for a bool
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}  # texts of a flag for a bool
 
 
-def _from_text(wanted, text: str, path: str):
-    """A value of a command line as the type `wanted`."""
-    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+def _from_text(target, text: str, path: str):
+    """A text of the command line converted to the type `target`."""
+    origin, args = typing.get_origin(target), typing.get_args(target)
     if origin is types.UnionType:
         return None if text in ("None", "none") else _from_text(args[0], text, path)
-    if wanted is str:
+    if target is str:
         return text
     try:
-        if wanted is bool:
-            return WORDS[text.lower()]
-        if wanted in (int, float):
-            return wanted(text)
+        if target is bool:
+            return BOOLS[text.lower()]
+        if target in (int, float):
+            return target(text)
         if origin is tuple and not dataclasses.is_dataclass(args[0]) and not text.startswith(("(", "[")):
             return [_from_text(args[0], part.strip(), path) for part in text.split(",") if part]
         return plain(ast.literal_eval(text))
     except (ValueError, KeyError, SyntaxError, MemoryError, RecursionError):
-        raise ValueError(f"{path}={text!r} must be {_described(wanted)}") from None
+        raise ValueError(f"{path}={text!r} must be {_described(target)}") from None
 
 
-def _described(wanted) -> str:
+def _described(target) -> str:
     """A type in words."""
-    if wanted is bool:
+    if target is bool:
         return "true or false"
-    if wanted in (int, float):
-        return f"of type {wanted.__name__}"
-    if typing.get_origin(wanted) is tuple:
+    if target in (int, float):
+        return f"of type {target.__name__}"
+    if typing.get_origin(target) is tuple:
         return "a list"
     return "a group of keys, as \"{'key': value}\""
 
 
-def _build(wanted, value, path: str, root: tuple):
-    """`value` as the type `wanted`, or a ValueError that names `path`; `root` is what all of it is built of."""
-    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+def _build(target, value, path: str, root: tuple):
+    """`value` as the type `target`; ValueError names `path`. `root` is the (type, values, path) of the whole config."""
+    origin, args = typing.get_origin(target), typing.get_args(target)
     if origin is types.UnionType:
         return None if value is None else _build(args[0], value, path, root)
-    if dataclasses.is_dataclass(wanted):
-        return _build_dataclass(wanted, value, path, root)
+    if dataclasses.is_dataclass(target):
+        return _build_dataclass(target, value, path, root)
     if origin is Table:
         check(isinstance(value, Mapping), f"{path}={value!r} must be a group of keys")
         check(all(isinstance(key, str) for key in value), f"the keys of {path}={value!r} must be of type str")
@@ -222,39 +222,39 @@ def _build(wanted, value, path: str, root: tuple):
     if origin is tuple:
         check(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
         return tuple(_entry(args[0], x, f"{path}[{i}]", root) for i, x in enumerate(value))
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if target is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1000 else math.inf
-    ok = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
-    check(ok, f"{path}={value!r} must be of type {wanted.__name__}")
-    check(wanted is not float or math.isfinite(value), f"{path}={value} must be a finite number")
+    ok = isinstance(value, target) and (target is bool or not isinstance(value, bool))
+    check(ok, f"{path}={value!r} must be of type {target.__name__}")
+    check(target is not float or math.isfinite(value), f"{path}={value} must be a finite number")
     return value
 
 
-def _entry(wanted, value, path: str, root: tuple):
-    """`_build` of one of several groups, which an error names although the group does not know its own name."""
+def _entry(target, value, path: str, root: tuple):
+    """`_build` of an entry of a list or a table; an error that does not name the entry gets its path."""
     try:
-        return _build(wanted, value, path, root)
+        return _build(target, value, path, root)
     except ValueError as error:
         raise error if path in str(error) else ValueError(f"{path}: {error}") from None
 
 
-def _build_dataclass(wanted, value, path: str, root: tuple):
+def _build_dataclass(target, value, path: str, root: tuple):
     check(isinstance(value, Mapping), f"{path}={value!r} must be a group of keys")
-    hints = typing.get_type_hints(wanted)
+    hints = typing.get_type_hints(target)
     for key in value:
         if key not in hints:
-            raise _unknown(key, wanted, list(hints), path, root)
+            raise _unknown(key, target, list(hints), path, root)
     missing = [key for key in hints if key not in value]
-    check(not missing, f"{path} lacks {', '.join(missing)}; start from configs/base.py, which has every key")
+    check(not missing, f"{path} lacks {', '.join(missing)}; start from hybrid_attn/configs/base.py, which has every key")
     fields = {key: _build(hint, value[key], f"{path}.{key}", root) for key, hint in hints.items()}
     try:
-        return wanted(**fields)
+        return target(**fields)
     except FieldError as error:
         raise ValueError(f"{path}.{error.problem}") from None
 
 
 def _unknown(key, group, known: Sequence[str], path: str, root: tuple) -> UnknownKeyError:
-    """The error for a key that is not among the `known` ones of a group, with what may have been meant, there or elsewhere."""
+    """The error for a key that is not among the `known` ones of a group, with the most similar key, there or elsewhere."""
     key, names = str(key), _names(group, known)
     exact = [f"{path}.{names[key]}"] if key in names else _elsewhere(key, *root)
     likely = next(iter([*exact, *(f"{path}.{name}" for name in _near(key, names))]), None)
@@ -271,32 +271,32 @@ def _names(group, known: Sequence[str]) -> dict[str, str]:
 
 
 def _near(key: str, names: Mapping[str, str]) -> list[str]:
-    """The fields that `key` may mean, by spelling or as an abbreviation: learning_rate is lr, and vocab is vocab_size."""
+    """The fields similar to `key`, by spelling or as an abbreviation: lr for learning_rate, vocab_size for vocab."""
     spelled = difflib.get_close_matches(key, names, 1, cutoff=0.5)
     short = sorted((name for name in names if _abbreviates(name, key) or _abbreviates(key, name)), key=len, reverse=True)
     return [names[name] for name in (*spelled, *short)]
 
 
 def _abbreviates(short: str, long: str) -> bool:
-    """Whether the letters of a name stand in another one in their order, and both begin with the same."""
-    rest = iter(long)
-    return len(short) > 1 and short[:1] == long[:1] and all(letter in rest for letter in short)
+    """Whether the letters of `short` occur in `long` in this order, and both begin with the same letter."""
+    letters = iter(long)
+    return len(short) > 1 and short[:1] == long[:1] and all(letter in letters for letter in short)
 
 
-def _elsewhere(key: str, wanted, values, path: str) -> Iterator[str]:
-    """Where in nested values there is a field of that name, or with such an alias."""
-    wanted = _some(wanted)
-    args = typing.get_args(wanted)
-    if dataclasses.is_dataclass(wanted) and isinstance(values, Mapping):
-        hints = typing.get_type_hints(wanted)
-        names = _names(wanted, list(hints))
+def _elsewhere(key: str, target, values, path: str) -> Iterator[str]:
+    """Yields the paths of fields with that name or alias in nested values."""
+    target = _without_none(target)
+    args = typing.get_args(target)
+    if dataclasses.is_dataclass(target) and isinstance(values, Mapping):
+        hints = typing.get_type_hints(target)
+        names = _names(target, list(hints))
         if key in names:
             yield f"{path}.{names[key]}"
         for name in (name for name in hints if name in values):
             yield from _elsewhere(key, hints[name], values[name], f"{path}.{name}")
-    elif typing.get_origin(wanted) is Table and isinstance(values, Mapping):
+    elif typing.get_origin(target) is Table and isinstance(values, Mapping):
         for name, value in values.items():
             yield from _elsewhere(key, args[1], value, f"{path}.{name}")
-    elif typing.get_origin(wanted) is tuple and isinstance(values, list):
+    elif typing.get_origin(target) is tuple and isinstance(values, list):
         for i, value in enumerate(values):
             yield from _elsewhere(key, args[0], value, f"{path}[{i}]")

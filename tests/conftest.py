@@ -85,10 +85,11 @@ def one_device():
 
 
 @contextlib.contextmanager
-def tool(name: str, folder: str = "tools", **replaced):
-    """The module of tools/`name`.py, with modules in place of some that it imports; its flags end with it."""
-    before = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", Path(__file__).parents[1] / folder / f"{name}.py")
+def tool(name: str, **replaced):
+    """A new module of the program `name`, with modules in place of some that it imports; its flags end with it."""
+    before, root = set(flags.FLAGS), Path(__file__).parents[1]
+    folder = next(x for x in (root / "hybrid_attn/commands", root / "tools") if (x / f"{name}.py").exists())
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     try:
         with pytest.MonkeyPatch.context() as patch:

@@ -175,6 +175,7 @@ def main_plan(case: str) -> None:
     from configs import base, hybrid_8k
     from hybrid_attn import config
     from hybrid_attn.plan import step as plan
+    from hybrid_attn.plan import targets
 
     target, axes, length, *_ = PLANS[case]
     size = case.split()[0]
@@ -185,7 +186,7 @@ def main_plan(case: str) -> None:
     c.mesh.update({"data": 1, "fsdp": 1} | axes)
     c.stages[0].update(seq_len=length, batch=axes["fsdp"])
     started = time.monotonic()
-    found = plan.make_plan(config.build(c), plan.find_target(target))
+    found = plan.make_plan(config.build(c), targets.find_target(target))
     shard = length // axes.get("context", 1)
     slices = [shard] if shard == length else [shard, shard // 2]  # a balanced shard is an early and a late slice
     report = {
@@ -210,12 +211,12 @@ def main_prompt() -> None:
     from hybrid_attn.model import flops, run_on
     from hybrid_attn.model.extend import unstacked
     from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, make_mesh
-    from hybrid_attn.plan import step as plan
+    from hybrid_attn.plan import targets
 
     name, axes, length, chunk, _ = PROMPT
     c = hybrid_8k.get_config("8b")
     c.mesh.update({"data": 1, "fsdp": 1} | axes)
-    c, target = config.build(c), plan.find_target(name)
+    c, target = config.build(c), targets.find_target(name)
     mesh, run = make_mesh(c.mesh, target.devices), run_on("tpu", c.model, c.train)
 
     def like(shape, dtype, spec):
@@ -251,10 +252,10 @@ def main(target: str) -> None:
 
     from hybrid_attn import config
     from hybrid_attn.parallel.mesh import make_mesh
-    from hybrid_attn.plan import step as plan
+    from hybrid_attn.plan import targets
 
     jax.config.update("jax_disable_most_optimizations", False)
-    devices = plan.find_target(target).devices
+    devices = targets.find_target(target).devices
     for case in TARGETS[target]:
         shape, kernel = case.split()
         context = 1 if kernel == "cudnn" else 4

@@ -331,7 +331,7 @@ def test_another_model_is_an_error_that_names_the_fields_and_no_reason_to_fall_b
         checkpoints.check_config(other)
     with pytest.raises(stored.AnotherModelError, match=r"params/embed: \(24, 16\) -> \(24, 32\)"):
         checkpoints.restore(_abstract(_state(width=32)))
-    with pytest.raises(stored.AnotherModelError, match=r"opt_state/0/mu/embed: \(24, 16\) -> not wanted"):
+    with pytest.raises(stored.AnotherModelError, match=r"opt_state/0/mu/embed: \(24, 16\) -> not expected"):
         checkpoints.restore(_abstract(_state())._replace(opt_state=()))
     with pytest.raises(stored.AnotherModelError, match=r"params/bias: not saved -> \(3,\)"):
         checkpoint.read_params(tmp_path, {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)})

@@ -352,7 +352,7 @@ def test_a_step_belongs_to_its_stage():
     c = dataclasses.replace(tiny(), stages=stages)
     assert c.total_steps == 5
     assert [c.stage_at(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
-    with pytest.raises(ValueError, match="step 5 lies beyond the last of 5 steps"):
+    with pytest.raises(ValueError, match="step 5 is beyond the last of 5 steps"):
         c.stage_at(5)
 
 

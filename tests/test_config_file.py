@@ -142,9 +142,9 @@ def test_a_file_outside_the_repository_gives_a_config_and_what_it_writes_wrongly
         config_file.load(f"{path}:8b")
 
 
-def ended(program, arguments, capsys, folder="tools"):
+def ended(program, arguments, capsys):
     """The exit code and stderr of a program, in this process."""
-    with tool(program, folder) as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as end:
+    with tool(program) as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as end:
         module.main(parse([f"{program}.py", *arguments]))
     return end.value.code, capsys.readouterr().err
 
@@ -201,14 +201,14 @@ def test_a_wrong_command_line_of_the_trainer_is_a_line_that_names_the_flag_and_t
     arguments, words, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(ROOT)
-    code, error = ended("train", ["--config=configs/base.py", f"--workdir={tmp_path}", *arguments], capsys, "launch")
+    code, error = ended("train", ["--config=configs/base.py", f"--workdir={tmp_path}", *arguments], capsys)
     assert code == 2 and error.count("\n") == 1 and error.startswith(f"error: {words}"), error
 
 
-@pytest.mark.parametrize("name, folder", [("train", "launch"), ("plan", "tools")])
-def test_steps_and_batch_are_those_of_the_last_stage(name, folder, monkeypatch):
+@pytest.mark.parametrize("name", ["train", "plan"])
+def test_steps_and_batch_are_those_of_the_last_stage(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with tool(name, folder) as program, flagsaver.flagsaver():
+    with tool(name) as program, flagsaver.flagsaver():
         target = ["--target=cpu:1"] if name == "plan" else []
         parse([name, *target, "--config=configs/models/command_a.py", "--steps=7", "--batch=3", "--noconfig.train.zigzag"])
         c = config.build(program.CONFIG.value.values)
@@ -228,9 +228,9 @@ def test_steps_and_batch_are_those_of_the_last_stage(name, folder, monkeypatch):
 )
 def test_a_key_with_two_values_is_refused_and_the_same_one_twice_is_not(once, again, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    with tool("train", "launch"), flagsaver.flagsaver():
+    with tool("train"), flagsaver.flagsaver():
         parse(["train.py", "--config=configs/base.py", once, once.replace("=0.1", "=1e-1")])
-    code, error = ended("train", ["--config=configs/base.py", again, once], capsys, "launch")
+    code, error = ended("train", ["--config=configs/base.py", again, once], capsys)
     assert code == 2 and "has two values: --" in error and error.count("\n") == 1, error
     assert again.partition("=")[2] in error and once.partition("=")[2] in error
 

@@ -23,7 +23,7 @@ def test_broken_runs_end_as_undisturbed_ones_do():
 
 def test_every_step_that_was_logged_before_a_kill_is_in_tensorboard_once_when_the_run_goes_on(tmp_path):
     for start, steps in ((0, range(1, 8)), (4, range(5, 11))):
-        metrics = Metrics(tmp_path, start, 10, peak_flops=20e12)
+        metrics = Metrics(tmp_path, start, 10, peak_flops=20e12).open()
         for step in steps:
             metrics.log(step, VALUES, tokens=2706, flops=4e12)
             metrics.advance(step)  # and no close, as after a kill
@@ -46,18 +46,18 @@ def test_the_harness_sees_a_lost_step_another_loss_and_other_parameters(tmp_path
         case = faults.Case("kill", None, (0, -9))
         for wrong, outcome in outcomes.items():
             monkeypatch.setattr(faults, "outcome", lambda _, outcome=outcome: outcome)
-            assert faults.judge(lab, case, tmp_path / "kill", [-9]) == [wrong]
+            assert faults.failures_of(lab, case, tmp_path / "kill", [-9]) == [wrong]
         monkeypatch.setattr(faults, "outcome", lambda _: ("a", every, steps))
-        assert faults.judge(lab, case, tmp_path / "kill", [0]) == []
-        assert faults.judge(lab, case, tmp_path / "kill", [1]) == ["exit code 1"]
+        assert faults.failures_of(lab, case, tmp_path / "kill", [0]) == []
+        assert faults.failures_of(lab, case, tmp_path / "kill", [1]) == ["exit code 1"]
         damage = faults.Case("kill", None, unreadable=2)
         for noticed in range(3):
-            wrong = [f"{noticed} of 2 damaged checkpoints set aside"] if noticed < 2 else []
-            assert faults.judge(lab, damage, tmp_path / "kill", []) == wrong
+            wrong = [f"{noticed} of 2 damaged checkpoints renamed"] if noticed < 2 else []
+            assert faults.failures_of(lab, damage, tmp_path / "kill", []) == wrong
             (tmp_path / f"kill/checkpoints/{noticed}.unreadable").mkdir(parents=True)
         shutil.rmtree(tmp_path / "kill")
         (tmp_path / "kill.log").mkdir()
         traceback = "Traceback (most recent call last):\n"
         (tmp_path / "kill.log/0-0.err").write_text(f"{traceback}  in a file\nOSError: full\nerror: full\n")
         (tmp_path / "kill.log/1-0.err").write_text(f"a line\n{traceback}  in a f")
-        assert faults.judge(lab, case, tmp_path / "kill", [0]) == ["a traceback: OSError: full", "a traceback: cut off"]
+        assert faults.failures_of(lab, case, tmp_path / "kill", [0]) == ["a traceback: OSError: full", "a traceback: cut off"]

@@ -12,7 +12,7 @@ from conftest import tiny
 from hybrid_attn import config
 from hybrid_attn.parallel import hub, identity, processes
 
-GO, STRANGE = {"go": True}, "it sent what no process of a run sends"
+GO, STRANGE = {"go": True}, "it sent an invalid message"
 
 
 def free_port() -> int:
@@ -53,8 +53,8 @@ class Process:
 def hub_of(monkeypatch):
     """Starts hubs, which end with their test at the latest."""
     hubs = []
-    monkeypatch.setattr(hub, "CAUSE_COMES_WITHIN", 0.1)
-    monkeypatch.setattr(hub, "OTHERS_END_WITHIN", 0.1)
+    monkeypatch.setattr(hub, "CAUSE_DELAY", 0.1)
+    monkeypatch.setattr(hub, "EXIT_TIMEOUT", 0.1)
 
     def start(count: int, host="localhost", timeout=10.0, **options) -> tuple[hub.Hub, int]:
         port = free_port()
@@ -131,7 +131,7 @@ def test_a_connection_that_never_says_who_it_is_does_not_move_the_deadline(hub_o
     answer = process1.hear()
     assert time.monotonic() - before < 2 and answer["code"] == 1
     assert answer["error"].startswith("process 0 never joined: 1 of 2 came within 0.5 s")
-    assert "the last connection that was turned away: 127.0.0.1 went away or said what no process" in answer["error"]
+    assert "the last rejected connection: 127.0.0.1 disconnected or sent an invalid message" in answer["error"]
     assert silent.hear() is None
 
 
@@ -303,7 +303,7 @@ def test_processes_find_each_other_by_ipv6_and_ipv4(hub_of):
     [
         (b"SSH-2.0-OpenSSH_9.6\r\n", r"is not process 0 of a run: b'SSH-2\.0-OpenSSH_9\.6\\r'; name another port"),
         (b"x" * 1_200_000, "is not process 0 of a run: a line of more than 1048576 bytes"),
-        (b"", "process 0 went away from localhost:"),
+        (b"", "process 0 disconnected from localhost:"),
     ],
     ids=["ssh", "endless", "nothing"],
 )

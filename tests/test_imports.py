@@ -24,6 +24,7 @@ ALLOWED["data"] |= {"files", "characters"}
 ALLOWED["train"] |= {"data", "checkpoint", "files"}
 ALLOWED["bench"] = {*LEFT_TO_RIGHT, "data", "checkpoint", "files"}
 ALLOWED["plan"] = ALLOWED["bench"] | {"bench"}
+ALLOWED |= {"configs": set(), "commands": set(ALLOWED) | {"configs"}}
 
 
 def imported(path: Path) -> set[str]:
@@ -57,7 +58,8 @@ def test_a_module_imports_only_the_rooms_that_the_design_gives_it(path):
 
 
 def test_only_the_trainer_and_what_answers_import_checkpoints():
-    assert {room(path) for path in FILES if "checkpoint" in rooms_of(imported(path))} == {"train", "infer"}
+    importers = {room(path) for path in FILES if "checkpoint" in rooms_of(imported(path))}
+    assert importers == {"train", "infer", "commands"}
 
 
 def test_nobody_but_the_engine_knows_the_modules_of_the_cache_and_they_do_not_know_the_engine():
@@ -77,7 +79,11 @@ def test_nobody_imports_programs_or_configs():
     for path in (*FILES, PACKAGE / "__init__.py", *programs):
         assert not {name.split(".")[0] for name in imported(path)} & OUTSIDE, path
     for path in (ROOT / "configs").rglob("*.py"):
-        assert not rooms_of(imported(path)), path
+        assert rooms_of(imported(path)) <= {"configs"}, path
+
+
+def test_only_the_programs_of_the_repository_import_commands():
+    assert not {path for path in FILES if room(path) != "commands" and "commands" in rooms_of(imported(path))}
 
 
 def test_the_package_itself_imports_nothing_of_ours():

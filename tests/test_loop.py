@@ -28,7 +28,7 @@ from hybrid_attn.evals.report import contents
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.programs import parse
-from hybrid_attn.train import evaluation, loop, optim
+from hybrid_attn.train import evaluation, loop, optim, steps
 from hybrid_attn.train import step as step_module
 
 ROOT = Path(__file__).parents[1]
@@ -519,7 +519,7 @@ def test_the_program_says_what_is_wrong_in_a_line(tmp_path):
 def test_a_wrong_config_is_a_line_and_exit_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, f"--workdir={tmp_path}", *arguments])
     monkeypatch.chdir(ROOT)
-    with tool("train", "launch") as program, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+    with tool("train") as program, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         program.main(parse(sys.argv))
     error = capsys.readouterr().err
     assert (ended.value.code, len(error.splitlines())) == (2, 1) and message in error
@@ -546,7 +546,7 @@ def test_an_error_of_a_run_is_said_with_its_file_and_all_its_lines(error, code, 
     monkeypatch.setattr(loop, "train", broken)
     monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, f"--workdir={tmp_path}"])
     monkeypatch.chdir(ROOT)
-    with tool("train", "launch") as program, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+    with tool("train") as program, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         program.main(parse(sys.argv))
     assert (ended.value.code, capsys.readouterr().err) == (code, said)
 
@@ -612,7 +612,8 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
     others = ("grad_norm", "bits_per_byte", "lr", "param_norm")
     c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
     with loop.Stop(None) as stop:
-        loop.run_steps(c, None, step, 0, 0, iter((i, ()) for i in range(3)), Quiet(), Quiet(), stop, None)
+        batches = iter((i, ()) for i in range(3))
+        steps.run_steps(steps.TrainContext(c, step, batches, Quiet(), Quiet(), stop, None, None), 0, 0)
     order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
     assert order == sorted(order)
 
@@ -637,6 +638,6 @@ def test_no_step_waits_longer_for_data_than_it_takes():
     c = tiny({"train.log_every": 1, "stages": [stage(len(waits), 48, 8)]})
     with loop.Stop(None) as stop:
         step = lambda state, *_: (state, dict.fromkeys(names, np.float32(1)))  # noqa: E731
-        loop.run_steps(c, None, step, 0, 0, batches(), Lines(), Lines(), stop, None)
+        steps.run_steps(steps.TrainContext(c, step, batches(), Lines(), Lines(), stop, None, None), 0, 0)
     assert all(waited <= took for waited, took in zip(values["data_wait"], values["step_time"], strict=True))
     assert sum(values["data_wait"]) == pytest.approx(sum(waits), rel=0.5)

@@ -69,8 +69,9 @@ def test_a_size_with_a_vocabulary_of_its_own_is_planned_without_a_tokenizer_and_
     monkeypatch.chdir(ROOT)
     for config, told in (("configs/hybrid_8k.py", False), ("configs/hybrid_8k.py:1b", True)):
         with conftest.tool("plan") as tool, flagsaver.flagsaver():
-            for name in ("find_target", "make_plan", "report", "fits"):
-                monkeypatch.setattr(tool.plan, name, lambda *_, name=name: name)
+            stubs = {"find_target": tool.targets, "make_plan": tool.step, "report": tool.report, "fits": tool.report}
+            for name, module in stubs.items():
+                monkeypatch.setattr(module, name, lambda *_, name=name: name)
             tool.main(parse(["plan.py", f"--config={config}", "--target=v5p:4x4x4"]))
         lines = capsys.readouterr().out.splitlines()
         assert (lines[0], len(lines)) == ("report", 3 if told else 1)
@@ -133,7 +134,9 @@ def test_a_tpu_needs_the_compiler_for_it():
 
 
 def test_what_does_not_fit_is_said_with_the_numbers():
-    from hybrid_attn.plan.step import CHIPS, Plan, Target, fits, verdict
+    from hybrid_attn.plan.report import fits, verdict
+    from hybrid_attn.plan.step import Plan
+    from hybrid_attn.plan.targets import CHIPS, Target
 
     target = Target("v5e:1x1", "tpu", [], CHIPS["v5e"].memory)
     small = Plan(target, {}, 0, 0, 0, 0, 15_900_000_000, 0.0, 0.0, (0, "", ""), [], "")
@@ -151,8 +154,9 @@ def main() -> None:
     from configs import base
     from hybrid_attn import config
     from hybrid_attn.plan import step as plan
+    from hybrid_attn.plan import targets
 
-    target = plan.find_target(f"cpu:{CONTEXT}")
+    target = targets.find_target(f"cpu:{CONTEXT}")
     for context, zigzag in CASES:
         c = base.get_config()
         c.model.update(d_model=16, num_heads=1, num_kv_heads=1, head_dim=HEAD, d_ff=16, vocab_size=128)

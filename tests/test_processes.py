@@ -145,7 +145,7 @@ def test_a_stopped_process_is_given_up_by_the_others_and_ends_with_them_when_it_
         time.sleep(3)  # jax's heartbeats have time to see that the other is gone
         started[stopped].send_signal(signal.SIGCONT)
         ((status_of_stopped, _, error_of_stopped),) = ends([started[stopped]], 20)
-    wanted = rf"process {stopped} has said nothing for \d s: it is stopped, or its machine or the network is gone"
+    wanted = rf"process {stopped} has sent nothing for \d s: it is stopped, or its machine or the network is gone"
     assert status == status_of_stopped == 1
     assert re.fullmatch(f"error: {wanted}", error)
     assert re.fullmatch(f"error: {wanted}" if stopped else f"error: process 1: {wanted}", error_of_stopped)
@@ -211,8 +211,8 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
             thread.join(10)
     for peer, step in zip(peers, steps, strict=True):
         assert step < 0 or not peer.reached(step)
-    peers[1].ask_to_stop()
-    peers[2].ask_to_stop()  # a cluster signals many
+    peers[1].request_stop()
+    peers[2].request_stop()  # a cluster signals many
     until = time.monotonic() + 10
     while not all(peer._stop_at is not None for peer in peers) and time.monotonic() < until:
         time.sleep(0.01)
@@ -227,8 +227,8 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
 @pytest.mark.parametrize(
     "hellos, message",
     [
-        ([(1, 3), (1, 3)], "two processes say that they are process 1; give each its own --process_id"),
-        ([(1, 4)], "process 1 counts 4 processes and process 0 counts 3; say the same to all"),
+        ([(1, 3), (1, 3)], "two processes have --process_id=1; give each its own --process_id"),
+        ([(1, 4)], "process 1 expects 4 processes and process 0 3; give all the same number"),
     ],
 )
 def test_processes_that_were_started_wrongly_are_told(hellos, message):
@@ -368,11 +368,11 @@ def test_a_tpu_machine_asks_what_it_is_part_of(bare, workers, tpu_env, wanted):
 def test_slurm_gives_a_node_s_only_process_all_its_gpus_and_others_one_each(bare, changes, devices):
     for name, value in (STEP | changes).items():
         bare.setenv(name, value)
-    address, *rest = launchers.detected(5)
-    assert address.startswith("node001:") and rest == [2, 1, devices]
+    address, *others = launchers.from_launcher(5)
+    assert address.startswith("node001:") and others == [2, 1, devices]
 
 
 def test_a_launcher_that_tells_too_little_is_an_error_with_its_cure(bare):
     bare.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="Open MPI 5 started .* install the package mpi4py, or pass --coordinator=HOST:PORT"):
-        launchers.detected(5)
+        launchers.from_launcher(5)

@@ -91,7 +91,7 @@ def resume_and_break(folder: Path, peers) -> None:
 
 def stop_in_the_evaluation(folder: Path, peers) -> None:
     if peers.number == 0:
-        signal.signal(signal.SIGTERM, lambda *_: peers.ask_to_stop())
+        signal.signal(signal.SIGTERM, lambda *_: peers.request_stop())
     peers.all_saved("stopped in the evaluation")
     print("ready", flush=True)
     for _ in range(600):  # not one long sleep: a signal that comes just before a sleep begins is handled after it

@@ -1,16 +1,16 @@
-"""Training steps timed beside `transformers` and beside full attention: python tools/bench_train.py
+"""Times training steps beside `transformers` and beside full attention: python tools/bench_train.py
 
     python tools/bench_train.py --part=transformers --lengths=8K --json=transformers.json
     python tools/bench_train.py --part=layouts --lengths=8K,32K --config.model.num_layers=4
 
 transformers: the same model (ours, exported), tokens, loss and AdamW, here and in `transformers` on PyTorch with its scaled
-dot-product attention; on a CPU with the extra `oracle`. It gives windowed layers a mask and computes their whole square, which
-the column of FLOPs counts. Where its activations do not fit into --memory_gib, it computes those of each layer again.
-layouts: the model of --config, and the same with the whole prefix and the rotation of its windows in every layer.
+dot-product attention; on a CPU with the extra `oracle`. It gives windowed layers a mask and computes all S x S scores, which
+the column of FLOPs counts. Where its activations do not fit into --memory_gib, it recomputes those of each layer.
+layouts: the model of --config, and the same with its windowed layer type in every layer, without the window.
 
-Contenders take their steps in turn, and the best of --repeats counts: forward, backward and update. MFU is the share of
-the best matmul between the steps, by the FLOPs that the model needs. Memory is what a step takes beyond parameters and
-tokens, and here beyond the state of the optimiser. A dash is explained under the table.
+Contenders take their steps in turn; the best of --repeats counts: forward, backward and update. MFU is relative to the best
+matmul between the steps, by the FLOPs that the model needs. Memory is that of a step beyond parameters and tokens, and here
+beyond the optimiser state. A dash is explained under the table.
 """
 
 import dataclasses
@@ -41,16 +41,16 @@ from hybrid_attn.train.step import init_state, make_step
 BENCH = Path(__file__).parents[1] / "configs" / "bench.py"
 LENGTHS = {"transformers": ["8K", "32K"], "layouts": ["8K", "32K", "64K"]}
 PART = flags.DEFINE_enum("part", "both", [*LENGTHS, "both"], "What to compare with.")
-ROWS = flags.DEFINE_list("lengths", None, f"Tokens of a row; K is 1,024. By default {LENGTHS}.")
+ROWS = flags.DEFINE_list("lengths", None, f"Tokens of a packed sequence; K is 1,024. By default {LENGTHS}.")
 REPEATS = flags.DEFINE_integer("repeats", 3, "Steps of each contender.", lower_bound=1)
-SECONDS = flags.DEFINE_float("seconds", 300.0, "Leave out a step that would take longer, judged by one of a shorter row.")
+SECONDS = flags.DEFINE_float("seconds", 300.0, "Leave out a step that would take longer, judged by one of a shorter sequence.")
 MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
 JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")
 CONFIG = config_file.define("config", str(BENCH), "The model, the optimiser and how they run.", config.Config)
 
 
 def batch_of(c: Config) -> dict[str, np.ndarray]:
-    """Rows of random tokens, each one document, in which every token but the last has the next for its target."""
+    """Sequences of random tokens, one document each; the target of a token is the next one, and the last has none."""
     stage = c.stages[0]
     tokens = np.random.default_rng(0).integers(0, c.model.vocab_size, (stage.batch, stage.seq_len), np.int32)
     weights = np.ones(tokens.shape, np.float32)
@@ -89,20 +89,20 @@ def make_ours(values: dict) -> Ready:
 
 
 def export(values: dict, directory: str) -> list[str]:
-    """Writes the first parameters of the trainer for other libraries; the names of those that weight decay shrinks."""
+    """Exports the initial parameters of the trainer; returns the names of the tensors with weight decay."""
     c = config.build(values)
     with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
         params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
-    shrunk = hf.flat(map_specs(lambda spec: spec.decay, specs(c.model)))
+    has_decay = hf.flat(map_specs(lambda spec: spec.decay, specs(c.model)))
     shapes = {path: x.shape for path, x in hf.flat(params).items()}
-    described = hf.describe(c.model, directory, c.stages[0].seq_len)
-    hf.write(directory, c.model, described, shapes, hf.by_period(params), "float32")
-    tensors = families.tensors(c.model, described["model_type"], shapes)
-    return [tensor.name for tensor in tensors if shrunk[tensor.path]]
+    description = hf.describe(c.model, directory, c.stages[0].seq_len)
+    hf.write(directory, c.model, description, shapes, hf.by_period(params), "float32")
+    tensors = families.tensors(c.model, description["model_type"], shapes)
+    return [tensor.name for tensor in tensors if has_decay[tensor.path]]
 
 
-def make_theirs(values: dict, directory: str, shrunk: list[str], remat: str) -> Ready:
-    """Steps of the exported model in `transformers`, by the rules of ours (hybrid_attn/train/optim.py)."""
+def make_theirs(values: dict, directory: str, decayed_names: list[str], remat: str) -> Ready:
+    """Steps of the exported model in `transformers`, with the update of hybrid_attn/train/optim.py."""
     import torch
     import transformers
 
@@ -115,8 +115,8 @@ def make_theirs(values: dict, directory: str, shrunk: list[str], remat: str) -> 
         model.activation_checkpointing_enable()
     parameters = dict(model.named_parameters())
     groups = [
-        {"params": [x for name, x in parameters.items() if name in shrunk], "weight_decay": optim.weight_decay},
-        {"params": [x for name, x in parameters.items() if name not in shrunk], "weight_decay": 0.0},
+        {"params": [x for name, x in parameters.items() if name in decayed_names], "weight_decay": optim.weight_decay},
+        {"params": [x for name, x in parameters.items() if name not in decayed_names], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, betas=(optim.b1, optim.b2), eps=optim.eps, fused=True)
     rates = [float(schedule(optim, c.total_steps)(step)) for step in range(c.total_steps)]
@@ -152,11 +152,11 @@ def needed(c: Config) -> float:
 
 
 def computed_with_masks(c: Config) -> float:
-    """FLOPs of a step that computes the whole square of every layer that has a window shorter than the row."""
+    """FLOPs of a step that computes all S x S scores of every layer whose window is shorter than the sequence."""
     (B, S), m = (c.stages[0].batch, c.stages[0].seq_len), c.model
-    windows = [kind for kind in map(m.kinds.get, m.layers) if kind.window is not None and kind.window < S]
-    unseen = sum(S**2 - attended_pairs(kind, S) for kind in windows)
-    return needed(c) + B * flops.TRAIN * attention_flops(m.num_heads, m.head_dim, unseen)
+    windowed = [layer for layer in map(m.kinds.get, m.layers) if layer.window is not None and layer.window < S]
+    masked = sum(S**2 - attended_pairs(layer, S) for layer in windowed)
+    return needed(c) + B * flops.TRAIN * attention_flops(m.num_heads, m.head_dim, masked)
 
 
 class Contender(NamedTuple):
@@ -171,12 +171,14 @@ def ours(c: Config) -> Contender:
     return Contender(c, needed(c), Task("jax", make_ours, (config.to_dict(c),)))
 
 
-def theirs(c: Config, directory: str, shrunk: list[str], remat: str) -> Contender:
-    return Contender(c, computed_with_masks(c), Task("torch", make_theirs, (config.to_dict(c), directory, shrunk, remat)))
+def theirs(c: Config, directory: str, decayed_names: list[str], remat: str) -> Contender:
+    return Contender(
+        c, computed_with_masks(c), Task("torch", make_theirs, (config.to_dict(c), directory, decayed_names, remat))
+    )
 
 
 def compare(processes: Processes, title: str, contenders: dict[str, Contender], dtype: str, done: list[dict]) -> list[dict]:
-    """A record for each contender; `done` are those of shorter rows, by which a step is judged to be too long."""
+    """A record for each contender; those of shorter sequences, `done`, predict whether a step takes too long."""
     records, tasks = {}, {"matmul": Task("jax", measurement.make_matmul, (dtype,))}  # first: it starts the threads
     for name, (c, computed, task) in contenders.items():
         stage = c.stages[0]
@@ -190,10 +192,10 @@ def compare(processes: Processes, title: str, contenders: dict[str, Contender], 
         records[name] = record
     measured = processes.race(title, tasks, REPEATS.value)
     peak = max(measured.pop("matmul").results)
-    for name, got in measured.items():
-        new = {"missing": got.missing, "fits": False}
-        if got.missing is None:
-            new = {"seconds": min(got.seconds), "calls": got.seconds, "losses": got.results, "memory": got.memory, "peak": peak}
+    for name, x in measured.items():
+        new = {"missing": x.missing, "fits": False}
+        if x.missing is None:
+            new = {"seconds": min(x.seconds), "calls": x.seconds, "losses": x.results, "memory": x.memory, "peak": peak}
         records[name] |= new
     return list(records.values())
 
@@ -203,11 +205,11 @@ def beside_transformers(processes: Processes, c: Config, lengths: list[int], dty
     for S in lengths:
         at_S = at_length(c, S)
         with tempfile.TemporaryDirectory() as directory:
-            shrunk = processes.call("jax", export, config.to_dict(at_S), directory)
-            pair = {"ours": ours(at_S), "transformers": theirs(at_S, directory, shrunk, c.train.remat)}
+            decayed_names = processes.call("jax", export, config.to_dict(at_S), directory)
+            pair = {"ours": ours(at_S), "transformers": theirs(at_S, directory, decayed_names, c.train.remat)}
             new = compare(processes, f"transformers {S:,}", pair, dtype, records)
             if c.train.remat == "none" and not new[1].get("fits", True):
-                pair = {"ours": ours(at_S), "transformers, recomputing": theirs(at_S, directory, shrunk, "layer")}
+                pair = {"ours": ours(at_S), "transformers, recomputing": theirs(at_S, directory, decayed_names, "layer")}
                 new = [new[1], *compare(processes, f"transformers {S:,}", pair, dtype, records)]
         records += new
     return records
@@ -262,11 +264,11 @@ def bench() -> None:
     with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
         dtype = str(run_on(platform, c.model, c.train).dtype)
-        why = measurement.no_transformers(platform, dtype) if "transformers" in parts else None
-        if why and PART.value == "transformers":
-            raise ValueError(f"--part=transformers: {why}")
-        if why:
-            print(f"— transformers: {why}\n")
+        reason = measurement.no_transformers(platform, dtype) if "transformers" in parts else None
+        if reason and PART.value == "transformers":
+            raise ValueError(f"--part=transformers: {reason}")
+        if reason:
+            print(f"— transformers: {reason}\n")
             parts.remove("transformers")
         records = {part: PARTS[part](processes, c, lengths[part], dtype) for part in parts}
     peak = max((r["peak"] for part in parts for r in records[part] if "peak" in r), default=float("nan"))

@@ -1,8 +1,8 @@
-"""Breaks training runs and lets the same command go on: python tools/faults.py --small
+"""Injects faults into training runs and resumes them: python tools/faults.py --small
 
-Every run must end with the bits of one that nothing disturbed: the same parameters, the same loss at each step, each step once
-in metrics.jsonl and in TensorBoard, and no traceback. Runs are killed, signalled, damaged and deprived of disk; one of two
-processes is killed or stopped. Prints a table; exit code 1 if a case fails. All cases take a quarter of an hour on two cores.
+Every run must end bit for bit like an undisturbed one: the same parameters, the same loss at each step, each step once in
+metrics.jsonl and in TensorBoard, and no traceback. Faults are kills, signals, damaged checkpoints and a full disk; of two
+processes, one is killed or stopped. Prints a table; exit code 1 if a case fails. All cases take 15 minutes on two cores.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[1]
 CASES = flags.DEFINE_string("cases", "", "Only the cases whose name matches this regular expression.")
 SMALL = flags.DEFINE_bool("small", False, "One or two cases of each kind instead of all.")
 OUT = flags.DEFINE_string("out", None, "New folder that keeps the runs; by default they are removed.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the moments at which runs are disturbed.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments of the faults.")
 STEPS, EDGE, EVERY, EVALS = 96, 48, 8, 56
-PATIENCE = 240  # seconds in which a run must reach the moment, or end
+TIMEOUT = 240  # seconds in which a run must reach the moment, or end
 DISK = 3  # MiB: room for two checkpoints, their successor and the records
 CONFIG = f"""
 from configs import base
@@ -55,10 +55,10 @@ def get_config():
 
 @dataclasses.dataclass
 class Lab:
-    """The folder of all runs, and what the undisturbed ones came to, by the number of processes."""
+    """The folder of all runs, and the outcomes of the undisturbed runs by the number of processes."""
 
     folder: Path
-    straight: dict[int, tuple] = dataclasses.field(default_factory=dict)
+    undisturbed: dict[int, tuple] = dataclasses.field(default_factory=dict)
 
     def command(self, workdir: Path) -> list[str]:
         return [sys.executable, str(ROOT / "launch/train.py"), f"--config={self.folder}/config.py", f"--workdir={workdir}"]
@@ -92,17 +92,17 @@ class Training:
             with output.open("wb") as out, output.with_suffix(".err").open("wb") as err:
                 self.processes.append(subprocess.Popen(command, cwd=ROOT, env=lab.env(), stdout=out, stderr=err))
 
-    def wait_for(self, happened: Callable[["Training"], bool]) -> bool:
-        """Whether `happened` came true before the run ended."""
-        until = time.monotonic() + PATIENCE
+    def wait_for(self, moment: Callable[["Training"], bool]) -> bool:
+        """Whether `moment` became true before the run ended."""
+        until = time.monotonic() + TIMEOUT
         while time.monotonic() < until and self.processes[0].poll() is None:
-            if happened(self):
+            if moment(self):
                 return True
             time.sleep(0.002)
         return False
 
     def steps(self) -> int:
-        """How many are in metrics.jsonl."""
+        """The number of lines in metrics.jsonl."""
         path = self.workdir / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -110,9 +110,9 @@ class Training:
         if self.processes[process].poll() is None:
             self.processes[process].send_signal(number)
 
-    def end(self, patience: float = PATIENCE) -> list[int | None]:
+    def end(self, timeout: float = TIMEOUT) -> list[int | None]:
         """Exit codes; None of a process that had to be killed because it did not end."""
-        codes, until = [], time.monotonic() + patience
+        codes, until = [], time.monotonic() + timeout
         for process in self.processes:
             try:
                 codes.append(process.wait(max(until - time.monotonic(), 0.1)))
@@ -125,7 +125,7 @@ class Training:
 
 
 def free_port() -> int:
-    """A port that nobody uses, and nobody the one after it."""
+    """A free port whose next port is free, too."""
     while True:
         with socket.create_server(("localhost", 0)) as first:
             port = first.getsockname()[1]
@@ -136,7 +136,7 @@ def free_port() -> int:
             return port
 
 
-# Moments of a run: has it come?
+# Moments of a run: whether it has come.
 def reached(step: int) -> Callable[[Training], bool]:
     return lambda run: run.steps() >= step
 
@@ -165,25 +165,28 @@ def importing(run: Training) -> bool:
 
 @dataclasses.dataclass
 class Case:
-    """`disturb(lab, workdir)` starts a run, breaks it and says how it ended; exit codes outside `allowed` are a failure."""
+    """`disturb(lab, workdir)` starts a run, injects the fault and returns a description and the exit codes.
+
+    Exit codes outside `allowed` are a failure.
+    """
 
     name: str
     disturb: Callable[[Lab, Path], tuple[str, list]]
     allowed: tuple = ()
     processes: int = 1
-    unreadable: int = 0  # checkpoints that the next run must set aside
+    unreadable: int = 0  # checkpoints that the next run must rename
 
 
 def signalled(number: int, moment: Callable, delay: float, process: int = 0, processes: int = 1) -> Callable:
-    """A run that gets a signal so many seconds after a moment, and ends."""
+    """A run that gets a signal `delay` seconds after a moment, and ends."""
 
     def disturb(lab: Lab, workdir: Path) -> tuple[str, list]:
         run = Training(lab, workdir, processes)
-        came = run.wait_for(moment)
+        in_time = run.wait_for(moment)
         time.sleep(delay)
         run.send(number, process)
         codes = run.end()
-        return f"{'' if came else 'not reached; '}exit {', '.join(map(str, codes))}", codes
+        return f"{'' if in_time else 'not reached; '}exit {', '.join(map(str, codes))}", codes
 
     return disturb
 
@@ -201,19 +204,19 @@ def signalled_twice(lab: Lab, workdir: Path) -> tuple[str, list]:
 
 
 def stopped_process(lab: Lab, workdir: Path) -> tuple[str, list]:
-    """One of two processes is stopped, as by a machine that hangs; the other must end by itself, and it is killed then."""
+    """One of two processes is stopped, like a machine that hangs; the other must end by itself."""
     run = Training(lab, workdir, 2)
     run.wait_for(reached(30))
     before = time.monotonic()
     run.send(signal.SIGSTOP, 1)
-    code = run.processes[0].wait(PATIENCE)
+    code = run.processes[0].wait(TIMEOUT)
     run.send(signal.SIGKILL, 1)
     run.end()
     return f"process 0: exit {code} after {time.monotonic() - before:.0f} s", [code]
 
 
 def damaged(damage: Callable[[Path], None], newest: int) -> Callable:
-    """A run that is stopped late and whose `newest` checkpoints are damaged afterwards."""
+    """A run that is stopped late; then its newest checkpoints, `newest` of them, are damaged."""
 
     def disturb(lab: Lab, workdir: Path) -> tuple[str, list]:
         stopped = lab.folder / "stopped"
@@ -262,7 +265,7 @@ DAMAGES = (truncate, flip_a_bit, empty_the_config, change_a_digit, damage_the_ma
 
 
 def full_disk(lab: Lab, workdir: Path) -> tuple[str, list]:
-    """A disk of its own that fills while the run goes on, and has room again for the next."""
+    """A small disk that fills during the run and has room again for the next one."""
     workdir.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", workdir], capture_output=True)
     if mounted.returncode:
@@ -289,13 +292,13 @@ def last_line(run: Training) -> str:
 def tracebacks(logs: Path) -> Iterator[str]:
     """The last line of the first traceback of each run that printed one."""
     for path in sorted(logs.glob("*.err")):
-        _, found, after = path.read_text().partition("Traceback (most recent call last):\n")
-        if found:
+        _, header, after = path.read_text().partition("Traceback (most recent call last):\n")
+        if header:
             yield next((line for line in after.splitlines() if not line.startswith(" ")), "cut off")[:200]
 
 
 def cases(rng: random.Random) -> Iterator[Case]:
-    """All of them, in the order of the table; the first of each kind is in the small form."""
+    """All cases, in the order of the table."""
     anywhere = [reached(rng.randrange(1, STEPS)) for _ in range(9)]
     kills = [
         saving(16), evaluating(EVALS), reached(EDGE), evaluating(STEPS), saving(EDGE), started, saved(EVERY), reached(1),
@@ -327,7 +330,7 @@ SMALL_CASES = (
 
 
 def outcome(workdir: Path) -> tuple:
-    """The parameters' fingerprint at the last step, (step, loss) of every line of metrics.jsonl, and TensorBoard's steps."""
+    """The fingerprint of the last parameters, (step, loss) of every line of metrics.jsonl, and the steps in TensorBoard."""
     from hybrid_attn import checkpoint
 
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
@@ -336,7 +339,7 @@ def outcome(workdir: Path) -> tuple:
 
 
 def tensorboard_steps(folder: Path) -> list[int]:
-    """The steps of the scalar that most events have; a session hides what older ones have of its first step and later."""
+    """The steps of the most frequent scalar; a session hides events of older sessions from its first step on."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     steps: dict[str, list[int]] = {}
@@ -351,7 +354,7 @@ def tensorboard_steps(folder: Path) -> list[int]:
 
 
 def records(content: bytes) -> Iterator[bytes]:
-    """Each is preceded by its length in 8 bytes and 4 of checksum, and followed by 4 of checksum; a kill may cut the last."""
+    """The records of an event file: 8 bytes of length, 4 of checksum, the record, 4 of checksum; the last may be truncated."""
     while len(content) >= 12:
         (length,) = struct.unpack("<Q", content[:8])
         if len(content) >= length + 16:
@@ -360,26 +363,26 @@ def records(content: bytes) -> Iterator[bytes]:
 
 
 def finish(lab: Lab, workdir: Path, processes: int) -> list[str]:
-    """Runs the command to its end, and returns what is wrong with that."""
+    """Runs the command to its end, and returns its failures."""
     run = Training(lab, workdir, processes)
     codes = run.end()
     return [f"the same command ended with {', '.join(map(str, codes))}: {last_line(run)}"] if any(codes) else []
 
 
-def judge(lab: Lab, case: Case, workdir: Path, codes: list) -> list[str]:
-    """What is wrong, in words; nothing if the run is what it would have been undisturbed."""
+def failures_of(lab: Lab, case: Case, workdir: Path, codes: list) -> list[str]:
+    """The failures of a case; none if the run ended like an undisturbed one."""
     wrong = [f"exit code {code}" for code in codes if code not in case.allowed]
     wrong += finish(lab, workdir, case.processes)
     noticed = len(list(workdir.glob("checkpoints/*.unreadable*")))
-    wrong += [f"{noticed} of {case.unreadable} damaged checkpoints set aside"] if noticed < case.unreadable else []
+    wrong += [f"{noticed} of {case.unreadable} damaged checkpoints renamed"] if noticed < case.unreadable else []
     wrong += [f"a traceback: {error}" for error in tracebacks(workdir.parent / f"{workdir.name}.log")]
     if not wrong:
-        (wanted, wanted_losses, _), (got, losses, steps) = lab.straight[case.processes], outcome(workdir)
+        (expected, expected_losses, _), (params, losses, steps) = lab.undisturbed[case.processes], outcome(workdir)
         every = list(range(1, STEPS + 1))
-        wrong += ["other parameters"] if got != wanted else []
+        wrong += ["other parameters"] if params != expected else []
         wrong += ["a step twice, or missing"] if [step for step, _ in losses] != every else []
         wrong += ["a step twice, or missing, in TensorBoard"] if steps != every else []
-        wrong += ["other losses"] if dict(losses) != dict(wanted_losses) else []
+        wrong += ["other losses"] if dict(losses) != dict(expected_losses) else []
     return wrong
 
 
@@ -392,22 +395,22 @@ def prepare(folder: Path) -> Lab:
     return Lab(folder)
 
 
-def undisturbed(lab: Lab, processes: int) -> None:
-    """Runs to the end once, for every case of so many processes."""
+def run_undisturbed(lab: Lab, processes: int) -> None:
+    """Runs to the end once, to compare all cases with this number of processes."""
     workdir = lab.folder / f"straight-{processes}"
     wrong = finish(lab, workdir, processes)
     if wrong:
         raise OSError(f"the undisturbed run failed: {wrong[0]}")
-    lab.straight[processes] = outcome(workdir)
+    lab.undisturbed[processes] = outcome(workdir)
 
 
 def run_case(lab: Lab, case: Case) -> list[str]:
-    if case.processes not in lab.straight:
-        undisturbed(lab, case.processes)
+    if case.processes not in lab.undisturbed:
+        run_undisturbed(lab, case.processes)
     workdir, before = lab.folder / case.name, time.monotonic()
     try:
         how, codes = case.disturb(lab, workdir)
-        wrong = [] if how.startswith("left out") else judge(lab, case, workdir, codes)
+        wrong = [] if how.startswith("left out") else failures_of(lab, case, workdir, codes)
     finally:
         if workdir.is_mount():
             subprocess.run(["umount", workdir], check=True)
@@ -429,7 +432,7 @@ def break_runs() -> int:
     finally:
         if OUT.value is None:
             shutil.rmtree(folder)
-    print(f"{len(chosen) - len(failed)} of {len(chosen)} cases as they should be" + "".join(f"; {name}" for name in failed))
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} cases passed" + "".join(f"; {name}" for name in failed))
     return 1 if failed else 0
 
 

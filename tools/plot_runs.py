@@ -1,4 +1,4 @@
-"""Curves of several runs as a picture: python tools/plot_runs.py --workdir=runs/hybrid_8k --workdir=runs/rope_8k --out=loss.png
+"""Draws curves of several runs: python tools/plot_runs.py --workdir=runs/hybrid_8k --workdir=runs/rope_8k --out=loss.png
 
 Reads metrics.jsonl of each workdir. --value is a name of its lines: loss (the mean since the line before), bits_per_byte,
 grad_norm, tokens_per_s, lr, ... Exit codes: 2 for a wrong flag or input.
@@ -25,7 +25,7 @@ X = flags.DEFINE_enum("x", "steps", ["steps", "tokens"], "What the horizontal ax
 SMOOTH = flags.DEFINE_integer("smooth", 1, "Steps up to each line whose mean is drawn; the lines themselves are pale.", 1)
 LOG_X = flags.DEFINE_bool("log_x", False, "A logarithmic horizontal axis.")
 AXES = {"steps": "step", "tokens": "tokens_seen"}
-MEANS = ("loss", "bits_per_byte")  # whose mean since the line before stands in the line, too
+MEANS = ("loss", "bits_per_byte")  # a line also has their mean since the previous line
 UNITS = {
     "loss": "loss (nats per token)", "bits_per_byte": "bits per byte", "lr": "learning rate", "step_time": "seconds per step",
     "tokens_per_s": "tokens per second", "mfu": "share of the peak FLOP/s", "grad_norm": "norm of the gradient",
@@ -41,20 +41,20 @@ class Curve(NamedTuple):
 
 
 def read(workdir: str) -> list[dict]:
-    """The lines of metrics.jsonl of steps that were trained on; ValueError where it is none."""
-    path, found = Path(workdir) / "metrics.jsonl", []
+    """The lines of metrics.jsonl without skipped steps; ValueError for a file with other lines."""
+    path, steps = Path(workdir) / "metrics.jsonl", []
     if not path.is_file():
         raise ValueError(f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
-    *lines, last = path.read_bytes().split(b"\n")  # a run that is killed, or still writes, leaves a part of a line
+    *lines, last = path.read_bytes().split(b"\n")  # the last line of a killed or running run may be incomplete
     for number, line in enumerate(lines, 1):
         values = object_of(line, f"{path}, line {number}")
         if type(values.get("step")) is not int:
             raise ValueError(f"{path}, line {number} is no step of a run: {line[:40]!r}")
         if "skipped" not in values:
-            found.append(values)
-    if not found:
+            steps.append(values)
+    if not steps:
         raise ValueError(f"{path} has no step yet; wait for its first line")
-    return found
+    return steps
 
 
 def curve(label: str, workdir: str) -> Curve:
@@ -63,11 +63,11 @@ def curve(label: str, workdir: str) -> Curve:
     known = sorted({key for line in lines for key, x in line.items() if _is_number(x)})
     if name in MEANS and f"{name}_mean" in known:
         name = f"{name}_mean"
-    for wanted in (name, axis):
-        if wanted not in known:
-            near = difflib.get_close_matches(wanted, known, 1)
+    for key in (name, axis):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {near[0]!r}? It" if near else "it"
-            raise ValueError(f"{workdir}/metrics.jsonl has no {wanted!r}; {hint} has {', '.join(known)}")
+            raise ValueError(f"{workdir}/metrics.jsonl has no {key!r}; {hint} has {', '.join(known)}")
     points = [(x["step"], x[axis], x[name]) for x in lines if all(_is_number(x.get(key)) for key in ("step", axis, name))]
     if not points:
         raise ValueError(f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
@@ -88,7 +88,7 @@ def smoothed(steps: Sequence[int], values: Sequence[float], window: int) -> np.n
 
 def picture(curves: Sequence[Curve]) -> bytes:
     """The curves as a PNG."""
-    from matplotlib.figure import Figure  # takes a second, without which --help should do
+    from matplotlib.figure import Figure  # takes a second; --help stays fast
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -114,7 +114,7 @@ def picture(curves: Sequence[Curve]) -> bytes:
 
 
 def labels() -> list[str]:
-    """Those of --label, or the names of the directories where these differ, else their paths."""
+    """The values of --label; by default the names of the directories, or their paths if two names are equal."""
     if LABEL.value and len(LABEL.value) != len(WORKDIR.value):
         raise ValueError(f"--label is given {len(LABEL.value)} times for {len(WORKDIR.value)} runs; give one for each, or none")
     names = [Path(workdir).resolve().name for workdir in WORKDIR.value]

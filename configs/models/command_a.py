@@ -6,8 +6,8 @@ Sources: the config.json published with the weights; for the schedule of lengths
 a linear cooldown from 2.5e-4 to 1e-6 over 50,000 steps, of which 30,000 at 8K, 10,000 at 32K, 5,000 at 128K, 5,000 at 256K.
 """
 
-from configs import base
 from configs.models import command_r7b
+from hybrid_attn.configs import base
 
 COOLDOWN = ((8_192, 30_000), (32_768, 10_000), (131_072, 5_000), (262_144, 5_000))
 

@@ -7,7 +7,7 @@
 Source: the config.json published with the weights. It was trained at 8,192 tokens and extended to 128K with theta unchanged.
 """
 
-from configs import base
+from hybrid_attn.configs import base
 
 
 def get_config():

@@ -8,7 +8,8 @@ Sizes are those of configs/hybrid_8k.py. At 8b after 750 B tokens: loss 1.58, MM
 
 from ml_collections import ConfigDict
 
-from configs import base, hybrid_8k
+from configs import hybrid_8k
+from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):

@@ -9,7 +9,8 @@ is Command R+'s way, which the paper builds on. At 8b after 750 B tokens: loss 1
 
 from ml_collections import ConfigDict
 
-from configs import base, hybrid_8k
+from configs import hybrid_8k
+from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):

@@ -9,7 +9,8 @@ and get worse with it. Needles at 128K: 8.04 of 10 at theta 10k, 7.46 at 100k, 7
 
 from ml_collections import ConfigDict
 
-from configs import base, hybrid_8k
+from configs import hybrid_8k
+from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):

@@ -9,7 +9,8 @@ QK-norm. At 8b, after 5 T tokens and fine-tuning, RULER retrieval is 96.1 at 8K 
 
 from ml_collections import ConfigDict
 
-from configs import base, hybrid_8k
+from configs import hybrid_8k
+from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):

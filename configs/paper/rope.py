@@ -9,7 +9,8 @@ Sizes are those of configs/hybrid_8k.py. Theta is 10,000 here and 2,000,000 in t
 
 from ml_collections import ConfigDict
 
-from configs import base, hybrid_8k
+from configs import hybrid_8k
+from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):

@@ -1,7 +1,7 @@
-"""Time and memory of functions that do the same work, called in turn, with a process for each library.
+"""Time and memory of functions that do the same work, called in turn, with one process for each library.
 
-On a machine that others use too, contenders that are called in turn share its slow moments, and the best call of each is the
-one least disturbed. In a process of its own no library's memory is counted as another's, and none fails with another.
+Contenders that are called in turn are slowed down by the same load of the machine, and the best call of each was the least
+disturbed. Each library has its own process: its memory is measured alone, and its failure ends no other.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ GIB = 2**30
 
 
 class Task(NamedTuple):
-    """The work of one contender: `make(*args)`, called in the process of `library`, gives a `Ready`."""
+    """The work of one contender: `make(*args)`, called in the process of `library`, returns a `Ready`."""
 
     library: str
     make: Callable
@@ -38,16 +38,16 @@ class Task(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """`run` does the work once, to its end; `memory` is what it takes in bytes, or None to watch the process."""
+    """`run` does the work once and waits for its end; `memory` is its memory in bytes, or None to measure the process."""
 
     run: Callable[[], Any]
     memory: int | None
 
 
 class Measured(NamedTuple):
-    """Calls of one contender: their seconds, what they returned, and the bytes that one takes beyond its inputs.
+    """Calls of one contender: their seconds, their results, and the bytes of one call beyond its inputs.
 
-    `missing` says why there are no calls.
+    `missing` is the reason if there are no calls.
     """
 
     seconds: list[float]
@@ -60,7 +60,7 @@ class Processes:
     """One process for each library, started when it is first needed; use as a context."""
 
     def __init__(self, limit: int):
-        """A contender that wants more than `limit` bytes beyond its inputs is missing from the results."""
+        """A contender that needs more than `limit` bytes beyond its inputs is missing from the results."""
         self.limit, self.pools = limit, {}
 
     def __enter__(self):
@@ -71,16 +71,16 @@ class Processes:
             pool.shutdown(cancel_futures=True)
 
     def call(self, library: str, function: Callable, *args) -> Any:
-        """`function(*args)` in the process of `library`; ValueError if the process dies of it."""
+        """`function(*args)` in the process of `library`; ValueError if the process dies."""
         if library not in self.pools:
             self.pools[library] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         try:
             return self.pools[library].submit(function, *args).result()
         except BrokenProcessPool as cause:
-            raise ValueError(f"the process of {library} died, perhaps for want of memory; lower --memory_gib") from cause
+            raise ValueError(f"the process of {library} died, perhaps because memory ran out; lower --memory_gib") from cause
 
     def race(self, title: str, tasks: Mapping[str, Task], repeats: int) -> dict[str, Measured]:
-        """Calls every task `repeats` times, in turn; says each call to stderr under `title`."""
+        """Calls every task `repeats` times, in turn; prints each call to stderr under `title`."""
         measured = {}
         for turn in range(repeats):
             for name, task in tasks.items():
@@ -103,12 +103,14 @@ def make_matmul(dtype: str) -> Ready:
 
 
 def full_attention(c: Config) -> Config:
-    """`c` with its first windowed kind in every layer, without the window."""
-    windowed = [kind for kind in map(c.model.kinds.get, c.model.layers) if kind.window is not None or kind.chunk is not None]
+    """`c` with its first windowed layer type in every layer, without the window."""
+    windowed = [
+        layer for layer in map(c.model.kinds.get, c.model.layers) if layer.window is not None or layer.chunk is not None
+    ]
     if not windowed:
         raise ValueError(f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
-    kind = dataclasses.replace(windowed[0], window=None, chunk=None)
-    return dataclasses.replace(c, model=dataclasses.replace(c.model, pattern="R", kinds=Table({"R": kind})))
+    full = dataclasses.replace(windowed[0], window=None, chunk=None)
+    return dataclasses.replace(c, model=dataclasses.replace(c.model, pattern="R", kinds=Table({"R": full})))
 
 
 def threads() -> int:
@@ -117,17 +119,17 @@ def threads() -> int:
 
 
 def can_watch() -> bool:
-    """Whether the peak memory of a process can be seen and set back here."""
+    """Whether the peak memory of a process can be read and reset on this system."""
     return platform.libc_ver()[0] == "glibc" and Path("/proc/self/clear_refs").exists()
 
 
 def highest_memory() -> int | None:
-    """Bytes that were resident at most in this process since a contender was first called; None where that is not watched."""
+    """Peak resident bytes of this process since a contender was first called; None where they cannot be read."""
     return _status("VmHWM") if can_watch() else None
 
 
 def lengths(texts: Sequence[str]) -> list[int]:
-    """Numbers of tokens, as 4096 or 4K, from the shortest; ValueError names the one that is none."""
+    """Sorted numbers of tokens from texts such as 4096 or 4K; ValueError names an invalid one."""
     for text in texts:
         if not re.fullmatch(r"[1-9][0-9]*K?", text):
             raise ValueError(f"--lengths has {text!r}; write tokens, as 4096 or 4K")
@@ -153,7 +155,7 @@ _ready: dict[str, Ready] = {}
 
 
 def _first(name: str, task: Task, limit: int) -> Measured:
-    """Makes a contender and calls it once, watching its memory."""
+    """Makes a contender and calls it once; measures its memory."""
     _ready.pop(name, None)
     try:
         _ready[name] = task.make(*task.args)
@@ -163,7 +165,7 @@ def _first(name: str, task: Task, limit: int) -> Measured:
         memory = _status("VmHWM") - before if watched else _ready[name].memory
         return Measured([seconds], [result], memory, None)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         _ready.pop(name, None)
         return Measured([], [], None, f"needs more than {limit / GIB:.3g} GiB")
@@ -176,25 +178,25 @@ def _again(name: str) -> tuple[float, Any]:
 
 
 def _watch(limit: int) -> int:
-    """Bytes resident now, without what was freed; sets the mark of the highest back to them, and the limit above them."""
+    """Returns the resident bytes, after freed memory is given back; resets the peak and limits the process to `limit` more."""
     import resource  # Unix has it
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # pages that were freed and kept would be used again unseen
-    highest, most = _status("VmData") + limit, resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (highest if most == resource.RLIM_INFINITY else min(highest, most), most))
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is freed and kept could be used again without being counted
+    soft, hard = _status("VmData") + limit, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def _status(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """A field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 
 def no_transformers(platform: str, dtype: str) -> str | None:
-    """Why the other library cannot be compared with here."""
+    """The reason why `transformers` cannot be compared with here; None if it can."""
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         return f"{' and '.join(missing)} not installed; install the extra `oracle`"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import tqdm
-from absl import app, flags
+from absl import flags
 
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn import files, programs
@@ -34,7 +34,6 @@ from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.model import run_on
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
-from hybrid_attn.programs import parse
 
 SHORTEST = 2048  # of questions whose length nobody named: in bytes, most of RULER's tasks fit
 CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
@@ -326,5 +325,6 @@ def main(argv):
     programs.run(evaluate_all, argv, memory_for, "interrupted; the same command goes on with what is not done")
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+def start() -> None:
+    """The console script."""
+    programs.start(main, __name__)

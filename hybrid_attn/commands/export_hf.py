@@ -7,7 +7,7 @@ that of the imported config.json, or the first that expresses the model.
 import functools
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from hybrid_attn import checkpoint, programs
 from hybrid_attn.convert import families, hf
@@ -40,5 +40,6 @@ def main(argv):
     programs.run(export_model, argv)
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=programs.parse)
+def start() -> None:
+    """The console script."""
+    programs.start(main, __name__)

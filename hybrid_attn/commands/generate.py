@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from hybrid_attn import files, programs
 from hybrid_attn.infer import loading
@@ -25,7 +25,6 @@ from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import Answer, AnswerOptions, answers
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
-from hybrid_attn.programs import parse
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest.")
@@ -212,5 +211,6 @@ def main(argv):
     programs.run(generate, argv, f"these prompts and {MAX_NEW_TOKENS.value:,} new tokens")
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+def start() -> None:
+    """The console script."""
+    programs.start(main, __name__)

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.checkpoint import Checkpoints
+from hybrid_attn.configs import base
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train.optim import optimiser
 from hybrid_attn.train.step import TrainState
 
-BASE = Path(__file__).parents[1] / "configs" / "base.py"
 MODEL = flags.DEFINE_string("model", None, "Directory with config.json and safetensors.", required=True)
 OUT = flags.DEFINE_string("out", None, "New directory of checkpoints.", required=True)
 OPTIMISER = flags.DEFINE_bool("optimiser", False, "Add a fresh optimiser state, for training to go on from here.")
-CONFIG = config_file.define("config", str(BASE), "Everything but the model, and the mesh to hold it.", config.Config)
+CONFIG = config_file.define("config", base.__file__, "Everything but the model, and the mesh to hold it.", config.Config)
 
 
 def import_model() -> None:
@@ -49,5 +49,6 @@ def main(argv):
     programs.run(import_model, argv, "the model; give --config a mesh of more devices")
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=programs.parse)
+def start() -> None:
+    """The console script."""
+    programs.start(main, __name__)

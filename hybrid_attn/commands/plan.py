@@ -1,24 +1,24 @@
-"""Compiles the training step of a config for devices that need not be here, and says what one of them needs for it.
+"""Compiles the training step of a config for devices that this machine need not have, and reports what each needs.
 
 python tools/plan.py --config=configs/hybrid_8k.py:8b --target=v5p:4x4x4 --config.mesh.fsdp=64 --batch=64
 python tools/plan.py --config=configs/hybrid_8k.py --target=cpu:8 --config.mesh.context=8 --config.mesh.data=1
 
-Whether it fits, memory, FLOPs, the largest array, and what is sent between devices, by mesh axis. It runs no step and reads no
-data: a note says where training would ask for a tokenizer. Exit status: 0 it fits; 1 it does not; 2 a wrong config, or a
-target that cannot be compiled for.
+It prints whether the step fits, its memory, FLOPs, largest array, and collectives by mesh axis. It runs no step and reads no
+data: a note says where training would need a tokenizer. Exit codes: 0 it fits; 1 it does not; 2 a wrong config, or a target
+that cannot be compiled for.
 """
 
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
-from hybrid_attn.plan import step as plan
+from hybrid_attn.plan import report, step, targets
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
 config_file.define_last_stage()
-TARGET = flags.DEFINE_string("target", None, plan.FORMS)
+TARGET = flags.DEFINE_string("target", None, targets.FORMS)
 STAGE = flags.DEFINE_integer("stage", -1, "Stage of the config, from 0; the last by default.")
 flags.mark_flags_as_required(["config", "target"])
 
@@ -27,14 +27,14 @@ def plan_step() -> int:
     c = config.build(CONFIG.value.values)
     if not -1 <= STAGE.value < len(c.stages):
         raise ValueError(f"--stage={STAGE.value}: the config has {_count(c.stages)}, counted from 0")
-    planned = plan.make_plan(c, plan.find_target(TARGET.value), STAGE.value)
-    print(plan.report(planned))
-    if c.data.tokenizer == "bytes":  # a tokenizer.json may lie elsewhere
+    plan = step.make_plan(c, targets.find_target(TARGET.value), STAGE.value)
+    print(report.report(plan))
+    if c.data.tokenizer == "bytes":  # a tokenizer.json may not be on this machine
         try:
             check_vocab(load_tokenizer("bytes"), c.model.vocab_size, "bytes")
         except ValueError as error:
             print(f"\nnote         no data was read; launch/train.py would say: {error}")
-    return int(not plan.fits(planned))
+    return int(not report.fits(plan))
 
 
 def _count(stages: Sequence) -> str:
@@ -45,5 +45,6 @@ def main(argv):
     programs.run(plan_step, argv)
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=programs.parse)
+def start() -> None:
+    """The console script."""
+    programs.start(main, __name__)

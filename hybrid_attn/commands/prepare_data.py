@@ -7,7 +7,7 @@ kill. The store does not depend on --workers. Compressed formats and tables need
 
 import os
 
-from absl import app, flags
+from absl import flags
 
 from hybrid_attn import files, programs
 from hybrid_attn.data import documents, prepare, records, sources, summary
@@ -55,5 +55,6 @@ def main(argv):
     programs.run(prepare_store, argv, interrupted="interrupted; the same command goes on with what is not done")
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=programs.parse)
+def start() -> None:
+    """The console script."""
+    programs.start(main, __name__)

@@ -1,12 +1,12 @@
 """Trains the model of a config: python launch/train.py --config=configs/hybrid_8k.py
 
-A key is overridden as --config.optim.lr=1e-3, a stage's as --config.stages[0].steps=500; --steps and --batch are those of the
-last stage. The same command run again goes on where it stopped. Exit codes: 0 done, or stopped by a signal with everything
-saved; 1 a failure while running; 2 a wrong flag, config or input, such as devices or data that the config does not suit; 130
-a second Ctrl-C, or one before the first step.
+Keys of the config are flags: --config.optim.lr=1e-3, --config.stages[0].steps=500; --steps and --batch set those of the last
+stage. The same command run again continues from the last checkpoint. Exit codes: 0 done, or stopped by a signal with everything
+saved; 1 a failure while running; 2 a wrong flag, config or input, such as devices or data that the config does not fit; 130 a
+second Ctrl-C, or one before the first step.
 
-Started several times by SLURM, Open MPI, a TPU pod or a Kubernetes job, or with the three flags that say which process this is,
-all of them train one model. Process 0 prints; the failure of one ends all with its message.
+Several processes train one model if SLURM, Open MPI, a TPU pod or a Kubernetes job starts them, or if each gets the flags
+--coordinator, --num_processes and --process_id. Process 0 prints; an error of one process ends all with its message.
 """
 
 import logging
@@ -14,7 +14,7 @@ import re
 import traceback
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from hybrid_attn import config, config_file, programs, trees
 
@@ -22,14 +22,14 @@ CONFIG = config_file.define("config", None, "Config file, with its argument afte
 config_file.define_last_stage()
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and metrics; by default runs/ and the config's name.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, which also uses PORT + 1.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds within which all processes must have joined.", 1, 10**6)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes that train together.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds in which all processes must join.", 1, 10**6)
 SKIP_STEPS = flags.DEFINE_string(
-    "skip_steps", None, "Steps whose batches are passed over, such as 40 or 40:42,50; the checkpoints record them."
+    "skip_steps", None, "Steps whose batches are not trained on, such as 40 or 40:42,50; checkpoints record them."
 )
 ALLOW_LR_JUMP = flags.DEFINE_bool(
-    "allow_lr_jump", False, "Go on from a checkpoint with another learning rate than its schedule has at that step."
+    "allow_lr_jump", False, "Continue from a checkpoint although the learning rate differs from its schedule at that step."
 )
 flags.mark_flag_as_required("config")
 MEMORY_FOR = "a step of this config (tools/plan.py computes what a step needs)"
@@ -52,7 +52,7 @@ def read_workdir() -> str:
 
 
 def train() -> None:
-    """Imports what takes seconds here, where Ctrl-C ends the program, and not before `--help`."""
+    """Trains; slow imports are here, so that `--help` is fast and Ctrl-C during an import ends the program cleanly."""
     from hybrid_attn.evals.provenance import revision
     from hybrid_attn.parallel import processes
     from hybrid_attn.parallel.identity import identity
@@ -62,13 +62,13 @@ def train() -> None:
     peers = processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_TIMEOUT.value)
     if peers:
         logging.disable(logging.NOTSET if peers.number == 0 else logging.CRITICAL)
-    give_up = peers.fail if peers else programs.fail
+    fail = peers.fail if peers else programs.fail
     try:
         c, workdir = config.build(CONFIG.value.values), read_workdir()
         skip_steps = parse_steps(SKIP_STEPS.value) if SKIP_STEPS.value is not None else []
         if peers:
-            passed = {f"--{flag.name}": str(flag.value) for flag in (SKIP_STEPS, ALLOW_LR_JUMP)}
-            peers.agree(identity(config.to_dict(c), workdir, revision(Path(__file__))) | passed)
+            flag_values = {f"--{flag.name}": str(flag.value) for flag in (SKIP_STEPS, ALLOW_LR_JUMP)}
+            peers.agree(identity(config.to_dict(c), workdir, revision(Path(__file__))) | flag_values)
         loop.train(c, workdir, peers, skip_steps, ALLOW_LR_JUMP.value)
     except KeyboardInterrupt:
         if peers is None:
@@ -77,16 +77,17 @@ def train() -> None:
     except Exception as error:
         code = programs.exit_code(error)
         if code is not None:
-            give_up(programs.message(error, MEMORY_FOR), code)
+            fail(programs.message(error, MEMORY_FOR), code)
         if peers is None:
             raise
-        lost = type(error).__name__ == "JaxRuntimeError"  # another process is gone, and the hub says which
-        peers.fail(f"{type(error).__name__}: {error}", 1, "" if lost else traceback.format_exc())
+        connection_lost = type(error).__name__ == "JaxRuntimeError"  # another process is gone; the hub reports which one
+        peers.fail(f"{type(error).__name__}: {error}", 1, "" if connection_lost else traceback.format_exc())
 
 
 def main(argv):
     programs.run(train, argv, interrupted=INTERRUPTED)
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=programs.parse)
+def start() -> None:
+    """The console script."""
+    programs.start(main, __name__)

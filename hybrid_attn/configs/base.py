@@ -1,6 +1,6 @@
-"""Every key of a config, with its default, its unit and the reason for it. Other configs start here and override.
+"""Every key of a config, with its default, its unit and the reason for it. Other configs start here and override keys.
 
-from configs import base
+from hybrid_attn.configs import base
 def get_config(size="small"):
     c = base.get_config()
     c.model.d_model = 512
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 
 def kind(**changes) -> ConfigDict:
-    """A kind of layer: whole prefix, no positions, nothing else, with `changes` on top."""
+    """A layer type: attention to the whole prefix without positions, with `changes` on top."""
     k = ConfigDict()
     k.mixer = "attention"  # how tokens exchange information; the names are those of `MIXERS` in hybrid_attn/model/block.py
     k.mlp = "gated"  # the feed-forward; the names are those of `MLPS` there
@@ -21,7 +21,7 @@ def kind(**changes) -> ConfigDict:
     k.rope_fraction = 1.0  # share of a head's dimensions that is rotated
     k.rope_scaling = ConfigDict()
     k.rope_scaling.type = "none"  # none | linear | ntk | yarn | llama3
-    k.rope_scaling.factor = 1.0  # how many times the original length is wanted
+    k.rope_scaling.factor = 1.0  # target length over original length
     k.rope_scaling.original_len = 8192  # tokens that the frequencies were trained at
     k.rope_scaling.low = 1.0  # yarn: beta_slow; llama3: low_freq_factor (turns over original_len)
     k.rope_scaling.high = 32.0  # yarn: beta_fast; llama3: high_freq_factor
@@ -43,17 +43,17 @@ def kind(**changes) -> ConfigDict:
 
 
 def source(**changes) -> ConfigDict:
-    """A source of documents, the sources of this interpreter's standard library, or of a task; with `changes` on top."""
+    """A source of documents, by default this interpreter's standard library, or a synthetic task; with `changes` on top."""
     s = ConfigDict()
     s.paths = ()  # patterns of files, or directories, as prepare_data reads them; without any and a store, the standard library
     s.store = None  # token store that tools/prepare_data.py wrote: a directory or a URL such as gs://bucket/corpus
-    s.min_length = 0  # tokens; shorter documents are left out: a share of long ones for an extension stage
+    s.min_length = 0  # tokens; shorter documents are left out, as for an extension stage
     s.label = None  # only documents of that label; None = all
-    # Instead of documents, rows that are drawn anew for every step, have from half of seq_len tokens up to all of them, and
-    # train on answers alone. recall: pairs in noise, then queries. mqar: multi-query associative recall. copy: letters, twice.
-    # tracking: chains of assignments in noise, then who holds a value.
+    # A synthetic task instead of documents: new sequences for every step, from half of seq_len tokens up to all, with a loss on
+    # answers only. recall: pairs in noise, then queries. mqar: multi-query associative recall. copy: letters, twice. tracking:
+    # chains of assignments in noise, then the variables that hold a value.
     s.task = None  # recall | mqar | copy | tracking; None = documents
-    s.pairs = 4  # (key, value) pairs in a row of recall or mqar; chains in one of tracking
+    s.pairs = 4  # (key, value) pairs in a sequence of recall or mqar; chains in one of tracking
     for key, value in changes.items():
         s[key] = value
     return s
@@ -61,17 +61,17 @@ def source(**changes) -> ConfigDict:
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    c.seed = 0  # parameters; every other seed is its own key
+    c.seed = 0  # of the parameters; other seeds have keys of their own
 
     m = c.model = ConfigDict()
-    m.vocab_size = 384  # 256 bytes and 2 document marks, padded to a multiple of 128 so that any tensor axis divides it
+    m.vocab_size = 384  # 256 bytes, BOS and EOS, padded to a multiple of 128 so that any tensor axis divides it
     m.pattern = "LLLG"  # one letter a layer, repeated: three local layers to one global (arXiv 2501.18795)
     m.num_layers = 4
     m.d_model = 128
     m.num_heads = 2
     m.num_kv_heads = 1
     m.head_dim = 32
-    m.d_ff = 384  # gated feed-forward; 3 * d_model has the parameters of a plain one of 4.5 * d_model
+    m.d_ff = 384  # gated feed-forward; 3 * d_model has as many parameters as a plain one of 4.5 * d_model
     m.block = "parallel"  # parallel (Command R) | pre (Llama) | post (OLMo 2) | sandwich (Gemma)
     m.norm = "layernorm"  # layernorm without bias | rms | rms_plus1 (weight stored as w - 1)
     m.norm_eps = 1e-5
@@ -98,8 +98,9 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.sources = ConfigDict({"text": source()})  # by name; a stage's mixture weighs them
     c.data.tokenizer = "bytes"  # "bytes", or the path of a tokenizer.json
-    c.data.holdout = 0.1  # share of the documents held out, by a hash of their text: copies of a document stay together
-    # concat: documents back to back, cut at row edges. best_fit: no document that fits a row is cut; rows end in some padding
+    c.data.holdout = 0.1  # share of held-out documents, by a hash of their text: copies of a document stay together
+    # concat: documents back to back, cut at the ends of packed sequences. best_fit: a document that fits is not cut; sequences
+    # end with some padding.
     c.data.packing = "concat"  # concat | best_fit
     c.data.seed = 0  # order of the documents
     c.data.prefetch = 2  # batches read ahead, each by a thread of its own
@@ -120,8 +121,8 @@ def get_config() -> ConfigDict:
 
     stage = ConfigDict()
     stage.steps = 300
-    stage.seq_len = 8192  # tokens in a row
-    stage.batch = 1  # rows in a step, over all devices
+    stage.seq_len = 8192  # tokens in a packed sequence
+    stage.batch = 1  # packed sequences in a step, over all devices
     # Parts of the batch whose gradients are summed one after the other: less memory for activations, the same step.
     stage.microbatches = 1
     stage.objective = "next_token"  # the names are those of `OBJECTIVES` in hybrid_attn/train/objectives/__init__.py
@@ -130,35 +131,35 @@ def get_config() -> ConfigDict:
 
     t = c.train = ConfigDict()
     t.dtype = "auto"  # of activations: auto = bfloat16 on TPU and GPU, float32 on CPU
-    # What the backward pass finds of a layer, for every kind of layer or by letter ("L=none,G=offload"; the others: layer).
-    # none: all of it. layer: its input; the rest is computed again. attention: also what its attention gave, which is then not
-    # computed again. offload: the same, and it waits in the host's memory.
+    # Residuals of a layer for the backward pass, for all layer types or by letter ("L=none,G=offload"; the others: layer).
+    # none: all activations. layer: the layer's input; the layer is recomputed. attention: also the output of attention, which
+    # is not recomputed. offload: as attention, in host memory.
     t.remat = "layer"  # layer | none | attention | offload
-    # How a kind of layer attends where mesh.context splits the sequence, for every kind or by letter ("G=ring"; the others:
-    # auto). halo: keys of the neighbours that the window or the chunk reaches. gather: all keys. ring: all keys, one shard's at
-    # a time. ulysses: shards trade tokens for heads. auto: halo where there is a window or a chunk, else gather.
+    # Context parallelism where mesh.context splits the sequence, for all layer types or by letter ("G=ring"; the others: auto).
+    # halo: the neighbours' keys in the window or the chunk. gather: all-gather of keys. ring: all keys, one shard at a time.
+    # ulysses: all-to-all from tokens to heads. auto: halo with a window or a chunk, else gather.
     t.context = "auto"  # auto | halo | gather | ring | ulysses
-    t.zigzag = True  # each context shard has an early and a late part of the row, so that causal work is equal
+    t.zigzag = True  # each context shard has an early and a late part of the sequence, which balances causal work
     # auto = splash on TPU, tokamax on GPU (blocked, with a warning, where it is not installed), blocked on CPU
-    # reference is float32 and materialises T x S: tests only. cudnn takes one document a row. See docs/kernels.md
+    # reference is float32 and materialises T x S: for tests. cudnn supports one document per sequence. See docs/kernels.md
     t.kernel = "auto"  # auto | blocked | splash | tokamax | cudnn | reference
     t.loss_chunk = 1024  # tokens whose logits exist at a time on one device
-    # Tokens whose feed-forward exists at a time on one device; a chunk's hidden activations are computed again backward.
-    # None: 512 on a CPU, where a chunk stays in cache, else whole rows. A number bounds [B, T, d_ff] at extreme lengths.
+    # Tokens whose feed-forward activations exist at a time on one device; the backward pass recomputes those of a chunk.
+    # None: 512 on a CPU, where a chunk fits in the cache, else all tokens. A number bounds [B, T, d_ff] at extreme lengths.
     t.mlp_chunk = None
     t.log_every = 10  # steps
     t.checkpoint_every = 100  # steps
-    t.keep = 2  # checkpoints kept
+    t.keep = 2  # number of checkpoints to keep
 
     e = c.evals = ConfigDict()
-    # position: held-out loss by position, of each source of documents in the last stage. recall: right answers in rows of each
-    # of its tasks. needle: one number and four, hidden at five depths of a text and asked for. ruler: RULER's tasks but the
-    # last two, which need files. attention_mass: where a question about a needle looks, by head. key_tokens: loss on tokens
-    # that only the far context makes likely. Needles lie in held-out text, or where there is none in Python's standard library;
-    # in bytes a question about four needs some 800 tokens, and RULER some 1,900. tools/evaluate.py asks this of checkpoints.
+    # position: held-out loss by position, for each source of documents in the last stage. recall: accuracy on each of its
+    # synthetic tasks. needle: retrieval of one number and of four from five depths of a text. ruler: RULER's tasks without the
+    # last two, which need files. attention_mass: attention of a question about a needle, by head. key_tokens: loss on tokens
+    # that only the far context makes likely. Haystacks are held-out text, or else Python's standard library; in bytes, a
+    # question about four numbers needs some 800 tokens and RULER some 1,900. tools/evaluate.py measures checkpoints.
     e.names = ("position", "recall")  # position | recall | needle | ruler | attention_mass | key_tokens
     e.every = None  # steps between two evaluations; None = only when training ends
     e.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len
-    e.tokens = 131_072  # at each length, of position, recall and key_tokens: scored, or in the rows whose answers are
-    e.samples = 5  # questions of needle at each length and depth, and of each task of ruler at each length
+    e.tokens = 131_072  # tokens of held-out text, or of synthetic sequences, at each length for position, recall and key_tokens
+    e.samples = 5  # questions at each length: for each depth of needle, for each task of ruler
     return c

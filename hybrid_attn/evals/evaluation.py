@@ -120,7 +120,7 @@ def first_total(field: str) -> Callable[[Sequence[Mapping]], float | None]:
 def check_row(context: EvalContext, settings: Settings, unit: Unit) -> None:
     """ValueError where the mesh does not split rows of the unit's length, or the heads of the model."""
     model, run, sizes = context.eval_model.model, context.eval_model.run, context.eval_model.mesh.shape
-    fit.check_row(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.zigzag)
+    fit.check_length(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.zigzag)
     fit.check_schemes(model, run.context, sizes)
 
 

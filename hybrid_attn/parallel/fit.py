@@ -1,4 +1,4 @@
-"""What must split over a mesh, checked before anything is built: every message has the axis, the numbers and what works."""
+"""Checks that a config divides over a mesh, before anything is built; a message has the axis, the numbers and a cure."""
 
 import math
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from hybrid_attn.parallel.mesh import BATCH
 
 
 def check(c: config.Config, sizes: Mapping[str, int]) -> None:
-    """ValueError where the batches, rows or parameters of `c` do not split over axes of `sizes` (a mesh's `shape`)."""
+    """ValueError where the batches, sequences or parameters of `c` do not split over axes of `sizes` (a mesh's `shape`)."""
     lengths = {f"stages[{i}]: seq_len": stage.seq_len for i, stage in enumerate(c.stages)}
     for multiple in c.evals.lengths:
         lengths[f"evals.lengths: {multiple} of {c.stages[-1].seq_len} tokens,"] = round(multiple * c.stages[-1].seq_len)
     for index, stage in enumerate(c.stages):
         check_splits(f"stages[{index}]: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
     for name, length in lengths.items():
-        check_row(name, length, sizes, c.train.zigzag)
+        check_length(name, length, sizes, c.train.zigzag)
     check_model(c.model, sizes)
     check_schemes(c.model, config.context(c.model, c.train), sizes)
 
@@ -27,15 +27,15 @@ def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
     check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
 
 
-def check_row(what: str, length: int, sizes: Mapping[str, int], zigzag: bool) -> None:
-    """ValueError where a row of `length` tokens does not split over context shards, which `zigzag` gives two parts each."""
+def check_length(what: str, length: int, sizes: Mapping[str, int], zigzag: bool) -> None:
+    """ValueError where a sequence of `length` tokens does not split over context shards; `zigzag` gives each two parts."""
     check_splits(what, length, sizes, ("context",), 2 if zigzag and sizes["context"] > 1 else 1, "parts")
 
 
 def check_splits(
     what: str, size: int, sizes: Mapping[str, int], axes: tuple[str, ...], pieces: int = 1, unit: str = ""
 ) -> None:
-    """ValueError where `size` does not split over `axes` and, on each of their shards, into so many `pieces`."""
+    """ValueError where `size` does not divide by the shards along `axes` times `pieces`."""
     shards = math.prod(sizes[axis] for axis in axes)
     least = shards * pieces
     if size and size % least == 0:
@@ -51,9 +51,9 @@ def check_splits(
 
 
 def check_schemes(model: config.Model, schemes: Mapping[str, str], sizes: Mapping[str, int]) -> None:
-    """ValueError where shards of the sequence cannot trade it for heads: each needs as many key/value heads as the others.
+    """ValueError where the key/value heads do not divide over context shards in a layer type that uses Ulysses.
 
-    `schemes` has how each kind of layer attends to a sequence that devices share, by letter (`config.context`).
+    `schemes` are the context-parallel schemes by layer type (`config.context`).
     """
     tensor, context = sizes["tensor"], sizes["context"]
     heads = model.num_kv_heads // tensor

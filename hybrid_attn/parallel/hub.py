@@ -1,8 +1,11 @@
-"""The hub of a run of several processes: a thread of process 0 that all are connected to, with a JSON object a line.
+"""The hub of a run of several processes: a thread of process 0 to which every process is connected.
 
-It waits until all have joined, compares what they were started with, passes on what ends the run, and notices at once when a
-process is gone. jax's own coordination service cannot do this (jax 0.10 and 0.12): it notices a killed process only by the
-heartbeats that it misses, and whatever goes wrong aborts every process from C++, without the cause or who never joined.
+A message is a line of JSON.
+
+The hub waits until all processes have joined, compares how they were started, broadcasts the error that ends the run, and
+notices at once when a process ends. JAX's coordination service cannot do this (jax 0.10 and 0.12): it notices a killed process
+only by missing heartbeats, and every failure aborts all processes from C++, without the cause and without the processes that
+never joined.
 """
 
 import contextlib
@@ -16,58 +19,57 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-# Seconds. Longer than the half minute for which a cloud moves a virtual machine, or memory pressure holds one up; beyond that
-# every second is one in which all the others wait in vain.
+# Seconds without a message after which a process is given up. Longer than the half minute for which a live migration or memory
+# pressure may stop a virtual machine; all other processes wait that long.
 SILENCE = 60
-PINGS = 6  # that a process sends in that time
-# A process that is killed breaks the collectives of the others: what they report is not the cause, which arrives with it.
-CAUSE_COMES_WITHIN = 0.5
-OTHERS_END_WITHIN = 2  # seconds for which process 0 waits for them, once they know why
-HELLO_WITHIN = 5  # seconds after which a connection that has not said who it is makes room for others
-MOST_STRANGERS = 64  # of those at a time, besides the processes that are expected
-LONGEST_HELLO, LONGEST_LINE = 1000, 2**20  # bytes
-LONGEST_TEXT = 10_000  # characters of an error
+PINGS = 6  # pings that a process sends in that time
+# Seconds that the hub waits for the cause: a killed process breaks collectives of the others, whose errors may arrive first.
+CAUSE_DELAY = 0.5
+EXIT_TIMEOUT = 2  # seconds that process 0 waits for the others to end after an error
+JOIN_MESSAGE_TIMEOUT = 5  # seconds after which a connection without a join message is closed
+MAX_PENDING = 64  # connections without a join message at a time, besides those of the expected processes
+MAX_JOIN_BYTES, MAX_MESSAGE_BYTES = 1000, 2**20
+MAX_ERROR_LENGTH = 10_000  # characters of an error
 GONE = " ended without a message: look at its log and at its machine's memory (out-of-memory kill)"
-SILENT = " has said nothing for {:.0f} s: it is stopped, or its machine or the network is gone"
+SILENT = " has sent nothing for {:.0f} s: it is stopped, or its machine or the network is gone"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Link:
-    """One end of a connection that carries messages: JSON objects of at most `longest` bytes, a line each."""
+    """One end of a connection that carries messages: JSON objects of at most `max_bytes` bytes, a line each."""
 
-    def __init__(self, connection: socket.socket, longest: int = LONGEST_LINE):
-        self.connection, self.longest = connection, longest
+    def __init__(self, connection: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES):
+        self.connection, self.max_bytes = connection, max_bytes
         self.number: int | None = None  # of the process at the other end, once it has joined
-        self.begun = self.heard = time.monotonic()
+        self.opened = self.last_received = time.monotonic()
         self._line, self._sending = bytearray(), threading.RLock()  # reentrant: a signal handler sends, too
 
     def send(self, **message) -> None:
-        """Whoever is gone, or does not read, is noticed by whoever reads from it."""
+        """Sends a message; a broken connection is noticed by the thread that receives from it."""
         with self._sending, contextlib.suppress(OSError):
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict]:
-        """The messages that have come whole; OSError if the other end is gone, ValueError if one is no message."""
+        """The messages that have arrived completely; OSError if the connection is closed, ValueError for an invalid message."""
         try:
             received = self.connection.recv(2**16)
         except BlockingIOError:
             return []
         if not received:
             raise ConnectionError("the other end has closed the connection")
-        self.heard = time.monotonic()
+        self.last_received = time.monotonic()
         self._line += received
         if b"\n" in received:
-            *lines, rest = self._line.split(b"\n")
-            self._line = rest
+            *lines, self._line = self._line.split(b"\n")
         else:
             lines = []
-        if max(map(len, (*lines, self._line))) > self.longest:
-            raise ValueError(f"a line of more than {self.longest} bytes")
+        if max(map(len, (*lines, self._line))) > self.max_bytes:
+            raise ValueError(f"a line of more than {self.max_bytes} bytes")
         return [_message(line) for line in lines]
 
 
-class Watch:
-    """Says when a process is to send a ping, and for how many seconds it has heard nothing through its links."""
+class Heartbeat:
+    """When a process must send its next ping, and for how many seconds each of its links has been silent."""
 
     def __init__(self, links: Sequence[Link], silence: float):
         self.pause = silence / PINGS
@@ -84,31 +86,31 @@ class Watch:
         return max(self.ping - time.monotonic(), 0)
 
     def silence(self, link: Link) -> float:
-        """Not counting what came before this process was stopped itself: what the others said meanwhile is not yet read."""
+        """Seconds since the last message; after a pause of this process itself, seconds since the end of that pause."""
         now = time.monotonic()
         if now - self.awake > 2 * self.pause:
             self.since = dict.fromkeys(self.since, now)
         self.awake = now
-        return now - max(link.heard, self.since[link])
+        return now - max(link.last_received, self.since[link])
 
 
 class Hub(threading.Thread):
-    """The thread of process 0 that all processes are connected to; with a `token`, only those that know it can join.
+    """The thread of process 0 to which all processes are connected; with a `token`, only processes that send it can join.
 
-    The error that ends the run has a code: 2 if its cause is a wrong input, else 1.
+    The error that ends the run has an exit code: 2 for a wrong input, else 1.
     """
 
     def __init__(self, host: str, port: int, num_processes: int, timeout: float, silence: float = SILENCE, token: str = ""):
         super().__init__(daemon=True)
         self.num_processes, self.timeout, self.silence, self.token = num_processes, timeout, silence, token
         self.links: dict[int, Link] = {}
-        self.turned_away = ""  # why, of the last connection
-        self.runs: dict[int, dict[str, str]] = {}  # what each was started with
+        self.last_rejection = ""  # address and reason
+        self.identities: dict[int, dict[str, str]] = {}  # of each process: fields that must be the same in all
         self.done: set[int] = set()
         self.lost: dict[int, str] = {}
         self.failed: dict[int, tuple[str, int]] = {}
-        self.steps: dict[int, int] | None = None  # that each has reached when it was asked where to stop
-        self.agreed = False
+        self.reached_steps: dict[int, int] | None = None  # that each process has reached, once a stop is requested
+        self.stop_agreed = False
         self.saved: set[int] = set()
         self.server = listen(host, port)
         self.server.setblocking(False)
@@ -116,55 +118,55 @@ class Hub(threading.Thread):
     def run(self) -> None:
         try:
             with selectors.DefaultSelector() as selector:
-                error = self.call_the_roll(selector)
+                error = self.wait_for_all(selector)
                 joined = {link.connection for link in self.links.values()}
                 for key in selector.get_map().values():
                     if key.fileobj not in joined:
                         key.fileobj.close()
             if error is None:
-                self.tell(go=True)
+                self.broadcast(go=True)
                 error = self.serve()
-        except Exception as cause:  # a thread that ends in silence would leave the others without a watch
+        except Exception as cause:  # if this thread ended silently, the others would wait forever
             error = f"process 0: {type(cause).__name__} in its hub: {cause}", 1
         if error is None:
-            self.tell(over=True)
+            self.broadcast(over=True)
         else:
-            self.tell(error=error[0][:LONGEST_TEXT], code=error[1])
+            self.broadcast(error=error[0][:MAX_ERROR_LENGTH], code=error[1])
 
-    def call_the_roll(self, selector: selectors.BaseSelector) -> tuple[str, int] | None:
-        """Waits until every process has joined; if the run cannot begin, why and the exit code."""
-        until, strangers = time.monotonic() + self.timeout, []  # the oldest first
+    def wait_for_all(self, selector: selectors.BaseSelector) -> tuple[str, int] | None:
+        """Waits until every process has joined; returns an error and its exit code if the run cannot begin."""
+        until, pending = time.monotonic() + self.timeout, []  # the oldest first
         selector.register(self.server, selectors.EVENT_READ)
         while len(self.links) < self.num_processes:
             now = time.monotonic()
             if now >= until:
-                return self.missing(), 1
+                return self.missing_processes(), 1
             for key, _ in selector.select(min(until - now, 1)):
                 if key.fileobj is not self.server:
-                    error = self.meet(key.data, selector)
+                    error = self.admit(key.data, selector)
                     if error:
                         return error, 2
                 elif (link := self.accept()) is not None:
                     selector.register(link.connection, selectors.EVENT_READ, link)
-                    strangers.append(link)
-            strangers = [link for link in strangers if link.number is None and link.connection.fileno() >= 0]
-            most = MOST_STRANGERS + self.num_processes
-            late = sum(time.monotonic() - link.begun > HELLO_WITHIN for link in strangers)
-            for link in strangers[: max(late, len(strangers) - most)]:
-                self.turn_away(link, selector, "did not say who it is")
+                    pending.append(link)
+            pending = [link for link in pending if link.number is None and link.connection.fileno() >= 0]
+            most = MAX_PENDING + self.num_processes
+            late = sum(time.monotonic() - link.opened > JOIN_MESSAGE_TIMEOUT for link in pending)
+            for link in pending[: max(late, len(pending) - most)]:
+                self.reject(link, selector, "sent no join message")
         return None
 
     def accept(self) -> Link | None:
         try:
             connection, _ = self.server.accept()
-        except OSError:  # it has gone again, or this process has as many files open as it may
+        except OSError:  # the connection is closed again, or this process has no file descriptor left
             time.sleep(0.01)
             return None
         connection.setblocking(False)
-        return Link(connection, LONGEST_HELLO)
+        return Link(connection, MAX_JOIN_BYTES)
 
-    def meet(self, link: Link, selector: selectors.BaseSelector) -> str | None:
-        """Reads who is at the other end, and lets it join; why the run cannot begin, if that shows it."""
+    def admit(self, link: Link, selector: selectors.BaseSelector) -> str | None:
+        """Reads a join message and admits the process; returns an error if the run cannot begin."""
         try:
             messages = link.receive()
         except (OSError, ValueError):
@@ -175,130 +177,133 @@ class Hub(threading.Thread):
             case [{"join": int(number), "of": int(count), "token": str(token)}] if link.number is None:
                 pass
             case _:
-                return self.turn_away(link, selector, "went away or said what no process of a run says")
+                return self.reject(link, selector, "disconnected or sent an invalid message")
         if not hmac.compare_digest(*(text.encode("utf-8", "surrogatepass") for text in (token, self.token))):
-            why = "the HYBRID_RUN_TOKEN in its environment is not that of process 0"
-            link.send(error=f"process {number}: {why}; it belongs to another run, or give all the same", code=2)
-            return self.turn_away(link, selector, f"called itself process {number}, but {why}")
+            reason = "the HYBRID_RUN_TOKEN in its environment is not that of process 0"
+            link.send(error=f"process {number}: {reason}; it belongs to another run, or give all the same token", code=2)
+            return self.reject(link, selector, f"called itself process {number}, but {reason}")
         if count != self.num_processes:
-            error = f"process {number} counts {count} processes and process 0 counts {self.num_processes}; say the same to all"
+            error = f"process {number} expects {count} processes and process 0 {self.num_processes}; give all the same number"
         elif number in self.links:
-            error = f"two processes say that they are process {number}; give each its own --process_id"
+            error = f"two processes have --process_id={number}; give each its own --process_id"
         elif isinstance(number, bool) or not 0 <= number < count:
-            return self.turn_away(link, selector, f"called itself process {number}")
+            return self.reject(link, selector, f"called itself process {number}")
         else:
-            link.number, link.longest = number, LONGEST_LINE
+            link.number, link.max_bytes = number, MAX_MESSAGE_BYTES
             self.links[number] = link
             return None
         link.send(error=error, code=2)
         return error
 
-    def turn_away(self, link: Link, selector: selectors.BaseSelector, why: str) -> None:
-        """Closes a connection; a process that had joined may do so again."""
+    def reject(self, link: Link, selector: selectors.BaseSelector, reason: str) -> None:
+        """Closes a connection; a process that had joined may join again."""
         with contextlib.suppress(OSError):
-            self.turned_away = f"{link.connection.getpeername()[0]} {why}"
+            self.last_rejection = f"{link.connection.getpeername()[0]} {reason}"
         selector.unregister(link.connection)
         link.connection.close()
         self.links = {number: other for number, other in self.links.items() if other is not link}
 
-    def missing(self) -> str:
-        gone = [number for number in range(self.num_processes) if number not in self.links]
-        away = f"; the last connection that was turned away: {self.turned_away}" if self.turned_away else ""
+    def missing_processes(self) -> str:
+        absent = [number for number in range(self.num_processes) if number not in self.links]
+        rejection = f"; the last rejected connection: {self.last_rejection}" if self.last_rejection else ""
         return (
-            f"{_processes(gone)} never joined: {len(self.links)} of {self.num_processes} came within {self.timeout:g} s; "
-            f"look at what the missing said when they started, or give them more time with --join_timeout{away}"
+            f"{_processes(absent)} never joined: {len(self.links)} of {self.num_processes} came within {self.timeout:g} s; "
+            f"look at the logs of the missing ones, or give them more time with --join_timeout{rejection}"
         )
 
     def serve(self) -> tuple[str, int] | None:
-        """Hands messages on until every process is done; the first error and its code, if there is one."""
-        watch, told = Watch(tuple(self.links.values()), self.silence), None
+        """Handles messages until every process is done; returns the first error and its exit code, if there is one."""
+        heartbeat, deadline = Heartbeat(tuple(self.links.values()), self.silence), None
         with selectors.DefaultSelector() as selector:
             for link in self.links.values():
                 selector.register(link.connection, selectors.EVENT_READ, link)
             while len(self.done) < self.num_processes:
-                if watch.ping_is_due():
-                    self.tell(ping=True)
-                wait = watch.until_ping() if told is None else min(watch.until_ping(), max(told - time.monotonic(), 0))
+                if heartbeat.ping_is_due():
+                    self.broadcast(ping=True)
+                until = heartbeat.until_ping()
+                wait = until if deadline is None else min(until, max(deadline - time.monotonic(), 0))
                 for key, _ in selector.select(wait):
-                    self.listen_to(key.data)
+                    self.read_from(key.data)
                     if key.data.number in self.done | self.lost.keys() | self.failed.keys():
                         selector.unregister(key.fileobj)
-                self.notice_silence(watch, self.silence)
-                if told is None and (self.lost or self.failed):
-                    hold_aborts()
-                    told = time.monotonic() + CAUSE_COMES_WITHIN
-                if told is not None and time.monotonic() >= told:
-                    return self.first_error(watch)
-                if len(self.runs) == self.num_processes:
-                    different, self.runs = differences(self.runs), {}
+                self.notice_silence(heartbeat, self.silence)
+                if deadline is None and (self.lost or self.failed):
+                    delay_aborts()
+                    deadline = time.monotonic() + CAUSE_DELAY
+                if deadline is not None and time.monotonic() >= deadline:
+                    return self.first_error(heartbeat)
+                if len(self.identities) == self.num_processes:
+                    different, self.identities = differences(self.identities), {}
                     if different:
                         return f"the processes were started differently: {'; '.join(different)}", 2
-                    self.tell(same=True)
+                    self.broadcast(same=True)
         return None
 
-    def listen_to(self, link: Link) -> None:
+    def read_from(self, link: Link) -> None:
         try:
             for message in link.receive():
-                self.take(link.number, message)
+                self.handle(link.number, message)
         except OSError:
             self.lost[link.number] = GONE
         except ValueError as error:
-            self.failed[link.number] = f": it sent what no process of a run sends: {error}", 1
+            self.failed[link.number] = f": it sent an invalid message: {error}", 1
 
-    def notice_silence(self, watch: Watch, longest: float) -> None:
+    def notice_silence(self, heartbeat: Heartbeat, limit: float) -> None:
         for number in self.links.keys() - self.done - self.lost.keys() - self.failed.keys():
-            silence = watch.silence(self.links[number])
-            if silence > longest:
+            silence = heartbeat.silence(self.links[number])
+            if silence > limit:
                 self.lost[number] = SILENT.format(silence)
 
-    def first_error(self, watch: Watch) -> tuple[str, int]:
-        self.notice_silence(watch, 2.5 * watch.pause)  # a collective with a stopped process may have given up before
+    def first_error(self, heartbeat: Heartbeat) -> tuple[str, int]:
+        # A collective may fail before a stopped process has been silent for the full time.
+        self.notice_silence(heartbeat, 2.5 * heartbeat.pause)
         for number, text in self.lost.items():
             return f"process {number}{text}", 1
         number, (text, status) = next(iter(self.failed.items()))
         return f"process {number}{text}", 2 if status == 2 else 1
 
-    def take(self, number: int, message: Mapping) -> None:
-        """ValueError if it is not one of the messages that `Peers` sends."""
+    def handle(self, number: int, message: Mapping) -> None:
+        """Handles a message of a process; ValueError if it is not one that `Peers` sends."""
         match message:
             case {"ping": True}:
                 return
             case {"failed": str(text), "status": int(status)}:
                 self.failed.setdefault(number, (f": {text}", status))
             case {"run": dict(run)} if all(isinstance(value, str) for value in run.values()):
-                self.runs[number] = run
+                self.identities[number] = run
             case {"done": True}:
                 self.done.add(number)
             case {"saved": True}:
                 self.saved.add(number)
             case {"stop": True}:
-                if self.steps is None:
-                    self.steps = {}
-                    self.tell(agree=True)
-            case {"at": int(step)} if self.steps is not None and -1 <= step < 2**53:
-                self.steps[number] = step
+                if self.reached_steps is None:
+                    self.reached_steps = {}
+                    self.broadcast(agree=True)
+            case {"at": int(step)} if self.reached_steps is not None and -1 <= step < 2**53:
+                self.reached_steps[number] = step
             case _:
                 raise ValueError(json.dumps(message)[:100])
-        if not self.agreed and self.steps is not None and self.steps.keys() | self.done == self.links.keys():
-            self.agreed = True
-            self.tell(stop_at=max(self.steps.values(), default=0) + 1)
-        if self.agreed and self.saved == self.links.keys():
+        reached = self.reached_steps
+        if not self.stop_agreed and reached is not None and reached.keys() | self.done == self.links.keys():
+            self.stop_agreed = True
+            self.broadcast(stop_at=max(reached.values(), default=0) + 1)
+        if self.stop_agreed and self.saved == self.links.keys():
             self.saved = set()
-            self.tell(leave=True)
+            self.broadcast(leave=True)
 
-    def tell(self, **message) -> None:
-        """Process 0 last: it takes this hub with it when it ends, and jax's service, which aborts whoever outlives it."""
+    def broadcast(self, **message) -> None:
+        """Sends a message to all, to process 0 last: the hub ends with it, and JAX's service, which then aborts the others."""
         others = [link for number, link in self.links.items() if number]
         for link in others:
             link.send(**message)
         if "error" in message:
-            _wait_until_closed(others, OTHERS_END_WITHIN)
+            _wait_until_closed(others, EXIT_TIMEOUT)
         if 0 in self.links:
             self.links[0].send(**message)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at `port` of `host`, or of all addresses if that is empty; OSError that names the port."""
+    """A socket that listens at `port` of `host`, of all addresses where `host` is empty; OSError names the port."""
     try:
         if ":" in host or (not host and socket.has_dualstack_ipv6()):
             return socket.create_server((host, port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=not host)
@@ -307,24 +312,24 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"the coordinator cannot listen at port {port}: {cause.strerror}; name another port") from cause
 
 
-def hold_aborts() -> None:
-    """Has an abort of this process wait for six seconds, in which the cause can be said.
+def delay_aborts() -> None:
+    """Delays an abort of this process by six seconds, in which the cause can be printed.
 
-    jax's client aborts the process from C++ as soon as process 0 is gone; jax offers no other end (its callback for that raises
-    std::bad_cast). The number of the signal, six, is the argument of its handler: here the C library's `sleep`.
+    JAX's client aborts the process from C++ as soon as process 0 is gone, and its callback for that case raises std::bad_cast.
+    The handler of a signal is called with its number, which is six here; the handler is the C library's `sleep`.
     """
     libc = ctypes.CDLL(None)
     libc.signal(int(signal.SIGABRT), libc.sleep)
 
 
-def differences(runs: Mapping[int, Mapping[str, str]]) -> list[str]:
-    """For each field in which the runs of the processes differ, who has what; at most eight fields."""
-    fields = list(dict.fromkeys(field for number in sorted(runs) for field in runs[number]))
+def differences(identities: Mapping[int, Mapping[str, str]]) -> list[str]:
+    """For each field in which the processes differ, which of them have which value; at most eight fields."""
+    fields = list(dict.fromkeys(field for number in sorted(identities) for field in identities[number]))
     lines = []
     for field in fields:
         numbers: dict[str, list[int]] = {}
-        for number in sorted(runs):
-            numbers.setdefault(runs[number].get(field, "nothing"), []).append(number)
+        for number in sorted(identities):
+            numbers.setdefault(identities[number].get(field, "nothing"), []).append(number)
         if len(numbers) > 1:
             parts = [f"{_processes(n)} {'have' if len(n) > 1 else 'has'} {value[:200]}" for value, n in numbers.items()]
             lines.append(f"{field}: {', '.join(reversed(parts[:8]))}")
@@ -332,9 +337,9 @@ def differences(runs: Mapping[int, Mapping[str, str]]) -> list[str]:
 
 
 def _processes(numbers: list[int]) -> str:
-    """The first eight, and how many there are besides."""
-    rest = [f"{len(numbers) - 8} more"] if len(numbers) > 8 else []
-    *first, last = [*map(str, numbers[:8]), *rest]
+    """The numbers of processes in words: the first eight, and how many more there are."""
+    more = [f"{len(numbers) - 8} more"] if len(numbers) > 8 else []
+    *first, last = [*map(str, numbers[:8]), *more]
     return f"processes {', '.join(first)} and {last}" if first else f"process {last}"
 
 

@@ -1,4 +1,4 @@
-"""What all processes of a run must have in common, or they would train on different data or hang in different collectives."""
+"""What must be the same in all processes of a run: otherwise they train on different data, or hang in different collectives."""
 
 import hashlib
 import importlib.metadata
@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "ml_collections", "numpy")
 OPTIONAL_LIBRARIES = ("tokenizers",)
-LONGEST_VALUE = 200  # characters of a value in a message, all of which has to fit in one line of the hub
+MAX_VALUE_LENGTH = 200  # characters; all fields must fit into one message of the hub
 
 
 def identity(values: Mapping, workdir: str | Path, revision: str) -> dict[str, str]:
@@ -46,10 +46,10 @@ def _fields(values, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _shortened(value: str) -> str:
-    """A value, or its beginning and a digest of all of it."""
-    if len(value) <= LONGEST_VALUE:
+    """A value; a long one as its beginning and a digest."""
+    if len(value) <= MAX_VALUE_LENGTH:
         return value
-    return f"{value[: LONGEST_VALUE - 50]}... (sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]})"
+    return f"{value[: MAX_VALUE_LENGTH - 50]}... (sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]})"
 
 
 def _version_if_installed(name: str) -> str:
@@ -60,7 +60,7 @@ def _version_if_installed(name: str) -> str:
 
 
 def _source_code() -> str:
-    """A digest of the files of this package: two copies of one revision may have been edited, or be in no repository."""
+    """A digest of the files of this package, which may have been edited or lie outside a repository."""
     sha = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         sha.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())

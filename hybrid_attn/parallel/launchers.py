@@ -1,16 +1,27 @@
-"""Which of how many processes this one is, and where the first of them listens: as the caller says it, or a launcher."""
+"""How many processes train together, which one this is, and where process 0 listens: from flags or from a launcher."""
 
 import glob
 import importlib.util
 import os
 import urllib.request
+from typing import NamedTuple
 
-NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")}  # packages with which jax asks them
+# Launchers from which JAX reads this with a package: their name and the package.
+NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")}
 BY_HAND = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
 
 
-def given(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
-    """The address, number of processes, number of this one and its devices as whoever calls has them."""
+class Membership(NamedTuple):
+    """The arguments of `jax.distributed.initialize`; without `local_device_ids`, a process uses all devices that it sees."""
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    local_device_ids: list[int] | None
+
+
+def from_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Membership | None:
+    """The membership that the three flags describe; None where none is given, ValueError where they do not fit together."""
     values = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     absent = [f"--{name}" for name, value in values.items() if value is None]
     if len(absent) == 3:
@@ -26,35 +37,35 @@ def given(coordinator: str | None, num_processes: int | None, process_id: int | 
         raise ValueError(f"--coordinator={coordinator} is no HOST:PORT, as in 10.0.0.1:8476")
     if ":" in host and not (host[0] == "[" and host[-1] == "]"):
         raise ValueError(f"--coordinator={coordinator}: an IPv6 address stands in brackets, as in [{host.strip('[]')}]:{port}")
-    return coordinator, num_processes, process_id, None
+    return Membership(coordinator, num_processes, process_id, None)
 
 
-def detected(timeout: float) -> tuple | None:
-    """As `given`, from the launcher that started this process; None if it is alone."""
+def from_launcher(timeout: float) -> Membership | None:
+    """The membership from the launcher that started this process; None for a single process."""
     method = launcher()
     if method is None:
         return None
     name, package = NEEDS.get(method, (method, None))
     if package and importlib.util.find_spec(package) is None:
         raise ValueError(f"{name} started this process; to find the others, install the package {package}, or {BY_HAND}")
-    from jax._src import clusters  # public is only jax.distributed.initialize, which asks it and aborts when one is missing
+    from jax._src import clusters  # the public jax.distributed.initialize aborts when a process is missing
 
     try:
         address, count, number, device_ids = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, method, round(timeout)
         )
-    except Exception as cause:  # of the client libraries of clusters, among others
+    except Exception as cause:  # client libraries of launchers raise their own
         raise ValueError(f"{name}: {' '.join(str(cause).split())}; mend that, or {BY_HAND}") from cause
     if None in (address, count, number):
         raise ValueError(f"{name} started this process and does not say which others; {BY_HAND}")
-    return None if count == 1 else (address, count, number, None if _has_own_gpus() else device_ids)
+    return None if count == 1 else Membership(address, count, number, None if _has_own_gpus() else device_ids)
 
 
 def launcher() -> str | None:
-    """jax's name of what started several processes, of which this is one; None if it is alone.
+    """JAX's name of the launcher that started several processes; None for a single process.
 
-    A shell inside an allocation, a TPU machine by itself and a pod of no indexed job are alone, whatever else their
-    variables say.
+    A shell inside an allocation, a single TPU machine and a pod outside an indexed job are single processes, although the
+    variables of a launcher may be set there.
     """
     env = os.environ
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # before SLURM, whose steps start Open MPI's own daemons
@@ -74,26 +85,26 @@ def launcher() -> str | None:
 
 
 def _has_tpus() -> bool:
-    wanted = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
+    enabled = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    return wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
+    return enabled and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def _metadata(attribute: str) -> str:
-    """What a Google Cloud machine knows of itself; empty elsewhere."""
+    """An attribute from the metadata server of a Google Cloud machine; empty elsewhere."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{attribute}"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as answer:
-            return answer.read().decode()
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as response:
+            return response.read().decode()
     except OSError:
         return ""
 
 
 def _has_own_gpus() -> bool:
-    """Whether all GPUs that this process sees are its own; else jax gives each process of a machine one of them."""
+    """Whether this process may use all GPUs that it sees; otherwise JAX gives each process of a machine one of them."""
     env = os.environ
-    alone = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (
+    single = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (
         "SLURM_STEP_NUM_NODES" in env and env["SLURM_STEP_NUM_NODES"] == env.get("SLURM_STEP_NUM_TASKS")
     )
-    return alone or env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
+    return single or env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0

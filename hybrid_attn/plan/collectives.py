@@ -1,8 +1,8 @@
-"""What a compiled program sends between devices, read from the text of its optimised HLO.
+"""The collectives of a compiled program, read from the text of its optimised HLO.
 
 Bytes are those that one device of a group of n receives: all-gather (n-1)/n of the result, reduce-scatter and all-to-all
 (n-1)/n of the operand, all-reduce 2 (n-1)/n of it (a ring: reduce-scatter, then all-gather), collective-permute the operand.
-A collective inside a loop counts as often as the loop turns.
+A collective inside a loop counts once per iteration.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
-BITS = {"pred": 8, "bf16": 16, "token": 0}  # other types say their size in their name: f32, s8, u4, f8e4m3fn
+BITS = {"pred": 8, "bf16": 16, "token": 0}  # the names of other types have the number: f32, s8, u4, f8e4m3fn
 CALLERS = ("while", "call", "conditional", "fusion", "async-start")
 NAME = r"%?([\w.-]+)"
 HEADER = re.compile(rf"^(?:ENTRY )?{NAME} \(.*\{{$")
@@ -23,7 +23,7 @@ CALLED = re.compile(r"\b(?:to_apply|calls|body|branch_computations|true_computat
 
 
 class Instruction(NamedTuple):
-    """A line of HLO: its name, its type as text, what it does, and the whole line."""
+    """A line of HLO: name, type as text, operation, and the full line."""
 
     name: str
     type: str
@@ -32,10 +32,10 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One collective of a program: `bytes` is what one device receives by one call, `times` the calls in one run.
+    """One collective of a program: `bytes` that a device receives per call, `times` it is called in one run.
 
-    `axes` are those of the mesh that it runs over, `devices` those of a group; `types` are its operands' element types and
-    `scope` the names that JAX gave around it (`op_name`).
+    `axes` are the mesh axes that it runs over, `devices` the size of a group; `types` are the element types of its operands and
+    `scope` is its `op_name`, with JAX's names of the surrounding scopes.
     """
 
     kind: str
@@ -57,14 +57,14 @@ class Collective(NamedTuple):
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The computations of an HLO module by name, and the name of the one that it starts with."""
+    """The computations of an HLO module by name, and the name of its entry computation."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
         if header := HEADER.match(line):
             current = computations[header[1]] = []
             entry = header[1] if line.startswith("ENTRY") else entry
-        elif current is not None and (found := INSTRUCTION.match(line)):
-            current.append(Instruction(found[1], found[2], found[3], line))
+        elif current is not None and (match := INSTRUCTION.match(line)):
+            current.append(Instruction(match[1], match[2], match[3], line))
         elif line == "}":
             current = None
     if entry is None:
@@ -74,23 +74,23 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 def shapes(type_text: str) -> list[tuple[int, int]]:
     """(elements, bytes) of each array of a type, tuples flattened."""
-    found = []
+    arrays = []
     for dtype, dims in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]", type_text):
         bits = BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
         elements = math.prod(int(d.removeprefix("<=")) for d in dims.split(",") if d)
-        found.append((elements, -(-elements * bits // 8)))
-    return found
+        arrays.append((elements, -(-elements * bits // 8)))
+    return arrays
 
 
 def trip_count(instruction: Instruction, computations: Mapping[str, list[Instruction]]) -> int:
-    """How often a while loop turns: XLA's own count, or the constant that its condition compares with."""
+    """The iterations of a while loop: XLA's own count, or the constant in its condition."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.line):
         return int(known[1])
     condition = computations[re.search(rf"condition={NAME}", instruction.line)[1]]
     constants = {int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line.line)}
     if len(constants) != 1:
         raise ValueError(
-            f"the loop {instruction.name} does not say how often it turns: its condition has constants {constants}"
+            f"the loop {instruction.name} has an unknown number of iterations: its condition has the constants {constants}"
         )
     return constants.pop()
 
@@ -98,8 +98,8 @@ def trip_count(instruction: Instruction, computations: Mapping[str, list[Instruc
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     """Every collective of a compiled program (`compiled.as_text()`) on a mesh of these axis sizes, in reading order.
 
-    Devices are numbered along the mesh, as XLA does. An asynchronous start and its done are one collective, and one whose
-    groups are single devices is none.
+    Devices are numbered along the mesh, as XLA does. An asynchronous start and its done are one collective; one whose
+    groups are single devices is left out.
     """
     computations, entry = parse(text)
     return _inside(computations, entry, mesh)
@@ -107,17 +107,17 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 def _inside(computations: Mapping[str, list[Instruction]], name: str, mesh: Mapping[str, int]) -> list[Collective]:
     """The collectives of one run of a computation and of all that it calls; both branches of a conditional count."""
-    around, found = {i.name: i for i in computations[name]}, []
+    around, collectives = {i.name: i for i in computations[name]}, []
     for instruction in computations[name]:
         kind = instruction.op.removesuffix("-start")
         if kind in KINDS:
-            found += _collective(kind, instruction, around, mesh)
+            collectives += _collective(kind, instruction, around, mesh)
         elif instruction.op in CALLERS:
             called = [n for names in CALLED.findall(instruction.line) for n in re.findall(r"[\w.-]+", names)]
             inner = [x for n in called for x in _inside(computations, n, mesh)]
-            turns = trip_count(instruction, computations) if instruction.op == "while" and inner else 1
-            found += [x._replace(times=x.times * turns) for x in inner]
-    return found
+            times = trip_count(instruction, computations) if instruction.op == "while" and inner else 1
+            collectives += [x._replace(times=x.times * times) for x in inner]
+    return collectives
 
 
 def _collective(kind: str, instruction: Instruction, around: Mapping[str, Instruction], mesh) -> list[Collective]:
@@ -145,7 +145,7 @@ def _collective(kind: str, instruction: Instruction, around: Mapping[str, Instru
 
 
 def _scope(instruction: Instruction, around: Mapping[str, Instruction]) -> str:
-    """The `op_name` of an instruction, or, since compilers drop it where they rewrite, of the nearest before it."""
+    """The `op_name` of an instruction, or of its nearest operand with one: compilers drop it where they rewrite."""
     waiting, seen = [instruction], set()
     while waiting:
         here = waiting.pop(0)
@@ -157,18 +157,18 @@ def _scope(instruction: Instruction, around: Mapping[str, Instruction]) -> str:
 
 
 def _arguments(instruction: Instruction) -> str:
-    """What stands between the parentheses of an instruction's operands."""
-    rest = instruction.line.split(f" {instruction.op}(", 1)[1]
+    """The text between the parentheses of an instruction's operands."""
+    text = instruction.line.split(f" {instruction.op}(", 1)[1]
     depth = 1
-    for at, character in enumerate(rest):
+    for end, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)
         if depth == 0:
-            return rest[:at]
+            return text[:end]
     raise ValueError(f"no end of the operands of {instruction.line}")
 
 
 def replica_groups(line: str, num_devices: int) -> list[tuple[int, ...]]:
-    """The groups of devices of a collective, in any of the three ways in which HLO writes them.
+    """The groups of devices of a collective, in any of the three notations of HLO.
 
     {{0,1},{2,3}}; [2,2]<=[2,2]T(1,0): that many groups and members of an iota, reshaped and transposed;
     mesh['a'=2,'b'=2] {'b'}: the devices along an axis. No groups are one of all devices.
@@ -187,11 +187,11 @@ def replica_groups(line: str, num_devices: int) -> list[tuple[int, ...]]:
     raise ValueError(f"replica groups of an unknown form: {line.strip()[:300]}")
 
 
-def _named_groups(mesh_text: str, wanted: str) -> list[tuple[int, ...]]:
+def _named_groups(mesh_text: str, axes_text: str) -> list[tuple[int, ...]]:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh_text)}
-    names, axes = list(sizes), re.findall(r"'([^']+)'", wanted)
-    if "device_ids" in mesh_text or ":" in wanted:
-        raise ValueError(f"replica groups of an unknown form: mesh[{mesh_text}] {{{wanted}}}")
+    names, axes = list(sizes), re.findall(r"'([^']+)'", axes_text)
+    if "device_ids" in mesh_text or ":" in axes_text:
+        raise ValueError(f"replica groups of an unknown form: mesh[{mesh_text}] {{{axes_text}}}")
     ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
     moved = np.moveaxis(ids, [names.index(axis) for axis in axes], range(-len(axes), 0))
     return [tuple(map(int, group)) for group in moved.reshape(-1, math.prod(sizes[axis] for axis in axes))]
@@ -199,8 +199,8 @@ def _named_groups(mesh_text: str, wanted: str) -> list[tuple[int, ...]]:
 
 def axes_of(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The axes of a mesh along which the members of a group differ."""
-    places = np.stack(np.unravel_index(np.arange(math.prod(mesh.values())), list(mesh.values())), -1)
+    coordinates = np.stack(np.unravel_index(np.arange(math.prod(mesh.values())), list(mesh.values())), -1)
     differ = np.zeros(len(mesh), bool)
     for group in groups:
-        differ |= (places[list(group)] != places[group[0]]).any(0)
+        differ |= (coordinates[list(group)] != coordinates[group[0]]).any(0)
     return tuple(itertools.compress(mesh, differ))

@@ -1,4 +1,4 @@
-"""What a run prints of a step, and how it writes numbers and tables."""
+"""The printed line of a step, and the format of numbers and tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ def step_line(step: int, total: int, values: Mapping[str, float]) -> str:
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """Loss, rate, speed and what is left; without the parts that are not known."""
+    """Loss, learning rate, speed and remaining time; unknown values are left out."""
     loss, bits = (values.get(f"{name}_mean", values[name]) for name in ("loss", "bits_per_byte"))
     parts = [f"stage {values['stage']}/{values['stages']} of {values['seq_len']:,}"] if values.get("stages", 1) > 1 else []
     parts += [f"loss {loss:.3f}", f"bpb {bits:.3f}", f"lr {values['lr']:.3g}", f"grad {values['grad_norm']:.2f}"]
@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell, without those that are empty below the heading: the first two to the left."""
-    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
-    widths = {i: max(len(row[i]) for row in rows) for i in kept}
-    return ["  ".join(f"{row[i]:{'<' if i < 2 else '>'}{widths[i]}}" for i in kept).rstrip() for row in rows]
+    """Lines of a table; columns without a cell below the heading are left out, and the first two are aligned to the left."""
+    columns = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    widths = {i: max(len(row[i]) for row in rows) for i in columns}
+    return ["  ".join(f"{row[i]:{'<' if i < 2 else '>'}{widths[i]}}" for i in columns).rstrip() for row in rows]

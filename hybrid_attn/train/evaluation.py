@@ -42,6 +42,7 @@ class Evaluations:
     """
 
     def __init__(self, c: config.Config, run: Run, mesh: Mesh, tokenizer, loaded: Mapping[str, Corpus], workdir: str):
+        """`loaded` are the corpora by source. Call `draw_questions` before the rest."""
         self.folder = Path(workdir) / "evals"
         lengths = tuple(dict.fromkeys(round(multiple * c.stages[-1].seq_len) for multiple in c.evals.lengths))
         self.settings = Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, suite.SEED)

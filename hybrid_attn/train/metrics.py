@@ -1,4 +1,4 @@
-"""Where metrics go: TensorBoard, JSON lines, a progress bar or plain lines; and the peak that MFU divides by."""
+"""Output of metrics: TensorBoard, JSON lines, a progress bar or plain lines; and the peak FLOP/s of the MFU."""
 
 import contextlib
 import json
@@ -17,10 +17,10 @@ import tqdm
 from hybrid_attn.files import Appended, write_atomically
 from hybrid_attn.train.console import step_line, summary
 from hybrid_attn.train.records import step_of
-from hybrid_attn.train.tensorboard import Events
+from hybrid_attn.train.tensorboard import open_events
 
-# Dense bfloat16 matmul peak of one JAX device in FLOP/s, from the makers' data sheets; the first name found in the
-# device's kind counts.
+# Dense bfloat16 matmul peak of one JAX device in FLOP/s, from data sheets; the first name that is part of the device kind
+# applies.
 PEAKS = (
     ("TPU v4 lite", 138e12),
     ("TPU v4", 275e12),
@@ -41,7 +41,7 @@ PEAKS = (
 )
 
 
-# Of the values of a step's line, by group, with their units.
+# The TensorBoard tag, with its unit, of each value of a step's line.
 TAGS = {
     "loss": "train/loss_nats",
     "loss_mean": "train/loss_mean_nats",
@@ -63,19 +63,23 @@ class Metrics:
     """The metrics of a run: `metrics.jsonl`, `evals.jsonl` and `tensorboard/` in `workdir`; process 0 alone writes."""
 
     def __init__(self, workdir: str | os.PathLike, start: int, total_steps: int, peak_flops: float):
-        """Goes on from step `start` and drops what was written of later ones; `peak_flops` is that of all devices."""
-        self.total_steps, self.peak_flops, self.step = total_steps, peak_flops, start
+        """The run goes on from step `start`; `peak_flops` is the peak of all devices together. Call `open` before the rest."""
+        self.workdir, self.total_steps, self.peak_flops, self.step = Path(workdir), total_steps, peak_flops, start
         self.writes = jax.process_index() == 0
-        if not self.writes:
-            return
-        self.workdir = workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.steps_file = _continue(workdir / "metrics.jsonl", lambda step: step <= start)
-        self.evals_file = _continue(workdir / "evals.jsonl", lambda step: step <= start)
-        self.tensorboard = Events(workdir / "tensorboard", start)
         self.bar = None
+
+    def open(self) -> "Metrics":
+        """Opens the files, and drops what was written of steps after the one reached."""
+        if not self.writes:
+            return self
+        start = self.step
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.steps_file = _continue(self.workdir / "metrics.jsonl", lambda step: step <= start)
+        self.evals_file = _continue(self.workdir / "evals.jsonl", lambda step: step <= start)
+        self.tensorboard = open_events(self.workdir / "tensorboard", start)
         if sys.stderr.isatty():
-            self.bar = tqdm.tqdm(total=total_steps, initial=start, unit="step", dynamic_ncols=True)
+            self.bar = tqdm.tqdm(total=self.total_steps, initial=start, unit="step", dynamic_ncols=True)
+        return self
 
     def log(self, step: int, values: Mapping[str, float], tokens: float, flops: float) -> None:
         """Writes the `values` of a step's line; `tokens` and `flops` are those of `step_time` seconds, or NaN.
@@ -96,54 +100,54 @@ class Metrics:
             self.bar.set_postfix_str(summary(values), refresh=False)
 
     def skip(self, step: int) -> None:
-        """Says that a step was not trained on."""
+        """Records that a step was skipped."""
         if self.writes:
             self._write(self.steps_file, {"step": step, "skipped": True})
             self.tensorboard.add_scalar("train/skipped", 1, step)
         self.say(f"step {step}/{self.total_steps}  skipped: its batch is passed over, as --skip_steps says")
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar to `step`."""
+        """Moves the progress bar to `step`, which is now the step reached."""
         if self.writes and self.bar is not None:
             self.bar.update(step - self.step)
         self.step = step
 
     def forget(self) -> None:
-        """Drops the records of evaluations of the step reached, which are to be reported anew."""
+        """Drops the records of evaluations at the step reached, before they are written again."""
         if self.writes:
             self.evals_file.close()
             self.evals_file = _continue(self.workdir / "evals.jsonl", lambda step: step != self.step)
 
     def report(self, name: str, records: Iterable[Mapping[str, float | str | None]]) -> None:
-        """Writes the records of the evaluation `name` of the model as it is at the step reached."""
+        """Writes the records of the evaluation `name` at the step reached."""
         if self.writes:
             for record in records:
                 self._write(self.evals_file, {"eval": name, "step": self.step, **record})
 
     def score(self, name: str, value: float) -> None:
-        """A number of the model as it is at the step reached, to TensorBoard."""
+        """Writes a score at the step reached to TensorBoard."""
         if self.writes:
             self.tensorboard.add_scalar(name, value, self.step)
 
     def picture(self, name: str, pixels_HWC: np.ndarray) -> None:
-        """Of red, green and blue between 0 and 1, to TensorBoard."""
+        """Writes an image, RGB between 0 and 1, to TensorBoard."""
         if self.writes:
             self.tensorboard.add_image(name, pixels_HWC, self.step)
 
     def _write(self, file: Appended, record: Mapping) -> None:
-        """One line of strict JSON, which has no NaN and no infinity: they become null."""
+        """Writes a line of strict JSON, in which NaN and infinity become null."""
         finite = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in record.items()}
         if file.write((json.dumps(finite, allow_nan=False) + "\n").encode()):
             self.say(f"{file.path} was removed or replaced while the run was going on; all of it is written again")
 
-    def write_the_rest(self) -> None:
-        """Tries once more to write lines that a full disk refused."""
+    def write_again(self) -> None:
+        """Tries once more to write lines that did not fit on the disk."""
         if self.writes:
             with contextlib.suppress(OSError):
                 self.steps_file.write(b"")
 
     def say(self, text: str) -> None:
-        """A line to stdout, above the progress bar."""
+        """Prints a line to stdout, above the progress bar."""
         if self.writes and self.bar is not None:
             self.bar.write(text, file=sys.stdout)
         elif self.writes:
@@ -162,11 +166,11 @@ class Metrics:
 def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
     """The matmul peak of one device in FLOP/s, and whether it was "looked up" or "measured".
 
-    Measured by the best of a few matmuls in `dtype`; the devices of the CPU backend are one host, and share its peak.
+    It is measured by a few matmuls in `dtype`; the devices of the CPU backend share the peak of the host.
     """
-    known = [peak for name, peak in PEAKS if name in device.device_kind]
-    if known and jnp.dtype(dtype).itemsize == 2:
-        return known[0], "looked up"
+    peaks = [peak for name, peak in PEAKS if name in device.device_kind]
+    if peaks and jnp.dtype(dtype).itemsize == 2:
+        return peaks[0], "looked up"
     local = jax.local_devices(backend=device.platform)
     sharers = len(local) if device.platform == "cpu" else 1
     return _measure(local[0], dtype) / sharers, "measured"
@@ -187,7 +191,7 @@ def _measure(device: jax.Device, dtype: str) -> float:
 
 
 def _continue(path: Path, keep: Callable[[int], bool]) -> Appended:
-    """`path`, open for appending, without the lines whose step `keep` refuses and any that a kill cut short."""
+    """`path`, open for appending, without truncated lines and without lines whose step `keep` rejects."""
     if path.exists():
         lines = [(line, step_of(line)) for line in path.read_bytes().splitlines()]
         write_atomically(path, b"".join(line + b"\n" for line, step in lines if step is not None and keep(step)))

@@ -1,4 +1,4 @@
-"""What an evaluation found, as tables for a terminal, and what can be done with a run that has ended."""
+"""The results of an evaluation as tables for a terminal, and the last lines of a finished run."""
 
 import math
 import shlex
@@ -12,24 +12,24 @@ HEADINGS = ("", "of", "score", "±", "bits/byte", "number")
 
 
 def evaluation_tables(records: Sequence[Mapping], bigram: Sequence[Mapping], vocab_size: int, trained: int) -> list[str]:
-    """A table for each length of the records: what is in all first, with its baselines, then its parts.
+    """A table for each length of the records: totals with their baselines, then their parts.
 
-    `bigram` are records of a bigram model; `vocab_size` is that of the tokenizer, of whose tokens chance takes any.
+    `bigram` are records of a bigram model; chance is a uniform guess among the `vocab_size` tokens of the tokenizer.
     """
     lines = []
     for length in contents.lengths_of(records):
         of_length = [record for record in records if record["length"] == length]
         rows = [row for show in SHOWN for row in show(of_length, bigram, vocab_size)]
-        what = " (the length of training)" if length == trained else ""
-        lines += ["", f"at {length:,} tokens{what}", *aligned([HEADINGS, *rows])]
+        note = " (the length of training)" if length == trained else ""
+        lines += ["", f"at {length:,} tokens{note}", *aligned([HEADINGS, *rows])]
     return lines
 
 
 def _losses(records: Sequence[Mapping], bigram: Sequence[Mapping], vocab_size: int) -> Iterable[tuple]:
-    """The loss of all tokens, those of a bigram model and of chance, then by position."""
-    found = [record for record in records if record["eval"] == "position" and contents.part(record) == "all"]
-    for source in dict.fromkeys(record["source"] for record in found):
-        of_source = [record for record in found if record["source"] == source]
+    """The loss of all tokens, the losses of a bigram model and of chance, then losses by position."""
+    matching = [record for record in records if record["eval"] == "position" and contents.part(record) == "all"]
+    for source in dict.fromkeys(record["source"] for record in matching):
+        of_source = [record for record in matching if record["source"] == source]
         for record in filter(contents.is_total, of_source):
             yield _loss("loss (nats)", record)
             for other in bigram:
@@ -57,25 +57,25 @@ def _recall(records: Sequence[Mapping], *_) -> Iterable[tuple]:
 
 
 def _needle(records: Sequence[Mapping], *_) -> Iterable[tuple]:
-    found = _of(records, "needle")
-    for needles in sorted({record["needles"] for record in found}):
-        cells = [record for record in found if record["needles"] == needles]
+    matching = _of(records, "needle")
+    for needles in sorted({record["needles"] for record in matching}):
+        cells = [record for record in matching if record["needles"] == needles]
         answers = sum(record["answers"] for record in cells)
         yield "needles found", f"{needles} hidden", f"{contents.needles_found(cells):.1%}", "", "", f"{answers:,} answers"
 
 
 def _ruler(records: Sequence[Mapping], *_) -> Iterable[tuple]:
-    found = _of(records, "ruler")
-    if found:
-        yield "RULER, mean", f"{len(found)} tasks", f"{contents.mean_of(found, 'score'):.1f}", "", "", ""
-    for record in found:
+    matching = _of(records, "ruler")
+    if matching:
+        yield "RULER, mean", f"{len(matching)} tasks", f"{contents.mean_of(matching, 'score'):.1f}", "", "", ""
+    for record in matching:
         yield "  RULER", record["task"], f"{record['score']:.1f}", "", "", f"{record['samples']:,} questions"
 
 
 def _attention(records: Sequence[Mapping], *_) -> Iterable[tuple]:
-    found = _of(records, "attention_mass")
-    for source, kind in sorted({(record["source"], record["kind"]) for record in found}):
-        heads = [record for record in found if (record["source"], record["kind"]) == (source, kind)]
+    matching = _of(records, "attention_mass")
+    for source, kind in sorted({(record["source"], record["kind"]) for record in matching}):
+        heads = [record for record in matching if (record["source"], record["kind"]) == (source, kind)]
         share = contents.mean_of(heads, "needle")
         yield "attention to the needle", f"{source}, layers {kind}", f"{share:.1%}", "", "", f"{len(heads)} heads"
 
@@ -95,16 +95,16 @@ def _of(records: Sequence[Mapping], evaluation: str) -> list[Mapping]:
 
 
 def ending(workdir: str, step: int, report: Path | None, own_files: bool) -> list[str]:
-    """Where the files of a finished run are, and commands that go on from it; `own_files`: it was trained on files or URLs."""
-    place = shlex.quote(str(workdir))
+    """Lines with the files of a finished run and with further commands; `own_files`: it was trained on files or URLs."""
+    path = shlex.quote(str(workdir))
     trust = " --trust_checkpoint_data" if own_files else ""
     name = shlex.quote(f"evals/{Path(workdir).name}")
     return [
         "",
         *([f"report       {report}"] if report is not None else []),
-        f"metrics      {workdir}/metrics.jsonl, evals.jsonl; tensorboard --logdir={place}",
+        f"metrics      {workdir}/metrics.jsonl, evals.jsonl; tensorboard --logdir={path}",
         f"checkpoint   {workdir}/checkpoints/{step}",
-        f"next         python tools/generate.py --checkpoint={place} --prompt='def main('",
-        f"             python tools/evaluate.py --checkpoint={place} --suite=quick --out={name}{trust}",
-        f"             python tools/plot_runs.py --workdir={place} --out=loss.png",
+        f"next         python tools/generate.py --checkpoint={path} --prompt='def main('",
+        f"             python tools/evaluate.py --checkpoint={path} --suite=quick --out={name}{trust}",
+        f"             python tools/plot_runs.py --workdir={path} --out=loss.png",
     ]

@@ -1,6 +1,6 @@
-"""What a run that goes on tells of its past, and refuses: changed fields, a jump of its learning rate, skipped steps.
+"""Checks of a resumed run against its checkpoint: changed fields, a jump of the learning rate, skipped steps.
 
-Steps are numbered from 1 here, as the step lines number them; a range of steps has both its ends.
+Steps are numbered from 1 here, as in the printed lines; a range of steps includes both ends.
 """
 
 import types
@@ -11,7 +11,7 @@ from hybrid_attn.config import Config, to_dict
 from hybrid_attn.train.optim import schedule
 from hybrid_attn.trees import check
 
-LR_JUMP = 0.1  # of the rate that the saved schedule has at the same step: a larger change is a jump
+LR_JUMP = 0.1  # a larger change, relative to the saved schedule at the same step, is a jump
 Range = tuple[int, int]
 
 
@@ -22,7 +22,7 @@ def changed_fields(saved: Mapping, c: Config) -> list[str]:
 
 
 def _by_index(value):
-    """Nested dicts in which a list of groups is a dict by index, so that its fields are compared one by one."""
+    """Nested dicts in which a list of dicts is a dict by index, so that their fields are compared one by one."""
     if isinstance(value, Mapping):
         return {key: _by_index(x) for key, x in value.items()}
     if isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value):
@@ -33,10 +33,10 @@ def _by_index(value):
 def rate_jump(saved: Mapping, c: Config, start: int) -> tuple[float, float] | None:
     """Old and new learning rate of the step after `start`, if they differ by more than `LR_JUMP` of the old one.
 
-    The old one is what the schedule of the `saved` config has there; of a finished run, its last.
+    The old one is that of the `saved` schedule at the same step, or its last one if that run was finished.
     """
     old_steps = sum(stage["steps"] for stage in saved["stages"])
-    # Not checked as a config's: other versions have other keys and allow other values.
+    # Not built as a config: a checkpoint of another version has other keys and values.
     before = types.SimpleNamespace(**to_dict(c)["optim"] | saved["optim"])
     old = float(schedule(before, old_steps)(min(start, old_steps - 1)))
     new = float(schedule(c.optim, c.total_steps)(start))
@@ -44,16 +44,16 @@ def rate_jump(saved: Mapping, c: Config, start: int) -> tuple[float, float] | No
 
 
 def check_rate(saved: Mapping, c: Config, start: int, allowed: bool) -> list[str]:
-    """A line for a jump of the learning rate after step `start` that is `allowed`; ValueError for one that is not."""
+    """A line for a jump of the learning rate after step `start` if it is `allowed`; otherwise ValueError."""
     jump = rate_jump(saved, c, start)
     if jump is None:
         return []
     old, new = jump
-    what = f"from {old:.4g} to {new:.4g} at step {start + 1}"
+    change = f"from {old:.4g} to {new:.4g} at step {start + 1}"
     if allowed:
-        return [f"rate         jumps {what}, as --allow_lr_jump allows"]
+        return [f"rate         jumps {change}, as --allow_lr_jump allows"]
     changed = [line for line in changed_fields(saved, c) if line.startswith(("optim.", "stages"))]
-    lines = [f"the learning rate would jump {what} (saved -> wanted):", *(f"  {line}" for line in changed)]
+    lines = [f"the learning rate would jump {change} (saved -> new):", *(f"  {line}" for line in changed)]
     if old > 0:
         lines.append(f"to go on at the rate of step {start}: {' '.join(held_rate(c, start, old))}")
     raise ValueError("\n".join([*lines, "to let it jump: --allow_lr_jump"]))
@@ -67,7 +67,7 @@ def held_rate(c: Config, start: int, rate: float) -> list[str]:
 
 
 def parse_steps(text: str) -> list[Range]:
-    """The ranges of "40" or "40:42,100:120"; ValueError for what is none."""
+    """The ranges of "40" or "40:42,100:120"; ValueError for anything else."""
     ranges = []
     for part in text.split(","):
         first, _, last = part.partition(":")
@@ -78,13 +78,13 @@ def parse_steps(text: str) -> list[Range]:
     return ranges
 
 
-def merge_skipped(wanted: Iterable[Range], recorded: Iterable[Sequence[int]], start: int, total: int) -> list[Range]:
-    """The ranges that a run skips: those `recorded` in the checkpoint of step `start`, and those `wanted`, in order.
+def merge_skipped(requested: Iterable[Range], recorded: Iterable[Sequence[int]], start: int, total: int) -> list[Range]:
+    """The ranges that a run skips: those `recorded` in the checkpoint of step `start` and those `requested`, in order.
 
-    ValueError for a range that is none of steps 1 to `total`, and for steps that are done and were trained on.
+    ValueError for a range outside of steps 1 to `total`, and for steps that the checkpoint was trained on.
     """
-    wanted, recorded = list(wanted), _joined(recorded)
-    for first, last in wanted:
+    requested, recorded = list(requested), _joined(recorded)
+    for first, last in requested:
         flag = f"--skip_steps={first}:{last}"
         check(1 <= first <= last <= total, f"{flag} must be a range of the steps 1 to {total}, with the first one first")
         done = min(last, start)
@@ -94,11 +94,11 @@ def merge_skipped(wanted: Iterable[Range], recorded: Iterable[Sequence[int]], st
             f"{flag}: the checkpoint of step {start} was trained on steps {first} to {done}; skip steps after {start}, or "
             "start anew in another --workdir",
         )
-    return _joined([*recorded, *wanted])
+    return _joined([*recorded, *requested])
 
 
 def _joined(ranges: Iterable[Sequence[int]]) -> list[Range]:
-    """The same steps as ranges in order, with a gap between one and the next."""
+    """The same steps as sorted ranges that neither overlap nor touch."""
     joined: list[Range] = []
     for first, last in sorted(map(tuple, ranges)):
         if joined and first <= joined[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""How a run ends before its last step: by a signal, or by an error that lets its state be saved first."""
+"""How a run ends before its last step: by a signal, or by an error after which its state is still saved."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ from hybrid_attn.parallel.processes import Peers
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a request that the loop answers after its step; the second acts at once.
+    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; the second one acts at once.
 
-    Before the first step there is nothing to save, and the first SIGINT acts at once. Of several processes (`peers`) one gets
-    the signal, and all stop after the same step. Once all is saved there is nothing to wait for: the first one ends the run.
+    Before the first step there is nothing to save, and the first SIGINT acts at once. If there are `peers`, all processes stop
+    after the same step, whichever gets the signal. Once the last step is saved, the first signal ends the run.
     """
 
     def __init__(self, peers: Peers | None):
@@ -28,8 +28,8 @@ class Stop:
         self._catch(signal.SIGTERM)
         return self
 
-    def begun(self) -> None:
-        """Call it after the first step, which may compile for minutes: from now on there is something to save."""
+    def first_step_began(self) -> None:
+        """To be called when the first step, which may compile for minutes, is dispatched: from then on signals wait."""
         if signal.SIGINT not in self.before:
             self._catch(signal.SIGINT)
 
@@ -39,29 +39,29 @@ class Stop:
     def request(self, number, frame):
         again, before = number in self.received, self.before[number]
         if again and callable(before):
-            before(number, frame)  # called, not put back: `programs.watch` would take the first signal for its own
+            before(number, frame)  # called and not restored: `programs.watch` would act on the first signal
         self.requested = True
         self.received.add(number)
         if not callable(before):
             signal.signal(number, before)
         if self.peers:
-            self.peers.ask_to_stop()
+            self.peers.request_stop()
         elif self.saved:
             raise KeyboardInterrupt
 
     def reached(self, step: int) -> bool:
-        """Whether the run is to end before its step `step`, counted from 0."""
+        """Whether the run must end before its step `step`, counted from 0."""
         return self.peers.reached(step) if self.peers else self.requested
 
-    def asked(self) -> bool:
-        """Whether the run is to end soon; processes learn it one after the other."""
-        return self.peers.asked() if self.peers else self.requested
+    def is_requested(self) -> bool:
+        """Whether the run must end soon; processes may learn this at different steps."""
+        return self.peers.stop_requested() if self.peers else self.requested
 
     @contextlib.contextmanager
     def after_saving(self, together: bool = False) -> Iterator[None]:
-        """Has an OSError of the body end the run after the state is saved: `failure` is then for the caller to raise.
+        """An OSError in the body ends the run after its state is saved; the caller then raises `failure`.
 
-        An error within collectives (`together`) of several processes leaves the others there, and is raised at once.
+        Where the body runs collectives (`together`), the other processes would wait in them: the error is raised at once.
         """
         try:
             yield
@@ -71,13 +71,13 @@ class Stop:
             self.failure = self.failure or error
             self.requested = True
             if self.peers:
-                self.peers.ask_to_stop()
+                self.peers.request_stop()
 
-    def all_saved(self, last_words: str) -> None:
-        """Has the next signal end the run at once: by KeyboardInterrupt, or with its processes and `last_words`."""
+    def all_saved(self, message: str) -> None:
+        """The next signal ends the run at once, by KeyboardInterrupt, or all of its processes after `message`."""
         self.saved = True
         if self.peers:
-            self.peers.all_saved(last_words)
+            self.peers.all_saved(message)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -85,10 +85,10 @@ class Stop:
 
 
 def hold(workdir: str | os.PathLike) -> contextlib.AbstractContextManager:
-    """Holds `workdir` for this run until the context ends; the first of several processes does it for all.
+    """Locks `workdir` for this run until the context ends; process 0 does it for all.
 
-    ValueError, before it is created, for a bucket's address, a file, or a name that no checkpoint can be written to;
-    BlockingIOError if another run is in it.
+    ValueError, before it is created, for a URL, a file, or a name that no checkpoint can be written to; BlockingIOError if
+    another run has locked it.
     """
     if "://" in str(workdir):
         raise ValueError(f"--workdir={workdir} is no directory; mount the bucket, and name the directory in the mount")

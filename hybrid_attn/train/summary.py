@@ -1,4 +1,4 @@
-"""What a run is, in ten lines, before it starts."""
+"""The description of a run in ten lines, printed before it starts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,25 +21,25 @@ def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedRows
     total, tokens = flops.parameters(c.model), stage.batch * stage.seq_len
     embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
     per_token = flops.train_flops_per_token(c.model, stage.seq_len)
-    kinds = "; ".join(f"{letter} = {describe(c.model.kinds[letter])}" for letter in sorted(set(c.model.layers)))
+    layer_types = "; ".join(f"{letter} = {describe(c.model.kinds[letter])}" for letter in sorted(set(c.model.layers)))
     device = jax.devices()[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    shared = {letter: f"{scheme}{', zigzag' if run.zigzag else ''}" for letter, scheme in run.context.items()}
-    remat = by_letter(run.remat)
-    context = f"; a row is shared by {by_letter(shared)}" if mesh.shape["context"] > 1 else ""
-    several = len(c.stages) > 1
-    of = f", in stage {stage_index + 1}" if several else ""
+    schemes = {letter: f"{scheme}{', zigzag' if run.zigzag else ''}" for letter, scheme in run.context.items()}
+    remat = by_layer_type(run.remat)
+    context = f"; sequences are split by {by_layer_type(schemes)}" if mesh.shape["context"] > 1 else ""
+    many_stages = len(c.stages) > 1
+    of = f", in stage {stage_index + 1}" if many_stages else ""
     stages = ", ".join(f"{s.steps:,} steps of {s.batch} x {s.seq_len:,}" for s in c.stages)
     return [
         f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
-        f"layout       {c.model.layers}: {kinds}",
+        f"layout       {c.model.layers}: {layer_types}",
         f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}{context}",
         f"kernel       {run.kernel} on {device.platform}; activations {run.dtype}, parameters float32, remat {remat}",
         f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
         *(
             line
             for number, (s, of_stage) in enumerate(zip(c.stages, rows, strict=True), 1)
-            for line in sources(of_stage, s.steps * s.batch, f"stage {number}, " if several else "")
+            for line in sources(of_stage, s.steps * s.batch, f"stage {number}, " if many_stages else "")
         ),
         f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs{of}",
         f"token        {per_token:.4g} FLOPs{of}: 3 x forward, windows and causality counted, recomputation not",
@@ -68,14 +68,14 @@ def sources(rows: MixedRows, wanted: int, stage: str) -> list[str]:
     return lines
 
 
-def by_letter(choices: Mapping[str, str]) -> str:
-    """A choice that all kinds of layers share, or that of each."""
+def by_layer_type(choices: Mapping[str, str]) -> str:
+    """The choice of all layer types if they have the same, or the choice of each."""
     values = set(choices.values())
     return values.pop() if len(values) == 1 else ", ".join(f"{letter} {choice}" for letter, choice in choices.items())
 
 
-def describe(kind: LayerType) -> str:
-    """A kind of layer in a few words: what it sees, its positions, its norms."""
-    positions = "NoPE" if kind.rope_theta is None else f"RoPE {kind.rope_theta:,.0f}"
-    norm = "" if kind.qk_norm == "none" else f", QK-norm {kind.qk_norm}"
-    return f"{reach(kind) or 'whole prefix'}, {positions}{norm}"
+def describe(layer: LayerType) -> str:
+    """A layer type in a few words: its mask, its positions, its norms."""
+    positions = "NoPE" if layer.rope_theta is None else f"RoPE {layer.rope_theta:,.0f}"
+    norm = "" if layer.qk_norm == "none" else f", QK-norm {layer.qk_norm}"
+    return f"{reach(layer) or 'whole prefix'}, {positions}{norm}"

@@ -1,0 +1,169 @@
+"""The loop over training steps: read a batch, dispatch the step, report the step before, save and evaluate when due."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+
+from hybrid_attn.checkpoint import Checkpoints
+from hybrid_attn.config import Config, Stage, to_dict
+from hybrid_attn.train.metrics import Metrics
+from hybrid_attn.train.progress import Progress, Timed
+from hybrid_attn.train.resume import Range, is_skipped
+from hybrid_attn.train.step import TrainState, skip_step
+from hybrid_attn.train.stop import Stop
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainContext:
+    """What the steps of a run work with.
+
+    `step_fn` is that of `make_step`, `batches` yields (step, batch), `data_state` gives the data state after a step, and
+    `evaluate` measures parameters and returns whether it came to its end. The batches of the `skipped` steps are read and not
+    trained on.
+    """
+
+    config: Config
+    step_fn: Callable
+    batches: Iterator
+    checkpoints: Checkpoints
+    metrics: Metrics
+    stop: Stop
+    data_state: Callable[[int], dict]
+    evaluate: Callable[[dict], bool]
+    skipped: Sequence[Range] = ()
+
+    def save(self, step: int, state: TrainState, wait: bool = False) -> None:
+        """Writes the checkpoint of `step`; with `wait`, to its end."""
+        self.checkpoints.save(step, state, self.data_state(step), to_dict(self.config), wait=wait)
+
+
+def run_steps(context: TrainContext, state: TrainState, start: int) -> tuple[TrainState, int]:
+    """Trains from step `start` until the last step or a signal; returns the state and the number of steps behind it.
+
+    The metrics of a step are read after the next step is dispatched. Every `evals.every` steps the parameters are evaluated;
+    those of `start` too, because an earlier process may have been stopped before their evaluation ended.
+    """
+    return _Loop(context, state, start).run()
+
+
+class _Dispatched(NamedTuple):
+    """A step whose metrics have not been read yet; `compiled`: its program was compiled first."""
+
+    number: int
+    metrics: Mapping[str, jax.Array]
+    compiled: bool
+
+
+class _Loop:
+    """The state of the run between two steps."""
+
+    def __init__(self, context: TrainContext, state: TrainState, start: int):
+        self.context, self.state, self.start, self.step = context, state, start, start
+        self.progress = Progress(context.config, context.skipped)
+        self.dispatched: _Dispatched | None = None
+        self.compiled = set()  # batch shapes whose program is compiled
+        self.restart_clock()
+
+    def run(self) -> tuple[TrainState, int]:
+        c, stop = self.context.config, self.context.stop
+        while self.step < c.total_steps and not stop.reached(self.step):
+            if self.evaluation_is_due() and not self.evaluate():
+                break
+            batch = self.next_batch()
+            if batch is None:
+                break
+            stage = c.stages[c.stage_at(self.step)[0]]
+            self.step += 1
+            if is_skipped(self.step, self.context.skipped):
+                self.skip()
+            else:
+                self.dispatch(batch, stage)
+            if self.context.checkpoints.due(self.step) and self.step < c.total_steps:
+                self.report()  # so that no state is saved whose loss has not been checked
+                self.context.save(self.step, self.state)
+        self.report()
+        return self.state, self.step
+
+    def evaluation_is_due(self) -> bool:
+        every = self.context.config.evals.every
+        return every is not None and self.step > 0 and self.step % every == 0
+
+    def evaluate(self) -> bool:
+        """Evaluates the parameters as they are; False if that did not come to its end."""
+        self.report()
+        complete = False
+        with self.context.stop.after_saving(together=True):
+            complete = self.context.evaluate(self.state.params)
+        self.restart_clock()
+        return complete
+
+    def next_batch(self) -> dict | None:
+        """The next batch; None where it cannot be read, and the run ends."""
+        before, batch = time.perf_counter(), None
+        with self.context.stop.after_saving(together=True):
+            _, batch = next(self.context.batches)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def skip(self) -> None:
+        """Counts the step without training on its batch."""
+        context = self.context
+        self.report()
+        self.state = skip_step(self.state)
+        context.stop.first_step_began()
+        with context.stop.after_saving():
+            context.metrics.skip(self.step)
+        context.metrics.advance(self.step)
+        self.restart_clock()
+
+    def dispatch(self, batch: dict, stage: Stage) -> None:
+        """Starts the step on its batch, and reports the step before meanwhile."""
+        shape = stage.batch, stage.seq_len, stage.microbatches
+        new = shape not in self.compiled
+        if new:
+            self.report()  # first, because the compilation is not part of the time of the step before
+        self.state, metrics = self.context.step_fn(self.state, batch, stage.microbatches, stage.objective)
+        self.context.stop.first_step_began()
+        self.report()
+        self.dispatched = _Dispatched(self.step, metrics, new)
+        self.compiled.add(shape)
+
+    def report(self) -> None:
+        """Waits for the dispatched step, if there is one, checks its metrics and logs them when a line is due."""
+        if self.dispatched is None:
+            return
+        context, (number, metrics, compiled) = self.context, self.dispatched
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        check_finite(number, values, context.checkpoints)
+        stage, _ = context.config.stage_at(number - 1)
+        self.progress.add(Timed(values, now - self.clock, self.waited, compiled, stage))
+        if number % context.config.train.log_every == 0 or number in (self.start + 1, context.config.total_steps):
+            with context.stop.after_saving():
+                context.metrics.log(number, *self.progress.line(number))
+        context.metrics.advance(number)
+        self.dispatched = None
+        self.restart_clock(now)
+
+    def restart_clock(self, now: float | None = None) -> None:
+        """Starts the time of the next step, by default now; nothing has been waited for yet."""
+        self.clock, self.waited = time.perf_counter() if now is None else now, 0.0
+
+
+def check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> None:
+    """FloatingPointError if the loss, the learning rate or a norm (of the gradient, of the new parameters) is not finite."""
+    names = ("loss", "grad_norm", "lr", "param_norm")
+    bad = [f"{name} is {values[name]}" for name in names if not math.isfinite(values[name])]
+    if not bad:
+        return
+    checkpoints.wait()  # the newest one may still be being written
+    newest = checkpoints.latest()
+    saved = "no checkpoint was written yet" if newest is None else f"the checkpoint of step {newest} is kept"
+    cure = f"lower optim.lr or raise optim.warmup_steps, or pass over the batch with --skip_steps={step}"
+    if not math.isfinite(values["lr"]):
+        cure = "mend the learning rate: optim.lr, optim.schedule, optim.final_lr_ratio"
+    raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {saved}; {cure}")
