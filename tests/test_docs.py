@@ -48,7 +48,7 @@ def check_command(words: list[str]) -> None:
 
 def check_python(words: list[str]) -> None:
     path = Path(words[0])
-    with tool(path.stem, str(path.parent)) as module, pytest.MonkeyPatch.context() as patch:
+    with tool(path.stem) as module, pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "run", lambda _, argv, *args, arguments=0, **kw: programs.check_arguments(argv, arguments))
         module.main(programs.parse(words))
 
