@@ -228,7 +228,7 @@ def section(runs: Sequence) -> list:
         "tokens; token 0 is the share of the very first. Crosses: layers whose window does not reach the needle. Single heads, "
         "and weights by position without the first 10 and the last 3% of the keys, are drawn at the longest length."
     ]
-    drawn = attention.drawn(runs)
+    drawn = attention.pictures(runs)
     return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [], "attention_mass")]
 
 
