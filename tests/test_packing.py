@@ -21,8 +21,8 @@ def rooms_by_hand(lengths, seq_len):
 def spans_of(packed, lengths):
     """(document, first token, tokens) of every piece, row by row."""
     rows = []
-    for number in range(packed.num_rows):
-        documents, firsts = packed.row(number)
+    for number in range(packed.num_sequences):
+        documents, firsts = packed.pieces(number)
         sizes = np.minimum(lengths[documents] - firsts, packed.seq_len)
         rows.append(list(zip(documents.tolist(), firsts.tolist(), sizes.tolist(), strict=True)))
     return rows

@@ -15,7 +15,7 @@ import two_processes
 from configs import base
 from hybrid_attn import config
 from hybrid_attn.data import documents, pipeline
-from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel import mesh as meshes
 
@@ -47,7 +47,7 @@ def one_device():
 
 
 def start_batches(c, corpus, mesh, start=0):
-    return pipeline.batches(c, pipeline.stage_rows(c, {"text": corpus}, BYTES), mesh, start)
+    return pipeline.batches(c, pipeline.stage_sequences(c, {"text": corpus}, BYTES), mesh, start)
 
 
 def run(c, corpus, start=0, mesh=None):
@@ -79,7 +79,7 @@ def test_each_step_takes_the_next_rows_of_its_stage(corpus):
     straight = run(make_config(), corpus)
     assert [step for step, _ in straight] == list(range(9))
     for index, (first, (steps, seq_len, batch)) in enumerate(zip((0, 3, 5), STAGES, strict=True)):
-        rows = Rows(corpus, seq_len, pipeline._row_seed(3, index, "text"), BYTES.byte_lengths)
+        rows = PackedSequences(corpus, seq_len, pipeline._row_seed(3, index, "text"), BYTES.byte_lengths)
         for name in ("tokens", "targets", "positions", "segments", "weights", "bytes"):
             read = np.concatenate([straight[first + i][1][name] for i in range(steps)])
             np.testing.assert_array_equal(read, np.stack([rows[i][name] for i in range(steps * batch)]))
@@ -124,8 +124,8 @@ def test_every_mesh_holds_the_batch_of_one_device(corpus, sizes):
 
 def watch(monkeypatch):
     """The slices that are read from now on."""
-    read, original = [], Rows.read
-    monkeypatch.setattr(Rows, "read", lambda rows, slices: read.extend(slices) or original(rows, slices))
+    read, original = [], PackedSequences.read
+    monkeypatch.setattr(PackedSequences, "read", lambda rows, slices: read.extend(slices) or original(rows, slices))
     return read
 
 
@@ -157,14 +157,14 @@ def test_an_iterator_dropped_midway_leaves_no_thread(corpus):
 
 
 def test_a_failure_while_reading_ahead_reaches_the_loop(corpus, monkeypatch):
-    original = Rows.read
+    original = PackedSequences.read
 
     def fail_at_two(rows, slices):
         if slices[0][0] == 2:
             raise OSError("disk gone")
         return original(rows, slices)
 
-    monkeypatch.setattr(Rows, "read", fail_at_two)
+    monkeypatch.setattr(PackedSequences, "read", fail_at_two)
     batches = start_batches(make_config([(5, 16, 1)]), corpus, one_device())
     assert [next(batches)[0], next(batches)[0]] == [0, 1]
     with pytest.raises(OSError, match="disk gone"):
@@ -173,7 +173,7 @@ def test_a_failure_while_reading_ahead_reaches_the_loop(corpus, monkeypatch):
 
 @pytest.mark.parametrize("num_rows", [5, 8, 10_000])
 def test_held_out_rows_come_once_and_spread_with_blank_rows_behind(corpus, num_rows):
-    rows = Rows(corpus, 16, None, BYTES.byte_lengths)
+    rows = PackedSequences(corpus, 16, None, BYTES.byte_lengths)
     mesh = meshes.make_mesh(config.Mesh(1, 2, 2, 2, 1))
     read = [jax.tree.map(np.asarray, batch) for batch in pipeline.heldout_batches(rows, num_rows, 4, mesh)]
     wanted = min(num_rows, len(rows))
@@ -214,12 +214,12 @@ def random_case(seed):
 def test_what_the_hosts_read_is_together_the_same_batch_on_any_number_of_them_from_any_step(part):
     for seed in range(30 * part, 30 * part + 30):
         rng, c, corpora = random_case(seed)
-        straight = pipeline.stage_rows(c, corpora, BYTES)
+        straight = pipeline.stage_sequences(c, corpora, BYTES)
         sizes = [2**i for i in rng.multinomial(3, [1 / 4] * 4)]
         mesh = meshes.make_mesh(config.Mesh(1, *map(int, sizes)))
         hosts, resumed_at = 2 ** int(rng.integers(4)), int(rng.integers(c.total_steps))
         each = np.split(np.array(jax.devices()), hosts)
-        fresh = [pipeline.stage_rows(c, corpora, BYTES) for _ in each]  # a process that begins here knows nothing of before
+        fresh = [pipeline.stage_sequences(c, corpora, BYTES) for _ in each]  # as new processes do
         for step in range(resumed_at, c.total_steps):
             index, step_of_stage = c.stage_at(step)
             stage = c.stages[index]
@@ -241,7 +241,7 @@ def test_what_the_hosts_read_is_together_the_same_batch_on_any_number_of_them_fr
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_resuming_in_the_middle_and_at_the_edges_of_epochs_and_stages_equals_the_straight_run(corpus, packing):
     few = corpus.select(corpus.lengths < 60)
-    rows = len(Rows(few, 16, 0, BYTES.byte_lengths, packing))
+    rows = len(PackedSequences(few, 16, 0, BYTES.byte_lengths, packing))
     c = make_config([(2 * rows + 3, 16, 1), (4, 32, 2)], packing=packing)
     straight = run(c, few)
     epochs = [straight[i * rows : (i + 1) * rows] for i in range(2)]
@@ -260,7 +260,7 @@ def test_a_stage_takes_its_rows_from_its_sources_by_their_weights():
         {"steps": 3, "seq_len": 20, "batch": 2, "microbatches": 1, "mixture": {"c": 2.0, "b": 1.0}},
     ]
     c = config.build(c)
-    rows = pipeline.stage_rows(c, corpora, BYTES)
+    rows = pipeline.stage_sequences(c, corpora, BYTES)
     read = [np.asarray(batch["tokens"])[:, 0] for _, batch in pipeline.batches(c, rows, one_device(), 0)]
     assert np.bincount(np.concatenate(read[:5])).tolist() == [7, 3]
     assert np.bincount(np.concatenate(read[5:])).tolist() == [0, 2, 4]

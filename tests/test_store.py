@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybrid_attn.data import store
-from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.tokenizer import ByteTokenizer
 
 SHARDS = [[5, 1, 9], [], [2, 30], [7]]
@@ -189,7 +189,7 @@ def test_an_id_that_the_tokenizer_lacks_is_named(tmp_path, dtype, wrong):
     with pytest.raises(ValueError, match=message):
         corpus.read([(0, 0, 5), (2, 4, 9)])
     with pytest.raises(ValueError, match=message):
-        list(Rows(corpus, 7, 0, ByteTokenizer().byte_lengths))
+        list(PackedSequences(corpus, 7, 0, ByteTokenizer().byte_lengths))
     with pytest.raises(ValueError, match=f"s: shard-00000.tokens: token 11 has the id {wrong}, and the tokenizer's end at 257"):
         list(store.verify(str(tmp_path / "s"), ByteTokenizer()))
     assert list(store.verify(str(tmp_path / "s"))) == [0, 1, 2, 3]

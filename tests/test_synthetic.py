@@ -10,8 +10,8 @@ from conftest import mesh_of, tiny
 from configs import base
 from hybrid_attn import config, trees
 from hybrid_attn.data import corpora, documents, pipeline
-from hybrid_attn.data.rows import Rows
-from hybrid_attn.data.synthetic import TASKS, SyntheticRows, Task
+from hybrid_attn.data.packed import PackedSequences
+from hybrid_attn.data.synthetic import TASKS, SyntheticSequences, Task
 from hybrid_attn.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -19,7 +19,7 @@ ROWS = 300
 
 
 def rows_of(name, pairs=4, seq_len=64, seed=7, count=ROWS):
-    return SyntheticRows(Task(name, pairs), seq_len, seed).read([(i, 0, seq_len) for i in range(count)])
+    return SyntheticSequences(Task(name, pairs), seq_len, seed).read([(i, 0, seq_len) for i in range(count)])
 
 
 def content(row):
@@ -121,7 +121,7 @@ def test_a_row_follows_from_its_number_and_no_two_are_the_same(name):
     seeds = (0, 7, 64, None)  # the first is what a config has without being asked, the third is the length of a row
     told = [row["tokens"].tobytes() for seed in seeds for row in rows_of(name, 2, seed=seed)]
     assert len(set(told)) == 4 * ROWS
-    rows = SyntheticRows(Task(name, 2), 64, 7)
+    rows = SyntheticSequences(Task(name, 2), 64, 7)
     (whole,) = rows.read([(123, 0, 64)])
     for part, (start, stop) in zip(rows.read([(123, 9, 40), (123, 40, 64)]), ((9, 40), (40, 64)), strict=True):
         assert {key: value.dtype for key, value in part.items()} == {key: value.dtype for key, value in whole.items()}
@@ -130,11 +130,11 @@ def test_a_row_follows_from_its_number_and_no_two_are_the_same(name):
 
 
 def test_rows_are_the_same_under_every_version_of_numpy():
-    tokens, _, _ = content(SyntheticRows(Task("recall", 4), 64, 5).read([(0, 0, 64)])[0])
+    tokens, _, _ = content(SyntheticSequences(Task("recall", 4), 64, 5).read([(0, 0, 64)])[0])
     assert BYTES.decode(tokens) == r'Fd")=([.{%:+Gh\,Bf%)]^\,,&Cb^=+.^{|?Cb?Gh?Bf?Gh?Cb?G'
-    tokens, targets, counts = content(SyntheticRows(Task("mqar", 4), 64, 5).read([(0, 0, 64)])[0])
+    tokens, targets, counts = content(SyntheticSequences(Task("mqar", 4), 64, 5).read([(0, 0, 64)])[0])
     assert targets[counts].tolist() == [138, 151, 159, 213]
-    tokens, targets, counts = content(SyntheticRows(Task("tracking", 2), 64, 5).read([(1, 0, 64)])[0])
+    tokens, targets, counts = content(SyntheticSequences(Task("tracking", 2), 64, 5).read([(1, 0, 64)])[0])
     assert BYTES.decode(tokens) == " `/K=cO=eG=KA=OH=AD=H%^|N=GJ=N?eOAH" and bytes(targets[counts].tolist()) == b"OAHD"
 
 
@@ -151,9 +151,9 @@ def test_a_stage_mixes_them_with_documents_and_begins_anywhere_on_any_mesh():
     c = mixed_config()
     text = documents.in_memory([np.arange(200, dtype=np.uint16)], [1])
     probe = corpora.load(c.data, ["probe"], BYTES)["probe"].training
-    stages = pipeline.stage_rows(c, {"text": text, "probe": probe}, BYTES)
+    stages = pipeline.stage_sequences(c, {"text": text, "probe": probe}, BYTES)
     straight = dict(jax.device_get(list(pipeline.batches(c, stages, mesh_of(), 0))))
-    again = pipeline.stage_rows(c, {"text": text, "probe": probe}, BYTES)
+    again = pipeline.stage_sequences(c, {"text": text, "probe": probe}, BYTES)
     resumed = dict(jax.device_get(list(pipeline.batches(c, again, mesh_of(data=2, context=2), 2))))
     assert list(straight) == [0, 1, 2, 3, 4] and list(resumed) == [2, 3, 4]
     for step, batch in resumed.items():
@@ -197,6 +197,6 @@ def test_the_shortest_rows_that_a_config_may_have_can_be_drawn_and_shorter_ones_
 
 def test_documents_and_tasks_have_rows_of_the_same_arrays():
     text = documents.in_memory([np.arange(200, dtype=np.uint16)], [1])
-    (row,) = Rows(text, 64, None, BYTES.byte_lengths).read([(0, 0, 64)])
+    (row,) = PackedSequences(text, 64, None, BYTES.byte_lengths).read([(0, 0, 64)])
     (drawn,) = rows_of("recall", count=1)
     assert {name: (x.dtype, x.shape) for name, x in row.items()} == {name: (x.dtype, x.shape) for name, x in drawn.items()}

@@ -34,7 +34,7 @@ def config_and_rows():
     c = config.build(c)
     tokens = {name: [rng.integers(0, 256, n).astype(np.uint16) for n in rng.integers(3, 90, 20)] for name in "ab"}
     corpora = {name: documents.in_memory(x, range(len(x))) for name, x in tokens.items()}
-    return c, pipeline.stage_rows(c, corpora, load_tokenizer("bytes"))
+    return c, pipeline.stage_sequences(c, corpora, load_tokenizer("bytes"))
 
 
 def main(address: str, number: int, out: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from hybrid_attn import config, programs
-from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.data.synthetic import SyntheticSequences, Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.compress import Compression
@@ -51,7 +51,9 @@ def caps(shares: list[str], length: int) -> dict[str, int]:
     return found
 
 
-def asked(rows: SyntheticRows, number: int, window: int) -> tuple[dict[str, list[np.ndarray]], list[np.ndarray], np.ndarray]:
+def asked(
+    rows: SyntheticSequences, number: int, window: int
+) -> tuple[dict[str, list[np.ndarray]], list[np.ndarray], np.ndarray]:
     """The text of each row without and with its question in the window, the question, and the answer that is wanted."""
     texts, questions, answers = {"new": [], "foretold": []}, [], []
     for row in rows.read([(i, 0, rows.seq_len) for i in rows.spread(number)]):
@@ -65,7 +67,7 @@ def asked(rows: SyntheticRows, number: int, window: int) -> tuple[dict[str, list
     return texts, questions, np.array(answers)
 
 
-def accuracies(engine: Engine, rows: SyntheticRows, number: int, kept: Mapping[str, int], window: int) -> list[dict]:
+def accuracies(engine: Engine, rows: SyntheticSequences, number: int, kept: Mapping[str, int], window: int) -> list[dict]:
     """A record for each method, question and share of `kept`; the whole cache comes first."""
     texts, questions, answers = asked(rows, number, window)
     cases = [("full", "1", None)]
@@ -102,7 +104,7 @@ def bench() -> None:
         c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)
         if not isinstance(tokenizer, ByteTokenizer):
             raise ValueError(f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the rows are written in bytes")
-        rows = SyntheticRows(Task(source.task, source.pairs), LENGTH.value, None)
+        rows = SyntheticSequences(Task(source.task, source.pairs), LENGTH.value, None)
         records = accuracies(Engine(params, c), rows, ROWS.value, kept, WINDOW.value)
     print(f"{c.model.layers}; {ROWS.value} rows of {LENGTH.value:,} tokens, {PAIRS.value} pairs; window {WINDOW.value}")
     print(table(records))

@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from hybrid_attn import programs
-from hybrid_attn.data import documents, packing, prepare, rows, store
+from hybrid_attn.data import documents, packed, packing, prepare, store
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -87,7 +87,7 @@ def time_reads(path: Path, length: int) -> None:
 
 def time_rows(path: Path, way: str) -> None:
     corpus, tokenizer = store.load(str(path)), load_tokenizer("bytes")
-    made = rows.Rows(corpus, SEQ_LEN.value, 0, tokenizer.byte_lengths, way)
+    made = packed.PackedSequences(corpus, SEQ_LEN.value, 0, tokenizer.byte_lengths, way)
     read, began = 0, time.perf_counter()
     while time.perf_counter() - began < SECONDS.value:
         read += len(made.read([((read + i) % len(made), 0, SEQ_LEN.value) for i in range(TOGETHER.value)]))
@@ -103,9 +103,9 @@ def time_plan() -> None:
     """Of documents whose lengths are log-normal with a median of 665 tokens and a long tail, as web text has."""
     lengths = np.random.default_rng(0).lognormal(6.5, 1.3, DOCUMENTS.value).clip(3, 2_000_000).astype(np.int64)
     began = time.perf_counter()
-    packed = packing.best_fit(lengths, SEQ_LEN.value)
+    plan = packing.best_fit(lengths, SEQ_LEN.value)
     took, size = time.perf_counter() - began, int(lengths.sum())
-    padding = packed.num_rows * SEQ_LEN.value / size - 1
+    padding = plan.num_sequences * SEQ_LEN.value / size - 1
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"plan     best_fit of {len(lengths):,} documents, {size:,} tokens: {took:.1f} s, {padding:.4%} padding")
     print(f"memory   {memory:.2f} GiB at most until here")
@@ -145,7 +145,7 @@ def bench() -> None:
         time_prepare(folder, "json", tokenizer, MEGABYTES.value * 10**6 // 2)
         for length in map(int, SPANS.value):
             time_reads(folder / "bytes", length)
-        for way in rows.PLANS:
+        for way in packed.PLANS:
             time_rows(folder / "bytes", way)
         time_plan()
         time_opening(folder / "opened")

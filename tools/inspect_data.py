@@ -87,14 +87,14 @@ def show_step(c: config.Config) -> None:
         raise ValueError(f"--stage={STAGE.value} --step={STEP.value}: the stages have {steps} steps, both are counted from 0")
     tokenizer = load_tokenizer(c.data.tokenizer)
     loaded = corpora.load(c.data, c.sources, tokenizer)
-    stages = pipeline.stage_rows(c, {name: corpus.training for name, corpus in loaded.items()}, tokenizer)
+    stages = pipeline.stage_sequences(c, {name: corpus.training for name, corpus in loaded.items()}, tokenizer)
     mesh = make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.local_devices(backend="cpu")[:1])
     step = sum(stage.steps for stage in c.stages[: STAGE.value]) + STEP.value
     batches = pipeline.batches(c, stages, mesh, step)
     batch = {name: np.asarray(array) for name, array in next(batches)[1].items()}
     batches.close()
     for row in range(len(batch["tokens"])):
-        source, number = stages[STAGE.value].mixture.row(STEP.value * len(batch["tokens"]) + row)
+        source, number = stages[STAGE.value].mixture.source_of(STEP.value * len(batch["tokens"]) + row)
         show_row(f"row {row}, row {number:,} of {source}", {name: array[row] for name, array in batch.items()}, tokenizer)
 
 

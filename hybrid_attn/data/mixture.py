@@ -28,12 +28,12 @@ class Mixture:
                 "most; round them to four digits"
             )
         self._per_period = np.array([int(share * self.period) for share in shares])
-        self._source = _chairmen(self._per_period.tolist())
+        self._source = _chairman_assignment(self._per_period.tolist())
         self._before = np.empty_like(self._source)  # rows of the same source earlier in the period
         for source, count in enumerate(self._per_period):
             self._before[self._source == source] = np.arange(count)
 
-    def row(self, number: int) -> tuple[str, int]:
+    def source_of(self, number: int) -> tuple[str, int]:
         """The source of row `number`, and which of that source's rows it is."""
         periods, place = divmod(number, self.period)
         source = self._source[place]
@@ -46,7 +46,7 @@ class Mixture:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
 
-def _chairmen(counts: list[int]) -> np.ndarray:
+def _chairman_assignment(counts: list[int]) -> np.ndarray:
     """A source for each of sum(counts) rows, so that none is ever a row or more away from its share."""
     period, margin = sum(counts), 2 * len(counts) - 2
     if not margin:

@@ -13,39 +13,39 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Packed:
+class BestFitPlan:
     """Rows by number: first the whole ones, in the order of their documents, then the packed ones.
 
-    `whole_ends` int64 [n] counts the whole rows up to and with each document. Packed row j has the last part of the documents
+    `full_ends` int64 [n] counts the whole rows up to and with each document. Packed row j has the last part of the documents
     `packed[offsets[j]:offsets[j + 1]]`.
     """
 
     seq_len: int
-    whole_ends: np.ndarray
+    full_ends: np.ndarray
     packed: np.ndarray
     offsets: np.ndarray
 
     @property
-    def num_rows(self) -> int:
-        return self._num_whole + len(self.offsets) - 1
+    def num_sequences(self) -> int:
+        return self._num_full + len(self.offsets) - 1
 
     @property
-    def _num_whole(self) -> int:
-        return int(self.whole_ends[-1])
+    def _num_full(self) -> int:
+        return int(self.full_ends[-1])
 
-    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def pieces(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents [K] of a row, and the first token of each that it has."""
-        if number < self._num_whole:
-            document = np.searchsorted(self.whole_ends, number, side="right")
-            before = self.whole_ends[document - 1] if document else 0
+        if number < self._num_full:
+            document = np.searchsorted(self.full_ends, number, side="right")
+            before = self.full_ends[document - 1] if document else 0
             return np.array([document]), np.array([(number - before) * self.seq_len])
-        at = slice(*self.offsets[number - self._num_whole : number - self._num_whole + 2])
+        at = slice(*self.offsets[number - self._num_full : number - self._num_full + 2])
         documents_K = self.packed[at]
-        whole_K = self.whole_ends[documents_K] - np.where(documents_K > 0, self.whole_ends[documents_K - 1], 0)
+        whole_K = self.full_ends[documents_K] - np.where(documents_K > 0, self.full_ends[documents_K - 1], 0)
         return documents_K, whole_K * self.seq_len
 
 
-def best_fit(lengths: np.ndarray, seq_len: int) -> Packed:
+def best_fit(lengths: np.ndarray, seq_len: int) -> BestFitPlan:
     """The best-fit rows of `seq_len` tokens of documents of `lengths` int64 [n]."""
     rests = lengths % seq_len
     pieces = np.argsort(-rests, kind="stable")[: np.count_nonzero(rests)]
@@ -54,7 +54,7 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> Packed:
     nth = np.arange(len(pieces)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of its group
     row = np.repeat(first, sizes) + nth // np.repeat(per_row, sizes)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.int64)
-    return Packed(seq_len, np.cumsum(lengths // seq_len), pieces[np.argsort(row, kind="stable")], offsets)
+    return BestFitPlan(seq_len, np.cumsum(lengths // seq_len), pieces[np.argsort(row, kind="stable")], offsets)
 
 
 def _groups(counts: np.ndarray, seq_len: int) -> Iterator[tuple[int, int, int]]:

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from hybrid_attn import config
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.mixture import Mixture
-from hybrid_attn.data.rows import ARRAYS, Rows, blank
-from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.data.packed import ARRAYS, PackedSequences, padding_arrays
+from hybrid_attn.data.synthetic import SyntheticSequences, Task
 from hybrid_attn.parallel.fit import check_splits
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
@@ -21,16 +21,16 @@ Batch = dict[str, jax.Array]
 Slice = tuple[int, int, int]  # a row, and the positions [start, stop) of it
 
 
-class MixedRows:
+class MixedSequences:
     """The rows of one stage: rows of several sources in the order of their mixture."""
 
-    def __init__(self, mixture: Mixture, rows: Mapping[str, Rows | SyntheticRows]):
+    def __init__(self, mixture: Mixture, rows: Mapping[str, PackedSequences | SyntheticSequences]):
         self.mixture = mixture
         self.rows = rows
 
     def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
-        """As `Rows.read`; what comes from one source is read together."""
-        found = [self.mixture.row(r) for r, _, _ in slices]
+        """As `PackedSequences.read`; what comes from one source is read together."""
+        found = [self.mixture.source_of(r) for r, _, _ in slices]
         by_source = {name: [] for name, _ in found}
         for (name, row), (_, start, stop) in zip(found, slices, strict=True):
             by_source[name].append((row, start, stop))
@@ -42,17 +42,17 @@ class MixedRows:
         return {name: count / len(self.rows[name]) for name, count in self.mixture.counts(rows).items()}
 
 
-def stage_rows(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[MixedRows]:
+def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[MixedSequences]:
     """The rows of each stage, of the training `documents` of each source."""
 
-    def rows(index: int, name: str) -> Rows | SyntheticRows:
+    def rows(index: int, name: str) -> PackedSequences | SyntheticSequences:
         seed = _row_seed(c.data.seed, index, name)
         if c.data.sources[name].task is not None:
-            return SyntheticRows(documents[name], c.stages[index].seq_len, seed)
-        return Rows(documents[name], c.stages[index].seq_len, seed, tokenizer.byte_lengths, c.data.packing)
+            return SyntheticSequences(documents[name], c.stages[index].seq_len, seed)
+        return PackedSequences(documents[name], c.stages[index].seq_len, seed, tokenizer.byte_lengths, c.data.packing)
 
     weights = [c.weights(index) for index in range(len(c.stages))]
-    return [MixedRows(Mixture(names), {name: rows(index, name) for name in names}) for index, names in enumerate(weights)]
+    return [MixedSequences(Mixture(names), {name: rows(index, name) for name in names}) for index, names in enumerate(weights)]
 
 
 def identities(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[dict]:
@@ -75,11 +75,11 @@ def identities(c: config.Config, documents: Mapping[str, Documents | Task], toke
     return found
 
 
-def batches(c: config.Config, stages: Sequence[MixedRows], mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
+def batches(c: config.Config, stages: Sequence[MixedSequences], mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
     """(step, batch) from `start_step` to the last step, `data.prefetch` batches read ahead.
 
     A batch has `tokens`, `targets`, `positions`, `segments` int32 [B, T], `weights` and `bytes` float32 [B, T], as
-    `Rows.read` gives them. Each process reads only its own devices' slices of their rows.
+    `PackedSequences.read` gives them. Each process reads only its own devices' slices of their rows.
     """
 
     def read(step: int) -> tuple[int, Batch]:
@@ -98,7 +98,7 @@ def batches(c: config.Config, stages: Sequence[MixedRows], mesh: Mesh, start_ste
         yield from iterator
 
 
-def heldout_batches(rows: Rows | SyntheticRows, num_rows: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
+def heldout_batches(rows: PackedSequences | SyntheticSequences, num_rows: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
     """Batches of `num_rows` rows spread over the first epoch, each once; the last batch is filled up with rows of padding."""
     check_splits("batch", batch, mesh.shape, BATCH)
     numbers = rows.spread(num_rows)
@@ -107,7 +107,7 @@ def heldout_batches(rows: Rows | SyntheticRows, num_rows: int, batch: int, mesh:
 
         def read(slices: list[Slice], chosen: list[int] = chosen) -> list[dict[str, np.ndarray]]:
             found = iter(rows.read([(chosen[r], start, stop) for r, start, stop in slices if r < len(chosen)]))
-            return [next(found) if r < len(chosen) else blank(stop - start) for r, start, stop in slices]
+            return [next(found) if r < len(chosen) else padding_arrays(stop - start) for r, start, stop in slices]
 
         yield _global_batch(read, batch, rows.seq_len, mesh)
 

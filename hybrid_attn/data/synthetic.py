@@ -13,7 +13,7 @@ import numpy as np
 
 from hybrid_attn import config
 from hybrid_attn.config import HOPS, QUERIES
-from hybrid_attn.data.rows import ARRAYS, check_len
+from hybrid_attn.data.packed import ARRAYS, check_len
 from hybrid_attn.data.tokenizer import ByteTokenizer
 
 QUERY = ord("?")
@@ -40,8 +40,8 @@ class Task(NamedTuple):
         return self.name if config.TASKS[self.name].pairs is None else f"{self.name} of {self.pairs} pairs"
 
 
-class SyntheticRows:
-    """The rows of a task, in the form of `rows.Rows`.
+class SyntheticSequences:
+    """The rows of a task, in the form of `packed.PackedSequences`.
 
     Those that `seed` draws, for training, have from half of `seq_len` tokens up to all of them. None draws the held-out
     rows, which are full, of other numbers than any seed's, and the same for every config; no answer is told before it.
@@ -63,7 +63,7 @@ class SyntheticRows:
         return list(range(wanted))
 
     def read(self, slices: Sequence[tuple[int, int, int]]) -> list[dict[str, np.ndarray]]:
-        """The positions [start, stop) of row `index`, for each (index, start, stop), as `rows.Rows.read` gives them."""
+        """The positions [start, stop) of row `index`, for each (index, start, stop), as `PackedSequences.read` does."""
         return [{name: x[start:stop] for name, x in self._row(index).items()} for index, start, stop in slices]
 
     def _row(self, index: int) -> dict[str, np.ndarray]:

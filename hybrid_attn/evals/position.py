@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.pipeline import heldout_batches
-from hybrid_attn.data.rows import Rows
 from hybrid_attn.evals.subject import Spec, Subject, check_finite
 from hybrid_attn.model import Run, losses
 from hybrid_attn.model.loss import bits_per_byte
@@ -30,7 +30,7 @@ def run(subject: Subject, spec: Spec) -> Iterator[dict]:
     row foretells ("recall", see `recalled`) and the "rest", by bucket and in all. The record of all has the mean loss of each
     row, too.
     """
-    rows = Rows(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
+    rows = PackedSequences(spec.documents, spec.length, None, subject.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
     batch = math.prod(subject.mesh.shape[axis] for axis in BATCH)
     found = [

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
-from hybrid_attn.data.synthetic import SyntheticRows
+from hybrid_attn.data.synthetic import SyntheticSequences
 from hybrid_attn.evals.subject import Spec, Subject, check_finite
 from hybrid_attn.model import Run, apply, logits
 from hybrid_attn.parallel.mesh import BATCH
@@ -27,7 +27,7 @@ def run(subject: Subject, spec: Spec) -> Iterator[dict]:
 
     The row holds the right answers, so that one does not suffer from another.
     """
-    rows = SyntheticRows(spec.documents, spec.length, None)
+    rows = SyntheticSequences(spec.documents, spec.length, None)
     batch = max(1, TOKENS // spec.length) * math.prod(subject.mesh.shape[axis] for axis in BATCH)
     number = -(-spec.tokens // spec.length)
     found = [

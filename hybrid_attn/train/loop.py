@@ -50,7 +50,7 @@ def train(
     check_vocab(tokenizer, c.model.vocab_size, c.data.tokenizer)
     loaded = corpora.load(c.data, c.sources, tokenizer)
     training = {name: corpus.training for name, corpus in loaded.items()}
-    stages, identities = pipeline.stage_rows(c, training, tokenizer), pipeline.identities(c, training, tokenizer)
+    stages, identities = pipeline.stage_sequences(c, training, tokenizer), pipeline.identities(c, training, tokenizer)
     if peers:
         peers.agree(data_identity(loaded, tokenizer))
     run = run_on(jax.default_backend(), c.model, c.train)

@@ -3,10 +3,10 @@ import itertools
 import numpy as np
 import pytest
 
-from hybrid_attn.data import rows as rows_module
+from hybrid_attn.data import packed as packed_module
 from hybrid_attn.data.documents import Documents, in_memory
-from hybrid_attn.data.rows import Rows
-from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.data.packed import PackedSequences
+from hybrid_attn.data.synthetic import SyntheticSequences, Task
 
 LENGTHS = [3, 17, 4, 9, 3, 31, 5, 3]  # 75 tokens, each of them another number
 TOTAL = sum(LENGTHS)
@@ -21,7 +21,7 @@ def documents(lengths=LENGTHS):
 
 
 def make(seq_len, seed, packing="concat"):
-    return Rows(documents(), seq_len, seed, BYTE_LENGTHS, packing)
+    return PackedSequences(documents(), seq_len, seed, BYTE_LENGTHS, packing)
 
 
 def epoch_of(rows, epoch):
@@ -80,7 +80,7 @@ def test_an_epoch_has_every_token_once_and_counts_every_target_once(seq_len, epo
     assert sorted(read["targets"][counted]) == [t for t in range(TOTAL) if t not in firsts]
     np.testing.assert_array_equal(read["targets"][counted], read["tokens"][counted] + 1)
     assert read["weights"].sum() == counted.sum()
-    assert counts["tokens"] + counts["padding"] == read["tokens"].size == counts["rows"] * seq_len
+    assert counts["tokens"] + counts["padding"] == read["tokens"].size == counts["sequences"] * seq_len
     assert counts["padding"] == np.sum(~real) and (packing == "best_fit" or counts["padding"] < seq_len)
     assert counts["documents"] == len(LENGTHS)
     owners = np.searchsorted(np.cumsum(LENGTHS), read["tokens"], side="right")
@@ -157,7 +157,7 @@ def test_best_fit_rows_have_the_order_of_the_epoch():
 
 @pytest.mark.parametrize("wanted, numbers", [(1, [0]), (3, [0, 2, 5]), (8, range(8)), (100, range(8))])
 def test_a_sample_of_rows_is_spread_over_the_epoch(wanted, numbers):
-    rows = Rows(documents([10] * 8), 10, None, np.ones(80))
+    rows = PackedSequences(documents([10] * 8), 10, None, np.ones(80))
     assert rows.spread(wanted) == list(numbers)
 
 
@@ -166,20 +166,20 @@ def test_another_seed_is_another_order():
 
 
 def test_the_shuffle_is_the_same_for_ever():
-    assert rows_module._permutation(8, 5, 2).tolist() == [4, 2, 6, 7, 5, 0, 1, 3]
+    assert packed_module._permutation(8, 5, 2).tolist() == [4, 2, 6, 7, 5, 0, 1, 3]
 
 
 def test_many_short_documents_and_one_long_one_cost_no_token():
     lengths = [3] * 500 + [1000] + [3] * 500
-    rows = Rows(documents(lengths), 128, 1, np.ones(sum(lengths)))
+    rows = PackedSequences(documents(lengths), 128, 1, np.ones(sum(lengths)))
     read = epoch_of(rows, 0)
     assert sorted(read["tokens"][read["segments"] > 0]) == list(range(sum(lengths)))
     assert read["segments"].max() > 40
 
 
 @pytest.mark.parametrize("make", [
-    lambda n: Rows(in_memory([np.zeros(5, np.uint16)], [1]), n, 0, np.ones(258), "best_fit"),
-    lambda n: SyntheticRows(Task("copy", 1), n, 0),
+    lambda n: PackedSequences(in_memory([np.zeros(5, np.uint16)], [1]), n, 0, np.ones(258), "best_fit"),
+    lambda n: SyntheticSequences(Task("copy", 1), n, 0),
 ])  # fmt: skip
 def test_rows_longer_than_positions_can_count_are_refused(make):
     with pytest.raises(ValueError, match="rows of 100,000,000,000 tokens: they have at least 1 and at most 2,147,483,647, for"):

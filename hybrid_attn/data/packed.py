@@ -29,7 +29,7 @@ class Spans(NamedTuple):
     sizes_K: np.ndarray
 
 
-class Rows:
+class PackedSequences:
     """The rows of `documents`, packed as "concat" or "best_fit"; `seed` shuffles them anew each epoch, None does not.
 
     `byte_lengths` [vocab_size] gives the UTF-8 bytes that an id stands for.
@@ -84,7 +84,7 @@ class Rows:
         return {
             "documents": len(self._documents),
             "tokens": tokens,
-            "rows": len(self),
+            "sequences": len(self),
             "padding": len(self) * self.seq_len - tokens,
             "cuts": cuts,
             "cut_documents": cut_documents,
@@ -163,10 +163,10 @@ class BestFit:
         self._order = functools.lru_cache(maxsize=2)(lambda epoch: _permutation(len(self), seed, epoch))
 
     def __len__(self) -> int:
-        return self._packed.num_rows
+        return self._packed.num_sequences
 
     def spans(self, epoch: int, row: int) -> Spans:
-        documents_K, from_K = self._packed.row(int(self._order(epoch)[row]))
+        documents_K, from_K = self._packed.pieces(int(self._order(epoch)[row]))
         sizes_K = np.minimum(self._lengths[documents_K] - from_K, self._seq_len)
         goes_on = from_K + sizes_K < self._lengths[documents_K]  # only of a document that fills the whole row
         return Spans(documents_K, from_K, sizes_K + goes_on)
@@ -183,7 +183,7 @@ def check_len(seq_len: int) -> None:
         raise ValueError(f"rows of {seq_len:,} tokens: they have at least 1 and at most {MAX_LEN:,}, for positions are int32")
 
 
-def blank(size: int) -> dict[str, np.ndarray]:
+def padding_arrays(size: int) -> dict[str, np.ndarray]:
     """So many positions of padding."""
     return {name: np.zeros(size, dtype) for name, dtype in ARRAYS.items()}
 
