@@ -1,4 +1,4 @@
-"""A mixture's rows have their exact shares at every row, and each source's rows come in order, none left out."""
+"""A mixture's sequences have their exact shares at every sequence, and each source's sequences come in order, none left out."""
 
 from fractions import Fraction
 
@@ -18,24 +18,24 @@ def random_weights(seed):
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_at_every_prefix_each_source_is_less_than_a_row_from_its_share(seed):
+def test_at_every_prefix_each_source_is_less_than_a_sequence_from_its_share(seed):
     weights = random_weights(seed)
     try:
         mixed = Mixture(weights)
     except ValueError:
         assert sum(Fraction(str(x)) for x in weights.values()) * 100 > mixture.LONGEST_PERIOD
         return
-    rows = min(2 * mixed.period + 3, 3000)
-    names = [mixed.source_of(i)[0] for i in range(rows)]
+    sequences = min(2 * mixed.period + 3, 3000)
+    names = [mixed.source_of(i)[0] for i in range(sequences)]
     total = sum(Fraction(str(x)) for x in weights.values())
     for name, weight in weights.items():
         share = Fraction(str(weight)) / total
         got = np.cumsum([x == name for x in names])
         numerator, denominator = share.numerator, share.denominator
-        assert (np.abs(got * denominator - np.arange(1, rows + 1) * numerator) < denominator).all(), name
-        assert [mixed.source_of(i)[1] for i in range(rows) if names[i] == name] == list(range(got[-1]))
-    for n in (0, 1, mixed.period - 1, mixed.period, rows):
-        if n <= rows:
+        assert (np.abs(got * denominator - np.arange(1, sequences + 1) * numerator) < denominator).all(), name
+        assert [mixed.source_of(i)[1] for i in range(sequences) if names[i] == name] == list(range(got[-1]))
+    for n in (0, 1, mixed.period - 1, mixed.period, sequences):
+        if n <= sequences:
             assert mixed.counts(n) == {name: sum(mixed.source_of(i)[0] == name for i in range(n)) for name in weights}
 
 
@@ -57,7 +57,7 @@ def test_weights_are_the_decimals_as_written_and_their_scale_and_order_do_not_ma
     assert [one.source_of(i) for i in range(40)] == [other.source_of(i) for i in range(40)]
 
 
-def test_equal_sources_take_turns_and_a_single_one_has_all_rows():
+def test_equal_sources_take_turns_and_a_single_one_has_all_sequences():
     assert sorted(Mixture({"a": 1, "b": 1, "c": 1}).source_of(i)[0] for i in range(3, 6)) == ["a", "b", "c"]
     assert [Mixture({"a": 0.3}).source_of(i) for i in (0, 1, 9)] == [("a", 0), ("a", 1), ("a", 9)]
 
@@ -66,6 +66,6 @@ def test_the_order_is_the_same_for_ever():
     assert "".join(Mixture({"a": 5, "b": 3, "c": 2}).source_of(i)[0] for i in range(10)) == "abacabacba"
 
 
-def test_weights_that_hardly_ever_repeat_are_refused_with_the_number_of_rows():
-    with pytest.raises(ValueError, match=r"repeat only after 10,000,000 rows, and 100,000 are the most; round them to four"):
+def test_weights_that_repeat_too_rarely_are_refused():
+    with pytest.raises(ValueError, match=r"repeat only after 10,000,000 sequences, and 100,000 are the most; round them"):
         Mixture({"a": 0.1234567, "b": 0.8765433})

@@ -52,7 +52,7 @@ def sources(rows: MixedSequences, wanted: int, stage: str) -> list[str]:
     """A line for each source of a `stage` of `wanted` rows: what is there, how it is packed, and how much of it is seen."""
     lines = []
     for name, epochs in rows.epochs(wanted).items():
-        of = rows.rows[name]
+        of = rows.sources[name]
         if isinstance(of, SyntheticSequences):
             what = of.task.fingerprint()
             lines.append(
