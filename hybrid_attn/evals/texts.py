@@ -64,7 +64,7 @@ def _files(patterns: tuple[str, ...]) -> list[str]:
 
 def _read(path: str) -> str:
     """The text of a file; ValueError for other formats."""
-    plain = sources.format_of(path) == "text" and not path.endswith(sources.PACKED)
+    plain = sources.format_of(path) == "text" and not path.endswith(sources.COMPRESSED)
     check(plain, f"{path} is packed or has records; name files of plain text")
     text = sources.text_of(path, by_ending=False)
     check(isinstance(text, bytes) and b"\0" not in text, f"{path} is no text")
