@@ -7,7 +7,7 @@
 
 Three local layers (window, RoPE theta 10,000) to one global layer (NoPE, QK-norm). `c.model.kinds.G.qk_norm = "none"` gives
 the paper's and Command R7B's own layout. The small one ends at 3.17 held-out bits per byte on the sources of Python 3.11's
-standard library, and at 3.34 on rows of 16,384 tokens; a byte bigram model has 3.46.
+standard library, and at 3.34 on sequences of 16,384 tokens; a byte bigram model has 3.46.
 """
 
 from hybrid_attn.configs import base
@@ -21,11 +21,11 @@ def get_config(size: str = "small"):
     c = base.get_config()
     m, stage = c.model, c.stages[0]
     if size == "small":
-        c.train.remat = "none"  # 8,192 tokens of this model fit anywhere; remat would cost a forward pass
+        c.train.remat = "none"  # 8,192 tokens of this model fit into any memory; remat would cost a forward pass
         return c
     m.kinds.L.window = 4096
     m.head_dim = 128
-    m.init_std = 0.02  # the family's own value
+    m.init_std = 0.02  # the value of the family
     m.vocab_size = 65_536  # a byte-pair vocabulary: --config.data.tokenizer names its tokenizer.json
     c.mesh.data, c.mesh.fsdp = 1, -1
     c.optim.warmup_steps = 2000
@@ -42,7 +42,7 @@ def get_config(size: str = "small"):
         m.num_layers, m.d_model, m.d_ff, m.num_heads, m.num_kv_heads = 16, 2048, 7168, 16, 4
         c.optim.lr = 6e-4
         stage.steps, stage.batch = 10_000, 256
-    elif size == "8b":  # the paper's: 32 layers, 256,000 words, 750 B tokens in its analysis stage
+    elif size == "8b":  # the paper's: 32 layers, a vocabulary of 256,000, 750 B tokens in its analysis stage
         m.num_layers, m.d_model, m.d_ff, m.num_heads, m.num_kv_heads = 32, 4096, 14_336, 32, 8
         m.vocab_size = 256_000
         m.logit_scale = 0.25  # Command R7B's

@@ -1,4 +1,4 @@
-"""A probe of layouts: recall of pairs from noise, learnt at 64 tokens and asked at up to 16 times that.
+"""A small comparison of layouts: recall of pairs in noise, trained at 64 tokens and evaluated at up to 16 times that length.
 
 python launch/train.py --config=configs/recall.py                       # RNoPE-SWA 3:1
 python launch/train.py --config=configs/recall.py:rope                  # any of LAYOUTS
@@ -20,7 +20,7 @@ LAYOUTS = {
     "nope": "G",
     "swa": "L",
 }
-KINDS = {
+LAYER_TYPES = {
     "L": {"window": 16, "rope_theta": 10_000.0},
     "R": {"rope_theta": 10_000.0},
     "G": {},
@@ -33,15 +33,15 @@ def get_config(layout: str = "rnope_swa"):
     c = base.get_config()
     m, stage = c.model, c.stages[0]
     m.pattern = LAYOUTS[layout]
-    m.kinds = ConfigDict({letter: base.kind(**KINDS[letter]) for letter in sorted(set(m.pattern))})
+    m.kinds = ConfigDict({letter: base.kind(**LAYER_TYPES[letter]) for letter in sorted(set(m.pattern))})
     m.num_layers, m.d_model, m.d_ff = 4, 64, 128
     m.num_heads, m.num_kv_heads, m.head_dim = 4, 4, 16
     m.block, m.tie_embeddings = "pre", False
     m.init_std = 0.125  # d_model ** -0.5
-    m.embed_scale = 8.0  # so that what enters the first layer has a standard deviation of 1
+    m.embed_scale = 8.0  # so that the input of the first layer has a standard deviation of 1
     c.data.sources = ConfigDict({"probe": base.source(task="recall")})
     c.optim.lr, c.optim.weight_decay = 2e-3, 0.01
-    c.optim.schedule = "wsd"  # what finds a pair again is learnt late and at once: the rate must not have fallen by then
+    c.optim.schedule = "wsd"  # recall is learnt late and suddenly, and the learning rate must still be high then
     stage.steps, stage.seq_len, stage.batch = 3000, 64, 32
     c.train.remat = "none"
     c.train.log_every = 50

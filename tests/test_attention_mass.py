@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import score_scale
 from hybrid_attn.data.documents import in_memory
-from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.data.synthetic import SyntheticSequences, Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import EvalModel, Spec, attention, attention_statistics, needle_prompts
 from hybrid_attn.evals.attention import SEGMENTS
@@ -264,7 +264,7 @@ def test_a_prompt_of_text_has_its_marks_round_the_needle_the_question_and_the_an
 
 def test_a_prompt_of_recall_is_its_row_up_to_the_first_answer():
     (prompt,) = needle_prompts.prompts(Spec(Task("recall", 4), 64, 1), ByteTokenizer())
-    (row,) = SyntheticRows(Task("recall", 4), 64, None).read([(0, 0, 64)])
+    (row,) = SyntheticSequences(Task("recall", 4), 64, None).read([(0, 0, 64)])
     text = ByteTokenizer().decode(prompt.tokens_S[1:])
     assert np.array_equal(prompt.tokens_S[:-1], row["tokens"][: len(prompt.tokens_S) - 1])
     assert text[prompt.needle[0] - 1 : prompt.needle[1] - 1] == text[-2:] and text[-3] == "?" and prompt.copied.all()

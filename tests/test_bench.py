@@ -114,7 +114,7 @@ def test_preparing_and_reading_text_is_timed():
     done = run("bench_data", *sizes)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["prepare"] * 2 + ["read"] * 2 + ["rows"] * 2 + ["plan", "memory", "open"]
+    assert [line.split()[0] for line in lines] == ["prepare"] * 2 + ["read"] * 2 + ["packed"] * 2 + ["plan", "memory", "open"]
     assert all("MB/s a core" in line for line in lines[:2]) and lines[2].endswith(" M tokens/s")
     assert lines[3].endswith("9,000,000 tokens: no document is as long")
     assert all("% padding" in line for line in lines[4:7]) and "1,000 documents of 1,000,000 tokens" in lines[8]

@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 from conftest import mesh_of, random_params, tiny
 
 from hybrid_attn import checkpoint, config
-from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.data.synthetic import SyntheticSequences, Task
 from hybrid_attn.programs import parse
 
 CAPS, WINDOW = {"1/2": 32, "1/4": 16}, 8
@@ -45,7 +45,7 @@ class Recall:
 
 @pytest.mark.parametrize("length", [64, 65])
 def test_an_answer_is_right_when_it_is_the_value_of_the_key_that_was_asked_for(tool, length):
-    engine, rows = Recall(), SyntheticRows(Task("recall", 4), length, None)
+    engine, rows = Recall(), SyntheticSequences(Task("recall", 4), length, None)
     records = tool.accuracies(engine, rows, 10, CAPS, WINDOW)
     full, *others = [(r["method"], r["share"], r["question"], r["accuracy"]) for r in records]
     assert full == ("full", "1", "new", 1.0) and others[0] == ("full", "1", "known", 1.0)

@@ -144,7 +144,7 @@ def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and
             loop.train(c, tmp_path)
         words = load_tokenizer(c.data.tokenizer)
         training = {name: corpus.training for name, corpus in corpora.load(c.data, c.sources, words).items()}
-        rows = pipeline.stage_rows(c, training, words)
+        rows = pipeline.stage_sequences(c, training, words)
         lines = summary(c, run_on("cpu", c.model, c.train), make_mesh(c.mesh), "", rows, "", 0)
         assert lines[0].startswith("parameters   ") and len(lines) >= 10
 

@@ -1,4 +1,4 @@
-"""Checkpoints of public families: the logits of their own implementations, there and back again, and what is refused.
+"""Checkpoints of public families: the logits of their own implementations, export and import, and what is refused.
 
 `golden/` holds tiny models with the logits that `tools/make_golden.py` took from the library that defines the families.
 """
@@ -35,12 +35,12 @@ GOLDEN = {path.name: path for path in sorted((ROOT / "tests" / "golden").iterdir
 HYBRID = tiny(
     {"model.num_layers": 5, "model.pattern": "LLG", "model.vocab_size": 40, "model.logit_scale": 0.25},
     L={"window": 5, "rope_theta": 100.0},
-).model  # what cohere2 says, with a tail
+).model  # a model of cohere2, with layers after the last period
 
 
 @functools.cache
 def abstract(model, mesh):
-    """`flops.shapes` on a mesh, which is in force; most of these tests would spend their time there."""
+    """`flops.shapes` on the current mesh, cached because it would take most of the time of these tests."""
     return flops.shapes(model)
 
 
@@ -49,12 +49,12 @@ def shapes_of(model) -> dict:
 
 
 def read(directory, dtype="float32"):
-    """(model, parameters) of a directory, on the mesh in force."""
+    """(model, parameters) of a directory, on the current mesh."""
     described = hf.read_config(directory)
     model = families.model_of(described)
     shapes = abstract(model, jax.sharding.get_mesh())
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), shapes)
-    return model, hf.read_params(directory, model, described["model_type"], wanted)
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), shapes)
+    return model, hf.read_params(directory, model, described["model_type"], expected)
 
 
 def write(directory, model, params, model_type=None, dtype="float32", shard_bytes=10**9):
@@ -71,7 +71,7 @@ def exported(tmp_path, one_device):
 
 
 def edit(directory, **fields):
-    """Changes config.json; a field that becomes None is taken out."""
+    """Changes config.json and removes fields that become None."""
     values = {**hf.read_config(directory), **fields}
     (directory / "config.json").write_text(json.dumps({key: x for key, x in values.items() if x is not None}))
 
@@ -84,11 +84,11 @@ def edit_tensors(directory, change):
     safetensors.numpy.save_file(arrays, path)
 
 
-def assert_same(got, wanted):
-    got, wanted = hf.flat(got), hf.flat(wanted)
-    assert got.keys() == wanted.keys()
+def assert_same(got, expected):
+    got, expected = hf.flat(got), hf.flat(expected)
+    assert got.keys() == expected.keys()
     for path, x in got.items():
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted[path]), path)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(expected[path]), path)
 
 
 @pytest.mark.parametrize("case", GOLDEN)
@@ -124,7 +124,7 @@ def test_export_then_import_is_the_identity_in_shards_of_any_size(case, tmp_path
     assert_same(read(one_file)[1], params)
 
 
-def test_bfloat16_is_the_nearest_and_goes_round_without_loss(tmp_path, one_device):
+def test_bfloat16_is_the_nearest_and_survives_a_round_trip(tmp_path, one_device):
     params = random_params(HYBRID)
     model, half = read(write(tmp_path / "half", HYBRID, params, dtype="bfloat16"))
     assert_same(half, jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params))
@@ -133,16 +133,16 @@ def test_bfloat16_is_the_nearest_and_goes_round_without_loss(tmp_path, one_devic
     assert_same(again, half)
 
 
-def test_parameters_come_onto_any_mesh(exported):
-    wanted = jax.device_get(random_params(HYBRID))
+def test_parameters_are_read_onto_any_mesh(exported):
+    expected = jax.device_get(random_params(HYBRID))
     with jax.set_mesh(mesh_of(1, 2, 1, 2)):
         params = read(exported)[1]
         shardings = [x.sharding.spec for x in jax.tree.leaves(flops.shapes(HYBRID))]
         assert [x.sharding.spec for x in jax.tree.leaves(params)] == shardings
-        assert_same(params, wanted)
+        assert_same(params, expected)
 
 
-def test_both_spellings_of_a_config_are_one_model():
+def test_both_spellings_of_a_config_give_the_same_model():
     new = hf.read_config(GOLDEN["cohere2"])
     old = {key: x for key, x in new.items() if key not in ("layer_types", "rope_parameters")}
     old |= {"sliding_window_pattern": 4, "rope_theta": 50.0, "rope_scaling": None}
@@ -150,7 +150,7 @@ def test_both_spellings_of_a_config_are_one_model():
     assert families.model_of(new).layers == "LLLG"
 
 
-def test_an_exported_config_says_both_spellings(exported):
+def test_an_exported_config_has_both_spellings(exported):
     described = hf.read_config(exported)
     assert described["rope_theta"] == described["rope_parameters"]["rope_theta"] == 100.0
     older = {key: x for key, x in described.items() if key != "rope_parameters"}
@@ -165,7 +165,7 @@ def test_letters_and_periods_do_not_count_when_models_are_compared():
     assert families.differences(HYBRID, other) == ["  model.num_layers: 5 -> 4"]
 
 
-def kind_of(model, letter, **changes):
+def with_layer_type(model, letter, **changes):
     kinds = {**model.kinds, letter: dataclasses.replace(model.kinds[letter], **changes)}
     return dataclasses.replace(model, kinds=config.Table(kinds))
 
@@ -173,10 +173,10 @@ def kind_of(model, letter, **changes):
 @pytest.mark.parametrize(
     ("model", "field"),
     [
-        (kind_of(HYBRID, "G", qk_norm="rms"), "model.kinds.G.qk_norm: rms -> none"),
-        (kind_of(HYBRID, "L", sink=True), "model.kinds.L.sink: True -> False"),
-        (kind_of(HYBRID, "G", scale=1.0), r"model.kinds.G.scale: 1.0 -> 0.353553391"),
-        (kind_of(HYBRID, "L", rope_fraction=0.5), "model.kinds.L.rope_fraction: 0.5 -> 1.0"),
+        (with_layer_type(HYBRID, "G", qk_norm="rms"), "model.kinds.G.qk_norm: rms -> none"),
+        (with_layer_type(HYBRID, "L", sink=True), "model.kinds.L.sink: True -> False"),
+        (with_layer_type(HYBRID, "G", scale=1.0), r"model.kinds.G.scale: 1.0 -> 0.353553391"),
+        (with_layer_type(HYBRID, "L", rope_fraction=0.5), "model.kinds.L.rope_fraction: 0.5 -> 1.0"),
         (dataclasses.replace(HYBRID, logit_softcap=3.0), "model.logit_softcap: 3.0 -> None"),
         (dataclasses.replace(HYBRID, rope_layout="half"), "model.rope_layout: half -> interleaved"),
         (dataclasses.replace(HYBRID, block="post"), "model.block: post -> parallel"),
@@ -189,12 +189,12 @@ def test_a_model_that_the_family_cannot_express_is_refused_with_the_field(model,
 
 def test_a_model_that_no_family_expresses_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="no family expresses this model(.|\n)*cohere2 cannot express.*\n  model.kinds.L.sink"):
-        families.expressing(kind_of(HYBRID, "L", sink=True))
+        families.expressing(with_layer_type(HYBRID, "L", sink=True))
     assert families.expressing(HYBRID) == "cohere2"
 
 
 @pytest.mark.parametrize("length", ["x", True, 0, -5, 1, 2**31, 1.5, []])
-def test_a_companion_whose_length_is_no_number_is_named(tmp_path, length):
+def test_a_config_file_whose_length_is_not_a_number_is_named(tmp_path, length):
     path = tmp_path / "companions" / "config.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"max_position_embeddings": length}))
@@ -206,28 +206,32 @@ def test_a_companion_whose_length_is_no_number_is_named(tmp_path, length):
 
 def test_an_ntk_stretch_is_written_as_the_theta_that_it_is():
     scaling = dataclasses.replace(HYBRID.kinds["L"].rope_scaling, type="ntk", factor=2.0)
-    described = families.config_json(kind_of(HYBRID, "L", rope_scaling=scaling), "cohere2", 64)
+    described = families.config_json(with_layer_type(HYBRID, "L", rope_scaling=scaling), "cohere2", 64)
     assert described["rope_parameters"]["rope_theta"] == pytest.approx(100.0 * 2 ** (8 / 6))
 
 
 @pytest.mark.parametrize(
     ("case", "fields", "message"),
     [
-        ("cohere2", {"model_type": "mamba"}, "model_type='mamba'; known families: afmoe, cohere, cohere2"),
-        ("cohere2", {"model_type": None}, "model_type=None"),
+        ("cohere2", {"model_type": "mamba"}, "model_type='mamba' of config.json is not one of 'afmoe', 'cohere', 'cohere2'"),
+        ("cohere2", {"model_type": None}, "model_type=None of config.json is not one of"),
         ("cohere2", {"hidden_size": None, "vocab_size": None}, "config.json lacks vocab_size, hidden_size"),
         ("cohere2", {"hidden_size": "24"}, "hidden_size='24', which must be a whole number"),
-        ("cohere2", {"layer_types": ["full_attention"] * 3}, "the types of 3 layers and has num_hidden_layers=4"),
+        ("cohere2", {"layer_types": ["full_attention"] * 3}, "layer types for 3 layers and num_hidden_layers=4"),
         ("cohere2", {"layer_types": ["chunked_attention"] * 4}, "layer_types chunked_attention; known: sliding_attention"),
-        ("cohere2", {"rope_parameters": {"full_attention": {}}}, "cohere2 has one rotation"),
+        ("cohere2", {"rope_parameters": {"full_attention": {}}}, "cohere2 has one RoPE"),
         ("cohere2", {"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'; known: default, linear"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "config.json lacks 'factor'"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, "lacks 'high_freq_factor'"),
         ("llama_yarn", {"rope_parameters": {"rope_type": "yarn"}, "max_position_embeddings": None}, "lacks original_max"),
         ("cohere2", {"sliding_window": "5"}, "value of the wrong type"),
-        ("cohere2", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config; only plain floats are read: take"),
-        ("cohere2", {"model_type": []}, r"model_type=\[\]; known families"),
-        ("cohere2", {"hidden_act": []}, r"activation \[\]; known: silu"),
+        (
+            "cohere2",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config; only plain floats are supported: use",
+        ),
+        ("cohere2", {"model_type": []}, r"model_type=\[\] of config.json is not one of"),
+        ("cohere2", {"hidden_act": []}, r"activation \[\] of config.json is not one of 'silu'"),
         ("cohere2", {"hidden_size": True}, "hidden_size=True, which must be a whole number"),
         ("cohere2", {"layer_types": None, "sliding_window_pattern": ""}, "sliding_window_pattern='', which must be"),
         ("cohere2", {"layer_types": None, "sliding_window_pattern": 2.5}, "sliding_window_pattern=2.5, which must be"),
@@ -248,19 +252,19 @@ def test_an_ntk_stretch_is_written_as_the_theta_that_it_is():
         (
             "olmo3",
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "type='linear', which the library of olmo3 does not apply",
+            "type='linear', which the library of olmo3 ignores",
         ),
         (
             "gemma3_text",
             {"rope_scaling": {"type": "yarn"}},
-            "type='yarn', which the library of gemma3_text does not apply; call",
+            "type='yarn', which the library of gemma3_text ignores; rename",
         ),
-        ("cohere2", {"attention_bias": True}, "attention_bias=True; of cohere2, only attention_bias=False"),
-        ("cohere2", {"hidden_act": "relu2"}, "activation 'relu2'; known: silu"),
+        ("cohere2", {"attention_bias": True}, "attention_bias=True; for cohere2, only attention_bias=False"),
+        ("cohere2", {"hidden_act": "relu2"}, "activation 'relu2' of config.json is not one of 'silu'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("olmo3", {"rope_parameters": {"rope_theta": 5.0}}, "olmo3 has one for each"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "only use_bidirectional_attention=False"),
-        ("afmoe", {"num_dense_layers": 2}, "num_dense_layers=2 of 4 layers; experts are not built"),
+        ("afmoe", {"num_dense_layers": 2}, "num_dense_layers=2 of 4 layers; mixture-of-experts"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 5}, "use_sliding_window=false"),
     ],
 )
@@ -271,24 +275,24 @@ def test_a_config_that_is_not_ours_is_refused_with_its_field(case, fields, messa
 
 
 def test_layers_of_olmo3_are_what_its_library_makes_of_a_pattern():
-    """It reads no `sliding_window_pattern` there: every fourth layer is full."""
+    """It ignores `sliding_window_pattern`: every fourth layer is full."""
     values = {key: x for key, x in hf.read_config(GOLDEN["olmo3"]).items() if key != "layer_types"}
     assert families.model_of(values | {"sliding_window_pattern": 2}) == families.model_of(values)
 
 
 def test_key_value_heads_that_are_null_are_as_many_as_heads():
-    """Where a config.json is silent, smollm3 has four; where it says null, its library takes all heads."""
+    """Without the field smollm3 has four; with null its library uses all heads."""
     values = hf.read_config(GOLDEN["smollm3"])
     assert families.model_of(values | {"num_key_value_heads": None}).num_kv_heads == values["num_attention_heads"]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_heads_that_do_not_divide_the_width_are_not_exported_to_a_library_that_wants_it(model_type):
+def test_heads_that_do_not_divide_the_width_are_not_exported_to_a_library_that_requires_it(model_type):
     model = families.model_of(hf.read_config(GOLDEN[model_type]))
     model = dataclasses.replace(model, d_model=model.num_heads * 7 + 1, num_kv_heads=model.num_heads)
     if model.embed_scale != 1.0:
         model = dataclasses.replace(model, embed_scale=model.d_model**0.5)
-    message = f"model.d_model: {model.d_model} must be a multiple of model.num_heads={model.num_heads} for transformers"
+    message = f"model.d_model: {model.d_model} must be a multiple of model.num_heads={model.num_heads} or transformers"
     with pytest.raises(ValueError, match=message):
         families.config_json(model, model_type, 64)
 
@@ -324,15 +328,15 @@ def test_a_config_that_contradicts_the_tensors_is_refused(exported, fields, mess
         read(exported)
 
 
-def test_a_tied_table_may_be_stored_twice_but_not_differ_and_old_buffers_are_passed_over(exported):
-    wanted = read(exported)[1]
+def test_a_tied_table_may_be_stored_twice_but_not_differ_and_old_buffers_are_ignored(exported):
+    expected = read(exported)[1]
 
     def twice(arrays):
         arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
         arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
 
     edit_tensors(exported, twice)
-    assert_same(read(exported)[1], wanted)
+    assert_same(read(exported)[1], expected)
     edit_tensors(exported, lambda arrays: arrays["lm_head.weight"].__setitem__((39, 31), 5.0))
     with pytest.raises(ValueError, match="lm_head.weight.*not expected"):
         read(exported)
@@ -340,10 +344,10 @@ def test_a_tied_table_may_be_stored_twice_but_not_differ_and_old_buffers_are_pas
 
 def test_broken_files_are_named(exported, tmp_path):
     file = exported / "model.safetensors"
-    whole = file.read_bytes()
-    for broken in (whole[:-3], whole[:5], b"", b"\xff" * 64):
+    content = file.read_bytes()
+    for broken in (content[:-3], content[:5], b"", b"\xff" * 64):
         file.write_bytes(broken)
-        with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+        with pytest.raises(ValueError, match="model.safetensors is not a complete safetensors file"):
             read(exported)
     file.unlink()
     with pytest.raises(ValueError, match="has no model.safetensors, and no model.safetensors.index.json"):
@@ -383,7 +387,7 @@ def test_tensors_that_are_not_plain_floats_are_named_with_the_others(exported, d
 
     edit_tensors(exported, change)
     stored = {"int8": "I8", "uint8": "U8", "int32": "I32", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
-    why = f"of type {stored[dtype]}, where only F64, F32, F16, BF16 are read"
+    why = f"of type {stored[dtype]}, where only F64, F32, F16, BF16 are supported"
     with pytest.raises(ValueError) as error:
         read(exported)
     assert sorted(str(error.value).split("\n")[1:]) == [
@@ -396,13 +400,13 @@ def test_tensors_that_are_not_plain_floats_are_named_with_the_others(exported, d
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_other_plain_floats_are_read(exported, dtype):
-    wanted = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype("float32"), read(exported)[1])
+    expected = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype("float32"), read(exported)[1])
     edit_tensors(exported, lambda arrays: arrays.update({name: x.astype(dtype) for name, x in arrays.items()}))
-    assert_same(read(exported)[1], wanted)
+    assert_same(read(exported)[1], expected)
 
 
 def test_every_tensor_is_taken_from_the_file_that_the_index_names(exported):
-    wanted = read(exported)[1]
+    expected = read(exported)[1]
     arrays = safetensors.numpy.load_file(exported / "model.safetensors")
     norm, embed = "model.norm.weight", "model.embed_tokens.weight"
     files = dict.fromkeys(arrays, "a.safetensors") | {norm: "b.safetensors"}
@@ -413,7 +417,7 @@ def test_every_tensor_is_taken_from_the_file_that_the_index_names(exported):
         (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
     save(arrays | {norm: arrays[norm] + 1}, {norm: arrays[norm], embed: arrays[embed] + 1}, files)
-    assert_same(read(exported)[1], wanted)
+    assert_same(read(exported)[1], expected)
     bias = "model.layers.0.self_attn.q_proj.bias"
     save(arrays | {bias: np.zeros(32, np.float32)}, {"x": arrays[norm]}, files | {"y": "a.safetensors"})
     with pytest.raises(ValueError) as error:
@@ -427,12 +431,12 @@ def test_every_tensor_is_taken_from_the_file_that_the_index_names(exported):
 
 
 class Alive:
-    """Bytes of the arrays that it was shown and that still exist; `most` is the highest that they were."""
+    """The bytes of all watched arrays that still exist, `now` and at `most`."""
 
     def __init__(self):
         self.now = self.most = 0
 
-    def show(self, x: np.ndarray) -> np.ndarray:
+    def watch(self, x: np.ndarray) -> np.ndarray:
         self.now += x.nbytes
         self.most = max(self.most, self.now)
         weakref.finalize(x, self._gone, x.nbytes)
@@ -459,7 +463,7 @@ def test_one_tensor_is_read_at_a_time(exported, monkeypatch):
         def get_tensor(self, name):
             x = self.file.get_tensor(name)
             largest.append(x.nbytes)
-            return alive.show(x)
+            return alive.watch(x)
 
         def __getattr__(self, name):
             return getattr(self.file, name)
@@ -474,9 +478,9 @@ def test_one_tensor_is_read_at_a_time(exported, monkeypatch):
 def test_one_shard_and_one_period_are_held_when_writing(tmp_path, one_device, monkeypatch):
     params, alive, saved, save_file = random_params(HYBRID), Alive(), [], safetensors.numpy.save_file
 
-    def show(x):
+    def watched(x):
         assert alive.now == 0
-        return alive.show(x)
+        return alive.watch(x)
 
     def save(arrays, *args, **kwargs):
         saved.append(sum(x.nbytes for x in arrays.values()))
@@ -487,12 +491,12 @@ def test_one_shard_and_one_period_are_held_when_writing(tmp_path, one_device, mo
     described = families.config_json(HYBRID, "cohere2", 64)
     read = hf.by_period(params)
     hf.write(
-        tmp_path, HYBRID, described, shapes_of(HYBRID), lambda path: (show(x.copy()) for x in read(path)), "float32", 30_000
+        tmp_path, HYBRID, described, shapes_of(HYBRID), lambda path: (watched(x.copy()) for x in read(path)), "float32", 30_000
     )
     assert len(saved) > 3 and max(saved) <= 30_000 < sum(saved)
 
 
-def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
+def test_a_new_directory_appears_complete_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt), hf.new_directory(tmp_path / "out") as directory:
         (directory / "half").write_text("x")
         raise KeyboardInterrupt
@@ -511,7 +515,7 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_an_empty_directory_a_link_and_a_mount_point_are_filled_where_they_are(tmp_path, monkeypatch):
-    """A mount point cannot be renamed over: here, no directory can. What makes it a model is the last that is there."""
+    """Here no directory can be replaced by a rename, like a mount point. The files that make it a model come last."""
     rename, moved = Path.rename, []
 
     def busy(path, target):
@@ -531,8 +535,8 @@ def test_an_empty_directory_a_link_and_a_mount_point_are_filled_where_they_are(t
             (directory / name).write_text("x")
         (directory / "0").mkdir()
     assert (tmp_path / "link").is_symlink()
-    there = sorted(path.name for path in (tmp_path / "mount").iterdir())
-    assert there == sorted(moved) == sorted([*others, "0", "config.json"])
+    names = sorted(path.name for path in (tmp_path / "mount").iterdir())
+    assert names == sorted(moved) == sorted([*others, "0", "config.json"])
     assert set(moved[-2:]) == {"0", "config.json"}
     (tmp_path / "nowhere").symlink_to(tmp_path / "later")
     with hf.new_directory(tmp_path / "nowhere") as directory:
@@ -542,8 +546,8 @@ def test_an_empty_directory_a_link_and_a_mount_point_are_filled_where_they_are(t
         pass
 
 
-def test_work_that_cannot_be_put_in_place_is_kept_and_named(tmp_path):
-    with pytest.raises(OSError, match=r"out could not be made .*; all that was to be in it is in (\S+)") as error:
+def test_content_that_cannot_be_moved_is_kept_and_named(tmp_path):
+    with pytest.raises(OSError, match=r"out could not be created .*; its content is in (\S+)") as error:
         with hf.new_directory(tmp_path / "out") as directory:
             (directory / "work").write_text("x")
             (tmp_path / "out").mkdir()
@@ -573,8 +577,8 @@ def test_a_disk_that_is_full_is_a_line_and_nothing_is_left(tmp_path, one_device,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_file_is_not_opened(exported):
-    """A pipe would keep its reader waiting; a file of any size would be read whole."""
+def test_only_regular_files_of_a_plausible_size_are_opened(exported):
+    """A pipe would block, and a file of any size would be read into memory."""
     (exported / "model.safetensors").unlink()
     os.mkfifo(exported / "model.safetensors")
     with pytest.raises(ValueError, match="has no model.safetensors"):
@@ -588,7 +592,7 @@ def test_what_is_no_file_is_not_opened(exported):
         read(exported)
 
 
-def test_tensors_beyond_counting_are_named_in_part(exported):
+def test_an_error_names_only_some_of_many_tensors(exported):
     edit_tensors(exported, lambda arrays: arrays.update({f"x.{i}": np.zeros(1, np.float32) for i in range(5000)}))
     with pytest.raises(ValueError, match="  and 4,980 more$"):
         read(exported)
@@ -596,7 +600,7 @@ def test_tensors_beyond_counting_are_named_in_part(exported):
 
 @pytest.fixture
 def tools(capsys):
-    """Runs a tool of tools/ in this process; gives its exit status, its stdout and its stderr."""
+    """Runs a program of tools/ in this process and returns its exit status, stdout and stderr."""
 
     def call(name, *arguments):
         status = 0
@@ -612,7 +616,7 @@ def tools(capsys):
 
 
 def save_run(workdir, seed):
-    """A run of HYBRID as training leaves it; gives its parameters."""
+    """Writes a run of HYBRID like training does, and returns its parameters."""
     params = random_params(HYBRID, seed)
     c = config.to_dict(tiny()) | {"model": config.to_dict(HYBRID)}
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=1, every=1)
@@ -621,13 +625,13 @@ def save_run(workdir, seed):
     return params
 
 
-def test_a_workdir_of_any_name_is_exported_to_a_place_of_any_name(tools, tmp_path, one_device):
-    """Beside a run whose name is what its own would be decoded to."""
+def test_a_workdir_of_any_name_is_exported_to_a_directory_of_any_name(tools, tmp_path, one_device):
+    """Beside it is a run whose name would be the URL-decoded one."""
     save_run(tmp_path / "a b", seed=1)
     workdir, out = tmp_path / "a%20b", tmp_path / "out#1?%20"
     params = save_run(workdir, seed=2)
-    for given in (workdir, workdir / "checkpoints"):
-        status, said, err = tools("export_hf", f"--checkpoint={given}", f"--out={out}")
+    for directory in (workdir, workdir / "checkpoints"):
+        status, said, err = tools("export_hf", f"--checkpoint={directory}", f"--out={out}")
         assert status == 0 and said.startswith(f"{out}: Cohere2ForCausalLM"), err
         assert_same(read(out)[1], params)
         shutil.rmtree(out)
@@ -649,7 +653,7 @@ def test_a_workdir_of_any_name_is_exported_to_a_place_of_any_name(tools, tmp_pat
         ("--out=", "--out= is empty; name a new directory"),
     ],
 )
-def test_wrong_words_of_an_import_are_a_line(tools, exported, tmp_path, monkeypatch, argument, message):
+def test_wrong_flags_of_an_import_are_an_error_of_one_line(tools, exported, tmp_path, monkeypatch, argument, message):
     arguments = [f"--model={exported}", f"--out={tmp_path / 'ours'}", argument]
     monkeypatch.setattr(sys, "argv", ["import_hf.py", *arguments])
     status, out, err = tools("import_hf", *arguments)
@@ -658,7 +662,7 @@ def test_wrong_words_of_an_import_are_a_line(tools, exported, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["import_hf", "export_hf"])
-def test_without_the_library_the_flags_are_there_and_a_run_says_what_to_install(name, exported, tools, tmp_path, monkeypatch):
+def test_without_the_library_an_error_says_what_to_install(name, exported, tools, tmp_path, monkeypatch):
     for module in ("safetensors", "safetensors.numpy"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "hybrid_attn.convert.hf")
@@ -673,7 +677,7 @@ def run_tool(name, *args):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp_path, one_device):
+def test_the_tools_import_and_export_a_model_with_its_tokenizer(exported, tmp_path, one_device):
     edit(exported, eos_token_id=3, max_position_embeddings=500_000)
     (exported / "tokenizer.json").write_text("{}")
     done = run_tool("import_hf", f"--model={exported}", f"--out={tmp_path / 'ours'}", "--optimiser")
@@ -683,19 +687,19 @@ def test_the_tools_carry_a_model_there_and_back_with_its_tokenizer(exported, tmp
     assert saved.model == families.model_of(hf.read_config(exported))
     assert saved.data.tokenizer == str(tmp_path / "ours" / "companions" / "tokenizer.json")
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flops.shapes(saved.model))
-    wanted = read(exported)[1]
-    assert_same(checkpoint.read_params(tmp_path / "ours", bare), wanted)
+    expected = read(exported)[1]
+    assert_same(checkpoint.read_params(tmp_path / "ours", bare), expected)
 
     checkpoints = checkpoint.Checkpoints(tmp_path / "ours", keep=1, every=1)
     state, start, _ = loop.first_state(saved, [], jax.sharding.get_mesh(), checkpoints)  # as training does
     checkpoints.close()
     assert start == 0
-    assert_same(state.params, wanted)
+    assert_same(state.params, expected)
 
     done = run_tool("export_hf", f"--checkpoint={tmp_path / 'ours'}", f"--out={tmp_path / 'theirs'}")
     assert done.returncode == 0 and "Cohere2ForCausalLM in float32" in done.stdout, done.stderr
     assert "INFO" not in done.stderr and "I1" not in done.stderr
-    assert_same(read(tmp_path / "theirs")[1], wanted)
+    assert_same(read(tmp_path / "theirs")[1], expected)
     described = hf.read_config(tmp_path / "theirs")
     assert (described["eos_token_id"], described["max_position_embeddings"]) == (3, 500_000)
     assert (tmp_path / "theirs" / "tokenizer.json").read_text() == "{}"

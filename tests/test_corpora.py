@@ -70,7 +70,9 @@ def test_a_store_is_loaded_for_the_runs_tokenizer_and_chosen_by_label(monkeypatc
     data = data_of(books={"store": "gs://b/s", "label": "books"}, code={"store": "gs://b/s", "label": "codes"})
     assert lengths(corpora.load(data, ["books"], BYTES)["books"]) == list(range(3, 43, 2))
     assert asked == [("gs://b/s", BYTES)]
-    with pytest.raises(ValueError, match="data.sources.code: no document has the label 'codes'; did you mean 'code'?"):
+    with pytest.raises(
+        ValueError, match="data.sources.code: label='codes' is not one of 'books', 'code'; did you mean 'code'?"
+    ):
         corpora.load(data, ["code"], BYTES)
 
 
@@ -81,7 +83,7 @@ def test_a_store_is_loaded_for_the_runs_tokenizer_and_chosen_by_label(monkeypatc
         (1e-9, {}, "leaves none of the 60 documents to the held-out split; raise data.holdout"),
         (1 - 1e-9, {}, "leaves none of the 60 documents to the training split; lower data.holdout"),
         (0.3, {"paths": ("/nowhere/*.txt",)}, r"'/nowhere/\*.txt' matches no file"),
-        (0.3, {"paths": (), "store": "/nowhere"}, "/nowhere is no token store"),
+        (0.3, {"paths": (), "store": "/nowhere"}, "/nowhere is not a token store"),
     ],
 )
 def test_what_a_source_lacks_is_said_with_its_name(folder, holdout, changes, message):

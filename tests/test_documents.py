@@ -176,13 +176,13 @@ def test_a_directory_is_read_as_it_is_for_a_store(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "x.jsonl.gz: its packing is broken: "),
-    ("x.txt.gz", b"no gzip", "x.txt.gz: its packing is broken: "),
+    ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "x.jsonl.gz: its compression is damaged: "),
+    ("x.txt.gz", b"no gzip", "x.txt.gz: its compression is damaged: "),
     ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2: not JSON: "),
-    ("x.jsonl", b'{"body": "a"}\n', "x.jsonl, line 1: there is no field 'text'; .*prepare_data.py, which has --text_field"),
+    ("x.jsonl", b'{"body": "a"}\n', "x.jsonl, line 1: there is no field 'text': .*prepare_data.py, which has --text_field"),
     ("x.json", b'{"text": "a"}\n{"text": "b"}\n', "x.json: it holds JSON records"),
-    ("x.txt", "東".encode("utf-16"), "x.txt: no UTF-8 text but binary, or UTF-16; mend the file, leave it out of paths"),
-    ("x.png", b"\x89PNG\r\n\x1a\n\0\0", "x.png: no UTF-8 text but binary"),
+    ("x.txt", "東".encode("utf-16"), "x.txt: binary or UTF-16, not UTF-8 text; repair the file, leave it out of paths"),
+    ("x.png", b"\x89PNG\r\n\x1a\n\0\0", "x.png: binary or UTF-16"),
     ("x.parquet", b"PAR1 no more", "x.parquet: not Parquet: "),
     ("x.txt.gz", gzip.compress(b""), "matches 1 files and all are empty; name files with text"),
     ("x.jsonl", b'{"text": ""}\n\n{"text": null}\n', "matches 1 files and all are empty"),
@@ -195,7 +195,7 @@ def test_what_is_not_text_is_not_trained_on(tmp_path, name, content, message):
 
 def test_paths_that_give_no_text_are_refused(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match=r"none\*.txt' matches no file, seen from "):
+    with pytest.raises(ValueError, match=r"none\*.txt' matches no file; the working directory is "):
         documents.find((str(tmp_path / "none*.txt"),))
     with pytest.raises(ValueError, match=r"missing.txt' matches no file"):
         documents.find((str(tmp_path / "missing.txt"),))

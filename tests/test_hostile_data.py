@@ -11,7 +11,7 @@ from test_store import write
 from test_tokenizer import TEXT, byte_level, sentence_piece
 
 from hybrid_attn.data import documents, sources, store
-from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.programs import INPUT_ERRORS, message
@@ -97,7 +97,7 @@ def test_a_store(tmp_path):
 
     def use(folder):
         list(store.verify(str(folder)))
-        rows = Rows(store.load(str(folder), BYTES), 16, 0, BYTES.byte_lengths, "best_fit")
+        rows = PackedSequences(store.load(str(folder), BYTES), 16, 0, BYTES.byte_lengths, "best_fit")
         assert all(row["tokens"].max() < BYTES.vocab_size and row["tokens"].min() >= 0 for row in rows)
 
     assert refusals(tmp_path / "good", tmp_path, use, damage) > CASES / 2

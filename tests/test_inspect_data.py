@@ -1,4 +1,4 @@
-"""What the tool shows of a store and of a step is what they hold."""
+"""tools/inspect_data.py prints what a store and a step contain."""
 
 import itertools
 import json
@@ -38,10 +38,10 @@ def test_a_store_is_summed_up_verified_and_read(made):
     done = run(str(made), "--verify", "--document=2", "--characters=9")
     assert done.returncode == 0, done.stderr
     for line in (
-        "documents    3, of 5,319 bytes", "tokens       5,325, 0.999 bytes each, marks included",
+        "documents    3, of 5,319 bytes", "tokens       5,325, 0.999 bytes each, BOS and EOS included",
         "label        label 0: 2 documents, 5,023 tokens (94.3%), 0.999 bytes each",
-        "verified     every checksum is the manifest's",
-        "verified     every id is the tokenizer's, and every document is between its marks", "beginxxxx [...] xxxxxxend",
+        "verified     all files have the checksums of the manifest",
+        "verified     all ids are in the vocabulary, and all documents go from BOS to EOS", "beginxxxx [...] xxxxxxend",
     ):  # fmt: skip
         assert line in done.stdout.splitlines(), line
     assert "document     2: label label 0, 5,010 tokens, hash " in done.stdout
@@ -50,7 +50,7 @@ def test_a_store_is_summed_up_verified_and_read(made):
     assert "東京東 [...] 京東京\n" in shown
 
 
-def test_what_is_wrong_is_a_line(made, monkeypatch, capsys):
+def test_wrong_input_is_an_error_of_one_line(made, monkeypatch, capsys):
     def wrong(*arguments):
         monkeypatch.setattr(sys, "argv", ["inspect_data.py", *arguments])
         with tool("inspect_data") as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
@@ -60,12 +60,12 @@ def test_what_is_wrong_is_a_line(made, monkeypatch, capsys):
 
     monkeypatch.chdir(ROOT)
     for arguments, message in [
-        (["nowhere"], "error: nowhere is no token store"),
+        (["nowhere"], "error: nowhere is not a token store"),
         ([str(made), "--document=3"], "error: --document=3: the store has 3 documents, numbered from 0"),
-        ([], "error: name a STORE, with --verify or --document, or a --config with --stage and --step"),
-        ([str(made), "--step=3"], "error: name a STORE"),
-        ([str(made), "--document=0", "--tokenizer=none.json"], "error: the tokenizer 'none.json' is no file; use 'bytes'"),
-        (["--config=configs/hybrid_8k.py", "--verify"], "error: name a STORE"),
+        ([], "error: pass a STORE, with --verify or --document, or a --config with --stage and --step"),
+        ([str(made), "--step=3"], "error: pass a STORE"),
+        ([str(made), "--document=0", "--tokenizer=none.json"], "error: the tokenizer 'none.json' is not a file; use 'bytes'"),
+        (["--config=configs/hybrid_8k.py", "--verify"], "error: pass a STORE"),
         (["--config=configs/none.py"], "error: --config=configs/none.py: no such file"),
         (["--config=configs/base.py", "--config.data.sorces=1"], "error: unknown key config.data.sorces; did you mean"),
         (["--config=configs/hybrid_8k.py", "--stage=2"], "error: --stage=2 --step=0: the stages have 300 steps, both are"),
@@ -76,7 +76,7 @@ def test_what_is_wrong_is_a_line(made, monkeypatch, capsys):
     for summary in ({}, {"documents": "3"}, manifest["summary"] | {"lengths": {}}, manifest["summary"] | {"tokens": 0}):
         (made / "manifest.json").write_text(json.dumps(manifest | {"summary": summary}))
         error = wrong(str(made))
-        assert error.startswith("error: the summary in the manifest is not as it was written: ") and error.count("\n") == 1
+        assert error.startswith("error: the summary in the manifest is damaged: ") and error.count("\n") == 1
     (made / "manifest.json").write_text(json.dumps(manifest))
     path = made / "shard-00000.tokens"
     path.write_bytes(b"\1" + path.read_bytes()[1:])
@@ -99,7 +99,7 @@ def test_escape_characters_of_a_store_are_shown_by_their_numbers(tmp_path, capsy
     for line in (
         "tokenizer    bytes\\x9b2J, hash bytes", "label        label\\x1b[2J documents 9: 1 documents, ",
         "document     0: label label\\x1b[2J documents 9, ", "one\ntwo\\x1b]0;x\\x07\\u202e\n",
-        "error: no\\x1b[2J is no token store",
+        "error: no\\x1b[2J is not a token store",
     ):  # fmt: skip
         assert f"\n{line}" in shown, line
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
@@ -114,11 +114,11 @@ def test_the_batch_of_a_step_is_decoded_with_its_documents_apart(tmp_path):
     sizes = ["--config.data.holdout=0.001", "--config.stages[0].seq_len=100", "--config.stages[0].batch=2"]
     done = run("--config=configs/base.py", paths, *sizes, "--step=0")
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("row ")]
-    assert [row.split(", ")[1] for row in rows] == ["row 0 of text: 100 tokens", "row 1 of text: 100 tokens"]
+    sequences = [line for line in done.stdout.splitlines() if line.startswith("sequence ")]
+    assert [x.split(", ")[1] for x in sequences] == ["number 0 of text: 100 tokens", "number 1 of text: 100 tokens"]
     assert done.stdout.count(", from its beginning, ") == 4 and done.stdout.count("to its end\n") == 4
-    assert done.stdout.count("cut at the row's edge") == done.stdout.count("from within") == 1
-    assert rows[1].endswith(", 20 of padding") and all(f"<{i}>" in done.stdout for i in range(4))
+    assert done.stdout.count("cut at the end of the sequence") == done.stdout.count("from the middle") == 1
+    assert sequences[1].endswith(", 20 of padding") and all(f"<{i}>" in done.stdout for i in range(4))
     assert run("--config=configs/base.py", paths, *sizes, "--step=1").stdout != done.stdout
 
 
@@ -129,7 +129,7 @@ def test_prepare_prints_its_summary_and_its_errors_in_a_line(tmp_path):
     assert done.returncode == 0 and "label        mine: 1 documents, 6 tokens (100.0%)" in done.stdout
     assert run(str(tmp_path / "store")).stdout.splitlines()[2:] == done.stdout.splitlines()
     for changed, message in [
-        (["--label=other"], "was begun with label='mine', and this is 'other'"),
+        (["--label=other"], "was begun with label='mine', and now it is 'other'"),
         ([f"--input={tmp_path}/none*"], "matches no file"),
         (["stray"], "'stray' is no flag: flags begin with --, and text with spaces is quoted"),
     ]:

@@ -8,7 +8,7 @@ import pytest
 from conftest import RUN, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.documents import in_memory
-from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import EvalModel, Spec, keytokens
 from hybrid_attn.model import losses
@@ -64,7 +64,7 @@ def test_key_tokens_are_those_that_a_reader_of_single_tokens_finds(sizes, monkey
     spec, mesh = Spec(documents(), LENGTH, 4 * LENGTH - 5), mesh_of(**sizes)
     with jax.set_mesh(mesh):
         (record,) = keytokens.run(eval_model_on(mesh), spec, SHORT)
-    rows = Rows(spec.documents, LENGTH, None, ByteTokenizer().byte_lengths)
+    rows = PackedSequences(spec.documents, LENGTH, None, ByteTokenizer().byte_lengths)
     mesh = mesh_of()
     with jax.set_mesh(mesh):
         found, looked = by_hand(eval_model_on(mesh), [rows[i] for i in rows.spread(4)])
@@ -86,7 +86,7 @@ def test_two_nats_make_a_key_token_and_windows_slide_by_a_quarter_of_the_short_c
     monkeypatch.setattr(keytokens, "_losses", by_token)
     spec = Spec(documents(), LENGTH, 4 * LENGTH)
     (record,) = keytokens.run(EvalModel(None, None, None, one_device, ByteTokenizer()), spec, 16)
-    rows = Rows(spec.documents, LENGTH, None, ByteTokenizer().byte_lengths)
+    rows = PackedSequences(spec.documents, LENGTH, None, ByteTokenizer().byte_lengths)
     likely = sum(int(((row["tokens"] == 0) & (row["weights"] > 0))[16:].sum()) for row in map(rows.__getitem__, rows.spread(4)))
     assert sizes == {LENGTH, 16 + 4}
     assert record["key_tokens"] == likely > 9 and record["loss"] == pytest.approx(1.9)
@@ -100,7 +100,7 @@ def test_without_key_tokens_there_is_no_loss(one_device):
 
 @pytest.mark.parametrize("index, first", [(5, 30), (3, 10)])
 def test_a_window_is_its_part_of_the_row_and_of_nothing_after_it(index, first):
-    rows = Rows(documents(), LENGTH, None, ByteTokenizer().byte_lengths)
+    rows = PackedSequences(documents(), LENGTH, None, ByteTokenizer().byte_lengths)
     window, (row,) = keytokens.Window(rows, first, 24), rows.read([(index, 0, LENGTH)])
     (whole,), parts = window.read([(index, 0, 24)]), window.read([(index, 0, 10), (index, 10, 20), (index, 20, 24)])
     begun = np.where(row["segments"] == row["segments"][first], row["positions"][first], 0)

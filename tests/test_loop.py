@@ -479,7 +479,7 @@ def test_a_workdir_that_cannot_be_written_is_named(corpus, tmp_path):
         ({"stages": [stage(1, 48, 12)]}, r"batch 12 does not split over 8 .* use 8 or 16"),
         ({"model.vocab_size": 100}, r"100.*258"),
         ({"data.sources": {"text": base.source(paths=("/nowhere/*.txt",))}}, r"text: .*/nowhere/\*\.txt.* matches no file"),
-        ({"data.sources": {"text": base.source(store="/nowhere")}}, "data.sources.text: /nowhere is no token store"),
+        ({"data.sources": {"text": base.source(store="/nowhere")}}, "data.sources.text: /nowhere is not a token store"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_training(corpus, tmp_path, changes, message):

@@ -1,4 +1,4 @@
-"""Best-fit packing is what a slow hand does, cuts no document that fits a row, and loses nothing."""
+"""Best-fit packing is what a slow hand does, cuts no document that fits a sequence, and loses nothing."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hybrid_attn.data import packing
 
 
 def rooms_by_hand(lengths, seq_len):
-    """The room left in each row by best-fit decreasing, one piece at a time."""
+    """The room left in each sequence by best-fit decreasing, one piece at a time."""
     rooms = []
     for piece in sorted((n % seq_len for n in lengths if n % seq_len), reverse=True):
         best = min((room for room in rooms if room >= piece), default=None)
@@ -19,13 +19,13 @@ def rooms_by_hand(lengths, seq_len):
 
 
 def spans_of(packed, lengths):
-    """(document, first token, tokens) of every piece, row by row."""
-    rows = []
-    for number in range(packed.num_rows):
-        documents, firsts = packed.row(number)
+    """(document, first token, tokens) of every piece, sequence by sequence."""
+    sequences = []
+    for number in range(packed.num_sequences):
+        documents, firsts = packed.pieces(number)
         sizes = np.minimum(lengths[documents] - firsts, packed.seq_len)
-        rows.append(list(zip(documents.tolist(), firsts.tolist(), sizes.tolist(), strict=True)))
-    return rows
+        sequences.append(list(zip(documents.tolist(), firsts.tolist(), sizes.tolist(), strict=True)))
+    return sequences
 
 
 def random_lengths(seed):
@@ -42,35 +42,35 @@ def random_lengths(seed):
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_rows_are_those_of_best_fit_decreasing_with_every_token_once_and_no_short_document_cut(seed):
+def test_sequences_are_those_of_best_fit_decreasing_with_every_token_once_and_no_short_document_cut(seed):
     lengths = random_lengths(seed)
     seq_len = int(np.random.default_rng(1000 + seed).integers(1, 50))
-    rows = spans_of(packing.best_fit(lengths, seq_len), lengths)
+    sequences = spans_of(packing.best_fit(lengths, seq_len), lengths)
     taken = [np.zeros(n, int) for n in lengths]
-    for row in rows:
-        assert 0 < sum(size for *_, size in row) <= seq_len
-        for document, first, size in row:
+    for sequence in sequences:
+        assert 0 < sum(size for *_, size in sequence) <= seq_len
+        for document, first, size in sequence:
             taken[document][first : first + size] += 1
             assert first % seq_len == 0 and (size == seq_len or first + size == lengths[document])
             assert lengths[document] > seq_len or size == lengths[document]
     assert all((x == 1).all() for x in taken)
-    rooms = [seq_len - sum(size for *_, size in row) for row in rows]
+    rooms = [seq_len - sum(size for *_, size in sequence) for sequence in sequences]
     assert sorted(rooms) == sorted([0] * int((lengths // seq_len).sum()) + rooms_by_hand(lengths, seq_len))
 
 
 def test_a_hand_made_case():
-    lengths = np.array([3, 25, 6, 7, 4, 10])  # rows of 10: two of the 25, the 10, 7 + 3, 6 + 4, 5 of the 25
-    rows = spans_of(packing.best_fit(lengths, 10), lengths)
-    assert rows[:3] == [[(1, 0, 10)], [(1, 10, 10)], [(5, 0, 10)]]
-    assert sorted(map(sorted, rows[3:])) == [[(0, 0, 3), (3, 0, 7)], [(1, 20, 5)], [(2, 0, 6), (4, 0, 4)]]
+    lengths = np.array([3, 25, 6, 7, 4, 10])  # sequences of 10: two of the 25, the 10, 7 + 3, 6 + 4, 5 of the 25
+    sequences = spans_of(packing.best_fit(lengths, 10), lengths)
+    assert sequences[:3] == [[(1, 0, 10)], [(1, 10, 10)], [(5, 0, 10)]]
+    assert sorted(map(sorted, sequences[3:])) == [[(0, 0, 3), (3, 0, 7)], [(1, 20, 5)], [(2, 0, 6), (4, 0, 4)]]
 
 
-def test_documents_that_all_fill_whole_rows_leave_nothing_to_pack():
+def test_documents_that_all_fill_whole_sequences_leave_nothing_to_pack():
     packed = packing.best_fit(np.array([20, 10]), 10)
-    assert [row for row in spans_of(packed, np.array([20, 10]))] == [[(0, 0, 10)], [(0, 10, 10)], [(1, 0, 10)]]
+    assert [sequence for sequence in spans_of(packed, np.array([20, 10]))] == [[(0, 0, 10)], [(0, 10, 10)], [(1, 0, 10)]]
 
 
 def test_the_plan_grows_with_the_different_lengths_and_not_with_the_documents():
     few, many = (list(packing._groups(np.full(64, n), 64)) for n in (100, 1_000_000))
-    assert sum(rows * per_row for _, rows, per_row in many) == 64_000_000
+    assert sum(sequences * per_sequence for _, sequences, per_sequence in many) == 64_000_000
     assert len(many) < 3 * len(few) + 64

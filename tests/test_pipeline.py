@@ -15,7 +15,7 @@ import two_processes
 from configs import base
 from hybrid_attn import config
 from hybrid_attn.data import documents, pipeline
-from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel import mesh as meshes
 
@@ -47,7 +47,7 @@ def one_device():
 
 
 def start_batches(c, corpus, mesh, start=0):
-    return pipeline.batches(c, pipeline.stage_rows(c, {"text": corpus}, BYTES), mesh, start)
+    return pipeline.batches(c, pipeline.stage_sequences(c, {"text": corpus}, BYTES), mesh, start)
 
 
 def run(c, corpus, start=0, mesh=None):
@@ -75,19 +75,19 @@ def wait_until(condition):
     assert condition()
 
 
-def test_each_step_takes_the_next_rows_of_its_stage(corpus):
+def test_each_step_takes_the_next_sequences_of_its_stage(corpus):
     straight = run(make_config(), corpus)
     assert [step for step, _ in straight] == list(range(9))
     for index, (first, (steps, seq_len, batch)) in enumerate(zip((0, 3, 5), STAGES, strict=True)):
-        rows = Rows(corpus, seq_len, pipeline._row_seed(3, index, "text"), BYTES.byte_lengths)
+        sequences = PackedSequences(corpus, seq_len, pipeline._source_seed(3, index, "text"), BYTES.byte_lengths)
         for name in ("tokens", "targets", "positions", "segments", "weights", "bytes"):
             read = np.concatenate([straight[first + i][1][name] for i in range(steps)])
-            np.testing.assert_array_equal(read, np.stack([rows[i][name] for i in range(steps * batch)]))
+            np.testing.assert_array_equal(read, np.stack([sequences[i][name] for i in range(steps * batch)]))
 
 
 def test_a_stage_long_enough_shows_every_token(corpus):
-    num_rows = -(-corpus.lengths.sum() // 16)
-    c = make_config([(int(num_rows), 16, 1)])
+    num_sequences = -(-corpus.lengths.sum() // 16)
+    c = make_config([(int(num_sequences), 16, 1)])
     read = run(c, corpus)
     tokens = np.concatenate([batch["tokens"][batch["segments"] > 0] for _, batch in read])
     stored = np.concatenate(corpus.read((i, 0, n) for i, n in enumerate(corpus.lengths)))
@@ -101,7 +101,7 @@ def test_resuming_at_any_step_goes_on_as_the_straight_run(corpus):
         assert_same(run(c, corpus, start), straight[start:])
 
 
-def test_stages_and_seeds_have_row_orders_of_their_own(corpus):
+def test_stages_and_seeds_have_sequence_orders_of_their_own(corpus):
     straight = dict(run(make_config(), corpus))
     other = dict(run(make_config(seed=4), corpus))
     assert (straight[0]["tokens"] != straight[5]["tokens"]).any()
@@ -114,25 +114,25 @@ def test_every_mesh_holds_the_batch_of_one_device(corpus, sizes):
     assert_same(run(c, corpus, mesh=mesh), run(c, corpus))
     data, fsdp, context, _ = sizes
     for step, batch in start_batches(c, corpus, mesh):
-        _, seq_len, rows = STAGES[c.stage_at(step)[0]]
+        _, seq_len, sequences = STAGES[c.stage_at(step)[0]]
         for name in ("tokens", "targets", "positions", "segments", "weights", "bytes"):
             assert batch[name].sharding.spec == meshes.TOKENS_BT
             assert batch[name].dtype == (np.float32 if name in ("weights", "bytes") else np.int32)
             shapes = {shard.data.shape for shard in batch[name].addressable_shards}
-            assert shapes == {(rows // (data * fsdp), seq_len // context)}
+            assert shapes == {(sequences // (data * fsdp), seq_len // context)}
 
 
 def watch(monkeypatch):
     """The slices that are read from now on."""
-    read, original = [], Rows.read
-    monkeypatch.setattr(Rows, "read", lambda rows, slices: read.extend(slices) or original(rows, slices))
+    read, original = [], PackedSequences.read
+    monkeypatch.setattr(PackedSequences, "read", lambda sequences, slices: read.extend(slices) or original(sequences, slices))
     return read
 
 
-def test_each_slice_of_a_row_is_read_once_however_many_devices_hold_it(corpus, monkeypatch):
+def test_each_slice_of_a_sequence_is_read_once_however_many_devices_hold_it(corpus, monkeypatch):
     read = watch(monkeypatch)
     run(make_config([(3, 16, 8)]), corpus, mesh=meshes.make_mesh(config.Mesh(1, 2, 1, 2, 2)))
-    assert sorted(read) == [(row, start, start + 8) for row in range(24) for start in (0, 8)]
+    assert sorted(read) == [(sequence, start, start + 8) for sequence in range(24) for start in (0, 8)]
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
@@ -142,7 +142,7 @@ def test_it_reads_ahead_as_far_as_asked(corpus, monkeypatch, prefetch):
     next(batches)
     wait_until(lambda: len(read) == 1 + prefetch)
     time.sleep(0.05)
-    assert sorted(row for row, _, _ in read) == list(range(1 + prefetch))
+    assert sorted(sequence for sequence, _, _ in read) == list(range(1 + prefetch))
     batches.close()
 
 
@@ -157,34 +157,36 @@ def test_an_iterator_dropped_midway_leaves_no_thread(corpus):
 
 
 def test_a_failure_while_reading_ahead_reaches_the_loop(corpus, monkeypatch):
-    original = Rows.read
+    original = PackedSequences.read
 
-    def fail_at_two(rows, slices):
+    def fail_at_two(sequences, slices):
         if slices[0][0] == 2:
             raise OSError("disk gone")
-        return original(rows, slices)
+        return original(sequences, slices)
 
-    monkeypatch.setattr(Rows, "read", fail_at_two)
+    monkeypatch.setattr(PackedSequences, "read", fail_at_two)
     batches = start_batches(make_config([(5, 16, 1)]), corpus, one_device())
     assert [next(batches)[0], next(batches)[0]] == [0, 1]
     with pytest.raises(OSError, match="disk gone"):
         next(batches)
 
 
-@pytest.mark.parametrize("num_rows", [5, 8, 10_000])
-def test_held_out_rows_come_once_and_spread_with_blank_rows_behind(corpus, num_rows):
-    rows = Rows(corpus, 16, None, BYTES.byte_lengths)
+@pytest.mark.parametrize("num_sequences", [5, 8, 10_000])
+def test_held_out_sequences_come_once_and_spread_with_blank_sequences_behind(corpus, num_sequences):
+    sequences = PackedSequences(corpus, 16, None, BYTES.byte_lengths)
     mesh = meshes.make_mesh(config.Mesh(1, 2, 2, 2, 1))
-    read = [jax.tree.map(np.asarray, batch) for batch in pipeline.heldout_batches(rows, num_rows, 4, mesh)]
-    wanted = min(num_rows, len(rows))
-    assert len(read) == -(-wanted // 4)
+    read = [jax.tree.map(np.asarray, batch) for batch in pipeline.heldout_batches(sequences, num_sequences, 4, mesh)]
+    expected = min(num_sequences, len(sequences))
+    assert len(read) == -(-expected // 4)
     for name in read[0]:
         joined = np.concatenate([batch[name] for batch in read])
-        np.testing.assert_array_equal(joined[:wanted], np.stack([rows[i * len(rows) // wanted][name] for i in range(wanted)]))
-        assert not joined[wanted:].any()
+        np.testing.assert_array_equal(
+            joined[:expected], np.stack([sequences[i * len(sequences) // expected][name] for i in range(expected)])
+        )
+        assert not joined[expected:].any()
 
 
-def test_a_batch_of_held_out_rows_that_does_not_split_names_what_would():
+def test_a_batch_of_held_out_sequences_that_does_not_split_names_what_would():
     with pytest.raises(ValueError, match="^batch 6 does not split over 4 slice . data . fsdp shards; use 4 or 8$"):
         next(pipeline.heldout_batches(None, 1, 6, meshes.make_mesh(config.Mesh(1, 2, 2, 2, 1))))
 
@@ -214,44 +216,53 @@ def random_case(seed):
 def test_what_the_hosts_read_is_together_the_same_batch_on_any_number_of_them_from_any_step(part):
     for seed in range(30 * part, 30 * part + 30):
         rng, c, corpora = random_case(seed)
-        straight = pipeline.stage_rows(c, corpora, BYTES)
+        straight = pipeline.stage_sequences(c, corpora, BYTES)
         sizes = [2**i for i in rng.multinomial(3, [1 / 4] * 4)]
         mesh = meshes.make_mesh(config.Mesh(1, *map(int, sizes)))
         hosts, resumed_at = 2 ** int(rng.integers(4)), int(rng.integers(c.total_steps))
         each = np.split(np.array(jax.devices()), hosts)
-        fresh = [pipeline.stage_rows(c, corpora, BYTES) for _ in each]  # a process that begins here knows nothing of before
+        fresh = [pipeline.stage_sequences(c, corpora, BYTES) for _ in each]  # as new processes do
         for step in range(resumed_at, c.total_steps):
             index, step_of_stage = c.stage_at(step)
             stage = c.stages[index]
             first = step_of_stage * stage.batch
-            wanted = straight[index].read([(first + r, 0, stage.seq_len) for r in range(stage.batch)])
+            expected = straight[index].read([(first + r, 0, stage.seq_len) for r in range(stage.batch)])
             seen = np.zeros((stage.batch, stage.seq_len), bool)
-            for devices, rows in zip(each, fresh, strict=True):
+            for devices, sequences in zip(each, fresh, strict=True):
                 slices = pipeline.slices_of(devices, stage.batch, stage.seq_len, mesh)
                 covered = sum(stop - start for _, start, stop in slices)
                 assert covered <= stage.batch * stage.seq_len * len(devices) // 8 * sizes[3]
-                read = rows[index].read([(first + r, start, stop) for r, start, stop in slices])
-                for (r, start, stop), part_of_row in zip(slices, read, strict=True):
+                read = sequences[index].read([(first + r, start, stop) for r, start, stop in slices])
+                for (r, start, stop), part_of_sequence in zip(slices, read, strict=True):
                     seen[r, start:stop] = True
-                    for name, values in part_of_row.items():
-                        np.testing.assert_array_equal(values, wanted[r][name][start:stop], err_msg=f"seed {seed} {name}")
+                    for name, values in part_of_sequence.items():
+                        np.testing.assert_array_equal(values, expected[r][name][start:stop], err_msg=f"seed {seed} {name}")
             assert seen.all()
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_resuming_in_the_middle_and_at_the_edges_of_epochs_and_stages_equals_the_straight_run(corpus, packing):
     few = corpus.select(corpus.lengths < 60)
-    rows = len(Rows(few, 16, 0, BYTES.byte_lengths, packing))
-    c = make_config([(2 * rows + 3, 16, 1), (4, 32, 2)], packing=packing)
+    sequences = len(PackedSequences(few, 16, 0, BYTES.byte_lengths, packing))
+    c = make_config([(2 * sequences + 3, 16, 1), (4, 32, 2)], packing=packing)
     straight = run(c, few)
-    epochs = [straight[i * rows : (i + 1) * rows] for i in range(2)]
+    epochs = [straight[i * sequences : (i + 1) * sequences] for i in range(2)]
     first, second = (np.concatenate([batch["tokens"][batch["segments"] > 0] for _, batch in epoch]) for epoch in epochs)
     assert sorted(first.tolist()) == sorted(second.tolist()) and first.tolist() != second.tolist()
-    for start in (rows // 2, rows - 1, rows, rows + 1, 2 * rows, 2 * rows + 2, 2 * rows + 3, 2 * rows + 4):
+    for start in (
+        sequences // 2,
+        sequences - 1,
+        sequences,
+        sequences + 1,
+        2 * sequences,
+        2 * sequences + 2,
+        2 * sequences + 3,
+        2 * sequences + 4,
+    ):
         assert_same(run(c, few, start), straight[start:])
 
 
-def test_a_stage_takes_its_rows_from_its_sources_by_their_weights():
+def test_a_stage_takes_its_sequences_from_its_sources_by_their_weights():
     corpora = {name: documents.in_memory([np.full(500, i, np.uint16)], [i]) for i, name in enumerate(("a", "b", "c"))}
     c = base.get_config()
     c.data.sources = {name: base.source() for name in corpora}
@@ -260,11 +271,11 @@ def test_a_stage_takes_its_rows_from_its_sources_by_their_weights():
         {"steps": 3, "seq_len": 20, "batch": 2, "microbatches": 1, "mixture": {"c": 2.0, "b": 1.0}},
     ]
     c = config.build(c)
-    rows = pipeline.stage_rows(c, corpora, BYTES)
-    read = [np.asarray(batch["tokens"])[:, 0] for _, batch in pipeline.batches(c, rows, one_device(), 0)]
+    sequences = pipeline.stage_sequences(c, corpora, BYTES)
+    read = [np.asarray(batch["tokens"])[:, 0] for _, batch in pipeline.batches(c, sequences, one_device(), 0)]
     assert np.bincount(np.concatenate(read[:5])).tolist() == [7, 3]
     assert np.bincount(np.concatenate(read[5:])).tolist() == [0, 2, 4]
-    assert rows[0].epochs(10) == {"a": 7 / 50, "b": 3 / 50} and rows[1].epochs(6) == {"b": 2 / 25, "c": 4 / 25}
+    assert sequences[0].epochs(10) == {"a": 7 / 50, "b": 3 / 50} and sequences[1].epochs(6) == {"b": 2 / 25, "c": 4 / 25}
 
 
 def test_two_processes_hold_the_batches_of_one_and_read_no_more_than_their_part(tmp_path):
@@ -282,10 +293,10 @@ def test_two_processes_hold_the_batches_of_one_and_read_no_more_than_their_part(
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
 
-    c, rows = two_processes.config_and_rows()
+    c, sequences = two_processes.config_and_sequences()
     held = [np.load(tmp_path / f"{i}.npz") for i in range(2)]
     for sizes in two_processes.MESHES:
-        for step, batch in pipeline.batches(c, rows, one_device(), two_processes.START):
+        for step, batch in pipeline.batches(c, sequences, one_device(), two_processes.START):
             for name, values in batch.items():
                 parts = [part[f"{sizes}/{step}/{name}"] for part in held]
                 owned = [~np.isnan(part) for part in parts]

@@ -8,7 +8,7 @@ import pytest
 from conftest import RUN, mean_loss, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.documents import in_memory
-from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import EvalModel, Spec, attention, bigram, keytokens, position, recall
@@ -38,7 +38,7 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
     with jax.set_mesh(mesh):
         eval_model = eval_model_on(mesh)
         *buckets, total = [record for record in position.run(eval_model, spec) if "part" not in record]
-    rows = [Rows(spec.documents, LENGTH, None, ByteTokenizer().byte_lengths)[i] for i in (0, 2, 4)]
+    rows = [PackedSequences(spec.documents, LENGTH, None, ByteTokenizer().byte_lengths)[i] for i in (0, 2, 4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     with jax.set_mesh(mesh_of()):
         by_token = {name: x for name, x in batch.items() if name != "bytes"}
@@ -105,7 +105,7 @@ def test_tokens_that_a_pair_foretells_are_apart_from_the_rest(sizes):
     with jax.set_mesh(mesh_of(**sizes)):
         records = list(position.run(eval_model_on(mesh_of(**sizes)), spec))
     found = {name: [r for r in records if r.get("part") == name] for name in (None, *position.PARTS)}
-    rows = Rows(documents, LENGTH, None, ByteTokenizer().byte_lengths)
+    rows = PackedSequences(documents, LENGTH, None, ByteTokenizer().byte_lengths)
     wanted = {name: 0 for name in position.PARTS}
     for row in (rows[i] for i in range(len(rows))):
         seen = set()

@@ -152,9 +152,9 @@ def test_a_run_that_failed_goes_on_without_doing_shards_again(tmp_path, monkeypa
         encode(folder, index, paths, options)
 
     monkeypatch.setattr(prepare, "_encode_shard", fail_once)
-    with pytest.raises(OSError, match="no space left; 2 of [0-9]+ shards are done and kept; once that is mended, the same"):
+    with pytest.raises(OSError, match="no space left; 2 of [0-9]+ shards are done and kept; solve the problem, then the same"):
         run(tmp_path)
-    with pytest.raises(ValueError, match="is not finished; the same command of tools/prepare_data.py goes on with it"):
+    with pytest.raises(ValueError, match="is not finished; the same command of tools/prepare_data.py continues it"):
         store.load(str(tmp_path / "out"))
     _, said = run(tmp_path)
     assert said[0].startswith("2 of ") and len(seen) == len(set(seen)) + 1 and seen.count(2) == 2
@@ -208,7 +208,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
     write(tmp_path / "raw")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="mine is not empty and holds no unfinished store; name another --out"):
+    with pytest.raises(ValueError, match="mine is not empty and has no unfinished store; name another --out"):
         run(tmp_path, "mine")
     assert content(tmp_path / "mine") == {"notes.txt": b"mine"}
 
@@ -231,7 +231,7 @@ def unfinished(tmp_path, monkeypatch):
 def test_a_damaged_plan_is_refused(tmp_path, monkeypatch, damage):
     plan = unfinished(tmp_path, monkeypatch) / prepare.PLAN
     plan.write_bytes(damage(plan.read_bytes()))
-    with pytest.raises(ValueError, match="out/plan.json is not as it was written: .*; name another --out"):
+    with pytest.raises(ValueError, match="out/plan.json is damaged: .*; name another --out"):
         run(tmp_path)
 
 
@@ -259,13 +259,13 @@ def test_a_document_that_is_too_long_is_read_once_it_may_be(tmp_path):
     with open(tmp_path / "raw/5.jsonl", "a") as file:
         file.write(json.dumps({"text": "y" * 2000, "source": "a"}) + "\n")
     with pytest.raises(
-        ValueError, match="5.jsonl, line 16: it has more than the 1,000 bytes .*, which --max_document_mb raises; go on with"
+        ValueError, match="5.jsonl, line 16: it has more than the 1,000 bytes .*, which --max_document_mb raises; continue with"
     ):
         run(tmp_path, document_bytes=1000)
     run(tmp_path, document_bytes=3000)
     assert texts(tmp_path / "out") == [*made, "y" * 2000]
     assert run(tmp_path, "skipped", on_error="skip", document_bytes=1000)[0]["skipped"]["broken"] == 1
-    with pytest.raises(ValueError, match="was begun with document_bytes=1000, and this is 3000"):
+    with pytest.raises(ValueError, match="was begun with document_bytes=1000, and now it is 3000"):
         run(tmp_path, "skipped", on_error="skip", document_bytes=3000)
 
 
@@ -344,7 +344,7 @@ def test_a_full_disk_is_a_line_and_what_was_done_is_kept(tmp_path):
     limited = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *command(tmp_path, "--workers=1")]
     failed = subprocess.run(limited, env=environment, capture_output=True, text=True)
     assert failed.returncode == 1 and not list(tmp_path.glob("out/parts/*.partial*"))
-    assert "error: [Errno 27] File too large; 0 of 2 shards are done and kept; once that is mended, the" in failed.stderr
+    assert "error: [Errno 27] File too large; 0 of 2 shards are done and kept; solve the problem, then the" in failed.stderr
     assert "Traceback" not in failed.stderr
     subprocess.run(command(tmp_path, "--workers=1"), env=environment, capture_output=True, check=True)
     assert texts(tmp_path / "out")[-2:] == ["x" * 1_200_000, "y"]
@@ -355,11 +355,11 @@ def test_broken_lines_stop_or_are_skipped_and_counted(tmp_path):
     path = tmp_path / "raw/0.jsonl"
     path.write_bytes(b'{"text": "\xff"}\n' + path.read_bytes() + b"{\n")
     with pytest.raises(
-        ValueError, match=r"0.jsonl, line 1: not UTF-8: byte 0xff.*; go on with --on_error=skip, or mend it and"
+        ValueError, match=r"0.jsonl, line 1: not UTF-8: byte 0xff.*; continue with --on_error=skip, or repair it and"
     ):
         run(tmp_path)
     assert run(tmp_path, on_error="skip")[0]["skipped"]["broken"] == 2
-    with pytest.raises(ValueError, match="was begun with on_error='skip', and this is 'stop'"):
+    with pytest.raises(ValueError, match="was begun with on_error='skip', and now it is 'stop'"):
         run(tmp_path)
     summary, said = run(tmp_path, "skipped", on_error="skip")
     assert summary["skipped"]["broken"] == 2 and texts(tmp_path / "skipped") == made
@@ -367,9 +367,9 @@ def test_broken_lines_stop_or_are_skipped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"drop_duplicates": True}, "was begun with drop_duplicates=False, and this is True; give what it was begun with"),
-    ({"shard_bytes": 1}, "was begun with shard_bytes=900, and this is 1"),
-    ({"fields": Fields("text", None)}, "was begun with fields={'text': 'text', 'label': 'source'}, and this is"),
+    ({"drop_duplicates": True}, "was begun with drop_duplicates=False, and now it is True; use what it was begun with"),
+    ({"shard_bytes": 1}, "was begun with shard_bytes=900, and now it is 1"),
+    ({"fields": Fields("text", None)}, "was begun with fields={'text': 'text', 'label': 'source'}, and now it is"),
 ])  # fmt: skip
 def test_other_options_on_resume_are_refused(tmp_path, change, message):
     write(tmp_path / "raw")
@@ -382,12 +382,12 @@ def test_other_files_on_resume_are_refused(tmp_path):
     write(tmp_path / "raw")
     run(tmp_path)
     os.utime(tmp_path / "raw/3.jsonl", (1, 1))
-    with pytest.raises(ValueError, match=r"input files changed since .*/out was begun \(1 of them, first .*/3.jsonl\); give"):
+    with pytest.raises(ValueError, match=r"input files changed since .*/out was begun \(1 of them, first .*/3.jsonl\); use"):
         run(tmp_path)
     (tmp_path / "raw/9.jsonl").touch()
     with pytest.raises(ValueError, match=r"\(2 of them, first .*/3.jsonl\)"):
         run(tmp_path)
-    with pytest.raises(ValueError, match="raw is not empty and holds no unfinished store; name another --out"):
+    with pytest.raises(ValueError, match="raw is not empty and has no unfinished store; name another --out"):
         run(tmp_path, "raw")
 
 
@@ -405,7 +405,7 @@ def test_a_tokenizer_json_is_used_and_its_change_is_refused(tmp_path):
         store.load(str(tmp_path / "out"), BYTES)
     tokenizer.add_tokens(["new"])
     tokenizer.save(path)
-    with pytest.raises(ValueError, match="tokenizer.json' was changed since .*/out was begun"):
+    with pytest.raises(ValueError, match="tokenizer.json' has changed since .*/out was begun"):
         run(tmp_path, tokenizer=path)
 
 
@@ -419,6 +419,6 @@ def test_input_without_any_text_is_refused(tmp_path):
 
 def test_more_labels_than_a_store_holds_are_refused(tmp_path, monkeypatch):
     write(tmp_path / "raw")
-    monkeypatch.setattr(prepare, "MOST_LABELS", 2)
-    with pytest.raises(ValueError, match="the label field has 3 values and a store holds 2; name a coarser one"):
+    monkeypatch.setattr(prepare, "MAX_LABELS", 2)
+    with pytest.raises(ValueError, match="the label field has 3 values, and a store has at most 2; name a coarser one"):
         run(tmp_path)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import RUN, mesh_of, on_mesh, random_params, tiny
 
-from hybrid_attn.data.synthetic import VALUES, SyntheticRows, Task
+from hybrid_attn.data.synthetic import VALUES, SyntheticSequences, Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import EvalModel, Spec, recall
 from hybrid_attn.model import apply, logits
@@ -29,7 +29,7 @@ def test_accuracy_is_the_share_of_answers_that_have_the_greatest_logit(sizes, mo
     mesh = mesh_of(**sizes)
     with jax.set_mesh(mesh):
         (record,) = recall.run(eval_model_on(mesh), spec)
-    rows = SyntheticRows(spec.documents, LENGTH, None).read([(i, 0, LENGTH) for i in range(NUM_ROWS)])
+    rows = SyntheticSequences(spec.documents, LENGTH, None).read([(i, 0, LENGTH) for i in range(NUM_ROWS)])
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     mesh = mesh_of()
     with jax.set_mesh(mesh):

@@ -88,10 +88,10 @@ def test_what_is_broken_is_named_by_its_line_and_the_rest_is_read(tmp_path):
     broken = {
         b'{"text": "caf\xe9"}': "not UTF-8: byte 0xe9, 14 from its start",
         b'{"text": "a"': "not JSON: Expecting ',' delimiter at character 14",
-        b'{"text": "\\ud800"}': "half of a surrogate pair is no character",
-        b'["text"]': "there is no field 'text'; what should hold 'text' is no record",
-        b'{"body": "a", "n": 1}': "there is no field 'text'; what should hold 'text' has 'body', 'n'",
-        b'{"text": 3}': "the field 'text' is no text but int",
+        b'{"text": "\\ud800"}': "it has half of a surrogate pair, which is not a character",
+        b'["text"]': "there is no field 'text': the record that should hold 'text' is not a record",
+        b'{"body": "a", "n": 1}': "there is no field 'text': the record that should hold 'text' has 'body', 'n'",
+        b'{"text": 3}': "the field 'text' is of type int, not text",
         b"[" * 100_000: "maximum recursion depth exceeded",
     }
     path.write_bytes(b"".join(b'{"text": "good"}\n\n' + line + b"\n" for line in broken))
@@ -168,7 +168,7 @@ def test_every_kind_of_frame_of_a_zst_file_is_read(tmp_path):
         for before in (b"", small):
             (tmp_path / "x.txt.zst").write_bytes(before + damaged)
             (found,) = read(tmp_path / "x.txt.zst")
-            assert found.reason.startswith(f"{tmp_path}/x.txt.zst: its packing is broken: ")
+            assert found.reason.startswith(f"{tmp_path}/x.txt.zst: its compression is damaged: ")
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
@@ -178,7 +178,7 @@ def test_a_packed_file_cut_short_gives_what_it_has_and_is_named(tmp_path, name, 
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-cut])
     *documents, last = read(tmp_path / name)
     assert documents == WANTED[: len(documents)]
-    assert last.reason.startswith(f"{tmp_path}/{name}: its packing is broken: ")
+    assert last.reason.startswith(f"{tmp_path}/{name}: its compression is damaged: ")
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
@@ -186,7 +186,7 @@ def test_a_packed_file_that_is_none_is_named(tmp_path, name):
     if name.endswith("zst"):
         pytest.importorskip("zstandard")
     (tmp_path / name).write_bytes(b"this is not packed at all")
-    assert [x.reason.startswith(f"{tmp_path}/{name}: its packing is broken: ") for x in read(tmp_path / name)] == [True]
+    assert [x.reason.startswith(f"{tmp_path}/{name}: its compression is damaged: ") for x in read(tmp_path / name)] == [True]
 
 
 def test_files_are_found_once_in_the_order_of_their_names(tmp_path):
@@ -201,7 +201,7 @@ def test_files_are_found_once_in_the_order_of_their_names(tmp_path):
     with pytest.raises(ValueError, match="matches no file"):
         sources.find([str(tmp_path / "*.none")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty has no files under it"):
+    with pytest.raises(ValueError, match="empty has no files that are not hidden"):
         sources.find([str(tmp_path / "empty")])
 
 
@@ -242,7 +242,7 @@ def test_a_line_that_is_too_long_is_named_and_the_others_are_read(tmp_path):
     size = path.stat().st_size
     found = read_part(0, size)
     assert found[::2] == [Text(b"1", None), Text(b"3", None)]
-    assert [x.reason for x in found[1::2]] == [f"{path}, line {n}: it has more than {records.most(100)}" for n in (2, 4)]
+    assert [x.reason for x in found[1::2]] == [f"{path}, line {n}: it has more than {records.limit(100)}" for n in (2, 4)]
     for cut in (*range(0, 40), *range(2990, 3080), size - 1, size):
         assert read_part(0, cut) + read_part(cut, size) == found
 
@@ -255,7 +255,7 @@ def test_a_row_of_a_table_that_is_too_long_is_named(tmp_path):
     assert [type(x) for x in found] == [Text, Broken, Text]
     assert found[1].reason == f"{tmp_path}/x.parquet, row 2: it has 200 bytes, more than the 150 bytes that a document may have"
     (long,) = sources.read(str(tmp_path / "x.parquet"), None, Fields("text", None), max_bytes=20)
-    assert " bytes in the mean, more than the 20 bytes that a document may have" in long.reason
+    assert " bytes on average, more than the 20 bytes that a document may have" in long.reason
 
 
 def test_a_batch_that_refers_to_memory_that_is_not_its_own_is_named(tmp_path):
@@ -311,7 +311,7 @@ def test_a_dataset_reads_only_tables_of_its_own_folder(tmp_path, name):
     for file in ("dataset_info.json", "notes.txt"):
         (tmp_path / file).write_text("{}")
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-    with pytest.raises(ValueError, match=f"{tmp_path}/state.json is not as datasets writes it: "):
+    with pytest.raises(ValueError, match=f"{tmp_path}/state.json was not written by the library datasets: "):
         sources.find([str(tmp_path)])
 
 
@@ -321,10 +321,10 @@ def test_a_dataset_reads_only_tables_of_its_own_folder(tmp_path, name):
 def test_a_dataset_that_is_described_wrongly_is_refused(tmp_path, content):
     (tmp_path / "dataset_info.json").touch()
     (tmp_path / "state.json").write_text(content, errors="surrogateescape")
-    with pytest.raises(ValueError, match="state.json is not as datasets writes it: "):
+    with pytest.raises(ValueError, match="state.json was not written by the library datasets: "):
         sources.find([str(tmp_path)])
     (tmp_path / "dataset_dict.json").write_text(content, errors="surrogateescape")
-    with pytest.raises(ValueError, match="dataset_dict.json is not as datasets writes it: "):
+    with pytest.raises(ValueError, match="dataset_dict.json was not written by the library datasets: "):
         sources.find([str(tmp_path)])
 
 
@@ -338,10 +338,10 @@ def test_a_dataset_on_disk_is_the_files_that_it_lists(tmp_path):
     (data / "state.json").write_text(json.dumps(state))
     assert sources.find([str(data)]) == [str(data / name) for name in names]
     (data / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "i.arrow"}]}))
-    with pytest.raises(ValueError, match="keeps an order of rows beside its rows; save it again after flatten_indices"):
+    with pytest.raises(ValueError, match="stores an order of its rows in a file of indices; save it again after flatten"):
         sources.find([str(data)])
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(ValueError, match=f"holds several datasets; name those you want: {tmp_path}/train, {tmp_path}/test"):
+    with pytest.raises(ValueError, match=f"holds several datasets; name some of them: {tmp_path}/train, {tmp_path}/test"):
         sources.find([str(tmp_path)])
 
 

@@ -1,4 +1,4 @@
-"""A store gives back what was written, span by span, and names the file that is not what was written."""
+"""A store returns what was written, span by span, and names a file that is damaged."""
 
 import dataclasses
 import json
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from hybrid_attn.data import store
-from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.tokenizer import ByteTokenizer
 
 SHARDS = [[5, 1, 9], [], [2, 30], [7]]
 
 
 def write(path, shards=SHARDS, dtype="<u2", names=("code", "prose"), tokenizer_hash=ByteTokenizer.hash):
-    """A store whose tokens, hashes and labels are all numbers of their own; returns what its documents hold."""
+    """Writes a store whose tokens, hashes and labels all differ, and returns the tokens of its documents."""
     path.mkdir()
     count, made, written = 0, [], []
     for i, lengths in enumerate(shards):
@@ -63,7 +63,7 @@ def test_a_read_of_a_span_reads_nothing_else(tmp_path):
     path = tmp_path / "s" / store.tokens_name(2)
     path.write_bytes(path.read_bytes()[: 2 * (2 + 10)])
     assert corpus.read([(4, 3, 10)])[0].tolist() == made[4][3:10].tolist()
-    with pytest.raises(ValueError, match="shard-00002.tokens is shorter than it was; copy the file again"):
+    with pytest.raises(ValueError, match="shard-00002.tokens is shorter than the manifest says; copy the file again"):
         corpus.read([(0, 0, 5), (4, 3, 11)])
     path.unlink()
     with pytest.raises(ValueError, match="shard-00002.tokens is missing"):
@@ -74,10 +74,10 @@ def test_a_read_of_a_span_reads_nothing_else(tmp_path):
 def test_files_of_another_size_are_named_when_a_store_is_opened(tmp_path, name):
     write(tmp_path / "s")
     path = tmp_path / "s" / name
-    whole = path.read_bytes()
-    for damaged in (whole[:-1], b"", whole + b"1"):
+    content = path.read_bytes()
+    for damaged in (content[:-1], b"", content + b"1"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"s: {name} (is shorter than it was|has more than its [0-9,]+ bytes)"):
+        with pytest.raises(ValueError, match=f"s: {name} (is shorter than the manifest says|has more than its [0-9,]+ bytes)"):
             store.load(str(tmp_path / "s"))
     path.unlink()
     with pytest.raises(ValueError, match=f"s: {name} is missing; copy the file again, or prepare the store again"):
@@ -100,7 +100,7 @@ def test_a_file_that_is_far_too_long_is_refused_and_not_read(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["shard-00002.tokens", "shard-00003.index"])
-def test_altered_files_are_named_by_their_checksum_and_an_index_at_once(tmp_path, monkeypatch, name):
+def test_changed_files_are_named_by_their_checksum_and_an_index_when_it_is_opened(tmp_path, monkeypatch, name):
     monkeypatch.setattr(store, "BLOCK", 7)
     write(tmp_path / "s")
     assert list(store.verify(str(tmp_path / "s"))) == [0, 1, 2, 3]
@@ -126,14 +126,16 @@ def test_a_folder_may_have_any_name(tmp_path, name):
 
 def test_another_tokenizer_than_the_stores_is_refused(tmp_path):
     write(tmp_path / "s", tokenizer_hash="0123456789abcdef")
-    with pytest.raises(ValueError, match="by the tokenizer 'bytes' of hash 0123456789ab, and the run's has hash bytes; set"):
+    with pytest.raises(
+        ValueError, match="by the tokenizer 'bytes' of hash 0123456789ab, and that of the run has hash bytes; set"
+    ):
         store.load(str(tmp_path / "s"), ByteTokenizer())
     write(tmp_path / "t")
     assert len(store.load(str(tmp_path / "t"), ByteTokenizer())) == 6
 
 
-def test_what_is_no_store_is_said_so(tmp_path):
-    with pytest.raises(ValueError, match="is no token store, for it has no manifest.json; make one with tools/prepare_data.py"):
+def test_what_is_not_a_store_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not a token store: it has no manifest.json; make one with tools/prepare_data.py"):
         store.load(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="cannot be read as a token store: .*unsupported URL scheme"):
         store.load("nowhere://x")
@@ -142,15 +144,18 @@ def test_what_is_no_store_is_said_so(tmp_path):
     values = json.loads(path.read_text())
     for changed, message in [
         (values | {"format": 99}, "it has format 99, and this code reads 1; .*prepare the store again"),
-        (values | {"dtype": "<u9"}, "its ids are '<u9', and there are <u2 and <u4"),
-        (values | {"shards": [values["shards"][0] | {"tokens": "x"}]}, "its counts of documents and tokens are no numbers"),
+        (values | {"dtype": "<u9"}, "its ids have type '<u9', which must be <u2 or <u4"),
+        (
+            values | {"shards": [values["shards"][0] | {"tokens": "x"}]},
+            "its counts of documents and tokens are not all whole numbers",
+        ),
         ({"format": 1, "dtype": "<u2"}, "shards"),
     ]:
         path.write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=f"manifest.json is not as it was written: .*{message}"):
+        with pytest.raises(ValueError, match=f"manifest.json is damaged: .*{message}"):
             store.load(str(tmp_path / "s"))
     path.write_text("{")
-    with pytest.raises(ValueError, match="manifest.json is not as it was written: Expecting .*prepare the store again"):
+    with pytest.raises(ValueError, match="manifest.json is damaged: Expecting .*prepare the store again"):
         store.load(str(tmp_path / "s"))
 
 
@@ -185,29 +190,33 @@ def test_an_id_that_the_tokenizer_lacks_is_named(tmp_path, dtype, wrong):
     doctor(tmp_path / "s", store.tokens_name(0), ids.tobytes())
     corpus = store.load(str(tmp_path / "s"), ByteTokenizer())
     assert corpus.read([(2, 0, 5), (3, 0, 2)])[0].tolist() == [6, 7, 8, 9, 10]
-    message = f"s: shard-00000.tokens, document 2: token 5 has the id {wrong}, and the tokenizer's end at 257; copy the file"
+    message = (
+        f"s: shard-00000.tokens, document 2: token 5 has the id {wrong}, and the largest of the tokenizer is 257; copy the file"
+    )
     with pytest.raises(ValueError, match=message):
         corpus.read([(0, 0, 5), (2, 4, 9)])
     with pytest.raises(ValueError, match=message):
-        list(Rows(corpus, 7, 0, ByteTokenizer().byte_lengths))
-    with pytest.raises(ValueError, match=f"s: shard-00000.tokens: token 11 has the id {wrong}, and the tokenizer's end at 257"):
+        list(PackedSequences(corpus, 7, 0, ByteTokenizer().byte_lengths))
+    with pytest.raises(
+        ValueError, match=f"s: shard-00000.tokens: token 11 has the id {wrong}, and the largest of the tokenizer is 257"
+    ):
         list(store.verify(str(tmp_path / "s"), ByteTokenizer()))
     assert list(store.verify(str(tmp_path / "s"))) == [0, 1, 2, 3]
 
 
-def test_documents_that_are_not_between_their_marks_are_found_by_verification(tmp_path, monkeypatch):
+def test_verification_finds_documents_without_bos_or_eos(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "BLOCK", 6)
-    lengths, marked = [[5, 2, 9], [], [3]], [256, 1, 2, 3, 257, 256, 257, 256, *range(7), 257]
+    lengths, tokens = [[5, 2, 9], [], [3]], [256, 1, 2, 3, 257, 256, 257, 256, *range(7), 257]
     write(tmp_path / "s", lengths)
-    good = np.array(marked, "<u2")
+    good = np.array(tokens, "<u2")
     doctor(tmp_path / "s", store.tokens_name(0), good.tobytes())
-    with pytest.raises(ValueError, match="s: shard-00002.tokens: by the index token 0 is a document's mark 256, and it is 16"):
-        list(store.verify(str(tmp_path / "s"), ByteTokenizer()))  # the first shard is whole
-    for place, mark in ((0, 256), (4, 257), (5, 256), (6, 257), (7, 256), (15, 257)):
+    with pytest.raises(ValueError, match="s: shard-00002.tokens: token 0 is 16, and by the index it is BOS .256."):
+        list(store.verify(str(tmp_path / "s"), ByteTokenizer()))  # the first shard is right
+    for position, boundary in ((0, "BOS"), (4, "EOS"), (5, "BOS"), (6, "EOS"), (7, "BOS"), (15, "EOS")):
         bad = good.copy()
-        bad[place] = 9
+        bad[position] = 9
         doctor(tmp_path / "s", store.tokens_name(0), bad.tobytes())
-        with pytest.raises(ValueError, match=f"shard-00000.tokens: by the index token {place} is a document's mark {mark}"):
+        with pytest.raises(ValueError, match=f"shard-00000.tokens: token {position} is 9, and by the index it is {boundary} "):
             list(store.verify(str(tmp_path / "s"), ByteTokenizer()))
 
 
@@ -218,27 +227,27 @@ def test_documents_that_are_not_between_their_marks_are_found_by_verification(tm
     (lambda x: x | {"shards": [x["shards"][0] | {"documents": 10**18}]}, "shard 0 has 1,000,000,000,000,000,000 doc"),
     (lambda x: x | {"shards": [x["shards"][0] | {"tokens": 10**30}]}, "shard 0 has 3 documents of 1,000,000"),
     (lambda x: x | {"shards": [x["shards"][0] | {"documents": -1}]}, "shard 0 has -1 documents of 15 tokens"),
-    (lambda x: x | {"shards": [x["shards"][0] | {"documents": True}]}, "its counts of documents and tokens are no numbers"),
-    (lambda x: x | {"shards": [x["shards"][0] | {"tokens_sha256": None}]}, "its names and checksums are no texts"),
-    (lambda x: x | {"tokenizer": None}, "its names and checksums are no texts"),
-    (lambda x: x | {"tokenizer_hash": 7}, "its names and checksums are no texts"),
-    (lambda x: x | {"label_names": "code"}, "its label_names are no list"), (lambda x: x | {"label_names": [1, 2]}, "names"),
-    (lambda x: x | {"label_names": None}, ""), (lambda x: x | {"summary": []}, "its summary is no object"),
-    (lambda x: x | {"dtype": ["<u2"]}, "its ids are"), (lambda x: x | {"extra": 1}, "extra"),
+    (lambda x: x | {"shards": [x["shards"][0] | {"documents": True}]}, "documents and tokens are not all whole numbers"),
+    (lambda x: x | {"shards": [x["shards"][0] | {"tokens_sha256": None}]}, "its names and checksums are not all strings"),
+    (lambda x: x | {"tokenizer": None}, "its names and checksums are not all strings"),
+    (lambda x: x | {"tokenizer_hash": 7}, "its names and checksums are not all strings"),
+    (lambda x: x | {"label_names": "code"}, "its label_names are not a list"), (lambda x: x | {"label_names": [1, 2]}, "names"),
+    (lambda x: x | {"label_names": None}, ""), (lambda x: x | {"summary": []}, "its summary is not an object"),
+    (lambda x: x | {"dtype": ["<u2"]}, "its ids have type"), (lambda x: x | {"extra": 1}, "extra"),
 ])  # fmt: skip
 def test_a_manifest_of_other_values_is_refused(tmp_path, change, message):
     write(tmp_path / "s")
     path = tmp_path / "s" / store.MANIFEST
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     for use in (store.load, store.read_manifest, lambda path: list(store.verify(path))):
-        with pytest.raises(ValueError, match=f"manifest.json is not as it was written: .*{message}.*prepare the store again"):
+        with pytest.raises(ValueError, match=f"manifest.json is damaged: .*{message}.*prepare the store again"):
             use(str(tmp_path / "s"))
 
 
 def test_a_manifest_of_deep_json_is_refused(tmp_path):
     write(tmp_path / "s")
     (tmp_path / "s" / store.MANIFEST).write_text("[" * 10**5)
-    with pytest.raises(ValueError, match="manifest.json is not as it was written: "):
+    with pytest.raises(ValueError, match="manifest.json is damaged: "):
         store.load(str(tmp_path / "s"))
 
 
@@ -248,7 +257,7 @@ def test_counts_that_no_file_has_take_no_memory(tmp_path):
     manifest = json.loads(path.read_text())
     manifest["shards"][0] |= {"documents": 2**40, "tokens": 2**47}
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="shard-00000.(tokens|index) is shorter than it was"):
+    with pytest.raises(ValueError, match="shard-00000.(tokens|index) is shorter than the manifest says"):
         store.load(str(tmp_path / "s"))
 
 
@@ -270,13 +279,13 @@ def test_ten_million_documents_open_without_a_loop_over_them(tmp_path):
         began = time.perf_counter()
         corpus = store.load(str(tmp_path / "s"))
         took.append(time.perf_counter() - began)
-    assert min(took) < 5  # half a second on an idle core; a loop over the documents takes longer than the bound anywhere
+    assert min(took) < 5  # half a second on an idle core; a loop over the documents takes longer on any
     assert len(corpus) == n * shards and corpus.lengths.sum() == 10**10
     assert corpus.read([(n * shards - 1, 990, 1000)])[0].tolist() == [0] * 10
 
 
 def test_a_manifest_reads_back(tmp_path):
     write(tmp_path / "s")
-    found = store.read_manifest(str(tmp_path / "s"))
-    assert found.label_names == ("code", "prose") and found.summary == {"documents": 6}
-    assert [dataclasses.astuple(shard)[:2] for shard in found.shards] == [(3, 15), (0, 0), (2, 32), (1, 7)]
+    manifest = store.read_manifest(str(tmp_path / "s"))
+    assert manifest.label_names == ("code", "prose") and manifest.summary == {"documents": 6}
+    assert [dataclasses.astuple(shard)[:2] for shard in manifest.shards] == [(3, 15), (0, 0), (2, 32), (1, 7)]

@@ -1,4 +1,4 @@
-"""Rows of synthetic tasks: who reads them can give every answer, nobody can without, and a row is a function of its number."""
+"""Synthetic sequences: a reader can give every answer, nobody else can, and a sequence is a function of its number."""
 
 import re
 
@@ -10,54 +10,55 @@ from conftest import mesh_of, tiny
 from configs import base
 from hybrid_attn import config, trees
 from hybrid_attn.data import corpora, documents, pipeline
-from hybrid_attn.data.rows import Rows
-from hybrid_attn.data.synthetic import TASKS, SyntheticRows, Task
+from hybrid_attn.data.packed import PackedSequences
+from hybrid_attn.data.synthetic import TASKS, SyntheticSequences, Task
 from hybrid_attn.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
-ROWS = 300
+COUNT = 300
 
 
-def rows_of(name, pairs=4, seq_len=64, seed=7, count=ROWS):
-    return SyntheticRows(Task(name, pairs), seq_len, seed).read([(i, 0, seq_len) for i in range(count)])
+def sequences_of(name, pairs=4, seq_len=64, seed=7, count=COUNT):
+    return SyntheticSequences(Task(name, pairs), seq_len, seed).read([(i, 0, seq_len) for i in range(count)])
 
 
-def content(row):
-    """Tokens, targets and weights before the padding, after what is so of every row."""
-    n = int(row["segments"].sum())
-    assert row["tokens"][0] == BYTES.bos
-    np.testing.assert_array_equal(row["segments"], np.arange(len(row["segments"])) < n)
-    np.testing.assert_array_equal(row["positions"][:n], np.arange(n))
-    np.testing.assert_array_equal(row["bytes"], row["weights"])
-    assert set(row["weights"]) <= {0.0, 1.0} and not row["weights"][n:].any() and not row["targets"][row["weights"] == 0].any()
-    return row["tokens"][:n], row["targets"][:n], row["weights"][:n] > 0
+def content(sequence):
+    """Tokens, targets and weights before the padding, after checks that hold for every sequence."""
+    n = int(sequence["segments"].sum())
+    assert sequence["tokens"][0] == BYTES.bos
+    np.testing.assert_array_equal(sequence["segments"], np.arange(len(sequence["segments"])) < n)
+    np.testing.assert_array_equal(sequence["positions"][:n], np.arange(n))
+    np.testing.assert_array_equal(sequence["bytes"], sequence["weights"])
+    assert set(sequence["weights"]) <= {0.0, 1.0} and not sequence["weights"][n:].any()
+    assert not sequence["targets"][sequence["weights"] == 0].any()
+    return sequence["tokens"][:n], sequence["targets"][:n], sequence["weights"][:n] > 0
 
 
 @pytest.mark.parametrize("seed", [7, None])
 @pytest.mark.parametrize("pairs", [1, 4, 7])
-def test_recall_hides_pairs_in_noise_and_asks_for_them_as_often_as_it_likes(pairs, seed):
-    places, asked = set(), []
-    for row in rows_of("recall", pairs, seed=seed):
-        tokens, targets, counts = content(row)
+def test_recall_hides_pairs_in_noise_and_queries_them_with_replacement(pairs, seed):
+    places, distinct = set(), []
+    for sequence in sequences_of("recall", pairs, seed=seed):
+        tokens, targets, counts = content(sequence)
         text = bytes(tokens[1:].tolist()).decode()
         body, queries = re.fullmatch(r"([^?]*)((?:\?[A-Z][a-z]){5}\?[A-Z])", text).groups()
-        pairs_told = dict(re.findall("([A-Z])([a-z])", body))
-        assert len(pairs_told) == len(set(pairs_told.values())) == pairs and sum(map(str.isalpha, body)) == 2 * pairs
+        value_of = dict(re.findall("([A-Z])([a-z])", body))
+        assert len(value_of) == len(set(value_of.values())) == pairs and sum(map(str.isalpha, body)) == 2 * pairs
         assert all(match.start() % 2 == 0 for match in re.finditer("[A-Z]", body))
         places |= {match.start() for match in re.finditer("[A-Z]", body)}
         keys = re.findall(r"\?([A-Z])", queries)
-        wanted = [i for i, key in enumerate(keys) if seed or key not in keys[:i]]  # the row tells each answer after it
-        np.testing.assert_array_equal(np.flatnonzero(counts), len(body) + 2 + 3 * np.array(wanted))
-        assert [chr(x) for x in targets[counts]] == [pairs_told[keys[i]] for i in wanted]
-        assert [chr(x) for x in tokens[len(body) + 3 :: 3]] == [pairs_told[key] for key in keys[:5]]
-        asked.append(len(set(keys)))
-    assert set(range(0, 36, 2)) <= places <= set(range(0, 46, 2))  # a row for training may be shorter
-    assert np.mean(asked) == pytest.approx(pairs * (1 - (1 - 1 / pairs) ** 6), rel=0.05)
+        expected = [i for i, key in enumerate(keys) if seed or key not in keys[:i]]  # an answer follows its query
+        np.testing.assert_array_equal(np.flatnonzero(counts), len(body) + 2 + 3 * np.array(expected))
+        assert [chr(x) for x in targets[counts]] == [value_of[keys[i]] for i in expected]
+        assert [chr(x) for x in tokens[len(body) + 3 :: 3]] == [value_of[key] for key in keys[:5]]
+        distinct.append(len(set(keys)))
+    assert set(range(0, 36, 2)) <= places <= set(range(0, 46, 2))  # a sequence for training may be shorter
+    assert np.mean(distinct) == pytest.approx(pairs * (1 - (1 - 1 / pairs) ** 6), rel=0.05)
 
 
 def test_mqar_wants_the_value_where_its_key_comes_again_and_never_tells_it():
-    for row in rows_of("mqar", 3):
-        tokens, targets, counts = content(row)
+    for sequence in sequences_of("mqar", 3):
+        tokens, targets, counts = content(sequence)
         keys, values = tokens[1:7:2], tokens[2:8:2]
         assert len(set(keys)) == len(set(values)) == 3 and (0 < keys).all() and (keys < 128).all()
         assert (values >= 128).all() and (values < 256).all() and (tokens[1:] < 256).all()
@@ -67,18 +68,20 @@ def test_mqar_wants_the_value_where_its_key_comes_again_and_never_tells_it():
 
 
 def test_mqar_asks_after_gaps_that_a_power_law_draws_without_replacement():
-    drawn = np.array([(np.flatnonzero(row["weights"]) - 7) // 2 for row in rows_of("mqar", 3, seed=None, count=2000)])
+    synthetic = np.array(
+        [(np.flatnonzero(sequence["weights"]) - 7) // 2 for sequence in sequences_of("mqar", 3, seed=None, count=2000)]
+    )
     rng, p = np.random.default_rng(0), np.arange(1, 29) ** -0.99
-    wanted = np.array([rng.choice(28, 3, replace=False, p=p / p.sum()) for _ in range(4000)])
-    assert drawn.min() == 0 and drawn.max() == 27
+    expected = np.array([rng.choice(28, 3, replace=False, p=p / p.sum()) for _ in range(4000)])
+    assert synthetic.min() == 0 and synthetic.max() == 27
     for least in (1, 4, 12):
-        assert np.mean(drawn < least) == pytest.approx(np.mean(wanted < least), abs=0.02)
+        assert np.mean(synthetic < least) == pytest.approx(np.mean(expected < least), abs=0.02)
 
 
 def test_copy_wants_the_letters_again_in_their_order():
     lengths = set()
-    for row in rows_of("copy"):
-        tokens, targets, counts = content(row)
+    for sequence in sequences_of("copy"):
+        tokens, targets, counts = content(sequence)
         letters, again = bytes(tokens[1:].tolist()).decode().split("?")
         assert set(letters) <= set("ABCDEFGHabcdefgh") and again == letters[:-1]
         assert bytes(targets[counts].tolist()).decode() == letters and counts[-len(letters) :].all()
@@ -89,10 +92,10 @@ def test_copy_wants_the_letters_again_in_their_order():
 @pytest.mark.parametrize("pairs", [1, 2, 4])
 def test_tracking_hides_chains_of_assignments_and_wants_who_holds_a_value_in_their_order(pairs):
     where, turns = set(), set()
-    for row in rows_of("tracking", pairs, seq_len=128):
-        tokens, targets, counts = content(row)
+    for sequence in sequences_of("tracking", pairs, seq_len=128):
+        tokens, targets, counts = content(sequence)
         text = bytes(tokens[1:].tolist()).decode()
-        body, value, told = re.fullmatch(r"([^?]*)\?([a-h])([A-P]{3})", text).groups()
+        body, value, first_three = re.fullmatch(r"([^?]*)\?([a-h])([A-P]{3})", text).groups()
         assert sum(map(str.isalpha, body)) == 2 * 4 * pairs and body.count("=") == 4 * pairs
         holders, chain_of = {}, {}
         for match in re.finditer("([A-P])=([A-Pa-h])", body):
@@ -102,39 +105,39 @@ def test_tracking_hides_chains_of_assignments_and_wants_who_holds_a_value_in_the
             where.add(match.start() // 3)
         turns.add(tuple(chain_of.values()))
         assert set(map(len, holders.values())) == {4} and len(holders) == pairs and "".join(holders).islower()
-        assert [chr(x) for x in targets[counts]] == holders[value] and "".join(holders[value][:3]) == told
+        assert [chr(x) for x in targets[counts]] == holders[value] and "".join(holders[value][:3]) == first_three
         np.testing.assert_array_equal(np.flatnonzero(counts), len(body) + 2 + np.arange(4))
     assert set(range(35)) <= where <= set(range(40)) and len(turns) > (7 if pairs == 1 else 200)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_rows_for_training_have_all_lengths_from_half_on_and_held_out_ones_are_full(name):
-    lengths = [int(row["segments"].sum()) for row in rows_of(name, 2)]
+def test_sequences_for_training_have_all_lengths_from_half_on_and_held_out_ones_are_full(name):
+    lengths = [int(sequence["segments"].sum()) for sequence in sequences_of(name, 2)]
     short = name == "copy"  # an even number of tokens holds no more letters than the one below
     assert min(lengths) == 32 - short and max(lengths) == 64 - short
     assert np.mean(lengths) == pytest.approx(48, abs=1.5)
-    assert {int(row["segments"].sum()) for row in rows_of(name, 2, seed=None)} == {64 - short}
+    assert {int(sequence["segments"].sum()) for sequence in sequences_of(name, 2, seed=None)} == {64 - short}
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_row_follows_from_its_number_and_no_two_are_the_same(name):
-    seeds = (0, 7, 64, None)  # the first is what a config has without being asked, the third is the length of a row
-    told = [row["tokens"].tobytes() for seed in seeds for row in rows_of(name, 2, seed=seed)]
-    assert len(set(told)) == 4 * ROWS
-    rows = SyntheticRows(Task(name, 2), 64, 7)
-    (whole,) = rows.read([(123, 0, 64)])
-    for part, (start, stop) in zip(rows.read([(123, 9, 40), (123, 40, 64)]), ((9, 40), (40, 64)), strict=True):
+def test_a_sequence_follows_from_its_number_and_no_two_are_the_same(name):
+    seeds = (0, 7, 64, None)  # the first is the default of a config, the third is the length of a sequence
+    contents = [sequence["tokens"].tobytes() for seed in seeds for sequence in sequences_of(name, 2, seed=seed)]
+    assert len(set(contents)) == 4 * COUNT
+    sequences = SyntheticSequences(Task(name, 2), 64, 7)
+    (whole,) = sequences.read([(123, 0, 64)])
+    for part, (start, stop) in zip(sequences.read([(123, 9, 40), (123, 40, 64)]), ((9, 40), (40, 64)), strict=True):
         assert {key: value.dtype for key, value in part.items()} == {key: value.dtype for key, value in whole.items()}
         for key, values in part.items():
             np.testing.assert_array_equal(values, whole[key][start:stop])
 
 
-def test_rows_are_the_same_under_every_version_of_numpy():
-    tokens, _, _ = content(SyntheticRows(Task("recall", 4), 64, 5).read([(0, 0, 64)])[0])
+def test_sequences_are_the_same_under_every_version_of_numpy():
+    tokens, _, _ = content(SyntheticSequences(Task("recall", 4), 64, 5).read([(0, 0, 64)])[0])
     assert BYTES.decode(tokens) == r'Fd")=([.{%:+Gh\,Bf%)]^\,,&Cb^=+.^{|?Cb?Gh?Bf?Gh?Cb?G'
-    tokens, targets, counts = content(SyntheticRows(Task("mqar", 4), 64, 5).read([(0, 0, 64)])[0])
+    tokens, targets, counts = content(SyntheticSequences(Task("mqar", 4), 64, 5).read([(0, 0, 64)])[0])
     assert targets[counts].tolist() == [138, 151, 159, 213]
-    tokens, targets, counts = content(SyntheticRows(Task("tracking", 2), 64, 5).read([(1, 0, 64)])[0])
+    tokens, targets, counts = content(SyntheticSequences(Task("tracking", 2), 64, 5).read([(1, 0, 64)])[0])
     assert BYTES.decode(tokens) == " `/K=cO=eG=KA=OH=AD=H%^|N=GJ=N?eOAH" and bytes(targets[counts].tolist()) == b"OAHD"
 
 
@@ -147,24 +150,24 @@ def mixed_config():
     return tiny({"data.sources": sources, "stages": stages})
 
 
-def test_a_stage_mixes_them_with_documents_and_begins_anywhere_on_any_mesh():
+def test_a_stage_mixes_tasks_with_documents_and_resumes_anywhere_on_any_mesh():
     c = mixed_config()
     text = documents.in_memory([np.arange(200, dtype=np.uint16)], [1])
     probe = corpora.load(c.data, ["probe"], BYTES)["probe"].training
-    stages = pipeline.stage_rows(c, {"text": text, "probe": probe}, BYTES)
+    stages = pipeline.stage_sequences(c, {"text": text, "probe": probe}, BYTES)
     straight = dict(jax.device_get(list(pipeline.batches(c, stages, mesh_of(), 0))))
-    again = pipeline.stage_rows(c, {"text": text, "probe": probe}, BYTES)
+    again = pipeline.stage_sequences(c, {"text": text, "probe": probe}, BYTES)
     resumed = dict(jax.device_get(list(pipeline.batches(c, again, mesh_of(data=2, context=2), 2))))
     assert list(straight) == [0, 1, 2, 3, 4] and list(resumed) == [2, 3, 4]
     for step, batch in resumed.items():
         for name, values in batch.items():
             np.testing.assert_array_equal(values, straight[step][name], err_msg=f"{name} of step {step}")
     assert [int((batch["tokens"][:, 0] == BYTES.bos).sum()) for batch in straight.values()] == [4, 4, 4, 4, 4]
-    told = {row.tobytes() for batch in straight.values() for row in batch["tokens"] if row[0] == BYTES.bos}
-    assert len(told) == 20
+    contents = {sequence.tobytes() for batch in straight.values() for sequence in batch["tokens"] if sequence[0] == BYTES.bos}
+    assert len(contents) == 20
 
 
-def test_what_tells_a_stage_from_another_has_the_task_and_its_pairs():
+def test_the_identity_of_a_stage_has_the_task_and_its_pairs():
     c = mixed_config()
     changed = config.to_dict(c)
     changed["data"]["sources"]["probe"]["pairs"] = 2
@@ -177,26 +180,28 @@ def test_what_tells_a_stage_from_another_has_the_task_and_its_pairs():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_shortest_rows_that_a_config_may_have_can_be_drawn_and_shorter_ones_are_refused(name):
+def test_the_shortest_sequences_that_a_config_may_have_can_be_generated_and_shorter_ones_are_refused(name):
     c = config.build(base.get_config())
     source = config.build(config.to_dict(c) | {"data": config.to_dict(c)["data"] | {"sources": {"x": base.source(task=name)}}})
     least = config.shortest_row(source.data.sources["x"])
-    for row in rows_of(name, seq_len=2 * least):
-        content(row)
+    for sequence in sequences_of(name, seq_len=2 * least):
+        content(sequence)
     changes = {"data.sources": {"x": base.source(task=name)}, "evals.lengths": (0.5,)}
     stage = {"steps": 1, "batch": 8, "microbatches": 1, "mixture": {}}
     assert tiny(changes | {"stages": [stage | {"seq_len": 2 * least}]})
-    words = (
+    message = (
         f"stages.0..seq_len {2 * least - 1} is too short for data.sources.x: .*from half of that on, needs {2 * least} tokens"
     )
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         tiny(changes | {"stages": [stage | {"seq_len": 2 * least - 1}]})
     with pytest.raises(ValueError, match=f"evals.lengths: 0.4 .* is too short for data.sources.x: .* needs {least} tokens"):
         tiny(changes | {"stages": [stage | {"seq_len": 2 * least}], "evals.lengths": (0.4,)})
 
 
-def test_documents_and_tasks_have_rows_of_the_same_arrays():
+def test_documents_and_tasks_have_sequences_of_the_same_arrays():
     text = documents.in_memory([np.arange(200, dtype=np.uint16)], [1])
-    (row,) = Rows(text, 64, None, BYTES.byte_lengths).read([(0, 0, 64)])
-    (drawn,) = rows_of("recall", count=1)
-    assert {name: (x.dtype, x.shape) for name, x in row.items()} == {name: (x.dtype, x.shape) for name, x in drawn.items()}
+    (sequence,) = PackedSequences(text, 64, None, BYTES.byte_lengths).read([(0, 0, 64)])
+    (synthetic,) = sequences_of("recall", count=1)
+    assert {name: (x.dtype, x.shape) for name, x in sequence.items()} == {
+        name: (x.dtype, x.shape) for name, x in synthetic.items()
+    }

@@ -132,7 +132,7 @@ def test_one_token_can_begin_and_end_documents_and_ids_can_have_holes(tmp_path):
 
 def test_a_json_without_document_marks_is_refused(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    with pytest.raises(ValueError, match="no token that begins a document; add one of <s> "):
+    with pytest.raises(ValueError, match="has no BOS token; add one of <s> "):
         load(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])), tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_a_json_that_encodes_at_random_is_refused(tmp_path):
 
 def test_a_json_without_a_decoder_is_refused(tmp_path):
     path = changed(byte_level(), tmp_path, decoder=None)
-    with pytest.raises(ValueError, match="tokenizer.json has no decoder, so its ids are no text again; give it the one of its"):
+    with pytest.raises(ValueError, match="tokenizer.json has no decoder, so its ids cannot be decoded; add the decoder of its"):
         load_tokenizer(path)
     state = json.loads(byte_level().to_str())
     del state["decoder"]
@@ -176,9 +176,9 @@ def test_a_json_that_drops_characters_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("make", "decoder", "message"), [
-    (byte_level, {"type": "WordPiece", "prefix": "##", "cleanup": True}, "ids of 'é' to 'Ã©'; give it the decoder of its"),
-    (byte_level, {"type": "Fuse"}, "ids of 'é' to 'Ã©'; give it the decoder of its kind, such as ByteLevel"),
-    (metaspace, {"type": "Fuse"}, "ids of '~ ~' to '▁~▁~'; give it the decoder"),
+    (byte_level, {"type": "WordPiece", "prefix": "##", "cleanup": True}, "ids of 'é' to 'Ã©'; use the decoder of its"),
+    (byte_level, {"type": "Fuse"}, "ids of 'é' to 'Ã©'; use the decoder of its type, such as ByteLevel"),
+    (metaspace, {"type": "Fuse"}, "ids of '~ ~' to '▁~▁~'; use the decoder"),
 ])  # fmt: skip
 def test_a_json_with_the_decoder_of_another_kind_is_refused(tmp_path, make, decoder, message):
     load(make(), tmp_path)
@@ -188,7 +188,7 @@ def test_a_json_with_the_decoder_of_another_kind_is_refused(tmp_path, make, deco
 
 def test_a_json_of_huge_ids_is_refused_before_tables_of_them_are_made(tmp_path):
     vocab = json.loads(byte_level().to_str())["model"]["vocab"]
-    with pytest.raises(ValueError, match="tokenizer.json has the id 4294967295, and 16777215 is the largest that is read"):
+    with pytest.raises(ValueError, match="tokenizer.json has the id 4294967295, and 16777215 is the largest that is supported"):
         load_tokenizer(changed(byte_level(), tmp_path, model__vocab=vocab | {"huge": 2**32 - 1}))
 
 
@@ -226,7 +226,7 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
 
 
 def test_unknown_names_and_broken_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="the tokenizer 'byte' is no file; use 'bytes' or the path"):
+    with pytest.raises(ValueError, match="the tokenizer 'byte' is not a file; use 'bytes' or the path"):
         load_tokenizer("byte")
     pytest.importorskip("tokenizers")
     path = tmp_path / "tokenizer.json"

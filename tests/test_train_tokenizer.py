@@ -55,7 +55,7 @@ def test_text_without_so_many_pairs_gives_fewer_ids_and_says_which_model_takes_t
     assert run("--vocab_size=65536", f"--input={corpus}/*.txt") == 0
     out = capsys.readouterr().out
     size = load_tokenizer("tokenizer.json").vocab_size
-    assert 258 < size < 1000 and f"{size} ids" in out and "for 65,536 ids give it more text" in out
+    assert 258 < size < 1000 and f"{size} ids" in out and "65,536 ids need more text" in out
     wanted = int(out.split("--config.model.vocab_size=")[1])
     check_vocab(load_tokenizer("tokenizer.json"), wanted, "tokenizer.json")
     with pytest.raises(ValueError, match=f"wastes memory on the {size} ids"):
@@ -81,9 +81,9 @@ def test_wrong_inputs_are_a_line_and_leave_no_file(corpus, capsys, monkeypatch):
         ([], "vocab_size"),
         (["--vocab_size=300", "--input=nowhere/*"], "matches no file"),
         (["--vocab_size=300", "--input=broken.jsonl"], "broken.jsonl, line 2"),
-        (["--vocab_size=300", "--input=binary.dat"], "binary, or UTF-16; mend or split the file, or leave it out of --input"),
+        (["--vocab_size=300", "--input=binary.dat"], "binary or UTF-16, not UTF-8 text; repair or split the file, or"),
         (["--vocab_size=300", "--input=long.txt.gz"], "long.txt.gz: decompressed, it has more than the 100,000,000 bytes"),
-        (["--vocab_size=300", "--input=empty.log"], "there is no text in empty.log"),
+        (["--vocab_size=300", "--input=empty.log"], "no text in empty.log"),
         (["--vocab_size=300", "--input=00.txt", "--out=taken.json"], "taken.json exists"),
         (["--vocab_size=300", "--input=00.txt", "--out="], "--out= is empty; name a new file"),
     ]:

@@ -15,12 +15,12 @@ from hybrid_attn.data import documents, pipeline
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 
-MESHES = ((2, 1, 2, 1), (1, 1, 4, 1), (1, 2, 1, 2))  # the processes share rows, positions, rows
+MESHES = ((2, 1, 2, 1), (1, 1, 4, 1), (1, 2, 1, 2))  # the processes share sequences, positions, sequences
 START = 2
 
 
-def config_and_rows():
-    """A run of two stages on a mixture of two sources, and its rows."""
+def config_and_sequences():
+    """A run of two stages on a mixture of two sources, and its sequences."""
     rng = np.random.default_rng(0)
     c = base.get_config()
     c.data.sources = {"a": base.source(), "b": base.source()}
@@ -34,21 +34,21 @@ def config_and_rows():
     c = config.build(c)
     tokens = {name: [rng.integers(0, 256, n).astype(np.uint16) for n in rng.integers(3, 90, 20)] for name in "ab"}
     corpora = {name: documents.in_memory(x, range(len(x))) for name, x in tokens.items()}
-    return c, pipeline.stage_rows(c, corpora, load_tokenizer("bytes"))
+    return c, pipeline.stage_sequences(c, corpora, load_tokenizer("bytes"))
 
 
 def main(address: str, number: int, out: str) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, num_processes=2, process_id=number, initialization_timeout=120)
-    c, rows = config_and_rows()
+    c, sequences = config_and_sequences()
     found, read = {}, []
-    for stage in rows:
+    for stage in sequences:
         stage.read = lambda slices, original=stage.read: read.append(slices) or original(slices)
     for sizes in MESHES:
         mesh = make_mesh(config.Mesh(1, *sizes))
         with jax.set_mesh(mesh):
             del read[:]
-            for step, batch in pipeline.batches(c, rows, mesh, START):
+            for step, batch in pipeline.batches(c, sequences, mesh, START):
                 for name, array in batch.items():
                     held = found[f"{sizes}/{step}/{name}"] = np.full(array.shape, np.nan)
                     for shard in array.addressable_shards:

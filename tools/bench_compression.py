@@ -19,7 +19,7 @@ from absl import app, flags
 
 from hybrid_attn import config, programs
 from hybrid_attn.bench import measurement
-from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.data.synthetic import SyntheticSequences, Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.cache import Compression
@@ -63,7 +63,7 @@ class Prompts(NamedTuple):
     answers: np.ndarray
 
 
-def make_prompts(rows: SyntheticRows, number: int, window: int) -> Prompts:
+def make_prompts(rows: SyntheticSequences, number: int, window: int) -> Prompts:
     prompts, questions, answers = {"new": [], "known": []}, [], []
     for row in rows.read([(i, 0, rows.seq_len) for i in rows.spread(number)]):
         key = int(np.flatnonzero(row["weights"])[0])  # a question mark comes before it
@@ -76,7 +76,7 @@ def make_prompts(rows: SyntheticRows, number: int, window: int) -> Prompts:
     return Prompts(prompts, questions, np.array(answers))
 
 
-def accuracies(engine: Engine, rows: SyntheticRows, number: int, caps: Mapping[str, int], window: int) -> list[dict]:
+def accuracies(engine: Engine, rows: SyntheticSequences, number: int, caps: Mapping[str, int], window: int) -> list[dict]:
     """A record for each method, kind of question and share of `caps`; the whole cache comes first."""
     by_question, questions, answers = make_prompts(rows, number, window)
     cases = [("full", "1", None)]
@@ -114,7 +114,7 @@ def bench() -> None:
         c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)
         if not isinstance(tokenizer, ByteTokenizer):
             raise ValueError(f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the sequences are bytes")
-        rows = SyntheticRows(Task(source.task, source.pairs), LENGTH.value, None)
+        rows = SyntheticSequences(Task(source.task, source.pairs), LENGTH.value, None)
         records = accuracies(Engine(params, c), rows, ROWS.value, slots, WINDOW.value)
     print(f"{c.model.layers}; {ROWS.value} sequences of {LENGTH.value:,} tokens, {PAIRS.value} pairs; window {WINDOW.value}")
     print(table(records))

@@ -1,9 +1,9 @@
-"""Makes tests/golden: tiny models of every family with the logits of their own implementation. Needs the extra `oracle`.
+"""Writes tests/golden: tiny models of every family with the logits of their own implementation. Needs the extra `oracle`.
 
     python tools/make_golden.py --out=tests/golden
 
-Each case is a directory: config.json in one of the spellings that exist, model.safetensors in bfloat16 (rounded, so that
-the numbers are exact), golden.npz with tokens [B, T], mask [B, T] (0 is padding) and float32 logits [B, T, V].
+Each case is a directory with config.json in one of its existing spellings, model.safetensors in bfloat16 (the parameters are
+rounded first, so they are exact), and golden.npz with tokens [B, T], mask [B, T] (0 is padding) and float32 logits [B, T, V].
 """
 
 import json
@@ -72,17 +72,17 @@ def write_config(case: str, directory: Path) -> None:
 
 
 def random_model(directory: Path, seed: int):
-    """The library's model of config.json with parameters away from their initial values, rounded to bfloat16."""
+    """The model that the library builds from config.json, with random parameters rounded to bfloat16."""
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory)).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
+            random = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1 or parameter.shape[0] < 8:  # norms
-                drawn = parameter + 0.3 * drawn
+                random = parameter + 0.3 * random
             else:
-                drawn *= 1.0 / parameter.shape[-1] ** 0.5
-            parameter.copy_(drawn.bfloat16().float())
+                random *= 1.0 / parameter.shape[-1] ** 0.5
+            parameter.copy_(random.bfloat16().float())
     return model
 
 
@@ -93,7 +93,7 @@ def save(model, directory: Path) -> None:
 
 
 def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask of three rows: whole, padded on the left, padded on the right."""
+    """Tokens and mask of three sequences: full, padded on the left, padded on the right."""
     tokens = np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (3, LENGTH), np.int32)
     mask = np.ones_like(tokens)
     mask[1, :4], mask[2, -6:] = 0, 0

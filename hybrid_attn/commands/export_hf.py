@@ -1,7 +1,7 @@
-"""Makes a Hugging Face directory from a checkpoint of ours: python tools/export_hf.py --checkpoint=DIR --out=DIR
+"""Exports a checkpoint to a Hugging Face directory: python tools/export_hf.py --checkpoint=DIR --out=DIR
 
---checkpoint is a run's workdir, or a directory of checkpoints such as tools/import_hf.py writes. The family is --family, or
-that of the imported config.json, or the first that expresses the model.
+--checkpoint is the workdir of a run, or a directory of checkpoints such as tools/import_hf.py writes. The family is --family,
+or that of the imported config.json, or the first that can express the model.
 """
 
 import functools
@@ -15,25 +15,25 @@ from hybrid_attn.infer import loading
 from hybrid_attn.model import flops
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Which of them; by default the newest.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest.")
 OUT = flags.DEFINE_string("out", None, "New directory.", required=True)
 FAMILY = flags.DEFINE_enum("family", None, sorted(families.FAMILIES), "The model_type of config.json.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the tensors.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the tensors.")
 
 
 def export_model() -> None:
-    hf.library()  # better now than after what is read
+    hf.library()  # fails before anything is read
     directory = loading.find(CHECKPOINT.value)
     step = loading.step_of(directory, STEP.value)
     c = loading.saved_of(directory, step).config
-    companions = Path(directory) / "companions"
-    described = hf.describe(c.model, companions, max(stage.seq_len for stage in c.stages), FAMILY.value)
+    files = Path(directory) / hf.FOLDER
+    described = hf.describe(c.model, files, max(stage.seq_len for stage in c.stages), FAMILY.value)
     shapes = {path: x.shape for path, x in hf.flat(flops.shapes(c.model)).items()}
     with hf.new_directory(OUT.value) as new:
         read = functools.partial(checkpoint.read_slices, directory, step=step)
         hf.write(new, c.model, described, shapes, lambda path: read(path, shapes[path]), DTYPE.value)
-        found = hf.copy_companions(companions, new, without=("config.json",))
-    print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *found])}")
+        copied = hf.copy_files(files, new, without=("config.json",))
+    print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *copied])}")
 
 
 def main(argv):

@@ -1,7 +1,7 @@
-"""Makes a checkpoint of ours from a Hugging Face directory: python tools/import_hf.py --model=DIR --out=DIR
+"""Imports a Hugging Face directory as a checkpoint: python tools/import_hf.py --model=DIR --out=DIR
 
---out then is a directory of checkpoints with step 0, and `companions` beside it: the tokenizer and its like. All that a
-checkpoint records beyond the model is taken from --config. See docs/families.md for what can be read.
+--out becomes a directory of checkpoints with step 0, and a folder `companions` with the tokenizer and config files. The config
+of the checkpoint is --config with the imported model. docs/families.md lists the supported families.
 """
 
 from pathlib import Path
@@ -21,17 +21,21 @@ from hybrid_attn.train.step import TrainState
 
 MODEL = flags.DEFINE_string("model", None, "Directory with config.json and safetensors.", required=True)
 OUT = flags.DEFINE_string("out", None, "New directory of checkpoints.", required=True)
-OPTIMISER = flags.DEFINE_bool("optimiser", False, "Add a fresh optimiser state, for training to go on from here.")
-CONFIG = config_file.define("config", base.__file__, "Everything but the model, and the mesh to hold it.", config.Config)
+OPTIMISER = flags.DEFINE_bool(
+    "optimiser", False, "Add a new optimiser state, so that training can continue from this checkpoint."
+)
+CONFIG = config_file.define(
+    "config", base.__file__, "Config of everything but the model; its mesh holds the parameters.", config.Config
+)
 
 
 def import_model() -> None:
-    hf.library()  # better now than after what is read
+    hf.library()  # fails before anything is read
     described = hf.read_config(MODEL.value)
     model = families.model_of(described)
     values = CONFIG.value.values | {"model": config.to_dict(model)}
     if (Path(MODEL.value) / "tokenizer.json").exists():
-        values["data"]["tokenizer"] = str(Path(OUT.value) / "companions" / "tokenizer.json")
+        values["data"]["tokenizer"] = str(Path(OUT.value) / hf.FOLDER / "tokenizer.json")
     c = config.build(values)
     with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
         params = hf.read_params(MODEL.value, model, described["model_type"], flops.shapes(model))
@@ -41,8 +45,8 @@ def import_model() -> None:
         origin = f"{described['model_type']} from {MODEL.value}"
         checkpoints.save(0, state, {"stage_steps": [], "stage": {}, "imported": origin}, config.to_dict(c), wait=True)
         checkpoints.close()
-        found = hf.copy_companions(MODEL.value, directory / "companions")
-    print(f"{OUT.value}: {flops.parameters(model):,} parameters of {described['model_type']}, with {', '.join(found)}")
+        copied = hf.copy_files(MODEL.value, directory / hf.FOLDER)
+    print(f"{OUT.value}: {flops.parameters(model):,} parameters of {described['model_type']}, with {', '.join(copied)}")
 
 
 def main(argv):

@@ -1,8 +1,8 @@
 """Makes a token store from text: python tools/prepare_data.py --input='raw/**/*.jsonl.gz' --tokenizer=bytes --out=STORE
 
-Inputs are files of text (one document each), JSON lines, Parquet (each plain or as .gz or .zst, except Parquet), directories
-of any of them or of source code, and directories that Hugging Face's datasets saved. The same command goes on after a
-kill. The store does not depend on --workers. Compressed formats and tables need the extra [data].
+Inputs are text files (one document each), JSON lines (both also as .gz or .zst), Parquet, directories of these or of source
+code, and directories that the library datasets saved. After a kill, the same command continues. The store does not depend on
+--workers. .zst, Parquet and Arrow files need the extra [data].
 """
 
 import os
@@ -12,23 +12,23 @@ from absl import flags
 from hybrid_attn import files, programs
 from hybrid_attn.data import documents, prepare, records, sources, summary
 
-INPUT = flags.DEFINE_multi_string("input", None, "Glob pattern or directory; may be given again.", required=True)
+INPUT = flags.DEFINE_multi_string("input", None, "Glob pattern or directory; may be repeated.", required=True)
 OUT = flags.DEFINE_string("out", None, "Directory of the store.", required=True)
 TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "bytes, or the path of a tokenizer.json.")
-FORMAT = flags.DEFINE_enum("format", None, sources.FORMATS, "Of all inputs; by default each file's ending tells.")
+FORMAT = flags.DEFINE_enum("format", None, sources.FORMATS, "Format of all inputs; by default the suffix of each file decides.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of a record that holds the text; a.b is b within a.")
-LABEL_FIELD = flags.DEFINE_string("label_field", None, "Field of a record that says where it comes from.")
+LABEL_FIELD = flags.DEFINE_string("label_field", None, "Field of a record with its label, such as its origin.")
 LABEL = flags.DEFINE_string(
-    "label", documents.NO_LABEL, "Label of all documents, or with --label_field of those where that is null."
+    "label", documents.NO_LABEL, "Label of all documents; with --label_field, only of those where that field is null."
 )
-DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "Keep the first of documents with the same text.")
-ON_ERROR = flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "What to do where UTF-8 or a record is broken.")
-SHARD_MB = flags.DEFINE_integer("shard_mb", None, "MB of input in a shard; by default a 256th of all, from 1 to 256.", 1)
+DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "Keep only the first of all documents with the same text.")
+ON_ERROR = flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "What to do with invalid UTF-8 or a broken record.")
+SHARD_MB = flags.DEFINE_integer("shard_mb", None, "MB of input in a shard; by default 1/256 of all input, from 1 to 256.", 1)
 MAX_DOCUMENT_MB = flags.DEFINE_integer(
     "max_document_mb",
     records.MAX_BYTES // 10**6,
-    "MB of a line, of a text in a table, and of a decompressed file of text; longer ones are broken. Each worker "
-    "needs memory for some of them.",
+    "Limit in MB of a line, of a text in a table, and of a decompressed text file; longer ones count as broken. Each worker "
+    "needs memory for a few documents.",
     1,
     10**6,
 )
@@ -52,7 +52,7 @@ def prepare_store() -> None:
 
 
 def main(argv):
-    programs.run(prepare_store, argv, interrupted="interrupted; the same command goes on with what is not done")
+    programs.run(prepare_store, argv, interrupted="interrupted; the same command continues")
 
 
 def start() -> None:

@@ -1,7 +1,7 @@
-"""Families of public models as values of our fields: for each, its config.json and its tensor names, both ways.
+"""The table of model families. Each entry converts config.json and tensor names to the fields of `Model` and back.
 
-`model_of` reads a config.json, `config_json` writes one and refuses what the family cannot say, `tensors` names the arrays.
-Where a config.json is silent, `defaults` holds what the family's own implementation takes.
+`model_of` reads a config.json, `config_json` writes one and refuses what the family cannot express, and `tensors` names the
+arrays. `defaults` has the values that the implementation of a family uses for fields that its config.json lacks.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from hybrid_attn.config import LayerType, Model
 from hybrid_attn.convert import layers
 
 USUAL_LETTERS = {(True, True): "L", (True, False): "W", (False, False): "G", (False, True): "R"}  # window, rope
-NULLABLE = ("sliding_window", "final_logit_softcapping", "num_key_value_heads")  # of which null does not mean the default
-MESSAGE = 600  # characters of an error, which may quote a value of any size
+NULLABLE = ("sliding_window", "final_logit_softcapping", "num_key_value_heads")  # null is a value here, not the default
+MAX_MESSAGE = 600  # characters of an error, which may quote a value of any size
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -29,7 +29,7 @@ FIELDS = {
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
 }
-LAYER = {  # path below a layer of ours -> name below `model.layers.N.`
+LAYER = {  # path of a parameter in a layer -> tensor name after `model.layers.N.`
     "attention/q": "self_attn.q_proj.weight",
     "attention/k": "self_attn.k_proj.weight",
     "attention/v": "self_attn.v_proj.weight",
@@ -45,29 +45,29 @@ POST = {
     "mlp_post_norm/weight": "post_feedforward_layernorm.weight",
 }
 TOP = {"embed": "model.embed_tokens.weight", "final_norm/weight": "model.norm.weight", "unembed": "lm_head.weight"}
-# Their matrices are [out, in], ours [in, out], with heads as axes of their own; this many leading axes of ours are `in`.
+# Their matrices are [out, in]; ours are [in, out], with separate axes for heads. The number of leading axes that are `in`:
 INPUT_AXES = {name: 1 for name in ("attention/q", "attention/k", "attention/v", "attention/gate", "mlp/gate", "mlp/up")}
 INPUT_AXES |= {"attention/o": 2, "mlp/down": 1}
 
 
 class Family(NamedTuple):
-    """One family. `kinds` gives the kind of every layer of a config.json; `layout` the fields that bring it back."""
+    """One family. `layer_types` returns the layer type of every layer of a config.json; `layout` is its inverse."""
 
     architecture: str
     fixed: dict  # Model fields that every model of the family has
     fields: dict  # config.json field -> Model field, besides FIELDS
     defaults: dict
-    required: dict  # config.json fields of which we compute only this value
-    kinds: Callable[[dict], list[LayerType]]
+    required: dict  # config.json fields of which only this value is supported
+    layer_types: Callable[[dict], list[LayerType]]
     layout: Callable[[Model], dict]
-    layer: dict  # path of a layer's leaf -> tensor name, besides LAYER
-    flat: tuple[str, ...] = ()  # leaves of which their tensor has one axis
-    scales: Callable[[dict], dict] = lambda c: {}  # Model fields that follow from several of config.json
-    divides: bool = False  # its library opens only models whose hidden_size is a multiple of their heads
+    layer: dict  # path of a parameter in a layer -> tensor name, besides LAYER
+    flat: tuple[str, ...] = ()  # parameters whose tensor has one axis in the family
+    scales: Callable[[dict], dict] = lambda c: {}  # Model fields that are computed from config.json
+    heads_divide_width: bool = False  # its library requires that num_attention_heads divides hidden_size
 
 
 class Tensor(NamedTuple):
-    """One array of a safetensors file: a leaf of ours, or one period of it. `shape` is theirs; see `ours` and `theirs`."""
+    """One array of a safetensors file: a parameter, or one period of it. `shape` is the shape in the file."""
 
     name: str
     path: str
@@ -76,85 +76,86 @@ class Tensor(NamedTuple):
     transposed: bool
 
     def ours(self, x, shape: tuple[int, ...]):
-        """Their array in our axes; `shape` is ours, without the axis of periods."""
+        """The array of the file with our axes; `shape` is that of the parameter, without the axis of periods."""
         return (x.T if self.transposed else x).reshape(shape)
 
     def theirs(self, x):
-        """Our array (one period of it) in their axes."""
+        """Our array (one period of it) with the axes of the file."""
         return x.reshape(self.shape[::-1]).T if self.transposed else x.reshape(self.shape)
 
 
 def family_of(model_type: str | None) -> Family:
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"config.json has model_type={model_type!r}; known families: {', '.join(sorted(FAMILIES))}")
+    """The entry of `model_type`; ValueError if there is none."""
+    problem = trees.not_among(model_type, sorted(FAMILIES))
+    trees.check(not problem, f"model_type={model_type!r} of config.json {problem}")
     return FAMILIES[model_type]
 
 
 def model_of(config_json: Mapping) -> Model:
-    """The model that a config.json describes; ValueError where the family, or one of its features, is not ours."""
+    """The model that a config.json describes; ValueError if the family or one of its features is not supported."""
     try:
         return _model_of(config_json)
     except KeyError as cause:
-        raise ValueError(f"config.json lacks {cause} where it describes its layers or their rotation") from cause
+        raise ValueError(f"config.json lacks {cause} in the description of its layers or their RoPE") from cause
     except (TypeError, AttributeError, ArithmeticError) as cause:
         raise ValueError(f"config.json describes its layers with a value of the wrong type or size: {cause}") from cause
     except ValueError as cause:
-        if len(str(cause)) <= MESSAGE:
+        if len(str(cause)) <= MAX_MESSAGE:
             raise
-        raise ValueError(f"{str(cause)[:MESSAGE]} ...") from None
+        raise ValueError(f"{str(cause)[:MAX_MESSAGE]} ...") from None
 
 
 def _model_of(config_json: Mapping) -> Model:
     family = family_of(config_json.get("model_type"))
-    said = {key: value for key, value in config_json.items() if value is not None or key in NULLABLE}
-    c = {**family.defaults, **said}
-    if "quantization_config" in said:
-        raise ValueError("config.json has quantization_config; only plain floats are read: take the model unquantized")
+    fields = {key: value for key, value in config_json.items() if value is not None or key in NULLABLE}
+    c = {**family.defaults, **fields}
+    if "quantization_config" in fields:
+        raise ValueError("config.json has quantization_config; only plain floats are supported: use the unquantized model")
     missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
-    layers.whole(c, "num_attention_heads")
+    layers.positive_int(c, "num_attention_heads")
     if c.get("num_key_value_heads") is None:
         c["num_key_value_heads"] = c["num_attention_heads"]
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
-        layers.whole(c, key)
+        layers.positive_int(c, key)
     c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
-    layers.whole(c, "head_dim")
-    for key, wanted in family.required.items():
-        if c.get(key, wanted) != wanted:
-            raise ValueError(f"config.json has {key}={c[key]!r}; of {c['model_type']}, only {key}={wanted!r} is built here")
+    layers.positive_int(c, "head_dim")
+    for key, supported in family.required.items():
+        if c.get(key, supported) != supported:
+            raise ValueError(f"config.json has {key}={c[key]!r}; for {c['model_type']}, only {key}={supported!r} is supported")
     values = {ours: c[key] for key, ours in (FIELDS | family.fields).items()} | family.fixed | family.scales(c)
-    if not isinstance(values["activation"], str) or values["activation"] not in ACTIVATIONS:
-        raise ValueError(f"config.json has activation {values['activation']!r}; known: {', '.join(ACTIVATIONS)}")
+    problem = trees.not_among(values["activation"], list(ACTIVATIONS))
+    trees.check(not problem, f"the activation {values['activation']!r} of config.json {problem}")
     values["activation"] = ACTIVATIONS[values["activation"]]
-    pattern, kinds = _pattern(family.kinds(c), c["num_hidden_layers"])
-    return config.build_model(values | {"pattern": pattern, "kinds": kinds})
+    pattern, layer_types = _pattern(family.layer_types(c), c["num_hidden_layers"])
+    return config.build_model(values | {"pattern": pattern, "kinds": layer_types})
 
 
 def config_json(model: Model, model_type: str, max_len: int) -> dict:
     """The config.json of `model` as `model_type`, for texts up to `max_len` tokens.
 
-    ValueError with a line for each field that would not come back the same.
+    ValueError with a line for each field that would be different when the config.json is read again.
     """
     family = family_of(model_type)
-    back = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     values = {theirs: getattr(model, ours) for theirs, ours in (FIELDS | family.fields).items()}
-    values |= {key: back[value] for key, value in values.items() if (FIELDS | family.fields)[key] == "activation"}
+    values |= {key: names[value] for key, value in values.items() if (FIELDS | family.fields)[key] == "activation"}
     if "head_dim" not in family.defaults and model.head_dim * model.num_heads == model.d_model:
-        values.pop("head_dim")  # families that derive it do not know the field
+        values.pop("head_dim")  # families that derive it have no such field
     out = {"architectures": [family.architecture], "model_type": model_type, "max_position_embeddings": max_len}
     out |= values | family.required | family.layout(model)
     lines = differences(model, model_of(out))
-    if family.divides and model.d_model % model.num_heads:
+    if family.heads_divide_width and model.d_model % model.num_heads:
         heads = f"model.num_heads={model.num_heads}"
-        lines.append(f"  model.d_model: {model.d_model} must be a multiple of {heads} for transformers to open it")
+        lines.append(f"  model.d_model: {model.d_model} must be a multiple of {heads}, or transformers cannot open it")
     if lines:
         raise ValueError(f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
     return out
 
 
 def expressing(model: Model) -> str:
-    """The first family that expresses `model`; ValueError with the nearest one and what stands in its way."""
+    """The first family that can express `model`; ValueError with the nearest family and the fields that it cannot express."""
     causes = {}
     for model_type in FAMILIES:
         try:
@@ -167,24 +168,24 @@ def expressing(model: Model) -> str:
 
 
 def differences(ours: Model, theirs: Model) -> list[str]:
-    """Lines `model.field: ours -> theirs` where the two compute different functions; letters of the pattern do not count."""
-    a, b = _essence(ours), _essence(theirs)
+    """Lines `model.field: ours -> theirs` where two models compute different functions, whatever their letters are."""
+    a, b = _normal_form(ours), _normal_form(theirs)
     if not (_rotates(ours) and _rotates(theirs)):
         del a["rope_layout"], b["rope_layout"]
-    kinds = {"kinds": {}}, {"kinds": {}}
-    for letter, mine, other in zip(ours.layers, a.pop("layers"), b.pop("layers"), strict=False):
-        if mine != other or letter not in kinds[0]["kinds"]:
-            kinds[0]["kinds"][letter], kinds[1]["kinds"][letter] = mine, other
-    return trees.differences(a | kinds[0], b | kinds[1], "  model.")
+    a["kinds"], b["kinds"] = {}, {}
+    for letter, one, other in zip(ours.layers, a.pop("layers"), b.pop("layers"), strict=False):
+        if one != other or letter not in a["kinds"]:
+            a["kinds"][letter], b["kinds"][letter] = one, other
+    return trees.differences(a, b, "  model.")
 
 
 def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
-    """Every tensor of the family's files, for leaves of these paths and shapes, leaf by leaf."""
-    family, found = family_of(model_type), []
+    """The tensors of the files of a family, for parameters with these paths and shapes, parameter by parameter."""
+    family, result = family_of(model_type), []
     names = LAYER | family.layer
     for path, shape in shapes.items():
         if path in TOP:
-            found.append(Tensor(TOP[path], path, None, tuple(shape), False))
+            result.append(Tensor(TOP[path], path, None, tuple(shape), False))
             continue
         part, slot, leaf = path.split("/", 2)
         if leaf not in names:
@@ -197,35 +198,34 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
         theirs = (math.prod(inner),) if leaf in family.flat else theirs
         for period in range(model.num_periods) if stacked else (model.num_periods,):
             name = f"model.layers.{period * step + first}.{names[leaf]}"
-            found.append(Tensor(name, path, period if stacked else None, theirs, bool(axes)))
-    return found
+            result.append(Tensor(name, path, period if stacked else None, theirs, bool(axes)))
+    return result
 
 
-def _pattern(kinds: list[LayerType], num_layers: int) -> tuple[str, dict]:
-    """The shortest pattern that repeats to these kinds, and what its letters mean."""
-    if len(kinds) != num_layers:
-        raise ValueError(f"config.json names the types of {len(kinds)} layers and has num_hidden_layers={num_layers}")
-    names: dict[LayerType, str] = {}
-    for kind in kinds:
-        if kind not in names:
-            usual = USUAL_LETTERS[kind.window is not None, kind.rope_theta is not None]
-            names[kind] = next(x for x in usual + string.ascii_uppercase if x not in names.values())
-    letters = "".join(names[kind] for kind in kinds)
+def _pattern(layer_types: list[LayerType], num_layers: int) -> tuple[str, dict]:
+    """The shortest pattern that repeats to these layer types, and the layer type of each of its letters."""
+    if len(layer_types) != num_layers:
+        raise ValueError(f"config.json has layer types for {len(layer_types)} layers and num_hidden_layers={num_layers}")
+    letter_of: dict[LayerType, str] = {}
+    for layer_type in layer_types:
+        if layer_type not in letter_of:
+            usual = USUAL_LETTERS[layer_type.window is not None, layer_type.rope_theta is not None]
+            letter_of[layer_type] = next(x for x in usual + string.ascii_uppercase if x not in letter_of.values())
+    letters = "".join(letter_of[layer_type] for layer_type in layer_types)
     period = next(n for n in range(1, num_layers + 1) if letters == (letters[:n] * -(-num_layers // n))[:num_layers])
-    return letters[:period], {letter: config.to_dict(kind) for kind, letter in names.items()}
+    return letters[:period], {letter: config.to_dict(layer_type) for layer_type, letter in letter_of.items()}
 
 
-def _essence(model: Model) -> dict:
-    """The fields of a model, without those that its other fields make meaningless."""
+def _normal_form(model: Model) -> dict:
+    """The fields of a model, and the normal form of the layer type of each layer in place of its pattern."""
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(Model)}
-    kinds = [model.kinds[letter] for letter in model.layers]
     values["embed_scale"] = layers.rounded(model.embed_scale)
     del values["pattern"], values["kinds"]
-    return values | {"layers": [config.to_dict(layers.essential(model, kind)) for kind in kinds]}
+    return values | {"layers": [config.to_dict(layers.normal_form(model, x)) for x in layers.layer_types_of(model)]}
 
 
 def _rotates(model: Model) -> bool:
-    return any(model.kinds[letter].rope_theta is not None for letter in model.layers)
+    return any(layer_type.rope_theta is not None for layer_type in layers.layer_types_of(model))
 
 
 COHERE = {"block": "parallel", "norm": "layernorm", "rope_layout": "interleaved", "embed_scale": 1.0, "logit_softcap": None}
@@ -239,32 +239,32 @@ NO_BIAS = {"attention_bias": False}
 FAMILIES = {
     "cohere2": Family(
         "Cohere2ForCausalLM", COHERE, COHERE_FIELDS, COHERE_DEFAULTS | {"sliding_window_pattern": 4, "sliding_window": 4096},
-        NO_BIAS, layers.cohere2_kinds, layers.cohere2_layout, {"norm/weight": "input_layernorm.weight"},
+        NO_BIAS, layers.cohere2_layer_types, layers.cohere2_layout, {"norm/weight": "input_layernorm.weight"},
     ),
     "cohere": Family(
         "CohereForCausalLM", COHERE, COHERE_FIELDS, COHERE_DEFAULTS | {"use_qk_norm": False},
-        NO_BIAS, layers.cohere_kinds, layers.cohere_layout, {"norm/weight": "input_layernorm.weight"} | HEAD_NORMS,
+        NO_BIAS, layers.cohere_layer_types, layers.cohere_layout, {"norm/weight": "input_layernorm.weight"} | HEAD_NORMS,
     ),
     "llama": Family(
         "LlamaForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
-        NO_BIAS | {"mlp_bias": False}, layers.llama_kinds, layers.llama_layout, PRE, divides=True,
+        NO_BIAS | {"mlp_bias": False}, layers.llama_layer_types, layers.llama_layout, PRE, heads_divide_width=True,
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "no_rope_layer_interval": 4, "num_key_value_heads": 4},
-        NO_BIAS | {"mlp_bias": False}, layers.smollm3_kinds, layers.smollm3_layout, PRE,
+        NO_BIAS | {"mlp_bias": False}, layers.smollm3_layer_types, layers.smollm3_layout, PRE,
     ),
     "exaone4": Family(
         "Exaone4ForCausalLM", LLAMA | {"block": "post"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window_pattern": 4, "sliding_window": 4096,
                   "num_key_value_heads": 32},
-        {}, layers.exaone4_kinds, layers.exaone4_layout, POST | HEAD_NORMS,
+        {}, layers.exaone4_layer_types, layers.exaone4_layout, POST | HEAD_NORMS,
     ),
     "olmo3": Family(
         "Olmo3ForCausalLM", LLAMA | {"block": "post"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window": 4096},
-        NO_BIAS, layers.olmo3_kinds, layers.olmo3_layout, POST | HEAD_NORMS,
+        NO_BIAS, layers.olmo3_layer_types, layers.olmo3_layout, POST | HEAD_NORMS,
         flat=tuple(HEAD_NORMS),
     ),
     "gemma3_text": Family(
@@ -275,16 +275,16 @@ FAMILIES = {
          "num_key_value_heads": 4, "tie_word_embeddings": True, "sliding_window_pattern": 6, "sliding_window": 4096,
          "query_pre_attn_scalar": 256, "final_logit_softcapping": None},
         NO_BIAS | {"attn_logit_softcapping": None, "use_bidirectional_attention": False},
-        layers.gemma3_kinds, layers.gemma3_layout,
+        layers.gemma3_layer_types, layers.gemma3_layout,
         {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "pre_feedforward_layernorm.weight"}
         | POST | HEAD_NORMS,
-        scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5}, divides=True,
+        scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5}, heads_divide_width=True,
     ),
     "afmoe": Family(
         "AfmoeForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "head_dim": 128, "num_dense_layers": 1,
                   "global_attn_every_n_layers": 4, "sliding_window": 1024},
-        NO_BIAS, layers.afmoe_kinds, layers.afmoe_layout,
+        NO_BIAS, layers.afmoe_layer_types, layers.afmoe_layout,
         {"attention_norm/weight": "input_layernorm.weight", "attention_post_norm/weight": "post_attention_layernorm.weight",
          "mlp_norm/weight": "pre_mlp_layernorm.weight", "mlp_post_norm/weight": "post_mlp_layernorm.weight",
          "attention/gate": "self_attn.gate_proj.weight"} | HEAD_NORMS,

@@ -1,8 +1,8 @@
-"""Hugging Face checkpoint directories: config.json, safetensors in one file or in shards with an index, and companions.
+"""Hugging Face checkpoint directories: config.json, safetensors in one file or in shards with an index, and tokenizer files.
 
-Tensors are read one by one from memory-mapped files and written shard by shard. Beyond the arrays that it is asked for,
-the host holds one tensor and one device's part of one leaf, with all its periods, when it reads; and one shard and what
-its caller holds of one leaf when it writes.
+Tensors are read one by one from memory-mapped files and written shard by shard. Besides the arrays that are read, the host
+holds one tensor and the part of one parameter on one device, with all its periods. While writing, it holds one shard and what
+the caller holds of one parameter.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.sharding import NamedSharding
 
 from hybrid_attn import config
@@ -27,7 +28,8 @@ from hybrid_attn.convert.families import Tensor
 from hybrid_attn.files import check_named, read_object, write_atomically
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-COMPANIONS = (  # what travels along: the tokenizer, how to generate, and the config.json that says which tokens are special
+FOLDER = "companions"  # beside the checkpoints of an imported model: its tokenizer and config files
+TOKENIZER_AND_CONFIG_FILES = (  # config.json has the ids of the special tokens
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -40,13 +42,13 @@ COMPANIONS = (  # what travels along: the tokenizer, how to generate, and the co
     "chat_template.jinja",
 )
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-BUFFERS = (".rotary_emb.inv_freq",)  # old checkpoints carry them; they follow from config.json
-LINES = 20  # most tensors that an error names
-DTYPES = ("F64", "F32", "F16", "BF16")  # whole numbers and 8-bit floats mean quantized weights, whose scales stand elsewhere
+BUFFERS = (".rotary_emb.inv_freq",)  # in old checkpoints; they are computed from config.json
+LINES = 20  # largest number of tensors that an error names
+DTYPES = ("F64", "F32", "F16", "BF16")  # integers and 8-bit floats are quantized weights with scales in other tensors
 
 
 def library():
-    """The library that reads and writes the tensors; ImportError that says how to get it."""
+    """The library that reads and writes tensors; ImportError with the command that installs it."""
     try:
         import safetensors.numpy
     except ImportError as cause:
@@ -55,22 +57,23 @@ def library():
 
 
 def read_config(directory: str | os.PathLike) -> dict:
-    """The config.json of `directory`; ValueError if it is not there or not JSON."""
+    """The config.json of `directory`; ValueError if it is missing or not JSON."""
     return read_object(Path(directory) / "config.json")
 
 
 def read_params(directory: str | os.PathLike, model: Model, model_type: str, abstract: Any) -> dict:
-    """Parameters of `model` with the shapes, dtypes and shardings of `abstract` (a leaf without one: the first device).
+    """Parameters of `model` with the shapes, dtypes and shardings of `abstract` (without a sharding: on the first device).
 
-    ValueError, before any array is read, that names every tensor which is missing, of another shape or type, or not expected.
+    ValueError, before any array is read, with every tensor that is missing, has another shape or type, or is not expected.
     """
     leaves = flat(abstract)
-    wanted = families.tensors(model, model_type, {path: x.shape for path, x in leaves.items()})
+    expected = families.tensors(model, model_type, {path: x.shape for path, x in leaves.items()})
     with contextlib.ExitStack() as stack:
-        files, astray = _open(Path(directory), stack)
-        _check(directory, files, astray, wanted, model.tie_embeddings)
-        by_leaf = {path: list(group) for path, group in itertools.groupby(wanted, lambda tensor: tensor.path)}
-        return unflat({path: _place(x, by_leaf[path], files) for path, x in leaves.items()})
+        files, conflicts = _open(Path(directory), stack)
+        _check(directory, files, conflicts, expected, model.tie_embeddings)
+        by_path = {path: list(group) for path, group in itertools.groupby(expected, lambda tensor: tensor.path)}
+        params = {path: _sharded(x, by_path[path], files) for path, x in leaves.items()}
+        return traverse_util.unflatten_dict(params, sep="/")
 
 
 def write(
@@ -82,10 +85,10 @@ def write(
     dtype,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes config.json and the tensors in `dtype`; `read` gives the periods of the leaf of a path, one at a time.
+    """Writes config.json and the tensors in `dtype`; `read` yields the periods of the parameter at a path, one at a time.
 
-    A shard has at most `shard_bytes`, or a single tensor. OSError, with the path, for what cannot be written; if all of it
-    cannot, before anything is.
+    A shard has at most `shard_bytes`, or a single tensor. OSError, with the path, if a file cannot be written; if the disk has
+    too little space, before anything is written.
     """
     directory, dtype, safetensors = Path(directory), np.dtype(dtype), library()
     shards = _shards(families.tensors(model, config_json["model_type"], shapes), dtype.itemsize, shard_bytes)
@@ -110,40 +113,40 @@ def write(
     _write_json(directory / "config.json", {**config_json, "dtype": dtype.name})
 
 
-def describe(model: Model, companions: str | os.PathLike, max_len: int, model_type: str | None = None) -> dict:
-    """The config.json of `model`, with special tokens and the longest text of the one in `companions`, if there is one.
+def describe(model: Model, directory: str | os.PathLike, max_len: int, model_type: str | None = None) -> dict:
+    """The config.json of `model`. Special tokens and the longest length come from the config.json in `directory`, if any.
 
-    The family is `model_type`, or the companion's where that expresses the model, or the first that does.
+    The family is `model_type`, or that of the config.json in `directory`, or the first that can express the model.
     """
-    path = Path(companions) / "config.json"
+    path = Path(directory) / "config.json"
     old = read_object(path) if path.exists() else {}
     model_type = model_type or old.get("model_type") or families.expressing(model)
-    special = {key: old.get(key) for key in SPECIAL_TOKENS}  # null, since a family's default is an id of its own vocabulary
+    special = {key: old.get(key) for key in SPECIAL_TOKENS}  # null: the default of a family is an id of another vocabulary
     return families.config_json(model, model_type, max(max_len, config.longest_text(old, path) or 0)) | special
 
 
-def copy_companions(source: str | os.PathLike, target: str | os.PathLike, without: tuple[str, ...] = ()) -> list[str]:
-    """Copies the tokenizer and its like into `target`, which is made where there is any, and gives their names."""
-    found = [name for name in COMPANIONS if name not in without and (Path(source) / name).is_file()]
-    for name in found:
+def copy_files(source: str | os.PathLike, target: str | os.PathLike, without: tuple[str, ...] = ()) -> list[str]:
+    """Copies the tokenizer and config files of `source` into `target`, which it makes if needed, and returns their names."""
+    names = [name for name in TOKENIZER_AND_CONFIG_FILES if name not in without and (Path(source) / name).is_file()]
+    for name in names:
         os.makedirs(target, exist_ok=True)
         shutil.copyfile(Path(source) / name, Path(target) / name)
-    return found
+    return names
 
 
 @contextlib.contextmanager
 def new_directory(out: str | os.PathLike) -> Iterator[Path]:
-    """A directory to write in, whose content is at `out` in the end; on failure it is removed. ValueError if `out` has content.
+    """A directory whose content moves to `out` at the end; on failure it is removed. ValueError if `out` is not empty.
 
-    A new `out` appears all at once, and failure leaves no parent of it that was not there before. An empty directory, which may
-    be a mount point or a link to one, is filled by renames inside it. OSError, if they fail, says where the work is.
+    A new `out` appears atomically, and a failure leaves none of its new parents. An existing empty directory (perhaps a mount
+    point, or a link to one) is filled by renames inside it. If these fail, OSError names the directory with the content.
     """
     check_named("out", out, "a new directory")
     out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; name another --out, or remove it")
     exists = out.exists()
-    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
+    new_parents = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     temporary = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -153,18 +156,18 @@ def new_directory(out: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):  # somebody else may have put something there since
-            for parent in made:
+        with contextlib.suppress(OSError):  # another process may have written to it
+            for parent in new_parents:
                 parent.rmdir()
         raise
     try:
         _move(temporary, out)
     except OSError as cause:
-        raise OSError(f"{out} could not be made ({cause.strerror}); all that was to be in it is in {temporary}") from cause
+        raise OSError(f"{out} could not be created ({cause.strerror}); its content is in {temporary}") from cause
 
 
 def _move(temporary: Path, out: Path) -> None:
-    """Renames `temporary` to `out`; or its content, where it is in `out`, with config.json or a numbered checkpoint last."""
+    """Renames `temporary` to `out`. If it is inside `out`, renames its content, config.json and numbered checkpoints last."""
     if temporary.parent != out:
         temporary.rename(out)
         return
@@ -180,51 +183,53 @@ def _umask() -> int:
 
 
 def _open(directory: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Any], dict[str, str]]:
-    """The open file of every tensor; and of those on which the index and the files disagree, how."""
+    """The open file of every tensor, and the conflicts between index and files by tensor."""
     index = directory / INDEX
     if not index.exists():
         file = _open_file(directory, SINGLE, f"and no {INDEX}", stack)
         return dict.fromkeys(file.keys(), file), {}
-    named = _weight_map(index)
-    opened = {name: _open_file(directory, name, f"which {INDEX} names", stack) for name in sorted(set(named.values()))}
-    held = {name: set(file.keys()) for name, file in opened.items()}
-    astray = {key: f"in {name}, not in the index" for name in opened for key in held[name] - named.keys()}
-    astray |= {key: f"missing in {name}, where the index has it" for key, name in named.items() if key not in held[name]}
-    return {key: opened[name] for key, name in named.items() if key in held[name]}, astray
+    weight_map = _weight_map(index)
+    opened = {name: _open_file(directory, name, f"which {INDEX} names", stack) for name in sorted(set(weight_map.values()))}
+    keys = {name: set(file.keys()) for name, file in opened.items()}
+    conflicts = {key: f"in {name}, not in the index" for name in opened for key in keys[name] - weight_map.keys()}
+    conflicts |= {
+        key: f"missing in {name}, where the index has it" for key, name in weight_map.items() if key not in keys[name]
+    }
+    return {key: opened[name] for key, name in weight_map.items() if key in keys[name]}, conflicts
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor; ValueError if one is not the name of a safetensors file beside the index."""
-    named = read_object(index).get("weight_map")
-    if not isinstance(named, dict):
+    """The file of every tensor; ValueError if a value is not the name of a safetensors file beside the index."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map of tensors to files")
-    for key, name in named.items():
+    for key, name in weight_map.items():
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
             raise ValueError(f"{index} has {key} in {name!r}, which must be the name of a .safetensors file beside it")
-    return named
+    return weight_map
 
 
-def _open_file(directory: Path, name: str, otherwise: str, stack: contextlib.ExitStack):
+def _open_file(directory: Path, name: str, reason: str, stack: contextlib.ExitStack):
     safetensors = library()
-    if not (directory / name).is_file():  # a pipe would keep its reader waiting
-        raise ValueError(f"{directory} has no {name}, {otherwise}")
+    if not (directory / name).is_file():  # a pipe would block
+        raise ValueError(f"{directory} has no {name}, {reason}")
     try:
         return stack.enter_context(safetensors.safe_open(directory / name, framework="numpy"))
     except (OSError, safetensors.SafetensorError) as cause:
-        raise ValueError(f"{directory / name} is not a whole safetensors file: {cause}; fetch it again") from cause
+        raise ValueError(f"{directory / name} is not a complete safetensors file: {cause}; download it again") from cause
 
 
-def _check(directory, files: Mapping[str, Any], astray: Mapping[str, str], wanted: list[Tensor], tied: bool) -> None:
-    """ValueError with a line for every tensor that is missing, of another shape or type, or not expected."""
-    shapes = {tensor.name: str(list(tensor.shape)) for tensor in wanted}
-    found = dict(astray) | {name: _described(file.get_slice(name)) for name, file in files.items()}
-    lines = [f"  {x}: {found.get(x, 'missing')} -> {shape}" for x, shape in shapes.items() if found.get(x) != shape]
-    extra = {name for name in found if name not in shapes and not name.endswith(BUFFERS)}
+def _check(directory, files: Mapping[str, Any], conflicts: Mapping[str, str], expected: list[Tensor], tied: bool) -> None:
+    """ValueError with a line for every tensor that is missing, has another shape or type, or is not expected."""
+    shapes = {tensor.name: str(list(tensor.shape)) for tensor in expected}
+    stored = dict(conflicts) | {name: _described(file.get_slice(name)) for name, file in files.items()}
+    lines = [f"  {x}: {stored.get(x, 'missing')} -> {shape}" for x, shape in shapes.items() if stored.get(x) != shape]
+    extra = {name for name in stored if name not in shapes and not name.endswith(BUFFERS)}
     head, embed = families.TOP["unembed"], families.TOP["embed"]
-    if tied and head in extra and found[head] == found.get(embed) == shapes[embed]:
+    if tied and head in extra and stored[head] == stored.get(embed) == shapes[embed]:
         if _same(files[head], head, files[embed], embed):
-            extra.discard(head)  # stored twice
-    lines += [f"  {name}: {found[name]} -> not expected" for name in sorted(extra)]
+            extra.discard(head)  # tied embeddings may be stored twice
+    lines += [f"  {name}: {stored[name]} -> not expected" for name in sorted(extra)]
     if lines:
         more = [f"  and {len(lines) - LINES:,} more"] if len(lines) > LINES else []
         raise ValueError(
@@ -234,39 +239,39 @@ def _check(directory, files: Mapping[str, Any], astray: Mapping[str, str], wante
 
 
 def _described(stored) -> str:
-    """The shape of a tensor in a file, and its type where we read none of that type."""
+    """The shape of a tensor in a file, and its type if that is not supported."""
     shape, dtype = str(list(stored.get_shape())), stored.get_dtype()
-    return shape if dtype in DTYPES else f"{shape} of type {dtype}, where only {', '.join(DTYPES)} are read"
+    return shape if dtype in DTYPES else f"{shape} of type {dtype}, where only {', '.join(DTYPES)} are supported"
 
 
 def _same(file_a, name_a: str, file_b, name_b: str) -> bool:
-    """Whether two tensors of one shape are equal; compared in parts."""
+    """Whether two tensors of the same shape are equal. They are compared in parts, to save memory."""
     a, b = file_a.get_slice(name_a), file_b.get_slice(name_b)
     rows = a.get_shape()[0]
     step = max(1, 2**24 // max(1, a.get_shape()[-1]))
     return all(np.array_equal(a[i : min(i + step, rows)], b[i : min(i + step, rows)]) for i in range(0, rows, step))
 
 
-def _place(like, tensors: list[Tensor], files: Mapping[str, Any]) -> jax.Array:
-    """One leaf on its devices; each device's part is put together on the host and read tensor by tensor."""
+def _sharded(like, tensors: list[Tensor], files: Mapping[str, Any]) -> jax.Array:
+    """One parameter on its devices. The host reads the part of each device tensor by tensor."""
     stacked = tensors[0].period is not None
     inner = like.shape[1:] if stacked else like.shape
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if not stacked:
             return _read(tensors[0], inner, index, files).astype(like.dtype, copy=False)
-        chosen = tensors[index[0]]
-        shape = [len(range(*where.indices(size))) for where, size in zip(index, like.shape, strict=True)]
+        periods = tensors[index[0]]
+        shape = [len(range(*part.indices(size))) for part, size in zip(index, like.shape, strict=True)]
         out = np.empty(shape, like.dtype)
-        for row, tensor in zip(out, chosen, strict=True):
-            row[...] = _read(tensor, inner, index[1:], files)
+        for slot, tensor in zip(out, periods, strict=True):
+            slot[...] = _read(tensor, inner, index[1:], files)
         return out
 
     return jax.make_array_from_callback(like.shape, _sharding(like), part)
 
 
 def _sharding(like) -> jax.sharding.Sharding:
-    """The sharding of an abstract leaf; one that names no devices means those of the mesh in force."""
+    """The sharding of an abstract parameter; one with an abstract mesh is put on the current mesh."""
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
         return NamedSharding(jax.sharding.get_mesh(), sharding.spec)
@@ -277,12 +282,12 @@ def _read(tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...], file
     return tensor.ours(files[tensor.name].get_tensor(tensor.name), shape)[index]
 
 
-def _shards(tensors: list[Tensor], itemsize: int, most: int) -> list[list[Tensor]]:
-    """Tensors in their order, in as few shards as keep to `most` bytes."""
-    shards, used = [], most
+def _shards(tensors: list[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
+    """Divides tensors, in their order, into as few shards as possible of at most `limit` bytes."""
+    shards, used = [], limit
     for tensor in tensors:
         size = itemsize * _size(tensor)
-        if used + size > most:
+        if used + size > limit:
             shards.append([])
             used = 0
         shards[-1].append(tensor)
@@ -295,7 +300,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def by_period(params: dict) -> Callable[[str], Iterator[np.ndarray]]:
-    """What `write` reads a tree of arrays in memory by."""
+    """The `read` of `write` for parameters in memory."""
     leaves = flat(params)
 
     def read(path: str) -> Iterator[np.ndarray]:
@@ -304,24 +309,13 @@ def by_period(params: dict) -> Callable[[str], Iterator[np.ndarray]]:
     return read
 
 
-def flat(tree: Any) -> dict[str, Any]:
-    """Leaves by the path that names them: `periods/L0/attention/q`."""
-    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def unflat(leaves: Mapping[str, Any]) -> dict:
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree
+def flat(params: Mapping) -> dict[str, Any]:
+    """Parameters by path, in the order of the paths: `periods/L0/attention/q`."""
+    return dict(sorted(traverse_util.flatten_dict(params, sep="/").items()))
 
 
 def _check_space(directory: Path, needed: int) -> None:
-    """OSError, before anything is written, if less is free than the tensors take."""
+    """OSError, before anything is written, if the tensors do not fit on the disk."""
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise OSError(f"{needed:,} bytes of tensors do not fit: {free:,} are free at {directory}; free some space")

@@ -1,8 +1,8 @@
-"""Layers of a config.json as our kinds, and back: which are local, which rotate, and how their rotation is stretched.
+"""Converts the layers of a config.json to layer types and back: windows, RoPE and its scaling.
 
-For each family, `<family>_kinds` gives the kind of every layer of a config.json whose defaults are filled in, and
-`<family>_layout` the fields that bring them back. What a family cannot say is found by its caller, who reads back what it
-wrote.
+For each family, `<family>_layer_types` returns the layer type of every layer of a config.json with its defaults filled in, and
+`<family>_layout` the fields of config.json for the layers of a model. The caller reads these fields again, and so finds what
+the family cannot express.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from hybrid_attn import config
 from hybrid_attn.config import LayerType, Model, RopeScaling, Temperature, score_scale
 
 LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
-MOST = {  # several times what the largest public models have; what follows from them must fit memory and int64
+LARGEST = {  # several times the sizes of the largest public models; products of them must fit int64
     "vocab_size": 2**26,
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
@@ -32,42 +32,47 @@ PLAIN = LayerType(
 )  # fmt: skip
 
 
-def essential(model: Model, kind: LayerType) -> LayerType:
-    """`kind` with what its other fields make meaningless at its default, and ways to say one thing said in one way."""
-    theta, scaling = kind.rope_theta, kind.rope_scaling
+def normal_form(model: Model, layer_type: LayerType) -> LayerType:
+    """`layer_type` in a normal form: fields without effect have their default, and equivalent fields one spelling."""
+    theta, scaling = layer_type.rope_theta, layer_type.rope_scaling
     if theta is None or scaling.type in ("none", "ntk"):
-        dims = config.rotated_dims(model, kind)
+        dims = config.rotated_dims(model, layer_type)
         theta = theta and rounded(theta * (scaling.factor ** (dims / (dims - 2)) if scaling.type == "ntk" else 1.0))
         scaling = NO_SCALING
     elif scaling.type == "linear":
         scaling = dataclasses.replace(NO_SCALING, type="linear", factor=scaling.factor)
     elif scaling.type == "llama3":
         scaling = dataclasses.replace(scaling, attention_factor=None)
-    normed = kind.qk_norm != "none"
+    normed = layer_type.qk_norm != "none"
     return dataclasses.replace(
-        kind,
+        layer_type,
         rope_theta=theta,
         rope_scaling=scaling,
-        rope_fraction=kind.rope_fraction if theta else 1.0,
-        qk_norm_scope=kind.qk_norm_scope if normed else "head_dim",
-        qk_norm_after_rope=kind.qk_norm_after_rope and normed and theta is not None,
-        scale=rounded(score_scale(model, kind)),
-        temperature=PLAIN.temperature if kind.temperature.type == "none" else kind.temperature,
+        rope_fraction=layer_type.rope_fraction if theta else 1.0,
+        qk_norm_scope=layer_type.qk_norm_scope if normed else "head_dim",
+        qk_norm_after_rope=layer_type.qk_norm_after_rope and normed and theta is not None,
+        scale=rounded(score_scale(model, layer_type)),
+        temperature=PLAIN.temperature if layer_type.temperature.type == "none" else layer_type.temperature,
     )
 
 
+def layer_types_of(model: Model) -> list[LayerType]:
+    """The layer type of every layer."""
+    return [model.kinds[letter] for letter in model.layers]
+
+
 def rounded(x: float) -> float:
-    """To nine digits, so that a number survives its square root and back."""
+    """`x` with nine digits, which its square root and square do not change."""
     return float(f"{x:.9g}")
 
 
-def whole(c: Mapping, key: str) -> int:
-    """The field `key` of a config.json; ValueError if it is not a count that some model may have."""
-    most = MOST[key] if key in MOST else 2**31 - 1
+def positive_int(c: Mapping, key: str) -> int:
+    """The field `key` of a config.json; ValueError if it is not a positive integer of a plausible size."""
+    limit = LARGEST[key] if key in LARGEST else 2**31 - 1
     if type(c[key]) is not int or c[key] < 1:
         raise ValueError(f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
-    if c[key] > most:
-        raise ValueError(f"config.json has {key}={c[key]}, which must be at most {most:,}")
+    if c[key] > limit:
+        raise ValueError(f"config.json has {key}={c[key]}, which must be at most {limit:,}")
     return c[key]
 
 
@@ -78,34 +83,34 @@ def _object(c: Mapping, key: str, where: str = "") -> dict:
     return dict(c.get(key) or {})
 
 
-# --- Rotary positions: `rope_parameters`, flat or by type of layer, and the older `rope_theta` with `rope_scaling`.
+# --- RoPE: `rope_parameters`, for all layers or by layer type, and the older `rope_theta` with `rope_scaling`.
 
 
 def _rope(c: dict, default_theta: float) -> tuple[float, RopeScaling]:
-    """(theta, scaling) of a config.json with one rotation for all layers."""
+    """(theta, scaling) of a config.json with one RoPE for all layers."""
     params = _object(c, "rope_scaling") or _object(c, "rope_parameters")
     if {LOCAL, FULL} & set(params):
-        raise ValueError(f"config.json has rope_parameters by type of layer; {c['model_type']} has one rotation")
+        raise ValueError(f"config.json has rope_parameters by layer type; {c['model_type']} has one RoPE")
     if "original_max_position_embeddings" in c:
         params["original_max_position_embeddings"] = c["original_max_position_embeddings"]
     return _theta_and_scaling(params, c.get("rope_theta", default_theta), c)
 
 
 def _rope_by_type(c: dict, local_theta: tuple[str | None, float], full_theta: float) -> dict:
-    """(theta, scaling) by type of layer; the older `rope_scaling` and `rope_theta` are those of the full layers alone.
+    """(theta, scaling) by layer type. The older `rope_scaling` and `rope_theta` apply to the full layers only.
 
-    ValueError for a `rope_scaling` that calls its rope_type `type`: the library of these families passes over that.
+    ValueError for a `rope_scaling` with the key `type` instead of `rope_type`, which the library of these families ignores.
     """
     by_type, older = _object(c, "rope_parameters"), _object(c, "rope_scaling")
     if older.get("type", "default") != "default" and "rope_type" not in older:
         raise ValueError(
-            f"config.json has rope_scaling with type={older['type']!r}, which the library of {c['model_type']} does not apply; "
-            "call it rope_type if the model was trained with it, or take rope_scaling out"
+            f"config.json has rope_scaling with type={older['type']!r}, which the library of {c['model_type']} ignores; "
+            "rename the key to rope_type if the model was trained with it, or remove rope_scaling"
         )
     if by_type and not {LOCAL, FULL} & set(by_type):
         raise ValueError(f"config.json has rope_parameters without {LOCAL} and {FULL}; {c['model_type']} has one for each")
     key, theta = local_theta
-    local, full = (_object(by_type, kind, "rope_parameters.") for kind in (LOCAL, FULL))
+    local, full = (_object(by_type, name, "rope_parameters.") for name in (LOCAL, FULL))
     return {
         LOCAL: _theta_and_scaling(local, c.get(key, theta), c),
         FULL: _theta_and_scaling(full | older, c.get("rope_theta", full_theta), c),
@@ -116,7 +121,7 @@ def _theta_and_scaling(params: Mapping, theta: float, c: Mapping) -> tuple[float
     params = {key: value for key, value in params.items() if value is not None}
     theta, name = float(params.get("rope_theta", theta)), params.get("rope_type", params.get("type", "default"))
     if c.get("partial_rotary_factor", params.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("config.json has a partial_rotary_factor; of these families, none is built with one")
+        raise ValueError("config.json has a partial_rotary_factor; which is not supported")
     length = params.get("original_max_position_embeddings", c.get("max_position_embeddings"))
     if name in ("llama3", "yarn") and length is None:
         raise ValueError(f"config.json lacks original_max_position_embeddings, which rope type {name!r} needs")
@@ -141,12 +146,12 @@ def _yarn_size(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-def _rope_parameters(model: Model, kind: LayerType | None) -> dict:
-    """The `rope_parameters` of a kind; of None, the plain ones of a model that rotates nothing."""
-    if kind is None or kind.rope_theta is None:
+def _rope_parameters(model: Model, layer_type: LayerType | None) -> dict:
+    """The `rope_parameters` of a layer type; for None, the default ones of a model without RoPE."""
+    if layer_type is None or layer_type.rope_theta is None:
         return {"rope_type": "default", "rope_theta": 10_000.0}
-    kind, s = essential(model, kind), essential(model, kind).rope_scaling
-    params = {"rope_type": "default" if s.type == "none" else s.type, "rope_theta": kind.rope_theta}
+    layer_type, s = normal_form(model, layer_type), normal_form(model, layer_type).rope_scaling
+    params = {"rope_type": "default" if s.type == "none" else s.type, "rope_theta": layer_type.rope_theta}
     if s.type != "none":
         params["factor"] = s.factor
     if s.type in ("llama3", "yarn"):
@@ -158,159 +163,164 @@ def _rope_parameters(model: Model, kind: LayerType | None) -> dict:
 
 
 def _one_rope(model: Model) -> dict:
-    """Both spellings of the rotation of the first layer that rotates."""
-    kinds = [model.kinds[letter] for letter in model.layers]
-    params = _rope_parameters(model, next((kind for kind in kinds if kind.rope_theta is not None), None))
+    """The RoPE of the first layer that has one, in both spellings."""
+    layer_types = layer_types_of(model)
+    params = _rope_parameters(
+        model, next((layer_type for layer_type in layer_types if layer_type.rope_theta is not None), None)
+    )
     return {"rope_parameters": params} | _older(params)
 
 
 def _older(params: dict) -> dict:
+    """`rope_parameters` in the older spelling."""
     scaling = {key: value for key, value in params.items() if key != "rope_theta"}
     return {"rope_theta": params["rope_theta"], "rope_scaling": None if params["rope_type"] == "default" else scaling}
 
 
 def _rope_of_each(model: Model, older_local: str | None) -> dict:
-    kinds = {kind.window is None: kind for kind in (model.kinds[letter] for letter in model.layers)}
-    local, full = (_rope_parameters(model, kinds.get(whole)) for whole in (False, True))
+    """The RoPE of the local and of the full layers, in both spellings; `older_local` is the older key of the local theta."""
+    layer_types = {layer_type.window is None: layer_type for layer_type in layer_types_of(model)}
+    local, full = (_rope_parameters(model, layer_types.get(is_full)) for is_full in (False, True))
     older = _older(full) | ({older_local: local["rope_theta"]} if older_local else {})
     return {"rope_parameters": {LOCAL: local, FULL: full}} | older
 
 
-# --- Layers: which are local, which rotate.
+# --- Layers: which are local, and which have RoPE.
 
 
-def _types(c: dict) -> list[str]:
-    """`layer_types`, or what the older `sliding_window_pattern` means: every n-th layer is full; or a string LLLG."""
-    layers, pattern = c["num_hidden_layers"], c.get("sliding_window_pattern")
+def _type_names(c: dict) -> list[str]:
+    """`layer_types`, or their equivalent of the older `sliding_window_pattern`: n (every n-th layer is full) or LLLG."""
+    num_layers, pattern = c["num_hidden_layers"], c.get("sliding_window_pattern")
     if "layer_types" in c:
-        types = list(c["layer_types"])
+        names = list(c["layer_types"])
     elif isinstance(pattern, str) and pattern:
-        types = [LOCAL if pattern[i % len(pattern)] == "L" and i + 1 < layers else FULL for i in range(layers)]
+        names = [LOCAL if pattern[i % len(pattern)] == "L" and i + 1 < num_layers else FULL for i in range(num_layers)]
     else:
-        every = whole(c, "sliding_window_pattern") if pattern is not None else 1
-        types = [LOCAL if (i + 1) % every else FULL for i in range(layers)]
-    unknown = sorted(set(types) - {LOCAL, FULL})
+        every = positive_int(c, "sliding_window_pattern") if pattern is not None else 1
+        names = [LOCAL if (i + 1) % every else FULL for i in range(num_layers)]
+    unknown = sorted(set(names) - {LOCAL, FULL})
     if unknown:
         raise ValueError(f"config.json has layer_types {', '.join(unknown)}; known: {LOCAL}, {FULL}")
-    if LOCAL in types and c.get("sliding_window") is None:
+    if LOCAL in names and c.get("sliding_window") is None:
         raise ValueError(f"config.json has layers of {LOCAL} and no sliding_window")
-    return types
+    return names
 
 
-def _layer_types(model: Model) -> dict:
-    """`layer_types` and the `sliding_window` of the first layer that has one; some implementations want one regardless."""
-    windows = [model.kinds[letter].window for letter in model.layers]
-    types = [FULL if window is None else LOCAL for window in windows]
-    return {"layer_types": types, "sliding_window": next((w for w in windows if w is not None), 4096)}
+def _layer_type_fields(model: Model) -> dict:
+    """`layer_types`, and the `sliding_window` of the first local layer; some implementations need one in any case."""
+    windows = [layer_type.window for layer_type in layer_types_of(model)]
+    names = [FULL if window is None else LOCAL for window in windows]
+    return {"layer_types": names, "sliding_window": next((w for w in windows if w is not None), 4096)}
 
 
-def _kind(window: int | None, rope: tuple[float, RopeScaling] | None, **changes) -> LayerType:
+def _layer_type(window: int | None, rope: tuple[float, RopeScaling] | None, **changes) -> LayerType:
     theta, scaling = rope or (None, NO_SCALING)
     return dataclasses.replace(PLAIN, window=window, rope_theta=theta, rope_scaling=scaling, **changes)
 
 
-def _window(c: dict, kind: str) -> int | None:
-    return c["sliding_window"] if kind == LOCAL else None
+def _window(c: dict, name: str) -> int | None:
+    return c["sliding_window"] if name == LOCAL else None
 
 
-def cohere2_kinds(c: dict) -> list[LayerType]:
+def cohere2_layer_types(c: dict) -> list[LayerType]:
     rope = _rope(c, 10_000.0)
-    return [_kind(_window(c, kind), rope if kind == LOCAL else None) for kind in _types(c)]
+    return [_layer_type(_window(c, name), rope if name == LOCAL else None) for name in _type_names(c)]
 
 
 def cohere2_layout(model: Model) -> dict:
-    return _layer_types(model) | _one_rope(model)
+    return _layer_type_fields(model) | _one_rope(model)
 
 
-def cohere_kinds(c: dict) -> list[LayerType]:
+def cohere_layer_types(c: dict) -> list[LayerType]:
     norm = {"qk_norm": "layernorm", "qk_norm_scope": "head"} if c["use_qk_norm"] else {}
-    return [_kind(None, _rope(c, 500_000.0), **norm)] * c["num_hidden_layers"]
+    return [_layer_type(None, _rope(c, 500_000.0), **norm)] * c["num_hidden_layers"]
 
 
 def cohere_layout(model: Model) -> dict:
     return {"use_qk_norm": model.kinds[model.pattern[0]].qk_norm != "none"} | _one_rope(model)
 
 
-def llama_kinds(c: dict) -> list[LayerType]:
-    return [_kind(None, _rope(c, 10_000.0))] * c["num_hidden_layers"]
+def llama_layer_types(c: dict) -> list[LayerType]:
+    return [_layer_type(None, _rope(c, 10_000.0))] * c["num_hidden_layers"]
 
 
 def llama_layout(model: Model) -> dict:
     return _one_rope(model)
 
 
-def smollm3_kinds(c: dict) -> list[LayerType]:
-    rotates = c.get("no_rope_layers")  # 1 = it does rotate
+def smollm3_layer_types(c: dict) -> list[LayerType]:
+    rotates = c.get("no_rope_layers")  # 1 means that the layer has RoPE
     if not rotates:
-        every = whole(c, "no_rope_layer_interval")
+        every = positive_int(c, "no_rope_layer_interval")
         rotates = [int((i + 1) % every != 0) for i in range(c["num_hidden_layers"])]
     local = c.get("use_sliding_window") and c.get("sliding_window")
-    types = _types({"layer_types": [FULL if r or not local else LOCAL for r in rotates]} | c)
-    if LOCAL in types and not local:
+    names = _type_names({"layer_types": [FULL if r or not local else LOCAL for r in rotates]} | c)
+    if LOCAL in names and not local:
         raise ValueError(f"config.json has layers of {LOCAL} and use_sliding_window=false")
-    if len(rotates) < len(types):
-        raise ValueError(f"config.json has no_rope_layers for {len(rotates)} layers of {len(types)}")
+    if len(rotates) < len(names):
+        raise ValueError(f"config.json has no_rope_layers for {len(rotates)} layers of {len(names)}")
     rope = _rope(c, 2_000_000.0)
-    return [_kind(_window(c, kind), rope if r else None) for kind, r in zip(types, rotates, strict=False)]
+    return [_layer_type(_window(c, name), rope if r else None) for name, r in zip(names, rotates, strict=False)]
 
 
 def smollm3_layout(model: Model) -> dict:
-    kinds = [model.kinds[letter] for letter in model.layers]
-    types = _layer_types(model)
-    rotates = [int(kind.rope_theta is not None) for kind in kinds]
-    return types | {"no_rope_layers": rotates, "use_sliding_window": LOCAL in types["layer_types"]} | _one_rope(model)
+    fields = _layer_type_fields(model)
+    rotates = [int(layer_type.rope_theta is not None) for layer_type in layer_types_of(model)]
+    return fields | {"no_rope_layers": rotates, "use_sliding_window": LOCAL in fields["layer_types"]} | _one_rope(model)
 
 
-def exaone4_kinds(c: dict) -> list[LayerType]:
-    """With a window anywhere, the full layers have no positions; without one, every layer rotates."""
+def exaone4_layer_types(c: dict) -> list[LayerType]:
+    """If there is a window, the full layers have no positions (NoPE); otherwise every layer has RoPE."""
     window, rope = c.get("sliding_window"), _rope(c, 10_000.0)
-    types = _types(c if window else c | {"sliding_window_pattern": None})
-    return [_kind(_window(c, kind), rope if not window or kind == LOCAL else None, qk_norm="rms") for kind in types]
+    names = _type_names(c if window else c | {"sliding_window_pattern": None})
+    return [_layer_type(_window(c, name), rope if not window or name == LOCAL else None, qk_norm="rms") for name in names]
 
 
 def exaone4_layout(model: Model) -> dict:
-    kinds, types = [model.kinds[letter] for letter in model.layers], _layer_types(model)
-    if all(kind.window is None and kind.rope_theta is not None for kind in kinds):
-        types["sliding_window"] = None  # which says that full layers rotate
-    return types | _one_rope(model)
+    fields = _layer_type_fields(model)
+    if all(layer_type.window is None and layer_type.rope_theta is not None for layer_type in layer_types_of(model)):
+        fields["sliding_window"] = None  # so that full layers have RoPE
+    return fields | _one_rope(model)
 
 
-def olmo3_kinds(c: dict) -> list[LayerType]:
-    """Without `layer_types` every fourth layer is full: the library reads no `sliding_window_pattern` of this family."""
-    ropes, types = _rope_by_type(c, (None, 500_000.0), 500_000.0), _types({**c, "sliding_window_pattern": 4})
-    return [_kind(_window(c, kind), ropes[kind], qk_norm="rms", qk_norm_scope="projection") for kind in types]
+def olmo3_layer_types(c: dict) -> list[LayerType]:
+    """Without `layer_types` every fourth layer is full: for this family the library ignores `sliding_window_pattern`."""
+    ropes, names = _rope_by_type(c, (None, 500_000.0), 500_000.0), _type_names({**c, "sliding_window_pattern": 4})
+    return [_layer_type(_window(c, name), ropes[name], qk_norm="rms", qk_norm_scope="projection") for name in names]
 
 
 def olmo3_layout(model: Model) -> dict:
-    return _layer_types(model) | _rope_of_each(model, None)
+    return _layer_type_fields(model) | _rope_of_each(model, None)
 
 
-def gemma3_kinds(c: dict) -> list[LayerType]:
+def gemma3_layer_types(c: dict) -> list[LayerType]:
     ropes = _rope_by_type(c, ("rope_local_base_freq", 10_000.0), 1_000_000.0)
     scalar = float(c["query_pre_attn_scalar"])
     if not 0 < scalar < math.inf:
         raise ValueError(f"config.json has query_pre_attn_scalar={scalar}, which must be a number above 0")
     scale = scalar**-0.5
-    return [_kind(_window(c, kind), ropes[kind], qk_norm="rms_plus1", scale=scale) for kind in _types(c)]
+    return [_layer_type(_window(c, name), ropes[name], qk_norm="rms_plus1", scale=scale) for name in _type_names(c)]
 
 
 def gemma3_layout(model: Model) -> dict:
     scale = model.kinds[model.pattern[0]].scale
     scalar = round(model.head_dim if scale is None else scale**-2)
-    return _layer_types(model) | _rope_of_each(model, "rope_local_base_freq") | {"query_pre_attn_scalar": scalar}
+    return _layer_type_fields(model) | _rope_of_each(model, "rope_local_base_freq") | {"query_pre_attn_scalar": scalar}
 
 
-def afmoe_kinds(c: dict) -> list[LayerType]:
+def afmoe_layer_types(c: dict) -> list[LayerType]:
     if c["num_dense_layers"] < c["num_hidden_layers"]:
         raise ValueError(
             f"config.json has num_dense_layers={c['num_dense_layers']} of {c['num_hidden_layers']} layers; "
-            "experts are not built here, so of afmoe only dense models can be read"
+            "mixture-of-experts layers are not supported, so only dense models of afmoe can be read"
         )
     rope = _rope(c, 10_000.0)
-    types = _types(c if "layer_types" in c else c | {"sliding_window_pattern": whole(c, "global_attn_every_n_layers")})
-    return [_kind(_window(c, t), rope if t == LOCAL else None, qk_norm="rms", gate="projection") for t in types]
+    names = _type_names(
+        c if "layer_types" in c else c | {"sliding_window_pattern": positive_int(c, "global_attn_every_n_layers")}
+    )
+    return [_layer_type(_window(c, name), rope if name == LOCAL else None, qk_norm="rms", gate="projection") for name in names]
 
 
 def afmoe_layout(model: Model) -> dict:
     more = {"num_dense_layers": model.num_layers, "mup_enabled": model.embed_scale != 1.0}
-    return _layer_types(model) | _one_rope(model) | more
+    return _layer_type_fields(model) | _one_rope(model) | more

@@ -1,1 +1,1 @@
-"""Text files to a token store, and documents to global batches."""
+"""From text files to a token store, and from documents to global batches."""

@@ -1,4 +1,4 @@
-"""Training of a tokenizer: byte-level BPE, whose vocabulary holds all bytes, so that every text has ids."""
+"""Trains a byte-level BPE tokenizer. Its vocabulary has all bytes, so it encodes every text."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,33 +6,33 @@ from hybrid_attn.data import documents, sources
 from hybrid_attn.data.sources import Binary, Broken, Fields
 
 BOS, EOS = "<s>", "</s>"
-LEAST = 256 + 2  # ids: all bytes, and where a document begins and ends
-MOST = 2**24
-PIECE = 2**20  # characters of a text that are counted at a time
+MIN_VOCAB = 256 + 2  # all bytes, BOS and EOS
+MAX_VOCAB = 2**24
+PIECE = 2**20  # characters that are passed to the library at a time
 
 
 def texts(inputs: Iterable[str], fields: Fields, form: str | None = None) -> Iterator[str]:
-    """The texts of what `inputs` name, as tools/prepare_data.py reads it, or of the sources of Python's standard library.
+    """The texts of `inputs`, read as tools/prepare_data.py does; without inputs, the sources of Python's standard library.
 
-    ValueError for the first that is broken or binary, and where there is none.
+    ValueError for the first document that is broken or binary, or if there is no text.
     """
     files = sources.find(inputs) if inputs else [path for _, path in documents.find(())]
     number = 0
     for path in files:
         for document in sources.read(path, form or sources.format_of(path), fields):
             if isinstance(document, (Broken, Binary)):
-                raise ValueError(f"{document.reason}; mend or split the file, or leave it out of --input")
+                raise ValueError(f"{document.reason}; repair or split the file, or leave it out of --input")
             if document.text:
                 number += 1
                 yield document.text.decode("utf-8")
     if not number:
-        raise ValueError(f"there is no text in {', '.join(inputs)}")
+        raise ValueError(f"no text in {', '.join(inputs)}")
 
 
 def train(texts: Iterable[str], vocab_size: int):
-    """A tokenizer of the library `tokenizers`, of at most `vocab_size` ids, fewer where no pair of tokens occurs twice.
+    """A tokenizer of the library `tokenizers` with at most `vocab_size` ids; fewer if no pair of tokens occurs twice any more.
 
-    The same texts give the same tokenizer. No token crosses the borders that GPT-2 draws between letters, digits and others.
+    The same texts give the same tokenizer. As in GPT-2, no token crosses runs of letters, digits and other characters.
     """
     try:
         import tokenizers
@@ -53,7 +53,7 @@ def train(texts: Iterable[str], vocab_size: int):
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, long ones in pieces that end with a line, because the library copies each several times."""
+    """The texts, long ones in pieces that end at a line break: the library makes several copies of each."""
     for text in texts:
         start = 0
         while start < len(text):

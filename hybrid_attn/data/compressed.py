@@ -1,4 +1,4 @@
-"""Files as streams of bytes, .gz and .zst decompressed: a read takes memory for what it returns and little more."""
+"""Files as streams of bytes, with .gz and .zst decompressed. A read needs little more memory than what it returns."""
 
 import contextlib
 import gzip
@@ -7,16 +7,16 @@ import zlib
 from collections.abc import Iterator
 
 SUFFIXES = (".gz", ".zst")
-ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)  # of a compressed file that is damaged or cut short
+ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)  # of a compressed file that is damaged or truncated
 BUFFER = 2**20
-# The format of .zst, RFC 8878: what a frame and a skippable frame begin with, and the bytes of two fields of a frame's header.
+# The format of .zst (RFC 8878): the magic numbers of its two kinds of frame, and the sizes of two fields of a frame header.
 FRAME, SKIPPABLE = b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 DICTIONARY_BYTES, CONTENT_BYTES = (0, 1, 2, 4), (0, 2, 4, 8)
 RLE = 1  # type of a block whose content is one byte, repeated
 
 
 def opened(path: str) -> contextlib.AbstractContextManager[io.BufferedIOBase]:
-    """The content of a file, decompressed where its ending says so; ImportError where .zst lacks its library."""
+    """The content of a file, decompressed if its suffix is .gz or .zst; ImportError if the library for .zst is missing."""
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.endswith(".zst"):
@@ -25,7 +25,7 @@ def opened(path: str) -> contextlib.AbstractContextManager[io.BufferedIOBase]:
 
 
 def library(name: str, path: str):
-    """The package of a module, the module loaded."""
+    """Imports the module `name` and returns its package."""
     try:
         return __import__(name)
     except ImportError as error:
@@ -33,9 +33,9 @@ def library(name: str, path: str):
 
 
 def _zst_blocks(path: str) -> Iterator[bytes]:
-    """The content of a .zst file, at most 128 KiB at a time; zlib.error where it is damaged or cut short.
+    """The content of a .zst file, at most 128 KiB at a time; zlib.error where it is damaged or truncated.
 
-    The decompressor is given one block at a time: it has no limit for what it returns, and a block of 4 bytes can hold 128 KiB.
+    The decompressor gets one block at a time, because it does not limit what it returns: 4 bytes can decompress to 128 KiB.
     """
     zstandard = library("zstandard", path)
     with open(path, "rb", BUFFER) as file:
@@ -43,7 +43,7 @@ def _zst_blocks(path: str) -> Iterator[bytes]:
             if magic[1:] == SKIPPABLE and magic[0] >> 4 == 5:
                 if size := int.from_bytes(_exactly(file, 4), "little"):
                     file.seek(size - 1, io.SEEK_CUR)
-                    _exactly(file, 1)  # for one may seek past the end
+                    _exactly(file, 1)  # because seek passes the end without an error
                 continue
             frame = zstandard.ZstdDecompressor().decompressobj()
             for piece in _frame_pieces(file, magic):
@@ -54,7 +54,7 @@ def _zst_blocks(path: str) -> Iterator[bytes]:
 
 
 def _frame_pieces(file: io.BufferedReader, magic: bytes) -> Iterator[bytes]:
-    """The header, each block, and the checksum of the frame that begins with `magic`, as they lie in `file`."""
+    """The header, the blocks and the checksum of the frame that begins with `magic`, in the order of the file."""
     if magic != FRAME:
         raise zlib.error(f"no frame of zstd begins with the bytes {magic.hex()}")
     descriptor = _exactly(file, 1)
@@ -65,8 +65,8 @@ def _frame_pieces(file: io.BufferedReader, magic: bytes) -> Iterator[bytes]:
     while not last:
         header = _exactly(file, 3)
         fields = int.from_bytes(header, "little")
-        last, kind, size = fields & 1, fields >> 1 & 3, fields >> 3
-        yield header + _exactly(file, 1 if kind == RLE else size)
+        last, block_type, size = fields & 1, fields >> 1 & 3, fields >> 3
+        yield header + _exactly(file, 1 if block_type == RLE else size)
     if checksum:
         yield _exactly(file, 4)
 
@@ -79,7 +79,7 @@ def _exactly(file: io.BufferedReader, size: int) -> bytes:
 
 
 class _Blocks(io.RawIOBase):
-    """The file whose content is the given blocks."""
+    """A file with the content of `blocks`."""
 
     def __init__(self, blocks: Iterator[bytes]):
         self._blocks = blocks

@@ -1,25 +1,24 @@
-"""The sources of a config as documents: text files or a token store, chosen by label and length, split in two; or a task."""
+"""Loads the sources of a config (text files, token stores or synthetic tasks) and splits off held-out documents."""
 
-import difflib
 import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from hybrid_attn import config
+from hybrid_attn import config, trees
 from hybrid_attn.data import documents, store
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
 
 
 class Corpus(NamedTuple):
-    """The documents of one source; exact copies of a document are on the same side. Or a task, twice."""
+    """The training and the held-out split of one source; copies of a document are in the same split. A task has no split."""
 
     training: Documents | Task
     heldout: Documents | Task
 
 
 def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus]:
-    """The named sources; ValueError says which of them is not there or does not fit, and why."""
+    """The sources of these names; ValueError names the source that is missing or does not fit, and the reason."""
     corpora = {}
     open_once = functools.cache(lambda path: store.load(path, tokenizer))  # several sources may share a store
     for name, source in _named(data, names).items():
@@ -31,17 +30,17 @@ def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus
 
 
 def locations(data: config.Data, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """What `load` opens for each of the named sources: patterns of files and directories, or a store, which may be a URL.
+    """The patterns, directories or stores (perhaps URLs) that `load` opens for each source; sources without any are left out.
 
-    A config that came with a checkpoint may name any file, so ask before loading. Sources that open no file are left out.
+    A config that came with a checkpoint may name any file, so its user should agree to these before they are loaded.
     """
-    named = _named(data, names)
-    opened = {name: source.paths if source.store is None else (source.store,) for name, source in named.items()}
+    sources = _named(data, names)
+    opened = {name: source.paths if source.store is None else (source.store,) for name, source in sources.items()}
     return {name: paths for name, paths in opened.items() if paths}
 
 
 def _named(data: config.Data, names: Iterable[str]) -> dict[str, config.Source]:
-    """The sources of these names; ValueError for a name that a mixture has and data.sources, of a doctored config, has not."""
+    """The sources of these names; ValueError for a name that data.sources lacks, as an edited config may."""
     names = list(names)
     unknown = sorted(set(names) - set(data.sources))
     if unknown:
@@ -52,31 +51,29 @@ def _named(data: config.Data, names: Iterable[str]) -> dict[str, config.Source]:
 def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable[[str], Documents]) -> Corpus:
     if source.task is not None:
         return Corpus(*[Task(source.task, source.pairs)] * 2)
-    found = documents.load(source.paths, tokenizer) if source.store is None else open_store(source.store)
-    chosen = found.select(found.lengths >= source.min_length)
-    if source.label is not None:
-        chosen = chosen.select(chosen.labels == _label(source.label, found.label_names))
-    if not len(chosen):
-        labelled = "" if source.label is None else f" with the label {source.label!r}"
-        longest = max(found.lengths, default=0)
-        raise ValueError(
-            f"none of the {len(found):,} documents{labelled} has min_length={source.min_length:,} tokens; "
-            f"the longest of all has {longest:,}"
-        )
-    corpus = Corpus(chosen.split(holdout, False), chosen.split(holdout, True))
-    for split, part, cure in (("training", corpus.training, "lower"), ("held-out", corpus.heldout, "raise")):
-        if not len(part):
+    available = documents.load(source.paths, tokenizer) if source.store is None else open_store(source.store)
+    selected = _select(source, available)
+    corpus = Corpus(selected.split(holdout, False), selected.split(holdout, True))
+    for name, split, cure in (("training", corpus.training, "lower"), ("held-out", corpus.heldout, "raise")):
+        if not len(split):
             raise ValueError(
-                f"data.holdout={holdout} leaves none of the {len(chosen):,} documents to the {split} split; "
+                f"data.holdout={holdout} leaves none of the {len(selected):,} documents to the {name} split; "
                 f"{cure} data.holdout, or cut the text into more documents"
             )
     return corpus
 
 
-def _label(label: str, names: tuple[str, ...]) -> int:
-    """The place of `label` in `names`."""
-    if label not in names:
-        near = difflib.get_close_matches(label, names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, names))}"
-        raise ValueError(f"no document has the label {label!r}; {hint}")
-    return names.index(label)
+def _select(source: config.Source, available: Documents) -> Documents:
+    """The documents with the label and the length of a source; ValueError if there are none."""
+    selected = available.select(available.lengths >= source.min_length)
+    if source.label is not None:
+        problem = trees.not_among(source.label, available.label_names)
+        trees.check(not problem, f"label={source.label!r} {problem}")
+        selected = selected.select(selected.labels == available.label_names.index(source.label))
+    if not len(selected):
+        labelled = "" if source.label is None else f" with the label {source.label!r}"
+        raise ValueError(
+            f"none of the {len(available):,} documents{labelled} has min_length={source.min_length:,} tokens; "
+            f"the longest of all has {max(available.lengths, default=0):,}"
+        )
+    return selected

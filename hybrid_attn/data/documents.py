@@ -1,4 +1,4 @@
-"""What a corpus is to everybody else, and the corpus of text files in memory. Its documents may lie anywhere."""
+"""Documents of token ids: the interface that all readers share, and documents of text files in memory."""
 
 import concurrent.futures
 import dataclasses
@@ -12,19 +12,19 @@ import numpy as np
 from hybrid_attn.data import sources
 from hybrid_attn.data.records import Fields, Text
 
-NO_LABEL = "text"  # of documents that nobody gave a label
-FIELDS = Fields("text", None)  # of records that no store was made of
+NO_LABEL = "text"  # label of documents without a label of their own
+FIELDS = Fields("text", None)  # of records that are read without a store
 
-Span = tuple[int, int, int]  # a document's number, and the tokens [start, stop) of it
+Span = tuple[int, int, int]  # the number of a document, and the tokens [start, stop) of it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Documents:
-    """Documents of token ids, each from its bos to its eos; their tokens are read span by span.
+    """Documents of token ids, each from BOS to EOS. Their tokens are read span by span.
 
-    `lengths` int64 [n] counts tokens, bos and eos included; `hashes` uint64 [n] are `content_hash` of the texts; `labels`
-    uint16 [n] are places in `label_names`; `dtype` is that of the tokens. `fetch` reads spans, whose documents it knows by
-    `numbers` int64 [n], or by their place where that is None.
+    `lengths` int64 [n] counts tokens, BOS and EOS included; `hashes` uint64 [n] are `content_hash` of the texts; `labels`
+    uint16 [n] are indices into `label_names`; `dtype` is the type of the tokens. `fetch` reads spans. It numbers documents by
+    `numbers` int64 [n], or from 0 to n - 1 where that is None.
     """
 
     lengths: np.ndarray
@@ -39,7 +39,7 @@ class Documents:
         return len(self.lengths)
 
     def read(self, spans: Iterable[Span]) -> list[np.ndarray]:
-        """The tokens of each span; nothing beyond the spans is read, and they are read together."""
+        """The tokens of each span. All spans are read together, and nothing beyond them."""
         spans = [(int(i), int(start), int(stop)) for i, start, stop in spans]
         for i, start, stop in spans:
             assert 0 <= start <= stop <= self.lengths[i], f"document {i} has {self.lengths[i]} tokens, not [{start}, {stop})"
@@ -59,11 +59,11 @@ class Documents:
         )
 
     def fingerprint(self) -> str:
-        """Hexadecimal digits that tell these documents, in this order, from others, wherever they lie."""
+        """Hexadecimal digits that identify these documents in this order, independent of where they are stored."""
         return hashlib.sha256(self.lengths.tobytes() + self.hashes.tobytes()).hexdigest()[:16]
 
     def split(self, holdout: float, heldout: bool) -> "Documents":
-        """The held-out documents or all others: a text's own hash decides, so its exact copies are on the same side."""
+        """The held-out documents, or all others. The hash of the text decides, so exact copies are in the same split."""
         return self.select((self.hashes < np.uint64(holdout * 2**64)) == heldout)
 
 
@@ -73,7 +73,7 @@ def content_hash(text: bytes) -> int:
 
 
 def in_memory(tokens: Sequence[np.ndarray], hashes: Sequence[int]) -> Documents:
-    """Documents of the given token arrays, all of one dtype and of one label."""
+    """Documents of these token arrays, all of one dtype and one label."""
     return Documents(
         lengths=np.array([len(x) for x in tokens], np.int64),
         hashes=np.array(hashes, np.uint64),
@@ -85,15 +85,15 @@ def in_memory(tokens: Sequence[np.ndarray], hashes: Sequence[int]) -> Documents:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest type that holds the ids of a vocabulary, little-endian."""
+    """The smallest little-endian type that holds the ids of a vocabulary."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def load(paths: tuple[str, ...], tokenizer) -> Documents:
-    """The documents of the files and directories that `paths` name, read as `sources.read` reads them: a file of text is one.
+    """The documents of the files and directories in `paths`, read as `sources.read` does: a file of plain text is one document.
 
-    No `paths` means the sources of this interpreter's standard library. A record's text is its field `FIELDS.text`. ValueError
-    names what cannot be read or does not encode, and where there is no text at all.
+    Without `paths`, the sources of this interpreter's standard library. The text of a record is its field `FIELDS.text`.
+    ValueError names what cannot be read or encoded, or says that no file has text.
     """
     files = sources.find(paths) if paths else [path for _, path in find(())]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -105,10 +105,10 @@ def load(paths: tuple[str, ...], tokenizer) -> Documents:
 
 
 def find(paths: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Name and path of each file that holds text, in an order that is the same on every machine.
+    """(name, path) of each file with text, in an order that is the same on every machine.
 
-    No `paths` means the sources of this interpreter's standard library. A file that several patterns match, or that
-    links point to, is one document.
+    Without `paths`, the sources of this interpreter's standard library. A file that several patterns match, or that links
+    point to, counts once.
     """
     if not paths:
         return _standard_library()
@@ -123,23 +123,23 @@ def find(paths: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def _standard_library() -> list[tuple[str, str]]:
-    """Sorted names and paths of the standard library's sources.
+    """Sorted (name, path) of the sources of the standard library.
 
-    Left out are empty ones and the few test fixtures that are not UTF-8, so that every tokenizer reads the same corpus.
+    Empty files and the few test fixtures that are not UTF-8 are left out, so that every tokenizer reads the same corpus.
     """
     root = sysconfig.get_path("stdlib")
-    found = []
+    named = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = set(subfolders) - sources.NOT_SOURCES
         paths = [os.path.join(folder, file) for file in files if file.endswith(".py")]
-        found += [(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths if _is_text(path)]
-    if not found:
+        named += [(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths if _is_text(path)]
+    if not named:
         raise ValueError(f"the standard library at {root} has no .py sources; name text files in paths")
-    return sorted(found)
+    return sorted(named)
 
 
 def _is_text(path: str) -> bool:
-    """Whether the file holds at least one character and all of it is UTF-8."""
+    """Whether the file is not empty and all of it is UTF-8."""
     try:
         return bool(_read(path).decode("utf-8"))
     except UnicodeDecodeError:
@@ -152,13 +152,13 @@ def _read(path: str) -> bytes:
 
 
 def _texts(path: str) -> Iterator[bytes]:
-    """The texts of a file's documents but for empty ones; a file of text need not be UTF-8."""
+    """The texts of the documents of a file, without empty ones. A file of plain text need not be UTF-8."""
     is_text = sources.format_of(path) == "text"
-    for found in [sources.text_of(path)] if is_text else sources.read(path, None, FIELDS):
-        text = found.text if isinstance(found, Text) else found
+    for result in [sources.text_of(path)] if is_text else sources.read(path, None, FIELDS):
+        text = result.text if isinstance(result, Text) else result
         if not isinstance(text, bytes):
             raise ValueError(
-                f"{text.reason}; mend the file, leave it out of paths, or make a store with tools/prepare_data.py, which has "
+                f"{text.reason}; repair the file, leave it out of paths, or make a store with tools/prepare_data.py, which has "
                 "--text_field, --max_document_mb and --on_error=skip"
             )
         if text:
@@ -166,7 +166,7 @@ def _texts(path: str) -> Iterator[bytes]:
 
 
 def _encode(path: str, tokenizer) -> list[tuple[np.ndarray, int]]:
-    """Of each document bos, its ids, eos in the narrowest type that holds the vocabulary; and the hash of its text."""
+    """For each document of a file: BOS, its ids and EOS, in `token_dtype` of the vocabulary; and the hash of its text."""
     encoded = []
     for text in _texts(path):
         try:

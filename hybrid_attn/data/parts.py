@@ -1,4 +1,4 @@
-"""The parts of a store that is being prepared, as a later run finds them: after a kill or a fault of the disk."""
+"""The finished parts of a store that is being prepared. A later run reads them after a kill or a disk failure."""
 
 import json
 import zipfile
@@ -15,19 +15,19 @@ DAMAGE = (
 )  # fmt: skip
 
 
-def path(folder: Path, index: int, kind: str) -> Path:
-    """The file of a part: its `tokens`, `npz` of columns, or `json` of the rest."""
-    return folder / FOLDER / f"shard-{index:05}.{kind}"
+def path(folder: Path, index: int, suffix: str) -> Path:
+    """A file of a part: its `tokens`, its columns in `npz`, or its labels, checksum and skipped documents in `json`."""
+    return folder / FOLDER / f"shard-{index:05}.{suffix}"
 
 
 def columns(folder: Path, index: int) -> dict[str, np.ndarray]:
     """The `COLUMNS` of a part, each [n]."""
-    with np.load(path(folder, index, "npz")) as found:
-        return {name: found[name] for name in COLUMNS}
+    with np.load(path(folder, index, "npz")) as arrays:
+        return {name: arrays[name] for name in COLUMNS}
 
 
 def read(folder: Path, index: int, token_bytes: int) -> dict:
-    """What the JSON file of a part holds; ValueError where one of its files is damaged. A token has `token_bytes`."""
+    """The content of the JSON file of a part; ValueError if one of its files is damaged. A token has `token_bytes` bytes."""
     json_path = path(folder, index, "json")
     try:
         part = json.loads(json_path.read_text())
@@ -40,14 +40,14 @@ def read(folder: Path, index: int, token_bytes: int) -> dict:
 
 def _check(part: dict, x: dict[str, np.ndarray], tokens: int) -> None:
     n, names = len(x["lengths"]), part["labels"]
-    texts = [part["sha256"], *names, *part["places"], *part["skipped"]]
-    for ok, what in (
-        (all(isinstance(text, str) for text in texts), "a label, place or checksum is no text"),
-        (all(type(count) is int for count in part["skipped"].values()), "a count is no number"),
+    strings = [part["sha256"], *names, *part["places"], *part["skipped"]]
+    for ok, problem in (
+        (all(isinstance(x, str) for x in strings), "a label, reason or checksum is not a string"),
+        (all(type(count) is int for count in part["skipped"].values()), "a count is not a whole number"),
         (all(x[name].dtype == dtype and x[name].shape == (n,) for name, dtype in COLUMNS.items()), "its columns differ"),
         (x["lengths"].min(initial=1) >= 1 and x["lengths"].sum() == tokens, f"its documents do not have {tokens:,} tokens"),
-        (x["bytes"].min(initial=0) >= 0, "a document has less than no bytes"),
+        (x["bytes"].min(initial=0) >= 0, "a document has a negative number of bytes"),
         (x["labels"].min(initial=0) >= 0 and x["labels"].max(initial=-1) < len(names), "a document's label is unknown"),
     ):
         if not ok:
-            raise ValueError(what)
+            raise ValueError(problem)

@@ -12,74 +12,76 @@ from jax.sharding import Mesh, NamedSharding
 from hybrid_attn import config
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.mixture import Mixture
-from hybrid_attn.data.rows import ARRAYS, Rows, blank
-from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.data.packed import ARRAYS, PackedSequences, padding_arrays
+from hybrid_attn.data.synthetic import SyntheticSequences, Task
 from hybrid_attn.parallel.fit import check_splits
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 Batch = dict[str, jax.Array]
-Slice = tuple[int, int, int]  # a row, and the positions [start, stop) of it
+Slice = tuple[int, int, int]  # the number of a sequence, and the positions [start, stop) of it
 
 
-class MixedRows:
-    """The rows of one stage: rows of several sources in the order of their mixture."""
+class MixedSequences:
+    """The sequences of one stage: those of its sources, in the order of its mixture."""
 
-    def __init__(self, mixture: Mixture, rows: Mapping[str, Rows | SyntheticRows]):
+    def __init__(self, mixture: Mixture, sources: Mapping[str, PackedSequences | SyntheticSequences]):
         self.mixture = mixture
-        self.rows = rows
+        self.sources = sources
 
     def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
-        """As `Rows.read`; what comes from one source is read together."""
-        found = [self.mixture.row(r) for r, _, _ in slices]
-        by_source = {name: [] for name, _ in found}
-        for (name, row), (_, start, stop) in zip(found, slices, strict=True):
-            by_source[name].append((row, start, stop))
-        read = {name: iter(self.rows[name].read(wanted)) for name, wanted in by_source.items()}
-        return [next(read[name]) for name, _ in found]
+        """Reads like `PackedSequences.read`, all slices of one source together."""
+        origins = [self.mixture.source_of(number) for number, _, _ in slices]
+        by_source = {name: [] for name, _ in origins}
+        for (name, number), (_, start, stop) in zip(origins, slices, strict=True):
+            by_source[name].append((number, start, stop))
+        read = {name: iter(self.sources[name].read(slices)) for name, slices in by_source.items()}
+        return [next(read[name]) for name, _ in origins]
 
-    def epochs(self, rows: int) -> dict[str, float]:
-        """How often the first `rows` rows go through each source."""
-        return {name: count / len(self.rows[name]) for name, count in self.mixture.counts(rows).items()}
+    def epochs(self, number: int) -> dict[str, float]:
+        """How often the first `number` sequences go through each source."""
+        return {name: count / len(self.sources[name]) for name, count in self.mixture.counts(number).items()}
 
 
-def stage_rows(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[MixedRows]:
-    """The rows of each stage, of the training `documents` of each source."""
+def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[MixedSequences]:
+    """The sequences of each stage, from the training `documents` of each source."""
 
-    def rows(index: int, name: str) -> Rows | SyntheticRows:
-        seed = _row_seed(c.data.seed, index, name)
+    def of_source(index: int, name: str) -> PackedSequences | SyntheticSequences:
+        seed = _source_seed(c.data.seed, index, name)
         if c.data.sources[name].task is not None:
-            return SyntheticRows(documents[name], c.stages[index].seq_len, seed)
-        return Rows(documents[name], c.stages[index].seq_len, seed, tokenizer.byte_lengths, c.data.packing)
+            return SyntheticSequences(documents[name], c.stages[index].seq_len, seed)
+        return PackedSequences(documents[name], c.stages[index].seq_len, seed, tokenizer.byte_lengths, c.data.packing)
 
     weights = [c.weights(index) for index in range(len(c.stages))]
-    return [MixedRows(Mixture(names), {name: rows(index, name) for name in names}) for index, names in enumerate(weights)]
+    return [
+        MixedSequences(Mixture(names), {name: of_source(index, name) for name in names}) for index, names in enumerate(weights)
+    ]
 
 
 def identities(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[dict]:
-    """For each stage, all that its batches follow from: two configs in which it is equal train on the same tokens."""
-    prints = {name: documents[name].fingerprint() for name in c.sources}
-    found = []
+    """For each stage, everything that determines its batches. Two configs with equal identities train on the same tokens."""
+    fingerprints = {name: documents[name].fingerprint() for name in c.sources}
+    stages = []
     for index, stage in enumerate(c.stages):
         weights = c.weights(index)
-        found.append(
+        stages.append(
             {
                 "batch": stage.batch,
                 "seq_len": stage.seq_len,
                 "mixture": weights,
-                "documents": {name: prints[name] for name in weights},
+                "documents": {name: fingerprints[name] for name in weights},
                 "packing": c.data.packing,
                 "seed": c.data.seed,
                 "tokenizer": tokenizer.hash,
             }
         )
-    return found
+    return stages
 
 
-def batches(c: config.Config, stages: Sequence[MixedRows], mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) from `start_step` to the last step, `data.prefetch` batches read ahead.
+def batches(c: config.Config, stages: Sequence[MixedSequences], mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
+    """Yields (step, batch) from `start_step` to the last step and reads `data.prefetch` batches ahead.
 
-    A batch has `tokens`, `targets`, `positions`, `segments` int32 [B, T], `weights` and `bytes` float32 [B, T], as
-    `Rows.read` gives them. Each process reads only its own devices' slices of their rows.
+    A batch has `tokens`, `targets`, `positions`, `segments` int32 [B, T], `weights` and `bytes` float32 [B, T]; see
+    `PackedSequences.read`. Each process reads only the slices that its own devices hold.
     """
 
     def read(step: int) -> tuple[int, Batch]:
@@ -88,7 +90,7 @@ def batches(c: config.Config, stages: Sequence[MixedRows], mesh: Mesh, start_ste
         first = step_of_stage * stage.batch
 
         def read_slices(slices: list[Slice]) -> list[dict[str, np.ndarray]]:
-            return stages[index].read([(first + r, start, stop) for r, start, stop in slices])
+            return stages[index].read([(first + b, start, stop) for b, start, stop in slices])
 
         return step, _global_batch(read_slices, stage.batch, stage.seq_len, mesh)
 
@@ -98,47 +100,47 @@ def batches(c: config.Config, stages: Sequence[MixedRows], mesh: Mesh, start_ste
         yield from iterator
 
 
-def heldout_batches(rows: Rows | SyntheticRows, num_rows: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
-    """Batches of `num_rows` rows spread over the first epoch, each once; the last batch is filled up with rows of padding."""
+def heldout_batches(sequences: PackedSequences | SyntheticSequences, count: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
+    """Batches of `count` sequences spread over the first epoch, each once. Padding fills the last batch."""
     check_splits("batch", batch, mesh.shape, BATCH)
-    numbers = rows.spread(num_rows)
+    numbers = sequences.spread(count)
     for first in range(0, len(numbers), batch):
         chosen = numbers[first : first + batch]
 
-        def read(slices: list[Slice], chosen: list[int] = chosen) -> list[dict[str, np.ndarray]]:
-            found = iter(rows.read([(chosen[r], start, stop) for r, start, stop in slices if r < len(chosen)]))
-            return [next(found) if r < len(chosen) else blank(stop - start) for r, start, stop in slices]
+        def read_slices(slices: list[Slice], chosen: list[int] = chosen) -> list[dict[str, np.ndarray]]:
+            read = iter(sequences.read([(chosen[b], start, stop) for b, start, stop in slices if b < len(chosen)]))
+            return [next(read) if b < len(chosen) else padding_arrays(stop - start) for b, start, stop in slices]
 
-        yield _global_batch(read, batch, rows.seq_len, mesh)
+        yield _global_batch(read_slices, batch, sequences.seq_len, mesh)
 
 
 def slices_of(devices: Iterable[jax.Device], batch: int, seq_len: int, mesh: Mesh) -> list[Slice]:
-    """What `devices` of `mesh` hold of a batch, each slice once however many of them hold it."""
+    """The slices of a batch that `devices` of `mesh` hold, each once even where several devices hold it."""
     blocks = NamedSharding(mesh, TOKENS_BT).devices_indices_map((batch, seq_len))
     return sorted({part for device in devices for part in _slices(blocks[device], batch, seq_len)})
 
 
 def _slices(block: tuple[slice, slice], batch: int, seq_len: int) -> list[Slice]:
-    """The slices of rows in one device's block of a batch."""
+    """The slices of sequences in one device's block of a batch."""
     start, stop, _ = block[1].indices(seq_len)
-    return [(r, start, stop) for r in range(*block[0].indices(batch))]
+    return [(b, start, stop) for b in range(*block[0].indices(batch))]
 
 
 def _global_batch(read: Callable[[list[Slice]], list[dict]], batch: int, seq_len: int, mesh: Mesh) -> Batch:
-    """What `read` gives of rows 0 to `batch` - 1 as global arrays, of which each process reads the slices of its devices."""
+    """Sequences 0 to `batch` - 1 as global arrays. Each process reads only the slices of its own devices, with `read`."""
     slices = slices_of(mesh.local_devices, batch, seq_len, mesh)
-    found = dict(zip(slices, read(slices), strict=True))
+    arrays = dict(zip(slices, read(slices), strict=True))
 
-    def place(name: str) -> jax.Array:
+    def sharded(name: str) -> jax.Array:
         def block_of(block: tuple[slice, slice]) -> np.ndarray:
-            return np.stack([found[part][name] for part in _slices(block, batch, seq_len)])
+            return np.stack([arrays[part][name] for part in _slices(block, batch, seq_len)])
 
         return jax.make_array_from_callback((batch, seq_len), NamedSharding(mesh, TOKENS_BT), block_of)
 
-    return {name: place(name) for name in ARRAYS}
+    return {name: sharded(name) for name in ARRAYS}
 
 
-def _row_seed(seed: int, stage: int, source: str) -> int:
-    """A seed of its own for each source of each stage: no stage repeats the order of another, and sources come and go."""
+def _source_seed(seed: int, stage: int, source: str) -> int:
+    """A seed for each source of each stage: no two stages share an order, and other sources do not change it."""
     entropy = (seed, stage, zlib.crc32(source.encode()))
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])

@@ -1,14 +1,14 @@
-"""Files of text to a token store: in parallel, in an order that no number of workers changes, and over many sittings.
+"""Turns text files into a token store, in parallel. A killed run resumes, and the number of workers does not change the store.
 
-The input files, in order, are cut into groups, once; each group becomes one shard, by one worker. Until all are done a store
-has no manifest, and lies so:
+The input files are divided into groups once, in order, and one worker makes a shard of each group. A store that is not finished
+has no manifest, and these files:
 
-    plan.json                     what is to be done: options, tokenizer, and the files of each shard
-    parts/shard-00000.tokens      all documents of the group
-    parts/shard-00000.npz         length, hash, label, bytes of each
-    parts/shard-00000.json        what was skipped; written last, so a part that has it is whole
+    plan.json                     options, tokenizer, and the files of each shard
+    parts/shard-00000.tokens      the tokens of all documents of a group
+    parts/shard-00000.npz         length, hash, label and bytes of each document
+    parts/shard-00000.json        labels, checksum and skipped documents; written last, so a part with this file is complete
 
-Then duplicates are known, and each shard is linked or copied from its part without them.
+When all parts are complete, duplicates are known. Each shard is then linked or copied from its part, without the duplicates.
 """
 
 import collections
@@ -37,21 +37,21 @@ from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields
 from hybrid_attn.data.tokenizer import load_tokenizer
 
 PLAN, PARTS = store.PLAN, parts.FOLDER
-ENCODED = 2**20  # bytes of text that a tokenizer is given at a time
-COPIED = 2**22  # tokens that are in memory while a shard is copied
-MOST_LABELS = 2**16
-SHARDS = 256  # enough for all cores and for little to do again, by default; each of at least and at most:
+ENCODED = 2**20  # bytes of text that a tokenizer encodes at a time
+COPIED = 2**22  # tokens in memory while a shard is copied
+MAX_LABELS = 2**16
+SHARDS = 256  # by default: enough to use all cores, and a killed run loses little
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 10**6, 256 * 10**6
-REPORTED = 20  # broken places that are named
+REPORTED = 20  # skipped documents that are named
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the content of a store, beside its files.
+    """The options that determine the content of a store, together with its input files.
 
-    `form` None goes by each file's ending; `label` is that of all documents unless `fields` has one; `on_error` is "skip"
-    or "stop"; at most `shard_bytes` of input go into a shard, but for files that cannot be split; None goes by the whole. A
-    line, a text in a table and a decompressed file of text have at most `document_bytes`.
+    Without `form` the suffix of each file decides. `label` is the label of documents without one in `fields`. `on_error` is
+    "skip" or "stop". A shard gets at most `shard_bytes` of input unless a file cannot be split; None goes by the total size. A
+    line, a text in a table and a decompressed text file have at most `document_bytes`.
     """
 
     tokenizer: str
@@ -65,27 +65,27 @@ class Options:
 
 
 def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say: Callable[[str], None] = print) -> dict:
-    """Writes the store `out` from the files that `inputs` name, and returns its summary.
+    """Writes the store `out` from the files of `inputs` and returns its summary.
 
-    The same call goes on where a killed one stopped. ValueError for a wrong input, OSError for a disk that fails, for
-    instance because it is full, BlockingIOError where another process writes the store, ImportError for a missing library.
+    The same call resumes a killed one. ValueError for wrong input, OSError for a disk that fails or is full, BlockingIOError if
+    another process writes the store, ImportError for a missing library.
     """
     tokenizer = load_tokenizer(options.tokenizer)
     plan = _plan(inputs, options, tokenizer)
     folder = Path(out)
-    _check_ours(folder)
+    _check_folder(folder)
     if (folder / store.MANIFEST).exists() and not (folder / PARTS).exists():
-        return _complete(folder, plan, say)  # which may be read-only
+        return _complete(folder, plan, say)  # takes no lock: the folder may be read-only
     with files.lock(folder):
         try:
-            begun = _begin(folder, plan)
-            done = _run(folder, plan, options, tokenizer, workers, say) if begun else _complete(folder, plan, say)
+            unfinished = _begin(folder, plan)
+            counts = _make(folder, plan, options, tokenizer, workers, say) if unfinished else _complete(folder, plan, say)
         except BrokenProcessPool as error:
-            raise OSError(f"a worker was killed, perhaps for want of memory; {_progress(folder, plan)}") from error
+            raise OSError(f"a worker was killed, perhaps because memory ran out; {_progress(folder, plan)}") from error
         except OSError as error:
             raise type(error)(f"{error}; {_progress(folder, plan)}") from error
-        (folder / files.LOCK).unlink()  # nobody writes a complete store
-    return done
+        (folder / files.LOCK).unlink()  # a complete store is never written again
+    return counts
 
 
 def _complete(folder: Path, plan: dict, say: Callable[[str], None]) -> dict:
@@ -97,36 +97,36 @@ def _complete(folder: Path, plan: dict, say: Callable[[str], None]) -> dict:
 
 
 def _plan(inputs: Sequence[str], options: Options, tokenizer) -> dict:
-    """Options, files, and the pieces (file, first byte, last) of each shard, as JSON."""
-    found = []
+    """Options, files, and the pieces (file, start byte, stop byte) of each shard, as JSON."""
+    described = []
     for path in sources.find(inputs):
         state = os.stat(path)
-        found.append({"path": path, "bytes": state.st_size, "modified_ns": state.st_mtime_ns})
-    total = sum(file["bytes"] for file in found)
-    most = options.shard_bytes or min(max(total // SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+        described.append({"path": path, "bytes": state.st_size, "modified_ns": state.st_mtime_ns})
+    total = sum(file["bytes"] for file in described)
+    limit = options.shard_bytes or min(max(total // SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
     shards, size = [[]], 0
-    for i, file in enumerate(found):
+    for i, file in enumerate(described):
         form = options.form or sources.format_of(file["path"])
-        cuts = -(-file["bytes"] // most) if sources.splits(file["path"], form) else 1
+        cuts = -(-file["bytes"] // limit) if sources.splits(file["path"], form) else 1
         edges = [file["bytes"] * k // cuts for k in range(cuts + 1)] if cuts else [0, 0]
         for start, stop in itertools.pairwise(edges):
-            if shards[-1] and size + stop - start > most:
+            if shards[-1] and size + stop - start > limit:
                 shards.append([])
                 size = 0
             shards[-1].append([i, start, stop])
             size += stop - start
-    return {"options": dataclasses.asdict(options), "tokenizer_hash": tokenizer.hash, "files": found, "shards": shards}
+    return {"options": dataclasses.asdict(options), "tokenizer_hash": tokenizer.hash, "files": described, "shards": shards}
 
 
-def _check_ours(folder: Path) -> None:
-    """ValueError where `folder` holds something else than a store."""
-    ours = (folder / PLAN).exists() or not folder.exists()
-    if not ours and any(path.name != files.LOCK and not path.name.startswith(f"{PLAN}.partial") for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no unfinished store; name another --out")
+def _check_folder(folder: Path) -> None:
+    """ValueError if `folder` has files that are not those of a store."""
+    usable = (folder / PLAN).exists() or not folder.exists()
+    if not usable and any(x.name != files.LOCK and not x.name.startswith(f"{PLAN}.partial") for x in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and has no unfinished store; name another --out")
 
 
 def _begin(folder: Path, plan: dict) -> bool:
-    """Whether there is work left; ValueError where `folder` holds other work."""
+    """Writes the plan. False if the store is complete; ValueError if the store in `folder` has another plan."""
     if (folder / store.MANIFEST).exists():
         return False
     if (folder / PLAN).exists():
@@ -137,34 +137,56 @@ def _begin(folder: Path, plan: dict) -> bool:
 
 
 def _check_same(folder: Path, new: dict, complete: bool) -> None:
-    """ValueError where `folder` was begun with another plan, or its plan cannot be read."""
+    """ValueError if `folder` was begun with another plan, or its plan cannot be read."""
     try:
         old = json.loads((folder / PLAN).read_text())
-        # What is done without an error is the same either way, and stores of an older version had no bound.
-        free = {"on_error"} if not complete and new["options"]["on_error"] == "skip" else set()
-        free |= {"document_bytes"} if old["options"]["on_error"] == "stop" else set()
-        older = {"document_bytes": new["options"]["document_bytes"]}
-        _compare(folder, old | {"options": older | old["options"]}, new, free)
+        # Parts made without an error do not depend on on_error, and older versions had no limit of document_bytes.
+        ignored = {"on_error"} if not complete and new["options"]["on_error"] == "skip" else set()
+        ignored |= {"document_bytes"} if old["options"]["on_error"] == "stop" else set()
+        default = {"document_bytes": new["options"]["document_bytes"]}
+        _compare(folder, old | {"options": default | old["options"]}, new, ignored)
     except (AttributeError, KeyError, RecursionError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / PLAN} is not as it was written: {error!r}; name another --out") from error
+        raise ValueError(f"{folder / PLAN} is damaged: {error!r}; name another --out") from error
 
 
-def _compare(folder: Path, old: dict, new: dict, free: set[str]) -> None:
-    """ValueError where two plans differ, but for the `free` options."""
-    cure = "give what it was begun with, or name another --out"
+def _compare(folder: Path, old: dict, new: dict, ignored: set[str]) -> None:
+    """ValueError where two plans differ, apart from the `ignored` options."""
+    cure = "use what it was begun with, or name another --out"
     for name, value in new["options"].items():
-        if old["options"][name] != value and name not in free:
-            raise ValueError(f"{folder} was begun with {name}={old['options'][name]!r}, and this is {value!r}; {cure}")
+        if old["options"][name] != value and name not in ignored:
+            raise ValueError(f"{folder} was begun with {name}={old['options'][name]!r}, and now it is {value!r}; {cure}")
     if old["tokenizer_hash"] != new["tokenizer_hash"]:
-        raise ValueError(f"the tokenizer {new['options']['tokenizer']!r} was changed since {folder} was begun; {cure}")
+        raise ValueError(f"the tokenizer {new['options']['tokenizer']!r} has changed since {folder} was begun; {cure}")
     before, now = ({file["path"]: file for file in plan["files"]} for plan in (old, new))
     changed = sorted(path for path in {**before, **now} if before.get(path) != now.get(path))
     if changed or old["shards"] != new["shards"]:
-        what = changed[0] if changed else "in their order"
-        raise ValueError(f"the input files changed since {folder} was begun ({len(changed)} of them, first {what}); {cure}")
+        first = changed[0] if changed else "in their order"
+        raise ValueError(f"the input files changed since {folder} was begun ({len(changed)} of them, first {first}); {cure}")
 
 
-def _run(folder: Path, plan: dict, options: Options, tokenizer, workers: int, say: Callable[[str], None]) -> dict:
+def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, say: Callable[[str], None]) -> dict:
+    """Makes the parts that are missing, and then the store; returns its summary."""
+    _make_parts(folder, plan, options, workers, say)
+    dtype = documents.token_dtype(tokenizer.vocab_size)
+    made = [parts.read(folder, i, dtype.itemsize) for i in range(len(plan["shards"]))]
+    reasons = [reason for part in made for reason in part["places"]]
+    for reason in reasons[:REPORTED]:
+        say(characters.line(f"skipped      {reason}"))
+    names = sorted({name for part in made for name in part["labels"]})
+    _check_labels(folder, names, plan, made)
+    keep = _first_copies(folder, len(made)) if options.drop_duplicates else [None] * len(made)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        written = list(pool.map(lambda i: _write_shard(folder, i, made[i], keep[i], names, dtype), range(len(made))))
+    counts = summary.summary([counts for _, counts in written], made, names)
+    shards = tuple(shard for shard, _ in written)
+    manifest = store.Manifest(store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), shards, counts)
+    _write(folder / store.MANIFEST, [manifest.to_json().encode()])
+    shutil.rmtree(folder / PARTS)
+    return counts
+
+
+def _make_parts(folder: Path, plan: dict, options: Options, workers: int, say: Callable[[str], None]) -> None:
+    """Makes the parts that are missing, in parallel."""
     shards = [[(plan["files"][i]["path"], start, stop) for i, start, stop in shard] for shard in plan["shards"]]
     sizes = [sum(stop - start for _, start, stop in shard) for shard in shards]
     for left_over in folder.glob("**/*.partial*"):
@@ -176,42 +198,32 @@ def _run(folder: Path, plan: dict, options: Options, tokenizer, workers: int, sa
     with tqdm.tqdm(total=sum(sizes), initial=before, unit="B", unit_scale=True, desc="input") as bar:
         for i in _in_processes(_encode_shard, {i: (folder, i, shards[i], options) for i in todo}, workers):
             bar.update(sizes[i])
-    dtype = documents.token_dtype(tokenizer.vocab_size)
-    done = [parts.read(folder, i, dtype.itemsize) for i in range(len(shards))]
-    places = [place for part in done for place in part["places"]]
-    for place in places[:REPORTED]:
-        say(characters.line(f"skipped      {place}"))
-    names = sorted({name for part in done for name in part["labels"]})
+
+
+def _check_labels(folder: Path, names: list[str], plan: dict, made: list[dict]) -> None:
+    """ValueError if the parts have no document, or too many labels."""
     if not names:
-        skipped = {what: count for what, count in summary.skipped(done).items() if count}
+        skipped = {reason: count for reason, count in summary.skipped(made).items() if count}
         raise ValueError(
             f"the {len(plan['files'])} input files have no text; skipped: {skipped}; name another --text_field, "
             f"--format or --input, and another --out or delete {folder}"
         )
-    if len(names) > MOST_LABELS:
-        raise ValueError(f"the label field has {len(names):,} values and a store holds {MOST_LABELS:,}; name a coarser one")
-    keep = _first_copies(folder, len(shards)) if options.drop_duplicates else [None] * len(shards)
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        written = list(pool.map(lambda i: _write_shard(folder, i, done[i], keep[i], names, dtype), range(len(shards))))
-    found = summary.summary([counts for _, counts in written], done, names)
-    manifest = store.Manifest(
-        store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), tuple(shard for shard, _ in written), found
-    )
-    _write(folder / store.MANIFEST, [manifest.to_json().encode()])
-    shutil.rmtree(folder / PARTS)
-    return found
+    if len(names) > MAX_LABELS:
+        raise ValueError(
+            f"the label field has {len(names):,} values, and a store has at most {MAX_LABELS:,}; name a coarser one"
+        )
 
 
 def _in_processes(function: Callable, calls: dict[int, tuple], workers: int) -> Iterator[int]:
-    """Calls `function` with each tuple of arguments, in this process for one worker; yields the keys of those done."""
+    """Calls `function` with each tuple of arguments, in this process for one worker; yields the keys of finished calls."""
     if workers == 1:
         for i, arguments in calls.items():
             function(*arguments)
             yield i
         return
-    context = multiprocessing.get_context("spawn")  # threads of the tokenizers' library do not survive a fork
+    context = multiprocessing.get_context("spawn")  # the threads of the library tokenizers do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        # A worker that is starting would report Ctrl-C with tracebacks of its imports: it is blocked until it can end.
+        # Ctrl-C during the imports of a new worker would print tracebacks, so workers start with the signal blocked.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         pending = {pool.submit(function, *arguments): i for i, arguments in calls.items()}
         try:
@@ -225,48 +237,48 @@ def _in_processes(function: Callable, calls: dict[int, tuple], workers: int) -> 
 
 
 def _start_worker() -> None:
-    """A worker uses one core, ends in silence on Ctrl-C, and does not outlive the process that started it."""
+    """Makes a worker use one core, end silently on Ctrl-C, and end with the process that started it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-    def follow():
+    def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 _tokenizer = functools.cache(load_tokenizer)
 
 
 def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], options: Options) -> None:
-    """Writes the part `index` of all documents in `pieces`."""
+    """Writes part `index`, with all documents of `pieces`."""
     tokenizer = _tokenizer(options.tokenizer)
     dtype = documents.token_dtype(tokenizer.vocab_size)
     columns, labels = {name: [] for name in parts.COLUMNS}, {}
-    skipped, places = collections.Counter(), []
+    skipped, reasons = collections.Counter(), []
 
     def texts() -> Iterator[bytes]:
         for path, start, stop in pieces:
-            for found in sources.read(path, options.form, options.fields, start, stop, options.document_bytes):
-                if isinstance(found, Broken):
-                    reason = f"{found.reason}, which --max_document_mb raises" if found.too_long else found.reason
+            for result in sources.read(path, options.form, options.fields, start, stop, options.document_bytes):
+                if isinstance(result, Broken):
+                    reason = f"{result.reason}, which --max_document_mb raises" if result.too_long else result.reason
                     if options.on_error == "stop":
-                        raise ValueError(f"{reason}; go on with --on_error=skip, or mend it and begin with another --out")
+                        raise ValueError(f"{reason}; continue with --on_error=skip, or repair it and use another --out")
                     skipped["broken"] += 1
-                    places.append(reason)
-                elif isinstance(found, Binary):
+                    reasons.append(reason)
+                elif isinstance(result, Binary):
                     skipped["binary"] += 1
-                    places.append(found.reason)
-                elif not found.text:
+                    reasons.append(result.reason)
+                elif not result.text:
                     skipped["empty"] += 1
                 else:
-                    columns["hashes"].append(documents.content_hash(found.text))
-                    columns["labels"].append(labels.setdefault(found.label or options.label, len(labels)))
-                    columns["bytes"].append(len(found.text))
-                    yield found.text
+                    columns["hashes"].append(documents.content_hash(result.text))
+                    columns["labels"].append(labels.setdefault(result.label or options.label, len(labels)))
+                    columns["bytes"].append(len(result.text))
+                    yield result.text
 
     def blocks() -> Iterator[bytes]:
         for batch in _batches(texts()):
@@ -274,17 +286,18 @@ def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], 
             lengths = [len(ids) + 2 for ids in encoded]
             columns["lengths"] += lengths
             tokens = np.empty(sum(lengths), dtype)
-            at = 0
+            first = 0
             for ids, length in zip(encoded, lengths, strict=True):
-                tokens[at], tokens[at + 1 : at + length - 1], tokens[at + length - 1] = tokenizer.bos, ids, tokenizer.eos
-                at += length
+                last = first + length - 1
+                tokens[first], tokens[first + 1 : last], tokens[last] = tokenizer.bos, ids, tokenizer.eos
+                first += length
             yield tokens.data
 
     digest = _write(parts.path(folder, index, "tokens"), blocks())
-    packed = io.BytesIO()
-    np.savez(packed, **{name: np.array(values, parts.COLUMNS[name]) for name, values in columns.items()})
-    _write(parts.path(folder, index, "npz"), [packed.getbuffer()])
-    part = {"sha256": digest, "labels": list(labels), "skipped": skipped, "places": places[:REPORTED]}
+    archive = io.BytesIO()
+    np.savez(archive, **{name: np.array(values, parts.COLUMNS[name]) for name, values in columns.items()})
+    _write(parts.path(folder, index, "npz"), [archive.getbuffer()])
+    part = {"sha256": digest, "labels": list(labels), "skipped": skipped, "places": reasons[:REPORTED]}
     _write(parts.path(folder, index, "json"), [json.dumps(part).encode()])
 
 
@@ -302,7 +315,7 @@ def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
-    """Which documents of each part are the first with their hash."""
+    """For each part, bool [n]: whether a document is the first with its hash."""
     hashes = [parts.columns(folder, i)["hashes"] for i in range(shards)]
     keep = np.zeros(sum(map(len, hashes)), bool)
     keep[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
@@ -312,10 +325,10 @@ def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
 def _write_shard(
     folder: Path, index: int, part: dict, kept: np.ndarray | None, names: list[str], dtype: np.dtype
 ) -> tuple[store.Shard, dict]:
-    """The shard of a part's `kept` documents, None for all, and what there is of each of the labels `names`."""
+    """Writes the shard of the `kept` documents of a part (None: all). Returns it with the counts of each label in `names`."""
     x = parts.columns(folder, index)
-    place = {name: i for i, name in enumerate(names)}
-    x["labels"] = np.array([place[name] for name in part["labels"]], np.int64)[x["labels"]]
+    number = {name: i for i, name in enumerate(names)}
+    x["labels"] = np.array([number[name] for name in part["labels"]], np.int64)[x["labels"]]
     tokens_path, tokens_sha256 = folder / store.tokens_name(index), part["sha256"]
     if kept is None or kept.all():
         tokens_path.unlink(missing_ok=True)
@@ -346,17 +359,17 @@ def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndar
     tokens, ends = np.memmap(path, dtype, "r"), np.concatenate([[0], np.cumsum(lengths)])
     edges = np.flatnonzero(np.diff(np.concatenate([[False], kept, [False]]).astype(np.int8)))
     for first, last in edges.reshape(-1, 2):
-        for at in range(ends[first], ends[last], COPIED):
-            yield tokens[at : min(at + COPIED, ends[last])].data
+        for start in range(ends[first], ends[last], COPIED):
+            yield tokens[start : min(start + COPIED, ends[last])].data
 
 
 def _progress(folder: Path, plan: dict) -> str:
     done = len(list((folder / PARTS).glob("*.json")))
-    return f"{done} of {len(plan['shards'])} shards are done and kept; once that is mended, the same command goes on"
+    return f"{done} of {len(plan['shards'])} shards are done and kept; solve the problem, then the same command continues"
 
 
 def _write(path: Path, blocks: Iterable) -> str:
-    """Writes a file that is whole or not there; returns its SHA-256."""
+    """Writes a file atomically and returns its SHA-256."""
     partial, digest = path.with_name(f"{path.name}.partial{os.getpid()}"), hashlib.sha256()
     try:
         with open(partial, "wb") as file:

@@ -1,8 +1,8 @@
 """The token store: documents of token ids in shards of raw files, on a disk or in a bucket.
 
-    manifest.json         format, tokenizer, type of the ids, labels, and the size and SHA-256 of each shard's files
-    shard-00000.tokens    the ids of the shard's documents back to back, little-endian
-    shard-00000.index     of each document: tokens int64 [n], hashes uint64 [n], labels uint16 [n], one array after the other
+    manifest.json         format, tokenizer, type of the ids, labels, and the sizes and checksums of the files of each shard
+    shard-00000.tokens    the ids of all documents of the shard back to back, little-endian
+    shard-00000.index     three arrays, one after the other: lengths int64 [n], hashes uint64 [n], labels uint16 [n]
 
 Files are read through TensorStore's key-value stores, so a path may be a URL such as gs://bucket/corpus/.
 """
@@ -23,15 +23,15 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # of a store that is being prepared
 DTYPES = ("<u2", "<u4")
-BLOCK = 2**24  # bytes read at a time to take a checksum
+BLOCK = 2**24  # bytes read at a time for a checksum
 CURE = "copy the file again, or prepare the store again"
-MAX_COUNT = 2**48  # documents or tokens of a shard; sums of them stay far from 2^63
+MAX_COUNT = 2**48  # documents or tokens of a shard; their sums stay far below 2^63
 INDEX = {"lengths": np.dtype("<i8"), "hashes": np.dtype("<u8"), "labels": np.dtype("<u2")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What the manifest says of a shard, in its order."""
+    """The entry of a shard in the manifest."""
 
     documents: int
     tokens: int
@@ -41,7 +41,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """`summary` is what `prepare` counted; `tokenizer` is the name that it was given."""
+    """The content of manifest.json. `summary` has the counts of `prepare`, `tokenizer` the name that `prepare` got."""
 
     format: int
     tokenizer: str
@@ -70,15 +70,15 @@ def index_bytes(lengths: np.ndarray, hashes: np.ndarray, labels: np.ndarray) -> 
 
 
 def load(path: str, tokenizer=None) -> Documents:
-    """The documents of the store at `path`; ValueError names what does not fit, or the shard that is not whole.
+    """The documents of the store at `path`; ValueError names what does not fit, or the file that is damaged.
 
-    With a `tokenizer`, a store whose ids another one made is refused, and so is a read of ids that the tokenizer does not have.
+    With a `tokenizer`, a store that another tokenizer made is refused, and so is a read of ids outside its vocabulary.
     """
     files, manifest = _open(path)
     if tokenizer is not None and tokenizer.hash != manifest.tokenizer_hash:
         raise ValueError(
-            f"{path} was made by the tokenizer {manifest.tokenizer!r} of hash {manifest.tokenizer_hash[:12]}, and the run's "
-            f"has hash {tokenizer.hash[:12]}; set data.tokenizer to the former, or prepare the text again with the latter"
+            f"{path} was made by the tokenizer {manifest.tokenizer!r} of hash {manifest.tokenizer_hash[:12]}, and that of the "
+            f"run has hash {tokenizer.hash[:12]}; set data.tokenizer to the former, or prepare the text again with the latter"
         )
     documents = np.concatenate([[0], np.cumsum([shard.documents for shard in manifest.shards])])
     shards = list(_read_indices(path, files, manifest))
@@ -105,69 +105,69 @@ def load(path: str, tokenizer=None) -> Documents:
 
 
 def read_manifest(path: str) -> Manifest:
-    """ValueError where there is no store at `path`, or one of another format."""
+    """The manifest of the store at `path`; ValueError if there is none, or one of another format."""
     return _open(path)[1]
 
 
 def verify(path: str, tokenizer=None) -> Iterator[int]:
-    """Yields the number of each shard once its files agree with the manifest; ValueError names the first that does not.
+    """Yields the number of each shard after its files agree with the manifest; ValueError names the first file that does not.
 
-    With the store's `tokenizer`, every id must be one of its, and every document must begin with bos and end with eos.
+    With the tokenizer of the store, every id must be in its vocabulary, and every document must go from BOS to EOS.
     """
     files, manifest = _open(path)
     for i, (shard, index) in enumerate(zip(manifest.shards, _read_indices(path, files, manifest), strict=True)):
-        (name, wanted, size), _ = _files_of(i, shard, manifest)
+        (name, checksum, size), _ = _files_of(i, shard, manifest)
         what, problems = f"{path}: {name}", []
-        ranges = (slice(at, min(at + BLOCK, size)) for at in range(0, size, BLOCK))
+        ranges = (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
         blocks = (_value(files.read(name, byte_range=x), what) for x in ranges)
         if tokenizer is not None:
-            blocks = _inspected(blocks, np.dtype(manifest.dtype), index["lengths"], tokenizer, problems)
-        _check_sum(path, name, wanted, blocks)
+            blocks = _checked_ids(blocks, np.dtype(manifest.dtype), index["lengths"], tokenizer, problems)
+        _check_sum(path, name, checksum, blocks)
         if problems:
             raise ValueError(f"{what}: {problems[0]}; {CURE}")
         yield i
 
 
-def _inspected(blocks: Iterable[bytes], dtype: np.dtype, lengths: np.ndarray, tokenizer, problems: list) -> Iterator[bytes]:
-    """The `blocks` of a shard's tokens; to `problems` goes what does not fit the lengths of its documents and the tokenizer."""
+def _checked_ids(blocks: Iterable[bytes], dtype: np.dtype, lengths: np.ndarray, tokenizer, problems: list) -> Iterator[bytes]:
+    """Yields the `blocks` of a token file, and appends to `problems` what does not fit the lengths or the tokenizer."""
     ends = np.cumsum(lengths)
-    marks = [(tokenizer.bos, ends - lengths), (tokenizer.eos, ends - 1)]
+    boundaries = [("BOS", tokenizer.bos, ends - lengths), ("EOS", tokenizer.eos, ends - 1)]
     first = 0
     for block in blocks:
         yield block
         ids = np.frombuffer(block, dtype)
-        problems += filter(None, [_unknown_id(ids, first, tokenizer), _missing_mark(ids, first, marks)])
+        problems += filter(None, [_unknown_id(ids, first, tokenizer), _missing_boundary(ids, first, boundaries)])
         first += len(ids)
 
 
 def _largest(arrays: list[np.ndarray]) -> int:
-    """The largest of all numbers, which are not negative."""
-    if sum(map(len, arrays)) < 4096 * len(arrays):  # then copying short arrays together costs less than a call for each
+    """The largest of all ids, or 0."""
+    if sum(map(len, arrays)) < 4096 * len(arrays):  # one copy of short arrays costs less than a call for each
         arrays = [np.concatenate(arrays)]
     return max((int(np.maximum.reduce(x)) for x in arrays if len(x)), default=0)
 
 
 def _unknown_id(ids: np.ndarray, first: int, tokenizer) -> str | None:
-    """What is wrong if the tokenizer lacks one of `ids`, the tokens from `first` on of a document or shard."""
+    """The problem if an id is not in the vocabulary. `ids` are tokens of a document or shard, of which the first is `first`."""
     if not len(ids) or ids.max() < tokenizer.vocab_size:
         return None
-    at = int(np.argmax(ids >= tokenizer.vocab_size))
-    return f"token {first + at:,} has the id {int(ids[at])}, and the tokenizer's end at {tokenizer.vocab_size - 1}"
+    i = int(np.argmax(ids >= tokenizer.vocab_size))
+    return f"token {first + i:,} has the id {int(ids[i])}, and the largest of the tokenizer is {tokenizer.vocab_size - 1}"
 
 
-def _missing_mark(ids: np.ndarray, first: int, marks: Iterable[tuple[int, np.ndarray]]) -> str | None:
-    """What is wrong if a mark is not at its sorted places in a shard, of which `ids` are the tokens from `first` on."""
-    for mark, places in marks:
-        here = places[slice(*np.searchsorted(places, (first, first + len(ids))))] - first
-        wrong = here[ids[here] != mark]
+def _missing_boundary(ids: np.ndarray, first: int, boundaries: Iterable[tuple[str, int, np.ndarray]]) -> str | None:
+    """The problem if BOS or EOS is not at its sorted positions in a shard. `ids` are its tokens from `first` on."""
+    for name, expected, positions in boundaries:
+        offsets = positions[slice(*np.searchsorted(positions, (first, first + len(ids))))] - first
+        wrong = offsets[ids[offsets] != expected]
         if len(wrong):
-            return f"by the index token {first + wrong[0]:,} is a document's mark {mark}, and it is {int(ids[wrong[0]])}"
+            return f"token {first + wrong[0]:,} is {int(ids[wrong[0]])}, and by the index it is {name} ({expected})"
     return None
 
 
-def _check_sum(path: str, name: str, wanted: str, blocks: Iterable[bytes]) -> None:
-    if sha256(blocks) != wanted:
-        raise ValueError(f"{path}: the checksum of {name} differs from the manifest's, so it was altered; {CURE}")
+def _check_sum(path: str, name: str, expected: str, blocks: Iterable[bytes]) -> None:
+    if sha256(blocks) != expected:
+        raise ValueError(f"{path}: the checksum of {name} differs from the manifest's, so the file was changed; {CURE}")
 
 
 def sha256(blocks: Iterable[bytes]) -> str:
@@ -178,79 +178,81 @@ def sha256(blocks: Iterable[bytes]) -> str:
 
 
 def _open(path: str) -> tuple[tensorstore.KvStore, Manifest]:
-    local = {"driver": "file", "path": os.path.abspath(os.path.expanduser(path)) + "/"}  # in a URL, # and % mean something
+    local = {
+        "driver": "file",
+        "path": os.path.abspath(os.path.expanduser(path)) + "/",
+    }  # not a URL, in which # and % have a meaning
     try:
         files = tensorstore.KvStore.open(path.rstrip("/") + "/" if "://" in path else local).result()
         plan = files.read(PLAN, byte_range=slice(0, 0))
         if _has_byte(files.read(MANIFEST, byte_range=slice(JSON_BYTES, JSON_BYTES + 1))):
             raise ValueError(f"its {MANIFEST} has more than {JSON_BYTES:,} bytes; {CURE}")
-        found, plan = files.read(MANIFEST).result(), plan.result()
-    except ValueError as error:  # every failure of the library's
+        manifest, plan = files.read(MANIFEST).result(), plan.result()
+    except ValueError as error:  # the library raises no other
         raise ValueError(f"{path} cannot be read as a token store: {error}") from error
-    if found.state != "value" and plan.state == "value":
-        raise ValueError(f"{path} is not finished; the same command of tools/prepare_data.py goes on with it")
-    if found.state != "value":
-        raise ValueError(f"{path} is no token store, for it has no {MANIFEST}; make one with tools/prepare_data.py")
+    if manifest.state != "value" and plan.state == "value":
+        raise ValueError(f"{path} is not finished; the same command of tools/prepare_data.py continues it")
+    if manifest.state != "value":
+        raise ValueError(f"{path} is not a token store: it has no {MANIFEST}; make one with tools/prepare_data.py")
     try:
-        return files, _manifest(json.loads(found.value))
+        return files, _manifest(json.loads(manifest.value))
     except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}/{MANIFEST} is not as it was written: {error}; {CURE}") from error
+        raise ValueError(f"{path}/{MANIFEST} is damaged: {error}; {CURE}") from error
 
 
 def _manifest(values: dict) -> Manifest:
-    """The manifest of a JSON value; KeyError, TypeError or ValueError where it is none."""
+    """The manifest in a JSON value; KeyError, TypeError or ValueError if it is not one."""
     if values["format"] != FORMAT:
         raise ValueError(f"it has format {values['format']}, and this code reads {FORMAT}")
     if values["dtype"] not in DTYPES:
-        raise ValueError(f"its ids are {values['dtype']!r}, and there are {' and '.join(DTYPES)}")
+        raise ValueError(f"its ids have type {values['dtype']!r}, which must be {' or '.join(DTYPES)}")
     shards = tuple(Shard(**shard) for shard in values["shards"])
     manifest = Manifest(**values | {"shards": shards, "label_names": tuple(values["label_names"])})
     counts = [count for shard in shards for count in (shard.documents, shard.tokens)]
     texts = [manifest.tokenizer, manifest.tokenizer_hash, *manifest.label_names]
     texts += [text for shard in shards for text in (shard.tokens_sha256, shard.index_sha256)]
-    for ok, what in (
-        (all(type(count) is int for count in counts), "its counts of documents and tokens are no numbers"),
-        (all(isinstance(text, str) for text in texts), "its names and checksums are no texts"),
-        (isinstance(values["label_names"], list), "its label_names are no list"),
-        (isinstance(manifest.summary, dict), "its summary is no object"),
+    for ok, problem in (
+        (all(type(count) is int for count in counts), "its counts of documents and tokens are not all whole numbers"),
+        (all(isinstance(text, str) for text in texts), "its names and checksums are not all strings"),
+        (isinstance(values["label_names"], list), "its label_names are not a list"),
+        (isinstance(manifest.summary, dict), "its summary is not an object"),
         (bool(shards), "it has no shards"),
     ):
         if not ok:
-            raise ValueError(what)
+            raise ValueError(problem)
     for i, shard in enumerate(shards):
         if not 0 <= shard.documents <= shard.tokens <= MAX_COUNT:
-            raise ValueError(f"shard {i} has {shard.documents:,} documents of {shard.tokens:,} tokens, which no shard can have")
+            raise ValueError(f"shard {i} has {shard.documents:,} documents of {shard.tokens:,} tokens, which is impossible")
     return manifest
 
 
 def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, str, int]]:
     """Name, SHA-256 and bytes of the files of a shard."""
-    row = sum(dtype.itemsize for dtype in INDEX.values())
+    document_size = sum(dtype.itemsize for dtype in INDEX.values())
     size = shard.tokens * np.dtype(manifest.dtype).itemsize
     return [
         (tokens_name(index), shard.tokens_sha256, size),
-        (index_name(index), shard.index_sha256, shard.documents * row),
+        (index_name(index), shard.index_sha256, shard.documents * document_size),
     ]
 
 
 def _read_indices(path: str, files: tensorstore.KvStore, manifest: Manifest) -> Iterator[dict[str, np.ndarray]]:
-    """The columns of each shard's index; ValueError names an index that was altered or contradicts the manifest, and a file
-    that is missing or has another size.
+    """The columns of the index of each shard; ValueError names a file that is missing or has another size, or a wrong index.
 
-    Of the tokens only the last one's last byte is read, and of a file that is too long nothing beyond its size but a byte.
+    Of the tokens only the last byte is read. Of a file that is too long, one byte after its expected end is read.
     """
     reads = []
     for i, shard in enumerate(manifest.shards):
-        for name, wanted, size in _files_of(i, shard, manifest):
+        for name, checksum, size in _files_of(i, shard, manifest):
             first = max(size - 1, 0) if name.endswith(".tokens") else 0
             ranges = slice(first, size), slice(size, size + 1)
-            reads.append((name, wanted, size, *[files.read(name, byte_range=x) for x in ranges]))
-    for name, wanted, size, read, behind in reads:
+            reads.append((name, checksum, size, *[files.read(name, byte_range=x) for x in ranges]))
+    for name, checksum, size, read, behind in reads:
         value = _value(read, f"{path}: {name}")
         if _has_byte(behind):
             raise ValueError(f"{path}: {name} has more than its {size:,} bytes; {CURE}")
         if name.endswith(".index"):
-            _check_sum(path, name, wanted, [value])
+            _check_sum(path, name, checksum, [value])
             shard = manifest.shards[int(name.removeprefix("shard-").removesuffix(".index"))]
             columns = _columns(value, shard.documents)
             _check_index(f"{path}: {name}", columns, shard, manifest.label_names)
@@ -258,11 +260,11 @@ def _read_indices(path: str, files: tensorstore.KvStore, manifest: Manifest) -> 
 
 
 def _value(read: tensorstore.Future, what: str) -> bytes:
-    """The bytes of a read; ValueError where there are none."""
+    """The bytes of a read; ValueError if it failed."""
     try:
         result = read.result()
     except ValueError as error:
-        problem = "is shorter than it was" if "OUT_OF_RANGE" in str(error) else f"cannot be read ({error})"
+        problem = "is shorter than the manifest says" if "OUT_OF_RANGE" in str(error) else f"cannot be read ({error})"
         raise ValueError(f"{what} {problem}; {CURE}") from error
     if result.state != "value":
         raise ValueError(f"{what} is missing; {CURE}")
@@ -270,7 +272,7 @@ def _value(read: tensorstore.Future, what: str) -> bytes:
 
 
 def _has_byte(read: tensorstore.Future) -> bool:
-    """Whether there is anything where one byte was read; ValueError where it cannot be read."""
+    """Whether a read of one byte gave one; ValueError if the read failed."""
     try:
         return bool(read.result().value)
     except ValueError as error:
@@ -280,13 +282,13 @@ def _has_byte(read: tensorstore.Future) -> bool:
 
 
 def _check_index(what: str, columns: dict[str, np.ndarray], shard: Shard, label_names: tuple[str, ...]) -> None:
-    """ValueError where the documents of a shard's index are not those of the manifest."""
+    """ValueError where the index of a shard contradicts the manifest."""
     lengths, labels = columns["lengths"], columns["labels"]
     shortest, longest = lengths.min(initial=MAX_COUNT), lengths.max(initial=0)
     if shortest < 1 or longest > shard.tokens:
         length = shortest if shortest < 1 else longest
         raise ValueError(f"{what} has a document of {length:,} tokens, and the shard has {shard.tokens:,}; {CURE}")
-    # In halves, for the sum of wrong lengths may pass 2^63 and come out right.
+    # In halves: a sum of wrong lengths could overflow int64 and still be equal.
     tokens = (int((lengths >> 24).sum()) << 24) + int((lengths & (2**24 - 1)).sum())
     if tokens != shard.tokens:
         raise ValueError(f"{what} has {tokens:,} tokens, and the manifest {shard.tokens:,}; {CURE}")
@@ -295,8 +297,8 @@ def _check_index(what: str, columns: dict[str, np.ndarray], shard: Shard, label_
 
 
 def _columns(index: bytes, documents: int) -> dict[str, np.ndarray]:
-    columns, at = {}, 0
+    columns, offset = {}, 0
     for name, dtype in INDEX.items():
-        columns[name] = np.frombuffer(index, dtype, documents, at)
-        at += documents * dtype.itemsize
+        columns[name] = np.frombuffer(index, dtype, documents, offset)
+        offset += documents * dtype.itemsize
     return columns

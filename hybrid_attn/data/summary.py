@@ -1,4 +1,4 @@
-"""What a store holds: counted while it is prepared, kept in its manifest, printed by the tools."""
+"""The summary of a store: counted while it is prepared, stored in its manifest, printed by the tools."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from hybrid_attn import characters
 
 
 def summary(counts: list[dict], parts: list[dict], names: list[str]) -> dict:
-    """The summary of a store, from the `counts` of its shards and what was skipped in the `parts`; `names` are its labels."""
+    """The summary of a store, from the `counts` of its shards, its `parts`, and the `names` of its labels."""
     duplicates = sum(x["duplicates"] for x in counts)
     by_label = {what: sum(x["labels"][what] for x in counts) for what in ("documents", "tokens", "bytes")}
     lengths = sum(x["lengths"] for x in counts)
@@ -24,16 +24,16 @@ def skipped(parts: list[dict]) -> dict[str, int]:
 
 
 def lines(summary: dict) -> list[str]:
-    """A summary as a person reads it; ValueError where it is not one."""
+    """The lines of a summary, for printing; ValueError if it is damaged."""
     try:
         return [characters.line(line) for line in _lines(summary)]
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the summary in the manifest is not as it was written: {error!r}; prepare the store again") from error
+        raise ValueError(f"the summary in the manifest is damaged: {error!r}; prepare the store again") from error
 
 
 def _lines(summary: dict) -> Iterator[str]:
     yield f"documents    {summary['documents']:,}, of {summary['bytes']:,} bytes"
-    yield f"tokens       {summary['tokens']:,}, {_ratio(summary):.3f} bytes each, marks included"
+    yield f"tokens       {summary['tokens']:,}, {_ratio(summary):.3f} bytes each, BOS and EOS included"
     yield f"skipped      {', '.join(f'{count:,} {what}' for what, count in summary['skipped'].items())}"
     for label, values in summary["labels"].items():
         share = values["tokens"] / summary["tokens"]
@@ -48,4 +48,4 @@ def _lines(summary: dict) -> Iterator[str]:
 
 
 def _ratio(values: dict) -> float:
-    return values["bytes"] / max(1, values["tokens"])  # copies may have been all that a label had
+    return values["bytes"] / max(1, values["tokens"])  # 0 tokens if all documents of a label were copies of others

@@ -1,8 +1,8 @@
-"""Rows that ask a model to find again what the row has said: drawn, not read, each a pure function of its number.
+"""Synthetic sequences that test recall. Each is generated from random numbers and is a pure function of its number.
 
-Every row begins with bos and goes on in bytes, so that it decodes to text. A target that weighs something is an answer,
-and can be told from the row alone; `config.TASKS` has the most pairs and the least tokens of each task. n tokens in a row
-before its padding, T with it.
+A sequence is BOS and then bytes, so that it decodes to text. Every target with a weight is an answer that the earlier tokens
+of the sequence determine. `config.TASKS` has the largest number of pairs and the shortest sequence of each task. A sequence has
+n tokens and T positions, padding included.
 """
 
 import string
@@ -13,7 +13,7 @@ import numpy as np
 
 from hybrid_attn import config
 from hybrid_attn.config import HOPS, QUERIES
-from hybrid_attn.data.rows import ARRAYS, check_len
+from hybrid_attn.data.packed import check_len, padding_arrays
 from hybrid_attn.data.tokenizer import ByteTokenizer
 
 QUERY = ord("?")
@@ -22,29 +22,29 @@ VALUES = np.frombuffer(b"abcdefgh", np.uint8)
 VARIABLES = np.frombuffer(string.ascii_uppercase[: config.TASKS["tracking"].pairs * (HOPS + 1)].encode(), np.uint8)
 NOISE = np.frombuffer((string.punctuation.replace("?", "") + " ").encode(), np.uint8)
 IS = ord("=")
-MQAR_WORDS = 256  # the bytes: 0 is no key, the others below the middle are, and those from the middle on are values
-MQAR_POWER = 0.01  # zoology's: the gap to the query of a pair falls about as 1 / gap
+MQAR_TOKENS = 256  # the bytes: those from 1 to below the middle are keys, those from the middle on are values
+MQAR_POWER = 0.01  # as in zoology: the gap between a pair and its query has a density of about 1 / gap
 
-Raw = Callable[[int], np.ndarray]  # so many random uint64
-Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, targets and weights, each [n]
+Raw = Callable[[int], np.ndarray]  # n -> n random uint64
+Sample = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, targets and weights, each [n]
 
 
 class Task(NamedTuple):
-    """What stands for the documents of a synthetic source: one of `TASKS`, and the pairs of a row if it has any."""
+    """A synthetic source: the name of one of `TASKS`, and the number of pairs in a sequence if the task has pairs."""
 
     name: str
     pairs: int
 
     def fingerprint(self) -> str:
-        """Tells the rows of this task from those of others."""
+        """Distinguishes the sequences of this task from those of others."""
         return self.name if config.TASKS[self.name].pairs is None else f"{self.name} of {self.pairs} pairs"
 
 
-class SyntheticRows:
-    """The rows of a task, in the form of `rows.Rows`.
+class SyntheticSequences:
+    """The sequences of a task, with the interface of `packed.PackedSequences`.
 
-    Those that `seed` draws, for training, have from half of `seq_len` tokens up to all of them. None draws the held-out
-    rows, which are full, of other numbers than any seed's, and the same for every config; no answer is told before it.
+    With a `seed` they are for training and have `seq_len` / 2 to `seq_len` tokens. Without one they are held out: full,
+    independent of the sequences of every seed, and the same for every config; a repeated query has no weight.
     """
 
     def __init__(self, task: Task, seq_len: int, seed: int | None):
@@ -55,108 +55,109 @@ class SyntheticRows:
         self._entropy = (1, seq_len) if seed is None else (0, seed)
 
     def __len__(self) -> int:
-        """Rows of one epoch: as many as there are numbers for them."""
+        """Sequences of one epoch: in effect without end."""
         return 2**62
 
-    def spread(self, wanted: int) -> list[int]:
-        """The numbers of the first `wanted` rows, which are like all others."""
-        return list(range(wanted))
+    def spread(self, count: int) -> list[int]:
+        """The numbers of the first `count` sequences, which are as random as any others."""
+        return list(range(count))
 
     def read(self, slices: Sequence[tuple[int, int, int]]) -> list[dict[str, np.ndarray]]:
-        """The positions [start, stop) of row `index`, for each (index, start, stop), as `rows.Rows.read` gives them."""
-        return [{name: x[start:stop] for name, x in self._row(index).items()} for index, start, stop in slices]
+        """Positions [start, stop) of sequence `index`, for each (index, start, stop), in the form of `PackedSequences.read`."""
+        return [{name: x[start:stop] for name, x in self._sequence(index).items()} for index, start, stop in slices]
 
-    def _row(self, index: int) -> dict[str, np.ndarray]:
-        # NumPy promises the raw stream of a bit generator for ever, but not what Generator.choice makes of it.
+    def _sequence(self, index: int) -> dict[str, np.ndarray]:
+        # NumPy promises that the raw stream of a bit generator never changes; it does not promise this of Generator.choice.
         raw = np.random.Philox(np.random.SeedSequence((*self._entropy, index))).random_raw
         n = self.shortest + int(raw(1)[0] % (self.seq_len - self.shortest + 1))
         tokens_n, targets_n, weights_n = TASKS[self.task.name](raw, n, self.task.pairs)
         if self.task.name == "recall" and self._heldout:
-            weights_n = _first(tokens_n, weights_n)
+            weights_n = _first_queries(tokens_n, weights_n)
         n = len(tokens_n)
-        row = {name: np.zeros(self.seq_len, dtype) for name, dtype in ARRAYS.items()}
-        row["tokens"][:n], row["positions"][:n], row["segments"][:n] = tokens_n, np.arange(n), 1
-        row["targets"][:n], row["weights"][:n] = targets_n * weights_n, weights_n
-        row["bytes"][:n] = weights_n  # an answer is a byte
-        return row
+        arrays = padding_arrays(self.seq_len)
+        arrays["tokens"][:n], arrays["positions"][:n], arrays["segments"][:n] = tokens_n, np.arange(n), 1
+        arrays["targets"][:n], arrays["weights"][:n] = targets_n * weights_n, weights_n
+        arrays["bytes"][:n] = weights_n  # an answer is a byte
+        return arrays
 
 
-def recall(raw: Raw, n: int, pairs: int) -> Drawn:
-    """Pairs Aa somewhere in noise, then queries ?Aa, drawn with replacement.
+def recall(raw: Raw, n: int, pairs: int) -> Sample:
+    """Pairs Aa at random positions in noise, then queries ?Aa, sampled with replacement.
 
-    A key's second answer follows from the first, a few tokens before it, where any window sees it: that is soon learnt, and
-    from it to look farther back. Held-out rows want only the first.
+    When a key is queried again, its answer also stands a few tokens back, where any window sees it. A model learns this case
+    first, and then to look farther back. In held-out sequences only the first query of a key has a weight.
     """
     keys, values = _choose(raw, KEYS, pairs), _choose(raw, VALUES, pairs)
     noise = NOISE[raw(n - 3 * QUERIES) % len(NOISE)]
-    places = 2 * _choose(raw, np.arange(len(noise) // 2), pairs)
-    noise[places], noise[places + 1] = keys, values
-    asked = raw(QUERIES) % pairs
-    queries = np.stack([np.full(QUERIES, QUERY), keys[asked], values[asked]], 1)
+    positions = 2 * _choose(raw, np.arange(len(noise) // 2), pairs)
+    noise[positions], noise[positions + 1] = keys, values
+    chosen = raw(QUERIES) % pairs
+    queries = np.stack([np.full(QUERIES, QUERY), keys[chosen], values[chosen]], 1)
     return _next_tokens(np.concatenate([[ByteTokenizer.bos], noise, queries.ravel()]), len(noise) + 3, 3)
 
 
-def mqar(raw: Raw, n: int, pairs: int) -> Drawn:
-    """Multi-query associative recall (Arora et al., Zoology, 2312.04927, its code's words and places) behind a bos.
+def mqar(raw: Raw, n: int, pairs: int) -> Sample:
+    """Multi-query associative recall (Zoology, arXiv 2312.04927): BOS, then the tokens and positions of the authors' code.
 
-    Pairs, then each key once more in random words, sooner rather than later; its value is wanted there, and never told.
+    Pairs come first, then random tokens among which each key occurs once more, more often early than late. The target there is
+    the value of the key; the value itself does not occur again.
     """
-    keys = _choose(raw, np.arange(1, MQAR_WORDS // 2), pairs)
-    values = _choose(raw, np.arange(MQAR_WORDS // 2, MQAR_WORDS), pairs)
-    tokens_n = np.concatenate([[ByteTokenizer.bos], np.stack([keys, values], 1).ravel(), raw(n - 1 - 2 * pairs) % MQAR_WORDS])
+    keys = _choose(raw, np.arange(1, MQAR_TOKENS // 2), pairs)
+    values = _choose(raw, np.arange(MQAR_TOKENS // 2, MQAR_TOKENS), pairs)
+    tokens_n = np.concatenate([[ByteTokenizer.bos], np.stack([keys, values], 1).ravel(), raw(n - 1 - 2 * pairs) % MQAR_TOKENS])
     gaps = np.arange(1, (n - 1 - 2 * pairs) // 2 + 1)
-    # The least of exponential times, each at the rate of its weight, are a weighted draw without replacement.
+    # The smallest of exponential times, each with its weight as rate, are a weighted sample without replacement.
     uniform = (raw(len(gaps)) >> np.uint64(11)) * 2.0**-53
     times = -np.log1p(-uniform) / gaps ** (MQAR_POWER - 1)
-    places = 1 + 2 * pairs + 2 * np.argsort(times, kind="stable")[:pairs]
+    positions = 1 + 2 * pairs + 2 * np.argsort(times, kind="stable")[:pairs]
     targets_n, weights_n = np.zeros((2, n), np.int64)
-    tokens_n[places], targets_n[places], weights_n[places] = keys, values, 1
+    tokens_n[positions], targets_n[positions], weights_n[positions] = keys, values, 1
     return tokens_n, targets_n, weights_n
 
 
-def copy(raw: Raw, n: int, pairs: int) -> Drawn:
-    """Letters, a question mark, the same letters: of any length, and the order of all of them matters."""
+def copy(raw: Raw, n: int, pairs: int) -> Sample:
+    """Random letters, a question mark, and the same letters in the same order."""
     alphabet = np.concatenate([KEYS, VALUES])
     letters = alphabet[raw((n - 1) // 2) % len(alphabet)]
     return _next_tokens(np.concatenate([[ByteTokenizer.bos], letters, [QUERY], letters]), len(letters) + 2, 1)
 
 
-def tracking(raw: Raw, n: int, pairs: int) -> Drawn:
-    """Chains of assignments A=a, B=A, … somewhere in noise, one for each pair, then ?a and all variables that hold a, in order.
+def tracking(raw: Raw, n: int, pairs: int) -> Sample:
+    """Chains of assignments A=a, B=A, … in noise, one for each pair, then ?a and all variables with the value a, in order.
 
-    RULER's variable tracking (arXiv 2404.06654) in letters, with three hops for four: assignments keep the order of their
-    chain, and chains lie between one another. Each answer but the first follows from the one before it.
+    This is RULER's variable tracking (arXiv 2404.06654) in letters, with three hops instead of four. The assignments of a chain
+    are in order and interleaved with those of other chains. Each answer but the first follows from the one before it.
     """
     values, names = _choose(raw, VALUES, pairs), _choose(raw, VARIABLES, pairs * (HOPS + 1)).reshape(pairs, HOPS + 1)
     chains_CA3 = np.full((*names.shape, 3), IS)
     chains_CA3[..., 0], chains_CA3[:, 0, 2], chains_CA3[:, 1:, 2] = names, values, names[:, :-1]
-    quiet = NOISE[NOISE != IS]
-    text = quiet[raw(n - HOPS - 3) % len(quiet)]
-    places = 3 * np.sort(_choose(raw, np.arange(len(text) // 3), names.size))
+    noise = NOISE[NOISE != IS]
+    text = noise[raw(n - HOPS - 3) % len(noise)]
+    positions = 3 * np.sort(_choose(raw, np.arange(len(text) // 3), names.size))
     turns = _choose(raw, np.repeat(np.arange(pairs), HOPS + 1), names.size)
-    text[places[np.argsort(turns, kind="stable"), None] + np.arange(3)] = chains_CA3.reshape(-1, 3)
-    asked = int(raw(1)[0] % pairs)
-    return _next_tokens(np.concatenate([[ByteTokenizer.bos], text, [QUERY, values[asked]], names[asked]]), len(text) + 3, 1)
+    text[positions[np.argsort(turns, kind="stable"), None] + np.arange(3)] = chains_CA3.reshape(-1, 3)
+    chosen = int(raw(1)[0] % pairs)
+    return _next_tokens(np.concatenate([[ByteTokenizer.bos], text, [QUERY, values[chosen]], names[chosen]]), len(text) + 3, 1)
 
 
 TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "tracking": tracking}
 
 
-def _first(tokens_n: np.ndarray, weights_n: np.ndarray) -> np.ndarray:
-    """The weights with none for an answer after a token that has had one."""
+def _first_queries(tokens_n: np.ndarray, weights_n: np.ndarray) -> np.ndarray:
+    """The weights, but 0 for every answer to a token that has been asked about before."""
     answers = np.flatnonzero(weights_n)
     first_n = np.zeros_like(weights_n)
     first_n[answers[np.unique(tokens_n[answers], return_index=True)[1]]] = 1
     return first_n
 
 
-def _choose(raw: Raw, things: np.ndarray, number: int) -> np.ndarray:
-    """So many different ones of `things`, in random order."""
-    return things[np.argsort(raw(len(things)), kind="stable")[:number]]
+def _choose(raw: Raw, options: np.ndarray, number: int) -> np.ndarray:
+    """`number` different elements of `options`, in random order."""
+    return options[np.argsort(raw(len(options)), kind="stable")[:number]]
 
 
-def _next_tokens(text: np.ndarray, first: int, every: int) -> Drawn:
-    """Next-token prediction in which only text[first], text[first + every], … count."""
+def _next_tokens(text: np.ndarray, first: int, every: int) -> Sample:
+    """Next-token prediction in which only the targets text[first], text[first + every], … have a weight."""
     weights = np.zeros(len(text), np.int64)
     weights[first::every] = 1
     return text[:-1], text[1:], weights[1:]

@@ -1,4 +1,4 @@
-"""Tables of text: Parquet files, and streams of Arrow batches as Hugging Face's datasets saves them."""
+"""Text in tables: Parquet files, and streams of Arrow batches as the library datasets saves them."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,23 +6,23 @@ from hybrid_attn.data import records
 from hybrid_attn.data.compressed import library
 from hybrid_attn.data.records import Broken, Fields, Text
 
-BATCH = 256  # rows of a table that are in memory at a time
+BATCH = 256  # rows of a table in memory at a time
 
 
 def parquet(path: str, fields: Fields, max_bytes: int) -> Iterator[Text | Broken]:
-    """The documents of a Parquet file; a row group whose mean row is longer than `max_bytes` is not read."""
+    """The documents of a Parquet file. It is not read if the rows of a row group have more than `max_bytes` on average."""
     pyarrow = library("pyarrow.parquet", path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = _columns(path, file.schema_arrow.names, fields)
             mean = _mean_bytes(file.metadata, columns)
             if mean > max_bytes:
-                too_long = f"{path}: a row group has rows of {mean:,} bytes in the mean, more than {records.most(max_bytes)}"
+                too_long = f"{path}: a row group has rows of {mean:,} bytes on average, more than {records.limit(max_bytes)}"
                 yield Broken(too_long, too_long=True)
                 return
             rows = max(1, min(BATCH, max_bytes // max(1, mean)))
             yield from _rows(path, fields, max_bytes, file.iter_batches(rows, columns=columns))
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:  # names of columns need not be UTF-8
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:  # column names may not be UTF-8
         _stop_if_unreadable(error)
         yield Broken(f"{path}: not Parquet: {' '.join(str(error).split())}")
 
@@ -36,19 +36,19 @@ def arrow(path: str, fields: Fields, max_bytes: int) -> Iterator[Text | Broken]:
             batch = batch.select(columns)
             for column in batch.columns:
                 _check_offsets(column)
-            yield from (batch.slice(at, BATCH) for at in range(0, len(batch), BATCH))
+            yield from (batch.slice(first, BATCH) for first in range(0, len(batch), BATCH))
 
     try:
         with pyarrow.memory_map(path) as file, pyarrow.ipc.open_stream(file) as stream:
             columns = _columns(path, stream.schema.names, fields)
             yield from _rows(path, fields, max_bytes, batches(stream, columns))
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:  # names of columns need not be UTF-8
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:  # column names may not be UTF-8
         _stop_if_unreadable(error)
         yield Broken(f"{path}: not a stream of Arrow batches: {error}")
 
 
 def _mean_bytes(metadata, columns: list[str]) -> int:
-    """Bytes of a row, decompressed, of `columns`: the mean of the row group in which it is largest."""
+    """Decompressed bytes per row of `columns`, in the row group with the largest mean."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     return max((_group_bytes(group, columns) // max(1, group.num_rows) for group in groups), default=0)
 
@@ -59,12 +59,12 @@ def _group_bytes(group, columns: list[str]) -> int:
 
 
 def _check_offsets(column) -> None:
-    """ArrowInvalid where a column refers to memory that it does not have: the library reads it unchecked, and may crash."""
+    """ArrowInvalid if a column refers to memory outside its buffers: the library would read there and may crash."""
     try:
         column.validate(full=True)
     except ValueError as error:
         if "UTF8" not in str(error) or str(column.type) not in ("string", "large_string"):
-            raise  # what is only not UTF-8 `_rows` names by its row
+            raise  # `_rows` names the rows that are merely not UTF-8
 
 
 def _rows(path: str, fields: Fields, max_bytes: int, batches: Iterable) -> Iterator[Text | Broken]:
@@ -77,23 +77,23 @@ def _rows(path: str, fields: Fields, max_bytes: int, batches: Iterable) -> Itera
         for row in rows:
             number += 1
             try:
-                found = records.document(row if isinstance(row, dict) else row.to_pylist()[0], fields)
+                document = records.document(row if isinstance(row, dict) else row.to_pylist()[0], fields)
             except ValueError as error:
                 yield Broken(f"{path}, row {number}: {records.reason(error)}")
                 continue
-            too_long = f"{path}, row {number}: it has {len(found.text):,} bytes, more than {records.most(max_bytes)}"
-            yield found if len(found.text) <= max_bytes else Broken(too_long, too_long=True)
+            too_long = f"{path}, row {number}: it has {len(document.text):,} bytes, more than {records.limit(max_bytes)}"
+            yield document if len(document.text) <= max_bytes else Broken(too_long, too_long=True)
 
 
 def _stop_if_unreadable(error: Exception) -> None:
-    """Raises what the operating system reports again; the library's own OSErrors have no number."""
+    """Raises an error of the operating system again. An OSError of the library itself has no errno."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
 
 
 def _columns(path: str, names: list[str], fields: Fields) -> list[str]:
-    """The columns to read of a table; ValueError where it lacks one."""
-    wanted = {name if name in names else name.split(".")[0] for name in (fields.text, fields.label) if name is not None}
-    if wanted - set(names):
-        raise ValueError(f"{path} has no column {', '.join(wanted - set(names))}; it has {', '.join(names)}")
-    return [name for name in names if name in wanted]
+    """The columns of a table to read; ValueError if one is missing."""
+    needed = {name if name in names else name.split(".")[0] for name in (fields.text, fields.label) if name is not None}
+    if needed - set(names):
+        raise ValueError(f"{path} has no column {', '.join(needed - set(names))}; it has {', '.join(names)}")
+    return [name for name in names if name in needed]

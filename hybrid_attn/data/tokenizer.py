@@ -32,12 +32,12 @@ EOS_TOKENS = (
 )
 
 
-MAX_IDS = 2**24  # of a vocabulary: there are tables of all ids
-PROBES = (*"~é東🙂", "~ ~")  # characters of one to four bytes of UTF-8, of which a vocabulary may lack some, and a space
+MAX_IDS = 2**24  # of a vocabulary, because there are tables of all ids
+PROBES = (*"~é東🙂", "~ ~")  # characters of one to four bytes in UTF-8, some of which a vocabulary may lack, and a space
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are the bytes themselves; 256 begins a document and 257 ends it."""
+    """Ids 0 to 255 are the bytes, 256 is BOS and 257 is EOS."""
 
     vocab_size = 258
     bos = 256
@@ -52,21 +52,21 @@ class ByteTokenizer:
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """What `encode` gives of each text."""
+        """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
-        """The text of `ids`; document marks are skipped and invalid UTF-8 becomes U+FFFD."""
+        """The text of `ids`, without BOS and EOS; invalid UTF-8 becomes U+FFFD."""
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` whose own special tokens never come out of text, however the text is spelled.
+    """A `tokenizer.json`. Its special tokens never result from text, even if the text spells them.
 
-    ValueError where it would drop characters or encode one text in several ways.
+    ValueError if it would drop characters or encode a text at random.
 
-    `byte_lengths` [vocab_size] counts the space that some tokenizers put before a text as a byte of its first piece. `hash`
-    is SHA-256 of what the file says about ids: neither its layout nor its truncation and padding, which nobody applies.
+    `byte_lengths` [vocab_size] counts the space that some tokenizers put before a text as a byte of the first token. `hash` is
+    the SHA-256 of all that decides the ids: it ignores the layout of the file, and truncation and padding, which are not used.
     """
 
     def __init__(self, path: str):
@@ -74,11 +74,11 @@ class JsonTokenizer:
         decoder = json.dumps(state.get("decoder"), ensure_ascii=False)
         self.hash = _hash(state)
         vocab = self._tokenizer.get_vocab()
-        self.vocab_size = max(vocab.values(), default=0) + 1  # the ids may have holes, so their number is not enough
+        self.vocab_size = max(vocab.values(), default=0) + 1  # ids may be missing in between, so their number is not enough
         if self.vocab_size > MAX_IDS:
-            raise ValueError(f"{path} has the id {self.vocab_size - 1}, and {MAX_IDS - 1} is the largest that is read")
-        self.bos = _first_known(vocab, BOS_TOKENS, path, "begins")
-        self.eos = _first_known(vocab, EOS_TOKENS, path, "ends")
+            raise ValueError(f"{path} has the id {self.vocab_size - 1}, and {MAX_IDS - 1} is the largest that is supported")
+        self.bos = _first_known(vocab, BOS_TOKENS, path, "BOS")
+        self.eos = _first_known(vocab, EOS_TOKENS, path, "EOS")
         _check_exact(self._tokenizer, state, path)
         added = self._tokenizer.get_added_tokens_decoder()
         self._specials = {i for i, token in added.items() if token.special} | {self.bos, self.eos}
@@ -88,44 +88,44 @@ class JsonTokenizer:
                 self.byte_lengths[i] = len(piece.encode()) if i in added else _piece_bytes(piece, decoder)
 
     def encode(self, text: bytes) -> np.ndarray:
-        """int32 ids [n] of UTF-8 text; UnicodeDecodeError where it is not UTF-8."""
+        """int32 ids [n] of UTF-8 text; UnicodeDecodeError if it is not UTF-8."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """What `encode` gives of each text."""
+        """`encode` of each text."""
         decoded = [text.decode("utf-8") for text in texts]
         with _library_errors("the tokenizer cannot encode a text"):
             encoded = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(x.ids, np.int32) for x in encoded]
 
     def decode(self, ids) -> str:
-        """The text of `ids`; special and unknown ones are skipped and invalid UTF-8 becomes U+FFFD."""
+        """The text of `ids`, without special and unknown ids; invalid UTF-8 becomes U+FFFD."""
         return self._tokenizer.decode([int(i) for i in ids if 0 <= int(i) < self.vocab_size and int(i) not in self._specials])
 
 
 def load_tokenizer(name: str) -> ByteTokenizer | JsonTokenizer:
-    """The tokenizer called `name`: "bytes", or the path of a `tokenizer.json`."""
+    """The tokenizer `name`: "bytes", or the path of a `tokenizer.json`."""
     if name == "bytes":
         return ByteTokenizer()
     if not os.path.isfile(name):
-        raise ValueError(f"the tokenizer {name!r} is no file; use 'bytes' or the path of a tokenizer.json")
+        raise ValueError(f"the tokenizer {name!r} is not a file; use 'bytes' or the path of a tokenizer.json")
     return JsonTokenizer(name)
 
 
 def check_vocab(tokenizer: ByteTokenizer | JsonTokenizer, model_vocab_size: int, name: str) -> None:
-    """ValueError where a model of `model_vocab_size` lacks ids of the tokenizer `name`, or has far more than those.
+    """ValueError if a model of `model_vocab_size` lacks ids of the tokenizer `name`, or has far more ids than the tokenizer.
 
-    Bytes are 258 ids whatever the text, so that the rest is padding. The training of a tokenizer.json ends early where its
-    text has no more pairs, and a published model leaves room for tokens to come: half of its ids are enough.
+    The byte tokenizer always has 258 ids, so all others are padding. A tokenizer.json may use only half of the ids: training
+    ends early if the text has no more pairs, and published models leave room for later tokens.
     """
     used = tokenizer.vocab_size
-    most = int(1.05 * used + 128) if isinstance(tokenizer, ByteTokenizer) else 2 * used
+    limit = int(1.05 * used + 128) if isinstance(tokenizer, ByteTokenizer) else 2 * used
     cure = f"set model.vocab_size={-(-used // 128) * 128}"
     if model_vocab_size < used:
         raise ValueError(f"model.vocab_size={model_vocab_size} is below the {used} ids of data.tokenizer={name!r}; {cure}")
-    if model_vocab_size > most:
+    if model_vocab_size > limit:
         raise ValueError(
-            f"model.vocab_size={model_vocab_size} wastes memory on the {used} ids of data.tokenizer={name!r} (at most {most} "
+            f"model.vocab_size={model_vocab_size} wastes memory on the {used} ids of data.tokenizer={name!r} (at most {limit} "
             f"is padding); train a tokenizer with tools/train_tokenizer.py --vocab_size={model_vocab_size} and name it with "
             f"--config.data.tokenizer=tokenizer.json; or, to keep {name!r}, {cure}"
         )
@@ -146,15 +146,15 @@ def _read_json(path: str):
     with _library_errors(refusal):
         tokenizer = tokenizers.Tokenizer.from_str(text)
         state = json.loads(text)
-    tokenizer.no_truncation()  # files saved for fine-tuning carry both, and a document must come through whole
+    tokenizer.no_truncation()  # files saved for fine-tuning set both, and a document must be encoded completely
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "</s>" in a text is four characters of the text, not its end
+    tokenizer.encode_special_tokens = True  # "</s>" in a text is four characters, not EOS
     return tokenizer, state
 
 
 @contextlib.contextmanager
 def _library_errors(what: str) -> Iterator[None]:
-    """Errors of the library become ValueErrors: it raises bare Exceptions and, where its Rust panics, a BaseException."""
+    """Turns errors of the library into ValueErrors: it raises plain Exceptions, and a BaseException if its Rust code panics."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -164,45 +164,46 @@ def _library_errors(what: str) -> Iterator[None]:
 
 
 def _check_exact(tokenizer, state: dict, path: str) -> None:
-    """ValueError where a `tokenizer.json` encodes at random, drops characters without a token, or decodes to other text.
+    """ValueError if a `tokenizer.json` encodes at random, drops characters without a token, or decodes to another text.
 
-    Texts that its normalizer changes, or that it encodes with its token for unknown ones, need not come back.
+    A text that its normalizer changes, or that has unknown tokens, may decode to another text.
     """
     dropout = state["model"].get("dropout")
     if dropout:
         raise ValueError(f"{path} has dropout={dropout}, so it encodes a text in many ways; set its model.dropout to null")
     if state.get("decoder") is None:
-        raise ValueError(f"{path} has no decoder, so its ids are no text again; give it the one of its kind, such as ByteLevel")
+        raise ValueError(f"{path} has no decoder, so its ids cannot be decoded; add the decoder of its type, such as ByteLevel")
     for text in PROBES:
         with _library_errors(f"{path} cannot encode {text!r}, for which a model may need an unk_token"):
-            kept = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
+            normalized = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
             ids = tokenizer.encode(text, add_special_tokens=False).ids
             decoded = tokenizer.decode(ids)
             unknown = [state["model"].get("unk_id"), tokenizer.token_to_id(state["model"].get("unk_token") or "")]
-        if kept and (not ids or "\ufffd" in decoded):
+        if normalized and (not ids or "\ufffd" in decoded):
             cure = "use a vocabulary of all bytes, byte_fallback or an unk_token"
             raise ValueError(f"{path} drops the character {text!r}, or bytes of it, without a token; {cure}")
-        if kept == text and text not in decoded and not any(i in unknown for i in ids):
-            cure = "give it the decoder of its kind, such as ByteLevel"
+        if normalized == text and text not in decoded and not any(i in unknown for i in ids):
+            cure = "use the decoder of its type, such as ByteLevel"
             raise ValueError(f"{path} decodes its ids of {text!r} to {decoded!r}; {cure}")
 
 
 def _hash(state: dict) -> str:
-    kept = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    relevant = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
 def _first_known(vocab: dict[str, int], names: tuple[str, ...], path: str, role: str) -> int:
+    """The id of the first of `names` in a vocabulary."""
     for name in names:
         if name in vocab:
             return vocab[name]
-    raise ValueError(f"{path} has no token that {role} a document; add one of {' '.join(names)} to its added_tokens")
+    raise ValueError(f"{path} has no {role} token; add one of {' '.join(names)} to its added_tokens")
 
 
 def _piece_bytes(piece: str, decoder: str) -> int:
-    """UTF-8 bytes of text that a vocabulary's `piece` stands for under the JSON of its `decoder`."""
+    """The UTF-8 bytes of the text of a vocabulary entry, by the JSON of the decoder."""
     if "ByteLevel" in decoder:
-        return len(piece)  # one letter of the GPT-2 alphabet is one byte
+        return len(piece)  # each letter of the GPT-2 alphabet is one byte
     if "ByteFallback" in decoder and re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return 1
     if "▁" in decoder:

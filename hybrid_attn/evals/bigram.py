@@ -3,7 +3,7 @@
 import numpy as np
 
 from hybrid_attn.data.documents import Documents
-from hybrid_attn.data.rows import Rows
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.evals.types import Spec
 from hybrid_attn.model.loss import bits_per_byte
 
@@ -31,7 +31,7 @@ def log_probabilities(documents: Documents, vocab_size: int) -> np.ndarray:
 
 def score(log_probs: np.ndarray, spec: Spec, byte_lengths: np.ndarray) -> float:
     """Bits per byte of the tokens that `position.run` scores under the same `spec`."""
-    rows = Rows(spec.documents, spec.length, None, byte_lengths)
+    rows = PackedSequences(spec.documents, spec.length, None, byte_lengths)
     nll = num_bytes = 0.0
     for i in rows.spread(-(-spec.tokens // spec.length)):
         row = rows[i]

@@ -65,7 +65,7 @@ def _files(patterns: tuple[str, ...]) -> list[str]:
 
 def _read(path: str) -> str:
     """The text of a file; ValueError for other formats."""
-    plain = source_files.format_of(path) == "text" and not path.endswith(source_files.PACKED)
+    plain = source_files.format_of(path) == "text" and not path.endswith(source_files.COMPRESSED)
     check(plain, f"{path} is packed or has records; name files of plain text")
     text = source_files.text_of(path, by_ending=False)
     check(isinstance(text, bytes) and b"\0" not in text, f"{path} is no text")

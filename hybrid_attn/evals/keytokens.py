@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
+from hybrid_attn.data.packed import PackedSequences, padding_arrays
 from hybrid_attn.data.pipeline import Slice, heldout_batches
-from hybrid_attn.data.rows import Rows, blank
 from hybrid_attn.evals.evaluation import (
     Evaluation,
     Headline,
@@ -60,7 +60,7 @@ def run(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
 class Window:
     """Rows of the tokens [first, first + seq_len) of `rows`: a document that begins before `first` begins there."""
 
-    def __init__(self, rows: Rows, first: int, seq_len: int):
+    def __init__(self, rows: PackedSequences, first: int, seq_len: int):
         self.first, self.seq_len = first, seq_len
         self._rows = rows
 
@@ -69,22 +69,22 @@ class Window:
         return self._rows.spread(number)
 
     def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
-        """As `Rows.read` gives them; padding where the rows have ended."""
+        """As `PackedSequences.read` gives them; padding where the rows have ended."""
         return [self._slice(index, start, stop) for index, start, stop in slices]
 
     def _slice(self, index: int, start: int, stop: int) -> dict[str, np.ndarray]:
         here, end = self.first + start, min(self.first + stop, self._rows.seq_len)
         if end <= here:
-            return blank(stop - start)
+            return padding_arrays(stop - start)
         edge, row = self._rows.read([(index, self.first, self.first + 1), (index, here, end)])
         row["positions"] = row["positions"] - np.where(row["segments"] == edge["segments"], edge["positions"], 0)
-        padding = blank(stop - start - (end - here))
+        padding = padding_arrays(stop - start - (end - here))
         return {name: np.concatenate([row[name], x]) for name, x in padding.items()}
 
 
 def _batches(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[tuple[dict, list[tuple[int, dict]]]]:
     """Batches of full-length rows, each with the windows of the same rows and where they begin."""
-    rows = Rows(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
+    rows = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     slices = 2 * eval_model.mesh.shape["context"]  # a mesh may want two for each of its shards
     size = -(-(short + max(1, short // SLIDE)) // slices) * slices
     windows = [Window(rows, first, size) for first in range(0, spec.length - short, size - short)]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hybrid_attn import trees
-from hybrid_attn.data.rows import Rows
-from hybrid_attn.data.synthetic import SyntheticRows, Task
+from hybrid_attn.data.packed import PackedSequences
+from hybrid_attn.data.synthetic import SyntheticSequences, Task
 from hybrid_attn.evals.ruler import words
 from hybrid_attn.evals.ruler.tasks import FIND_ONE, NEEDLE
 from hybrid_attn.evals.types import Spec
@@ -48,7 +48,7 @@ def prompts(spec: Spec, tokenizer) -> list[NeedlePrompt]:
     number = -(-spec.tokens // spec.length)
     if isinstance(spec.documents, Task):
         return _of_task(spec.documents, spec.length, number)
-    rows = Rows(spec.documents, spec.length, None, tokenizer.byte_lengths)
+    rows = PackedSequences(spec.documents, spec.length, None, tokenizer.byte_lengths)
     tokens = int(spec.documents.lengths.sum())
     full = [i for i in rows.spread(number) if i < tokens // spec.length]
     if not full:
@@ -90,7 +90,7 @@ def _sentence_end(text: Sequence[int], middle: int, tokenizer) -> int:
 def _of_task(task: Task, length: int, number: int) -> list[NeedlePrompt]:
     """Rows of "recall" up to the answer of their first question."""
     trees.check(task.name == "recall", f'the task "{task.name}" hides no needle that is asked for; use "recall" or documents')
-    rows = SyntheticRows(task, length, None)
+    rows = SyntheticSequences(task, length, None)
     prompts = []
     for row in rows.read([(i, 0, length) for i in rows.spread(number)]):
         tokens, key = row["tokens"], int(np.flatnonzero(row["weights"])[0])

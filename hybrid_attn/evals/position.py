@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.pipeline import heldout_batches
-from hybrid_attn.data.rows import Rows
 from hybrid_attn.evals.evaluation import (
     Evaluation,
     Headline,
@@ -41,7 +41,7 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     ("recall", see `recalled`) and of the other tokens ("rest") come last, by bucket and in all. The record of all tokens has
     the mean loss of each row, too.
     """
-    rows = Rows(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
+    rows = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
     batch = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
     batches = [

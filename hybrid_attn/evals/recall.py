@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
 from hybrid_attn.data.pipeline import heldout_batches
-from hybrid_attn.data.synthetic import SyntheticRows
+from hybrid_attn.data.synthetic import SyntheticSequences
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals.evaluation import Evaluation, Headline, check_row, check_task_fits, first_total, measured_of_source
 from hybrid_attn.evals.fields import NAME, SHARE, SIZE, list_of
@@ -31,7 +31,7 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
 
     The row holds the right answers, so that one does not suffer from another.
     """
-    rows = SyntheticRows(spec.documents, spec.length, None)
+    rows = SyntheticSequences(spec.documents, spec.length, None)
     batch = max(1, TOKENS // spec.length) * math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
     number = -(-spec.tokens // spec.length)
     batches = [

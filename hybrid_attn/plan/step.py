@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from hybrid_attn.config import Config
-from hybrid_attn.data.rows import ARRAYS
+from hybrid_attn.data.packed import ARRAYS
 from hybrid_attn.model import flops, run_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.context import SCHEMES

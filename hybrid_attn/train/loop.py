@@ -100,7 +100,7 @@ class TrainingData(NamedTuple):
 
     tokenizer: ByteTokenizer | JsonTokenizer
     corpora: Mapping[str, Corpus]
-    stages: list[pipeline.MixedRows]
+    stages: list[pipeline.MixedSequences]
     identities: list[dict]
 
 
@@ -110,7 +110,7 @@ def load_data(c: config.Config) -> TrainingData:
     check_vocab(tokenizer, c.model.vocab_size, c.data.tokenizer)
     loaded = corpora.load(c.data, c.sources, tokenizer)
     training = {name: corpus.training for name, corpus in loaded.items()}
-    stages = pipeline.stage_rows(c, training, tokenizer)
+    stages = pipeline.stage_sequences(c, training, tokenizer)
     return TrainingData(tokenizer, loaded, stages, pipeline.identities(c, training, tokenizer))
 
 

@@ -6,12 +6,12 @@ import jax
 from jax.sharding import Mesh
 
 from hybrid_attn.config import Config, LayerType, reach
-from hybrid_attn.data.pipeline import MixedRows
-from hybrid_attn.data.synthetic import SyntheticRows
+from hybrid_attn.data.pipeline import MixedSequences
+from hybrid_attn.data.synthetic import SyntheticSequences
 from hybrid_attn.model import Run, flops
 
 
-def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedRows], workdir: str, start: int) -> list[str]:
+def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedSequences], workdir: str, start: int) -> list[str]:
     """Parameters, layout, mesh, kernel, data, the sources of each stage, tokens and FLOPs per step, peak and workdir.
 
     `rows` are those of each stage; tokens and FLOPs are those of the stage that comes next.
@@ -48,12 +48,12 @@ def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedRows
     ]
 
 
-def sources(rows: MixedRows, wanted: int, stage: str) -> list[str]:
+def sources(rows: MixedSequences, wanted: int, stage: str) -> list[str]:
     """A line for each source of a `stage` of `wanted` rows: what is there, how it is packed, and how much of it is seen."""
     lines = []
     for name, epochs in rows.epochs(wanted).items():
-        of = rows.rows[name]
-        if isinstance(of, SyntheticRows):
+        of = rows.sources[name]
+        if isinstance(of, SyntheticSequences):
             what = of.task.fingerprint()
             lines.append(
                 f"source       {stage}{name}: {what}, rows of {of.shortest:,} to {of.seq_len:,} tokens, each drawn anew"
@@ -62,8 +62,8 @@ def sources(rows: MixedRows, wanted: int, stage: str) -> list[str]:
         n = of.counts()
         padding, cut = n["padding"] / (n["tokens"] + n["padding"]), n["cut_documents"] / n["documents"]
         lines.append(
-            f"source       {stage}{name}: {n['documents']:,} training documents, {n['tokens']:,} tokens in {n['rows']:,} rows; "
-            f"{padding:.2%} padding, {cut:.1%} of the documents cut; {epochs:.3g} epochs"
+            f"source       {stage}{name}: {n['documents']:,} training documents, {n['tokens']:,} tokens in {n['sequences']:,} "
+            f"packed sequences; {padding:.2%} padding, {cut:.1%} of the documents cut; {epochs:.3g} epochs"
         )
     return lines
 
