@@ -142,9 +142,9 @@ def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and
         c = config.build(shipped(name, texts, **overrides))
         with pytest.raises(Started):
             loop.train(c, tmp_path)
-        words = load_tokenizer(c.data.tokenizer)
-        training = {name: corpus.training for name, corpus in corpora.load(c.data, c.sources, words).items()}
-        rows = pipeline.stage_sequences(c, training, words)
+        tokenizer = load_tokenizer(c.data.tokenizer)
+        training = {name: corpus.training for name, corpus in corpora.load(c.data, c.sources, tokenizer).items()}
+        rows = pipeline.stage_sequences(c, training, tokenizer)
         lines = summary(c, run_on("cpu", c.model, c.train), make_mesh(c.mesh), "", rows, "", 0)
         assert lines[0].startswith("parameters   ") and len(lines) >= 10
 
@@ -187,11 +187,11 @@ WITHOUT_DATA = ("tools/plan.py", "tools/import_hf.py")
 def test_every_command_of_the_documentation_names_a_config_and_the_tokenizer_that_its_vocabulary_needs(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line for text in TEXTS for path in ROOT.glob(text) for line in path.read_text().splitlines() if "$" not in line]
-    found = [(line, *match.groups()) for line in lines if (match := COMMAND.search(line))]
-    assert len(found) > 30
-    for line, name, rest in found:
+    commands = [(line, *match.groups()) for line in lines if (match := COMMAND.search(line))]
+    assert len(commands) > 30
+    for line, name, arguments in commands:
         values = config_file.load(name)
-        for key, text in re.findall(r"--config\.([\w.\[\]-]+)=([^\s'\"`]+)", rest):
+        for key, text in re.findall(r"--config\.([\w.\[\]-]+)=([^\s'\"`]+)", arguments):
             trees.override(config.Config, values, "config", key, text)
         c = config.build(values)
         if c.data.tokenizer == "bytes" and not any(tool in line for tool in WITHOUT_DATA):

@@ -65,11 +65,11 @@ def test_a_store_is_loaded_for_the_runs_tokenizer_and_chosen_by_label(monkeypatc
     tokens = [np.full(3 + i, i, np.uint16) for i in range(40)]
     stored = documents.in_memory(tokens, [i * 2**58 for i in range(40)])
     stored = dataclasses.replace(stored, labels=np.arange(40, dtype=np.uint16) % 2, label_names=("books", "code"))
-    asked = []
-    monkeypatch.setattr(corpora.store, "load", lambda *args: asked.append(args) or stored)
+    calls = []
+    monkeypatch.setattr(corpora.store, "load", lambda *args: calls.append(args) or stored)
     data = data_of(books={"store": "gs://b/s", "label": "books"}, code={"store": "gs://b/s", "label": "codes"})
     assert lengths(corpora.load(data, ["books"], BYTES)["books"]) == list(range(3, 43, 2))
-    assert asked == [("gs://b/s", BYTES)]
+    assert calls == [("gs://b/s", BYTES)]
     with pytest.raises(
         ValueError, match="data.sources.code: label='codes' is not one of 'books', 'code'; did you mean 'code'?"
     ):

@@ -41,10 +41,10 @@ def write(root, names, text="text of {}"):
 def split(*paths, holdout=0.3):
     """Texts of the training and of the held-out documents."""
     loaded = [load(data(*paths, holdout=holdout), BYTES, heldout) for heldout in (False, True)]
-    return tuple(sorted(BYTES.decode(x) for x in part.read(whole(part))) for part in loaded)
+    return tuple(sorted(BYTES.decode(x) for x in part.read(all_spans(part))) for part in loaded)
 
 
-def whole(part):
+def all_spans(part):
     return [(i, 0, n) for i, n in enumerate(part.lengths)]
 
 
@@ -57,7 +57,7 @@ def test_each_file_is_one_document_between_its_marks(tmp_path):
         loaded = load(data(tmp_path / "*.txt"), BYTES, heldout)
         assert loaded.dtype == np.uint16 and loaded.lengths.dtype == np.int64 and loaded.hashes.dtype == np.uint64
         assert loaded.labels.tolist() == [0] * len(loaded) and loaded.label_names == ("text",)
-        for tokens, content in zip(loaded.read(whole(loaded)), loaded.hashes, strict=True):
+        for tokens, content in zip(loaded.read(all_spans(loaded)), loaded.hashes, strict=True):
             text = bytes(tokens[1:-1].astype(np.uint8))
             assert tokens.tolist() == [256, *text, 257] and tokens.dtype == np.uint16
             assert content == int(hashlib.sha256(text).hexdigest()[:16], 16)
@@ -123,8 +123,8 @@ def test_a_larger_holdout_only_adds_documents(tmp_path):
 def test_a_file_found_twice_is_one_document(tmp_path):
     write(tmp_path, ["a/1.txt", "b/2.txt"])
     os.symlink(tmp_path / "a/1.txt", tmp_path / "b/3.txt")
-    found = documents.find((str(tmp_path / "a/*"), str(tmp_path / "**/*.txt")))
-    assert [name for name, _ in found] == ["1.txt", "b/2.txt"]
+    named = documents.find((str(tmp_path / "a/*"), str(tmp_path / "**/*.txt")))
+    assert [name for name, _ in named] == ["1.txt", "b/2.txt"]
 
 
 def test_empty_files_and_folders_are_no_documents(tmp_path):
@@ -135,12 +135,12 @@ def test_empty_files_and_folders_are_no_documents(tmp_path):
 
 
 def test_the_standard_library_is_the_default():
-    found = dict(documents.find(()))
-    assert list(found) == sorted(found) and len(found) > 500
-    assert {"ast.py", "json/decoder.py"} <= set(found)
-    assert not [name for name in found if not name.endswith(".py")]
-    assert not [name for name in found if {"site-packages", "__pycache__"} & set(name.split("/"))]
-    assert found["json/decoder.py"] == __import__("json").decoder.__file__
+    named = dict(documents.find(()))
+    assert list(named) == sorted(named) and len(named) > 500
+    assert {"ast.py", "json/decoder.py"} <= set(named)
+    assert not [name for name in named if not name.endswith(".py")]
+    assert not [name for name in named if {"site-packages", "__pycache__"} & set(name.split("/"))]
+    assert named["json/decoder.py"] == __import__("json").decoder.__file__
 
 
 def test_bytes_read_what_is_not_utf8_and_text_tokenizers_name_it(tmp_path):
@@ -163,7 +163,7 @@ def test_files_are_decoded_as_they_are_for_a_store(tmp_path, name):
     options = prepare.Options("bytes", Fields("text", None), None, "text", False, "stop", None)
     prepare.prepare([str(tmp_path / name)], str(tmp_path / "store"), options, 1)
     stored, loaded = store.load(str(tmp_path / "store")), documents.load((f"{tmp_path}/{name[0]}*.*",), BYTES)
-    assert [x.tolist() for x in loaded.read(whole(loaded))] == [x.tolist() for x in stored.read(whole(stored))]
+    assert [x.tolist() for x in loaded.read(all_spans(loaded))] == [x.tolist() for x in stored.read(all_spans(stored))]
     assert loaded.hashes.tolist() == stored.hashes.tolist() and len(loaded) > 0
     assert loaded.fingerprint() == documents.load((str(tmp_path / name),) * 2, BYTES).fingerprint()
 
@@ -172,7 +172,7 @@ def test_a_directory_is_read_as_it_is_for_a_store(tmp_path):
     write(tmp_path, ["b.txt", "a/1.txt", ".git/config"])
     (tmp_path / "c.jsonl").write_text('{"text": "record"}\n')
     loaded = documents.load((str(tmp_path),), BYTES)
-    assert [BYTES.decode(x) for x in loaded.read(whole(loaded))] == ["text of a/1.txt", "text of b.txt", "record"]
+    assert [BYTES.decode(x) for x in loaded.read(all_spans(loaded))] == ["text of a/1.txt", "text of b.txt", "record"]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

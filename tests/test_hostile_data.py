@@ -136,8 +136,8 @@ def test_files_of_text(tmp_path):
         for path in [*sources.find([str(folder)]), *map(str, folder.glob("*"))]:
             assert str(folder) in path
             for fields in (Fields("text", "meta.from"), Fields("meta.from", None)):
-                found = list(sources.read(path, None, fields, max_bytes=1000))
-                assert not [x for x in found if isinstance(x, sources.Broken) and "\n" in x.reason]
+                results = list(sources.read(path, None, fields, max_bytes=1000))
+                assert not [x for x in results if isinstance(x, sources.Broken) and "\n" in x.reason]
         documents.load((str(folder / "[!s]*"),), BYTES)
 
     def damage(folder, rng):

@@ -41,7 +41,7 @@ def random_lengths(seed):
     return np.concatenate([rng.integers(1, 4, 100), rng.integers(1, 200, 5)])
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(24))
 def test_sequences_are_those_of_best_fit_decreasing_with_every_token_once_and_no_short_document_cut(seed):
     lengths = random_lengths(seed)
     seq_len = int(np.random.default_rng(1000 + seed).integers(1, 50))

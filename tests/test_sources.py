@@ -1,4 +1,4 @@
-"""Every format gives the same documents, and what cannot be read is named with its line, in its place."""
+"""Every format gives the same documents, and what cannot be read is named with its line, in order."""
 
 import codecs
 import gzip
@@ -95,21 +95,21 @@ def test_what_is_broken_is_named_by_its_line_and_the_rest_is_read(tmp_path):
         b"[" * 100_000: "maximum recursion depth exceeded",
     }
     path.write_bytes(b"".join(b'{"text": "good"}\n\n' + line + b"\n" for line in broken))
-    found = read(path, Fields("text", None))
-    assert found[::2] == [Text(b"good", None)] * len(broken)
-    for i, (got, reason) in enumerate(zip(found[1::2], broken.values(), strict=True)):
+    results = read(path, Fields("text", None))
+    assert results[::2] == [Text(b"good", None)] * len(broken)
+    for i, (got, reason) in enumerate(zip(results[1::2], broken.values(), strict=True)):
         assert got.reason.startswith(f"{path}, line {3 * i + 3}: {reason}"), got
 
 
 def test_parts_of_a_file_of_lines_are_the_file(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(lines()[:90] + b"\n\n{broken}\n" + lines()[90:])
-    whole, size = read(path), path.stat().st_size
-    assert len([x for x in whole if isinstance(x, Broken)]) > 1
+    documents, size = read(path), path.stat().st_size
+    assert len([x for x in documents if isinstance(x, Broken)]) > 1
     for first in range(size + 1):
         for second in (first, min(first + 7, size)):
             edges = [(0, first), (first, second), (second, size)]
-            assert [x for start, stop in edges for x in sources.read(str(path), "jsonl", FIELDS, start, stop)] == whole
+            assert [x for start, stop in edges for x in sources.read(str(path), "jsonl", FIELDS, start, stop)] == documents
     assert sources.splits("a.jsonl", "jsonl") and sources.splits("a.json", "jsonl")
     assert not sources.splits("a.jsonl.gz", "jsonl") and not sources.splits("a.jsonl", "text")
 
@@ -167,8 +167,8 @@ def test_every_kind_of_frame_of_a_zst_file_is_read(tmp_path):
     for damaged in (streamed[:-1] + bytes([streamed[-1] ^ 1]), skipped[:-1], skipped[:8], skipped[:7]):
         for before in (b"", small):
             (tmp_path / "x.txt.zst").write_bytes(before + damaged)
-            (found,) = read(tmp_path / "x.txt.zst")
-            assert found.reason.startswith(f"{tmp_path}/x.txt.zst: its compression is damaged: ")
+            (results,) = read(tmp_path / "x.txt.zst")
+            assert results.reason.startswith(f"{tmp_path}/x.txt.zst: its compression is damaged: ")
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
@@ -222,13 +222,13 @@ def test_memory_does_not_grow_with_what_a_packed_file_claims_to_hold(tmp_path, n
     bomb(tmp_path / name, 10**9 if name.endswith("zst") else 10**8, b'{"text": "')
     assert (tmp_path / name).stat().st_size < 500_000
     tracemalloc.start()
-    found = list(itertools.islice(sources.read(str(tmp_path / name), None, Fields("text", None), max_bytes=10**6), 1))
+    results = list(itertools.islice(sources.read(str(tmp_path / name), None, Fields("text", None), max_bytes=10**6), 1))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (
         peak < 2 * 10**7
-        and isinstance(found[0], Broken)
-        and "more than the 1,000,000 bytes that a document may have" in found[0].reason
+        and isinstance(results[0], Broken)
+        and "more than the 1,000,000 bytes that a document may have" in results[0].reason
     )
 
 
@@ -240,20 +240,22 @@ def test_a_line_that_is_too_long_is_named_and_the_others_are_read(tmp_path):
         return list(sources.read(str(path), "jsonl", Fields("text", None), start, stop, max_bytes=100))
 
     size = path.stat().st_size
-    found = read_part(0, size)
-    assert found[::2] == [Text(b"1", None), Text(b"3", None)]
-    assert [x.reason for x in found[1::2]] == [f"{path}, line {n}: it has more than {records.limit(100)}" for n in (2, 4)]
+    results = read_part(0, size)
+    assert results[::2] == [Text(b"1", None), Text(b"3", None)]
+    assert [x.reason for x in results[1::2]] == [f"{path}, line {n}: it has more than {records.limit(100)}" for n in (2, 4)]
     for cut in (*range(0, 40), *range(2990, 3080), size - 1, size):
-        assert read_part(0, cut) + read_part(cut, size) == found
+        assert read_part(0, cut) + read_part(cut, size) == results
 
 
 def test_a_row_of_a_table_that_is_too_long_is_named(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": ["a", "b" * 200, "c"]}), tmp_path / "x.parquet")
-    found = list(sources.read(str(tmp_path / "x.parquet"), None, Fields("text", None), max_bytes=150))
-    assert [type(x) for x in found] == [Text, Broken, Text]
-    assert found[1].reason == f"{tmp_path}/x.parquet, row 2: it has 200 bytes, more than the 150 bytes that a document may have"
+    results = list(sources.read(str(tmp_path / "x.parquet"), None, Fields("text", None), max_bytes=150))
+    assert [type(x) for x in results] == [Text, Broken, Text]
+    assert (
+        results[1].reason == f"{tmp_path}/x.parquet, row 2: it has 200 bytes, more than the 150 bytes that a document may have"
+    )
     (long,) = sources.read(str(tmp_path / "x.parquet"), None, Fields("text", None), max_bytes=20)
     assert " bytes on average, more than the 20 bytes that a document may have" in long.reason
 
@@ -265,8 +267,8 @@ def test_a_batch_that_refers_to_memory_that_is_not_its_own_is_named(tmp_path):
     batch = pyarrow.RecordBatch.from_arrays([texts], ["text"])
     with pyarrow.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as writer:
         writer.write_batch(batch)
-    (found,) = read(tmp_path / "x.arrow", Fields("text", None))
-    assert found.reason.startswith(f"{tmp_path}/x.arrow: not a stream of Arrow batches: ")
+    (results,) = read(tmp_path / "x.arrow", Fields("text", None))
+    assert results.reason.startswith(f"{tmp_path}/x.arrow: not a stream of Arrow batches: ")
 
 
 @pytest.mark.parametrize("content", [
@@ -275,10 +277,10 @@ def test_a_batch_that_refers_to_memory_that_is_not_its_own_is_named(tmp_path):
 def test_a_json_file_of_records_is_no_document_unless_told_to_be(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content)
-    (found,) = sources.read(str(path), None, FIELDS)
-    assert found.reason.startswith(f"{path}: it holds JSON records") and "--format=jsonl" in found.reason
+    (results,) = sources.read(str(path), None, FIELDS)
+    assert results.reason.startswith(f"{path}: it holds JSON records") and "--format=jsonl" in results.reason
     assert list(sources.read(str(path), "text", FIELDS)) == [Text(content, None)]
-    assert list(sources.read(str(path), "jsonl", FIELDS)) != found
+    assert list(sources.read(str(path), "jsonl", FIELDS)) != results
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,10 @@ def test_special_tokens_spelled_in_a_text_are_text(tmp_path):
 
 def test_truncation_and_padding_of_the_file_do_not_touch_documents(tmp_path):
     plain = byte_level()
-    wanted = plain.encode("e f " * 50).ids
+    expected = plain.encode("e f " * 50).ids
     plain.enable_truncation(7)
     plain.enable_padding(length=300)
-    assert load(plain, tmp_path).encode(b"e f " * 50).tolist() == wanted
+    assert load(plain, tmp_path).encode(b"e f " * 50).tolist() == expected
 
 
 def test_a_batch_is_encoded_as_its_texts_alone(tmp_path):
@@ -106,13 +106,13 @@ def test_a_batch_is_encoded_as_its_texts_alone(tmp_path):
 
 def test_hashes_tell_tokenizers_apart_and_not_their_files(tmp_path):
     plain = byte_level()
-    wanted = load(plain, tmp_path).hash
+    expected = load(plain, tmp_path).hash
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(plain.to_str()), indent=7))
-    assert load_tokenizer(str(tmp_path / "tokenizer.json")).hash == wanted
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).hash == expected
     plain.enable_truncation(7)
-    assert load(plain, tmp_path).hash == wanted
+    assert load(plain, tmp_path).hash == expected
     plain.add_tokens(["another"])
-    assert len({wanted, load(plain, tmp_path).hash, load(sentence_piece(), tmp_path).hash, load_tokenizer("bytes").hash}) == 4
+    assert len({expected, load(plain, tmp_path).hash, load(sentence_piece(), tmp_path).hash, load_tokenizer("bytes").hash}) == 4
 
 
 def test_one_token_can_begin_and_end_documents_and_ids_can_have_holes(tmp_path):
@@ -195,9 +195,9 @@ def test_a_json_of_huge_ids_is_refused_before_tables_of_them_are_made(tmp_path):
 def test_a_post_processor_adds_no_tokens(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     t = byte_level()
-    wanted = load(t, tmp_path).encode(b"def f").tolist()
+    expected = load(t, tmp_path).encode(b"def f").tolist()
     t.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    assert t.encode("def f").ids[0] == 0 and load(t, tmp_path).encode(b"def f").tolist() == wanted
+    assert t.encode("def f").ids[0] == 0 and load(t, tmp_path).encode(b"def f").tolist() == expected
 
 
 @pytest.mark.parametrize("ids", [[2**32 - 1], [2**32], [-1], [10_000]])

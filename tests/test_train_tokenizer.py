@@ -56,8 +56,8 @@ def test_text_without_so_many_pairs_gives_fewer_ids_and_says_which_model_takes_t
     out = capsys.readouterr().out
     size = load_tokenizer("tokenizer.json").vocab_size
     assert 258 < size < 1000 and f"{size} ids" in out and "65,536 ids need more text" in out
-    wanted = int(out.split("--config.model.vocab_size=")[1])
-    check_vocab(load_tokenizer("tokenizer.json"), wanted, "tokenizer.json")
+    vocab_size = int(out.split("--config.model.vocab_size=")[1])
+    check_vocab(load_tokenizer("tokenizer.json"), vocab_size, "tokenizer.json")
     with pytest.raises(ValueError, match=f"wastes memory on the {size} ids"):
         check_vocab(load_tokenizer("tokenizer.json"), 65_536, "tokenizer.json")
 
@@ -76,7 +76,7 @@ def test_wrong_inputs_are_a_line_and_leave_no_file(corpus, capsys, monkeypatch):
     (corpus / "empty.log").write_text("")
     (corpus / "long.txt.gz").write_bytes(gzip.compress(b"a" * (10**8 + 8193), 1))
     (corpus / "taken.json").write_text("{}")
-    for arguments, words in [
+    for arguments, message in [
         (["--vocab_size=257"], "257"),
         ([], "vocab_size"),
         (["--vocab_size=300", "--input=nowhere/*"], "matches no file"),
@@ -89,6 +89,6 @@ def test_wrong_inputs_are_a_line_and_leave_no_file(corpus, capsys, monkeypatch):
     ]:
         assert run(*arguments) == 2, arguments
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
         assert "--max_document_mb" not in error  # which this program does not have
     assert (corpus / "taken.json").read_text() == "{}" and not (corpus / "tokenizer.json").exists()
