@@ -467,7 +467,7 @@ def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> 
 
 def build(values: Mapping) -> Config:
     """A checked `Config` from the nested mapping of a config file; ValueError names the key that does not fit."""
-    return trees.build(Config, values, "config")
+    return trees.build(Config, completed(values), "config")
 
 
 def build_checkpoint_config(values: Mapping) -> CheckpointConfig:
@@ -476,18 +476,28 @@ def build_checkpoint_config(values: Mapping) -> CheckpointConfig:
     return trees.build(CheckpointConfig, {key: x for key, x in values.items() if key in groups}, "config")
 
 
-def upgraded(values: Mapping) -> dict:
-    """The nested dict of an older checkpoint's config with today's keys: what was renamed, and what had one choice before."""
+def completed(values: Mapping) -> dict:
+    """The nested dict of a config with the keys that it lacks because there was one choice when it was written."""
     values = trees.plain(values)
-    for layer_type in values.get("model", {}).get("kinds", {}).values():
-        layer_type |= {"mixer": "attention", "mlp": "gated"} | layer_type
-    for stage in values.get("stages", ()):
-        stage |= {"objective": "next_token"} | stage
-    if "optim" in values:
-        values["optim"] = {"optimiser": "adamw"} | values["optim"]
-    if "balance" in values.get("train", ()):
-        values["train"]["zigzag"] = values["train"].pop("balance")
-        values["train"]["context"] = values["train"]["context"].replace(*RENAMED_CONTEXT)
+    kinds, stages, optim = (values.get("model", {}).get("kinds"), values.get("stages"), values.get("optim"))
+    for layer_type in kinds.values() if isinstance(kinds, dict) else ():
+        if isinstance(layer_type, dict):
+            layer_type |= {"mixer": "attention", "mlp": "gated"} | layer_type
+    for stage in stages if isinstance(stages, list) else ():
+        if isinstance(stage, dict):
+            stage |= {"objective": "next_token"} | stage
+    if isinstance(optim, dict):
+        optim |= {"optimiser": "adamw"} | optim
+    return values
+
+
+def upgraded(values: Mapping) -> dict:
+    """The nested dict of a checkpoint's config with today's keys: `completed`, and with new names for old ones."""
+    values = completed(values)
+    train = values.get("train", {})
+    if "balance" in train:
+        train["zigzag"] = train.pop("balance")
+        train["context"] = train["context"].replace(*RENAMED_CONTEXT)
     return values
 
 
