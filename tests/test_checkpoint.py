@@ -20,7 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hybrid_attn import checkpoint, stored
 from hybrid_attn.checkpoint import Checkpoints
 
-CONFIG = {"seed": 3, "model": {"d_model": 16, "pattern": "LLLG", "kinds": {"L": {"mixer": "attention", "mlp": "gated", "window": 4}}}}
+LAYER_TYPE = {"mixer": "attention", "mlp": "gated", "window": 4}
+CONFIG = {"seed": 3, "model": {"d_model": 16, "pattern": "LLLG", "kinds": {"L": LAYER_TYPE}}}
 DATA = {"stage": 0, "rows": [7, 11]}
 
 
@@ -326,8 +327,7 @@ def test_another_model_is_an_error_that_names_the_fields_and_no_reason_to_fall_b
     _write(tmp_path, 5)
     checkpoints = _reopen(tmp_path)
     checkpoints.check_config({**CONFIG, "seed": 4})
-    layer_type = CONFIG["model"]["kinds"]["L"] | {"window": 8}
-    other = {**CONFIG, "model": {"d_model": 20, "pattern": "LLLG", "kinds": {"L": layer_type}}}
+    other = {**CONFIG, "model": {"d_model": 20, "pattern": "LLLG", "kinds": {"L": LAYER_TYPE | {"window": 8}}}}
     with pytest.raises(ValueError, match="model.d_model: 16 -> 20\n  model.kinds.L.window: 4 -> 8\nuse another"):
         checkpoints.check_config(other)
     with pytest.raises(stored.AnotherModelError, match=r"params/embed: \(24, 16\) -> \(24, 32\)"):
