@@ -227,7 +227,7 @@ def poisoned_at(monkeypatch, number):
     def poisoned(c, run):
         step = make_step(c, run)
 
-        def poison(state, batch, microbatches):
+        def poison(state, batch, microbatches, objective):
             if int(state.step) == number - 1:
                 bad = jax.tree.map(lambda x: x * np.float32("nan"), state.params)
                 state = state._replace(params=bad)
@@ -601,7 +601,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
 
         __float__ = lambda self: float(self.__array__())  # noqa: E731
 
-    def step(state, batch, microbatches):
+    def step(state, batch, microbatches, objective):
         events.append(("dispatch", state + 1))
         return state + 1, {"loss": Value(state + 1), **dict.fromkeys(others, np.float32(1))}
 
