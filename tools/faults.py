@@ -289,8 +289,8 @@ def last_line(run: Training) -> str:
 def tracebacks(logs: Path) -> Iterator[str]:
     """The last line of the first traceback of each run that printed one."""
     for path in sorted(logs.glob("*.err")):
-        _, found, after = path.read_text().partition("Traceback (most recent call last):\n")
-        if found:
+        _, marker, after = path.read_text().partition("Traceback (most recent call last):\n")
+        if marker:
             yield next((line for line in after.splitlines() if not line.startswith(" ")), "cut off")[:200]
 
 
