@@ -155,7 +155,7 @@ def test_bytes_read_what_is_not_utf8_and_text_tokenizers_name_it(tmp_path):
 def test_files_are_decoded_as_they_are_for_a_store(tmp_path, name):
     record = json.dumps({"text": "東京\r\n"}).encode()
     others = {
-        "x.txt.gz": gzip.compress(b"packed"),
+        "x.txt.gz": gzip.compress(b"packed", mtime=0),
         "crlf.jsonl": record + b"\r\n\r\n" + record + b"\r\n",
         "marked.jsonl": b"\xef\xbb\xbf" + record,
     }
@@ -176,7 +176,7 @@ def test_a_directory_is_read_as_it_is_for_a_store(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "x.jsonl.gz: its compression is damaged: "),
+    ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "x.jsonl.gz: its compression is damaged: "),
     ("x.txt.gz", b"no gzip", "x.txt.gz: its compression is damaged: "),
     ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2: not JSON: "),
     ("x.jsonl", b'{"body": "a"}\n', "x.jsonl, line 1: there is no field 'text': .*prepare_data.py, which has --text_field"),
@@ -184,7 +184,7 @@ def test_a_directory_is_read_as_it_is_for_a_store(tmp_path):
     ("x.txt", "東".encode("utf-16"), "x.txt: binary or UTF-16, not UTF-8 text; repair the file, leave it out of paths"),
     ("x.png", b"\x89PNG\r\n\x1a\n\0\0", "x.png: binary or UTF-16"),
     ("x.parquet", b"PAR1 no more", "x.parquet: not Parquet: "),
-    ("x.txt.gz", gzip.compress(b""), "matches 1 files and all are empty; name files with text"),
+    ("x.txt.gz", gzip.compress(b"", mtime=0), "matches 1 files and all are empty; name files with text"),
     ("x.jsonl", b'{"text": ""}\n\n{"text": null}\n', "matches 1 files and all are empty"),
 ])  # fmt: skip
 def test_what_is_not_text_is_not_trained_on(tmp_path, name, content, message):

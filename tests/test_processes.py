@@ -134,6 +134,19 @@ def test_a_killed_process_ends_the_others_at_once(folder, killed):
     assert (status, error.partition(" without")[0]) == (1, f"error: process {killed} ended")
 
 
+def test_what_looks_like_a_wrong_input_beside_a_killed_process_is_a_failure(folder):
+    """The killed process had not heard of it: a file may be missing because its writer is gone."""
+    with several("miss_a_file_of_a_stopped_process", folder) as started:
+        for process in started:
+            assert process.stdout.readline() == "ready\n"
+        os.waitid(os.P_PID, started[0].pid, os.WSTOPPED | os.WNOWAIT)
+        (folder / "stopped").touch()
+        assert started[1].stderr.readline() == "looked for the file\n"
+        started[0].kill()
+        ((status, _, error),) = ends(started[1:], 20)
+    assert (status, error.partition(" without")[0]) == (1, "error: process 0 ended")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_is_given_up_by_the_others_and_ends_with_them_when_it_goes_on(folder, stopped):

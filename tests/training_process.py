@@ -118,6 +118,15 @@ def meet_a_wrong_input(folder: Path, peers) -> None:
     multihost_utils.process_allgather(np.ones(1))
 
 
+def miss_a_file_of_a_stopped_process(folder: Path, peers) -> None:
+    print("ready", flush=True)
+    if peers.number == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while not (folder / "stopped").exists():
+        time.sleep(0.01)
+    peers.fail("no such file", 2, "looked for the file")
+
+
 def main(part: str, address: str, count: str, number: str, devices: str, folder: str) -> None:
     jax.config.update("jax_num_cpu_devices", int(devices))
     jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
@@ -132,7 +141,7 @@ def main(part: str, address: str, count: str, number: str, devices: str, folder:
 
 RESUMED = (resume_and_stop_in_the_evaluation, resume_and_break)
 PARTS = {f.__name__: f for f in (train_and_stop, *RESUMED, stop_in_the_evaluation, wait_for_death)}
-PARTS |= {f.__name__: f for f in (wait_for_a_stopped_process, meet_a_wrong_input)}
+PARTS |= {f.__name__: f for f in (wait_for_a_stopped_process, meet_a_wrong_input, miss_a_file_of_a_stopped_process)}
 
 
 if __name__ == "__main__":

@@ -107,21 +107,21 @@ class Peers:
             if not readable and silence > self._silence and self._hub is None:
                 text = f"process 0{SILENT.format(silence)}"
                 self._link.send(failed=text, status=1)  # process 0 reads it if it continues
-                _end(f"error: {text}", self._status or 1)
+                self._end_with_others(text, 1)
             try:
                 for message in self._link.receive() if readable else ():
                     over |= self._handle(message)
             except (OSError, ValueError) as error:
                 if self._hub is None:
                     text = GONE if isinstance(error, OSError) else f" sent an invalid message: {error}"
-                    _end(f"error: process 0{text}", self._status or 1)
+                    self._end_with_others(f"process 0{text}", 1)
                 return
 
     def _handle(self, message: Mapping) -> bool:
         """Handles a message of the hub; True if it was the last one."""
         match message:
             case {"error": str(text), "code": int(code)}:
-                _end(f"error: {text}", self._status or code)
+                self._end_with_others(text, code)
             case {"same": True}:
                 self._same.set()
             case {"agree": True}:
@@ -137,6 +137,14 @@ class Peers:
             case _:
                 raise ValueError(str(message)[:100])
         return "over" in message
+
+    def _end_with_others(self, text: str, code: int) -> None:
+        """Ends this process with the first error of the run, and with the exit status of its own error if it has one.
+
+        An own status of 2 (a wrong input) counts only if the run's is 2: without another process an input may look wrong,
+        such as a file that the other was to write.
+        """
+        _end(f"error: {text}", code if self._status in (None, 2) else self._status)
 
     def _end_saved(self) -> None:
         if self.number == 0:
