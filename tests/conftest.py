@@ -39,6 +39,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+def temporary_bytes(lowered: jax.stages.Lowered) -> int:
+    """The bytes of temporaries of a program, compiled with the optimisations of XLA that the tests switch off."""
+    fusions = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return lowered.compile(fusions).memory_analysis().temp_size_in_bytes
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
     """What one test has traced and compiled, another runs: most of the time here would go into making the same step again."""
