@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RUN, biggest_array, everything, mesh_of, random_params, tiny
+from conftest import BLOCKED, biggest_array, everything, mesh_of, random_params, tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -124,7 +124,7 @@ MODELS = {"everything": everything("LLG", 5), "chunks": tiny({}, L={"chunk": 16,
 
 
 def eval_model_on(mesh, model):
-    return EvalModel(model, random_params(model), RUN._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
+    return EvalModel(model, random_params(model), BLOCKED._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
 
 
 def watched_weights(eval_model, prompt):
@@ -132,18 +132,20 @@ def watched_weights(eval_model, prompt):
     S = len(prompt.tokens_S)
     place = functools.partial(jax.device_put, device=NamedSharding(eval_model.mesh, TOKENS_BT))
     tokens, pos, seg = (place(x[None]) for x in (prompt.tokens_S, np.arange(S, dtype=np.int32), np.ones(S, np.int32)))
-    run = eval_model.run._replace(zigzag=False)
+    execution = eval_model.execution._replace(zigzag=False)
 
     def watched(letter):
         def attend(q, k, v, sinks, kind, scale):
-            return in_packed(pos, seg, run, letter)(q, k, v, sinks, kind, scale)[0], (q[0], k[0], sinks)
+            return in_packed(pos, seg, execution, letter)(q, k, v, sinks, kind, scale)[0], (q[0], k[0], sinks)
 
         return attend
 
     @jax.jit
     def through(params):
         weights = unstacked(eval_model.model, params, jnp.float32)
-        return layer_by_layer(eval_model.model, weights, tokens, pos, [watched(x) for x in eval_model.model.layers], run)[1]
+        return layer_by_layer(eval_model.model, weights, tokens, pos, [watched(x) for x in eval_model.model.layers], execution)[
+            1
+        ]
 
     dense = []
     for letter, (q, k, sinks) in zip(eval_model.model.layers, jax.device_get(through(eval_model.params)), strict=True):

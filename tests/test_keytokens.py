@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, mesh_of, on_mesh, random_params, tiny
+from conftest import BLOCKED, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.packed import PackedSequences
@@ -24,7 +24,7 @@ def eval_model_on(mesh):
     for layer in params["periods"].values():
         layer["attention"]["o"] *= 10
     params["embed"] = jax.device_put(np.asarray(params["embed"]) * letters, params["embed"].sharding)
-    return EvalModel(model, params, RUN._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
+    return EvalModel(model, params, BLOCKED._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
 
 
 def documents():
@@ -37,7 +37,9 @@ def losses_of(eval_model, tokens, targets):
     """Losses [T] of the tokens of a document that begins with them."""
     row = {"tokens": tokens, "targets": targets, "positions": np.arange(len(tokens)), "segments": np.ones(len(tokens))}
     batch = {name: np.pad(x, (0, LENGTH - len(x)))[None].astype(np.int32) for name, x in row.items()}
-    nll_BT, _ = jax.jit(losses, static_argnums=(0, 3))(eval_model.model, eval_model.params, on_mesh(batch), eval_model.run)
+    nll_BT, _ = jax.jit(losses, static_argnums=(0, 3))(
+        eval_model.model, eval_model.params, on_mesh(batch), eval_model.execution
+    )
     return np.asarray(nll_BT)[0, : len(tokens)]
 
 

@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, mean_loss, mesh_of, on_mesh, random_params, tiny
+from conftest import BLOCKED, mean_loss, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.packed import PackedSequences
@@ -28,7 +28,7 @@ def text_documents(*lengths):
 
 def eval_model_on(mesh):
     model = tiny({"model.pattern": "LG"}).model
-    return EvalModel(model, random_params(model), RUN._replace(kernel="reference"), mesh, ByteTokenizer())
+    return EvalModel(model, random_params(model), BLOCKED._replace(kernel="reference"), mesh, ByteTokenizer())
 
 
 @pytest.mark.parametrize("data, fsdp", [(1, 1), (2, 2)])
@@ -43,7 +43,7 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
     with jax.set_mesh(mesh_of()):
         by_token = {name: x for name, x in batch.items() if name != "bytes"}
         params = random_params(eval_model.model)
-        nll, lse = jax.jit(losses, static_argnums=(0, 3))(eval_model.model, params, on_mesh(by_token), eval_model.run)
+        nll, lse = jax.jit(losses, static_argnums=(0, 3))(eval_model.model, params, on_mesh(by_token), eval_model.execution)
         mean = float(mean_loss(*jax.device_get((nll, lse)), batch["weights"], 0.0))
     nll, counts = np.asarray(nll), batch["weights"] > 0
 

@@ -30,7 +30,7 @@ from hybrid_attn.bench import measurement
 from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.config import Config
 from hybrid_attn.convert import families, hf
-from hybrid_attn.model import flops, init, run_on, specs
+from hybrid_attn.model import execution_on, flops, init, specs
 from hybrid_attn.model.attention import attended_pairs, attention_flops
 from hybrid_attn.model.params import map_specs
 from hybrid_attn.parallel import fit
@@ -74,7 +74,7 @@ def make_ours(values: dict) -> Ready:
         state = jax.jit(init_state, static_argnums=0)(c)
         batch = jax.device_put(batch_of(c), NamedSharding(mesh, TOKENS_BT))
         program = (
-            make_step(c, run_on(jax.default_backend(), c.model, c.train))
+            make_step(c, execution_on(jax.default_backend(), c.model, c.train))
             .lower(state, batch, c.stages[0].microbatches)
             .compile()
         )
@@ -263,7 +263,7 @@ def bench() -> None:
     lengths = {part: measurement.lengths(LENGTHS[part] if ROWS.value is None else ROWS.value) for part in parts}
     with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
-        dtype = str(run_on(platform, c.model, c.train).dtype)
+        dtype = str(execution_on(platform, c.model, c.train).dtype)
         reason = measurement.no_transformers(platform, dtype) if "transformers" in parts else None
         if reason and PART.value == "transformers":
             raise ValueError(f"--part=transformers: {reason}")

@@ -24,7 +24,7 @@ from hybrid_attn.evals.fields import ANY, COUNT, FLAG, NAME, SIZE, whole
 from hybrid_attn.evals.needle_prompts import NeedlePrompt
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
-from hybrid_attn.model import Run
+from hybrid_attn.model import Execution
 from hybrid_attn.model.extend import layer_by_layer, unstacked
 from hybrid_attn.model.transformer import in_packed
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
@@ -137,7 +137,7 @@ def _statistics(
     rows, context = math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape["context"]
     num_queries = max(len(prompt.tokens_S) - prompt.question for prompt in prompts)
     num_queries = -(-num_queries // ROUND) * ROUND
-    run = eval_model.run._replace(zigzag=False)
+    execution = eval_model.execution._replace(zigzag=False)
     for first in range(0, len(prompts), rows):
         batch = list(prompts[first : first + rows])
         filled = batch + batch[-1:] * (rows - len(batch))
@@ -150,21 +150,23 @@ def _statistics(
             intervals_BI2[..., 0], intervals_BI2[..., 1],
         )  # fmt: skip
         tokens_BT, queries = place(tokens_BT, mesh, TOKENS_BT), jax.tree.map(lambda x: place(x, mesh, P(BATCH)), queries)
-        layers = jax.device_get(_batch_statistics(eval_model.model, run, num_queries, eval_model.params, tokens_BT, queries))
+        layers = jax.device_get(
+            _batch_statistics(eval_model.model, execution, num_queries, eval_model.params, tokens_BT, queries)
+        )
         for b, prompt in enumerate(batch):
             yield prompt, [AttentionStatistics(*(x[b] for x in layer)) for layer in layers]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _batch_statistics(
-    model: Model, run: Run, num_queries: int, params: dict, tokens_BT: jax.Array, queries: Queries
+    model: Model, execution: Execution, num_queries: int, params: dict, tokens_BT: jax.Array, queries: Queries
 ) -> list[AttentionStatistics]:
     """What each layer's queries see, on every device."""
     pos_BT = jax.reshard(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape), TOKENS_BT)
     seg_BT = (pos_BT < jax.reshard(queries.length_B, P(BATCH))[:, None]).astype(jnp.int32)
 
     def attend_and_measure(letter: str):
-        attend_in_rows = in_packed(pos_BT, seg_BT, run, letter)
+        attend_in_rows = in_packed(pos_BT, seg_BT, execution, letter)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
             o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind, scale)
@@ -172,9 +174,9 @@ def _batch_statistics(
 
         return attend
 
-    weights = unstacked(model, params, run.dtype)
+    weights = unstacked(model, params, execution.dtype)
     attends = [attend_and_measure(letter) for letter in model.layers]
-    _, statistics = layer_by_layer(model, weights, tokens_BT, pos_BT, attends, run)
+    _, statistics = layer_by_layer(model, weights, tokens_BT, pos_BT, attends, execution)
     return jax.tree.map(lambda x: jax.reshard(x, P()), statistics)
 
 

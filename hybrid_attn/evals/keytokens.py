@@ -30,7 +30,7 @@ from hybrid_attn.evals.evaluation import (
 from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
-from hybrid_attn.model import Run, losses
+from hybrid_attn.model import Execution, losses
 from hybrid_attn.parallel.mesh import BATCH
 
 GAIN = 2.0  # nats that the far context takes off a key token's loss, at least
@@ -95,12 +95,12 @@ def _batches(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[tuple[di
 
 
 def _losses(eval_model: EvalModel, batch: dict) -> jax.Array:
-    return _token_losses(eval_model.model, eval_model.run, eval_model.params, batch)
+    return _token_losses(eval_model.model, eval_model.execution, eval_model.params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _token_losses(model: Model, run: Run, params: dict, batch: dict) -> jax.Array:
-    return losses(model, params, batch, run)[0]
+def _token_losses(model: Model, execution: Execution, params: dict, batch: dict) -> jax.Array:
+    return losses(model, params, batch, execution)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -25,7 +25,7 @@ from hybrid_attn.evals.evaluation import (
 from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
-from hybrid_attn.model import Run, losses
+from hybrid_attn.model import Execution, losses
 from hybrid_attn.model.loss import bits_per_byte
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
@@ -45,7 +45,7 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     edges = bucket_edges(spec.length)
     batch = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
     batches = [
-        jax.device_get(_score(eval_model.model, eval_model.run, edges, eval_model.params, arrays))
+        jax.device_get(_score(eval_model.model, eval_model.execution, edges, eval_model.params, arrays))
         for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, eval_model.mesh)
     ]
     sums = np.concatenate(batches, -1).astype(float)
@@ -82,9 +82,9 @@ def bucket_edges(length: int) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _score(model: Model, run: Run, edges: tuple[int, ...], params: dict, batch: dict):
+def _score(model: Model, execution: Execution, edges: tuple[int, ...], params: dict, batch: dict):
     """Summed loss, number of scored tokens and their bytes, of each part, bucket and row: [parts, 3, buckets, B]."""
-    nll_BT, _ = losses(model, params, batch, run)
+    nll_BT, _ = losses(model, params, batch, execution)
     pos_BT, weights_BT = batch["positions"], batch["weights"]
     recalled_BT = recalled(batch["tokens"], batch["targets"], batch["segments"])
     sums = [

@@ -42,8 +42,8 @@ def unchanged(leaves: dict) -> dict:
     return leaves
 
 
-class Run(NamedTuple):
-    """How a model runs, which never changes the function that it computes: the `train` keys of configs/base.py, resolved."""
+class Execution(NamedTuple):
+    """How a model is executed, which never changes the function: the `train` keys of configs/base.py, resolved."""
 
     dtype: jnp.dtype
     remat: Table[str, str]  # by the letter of the layer
@@ -55,8 +55,8 @@ class Run(NamedTuple):
     transform: Callable[[dict], dict] = unchanged  # of the leaves of a layer, of any structure, into those that it takes
 
 
-def run_on(platform: str, model: Model, train: Train) -> Run:
-    """The `Run` of `model` that `train` means on a platform ("cpu", "gpu" or "tpu").
+def execution_on(platform: str, model: Model, train: Train) -> Execution:
+    """The `Execution` of `model` that `train` means on a platform ("cpu", "gpu" or "tpu").
 
     NotImplementedError where the kernel does not run there, or does not give what the choice of remat keeps.
     """
@@ -70,16 +70,16 @@ def run_on(platform: str, model: Model, train: Train) -> Run:
             f'the kernel "{kernel}" runs again in the backward pass, and train.remat={" and ".join(sorted(wanted))} keeps '
             f"its outputs so that it does not; use train.kernel={able}, or remat none or layer"
         )
-    return Run(jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk)
+    return Execution(jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk)
 
 
-def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, run: Run, letter: str) -> Attend:
+def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution, letter: str) -> Attend:
     """Attention of a layer of that type to the tokens of its own packed sequences."""
 
     def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
         o_BTNH = context.attend(
             q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N, window=kind.window, chunk=kind.chunk, scale=scale,
-            softcap=kind.softcap, kernel=run.kernel, scheme=run.context[letter], zigzag=run.zigzag,
+            softcap=kind.softcap, kernel=execution.kernel, scheme=execution.context[letter], zigzag=execution.zigzag,
         )  # fmt: skip
         return o_BTNH, None
 
@@ -152,17 +152,19 @@ def layer_specs(model: Model) -> list[tuple[str, int, dict]]:
     ]  # fmt: skip
 
 
-def apply(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
+def apply(
+    model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution
+) -> jax.Array:
     """Final normed activations [B, T, D] of int32 tokens; positions restart with each document, segment 0 is padding."""
-    inputs = context.to_zigzag(tuple(jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT)), run.zigzag)
-    return context.from_zigzag(apply_in_zigzag(model, params, *inputs, run)[0], run.zigzag)
+    inputs = context.to_zigzag(tuple(jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT)), execution.zigzag)
+    return context.from_zigzag(apply_in_zigzag(model, params, *inputs, execution)[0], execution.zigzag)
 
 
 def apply_in_zigzag(
-    model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run
+    model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution
 ) -> tuple[jax.Array, Aux]:
     """`apply` to tokens that `context.to_zigzag` has ordered, whose activations keep that order; and the layers' scalars."""
-    attends = {letter: in_packed(pos_BT, seg_BT, run, letter) for letter in sorted(set(model.layers))}
+    attends = {letter: in_packed(pos_BT, seg_BT, execution, letter) for letter in sorted(set(model.layers))}
 
     def layers(x_BTD: jax.Array, leaves: dict, letters: str) -> tuple[jax.Array, Aux]:
         total: Aux = {}
@@ -171,14 +173,14 @@ def apply_in_zigzag(
             def layer(leaves: dict, x_BTD: jax.Array, letter: str = letter) -> tuple[jax.Array, Aux]:
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
-                return bind(model, letter, run.transform(leaves))(x_BTD, pos_BT, attends[letter], run.mlp_chunk)[:2]
+                return bind(model, letter, execution.transform(leaves))(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)[:2]
 
             with jax.named_scope(slot):
-                x_BTD, aux = CHECKPOINTS[run.remat[letter]](layer)(leaves[slot], x_BTD)
+                x_BTD, aux = CHECKPOINTS[execution.remat[letter]](layer)(leaves[slot], x_BTD)
             total = added(total, aux)
         return x_BTD, total
 
-    x_BTD, aux = look_up(params["embed"], tokens_BT, run.dtype) * model.embed_scale, {}
+    x_BTD, aux = look_up(params["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}
     if model.num_periods:
         x_BTD, by_period = jax.lax.scan(lambda x, leaves: layers(x, leaves, model.pattern), x_BTD, params["periods"])
         aux = jax.tree.map(lambda values: values.sum(0), by_period)
@@ -188,18 +190,18 @@ def apply_in_zigzag(
     return final_norm(model, params, x_BTD), aux
 
 
-def losses(model: Model, params: dict, batch: dict, run: Run) -> tuple[jax.Array, jax.Array]:
+def losses(model: Model, params: dict, batch: dict, execution: Execution) -> tuple[jax.Array, jax.Array]:
     """Negative log-probability of each target of a batch and log-sum-exp of its logits, [B, T] float32."""
-    return losses_and_aux(model, params, batch, run)[:2]
+    return losses_and_aux(model, params, batch, execution)[:2]
 
 
-def losses_and_aux(model: Model, params: dict, batch: dict, run: Run) -> tuple[jax.Array, jax.Array, Aux]:
+def losses_and_aux(model: Model, params: dict, batch: dict, execution: Execution) -> tuple[jax.Array, jax.Array, Aux]:
     """`losses`, and the scalars of the layers (`block.FeedForward`), summed over them."""
     names = ("tokens", "positions", "segments", "targets")
-    *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), run.zigzag)
-    x_BTD, aux = apply_in_zigzag(model, params, *inputs, run)
-    nll_BT, lse_BT = token_losses(model, unembedding(model, params), x_BTD, targets_BT, run.loss_chunk)
-    return *context.from_zigzag((nll_BT, lse_BT), run.zigzag), aux
+    *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), execution.zigzag)
+    x_BTD, aux = apply_in_zigzag(model, params, *inputs, execution)
+    nll_BT, lse_BT = token_losses(model, unembedding(model, params), x_BTD, targets_BT, execution.loss_chunk)
+    return *context.from_zigzag((nll_BT, lse_BT), execution.zigzag), aux
 
 
 def bind(model: Model, letter: str, leaves: dict) -> Block:

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, on_mesh, random_params, tiny
+from conftest import BLOCKED, on_mesh, random_params, tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -86,7 +86,7 @@ def our_logits(model, params, tokens, mask):
 
     @jax.jit
     def run(params, tokens, positions, segments):
-        return logits(model, params, apply(model, params, tokens, positions, segments, RUN))
+        return logits(model, params, apply(model, params, tokens, positions, segments, BLOCKED))
 
     return np.asarray(run(params, batch["tokens"], batch["positions"], batch["segments"])) * mask[..., None]
 
@@ -126,7 +126,7 @@ def one_training_step(model, params):
     batch |= {"positions": np.tile(np.arange(16, dtype=np.int32), (2, 1)), "segments": np.ones(shape, np.int32)}
     batch |= {"weights": np.ones(shape, np.float32), "bytes": np.ones(shape, np.float32)}
     state = TrainState(jax.numpy.int32(0), params, optimiser(c).init(params))
-    return make_step(c, RUN)(state, on_mesh(batch), 1)[0].params
+    return make_step(c, BLOCKED)(state, on_mesh(batch), 1)[0].params
 
 
 def test_logits_agree_at_every_length_and_after_training_in_both_directions(theirs, tmp_path, one_device):
