@@ -171,7 +171,7 @@ def dense_values(name, spec):
 def test_records_are_the_means_of_dense_shares(name, sizes):
     spec, mesh, model = Spec(Task("recall", 4), 64, 3 * 64), mesh_of(**sizes), MODELS[name]
     with jax.set_mesh(mesh):
-        records = [*attention.run(eval_model_on(mesh, model), spec)]
+        records = [*attention.records_of(eval_model_on(mesh, model), spec)]
     prompts, dense = dense_values(name, spec)
     heads = {(r["layer"], r["head"]): r for r in records}
     assert len(prompts) == 3 and len(heads) == len(records) == len(model.layers) * model.num_heads
@@ -198,7 +198,7 @@ def test_records_are_the_means_of_dense_shares(name, sizes):
 
 def test_weights_by_position_leave_out_both_ends(one_device):
     spec = Spec(Task("recall", 4), 64, 3 * 64)
-    records = [*attention.run(eval_model_on(one_device, MODELS["everything"]), spec)]
+    records = [*attention.records_of(eval_model_on(one_device, MODELS["everything"]), spec)]
     prompts, dense = dense_values("everything", spec)
     for record in records:
         edges = record["edges"]
@@ -211,7 +211,7 @@ def test_weights_by_position_leave_out_both_ends(one_device):
 
 
 def test_a_window_that_ends_behind_the_needle_is_marked(one_device):
-    records = attention.run(eval_model_on(one_device, MODELS["everything"]), Spec(Task("recall", 4), 64, 64))
+    records = attention.records_of(eval_model_on(one_device, MODELS["everything"]), Spec(Task("recall", 4), 64, 64))
     assert {(r["kind"], r["reach"], r["needle"] > 0, r["needle_lift"] > 0) for r in records} == {
         ("G", True, True, True), ("L", False, False, False),
     }  # fmt: skip

@@ -28,7 +28,7 @@ def test_accuracy_is_the_share_of_answers_that_have_the_greatest_logit(sizes, mo
     spec = Spec(Task("recall", 4), LENGTH, NUM_ROWS * LENGTH - 1)
     mesh = mesh_of(**sizes)
     with jax.set_mesh(mesh):
-        (record,) = recall.run(eval_model_on(mesh), spec)
+        (record,) = recall.records_of(eval_model_on(mesh), spec)
     rows = SyntheticSequences(spec.documents, LENGTH, None).read([(i, 0, LENGTH) for i in range(NUM_ROWS)])
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     mesh = mesh_of()

@@ -335,7 +335,7 @@ class Part(NamedTuple):
     show: Callable[[list[dict]], None]
 
 
-PARTS = {
+BENCHMARKS = {
     "cache": Part(CACHE, cache_sizes, show_cache_sizes),
     "transformers": Part(CONFIG, against_transformers, show_against_transformers),
     "growth": Part(CONFIG, against_full_attention, show_growth),
@@ -344,9 +344,9 @@ PARTS = {
 
 
 def bench() -> None:
-    parts = [part for part in PARTS if PART.value in (part, "all")]
+    parts = [part for part in BENCHMARKS if PART.value in (part, "all")]
     lengths = {part: measurement.lengths(TOKENS.value or LENGTHS[part]) for part in parts}
-    configs = {part: config.build(PARTS[part].config.value.values) for part in parts}
+    configs = {part: config.build(BENCHMARKS[part].config.value.values) for part in parts}
     records = {}
     with Processes(round(MEMORY_GIB.value * GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
@@ -363,8 +363,8 @@ def bench() -> None:
                 continue
             if part == "transformers":
                 print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")))
-            records[part] = PARTS[part].measure(processes, c, lengths[part])
-            PARTS[part].show(records[part])
+            records[part] = BENCHMARKS[part].measure(processes, c, lengths[part])
+            BENCHMARKS[part].show(records[part])
     if JSON.value:
         Path(JSON.value).write_text(json.dumps({"platform": platform, "records": records}, indent=1) + "\n")
 

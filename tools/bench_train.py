@@ -223,7 +223,7 @@ def beside_full_attention(processes: Processes, c: Config, lengths: list[int], d
     return records
 
 
-PARTS = {"transformers": beside_transformers, "layouts": beside_full_attention}
+BENCHMARKS = {"transformers": beside_transformers, "layouts": beside_full_attention}
 HEADER = ("contender", "layers", "tokens", "s", "tokens/s", "time / ours", "FLOPs / ours", "MFU", "GiB", "first loss", "last")
 
 
@@ -259,7 +259,7 @@ def check_losses(records: list[dict]) -> None:
 
 def bench() -> None:
     c = config.build(CONFIG.value.values)
-    parts = [part for part in PARTS if PART.value in (part, "both")]
+    parts = [part for part in BENCHMARKS if PART.value in (part, "both")]
     lengths = {part: measurement.lengths(LENGTHS[part] if ROWS.value is None else ROWS.value) for part in parts}
     with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
@@ -270,7 +270,7 @@ def bench() -> None:
         if reason:
             print(f"— transformers: {reason}\n")
             parts.remove("transformers")
-        records = {part: PARTS[part](processes, c, lengths[part], dtype) for part in parts}
+        records = {part: BENCHMARKS[part](processes, c, lengths[part], dtype) for part in parts}
     peak = max((r["peak"] for part in parts for r in records[part] if "peak" in r), default=float("nan"))
     libraries = ("jax", "torch", "transformers") if "transformers" in parts else ("jax",)
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)

@@ -263,7 +263,7 @@ def evaluate(name: str, source: Checkpoint, planned: Plan) -> None:
     planned = planned._replace(context=planned.context._replace(eval_model=eval_model, engine=engine))
     out = Path(OUT.value)
     with progress(name, tokens_read(planned)) as done:
-        suite.run(*planned, out / name, out / "samples", done)
+        suite.measure_units(*planned, out / name, out / "samples", done)
 
 
 def tokens_read(planned: Plan) -> dict[Unit, int]:

@@ -34,13 +34,13 @@ END = 0.03  # share of the tokens, the last ones, that the weights by position l
 SEGMENTS = ("begin", "needle", "context", "qc")
 PER_TOKEN = (*(f"{segment}_per_token" for segment in SEGMENTS), "sink_rate")
 MEANS = (*SEGMENTS, "entropy_bits", "needle_lift", *PER_TOKEN, "retrieval")  # of a layer type
-PARTS = ("begin", "needle", "before", "after", "qc", "sink_rate")  # intervals; the context is before and after the needle
+INTERVALS = ("begin", "needle", "before", "after", "qc", "sink_rate")  # intervals; the context is before and after the needle
 PROMPTS = 2  # of a unit, whose attention is averaged
 MOST_HEADS = 2**16  # of a layer
 ROUND = 16  # queries: prompts whose questions differ a little share a program
 
 
-def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
+def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """`measured` of prompts of `spec.length` tokens, as many as `spec.tokens` fill (`needle_prompts.prompts`)."""
     return measured(eval_model, needle_prompts.prompts(spec, eval_model.tokenizer), spec.length)
 
@@ -63,7 +63,7 @@ def measured(eval_model: EvalModel, prompts: Sequence[NeedlePrompt], length: int
         for i, (letter, statistics) in enumerate(zip(model.layers, layers, strict=True)):
             check_finite(np.append(statistics.mass_BNI, statistics.entropy_BN), f"the attention of layer {i}")
             values[i].append(head_values(model.kinds[letter], prompt, statistics))
-            weights_LNI[i] += statistics.mass_BNI[:, len(PARTS) :]
+            weights_LNI[i] += statistics.mass_BNI[:, len(INTERVALS) :]
     for i, letter in enumerate(model.layers):
         means = {name: np.mean([x[name] for x in values[i]], axis=0) for name in values[i][0]}
         reach = any(reaches(model.kinds[letter], prompt) for prompt in prompts)
@@ -88,7 +88,7 @@ def reaches(kind: LayerType, prompt: NeedlePrompt) -> bool:
 
 
 def parts(prompt: NeedlePrompt) -> list[tuple[int, int]]:
-    """The interval of each of `PARTS`."""
+    """The interval of each of `INTERVALS`."""
     length, (start, stop) = len(prompt.tokens_S), prompt.needle
     begin = min(BEGIN, start)
     return [(0, begin), (start, stop), (begin, start), (stop, prompt.question), (prompt.question, length), (0, 1)]
@@ -101,9 +101,9 @@ def by_position(prompt: NeedlePrompt, edges: Sequence[int]) -> list[tuple[int, i
 
 
 def head_values(kind: LayerType, prompt: NeedlePrompt, statistics: AttentionStatistics) -> dict[str, np.ndarray]:
-    """The numbers of every head [N] for one prompt, whose intervals begin with `PARTS`."""
-    mass = dict(zip(PARTS, statistics.mass_BNI.T.astype(np.float64), strict=False))
-    size = {name: end - first for name, (first, end) in zip(PARTS, parts(prompt), strict=True)}
+    """The numbers of every head [N] for one prompt, whose intervals begin with `INTERVALS`."""
+    mass = dict(zip(INTERVALS, statistics.mass_BNI.T.astype(np.float64), strict=False))
+    size = {name: end - first for name, (first, end) in zip(INTERVALS, parts(prompt), strict=True)}
     mass["context"], size["context"] = mass["before"] + mass["after"], size["before"] + size["after"]
     values = {name: mass[name] for name in SEGMENTS}
     if kind.sink:
@@ -190,7 +190,7 @@ def spec_of(context: EvalContext, unit: Unit) -> Spec:
 
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
-    return measured_of_source(unit, run(context.eval_model, spec_of(context, unit)))
+    return measured_of_source(unit, records_of(context.eval_model, spec_of(context, unit)))
 
 
 def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:

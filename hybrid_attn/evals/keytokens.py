@@ -38,7 +38,7 @@ LIKELY = 2.0  # nats, which a key token's loss in the whole context is below
 SLIDE = 4  # windows for each short context
 
 
-def run(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
+def records_of(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
     """One record: of the tokens with `short` tokens before them in their row, how many are key to `eval_model`, and their loss.
 
     Without key tokens `loss` (nats) and `perplexity` are None. Each model finds key tokens of its own.
@@ -124,7 +124,7 @@ def _sums(short: int, first, nll_BT, weights_BT, short_BT) -> jax.Array:
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     """The short context is half of what a sequence of training had, and half of a shorter row."""
     spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
-    return measured_of_source(unit, run(context.eval_model, spec, min(unit.length, context.trained) // 2))
+    return measured_of_source(unit, records_of(context.eval_model, spec, min(unit.length, context.trained) // 2))
 
 
 def sequences(settings: Settings, length: int) -> int:

@@ -26,7 +26,7 @@ from hybrid_attn.parallel.mesh import BATCH
 TOKENS = 8192  # of a batch on each of its shards: their logits all exist at once
 
 
-def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
+def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """One record: of the answers in `spec.tokens` tokens of rows of `spec.length` the share that is right, in all and by row.
 
     The row holds the right answers, so that one does not suffer from another.
@@ -62,7 +62,7 @@ def parts(context: EvalContext, settings: Settings) -> tuple[str, ...]:
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     spec = Spec(context.tasks[unit.part], unit.length, settings.tokens)
-    return measured_of_source(unit, run(context.eval_model, spec))
+    return measured_of_source(unit, records_of(context.eval_model, spec))
 
 
 def empty(context: EvalContext) -> tuple[str, str]:

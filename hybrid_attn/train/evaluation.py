@@ -132,7 +132,7 @@ class Evaluations:
             return broadcast_from_first(asked_to_stop()) and number < of
 
         try:
-            complete = suite.run(context, self.settings, about, folder, self.folder / "samples", done)
+            complete = suite.measure_units(context, self.settings, about, folder, self.folder / "samples", done)
         except FloatingPointError as error:  # on every process; the steps to come are worth more than these numbers
             metrics.say(f"evaluation of step {metrics.step} failed: {error}; training is not affected")
             return True
