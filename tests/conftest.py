@@ -25,7 +25,7 @@ from tensorboardX.proto import event_pb2
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.model import Execution, flops, losses
+from hybrid_attn.model import Execution, abstract_params, losses
 from hybrid_attn.model.loss import weighted_sum
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train import loop
@@ -124,7 +124,7 @@ def random_params(model: config.Model, seed: int = 0) -> dict:
             x = 1 + 2 * x
         return jax.device_put(x.astype(np.float32), NamedSharding(mesh, leaf.sharding.spec))
 
-    return jax.tree.map_with_path(draw, flops.shapes(model))
+    return jax.tree.map_with_path(draw, abstract_params(model))
 
 
 def layout(row: str) -> tuple[np.ndarray, np.ndarray]:

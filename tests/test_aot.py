@@ -208,7 +208,7 @@ def main_prompt() -> None:
     from configs import hybrid_8k
     from hybrid_attn import config
     from hybrid_attn.infer import cache, steps
-    from hybrid_attn.model import execution_on, flops
+    from hybrid_attn.model import abstract_params, execution_on
     from hybrid_attn.model.extend import unstacked
     from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, make_mesh
     from hybrid_attn.plan import targets
@@ -227,7 +227,7 @@ def main_prompt() -> None:
 
     with jax.set_mesh(mesh):
         started = time.monotonic()
-        params = placed(flops.shapes(c.model))
+        params = placed(abstract_params(c.model))
         weights = placed(jax.eval_shape(functools.partial(unstacked, c.model, dtype=run.dtype), params))
         empty = placed(jax.eval_shape(lambda: cache.empty(c.model, 1, length, chunk, run.dtype, False)))
         program = steps.StepConfig(c.model, run, chunk // axes["context"])

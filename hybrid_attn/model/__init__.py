@@ -2,6 +2,7 @@
 
 from hybrid_attn.model.transformer import (
     Execution,
+    abstract_params,
     apply,
     execution_on,
     init,
@@ -12,4 +13,15 @@ from hybrid_attn.model.transformer import (
     unembedding,
 )
 
-__all__ = ["Execution", "apply", "init", "logits", "losses", "losses_and_aux", "execution_on", "specs", "unembedding"]
+__all__ = [
+    "Execution",
+    "abstract_params",
+    "apply",
+    "execution_on",
+    "init",
+    "logits",
+    "losses",
+    "losses_and_aux",
+    "specs",
+    "unembedding",
+]

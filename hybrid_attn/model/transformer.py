@@ -132,13 +132,23 @@ def init(model: Model, key: jax.Array) -> dict:
     return map_weights(lambda weight: weight[...], _weights(model, nnx.Rngs(params=key)))
 
 
+def abstract_params(model: Model) -> dict:
+    """Shapes, dtypes and shardings of the parameters, as `init` makes them on the mesh in force, or else on one device."""
+    return _eval_shape(lambda: init(model, jax.random.key(0)))
+
+
 @functools.cache
 def specs(model: Model) -> dict:
     """The `ParamSpec` of every parameter, as a nested dict like that of `init`; those under `periods` are of one period."""
+    weights = _eval_shape(lambda: _weights(model, nnx.Rngs(params=jax.random.key(0))))
+    return map_weights(lambda weight: weight.spec, weights)
+
+
+def _eval_shape(function: Callable[[], dict]) -> dict:
+    """What `function` returns, without computing it."""
     mesh = jax.sharding.get_abstract_mesh()
     with jax.sharding.use_abstract_mesh(abstract_mesh() if mesh.empty else mesh):
-        weights = jax.eval_shape(lambda: _weights(model, nnx.Rngs(params=jax.random.key(0))))
-    return map_weights(lambda weight: weight.spec, weights)
+        return jax.eval_shape(function)
 
 
 def layer_specs(model: Model) -> list[tuple[str, int, dict]]:

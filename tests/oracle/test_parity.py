@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 from hybrid_attn import config  # noqa: E402
 from hybrid_attn.convert import families, hf  # noqa: E402
-from hybrid_attn.model import apply, flops, logits  # noqa: E402
+from hybrid_attn.model import abstract_params, apply, logits  # noqa: E402
 from hybrid_attn.train.optim import optimiser  # noqa: E402
 from hybrid_attn.train.step import TrainState, make_step  # noqa: E402
 
@@ -69,7 +69,7 @@ def theirs(request, tmp_path):
 def ours_of(directory):
     described = hf.read_config(directory)
     model = families.model_of(described)
-    return model, hf.read_params(directory, model, described["model_type"], flops.shapes(model))
+    return model, hf.read_params(directory, model, described["model_type"], abstract_params(model))
 
 
 def batch_of(length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +112,7 @@ def opened(directory):
 
 def export(directory, model, params, model_type):
     directory.mkdir()
-    shapes = {path: x.shape for path, x in hf.flat(flops.shapes(model)).items()}
+    shapes = {path: x.shape for path, x in hf.flat(abstract_params(model)).items()}
     described = hf.describe(model, directory, 256, model_type)
     hf.write(directory, model, described, shapes, hf.by_period(params), "float32", 50_000)
     return directory
