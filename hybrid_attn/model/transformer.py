@@ -35,7 +35,7 @@ CHECKPOINTS = {
     "attention": functools.partial(jax.checkpoint, policy=KEEP),
     "offload": functools.partial(jax.checkpoint, policy=OFFLOAD),
 }
-CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as whole rows, recomputation included
+CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as all tokens at once, recomputation included
 
 
 def unchanged(leaves: dict) -> dict:
@@ -87,17 +87,17 @@ def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution, letter
 
 
 def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows [B, T, D] of a table split over `tensor` by words and over `fsdp` by dimensions; the table never moves.
+    """Embeddings [B, T, D] from a table whose vocabulary is split over `tensor` and whose dimensions are split over `fsdp`.
 
-    Each shard looks up its part of the rows that its `fsdp` group wants, and they exchange them; those of words that another
-    `tensor` shard has are zeros, and summed. The gradient is added up in the table's own precision.
+    The table never moves. Each shard looks up its dimensions of the tokens of its `fsdp` group, and an all-to-all hands them
+    over. Embeddings that another `tensor` shard has are zeros, and summed. The gradient is summed in the table's precision.
     """
 
     def shard(embed_VD, tokens_BT):
         local_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
         local_BT -= jax.lax.axis_index("tensor") * embed_VD.shape[0]
-        here_BT = (local_BT >= 0) & (local_BT < embed_VD.shape[0])
-        x_BTD = jnp.where(here_BT[..., None], embed_VD[jnp.where(here_BT, local_BT, 0)].astype(dtype), 0)
+        is_local_BT = (local_BT >= 0) & (local_BT < embed_VD.shape[0])
+        x_BTD = jnp.where(is_local_BT[..., None], embed_VD[jnp.where(is_local_BT, local_BT, 0)].astype(dtype), 0)
         return jax.lax.psum(jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True), "tensor")
 
     tokens = spec_of(tokens_BT)
