@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from hybrid_attn.config import Model
 from hybrid_attn.model.attention import Attend
+from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.params import map_specs
-from hybrid_attn.model.transformer import Execution, bind, final_norm, look_up, specs
+from hybrid_attn.model.transformer import bind, final_norm, look_up, specs
 
 
 def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
