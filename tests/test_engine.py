@@ -117,8 +117,8 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(engine):
 
 def test_a_step_of_decoding_copies_neither_weights_nor_cache(engine):
     config, _, capacity = engine._sizes(64, 64)
-    cache = caches.empty(engine.model, 1, capacity, 1, engine.run.dtype, False)
-    last_BD = jnp.zeros((1, engine.model.d_model), engine.run.dtype, out_sharding=P(BATCH, None))
+    cache = caches.empty(engine.model, 1, capacity, 1, engine.execution.dtype, False)
+    last_BD = jnp.zeros((1, engine.model.d_model), engine.execution.dtype, out_sharding=P(BATCH, None))
     no_B, seeds_B = jnp.zeros_like(cache.lengths_B, bool), jnp.zeros_like(cache.lengths_B, jnp.uint32)
     part = DecodeSlice(no_B, seeds_B, np.full(1, -1, np.int32), 0, 1)
     lowered = decode.lower(config, GREEDY, engine.weights, DecodeState(cache, last_BD), part)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, assert_close, batch_of, mesh_of, on_mesh, temporary_bytes, tiny
+from conftest import BLOCKED, assert_close, batch_of, mesh_of, on_mesh, temporary_bytes, tiny
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.parallel.mesh import TOKENS_BT
@@ -22,7 +22,7 @@ def stepped(mesh, microbatches, batch=BATCH):
     c = tiny({"optim.z_loss": 1e-3})
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=0)(c)
-        state, metrics = make_step(c, RUN)(state, on_mesh(batch), microbatches)
+        state, metrics = make_step(c, BLOCKED)(state, on_mesh(batch), microbatches)
         return jax.device_get((metrics, state.opt_state[1].mu, state.params["embed"].sharding.spec))
 
 
@@ -47,7 +47,7 @@ def test_a_state_has_one_type_before_and_after_a_step_or_the_second_step_would_b
     c = tiny({}, L={"temperature.type": "learned", "gate": "head"}, G={"qk_norm": "rms_plus1", "sink": True})
     before = jax.eval_shape(lambda: init_state(c))
     batch = on_mesh(BATCH)
-    after, _ = jax.eval_shape(lambda state: make_step(c, RUN)(state, batch, 1), before)
+    after, _ = jax.eval_shape(lambda state: make_step(c, BLOCKED)(state, batch, 1), before)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     types = [[(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(state)] for state in (before, after)]
     assert types[0] == types[1]
@@ -55,7 +55,7 @@ def test_a_state_has_one_type_before_and_after_a_step_or_the_second_step_would_b
 
 def test_a_skipped_step_moves_the_schedule_on_and_nothing_else(one_device):
     c = tiny({"optim.warmup_steps": 4})
-    state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c, RUN)
+    state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c, BLOCKED)
     state, first = step(state, on_mesh(BATCH), 1)
     before = jax.device_get(state)
     types = [(x.shape, x.dtype, x.weak_type, x.sharding) for x in jax.tree.leaves(state)]
@@ -78,7 +78,7 @@ def test_the_norm_of_the_parameters_is_of_those_that_the_update_gives(one_device
     c = tiny()
     state = jax.jit(init_state, static_argnums=0)(c)
     before = jax.device_get(state.params)
-    state, metrics = make_step(c, RUN)(state, on_mesh(BATCH), 1)
+    state, metrics = make_step(c, BLOCKED)(state, on_mesh(BATCH), 1)
     old, new = (
         np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(params)))
         for params in (before, jax.device_get(state.params))
@@ -112,7 +112,7 @@ def test_parts_hold_every_row_once_and_no_device_sends_one():
 
 def test_the_memory_of_a_step_falls_with_the_number_of_parts(one_device):
     c = tiny({"optim.z_loss": 1e-3})
-    state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c, RUN)
+    state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c, BLOCKED)
 
     def temporaries(microbatches):
         return temporary_bytes(step.lower(state, on_mesh(BATCH), microbatches))

@@ -36,7 +36,7 @@ from hybrid_attn.data import documents, parts, sources, store, summary
 from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields
 from hybrid_attn.data.tokenizer import load_tokenizer
 
-PLAN, PARTS = store.PLAN, parts.FOLDER
+PLAN, PARTS_FOLDER = store.PLAN, parts.FOLDER
 ENCODED = 2**20  # bytes of text that a tokenizer encodes at a time
 COPIED = 2**22  # tokens in memory while a shard is copied
 MAX_LABELS = 2**16
@@ -74,7 +74,7 @@ def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say
     plan = _plan(inputs, options, tokenizer)
     folder = Path(out)
     _check_folder(folder)
-    if (folder / store.MANIFEST).exists() and not (folder / PARTS).exists():
+    if (folder / store.MANIFEST).exists() and not (folder / PARTS_FOLDER).exists():
         return _complete(folder, plan, say)  # takes no lock: the folder may be read-only
     with files.lock(folder):
         try:
@@ -90,8 +90,8 @@ def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say
 
 def _complete(folder: Path, plan: dict, say: Callable[[str], None]) -> dict:
     _check_same(folder, plan, complete=True)
-    if (folder / PARTS).exists():
-        shutil.rmtree(folder / PARTS)
+    if (folder / PARTS_FOLDER).exists():
+        shutil.rmtree(folder / PARTS_FOLDER)
     say(f"{folder} is complete")
     return store.read_manifest(str(folder)).summary
 
@@ -132,7 +132,7 @@ def _begin(folder: Path, plan: dict) -> bool:
     if (folder / PLAN).exists():
         _check_same(folder, plan, complete=False)
     _write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
-    (folder / PARTS).mkdir(exist_ok=True)
+    (folder / PARTS_FOLDER).mkdir(exist_ok=True)
     return True
 
 
@@ -181,7 +181,7 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     shards = tuple(shard for shard, _ in written)
     manifest = store.Manifest(store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), shards, counts)
     _write(folder / store.MANIFEST, [manifest.to_json().encode()])
-    shutil.rmtree(folder / PARTS)
+    shutil.rmtree(folder / PARTS_FOLDER)
     return counts
 
 
@@ -364,7 +364,7 @@ def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndar
 
 
 def _progress(folder: Path, plan: dict) -> str:
-    done = len(list((folder / PARTS).glob("*.json")))
+    done = len(list((folder / PARTS_FOLDER).glob("*.json")))
     return f"{done} of {len(plan['shards'])} shards are done and kept; solve the problem, then the same command continues"
 
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from hybrid_attn.config import Config
 from hybrid_attn.data.packed import ARRAYS
-from hybrid_attn.model import flops, run_on
+from hybrid_attn.model import execution_on, flops
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
@@ -47,14 +47,14 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     mesh, shape = make_mesh(c.mesh, target.devices), c.stages[stage]
     fit.check(c, mesh.shape)
     batch, length = shape.batch, shape.seq_len
-    run = run_on(target.platform, c.model, c.train)
+    execution = execution_on(target.platform, c.model, c.train)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, TOKENS_BT)
         arrays = {
             name: jax.ShapeDtypeStruct((batch, length), jnp.float32 if name in FLOATS else jnp.int32, sharding=sharding)
             for name in ARRAYS
         }
-        compiled = make_step(c, run).lower(abstract_state(c, mesh), arrays, shape.microbatches).compile()
+        compiled = make_step(c, execution).lower(abstract_state(c, mesh), arrays, shape.microbatches).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
     per_token = flops.train_flops_per_token(c.model, length)
     return Plan(

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Config
-from hybrid_attn.model import Run, init
+from hybrid_attn.model import Execution, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
 from hybrid_attn.train.objectives import OBJECTIVES, Objective
 from hybrid_attn.train.optim import optimiser, schedule
@@ -49,7 +49,7 @@ def parts(batch: dict, number: int) -> dict:
     return {name: cut(jax.reshard(x_BT, TOKENS_BT)) for name, x_BT in batch.items()}
 
 
-def make_step(config: Config, run: Run):
+def make_step(config: Config, execution: Execution):
     """The jitted `step(state, batch, microbatches, objective) -> (state, metrics)`; it donates its state.
 
     `microbatches` and the name of the `objective` are a stage's; more microbatches compute the same step in less memory. The
@@ -63,7 +63,7 @@ def make_step(config: Config, run: Run):
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=(2, 3))
     def step(state: TrainState, batch: dict, microbatches: int, objective: str = "next_token") -> tuple[TrainState, dict]:
         goal = OBJECTIVES[objective]
-        (loss, sums), grads = loss_and_gradient(config, run, goal, state.params, batch, microbatches)
+        (loss, sums), grads = loss_and_gradient(config, execution, goal, state.params, batch, microbatches)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -78,12 +78,12 @@ def make_step(config: Config, run: Run):
     return step
 
 
-def loss_and_gradient(config: Config, run: Run, objective: Objective, params: dict, batch: dict, microbatches: int):
+def loss_and_gradient(config: Config, execution: Execution, objective: Objective, params: dict, batch: dict, microbatches: int):
     """((loss, the objective's sums), gradient) of a batch, computed over so many parts of it one after the other."""
     weight = jnp.maximum(objective.weight(batch), 1.0)
 
     def loss_of(params, part):
-        total, sums = objective.loss(config, params, part, run)
+        total, sums = objective.loss(config, params, part, execution)
         loss = total / weight
         return (loss + sums["aux_loss"] / microbatches if "aux_loss" in sums else loss), sums
 
