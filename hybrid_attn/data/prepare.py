@@ -120,8 +120,8 @@ def _plan(inputs: Sequence[str], options: Options, tokenizer) -> dict:
 
 def _check_folder(folder: Path) -> None:
     """ValueError if `folder` has files that are not those of a store."""
-    usable = (folder / PLAN).exists() or not folder.exists()
-    if not usable and any(x.name != files.LOCK and not x.name.startswith(f"{PLAN}.partial") for x in folder.iterdir()):
+    names = [path.name.lstrip(".") for path in folder.iterdir()] if folder.exists() else []
+    if PLAN not in names and any(f".{name}" != files.LOCK and not name.startswith(f"{PLAN}.partial") for name in names):
         raise ValueError(f"{folder} is not empty and has no unfinished store; name another --out")
 
 
@@ -138,15 +138,16 @@ def _begin(folder: Path, plan: dict) -> bool:
 
 def _check_same(folder: Path, new: dict, complete: bool) -> None:
     """ValueError if `folder` was begun with another plan, or its plan cannot be read."""
+    cure = "; name another --out"
+    old = files.read_object(folder / PLAN, cure)
     try:
-        old = json.loads((folder / PLAN).read_text())
         # Parts made without an error do not depend on on_error, and older versions had no limit of document_bytes.
         ignored = {"on_error"} if not complete and new["options"]["on_error"] == "skip" else set()
         ignored |= {"document_bytes"} if old["options"]["on_error"] == "stop" else set()
         default = {"document_bytes": new["options"]["document_bytes"]}
         _compare(folder, old | {"options": default | old["options"]}, new, ignored)
-    except (AttributeError, KeyError, RecursionError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / PLAN} is damaged: {error!r}; name another --out") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / PLAN} is damaged: {error!r}{cure}") from error
 
 
 def _compare(folder: Path, old: dict, new: dict, ignored: set[str]) -> None:
@@ -369,17 +370,10 @@ def _progress(folder: Path, plan: dict) -> str:
 
 
 def _write(path: Path, blocks: Iterable) -> str:
-    """Writes a file atomically and returns its SHA-256."""
-    partial, digest = path.with_name(f"{path.name}.partial{os.getpid()}"), hashlib.sha256()
-    try:
-        with open(partial, "wb") as file:
-            for block in blocks:
-                file.write(block)
-                digest.update(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """Writes a file atomically and returns its SHA-256; a worker of a killed run may still write the same file."""
+    digest = hashlib.sha256()
+    with files.opened_atomically(path, f"partial{os.getpid()}") as file:
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
     return digest.hexdigest()
