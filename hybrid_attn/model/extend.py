@@ -42,6 +42,6 @@ def layer_by_layer(
     states = []
     for letter, leaves, attend in zip(model.layers, weights["layers"], attends, strict=True):
         mlp_chunk = execution.mlp_chunk if tokens_BT.shape[1] > 1 else None
-        x_BTD, _, state = bind(model, letter, execution.transform(leaves))(x_BTD, pos_BT, attend, mlp_chunk)
+        x_BTD, _, state = bind(model, letter, leaves, execution)(x_BTD, pos_BT, attend, mlp_chunk)
         states.append(state)
     return final_norm(model, weights, x_BTD), states

@@ -19,7 +19,7 @@ from hybrid_attn.model.attention import Attend
 from hybrid_attn.model.block import Aux, Block, added, residual_norm
 from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.loss import token_losses
-from hybrid_attn.model.params import embedding, map_weights, weights_of
+from hybrid_attn.model.params import Dot, embedding, map_weights, set_dot, weights_of
 from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of
 
@@ -147,7 +147,7 @@ def apply_in_zigzag(
             def layer(leaves: dict, x_BTD: jax.Array, letter: str = letter) -> tuple[jax.Array, Aux]:
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
-                return bind(model, letter, execution.transform(leaves))(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)[:2]
+                return bind(model, letter, leaves, execution)(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)[:2]
 
             with jax.named_scope(slot):
                 x_BTD, aux = CHECKPOINTS[execution.remat[letter]](layer)(leaves[slot], x_BTD)
@@ -174,18 +174,21 @@ def losses_and_aux(model: Model, params: dict, batch: dict, execution: Execution
     names = ("tokens", "positions", "segments", "targets")
     *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), execution.zigzag)
     x_BTD, aux = apply_in_zigzag(model, params, *inputs, execution)
-    nll_BT, lse_BT = token_losses(model, unembedding(model, params), x_BTD, targets_BT, execution.loss_chunk)
+    table_VD = unembedding(model, params)
+    nll_BT, lse_BT = token_losses(model, table_VD, x_BTD, targets_BT, execution.loss_chunk, execution.dot)
     return *context.from_zigzag((nll_BT, lse_BT), execution.zigzag), aux
 
 
-def bind(model: Model, letter: str, leaves: dict) -> Block:
-    """The layer of a type with these parameters."""
-    return nnx.merge(_graph(model, letter), leaves)
+def bind(model: Model, letter: str, leaves: dict, execution: Execution) -> Block:
+    """The layer of a type, with the parameters that the execution's `transform` makes of `leaves`, and with its `dot`."""
+    return nnx.merge(_graph(model, letter, execution.dot), execution.transform(leaves))
 
 
 @functools.cache
-def _graph(model: Model, letter: str) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda key: Block(model, letter, rngs=nnx.Rngs(params=key)), jax.random.key(0)))
+def _graph(model: Model, letter: str, dot: Dot) -> nnx.GraphDef:
+    block = nnx.eval_shape(lambda key: Block(model, letter, rngs=nnx.Rngs(params=key)), jax.random.key(0))
+    set_dot(block, dot)
+    return nnx.graphdef(block)
 
 
 def final_norm(model: Model, params: dict, x_BTD: jax.Array) -> jax.Array:
@@ -203,12 +206,11 @@ def unembedding(model: Model, params: dict) -> jax.Array:
     return params["embed"] if model.tie_embeddings else params["unembed"]
 
 
-def logits(model: Model, params: dict, x_BTD: jax.Array) -> jax.Array:
+def logits(model: Model, params: dict, x_BTD: jax.Array, dot: Dot = jax.lax.dot_general) -> jax.Array:
     """All logits [B, T, V] in float32 of the final normed activations; the loss never builds them (`loss.token_losses`)."""
     table_VD = gathered(unembedding(model, params).astype(x_BTD.dtype))
-    spec = P(*spec_of(x_BTD)[:2], "tensor")
-    logits_BTV = model.logit_scale * jnp.einsum(
-        "BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32, out_sharding=spec
-    )
+    spec, contracted = P(*spec_of(x_BTD)[:2], "tensor"), (((2,), (1,)), ((), ()))
+    products_BTV = dot(x_BTD, table_VD, contracted, preferred_element_type=jnp.float32, out_sharding=spec)
+    logits_BTV = model.logit_scale * products_BTV
     cap = model.logit_softcap
     return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
