@@ -1,4 +1,4 @@
-"""The transformer: embedding, layers scanned period by period, final norm.
+"""The transformer: embedding, prefix, layers scanned period by period, tail, final norm.
 
 Letters: B batch, T tokens, D model, F feed-forward, V vocabulary. Parameters are a nested dict of float32 arrays whose
 paths are names (`periods/L0/attention/q`); those under `periods` carry the period as axis 0.
@@ -71,6 +71,8 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
 def _weights(model: Model, rngs: nnx.Rngs) -> dict:
     """Every `Weight` of the model, as a nested dict whose paths are their names."""
     weights = {"embed": embedding(rngs, model.vocab_size, model.d_model, model.init_std)}
+    if model.prefix:
+        weights["prefix"] = _weights_of_layers(model, model.prefix, rngs)
     if model.num_periods:
         stack = jax.vmap(lambda rngs: _weights_of_layers(model, model.pattern, rngs))
         weights["periods"] = stack(rngs.split(model.num_periods))
@@ -83,10 +85,10 @@ def _weights(model: Model, rngs: nnx.Rngs) -> dict:
 
 
 def _weights_of_layers(model: Model, letters: str, rngs: nnx.Rngs) -> dict:
-    return {slot: weights_of(Block(model, letter, rngs=rngs)) for slot, letter in slots(letters)}
+    return {name: weights_of(Block(model, letter, rngs=rngs)) for name, letter in layer_names(letters)}
 
 
-def slots(letters: str) -> list[tuple[str, str]]:
+def layer_names(letters: str) -> list[tuple[str, str]]:
     """The names of successive layers in the parameters, L0, L1, …, and the letters of their types."""
     return [(f"{letter}{i}", letter) for i, letter in enumerate(letters)]
 
@@ -116,14 +118,13 @@ def _eval_shape(function: Callable[[], dict]) -> dict:
 
 
 def layer_specs(model: Model) -> list[tuple[str, int, dict]]:
-    """The letter of each layer of a period and of the tail, how many layers there are like it, and the specs of one."""
+    """The letter of each layer of the prefix, of a period and of the tail, how often it repeats, and the specs of one."""
     of_groups = specs(model)
-    groups = (("periods", model.pattern, model.num_periods), ("tail", model.tail, 1))
     return [
-        (letter, number, of_groups[group][slot])
-        for group, letters, number in groups if group in of_groups
-        for slot, letter in slots(letters)
-    ]  # fmt: skip
+        (letter, repetitions, of_groups[group][name])
+        for group, letters, repetitions in model.groups
+        for name, letter in layer_names(letters)
+    ]
 
 
 def apply(
@@ -142,22 +143,24 @@ def apply_in_zigzag(
 
     def layers(x_BTD: jax.Array, leaves: dict, letters: str) -> tuple[jax.Array, Aux]:
         total: Aux = {}
-        for slot, letter in slots(letters):
+        for name, letter in layer_names(letters):
 
             def layer(leaves: dict, x_BTD: jax.Array, letter: str = letter) -> tuple[jax.Array, Aux]:
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
                 return bind(model, letter, leaves, execution)(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)[:2]
 
-            with jax.named_scope(slot):
-                x_BTD, aux = CHECKPOINTS[execution.remat[letter]](layer)(leaves[slot], x_BTD)
+            with jax.named_scope(name):
+                x_BTD, aux = CHECKPOINTS[execution.remat[letter]](layer)(leaves[name], x_BTD)
             total = added(total, aux)
         return x_BTD, total
 
     x_BTD, aux = look_up(params["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}
+    if model.prefix:
+        x_BTD, aux = layers(x_BTD, params["prefix"], model.prefix)
     if model.num_periods:
         x_BTD, by_period = jax.lax.scan(lambda x, leaves: layers(x, leaves, model.pattern), x_BTD, params["periods"])
-        aux = jax.tree.map(lambda values: values.sum(0), by_period)
+        aux = added(aux, jax.tree.map(lambda values: values.sum(0), by_period))
     if model.tail:
         x_BTD, of_tail = layers(x_BTD, params["tail"], model.tail)
         aux = added(aux, of_tail)
