@@ -108,7 +108,7 @@ def _gradients(mlp: ChunkedMLP, x_cD, dy_cD, w_gate, w_up, w_down):
 
 
 def _gradients_by_hand(mlp: ChunkedMLP, x_cD, dy_cD, w_gate, w_up, w_down):
-    """`_gradients` of plain products: autodiff transposes [c, F] arrays, which costs a CPU more than all the rest."""
+    """`_gradients` of plain products: autodiff transposes [c, F] arrays, which costs a CPU more than all else."""
     h_cF, pull = jax.vjp(mlp.hidden, x_cD @ w_gate, x_cD @ w_up)
     dgate_cF, dup_cF = pull(dy_cD @ w_down.T)
     products = ((x_cD, dgate_cF), (x_cD, dup_cF), (dy_cD, h_cF))

@@ -40,10 +40,10 @@ CHECKPOINTS = {
 def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution, letter: str) -> Attend:
     """Attention of a layer of that type to the tokens of its own packed sequences."""
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
+    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, layer_type: LayerType, scale: float):
         o_BTNH = context.attend(
-            q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N, window=kind.window, chunk=kind.chunk, scale=scale,
-            softcap=kind.softcap, kernel=execution.kernel, scheme=execution.context[letter], zigzag=execution.zigzag,
+            q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N, window=layer_type.window, chunk=layer_type.chunk, scale=scale,
+            softcap=layer_type.softcap, kernel=execution.kernel, scheme=execution.context[letter], zigzag=execution.zigzag,
         )  # fmt: skip
         return o_BTNH, None
 
