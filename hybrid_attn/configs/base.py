@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
 
     m = c.model = ConfigDict()
     m.vocab_size = 384  # 256 bytes, BOS and EOS, padded to a multiple of 128 so that any tensor axis divides it
+    m.prefix = ""  # layer types, one letter per layer, of the first layers, before the pattern; num_layers counts them
     m.pattern = "LLLG"  # layer types, one letter per layer, repeated: three local layers to one global (arXiv 2501.18795)
     m.num_layers = 4
     m.d_model = 128
