@@ -1,8 +1,11 @@
 """The finished parts of a store that is being prepared. A later run reads them after a kill or a disk failure."""
 
+import hashlib
 import json
+import os
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +54,20 @@ def _check(part: dict, x: dict[str, np.ndarray], tokens: int) -> None:
     ):
         if not ok:
             raise ValueError(problem)
+
+
+def write(path: Path, blocks: Iterable) -> str:
+    """Writes a file atomically and returns its SHA-256."""
+    partial, digest = path.with_name(f"{path.name}.partial{os.getpid()}"), hashlib.sha256()
+    try:
+        with open(partial, "wb") as file:
+            for block in blocks:
+                file.write(block)
+                digest.update(block)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()

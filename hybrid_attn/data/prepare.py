@@ -11,12 +11,8 @@ has no manifest, and these files:
 When all parts are complete, duplicates are known. Each shard is then linked or copied from its part, without the duplicates.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
-import functools
-import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -24,7 +20,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -32,36 +28,15 @@ import numpy as np
 import tqdm
 
 from hybrid_attn import characters, files
-from hybrid_attn.data import documents, parts, sources, store, summary
-from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields
+from hybrid_attn.data import documents, encode, parts, sources, store, summary
+from hybrid_attn.data.encode import Options
 from hybrid_attn.data.tokenizer import load_tokenizer
 
 PLAN, PARTS = store.PLAN, parts.FOLDER
-ENCODED = 2**20  # bytes of text that a tokenizer encodes at a time
 COPIED = 2**22  # tokens in memory while a shard is copied
 MAX_LABELS = 2**16
 SHARDS = 256  # by default: enough to use all cores, and a killed run loses little
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 10**6, 256 * 10**6
-REPORTED = 20  # skipped documents that are named
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options that determine the content of a store, together with its input files.
-
-    Without `form` the suffix of each file decides. `label` is the label of documents without one in `fields`. `on_error` is
-    "skip" or "stop". A shard gets at most `shard_bytes` of input unless a file cannot be split; None goes by the total size. A
-    line, a text in a table and a decompressed text file have at most `document_bytes`.
-    """
-
-    tokenizer: str
-    fields: Fields
-    form: str | None
-    label: str
-    drop_duplicates: bool
-    on_error: str
-    shard_bytes: int | None
-    document_bytes: int = MAX_BYTES
 
 
 def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say: Callable[[str], None] = print) -> dict:
@@ -131,7 +106,7 @@ def _begin(folder: Path, plan: dict) -> bool:
         return False
     if (folder / PLAN).exists():
         _check_same(folder, plan, complete=False)
-    _write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
+    parts.write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
     (folder / PARTS).mkdir(exist_ok=True)
     return True
 
@@ -170,7 +145,7 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     dtype = documents.token_dtype(tokenizer.vocab_size)
     made = [parts.read(folder, i, dtype.itemsize) for i in range(len(plan["shards"]))]
     reasons = [reason for part in made for reason in part["places"]]
-    for reason in reasons[:REPORTED]:
+    for reason in reasons[: encode.REPORTED]:
         say(characters.line(f"skipped      {reason}"))
     names = sorted({name for part in made for name in part["labels"]})
     _check_labels(folder, names, plan, made)
@@ -180,7 +155,7 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     counts = summary.summary([counts for _, counts in written], made, names)
     shards = tuple(shard for shard, _ in written)
     manifest = store.Manifest(store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), shards, counts)
-    _write(folder / store.MANIFEST, [manifest.to_json().encode()])
+    parts.write(folder / store.MANIFEST, [manifest.to_json().encode()])
     shutil.rmtree(folder / PARTS)
     return counts
 
@@ -196,7 +171,7 @@ def _make_parts(folder: Path, plan: dict, options: Options, workers: int, say: C
         say(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
     before = sum(sizes) - sum(sizes[i] for i in todo)
     with tqdm.tqdm(total=sum(sizes), initial=before, unit="B", unit_scale=True, desc="input") as bar:
-        for i in _in_processes(_encode_shard, {i: (folder, i, shards[i], options) for i in todo}, workers):
+        for i in _in_processes(encode.encode_shard, {i: (folder, i, shards[i], options) for i in todo}, workers):
             bar.update(sizes[i])
 
 
@@ -250,70 +225,6 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-_tokenizer = functools.cache(load_tokenizer)
-
-
-def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], options: Options) -> None:
-    """Writes part `index`, with all documents of `pieces`."""
-    tokenizer = _tokenizer(options.tokenizer)
-    dtype = documents.token_dtype(tokenizer.vocab_size)
-    columns, labels = {name: [] for name in parts.COLUMNS}, {}
-    skipped, reasons = collections.Counter(), []
-
-    def texts() -> Iterator[bytes]:
-        for path, start, stop in pieces:
-            for result in sources.read(path, options.form, options.fields, start, stop, options.document_bytes):
-                if isinstance(result, Broken):
-                    reason = f"{result.reason}, which --max_document_mb raises" if result.too_long else result.reason
-                    if options.on_error == "stop":
-                        raise ValueError(f"{reason}; continue with --on_error=skip, or repair it and use another --out")
-                    skipped["broken"] += 1
-                    reasons.append(reason)
-                elif isinstance(result, Binary):
-                    skipped["binary"] += 1
-                    reasons.append(result.reason)
-                elif not result.text:
-                    skipped["empty"] += 1
-                else:
-                    columns["hashes"].append(documents.content_hash(result.text))
-                    columns["labels"].append(labels.setdefault(result.label or options.label, len(labels)))
-                    columns["bytes"].append(len(result.text))
-                    yield result.text
-
-    def blocks() -> Iterator[bytes]:
-        for batch in _batches(texts()):
-            encoded = tokenizer.encode_batch(batch)
-            lengths = [len(ids) + 2 for ids in encoded]
-            columns["lengths"] += lengths
-            tokens = np.empty(sum(lengths), dtype)
-            first = 0
-            for ids, length in zip(encoded, lengths, strict=True):
-                last = first + length - 1
-                tokens[first], tokens[first + 1 : last], tokens[last] = tokenizer.bos, ids, tokenizer.eos
-                first += length
-            yield tokens.data
-
-    digest = _write(parts.path(folder, index, "tokens"), blocks())
-    archive = io.BytesIO()
-    np.savez(archive, **{name: np.array(values, parts.COLUMNS[name]) for name, values in columns.items()})
-    _write(parts.path(folder, index, "npz"), [archive.getbuffer()])
-    part = {"sha256": digest, "labels": list(labels), "skipped": skipped, "places": reasons[:REPORTED]}
-    _write(parts.path(folder, index, "json"), [json.dumps(part).encode()])
-
-
-def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Consecutive texts, about `ENCODED` bytes at a time."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= ENCODED:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
     """For each part, bool [n]: whether a document is the first with its hash."""
     hashes = [parts.columns(folder, i)["hashes"] for i in range(shards)]
@@ -337,9 +248,9 @@ def _write_shard(
         except OSError:  # a file system without links
             shutil.copyfile(parts.path(folder, index, "tokens"), tokens_path)
     else:
-        tokens_sha256 = _write(tokens_path, _kept_tokens(parts.path(folder, index, "tokens"), dtype, x["lengths"], kept))
+        tokens_sha256 = parts.write(tokens_path, _kept_tokens(parts.path(folder, index, "tokens"), dtype, x["lengths"], kept))
         x = {name: values[kept] for name, values in x.items()}
-    index_sha256 = _write(folder / store.index_name(index), [store.index_bytes(x["lengths"], x["hashes"], x["labels"])])
+    index_sha256 = parts.write(folder / store.index_name(index), [store.index_bytes(x["lengths"], x["hashes"], x["labels"])])
     by_label = {
         "documents": np.bincount(x["labels"], minlength=len(names)),
         **{
@@ -366,20 +277,3 @@ def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndar
 def _progress(folder: Path, plan: dict) -> str:
     done = len(list((folder / PARTS).glob("*.json")))
     return f"{done} of {len(plan['shards'])} shards are done and kept; solve the problem, then the same command continues"
-
-
-def _write(path: Path, blocks: Iterable) -> str:
-    """Writes a file atomically and returns its SHA-256."""
-    partial, digest = path.with_name(f"{path.name}.partial{os.getpid()}"), hashlib.sha256()
-    try:
-        with open(partial, "wb") as file:
-            for block in blocks:
-                file.write(block)
-                digest.update(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return digest.hexdigest()
