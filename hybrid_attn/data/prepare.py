@@ -5,6 +5,7 @@ has no manifest, and these files:
 
     plan.json                     options, tokenizer, and the files of each shard
     parts/shard-00000.tokens      the tokens of all documents of a group
+    parts/shard-00000.loss_mask   their loss masks, if the records may have pieces (`Fields.loss`)
     parts/shard-00000.npz         length, hash, label and bytes of each document
     parts/shard-00000.json        labels, checksum and skipped documents; written last, so a part with this file is complete
 
@@ -13,6 +14,7 @@ When all parts are complete, duplicates are known. Each shard is then linked or 
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -28,7 +30,7 @@ import numpy as np
 import tqdm
 
 from hybrid_attn import characters, files
-from hybrid_attn.data import documents, encode, parts, sources, store, summary
+from hybrid_attn.data import documents, encode, loss_mask, parts, sources, store, summary
 from hybrid_attn.data.encode import Options
 from hybrid_attn.data.tokenizer import load_tokenizer
 
@@ -90,7 +92,15 @@ def _plan(inputs: Sequence[str], options: Options, tokenizer) -> dict:
                 size = 0
             shards[-1].append([i, start, stop])
             size += stop - start
-    return {"options": dataclasses.asdict(options), "tokenizer_hash": tokenizer.hash, "files": described, "shards": shards}
+    return {"options": _described(options), "tokenizer_hash": tokenizer.hash, "files": described, "shards": shards}
+
+
+def _described(options: Options) -> dict:
+    """The options as JSON. Those of a store without loss masks are what they were before there were any."""
+    values = dataclasses.asdict(options)
+    if options.fields.loss is None:
+        del values["fields"]["loss"]
+    return values
 
 
 def _check_folder(folder: Path) -> None:
@@ -143,7 +153,7 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     """Makes the parts that are missing, and then the store; returns its summary."""
     _make_parts(folder, plan, options, workers, say)
     dtype = documents.token_dtype(tokenizer.vocab_size)
-    made = [parts.read(folder, i, dtype.itemsize) for i in range(len(plan["shards"]))]
+    made = [parts.read(folder, i, dtype.itemsize, has_mask=options.fields.loss is not None) for i in range(len(plan["shards"]))]
     reasons = [reason for part in made for reason in part["places"]]
     for reason in reasons[: encode.REPORTED]:
         say(characters.line(f"skipped      {reason}"))
@@ -240,30 +250,43 @@ def _write_shard(
     x = parts.columns(folder, index)
     number = {name: i for i, name in enumerate(names)}
     x["labels"] = np.array([number[name] for name in part["labels"]], np.int64)[x["labels"]]
-    tokens_path, tokens_sha256 = folder / store.tokens_name(index), part["sha256"]
-    if kept is None or kept.all():
-        tokens_path.unlink(missing_ok=True)
-        try:
-            os.link(parts.path(folder, index, "tokens"), tokens_path)
-        except OSError:  # a file system without links
-            shutil.copyfile(parts.path(folder, index, "tokens"), tokens_path)
-    else:
-        tokens_sha256 = parts.write(tokens_path, _kept_tokens(parts.path(folder, index, "tokens"), dtype, x["lengths"], kept))
+    select = None if kept is None or kept.all() else functools.partial(_kept_tokens, lengths=x["lengths"], kept=kept)
+    tokens_sha256 = _copied(parts.path(folder, index, "tokens"), folder, part["sha256"], dtype, select)
+    mask_sha256, mask_path = part.get("loss_mask_sha256"), parts.path(folder, index, "loss_mask")
+    if mask_sha256 is not None:
+        mask_sha256 = _copied(mask_path, folder, mask_sha256, loss_mask.DTYPE, select)
+    if select is not None:
         x = {name: values[kept] for name, values in x.items()}
     index_sha256 = parts.write(folder / store.index_name(index), [store.index_bytes(x["lengths"], x["hashes"], x["labels"])])
+    counts = _counts(x, len(names)) | {"duplicates": 0 if kept is None else int(np.sum(~kept))}
+    if mask_sha256 is not None:
+        counts["trained_tokens"] = loss_mask.count(folder / mask_path.name)
+    return store.Shard(len(x["lengths"]), int(x["lengths"].sum()), tokens_sha256, index_sha256, mask_sha256), counts
+
+
+def _counts(x: dict[str, np.ndarray], num_labels: int) -> dict:
+    """Counts of documents, tokens and bytes by label, and of documents by length, from the columns of a shard."""
     by_label = {
-        "documents": np.bincount(x["labels"], minlength=len(names)),
+        "documents": np.bincount(x["labels"], minlength=num_labels),
         **{
-            what: np.bincount(x["labels"], x[column], len(names)).astype(np.int64)
+            what: np.bincount(x["labels"], x[column], num_labels).astype(np.int64)
             for what, column in (("tokens", "lengths"), ("bytes", "bytes"))
         },
     }
-    counts = {
-        "duplicates": 0 if kept is None else int(np.sum(~kept)),
-        "lengths": np.bincount(np.frexp(x["lengths"])[1], minlength=64),
-        "labels": by_label,
-    }
-    return store.Shard(len(x["lengths"]), int(x["lengths"].sum()), tokens_sha256, index_sha256), counts
+    return {"lengths": np.bincount(np.frexp(x["lengths"])[1], minlength=64), "labels": by_label}
+
+
+def _copied(source: Path, folder: Path, sha256: str, dtype: np.dtype, select: Callable | None) -> str:
+    """Links or copies the file `source` of a part to `folder`, or writes there what `select` keeps; returns its SHA-256."""
+    path = folder / source.name
+    if select is not None:
+        return parts.write(path, select(source, dtype))
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, path)
+    return sha256
 
 
 def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndarray) -> Iterator[memoryview]:
