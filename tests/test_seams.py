@@ -120,6 +120,14 @@ def test_an_objective_that_no_table_has_is_an_error_before_the_first_step():
         make_step(dataclasses.replace(c, stages=(stage,)), REFERENCE)
 
 
+def test_an_objective_whose_batch_field_the_data_lacks_is_an_error_before_the_first_step(monkeypatch):
+    objective = next_token.NEXT_TOKEN._replace(fields=("tokens", "rewards", "advantages"))
+    monkeypatch.setitem(OBJECTIVES, "next_token", objective)
+    message = "'next_token' needs the batch fields rewards, advantages, and the data makes tokens, targets"
+    with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=message):
+        make_step(tiny(), REFERENCE)
+
+
 def low_rank(leaves):
     """Adds the product of two small matrices to every weight that has them beside it."""
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Config
 from hybrid_attn.model import Execution, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
-from hybrid_attn.train.objectives import OBJECTIVES, Objective
+from hybrid_attn.train.objectives import OBJECTIVES, Objective, check_fields
 from hybrid_attn.train.optim import optimiser, schedule
 from hybrid_attn.trees import choice
 
@@ -58,6 +58,7 @@ def make_step(config: Config, execution: Execution):
     """
     for index, stage in enumerate(config.stages):
         choice(f"stages[{index}].objective", stage.objective, OBJECTIVES)
+        check_fields(stage.objective)
     tx, rate = optimiser(config), schedule(config.optim, config.total_steps)
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=(2, 3))
