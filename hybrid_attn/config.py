@@ -353,6 +353,31 @@ class Evals:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitFrom:
+    """The checkpoint whose parameters a run starts from, and the parameters that the two do not share."""
+
+    path: str | None
+    step: int | None = within(0, 2**31 - 1)
+    new: tuple[str, ...]
+    ignore: tuple[str, ...]
+    rename: tuple[str, ...]
+
+    def __post_init__(self):
+        check_fields(self, "init_from")
+        check(self.path is None or bool(self.path.strip()), "init_from.path='' names no checkpoint; use None for none")
+        for name in ("step", "new", "ignore", "rename"):
+            value = getattr(self, name)
+            check(self.path is not None or value in (None, ()), f"init_from.{name}={value!r} needs an init_from.path")
+        for entry, names in zip(self.rename, self.renamed, strict=True):
+            check(len(names) == 2 and all(names), f"init_from.rename has {entry!r}; write 'OLD NAME -> NEW NAME'")
+
+    @property
+    def renamed(self) -> list[tuple[str, ...]]:
+        """The name in the checkpoint and the name in this model of every entry of `rename`."""
+        return [tuple(name.strip() for name in entry.split("->")) for entry in self.rename]
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """The groups of a run's config that a reader of its checkpoints needs."""
 
@@ -390,6 +415,7 @@ class Config(CheckpointConfig):
     mesh: Mesh
     optim: Optim
     evals: Evals
+    init_from: InitFrom
 
     def __post_init__(self):
         check_fields(self, "config")
@@ -500,7 +526,7 @@ def completed(values: Mapping) -> dict:
         values["model"] = {"prefix": ""} | values["model"]
     if isinstance(optim, dict):
         optim |= {"optimiser": "adamw"} | optim
-    return values
+    return {"init_from": {"path": None, "step": None, "new": [], "ignore": [], "rename": []}} | values
 
 
 def upgraded(values: Mapping) -> dict:

@@ -104,7 +104,7 @@ def leaves(values, path=""):
 
 KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
-OPTIONAL |= {"mlp_chunk", "every"}
+OPTIONAL |= {"mlp_chunk", "every", "path", "step"}
 
 
 @pytest.mark.parametrize("path", KEYS)
@@ -139,7 +139,8 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
     allowed = [None] * (path.rpartition(".")[2] in OPTIONAL and not path.endswith("temperature.scale"))
     allowed += ["", "x"] * (name in ("mixer", "mlp", "objective", "optimiser"))  # which tables check, elsewhere
     allowed += [""] * (name in ("label", "tokenizer", "prefix")) + ["x"] * (name in ("store", "label", "tokenizer"))
-    allowed += [[]] * (name in ("paths", "names", "lengths")) + [{}] * (name == "mixture")
+    allowed += ["x"] * (path == "init_from.path")
+    allowed += [[]] * (name in ("paths", "names", "lengths", "new", "ignore", "rename")) + [{}] * (name == "mixture")
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
     assert (None in accepted) == (None in allowed)
 
@@ -378,6 +379,7 @@ def test_every_key_of_the_defaults_has_a_field_and_every_field_a_default():
         check(wanted, values[name])
     check(config.Train, values.train)
     check(config.Evals, values.evals)
+    check(config.InitFrom, values.init_from)
     check(Stage, values.stages[0])
     check(config.Source, base.source())
     check(config.LayerType, base.kind())

@@ -23,9 +23,12 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def init_state(config: Config) -> TrainState:
-    """The state before the first step, laid out on the mesh in force; the same values on every mesh."""
-    params = init(config.model, jax.random.key(config.seed))
+def init_state(config: Config, params: dict | None = None) -> TrainState:
+    """The state before the first step, laid out on the mesh in force; the same values on every mesh.
+
+    Its parameters are `params`, or else new ones.
+    """
+    params = init(config.model, jax.random.key(config.seed)) if params is None else params
     return TrainState(jnp.int32(0), params, optimiser(config).init(params))
 
 
