@@ -343,6 +343,28 @@ class Evals:
 
 
 @dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """The config of one stage of a run, made by `Config.at`.
+
+    `mixture` has the weight of each source and is never empty; `total_steps` are those of all stages, which the learning-rate
+    schedule spans. Configs of two stages are equal if their training steps compile to the same program.
+    """
+
+    index: int = dataclasses.field(compare=False)
+    steps: int = dataclasses.field(compare=False)
+    mixture: Table[str, float] = dataclasses.field(compare=False)
+    seq_len: int
+    batch: int
+    microbatches: int
+    objective: str
+    total_steps: int
+    model: Model
+    mesh: Mesh
+    optim: Optim
+    train: Train
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """The groups of a run's config that a reader of its checkpoints needs."""
 
@@ -403,6 +425,18 @@ class Config(CheckpointConfig):
                 _check_task(f"evals.lengths: {multiple} of the last seq_len,", length, name, self.data.sources[name], 1)
         remat(self.model, self.train)
         context(self.model, self.train)
+
+    def at(self, stage: int) -> StageConfig:
+        """The config of a stage by its index: the only place that puts the fields of a stage over those of the run."""
+        index = range(len(self.stages))[stage]
+        fields = vars(self.stages[index]) | {"mixture": Table(self.weights(index))}
+        groups = {name: getattr(self, name) for name in ("model", "mesh", "optim", "train")}
+        return StageConfig(index=index, total_steps=self.total_steps, **fields, **groups)
+
+    @property
+    def each_stage(self) -> tuple[StageConfig, ...]:
+        """The config of each stage, in order."""
+        return tuple(self.at(index) for index in range(len(self.stages)))
 
 
 def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[str]) -> None:

@@ -356,6 +356,18 @@ def test_a_step_belongs_to_its_stage():
         c.stage_at(5)
 
 
+def test_the_config_of_a_stage_has_its_fields_and_the_groups_of_the_run():
+    first = {"steps": 3, "seq_len": 48, "batch": 8, "microbatches": 2, "mixture": {}}
+    stages = [first, first | {"steps": 2}, first | {"seq_len": 96, "mixture": {"text": 2.0}}]
+    c = tiny({"stages": stages})
+    a, b, last = c.each_stage
+    assert (a.index, a.steps, a.seq_len, a.batch, a.microbatches, a.objective) == (0, 3, 48, 8, 2, "next_token")
+    assert (a.mixture, last.mixture, last.seq_len) == ({"text": 1.0}, {"text": 2.0}, 96) and last == c.at(-1)
+    assert (a.model, a.mesh, a.optim, a.train, a.total_steps) == (c.model, c.mesh, c.optim, c.train, 8)
+    # One program for two stages that differ in their number of steps alone.
+    assert a == b and hash(a) == hash(b) and a != last and (b.index, b.steps) == (1, 2)
+
+
 def test_every_key_of_the_defaults_has_a_field_and_every_field_a_default():
     values = base.get_config()
 

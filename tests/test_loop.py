@@ -222,20 +222,20 @@ def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, ca
 
 def poisoned_at(monkeypatch, number):
     """Has the step of that number, from 1, meet parameters that are no numbers."""
-    make_step = loop.make_step
+    make_steps = loop.make_steps
 
-    def poisoned(c, run):
-        step = make_step(c, run)
+    def poisoned(c, platform):
+        (step,) = make_steps(c, platform)
 
-        def poison(state, batch, microbatches, objective):
+        def poison(state, batch):
             if int(state.step) == number - 1:
                 bad = jax.tree.map(lambda x: x * np.float32("nan"), state.params)
                 state = state._replace(params=bad)
-            return step(state, batch, microbatches)
+            return step(state, batch)
 
-        return poison
+        return [poison]
 
-    monkeypatch.setattr(loop, "make_step", poisoned)
+    monkeypatch.setattr(loop, "make_steps", poisoned)
 
 
 def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(corpus, tmp_path, monkeypatch):
@@ -439,13 +439,13 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("place", ["summary", "make_step"])
+@pytest.mark.parametrize("place", ["summary", "make_steps"])
 def test_ctrl_c_before_the_first_step_is_compiled_ends_the_run_at_once(corpus, tmp_path, monkeypatch, ctrl_c, place):
     def interrupt(*_):
         signal.raise_signal(signal.SIGINT)
         pytest.fail("goes on")
 
-    monkeypatch.setattr(loop, place, lambda *_: interrupt if place == "make_step" else interrupt())
+    monkeypatch.setattr(loop, place, lambda *_: [interrupt] if place == "make_steps" else interrupt())
     with pytest.raises(KeyboardInterrupt):
         loop.train(config_of(corpus), tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -601,7 +601,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
 
         __float__ = lambda self: float(self.__array__())  # noqa: E731
 
-    def step(state, batch, microbatches, objective):
+    def step(state, batch):
         events.append(("dispatch", state + 1))
         return state + 1, {"loss": Value(state + 1), **dict.fromkeys(others, np.float32(1))}
 
@@ -613,7 +613,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
     c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
     with loop.Stop(None) as stop:
         batches = iter((i, ()) for i in range(3))
-        steps.run_steps(steps.TrainContext(c, step, batches, Quiet(), Quiet(), stop, None, None), 0, 0)
+        steps.run_steps(steps.TrainContext(c, [step], batches, Quiet(), Quiet(), stop, None, None), 0, 0)
     order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
     assert order == sorted(order)
 
@@ -638,6 +638,6 @@ def test_no_step_waits_longer_for_data_than_it_takes():
     c = tiny({"train.log_every": 1, "stages": [stage(len(waits), 48, 8)]})
     with loop.Stop(None) as stop:
         step = lambda state, *_: (state, dict.fromkeys(names, np.float32(1)))  # noqa: E731
-        steps.run_steps(steps.TrainContext(c, step, batches(), Lines(), Lines(), stop, None, None), 0, 0)
+        steps.run_steps(steps.TrainContext(c, [step], batches(), Lines(), Lines(), stop, None, None), 0, 0)
     assert all(waited <= took for waited, took in zip(values["data_wait"], values["step_time"], strict=True))
     assert sum(values["data_wait"]) == pytest.approx(sum(waits), rel=0.5)

@@ -23,7 +23,7 @@ from hybrid_attn.train.metrics import Metrics, peak_flops
 from hybrid_attn.train.overview import ending
 from hybrid_attn.train.records import set_aside
 from hybrid_attn.train.resume import Range, changed_fields, check_rate, merge_skipped, text_of
-from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_step
+from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_steps
 from hybrid_attn.train.steps import TrainContext, run_steps
 from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.summary import summary
@@ -76,7 +76,7 @@ def train(
                 metrics.say(line)
             context = TrainContext(
                 c,
-                make_step(c, run),
+                make_steps(c, jax.default_backend()),
                 pipeline.batches(c, data.stages, mesh, start),
                 checkpoints,
                 metrics,

@@ -1,6 +1,7 @@
 """One training step: a pure function of state and batch."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,8 +10,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Config
-from hybrid_attn.model import Run, init
+from hybrid_attn.config import Config, StageConfig
+from hybrid_attn.model import Run, init, run_on
 from hybrid_attn.parallel.mesh import TOKENS_BT
 from hybrid_attn.train.objectives import OBJECTIVES, Objective
 from hybrid_attn.train.optim import optimiser, schedule
@@ -21,6 +22,9 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: dict
     opt_state: optax.OptState
+
+
+Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
 
 def init_state(config: Config) -> TrainState:
@@ -49,26 +53,24 @@ def parts(batch: dict, number: int) -> dict:
     return {name: cut(jax.reshard(x_BT, TOKENS_BT)) for name, x_BT in batch.items()}
 
 
-def make_step(config: Config, run: Run):
-    """The jitted `step(state, batch, microbatches, objective) -> (state, metrics)`; it donates its state.
+def make_step(config: StageConfig, run: Run) -> Step:
+    """The jitted step of a stage, `step(state, batch) -> (state, metrics)`; it donates its state.
 
-    `microbatches` and the name of the `objective` are a stage's; more microbatches compute the same step in less memory. The
-    norms are those of the gradient and of the new parameters, which an update that is not finite makes so as well; the norm of
-    the update itself would keep the whole update in memory. ValueError for an objective that is not in `OBJECTIVES`.
+    More microbatches compute the same step in less memory. The norms are those of the gradient and of the new parameters,
+    which an update that is not finite makes so as well; the norm of the update itself would keep the whole update in memory.
+    ValueError for an objective that is not in `OBJECTIVES`.
     """
-    for index, stage in enumerate(config.stages):
-        choice(f"stages[{index}].objective", stage.objective, OBJECTIVES)
+    objective = choice(f"stages[{config.index}].objective", config.objective, OBJECTIVES)
     tx, rate = optimiser(config), schedule(config.optim, config.total_steps)
 
-    @functools.partial(jax.jit, donate_argnums=0, static_argnums=(2, 3))
-    def step(state: TrainState, batch: dict, microbatches: int, objective: str = "next_token") -> tuple[TrainState, dict]:
-        goal = OBJECTIVES[objective]
-        (loss, sums), grads = loss_and_gradient(config, run, goal, state.params, batch, microbatches)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        (loss, sums), grads = loss_and_gradient(config, run, objective, state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            **goal.metrics(sums, batch),
+            **objective.metrics(sums, batch),
             "grad_norm": optax.tree.norm(grads),
             "lr": rate(state.step),
             "param_norm": optax.tree.norm(params),
@@ -78,9 +80,15 @@ def make_step(config: Config, run: Run):
     return step
 
 
-def loss_and_gradient(config: Config, run: Run, objective: Objective, params: dict, batch: dict, microbatches: int):
-    """((loss, the objective's sums), gradient) of a batch, computed over so many parts of it one after the other."""
-    weight = jnp.maximum(objective.weight(batch), 1.0)
+def make_steps(config: Config, platform: str) -> list[Step]:
+    """The step of each stage; stages whose steps are the same program share it, so that it is compiled once."""
+    steps = {stage: make_step(stage, run_on(platform, stage.model, stage.train)) for stage in dict.fromkeys(config.each_stage)}
+    return [steps[stage] for stage in config.each_stage]
+
+
+def loss_and_gradient(config: StageConfig, run: Run, objective: Objective, params: dict, batch: dict):
+    """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other."""
+    weight, microbatches = jnp.maximum(objective.weight(batch), 1.0), config.microbatches
 
     def loss_of(params, part):
         total, sums = objective.loss(config, params, part, run)

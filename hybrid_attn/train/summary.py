@@ -17,7 +17,7 @@ def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedSequ
     `rows` are those of each stage; tokens and FLOPs are those of the stage that comes next.
     """
     stage_index, _ = c.stage_at(min(start, c.total_steps - 1))
-    stage = c.stages[stage_index]
+    stage = c.at(stage_index)
     total, tokens = flops.parameters(c.model), stage.batch * stage.seq_len
     embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
     per_token = flops.train_flops_per_token(c.model, stage.seq_len)
@@ -29,7 +29,7 @@ def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedSequ
     context = f"; sequences are split by {by_layer_type(schemes)}" if mesh.shape["context"] > 1 else ""
     many_stages = len(c.stages) > 1
     of = f", in stage {stage_index + 1}" if many_stages else ""
-    stages = ", ".join(f"{s.steps:,} steps of {s.batch} x {s.seq_len:,}" for s in c.stages)
+    stages = ", ".join(f"{s.steps:,} steps of {s.batch} x {s.seq_len:,}" for s in c.each_stage)
     return [
         f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
         f"layout       {c.model.layers}: {layer_types}",
@@ -38,7 +38,7 @@ def summary(c: Config, run: Run, mesh: Mesh, peak: str, rows: Sequence[MixedSequ
         f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
         *(
             line
-            for number, (s, of_stage) in enumerate(zip(c.stages, rows, strict=True), 1)
+            for number, (s, of_stage) in enumerate(zip(c.each_stage, rows, strict=True), 1)
             for line in sources(of_stage, s.steps * s.batch, f"stage {number}, " if many_stages else "")
         ),
         f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs{of}",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from hybrid_attn.config import Config
+from hybrid_attn.config import StageConfig
 from hybrid_attn.model import Run
 
 Batch = dict[str, jax.Array]
@@ -20,5 +20,5 @@ class Objective(NamedTuple):
     """
 
     weight: Callable[[Batch], jax.Array]
-    loss: Callable[[Config, dict, Batch, Run], tuple[jax.Array, dict]]
+    loss: Callable[[StageConfig, dict, Batch, Run], tuple[jax.Array, dict]]
     metrics: Callable[[dict, Batch], dict]
