@@ -21,7 +21,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from hybrid_attn import files, stored, trees
+from hybrid_attn import files, stored
 from hybrid_attn.config import upgraded
 from hybrid_attn.stored import UnreadableError
 
@@ -110,21 +110,14 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def check_config(self, config_dict: Mapping) -> None:
-        """ValueError with a line for each field in which the newest checkpoint's model differs from `config_dict`'s."""
+    def newest_config(self) -> tuple[int, dict] | None:
+        """(step, config) of the newest checkpoint whose config can be read; None if there is none."""
         for step in reversed(self.steps()):
             try:
-                saved = read_config(self.directory, step)
+                return step, read_config(self.directory, step)
             except UnreadableError:
                 continue  # `restore` reports it and reads the previous one
-            lines = trees.differences(saved["model"], config_dict["model"], "  model.")
-            if lines:
-                raise ValueError(
-                    f"the checkpoint of step {step} in {self.directory} is of another model (saved -> new):\n"
-                    + "\n".join(lines)
-                    + "\nuse another --workdir, or the saved values"
-                )
-            return
+        return None
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
         """(step, state, data) of the newest checkpoint that can be read, or of `step`.

@@ -298,6 +298,7 @@ class Stage:
     microbatches: int = within(1, 2**24, aliases=("gradient_accumulation_steps", "grad_accum", "accumulation"))
     mixture: Table[str, float] = within(0, 10**9)
     objective: str = named("loss")
+    model_changes: tuple[str, ...]
 
     def __post_init__(self):
         check_fields(self, "stages")
@@ -353,6 +354,7 @@ class StageConfig:
     index: int = dataclasses.field(compare=False)
     steps: int = dataclasses.field(compare=False)
     mixture: Table[str, float] = dataclasses.field(compare=False)
+    model_changes: tuple[str, ...] = dataclasses.field(compare=False)
     seq_len: int
     batch: int
     microbatches: int
@@ -412,6 +414,7 @@ class Config(CheckpointConfig):
         )
         for index, stage in enumerate(self.stages):
             _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
+            _check_model_changes(f"stages[{index}].model_changes", stage.model_changes, self.model)
             for name in self.weights(index):
                 _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
         for multiple in self.evals.lengths:
@@ -446,6 +449,14 @@ def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[s
         near = difflib.get_close_matches(name, sources, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {known}"
         check(name in sources, f"{field} names {name!r}, which is not in data.sources; {hint}")
+
+
+def _check_model_changes(field: str, keys: Sequence[str], model: Model) -> None:
+    fields = trees.flat({"model": to_dict(model)})
+    for key in keys:
+        near = difflib.get_close_matches(key, fields, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "write a key such as 'model.kinds.L.rope_theta'"
+        check(key in fields, f"{field} names {key!r}, which is no field of the model; {hint}")
 
 
 def shortest_row(source: Source) -> int:
@@ -519,7 +530,7 @@ def completed(values: Mapping) -> dict:
             layer_type |= {"mixer": "attention", "mlp": "gated"} | layer_type
     for stage in stages if isinstance(stages, list) else ():
         if isinstance(stage, dict):
-            stage |= {"objective": "next_token"} | stage
+            stage |= {"objective": "next_token", "model_changes": []} | stage
     if isinstance(optim, dict):
         optim |= {"optimiser": "adamw"} | optim
     return values

@@ -139,7 +139,7 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
     allowed = [None] * (path.rpartition(".")[2] in OPTIONAL and not path.endswith("temperature.scale"))
     allowed += ["", "x"] * (name in ("mixer", "mlp", "objective", "optimiser"))  # which tables check, elsewhere
     allowed += [""] * (name in ("label", "tokenizer")) + ["x"] * (name in ("store", "label", "tokenizer"))
-    allowed += [[]] * (name in ("paths", "names", "lengths")) + [{}] * (name == "mixture")
+    allowed += [[]] * (name in ("paths", "names", "lengths", "model_changes")) + [{}] * (name == "mixture")
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
     assert (None in accepted) == (None in allowed)
 
@@ -348,7 +348,7 @@ def test_layers_repeat_the_pattern_and_end_with_a_tail():
 
 
 def test_a_step_belongs_to_its_stage():
-    stages = Stage(3, 48, 8, 1, Table(), "next_token"), Stage(2, 96, 4, 1, Table(), "next_token")
+    stages = Stage(3, 48, 8, 1, Table(), "next_token", ()), Stage(2, 96, 4, 1, Table(), "next_token", ())
     c = dataclasses.replace(tiny(), stages=stages)
     assert c.total_steps == 5
     assert [c.stage_at(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
@@ -407,6 +407,11 @@ def test_names_of_before_are_errors_that_give_todays_and_older_checkpoints_are_r
     values = config.to_dict(c)
     older = copy.deepcopy(values)
     older["train"] |= {"balance": older["train"].pop("zigzag"), "context": "G=exchange"}
-    del older["optim"]["optimiser"], older["stages"][0]["objective"], older["model"]["kinds"]["G"]["mixer"]
+    del (
+        older["optim"]["optimiser"],
+        older["stages"][0]["objective"],
+        older["stages"][0]["model_changes"],
+        older["model"]["kinds"]["G"]["mixer"],
+    )
     del older["model"]["kinds"]["L"]["mlp"]
     assert config.upgraded(older) == values == config.upgraded(values)

@@ -352,6 +352,18 @@ def test_workdir_of_another_model_is_refused_by_field(corpus, straight):
         loop.train(config_of(corpus, **{"model.d_ff": 56}), straight)
 
 
+def test_another_function_of_the_same_parameters_is_refused_until_the_stage_names_it(corpus, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    more = stage(2, 48, 8)
+    changes = {"model.kinds.L.window": 7, "optim.schedule": "wsd", "optim.lr": 6e-4, "optim.warmup_steps": 0, "evals.names": ()}
+    with pytest.raises(ValueError, match=r"model.kinds.L.window: 5 -> 7\n.*stages\[1\].model_changes=model.kinds.L.window$"):
+        loop.train(config_of(corpus, stages=[stage(STEPS, 48, 8), more], **changes), tmp_path / "run")
+    more["model_changes"] = ("model.kinds.L.window",)
+    assert loop.train(config_of(corpus, stages=[stage(STEPS, 48, 8), more], **changes), tmp_path / "run", allow_lr_jump=True)
+    assert "model        model.kinds.L.window: 5 -> 7, as stages[1].model_changes says\n" in capsys.readouterr().out
+    assert list(losses(tmp_path / "run")) == list(range(1, STEPS + 3))
+
+
 def test_a_full_disk_at_a_line_of_metrics_saves_first_and_records_outlive_their_checkpoints(
     corpus, straight, tmp_path, monkeypatch, capsys
 ):
