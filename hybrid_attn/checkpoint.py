@@ -65,6 +65,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return
+        state = stored.fields_of(state)
         items = {"config": copy.deepcopy(dict(config_dict)), "data": copy.deepcopy(dict(data))}
         items["checksums"] = stored.sums_of(state, items)
         items = ocp.args.Composite(
@@ -122,9 +123,9 @@ class Checkpoints:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
         """(step, state, data) of the newest checkpoint that can be read, or of `step`.
 
-        `abstract_state` is a tree of `jax.ShapeDtypeStruct`s with the shardings and dtypes of the result. An unreadable
-        checkpoint is reported and renamed, and the previous one is read. ValueError if none can be read, or if the arrays are
-        those of another model.
+        `abstract_state` is a tree of `jax.ShapeDtypeStruct`s with the shardings and dtypes of the result. Of its `extras`, the
+        result has those that the checkpoint has. An unreadable checkpoint is reported and renamed, and the one before it is
+        read. ValueError if none can be read, or if the arrays are those of another model.
         """
         self.wait()
         candidates = [step] if step is not None else self.steps()[::-1]
@@ -133,7 +134,7 @@ class Checkpoints:
             path = _step_path(self.directory, candidate)
             try:
                 _, data = stored.together(lambda path=path: [stored.read_item(path, item) for item in stored.ITEMS])
-                state = stored.read_arrays(path, abstract_state, partial=False)
+                state = stored.read_state(path, abstract_state)
             except UnreadableError as cause:
                 logging.error("checkpoint %s/%d cannot be read: %s", self.directory, candidate, cause)
                 causes[candidate] = cause
@@ -193,6 +194,11 @@ def read_config(directory: str | os.PathLike, step: int | None = None) -> dict:
 def read_data(directory: str | os.PathLike, step: int | None = None) -> dict:
     """The data state of the newest checkpoint, or of that of `step`; ValueError if unreadable."""
     return stored.read_item(_newest_path(directory, step), "data")
+
+
+def extras(directory: str | os.PathLike, step: int | None = None) -> set[str]:
+    """The names of the extras of the newest checkpoint, or of that of `step`; ValueError if unreadable."""
+    return stored.extras(_newest_path(directory, step))
 
 
 def fingerprint(directory: str | os.PathLike, step: int | None = None) -> str:

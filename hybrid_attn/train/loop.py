@@ -24,7 +24,7 @@ from hybrid_attn.train.model_changes import check_arrays, check_function
 from hybrid_attn.train.overview import ending
 from hybrid_attn.train.records import set_aside
 from hybrid_attn.train.resume import Range, changed_fields, check_rate, merge_skipped, text_of
-from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_steps
+from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import TrainContext, run_steps
 from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.summary import summary
@@ -161,7 +161,7 @@ def restored(start: int, recorded: dict) -> str:
 
 
 def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict, allow_lr_jump: bool) -> list[str]:
-    """Lines for skipped steps, and for changes of the config since the checkpoint of step `start`.
+    """Lines for skipped steps, and for changes of the config and of extras since the checkpoint of step `start`.
 
     ValueError where the learning rate would jump; before the first step any rate is allowed. ValueError where the model would
     compute another function and the stage does not say so. Of an imported checkpoint only the model is compared, because it was
@@ -172,6 +172,7 @@ def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict,
     if checkpoints.latest() is None:
         return lines
     saved = checkpoint.read_config(checkpoints.directory, start)
+    lines += extras_lines(c, checkpoint.extras(checkpoints.directory, start), start)
     lines += check_function(saved, c, start)
     if start == 0 and "imported" in recorded:
         return lines
@@ -180,6 +181,18 @@ def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict,
         lines.append(f"config       differs from that of the checkpoint of step {start} (old -> new):")
         lines += [f"             {line}" for line in changed]
     return lines + (check_rate(saved, c, start, allow_lr_jump) if 0 < start < c.total_steps else [])
+
+
+def extras_lines(c: config.Config, saved: set[str], step: int) -> list[str]:
+    """Lines for the extras that either the config or the checkpoint of `step`, which has those of the names `saved`, lacks."""
+    expected = extras_of(c).keys()
+    lines = [
+        f"{name}: not in the checkpoint of step {step}; starts from its initial value" for name in sorted(expected - saved)
+    ]
+    lines += [
+        f"{name}: in the checkpoint of step {step}, and not in this config; left out" for name in sorted(saved - expected)
+    ]
+    return [f"extras       {line}" for line in lines]
 
 
 def write_config(workdir: Path, c: config.Config, start: int) -> list[str]:
@@ -213,6 +226,7 @@ def first_state(
     if (newest := checkpoints.newest_config()) is not None:
         check_arrays(newest[1], c, f"the checkpoint of step {newest[0]} in {checkpoints.directory}")
     step, state, saved = checkpoints.restore(abstract_state(c, mesh))
+    state = with_extras(c, state)
     expected = data_state(c, identities, step, {})
     done = saved["stage_steps"]
     if done != expected["stage_steps"]:

@@ -13,15 +13,19 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Config, StageConfig
 from hybrid_attn.model import Run, init, run_on
 from hybrid_attn.parallel.mesh import TOKENS_BT
+from hybrid_attn.train.extras import Extra
 from hybrid_attn.train.objectives import OBJECTIVES, Objective
 from hybrid_attn.train.optim import optimiser, schedule
 from hybrid_attn.trees import choice
 
 
 class TrainState(NamedTuple):
+    """What a step changes and a checkpoint holds; `extras` are those of `extras_of`."""
+
     step: jax.Array
     params: dict
     opt_state: optax.OptState
+    extras: dict = {}
 
 
 Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
@@ -30,7 +34,27 @@ Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 def init_state(config: Config) -> TrainState:
     """The state before the first step, laid out on the mesh in force; the same values on every mesh."""
     params = init(config.model, jax.random.key(config.seed))
-    return TrainState(jnp.int32(0), params, optimiser(config).init(params))
+    extras = {name: extra.start(params) for name, extra in extras_of(config).items()}
+    return TrainState(jnp.int32(0), params, optimiser(config).init(params), extras)
+
+
+def objective_of(config: StageConfig) -> Objective:
+    """The objective of a stage; ValueError for one that is not in `OBJECTIVES`."""
+    return choice(f"stages[{config.index}].objective", config.objective, OBJECTIVES)
+
+
+def extras_of(config: Config) -> dict[str, Extra]:
+    """The extras of the objectives of all stages, by name."""
+    return {name: extra for stage in config.each_stage for name, extra in objective_of(stage).extras.items()}
+
+
+def with_extras(config: Config, state: TrainState) -> TrainState:
+    """The state with the initial arrays of the extras that it lacks."""
+    missing = {name: extra for name, extra in extras_of(config).items() if name not in state.extras}
+    if not missing:
+        return state
+    start = jax.jit(lambda params: {name: extra.start(params) for name, extra in missing.items()})
+    return state._replace(extras=state.extras | start(state.params))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -60,14 +84,15 @@ def make_step(config: StageConfig, run: Run) -> Step:
     which an update that is not finite makes so as well; the norm of the update itself would keep the whole update in memory.
     ValueError for an objective that is not in `OBJECTIVES`.
     """
-    objective = choice(f"stages[{config.index}].objective", config.objective, OBJECTIVES)
-    tx, rate = optimiser(config), schedule(config.optim, config.total_steps)
+    objective, tx = objective_of(config), optimiser(config)
+    rate = schedule(config.optim, config.total_steps)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         (loss, sums), grads = loss_and_gradient(config, run, objective, state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        extras = {name: extra.update(state.extras[name], params, sums) for name, extra in objective.extras.items()}
         metrics = {
             "loss": loss,
             **objective.metrics(sums, batch),
@@ -75,7 +100,7 @@ def make_step(config: StageConfig, run: Run) -> Step:
             "lr": rate(state.step),
             "param_norm": optax.tree.norm(params),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, state.extras | extras), metrics
 
     return step
 
@@ -110,10 +135,10 @@ def loss_and_gradient(config: StageConfig, run: Run, objective: Objective, param
 
 @functools.partial(jax.jit, donate_argnums=0)
 def skip_step(state: TrainState) -> TrainState:
-    """The state after a step that trains on nothing: the step and the schedule go on, parameters and moments stay."""
+    """The state after a step that trains on nothing: the step and the schedule go on, everything else stays."""
 
     def advance(x):
         return x._replace(count=x.count + 1) if isinstance(x, optax.ScaleByScheduleState) else x
 
     opt_state = jax.tree.map(advance, state.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
-    return TrainState(state.step + 1, state.params, opt_state)
+    return state._replace(step=state.step + 1, opt_state=opt_state)
