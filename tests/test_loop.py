@@ -126,10 +126,10 @@ def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(c
     stages = [stage(3, 24, 16) | {"mixture": {"all": 1.0}}, stage(3, 48, 8) | {"mixture": {"all": 0.4, "long": 0.6}}]
     c = config_of(corpus, stages=stages, **{"data.sources": sources, "data.packing": "best_fit"})
     assert loop.train(c, tmp_path / "straight")
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("source ")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("source ")]
     rows = corpora.load(c.data, ["all"], load_tokenizer("bytes"))["all"].training.lengths.sum() / 24
-    assert [line.split()[1:4] for line in told] == [["stage", "1,", "all:"], ["stage", "2,", "all:"], ["stage", "2,", "long:"]]
-    assert float(told[0].split("; ")[-1].removesuffix(" epochs")) == pytest.approx(3 * 16 / rows, rel=0.02)
+    assert [line.split()[1:4] for line in lines] == [["stage", "1,", "all:"], ["stage", "2,", "all:"], ["stage", "2,", "long:"]]
+    assert float(lines[0].split("; ")[-1].removesuffix(" epochs")) == pytest.approx(3 * 16 / rows, rel=0.02)
     evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]
     assert [record["source"] for record in evals if record["eval"] == "bigram"] == ["all", "long"]
     for step in (2, 3):
@@ -140,15 +140,15 @@ def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(c
         assert losses(tmp_path / f"stopped{step}") == losses(tmp_path / "straight")
 
 
-def test_a_run_on_drawn_rows_resumes_and_ends_with_its_share_of_right_answers(corpus, tmp_path, monkeypatch, capsys):
+def test_a_run_on_synthetic_sequences_resumes_and_ends_with_its_share_of_right_answers(corpus, tmp_path, monkeypatch, capsys):
     sources = {"probe": base.source(task="recall", pairs=2), "text": base.source(paths=(corpus,))}
     mixed = stage(STEPS, 48, 8) | {"mixture": {"probe": 0.5, "text": 0.5}}
     c = config_of(corpus, stages=[mixed], **{"data.sources": sources, "evals.lengths": (1.0, 2.0)})
     assert loop.train(c, tmp_path / "straight")
-    assert "source       probe: recall of 2 pairs, rows of 24 to 48 tokens, each drawn anew\n" in capsys.readouterr().out
+    assert "source       probe: recall of 2 pairs, sequences of 24 to 48 tokens, new in every step\n" in capsys.readouterr().out
     evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]
-    told = [(line["source"], line["length"], line["answers"]) for line in evals if line["eval"] == "recall"]
-    assert told == [("probe", 48, 17), ("probe", 96, 10)]  # nine and five rows, of whose two pairs one is not asked for
+    printed = [(line["source"], line["length"], line["answers"]) for line in evals if line["eval"] == "recall"]
+    assert printed == [("probe", 48, 17), ("probe", 96, 10)]  # nine and five rows, of whose two pairs one is not asked for
     assert all(0 <= line["accuracy"] <= 1 for line in evals if line["eval"] == "recall")
     assert {line["source"] for line in evals if line["eval"] != "recall"} == {"text"}
     with monkeypatch.context() as patch:
