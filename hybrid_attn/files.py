@@ -1,4 +1,4 @@
-"""Files and directories: written atomically, appended to, renamed, locked by one process at a time."""
+"""Files and directories: written atomically, appended to, renamed, locked by one process at a time; JSON objects."""
 
 import contextlib
 import errno
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of network disks without locks
@@ -32,14 +33,27 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     followed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")  # hidden, because NAME.part may be a file of the user
-    with naming(path):
-        part.unlink(missing_ok=True)
+    with naming(path), opened_atomically(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+
+
+@contextlib.contextmanager
+def opened_atomically(path: Path, ending: str = "part") -> Iterator[BinaryIO]:
+    """A new file that gets the name `path` at the end of the body; after an error there is the old file, or none.
+
+    Until then it is `.NAME.ending`. Processes that may write the same file at the same time need different endings.
+    """
+    part = path.with_name(f".{path.name}.{ending}")  # hidden, because NAME.part may be a file of the user
+    part.unlink(missing_ok=True)
+    try:
         with part.open("xb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+            yield file
             file.flush()
             os.fsync(file.fileno())  # before the rename: the machine may lose power
         part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -150,8 +164,11 @@ class Appended:
         return True
 
 
-def read_object(path: Path) -> dict:
-    """The object of a JSON file; ValueError with its name if it is missing, invalid, too large or too deeply nested."""
+def read_object(path: Path, cure: str = "") -> dict:
+    """The object of a JSON file.
+
+    ValueError, with the file's name and `cure`, if it is missing, invalid, too large or nested too deeply.
+    """
     if not path.exists():
         raise ValueError(f"{path.parent} has no {path.name}")
     try:
@@ -161,8 +178,8 @@ def read_object(path: Path) -> dict:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, and at most {JSON_BYTES:,} are read")
         content = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as cause:
-        raise ValueError(f"{path} is not JSON: {cause}") from cause
-    return object_of(content, str(path))
+        raise ValueError(f"{path} is not JSON: {cause}{cure}") from cause
+    return object_of(content, str(path), cure)
 
 
 def object_of(content: str | bytes, where: str, cure: str = "", **numbers: Callable[[str], object]) -> dict:

@@ -18,6 +18,7 @@ import tensorstore
 from jax.experimental import multihost_utils
 
 from hybrid_attn.checksums import checksums, mesh_of
+from hybrid_attn.files import object_of
 
 ITEMS = ("config", "data")
 EXTRAS = "extras"  # the field of a state whose entries may be in a checkpoint or not
@@ -85,14 +86,11 @@ def read_item(path, item: str) -> dict:
 def read_json(path, item: str) -> dict:
     """A JSON item as it is on disk; UnreadableError if it is no dict, OSError if it may be readable later."""
     try:
-        value = json.loads((path / item / "metadata").read_text())
-    except (OSError, ValueError, RecursionError) as cause:
+        return object_of((path / item / "metadata").read_text(), "it")
+    except (OSError, ValueError) as cause:
         if isinstance(cause, OSError) and cause.errno in TRANSIENT:
             raise
         raise UnreadableError(f"{item}: {root(cause)}") from cause
-    if not isinstance(value, dict):
-        raise UnreadableError(f"{item}: a {type(value).__name__} instead of a dict")
-    return value
 
 
 def read_slices(path, name: str, shape: tuple) -> Iterator[np.ndarray]:

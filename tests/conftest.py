@@ -25,7 +25,7 @@ from tensorboardX.proto import event_pb2
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.model import Run, flops, losses
+from hybrid_attn.model import Execution, abstract_params, losses
 from hybrid_attn.model.loss import weighted_sum
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train import step
@@ -37,6 +37,16 @@ if jax.__version_info__ < (0, 11):
 jax.config.update("jax_platforms", os.environ.get("TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def temporary_bytes(lowered: jax.stages.Lowered) -> int:
+    """The bytes of temporaries of a program, compiled with the optimisations of XLA that the tests switch off."""
+    fusions = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return lowered.compile(fusions).memory_analysis().temp_size_in_bytes
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,8 +64,8 @@ def every(choice: str) -> config.Table:
     return config.Table(dict.fromkeys(string.ascii_uppercase, choice))
 
 
-RUN = Run(jnp.dtype("float32"), every("none"), every("gather"), False, "blocked", loss_chunk=16, mlp_chunk=7)
-REFERENCE = RUN._replace(kernel="reference", mlp_chunk=None)
+BLOCKED = Execution(jnp.dtype("float32"), every("none"), every("gather"), False, "blocked", loss_chunk=16, mlp_chunk=7)
+REFERENCE = BLOCKED._replace(kernel="reference", mlp_chunk=None)
 
 
 def tiny(changes=None, **kinds) -> config.Config:
@@ -124,7 +134,7 @@ def random_params(model: config.Model, seed: int = 0) -> dict:
             x = 1 + 2 * x
         return jax.device_put(x.astype(np.float32), NamedSharding(mesh, leaf.sharding.spec))
 
-    return jax.tree.map_with_path(draw, flops.shapes(model))
+    return jax.tree.map_with_path(draw, abstract_params(model))
 
 
 def layout(row: str) -> tuple[np.ndarray, np.ndarray]:
@@ -177,11 +187,11 @@ def mean_loss(nll_BT, lse_BT, weights_BT, z_loss: float):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def loss_and_grads(model: config.Model, run: Run, params: dict, batch: dict):
+def loss_and_grads(model: config.Model, execution: Execution, params: dict, batch: dict):
     """The loss with a z-loss, and its gradients."""
 
     def loss(params):
-        nll_BT, lse_BT = losses(model, params, batch, run)
+        nll_BT, lse_BT = losses(model, params, batch, execution)
         return mean_loss(nll_BT, lse_BT, batch["weights"], 1e-3)
 
     return jax.value_and_grad(loss)(params)

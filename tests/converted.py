@@ -16,7 +16,7 @@ from conftest import tiny
 
 from hybrid_attn import config
 from hybrid_attn.convert import families, hf
-from hybrid_attn.model import flops
+from hybrid_attn.model import abstract_params
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = {path.name: path for path in sorted((ROOT / "tests" / "golden").iterdir())}
@@ -28,8 +28,8 @@ HYBRID = tiny(
 
 @functools.cache
 def abstract(model, mesh):
-    """`flops.shapes` on the current mesh, cached because it would take most of the time of these tests."""
-    return flops.shapes(model)
+    """`abstract_params` on the current mesh, cached because it would take most of the time of these tests."""
+    return abstract_params(model)
 
 
 def shapes_of(model) -> dict:

@@ -208,7 +208,7 @@ def main_prompt() -> None:
     from configs import hybrid_8k
     from hybrid_attn import config
     from hybrid_attn.infer import cache, steps
-    from hybrid_attn.model import flops, run_on
+    from hybrid_attn.model import abstract_params, execution_on
     from hybrid_attn.model.extend import unstacked
     from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, make_mesh
     from hybrid_attn.plan import targets
@@ -217,7 +217,7 @@ def main_prompt() -> None:
     c = hybrid_8k.get_config("8b")
     c.mesh.update({"data": 1, "fsdp": 1} | axes)
     c, target = config.build(c), targets.find_target(name)
-    mesh, run = make_mesh(c.mesh, target.devices), run_on("tpu", c.model, c.train)
+    mesh, run = make_mesh(c.mesh, target.devices), execution_on("tpu", c.model, c.train)
 
     def like(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -227,7 +227,7 @@ def main_prompt() -> None:
 
     with jax.set_mesh(mesh):
         started = time.monotonic()
-        params = placed(flops.shapes(c.model))
+        params = placed(abstract_params(c.model))
         weights = placed(jax.eval_shape(functools.partial(unstacked, c.model, dtype=run.dtype), params))
         empty = placed(jax.eval_shape(lambda: cache.empty(c.model, 1, length, chunk, run.dtype, False)))
         program = steps.StepConfig(c.model, run, chunk // axes["context"])
@@ -310,15 +310,15 @@ def lower_step(tiny, mesh, shape: str, kernel: str):
     import jax
     from jax.sharding import NamedSharding
 
-    from hybrid_attn.model import run_on
+    from hybrid_attn.model import execution_on
     from hybrid_attn.parallel.mesh import TOKENS_BT
     from hybrid_attn.train.step import abstract_state, make_step
 
     c = tiny(
         STEPS[shape] | {"model.head_dim": 128}, L={"window": WINDOW, "rope_theta": 10000.0, "sink": True}, G={"qk_norm": "rms"}
     )
-    run = run_on("tpu", c.model, c.train)._replace(kernel=kernel)
-    step = make_step(c.at(0), run)
+    execution = execution_on("tpu", c.model, c.train)._replace(kernel=kernel)
+    step = make_step(c.at(0), execution)
     rows = mesh.shape["slice"]
     kinds = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "weights": "float32"}
     kinds["bytes"] = "float32"

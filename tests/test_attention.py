@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, RUN, assert_close, layout, on_mesh, random_params, tiny
+from conftest import BLOCKED, REFERENCE, assert_close, layout, on_mesh, random_params, tiny
 from flax import nnx
 
 from hybrid_attn.config import RopeScaling
@@ -37,7 +37,7 @@ def model_of(pattern, **changes):
 
 @functools.partial(jax.jit, static_argnums=0)
 def outputs(model, params, tokens, positions, segments):
-    return apply(model, params, tokens, positions, segments, RUN)
+    return apply(model, params, tokens, positions, segments, BLOCKED)
 
 
 def run(model, params, tokens, positions, segments):
@@ -49,16 +49,16 @@ def reach(model, row, kernel):
     positions, segments = layout(row)
     tokens = np.random.default_rng(1).permutation(384)[:T].astype(np.int32)
     batch = on_mesh({"t": tokens[None], "p": positions[None], "s": segments[None]})
-    run = RUN._replace(kernel=kernel)
-    return jax.device_get(_moves(model, run, random_params(model), *batch.values()))[:, tokens] > 0
+    execution = BLOCKED._replace(kernel=kernel)
+    return jax.device_get(_moves(model, execution, random_params(model), *batch.values()))[:, tokens] > 0
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _moves(model, run, params, tokens, positions, segments):
+def _moves(model, execution, params, tokens, positions, segments):
     pull_D = jnp.cos(jnp.arange(model.d_model))
 
     def output(embed_VD):
-        x_BTD = apply(model, params | {"embed": embed_VD}, tokens, positions, segments, run)
+        x_BTD = apply(model, params | {"embed": embed_VD}, tokens, positions, segments, execution)
         return jnp.einsum("BTD,D->BT", x_BTD, pull_D)
 
     out_BT, pull = jax.vjp(output, params["embed"])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RUN, biggest_array, everything, mesh_of, random_params, tiny
+from conftest import BLOCKED, biggest_array, everything, mesh_of, random_params, tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -124,7 +124,7 @@ MODELS = {"everything": everything("LLG", 5), "chunks": tiny({}, L={"chunk": 16,
 
 
 def eval_model_on(mesh, model):
-    return EvalModel(model, random_params(model), RUN._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
+    return EvalModel(model, random_params(model), BLOCKED._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
 
 
 def watched_weights(eval_model, prompt):
@@ -132,18 +132,20 @@ def watched_weights(eval_model, prompt):
     S = len(prompt.tokens_S)
     place = functools.partial(jax.device_put, device=NamedSharding(eval_model.mesh, TOKENS_BT))
     tokens, pos, seg = (place(x[None]) for x in (prompt.tokens_S, np.arange(S, dtype=np.int32), np.ones(S, np.int32)))
-    run = eval_model.run._replace(zigzag=False)
+    execution = eval_model.execution._replace(zigzag=False)
 
     def watched(letter):
         def attend(q, k, v, sinks, kind, scale):
-            return in_packed(pos, seg, run, letter)(q, k, v, sinks, kind, scale)[0], (q[0], k[0], sinks)
+            return in_packed(pos, seg, execution, letter)(q, k, v, sinks, kind, scale)[0], (q[0], k[0], sinks)
 
         return attend
 
     @jax.jit
     def through(params):
         weights = unstacked(eval_model.model, params, jnp.float32)
-        return layer_by_layer(eval_model.model, weights, tokens, pos, [watched(x) for x in eval_model.model.layers], run)[1]
+        return layer_by_layer(eval_model.model, weights, tokens, pos, [watched(x) for x in eval_model.model.layers], execution)[
+            1
+        ]
 
     dense = []
     for letter, (q, k, sinks) in zip(eval_model.model.layers, jax.device_get(through(eval_model.params)), strict=True):
@@ -169,7 +171,7 @@ def dense_values(name, spec):
 def test_records_are_the_means_of_dense_shares(name, sizes):
     spec, mesh, model = Spec(Task("recall", 4), 64, 3 * 64), mesh_of(**sizes), MODELS[name]
     with jax.set_mesh(mesh):
-        records = [*attention.run(eval_model_on(mesh, model), spec)]
+        records = [*attention.records_of(eval_model_on(mesh, model), spec)]
     prompts, dense = dense_values(name, spec)
     heads = {(r["layer"], r["head"]): r for r in records}
     assert len(prompts) == 3 and len(heads) == len(records) == len(model.layers) * model.num_heads
@@ -196,7 +198,7 @@ def test_records_are_the_means_of_dense_shares(name, sizes):
 
 def test_weights_by_position_leave_out_both_ends(one_device):
     spec = Spec(Task("recall", 4), 64, 3 * 64)
-    records = [*attention.run(eval_model_on(one_device, MODELS["everything"]), spec)]
+    records = [*attention.records_of(eval_model_on(one_device, MODELS["everything"]), spec)]
     prompts, dense = dense_values("everything", spec)
     for record in records:
         edges = record["edges"]
@@ -209,7 +211,7 @@ def test_weights_by_position_leave_out_both_ends(one_device):
 
 
 def test_a_window_that_ends_behind_the_needle_is_marked(one_device):
-    records = attention.run(eval_model_on(one_device, MODELS["everything"]), Spec(Task("recall", 4), 64, 64))
+    records = attention.records_of(eval_model_on(one_device, MODELS["everything"]), Spec(Task("recall", 4), 64, 64))
     assert {(r["kind"], r["reach"], r["needle"] > 0, r["needle_lift"] > 0) for r in records} == {
         ("G", True, True, True), ("L", False, False, False),
     }  # fmt: skip

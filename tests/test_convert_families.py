@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, on_mesh, random_params
+from conftest import BLOCKED, on_mesh, random_params
 from converted import GOLDEN, HYBRID, read, with_layer_type, write
 
 from hybrid_attn import config
@@ -32,7 +32,7 @@ def test_logits_are_those_of_the_familys_own_implementation(case, one_device):
 
     @jax.jit
     def run(params, tokens, positions, segments):
-        x_BTD = apply(model, params, tokens, positions, segments, RUN._replace(kernel="reference"))
+        x_BTD = apply(model, params, tokens, positions, segments, BLOCKED._replace(kernel="reference"))
         return logits(model, params, x_BTD)
 
     got = np.asarray(run(params, batch["tokens"], batch["positions"], batch["segments"]))

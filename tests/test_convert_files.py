@@ -16,7 +16,7 @@ from conftest import mesh_of, random_params
 from converted import GOLDEN, HYBRID, assert_same, edit, edit_tensors, read, shapes_of, write
 
 from hybrid_attn.convert import families, hf
-from hybrid_attn.model import flops
+from hybrid_attn.model import abstract_params
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_parameters_are_read_onto_any_mesh(exported):
     expected = jax.device_get(random_params(HYBRID))
     with jax.set_mesh(mesh_of(1, 2, 1, 2)):
         params = read(exported)[1]
-        shardings = [x.sharding.spec for x in jax.tree.leaves(flops.shapes(HYBRID))]
+        shardings = [x.sharding.spec for x in jax.tree.leaves(abstract_params(HYBRID))]
         assert [x.sharding.spec for x in jax.tree.leaves(params)] == shardings
         assert_same(params, expected)
 

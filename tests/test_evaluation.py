@@ -209,7 +209,7 @@ def test_an_evaluation_that_is_not_finite_does_not_end_the_run(corpus, workdir, 
         raise FloatingPointError("position-text-16: the loss is nan")
 
     c = longer(corpus, workdir, tmp_path / "run", **{"evals.every": 5})
-    monkeypatch.setattr(evaluation.suite, "run", measure)
+    monkeypatch.setattr(evaluation.suite, "measure_units", measure)
     assert loop.train(c, tmp_path / "run")
     said = capsys.readouterr().out
     for step in (5, 6):

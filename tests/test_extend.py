@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REFERENCE, RUN, assert_close, everything, mesh_of, random_params, tiny
+from conftest import BLOCKED, REFERENCE, assert_close, everything, mesh_of, random_params, tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,28 +39,28 @@ def place(x, spec):
     return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
 
 
-def forward(model, params, sequences, run=REFERENCE):
+def forward(model, params, sequences, execution=REFERENCE):
     """Activations of each sequence, by the forward pass."""
     size = -(-max(map(len, sequences)) // 8) * 8
     tokens_BT = np.stack([np.pad(sequence, (0, size - len(sequence))) for sequence in sequences]).astype(np.int32)
     pos_BT = np.tile(np.arange(size, dtype=np.int32), (len(sequences), 1))
     seg_BT = np.stack([np.arange(size) < len(sequence) for sequence in sequences]).astype(np.int32)
     placed = (place(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT))
-    x_BTD = np.asarray(jax.jit(functools.partial(apply, model, run=run))(params, *placed))
+    x_BTD = np.asarray(jax.jit(functools.partial(apply, model, execution=execution))(params, *placed))
     return [x_BTD[b, : len(sequence)] for b, sequence in enumerate(sequences)]
 
 
-def in_chunks(model, params, sequences, chunks, capacity, quantised=False, run=REFERENCE):
+def in_chunks(model, params, sequences, chunks, capacity, quantised=False, execution=REFERENCE):
     """(activations, cache): the same through the cache, in chunks of these sizes."""
     context = jax.sharding.get_mesh().shape["context"]
-    weights = jax.jit(functools.partial(unstacked, model, dtype=run.dtype))(params)
+    weights = jax.jit(functools.partial(unstacked, model, dtype=execution.dtype))(params)
     span = max(chunks) // context
-    cache = caches.empty(model, len(sequences), capacity, max(chunks), run.dtype, quantised)
+    cache = caches.empty(model, len(sequences), capacity, max(chunks), execution.dtype, quantised)
     outputs, read = [[] for _ in sequences], np.zeros(len(sequences), int)
 
     @jax.jit
     def extended(tokens, counts, cache):
-        return extend(StepConfig(model, run, span), weights, tokens, counts, cache)[:2]
+        return extend(StepConfig(model, execution, span), weights, tokens, counts, cache)[:2]
 
     for size in chunks:
         tokens, counts = np.zeros((len(sequences), size), np.int32), np.zeros(len(sequences), np.int32)
@@ -82,11 +82,11 @@ def sequences_of(*lengths, vocab_size=384):
 
 
 @pytest.mark.parametrize(
-    "name, chunks, run",
-    [*((name, [4] * 8 + [1] * 4, REFERENCE) for name in MODELS), ("everything", [16] * 2 + [4], RUN)],
+    "name, chunks, execution",
+    [*((name, [4] * 8 + [1] * 4, REFERENCE) for name in MODELS), ("everything", [16] * 2 + [4], BLOCKED)],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_sequences_in_chunks_give_what_the_forward_pass_gives(name, chunks, run, one_device):
+def test_sequences_in_chunks_give_what_the_forward_pass_gives(name, chunks, execution, one_device):
     model = MODELS[name]
     params = random_params(model)
     sequences = sequences_of(sum(chunks), 3, W, W + 1, 17)
@@ -103,9 +103,9 @@ def test_a_cached_forward_pass_in_bfloat16_keeps_float32_leaves(one_device):
         attention["sink"] = jnp.full_like(attention["sink"], 129.45)  # bfloat16: 129
         attention["v"] = 100 * attention["v"]
     params["periods"]["G1"]["attention"]["temperature"] += 40.11
-    run = REFERENCE._replace(dtype=jnp.dtype("bfloat16"))
-    outputs, _ = in_chunks(model, params, sequences, chunks, 64, run=run)
-    expected = forward(model, params, sequences, run)
+    execution = REFERENCE._replace(dtype=jnp.dtype("bfloat16"))
+    outputs, _ = in_chunks(model, params, sequences, chunks, 64, execution=execution)
+    expected = forward(model, params, sequences, execution)
     assert_close(outputs, expected, 1e-2)
 
 

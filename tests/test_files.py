@@ -55,7 +55,7 @@ def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path):
     write_atomically(path, "old")
     with pytest.raises(AttributeError):
         write_atomically(path, None)
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["b.json"]
     write_atomically(path, "half \ud800 a pair")
     assert path.read_text() == "half ? a pair"
 

@@ -6,11 +6,11 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, batch_of, tiny
+from conftest import BLOCKED, batch_of, tiny
 
 from hybrid_attn import config
 from hybrid_attn.kernels.reference import visible_BTS
-from hybrid_attn.model import flops, losses
+from hybrid_attn.model import abstract_params, flops, losses
 from hybrid_attn.model.attention import attended_pairs
 from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh
 
@@ -42,14 +42,14 @@ def test_forward_flops_are_those_that_the_compiler_counts():
     changes = {f"model.{name}": value for name, value in changes.items()} | {"model.pattern": "LCG"}
     model = tiny(changes, **kinds).model
     assert model.num_periods == 1  # XLA counts the body of a loop once
-    run = RUN._replace(kernel="reference", loss_chunk=length, mlp_chunk=None)
+    execution = BLOCKED._replace(kernel="reference", loss_chunk=length, mlp_chunk=None)
     mesh = abstract_mesh()
     with jax.sharding.use_abstract_mesh(mesh):
         batch = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, TOKENS_BT))
             for name, x in batch_of("a" * length).items()
         }
-        step = jax.jit(losses, static_argnums=(0, 3)).trace(model, flops.shapes(model), batch, run)
+        step = jax.jit(losses, static_argnums=(0, 3)).trace(model, abstract_params(model), batch, execution)
     counted = step.lower(lowering_platforms=("cpu",)).cost_analysis()["flops"]
     seen = sum(attended_pairs(model.kinds[letter], length) for letter in model.layers)
     unseen = 3 * length**2 - seen  # the reference kernel computes them all

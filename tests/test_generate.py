@@ -197,7 +197,7 @@ def test_what_cannot_be_answered_is_a_line(run, arguments, message):
         ('{"prompt": "a"}\n{"prompt": "b", "x": ["\\ud800"]}\n', "in.jsonl:2 has a value that JSON in UTF-8 cannot hold: "),
         ('{"prompt": "\\udcff"}\n', "in.jsonl:1 has a value that JSON in UTF-8 cannot hold: "),
         ('{"prompt": "a", "x": %s}\n' % ("[" * 100_000), "in.jsonl:1 is nested too deeply to be read"),
-        ('["a"]\n', 'in.jsonl:1 has no text under "prompt"'),
+        ('["a"]\n', "in.jsonl:1 must hold an object and holds a list"),
         ('{"prompt": "a", "question": 3}\n', 'in.jsonl:1 has something else than text under "question"'),
         ('{"prompt": "a"}\n{"prompt": ""}\n', "prompt 2 of 2 is empty"),
     ],

@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, mesh_of, on_mesh, random_params, tiny
+from conftest import BLOCKED, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.packed import PackedSequences
@@ -24,7 +24,7 @@ def eval_model_on(mesh):
     for layer in params["periods"].values():
         layer["attention"]["o"] *= 10
     params["embed"] = jax.device_put(np.asarray(params["embed"]) * letters, params["embed"].sharding)
-    return EvalModel(model, params, RUN._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
+    return EvalModel(model, params, BLOCKED._replace(kernel="reference", zigzag=True), mesh, ByteTokenizer())
 
 
 def documents():
@@ -37,7 +37,9 @@ def losses_of(eval_model, tokens, targets):
     """Losses [T] of the tokens of a document that begins with them."""
     row = {"tokens": tokens, "targets": targets, "positions": np.arange(len(tokens)), "segments": np.ones(len(tokens))}
     batch = {name: np.pad(x, (0, LENGTH - len(x)))[None].astype(np.int32) for name, x in row.items()}
-    nll_BT, _ = jax.jit(losses, static_argnums=(0, 3))(eval_model.model, eval_model.params, on_mesh(batch), eval_model.run)
+    nll_BT, _ = jax.jit(losses, static_argnums=(0, 3))(
+        eval_model.model, eval_model.params, on_mesh(batch), eval_model.execution
+    )
     return np.asarray(nll_BT)[0, : len(tokens)]
 
 
@@ -63,7 +65,7 @@ def test_key_tokens_are_those_that_a_reader_of_single_tokens_finds(sizes, monkey
     monkeypatch.setattr(keytokens, "SLIDE", SHORT // SLIDE)
     spec, mesh = Spec(documents(), LENGTH, 4 * LENGTH - 5), mesh_of(**sizes)
     with jax.set_mesh(mesh):
-        (record,) = keytokens.run(eval_model_on(mesh), spec, SHORT)
+        (record,) = keytokens.records_of(eval_model_on(mesh), spec, SHORT)
     rows = PackedSequences(spec.documents, LENGTH, None, ByteTokenizer().byte_lengths)
     mesh = mesh_of()
     with jax.set_mesh(mesh):
@@ -85,7 +87,7 @@ def test_two_nats_make_a_key_token_and_windows_slide_by_a_quarter_of_the_short_c
 
     monkeypatch.setattr(keytokens, "_losses", by_token)
     spec = Spec(documents(), LENGTH, 4 * LENGTH)
-    (record,) = keytokens.run(EvalModel(None, None, None, one_device, ByteTokenizer()), spec, 16)
+    (record,) = keytokens.records_of(EvalModel(None, None, None, one_device, ByteTokenizer()), spec, 16)
     rows = PackedSequences(spec.documents, LENGTH, None, ByteTokenizer().byte_lengths)
     likely = sum(int(((row["tokens"] == 0) & (row["weights"] > 0))[16:].sum()) for row in map(rows.__getitem__, rows.spread(4)))
     assert sizes == {LENGTH, 16 + 4}
@@ -95,7 +97,8 @@ def test_two_nats_make_a_key_token_and_windows_slide_by_a_quarter_of_the_short_c
 def test_without_key_tokens_there_is_no_loss(one_device):
     spec = Spec(in_memory([np.arange(SHORT, dtype=np.uint16)] * 9, range(9)), LENGTH, 1)
     record = {"length": LENGTH, "short": 24, "tokens": 21, "key_tokens": 0, "loss": None, "perplexity": None}
-    assert [*keytokens.run(eval_model_on(one_device), spec, 24)] == [record]  # no document is longer than the short context
+    # No document is longer than the short context.
+    assert [*keytokens.records_of(eval_model_on(one_device), spec, 24)] == [record]
 
 
 @pytest.mark.parametrize("index, first", [(5, 30), (3, 10)])
@@ -114,4 +117,4 @@ def test_a_window_is_its_part_of_the_row_and_of_nothing_after_it(index, first):
 @pytest.mark.parametrize("short", [0, LENGTH])
 def test_a_short_context_is_a_part_of_the_row(short, one_device):
     with pytest.raises(ValueError, match=f"short={short} is no part of rows of 48 tokens; use 1 to 47"):
-        next(keytokens.run(eval_model_on(one_device), Spec(documents(), LENGTH, 1), short))
+        next(keytokens.records_of(eval_model_on(one_device), Spec(documents(), LENGTH, 1), short))

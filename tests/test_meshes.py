@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import (
     BATCH,
+    BLOCKED,
     REFERENCE,
-    RUN,
     assert_close,
     batch_of,
     every,
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
     def run(self):
         local = "halo" if self.sizes[2] > 1 else "gather"
-        return RUN._replace(context=Table({"L": local, "G": self.scheme}), zigzag=self.zigzag)
+        return BLOCKED._replace(context=Table({"L": local, "G": self.scheme}), zigzag=self.zigzag)
 
     def reference(self):
         return Case((1, 1, 1, 1), self.pattern, self.window, packed=self.packed)
@@ -67,10 +67,10 @@ def compiled():
     """Of each case and its reference the compiled loss and gradients; two are compiled side by side."""
 
     def build(case):
-        run = case.run() if case in CASES else REFERENCE
+        execution = case.run() if case in CASES else REFERENCE
         model = everything(case.pattern, case.window)
         with jax.set_mesh(mesh_of(*case.sizes)):
-            return loss_and_grads.lower(model, run, random_params(model), on_mesh(case.batch())).compile()
+            return loss_and_grads.lower(model, execution, random_params(model), on_mesh(case.batch())).compile()
 
     cases = list(dict.fromkeys([case.reference() for case in CASES] + CASES))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -93,9 +93,11 @@ def test_activations_come_back_in_reading_order(scheme):
     from hybrid_attn.model import apply
 
     model, results = everything("LG", 6), []
-    for sizes, run in (((1, 1, 1, 1), REFERENCE), ((1, 1, 4, 2), RUN._replace(context=every(scheme), zigzag=True))):
+    for sizes, execution in (((1, 1, 1, 1), REFERENCE), ((1, 1, 4, 2), BLOCKED._replace(context=every(scheme), zigzag=True))):
         with jax.set_mesh(mesh_of(*sizes)):
             arrays = [on_mesh(BATCH)[name] for name in ("tokens", "positions", "segments")]
-            results.append(jax.device_get(jax.jit(apply, static_argnums=(0, 5))(model, random_params(model), *arrays, run)))
+            results.append(
+                jax.device_get(jax.jit(apply, static_argnums=(0, 5))(model, random_params(model), *arrays, execution))
+            )
     real = BATCH["segments"] > 0
     assert_close(results[1][real], results[0][real], 1e-5)

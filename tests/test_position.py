@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, mean_loss, mesh_of, on_mesh, random_params, tiny
+from conftest import BLOCKED, mean_loss, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.data.documents import in_memory
 from hybrid_attn.data.packed import PackedSequences
@@ -28,7 +28,7 @@ def text_documents(*lengths):
 
 def eval_model_on(mesh):
     model = tiny({"model.pattern": "LG"}).model
-    return EvalModel(model, random_params(model), RUN._replace(kernel="reference"), mesh, ByteTokenizer())
+    return EvalModel(model, random_params(model), BLOCKED._replace(kernel="reference"), mesh, ByteTokenizer())
 
 
 @pytest.mark.parametrize("data, fsdp", [(1, 1), (2, 2)])
@@ -37,13 +37,13 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
     mesh = mesh_of(data, fsdp)
     with jax.set_mesh(mesh):
         eval_model = eval_model_on(mesh)
-        *buckets, total = [record for record in position.run(eval_model, spec) if "part" not in record]
+        *buckets, total = [record for record in position.records_of(eval_model, spec) if "part" not in record]
     rows = [PackedSequences(spec.documents, LENGTH, None, ByteTokenizer().byte_lengths)[i] for i in (0, 2, 4)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     with jax.set_mesh(mesh_of()):
         by_token = {name: x for name, x in batch.items() if name != "bytes"}
         params = random_params(eval_model.model)
-        nll, lse = jax.jit(losses, static_argnums=(0, 3))(eval_model.model, params, on_mesh(by_token), eval_model.run)
+        nll, lse = jax.jit(losses, static_argnums=(0, 3))(eval_model.model, params, on_mesh(by_token), eval_model.execution)
         mean = float(mean_loss(*jax.device_get((nll, lse)), batch["weights"], 0.0))
     nll, counts = np.asarray(nll), batch["weights"] > 0
 
@@ -71,10 +71,10 @@ def test_losses_by_position_are_the_trainers_losses_sorted_into_buckets(data, fs
 @pytest.mark.parametrize(
     "measure, documents",
     [
-        (position.run, text_documents(70, 90)),
-        (lambda eval_model, spec: keytokens.run(eval_model, spec, 16), text_documents(70, 90)),
-        (recall.run, Task("recall", 4)),
-        (attention.run, Task("recall", 4)),
+        (position.records_of, text_documents(70, 90)),
+        (lambda eval_model, spec: keytokens.records_of(eval_model, spec, 16), text_documents(70, 90)),
+        (recall.records_of, Task("recall", 4)),
+        (attention.records_of, Task("recall", 4)),
     ],
     ids=["position", "key_tokens", "recall", "attention_mass"],
 )
@@ -86,13 +86,13 @@ def test_what_is_not_finite_is_an_error_and_never_a_record(one_device, measure, 
 
 
 def test_one_row_alone_has_no_standard_error(one_device):
-    records = list(position.run(eval_model_on(one_device), Spec(text_documents(LENGTH), LENGTH, 1)))
+    records = list(position.records_of(eval_model_on(one_device), Spec(text_documents(LENGTH), LENGTH, 1)))
     assert records and not any("stderr" in record for record in records)
 
 
 def test_a_bucket_without_tokens_has_no_record(one_device):
     spec = Spec(text_documents(10, 12, 11, 13), LENGTH, 10**6)
-    *buckets, total = [record for record in position.run(eval_model_on(one_device), spec) if "part" not in record]
+    *buckets, total = [record for record in position.records_of(eval_model_on(one_device), spec) if "part" not in record]
     assert [(b["first"], b["end"]) for b in buckets] == [(0, 16)]
     assert buckets[0]["tokens"] == total["tokens"] == 46 - 4
 
@@ -103,10 +103,10 @@ def test_tokens_that_a_pair_foretells_are_apart_from_the_rest(sizes):
     documents = documents_of(*([256, *rng.integers(97, 101, length - 2), 257] for length in (40, 30, 70, 20, 56, 40)))
     spec = Spec(documents, LENGTH, 10**6)
     with jax.set_mesh(mesh_of(**sizes)):
-        records = list(position.run(eval_model_on(mesh_of(**sizes)), spec))
-    found = {name: [r for r in records if r.get("part") == name] for name in (None, *position.PARTS)}
+        records = list(position.records_of(eval_model_on(mesh_of(**sizes)), spec))
+    found = {name: [r for r in records if r.get("part") == name] for name in (None, *position.BIGRAM_PARTS)}
     rows = PackedSequences(documents, LENGTH, None, ByteTokenizer().byte_lengths)
-    wanted = {name: 0 for name in position.PARTS}
+    wanted = {name: 0 for name in position.BIGRAM_PARTS}
     for row in (rows[i] for i in range(len(rows))):
         seen = set()
         for triple, weight in zip(
@@ -114,12 +114,12 @@ def test_tokens_that_a_pair_foretells_are_apart_from_the_rest(sizes):
         ):
             wanted["recall" if triple in seen else "rest"] += int(weight)
             seen.add(triple)
-    assert {name: found[name][-1]["tokens"] for name in position.PARTS} == wanted and min(wanted.values()) > 20
-    for name in position.PARTS:
+    assert {name: found[name][-1]["tokens"] for name in position.BIGRAM_PARTS} == wanted and min(wanted.values()) > 20
+    for name in position.BIGRAM_PARTS:
         *buckets, whole = found[name]
         assert sum(b["tokens"] for b in buckets) == whole["tokens"]
         assert sum(b["tokens"] * b["loss"] for b in buckets) == pytest.approx(whole["tokens"] * whole["loss"], rel=1e-5)
-    both = sum(found[name][-1]["tokens"] * found[name][-1]["loss"] for name in position.PARTS)
+    both = sum(found[name][-1]["tokens"] * found[name][-1]["loss"] for name in position.BIGRAM_PARTS)
     assert both == pytest.approx(found[None][-1]["tokens"] * found[None][-1]["loss"], rel=1e-5)
 
 

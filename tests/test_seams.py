@@ -10,7 +10,7 @@ import pytest
 from conftest import BATCH, REFERENCE, assert_close, loss_and_grads, mesh_of, on_mesh, random_params, tiny
 from flax import nnx
 
-from hybrid_attn.model import flops, init, specs
+from hybrid_attn.model import abstract_params, flops, init, specs
 from hybrid_attn.model.block import MIXERS, MLPS
 from hybrid_attn.model.params import linear, vector
 from hybrid_attn.parallel.mesh import spec_of
@@ -48,10 +48,10 @@ def sgd(optim, specs, total_steps):
     return optax.sgd(optim.lr)
 
 
-def first_half(config, params, batch, run):
+def first_half(config, params, batch, execution):
     """The loss of the first half of each sequence."""
     early = jnp.arange(batch["weights"].shape[1]) < batch["weights"].shape[1] // 2
-    return next_token.loss(config, params, batch | {"weights": batch["weights"] * early}, run)
+    return next_token.loss(config, params, batch | {"weights": batch["weights"] * early}, execution)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_specs_say_what_toys_cost_and_what_decays(toys):
     leaves = specs(model)["periods"]["L0"]
     assert leaves["shift"]["previous"].decay and not leaves["mlp"]["scale"].decay
     with jax.set_mesh(mesh_of(data=2)):
-        assert jax.tree.structure(init(model, jax.random.key(0))) == jax.tree.structure(flops.shapes(model))
+        assert jax.tree.structure(init(model, jax.random.key(0))) == jax.tree.structure(abstract_params(model))
     D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
     attention = 2 * D * N * H + 2 * D * K * H
     pairs = 10 * 11 // 2
@@ -134,7 +134,7 @@ def low_rank(leaves):
 
 
 def test_a_transform_of_a_layers_leaves_is_applied_inside_the_scanned_body_and_has_gradients():
-    model, run = tiny({"model.num_layers": 4}).model, REFERENCE._replace(transform=low_rank)
+    model, execution = tiny({"model.num_layers": 4}).model, REFERENCE._replace(transform=low_rank)
     with jax.set_mesh(mesh_of()):
         params, batch = random_params(model), on_mesh(BATCH)
         down, up = (0.1 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((2, 32, 3), (2, 3, 48))))
@@ -142,7 +142,7 @@ def test_a_transform_of_a_layers_leaves_is_applied_inside_the_scanned_body_and_h
         mlp = summed["periods"]["G1"]["mlp"]
         mlp["up"] = mlp["up"] + jnp.einsum("pdr,prf->pdf", down, up)
         adapted["periods"]["G1"]["mlp"]["up"] = {"weight": params["periods"]["G1"]["mlp"]["up"], "down": down, "up": up}
-        loss, grads = jax.device_get(loss_and_grads(model, run, adapted, batch))
+        loss, grads = jax.device_get(loss_and_grads(model, execution, adapted, batch))
         loss_of_sum, grads_of_sum = jax.device_get(loss_and_grads(model, REFERENCE, summed, batch))
     assert loss == pytest.approx(loss_of_sum, rel=1e-6)
     got, expected = grads["periods"]["G1"]["mlp"]["up"], grads_of_sum["periods"]["G1"]["mlp"]["up"]

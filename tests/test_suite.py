@@ -54,7 +54,7 @@ def context_of(engine, text=TEXT):
 def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
     heard, context = [], context_of(engine)
     settings = suite.fitting(settings, context, tmp_path / "samples", named=True)
-    suite.run(
+    suite.measure_units(
         context, settings, ABOUT | changes, tmp_path / name, tmp_path / "samples",
         lambda unit, number, of: heard.append((unit.name, number, of)),
     )  # fmt: skip
@@ -210,7 +210,7 @@ def test_rows_of_a_task_are_left_out_where_they_are_too_short():
         suite.fitting(settings, context, None, True)
     with pytest.raises(ValueError, match="nothing to measure at lengths 2"):
         nothing = suite.fitting(settings._replace(lengths=(2,)), context, None, False)
-        suite.run(context, nothing, {}, None, None, None)
+        suite.measure_units(context, nothing, {}, None, None, None)
 
 
 def test_tasks_in_bytes_are_not_asked_of_other_tokenizers_and_no_task_of_the_harness_is_no_secret():
@@ -291,7 +291,9 @@ def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monk
     engine = Engine()
     for patience in (10**6, 0):  # the second time, all is done
         engine.patience = patience
-        suite.run(context._replace(engine=engine), own, ABOUT, tmp_path / "own", tmp_path / "samples", lambda *_: None)
+        suite.measure_units(
+            context._replace(engine=engine), own, ABOUT, tmp_path / "own", tmp_path / "samples", lambda *_: None
+        )
     found = report.read(tmp_path / "own")
     assert found.compat and found.absent == [tuple(x) for x in own.absent]
     asked = [x for unit in suite.units(own, context) for x in EVALS["ruler"].questions.draw(context, own, unit)]
@@ -365,7 +367,7 @@ def test_models_of_tasks_have_their_attention_measured_and_no_loss_of_text():
 
 
 def test_the_short_context_of_key_tokens_is_half_of_what_training_had(monkeypatch):
-    monkeypatch.setattr(keytokens, "run", lambda eval_model, spec, short: [{"length": spec.length, "short": short}])
+    monkeypatch.setattr(keytokens, "records_of", lambda eval_model, spec, short: [{"length": spec.length, "short": short}])
     context = context_of(None)._replace(heldout={"text": None}, trained=64)
     found = [EVALS["key_tokens"].measure(context, SETTINGS, Unit("key_tokens", "text", n), []) for n in (32, 64, 4096)]
     assert [x.records[0]["short"] for x in found] == [16, 32, 32]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from conftest import (
     BATCH,
+    BLOCKED,
     REFERENCE,
-    RUN,
     assert_close,
     biggest_array,
     every,
@@ -30,7 +30,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config
-from hybrid_attn.model import apply, flops, init, losses, run_on, unembedding
+from hybrid_attn.model import abstract_params, apply, execution_on, init, losses, unembedding
 from hybrid_attn.model.mlp import GatedMLP
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.model.transformer import Block, in_packed
@@ -46,7 +46,7 @@ def test_scanned_periods_and_a_tail_equal_a_loop_over_layers(one_device):
 
     def outputs(model, params):
         arrays = (batch[name] for name in ("tokens", "positions", "segments"))
-        return jax.device_get(jax.jit(functools.partial(apply, model, run=REFERENCE))(params, *arrays))
+        return jax.device_get(jax.jit(functools.partial(apply, model, execution=REFERENCE))(params, *arrays))
 
     def unstack(params):
         """Layer i of the scanned model under its name in the looped one, whose only period has number 0."""
@@ -61,13 +61,13 @@ def test_scanned_periods_and_a_tail_equal_a_loop_over_layers(one_device):
 
 
 @functools.cache
-def outputs_and_grads(run):
+def outputs_and_grads(execution):
     """Outputs of one model and a gradient of them, on one device; and what was traced."""
     model = tiny({"model.pattern": "L"}).model
     params, batch = random_params(model), on_mesh(BATCH)
 
     def value(params):
-        x_BTD = apply(model, params, batch["tokens"], batch["positions"], batch["segments"], run)
+        x_BTD = apply(model, params, batch["tokens"], batch["positions"], batch["segments"], execution)
         return jnp.sin(x_BTD.astype(jnp.float32)).sum(), x_BTD
 
     traced = jax.jit(jax.grad(value, has_aux=True)).trace(params)
@@ -77,8 +77,8 @@ def outputs_and_grads(run):
 
 @pytest.mark.parametrize("choice", ["layer", "attention", "offload"])
 def test_remat_changes_neither_the_outputs_nor_a_gradient(choice, one_device):
-    *plain, plain_jaxpr = outputs_and_grads(RUN)
-    *remat, remat_jaxpr = outputs_and_grads(RUN._replace(remat=every(choice)))
+    *plain, plain_jaxpr = outputs_and_grads(BLOCKED)
+    *remat, remat_jaxpr = outputs_and_grads(BLOCKED._replace(remat=every(choice)))
     assert_close(remat, plain, 1e-6)
     assert "remat" in remat_jaxpr and "remat" not in plain_jaxpr
     assert ("<host>" in remat_jaxpr) == (choice == "offload")
@@ -90,10 +90,10 @@ def test_a_kind_whose_attention_is_kept_runs_no_attention_forward_in_its_backwar
     mesh = abstract_mesh(fsdp=2, context=2, tensor=2)
 
     def calls(**remat):
-        run = RUN._replace(kernel=kernel, mlp_chunk=None, remat=config.Table(every("none") | remat))
+        execution = BLOCKED._replace(kernel=kernel, mlp_chunk=None, remat=config.Table(every("none") | remat))
 
         def total(params, tokens_BT):
-            return apply(model, params, tokens_BT, tokens_BT, tokens_BT, run).sum()
+            return apply(model, params, tokens_BT, tokens_BT, tokens_BT, execution).sum()
 
         with jax.sharding.use_abstract_mesh(mesh):
             params = jax.eval_shape(lambda: init(model, jax.random.key(0)))
@@ -110,8 +110,8 @@ def test_a_kind_whose_attention_is_kept_runs_no_attention_forward_in_its_backwar
 def test_what_a_kernel_does_not_keep_is_refused(kernel):
     c = tiny({"train.kernel": kernel, "train.remat": "G=offload"})
     with pytest.raises(NotImplementedError, match='train.remat=offload keeps its outputs.*train.kernel="blocked" or "tokamax"'):
-        run_on("gpu", c.model, c.train)
-    assert run_on("gpu", c.model, tiny({"train.kernel": kernel}).train).remat == {"G": "layer", "L": "layer"}
+        execution_on("gpu", c.model, c.train)
+    assert execution_on("gpu", c.model, tiny({"train.kernel": kernel}).train).remat == {"G": "layer", "L": "layer"}
 
 
 def test_a_chunk_bounds_the_hidden_activations_of_the_feed_forward_backward_too(one_device):
@@ -121,7 +121,7 @@ def test_a_chunk_bounds_the_hidden_activations_of_the_feed_forward_backward_too(
 
     def biggest(mlp_chunk):
         def total(params):
-            return apply(model, params, *arrays, RUN._replace(mlp_chunk=mlp_chunk)).sum()
+            return apply(model, params, *arrays, BLOCKED._replace(mlp_chunk=mlp_chunk)).sum()
 
         return biggest_array(jax.grad(total), params)
 
@@ -131,7 +131,7 @@ def test_a_chunk_bounds_the_hidden_activations_of_the_feed_forward_backward_too(
 
 def test_bfloat16_activations_give_nearly_the_outputs_and_the_gradient_of_float32(one_device):
     x_BTD, grads, _ = outputs_and_grads(REFERENCE)
-    half_BTD, half_grads, _ = outputs_and_grads(RUN._replace(dtype=jnp.dtype("bfloat16")))
+    half_BTD, half_grads, _ = outputs_and_grads(BLOCKED._replace(dtype=jnp.dtype("bfloat16")))
     assert half_BTD.dtype == jnp.bfloat16
     real = BATCH["segments"] > 0
     assert_close(half_BTD[real], x_BTD[real], 3e-2)
@@ -239,7 +239,7 @@ def test_a_layer_of_every_block_is_its_formula_with_embedding_scale_and_final_no
     params, batch = random_params(model), on_mesh(BATCH)
     assert {name for name in params["periods"]["L0"] if "norm" in name} == BLOCK_NORMS[block]
     tokens, pos, seg = (batch[name] for name in ("tokens", "positions", "segments"))
-    got = jax.jit(functools.partial(apply, model, run=REFERENCE))(params, tokens, pos, seg)
+    got = jax.jit(functools.partial(apply, model, execution=REFERENCE))(params, tokens, pos, seg)
 
     layer = Block(model, "L", rngs=nnx.Rngs(0))
     mine = jax.tree.map(lambda x: x[0], params["periods"]["L0"])
@@ -260,7 +260,7 @@ def test_an_untied_table_is_the_one_that_the_logits_come_from(one_device):
     tied, untied = (tiny({"model.pattern": "G", "model.tie_embeddings": tie}).model for tie in (True, False))
     params, batch = random_params(untied), on_mesh(BATCH)
     unembed = params.pop("unembed")
-    assert jax.tree.structure(params) == jax.tree.structure(flops.shapes(tied))
+    assert jax.tree.structure(params) == jax.tree.structure(abstract_params(tied))
     assert unembedding(tied, params) is params["embed"]
     score = jax.jit(losses, static_argnums=(0, 3))
     nll, lse = jax.device_get(score(tied, params, batch, REFERENCE))
@@ -298,7 +298,7 @@ def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(ge
     batch |= {name: array(jnp.float32, TOKENS_BT, rows, length) for name in ("weights", "bytes")}
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(c))
-        step = make_step(c.at(0), run_on("tpu", c.model, c.train))
+        step = make_step(c.at(0), execution_on("tpu", c.model, c.train))
         after, metrics = jax.eval_shape(step, state, batch)
 
     def described(tree):

@@ -136,12 +136,12 @@ def main(part: str, address: str, count: str, number: str, devices: str, folder:
         peers = processes.start(address, int(count), int(number), timeout, silence)
     except OSError as error:
         sys.exit(f"error: {error}")
-    PARTS[part](Path(folder), peers)
+    SCENARIOS[part](Path(folder), peers)
 
 
 RESUMED = (resume_and_stop_in_the_evaluation, resume_and_break)
-PARTS = {f.__name__: f for f in (train_and_stop, *RESUMED, stop_in_the_evaluation, wait_for_death)}
-PARTS |= {f.__name__: f for f in (wait_for_a_stopped_process, meet_a_wrong_input, miss_a_file_of_a_stopped_process)}
+SCENARIOS = {f.__name__: f for f in (train_and_stop, *RESUMED, stop_in_the_evaluation, wait_for_death)}
+SCENARIOS |= {f.__name__: f for f in (wait_for_a_stopped_process, meet_a_wrong_input, miss_a_file_of_a_stopped_process)}
 
 
 if __name__ == "__main__":

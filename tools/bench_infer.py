@@ -36,7 +36,7 @@ from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer import steps
 from hybrid_attn.infer.engine import DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.infer.sampling import GREEDY
-from hybrid_attn.model import flops, init, run_on
+from hybrid_attn.model import execution_on, flops, init
 from hybrid_attn.parallel.mesh import BATCH, make_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -135,9 +135,9 @@ def make_growth(values: dict, length: int, chunk: int) -> Ready:
     with jax.set_mesh(mesh):
         engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, EngineOptions(chunk))
         capacity = chunk * caches.power_of_two(-(-length // chunk))
-        cache = caches.empty(c.model, 1, capacity, 1, engine.run.dtype, False)
-        last_BD = jnp.zeros((1, c.model.d_model), engine.run.dtype, out_sharding=P(BATCH, None))
-    step_config, stop_tokens = steps.StepConfig(c.model, engine.run, chunk), np.full(1, -1, np.int32)
+        cache = caches.empty(c.model, 1, capacity, 1, engine.execution.dtype, False)
+        last_BD = jnp.zeros((1, c.model.d_model), engine.execution.dtype, out_sharding=P(BATCH, None))
+    step_config, stop_tokens = steps.StepConfig(c.model, engine.execution, chunk), np.full(1, -1, np.int32)
 
     def run() -> float:
         nonlocal cache, last_BD
@@ -259,7 +259,7 @@ def allocated(values: dict, length: int, new: int, chunk: int) -> dict:
     """Bytes of the cache that an engine allocates for a sequence of `length`, and the formula's for the same dtype."""
     c = config.build(values)
     answer = make_ours(values, length - new, new, chunk).run()
-    bytes_per_value = run_on(jax.default_backend(), c.model, c.train).dtype.itemsize
+    bytes_per_value = execution_on(jax.default_backend(), c.model, c.train).dtype.itemsize
     return {"tokens": length, "allocated": answer.cache_bytes, "formula": flops.cache_bytes(c.model, length, bytes_per_value)}
 
 
@@ -335,7 +335,7 @@ class Part(NamedTuple):
     show: Callable[[list[dict]], None]
 
 
-PARTS = {
+BENCHMARKS = {
     "cache": Part(CACHE, cache_sizes, show_cache_sizes),
     "transformers": Part(CONFIG, against_transformers, show_against_transformers),
     "growth": Part(CONFIG, against_full_attention, show_growth),
@@ -344,16 +344,16 @@ PARTS = {
 
 
 def bench() -> None:
-    parts = [part for part in PARTS if PART.value in (part, "all")]
+    parts = [part for part in BENCHMARKS if PART.value in (part, "all")]
     lengths = {part: measurement.lengths(TOKENS.value or LENGTHS[part]) for part in parts}
-    configs = {part: config.build(PARTS[part].config.value.values) for part in parts}
+    configs = {part: config.build(BENCHMARKS[part].config.value.values) for part in parts}
     records = {}
     with Processes(round(MEMORY_GIB.value * GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
         print(f"{platform}, {measurement.threads()} threads, jax {version('jax')}")
         for part in parts:
             c = configs[part]
-            dtype = "bfloat16" if part == "cache" else str(run_on(platform, c.model, c.train).dtype)
+            dtype = "bfloat16" if part == "cache" else str(execution_on(platform, c.model, c.train).dtype)
             print(f"\n{part}: {flops.parameters(c.model):,} parameters, layers {c.model.layers}, {dtype}")
             reason = measurement.no_transformers(platform, dtype) if part == "transformers" else None
             if reason and PART.value == part:
@@ -363,8 +363,8 @@ def bench() -> None:
                 continue
             if part == "transformers":
                 print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")))
-            records[part] = PARTS[part].measure(processes, c, lengths[part])
-            PARTS[part].show(records[part])
+            records[part] = BENCHMARKS[part].measure(processes, c, lengths[part])
+            BENCHMARKS[part].show(records[part])
     if JSON.value:
         Path(JSON.value).write_text(json.dumps({"platform": platform, "records": records}, indent=1) + "\n")
 

@@ -30,7 +30,7 @@ from hybrid_attn.bench import measurement
 from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.config import Config
 from hybrid_attn.convert import families, hf
-from hybrid_attn.model import flops, init, run_on, specs
+from hybrid_attn.model import execution_on, flops, init, specs
 from hybrid_attn.model.attention import attended_pairs, attention_flops
 from hybrid_attn.model.params import map_specs
 from hybrid_attn.parallel import fit
@@ -73,7 +73,7 @@ def make_ours(values: dict) -> Ready:
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=0)(c)
         batch = jax.device_put(batch_of(c), NamedSharding(mesh, TOKENS_BT))
-        program = make_step(c.at(0), run_on(jax.default_backend(), c.model, c.train)).lower(state, batch).compile()
+        program = make_step(c.at(0), execution_on(jax.default_backend(), c.model, c.train)).lower(state, batch).compile()
 
     def run() -> float:
         nonlocal state
@@ -219,7 +219,7 @@ def beside_full_attention(processes: Processes, c: Config, lengths: list[int], d
     return records
 
 
-PARTS = {"transformers": beside_transformers, "layouts": beside_full_attention}
+BENCHMARKS = {"transformers": beside_transformers, "layouts": beside_full_attention}
 HEADER = ("contender", "layers", "tokens", "s", "tokens/s", "time / ours", "FLOPs / ours", "MFU", "GiB", "first loss", "last")
 
 
@@ -255,18 +255,18 @@ def check_losses(records: list[dict]) -> None:
 
 def bench() -> None:
     c = config.build(CONFIG.value.values)
-    parts = [part for part in PARTS if PART.value in (part, "both")]
+    parts = [part for part in BENCHMARKS if PART.value in (part, "both")]
     lengths = {part: measurement.lengths(LENGTHS[part] if ROWS.value is None else ROWS.value) for part in parts}
     with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
-        dtype = str(run_on(platform, c.model, c.train).dtype)
+        dtype = str(execution_on(platform, c.model, c.train).dtype)
         reason = measurement.no_transformers(platform, dtype) if "transformers" in parts else None
         if reason and PART.value == "transformers":
             raise ValueError(f"--part=transformers: {reason}")
         if reason:
             print(f"— transformers: {reason}\n")
             parts.remove("transformers")
-        records = {part: PARTS[part](processes, c, lengths[part], dtype) for part in parts}
+        records = {part: BENCHMARKS[part](processes, c, lengths[part], dtype) for part in parts}
     peak = max((r["peak"] for part in parts for r in records[part] if "peak" in r), default=float("nan"))
     libraries = ("jax", "torch", "transformers") if "transformers" in parts else ("jax",)
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)

@@ -32,7 +32,7 @@ from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import EvalContext, EvalModel, Settings, Unit, with_own
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
-from hybrid_attn.model import run_on
+from hybrid_attn.model import execution_on
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
 
 SHORTEST = 2048  # of questions whose length nobody named: in bytes, most of RULER's tasks fit
@@ -226,18 +226,18 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> Plan:
     """What is measured of one model, on the mesh in force; its samples are drawn into --out."""
     directory, mesh = loading.find(source.directory), jax.sharding.get_mesh()
     c, tokenizer = loading.described(directory, source.step)
-    run = run_on(mesh.devices.flat[0].platform, c.model, c.train)
-    limits.check_caches(c.model, settings, run, mesh, ROWS.value or DEFAULT_BATCH_SIZE)
+    execution = execution_on(mesh.devices.flat[0].platform, c.model, c.train)
+    limits.check_caches(c.model, settings, execution, mesh, ROWS.value or DEFAULT_BATCH_SIZE)
     limits.check_rows(c.model, settings, mesh)
     documents = heldout_of(c, tokenizer) if any(EVALS[name].reads_heldout for name in settings.evals) else {}
     stops = tuple(loading.stop_tokens(source.directory, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
-    eval_model = EvalModel(c.model, {}, run, mesh, tokenizer)
+    eval_model = EvalModel(c.model, {}, execution, mesh, tokenizer)
     context = EvalContext(eval_model, None, documents, trained=source.trained, tasks=with_own(own), stops=stops, **data)
     settings = suite.fitting(settings, context, Path(OUT.value) / "samples", named=False)
     suite.some_units(settings, context)
     saved = checkpoints.read_config(directory, source.step)
-    known = provenance(source.directory, source.step, c, saved, tokenizer, data["haystack"], run, mesh)
+    known = provenance(source.directory, source.step, c, saved, tokenizer, data["haystack"], execution, mesh)
     known |= {"data": data_flags(), "weights": checkpoints.fingerprint(directory, source.step)}
     known["heldout"] = {name: x.fingerprint() for name, x in documents.items()}
     if data["essays"]:
@@ -263,7 +263,7 @@ def evaluate(name: str, source: Checkpoint, planned: Plan) -> None:
     planned = planned._replace(context=planned.context._replace(eval_model=eval_model, engine=engine))
     out = Path(OUT.value)
     with progress(name, tokens_read(planned)) as done:
-        suite.run(*planned, out / name, out / "samples", done)
+        suite.measure_units(*planned, out / name, out / "samples", done)
 
 
 def tokens_read(planned: Plan) -> dict[Unit, int]:

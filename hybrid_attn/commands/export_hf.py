@@ -12,7 +12,7 @@ from absl import flags
 from hybrid_attn import checkpoint, programs
 from hybrid_attn.convert import families, hf
 from hybrid_attn.infer import loading
-from hybrid_attn.model import flops
+from hybrid_attn.model import abstract_params
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest.")
@@ -28,7 +28,7 @@ def export_model() -> None:
     c = loading.saved_of(directory, step).config
     files = Path(directory) / hf.FOLDER
     described = hf.describe(c.model, files, max(stage.seq_len for stage in c.stages), FAMILY.value)
-    shapes = {path: x.shape for path, x in hf.flat(flops.shapes(c.model)).items()}
+    shapes = {path: x.shape for path, x in hf.flat(abstract_params(c.model)).items()}
     with hf.new_directory(OUT.value) as new:
         read = functools.partial(checkpoint.read_slices, directory, step=step)
         hf.write(new, c.model, described, shapes, lambda path: read(path, shapes[path]), DTYPE.value)

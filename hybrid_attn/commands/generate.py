@@ -80,20 +80,16 @@ def records() -> list[dict]:
 
 def record(line: bytes, number: int) -> dict:
     """The record of a JSON line; ValueError if it is not one, or cannot be written again with an answer."""
-    try:
-        values = json.loads(line)
-    except RecursionError as cause:
-        raise ValueError(f"{PROMPTS.value}:{number} is nested too deeply to be read") from cause
-    except ValueError as cause:
-        raise ValueError(f"{PROMPTS.value}:{number} is not JSON: {cause}") from cause
-    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
-        raise ValueError(f'{PROMPTS.value}:{number} has no text under "prompt"')
+    where = f"{PROMPTS.value}:{number}"
+    values = files.object_of(line, where)
+    if not isinstance(values.get("prompt"), str):
+        raise ValueError(f'{where} has no text under "prompt"')
     if not isinstance(values.get("question", ""), str):
-        raise ValueError(f'{PROMPTS.value}:{number} has something else than text under "question"')
+        raise ValueError(f'{where} has something else than text under "question"')
     try:
         json_line(values).encode()
     except ValueError as cause:
-        raise ValueError(f"{PROMPTS.value}:{number} has a value that JSON in UTF-8 cannot hold: {cause}") from cause
+        raise ValueError(f"{where} has a value that JSON in UTF-8 cannot hold: {cause}") from cause
     return values
 
 

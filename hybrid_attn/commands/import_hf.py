@@ -14,7 +14,7 @@ from hybrid_attn import config, config_file, programs
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.configs import base
 from hybrid_attn.convert import families, hf
-from hybrid_attn.model import flops
+from hybrid_attn.model import abstract_params, flops
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train.optim import optimiser
 from hybrid_attn.train.step import TrainState
@@ -38,7 +38,7 @@ def import_model() -> None:
         values["data"]["tokenizer"] = str(Path(OUT.value) / hf.FOLDER / "tokenizer.json")
     c = config.build(values)
     with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
-        params = hf.read_params(MODEL.value, model, described["model_type"], flops.shapes(model))
+        params = hf.read_params(MODEL.value, model, described["model_type"], abstract_params(model))
         checkpoints = Checkpoints(directory, keep=1, every=1)
         fresh = jax.jit(optimiser(c).init)
         state = TrainState(jnp.int32(0), params, fresh(params)) if OPTIMISER.value else {"params": params}

@@ -36,7 +36,7 @@ from hybrid_attn.data import documents, parts, sources, store, summary
 from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields
 from hybrid_attn.data.tokenizer import load_tokenizer
 
-PLAN, PARTS = store.PLAN, parts.FOLDER
+PLAN, PARTS_FOLDER = store.PLAN, parts.FOLDER
 ENCODED = 2**20  # bytes of text that a tokenizer encodes at a time
 COPIED = 2**22  # tokens in memory while a shard is copied
 MAX_LABELS = 2**16
@@ -74,7 +74,7 @@ def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say
     plan = _plan(inputs, options, tokenizer)
     folder = Path(out)
     _check_folder(folder)
-    if (folder / store.MANIFEST).exists() and not (folder / PARTS).exists():
+    if (folder / store.MANIFEST).exists() and not (folder / PARTS_FOLDER).exists():
         return _complete(folder, plan, say)  # takes no lock: the folder may be read-only
     with files.lock(folder):
         try:
@@ -90,8 +90,8 @@ def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say
 
 def _complete(folder: Path, plan: dict, say: Callable[[str], None]) -> dict:
     _check_same(folder, plan, complete=True)
-    if (folder / PARTS).exists():
-        shutil.rmtree(folder / PARTS)
+    if (folder / PARTS_FOLDER).exists():
+        shutil.rmtree(folder / PARTS_FOLDER)
     say(f"{folder} is complete")
     return store.read_manifest(str(folder)).summary
 
@@ -120,8 +120,8 @@ def _plan(inputs: Sequence[str], options: Options, tokenizer) -> dict:
 
 def _check_folder(folder: Path) -> None:
     """ValueError if `folder` has files that are not those of a store."""
-    usable = (folder / PLAN).exists() or not folder.exists()
-    if not usable and any(x.name != files.LOCK and not x.name.startswith(f"{PLAN}.partial") for x in folder.iterdir()):
+    names = [path.name.lstrip(".") for path in folder.iterdir()] if folder.exists() else []
+    if PLAN not in names and any(f".{name}" != files.LOCK and not name.startswith(f"{PLAN}.partial") for name in names):
         raise ValueError(f"{folder} is not empty and has no unfinished store; name another --out")
 
 
@@ -132,21 +132,22 @@ def _begin(folder: Path, plan: dict) -> bool:
     if (folder / PLAN).exists():
         _check_same(folder, plan, complete=False)
     _write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
-    (folder / PARTS).mkdir(exist_ok=True)
+    (folder / PARTS_FOLDER).mkdir(exist_ok=True)
     return True
 
 
 def _check_same(folder: Path, new: dict, complete: bool) -> None:
     """ValueError if `folder` was begun with another plan, or its plan cannot be read."""
+    cure = "; name another --out"
+    old = files.read_object(folder / PLAN, cure)
     try:
-        old = json.loads((folder / PLAN).read_text())
         # Parts made without an error do not depend on on_error, and older versions had no limit of document_bytes.
         ignored = {"on_error"} if not complete and new["options"]["on_error"] == "skip" else set()
         ignored |= {"document_bytes"} if old["options"]["on_error"] == "stop" else set()
         default = {"document_bytes": new["options"]["document_bytes"]}
         _compare(folder, old | {"options": default | old["options"]}, new, ignored)
-    except (AttributeError, KeyError, RecursionError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / PLAN} is damaged: {error!r}; name another --out") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / PLAN} is damaged: {error!r}{cure}") from error
 
 
 def _compare(folder: Path, old: dict, new: dict, ignored: set[str]) -> None:
@@ -181,7 +182,7 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     shards = tuple(shard for shard, _ in written)
     manifest = store.Manifest(store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), shards, counts)
     _write(folder / store.MANIFEST, [manifest.to_json().encode()])
-    shutil.rmtree(folder / PARTS)
+    shutil.rmtree(folder / PARTS_FOLDER)
     return counts
 
 
@@ -364,22 +365,15 @@ def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndar
 
 
 def _progress(folder: Path, plan: dict) -> str:
-    done = len(list((folder / PARTS).glob("*.json")))
+    done = len(list((folder / PARTS_FOLDER).glob("*.json")))
     return f"{done} of {len(plan['shards'])} shards are done and kept; solve the problem, then the same command continues"
 
 
 def _write(path: Path, blocks: Iterable) -> str:
-    """Writes a file atomically and returns its SHA-256."""
-    partial, digest = path.with_name(f"{path.name}.partial{os.getpid()}"), hashlib.sha256()
-    try:
-        with open(partial, "wb") as file:
-            for block in blocks:
-                file.write(block)
-                digest.update(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """Writes a file atomically and returns its SHA-256; a worker of a killed run may still write the same file."""
+    digest = hashlib.sha256()
+    with files.opened_atomically(path, f"partial{os.getpid()}") as file:
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
     return digest.hexdigest()

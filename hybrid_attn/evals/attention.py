@@ -24,7 +24,7 @@ from hybrid_attn.evals.fields import ANY, COUNT, FLAG, NAME, SIZE, whole
 from hybrid_attn.evals.needle_prompts import NeedlePrompt
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
-from hybrid_attn.model import Run
+from hybrid_attn.model import Execution
 from hybrid_attn.model.extend import layer_by_layer, unstacked
 from hybrid_attn.model.transformer import in_packed
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
@@ -34,13 +34,13 @@ END = 0.03  # share of the tokens, the last ones, that the weights by position l
 SEGMENTS = ("begin", "needle", "context", "qc")
 PER_TOKEN = (*(f"{segment}_per_token" for segment in SEGMENTS), "sink_rate")
 MEANS = (*SEGMENTS, "entropy_bits", "needle_lift", *PER_TOKEN, "retrieval")  # of a layer type
-PARTS = ("begin", "needle", "before", "after", "qc", "sink_rate")  # intervals; the context is before and after the needle
+INTERVALS = ("begin", "needle", "before", "after", "qc", "sink_rate")  # intervals; the context is before and after the needle
 PROMPTS = 2  # of a unit, whose attention is averaged
 MOST_HEADS = 2**16  # of a layer
 ROUND = 16  # queries: prompts whose questions differ a little share a program
 
 
-def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
+def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """`measured` of prompts of `spec.length` tokens, as many as `spec.tokens` fill (`needle_prompts.prompts`)."""
     return measured(eval_model, needle_prompts.prompts(spec, eval_model.tokenizer), spec.length)
 
@@ -63,7 +63,7 @@ def measured(eval_model: EvalModel, prompts: Sequence[NeedlePrompt], length: int
         for i, (letter, statistics) in enumerate(zip(model.layers, layers, strict=True)):
             check_finite(np.append(statistics.mass_BNI, statistics.entropy_BN), f"the attention of layer {i}")
             values[i].append(head_values(model.kinds[letter], prompt, statistics))
-            weights_LNI[i] += statistics.mass_BNI[:, len(PARTS) :]
+            weights_LNI[i] += statistics.mass_BNI[:, len(INTERVALS) :]
     for i, letter in enumerate(model.layers):
         means = {name: np.mean([x[name] for x in values[i]], axis=0) for name in values[i][0]}
         reach = any(reaches(model.kinds[letter], prompt) for prompt in prompts)
@@ -88,7 +88,7 @@ def reaches(kind: LayerType, prompt: NeedlePrompt) -> bool:
 
 
 def parts(prompt: NeedlePrompt) -> list[tuple[int, int]]:
-    """The interval of each of `PARTS`."""
+    """The interval of each of `INTERVALS`."""
     length, (start, stop) = len(prompt.tokens_S), prompt.needle
     begin = min(BEGIN, start)
     return [(0, begin), (start, stop), (begin, start), (stop, prompt.question), (prompt.question, length), (0, 1)]
@@ -101,9 +101,9 @@ def by_position(prompt: NeedlePrompt, edges: Sequence[int]) -> list[tuple[int, i
 
 
 def head_values(kind: LayerType, prompt: NeedlePrompt, statistics: AttentionStatistics) -> dict[str, np.ndarray]:
-    """The numbers of every head [N] for one prompt, whose intervals begin with `PARTS`."""
-    mass = dict(zip(PARTS, statistics.mass_BNI.T.astype(np.float64), strict=False))
-    size = {name: end - first for name, (first, end) in zip(PARTS, parts(prompt), strict=True)}
+    """The numbers of every head [N] for one prompt, whose intervals begin with `INTERVALS`."""
+    mass = dict(zip(INTERVALS, statistics.mass_BNI.T.astype(np.float64), strict=False))
+    size = {name: end - first for name, (first, end) in zip(INTERVALS, parts(prompt), strict=True)}
     mass["context"], size["context"] = mass["before"] + mass["after"], size["before"] + size["after"]
     values = {name: mass[name] for name in SEGMENTS}
     if kind.sink:
@@ -137,7 +137,7 @@ def _statistics(
     rows, context = math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape["context"]
     num_queries = max(len(prompt.tokens_S) - prompt.question for prompt in prompts)
     num_queries = -(-num_queries // ROUND) * ROUND
-    run = eval_model.run._replace(zigzag=False)
+    execution = eval_model.execution._replace(zigzag=False)
     for first in range(0, len(prompts), rows):
         batch = list(prompts[first : first + rows])
         filled = batch + batch[-1:] * (rows - len(batch))
@@ -150,21 +150,23 @@ def _statistics(
             intervals_BI2[..., 0], intervals_BI2[..., 1],
         )  # fmt: skip
         tokens_BT, queries = place(tokens_BT, mesh, TOKENS_BT), jax.tree.map(lambda x: place(x, mesh, P(BATCH)), queries)
-        layers = jax.device_get(_batch_statistics(eval_model.model, run, num_queries, eval_model.params, tokens_BT, queries))
+        layers = jax.device_get(
+            _batch_statistics(eval_model.model, execution, num_queries, eval_model.params, tokens_BT, queries)
+        )
         for b, prompt in enumerate(batch):
             yield prompt, [AttentionStatistics(*(x[b] for x in layer)) for layer in layers]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _batch_statistics(
-    model: Model, run: Run, num_queries: int, params: dict, tokens_BT: jax.Array, queries: Queries
+    model: Model, execution: Execution, num_queries: int, params: dict, tokens_BT: jax.Array, queries: Queries
 ) -> list[AttentionStatistics]:
     """What each layer's queries see, on every device."""
     pos_BT = jax.reshard(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape), TOKENS_BT)
     seg_BT = (pos_BT < jax.reshard(queries.length_B, P(BATCH))[:, None]).astype(jnp.int32)
 
     def attend_and_measure(letter: str):
-        attend_in_rows = in_packed(pos_BT, seg_BT, run, letter)
+        attend_in_rows = in_packed(pos_BT, seg_BT, execution, letter)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
             o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind, scale)
@@ -172,9 +174,9 @@ def _batch_statistics(
 
         return attend
 
-    weights = unstacked(model, params, run.dtype)
+    weights = unstacked(model, params, execution.dtype)
     attends = [attend_and_measure(letter) for letter in model.layers]
-    _, statistics = layer_by_layer(model, weights, tokens_BT, pos_BT, attends, run)
+    _, statistics = layer_by_layer(model, weights, tokens_BT, pos_BT, attends, execution)
     return jax.tree.map(lambda x: jax.reshard(x, P()), statistics)
 
 
@@ -188,7 +190,7 @@ def spec_of(context: EvalContext, unit: Unit) -> Spec:
 
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
-    return measured_of_source(unit, run(context.eval_model, spec_of(context, unit)))
+    return measured_of_source(unit, records_of(context.eval_model, spec_of(context, unit)))
 
 
 def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:

@@ -30,7 +30,7 @@ def log_probabilities(documents: Documents, vocab_size: int) -> np.ndarray:
 
 
 def score(log_probs: np.ndarray, spec: Spec, byte_lengths: np.ndarray) -> float:
-    """Bits per byte of the tokens that `position.run` scores under the same `spec`."""
+    """Bits per byte of the tokens that `position.records_of` scores under the same `spec`."""
     rows = PackedSequences(spec.documents, spec.length, None, byte_lengths)
     nll = num_bytes = 0.0
     for i in rows.spread(-(-spec.tokens // spec.length)):

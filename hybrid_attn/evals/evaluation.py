@@ -119,9 +119,9 @@ def first_total(field: str) -> Callable[[Sequence[Mapping]], float | None]:
 
 def check_row(context: EvalContext, settings: Settings, unit: Unit) -> None:
     """ValueError where the mesh does not split rows of the unit's length, or the heads of the model."""
-    model, run, sizes = context.eval_model.model, context.eval_model.run, context.eval_model.mesh.shape
-    fit.check_length(f"{unit.eval} of {unit.part}: length", unit.length, sizes, run.zigzag)
-    fit.check_schemes(model, run.context, sizes)
+    model, execution, sizes = context.eval_model.model, context.eval_model.execution, context.eval_model.mesh.shape
+    fit.check_length(f"{unit.eval} of {unit.part}: length", unit.length, sizes, execution.zigzag)
+    fit.check_schemes(model, execution.context, sizes)
 
 
 def check_task_fits(unit: Unit, task: object) -> None:

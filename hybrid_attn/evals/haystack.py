@@ -1,13 +1,13 @@
 """Text in which needles are hidden."""
 
 import io
-import json
 import os
 from collections.abc import Sequence
 
 from hybrid_attn.data import documents
 from hybrid_attn.data import sources as source_files
 from hybrid_attn.data.documents import Documents
+from hybrid_attn.files import object_of
 from hybrid_attn.trees import check
 
 CHARACTERS = 2**22  # after which a text is repeated
@@ -78,7 +78,7 @@ def _essays(path: str, text: str) -> str | None:
     if not path.endswith(".json"):
         return None
     try:
-        values = json.loads(text)
-    except (RecursionError, ValueError):
+        essay = object_of(text, path).get("text")
+    except ValueError:
         return None
-    return values["text"] if isinstance(values, dict) and isinstance(values.get("text"), str) else None
+    return essay if isinstance(essay, str) else None

@@ -30,7 +30,7 @@ from hybrid_attn.evals.evaluation import (
 from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
-from hybrid_attn.model import Run, losses
+from hybrid_attn.model import Execution, losses
 from hybrid_attn.parallel.mesh import BATCH
 
 GAIN = 2.0  # nats that the far context takes off a key token's loss, at least
@@ -38,7 +38,7 @@ LIKELY = 2.0  # nats, which a key token's loss in the whole context is below
 SLIDE = 4  # windows for each short context
 
 
-def run(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
+def records_of(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
     """One record: of the tokens with `short` tokens before them in their row, how many are key to `eval_model`, and their loss.
 
     Without key tokens `loss` (nats) and `perplexity` are None. Each model finds key tokens of its own.
@@ -95,12 +95,12 @@ def _batches(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[tuple[di
 
 
 def _losses(eval_model: EvalModel, batch: dict) -> jax.Array:
-    return _token_losses(eval_model.model, eval_model.run, eval_model.params, batch)
+    return _token_losses(eval_model.model, eval_model.execution, eval_model.params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _token_losses(model: Model, run: Run, params: dict, batch: dict) -> jax.Array:
-    return losses(model, params, batch, run)[0]
+def _token_losses(model: Model, execution: Execution, params: dict, batch: dict) -> jax.Array:
+    return losses(model, params, batch, execution)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,7 +124,7 @@ def _sums(short: int, first, nll_BT, weights_BT, short_BT) -> jax.Array:
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     """The short context is half of what a sequence of training had, and half of a shorter row."""
     spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
-    return measured_of_source(unit, run(context.eval_model, spec, min(unit.length, context.trained) // 2))
+    return measured_of_source(unit, records_of(context.eval_model, spec, min(unit.length, context.trained) // 2))
 
 
 def sequences(settings: Settings, length: int) -> int:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from hybrid_attn import config
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import Settings
-from hybrid_attn.model import Run, flops
+from hybrid_attn.model import Execution, flops
 from hybrid_attn.trees import check
 
 MOST_ROWS = 2**20  # most rows of one evaluation at one length; a record keeps one number per row
@@ -53,13 +53,13 @@ def check_rows(model: config.Model, settings: Settings, mesh: Mesh) -> None:
         )
 
 
-def check_caches(model: config.Model, settings: Settings, run: Run, mesh: Mesh, rows: int) -> None:
+def check_caches(model: config.Model, settings: Settings, execution: Execution, mesh: Mesh, rows: int) -> None:
     """ValueError where the devices cannot hold the keys and values of `rows` prompts, which are read together."""
     evaluations = [EVALS[name] for name in settings.evals]
     lengths = [length for x in evaluations if x.uses_engine for length in x.lengths(settings)]
     if lengths:
         longest = max(lengths)
-        size = rows * flops.cache_bytes(model, longest, run.dtype.itemsize)
+        size = rows * flops.cache_bytes(model, longest, execution.dtype.itemsize)
         what = f"keys and values of {rows} prompts of {longest:,} tokens"
         _check_fits(what, size, device_memory(mesh), "shorter --lengths, or fewer --rows")
 

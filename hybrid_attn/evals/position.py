@@ -25,15 +25,15 @@ from hybrid_attn.evals.evaluation import (
 from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
-from hybrid_attn.model import Run, losses
+from hybrid_attn.model import Execution, losses
 from hybrid_attn.model.loss import bits_per_byte
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
-PARTS = ("recall", "rest")
+BIGRAM_PARTS = ("recall", "rest")
 FIRST_EDGE = 16  # tokens; the edges after it double
 
 
-def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
+def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """One record per bucket of positions, [first, end) tokens into the document within its row, then one for all.
 
     Losses are nats per token, and bits per byte over the UTF-8 bytes of the scored tokens; `stderr` is the loss' standard
@@ -45,7 +45,7 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     edges = bucket_edges(spec.length)
     batch = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
     batches = [
-        jax.device_get(_score(eval_model.model, eval_model.run, edges, eval_model.params, arrays))
+        jax.device_get(_score(eval_model.model, eval_model.execution, edges, eval_model.params, arrays))
         for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, eval_model.mesh)
     ]
     sums = np.concatenate(batches, -1).astype(float)
@@ -53,7 +53,7 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     *buckets, total = _records(spec.length, edges, sums.sum(0), {})
     nll_B, count_B, _ = sums.sum((0, 2))
     yield from (*buckets, total | {"by_row": (nll_B[count_B > 0] / count_B[count_B > 0]).tolist()})
-    for part, of_part in zip(PARTS, sums, strict=True):
+    for part, of_part in zip(BIGRAM_PARTS, sums, strict=True):
         yield from _records(spec.length, edges, of_part, {"part": part})
 
 
@@ -82,9 +82,9 @@ def bucket_edges(length: int) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _score(model: Model, run: Run, edges: tuple[int, ...], params: dict, batch: dict):
+def _score(model: Model, execution: Execution, edges: tuple[int, ...], params: dict, batch: dict):
     """Summed loss, number of scored tokens and their bytes, of each part, bucket and row: [parts, 3, buckets, B]."""
-    nll_BT, _ = losses(model, params, batch, run)
+    nll_BT, _ = losses(model, params, batch, execution)
     pos_BT, weights_BT = batch["positions"], batch["weights"]
     recalled_BT = recalled(batch["tokens"], batch["targets"], batch["segments"])
     sums = [
@@ -113,7 +113,7 @@ def recalled(tokens_BT: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
-    return measured_of_source(unit, run(context.eval_model, spec))
+    return measured_of_source(unit, records_of(context.eval_model, spec))
 
 
 def section(runs: Sequence) -> list:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from hybrid_attn import config
 from hybrid_attn.evals.report import layers
 from hybrid_attn.files import object_of
-from hybrid_attn.model import Run, flops
+from hybrid_attn.model import Execution, flops
 
 
 def provenance(
@@ -22,7 +22,7 @@ def provenance(
     values: Mapping,
     tokenizer,
     text: str,
-    run: Run,
+    execution: Execution,
     mesh: Mesh,
 ) -> dict:
     """What run.json says of the model of `c` (its full config is `values`) at `step`; `text` hides the needles."""
@@ -39,7 +39,7 @@ def provenance(
         "revision": revision(Path(__file__)),
         "jax": jax.__version__,
         "device": mesh.devices.flat[0].device_kind,
-        "dtype": str(run.dtype),
+        "dtype": str(execution.dtype),
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device",
     }
 

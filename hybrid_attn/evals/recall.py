@@ -20,13 +20,13 @@ from hybrid_attn.evals.evaluation import Evaluation, Headline, check_row, check_
 from hybrid_attn.evals.fields import NAME, SHARE, SIZE, list_of
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
-from hybrid_attn.model import Run, apply, logits
+from hybrid_attn.model import Execution, apply, logits
 from hybrid_attn.parallel.mesh import BATCH
 
 TOKENS = 8192  # of a batch on each of its shards: their logits all exist at once
 
 
-def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
+def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """One record: of the answers in `spec.tokens` tokens of rows of `spec.length` the share that is right, in all and by row.
 
     The row holds the right answers, so that one does not suffer from another.
@@ -35,7 +35,7 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     batch = max(1, TOKENS // spec.length) * math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
     number = -(-spec.tokens // spec.length)
     batches = [
-        jax.device_get(_right(eval_model.model, eval_model.run, eval_model.params, arrays))
+        jax.device_get(_right(eval_model.model, eval_model.execution, eval_model.params, arrays))
         for arrays in heldout_batches(rows, number, batch, eval_model.mesh)
     ]
     sums = np.concatenate(batches, 1)[:, :number]
@@ -46,9 +46,9 @@ def run(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _right(model: Model, run: Run, params: dict, batch: dict):
+def _right(model: Model, execution: Execution, params: dict, batch: dict):
     """Right answers, answers, and the log-sum-exp over the answers' logits, which shows NaN, of each row: [3, B]."""
-    x_BTD = apply(model, params, batch["tokens"], batch["positions"], batch["segments"], run)
+    x_BTD = apply(model, params, batch["tokens"], batch["positions"], batch["segments"], execution)
     logits_BTV, weights_BT = logits(model, params, x_BTD), batch["weights"]
     right_BT = jnp.argmax(logits_BTV, -1) == batch["targets"]
     lse_BT = jax.nn.logsumexp(logits_BTV, -1)
@@ -62,7 +62,7 @@ def parts(context: EvalContext, settings: Settings) -> tuple[str, ...]:
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     spec = Spec(context.tasks[unit.part], unit.length, settings.tokens)
-    return measured_of_source(unit, run(context.eval_model, spec))
+    return measured_of_source(unit, records_of(context.eval_model, spec))
 
 
 def empty(context: EvalContext) -> tuple[str, str]:

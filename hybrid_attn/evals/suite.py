@@ -94,7 +94,7 @@ def _without_data(settings: Settings, context: EvalContext, measured: set[str]) 
     return absent
 
 
-def run(
+def measure_units(
     context: EvalContext,
     settings: Settings,
     provenance: Mapping,

@@ -14,7 +14,7 @@ from hybrid_attn.evals import ruler
 from hybrid_attn.evals.ruler import compat
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.infer.engine import Engine
-from hybrid_attn.model import Run
+from hybrid_attn.model import Execution
 
 RECALL = {name: Task(name, pairs) for name, pairs in (("recall", 4), ("mqar", 4), ("copy", 1), ("tracking", 2))}
 
@@ -30,7 +30,7 @@ class EvalModel(NamedTuple):
 
     model: Model
     params: dict
-    run: Run
+    execution: Execution
     mesh: Mesh
     tokenizer: object
 

@@ -35,7 +35,7 @@ from hybrid_attn.infer.requests import (
 )
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.steps import SLICE, DecodeSlice, DecodeState, StepConfig, decode, prefill, score
-from hybrid_attn.model import run_on
+from hybrid_attn.model import execution_on
 from hybrid_attn.model.extend import unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
 
@@ -141,8 +141,8 @@ class Engine:
         options = options.on(self.mesh)
         self.chunk, self.capacity, self.batch_size = options.chunk, options.capacity, options.batch_size
         self.quantised, self.model = options.cache == "int8", config.model
-        self.run = run_on(self.mesh.devices.flat[0].platform, config.model, config.train)
-        self.weights = WEIGHTS(config.model, params, self.run.dtype)
+        self.execution = execution_on(self.mesh.devices.flat[0].platform, config.model, config.train)
+        self.weights = WEIGHTS(config.model, params, self.execution.dtype)
         self.timing = Timing()
         self._limits = Limits(config.model, options.capacity)
         self._programs: dict[tuple, Callable] = {} if programs is None else programs
@@ -202,7 +202,7 @@ class Engine:
         chunk = min(self.chunk, context * caches.power_of_two(max(-(-longest // context), MIN_CHUNK)))
         chunk = max(chunk, caches.power_of_two(min_chunk))
         capacity = chunk * caches.power_of_two(-(-total // chunk))
-        return Sizes(StepConfig(self.model, self.run, chunk // context), chunk, capacity)
+        return Sizes(StepConfig(self.model, self.execution, chunk // context), chunk, capacity)
 
     def _padded(self, count: int) -> int:
         """The size of the batch in which `count` requests are read."""
@@ -284,11 +284,11 @@ class Engine:
             yield self._place(tokens_BT, TOKENS_BT), self._place(counts_B, P(BATCH))
 
     def _new_cache(self, batch_size: int, sizes: Sizes) -> Cache:
-        static_args = self.model, batch_size, sizes.capacity, sizes.chunk, self.run.dtype, self.quantised
+        static_args = self.model, batch_size, sizes.capacity, sizes.chunk, self.execution.dtype, self.quantised
         return self._execute(caches.empty, static_args)
 
     def _zeros(self, batch_size: int) -> jax.Array:
-        return self._place(np.zeros((batch_size, self.model.d_model), self.run.dtype), P(BATCH, None))
+        return self._place(np.zeros((batch_size, self.model.d_model), self.execution.dtype), P(BATCH, None))
 
     def _new_state(self, batch_size: int, sizes: Sizes) -> DecodeState:
         return DecodeState(self._new_cache(batch_size, sizes), self._zeros(batch_size))

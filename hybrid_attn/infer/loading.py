@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from hybrid_attn import checkpoint, config
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, check_vocab, load_tokenizer
 from hybrid_attn.files import read_object
-from hybrid_attn.model import flops
+from hybrid_attn.model import abstract_params
 from hybrid_attn.parallel import fit
 from hybrid_attn.trees import check
 
@@ -44,7 +44,8 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
     name, mesh = name_of(directory, step), jax.sharding.get_mesh()
     c, tokenizer = described(directory, step)
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), flops.shapes(c.model)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)),
+        abstract_params(c.model),
     )
     try:
         return Loaded(c, checkpoint.read_params(directory, abstract, step), tokenizer)

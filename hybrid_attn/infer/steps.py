@@ -14,7 +14,7 @@ from hybrid_attn.config import LayerType, Model
 from hybrid_attn.infer.cache.attend import attend as attend_in_cache
 from hybrid_attn.infer.cache.shapes import Cache, LayerCache, LayerSettings
 from hybrid_attn.infer.sampling import Sampling, sample
-from hybrid_attn.model import Run, logits, unembedding
+from hybrid_attn.model import Execution, logits, unembedding
 from hybrid_attn.model.attention import Attend
 from hybrid_attn.model.extend import layer_by_layer
 from hybrid_attn.model.loss import token_losses
@@ -27,7 +27,7 @@ class StepConfig(NamedTuple):
     """What a step is compiled for, besides shapes."""
 
     model: Model
-    run: Run
+    execution: Execution
     span: int  # a `context` shard's part of a chunk, in slots; see infer/cache/attend.py
 
 
@@ -62,7 +62,7 @@ def extend(
 
     def cached(layer: LayerCache) -> Attend:
         def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, layer_type: LayerType, scale: float):
-            settings = LayerSettings(layer_type, scale, config.run.kernel, config.span)
+            settings = LayerSettings(layer_type, scale, config.execution.kernel, config.span)
             qkv = q_BTNH, k_BTKH, v_BTKH
             o_BTNH, new_layer = attend_in_cache(qkv, layer, settings, cache.lengths_B, counts_B, sinks_N)
             return o_BTNH, (new_layer, None if settings.is_ring else q_BTNH)
@@ -70,7 +70,7 @@ def extend(
         return attend
 
     attends = [cached(layer) for layer in cache.layers]
-    x_BTD, states = layer_by_layer(config.model, weights, tokens_BT, position_BT, attends, config.run)
+    x_BTD, states = layer_by_layer(config.model, weights, tokens_BT, position_BT, attends, config.execution)
     layers, queries = zip(*states, strict=True)
     return x_BTD, Cache(layers, cache.lengths_B + counts_B), queries
 
@@ -91,7 +91,7 @@ def score(config: StepConfig, weights, cache: Cache, tokens_BT, targets_BT, coun
     """The cache after a chunk, and the negative log-probability [B, T] of each token's target, on every device."""
     x_BTD, cache, _ = extend(config, weights, tokens_BT, counts_B, cache)
     table_VD = unembedding(config.model, weights)
-    return cache, jax.reshard(token_losses(config.model, table_VD, x_BTD, targets_BT, config.run.loss_chunk)[0], P())
+    return cache, jax.reshard(token_losses(config.model, table_VD, x_BTD, targets_BT, config.execution.loss_chunk)[0], P())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))

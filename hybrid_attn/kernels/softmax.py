@@ -28,18 +28,22 @@ class OnlineSoftmax(NamedTuple):
 
     def add(self, s_BKMC: jax.Array, v_BKCH: jax.Array) -> "OnlineSoftmax":
         """The state after another tile of keys, of scores `s_BKMC`."""
-        max_BKM = jnp.maximum(self.running_max_BKM, s_BKMC.max(-1))
-        p_BKMC = jnp.exp(s_BKMC - max_BKM[..., None])
-        decay_BKM = jnp.exp(self.running_max_BKM - max_BKM)
+        max_BKM, denominator_BKM, p_BKMC, decay_BKM = add_scores(self.running_max_BKM, self.denominator_BKM, s_BKMC)
         o_BKMH = jnp.einsum("BKMC,BKCH->BKMH", p_BKMC.astype(v_BKCH.dtype), v_BKCH, preferred_element_type=jnp.float32)
-        return OnlineSoftmax(
-            max_BKM, decay_BKM * self.denominator_BKM + p_BKMC.sum(-1), decay_BKM[..., None] * self.o_BKMH + o_BKMH
-        )
+        return OnlineSoftmax(max_BKM, denominator_BKM, decay_BKM[..., None] * self.o_BKMH + o_BKMH)
 
     def result(self) -> tuple[jax.Array, jax.Array]:
         """(o_BKMH, lse_BKM), both float32."""
         safe_denominator_BKM, lse_BKM = log_sum_exp(self.running_max_BKM, self.denominator_BKM)
         return self.o_BKMH / safe_denominator_BKM[..., None], lse_BKM
+
+
+def add_scores(max_BT: jax.Array, denominator_BT: jax.Array, s_BTC: jax.Array) -> tuple[jax.Array, ...]:
+    """The running maximum and the denominator after the scores of more keys; p_BTC, and the factor of the earlier sums."""
+    new_max_BT = jnp.maximum(max_BT, s_BTC.max(-1))
+    p_BTC = jnp.exp(s_BTC - new_max_BT[..., None])
+    decay_BT = jnp.exp(max_BT - new_max_BT)
+    return new_max_BT, decay_BT * denominator_BT + p_BTC.sum(-1), p_BTC, decay_BT
 
 
 def log_sum_exp(max_BT: jax.Array, denominator_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from hybrid_attn.config import Model
 from hybrid_attn.model.attention import Attend
+from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.params import map_specs
-from hybrid_attn.model.transformer import Run, bind, final_norm, look_up, specs
+from hybrid_attn.model.transformer import bind, final_norm, look_up, specs
 
 
 def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
@@ -34,13 +35,13 @@ def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
 
 
 def layer_by_layer(
-    model: Model, weights: dict, tokens_BT: jax.Array, pos_BT: jax.Array, attends: Sequence[Attend], run: Run
+    model: Model, weights: dict, tokens_BT: jax.Array, pos_BT: jax.Array, attends: Sequence[Attend], execution: Execution
 ) -> tuple[jax.Array, list[Any]]:
     """Final normed activations [B, T, D], and what else each layer's own `attend` returns. `weights` are `unstacked`'s."""
-    x_BTD = look_up(weights["embed"], tokens_BT, run.dtype) * model.embed_scale
+    x_BTD = look_up(weights["embed"], tokens_BT, execution.dtype) * model.embed_scale
     states = []
     for letter, leaves, attend in zip(model.layers, weights["layers"], attends, strict=True):
-        mlp_chunk = run.mlp_chunk if tokens_BT.shape[1] > 1 else None
-        x_BTD, _, state = bind(model, letter, run.transform(leaves))(x_BTD, pos_BT, attend, mlp_chunk)
+        mlp_chunk = execution.mlp_chunk if tokens_BT.shape[1] > 1 else None
+        x_BTD, _, state = bind(model, letter, execution.transform(leaves))(x_BTD, pos_BT, attend, mlp_chunk)
         states.append(state)
     return final_norm(model, weights, x_BTD), states

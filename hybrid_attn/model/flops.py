@@ -11,22 +11,14 @@ import jax
 from hybrid_attn.config import Model
 from hybrid_attn.model.block import MIXERS
 from hybrid_attn.model.params import leaves_of
-from hybrid_attn.model.transformer import init, layer_specs
-from hybrid_attn.parallel.mesh import abstract_mesh
+from hybrid_attn.model.transformer import abstract_params, layer_specs
 
 TRAIN = 3  # forward passes that a training step costs: one forward, and twice that backward
 
 
 def parameters(model: Model) -> int:
     """Number of parameters, without making them."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes(model)))
-
-
-def shapes(model: Model):
-    """The tree of parameter shapes and dtypes, on the mesh in force or else on one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    with jax.sharding.use_abstract_mesh(abstract_mesh() if mesh.empty else mesh):
-        return jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(model)))
 
 
 def forward_flops_per_token(model: Model, length: int) -> float:

@@ -1,4 +1,4 @@
-"""The gated feed-forward, of whole rows or of some tokens at a time.
+"""The gated feed-forward, of all tokens at once or of some at a time.
 
 Letters: B batch, T tokens, D model, F feed-forward; of one device, n tokens flattened, I chunks of c tokens.
 """
@@ -46,8 +46,8 @@ class GatedMLP(nnx.Module):
 def in_chunks(activation: str, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array):
     """The feed-forward of `chunk` tokens of a device at a time: nothing of F outlives its chunk, forward or backward."""
 
-    def shard(x_BTD, *parts):
-        weights = (jax.lax.all_gather(part, "fsdp", axis=dim, tiled=True) for part, dim in zip(parts, (0, 0, 1), strict=True))
+    def shard(x_BTD, *shards):
+        weights = (jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True) for w, dim in zip(shards, (0, 0, 1), strict=True))
         D = x_BTD.shape[-1]
         x_nD = x_BTD.reshape(-1, D)
         n = len(x_nD)
@@ -75,9 +75,9 @@ def _forward(activation: str, x_IcD, w_gate, w_up, w_down):
     return y_IcD, (x_IcD, w_gate, w_up, w_down)
 
 
-def _backward(activation: str, kept, dy_IcD):
+def _backward(activation: str, residuals, dy_IcD):
     """By hand, for the gradients of the weights: autodiff transposes [c, F] arrays, which costs a CPU more than the rest."""
-    x_IcD, w_gate, w_up, w_down = kept
+    x_IcD, w_gate, w_up, w_down = residuals
 
     def chunk(sums, xs):
         x_cD, dy_cD = xs

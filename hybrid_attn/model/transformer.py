@@ -6,7 +6,6 @@ paths are names (`periods/L0/attention/q`); those under `periods` carry the peri
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn import config, kernels
-from hybrid_attn.config import LayerType, Model, Table, Train
+from hybrid_attn import kernels
+from hybrid_attn.config import LayerType, Model
 from hybrid_attn.model.attention import Attend
 from hybrid_attn.model.block import Aux, Block, added, residual_norm
+from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.model.params import embedding, map_weights, weights_of
 from hybrid_attn.parallel import context
@@ -35,51 +35,15 @@ CHECKPOINTS = {
     "attention": functools.partial(jax.checkpoint, policy=KEEP),
     "offload": functools.partial(jax.checkpoint, policy=OFFLOAD),
 }
-CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as whole rows, recomputation included
 
 
-def unchanged(leaves: dict) -> dict:
-    return leaves
-
-
-class Run(NamedTuple):
-    """How a model runs, which never changes the function that it computes: the `train` keys of configs/base.py, resolved."""
-
-    dtype: jnp.dtype
-    remat: Table[str, str]  # by the letter of the layer
-    context: Table[str, str]
-    zigzag: bool
-    kernel: str
-    loss_chunk: int
-    mlp_chunk: int | None
-    transform: Callable[[dict], dict] = unchanged  # of the leaves of a layer, of any structure, into those that it takes
-
-
-def run_on(platform: str, model: Model, train: Train) -> Run:
-    """The `Run` of `model` that `train` means on a platform ("cpu", "gpu" or "tpu").
-
-    NotImplementedError where the kernel does not run there, or does not give what the choice of remat keeps.
-    """
-    dtype = ("float32" if platform == "cpu" else "bfloat16") if train.dtype == "auto" else train.dtype
-    mlp_chunk = CPU_MLP_CHUNK if train.mlp_chunk is None and platform == "cpu" else train.mlp_chunk
-    kernel = kernels.choose(train.kernel, platform)
-    remat, schemes = config.remat(model, train), config.context(model, train)
-    if not kernels.KERNELS[kernel].saves_outputs and (wanted := {"attention", "offload"} & {*remat.values()}):
-        able = " or ".join(f'"{name}"' for name, x in kernels.KERNELS.items() if x.saves_outputs and platform in x.platforms)
-        raise NotImplementedError(
-            f'the kernel "{kernel}" runs again in the backward pass, and train.remat={" and ".join(sorted(wanted))} keeps '
-            f"its outputs so that it does not; use train.kernel={able}, or remat none or layer"
-        )
-    return Run(jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk)
-
-
-def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, run: Run, letter: str) -> Attend:
+def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution, letter: str) -> Attend:
     """Attention of a layer of that type to the tokens of its own packed sequences."""
 
     def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
         o_BTNH = context.attend(
             q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N, window=kind.window, chunk=kind.chunk, scale=scale,
-            softcap=kind.softcap, kernel=run.kernel, scheme=run.context[letter], zigzag=run.zigzag,
+            softcap=kind.softcap, kernel=execution.kernel, scheme=execution.context[letter], zigzag=execution.zigzag,
         )  # fmt: skip
         return o_BTNH, None
 
@@ -87,17 +51,17 @@ def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, run: Run, letter: str) -> At
 
 
 def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows [B, T, D] of a table split over `tensor` by words and over `fsdp` by dimensions; the table never moves.
+    """Embeddings [B, T, D] from a table whose vocabulary is split over `tensor` and whose dimensions are split over `fsdp`.
 
-    Each shard looks up its part of the rows that its `fsdp` group wants, and they exchange them; those of words that another
-    `tensor` shard has are zeros, and summed. The gradient is added up in the table's own precision.
+    The table never moves. Each shard looks up its dimensions of the tokens of its `fsdp` group, and an all-to-all hands them
+    over. Embeddings that another `tensor` shard has are zeros, and summed. The gradient is summed in the table's precision.
     """
 
     def shard(embed_VD, tokens_BT):
         local_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
         local_BT -= jax.lax.axis_index("tensor") * embed_VD.shape[0]
-        here_BT = (local_BT >= 0) & (local_BT < embed_VD.shape[0])
-        x_BTD = jnp.where(here_BT[..., None], embed_VD[jnp.where(here_BT, local_BT, 0)].astype(dtype), 0)
+        is_local_BT = (local_BT >= 0) & (local_BT < embed_VD.shape[0])
+        x_BTD = jnp.where(is_local_BT[..., None], embed_VD[jnp.where(is_local_BT, local_BT, 0)].astype(dtype), 0)
         return jax.lax.psum(jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True), "tensor")
 
     tokens = spec_of(tokens_BT)
@@ -132,13 +96,23 @@ def init(model: Model, key: jax.Array) -> dict:
     return map_weights(lambda weight: weight[...], _weights(model, nnx.Rngs(params=key)))
 
 
+def abstract_params(model: Model) -> dict:
+    """Shapes, dtypes and shardings of the parameters, as `init` makes them on the mesh in force, or else on one device."""
+    return _eval_shape(lambda: init(model, jax.random.key(0)))
+
+
 @functools.cache
 def specs(model: Model) -> dict:
     """The `ParamSpec` of every parameter, as a nested dict like that of `init`; those under `periods` are of one period."""
+    weights = _eval_shape(lambda: _weights(model, nnx.Rngs(params=jax.random.key(0))))
+    return map_weights(lambda weight: weight.spec, weights)
+
+
+def _eval_shape(function: Callable[[], dict]) -> dict:
+    """What `function` returns, without computing it."""
     mesh = jax.sharding.get_abstract_mesh()
     with jax.sharding.use_abstract_mesh(abstract_mesh() if mesh.empty else mesh):
-        weights = jax.eval_shape(lambda: _weights(model, nnx.Rngs(params=jax.random.key(0))))
-    return map_weights(lambda weight: weight.spec, weights)
+        return jax.eval_shape(function)
 
 
 def layer_specs(model: Model) -> list[tuple[str, int, dict]]:
@@ -152,17 +126,19 @@ def layer_specs(model: Model) -> list[tuple[str, int, dict]]:
     ]  # fmt: skip
 
 
-def apply(model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run) -> jax.Array:
+def apply(
+    model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution
+) -> jax.Array:
     """Final normed activations [B, T, D] of int32 tokens; positions restart with each document, segment 0 is padding."""
-    inputs = context.to_zigzag(tuple(jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT)), run.zigzag)
-    return context.from_zigzag(apply_in_zigzag(model, params, *inputs, run)[0], run.zigzag)
+    inputs = context.to_zigzag(tuple(jax.reshard(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT)), execution.zigzag)
+    return context.from_zigzag(apply_in_zigzag(model, params, *inputs, execution)[0], execution.zigzag)
 
 
 def apply_in_zigzag(
-    model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, run: Run
+    model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution
 ) -> tuple[jax.Array, Aux]:
     """`apply` to tokens that `context.to_zigzag` has ordered, whose activations keep that order; and the layers' scalars."""
-    attends = {letter: in_packed(pos_BT, seg_BT, run, letter) for letter in sorted(set(model.layers))}
+    attends = {letter: in_packed(pos_BT, seg_BT, execution, letter) for letter in sorted(set(model.layers))}
 
     def layers(x_BTD: jax.Array, leaves: dict, letters: str) -> tuple[jax.Array, Aux]:
         total: Aux = {}
@@ -171,14 +147,14 @@ def apply_in_zigzag(
             def layer(leaves: dict, x_BTD: jax.Array, letter: str = letter) -> tuple[jax.Array, Aux]:
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
-                return bind(model, letter, run.transform(leaves))(x_BTD, pos_BT, attends[letter], run.mlp_chunk)[:2]
+                return bind(model, letter, execution.transform(leaves))(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)[:2]
 
             with jax.named_scope(slot):
-                x_BTD, aux = CHECKPOINTS[run.remat[letter]](layer)(leaves[slot], x_BTD)
+                x_BTD, aux = CHECKPOINTS[execution.remat[letter]](layer)(leaves[slot], x_BTD)
             total = added(total, aux)
         return x_BTD, total
 
-    x_BTD, aux = look_up(params["embed"], tokens_BT, run.dtype) * model.embed_scale, {}
+    x_BTD, aux = look_up(params["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}
     if model.num_periods:
         x_BTD, by_period = jax.lax.scan(lambda x, leaves: layers(x, leaves, model.pattern), x_BTD, params["periods"])
         aux = jax.tree.map(lambda values: values.sum(0), by_period)
@@ -188,18 +164,18 @@ def apply_in_zigzag(
     return final_norm(model, params, x_BTD), aux
 
 
-def losses(model: Model, params: dict, batch: dict, run: Run) -> tuple[jax.Array, jax.Array]:
+def losses(model: Model, params: dict, batch: dict, execution: Execution) -> tuple[jax.Array, jax.Array]:
     """Negative log-probability of each target of a batch and log-sum-exp of its logits, [B, T] float32."""
-    return losses_and_aux(model, params, batch, run)[:2]
+    return losses_and_aux(model, params, batch, execution)[:2]
 
 
-def losses_and_aux(model: Model, params: dict, batch: dict, run: Run) -> tuple[jax.Array, jax.Array, Aux]:
+def losses_and_aux(model: Model, params: dict, batch: dict, execution: Execution) -> tuple[jax.Array, jax.Array, Aux]:
     """`losses`, and the scalars of the layers (`block.FeedForward`), summed over them."""
     names = ("tokens", "positions", "segments", "targets")
-    *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), run.zigzag)
-    x_BTD, aux = apply_in_zigzag(model, params, *inputs, run)
-    nll_BT, lse_BT = token_losses(model, unembedding(model, params), x_BTD, targets_BT, run.loss_chunk)
-    return *context.from_zigzag((nll_BT, lse_BT), run.zigzag), aux
+    *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), execution.zigzag)
+    x_BTD, aux = apply_in_zigzag(model, params, *inputs, execution)
+    nll_BT, lse_BT = token_losses(model, unembedding(model, params), x_BTD, targets_BT, execution.loss_chunk)
+    return *context.from_zigzag((nll_BT, lse_BT), execution.zigzag), aux
 
 
 def bind(model: Model, letter: str, leaves: dict) -> Block:

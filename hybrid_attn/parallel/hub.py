@@ -19,6 +19,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
+from hybrid_attn.files import object_of
+
 # Seconds without a message after which a process is given up. Longer than the half minute for which a live migration or memory
 # pressure may stop a virtual machine; all other processes wait that long.
 SILENCE = 60
@@ -345,12 +347,9 @@ def _processes(numbers: list[int]) -> str:
 
 def _message(line: bytes) -> dict:
     try:
-        message = json.loads(line)
-    except (ValueError, RecursionError):
-        message = None
-    if not isinstance(message, dict):
-        raise ValueError(repr(bytes(line[:100])))
-    return message
+        return object_of(line, "a message")
+    except ValueError as cause:
+        raise ValueError(repr(bytes(line[:100]))) from cause
 
 
 def _wait_until_closed(links: list[Link], seconds: float) -> None:

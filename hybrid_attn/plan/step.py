@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from hybrid_attn.config import Config
 from hybrid_attn.data.packed import ARRAYS
-from hybrid_attn.model import flops, run_on
+from hybrid_attn.model import execution_on, flops
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
@@ -47,14 +47,14 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     mesh, of_stage = make_mesh(c.mesh, target.devices), c.at(stage)
     fit.check(c, mesh.shape)
     batch, length = of_stage.batch, of_stage.seq_len
-    run = run_on(target.platform, of_stage.model, of_stage.train)
+    execution = execution_on(target.platform, of_stage.model, of_stage.train)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, TOKENS_BT)
         arrays = {
             name: jax.ShapeDtypeStruct((batch, length), jnp.float32 if name in FLOATS else jnp.int32, sharding=sharding)
             for name in ARRAYS
         }
-        compiled = make_step(of_stage, run).lower(abstract_state(c, mesh), arrays).compile()
+        compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), arrays).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
     per_token = flops.train_flops_per_token(c.model, length)
     return Plan(

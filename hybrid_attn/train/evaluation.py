@@ -17,7 +17,7 @@ from hybrid_attn.evals.report import contents
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import EvalContext, Settings, Unit
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
-from hybrid_attn.model import Run
+from hybrid_attn.model import Execution
 from hybrid_attn.parallel.mesh import BATCH, broadcast_from_first
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.overview import evaluation_tables
@@ -41,7 +41,9 @@ class Evaluations:
     Every process of a run makes the same calls; the first one writes.
     """
 
-    def __init__(self, c: config.Config, run: Run, mesh: Mesh, tokenizer, loaded: Mapping[str, Corpus], workdir: str):
+    def __init__(
+        self, c: config.Config, execution: Execution, mesh: Mesh, tokenizer, loaded: Mapping[str, Corpus], workdir: str
+    ):
         """`loaded` are the corpora by source. Call `draw_questions` before the rest."""
         self.folder = Path(workdir) / "evals"
         lengths = tuple(dict.fromkeys(round(multiple * c.at(-1).seq_len) for multiple in c.evals.lengths))
@@ -56,12 +58,12 @@ class Evaluations:
             haystack_text = haystack.of_documents(documents, tokenizer) if documents else haystack.of_files(())
         tasks = {name: x for name, x in heldout.items() if name not in self.texts}
         self.context = EvalContext(
-            EvalModel(c.model, {}, run, mesh, tokenizer), None, heldout, haystack_text, {}, c.at(-1).seq_len, tasks=tasks
+            EvalModel(c.model, {}, execution, mesh, tokenizer), None, heldout, haystack_text, {}, c.at(-1).seq_len, tasks=tasks
         )
         options = _engine_options(c, mesh, lengths)
         self.engine = functools.partial(Engine, config=c, options=options, programs={}) if uses_engine else lambda _: None
         # the step is set for each evaluation
-        self.about = provenance(str(workdir), 0, c, config.to_dict(c), tokenizer, haystack_text, run, mesh)
+        self.about = provenance(str(workdir), 0, c, config.to_dict(c), tokenizer, haystack_text, execution, mesh)
         trust = bool(corpora.locations(c.data, c.sources))
         self.about["data"] = {"trust_checkpoint_data": trust, "text": None}  # no flag names the text that hides needles
         self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}
@@ -124,7 +126,7 @@ class Evaluations:
             return broadcast_from_first(asked_to_stop()) and number < of
 
         try:
-            complete = suite.run(context, self.settings, about, folder, self.folder / "samples", done)
+            complete = suite.measure_units(context, self.settings, about, folder, self.folder / "samples", done)
         except FloatingPointError as error:  # on every process; the steps to come are worth more than these numbers
             metrics.say(f"evaluation of step {metrics.step} failed: {error}; training is not affected")
             return True

@@ -13,7 +13,7 @@ from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline
 from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, check_vocab, load_tokenizer
-from hybrid_attn.model import run_on
+from hybrid_attn.model import execution_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
@@ -50,7 +50,7 @@ def train(
     mesh, data = make_mesh(c.mesh), load_data(c)
     if peers:
         peers.agree(data_identity(data.corpora, data.tokenizer))
-    run = run_on(jax.default_backend(), c.model, c.train)
+    execution = execution_on(jax.default_backend(), c.model, c.train)
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh):
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
         try:
@@ -59,14 +59,14 @@ def train(
             recorded["skipped_steps"] = skipped = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
             begins = "none found; starting at step 0" if new else restored(start, recorded)
             history = [f"checkpoint   {begins}", *past(c, checkpoints, start, recorded, allow_lr_jump)]
-            evaluations = Evaluations(c, run, mesh, data.tokenizer, data.corpora, workdir)
+            evaluations = Evaluations(c, execution, mesh, data.tokenizer, data.corpora, workdir)
             evaluations.draw_questions()
-            peak, source = peak_flops(jax.devices()[0], run.dtype)
+            peak, source = peak_flops(jax.devices()[0], execution.dtype)
             set_aside_lines = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
             metrics.open()
-            peak_line = f"{peak * mesh.size:.4g} FLOP/s in {run.dtype}, {source}; MFU is the share of it"
-            description = summary(c, run, mesh, peak_line, data.stages, workdir, start)
+            peak_line = f"{peak * mesh.size:.4g} FLOP/s in {execution.dtype}, {source}; MFU is the share of it"
+            description = summary(c, execution, mesh, peak_line, data.stages, workdir, start)
             for line in (*set_aside_lines, *description, *history, *evaluations.left_out()):
                 metrics.say(line)
             if start == c.total_steps and evaluations.is_done(start):

@@ -1,6 +1,5 @@
 """Records of earlier runs in a workdir: renamed where the run that continues would overwrite and not repeat them."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -37,10 +36,9 @@ def set_aside(workdir: Path, start: int, replayed: int) -> list[str]:
 def step_of(line: str | bytes) -> int | None:
     """The step of a line of JSON, None if it has none."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        step = files.object_of(line, "it").get("step")
+    except ValueError:
         return None
-    step = record.get("step") if isinstance(record, dict) else None
     return step if type(step) is int else None
 
 

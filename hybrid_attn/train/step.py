@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Config, StageConfig
-from hybrid_attn.model import Run, init, run_on
+from hybrid_attn.model import Execution, execution_on, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
 from hybrid_attn.train.extras import Extra
 from hybrid_attn.train.objectives import OBJECTIVES, Objective
@@ -77,7 +77,7 @@ def parts(batch: dict, number: int) -> dict:
     return {name: cut(jax.reshard(x_BT, TOKENS_BT)) for name, x_BT in batch.items()}
 
 
-def make_step(config: StageConfig, run: Run) -> Step:
+def make_step(config: StageConfig, execution: Execution) -> Step:
     """The jitted step of a stage, `step(state, batch) -> (state, metrics)`; it donates its state.
 
     More microbatches compute the same step in less memory. The norms are those of the gradient and of the new parameters,
@@ -89,7 +89,7 @@ def make_step(config: StageConfig, run: Run) -> Step:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        (loss, sums), grads = loss_and_gradient(config, run, objective, state.params, batch)
+        (loss, sums), grads = loss_and_gradient(config, execution, objective, state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         extras = {name: extra.update(state.extras[name], params, sums) for name, extra in objective.extras.items()}
@@ -107,16 +107,18 @@ def make_step(config: StageConfig, run: Run) -> Step:
 
 def make_steps(config: Config, platform: str) -> list[Step]:
     """The step of each stage; stages whose steps are the same program share it, so that it is compiled once."""
-    steps = {stage: make_step(stage, run_on(platform, stage.model, stage.train)) for stage in dict.fromkeys(config.each_stage)}
+    steps = {
+        stage: make_step(stage, execution_on(platform, stage.model, stage.train)) for stage in dict.fromkeys(config.each_stage)
+    }
     return [steps[stage] for stage in config.each_stage]
 
 
-def loss_and_gradient(config: StageConfig, run: Run, objective: Objective, params: dict, batch: dict):
+def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, params: dict, batch: dict):
     """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other."""
     weight, microbatches = jnp.maximum(objective.weight(batch), 1.0), config.microbatches
 
     def loss_of(params, part):
-        total, sums = objective.loss(config, params, part, run)
+        total, sums = objective.loss(config, params, part, execution)
         loss = total / weight
         return (loss + sums["aux_loss"] / microbatches if "aux_loss" in sums else loss), sums
 

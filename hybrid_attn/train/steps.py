@@ -47,7 +47,7 @@ def run_steps(context: TrainContext, state: TrainState, start: int) -> tuple[Tra
     The metrics of a step are read after the next step is dispatched. Every `evals.every` steps the parameters are evaluated;
     those of `start` too, because an earlier process may have been stopped before their evaluation ended.
     """
-    return _Loop(context, state, start).run()
+    return _Loop(context, state, start).train()
 
 
 class _Dispatched(NamedTuple):
@@ -68,7 +68,7 @@ class _Loop:
         self.compiled = set()  # the step functions that have been called
         self.restart_clock()
 
-    def run(self) -> tuple[TrainState, int]:
+    def train(self) -> tuple[TrainState, int]:
         c, stop = self.context.config, self.context.stop
         while self.step < c.total_steps and not stop.reached(self.step):
             if self.evaluation_is_due() and not self.evaluate():

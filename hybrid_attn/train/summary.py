@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 from hybrid_attn.config import Config, LayerType, reach
 from hybrid_attn.data.pipeline import MixedSequences
 from hybrid_attn.data.synthetic import SyntheticSequences
-from hybrid_attn.model import Run, flops
+from hybrid_attn.model import Execution, flops
 
 
 def summary(
-    c: Config, run: Run, mesh: Mesh, peak: str, sequences: Sequence[MixedSequences], workdir: str, start: int
+    c: Config, execution: Execution, mesh: Mesh, peak: str, sequences: Sequence[MixedSequences], workdir: str, start: int
 ) -> list[str]:
     """Parameters, layout, mesh, kernel, data, the sources of each stage, tokens and FLOPs per step, peak and workdir.
 
@@ -25,8 +25,8 @@ def summary(
     layer_types = "; ".join(f"{letter} = {describe(c.model.kinds[letter])}" for letter in sorted(set(c.model.layers)))
     device = jax.devices()[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    schemes = {letter: f"{scheme}{', zigzag' if run.zigzag else ''}" for letter, scheme in run.context.items()}
-    remat = by_layer_type(run.remat)
+    schemes = {letter: f"{scheme}{', zigzag' if execution.zigzag else ''}" for letter, scheme in execution.context.items()}
+    remat = by_layer_type(execution.remat)
     context = f"; sequences are split by {by_layer_type(schemes)}" if mesh.shape["context"] > 1 else ""
     many_stages = len(c.stages) > 1
     of = f", in stage {stage.index + 1}" if many_stages else ""
@@ -35,7 +35,8 @@ def summary(
         f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
         f"layout       {c.model.layers}: {layer_types}",
         f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}{context}",
-        f"kernel       {run.kernel} on {device.platform}; activations {run.dtype}, parameters float32, remat {remat}",
+        f"kernel       {execution.kernel} on {device.platform}; "
+        f"activations {execution.dtype}, parameters float32, remat {remat}",
         f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
         *(
             line

@@ -5,14 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, on_mesh, random_params, tiny
+from conftest import BLOCKED, on_mesh, random_params, tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from hybrid_attn import config  # noqa: E402
 from hybrid_attn.convert import families, hf  # noqa: E402
-from hybrid_attn.model import apply, flops, logits  # noqa: E402
+from hybrid_attn.model import abstract_params, apply, logits  # noqa: E402
 from hybrid_attn.train.optim import optimiser  # noqa: E402
 from hybrid_attn.train.step import TrainState, make_step  # noqa: E402
 
@@ -69,7 +69,7 @@ def theirs(request, tmp_path):
 def ours_of(directory):
     described = hf.read_config(directory)
     model = families.model_of(described)
-    return model, hf.read_params(directory, model, described["model_type"], flops.shapes(model))
+    return model, hf.read_params(directory, model, described["model_type"], abstract_params(model))
 
 
 def batch_of(length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +86,7 @@ def our_logits(model, params, tokens, mask):
 
     @jax.jit
     def run(params, tokens, positions, segments):
-        return logits(model, params, apply(model, params, tokens, positions, segments, RUN))
+        return logits(model, params, apply(model, params, tokens, positions, segments, BLOCKED))
 
     return np.asarray(run(params, batch["tokens"], batch["positions"], batch["segments"])) * mask[..., None]
 
@@ -112,7 +112,7 @@ def opened(directory):
 
 def export(directory, model, params, model_type):
     directory.mkdir()
-    shapes = {path: x.shape for path, x in hf.flat(flops.shapes(model)).items()}
+    shapes = {path: x.shape for path, x in hf.flat(abstract_params(model)).items()}
     described = hf.describe(model, directory, 256, model_type)
     hf.write(directory, model, described, shapes, hf.by_period(params), "float32", 50_000)
     return directory
@@ -126,7 +126,7 @@ def one_training_step(model, params):
     batch |= {"positions": np.tile(np.arange(16, dtype=np.int32), (2, 1)), "segments": np.ones(shape, np.int32)}
     batch |= {"weights": np.ones(shape, np.float32), "bytes": np.ones(shape, np.float32)}
     state = TrainState(jax.numpy.int32(0), params, optimiser(c).init(params))
-    return make_step(c.at(0), RUN)(state, on_mesh(batch))[0].params
+    return make_step(c.at(0), BLOCKED)(state, on_mesh(batch))[0].params
 
 
 def test_logits_agree_at_every_length_and_after_training_in_both_directions(theirs, tmp_path, one_device):

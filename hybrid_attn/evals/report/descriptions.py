@@ -9,7 +9,7 @@ from hybrid_attn.evals.report.fields import DATA
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.table import EVALS
 
-PARTS = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
+PART_NAMES = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 TASKS = {
     "recall": "pairs of letters in noise, then keys whose value is asked for",
     "mqar": "pairs, then each key once more among random words (zoology's multi-query associative recall)",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from hybrid_attn.evals.report import contents, escape, pictures
 from hybrid_attn.evals.report.canvas import Picture
-from hybrid_attn.evals.report.descriptions import PARTS
+from hybrid_attn.evals.report.descriptions import PART_NAMES
 from hybrid_attn.evals.report.records import grouped
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.section import Section
@@ -27,7 +27,7 @@ def position(runs: Sequence[Run]) -> list[Section]:
                 lines.setdefault(f"rows of {tokens(length)}", []).append((runs[i].name, i, [r for *_, r in line]))
             baselines = (bigrams(runs, source) if part == "all" else {}) | level
             figure = pictures.loss_by_position(lines, [run.trained for run in runs], baselines)
-            what = f"{source}, {PARTS.get(part, part)}."
+            what = f"{source}, {PART_NAMES.get(part, part)}."
             caption = _finding(runs, source, part) or what.replace(f"{source}, ", f"{source}: ", 1)
             name = f"loss_{escape.file_name(source)}_{part}"
             drawn.append(Picture(name, caption, figure, f"{what} {INTERVALS}", "loss_by_position"))
@@ -48,7 +48,8 @@ def _finding(runs: Sequence[Run], source: str, part: str) -> str:
         if record and part == "all" and (text := gain(run, record)):
             return f"{run.name}, {source}: {text}."
         if record and part != "all" and record["loss"] is not None:
-            return f"{run.name}, {source}: {PARTS[part]} cost {record['loss']:.2f} nats in rows of {tokens(record['length'])}."
+            cost = f"{PART_NAMES[part]} cost {record['loss']:.2f} nats"
+            return f"{run.name}, {source}: {cost} in rows of {tokens(record['length'])}."
     return ""
 
 

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model, score_scale
 from hybrid_attn.infer.cache.shapes import Cache, LayerCache, Runner, partition_specs, power_of_two, run_directly
+from hybrid_attn.kernels.softmax import add_scores, finite_or_zero, log_sum_exp, soft_cap
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
@@ -145,10 +146,11 @@ def votes(compression: Compression, q_BWNH, k_BKSH, lengths_B, scoring: Scoring)
     lse_BKGW = _log_sum_exp(block_scores, blocks, size, zero_BKGW)
     if scoring.sinks_N is not None:
         lse_BKGW = jnp.logaddexp(lse_BKGW, scoring.sinks_N.astype(jnp.float32).reshape(K, N // K, 1))
+    shift_BKGW = finite_or_zero(lse_BKGW)
 
     def add(i, votes_BKGS):
         at, s_BKGWC = block_scores(i)
-        return jax.lax.dynamic_update_slice_in_dim(votes_BKGS, jnp.exp(s_BKGWC - lse_BKGW[..., None]).sum(-2), at, 3)
+        return jax.lax.dynamic_update_slice_in_dim(votes_BKGS, jnp.exp(s_BKGWC - shift_BKGW[..., None]).sum(-2), at, 3)
 
     votes_BKGS = jax.lax.fori_loop(0, blocks, add, jnp.broadcast_to(zero_BKGW[..., :1], (B, K, N // K, S)))
     prefix_BS = jnp.arange(S) < lengths_B[:, None] - W
@@ -163,8 +165,7 @@ def _block_scores(scoring: Scoring, q_BKGWH, k_BKSH, position_BW, at: jax.Array)
     if scoring.k_scales_BKS is not None:
         k_scales_BKC = jax.lax.dynamic_slice_in_dim(scoring.k_scales_BKS, at, size, 2)
         s_BKGWC *= k_scales_BKC[:, :, None, None].astype(jnp.float32)
-    if scoring.softcap is not None:
-        s_BKGWC = scoring.softcap * jnp.tanh(s_BKGWC / scoring.softcap)
+    s_BKGWC, _ = soft_cap(s_BKGWC, scoring.softcap)
     visible_BWC = at + jnp.arange(size) <= position_BW[..., None]
     return at, jnp.where(visible_BWC[:, None, None], s_BKGWC, -jnp.inf)
 
@@ -173,16 +174,12 @@ def _log_sum_exp(block_scores: Callable, blocks: jax.Array, size: int, zero_BKGW
     """The log-sum-exp of every query's scores, block by block; slots of the last block that an earlier one had are left out."""
 
     def add(i, carry):
-        max_BKGW, denominator_BKGW = carry
         at, s_BKGWC = block_scores(i)
         s_BKGWC = jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf)
-        new_max_BKGW = jnp.maximum(max_BKGW, s_BKGWC.max(-1))
-        old_BKGW = denominator_BKGW * jnp.exp(max_BKGW - new_max_BKGW)
-        return new_max_BKGW, old_BKGW + jnp.exp(s_BKGWC - new_max_BKGW[..., None]).sum(-1)
+        return add_scores(*carry, s_BKGWC)[:2]
 
     lowest = jnp.finfo(jnp.float32).min  # finite: a query before the request's start gives exp(-inf) = 0 and not NaN
-    max_BKGW, denominator_BKGW = jax.lax.fori_loop(0, blocks, add, (zero_BKGW + lowest, zero_BKGW))
-    return max_BKGW + jnp.log(jnp.where(denominator_BKGW > 0, denominator_BKGW, 1.0))
+    return log_sum_exp(*jax.lax.fori_loop(0, blocks, add, (zero_BKGW + lowest, zero_BKGW)))[1]
 
 
 def _by_kv_head(q_BWNH: jax.Array, K: int) -> jax.Array:

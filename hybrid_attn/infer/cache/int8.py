@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.parallel.context import merged
+from hybrid_attn.kernels.softmax import merged
 
 QUANTISED_SLOTS = 4096  # slots that are dequantised at a time
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from hybrid_attn import kernels
 from hybrid_attn.infer.cache.int8 import attend_in_parts, dequantised
 from hybrid_attn.infer.cache.shapes import LayerCache, LayerSettings, slot_numbers
-from hybrid_attn.parallel.context import AXIS
+from hybrid_attn.kernels.softmax import finite_or_zero, log_sum_exp, soft_cap
+from hybrid_attn.parallel.context import AXIS, chunk_segments
 
 
 class Queries(NamedTuple):
@@ -42,9 +43,11 @@ def attend_ring(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache,
     segment_BT = (offset + jnp.arange(T) < counts_B[:, None]).astype(jnp.int32)
     k_BKRH, v_BKRH, k_position_BR = _ring_keys(layer, (lengths_B + counts_B)[:, None], T)
     q_segment_BT, k_segment_BR = segment_BT, (k_position_BR >= 0).astype(jnp.int32)
-    if chunk is not None:  # a chunk of positions is a segment, as in `context.attend`
-        q_segment_BT = jnp.where(segment_BT > 0, 1 + q_position_BT // chunk, 0)
-        k_segment_BR = jnp.where(k_position_BR >= 0, 1 + k_position_BR // chunk, 0)
+    if chunk is not None:
+        positions, segments = (
+            jnp.concatenate(x, 1) for x in ((q_position_BT, k_position_BR), (q_segment_BT, k_segment_BR))
+        )  # numbered together, because the number of a chunk's segment depends on how many tokens there are
+        q_segment_BT, k_segment_BR = jnp.split(chunk_segments(positions, segments, chunk), [T], axis=1)
     queries = Queries(q_BTNH, q_position_BT[:, None], q_segment_BT)
     o_BTNH, lse_BTN = _attend(settings, queries, Keys(k_BKRH, v_BKRH, k_position_BR[:, None], k_segment_BR[:, None]))
     return o_BTNH, lse_BTN, segment_BT
@@ -120,11 +123,10 @@ def _merged_over_shards(o_BTNH, lse_BTN, split: bool) -> tuple[jax.Array, jax.Ar
         return jax.lax.psum_scatter(x_BT, AXIS, scatter_dimension=1, tiled=True)
 
     max_BTN = jax.lax.pmax(lse_BTN, AXIS)
-    weight_BTN = jnp.exp(lse_BTN - jnp.where(jnp.isfinite(max_BTN), max_BTN, 0.0))
+    weight_BTN = jnp.exp(lse_BTN - finite_or_zero(max_BTN))
     denominator_BTN, o_BTNH = summed(weight_BTN), summed(weight_BTN[..., None] * o_BTNH.astype(jnp.float32))
-    max_BTN = _own_part(max_BTN) if split else max_BTN
-    safe_BTN = jnp.where(denominator_BTN > 0, denominator_BTN, 1.0)
-    return o_BTNH / safe_BTN[..., None], jnp.where(denominator_BTN > 0, max_BTN + jnp.log(safe_BTN), -jnp.inf)
+    safe_denominator_BTN, lse_BTN = log_sum_exp(_own_part(max_BTN) if split else max_BTN, denominator_BTN)
+    return o_BTNH / safe_denominator_BTN[..., None], lse_BTN
 
 
 def _attend(settings: LayerSettings, queries: Queries, keys: Keys) -> tuple[jax.Array, jax.Array]:
@@ -155,18 +157,14 @@ def _attend_one(settings: LayerSettings, queries: Queries, keys: Keys) -> tuple[
     # This order of the einsum is the faster one on a CPU.
     s_BKSG = jnp.einsum("BKSH,BKGH->BKSG", keys.k_BKSH, q_BKGH, preferred_element_type=jnp.float32)
     s_BKGS = settings.scale * s_BKSG.swapaxes(2, 3)
-    softcap = settings.layer_type.softcap
-    if softcap is not None:
-        s_BKGS = softcap * jnp.tanh(s_BKGS / softcap)
+    s_BKGS, _ = soft_cap(s_BKGS, settings.layer_type.softcap)
     s_BKGS = jnp.where(_visible(settings, queries, keys)[:, :, None], s_BKGS, -jnp.inf)
     max_BKG = s_BKGS.max(-1)
-    p_BKGS = jnp.exp(s_BKGS - jnp.where(jnp.isfinite(max_BKG), max_BKG, 0.0)[..., None])
-    denominator_BKG = p_BKGS.sum(-1)
-    safe_BKG = jnp.where(denominator_BKG > 0, denominator_BKG, 1.0)
+    p_BKGS = jnp.exp(s_BKGS - finite_or_zero(max_BKG)[..., None])
+    safe_denominator_BKG, lse_BKG = log_sum_exp(max_BKG, p_BKGS.sum(-1))
     v_BKSH = keys.v_BKSH
     o_BKGH = jnp.einsum("BKGS,BKSH->BKGH", p_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
-    o_B1NH = (o_BKGH / safe_BKG[..., None]).astype(queries.q_BTNH.dtype).reshape(B, 1, N, H)
-    lse_BKG = jnp.where(denominator_BKG > 0, max_BKG + jnp.log(safe_BKG), -jnp.inf)
+    o_B1NH = (o_BKGH / safe_denominator_BKG[..., None]).astype(queries.q_BTNH.dtype).reshape(B, 1, N, H)
     return o_B1NH, lse_BKG.reshape(B, 1, N)
 
 

@@ -3,7 +3,7 @@
 import jax
 
 from hybrid_attn.config import StageConfig
-from hybrid_attn.model import Run, losses_and_aux
+from hybrid_attn.model import Execution, losses_and_aux
 from hybrid_attn.model.loss import bits_per_byte, weighted_sum
 from hybrid_attn.train.objectives.objective import Batch, Objective
 
@@ -13,9 +13,9 @@ def weight(batch: Batch) -> jax.Array:
     return batch["weights"].sum()
 
 
-def loss(config: StageConfig, params: dict, batch: Batch, run: Run) -> tuple[jax.Array, dict]:
+def loss(config: StageConfig, params: dict, batch: Batch, execution: Execution) -> tuple[jax.Array, dict]:
     """The weighted sum over the tokens, z-loss included, and the sum of their negative log-probabilities alone."""
-    nll_BT, lse_BT, aux = losses_and_aux(config.model, params, batch, run)
+    nll_BT, lse_BT, aux = losses_and_aux(config.model, params, batch, execution)
     total = weighted_sum(nll_BT, lse_BT, batch["weights"], config.optim.z_loss)
     return total, {"nll": (batch["weights"] * nll_BT).sum(), **aux}
 

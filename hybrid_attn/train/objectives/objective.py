@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from hybrid_attn.config import StageConfig
-from hybrid_attn.model import Run
+from hybrid_attn.model import Execution
 from hybrid_attn.train.extras import Extra
 
 Batch = dict[str, jax.Array]
@@ -15,13 +15,13 @@ Batch = dict[str, jax.Array]
 class Objective(NamedTuple):
     """A loss that is a sum over a batch, divided by the weight of the batch.
 
-    `weight(batch)` is that weight. `loss(config, params, batch, run)` is the sum, and sums by name of which
+    `weight(batch)` is that weight. `loss(config, params, batch, execution)` is the sum, and sums by name of which
     `metrics(sums, batch)` makes the metrics of a step; both sums may be of a part of the batch's sequences. The sum "aux_loss"
     stands for itself: it is added to the loss as it is, and averaged over the parts of a batch. `extras` are arrays that the
     state has for it, by name; stages with an extra of the same name share it.
     """
 
     weight: Callable[[Batch], jax.Array]
-    loss: Callable[[StageConfig, dict, Batch, Run], tuple[jax.Array, dict]]
+    loss: Callable[[StageConfig, dict, Batch, Execution], tuple[jax.Array, dict]]
     metrics: Callable[[dict, Batch], dict]
     extras: Mapping[str, Extra] = {}

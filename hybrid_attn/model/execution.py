@@ -1,0 +1,46 @@
+"""How a model is executed: the choices of the `train` keys, resolved for a platform."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from hybrid_attn import config, kernels
+from hybrid_attn.config import Model, Table, Train
+
+CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as all tokens at once, recomputation included
+
+
+def unchanged(leaves: dict) -> dict:
+    return leaves
+
+
+class Execution(NamedTuple):
+    """How a model is executed, which never changes the function: the `train` keys of configs/base.py, resolved."""
+
+    dtype: jnp.dtype
+    remat: Table[str, str]  # by the letter of the layer
+    context: Table[str, str]
+    zigzag: bool
+    kernel: str
+    loss_chunk: int
+    mlp_chunk: int | None
+    transform: Callable[[dict], dict] = unchanged  # of the leaves of a layer, of any structure, into those that it takes
+
+
+def execution_on(platform: str, model: Model, train: Train) -> Execution:
+    """The `Execution` of `model` that `train` means on a platform ("cpu", "gpu" or "tpu").
+
+    NotImplementedError where the kernel does not run there, or does not give what the choice of remat keeps.
+    """
+    dtype = ("float32" if platform == "cpu" else "bfloat16") if train.dtype == "auto" else train.dtype
+    mlp_chunk = CPU_MLP_CHUNK if train.mlp_chunk is None and platform == "cpu" else train.mlp_chunk
+    kernel = kernels.choose(train.kernel, platform)
+    remat, schemes = config.remat(model, train), config.context(model, train)
+    if not kernels.KERNELS[kernel].saves_outputs and (saving := {"attention", "offload"} & {*remat.values()}):
+        others = " or ".join(f'"{name}"' for name, x in kernels.KERNELS.items() if x.saves_outputs and platform in x.platforms)
+        raise NotImplementedError(
+            f'the kernel "{kernel}" runs again in the backward pass, and train.remat={" and ".join(sorted(saving))} keeps '
+            f"its outputs so that it does not; use train.kernel={others}, or remat none or layer"
+        )
+    return Execution(jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk)
