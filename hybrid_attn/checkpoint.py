@@ -21,7 +21,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from hybrid_attn import files, stored, trees
+from hybrid_attn import files, stored
 from hybrid_attn.config import upgraded
 from hybrid_attn.stored import UnreadableError
 
@@ -65,6 +65,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return
+        state = stored.fields_of(state)
         items = {"config": copy.deepcopy(dict(config_dict)), "data": copy.deepcopy(dict(data))}
         items["checksums"] = stored.sums_of(state, items)
         items = ocp.args.Composite(
@@ -110,28 +111,21 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def check_config(self, config_dict: Mapping) -> None:
-        """ValueError with a line for each field in which the newest checkpoint's model differs from `config_dict`'s."""
+    def newest_config(self) -> tuple[int, dict] | None:
+        """(step, config) of the newest checkpoint whose config can be read; None if there is none."""
         for step in reversed(self.steps()):
             try:
-                saved = read_config(self.directory, step)
+                return step, read_config(self.directory, step)
             except UnreadableError:
                 continue  # `restore` reports it and reads the previous one
-            lines = trees.differences(saved["model"], config_dict["model"], "  model.")
-            if lines:
-                raise ValueError(
-                    f"the checkpoint of step {step} in {self.directory} is of another model (saved -> new):\n"
-                    + "\n".join(lines)
-                    + "\nuse another --workdir, or the saved values"
-                )
-            return
+        return None
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
         """(step, state, data) of the newest checkpoint that can be read, or of `step`.
 
-        `abstract_state` is a tree of `jax.ShapeDtypeStruct`s with the shardings and dtypes of the result. An unreadable
-        checkpoint is reported and renamed, and the previous one is read. ValueError if none can be read, or if the arrays are
-        those of another model.
+        `abstract_state` is a tree of `jax.ShapeDtypeStruct`s with the shardings and dtypes of the result. Of its `extras`, the
+        result has those that the checkpoint has. An unreadable checkpoint is reported and renamed, and the one before it is
+        read. ValueError if none can be read, or if the arrays are those of another model.
         """
         self.wait()
         candidates = [step] if step is not None else self.steps()[::-1]
@@ -140,7 +134,7 @@ class Checkpoints:
             path = _step_path(self.directory, candidate)
             try:
                 _, data = stored.together(lambda path=path: [stored.read_item(path, item) for item in stored.ITEMS])
-                state = stored.read_arrays(path, abstract_state, partial=False)
+                state = stored.read_state(path, abstract_state)
             except UnreadableError as cause:
                 logging.error("checkpoint %s/%d cannot be read: %s", self.directory, candidate, cause)
                 causes[candidate] = cause
@@ -200,6 +194,11 @@ def read_config(directory: str | os.PathLike, step: int | None = None) -> dict:
 def read_data(directory: str | os.PathLike, step: int | None = None) -> dict:
     """The data state of the newest checkpoint, or of that of `step`; ValueError if unreadable."""
     return stored.read_item(_newest_path(directory, step), "data")
+
+
+def extras(directory: str | os.PathLike, step: int | None = None) -> set[str]:
+    """The names of the extras of the newest checkpoint, or of that of `step`; ValueError if unreadable."""
+    return stored.extras(_newest_path(directory, step))
 
 
 def fingerprint(directory: str | os.PathLike, step: int | None = None) -> str:

@@ -308,6 +308,7 @@ class Stage:
     microbatches: int = within(1, 2**24, aliases=("gradient_accumulation_steps", "grad_accum", "accumulation"))
     mixture: Table[str, float] = within(0, 10**9)
     objective: str = named("loss")
+    model_changes: tuple[str, ...]
 
     def __post_init__(self):
         check_fields(self, "stages")
@@ -378,6 +379,29 @@ class InitFrom:
 
 
 @dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """The config of one stage of a run, made by `Config.at`.
+
+    `mixture` has the weight of each source and is never empty; `total_steps` are those of all stages, which the learning-rate
+    schedule spans. Configs of two stages are equal if their training steps compile to the same program.
+    """
+
+    index: int = dataclasses.field(compare=False)
+    steps: int = dataclasses.field(compare=False)
+    mixture: Table[str, float] = dataclasses.field(compare=False)
+    model_changes: tuple[str, ...] = dataclasses.field(compare=False)
+    seq_len: int
+    batch: int
+    microbatches: int
+    objective: str
+    total_steps: int
+    model: Model
+    mesh: Mesh
+    optim: Optim
+    train: Train
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """The groups of a run's config that a reader of its checkpoints needs."""
 
@@ -426,6 +450,7 @@ class Config(CheckpointConfig):
         )
         for index, stage in enumerate(self.stages):
             _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
+            _check_model_changes(f"stages[{index}].model_changes", stage.model_changes, self.model)
             for name in self.weights(index):
                 _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
         for multiple in self.evals.lengths:
@@ -440,6 +465,18 @@ class Config(CheckpointConfig):
         remat(self.model, self.train)
         context(self.model, self.train)
 
+    def at(self, stage: int) -> StageConfig:
+        """The config of a stage by its index: the only place that puts the fields of a stage over those of the run."""
+        index = range(len(self.stages))[stage]
+        fields = vars(self.stages[index]) | {"mixture": Table(self.weights(index))}
+        groups = {name: getattr(self, name) for name in ("model", "mesh", "optim", "train")}
+        return StageConfig(index=index, total_steps=self.total_steps, **fields, **groups)
+
+    @property
+    def each_stage(self) -> tuple[StageConfig, ...]:
+        """The config of each stage, in order."""
+        return tuple(self.at(index) for index in range(len(self.stages)))
+
 
 def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[str]) -> None:
     known = ", ".join(sources)
@@ -448,6 +485,14 @@ def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[s
         near = difflib.get_close_matches(name, sources, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {known}"
         check(name in sources, f"{field} names {name!r}, which is not in data.sources; {hint}")
+
+
+def _check_model_changes(field: str, keys: Sequence[str], model: Model) -> None:
+    fields = trees.flat({"model": to_dict(model)})
+    for key in keys:
+        near = difflib.get_close_matches(key, fields, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "write a key such as 'model.kinds.L.rope_theta'"
+        check(key in fields, f"{field} names {key!r}, which is no field of the model; {hint}")
 
 
 def shortest_row(source: Source) -> int:
@@ -521,7 +566,7 @@ def completed(values: Mapping) -> dict:
             layer_type |= {"mixer": "attention", "mlp": "gated"} | layer_type
     for stage in stages if isinstance(stages, list) else ():
         if isinstance(stage, dict):
-            stage |= {"objective": "next_token"} | stage
+            stage |= {"objective": "next_token", "model_changes": []} | stage
     if isinstance(values.get("model"), dict):
         values["model"] = {"prefix": ""} | values["model"]
     if isinstance(optim, dict):

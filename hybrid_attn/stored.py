@@ -21,6 +21,7 @@ from hybrid_attn.checksums import checksums, mesh_of
 from hybrid_attn.files import object_of
 
 ITEMS = ("config", "data")
+EXTRAS = "extras"  # the field of a state whose entries may be in a checkpoint or not
 FORMAT = 2
 # Not a fault of the files: the checkpoint may be readable in a minute, or by another user.
 TRANSIENT = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
@@ -154,11 +155,38 @@ def stacked(name: str) -> bool:
     return name.startswith("params/periods/")
 
 
-def read_arrays(path, abstract: Any, partial: bool) -> Any:
-    """Arrays like `abstract`, checked against their checksums in the precision that they were saved in, then cast."""
+def fields_of(state: Any) -> dict[str, Any]:
+    """The fields of a state, a named tuple or a dict, without an empty `extras`: so older versions saved them."""
+    return {name: value for name, value in _as_dict(state).items() if name != EXTRAS or value}
+
+
+def _as_dict(state: Any) -> dict[str, Any]:
+    return dict(state) if isinstance(state, Mapping) else state._asdict()
+
+
+def extras(path) -> set[str]:
+    """The names of the extras of the checkpoint at `path`; UnreadableError if its checksums are unreadable."""
+    return {name.split("/")[1] for name in read_sums(path).arrays if name.startswith(f"{EXTRAS}/")}
+
+
+def read_state(path, abstract: Any) -> Any:
+    """The state like `abstract`, a named tuple or a dict, with the extras that both it and the checkpoint at `path` have."""
+    fields, saved = _as_dict(abstract), together(lambda: extras(path))
+    common = {name: extra for name, extra in fields.get(EXTRAS, {}).items() if name in saved}
+    ignored = tuple(f"{EXTRAS}/{name}" for name in saved - common.keys())
+    read = read_arrays(path, fields_of(fields | {EXTRAS: common}), partial=False, ignored=ignored)
+    read |= {EXTRAS: read.get(EXTRAS, {})} if EXTRAS in fields else {}
+    return read if isinstance(abstract, Mapping) else abstract._replace(**read)
+
+
+def read_arrays(path, abstract: Any, partial: bool, ignored: tuple[str, ...] = ()) -> Any:
+    """Arrays like `abstract`, checked against their checksums in the precision that they were saved in, then cast.
+
+    With `partial` the checkpoint may have other arrays too; without it, only those whose name begins with one of `ignored`.
+    """
     abstract = jax.tree.map(_with_sharding, abstract)
     sums = together(lambda: read_sums(path))
-    leaves, treedef = jax.tree.flatten(together(lambda: _read_as_saved(path, abstract, sums, partial)))
+    leaves, treedef = jax.tree.flatten(together(lambda: _read_as_saved(path, abstract, sums, partial, ignored)))
     names = flat(abstract).keys()
     wrong = [name for name, value in zip(names, checksums(leaves), strict=True) if sums.arrays.get(name) != value]
     if wrong:
@@ -169,16 +197,17 @@ def read_arrays(path, abstract: Any, partial: bool) -> Any:
     return treedef.unflatten(leaves)
 
 
-def _read_as_saved(path, abstract: Any, sums: Sums, partial: bool) -> Any:
+def _read_as_saved(path, abstract: Any, sums: Sums, partial: bool, ignored: tuple[str, ...]) -> Any:
     """Arrays with the shapes and shardings of `abstract` and the dtypes on disk; AnotherModelError if they differ."""
     handler = ocp.PyTreeCheckpointHandler()
     try:
         saved = flat(handler.metadata(path / "state").tree)
         check_as_described(sums, saved, partial=False)
-        check_same_arrays(path, saved, flat(abstract), partial)
+        compared = {name: x for name, x in saved.items() if not name.startswith(ignored)}
+        check_same_arrays(path, compared, flat(abstract), partial)
         as_saved = jax.tree_util.tree_map_with_path(lambda key, x: _with_dtype(x, saved[name_of(key)].dtype), abstract)
         restore_args = ocp.checkpoint_utils.construct_restore_args(as_saved)
-        args = ocp.args.PyTreeRestore(item=as_saved, restore_args=restore_args, partial_restore=partial)
+        args = ocp.args.PyTreeRestore(item=as_saved, restore_args=restore_args, partial_restore=partial or bool(ignored))
         return handler.restore(path / "state", args=args)
     finally:
         handler.close()

@@ -116,6 +116,14 @@ def plain(value):
     return value
 
 
+def flat(values: Mapping, path: str = "") -> dict[str, object]:
+    """The leaves of nested dicts, by their keys joined with dots."""
+    leaves = {}
+    for key, value in values.items():
+        leaves |= flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return leaves
+
+
 def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
     """Lines `key: old -> new` for every leaf in which two nested dicts differ."""
     lines = []

@@ -317,15 +317,15 @@ def lower_step(tiny, mesh, shape: str, kernel: str):
     c = tiny(
         STEPS[shape] | {"model.head_dim": 128}, L={"window": WINDOW, "rope_theta": 10000.0, "sink": True}, G={"qk_norm": "rms"}
     )
-    run = execution_on("tpu", c.model, c.train)._replace(kernel=kernel)
-    step = make_step(c, run)
+    execution = execution_on("tpu", c.model, c.train)._replace(kernel=kernel)
+    step = make_step(c.at(0), execution)
     rows = mesh.shape["slice"]
     kinds = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "weights": "float32"}
     kinds["bytes"] = "float32"
     batch = {
         name: jax.ShapeDtypeStruct((rows, S), kind, sharding=NamedSharding(mesh, TOKENS_BT)) for name, kind in kinds.items()
     }
-    return step.lower(abstract_state(c, mesh), batch, 1)
+    return step.lower(abstract_state(c, mesh), batch)
 
 
 def measure(executable, kernel: str) -> dict:

@@ -140,7 +140,8 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
     allowed += ["", "x"] * (name in ("mixer", "mlp", "objective", "optimiser"))  # which tables check, elsewhere
     allowed += [""] * (name in ("label", "tokenizer", "prefix")) + ["x"] * (name in ("store", "label", "tokenizer"))
     allowed += ["x"] * (path == "init_from.path")
-    allowed += [[]] * (name in ("paths", "names", "lengths", "new", "ignore", "rename")) + [{}] * (name == "mixture")
+    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes")
+    allowed += [[]] * (name in lists) + [{}] * (name == "mixture")
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
     assert (None in accepted) == (None in allowed)
 
@@ -358,12 +359,24 @@ def test_layers_begin_with_a_prefix_repeat_the_pattern_and_end_with_a_tail():
 
 
 def test_a_step_belongs_to_its_stage():
-    stages = Stage(3, 48, 8, 1, Table(), "next_token"), Stage(2, 96, 4, 1, Table(), "next_token")
+    stages = Stage(3, 48, 8, 1, Table(), "next_token", ()), Stage(2, 96, 4, 1, Table(), "next_token", ())
     c = dataclasses.replace(tiny(), stages=stages)
     assert c.total_steps == 5
     assert [c.stage_at(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     with pytest.raises(ValueError, match="step 5 is beyond the last of 5 steps"):
         c.stage_at(5)
+
+
+def test_the_config_of_a_stage_has_its_fields_and_the_groups_of_the_run():
+    first = {"steps": 3, "seq_len": 48, "batch": 8, "microbatches": 2, "mixture": {}}
+    stages = [first, first | {"steps": 2}, first | {"seq_len": 96, "mixture": {"text": 2.0}}]
+    c = tiny({"stages": stages})
+    a, b, last = c.each_stage
+    assert (a.index, a.steps, a.seq_len, a.batch, a.microbatches, a.objective) == (0, 3, 48, 8, 2, "next_token")
+    assert (a.mixture, last.mixture, last.seq_len) == ({"text": 1.0}, {"text": 2.0}, 96) and last == c.at(-1)
+    assert (a.model, a.mesh, a.optim, a.train, a.total_steps) == (c.model, c.mesh, c.optim, c.train, 8)
+    # One program for two stages that differ in their number of steps alone.
+    assert a == b and hash(a) == hash(b) and a != last and (b.index, b.steps) == (1, 2)
 
 
 def test_every_key_of_the_defaults_has_a_field_and_every_field_a_default():
@@ -406,6 +419,11 @@ def test_names_of_before_are_errors_that_give_todays_and_older_checkpoints_are_r
     values = config.to_dict(c)
     older = copy.deepcopy(values)
     older["train"] |= {"balance": older["train"].pop("zigzag"), "context": "G=exchange"}
-    del older["optim"]["optimiser"], older["stages"][0]["objective"], older["model"]["kinds"]["G"]["mixer"]
+    del (
+        older["optim"]["optimiser"],
+        older["stages"][0]["objective"],
+        older["stages"][0]["model_changes"],
+        older["model"]["kinds"]["G"]["mixer"],
+    )
     del older["model"]["kinds"]["L"]["mlp"], older["model"]["prefix"]
     assert config.upgraded(older) == values == config.upgraded(values)

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from configs import base
 from hybrid_attn import checkpoint, config
-from hybrid_attn.model import flops
+from hybrid_attn.model import abstract_params
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train import evaluation, init_from, loop
 from hybrid_attn.train.step import init_state
@@ -279,7 +279,7 @@ def test_a_run_starts_with_the_loss_of_its_source_says_so_and_goes_on_from_its_o
         checkpoints.close()
     assert loop.train(first, tmp_path / "same")
     printed = capsys.readouterr().out
-    number = len(jax.tree.leaves(flops.shapes(c.model)))
+    number = len(jax.tree.leaves(abstract_params(c.model)))
     source = f"{tmp_path}/source/checkpoints"
     assert f"parameters   {number} leaves copied from {source} step 0; new: none; ignored: none\n" in printed
     assert "saved -> new" not in printed

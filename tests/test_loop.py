@@ -126,10 +126,10 @@ def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(c
     stages = [stage(3, 24, 16) | {"mixture": {"all": 1.0}}, stage(3, 48, 8) | {"mixture": {"all": 0.4, "long": 0.6}}]
     c = config_of(corpus, stages=stages, **{"data.sources": sources, "data.packing": "best_fit"})
     assert loop.train(c, tmp_path / "straight")
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("source ")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("source ")]
     rows = corpora.load(c.data, ["all"], load_tokenizer("bytes"))["all"].training.lengths.sum() / 24
-    assert [line.split()[1:4] for line in told] == [["stage", "1,", "all:"], ["stage", "2,", "all:"], ["stage", "2,", "long:"]]
-    assert float(told[0].split("; ")[-1].removesuffix(" epochs")) == pytest.approx(3 * 16 / rows, rel=0.02)
+    assert [line.split()[1:4] for line in lines] == [["stage", "1,", "all:"], ["stage", "2,", "all:"], ["stage", "2,", "long:"]]
+    assert float(lines[0].split("; ")[-1].removesuffix(" epochs")) == pytest.approx(3 * 16 / rows, rel=0.02)
     evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]
     assert [record["source"] for record in evals if record["eval"] == "bigram"] == ["all", "long"]
     for step in (2, 3):
@@ -140,15 +140,15 @@ def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(c
         assert losses(tmp_path / f"stopped{step}") == losses(tmp_path / "straight")
 
 
-def test_a_run_on_drawn_rows_resumes_and_ends_with_its_share_of_right_answers(corpus, tmp_path, monkeypatch, capsys):
+def test_a_run_on_synthetic_sequences_resumes_and_ends_with_its_share_of_right_answers(corpus, tmp_path, monkeypatch, capsys):
     sources = {"probe": base.source(task="recall", pairs=2), "text": base.source(paths=(corpus,))}
     mixed = stage(STEPS, 48, 8) | {"mixture": {"probe": 0.5, "text": 0.5}}
     c = config_of(corpus, stages=[mixed], **{"data.sources": sources, "evals.lengths": (1.0, 2.0)})
     assert loop.train(c, tmp_path / "straight")
-    assert "source       probe: recall of 2 pairs, rows of 24 to 48 tokens, each drawn anew\n" in capsys.readouterr().out
+    assert "source       probe: recall of 2 pairs, sequences of 24 to 48 tokens, new in every step\n" in capsys.readouterr().out
     evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]
-    told = [(line["source"], line["length"], line["answers"]) for line in evals if line["eval"] == "recall"]
-    assert told == [("probe", 48, 17), ("probe", 96, 10)]  # nine and five rows, of whose two pairs one is not asked for
+    printed = [(line["source"], line["length"], line["answers"]) for line in evals if line["eval"] == "recall"]
+    assert printed == [("probe", 48, 17), ("probe", 96, 10)]  # nine and five rows, of whose two pairs one is not asked for
     assert all(0 <= line["accuracy"] <= 1 for line in evals if line["eval"] == "recall")
     assert {line["source"] for line in evals if line["eval"] != "recall"} == {"text"}
     with monkeypatch.context() as patch:
@@ -222,20 +222,20 @@ def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, ca
 
 def poisoned_at(monkeypatch, number):
     """Has the step of that number, from 1, meet parameters that are no numbers."""
-    make_step = loop.make_step
+    make_steps = loop.make_steps
 
-    def poisoned(c, run):
-        step = make_step(c, run)
+    def poisoned(c, platform):
+        (step,) = make_steps(c, platform)
 
-        def poison(state, batch, microbatches, objective):
+        def poison(state, batch):
             if int(state.step) == number - 1:
                 bad = jax.tree.map(lambda x: x * np.float32("nan"), state.params)
                 state = state._replace(params=bad)
-            return step(state, batch, microbatches)
+            return step(state, batch)
 
-        return poison
+        return [poison]
 
-    monkeypatch.setattr(loop, "make_step", poisoned)
+    monkeypatch.setattr(loop, "make_steps", poisoned)
 
 
 def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(corpus, tmp_path, monkeypatch):
@@ -352,6 +352,18 @@ def test_workdir_of_another_model_is_refused_by_field(corpus, straight):
         loop.train(config_of(corpus, **{"model.d_ff": 56}), straight)
 
 
+def test_another_function_of_the_same_parameters_is_refused_until_the_stage_names_it(corpus, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    more = stage(2, 48, 8)
+    changes = {"model.kinds.L.window": 7, "optim.schedule": "wsd", "optim.lr": 6e-4, "optim.warmup_steps": 0, "evals.names": ()}
+    with pytest.raises(ValueError, match=r"model.kinds.L.window: 5 -> 7\n.*stages\[1\].model_changes=model.kinds.L.window$"):
+        loop.train(config_of(corpus, stages=[stage(STEPS, 48, 8), more], **changes), tmp_path / "run")
+    more["model_changes"] = ("model.kinds.L.window",)
+    assert loop.train(config_of(corpus, stages=[stage(STEPS, 48, 8), more], **changes), tmp_path / "run", allow_lr_jump=True)
+    assert "model        model.kinds.L.window: 5 -> 7, as stages[1].model_changes says\n" in capsys.readouterr().out
+    assert list(losses(tmp_path / "run")) == list(range(1, STEPS + 3))
+
+
 def test_a_full_disk_at_a_line_of_metrics_saves_first_and_records_outlive_their_checkpoints(
     corpus, straight, tmp_path, monkeypatch, capsys
 ):
@@ -439,13 +451,13 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("place", ["summary", "make_step"])
+@pytest.mark.parametrize("place", ["summary", "make_steps"])
 def test_ctrl_c_before_the_first_step_is_compiled_ends_the_run_at_once(corpus, tmp_path, monkeypatch, ctrl_c, place):
     def interrupt(*_):
         signal.raise_signal(signal.SIGINT)
         pytest.fail("goes on")
 
-    monkeypatch.setattr(loop, place, lambda *_: interrupt if place == "make_step" else interrupt())
+    monkeypatch.setattr(loop, place, lambda *_: [interrupt] if place == "make_steps" else interrupt())
     with pytest.raises(KeyboardInterrupt):
         loop.train(config_of(corpus), tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -601,7 +613,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
 
         __float__ = lambda self: float(self.__array__())  # noqa: E731
 
-    def step(state, batch, microbatches, objective):
+    def step(state, batch):
         events.append(("dispatch", state + 1))
         return state + 1, {"loss": Value(state + 1), **dict.fromkeys(others, np.float32(1))}
 
@@ -613,7 +625,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
     c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
     with loop.Stop(None) as stop:
         batches = iter((i, ()) for i in range(3))
-        steps.run_steps(steps.TrainContext(c, step, batches, Quiet(), Quiet(), stop, None, None), 0, 0)
+        steps.run_steps(steps.TrainContext(c, [step], batches, Quiet(), Quiet(), stop, None, None), 0, 0)
     order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
     assert order == sorted(order)
 
@@ -638,6 +650,6 @@ def test_no_step_waits_longer_for_data_than_it_takes():
     c = tiny({"train.log_every": 1, "stages": [stage(len(waits), 48, 8)]})
     with loop.Stop(None) as stop:
         step = lambda state, *_: (state, dict.fromkeys(names, np.float32(1)))  # noqa: E731
-        steps.run_steps(steps.TrainContext(c, step, batches(), Lines(), Lines(), stop, None, None), 0, 0)
+        steps.run_steps(steps.TrainContext(c, [step], batches(), Lines(), Lines(), stop, None, None), 0, 0)
     assert all(waited <= took for waited, took in zip(values["data_wait"], values["step_time"], strict=True))
     assert sum(values["data_wait"]) == pytest.approx(sum(waits), rel=0.5)

@@ -6,11 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import RUN, assert_close, mesh_of, on_mesh, tiny
+from conftest import BLOCKED, assert_close, mesh_of, on_mesh
 from prepared import BYTES, content, run
 from test_pipeline import assert_same, make_config, one_device
 from test_pipeline import run as run_pipeline
-from test_step import BATCH, stepped
+from test_step import BATCH, config_of, stepped
 from test_tokenizer import byte_level, load, metaspace, sentence_piece
 
 from configs import base
@@ -282,10 +282,10 @@ def test_parts_and_meshes_give_the_gradient_of_one_device_and_one_part():
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_batch_without_weight_has_no_loss_and_no_gradient_and_the_state_stays_finite(microbatches):
-    c, empty = tiny(), BATCH | {name: np.zeros_like(BATCH[name]) for name in ("weights", "bytes")}
+    c, empty = config_of(microbatches), BATCH | {name: np.zeros_like(BATCH[name]) for name in ("weights", "bytes")}
     with jax.set_mesh(mesh_of()):
-        state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c, RUN)
-        state, metrics = jax.device_get(step(state, on_mesh(empty), microbatches))
+        state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c.at(0), BLOCKED)
+        state, metrics = jax.device_get(step(state, on_mesh(empty)))
     assert metrics["loss"] == metrics["grad_norm"] == metrics["bits_per_byte"] == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state)) and state.step == 1
 

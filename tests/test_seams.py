@@ -18,7 +18,7 @@ from hybrid_attn.model.transformer import in_packed
 from hybrid_attn.parallel.mesh import spec_of
 from hybrid_attn.train.objectives import OBJECTIVES, next_token
 from hybrid_attn.train.optim import OPTIMISERS
-from hybrid_attn.train.step import init_state, make_step
+from hybrid_attn.train.step import init_state, make_step, make_steps
 
 
 class Shift(nnx.Module):
@@ -67,15 +67,18 @@ def toys(monkeypatch):
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_toy_of_each_kind_is_trained(toys, microbatches):
-    c = tiny({"optim.optimiser": "sgd", "optim.lr": 0.1}, L={"mixer": "shift", "mlp": "scale"}, G={"mlp": "scale"})
+    stage = {"steps": 5, "seq_len": 48, "batch": 8, "microbatches": microbatches, "mixture": {}, "objective": "first half"}
+    c = tiny(
+        {"optim.optimiser": "sgd", "optim.lr": 0.1, "stages": [stage]}, L={"mixer": "shift", "mlp": "scale"}, G={"mlp": "scale"}
+    )
     with jax.set_mesh(mesh_of(data=2)):
         state, batch = jax.jit(init_state, static_argnums=0)(c), on_mesh(BATCH | {"bytes": np.ones_like(BATCH["weights"])})
         assert set(state.params["periods"]["L0"]) == {"shift", "mlp", "norm"}
         before = jax.device_get(state.params)
-        step = make_step(c, REFERENCE)
+        step = make_step(c.at(0), REFERENCE)
         observed = []
         for _ in range(2):
-            state, values = step(state, batch, microbatches, "first half")
+            state, values = step(state, batch)
             observed.append(jax.device_get(values))
         after = jax.device_get(state.params)
     aux = 2 * 32 * 0.5**2  # of both layers
@@ -115,9 +118,9 @@ def test_a_name_that_no_table_has_is_an_error_with_the_nearest(changes, message)
 
 def test_an_objective_that_no_table_has_is_an_error_before_the_first_step():
     c = tiny()
-    stage = dataclasses.replace(c.stages[0], objective="next_tokn")
-    with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=r"stages\[0\].objective='next_tokn' .*'next_token'"):
-        make_step(dataclasses.replace(c, stages=(stage,)), REFERENCE)
+    c = dataclasses.replace(c, stages=(c.stages[0], dataclasses.replace(c.stages[0], objective="next_tokn")))
+    with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=r"stages\[1\].objective='next_tokn' .*'next_token'"):
+        make_steps(c, "cpu")
 
 
 def test_an_objective_whose_batch_field_the_data_lacks_is_an_error_before_the_first_step(monkeypatch):
@@ -125,7 +128,7 @@ def test_an_objective_whose_batch_field_the_data_lacks_is_an_error_before_the_fi
     monkeypatch.setitem(OBJECTIVES, "next_token", objective)
     message = "'next_token' needs the batch fields rewards, advantages, and the data makes tokens, targets"
     with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=message):
-        make_step(tiny(), REFERENCE)
+        make_step(tiny().at(0), REFERENCE)
 
 
 def low_rank(leaves):

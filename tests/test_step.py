@@ -15,14 +15,19 @@ ROWS = ("a" * 48, "a" * 40 + "." * 8, "a" * 30 + "b" * 10 + "." * 8, "a" * 25 + 
 )
 BATCH = batch_of(*ROWS)
 BATCH["bytes"] = np.ones_like(BATCH["weights"])
+STAGE = {"steps": 5, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
+
+
+def config_of(microbatches):
+    return tiny({"optim.z_loss": 1e-3, "stages": [STAGE | {"microbatches": microbatches}]})
 
 
 def stepped(mesh, microbatches, batch=BATCH):
     """Metrics of the first step and the gradient that it took, as the optimiser's mean has it after one step."""
-    c = tiny({"optim.z_loss": 1e-3})
+    c = config_of(microbatches)
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=0)(c)
-        state, metrics = make_step(c, BLOCKED)(state, on_mesh(batch), microbatches)
+        state, metrics = make_step(c.at(0), BLOCKED)(state, on_mesh(batch))
         return jax.device_get((metrics, state.opt_state[1].mu, state.params["embed"].sharding.spec))
 
 
@@ -47,7 +52,7 @@ def test_a_state_has_one_type_before_and_after_a_step_or_the_second_step_would_b
     c = tiny({}, L={"temperature.type": "learned", "gate": "head"}, G={"qk_norm": "rms_plus1", "sink": True})
     before = jax.eval_shape(lambda: init_state(c))
     batch = on_mesh(BATCH)
-    after, _ = jax.eval_shape(lambda state: make_step(c, BLOCKED)(state, batch, 1), before)
+    after, _ = jax.eval_shape(lambda state: make_step(c.at(0), BLOCKED)(state, batch), before)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     types = [[(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(state)] for state in (before, after)]
     assert types[0] == types[1]
@@ -55,8 +60,8 @@ def test_a_state_has_one_type_before_and_after_a_step_or_the_second_step_would_b
 
 def test_a_skipped_step_moves_the_schedule_on_and_nothing_else(one_device):
     c = tiny({"optim.warmup_steps": 4})
-    state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c, BLOCKED)
-    state, first = step(state, on_mesh(BATCH), 1)
+    state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c.at(0), BLOCKED)
+    state, first = step(state, on_mesh(BATCH))
     before = jax.device_get(state)
     types = [(x.shape, x.dtype, x.weak_type, x.sharding) for x in jax.tree.leaves(state)]
     state = skip_step(state)
@@ -68,7 +73,7 @@ def test_a_skipped_step_moves_the_schedule_on_and_nothing_else(one_device):
         if not np.array_equal(a, b)
     }
     assert changed == {".step", ".opt_state[3].count"}
-    state, third = step(state, on_mesh(BATCH), 1)
+    state, third = step(state, on_mesh(BATCH))
     assert third["lr"] == pytest.approx(3 * first["lr"])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), jax.device_get(state.params), after.params)
     assert max(jax.tree.leaves(moved)) > 2 * first["lr"]
@@ -78,7 +83,7 @@ def test_the_norm_of_the_parameters_is_of_those_that_the_update_gives(one_device
     c = tiny()
     state = jax.jit(init_state, static_argnums=0)(c)
     before = jax.device_get(state.params)
-    state, metrics = make_step(c, BLOCKED)(state, on_mesh(BATCH), 1)
+    state, metrics = make_step(c.at(0), BLOCKED)(state, on_mesh(BATCH))
     old, new = (
         np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(params)))
         for params in (before, jax.device_get(state.params))
@@ -111,11 +116,11 @@ def test_parts_hold_every_row_once_and_no_device_sends_one():
 
 
 def test_the_memory_of_a_step_falls_with_the_number_of_parts(one_device):
-    c = tiny({"optim.z_loss": 1e-3})
-    state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c, BLOCKED)
+    state = jax.jit(init_state, static_argnums=0)(config_of(1))
 
     def temporaries(microbatches):
-        return temporary_bytes(step.lower(state, on_mesh(BATCH), microbatches))
+        step = make_step(config_of(microbatches).at(0), BLOCKED)
+        return temporary_bytes(step.lower(state, on_mesh(BATCH)))
 
     one, eight = temporaries(1), temporaries(8)
     assert eight < 0.4 * one, (one, eight)

@@ -299,8 +299,8 @@ def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(ge
     batch |= {name: array(jnp.float32, TOKENS_BT, rows, length) for name in ("weights", "bytes")}
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(c))
-        step = make_step(c, execution_on("tpu", c.model, c.train))
-        after, metrics = jax.eval_shape(lambda state, batch: step(state, batch, c.stages[0].microbatches), state, batch)
+        step = make_step(c.at(0), execution_on("tpu", c.model, c.train))
+        after, metrics = jax.eval_shape(step, state, batch)
 
     def described(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype, P() if x.sharding is None else x.sharding.spec), tree)

@@ -73,11 +73,7 @@ def make_ours(values: dict) -> Ready:
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=0)(c)
         batch = jax.device_put(batch_of(c), NamedSharding(mesh, TOKENS_BT))
-        program = (
-            make_step(c, execution_on(jax.default_backend(), c.model, c.train))
-            .lower(state, batch, c.stages[0].microbatches)
-            .compile()
-        )
+        program = make_step(c.at(0), execution_on(jax.default_backend(), c.model, c.train)).lower(state, batch).compile()
 
     def run() -> float:
         nonlocal state

@@ -135,6 +135,9 @@ def get_config() -> ConfigDict:
     stage.microbatches = 1
     stage.mixture = ConfigDict()  # source -> weight, its share of the tokens; empty = the only source
     stage.objective = "next_token"  # a name in `OBJECTIVES` of hybrid_attn/train/objectives
+    # Fields of the model, such as "model.kinds.L.rope_theta", that may differ from the checkpoint that the stage continues.
+    # They change what the parameters compute: a resumed run refuses other values unless they are named here.
+    stage.model_changes = ()
     c.stages = [stage]
 
     t = c.train = ConfigDict()

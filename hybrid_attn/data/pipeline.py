@@ -45,15 +45,15 @@ class MixedSequences:
 def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[MixedSequences]:
     """The sequences of each stage, from the training `documents` of each source."""
 
-    def of_source(index: int, name: str) -> PackedSequences | SyntheticSequences:
-        seed = _source_seed(c.data.seed, index, name)
+    def of_source(stage: config.StageConfig, name: str) -> PackedSequences | SyntheticSequences:
+        seed = _source_seed(c.data.seed, stage.index, name)
         if c.data.sources[name].task is not None:
-            return SyntheticSequences(documents[name], c.stages[index].seq_len, seed)
-        return PackedSequences(documents[name], c.stages[index].seq_len, seed, tokenizer.byte_lengths, c.data.packing)
+            return SyntheticSequences(documents[name], stage.seq_len, seed)
+        return PackedSequences(documents[name], stage.seq_len, seed, tokenizer.byte_lengths, c.data.packing)
 
-    weights = [c.weights(index) for index in range(len(c.stages))]
     return [
-        MixedSequences(Mixture(names), {name: of_source(index, name) for name in names}) for index, names in enumerate(weights)
+        MixedSequences(Mixture(stage.mixture), {name: of_source(stage, name) for name in stage.mixture})
+        for stage in c.each_stage
     ]
 
 
@@ -61,14 +61,13 @@ def identities(c: config.Config, documents: Mapping[str, Documents | Task], toke
     """For each stage, everything that determines its batches. Two configs with equal identities train on the same tokens."""
     fingerprints = {name: documents[name].fingerprint() for name in c.sources}
     stages = []
-    for index, stage in enumerate(c.stages):
-        weights = c.weights(index)
+    for stage in c.each_stage:
         stages.append(
             {
                 "batch": stage.batch,
                 "seq_len": stage.seq_len,
-                "mixture": weights,
-                "documents": {name: fingerprints[name] for name in weights},
+                "mixture": dict(stage.mixture),
+                "documents": {name: fingerprints[name] for name in stage.mixture},
                 "packing": c.data.packing,
                 "seed": c.data.seed,
                 "tokenizer": tokenizer.hash,
@@ -86,7 +85,7 @@ def batches(c: config.Config, stages: Sequence[MixedSequences], mesh: Mesh, star
 
     def read(step: int) -> tuple[int, Batch]:
         index, step_of_stage = c.stage_at(step)
-        stage = c.stages[index]
+        stage = c.at(index)
         first = step_of_stage * stage.batch
 
         def read_slices(slices: list[Slice]) -> list[dict[str, np.ndarray]]:

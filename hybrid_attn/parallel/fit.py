@@ -9,11 +9,11 @@ from hybrid_attn.parallel.mesh import BATCH
 
 def check(c: config.Config, sizes: Mapping[str, int]) -> None:
     """ValueError where the batches, sequences or parameters of `c` do not split over axes of `sizes` (a mesh's `shape`)."""
-    lengths = {f"stages[{i}]: seq_len": stage.seq_len for i, stage in enumerate(c.stages)}
+    lengths = {f"stages[{stage.index}]: seq_len": stage.seq_len for stage in c.each_stage}
     for multiple in c.evals.lengths:
-        lengths[f"evals.lengths: {multiple} of {c.stages[-1].seq_len} tokens,"] = round(multiple * c.stages[-1].seq_len)
-    for index, stage in enumerate(c.stages):
-        check_splits(f"stages[{index}]: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
+        lengths[f"evals.lengths: {multiple} of {c.at(-1).seq_len} tokens,"] = round(multiple * c.at(-1).seq_len)
+    for stage in c.each_stage:
+        check_splits(f"stages[{stage.index}]: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
     for name, length in lengths.items():
         check_length(name, length, sizes, c.train.zigzag)
     check_model(c.model, sizes)

@@ -44,17 +44,17 @@ class Plan(NamedTuple):
 
 def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     """Compiles the step of a stage of `c` for `target`; ValueError where the mesh or the batch does not fit it."""
-    mesh, shape = make_mesh(c.mesh, target.devices), c.stages[stage]
+    mesh, of_stage = make_mesh(c.mesh, target.devices), c.at(stage)
     fit.check(c, mesh.shape)
-    batch, length = shape.batch, shape.seq_len
-    execution = execution_on(target.platform, c.model, c.train)
+    batch, length = of_stage.batch, of_stage.seq_len
+    execution = execution_on(target.platform, of_stage.model, of_stage.train)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, TOKENS_BT)
         arrays = {
             name: jax.ShapeDtypeStruct((batch, length), jnp.float32 if name in FLOATS else jnp.int32, sharding=sharding)
             for name in ARRAYS
         }
-        compiled = make_step(c, execution).lower(abstract_state(c, mesh), arrays, shape.microbatches).compile()
+        compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), arrays).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
     per_token = flops.train_flops_per_token(c.model, length)
     return Plan(

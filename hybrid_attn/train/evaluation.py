@@ -46,11 +46,11 @@ class Evaluations:
     ):
         """`loaded` are the corpora by source. Call `draw_questions` before the rest."""
         self.folder = Path(workdir) / "evals"
-        lengths = tuple(dict.fromkeys(round(multiple * c.stages[-1].seq_len) for multiple in c.evals.lengths))
+        lengths = tuple(dict.fromkeys(round(multiple * c.at(-1).seq_len) for multiple in c.evals.lengths))
         self.settings = Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, suite.SEED)
         self.enabled = bool(c.evals.names and lengths)
         uses_engine = any(EVALS[name].uses_engine for name in c.evals.names)
-        of_last = {name: loaded[name] for name in sorted(c.weights(-1))}
+        of_last = {name: loaded[name] for name in sorted(c.at(-1).mixture)}
         self.texts = {name: x for name, x in of_last.items() if c.data.sources[name].task is None}
         heldout, haystack_text = {name: x.heldout for name, x in of_last.items()}, ""
         if uses_engine:
@@ -58,13 +58,7 @@ class Evaluations:
             haystack_text = haystack.of_documents(documents, tokenizer) if documents else haystack.of_files(())
         tasks = {name: x for name, x in heldout.items() if name not in self.texts}
         self.context = EvalContext(
-            EvalModel(c.model, {}, execution, mesh, tokenizer),
-            None,
-            heldout,
-            haystack_text,
-            {},
-            c.stages[-1].seq_len,
-            tasks=tasks,
+            EvalModel(c.model, {}, execution, mesh, tokenizer), None, heldout, haystack_text, {}, c.at(-1).seq_len, tasks=tasks
         )
         options = _engine_options(c, mesh, lengths)
         self.engine = functools.partial(Engine, config=c, options=options, programs={}) if uses_engine else lambda _: None
@@ -190,7 +184,7 @@ class Evaluations:
 def _engine_options(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> EngineOptions:
     """The chunk, and a batch whose caches have no more tokens than a training step if the mesh allows it."""
     context, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in BATCH)
-    tokens = c.stages[-1].batch * c.stages[-1].seq_len
+    tokens = c.at(-1).batch * c.at(-1).seq_len
     per_shard = min(-(-DEFAULT_BATCH_SIZE // shards), tokens // (shards * max(lengths, default=1)))
     return EngineOptions(max(DEFAULT_CHUNK // context, 1) * context, batch_size=max(per_shard, 1) * shards)
 

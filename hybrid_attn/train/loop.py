@@ -21,10 +21,11 @@ from hybrid_attn.parallel.processes import Peers
 from hybrid_attn.train import init_from
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.metrics import Metrics, peak_flops
+from hybrid_attn.train.model_changes import check_arrays, check_function
 from hybrid_attn.train.overview import ending
 from hybrid_attn.train.records import set_aside
 from hybrid_attn.train.resume import Range, changed_fields, check_rate, merge_skipped, text_of
-from hybrid_attn.train.step import TrainState, abstract_state, init_state, make_step
+from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import TrainContext, run_steps
 from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.summary import summary
@@ -41,9 +42,9 @@ def train(
 
     `peers` are those of `processes.start`, if several processes train; the workdir is then one that all of them see. The
     batches of `skip_steps`, numbered from 1, are passed over, and those that the checkpoint records. ValueError where the
-    config, the data or a checkpoint does not fit, and where the learning rate would jump; FloatingPointError when the loss or
-    the parameters are not finite; BlockingIOError when another run is in `workdir`; OSError when a file cannot be written or
-    read, after saving if possible.
+    config, the data or a checkpoint does not fit, where the learning rate would jump, and where the model would compute another
+    function; FloatingPointError when the loss or the parameters are not finite; BlockingIOError when another run is in
+    `workdir`; OSError when a file cannot be written or read, after saving if possible.
     """
     check_names(c.evals.names)
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
@@ -78,7 +79,7 @@ def train(
                 metrics.say(line)
             context = TrainContext(
                 c,
-                make_step(c, execution),
+                make_steps(c, jax.default_backend()),
                 pipeline.batches(c, data.stages, mesh, start),
                 checkpoints,
                 metrics,
@@ -162,21 +163,38 @@ def restored(start: int, recorded: dict) -> str:
 
 
 def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict, allow_lr_jump: bool) -> list[str]:
-    """Lines for skipped steps, and for changes of the config since the checkpoint of step `start`.
+    """Lines for skipped steps, and for changes of the config and of extras since the checkpoint of step `start`.
 
-    ValueError where the learning rate would jump; before the first step any rate is allowed. The config of an imported model is
-    not compared, because the model was not trained with it.
+    ValueError where the learning rate would jump; before the first step any rate is allowed. ValueError where the model would
+    compute another function and the stage does not say so. Of an imported checkpoint only the model is compared, because it was
+    not trained with the remaining config.
     """
     skipped = recorded["skipped_steps"]
     lines = [f"skipped      steps {text_of(skipped)}: their batches are passed over"] if skipped else []
-    if start == 0 and ("imported" in recorded or checkpoints.latest() is None):
+    if checkpoints.latest() is None:
         return lines
     saved = checkpoint.read_config(checkpoints.directory, start)
+    lines += extras_lines(c, checkpoint.extras(checkpoints.directory, start), start)
+    lines += check_function(saved, c, start)
+    if start == 0 and "imported" in recorded:
+        return lines
     changed = changed_fields(saved, c)
     if changed:
         lines.append(f"config       differs from that of the checkpoint of step {start} (old -> new):")
         lines += [f"             {line}" for line in changed]
     return lines + (check_rate(saved, c, start, allow_lr_jump) if 0 < start < c.total_steps else [])
+
+
+def extras_lines(c: config.Config, saved: set[str], step: int) -> list[str]:
+    """Lines for the extras that either the config or the checkpoint of `step`, which has those of the names `saved`, lacks."""
+    expected = extras_of(c).keys()
+    lines = [
+        f"{name}: not in the checkpoint of step {step}; starts from its initial value" for name in sorted(expected - saved)
+    ]
+    lines += [
+        f"{name}: in the checkpoint of step {step}, and not in this config; left out" for name in sorted(saved - expected)
+    ]
+    return [f"extras       {line}" for line in lines]
 
 
 def write_config(workdir: Path, c: config.Config, start: int) -> list[str]:
@@ -202,7 +220,7 @@ def first_state(
 ) -> tuple[TrainState, int, dict]:
     """The state of the newest checkpoint or a new one, its number of steps, and further records of its data state.
 
-    `identities` are those of `pipeline.identities`. ValueError where the config is of another model, or has other batches in a
+    `identities` are those of `pipeline.identities`. ValueError where the config has other arrays, or has other batches in a
     stage that the checkpoint has begun and not finished.
     """
     if checkpoints.latest() is None and c.init_from.path is not None:
@@ -210,8 +228,10 @@ def first_state(
         return state, 0, {"skipped_steps": [], "init_from": record}
     if checkpoints.latest() is None:
         return jax.jit(init_state, static_argnums=0)(c), 0, {"skipped_steps": []}
-    checkpoints.check_config(config.to_dict(c))
+    if (newest := checkpoints.newest_config()) is not None:
+        check_arrays(newest[1], c, f"the checkpoint of step {newest[0]} in {checkpoints.directory}")
     step, state, saved = checkpoints.restore(abstract_state(c, mesh))
+    state = with_extras(c, state)
     expected = data_state(c, identities, step, {})
     done = saved["stage_steps"]
     if done != expected["stage_steps"]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import optax
 
-from hybrid_attn.config import Config, Optim
+from hybrid_attn.config import Config, Optim, StageConfig
 from hybrid_attn.model import specs
 from hybrid_attn.model.params import map_specs
 from hybrid_attn.trees import choice
@@ -40,6 +40,6 @@ def adamw(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransfor
 OPTIMISERS: dict[str, Callable[[Optim, dict, int], optax.GradientTransformation]] = {"adamw": adamw}
 
 
-def optimiser(c: Config) -> optax.GradientTransformation:
+def optimiser(c: Config | StageConfig) -> optax.GradientTransformation:
     """The optimiser that `c.optim.optimiser` names; ValueError for one that is not in `OPTIMISERS`."""
     return choice("optim.optimiser", c.optim.optimiser, OPTIMISERS)(c.optim, specs(c.model), c.total_steps)

@@ -27,9 +27,9 @@ class Progress:
     """The steps since the last line, and the tokens and FLOPs of the whole run."""
 
     def __init__(self, c: Config, skipped: Sequence[Range]):
-        self.c, self.skipped, self.steps = c, skipped, []
-        self.tokens = [stage.batch * stage.seq_len for stage in c.stages]
-        per_token = [flops.train_flops_per_token(c.model, stage.seq_len) for stage in c.stages]
+        self.stages, self.skipped, self.steps = c.each_stage, skipped, []
+        self.tokens = [stage.batch * stage.seq_len for stage in self.stages]
+        per_token = [flops.train_flops_per_token(stage.model, stage.seq_len) for stage in self.stages]
         self.flops = [tokens * cost for tokens, cost in zip(self.tokens, per_token, strict=True)]
         self.flops_per_second = math.nan
 
@@ -54,7 +54,7 @@ class Progress:
         if steady:
             self.flops_per_second = flops_of_step / values["step_time"]
         index = steps[-1].stage
-        values |= {"stage": index + 1, "stages": len(self.c.stages), "seq_len": self.c.stages[index].seq_len}
+        values |= {"stage": index + 1, "stages": len(self.stages), "seq_len": self.stages[index].seq_len}
         values["tokens_seen"] = self.tokens_seen(number)
         values["seconds_left"] = self.flops_left(number) / self.flops_per_second
         if (memory := peak_memory()) is not None:
@@ -64,7 +64,7 @@ class Progress:
     def tokens_seen(self, step: int) -> int:
         """Tokens that were trained on in the first `step` steps, padding included."""
         seen = before = 0
-        for stage, tokens in zip(self.c.stages, self.tokens, strict=True):
+        for stage, tokens in zip(self.stages, self.tokens, strict=True):
             last = min(step, before + stage.steps)
             skipped = sum(max(min(b, last) - max(a, before + 1) + 1, 0) for a, b in self.skipped)
             seen += max(last - before - skipped, 0) * tokens
@@ -74,7 +74,7 @@ class Progress:
     def flops_left(self, step: int) -> float:
         """FLOPs of the steps after `step`."""
         left, before = 0.0, 0
-        for stage, flops_of_step in zip(self.c.stages, self.flops, strict=True):
+        for stage, flops_of_step in zip(self.stages, self.flops, strict=True):
             left += max(before + stage.steps - max(step, before), 0) * flops_of_step
             before += stage.steps
         return left

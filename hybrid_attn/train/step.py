@@ -1,6 +1,7 @@
 """One training step: a pure function of state and batch."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,18 +10,25 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Config
-from hybrid_attn.model import Execution, init
+from hybrid_attn.config import Config, StageConfig
+from hybrid_attn.model import Execution, execution_on, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
+from hybrid_attn.train.extras import Extra
 from hybrid_attn.train.objectives import OBJECTIVES, Objective, check_fields
 from hybrid_attn.train.optim import optimiser, schedule
 from hybrid_attn.trees import choice
 
 
 class TrainState(NamedTuple):
+    """What a step changes and a checkpoint holds; `extras` are those of `extras_of`."""
+
     step: jax.Array
     params: dict
     opt_state: optax.OptState
+    extras: dict = {}
+
+
+Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
 
 def init_state(config: Config, params: dict | None = None) -> TrainState:
@@ -29,7 +37,29 @@ def init_state(config: Config, params: dict | None = None) -> TrainState:
     Its parameters are `params`, or else new ones.
     """
     params = init(config.model, jax.random.key(config.seed)) if params is None else params
-    return TrainState(jnp.int32(0), params, optimiser(config).init(params))
+    extras = {name: extra.start(params) for name, extra in extras_of(config).items()}
+    return TrainState(jnp.int32(0), params, optimiser(config).init(params), extras)
+
+
+def objective_of(config: StageConfig) -> Objective:
+    """The objective of a stage; ValueError for one that is not in `OBJECTIVES`."""
+    objective = choice(f"stages[{config.index}].objective", config.objective, OBJECTIVES)
+    check_fields(config.objective)
+    return objective
+
+
+def extras_of(config: Config) -> dict[str, Extra]:
+    """The extras of the objectives of all stages, by name."""
+    return {name: extra for stage in config.each_stage for name, extra in objective_of(stage).extras.items()}
+
+
+def with_extras(config: Config, state: TrainState) -> TrainState:
+    """The state with the initial arrays of the extras that it lacks."""
+    missing = {name: extra for name, extra in extras_of(config).items() if name not in state.extras}
+    if not missing:
+        return state
+    start = jax.jit(lambda params: {name: extra.start(params) for name, extra in missing.items()})
+    return state._replace(extras=state.extras | start(state.params))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -52,39 +82,45 @@ def parts(batch: dict, number: int) -> dict:
     return {name: cut(jax.reshard(x_BT, TOKENS_BT)) for name, x_BT in batch.items()}
 
 
-def make_step(config: Config, execution: Execution):
-    """The jitted `step(state, batch, microbatches, objective) -> (state, metrics)`; it donates its state.
+def make_step(config: StageConfig, execution: Execution) -> Step:
+    """The jitted step of a stage, `step(state, batch) -> (state, metrics)`; it donates its state.
 
-    `microbatches` and the name of the `objective` are a stage's; more microbatches compute the same step in less memory. The
-    norms are those of the gradient and of the new parameters, which an update that is not finite makes so as well; the norm of
-    the update itself would keep the whole update in memory. ValueError for an objective that is not in `OBJECTIVES`.
+    More microbatches compute the same step in less memory. The norms are those of the gradient and of the new parameters,
+    which an update that is not finite makes so as well; the norm of the update itself would keep the whole update in memory.
+    ValueError for an objective that is not in `OBJECTIVES`.
     """
-    for index, stage in enumerate(config.stages):
-        choice(f"stages[{index}].objective", stage.objective, OBJECTIVES)
-        check_fields(stage.objective)
-    tx, rate = optimiser(config), schedule(config.optim, config.total_steps)
+    objective, tx = objective_of(config), optimiser(config)
+    rate = schedule(config.optim, config.total_steps)
 
-    @functools.partial(jax.jit, donate_argnums=0, static_argnums=(2, 3))
-    def step(state: TrainState, batch: dict, microbatches: int, objective: str = "next_token") -> tuple[TrainState, dict]:
-        goal = OBJECTIVES[objective]
-        (loss, sums), grads = loss_and_gradient(config, execution, goal, state.params, batch, microbatches)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        (loss, sums), grads = loss_and_gradient(config, execution, objective, state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        extras = {name: extra.update(state.extras[name], params, sums) for name, extra in objective.extras.items()}
         metrics = {
             "loss": loss,
-            **goal.metrics(sums, batch),
+            **objective.metrics(sums, batch),
             "grad_norm": optax.tree.norm(grads),
             "lr": rate(state.step),
             "param_norm": optax.tree.norm(params),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, state.extras | extras), metrics
 
     return step
 
 
-def loss_and_gradient(config: Config, execution: Execution, objective: Objective, params: dict, batch: dict, microbatches: int):
-    """((loss, the objective's sums), gradient) of a batch, computed over so many parts of it one after the other."""
-    weight = jnp.maximum(objective.weight(batch), 1.0)
+def make_steps(config: Config, platform: str) -> list[Step]:
+    """The step of each stage; stages whose steps are the same program share it, so that it is compiled once."""
+    steps = {
+        stage: make_step(stage, execution_on(platform, stage.model, stage.train)) for stage in dict.fromkeys(config.each_stage)
+    }
+    return [steps[stage] for stage in config.each_stage]
+
+
+def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, params: dict, batch: dict):
+    """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other."""
+    weight, microbatches = jnp.maximum(objective.weight(batch), 1.0), config.microbatches
 
     def loss_of(params, part):
         total, sums = objective.loss(config, params, part, execution)
@@ -106,10 +142,10 @@ def loss_and_gradient(config: Config, execution: Execution, objective: Objective
 
 @functools.partial(jax.jit, donate_argnums=0)
 def skip_step(state: TrainState) -> TrainState:
-    """The state after a step that trains on nothing: the step and the schedule go on, parameters and moments stay."""
+    """The state after a step that trains on nothing: the step and the schedule go on, everything else stays."""
 
     def advance(x):
         return x._replace(count=x.count + 1) if isinstance(x, optax.ScaleByScheduleState) else x
 
     opt_state = jax.tree.map(advance, state.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
-    return TrainState(state.step + 1, state.params, opt_state)
+    return state._replace(step=state.step + 1, opt_state=opt_state)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from hybrid_attn.checkpoint import Checkpoints
-from hybrid_attn.config import Config, Stage, to_dict
+from hybrid_attn.config import Config, to_dict
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.progress import Progress, Timed
 from hybrid_attn.train.resume import Range, is_skipped
@@ -21,13 +21,13 @@ from hybrid_attn.train.stop import Stop
 class TrainContext:
     """What the steps of a run work with.
 
-    `step_fn` is that of `make_step`, `batches` yields (step, batch), `data_state` gives the data state after a step, and
-    `evaluate` measures parameters and returns whether it came to its end. The batches of the `skipped` steps are read and not
-    trained on.
+    `step_fns` are the steps of `make_step` by stage, `batches` yields (step, batch), `data_state` gives the data state after a
+    step, and `evaluate` measures parameters and returns whether it came to its end. The batches of the `skipped` steps are read
+    and not trained on.
     """
 
     config: Config
-    step_fn: Callable
+    step_fns: Sequence[Callable]
     batches: Iterator
     checkpoints: Checkpoints
     metrics: Metrics
@@ -65,7 +65,7 @@ class _Loop:
         self.context, self.state, self.start, self.step = context, state, start, start
         self.progress = Progress(context.config, context.skipped)
         self.dispatched: _Dispatched | None = None
-        self.compiled = set()  # batch shapes whose program is compiled
+        self.compiled = set()  # the step functions that have been called
         self.restart_clock()
 
     def train(self) -> tuple[TrainState, int]:
@@ -76,12 +76,12 @@ class _Loop:
             batch = self.next_batch()
             if batch is None:
                 break
-            stage = c.stages[c.stage_at(self.step)[0]]
+            stage, _ = c.stage_at(self.step)
             self.step += 1
             if is_skipped(self.step, self.context.skipped):
                 self.skip()
             else:
-                self.dispatch(batch, stage)
+                self.dispatch(batch, self.context.step_fns[stage])
             if self.context.checkpoints.due(self.step) and self.step < c.total_steps:
                 self.report()  # so that no state is saved whose loss has not been checked
                 self.context.save(self.step, self.state)
@@ -120,17 +120,16 @@ class _Loop:
         context.metrics.advance(self.step)
         self.restart_clock()
 
-    def dispatch(self, batch: dict, stage: Stage) -> None:
+    def dispatch(self, batch: dict, step_fn: Callable) -> None:
         """Starts the step on its batch, and reports the step before meanwhile."""
-        shape = stage.batch, stage.seq_len, stage.microbatches
-        new = shape not in self.compiled
+        new = step_fn not in self.compiled
         if new:
             self.report()  # first, because the compilation is not part of the time of the step before
-        self.state, metrics = self.context.step_fn(self.state, batch, stage.microbatches, stage.objective)
+        self.state, metrics = step_fn(self.state, batch)
         self.context.stop.first_step_began()
         self.report()
         self.dispatched = _Dispatched(self.step, metrics, new)
-        self.compiled.add(shape)
+        self.compiled.add(step_fn)
 
     def report(self) -> None:
         """Waits for the dispatched step, if there is one, checks its metrics and logs them when a line is due."""

@@ -12,17 +12,16 @@ from hybrid_attn.model import Execution, flops
 
 
 def summary(
-    c: Config, execution: Execution, mesh: Mesh, peak: str, rows: Sequence[MixedSequences], workdir: str, start: int
+    c: Config, execution: Execution, mesh: Mesh, peak: str, sequences: Sequence[MixedSequences], workdir: str, start: int
 ) -> list[str]:
     """Parameters, layout, mesh, kernel, data, the sources of each stage, tokens and FLOPs per step, peak and workdir.
 
-    `rows` are those of each stage; tokens and FLOPs are those of the stage that comes next.
+    `sequences` are those of each stage; tokens and FLOPs are those of the stage that comes next.
     """
-    stage_index, _ = c.stage_at(min(start, c.total_steps - 1))
-    stage = c.stages[stage_index]
-    total, tokens = flops.parameters(c.model), stage.batch * stage.seq_len
+    stage = c.at(c.stage_at(min(start, c.total_steps - 1))[0])
+    total, tokens = flops.parameters(stage.model), stage.batch * stage.seq_len
     embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
-    per_token = flops.train_flops_per_token(c.model, stage.seq_len)
+    per_token = flops.train_flops_per_token(stage.model, stage.seq_len)
     layer_types = "; ".join(f"{letter} = {describe(c.model.kinds[letter])}" for letter in sorted(set(c.model.layers)))
     device = jax.devices()[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -30,8 +29,8 @@ def summary(
     remat = by_layer_type(execution.remat)
     context = f"; sequences are split by {by_layer_type(schemes)}" if mesh.shape["context"] > 1 else ""
     many_stages = len(c.stages) > 1
-    of = f", in stage {stage_index + 1}" if many_stages else ""
-    stages = ", ".join(f"{s.steps:,} steps of {s.batch} x {s.seq_len:,}" for s in c.stages)
+    of = f", in stage {stage.index + 1}" if many_stages else ""
+    stages = ", ".join(f"{s.steps:,} steps of {s.batch} x {s.seq_len:,}" for s in c.each_stage)
     return [
         f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
         f"layout       {c.model.layers}: {layer_types}",
@@ -41,8 +40,8 @@ def summary(
         f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
         *(
             line
-            for number, (s, of_stage) in enumerate(zip(c.stages, rows, strict=True), 1)
-            for line in sources(of_stage, s.steps * s.batch, f"stage {number}, " if many_stages else "")
+            for s, of_stage in zip(c.each_stage, sequences, strict=True)
+            for line in sources(of_stage, s.steps * s.batch, f"stage {s.index + 1}, " if many_stages else "")
         ),
         f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs{of}",
         f"token        {per_token:.4g} FLOPs{of}: 3 x forward, windows and causality counted, recomputation not",
@@ -51,18 +50,16 @@ def summary(
     ]
 
 
-def sources(rows: MixedSequences, wanted: int, stage: str) -> list[str]:
-    """A line for each source of a `stage` of `wanted` rows: what is there, how it is packed, and how much of it is seen."""
+def sources(sequences: MixedSequences, number: int, stage: str) -> list[str]:
+    """A line for each source of a `stage` of so many sequences: its size, how it is packed, and how much of it is seen."""
     lines = []
-    for name, epochs in rows.epochs(wanted).items():
-        of = rows.sources[name]
-        if isinstance(of, SyntheticSequences):
-            what = of.task.fingerprint()
-            lines.append(
-                f"source       {stage}{name}: {what}, rows of {of.shortest:,} to {of.seq_len:,} tokens, each drawn anew"
-            )
+    for name, epochs in sequences.epochs(number).items():
+        source = sequences.sources[name]
+        if isinstance(source, SyntheticSequences):
+            task, lengths = source.task.fingerprint(), f"{source.shortest:,} to {source.seq_len:,}"
+            lines.append(f"source       {stage}{name}: {task}, sequences of {lengths} tokens, new in every step")
             continue
-        n = of.counts()
+        n = source.counts()
         padding, cut = n["padding"] / (n["tokens"] + n["padding"]), n["cut_documents"] / n["documents"]
         lines.append(
             f"source       {stage}{name}: {n['documents']:,} training documents, {n['tokens']:,} tokens in {n['sequences']:,} "

@@ -126,7 +126,7 @@ def one_training_step(model, params):
     batch |= {"positions": np.tile(np.arange(16, dtype=np.int32), (2, 1)), "segments": np.ones(shape, np.int32)}
     batch |= {"weights": np.ones(shape, np.float32), "bytes": np.ones(shape, np.float32)}
     state = TrainState(jax.numpy.int32(0), params, optimiser(c).init(params))
-    return make_step(c, BLOCKED)(state, on_mesh(batch), 1)[0].params
+    return make_step(c.at(0), BLOCKED)(state, on_mesh(batch))[0].params
 
 
 def test_logits_agree_at_every_length_and_after_training_in_both_directions(theirs, tmp_path, one_device):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.config import Config
+from hybrid_attn.config import StageConfig
 from hybrid_attn.model import Execution, losses_and_aux
 from hybrid_attn.model.loss import bits_per_byte, weighted_sum
 from hybrid_attn.train.objectives.objective import Batch, Objective
@@ -14,7 +14,7 @@ def weight(batch: Batch) -> jax.Array:
     return batch["weights"].sum()
 
 
-def loss(config: Config, params: dict, batch: Batch, execution: Execution) -> tuple[jax.Array, dict]:
+def loss(config: StageConfig, params: dict, batch: Batch, execution: Execution) -> tuple[jax.Array, dict]:
     """The weighted sum over the tokens, z-loss included, and the sum of their negative log-probabilities alone."""
     nll_BT, lse_BT, aux = losses_and_aux(config.model, params, batch, execution)
     total = weighted_sum(nll_BT, lse_BT, batch["weights"], config.optim.z_loss)

@@ -1,12 +1,13 @@
 """What a stage minimises."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 
-from hybrid_attn.config import Config
+from hybrid_attn.config import StageConfig
 from hybrid_attn.model import Execution
+from hybrid_attn.train.extras import Extra
 
 Batch = dict[str, jax.Array]
 
@@ -17,10 +18,12 @@ class Objective(NamedTuple):
     `weight(batch)` is that weight. `loss(config, params, batch, execution)` is the sum, and sums by name of which
     `metrics(sums, batch)` makes the metrics of a step; both sums may be of a part of the batch's sequences. The sum "aux_loss"
     stands for itself: it is added to the loss as it is, and averaged over the parts of a batch. `fields` are the names of the
-    batch fields that these read; a batch without weight has the loss 0.
+    batch fields that these read; a batch without weight has the loss 0. `extras` are arrays that the state has for the
+    objective, by name; stages with an extra of the same name share it.
     """
 
     weight: Callable[[Batch], jax.Array]
-    loss: Callable[[Config, dict, Batch, Execution], tuple[jax.Array, dict]]
+    loss: Callable[[StageConfig, dict, Batch, Execution], tuple[jax.Array, dict]]
     metrics: Callable[[dict, Batch], dict]
     fields: tuple[str, ...]
+    extras: Mapping[str, Extra] = {}
