@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
+from hybrid_attn.kernels.softmax import soft_cap
 from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT
 
 WORDS = 16_384  # of the vocabulary at a time: with 1,024 tokens, 64 MiB of logits; that much of the table is gathered at a time
@@ -68,10 +69,8 @@ def _local(static: Static, x_nD, table_VD, targets_n):
 def _logits(static: Static, x_cD, table_vD):
     """Scaled and capped logits [c, v] in float32, and their derivative by the plain products."""
     logits_cv = static.scale * jnp.einsum("cD,vD->cv", x_cD, table_vD, preferred_element_type=jnp.float32)
-    if static.softcap is None:
-        return logits_cv, static.scale
-    t_cv = jnp.tanh(logits_cv / static.softcap)
-    return static.softcap * t_cv, static.scale * (1 - t_cv**2)
+    logits_cv, slope_cv = soft_cap(logits_cv, static.softcap)
+    return logits_cv, static.scale if slope_cv is None else static.scale * slope_cv
 
 
 def _words(static: Static, table_VD, i, dtype):

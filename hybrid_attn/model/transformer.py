@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config, kernels
 from hybrid_attn.config import LayerType, Model, Table, Train
+from hybrid_attn.kernels.softmax import soft_cap
 from hybrid_attn.model.attention import Attend
 from hybrid_attn.model.block import Aux, Block, added, residual_norm
 from hybrid_attn.model.loss import token_losses
@@ -234,5 +235,4 @@ def logits(model: Model, params: dict, x_BTD: jax.Array) -> jax.Array:
     logits_BTV = model.logit_scale * jnp.einsum(
         "BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32, out_sharding=spec
     )
-    cap = model.logit_softcap
-    return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+    return soft_cap(logits_BTV, model.logit_softcap)[0]
