@@ -5,13 +5,12 @@ No field has a default here: `configs/base.py` of this package holds every defau
 """
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from hybrid_attn import trees
-from hybrid_attn.trees import Table, check, check_fields, named, one_of, within
+from hybrid_attn.trees import Table, check, check_fields, named, one_of, suggestion, within
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
@@ -482,16 +481,14 @@ def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[s
     known = ", ".join(sources)
     check(bool(mixture) or len(sources) == 1, f"{field} is empty and data.sources has {known}; give sources a weight")
     for name in mixture:
-        near = difflib.get_close_matches(name, sources, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {known}"
+        hint = suggestion(name, sources, otherwise=f"there are {known}")
         check(name in sources, f"{field} names {name!r}, which is not in data.sources; {hint}")
 
 
 def _check_model_changes(field: str, keys: Sequence[str], model: Model) -> None:
     fields = trees.flat({"model": to_dict(model)})
     for key in keys:
-        near = difflib.get_close_matches(key, fields, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "write a key such as 'model.kinds.L.rope_theta'"
+        hint = suggestion(key, fields, otherwise="write a key such as 'model.kinds.L.rope_theta'")
         check(key in fields, f"{field} names {key!r}, which is no field of the model; {hint}")
 
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of network disks without locks
+IMPORTED_FILES = "companions"  # the folder beside an imported checkpoint: tokenizer and config files of the original model
 JSON_BYTES = 2**26  # the index of a model of 700B parameters takes 9 MB
 
 

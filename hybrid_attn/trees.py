@@ -10,7 +10,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 def check(ok: bool, message: str) -> None:
@@ -71,8 +71,13 @@ def not_among(value: str, choices: Sequence[str]) -> str:
     """The error for a value that is not among `choices`, with the nearest of them; empty if it is."""
     if value in choices:
         return ""
-    near = difflib.get_close_matches(str(value), choices, 1)
-    return f"is not one of {', '.join(map(repr, choices))}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"is not one of {', '.join(map(repr, choices))}{suggestion(value, choices, '; ')}"
+
+
+def suggestion(name, choices: Iterable[str], before: str = "", otherwise: str = "") -> str:
+    """`before` and "did you mean 'x'?" with the nearest of `choices`; `otherwise` where none is near."""
+    near = difflib.get_close_matches(str(name), choices, 1)
+    return f"{before}did you mean {near[0]!r}?" if near else otherwise
 
 
 def choice(field: str, name: str, table: Mapping):

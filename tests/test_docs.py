@@ -1,11 +1,13 @@
 """What the pages say is true: commands parse or run; config keys, flags, paths, links and the picture exist as they say."""
 
+import functools
 import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -21,7 +23,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GROUPS = "model|mesh|data|optim|stages|train|evals|init_from"
 FOLDERS = "configs|docs|hybrid_attn|launch|tools|tests|constraints"
 NEW_FILE = "mine"  # the name that worked examples give to a file that the reader writes
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 
 
 def fences(text: str, language: str) -> list[str]:
@@ -53,6 +56,13 @@ def check_python(words: list[str]) -> None:
         module.main(programs.parse(words))
 
 
+def check_console_script(module: str, words: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path(f"{NEW_FILE}.py").write_text("from hybrid_attn.configs.base import get_config")
+        check_python([f"{module.rpartition('.')[2]}.py", *words])
+
+
 def check_training(words: list[str]) -> None:
     check_python(["launch/train.py", *words])
 
@@ -81,7 +91,7 @@ def check_make(words: list[str]) -> None:
 
 
 def check_pip(words: list[str]) -> None:
-    assert words[0] == "install"
+    assert words[0] in ("install", "wheel")
     for extra in re.findall(r"\[(.*?)\]", " ".join(words)):
         assert set(extra.split(",")) <= set(EXTRAS), extra
 
@@ -93,6 +103,9 @@ CHECKS = {
     "sbatch": check_sbatch,
     "launch/local_processes.sh": check_script,
     "launch/tpu_pod.sh": check_script,
+}
+CHECKS |= {
+    name: functools.partial(check_console_script, target.partition(":")[0]) for name, target in PROJECT["scripts"].items()
 }
 
 
@@ -203,6 +216,7 @@ BROKEN = {
     "a value of a script": "```sh\nlaunch/local_processes.sh 2 -- --config=configs/hybrid_8k.py --batch=few\n```",
     "a command in a sentence": "Run `python tools/plan.py --config=configs/hybrid_8k.py:nothing --target=cpu:8`.",
     "an argument": "```sh\npython tools/plan.py --config=configs/hybrid_8k.py --target=cpu:8 more\n```",
+    "a flag of a console script": "```sh\nhybrid-train --config=mine.py --nothing=1\n```",
     "a required flag": "```sh\npython tools/plan.py --target=cpu:8\n```",
     "code": "```python\nfrom configs import nothing\n```",
     "a config": "```python\ndef get_config():\n    return {'model': {}}\n```",

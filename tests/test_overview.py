@@ -1,6 +1,7 @@
 """The tables at the end of a training: one for each length, in columns, what is in all before its parts."""
 
 import math
+import sys
 
 import pytest
 
@@ -45,10 +46,14 @@ def test_a_loss_without_bytes_has_no_bits(bits):
     assert ("bits/byte" in lines[2]) == (bits is not None)
 
 
-def test_the_ending_names_files_and_commands_that_a_shell_reads(tmp_path):
+def test_the_ending_names_files_and_commands_that_a_shell_reads(tmp_path, monkeypatch):
     lines = overview.ending("runs/my run", 300, tmp_path / "report.html", True)
     assert f"report       {tmp_path}/report.html" in lines
     assert "next         python tools/generate.py --checkpoint='runs/my run' --prompt='def main('" in lines
     assert any(line.endswith("--out='evals/my run' --trust_checkpoint_data") for line in lines)
     bare = overview.ending("runs/x", 300, None, False)
     assert "report" not in bare[1] and "--trust" not in "".join(bare)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/hybrid-train", "--config=mine.py"])
+    installed = overview.ending("runs/x", 300, None, False)
+    assert "next         hybrid-generate --checkpoint=runs/x --prompt='def main('" in installed
+    assert not [line for line in installed if "tools/" in line]

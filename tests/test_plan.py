@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import conftest
@@ -153,6 +154,7 @@ def main() -> None:
     """Plans the step of a narrow LLLG on 16 CPU devices in each case and prints what `sent` has of it."""
     from configs import base
     from hybrid_attn import config
+    from hybrid_attn.parallel.context import SCHEMES
     from hybrid_attn.plan import step as plan
     from hybrid_attn.plan import targets
 
@@ -167,7 +169,11 @@ def main() -> None:
         floats = [x for x in plan.make_plan(config.build(c), target).collectives if "f32" in x.types]
         tokens = {}
         for name, backward in {"forward": False, "backward": True}.items():
-            for scope, size in plan.keys_and_values(floats, backward).items():
+            sizes = Counter()
+            for x in floats:
+                if x.backward == backward and plan.payload(x).split()[-1] in SCHEMES:
+                    sizes[plan.payload(x)] += x.total
+            for scope, size in sizes.items():
                 tokens[f"{name} {scope}"] = size / {"L": LOCAL, "G": GLOBAL}[scope[0]] / (2 * 4 * HEAD)
         print(json.dumps(tokens))
 

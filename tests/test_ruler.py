@@ -243,7 +243,7 @@ def test_the_search_ends_soon_where_costs_are_no_line(cost):
 @pytest.mark.parametrize(
     ("task", "given", "words"),
     [
-        ("niah_singel_1", {}, "'niah_singel_1' is no task of RULER; did you mean 'niah_single_1'"),
+        ("niah_singel_1", {}, "'niah_singel_1' is no task of RULER: it .*; did you mean 'niah_single_1'"),
         ("niah_single_2", {}, "niah_single_2 hides its needles in a text; give one"),
         ("niah_single_2", {"haystack": " \n"}, "give one as haystack"),
         ("qa_1", {}, "qa_1 asks questions of a file that was not given"),

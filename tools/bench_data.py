@@ -35,7 +35,7 @@ OPENINGS = 5
 
 def write_text(path: Path, num_bytes: int) -> int:
     """Writes JSON lines with at least `num_bytes` of text, and returns the number of bytes."""
-    texts = [Path(file).read_text("utf-8") for _, file in documents.find(())]
+    texts = [Path(file).read_text("utf-8") for file in documents.find(())]
     written = 0
     with open(path, "w", encoding="utf-8") as file:
         for text in itertools.cycle(texts):
@@ -55,7 +55,7 @@ def train_tokenizer(path: Path) -> None:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=8192, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train([file for _, file in documents.find(())[:300]], trainer)
+    tokenizer.train(documents.find(())[:300], trainer)
     tokenizer.save(str(path))
 
 

@@ -8,6 +8,7 @@ Exit status: 2 for wrong flags or inputs, 1 for failures while running, 130 afte
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -35,7 +36,7 @@ from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, 
 from hybrid_attn.model import execution_on
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
 
-SHORTEST = 2048  # of questions whose length nobody named: in bytes, most of RULER's tasks fit
+SHORTEST = 2048  # of questions without --lengths: in bytes, most of RULER's tasks fit
 CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_multi_integer("step", None, "Of a checkpoint, by default the newest: one for all, or one for each.")
 SUITE = flags.DEFINE_string("suite", "quick", "quick, full, or names of evaluations with commas between them.")
@@ -125,7 +126,7 @@ def names(checkpoints: Sequence[tuple[str, int]]) -> list[str]:
 
 def models() -> list[tuple[str, int]]:
     """The absolute directory and the step of each checkpoint."""
-    directories = [path if "://" in path else os.path.abspath(path) for path in CHECKPOINT.value]
+    directories = [_absolute(path) for path in CHECKPOINT.value]
     steps = STEP.value or [None]
     if len(steps) > 1 and len(directories) > 1 and len(steps) != len(directories):
         raise ValueError(
@@ -325,6 +326,4 @@ def main(argv):
     programs.run(evaluate_all, argv, memory_for, "interrupted; the same command goes on with what is not done")
 
 
-def start() -> None:
-    """The console script."""
-    programs.start(main, __name__)
+start = functools.partial(programs.start, main, __name__)  # the console script

@@ -11,6 +11,7 @@ from absl import flags
 
 from hybrid_attn import checkpoint, programs
 from hybrid_attn.convert import families, hf
+from hybrid_attn.files import IMPORTED_FILES
 from hybrid_attn.infer import loading
 from hybrid_attn.model import abstract_params
 
@@ -26,7 +27,7 @@ def export_model() -> None:
     directory = loading.find(CHECKPOINT.value)
     step = loading.step_of(directory, STEP.value)
     c = loading.saved_of(directory, step).config
-    files = Path(directory) / hf.FOLDER
+    files = Path(directory) / IMPORTED_FILES
     described = hf.describe(c.model, files, max(stage.seq_len for stage in c.stages), FAMILY.value)
     shapes = {path: x.shape for path, x in hf.flat(abstract_params(c.model)).items()}
     with hf.new_directory(OUT.value) as new:
@@ -40,6 +41,4 @@ def main(argv):
     programs.run(export_model, argv)
 
 
-def start() -> None:
-    """The console script."""
-    programs.start(main, __name__)
+start = functools.partial(programs.start, main, __name__)  # the console script

@@ -9,6 +9,7 @@ answers go to stdout instead; 130 after Ctrl-C.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -207,6 +208,4 @@ def main(argv):
     programs.run(generate, argv, f"these prompts and {MAX_NEW_TOKENS.value:,} new tokens")
 
 
-def start() -> None:
-    """The console script."""
-    programs.start(main, __name__)
+start = functools.partial(programs.start, main, __name__)  # the console script

@@ -4,6 +4,7 @@
 of the checkpoint is --config with the imported model. docs/families.md lists the supported families.
 """
 
+import functools
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from hybrid_attn import config, config_file, programs
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.configs import base
 from hybrid_attn.convert import families, hf
+from hybrid_attn.files import IMPORTED_FILES
 from hybrid_attn.model import abstract_params, flops
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train.optim import optimiser
@@ -35,7 +37,7 @@ def import_model() -> None:
     model = families.model_of(described)
     values = CONFIG.value.values | {"model": config.to_dict(model)}
     if (Path(MODEL.value) / "tokenizer.json").exists():
-        values["data"]["tokenizer"] = str(Path(OUT.value) / hf.FOLDER / "tokenizer.json")
+        values["data"]["tokenizer"] = str(Path(OUT.value) / IMPORTED_FILES / "tokenizer.json")
     c = config.build(values)
     with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
         params = hf.read_params(MODEL.value, model, described["model_type"], abstract_params(model))
@@ -45,7 +47,7 @@ def import_model() -> None:
         origin = f"{described['model_type']} from {MODEL.value}"
         checkpoints.save(0, state, {"stage_steps": [], "stage": {}, "imported": origin}, config.to_dict(c), wait=True)
         checkpoints.close()
-        copied = hf.copy_files(MODEL.value, directory / hf.FOLDER)
+        copied = hf.copy_files(MODEL.value, directory / IMPORTED_FILES)
     print(f"{OUT.value}: {flops.parameters(model):,} parameters of {described['model_type']}, with {', '.join(copied)}")
 
 
@@ -53,6 +55,4 @@ def main(argv):
     programs.run(import_model, argv, "the model; give --config a mesh of more devices")
 
 
-def start() -> None:
-    """The console script."""
-    programs.start(main, __name__)
+start = functools.partial(programs.start, main, __name__)  # the console script

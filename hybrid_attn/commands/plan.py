@@ -8,6 +8,7 @@ data: a note says where training would need a tokenizer. Exit codes: 0 it fits; 
 that cannot be compiled for.
 """
 
+import functools
 from collections.abc import Sequence
 
 from absl import flags
@@ -45,6 +46,4 @@ def main(argv):
     programs.run(plan_step, argv)
 
 
-def start() -> None:
-    """The console script."""
-    programs.start(main, __name__)
+start = functools.partial(programs.start, main, __name__)  # the console script

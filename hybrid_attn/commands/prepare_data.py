@@ -5,6 +5,7 @@ code, and directories that the library datasets saved. After a kill, the same co
 --workers. .zst, Parquet and Arrow files need the extra [data].
 """
 
+import functools
 import os
 
 from absl import flags
@@ -61,6 +62,4 @@ def main(argv):
     programs.run(prepare_store, argv, interrupted="interrupted; the same command continues")
 
 
-def start() -> None:
-    """The console script."""
-    programs.start(main, __name__)
+start = functools.partial(programs.start, main, __name__)  # the console script

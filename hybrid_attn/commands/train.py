@@ -9,6 +9,7 @@ Several processes train one model if SLURM, Open MPI, a TPU pod or a Kubernetes 
 --coordinator, --num_processes and --process_id. Process 0 prints; an error of one process ends all with its message.
 """
 
+import functools
 import logging
 import re
 import traceback
@@ -88,6 +89,4 @@ def main(argv):
     programs.run(train, argv, interrupted=INTERRUPTED)
 
 
-def start() -> None:
-    """The console script."""
-    programs.start(main, __name__)
+start = functools.partial(programs.start, main, __name__)  # the console script

@@ -28,7 +28,6 @@ from hybrid_attn.convert.families import Tensor
 from hybrid_attn.files import check_named, read_object, write_atomically
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FOLDER = "companions"  # beside the checkpoints of an imported model: its tokenizer and config files
 TOKENIZER_AND_CONFIG_FILES = (  # config.json has the ids of the special tokens
     "config.json",
     "generation_config.json",

@@ -1,6 +1,6 @@
 """Trains a byte-level BPE tokenizer. Its vocabulary has all bytes, so it encodes every text."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from hybrid_attn.data import documents, sources
 from hybrid_attn.data.sources import Binary, Broken, Fields
@@ -11,14 +11,13 @@ MAX_VOCAB = 2**24
 PIECE = 2**20  # characters that are passed to the library at a time
 
 
-def texts(inputs: Iterable[str], fields: Fields, form: str | None = None) -> Iterator[str]:
+def texts(inputs: Sequence[str], fields: Fields, form: str | None = None) -> Iterator[str]:
     """The texts of `inputs`, read as tools/prepare_data.py does; without inputs, the sources of Python's standard library.
 
     ValueError for the first document that is broken or binary, or if there is no text.
     """
-    files = sources.find(inputs) if inputs else [path for _, path in documents.find(())]
     number = 0
-    for path in files:
+    for path in documents.find(inputs):
         for document in sources.read(path, form or sources.format_of(path), fields):
             if isinstance(document, (Broken, Binary)):
                 raise ValueError(f"{document.reason}; repair or split the file, or leave it out of --input")

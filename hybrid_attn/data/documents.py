@@ -6,6 +6,7 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -113,7 +114,7 @@ def load(paths: tuple[str, ...], tokenizer) -> Documents:
     Without `paths`, the sources of this interpreter's standard library. The text of a record is its field `FIELDS.text`.
     ValueError names what cannot be read or encoded, or says that no file has text.
     """
-    files = sources.find(paths) if paths else [path for _, path in find(())]
+    files = find(paths)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         encoded = [pair for pairs in pool.map(lambda path: _encode(path, tokenizer), files) for pair in pairs]
     if not encoded:
@@ -122,26 +123,13 @@ def load(paths: tuple[str, ...], tokenizer) -> Documents:
     return in_memory(tokens, hashes)
 
 
-def find(paths: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(name, path) of each file with text, in an order that is the same on every machine.
-
-    Without `paths`, the sources of this interpreter's standard library. A file that several patterns match, or that links
-    point to, counts once.
-    """
-    if not paths:
-        return _standard_library()
-    files = {}
-    for pattern in paths:
-        for name, path in sources.matches(os.path.expanduser(pattern)):
-            files.setdefault(os.path.realpath(path), (name, path))
-    texts = [(name, path) for name, path in files.values() if os.path.getsize(path)]
-    if not texts:
-        raise ValueError(f"paths={paths} matches {len(files)} files and all are empty; name files with text")
-    return texts
+def find(paths: Sequence[str]) -> list[str]:
+    """The files that `sources.find` finds in `paths`; without these, the sources of this interpreter's standard library."""
+    return sources.find(paths) if paths else _standard_library()
 
 
-def _standard_library() -> list[tuple[str, str]]:
-    """Sorted (name, path) of the sources of the standard library.
+def _standard_library() -> list[str]:
+    """The paths of the sources of the standard library, in the order of their names below its root.
 
     Empty files and the few test fixtures that are not UTF-8 are left out, so that every tokenizer reads the same corpus.
     """
@@ -153,20 +141,15 @@ def _standard_library() -> list[tuple[str, str]]:
         named += [(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths if _is_text(path)]
     if not named:
         raise ValueError(f"the standard library at {root} has no .py sources; name text files in paths")
-    return sorted(named)
+    return [path for _, path in sorted(named)]
 
 
 def _is_text(path: str) -> bool:
     """Whether the file is not empty and all of it is UTF-8."""
     try:
-        return bool(_read(path).decode("utf-8"))
+        return bool(Path(path).read_text("utf-8"))
     except UnicodeDecodeError:
         return False
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def _texts(path: str) -> Iterator[bytes]:

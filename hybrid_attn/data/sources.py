@@ -32,20 +32,18 @@ def find(inputs: Iterable[str]) -> list[str]:
     paths = {}
     for name in inputs:
         name = os.path.expanduser(name)
-        for path in _files_under(name) if os.path.isdir(name) else [path for _, path in matches(name)]:
+        for path in _files_under(name) if os.path.isdir(name) else _matches(name):
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())
 
 
-def matches(pattern: str) -> list[tuple[str, str]]:
-    """Sorted (name, path) of the files that `pattern` matches. A name is relative to the last folder before a wildcard."""
-    if os.path.isdir(pattern):
-        raise ValueError(f"{pattern!r} is a directory; use {os.path.join(pattern, '**')!r} for all its files")
+def _matches(pattern: str) -> list[str]:
+    """The files that `pattern` matches, sorted by their paths below the last folder before a wildcard."""
     paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
     if not paths:
         raise ValueError(f"{pattern!r} matches no file; the working directory is {os.getcwd()}; correct the path or pattern")
     root = os.path.dirname(re.split(r"[*?[]", pattern, maxsplit=1)[0]) or os.curdir
-    return sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths)
+    return _sorted_below(root, paths)
 
 
 def format_of(path: str) -> str:
@@ -136,7 +134,12 @@ def _files_under(folder: str) -> list[str]:
         all_paths += [path for path in paths if os.path.isfile(path) or os.path.islink(path)]  # a pipe would block
     if not all_paths:
         raise ValueError(f"{folder} has no files that are not hidden")
-    return sorted(all_paths, key=lambda path: os.path.relpath(path, folder).replace(os.sep, "/"))
+    return _sorted_below(folder, all_paths)
+
+
+def _sorted_below(folder: str, paths: list[str]) -> list[str]:
+    """Paths in the order of their names below `folder`, which is the same wherever that is."""
+    return sorted(paths, key=lambda path: (os.path.relpath(path, folder).replace(os.sep, "/"), path))
 
 
 def _from_json(folder: str, name: str, read: Callable):

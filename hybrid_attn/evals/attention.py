@@ -27,7 +27,7 @@ from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, 
 from hybrid_attn.model import Execution
 from hybrid_attn.model.extend import layer_by_layer, unstacked
 from hybrid_attn.model.transformer import in_packed
-from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, place
 
 BEGIN = 10  # tokens; the weights by position leave them out
 END = 0.03  # share of the tokens, the last ones, that the weights by position leave out
@@ -134,7 +134,7 @@ def _statistics(
 ) -> Iterator[tuple[NeedlePrompt, list[AttentionStatistics]]]:
     """Each prompt with what its queries saw in each layer, as arrays [N, ...]."""
     mesh = eval_model.mesh
-    rows, context = math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape["context"]
+    rows, context = batch_shards(mesh), mesh.shape["context"]
     num_queries = max(len(prompt.tokens_S) - prompt.question for prompt in prompts)
     num_queries = -(-num_queries // ROUND) * ROUND
     execution = eval_model.execution._replace(zigzag=False)

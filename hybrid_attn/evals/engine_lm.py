@@ -4,7 +4,6 @@ What a continuation is, how a text that is longer than the model reads is cut in
 left out are the harness's own definitions. A context begins with BOS, as sequences do in training.
 """
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -22,6 +21,7 @@ from hybrid_attn.evals.types import check_finite
 from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import TextStream
+from hybrid_attn.trees import suggestion
 
 try:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when the libraries below are imported
@@ -261,7 +261,6 @@ def find_tasks(names: Sequence[str], include_path) -> TaskManager:
     if missing():
         manager = TaskManager(include_path=include_path)
     if names := missing():
-        near = difflib.get_close_matches(names[0], manager.all_tasks, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = suggestion(names[0], manager.all_tasks, "; ")
         raise ValueError(f"there is no task {names[0]!r} under include_path={include_path} and none in the harness{hint}")
     return manager

@@ -58,9 +58,7 @@ def of_documents(sources: Sequence[Documents], tokenizer) -> str:
 
 def _files(patterns: tuple[str, ...]) -> list[str]:
     """Paths of files that are not empty, as for training: of patterns and directories, or of the standard library."""
-    if not patterns:
-        return [path for _, path in documents.find(())]
-    return [path for path in source_files.find(patterns) if os.path.getsize(path)]
+    return [path for path in documents.find(patterns) if os.path.getsize(path)]
 
 
 def _read(path: str) -> str:

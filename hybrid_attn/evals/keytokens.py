@@ -31,7 +31,7 @@ from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution, losses
-from hybrid_attn.parallel.mesh import BATCH
+from hybrid_attn.parallel.mesh import BATCH, batch_shards
 
 GAIN = 2.0  # nats that the far context takes off a key token's loss, at least
 LIKELY = 2.0  # nats, which a key token's loss in the whole context is below
@@ -88,7 +88,7 @@ def _batches(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[tuple[di
     slices = 2 * eval_model.mesh.shape["context"]  # a mesh may want two for each of its shards
     size = -(-(short + max(1, short // SLIDE)) // slices) * slices
     windows = [Window(rows, first, size) for first in range(0, spec.length - short, size - short)]
-    rows_at_once = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
+    rows_at_once = batch_shards(eval_model.mesh)
     batches = (heldout_batches(x, -(-spec.tokens // spec.length), rows_at_once, eval_model.mesh) for x in (rows, *windows))
     for batch, *parts in zip(*batches, strict=True):
         yield batch, [(window.first, arrays) for window, arrays in zip(windows, parts, strict=True)]

@@ -27,7 +27,7 @@ from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution, losses
 from hybrid_attn.model.loss import bits_per_byte
-from hybrid_attn.parallel.mesh import BATCH, spec_of
+from hybrid_attn.parallel.mesh import BATCH, batch_shards, spec_of
 
 BIGRAM_PARTS = ("recall", "rest")
 FIRST_EDGE = 16  # tokens; the edges after it double
@@ -43,7 +43,7 @@ def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """
     rows = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
-    batch = math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
+    batch = batch_shards(eval_model.mesh)
     batches = [
         jax.device_get(_score(eval_model.model, eval_model.execution, edges, eval_model.params, arrays))
         for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, eval_model.mesh)

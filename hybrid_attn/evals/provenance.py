@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from hybrid_attn import config
 from hybrid_attn.evals.report import layers
-from hybrid_attn.files import object_of
+from hybrid_attn.files import IMPORTED_FILES, object_of
 from hybrid_attn.model import Execution, flops
 
 
@@ -49,12 +49,12 @@ def trained_length(c: config.CheckpointConfig, checkpoints: Path, steps: int) ->
 
     A model without any was imported, and its own config.json, beside the `checkpoints`, knows better than ours.
     """
-    path = checkpoints / "companions" / "config.json"
+    path = checkpoints / IMPORTED_FILES / "config.json"
     if steps == 0 and path.is_file():
         values = object_of(path.read_bytes(), str(path), "; copy it again from the model")
         length = config.longest_text(values, path)
         if length is not None:
-            return length, "max_position_embeddings of companions/config.json"
+            return length, f"max_position_embeddings of {IMPORTED_FILES}/config.json"
     return c.stages[-1].seq_len, "seq_len of the last stage of the checkpoint's config"
 
 

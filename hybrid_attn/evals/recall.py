@@ -4,7 +4,6 @@ Only bytes have such tasks: a vocabulary of a few hundred words, so that all log
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -21,7 +20,7 @@ from hybrid_attn.evals.fields import NAME, SHARE, SIZE, list_of
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution, apply, logits
-from hybrid_attn.parallel.mesh import BATCH
+from hybrid_attn.parallel.mesh import batch_shards
 
 TOKENS = 8192  # of a batch on each of its shards: their logits all exist at once
 
@@ -32,7 +31,7 @@ def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     The row holds the right answers, so that one does not suffer from another.
     """
     rows = SyntheticSequences(spec.documents, spec.length, None)
-    batch = max(1, TOKENS // spec.length) * math.prod(eval_model.mesh.shape[axis] for axis in BATCH)
+    batch = max(1, TOKENS // spec.length) * batch_shards(eval_model.mesh)
     number = -(-spec.tokens // spec.length)
     batches = [
         jax.device_get(_right(eval_model.model, eval_model.execution, eval_model.params, arrays))

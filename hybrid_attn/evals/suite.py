@@ -6,7 +6,6 @@ missing units. A unit that cannot be measured, or that does not fit a length whi
 reason.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -38,9 +37,8 @@ def named(suite: str) -> tuple[str, ...]:
     groups = suites() | {name: (name,) for name in EVALS}
     names = [name.strip() for name in suite.split(",")]
     for name in names:
-        near = difflib.get_close_matches(name, groups, 1, 0.0)
-        hint = f"did you mean {near[0]!r}? There" if near and name else "there"
-        trees.check(name in groups, f"--suite={suite} names {name!r}; {hint} are {', '.join(groups)}")
+        problem = trees.not_among(name, tuple(groups))
+        trees.check(not problem, f"--suite={suite} names {name!r}, which {problem}")
     return tuple(dict.fromkeys(evaluation for name in names for evaluation in groups[name]))
 
 

@@ -8,7 +8,6 @@ Letters: B requests, T tokens of a chunk, D model.
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -37,7 +36,7 @@ from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.steps import SLICE, DecodeSlice, DecodeState, StepConfig, decode, prefill, score
 from hybrid_attn.model import execution_on
 from hybrid_attn.model.extend import unstacked
-from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, place
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, place
 
 DEFAULT_CHUNK = 2048
 DEFAULT_BATCH_SIZE = 8  # or as many requests as a batch has shards
@@ -94,10 +93,6 @@ class EngineOptions:
                 f"a batch of {batch_size} requests does not split over {shards} shards of the batch; use a multiple of {shards}"
             )
         return dataclasses.replace(self, batch_size=batch_size)
-
-
-def batch_shards(mesh: Mesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 class Sizes(NamedTuple):
@@ -283,15 +278,12 @@ class Engine:
         for tokens_BT, counts_B in chunks(sequences, chunk, batch_size):
             yield self._place(tokens_BT, TOKENS_BT), self._place(counts_B, P(BATCH))
 
-    def _new_cache(self, batch_size: int, sizes: Sizes) -> Cache:
-        static_args = self.model, batch_size, sizes.capacity, sizes.chunk, self.execution.dtype, self.quantised
-        return self._execute(caches.empty, static_args)
-
     def _zeros(self, batch_size: int) -> jax.Array:
         return self._place(np.zeros((batch_size, self.model.d_model), self.execution.dtype), P(BATCH, None))
 
     def _new_state(self, batch_size: int, sizes: Sizes) -> DecodeState:
-        return DecodeState(self._new_cache(batch_size, sizes), self._zeros(batch_size))
+        static_args = self.model, batch_size, sizes.capacity, sizes.chunk, self.execution.dtype, self.quantised
+        return DecodeState(self._execute(caches.empty, static_args), self._zeros(batch_size))
 
     @contextlib.contextmanager
     def _timed(self, name: str):

@@ -9,13 +9,10 @@ from jax.sharding import NamedSharding
 
 from hybrid_attn import checkpoint, config
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, check_vocab, load_tokenizer
-from hybrid_attn.files import read_object
+from hybrid_attn.files import IMPORTED_FILES, read_object
 from hybrid_attn.model import abstract_params
 from hybrid_attn.parallel import fit
 from hybrid_attn.trees import check
-
-# The directory beside an imported checkpoint with the tokenizer and config files of the original model.
-IMPORTED_FILES = "companions"
 
 
 class Saved(NamedTuple):

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
+from hybrid_attn.kernels.softmax import soft_cap
 from hybrid_attn.model.params import Dot
 from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT
 
-ENTRIES = (
-    16_384  # of the vocabulary at a time: with 1,024 tokens, 64 MiB of logits; that much of the table is gathered at a time
-)
+# Of the vocabulary at a time: with 1,024 tokens, 64 MiB of logits; that much of the table is gathered at a time.
+ENTRIES = 16_384
 
 
 def token_losses(
@@ -80,10 +80,8 @@ def _local(settings: LogitSettings, x_nD, table_VD, targets_n):
 def _logits(settings: LogitSettings, x_cD, table_vD):
     """Scaled and capped logits [c, v] in float32, and their derivative by the plain products."""
     logits_cv = settings.scale * _products(settings.dot, x_cD, table_vD)
-    if settings.softcap is None:
-        return logits_cv, settings.scale
-    t_cv = jnp.tanh(logits_cv / settings.softcap)
-    return settings.softcap * t_cv, settings.scale * (1 - t_cv**2)
+    logits_cv, slope_cv = soft_cap(logits_cv, settings.softcap)
+    return logits_cv, settings.scale if slope_cv is None else settings.scale * slope_cv
 
 
 def _products(dot: Dot, x_cD, table_vD):

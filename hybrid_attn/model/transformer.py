@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import kernels
 from hybrid_attn.config import LayerType, Model
+from hybrid_attn.kernels.softmax import soft_cap
 from hybrid_attn.model.attention import Attend
 from hybrid_attn.model.block import Aux, Block, added, residual_norm
 from hybrid_attn.model.execution import Execution
@@ -214,6 +215,4 @@ def logits(model: Model, params: dict, x_BTD: jax.Array, dot: Dot = jax.lax.dot_
     table_VD = gathered(unembedding(model, params).astype(x_BTD.dtype))
     spec, contracted = P(*spec_of(x_BTD)[:2], "tensor"), (((2,), (1,)), ((), ()))
     products_BTV = dot(x_BTD, table_VD, contracted, preferred_element_type=jnp.float32, out_sharding=spec)
-    logits_BTV = model.logit_scale * products_BTV
-    cap = model.logit_softcap
-    return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+    return soft_cap(model.logit_scale * products_BTV, model.logit_softcap)[0]

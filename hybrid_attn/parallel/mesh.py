@@ -80,6 +80,11 @@ def abstract_mesh(**sizes: int) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Shards of the batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def spec_of(x: jax.Array) -> P:
     """The spec of an array on the current mesh, without the axes that it is reduced over."""
     return P(*jax.typeof(x).sharding.spec)

@@ -1,7 +1,6 @@
 """What the training step of a config needs on devices that this machine need not have: it is compiled for them, never run."""
 
 import re
-from collections import Counter
 from typing import NamedTuple
 
 import jax
@@ -106,12 +105,3 @@ def payload(collective: Collective) -> str:
     if scheme and letter:
         return f"{letter} {scheme}"
     return f"{letter} layers" if letter else "other"
-
-
-def keys_and_values(sent: list[Collective], backward: bool) -> dict[str, int]:
-    """Bytes that a device receives in a step for keys and values (backward: their gradients), by layer type and scheme."""
-    sums = Counter()
-    for x in sent:
-        if x.backward == backward and payload(x).split()[-1] in SCHEMES:
-            sums[payload(x)] += x.total
-    return dict(sums)

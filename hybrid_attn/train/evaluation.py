@@ -1,7 +1,6 @@
 """The evaluations of a training: the suite, on the parameters of a step."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import EvalContext, Settings, Unit
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.model import Execution
-from hybrid_attn.parallel.mesh import BATCH, broadcast_from_first
+from hybrid_attn.parallel.mesh import batch_shards, broadcast_from_first
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.overview import evaluation_tables
 from hybrid_attn.trees import check, not_among
@@ -183,7 +182,7 @@ class Evaluations:
 
 def _engine_options(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> EngineOptions:
     """The chunk, and a batch whose caches have no more tokens than a training step if the mesh allows it."""
-    context, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in BATCH)
+    context, shards = mesh.shape["context"], batch_shards(mesh)
     tokens = c.at(-1).batch * c.at(-1).seq_len
     per_shard = min(-(-DEFAULT_BATCH_SIZE // shards), tokens // (shards * max(lengths, default=1)))
     return EngineOptions(max(DEFAULT_CHUNK // context, 1) * context, batch_size=max(per_shard, 1) * shards)

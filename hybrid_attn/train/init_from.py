@@ -5,7 +5,6 @@ Every parameter is accounted for: one of this model is copied, or `init_from.new
 parameters are taken: the optimiser state is new.
 """
 
-import difflib
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,8 +124,7 @@ def matching(key: str, patterns: Sequence[str], names: Iterable[str], owner: str
 def nearest(name: str, names: Iterable[str]) -> str:
     """The most similar name of a parameter or a group, or else the first part of every name."""
     groups = {"/".join(parts[:n]) for parts in (x.split("/") for x in names) for n in range(1, len(parts) + 1)}
-    similar = difflib.get_close_matches(name, sorted(groups), 1)
-    return f"; did you mean {similar[0]!r}?" if similar else f"; it has {', '.join(sorted({x.split('/')[0] for x in names}))}"
+    return trees.suggestion(name, sorted(groups), "; ", f"; it has {', '.join(sorted({x.split('/')[0] for x in names}))}")
 
 
 def inside(name: str, group: str) -> bool:

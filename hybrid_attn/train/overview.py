@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -95,7 +96,12 @@ def _of(records: Sequence[Mapping], evaluation: str) -> list[Mapping]:
 
 
 def ending(workdir: str, step: int, report: Path | None, own_files: bool) -> list[str]:
-    """Lines with the files of a finished run and with further commands; `own_files`: it was trained on files or URLs."""
+    """Lines with the files of a finished run and with further commands; `own_files`: it was trained on files or URLs.
+
+    The commands are the console scripts of an installed package where one of these trains, else those of the repository.
+    """
+    installed = Path(sys.argv[0]).name.startswith("hybrid-")
+    generate, evaluate = (f"hybrid-{x}" if installed else f"python tools/{x}.py" for x in ("generate", "evaluate"))
     path = shlex.quote(str(workdir))
     trust = " --trust_checkpoint_data" if own_files else ""
     name = shlex.quote(f"evals/{Path(workdir).name}")
@@ -104,7 +110,7 @@ def ending(workdir: str, step: int, report: Path | None, own_files: bool) -> lis
         *([f"report       {report}"] if report is not None else []),
         f"metrics      {workdir}/metrics.jsonl, evals.jsonl; tensorboard --logdir={path}",
         f"checkpoint   {workdir}/checkpoints/{step}",
-        f"next         python tools/generate.py --checkpoint={path} --prompt='def main('",
-        f"             python tools/evaluate.py --checkpoint={path} --suite=quick --out={name}{trust}",
-        f"             python tools/plot_runs.py --workdir={path} --out=loss.png",
+        f"next         {generate} --checkpoint={path} --prompt='def main('",
+        f"             {evaluate} --checkpoint={path} --suite=quick --out={name}{trust}",
+        *([] if installed else [f"             python tools/plot_runs.py --workdir={path} --out=loss.png"]),
     ]

@@ -1,6 +1,5 @@
 """What records and answers must hold, so that a report of files from elsewhere is right or names the line that is not."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 from hybrid_attn.evals.fields import (
@@ -19,7 +18,7 @@ from hybrid_attn.evals.fields import (
     or_none,
 )
 from hybrid_attn.evals.table import EVALS
-from hybrid_attn.trees import check
+from hybrid_attn.trees import check, suggestion
 
 PART = Kind("all, recall or rest", lambda value: value in ("all", "recall", "rest"))
 
@@ -51,8 +50,7 @@ def check_record(record: Mapping, where: str) -> None:
     """ValueError names the field that is not what a record of its evaluation holds."""
     name, known = record.get("eval"), required()
     if not isinstance(name, str) or name not in known:
-        near = difflib.get_close_matches(str(name), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        hint = suggestion(name, known, otherwise=f"known are {', '.join(known)}")
         raise ValueError(f"{where}: eval={_short(name)} is not known; {hint}")
     for field in ("answers", "samples"):
         check(record.get(field) != 0, f"{where}: {name} with {field}=0 says nothing; ask one question at least")

@@ -6,7 +6,6 @@ ones; where that is no matter, `fit.generate` asks better.
 """
 
 import functools
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from hybrid_attn.evals.ruler.fit import check_known, count, source
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NEEDLES, NEW_TOKENS, QA, SHORT, Question, SampleSpec
 from hybrid_attn.evals.samples import Sample, TooLongError
+from hybrid_attn.files import read_object
 from hybrid_attn.trees import check
 
 SEED = 42  # that of its scripts
@@ -49,10 +49,7 @@ def wonderwords(others: tuple[str, ...] = ()) -> Words:
 
 def read_others(path: Path) -> tuple[str, ...]:
     """The words of RULER's english_words.json, a dict of them by their number."""
-    try:
-        others = tuple(json.loads(path.read_bytes()).values())
-    except (AttributeError, RecursionError, ValueError) as cause:
-        raise ValueError(f"{path} is no dict of words ({cause}); give RULER's english_words.json") from cause
+    others = tuple(read_object(path, "; give RULER's english_words.json").values())
     check(all(isinstance(word, str) for word in others), f"{path} holds other things than words; give english_words.json")
     return others
 

@@ -1,6 +1,5 @@
 """Samples of RULER's tasks that fill a length, counted by the tokenizer of the model, and never pass it."""
 
-import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from hybrid_attn.evals.ruler.draws import of_sample
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NAMES, NEW_TOKENS, QA, Question, SampleSpec
 from hybrid_attn.evals.samples import Sample, TooLongError, spent
-from hybrid_attn.trees import check
+from hybrid_attn.trees import check, not_among
 
 # Units; from 53 coded words on, the last rank asked for is more frequent than the next.
 FEWEST = {"vt": tasks.HOPS + 1, "cwe": tasks.COMMON_WORDS + 1, "fwe": 53}
@@ -98,8 +97,8 @@ def new_tokens(task: str, gold: str, tokenizer: ByteTokenizer | JsonTokenizer) -
 
 
 def check_known(task: str) -> None:
-    near = difflib.get_close_matches(task, NAMES, 1, 0.0)
-    check(task in NAMES, f"{task!r} is no task of RULER; did you mean {near[0]!r}? There are {', '.join(NAMES)}")
+    problem = not_among(task, NAMES)
+    check(not problem, f"{task!r} is no task of RULER: it {problem}")
 
 
 def _ask(task: str, name: str, spec: SampleSpec, listed: Sequence[str], units: int) -> Question:

@@ -43,10 +43,9 @@ def attend_ring(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache,
     segment_BT = (offset + jnp.arange(T) < counts_B[:, None]).astype(jnp.int32)
     k_BKRH, v_BKRH, k_position_BR = _ring_keys(layer, (lengths_B + counts_B)[:, None], T)
     q_segment_BT, k_segment_BR = segment_BT, (k_position_BR >= 0).astype(jnp.int32)
-    if chunk is not None:
-        positions, segments = (
-            jnp.concatenate(x, 1) for x in ((q_position_BT, k_position_BR), (q_segment_BT, k_segment_BR))
-        )  # numbered together, because the number of a chunk's segment depends on how many tokens there are
+    if chunk is not None:  # queries and keys together: the number of a chunk's segment depends on how many tokens there are
+        pairs = (q_position_BT, k_position_BR), (q_segment_BT, k_segment_BR)
+        positions, segments = (jnp.concatenate(pair, 1) for pair in pairs)
         q_segment_BT, k_segment_BR = jnp.split(chunk_segments(positions, segments, chunk), [T], axis=1)
     queries = Queries(q_BTNH, q_position_BT[:, None], q_segment_BT)
     o_BTNH, lse_BTN = _attend(settings, queries, Keys(k_BKRH, v_BKRH, k_position_BR[:, None], k_segment_BR[:, None]))
