@@ -56,7 +56,7 @@ def sources(rows: MixedSequences, wanted: int, stage: str) -> list[str]:
         if isinstance(of, SyntheticSequences):
             what = of.task.fingerprint()
             lines.append(
-                f"source       {stage}{name}: {what}, rows of {of.shortest:,} to {of.seq_len:,} tokens, each drawn anew"
+                f"source       {stage}{name}: {what}, sequences of {of.shortest:,} to {of.seq_len:,} tokens, each drawn anew"
             )
             continue
         n = of.counts()
