@@ -22,7 +22,7 @@ from hybrid_attn.data import corpora
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import heldout, output, provenance, report, suite, types
-from hybrid_attn.evals.report import descriptions, fields
+from hybrid_attn.evals.report import command, fields
 from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation
@@ -263,7 +263,7 @@ def test_the_command_beside_a_figure_measures_the_same(tool, models, tmp_path, m
         fields.check_provenance(described, "run.json")
         found = report.Run("one", (), (), described)
         for name in wanted.evals:
-            program, *arguments = shlex.split(descriptions.command([found], name))[1:]
+            program, *arguments = shlex.split(command.measuring([found], name))[1:]
             assert program == "tools/evaluate.py" and arguments.pop() == "--out=DIR"
             run(tool, *arguments, f"--out={tmp_path}/{number}-{name}", trust=())
             again, settings_again, about_again = planned[-1]
@@ -494,7 +494,7 @@ def test_parameters_are_loaded_once_and_one_model_after_the_other(tool, models, 
         (["--suite=ruler", "--lengths=1000000000000"], "use fewer --samples, or shorter --lengths"),
         (["--suite=position", "--lengths=1000000000000"], "activations of a row of 1,000,000,000,000 tokens take"),
         (["--suite=recall", "--lengths=500000000"], "activations of a row of 500,000,000 tokens take"),
-        (["--suite=recall", "--tokens=1000000000000000", "--lengths=64"], "rows of 64 tokens; use at most 67108864"),
+        (["--suite=recall", "--tokens=1000000000000000", "--lengths=64"], "sequences of 64 tokens; use at most 67108864"),
         (["--suite=ruler", "--ruler_tasks=cvt"], "did you mean 'vt'?"),
         (["--suite=ruler", "--ruler_tasks="], "--ruler_tasks= names none"),
         (["--suite=position", "--ruler_tasks=vt"], "--ruler_tasks is of --suite=ruler, and this is --suite=position"),

@@ -18,7 +18,7 @@ from hybrid_attn import checkpoint
 from hybrid_attn.data import corpora
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.evals import haystack, report, suite
-from hybrid_attn.evals.report import contents
+from hybrid_attn.evals.records import is_total
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation, loop
@@ -123,7 +123,7 @@ def test_a_stopped_evaluation_goes_on_with_what_is_not_done(workdir):
 def test_tensorboard_has_a_score_of_each_unit_and_the_pictures(workdir):
     pytest.importorskip("matplotlib")
     values = [(event.step, value) for event in tensorboard_events(workdir) for value in event.summary.value]
-    (whole,) = [x for x in lines(workdir / "evals/4/records.jsonl") if x["eval"] == "position" and contents.is_total(x)]
+    (whole,) = [x for x in lines(workdir / "evals/4/records.jsonl") if x["eval"] == "position" and is_total(x)]
     scores = {(step, x.tag): x.simple_value for step, x in values if x.tag.endswith(f"/{LENGTH}")}
     assert {tag for _, tag in scores} == {f"{name}/{LENGTH}" for name in TAGS}
     assert {step for step, _ in scores} == {2, 4}

@@ -20,7 +20,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import TemplateLM  # noqa: E402
 
 from hybrid_attn.evals import engine_lm, report  # noqa: E402
-from hybrid_attn.evals.report import contents  # noqa: E402
+from hybrid_attn.evals.report import harness as report_harness  # noqa: E402
 
 MAX_LENGTH = 48
 
@@ -332,7 +332,7 @@ def test_local_tasks_of_every_kind_have_the_values_that_a_hand_finds(engine, lm,
     assert values["toy_answer", "exact_match"]["value"] == 0
     assert values["toys", "acc"]["value"] == right / 5
     stored = [{"eval": "harness", "length": MAX_LENGTH, **record} for record in values.values()]
-    table = contents.harness([report.Run("run", tuple(stored), (), {})])
+    table = report_harness.table([report.Run("run", tuple(stored), (), {})])
     shown = {column.name for column in table.columns}
     assert {*choice} - {"stderr"} <= shown and all(len(row) == len(shown) for row in table.rows)
 

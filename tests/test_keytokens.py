@@ -116,5 +116,5 @@ def test_a_window_is_its_part_of_the_row_and_of_nothing_after_it(index, first):
 
 @pytest.mark.parametrize("short", [0, LENGTH])
 def test_a_short_context_is_a_part_of_the_row(short, one_device):
-    with pytest.raises(ValueError, match=f"short={short} is no part of rows of 48 tokens; use 1 to 47"):
+    with pytest.raises(ValueError, match=f"short={short} is no part of sequences of 48 tokens; use 1 to 47"):
         next(keytokens.records_of(eval_model_on(one_device), Spec(documents(), LENGTH, 1), short))

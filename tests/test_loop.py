@@ -24,7 +24,7 @@ from configs import base
 from hybrid_attn import checkpoint, config
 from hybrid_attn.data import corpora
 from hybrid_attn.data.tokenizer import load_tokenizer
-from hybrid_attn.evals.report import contents
+from hybrid_attn.evals.records import is_total
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.programs import parse
@@ -165,7 +165,7 @@ def test_a_run_is_evaluated_as_often_as_the_config_says_and_each_time_once(corpu
         assert not loop.train(c, tmp_path)
     assert loop.train(c, tmp_path)
     evals = [json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines()]
-    whole = [(line["step"], line["loss"]) for line in evals if line["eval"] == "position" and contents.is_total(line)]
+    whole = [(line["step"], line["loss"]) for line in evals if line["eval"] == "position" and is_total(line)]
     assert [step for step, _ in whole] == [*range(2, STEPS, 2), STEPS] and whole[0][1] > whole[-1][1]
     assert list(losses(tmp_path)) == list(range(1, STEPS + 1))
 
@@ -213,7 +213,7 @@ def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, ca
     values = losses(straight)
     assert values[STEPS] < values[1]
     evals = [json.loads(line) for line in (straight / "evals.jsonl").read_text().splitlines()]
-    totals = [record for record in evals if record["eval"] == "position" and contents.is_total(record)]
+    totals = [record for record in evals if record["eval"] == "position" and is_total(record)]
     assert [record["length"] for record in totals] == [48, 96]
     assert [record["eval"] for record in evals].count("bigram") == 1
     first = json.loads((straight / "metrics.jsonl").read_text().splitlines()[0])

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from hybrid_attn.evals.evaluation import Baselines
 from hybrid_attn.train import overview
 
 TOTAL = {"eval": "position", "source": "text", "length": 48, "tokens": 1234, "loss": 2.0, "stderr": 0.25, "bits_per_byte": 3.0}
@@ -20,7 +21,7 @@ BIGRAM = [{"source": "text", "length": 48, "bits_per_byte": 3.5}]
 
 
 def test_a_length_has_a_table_whose_first_line_is_the_total_with_its_baselines_below_it():
-    lines = overview.evaluation_tables(RECORDS, BIGRAM, vocab_size=258, trained=48)
+    lines = overview.evaluation_tables(RECORDS, Baselines(BIGRAM, 258), trained=48)
     assert lines[:9] == [
         "",
         "at 48 tokens (the length of training)",
@@ -42,7 +43,7 @@ def test_a_length_has_a_table_whose_first_line_is_the_total_with_its_baselines_b
 
 @pytest.mark.parametrize("bits", [None, 3.0])
 def test_a_loss_without_bytes_has_no_bits(bits):
-    lines = overview.evaluation_tables([TOTAL | {"bits_per_byte": bits}], [], 258, 1)
+    lines = overview.evaluation_tables([TOTAL | {"bits_per_byte": bits}], Baselines([], 258), 1)
     assert ("bits/byte" in lines[2]) == (bits is not None)
 
 

@@ -8,7 +8,19 @@ from evaluated import LENGTHS, TRAINED, answer, everything, run_of, store, two
 
 from hybrid_attn import config
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import contents, descriptions, failures, pictures, sections, statistics, tables
+from hybrid_attn.evals.needle import share_found
+from hybrid_attn.evals.report import (
+    attention,
+    failures,
+    harness,
+    keytokens,
+    needle,
+    recall,
+    ruler,
+    sections,
+    statistics,
+    tables,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +54,8 @@ def test_the_interval_of_a_mean_has_a_width_where_every_answer_is_wrong_or_right
     assert low == pytest.approx(0.575 - np.hypot(0.25 - cells[0][0], 0.9 - cells[1][0]) / 2)
     assert high == pytest.approx(0.575 + np.hypot(cells[0][1] - 0.25, cells[1][1] - 0.9) / 2)
     wrong = [{"eval": "ruler", "task": x, "length": 4096, "samples": 5, "nulls": 0, "score": 0.0} for x in ("vt", "cwe")]
-    (band,) = pictures.mean_curve(run_of("wrong", [], wrong), 0, contents.is_long).bands
-    assert band == pytest.approx((0, 100 * statistics.wilson(0, 5)[1] / np.sqrt(2)), abs=1e-6)
+    (share,) = ruler.mean_shares(wrong).values()
+    assert (share.low, share.high) == pytest.approx((0, statistics.wilson(0, 5)[1] / np.sqrt(2)), abs=1e-8)
 
 
 def test_resampling_in_chunks_changes_nothing(monkeypatch):
@@ -59,9 +71,9 @@ def test_two_runs_are_compared_on_the_questions_that_both_were_asked():
     (found,) = statistics.compare(a, run_of("b", [*better, *other]), {"vt"}, "mean")
     assert (found.task, found.pairs, found.a, found.b) == ("vt", 10, 0.5, 0.625)
     assert found.difference == 0.125 and 0 < found.low < 0.125 < found.high < 0.25
-    assert contents.verdict(found) == "better"
+    assert found.verdict == "better"
     (same,) = statistics.compare(a, a, {"vt"}, "mean")
-    assert (same.pairs, same.difference) == (20, 0) and contents.verdict(same) == "unclear"
+    assert (same.pairs, same.difference) == (20, 0) and same.verdict == "unclear"
 
 
 def test_two_runs_are_compared_question_by_question():
@@ -99,12 +111,12 @@ def test_few_questions_say_nothing_of_two_runs():
     a, b = (run_of(name, [answer(x, 4096, i, s) for x in tasks for i in range(9)]) for name, s in (("a", 0.0), ("b", 1.0)))
     mean, *several = statistics.compare(a, b, {*tasks}, "mean")
     assert (mean.pairs, mean.high, mean.fewest) == (27, 1, 9) and len(several) == 3
-    assert [contents.verdict(x) for x in (mean, *several)] == ["unclear"] * 4
+    assert [x.verdict for x in (mean, *several)] == ["unclear"] * 4
     a, b = (run._replace(answers=(*run.answers, *(x | {"index": 9} for x in run.answers[::9]))) for run in (a, b))
-    assert [contents.verdict(x) for x in statistics.compare(a, b, {*tasks}, "mean")] == ["better"] * 4
+    assert [x.verdict for x in statistics.compare(a, b, {*tasks}, "mean")] == ["better"] * 4
 
 
-def test_two_runs_are_compared_on_the_rows_that_both_have_read():
+def test_two_runs_are_compared_on_the_sequences_that_both_have_read():
     rng, shares = np.random.default_rng(0), np.linspace(0.2, 0.8, 40)
     recall = {"eval": "recall", "source": "mine", "task": "recall of 4 pairs", "length": 64, "answers": 99, "accuracy": 0.5}
     loss = {"eval": "position", "source": "text", "length": 64, "tokens": 99, "loss": 2.0}
@@ -115,16 +127,16 @@ def test_two_runs_are_compared_on_the_rows_that_both_have_read():
     )
     for run in (a, b, c):
         run.provenance.update(tokenizer="bytes", heldout={"text": "same"})
-    found = statistics.compare_rows(a, b)
+    found = statistics.compare_sequences(a, b)
     assert [(x.task, x.pairs, x.loss) for x in found] == [("recall: b", 40, False), ("loss of text", 40, True)]
-    for x in found:  # rows differ more from one another than the two runs do on any of them
+    for x in found:  # sequences differ more from one another than the two runs do on any of them
         assert x.difference == pytest.approx(np.mean(lower - shares)) and -0.11 < x.low < -0.1 + 0.01 < 0.01 + x.high < 0
-    assert [contents.verdict(x) for x in found] == ["worse", "better"]
-    assert statistics.compare_rows(a, c) == []
+    assert [x.verdict for x in found] == ["worse", "better"]
+    assert statistics.compare_sequences(a, c) == []
     b.provenance["heldout"] = {"text": "other"}
-    assert [x.task for x in statistics.compare_rows(a, b)] == ["recall: b"]
+    assert [x.task for x in statistics.compare_sequences(a, b)] == ["recall: b"]
     (section,) = (x for x in sections.sections([a, b]) if x.name == "comparison")
-    assert "rows that both have read" in section.paragraphs[0] and len(section.pictures) == 1
+    assert "sequences that both have read" in section.paragraphs[0] and len(section.pictures) == 1
 
 
 def rows_of(table: tables.Table) -> list[dict]:
@@ -132,17 +144,17 @@ def rows_of(table: tables.Table) -> list[dict]:
 
 
 def test_the_table_in_rulers_form_leaves_short_lengths_out(runs):
-    hybrid, rope = rows_of(contents.ruler(runs, contents.is_long, "ruler", "RULER"))
+    hybrid, rope = rows_of(ruler.averages([*map(ruler.long, runs)], "ruler", "RULER"))
     assert [*hybrid][:5] == ["Models", "Claimed Length", "Effective Length", "4K", "8K"]
     assert (hybrid["4K"], hybrid["8K"], hybrid["Avg."], hybrid["Effective Length"]) == (100, 75, 87.5, "4K")
     assert hybrid["wAvg. (inc)"] == pytest.approx(250 / 3) and hybrid["wAvg. (dec)"] == pytest.approx(275 / 3)
     assert rope["Effective Length"] == "4K" and rope["8K"] == 25 and rope["85% of base"] == "4K"
     assert hybrid["Tasks"] == rope["Tasks"] == "2 of 13"
-    short = rows_of(contents.ruler(runs, contents.is_short, "short", "Short"))
+    short = rows_of(ruler.averages([*map(ruler.short, runs)], "short", "Short"))
     assert [row["Effective Length"] for row in short] == [">2K"] * 2 and "4K" not in short[0]
     assert [row["85% of base"] for row in short] == [">2K"] * 2
     nothing = {"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "nulls": 0, "score": 0.0}
-    (row,) = rows_of(contents.ruler([run_of("nothing", [], [nothing])], contents.is_long, "ruler", "RULER"))
+    (row,) = rows_of(ruler.averages([run_of("nothing", [], [nothing])], "ruler", "RULER"))
     assert (row["Effective Length"], row["85% of base"]) == ("<4K", "<4K")
 
 
@@ -167,7 +179,7 @@ def test_unequal_runs_are_not_averaged_silently():
 def test_the_needles_of_a_question_are_one_answer_to_an_interval():
     cell = {"eval": "needle", "length": 4096, "needles": 4, "answers": 20, "right": 14}
     run = run_of("run", [], [cell | {"depth": depth} for depth in (0, 50)])
-    rows = rows_of(contents.needle([run]))
+    rows = rows_of(needle.table([run]))
     low, high = statistics.wilson(3.5, 5)
     assert [(row["questions"], row["right"], row["95% from"], row["to"]) for row in rows] == [(5, 0.7, low, high)] * 2
     (section,) = (x for x in sections.sections([run]) if x.name == "needle")
@@ -184,10 +196,10 @@ def test_every_needle_counts_the_same_in_what_is_found_of_cells_of_unlike_size()
     cells = [
         {"eval": "needle", "length": 4096} | dict(zip(("depth", "needles", "answers", "right"), x, strict=True)) for x in sizes
     ]
-    assert contents.needles_found(cells) == pytest.approx(16 / 58) and contents.needles_found([]) is None
+    assert share_found(cells) == pytest.approx(16 / 58) and share_found([]) is None
     overview, section, _ = sections.sections([run_of("run", [], cells)])
     (row,) = rows_of(overview.tables[0])
-    assert row["needles"] == contents.needles_found(cells)
+    assert row["needles"] == share_found(cells)
     one, four, _ = section.pictures
     assert "one needle: 90.0% found" in one.caption and "4 needles: 14.6% found" in four.caption
     assert [cell["right"] for cell in rows_of(section.folded[0])] == [9 / 10, 2 / 8, 5 / 40]
@@ -196,28 +208,28 @@ def test_every_needle_counts_the_same_in_what_is_found_of_cells_of_unlike_size()
 def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
     one = {"eval": "harness", "task": "copy", "metric": "acc", "value": 0.5}
     run = run_of("run", [], [one | {"length": length} for length in LENGTHS])
-    assert [(row["task"], row["length"], row["value"]) for row in rows_of(contents.harness([run]))] == [
+    assert [(row["task"], row["length"], row["value"]) for row in rows_of(harness.table([run]))] == [
         ("copy", length, 0.5) for length in LENGTHS
     ]
 
 
 def test_every_field_of_a_record_of_the_harness_is_shown(runs):
-    record, (row, _) = runs[0].of("harness")[0], rows_of(contents.harness(runs))
+    record, (row, _) = runs[0].of("harness")[0], rows_of(harness.table(runs))
     half = statistics.Z * record["stderr"]
     interval = {"± stderr": record["stderr"], "95% from": 0.5 - half, "to": 0.5 + half}
     known = {"run": runs[0].name} | interval | {x: record[x] for x in record if x not in ("eval", "stderr")}
     assert row == known and (row["truncated"], row["windowed"]) == (3, 2)
 
 
-def test_answers_of_a_row_that_are_right_or_wrong_together_are_one():
+def test_answers_of_a_sequence_that_are_right_or_wrong_together_are_one():
     rng = np.random.default_rng(0)
-    apart = rng.random((200, 10)) < 0.3  # ten answers a row, each by itself; then all ten as the first
+    apart = rng.random((200, 10)) < 0.3  # ten answers a sequence, each by itself; then all ten as the first
     for answers, number in ((apart, 2000), (apart[:, :1].repeat(10, 1), 200)):
         record = {"accuracy": answers.mean(), "answers": 2000, "by_row": list(answers.mean(1))}
-        assert contents.independent_answers(record)[1] == pytest.approx(number, rel=0.15)
+        assert recall.independent_answers(record)[1] == pytest.approx(number, rel=0.15)
     for by_row in ([1.0, 1.0, 1.0], [0.5]):
         record = {"accuracy": by_row[0], "answers": 30, "by_row": by_row}
-        assert contents.independent_answers(record) == (by_row[0] * len(by_row), len(by_row))
+        assert recall.independent_answers(record) == (by_row[0] * len(by_row), len(by_row))
 
 
 def test_paragraphs_on_recall_are_of_the_tasks_that_were_measured():
@@ -228,7 +240,7 @@ def test_paragraphs_on_recall_are_of_the_tasks_that_were_measured():
     (text,) = section.paragraphs
     assert "copy: letters, then the same letters." in text and text.count("tracking: chains of assignments") == 1
     assert "noise, then keys" not in text and "my own" not in text
-    assert set(descriptions.TASKS) == set(config.TASKS)
+    assert set(recall.TASKS) == set(config.TASKS)
 
 
 def test_the_line_of_training_is_explained_where_it_is_drawn():
@@ -245,12 +257,12 @@ def test_what_was_not_measured_stands_with_its_reason_and_which_prompts_were_rul
     one = {"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}
     own, other = run_of("own", [], [one]), run_of("other", [], [one])
     own.provenance["settings"] = {"absent": absent, "compat": True, "seed": 42}
-    *_, ruler, table, provenance = sections.sections([own, other])
+    *_, section, table, provenance = sections.sections([own, other])
     assert [[*row.values()] for row in rows_of(table.tables[0])] == [
         ["own", "ruler", "cwe", "4K", "does not fit"],
         ["own", "recall", "mqar", "8, 1K", "is short"],
     ]
-    text = " ".join(ruler.paragraphs)
+    text = " ".join(section.paragraphs)
     assert "own: the prompts are RULER's own" in text and "others are not: their scores cannot be compared" in text
     known = [row["of the run"] for row in rows_of(provenance.tables[0])]
     assert "settings.compat" in known and "settings.absent" not in known
@@ -274,8 +286,8 @@ def test_losses_of_other_documents_and_other_tokens_are_not_compared_silently():
 
 
 def test_attention_is_shown_of_a_segment_and_of_one_of_its_tokens(runs):
-    table = contents.attention(runs)
-    (row,) = (row for row in rows_of(table) if row["kind"] == "G")
+    table = attention.table(runs)
+    (row,) = (row for row in rows_of(table) if row["layer type"] == "G")
     of_one = {"begin": 0.25 / 10, "needle": 0.25 / 20, "context": 0.25 / 4050, "question": 0.25 / 16}
     assert {name: row[f"{name} per token"] for name in of_one} == pytest.approx(of_one)
     assert (row["needle lift"], row["token 0"], row["reach"]) == (9, pytest.approx(0.2), "yes")
@@ -284,7 +296,7 @@ def test_attention_is_shown_of_a_segment_and_of_one_of_its_tokens(runs):
     assert "Per token: a segment's share over its tokens" in section.paragraphs[0]
 
 
-def test_rows_that_no_document_fills_are_named():
+def test_sequences_that_no_document_fills_are_named():
     def buckets(source, length, *edges):
         names = {"eval": "position", "source": source, "length": length, "tokens": 9, "loss": 1.0}
         parts = [{}, {"part": "recall"}]
@@ -293,9 +305,10 @@ def test_rows_that_no_document_fills_are_named():
     short = [*buckets("notes", 512, 0, 16, 64), *buckets("notes", 1024, 0, 16, 64), *buckets("notes", 4096, 0, 16, 2048)]
     filled = [*buckets("books", 1024, 0, 16, 1024), *buckets("notes", 48, 0, 16, 48)]
     (section,) = (x for x in sections.sections([run_of("a", [], short + filled)]) if x.name == "loss")
+    more = "set --tokens higher to read more."
     assert section.paragraphs[1:] == [
-        "a, notes: in rows of 512, 1K no document that was read is longer than 64 tokens; set --tokens higher to read more.",
-        "a, notes: in rows of 4K no document that was read is longer than 2,048 tokens; set --tokens higher to read more.",
+        f"a, notes: in sequences of {lengths} no document that was read is longer than {end} tokens; {more}"
+        for lengths, end in (("512, 1K", "64"), ("4K", "2,048"))
     ]
     (section,) = (x for x in sections.sections([run_of("b", [], filled)]) if x.name == "loss")
     assert len(section.paragraphs) == 1
@@ -307,14 +320,14 @@ def test_sources_are_told_apart():
     keys = {"eval": "key_tokens", "length": 4096, "short": 1024, "key_tokens": 1, "tokens": 9, "perplexity": 2.0}
     lost = {"eval": "position", "length": TRAINED, "tokens": 99, "source": "code", "loss": 1.0}
     run = run_of("run", [], [*probe, *books, *(keys | {"source": x, "loss": i} for i, x in enumerate(("code", "books"))), lost])
-    shares = {(row["source"], row["kind"]): (row["heads"], row["begin"]) for row in rows_of(contents.attention([run]))}
+    shares = {(row["source"], row["layer type"]): (row["heads"], row["begin"]) for row in rows_of(attention.table([run]))}
     assert shares == {(x, kind): (3, begin) for x, begin in (("probe", 0.25), ("books", 0.5)) for kind in "LG"}
     found = {section.name: section for section in sections.sections([run])}
     drawn = {picture.name: picture for picture in found["attention"].pictures}
     assert len(drawn) == 8 and drawn["attention_0_books_4096"].caption.startswith("run, books, 4K: ")
     lines = drawn["attention_0_books_4096_weights"].figure.axes[0].patches
     assert [list(line.get_data().edges) for line in lines] == [[10, 20, 30, 40]] * 2
-    rows = [(row["source"], row["near context"], row["loss (nats)"]) for row in rows_of(contents.key_tokens([run]))]
+    rows = [(row["source"], row["near context"], row["loss (nats)"]) for row in rows_of(keytokens.table([run]))]
     assert rows == [("code", 1024, 0), ("books", 1024, 1)]
     (row,) = rows_of(found["overview"].tables[0])
     assert (row["loss"], row["of source"]) == (1.0, "code")
@@ -384,6 +397,6 @@ def test_numbers_that_are_not_finite_are_missing(tmp_path):
         }
     ]
     run = store(tmp_path / "run", records, [])
-    table = contents.key_tokens([run])
+    table = keytokens.table([run])
     (row,) = rows_of(table)
     assert row["loss (nats)"] is None and "–" in [cell.text for cell in table.cells()[0]]

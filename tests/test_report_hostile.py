@@ -12,7 +12,7 @@ import pytest
 from evaluated import TRAINED, answer, everything, run_of, store
 
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import canvas, escape, fields, pictures
+from hybrid_attn.evals.report import canvas, escape, fields, pictures, statistics
 
 TAG = '"><script>alert(1)</script><img src=x onerror=alert(2)><!--'
 HOSTILE = (
@@ -143,12 +143,11 @@ def test_names_of_files_differ_where_names_do():
 
 @pytest.mark.filterwarnings("error")
 def test_dollars_and_foreign_letters_in_a_label_do_not_stop_a_picture():
-    curves = [pictures.wilson_curve(name, i, {4096: (1, 2), 8192: (1, 2)}) for i, name in enumerate(HOSTILE)]
+    half = statistics.share(1, 2)
+    curves = [pictures.Curve(name, i, {4096: half, 8192: half}) for i, name in enumerate(HOSTILE)]
     for figure in (
         pictures.curves(dict.fromkeys(HOSTILE[:5], curves), [], "score", 1, None),
-        pictures.points(
-            dict.fromkeys(HOSTILE[:5], [x._replace(lengths=[1], scores=[0.5], bands=[(0, 1)]) for x in curves]), "", 1
-        ),
+        pictures.points(dict.fromkeys(HOSTILE[:5], [x._replace(shares={1: half}) for x in curves]), "", 1),
     ):
         picture = canvas.Picture("a", TAG, figure)
         assert "$\\frac{$x$_^{" in canvas.svg(picture) and canvas.png(picture)

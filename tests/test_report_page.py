@@ -54,7 +54,7 @@ def test_a_report_leaves_nothing_of_the_one_before_it(tmp_path):
 
 
 def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
-    figure = heatmaps.heat_map(LENGTHS, (0, 100), {(2048, 0): 0.4, (8192, 100): 0.5}, TRAINED)
+    figure = heatmaps.heat_map(LENGTHS, ("0", "100"), {("0", 2048): 0.4, ("100", 8192): 0.5}, TRAINED)
     axes = figure.axes[0]
     (image,) = axes.collections
     assert image.get_clim() == (0, 1) and axes.yaxis_inverted()
@@ -62,20 +62,22 @@ def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["2K", "4K", "8K"]
     white = [line for line in axes.lines if line.get_color() == "#ffffff"]
     assert [set(line.get_xdata()) for line in white] == [{2}] and white[0].get_linestyle() == "--"
-    assert not heatmaps.heat_map(LENGTHS, (0,), {}, 8192).axes[0].lines
+    assert not heatmaps.heat_map(LENGTHS, ("0",), {}, 8192).axes[0].lines
 
 
 def test_a_single_length_is_drawn_with_its_interval_and_the_length_of_training():
-    several = [pictures.wilson_curve("a", number, {4096: (1, 2)}) for number in range(2)]
+    half = statistics.share(1, 2)
+    several = [pictures.Curve("a", number, {4096: half}) for number in range(2)]
     axes = pictures.curves({"": several}, [64], "score", 1, None).axes[0]
     bars = [tuple(line.get_ydata()) for line in axes.lines if list(line.get_xdata()) == [4096, 4096]]
-    assert bars == [several[0].bands[0]] * 2 and axes.get_xlim()[0] < 64
+    assert bars == [(half.low, half.high)] * 2 and axes.get_xlim()[0] < 64
 
 
 @pytest.mark.filterwarnings("error")
 def test_names_of_runs_stand_in_legends_as_they_are():
     names = ["_first", r"a$\x$b", "cost $5", "plain"]
-    several = [pictures.wilson_curve(name, i, {4096: (1, 2), 8192: (1, 2)}) for i, name in enumerate(names)]
+    half = statistics.share(1, 2)
+    several = [pictures.Curve(name, i, {4096: half, 8192: half}) for i, name in enumerate(names)]
     buckets = [{"first": 0, "end": 16, "loss": 3.0}, {"first": 16, "end": 99, "loss": 2.0}]
     lines = {"rows": [(name, i, buckets) for i, name in enumerate(names)]}
     of_sources = dict.fromkeys((r"$\x$", "other"), several)

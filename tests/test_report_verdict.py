@@ -8,14 +8,16 @@ from evaluated import TRAINED, answer, everything, run_of
 
 from hybrid_attn import config
 from hybrid_attn.evals import report
+from hybrid_attn.evals.recall import guess
 from hybrid_attn.evals.report import (
-    contents,
-    descriptions,
+    command,
     failures,
+    harness,
     heatmaps,
     layers,
     overview,
     render,
+    ruler,
     sections,
     statistics,
     verdict,
@@ -53,10 +55,10 @@ def test_recall_at_chance_is_called_chance():
     ]
     (text,) = verdict.sentences([run_of("run", [], records)])
     assert "no more than a guess (25%)" in text
-    known = {name: contents.chance(f"{name} of 4 pairs") for name in ("recall", "mqar", "tracking")}
-    assert known == {"recall": 1 / 4, "mqar": 1 / 4, "tracking": 1 / 16} and contents.chance("copy") == 1 / 16
+    known = {name: guess(f"{name} of 4 pairs") for name in ("recall", "mqar", "tracking")}
+    assert known == {"recall": 1 / 4, "mqar": 1 / 4, "tracking": 1 / 16} and guess("copy") == 1 / 16
     assert set(known) | {"copy"} == set(config.TASKS)
-    assert contents.chance("something else") is None and contents.chance("recall of 0 pairs") is None
+    assert guess("something else") is None and guess("recall of 0 pairs") is None
     (section,) = (x for x in sections.sections([run_of("run", [], records)]) if x.name == "recall")
     lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
     assert lines["chance"] == 0.25
@@ -75,7 +77,7 @@ def test_of_losses_alone_the_verdict_says_bits_the_bigram_and_what_context_gains
     run = losses("step 3")
     first, second = verdict.sentences([run])
     half = statistics.Z * 0.01 * 3 / 2
-    assert f"reads text at 3.00 ± {half:.2f} bits per byte in rows of 4K, its trained length (n = 2 rows)" in first
+    assert f"reads text at 3.00 ± {half:.2f} bits per byte in sequences of 4K, its trained length (n = 2 sequences)" in first
     assert first.endswith(", below a bigram model's 3.50.")
     assert second == "Context gains 1.10 ± 0.10 nats: a token from position 2K on costs that much less than the first 16."
     (section,) = (x for x in sections.sections([run]) if x.name == "loss")
@@ -94,10 +96,10 @@ def test_of_losses_alone_the_verdict_says_bits_the_bigram_and_what_context_gains
     page = (tmp_path / "report.html").read_text()
     assert f"<p>{first.replace(chr(39), '&#39;')}</p>" in page.replace("\N{NO-BREAK SPACE}", " ")
     assert "3.00 ± " in first and "3.00\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}" in page  # no line ends before a spread
-    assert "(n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}2 rows)" in page
+    assert "(n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}2 sequences)" in page
 
 
-def test_a_difference_that_context_or_longer_rows_may_not_make_is_called_unclear():
+def test_a_difference_that_context_or_longer_sequences_may_not_make_is_called_unclear():
     run = losses("run")
     first, last, total, _ = run.records
     longer = total | {"length": 2 * TRAINED, "loss": 2.01, "bits_per_byte": 3.015}
@@ -106,10 +108,10 @@ def test_a_difference_that_context_or_longer_rows_may_not_make_is_called_unclear
         records = (first, last | {"loss": loss}, total, longer)
         assert verdict.sentences([run._replace(records=records)])[1:] == [
             f"Context makes no clear difference: tokens from position 2K on cost {than.format(half)} than the first 16.",
-            f"In rows of 8K the loss is not clearly higher: 3.01 ± {statistics.Z * 0.015:.2f} bits per byte.",
+            f"In sequences of 8K the loss is not clearly higher: 3.01 ± {statistics.Z * 0.015:.2f} bits per byte.",
         ]
     *_, text = verdict.sentences([run._replace(records=(total, longer | {"loss": 4.0}))])
-    assert text.startswith("In rows of 8K the loss is higher: 6.00 ± ")
+    assert text.startswith("In sequences of 8K the loss is higher: 6.00 ± ")
 
 
 def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
@@ -122,7 +124,9 @@ def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
     assert "worse on vt" in verdict.sentences([better, first])[-1]
     assert "unclear on vt" in verdict.sentences([first, first._replace(name="c")])[-1]
     other = first._replace(name="d", answers=())
-    assert verdict.sentences([first, other])[-1] == "d and a have no question and no row in common: they cannot be compared."
+    assert (
+        verdict.sentences([first, other])[-1] == "d and a have no question and no sequence in common: they cannot be compared."
+    )
 
 
 def test_too_few_samples_are_warned_of():
@@ -150,16 +154,16 @@ def test_equal_differences_leave_an_interval_with_a_width():
     assert (mean.low, mean.high) == pytest.approx((each[0].low / np.sqrt(2), each[0].high / np.sqrt(2)))
     loss = {"eval": "position", "source": "text", "length": 64, "tokens": 99, "loss": 2.0, "by_row": [2.0, 2.5, 3.0]}
     run = run_of("a", [], [loss])
-    (found,) = statistics.compare_rows(run, run)
-    assert (found.low, found.high, contents.verdict(found)) == (None, None, "unclear")
+    (found,) = statistics.compare_sequences(run, run)
+    assert (found.low, found.high, found.verdict) == (None, None, "unclear")
 
 
 def test_a_share_of_the_harness_that_is_none_or_all_has_wilsons_interval():
     record = {"value": 0.0, "stderr": 0.0, "documents": 20}
-    assert contents.harness_interval(record) == statistics.wilson(0, 20)
-    assert contents.harness_interval(record | {"value": 1.0}) == statistics.wilson(20, 20)
-    assert contents.harness_interval(record | {"value": 7.5}) == (None, None)
-    assert contents.harness_interval({"value": 0.5}) == (None, None)
+    assert harness.value_interval(record) == statistics.wilson(0, 20)
+    assert harness.value_interval(record | {"value": 1.0}) == statistics.wilson(20, 20)
+    assert harness.value_interval(record | {"value": 7.5}) == (None, None)
+    assert harness.value_interval({"value": 0.5}) == (None, None)
 
 
 def test_layers_are_named_by_what_they_see():
@@ -210,22 +214,22 @@ def test_tasks_are_a_heat_map_by_length_and_points_at_one_length():
 
 
 def test_every_task_of_ruler_is_described():
-    assert tuple(descriptions.RULER) == NAMES
+    assert tuple(ruler.DESCRIPTIONS) == NAMES
     run = run_of("run", [], [{"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}])
     section = next(x for x in sections.sections([run]) if x.name == "ruler")
-    assert section.folded[0].rows == [["vt", descriptions.RULER["vt"]]]
+    assert section.folded[0].rows == [["vt", ruler.DESCRIPTIONS["vt"]]]
 
 
 def test_a_figure_has_the_command_that_measures_it_anew():
     run = needles("run", 1.0)
-    assert descriptions.command([run], "needle") == ""
+    assert command.measuring([run], "needle") == ""
     settings = {"lengths": [1024, 4096], "asked": [2048], "samples": 5, "tokens": 99, "depths": [0.0, 50.0], "seed": 0}
     run.provenance.update(checkpoint="/runs/my run", step=7, settings=settings)
-    assert descriptions.command([run], "needle") == (
+    assert command.measuring([run], "needle") == (
         "python tools/evaluate.py '--checkpoint=/runs/my run' --step=7 --suite=needle --lengths=2048 --samples=5 --seed=0 "
         "--depths=0,50 --out=DIR"
     )
-    assert "--lengths=1024,4096 --tokens=99 --out" in descriptions.command([run], "position")
+    assert "--lengths=1024,4096 --tokens=99 --out" in command.measuring([run], "position")
     data = {
         "trust_checkpoint_data": True,
         "heldout": [],
@@ -236,16 +240,16 @@ def test_a_figure_has_the_command_that_measures_it_anew():
     run.provenance.update(data=data | {"english_words": "/words.json"}, mesh="fsdp 2 x context 4")
     run.provenance["settings"] |= {"tasks": ["copy"], "task_path": "/tasks", "compat": True}
     texts, of_all = "'--text=/texts/*.txt' --text=/b", "--mesh=fsdp=2,context=4 --out=DIR"
-    assert descriptions.command([run], "needle").endswith(f" --depths=0,50 {texts} {of_all}")
+    assert command.measuring([run], "needle").endswith(f" --depths=0,50 {texts} {of_all}")
     asked = f" --seed=0 {texts} --squad=/squad.json --english_words=/words.json --mesh=fsdp=2,context=4 --compat --out=DIR"
-    assert descriptions.command([run], "ruler").endswith(asked)
-    assert descriptions.command([run], "harness").endswith(f" --tasks=copy --task_path=/tasks {of_all}")
+    assert command.measuring([run], "ruler").endswith(asked)
+    assert command.measuring([run], "harness").endswith(f" --tasks=copy --task_path=/tasks {of_all}")
     for name in ("position", "key_tokens", "attention_mass"):
-        assert descriptions.command([run], name).endswith(of_all.replace(" --out", " --trust_checkpoint_data --out"))
-    assert descriptions.command([run], "recall").endswith(f" --tokens=99 {of_all}")
+        assert command.measuring([run], name).endswith(of_all.replace(" --out", " --trust_checkpoint_data --out"))
+    assert command.measuring([run], "recall").endswith(f" --tokens=99 {of_all}")
     run.provenance["data"] = {"text": None, "trust_checkpoint_data": True, "heldout": ["a=/b"]}
-    assert descriptions.command([run], "position").endswith(f" --tokens=99 --heldout=a=/b {of_all}")
-    assert descriptions.command([run], "needle") == descriptions.command([run], "ruler") == ""  # no flag names their text
+    assert command.measuring([run], "position").endswith(f" --tokens=99 --heldout=a=/b {of_all}")
+    assert command.measuring([run], "needle") == command.measuring([run], "ruler") == ""  # no flag names their text
     run.provenance.update(data={}, mesh="one device")
     page = render.page("title", [run], sections.sections([run]), [])
     assert "<code>python tools/evaluate.py &#39;--checkpoint=/runs/my run&#39;" in page

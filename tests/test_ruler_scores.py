@@ -2,7 +2,7 @@
 
 import pytest
 
-from hybrid_attn.evals.report import contents
+from hybrid_attn.evals.report import ruler
 from hybrid_attn.evals.ruler import scores
 
 
@@ -46,11 +46,11 @@ ROWS = [  # scores, average, rising and falling weights, effective length by the
 def test_averages_and_effective_lengths_are_those_of_the_published_rows(row, average, rising, falling, effective):
     by_length = dict(zip(LENGTHS, row, strict=True))
     assert list(scores.averages(by_length).values()) == pytest.approx([average, rising, falling], abs=0.1)
-    assert contents.effective(by_length) == effective
+    assert ruler.effective(by_length) == effective
 
 
 def test_a_length_after_a_failed_one_does_not_count():
-    assert contents.effective({4096: 87.0, 8192: 81.1, 16384: 88.8}) == "4K"
+    assert ruler.effective({4096: 87.0, 8192: 81.1, 16384: 88.8}) == "4K"
     by_length = {8192: 85.59, 4096: 85.6, 16384: 99.0}
     assert scores.effective_length(by_length) == 4096
     assert scores.effective_length({4096: 85.59}) is None

@@ -206,7 +206,7 @@ def test_rows_of_a_task_are_left_out_where_they_are_too_short():
     assert [x.part for x in fitted.absent] == ["recall", "mqar", "tracking"]
     names = [unit.name for unit in suite.units(fitted, context)]
     assert names == ["recall-copy-16", *(f"recall-{task}-64" for task in RECALL)]
-    with pytest.raises(ValueError, match="recall of recall: its shortest row has 26 tokens, and 16 are asked for"):
+    with pytest.raises(ValueError, match="recall of recall: its shortest sequence has 26 tokens, and 16 are asked for"):
         suite.fitting(settings, context, None, True)
     with pytest.raises(ValueError, match="nothing to measure at lengths 2"):
         nothing = suite.fitting(settings._replace(lengths=(2,)), context, None, False)

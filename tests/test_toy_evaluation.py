@@ -6,9 +6,16 @@ import pytest
 from test_evaluation import config_of
 
 from hybrid_attn.evals import report, suite
-from hybrid_attn.evals.evaluation import Evaluation, Headline, check_row, measured_of_source, texts, without_documents
+from hybrid_attn.evals.evaluation import (
+    Evaluation,
+    Headline,
+    check_sequence,
+    measured_of_source,
+    texts,
+    without_documents,
+)
 from hybrid_attn.evals.fields import COUNT, NAME, SIZE
-from hybrid_attn.evals.report import descriptions
+from hybrid_attn.evals.report import command
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.train import evaluation, loop
 
@@ -20,7 +27,16 @@ def measure(context, settings, unit, samples):
     return measured_of_source(unit, [{"length": unit.length, "parameters": parameters, "heldout_tokens": tokens}])
 
 
-def section(runs):
+def toy_report():
+    from hybrid_attn.evals.report.section import EvaluationReport
+
+    def verdict(run):
+        return [f"{run.name} has a toy of {r['parameters']:,}." for r in run.of("toy")]
+
+    return EvaluationReport(sections, verdict=verdict)
+
+
+def sections(runs):
     from hybrid_attn.evals.report.section import Section
     from hybrid_attn.evals.report.tables import Column, Table, count
 
@@ -35,10 +51,10 @@ TOY = Evaluation(
     measure=measure,
     fields={"source": NAME, "length": SIZE, "parameters": SIZE, "heldout_tokens": COUNT},
     headline=Headline(lambda records: records[0]["parameters"], "toy_parameters", "{:,} parameters", higher_is_better=False),
-    section=section,
+    report=toy_report,
     flags=("heldout",),
     empty=without_documents,
-    check_fits=check_row,
+    check_fits=check_sequence,
 )
 
 
@@ -58,11 +74,16 @@ def test_an_evaluation_is_added_with_one_record_and_removed_again(tmp_path, monk
         folder = tmp_path / "run/evals/4"
         (record,) = lines(folder / "records.jsonl")
         assert (record["eval"], record["source"], record["length"]) == ("toy", "text", 48) and record["heldout_tokens"] > 0
-        assert f"evals        toy of text at 48: {record['parameters']:,} parameters\n" in capsys.readouterr().out
+        shown, headline = capsys.readouterr().out, f"{record['parameters']:,} parameters"
+        assert f"evals        toy of text at 48: {headline}\n" in shown
+        assert f"toy  text  {headline}\n" in shown  # of the table at the end
         assert [(x["eval"], x["parameters"]) for x in lines(tmp_path / "run/evals.jsonl")] == [("toy", record["parameters"])]
         page = (folder / "report.html").read_text()
         assert "Toy title" in page and "Toy table" in page and f"{record['heldout_tokens']:,}" in page
-        assert "--suite=toy" in descriptions.command([report.read(folder)], "toy") and "toy" in suite.named("full")
+        summary = report.write(tmp_path / "again", [report.read(folder)])
+        assert "toy" in summary.splitlines()[0].split() and headline in summary.splitlines()[1]  # the overview has its headline
+        assert summary.splitlines()[-1] == f"4 has a toy of {record['parameters']:,}."  # and the verdict its sentence
+        assert "--suite=toy" in command.measuring([report.read(folder)], "toy") and "toy" in suite.named("full")
     with pytest.raises(ValueError, match=r"evals.names\[0\]='toy' is not one of"):
         evaluation.check_names(("toy",))
     with pytest.raises(ValueError, match="eval='toy' is not known"):

@@ -229,7 +229,7 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> Plan:
     c, tokenizer = loading.described(directory, source.step)
     execution = execution_on(mesh.devices.flat[0].platform, c.model, c.train)
     limits.check_caches(c.model, settings, execution, mesh, ROWS.value or DEFAULT_BATCH_SIZE)
-    limits.check_rows(c.model, settings, mesh)
+    limits.check_sequences(c.model, settings, mesh)
     documents = heldout_of(c, tokenizer) if any(EVALS[name].reads_heldout for name in settings.evals) else {}
     stops = tuple(loading.stop_tokens(source.directory, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}

@@ -9,6 +9,7 @@ Letters: B prompts, T and S tokens, L layers, N heads, Q queries, A tokens of th
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,18 @@ from hybrid_attn.config import LayerType, Model
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import needle_prompts
 from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries, oldest_key, statistics_of
-from hybrid_attn.evals.evaluation import Evaluation, Headline, check_task_fits, measured_of_source, without_documents
-from hybrid_attn.evals.fields import ANY, COUNT, FLAG, NAME, SIZE, whole
+from hybrid_attn.evals.evaluation import (
+    Baselines,
+    Evaluation,
+    Headline,
+    Line,
+    check_task_fits,
+    measured_of_source,
+    without_documents,
+)
+from hybrid_attn.evals.fields import ANY, COUNT, FLAG, NAME, SIZE, integer
 from hybrid_attn.evals.needle_prompts import NeedlePrompt
+from hybrid_attn.evals.records import grouped, mean_of
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution
@@ -134,14 +144,14 @@ def _statistics(
 ) -> Iterator[tuple[NeedlePrompt, list[AttentionStatistics]]]:
     """Each prompt with what its queries saw in each layer, as arrays [N, ...]."""
     mesh = eval_model.mesh
-    rows, context = batch_shards(mesh), mesh.shape["context"]
+    batch_size, context = batch_shards(mesh), mesh.shape["context"]
     num_queries = max(len(prompt.tokens_S) - prompt.question for prompt in prompts)
     num_queries = -(-num_queries // ROUND) * ROUND
     execution = eval_model.execution._replace(zigzag=False)
-    for first in range(0, len(prompts), rows):
-        batch = list(prompts[first : first + rows])
-        filled = batch + batch[-1:] * (rows - len(batch))
-        tokens_BT = np.zeros((rows, -(-length // context) * context), np.int32)
+    for first in range(0, len(prompts), batch_size):
+        batch = list(prompts[first : first + batch_size])
+        filled = batch + batch[-1:] * (batch_size - len(batch))
+        tokens_BT = np.zeros((batch_size, -(-length // context) * context), np.int32)
         for row_T, prompt in zip(tokens_BT, filled, strict=True):
             row_T[: len(prompt.tokens_S)] = prompt.tokens_S
         intervals_BI2 = np.array([parts(prompt) + by_position(prompt, edges) for prompt in filled], np.int32)
@@ -203,35 +213,27 @@ def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:
 
 def mean_lift(records: Sequence[Mapping]) -> float | None:
     """How far the needle stands out in the heads of the layers that reach it."""
-    from hybrid_attn.evals.report.contents import mean_of
-
     return mean_of([record for record in records if record["reach"]], "needle_lift")
 
 
 def means_by_layer_type(records: Sequence[Mapping]) -> Iterator[dict]:
     """Means over the heads of each layer type."""
-    from hybrid_attn.evals.report.contents import mean_of
-
     for letter in sorted({head["kind"] for head in records}):
         heads = [head for head in records if head["kind"] == letter]
         names = {name: heads[0][name] for name in ("source", "length", "kind")}
         yield names | {name: mean_of(heads, name) for name in MEANS}
 
 
-def section(runs: Sequence) -> list:
-    from hybrid_attn.evals.report import attention, contents  # matplotlib takes a second to import
-    from hybrid_attn.evals.report.section import Section
+def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
+    for (source, letter), heads in sorted(grouped(records, itemgetter("source", "kind")).items()):
+        share = mean_of(heads, "needle")
+        yield Line("attention to the needle", f"{source}, layers {letter}", f"{share:.1%}", number=f"{len(heads)} heads")
 
-    prompts = sorted({r["prompts"] for run in runs for r in run.of("attention_mass")})
-    words = [
-        "Shares of the attention of the question's tokens, means over heads and over so many prompts: "
-        f"{', '.join(map(str, prompts))}. The needle's lift is its share over the share of the tokens that it has; a retrieval "
-        f"head (score over {contents.RETRIEVES}) looks at the token that it copies. Per token: a segment's share over its "
-        "tokens; token 0 is the share of the very first. Crosses: layers whose window does not reach the needle. Single heads, "
-        "and weights by position without the first 10 and the last 3% of the keys, are drawn at the longest length."
-    ]
-    drawn = attention.pictures(runs)
-    return [Section("attention", "Attention", words, drawn, [contents.attention(runs)], [], "attention_mass")]
+
+def report():
+    from hybrid_attn.evals.report import attention  # it imports the table of evaluations, and matplotlib
+
+    return attention.REPORT
 
 
 EVALUATION = Evaluation(
@@ -239,12 +241,13 @@ EVALUATION = Evaluation(
     parts=sources,
     measure=measure,
     fields={
-        **{"source": NAME, "prompts": SIZE, "layer": COUNT, "kind": NAME, "head": whole(0, MOST_HEADS), "length": SIZE},
+        **{"source": NAME, "prompts": SIZE, "layer": COUNT, "kind": NAME, "head": integer(0, MOST_HEADS), "length": SIZE},
         **dict.fromkeys(("begin", "needle", "context", "qc", "entropy_bits", "needle_lift", "retrieval"), ANY),
         "reach": FLAG,
     },
     headline=Headline(mean_lift, "attention_needle_lift_ratio", "needle's lift {:.2f}", higher_is_better=True),
-    section=section,
+    report=report,
+    lines=lines,
     section_order=5,
     in_quick_suite=True,
     flags=("heldout",),

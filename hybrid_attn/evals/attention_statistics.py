@@ -1,10 +1,10 @@
-"""Shares of attention that a few queries of a row give to its keys: streamed, block of keys by block, never T x S.
+"""Shares of attention that a few queries of a sequence give to its keys: streamed, block of keys by block, never T x S.
 
 Queries are gathered from all shards of the `context` axis; every shard reads its own keys, and the results of shards are merged
 as those of blocks are. A query's softmax has running sums: of e^(s - max), of e^(s - max) (s - max) for the entropy, and of the
 first over the keys of each interval.
 
-Letters: B rows, T tokens of a shard, Q num_queries, N query heads, K key/value heads, G = N/K, H head size, C keys of a block,
+Letters: B sequences, T tokens per shard, Q queries, N query heads, K key/value heads, G = N/K, H head size, C keys per block,
 I intervals of keys.
 """
 
@@ -24,7 +24,7 @@ LOWEST = -1e30  # finite, so that a shard whose keys no query sees gives 0 and n
 
 
 class Queries(NamedTuple):
-    """Of each row: its first query (the others follow it), how many tokens it has, and intervals [first, end) of keys."""
+    """Of each sequence: its first query (the others follow it), how many tokens it has, and intervals [first, end) of keys."""
 
     query_B: jax.Array
     length_B: jax.Array
@@ -33,7 +33,7 @@ class Queries(NamedTuple):
 
 
 class AttentionStatistics(NamedTuple):
-    """Mean over a row's queries of the share that each interval has, and of the entropy in bits; each query's greatest key.
+    """Mean over a sequence's queries of the share that each interval has, and of the entropy in bits; each query's top key.
 
     A logit without a key (`sink`) has a share too, which no interval has.
     """
@@ -56,16 +56,16 @@ class Sums(NamedTuple):
 def statistics_of(
     q_BTNH, k_BTKH, queries: Queries, sinks_N, *, num_queries: int, kind: LayerType, scale: float
 ) -> AttentionStatistics:
-    """Of queries and keys as they enter the scores, rows whose tokens are 0 to T - 1 in reading order.
+    """Of queries and keys as they enter the scores, sequences whose tokens are 0 to T - 1 in reading order.
 
-    `num_queries` is the most that a row has. O(queries x T) time, less for a window or a chunk; O(queries x KEYS) memory.
+    `num_queries` is the most that a sequence has. O(queries x T) time, less for a window or a chunk; O(queries x KEYS) memory.
     """
 
     def shard(q_BTNH, k_BTKH, queries: Queries, *sinks):
         (B, T, N, _), K = q_BTNH.shape, k_BTKH.shape[2]
         offset = jax.lax.axis_index(AXIS) * T
         unclipped_BQ, end_B1 = queries.query_B[:, None] + jnp.arange(num_queries), queries.length_B[:, None]
-        pos_BQ = jnp.minimum(unclipped_BQ, end_B1 - 1)  # past its tokens, the window of a row may hold no key
+        pos_BQ = jnp.minimum(unclipped_BQ, end_B1 - 1)  # past its tokens, the window of a sequence may hold no key
         q_BQNH = _from_all(q_BTNH, pos_BQ - offset)
         q_BKGQH = jnp.einsum("BQKGH->BKGQH", q_BQNH.reshape(B, num_queries, K, N // K, -1))
         sums = _over_shards(_sums(q_BKGQH, pos_BQ, k_BTKH, offset, queries, kind, scale))
@@ -79,10 +79,10 @@ def statistics_of(
         return AttentionStatistics(*(x.reshape(B, N, *x.shape[3:]) for x in (mass_BKGI, entropy_BKG, sums.greatest_BKGQ)))
 
     sinks, sink_specs = ((), ()) if sinks_N is None else ((sinks_N,), (P("tensor"),))
-    rows = Queries(P(BATCH), P(BATCH), P(BATCH, None), P(BATCH, None))
+    sequences = Queries(P(BATCH), P(BATCH), P(BATCH, None), P(BATCH, None))
     heads = AttentionStatistics(P(BATCH, "tensor", None), P(BATCH, "tensor"), P(BATCH, "tensor", None))
     return jax.shard_map(
-        shard, in_specs=(HEADS_BTNH, HEADS_BTNH, rows, *sink_specs), out_specs=heads, check_vma=False
+        shard, in_specs=(HEADS_BTNH, HEADS_BTNH, sequences, *sink_specs), out_specs=heads, check_vma=False
     )(q_BTNH, k_BTKH, queries, *sinks)  # fmt: skip
 
 

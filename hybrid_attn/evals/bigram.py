@@ -31,10 +31,10 @@ def log_probabilities(documents: Documents, vocab_size: int) -> np.ndarray:
 
 def score(log_probs: np.ndarray, spec: Spec, byte_lengths: np.ndarray) -> float:
     """Bits per byte of the tokens that `position.records_of` scores under the same `spec`."""
-    rows = PackedSequences(spec.documents, spec.length, None, byte_lengths)
+    sequences = PackedSequences(spec.documents, spec.length, None, byte_lengths)
     nll = num_bytes = 0.0
-    for i in rows.spread(-(-spec.tokens // spec.length)):
-        row = rows[i]
-        nll -= float((row["weights"] * log_probs[row["tokens"], row["targets"]]).sum())
-        num_bytes += float(row["bytes"].sum())
+    for i in sequences.spread(-(-spec.tokens // spec.length)):
+        sequence = sequences[i]
+        nll -= float((sequence["weights"] * log_probs[sequence["tokens"], sequence["targets"]]).sum())
+        num_bytes += float(sequence["bytes"].sum())
     return bits_per_byte(nll, num_bytes)

@@ -190,10 +190,10 @@ class EngineLM(LM):
             longest, contexts = questions[0][0], [context for _, context in questions]
             came = [[] for _ in contexts]
 
-            def on_tokens(row: int, ids: list[int]) -> bool:
-                came[row] += ids
-                open_ends = (x for x in continuations[contexts[row]] if len(x) > len(came[row]))
-                return not any(x[: len(came[row])] == came[row] for x in open_ends)
+            def on_tokens(request: int, ids: list[int]) -> bool:
+                came[request] += ids
+                open_ends = (x for x in continuations[contexts[request]] if len(x) > len(came[request]))
+                return not any(x[: len(came[request])] == came[request] for x in open_ends)
 
             self.engine.generate(contexts, longest, on_tokens=on_tokens)
             return came
@@ -209,9 +209,9 @@ class EngineLM(LM):
         streams = [TextStream(self.tokenizer, *both) for both in zip(stops, prompts, strict=True)]
         texts = ["" for _ in streams]
 
-        def on_tokens(row: int, ids: list[int]) -> bool:
-            texts[row] += streams[row].add(ids)
-            return streams[row].stopped
+        def on_tokens(request: int, ids: list[int]) -> bool:
+            texts[request] += streams[request].add(ids)
+            return streams[request].stopped
 
         sampling = Sampling(temperature, top_k or None, top_p or None, min_p or None)
         options = GenerateOptions(sampling, self._stop_tokens)

@@ -1,11 +1,12 @@
 """The record of one evaluation: all that the suite, the trainer, the tool and the report know of it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hybrid_attn import config
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals.fields import Kind
+from hybrid_attn.evals.records import grouped, is_total
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
 from hybrid_attn.parallel import fit
@@ -39,8 +40,26 @@ class Headline(NamedTuple):
     higher_is_better: bool
 
 
-def rows_of_tokens(settings: Settings, length: int) -> int:
-    """How many rows of `length` tokens hold the tokens that the settings ask for."""
+class Line(NamedTuple):
+    """A line of the tables at the end of a training; `part` is the source or task of the number."""
+
+    name: str
+    part: str
+    score: str = ""
+    spread: str = ""
+    bits: str = ""
+    number: str = ""
+
+
+class Baselines(NamedTuple):
+    """What losses are compared with: records of a bigram model, and a uniform guess among the tokens of the vocabulary."""
+
+    bigram: Sequence[Mapping]
+    vocab_size: int
+
+
+def sequences_of_tokens(settings: Settings, length: int) -> int:
+    """How many sequences of `length` tokens hold the tokens that the settings ask for."""
     return -(-settings.tokens // length)
 
 
@@ -52,7 +71,7 @@ def is_of_source(unit: Unit, line: Mapping) -> bool:
 class Evaluation(NamedTuple):
     """One evaluation. Its units are its parts (sources or tasks) at each length; `measure` gives the records of a unit.
 
-    `fields` are those that each record must have, beside "eval". `section` makes the sections of a report from all runs, and
+    `fields` are those that each record must have, beside "eval". `report` imports and gives what a report shows of it; its
     sections stand in the order of `section_order`. The fields with defaults are for evaluations that differ from the rest.
     """
 
@@ -61,21 +80,30 @@ class Evaluation(NamedTuple):
     measure: Callable[[EvalContext, Settings, Unit, list[Sample]], Measured]
     fields: Mapping[str, Kind]
     headline: Headline
-    section: Callable[[Sequence], list]  # Sequence[report.Run] -> list[Section]; both import this module
+    report: Callable[[], Any]  # -> report.section.EvaluationReport, which imports this module and matplotlib
     section_order: int = 100
     questions: Questions | None = None  # None: no samples are drawn
     uses_engine: bool = False  # an engine generates or scores; such units have the lengths `settings.asked`, if there are any
     in_training: bool = True  # whether evals.names of a config may name it
     in_quick_suite: bool = False
     flags: tuple[str, ...] = ("tokens",)  # of tools/evaluate.py, which change what is measured
-    all_logits: bool = False  # the logits of a row exist at once
-    sequences: Callable[[Settings, int], int] = rows_of_tokens  # that a unit of a length reads; its time grows with them
+    all_logits: bool = False  # the logits of a sequence exist at once
+    sequences: Callable[[Settings, int], int] = sequences_of_tokens  # that a unit of a length reads; its time grows with them
     missing: Callable[[EvalContext, Settings], Mapping[str, str]] = lambda context, settings: {}  # parts, and why they are
     empty: Callable[[EvalContext], tuple[str, str]] | None = None  # where it has no part at all: what is missing, and why
     check_fits: Callable[[EvalContext, Settings, Unit], None] = lambda context, settings, unit: None  # TooLongError if not
     is_of: Callable[[Unit, Mapping], bool] = is_of_source  # whether a record or an answer belongs to a unit
     check_record: Callable[[Mapping, str], None] = lambda record, where: None  # ValueError for what `fields` cannot say
     summary: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: records  # what evals.jsonl of a training has
+    lines: Callable[[Sequence[Mapping], Baselines], Iterable[Line]] | None = None  # None: the headline
+
+    def table_lines(self, records: Sequence[Mapping], baselines: Baselines) -> Iterable[Line]:
+        """Those of records of one length; by default the headline of each source or task."""
+        if self.lines:
+            return self.lines(records, baselines)
+        parts = grouped(records, lambda record: str(record.get("source", record.get("task", "")))).items()
+        values = {part: self.headline.value(of_part) for part, of_part in parts}
+        return [Line(self.name, part, self.headline.form.format(x)) for part, x in values.items() if x is not None]
 
     @property
     def reads_heldout(self) -> bool:
@@ -107,24 +135,20 @@ def measured_of_source(unit: Unit, records: Iterable[Mapping]) -> Measured:
 
 
 def first_total(field: str) -> Callable[[Sequence[Mapping]], float | None]:
-    """A headline: the field of the first record that is about all tokens of its rows."""
-
-    def value(records: Sequence[Mapping]) -> float | None:
-        from hybrid_attn.evals.report.contents import is_total
-
-        return next((record[field] for record in records if is_total(record)), None)
-
-    return value
+    """A headline: the field of the first record that is about all tokens of its sequences."""
+    return lambda records: next((record[field] for record in records if is_total(record)), None)
 
 
-def check_row(context: EvalContext, settings: Settings, unit: Unit) -> None:
-    """ValueError where the mesh does not split rows of the unit's length, or the heads of the model."""
+def check_sequence(context: EvalContext, settings: Settings, unit: Unit) -> None:
+    """ValueError where the mesh does not split sequences of the unit's length, or the heads of the model."""
     model, execution, sizes = context.eval_model.model, context.eval_model.execution, context.eval_model.mesh.shape
     fit.check_length(f"{unit.eval} of {unit.part}: length", unit.length, sizes, execution.zigzag)
     fit.check_schemes(model, execution.context, sizes)
 
 
 def check_task_fits(unit: Unit, task: object) -> None:
-    """TooLongError where the shortest row of a synthetic task is longer than the unit; documents have no such row."""
+    """TooLongError where the shortest sequence of a synthetic task is longer than the unit; documents have no shortest one."""
     if isinstance(task, Task) and unit.length < (least := config.shortest_row(config.Source((), None, 0, None, *task))):
-        raise TooLongError(f"{unit.eval} of {unit.part}: its shortest row has {least} tokens, and {unit.length} are asked for")
+        raise TooLongError(
+            f"{unit.eval} of {unit.part}: its shortest sequence has {least} tokens, and {unit.length} are asked for"
+        )

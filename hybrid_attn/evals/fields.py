@@ -14,7 +14,7 @@ class Kind(NamedTuple):
     holds: Callable[[object], bool]
 
 
-def whole(least: int, most: int = 2**53) -> Kind:
+def integer(least: int, most: int = 2**53) -> Kind:
     def holds(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and least <= value < most
 
@@ -44,4 +44,4 @@ TEXT = Kind("a text", lambda value: isinstance(value, str))
 TEXTS = Kind("a text or a list of texts", lambda value: TEXT.holds(value) or list_of(TEXT).holds(value))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 SCALAR = Kind("a text, a number, true, false or null", lambda value: value is None or isinstance(value, (str, int, float)))
-COUNT, SIZE, ANY, SHARE = whole(0), whole(1), or_none(number()), number(0, 1)
+COUNT, SIZE, ANY, SHARE = integer(0), integer(1), or_none(number()), number(0, 1)

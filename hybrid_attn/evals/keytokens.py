@@ -7,7 +7,7 @@ neighbours are shared: windows that slide by a quarter of them.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,14 @@ from hybrid_attn.config import Model
 from hybrid_attn.data.packed import PackedSequences, padding_arrays
 from hybrid_attn.data.pipeline import Slice, heldout_batches
 from hybrid_attn.evals.evaluation import (
+    Baselines,
     Evaluation,
     Headline,
-    check_row,
+    Line,
+    check_sequence,
     first_total,
     measured_of_source,
-    rows_of_tokens,
+    sequences_of_tokens,
     texts,
     without_documents,
 )
@@ -39,12 +41,12 @@ SLIDE = 4  # windows for each short context
 
 
 def records_of(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
-    """One record: of the tokens with `short` tokens before them in their row, how many are key to `eval_model`, and their loss.
+    """One record: of the tokens with `short` tokens before them in a sequence, the number that are key, and their loss.
 
     Without key tokens `loss` (nats) and `perplexity` are None. Each model finds key tokens of its own.
     """
     if not 0 < short < spec.length:
-        raise ValueError(f"short={short} is no part of rows of {spec.length} tokens; use 1 to {spec.length - 1}")
+        raise ValueError(f"short={short} is no part of sequences of {spec.length} tokens; use 1 to {spec.length - 1}")
     sums = np.zeros(4)
     for batch, windows in _batches(eval_model, spec, short):
         nll_BT = _losses(eval_model, batch)
@@ -58,38 +60,38 @@ def records_of(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
 
 
 class Window:
-    """Rows of the tokens [first, first + seq_len) of `rows`: a document that begins before `first` begins there."""
+    """Sequences of the tokens [first, first + seq_len) of `sequences`: a document that begins before `first` begins there."""
 
-    def __init__(self, rows: PackedSequences, first: int, seq_len: int):
+    def __init__(self, sequences: PackedSequences, first: int, seq_len: int):
         self.first, self.seq_len = first, seq_len
-        self._rows = rows
+        self._sequences = sequences
 
     def spread(self, number: int) -> list[int]:
-        """The numbers of the rows that `rows` gives."""
-        return self._rows.spread(number)
+        """The numbers of the sequences that `sequences` gives."""
+        return self._sequences.spread(number)
 
     def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
-        """As `PackedSequences.read` gives them; padding where the rows have ended."""
+        """As `PackedSequences.read` gives them; padding where the sequences have ended."""
         return [self._slice(index, start, stop) for index, start, stop in slices]
 
     def _slice(self, index: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        here, end = self.first + start, min(self.first + stop, self._rows.seq_len)
+        here, end = self.first + start, min(self.first + stop, self._sequences.seq_len)
         if end <= here:
             return padding_arrays(stop - start)
-        edge, row = self._rows.read([(index, self.first, self.first + 1), (index, here, end)])
-        row["positions"] = row["positions"] - np.where(row["segments"] == edge["segments"], edge["positions"], 0)
+        edge, sequence = self._sequences.read([(index, self.first, self.first + 1), (index, here, end)])
+        sequence["positions"] = sequence["positions"] - np.where(sequence["segments"] == edge["segments"], edge["positions"], 0)
         padding = padding_arrays(stop - start - (end - here))
-        return {name: np.concatenate([row[name], x]) for name, x in padding.items()}
+        return {name: np.concatenate([sequence[name], x]) for name, x in padding.items()}
 
 
 def _batches(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[tuple[dict, list[tuple[int, dict]]]]:
-    """Batches of full-length rows, each with the windows of the same rows and where they begin."""
-    rows = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
+    """Batches of full-length sequences, each with the windows of the same sequences and where they begin."""
+    sequences = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     slices = 2 * eval_model.mesh.shape["context"]  # a mesh may want two for each of its shards
     size = -(-(short + max(1, short // SLIDE)) // slices) * slices
-    windows = [Window(rows, first, size) for first in range(0, spec.length - short, size - short)]
-    rows_at_once = batch_shards(eval_model.mesh)
-    batches = (heldout_batches(x, -(-spec.tokens // spec.length), rows_at_once, eval_model.mesh) for x in (rows, *windows))
+    windows = [Window(sequences, first, size) for first in range(0, spec.length - short, size - short)]
+    batch_size = batch_shards(eval_model.mesh)
+    batches = (heldout_batches(x, -(-spec.tokens // spec.length), batch_size, eval_model.mesh) for x in (sequences, *windows))
     for batch, *parts in zip(*batches, strict=True):
         yield batch, [(window.first, arrays) for window, arrays in zip(windows, parts, strict=True)]
 
@@ -122,19 +124,26 @@ def _sums(short: int, first, nll_BT, weights_BT, short_BT) -> jax.Array:
 
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
-    """The short context is half of what a sequence of training had, and half of a shorter row."""
+    """The short context is half of what a sequence of training had, and half of a shorter sequence."""
     spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
     return measured_of_source(unit, records_of(context.eval_model, spec, min(unit.length, context.trained) // 2))
 
 
 def sequences(settings: Settings, length: int) -> int:
-    return rows_of_tokens(settings, length) * (1 + SLIDE)
+    return sequences_of_tokens(settings, length) * (1 + SLIDE)
 
 
-def section(runs: Sequence) -> list:
-    from hybrid_attn.evals.report import losses  # matplotlib takes a second to import
+def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
+    for record in records:
+        if record["loss"] is not None:
+            number = f"{record['key_tokens']:,} tokens"
+            yield Line("loss of key tokens (nats)", record["source"], f"{record['loss']:.3f}", number=number)
 
-    return losses.key_tokens(runs)
+
+def report():
+    from hybrid_attn.evals.report import keytokens  # it imports the table of evaluations, and matplotlib
+
+    return keytokens.REPORT
 
 
 EVALUATION = Evaluation(
@@ -146,10 +155,11 @@ EVALUATION = Evaluation(
         **{"loss": ANY, "perplexity": ANY},
     },
     headline=Headline(first_total("loss"), "key_tokens_loss_nats", "loss {:.3f} nats", higher_is_better=False),
-    section=section,
+    report=report,
+    lines=lines,
     section_order=4,
     flags=("tokens", "heldout"),
     sequences=sequences,
     empty=without_documents,
-    check_fits=check_row,
+    check_fits=check_sequence,
 )

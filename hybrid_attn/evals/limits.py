@@ -11,7 +11,7 @@ from hybrid_attn.evals.types import Settings
 from hybrid_attn.model import Execution, flops
 from hybrid_attn.trees import check
 
-MOST_ROWS = 2**20  # most rows of one evaluation at one length; a record keeps one number per row
+MOST_SEQUENCES = 2**20  # most sequences of one evaluation at one length; a record keeps one number per sequence
 CHARACTERS = 2  # of a token, in a question's text
 ARRAYS = 4  # of d_model float32 numbers a token, that a layer's forward pass holds at least
 
@@ -28,39 +28,40 @@ def device_memory(mesh: Mesh) -> int:
 
 
 def check_settings(settings: Settings) -> None:
-    """ValueError where the questions do not fit into memory, or an evaluation has too many rows."""
+    """ValueError where the questions do not fit into memory, or an evaluation has too many sequences."""
     evaluations = [EVALS[name] for name in settings.evals]
     counts = [(x.questions.count(settings), x.lengths(settings)) for x in evaluations if x.questions]
     size = CHARACTERS * sum(count * sum(lengths) for count, lengths in counts)
     questions = sum(count * len(lengths) for count, lengths in counts)
     _check_fits(f"{questions:,} questions", size, host_memory(), "fewer --samples, or shorter --lengths")
     shortest = min(settings.lengths)
-    rows = math.ceil(settings.tokens / shortest)
+    sequences = math.ceil(settings.tokens / shortest)
     check(
-        not any("tokens" in x.flags for x in evaluations) or rows <= MOST_ROWS,
-        f"--tokens={settings.tokens} are {rows:,} rows of {shortest:,} tokens; use at most {MOST_ROWS * shortest}",
+        not any("tokens" in x.flags for x in evaluations) or sequences <= MOST_SEQUENCES,
+        f"--tokens={settings.tokens} are {sequences:,} sequences of {shortest:,} tokens; "
+        f"use at most {MOST_SEQUENCES * shortest}",
     )
 
 
-def check_rows(model: config.Model, settings: Settings, mesh: Mesh) -> None:
-    """ValueError where the devices cannot hold the activations of a row, or its logits where all exist at once."""
+def check_sequences(model: config.Model, settings: Settings, mesh: Mesh) -> None:
+    """ValueError where the devices cannot hold the activations of a sequence, or its logits where all exist at once."""
     in_rows = [EVALS[name] for name in settings.evals if not EVALS[name].uses_engine]
     if in_rows:
         longest = max(settings.lengths)
         numbers = ARRAYS * model.d_model + (model.vocab_size if any(x.all_logits for x in in_rows) else 0)
         _check_fits(
-            f"activations of a row of {longest:,} tokens", 4 * longest * numbers, device_memory(mesh), "shorter --lengths"
+            f"activations of a sequence of {longest:,} tokens", 4 * longest * numbers, device_memory(mesh), "shorter --lengths"
         )
 
 
-def check_caches(model: config.Model, settings: Settings, execution: Execution, mesh: Mesh, rows: int) -> None:
-    """ValueError where the devices cannot hold the keys and values of `rows` prompts, which are read together."""
+def check_caches(model: config.Model, settings: Settings, execution: Execution, mesh: Mesh, batch_size: int) -> None:
+    """ValueError where the devices cannot hold the keys and values of `batch_size` prompts, which are read together."""
     evaluations = [EVALS[name] for name in settings.evals]
     lengths = [length for x in evaluations if x.uses_engine for length in x.lengths(settings)]
     if lengths:
         longest = max(lengths)
-        size = rows * flops.cache_bytes(model, longest, execution.dtype.itemsize)
-        what = f"keys and values of {rows} prompts of {longest:,} tokens"
+        size = batch_size * flops.cache_bytes(model, longest, execution.dtype.itemsize)
+        what = f"keys and values of {batch_size} prompts of {longest:,} tokens"
         _check_fits(what, size, device_memory(mesh), "shorter --lengths, or fewer --rows")
 
 

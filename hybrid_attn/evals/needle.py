@@ -6,10 +6,12 @@ have one key: the first stands at the depth, the others at equal distances below
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
-from hybrid_attn.evals.evaluation import Evaluation, Headline, Questions
+from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, Questions
 from hybrid_attn.evals.fields import SIZE, number
+from hybrid_attn.evals.records import grouped
 from hybrid_attn.evals.replies import answer_records, replies_to, right_shares
 from hybrid_attn.evals.ruler import fit, scores, words
 from hybrid_attn.evals.ruler.draws import hidden, of_sample
@@ -101,15 +103,20 @@ def check_record(record: Mapping, where: str) -> None:
 
 
 def share_found(cells: Sequence[Mapping]) -> float | None:
-    from hybrid_attn.evals.report.contents import needles_found
+    """The share of the needles of some cells that are in the answers, if there are any: each counts the same."""
+    return sum(r["right"] for r in cells) / sum(r["answers"] for r in cells) if cells else None
 
-    return needles_found(cells)
+
+def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
+    for needles, cells in sorted(grouped(records, itemgetter("needles")).items()):
+        answers = sum(record["answers"] for record in cells)
+        yield Line("needles found", f"{needles} hidden", f"{share_found(cells):.1%}", number=f"{answers:,} answers")
 
 
-def section(runs: Sequence) -> list:
-    from hybrid_attn.evals.report import questions  # matplotlib takes a second to import
+def report():
+    from hybrid_attn.evals.report import needle  # it imports the table of evaluations, and matplotlib
 
-    return questions.needle(runs)
+    return needle.REPORT
 
 
 EVALUATION = Evaluation(
@@ -118,7 +125,8 @@ EVALUATION = Evaluation(
     measure=measure,
     fields={"length": SIZE, "depth": number(0, 100), "needles": SIZE, "answers": SIZE, "right": number(0, 2**53)},
     headline=Headline(share_found, "needle_found_share", "{:.1%} found", higher_is_better=True),
-    section=section,
+    report=report,
+    lines=lines,
     section_order=1,
     questions=Questions(
         draw,

@@ -43,19 +43,19 @@ def prompts(spec: Spec, tokenizer) -> list[NeedlePrompt]:
     """As many of at most `spec.length` tokens as `spec.tokens` fill.
 
     Of documents: a magic number in the middle of their text (RULER's niah_single_2). Of the task "recall": a pair of letters
-    where the row has it.
+    where the sequence has it.
     """
     number = -(-spec.tokens // spec.length)
     if isinstance(spec.documents, Task):
         return _of_task(spec.documents, spec.length, number)
-    rows = PackedSequences(spec.documents, spec.length, None, tokenizer.byte_lengths)
+    sequences = PackedSequences(spec.documents, spec.length, None, tokenizer.byte_lengths)
     tokens = int(spec.documents.lengths.sum())
-    full = [i for i in rows.spread(number) if i < tokens // spec.length]
+    full = [i for i in sequences.spread(number) if i < tokens // spec.length]
     if not full:
         raise ValueError(
             f"the documents have {tokens:,} tokens, which fill no prompt of {spec.length:,}; use a shorter length or more text"
         )
-    return [_in_text(rows[i]["tokens"], tokenizer, spec.length, i) for i in full]
+    return [_in_text(sequences[i]["tokens"], tokenizer, spec.length, i) for i in full]
 
 
 def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> NeedlePrompt:
@@ -90,11 +90,11 @@ def _sentence_end(text: Sequence[int], middle: int, tokenizer) -> int:
 def _of_task(task: Task, length: int, number: int) -> list[NeedlePrompt]:
     """Rows of "recall" up to the answer of their first question."""
     trees.check(task.name == "recall", f'the task "{task.name}" hides no needle that is asked for; use "recall" or documents')
-    rows = SyntheticSequences(task, length, None)
+    sequences = SyntheticSequences(task, length, None)
     prompts = []
-    for row in rows.read([(i, 0, length) for i in rows.spread(number)]):
-        tokens, key = row["tokens"], int(np.flatnonzero(row["weights"])[0])
-        pair = tokens[key], row["targets"][key]
+    for sequence in sequences.read([(i, 0, length) for i in sequences.spread(number)]):
+        tokens, key = sequence["tokens"], int(np.flatnonzero(sequence["weights"])[0])
+        pair = tokens[key], sequence["targets"][key]
         start = int(np.flatnonzero((tokens[: key - 2] == pair[0]) & (tokens[1 : key - 1] == pair[1]))[0])
         prompts.append(NeedlePrompt(np.append(tokens[: key + 1], pair[1]), (start, start + 2), key - 1, key + 1))
     return prompts

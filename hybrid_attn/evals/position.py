@@ -3,7 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,18 @@ from hybrid_attn.config import Model
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.evals.evaluation import (
+    Baselines,
     Evaluation,
     Headline,
-    check_row,
+    Line,
+    check_sequence,
     first_total,
     measured_of_source,
     texts,
     without_documents,
 )
 from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
+from hybrid_attn.evals.records import grouped, is_total, part
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution, losses
@@ -34,31 +38,31 @@ FIRST_EDGE = 16  # tokens; the edges after it double
 
 
 def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
-    """One record per bucket of positions, [first, end) tokens into the document within its row, then one for all.
+    """One record per bucket of positions, [first, end) tokens into the document within its sequence, then one for all.
 
     Losses are nats per token, and bits per byte over the UTF-8 bytes of the scored tokens; `stderr` is the loss' standard
-    error over rows, where there are two or more, for tokens of a row are not independent. The records of repeated bigrams
+    error over sequences, where there are two or more, for tokens of a sequence are not independent. Records of repeated bigrams
     ("recall", see `recalled`) and of the other tokens ("rest") come last, by bucket and in all. The record of all tokens has
-    the mean loss of each row, too.
+    the mean loss of each sequence, too.
     """
-    rows = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
+    sequences = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
     batch = batch_shards(eval_model.mesh)
     batches = [
         jax.device_get(_score(eval_model.model, eval_model.execution, edges, eval_model.params, arrays))
-        for arrays in heldout_batches(rows, -(-spec.tokens // spec.length), batch, eval_model.mesh)
+        for arrays in heldout_batches(sequences, -(-spec.tokens // spec.length), batch, eval_model.mesh)
     ]
     sums = np.concatenate(batches, -1).astype(float)
     check_finite(sums, "the loss")
     *buckets, total = _records(spec.length, edges, sums.sum(0), {})
     nll_B, count_B, _ = sums.sum((0, 2))
     yield from (*buckets, total | {"by_row": (nll_B[count_B > 0] / count_B[count_B > 0]).tolist()})
-    for part, of_part in zip(BIGRAM_PARTS, sums, strict=True):
-        yield from _records(spec.length, edges, of_part, {"part": part})
+    for name, of_part in zip(BIGRAM_PARTS, sums, strict=True):
+        yield from _records(spec.length, edges, of_part, {"part": name})
 
 
 def _records(length: int, edges: tuple[int, ...], sums, names: dict) -> Iterator[dict]:
-    """Of `sums` [3, buckets, rows]."""
+    """Of `sums` [3, buckets, sequences]."""
     buckets = [{"first": first, "end": end} for first, end in itertools.pairwise(edges)]
     for bucket, (nll_B, count_B, bytes_B) in zip((*buckets, {}), (*sums.swapaxes(0, 1), sums.sum(1)), strict=True):
         if count := count_B.sum():
@@ -69,7 +73,7 @@ def _records(length: int, edges: tuple[int, ...], sums, names: dict) -> Iterator
 
 
 def _stderr(nll_B, count_B) -> float:
-    """Standard error of a ratio of sums over two rows or more (Cochran, Sampling Techniques, section 6.3)."""
+    """Standard error of a ratio of sums over two sequences or more (Cochran, Sampling Techniques, section 6.3)."""
     n, count = (count_B > 0).sum(), count_B.sum()
     off_B = nll_B - nll_B.sum() / count * count_B
     return math.sqrt(n / (n - 1) * (off_B**2).sum()) / count
@@ -83,7 +87,7 @@ def bucket_edges(length: int) -> tuple[int, ...]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(model: Model, execution: Execution, edges: tuple[int, ...], params: dict, batch: dict):
-    """Summed loss, number of scored tokens and their bytes, of each part, bucket and row: [parts, 3, buckets, B]."""
+    """Summed loss, number of scored tokens and their bytes, of each part, bucket and sequence: [parts, 3, buckets, B]."""
     nll_BT, _ = losses(model, params, batch, execution)
     pos_BT, weights_BT = batch["positions"], batch["weights"]
     recalled_BT = recalled(batch["tokens"], batch["targets"], batch["segments"])
@@ -98,7 +102,7 @@ def _score(model: Model, execution: Execution, edges: tuple[int, ...], params: d
 
 
 def recalled(tokens_BT: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Repeated bigrams: where the pair of a token and its target occurred earlier in the same document of the row, [B, T].
+    """Repeated bigrams: where the pair of a token and its target occurred earlier in the same document of the sequence, [B, T].
 
     They need associative recall (Arora et al., Zoology, 2312.04927), and explain most of the difference between architectures.
     """
@@ -116,10 +120,31 @@ def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[
     return measured_of_source(unit, records_of(context.eval_model, spec))
 
 
-def section(runs: Sequence) -> list:
-    from hybrid_attn.evals.report import losses  # matplotlib takes a second to import
+def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
+    """The loss of all tokens, the losses of a bigram model and of chance, then losses by position."""
+    for source, of_source in grouped((r for r in records if part(r) == "all"), itemgetter("source")).items():
+        for record in filter(is_total, of_source):
+            yield _line("loss (nats)", record)
+            for other in (x for x in baselines.bigram if x["source"] == source):
+                at = "" if other["length"] == record["length"] else f", at {other['length']:,}"
+                yield Line(f"  bigram model{at}", source, bits=f"{other['bits_per_byte']:.3f}")
+            chance, bits = math.log(baselines.vocab_size), record["bits_per_byte"]
+            yield Line("  chance", source, f"{chance:.3f}", bits=f"{bits * chance / record['loss']:.3f}" if bits else "")
+        for record in of_source:
+            if not is_total(record):
+                yield _line(f"  positions {record['first']:,} to {record['end'] - 1:,}", record)
 
-    return losses.position(runs)
+
+def _line(name: str, record: Mapping) -> Line:
+    spread = f"{record['stderr']:.3f}" if "stderr" in record else ""
+    bits = "" if record["bits_per_byte"] is None else f"{record['bits_per_byte']:.3f}"
+    return Line(name, record["source"], f"{record['loss']:.3f}", spread, bits, f"{record['tokens']:,} tokens")
+
+
+def report():
+    from hybrid_attn.evals.report import losses  # it imports the table of evaluations, and matplotlib
+
+    return losses.REPORT
 
 
 EVALUATION = Evaluation(
@@ -128,10 +153,11 @@ EVALUATION = Evaluation(
     measure=measure,
     fields={"source": NAME, "length": SIZE, "tokens": COUNT, "loss": ANY},
     headline=Headline(first_total("loss"), "position_loss_nats", "loss {:.3f} nats", higher_is_better=False),
-    section=section,
+    report=report,
+    lines=lines,
     section_order=3,
     in_quick_suite=True,
     flags=("tokens", "heldout"),
     empty=without_documents,
-    check_fits=check_row,
+    check_fits=check_sequence,
 )

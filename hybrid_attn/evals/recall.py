@@ -1,41 +1,52 @@
-"""Recall: the share of answers in a synthetic task's held-out rows that are the likeliest token of the model.
+"""Recall: the share of answers in a synthetic task's held-out sequences that are the likeliest token of the model.
 
 Only bytes have such tasks: a vocabulary of a few hundred words, so that all logits of a batch take little memory.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Model
+from hybrid_attn.config import HOPS, Model
 from hybrid_attn.data.pipeline import heldout_batches
-from hybrid_attn.data.synthetic import SyntheticSequences
+from hybrid_attn.data.synthetic import KEYS, VALUES, SyntheticSequences
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals.evaluation import Evaluation, Headline, check_row, check_task_fits, first_total, measured_of_source
+from hybrid_attn.evals.evaluation import (
+    Baselines,
+    Evaluation,
+    Headline,
+    Line,
+    check_sequence,
+    check_task_fits,
+    first_total,
+    measured_of_source,
+)
 from hybrid_attn.evals.fields import NAME, SHARE, SIZE, list_of
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution, apply, logits
 from hybrid_attn.parallel.mesh import batch_shards
 
+TASK = re.compile(r"(\w+)(?: of (\d{1,4}) pairs)?")  # its name and number of pairs
 TOKENS = 8192  # of a batch on each of its shards: their logits all exist at once
 
 
 def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
-    """One record: of the answers in `spec.tokens` tokens of rows of `spec.length` the share that is right, in all and by row.
+    """One record: the share of the answers in `spec.tokens` tokens that is right, in all and by sequence of `spec.length`.
 
-    The row holds the right answers, so that one does not suffer from another.
+    The sequence holds the right answers, so that one does not suffer from another.
     """
-    rows = SyntheticSequences(spec.documents, spec.length, None)
+    sequences = SyntheticSequences(spec.documents, spec.length, None)
     batch = max(1, TOKENS // spec.length) * batch_shards(eval_model.mesh)
     number = -(-spec.tokens // spec.length)
     batches = [
         jax.device_get(_right(eval_model.model, eval_model.execution, eval_model.params, arrays))
-        for arrays in heldout_batches(rows, number, batch, eval_model.mesh)
+        for arrays in heldout_batches(sequences, number, batch, eval_model.mesh)
     ]
     sums = np.concatenate(batches, 1)[:, :number]
     check_finite(sums, "a logit of an answer")
@@ -46,13 +57,24 @@ def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _right(model: Model, execution: Execution, params: dict, batch: dict):
-    """Right answers, answers, and the log-sum-exp over the answers' logits, which shows NaN, of each row: [3, B]."""
+    """Right answers, answers, and the log-sum-exp over the answers' logits, which shows NaN, of each sequence: [3, B]."""
     x_BTD = apply(model, params, batch["tokens"], batch["positions"], batch["segments"], execution)
     logits_BTV, weights_BT = logits(model, params, x_BTD, execution.dot), batch["weights"]
     right_BT = jnp.argmax(logits_BTV, -1) == batch["targets"]
     lse_BT = jax.nn.logsumexp(logits_BTV, -1)
     counts = [(weights_BT * right_BT).sum(1), weights_BT.sum(1), jnp.where(weights_BT > 0, lse_BT, 0).sum(1)]
     return jax.reshard(jnp.stack(counts), P())
+
+
+def guess(task: str) -> float | None:
+    """The share of answers that a guess has right in a task, "recall of 4 pairs": among what its sequence names, or letters."""
+    match = TASK.fullmatch(task)
+    name, pairs = match.groups() if match else (None, None)
+    if name == "copy":
+        return 1 / (len(KEYS) + len(VALUES))
+    if not pairs or not int(pairs):
+        return None
+    return {"recall": 1 / int(pairs), "mqar": 1 / int(pairs), "tracking": 1 / (int(pairs) * (HOPS + 1))}.get(name)
 
 
 def parts(context: EvalContext, settings: Settings) -> tuple[str, ...]:
@@ -71,14 +93,21 @@ def empty(context: EvalContext) -> tuple[str, str]:
 
 
 def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:
-    check_row(context, settings, unit)
+    check_sequence(context, settings, unit)
     check_task_fits(unit, context.tasks[unit.part])
 
 
-def section(runs: Sequence) -> list:
-    from hybrid_attn.evals.report import questions  # matplotlib takes a second to import
+def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
+    for record in records:
+        yield Line("recall", record["source"], f"{record['accuracy']:.1%}", number=f"{record['answers']:,} answers")
+        if (share := guess(record["task"])) is not None:
+            yield Line("  chance", record["source"], f"{share:.1%}")
 
-    return questions.recall(runs)
+
+def report():
+    from hybrid_attn.evals.report import recall  # it imports the table of evaluations, and matplotlib
+
+    return recall.REPORT
 
 
 EVALUATION = Evaluation(
@@ -90,7 +119,8 @@ EVALUATION = Evaluation(
         "by_row": list_of(SHARE, 1),
     },
     headline=Headline(first_total("accuracy"), "recall_accuracy_share", "{:.1%} right", higher_is_better=True),
-    section=section,
+    report=report,
+    lines=lines,
     section_order=2,
     in_quick_suite=True,
     all_logits=True,

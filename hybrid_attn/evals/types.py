@@ -36,7 +36,7 @@ class EvalModel(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """Held-out documents, the length of the rows that they are cut into, and how many tokens to score; or a task's rows."""
+    """Held-out documents or a task, the length of their sequences, and how many tokens to score."""
 
     documents: Documents | Task
     length: int

@@ -11,8 +11,9 @@ from hybrid_attn import config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.evals import EvalModel, Spec, bigram, haystack, report, suite
+from hybrid_attn.evals.evaluation import Baselines
 from hybrid_attn.evals.provenance import provenance
-from hybrid_attn.evals.report import contents
+from hybrid_attn.evals.ruler import scores
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import EvalContext, Settings, Unit
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
@@ -154,13 +155,13 @@ class Evaluations:
     def _compare(self, metrics: Metrics, folder: Path) -> None:
         """What needs all units: means over tasks, the bigram model beside the losses, the report."""
         run = report.read(folder)._replace(name=f"{self.folder.resolve().parent.name}, step {folder.name}")
-        for length, mean in contents.ruler_means(run, lambda length: True).items():
+        for length, mean in scores.means(run.of("ruler")).items():
             metrics.score(f"{EVALS['ruler'].headline.tag}/mean/{length}", mean)
             metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
         baseline = self._bigram if run.of("position") else []
         metrics.report("bigram", baseline)
-        vocab_size = self.context.eval_model.tokenizer.vocab_size
-        for line in evaluation_tables(run.records, baseline, vocab_size, self.context.trained):
+        baselines = Baselines(baseline, self.context.eval_model.tokenizer.vocab_size)
+        for line in evaluation_tables(run.records, baselines, self.context.trained):
             metrics.say(line)
         run = run._replace(records=(*run.records, *({"eval": "bigram", **record} for record in baseline)))
         report.write(folder, [run])

@@ -1,5 +1,6 @@
-"""Pictures of where attention goes, by layer, by position and by head."""
+"""Attention in a report: where it goes, by layer, by position and by head."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
@@ -9,20 +10,21 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from hybrid_attn.evals.report import contents, escape, heatmaps, layers
-from hybrid_attn.evals.report.canvas import MUTED, RUNS, Picture, single, styled
-from hybrid_attn.evals.report.pictures import DOTTED, legend
-from hybrid_attn.evals.report.records import grouped
-from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.report.tables import tokens
+from hybrid_attn.evals.records import grouped, mean_of
+from hybrid_attn.evals.report import escape, heatmaps, layers
+from hybrid_attn.evals.report.canvas import MUTED, RUNS, Picture, single, style
+from hybrid_attn.evals.report.pictures import DOTTED, LONGEST_LABEL, legend
+from hybrid_attn.evals.report.runs import Run, records_of
+from hybrid_attn.evals.report.section import EvaluationReport, Section
+from hybrid_attn.evals.report.tables import RUN, Column, Table, count, fixed, significant, tokens
 
-SEGMENTS = {"begin": "#3b4a5a", "needle": "#d9822b", "context": "#8fb3cf", "qc": "#c7cfd6", "nothing": "#ebe3d3"}
-SEGMENT_NAMES = {
-    "begin": "first tokens",
-    "needle": "needle",
-    "context": "context",
-    "qc": "question",
-    "nothing": "nothing (sink)",
+RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
+SEGMENTS = {  # of keys: name, heading in the table, colour
+    "begin": ("first tokens", "begin", "#3b4a5a"),
+    "needle": ("needle", "needle", "#d9822b"),
+    "context": ("context", "context", "#8fb3cf"),
+    "qc": ("question", "question", "#c7cfd6"),
+    "nothing": ("nothing (sink)", "", "#ebe3d3"),
 }
 LAYER_TYPES = (*RUNS[2:4], *RUNS[5:], RUNS[4])  # colours unlike those of segments
 MOST_BARS = 16  # layers whose numbers all fit below their bars
@@ -38,28 +40,69 @@ class Layer(NamedTuple):
     shares: Mapping[str, float | None]
 
 
+def table(runs: Sequence[Run]) -> Table:
+    """Where the question's attention goes, by layer type: means over its heads.
+
+    The share of a segment beside that of one of its tokens: other segments grow with the length, and take from the first.
+    """
+    segments = {heading: field for field, (_, heading, _) in SEGMENTS.items() if heading}
+    means = {
+        **{heading: (field, fixed(4)) for heading, field in segments.items()},
+        **{"entropy (bits)": ("entropy_bits", fixed(2)), "needle lift": ("needle_lift", fixed(2))},
+        **{f"{heading} per token": (f"{field}_per_token", significant(3)) for heading, field in segments.items()},
+        "token 0": ("sink_rate", fixed(4)),
+    }
+    columns = [
+        *(RUN, Column("source"), Column("length", tokens), Column("layer type"), Column("heads", count)),
+        *(Column(name, show) for name, (_, show) in means.items()),
+        *(Column("retrieval heads", count), Column("reach")),
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for run, r in records_of(runs, "attention_mass"):
+        groups.setdefault((run.name, r["source"], r["length"], run.layer_type(r)), []).append(r)
+    rows = []
+    for key, heads in groups.items():
+        retrieving = sum((head["retrieval"] or 0) > RETRIEVES for head in heads)
+        numbers = [mean_of(heads, field) for field, _ in means.values()]
+        rows.append([*key, len(heads), *numbers, retrieving, "yes" if any(head["reach"] for head in heads) else "no"])
+    return Table("attention", "Attention of the question's tokens, by layer type", columns, rows)
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    prompts = sorted({r["prompts"] for _, r in records_of(runs, "attention_mass")})
+    text = (
+        "Shares of the attention of the question's tokens, means over heads and over so many prompts: "
+        f"{', '.join(map(str, prompts))}. The needle's lift is its share over the share of the tokens that it has; a retrieval "
+        f"head (score over {RETRIEVES}) looks at the token that it copies. Per token: a segment's share over its "
+        "tokens; token 0 is the share of the very first. Crosses: layers whose window does not reach the needle. Single heads, "
+        "and weights by position without the first 10 and the last 3% of the keys, are drawn at the longest length."
+    )
+    return [Section("attention", "Attention", [text], pictures(runs), [table(runs)], [], "attention_mass")]
+
+
 def pictures(runs: Sequence[Run]) -> list[Picture]:
     """Of every run, source and length; single heads and positions at the longest."""
     records = [[r | {"kind": _layer_type(run, r), "run": run.name} for r in run.of("attention_mass")] for run in runs]
-    layer_types, drawn = sorted({r["kind"] for of_run in records for r in of_run}), []
+    layer_types = sorted({r["kind"] for of_run in records for r in of_run})
+    colours, drawn = dict(zip(layer_types, itertools.cycle(LAYER_TYPES), strict=False)), []
     for number, of_run in enumerate(records):
         for source, of_source in grouped(of_run, itemgetter("source")).items():
             by_length = grouped(of_source, itemgetter("length"))
             for length in sorted(by_length):
                 name = f"attention_{number}_{escape.file_name(source)}_{length}"
-                drawn += _of_length(name, by_length[length], layer_types, length == max(by_length))
+                drawn += _of_length(name, by_length[length], colours, length == max(by_length))
     return drawn
 
 
 def _layer_type(run: Run, record: Mapping) -> str:
-    name = contents.kind_name(run, record)
+    name = run.layer_type(record)
     return name if name != record["kind"] else f"layers {name}"
 
 
-def _of_length(name: str, records: Sequence[dict], layer_types: Sequence[str], by_head: bool) -> list[Picture]:
-    """Of one source at one length; `layer_types` are those of all runs."""
+def _of_length(name: str, records: Sequence[dict], colours: Mapping[str, str], by_head: bool) -> list[Picture]:
+    """Of one source at one length; `colours` are those of the layer types of all runs."""
     by_layer = dict(sorted(grouped(records, itemgetter("layer")).items()))
-    shown = [Layer(i, x[0]["kind"], x[0]["reach"], {s: contents.mean_of(x, s) for s in SEGMENTS}) for i, x in by_layer.items()]
+    shown = [Layer(i, x[0]["kind"], x[0]["reach"], {s: mean_of(x, s) for s in SEGMENTS}) for i, x in by_layer.items()]
     length = records[0]["length"]
     where = f"{records[0]['run']}, {records[0]['source']}, {tokens(length)}"
 
@@ -67,18 +110,20 @@ def _of_length(name: str, records: Sequence[dict], layer_types: Sequence[str], b
         return Picture(f"{name}{suffix}", f"{where}: {finding}.", figure, note, "attention")
 
     note = "Where the question's tokens look, by layer; the strip below shows the type of each layer."
-    drawn = [picture("", _most_on_needle(shown), attention_by_layer(shown, layer_types), note)]
+    drawn = [picture("", _most_on_needle(shown), attention_by_layer(shown, colours), note)]
     if not by_head:
         return drawn
     if all("weights" in r for r in records) and len({tuple(r["edges"]) for r in records}) == 1:
-        figure = weight_by_position(_weights(records), records[0]["edges"], length, layer_types)
+        figure = weight_by_position(_weights(records), records[0]["edges"], length, colours)
         note = "The mean weight of a key by its position, over the heads of each layer type."
         drawn.append(picture("_weights", _first_and_last(records), figure, note))
     names = [f"{x.number} {layers.short(x.layer_type)}" for x in shown]
-    for field, label, most in (("retrieval", "retrieval score", 1.0), ("entropy_bits", "entropy (bits)", math.log2(length))):
-        finding, note = FINDINGS[field]
-        figure = heatmaps.heads(_grid(by_layer, field), names, most or 1.0, label)
-        drawn.append(picture(f"_{field}", finding(records), figure, note))
+    figure = heatmaps.heads(_grid(by_layer, "retrieval"), names, 1.0, "retrieval score")
+    note = "Retrieval score: of the answer's tokens, the share that a head copies from the needle."
+    drawn.append(picture("_retrieval", _heads_that_copy(records), figure, note))
+    figure = heatmaps.heads(_grid(by_layer, "entropy_bits"), names, math.log2(length) or 1.0, "entropy (bits)")
+    note = "Entropy of the attention of the question's tokens: 0 bits is one key, more bits are more keys."
+    drawn.append(picture("_entropy_bits", _range_of_entropy(records), figure, note))
     return drawn
 
 
@@ -92,22 +137,13 @@ def _most_on_needle(shown: Sequence[Layer]) -> str:
 
 def _heads_that_copy(records: Sequence[Mapping]) -> str:
     scores = [r["retrieval"] for r in records if r["retrieval"] is not None and r["reach"]]
-    number = sum(score > contents.RETRIEVES for score in scores)
-    return f"{number} of {len(records)} heads copy from the needle (score over {contents.RETRIEVES})"
+    number = sum(score > RETRIEVES for score in scores)
+    return f"{number} of {len(records)} heads copy from the needle (score over {RETRIEVES})"
 
 
 def _range_of_entropy(records: Sequence[Mapping]) -> str:
     bits = [r["entropy_bits"] for r in records if r["entropy_bits"] is not None]
     return f"entropy of a head from {min(bits):.1f} to {max(bits):.1f} bits" if bits else "no entropy is known"
-
-
-FINDINGS = {
-    "retrieval": (_heads_that_copy, "Retrieval score: of the answer's tokens, the share that a head copies from the needle."),
-    "entropy_bits": (
-        _range_of_entropy,
-        "Entropy of the attention of the question's tokens: 0 bits is one key, more bits are more keys.",
-    ),
-}
 
 
 def _first_and_last(records: Sequence[Mapping]) -> str:
@@ -135,47 +171,39 @@ def _grid(by_layer: dict[int, list[dict]], field: str) -> np.ndarray:
     return grid
 
 
-@styled
-def attention_by_layer(shown: Sequence[Layer], layer_types: Sequence[str]) -> Figure:
-    """Stacked shares of attention, a bar for each layer."""
+@style()
+def attention_by_layer(shown: Sequence[Layer], colours: Mapping[str, str]) -> Figure:
+    """Stacked shares of attention, a bar for each layer; `colours` are those of layer types."""
     figure, axes = single(3.2)
     positions, bottom = np.arange(len(shown)), np.zeros(len(shown))
-    for segment, colour in SEGMENTS.items():
+    for segment, (name, _, colour) in SEGMENTS.items():
         heights = np.array([layer.shares[segment] or 0 for layer in shown])
         if heights.any():
-            axes.bar(positions, heights, 0.82, bottom, color=colour, label=SEGMENT_NAMES[segment])
+            axes.bar(positions, heights, 0.82, bottom, color=colour, label=name)
         bottom += heights
     step = -(-len(shown) // MOST_BARS)
     axes.set_xticks(positions[::step], [str(layer.number) for layer in shown[::step]])
     for layer_type, bars in grouped(positions, lambda i: shown[i].layer_type).items():
-        colour = _colour(layer_type, layer_types)
-        axes.bar(bars, -STRIP, 1.0, -STRIP / 2, color=colour, label=escape.label(layer_type))
+        axes.bar(bars, -STRIP, 1.0, -STRIP / 2, color=colours[layer_type], label=escape.label(layer_type))
     far = [i for i, layer in enumerate(shown) if not layer.reach]
     if far:
         axes.plot(far, [1.035] * len(far), "x", color=MUTED, markersize=5, clip_on=False, label="needle out of reach")
     axes.set(xlabel="layer", ylabel="share of attention", ylim=(-2 * STRIP, 1.06), yticks=[0, 0.25, 0.5, 0.75, 1])
     axes.grid(axis="x", visible=False)
-    legend(figure)
+    legend(figure, LONGEST_LABEL)
     return figure
 
 
-def _colour(layer_type: str, layer_types: Sequence[str]) -> str:
-    return LAYER_TYPES[layer_types.index(layer_type) % len(LAYER_TYPES)]
-
-
-@styled
+@style()
 def weight_by_position(
-    weights: Mapping[str, Sequence[float]], edges: Sequence[float], length: int, layer_types: Sequence[str]
+    weights: Mapping[str, Sequence[float]], edges: Sequence[float], length: int, colours: Mapping[str, str]
 ) -> Figure:
-    """The mean weight of a key by its position, a line for each layer type, beside equal weights of all `length` keys.
-
-    The index of a layer type in `layer_types` gives its colour, the same in every picture of a report.
-    """
+    """The mean weight of a key by its position, a line for each layer type, beside equal weights of all `length` keys."""
     figure, axes = single(3.2)
     for layer_type, of_type in weights.items():
         positive = [weight if weight > 0 else math.nan for weight in of_type]
-        colour = _colour(layer_type, layer_types)
-        axes.stairs(positive, edges, baseline=None, color=colour, linewidth=1.6, label=escape.label(layer_type))
+        label = escape.label(layer_type)
+        axes.stairs(positive, edges, baseline=None, color=colours[layer_type], linewidth=1.6, label=label)
     axes.axhline(1 / length, color=MUTED, linewidth=1, linestyle=DOTTED, label="all alike")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -184,5 +212,8 @@ def weight_by_position(
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="position of the key (tokens)", ylabel="mean weight of a key")
-    legend(figure)
+    legend(figure, LONGEST_LABEL)
     return figure
+
+
+REPORT = EvaluationReport(sections, columns=())

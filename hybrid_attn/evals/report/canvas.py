@@ -3,11 +3,11 @@
 Colours are names that the page replaces by its own (`COLOURS`), so that a picture follows it into the dark.
 """
 
-import functools
+import contextlib
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import matplotlib
@@ -90,19 +90,15 @@ def panels(number: int, across: int, size: tuple[float, float], label: str = "",
     return figure, grid
 
 
-def styled(draw: Callable) -> Callable:
-    """Draws with this report's fonts, lines and colours."""
-
-    @functools.wraps(draw)
-    def with_style(*args, **options):
-        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has other fonts for an SVG
-            return draw(*args, **options)
-
-    return with_style
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """This report's fonts, lines and colours; `@style()` before a function makes it draw with them."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has other fonts for an SVG
+        yield
 
 
-@styled
+@style()
 def svg(picture: Picture) -> Markup:
     """An element of a page, whose colours and fonts are the page's, and whose names meet no other picture's."""
     out = io.StringIO()
@@ -123,7 +119,7 @@ def svg(picture: Picture) -> Markup:
     return Markup(text.replace("<svg", label, 1))
 
 
-@styled
+@style()
 def png(picture: Picture) -> bytes:
     """On white."""
     out = io.BytesIO()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from hybrid_attn.evals.records import grouped
 from hybrid_attn.evals.report.runs import Run, sample_of
 
 MOST_EXAMPLES = 8  # of a task
@@ -26,10 +27,7 @@ class Task(NamedTuple):
 
 def by_task(runs: Sequence[Run]) -> list[Task]:
     """The tasks with wrong answers, in alphabetical order."""
-    answers: dict[tuple, list[tuple[str, dict]]] = {}
-    for run in runs:
-        for answer in run.answers:
-            answers.setdefault(sample_of(answer), []).append((run.name, answer))
+    answers = grouped(((run.name, answer) for run in runs for answer in run.answers), lambda x: sample_of(x[1]))
     failures: dict[str, list[Failure]] = {}
     for same_question in answers.values():
         if any(answer["score"] < 1 for _, answer in same_question):
@@ -46,9 +44,7 @@ def _missed(runs: Sequence[Run], task: str) -> str:
 
 def _examples(failures: Sequence[Failure]) -> list[Failure]:
     """A question of each length, then a second of each, and so on; in order of length."""
-    ranked, counts = [], {}
-    for number, failure in enumerate(sorted(failures, key=lambda failure: failure.question["index"])):
-        length = failure.question["length"]
-        counts[length] = counts.get(length, 0) + 1
-        ranked.append((counts[length], length, number, failure))
-    return [failure for *_, failure in sorted(sorted(ranked)[:MOST_EXAMPLES], key=lambda x: (x[1], x[0]))]
+    ordered = sorted(failures, key=lambda failure: failure.question["index"])
+    by_length = grouped(ordered, lambda failure: failure.question["length"])
+    ranked = sorted((rank, length) for length, of_length in by_length.items() for rank in range(len(of_length)))
+    return [by_length[length][rank] for rank, length in sorted(ranked[:MOST_EXAMPLES], key=lambda x: x[::-1])]

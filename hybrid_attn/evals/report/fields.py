@@ -2,24 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from hybrid_attn.evals.fields import (
-    ANY,
-    COUNT,
-    FLAG,
-    NAME,
-    SCALAR,
-    SHARE,
-    SIZE,
-    TEXT,
-    TEXTS,
-    Kind,
-    list_of,
-    number,
-    or_none,
-)
+from hybrid_attn.evals.fields import ANY, COUNT, FLAG, NAME, SCALAR, SHARE, SIZE, TEXT, TEXTS, Kind, list_of, number, or_none
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.trees import check, suggestion
 
+ANYTHING = Kind("anything", lambda _: True)
 PART = Kind("all, recall or rest", lambda value: value in ("all", "recall", "rest"))
 
 BIGRAM = {"source": NAME, "length": SIZE, "bits_per_byte": number()}  # of the baseline beside the losses
@@ -32,7 +19,7 @@ BESIDE: dict[str, Kind] = {
 }
 ANSWER = {
     **{"task": NAME, "length": SIZE, "index": COUNT, "prompt_hash": NAME, "prompt_end": TEXT, "wanted": TEXTS, "given": TEXT},
-    **{"score": Kind("a share of right answers, 0 to 1", SHARE.holds), "group": TEXT, "meta": Kind("anything", lambda _: True)},
+    **{"score": Kind("a share of right answers, 0 to 1", SHARE.holds), "group": TEXT, "meta": ANYTHING},
 }
 DATA = {  # of run.json: the flags that named what was read beside the checkpoint
     **{"trust_checkpoint_data": FLAG, "heldout": list_of(TEXT), "text": or_none(list_of(TEXT))},
@@ -76,11 +63,11 @@ def check_provenance(values: object, where: str) -> None:
     model, settings = values["model"], values.get("settings", {})
     trained = model.get("seq_len")
     check(SIZE.holds(trained), f"{where}: model.seq_len={_short(trained)}, the length of training, is no number of tokens")
-    known = {"layers": or_none(TEXT), "parameters": or_none(COUNT), "kinds": Kind("names by letter", _letters)}
+    known = {"layers": or_none(TEXT), "parameters": or_none(COUNT), "kinds": _object_of("names by letter", NAME)}
     _check(model, known, (), f"{where}: model")
-    more = {"step": or_none(COUNT), "heldout": Kind("names by source", _names), "tokenizer": or_none(TEXT)}
+    more = {"step": or_none(COUNT), "heldout": _object_of("names by source", SCALAR), "tokenizer": or_none(TEXT)}
     more |= {"vocab_size": or_none(SIZE), "mesh": or_none(TEXT), "checkpoint": TEXT}
-    _check(values, more | dict.fromkeys(("settings", "data"), Kind("object", lambda x: isinstance(x, dict))), (), where)
+    _check(values, more | dict.fromkeys(("settings", "data"), _object_of("object", ANYTHING)), (), where)
     _check(values.get("data", {}), DATA, (), f"{where}: data")
     _check(settings, {"compat": FLAG, "task_path": or_none(TEXT)}, (), f"{where}: settings")
     absent = settings.get("absent", [])
@@ -89,12 +76,8 @@ def check_provenance(values: object, where: str) -> None:
     check(ok, f"{where}: settings.absent must hold an evaluation, a part, a length and a reason each")
 
 
-def _names(value: object) -> bool:
-    return isinstance(value, dict) and all(map(SCALAR.holds, value.values()))
-
-
-def _letters(value: object) -> bool:
-    return isinstance(value, dict) and all(map(NAME.holds, value.values()))
+def _object_of(what: str, kind: Kind) -> Kind:
+    return Kind(what, lambda value: isinstance(value, dict) and all(map(kind.holds, value.values())))
 
 
 def _check(values: Mapping, known: Mapping[str, Kind], needed: Sequence[str] | Mapping, where: str) -> None:

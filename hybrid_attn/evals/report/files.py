@@ -4,9 +4,11 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
-from hybrid_attn.evals.report import contents, escape, failures, overview, tables
+from hybrid_attn.evals.records import grouped
+from hybrid_attn.evals.report import escape, failures, tables
 from hybrid_attn.evals.report.failures import Task
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.tables import Table
@@ -25,7 +27,7 @@ def write(out: Path, runs: Sequence[Run]) -> str:
     names = [run.name for run in runs]
     check(len(set(names)) == len(names), f"runs of a report have a name each, and these are {', '.join(names)}")
     check_drawing()
-    from hybrid_attn.evals.report import canvas, render, sections  # matplotlib takes a second to import
+    from hybrid_attn.evals.report import canvas, overview, render, sections  # matplotlib takes a second to import
 
     parts, failed = sections.sections(runs), failures.by_task(runs)
     pictures = [picture for section in parts for picture in section.pictures]
@@ -80,8 +82,7 @@ def _remove(path: Path) -> None:
 def _ruler_files(run: Run) -> dict[str, str]:
     """summary.csv and submission.csv of each length, in the form that RULER's evaluate.py gives them."""
     files = {}
-    for length in contents.lengths_of(run.of("ruler")):
-        records = [r for r in run.of("ruler") if r["length"] == length]
+    for length, records in sorted(grouped(run.of("ruler"), itemgetter("length")).items()):
         tasks = [r["task"] for r in records]
         summary = [
             range(len(records) + 1),

@@ -9,8 +9,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from hybrid_attn.evals.report import contents
-from hybrid_attn.evals.report.canvas import MUTED, PAPER, RUNS, WIDTH, panels, single, styled
+from hybrid_attn.evals.report.canvas import MUTED, PAPER, RUNS, WIDTH, panels, single, style
 from hybrid_attn.evals.report.pictures import side_label
 from hybrid_attn.evals.report.statistics import Difference
 from hybrid_attn.evals.report.tables import signed, tokens
@@ -24,34 +23,28 @@ MOST_NUMBERS = 14  # cells of a heat map in either direction that still have roo
 LIGHT, DARK = "#ffffff", "#20262e"
 
 
-@styled
-def heat_map(lengths: Sequence[int], depths: Sequence[float], shares: Mapping, trained: int) -> Figure:
-    """Lengths across, depths down, the share of right answers as a colour of a fixed scale, 0 to 1, and as a number.
-
-    `shares` has them by length and depth. A white dashed line parts the lengths up to that of training from those beyond it.
-    """
-    cells = np.array([[shares.get((length, depth), math.nan) for length in lengths] for depth in depths])
+@style()
+def heat_map(lengths: Sequence[int], names: Sequence[str], shares: Mapping[tuple[str, int], float], trained: int) -> Figure:
+    """Lengths across, depths by their names down, shares of right answers by depth and length from 0 to 1."""
     width = WIDTH if len(lengths) > 2 else 2.1 + 0.9 * len(lengths)
-    figure, axes = single(1.5 + 0.29 * min(max(len(depths), 4), 16), width)
-    _scale(figure, axes, _scores(axes, cells, 1), ticks=[0, 0.5, 1])
-    _name_cells(axes, [tokens(length) for length in lengths], [f"{depth:g}" for depth in depths])
+    figure, axes = single(1.5 + 0.29 * min(max(len(names), 4), 16), width)
+    _scale(figure, axes, _scores(axes, lengths, names, shares, 1), ticks=[0, 0.5, 1])
     axes.set(xlabel="context length (tokens)", ylabel="depth of the needle (%)")
     _mark_beyond(axes, lengths, trained)
     return figure
 
 
-@styled
+@style()
 def task_map(runs: Sequence[tuple[str, Mapping[tuple[str, int], float], int]], tasks: Sequence[str]) -> Figure:
     """Tasks down, lengths across, scores from 0 to 100; a panel for each run: its name, scores by task and length, training."""
     lengths = sorted({length for _, scores, _ in runs for _, length in scores})
-    across, names = min(len(runs), 3), [side_label(task) for task in tasks]
-    beside = 0.5 + 0.085 * max(map(len, names))  # inches
+    across = min(len(runs), 3)
+    beside = 0.5 + 0.085 * max(len(side_label(task)) for task in tasks)  # inches
     width = max(WIDTH if across < 3 else 0, beside + across * max(1.3, 0.62 * len(lengths)))
     height = 0.9 + -(-len(runs) // across) * (0.55 + 0.25 * max(len(tasks), 3))
     figure, grid = panels(len(runs), across, (width, height))
     for axes, (name, scores, trained) in zip(grid.flat, runs, strict=False):
-        _scores(axes, np.array([[scores.get((task, length), math.nan) for length in lengths] for task in tasks]), 100)
-        _name_cells(axes, [tokens(length) for length in lengths], names)
+        _scores(axes, lengths, tasks, scores, 100)
         _mark_beyond(axes, lengths, trained)
         axes.set(title=side_label(name) if len(runs) > 1 else "", xlabel="length (tokens)")
     grid[0, 0].set_ylim(len(tasks), 0)
@@ -62,11 +55,16 @@ def _coloured(axes: Axes, cells: np.ndarray, colours: Colormap, low: float, high
     return axes.pcolormesh(cells, cmap=colours, vmin=low, vmax=high, edgecolors=PAPER, linewidth=0.8)
 
 
-def _scores(axes: Axes, cells: np.ndarray, top: float) -> QuadMesh:
-    """Cells in colours from 0 to `top`, with numbers where there is room."""
+def _scores(
+    axes: Axes, lengths: Sequence[int], names: Sequence[str], scores: Mapping[tuple[str, int], float], top: float
+) -> QuadMesh:
+    """Names down, lengths across; colours of a fixed scale from 0 to `top`, and numbers where there is room."""
+    cells = np.array([[scores.get((name, length), math.nan) for length in lengths] for name in names])
     if max(cells.shape) <= MOST_NUMBERS:
         _numbers(axes, cells, top)
-    return _coloured(axes, cells, SCORES, 0, top)
+    image = _coloured(axes, cells, SCORES, 0, top)
+    _name_cells(axes, [tokens(length) for length in lengths], names)
+    return image
 
 
 def _scale(figure: Figure, axes: Axes, image: QuadMesh, label: str = "", ticks: Sequence[float] | None = None) -> None:
@@ -76,6 +74,7 @@ def _scale(figure: Figure, axes: Axes, image: QuadMesh, label: str = "", ticks: 
 
 
 def _mark_beyond(axes: Axes, lengths: Sequence[int], trained: int) -> None:
+    """A white dashed line parts the lengths up to that of training from those beyond it."""
     beyond = sum(length <= trained for length in lengths)
     if beyond < len(lengths):
         axes.axvline(beyond, color=DARK, linewidth=4.5, clip_on=False)  # not cut off at the edge
@@ -91,7 +90,7 @@ def _name_cells(axes: Axes, across: Sequence[str], down: Sequence[str]) -> None:
     every = -(-len(across) * (1 + max(map(len, across))) // MOST_CHARACTERS)
     axes.set_xticks(np.arange(len(across))[::every] + 0.5, across[::every])
     every = -(-len(down) // 24)
-    axes.set_yticks(np.arange(len(down))[::every] + 0.5, down[::every])
+    axes.set_yticks(np.arange(len(down))[::every] + 0.5, map(side_label, down[::every]))
 
 
 def _numbers(axes: Axes, cells: np.ndarray, top: float) -> None:
@@ -102,7 +101,7 @@ def _numbers(axes: Axes, cells: np.ndarray, top: float) -> None:
             axes.text(column + 0.5, row + 0.5, text, color=LIGHT if dark else DARK, **CENTRED)
 
 
-@styled
+@style()
 def heads(values: np.ndarray, names: Sequence[str], most: float, label: str) -> Figure:
     """A heat map of layers down and heads across, with the names of the layers; the scale is 0 to `most`.
 
@@ -120,7 +119,7 @@ def heads(values: np.ndarray, names: Sequence[str], most: float, label: str) -> 
     return figure
 
 
-@styled
+@style()
 def differences(differences: Sequence[Difference], number: int) -> Figure:
     """Tasks down, lengths across: the difference of scores, in the colour of the better run where it is clear.
 
@@ -131,14 +130,14 @@ def differences(differences: Sequence[Difference], number: int) -> Figure:
     figure, axes = single(1.2 + 0.27 * max(len(tasks), 3))
     for x in differences:
         row, column = tasks.index(x.task), lengths.index(x.length)
-        clear = contents.verdict(x) != "unclear"
+        clear = x.verdict != "unclear"
         cells[row, column] = x.difference if clear else 0
         colour = LIGHT if clear and abs(x.difference) > 0.45 else DARK
         weight = "bold" if clear else "normal"
         axes.text(column + 0.5, row + 0.5, signed(2)(x.difference), color=colour, fontweight=weight, **CENTRED)
     towards = LinearSegmentedColormap.from_list("towards", (RUNS[0], "#eef0f2", RUNS[number % len(RUNS)]))
     image = _coloured(axes, cells, towards, -1, 1)
-    _name_cells(axes, [tokens(length) for length in lengths], [side_label(task) for task in tasks])
+    _name_cells(axes, [tokens(length) for length in lengths], tasks)
     axes.set_xlabel("length (tokens)")
     _scale(figure, axes, image, ticks=[-1, 0, 1])
     return figure

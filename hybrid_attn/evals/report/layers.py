@@ -45,7 +45,7 @@ def meanings(runs: Sequence[Run]) -> list[str]:
     by_text: dict[str, list[str]] = {}
     for run in runs:
         letters = run.provenance["model"].get("layers") or ""
-        text = "; ".join(f"{letter} is {name}" for letter, name in run.kinds.items() if letter in letters)
+        text = "; ".join(f"{letter} is {name}" for letter, name in run.layer_types.items() if letter in letters)
         if text:
             by_text.setdefault(text, []).append(run.name)
     return [f"Layers{' of ' + ', '.join(names) if len(by_text) > 1 else ''}: {text}." for text, names in by_text.items()]

@@ -1,115 +1,197 @@
-"""Sections of losses: by position, and of key tokens."""
+"""Losses in a report: by position in the document, beside a bigram model and chance."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 
-from hybrid_attn.evals.report import contents, escape, pictures
+from hybrid_attn.evals.records import grouped, is_total, part
+from hybrid_attn.evals.report import escape, pictures
 from hybrid_attn.evals.report.canvas import Picture
-from hybrid_attn.evals.report.descriptions import PART_NAMES
-from hybrid_attn.evals.report.records import grouped
-from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.report.section import Section
-from hybrid_attn.evals.report.tables import tokens
-from hybrid_attn.evals.report.verdict import gain
+from hybrid_attn.evals.report.pictures import DASH_DOT, LONG_DASHED, Baseline
+from hybrid_attn.evals.report.runs import Run, records_of
+from hybrid_attn.evals.report.section import EvaluationReport, RunColumn, Section
+from hybrid_attn.evals.report.statistics import Z
+from hybrid_attn.evals.report.tables import LENGTH, SOURCE, Column, Table, count, fixed, of_records, tokens
 
+PART_NAMES = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 NEAR = 0.75  # of the loss by chance, from where on a picture shows it
-INTERVALS = "Bands are normal intervals of 95% from the losses of single rows."
+INTERVALS = "Bands are normal intervals of 95% from the losses of single sequences."
+SCORED, LOSS = (Column("tokens scored"), lambda run, r: part(r)), (Column("loss (nats)", fixed(3)), "loss")
+NUMBER, BITS = (Column("number", count), "tokens"), (Column("bits per byte", fixed(3)), "bits_per_byte")
 
 
-def position(runs: Sequence[Run]) -> list[Section]:
-    """Loss by position, a picture for each source and part of the tokens, a panel for each length of rows."""
-    drawn, buckets = [], [(i, run, r) for i, run in enumerate(runs) for r in run.of("position") if "first" in r]
+def totals(runs: Sequence[Run]) -> Table:
+    records = [(run, r) for run, r in records_of(runs, "position") if "first" not in r]
+    fields = [SOURCE, LENGTH, SCORED, NUMBER, LOSS, BITS, (Column("chance (nats)", fixed(3)), lambda run, r: run.chance)]
+    return of_records("loss", "Held-out loss of whole sequences", records, fields)
+
+
+def by_position(runs: Sequence[Run]) -> Table:
+    records = [(run, r) for run, r in records_of(runs, "position") if "first" in r]
+    ends = ((Column("from", count), "first"), (Column("to", count), "end"))
+    fields = [SOURCE, LENGTH, SCORED, *ends, NUMBER, LOSS, BITS]
+    return of_records("loss_by_position", "Held-out loss by position in the document", records, fields)
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """Loss by position, a picture for each source and part of the tokens, a panel for each length of sequences."""
+    buckets = [(i, run, r) for i, run in enumerate(runs) for r in run.of("position") if "first" in r]
+    drawn = []
     for source, of_source in grouped(buckets, lambda x: x[2]["source"]).items():
-        level = chance(runs, [r["loss"] for *_, r in of_source])
-        for part, of_part in grouped(of_source, lambda x: contents.part(x[2])).items():
+        levels = chance(runs, max((r["loss"] for *_, r in of_source if r["loss"] is not None), default=0))
+        for name, of_part in grouped(of_source, lambda x: part(x[2])).items():
             lines: dict[str, list[tuple[str, int, list[dict]]]] = {}
             for (length, i), line in sorted(grouped(of_part, lambda x: (x[2]["length"], x[0])).items()):
-                lines.setdefault(f"rows of {tokens(length)}", []).append((runs[i].name, i, [r for *_, r in line]))
-            baselines = (bigrams(runs, source) if part == "all" else {}) | level
+                panel = lines.setdefault(f"sequences of {tokens(length)}", [])
+                panel.append((runs[i].name, i, [r for *_, r in line]))
+            baselines = (bigrams(runs, source) if name == "all" else []) + levels
             figure = pictures.loss_by_position(lines, [run.trained for run in runs], baselines)
-            what = f"{source}, {PART_NAMES.get(part, part)}."
-            caption = _finding(runs, source, part) or what.replace(f"{source}, ", f"{source}: ", 1)
-            name = f"loss_{escape.file_name(source)}_{part}"
-            drawn.append(Picture(name, caption, figure, f"{what} {INTERVALS}", "loss_by_position"))
+            what = PART_NAMES.get(name, name)
+            file, caption = f"loss_{escape.file_name(source)}_{name}", _caption(runs, source, name) or f"{source}: {what}."
+            drawn.append(Picture(file, caption, figure, f"{source}, {what}. {INTERVALS}", "loss_by_position"))
     paragraphs = [
         "The loss of a token by its position in the document. If a model reads its context, the loss is lower at later "
         "positions; if it cannot go beyond its length of training, the loss is higher there. Chance is the loss when all "
         f"tokens of the vocabulary are equally likely; its line is shown where a loss exceeds {NEAR:.0%} of it."
     ]
-    paragraphs += _unreached(runs) + _unlike(runs, "position")
-    return [Section("loss", "Loss", paragraphs, drawn, [contents.position(runs)], [contents.positions(runs)], "position")]
+    paragraphs += [*_unreached(runs), *incomparable(runs, "position")]
+    return [Section("loss", "Loss", paragraphs, drawn, [totals(runs)], [by_position(runs)], "position")]
 
 
-def _finding(runs: Sequence[Run], source: str, part: str) -> str:
+def _caption(runs: Sequence[Run], source: str, name: str) -> str:
     """What the first run that knows gains from its context, or what a part of its tokens costs, at the length of training."""
     for run in runs:
-        totals = [r for r in run.of("position") if "first" not in r and (r["source"], contents.part(r)) == (source, part)]
-        record = next((r for r in totals if r["length"] == run.trained), totals[0] if totals else None)
-        if record and part == "all" and (text := gain(run, record)):
+        of_part = [r for r in run.of("position") if "first" not in r and (r["source"], part(r)) == (source, name)]
+        record = next((r for r in of_part if r["length"] == run.trained), of_part[0] if of_part else None)
+        if record and name == "all" and (text := gain(run, record)):
             return f"{run.name}, {source}: {text}."
-        if record and part != "all" and record["loss"] is not None:
-            cost = f"{PART_NAMES[part]} cost {record['loss']:.2f} nats"
-            return f"{run.name}, {source}: {cost} in rows of {tokens(record['length'])}."
+        if record and name != "all" and record["loss"] is not None:
+            cost = f"{PART_NAMES[name]} cost {record['loss']:.2f} nats"
+            return f"{run.name}, {source}: {cost} in sequences of {tokens(record['length'])}."
     return ""
 
 
-def bigrams(runs: Sequence[Run], source: str) -> dict[str, float]:
+def bigrams(runs: Sequence[Run], source: str) -> list[Baseline]:
     """What bigram models lose on a source, in nats per token of the runs' own tokenizers; once where they agree."""
     losses: dict[str, float] = {}
     for run in runs:
-        totals = [r for r in run.of("position") if contents.is_total(r) and r["source"] == source]
-        rates = [r["loss"] / r["bits_per_byte"] for r in totals if r["loss"] and r.get("bits_per_byte")]
+        of_source = [r for r in run.of("position") if is_total(r) and r["source"] == source]
+        rates = [r["loss"] / r["bits_per_byte"] for r in of_source if r["loss"] and r.get("bits_per_byte")]
         bits = [r["bits_per_byte"] for r in run.of("bigram") if r["source"] == source]
         if rates and bits:
-            losses[f"bigram of {run.name}"] = bits[-1] * rates[0]
-    values = [*losses.values()]
-    agree = values and all(math.isclose(values[0], value, rel_tol=1e-3) for value in values)
-    return {"bigram": values[0]} if agree else losses
+            losses[run.name] = bits[-1] * rates[0]
+    return _baselines("bigram", losses, LONG_DASHED, 1e-3)
 
 
-def chance(runs: Sequence[Run], losses: Sequence[float | None]) -> dict[str, float]:
+def chance(runs: Sequence[Run], highest: float) -> list[Baseline]:
     """The losses by chance of the runs' vocabularies, once where all have the same.
 
-    Only where one of `losses` is near: far above the curves, such a line would flatten them.
+    Only those that the `highest` loss is near: far above the curves, such a line would flatten them.
     """
-    levels = {f"chance of {run.name}": run.chance for run in runs if run.of("position") and run.chance is not None}
-    highest = max((x for x in losses if x is not None), default=0.0)
-    if len({*levels.values()}) == 1:
-        levels = {"chance": next(iter(levels.values()))}
-    return {name: loss for name, loss in levels.items() if highest > NEAR * loss}
+    losses = {run.name: run.chance for run in runs if run.of("position") and run.chance is not None}
+    return [x for x in _baselines("chance", losses, DASH_DOT) if highest > NEAR * x.loss]
 
 
-def _unreached(runs: Sequence[Run]) -> list[str]:
-    """Which rows are longer than all that was read of documents in them."""
-    ends = [(run.name, source, end, length) for run in runs for (source, length), end in contents.ends(run).items()]
-    short = grouped((x for x in ends if x[2] < x[3]), lambda x: x[:3])
-    return [
-        f"{name}, {source}: in rows of {', '.join(tokens(x[3]) for x in items)} no document that was read is longer than "
-        f"{end:,} tokens; set --tokens higher to read more."
-        for (name, source, end), items in short.items()
-    ]
+def _baselines(name: str, losses: dict[str, float], dashes: tuple, tolerance: float = 0) -> list[Baseline]:
+    first = next(iter(losses.values()), 0)
+    if losses and all(math.isclose(first, loss, rel_tol=tolerance) for loss in losses.values()):
+        return [Baseline(name, first, dashes)]
+    return [Baseline(f"{name} of {run}", loss, dashes) for run, loss in losses.items()]
 
 
-def _unlike(runs: Sequence[Run], evaluation: str) -> list[str]:
+def _unreached(runs: Sequence[Run]) -> Iterator[str]:
+    """Which sequences are longer than all that was read of documents in them."""
+    ends: dict[tuple[str, str, int], int] = {}
+    for run, r in records_of(runs, "position"):
+        key = run.name, r["source"], r["length"]
+        ends[key] = max(ends.get(key, 0), r.get("end", 0))
+    short = grouped((key for key in ends if 0 < ends[key] < key[2]), lambda key: (*key[:2], ends[key]))
+    for (name, source, end), keys in short.items():
+        lengths, more = ", ".join(tokens(length) for *_, length in keys), "set --tokens higher to read more"
+        yield f"{name}, {source}: in sequences of {lengths} no document that was read is longer than {end:,} tokens; {more}."
+
+
+def incomparable(runs: Sequence[Run], evaluation: str) -> Iterator[str]:
     """What keeps the losses of an evaluation from being compared: other documents of the same name, or other tokens."""
-    read: dict[str, set] = {}
-    for run in runs:
-        for source in {r["source"] for r in run.of(evaluation)}:
-            read.setdefault(source, set()).add(run.provenance.get("heldout", {}).get(source))
-    paragraphs = [
-        f"{source}: the runs read different held-out documents under this name; their losses cannot be compared."
-        for source in sorted(read)
-        if len(read[source]) > 1
-    ]
+    documents: dict[str, set] = {}
+    for run, r in records_of(runs, evaluation):
+        documents.setdefault(r["source"], set()).add(run.provenance.get("heldout", {}).get(r["source"]))
+    for source in sorted(documents):
+        if len(documents[source]) > 1:
+            yield f"{source}: the runs read different held-out documents under this name; their losses cannot be compared."
     if len({run.provenance.get("tokenizer") for run in runs if run.of(evaluation)}) > 1:
-        paragraphs.append("The runs have different tokenizers: compare their bits per byte, not their losses per token.")
-    return paragraphs
+        yield "The runs have different tokenizers: compare their bits per byte, not their losses per token."
 
 
-def key_tokens(runs: Sequence[Run]) -> list[Section]:
-    paragraphs = [
-        "Key tokens are those that the far context makes more likely than the near context alone does; the loss is over these "
-        "tokens only. Each model has its own key tokens, so that the losses of two models are not over the same tokens."
-    ]
-    paragraphs += _unlike(runs, "key_tokens")
-    return [Section("key_tokens", "Key tokens", paragraphs, [], [contents.key_tokens(runs)], [], "key_tokens")]
+def sentences(run: Run) -> list[str]:
+    """Loss at the length of training, beside a bigram model's; and what the context before a token gains."""
+    records = [r for r in run.of("position") if is_total(r) and r["loss"] is not None]
+    if not records:
+        return []
+    source = records[0]["source"]
+    of_source = sorted((r for r in records if r["source"] == source), key=itemgetter("length"))
+    record, longest = min(of_source, key=lambda r: abs(math.log(r["length"] / run.trained))), of_source[-1]
+    bits = record.get("bits_per_byte")
+    scale, unit = (bits / record["loss"], "bits per byte") if bits and record["loss"] else (1.0, "nats per token")
+    where = f"{tokens(record['length'])}{', its trained length' * (record['length'] == run.trained)}"
+    number = f" (n = {len(record['by_row']):,} sequences)" if "by_row" in record else ""
+    text = f"{run.name} reads {source} at {_loss(record, scale)} {unit} in sequences of {where}{number}"
+    bigram = {r["bits_per_byte"] for r in run.of("bigram") if r["source"] == source}
+    if bits and len(bigram) == 1:
+        text += f", {'below' if bits < min(bigram) else 'no better than'} a bigram model's {min(bigram):.2f}"
+    texts = [f"{text}."]
+    if context := gain(run, record):
+        texts.append(f"{context[0].upper()}{context[1:]}.")
+    if longest["length"] > record["length"]:
+        clear = longest["loss"] - record["loss"] > Z * math.hypot(*(r.get("stderr") or 0 for r in (longest, record)))
+        higher = "higher" if clear else "not clearly higher"
+        texts.append(f"In sequences of {tokens(longest['length'])} the loss is {higher}: {_loss(longest, scale)} {unit}.")
+    return texts
+
+
+def gain(run: Run, total: dict) -> str | None:
+    """How much less a token late in a sequence costs than one of the first."""
+    buckets = [r for r in run.of("position") if "first" in r and part(r) == "all" and r["loss"] is not None]
+    buckets = [r for r in buckets if (r["source"], r["length"]) == (total["source"], total["length"])]
+    if len(buckets) < 2:
+        return None
+    first, last = min(buckets, key=itemgetter("first")), max(buckets, key=itemgetter("first"))
+    errors = [r.get("stderr") for r in (first, last)]
+    less, half = first["loss"] - last["loss"], None if None in errors else Z * math.hypot(*errors)
+    amount = f"{abs(less):.2f}{'' if half is None else f' ± {half:.2f}'} nats"
+    if half is not None and abs(less) <= half:
+        than = f"{amount} {'less' if less >= 0 else 'more'} than the first {first['end']:,}"
+        return f"context makes no clear difference: tokens from position {tokens(last['first'])} on cost {than}"
+    verb, than = ("gains", "less") if less >= 0 else ("costs", "more")
+    late = f"a token from position {tokens(last['first'])} on costs that much {than} than the first {first['end']:,}"
+    return f"context {verb} {amount}: {late}"
+
+
+def _loss(record: dict, scale: float) -> str:
+    error = record.get("stderr")
+    return f"{scale * record['loss']:.2f}" + (f" ± {scale * Z * error:.2f}" if error is not None else "")
+
+
+def _at_training(run: Run) -> dict:
+    """The loss of the first source at the length of training."""
+    return next((r for r in run.of("position") if is_total(r) and r["length"] == run.trained), {})
+
+
+def _bigram(run: Run) -> float | None:
+    return next((r["bits_per_byte"] for r in run.of("bigram") if r["source"] == _at_training(run).get("source")), None)
+
+
+REPORT = EvaluationReport(
+    sections,
+    [
+        RunColumn(
+            LOSS[0]._replace(name="loss"),
+            lambda run: _at_training(run).get("loss"),
+            "nats per token on held-out text of one source, at the length of training",
+        ),
+        RunColumn(BITS[0], lambda run: _at_training(run).get("bits_per_byte"), "the same loss per byte of the text"),
+        RunColumn(Column("bigram", fixed(3)), _bigram, "the bits per byte of a bigram model on that text"),
+        RunColumn(Column("of source"), lambda run: _at_training(run).get("source")),
+    ],
+    sentences,
+)

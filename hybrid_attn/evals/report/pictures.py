@@ -1,6 +1,6 @@
 """Curves, points and losses of a report, as figures of matplotlib."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,11 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from hybrid_attn.evals.report import contents, escape, statistics
-from hybrid_attn.evals.report.canvas import INK, MUTED, RUNS, WIDTH, panels, single, styled
-from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.report import escape, statistics
+from hybrid_attn.evals.report.canvas import INK, MUTED, RUNS, WIDTH, panels, single, style
+from hybrid_attn.evals.report.statistics import Share
 from hybrid_attn.evals.report.tables import tokens
 
+WILSON = "Intervals of 95% (Wilson)"
 MOST_TICKS = 8  # of lengths by their logarithm
 ASIDE = 0.09  # inches to the next run's point where each has only one
 CHARACTERS = 15  # to the inch of a legend
@@ -25,21 +26,32 @@ DOTTED, DASHED, DASH_DOT, LONG_DASHED = (0, (1, 2)), (0, (4, 3)), (0, (7, 2, 1.5
 
 
 class Curve(NamedTuple):
-    """Scores of one run by length, with the interval of each; the run's number is its colour."""
+    """Shares of right answers of one run by length; the run's number is its colour."""
 
     name: str
     number: int
-    lengths: Sequence[int]
-    scores: Sequence[float]
-    bands: Sequence[tuple[float, float]]
+    shares: Mapping[int, Share]
+
+    def scores(self, top: float) -> tuple[list[float], list[float], list[float]]:
+        """The scores, of which `top` is all, and the lower and upper ends of their intervals; in order of length."""
+        ordered = [self.shares[length] for length in sorted(self.shares)]
+        return tuple([top * getattr(x, field) for x in ordered] for field in ("share", "low", "high"))
 
 
-@styled
+class Baseline(NamedTuple):
+    """A loss that needs no model of ours, and the dashes of its line."""
+
+    name: str
+    loss: float
+    dashes: tuple
+
+
+@style()
 def curves(
     by_panel: Mapping[str, Sequence[Curve]],
     trained: Sequence[int],
     label: str,
-    top: float,
+    top: float = 1,
     enough: float | None = None,
     chance: Mapping[str, float] | None = None,
 ) -> Figure:
@@ -53,7 +65,7 @@ def curves(
     lengths = sorted(lengths_of(by_panel))
     for axes, (name, in_panel) in zip(grid.flat, by_panel.items(), strict=False):
         for curve in in_panel:
-            _curve(axes, curve)
+            _curve(axes, curve, top)
         _lengths_across(axes, lengths, trained)
         axes.set_ylim(-0.02 * top, 1.03 * top)
         if enough is not None:
@@ -70,7 +82,7 @@ def curves(
 
 
 def lengths_of(by_panel: Mapping[str, Sequence[Curve]]) -> set[int]:
-    return {length for in_panel in by_panel.values() for curve in in_panel for length in curve.lengths}
+    return {length for in_panel in by_panel.values() for curve in in_panel for length in curve.shares}
 
 
 def shares(
@@ -79,21 +91,38 @@ def shares(
     """Shares of right answers by length; of a single length as points."""
     if len(lengths_of(by_panel)) == 1:
         return points(by_panel, label, 1, chance)
-    return curves(by_panel, trained, label, 1, chance=chance)
+    return curves(by_panel, trained, label, chance=chance)
 
 
-def _curve(axes: Axes, curve: Curve) -> None:
-    colour = RUNS[curve.number % len(RUNS)]
-    low, high = zip(*curve.bands, strict=True)
-    if len(curve.lengths) == 1:  # beside the points of other runs, which may lie on it
-        aside = axes.transData + ScaledTranslation(ASIDE * curve.number, 0, axes.figure.dpi_scale_trans)
-        axes.plot(curve.lengths * 2, (*low, *high), color=colour, alpha=0.4, linewidth=3, transform=aside)
-        axes.plot(curve.lengths, curve.scores, "o", color=colour, markersize=4, label=_label(curve.name), transform=aside)
-        return
-    axes.fill_between(curve.lengths, low, high, color=colour, alpha=0.15, linewidth=0)
-    style = ("-", "--", ":")[curve.number // len(RUNS) % 3]
+def changes(curves: Sequence[Curve]) -> str:
+    """How the share of each run changes from the shortest to the longest length; of the first three where there are many."""
+    more = f"; and {len(curves) - 3} more runs" if len(curves) > 3 else ""
+    return "; ".join(f"{curve.name} {_change(curve.shares)}" for curve in curves[:3]) + more + "."
+
+
+def _change(shares: Mapping[int, Share]) -> str:
+    percents = {tokens(length): f"{100 * shares[length].share:.0f}%" for length in sorted(shares)}
+    first, last = tokens(min(shares)), tokens(max(shares))
+    if len(shares) == 1:
+        return f"{percents[first]} at {first}"
+    if percents[first] == percents[last]:
+        steady = len({*percents.values()}) == 1
+        return f"{percents[first]} at {'all lengths' if steady else f'{first} and {last}'}"
+    verb = "falls" if shares[max(shares)].share < shares[min(shares)].share else "rises"
+    return f"{verb} from {percents[first]} at {first} to {percents[last]} at {last}"
+
+
+def _curve(axes: Axes, curve: Curve, top: float) -> None:
+    colour, lengths = RUNS[curve.number % len(RUNS)], sorted(curve.shares)
+    scores, low, high = curve.scores(top)
     line = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.6, "label": _label(curve.name)}
-    axes.plot(curve.lengths, curve.scores, style, **line)
+    if len(lengths) == 1:  # beside the points of other runs, which may lie on it
+        aside = axes.transData + ScaledTranslation(ASIDE * curve.number, 0, axes.figure.dpi_scale_trans)
+        axes.plot(lengths * 2, (*low, *high), color=colour, alpha=0.4, linewidth=3, transform=aside)
+        axes.plot(lengths, scores, "o", color=colour, markersize=4, label=_label(curve.name), transform=aside)
+        return
+    axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(lengths, scores, ("-", "--", ":")[curve.number // len(RUNS) % 3], **line)
 
 
 def _lengths_across(axes: Axes, lengths: Sequence[int], trained: Sequence[int]) -> None:
@@ -115,13 +144,13 @@ def _mark(axes: Axes, trained: Sequence[int]) -> None:
         axes.axvline(length, color=INK, linewidth=1, linestyle=DASHED, alpha=0.6, label=f"trained at {tokens(length)}")
 
 
-def legend(figure: Figure) -> None:
+def legend(figure: Figure, longest: int = LONGEST_NAME) -> None:
     """Names the lines of all panels, in as many columns as the longest name allows."""
     handles: dict[str, object] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    names = [_short(label, LONGEST_LABEL if label.startswith(("local", "global")) else LONGEST_NAME) for label in handles]
+    names = [_short(label, longest) for label in handles]
     most_columns = int(CHARACTERS * figure.get_figwidth() / (6 + max(map(len, names))))
     columns = max(1, min(len(handles), most_columns))
     figure.set_figheight(figure.get_figheight() + LINE * (-(-len(handles) // columns) - 1))
@@ -145,7 +174,7 @@ def side_label(name: str) -> str:
     return _short(escape.label(name), LONGEST_LABEL)
 
 
-@styled
+@style()
 def points(by_name: Mapping[str, Sequence[Curve]], label: str, top: float, chance: Mapping[str, float] | None = None) -> Figure:
     """Scores at one length: names down, scores across, a point with its interval for each run; marks show a guess."""
     numbers = sorted({curve.number for of_name in by_name.values() for curve in of_name})
@@ -154,8 +183,9 @@ def points(by_name: Mapping[str, Sequence[Curve]], label: str, top: float, chanc
     for line, (name, of_name) in enumerate(by_name.items()):
         for curve in of_name:
             y, colour = line + step * (numbers.index(curve.number) - (len(numbers) - 1) / 2), RUNS[curve.number % len(RUNS)]
-            axes.plot(curve.bands[0], [y, y], color=colour, alpha=0.4, linewidth=3, solid_capstyle="butt")
-            axes.plot(curve.scores, [y], "o", color=colour, markersize=4, label=_label(curve.name))
+            scores, low, high = curve.scores(top)
+            axes.plot([*low, *high], [y, y], color=colour, alpha=0.4, linewidth=3, solid_capstyle="butt")
+            axes.plot(scores, [y], "o", color=colour, markersize=4, label=_label(curve.name))
         if chance and name in chance:
             axes.plot([chance[name]] * 2, [line - 0.4, line + 0.4], color=MUTED, linewidth=1.5, label="chance")
     axes.set_yticks(range(len(by_name)), map(side_label, by_name))
@@ -165,11 +195,11 @@ def points(by_name: Mapping[str, Sequence[Curve]], label: str, top: float, chanc
     return figure
 
 
-@styled
+@style()
 def loss_by_position(
     by_panel: Mapping[str, Sequence[tuple[str, int, Sequence[Mapping]]]],
     trained: Sequence[int],
-    baselines: Mapping[str, float] | None = None,
+    baselines: Sequence[Baseline] = (),
 ) -> Figure:
     """Loss by position, a panel for each name; a line has a name, the number of its run, and buckets from `first` to `end`.
 
@@ -183,9 +213,8 @@ def loss_by_position(
     for axes, (name, lines) in zip(grid.flat, by_panel.items(), strict=False):
         for label, run, buckets in lines:
             _loss_line(axes, buckets, RUNS[run % len(RUNS)], label)
-        for label, loss in (baselines or {}).items():
-            style = DASH_DOT if label.startswith("chance") else LONG_DASHED
-            axes.axhline(loss, color=MUTED, linewidth=1.2, linestyle=style, label=_label(label))
+        for label, loss, dashes in baselines:
+            axes.axhline(loss, color=MUTED, linewidth=1.2, linestyle=dashes, label=_label(label))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: tokens(round(x)) if x >= 1 else "")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -214,18 +243,3 @@ def _steps(buckets: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray, list[int
         edges.append(bucket["end"])
     losses, errors = np.array(values, float).reshape(-1, 2).T
     return losses, statistics.Z * errors, edges
-
-
-def wilson_curve(name: str, number: int, cells: Mapping[int, tuple[float, float]], top: float = 1) -> Curve:
-    """A curve through shares of right answers, of which `top` is all: `cells` has right answers and answers by length."""
-    lengths = sorted(cells)
-    scores = [top * cells[length][0] / cells[length][1] for length in lengths]
-    bands = [tuple(top * x for x in statistics.wilson(*cells[length])) for length in lengths]
-    return Curve(name, number, lengths, scores, bands)
-
-
-def mean_curve(run: Run, number: int, belongs: Callable[[int], bool]) -> Curve:
-    """RULER's mean over tasks, with the intervals of its tasks combined."""
-    means = contents.ruler_means(run, belongs)
-    bands = [(100 * low, 100 * high) for low, high, _ in contents.ruler_intervals(run, belongs).values()]
-    return Curve(run.name, number, list(means), list(means.values()), bands)

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hybrid_attn.characters import visible
-from hybrid_attn.evals.report import canvas, descriptions, escape, failures, tables, verdict
+from hybrid_attn.evals.report import canvas, command, escape, failures, tables, verdict
 from hybrid_attn.evals.report.failures import Task
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.section import Section
@@ -23,7 +23,7 @@ def page(title: str, runs: Sequence[Run], sections: Sequence[Section], failed: S
         _context(title, runs, sections, failed),
         runs=runs,
         numbers={run.name: number % len(canvas.RUNS) for number, run in enumerate(runs)},
-        commands={x.evaluation: x.evaluation and descriptions.command(runs, x.evaluation) for x in sections},
+        commands={x.evaluation: x.evaluation and command.measuring(runs, x.evaluation) for x in sections},
         most_examples=failures.MOST_EXAMPLES,
     )
 

@@ -1,10 +1,11 @@
 """What the suite wrote of one model: records, answers, and where they come from."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hybrid_attn.evals.evaluation import Evaluation
 from hybrid_attn.evals.report.fields import check_answer, check_provenance, check_record
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.files import object_of
@@ -34,9 +35,13 @@ class Run(NamedTuple):
         return self.provenance.get("settings", {}).get("compat", False)
 
     @property
-    def kinds(self) -> dict[str, str]:
-        """The name of each layer type, such as "local, window 512, RoPE"; older runs have none."""
+    def layer_types(self) -> dict[str, str]:
+        """The name of each layer type by its letter, such as "local, window 512, RoPE"; older runs have none."""
         return self.provenance["model"].get("kinds", {})
+
+    def layer_type(self, record: Mapping) -> str:
+        """The name of the layer type of a record, or its letter where the run names none."""
+        return self.layer_types.get(record["kind"], record["kind"])
 
     @property
     def trained(self) -> int:
@@ -52,6 +57,17 @@ class Run(NamedTuple):
     def of(self, evaluation: str) -> list[dict]:
         """The records of one evaluation, in the order of the file."""
         return [record for record in self.records if record["eval"] == evaluation]
+
+
+def measured(runs: Sequence[Run]) -> list[Evaluation]:
+    """The evaluations that the runs have records of, in the order of their sections."""
+    names = {record["eval"] for run in runs for record in run.records}
+    return sorted((x for x in EVALS.values() if x.name in names), key=lambda x: x.section_order)
+
+
+def records_of(runs: Sequence[Run], evaluation: str) -> list[tuple[Run, dict]]:
+    """The records of one evaluation, each with its run."""
+    return [(run, record) for run in runs for record in run.of(evaluation)]
 
 
 def read(directory: Path) -> Run:
@@ -79,8 +95,8 @@ def sample_of(answer: Mapping) -> tuple:
     return (*(answer[key] for key in ("task", "length", "index", "group", "prompt_hash")), *answer["wanted"])
 
 
-def rows_of(run: Run, record: Mapping) -> tuple:
-    """What makes the rows of two records the same: those of a synthetic task, or of the same held-out documents in tokens."""
+def sequences_of(run: Run, record: Mapping) -> tuple:
+    """Equal for two records of the same sequences: those of a synthetic task, or of the same held-out documents in tokens."""
     known = run.provenance.get("heldout", {}).get(record["source"]), run.provenance.get("tokenizer")
     what = record["task"] if "task" in EVALS[record["eval"]].fields else (record["source"], *known)
     return record["eval"], what, record["length"], len(record["by_row"])

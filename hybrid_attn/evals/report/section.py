@@ -1,10 +1,12 @@
-"""A part of a report."""
+"""A section of a report, and all that a report shows of one evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from hybrid_attn.evals.report.canvas import Picture
-from hybrid_attn.evals.report.tables import Table
+from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.report.statistics import Share
+from hybrid_attn.evals.report.tables import Column, Table, Value
 
 
 class Section(NamedTuple):
@@ -13,7 +15,39 @@ class Section(NamedTuple):
     name: str
     title: str
     paragraphs: Sequence[str]
-    pictures: Sequence[Picture]
-    tables: Sequence[Table]
-    folded: Sequence[Table]
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    folded: Sequence[Table] = ()
     evaluation: str = ""
+
+
+class RunColumn(NamedTuple):
+    """A number of each run for the overview; a page explains it where it has a `meaning`."""
+
+    column: Column
+    value: Callable[[Run], Value]
+    meaning: str = ""
+
+
+class Reading(NamedTuple):
+    """Shares of right answers by length: the verdict says up to which length a run reads.
+
+    `chance` is what a guess would score. The verdict on synthetic questions comes after its other sentences.
+    """
+
+    questions: str
+    by_length: dict[int, Share]
+    chance: float = 0
+    synthetic: bool = False
+
+
+class EvaluationReport(NamedTuple):
+    """What a report shows of one evaluation.
+
+    `columns` are its numbers in the overview; None stands for its headline. The verdict is about the first reading of a run,
+    and has the sentences of `verdict` where the run has no reading or stands alone.
+    """
+
+    sections: Callable[[Sequence[Run]], list[Section]]
+    columns: Sequence[RunColumn] | None = None
+    verdict: Callable[[Run], Iterable[Reading | str]] = lambda run: ()

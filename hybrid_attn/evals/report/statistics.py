@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrid_attn.evals.report.runs import Run, rows_of, sample_of
+from hybrid_attn.evals.report.runs import Run, sample_of, sequences_of
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.trees import check
 
@@ -34,6 +34,35 @@ class Difference(NamedTuple):
     high: float | None
     fewest: int
     loss: bool
+
+    @property
+    def verdict(self) -> str:
+        """Unclear without an interval, where it has 0 in it, and where a task has too few pairs to resample."""
+        if self.low is None or self.fewest < PAIRS or self.low <= 0 <= self.high:
+            return "unclear"
+        return "better" if (self.low > 0) != self.loss else "worse"
+
+
+class Share(NamedTuple):
+    """A share of right answers, its interval of 95%, and the number of answers."""
+
+    share: float
+    low: float
+    high: float
+    number: int
+
+    @property
+    def half(self) -> float:
+        """The longer side of the interval."""
+        return max(self.share - self.low, self.high - self.share)
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.0f}% ± {100 * self.half:.0f} (n = {self.number:,})"
+
+
+def share(right: float, number: float) -> Share:
+    """With Wilson's interval."""
+    return Share(right / number, *wilson(right, number), round(number))
 
 
 def wilson(right: float, number: float) -> tuple[float, float]:
@@ -115,12 +144,12 @@ def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
     return differences
 
 
-def compare_rows(a: Run, b: Run) -> list[Difference]:
-    """b against a on the rows that both have read: the share of right answers in each, or its mean loss in nats."""
-    by_rows = {rows_of(a, record): record["by_row"] for record in a.records if "by_row" in record}
+def compare_sequences(a: Run, b: Run) -> list[Difference]:
+    """b against a on the sequences that both have read: the share of right answers in each, or its mean loss in nats."""
+    known = {sequences_of(a, record): record["by_row"] for record in a.records if "by_row" in record}
     differences = []
     for key, record in enumerate(b.records):
-        if "by_row" in record and (of_a := by_rows.get(rows_of(b, record))):
+        if "by_row" in record and (of_a := known.get(sequences_of(b, record))):
             pairs = np.stack([of_a, record["by_row"]], 1)
             loss = not EVALS[record["eval"]].headline.higher_is_better
             name = f"loss of {record['source']}" if loss else f"{record['eval']}: {record['source']}"

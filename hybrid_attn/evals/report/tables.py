@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from hybrid_attn.evals.report import escape
@@ -18,12 +18,15 @@ class Column(NamedTuple):
     marked: Callable[[Any], bool] = lambda value: False
 
 
+# A column, and the name of a record's field or a function of the run and the record.
+Field = tuple[Column, str | Callable[[Any, dict], Value]]
+
+
 class Cell(NamedTuple):
-    """A value, its text for a reader, and the classes of its element in a page."""
+    """A value, its text for a reader, and whether it is marked."""
 
     value: Value
     text: str
-    classes: str
     marked: bool
 
 
@@ -41,14 +44,23 @@ class Table(NamedTuple):
 
     def cells(self) -> list[list[Cell]]:
         """What every form of the table shows."""
-        columns = [*zip(self.columns, self.numeric(), strict=True)]
-        return [[_cell(*column, value) for column, value in zip(columns, row, strict=True)] for row in self.rows]
+        return [[_cell(column, value) for column, value in zip(self.columns, row, strict=True)] for row in self.rows]
 
 
-def _cell(column: Column, is_number: bool, value: Value) -> Cell:
-    marked = value is not None and column.marked(value)
-    text = "–" if value is None else column.show(value)
-    return Cell(value, text, " ".join(["number"] * is_number + ["marked"] * marked), marked)
+def _cell(column: Column, value: Value) -> Cell:
+    return Cell(value, "–", False) if value is None else Cell(value, column.show(value), column.marked(value))
+
+
+def of_records(name: str, title: str, records: Iterable[tuple[Any, dict]], fields: Sequence[Field]) -> Table:
+    """A line for each record, after the name of its run."""
+    rows = [[run.name, *(x(run, r) if callable(x) else r.get(x) for _, x in fields)] for run, r in records]
+    return Table(name, title, [RUN, *(column for column, _ in fields)], rows)
+
+
+def interval(of: Callable[[dict], tuple[float | None, float | None]], digits: int = 3) -> list[Field]:
+    """The fields of an interval of 95%."""
+    names = ("95% from", "to")
+    return [(Column(name, fixed(digits)), lambda run, r, i=i: of(r)[i]) for i, name in enumerate(names)]
 
 
 def tokens(length: int) -> str:
@@ -81,6 +93,10 @@ def signed(digits: int) -> Callable[[float], str]:
         return text if any(digit in text for digit in "123456789") else text[1:]
 
     return shown
+
+
+RUN = Column("run")
+SOURCE, TASK, LENGTH = (Column("source"), "source"), (Column("task"), "task"), (Column("length", tokens), "length")
 
 
 def markdown(table: Table) -> str:

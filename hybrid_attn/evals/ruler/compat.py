@@ -107,8 +107,7 @@ def generate(
     request = _Request(task, length, draws, read, functools.partial(count, tokenizer))
     questions = {"vt": _tracking, "fwe": _frequent}.get(task, _searched)(request, samples)
     meta = {"seed": seed, "generator": "RULER"}
-    rows = enumerate(questions)
-    return [Sample(task, length, i, x.prompt, x.answers, NEW_TOKENS[task], "", dict(meta)) for i, x in rows]
+    return [Sample(task, length, i, x.prompt, x.answers, NEW_TOKENS[task], "", dict(meta)) for i, x in enumerate(questions)]
 
 
 def _draws(seed: int, words: Words, named: bool, sentences: Callable[[str], list[str]]) -> Draws:

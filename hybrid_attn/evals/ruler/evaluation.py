@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from hybrid_attn.evals import ruler
-from hybrid_attn.evals.evaluation import Evaluation, Headline, Questions, first_total
+from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, Questions, first_total
 from hybrid_attn.evals.fields import COUNT, NAME, SIZE, number
+from hybrid_attn.evals.records import mean_of
 from hybrid_attn.evals.replies import answer_records, replies_to, right_shares
 from hybrid_attn.evals.ruler import compat, draws, scores
 from hybrid_attn.evals.ruler.tasks import ESSAYS
@@ -55,10 +56,16 @@ def is_of(unit: Unit, line: Mapping) -> bool:
     return line.get("task") == unit.part
 
 
-def section(runs: Sequence) -> list:
-    from hybrid_attn.evals.report import questions  # matplotlib takes a second to import
+def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
+    yield Line("RULER, mean", f"{len(records)} tasks", f"{mean_of(records, 'score'):.1f}")
+    for record in records:
+        yield Line("  RULER", record["task"], f"{record['score']:.1f}", number=f"{record['samples']:,} questions")
 
-    return questions.ruler(runs)
+
+def report():
+    from hybrid_attn.evals.report import ruler  # it imports the table of evaluations, and matplotlib
+
+    return ruler.REPORT
 
 
 EVALUATION = Evaluation(
@@ -67,7 +74,8 @@ EVALUATION = Evaluation(
     measure=measure,
     fields={"task": NAME, "length": SIZE, "samples": SIZE, "score": number(0, 100), "nulls": COUNT},
     headline=Headline(first_total("score"), "ruler_score_percent", "score {:.1f}", higher_is_better=True),
-    section=section,
+    report=report,
+    lines=lines,
     section_order=0,
     questions=Questions(
         draw,

@@ -1,9 +1,11 @@
 """RULER's scores: which of the answers wanted stand in what a model has generated, whatever else stands there."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 
-from hybrid_attn.evals.ruler.tasks import QA
+from hybrid_attn.evals.records import grouped, lengths_of, mean_of
+from hybrid_attn.evals.ruler.tasks import NAMES, QA
 
 THRESHOLD = 85.6  # percent: Llama-2-7B-chat at 4,096 tokens
 RELATIVE = 0.85  # of the score at the shortest length, NoLiMa's rule
@@ -35,6 +37,21 @@ def averages(scores: Mapping[int, float]) -> dict[str, float]:
     rising = range(1, len(ordered) + 1)
     weighted = [sum(i * x for i, x in zip(weights, ordered, strict=True)) / sum(rising) for weights in (rising, rising[::-1])]
     return {"average": sum(ordered) / len(ordered), "rising": weighted[0], "falling": weighted[1]}
+
+
+def complete_tasks(records: Iterable[Mapping]) -> list[str]:
+    """The tasks that means are over: those with a score at each length of the records, so that lengths compare."""
+    lengths = {task: set(lengths_of(of_task)) for task, of_task in grouped(records, itemgetter("task")).items()}
+    all_lengths = set().union(*lengths.values())
+    return [task for task in NAMES if lengths.get(task) == all_lengths]
+
+
+def means(records: Iterable[Mapping]) -> dict[int, float]:
+    """The mean score of `complete_tasks` at each length."""
+    records = list(records)
+    tasks = complete_tasks(records)
+    by_length = grouped((r for r in records if r["task"] in tasks), itemgetter("length"))
+    return {length: mean_of(of_length, "score") for length, of_length in sorted(by_length.items())}
 
 
 def effective_length(scores: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:

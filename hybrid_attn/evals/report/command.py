@@ -1,4 +1,4 @@
-"""Short descriptions of evaluations and tasks, and the command that measures a section anew."""
+"""The command that measures a section anew."""
 
 import re
 import shlex
@@ -7,34 +7,13 @@ from collections.abc import Sequence
 from hybrid_attn.evals.report import escape
 from hybrid_attn.evals.report.fields import DATA
 from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.ruler.tasks import NAMES
 from hybrid_attn.evals.table import EVALS
 
-PART_NAMES = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
-TASKS = {
-    "recall": "pairs of letters in noise, then keys whose value is asked for",
-    "mqar": "pairs, then each key once more among random words (zoology's multi-query associative recall)",
-    "copy": "letters, then the same letters",
-    "tracking": "chains of assignments in noise, then a value whose variables are asked for",
-}
-RULER = {
-    "niah_single_1": "one number, hidden in a few sentences that repeat",
-    "niah_single_2": "one number, hidden in prose",
-    "niah_single_3": "one UUID, hidden in prose",
-    "niah_multikey_1": "the number of one of 4 keys, hidden in prose",
-    "niah_multikey_2": "the number of one key, among nothing but other keys and their numbers",
-    "niah_multikey_3": "the UUID of one UUID, among nothing but others",
-    "niah_multivalue": "all 4 numbers of one key, hidden in prose",
-    "niah_multiquery": "the numbers of 4 keys, hidden in prose",
-    "vt": "all variables that hold one value, through chains of assignments",
-    "cwe": "the words of a list that occur most often",
-    "fwe": "the most frequent of made-up words",
-    "qa_1": "a question of SQuAD, its paragraph among others",
-    "qa_2": "a question of HotpotQA, its two paragraphs among others",
-}
 MESH = re.compile(r"[a-z]+ \d+( x [a-z]+ \d+)*")
 
 
-def command(runs: Sequence[Run], evaluation: str) -> str:
+def measuring(runs: Sequence[Run], evaluation: str) -> str:
     """What measures an evaluation of these runs anew, with the settings and data of the first.
 
     Empty where a run names no checkpoint, or where no flag names the text that was asked about.
@@ -52,7 +31,7 @@ def command(runs: Sequence[Run], evaluation: str) -> str:
     flags += [("suite", evaluation), ("lengths", _listed(lengths))]
     for name in read:
         values = _as_list(data.get(name)) if name in DATA else [_plain(settings.get(name))]
-        flags += [(name, value) for value in values if value != _listed([*RULER])]
+        flags += [(name, value) for value in values if value != _listed([*NAMES])]
     flags.append(("mesh", _mesh(runs[0].provenance.get("mesh"))))
     trusts = "heldout" in read and not data.get("heldout") and data.get("trust_checkpoint_data")
     arguments = [f"--{name}={value}" for name, value in flags if value not in (None, "") and name != "compat"]

@@ -1,0 +1,84 @@
+"""Recall in a report: the share of right answers in synthetic tasks by length, beside that of a guess."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
+
+import numpy as np
+
+from hybrid_attn.evals.recall import guess
+from hybrid_attn.evals.records import grouped
+from hybrid_attn.evals.report import pictures, statistics
+from hybrid_attn.evals.report.canvas import Picture
+from hybrid_attn.evals.report.pictures import WILSON, Curve
+from hybrid_attn.evals.report.runs import Run, records_of
+from hybrid_attn.evals.report.section import EvaluationReport, Reading, RunColumn, Section
+from hybrid_attn.evals.report.statistics import Share
+from hybrid_attn.evals.report.tables import LENGTH, SOURCE, TASK, Column, Table, count, fixed, interval, of_records
+
+TASKS = {
+    "recall": "pairs of letters in noise, then keys whose value is asked for",
+    "mqar": "pairs, then each key once more among random words (zoology's multi-query associative recall)",
+    "copy": "letters, then the same letters",
+    "tracking": "chains of assignments in noise, then a value whose variables are asked for",
+}
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """The share of right answers; its interval is that of as many as the sequences show to be independent of one another."""
+    fields = [
+        *(SOURCE, TASK, LENGTH, (Column("sequences", count), lambda run, r: len(r["by_row"]))),
+        *((Column("answers", count), "answers"), (Column("accuracy", fixed(3)), "accuracy")),
+        *interval(lambda r: statistics.wilson(*independent_answers(r))),
+    ]
+    title = "Synthetic recall: answers that are the likeliest token"
+    return of_records("recall", title, records_of(runs, "recall"), fields)
+
+
+def independent_answers(record: Mapping) -> tuple[float, float]:
+    """How many answers are right, and how many there are, as far as they do not depend on others of their sequence.
+
+    Their number is that whose share would spread as that of sequences does (Korn and Graubard, Survey Methodology 24, 1998),
+    between the number of sequences and that of answers; where all sequences are alike, that of sequences.
+    """
+    share, sequences = record["accuracy"], len(record["by_row"])
+    spread = float(np.var(record["by_row"], ddof=1)) / sequences if sequences > 1 else 0.0
+    number = min(max(share * (1 - share) / spread, sequences), record["answers"]) if spread else sequences
+    return share * number, number
+
+
+def shares(records: Iterable[Mapping]) -> dict[int, Share]:
+    ordered = sorted(records, key=itemgetter("length"))
+    return {record["length"]: statistics.share(*independent_answers(record)) for record in ordered}
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    panels: dict[str, list[Curve]] = {}
+    guesses: dict[str, float] = {}
+    for number, run in enumerate(runs):
+        for source, records in grouped(run.of("recall"), itemgetter("source")).items():
+            panels.setdefault(source, []).append(Curve(run.name, number, shares(records)))
+            if (share := guess(records[0]["task"])) is not None:
+                guesses[source] = share
+    first, curves = next(iter(panels.items()))
+    figure = pictures.shares(panels, [run.trained for run in runs], "accuracy", guesses)
+    note = f"{WILSON} for as many answers as are independent. Chance: the score of a guess among what the sequence names."
+    drawn = [Picture("recall", f"{first}: {pictures.changes(curves)}", figure, note, "recall")]
+    tasks = {task for _, r in records_of(runs, "recall") for task in re.findall(r"^\S+", r["task"])}
+    meanings = "".join(f" {name}: {text}." for name, text in TASKS.items() if name in tasks)
+    text = f"Synthetic sequences, in which each question is about something that the sequence has named before.{meanings}"
+    return [Section("recall", "Recall", [text], drawn, [table(runs)], [], "recall")]
+
+
+def readings(run: Run) -> list[Reading]:
+    """Of the first source."""
+    first = list(grouped(run.of("recall"), itemgetter("source")).values())[:1]
+    return [Reading(f"recall ({x[0]['task']})", shares(x), guess(x[0]["task"]) or 0, synthetic=True) for x in first]
+
+
+def _at_longest(run: Run) -> float | None:
+    return max(records, key=itemgetter("length"))["accuracy"] if (records := run.of("recall")) else None
+
+
+MEANING = "the share of right answers in the first task, at the longest length"
+REPORT = EvaluationReport(sections, [RunColumn(Column("recall", fixed(3)), _at_longest, MEANING)], readings)

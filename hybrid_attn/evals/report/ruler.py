@@ -1,0 +1,225 @@
+"""RULER in a report: averages in RULER's form, the mean of the tasks by length, and a map of the tasks."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from hybrid_attn.evals.records import grouped, lengths_of
+from hybrid_attn.evals.report import heatmaps, pictures, statistics
+from hybrid_attn.evals.report.canvas import Picture
+from hybrid_attn.evals.report.pictures import WILSON, Curve
+from hybrid_attn.evals.report.runs import Run, records_of
+from hybrid_attn.evals.report.section import EvaluationReport, Reading, RunColumn, Section
+from hybrid_attn.evals.report.statistics import Share
+from hybrid_attn.evals.report.tables import LENGTH, RUN, TASK, Column, Table, count, fixed, interval, of_records, tokens
+from hybrid_attn.evals.ruler import scores
+from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, complete_tasks, means
+from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
+
+DESCRIPTIONS = {
+    "niah_single_1": "one number, hidden in a few sentences that repeat",
+    "niah_single_2": "one number, hidden in prose",
+    "niah_single_3": "one UUID, hidden in prose",
+    "niah_multikey_1": "the number of one of 4 keys, hidden in prose",
+    "niah_multikey_2": "the number of one key, among nothing but other keys and their numbers",
+    "niah_multikey_3": "the UUID of one UUID, among nothing but others",
+    "niah_multivalue": "all 4 numbers of one key, hidden in prose",
+    "niah_multiquery": "the numbers of 4 keys, hidden in prose",
+    "vt": "all variables that hold one value, through chains of assignments",
+    "cwe": "the words of a list that occur most often",
+    "fwe": "the most frequent of made-up words",
+    "qa_1": "a question of SQuAD, its paragraph among others",
+    "qa_2": "a question of HotpotQA, its two paragraphs among others",
+}
+SCORE = Column("score", fixed(1), lambda value: value >= THRESHOLD)
+
+
+def long(run: Run) -> Run:
+    """The run with its records of RULER at lengths from 4,096 tokens on."""
+    return run._replace(records=tuple(r for r in run.of("ruler") if r["length"] >= SHORT))
+
+
+def short(run: Run) -> Run:
+    """The run with its records of RULER at the other lengths, which are easier than RULER's own."""
+    return run._replace(records=tuple(r for r in run.of("ruler") if r["length"] < SHORT))
+
+
+def mean_shares(records: Iterable[Mapping]) -> dict[int, Share]:
+    """`means` as shares; their intervals follow from those of the tasks."""
+    records = list(records)
+    tasks = complete_tasks(records)
+    cells: dict[int, list[tuple[float, int]]] = {}
+    for record in (r for r in records if r["task"] in tasks):
+        cells.setdefault(record["length"], []).append(_right(record))
+    return {
+        length: Share(mean / 100, *statistics.mean_interval(cells[length]), sum(number for _, number in cells[length]))
+        for length, mean in means(records).items()
+    }
+
+
+def _right(record: Mapping) -> tuple[float, int]:
+    """How many questions are right, and how many there are."""
+    return record["score"] / 100 * record["samples"], record["samples"]
+
+
+def effective(scores: Mapping[int, float], find: Callable = scores.effective_length) -> str:
+    """The length that `find` gives as RULER writes it: `<4K` and `>128K` where it lies outside the lengths."""
+    length = find(scores)
+    if length is None:
+        return f"<{tokens(min(scores))}"
+    return f">{tokens(length)}" if length == max(scores) else tokens(length)
+
+
+def of_all(records: Iterable[Mapping]) -> str:
+    """How many of RULER's tasks the means are over."""
+    return f"{len(complete_tasks(records))} of {len(NAMES)}"
+
+
+def averages(runs: Sequence[Run], name: str, title: str) -> Table:
+    """RULER's table: claimed and effective length, the mean of the tasks at each length, and the averages over lengths."""
+    by_run = [(run, by_length) for run in runs if (by_length := means(run.records))]
+    across = sorted({length for _, by_length in by_run for length in by_length})
+    columns = [
+        *(Column("Models"), Column("Claimed Length", tokens), Column("Effective Length")),
+        *(SCORE._replace(name=tokens(length)) for length in across),
+        *(Column(x, fixed(1)) for x in ("Avg.", "wAvg. (inc)", "wAvg. (dec)")),
+        *(Column(f"{RELATIVE:.0%} of base"), Column("Tasks")),
+    ]
+    rows = [
+        [
+            *(run.name, run.trained, effective(x), *map(x.get, across), *scores.averages(x).values()),
+            *(effective(x, scores.relative_length), of_all(run.records)),
+        ]
+        for run, x in by_run
+    ]
+    return Table(name, title, columns, rows)
+
+
+def by_task(runs: Sequence[Run], name: str, title: str) -> Table:
+    """Scores by run and task down, length across."""
+    lines = grouped(records_of(runs, "ruler"), lambda x: (x[1]["task"], x[0].name))
+    across, tasks = lengths_of(r for run in runs for r in run.records), list(dict.fromkeys(task for task, _ in lines))
+    columns = [Column("task"), RUN, *(SCORE._replace(name=tokens(length)) for length in across)]
+    rows = []
+    for key in sorted(lines, key=lambda key: tasks.index(key[0])):
+        by_length = {r["length"]: r["score"] for _, r in lines[key]}
+        rows.append([*key, *map(by_length.get, across)])
+    return Table(name, title, columns, rows)
+
+
+def cells(runs: Sequence[Run], name: str, title: str) -> Table:
+    """Every score with its samples, its interval and its empty answers."""
+    fields = [
+        *(TASK, LENGTH, (Column("samples", count), "samples"), (Column("score", fixed(1)), "score")),
+        *(*interval(lambda r: [100 * x for x in statistics.wilson(*_right(r))], 1), (Column("nulls", count), "nulls")),
+    ]
+    return of_records(name, title, records_of(runs, "ruler"), fields)
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    parts = ((long, "ruler", "RULER"), (short, "short_ruler", "Short RULER"))
+    of_parts = [([*map(of_lengths, runs)], name, title) for of_lengths, name, title in parts]
+    return [_section(*x) for x in of_parts if any(run.records for run in x[0])]
+
+
+def _section(runs: Sequence[Run], name: str, title: str) -> Section:
+    described = [[task, DESCRIPTIONS.get(task)] for task in dict.fromkeys(r["task"] for run in runs for r in run.records)]
+    tables = [averages(runs, name, f"{title}, in RULER's form"), by_task(runs, f"{name}_by_task", f"{title}, each task")]
+    folded = [
+        Table(f"{name}_tasks", "What each task asks", [Column("task"), Column("asks for")], described),
+        cells(runs, f"{name}_cells", f"{title}, each cell: samples, interval, empty answers"),
+    ]
+    return Section(name, title, _paragraphs(runs), _pictures(runs, name), tables, folded, "ruler")
+
+
+def _pictures(runs: Sequence[Run], name: str) -> list[Picture]:
+    """The mean by length and a map of tasks by length; of one length, all tasks and their mean as points."""
+    curves = [Curve(run.name, i, x) for i, run in enumerate(runs) if (x := mean_shares(run.records))]
+    panel = {"mean of the tasks": curves} if curves else {}
+    caption = f"Right answers: {pictures.changes(curves) if curves else 'no task at all lengths.'}"
+    of_tasks = grouped(((i, run, r) for i, run in enumerate(runs) for r in run.records), lambda x: x[2]["task"])
+    longest = max(lengths := lengths_of(r for run in runs for r in run.records))
+    if len(lengths) == 1:
+        for task, records in of_tasks.items():
+            panel[task] = [Curve(run.name, i, {longest: statistics.share(*_right(r))}) for i, run, r in records]
+        figure, note = pictures.points(panel, "score", 100), f"{WILSON}; the mean's combines those of its tasks."
+        return [Picture(name, caption, figure, note, f"{name}_cells")]
+    maps = [(run.name, {(r["task"], r["length"]): r["score"] for r in run.records}, run.trained) for run in runs if run.records]
+    note = "Scores by task and length; intervals are in the table of cells."
+    note += " Right of the dashed line: beyond the length of training." * any(longest > run.trained for run in runs)
+    task_map = heatmaps.task_map(maps, list(of_tasks))
+    drawn = [Picture(f"{name}_tasks", _extremes(runs), task_map, note, f"{name}_by_task")]
+    if curves:
+        figure = pictures.curves(panel, [run.trained for run in runs], "score", 100, THRESHOLD)
+        drawn.insert(0, Picture(name, caption, figure, f"Mean of the tasks by length. {WILSON} of the tasks, combined.", name))
+    return drawn
+
+
+def _extremes(runs: Sequence[Run]) -> str:
+    """The tasks that the first run does best and worst at its longest length."""
+    run = next(run for run in runs if run.records)
+    longest = lengths_of(run.records)[-1]
+    of_tasks = {r["task"]: r["score"] for r in run.records if r["length"] == longest}
+    best, worst = max(of_tasks, key=of_tasks.get), min(of_tasks, key=of_tasks.get)
+    if of_tasks[best] == of_tasks[worst]:
+        text = f"{of_tasks[best]:.0f}% of {'every task' if len(of_tasks) > 1 else best}"
+    else:
+        text = f"best at {best} ({of_tasks[best]:.0f}%), worst at {worst} ({of_tasks[worst]:.0f}%)"
+    return f"{run.name} at {tokens(longest)}: {text}."
+
+
+def _paragraphs(runs: Sequence[Run]) -> list[str]:
+    """What the averages are over, and where that differs."""
+    paragraphs = [
+        f"A length is effective if the scores at it and at all shorter lengths are {THRESHOLD} or more (in bold). A > marks an "
+        f'effective length that is the longest one tested. The column "{RELATIVE:.0%} of base" asks for {RELATIVE:.0%} of the '
+        "score at the shortest length instead. Averages are over the lengths in a line of the table; wAvg. has weights that "
+        "grow (inc) or fall (dec) with the length. A guess scores 0."
+    ]
+    measured = [run for run in runs if run.records]
+    if min(r["length"] for run in measured for r in run.records) < SHORT:
+        paragraphs.append("Lengths under 4,096 are easier than those of RULER, and its averages leave them out.")
+    for run in measured:
+        sizes = {r["samples"] for r in run.records}
+        if len(sizes) > 1:
+            paragraphs.append(f"{run.name}: cells have {min(sizes):,} to {max(sizes):,} samples.")
+        if run.compat:
+            paragraphs.append(f"{run.name}: the prompts are RULER's own, as its scripts draw them.")
+    families = grouped(measured, lambda run: tuple(complete_tasks(run.records)))
+    for tasks, of_runs in families.items():
+        if missing := [task for task in NAMES if task not in tasks]:
+            names, over = ", ".join(run.name for run in of_runs), f"{len(tasks)} of {len(NAMES)} tasks"
+            paragraphs.append(
+                f"{names}: means are over {over}, without {', '.join(missing)}, which have no score at some length."
+            )
+    if len({tuple(lengths_of(run.records)) for run in measured}) > 1:
+        paragraphs.append("The runs have different lengths: compare single lengths, not averages.")
+    if len(families) > 1:
+        paragraphs.append("The runs have different tasks: compare single tasks, not averages.")
+    if len({run.compat for run in runs}) > 1:
+        paragraphs.append("Some prompts are RULER's own and others are not: their scores cannot be compared.")
+    return paragraphs
+
+
+def readings(run: Run) -> list[Reading]:
+    """Those at RULER's lengths first."""
+    parts = ((long, "RULER"), (short, "short RULER"))
+    return [Reading(name, x) for of_lengths, name in parts if (x := mean_shares(of_lengths(run).records))]
+
+
+def _of_means(show: Callable[[Mapping[int, float]], float | str]) -> Callable[[Run], float | str | None]:
+    """A value of the overview, from the means at RULER's lengths."""
+    return lambda run: show(x) if (x := means(long(run).records)) else None
+
+
+REPORT = EvaluationReport(
+    sections,
+    [
+        RunColumn(
+            Column("RULER Avg.", fixed(1)),
+            _of_means(lambda x: scores.averages(x)["average"]),
+            "RULER's mean over tasks and lengths",
+        ),
+        RunColumn(Column("of tasks"), lambda run: of_all(x) if means(x := long(run).records) else None),
+        RunColumn(Column("effective"), _of_means(effective)),
+    ],
+    readings,
+)
