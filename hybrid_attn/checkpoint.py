@@ -217,6 +217,12 @@ def read_params(directory: str | os.PathLike, abstract_params: Any, step: int | 
     return tree["params"]
 
 
+def read_shapes(directory: str | os.PathLike, step: int | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by name, of the newest checkpoint or of that of `step`; ValueError if unreadable."""
+    shapes = stored.read_shapes(_newest_path(directory, step))
+    return {name.removeprefix("params/"): shape for name, shape in shapes.items() if name.startswith("params/")}
+
+
 def read_slices(directory: str | os.PathLike, name: str, shape: tuple, step: int | None = None) -> Iterator[np.ndarray]:
     """Yields the periods of a stacked parameter, or all of an unstacked one, on the host and in the dtype on disk.
 

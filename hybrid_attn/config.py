@@ -125,6 +125,7 @@ class LayerType:
 @dataclasses.dataclass(frozen=True)
 class Model:
     vocab_size: int = within(1, 2**24)
+    prefix: str
     pattern: str
     num_layers: int = within(1, MOST_LAYERS, aliases=("num_hidden_layers", "n_layer", "depth"))
     d_model: int = within(1, 2**20, aliases=("hidden_size", "hidden_dim", "width", "n_embd"))
@@ -151,12 +152,15 @@ class Model:
             check(ok, f"model.kinds names a layer type {letter!r}; a name is one letter from A to Z or a to z")
         check(bool(self.pattern), "model.pattern is empty; write one letter for each layer of a period, as in 'LLLG'")
         check(len(self.pattern) <= MOST_LAYERS, f"model.pattern has {len(self.pattern):,} letters, and at most {MOST_LAYERS:,}")
-        for letter in sorted(set(self.pattern)):
-            check(
-                letter in self.kinds,
-                f"model.pattern={self.pattern!r} uses {letter!r}; model.kinds defines {', '.join(sorted(self.kinds))}",
-            )
-            self._check_rotation(letter)
+        check(
+            len(self.prefix) <= self.num_layers,
+            f"model.prefix={self.prefix!r} has more layers than model.num_layers={self.num_layers:,}; use more layers",
+        )
+        for field, letters in (("prefix", self.prefix), ("pattern", self.pattern)):
+            for letter in sorted(set(letters)):
+                known = ", ".join(sorted(self.kinds))
+                check(letter in self.kinds, f"model.{field}={letters!r} uses {letter!r}; model.kinds defines {known}")
+                self._check_rotation(letter)
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
@@ -178,17 +182,23 @@ class Model:
 
     @property
     def layers(self) -> str:
-        """The letter of each layer, in order."""
-        return (self.pattern * -(-self.num_layers // len(self.pattern)))[: self.num_layers]
+        """The letter of each layer, in order: the prefix, then the pattern again and again."""
+        return (self.prefix + self.pattern * -(-self.num_layers // len(self.pattern)))[: self.num_layers]
 
     @property
     def num_periods(self) -> int:
-        """Complete repetitions of the pattern; the remaining layers are the tail."""
-        return self.num_layers // len(self.pattern)
+        """Complete repetitions of the pattern after the prefix; the remaining layers are the tail."""
+        return (self.num_layers - len(self.prefix)) // len(self.pattern)
 
     @property
     def tail(self) -> str:
-        return self.layers[self.num_periods * len(self.pattern) :]
+        return self.layers[len(self.prefix) + self.num_periods * len(self.pattern) :]
+
+    @property
+    def groups(self) -> list[tuple[str, str, int]]:
+        """Name in the parameters, letters and repetitions of the layers before, in and after the periods, if there are any."""
+        groups = ("prefix", self.prefix, 1), ("periods", self.pattern, self.num_periods), ("tail", self.tail, 1)
+        return [group for group in groups if group[1] and group[2]]
 
 
 def reach(kind: LayerType) -> str | None:
@@ -344,6 +354,31 @@ class Evals:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitFrom:
+    """The checkpoint whose parameters a run starts from, and the parameters that the two do not share."""
+
+    path: str | None
+    step: int | None = within(0, 2**31 - 1)
+    new: tuple[str, ...]
+    ignore: tuple[str, ...]
+    rename: tuple[str, ...]
+
+    def __post_init__(self):
+        check_fields(self, "init_from")
+        check(self.path is None or bool(self.path.strip()), "init_from.path='' names no checkpoint; use None for none")
+        for name in ("step", "new", "ignore", "rename"):
+            value = getattr(self, name)
+            check(self.path is not None or value in (None, ()), f"init_from.{name}={value!r} needs an init_from.path")
+        for entry, names in zip(self.rename, self.renamed, strict=True):
+            check(len(names) == 2 and all(names), f"init_from.rename has {entry!r}; write 'OLD NAME -> NEW NAME'")
+
+    @property
+    def renamed(self) -> list[tuple[str, ...]]:
+        """The name in the checkpoint and the name in this model of every entry of `rename`."""
+        return [tuple(name.strip() for name in entry.split("->")) for entry in self.rename]
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """The config of one stage of a run, made by `Config.at`.
 
@@ -404,6 +439,7 @@ class Config(CheckpointConfig):
     mesh: Mesh
     optim: Optim
     evals: Evals
+    init_from: InitFrom
 
     def __post_init__(self):
         check_fields(self, "config")
@@ -477,12 +513,12 @@ def _check_task(field: str, length: int, name: str, source: Source, parts: int) 
 
 def remat(model: Model, train: Train) -> Table[str, str]:
     """The residuals of each layer type, one of `REMAT` by letter."""
-    return _by_letter("train.remat", train.remat, REMAT, model.pattern)
+    return _by_letter("train.remat", train.remat, REMAT, model.prefix + model.pattern)
 
 
 def context(model: Model, train: Train) -> Table[str, str]:
     """The context-parallel scheme of each layer type by letter: one of `CONTEXT`, with "auto" resolved."""
-    chosen = _by_letter("train.context", train.context, CONTEXT, model.pattern)
+    chosen = _by_letter("train.context", train.context, CONTEXT, model.prefix + model.pattern)
     bounded = {letter: model.kinds[letter].window or model.kinds[letter].chunk for letter in chosen}
     for letter, scheme in chosen.items():
         check(
@@ -493,9 +529,9 @@ def context(model: Model, train: Train) -> Table[str, str]:
     return Table({k: x if x != "auto" else "halo" if bounded[k] else "gather" for k, x in chosen.items()})
 
 
-def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> Table[str, str]:
-    """The choice of each letter of `pattern`: "x" for all of them, "L=x,G=y" for these; the default is the first choice."""
-    letters = sorted(set(pattern))
+def _by_letter(field: str, value: str, choices: Sequence[str], letters: str) -> Table[str, str]:
+    """The choice of each of `letters`: "x" for all of them, "L=x,G=y" for these; the default is the first choice."""
+    letters = sorted(set(letters))
     if "=" not in value:
         _check_choice(field, value, choices)
         return Table(dict.fromkeys(letters, value))
@@ -503,7 +539,7 @@ def _by_letter(field: str, value: str, choices: Sequence[str], pattern: str) -> 
     for part in value.split(","):
         letter, _, choice = (x.strip() for x in part.partition("="))
         known = ", ".join(letters)
-        check(letter in letters, f"{field}={value!r} names {letter!r}, and model.pattern={pattern!r} has {known}")
+        check(letter in letters, f"{field}={value!r} names {letter!r}, and the layers of the model are {known}")
         check(letter not in named, f"{field}={value!r} names {letter!r} twice")
         _check_choice(f"{field}: {letter}", choice, choices)
         named[letter] = choice
@@ -531,9 +567,11 @@ def completed(values: Mapping) -> dict:
     for stage in stages if isinstance(stages, list) else ():
         if isinstance(stage, dict):
             stage |= {"objective": "next_token", "model_changes": []} | stage
+    if isinstance(values.get("model"), dict):
+        values["model"] = {"prefix": ""} | values["model"]
     if isinstance(optim, dict):
         optim |= {"optimiser": "adamw"} | optim
-    return values
+    return {"init_from": {"path": None, "step": None, "new": [], "ignore": [], "rename": []}} | values
 
 
 def upgraded(values: Mapping) -> dict:

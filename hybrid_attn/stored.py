@@ -112,6 +112,21 @@ def read_slices(path, name: str, shape: tuple) -> Iterator[np.ndarray]:
         del read  # before the next is read
 
 
+def read_shapes(path) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of the checkpoint at `path`, by name; UnreadableError if the checksums describe others."""
+
+    def read():
+        handler = ocp.PyTreeCheckpointHandler()
+        try:
+            saved = flat(handler.metadata(path / "state").tree)
+        finally:
+            handler.close()
+        check_as_described(read_sums(path), saved, partial=False)
+        return {name: tuple(x.shape) for name, x in saved.items()}
+
+    return together(read)
+
+
 def check_smallest(path) -> None:
     """UnreadableError if the items or the smallest array of the checkpoint at `path` differ from their checksums."""
     for item in ITEMS:

@@ -262,10 +262,14 @@ def _build_dataclass(target, value, path: str, root: tuple):
 
 
 def _unknown(key, group, known: Sequence[str], path: str, root: tuple) -> UnknownKeyError:
-    """The error for a key that is not among the `known` ones of a group, with the most similar key, there or elsewhere."""
+    """The error for a key that is not among the `known` ones of a group, with the most similar key, there or elsewhere.
+
+    A misspelt key of the group comes before a key of that name elsewhere: stages[0].steps for stages[0].step.
+    """
     key, names = str(key), _names(group, known)
-    exact = [f"{path}.{names[key]}"] if key in names else _elsewhere(key, *root)
-    likely = next(iter([*exact, *(f"{path}.{name}" for name in _near(key, names))]), None)
+    misspelt = [names[name] for name in difflib.get_close_matches(key, names, 1, cutoff=0.85)]
+    inside = [[f"{path}.{name}" for name in near] for near in (misspelt, _near(key, names))]
+    likely = next(iter([*inside[0], *_elsewhere(key, *root), *inside[1]]), None)
     hint = f"did you mean {likely}?" if likely else f"known keys: {', '.join(known)}"
     return UnknownKeyError(f"unknown key {path}.{key}; {hint}")
 

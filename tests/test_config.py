@@ -104,7 +104,7 @@ def leaves(values, path=""):
 
 KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
-OPTIONAL |= {"mlp_chunk", "every"}
+OPTIONAL |= {"mlp_chunk", "every", "path", "step"}
 
 
 @pytest.mark.parametrize("path", KEYS)
@@ -138,8 +138,11 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
             assert name in str(error) and "\n" not in str(error), error
     allowed = [None] * (path.rpartition(".")[2] in OPTIONAL and not path.endswith("temperature.scale"))
     allowed += ["", "x"] * (name in ("mixer", "mlp", "objective", "optimiser"))  # which tables check, elsewhere
-    allowed += [""] * (name in ("label", "tokenizer")) + ["x"] * (name in ("store", "label", "tokenizer"))
-    allowed += [[]] * (name in ("paths", "names", "lengths", "model_changes")) + [{}] * (name == "mixture")
+    allowed += [""] * (name in ("label", "tokenizer", "prefix")) + ["x"] * (name in ("store", "label", "tokenizer"))
+    allowed += ["x"] * (path == "init_from.path")
+    allowed += [[]] * (name in ("paths", "names", "lengths", "model_changes", "new", "ignore", "rename")) + [{}] * (
+        name == "mixture"
+    )
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
     assert (None in accepted) == (None in allowed)
 
@@ -183,6 +186,8 @@ def test_query_heads_that_the_key_heads_do_not_divide_are_refused_with_a_number_
         ("train.mlp_chunk", 0, "mlp_chunk=0 must be at least 1 and at most 2,147,483,647, or None"),
         ("model.pattern", "LLX", "pattern='LLX' uses 'X'.* G, L$"),
         ("model.pattern", "", "pattern is empty"),
+        ("model.prefix", "GX", "prefix='GX' uses 'X'.* G, L$"),
+        ("model.prefix", "LLLLL", "prefix='LLLLL' has more layers than model.num_layers=4"),
         ("model.num_layers", 0, "num_layers=0 must be at least 1"),
         ("stages", [], "stages is empty"),
         ("stages.0.batch", 0, r"stages\[0\].batch=0 must be at least 1"),
@@ -280,7 +285,7 @@ def test_auto_is_a_halo_where_the_mask_is_bounded_and_a_gather_elsewhere(value, 
     "path, value, words",
     [
         ("train.remat", "L=layers", "train.remat: L='layers' is not one of .*; did you mean 'layer'"),
-        ("train.remat", "X=none", "train.remat='X=none' names 'X', and model.pattern='LLLG' has G, L"),
+        ("train.remat", "X=none", "train.remat='X=none' names 'X', and the layers of the model are G, L"),
         ("train.remat", "L=none,L=layer", "names 'L' twice"),
         ("train.remat", "none,G=layer", "names 'none'"),
         ("train.context", "G=rings", "train.context: G='rings' is not one of .*; did you mean 'ring'"),
@@ -340,7 +345,14 @@ def test_differences_name_every_leaf_that_changed_and_no_other():
     assert trees.differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]
 
 
-def test_layers_repeat_the_pattern_and_end_with_a_tail():
+def test_layers_begin_with_a_prefix_repeat_the_pattern_and_end_with_a_tail():
+    model = tiny({"model.prefix": "GG", "model.pattern": "LLG", "model.num_layers": 9}).model
+    assert (model.layers, model.num_periods, model.tail) == ("GGLLGLLGL", 2, "L")
+    assert model.groups == [("prefix", "GG", 1), ("periods", "LLG", 2), ("tail", "L", 1)]
+    model = tiny({"model.prefix": "GG", "model.pattern": "LLG", "model.num_layers": 2}).model
+    assert (model.layers, model.num_periods, model.tail) == ("GG", 0, "")
+    c = tiny({"model.prefix": "R", "train.remat": "R=none"}, R={"rope_theta": 100.0})
+    assert config.remat(c.model, c.train) == {"R": "none", "L": "layer", "G": "layer"}
     model = tiny({"model.pattern": "LLG", "model.num_layers": 8}).model
     assert (model.layers, model.num_periods, model.tail) == ("LLGLLGLL", 2, "LL")
     model = tiny({"model.pattern": "LLG", "model.num_layers": 2}).model
@@ -381,6 +393,7 @@ def test_every_key_of_the_defaults_has_a_field_and_every_field_a_default():
         check(wanted, values[name])
     check(config.Train, values.train)
     check(config.Evals, values.evals)
+    check(config.InitFrom, values.init_from)
     check(Stage, values.stages[0])
     check(config.Source, base.source())
     check(config.LayerType, base.kind())
@@ -407,11 +420,6 @@ def test_names_of_before_are_errors_that_give_todays_and_older_checkpoints_are_r
     values = config.to_dict(c)
     older = copy.deepcopy(values)
     older["train"] |= {"balance": older["train"].pop("zigzag"), "context": "G=exchange"}
-    del (
-        older["optim"]["optimiser"],
-        older["stages"][0]["objective"],
-        older["stages"][0]["model_changes"],
-        older["model"]["kinds"]["G"]["mixer"],
-    )
-    del older["model"]["kinds"]["L"]["mlp"]
+    del older["optim"]["optimiser"], older["stages"][0]["objective"], older["stages"][0]["model_changes"]
+    del older["model"]["kinds"]["G"]["mixer"], older["model"]["kinds"]["L"]["mlp"], older["model"]["prefix"]
     assert config.upgraded(older) == values == config.upgraded(values)

@@ -1,5 +1,6 @@
 """Safetensors files: export and import in shards, wrong and broken files, and the memory that they need."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from conftest import mesh_of, random_params
+from conftest import assert_close, mesh_of, random_params
 from converted import GOLDEN, HYBRID, assert_same, edit, edit_tensors, read, shapes_of, write
 
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import abstract_params
+from hybrid_attn.model.extend import unstacked
 
 
 @pytest.fixture
@@ -38,6 +40,17 @@ def test_export_then_import_is_the_identity_in_shards_of_any_size(case, tmp_path
     one_file = write(tmp_path / "one", model, params, model_type)
     assert [path.name for path in one_file.glob("*safetensors*")] == ["model.safetensors"]
     assert_same(read(one_file)[1], params)
+
+
+@pytest.mark.parametrize(
+    "prefix, pattern, layout", [("L", "LLG", ("L", "LLG")), ("GL", "LGL", ("", "GLL")), ("GG", "L", ("GG", "L"))]
+)
+def test_the_first_layers_may_have_a_prefix(prefix, pattern, layout, tmp_path, one_device):
+    model = dataclasses.replace(HYBRID, prefix=prefix, pattern=pattern, num_layers=10)
+    params = random_params(model)
+    again, same = read(write(tmp_path / "out", model, params))
+    assert (again.prefix, again.pattern) == layout and again.layers == model.layers
+    assert_close(unstacked(again, same, "float32"), unstacked(model, params, "float32"), 0)
 
 
 def test_bfloat16_is_the_nearest_and_survives_a_round_trip(tmp_path, one_device):

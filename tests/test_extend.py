@@ -28,6 +28,7 @@ MODELS = {
     "window and prefix": tiny().model,
     "everything": everything("LG", W),
     "tail": dataclasses.replace(everything("LLG", W), num_layers=5),
+    "first layers": dataclasses.replace(everything("LLG", W), prefix="GL", num_layers=6),
     "chunks": tiny({}, L={"chunk": 6, "rope_theta": 50.0, "temperature.type": "steps", "temperature.scale": 0.1}).model,
     "caps": tiny({"model.block": "sandwich"}, L={"window": W, "softcap": 1.5, "rope_theta": 100.0}, G={"softcap": 2.0}).model,
     "sinks": tiny({"model.block": "pre"}, L={"window": W, "sink": True, "rope_theta": 9.0}, G={"gate": "projection"}).model,

@@ -50,6 +50,18 @@ def test_a_store_is_summed_up_verified_and_read(made):
     assert "東京東 [...] 京東京\n" in shown
 
 
+def test_the_loss_mask_of_a_store_and_of_a_document_is_summed_up(tmp_path, capsys):
+    pieces = [{"text": "question", "loss": False}, {"text": "answer", "loss": True}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("x" * 10, pieces)))
+    options = prepare.Options("bytes", Fields("text", None, "loss"), None, "text", False, "stop", 10**6)
+    prepare.prepare([str(tmp_path / "in.jsonl")], str(tmp_path / "store"), options, 1)
+    with tool("inspect_data") as module, flagsaver.flagsaver():
+        module.main(parse(["inspect_data.py", str(tmp_path / "store"), "--verify", "--document=1"]))
+    shown = capsys.readouterr().out.splitlines()
+    assert "loss mask    19 tokens are trained on (67.9%)" in shown and "loss mask    7 tokens are trained on (43.8%)" in shown
+    assert "verified     all loss masks are of 0 and 1" in shown
+
+
 def test_wrong_input_is_an_error_of_one_line(made, monkeypatch, capsys):
     def wrong(*arguments):
         monkeypatch.setattr(sys, "argv", ["inspect_data.py", *arguments])

@@ -45,6 +45,14 @@ def test_a_workdir_or_its_checkpoints_give_the_newest_or_the_one_asked_for(run, 
     assert loading.stop_tokens(run, tokenizer) == [257]
 
 
+def test_layers_of_every_group_are_saved_and_loaded(tmp_path, one_device):
+    c = tiny({"model.prefix": "G", "model.num_layers": 4})
+    save(tmp_path, c)
+    loaded = loading.load(tmp_path)
+    assert set(loaded.params) == {"embed", "prefix", "periods", "tail", "final_norm"}
+    assert_close(loaded.params, random_params(c.model, 7), 0)
+
+
 def test_parameters_lie_on_the_mesh_in_force(run):
     with jax.set_mesh(mesh_of(fsdp=2, tensor=2)) as _:
         loaded = loading.load(run)

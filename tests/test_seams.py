@@ -10,9 +10,11 @@ import pytest
 from conftest import BATCH, REFERENCE, assert_close, loss_and_grads, mesh_of, on_mesh, random_params, tiny
 from flax import nnx
 
-from hybrid_attn.model import abstract_params, flops, init, specs
+from hybrid_attn.model import abstract_params, apply, flops, init, logits, specs
 from hybrid_attn.model.block import MIXERS, MLPS
-from hybrid_attn.model.params import linear, vector
+from hybrid_attn.model.extend import layer_by_layer, unstacked
+from hybrid_attn.model.params import linear, map_specs, vector
+from hybrid_attn.model.transformer import in_packed
 from hybrid_attn.parallel.mesh import spec_of
 from hybrid_attn.train.objectives import OBJECTIVES, next_token
 from hybrid_attn.train.optim import OPTIMISERS
@@ -121,6 +123,14 @@ def test_an_objective_that_no_table_has_is_an_error_before_the_first_step():
         make_steps(c, "cpu")
 
 
+def test_an_objective_whose_batch_field_the_data_lacks_is_an_error_before_the_first_step(monkeypatch):
+    objective = next_token.NEXT_TOKEN._replace(fields=("tokens", "rewards", "advantages"))
+    monkeypatch.setitem(OBJECTIVES, "next_token", objective)
+    message = "'next_token' needs the batch fields rewards, advantages, and the data makes tokens, targets"
+    with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=message):
+        make_step(tiny().at(0), REFERENCE)
+
+
 def low_rank(leaves):
     """Adds the product of two small matrices to every weight that has them beside it."""
 
@@ -148,3 +158,60 @@ def test_a_transform_of_a_layers_leaves_is_applied_inside_the_scanned_body_and_h
     got, expected = grads["periods"]["G1"]["mlp"]["up"], grads_of_sum["periods"]["G1"]["mlp"]["up"]
     assert_close(got["weight"], expected, 1e-5)
     assert_close(got["up"], np.einsum("pdr,pdf->prf", down, expected), 1e-5)
+
+
+def rounded(weight):
+    """The weight in steps of 1/8."""
+    return jnp.round(8 * weight) / 8
+
+
+def dot_of(shapes):
+    """A product with rounded weights, whose gradients are those of the weights; it adds the shape of each to `shapes`."""
+
+    def dot(x, weight, dimension_numbers, **options):
+        shapes.add(weight.shape)
+        weight = weight + jax.lax.stop_gradient(rounded(weight) - weight)
+        return jax.lax.dot_general(x, weight, dimension_numbers, **options)
+
+    return dot
+
+
+@pytest.fixture(scope="module")
+def with_rounded_weights():
+    """A model, its parameters, the same with every weight rounded that a product takes, and their loss and gradients."""
+    model = tiny({"model.tie_embeddings": False, "model.num_layers": 3, "model.logit_softcap": 5.0}, G={"gate": "head"}).model
+    with jax.set_mesh(mesh_of()):
+        params = random_params(model)
+        is_multiplied = map_specs(lambda spec: spec.group == "matrix", specs(model)) | {"unembed": True}
+        rounded_params = jax.tree.map(lambda yes, x: rounded(x) if yes else x, is_multiplied, params)
+        return model, params, rounded_params, jax.device_get(loss_and_grads(model, REFERENCE, rounded_params, on_mesh(BATCH)))
+
+
+@pytest.mark.parametrize("mlp_chunk", [None, 7])
+def test_another_product_is_used_with_every_weight_in_training(mlp_chunk, with_rounded_weights):
+    model, params, _, expected = with_rounded_weights
+    execution = REFERENCE._replace(dot=dot_of(shapes := set()), mlp_chunk=mlp_chunk)
+    with jax.set_mesh(mesh_of()):
+        got = jax.device_get(loss_and_grads(model, execution, params, on_mesh(BATCH)))
+        plain, _ = loss_and_grads(model, REFERENCE, params, on_mesh(BATCH))
+    assert_close(got, expected, 1e-5)
+    assert abs(plain - expected[0]) > 1e-3 * expected[0]
+    heads, kv_heads, output = (32, 4, 8), (32, 2, 8), (4, 8, 32)
+    assert shapes == {heads, kv_heads, output, (32, 4), (32, 48), (48, 32), (384, 32)}
+
+
+def test_another_product_is_used_layer_by_layer_and_for_logits(with_rounded_weights):
+    model, params, rounded_params, _ = with_rounded_weights
+    execution = REFERENCE._replace(dot=dot_of(set()))
+    with jax.set_mesh(mesh_of()):
+        tokens, pos, seg = (on_mesh(BATCH)[name] for name in ("tokens", "positions", "segments"))
+
+        @jax.jit
+        def got():
+            weights, attends = unstacked(model, params, jnp.float32), [in_packed(pos, seg, execution, x) for x in model.layers]
+            x_BTD, _ = layer_by_layer(model, weights, tokens, pos, attends, execution)
+            return logits(model, weights, x_BTD, execution.dot)
+
+        expected = jax.jit(lambda: logits(model, rounded_params, apply(model, rounded_params, tokens, pos, seg, REFERENCE)))
+        real = BATCH["segments"] > 0
+        assert_close(np.asarray(got())[real], np.asarray(expected())[real], 1e-5)

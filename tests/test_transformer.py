@@ -30,7 +30,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config
-from hybrid_attn.model import abstract_params, apply, execution_on, init, losses, unembedding
+from hybrid_attn.model import abstract_params, apply, execution_on, flops, init, losses, unembedding
+from hybrid_attn.model.extend import unstacked
 from hybrid_attn.model.mlp import GatedMLP
 from hybrid_attn.model.norm import Norm
 from hybrid_attn.model.transformer import Block, in_packed
@@ -39,25 +40,25 @@ from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.train.step import init_state, make_step
 
 
-def test_scanned_periods_and_a_tail_equal_a_loop_over_layers(one_device):
-    scanned, looped = (tiny({"model.num_layers": 5, "model.pattern": pattern}).model for pattern in ("LG", "LGLGL"))
-    assert (scanned.num_periods, scanned.tail, looped.num_periods, looped.tail) == (2, "L", 1, "")
-    batch = on_mesh(BATCH)
+@pytest.mark.parametrize("prefix, num_layers, groups", [("", 5, (2, "L")), ("G", 6, (2, "L")), ("GG", 3, (0, "L"))])
+def test_a_prefix_scanned_periods_and_a_tail_equal_a_loop_over_layers(prefix, num_layers, groups, one_device):
+    scanned = tiny({"model.num_layers": num_layers, "model.prefix": prefix, "model.pattern": "LG"}).model
+    looped = dataclasses.replace(scanned, prefix="", pattern=scanned.layers)
+    assert ((scanned.num_periods, scanned.tail), looped.num_periods, looped.tail) == (groups, 1, "")
+    assert looped.layers == prefix + "LGLGL"[: num_layers - len(prefix)]
+    params, batch = random_params(scanned), on_mesh(BATCH)
 
     def outputs(model, params):
         arrays = (batch[name] for name in ("tokens", "positions", "segments"))
         return jax.device_get(jax.jit(functools.partial(apply, model, execution=REFERENCE))(params, *arrays))
 
-    def unstack(params):
-        """Layer i of the scanned model under its name in the looped one, whose only period has number 0."""
-        slots = [params["periods"][slot] for slot in ("L0", "G1")]
-        layers = [jax.tree.map(lambda x, i=i: x[i // 2 : i // 2 + 1], slots[i % 2]) for i in range(4)]
-        layers.append(jax.tree.map(lambda x: x[None], params["tail"]["L0"]))
-        rest = {name: x for name, x in params.items() if name not in ("periods", "tail")}
-        return rest | {"periods": dict(zip(("L0", "G1", "L2", "G3", "L4"), layers, strict=True))}
-
-    params = random_params(scanned)
-    assert_close(outputs(scanned, params), outputs(looped, unstack(params)), 2e-6)
+    weights = unstacked(scanned, params, jnp.float32)
+    names = [f"{letter}{i}" for i, letter in enumerate(scanned.layers)]
+    weights["periods"] = jax.tree.map(lambda x: x[None], dict(zip(names, weights.pop("layers"), strict=True)))
+    assert_close(outputs(scanned, params), outputs(looped, weights), 2e-6)
+    for cost in (flops.parameters, functools.partial(flops.cache_bytes, length=9)):
+        assert cost(scanned) == cost(looped)
+    assert flops.train_flops_per_token(scanned, 9) == flops.train_flops_per_token(looped, 9)
 
 
 @functools.cache

@@ -59,6 +59,8 @@ def verify(path: str, manifest: store.Manifest) -> None:
         print(f"not verified the ids: {name!r} does not exist; pass the tokenizer of the store with --tokenizer")
     else:
         print("verified     all ids are in the vocabulary, and all documents go from BOS to EOS")
+    if manifest.has_loss_mask:
+        print("verified     all loss masks are of 0 and 1")
 
 
 def show_document(corpus: documents.Documents, tokenizer) -> None:
@@ -67,6 +69,9 @@ def show_document(corpus: documents.Documents, tokenizer) -> None:
         raise ValueError(f"--document={number}: the store has {len(corpus):,} documents, numbered from 0")
     length, label = int(corpus.lengths[number]), corpus.label_names[corpus.labels[number]]
     print(line(f"document     {number}: label {label}, {length:,} tokens, hash {int(corpus.hashes[number]):016x}"))
+    if corpus.loss_mask is not None:
+        (mask,) = corpus.read_loss_mask([(number, 0, length)])
+        print(f"loss mask    {int(mask.sum(dtype=np.int64)):,} tokens are trained on ({mask.mean():.1%})")
     limit = 4 * CHARACTERS.value + 1  # tokens: a character has at most four bytes, and a token at least one
     ends = [(number, 0, min(limit, length)), (number, max(0, length - limit), length)]
     first, last = corpus.read([(number, 0, length)] * 2 if length <= 2 * limit else ends)

@@ -110,7 +110,7 @@ def full_attention(c: Config) -> Config:
     if not windowed:
         raise ValueError(f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
     full = dataclasses.replace(windowed[0], window=None, chunk=None)
-    return dataclasses.replace(c, model=dataclasses.replace(c.model, pattern="R", kinds=Table({"R": full})))
+    return dataclasses.replace(c, model=dataclasses.replace(c.model, prefix="", pattern="R", kinds=Table({"R": full})))
 
 
 def threads() -> int:

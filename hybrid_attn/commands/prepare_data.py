@@ -17,6 +17,12 @@ OUT = flags.DEFINE_string("out", None, "Directory of the store.", required=True)
 TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "bytes, or the path of a tokenizer.json.")
 FORMAT = flags.DEFINE_enum("format", None, sources.FORMATS, "Format of all inputs; by default the suffix of each file decides.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of a record that holds the text; a.b is b within a.")
+LOSS_FIELD = flags.DEFINE_string(
+    "loss_field",
+    None,
+    'Makes a store with loss masks. The text of a record may be a list of pieces, {"text": ..., "NAME": true or false}, and '
+    "this is the NAME of the field that says whether a piece is trained on. A token belongs to the piece in which it begins.",
+)
 LABEL_FIELD = flags.DEFINE_string("label_field", None, "Field of a record with its label, such as its origin.")
 LABEL = flags.DEFINE_string(
     "label", documents.NO_LABEL, "Label of all documents; with --label_field, only of those where that field is null."
@@ -39,7 +45,7 @@ def prepare_store() -> None:
     files.check_named("out", OUT.value, "the directory of the store")
     options = prepare.Options(
         tokenizer=TOKENIZER.value,
-        fields=records.Fields(TEXT_FIELD.value, LABEL_FIELD.value),
+        fields=records.Fields(TEXT_FIELD.value, LABEL_FIELD.value, LOSS_FIELD.value),
         form=FORMAT.value,
         label=LABEL.value,
         drop_duplicates=DROP_DUPLICATES.value,

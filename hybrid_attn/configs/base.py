@@ -63,8 +63,18 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the initial parameters; other seeds have their own keys
 
+    # A run without a checkpoint of its own starts from the parameters of this one; its step is 0 and its optimiser state new.
+    # A parameter has a name such as periods/L0/attention/q; groups (periods/L0) and patterns (*/q_norm) name several of them.
+    i = c.init_from = ConfigDict()
+    i.path = None  # a run's workdir, a directory of checkpoints, an imported model or one checkpoint; None = initial parameters
+    i.step = None  # None = the newest checkpoint
+    i.new = ()  # parameters of this model that start from their initial values
+    i.ignore = ()  # parameters of the checkpoint that are left out
+    i.rename = ()  # "OLD -> NEW": parameters (or groups) that have the name OLD in the checkpoint and NEW in this model
+
     m = c.model = ConfigDict()
     m.vocab_size = 384  # 256 bytes, BOS and EOS, padded to a multiple of 128 so that any tensor axis divides it
+    m.prefix = ""  # layer types, one letter per layer, of the first layers, before the pattern; num_layers counts them
     m.pattern = "LLLG"  # layer types, one letter per layer, repeated: three local layers to one global (arXiv 2501.18795)
     m.num_layers = 4
     m.d_model = 128

@@ -128,8 +128,7 @@ def _model_of(config_json: Mapping) -> Model:
     problem = trees.not_among(values["activation"], list(ACTIVATIONS))
     trees.check(not problem, f"the activation {values['activation']!r} of config.json {problem}")
     values["activation"] = ACTIVATIONS[values["activation"]]
-    pattern, layer_types = _pattern(family.layer_types(c), c["num_hidden_layers"])
-    return config.build_model(values | {"pattern": pattern, "kinds": layer_types})
+    return config.build_model(values | _layout(family.layer_types(c), c["num_hidden_layers"]))
 
 
 def config_json(model: Model, model_type: str, max_len: int) -> dict:
@@ -183,27 +182,28 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
     """The tensors of the files of a family, for parameters with these paths and shapes, parameter by parameter."""
     family, result = family_of(model_type), []
     names = LAYER | family.layer
+    before = {"prefix": 0, "periods": len(model.prefix), "tail": model.num_layers - len(model.tail)}  # layers before a group
     for path, shape in shapes.items():
         if path in TOP:
             result.append(Tensor(TOP[path], path, None, tuple(shape), False))
             continue
-        part, slot, leaf = path.split("/", 2)
+        group, layer, leaf = path.split("/", 2)
         if leaf not in names:
             raise ValueError(f"{model_type} has no tensor for {path}")
-        first, step = int(slot[1:]), len(model.pattern)
-        stacked = part == "periods"
+        first, step = before[group] + int(layer[1:]), len(model.pattern)
+        stacked = group == "periods"
         inner = tuple(shape[1:]) if stacked else tuple(shape)
         axes = INPUT_AXES.get(leaf)
         theirs = (math.prod(inner[axes:]), math.prod(inner[:axes])) if axes else inner
         theirs = (math.prod(inner),) if leaf in family.flat else theirs
-        for period in range(model.num_periods) if stacked else (model.num_periods,):
-            name = f"model.layers.{period * step + first}.{names[leaf]}"
+        for period in range(model.num_periods) if stacked else (0,):
+            name = f"model.layers.{first + period * step}.{names[leaf]}"
             result.append(Tensor(name, path, period if stacked else None, theirs, bool(axes)))
     return result
 
 
-def _pattern(layer_types: list[LayerType], num_layers: int) -> tuple[str, dict]:
-    """The shortest pattern that repeats to these layer types, and the layer type of each of its letters."""
+def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
+    """The `prefix` and the `pattern` that repeat to these layer types, and the `kinds` of their letters."""
     if len(layer_types) != num_layers:
         raise ValueError(f"config.json has layer types for {len(layer_types)} layers and num_hidden_layers={num_layers}")
     letter_of: dict[LayerType, str] = {}
@@ -212,15 +212,39 @@ def _pattern(layer_types: list[LayerType], num_layers: int) -> tuple[str, dict]:
             usual = USUAL_LETTERS[layer_type.window is not None, layer_type.rope_theta is not None]
             letter_of[layer_type] = next(x for x in usual + string.ascii_uppercase if x not in letter_of.values())
     letters = "".join(letter_of[layer_type] for layer_type in layer_types)
-    period = next(n for n in range(1, num_layers + 1) if letters == (letters[:n] * -(-num_layers // n))[:num_layers])
-    return letters[:period], {letter: config.to_dict(layer_type) for layer_type, letter in letter_of.items()}
+    kinds = {letter: config.to_dict(layer_type) for layer_type, letter in letter_of.items()}
+    prefix, pattern = _prefix_and_pattern(letters)
+    return {"prefix": prefix, "pattern": pattern, "kinds": kinds}
+
+
+def _prefix_and_pattern(letters: str) -> tuple[str, str]:
+    """The shortest pattern that repeats to `letters`, without a prefix where it repeats twice or more often.
+
+    Else the prefix that makes both together shortest; but no prefix where both are more than half of the layers.
+    """
+    number, periods = len(letters), _periods(letters)
+    length = min(range(number), key=lambda n: n + periods[number - n])
+    if 2 * periods[number] <= number or 2 * (length + periods[number - length]) > number:
+        length = 0
+    return letters[:length], letters[length : length + periods[number - length]]
+
+
+def _periods(letters: str) -> list[int]:
+    """The length of the shortest pattern that repeats to the last n letters, for every n."""
+    backward, borders = letters[::-1], [-1]  # the longest border of each prefix, as Knuth, Morris and Pratt find it
+    for letter in backward:
+        border = borders[-1]
+        while border >= 0 and backward[border] != letter:
+            border = borders[border]
+        borders.append(border + 1)
+    return [n - border for n, border in enumerate(borders)]
 
 
 def _normal_form(model: Model) -> dict:
-    """The fields of a model, and the normal form of the layer type of each layer in place of its pattern."""
+    """The fields of a model, and the normal form of the layer type of each layer in place of prefix and pattern."""
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(Model)}
     values["embed_scale"] = layers.rounded(model.embed_scale)
-    del values["pattern"], values["kinds"]
+    del values["prefix"], values["pattern"], values["kinds"]
     return values | {"layers": [config.to_dict(layers.normal_form(model, x)) for x in layers.layer_types_of(model)]}
 
 

@@ -237,7 +237,7 @@ def cohere_layer_types(c: dict) -> list[LayerType]:
 
 
 def cohere_layout(model: Model) -> dict:
-    return {"use_qk_norm": model.kinds[model.pattern[0]].qk_norm != "none"} | _one_rope(model)
+    return {"use_qk_norm": model.kinds[model.layers[0]].qk_norm != "none"} | _one_rope(model)
 
 
 def llama_layer_types(c: dict) -> list[LayerType]:
@@ -303,7 +303,7 @@ def gemma3_layer_types(c: dict) -> list[LayerType]:
 
 
 def gemma3_layout(model: Model) -> dict:
-    scale = model.kinds[model.pattern[0]].scale
+    scale = model.kinds[model.layers[0]].scale
     scalar = round(model.head_dim if scale is None else scale**-2)
     return _layer_type_fields(model) | _rope_of_each(model, "rope_local_base_freq") | {"query_pre_attn_scalar": scalar}
 

@@ -11,7 +11,10 @@ from hybrid_attn.data.synthetic import Task
 
 
 class Corpus(NamedTuple):
-    """The training and the held-out split of one source; copies of a document are in the same split. A task has no split."""
+    """The training and the held-out split of one source; copies of a document are in the same split. A task has no split.
+
+    The held-out documents have no loss mask: evaluations measure every token, whatever a run trains on.
+    """
 
     training: Documents | Task
     heldout: Documents | Task
@@ -53,7 +56,7 @@ def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable
         return Corpus(*[Task(source.task, source.pairs)] * 2)
     available = documents.load(source.paths, tokenizer) if source.store is None else open_store(source.store)
     selected = _select(source, available)
-    corpus = Corpus(selected.split(holdout, False), selected.split(holdout, True))
+    corpus = Corpus(selected.split(holdout, False), selected.split(holdout, True).without_loss_mask())
     for name, split, cure in (("training", corpus.training, "lower"), ("held-out", corpus.heldout, "raise")):
         if not len(split):
             raise ValueError(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from hybrid_attn.data import sources
+from hybrid_attn.data.loss_mask import LossMask
 from hybrid_attn.data.records import Fields, Text
 
 NO_LABEL = "text"  # label of documents without a label of their own
@@ -24,7 +25,7 @@ class Documents:
 
     `lengths` int64 [n] counts tokens, BOS and EOS included; `hashes` uint64 [n] are `content_hash` of the texts; `labels`
     uint16 [n] are indices into `label_names`; `dtype` is the type of the tokens. `fetch` reads spans. It numbers documents by
-    `numbers` int64 [n], or from 0 to n - 1 where that is None.
+    `numbers` int64 [n], or from 0 to n - 1 where that is None. Without a `loss_mask` every token is trained on.
     """
 
     lengths: np.ndarray
@@ -34,18 +35,27 @@ class Documents:
     dtype: np.dtype
     fetch: Callable[[Sequence[Span]], list[np.ndarray]]
     numbers: np.ndarray | None = None
+    loss_mask: LossMask | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def read(self, spans: Iterable[Span]) -> list[np.ndarray]:
         """The tokens of each span. All spans are read together, and nothing beyond them."""
+        return self.fetch(self._located(spans))
+
+    def read_loss_mask(self, spans: Iterable[Span]) -> list[np.ndarray]:
+        """The loss mask of each span, read like the tokens. The documents must have one."""
+        return self.loss_mask.fetch(self._located(spans))
+
+    def _located(self, spans: Iterable[Span]) -> list[Span]:
+        """The spans as `fetch` numbers them."""
         spans = [(int(i), int(start), int(stop)) for i, start, stop in spans]
         for i, start, stop in spans:
             assert 0 <= start <= stop <= self.lengths[i], f"document {i} has {self.lengths[i]} tokens, not [{start}, {stop})"
         if self.numbers is not None:
             spans = [(int(self.numbers[i]), start, stop) for i, start, stop in spans]
-        return self.fetch(spans)
+        return spans
 
     def select(self, mask: np.ndarray) -> "Documents":
         """The documents where `mask` bool [n] holds, in order; no token is copied."""
@@ -59,8 +69,16 @@ class Documents:
         )
 
     def fingerprint(self) -> str:
-        """Hexadecimal digits that identify these documents in this order, independent of where they are stored."""
-        return hashlib.sha256(self.lengths.tobytes() + self.hashes.tobytes()).hexdigest()[:16]
+        """Hexadecimal digits that identify these documents in this order, independent of where they are stored.
+
+        A loss mask counts with all its files, so a store of other shards has another fingerprint.
+        """
+        mask = "" if self.loss_mask is None else self.loss_mask.fingerprint
+        return hashlib.sha256(self.lengths.tobytes() + self.hashes.tobytes() + mask.encode()).hexdigest()[:16]
+
+    def without_loss_mask(self) -> "Documents":
+        """The same documents, of which every token counts."""
+        return dataclasses.replace(self, loss_mask=None)
 
     def split(self, holdout: float, heldout: bool) -> "Documents":
         """The held-out documents, or all others. The hash of the text decides, so exact copies are in the same split."""

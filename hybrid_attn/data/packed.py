@@ -8,7 +8,8 @@ The sequences are shuffled too: in order, the sequences of one long document wou
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,18 +65,20 @@ class PackedSequences:
         """Positions [start, stop) of sequence `index`, for each (index, start, stop). Only these tokens and the next are read.
 
         `tokens`, `targets`, `positions`, `segments` are int32 [stop - start], `weights` and `bytes` float32. A target is the
-        next token of the same document, even where the sequence ends; without one its weight is 0. Positions and segments
-        (from 1; 0 is padding) start again in each sequence. `bytes` has the UTF-8 bytes of each target with a weight.
+        next token of the same document, even where the sequence ends; without one its weight is 0, as it is where the loss mask
+        of the documents leaves the target out. Positions and segments (from 1; 0 is padding) start again in each sequence.
+        `bytes` has the UTF-8 bytes of each target with a weight.
         """
         layouts = [self._layout(index, start, stop) for index, start, stop in slices]
-        tokens = iter(self._documents.read(span for spans, *_ in layouts for span in zip(*spans, strict=True)))
+        spans = [span for columns, *_ in layouts for span in zip(*columns, strict=True)]
+        tokens = iter(self._documents.read(spans))
+        masks = None if self._documents.loss_mask is None else iter(self._documents.read_loss_mask(spans))
         sequences = []
-        for (spans, positions_S, segments_S), (_, start, stop) in zip(layouts, slices, strict=True):
-            tokens_S = np.zeros(stop - start + 1, np.int32)
-            pieces = [next(tokens) for _ in spans[0]]
-            if pieces:
-                np.concatenate(pieces, out=tokens_S[: sum(map(len, pieces))], casting="unsafe")
-            sequences.append(self._arrays(tokens_S, positions_S, segments_S))
+        for (columns, positions_S, segments_S), (_, start, stop) in zip(layouts, slices, strict=True):
+            number, size = len(columns[0]), stop - start + 1
+            tokens_S = _joined(tokens, number, np.zeros(size, np.int32))
+            mask_S = np.ones(size, bool) if masks is None else _joined(masks, number, np.zeros(size, bool))
+            sequences.append(self._arrays(tokens_S, mask_S, positions_S, segments_S))
         return sequences
 
     def counts(self, epoch: int = 0) -> dict[str, int]:
@@ -107,17 +110,27 @@ class PackedSequences:
         segments_S[:n] = np.repeat(np.arange(first + 1, last + 1), right_K - left_K)
         return (documents_K[overlap], left_K + shift_K, right_K + shift_K), positions_S, segments_S
 
-    def _arrays(self, tokens_S: np.ndarray, positions_S: np.ndarray, segments_S: np.ndarray) -> dict[str, np.ndarray]:
+    def _arrays(
+        self, tokens_S: np.ndarray, mask_S: np.ndarray, positions_S: np.ndarray, segments_S: np.ndarray
+    ) -> dict[str, np.ndarray]:
         has_target_T = (segments_S[:-1] == segments_S[1:]) & (segments_S[:-1] > 0)
-        targets_T = np.where(has_target_T, tokens_S[1:], 0)
+        targets_T, trained_T = np.where(has_target_T, tokens_S[1:], 0), has_target_T & mask_S[1:]
         return {
             "tokens": tokens_S[:-1],
             "targets": targets_T,
             "positions": positions_S[:-1],
             "segments": segments_S[:-1],
-            "weights": has_target_T.astype(np.float32),
-            "bytes": np.where(has_target_T, self._byte_lengths[targets_T], 0).astype(np.float32),
+            "weights": trained_T.astype(np.float32),
+            "bytes": np.where(trained_T, self._byte_lengths[targets_T], 0).astype(np.float32),
         }
+
+
+def _joined(pieces: Iterator[np.ndarray], number: int, out_S: np.ndarray) -> np.ndarray:
+    """`out_S` with the next `number` of `pieces` at its beginning."""
+    arrays = list(itertools.islice(pieces, number))
+    if arrays:
+        np.concatenate(arrays, out=out_S[: sum(map(len, arrays))], casting="unsafe")
+    return out_S
 
 
 class Concat:

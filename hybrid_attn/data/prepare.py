@@ -5,18 +5,16 @@ has no manifest, and these files:
 
     plan.json                     options, tokenizer, and the files of each shard
     parts/shard-00000.tokens      the tokens of all documents of a group
+    parts/shard-00000.loss_mask   their loss masks, if the records may have pieces (`Fields.loss`)
     parts/shard-00000.npz         length, hash, label and bytes of each document
     parts/shard-00000.json        labels, checksum and skipped documents; written last, so a part with this file is complete
 
 When all parts are complete, duplicates are known. Each shard is then linked or copied from its part, without the duplicates.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import functools
-import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -24,7 +22,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -32,36 +30,15 @@ import numpy as np
 import tqdm
 
 from hybrid_attn import characters, files
-from hybrid_attn.data import documents, parts, sources, store, summary
-from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields
+from hybrid_attn.data import documents, encode, loss_mask, parts, sources, store, summary
+from hybrid_attn.data.encode import Options
 from hybrid_attn.data.tokenizer import load_tokenizer
 
 PLAN, PARTS_FOLDER = store.PLAN, parts.FOLDER
-ENCODED = 2**20  # bytes of text that a tokenizer encodes at a time
 COPIED = 2**22  # tokens in memory while a shard is copied
 MAX_LABELS = 2**16
 SHARDS = 256  # by default: enough to use all cores, and a killed run loses little
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 10**6, 256 * 10**6
-REPORTED = 20  # skipped documents that are named
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options that determine the content of a store, together with its input files.
-
-    Without `form` the suffix of each file decides. `label` is the label of documents without one in `fields`. `on_error` is
-    "skip" or "stop". A shard gets at most `shard_bytes` of input unless a file cannot be split; None goes by the total size. A
-    line, a text in a table and a decompressed text file have at most `document_bytes`.
-    """
-
-    tokenizer: str
-    fields: Fields
-    form: str | None
-    label: str
-    drop_duplicates: bool
-    on_error: str
-    shard_bytes: int | None
-    document_bytes: int = MAX_BYTES
 
 
 def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say: Callable[[str], None] = print) -> dict:
@@ -115,7 +92,15 @@ def _plan(inputs: Sequence[str], options: Options, tokenizer) -> dict:
                 size = 0
             shards[-1].append([i, start, stop])
             size += stop - start
-    return {"options": dataclasses.asdict(options), "tokenizer_hash": tokenizer.hash, "files": described, "shards": shards}
+    return {"options": _described(options), "tokenizer_hash": tokenizer.hash, "files": described, "shards": shards}
+
+
+def _described(options: Options) -> dict:
+    """The options as JSON. Those of a store without loss masks are what they were before there were any."""
+    values = dataclasses.asdict(options)
+    if options.fields.loss is None:
+        del values["fields"]["loss"]
+    return values
 
 
 def _check_folder(folder: Path) -> None:
@@ -131,7 +116,7 @@ def _begin(folder: Path, plan: dict) -> bool:
         return False
     if (folder / PLAN).exists():
         _check_same(folder, plan, complete=False)
-    _write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
+    parts.write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
     (folder / PARTS_FOLDER).mkdir(exist_ok=True)
     return True
 
@@ -169,9 +154,9 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     """Makes the parts that are missing, and then the store; returns its summary."""
     _make_parts(folder, plan, options, workers, say)
     dtype = documents.token_dtype(tokenizer.vocab_size)
-    made = [parts.read(folder, i, dtype.itemsize) for i in range(len(plan["shards"]))]
+    made = [parts.read(folder, i, dtype.itemsize, has_mask=options.fields.loss is not None) for i in range(len(plan["shards"]))]
     reasons = [reason for part in made for reason in part["places"]]
-    for reason in reasons[:REPORTED]:
+    for reason in reasons[: encode.REPORTED]:
         say(characters.line(f"skipped      {reason}"))
     names = sorted({name for part in made for name in part["labels"]})
     _check_labels(folder, names, plan, made)
@@ -181,7 +166,7 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     counts = summary.summary([counts for _, counts in written], made, names)
     shards = tuple(shard for shard, _ in written)
     manifest = store.Manifest(store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), shards, counts)
-    _write(folder / store.MANIFEST, [manifest.to_json().encode()])
+    parts.write(folder / store.MANIFEST, [manifest.to_json().encode()])
     shutil.rmtree(folder / PARTS_FOLDER)
     return counts
 
@@ -197,7 +182,7 @@ def _make_parts(folder: Path, plan: dict, options: Options, workers: int, say: C
         say(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
     before = sum(sizes) - sum(sizes[i] for i in todo)
     with tqdm.tqdm(total=sum(sizes), initial=before, unit="B", unit_scale=True, desc="input") as bar:
-        for i in _in_processes(_encode_shard, {i: (folder, i, shards[i], options) for i in todo}, workers):
+        for i in _in_processes(encode.encode_shard, {i: (folder, i, shards[i], options) for i in todo}, workers):
             bar.update(sizes[i])
 
 
@@ -251,70 +236,6 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-_tokenizer = functools.cache(load_tokenizer)
-
-
-def _encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], options: Options) -> None:
-    """Writes part `index`, with all documents of `pieces`."""
-    tokenizer = _tokenizer(options.tokenizer)
-    dtype = documents.token_dtype(tokenizer.vocab_size)
-    columns, labels = {name: [] for name in parts.COLUMNS}, {}
-    skipped, reasons = collections.Counter(), []
-
-    def texts() -> Iterator[bytes]:
-        for path, start, stop in pieces:
-            for result in sources.read(path, options.form, options.fields, start, stop, options.document_bytes):
-                if isinstance(result, Broken):
-                    reason = f"{result.reason}, which --max_document_mb raises" if result.too_long else result.reason
-                    if options.on_error == "stop":
-                        raise ValueError(f"{reason}; continue with --on_error=skip, or repair it and use another --out")
-                    skipped["broken"] += 1
-                    reasons.append(reason)
-                elif isinstance(result, Binary):
-                    skipped["binary"] += 1
-                    reasons.append(result.reason)
-                elif not result.text:
-                    skipped["empty"] += 1
-                else:
-                    columns["hashes"].append(documents.content_hash(result.text))
-                    columns["labels"].append(labels.setdefault(result.label or options.label, len(labels)))
-                    columns["bytes"].append(len(result.text))
-                    yield result.text
-
-    def blocks() -> Iterator[bytes]:
-        for batch in _batches(texts()):
-            encoded = tokenizer.encode_batch(batch)
-            lengths = [len(ids) + 2 for ids in encoded]
-            columns["lengths"] += lengths
-            tokens = np.empty(sum(lengths), dtype)
-            first = 0
-            for ids, length in zip(encoded, lengths, strict=True):
-                last = first + length - 1
-                tokens[first], tokens[first + 1 : last], tokens[last] = tokenizer.bos, ids, tokenizer.eos
-                first += length
-            yield tokens.data
-
-    digest = _write(parts.path(folder, index, "tokens"), blocks())
-    archive = io.BytesIO()
-    np.savez(archive, **{name: np.array(values, parts.COLUMNS[name]) for name, values in columns.items()})
-    _write(parts.path(folder, index, "npz"), [archive.getbuffer()])
-    part = {"sha256": digest, "labels": list(labels), "skipped": skipped, "places": reasons[:REPORTED]}
-    _write(parts.path(folder, index, "json"), [json.dumps(part).encode()])
-
-
-def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Consecutive texts, about `ENCODED` bytes at a time."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= ENCODED:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
     """For each part, bool [n]: whether a document is the first with its hash."""
     hashes = [parts.columns(folder, i)["hashes"] for i in range(shards)]
@@ -330,30 +251,43 @@ def _write_shard(
     x = parts.columns(folder, index)
     number = {name: i for i, name in enumerate(names)}
     x["labels"] = np.array([number[name] for name in part["labels"]], np.int64)[x["labels"]]
-    tokens_path, tokens_sha256 = folder / store.tokens_name(index), part["sha256"]
-    if kept is None or kept.all():
-        tokens_path.unlink(missing_ok=True)
-        try:
-            os.link(parts.path(folder, index, "tokens"), tokens_path)
-        except OSError:  # a file system without links
-            shutil.copyfile(parts.path(folder, index, "tokens"), tokens_path)
-    else:
-        tokens_sha256 = _write(tokens_path, _kept_tokens(parts.path(folder, index, "tokens"), dtype, x["lengths"], kept))
+    select = None if kept is None or kept.all() else functools.partial(_kept_tokens, lengths=x["lengths"], kept=kept)
+    tokens_sha256 = _copied(parts.path(folder, index, "tokens"), folder, part["sha256"], dtype, select)
+    mask_sha256, mask_path = part.get("loss_mask_sha256"), parts.path(folder, index, "loss_mask")
+    if mask_sha256 is not None:
+        mask_sha256 = _copied(mask_path, folder, mask_sha256, loss_mask.DTYPE, select)
+    if select is not None:
         x = {name: values[kept] for name, values in x.items()}
-    index_sha256 = _write(folder / store.index_name(index), [store.index_bytes(x["lengths"], x["hashes"], x["labels"])])
+    index_sha256 = parts.write(folder / store.index_name(index), [store.index_bytes(x["lengths"], x["hashes"], x["labels"])])
+    counts = _counts(x, len(names)) | {"duplicates": 0 if kept is None else int(np.sum(~kept))}
+    if mask_sha256 is not None:
+        counts["trained_tokens"] = loss_mask.count(folder / mask_path.name)
+    return store.Shard(len(x["lengths"]), int(x["lengths"].sum()), tokens_sha256, index_sha256, mask_sha256), counts
+
+
+def _counts(x: dict[str, np.ndarray], num_labels: int) -> dict:
+    """Counts of documents, tokens and bytes by label, and of documents by length, from the columns of a shard."""
     by_label = {
-        "documents": np.bincount(x["labels"], minlength=len(names)),
+        "documents": np.bincount(x["labels"], minlength=num_labels),
         **{
-            what: np.bincount(x["labels"], x[column], len(names)).astype(np.int64)
+            what: np.bincount(x["labels"], x[column], num_labels).astype(np.int64)
             for what, column in (("tokens", "lengths"), ("bytes", "bytes"))
         },
     }
-    counts = {
-        "duplicates": 0 if kept is None else int(np.sum(~kept)),
-        "lengths": np.bincount(np.frexp(x["lengths"])[1], minlength=64),
-        "labels": by_label,
-    }
-    return store.Shard(len(x["lengths"]), int(x["lengths"].sum()), tokens_sha256, index_sha256), counts
+    return {"lengths": np.bincount(np.frexp(x["lengths"])[1], minlength=64), "labels": by_label}
+
+
+def _copied(source: Path, folder: Path, sha256: str, dtype: np.dtype, select: Callable | None) -> str:
+    """Links or copies the file `source` of a part to `folder`, or writes there what `select` keeps; returns its SHA-256."""
+    path = folder / source.name
+    if select is not None:
+        return parts.write(path, select(source, dtype))
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, path)
+    return sha256
 
 
 def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndarray) -> Iterator[memoryview]:
@@ -367,13 +301,3 @@ def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndar
 def _progress(folder: Path, plan: dict) -> str:
     done = len(list((folder / PARTS_FOLDER).glob("*.json")))
     return f"{done} of {len(plan['shards'])} shards are done and kept; solve the problem, then the same command continues"
-
-
-def _write(path: Path, blocks: Iterable) -> str:
-    """Writes a file atomically and returns its SHA-256; a worker of a killed run may still write the same file."""
-    digest = hashlib.sha256()
-    with files.opened_atomically(path, f"partial{os.getpid()}") as file:
-        for block in blocks:
-            file.write(block)
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,8 +1,9 @@
 """The token store: documents of token ids in shards of raw files, on a disk or in a bucket.
 
-    manifest.json         format, tokenizer, type of the ids, labels, and the sizes and checksums of the files of each shard
-    shard-00000.tokens    the ids of all documents of the shard back to back, little-endian
-    shard-00000.index     three arrays, one after the other: lengths int64 [n], hashes uint64 [n], labels uint16 [n]
+    manifest.json           format, tokenizer, type of the ids, labels, and the sizes and checksums of the files of each shard
+    shard-00000.tokens      the ids of all documents of the shard back to back, little-endian
+    shard-00000.loss_mask   a byte for each token: 1 if it is trained on, else 0; only in a store with loss masks
+    shard-00000.index       three arrays, one after the other: lengths int64 [n], hashes uint64 [n], labels uint16 [n]
 
 Files are read through TensorStore's key-value stores, so a path may be a URL such as gs://bucket/corpus/.
 """
@@ -11,12 +12,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import tensorstore
 
+from hybrid_attn.data import loss_mask
 from hybrid_attn.data.documents import Documents, Span
+from hybrid_attn.data.loss_mask import LossMask
 from hybrid_attn.files import JSON_BYTES
 
 FORMAT = 1
@@ -31,12 +34,13 @@ INDEX = {"lengths": np.dtype("<i8"), "hashes": np.dtype("<u8"), "labels": np.dty
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The entry of a shard in the manifest."""
+    """The entry of a shard in the manifest; `loss_mask_sha256` is None, and left out, in a store without loss masks."""
 
     documents: int
     tokens: int
     tokens_sha256: str
     index_sha256: str
+    loss_mask_sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,15 @@ class Manifest:
     summary: dict
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        values = dataclasses.asdict(self)
+        if not self.has_loss_mask:
+            for shard in values["shards"]:
+                del shard["loss_mask_sha256"]
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+    @property
+    def has_loss_mask(self) -> bool:
+        return self.shards[0].loss_mask_sha256 is not None
 
 
 def tokens_name(shard: int) -> str:
@@ -61,6 +73,10 @@ def tokens_name(shard: int) -> str:
 
 def index_name(shard: int) -> str:
     return f"shard-{shard:05}.index"
+
+
+def loss_mask_name(shard: int) -> str:
+    return f"shard-{shard:05}.loss_mask"
 
 
 def index_bytes(lengths: np.ndarray, hashes: np.ndarray, labels: np.ndarray) -> bytes:
@@ -80,28 +96,53 @@ def load(path: str, tokenizer=None) -> Documents:
             f"{path} was made by the tokenizer {manifest.tokenizer!r} of hash {manifest.tokenizer_hash[:12]}, and that of the "
             f"run has hash {tokenizer.hash[:12]}; set data.tokenizer to the former, or prepare the text again with the latter"
         )
-    documents = np.concatenate([[0], np.cumsum([shard.documents for shard in manifest.shards])])
     shards = list(_read_indices(path, files, manifest))
     columns = {name: np.concatenate([shard[name] for shard in shards]) for name in INDEX}
-    ends = np.cumsum(columns["lengths"])
-    tokens = np.concatenate([[0], np.cumsum([shard.tokens for shard in manifest.shards])])
-    dtype = np.dtype(manifest.dtype)
+    dtype, reader = np.dtype(manifest.dtype), _Reader(path, files, manifest, columns["lengths"])
 
     def fetch(spans: Sequence[Span]) -> list[np.ndarray]:
-        pending = []
-        for i, start, stop in spans:
-            shard = int(np.searchsorted(documents, i, side="right")) - 1
-            first = int(ends[i] - columns["lengths"][i] - tokens[shard]) + start
-            byte_range = slice(first * dtype.itemsize, (first + stop - start) * dtype.itemsize)
-            pending.append((tokens_name(shard), files.read(tokens_name(shard), byte_range=byte_range)))
-        read = [np.frombuffer(_value(read, f"{path}: {name}"), dtype) for name, read in pending]
+        read = reader.read(spans, tokens_name, dtype)
         if tokenizer is not None and _largest(read) >= tokenizer.vocab_size:
-            for (name, _), (i, start, _), ids in zip(pending, spans, read, strict=True):
-                if problem := _unknown_id(ids, start, tokenizer):
-                    raise ValueError(f"{path}: {name}, document {i}: {problem}; {CURE}")
+            reader.check(tokens_name, spans, read, lambda ids, start: _unknown_id(ids, start, tokenizer))
         return read
 
-    return Documents(**columns, label_names=manifest.label_names, dtype=dtype, fetch=fetch)
+    def fetch_mask(spans: Sequence[Span]) -> list[np.ndarray]:
+        read = reader.read(spans, loss_mask_name, loss_mask.DTYPE)
+        if _largest(read) > 1:
+            reader.check(loss_mask_name, spans, read, loss_mask.problem)
+        return read
+
+    fingerprint = "".join(shard.loss_mask_sha256 or "" for shard in manifest.shards)
+    mask = LossMask(fetch_mask, fingerprint) if manifest.has_loss_mask else None
+    return Documents(**columns, label_names=manifest.label_names, dtype=dtype, fetch=fetch, loss_mask=mask)
+
+
+class _Reader:
+    """Reads spans of the files that hold a value for each token."""
+
+    def __init__(self, path: str, files: tensorstore.KvStore, manifest: Manifest, lengths: np.ndarray):
+        self.path, self.files, self.lengths, self.ends = path, files, lengths, np.cumsum(lengths)
+        self.documents = np.concatenate([[0], np.cumsum([shard.documents for shard in manifest.shards])])
+        self.tokens = np.concatenate([[0], np.cumsum([shard.tokens for shard in manifest.shards])])
+
+    def shard_of(self, document: int) -> int:
+        return int(np.searchsorted(self.documents, document, side="right")) - 1
+
+    def read(self, spans: Sequence[Span], name_of: Callable[[int], str], dtype: np.dtype) -> list[np.ndarray]:
+        """The values of each span, from the files `name_of(shard)`."""
+        pending = []
+        for i, start, stop in spans:
+            shard = self.shard_of(i)
+            first = int(self.ends[i] - self.lengths[i] - self.tokens[shard]) + start
+            byte_range = slice(first * dtype.itemsize, (first + stop - start) * dtype.itemsize)
+            pending.append((name_of(shard), self.files.read(name_of(shard), byte_range=byte_range)))
+        return [np.frombuffer(_value(read, f"{self.path}: {name}"), dtype) for name, read in pending]
+
+    def check(self, name_of: Callable[[int], str], spans: Sequence[Span], values: list[np.ndarray], problem: Callable) -> None:
+        """ValueError names the document with the first `problem(values, start)`."""
+        for (i, start, _), of_span in zip(spans, values, strict=True):
+            if message := problem(of_span, start):
+                raise ValueError(f"{self.path}: {name_of(self.shard_of(i))}, document {i}: {message}; {CURE}")
 
 
 def read_manifest(path: str) -> Manifest:
@@ -112,20 +153,33 @@ def read_manifest(path: str) -> Manifest:
 def verify(path: str, tokenizer=None) -> Iterator[int]:
     """Yields the number of each shard after its files agree with the manifest; ValueError names the first file that does not.
 
-    With the tokenizer of the store, every id must be in its vocabulary, and every document must go from BOS to EOS.
+    A loss mask must have the values 0 and 1 alone. With the tokenizer of the store, every id must be in its vocabulary, and
+    every document must go from BOS to EOS.
     """
     files, manifest = _open(path)
     for i, (shard, index) in enumerate(zip(manifest.shards, _read_indices(path, files, manifest), strict=True)):
-        (name, checksum, size), _ = _files_of(i, shard, manifest)
-        what, problems = f"{path}: {name}", []
-        ranges = (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
-        blocks = (_value(files.read(name, byte_range=x), what) for x in ranges)
-        if tokenizer is not None:
-            blocks = _checked_ids(blocks, np.dtype(manifest.dtype), index["lengths"], tokenizer, problems)
-        _check_sum(path, name, checksum, blocks)
-        if problems:
-            raise ValueError(f"{what}: {problems[0]}; {CURE}")
+        for name, checksum, size in _files_of(i, shard, manifest):
+            ranges = (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
+            blocks, problems = (_value(files.read(name, byte_range=x), f"{path}: {name}") for x in ranges), []
+            if name == tokens_name(i) and tokenizer is not None:
+                blocks = _checked_ids(blocks, np.dtype(manifest.dtype), index["lengths"], tokenizer, problems)
+            elif name == loss_mask_name(i):
+                blocks = _checked_mask(blocks, problems)
+            elif name == index_name(i):
+                continue  # `_read_indices` has compared its checksum
+            _check_sum(path, name, checksum, blocks)
+            if problems:
+                raise ValueError(f"{path}: {name}: {problems[0]}; {CURE}")
         yield i
+
+
+def _checked_mask(blocks: Iterable[bytes], problems: list) -> Iterator[bytes]:
+    """Yields the `blocks` of a loss mask, and appends to `problems` what is neither 0 nor 1."""
+    first = 0
+    for block in blocks:
+        yield block
+        problems += filter(None, [loss_mask.problem(np.frombuffer(block, loss_mask.DTYPE), first)])
+        first += len(block)
 
 
 def _checked_ids(blocks: Iterable[bytes], dtype: np.dtype, lengths: np.ndarray, tokenizer, problems: list) -> Iterator[bytes]:
@@ -211,12 +265,15 @@ def _manifest(values: dict) -> Manifest:
     counts = [count for shard in shards for count in (shard.documents, shard.tokens)]
     texts = [manifest.tokenizer, manifest.tokenizer_hash, *manifest.label_names]
     texts += [text for shard in shards for text in (shard.tokens_sha256, shard.index_sha256)]
+    masks = [shard.loss_mask_sha256 for shard in shards]
+    texts += [text for text in masks if text is not None]
     for ok, problem in (
         (all(type(count) is int for count in counts), "its counts of documents and tokens are not all whole numbers"),
         (all(isinstance(text, str) for text in texts), "its names and checksums are not all strings"),
         (isinstance(values["label_names"], list), "its label_names are not a list"),
         (isinstance(manifest.summary, dict), "its summary is not an object"),
         (bool(shards), "it has no shards"),
+        (masks.count(None) in (0, len(masks)), "some of its shards have a loss mask and others have none"),
     ):
         if not ok:
             raise ValueError(problem)
@@ -230,8 +287,10 @@ def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, s
     """Name, SHA-256 and bytes of the files of a shard."""
     document_size = sum(dtype.itemsize for dtype in INDEX.values())
     size = shard.tokens * np.dtype(manifest.dtype).itemsize
+    mask = [(loss_mask_name(index), shard.loss_mask_sha256, shard.tokens)] if manifest.has_loss_mask else []
     return [
         (tokens_name(index), shard.tokens_sha256, size),
+        *mask,
         (index_name(index), shard.index_sha256, shard.documents * document_size),
     ]
 
@@ -239,12 +298,12 @@ def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, s
 def _read_indices(path: str, files: tensorstore.KvStore, manifest: Manifest) -> Iterator[dict[str, np.ndarray]]:
     """The columns of the index of each shard; ValueError names a file that is missing or has another size, or a wrong index.
 
-    Of the tokens only the last byte is read. Of a file that is too long, one byte after its expected end is read.
+    Of the tokens and masks only the last byte is read. Of a file that is too long, one byte after its expected end is read.
     """
     reads = []
     for i, shard in enumerate(manifest.shards):
         for name, checksum, size in _files_of(i, shard, manifest):
-            first = max(size - 1, 0) if name.endswith(".tokens") else 0
+            first = 0 if name.endswith(".index") else max(size - 1, 0)
             ranges = slice(first, size), slice(size, size + 1)
             reads.append((name, checksum, size, *[files.read(name, byte_range=x) for x in ranges]))
     for name, checksum, size, read, behind in reads:

@@ -10,8 +10,10 @@ def summary(counts: list[dict], parts: list[dict], names: list[str]) -> dict:
     duplicates = sum(x["duplicates"] for x in counts)
     by_label = {what: sum(x["labels"][what] for x in counts) for what in ("documents", "tokens", "bytes")}
     lengths = sum(x["lengths"] for x in counts)
+    trained = {"trained_tokens": sum(x["trained_tokens"] for x in counts)} if "trained_tokens" in counts[0] else {}
     return {
         **{what: int(values.sum()) for what, values in by_label.items()},
+        **trained,
         "skipped": skipped(parts) | {"duplicates": duplicates},
         # A length of [2^(k - 1), 2^k) has the exponent k.
         "lengths": {str(2 ** (k - 1)): int(count) for k, count in enumerate(lengths) if count},
@@ -34,6 +36,9 @@ def lines(summary: dict) -> list[str]:
 def _lines(summary: dict) -> Iterator[str]:
     yield f"documents    {summary['documents']:,}, of {summary['bytes']:,} bytes"
     yield f"tokens       {summary['tokens']:,}, {_ratio(summary):.3f} bytes each, BOS and EOS included"
+    if "trained_tokens" in summary:
+        trained = summary["trained_tokens"]
+        yield f"loss mask    {trained:,} tokens are trained on ({trained / summary['tokens']:.1%})"
     yield f"skipped      {', '.join(f'{count:,} {what}' for what, count in summary['skipped'].items())}"
     for label, values in summary["labels"].items():
         share = values["tokens"] / summary["tokens"]

@@ -1,6 +1,7 @@
 """Text to token ids and back: plain bytes, or a `tokenizer.json`."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -55,6 +56,10 @@ class ByteTokenizer:
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
+    def encode_with_starts(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each text, `encode` of it and the byte [n] at which each token begins."""
+        return [(self.encode(text), np.arange(len(text))) for text in texts]
+
     def decode(self, ids) -> str:
         """The text of `ids`, without BOS and EOS; invalid UTF-8 becomes U+FFFD."""
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
@@ -97,6 +102,25 @@ class JsonTokenizer:
         with _library_errors("the tokenizer cannot encode a text"):
             encoded = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(x.ids, np.int32) for x in encoded]
+
+    def encode_with_starts(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each text, `encode` of it and the byte [n] of the text at which each token begins.
+
+        A token of some bytes of a character begins where the character does.
+        """
+        decoded = [text.decode("utf-8") for text in texts]
+        with _library_errors("the tokenizer cannot encode a text"):
+            encoded = self._with_offsets.encode_batch(decoded, add_special_tokens=False)
+        starts = [_bytes_of_characters(text, [first for first, _ in x.offsets]) for text, x in zip(texts, encoded, strict=True)]
+        return [(np.array(x.ids, np.int32), starts_n) for x, starts_n in zip(encoded, starts, strict=True)]
+
+    @functools.cached_property
+    def _with_offsets(self):
+        """The library's tokenizer without a post-processor. That of ByteLevel moves offsets past the spaces of a token."""
+        copy = type(self._tokenizer).from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = True
+        copy.post_processor = None
+        return copy
 
     def decode(self, ids) -> str:
         """The text of `ids`, without special and unknown ids; invalid UTF-8 becomes U+FFFD."""
@@ -190,6 +214,15 @@ def _check_exact(tokenizer, state: dict, path: str) -> None:
 def _hash(state: dict) -> str:
     relevant = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+def _bytes_of_characters(text: bytes, characters: Sequence[int]) -> np.ndarray:
+    """The bytes [n] at which the `characters` of a text in UTF-8 begin; ValueError where they are not in order."""
+    first_bytes = np.flatnonzero((np.frombuffer(text, np.uint8) & 0xC0) != 0x80)
+    starts = np.append(first_bytes, len(text))[np.array(characters, np.int64)]
+    if np.any(np.diff(starts) < 0):
+        raise ValueError("the tokenizer does not say in order where its tokens begin, so no loss mask can be made with it")
+    return starts
 
 
 def _first_known(vocab: dict[str, int], names: tuple[str, ...], path: str, role: str) -> int:

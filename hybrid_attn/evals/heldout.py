@@ -53,7 +53,7 @@ def of_files(files: Mapping[str, str], tokenizer) -> dict[str, Documents]:
     for name, where in files.items():
         try:
             is_store = "://" in where or os.path.exists(os.path.join(os.path.expanduser(where), store.MANIFEST))
-            loaded[name] = store.load(where, tokenizer) if is_store else documents.load((where,), tokenizer)
+            loaded[name] = store.load(where, tokenizer).without_loss_mask() if is_store else documents.load((where,), tokenizer)
         except ValueError as cause:
             raise ValueError(f"--heldout={name}={where}: {cause}") from cause
     return loaded

@@ -49,7 +49,7 @@ def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
 def _right(model: Model, execution: Execution, params: dict, batch: dict):
     """Right answers, answers, and the log-sum-exp over the answers' logits, which shows NaN, of each row: [3, B]."""
     x_BTD = apply(model, params, batch["tokens"], batch["positions"], batch["segments"], execution)
-    logits_BTV, weights_BT = logits(model, params, x_BTD), batch["weights"]
+    logits_BTV, weights_BT = logits(model, params, x_BTD, execution.dot), batch["weights"]
     right_BT = jnp.argmax(logits_BTV, -1) == batch["targets"]
     lse_BT = jax.nn.logsumexp(logits_BTV, -1)
     counts = [(weights_BT * right_BT).sum(1), weights_BT.sum(1), jnp.where(weights_BT > 0, lse_BT, 0).sum(1)]

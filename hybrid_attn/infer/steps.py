@@ -90,8 +90,9 @@ def prefill(config: StepConfig, with_queries: bool, weights, state: DecodeState,
 def score(config: StepConfig, weights, cache: Cache, tokens_BT, targets_BT, counts_B) -> tuple[Cache, jax.Array]:
     """The cache after a chunk, and the negative log-probability [B, T] of each token's target, on every device."""
     x_BTD, cache, _ = extend(config, weights, tokens_BT, counts_B, cache)
-    table_VD = unembedding(config.model, weights)
-    return cache, jax.reshard(token_losses(config.model, table_VD, x_BTD, targets_BT, config.execution.loss_chunk)[0], P())
+    table_VD, execution = unembedding(config.model, weights), config.execution
+    nll_BT, _ = token_losses(config.model, table_VD, x_BTD, targets_BT, execution.loss_chunk, execution.dot)
+    return cache, jax.reshard(nll_BT, P())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -105,7 +106,8 @@ def decode(config: StepConfig, sampling: Sampling, weights, state: DecodeState, 
 
     def step(carry):
         i, cache, last_BD, tokens_BT, logprobs_BT, counts_B, done_B = carry
-        logits_BV = jax.reshard(logits(config.model, weights, last_BD[:, None])[:, 0], P(BATCH, None))
+        logits_B1V = logits(config.model, weights, last_BD[:, None], config.execution.dot)
+        logits_BV = jax.reshard(logits_B1V[:, 0], P(BATCH, None))
         numbers_B = jnp.full_like(counts_B, part.first) + i
         new_B, logprob_B = sample(logits_BV, sampling, part.seeds_B, numbers_B)
         tokens_BT = jax.lax.dynamic_update_index_in_dim(tokens_BT, new_B, i, 1)

@@ -18,30 +18,30 @@ from hybrid_attn.model.norm import Norm
 from hybrid_attn.model.params import linear, vector
 from hybrid_attn.parallel.mesh import spec_of
 
-# (q_BTNH, k_BTKH, v_BTKH, sinks_N or None, kind, scale) -> o_BTNH, and anything that its caller wants beside it.
+# (q_BTNH, k_BTKH, v_BTKH, sinks_N or None, layer_type, scale) -> o_BTNH, and a state that the mixer passes on.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, LayerType, float], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
-    """Self-attention of one kind of layer (`kind`) inside `model`."""
+    """Self-attention of one layer type inside `model`."""
 
-    def __init__(self, model: Model, kind: LayerType, *, rngs: nnx.Rngs):
-        self.model, self.kind = model, kind
+    def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs):
+        self.model, self.layer_type = model, layer_type
         D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
         std, axes = model.init_std, ("embed", "heads", "head_dim")
         self.q = linear(rngs, (D, N, H), axes, std)
         self.k = linear(rngs, (D, K, H), axes, std)
         self.v = linear(rngs, (D, K, H), axes, std)
         self.o = linear(rngs, (N, H, D), ("heads", "head_dim", "embed"), std, fan_in=2)
-        if kind.qk_norm != "none":
-            self.q_norm, self.k_norm = (_head_norm(model, kind, heads) for heads in (N, K))
-        if kind.temperature.type == "learned":
-            self.temperature = vector((N,), ("heads",), kind.temperature.scale)
-        if kind.sink:
+        if layer_type.qk_norm != "none":
+            self.q_norm, self.k_norm = (_head_norm(model, layer_type, heads) for heads in (N, K))
+        if layer_type.temperature.type == "learned":
+            self.temperature = vector((N,), ("heads",), layer_type.temperature.scale)
+        if layer_type.sink:
             self.sink = vector((N,), ("heads",), 0.0)
-        if kind.gate == "projection":
+        if layer_type.gate == "projection":
             self.gate = linear(rngs, (D, N, H), axes, std)
-        elif kind.gate == "head":
+        elif layer_type.gate == "head":
             self.gate = linear(rngs, (D, N), ("embed", "heads"), std)
 
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
@@ -50,32 +50,32 @@ class Attention(nnx.Module):
         heads = P(*spec[:2], "tensor", None)
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD, heads), self.k(x_BTD, heads), self.v(x_BTD, heads)
         q_BTNH, k_BTKH = self.norm_and_rotate(q_BTNH, k_BTKH, pos_BT)
-        sinks_N = self.sink[...] if self.kind.sink else None
-        o_BTNH, state = attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, self.kind, score_scale(self.model, self.kind))
-        if self.kind.gate == "head":
+        sinks_N = self.sink[...] if self.layer_type.sink else None
+        o_BTNH, state = attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, self.layer_type, score_scale(self.model, self.layer_type))
+        if self.layer_type.gate == "head":
             o_BTNH *= jax.nn.sigmoid(self.gate(x_BTD))[..., None]
-        elif self.kind.gate == "projection":
+        elif self.layer_type.gate == "projection":
             o_BTNH *= jax.nn.sigmoid(self.gate(x_BTD))
         return self.o(o_BTNH, spec), state
 
     def norm_and_rotate(self, q_BTNH, k_BTKH, pos_BT) -> tuple[jax.Array, jax.Array]:
         """Queries and keys as they enter the scores: normalised, rotated, and queries at their temperature."""
-        kind = self.kind
-        if kind.qk_norm != "none" and not kind.qk_norm_after_rope:
+        layer_type = self.layer_type
+        if layer_type.qk_norm != "none" and not layer_type.qk_norm_after_rope:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if kind.rope_theta is not None:
-            angles_BTR, size = rope_angles(kind, rotated_dims(self.model, kind), pos_BT)
+        if layer_type.rope_theta is not None:
+            angles_BTR, size = rope_angles(layer_type, rotated_dims(self.model, layer_type), pos_BT)
             q_BTNH, k_BTKH = (rotate(x, angles_BTR, size, self.model.rope_layout) for x in (q_BTNH, k_BTKH))
-        if kind.qk_norm != "none" and kind.qk_norm_after_rope:
+        if layer_type.qk_norm != "none" and layer_type.qk_norm_after_rope:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if kind.temperature.type != "none":
+        if layer_type.temperature.type != "none":
             q_BTNH = (q_BTNH * self.temperatures(pos_BT)).astype(q_BTNH.dtype)
         return q_BTNH, k_BTKH
 
     @staticmethod
-    def sequence_flops(model: Model, kind: LayerType, length: int) -> int:
+    def sequence_flops(model: Model, layer_type: LayerType, length: int) -> int:
         """FLOPs of the scores and the weighted sums over one document of `length` tokens, forward."""
-        return attention_flops(model.num_heads, model.head_dim, attended_pairs(kind, length))
+        return attention_flops(model.num_heads, model.head_dim, attended_pairs(layer_type, length))
 
     def temperatures(self, pos_BT: jax.Array) -> jax.Array:
         """Factor on each query [B, T, N or 1, 1], float32, by n, the keys from its document's start to itself.
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         log_length: log(a + n) / log(a) (SWAN, arXiv 2504.08719). steps: 1 + c log(floor(n / length) + 1) (Llama 4).
         learned: s log n with s per head (SSMax, arXiv 2501.19399).
         """
-        t, n_BT11 = self.kind.temperature, (pos_BT + 1).astype(jnp.float32)[..., None, None]
+        t, n_BT11 = self.layer_type.temperature, (pos_BT + 1).astype(jnp.float32)[..., None, None]
         if t.type == "log_length":
             return jnp.log(t.length + n_BT11) / math.log(t.length)
         if t.type == "steps":
@@ -91,12 +91,12 @@ class Attention(nnx.Module):
         return self.temperature[...][:, None] * jnp.log(n_BT11)
 
 
-def attended_pairs(kind: LayerType, length: int) -> int:
+def attended_pairs(layer_type: LayerType, length: int) -> int:
     """Pairs of a query and a key that it sees, in one document of `length` tokens."""
-    if kind.chunk is not None:
-        chunks, remainder = divmod(length, kind.chunk)
-        return chunks * _triangle(kind.chunk) + _triangle(remainder)
-    window = length if kind.window is None else min(kind.window, length)
+    if layer_type.chunk is not None:
+        chunks, remainder = divmod(length, layer_type.chunk)
+        return chunks * _triangle(layer_type.chunk) + _triangle(remainder)
+    window = length if layer_type.window is None else min(layer_type.window, length)
     return _triangle(window) + (length - window) * window
 
 
@@ -109,12 +109,12 @@ def _triangle(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def _head_norm(model: Model, kind: LayerType, heads: int) -> Norm:
-    """The norm of queries or keys [B, T, heads, H], by `kind.qk_norm_scope`."""
-    if kind.qk_norm_scope == "head_dim":
-        return Norm(kind.qk_norm, (model.head_dim,), ("head_dim",), model.norm_eps)
-    dims = 2 if kind.qk_norm_scope == "projection" else 1
-    return Norm(kind.qk_norm, (heads, model.head_dim), ("heads", "head_dim"), model.norm_eps, dims=dims)
+def _head_norm(model: Model, layer_type: LayerType, heads: int) -> Norm:
+    """The norm of queries or keys [B, T, heads, H], by `layer_type.qk_norm_scope`."""
+    if layer_type.qk_norm_scope == "head_dim":
+        return Norm(layer_type.qk_norm, (model.head_dim,), ("head_dim",), model.norm_eps)
+    dims = 2 if layer_type.qk_norm_scope == "projection" else 1
+    return Norm(layer_type.qk_norm, (heads, model.head_dim), ("heads", "head_dim"), model.norm_eps, dims=dims)
 
 
 def rope_frequencies(theta: float, dims: int, scaling: RopeScaling) -> tuple[np.ndarray, float]:
@@ -145,21 +145,21 @@ def rope_frequencies(theta: float, dims: int, scaling: RopeScaling) -> tuple[np.
     return freq, 1.0
 
 
-def rope_angles(kind: LayerType, dims: int, pos_BT: jax.Array) -> tuple[jax.Array, float]:
+def rope_angles(layer_type: LayerType, dims: int, pos_BT: jax.Array) -> tuple[jax.Array, float]:
     """Angles [B, T, dims / 2] in float32, and the factor on their cosines and sines."""
-    freq_R, size = rope_frequencies(kind.rope_theta, dims, kind.rope_scaling)
+    freq_R, size = rope_frequencies(layer_type.rope_theta, dims, layer_type.rope_scaling)
     return pos_BT[..., None].astype(jnp.float32) * freq_R.astype(np.float32), size
 
 
 def rotate(x_BTNH: jax.Array, angles_BTR: jax.Array, size: float, layout: str) -> jax.Array:
     """The first 2R dimensions of each head turned pair by pair, in float32; pairs are (2i, 2i+1) or (i, i + R)."""
     R = angles_BTR.shape[-1]
-    turn, rest = x_BTNH[..., : 2 * R].astype(jnp.float32), x_BTNH[..., 2 * R :]
+    pairs, unrotated = x_BTNH[..., : 2 * R].astype(jnp.float32), x_BTNH[..., 2 * R :]
     cos, sin = size * jnp.cos(angles_BTR)[:, :, None], size * jnp.sin(angles_BTR)[:, :, None]
-    a, b = (turn[..., ::2], turn[..., 1::2]) if layout == "interleaved" else (turn[..., :R], turn[..., R:])
-    turned = (a * cos - b * sin, b * cos + a * sin)
+    a, b = (pairs[..., ::2], pairs[..., 1::2]) if layout == "interleaved" else (pairs[..., :R], pairs[..., R:])
+    rotated = (a * cos - b * sin, b * cos + a * sin)
     if layout == "interleaved" and R > 1:  # of a single pair the layouts are the same, and a reshape would lose the sharding
-        turned = jnp.stack(turned, -1).reshape(turn.shape)
+        rotated = jnp.stack(rotated, -1).reshape(pairs.shape)
     else:
-        turned = jnp.concatenate(turned, -1)
-    return jnp.concatenate([turned.astype(x_BTNH.dtype), rest], -1)
+        rotated = jnp.concatenate(rotated, -1)
+    return jnp.concatenate([rotated.astype(x_BTNH.dtype), unrotated], -1)

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from hybrid_attn import config, kernels
 from hybrid_attn.config import Model, Table, Train
+from hybrid_attn.model.params import Dot
 
 CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as all tokens at once, recomputation included
 
@@ -16,7 +18,12 @@ def unchanged(leaves: dict) -> dict:
 
 
 class Execution(NamedTuple):
-    """How a model is executed, which never changes the function: the `train` keys of configs/base.py, resolved."""
+    """How a model is executed: the `train` keys of configs/base.py, resolved, which never change the function; and two seams.
+
+    `transform` makes the leaves that a layer takes from those that are stored, which may have any structure: low rank, LoRA,
+    dequantisation. `dot` multiplies activations with the leaves, and with the table of the logits: a product of quantised
+    numbers. Both are applied inside the scanned body, to the layers of training, of evaluation and of decoding alike.
+    """
 
     dtype: jnp.dtype
     remat: Table[str, str]  # by the letter of the layer
@@ -25,7 +32,8 @@ class Execution(NamedTuple):
     kernel: str
     loss_chunk: int
     mlp_chunk: int | None
-    transform: Callable[[dict], dict] = unchanged  # of the leaves of a layer, of any structure, into those that it takes
+    transform: Callable[[dict], dict] = unchanged
+    dot: Dot = jax.lax.dot_general
 
 
 def execution_on(platform: str, model: Model, train: Train) -> Execution:

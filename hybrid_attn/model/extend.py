@@ -3,6 +3,7 @@
 Letters: B requests, T tokens, D model.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from hybrid_attn.config import Model
 from hybrid_attn.model.attention import Attend
 from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.params import map_specs
-from hybrid_attn.model.transformer import bind, final_norm, look_up, specs
+from hybrid_attn.model.transformer import bind, final_norm, layer_names, look_up, specs
 
 
 def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
@@ -23,14 +24,11 @@ def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
     """
     params = map_specs(lambda spec, x: x.astype(dtype) if spec.cast else x, specs(model), params)
     layers = []
-    for i in range(model.num_layers):
-        period, index = divmod(i, len(model.pattern))
-        slot = f"{model.layers[i]}{index}"
-        if period < model.num_periods:
-            layers.append(jax.tree.map(lambda x, period=period: x[period], params["periods"][slot]))
-        else:
-            layers.append(params["tail"][slot])
-    others = {name: x for name, x in params.items() if name not in ("periods", "tail")}
+    for group, letters, repetitions in model.groups:
+        for period, (name, _) in itertools.product(range(repetitions), layer_names(letters)):
+            leaves = params[group][name]
+            layers.append(jax.tree.map(lambda x, period=period: x[period], leaves) if group == "periods" else leaves)
+    others = {name: x for name, x in params.items() if name not in ("prefix", "periods", "tail")}
     return others | {"layers": tuple(layers)}
 
 
@@ -42,6 +40,6 @@ def layer_by_layer(
     states = []
     for letter, leaves, attend in zip(model.layers, weights["layers"], attends, strict=True):
         mlp_chunk = execution.mlp_chunk if tokens_BT.shape[1] > 1 else None
-        x_BTD, _, state = bind(model, letter, execution.transform(leaves))(x_BTD, pos_BT, attend, mlp_chunk)
+        x_BTD, _, state = bind(model, letter, leaves, execution)(x_BTD, pos_BT, attend, mlp_chunk)
         states.append(state)
     return final_norm(model, weights, x_BTD), states

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
+from hybrid_attn.model.params import Dot
 from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT
 
 ENTRIES = (
@@ -20,16 +21,24 @@ ENTRIES = (
 )
 
 
-def token_losses(model: Model, table_VD: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int):
+def token_losses(
+    model: Model,
+    table_VD: jax.Array,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    chunk: int,
+    dot: Dot = jax.lax.dot_general,
+):
     """Per token, in float32: the negative log-probability of its target [B, T] and the log-sum-exp of its logits [B, T].
 
     Logits are logit_scale x E^T, soft-capped where the model says so; products in the dtype of x, sums in float32.
-    `chunk` is the number of tokens of a device whose logits exist at a time.
+    `chunk` is the number of tokens of a device whose logits exist at a time. `dot` multiplies with parts of the table.
     """
 
     def shard(x_BTD, table_VD, targets_BT):
         B, T, D = x_BTD.shape
-        settings = LogitSettings(model.logit_scale, model.logit_softcap, min(chunk, B * T), min(table_VD.shape[0], ENTRIES))
+        chunk_size = min(chunk, B * T), min(table_VD.shape[0], ENTRIES)
+        settings = LogitSettings(dot, model.logit_scale, model.logit_softcap, *chunk_size)
         local_n = targets_BT.reshape(-1) - jax.lax.axis_index("tensor") * table_VD.shape[0]
         lse_n, target_logit_n = _local(settings, x_BTD.reshape(-1, D), table_VD, local_n)
         max_n = jax.lax.pmax(jax.lax.stop_gradient(lse_n), "tensor")
@@ -53,8 +62,9 @@ def bits_per_byte(nll_sum, num_bytes):
 
 
 class LogitSettings(NamedTuple):
-    """How logits are made of products, and the size of a chunk: `tokens` times `entries` of the vocabulary."""
+    """How logits are made, and the size of a chunk: `tokens` times `entries` of the vocabulary."""
 
+    dot: Dot
     scale: float
     softcap: float | None
     tokens: int
@@ -69,11 +79,26 @@ def _local(settings: LogitSettings, x_nD, table_VD, targets_n):
 
 def _logits(settings: LogitSettings, x_cD, table_vD):
     """Scaled and capped logits [c, v] in float32, and their derivative by the plain products."""
-    logits_cv = settings.scale * jnp.einsum("cD,vD->cv", x_cD, table_vD, preferred_element_type=jnp.float32)
+    logits_cv = settings.scale * _products(settings.dot, x_cD, table_vD)
     if settings.softcap is None:
         return logits_cv, settings.scale
     t_cv = jnp.tanh(logits_cv / settings.softcap)
     return settings.softcap * t_cv, settings.scale * (1 - t_cv**2)
+
+
+def _products(dot: Dot, x_cD, table_vD):
+    return dot(x_cD, table_vD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _product_gradients(dot: Dot, x_cD, table_vD, dproducts_cv):
+    """Gradients of activations and table, in float32. By hand for the plain product, which autodiff sums in the dtype of x."""
+    if dot is not jax.lax.dot_general:
+        _, pull = jax.vjp(functools.partial(_products, dot), x_cD, table_vD)
+        dx_cD, dtable_vD = pull(dproducts_cv)
+        return dx_cD.astype(jnp.float32), dtable_vD.astype(jnp.float32)
+    dproducts_cv = dproducts_cv.astype(x_cD.dtype)
+    dx_cD = jnp.einsum("cv,vD->cD", dproducts_cv, table_vD, preferred_element_type=jnp.float32)
+    return dx_cD, jnp.einsum("cv,cD->vD", dproducts_cv, x_cD, preferred_element_type=jnp.float32)
 
 
 def _entries(settings: LogitSettings, table_VD, i, dtype):
@@ -139,9 +164,9 @@ def _backward(settings: LogitSettings, residuals, grads):
             logits_cv, slope_cv = _logits(settings, x_cD, table_vD)
             dlogits_cv = jnp.exp(logits_cv - lse_c[:, None]) * dlse_c[:, None]
             dlogits_cv += jnp.where(targets_c[:, None] == ids_v, dtarget_logit_c[:, None], 0.0)
-            dproducts_cv = jnp.where(is_new_v, dlogits_cv * slope_cv, 0.0).astype(x_cD.dtype)
-            dx_cD += jnp.einsum("cv,vD->cD", dproducts_cv, table_vD, preferred_element_type=jnp.float32)
-            return dtable_vD + jnp.einsum("cv,cD->vD", dproducts_cv, x_cD, preferred_element_type=jnp.float32), dx_cD
+            dproducts_cv = jnp.where(is_new_v, dlogits_cv * slope_cv, 0.0)
+            dx_new_cD, dtable_new_vD = _product_gradients(settings.dot, x_cD, table_vD, dproducts_cv)
+            return dtable_vD + dtable_new_vD, dx_cD + dx_new_cD
 
         dtable_vD, dx_IcD = jax.lax.scan(add_tokens, jnp.zeros(table_vD.shape, jnp.float32), (*chunks, dx_IcD))
         add_vD = jax.lax.psum_scatter(dtable_vD.astype(x_nD.dtype), "fsdp", scatter_dimension=1, tiled=True)

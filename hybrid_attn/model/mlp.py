@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D model, F feed-forward; of one device, n tokens fla
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
-from hybrid_attn.model.params import linear
+from hybrid_attn.model.params import Dot, linear
 from hybrid_attn.parallel.mesh import spec_of
 
 ACTIVATIONS = {
@@ -38,12 +39,28 @@ class GatedMLP(nnx.Module):
         """
         if chunk is not None:
             weights = (w.cast(x_BTD.dtype) for w in (self.gate, self.up, self.down))
-            return in_chunks(self.activation, chunk, x_BTD, *weights), {}
+            return in_chunks(ChunkedMLP(self.activation, self.gate.dot), chunk, x_BTD, *weights), {}
         h_BTF = ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(h_BTF, spec_of(x_BTD)), {}
 
 
-def in_chunks(activation: str, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array):
+class ChunkedMLP(NamedTuple):
+    """What is static in the feed-forward of a chunk: the activation's name, and how weights are multiplied."""
+
+    activation: str
+    dot: Dot
+
+    def product(self, x_cA: jax.Array, w_AB: jax.Array) -> jax.Array:
+        return self.dot(x_cA, w_AB, (((1,), (0,)), ((), ())), preferred_element_type=x_cA.dtype)
+
+    def hidden(self, gate_cF: jax.Array, up_cF: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.activation](gate_cF) * up_cF
+
+    def __call__(self, x_cD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
+        return self.product(self.hidden(self.product(x_cD, w_gate), self.product(x_cD, w_up)), w_down)
+
+
+def in_chunks(mlp: ChunkedMLP, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array):
     """The feed-forward of `chunk` tokens of a device at a time: nothing of F outlives its chunk, forward or backward."""
 
     def shard(x_BTD, *shards):
@@ -53,7 +70,7 @@ def in_chunks(activation: str, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, 
         n = len(x_nD)
         size = min(chunk, n)
         x_IcD = jnp.pad(x_nD, ((0, -n % size), (0, 0))).reshape(-1, size, D)
-        y_nD = _in_chunks(activation, x_IcD, *weights).reshape(-1, D)[:n]
+        y_nD = _in_chunks(mlp, x_IcD, *weights).reshape(-1, D)[:n]
         return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor")
 
     tokens = spec_of(x_BTD)
@@ -62,34 +79,41 @@ def in_chunks(activation: str, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_chunks(activation: str, x_IcD, w_gate, w_up, w_down):
-    return _forward(activation, x_IcD, w_gate, w_up, w_down)[0]
+def _in_chunks(mlp: ChunkedMLP, x_IcD, w_gate, w_up, w_down):
+    return _forward(mlp, x_IcD, w_gate, w_up, w_down)[0]
 
 
-def _hidden(activation: str, gate_cF, up_cF):
-    return ACTIVATIONS[activation](gate_cF) * up_cF
+def _forward(mlp: ChunkedMLP, x_IcD, w_gate, w_up, w_down):
+    return jax.lax.map(lambda x_cD: mlp(x_cD, w_gate, w_up, w_down), x_IcD), (x_IcD, w_gate, w_up, w_down)
 
 
-def _forward(activation: str, x_IcD, w_gate, w_up, w_down):
-    y_IcD = jax.lax.map(lambda x_cD: _hidden(activation, x_cD @ w_gate, x_cD @ w_up) @ w_down, x_IcD)
-    return y_IcD, (x_IcD, w_gate, w_up, w_down)
-
-
-def _backward(activation: str, residuals, dy_IcD):
-    """By hand, for the gradients of the weights: autodiff transposes [c, F] arrays, which costs a CPU more than the rest."""
-    x_IcD, w_gate, w_up, w_down = residuals
+def _backward(mlp: ChunkedMLP, residuals, dy_IcD):
+    x_IcD, *weights = residuals
+    gradients = _gradients_by_hand if mlp.dot is jax.lax.dot_general else _gradients
 
     def chunk(sums, xs):
-        x_cD, dy_cD = xs
-        h_cF, pull = jax.vjp(functools.partial(_hidden, activation), x_cD @ w_gate, x_cD @ w_up)
-        dgate_cF, dup_cF = pull(dy_cD @ w_down.T)
-        products = ((x_cD, dgate_cF), (x_cD, dup_cF), (dy_cD, h_cF))
-        terms_DF = [jnp.einsum("Dc,cF->DF", a_cD.T, b_cF, preferred_element_type=jnp.float32) for a_cD, b_cF in products]
-        return [a + b for a, b in zip(sums, terms_DF, strict=True)], dgate_cF @ w_gate.T + dup_cF @ w_up.T
+        dx_cD, *terms_DF = gradients(mlp, *xs, *weights)
+        return [a + b for a, b in zip(sums, terms_DF, strict=True)], dx_cD
 
-    zeros = [jnp.zeros(w_gate.shape, jnp.float32)] * 3
+    zeros = [jnp.zeros(weights[0].shape, jnp.float32)] * 3
     (dw_gate, dw_up, dw_downT), dx_IcD = jax.lax.scan(chunk, zeros, (x_IcD, dy_IcD))
-    return dx_IcD, *(dw.astype(w_gate.dtype) for dw in (dw_gate, dw_up, dw_downT.T))
+    return dx_IcD, *(dw.astype(weights[0].dtype) for dw in (dw_gate, dw_up, dw_downT.T))
+
+
+def _gradients(mlp: ChunkedMLP, x_cD, dy_cD, w_gate, w_up, w_down):
+    """Gradients of the activations [c, D], and in float32 of the weights, transposed to [D, F]."""
+    _, pull = jax.vjp(mlp, x_cD, w_gate, w_up, w_down)
+    dx_cD, dw_gate, dw_up, dw_down = pull(dy_cD)
+    return dx_cD, *(dw_DF.astype(jnp.float32) for dw_DF in (dw_gate, dw_up, dw_down.T))
+
+
+def _gradients_by_hand(mlp: ChunkedMLP, x_cD, dy_cD, w_gate, w_up, w_down):
+    """`_gradients` of plain products: autodiff transposes [c, F] arrays, which costs a CPU more than all else."""
+    h_cF, pull = jax.vjp(mlp.hidden, x_cD @ w_gate, x_cD @ w_up)
+    dgate_cF, dup_cF = pull(dy_cD @ w_down.T)
+    products = ((x_cD, dgate_cF), (x_cD, dup_cF), (dy_cD, h_cF))
+    terms_DF = [jnp.einsum("Dc,cF->DF", a_cD.T, b_cF, preferred_element_type=jnp.float32) for a_cD, b_cF in products]
+    return dgate_cF @ w_gate.T + dup_cF @ w_up.T, *terms_DF
 
 
 _in_chunks.defvjp(_forward, _backward)

@@ -5,8 +5,8 @@ decay, precision in inference, FLOPs) reads its `ParamSpec`.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,23 @@ class ParamSpec(NamedTuple):
         return math.prod(self.shape) if self.fan_in else 0
 
 
+class Dot(Protocol):
+    """How activations are multiplied with a weight; it is called as `jax.lax.dot_general`, which is the default, is called.
+
+    The weight is the second factor, gathered and in the dtype of the activations. A `Dot` has derivatives.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        dimension_numbers: tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]],
+        *,
+        preferred_element_type: jnp.dtype | None = None,
+        out_sharding: P | None = None,
+    ) -> jax.Array: ...
+
+
 class Weight(nnx.Param):
     """A float32 parameter that carries its `ParamSpec` as `spec`."""
 
@@ -62,7 +79,7 @@ class Weight(nnx.Param):
 
 
 class Linear(Weight):
-    """A matrix that is multiplied with activations."""
+    """A matrix that is multiplied with activations, by its `dot`."""
 
     def __call__(self, x: jax.Array, sharding: P | None = None) -> jax.Array:
         """The product over the last `fan_in` axes of `x` and the first of the matrix, in the dtype of `x`.
@@ -71,13 +88,13 @@ class Linear(Weight):
         """
         number = self.spec.fan_in
         contracted = tuple(range(x.ndim - number, x.ndim)), tuple(range(number))
-        return jax.lax.dot_general(x, gathered(self.cast(x.dtype)), (contracted, ((), ())), out_sharding=sharding)
+        return self.dot(x, gathered(self.cast(x.dtype)), (contracted, ((), ())), out_sharding=sharding)
 
 
 def linear(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, fan_in: int = 1) -> Linear:
     """A matrix drawn from N(0, std^2)."""
     spec = ParamSpec(shape, axes, MATRIX, 0.0, std, fan_in)
-    return Linear(_normal(rngs, spec), spec=spec)
+    return Linear(_normal(rngs, spec), spec=spec, dot=jax.lax.dot_general)
 
 
 def embedding(rngs: nnx.Rngs, vocab_size: int, d_model: int, std: float) -> Weight:
@@ -94,6 +111,13 @@ def vector(shape: tuple[int, ...], axes: tuple[str, ...], value: float) -> Weigh
 
 def _normal(rngs: nnx.Rngs, spec: ParamSpec) -> jax.Array:
     return spec.std * jax.random.normal(rngs.params(), spec.shape, jnp.float32, out_sharding=spec.sharding)
+
+
+def set_dot(module: nnx.Module, dot: Dot) -> None:
+    """Has every `Linear` of a module multiply by `dot`."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, Linear):
+            node.set_metadata(dot=dot)
 
 
 def weights_of(module: nnx.Module) -> dict:

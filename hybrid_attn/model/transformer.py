@@ -1,4 +1,4 @@
-"""The transformer: embedding, layers scanned period by period, final norm.
+"""The transformer: embedding, prefix, layers scanned period by period, tail, final norm.
 
 Letters: B batch, T tokens, D model, F feed-forward, V vocabulary. Parameters are a nested dict of float32 arrays whose
 paths are names (`periods/L0/attention/q`); those under `periods` carry the period as axis 0.
@@ -19,7 +19,7 @@ from hybrid_attn.model.attention import Attend
 from hybrid_attn.model.block import Aux, Block, added, residual_norm
 from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.loss import token_losses
-from hybrid_attn.model.params import embedding, map_weights, weights_of
+from hybrid_attn.model.params import Dot, embedding, map_weights, set_dot, weights_of
 from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of
 
@@ -40,10 +40,10 @@ CHECKPOINTS = {
 def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution, letter: str) -> Attend:
     """Attention of a layer of that type to the tokens of its own packed sequences."""
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
+    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, layer_type: LayerType, scale: float):
         o_BTNH = context.attend(
-            q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N, window=kind.window, chunk=kind.chunk, scale=scale,
-            softcap=kind.softcap, kernel=execution.kernel, scheme=execution.context[letter], zigzag=execution.zigzag,
+            q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N, window=layer_type.window, chunk=layer_type.chunk, scale=scale,
+            softcap=layer_type.softcap, kernel=execution.kernel, scheme=execution.context[letter], zigzag=execution.zigzag,
         )  # fmt: skip
         return o_BTNH, None
 
@@ -71,6 +71,8 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
 def _weights(model: Model, rngs: nnx.Rngs) -> dict:
     """Every `Weight` of the model, as a nested dict whose paths are their names."""
     weights = {"embed": embedding(rngs, model.vocab_size, model.d_model, model.init_std)}
+    if model.prefix:
+        weights["prefix"] = _weights_of_layers(model, model.prefix, rngs)
     if model.num_periods:
         stack = jax.vmap(lambda rngs: _weights_of_layers(model, model.pattern, rngs))
         weights["periods"] = stack(rngs.split(model.num_periods))
@@ -83,10 +85,10 @@ def _weights(model: Model, rngs: nnx.Rngs) -> dict:
 
 
 def _weights_of_layers(model: Model, letters: str, rngs: nnx.Rngs) -> dict:
-    return {slot: weights_of(Block(model, letter, rngs=rngs)) for slot, letter in slots(letters)}
+    return {name: weights_of(Block(model, letter, rngs=rngs)) for name, letter in layer_names(letters)}
 
 
-def slots(letters: str) -> list[tuple[str, str]]:
+def layer_names(letters: str) -> list[tuple[str, str]]:
     """The names of successive layers in the parameters, L0, L1, …, and the letters of their types."""
     return [(f"{letter}{i}", letter) for i, letter in enumerate(letters)]
 
@@ -116,14 +118,13 @@ def _eval_shape(function: Callable[[], dict]) -> dict:
 
 
 def layer_specs(model: Model) -> list[tuple[str, int, dict]]:
-    """The letter of each layer of a period and of the tail, how many layers there are like it, and the specs of one."""
+    """The letter of each layer of the prefix, of a period and of the tail, how often it repeats, and the specs of one."""
     of_groups = specs(model)
-    groups = (("periods", model.pattern, model.num_periods), ("tail", model.tail, 1))
     return [
-        (letter, number, of_groups[group][slot])
-        for group, letters, number in groups if group in of_groups
-        for slot, letter in slots(letters)
-    ]  # fmt: skip
+        (letter, repetitions, of_groups[group][name])
+        for group, letters, repetitions in model.groups
+        for name, letter in layer_names(letters)
+    ]
 
 
 def apply(
@@ -142,22 +143,24 @@ def apply_in_zigzag(
 
     def layers(x_BTD: jax.Array, leaves: dict, letters: str) -> tuple[jax.Array, Aux]:
         total: Aux = {}
-        for slot, letter in slots(letters):
+        for name, letter in layer_names(letters):
 
             def layer(leaves: dict, x_BTD: jax.Array, letter: str = letter) -> tuple[jax.Array, Aux]:
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
-                return bind(model, letter, execution.transform(leaves))(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)[:2]
+                return bind(model, letter, leaves, execution)(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)[:2]
 
-            with jax.named_scope(slot):
-                x_BTD, aux = CHECKPOINTS[execution.remat[letter]](layer)(leaves[slot], x_BTD)
+            with jax.named_scope(name):
+                x_BTD, aux = CHECKPOINTS[execution.remat[letter]](layer)(leaves[name], x_BTD)
             total = added(total, aux)
         return x_BTD, total
 
     x_BTD, aux = look_up(params["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}
+    if model.prefix:
+        x_BTD, aux = layers(x_BTD, params["prefix"], model.prefix)
     if model.num_periods:
         x_BTD, by_period = jax.lax.scan(lambda x, leaves: layers(x, leaves, model.pattern), x_BTD, params["periods"])
-        aux = jax.tree.map(lambda values: values.sum(0), by_period)
+        aux = added(aux, jax.tree.map(lambda values: values.sum(0), by_period))
     if model.tail:
         x_BTD, of_tail = layers(x_BTD, params["tail"], model.tail)
         aux = added(aux, of_tail)
@@ -174,18 +177,21 @@ def losses_and_aux(model: Model, params: dict, batch: dict, execution: Execution
     names = ("tokens", "positions", "segments", "targets")
     *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), execution.zigzag)
     x_BTD, aux = apply_in_zigzag(model, params, *inputs, execution)
-    nll_BT, lse_BT = token_losses(model, unembedding(model, params), x_BTD, targets_BT, execution.loss_chunk)
+    table_VD = unembedding(model, params)
+    nll_BT, lse_BT = token_losses(model, table_VD, x_BTD, targets_BT, execution.loss_chunk, execution.dot)
     return *context.from_zigzag((nll_BT, lse_BT), execution.zigzag), aux
 
 
-def bind(model: Model, letter: str, leaves: dict) -> Block:
-    """The layer of a type with these parameters."""
-    return nnx.merge(_graph(model, letter), leaves)
+def bind(model: Model, letter: str, leaves: dict, execution: Execution) -> Block:
+    """The layer of a type, with the parameters that the execution's `transform` makes of `leaves`, and with its `dot`."""
+    return nnx.merge(_graph(model, letter, execution.dot), execution.transform(leaves))
 
 
 @functools.cache
-def _graph(model: Model, letter: str) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda key: Block(model, letter, rngs=nnx.Rngs(params=key)), jax.random.key(0)))
+def _graph(model: Model, letter: str, dot: Dot) -> nnx.GraphDef:
+    block = nnx.eval_shape(lambda key: Block(model, letter, rngs=nnx.Rngs(params=key)), jax.random.key(0))
+    set_dot(block, dot)
+    return nnx.graphdef(block)
 
 
 def final_norm(model: Model, params: dict, x_BTD: jax.Array) -> jax.Array:
@@ -203,12 +209,11 @@ def unembedding(model: Model, params: dict) -> jax.Array:
     return params["embed"] if model.tie_embeddings else params["unembed"]
 
 
-def logits(model: Model, params: dict, x_BTD: jax.Array) -> jax.Array:
+def logits(model: Model, params: dict, x_BTD: jax.Array, dot: Dot = jax.lax.dot_general) -> jax.Array:
     """All logits [B, T, V] in float32 of the final normed activations; the loss never builds them (`loss.token_losses`)."""
     table_VD = gathered(unembedding(model, params).astype(x_BTD.dtype))
-    spec = P(*spec_of(x_BTD)[:2], "tensor")
-    logits_BTV = model.logit_scale * jnp.einsum(
-        "BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32, out_sharding=spec
-    )
+    spec, contracted = P(*spec_of(x_BTD)[:2], "tensor"), (((2,), (1,)), ((), ()))
+    products_BTV = dot(x_BTD, table_VD, contracted, preferred_element_type=jnp.float32, out_sharding=spec)
+    logits_BTV = model.logit_scale * products_BTV
     cap = model.logit_softcap
     return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)

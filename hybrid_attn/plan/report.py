@@ -55,7 +55,7 @@ def verdict(plan: Plan) -> str:
         return f"fits         {gb(plan.peak)} of the {gb(memory)} of {device}; {gb(memory - plan.peak)} are left"
     return (
         f"DOES NOT FIT {gb(plan.peak)}, and {gb(memory)} is the memory of {device}; {gb(plan.peak - memory)} too much: use "
-        "more devices, a larger mesh.fsdp or mesh.context, train.remat, more stages[i].microbatches, or fewer rows"
+        "more devices, a larger mesh.fsdp or mesh.context, train.remat, more stages[i].microbatches or a smaller batch"
     )
 
 

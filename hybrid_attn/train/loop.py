@@ -18,6 +18,7 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
+from hybrid_attn.train import init_from
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.metrics import Metrics, peak_flops
 from hybrid_attn.train.model_changes import check_arrays, check_function
@@ -58,7 +59,8 @@ def train(
             state, start, recorded = first_state(c, data.identities, mesh, checkpoints)
             recorded["skipped_steps"] = skipped = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
             begins = "none found; starting at step 0" if new else restored(start, recorded)
-            history = [f"checkpoint   {begins}", *past(c, checkpoints, start, recorded, allow_lr_jump)]
+            parameters = init_from.lines(c.init_from, recorded, new)
+            history = [f"checkpoint   {begins}", *parameters, *past(c, checkpoints, start, recorded, allow_lr_jump)]
             evaluations = Evaluations(c, execution, mesh, data.tokenizer, data.corpora, workdir)
             evaluations.draw_questions()
             peak, source = peak_flops(jax.devices()[0], execution.dtype)
@@ -221,6 +223,9 @@ def first_state(
     `identities` are those of `pipeline.identities`. ValueError where the config has other arrays, or has other batches in a
     stage that the checkpoint has begun and not finished.
     """
+    if checkpoints.latest() is None and c.init_from.path is not None:
+        state, record = init_from.first_state(c, mesh, identities[0]["tokenizer"])
+        return state, 0, {"skipped_steps": [], "init_from": record}
     if checkpoints.latest() is None:
         return jax.jit(init_state, static_argnums=0)(c), 0, {"skipped_steps": []}
     if (newest := checkpoints.newest_config()) is not None:

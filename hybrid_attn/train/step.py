@@ -14,7 +14,7 @@ from hybrid_attn.config import Config, StageConfig
 from hybrid_attn.model import Execution, execution_on, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
 from hybrid_attn.train.extras import Extra
-from hybrid_attn.train.objectives import OBJECTIVES, Objective
+from hybrid_attn.train.objectives import OBJECTIVES, Objective, check_fields
 from hybrid_attn.train.optim import optimiser, schedule
 from hybrid_attn.trees import choice
 
@@ -31,9 +31,12 @@ class TrainState(NamedTuple):
 Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
 
-def init_state(config: Config) -> TrainState:
-    """The state before the first step, laid out on the mesh in force; the same values on every mesh."""
-    params = init(config.model, jax.random.key(config.seed))
+def init_state(config: Config, params: dict | None = None) -> TrainState:
+    """The state before the first step, laid out on the mesh in force; the same values on every mesh.
+
+    Its parameters are `params`, or else new ones.
+    """
+    params = init(config.model, jax.random.key(config.seed)) if params is None else params
     extras = {name: extra.start(params) for name, extra in extras_of(config).items()}
     return TrainState(jnp.int32(0), params, optimiser(config).init(params), extras)
 
@@ -86,6 +89,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     """
     objective, tx = objective_of(config), optimiser(config)
     rate = schedule(config.optim, config.total_steps)
+    check_fields(config.objective)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:

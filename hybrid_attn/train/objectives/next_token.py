@@ -1,6 +1,7 @@
 """Cross-entropy of the next token, in packed sequences whose tokens have weights."""
 
 import jax
+import jax.numpy as jnp
 
 from hybrid_attn.config import StageConfig
 from hybrid_attn.model import Execution, losses_and_aux
@@ -21,7 +22,8 @@ def loss(config: StageConfig, params: dict, batch: Batch, execution: Execution) 
 
 
 def metrics(sums: dict, batch: Batch) -> dict:
-    return {"bits_per_byte": bits_per_byte(sums["nll"], batch["bytes"].sum())}
+    """Bits per byte of the tokens with a weight; 0, like the loss, where there are none."""
+    return {"bits_per_byte": bits_per_byte(sums["nll"], jnp.maximum(batch["bytes"].sum(), 1.0))}
 
 
-NEXT_TOKEN = Objective(weight, loss, metrics)
+NEXT_TOKEN = Objective(weight, loss, metrics, ("tokens", "targets", "positions", "segments", "weights", "bytes"))

@@ -1,0 +1,228 @@
+"""The first parameters of a run, copied from the checkpoint of another run or of an imported model.
+
+Every parameter is accounted for: one of this model is copied, or `init_from.new` names it; one of the checkpoint is copied, or
+`init_from.ignore` names it. A name is a path such as periods/L0/attention/q; the name of a group stands for all in it. Only
+parameters are taken: the optimiser state is new.
+"""
+
+import difflib
+import functools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from hybrid_attn import checkpoint, trees
+from hybrid_attn.config import Config, InitFrom, to_dict
+from hybrid_attn.data.tokenizer import load_tokenizer
+from hybrid_attn.infer import loading
+from hybrid_attn.model.params import EMBEDDING
+from hybrid_attn.model.transformer import specs
+from hybrid_attn.train.step import TrainState, abstract_state, init_state
+from hybrid_attn.trees import check
+
+Shapes = Mapping[str, tuple[int, ...]]
+SHOWN = 8  # names in a line; more are counted
+
+
+class Assignment(NamedTuple):
+    """Where each parameter of a model comes from, and the parameters of the checkpoint that go nowhere."""
+
+    copied: dict[str, str]  # its name in this model -> its name in the checkpoint
+    new: list[str]
+    ignored: list[str]
+
+
+def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState, dict]:
+    """The state before the first step with the parameters that `c.init_from` names, on `mesh`; and a record of their origin.
+
+    ValueError where there is no such checkpoint, where it cannot be read, and where a parameter is not accounted for.
+    """
+    directory, step = locate(c.init_from)
+    name = loading.name_of(directory, step)
+    expected = flatten_dict(abstract_state(c, mesh).params, sep="/")
+    try:
+        saved, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
+        shapes_here = {name: x.shape for name, x in expected.items()}
+        assignment = assign(c.init_from, shapes_here, checkpoint.read_shapes(directory, step), name)
+        params = read_copied(directory, step, assignment.copied, expected)
+        fingerprint = checkpoint.fingerprint(directory, step)
+    except checkpoint.UnreadableError as cause:
+        raise ValueError(f"init_from: {name} cannot be read: {cause}; use another init_from.step, or copy it again") from cause
+    params |= initial(c, tuple(assignment.new))
+    state = jax.jit(init_state, static_argnums=0, donate_argnums=1)(c, unflatten_dict(params, sep="/"))
+    notes = trees.differences(saved.get("model", {}), to_dict(c)["model"], "model.")
+    if embeddings(c) & assignment.copied.keys():
+        notes += tokenizer_note(directory, data, tokenizer_hash)
+    record = {"path": directory, "step": step, "fingerprint": fingerprint, "copied": len(assignment.copied)}
+    return state, record | {"new": assignment.new, "ignored": assignment.ignored, "notes": notes}
+
+
+def lines(init: InitFrom, recorded: Mapping, new: bool) -> list[str]:
+    """What a run prints about `init`, whose data state has `recorded`; it does nothing in a run that is not `new`."""
+    if init.path is None:
+        return []
+    if not new:
+        return [f"parameters   those of its own checkpoint; init_from.path={init.path} is for a run without one"]
+    record = recorded["init_from"]
+    names = {key: listed(record[key]) or "none" for key in ("new", "ignored")}
+    first = f"parameters   {record['copied']} leaves copied from {record['path']} step {record['step']}"
+    first = f"{first}; new: {names['new']}; ignored: {names['ignored']}"
+    header = ["             other in that checkpoint (saved -> new):"] if record["notes"] else []
+    return [first, *header, *(f"               {note}" for note in record["notes"])]
+
+
+def locate(init: InitFrom) -> tuple[str, int]:
+    """The directory of checkpoints and the step that `init` names, the same in every process; ValueError if there is none."""
+    parent, last = os.path.split(init.path.rstrip("/"))
+    if last.isdecimal() and int(last) in checkpoint.steps(parent or "."):
+        check(init.step in (None, int(last)), f"init_from.path={init.path} is of step {last}, and init_from.step={init.step}")
+        return parent or ".", int(last)
+    try:
+        directory = loading.find(init.path)
+        step = loading.step_of(directory, init.step)
+    except ValueError as cause:
+        raise ValueError(f"init_from: {cause}") from None
+    return directory, int(multihost_utils.broadcast_one_to_all(np.int32(step)))  # another run may be writing a newer one
+
+
+def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) -> Assignment:
+    """Where each parameter `here` comes from; ValueError if one here or `there` is not accounted for, or has another shape."""
+    new = matching("new", init.new, here, "this model")
+    ignored = matching("ignore", init.ignore, there, checkpoint_name)
+    sources = {name: source for name, source in sources_of(init, here, there, checkpoint_name).items() if name not in new}
+    copied = {name: source for name, source in sources.items() if source in there and source not in ignored}
+    missing = [name for name in sources if name not in copied]
+    unused = sorted(there.keys() - ignored - set(copied.values()))
+    problems = [
+        *unaccounted("this model has", missing, here, "new", init.new),
+        *unaccounted("the checkpoint has", unused, there, "ignore", init.ignore),
+        *rename_hint(init, {name: here[name] for name in missing}, {name: there[name] for name in unused}),
+        *other_shapes(copied, here, there),
+    ]
+    check(not problems, "\n  ".join([f"init_from: {checkpoint_name} does not have the parameters of this model:", *problems]))
+    return Assignment(copied, sorted(new), sorted(ignored))
+
+
+def matching(key: str, patterns: Sequence[str], names: Iterable[str], owner: str) -> set[str]:
+    """The names that match one of the patterns of `init_from.<key>`; ValueError for a pattern that matches none."""
+    matched = set()
+    for pattern in patterns:
+        more = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*")}
+        check(bool(more), f"init_from.{key} names {pattern!r}, and {owner} has no such parameter{nearest(pattern, names)}")
+        matched |= more
+    return matched
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The most similar name of a parameter or a group, or else the first part of every name."""
+    groups = {"/".join(parts[:n]) for parts in (x.split("/") for x in names) for n in range(1, len(parts) + 1)}
+    similar = difflib.get_close_matches(name, sorted(groups), 1)
+    return f"; did you mean {similar[0]!r}?" if similar else f"; it has {', '.join(sorted({x.split('/')[0] for x in names}))}"
+
+
+def inside(name: str, group: str) -> bool:
+    """Whether a parameter is `group` itself, or in the group of that name."""
+    return name == group or name.startswith(f"{group}/")
+
+
+def sources_of(init: InitFrom, here: Iterable[str], there: Iterable[str], checkpoint_name: str) -> dict[str, str]:
+    """The name in the checkpoint of each parameter here: the same, or the one that `init.rename` gives."""
+    sources = {name: name for name in here}
+    for old, new in init.renamed:
+        for name, names, owner in ((old, there, checkpoint_name), (new, here, "this model")):
+            known = any(inside(x, name) for x in names)
+            check(known, f"init_from.rename names {name!r}, and {owner} has no such parameter{nearest(name, names)}")
+        sources |= {name: old + name.removeprefix(new) for name in here if inside(name, new)}
+    return sources
+
+
+def unaccounted(owner: str, names: Sequence[str], of: Iterable[str], key: str, patterns: Sequence[str]) -> list[str]:
+    """A line about parameters that are not accounted for, with the line of a config that does it."""
+    if not names:
+        return []
+    what = "initial values for them" if key == "new" else "without them"
+    return [f"only {owner} {listed(names)}; {what}: c.init_from.{key} = {(*patterns, *groups(names, of))}"]
+
+
+def groups(names: Sequence[str], of: Iterable[str]) -> list[str]:
+    """The shortest names of groups that together hold these parameters, and no others `of` the model."""
+    others, chosen = set(of) - set(names), []
+    for name in names:
+        parts = name.split("/")
+        prefixes = ("/".join(parts[:n]) for n in range(1, len(parts) + 1))
+        group = next(prefix for prefix in prefixes if not any(inside(other, prefix) for other in others))
+        chosen += [group] if group not in chosen else []
+    return chosen
+
+
+def rename_hint(init: InitFrom, missing: Shapes, unused: Shapes) -> list[str]:
+    """A line with a likely entry of `rename`, where the first parameters of the same shape have different names."""
+    for name, shape in missing.items():
+        alike = [other for other in unused if unused[other] == shape and other.rpartition("/")[2] == name.rpartition("/")[2]]
+        if alike:
+            old, new = alike[0].split("/"), name.split("/")
+            while old[1:] and new[1:] and old[-1] == new[-1]:
+                old, new = old[:-1], new[:-1]
+            entry = f"{'/'.join(old)} -> {'/'.join(new)}"
+            return [f"if they are the same under other names: c.init_from.rename = {(*init.rename, entry)}"]
+    return []
+
+
+def other_shapes(copied: Mapping[str, str], here: Shapes, there: Shapes) -> list[str]:
+    """Lines about parameters that cannot be copied because of their shape."""
+    names = [name for name, source in copied.items() if here[name] != there[source]]
+    if not names:
+        return []
+    shapes = listed([f"{name} has {there[copied[name]]} there and {here[name]} here" for name in names])
+    problems = [f"{shapes}; for initial values name them in both init_from.new and init_from.ignore"]
+    if all(name.startswith("periods/") and here[name][1:] == there[copied[name]][1:] for name in names):
+        first = names[0]
+        repeats = f"{there[copied[first]][0]} there and {here[first][0]} here"
+        problems.append(f"the first axis is the repetition of model.pattern: {repeats}; all of them are copied, or none")
+    return problems
+
+
+def listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def read_copied(directory: str, step: int, copied: Mapping[str, str], expected: Mapping) -> dict[str, jax.Array]:
+    """The copied parameters by their names here, with the shardings and dtypes of `expected`, and verified."""
+    abstract = {source: expected[name] for name, source in copied.items()}
+    saved = flatten_dict(checkpoint.read_params(directory, unflatten_dict(abstract, sep="/"), step), sep="/")
+    params, taken = {}, set()
+    for name, source in copied.items():
+        params[name] = jnp.copy(saved[source]) if source in taken else saved[source]  # a step donates each array once
+        taken.add(source)
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def initial(c: Config, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    """The initial values of these parameters, as a run without `init_from` has them."""
+    params = flatten_dict(init_state(c).params, sep="/")
+    return {name: params[name] for name in names}
+
+
+def embeddings(c: Config) -> set[str]:
+    """The names of the parameters that have a row for each token of the vocabulary."""
+    return {name for name, spec in flatten_dict(specs(c.model), sep="/").items() if spec.group == EMBEDDING}
+
+
+def tokenizer_note(directory: str, data: Mapping, tokenizer_hash: str) -> list[str]:
+    """A line if the checkpoint's embeddings are of another tokenizer than the one with this hash."""
+    path = Path(directory) / loading.IMPORTED_FILES / "tokenizer.json"
+    saved = data.get("stage", {}).get("tokenizer") or (load_tokenizer(str(path)).hash if path.is_file() else None)
+    if saved in (None, tokenizer_hash):
+        return []
+    return [f"tokenizer: {saved[:12]} -> {tokenizer_hash[:12]} (hashes): the copied embeddings may be of other tokens"]
