@@ -419,11 +419,6 @@ def test_names_of_before_are_errors_that_give_todays_and_older_checkpoints_are_r
     values = config.to_dict(c)
     older = copy.deepcopy(values)
     older["train"] |= {"balance": older["train"].pop("zigzag"), "context": "G=exchange"}
-    del (
-        older["optim"]["optimiser"],
-        older["stages"][0]["objective"],
-        older["stages"][0]["model_changes"],
-        older["model"]["kinds"]["G"]["mixer"],
-    )
-    del older["model"]["kinds"]["L"]["mlp"], older["model"]["prefix"]
+    del older["optim"]["optimiser"], older["stages"][0]["objective"], older["stages"][0]["model_changes"]
+    del older["model"]["kinds"]["G"]["mixer"], older["model"]["kinds"]["L"]["mlp"], older["model"]["prefix"]
     assert config.upgraded(older) == values == config.upgraded(values)

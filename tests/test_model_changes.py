@@ -2,9 +2,9 @@
 
 import re
 
+import optax
 import pytest
 from conftest import tiny
-from test_seams import sgd
 
 from hybrid_attn import config
 from hybrid_attn.train.model_changes import check_arrays, check_function
@@ -42,7 +42,7 @@ def saved():
     ids=str,
 )
 def test_a_change_of_the_arrays_is_refused_by_field_and_value(saved, changes, keys, one_device, monkeypatch):
-    monkeypatch.setitem(OPTIMISERS, "sgd", sgd)
+    monkeypatch.setitem(OPTIMISERS, "sgd", lambda optim, specs, total_steps: optax.sgd(optim.lr))
     with pytest.raises(ValueError, match="^the checkpoint of step 3 is of another model or optimiser .*\n") as refused:
         check_arrays(saved, tiny(changes), "the checkpoint of step 3")
     lines = str(refused.value).splitlines()[1:-1]
@@ -58,6 +58,12 @@ def test_a_change_of_the_function_needs_the_stage_to_name_the_field(saved, key, 
         check_function(saved, tiny({key: FUNCTION[key], "stages": [STAGE | {"steps": 3, "model_changes": (key,)}, STAGE]}), 3)
     (line,) = check_function(saved, tiny({key: FUNCTION[key], "stages": [STAGE | {"model_changes": (key,)}]}), 3)
     assert re.fullmatch(rf"model +{key}: .* -> {FUNCTION[key]}, as stages\[0\].model_changes says", line)
+
+
+def test_a_layer_type_of_the_pattern_that_has_no_layer_yet_is_no_other_model(one_device):
+    short = {"model.pattern": "LLG", "model.num_layers": 2}
+    with pytest.raises(ValueError, match="model or optimiser .*\n  model.d_ff: 48 -> 56\nuse"):
+        check_arrays(config.to_dict(tiny(short)), tiny(short | {"model.d_ff": 56, "model.norm_eps": 1e-3}), "it")
 
 
 def test_all_changed_fields_have_to_be_named(saved):

@@ -60,9 +60,9 @@ def check_function(saved: Mapping, c: Config, start: int) -> list[str]:
 
 
 def fields_of(values: Mapping) -> Fields:
-    """The fields of a config's model and the name of its optimiser, by key, without the layer types that no layer has."""
-    model, layers = values["model"], build_model(values["model"]).layers
-    kinds = {letter: model["kinds"][letter] for letter in sorted(set(layers))}
+    """The fields of a config's model and the name of its optimiser, by key, without the layer types that it does not use."""
+    built, model = build_model(values["model"]), values["model"]
+    kinds = {letter: model["kinds"][letter] for letter in sorted({*built.layers, *built.pattern})}
     return trees.flat({"model": {**model, "kinds": kinds}, "optim": {"optimiser": values["optim"]["optimiser"]}})
 
 
