@@ -236,6 +236,16 @@ def test_the_picture_is_what_its_script_draws():
     assert (ROOT / "docs" / "architecture.svg").read_text() == draw()
 
 
+def test_the_code_map_lists_the_path_to_the_attention_arithmetic():
+    text = (ROOT / "docs" / "code-map.md").read_text()
+    steps = [re.findall(r"`([^`]+)`", line) for line in re.findall(r"^\d+\. (`(?:launch|hybrid_attn)/.+)$", text, re.MULTILINE)]
+    assert steps[0][0] == "launch/train.py" and steps[-1][0] == "hybrid_attn/kernels/blocked.py"
+    for path, *names in steps:
+        text, names = (ROOT / path).read_text(), [name for name in names if not name.endswith(".py")]
+        missing = [name for name in names if not re.search(rf"\b{name}\b", text)]
+        assert not missing, f"{path} has no {missing}"
+
+
 TINY = [f"--config.model.{key}={value}" for key, value in {"d_model": 32, "d_ff": 48, "num_layers": 2, "head_dim": 8}.items()]
 TINY += ["--config.model.pattern=LG", "--config.stages[0].seq_len=64", "--steps=2", "--config.evals.tokens=256"]
 SHORTER = {
