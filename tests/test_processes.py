@@ -269,9 +269,9 @@ def test_processes_that_were_started_wrongly_are_told(hellos, message):
         (("a:1", 2, None), r"--process_id not given; pass --coordinator=HOST:PORT .* or none of the three"),
         ((None, None, 1), r"--coordinator and --num_processes not given"),
         (("a:1", 2, 2), r"--process_id=2 is not one of 0 to 1 \(--num_processes=2\)"),
-        (("a", 2, 0), r"--coordinator=a is no HOST:PORT"),
-        (("a:70000", 2, 0), r"--coordinator=a:70000 is no HOST:PORT"),
-        (("::1:1234", 2, 0), r"--coordinator=::1:1234: an IPv6 address stands in brackets, as in \[::1\]:1234"),
+        (("a", 2, 0), r"--coordinator=a is not HOST:PORT"),
+        (("a:70000", 2, 0), r"--coordinator=a:70000 is not HOST:PORT"),
+        (("::1:1234", 2, 0), r"--coordinator=::1:1234: an IPv6 address needs brackets, as in \[::1\]:1234"),
         (("a:1", 2, 0, float("nan")), r"--join_timeout=nan is no number of seconds"),
     ],
 )
