@@ -1,4 +1,4 @@
-"""Characters that no output can show, or that make a terminal do something: told by their number."""
+"""Control characters and other hidden ones, shown by their number: they could send commands to a terminal."""
 
 import re
 
@@ -16,8 +16,8 @@ def line(text: str) -> str:
     return visible(text).replace("\n", " ")
 
 
-def _code(found: re.Match) -> str:
-    number = ord(found[0])
+def _code(match: re.Match) -> str:
+    number = ord(match[0])
     if 0xD800 <= number < 0xE000:
         return "?"
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
