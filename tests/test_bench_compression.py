@@ -84,8 +84,8 @@ def test_a_checkpoint_is_asked_and_its_table_has_a_line_for_each_method_and_ques
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--shares=1/x"], "--shares has '1/x', which is no number and no fraction such as 1/8"),
-        (["--shares=1/2,2"], "--shares has '2', which does not lie between 0 and 1"),
+        (["--shares=1/x"], "--shares has '1/x', which is neither a number nor a fraction such as 1/8"),
+        (["--shares=1/2,2"], "--shares has '2', which is not between 0 and 1"),
         (["--shares=1/128"], "--shares: 8 slots leave nothing beside --window=8; use larger shares"),
         (["--pairs=9"], "pairs=9 must lie between 1 and 8 for task='recall'"),
         (["--length=64", "--pairs=8", "--shares=1/2", "--checkpoint=nowhere"], "nowhere is no directory"),
