@@ -1,4 +1,4 @@
-"""What the pages say is true: commands parse or run; config keys, flags, paths, links and the picture exist as they say."""
+"""The commands of the pages parse or run, and their config keys, flags, paths, links and picture exist."""
 
 import os
 import re
@@ -218,7 +218,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
-def test_a_page_with_one_thing_that_does_not_exist_is_found(text):
+def test_a_page_with_one_error_has_one_problem(text):
     assert len(problems(text + "\n", ROOT / "docs" / "page.md")) == 1
 
 
@@ -231,7 +231,7 @@ def test_the_readme_is_short_and_the_index_lists_every_page():
     )
 
 
-def test_the_picture_is_what_its_script_draws():
+def test_the_picture_equals_the_output_of_its_script():
     draw = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["draw"]
     assert (ROOT / "docs" / "architecture.svg").read_text() == draw()
 
