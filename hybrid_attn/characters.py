@@ -1,4 +1,4 @@
-"""Characters that no output can show, or that make a terminal do something: told by their number."""
+"""Control characters and other hidden ones, shown by their number: they could send commands to a terminal."""
 
 import re
 

@@ -27,5 +27,5 @@ def mesh_of(x: jax.Array) -> jax.sharding.Mesh:
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.uint8) if x.dtype == bool else x
-    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    return jnp.sum(words, dtype=jnp.uint32)
+    integers = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jnp.sum(integers, dtype=jnp.uint32)

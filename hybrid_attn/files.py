@@ -21,10 +21,10 @@ IMPORTED_FILES = "companions"  # the folder beside an imported checkpoint: token
 JSON_BYTES = 2**26  # the index of a model of 700B parameters takes 9 MB
 
 
-def check_named(flag: str, path: str | os.PathLike, what: str) -> None:
-    """ValueError where a flag that names `what`, such as "a new file", is empty: its path would be the current directory."""
+def check_named(flag: str, path: str | os.PathLike, value: str) -> None:
+    """ValueError where a flag is empty: its path would be the current directory. The cure asks for `value`: "a new file"."""
     if not os.fspath(path).strip():
-        raise ValueError(f"--{flag}= is empty; name {what}")
+        raise ValueError(f"--{flag}= is empty; name {value}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

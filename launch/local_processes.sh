@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains with N processes on this machine, which talk over its loopback: launch/local_processes.sh N -- FLAGS OF launch/train.py
+# Trains with N processes on this machine, which communicate over its loopback address: launch/local_processes.sh N -- FLAGS OF launch/train.py
 #
 #   DEVICES=4 launch/local_processes.sh 2 -- --config=configs/hybrid_8k.py --workdir=runs/two --config.mesh.data=-1 \
 #       '--config.stages[0].batch=8'
@@ -7,8 +7,8 @@
 # DEVICES  CPU devices of each process (1)
 # PYTHON   the interpreter (that of .venv, if there is one, else python3)
 #
-# Ctrl-C and SIGTERM stop and save as they do with one process, and so does a terminal that is closed. The exit status is that
-# of the first process that fails.
+# After Ctrl-C, SIGTERM or when the terminal is closed, the processes save and stop. The exit status is that of the first process
+# that fails.
 set -euo pipefail
 set -m # a group for each process: Ctrl-C reaches this script alone, which passes it on once
 
@@ -30,7 +30,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 [[ -x $python || -n ${PYTHON-} ]] || python=python3
 
-# Two ports next to each other that nobody uses.
+# Two successive free ports.
 port=$("$python" - <<'EOF'
 import socket
 while True:
@@ -45,7 +45,7 @@ while True:
 EOF
 )
 
-# Nobody without it joins these processes.
+# Only processes with this token can join.
 HYBRID_RUN_TOKEN=${HYBRID_RUN_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
 export HYBRID_RUN_TOKEN
 
@@ -58,7 +58,7 @@ for ((i = 0; i < n; i++)); do
     pids+=($!)
 done
 
-exec 2>/dev/null # from here on the processes speak; bash would report each that a signal ended
+exec 2>/dev/null # only of this script: bash would report each process that a signal ended
 status=0 left=$n killer=
 while ((left)); do
     code=0 ended=
@@ -69,7 +69,7 @@ while ((left)); do
         [[ ${pids[i]} != "$ended" ]] || unset "pids[i]"
     done
     if ((code && !status && left)); then
-        # The others end by themselves, with the reason, unless it came before they had joined.
+        # The others end by themselves and print the reason, unless they have not joined yet.
         { sleep 5; kill -TERM "${pids[@]}"; sleep 10; kill -KILL "${pids[@]}"; } &
         killer=$!
     fi

@@ -5,21 +5,21 @@
 #   launch/tpu_pod.sh run1 us-east5-a v5p-128 --dry-run -- --config=configs/hybrid_8k.py:8b --workdir=/mnt/runs/run1 --config.data.tokenizer=/mnt/tokenizer.json
 #   launch/tpu_pod.sh run1 us-east5-a v5p-128 --delete
 #
-# Queues for the machine or takes the one of that name, waits for it, copies the files of this repository that git tracks, as
-# they are here, installs it with the extra tpu, starts the program on all hosts and follows the log of the first. Ctrl-C ends
-# the following, not the training; the same command follows it again, and starts it again where it stopped once it has ended.
+# Requests a pod of that name unless it exists, waits for it, copies the files of this repository that git tracks (with local
+# changes), installs the package with the extra tpu, starts the program on all hosts and follows the log of the first. Ctrl-C ends
+# this script, not the training. The same command follows the training again; if it has ended, it is started again and resumes.
 #
 # --dry-run   print the commands and run none
-# --spot      a machine that can be taken away at any time, for less
+# --spot      a cheaper pod that may be taken away at any time
 # --slices=N  N slices (1)
-# --delete    delete the machine: at once without --, else when the training has ended or could not be started
+# --delete    delete the pod: immediately if there is no --, else when the training has ended or could not be started
 #
 # PROJECT  of gcloud (its default)
 # RUNTIME  version of the machines' software (v2-alpha-tpuv6e for v6e, v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p, else
 #          tpu-ubuntu2204-base)
-# SETUP    a command for every host before each start, which must bear to be repeated, such as the mount of the disk that the
-#          workdir is on: the hosts write one checkpoint together, and share no disk of their own
-# WAIT     seconds between two looks at the queue (30)
+# SETUP    a command for every host before each start, which may run more than once. It usually mounts the disk of the workdir:
+#          the hosts write one checkpoint together, and have no shared disk otherwise
+# WAIT     seconds between two queries of the pod's state (30)
 set -euo pipefail
 
 usage() {
@@ -68,7 +68,7 @@ nodes=("$name")
 
 run() {
     if [[ $dry ]]; then
-        printf '%s\n' "$(printf '%q ' "$@")" # in one piece: those of several slices come at the same time
+        printf '%s\n' "$(printf '%q ' "$@")" # in one write: the commands of several slices run at the same time
     else
         "$@"
     fi
@@ -91,7 +91,7 @@ wait_until_active() {
         [[ $now == "$before" ]] || echo "$name is ${now:-not there yet}" >&2
         before=$now
         case $now in
-            '') ((++unanswered < 10)) || fail "gcloud has not told the state of $name ten times: $(tail -n 1 "$scratch/why")" ;;
+            '') ((++unanswered < 10)) || fail "gcloud did not report the state of $name ten times: $(tail -n 1 "$scratch/why")" ;;
             FAILED | SUSPENDED | SUSPENDING | DELETING)
                 useless=1
                 fail "$name is $now and will not start; delete it and begin again: $0 $name $zone $type --delete"
@@ -112,7 +112,7 @@ on_all() {
     return "$code"
 }
 
-# The files that git tracks, in an archive: before a machine is paid for, as far as that is possible.
+# The files that git tracks, in an archive. This comes before the request, so that an error costs nothing.
 pack() {
     local command="git ls-files -z --cached --deduplicate | tar --null -T - -czf $archive" missing untracked config
     if [[ $dry ]]; then
@@ -122,7 +122,7 @@ pack() {
     cd "$root"
     missing=$(git ls-files --deleted) || fail "git does not know the files of $root, which are to be copied" 2
     [[ -z $missing ]] || fail "git tracks files that are not there: ${missing//$'\n'/, }; commit that, or bring them back" 2
-    for config; do # of the flags, the file that a user writes
+    for config; do # the config file among the flags
         [[ $config == --config=* ]] || continue
         config=${config#--config=} config=${config%%:*}
         [[ $config == /* || ! -e $config ]] || git ls-files --error-unmatch -- "$config" >/dev/null 2>&1 ||
@@ -145,7 +145,7 @@ remove() {
     run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
-# Deletes a machine on which no training could be started, if that was asked for.
+# With --delete, deletes a pod on which no training could be started.
 finish() {
     local code=$?
     rm -rf "$scratch"
@@ -167,12 +167,12 @@ else
     trap 'useless=; exit 143' TERM HUP
 fi
 archive=$scratch/hybrid_attn.tgz
-token=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # without it nobody joins the processes of this training
+token=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # only processes with this token can join
 install='set -e; mkdir -p hybrid_attn; tar -xzf hybrid_attn.tgz -C hybrid_attn; cd hybrid_attn
 command -v python3.11 >/dev/null || { sudo apt-get update -qq; sudo apt-get install -qq -y python3.11 python3.11-venv; }
 [ -x .venv/bin/python ] || python3.11 -m venv .venv
 .venv/bin/python -m pip install --quiet --constraint constraints/py311.txt --editable ".[tpu]"'
-# A process of its own, which a lost connection does not end; its exit status is written when it has one.
+# A detached process, so that a lost connection does not end it; its exit status goes to train.status.
 running='[ -e train.pid ] && kill -0 "$(cat train.pid)" 2>/dev/null && [ ! -e train.status ]'
 start="cd hybrid_attn; if $running; then exit 0; fi; rm -f train.status; export HYBRID_RUN_TOKEN=$token
 printf -v command '%q ' .venv/bin/python launch/train.py$( (($#)) && printf ' %q' "$@" || true)
@@ -210,7 +210,7 @@ useless=''
 code=0
 run gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 --command="$follow" || code=$?
 if [[ $delete ]]; then
-    # Not after a connection that was lost: then nobody knows how the training is.
+    # Not after a lost connection: the training may still be running.
     if ((code)) && ! run gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 --command="$ended"; then
         echo "error: lost $name, where the training may go on; it is not deleted" >&2
     else

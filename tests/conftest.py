@@ -1,4 +1,4 @@
-"""Eight CPU devices, and what several tests build from: tiny configs, rows of documents, random parameters.
+"""Eight CPU devices, and helpers that tests share: tiny configs, packed sequences, random parameters.
 
 TEST_PLATFORM names another platform, for tests/test_device.py.
 """
@@ -203,10 +203,10 @@ def on_mesh(batch: dict) -> dict:
     return {name: jax.device_put(x, sharding) for name, x in batch.items()}
 
 
-def assert_close(got, wanted, tolerance: float) -> None:
+def assert_close(actual, expected, tolerance: float) -> None:
     """Every leaf equal to within `tolerance` times the largest number in it."""
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert a.shape == b.shape, jax.tree_util.keystr(path)
         error = np.max(np.abs(a - b), initial=0.0)

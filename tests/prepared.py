@@ -34,10 +34,10 @@ def write(folder, files=6, each=15):
 
 
 def run(tmp_path, out="out", inputs="raw/*.jsonl", workers=1, **changes):
-    said = []
+    lines = []
     options = dataclasses.replace(OPTIONS, **changes)
-    summary = prepare.prepare([str(tmp_path / inputs)], str(tmp_path / out), options, workers, said.append)
-    return summary, said
+    summary = prepare.prepare([str(tmp_path / inputs)], str(tmp_path / out), options, workers, lines.append)
+    return summary, lines
 
 
 def texts(path, tokenizer=BYTES):

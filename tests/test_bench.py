@@ -1,4 +1,4 @@
-"""The tools that measure print their tables and write the numbers; what they measure is no matter of a test."""
+"""The benchmarks print their tables and write their numbers; the numbers themselves are not tested."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def test_attention_is_timed_at_every_length_and_its_growth_fitted(tmp_path):
     done = run("bench_attention", *sizes, f"--json={tmp_path / 'out.json'}")
     assert done.returncode == 0, done.stderr
     out = json.loads((tmp_path / "out.json").read_text())
-    wanted = [(kind, S, name) for kind in ("local", "global") for S in (64, 128) for name in ("ours", "jax.nn")]
-    assert [(r["kind"], r["tokens"], r["contender"]) for r in out["records"]] == wanted
+    expected = [(kind, S, name) for kind in ("local", "global") for S in (64, 128) for name in ("ours", "jax.nn")]
+    assert [(r["kind"], r["tokens"], r["contender"]) for r in out["records"]] == expected
     assert all(len(r["calls"]) == 2 and r["seconds"] == min(r["calls"]) > 0 and "memory" in r for r in out["records"])
     pairs = {r["kind"]: r["flops"] / (3 * 4 * 4 * 8) for r in out["records"] if r["tokens"] == 64}
     assert pairs == {"local": sum(min(t + 1, 16) for t in range(64)), "global": 64 * 65 / 2}
@@ -77,24 +77,24 @@ def test_answers_are_timed_and_their_caches_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tool", "flag", "said"),
+    ("tool", "flag", "message"),
     [
         ("bench_infer", "--lengths=2Q", "--lengths has '2Q'"),
         ("bench_attention", "--lengths=2Q", "--lengths has '2Q'"),
         ("bench_train", "--config.model.d_ff=0", "model.d_ff=0"),
     ],
 )
-def test_a_wrong_flag_is_an_error_of_one_line(tool, flag, said, monkeypatch, capsys):
+def test_a_wrong_flag_is_an_error_of_one_line(tool, flag, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [tool, flag])
     with conftest.tool(tool) as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         module.main(parse(sys.argv))
     out, error = capsys.readouterr()
-    assert error.startswith("error: ") and said in error and len(error.splitlines()) == 1
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
     assert (ended.value.code, out) == (2, "")
 
 
 @pytest.mark.skipif(not measurement.can_watch(), reason="the memory of a process is watched on Linux with glibc")
-def test_what_needs_more_memory_than_the_limit_is_missing_and_the_rest_is_measured():
+def test_a_contender_that_exceeds_the_memory_limit_is_left_out_and_the_others_are_measured():
     tasks = {"small": measurement.Task("one", allocate, (10,)), "large": measurement.Task("one", allocate, (200,))}
     with measurement.Processes(limit=100 * 2**20) as processes:
         measured = processes.race("memory", tasks, 2)

@@ -1,4 +1,4 @@
-"""The program that measures compressed caches: its questions, which answers are right, and what it refuses."""
+"""The benchmark of compressed caches: its questions, the right answers, and its errors."""
 
 import json
 import re
@@ -44,7 +44,7 @@ class Recall:
 
 
 @pytest.mark.parametrize("length", [64, 65])
-def test_an_answer_is_right_when_it_is_the_value_of_the_key_that_was_asked_for(tool, length):
+def test_an_answer_is_right_if_it_is_the_value_of_the_key_in_the_question(tool, length):
     engine, rows = Recall(), SyntheticSequences(Task("recall", 4), length, None)
     records = tool.accuracies(engine, rows, 10, CAPS, WINDOW)
     full, *others = [(r["method"], r["share"], r["question"], r["accuracy"]) for r in records]
@@ -60,7 +60,7 @@ def test_an_answer_is_right_when_it_is_the_value_of_the_key_that_was_asked_for(t
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_asked_and_its_table_has_a_line_for_each_method_and_question(tool, tmp_path, capsys):
+def test_the_table_of_a_checkpoint_has_a_line_for_each_method_and_question(tool, tmp_path, capsys):
     c = tiny({"model.num_kv_heads": 4})
     with jax.set_mesh(mesh_of()):
         checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1, every=1)
@@ -82,18 +82,18 @@ def test_a_checkpoint_is_asked_and_its_table_has_a_line_for_each_method_and_ques
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--shares=1/x"], "--shares has '1/x', which is no number and no fraction such as 1/8"),
-        (["--shares=1/2,2"], "--shares has '2', which does not lie between 0 and 1"),
+        (["--shares=1/x"], "--shares has '1/x', which is neither a number nor a fraction such as 1/8"),
+        (["--shares=1/2,2"], "--shares has '2', which is not between 0 and 1"),
         (["--shares=1/128"], "--shares: 8 slots leave nothing beside --window=8; use larger shares"),
         (["--pairs=9"], "pairs=9 must lie between 1 and 8 for task='recall'"),
         (["--length=64", "--pairs=8", "--shares=1/2", "--checkpoint=nowhere"], "nowhere is no directory"),
         (["--length=64", "--window=7", "--shares=1/2", "--rows=0"], "flag --rows=0: 0 is not a positive integer"),
     ],
 )
-def test_wrong_flags_are_refused_in_a_line(tool, tmp_path, capsys, arguments, said):
+def test_wrong_flags_are_refused_in_a_line(tool, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as ended, flagsaver.flagsaver():
         tool.main(parse(["bench_compression.py", f"--checkpoint={tmp_path}", *arguments]))
     error = capsys.readouterr().err
-    assert (ended.value.code, len(error.splitlines())) == (2, 1) and said in error
+    assert (ended.value.code, len(error.splitlines())) == (2, 1) and message in error

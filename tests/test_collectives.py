@@ -1,4 +1,4 @@
-"""What is read from compiled programs is what the programs send, to the byte."""
+"""The collectives that are read from a compiled program have exactly the bytes that it sends."""
 
 import jax
 import jax.numpy as jnp
@@ -49,28 +49,28 @@ CASES = {
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_bytes_axes_and_turns_of_a_collective_in_a_loop_are_those_of_the_program(kind):
+def test_a_collective_in_a_loop_has_its_bytes_axes_and_iterations(kind):
     function, axes, devices, size = CASES[kind]
-    (found,) = compiled(loop(function, 3), mesh_of(fsdp=2, context=4))
-    assert (found.kind, found.axes, found.devices) == (kind, axes, devices)
-    assert (found.bytes, found.times, found.total) == (size, 3, 3 * size)
-    assert found.types == ("f32",) * len(found.types)
+    (collective,) = compiled(loop(function, 3), mesh_of(fsdp=2, context=4))
+    assert (collective.kind, collective.axes, collective.devices) == (kind, axes, devices)
+    assert (collective.bytes, collective.times, collective.total) == (size, 3, 3 * size)
+    assert collective.types == ("f32",) * len(collective.types)
 
 
 def test_loops_in_loops_multiply_and_a_call_outside_counts_once():
-    found = compiled(lambda x: gather(loop(loop(gather, 3), 5)(x)), mesh_of(context=4, tensor=2))
-    assert sorted(x.times for x in found) == [1, 15]
-    assert all("there" in x.scope and not x.backward for x in found)
+    collectives = compiled(lambda x: gather(loop(loop(gather, 3), 5)(x)), mesh_of(context=4, tensor=2))
+    assert sorted(x.times for x in collectives) == [1, 15]
+    assert all("there" in x.scope and not x.backward for x in collectives)
 
 
 def test_the_gradient_of_a_gather_is_a_scatter_of_the_backward_pass():
     def gradient(x):
         return jax.grad(lambda x: gather(x).sum())(x)
 
-    found = {x.kind: x for x in compiled(gradient, mesh_of(context=8))}
-    assert set(found) == {"all-gather", "reduce-scatter"}
-    assert found["all-gather"].bytes == found["reduce-scatter"].bytes == 7 * SHARD
-    assert (found["all-gather"].backward, found["reduce-scatter"].backward) == (False, True)
+    collectives = {x.kind: x for x in compiled(gradient, mesh_of(context=8))}
+    assert set(collectives) == {"all-gather", "reduce-scatter"}
+    assert collectives["all-gather"].bytes == collectives["reduce-scatter"].bytes == 7 * SHARD
+    assert (collectives["all-gather"].backward, collectives["reduce-scatter"].backward) == (False, True)
 
 
 def test_a_collective_among_single_devices_is_none():
@@ -145,7 +145,7 @@ def test_a_start_and_its_done_are_one_and_a_loop_without_a_count_has_it_in_its_c
     assert gather.backward and "halo" in gather.scope, "the scope of the nearest operand that has one"
 
 
-def test_a_loop_that_does_not_say_how_often_it_turns_is_an_error_where_something_is_sent():
+def test_a_loop_of_unknown_length_with_a_collective_is_an_error():
     text = ASYNC.replace("constant(7)", "get-tuple-element(%s), index=0")
     with pytest.raises(ValueError, match="has an unknown number of iterations"):
         collectives(text, {"context": 4})

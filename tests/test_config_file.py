@@ -1,4 +1,4 @@
-"""A config file that fails says where, and every key of a config is a flag of every program that has one."""
+"""The error of a config file has its line, and every key of a config is a flag of every program that has one."""
 
 import math
 import subprocess
@@ -17,7 +17,7 @@ from hybrid_attn.programs import parse
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = [ROOT / "launch/train.py", *sorted((ROOT / "tools").glob("*.py"))]
-MINE = "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n"
+GET_CONFIG = "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n"
 
 
 def overridden(key, text):
@@ -39,7 +39,7 @@ def at(c, path):
 
 
 @pytest.mark.parametrize("path", KEYS)
-def test_every_key_can_be_written_on_the_command_line_and_what_may_be_none_can_be_set_and_unset(path):
+def test_every_key_can_be_set_on_the_command_line_and_optional_keys_can_be_none(path):
     value = KEYS[path]
     assert at(overridden(flag_of(path), str(value)), path) == (list(value) if isinstance(value, tuple) else value)
     if path.rpartition(".")[2] in OPTIONAL and not path.endswith("temperature.scale"):
@@ -51,7 +51,7 @@ def test_every_key_can_be_written_on_the_command_line_and_what_may_be_none_can_b
 
 
 @pytest.mark.parametrize("path", KEYS)
-def test_no_text_for_a_key_is_more_than_a_line_that_names_it(path):
+def test_any_invalid_text_for_a_key_is_one_line_that_names_the_key(path):
     name = path.rpartition(".")[2]
     for text in (
         "nan",
@@ -86,7 +86,7 @@ def test_lists_are_written_with_commas_or_as_python_writes_them_and_flags_withou
 
 
 @pytest.mark.parametrize(
-    "key, text, words",
+    "key, text, message",
     [
         ("stages[1].steps", "3", r"^config.stages\[1\] does not exist: config.stages has 1 entry, counted from 0$"),
         ("stages.steps", "3", r"^config.stages is a list; write config.stages\[0\].steps$"),
@@ -100,20 +100,20 @@ def test_lists_are_written_with_commas_or_as_python_writes_them_and_flags_withou
         ("model.kinds.X.window", "4", "^unknown key config.model.kinds.X; known keys: G, L$"),
     ],
 )
-def test_a_flag_that_fits_no_key_says_what_would(key, text, words):
-    with pytest.raises(ValueError, match=words):
+def test_a_flag_of_an_unknown_key_or_a_wrong_value_is_an_error_with_the_valid_form(key, text, message):
+    with pytest.raises(ValueError, match=message):
         overridden(key, text)
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, message",
     [
-        (MINE + "    c.optim.lr = = 3\n", "mine.py, line 6: SyntaxError: invalid syntax: c.optim.lr = = 3"),
-        (MINE + "    c.optim.lr = 1 / 0\n", "mine.py, line 6: ZeroDivisionError: division by zero"),
-        (MINE + "    c.optim.lr = 'x'\n", "mine.py, line 6: TypeError: "),
-        (MINE + "    raise ValueError('no such\\nsize')\n", "mine.py, line 6: no such size"),
-        (MINE + "    exit('bye')\n", "mine.py, line 6: SystemExit: bye"),
-        (MINE, "mine.py: get_config() returns None, and must return a ConfigDict"),
+        (GET_CONFIG + "    c.optim.lr = = 3\n", "mine.py, line 6: SyntaxError: invalid syntax: c.optim.lr = = 3"),
+        (GET_CONFIG + "    c.optim.lr = 1 / 0\n", "mine.py, line 6: ZeroDivisionError: division by zero"),
+        (GET_CONFIG + "    c.optim.lr = 'x'\n", "mine.py, line 6: TypeError: "),
+        (GET_CONFIG + "    raise ValueError('no such\\nsize')\n", "mine.py, line 6: no such size"),
+        (GET_CONFIG + "    exit('bye')\n", "mine.py, line 6: SystemExit: bye"),
+        (GET_CONFIG, "mine.py: get_config() returns None, and must return a ConfigDict"),
         ("import nowhere\n", "mine.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
         ("x = 3\n", "mine.py: it has no function get_config()"),
         ("x = '\0'\n", "mine.py"),
@@ -121,22 +121,23 @@ def test_a_flag_that_fits_no_key_says_what_would(key, text, words):
         ("def get_config():\n    return get_config()\n", "mine.py, line 2: RecursionError: "),
     ],
 )  # fmt: skip
-def test_a_config_file_that_fails_says_its_line_and_why_in_one_line(text, words, tmp_path):
+def test_a_config_file_that_fails_says_its_line_and_why_in_one_line(text, message, tmp_path):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(ValueError) as caught:
         config_file.load(str(tmp_path / "mine.py"))
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_file_outside_the_repository_gives_a_config_and_what_it_writes_wrongly_is_named(tmp_path):
+def test_a_config_file_outside_the_repository_is_read_and_its_errors_are_named(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        MINE.replace("get_config():\n    c", "get_config(rate='1'):\n    c") + "    c.optim.lr = float(rate)\n    return c\n"
+        GET_CONFIG.replace("get_config():\n    c", "get_config(rate='1'):\n    c")
+        + "    c.optim.lr = float(rate)\n    return c\n"
     )
     assert config.build(config_file.load(f"{path}:0.5")).optim.lr == 0.5
     with pytest.raises(ValueError, match="^config.optim.lr=nan must be a finite number$"):
         config.build(config_file.load(f"{path}:nan"))
-    path.write_text(MINE + "    c.optim.learning_rate = 1.0\n    return c\n")
+    path.write_text(GET_CONFIG + "    c.optim.learning_rate = 1.0\n    return c\n")
     with pytest.raises(ValueError, match="unknown key config.optim.learning_rate; did you mean config.optim.lr"):
         config.build(config_file.load(str(path)))
     with pytest.raises(ValueError, match="mine.py: get_config.. takes no argument, and '8b' is one"):
@@ -160,14 +161,16 @@ def ended(program, arguments, capsys):
         ("bench_infer", []),
     ],
 )
-def test_a_typo_in_a_key_is_a_line_with_what_was_meant_in_every_tool_that_has_a_config(program, arguments, monkeypatch, capsys):
+def test_a_typo_in_a_key_is_one_line_with_the_nearest_key_in_every_program_with_a_config(
+    program, arguments, monkeypatch, capsys
+):
     monkeypatch.chdir(ROOT)
     code, error = ended(program, [*arguments, "--config.optim.learning_rate=1"], capsys)
     assert (code, error) == (2, "error: unknown key config.optim.learning_rate; did you mean config.optim.lr?\n")
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, message",
     [
         (["workdir=wd"], "'workdir=wd' is no flag: flags begin with --"),
         (["--workdir="], "--workdir is empty"),
@@ -198,12 +201,12 @@ def test_a_typo_in_a_key_is_a_line_with_what_was_meant_in_every_tool_that_has_a_
         (["--noconfig.train.zigzag=true"], "--noconfig.train.zigzag=true: write --noconfig.train.zigzag"),
     ],
 )
-def test_a_wrong_command_line_of_the_trainer_is_a_line_that_names_the_flag_and_the_bound(
-    arguments, words, tmp_path, monkeypatch, capsys
+def test_a_wrong_flag_of_the_training_program_is_one_line_with_the_flag_and_the_bound(
+    arguments, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(ROOT)
     code, error = ended("train", ["--config=configs/base.py", f"--workdir={tmp_path}", *arguments], capsys)
-    assert code == 2 and error.count("\n") == 1 and error.startswith(f"error: {words}"), error
+    assert code == 2 and error.count("\n") == 1 and error.startswith(f"error: {message}"), error
 
 
 @pytest.mark.parametrize("name", ["train", "plan"])
@@ -236,7 +239,7 @@ def test_a_key_with_two_values_is_refused_and_the_same_one_twice_is_not(once, ag
     assert again.partition("=")[2] in error and once.partition("=")[2] in error
 
 
-def test_an_empty_list_is_said_to_be_empty():
+def test_an_index_into_an_empty_list_is_an_error_that_calls_it_empty():
     values = config.to_dict(config.build(base.get_config())) | {"stages": []}
     with pytest.raises(ValueError, match=r"^config.stages\[-1\] does not exist: config.stages is empty$"):
         trees.override(config.Config, values, "config", "stages[-1].steps", "3")

@@ -1,4 +1,4 @@
-"""The configs of published models have their published numbers, and those of the paper are its variants."""
+"""The configs of published models have the published sizes, and those of the paper are its variants."""
 
 import functools
 import importlib
@@ -43,7 +43,7 @@ def model_of(name: str, *args) -> config.Model:
     ("name", "billions", "published"),
     [("command_r7b", 8.028, R7B), ("command_a", 111.058, COMMAND_A), ("tiny_aya", 3.349, AYA)],
 )
-def test_published_models_have_their_parameters_and_are_what_their_config_json_says(name, billions, published):
+def test_published_models_have_their_number_of_parameters_and_equal_their_config_json(name, billions, published):
     model = model_of(f"models.{name}")
     assert round(flops.parameters(model) / 1e9, 3) == billions
     assert families.model_of(published) == model  # so that a run with this config goes on from imported weights

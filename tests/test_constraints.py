@@ -1,4 +1,4 @@
-"""What pyproject.toml asks for, the accelerators' libraries among it, is pinned for every Python that is tested."""
+"""Every requirement of pyproject.toml, also of the extras for accelerators, is pinned for every tested Python."""
 
 import re
 import tomllib
@@ -18,8 +18,8 @@ def name_of(requirement):
 def test_every_requirement_is_pinned_and_matplotlib_is_no_extra(path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {name_of(line): line for line in path.read_text().splitlines()}
-    wanted = [*project["dependencies"], *(x for extra in project["optional-dependencies"].values() for x in extra)]
-    for requirement in wanted:
+    requirements = [*project["dependencies"], *(x for extra in project["optional-dependencies"].values() for x in extra)]
+    for requirement in requirements:
         for name in (name_of(requirement), *BROUGHT.get(requirement, ())):
             assert re.search(r"==\d", pinned[name]), name
     assert "tokamax==0.0.12" in pinned.values()

@@ -79,18 +79,18 @@ def assert_as_on_one_device(
 
 @pytest.mark.parametrize("zigzag", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_halo_gives_a_window_what_one_device_gives(window, zigzag):
+def test_a_window_with_a_halo_equals_one_device(window, zigzag):
     assert_as_on_one_device("halo", zigzag, window=WINDOWS[window], sinks=window == "smaller")
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
 @pytest.mark.parametrize("scheme", ["gather", "ring", "ulysses"])
-def test_every_scheme_gives_the_full_prefix_what_one_device_gives(scheme, zigzag):
+def test_the_full_prefix_with_every_scheme_equals_one_device(scheme, zigzag):
     assert_as_on_one_device(scheme, zigzag, softcap=2.0 if zigzag else None, sinks=True)
 
 
 @pytest.mark.parametrize("scheme", ["gather", "ring", "ulysses"])
-def test_every_scheme_takes_a_window_too(scheme):
+def test_a_window_with_every_scheme_equals_one_device(scheme):
     assert_as_on_one_device(scheme, True, window=SHARD + 3)
 
 

@@ -1,4 +1,4 @@
-"""Families: the logits of their own implementations, both directions of config.json, and what is refused."""
+"""Families: the logits of their own implementations, both directions of config.json, and errors."""
 
 import dataclasses
 import json
@@ -167,7 +167,7 @@ def test_a_config_that_is_not_ours_is_refused_with_its_field(case, fields, messa
         families.model_of({key: x for key, x in values.items() if x is not None})
 
 
-def test_layers_of_olmo3_are_what_its_library_makes_of_a_pattern():
+def test_layers_of_olmo3_follow_the_pattern_as_in_its_library():
     """It ignores `sliding_window_pattern`: every fourth layer is full."""
     values = {key: x for key, x in hf.read_config(GOLDEN["olmo3"]).items() if key != "layer_types"}
     assert families.model_of(values | {"sliding_window_pattern": 2}) == families.model_of(values)

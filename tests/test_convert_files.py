@@ -306,7 +306,7 @@ def test_only_regular_files_of_a_plausible_size_are_opened(exported):
         read(exported)
 
 
-def test_an_error_names_only_some_of_many_tensors(exported):
+def test_an_error_about_many_tensors_names_a_few(exported):
     edit_tensors(exported, lambda arrays: arrays.update({f"x.{i}": np.zeros(1, np.float32) for i in range(5000)}))
     with pytest.raises(ValueError, match="  and 4,980 more$"):
         read(exported)

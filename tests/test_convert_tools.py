@@ -75,7 +75,7 @@ def test_an_empty_directory_a_link_and_a_mount_point_are_filled_where_they_are(t
         pass
 
 
-def test_content_that_cannot_be_moved_is_kept_and_named(tmp_path):
+def test_output_that_cannot_be_moved_stays_in_its_temporary_directory_which_is_named(tmp_path):
     with pytest.raises(OSError, match=r"out could not be created .*; its content is in (\S+)") as error:
         with hf.new_directory(tmp_path / "out") as directory:
             (directory / "work").write_text("x")
@@ -118,8 +118,8 @@ def test_a_workdir_of_any_name_is_exported_to_a_directory_of_any_name(tools, tmp
     workdir, out = tmp_path / "a%20b", tmp_path / "out#1?%20"
     params = save_run(workdir, seed=2)
     for directory in (workdir, workdir / "checkpoints"):
-        status, said, err = tools("export_hf", f"--checkpoint={directory}", f"--out={out}")
-        assert status == 0 and said.startswith(f"{out}: Cohere2ForCausalLM"), err
+        status, output, err = tools("export_hf", f"--checkpoint={directory}", f"--out={out}")
+        assert status == 0 and output.startswith(f"{out}: Cohere2ForCausalLM"), err
         assert_same(read(out)[1], params)
         shutil.rmtree(out)
     workdir.rename(tmp_path / "a#b?é")
@@ -149,7 +149,7 @@ def test_wrong_flags_of_an_import_are_an_error_of_one_line(tools, exported, tmp_
 
 
 @pytest.mark.parametrize("name", ["import_hf", "export_hf"])
-def test_without_the_library_an_error_says_what_to_install(name, exported, tools, tmp_path, monkeypatch):
+def test_without_the_library_an_error_names_the_package_to_install(name, exported, tools, tmp_path, monkeypatch):
     for module in ("safetensors", "safetensors.numpy"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "hybrid_attn.convert.hf")

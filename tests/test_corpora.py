@@ -1,4 +1,4 @@
-"""Sources are files or stores, chosen by label and length, and what they lack is said with their name."""
+"""Sources are files or stores, selected by label and length, and an error names its source."""
 
 import dataclasses
 
@@ -86,18 +86,18 @@ def test_a_store_is_loaded_for_the_runs_tokenizer_and_chosen_by_label(monkeypatc
         (0.3, {"paths": (), "store": "/nowhere"}, "/nowhere is not a token store"),
     ],
 )
-def test_what_a_source_lacks_is_said_with_its_name(folder, holdout, changes, message):
+def test_a_source_without_documents_is_an_error_with_its_name(folder, holdout, changes, message):
     with pytest.raises(ValueError, match=f"^data.sources.text: .*{message}"):
         corpora.load(data_of(holdout, text={"paths": (folder,), **changes}), ["text"], BYTES)
 
 
-def test_what_a_config_has_opened_is_known_before(folder):
+def test_locations_are_the_files_that_a_config_opens(folder):
     data = data_of(text={"paths": (folder,)}, library={}, stored={"store": "gs://b/s"}, drawn={"task": "copy"})
     assert corpora.locations(data, data.sources) == {"text": (folder,), "stored": ("gs://b/s",)}
     assert corpora.locations(data, ["library"]) == {}
 
 
-def test_a_mixture_of_a_source_that_is_not_there_is_refused(folder):
+def test_a_mixture_that_names_an_unknown_source_is_refused(folder):
     data = data_of(text={"paths": (folder,)})
     for read in (corpora.locations, lambda *arguments: corpora.load(*arguments, BYTES)):
         with pytest.raises(ValueError, match="names nowhere, which is not in its data.sources"):

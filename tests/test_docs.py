@@ -1,4 +1,4 @@
-"""What the pages say is true: commands parse or run; config keys, flags, paths, links and the picture exist as they say."""
+"""The commands of the pages parse or run, and their config keys, flags, paths, links and picture exist."""
 
 import functools
 import os
@@ -232,7 +232,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
-def test_a_page_with_one_thing_that_does_not_exist_is_found(text):
+def test_a_page_with_one_error_has_one_problem(text):
     assert len(problems(text + "\n", ROOT / "docs" / "page.md")) == 1
 
 
@@ -245,9 +245,19 @@ def test_the_readme_is_short_and_the_index_lists_every_page():
     )
 
 
-def test_the_picture_is_what_its_script_draws():
+def test_the_picture_equals_the_output_of_its_script():
     draw = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["draw"]
     assert (ROOT / "docs" / "architecture.svg").read_text() == draw()
+
+
+def test_the_code_map_lists_the_path_to_the_attention_arithmetic():
+    text = (ROOT / "docs" / "code-map.md").read_text()
+    steps = [re.findall(r"`([^`]+)`", line) for line in re.findall(r"^\d+\. (`(?:launch|hybrid_attn)/.+)$", text, re.MULTILINE)]
+    assert steps[0][0] == "launch/train.py" and steps[-1][0] == "hybrid_attn/kernels/blocked.py"
+    for path, *names in steps:
+        text, names = (ROOT / path).read_text(), [name for name in names if not name.endswith(".py")]
+        missing = [name for name in names if not re.search(rf"\b{name}\b", text)]
+        assert not missing, f"{path} has no {missing}"
 
 
 TINY = [f"--config.model.{key}={value}" for key, value in {"d_model": 32, "d_ff": 48, "num_layers": 2, "head_dim": 8}.items()]

@@ -49,7 +49,7 @@ def all_spans(part):
     return [(i, 0, n) for i, n in enumerate(part.lengths)]
 
 
-def test_each_file_is_one_document_between_its_marks(tmp_path):
+def test_each_file_is_one_document_between_bos_and_eos(tmp_path):
     texts = [bytes(range(i, 5 * i + 1)) for i in range(10, 40)]
     for i, text in enumerate(texts, 10):
         (tmp_path / f"{i}.txt").write_bytes(text)
@@ -66,14 +66,14 @@ def test_each_file_is_one_document_between_its_marks(tmp_path):
     assert sorted(read) == texts
 
 
-def test_a_large_vocabulary_is_stored_whole(tmp_path):
+def test_ids_of_a_large_vocabulary_are_stored_in_four_bytes(tmp_path):
     (tmp_path / "a.txt").write_text("a東🙂"[:2])
     loaded = load(data(tmp_path / "a.txt", holdout=1e-9), Letters(), heldout=False)
     assert loaded.dtype == np.uint32
     assert loaded.read([(0, 0, 4)])[0].tolist() == [69_998, ord("a"), ord("東"), 69_999]
 
 
-def test_spans_come_in_the_order_asked_for_and_within_their_document():
+def test_spans_are_read_in_the_requested_order_and_within_their_document():
     tokens = [np.arange(10 * i, 10 * i + n, dtype=np.uint16) for i, n in enumerate([3, 7, 5])]
     corpus = documents.in_memory(tokens, [5, 6, 7])
     read = corpus.read([(2, 1, 4), (0, 0, 3), (1, 7, 7), (2, 0, 1)])
@@ -92,7 +92,7 @@ def test_a_selection_of_a_selection_reads_the_documents_it_shows():
     assert chosen.read([(0, 0, 9)])[0].base is tokens[2]
 
 
-def test_splits_are_disjoint_complete_and_of_the_share_asked_for(tmp_path):
+def test_splits_are_disjoint_complete_and_of_the_requested_share(tmp_path):
     names = [f"{i}.txt" for i in range(400)]
     write(tmp_path, names)
     train, heldout = split(tmp_path / "*.txt")
@@ -110,7 +110,7 @@ def test_texts_keep_their_split_under_other_names_and_beside_others(tmp_path):
     assert before == tuple([x for x in part if not x.endswith(("new.txt", "other.txt"))] for part in after)
 
 
-def test_copies_of_a_text_are_on_one_side(tmp_path):
+def test_copies_of_a_text_are_in_the_same_split(tmp_path):
     write(tmp_path, [f"{i}.txt" for i in range(60)], text="one of two")
     (tmp_path / "other.txt").write_text("two")
     assert sorted(map(len, split(tmp_path / "*.txt", holdout=0.55))) == [1, 60]
@@ -121,7 +121,7 @@ def test_a_larger_holdout_only_adds_documents(tmp_path):
     assert set(split(tmp_path / "*.txt", holdout=0.2)[1]) < set(split(tmp_path / "*.txt", holdout=0.5)[1])
 
 
-def test_a_file_found_twice_is_one_document(tmp_path):
+def test_a_file_that_two_patterns_match_is_one_document(tmp_path):
     write(tmp_path, ["a/1.txt", "b/2.txt"])
     os.symlink(tmp_path / "a/1.txt", tmp_path / "b/3.txt")
     paths = documents.find((str(tmp_path / "a/*"), str(tmp_path / "**/*.txt")))
@@ -145,7 +145,7 @@ def test_the_standard_library_is_the_default():
     assert named["json/decoder.py"] == __import__("json").decoder.__file__
 
 
-def test_bytes_read_what_is_not_utf8_and_text_tokenizers_name_it(tmp_path):
+def test_invalid_utf8_is_read_as_bytes_and_is_an_error_for_a_text_tokenizer(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     settings = data(tmp_path / "latin.txt", holdout=1e-9)
     assert load(settings, BYTES, heldout=False).read([(0, 0, 6)])[0].tolist() == [256, *b"caf\xe9", 257]
@@ -189,7 +189,7 @@ def test_a_directory_is_read_as_it_is_for_a_store(tmp_path):
     ("x.txt.gz", gzip.compress(b"", mtime=0), "matches 1 files and all are empty; name files with text"),
     ("x.jsonl", b'{"text": ""}\n\n{"text": null}\n', "matches 1 files and all are empty"),
 ])  # fmt: skip
-def test_what_is_not_text_is_not_trained_on(tmp_path, name, content, message):
+def test_a_file_that_is_not_text_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         documents.load((f"{tmp_path}/*",), BYTES)

@@ -1,4 +1,4 @@
-"""Broken runs end with the bits of undisturbed ones, and the harness that shows it sees what it looks for."""
+"""Disturbed runs end with the same bits as undisturbed ones, and the program that compares them notices differences."""
 
 import shutil
 import subprocess

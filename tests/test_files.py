@@ -88,7 +88,7 @@ def test_a_disk_without_locks_is_used_with_a_warning_and_any_other_error_is_one(
         pass
 
 
-def test_what_is_set_aside_gets_the_first_free_name(tmp_path):
+def test_a_renamed_old_file_gets_the_first_free_name(tmp_path):
     for _ in range(3):
         (tmp_path / "a.txt").write_text("")
         set_aside(tmp_path / "a.txt")
@@ -110,7 +110,7 @@ def test_a_file_that_is_removed_or_replaced_while_it_grows_is_written_again(tmp_
     assert (tmp_path / "lines.old").read_text() == "of somebody else"
 
 
-def test_what_a_full_disk_refuses_is_written_whole_when_there_is_room_again(tmp_path):
+def test_bytes_that_a_full_disk_refused_are_written_completely_once_there_is_space(tmp_path):
     path, (soft, hard) = tmp_path / "lines", resource.getrlimit(resource.RLIMIT_FSIZE)
     file = Appended(path)
     file.write(b"1\n")

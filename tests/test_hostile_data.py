@@ -1,4 +1,4 @@
-"""Whatever is done to the files of a store, a tokenizer or a dataset, they are read as they were or refused in a line."""
+"""However the files of a store, a tokenizer or a dataset are changed, reading gives the old content or an error of one line."""
 
 import copy
 import json

@@ -92,7 +92,7 @@ STRANGERS = (
 )  # fmt: skip
 
 
-def test_nothing_that_strangers_say_takes_a_place_or_keeps_a_run_from_beginning(hub_of):
+def test_messages_of_strangers_neither_join_nor_delay_a_run(hub_of):
     roll, port = hub_of(2)
     others = [Process(port) for _ in STRANGERS]
     for other, line in zip(others, STRANGERS, strict=True):
@@ -122,7 +122,7 @@ def test_silent_slow_and_many_connections_cost_a_run_no_time(hub_of):
     thread.join()
 
 
-def test_a_connection_that_never_says_who_it_is_does_not_move_the_deadline(hub_of):
+def test_a_connection_without_a_join_message_does_not_extend_the_timeout(hub_of):
     _, port = hub_of(2, timeout=0.5)
     (process1,) = joined(port, (1,), 2)
     stranger, before = Process(port), time.monotonic()
@@ -216,7 +216,7 @@ def test_the_others_end_with_code_2_if_the_failure_of_one_is_a_wrong_input_and_e
     assert [process.hear() for process in both] == [{"error": "process 1: no such file", "code": code}] * 2
 
 
-def test_a_process_that_says_nothing_is_given_up_and_one_that_pings_is_not(hub_of):
+def test_a_silent_process_ends_the_run_and_one_that_pings_does_not(hub_of):
     _, port = hub_of(3, silence=0.9)
     started = joined(port, (0, 1, 2), 3)
     assert [process.hear() for process in started] == [GO] * 3
@@ -237,7 +237,7 @@ def test_a_process_that_says_nothing_is_given_up_and_one_that_pings_is_not(hub_o
     assert answers == [{"error": f"process 1{processes.SILENT.format(1)}", "code": 1}] * 3
 
 
-def test_a_failure_that_a_stopped_process_has_caused_is_laid_to_its_silence(hub_of):
+def test_a_failure_caused_by_a_stopped_process_is_reported_as_its_silence(hub_of):
     _, port = hub_of(2, silence=1)
     process0, process1 = joined(port, (0, 1), 2)
     assert process0.hear() == process1.hear() == GO
@@ -272,7 +272,7 @@ def test_processes_that_were_started_differently_end_with_the_fields_that_differ
     assert [process.hear() for process in started] == [{"error": wanted, "code": 2}] * 4
 
 
-def test_what_processes_must_have_in_common_are_all_keys_of_the_config_the_workdir_and_the_code(tmp_path, monkeypatch):
+def test_the_identity_of_a_run_has_all_keys_of_the_config_the_workdir_and_the_code(tmp_path, monkeypatch):
     values = config.to_dict(tiny())
     many = {"data": {"sources": {"text": {"paths": [f"/data/shard-{i}.txt" for i in range(10**5)]}}}}
     fewer = {"data": {"sources": {"text": {"paths": [f"/data/shard-{i}.txt" for i in range(10**5 - 1)]}}}}

@@ -34,7 +34,7 @@ def made(tmp_path):
     return tmp_path / "store"
 
 
-def test_a_store_is_summed_up_verified_and_read(made):
+def test_a_store_is_summarised_verified_and_read(made):
     done = run(str(made), "--verify", "--document=2", "--characters=9")
     assert done.returncode == 0, done.stderr
     for line in (

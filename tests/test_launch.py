@@ -33,7 +33,7 @@ def calls(folder):
     return (folder / "calls").read_text().splitlines()
 
 
-def test_local_processes_end_with_the_status_and_the_words_of_the_one_that_failed(tmp_path):
+def test_local_processes_end_with_the_status_and_the_message_of_the_one_that_failed(tmp_path):
     flags = ["--config.stages[0].batch=2", "--config.data.sources.text.paths=('/nowhere/*',)"]
     done = run_script([*LOCAL, f"--workdir={tmp_path}/run", *flags], tmp_path)
     assert done.returncode == 2
@@ -147,8 +147,8 @@ def test_a_tpu_pod_is_queued_for_filled_started_and_followed_to_its_end(tmp_path
     assert done.returncode == 3, done.stderr
     assert done.stdout.splitlines()[-1] == "training 3: launch/train.py --config=configs/a b.py:1b --config.optim.lr=1e-3"
     verbs = [line.split(" --")[0].split()[4:6] for line in calls(tmp_path)]
-    wanted = ["describe", "create", "describe", "describe", "describe", "ssh", "scp", *["ssh"] * 5, "delete"]
-    assert [verb[0] for verb in verbs] == wanted
+    expected = ["describe", "create", "describe", "describe", "describe", "ssh", "scp", *["ssh"] * 5, "delete"]
+    assert [verb[0] for verb in verbs] == expected
     assert "WAITING_FOR_RESOURCES" in done.stderr and (tmp_path / "host/disk").exists()
     (create,) = [line for line in calls(tmp_path) if " create " in line]
     for part in (
@@ -169,7 +169,7 @@ def spoil(folder, pattern, *lines):
 
 @pytest.mark.parametrize("step", ["FAILED", "is-training", "tpu-vm scp", "pip install", "mounted", "nohup"])
 @pytest.mark.parametrize("delete", [True, False])
-def test_a_tpu_pod_on_which_nothing_could_be_started_is_deleted_if_that_was_asked_for(tmp_path, step, delete):
+def test_a_tpu_pod_on_which_the_run_could_not_start_is_deleted_with_the_flag_delete(tmp_path, step, delete):
     fake_gcloud(tmp_path, "", "FAILED" if step == "FAILED" else "ACTIVE")
     spoil(tmp_path, f"*'{step}'*", "exit 1")
     flags = ["--delete"] if delete else []
@@ -178,7 +178,7 @@ def test_a_tpu_pod_on_which_nothing_could_be_started_is_deleted_if_that_was_aske
     assert (" delete " in calls(tmp_path)[-1]) == delete
 
 
-def test_a_tpu_pod_that_was_there_is_not_deleted_when_it_does_not_answer(tmp_path):
+def test_an_existing_tpu_pod_is_not_deleted_if_it_does_not_answer(tmp_path):
     fake_gcloud(tmp_path, "ACTIVE")
     spoil(tmp_path, "*is-training*", "exit 255")
     done = run_script([*POD, "--delete", "--", "--config=x.py"], tmp_path, WAIT="0")
@@ -213,7 +213,7 @@ def test_only_what_git_tracks_is_sent_to_a_tpu_pod(tmp_path):
 @pytest.mark.parametrize(
     "name, message", [("gone.py", "git tracks files that are not there: gone.py"), ("new.py", "git does not track new.py")]
 )
-def test_a_tree_that_cannot_be_sent_is_said_before_a_tpu_pod_is_queued_for(tmp_path, name, message):
+def test_a_tree_that_cannot_be_copied_is_an_error_before_a_tpu_pod_is_requested(tmp_path, name, message):
     fake_gcloud(tmp_path, "")
     (tmp_path / "repo" / name).touch()
     if name == "gone.py":
@@ -237,14 +237,14 @@ def test_a_tpu_pod_that_is_training_is_only_followed(tmp_path):
     assert not any(verb in line for line in calls(tmp_path) for verb in (" create ", " scp ", "pip install"))
 
 
-def test_a_tpu_pod_that_failed_is_said_with_the_cure(tmp_path):
+def test_a_failed_tpu_pod_is_an_error_with_the_cure(tmp_path):
     fake_gcloud(tmp_path, "FAILED")
     done = run_script([*POD, "--", "--config=x.py"], tmp_path)
     assert done.returncode == 1
     assert "run1 is FAILED and will not start; delete it" in done.stderr and "us-east5-a v5p-128 --delete" in done.stderr
 
 
-def test_a_tpu_pod_that_gcloud_does_not_tell_of_is_not_awaited_for_ever(tmp_path):
+def test_a_tpu_pod_whose_state_gcloud_does_not_report_is_not_awaited_for_ever(tmp_path):
     fake_gcloud(tmp_path)
     fake(tmp_path, "gcloud", "case \"$*\" in *describe*) echo 'no permission' >&2; exit 1 ;; esac")
     done = run_script([*POD, "--", "--config=x.py"], tmp_path, WAIT="0")

@@ -1,4 +1,4 @@
-"""The mesh: its axes over devices with and without slices, and what does not split over them."""
+"""The mesh: its axes over devices with and without slices, and errors for sizes that do not divide."""
 
 import dataclasses
 import re
@@ -40,7 +40,7 @@ def test_each_slice_is_one_place_of_the_outer_axis_in_whatever_order_its_devices
 
 
 @pytest.mark.parametrize("slices", [1, 4])
-def test_slices_that_are_not_there_are_refused_with_their_number(slices):
+def test_a_wrong_number_of_slices_is_refused_with_the_right_one(slices):
     devices = [Device(i, slice_index=i // 4) for i in range(8)]
     with pytest.raises(ValueError, match=f"mesh.slice={slices}, and the 8 TPU devices form 2 slices; use 2"):
         make_mesh(Mesh(slices, 1, -1, 1, 1), devices)
@@ -60,7 +60,7 @@ def stage(**changes):
 
 
 @pytest.mark.parametrize(
-    "changes, sizes, words",
+    "changes, sizes, message",
     [
         (stage(batch=6), {"data": 4}, "stages[0]: batch 6 does not split over 4 slice * data * fsdp shards; use 4 or 8"),
         (stage(batch=3), {"slice": 2, "fsdp": 2}, "batch 3 does not split over 4 slice * data * fsdp shards; use 4"),
@@ -107,8 +107,8 @@ def stage(**changes):
     ],
     ids=lambda x: "",
 )
-def test_what_does_not_split_is_refused_with_the_axis_the_numbers_and_what_works(changes, sizes, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
+def test_a_size_that_does_not_split_is_refused_with_the_axis_the_numbers_and_a_size_that_does(changes, sizes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         fit.check(tiny(changes), abstract_mesh(**sizes).shape)
 
 
@@ -124,5 +124,5 @@ def test_what_does_not_split_is_refused_with_the_axis_the_numbers_and_what_works
     ],
     ids=str,
 )
-def test_what_splits_is_let_through(changes, sizes):
+def test_a_config_that_splits_is_accepted(changes, sizes):
     assert fit.check(tiny(changes), abstract_mesh(**sizes).shape) is None

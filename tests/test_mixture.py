@@ -1,4 +1,4 @@
-"""A mixture's sequences have their exact shares at every sequence, and each source's sequences come in order, none left out."""
+"""After every sequence of a mixture each source has its share, and the sequences of a source come in order, without gaps."""
 
 from fractions import Fraction
 

@@ -1,4 +1,4 @@
-"""Best-fit packing is what a slow hand does, cuts no document that fits a sequence, and loses nothing."""
+"""Best-fit packing equals a slow implementation, cuts no document that fits a sequence, and loses no token."""
 
 import numpy as np
 import pytest

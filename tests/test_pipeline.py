@@ -136,7 +136,7 @@ def test_each_slice_of_a_sequence_is_read_once_however_many_devices_hold_it(corp
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_it_reads_ahead_as_far_as_asked(corpus, monkeypatch, prefetch):
+def test_batches_are_prefetched_up_to_the_configured_number(corpus, monkeypatch, prefetch):
     read = watch(monkeypatch)
     batches = start_batches(make_config([(20, 16, 1)], prefetch=prefetch), corpus, one_device())
     next(batches)
@@ -172,7 +172,7 @@ def test_a_failure_while_reading_ahead_reaches_the_loop(corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("num_sequences", [5, 8, 10_000])
-def test_held_out_sequences_come_once_and_spread_with_blank_sequences_behind(corpus, num_sequences):
+def test_held_out_sequences_are_read_once_and_spread_and_padding_fills_the_last_batch(corpus, num_sequences):
     sequences = PackedSequences(corpus, 16, None, BYTES.byte_lengths)
     mesh = meshes.make_mesh(config.Mesh(1, 2, 2, 2, 1))
     read = [jax.tree.map(np.asarray, batch) for batch in pipeline.heldout_batches(sequences, num_sequences, 4, mesh)]
@@ -186,7 +186,7 @@ def test_held_out_sequences_come_once_and_spread_with_blank_sequences_behind(cor
         assert not joined[expected:].any()
 
 
-def test_a_batch_of_held_out_sequences_that_does_not_split_names_what_would():
+def test_a_held_out_batch_that_does_not_split_is_refused_with_a_size_that_does():
     with pytest.raises(ValueError, match="^batch 6 does not split over 4 slice . data . fsdp shards; use 4 or 8$"):
         next(pipeline.heldout_batches(None, 1, 6, meshes.make_mesh(config.Mesh(1, 2, 2, 2, 1))))
 
@@ -213,7 +213,7 @@ def random_case(seed):
 
 
 @pytest.mark.parametrize("part", range(10))
-def test_what_the_hosts_read_is_together_the_same_batch_on_any_number_of_them_from_any_step(part):
+def test_hosts_read_together_the_same_batch_for_any_number_of_hosts_and_any_first_step(part):
     for seed in range(3 * part, 3 * part + 3):
         rng, c, corpora = random_case(seed)
         straight = pipeline.stage_sequences(c, corpora, BYTES)
@@ -287,11 +287,11 @@ def test_two_processes_hold_the_batches_of_one_and_read_no_more_than_their_part(
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     processes = [subprocess.Popen([*program, str(i), str(tmp_path / f"{i}.npz")], env=quiet, **out) for i in range(2)]
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
     c, sequences = two_processes.config_and_sequences()
     held = [np.load(tmp_path / f"{i}.npz") for i in range(2)]

@@ -1,4 +1,4 @@
-"""A plan says what a compiled step sends and holds, and a layer's keys and values cross the wire as its kind needs."""
+"""A plan has the bytes that a compiled step sends and holds, and a layer's keys and values are sent as its type needs."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def test_keys_and_values_of_the_hybrid_are_a_quarter_of_those_of_gathering_every
     assert whole_model(sent["auto", False]) <= 0.26 * whole_model(everywhere)
 
 
-def test_a_balanced_shard_has_two_halos_and_a_ring_receives_what_a_gather_does(sent):
+def test_a_zigzag_shard_has_two_halos_and_a_ring_receives_as_much_as_a_gather(sent):
     tokens = sent["G=ring", True]
     assert W <= tokens["forward L halo"] <= 2 * W
     assert GATHERED <= tokens["forward G ring"] <= S
@@ -66,7 +66,7 @@ def sizes(line):
     return [float(x.replace(",", "")) * units[unit] for x, unit in re.findall(r"([\d,]+\.\d+) (GB|MB|kB)", line)]
 
 
-def test_a_size_with_a_vocabulary_of_its_own_is_planned_without_a_tokenizer_and_told_of_it(monkeypatch, capsys):
+def test_a_size_with_a_larger_vocabulary_is_planned_without_a_tokenizer_and_a_line_names_the_tool(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for config, told in (("configs/hybrid_8k.py", False), ("configs/hybrid_8k.py:1b", True)):
         with conftest.tool("plan") as tool, flagsaver.flagsaver():
@@ -86,8 +86,8 @@ def test_a_size_with_a_vocabulary_of_its_own_is_planned_without_a_tokenizer_and_
 def test_the_tool_prints_memory_flops_and_collectives_by_axis():
     done = plan("--target=cpu:4", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.context=2")
     assert done.returncode == 0, done.stderr
-    for words in ("target       cpu:4: 4 cpu", "fsdp 2 x context 2", "memory", "largest", "FLOPs"):
-        assert words in done.stdout
+    for message in ("target       cpu:4: 4 cpu", "fsdp 2 x context 2", "memory", "largest", "FLOPs"):
+        assert message in done.stdout
     assert "note" not in done.stdout
     memory, largest = (next(line for line in done.stdout.splitlines() if line.startswith(x)) for x in ("memory ", "largest "))
     peak, arguments, others = sizes(memory)
@@ -103,7 +103,7 @@ def test_the_tool_prints_memory_flops_and_collectives_by_axis():
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, message",
     [
         (["--target=v9:2x2"], "'v9:2x2' is not known; write cpu:8"),
         (["--target=cpu:many"], "h100:8"),
@@ -114,13 +114,13 @@ def test_the_tool_prints_memory_flops_and_collectives_by_axis():
         (["--target=cpu:1", "--stage=1"], "the config has 1 stage, counted from 0"),
     ],
 )
-def test_what_cannot_be_planned_is_an_error_in_a_line(arguments, words, monkeypatch, capsys):
+def test_a_target_or_config_that_cannot_be_planned_is_an_error_of_one_line(arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["plan.py", CONFIG, *NARROW, *arguments])  # which keys a config's flags override
     with conftest.tool("plan") as tool, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         tool.main(parse(sys.argv))
     error = capsys.readouterr().err
-    assert (ended.value.code, len(error.splitlines())) == (2, 1) and words in error
+    assert (ended.value.code, len(error.splitlines())) == (2, 1) and message in error
 
 
 def test_devices_that_a_mesh_does_not_suit_are_an_error_in_a_line():
@@ -134,7 +134,7 @@ def test_a_tpu_needs_the_compiler_for_it():
     assert done.returncode == 2 and 'pip install "hybrid-attn[tpu]"' in done.stderr
 
 
-def test_what_does_not_fit_is_said_with_the_numbers():
+def test_a_step_that_does_not_fit_is_reported_with_the_numbers():
     from hybrid_attn.plan.report import fits, verdict
     from hybrid_attn.plan.step import Plan
     from hybrid_attn.plan.targets import CHIPS, Target

@@ -1,4 +1,4 @@
-"""The picture of several runs has a curve of each, and what cannot be drawn is a line that leaves the old one."""
+"""The picture of several runs has a curve of each, and a run that cannot be drawn is an error that leaves the old picture."""
 
 import json
 
@@ -16,12 +16,12 @@ def program():
         yield module
 
 
-def written(folder, name, *values, rest=""):
+def written(folder, name, *values, suffix=""):
     """The workdir of a run whose steps 10, 20, ... had these losses."""
     (folder / name).mkdir(parents=True)
     lines = [{"step": 10 * i, "loss": 9.0, "loss_mean": x, "tokens_seen": 80 * i, "mfu": None} for i, x in enumerate(values, 1)]
     content = "".join(f"{json.dumps(line)}\n" for line in [*lines, {"step": 99, "skipped": True}])
-    (folder / name / "metrics.jsonl").write_bytes((content + rest).encode("latin-1"))
+    (folder / name / "metrics.jsonl").write_bytes((content + suffix).encode("latin-1"))
     return f"--workdir={folder}/{name}"
 
 
@@ -36,7 +36,7 @@ def plotted(program, monkeypatch, *arguments):
 
 
 def test_each_run_is_a_curve_of_the_means_over_steps_or_tokens(program, tmp_path, monkeypatch):
-    runs = [written(tmp_path, "one", 4.0, 2.0, 3.0, rest='{"step": 40, "lo'), written(tmp_path, "two", 5.0)]
+    runs = [written(tmp_path, "one", 4.0, 2.0, 3.0, suffix='{"step": 40, "lo'), written(tmp_path, "two", 5.0)]
     drawn = plotted(program, monkeypatch, *runs, f"--out={tmp_path}/p.png", "--smooth=2", "--log_x")
     assert drawn == [("one", (10, 20, 30), (10, 20, 30), (4.0, 2.0, 3.0)), ("two", (10,), (10,), (5.0,))]
     assert imread(tmp_path / "p.png").shape == (675, 1200, 4)
@@ -52,8 +52,8 @@ def test_only_points_of_finite_numbers_are_drawn(program, tmp_path, monkeypatch)
         {"step": 50, "loss_mean": True},
     ]
     odd += [{"step": 60, "loss_mean": 3.0, "tokens_seen": x} for x in ("a", float("nan"), None)]
-    rest = "".join(f"{json.dumps(line)}\n" for line in odd)
-    run = written(tmp_path, "run", 4.0, rest=rest)
+    suffix = "".join(f"{json.dumps(line)}\n" for line in odd)
+    run = written(tmp_path, "run", 4.0, suffix=suffix)
     assert plotted(program, monkeypatch, run, f"--out={tmp_path}/p.png", "--x=tokens") == [("run", (10,), (80,), (4.0,))]
     assert plotted(program, monkeypatch, run, f"--out={tmp_path}/p.png")[0].y == (4.0, 3.0, 3.0, 3.0)
 
@@ -64,7 +64,7 @@ def test_a_smoothed_value_is_the_mean_over_so_many_steps_however_many_lines_they
 
 
 @pytest.mark.parametrize(
-    "rest, arguments, message",
+    "suffix, arguments, message",
     [
         ("", ["--workdir=/nowhere"], "--workdir=/nowhere has no metrics.jsonl; name the workdir of a run"),
         ("", ["--value=los"], "has no 'los'; did you mean 'loss'? It has loss, loss_mean, step, tokens_seen"),
@@ -79,8 +79,10 @@ def test_a_smoothed_value_is_the_mean_over_so_many_steps_however_many_lines_they
         ('{"step": 1, "a": NaN}\n', ["--value=a"], "has no 'a'"),
     ],
 )
-def test_what_cannot_be_drawn_is_a_line_and_exit_code_2(program, tmp_path, capsys, rest, arguments, message):
-    run = [] if arguments and arguments[0].startswith("--workdir") else [written(tmp_path, "run", 4.0, rest=rest)]
+def test_a_run_that_cannot_be_drawn_is_an_error_of_one_line_with_exit_code_2(
+    program, tmp_path, capsys, suffix, arguments, message
+):
+    run = [] if arguments and arguments[0].startswith("--workdir") else [written(tmp_path, "run", 4.0, suffix=suffix)]
     (tmp_path / "p.png").write_text("an older picture")
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         program.main(parse(["plot_runs.py", *run, f"--out={tmp_path}/p.png", *arguments])[:1])

@@ -33,7 +33,7 @@ def test_a_store_holds_every_document_in_order(tmp_path):
     assert len(shards) > 2 and list(store.verify(str(tmp_path / "out"))) == list(range(len(shards)))
 
 
-def test_the_summary_counts_what_is_in_the_store(tmp_path):
+def test_the_summary_counts_the_documents_and_tokens_of_the_store(tmp_path):
     made = write(tmp_path / "raw")
     (tmp_path / "raw/7.jsonl").write_text('{"text": "unlabelled", "source": null}\n')
     summary, _ = run(tmp_path, inputs="raw", drop_duplicates=True)
@@ -50,14 +50,14 @@ def test_the_summary_counts_what_is_in_the_store(tmp_path):
     assert set(summary["labels"]) == {"a", "b", "c", "none"}
     for i, name in enumerate(corpus.label_names):
         lengths = corpus.lengths[corpus.labels == i]
-        wanted = {"documents": len(lengths), "tokens": lengths.sum(), "bytes": lengths.sum() - 2 * len(lengths)}
-        assert summary["labels"][name] == wanted
+        expected = {"documents": len(lengths), "tokens": lengths.sum(), "bytes": lengths.sum() - 2 * len(lengths)}
+        assert summary["labels"][name] == expected
     lines = list(summary_lines(summary))
     assert any(line.startswith("label        none: 1 documents, 12 tokens") for line in lines)
 
 
 @pytest.mark.parametrize("drop", [False, True])
-def test_the_number_of_workers_does_not_show(tmp_path, drop):
+def test_the_store_is_the_same_for_any_number_of_workers(tmp_path, drop):
     write(tmp_path / "raw")
     (tmp_path / "raw/2.jsonl").write_text("broken\n" + '{"text": "東京 東京 ", "source": "z"}\n')
     changes = {"drop_duplicates": drop, "on_error": "skip"}

@@ -31,8 +31,8 @@ def test_a_run_that_failed_goes_on_without_doing_shards_again(tmp_path, monkeypa
         run(tmp_path)
     with pytest.raises(ValueError, match="is not finished; the same command of tools/prepare_data.py continues it"):
         store.load(str(tmp_path / "out"))
-    _, said = run(tmp_path)
-    assert said[0].startswith("2 of ") and len(seen) == len(set(seen)) + 1 and seen.count(2) == 2
+    _, lines = run(tmp_path)
+    assert lines[0].startswith("2 of ") and len(seen) == len(set(seen)) + 1 and seen.count(2) == 2
     assert content(tmp_path / "out") == content(tmp_path / "straight")
     assert run(tmp_path)[1] == [f"{tmp_path}/out is complete"]
 
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_and_leaves_no_process_behind(tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 
-def test_a_full_disk_is_a_line_and_what_was_done_is_kept(tmp_path):
+def test_a_full_disk_is_an_error_of_one_line_and_finished_shards_stay(tmp_path):
     write(tmp_path / "raw", files=2)
     (tmp_path / "raw/1.jsonl").write_text(json.dumps({"text": "x" * 1_200_000, "source": "a"}) + "\n")
     (tmp_path / "raw/2.jsonl").write_text(json.dumps({"text": "y", "source": "a"}) + "\n")
@@ -199,9 +199,9 @@ def test_broken_lines_stop_or_are_skipped_and_counted(tmp_path):
     assert run(tmp_path, on_error="skip")[0]["skipped"]["broken"] == 2
     with pytest.raises(ValueError, match="was begun with on_error='skip', and now it is 'stop'"):
         run(tmp_path)
-    summary, said = run(tmp_path, "skipped", on_error="skip")
+    summary, lines = run(tmp_path, "skipped", on_error="skip")
     assert summary["skipped"]["broken"] == 2 and texts(tmp_path / "skipped") == made
-    assert [line.split(": ")[0] for line in said] == [f"skipped      {path}, line {n}" for n in (1, 17)]
+    assert [line.split(": ")[0] for line in lines] == [f"skipped      {path}, line {n}" for n in (1, 17)]
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def several(part, folder, numbers=(0, 1), count=2, devices=4, host="localhost"):
+def start_processes(part, folder, numbers=(0, 1), count=2, devices=4, host="localhost"):
     """The processes `numbers` of `count` that do `part` of training_process.py."""
     port, program = free_port(), [sys.executable, str(ROOT / "tests/training_process.py"), part]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": QUIET}
@@ -51,8 +51,8 @@ def several(part, folder, numbers=(0, 1), count=2, devices=4, host="localhost"):
 
 def ends(started, seconds=120):
     """(exit status, stdout, the last line of stderr) of each."""
-    said = [process.communicate(timeout=seconds) for process in started]
-    return [(p.returncode, out, err.strip().rpartition("\n")[2]) for p, (out, err) in zip(started, said, strict=True)]
+    outputs = [process.communicate(timeout=seconds) for process in started]
+    return [(p.returncode, out, err.strip().rpartition("\n")[2]) for p, (out, err) in zip(started, outputs, strict=True)]
 
 
 def losses(workdir):
@@ -70,42 +70,42 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_train_as_one_of_eight_and_go_on_from_each_other(folder, tmp_path, monkeypatch):
+def test_two_processes_of_four_devices_train_as_one_of_eight_and_restore_its_checkpoints(folder, tmp_path, monkeypatch):
     """To within 1e-6, for two processes add shards in another order than one does; on another mesh to within 1e-5."""
-    with several("train_and_stop", folder) as started:
+    with start_processes("train_and_stop", folder) as started:
         assert loop.train(config_of(folder, MESHES[0]), tmp_path / "straight")
-        (status0, said, error0), (status1, silence, error1) = ends(started, 240)
+        (status0, output0, error0), (status1, output1, error1) = ends(started, 240)
     assert (status0, status1) == (0, 0), error0 + error1
     (stopped,) = checkpoint.steps(folder / "stopped/checkpoints")
     assert 2 <= stopped < STEPS
-    assert f"stopped after step {stopped}" in said.splitlines()[-1]
-    assert silence == "" and "Gloo" not in said
+    assert f"stopped after step {stopped}" in output0.splitlines()[-1]
+    assert output1 == "" and "Gloo" not in output0
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Metrics, "advance", loop.Metrics.advance)
         signalled_at(stopped + 1)
         loop.train(config_of(folder, MESHES[0]), folder / "stopped")
     assert checkpoint.steps(folder / "stopped/checkpoints")[-1] > stopped
-    with several("resume_and_stop_in_the_evaluation", folder) as started:
+    with start_processes("resume_and_stop_in_the_evaluation", folder) as started:
         (status0, _, error0), (status1, _, error1) = ends(started, 240)
     assert (status0, status1) == (0, 0), error0 + error1
     assert checkpoint.steps(folder / "stopped/checkpoints")[-1] == STEPS - 1
     assert 1 <= len(list((folder / f"stopped/evals/{STEPS - 1}/units").iterdir())) < 3
-    with several("resume_and_break", folder) as started:
+    with start_processes("resume_and_break", folder) as started:
         broken = ends(started, 240)
-    found, wanted = losses(folder / "stopped"), losses(tmp_path / "straight")
-    assert list(found) == list(range(1, STEPS + 1))
-    for step in found:
-        assert found[step] == pytest.approx(wanted[step], rel=1e-6 if step <= stopped else 1e-5), step
+    actual, expected = losses(folder / "stopped"), losses(tmp_path / "straight")
+    assert list(actual) == list(range(1, STEPS + 1))
+    for step in actual:
+        assert actual[step] == pytest.approx(expected[step], rel=1e-6 if step <= stopped else 1e-5), step
     runs = folder / "stopped", tmp_path / "straight"
     evals = [[json.loads(x) for x in (run / "evals.jsonl").read_text().splitlines()] for run in runs]
     assert {"position", "needle", "bigram"} == {record["eval"] for record in evals[0]}
-    for ours, theirs in zip(*evals, strict=True):
-        assert ours.keys() == theirs.keys()
+    for ours, other in zip(*evals, strict=True):
+        assert ours.keys() == other.keys()
         for name, value in ours.items():
-            assert value == (theirs[name] if isinstance(value, str) else pytest.approx(theirs[name], rel=1e-5)), name
-    given = [(run / f"evals/{STEPS}/answers.jsonl").read_text().splitlines() for run in runs]
-    assert len(given[0]) == 10 and sum(a == b for a, b in zip(*given, strict=True)) >= 8  # a near tie may go either way
+            assert value == (other[name] if isinstance(value, str) else pytest.approx(other[name], rel=1e-5)), name
+    answers = [(run / f"evals/{STEPS}/answers.jsonl").read_text().splitlines() for run in runs]
+    assert len(answers[0]) == 10 and sum(a == b for a, b in zip(*answers, strict=True)) >= 8  # a near tie may go either way
     assert [(status, error) for status, _, error in broken] == [
         (1, "error: process 1: a device of mine is broken"),
         (3, "error: process 1: a device of mine is broken"),
@@ -113,9 +113,12 @@ def test_two_processes_of_four_devices_train_as_one_of_eight_and_go_on_from_each
 
 
 def test_a_process_that_never_joins_is_named_by_all_that_did(folder):
-    with several("join", folder, numbers=(0, 2), count=4) as some, several("join", folder, numbers=(1,)) as alone:
-        found, ((status1, _, error1),) = ends(some), ends(alone)
-    for status, _, error in found:
+    with (
+        start_processes("join", folder, numbers=(0, 2), count=4) as two,
+        start_processes("join", folder, numbers=(1,)) as alone,
+    ):
+        ends_of_two, ((status1, _, error1),) = ends(two), ends(alone)
+    for status, _, error in ends_of_two:
         assert status == 1
         assert "processes 1 and 3 never joined: 2 of 4 came within 6 s" in error
     assert status1 == 1
@@ -124,7 +127,7 @@ def test_a_process_that_never_joins_is_named_by_all_that_did(folder):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_at_once(folder, killed):
-    with several("wait_for_death", folder) as started:
+    with start_processes("wait_for_death", folder) as started:
         for process in started:
             assert process.stdout.readline() == "ready\n"
         before = time.monotonic()
@@ -134,9 +137,9 @@ def test_a_killed_process_ends_the_others_at_once(folder, killed):
     assert (status, error.partition(" without")[0]) == (1, f"error: process {killed} ended")
 
 
-def test_what_looks_like_a_wrong_input_beside_a_killed_process_is_a_failure(folder):
+def test_an_error_that_looks_like_a_wrong_input_beside_a_killed_process_is_a_failure(folder):
     """The killed process had not heard of it: a file may be missing because its writer is gone."""
-    with several("miss_a_file_of_a_stopped_process", folder) as started:
+    with start_processes("miss_a_file_of_a_stopped_process", folder) as started:
         for process in started:
             assert process.stdout.readline() == "ready\n"
         os.waitid(os.P_PID, started[0].pid, os.WSTOPPED | os.WNOWAIT)
@@ -149,8 +152,8 @@ def test_what_looks_like_a_wrong_input_beside_a_killed_process_is_a_failure(fold
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_process_is_given_up_by_the_others_and_ends_with_them_when_it_goes_on(folder, stopped):
-    with several("wait_for_a_stopped_process", folder) as started:
+def test_a_stopped_process_ends_the_others_and_itself_once_it_continues(folder, stopped):
+    with start_processes("wait_for_a_stopped_process", folder) as started:
         for process in started:
             assert process.stdout.readline() == "ready\n"
         started[stopped].send_signal(signal.SIGSTOP)
@@ -158,15 +161,15 @@ def test_a_stopped_process_is_given_up_by_the_others_and_ends_with_them_when_it_
         time.sleep(3)  # jax's heartbeats have time to see that the other is gone
         started[stopped].send_signal(signal.SIGCONT)
         ((status_of_stopped, _, error_of_stopped),) = ends([started[stopped]], 20)
-    wanted = rf"process {stopped} has sent nothing for \d s: it is stopped, or its machine or the network is gone"
+    expected = rf"process {stopped} has sent nothing for \d s: it is stopped, or its machine or the network is gone"
     assert status == status_of_stopped == 1
-    assert re.fullmatch(f"error: {wanted}", error)
-    assert re.fullmatch(f"error: {wanted}" if stopped else f"error: process 1: {wanted}", error_of_stopped)
+    assert re.fullmatch(f"error: {expected}", error)
+    assert re.fullmatch(f"error: {expected}" if stopped else f"error: process 1: {expected}", error_of_stopped)
 
 
 @pytest.mark.slow
 def test_a_wrong_input_to_one_process_ends_all_with_code_2_and_its_message(folder):
-    with several("meet_a_wrong_input", folder, host="[::1]") as started:
+    with start_processes("meet_a_wrong_input", folder, host="[::1]") as started:
         assert [(status, error) for status, _, error in ends(started)] == [(2, "error: process 1: no such tokenizer")] * 2
 
 
@@ -181,24 +184,24 @@ def test_processes_with_other_flags_do_not_train_together(folder):
         )
         for i in range(2)
     ]  # fmt: skip
-    wanted = (
+    expected = (
         "error: the processes were started differently: config.optim.lr: process 1 has 0.0001, process 0 has 0.001; "
         f"workdir: process 1 has {folder}/run1, process 0 has {folder}/run0"
     )
-    assert [(status, error) for status, _, error in ends(started)] == [(2, wanted)] * 2
+    assert [(status, error) for status, _, error in ends(started)] == [(2, expected)] * 2
     assert not [*folder.glob("run*")]
 
 
 def test_a_signal_to_one_process_in_the_evaluation_ends_all_with_everything_saved(folder):
-    with several("stop_in_the_evaluation", folder) as started:
+    with start_processes("stop_in_the_evaluation", folder) as started:
         for process in started:
             assert process.stdout.readline() == "ready\n"
         started[0].send_signal(signal.SIGTERM)
         assert [(status, out) for status, out, _ in ends(started, 20)] == [(0, "stopped in the evaluation\n"), (0, "")]
 
 
-@pytest.mark.parametrize("steps, wanted", [((4, 4, 4), 5), ((7, 6, 7), 8), ((-1, -1, -1), 0)])
-def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
+@pytest.mark.parametrize("steps, expected", [((4, 4, 4), 5), ((7, 6, 7), 8), ((-1, -1, -1), 0)])
+def test_processes_agree_on_the_first_step_that_none_has_begun(steps, expected):
     port = free_port()
     hub = processes.Hub("localhost", port, 3, 10)
     hub.start()
@@ -230,7 +233,7 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
     while not all(peer._stop_at is not None for peer in peers) and time.monotonic() < until:
         time.sleep(0.01)
     for peer, step in itertools.product(peers, range(10)):
-        assert peer.reached(step) == (step >= wanted)
+        assert peer.reached(step) == (step >= expected)
     for peer in reversed(peers):
         peer.close()
     hub.join(10)
@@ -244,8 +247,8 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, wanted):
         ([(1, 4)], "process 1 expects 4 processes and process 0 3; give all the same number"),
     ],
 )
-def test_processes_that_were_started_wrongly_are_told(hellos, message):
-    port, told = free_port(), []
+def test_wrongly_started_processes_get_an_error_each(hellos, message):
+    port, messages = free_port(), []
     processes.Hub("localhost", port, 3, 20).start()
     with socket.create_connection(("localhost", port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -253,34 +256,34 @@ def test_processes_that_were_started_wrongly_are_told(hellos, message):
     def join(number, count):
         with pytest.raises(ValueError) as error:
             processes._join(("localhost", port), number, count, 20)
-        told.append(str(error.value))
+        messages.append(str(error.value))
 
     threads = [threading.Thread(target=join, args=hello) for hello in hellos]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert told == [message] * len(hellos)
+    assert messages == [message] * len(hellos)
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "flags, message",
     [
         (("a:1", 2, None), r"--process_id not given; pass --coordinator=HOST:PORT .* or none of the three"),
         ((None, None, 1), r"--coordinator and --num_processes not given"),
         (("a:1", 2, 2), r"--process_id=2 is not one of 0 to 1 \(--num_processes=2\)"),
-        (("a", 2, 0), r"--coordinator=a is no HOST:PORT"),
-        (("a:70000", 2, 0), r"--coordinator=a:70000 is no HOST:PORT"),
-        (("::1:1234", 2, 0), r"--coordinator=::1:1234: an IPv6 address stands in brackets, as in \[::1\]:1234"),
+        (("a", 2, 0), r"--coordinator=a is not HOST:PORT"),
+        (("a:70000", 2, 0), r"--coordinator=a:70000 is not HOST:PORT"),
+        (("::1:1234", 2, 0), r"--coordinator=::1:1234: an IPv6 address needs brackets, as in \[::1\]:1234"),
         (("a:1", 2, 0, float("nan")), r"--join_timeout=nan is no number of seconds"),
     ],
 )
-def test_flags_that_do_not_say_who_this_is_are_refused(given, message):
+def test_flags_that_do_not_say_who_this_is_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
-        processes.start(*given)
+        processes.start(*flags)
 
 
-def test_a_process_ends_though_nobody_reads_what_it_says():
+def test_a_process_ends_although_nobody_reads_its_output():
     program = "from hybrid_attn.parallel import processes; processes._end('the end', 3)"
     reader, writer = os.pipe()
     os.close(reader)
@@ -289,7 +292,7 @@ def test_a_process_ends_though_nobody_reads_what_it_says():
     assert done.returncode == 3
 
 
-def test_nothing_is_said_after_the_error_that_ends_a_process(tmp_path):
+def test_nothing_is_printed_after_the_error_that_ends_a_process(tmp_path):
     program = """
 import sys, threading, time
 from hybrid_attn.parallel import processes
@@ -326,7 +329,7 @@ STEP = {
 
 
 @pytest.mark.parametrize(
-    "variables, tpus, wanted",
+    "variables, tpus, expected",
     [
         ({}, False, None),
         (STEP, False, "slurm"),
@@ -343,18 +346,18 @@ STEP = {
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, False, "k8s"),
     ],
 )
-def test_a_launcher_is_known_by_its_variables_and_a_single_process_by_their_lack(bare, variables, tpus, wanted):
+def test_a_launcher_is_known_by_its_variables_and_a_single_process_by_their_lack(bare, variables, tpus, expected):
     bare.setattr(launchers, "_has_tpus", lambda: tpus)
     for name, value in variables.items():
         bare.setenv(name, value)
-    assert launchers.launcher() == wanted
+    assert launchers.launcher() == expected
 
 
 @pytest.mark.parametrize(
-    "workers, tpu_env, wanted",
+    "workers, tpu_env, expected",
     [("a:0:10.0.0.1,b:1:10.0.0.2", "", "gcetpu"), ("a:0:10.0.0.1", "", None), ("a", "MEGASCALE_NUM_SLICES: '2'", "gcetpu")],
 )
-def test_a_tpu_machine_asks_what_it_is_part_of(bare, workers, tpu_env, wanted):
+def test_a_tpu_machine_reads_its_pod_from_the_metadata_server(bare, workers, tpu_env, expected):
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -368,7 +371,7 @@ def test_a_tpu_machine_asks_what_it_is_part_of(bare, workers, tpu_env, wanted):
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         bare.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
-        assert launchers.launcher() == wanted
+        assert launchers.launcher() == expected
         server.shutdown()
         thread.join()
     assert launchers.launcher() is None  # and no server is no reason to wait
@@ -385,7 +388,7 @@ def test_slurm_gives_a_node_s_only_process_all_its_gpus_and_others_one_each(bare
     assert address.startswith("node001:") and others == [2, 1, devices]
 
 
-def test_a_launcher_that_tells_too_little_is_an_error_with_its_cure(bare):
+def test_a_launcher_without_a_needed_variable_is_an_error_with_its_cure(bare):
     bare.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="Open MPI 5 started .* install the package mpi4py, or pass --coordinator=HOST:PORT"):
         launchers.from_launcher(5)

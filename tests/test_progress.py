@@ -44,7 +44,7 @@ def test_skipped_steps_are_not_among_the_tokens_seen():
 
 
 @pytest.mark.parametrize("stats, peak", [([None, None], None), ([{"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 7}], 7)])
-def test_the_peak_memory_is_that_of_the_fullest_device_where_devices_say_it(monkeypatch, stats, peak):
+def test_the_peak_memory_is_that_of_the_fullest_device_that_reports_it(monkeypatch, stats, peak):
     devices = [types.SimpleNamespace(memory_stats=lambda x=x: x) for x in stats]
     monkeypatch.setattr(progress_module.jax, "local_devices", lambda: devices)
     progress = Progress(tiny({"stages": STAGES}), [])

@@ -1,4 +1,4 @@
-"""Libraries' tracebacks of errors that are raised again stay off stderr, and no others; Ctrl-C ends what does not listen."""
+"""Libraries' tracebacks of errors that are raised again stay off stderr, and no others; Ctrl-C ends a program that is busy."""
 
 import logging
 import signal

@@ -1,4 +1,4 @@
-"""Every format gives the same documents, and what cannot be read is named with its line, in order."""
+"""Every format gives the same documents, and a broken record is named with its line, in order."""
 
 import codecs
 import gzip
@@ -20,7 +20,7 @@ RECORDS = [
     {"text": None, "meta": {"from": "a"}, "n": 4},
     {"text": "\u2028last", "meta": {"from": "c"}, "n": 5},
 ]
-WANTED = [Text((r["text"] or "").encode(), r["meta"]["from"]) for r in RECORDS]
+EXPECTED = [Text((r["text"] or "").encode(), r["meta"]["from"]) for r in RECORDS]
 FIELDS = Fields("text", "meta.from")
 
 
@@ -68,7 +68,7 @@ FORMATS = {
 def test_every_format_of_records_gives_the_same_documents(tmp_path, name, monkeypatch):
     monkeypatch.setattr(tables, "BATCH", 2)
     FORMATS[name](tmp_path / name)
-    assert read(tmp_path / name) == WANTED
+    assert read(tmp_path / name) == EXPECTED
     assert [x.label for x in read(tmp_path / name, Fields("text", "n"))] == ["1", "2", "3", "4", "5"]
     assert {x.label for x in read(tmp_path / name, Fields("text", None))} == {None}
 
@@ -83,7 +83,7 @@ def test_a_file_of_text_is_one_document(tmp_path):
     assert read(tmp_path / "d.png") == [Binary(str(tmp_path / "d.png"))]
 
 
-def test_what_is_broken_is_named_by_its_line_and_the_rest_is_read(tmp_path):
+def test_a_broken_record_is_named_by_its_line_and_the_others_are_read(tmp_path):
     path = tmp_path / "x.jsonl"
     broken = {
         b'{"text": "caf\xe9"}': "not UTF-8: byte 0xe9, 14 from its start",
@@ -134,7 +134,7 @@ def test_rows_of_a_table_that_are_not_utf8_are_named(tmp_path):
         assert [type(x) for x in read(tmp_path / name)] == [Broken]
 
 
-def test_a_table_altered_within_is_named_and_what_the_system_reports_is_raised(tmp_path):
+def test_a_damaged_table_is_named_and_errors_of_the_system_are_raised(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": [f"{i} of many" for i in range(5000)]})
@@ -155,7 +155,7 @@ def test_a_byte_order_mark_before_the_first_record_is_no_part_of_it(tmp_path):
     assert first == Text(b"a", None) and second.reason.startswith(f"{tmp_path}/x.jsonl, line 2: not ")
 
 
-def test_every_kind_of_frame_of_a_zst_file_is_read(tmp_path):
+def test_every_type_of_frame_of_a_zst_file_is_read(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     content = b"".join(b"%d\n" % (i * i % 99_991) for i in range(60_000))  # several blocks
     skipped = b"\x5a\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"\xffdata"
@@ -173,23 +173,23 @@ def test_every_kind_of_frame_of_a_zst_file_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
 @pytest.mark.parametrize("cut", [1, 3, 9, 60])
-def test_a_packed_file_cut_short_gives_what_it_has_and_is_named(tmp_path, name, cut):
+def test_the_records_of_a_truncated_compressed_file_are_read_and_the_file_is_named(tmp_path, name, cut):
     FORMATS[name](tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-cut])
     *documents, last = read(tmp_path / name)
-    assert documents == WANTED[: len(documents)]
+    assert documents == EXPECTED[: len(documents)]
     assert last.reason.startswith(f"{tmp_path}/{name}: its compression is damaged: ")
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
-def test_a_packed_file_that_is_none_is_named(tmp_path, name):
+def test_a_file_that_is_not_compressed_as_its_name_says_is_named(tmp_path, name):
     if name.endswith("zst"):
         pytest.importorskip("zstandard")
     (tmp_path / name).write_bytes(b"this is not packed at all")
     assert [x.reason.startswith(f"{tmp_path}/{name}: its compression is damaged: ") for x in read(tmp_path / name)] == [True]
 
 
-def test_files_are_found_once_in_the_order_of_their_names(tmp_path):
+def test_each_file_is_listed_once_in_the_order_of_the_names(tmp_path):
     for name in ("b/1.py", "a/2.py", "a/.git/config", "a/__pycache__/2.pyc", ".hidden/3.py", "c.txt", ".env", "b/.netrc"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -216,7 +216,7 @@ def bomb(path, num_bytes, begin=b""):
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.zst", "x.txt.zst", "x.jsonl.gz"])
-def test_memory_does_not_grow_with_what_a_packed_file_claims_to_hold(tmp_path, name):
+def test_memory_does_not_grow_with_the_size_that_a_compressed_file_declares(tmp_path, name):
     if name.endswith("zst"):
         pytest.importorskip("zstandard")
     bomb(tmp_path / name, 10**9 if name.endswith("zst") else 10**8, b'{"text": "')
@@ -274,7 +274,7 @@ def test_a_batch_that_refers_to_memory_that_is_not_its_own_is_named(tmp_path):
 @pytest.mark.parametrize("content", [
     lines(), lines() * 2, b'[{"text": "a"}, {"text": "b"}]', b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}', b'{"a": 1} {"a": 2}',
 ])  # fmt: skip
-def test_a_json_file_of_records_is_no_document_unless_told_to_be(tmp_path, content):
+def test_a_json_file_of_records_is_a_document_only_with_the_format_text(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content)
     (results,) = sources.read(str(path), None, FIELDS)

@@ -134,7 +134,7 @@ def test_another_tokenizer_than_the_stores_is_refused(tmp_path):
     assert len(store.load(str(tmp_path / "t"), ByteTokenizer())) == 6
 
 
-def test_what_is_not_a_store_is_refused(tmp_path):
+def test_a_directory_that_is_not_a_store_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a token store: it has no manifest.json; make one with tools/prepare_data.py"):
         store.load(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="cannot be read as a token store: .*unsupported URL scheme"):

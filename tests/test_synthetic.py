@@ -1,4 +1,4 @@
-"""Synthetic sequences: a reader can give every answer, nobody else can, and a sequence is a function of its number."""
+"""Synthetic sequences: every answer follows from the sequence and not from less, and a sequence is a function of its number."""
 
 import re
 
@@ -37,7 +37,7 @@ def content(sequence):
 @pytest.mark.parametrize("seed", [7, None])
 @pytest.mark.parametrize("pairs", [1, 4, 7])
 def test_recall_hides_pairs_in_noise_and_queries_them_with_replacement(pairs, seed):
-    places, distinct = set(), []
+    positions, distinct = set(), []
     for sequence in sequences_of("recall", pairs, seed=seed):
         tokens, targets, counts = content(sequence)
         text = bytes(tokens[1:].tolist()).decode()
@@ -45,18 +45,18 @@ def test_recall_hides_pairs_in_noise_and_queries_them_with_replacement(pairs, se
         value_of = dict(re.findall("([A-Z])([a-z])", body))
         assert len(value_of) == len(set(value_of.values())) == pairs and sum(map(str.isalpha, body)) == 2 * pairs
         assert all(match.start() % 2 == 0 for match in re.finditer("[A-Z]", body))
-        places |= {match.start() for match in re.finditer("[A-Z]", body)}
+        positions |= {match.start() for match in re.finditer("[A-Z]", body)}
         keys = re.findall(r"\?([A-Z])", queries)
         expected = [i for i, key in enumerate(keys) if seed or key not in keys[:i]]  # an answer follows its query
         np.testing.assert_array_equal(np.flatnonzero(counts), len(body) + 2 + 3 * np.array(expected))
         assert [chr(x) for x in targets[counts]] == [value_of[keys[i]] for i in expected]
         assert [chr(x) for x in tokens[len(body) + 3 :: 3]] == [value_of[key] for key in keys[:5]]
         distinct.append(len(set(keys)))
-    assert set(range(0, 36, 2)) <= places <= set(range(0, 46, 2))  # a sequence for training may be shorter
+    assert set(range(0, 36, 2)) <= positions <= set(range(0, 46, 2))  # a sequence for training may be shorter
     assert np.mean(distinct) == pytest.approx(pairs * (1 - (1 - 1 / pairs) ** 6), rel=0.05)
 
 
-def test_mqar_wants_the_value_where_its_key_comes_again_and_never_tells_it():
+def test_mqar_has_the_value_as_target_where_its_key_comes_again_and_never_as_a_token():
     for sequence in sequences_of("mqar", 3):
         tokens, targets, counts = content(sequence)
         keys, values = tokens[1:7:2], tokens[2:8:2]
@@ -67,7 +67,7 @@ def test_mqar_wants_the_value_where_its_key_comes_again_and_never_tells_it():
         assert {*zip(tokens[counts], targets[counts], strict=True)} == {*zip(keys, values, strict=True)}
 
 
-def test_mqar_asks_after_gaps_that_a_power_law_draws_without_replacement():
+def test_mqar_queries_at_gaps_sampled_from_a_power_law_without_replacement():
     synthetic = np.array(
         [(np.flatnonzero(sequence["weights"]) - 7) // 2 for sequence in sequences_of("mqar", 3, seed=None, count=2000)]
     )
@@ -78,7 +78,7 @@ def test_mqar_asks_after_gaps_that_a_power_law_draws_without_replacement():
         assert np.mean(synthetic < least) == pytest.approx(np.mean(expected < least), abs=0.02)
 
 
-def test_copy_wants_the_letters_again_in_their_order():
+def test_the_targets_of_copy_are_the_letters_again_in_order():
     lengths = set()
     for sequence in sequences_of("copy"):
         tokens, targets, counts = content(sequence)
@@ -90,7 +90,7 @@ def test_copy_wants_the_letters_again_in_their_order():
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 4])
-def test_tracking_hides_chains_of_assignments_and_wants_who_holds_a_value_in_their_order(pairs):
+def test_tracking_hides_chains_of_assignments_and_its_targets_are_the_variables_of_a_value_in_order(pairs):
     where, turns = set(), set()
     for sequence in sequences_of("tracking", pairs, seq_len=128):
         tokens, targets, counts = content(sequence)
@@ -125,11 +125,11 @@ def test_a_sequence_follows_from_its_number_and_no_two_are_the_same(name):
     contents = [sequence["tokens"].tobytes() for seed in seeds for sequence in sequences_of(name, 2, seed=seed)]
     assert len(set(contents)) == 4 * COUNT
     sequences = SyntheticSequences(Task(name, 2), 64, 7)
-    (whole,) = sequences.read([(123, 0, 64)])
+    (full,) = sequences.read([(123, 0, 64)])
     for part, (start, stop) in zip(sequences.read([(123, 9, 40), (123, 40, 64)]), ((9, 40), (40, 64)), strict=True):
-        assert {key: value.dtype for key, value in part.items()} == {key: value.dtype for key, value in whole.items()}
+        assert {key: value.dtype for key, value in part.items()} == {key: value.dtype for key, value in full.items()}
         for key, values in part.items():
-            np.testing.assert_array_equal(values, whole[key][start:stop])
+            np.testing.assert_array_equal(values, full[key][start:stop])
 
 
 def test_sequences_are_the_same_under_every_version_of_numpy():

@@ -104,7 +104,7 @@ def test_a_batch_is_encoded_as_its_texts_alone(tmp_path):
         assert [x.tolist() for x in t.encode_batch(texts)] == [t.encode(text).tolist() for text in texts]
 
 
-def test_hashes_tell_tokenizers_apart_and_not_their_files(tmp_path):
+def test_hashes_distinguish_tokenizers_and_not_their_files(tmp_path):
     plain = byte_level()
     expected = load(plain, tmp_path).hash
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(plain.to_str()), indent=7))
@@ -130,7 +130,7 @@ def test_one_token_can_begin_and_end_documents_and_ids_can_have_holes(tmp_path):
     assert loaded.decode([400, *loaded.encode(b"de"), 400]) == "de"
 
 
-def test_a_json_without_document_marks_is_refused(tmp_path):
+def test_a_json_without_bos_or_eos_is_refused(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match="has no BOS token; add one of <s> "):
         load(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])), tmp_path)
@@ -147,7 +147,7 @@ def changed(t, tmp_path, **values):
     return str(path)
 
 
-def test_a_json_that_encodes_at_random_is_refused(tmp_path):
+def test_a_json_with_dropout_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json has dropout=0.1, so it encodes a text in many ways; set its"):
         load_tokenizer(changed(byte_level(), tmp_path, model__dropout=0.1))
     for value in (0.0, None):
@@ -180,7 +180,7 @@ def test_a_json_that_drops_characters_is_refused(tmp_path):
     (byte_level, {"type": "Fuse"}, "ids of 'é' to 'Ã©'; use the decoder of its type, such as ByteLevel"),
     (metaspace, {"type": "Fuse"}, "ids of '~ ~' to '▁~▁~'; use the decoder"),
 ])  # fmt: skip
-def test_a_json_with_the_decoder_of_another_kind_is_refused(tmp_path, make, decoder, message):
+def test_a_json_with_the_decoder_of_another_type_is_refused(tmp_path, make, decoder, message):
     load(make(), tmp_path)
     with pytest.raises(ValueError, match=f"tokenizer.json decodes its {message}"):
         load_tokenizer(changed(make(), tmp_path, decoder=decoder))
@@ -207,7 +207,7 @@ def test_ids_that_no_token_has_are_no_text(tmp_path, ids):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "5", "{}", '{"model": null}', "[" * 10**5, '"a"', "\udc80", "\0"])
-def test_what_is_no_tokenizer_json_is_refused_in_a_line(tmp_path, content):
+def test_a_file_that_is_not_a_tokenizer_json_is_an_error_of_one_line(tmp_path, content):
     pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text(content, errors="surrogateescape")
     with pytest.raises(ValueError, match="tokenizer.json' is not a tokenizer.json: .") as error:

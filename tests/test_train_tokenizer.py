@@ -1,4 +1,4 @@
-"""A trained tokenizer is that of its text alone, gives every text back, and is what the data pipeline and the configs want."""
+"""A trained tokenizer depends on its text alone, decodes every text exactly, and fits the data pipeline and the configs."""
 
 import gzip
 import json
@@ -50,7 +50,7 @@ def test_the_same_documents_give_the_same_file_that_encodes_every_text_and_knows
     assert not np.isin([trained.bos, trained.eos], trained.encode(b"<s></s>")).any()
 
 
-def test_text_without_so_many_pairs_gives_fewer_ids_and_says_which_model_takes_them(corpus, capsys, monkeypatch):
+def test_a_text_with_fewer_pairs_gives_fewer_ids_and_the_output_names_the_model_size(corpus, capsys, monkeypatch):
     monkeypatch.chdir(corpus)
     assert run("--vocab_size=65536", f"--input={corpus}/*.txt") == 0
     out = capsys.readouterr().out
@@ -62,14 +62,14 @@ def test_text_without_so_many_pairs_gives_fewer_ids_and_says_which_model_takes_t
         check_vocab(load_tokenizer("tokenizer.json"), 65_536, "tokenizer.json")
 
 
-def test_long_texts_are_counted_as_a_whole(monkeypatch):
+def test_a_long_text_is_counted_in_one_piece(monkeypatch):
     text = "one two three\n" * 50
     short = bpe.train([text], 270).to_str()
     monkeypatch.setattr(bpe, "PIECE", 20)
     assert bpe.train([text], 270).to_str() == short
 
 
-def test_wrong_inputs_are_a_line_and_leave_no_file(corpus, capsys, monkeypatch):
+def test_a_wrong_input_is_an_error_of_one_line_and_leaves_no_file(corpus, capsys, monkeypatch):
     monkeypatch.chdir(corpus)
     (corpus / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (corpus / "binary.dat").write_bytes(b"\0\1\2" * 50)

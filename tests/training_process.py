@@ -120,7 +120,10 @@ def meet_a_wrong_input(folder: Path, peers) -> None:
 
 def miss_a_file_of_a_stopped_process(folder: Path, peers) -> None:
     print("ready", flush=True)
+    (folder / f"joined{peers.number}").touch()
     if peers.number == 0:
+        while not (folder / "joined1").exists():  # the service of JAX in this process lets the other one join
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGSTOP)
     while not (folder / "stopped").exists():
         time.sleep(0.01)

@@ -41,7 +41,7 @@ def main(address: str, number: int, out: str) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, num_processes=2, process_id=number, initialization_timeout=120)
     c, sequences = config_and_sequences()
-    found, read = {}, []
+    arrays, read = {}, []
     for stage in sequences:
         stage.read = lambda slices, original=stage.read: read.append(slices) or original(slices)
     for sizes in MESHES:
@@ -50,14 +50,14 @@ def main(address: str, number: int, out: str) -> None:
             del read[:]
             for step, batch in pipeline.batches(c, sequences, mesh, START):
                 for name, array in batch.items():
-                    held = found[f"{sizes}/{step}/{name}"] = np.full(array.shape, np.nan)
+                    held = arrays[f"{sizes}/{step}/{name}"] = np.full(array.shape, np.nan)
                     for shard in array.addressable_shards:
                         held[shard.index] = np.asarray(shard.data)
-                found[f"{sizes}/{step}/sum"] = jax.device_get(jax.jit(lambda x: x.sum())(batch["tokens"]))
+                arrays[f"{sizes}/{step}/sum"] = jax.device_get(jax.jit(lambda x: x.sum())(batch["tokens"]))
             sizes_read = [sum(stop - start for _, start, stop in slices) for slices in read]
             for step in range(START, c.total_steps):
-                found[f"{sizes}/{step}/read"] = sizes_read[step - START]
-    np.savez(out, **found)
+                arrays[f"{sizes}/{step}/read"] = sizes_read[step - START]
+    np.savez(out, **arrays)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
 
 One layer's kernel with the gradients of its queries, keys and values, for a window (local) and for the whole prefix (global).
 Contenders: `ours`; `jax.nn`, which is jax.nn.dot_product_attention as XLA compiles it; `torch`, on a CPU with the extra
-`oracle`, which is scaled_dot_product_attention with a boolean mask for the window. Of a window, both compute the whole square.
-They are called in turn, and the best of --repeats calls counts. FLOPs are those of the pairs that are seen, three times
-forward, and the peak is the best matmul between the calls. Memory is what one call takes beyond its inputs; the mask of
-`torch` counts there, but not in its time. A dash is explained under the table.
+`oracle`, which is scaled_dot_product_attention with a boolean mask for the window. The last two compute all S x S scores for a
+window. Contenders are called alternately, and the best of --repeats calls counts. FLOPs are those of the visible pairs, three
+times the forward pass, and the peak is the fastest matmul between the calls. Memory is what one call takes beyond its inputs;
+the mask of `torch` counts there, but not in its time. A dash is explained under the table.
 """
 
 import dataclasses
@@ -30,22 +30,22 @@ from hybrid_attn.model import flops
 from hybrid_attn.model.attention import attended_pairs, attention_flops
 
 LENGTHS = flags.DEFINE_list("lengths", ["2K", "4K", "8K", "16K", "32K", "64K", "128K"], "Tokens; K is 1,024.")
-CONTENDERS = flags.DEFINE_list("contenders", ["ours", "jax.nn", "torch"], "Which of them.")
+CONTENDERS = flags.DEFINE_list("contenders", ["ours", "jax.nn", "torch"], "Implementations to measure.")
 KIND = flags.DEFINE_enum("kind", "both", ["local", "global", "both"], "Layers to measure.")
 HEADS = flags.DEFINE_integer("heads", 4, "Query heads.", lower_bound=1)
 KV_HEADS = flags.DEFINE_integer("kv_heads", 2, "Key and value heads.", lower_bound=1)
 HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Head size.", lower_bound=1)
 WINDOW = flags.DEFINE_integer("window", 1024, "Keys that a query of a local layer sees.", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the inputs.")
-KERNEL = flags.DEFINE_enum("kernel", "auto", ["auto", *kernels.KERNELS], "Ours.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the inputs.")
+KERNEL = flags.DEFINE_enum("kernel", "auto", ["auto", *kernels.KERNELS], "Kernel of `ours`.")
 REPEATS = flags.DEFINE_integer("repeats", 3, "Calls of each contender; at least two, since the first is cold.", lower_bound=2)
 SECONDS = flags.DEFINE_float("seconds", 60.0, "Leave out a call that would take longer, judged by a shorter one.")
-MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
+MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out contenders that need more.", lower_bound=0.1)
 JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")
 
 
 class Case(NamedTuple):
-    """What is computed: N query heads and K key/value heads of size H over S tokens."""
+    """One layer of attention: N query heads and K key/value heads of size H over S tokens."""
 
     S: int
     N: int
@@ -125,7 +125,7 @@ MAKERS = {"ours": ("jax", make_ours), "jax.nn": ("jax", make_jax_nn), "torch": (
 
 
 def contenders(platform: str) -> tuple[list[str], str | None]:
-    """Those of --contenders that are here, and why `torch` is not."""
+    """The --contenders that can run here, and the reason if `torch` cannot."""
     unknown = sorted(set(CONTENDERS.value) - set(MAKERS))
     if unknown or not CONTENDERS.value:
         raise ValueError(f"--contenders has {', '.join(unknown) or 'nothing'}; known: {', '.join(MAKERS)}")
@@ -162,15 +162,15 @@ def measure(processes: Processes, kind: str, names: list[str], lengths: list[int
 
 def exponents(records: list[dict]) -> list[dict]:
     """The slope of log time over log tokens by least squares, over the larger half of the lengths but at least three."""
-    found = []
+    slopes = []
     for kind, name in dict.fromkeys((r["kind"], r["contender"]) for r in records):
-        mine = [r for r in records if (r["kind"], r["contender"]) == (kind, name) and "seconds" in r]
-        mine = mine[-max(3, (len(mine) + 1) // 2) :]
-        if len({r["tokens"] for r in mine}) > 1:
-            slope = np.polyfit(*(np.log([r[key] for r in mine]) for key in ("tokens", "seconds")), 1)[0]
-            lengths = [r["tokens"] for r in mine]
-            found.append({"kind": kind, "contender": name, "tokens": lengths, "exponent": float(slope)})
-    return found
+        measured = [r for r in records if (r["kind"], r["contender"]) == (kind, name) and "seconds" in r]
+        measured = measured[-max(3, (len(measured) + 1) // 2) :]
+        if len({r["tokens"] for r in measured}) > 1:
+            slope = np.polyfit(*(np.log([r[key] for r in measured]) for key in ("tokens", "seconds")), 1)[0]
+            lengths = [r["tokens"] for r in measured]
+            slopes.append({"kind": kind, "contender": name, "tokens": lengths, "exponent": float(slope)})
+    return slopes
 
 
 def show(records: list[dict], slopes: list[dict], peak: float) -> None:

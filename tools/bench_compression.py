@@ -5,7 +5,7 @@ sequence of --length tokens hides pairs of letters in noise. Layers that see the
 question asks for one of the pairs. In half of the lines the question is known in advance ("known"): it is also among the
 last tokens of the prompt, by whose queries snapkv, pyramid and adakv choose. In the other lines it is new. The table has the
 share of right answers; a model that knows the values of a sequence and no pair gets 1 / --pairs. PyramidKV is not measured: it
-shares slots among layers, and the model of configs/recall.py has one layer that sees the whole prefix.
+shares slots among layers, and the model of configs/recall.py has only one layer that sees the whole prefix.
 """
 
 import json
@@ -41,16 +41,16 @@ JSON = flags.DEFINE_string("json", None, "JSON file for the numbers of the table
 
 
 def caps(shares: list[str], length: int) -> dict[str, int]:
-    """The number of slots of `length` that a head keeps, by the share as it is written in the flag."""
+    """The number of slots that a head keeps of `length`, for each share as written in the flag."""
     slots = {}
     for share in shares:
         try:
             numerator, _, denominator = share.partition("/")
             value = float(numerator) / float(denominator or 1)
         except (ValueError, ZeroDivisionError):
-            raise ValueError(f"--shares has {share!r}, which is no number and no fraction such as 1/8") from None
+            raise ValueError(f"--shares has {share!r}, which is neither a number nor a fraction such as 1/8") from None
         if not 0 < value < 1:
-            raise ValueError(f"--shares has {share!r}, which does not lie between 0 and 1")
+            raise ValueError(f"--shares has {share!r}, which is not between 0 and 1")
         slots[share] = round(value * length)
     return slots
 
@@ -77,7 +77,7 @@ def make_prompts(rows: SyntheticSequences, number: int, window: int) -> Prompts:
 
 
 def accuracies(engine: Engine, rows: SyntheticSequences, number: int, caps: Mapping[str, int], window: int) -> list[dict]:
-    """A record for each method, kind of question and share of `caps`; the whole cache comes first."""
+    """A record for each method, type of question and share of `caps`; the uncompressed cache comes first."""
     by_question, questions, answers = make_prompts(rows, number, window)
     cases = [("full", "1", None)]
     cases += [(method, share, Compression(method, cap, window)) for method in METHODS for share, cap in caps.items()]

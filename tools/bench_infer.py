@@ -10,7 +10,7 @@ growth: seconds of a token of --config, and of the same model with full attentio
 after prompts of growing length. The cache has the length of the prompt but not its tokens, which do not change the time.
 long: --long_config reads a prompt of 131,072 tokens; the highest memory of its process.
 
-Contenders run in turn, and the best of --repeats counts. A dash is explained under the table.
+Contenders run alternately, and the best of --repeats counts. A dash is explained under the table.
 """
 
 import json
@@ -52,7 +52,7 @@ TOKENS = flags.DEFINE_list("lengths", None, f"Numbers of tokens; K is 1,024. By 
 NEW = flags.DEFINE_integer("new", 32, "Tokens of an answer.", lower_bound=2)
 CHUNK = flags.DEFINE_integer("chunk", DEFAULT_CHUNK, "Tokens of a prompt that our engine reads at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Answers of each contender.", lower_bound=1)
-MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
+MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out contenders that need more.", lower_bound=0.1)
 JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")
 CONFIG = config_file.define("config", str(CONFIGS / "bench.py"), "The model of parts transformers and growth.", config.Config)
 CACHE = config_file.define("cache_config", str(CONFIGS / "hybrid_8k.py") + ":8b", "The model of part=cache.", config.Config)
@@ -100,7 +100,7 @@ def export(values: dict, directory: str) -> None:
     hf.write(directory, c.model, hf.describe(c.model, directory, 32_768), shapes, hf.by_period(params), "float32")
 
 
-def make_theirs(values: dict, length: int, new: int, directory: str) -> Ready:
+def make_transformers(values: dict, length: int, new: int, directory: str) -> Ready:
     """Answers of the exported model by `generate` of `transformers`."""
     import torch
     import transformers
@@ -163,7 +163,7 @@ def against_transformers(processes: Processes, c: Config, lengths: list[int]) ->
         for S in lengths:
             tasks = {
                 "ours": Task("jax", make_ours, (values, S - NEW.value, NEW.value, CHUNK.value)),
-                "transformers": Task("torch", make_theirs, (values, S - NEW.value, NEW.value, directory)),
+                "transformers": Task("torch", make_transformers, (values, S - NEW.value, NEW.value, directory)),
             }
             for name, result in processes.race(f"transformers {S:,}", tasks, REPEATS.value).items():
                 record = {"contender": name, "tokens": S, "prompt": S - NEW.value, "missing": result.missing}

@@ -8,7 +8,7 @@ dot-product attention; on a CPU with the extra `oracle`. It gives windowed layer
 the column of FLOPs counts. Where its activations do not fit into --memory_gib, it recomputes those of each layer.
 layouts: the model of --config, and the same with its windowed layer type in every layer, without the window.
 
-Contenders take their steps in turn; the best of --repeats counts: forward, backward and update. MFU is relative to the best
+Contenders take their steps alternately; the best of --repeats counts: forward, backward and update. MFU is relative to the best
 matmul between the steps, by the FLOPs that the model needs. Memory is that of a step beyond parameters and tokens, and here
 beyond the optimiser state. A dash is explained under the table.
 """
@@ -44,7 +44,7 @@ PART = flags.DEFINE_enum("part", "both", [*LENGTHS, "both"], "What to compare wi
 ROWS = flags.DEFINE_list("lengths", None, f"Tokens of a packed sequence; K is 1,024. By default {LENGTHS}.")
 REPEATS = flags.DEFINE_integer("repeats", 3, "Steps of each contender.", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 300.0, "Leave out a step that would take longer, judged by one of a shorter sequence.")
-MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out what needs more.", lower_bound=0.1)
+MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out contenders that need more.", lower_bound=0.1)
 JSON = flags.DEFINE_string("json", None, "File for the numbers of the tables.")
 CONFIG = config_file.define("config", str(BENCH), "The model, the optimiser and how they run.", config.Config)
 
@@ -97,7 +97,7 @@ def export(values: dict, directory: str) -> list[str]:
     return [tensor.name for tensor in tensors if has_decay[tensor.path]]
 
 
-def make_theirs(values: dict, directory: str, decayed_names: list[str], remat: str) -> Ready:
+def make_transformers(values: dict, directory: str, decayed_names: list[str], remat: str) -> Ready:
     """Steps of the exported model in `transformers`, with the update of hybrid_attn/train/optim.py."""
     import torch
     import transformers
@@ -167,9 +167,9 @@ def ours(c: Config) -> Contender:
     return Contender(c, needed(c), Task("jax", make_ours, (config.to_dict(c),)))
 
 
-def theirs(c: Config, directory: str, decayed_names: list[str], remat: str) -> Contender:
+def in_transformers(c: Config, directory: str, decayed_names: list[str], remat: str) -> Contender:
     return Contender(
-        c, computed_with_masks(c), Task("torch", make_theirs, (config.to_dict(c), directory, decayed_names, remat))
+        c, computed_with_masks(c), Task("torch", make_transformers, (config.to_dict(c), directory, decayed_names, remat))
     )
 
 
@@ -202,10 +202,13 @@ def beside_transformers(processes: Processes, c: Config, lengths: list[int], dty
         at_S = at_length(c, S)
         with tempfile.TemporaryDirectory() as directory:
             decayed_names = processes.call("jax", export, config.to_dict(at_S), directory)
-            pair = {"ours": ours(at_S), "transformers": theirs(at_S, directory, decayed_names, c.train.remat)}
+            pair = {"ours": ours(at_S), "transformers": in_transformers(at_S, directory, decayed_names, c.train.remat)}
             new = compare(processes, f"transformers {S:,}", pair, dtype, records)
             if c.train.remat == "none" and not new[1].get("fits", True):
-                pair = {"ours": ours(at_S), "transformers, recomputing": theirs(at_S, directory, decayed_names, "layer")}
+                pair = {
+                    "ours": ours(at_S),
+                    "transformers, recomputing": in_transformers(at_S, directory, decayed_names, "layer"),
+                }
                 new = [new[1], *compare(processes, f"transformers {S:,}", pair, dtype, records)]
         records += new
     return records

@@ -17,12 +17,12 @@ from absl import app, flags
 from hybrid_attn import programs
 from hybrid_attn.files import object_of, write_atomically
 
-WORKDIR = flags.DEFINE_multi_string("workdir", None, "Workdir of a run; give several.", required=True)
+WORKDIR = flags.DEFINE_multi_string("workdir", None, "Workdir of a run; may be repeated.", required=True)
 OUT = flags.DEFINE_string("out", None, "The picture, a .png file.", required=True)
 LABEL = flags.DEFINE_multi_string("label", [], "Label of each run, in their order; by default its directory's name.")
 VALUE = flags.DEFINE_string("value", "loss", "Name of a number in the lines of metrics.jsonl.")
-X = flags.DEFINE_enum("x", "steps", ["steps", "tokens"], "What the horizontal axis counts.")
-SMOOTH = flags.DEFINE_integer("smooth", 1, "Steps up to each line whose mean is drawn; the lines themselves are pale.", 1)
+X = flags.DEFINE_enum("x", "steps", ["steps", "tokens"], "Unit of the horizontal axis.")
+SMOOTH = flags.DEFINE_integer("smooth", 1, "Draw the mean over this many steps; the values themselves are pale.", 1)
 LOG_X = flags.DEFINE_bool("log_x", False, "A logarithmic horizontal axis.")
 AXES = {"steps": "step", "tokens": "tokens_seen"}
 MEANS = ("loss", "bits_per_byte")  # a line also has their mean since the previous line

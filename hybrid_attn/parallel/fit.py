@@ -27,13 +27,13 @@ def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
     check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
 
 
-def check_length(what: str, length: int, sizes: Mapping[str, int], zigzag: bool) -> None:
+def check_length(name: str, length: int, sizes: Mapping[str, int], zigzag: bool) -> None:
     """ValueError where a sequence of `length` tokens does not split over context shards; `zigzag` gives each two parts."""
-    check_splits(what, length, sizes, ("context",), 2 if zigzag and sizes["context"] > 1 else 1, "parts")
+    check_splits(name, length, sizes, ("context",), 2 if zigzag and sizes["context"] > 1 else 1, "parts")
 
 
 def check_splits(
-    what: str, size: int, sizes: Mapping[str, int], axes: tuple[str, ...], pieces: int = 1, unit: str = ""
+    name: str, size: int, sizes: Mapping[str, int], axes: tuple[str, ...], pieces: int = 1, unit: str = ""
 ) -> None:
     """ValueError where `size` does not divide by the shards along `axes` times `pieces`."""
     shards = math.prod(sizes[axis] for axis in axes)
@@ -47,7 +47,7 @@ def check_splits(
     elif unit == "microbatches" and size and size % shards == 0:
         cure += f", or {unit}={math.gcd(size // shards, pieces)}"
     each = f" of {pieces} {unit} each" if pieces > 1 else ""
-    raise ValueError(f"{what} {size} does not split over {shards} {' * '.join(axes)} shards{each}; use {cure}")
+    raise ValueError(f"{name} {size} does not split over {shards} {' * '.join(axes)} shards{each}; use {cure}")
 
 
 def check_schemes(model: config.Model, schemes: Mapping[str, str], sizes: Mapping[str, int]) -> None:

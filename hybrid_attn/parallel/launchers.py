@@ -21,7 +21,7 @@ class Membership(NamedTuple):
 
 
 def from_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Membership | None:
-    """The membership that the three flags describe; None where none is given, ValueError where they do not fit together."""
+    """The membership by the three flags; None without any of them, ValueError if one is missing or wrong."""
     values = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     absent = [f"--{name}" for name, value in values.items() if value is None]
     if len(absent) == 3:
@@ -34,9 +34,9 @@ def from_flags(coordinator: str | None, num_processes: int | None, process_id: i
         raise ValueError(f"--process_id={process_id} is not one of 0 to {num_processes - 1} (--num_processes={num_processes})")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--coordinator={coordinator} is no HOST:PORT, as in 10.0.0.1:8476")
+        raise ValueError(f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:8476")
     if ":" in host and not (host[0] == "[" and host[-1] == "]"):
-        raise ValueError(f"--coordinator={coordinator}: an IPv6 address stands in brackets, as in [{host.strip('[]')}]:{port}")
+        raise ValueError(f"--coordinator={coordinator}: an IPv6 address needs brackets, as in [{host.strip('[]')}]:{port}")
     return Membership(coordinator, num_processes, process_id, None)
 
 
@@ -55,9 +55,9 @@ def from_launcher(timeout: float) -> Membership | None:
             os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, method, round(timeout)
         )
     except Exception as cause:  # client libraries of launchers raise their own
-        raise ValueError(f"{name}: {' '.join(str(cause).split())}; mend that, or {BY_HAND}") from cause
+        raise ValueError(f"{name}: {' '.join(str(cause).split())}; fix that, or {BY_HAND}") from cause
     if None in (address, count, number):
-        raise ValueError(f"{name} started this process and does not say which others; {BY_HAND}")
+        raise ValueError(f"{name} started this process, but its variables do not describe the others; {BY_HAND}")
     return None if count == 1 else Membership(address, count, number, None if _has_own_gpus() else device_ids)
 
 
