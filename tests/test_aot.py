@@ -30,8 +30,8 @@ TARGETS = {
         "ragged splash": 8,
         "step splash": 16,
         "slices splash": 16,
-        "layer splash": 150,
-        "offload splash": 90,
+        "layer splash": 900,
+        "offload splash": 450,  # less than what was measured of the layer before it
     },
     "v5p:2x2x2": {"local splash": 80, "global splash": 80},
     "h100:8": {
@@ -39,9 +39,11 @@ TARGETS = {
         **{"local cudnn": 70, "global cudnn": 70},
     },
 }
-# What the cases of whole steps change of a small config; the last two are deeper, for what is kept of their layers to count.
+# What the cases of whole steps change of a small config. The last two keep more of their layers than the 128 MiB of VMEM hold:
+# the compiler's peak is not of HBM alone, and with 8 layers it was larger than arguments and temporaries together. Their number
+# of periods, 17, divides no number of tokens, so that the axis of a stack of layers is known by its size.
 NARROW = {"model.d_model": 256, "model.d_ff": 512}
-DEEP = {"model.d_model": 512, "model.d_ff": 1024, "model.num_layers": 8}
+DEEP = {"model.d_model": 512, "model.d_ff": 1024, "model.num_layers": 34}
 STEPS = {"step": NARROW, "slices": NARROW, "layer": DEEP, "offload": DEEP | {"train.remat": "offload"}}
 # Whole models: target, mesh, tokens of a row (one for each fsdp shard), most GB of a chip's arguments and temporaries.
 PLANS = {
@@ -99,13 +101,13 @@ def test_a_ring_computes_while_keys_and_values_travel():
 
 
 def test_offloading_moves_what_is_kept_of_a_layer_to_the_memory_of_the_host():
-    target, local_tokens, layers = "v5e:2x4", S // 4, 8
+    target, local_tokens, layers = "v5e:2x4", S // 4, DEEP["model.num_layers"]
     if reason := skip_reason(target):
         pytest.skip(reason)
     kept, moved = compiled(target)["layer splash"], compiled(target)["offload splash"]
     inputs, outputs, sums = (layers * local_tokens * size for size in (512 * 2, 2 * 128 * 2, 2 * 4))  # of two heads a device
     assert kept["host"] == 0 and moved["host"] == inputs + outputs + sums
-    assert kept["peak"] - moved["peak"] >= inputs // 2
+    assert all(kept[name] - moved[name] >= inputs // 2 for name in ("temporaries", "peak"))
 
 
 @pytest.mark.parametrize("case", PLANS, ids=lambda name: name.replace(" ", "-"))
@@ -266,7 +268,7 @@ def main(target: str) -> None:
             started = time.monotonic()
             try:
                 lowered = lower_step(tiny, mesh, shape, kernel) if shape in STEPS else lower_attention(mesh, shape, kernel)
-                report = measure(lowered.compile(), kernel)
+                report = measure(lowered.compile(), kernel, STEPS.get(shape, {}).get("model.num_layers", 2) // 2)
             except Exception as error:  # reported by the test of this case; the others go on
                 report = {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
         print(json.dumps({"case": case, "seconds": round(time.monotonic() - started, 1), **report}), flush=True)
@@ -328,10 +330,14 @@ def lower_step(tiny, mesh, shape: str, kernel: str):
     return step.lower(abstract_state(c, mesh), batch)
 
 
-def measure(executable, kernel: str) -> dict:
-    """How many calls of the kernel, elements of the largest array, and bytes of temporaries of one device."""
+def measure(executable, kernel: str, periods: int) -> dict:
+    """How many calls of the kernel, elements of the largest array, and bytes of temporaries of one device.
+
+    Of an array that is stacked over `periods`, the elements of one period count.
+    """
     text = executable.as_text()
-    sizes = (math.prod(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))
+    shapes = [list(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)]
+    sizes = (math.prod(shape[1:] if shape[0] == periods else shape) for shape in shapes)
     calls = len(re.findall(r'custom_call_target="[^"]*' + re.escape(CALLS[kernel][0]), text))
     memory = executable.memory_analysis()
     bytes_of = {"temporaries": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes}
