@@ -123,15 +123,15 @@ LOGITS = """
 import sys
 import jax, numpy as np
 from hybrid_attn.infer import loading
-from hybrid_attn.model import apply, logits, run_on
+from hybrid_attn.model import apply, logits, execution_on
 from hybrid_attn.parallel.mesh import mesh_over_first
 with jax.set_mesh(mesh_over_first()):
     directory = loading.find(sys.argv[1])
     c, params, _ = loading.load(directory, loading.step_of(directory, None))
     tokens_BT = np.arange(96, dtype=np.int32)[None] * 7 % 256
     position_BT, segment_BT = np.arange(96, dtype=np.int32)[None], np.ones((1, 96), np.int32)
-    run = run_on("cpu", c.model, c.train)
-    x_BTD = apply(c.model, params, tokens_BT, position_BT, segment_BT, run)
+    execution = execution_on("cpu", c.model, c.train)
+    x_BTD = apply(c.model, params, tokens_BT, position_BT, segment_BT, execution)
     print(np.asarray(logits(c.model, params, x_BTD))[0, -1, :256].tolist())
 """
 

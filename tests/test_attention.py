@@ -303,7 +303,7 @@ def test_every_query_key_norm_is_its_formula_before_or_after_the_rotation(qk_nor
     q, k = rng.normal(size=(7, 4, 8)), rng.normal(1.0, 2.0, size=(7, 2, 8))
     pos = 3 * np.arange(7)
     got = layer.norm_and_rotate(*(jnp.asarray(x[None], jnp.float32) for x in (q, k)), jnp.asarray(pos[None]))
-    wanted = place_by_hand(layer.kind, layer.model, params, q, k, pos)
+    wanted = place_by_hand(layer.layer_type, layer.model, params, q, k, pos)
     assert_close(tuple(x[0] for x in jax.device_get(got)), wanted, 2e-6)
     shapes = {"head_dim": [(8,), (8,)], "head": [(4, 8), (2, 8)], "projection": [(4, 8), (2, 8)]}[scope]
     assert [params[name]["weight"].shape for name in ("q_norm", "k_norm") if name in params] == (
@@ -347,7 +347,7 @@ ATTENTIONS = {
 @pytest.mark.parametrize("fields", ATTENTIONS.values(), ids=ATTENTIONS)
 def test_attention_is_its_formula(fields):
     layer, params = attention(fields, **{"model.rope_layout": "half"})
-    kind, model = layer.kind, layer.model
+    kind, model = layer.layer_type, layer.model
     x = np.random.default_rng(10).normal(size=(T, 32))
     positions, segments = layout(PACKED)
     row = on_mesh({"x": x[None].astype(np.float32), "p": positions[None], "s": segments[None]})
