@@ -1,0 +1,169 @@
+"""The part of a config that describes the model: layer types and their pattern. Others import it from `config`."""
+
+import dataclasses
+
+from hybrid_attn import trees
+from hybrid_attn.trees import Table, check, check_fields, one_of, within
+
+LONGEST = 2**27  # tokens of a sequence: 134 million
+MOST_LAYERS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Scaling of the rotary frequencies beyond the length that they were trained at."""
+
+    type: str = one_of("none", "linear", "ntk", "yarn", "llama3")
+    factor: float = within(1, 10**6)
+    original_len: int = within(1, LONGEST, aliases=("original_max_position_embeddings",))
+    low: float = within(0, 10**6, above=True, aliases=("beta_slow", "low_freq_factor"))
+    high: float = within(0, 10**6, above=True, aliases=("beta_fast", "high_freq_factor"))
+    attention_factor: float | None = within(0, 10**6, above=True)
+
+    def __post_init__(self):
+        check_fields(self, "rope_scaling")
+        check(
+            self.type not in ("yarn", "llama3") or self.low < self.high,
+            f"rope_scaling.low={self.low} must be below rope_scaling.high={self.high}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """Growth of the attention scale with the position of the query."""
+
+    type: str = one_of("none", "log_length", "steps", "learned")
+    scale: float = within(0, 10**6)
+    length: int = within(2, LONGEST)
+
+    def __post_init__(self):
+        check_fields(self, "temperature")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerType:
+    """What one letter of the pattern means: its mixer and feed-forward, which keys a query sees, how positions enter."""
+
+    mixer: str
+    mlp: str
+    window: int | None = within(1, 2**31 - 1, aliases=("sliding_window",))
+    chunk: int | None = within(1, 2**31 - 1, aliases=("attention_chunk_size",))
+    rope_theta: float | None = within(1, 10**18, above=True, aliases=("theta", "rope_base"))
+    rope_fraction: float = within(0, 1, above=True, aliases=("partial_rotary_factor", "rotary_pct"))
+    rope_scaling: RopeScaling
+    qk_norm: str = one_of("none", "layernorm", "rms", "rms_plus1", "rms_weightless")
+    qk_norm_scope: str = one_of("head_dim", "head", "projection")
+    qk_norm_after_rope: bool
+    scale: float | None = within(0, 10**6, above=True)
+    softcap: float | None = within(0, 10**6, above=True, aliases=("attn_logit_softcapping",))
+    temperature: Temperature
+    sink: bool
+    gate: str = one_of("none", "head", "projection")
+
+    def __post_init__(self):
+        check_fields(self, "kind")
+        check(self.window is None or self.chunk is None, "a layer type has a window or a chunk, not both")
+        check(
+            self.rope_theta is not None or self.rope_scaling.type == "none",
+            f"rope_scaling.type={self.rope_scaling.type!r} scales nothing without a rope_theta",
+        )
+        check(
+            not self.qk_norm_after_rope or (self.qk_norm != "none" and self.rope_theta is not None),
+            "qk_norm_after_rope needs a qk_norm and a rope_theta",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    vocab_size: int = within(1, 2**24)
+    prefix: str
+    pattern: str
+    num_layers: int = within(1, MOST_LAYERS, aliases=("num_hidden_layers", "n_layer", "depth"))
+    d_model: int = within(1, 2**20, aliases=("hidden_size", "hidden_dim", "width", "n_embd"))
+    num_heads: int = within(1, 2**16, aliases=("num_attention_heads", "n_head"))
+    num_kv_heads: int = within(1, 2**16, aliases=("num_key_value_heads",))
+    head_dim: int = within(1, 2**16)
+    d_ff: int = within(1, 2**24, aliases=("intermediate_size", "ffn_dim", "mlp_dim"))
+    block: str = one_of("parallel", "pre", "post", "sandwich")
+    norm: str = one_of("layernorm", "rms", "rms_plus1")
+    norm_eps: float = within(0, 1, above=True, aliases=("rms_norm_eps", "layer_norm_eps"))
+    activation: str = one_of("silu", "gelu", "gelu_tanh")
+    rope_layout: str = one_of("interleaved", "half")
+    tie_embeddings: bool = trees.named("tie_word_embeddings", "use_embedding_sharing")
+    embed_scale: float = within(0, 10**6, above=True)
+    logit_scale: float = within(0, 10**6, above=True)
+    logit_softcap: float | None = within(0, 10**6, above=True, aliases=("final_logit_softcapping",))
+    init_std: float = within(0, 100, above=True, aliases=("initializer_range",))
+    kinds: Table[str, LayerType]
+
+    def __post_init__(self):
+        check_fields(self, "model")
+        for letter in self.kinds:
+            ok = len(letter) == 1 and letter.isascii() and letter.isalpha()
+            check(ok, f"model.kinds names a layer type {letter!r}; a name is one letter from A to Z or a to z")
+        check(bool(self.pattern), "model.pattern is empty; write one letter for each layer of a period, as in 'LLLG'")
+        check(len(self.pattern) <= MOST_LAYERS, f"model.pattern has {len(self.pattern):,} letters, and at most {MOST_LAYERS:,}")
+        check(
+            len(self.prefix) <= self.num_layers,
+            f"model.prefix={self.prefix!r} has more layers than model.num_layers={self.num_layers:,}; use more layers",
+        )
+        for field, letters in (("prefix", self.prefix), ("pattern", self.pattern)):
+            for letter in sorted(set(letters)):
+                known = ", ".join(sorted(self.kinds))
+                check(letter in self.kinds, f"model.{field}={letters!r} uses {letter!r}; model.kinds defines {known}")
+                self._check_rotation(letter)
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
+            f"use {self.num_heads // self.num_kv_heads * self.num_kv_heads or self.num_kv_heads} heads",
+        )
+
+    def _check_rotation(self, letter: str) -> None:
+        kind = self.kinds[letter]
+        dims = rotated_dims(self, kind)
+        check(
+            kind.rope_theta is None or (dims >= 2 and dims % 2 == 0),
+            f"model.kinds.{letter}: rope_fraction={kind.rope_fraction} of head_dim={self.head_dim} rotates {dims} "
+            "dimensions; use an even number",
+        )
+        check(
+            kind.rope_scaling.type != "ntk" or dims > 2,
+            f"model.kinds.{letter}: ntk stretches by the dimension {dims}, and needs more than 2",
+        )
+
+    @property
+    def layers(self) -> str:
+        """The letter of each layer, in order: the prefix, then the pattern again and again."""
+        return (self.prefix + self.pattern * -(-self.num_layers // len(self.pattern)))[: self.num_layers]
+
+    @property
+    def num_periods(self) -> int:
+        """Complete repetitions of the pattern after the prefix; the remaining layers are the tail."""
+        return (self.num_layers - len(self.prefix)) // len(self.pattern)
+
+    @property
+    def tail(self) -> str:
+        return self.layers[len(self.prefix) + self.num_periods * len(self.pattern) :]
+
+    @property
+    def groups(self) -> list[tuple[str, str, int]]:
+        """Name in the parameters, letters and repetitions of the layers before, in and after the periods, if there are any."""
+        groups = ("prefix", self.prefix, 1), ("periods", self.pattern, self.num_periods), ("tail", self.tail, 1)
+        return [group for group in groups if group[1] and group[2]]
+
+
+def reach(kind: LayerType) -> str | None:
+    """The mask of a layer type as text; None for the whole prefix."""
+    if kind.window is not None:
+        return f"window {kind.window:,}"
+    return None if kind.chunk is None else f"chunks of {kind.chunk:,}"
+
+
+def rotated_dims(model: Model, kind: LayerType) -> int:
+    """Dimensions of a head that are rotated; the others carry no position."""
+    return round(model.head_dim * kind.rope_fraction)
+
+
+def score_scale(model: Model, kind: LayerType) -> float:
+    """The factor on the products of queries and keys."""
+    return model.head_dim**-0.5 if kind.scale is None else kind.scale
