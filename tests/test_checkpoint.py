@@ -17,11 +17,11 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hybrid_attn import checkpoint, stored
+from hybrid_attn import checkpoint, config, stored
 from hybrid_attn.checkpoint import Checkpoints
 
 LAYER_TYPE = {"mixer": "attention", "mlp": "gated", "window": 4}
-CONFIG = {"seed": 3, "model": {"d_model": 16, "pattern": "LLLG", "kinds": {"L": LAYER_TYPE}}}
+CONFIG = config.completed({"seed": 3, "model": {"d_model": 16, "pattern": "LLLG", "kinds": {"L": LAYER_TYPE}}})
 DATA = {"stage": 0, "rows": [7, 11]}
 
 

@@ -144,10 +144,10 @@ def test_on_a_mesh_the_same_is_measured(tool, models, tmp_path, monkeypatch):
 
 def test_what_does_not_fit_a_length_is_absent_and_said(tool, models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, "SHORTEST", 600)
-    monkeypatch.setattr(tool.suite, "run", lambda context, settings, *_: planned.append(tool.suite.units(settings, context)))
+    planned, units = [], tool.suite.units
+    monkeypatch.setattr(tool.suite, "measure_units", lambda context, settings, *_: planned.append(units(settings, context)))
     monkeypatch.setattr(tool.report, "read", lambda directory: None)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
-    planned = []
     arguments = [f"--checkpoint={models}/one", f"--text={models}/*.txt", f"--out={tmp_path}", "--suite=ruler,attention_mass"]
     run(tool, *arguments, "--samples=1")
     said = capsys.readouterr().out
@@ -217,7 +217,7 @@ def test_one_program_at_a_time_measures_into_a_directory(tool, models, tmp_path,
 def planned_of(tool, monkeypatch):
     """A list to which (context, settings, provenance) of every model are added that would be measured."""
     planned = []
-    monkeypatch.setattr(tool.suite, "run", lambda *arguments: planned.append(arguments[:3]))
+    monkeypatch.setattr(tool.suite, "measure_units", lambda *arguments: planned.append(arguments[:3]))
     monkeypatch.setattr(tool.report, "read", lambda directory: None)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
     return planned
@@ -327,7 +327,7 @@ def test_a_run_and_the_tool_ask_the_same_where_nobody_says_otherwise(tool, model
         assert (tool.settings([64]).depths, tool.settings([64]).seed) == (suite.DEPTHS, suite.SEED)
         c, params, _ = tool.loading.load(f"{models}/one", 7)
         engine = Engine(params, c, EngineOptions(tool.CHUNK.value, batch_size=tool.ROWS.value))
-    options = evaluation._engine_options(c, engine.mesh, [48])
+    options = evaluation._engine_options(models_config(models), engine.mesh, [48])
     assert (options.chunk, options.batch_size) == (engine.chunk, engine.batch_size)
 
 
@@ -359,7 +359,7 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
 
 def test_answers_end_where_the_files_of_an_imported_model_say(tool, models, tmp_path, monkeypatch):
     monkeypatch.setattr(tool.loading, "stop_tokens", lambda checkpoint, tokenizer: [5, tokenizer.eos])
-    monkeypatch.setattr(tool.suite, "run", lambda context, *_: found.append(context.stop_tokens))
+    monkeypatch.setattr(tool.suite, "measure_units", lambda context, *_: found.append(context.stop_tokens))
     monkeypatch.setattr(tool.report, "read", lambda directory: None)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
     found = []
@@ -433,14 +433,14 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(tool, m
         return described(directory, step)
 
     monkeypatch.setattr(tool.loading, "described", broken)
-    monkeypatch.setattr(tool.suite, "run", lambda *_: pytest.fail("measured the first"))
+    monkeypatch.setattr(tool.suite, "measure_units", lambda *_: pytest.fail("measured the first"))
     models = [f"--checkpoint={models}/{name}" for name in ("one", "two")]
     assert refused(tool, capsys, *models, "--suite=recall", f"--out={tmp_path}") == ("error: two is broken", 2)
 
 
 def test_parameters_are_loaded_once_and_one_model_after_the_other(tool, models, tmp_path, monkeypatch):
     steps, load, read_params = [], tool.loading.load, checkpoint.read_params
-    monkeypatch.setattr(tool.suite, "run", lambda context, *_: steps.append(sorted(context.eval_model.params)))
+    monkeypatch.setattr(tool.suite, "measure_units", lambda context, *_: steps.append(sorted(context.eval_model.params)))
     monkeypatch.setattr(tool.report, "read", lambda directory: None)
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
     monkeypatch.setattr(checkpoint, "read_params", lambda *arguments: steps.append("load") or read_params(*arguments))
@@ -453,7 +453,7 @@ def test_parameters_are_loaded_once_and_one_model_after_the_other(tool, models, 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--suite=needel"], "--suite=needel did you mean 'needle'?"),
+        (["--suite=needel"], "'harness'; did you mean 'needle'?"),
         (["--lengths=4K"], "--lengths=4K has '4K', which is no number of tokens"),
         (["--lengths=1"], "--lengths=1: 1 tokens hold no question; use more"),
         (["--depths=50,120"], "--depths=50,120 must lie between 0 and 100 percent"),
@@ -492,8 +492,8 @@ def test_parameters_are_loaded_once_and_one_model_after_the_other(tool, models, 
         (["more"], "'more' is no flag"),
         (["--samples=1000000000"], "questions take"),
         (["--suite=ruler", "--lengths=1000000000000"], "use fewer --samples, or shorter --lengths"),
-        (["--suite=position", "--lengths=1000000000000"], "activations of a row of 1,000,000,000,000 tokens take"),
-        (["--suite=recall", "--lengths=500000000"], "activations of a row of 500,000,000 tokens take"),
+        (["--suite=position", "--lengths=1000000000000"], "activations of a sequence of 1,000,000,000,000 tokens take"),
+        (["--suite=recall", "--lengths=500000000"], "activations of a sequence of 500,000,000 tokens take"),
         (["--suite=recall", "--tokens=1000000000000000", "--lengths=64"], "sequences of 64 tokens; use at most 67108864"),
         (["--suite=ruler", "--ruler_tasks=cvt"], "did you mean 'vt'?"),
         (["--suite=ruler", "--ruler_tasks="], "--ruler_tasks= names none"),
