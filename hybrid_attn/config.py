@@ -262,17 +262,18 @@ def build_checkpoint_config(values: Mapping) -> CheckpointConfig:
 
 
 def completed(values: Mapping) -> dict:
-    """The nested dict of a config with the keys that it lacks because there was one choice when it was written."""
+    """The nested dict of a config; keys that older ones lack get the only choice that existed when they were written."""
     values = trees.plain(values)
-    kinds, stages, optim = (values.get("model", {}).get("kinds"), values.get("stages"), values.get("optim"))
+    model, stages, optim = (values.get(name) for name in ("model", "stages", "optim"))
+    kinds = model.get("kinds") if isinstance(model, dict) else None
     for layer_type in kinds.values() if isinstance(kinds, dict) else ():
         if isinstance(layer_type, dict):
             layer_type |= {"mixer": "attention", "mlp": "gated"} | layer_type
     for stage in stages if isinstance(stages, list) else ():
         if isinstance(stage, dict):
             stage |= {"objective": "next_token", "model_changes": []} | stage
-    if isinstance(values.get("model"), dict):
-        values["model"] = {"prefix": ""} | values["model"]
+    if isinstance(model, dict):
+        values["model"] = {"prefix": ""} | model
     if isinstance(optim, dict):
         optim |= {"optimiser": "adamw"} | optim
     return {"init_from": {"path": None, "step": None, "new": [], "ignore": [], "rename": []}} | values
@@ -281,8 +282,8 @@ def completed(values: Mapping) -> dict:
 def upgraded(values: Mapping) -> dict:
     """The nested dict of a checkpoint's config with today's keys: `completed`, and with new names for old ones."""
     values = completed(values)
-    train = values.get("train", {})
-    if "balance" in train:
+    train = values.get("train")
+    if isinstance(train, dict) and "balance" in train:
         train["zigzag"] = train.pop("balance")
         train["context"] = train["context"].replace(*RENAMED_CONTEXT)
     return values

@@ -180,7 +180,8 @@ class InitFrom:
 
     def __post_init__(self):
         check_fields(self, "init_from")
-        check(self.path is None or bool(self.path.strip()), "init_from.path='' names no checkpoint; use None for none")
+        named = self.path is None or bool(self.path.strip())
+        check(named, f"init_from.path={self.path!r} names no checkpoint; use None for none")
         for name in ("step", "new", "ignore", "rename"):
             value = getattr(self, name)
             check(self.path is not None or value in (None, ()), f"init_from.{name}={value!r} needs an init_from.path")

@@ -156,8 +156,10 @@ def stacked(name: str) -> bool:
 
 
 def fields_of(state: Any) -> dict[str, Any]:
-    """The fields of a state, a named tuple or a dict, without an empty `extras`: so older versions saved them."""
-    return {name: value for name, value in _as_dict(state).items() if name != EXTRAS or value}
+    """The fields of a state, a named tuple or a dict, without extras that have no arrays: Orbax saves none of these."""
+    fields = _as_dict(state)
+    saved = {name: extra for name, extra in fields.pop(EXTRAS, {}).items() if jax.tree.leaves(extra)}
+    return fields | ({EXTRAS: saved} if saved else {})
 
 
 def _as_dict(state: Any) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def read_state(path, abstract: Any) -> Any:
 def read_arrays(path, abstract: Any, partial: bool, ignored: tuple[str, ...] = ()) -> Any:
     """Arrays like `abstract`, checked against their checksums in the precision that they were saved in, then cast.
 
-    With `partial` the checkpoint may have other arrays too; without it, only those whose name begins with one of `ignored`.
+    With `partial` the checkpoint may have other arrays too; without it, only those in one of the groups `ignored`.
     """
     abstract = jax.tree.map(_with_sharding, abstract)
     sums = together(lambda: read_sums(path))
@@ -203,7 +205,7 @@ def _read_as_saved(path, abstract: Any, sums: Sums, partial: bool, ignored: tupl
     try:
         saved = flat(handler.metadata(path / "state").tree)
         check_as_described(sums, saved, partial=False)
-        compared = {name: x for name, x in saved.items() if not name.startswith(ignored)}
+        compared = {name: x for name, x in saved.items() if not any(inside(name, group) for group in ignored)}
         check_same_arrays(path, compared, flat(abstract), partial)
         as_saved = jax.tree_util.tree_map_with_path(lambda key, x: _with_dtype(x, saved[name_of(key)].dtype), abstract)
         restore_args = ocp.checkpoint_utils.construct_restore_args(as_saved)
@@ -257,9 +259,12 @@ def check_same_arrays(path, saved: Mapping, expected: Mapping, partial: bool) ->
         if tuple(saved[name].shape) != shapes[name]:
             lines.append(f"  {name}: {tuple(saved[name].shape)} -> {shapes[name]}")
     if lines:
+        cure = "use another --workdir, or the config that wrote it"
+        if not partial and not any(inside(name, "opt_state") for name in saved):
+            cure = f"it has no optimiser state: start a run in another --workdir, with --config.init_from.path={path.parent}"
         raise AnotherModelError(
-            f"{path} holds the arrays of another model or optimiser (saved -> expected):\n{first_eight(sorted(lines), chr(10))}"
-            "\nuse another --workdir, or the config that wrote it"
+            f"{path} holds the arrays of another model or optimiser (saved -> expected):\n"
+            f"{first_eight(sorted(lines), chr(10))}\n{cure}"
         )
 
 
@@ -275,6 +280,11 @@ def _with_dtype(x: jax.ShapeDtypeStruct, dtype) -> jax.ShapeDtypeStruct:
 def name_of(key: tuple) -> str:
     """The path of a leaf, such as `params/periods/L0/attention/q`; the same for dicts, named tuples and dataclasses."""
     return "/".join(ocp.tree.str_keypath(key))
+
+
+def inside(name: str, group: str) -> bool:
+    """Whether an array is `group` itself, or in the group of that name."""
+    return name == group or name.startswith(f"{group}/")
 
 
 def flat(tree: Any) -> dict[str, Any]:

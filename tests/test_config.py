@@ -148,6 +148,9 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
 
 def test_groups_and_lists_are_not_taken_for_values():
     assert "config.mesh=4 must be a group of keys" in error_of(put("mesh", 4))
+    for group in ("model", "optim", "train", "init_from"):
+        assert f"config.{group}=5 must be a group of keys" in error_of(put(group, 5))
+    assert config.upgraded({"train": 4})["train"] == 4  # `build` then says what is wrong
     assert "config.stages=4 must be a list" in error_of(put("stages", 4))
 
 

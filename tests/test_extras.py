@@ -77,6 +77,27 @@ def test_an_extra_that_a_checkpoint_lacks_starts_from_its_initial_value_and_is_r
     assert_equal(after.extras["average"], halfway(jax.device_get(before.params), jax.device_get(after.params), None))
 
 
+def test_of_two_extras_whose_names_begin_alike_either_is_left_out(monkeypatch, tmp_path):
+    extras = {name: Extra(lambda params: params, halfway) for name in ("average", "average_slow")}
+    with jax.set_mesh(mesh_of()):
+        monkeypatch.setitem(OBJECTIVES, "averaged", NEXT_TOKEN._replace(extras=extras))
+        checkpoints = saved(tmp_path, tiny(AVERAGED), trained(tiny(AVERAGED), started(tiny(AVERAGED)), 2))
+        for name in extras:
+            monkeypatch.setitem(OBJECTIVES, "averaged", NEXT_TOKEN._replace(extras={name: extras[name]}))
+            state, _ = restored(checkpoints, tiny(AVERAGED))
+            assert state.extras.keys() == {name}
+            assert state.extras[name]["embed"].shape == state.params["embed"].shape
+
+
+def test_an_extra_without_arrays_is_no_damage(monkeypatch, tmp_path):
+    empty = Extra(lambda params: {}, lambda extra, params, sums: extra)
+    monkeypatch.setitem(OBJECTIVES, "averaged", NEXT_TOKEN._replace(extras={"empty": empty}))
+    with jax.set_mesh(mesh_of()):
+        c = tiny(AVERAGED | {"seed": 1})  # jit has compiled the first state of the other one
+        state, _ = restored(saved(tmp_path, c, trained(c, started(c), 2)), c)
+    assert state.extras == {"empty": {}}
+
+
 def test_an_extra_that_a_config_lacks_is_left_out_and_reported(averaged, tmp_path):
     before = trained(averaged, started(averaged), 2)
     state, lines = restored(saved(tmp_path, averaged, before), PLAIN)

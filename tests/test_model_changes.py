@@ -47,23 +47,31 @@ def test_a_change_of_the_arrays_is_refused_by_field_and_value(saved, changes, ke
         check_arrays(saved, tiny(changes), "the checkpoint of step 3")
     lines = str(refused.value).splitlines()[1:-1]
     assert len(lines) == len(keys) and all(key in line for key, line in zip(keys, lines, strict=True)), lines
-    assert all(line.endswith(f"-> {changes[line.split(':')[0].strip()]}") for line in lines)
+    assert all(line.endswith(f"-> {changes[line.split(':')[0].strip()]!r}") for line in lines)
 
 
 @pytest.mark.parametrize("key", FUNCTION)
 def test_a_change_of_the_function_needs_the_stage_to_name_the_field(saved, key, one_device):
     c = tiny({key: FUNCTION[key]})
     check_arrays(saved, c, "it")
-    with pytest.raises(ValueError, match=f"(?s)step 3 .*\n  {key}: .* -> {FUNCTION[key]}\n.*stages.1..model_changes={key}$"):
+    with pytest.raises(ValueError, match=f"(?s)step 3 .*\n  {key}: .* -> {FUNCTION[key]!r}\n.*stages.1..model_changes={key}$"):
         check_function(saved, tiny({key: FUNCTION[key], "stages": [STAGE | {"steps": 3, "model_changes": (key,)}, STAGE]}), 3)
     (line,) = check_function(saved, tiny({key: FUNCTION[key], "stages": [STAGE | {"model_changes": (key,)}]}), 3)
-    assert re.fullmatch(rf"model +{key}: .* -> {FUNCTION[key]}, as stages\[0\].model_changes says", line)
+    assert re.fullmatch(rf"model +{key}: .* -> {FUNCTION[key]!r}, as stages\[0\].model_changes says", line)
 
 
 def test_a_layer_type_of_the_pattern_that_has_no_layer_yet_is_no_other_model(one_device):
     short = {"model.pattern": "LLG", "model.num_layers": 2}
     with pytest.raises(ValueError, match="model or optimiser .*\n  model.d_ff: 48 -> 56\nuse"):
         check_arrays(config.to_dict(tiny(short)), tiny(short | {"model.d_ff": 56, "model.norm_eps": 1e-3}), "it")
+
+
+def test_of_another_pattern_only_fields_of_layer_types_in_both_have_to_be_named(one_device):
+    saved = config.to_dict(tiny({"model.num_layers": 1}))
+    values = config.to_dict(tiny({"model.num_layers": 1}))
+    values["model"] |= {"pattern": "LX", "kinds": {"L": saved["model"]["kinds"]["L"], "X": saved["model"]["kinds"]["G"]}}
+    with pytest.raises(ValueError, match=r"\n  model.pattern: 'LG' -> 'LX'\nuse .*model_changes=model.pattern$"):
+        check_function(saved, config.build(values), 3)
 
 
 def test_all_changed_fields_have_to_be_named(saved):

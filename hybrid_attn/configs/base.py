@@ -63,7 +63,8 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the initial parameters; other seeds have their own keys
 
-    # A run without a checkpoint of its own starts from the parameters of this one; its step is 0 and its optimiser state new.
+    # Start from the parameters of another checkpoint, at step 0 with a new optimiser state. Ignored once the run has its own
+    # checkpoint.
     # A parameter has a name such as periods/L0/attention/q; groups (periods/L0) and patterns (*/q_norm) name several of them.
     i = c.init_from = ConfigDict()
     i.path = None  # a run's workdir, a directory of checkpoints, an imported model or one checkpoint; None = initial parameters

@@ -77,9 +77,10 @@ class Peers:
         self._link.send(saved=True)
 
     def fail(self, text: str, status: int, details: str = "") -> None:
-        """Ends this process with `status`, the others with 2 if that is 2 (a wrong input), else with 1.
+        """Ends all processes with this error; this one prints `details` first.
 
-        This process prints `details` first; then each process prints the first error.
+        The others exit with 2 if `status` is 2 (a wrong input), else with 1. This process exits with `status`, or with the code
+        of the others where that is 2. If several fail, each prints the first error.
         """
         self._status = status
         if details:
@@ -141,8 +142,8 @@ class Peers:
     def _end_with_others(self, text: str, code: int) -> None:
         """Ends this process with the first error of the run, and with the exit status of its own error if it has one.
 
-        An own status of 2 (a wrong input) counts only if the run's is 2: without another process an input may look wrong,
-        such as a file that the other was to write.
+        Its own status 2 (a wrong input) gives way to the run's code: after another process died, an input may only look wrong,
+        such as a file which that process should have written.
         """
         _end(f"error: {text}", code if self._status in (None, 2) else self._status)
 

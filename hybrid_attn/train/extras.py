@@ -10,8 +10,8 @@ import jax.numpy as jnp
 class Extra(NamedTuple):
     """Arrays that a checkpoint carries, such as a moving average of the parameters.
 
-    `init(params)` are those before the first step, and where a run continues from a checkpoint without them.
-    `update(extra, params, sums)` are those after a step, from its new parameters and the sums of its objective.
+    `init(params)` makes the initial arrays. They are used at step 0, and on resume from a checkpoint that lacks the extra.
+    `update(extra, params, sums)` makes those after a step, from its new parameters and the sums of its objective.
     """
 
     init: Callable[[dict], Any]

@@ -25,11 +25,11 @@ from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.infer import loading
 from hybrid_attn.model.params import EMBEDDING
 from hybrid_attn.model.transformer import specs
+from hybrid_attn.stored import first_eight, inside
 from hybrid_attn.train.step import TrainState, abstract_state, init_state
 from hybrid_attn.trees import check
 
 Shapes = Mapping[str, tuple[int, ...]]
-SHOWN = 8  # names in a line; more are counted
 
 
 class Assignment(NamedTuple):
@@ -46,16 +46,17 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     ValueError where there is no such checkpoint, where it cannot be read, and where a parameter is not accounted for.
     """
     directory, step = locate(c.init_from)
-    name = loading.name_of(directory, step)
+    source = loading.name_of(directory, step)
     expected = flatten_dict(abstract_state(c, mesh).params, sep="/")
     try:
         saved, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
         shapes_here = {name: x.shape for name, x in expected.items()}
-        assignment = assign(c.init_from, shapes_here, checkpoint.read_shapes(directory, step), name)
+        assignment = assign(c.init_from, shapes_here, checkpoint.read_shapes(directory, step), source)
         params = read_copied(directory, step, assignment.copied, expected)
         fingerprint = checkpoint.fingerprint(directory, step)
     except checkpoint.UnreadableError as cause:
-        raise ValueError(f"init_from: {name} cannot be read: {cause}; use another init_from.step, or copy it again") from cause
+        cure = "use another init_from.step, or copy it again"
+        raise ValueError(f"init_from: {source} cannot be read: {cause}; {cure}") from cause
     params |= initial(c, tuple(assignment.new))
     state = jax.jit(init_state, static_argnums=0, donate_argnums=1)(c, unflatten_dict(params, sep="/"))
     notes = trees.differences(saved.get("model", {}), to_dict(c)["model"], "model.")
@@ -66,16 +67,16 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
 
 
 def lines(init: InitFrom, recorded: Mapping, new: bool) -> list[str]:
-    """What a run prints about `init`, whose data state has `recorded`; it does nothing in a run that is not `new`."""
+    """What a run prints about `init`, whose data state has `recorded`; `init` is ignored unless the run is `new`."""
     if init.path is None:
         return []
     if not new:
-        return [f"parameters   those of its own checkpoint; init_from.path={init.path} is for a run without one"]
+        return [f"parameters   from this run's own checkpoint; init_from.path={init.path} is ignored"]
     record = recorded["init_from"]
-    names = {key: listed(record[key]) or "none" for key in ("new", "ignored")}
-    first = f"parameters   {record['copied']} leaves copied from {record['path']} step {record['step']}"
-    first = f"{first}; new: {names['new']}; ignored: {names['ignored']}"
-    header = ["             other in that checkpoint (saved -> new):"] if record["notes"] else []
+    names = {key: first_eight(record[key]) or "none" for key in ("new", "ignored")}
+    origin = f"{record['copied']} leaves copied from {record['path']} step {record['step']}"
+    first = f"parameters   {origin}; new: {names['new']}; ignored: {names['ignored']}"
+    header = ["             differs from that checkpoint (saved -> new):"] if record["notes"] else []
     return [first, *header, *(f"               {note}" for note in record["notes"])]
 
 
@@ -108,6 +109,7 @@ def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) ->
         *other_shapes(copied, here, there),
     ]
     check(not problems, "\n  ".join([f"init_from: {checkpoint_name} does not have the parameters of this model:", *problems]))
+    check(bool(copied), f"init_from: nothing is copied from {checkpoint_name}; if that is intended, leave out init_from.path")
     return Assignment(copied, sorted(new), sorted(ignored))
 
 
@@ -127,11 +129,6 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return trees.suggestion(name, sorted(groups), "; ", f"; it has {', '.join(sorted({x.split('/')[0] for x in names}))}")
 
 
-def inside(name: str, group: str) -> bool:
-    """Whether a parameter is `group` itself, or in the group of that name."""
-    return name == group or name.startswith(f"{group}/")
-
-
 def sources_of(init: InitFrom, here: Iterable[str], there: Iterable[str], checkpoint_name: str) -> dict[str, str]:
     """The name in the checkpoint of each parameter here: the same, or the one that `init.rename` gives."""
     sources = {name: name for name in here}
@@ -148,7 +145,7 @@ def unaccounted(owner: str, names: Sequence[str], of: Iterable[str], key: str, p
     if not names:
         return []
     what = "initial values for them" if key == "new" else "without them"
-    return [f"only {owner} {listed(names)}; {what}: c.init_from.{key} = {(*patterns, *groups(names, of))}"]
+    return [f"only {owner} {first_eight(names)}; {what}: c.init_from.{key} = {(*patterns, *groups(names, of))}"]
 
 
 def groups(names: Sequence[str], of: Iterable[str]) -> list[str]:
@@ -180,18 +177,13 @@ def other_shapes(copied: Mapping[str, str], here: Shapes, there: Shapes) -> list
     names = [name for name, source in copied.items() if here[name] != there[source]]
     if not names:
         return []
-    shapes = listed([f"{name} has {there[copied[name]]} there and {here[name]} here" for name in names])
+    shapes = first_eight([f"{name} has {there[copied[name]]} there and {here[name]} here" for name in names])
     problems = [f"{shapes}; for initial values name them in both init_from.new and init_from.ignore"]
     if all(name.startswith("periods/") and here[name][1:] == there[copied[name]][1:] for name in names):
         first = names[0]
         repeats = f"{there[copied[first]][0]} there and {here[first][0]} here"
         problems.append(f"the first axis is the repetition of model.pattern: {repeats}; all of them are copied, or none")
     return problems
-
-
-def listed(names: Sequence[str]) -> str:
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def read_copied(directory: str, step: int, copied: Mapping[str, str], expected: Mapping) -> dict[str, jax.Array]:

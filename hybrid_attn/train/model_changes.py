@@ -18,6 +18,7 @@ from hybrid_attn.train.optim import optimiser
 
 OPTIMISER = "optim.optimiser"
 INITIAL = ("model.init_std",)  # of the initial parameters alone
+LAYOUT = ("model.prefix", "model.pattern")
 Fields = dict[str, object]
 
 
@@ -47,6 +48,8 @@ def check_function(saved: Mapping, c: Config, start: int) -> list[str]:
     """
     old, new = fields_of(saved), fields_of(to_dict(c))
     changed = [key for key in changed_keys(old, new) if key not in (*INITIAL, OPTIMISER)]
+    if any(new.get(key) != old.get(key) for key in LAYOUT):  # it says which layer types there are
+        changed = [key for key in changed if key in old and key in new]
     stage = c.at(c.stage_at(min(start, c.total_steps - 1))[0])
     unnamed = [key for key in changed if key not in stage.model_changes]
     if unnamed:
@@ -60,7 +63,7 @@ def check_function(saved: Mapping, c: Config, start: int) -> list[str]:
 
 
 def fields_of(values: Mapping) -> Fields:
-    """The fields of a config's model and the name of its optimiser, by key, without the layer types that it does not use."""
+    """The fields of a config's model, without layer types outside prefix and pattern, and the name of its optimiser, by key."""
     built, model = build_model(values["model"]), values["model"]
     kinds = {letter: model["kinds"][letter] for letter in sorted({*built.layers, *built.pattern})}
     return trees.flat({"model": {**model, "kinds": kinds}, "optim": {"optimiser": values["optim"]["optimiser"]}})
@@ -71,11 +74,11 @@ def changed_keys(old: Fields, new: Fields) -> list[str]:
 
 
 def change_line(key: str, old: Fields, new: Fields) -> str:
-    return f"{key}: {old.get(key)} -> {new.get(key)}"
+    return f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
 
 
 def array_changes(old: Fields, new: Fields, c: Config) -> list[str]:
-    """The changed fields that change the arrays, each alone; all of them where only their combination does."""
+    """The fields that change the arrays by themselves. If none does but together they do, all changed fields."""
     changed, before = changed_keys(old, new), arrays(old, c)
     if not changed or before is not None and before == arrays(new, c):
         return []

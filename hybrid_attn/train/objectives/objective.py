@@ -16,10 +16,10 @@ class Objective(NamedTuple):
     """A loss that is a sum over a batch, divided by the weight of the batch.
 
     `weight(batch)` is that weight. `loss(config, params, batch, execution)` is the sum, and sums by name of which
-    `metrics(sums, batch)` makes the metrics of a step; both sums may be of a part of the batch's sequences. The sum "aux_loss"
-    stands for itself: it is added to the loss as it is, and averaged over the parts of a batch. `fields` are the names of the
-    batch fields that these read; a batch without weight has the loss 0. `extras` are arrays that the state has for it, by name;
-    stages with an extra of the same name share it.
+    `metrics(sums, batch)` makes the metrics of a step; both sums may be of a microbatch. The sum "aux_loss" is
+    not divided by the weight: its mean over the microbatches is added to the loss. `fields` are the names of the batch fields
+    that these functions read; a batch without weight has the loss 0. `extras` are arrays that the state has for the objective,
+    by name; stages with an extra of the same name share it.
     """
 
     weight: Callable[[Batch], jax.Array]
