@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from hybrid_attn.data.records import Fields, Text
 NO_LABEL = "text"  # label of documents without a label of their own
 FIELDS = Fields("text", None)  # of records that are read without a store
 
+SPAN, SPANS = 2**20, 64  # tokens of a span, and spans read together, where a loss mask is searched
 Span = tuple[int, int, int]  # the number of a document, and the tokens [start, stop) of it
 
 
@@ -76,6 +78,15 @@ class Documents:
         """
         mask = "" if self.loss_mask is None else self.loss_mask.fingerprint
         return hashlib.sha256(self.lengths.tobytes() + self.hashes.tobytes() + mask.encode()).hexdigest()[:16]
+
+    def has_trained_tokens(self) -> bool:
+        """Whether any token is trained on. The loss mask is read up to the first such token."""
+        if self.loss_mask is None:
+            return True
+        starts = ((i, start, n) for i, n in enumerate(self.lengths) for start in range(0, n, SPAN))
+        spans = ((i, start, min(start + SPAN, n)) for i, start, n in starts)
+        groups = iter(lambda: list(itertools.islice(spans, SPANS)), [])
+        return any(mask.any() for group in groups for mask in self.read_loss_mask(group))
 
     def without_loss_mask(self) -> "Documents":
         """The same documents, of which every token counts."""

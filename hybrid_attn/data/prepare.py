@@ -164,6 +164,11 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         written = list(pool.map(lambda i: _write_shard(folder, i, made[i], keep[i], names, dtype), range(len(made))))
     counts = summary.summary([counts for _, counts in written], made, names)
+    if counts.get("trained_tokens") == 0:
+        raise ValueError(
+            f"no piece has {options.fields.loss!r}: true, so nothing would be trained on; name another --loss_field, and "
+            f"another --out or delete {folder}"
+        )
     shards = tuple(shard for shard, _ in written)
     manifest = store.Manifest(store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), shards, counts)
     parts.write(folder / store.MANIFEST, [manifest.to_json().encode()])
