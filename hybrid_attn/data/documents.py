@@ -119,6 +119,13 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
+def with_boundaries(tokenizer, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The tokens of a document: BOS, its ids and EOS, in `token_dtype` of the vocabulary."""
+    tokens = np.empty(len(ids) + 2, token_dtype(tokenizer.vocab_size))
+    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, ids, tokenizer.eos
+    return tokens
+
+
 def load(paths: tuple[str, ...], tokenizer) -> Documents:
     """The documents of the files and directories in `paths`, read as `sources.read` does: a file of plain text is one document.
 
@@ -178,7 +185,7 @@ def _texts(path: str) -> Iterator[bytes]:
 
 
 def _encode(path: str, tokenizer) -> list[tuple[np.ndarray, int]]:
-    """For each document of a file: BOS, its ids and EOS, in `token_dtype` of the vocabulary; and the hash of its text."""
+    """The tokens of each document of a file, from BOS to EOS, and the hash of its text."""
     encoded = []
     for text in _texts(path):
         try:
@@ -188,7 +195,5 @@ def _encode(path: str, tokenizer) -> list[tuple[np.ndarray, int]]:
                 f"{path} is not UTF-8 at byte {error.start}, and a tokenizer.json reads text; "
                 "convert the file, leave it out of paths, or use data.tokenizer='bytes'"
             ) from error
-        tokens = np.empty(len(ids) + 2, token_dtype(tokenizer.vocab_size))
-        tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, ids, tokenizer.eos
-        encoded.append((tokens, content_hash(text)))
+        encoded.append((with_boundaries(tokenizer, ids), content_hash(text)))
     return encoded
