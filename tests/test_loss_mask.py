@@ -16,7 +16,7 @@ from test_tokenizer import byte_level, load, metaspace, sentence_piece
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.data import corpora, documents, loss_mask, pipeline, store
+from hybrid_attn.data import corpora, documents, loss_mask, pipeline, shard_files, store
 from hybrid_attn.data.loss_mask import LossMask
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.sources import Fields
@@ -219,7 +219,7 @@ def test_a_store_without_masks_has_neither_their_files_nor_their_names(tmp_path)
 
 def damage(folder, change, checksum):
     """Changes the mask of the first shard, and its checksum too where `checksum` says so."""
-    path = folder / store.loss_mask_name(0)
+    path = folder / shard_files.name(0, "loss_mask")
     mask = change(bytearray(path.read_bytes()))
     path.write_bytes(mask)
     if checksum:
@@ -230,12 +230,12 @@ def damage(folder, change, checksum):
 
 def test_a_damaged_mask_is_refused(prepared):
     folder = prepared[0] / "out"
-    original = (folder / store.loss_mask_name(0)).read_bytes()
+    original = (folder / shard_files.name(0, "loss_mask")).read_bytes()
     for change, message in ((lambda x: x[:-1], "shorter than the manifest says"), (lambda x: x + b"\0", "has more than its")):
         damage(folder, change, checksum=True)
         with pytest.raises(ValueError, match=f"shard-00000.loss_mask (is )?{message}"):
             store.load(str(folder))
-        (folder / store.loss_mask_name(0)).write_bytes(original)
+        (folder / shard_files.name(0, "loss_mask")).write_bytes(original)
     damage(folder, lambda x: x[:3] + bytes([1 - x[3]]) + x[4:], checksum=False)
     with pytest.raises(ValueError, match="the checksum of shard-00000.loss_mask differs"):
         list(store.verify(str(folder)))
