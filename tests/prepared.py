@@ -46,4 +46,4 @@ def texts(path, tokenizer=BYTES):
 
 
 def content(path):
-    return {x.name: x.read_bytes() for x in path.iterdir() if x.name != prepare.PLAN}
+    return {x.name: x.read_bytes() for x in path.iterdir() if x.name != store.PLAN}

@@ -14,8 +14,8 @@ from hybrid_attn.train.objectives import OBJECTIVES
 from hybrid_attn.train.objectives.next_token import NEXT_TOKEN
 from hybrid_attn.train.step import init_state, make_step
 
-STAGE = {"steps": 4, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
-PLAIN, AVERAGED = tiny({"stages": [STAGE]}), {"stages": [STAGE | {"objective": "averaged"}]}
+STAGE = {"steps": 2, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
+PLAIN, AVERAGED = tiny({"stages": [STAGE] * 2}), {"stages": [STAGE, STAGE | {"objective": "averaged"}]}
 
 
 def halfway(average, params, sums):
@@ -32,7 +32,7 @@ def averaged(monkeypatch):
 
 
 def trained(c, state, steps):
-    step, batch = make_step(c.at(0), REFERENCE), on_mesh(BATCH | {"bytes": np.ones_like(BATCH["weights"])})
+    step, batch = make_step(c.at(1), REFERENCE), on_mesh(BATCH | {"bytes": np.ones_like(BATCH["weights"])})
     for _ in range(steps):
         state, _ = step(state, batch)
     return state
@@ -50,7 +50,7 @@ def saved(directory, c, state):
 
 def restored(checkpoints, c):
     """The state that `c` continues from, and the lines that say what became of extras."""
-    state, step, recorded = loop.first_state(c, [{}], jax.sharding.get_mesh(), checkpoints)
+    state, step, recorded = loop.first_state(c, [{}, {}], jax.sharding.get_mesh(), checkpoints)
     lines = loop.past(c, checkpoints, step, recorded, False)
     return state, [line for line in lines if line.startswith("extras")]
 

@@ -59,7 +59,7 @@ def test_the_loss_mask_of_a_store_and_of_a_document_is_summed_up(tmp_path, capsy
         module.main(parse(["inspect_data.py", str(tmp_path / "store"), "--verify", "--document=1"]))
     shown = capsys.readouterr().out.splitlines()
     assert "loss mask    19 tokens are trained on (67.9%)" in shown and "loss mask    7 tokens are trained on (43.8%)" in shown
-    assert "verified     all loss masks are of 0 and 1" in shown
+    assert "verified     all values of the loss masks are 0 or 1" in shown
 
 
 def test_wrong_input_is_an_error_of_one_line(made, monkeypatch, capsys):
@@ -130,7 +130,7 @@ def test_the_batch_of_a_step_is_decoded_with_its_documents_apart(tmp_path):
     assert [x.split(", ")[1] for x in sequences] == ["number 0 of text: 100 tokens", "number 1 of text: 100 tokens"]
     assert done.stdout.count(", from its beginning, ") == 4 and done.stdout.count("to its end\n") == 4
     assert done.stdout.count("cut at the end of the sequence") == done.stdout.count("from the middle") == 1
-    assert sequences[1].endswith(", 20 of padding") and all(f"<{i}>" in done.stdout for i in range(4))
+    assert sequences[1].endswith(" trained targets, 20 of padding") and all(f"<{i}>" in done.stdout for i in range(4))
     assert run("--config=configs/base.py", paths, *sizes, "--step=1").stdout != done.stdout
 
 

@@ -1,4 +1,5 @@
 import ast
+import contextlib
 import dataclasses
 import errno
 import glob
@@ -30,6 +31,7 @@ from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation, loop, optim, steps
 from hybrid_attn.train import step as step_module
+from hybrid_attn.train.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -199,6 +201,11 @@ def test_the_batches_of_a_stage_in_its_middle_cannot_change_and_those_of_the_nex
         loop.train(with_stages(mixed, sources=sources | {"long": base.source(paths=(corpus,), min_length=700)}), tmp_path)
     with pytest.raises(ValueError, match=r"(?s)batch: 16 -> 8\n.*seq_len: 24 -> 48\n"):
         loop.train(with_stages(stage(3, 48, 8) | {"mixture": mixed["mixture"]}), tmp_path)
+    monkeypatch.setitem(OBJECTIVES, "another", OBJECTIVES["next_token"])
+    with pytest.raises(
+        ValueError, match=rf"(?s)another objective.*objective: next_token -> another\n.*stages\[0\].steps={done}"
+    ):
+        loop.train(with_stages(mixed | {"objective": "another"}), tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for path in glob.glob(corpus):
@@ -207,6 +214,18 @@ def test_the_batches_of_a_stage_in_its_middle_cannot_change_and_those_of_the_nex
     ended = mixed | {"steps": done}
     assert loop.train(with_stages(ended, stage(1, 48, 8) | {"mixture": {"all": 1.0}}, sources=moved), tmp_path)
     assert list(losses(tmp_path)) == list(range(1, done + 2))
+
+
+@pytest.mark.parametrize("identity", [{}, {"objective": "next_token"}], ids=["older", "saved"])
+def test_the_objective_of_a_stage_in_its_middle_cannot_change_and_older_checkpoints_have_next_token(identity, tmp_path):
+    c = tiny({"stages": [stage(4, 48, 8)]})
+    mesh = make_mesh(c.mesh)
+    with jax.set_mesh(mesh), contextlib.closing(checkpoint.Checkpoints(tmp_path, 1, 1)) as checkpoints:
+        state = jax.jit(step_module.init_state, static_argnums=0)(c)
+        checkpoints.save(2, state, {"stage_steps": [2], "stage": identity}, config.to_dict(c), wait=True)
+        assert loop.first_state(c, [{"objective": "next_token"}], mesh, checkpoints)[1] == 2
+        with pytest.raises(ValueError, match=r"another objective there \(saved -> new\):\n  objective: next_token -> other\n"):
+            loop.first_state(c, [{"objective": "other"}], mesh, checkpoints)
 
 
 def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, capsys):

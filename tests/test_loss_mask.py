@@ -6,7 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import BLOCKED, assert_close, mesh_of, on_mesh
+from absl.testing import flagsaver
+from conftest import BLOCKED, assert_close, mesh_of, on_mesh, tool
 from prepared import BYTES, content, run
 from test_pipeline import assert_same, make_config, one_device
 from test_pipeline import run as run_pipeline
@@ -15,12 +16,13 @@ from test_tokenizer import byte_level, load, metaspace, sentence_piece
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.data import corpora, documents, loss_mask, pipeline, store
+from hybrid_attn.data import corpora, documents, loss_mask, pipeline, shard_files, store
 from hybrid_attn.data.loss_mask import LossMask
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.evals import heldout
 from hybrid_attn.parallel import mesh as meshes
+from hybrid_attn.programs import parse
 from hybrid_attn.train.step import init_state, make_step
 
 FIELDS = Fields("text", "source", "loss")
@@ -121,14 +123,75 @@ def test_wrong_pieces_are_refused_by_file_and_line(tmp_path, text, message):
         run(tmp_path, fields=FIELDS)
 
 
-def test_a_flag_outside_a_piece_and_pieces_without_the_flag_are_refused(tmp_path):
+@pytest.mark.parametrize(("name", "record"), [
+    ("loss", {"text": "x", "loss": False}),
+    ("loss", {"text": [piece("a", False), piece("b", True)], "loss": True}),
+    ("meta.loss", {"text": "ab", "meta": {"loss": False}}),
+])  # fmt: skip
+def test_a_flag_outside_a_piece_is_refused(tmp_path, name, record):
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "a.jsonl").write_text(json.dumps({"text": "x", "source": "a", "loss": False}) + "\n")
-    with pytest.raises(ValueError, match="line 1: the record has the field 'loss', which belongs to the pieces of a text"):
-        run(tmp_path, fields=FIELDS)
+    (tmp_path / "raw" / "a.jsonl").write_text(json.dumps(record | {"source": "a"}) + "\n")
+    with pytest.raises(ValueError, match=f"line 1: the record has the field '{name}', which belongs to the pieces of a text"):
+        run(tmp_path, fields=dataclasses.replace(FIELDS, loss=name))
+
+
+@pytest.mark.parametrize("name", ["loss", "meta.loss"])
+def test_a_flag_outside_the_pieces_of_a_table_is_refused(tmp_path, name):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "raw").mkdir()
+    record = {"text": "ab", "source": "a", "loss": False, "meta": {"loss": False}}
+    parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "raw" / "a.parquet")
+    with pytest.raises(ValueError, match=f"row 1: the record has the field '{name}', which belongs to the pieces of a text"):
+        run(tmp_path, inputs="raw", fields=dataclasses.replace(FIELDS, loss=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("", "is empty"), (" ", "is empty"), ("body", "holds text"), ("text", "holds text")]
+)
+def test_the_program_refuses_a_loss_field_that_cannot_be_a_flag(tmp_path, capsys, name, problem):
+    flags = [f"--input={tmp_path}", f"--out={tmp_path}/out", "--text_field=body", f"--loss_field={name}", "--workers=1"]
+    with tool("prepare_data") as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+        module.main(parse(["prepare_data.py", *flags]))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        f"--loss_field={name} {problem}; name the field of a piece that says whether it is trained on\n"
+    )
+
+
+def test_pieces_without_a_loss_field_are_refused(tmp_path):
     write_records(tmp_path, [[piece("a", True)]], "pieces")
     with pytest.raises(ValueError, match="line 1: the field 'text' is of type list, not text"):
         run(tmp_path, "other", "pieces/*.jsonl")
+
+
+def test_a_store_in_which_nothing_is_trained_on_is_refused(tmp_path):
+    write_records(tmp_path, [[piece("a", False)], [piece("b", False), piece("c", False)]])
+    with pytest.raises(
+        ValueError, match="no piece has 'loss': true, so nothing would be trained on; name another --loss_field"
+    ):
+        run(tmp_path, fields=FIELDS)
+    assert not (tmp_path / "out" / store.MANIFEST).exists()
+
+
+def test_a_source_in_which_nothing_is_trained_on_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "SPAN", 5)
+    monkeypatch.setattr(documents, "SPANS", 2)
+    silent = [{"text": [piece(f"only read, number {i}", False)], "source": "silent"} for i in range(20)]
+    late = {"text": [piece("a long prompt of many tokens ", False), piece("!", True)], "source": "late"}
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*silent, late]))
+    run(tmp_path, fields=FIELDS)
+    corpus = store.load(str(tmp_path / "out"), BYTES)
+    for i, label in enumerate(corpus.label_names):
+        assert corpus.select(corpus.labels == i).has_trained_tokens() == (label == "late")
+    assert corpus.has_trained_tokens() and corpus.without_loss_mask().has_trained_tokens()
+    c = base.get_config()
+    c.data.sources = {"chats": base.source(store=str(tmp_path / "out"), label="silent")}
+    c.data.holdout = 0.5
+    with pytest.raises(ValueError, match=r"data.sources.chats: the loss masks of the \d+ documents of the training split"):
+        corpora.load(config.build(c).data, ["chats"], BYTES)
 
 
 def test_neither_workers_nor_dropped_copies_nor_a_second_start_change_a_mask(prepared):
@@ -156,7 +219,7 @@ def test_a_store_without_masks_has_neither_their_files_nor_their_names(tmp_path)
 
 def damage(folder, change, checksum):
     """Changes the mask of the first shard, and its checksum too where `checksum` says so."""
-    path = folder / store.loss_mask_name(0)
+    path = folder / shard_files.name(0, "loss_mask")
     mask = change(bytearray(path.read_bytes()))
     path.write_bytes(mask)
     if checksum:
@@ -167,12 +230,12 @@ def damage(folder, change, checksum):
 
 def test_a_damaged_mask_is_refused(prepared):
     folder = prepared[0] / "out"
-    original = (folder / store.loss_mask_name(0)).read_bytes()
+    original = (folder / shard_files.name(0, "loss_mask")).read_bytes()
     for change, message in ((lambda x: x[:-1], "shorter than the manifest says"), (lambda x: x + b"\0", "has more than its")):
         damage(folder, change, checksum=True)
         with pytest.raises(ValueError, match=f"shard-00000.loss_mask (is )?{message}"):
             store.load(str(folder))
-        (folder / store.loss_mask_name(0)).write_bytes(original)
+        (folder / shard_files.name(0, "loss_mask")).write_bytes(original)
     damage(folder, lambda x: x[:3] + bytes([1 - x[3]]) + x[4:], checksum=False)
     with pytest.raises(ValueError, match="the checksum of shard-00000.loss_mask differs"):
         list(store.verify(str(folder)))
@@ -261,11 +324,22 @@ def test_resumed_and_sharded_batches_have_the_weights_of_the_straight_run():
     assert_same(mixed_batches(mesh=meshes.make_mesh(config.Mesh(1, 1, 2, 2, 2))), straight)
 
 
-def test_a_mask_of_ones_changes_no_batch_and_another_mask_is_other_data():
+def test_a_mask_of_ones_changes_no_batch():
     plain, ones = masked([30] * 10, flag=1)
     assert_same(run_pipeline(make_config(), plain), run_pipeline(make_config(), ones))
-    assert plain.fingerprint() != ones.fingerprint() != masked([30] * 10, 1)[1].fingerprint()
-    assert plain.fingerprint() == ones.without_loss_mask().fingerprint()
+
+
+def test_a_store_with_another_mask_is_other_data(tmp_path):
+    """The documents of the three stores are equal."""
+    text = "a question and an answer"
+    stores = {"plain": text, "answer": [piece(text[:14], False), piece(text[14:], True)], "all": [piece(text, True)]}
+    loaded = {}
+    for name, record in stores.items():
+        write_records(tmp_path, [record], name)
+        run(tmp_path, f"{name}_store", f"{name}/*.jsonl", fields=FIELDS if name != "plain" else Fields("text", "source"))
+        loaded[name] = store.load(str(tmp_path / f"{name}_store"))
+    assert len({x.fingerprint() for x in loaded.values()}) == 3
+    assert len({x.without_loss_mask().fingerprint() for x in loaded.values()}) == 1
 
 
 def test_parts_and_meshes_give_the_gradient_of_one_device_and_one_part():
@@ -274,7 +348,7 @@ def test_parts_and_meshes_give_the_gradient_of_one_device_and_one_part():
     sums = batch["weights"].reshape(2, 4, 32).sum((1, 2))
     assert sums[0] != sums[1]
     metrics, mean, _ = stepped(mesh_of(), 1, batch)
-    for sizes, microbatches in (({}, 2), ({"fsdp": 2, "context": 2}, 1), ({"fsdp": 2, "context": 2}, 2)):
+    for sizes, microbatches in (({}, 2), ({"fsdp": 2, "context": 2}, 2)):
         other_metrics, other_mean, _ = stepped(mesh_of(**sizes), microbatches, batch)
         assert_close(other_metrics, metrics, 1e-5)
         assert_close(other_mean, mean, 1e-5)

@@ -86,7 +86,7 @@ def unfinished(tmp_path, monkeypatch):
     lambda x: x.replace(b'"path"', b'"pth"'), lambda x: x.replace(b'"shards"', b'"shard"'),
 ])  # fmt: skip
 def test_a_damaged_plan_is_refused(tmp_path, monkeypatch, damage):
-    plan = unfinished(tmp_path, monkeypatch) / prepare.PLAN
+    plan = unfinished(tmp_path, monkeypatch) / store.PLAN
     plan.write_bytes(damage(plan.read_bytes()))
     with pytest.raises(ValueError, match="out/plan.json .*; name another --out"):
         run(tmp_path)
@@ -127,7 +127,7 @@ def test_a_document_that_is_too_long_is_read_once_it_may_be(tmp_path):
 
 
 def test_a_store_of_a_version_without_a_bound_of_documents_goes_on(tmp_path, monkeypatch):
-    plan = unfinished(tmp_path, monkeypatch) / prepare.PLAN
+    plan = unfinished(tmp_path, monkeypatch) / store.PLAN
     old = json.loads(plan.read_text())
     del old["options"]["document_bytes"]
     plan.write_text(json.dumps(old))

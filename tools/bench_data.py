@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from hybrid_attn import programs
-from hybrid_attn.data import documents, packed, packing, prepare, store
+from hybrid_attn.data import documents, packed, packing, prepare, shard_files, store
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -118,8 +118,8 @@ def time_opening(folder: Path) -> None:
     lengths, shards = np.full(-(-DOCUMENTS.value // 20), 1000), []
     index = store.index_bytes(lengths, np.arange(len(lengths)), np.zeros(len(lengths)))
     for i in range(20):
-        (folder / store.index_name(i)).write_bytes(index)
-        with open(folder / store.tokens_name(i), "wb") as file:
+        (folder / shard_files.name(i, "index")).write_bytes(index)
+        with open(folder / shard_files.name(i, "tokens"), "wb") as file:
             file.truncate(2 * 1000 * len(lengths))  # sparse: they are not read
         shards.append(store.Shard(len(lengths), 1000 * len(lengths), "", store.sha256([index])))
     manifest = store.Manifest(store.FORMAT, "bytes", ByteTokenizer.hash, "<u2", ("text",), tuple(shards), {})

@@ -19,7 +19,9 @@ from hybrid_attn.data import corpora, documents, pipeline, store, summary
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 
-VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of all files, and the ids against the tokenizer.")
+VERIFY = flags.DEFINE_bool(
+    "verify", False, "Check the checksums of all files, the ids against the tokenizer, and the values of loss masks."
+)
 DOCUMENT = flags.DEFINE_integer("document", None, "Number of the document whose text is printed.", 0)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes or a tokenizer.json; by default the tokenizer that the store names.")
 CONFIG = config_file.define("config", None, "Config of the run whose batch is printed.", config.Config)
@@ -60,7 +62,7 @@ def verify(path: str, manifest: store.Manifest) -> None:
     else:
         print("verified     all ids are in the vocabulary, and all documents go from BOS to EOS")
     if manifest.has_loss_mask:
-        print("verified     all loss masks are of 0 and 1")
+        print("verified     all values of the loss masks are 0 or 1")
 
 
 def show_document(corpus: documents.Documents, tokenizer) -> None:
@@ -109,7 +111,7 @@ def show_step(c: config.Config) -> None:
 def show_sequence(title: str, arrays: dict, tokenizer) -> None:
     segments = arrays["segments"]
     padding = int(np.sum(segments == 0))
-    print(f"{title}: {len(segments):,} tokens, {int(arrays['weights'].sum()):,} targets, {padding:,} of padding")
+    print(f"{title}: {len(segments):,} tokens, {int(arrays['weights'].sum()):,} trained targets, {padding:,} of padding")
     for segment in range(1, segments.max() + 1):
         positions = np.flatnonzero(segments == segment)
         first, last = int(positions[0]), int(positions[-1])

@@ -42,8 +42,16 @@ MAX_DOCUMENT_MB = flags.DEFINE_integer(
 WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", 1, 1024)
 
 
+def check_loss_field(loss_field: str | None, text_field: str) -> None:
+    """ValueError where --loss_field is blank, or is a field that holds text."""
+    if loss_field is not None and (not loss_field.strip() or loss_field in (text_field, records.PIECE_TEXT)):
+        problem = "holds text" if loss_field.strip() else "is empty"
+        raise ValueError(f"--loss_field={loss_field} {problem}; name the field of a piece that says whether it is trained on")
+
+
 def prepare_store() -> None:
     files.check_named("out", OUT.value, "the directory of the store")
+    check_loss_field(LOSS_FIELD.value, TEXT_FIELD.value)
     options = prepare.Options(
         tokenizer=TOKENIZER.value,
         fields=records.Fields(TEXT_FIELD.value, LABEL_FIELD.value, LOSS_FIELD.value),

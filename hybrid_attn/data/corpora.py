@@ -63,6 +63,11 @@ def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable
                 f"data.holdout={holdout} leaves none of the {len(selected):,} documents to the {name} split; "
                 f"{cure} data.holdout, or cut the text into more documents"
             )
+    if not corpus.training.has_trained_tokens():
+        raise ValueError(
+            f"the loss masks of the {len(corpus.training):,} documents of the training split leave no token to train on; "
+            "select other documents, or prepare the text again with another --loss_field"
+        )
     return corpus
 
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from hybrid_attn.data.records import Fields, Text
 NO_LABEL = "text"  # label of documents without a label of their own
 FIELDS = Fields("text", None)  # of records that are read without a store
 
+SPAN, SPANS = 2**20, 64  # tokens of a span, and spans read together, where a loss mask is searched
 Span = tuple[int, int, int]  # the number of a document, and the tokens [start, stop) of it
 
 
@@ -77,6 +79,15 @@ class Documents:
         mask = "" if self.loss_mask is None else self.loss_mask.fingerprint
         return hashlib.sha256(self.lengths.tobytes() + self.hashes.tobytes() + mask.encode()).hexdigest()[:16]
 
+    def has_trained_tokens(self) -> bool:
+        """Whether any token is trained on. The loss mask is read up to the first such token."""
+        if self.loss_mask is None:
+            return True
+        starts = ((i, start, n) for i, n in enumerate(self.lengths) for start in range(0, n, SPAN))
+        spans = ((i, start, min(start + SPAN, n)) for i, start, n in starts)
+        groups = iter(lambda: list(itertools.islice(spans, SPANS)), [])
+        return any(mask.any() for group in groups for mask in self.read_loss_mask(group))
+
     def without_loss_mask(self) -> "Documents":
         """The same documents, of which every token counts."""
         return dataclasses.replace(self, loss_mask=None)
@@ -106,6 +117,13 @@ def in_memory(tokens: Sequence[np.ndarray], hashes: Sequence[int]) -> Documents:
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest little-endian type that holds the ids of a vocabulary."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def with_boundaries(tokenizer, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The tokens of a document: BOS, its ids and EOS, in `token_dtype` of the vocabulary."""
+    tokens = np.empty(len(ids) + 2, token_dtype(tokenizer.vocab_size))
+    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, ids, tokenizer.eos
+    return tokens
 
 
 def load(paths: tuple[str, ...], tokenizer) -> Documents:
@@ -167,7 +185,7 @@ def _texts(path: str) -> Iterator[bytes]:
 
 
 def _encode(path: str, tokenizer) -> list[tuple[np.ndarray, int]]:
-    """For each document of a file: BOS, its ids and EOS, in `token_dtype` of the vocabulary; and the hash of its text."""
+    """The tokens of each document of a file, from BOS to EOS, and the hash of its text."""
     encoded = []
     for text in _texts(path):
         try:
@@ -177,7 +195,5 @@ def _encode(path: str, tokenizer) -> list[tuple[np.ndarray, int]]:
                 f"{path} is not UTF-8 at byte {error.start}, and a tokenizer.json reads text; "
                 "convert the file, leave it out of paths, or use data.tokenizer='bytes'"
             ) from error
-        tokens = np.empty(len(ids) + 2, token_dtype(tokenizer.vocab_size))
-        tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, ids, tokenizer.eos
-        encoded.append((tokens, content_hash(text)))
+        encoded.append((with_boundaries(tokenizer, ids), content_hash(text)))
     return encoded

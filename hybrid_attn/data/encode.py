@@ -67,20 +67,14 @@ def encode_shard(folder: Path, index: int, pieces: list[tuple[str, int, int]], o
 
 def _encoded(tokenizer, batch: list[Text]) -> list[np.ndarray]:
     """The tokens of each text, from BOS to EOS."""
-    return [_with_boundaries(tokenizer, ids) for ids in tokenizer.encode_batch([x.text for x in batch])]
+    return [documents.with_boundaries(tokenizer, ids) for ids in tokenizer.encode_batch([x.text for x in batch])]
 
 
 def _encoded_with_mask(tokenizer, batch: list[Text]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The tokens of each text, and their loss masks."""
     encoded = tokenizer.encode_with_starts([x.text for x in batch])
     masks = [loss_mask.of_document(starts, x.pieces) for (_, starts), x in zip(encoded, batch, strict=True)]
-    return [_with_boundaries(tokenizer, ids) for ids, _ in encoded], masks
-
-
-def _with_boundaries(tokenizer, ids: np.ndarray) -> np.ndarray:
-    tokens = np.empty(len(ids) + 2, documents.token_dtype(tokenizer.vocab_size))
-    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos, ids, tokenizer.eos
-    return tokens
+    return [documents.with_boundaries(tokenizer, ids) for ids, _ in encoded], masks
 
 
 class _Group:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrid_attn.data import shard_files
+
 DTYPE = np.dtype(np.uint8)
-BLOCK = 2**24  # bytes of a file in memory at a time
 Piece = tuple[int, bool]  # the bytes of a piece of a text, at least 1, and whether it is trained on
 
 
@@ -47,4 +48,4 @@ def problem(mask: np.ndarray, first: int) -> str | None:
 def count(path: Path) -> int:
     """The number of tokens that the mask in a file trains on."""
     with open(path, "rb") as file:
-        return sum(block.count(1) for block in iter(lambda: file.read(BLOCK), b""))
+        return sum(block.count(1) for block in iter(lambda: file.read(shard_files.BLOCK), b""))

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from hybrid_attn import files
+from hybrid_attn.data import shard_files
 
 FOLDER = "parts"
 COLUMNS = {"lengths": np.int64, "hashes": np.uint64, "labels": np.int64, "bytes": np.int64}  # of each document
@@ -24,7 +25,7 @@ DAMAGE = (
 
 def path(folder: Path, index: int, suffix: str) -> Path:
     """A file of a part: `tokens`, their `loss_mask`, columns in `npz`, or labels, checksums and skipped documents in `json`."""
-    return folder / FOLDER / f"shard-{index:05}.{suffix}"
+    return folder / FOLDER / shard_files.name(index, suffix)
 
 
 def columns(folder: Path, index: int) -> dict[str, np.ndarray]:

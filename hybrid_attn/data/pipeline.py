@@ -58,12 +58,16 @@ def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task],
 
 
 def identities(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[dict]:
-    """For each stage, everything that determines its batches. Two configs with equal identities train on the same tokens."""
+    """For each stage, everything that determines its batches, and its objective.
+
+    Two configs with equal identities train on the same tokens towards the same objective.
+    """
     fingerprints = {name: documents[name].fingerprint() for name in c.sources}
     stages = []
     for stage in c.each_stage:
         stages.append(
             {
+                "objective": stage.objective,
                 "batch": stage.batch,
                 "seq_len": stage.seq_len,
                 "mixture": dict(stage.mixture),

@@ -30,11 +30,10 @@ import numpy as np
 import tqdm
 
 from hybrid_attn import characters, files
-from hybrid_attn.data import documents, encode, loss_mask, parts, sources, store, summary
+from hybrid_attn.data import documents, encode, loss_mask, parts, shard_files, sources, store, summary
 from hybrid_attn.data.encode import Options
 from hybrid_attn.data.tokenizer import load_tokenizer
 
-PLAN, PARTS_FOLDER = store.PLAN, parts.FOLDER
 COPIED = 2**22  # tokens in memory while a shard is copied
 MAX_LABELS = 2**16
 SHARDS = 256  # by default: enough to use all cores, and a killed run loses little
@@ -51,7 +50,7 @@ def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say
     plan = _plan(inputs, options, tokenizer)
     folder = Path(out)
     _check_folder(folder)
-    if (folder / store.MANIFEST).exists() and not (folder / PARTS_FOLDER).exists():
+    if (folder / store.MANIFEST).exists() and not (folder / parts.FOLDER).exists():
         return _complete(folder, plan, say)  # takes no lock: the folder may be read-only
     with files.lock(folder):
         try:
@@ -67,8 +66,8 @@ def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say
 
 def _complete(folder: Path, plan: dict, say: Callable[[str], None]) -> dict:
     _check_same(folder, plan, complete=True)
-    if (folder / PARTS_FOLDER).exists():
-        shutil.rmtree(folder / PARTS_FOLDER)
+    if (folder / parts.FOLDER).exists():
+        shutil.rmtree(folder / parts.FOLDER)
     say(f"{folder} is complete")
     return store.read_manifest(str(folder)).summary
 
@@ -96,7 +95,10 @@ def _plan(inputs: Sequence[str], options: Options, tokenizer) -> dict:
 
 
 def _described(options: Options) -> dict:
-    """The options as JSON. Those of a store without loss masks are what they were before there were any."""
+    """The options as JSON.
+
+    Without loss masks the key `loss` is left out, so that plans of older versions compare equal.
+    """
     values = dataclasses.asdict(options)
     if options.fields.loss is None:
         del values["fields"]["loss"]
@@ -106,7 +108,8 @@ def _described(options: Options) -> dict:
 def _check_folder(folder: Path) -> None:
     """ValueError if `folder` has files that are not those of a store."""
     names = [path.name.lstrip(".") for path in folder.iterdir()] if folder.exists() else []
-    if PLAN not in names and any(f".{name}" != files.LOCK and not name.startswith(f"{PLAN}.partial") for name in names):
+    others = [x for x in names if f".{x}" != files.LOCK and not x.startswith(f"{store.PLAN}.partial")]
+    if others and store.PLAN not in names:
         raise ValueError(f"{folder} is not empty and has no unfinished store; name another --out")
 
 
@@ -114,17 +117,17 @@ def _begin(folder: Path, plan: dict) -> bool:
     """Writes the plan. False if the store is complete; ValueError if the store in `folder` has another plan."""
     if (folder / store.MANIFEST).exists():
         return False
-    if (folder / PLAN).exists():
+    if (folder / store.PLAN).exists():
         _check_same(folder, plan, complete=False)
-    parts.write(folder / PLAN, [json.dumps(plan, indent=1).encode()])
-    (folder / PARTS_FOLDER).mkdir(exist_ok=True)
+    parts.write(folder / store.PLAN, [json.dumps(plan, indent=1).encode()])
+    (folder / parts.FOLDER).mkdir(exist_ok=True)
     return True
 
 
 def _check_same(folder: Path, new: dict, complete: bool) -> None:
     """ValueError if `folder` was begun with another plan, or its plan cannot be read."""
     cure = "; name another --out"
-    old = files.read_object(folder / PLAN, cure)
+    old = files.read_object(folder / store.PLAN, cure)
     try:
         # Parts made without an error do not depend on on_error, and older versions had no limit of document_bytes.
         ignored = {"on_error"} if not complete and new["options"]["on_error"] == "skip" else set()
@@ -132,7 +135,7 @@ def _check_same(folder: Path, new: dict, complete: bool) -> None:
         default = {"document_bytes": new["options"]["document_bytes"]}
         _compare(folder, old | {"options": default | old["options"]}, new, ignored)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / PLAN} is damaged: {error!r}{cure}") from error
+        raise ValueError(f"{folder / store.PLAN} is damaged: {error!r}{cure}") from error
 
 
 def _compare(folder: Path, old: dict, new: dict, ignored: set[str]) -> None:
@@ -164,10 +167,15 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         written = list(pool.map(lambda i: _write_shard(folder, i, made[i], keep[i], names, dtype), range(len(made))))
     counts = summary.summary([counts for _, counts in written], made, names)
+    if counts.get("trained_tokens") == 0:
+        raise ValueError(
+            f"no piece has {options.fields.loss!r}: true, so nothing would be trained on; name another --loss_field, and "
+            f"another --out or delete {folder}"
+        )
     shards = tuple(shard for shard, _ in written)
     manifest = store.Manifest(store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), shards, counts)
     parts.write(folder / store.MANIFEST, [manifest.to_json().encode()])
-    shutil.rmtree(folder / PARTS_FOLDER)
+    shutil.rmtree(folder / parts.FOLDER)
     return counts
 
 
@@ -245,20 +253,21 @@ def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
 
 
 def _write_shard(
-    folder: Path, index: int, part: dict, kept: np.ndarray | None, names: list[str], dtype: np.dtype
+    folder: Path, number: int, part: dict, kept: np.ndarray | None, names: list[str], dtype: np.dtype
 ) -> tuple[store.Shard, dict]:
     """Writes the shard of the `kept` documents of a part (None: all). Returns it with the counts of each label in `names`."""
-    x = parts.columns(folder, index)
-    number = {name: i for i, name in enumerate(names)}
-    x["labels"] = np.array([number[name] for name in part["labels"]], np.int64)[x["labels"]]
+    x = parts.columns(folder, number)
+    label_numbers = {name: i for i, name in enumerate(names)}
+    x["labels"] = np.array([label_numbers[name] for name in part["labels"]], np.int64)[x["labels"]]
     select = None if kept is None or kept.all() else functools.partial(_kept_tokens, lengths=x["lengths"], kept=kept)
-    tokens_sha256 = _copied(parts.path(folder, index, "tokens"), folder, part["sha256"], dtype, select)
-    mask_sha256, mask_path = part.get("loss_mask_sha256"), parts.path(folder, index, "loss_mask")
+    tokens_sha256 = _copied(parts.path(folder, number, "tokens"), folder, part["sha256"], dtype, select)
+    mask_sha256, mask_path = part.get("loss_mask_sha256"), parts.path(folder, number, "loss_mask")
     if mask_sha256 is not None:
         mask_sha256 = _copied(mask_path, folder, mask_sha256, loss_mask.DTYPE, select)
     if select is not None:
         x = {name: values[kept] for name, values in x.items()}
-    index_sha256 = parts.write(folder / store.index_name(index), [store.index_bytes(x["lengths"], x["hashes"], x["labels"])])
+    index = store.index_bytes(x["lengths"], x["hashes"], x["labels"])
+    index_sha256 = parts.write(folder / shard_files.name(number, "index"), [index])
     counts = _counts(x, len(names)) | {"duplicates": 0 if kept is None else int(np.sum(~kept))}
     if mask_sha256 is not None:
         counts["trained_tokens"] = loss_mask.count(folder / mask_path.name)
@@ -299,5 +308,5 @@ def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndar
 
 
 def _progress(folder: Path, plan: dict) -> str:
-    done = len(list((folder / PARTS_FOLDER).glob("*.json")))
+    done = len(list((folder / parts.FOLDER).glob("*.json")))
     return f"{done} of {len(plan['shards'])} shards are done and kept; solve the problem, then the same command continues"

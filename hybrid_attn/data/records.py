@@ -58,10 +58,10 @@ def limit(max_bytes: int) -> str:
 def document(record, fields: Fields) -> Text:
     """The document of a record; a text of null is empty. With `fields.loss`, a text may be a list of pieces."""
     text, pieces = _field(record, fields.text), ()
+    if fields.loss is not None and _has(record, fields.loss):
+        raise ValueError(f"the record has the field {fields.loss!r}, which belongs to the pieces of a text; put it there")
     if fields.loss is not None and isinstance(text, list):
         text, pieces = _joined(text, fields)
-    elif fields.loss is not None and fields.loss in record:
-        raise ValueError(f"the record has the field {fields.loss!r}, which belongs to the pieces of a text; make it one piece")
     if not isinstance(text, str | None):
         raise ValueError(f"the field {fields.text!r} is of type {type(text).__name__}, not text")
     label = None if fields.label is None else _field(record, fields.label)
@@ -97,6 +97,14 @@ def reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg} at character {error.pos + 1}"
     return str(error)
+
+
+def _has(record, name: str) -> bool:
+    try:
+        _field(record, name)
+    except ValueError:
+        return False
+    return True
 
 
 def _field(record, name: str):

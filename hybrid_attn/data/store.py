@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import tensorstore
 
-from hybrid_attn.data import loss_mask
+from hybrid_attn.data import loss_mask, shard_files
 from hybrid_attn.data.documents import Documents, Span
 from hybrid_attn.data.loss_mask import LossMask
 from hybrid_attn.files import JSON_BYTES
@@ -26,7 +26,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # of a store that is being prepared
 DTYPES = ("<u2", "<u4")
-BLOCK = 2**24  # bytes read at a time for a checksum
 CURE = "copy the file again, or prepare the store again"
 MAX_COUNT = 2**48  # documents or tokens of a shard; their sums stay far below 2^63
 INDEX = {"lengths": np.dtype("<i8"), "hashes": np.dtype("<u8"), "labels": np.dtype("<u2")}
@@ -67,18 +66,6 @@ class Manifest:
         return self.shards[0].loss_mask_sha256 is not None
 
 
-def tokens_name(shard: int) -> str:
-    return f"shard-{shard:05}.tokens"
-
-
-def index_name(shard: int) -> str:
-    return f"shard-{shard:05}.index"
-
-
-def loss_mask_name(shard: int) -> str:
-    return f"shard-{shard:05}.loss_mask"
-
-
 def index_bytes(lengths: np.ndarray, hashes: np.ndarray, labels: np.ndarray) -> bytes:
     """The content of a shard's index."""
     columns = zip((lengths, hashes, labels), INDEX.values(), strict=True)
@@ -101,15 +88,15 @@ def load(path: str, tokenizer=None) -> Documents:
     dtype, reader = np.dtype(manifest.dtype), _Reader(path, files, manifest, columns["lengths"])
 
     def fetch(spans: Sequence[Span]) -> list[np.ndarray]:
-        read = reader.read(spans, tokens_name, dtype)
+        read = reader.read(spans, "tokens", dtype)
         if tokenizer is not None and _largest(read) >= tokenizer.vocab_size:
-            reader.check(tokens_name, spans, read, lambda ids, start: _unknown_id(ids, start, tokenizer))
+            reader.check("tokens", spans, read, lambda ids, start: _unknown_id(ids, start, tokenizer))
         return read
 
     def fetch_mask(spans: Sequence[Span]) -> list[np.ndarray]:
-        read = reader.read(spans, loss_mask_name, loss_mask.DTYPE)
+        read = reader.read(spans, "loss_mask", loss_mask.DTYPE)
         if _largest(read) > 1:
-            reader.check(loss_mask_name, spans, read, loss_mask.problem)
+            reader.check("loss_mask", spans, read, loss_mask.problem)
         return read
 
     fingerprint = "".join(shard.loss_mask_sha256 or "" for shard in manifest.shards)
@@ -128,21 +115,23 @@ class _Reader:
     def shard_of(self, document: int) -> int:
         return int(np.searchsorted(self.documents, document, side="right")) - 1
 
-    def read(self, spans: Sequence[Span], name_of: Callable[[int], str], dtype: np.dtype) -> list[np.ndarray]:
-        """The values of each span, from the files `name_of(shard)`."""
+    def read(self, spans: Sequence[Span], suffix: str, dtype: np.dtype) -> list[np.ndarray]:
+        """The values of each span, from the files with this suffix."""
         pending = []
         for i, start, stop in spans:
             shard = self.shard_of(i)
+            name = shard_files.name(shard, suffix)
             first = int(self.ends[i] - self.lengths[i] - self.tokens[shard]) + start
             byte_range = slice(first * dtype.itemsize, (first + stop - start) * dtype.itemsize)
-            pending.append((name_of(shard), self.files.read(name_of(shard), byte_range=byte_range)))
+            pending.append((name, self.files.read(name, byte_range=byte_range)))
         return [np.frombuffer(_value(read, f"{self.path}: {name}"), dtype) for name, read in pending]
 
-    def check(self, name_of: Callable[[int], str], spans: Sequence[Span], values: list[np.ndarray], problem: Callable) -> None:
+    def check(self, suffix: str, spans: Sequence[Span], values: list[np.ndarray], problem: Callable) -> None:
         """ValueError names the document with the first `problem(values, start)`."""
         for (i, start, _), of_span in zip(spans, values, strict=True):
             if message := problem(of_span, start):
-                raise ValueError(f"{self.path}: {name_of(self.shard_of(i))}, document {i}: {message}; {CURE}")
+                name = shard_files.name(self.shard_of(i), suffix)
+                raise ValueError(f"{self.path}: {name}, document {i}: {message}; {CURE}")
 
 
 def read_manifest(path: str) -> Manifest:
@@ -159,13 +148,13 @@ def verify(path: str, tokenizer=None) -> Iterator[int]:
     files, manifest = _open(path)
     for i, (shard, index) in enumerate(zip(manifest.shards, _read_indices(path, files, manifest), strict=True)):
         for name, checksum, size in _files_of(i, shard, manifest):
-            ranges = (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
+            ranges = (slice(start, min(start + shard_files.BLOCK, size)) for start in range(0, size, shard_files.BLOCK))
             blocks, problems = (_value(files.read(name, byte_range=x), f"{path}: {name}") for x in ranges), []
-            if name == tokens_name(i) and tokenizer is not None:
+            if name == shard_files.name(i, "tokens") and tokenizer is not None:
                 blocks = _checked_ids(blocks, np.dtype(manifest.dtype), index["lengths"], tokenizer, problems)
-            elif name == loss_mask_name(i):
+            elif name == shard_files.name(i, "loss_mask"):
                 blocks = _checked_mask(blocks, problems)
-            elif name == index_name(i):
+            elif name == shard_files.name(i, "index"):
                 continue  # `_read_indices` has compared its checksum
             _check_sum(path, name, checksum, blocks)
             if problems:
@@ -287,11 +276,11 @@ def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, s
     """Name, SHA-256 and bytes of the files of a shard."""
     document_size = sum(dtype.itemsize for dtype in INDEX.values())
     size = shard.tokens * np.dtype(manifest.dtype).itemsize
-    mask = [(loss_mask_name(index), shard.loss_mask_sha256, shard.tokens)] if manifest.has_loss_mask else []
+    mask = [(shard_files.name(index, "loss_mask"), shard.loss_mask_sha256, shard.tokens)] if manifest.has_loss_mask else []
     return [
-        (tokens_name(index), shard.tokens_sha256, size),
+        (shard_files.name(index, "tokens"), shard.tokens_sha256, size),
         *mask,
-        (index_name(index), shard.index_sha256, shard.documents * document_size),
+        (shard_files.name(index, "index"), shard.index_sha256, shard.documents * document_size),
     ]
 
 
@@ -305,14 +294,13 @@ def _read_indices(path: str, files: tensorstore.KvStore, manifest: Manifest) -> 
         for name, checksum, size in _files_of(i, shard, manifest):
             first = 0 if name.endswith(".index") else max(size - 1, 0)
             ranges = slice(first, size), slice(size, size + 1)
-            reads.append((name, checksum, size, *[files.read(name, byte_range=x) for x in ranges]))
-    for name, checksum, size, read, behind in reads:
+            reads.append((shard, name, checksum, size, *[files.read(name, byte_range=x) for x in ranges]))
+    for shard, name, checksum, size, read, behind in reads:
         value = _value(read, f"{path}: {name}")
         if _has_byte(behind):
             raise ValueError(f"{path}: {name} has more than its {size:,} bytes; {CURE}")
         if name.endswith(".index"):
             _check_sum(path, name, checksum, [value])
-            shard = manifest.shards[int(name.removeprefix("shard-").removesuffix(".index"))]
             columns = _columns(value, shard.documents)
             _check_index(f"{path}: {name}", columns, shard, manifest.label_names)
             yield columns

@@ -92,8 +92,11 @@ def _stop_if_unreadable(error: Exception) -> None:
 
 
 def _columns(path: str, names: list[str], fields: Fields) -> list[str]:
-    """The columns of a table to read; ValueError if one is missing."""
-    needed = {name if name in names else name.split(".")[0] for name in (fields.text, fields.label) if name is not None}
+    """The columns of a table to read; ValueError if one is missing. `records.document` refuses that of `fields.loss`."""
+    needed, refused = (
+        {name if name in names else name.split(".")[0] for name in group if name is not None}
+        for group in ((fields.text, fields.label), (fields.loss,))
+    )
     if needed - set(names):
         raise ValueError(f"{path} has no column {', '.join(needed - set(names))}; it has {', '.join(names)}")
-    return [name for name in names if name in needed]
+    return [name for name in names if name in needed | refused]

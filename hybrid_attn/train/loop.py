@@ -30,6 +30,8 @@ from hybrid_attn.train.steps import TrainContext, run_steps
 from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.summary import summary
 
+OLDER_STAGE = {"objective": "next_token"}  # of checkpoints that do not name the objective of their stage
+
 
 def train(
     c: config.Config,
@@ -220,8 +222,8 @@ def first_state(
 ) -> tuple[TrainState, int, dict]:
     """The state of the newest checkpoint or a new one, its number of steps, and further records of its data state.
 
-    `identities` are those of `pipeline.identities`. ValueError where the config has other arrays, or has other batches in a
-    stage that the checkpoint has begun and not finished.
+    `identities` are those of `pipeline.identities`. ValueError where the config has other arrays, or has other batches or
+    another objective in a stage that the checkpoint has begun and not finished.
     """
     if checkpoints.latest() is None and c.init_from.path is not None:
         state, record = init_from.first_state(c, mesh, identities[0]["tokenizer"])
@@ -237,13 +239,13 @@ def first_state(
     if done != expected["stage_steps"]:
         raise ValueError(other_steps(c, step, done, expected["stage_steps"]))
     if done and done[-1] < c.stages[len(done) - 1].steps:
-        lines = trees.differences(saved["stage"], expected["stage"], "  ")
+        lines = trees.differences(OLDER_STAGE | saved["stage"], expected["stage"], "  ")
         if lines:
             stage = f"stages[{len(done) - 1}]"
             raise ValueError(
-                f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches there "
-                "(saved -> new):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with {stage}.steps="
-                f"{done[-1]}, and give the new values to a stage after it"
+                f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches or another "
+                "objective there (saved -> new):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with "
+                f"{stage}.steps={done[-1]}, and give the new values to a stage after it"
             )
     records = {key: value for key, value in saved.items() if key not in expected}
     return state, step, {"skipped_steps": []} | records  # older checkpoints have no skipped steps
