@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from conftest import tiny, tool
+from conftest import REFERENCE, tiny, tool
 
 from configs import base
 from hybrid_attn import checkpoint, config
@@ -239,12 +239,25 @@ def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, ca
     assert {"loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "step_time", "mfu", "data_wait"} <= set(first)
 
 
+def test_a_run_takes_the_product_of_its_execution(corpus, tmp_path):
+    """The products of training have 48 tokens of a sequence, those of evaluation 96."""
+    lengths = set()
+
+    def dot(x, weight, dimension_numbers, **options):
+        lengths.add(x.shape[1])
+        return jax.lax.dot_general(x, weight, dimension_numbers, **options)
+
+    c = config_of(corpus, **{"stages": [stage(1, 48, 8)], "evals.names": ("position",)})
+    assert loop.train(c, tmp_path, execution=REFERENCE._replace(dot=dot))
+    assert {48, 96} <= lengths
+
+
 def poisoned_at(monkeypatch, number):
     """Has the step of that number, from 1, meet parameters that are no numbers."""
     make_steps = loop.make_steps
 
-    def poisoned(c, platform):
-        (step,) = make_steps(c, platform)
+    def poisoned(*arguments):
+        (step,) = make_steps(*arguments)
 
         def poison(state, batch):
             if int(state.step) == number - 1:

@@ -10,11 +10,13 @@ import pytest
 from conftest import BATCH, REFERENCE, assert_close, loss_and_grads, mesh_of, on_mesh, random_params, tiny
 from flax import nnx
 
-from hybrid_attn.model import abstract_params, apply, flops, init, logits, specs
+from hybrid_attn.infer.cache import Compression
+from hybrid_attn.infer.engine import Engine, EngineOptions
+from hybrid_attn.infer.requests import GenerateOptions
+from hybrid_attn.model import abstract_params, flops, init, losses, specs
 from hybrid_attn.model.block import MIXERS, MLPS
-from hybrid_attn.model.extend import layer_by_layer, unstacked
+from hybrid_attn.model.extend import unstacked
 from hybrid_attn.model.params import linear, map_specs, vector
-from hybrid_attn.model.transformer import in_packed
 from hybrid_attn.parallel.mesh import spec_of
 from hybrid_attn.train.objectives import OBJECTIVES, next_token
 from hybrid_attn.train.optim import OPTIMISERS
@@ -143,21 +145,99 @@ def low_rank(leaves):
     return jax.tree.map(added, leaves, is_leaf=adapted)
 
 
-def test_a_transform_of_a_layers_leaves_is_applied_inside_the_scanned_body_and_has_gradients():
-    model, execution = tiny({"model.num_layers": 4}).model, REFERENCE._replace(transform=low_rank)
+@pytest.fixture(scope="module")
+def with_low_rank():
+    """A config, parameters with two small matrices beside one weight, and the same with their product added to it."""
+    c = tiny({"model.num_layers": 4})
     with jax.set_mesh(mesh_of()):
-        params, batch = random_params(model), on_mesh(BATCH)
+        params = random_params(c.model)
         down, up = (0.1 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((2, 32, 3), (2, 3, 48))))
         adapted, summed = (jax.tree.map(lambda x: x, params) for _ in range(2))
         mlp = summed["periods"]["G1"]["mlp"]
         mlp["up"] = mlp["up"] + jnp.einsum("pdr,prf->pdf", down, up)
         adapted["periods"]["G1"]["mlp"]["up"] = {"weight": params["periods"]["G1"]["mlp"]["up"], "down": down, "up": up}
-        loss, grads = jax.device_get(loss_and_grads(model, execution, adapted, batch))
-        loss_of_sum, grads_of_sum = jax.device_get(loss_and_grads(model, REFERENCE, summed, batch))
+        return c, adapted, summed
+
+
+def test_a_transform_of_a_layers_leaves_is_applied_inside_the_scanned_body_and_has_gradients(with_low_rank):
+    (c, adapted, summed), execution = with_low_rank, REFERENCE._replace(transform=low_rank)
+    with jax.set_mesh(mesh_of()):
+        batch = on_mesh(BATCH)
+        loss, grads = jax.device_get(loss_and_grads(c.model, execution, adapted, batch))
+        loss_of_sum, grads_of_sum = jax.device_get(loss_and_grads(c.model, REFERENCE, summed, batch))
     assert loss == pytest.approx(loss_of_sum, rel=1e-6)
     got, expected = grads["periods"]["G1"]["mlp"]["up"], grads_of_sum["periods"]["G1"]["mlp"]["up"]
     assert_close(got["weight"], expected, 1e-5)
+    down = adapted["periods"]["G1"]["mlp"]["up"]["down"]
     assert_close(got["up"], np.einsum("pdr,pdf->prf", down, expected), 1e-5)
+
+
+def test_the_steps_of_a_run_train_the_leaves_that_a_transform_reads(with_low_rank):
+    c, adapted, _ = with_low_rank
+    with jax.set_mesh(mesh_of()):
+        (step,) = make_steps(c, "cpu", REFERENCE._replace(transform=low_rank))
+        state = jax.jit(init_state, static_argnums=0)(c, jax.tree.map(jnp.copy, adapted))
+        state, _ = step(state, on_mesh(BATCH | {"bytes": np.ones_like(BATCH["weights"])}))
+        for x, before in zip(*(jax.tree.leaves(p["periods"]["G1"]["mlp"]["up"]) for p in (state.params, adapted)), strict=True):
+            assert x.shape == before.shape and not np.array_equal(x, before)
+
+
+PROMPTS = [[5, 6, 7], list(range(40, 61))]
+
+
+def check_answers(engine, params, execution):
+    """The engine's log-probabilities of its greedy answers are those of the forward pass of `params`."""
+    score = jax.jit(losses, static_argnums=(0, 3))
+    for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, 6), strict=True):
+        n, pos_BT = len(prompt) + len(answer.tokens), np.arange(48)[None]
+        tokens_BT = np.pad([*prompt, *answer.tokens], (0, 48 - n))[None]
+        batch = {"tokens": tokens_BT, "targets": np.roll(tokens_BT, -1), "positions": pos_BT, "segments": pos_BT < n}
+        batch = on_mesh({name: x.astype(np.int32) for name, x in batch.items()})
+        nll_BT = np.asarray(score(engine.model, params, batch, execution)[0])
+        np.testing.assert_allclose(answer.logprobs, -nll_BT[0, len(prompt) - 1 : n - 1], atol=1e-4)
+
+
+def test_a_transform_is_applied_in_decoding(with_low_rank):
+    (c, adapted, summed), execution = with_low_rank, REFERENCE._replace(transform=low_rank)
+    with jax.set_mesh(mesh_of()):
+        engine = Engine(adapted, c, EngineOptions(chunk=16), execution=execution)
+        check_answers(engine, adapted, execution)
+        check_answers(engine, summed, REFERENCE)
+
+
+def dequantised(leaves):
+    """Multiplies every pair of int8 numbers and their scales."""
+
+    def is_quantised(x):
+        return isinstance(x, dict) and set(x) == {"q", "s"}
+
+    return jax.tree.map(lambda x: x["q"] * x["s"] if is_quantised(x) else x, leaves, is_leaf=is_quantised)
+
+
+def test_int8_weights_that_a_transform_dequantises_stay_int8_in_decoding(with_low_rank):
+    c, _, params = with_low_rank
+    quantised, up = jax.tree.map(lambda x: x, params), params["periods"]["G1"]["mlp"]["up"]
+    with jax.set_mesh(mesh_of()):
+        scale = jnp.abs(up).max(1, keepdims=True) / 127
+        quantised["periods"]["G1"]["mlp"]["up"] = {"q": jnp.round(up / scale).astype(jnp.int8), "s": scale}
+        layers = unstacked(c.model, quantised, jnp.dtype("bfloat16"))["layers"]
+        assert {name: x.dtype for name, x in layers[1]["mlp"]["up"].items()} == {"q": jnp.int8, "s": jnp.float32}
+        assert layers[1]["mlp"]["down"].dtype == layers[0]["mlp"]["up"].dtype == jnp.bfloat16
+        execution = REFERENCE._replace(transform=dequantised)
+        check_answers(Engine(quantised, c, EngineOptions(chunk=16), execution=execution), quantised, execution)
+
+
+def test_compression_takes_the_sinks_that_a_transform_makes(one_device):
+    c, options = tiny(G={"sink": True}), GenerateOptions(compression=Compression("snapkv", cap=16, window=8))
+    params = random_params(c.model)
+    attention = params["periods"]["G1"]["attention"]
+    stored, execution = attention["sink"], REFERENCE._replace(transform=dequantised)
+    attention["sink"] = {"q": jnp.full(stored.shape, 2, jnp.int8), "s": stored / 2}
+    (got,) = Engine(params, c, EngineOptions(chunk=16), execution=execution).generate(PROMPTS[1:], 3, options)
+    attention["sink"] = stored
+    (expected,) = Engine(params, c, EngineOptions(chunk=16), execution=REFERENCE).generate(PROMPTS[1:], 3, options)
+    assert got.tokens.tolist() == expected.tokens.tolist()
+    np.testing.assert_array_equal(got.logprobs, expected.logprobs)
 
 
 def rounded(weight):
@@ -174,6 +254,10 @@ def dot_of(shapes):
         return jax.lax.dot_general(x, weight, dimension_numbers, **options)
 
     return dot
+
+
+# Shapes of the weights of `with_rounded_weights` that a product takes: q, k, o, the gates of heads, the MLP, and the logits.
+MULTIPLIED = {(32, 4, 8), (32, 2, 8), (4, 8, 32), (32, 4), (32, 48), (48, 32), (384, 32)}
 
 
 @pytest.fixture(scope="module")
@@ -196,22 +280,13 @@ def test_another_product_is_used_with_every_weight_in_training(mlp_chunk, with_r
         plain, _ = loss_and_grads(model, REFERENCE, params, on_mesh(BATCH))
     assert_close(got, expected, 1e-5)
     assert abs(plain - expected[0]) > 1e-3 * expected[0]
-    heads, kv_heads, output = (32, 4, 8), (32, 2, 8), (4, 8, 32)
-    assert shapes == {heads, kv_heads, output, (32, 4), (32, 48), (48, 32), (384, 32)}
+    assert shapes == MULTIPLIED
 
 
-def test_another_product_is_used_layer_by_layer_and_for_logits(with_rounded_weights):
+def test_another_product_is_used_with_every_weight_in_decoding(with_rounded_weights):
     model, params, rounded_params, _ = with_rounded_weights
-    execution = REFERENCE._replace(dot=dot_of(set()))
+    execution = REFERENCE._replace(dot=dot_of(shapes := set()))
     with jax.set_mesh(mesh_of()):
-        tokens, pos, seg = (on_mesh(BATCH)[name] for name in ("tokens", "positions", "segments"))
-
-        @jax.jit
-        def got():
-            weights, attends = unstacked(model, params, jnp.float32), [in_packed(pos, seg, execution, x) for x in model.layers]
-            x_BTD, _ = layer_by_layer(model, weights, tokens, pos, attends, execution)
-            return logits(model, weights, x_BTD, execution.dot)
-
-        expected = jax.jit(lambda: logits(model, rounded_params, apply(model, rounded_params, tokens, pos, seg, REFERENCE)))
-        real = BATCH["segments"] > 0
-        assert_close(np.asarray(got())[real], np.asarray(expected())[real], 1e-5)
+        c = dataclasses.replace(tiny(), model=model)
+        check_answers(Engine(params, c, EngineOptions(chunk=16), execution=execution), rounded_params, REFERENCE)
+    assert shapes == MULTIPLIED

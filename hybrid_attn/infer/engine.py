@@ -34,7 +34,7 @@ from hybrid_attn.infer.requests import (
 )
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.steps import SLICE, DecodeSlice, DecodeState, StepConfig, decode, prefill, score
-from hybrid_attn.model import execution_on
+from hybrid_attn.model import Execution, execution_on
 from hybrid_attn.model.extend import unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, place
 
@@ -121,8 +121,8 @@ class Batch(NamedTuple):
 class Engine:
     """Generates and scores with `params` (as `model.init` makes them) on the mesh in force when it is made and used.
 
-    `programs` is a dict of compiled programs, which engines on one mesh may share. Several processes make the same calls and
-    get the same results.
+    `programs` is a dict of compiled programs, which engines on one mesh may share. `execution` is by default that of the config
+    on this platform. Several processes make the same calls and get the same results.
     """
 
     def __init__(
@@ -131,12 +131,14 @@ class Engine:
         config: CheckpointConfig,
         options: EngineOptions = EngineOptions(),
         programs: dict | None = None,
+        execution: Execution | None = None,
     ):
         self.mesh = jax.sharding.get_mesh()
         options = options.on(self.mesh)
         self.chunk, self.capacity, self.batch_size = options.chunk, options.capacity, options.batch_size
         self.quantised, self.model = options.cache == "int8", config.model
-        self.execution = execution_on(self.mesh.devices.flat[0].platform, config.model, config.train)
+        platform = self.mesh.devices.flat[0].platform
+        self.execution = execution_on(platform, config.model, config.train) if execution is None else execution
         self.weights = WEIGHTS(config.model, params, self.execution.dtype)
         self.timing = Timing()
         self._limits = Limits(config.model, options.capacity)
@@ -262,7 +264,7 @@ class Engine:
         state, _ = self._prefill(sizes, state, [tokens[:-window] for tokens in unread])
         sizes = sizes._replace(chunk=window)
         state, queries = self._prefill(sizes, state, [tokens[-window:] for tokens in unread], with_queries=True)
-        scorings = caches.scorings(self.model, self.weights)
+        scorings = caches.scorings(self.model, self.weights, self.execution.transform)
         cache = caches.compressed(compression, state.cache, queries, scorings, call.room, self._execute)
         return DecodeState(cache, state.last_BD)
 

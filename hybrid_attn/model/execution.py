@@ -18,11 +18,12 @@ def unchanged(leaves: dict) -> dict:
 
 
 class Execution(NamedTuple):
-    """How a model is executed: the `train` keys of configs/base.py, resolved, which never change the function; and two seams.
+    """How a model is executed: the `train` keys of configs/base.py, resolved for a platform. They never change the function.
 
-    `transform` makes the leaves that a layer takes from those that are stored, which may have any structure: low rank, LoRA,
-    dequantisation. `dot` multiplies activations with the leaves, and with the table of the logits: a product of quantised
-    numbers. Both are applied inside the scanned body, to the layers of training, of evaluation and of decoding alike.
+    `transform` and `dot` are extension points: training, evaluation and decoding apply both inside the layers. `transform`
+    makes the leaves of a layer from those that are stored; in place of a leaf, a group of leaves may be stored under the same
+    name: low rank, LoRA, int8 numbers with scales. It does not reach the embedding, the table of the logits and the final norm.
+    `dot` multiplies activations with every matrix of a layer, and with the table of the logits: a product of quantised numbers.
     """
 
     dtype: jnp.dtype

@@ -22,7 +22,8 @@ def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
 
     Layer by layer, because a loop over stacked weights copies each before it is used, which is most of a decode step.
     """
-    params = map_specs(lambda spec, x: x.astype(dtype) if spec.cast else x, specs(model), params)
+    # What a transform reads stays as it is stored; the leaf that it makes is cast where it is multiplied.
+    params = map_specs(lambda spec, x: x.astype(dtype) if spec.cast and isinstance(x, jax.Array) else x, specs(model), params)
     layers = []
     for group, letters, repetitions in model.groups:
         for period, (name, _) in itertools.product(range(repetitions), layer_names(letters)):

@@ -61,7 +61,8 @@ class Evaluations:
             EvalModel(c.model, {}, execution, mesh, tokenizer), None, heldout, haystack_text, {}, c.at(-1).seq_len, tasks=tasks
         )
         options = _engine_options(c, mesh, lengths)
-        self.engine = functools.partial(Engine, config=c, options=options, programs={}) if uses_engine else lambda _: None
+        engine = functools.partial(Engine, config=c, options=options, programs={}, execution=execution)
+        self.engine = engine if uses_engine else lambda _: None
         # the step is set for each evaluation
         self.about = provenance(str(workdir), 0, c, config.to_dict(c), tokenizer, haystack_text, execution, mesh)
         trust = bool(corpora.locations(c.data, c.sources))

@@ -13,7 +13,7 @@ from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline
 from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, check_vocab, load_tokenizer
-from hybrid_attn.model import execution_on
+from hybrid_attn.model import Execution, execution_on
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
@@ -39,21 +39,25 @@ def train(
     peers: Peers | None = None,
     skip_steps: Sequence[Range] = (),
     allow_lr_jump: bool = False,
+    execution: Execution | None = None,
 ) -> bool:
     """Trains `c` in `workdir` from its newest checkpoint, or from the start; False if a signal stopped it before the end.
 
     `peers` are those of `processes.start`, if several processes train; the workdir is then one that all of them see. The
-    batches of `skip_steps`, numbered from 1, are passed over, and those that the checkpoint records. ValueError where the
-    config, the data or a checkpoint does not fit, where the learning rate would jump, and where the model would compute another
-    function; FloatingPointError when the loss or the parameters are not finite; BlockingIOError when another run is in
-    `workdir`; OSError when a file cannot be written or read, after saving if possible.
+    batches of `skip_steps`, numbered from 1, are passed over, and those that the checkpoint records. `execution` is that of
+    every step and evaluation; by default it is that of the config on this platform.
+
+    ValueError where the config, the data or a checkpoint does not fit, where the learning rate would jump, and where the model
+    would compute another function; FloatingPointError when the loss or the parameters are not finite; BlockingIOError when
+    another run is in `workdir`; OSError when a file cannot be written or read, after saving if possible.
     """
     check_names(c.evals.names)
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
     mesh, data = make_mesh(c.mesh), load_data(c)
     if peers:
         peers.agree(data_identity(data.corpora, data.tokenizer))
-    execution = execution_on(jax.default_backend(), c.model, c.train)
+    platform = jax.default_backend()
+    of_run = execution or execution_on(platform, c.model, c.train)
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh):
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
         try:
@@ -63,14 +67,14 @@ def train(
             begins = "none found; starting at step 0" if new else restored(start, recorded)
             parameters = init_from.lines(c.init_from, recorded, new)
             history = [f"checkpoint   {begins}", *parameters, *past(c, checkpoints, start, recorded, allow_lr_jump)]
-            evaluations = Evaluations(c, execution, mesh, data.tokenizer, data.corpora, workdir)
+            evaluations = Evaluations(c, of_run, mesh, data.tokenizer, data.corpora, workdir)
             evaluations.draw_questions()
-            peak, source = peak_flops(jax.devices()[0], execution.dtype)
+            peak, source = peak_flops(jax.devices()[0], of_run.dtype)
             set_aside_lines = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
             metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
             metrics.open()
-            peak_line = f"{peak * mesh.size:.4g} FLOP/s in {execution.dtype}, {source}; MFU is the share of it"
-            description = summary(c, execution, mesh, peak_line, data.stages, workdir, start)
+            peak_line = f"{peak * mesh.size:.4g} FLOP/s in {of_run.dtype}, {source}; MFU is the share of it"
+            description = summary(c, of_run, mesh, peak_line, data.stages, workdir, start)
             for line in (*set_aside_lines, *description, *history, *evaluations.left_out()):
                 metrics.say(line)
             if start == c.total_steps and evaluations.is_done(start):
@@ -81,7 +85,7 @@ def train(
                 metrics.say(line)
             context = TrainContext(
                 c,
-                make_steps(c, jax.default_backend()),
+                make_steps(c, platform, execution),
                 pipeline.batches(c, data.stages, mesh, start),
                 checkpoints,
                 metrics,

@@ -110,11 +110,13 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     return step
 
 
-def make_steps(config: Config, platform: str) -> list[Step]:
-    """The step of each stage; stages whose steps are the same program share it, so that it is compiled once."""
-    steps = {
-        stage: make_step(stage, execution_on(platform, stage.model, stage.train)) for stage in dict.fromkeys(config.each_stage)
-    }
+def make_steps(config: Config, platform: str, execution: Execution | None = None) -> list[Step]:
+    """The step of each stage; stages whose steps are the same program share it, so that it is compiled once.
+
+    `execution` is that of every stage; by default each stage has that of its config on the platform.
+    """
+    executions = {stage: execution or execution_on(platform, stage.model, stage.train) for stage in config.each_stage}
+    steps = {stage: make_step(stage, of_stage) for stage, of_stage in executions.items()}
     return [steps[stage] for stage in config.each_stage]
 
 

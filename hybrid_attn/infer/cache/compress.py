@@ -240,11 +240,11 @@ def compacted(arrays, index_BKC: jax.Array):
     return jax.tree.map(take, arrays)
 
 
-def scorings(model: Model, weights: dict) -> list[Scoring]:
-    """The `Scoring` of each layer of `model`, whose weights are `extend`'s."""
-    kinds = [model.kinds[letter] for letter in model.layers]
-    sinks = [layer["attention"].get("sink") for layer in weights["layers"]]
-    return [Scoring(score_scale(model, kind), kind.softcap, sinks_N) for kind, sinks_N in zip(kinds, sinks, strict=True)]
+def scorings(model: Model, weights: dict, transform: Callable[[dict], dict]) -> list[Scoring]:
+    """The `Scoring` of each layer of `model`, whose weights are `extend`'s and whose leaves `transform` makes of those."""
+    layer_types = [model.kinds[letter] for letter in model.layers]
+    sinks = [transform(leaves)["attention"].get("sink") for leaves in weights["layers"]]
+    return [Scoring(score_scale(model, x), x.softcap, sinks_N) for x, sinks_N in zip(layer_types, sinks, strict=True)]
 
 
 class Window(NamedTuple):
