@@ -4,7 +4,6 @@ import re
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from hybrid_attn.config import Config
@@ -16,8 +15,6 @@ from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.plan.collectives import Collective, collectives, parse, shapes
 from hybrid_attn.plan.targets import Target
 from hybrid_attn.train.step import abstract_state, make_step
-
-FLOATS = ("weights", "bytes")  # float32 arrays of a batch; the others are int32
 
 
 class Plan(NamedTuple):
@@ -49,13 +46,10 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     execution = execution_on(target.platform, of_stage.model, of_stage.train)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, TOKENS_BT)
-        arrays = {
-            name: jax.ShapeDtypeStruct((batch, length), jnp.float32 if name in FLOATS else jnp.int32, sharding=sharding)
-            for name in ARRAYS
-        }
+        arrays = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
         compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), arrays).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
-    per_token = flops.train_flops_per_token(c.model, length)
+    per_token = flops.train_flops_per_token(of_stage.model, length)
     return Plan(
         target,
         dict(mesh.shape),
