@@ -260,6 +260,13 @@ def test_the_code_map_lists_the_path_to_the_attention_arithmetic():
         assert not missing, f"{path} has no {missing}"
 
 
+def test_the_names_of_the_code_map_are_in_the_code():
+    names = {x for x in inline_code((ROOT / "docs" / "code-map.md").read_text()) if re.fullmatch(r"\w+", x)}
+    sources = [path.read_text() for folder in ("hybrid_attn", "tools") for path in (ROOT / folder).rglob("*.py")]
+    missing = names - set(re.findall(r"\w+", "\n".join(sources)))
+    assert not missing
+
+
 TINY = [f"--config.model.{key}={value}" for key, value in {"d_model": 32, "d_ff": 48, "num_layers": 2, "head_dim": 8}.items()]
 TINY += ["--config.model.pattern=LG", "--config.stages[0].seq_len=64", "--steps=2", "--config.evals.tokens=256"]
 SHORTER = {
