@@ -153,7 +153,7 @@ class Model:
 
 
 def reach(kind: LayerType) -> str | None:
-    """The mask of a layer type as text; None for the whole prefix."""
+    """The mask of a layer type as text; None for full causal attention."""
     if kind.window is not None:
         return f"window {kind.window:,}"
     return None if kind.chunk is None else f"chunks of {kind.chunk:,}"

@@ -85,7 +85,7 @@ def test_a_window_with_a_halo_equals_one_device(window, zigzag):
 
 @pytest.mark.parametrize("zigzag", [False, True])
 @pytest.mark.parametrize("scheme", ["gather", "ring", "ulysses"])
-def test_the_full_prefix_with_every_scheme_equals_one_device(scheme, zigzag):
+def test_full_causal_attention_with_every_scheme_equals_one_device(scheme, zigzag):
     assert_as_on_one_device(scheme, zigzag, softcap=2.0 if zigzag else None, sinks=True)
 
 

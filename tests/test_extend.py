@@ -25,7 +25,7 @@ W = 5
 GOLDEN = Path(__file__).parent / "golden"
 # Every layer type and block that a family needs, in two or three layers.
 MODELS = {
-    "window and prefix": tiny().model,
+    "window and full causal": tiny().model,
     "everything": everything("LG", W),
     "tail": dataclasses.replace(everything("LLG", W), num_layers=5),
     "first layers": dataclasses.replace(everything("LLG", W), prefix="GL", num_layers=6),
@@ -145,7 +145,7 @@ def test_a_mesh_reads_chunks_as_one_device_does(name, sizes):
 
 
 def test_chunks_may_start_anywhere_on_a_mesh():
-    model, sequences = MODELS["window and prefix"], sequences_of(41, 30, 7, 2)
+    model, sequences = MODELS["window and full causal"], sequences_of(41, 30, 7, 2)
     chunks = [12, 1, 1, 12, 1, 12, 1, 1]
     with jax.set_mesh(mesh_of(context=4)):
         outputs, _ = in_chunks(model, random_params(model), sequences, chunks, capacity=60)
@@ -154,7 +154,7 @@ def test_chunks_may_start_anywhere_on_a_mesh():
 
 
 def test_int8_slots_are_within_half_a_step(one_device):
-    model, sequences = MODELS["window and prefix"], sequences_of(40, 9)
+    model, sequences = MODELS["window and full causal"], sequences_of(40, 9)
     params = random_params(model)
     exact, cache = in_chunks(model, params, sequences, [16, 16, 8], 64)
     outputs, quantised = in_chunks(model, params, sequences, [16, 16, 8], 64, quantised=True)
@@ -169,7 +169,7 @@ def test_int8_slots_are_within_half_a_step(one_device):
 
 @pytest.mark.parametrize("size", [24, 40])
 def test_all_int8_slots_are_seen_if_their_parts_do_not_divide_them(size, one_device, monkeypatch):
-    model, sequences, chunks = MODELS["window and prefix"], sequences_of(61, 30), [16, 16, 16, 12, 1]
+    model, sequences, chunks = MODELS["window and full causal"], sequences_of(61, 30), [16, 16, 16, 12, 1]
     expected, _ = in_chunks(model, random_params(model), sequences, chunks, 64, quantised=True)
     monkeypatch.setattr(int8, "QUANTISED_SLOTS", size)
     outputs, _ = in_chunks(model, random_params(model), sequences, chunks, 64, quantised=True)
@@ -177,7 +177,7 @@ def test_all_int8_slots_are_seen_if_their_parts_do_not_divide_them(size, one_dev
 
 
 def test_a_ring_made_smaller_and_larger_keeps_the_tokens_of_its_window(one_device):
-    model = MODELS["window and prefix"]
+    model = MODELS["window and full causal"]
     _, cache = in_chunks(model, random_params(model), sequences_of(29, 3), [16, 16], 64)
     assert cache.layers[0].k_BKSH.shape[2] == 32  # 16 + 5 - 1 tokens, in a power of two
     small = caches.resized(model, cache, 64, 1)

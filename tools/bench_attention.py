@@ -2,7 +2,7 @@
 
     python tools/bench_attention.py --kind=local --lengths=2K,8K,32K --json=attention.json
 
-One layer's kernel with the gradients of its queries, keys and values, for a window (local) and for the whole prefix (global).
+One layer's kernel with the gradients of its queries, keys and values, for a window (local) and for all earlier tokens (global).
 Contenders: `ours`; `jax.nn`, which is jax.nn.dot_product_attention as XLA compiles it; `torch`, on a CPU with the extra
 `oracle`, which is scaled_dot_product_attention with a boolean mask for the window. The last two compute all S x S scores for a
 window. Contenders are called alternately, and the best of --repeats calls counts. FLOPs are those of the visible pairs, three

@@ -1,11 +1,11 @@
 """Accuracy of answers from a compressed KV cache: python tools/bench_compression.py --checkpoint=runs/recall
 
 --checkpoint is the workdir of a run of configs/recall.py, or of any byte-level model that has learnt its task. Each held-out
-sequence of --length tokens hides pairs of letters in noise. Layers that see the whole prefix compress its cache; then the
+sequence of --length tokens hides pairs of letters in noise. Layers that see all earlier tokens compress its cache; then the
 question asks for one of the pairs. In half of the lines the question is known in advance ("known"): it is also among the
 last tokens of the prompt, by whose queries snapkv, pyramid and adakv choose. In the other lines it is new. The table has the
 share of right answers; a model that knows the values of a sequence and no pair gets 1 / --pairs. PyramidKV is not measured: it
-shares slots among layers, and the model of configs/recall.py has only one layer that sees the whole prefix.
+shares slots among layers, and the model of configs/recall.py has only one layer that sees all earlier tokens.
 """
 
 import json

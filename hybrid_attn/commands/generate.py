@@ -42,7 +42,9 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the first prompt; each further p
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends an answer and is no part of it; may be repeated.")
 CHUNK = flags.DEFINE_integer("chunk", DEFAULT_CHUNK, "Tokens of a prompt that are read at a time.", 1)
 CAPACITY = flags.DEFINE_integer("capacity", None, "The most tokens of a prompt and its answer; longer ones are refused.", 1)
-CACHE = flags.DEFINE_enum("cache", "auto", ("auto", "int8"), "Numbers of the KV cache of layers that see the whole prefix.")
+CACHE = flags.DEFINE_enum(
+    "cache", "auto", ("auto", "int8"), "Numbers of the KV cache of layers whose queries see all earlier tokens."
+)
 COMPRESS = flags.DEFINE_string("compress", None, "How their cache of a prompt is compressed, as snapkv:cap=1024,window=64.")
 MESH = flags.DEFINE_string("mesh", "", "Devices on each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "File of JSON lines to write.")

@@ -71,8 +71,8 @@ class EngineOptions:
     """The sizes of an engine's programs and the numbers of its cache.
 
     `chunk` tokens of each prompt are read at a time, for at most `batch_size` requests (None: `DEFAULT_BATCH_SIZE`, or as many
-    as the batch has shards). `cache` is "auto" (the dtype of the activations), or "int8" for the layers that see the whole
-    prefix. `capacity` is the most tokens of a prompt and its completion together; None is what memory allows.
+    as the batch has shards). `cache` is "auto" (the dtype of the activations), or "int8" for the layers that see all
+    earlier tokens. `capacity` is the most tokens of a prompt and its completion together; None is what memory allows.
     """
 
     chunk: int = DEFAULT_CHUNK

@@ -48,9 +48,9 @@ def attend(
     """Attention of queries to the keys of their own segment at positions p_q - window < p_k <= p_q.
 
     Returns o_BTNH in the dtype of q and lse_BTN, the float32 log of the sum of exponentiated scores, by which results over
-    parts of the keys merge. Segment 0 is padding: it sees nothing, gives zeros, and its lse is -inf. `window` None is the
-    whole prefix; `softcap` c makes scores c tanh(s / c); `sinks_N` are logits that take part in the softmax with no value.
-    Keys are in reading order (`intervals`). `kernel` is a name in `KERNELS`.
+    parts of the keys merge. Segment 0 is padding: it sees nothing, gives zeros, and its lse is -inf. `window` None means
+    all earlier tokens; `softcap` c makes scores c tanh(s / c); `sinks_N` are logits that enter the softmax with no value. Keys
+    are in reading order (`intervals`). `kernel` is a name in `KERNELS`.
     """
     pair, options = KERNELS[kernel], AttentionOptions(window, scale, softcap)
     if sinks_N is not None and not pair.lse_has_gradient:

@@ -1,4 +1,4 @@
-"""Attention in blocks, on any platform: O(S W) for a window, the lower triangle for the prefix, never a T x S array.
+"""Attention in blocks, on any platform: O(S W) for a window, the lower triangle for all earlier tokens, never a T x S array.
 
 Each block of queries loops over the tiles of keys that any of its queries sees, with an online softmax ("FlashAttention",
 arXiv 2205.14135, algorithm 1; the backward pass is its algorithm 4). The keys of a window are one tile where they fit, so that

@@ -13,7 +13,7 @@ Pair = tuple[jax.Array, jax.Array]  # of the queries [B, T] and of the keys [B, 
 
 
 class AttentionOptions(NamedTuple):
-    """The static arguments: `window` None is the whole prefix; `softcap` c makes scores c tanh(s / c)."""
+    """The static arguments: `window` None means all earlier tokens; `softcap` c makes scores c tanh(s / c)."""
 
     window: int | None
     scale: float

@@ -78,4 +78,4 @@ def describe(layer: LayerType) -> str:
     """A layer type in a few words: its mask, its positions, its norms."""
     positions = "NoPE" if layer.rope_theta is None else f"RoPE {layer.rope_theta:,.0f}"
     norm = "" if layer.qk_norm == "none" else f", QK-norm {layer.qk_norm}"
-    return f"{reach(layer) or 'whole prefix'}, {positions}{norm}"
+    return f"{reach(layer) or 'full causal'}, {positions}{norm}"

@@ -62,7 +62,7 @@ class LayerSettings(NamedTuple):
 
 
 def visible_tokens(layer_type: LayerType) -> int | None:
-    """The most tokens that a query sees, itself included; None for the whole prefix."""
+    """The most tokens that a query sees, itself included; None for all earlier tokens."""
     return layer_type.chunk if layer_type.window is None else layer_type.window
 
 
@@ -95,7 +95,7 @@ def ring_slots(visible: int, chunk: int, capacity: int) -> int:
 def empty(model: Model, batch_size: int, capacity: int, chunk: int, dtype: jnp.dtype, quantised: bool) -> Cache:
     """An empty cache for `batch_size` requests of at most `capacity` tokens, of which `chunk` are read at a time.
 
-    `quantised`: layers that see the whole prefix hold int8 numbers, and a float32 scale for each token and head.
+    `quantised`: layers that see all earlier tokens hold int8 numbers, and a float32 scale for each token and head.
     """
     layers = []
     for letter in model.layers:
