@@ -23,7 +23,7 @@ from hybrid_attn.config_training import (
     Source,
     Stage,
     Train,
-    shortest_row,
+    shortest_sequence,
 )
 from hybrid_attn.trees import Table, check, check_fields, suggestion, within
 
@@ -61,7 +61,7 @@ __all__ = [
     "remat",
     "rotated_dims",
     "score_scale",
-    "shortest_row",
+    "shortest_sequence",
     "to_dict",
     "upgraded",
 ]
@@ -207,7 +207,7 @@ def _check_model_changes(field: str, keys: Sequence[str], model: Model) -> None:
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:
     if source.task is not None:
-        least, half = parts * shortest_row(source), "and sequences from half of that on, " if parts == 2 else ""
+        least, half = parts * shortest_sequence(source), "and sequences from half of that on, " if parts == 2 else ""
         check(
             length >= least,
             f"{field} {length} is too short for data.sources.{name}: task={source.task!r} with pairs={source.pairs} "

@@ -119,15 +119,15 @@ class Model:
         )
 
     def _check_rotation(self, letter: str) -> None:
-        kind = self.kinds[letter]
-        dims = rotated_dims(self, kind)
+        layer_type = self.kinds[letter]
+        dims = rotated_dims(self, layer_type)
         check(
-            kind.rope_theta is None or (dims >= 2 and dims % 2 == 0),
-            f"model.kinds.{letter}: rope_fraction={kind.rope_fraction} of head_dim={self.head_dim} rotates {dims} "
+            layer_type.rope_theta is None or (dims >= 2 and dims % 2 == 0),
+            f"model.kinds.{letter}: rope_fraction={layer_type.rope_fraction} of head_dim={self.head_dim} rotates {dims} "
             "dimensions; use an even number",
         )
         check(
-            kind.rope_scaling.type != "ntk" or dims > 2,
+            layer_type.rope_scaling.type != "ntk" or dims > 2,
             f"model.kinds.{letter}: ntk stretches by the dimension {dims}, and needs more than 2",
         )
 
@@ -147,23 +147,23 @@ class Model:
 
     @property
     def groups(self) -> list[tuple[str, str, int]]:
-        """Name in the parameters, letters and repetitions of the layers before, in and after the periods, if there are any."""
+        """(name in the parameters, letters, repetitions) of the prefix, the periods and the tail; empty groups are left out."""
         groups = ("prefix", self.prefix, 1), ("periods", self.pattern, self.num_periods), ("tail", self.tail, 1)
         return [group for group in groups if group[1] and group[2]]
 
 
-def reach(kind: LayerType) -> str | None:
+def reach(layer_type: LayerType) -> str | None:
     """The mask of a layer type as text; None for full causal attention."""
-    if kind.window is not None:
-        return f"window {kind.window:,}"
-    return None if kind.chunk is None else f"chunks of {kind.chunk:,}"
+    if layer_type.window is not None:
+        return f"window {layer_type.window:,}"
+    return None if layer_type.chunk is None else f"chunks of {layer_type.chunk:,}"
 
 
-def rotated_dims(model: Model, kind: LayerType) -> int:
+def rotated_dims(model: Model, layer_type: LayerType) -> int:
     """Dimensions of a head that are rotated; the others carry no position."""
-    return round(model.head_dim * kind.rope_fraction)
+    return round(model.head_dim * layer_type.rope_fraction)
 
 
-def score_scale(model: Model, kind: LayerType) -> float:
+def score_scale(model: Model, layer_type: LayerType) -> float:
     """The factor on the products of queries and keys."""
-    return model.head_dim**-0.5 if kind.scale is None else kind.scale
+    return model.head_dim**-0.5 if layer_type.scale is None else layer_type.scale

@@ -68,7 +68,7 @@ class Source:
         check(ok, f"pairs={self.pairs} must lie between 1 and {most} for task={self.task!r}")
 
 
-def shortest_row(source: Source) -> int:
+def shortest_sequence(source: Source) -> int:
     """The fewest tokens of a sequence of the source's task."""
     form = TASKS[source.task]
     return form.tokens + form.tokens_a_pair * source.pairs

@@ -130,8 +130,8 @@ def eval_model_on(mesh, model):
 def watched_weights(eval_model, prompt):
     """Dense shares [N, Q, S + 1] of each layer, from the queries and keys that its attention gets."""
     S = len(prompt.tokens_S)
-    place = functools.partial(jax.device_put, device=NamedSharding(eval_model.mesh, TOKENS_BT))
-    tokens, pos, seg = (place(x[None]) for x in (prompt.tokens_S, np.arange(S, dtype=np.int32), np.ones(S, np.int32)))
+    put = functools.partial(jax.device_put, device=NamedSharding(eval_model.mesh, TOKENS_BT))
+    tokens, pos, seg = (put(x[None]) for x in (prompt.tokens_S, np.arange(S, dtype=np.int32), np.ones(S, np.int32)))
     execution = eval_model.execution._replace(zigzag=False)
 
     def watched(letter):

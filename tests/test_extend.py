@@ -36,7 +36,7 @@ MODELS = {
 }
 
 
-def place(x, spec):
+def put(x, spec):
     return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
 
 
@@ -46,8 +46,8 @@ def forward(model, params, sequences, execution=REFERENCE):
     tokens_BT = np.stack([np.pad(sequence, (0, size - len(sequence))) for sequence in sequences]).astype(np.int32)
     pos_BT = np.tile(np.arange(size, dtype=np.int32), (len(sequences), 1))
     seg_BT = np.stack([np.arange(size) < len(sequence) for sequence in sequences]).astype(np.int32)
-    placed = (place(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT))
-    x_BTD = np.asarray(jax.jit(functools.partial(apply, model, execution=execution))(params, *placed))
+    sharded = (put(x, TOKENS_BT) for x in (tokens_BT, pos_BT, seg_BT))
+    x_BTD = np.asarray(jax.jit(functools.partial(apply, model, execution=execution))(params, *sharded))
     return [x_BTD[b, : len(sequence)] for b, sequence in enumerate(sequences)]
 
 
@@ -69,7 +69,7 @@ def in_chunks(model, params, sequences, chunks, capacity, quantised=False, execu
             part = sequence[read[b] : read[b] + size]
             tokens[b, : len(part)], counts[b] = part, len(part)
         spec = TOKENS_BT if size == max(chunks) else P(BATCH, None)
-        x_BTD, cache = extended(place(tokens, spec), place(counts, P(BATCH)), cache)
+        x_BTD, cache = extended(put(tokens, spec), put(counts, P(BATCH)), cache)
         for b, count in enumerate(counts):
             outputs[b].append(np.asarray(x_BTD)[b, :count])
         read += counts

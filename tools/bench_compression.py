@@ -108,8 +108,8 @@ def bench() -> None:
             f"--shares: {min(slots.values())} slots leave nothing beside --window={WINDOW.value}; use larger shares"
         )
     source = config.Source((), None, 0, None, "recall", PAIRS.value)
-    if LENGTH.value < config.shortest_row(source):
-        raise ValueError(f"--length={LENGTH.value}: {PAIRS.value} pairs need {config.shortest_row(source)} tokens")
+    if LENGTH.value < config.shortest_sequence(source):
+        raise ValueError(f"--length={LENGTH.value}: {PAIRS.value} pairs need {config.shortest_sequence(source)} tokens")
     with jax.set_mesh(make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])):
         c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)
         if not isinstance(tokenizer, ByteTokenizer):

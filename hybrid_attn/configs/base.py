@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
     m.logit_scale = 1.0  # Command R7B: 0.25
     m.logit_softcap = None  # Gemma 2: 30
     m.init_std = 0.08  # standard deviation; about d_model ** -0.5: at 0.02 a narrow model learns attention too slowly
-    m.kinds = ConfigDict()  # the layer type of each letter of the pattern
+    m.kinds = ConfigDict()  # the layer type of each letter of the prefix and the pattern
     # theta stays at 10,000: a larger one makes a hybrid worse (paper, table of RNoPE variants)
     m.kinds.L = kind(window=512, rope_theta=10_000.0)
     m.kinds.G = kind(qk_norm="rms")  # NoPE; QK-norm keeps small runs stable at high learning rates

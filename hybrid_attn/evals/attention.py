@@ -37,7 +37,7 @@ from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, 
 from hybrid_attn.model import Execution
 from hybrid_attn.model.extend import layer_by_layer, unstacked
 from hybrid_attn.model.transformer import in_packed
-from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, place
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, put
 
 BEGIN = 10  # tokens; the weights by position leave them out
 END = 0.03  # share of the tokens, the last ones, that the weights by position leave out
@@ -159,7 +159,7 @@ def _statistics(
             *(np.array(x, np.int32) for x in zip(*((p.question, len(p.tokens_S)) for p in filled), strict=True)),
             intervals_BI2[..., 0], intervals_BI2[..., 1],
         )  # fmt: skip
-        tokens_BT, queries = place(tokens_BT, mesh, TOKENS_BT), jax.tree.map(lambda x: place(x, mesh, P(BATCH)), queries)
+        tokens_BT, queries = put(tokens_BT, mesh, TOKENS_BT), jax.tree.map(lambda x: put(x, mesh, P(BATCH)), queries)
         layers = jax.device_get(
             _batch_statistics(eval_model.model, execution, num_queries, eval_model.params, tokens_BT, queries)
         )

@@ -36,7 +36,7 @@ from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.steps import SLICE, DecodeSlice, DecodeState, StepConfig, decode, prefill, score
 from hybrid_attn.model import Execution, execution_on
 from hybrid_attn.model.extend import unstacked
-from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, place
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, put
 
 DEFAULT_CHUNK = 2048
 DEFAULT_BATCH_SIZE = 8  # or as many requests as a batch has shards
@@ -206,8 +206,8 @@ class Engine:
         shards = batch_shards(self.mesh)
         return min(shards * caches.power_of_two(-(-count // shards)), self.batch_size)
 
-    def _place(self, x: np.ndarray, spec: P) -> jax.Array:
-        return place(x, self.mesh, spec)
+    def _put(self, x: np.ndarray, spec: P) -> jax.Array:
+        return put(x, self.mesh, spec)
 
     def _prefilled_batches(self, call: Call) -> Iterator[Batch]:
         prompts, window = call.prompts, call.options.window
@@ -278,10 +278,10 @@ class Engine:
 
     def _chunks(self, sequences: list[np.ndarray], chunk: int, batch_size: int) -> Iterator[tuple[jax.Array, jax.Array]]:
         for tokens_BT, counts_B in chunks(sequences, chunk, batch_size):
-            yield self._place(tokens_BT, TOKENS_BT), self._place(counts_B, P(BATCH))
+            yield self._put(tokens_BT, TOKENS_BT), self._put(counts_B, P(BATCH))
 
     def _zeros(self, batch_size: int) -> jax.Array:
-        return self._place(np.zeros((batch_size, self.model.d_model), self.execution.dtype), P(BATCH, None))
+        return self._put(np.zeros((batch_size, self.model.d_model), self.execution.dtype), P(BATCH, None))
 
     def _new_state(self, batch_size: int, sizes: Sizes) -> DecodeState:
         static_args = self.model, batch_size, sizes.capacity, sizes.chunk, self.execution.dtype, self.quantised
@@ -310,14 +310,14 @@ class Engine:
         batch_size, indices = len(batch.state.last_BD), batch.indices
         done_B = np.arange(batch_size) >= len(indices)
         seeds_B = np.resize(np.asarray([call.requests[i].seed for i in indices], np.uint32), batch_size)
-        seeds_B = self._place(seeds_B, P(BATCH))
+        seeds_B = self._put(seeds_B, P(BATCH))
         stop_tokens = np.array([*call.options.stop_tokens] or [-1], np.int32)
         tokens, logprobs = [[] for _ in indices], [[] for _ in indices]
         state, number = batch.state, 0
         while number < call.max_new_tokens and not done_B.all():
             steps = 1 if number == 0 else min(SLICE, call.max_new_tokens - number)
             scalars = np.int32(number), np.int32(steps)
-            part = DecodeSlice(self._place(done_B, P(BATCH)), seeds_B, stop_tokens, *scalars)
+            part = DecodeSlice(self._put(done_B, P(BATCH)), seeds_B, stop_tokens, *scalars)
             state, new = self._decode_slice(batch.config, call.options.sampling, state, part)
             new_tokens_BT, new_logprobs_BT, counts_B, done_B = new
             for b, index in enumerate(indices):

@@ -90,7 +90,7 @@ def spec_of(x: jax.Array) -> P:
     return P(*jax.typeof(x).sharding.spec)
 
 
-def place(x: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
+def put(x: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
     """An array sharded over the mesh by `spec`, of which every process has all of `x`."""
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda part: x[part])
 

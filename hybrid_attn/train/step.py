@@ -65,21 +65,21 @@ def with_extras(config: Config, state: TrainState) -> TrainState:
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on `mesh`, which must be in force."""
 
-    def place(x):
+    def abstract(x):
         spec = P() if x.sharding is None else x.sharding.spec
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, jax.eval_shape(lambda: init_state(config)))
+    return jax.tree.map(abstract, jax.eval_shape(lambda: init_state(config)))
 
 
 def parts(batch: dict, number: int) -> dict:
-    """The [B, T] arrays of a batch as [number, B / number, T]: every device cuts the rows that it has."""
+    """The [B, T] arrays of a batch as [number, B / number, T]: every device splits the sequences that it holds."""
 
     def shard(x_BT):
         return x_BT.reshape(number, -1, x_BT.shape[1])
 
-    cut = jax.shard_map(shard, in_specs=TOKENS_BT, out_specs=P(None, *TOKENS_BT))
-    return {name: cut(jax.reshard(x_BT, TOKENS_BT)) for name, x_BT in batch.items()}
+    split = jax.shard_map(shard, in_specs=TOKENS_BT, out_specs=P(None, *TOKENS_BT))
+    return {name: split(jax.reshard(x_BT, TOKENS_BT)) for name, x_BT in batch.items()}
 
 
 def make_step(config: StageConfig, execution: Execution) -> Step:
