@@ -182,10 +182,11 @@ def test_layers_are_named_by_what_they_see():
         **{"L": "local, window 512, RoPE", "G": "global, NoPE", "C": "local, chunks of 8,192, RoPE"},
         **{"F": "global, RoPE (F)", "H": "global, RoPE (H)"},
     }
-    assert [layers.layout(x) for x in ("LG", "LLLG" * 8, "LLLG" * 8 + "LL", "L" * 12, None)] == [
-        *("LG", "8×LLLG", "8×LLLG + LL", "12×L"),
-        None,
-    ]
+    layouts = {
+        **{"LG": "LG", "LLLG" * 8: "8×LLLG", "LLLG" * 8 + "LL": "8×LLLG + LL", "L" * 12: "12×L", None: None},
+        **{"GG" + "LLLG" * 10: "GG + 10×LLLG", "LGGLGLLGLGGG": "LGGLGLLGLGGG", "GLR" + "LGR" + "LGGRG" * 8: "GLRLGR + 8×LGGRG"},
+    }
+    assert {letters: layers.layout(letters) for letters in layouts} == layouts
     records, _ = everything(1.0)
     run = run_of("run", [], records)
     run.provenance["model"] |= {"layers": "LG", "kinds": {"L": "local, window 512, RoPE", "G": "global, NoPE"}}
