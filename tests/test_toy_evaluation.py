@@ -33,7 +33,10 @@ def toy_report():
     def verdict(run):
         return [f"{run.name} has a toy of {r['parameters']:,}." for r in run.of("toy")]
 
-    return EvaluationReport(sections, verdict=verdict)
+    def files(run):
+        return {"toy/parameters.csv": "".join(f"{r['parameters']}\n" for r in run.of("toy"))}
+
+    return EvaluationReport(sections, verdict=verdict, files=files)
 
 
 def sections(runs):
@@ -80,6 +83,7 @@ def test_an_evaluation_is_added_with_one_record_and_removed_again(tmp_path, monk
         assert [(x["eval"], x["parameters"]) for x in lines(tmp_path / "run/evals.jsonl")] == [("toy", record["parameters"])]
         page = (folder / "report.html").read_text()
         assert "Toy title" in page and "Toy table" in page and f"{record['heldout_tokens']:,}" in page
+        assert (folder / "tables/toy/parameters.csv").read_text() == f"{record['parameters']}\n"
         summary = report.write(tmp_path / "again", [report.read(folder)])
         assert "toy" in summary.splitlines()[0].split() and headline in summary.splitlines()[1]  # the overview has its headline
         assert summary.splitlines()[-1] == f"4 has a toy of {record['parameters']:,}."  # and the verdict its sentence
