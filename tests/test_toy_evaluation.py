@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from conftest import tensorboard_events
 from test_evaluation import config_of
 
 from hybrid_attn.evals import report, suite
 from hybrid_attn.evals.evaluation import (
+    BaselineModel,
     Evaluation,
     Headline,
     check_sequence,
@@ -48,6 +50,14 @@ def sections(runs):
     return [Section("toy", "Toy title", ["A toy."], [], [Table("toy", "Toy table", columns, rows)], [], "toy")]
 
 
+def totals(records):
+    return [{"source": "sum", "length": 48, "parameters": sum(r["parameters"] for r in records), "heldout_tokens": 0}]
+
+
+def documents_of_a_small_model(context, settings):
+    return [{"eval": "small", "source": name, "length": 48, "documents": len(x)} for name, x in context.training.items()]
+
+
 TOY = Evaluation(
     name="toy",
     parts=texts,
@@ -58,6 +68,8 @@ TOY = Evaluation(
     flags=("heldout",),
     empty=without_documents,
     check_fits=check_sequence,
+    totals=totals,
+    baseline=BaselineModel("small", {"source": NAME, "length": SIZE, "documents": SIZE}, documents_of_a_small_model),
 )
 
 
@@ -80,7 +92,16 @@ def test_an_evaluation_is_added_with_one_record_and_removed_again(tmp_path, monk
         shown, headline = capsys.readouterr().out, f"{record['parameters']:,} parameters"
         assert f"evals        toy of text at 48: {headline}\n" in shown
         assert f"toy  text  {headline}\n" in shown  # of the table at the end
-        assert [(x["eval"], x["parameters"]) for x in lines(tmp_path / "run/evals.jsonl")] == [("toy", record["parameters"])]
+        of_source, total, small = lines(tmp_path / "run/evals.jsonl")
+        assert [(x["eval"], x["source"], x["parameters"]) for x in (of_source, total)] == [
+            ("toy", "text", record["parameters"]),
+            ("toy", "sum", record["parameters"]),
+        ]
+        assert (small["eval"], small["step"]) == ("small", 4) and 0 < small["documents"] < 40
+        tags = {value.tag for event in tensorboard_events(tmp_path / "run") for value in event.summary.value}
+        assert {"toy_parameters/text/48", "toy_parameters/sum/48"} <= tags
+        (reported,) = json.loads((folder / "results.json").read_text())["runs"].values()
+        assert [x["eval"] for x in reported["records"]] == ["toy", "small"]
         page = (folder / "report.html").read_text()
         assert "Toy title" in page and "Toy table" in page and f"{record['heldout_tokens']:,}" in page
         assert (folder / "tables/toy/parameters.csv").read_text() == f"{record['parameters']}\n"
