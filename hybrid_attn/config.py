@@ -10,7 +10,17 @@ import os
 from collections.abc import Mapping, Sequence
 
 from hybrid_attn import trees
-from hybrid_attn.config_model import LONGEST, LayerType, Model, RopeScaling, Temperature, reach, rotated_dims, score_scale
+from hybrid_attn.config_model import (
+    LONGEST,
+    LayerType,
+    Model,
+    RopeScaling,
+    Temperature,
+    reach,
+    rotated_dims,
+    score_scale,
+    shortest_periods,
+)
 from hybrid_attn.config_training import (
     HOPS,
     QUERIES,
@@ -61,6 +71,7 @@ __all__ = [
     "remat",
     "rotated_dims",
     "score_scale",
+    "shortest_periods",
     "shortest_sequence",
     "to_dict",
     "upgraded",

@@ -167,3 +167,14 @@ def rotated_dims(model: Model, layer_type: LayerType) -> int:
 def score_scale(model: Model, layer_type: LayerType) -> float:
     """The factor on the products of queries and keys."""
     return model.head_dim**-0.5 if layer_type.scale is None else layer_type.scale
+
+
+def shortest_periods(letters: str) -> list[int]:
+    """The length of the shortest pattern that repeats to the last n letters, for every n."""
+    backward, borders = letters[::-1], [-1]  # the longest border of each prefix, as Knuth, Morris and Pratt find it
+    for letter in backward:
+        border = borders[-1]
+        while border >= 0 and backward[border] != letter:
+            border = borders[border]
+        borders.append(border + 1)
+    return [n - border for n, border in enumerate(borders)]

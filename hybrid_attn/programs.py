@@ -24,12 +24,16 @@ INPUT_ERRORS = (
     PermissionError,
 )  # fmt: skip
 FAILURES = (FloatingPointError, OSError)
+RENAMED_FLAGS = {"rows": "batch_size"}  # names of earlier versions, and today's
 
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags; a wrong flag, an unknown key or an unreadable config is one line on stderr and exit code 2."""
     try:
         return config_file.parse(argv)
+    except flags.UnrecognizedFlagError as error:
+        today = RENAMED_FLAGS.get(error.flagname)
+        fail(f"--{error.flagname} is now called --{today}" if today in flags.FLAGS else one_line(str(error)), 2)
     except (flags.Error, OSError, ValueError) as error:
         fail(one_line(message(error)), 2)
 

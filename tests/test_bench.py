@@ -10,6 +10,7 @@ import conftest
 import pytest
 from absl.testing import flagsaver
 
+from hybrid_attn import config
 from hybrid_attn.bench import measurement
 from hybrid_attn.programs import parse
 
@@ -101,6 +102,25 @@ def test_a_contender_that_exceeds_the_memory_limit_is_left_out_and_the_others_ar
     assert measured["small"].missing is None and measured["small"].results == [10.0, 10.0]
     assert abs(measured["small"].memory - 10 * 2**20) < 2**20
     assert measured["large"].seconds == [] and "0.0977 GiB" in measured["large"].missing
+
+
+@pytest.mark.parametrize(
+    ("changes", "remat", "context"),
+    [
+        ({}, "layer", "gather"),
+        ({"train.remat": "L=none"}, "none", "gather"),
+        ({"train.remat": "G=none", "train.context": "G=ring"}, "layer", "gather"),
+        ({"train.remat": "attention", "train.context": "L=ulysses"}, "attention", "ulysses"),
+        ({"model.pattern": "L", "train.context": "halo"}, "layer", "gather"),  # a halo needs a window
+    ],
+)
+def test_full_attention_trains_as_the_windowed_layer_type_does(changes, remat, context):
+    full = measurement.full_attention(conftest.tiny(changes))
+    assert full.model.layers == "R" * full.model.num_layers
+    kind = full.model.kinds["R"]
+    assert (kind.window, kind.chunk, kind.rope_theta) == (None, None, 100.0)
+    assert config.remat(full.model, full.train)["R"] == remat
+    assert config.context(full.model, full.train)["R"] == context
 
 
 def allocate(mebibytes: int) -> measurement.Ready:

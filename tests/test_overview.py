@@ -17,7 +17,7 @@ RECORDS = [
     {"eval": "needle", "needles": 1, "length": 96, "depth": 0.0, "answers": 2, "right": 1.0},
     {"eval": "needle", "needles": 1, "length": 96, "depth": 50.0, "answers": 2, "right": 2.0},
 ]
-BIGRAM = [{"source": "text", "length": 48, "bits_per_byte": 3.5}]
+BIGRAM = [{"eval": "bigram", "source": "text", "length": 48, "bits_per_byte": 3.5}]
 
 
 def test_a_length_has_a_table_whose_first_line_is_the_total_with_its_baselines_below_it():

@@ -68,11 +68,11 @@ def test_two_runs_are_compared_on_the_questions_that_both_were_asked():
     a = run_of("a", [answer("vt", 4096, i, 0.5) for i in range(20)])
     better = [answer("vt", 4096, i, 0.75 if i % 2 else 0.5) for i in range(10)]
     other = [answer("vt", 4096, i, 0.0, wanted="8") for i in range(10, 20)]
-    (found,) = statistics.compare(a, run_of("b", [*better, *other]), {"vt"}, "mean")
+    (found,) = statistics.compare(a, run_of("b", [*better, *other]), {"mean": {"vt"}})
     assert (found.task, found.pairs, found.a, found.b) == ("vt", 10, 0.5, 0.625)
     assert found.difference == 0.125 and 0 < found.low < 0.125 < found.high < 0.25
     assert found.verdict == "better"
-    (same,) = statistics.compare(a, a, {"vt"}, "mean")
+    (same,) = statistics.compare(a, a, {"mean": {"vt"}})
     assert (same.pairs, same.difference) == (20, 0) and same.verdict == "unclear"
 
 
@@ -82,7 +82,7 @@ def test_two_runs_are_compared_question_by_question():
         for name, right in (("first", lambda i: i < 10), ("even", lambda i: i % 2 == 0), ("odd", lambda i: i % 2))
     )
     for a, b, variance in ((first, even, 0.5), (even, odd, 1)):
-        (found,) = statistics.compare(a, b, {"vt"}, "mean")
+        (found,) = statistics.compare(a, b, {"mean": {"vt"}})
         assert (found.pairs, found.difference) == (20, 0)
         assert (-found.low, found.high) == pytest.approx([statistics.Z * np.sqrt(variance / 20)] * 2, rel=0.1)
 
@@ -91,15 +91,17 @@ def test_the_mean_of_a_family_gives_each_task_the_same_weight_and_leaves_others_
     tasks = {"vt": (2, 1.0), "cwe": (8, 0.0), "needle": (5, 1.0)}
     a = run_of("a", [answer(task, 4096, i, 0.0) for task, (n, _) in tasks.items() for i in range(n)])
     b = run_of("b", [answer(task, 4096, i, score) for task, (n, score) in tasks.items() for i in range(n)])
-    mean, *rest = statistics.compare(a, b, {"vt", "cwe"}, "mean")
-    assert (mean.task, mean.pairs, mean.difference) == ("mean", 10, 0.5)
-    assert [x.task for x in rest] == ["cwe", "needle", "vt"]
+    mean, *rest = statistics.compare(a, b, {"mean": {"vt", "cwe"}})
+    assert (mean.task, mean.pairs, mean.difference) == ("mean of 2 tasks", 10, 0.5)
+    assert [(x.task, x.family) for x in rest] == [("cwe", "mean"), ("needle", ""), ("vt", "mean")]
+    pairs = {"first": {"vt", "needle"}, "second": {"vt", "cwe"}}
+    assert [x.task for x in statistics.compare(a, b, pairs)[:2]] == ["first of 2 tasks", "second of 2 tasks"]
 
 
 def test_prompts_that_differ_before_their_ends_are_other_questions():
     a = run_of("a", [answer("vt", 4096, i, 0.0) for i in range(9)])
     b = run_of("b", [x | {"score": 1.0, "prompt_hash": "f" * 64} if x["index"] > 5 else x for x in a.answers])
-    (found,) = statistics.compare(a, b, {"vt"}, "mean")
+    (found,) = statistics.compare(a, b, {"mean": {"vt"}})
     assert (found.pairs, found.difference) == (6, 0.0)
     (task,) = failures.by_task([a, b])
     assert (task.name, task.missed) == ("vt", "a 9 of 9, b 6 of 9")
@@ -109,11 +111,11 @@ def test_prompts_that_differ_before_their_ends_are_other_questions():
 def test_few_questions_say_nothing_of_two_runs():
     tasks = ("vt", "cwe", "fwe")
     a, b = (run_of(name, [answer(x, 4096, i, s) for x in tasks for i in range(9)]) for name, s in (("a", 0.0), ("b", 1.0)))
-    mean, *several = statistics.compare(a, b, {*tasks}, "mean")
+    mean, *several = statistics.compare(a, b, {"mean": {*tasks}})
     assert (mean.pairs, mean.high, mean.fewest) == (27, 1, 9) and len(several) == 3
     assert [x.verdict for x in (mean, *several)] == ["unclear"] * 4
     a, b = (run._replace(answers=(*run.answers, *(x | {"index": 9} for x in run.answers[::9]))) for run in (a, b))
-    assert [x.verdict for x in statistics.compare(a, b, {*tasks}, "mean")] == ["better"] * 4
+    assert [x.verdict for x in statistics.compare(a, b, {"mean": {*tasks}})] == ["better"] * 4
 
 
 def test_two_runs_are_compared_on_the_sequences_that_both_have_read():

@@ -118,7 +118,7 @@ def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
     first = run_of("a", [answer("vt", 4096, i, float(i < 10)) for i in range(40)], needles("a", 0.5).records)
     better = run_of("b", [answer("vt", 4096, i, float(i < 30)) for i in range(40)], needles("b", 0.6).records)
     *_, text = verdict.sentences([first, better])
-    (found,) = statistics.compare(first, better, {"vt"}, "")
+    (found,) = statistics.compare(first, better, {"mean": {"vt"}})
     half = 100 * max(0.5 - found.low, found.high - 0.5)
     assert f"b against a: better on vt at 4K (+50 ± {half:.0f} points, n = 40). Of 1 comparisons: 1 better." == text
     assert "worse on vt" in verdict.sentences([better, first])[-1]
@@ -143,14 +143,14 @@ def test_equal_differences_leave_an_interval_with_a_width():
     for n, difference in ((20, 0.0), (12, 1.0), (1, 0.0)):
         a = run_of("a", [answer("vt", 4096, i, 0.0) for i in range(n)])
         b = run_of("b", [answer("vt", 4096, i, difference) for i in range(n)])
-        (found,) = statistics.compare(a, b, {"vt"}, "mean")
+        (found,) = statistics.compare(a, b, {"mean": {"vt"}})
         share = statistics.wilson(0, n)[1]
         assert (found.low, found.high) == pytest.approx(
             (difference - share * (1 + difference), difference + share * (1 - difference))
         )
         assert found.difference == difference
     same = [answer(task, 4096, i, float(i < 20 and task == "vt")) for task in ("vt", "cwe") for i in range(20)]
-    (mean, *each) = statistics.compare(run_of("a", same), run_of("b", same), {"vt", "cwe"}, "mean")
+    (mean, *each) = statistics.compare(run_of("a", same), run_of("b", same), {"mean": {"vt", "cwe"}})
     assert (mean.low, mean.high) == pytest.approx((each[0].low / np.sqrt(2), each[0].high / np.sqrt(2)))
     loss = {"eval": "position", "source": "text", "length": 64, "tokens": 99, "loss": 2.0, "by_row": [2.0, 2.5, 3.0]}
     run = run_of("a", [], [loss])
@@ -182,10 +182,11 @@ def test_layers_are_named_by_what_they_see():
         **{"L": "local, window 512, RoPE", "G": "global, NoPE", "C": "local, chunks of 8,192, RoPE"},
         **{"F": "global, RoPE (F)", "H": "global, RoPE (H)"},
     }
-    assert [layers.layout(x) for x in ("LG", "LLLG" * 8, "LLLG" * 8 + "LL", "L" * 12, None)] == [
-        *("LG", "8×LLLG", "8×LLLG + LL", "12×L"),
-        None,
-    ]
+    layouts = {
+        **{"LG": "LG", "LLLG" * 8: "8×LLLG", "LLLG" * 8 + "LL": "8×LLLG + LL", "L" * 12: "12×L", None: None},
+        **{"GG" + "LLLG" * 10: "GG + 10×LLLG", "LGGLGLLGLGGG": "LGGLGLLGLGGG", "GLR" + "LGR" + "LGGRG" * 8: "GLRLGR + 8×LGGRG"},
+    }
+    assert {letters: layers.layout(letters) for letters in layouts} == layouts
     records, _ = everything(1.0)
     run = run_of("run", [], records)
     run.provenance["model"] |= {"layers": "LG", "kinds": {"L": "local, window 512, RoPE", "G": "global, NoPE"}}

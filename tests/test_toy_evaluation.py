@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from conftest import tensorboard_events
 from test_evaluation import config_of
 
 from hybrid_attn.evals import report, suite
 from hybrid_attn.evals.evaluation import (
+    BaselineModel,
     Evaluation,
     Headline,
     check_sequence,
@@ -33,7 +35,10 @@ def toy_report():
     def verdict(run):
         return [f"{run.name} has a toy of {r['parameters']:,}." for r in run.of("toy")]
 
-    return EvaluationReport(sections, verdict=verdict)
+    def files(run):
+        return {"toy/parameters.csv": "".join(f"{r['parameters']}\n" for r in run.of("toy"))}
+
+    return EvaluationReport(sections, verdict=verdict, files=files)
 
 
 def sections(runs):
@@ -43,6 +48,14 @@ def sections(runs):
     columns = [Column("run"), Column("parameters", count), Column("held-out tokens", count)]
     rows = [[run.name, r["parameters"], r["heldout_tokens"]] for run in runs for r in run.of("toy")]
     return [Section("toy", "Toy title", ["A toy."], [], [Table("toy", "Toy table", columns, rows)], [], "toy")]
+
+
+def totals(records):
+    return [{"source": "sum", "length": 48, "parameters": sum(r["parameters"] for r in records), "heldout_tokens": 0}]
+
+
+def documents_of_a_small_model(context, settings):
+    return [{"eval": "small", "source": name, "length": 48, "documents": len(x)} for name, x in context.training.items()]
 
 
 TOY = Evaluation(
@@ -55,6 +68,8 @@ TOY = Evaluation(
     flags=("heldout",),
     empty=without_documents,
     check_fits=check_sequence,
+    totals=totals,
+    baseline=BaselineModel("small", {"source": NAME, "length": SIZE, "documents": SIZE}, documents_of_a_small_model),
 )
 
 
@@ -77,9 +92,19 @@ def test_an_evaluation_is_added_with_one_record_and_removed_again(tmp_path, monk
         shown, headline = capsys.readouterr().out, f"{record['parameters']:,} parameters"
         assert f"evals        toy of text at 48: {headline}\n" in shown
         assert f"toy  text  {headline}\n" in shown  # of the table at the end
-        assert [(x["eval"], x["parameters"]) for x in lines(tmp_path / "run/evals.jsonl")] == [("toy", record["parameters"])]
+        of_source, total, small = lines(tmp_path / "run/evals.jsonl")
+        assert [(x["eval"], x["source"], x["parameters"]) for x in (of_source, total)] == [
+            ("toy", "text", record["parameters"]),
+            ("toy", "sum", record["parameters"]),
+        ]
+        assert (small["eval"], small["step"]) == ("small", 4) and 0 < small["documents"] < 40
+        tags = {value.tag for event in tensorboard_events(tmp_path / "run") for value in event.summary.value}
+        assert {"toy_parameters/text/48", "toy_parameters/sum/48"} <= tags
+        (reported,) = json.loads((folder / "results.json").read_text())["runs"].values()
+        assert [x["eval"] for x in reported["records"]] == ["toy", "small"]
         page = (folder / "report.html").read_text()
         assert "Toy title" in page and "Toy table" in page and f"{record['heldout_tokens']:,}" in page
+        assert (folder / "tables/toy/parameters.csv").read_text() == f"{record['parameters']}\n"
         summary = report.write(tmp_path / "again", [report.read(folder)])
         assert "toy" in summary.splitlines()[0].split() and headline in summary.splitlines()[1]  # the overview has its headline
         assert summary.splitlines()[-1] == f"4 has a toy of {record['parameters']:,}."  # and the verdict its sentence

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybrid_attn.config import Config, Table
+from hybrid_attn import config
+from hybrid_attn.config import Config, Table, reach
 from hybrid_attn.train.metrics import peak_flops
 
 OUT_OF_MEMORY = ("allocate memory", "RESOURCE_EXHAUSTED", "Out of memory")  # what PyTorch and XLA say
@@ -103,14 +104,18 @@ def make_matmul(dtype: str) -> Ready:
 
 
 def full_attention(c: Config) -> Config:
-    """`c` with its first windowed layer type in every layer, without the window."""
-    windowed = [
-        layer for layer in map(c.model.kinds.get, c.model.layers) if layer.window is not None or layer.chunk is not None
-    ]
+    """`c` with its first windowed layer type in every layer, without the window; a scheme that needs a window is "auto"."""
+    windowed = [letter for letter in c.model.layers if reach(c.model.kinds[letter])]
     if not windowed:
         raise ValueError(f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
-    full = dataclasses.replace(windowed[0], window=None, chunk=None)
-    return dataclasses.replace(c, model=dataclasses.replace(c.model, prefix="", pattern="R", kinds=Table({"R": full})))
+    letter, model = windowed[0], c.model
+    full = dataclasses.replace(model.kinds[letter], window=None, chunk=None)
+    scheme = config.context(model, c.train)[letter]
+    train = dataclasses.replace(
+        c.train, remat=config.remat(model, c.train)[letter], context="auto" if scheme == "halo" else scheme
+    )
+    model = dataclasses.replace(model, prefix="", pattern="R", kinds=Table({"R": full}))
+    return dataclasses.replace(c, model=model, train=train)
 
 
 def threads() -> int:

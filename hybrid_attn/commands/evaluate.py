@@ -69,7 +69,9 @@ TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, for --su
 TASK_PATH = flags.DEFINE_string("task_path", None, "Folder of the YAML files of such tasks. They run code: !function.")
 SEED = flags.DEFINE_integer("seed", suite.SEED, "Of the questions.", lower_bound=0, upper_bound=2**32 - 1)
 CHUNK = flags.DEFINE_integer("chunk", DEFAULT_CHUNK, "Tokens of a prompt that are read at a time.", lower_bound=1)
-ROWS = flags.DEFINE_integer("rows", None, f"Most prompts read together; by default {DEFAULT_BATCH_SIZE}.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, f"Most prompts in a batch; by default {DEFAULT_BATCH_SIZE}.", lower_bound=1
+)
 MESH = flags.DEFINE_string("mesh", "", "Devices along each axis, as context=4,tensor=2; by default one device.")
 OUT = flags.DEFINE_string("out", None, "Directory for samples, records and the report.", required=True)
 # Flags that are an error where no evaluation of --suite reads them.
@@ -228,7 +230,7 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> Plan:
     directory, mesh = loading.find(source.directory), jax.sharding.get_mesh()
     c, tokenizer = loading.described(directory, source.step)
     execution = execution_on(mesh.devices.flat[0].platform, c.model, c.train)
-    limits.check_caches(c.model, settings, execution, mesh, ROWS.value or DEFAULT_BATCH_SIZE)
+    limits.check_caches(c.model, settings, execution, mesh, BATCH_SIZE.value or DEFAULT_BATCH_SIZE)
     limits.check_sequences(c.model, settings, mesh)
     documents = heldout_of(c, tokenizer) if any(EVALS[name].reads_heldout for name in settings.evals) else {}
     stops = tuple(loading.stop_tokens(source.directory, tokenizer))
@@ -259,7 +261,7 @@ def evaluate(name: str, source: Checkpoint, planned: Plan) -> None:
     for x in planned.settings.absent:
         print(f"{name}  absent  {Unit(*x[:3]).name}  {x.reason}", flush=True)
     c, params, _ = loading.load(source.directory, source.step)
-    engine = Engine(params, c, EngineOptions(CHUNK.value, batch_size=ROWS.value))
+    engine = Engine(params, c, EngineOptions(CHUNK.value, batch_size=BATCH_SIZE.value))
     eval_model = planned.context.eval_model._replace(params=params)
     planned = planned._replace(context=planned.context._replace(eval_model=eval_model, engine=engine))
     out = Path(OUT.value)
@@ -322,7 +324,7 @@ def evaluate_all() -> None:
 
 
 def main(argv):
-    memory_for = "what is measured; use shorter --lengths or fewer --rows"
+    memory_for = "what is measured; use shorter --lengths or a smaller --batch_size"
     programs.run(evaluate_all, argv, memory_for, "interrupted; the same command goes on with what is not done")
 
 

@@ -222,22 +222,11 @@ def _prefix_and_pattern(letters: str) -> tuple[str, str]:
 
     Else the prefix that makes both together shortest; but no prefix where both are more than half of the layers.
     """
-    number, periods = len(letters), _periods(letters)
+    number, periods = len(letters), config.shortest_periods(letters)
     length = min(range(number), key=lambda n: n + periods[number - n])
     if 2 * periods[number] <= number or 2 * (length + periods[number - length]) > number:
         length = 0
     return letters[:length], letters[length : length + periods[number - length]]
-
-
-def _periods(letters: str) -> list[int]:
-    """The length of the shortest pattern that repeats to the last n letters, for every n."""
-    backward, borders = letters[::-1], [-1]  # the longest border of each prefix, as Knuth, Morris and Pratt find it
-    for letter in backward:
-        border = borders[-1]
-        while border >= 0 and backward[border] != letter:
-            border = borders[border]
-        borders.append(border + 1)
-    return [n - border for n, border in enumerate(borders)]
 
 
 def _normal_form(model: Model) -> dict:

@@ -4,7 +4,9 @@ import numpy as np
 
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.packed import PackedSequences
-from hybrid_attn.evals.types import Spec
+from hybrid_attn.evals.evaluation import BaselineModel
+from hybrid_attn.evals.fields import NAME, SIZE, number
+from hybrid_attn.evals.types import EvalContext, Settings, Spec
 from hybrid_attn.model.loss import bits_per_byte
 
 MAX_VOCABULARY = 1024  # tokens; a larger table of pairs is no small baseline
@@ -38,3 +40,19 @@ def score(log_probs: np.ndarray, spec: Spec, byte_lengths: np.ndarray) -> float:
         nll -= float((sequence["weights"] * log_probs[sequence["tokens"], sequence["targets"]]).sum())
         num_bytes += float(sequence["bytes"].sum())
     return bits_per_byte(nll, num_bytes)
+
+
+def records(context: EvalContext, settings: Settings) -> list[dict]:
+    """The bits per byte of each source's held-out documents; of a vocabulary above `MAX_VOCABULARY` none."""
+    tokenizer, measured = context.eval_model.tokenizer, []
+    if tokenizer.vocab_size > MAX_VOCABULARY:
+        return measured
+    for source, training in context.training.items():
+        log_probs = log_probabilities(training, tokenizer.vocab_size)
+        spec = Spec(context.heldout[source], context.trained, settings.tokens)
+        bits = score(log_probs, spec, tokenizer.byte_lengths)
+        measured.append({"eval": "bigram", "source": source, "length": context.trained, "bits_per_byte": bits})
+    return measured
+
+
+BASELINE = BaselineModel("bigram", {"source": NAME, "length": SIZE, "bits_per_byte": number()}, records)

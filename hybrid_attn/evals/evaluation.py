@@ -52,15 +52,31 @@ class Line(NamedTuple):
 
 
 class Baselines(NamedTuple):
-    """What losses are compared with: records of a bigram model, and a uniform guess among the tokens of the vocabulary."""
+    """What losses are compared with: records of simple models, and a uniform guess among the tokens of the vocabulary."""
 
-    bigram: Sequence[Mapping]
+    records: Sequence[Mapping]
     vocab_size: int
+
+
+class BaselineModel(NamedTuple):
+    """A simple model that a trained one is compared with. `records` makes it from training documents and measures it.
+
+    `fields` are those that each record must have, beside "eval", which is `name`.
+    """
+
+    name: str
+    fields: Mapping[str, Kind]
+    records: Callable[[EvalContext, Settings], Sequence[dict]]
 
 
 def sequences_of_tokens(settings: Settings, length: int) -> int:
     """How many sequences of `length` tokens hold the tokens that the settings ask for."""
     return -(-settings.tokens // length)
+
+
+def part_of(record: Mapping) -> str:
+    """The source or the task that a record names."""
+    return str(record.get("source", record.get("task", "")))
 
 
 def is_of_source(unit: Unit, line: Mapping) -> bool:
@@ -95,13 +111,15 @@ class Evaluation(NamedTuple):
     is_of: Callable[[Unit, Mapping], bool] = is_of_source  # whether a record or an answer belongs to a unit
     check_record: Callable[[Mapping, str], None] = lambda record, where: None  # ValueError for what `fields` cannot say
     summary: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: records  # what evals.jsonl of a training has
+    totals: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: ()  # over all units, for the log of a training
+    baseline: BaselineModel | None = None  # measured in a training, beside the model
     lines: Callable[[Sequence[Mapping], Baselines], Iterable[Line]] | None = None  # None: the headline
 
     def table_lines(self, records: Sequence[Mapping], baselines: Baselines) -> Iterable[Line]:
         """Those of records of one length; by default the headline of each source or task."""
         if self.lines:
             return self.lines(records, baselines)
-        parts = grouped(records, lambda record: str(record.get("source", record.get("task", "")))).items()
+        parts = grouped(records, part_of).items()
         values = {part: self.headline.value(of_part) for part, of_part in parts}
         return [Line(self.name, part, self.headline.form.format(x)) for part, x in values.items() if x is not None]
 

@@ -62,7 +62,7 @@ def check_caches(model: config.Model, settings: Settings, execution: Execution, 
         longest = max(lengths)
         size = batch_size * flops.cache_bytes(model, longest, execution.dtype.itemsize)
         what = f"keys and values of {batch_size} prompts of {longest:,} tokens"
-        _check_fits(what, size, device_memory(mesh), "shorter --lengths, or fewer --rows")
+        _check_fits(what, size, device_memory(mesh), "shorter --lengths, or a smaller --batch_size")
 
 
 def _check_fits(what: str, size: int, memory: int, cure: str) -> None:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.pipeline import heldout_batches
+from hybrid_attn.evals import bigram
 from hybrid_attn.evals.evaluation import (
     Baselines,
     Evaluation,
@@ -125,7 +126,7 @@ def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
     for source, of_source in grouped((r for r in records if part(r) == "all"), itemgetter("source")).items():
         for record in filter(is_total, of_source):
             yield _line("loss (nats)", record)
-            for other in (x for x in baselines.bigram if x["source"] == source):
+            for other in (x for x in baselines.records if (x["eval"], x["source"]) == ("bigram", source)):
                 at = "" if other["length"] == record["length"] else f", at {other['length']:,}"
                 yield Line(f"  bigram model{at}", source, bits=f"{other['bits_per_byte']:.3f}")
             chance, bits = math.log(baselines.vocab_size), record["bits_per_byte"]
@@ -154,6 +155,7 @@ EVALUATION = Evaluation(
     fields={"source": NAME, "length": SIZE, "tokens": COUNT, "loss": ANY},
     headline=Headline(first_total("loss"), "position_loss_nats", "loss {:.3f} nats", higher_is_better=False),
     report=report,
+    baseline=bigram.BASELINE,
     lines=lines,
     section_order=3,
     in_quick_suite=True,

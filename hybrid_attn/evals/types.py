@@ -74,7 +74,8 @@ class EvalContext(NamedTuple):
 
     `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` the synthetic tasks
     of recall, `lists` the words of RULER's own prompts and `essays` their text. Sequences of training had `trained` tokens, and
-    the tokens of `stops` end an answer as EOS does.
+    the tokens of `stops` end an answer as EOS does. `training` has the training documents of each source, where a training
+    is evaluated.
     """
 
     eval_model: EvalModel
@@ -87,6 +88,7 @@ class EvalContext(NamedTuple):
     essays: str = ""
     tasks: Mapping[str, Task] = RECALL
     stops: tuple[int, ...] = ()
+    training: Mapping[str, Documents] = {}
 
     @property
     def stop_tokens(self) -> list[int]:

@@ -10,10 +10,9 @@ from jax.sharding import Mesh
 from hybrid_attn import config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.corpora import Corpus
-from hybrid_attn.evals import EvalModel, Spec, bigram, haystack, report, suite
-from hybrid_attn.evals.evaluation import Baselines
+from hybrid_attn.evals import EvalModel, haystack, report, suite
+from hybrid_attn.evals.evaluation import Baselines, Evaluation, part_of
 from hybrid_attn.evals.provenance import provenance
-from hybrid_attn.evals.ruler import scores
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import EvalContext, Settings, Unit
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
@@ -51,14 +50,17 @@ class Evaluations:
         self.enabled = bool(c.evals.names and lengths)
         uses_engine = any(EVALS[name].uses_engine for name in c.evals.names)
         of_last = {name: loaded[name] for name in sorted(c.at(-1).mixture)}
-        self.texts = {name: x for name, x in of_last.items() if c.data.sources[name].task is None}
+        texts = {name: x for name, x in of_last.items() if c.data.sources[name].task is None}
         heldout, haystack_text = {name: x.heldout for name, x in of_last.items()}, ""
         if uses_engine:
-            documents = [x.heldout for x in self.texts.values()]
+            documents = [x.heldout for x in texts.values()]
             haystack_text = haystack.of_documents(documents, tokenizer) if documents else haystack.of_files(())
-        tasks = {name: x for name, x in heldout.items() if name not in self.texts}
+        tasks = {name: x for name, x in heldout.items() if name not in texts}
         self.context = EvalContext(
-            EvalModel(c.model, {}, execution, mesh, tokenizer), None, heldout, haystack_text, {}, c.at(-1).seq_len, tasks=tasks
+            EvalModel(c.model, {}, execution, mesh, tokenizer),
+            *(None, heldout, haystack_text, {}, c.at(-1).seq_len),
+            tasks=tasks,
+            training={name: x.training for name, x in texts.items()},
         )
         options = _engine_options(c, mesh, lengths)
         engine = functools.partial(Engine, config=c, options=options, programs={}, execution=execution)
@@ -154,32 +156,23 @@ class Evaluations:
         return about | passed if same else None
 
     def _compare(self, metrics: Metrics, folder: Path) -> None:
-        """What needs all units: means over tasks, the bigram model beside the losses, the report."""
+        """What needs all units: totals, the baselines, the report."""
         run = report.read(folder)._replace(name=f"{self.folder.resolve().parent.name}, step {folder.name}")
-        for length, mean in scores.means(run.of("ruler")).items():
-            metrics.score(f"{EVALS['ruler'].headline.tag}/mean/{length}", mean)
-            metrics.report("ruler", [{"task": "mean", "length": length, "score": mean}])
-        baseline = self._bigram if run.of("position") else []
-        metrics.report("bigram", baseline)
-        baselines = Baselines(baseline, self.context.eval_model.tokenizer.vocab_size)
+        for name in self.settings.evals:
+            _log_totals(metrics, EVALS[name], run.of(name))
+        for record in self._baselines:
+            metrics.report(record["eval"], [record])
+        baselines = Baselines(self._baselines, self.context.eval_model.tokenizer.vocab_size)
         for line in evaluation_tables(run.records, baselines, self.context.trained):
             metrics.say(line)
-        run = run._replace(records=(*run.records, *({"eval": "bigram", **record} for record in baseline)))
-        report.write(folder, [run])
+        report.write(folder, [run._replace(records=(*run.records, *self._baselines))])
         _show(metrics, folder / "pictures")
 
     @functools.cached_property
-    def _bigram(self) -> list[dict]:
-        """What a bigram model of each source's training documents scores on its held-out ones, if the vocabulary is small."""
-        tokenizer, length = self.context.eval_model.tokenizer, self.about["model"]["seq_len"]
-        if tokenizer.vocab_size > bigram.MAX_VOCABULARY:
-            return []
-        records = []
-        for source, corpus in self.texts.items():
-            log_probs = bigram.log_probabilities(corpus.training, tokenizer.vocab_size)
-            bits = bigram.score(log_probs, Spec(corpus.heldout, length, self.settings.tokens), tokenizer.byte_lengths)
-            records.append({"source": source, "length": length, "bits_per_byte": bits})
-        return records
+    def _baselines(self) -> list[dict]:
+        """Records of the baselines of all evaluations, which are the same at every step."""
+        models = [EVALS[name].baseline for name in self.settings.evals if EVALS[name].baseline]
+        return [record for model in models for record in model.records(self.context, self.settings)]
 
 
 def _engine_options(c: config.Config, mesh: Mesh, lengths: Sequence[int]) -> EngineOptions:
@@ -200,6 +193,13 @@ def _log(metrics: Metrics, unit: Unit, records: Sequence[Mapping]) -> None:
     metrics.say(f"evals        {unit.eval} of {unit.part} at {unit.length:,}: {shown}")
     lines = evaluation.summary(records)
     metrics.report(unit.eval, [{name: x for name, x in line.items() if name not in ("eval", "by_row")} for line in lines])
+
+
+def _log_totals(metrics: Metrics, evaluation: Evaluation, records: Sequence[Mapping]) -> None:
+    """The totals of an evaluation to TensorBoard and evals.jsonl."""
+    for total in evaluation.totals(records):
+        metrics.score(f"{evaluation.headline.tag}/{part_of(total)}/{total['length']}", evaluation.headline.value([total]))
+        metrics.report(evaluation.name, [total])
 
 
 def _show(metrics: Metrics, folder: Path) -> None:

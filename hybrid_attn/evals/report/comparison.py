@@ -5,22 +5,23 @@ from collections.abc import Sequence
 
 from hybrid_attn.evals.report import heatmaps, statistics
 from hybrid_attn.evals.report.canvas import Picture
-from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.report.runs import Run, measured, records_of
 from hybrid_attn.evals.report.section import Section
 from hybrid_attn.evals.report.statistics import Difference
 from hybrid_attn.evals.report.tables import RUN, Column, Table, count, fixed, signed, tokens
-from hybrid_attn.evals.ruler.tasks import NAMES
 
-MEAN = "RULER, mean"  # of tasks
 VERDICTS = ("better", "worse", "unclear")
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[Difference]]]:
     """Every further run against the first."""
-    family = {record["task"] for run in runs for record in run.of("ruler")}
+    families = {
+        name: {record["task"] for _, record in records_of(runs, evaluation.name)}
+        for evaluation in measured(runs)
+        if (name := evaluation.report().mean)
+    }
     first, *others = runs
-    name = f"{MEAN} of {{}} tasks"
-    return [(x.name, statistics.compare(first, x, family, name) + statistics.compare_sequences(first, x)) for x in others]
+    return [(x.name, statistics.compare(first, x, families) + statistics.compare_sequences(first, x)) for x in others]
 
 
 def table(first: str, compared: Sequence[tuple[str, list[Difference]]]) -> Table:
@@ -36,7 +37,8 @@ def table(first: str, compared: Sequence[tuple[str, list[Difference]]]) -> Table
         *(Column(name, signed(3)) for name in ("difference", "95% from", "to")),
         Column("verdict"),
     ]
-    rows = [[name, *difference[:-2], difference.verdict] for name, of_run in compared for difference in of_run]
+    shown = Difference._fields.index("fewest")  # fields before it
+    rows = [[name, *difference[:shown], difference.verdict] for name, of_run in compared for difference in of_run]
     title = f"Against {first} on the same questions and sequences: scores between 0 and 1, losses in nats"
     return Table("comparison", title, columns, rows)
 
@@ -79,14 +81,14 @@ def sentence(first: str, name: str, of_run: Sequence[Difference]) -> str:
 
 def headlines(of_run: Sequence[Difference]) -> list[Difference]:
     """Of each task, or of the mean of its family, the comparison at the longest length: the largest clear ones first."""
-    means = [x for x in of_run if x.task.startswith(MEAN)]
-    of_family = {x.task for x in of_run if means and not x.loss and x.task in NAMES}
+    means = {x.family for x in of_run if x.is_mean}
     longest: dict[str, Difference] = {}
     for x in of_run:
-        name = MEAN if x in means else x.task
-        if x.task not in of_family and (name not in longest or longest[name].length < x.length):
+        name = x.family if x.family in means else x.task
+        shown = x.is_mean or x.family not in means
+        if shown and (name not in longest or longest[name].length < x.length):
             longest[name] = x
-    return sorted(longest.values(), key=lambda x: (x.loss, x not in means, -abs(x.difference)))
+    return sorted(longest.values(), key=lambda x: (x.loss, not x.is_mean, -abs(x.difference)))
 
 
 def _amount(x: Difference) -> str:

@@ -9,7 +9,6 @@ from hybrid_attn.trees import check, suggestion
 ANYTHING = Kind("anything", lambda _: True)
 PART = Kind("all, recall or rest", lambda value: value in ("all", "recall", "rest"))
 
-BIGRAM = {"source": NAME, "length": SIZE, "bits_per_byte": number()}  # of the baseline beside the losses
 # Fields that a record of any evaluation may have beside its own.
 BESIDE: dict[str, Kind] = {
     **{"part": PART, "first": COUNT, "end": SIZE, "stderr": ANY, "bits_per_byte": ANY, "by_row": list_of(number(), 1)},
@@ -29,8 +28,9 @@ ABSENT = (NAME, NAME, COUNT, TEXT)  # evaluation, part, length, reason
 
 
 def required() -> dict[str, Mapping[str, Kind]]:
-    """By evaluation, the fields without which a record is refused; those of the bigram baseline, too."""
-    return {name: evaluation.fields for name, evaluation in EVALS.items()} | {"bigram": BIGRAM}
+    """By evaluation, the fields without which a record is refused; those of the baselines, too."""
+    baselines = [evaluation.baseline for evaluation in EVALS.values() if evaluation.baseline]
+    return {record.name: record.fields for record in (*EVALS.values(), *baselines)}
 
 
 def check_record(record: Mapping, where: str) -> None:

@@ -4,21 +4,18 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
 
-from hybrid_attn.evals.records import grouped
 from hybrid_attn.evals.report import escape, failures, tables
 from hybrid_attn.evals.report.failures import Task
-from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.report.runs import Run, measured
 from hybrid_attn.evals.report.tables import Table
-from hybrid_attn.evals.ruler.scores import postprocess
 from hybrid_attn.files import write_atomically
 from hybrid_attn.trees import check
 
 
 def write(out: Path, runs: Sequence[Run]) -> str:
-    """report.html, report.md, results.json, pictures/*.png, tables/*.csv, and RULER's own files by run and length.
+    """report.html, report.md, results.json, pictures/*.png, tables/*.csv, and the files of each evaluation.
 
     Returns the overview and the verdict for a terminal. The files follow from the runs alone, whatever the directory held
     before; the first run is what the others are compared with.
@@ -35,8 +32,10 @@ def write(out: Path, runs: Sequence[Run]) -> str:
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
     _replace(out / "pictures", {f"{escape.file_name(picture.name)}.png": canvas.png(picture) for picture in pictures})
     values = {f"{escape.file_name(table.name)}.csv": tables.comma_separated(table) for table in shown}
-    of_ruler = {f"ruler/{name}": text for run in runs for name, text in _ruler_files(run).items()}
-    _replace(out / "tables", values | of_ruler)
+    for evaluation in measured(runs):
+        for run in runs:
+            values |= evaluation.report().files(run)
+    _replace(out / "tables", values)
     write_atomically(out / "results.json", _json(runs, shown, failed))
     write_atomically(out / "report.md", render.markdown(title, runs, parts, failed))
     write_atomically(out / "report.html", render.page(title, runs, parts, failed))
@@ -77,24 +76,6 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _ruler_files(run: Run) -> dict[str, str]:
-    """summary.csv and submission.csv of each length, in the form that RULER's evaluate.py gives them."""
-    files = {}
-    for length, records in sorted(grouped(run.of("ruler"), itemgetter("length")).items()):
-        tasks = [r["task"] for r in records]
-        summary = [
-            range(len(records) + 1),
-            ["Tasks", *tasks],
-            ["Score", *(round(r["score"], 2) for r in records)],
-            ["Nulls", *(f"{r['nulls']}/{r['samples']}" for r in records)],
-        ]
-        answers = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
-        submission = [["Task", "ID", "Prediction"], *([x["task"], x["index"], postprocess(x["given"])] for x in answers)]
-        for name, lines in (("summary", summary), ("submission", submission)):
-            files[f"{escape.file_name(run.name)}/{length}/{name}.csv"] = tables.lines_of(lines)
-    return files
 
 
 def _json(runs: Sequence[Run], shown: Sequence[Table], failed: Sequence[Task]) -> str:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from hybrid_attn.config import LayerType, reach
+from hybrid_attn.config import LayerType, reach, shortest_periods
 from hybrid_attn.evals.report.runs import Run
 
 LONGEST_LAYOUT = 8  # letters that are shown one by one
@@ -29,15 +29,18 @@ def short(name: str) -> str:
 
 
 def layout(letters: str | None) -> str | None:
-    """Letters of many layers by their period: "8×LLLG", "8×LLLG + LL"."""
+    """Letters of many layers by their period: "8×LLLG", "8×LLLG + LL", "GG + 8×LLLG"."""
     if letters is None or len(letters) <= LONGEST_LAYOUT:
         return letters
-    for size in range(1, len(letters) // 2 + 1):
-        times, remainder = divmod(len(letters), size)
-        period, tail = letters[:size], letters[times * size :]
-        if letters == period * times + period[:remainder]:
-            return f"{times}×{period}" + (f" + {tail}" if tail else "")
-    return letters if len(letters) <= 40 else f"{letters[:20]}…{letters[-10:]} ({len(letters)})"
+    number, periods = len(letters), shortest_periods(letters)
+    tails = [(number - start) % periods[number - start] for start in range(number)]
+    lengths = [start + periods[number - start] + tail for start, tail in enumerate(tails)]
+    start = 0 if 2 * periods[number] <= number else min(range(number), key=lambda i: (lengths[i], tails[i]))
+    size, end = periods[number - start], number - tails[start]
+    if 2 * (start + size) > number:  # abbreviating would save little
+        return letters if number <= 40 else f"{letters[:20]}…{letters[-10:]} ({number})"
+    repeated = f"{(end - start) // size}×{letters[start : start + size]}"
+    return " + ".join(filter(None, (letters[:start], repeated, letters[end:])))
 
 
 def meanings(runs: Sequence[Run]) -> list[str]:

@@ -1,15 +1,28 @@
 """RULER in a report: averages in RULER's form, the mean of the tasks by length, and a map of the tasks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 
 from hybrid_attn.evals.records import grouped, lengths_of
-from hybrid_attn.evals.report import heatmaps, pictures, statistics
+from hybrid_attn.evals.report import escape, heatmaps, pictures, statistics
 from hybrid_attn.evals.report.canvas import Picture
 from hybrid_attn.evals.report.pictures import WILSON, Curve
 from hybrid_attn.evals.report.runs import Run, records_of
 from hybrid_attn.evals.report.section import EvaluationReport, Reading, RunColumn, Section
 from hybrid_attn.evals.report.statistics import Share
-from hybrid_attn.evals.report.tables import LENGTH, RUN, TASK, Column, Table, count, fixed, interval, of_records, tokens
+from hybrid_attn.evals.report.tables import (
+    LENGTH,
+    RUN,
+    TASK,
+    Column,
+    Table,
+    count,
+    fixed,
+    interval,
+    lines_of,
+    of_records,
+    tokens,
+)
 from hybrid_attn.evals.ruler import scores
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, complete_tasks, means
 from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
@@ -210,6 +223,24 @@ def _of_means(show: Callable[[Mapping[int, float]], float | str]) -> Callable[[R
     return lambda run: show(x) if (x := means(long(run).records)) else None
 
 
+def files(run: Run) -> dict[str, str]:
+    """summary.csv and submission.csv of each length, in the form that RULER's evaluate.py gives them."""
+    texts = {}
+    for length, records in sorted(grouped(run.of("ruler"), itemgetter("length")).items()):
+        tasks = [r["task"] for r in records]
+        summary = [
+            range(len(records) + 1),
+            ["Tasks", *tasks],
+            ["Score", *(round(r["score"], 2) for r in records)],
+            ["Nulls", *(f"{r['nulls']}/{r['samples']}" for r in records)],
+        ]
+        answers = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
+        predictions = [[x["task"], x["index"], scores.postprocess(x["given"])] for x in answers]
+        for name, lines in (("summary", summary), ("submission", [["Task", "ID", "Prediction"], *predictions])):
+            texts[f"ruler/{escape.file_name(run.name)}/{length}/{name}.csv"] = lines_of(lines)
+    return texts
+
+
 REPORT = EvaluationReport(
     sections,
     [
@@ -222,4 +253,6 @@ REPORT = EvaluationReport(
         RunColumn(Column("effective"), _of_means(effective)),
     ],
     readings,
+    files,
+    mean="RULER, mean",
 )

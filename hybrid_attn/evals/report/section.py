@@ -1,6 +1,6 @@
 """A section of a report, and all that a report shows of one evaluation."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from hybrid_attn.evals.report.canvas import Picture
@@ -45,9 +45,12 @@ class EvaluationReport(NamedTuple):
     """What a report shows of one evaluation.
 
     `columns` are its numbers in the overview; None stands for its headline. The verdict is about the first reading of a run,
-    and has the sentences of `verdict` where the run has no reading or stands alone.
+    and has the sentences of `verdict` where the run has no reading or stands alone. `files` returns further files of a run, by
+    their paths in tables/. `mean` is the name of the mean over its tasks in comparisons of runs; empty if there is none.
     """
 
     sections: Callable[[Sequence[Run]], list[Section]]
     columns: Sequence[RunColumn] | None = None
     verdict: Callable[[Run], Iterable[Reading | str]] = lambda run: ()
+    files: Callable[[Run], Mapping[str, str]] = lambda run: {}
+    mean: str = ""

@@ -1,7 +1,7 @@
 """What scores are worth: intervals, and two models on the same questions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,8 @@ class Difference(NamedTuple):
     """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a.
 
     `fewest` is how many pairs its task has; of a mean over tasks, the one with the fewest. Of a `loss` less is better. `low`
-    and `high` are None where nothing bounds them: losses that all differ by the same.
+    and `high` are None where nothing bounds them: losses that all differ by the same. `family` is the name of the mean that
+    counts its task, and empty if none does; `is_mean` if it is that mean.
     """
 
     task: str
@@ -34,6 +35,8 @@ class Difference(NamedTuple):
     high: float | None
     fewest: int
     loss: bool
+    family: str = ""
+    is_mean: bool = False
 
     @property
     def verdict(self) -> str:
@@ -123,11 +126,12 @@ def difference_interval(pairs: Sequence[np.ndarray], means: Sequence[np.ndarray]
     return middle - math.sqrt(below), middle + math.sqrt(above)
 
 
-def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
+def compare(a: Run, b: Run, families: Mapping[str, set[str]]) -> list[Difference]:
     """b against a, by task and length, on the questions that both answered; a paired bootstrap gives the intervals.
 
-    At each length the mean over the tasks of `family` that have pairs comes first, called `name` with their number in it.
+    `families` has sets of tasks. At each length the mean over those tasks of a family that have pairs comes first.
     """
+    family_of = {task: name for name, family in families.items() for task in family}
     scores = {sample_of(answer): answer["score"] for answer in a.answers}
     cells: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for answer in b.answers:
@@ -137,10 +141,13 @@ def compare(a: Run, b: Run, family: set[str], name: str) -> list[Difference]:
     for length in sorted({length for length, _ in cells}):
         tasks = {task: np.array(pairs) for (at, task), pairs in sorted(cells.items()) if at == length}
         means = {task: resampled_means(pairs[:, 1] - pairs[:, 0], key) for key, (task, pairs) in enumerate(tasks.items())}
-        averaged = [task for task in tasks if task in family]
-        groups = {name.format(len(averaged)): averaged} if len(averaged) > 1 else {}
-        for title, group in [*groups.items(), *((task, [task]) for task in tasks)]:
-            differences.append(_difference(title, length, [tasks[x] for x in group], [means[x] for x in group]))
+        for name, family in families.items():
+            if len(averaged := [task for task in tasks if task in family]) > 1:
+                title, of_tasks = f"{name} of {len(averaged)} tasks", ([x[task] for task in averaged] for x in (tasks, means))
+                differences.append(_difference(title, length, *of_tasks)._replace(family=name, is_mean=True))
+        for task, pairs in tasks.items():
+            of_task = _difference(task, length, [pairs], [means[task]])
+            differences.append(of_task._replace(family=family_of.get(task, "")))
     return differences
 
 

@@ -56,6 +56,11 @@ def is_of(unit: Unit, line: Mapping) -> bool:
     return line.get("task") == unit.part
 
 
+def totals(records: Sequence[Mapping]) -> list[dict]:
+    """The mean over tasks at each length."""
+    return [{"task": "mean", "length": length, "score": mean} for length, mean in scores.means(records).items()]
+
+
 def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
     yield Line("RULER, mean", f"{len(records)} tasks", f"{mean_of(records, 'score'):.1f}")
     for record in records:
@@ -75,6 +80,7 @@ EVALUATION = Evaluation(
     fields={"task": NAME, "length": SIZE, "samples": SIZE, "score": number(0, 100), "nulls": COUNT},
     headline=Headline(first_total("score"), "ruler_score_percent", "score {:.1f}", higher_is_better=True),
     report=report,
+    totals=totals,
     lines=lines,
     section_order=0,
     questions=Questions(
