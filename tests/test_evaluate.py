@@ -326,7 +326,7 @@ def test_a_run_and_the_tool_ask_the_same_where_nobody_says_otherwise(tool, model
         parse(["", "--out=x", "--checkpoint=y"])
         assert (tool.settings([64]).depths, tool.settings([64]).seed) == (suite.DEPTHS, suite.SEED)
         c, params, _ = tool.loading.load(f"{models}/one", 7)
-        engine = Engine(params, c, EngineOptions(tool.CHUNK.value, batch_size=tool.ROWS.value))
+        engine = Engine(params, c, EngineOptions(tool.CHUNK.value, batch_size=tool.BATCH_SIZE.value))
     options = evaluation._engine_options(models_config(models), engine.mesh, [48])
     assert (options.chunk, options.batch_size) == (engine.chunk, engine.batch_size)
 
