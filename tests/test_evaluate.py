@@ -315,8 +315,8 @@ def test_the_trained_length_of_an_imported_model_is_that_of_its_own_config(tool,
 def test_by_default_loss_is_measured_around_the_trained_length_and_questions_are_asked_up_to_it(tool):
     with flagsaver.flagsaver():
         parse(["", "--out=x", "--checkpoint=y"])
-        assert tool.lengths([64]) == {"lengths": (16, 64, 128), "asked": (2048,)}
-        assert tool.lengths([16_384]) == {"lengths": (4096, 16_384, 32_768), "asked": (4096, 16_384)}
+        assert tool.lengths([64]) == {"lengths": (16, 64, 128), "engine_lengths": (2048,)}
+        assert tool.lengths([16_384]) == {"lengths": (4096, 16_384, 32_768), "engine_lengths": (4096, 16_384)}
         assert tool.lengths([16_384, 64, 64])["lengths"] == (16, 64, 128, 4096, 16_384, 32_768)
     assert "twice as many; of needle, ruler, harness the first two, from 2,048 on." in flags.FLAGS["lengths"].help
 
@@ -326,7 +326,7 @@ def test_a_run_and_the_tool_ask_the_same_where_nobody_says_otherwise(tool, model
         parse(["", "--out=x", "--checkpoint=y"])
         assert (tool.settings([64]).depths, tool.settings([64]).seed) == (suite.DEPTHS, suite.SEED)
         c, params, _ = tool.loading.load(f"{models}/one", 7)
-        engine = Engine(params, c, EngineOptions(tool.CHUNK.value, batch_size=tool.ROWS.value))
+        engine = Engine(params, c, EngineOptions(tool.CHUNK.value, batch_size=tool.BATCH_SIZE.value))
     options = evaluation._engine_options(models_config(models), engine.mesh, [48])
     assert (options.chunk, options.batch_size) == (engine.chunk, engine.batch_size)
 

@@ -4,6 +4,7 @@ import pytest
 
 from hybrid_attn.evals.report import ruler
 from hybrid_attn.evals.ruler import scores
+from hybrid_attn.evals.table import EVALS
 
 
 @pytest.mark.parametrize(
@@ -56,3 +57,11 @@ def test_a_length_after_a_failed_one_does_not_count():
     assert scores.effective_length({4096: 85.59}) is None
     assert scores.relative_length({4096: 20.0, 8192: 17.0, 16384: 16.9}) == 8192
     assert scores.relative_length({4096: 0.0, 8192: 0.0}) is None
+
+
+def test_a_training_logs_the_mean_of_the_tasks_at_each_length():
+    tasks = {"vt": 10.0, "cwe": 20.0, "fwe": 90.0}
+    records = [{"task": task, "length": length, "score": x} for length in (8192, 4096) for task, x in tasks.items()]
+    totals = EVALS["ruler"].totals(records)
+    assert totals == [{"task": "mean", "length": length, "score": 40.0} for length in (4096, 8192)]
+    assert [EVALS["ruler"].headline.value([total]) for total in totals] == [40.0, 40.0]

@@ -53,7 +53,7 @@ def context_of(engine, text=TEXT):
 
 def run(tmp_path, engine, settings=SETTINGS, name="one", **changes):
     heard, context = [], context_of(engine)
-    settings = suite.fitting(settings, context, tmp_path / "samples", named=True)
+    settings = suite.fitting(settings, context, tmp_path / "samples", lengths_are_fixed=True)
     suite.measure_units(
         context, settings, ABOUT | changes, tmp_path / name, tmp_path / "samples",
         lambda unit, number, of: heard.append((unit.name, number, of)),
@@ -189,13 +189,13 @@ def test_all_samples_are_drawn_before_anything_is_asked(tmp_path):
 
 
 def test_evaluations_are_known_by_name():
-    assert suite.named("quick") == suite.suites()["quick"] and set(suite.named("full")) == set(EVALS)
-    assert suite.named("ruler, needle") == ("ruler", "needle")
-    assert suite.named("quick,key_tokens,needle") == (*suite.suites()["quick"], "key_tokens")
+    assert suite.names_of("quick") == suite.suites()["quick"] and set(suite.names_of("full")) == set(EVALS)
+    assert suite.names_of("ruler, needle") == ("ruler", "needle")
+    assert suite.names_of("quick,key_tokens,needle") == (*suite.suites()["quick"], "key_tokens")
     with pytest.raises(ValueError, match="names '', which is not one of 'quick', 'full', 'position'"):
-        suite.named("position,")
+        suite.names_of("position,")
     with pytest.raises(ValueError, match="names 'needel', which .*; did you mean 'needle'"):
-        suite.named("position,needel")
+        suite.names_of("position,needel")
 
 
 def test_rows_of_a_task_are_left_out_where_they_are_too_short():
@@ -226,9 +226,11 @@ def test_tasks_in_bytes_are_not_asked_of_other_tokenizers_and_no_task_of_the_har
 
 
 def test_questions_may_have_lengths_of_their_own():
-    settings = SETTINGS._replace(evals=("recall", "needle"), lengths=(64, 128), asked=(2048,))
+    settings = SETTINGS._replace(evals=("recall", "needle"), lengths=(64, 128), engine_lengths=(2048,))
     found = {(unit.eval, unit.length) for unit in suite.units(settings, context_of(None))}
     assert found == {("recall", 64), ("recall", 128), ("needle", 2048)}
+    written = suite.described(settings, {})["settings"]
+    assert written["asked"] == [2048] and [*written] == [*SETTINGS._fields[:-1], "asked"]  # as in the files of earlier runs
 
 
 def test_an_answer_ends_where_its_model_says_so(tmp_path):
@@ -253,7 +255,7 @@ def test_samples_differ_with_what_they_follow_from_and_not_with_the_model(tmp_pa
     changed += [(context._replace(haystack=TEXT.replace("little", "much")), needles)]
     changed += [(context._replace(eval_model=context.eval_model._replace(tokenizer=tokenizer)), needles)]
     for number, (like, settings) in enumerate(changed, 14):
-        suite.fitting(settings, like, tmp_path / "samples", named=True)
+        suite.fitting(settings, like, tmp_path / "samples", lengths_are_fixed=True)
         assert len(list((tmp_path / "samples").glob("*.jsonl"))) == 2 * number
 
 
@@ -271,9 +273,9 @@ def test_a_further_model_is_not_asked_other_questions_under_the_same_name(tmp_pa
         run(tmp_path, Engine(), name="two")
 
 
-def plan(tmp_path, settings, named=False):
+def plan(tmp_path, settings, lengths_are_fixed=False):
     context = context_of(None)._replace(lists=LISTS, essays=TEXT)
-    return context, suite.fitting(settings, context, tmp_path / "samples", named)
+    return context, suite.fitting(settings, context, tmp_path / "samples", lengths_are_fixed)
 
 
 RULER = SETTINGS._replace(evals=("ruler",), lengths=(4096,))
@@ -299,7 +301,7 @@ def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monk
     asked = [x for unit in suite.units(own, context) for x in EVALS["ruler"].questions.draw(context, own, unit)]
     assert sorted(engine.prompts) == sorted(x.prompt for x in asked) and len(asked) == 18
     with pytest.raises(samples.TooLongError, match="the example of vt does not fit into 500 tokens as RULER asks it"):
-        plan(tmp_path, RULER._replace(compat=True), named=True)
+        plan(tmp_path, RULER._replace(compat=True), lengths_are_fixed=True)
 
 
 def test_the_text_of_rulers_own_prompts_is_that_of_its_essays_alone(tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_an_evaluation_is_added_with_one_record_and_removed_again(tmp_path, monk
         summary = report.write(tmp_path / "again", [report.read(folder)])
         assert "toy" in summary.splitlines()[0].split() and headline in summary.splitlines()[1]  # the overview has its headline
         assert summary.splitlines()[-1] == f"4 has a toy of {record['parameters']:,}."  # and the verdict its sentence
-        assert "--suite=toy" in command.measuring([report.read(folder)], "toy") and "toy" in suite.named("full")
+        assert "--suite=toy" in command.measuring([report.read(folder)], "toy") and "toy" in suite.names_of("full")
     with pytest.raises(ValueError, match=r"evals.names\[0\]='toy' is not one of"):
         evaluation.check_names(("toy",))
     with pytest.raises(ValueError, match="eval='toy' is not known"):

@@ -83,7 +83,7 @@ def lengths(trained: Sequence[int]) -> dict[str, tuple[int, ...]]:
     if LENGTHS.value is None:
         around = {length for most in trained for length in (max(2, most // 4), most, 2 * most)}
         of_questions = {max(SHORTEST, most // part) for most in trained for part in (4, 1)}
-        return {"lengths": tuple(sorted(around)), "asked": tuple(sorted(of_questions))}
+        return {"lengths": tuple(sorted(around)), "engine_lengths": tuple(sorted(of_questions))}
     chosen = numbers("lengths", LENGTHS.value, int)
     if min(chosen) < 2:
         raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {min(chosen)} tokens hold no question; use more")
@@ -141,7 +141,7 @@ def models() -> list[tuple[str, int]]:
 
 def settings(trained: Sequence[int]) -> Settings:
     """The settings for all checkpoints, whose sequences of training had `trained` tokens."""
-    evals = suite.named(SUITE.value)
+    evals = suite.names_of(SUITE.value)
     if TASKS.value and "harness" not in evals:
         raise ValueError(f"--tasks={','.join(TASKS.value)} is of --suite=harness or full, and this is --suite={SUITE.value}")
     if "harness" in evals and not TASKS.value and SUITE.value != "full":
@@ -237,8 +237,8 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> Plan:
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
     eval_model = EvalModel(c.model, {}, execution, mesh, tokenizer)
     context = EvalContext(eval_model, None, documents, trained=source.trained, tasks=with_own(own), stops=stops, **data)
-    settings = suite.fitting(settings, context, Path(OUT.value) / "samples", named=False)
-    suite.some_units(settings, context)
+    settings = suite.fitting(settings, context, Path(OUT.value) / "samples", lengths_are_fixed=False)
+    suite.checked_units(settings, context)
     saved = checkpoints.read_config(directory, source.step)
     known = provenance(source.directory, source.step, c, saved, tokenizer, data["haystack"], execution, mesh)
     known |= {"data": data_flags(), "weights": checkpoints.fingerprint(directory, source.step)}
@@ -304,7 +304,7 @@ def evaluate_all() -> None:
     for flag, values in (("checkpoint", CHECKPOINT.value), ("out", [OUT.value])):
         for value in values:
             files.check_named(flag, value, "a directory")
-    directories, evals = models(), suite.named(SUITE.value)
+    directories, evals = models(), suite.names_of(SUITE.value)
     heldout.named(HELDOUT.value)
     sources = [inspect(*model, evals) for model in directories]
     chosen = settings([x.trained for x in sources])

@@ -17,9 +17,9 @@ HELDOUT = "heldout"  # the flag of an evaluation that reads held-out documents
 class Questions(NamedTuple):
     """How the samples of a unit are drawn. They go to a file that is shared by all models with the same tokenizer.
 
-    `draw` yields the samples of a unit, and `count` is how many the settings ask for at each length, at most. `sources` holds
-    what the samples follow from beside the settings, as values for JSON: a hash of it is in the name of the file. `matches`
-    says whether a sample that was read from the file is one of the unit's.
+    `draw` yields the samples of a unit, and `count` is the most that the settings ask for at each length. `sources` lists what
+    else, besides the settings, determines the samples, as values for JSON: a hash of it is in the name of the file. `matches`
+    says whether a sample that was read from the file belongs to the unit.
     """
 
     draw: Callable[[EvalContext, Settings, Unit], Iterator[Sample]]
@@ -29,7 +29,7 @@ class Questions(NamedTuple):
 
 
 class Headline(NamedTuple):
-    """The one number of a unit, from its records; None where they have none.
+    """The one number of a unit: `value` computes it from its records, and is None where they have none.
 
     `tag` is its group in TensorBoard, and `form` formats it for a line of the log.
     """
@@ -87,8 +87,8 @@ def is_of_source(unit: Unit, line: Mapping) -> bool:
 class Evaluation(NamedTuple):
     """One evaluation. Its units are its parts (sources or tasks) at each length; `measure` gives the records of a unit.
 
-    `fields` are those that each record must have, beside "eval". `report` imports and gives what a report shows of it; its
-    sections stand in the order of `section_order`. The fields with defaults are for evaluations that differ from the rest.
+    `fields` are those that each record must have, beside "eval". `report()` imports and returns its `EvaluationReport`.
+    `section_order` sorts the sections of all evaluations. The fields with defaults are for evaluations that differ.
     """
 
     name: str
@@ -99,24 +99,26 @@ class Evaluation(NamedTuple):
     report: Callable[[], Any]  # -> report.section.EvaluationReport, which imports this module and matplotlib
     section_order: int = 100
     questions: Questions | None = None  # None: no samples are drawn
-    uses_engine: bool = False  # an engine generates or scores; such units have the lengths `settings.asked`, if there are any
+    uses_engine: bool = False  # an engine generates or scores, at `settings.engine_lengths` if these are set
     in_training: bool = True  # whether evals.names of a config may name it
     in_quick_suite: bool = False
     flags: tuple[str, ...] = ("tokens",)  # of tools/evaluate.py, which change what is measured
-    all_logits: bool = False  # the logits of a sequence exist at once
-    sequences: Callable[[Settings, int], int] = sequences_of_tokens  # that a unit of a length reads; its time grows with them
-    missing: Callable[[EvalContext, Settings], Mapping[str, str]] = lambda context, settings: {}  # parts, and why they are
-    empty: Callable[[EvalContext], tuple[str, str]] | None = None  # where it has no part at all: what is missing, and why
+    all_logits: bool = False  # the logits of all tokens of a sequence are in memory at once
+    sequences: Callable[[Settings, int], int] = sequences_of_tokens  # of a unit, by its length; its time grows with them
+    # parts that cannot be measured, with the reason
+    missing: Callable[[EvalContext, Settings], Mapping[str, str]] = lambda context, settings: {}
+    # (what it needs, why there is none), for a context in which it has no parts
+    empty: Callable[[EvalContext], tuple[str, str]] | None = None
     check_fits: Callable[[EvalContext, Settings, Unit], None] = lambda context, settings, unit: None  # TooLongError if not
     is_of: Callable[[Unit, Mapping], bool] = is_of_source  # whether a record or an answer belongs to a unit
-    check_record: Callable[[Mapping, str], None] = lambda record, where: None  # ValueError for what `fields` cannot say
-    summary: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: records  # what evals.jsonl of a training has
+    check_record: Callable[[Mapping, str], None] = lambda record, where: None  # ValueError; for what `fields` cannot check
+    summary: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: records  # for evals.jsonl of a training
     totals: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: ()  # over all units, for the log of a training
     baseline: BaselineModel | None = None  # measured in a training, beside the model
     lines: Callable[[Sequence[Mapping], Baselines], Iterable[Line]] | None = None  # None: the headline
 
     def table_lines(self, records: Sequence[Mapping], baselines: Baselines) -> Iterable[Line]:
-        """Those of records of one length; by default the headline of each source or task."""
+        """The lines of records of one length; by default the headline of each source or task."""
         if self.lines:
             return self.lines(records, baselines)
         parts = grouped(records, part_of).items()
@@ -129,10 +131,10 @@ class Evaluation(NamedTuple):
         return HELDOUT in self.flags
 
     def lengths(self, settings: Settings) -> tuple[int, ...]:
-        return settings.asked if self.uses_engine and settings.asked is not None else settings.lengths
+        return settings.engine_lengths if self.uses_engine and settings.engine_lengths is not None else settings.lengths
 
     def units(self, context: EvalContext, settings: Settings) -> list[Unit]:
-        """All that can be measured, whether it fits its length or not."""
+        """Each part that is not missing at each length; some may not fit their length."""
         missing = self.missing(context, settings)
         parts = [part for part in self.parts(context, settings) if part not in missing]
         return [Unit(self.name, part, length) for length in self.lengths(settings) for part in parts]
@@ -148,7 +150,7 @@ def without_documents(context: EvalContext) -> tuple[str, str]:
 
 
 def measured_of_source(unit: Unit, records: Iterable[Mapping]) -> Measured:
-    """Records that say which source they are of, and no answers."""
+    """The records, each with the source of its unit, and no answers."""
     return Measured([{"source": unit.part, **record} for record in records], [])
 
 

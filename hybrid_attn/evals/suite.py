@@ -23,8 +23,8 @@ from hybrid_attn.parallel.mesh import broadcast_from_first
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent of a text, by default
 SEED = 0  # of the questions, by default
-FREE = ("revision", "data")  # of run.json: what may differ where a run goes on, and changes no number
-GENERATOR = 4  # raised when the same settings give other samples
+FREE = ("revision", "data")  # keys of run.json that may change where a run goes on; they change no number
+GENERATOR = 4  # version of the samples, raised when the same settings give others
 
 
 def suites() -> dict[str, tuple[str, ...]]:
@@ -32,7 +32,7 @@ def suites() -> dict[str, tuple[str, ...]]:
     return {"quick": tuple(name for name, x in EVALS.items() if x.in_quick_suite), "full": tuple(EVALS)}
 
 
-def named(suite: str) -> tuple[str, ...]:
+def names_of(suite: str) -> tuple[str, ...]:
     """The evaluations of "quick", "full" or "quick,harness"; ValueError for an unknown name names the nearest."""
     groups = suites() | {name: (name,) for name in EVALS}
     names = [name.strip() for name in suite.split(",")]
@@ -43,13 +43,13 @@ def named(suite: str) -> tuple[str, ...]:
 
 
 def units(settings: Settings, context: EvalContext) -> list[Unit]:
-    """All that `settings` name, the context has data for, and `settings.absent` does not leave out."""
+    """The units of `settings.evals` that the context has data for, without those of `settings.absent`."""
     absent = {unit[:3] for unit in settings.absent}
     return [unit for name in settings.evals for unit in EVALS[name].units(context, settings) if unit not in absent]
 
 
-def some_units(settings: Settings, context: EvalContext) -> list[Unit]:
-    """`units`; ValueError with the reasons where there is none."""
+def checked_units(settings: Settings, context: EvalContext) -> list[Unit]:
+    """The same as `units`; ValueError with the reasons where there is none."""
     to_measure = units(settings, context)
     reasons = [x.reason if x.eval in x.reason else f"{x.eval} of {x.part}: {x.reason}" for x in settings.absent]
     reasons = list(dict.fromkeys(reasons))
@@ -60,10 +60,10 @@ def some_units(settings: Settings, context: EvalContext) -> list[Unit]:
     return to_measure
 
 
-def fitting(settings: Settings, context: EvalContext, shared: Path, named: bool) -> Settings:
-    """`settings` with all in `absent` that cannot be measured; the samples of the other units are drawn into `shared`.
+def fitting(settings: Settings, context: EvalContext, shared: Path, lengths_are_fixed: bool) -> Settings:
+    """`settings` with the units that cannot be measured in `absent`. Draws the samples of the other units into `shared`.
 
-    A unit that does not fit its length is absent, too; where the user has `named` the lengths, it is a ValueError.
+    A unit that does not fit its length is absent too; but if `lengths_are_fixed`, it is a TooLongError.
     """
     to_measure = units(settings, context)
     absent = _without_data(settings, context, {unit.eval for unit in to_measure})
@@ -73,7 +73,7 @@ def fitting(settings: Settings, context: EvalContext, shared: Path, named: bool)
                 _draw(context, settings, unit, shared)
             EVALS[unit.eval].check_fits(context, settings, unit)
         except TooLongError as cause:
-            if named:
+            if lengths_are_fixed:
                 raise
             absent.append(Absent(*unit, str(cause)))
     return settings._replace(absent=tuple(absent))
@@ -100,14 +100,14 @@ def measure_units(
     shared: Path,
     done: Callable[[Unit, int, int], bool | None],
 ) -> bool:
-    """Measures the units that `directory` does not have, and calls `done(unit, number, of)` after each; True from it stops.
+    """Measures the units that `directory` does not have. Calls `done(unit, number, of)` after each, and stops if that is True.
 
     Returns whether all is measured. All samples are drawn before anything is measured: into `shared`, for every model with the
     same tokenizer. Every process of a run makes the same call; the first one writes, and the others read its files. ValueError
-    where a question does not fit, and where the directory is of another run than that of `provenance`, of which `FREE` may
-    differ. FloatingPointError where a model computes NaN: no record has one.
+    where a question does not fit, and where the directory has the results of another `provenance` (only `FREE` may differ).
+    FloatingPointError where a model computes NaN: no record has one.
     """
-    to_measure, writes = some_units(settings, context), jax.process_index() == 0
+    to_measure, writes = checked_units(settings, context), jax.process_index() == 0
     files = {unit: _draw(context, settings, unit, shared) for unit in to_measure if EVALS[unit.eval].questions}
     broadcast_from_first(True)  # the files of the first process are complete
     samples_of = {unit: _read_samples(settings, unit, path) for unit, path in files.items()}  # of finished units, too
@@ -125,10 +125,10 @@ def measure_units(
     return True
 
 
-def _measure(context: EvalContext, settings: Settings, unit: Unit, drawn: list[Sample], digest: str | None) -> str:
+def _measure(context: EvalContext, settings: Settings, unit: Unit, unit_samples: list[Sample], digest: str | None) -> str:
     """What the file of a unit holds."""
     try:
-        measured = EVALS[unit.eval].measure(context, settings, unit, drawn)
+        measured = EVALS[unit.eval].measure(context, settings, unit, unit_samples)
     except FloatingPointError as cause:
         raise FloatingPointError(f"{unit.name}: {cause}") from cause
     records = [{"eval": unit.eval, **record} for record in measured.records]
@@ -146,7 +146,7 @@ def _join(directory: Path, measured: list[Unit]) -> None:
 
 def described(settings: Settings, provenance: Mapping) -> dict:
     """What run.json says of a run."""
-    return json.loads(json.dumps({**provenance, "settings": settings._asdict(), "generator": GENERATOR}))
+    return json.loads(json.dumps({**provenance, "settings": settings.as_written(), "generator": GENERATOR}))
 
 
 def read_about(path: Path) -> dict:
@@ -179,7 +179,7 @@ def _is_of(unit: Unit, line) -> bool:
 
 
 def _is_done(directory: Path, unit: Unit) -> bool:
-    """Whether the file of a unit is there, and whole: a machine that lost its power may leave less."""
+    """Whether the file of a unit exists and is complete: a machine that lost its power may leave less."""
     try:
         return bool(measured_of(directory, unit))
     except (OSError, ValueError):
@@ -187,15 +187,15 @@ def _is_done(directory: Path, unit: Unit) -> bool:
 
 
 def _read_samples(settings: Settings, unit: Unit, path: Path) -> tuple[list[Sample], str]:
-    drawn, digest = samples.read(path)
-    for sample in drawn:
+    unit_samples, digest = samples.read(path)
+    for sample in unit_samples:
         known = sample.length == unit.length and EVALS[unit.eval].questions.matches(settings, unit, sample)
         trees.check(known, f"{path} holds other samples than those of {unit.name}; remove the file, and they are drawn again")
-    return drawn, digest
+    return unit_samples, digest
 
 
 def _draw(context: EvalContext, settings: Settings, unit: Unit, shared: Path) -> Path:
-    """The file of a unit's samples, whose name has a hash of what they follow from; the first process writes it."""
+    """The file of a unit's samples, whose name has a hash of what determines them; the first process writes it."""
     questions = EVALS[unit.eval].questions
     about = [GENERATOR, settings.samples, settings.seed, settings.depths, context.eval_model.tokenizer.hash]
     about += questions.sources(context, settings, unit)
@@ -207,7 +207,7 @@ def _draw(context: EvalContext, settings: Settings, unit: Unit, shared: Path) ->
 
 
 def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
-    """Says in run.json what is measured here, with each revision that does; ValueError where it says something else already."""
+    """Writes run.json, with each revision that measured a part; ValueError where it describes another evaluation already."""
     path = directory / "run.json"
     if not path.exists():
         return write_atomically(path, json.dumps(about, indent=1))

@@ -66,7 +66,12 @@ class Settings(NamedTuple):
     compat: bool = False  # RULER's own prompts
     ruler_tasks: tuple[str, ...] = ruler.NAMES
     absent: tuple[Absent, ...] = ()
-    asked: tuple[int, ...] | None = None  # the lengths of evaluations that use an engine, if they are others
+    engine_lengths: tuple[int, ...] | None = None  # those of evaluations that use an engine; None: `lengths`
+
+    def as_written(self) -> dict:
+        """The fields by their names in run.json, where `engine_lengths` is "asked"."""
+        values = self._asdict()
+        return values | {"asked": values.pop("engine_lengths")}
 
 
 class EvalContext(NamedTuple):

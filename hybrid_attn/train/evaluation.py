@@ -83,7 +83,7 @@ class Evaluations:
             bool(suite.units(self.settings, self.context)),
             f"evals.names={self.settings.evals} measures nothing of the last stage's {sources}: {self._missing()}",
         )
-        self.settings = suite.fitting(self.settings, self.context, self.folder / "samples", named=True)
+        self.settings = suite.fitting(self.settings, self.context, self.folder / "samples", lengths_are_fixed=True)
 
     def _missing(self) -> str:
         """What each evaluation that has no part is missing."""

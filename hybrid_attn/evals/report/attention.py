@@ -84,14 +84,14 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
     """Of every run, source and length; single heads and positions at the longest."""
     records = [[r | {"kind": _layer_type(run, r), "run": run.name} for r in run.of("attention_mass")] for run in runs]
     layer_types = sorted({r["kind"] for of_run in records for r in of_run})
-    colours, drawn = dict(zip(layer_types, itertools.cycle(LAYER_TYPES), strict=False)), []
+    colours, images = dict(zip(layer_types, itertools.cycle(LAYER_TYPES), strict=False)), []
     for number, of_run in enumerate(records):
         for source, of_source in grouped(of_run, itemgetter("source")).items():
             by_length = grouped(of_source, itemgetter("length"))
             for length in sorted(by_length):
                 name = f"attention_{number}_{escape.file_name(source)}_{length}"
-                drawn += _of_length(name, by_length[length], colours, length == max(by_length))
-    return drawn
+                images += _of_length(name, by_length[length], colours, length == max(by_length))
+    return images
 
 
 def _layer_type(run: Run, record: Mapping) -> str:
@@ -110,21 +110,21 @@ def _of_length(name: str, records: Sequence[dict], colours: Mapping[str, str], b
         return Picture(f"{name}{suffix}", f"{where}: {finding}.", figure, note, "attention")
 
     note = "Where the question's tokens look, by layer; the strip below shows the type of each layer."
-    drawn = [picture("", _most_on_needle(shown), attention_by_layer(shown, colours), note)]
+    images = [picture("", _most_on_needle(shown), attention_by_layer(shown, colours), note)]
     if not by_head:
-        return drawn
+        return images
     if all("weights" in r for r in records) and len({tuple(r["edges"]) for r in records}) == 1:
         figure = weight_by_position(_weights(records), records[0]["edges"], length, colours)
         note = "The mean weight of a key by its position, over the heads of each layer type."
-        drawn.append(picture("_weights", _first_and_last(records), figure, note))
+        images.append(picture("_weights", _first_and_last(records), figure, note))
     names = [f"{x.number} {layers.short(x.layer_type)}" for x in shown]
     figure = heatmaps.heads(_grid(by_layer, "retrieval"), names, 1.0, "retrieval score")
     note = "Retrieval score: of the answer's tokens, the share that a head copies from the needle."
-    drawn.append(picture("_retrieval", _heads_that_copy(records), figure, note))
+    images.append(picture("_retrieval", _heads_that_copy(records), figure, note))
     figure = heatmaps.heads(_grid(by_layer, "entropy_bits"), names, math.log2(length) or 1.0, "entropy (bits)")
     note = "Entropy of the attention of the question's tokens: 0 bits is one key, more bits are more keys."
-    drawn.append(picture("_entropy_bits", _range_of_entropy(records), figure, note))
-    return drawn
+    images.append(picture("_entropy_bits", _range_of_entropy(records), figure, note))
+    return images
 
 
 def _most_on_needle(shown: Sequence[Layer]) -> str:

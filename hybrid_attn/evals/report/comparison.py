@@ -45,14 +45,14 @@ def table(first: str, compared: Sequence[tuple[str, list[Difference]]]) -> Table
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     compared = differences(runs)
-    first, drawn = runs[0].name, []
+    first, images = runs[0].name, []
     for number, (name, of_run) in enumerate(compared, 1):
         if scores := [x for x in of_run if not x.loss]:
             counts = Counter(x.verdict for x in scores)
             caption = f"of {len(scores)} comparisons {', '.join(f'{counts[x]} {x}' for x in VERDICTS)}."
             note = f"{name} less {first}; in bold and in the colour of the better run where it is clear."
             figure = heatmaps.differences(scores, number)
-            drawn.append(Picture(f"comparison_{number}", f"{name} against {first}: {caption}", figure, note, "comparison"))
+            images.append(Picture(f"comparison_{number}", f"{name} against {first}: {caption}", figure, note, "comparison"))
     if not any(of_run for _, of_run in compared):
         return []
     text = (
@@ -61,7 +61,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         f"from Wilson's, as Newcombe's does. Fewer than {statistics.PAIRS} pairs of a task leave it unclear. The mean of tasks "
         "gives each task the same weight, that of sequences each sequence. Of losses, less is better."
     )
-    return [Section("comparison", "Comparison", [text], drawn, [table(first, compared)])]
+    return [Section("comparison", "Comparison", [text], images, [table(first, compared)])]
 
 
 def sentence(first: str, name: str, of_run: Sequence[Difference]) -> str:

@@ -36,7 +36,7 @@ def by_position(runs: Sequence[Run]) -> Table:
 def sections(runs: Sequence[Run]) -> list[Section]:
     """Loss by position, a picture for each source and part of the tokens, a panel for each length of sequences."""
     buckets = [(i, run, r) for i, run in enumerate(runs) for r in run.of("position") if "first" in r]
-    drawn = []
+    images = []
     for source, of_source in grouped(buckets, lambda x: x[2]["source"]).items():
         levels = chance(runs, max((r["loss"] for *_, r in of_source if r["loss"] is not None), default=0))
         for name, of_part in grouped(of_source, lambda x: part(x[2])).items():
@@ -48,14 +48,14 @@ def sections(runs: Sequence[Run]) -> list[Section]:
             figure = pictures.loss_by_position(lines, [run.trained for run in runs], baselines)
             what = PART_NAMES.get(name, name)
             file, caption = f"loss_{escape.file_name(source)}_{name}", _caption(runs, source, name) or f"{source}: {what}."
-            drawn.append(Picture(file, caption, figure, f"{source}, {what}. {INTERVALS}", "loss_by_position"))
+            images.append(Picture(file, caption, figure, f"{source}, {what}. {INTERVALS}", "loss_by_position"))
     paragraphs = [
         "The loss of a token by its position in the document. If a model reads its context, the loss is lower at later "
         "positions; if it cannot go beyond its length of training, the loss is higher there. Chance is the loss when all "
         f"tokens of the vocabulary are equally likely; its line is shown where a loss exceeds {NEAR:.0%} of it."
     ]
     paragraphs += [*_unreached(runs), *incomparable(runs, "position")]
-    return [Section("loss", "Loss", paragraphs, drawn, [totals(runs)], [by_position(runs)], "position")]
+    return [Section("loss", "Loss", paragraphs, images, [totals(runs)], [by_position(runs)], "position")]
 
 
 def _caption(runs: Sequence[Run], source: str, name: str) -> str:

@@ -63,11 +63,11 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     first, curves = next(iter(panels.items()))
     figure = pictures.shares(panels, [run.trained for run in runs], "accuracy", guesses)
     note = f"{WILSON} for as many answers as are independent. Chance: the score of a guess among what the sequence names."
-    drawn = [Picture("recall", f"{first}: {pictures.changes(curves)}", figure, note, "recall")]
+    images = [Picture("recall", f"{first}: {pictures.changes(curves)}", figure, note, "recall")]
     tasks = {task for _, r in records_of(runs, "recall") for task in re.findall(r"^\S+", r["task"])}
     meanings = "".join(f" {name}: {text}." for name, text in TASKS.items() if name in tasks)
     text = f"Synthetic sequences, in which each question is about something that the sequence has named before.{meanings}"
-    return [Section("recall", "Recall", [text], drawn, [table(runs)], [], "recall")]
+    return [Section("recall", "Recall", [text], images, [table(runs)], [], "recall")]
 
 
 def readings(run: Run) -> list[Reading]:

@@ -159,11 +159,11 @@ def _pictures(runs: Sequence[Run], name: str) -> list[Picture]:
     note = "Scores by task and length; intervals are in the table of cells."
     note += " Right of the dashed line: beyond the length of training." * any(longest > run.trained for run in runs)
     task_map = heatmaps.task_map(maps, list(of_tasks))
-    drawn = [Picture(f"{name}_tasks", _extremes(runs), task_map, note, f"{name}_by_task")]
+    images = [Picture(f"{name}_tasks", _extremes(runs), task_map, note, f"{name}_by_task")]
     if curves:
         figure = pictures.curves(panel, [run.trained for run in runs], "score", 100, THRESHOLD)
-        drawn.insert(0, Picture(name, caption, figure, f"Mean of the tasks by length. {WILSON} of the tasks, combined.", name))
-    return drawn
+        images.insert(0, Picture(name, caption, figure, f"Mean of the tasks by length. {WILSON} of the tasks, combined.", name))
+    return images
 
 
 def _extremes(runs: Sequence[Run]) -> str:

@@ -91,19 +91,19 @@ def read(directory: Path) -> Run:
 
 
 def sample_of(answer: Mapping) -> tuple:
-    """Equal for two answers to the same question: it has the hash of the full prompt, of which an answer holds the end."""
+    """A key that answers to the same question share. It has the hash of the full prompt: an answer holds only its end."""
     return (*(answer[key] for key in ("task", "length", "index", "group", "prompt_hash")), *answer["wanted"])
 
 
 def sequences_of(run: Run, record: Mapping) -> tuple:
-    """Equal for two records of the same sequences: those of a synthetic task, or of the same held-out documents in tokens."""
+    """A key that records of the same sequences share: those of a task, or of the same held-out documents and tokenizer."""
     known = run.provenance.get("heldout", {}).get(record["source"]), run.provenance.get("tokenizer")
     what = record["task"] if "task" in EVALS[record["eval"]].fields else (record["source"], *known)
     return record["eval"], what, record["length"], len(record["by_row"])
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Where each line of a file stands, and what it holds."""
+    """The file and the number of each line, for messages, and its object."""
     if not path.stat().st_size:
         return
     for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), 1):

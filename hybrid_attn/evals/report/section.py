@@ -10,7 +10,7 @@ from hybrid_attn.evals.report.tables import Column, Table, Value
 
 
 class Section(NamedTuple):
-    """`folded` tables are closed until a reader opens them; `evaluation` is the one that it shows, if it shows one."""
+    """`folded` tables are closed until a reader opens them. `evaluation` is the name of the one that it shows, if any."""
 
     name: str
     title: str
@@ -22,7 +22,7 @@ class Section(NamedTuple):
 
 
 class RunColumn(NamedTuple):
-    """A number of each run for the overview; a page explains it where it has a `meaning`."""
+    """A column of the overview: a number of each run. A page explains it if it has a `meaning`."""
 
     column: Column
     value: Callable[[Run], Value]
@@ -44,9 +44,10 @@ class Reading(NamedTuple):
 class EvaluationReport(NamedTuple):
     """What a report shows of one evaluation.
 
-    `columns` are its numbers in the overview; None stands for its headline. The verdict is about the first reading of a run,
-    and has the sentences of `verdict` where the run has no reading or stands alone. `files` returns further files of a run, by
-    their paths in tables/. `mean` is the name of the mean over its tasks in comparisons of runs; empty if there is none.
+    `columns` are its numbers in the overview; None stands for its headline. `verdict` yields readings and sentences of
+    a run. The verdict of a page is about the first reading; it has the sentences if there is no reading or no other run.
+    `files` returns further files of a run by their paths in tables/. `mean` is the name of the mean over its tasks in
+    comparisons of runs; empty if there is none.
     """
 
     sections: Callable[[Sequence[Run]], list[Section]]
