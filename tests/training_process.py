@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import jax
@@ -139,7 +140,10 @@ def main(part: str, address: str, count: str, number: str, devices: str, folder:
         peers = processes.start(address, int(count), int(number), timeout, silence)
     except OSError as error:
         sys.exit(f"error: {error}")
-    SCENARIOS[part](Path(folder), peers)
+    try:
+        SCENARIOS[part](Path(folder), peers)
+    except Exception as error:  # as the training program does: a traceback is printed whole, before the error that ends the run
+        peers.fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
 
 
 RESUMED = (resume_and_stop_in_the_evaluation, resume_and_break)

@@ -79,8 +79,8 @@ class Peers:
     def fail(self, text: str, status: int, details: str = "") -> None:
         """Ends all processes with this error; this one prints `details` first.
 
-        The others exit with 2 if `status` is 2 (a wrong input), else with 1. This process exits with `status`, or with the code
-        of the others where that is 2. If several fail, each prints the first error.
+        The others exit with 2 if `status` is 2 (a wrong input), else with 1. If several fail, all print the first error and
+        have its code. A `status` other than 1 and 2, such as 130 after Ctrl-C, is that of this process in any case.
         """
         self._status = status
         if details:
@@ -140,12 +140,12 @@ class Peers:
         return "over" in message
 
     def _end_with_others(self, text: str, code: int) -> None:
-        """Ends this process with the first error of the run, and with the exit status of its own error if it has one.
+        """Ends this process with the first error of the run and its code, or with its own status if that is neither 1 nor 2.
 
-        Its own status 2 (a wrong input) gives way to the run's code: after another process died, an input may only look wrong,
-        such as a file which that process should have written.
+        Its own 2 (a wrong input) may only look like one after another process died: a file that the other should have written.
+        Its own 1 may follow from the error of another, which breaks what they compute together.
         """
-        _end(f"error: {text}", code if self._status in (None, 2) else self._status)
+        _end(f"error: {text}", code if self._status in (None, 1, 2) else self._status)
 
     def _end_saved(self) -> None:
         if self.number == 0:
