@@ -28,7 +28,7 @@ from hybrid_attn import config
 from hybrid_attn.model import Execution, abstract_params, losses
 from hybrid_attn.model.loss import weighted_sum
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
-from hybrid_attn.train import step
+from hybrid_attn.train import evaluation, loop, step
 
 # Arrays are tiny here: compiling takes longer than running. Without XLA's fusion emitters, and without the optimisations below,
 # it takes two thirds of the time; what tests start inherits the flag, which later versions of XLA do not know.
@@ -47,6 +47,15 @@ def temporary_bytes(lowered: jax.stages.Lowered) -> int:
         return lowered.compile(fusions).memory_analysis().temp_size_in_bytes
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def known_peak_and_no_pictures():
+    """What this machine's matmuls reach takes a second to measure, of every run, and the pictures of a report one to draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "peak_flops", lambda *_: (1e11, "measured"))
+        patch.setattr(evaluation.report, "write", lambda folder, runs: (folder / "report.html").write_text(""))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

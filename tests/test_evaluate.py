@@ -187,7 +187,7 @@ def test_a_directory_with_files_of_others_is_refused_and_left_as_it_is(tool, mod
 
 def test_a_directory_of_evaluations_is_new_or_known_by_its_marker_and_has_no_links(tmp_path):
     new, marked = tmp_path / "new", tmp_path / "marked"
-    output.mark(marked)
+    output.write_marker(marked)
     (marked / "notes.txt").touch()
     for directory in (new, marked):
         output.check_ours(directory)
@@ -200,7 +200,7 @@ def test_a_directory_of_evaluations_is_new_or_known_by_its_marker_and_has_no_lin
 @pytest.mark.parametrize("name", ["evals", "evals/40", "mine"])
 def test_nothing_is_evaluated_into_the_workdir_of_a_training(tmp_path, name):
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    output.mark(tmp_path / name)
+    output.write_marker(tmp_path / name)
     with pytest.raises(ValueError, match=f"{name} is in the workdir of a training, which writes there itself; name a"):
         output.check_ours(tmp_path / name)
     output.check_ours(tmp_path / "evals" / "of" / "others")

@@ -16,19 +16,12 @@ from configs import base
 from hybrid_attn import checkpoint, config
 from hybrid_attn.model import abstract_params
 from hybrid_attn.parallel.mesh import make_mesh
-from hybrid_attn.train import evaluation, init_from, loop
+from hybrid_attn.train import init_from, loop
 from hybrid_attn.train.step import init_state
 
 ROOT = Path(__file__).parents[1]
 HASH = "0" * 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def known_peak_and_no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda *_: (1e11, "measured"))
-        patch.setattr(evaluation.report, "write", lambda folder, runs: (folder / "report.html").write_text(""))
-        yield
+pytestmark = pytest.mark.usefixtures("known_peak_and_no_pictures")
 
 
 def save(workdir, c, step=0, data=None):

@@ -29,25 +29,17 @@ from hybrid_attn.evals.records import is_total
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.programs import parse
-from hybrid_attn.train import evaluation, loop, optim, steps
+from hybrid_attn.train import loop, optim, steps
 from hybrid_attn.train import step as step_module
 from hybrid_attn.train.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
+pytestmark = pytest.mark.usefixtures("known_peak_and_no_pictures")
 
 
 def stage(steps, seq_len, batch):
     return {"steps": steps, "seq_len": seq_len, "batch": batch, "microbatches": 1, "mixture": {}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def known_peak_and_no_pictures():
-    """What this machine's matmuls reach takes a second to measure, of every run, and the pictures of a report one to draw."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda *_: (1e11, "measured"))
-        patch.setattr(evaluation.report, "write", lambda folder, runs: (folder / "report.html").write_text(""))
-        yield
 
 
 @pytest.fixture(scope="module")

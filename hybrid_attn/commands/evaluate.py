@@ -314,7 +314,7 @@ def evaluate_all() -> None:
     out = Path(OUT.value)
     output.check_ours(out)
     with files.lock(out):
-        output.mark(out)
+        output.write_marker(out)
         with jax.set_mesh(mesh):
             plans = [plan(source, chosen, data) for source in sources]
             for name, source, planned in zip(run_names, sources, plans, strict=True):

@@ -253,22 +253,24 @@ def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
 
 
 def _write_shard(
-    folder: Path, number: int, part: dict, kept: np.ndarray | None, names: list[str], dtype: np.dtype
+    folder: Path, number: int, part: dict, selected: np.ndarray | None, names: list[str], dtype: np.dtype
 ) -> tuple[store.Shard, dict]:
-    """Writes the shard of the `kept` documents of a part (None: all). Returns it with the counts of each label in `names`."""
+    """Writes the shard of the `selected` documents of a part (None: all). Returns it and the counts by label of `names`."""
     x = parts.columns(folder, number)
     label_numbers = {name: i for i, name in enumerate(names)}
     x["labels"] = np.array([label_numbers[name] for name in part["labels"]], np.int64)[x["labels"]]
-    select = None if kept is None or kept.all() else functools.partial(_kept_tokens, lengths=x["lengths"], kept=kept)
+    select = None
+    if selected is not None and not selected.all():
+        select = functools.partial(_selected_tokens, lengths=x["lengths"], selected=selected)
     tokens_sha256 = _copied(parts.path(folder, number, "tokens"), folder, part["sha256"], dtype, select)
     mask_sha256, mask_path = part.get("loss_mask_sha256"), parts.path(folder, number, "loss_mask")
     if mask_sha256 is not None:
         mask_sha256 = _copied(mask_path, folder, mask_sha256, loss_mask.DTYPE, select)
     if select is not None:
-        x = {name: values[kept] for name, values in x.items()}
+        x = {name: values[selected] for name, values in x.items()}
     index = store.index_bytes(x["lengths"], x["hashes"], x["labels"])
     index_sha256 = parts.write(folder / shard_files.name(number, "index"), [index])
-    counts = _counts(x, len(names)) | {"duplicates": 0 if kept is None else int(np.sum(~kept))}
+    counts = _counts(x, len(names)) | {"duplicates": 0 if selected is None else int(np.sum(~selected))}
     if mask_sha256 is not None:
         counts["trained_tokens"] = loss_mask.count(folder / mask_path.name)
     return store.Shard(len(x["lengths"]), int(x["lengths"].sum()), tokens_sha256, index_sha256, mask_sha256), counts
@@ -299,9 +301,9 @@ def _copied(source: Path, folder: Path, sha256: str, dtype: np.dtype, select: Ca
     return sha256
 
 
-def _kept_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, kept: np.ndarray) -> Iterator[memoryview]:
+def _selected_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, selected: np.ndarray) -> Iterator[memoryview]:
     tokens, ends = np.memmap(path, dtype, "r"), np.concatenate([[0], np.cumsum(lengths)])
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], kept, [False]]).astype(np.int8)))
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], selected, [False]]).astype(np.int8)))
     for first, last in edges.reshape(-1, 2):
         for start in range(ends[first], ends[last], COPIED):
             yield tokens[start : min(start + COPIED, ends[last])].data

@@ -30,7 +30,7 @@ def check_ours(out: Path) -> None:
     )
 
 
-def mark(out: Path) -> None:
+def write_marker(out: Path) -> None:
     """Says in `out` that evaluations are written here."""
     write_atomically(out / MARKER, TEXT)
 

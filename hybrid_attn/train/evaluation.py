@@ -117,9 +117,9 @@ class Evaluations:
         metrics.forget()
         if jax.process_index() == 0:
             if (described := self._to_go_on_with(folder, about)) is None:
-                kept = files.set_aside(folder)
+                new_name = files.set_aside(folder)
                 metrics.say(f"{folder} cannot be continued (other settings, or a damaged run.json); measuring again")
-                metrics.say(f"kept         the old one as {kept}")
+                metrics.say(f"kept         the old one as {new_name}")
             about = described or about
         context = self.context._replace(eval_model=self.context.eval_model._replace(params=params), engine=self.engine(params))
 

@@ -11,11 +11,11 @@ Value = str | int | float | None
 
 
 class Column(NamedTuple):
-    """A heading, what a value looks like, and which values are marked."""
+    """A heading, what a value looks like, and which values are bold."""
 
     name: str
     show: Callable[[Any], str] = str
-    marked: Callable[[Any], bool] = lambda value: False
+    is_bold: Callable[[Any], bool] = lambda value: False
 
 
 # A column, and the name of a record's field or a function of the run and the record.
@@ -23,11 +23,11 @@ Field = tuple[Column, str | Callable[[Any, dict], Value]]
 
 
 class Cell(NamedTuple):
-    """A value, its text for a reader, and whether it is marked."""
+    """A value, its text for a reader, and whether it is bold."""
 
     value: Value
     text: str
-    marked: bool
+    is_bold: bool
 
 
 class Table(NamedTuple):
@@ -48,7 +48,7 @@ class Table(NamedTuple):
 
 
 def _cell(column: Column, value: Value) -> Cell:
-    return Cell(value, "–", False) if value is None else Cell(value, column.show(value), column.marked(value))
+    return Cell(value, "–", False) if value is None else Cell(value, column.show(value), column.is_bold(value))
 
 
 def of_records(name: str, title: str, records: Iterable[tuple[Any, dict]], fields: Sequence[Field]) -> Table:
@@ -100,9 +100,9 @@ SOURCE, TASK, LENGTH = (Column("source"), "source"), (Column("task"), "task"), (
 
 
 def markdown(table: Table) -> str:
-    """A table of GitHub's Markdown, aligned so that it reads in a terminal; a marked value is bold."""
+    """A table of GitHub's Markdown, aligned so that it reads in a terminal; a value of the column's `is_bold` is bold."""
     rows = [
-        [f"**{escape.markdown(cell.text)}**" if cell.marked else escape.markdown(cell.text) for cell in row]
+        [f"**{escape.markdown(cell.text)}**" if cell.is_bold else escape.markdown(cell.text) for cell in row]
         for row in table.cells()
     ]
     head, *body = _aligned(table, [[escape.markdown(column.name) for column in table.columns], *rows], 3)

@@ -19,29 +19,29 @@ def sentences(text: str) -> list[str]:
 def between_sentences(cut: Callable[[str], list[str]], text: str, needles: Sequence[str], depths: Sequence[float]) -> str:
     """`text` with each needle at its depth, in percent of the sentences into which `cut` divides it; `depths` do not fall."""
     lines = cut(text)
-    places, pieces = [int(len(lines) * (depth / 100)) for depth in depths], []
-    for first, end, needle in zip([0, *places], places, needles, strict=False):
+    cuts, pieces = [int(len(lines) * (depth / 100)) for depth in depths], []
+    for first, end, needle in zip([0, *cuts], cuts, needles, strict=False):
         pieces += [" ".join(lines[first:end]), needle]
-    return " ".join([*pieces, " ".join(lines[places[-1] :])])
+    return " ".join([*pieces, " ".join(lines[cuts[-1] :])])
 
 
 def hidden(text: str, needles: Sequence[str], depths: Sequence[float]) -> str:
     """`text` with each needle at its depth, in percent of the characters of `text`; `depths` do not fall."""
-    places = [_place(text, depth) for depth in depths]
+    cuts = [_cut(text, depth) for depth in depths]
     pieces = []
-    for first, end, needle in zip([0, *places], places, needles, strict=False):
+    for first, end, needle in zip([0, *cuts], cuts, needles, strict=False):
         pieces += [text[first:end].strip(), needle]
-    return " ".join(piece for piece in (*pieces, text[places[-1] :]) if piece)
+    return " ".join(piece for piece in (*pieces, text[cuts[-1] :]) if piece)
 
 
-def _place(text: str, depth: float) -> int:
+def _cut(text: str, depth: float) -> int:
     """Where a word begins after the end of a sentence, the nearest to `depth`; after any word where none ends near."""
     at = len(text) * depth / 100
     for end in (r"[.!?] +", " "):
-        place = min((0, *(match.end() for match in re.finditer(end, text)), len(text)), key=lambda place: abs(place - at))
-        if abs(place - at) <= NEAR * len(text):
+        cut = min((0, *(match.end() for match in re.finditer(end, text)), len(text)), key=lambda end: abs(end - at))
+        if abs(cut - at) <= NEAR * len(text):
             break
-    return place
+    return cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Draws:
         """Lists of so many words."""
         if self.taken is None:
             return [self.rng.sample(self.words(size), size) for size in sizes]
-        drawn = iter(self.rng.sample(self.words(sum(sizes)), sum(sizes)))
-        return [list(itertools.islice(drawn, size)) for size in sizes]
+        sample = iter(self.rng.sample(self.words(sum(sizes)), sum(sizes)))
+        return [list(itertools.islice(sample, size)) for size in sizes]
 
     def value(self) -> str:
         """Five digits."""

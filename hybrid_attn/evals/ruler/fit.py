@@ -111,15 +111,15 @@ def _tracking(name: str, length: int, tokenizer: ByteTokenizer | JsonTokenizer) 
     def example(draws, units: int) -> str:
         return tasks.solved(tasks.chain(draws, units, 3))
 
-    def drawn():
+    def new_draws():
         return of_sample(name, (), ())
 
     fewest = FEWEST["vt"]
-    budget = max(min(EXAMPLE_TOKENS, length // 8), count(tokenizer, example(drawn(), fewest)))
-    shown = largest(lambda n: count(tokenizer, example(drawn(), n)), budget, fewest, "the example of vt")
+    budget = max(min(EXAMPLE_TOKENS, length // 8), count(tokenizer, example(new_draws(), fewest)))
+    shown = largest(lambda n: count(tokenizer, example(new_draws(), n)), budget, fewest, "the example of vt")
 
     def ask(units: int) -> Question:
-        draws = drawn()
+        draws = new_draws()
         before = example(draws, shown)
         question = tasks.chain(draws, units, 5)
         return question._replace(prompt=before + question.prompt)

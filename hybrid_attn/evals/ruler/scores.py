@@ -56,12 +56,12 @@ def means(records: Iterable[Mapping]) -> dict[int, float]:
 
 def effective_length(scores: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:
     """The largest length such that it and all shorter ones score at least `threshold`, or None."""
-    found = None
+    effective = None
     for length in sorted(scores):
         if scores[length] < threshold:
             break
-        found = length
-    return found
+        effective = length
+    return effective
 
 
 def relative_length(scores: Mapping[int, float]) -> int | None:

@@ -159,9 +159,9 @@ def example_words(length: int) -> int:
     return 20 if length < SHORT else 40
 
 
-def _word_list(draws: Draws, drawn: list[str], often: int, seldom: int) -> tuple[str, list[str]]:
-    common = drawn[:COMMON_WORDS]
-    listed = common * often + drawn[COMMON_WORDS:] * seldom
+def _word_list(draws: Draws, candidates: list[str], often: int, seldom: int) -> tuple[str, list[str]]:
+    common = candidates[:COMMON_WORDS]
+    listed = common * often + candidates[COMMON_WORDS:] * seldom
     draws.shuffle(listed)
     return _numbered(listed), common
 
@@ -173,10 +173,10 @@ def _numbered(words: Sequence[str]) -> str:
 def vocabulary(draws: Draws, length: int) -> list[str]:
     """Coded words from the most frequent, which is dots, to the least."""
     size = (length - NEW_TOKENS["fwe"]) // 50
-    drawn = [draws.letters(CODED_LETTERS, string.ascii_lowercase) for _ in range(size)]
-    while len(set(drawn)) < size:
-        drawn.append(draws.letters(CODED_LETTERS, string.ascii_lowercase))
-    ranked = sorted(set(drawn))
+    coded = [draws.letters(CODED_LETTERS, string.ascii_lowercase) for _ in range(size)]
+    while len(set(coded)) < size:
+        coded.append(draws.letters(CODED_LETTERS, string.ascii_lowercase))
+    ranked = sorted(set(coded))
     draws.shuffle(ranked)
     return ["...", *ranked[1:]]
 
