@@ -58,6 +58,15 @@ def known_peak_and_no_pictures():
         yield
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A glob of forty small documents of lines with some order in them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}\n" for j in range(10 + i)))
+    return str(folder / "*.txt")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
     """What one test has traced and compiled, another runs: most of the time here would go into making the same step again."""
