@@ -1,0 +1,75 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum whose matrices are orthogonalised.
+
+A matrix here is what one head, one layer or one expert multiplies with: the axes `BATCH` of a weight, and the period of stacked
+layers, count separate matrices.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.model.params import ParamSpec, map_specs
+
+STEPS = 5
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the post above: the steepest slope at zero that stays near one
+RMS = 0.2  # root mean square of an update, that of AdamW in practice (Moonlight, arXiv 2502.16982): one rate serves both
+EPS = 1e-8
+
+
+def batch_axes(spec: ParamSpec) -> tuple[int, ...]:
+    """The axes of one layer's weight that count separate matrices; the two others are those of a matrix."""
+    return tuple(i for i, axis in enumerate(spec.axes) if axis == "heads" and "head_dim" in spec.axes)
+
+
+def newton_schulz(x: jax.Array) -> jax.Array:
+    """Matrices [..., M, N] with nearly the same singular vectors, and singular values between about 0.7 and 1.2.
+
+    A zero matrix stays zero.
+    """
+    transposed = x.shape[-2] > x.shape[-1]
+    x = x.mT if transposed else x
+    x /= jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True)) + EPS
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if transposed else x
+
+
+def orthogonalise(spec: ParamSpec, x: jax.Array) -> jax.Array:
+    """The update of a weight, sharded as the weight is: each matrix orthogonalised, its root mean square about `RMS`.
+
+    A product of matrices that are split would be summed over devices. So every device gets whole matrices: an all-gather over
+    `tensor`, then an all-to-all that moves `fsdp` from an axis of the matrices to the period, and back the same way. Periods
+    that `fsdp` does not divide are padded with zeros. A weight that is not stacked is gathered.
+    """
+    batch = batch_axes(spec)
+    matrix = [axis for axis in range(len(spec.shape)) if axis not in batch]
+    scale = RMS * max(spec.shape[axis] for axis in matrix) ** 0.5
+    split = tuple(spec.sharding)
+    no_tensor = tuple(name if name == "fsdp" or axis in batch else None for axis, name in enumerate(split))
+    owned = tuple(name if axis in batch else None for axis, name in enumerate(split))
+    if x.ndim == len(spec.shape):
+        return jax.reshard(scale * _of_matrices(jax.reshard(x, P(*owned)), matrix), P(*split))
+    periods = x.shape[0]
+    padding = -periods % jax.sharding.get_abstract_mesh().shape["fsdp"]
+    x = jnp.pad(jax.reshard(x, P(None, *no_tensor)), [(0, padding)] + [(0, 0)] * len(split))
+    x = scale * _of_matrices(jax.reshard(x, P("fsdp", *owned)), [axis + 1 for axis in matrix])
+    return jax.reshard(jax.reshard(x, P(None, *no_tensor))[:periods], P(None, *split))
+
+
+def _of_matrices(x: jax.Array, axes: list[int]) -> jax.Array:
+    """`newton_schulz` of the matrices in those two axes."""
+    return jnp.moveaxis(newton_schulz(jnp.moveaxis(x, axes, (-2, -1))), (-2, -1), axes)
+
+
+def scale_by_muon(specs: dict, momentum: float) -> optax.GradientTransformation:
+    """Orthogonalised Nesterov momentum of every matrix; the momentum is sharded as the weights are."""
+    accumulate = optax.trace(momentum, nesterov=True)
+
+    def update(updates, state, params=None):
+        updates, state = accumulate.update(updates, state)
+        return map_specs(orthogonalise, specs, updates), state
+
+    return optax.GradientTransformation(accumulate.init, update)
