@@ -17,6 +17,7 @@ ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
 ALLOWED |= {room: set() for room in ("quiet", "checksums", "files", "characters")}
 ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet", "characters"}, "stored": {"checksums", "files"}}
+ALLOWED["merge"] = {"trees"}
 ALLOWED["checkpoint"] |= {"stored", "files"}
 ALLOWED["parallel"] |= {"files"}  # messages between processes are JSON objects
 ALLOWED["convert"] |= {"files"}
