@@ -4,6 +4,7 @@ No field has a default here: `configs/base.py` of this package holds every defau
 `build` turns the nested mapping of a config file into a `Config`; an error names the key that is wrong.
 The parts are in `config_model.py` and `config_training.py`; this module has their names too.
 """
+# ruff: noqa: F401 (the names of the parts)
 
 import dataclasses
 import os
@@ -36,46 +37,6 @@ from hybrid_attn.config_training import (
     shortest_sequence,
 )
 from hybrid_attn.trees import Table, check, check_fields, suggestion, within
-
-__all__ = [
-    "CONTEXT",
-    "CheckpointConfig",
-    "Config",
-    "Data",
-    "Evals",
-    "HOPS",
-    "InitFrom",
-    "LONGEST",
-    "LayerType",
-    "Mesh",
-    "Model",
-    "Optim",
-    "QUERIES",
-    "REMAT",
-    "RENAMED_CONTEXT",
-    "RopeScaling",
-    "Source",
-    "Stage",
-    "StageConfig",
-    "TASKS",
-    "Table",
-    "Temperature",
-    "Train",
-    "build",
-    "build_checkpoint_config",
-    "build_model",
-    "completed",
-    "context",
-    "longest_text",
-    "reach",
-    "remat",
-    "rotated_dims",
-    "score_scale",
-    "shortest_periods",
-    "shortest_sequence",
-    "to_dict",
-    "upgraded",
-]
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
