@@ -108,6 +108,14 @@ class CheckpointConfig:
         """The sources of all stages."""
         return sorted({name for index in range(len(self.stages)) for name in self.weights(index)})
 
+    def stage_steps(self, step: int) -> list[int]:
+        """How many steps of each stage are done after the first `step` steps of the run."""
+        done = []
+        for stage in self.stages:
+            done.append(min(step, stage.steps))
+            step -= done[-1]
+        return done
+
     def stage_at(self, step: int) -> tuple[int, int]:
         """The index of the stage of global step `step`, and the step within it."""
         for index, stage in enumerate(self.stages):

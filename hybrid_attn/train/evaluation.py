@@ -20,7 +20,7 @@ from hybrid_attn.model import Execution
 from hybrid_attn.parallel.mesh import batch_shards, broadcast_from_first
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.overview import evaluation_tables
-from hybrid_attn.trees import check, not_among
+from hybrid_attn.trees import check, choice
 
 MACHINE = ("mesh", "device", "jax")  # where it was measured; a complete evaluation is not measured again elsewhere
 PASSING = ("checkpoint", "config", "data")  # what may change in a run that goes on, without a change of numbers
@@ -28,10 +28,9 @@ PASSING = ("checkpoint", "config", "data")  # what may change in a run that goes
 
 def check_names(names: Sequence[str]) -> None:
     """ValueError for a name in `evals.names` that is no evaluation of a training, with the nearest one."""
-    known = [evaluation.name for evaluation in EVALS.values() if evaluation.in_training]
+    known = {name: evaluation for name, evaluation in EVALS.items() if evaluation.in_training}
     for index, name in enumerate(names):
-        problem = not_among(name, known)
-        check(not problem, f"evals.names[{index}]={name!r} {problem}")
+        choice(f"evals.names[{index}]", name, known)
 
 
 class Evaluations:
@@ -163,8 +162,7 @@ class Evaluations:
         for record in self._baselines:
             metrics.report(record["eval"], [record])
         baselines = Baselines(self._baselines, self.context.eval_model.tokenizer.vocab_size)
-        for line in evaluation_tables(run.records, baselines, self.context.trained):
-            metrics.say(line)
+        metrics.say(*evaluation_tables(run.records, baselines, self.context.trained))
         report.write(folder, [run._replace(records=(*run.records, *self._baselines))])
         _show(metrics, folder / "pictures")
 

@@ -146,12 +146,13 @@ class Metrics:
             with contextlib.suppress(OSError):
                 self.steps_file.write(b"")
 
-    def say(self, text: str) -> None:
-        """Prints a line to stdout, above the progress bar."""
-        if self.writes and self.bar is not None:
-            self.bar.write(text, file=sys.stdout)
-        elif self.writes:
-            print(text, flush=True)
+    def say(self, *lines: str) -> None:
+        """Prints lines to stdout, above the progress bar."""
+        for line in lines if self.writes else ():
+            if self.bar is None:
+                print(line, flush=True)
+            else:
+                self.bar.write(line, file=sys.stdout)
 
     def close(self) -> None:
         if not self.writes:

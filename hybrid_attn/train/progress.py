@@ -27,7 +27,7 @@ class Progress:
     """The steps since the last line, and the tokens and FLOPs of the whole run."""
 
     def __init__(self, c: Config, skipped: Sequence[Range]):
-        self.stages, self.skipped, self.steps = c.each_stage, skipped, []
+        self.config, self.stages, self.skipped, self.steps = c, c.each_stage, skipped, []
         self.tokens = [stage.batch * stage.seq_len for stage in self.stages]
         per_token = [flops.train_flops_per_token(stage.model, stage.seq_len) for stage in self.stages]
         self.flops = [tokens * cost for tokens, cost in zip(self.tokens, per_token, strict=True)]
@@ -63,21 +63,16 @@ class Progress:
 
     def tokens_seen(self, step: int) -> int:
         """Tokens that were trained on in the first `step` steps, padding included."""
-        seen = before = 0
-        for stage, tokens in zip(self.stages, self.tokens, strict=True):
-            last = min(step, before + stage.steps)
-            skipped = sum(max(min(b, last) - max(a, before + 1) + 1, 0) for a, b in self.skipped)
-            seen += max(last - before - skipped, 0) * tokens
-            before += stage.steps
-        return seen
+        skipped = [(min(first - 1, step), min(last, step)) for first, last in self.skipped]
+        return self._tokens_until(step) - sum(self._tokens_until(end) - self._tokens_until(start) for start, end in skipped)
+
+    def _tokens_until(self, step: int) -> int:
+        return sum(steps * tokens for steps, tokens in zip(self.config.stage_steps(step), self.tokens, strict=True))
 
     def flops_left(self, step: int) -> float:
         """FLOPs of the steps after `step`."""
-        left, before = 0.0, 0
-        for stage, flops_of_step in zip(self.stages, self.flops, strict=True):
-            left += max(before + stage.steps - max(step, before), 0) * flops_of_step
-            before += stage.steps
-        return left
+        stages = zip(self.stages, self.config.stage_steps(step), self.flops, strict=True)
+        return sum((stage.steps - done) * flops_of_step for stage, done, flops_of_step in stages)
 
 
 def peak_memory() -> int | None:

@@ -17,13 +17,21 @@ from hybrid_attn.train.step import TrainState, skip_step
 from hybrid_attn.train.stop import Stop
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainContext:
-    """What the steps of a run work with.
+class _Dispatched(NamedTuple):
+    """A step whose metrics have not been read yet; `compiled`: its program was compiled first."""
+
+    number: int
+    metrics: Mapping[str, jax.Array]
+    compiled: bool
+
+
+@dataclasses.dataclass
+class Loop:
+    """A run between two steps: `state` is that after `step` steps.
 
     `step_fns` are the steps of `make_step` by stage, `batches` yields (step, batch), `data_state` gives the data state after a
-    step, and `evaluate` measures parameters and returns whether it came to its end. The batches of the `skipped` steps are read
-    and not trained on.
+    step, and `measure` evaluates parameters and returns whether that came to its end. The batches of the `skipped` steps are
+    read and not trained on.
     """
 
     config: Config
@@ -33,91 +41,74 @@ class TrainContext:
     metrics: Metrics
     stop: Stop
     data_state: Callable[[int], dict]
-    evaluate: Callable[[dict], bool]
+    measure: Callable[[dict], bool]
+    state: TrainState
+    step: int
     skipped: Sequence[Range] = ()
 
-    def save(self, step: int, state: TrainState, wait: bool = False) -> None:
-        """Writes the checkpoint of `step`; with `wait`, to its end."""
-        self.checkpoints.save(step, state, self.data_state(step), to_dict(self.config), wait=wait)
-
-
-def run_steps(context: TrainContext, state: TrainState, start: int) -> tuple[TrainState, int]:
-    """Trains from step `start` until the last step or a signal; returns the state and the number of steps behind it.
-
-    The metrics of a step are read after the next step is dispatched. Every `evals.every` steps the parameters are evaluated;
-    those of `start` too, because an earlier process may have been stopped before their evaluation ended.
-    """
-    return _Loop(context, state, start).train()
-
-
-class _Dispatched(NamedTuple):
-    """A step whose metrics have not been read yet; `compiled`: its program was compiled first."""
-
-    number: int
-    metrics: Mapping[str, jax.Array]
-    compiled: bool
-
-
-class _Loop:
-    """The state of the run between two steps."""
-
-    def __init__(self, context: TrainContext, state: TrainState, start: int):
-        self.context, self.state, self.start, self.step = context, state, start, start
-        self.progress = Progress(context.config, context.skipped)
+    def __post_init__(self):
+        self.first = self.step + 1
+        self.progress = Progress(self.config, self.skipped)
         self.dispatched: _Dispatched | None = None
         self.compiled = set()  # the step functions that have been called
         self.restart_clock()
 
-    def train(self) -> tuple[TrainState, int]:
-        c, stop = self.context.config, self.context.stop
-        while self.step < c.total_steps and not stop.reached(self.step):
+    def train(self) -> None:
+        """Trains until the last step or a signal.
+
+        The metrics of a step are read after the next step is dispatched. Parameters are evaluated every `evals.every` steps,
+        and before the first step here too: an earlier process may have been stopped before their evaluation ended.
+        """
+        while self.step < self.config.total_steps and not self.stop.reached(self.step):
             if self.evaluation_is_due() and not self.evaluate():
                 break
             batch = self.next_batch()
             if batch is None:
                 break
-            stage, _ = c.stage_at(self.step)
+            stage, _ = self.config.stage_at(self.step)
             self.step += 1
-            if is_skipped(self.step, self.context.skipped):
+            if is_skipped(self.step, self.skipped):
                 self.skip()
             else:
-                self.dispatch(batch, self.context.step_fns[stage])
-            if self.context.checkpoints.due(self.step) and self.step < c.total_steps:
+                self.dispatch(batch, self.step_fns[stage])
+            if self.checkpoints.due(self.step) and self.step < self.config.total_steps:
                 self.report()  # so that no state is saved whose loss has not been checked
-                self.context.save(self.step, self.state)
+                self.save()
         self.report()
-        return self.state, self.step
+
+    def save(self, wait: bool = False) -> None:
+        """Writes a checkpoint; with `wait`, to its end."""
+        self.checkpoints.save(self.step, self.state, self.data_state(self.step), to_dict(self.config), wait=wait)
 
     def evaluation_is_due(self) -> bool:
-        every = self.context.config.evals.every
+        every = self.config.evals.every
         return every is not None and self.step > 0 and self.step % every == 0
 
     def evaluate(self) -> bool:
         """Evaluates the parameters as they are; False if that did not come to its end."""
         self.report()
         complete = False
-        with self.context.stop.after_saving(together=True):
-            complete = self.context.evaluate(self.state.params)
+        with self.stop.after_saving(together=True):
+            complete = self.measure(self.state.params)
         self.restart_clock()
         return complete
 
     def next_batch(self) -> dict | None:
         """The next batch; None where it cannot be read, and the run ends."""
         before, batch = time.perf_counter(), None
-        with self.context.stop.after_saving(together=True):
-            _, batch = next(self.context.batches)
+        with self.stop.after_saving(together=True):
+            _, batch = next(self.batches)
         self.waited += time.perf_counter() - before
         return batch
 
     def skip(self) -> None:
         """Counts the step without training on its batch."""
-        context = self.context
         self.report()
         self.state = skip_step(self.state)
-        context.stop.first_step_began()
-        with context.stop.after_saving():
-            context.metrics.skip(self.step)
-        context.metrics.advance(self.step)
+        self.stop.first_step_began()
+        with self.stop.after_saving():
+            self.metrics.skip(self.step)
+        self.metrics.advance(self.step)
         self.restart_clock()
 
     def dispatch(self, batch: dict, step_fn: Callable) -> None:
@@ -126,7 +117,7 @@ class _Loop:
         if new:
             self.report()  # first, because the compilation is not part of the time of the step before
         self.state, metrics = step_fn(self.state, batch)
-        self.context.stop.first_step_began()
+        self.stop.first_step_began()
         self.report()
         self.dispatched = _Dispatched(self.step, metrics, new)
         self.compiled.add(step_fn)
@@ -135,16 +126,16 @@ class _Loop:
         """Waits for the dispatched step, if there is one, checks its metrics and logs them when a line is due."""
         if self.dispatched is None:
             return
-        context, (number, metrics, compiled) = self.context, self.dispatched
+        number, metrics, compiled = self.dispatched
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
-        check_finite(number, values, context.checkpoints)
-        stage, _ = context.config.stage_at(number - 1)
+        check_finite(number, values, self.checkpoints)
+        stage, _ = self.config.stage_at(number - 1)
         self.progress.add(Timed(values, now - self.clock, self.waited, compiled, stage))
-        if number % context.config.train.log_every == 0 or number in (self.start + 1, context.config.total_steps):
-            with context.stop.after_saving():
-                context.metrics.log(number, *self.progress.line(number))
-        context.metrics.advance(number)
+        if number % self.config.train.log_every == 0 or number in (self.first, self.config.total_steps):
+            with self.stop.after_saving():
+                self.metrics.log(number, *self.progress.line(number))
+        self.metrics.advance(number)
         self.dispatched = None
         self.restart_clock(now)
 
