@@ -9,9 +9,9 @@ from conftest import BATCH, REFERENCE, mesh_of, on_mesh, tiny
 
 from hybrid_attn import checkpoint, config, stored
 from hybrid_attn.train import loop
-from hybrid_attn.train.extras import Extra
 from hybrid_attn.train.objectives import OBJECTIVES
 from hybrid_attn.train.objectives.next_token import NEXT_TOKEN
+from hybrid_attn.train.objectives.objective import Extra
 from hybrid_attn.train.step import init_state, make_step
 
 STAGE = {"steps": 2, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}

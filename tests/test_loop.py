@@ -461,7 +461,7 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("place", ["summary", "make_steps"])
+@pytest.mark.parametrize("place", ["opened_metrics", "make_steps"])
 def test_ctrl_c_before_the_first_step_is_compiled_ends_the_run_at_once(corpus, tmp_path, monkeypatch, ctrl_c, place):
     def interrupt(*_):
         signal.raise_signal(signal.SIGINT)

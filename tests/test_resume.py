@@ -6,7 +6,7 @@ import pytest
 from conftest import tiny
 
 from hybrid_attn.config import to_dict
-from hybrid_attn.train import records, resume
+from hybrid_attn.train import metrics, resume
 
 
 def config_of(steps=100, **optim):
@@ -98,5 +98,5 @@ def test_steps_that_cannot_be_skipped_are_refused(text, message):
 def test_only_evaluations_of_later_steps_are_set_aside(tmp_path):
     for name in ("2", "4", "\u00b2", "samples"):
         (tmp_path / "evals" / name).mkdir(parents=True)
-    assert records.set_aside(tmp_path, 3, 4) == [f"kept         the old evaluation of step 4 as {tmp_path}/evals/4.old"]
+    assert metrics.set_aside(tmp_path, 3, 4) == [f"kept         the old evaluation of step 4 as {tmp_path}/evals/4.old"]
     assert {path.name for path in (tmp_path / "evals").iterdir()} == {"2", "4.old", "\u00b2", "samples"}

@@ -18,8 +18,8 @@ from hybrid_attn.evals.types import EvalContext, Settings, Unit
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.model import Execution
 from hybrid_attn.parallel.mesh import batch_shards, broadcast_from_first
+from hybrid_attn.train.console import evaluation_tables
 from hybrid_attn.train.metrics import Metrics
-from hybrid_attn.train.overview import evaluation_tables
 from hybrid_attn.trees import check, choice
 
 MACHINE = ("mesh", "device", "jax")  # where it was measured; a complete evaluation is not measured again elsewhere

@@ -19,17 +19,14 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train import init_from
+from hybrid_attn.train import console, init_from
 from hybrid_attn.train.evaluation import Evaluations, check_names
-from hybrid_attn.train.metrics import Metrics, peak_flops
+from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.model_changes import check_arrays, check_function
-from hybrid_attn.train.overview import ending
-from hybrid_attn.train.records import set_aside
 from hybrid_attn.train.resume import Range, changed_fields, check_rate, merge_skipped, text_of
 from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
-from hybrid_attn.train.summary import summary
 
 OLDER_STAGE = {"objective": "next_token"}  # of checkpoints that do not name the objective of their stage
 
@@ -129,7 +126,7 @@ def opened_metrics(
     peak_line = f"{peak * mesh.size:.4g} FLOP/s in {execution.dtype}, {source}; MFU is the share of it"
     renamed = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
     metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size).open()
-    metrics.say(*renamed, *summary(c, execution, mesh, peak_line, stages, workdir, start))
+    metrics.say(*renamed, *console.description(c, execution, mesh, peak_line, stages, workdir, start))
     return metrics
 
 
@@ -165,7 +162,7 @@ def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluat
     """Closes the metrics of a run, and prints what to do next where its `evaluations` are done."""
     if evaluations is not None:
         own_files = bool(corpora.locations(c.data, c.sources))
-        metrics.say(*ending(workdir, metrics.step, evaluations.report_of(metrics.step), own_files))
+        metrics.say(*console.ending(workdir, metrics.step, evaluations.report_of(metrics.step), own_files))
     metrics.close()
 
 

@@ -13,10 +13,9 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Config, StageConfig
 from hybrid_attn.model import Execution, execution_on, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
-from hybrid_attn.train.extras import Extra
-from hybrid_attn.train.objectives import OBJECTIVES, Objective, check_fields
+from hybrid_attn.train.objectives import objective_of
+from hybrid_attn.train.objectives.objective import Extra, Objective
 from hybrid_attn.train.optim import optimiser, schedule
-from hybrid_attn.trees import choice
 
 
 class TrainState(NamedTuple):
@@ -39,13 +38,6 @@ def init_state(config: Config, params: dict | None = None) -> TrainState:
     params = init(config.model, jax.random.key(config.seed)) if params is None else params
     extras = {name: extra.start(params) for name, extra in extras_of(config).items()}
     return TrainState(jnp.int32(0), params, optimiser(config).init(params), extras)
-
-
-def objective_of(config: StageConfig) -> Objective:
-    """The objective of a stage; ValueError for one that is not in `OBJECTIVES`."""
-    objective = choice(f"stages[{config.index}].objective", config.objective, OBJECTIVES)
-    check_fields(config.objective)
-    return objective
 
 
 def extras_of(config: Config) -> dict[str, Extra]:

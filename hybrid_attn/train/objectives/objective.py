@@ -1,15 +1,30 @@
 """What a stage minimises."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from hybrid_attn.config import StageConfig
 from hybrid_attn.model import Execution
-from hybrid_attn.train.extras import Extra
 
 Batch = dict[str, jax.Array]
+
+
+class Extra(NamedTuple):
+    """Arrays of the training state that a checkpoint carries, such as a moving average of the parameters.
+
+    `init(params)` makes the initial arrays. They are used at step 0, and on resume from a checkpoint that lacks the extra.
+    `update(extra, params, sums)` makes those after a step, from its new parameters and the sums of its objective.
+    """
+
+    init: Callable[[dict], Any]
+    update: Callable[[Any, dict, dict], Any]
+
+    def start(self, params: dict) -> Any:
+        """The initial arrays, which share no buffer with the parameters: the step donates both."""
+        return jax.tree.map(jnp.copy, self.init(params))
 
 
 class Objective(NamedTuple):
