@@ -86,7 +86,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        (loss, sums), grads = loss_and_gradient(config, execution, objective, state.params, batch)
+        (loss, sums), grads = loss_and_gradient(config, execution, objective, state, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         extras = {name: extra.update(state.extras[name], params, sums) for name, extra in objective.extras.items()}
@@ -112,12 +112,13 @@ def make_steps(config: Config, platform: str, execution: Execution | None = None
     return [steps[stage] for stage in config.each_stage]
 
 
-def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, params: dict, batch: dict):
+def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, state: TrainState, batch: dict):
     """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other."""
-    weight, microbatches = jnp.maximum(objective.weight(batch), 1.0), config.microbatches
+    params, weight, microbatches = state.params, jnp.maximum(objective.weight(batch), 1.0), config.microbatches
+    extras = {name: state.extras[name] for name in objective.extras}
 
     def loss_of(params, part):
-        total, sums = objective.loss(config, params, part, execution)
+        total, sums = objective.loss(config, params, extras, part, execution)
         loss = total / weight
         return (loss + sums["aux_loss"] / microbatches if "aux_loss" in sums else loss), sums
 

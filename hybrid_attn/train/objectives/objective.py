@@ -30,15 +30,15 @@ class Extra(NamedTuple):
 class Objective(NamedTuple):
     """A loss that is a sum over a batch, divided by the weight of the batch.
 
-    `weight(batch)` is that weight. `loss(config, params, batch, execution)` is the sum, and sums by name of which
-    `metrics(sums, batch)` makes the metrics of a step; both sums may be of a microbatch. The sum "aux_loss" is
-    not divided by the weight: its mean over the microbatches is added to the loss. `fields` are the names of the batch fields
-    that these functions read; a batch without weight has the loss 0. `extras` are arrays that the state has for the objective,
-    by name; stages with an extra of the same name share it.
+    `weight(batch)` is that weight. `loss(config, params, extras, batch, execution)` is the sum, and sums by name of which
+    `metrics(sums, batch)` makes the metrics of a step; both sums may be of a microbatch. The sum "aux_loss" is not divided by
+    the weight: its mean over the microbatches is added to the loss. `fields` are the names of the batch fields that these
+    functions read; a batch without weight has the loss 0. `extras` are arrays that the state has for the objective, by name;
+    the loss gets their values before the step. Stages with an extra of the same name share it.
     """
 
     weight: Callable[[Batch], jax.Array]
-    loss: Callable[[StageConfig, dict, Batch, Execution], tuple[jax.Array, dict]]
+    loss: Callable[[StageConfig, dict, Mapping, Batch, Execution], tuple[jax.Array, dict]]
     metrics: Callable[[dict, Batch], dict]
     fields: tuple[str, ...]
     extras: Mapping[str, Extra] = {}
