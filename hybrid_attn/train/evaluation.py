@@ -11,7 +11,7 @@ from hybrid_attn import config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.evals import EvalModel, haystack, report, suite
-from hybrid_attn.evals.evaluation import Baselines, Evaluation, part_of
+from hybrid_attn.evals.evaluation import Baselines, part_of
 from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import EvalContext, Settings, Unit
@@ -78,16 +78,13 @@ class Evaluations:
         if not self.enabled:
             return
         sources = ", ".join(self.context.heldout)
+        reasons = {name: EVALS[name].empty(self.context) for name in self.settings.evals if EVALS[name].empty}
+        missing = "; ".join(f"{name} needs {part}, and {why}" for name, (part, why) in reasons.items())
         check(
             bool(suite.units(self.settings, self.context)),
-            f"evals.names={self.settings.evals} measures nothing of the last stage's {sources}: {self._missing()}",
+            f"evals.names={self.settings.evals} measures nothing of the last stage's {sources}: {missing}",
         )
         self.settings = suite.fitting(self.settings, self.context, self.folder / "samples", lengths_are_fixed=True)
-
-    def _missing(self) -> str:
-        """What each evaluation that has no part is missing."""
-        reasons = {name: EVALS[name].empty(self.context) for name in self.settings.evals if EVALS[name].empty}
-        return "; ".join(f"{name} needs {part}, and {why}" for name, (part, why) in reasons.items())
 
     def left_out(self) -> list[str]:
         """A line for each part of an evaluation in `c.evals.names` that is not measured."""
@@ -115,7 +112,8 @@ class Evaluations:
         folder, about = self.folder / str(metrics.step), self.about | {"step": metrics.step}
         metrics.forget()
         if jax.process_index() == 0:
-            if (described := self._to_go_on_with(folder, about)) is None:
+            described = self._described(folder, about) if folder.exists() else about
+            if described is None:
                 new_name = files.set_aside(folder)
                 metrics.say(f"{folder} cannot be continued (other settings, or a damaged run.json); measuring again")
                 metrics.say(f"kept         the old one as {new_name}")
@@ -139,11 +137,6 @@ class Evaluations:
                 metrics.say(f"evaluation of step {metrics.step} is not all drawn: {type(error).__name__}: {error}")
         return complete
 
-    def _to_go_on_with(self, folder: Path, about: dict) -> dict | None:
-        """`about`, as run.json of an interrupted evaluation has it; None where other settings were measured."""
-        described = self._described(folder, about)
-        return about if described is None and not folder.exists() else described
-
     def _described(self, folder: Path, about: dict, passing: Sequence[str] = PASSING) -> dict | None:
         """`about`, with the values of run.json in `folder` for the keys in `passing`; None where other keys differ."""
         try:
@@ -155,16 +148,22 @@ class Evaluations:
         return about | passed if same else None
 
     def _compare(self, metrics: Metrics, folder: Path) -> None:
-        """What needs all units: totals, the baselines, the report."""
+        """What needs all units: totals, the baselines, the report. Its pictures go to TensorBoard, too."""
+        from matplotlib.image import imread  # takes a second
+
         run = report.read(folder)._replace(name=f"{self.folder.resolve().parent.name}, step {folder.name}")
-        for name in self.settings.evals:
-            _log_totals(metrics, EVALS[name], run.of(name))
+        for evaluation in (EVALS[name] for name in self.settings.evals):
+            for total in evaluation.totals(run.of(evaluation.name)):
+                tag = f"{evaluation.headline.tag}/{part_of(total)}/{total['length']}"
+                metrics.score(tag, evaluation.headline.value([total]))
+                metrics.report(evaluation.name, [total])
         for record in self._baselines:
             metrics.report(record["eval"], [record])
         baselines = Baselines(self._baselines, self.context.eval_model.tokenizer.vocab_size)
         metrics.say(*evaluation_tables(run.records, baselines, self.context.trained))
         report.write(folder, [run._replace(records=(*run.records, *self._baselines))])
-        _show(metrics, folder / "pictures")
+        for path in sorted((folder / "pictures").glob("*.png")):
+            metrics.picture(path.stem, imread(path)[..., :3])
 
     @functools.cached_property
     def _baselines(self) -> list[dict]:
@@ -191,18 +190,3 @@ def _log(metrics: Metrics, unit: Unit, records: Sequence[Mapping]) -> None:
     metrics.say(f"evals        {unit.eval} of {unit.part} at {unit.length:,}: {shown}")
     lines = evaluation.summary(records)
     metrics.report(unit.eval, [{name: x for name, x in line.items() if name not in ("eval", "by_row")} for line in lines])
-
-
-def _log_totals(metrics: Metrics, evaluation: Evaluation, records: Sequence[Mapping]) -> None:
-    """The totals of an evaluation to TensorBoard and evals.jsonl."""
-    for total in evaluation.totals(records):
-        metrics.score(f"{evaluation.headline.tag}/{part_of(total)}/{total['length']}", evaluation.headline.value([total]))
-        metrics.report(evaluation.name, [total])
-
-
-def _show(metrics: Metrics, folder: Path) -> None:
-    """The pictures of a report to TensorBoard."""
-    from matplotlib.image import imread  # takes a second
-
-    for path in sorted(folder.glob("*.png")):
-        metrics.picture(path.stem, imread(path)[..., :3])
