@@ -60,7 +60,8 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     params |= initial(c, tuple(assignment.new))
     state = jax.jit(init_state, static_argnums=0, donate_argnums=1)(c, unflatten_dict(params, sep="/"))
     notes = trees.differences(saved.get("model", {}), to_dict(c)["model"], "model.")
-    if embeddings(c) & assignment.copied.keys():
+    embeddings = {name for name, spec in flatten_dict(specs(c.model), sep="/").items() if spec.group == EMBEDDING}
+    if embeddings & assignment.copied.keys():
         notes += tokenizer_note(directory, data, tokenizer_hash)
     record = {"path": directory, "step": step, "fingerprint": fingerprint, "copied": len(assignment.copied)}
     return state, record | {"new": assignment.new, "ignored": assignment.ignored, "notes": notes}
@@ -202,11 +203,6 @@ def initial(c: Config, names: tuple[str, ...]) -> dict[str, jax.Array]:
     """The initial values of these parameters, as a run without `init_from` has them."""
     params = flatten_dict(init_state(c).params, sep="/")
     return {name: params[name] for name in names}
-
-
-def embeddings(c: Config) -> set[str]:
-    """The names of the parameters that have a row for each token of the vocabulary."""
-    return {name for name, spec in flatten_dict(specs(c.model), sep="/").items() if spec.group == EMBEDDING}
 
 
 def tokenizer_note(directory: str, data: Mapping, tokenizer_hash: str) -> list[str]:

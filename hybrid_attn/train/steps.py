@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 
@@ -15,14 +14,6 @@ from hybrid_attn.train.progress import Progress, Timed
 from hybrid_attn.train.resume import Range, is_skipped
 from hybrid_attn.train.step import TrainState, skip_step
 from hybrid_attn.train.stop import Stop
-
-
-class _Dispatched(NamedTuple):
-    """A step whose metrics have not been read yet; `compiled`: its program was compiled first."""
-
-    number: int
-    metrics: Mapping[str, jax.Array]
-    compiled: bool
 
 
 @dataclasses.dataclass
@@ -49,7 +40,7 @@ class Loop:
     def __post_init__(self):
         self.first = self.step + 1
         self.progress = Progress(self.config, self.skipped)
-        self.dispatched: _Dispatched | None = None
+        self.dispatched: tuple[int, Mapping, bool] | None = None  # step, metrics that are not read yet, newly compiled or not
         self.compiled = set()  # the step functions that have been called
         self.restart_clock()
 
@@ -119,7 +110,7 @@ class Loop:
         self.state, metrics = step_fn(self.state, batch)
         self.stop.first_step_began()
         self.report()
-        self.dispatched = _Dispatched(self.step, metrics, new)
+        self.dispatched = self.step, metrics, new
         self.compiled.add(step_fn)
 
     def report(self) -> None:
