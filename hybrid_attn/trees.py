@@ -38,10 +38,6 @@ class FieldError(ValueError):
         self.problem = problem
 
 
-class UnknownKeyError(ValueError):
-    """A key that a group of keys does not have."""
-
-
 def within(low: float, high: float, above: bool = False, below: bool = False, also: int | None = None, aliases=()):
     """A field for numbers from `low` to `high`, without these where `above` or `below`, or `also`; NaN is never among them.
 
@@ -59,12 +55,12 @@ def within(low: float, high: float, above: bool = False, below: bool = False, al
 
 def one_of(*choices: str):
     """A field for one of these strings."""
-    return dataclasses.field(metadata={"refuse": lambda value: not_among(value, choices), "aliases": ()})
+    return dataclasses.field(metadata={"refuse": lambda value: not_among(value, choices)})
 
 
 def named(*aliases: str):
     """A field for any value; `aliases` are names that other programs have for the field."""
-    return dataclasses.field(metadata={"refuse": lambda value: "", "aliases": aliases})
+    return dataclasses.field(metadata={"aliases": aliases})
 
 
 def not_among(value: str, choices: Sequence[str]) -> str:
@@ -90,10 +86,10 @@ def choice(field: str, name: str, table: Mapping):
 def check_fields(instance, group: str) -> None:
     """FieldError for the first field of a dataclass whose value, or an element of it, is invalid."""
     for field in dataclasses.fields(instance):
-        for name, value in _elements(field.name, getattr(instance, field.name)):
-            problem = field.metadata["refuse"](value) if field.metadata and value is not None else ""
-            none = ", or None" if isinstance(field.type, types.UnionType) else ""
-            if problem:
+        refuse = field.metadata.get("refuse")
+        for name, value in _elements(field.name, getattr(instance, field.name)) if refuse else ():
+            if value is not None and (problem := refuse(value)):
+                none = ", or None" if isinstance(field.type, types.UnionType) else ""
                 raise FieldError(group, f"{name}={value!r} {problem}{none}")
 
 
@@ -189,6 +185,7 @@ def _without_none(kind):
 
 
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}  # texts of a flag for a bool
+DESCRIBED = {bool: "true or false", int: "of type int", float: "of type float"}
 
 
 def _from_text(target, text: str, path: str):
@@ -207,18 +204,8 @@ def _from_text(target, text: str, path: str):
             return [_from_text(args[0], part.strip(), path) for part in text.split(",") if part]
         return plain(ast.literal_eval(text))
     except (ValueError, KeyError, SyntaxError, MemoryError, RecursionError):
-        raise ValueError(f"{path}={text!r} must be {_described(target)}") from None
-
-
-def _described(target) -> str:
-    """A type in words."""
-    if target is bool:
-        return "true or false"
-    if target in (int, float):
-        return f"of type {target.__name__}"
-    if typing.get_origin(target) is tuple:
-        return "a list"
-    return "a group of keys, as \"{'key': value}\""
+        group = "a list" if origin is tuple else "a group of keys, as \"{'key': value}\""
+        raise ValueError(f"{path}={text!r} must be {DESCRIBED.get(target, group)}") from None
 
 
 def _build(target, value, path: str, root: tuple):
@@ -266,7 +253,7 @@ def _build_dataclass(target, value, path: str, root: tuple):
         raise ValueError(f"{path}.{error.problem}") from None
 
 
-def _unknown(key, group, known: Sequence[str], path: str, root: tuple) -> UnknownKeyError:
+def _unknown(key, group, known: Sequence[str], path: str, root: tuple) -> ValueError:
     """The error for a key that is not among the `known` ones of a group, with the most similar key, there or elsewhere.
 
     A misspelt key of the group comes before a key of that name elsewhere: stages[0].steps for stages[0].step.
@@ -276,7 +263,7 @@ def _unknown(key, group, known: Sequence[str], path: str, root: tuple) -> Unknow
     inside = [[f"{path}.{name}" for name in near] for near in (misspelt, _near(key, names))]
     likely = next(iter([*inside[0], *_elsewhere(key, *root), *inside[1]]), None)
     hint = f"did you mean {likely}?" if likely else f"known keys: {', '.join(known)}"
-    return UnknownKeyError(f"unknown key {path}.{key}; {hint}")
+    return ValueError(f"unknown key {path}.{key}; {hint}")
 
 
 def _names(group, known: Sequence[str]) -> dict[str, str]:
