@@ -8,7 +8,7 @@ The parts are in `config_model.py` and `config_training.py`; this module has the
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hybrid_attn import trees
 from hybrid_attn.config_model import (
@@ -36,6 +36,7 @@ from hybrid_attn.config_training import (
     Train,
     shortest_sequence,
 )
+from hybrid_attn.configs import base
 from hybrid_attn.trees import Table, check, check_fields, suggestion, within
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
@@ -242,21 +243,23 @@ def build_checkpoint_config(values: Mapping) -> CheckpointConfig:
 
 
 def completed(values: Mapping) -> dict:
-    """The nested dict of a config; keys that older ones lack get the only choice that existed when they were written."""
-    values = trees.plain(values)
-    model, stages, optim = (values.get(name) for name in ("model", "stages", "optim"))
+    """The nested dict of a config; keys that older ones lack get their defaults, the only choice when those were written."""
+    values, defaults = trees.plain(values), trees.plain(base.get_config())
+    model, stages = values.get("model"), values.get("stages")
     kinds = model.get("kinds") if isinstance(model, dict) else None
-    for layer_type in kinds.values() if isinstance(kinds, dict) else ():
-        if isinstance(layer_type, dict):
-            layer_type |= {"mixer": "attention", "mlp": "gated"} | layer_type
-    for stage in stages if isinstance(stages, list) else ():
-        if isinstance(stage, dict):
-            stage |= {"objective": "next_token", "model_changes": []} | stage
-    if isinstance(model, dict):
-        values["model"] = {"prefix": ""} | model
-    if isinstance(optim, dict):
-        optim |= {"optimiser": "adamw"} | optim
-    return {"init_from": {"path": None, "step": None, "new": [], "ignore": [], "rename": []}} | values
+    _add([values], defaults, "init_from")
+    _add([model], defaults["model"], "prefix")
+    _add([values.get("optim")], defaults["optim"], "optimiser")
+    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "objective", "model_changes")
+    _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
+    return values
+
+
+def _add(groups: Iterable, defaults: Mapping, *keys: str) -> None:
+    """Adds those of the `keys` that a group lacks. `build` refuses what is no group."""
+    for group in groups:
+        if isinstance(group, dict):
+            group |= {key: defaults[key] for key in keys if key not in group}
 
 
 def upgraded(values: Mapping) -> dict:
