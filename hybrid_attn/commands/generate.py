@@ -26,6 +26,7 @@ from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import Answer, AnswerOptions, answers
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
+from hybrid_attn.trees import check
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest.")
@@ -55,50 +56,41 @@ def compression(text: str) -> Compression:
     method, _, options = text.partition(":")
     types = {field.name: field.type for field in dataclasses.fields(Compression) if field.name != "method"}
     values = programs.pairs(f"--compress={text}", options, types)
-    if "cap" not in values:
-        raise ValueError(f"--compress={text} has no cap; say how many slots a head keeps, as {method}:cap=1024")
+    check("cap" in values, f"--compress={text} has no cap; say how many slots a head keeps, as {method}:cap=1024")
     return Compression(method, **values)
 
 
 def records() -> list[dict]:
     """A record with a prompt for each answer, and a question in all of them or in none."""
-    if (PROMPT.value is None) == (PROMPTS.value is None):
-        raise ValueError("give either --prompt=TEXT or --prompts=FILE")
+    check((PROMPT.value is None) != (PROMPTS.value is None), "give either --prompt=TEXT or --prompts=FILE")
     for flag in (PROMPT, QUESTION):
-        if flag.value is not None and not _encodes(flag.value):
-            raise ValueError(f"--{flag.name} is not UTF-8; put the text into a file of --prompts")
+        # Python decodes bytes of arguments that are no UTF-8 to halves of surrogate pairs.
+        is_utf8 = not any("\ud800" <= character <= "\udfff" for character in flag.value or "")
+        check(is_utf8, f"--{flag.name} is not UTF-8; put the text into a file of --prompts")
     if PROMPT.value is not None:
         prompts = [{"prompt": PROMPT.value}]
     else:
         with open(PROMPTS.value, "rb") as file:
-            prompts = [record(line, number) for number, line in enumerate(file, 1) if line.strip()]
-        if not prompts:
-            raise ValueError(f'{PROMPTS.value} has no lines; write one {{"prompt": ...}} for each answer')
+            prompts = [record(line, f"{PROMPTS.value}:{number}") for number, line in enumerate(file, 1) if line.strip()]
+        check(bool(prompts), f'{PROMPTS.value} has no lines; write one {{"prompt": ...}} for each answer')
     if QUESTION.value is not None:
-        prompts = [x | {"question": x.get("question", QUESTION.value)} for x in prompts]
-    if 0 < sum("question" in x for x in prompts) < len(prompts):
-        raise ValueError(f"{PROMPTS.value}: some lines have a question and others have none; give --question for those")
+        for x in prompts:
+            x.setdefault("question", QUESTION.value)
+    all_or_none = len({"question" in x for x in prompts}) == 1
+    check(all_or_none, f"{PROMPTS.value}: some lines have a question and others have none; give --question for those")
     return prompts
 
 
-def record(line: bytes, number: int) -> dict:
+def record(line: bytes, where: str) -> dict:
     """The record of a JSON line; ValueError if it is not one, or cannot be written again with an answer."""
-    where = f"{PROMPTS.value}:{number}"
     values = files.object_of(line, where)
-    if not isinstance(values.get("prompt"), str):
-        raise ValueError(f'{where} has no text under "prompt"')
-    if not isinstance(values.get("question", ""), str):
-        raise ValueError(f'{where} has something else than text under "question"')
+    check(isinstance(values.get("prompt"), str), f'{where} has no text under "prompt"')
+    check(isinstance(values.get("question", ""), str), f'{where} has something else than text under "question"')
     try:
         json_line(values).encode()
     except ValueError as cause:
         raise ValueError(f"{where} has a value that JSON in UTF-8 cannot hold: {cause}") from cause
     return values
-
-
-def _encodes(text: str) -> bool:
-    """Whether UTF-8 can encode a text: Python decodes other bytes of arguments to halves of surrogate pairs."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def json_line(values: dict) -> str:
@@ -121,15 +113,6 @@ def shown():
     finally:
         if printed:
             print(flush=True)
-
-
-@contextlib.contextmanager
-def failures_of(checkpoint: str):
-    """Puts the name of the checkpoint into a FloatingPointError of the body."""
-    try:
-        yield
-    except FloatingPointError as cause:
-        raise FloatingPointError(f"{checkpoint}: {cause}") from cause
 
 
 def out_path() -> Path:
@@ -189,7 +172,7 @@ def generate() -> None:
     directory = loading.find(CHECKPOINT.value)
     step = loading.step_of(directory, STEP.value)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
-    with jax.set_mesh(mesh), shown() as show, failures_of(f"the checkpoint of step {step} in {directory}"):
+    with jax.set_mesh(mesh), shown() as show:
         c, params, tokenizer = loading.load(directory, step)
         engine = Engine(params, c, EngineOptions(CHUNK.value, CACHE.value, CAPACITY.value))
         options = AnswerOptions(
@@ -200,7 +183,10 @@ def generate() -> None:
             bos=BOS.value,
         )
         on_text = show if PROMPT.value is not None else None
-        replies = answers(engine, tokenizer, [x["prompt"] for x in prompts], MAX_NEW_TOKENS.value, options, on_text)
+        try:
+            replies = answers(engine, tokenizer, [x["prompt"] for x in prompts], MAX_NEW_TOKENS.value, options, on_text)
+        except FloatingPointError as cause:
+            raise FloatingPointError(f"{loading.name_of(directory, step)}: {cause}") from cause
     if PROMPTS.value or OUT.value:
         write(prompts, replies)
     print(report(engine.timing), file=sys.stderr)
