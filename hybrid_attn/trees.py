@@ -126,12 +126,14 @@ def flat(values: Mapping, path: str = "") -> dict[str, object]:
 
 
 def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
-    """Lines `key: old -> new` for every leaf in which two nested dicts differ."""
+    """Lines `key: old -> new` for every leaf in which two nested dicts differ; lists of dicts are compared entry by entry."""
     lines = []
     for key in sorted({*old, *new}):
         a, b, name = old.get(key), new.get(key), f"{path}{key}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differences(a, b, f"{name}.")
+        elif all(isinstance(x, list) and all(isinstance(entry, Mapping) for entry in x) for x in (a, b)):
+            lines += differences(*({f"[{i}]": entry for i, entry in enumerate(x)} for x in (a, b)), name)
         elif a != b:
             lines.append(f"{name}: {a} -> {b}")
     return lines

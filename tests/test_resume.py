@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from conftest import tiny
 
+from hybrid_attn import trees
 from hybrid_attn.config import to_dict
 from hybrid_attn.train import metrics, resume
 
@@ -18,8 +19,9 @@ def config_of(steps=100, **optim):
 def test_each_field_that_changed_is_a_line_whether_it_is_of_a_group_or_of_a_stage():
     old = to_dict(config_of(b2=0.95))
     new = dataclasses.replace(config_of(steps=120, b2=0.9), seed=1)
-    assert resume.changed_fields(old, new) == ["optim.b2: 0.95 -> 0.9", "seed: 0 -> 1", "stages[0].steps: 100 -> 120"]
-    assert resume.changed_fields(old, config_of(b2=0.95)) == []
+    lines = ["optim.b2: 0.95 -> 0.9", "seed: 0 -> 1", "stages[0].steps: 100 -> 120"]
+    assert trees.differences(old, to_dict(new)) == lines
+    assert trees.differences(old, to_dict(config_of(b2=0.95))) == []
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_a_checkpoint_of_a_version_with_fewer_and_other_keys_has_a_schedule():
     del saved["optim"]["z_loss"], saved["optim"]["final_lr_ratio"]
     saved["optim"]["gone"] = 1
     assert resume.rate_jump(saved, config_of(), 50) is None
-    assert "optim.gone: 1 -> None" in resume.changed_fields(saved, config_of())
+    assert "optim.gone: 1 -> None" in trees.differences(saved, to_dict(config_of()))
 
 
 def test_skipped_steps_are_read_as_they_are_written_and_joined_with_those_of_the_checkpoint():

@@ -23,7 +23,7 @@ from hybrid_attn.train import console, init_from
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.model_changes import check_arrays, check_function
-from hybrid_attn.train.resume import Range, changed_fields, check_rate, merge_skipped, text_of
+from hybrid_attn.train.resume import Range, check_rate, merge_skipped, text_of
 from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
@@ -193,7 +193,7 @@ def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict,
     lines += check_function(saved, c, start)
     if start == 0 and "imported" in recorded:
         return lines
-    if changed := changed_fields(saved, c):
+    if changed := trees.differences(saved, config.to_dict(c)):
         lines.append(f"config       differs from that of the checkpoint of step {start} (old -> new):")
         lines += [f"             {line}" for line in changed]
     return lines + (check_rate(saved, c, start, allow_lr_jump) if 0 < start < c.total_steps else [])

@@ -15,21 +15,6 @@ LR_JUMP = 0.1  # a larger change, relative to the saved schedule at the same ste
 Range = tuple[int, int]
 
 
-def changed_fields(saved: Mapping, c: Config) -> list[str]:
-    """Lines `key: old -> new` for every field in which `c` differs from the config of a checkpoint."""
-    lines = [line.partition(": ") for line in trees.differences(_by_index(saved), _by_index(to_dict(c)))]
-    return [f"{key.replace('.[', '[')}: {values}" for key, _, values in lines]
-
-
-def _by_index(value):
-    """Nested dicts in which a list of dicts is a dict by index, so that their fields are compared one by one."""
-    if isinstance(value, Mapping):
-        return {key: _by_index(x) for key, x in value.items()}
-    if isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value):
-        return {f"[{i}]": _by_index(x) for i, x in enumerate(value)}
-    return value
-
-
 def rate_jump(saved: Mapping, c: Config, start: int) -> tuple[float, float] | None:
     """Old and new learning rate of the step after `start`, if they differ by more than `LR_JUMP` of the old one.
 
@@ -52,7 +37,7 @@ def check_rate(saved: Mapping, c: Config, start: int, allowed: bool) -> list[str
     change = f"from {old:.4g} to {new:.4g} at step {start + 1}"
     if allowed:
         return [f"rate         jumps {change}, as --allow_lr_jump allows"]
-    changed = [line for line in changed_fields(saved, c) if line.startswith(("optim.", "stages"))]
+    changed = [line for line in trees.differences(saved, to_dict(c)) if line.startswith(("optim.", "stages"))]
     lines = [f"the learning rate would jump {change} (saved -> new):", *(f"  {line}" for line in changed)]
     if old > 0:
         lines.append(f"to go on at the rate of step {start}: {' '.join(held_rate(c, start, old))}")
