@@ -22,8 +22,7 @@ from hybrid_attn.parallel.processes import Peers
 from hybrid_attn.train import console, init_from
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
-from hybrid_attn.train.model_changes import check_arrays, check_function
-from hybrid_attn.train.resume import Range, check_rate, merge_skipped, text_of
+from hybrid_attn.train.resume import Range, check_arrays, check_function, check_rate, merge_skipped, text_of
 from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
