@@ -36,13 +36,9 @@ def check_arrays(saved: Mapping, c: Config, checkpoint: str) -> None:
     except ValueError:  # the model of another version of this program
         lines = trees.differences(saved["model"], to_dict(c)["model"], "model.")
     else:
-        lines = [change_line(key, old, new) for key in array_changes(old, new, c)]
-    if lines:
-        raise ValueError(
-            f"{checkpoint} is of another model or optimiser (saved -> new):\n  "
-            + "\n  ".join(lines)
-            + "\nuse another --workdir, or the saved values"
-        )
+        lines = array_changes(old, new, c)
+    problem = f"{checkpoint} is of another model or optimiser (saved -> new):"
+    check(not lines, "\n  ".join([problem, *lines]) + "\nuse another --workdir, or the saved values")
 
 
 def check_function(saved: Mapping, c: Config, start: int) -> list[str]:
@@ -51,19 +47,16 @@ def check_function(saved: Mapping, c: Config, start: int) -> list[str]:
     ValueError for those that the stage of the next step does not name in its `model_changes`.
     """
     old, new = fields_of(saved), fields_of(to_dict(c))
-    changed = [key for key in changed_keys(old, new) if key not in (*INITIAL, OPTIMISER)]
-    if any(new.get(key) != old.get(key) for key in LAYOUT):  # it says which layer types there are
-        changed = [key for key in changed if key in old and key in new]
+    changed = {key: line for key, line in changes(old, new).items() if key not in (*INITIAL, OPTIMISER)}
+    if any(key in changed for key in LAYOUT):  # it says which layer types there are
+        changed = {key: line for key, line in changed.items() if key in old and key in new}
     stage = c.at(c.stage_at(min(start, c.total_steps - 1))[0])
     unnamed = [key for key in changed if key not in stage.model_changes]
-    if unnamed:
-        flag = f"--config.stages[{stage.index}].model_changes={','.join([*stage.model_changes, *unnamed])}"
-        raise ValueError(
-            f"the parameters of step {start} would compute another function than they were trained for (saved -> new):\n  "
-            + "\n  ".join(change_line(key, old, new) for key in unnamed)
-            + f"\nuse the saved values; or have stages[{stage.index}] train the changed model: {flag}"
-        )
-    return [f"model        {change_line(key, old, new)}, as stages[{stage.index}].model_changes says" for key in changed]
+    problem = f"the parameters of step {start} would compute another function than they were trained for (saved -> new):"
+    flag = f"--config.stages[{stage.index}].model_changes={','.join([*stage.model_changes, *unnamed])}"
+    cure = f"\nuse the saved values; or have stages[{stage.index}] train the changed model: {flag}"
+    check(not unnamed, "\n  ".join([problem, *(changed[key] for key in unnamed)]) + cure)
+    return [f"model        {line}, as stages[{stage.index}].model_changes says" for line in changed.values()]
 
 
 def fields_of(values: Mapping) -> Fields:
@@ -73,20 +66,19 @@ def fields_of(values: Mapping) -> Fields:
     return trees.flat({"model": {**model, "kinds": kinds}, "optim": {"optimiser": values["optim"]["optimiser"]}})
 
 
-def changed_keys(old: Fields, new: Fields) -> list[str]:
-    return [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-
-
-def change_line(key: str, old: Fields, new: Fields) -> str:
-    return f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+def changes(old: Fields, new: Fields) -> dict[str, str]:
+    """A line for each changed field, by its key."""
+    keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys}
 
 
 def array_changes(old: Fields, new: Fields, c: Config) -> list[str]:
-    """The fields that change the arrays by themselves. If none does but together they do, all changed fields."""
-    changed, before = changed_keys(old, new), arrays(old, c)
+    """Lines for the fields that change the arrays by themselves. If none does but together they do, for all changed fields."""
+    changed, before = changes(old, new), arrays(old, c)
     if not changed or before is not None and before == arrays(new, c):
         return []
-    return [key for key in changed if before is None or arrays(with_change(old, new, key), c) != before] or changed
+    alone = [line for key, line in changed.items() if before is None or arrays(with_change(old, new, key), c) != before]
+    return alone or [*changed.values()]
 
 
 def with_change(old: Fields, new: Fields, key: str) -> Fields:
@@ -156,12 +148,12 @@ def parse_steps(text: str) -> list[Range]:
     return ranges
 
 
-def merge_skipped(requested: Iterable[Range], recorded: Iterable[Sequence[int]], start: int, total: int) -> list[Range]:
+def merge_skipped(requested: Sequence[Range], recorded: Iterable[Sequence[int]], start: int, total: int) -> list[Range]:
     """The ranges that a run skips: those `recorded` in the checkpoint of step `start` and those `requested`, in order.
 
     ValueError for a range outside of steps 1 to `total`, and for steps that the checkpoint was trained on.
     """
-    requested, recorded = list(requested), _joined(recorded)
+    recorded = _joined(recorded)
     for first, last in requested:
         flag = f"--skip_steps={first}:{last}"
         check(1 <= first <= last <= total, f"{flag} must be a range of the steps 1 to {total}, with the first one first")
