@@ -245,14 +245,13 @@ def first_state(
     if done != expected["stage_steps"]:
         raise ValueError(other_steps(c, step, done, expected["stage_steps"]))
     if done and done[-1] < c.stages[len(done) - 1].steps:
-        lines = trees.differences(OLDER_STAGE | saved["stage"], expected["stage"], "  ")
-        if lines:
-            stage = f"stages[{len(done) - 1}]"
-            raise ValueError(
-                f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches or another "
-                "objective there (saved -> new):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with "
-                f"{stage}.steps={done[-1]}, and give the new values to a stage after it"
-            )
+        lines, stage = trees.differences(OLDER_STAGE | saved["stage"], expected["stage"], "  "), f"stages[{len(done) - 1}]"
+        trees.check(
+            not lines,
+            f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches or another "
+            "objective there (saved -> new):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with "
+            f"{stage}.steps={done[-1]}, and give the new values to a stage after it",
+        )
     records = {key: value for key, value in saved.items() if key not in expected}
     return state, step, {"skipped_steps": []} | records  # older checkpoints have no skipped steps
 
