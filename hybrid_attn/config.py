@@ -51,10 +51,7 @@ def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
 
 
 def longest_text(config_json: Mapping, path: os.PathLike) -> int | None:
-    """max_position_embeddings of a published model's config.json, which is at `path`; None where it has none.
-
-    ValueError where it is no number of tokens.
-    """
+    """max_position_embeddings of the config.json of a published model, or None; ValueError if it is no number of tokens."""
     length = config_json.get("max_position_embeddings")
     check(
         length is None or (type(length) is int and 2 <= length < 2**31),

@@ -34,10 +34,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 class Evaluations:
-    """Runs the evaluations of `c.evals`: files in evals/STEP of the workdir, headline numbers and pictures to the metrics.
-
-    Every process of a run makes the same calls; the first one writes.
-    """
+    """Runs the evaluations of `c.evals` into evals/STEP of the workdir and the metrics; every process makes the same calls."""
 
     def __init__(
         self, c: config.Config, execution: Execution, mesh: Mesh, tokenizer, loaded: Mapping[str, Corpus], workdir: str
@@ -71,10 +68,7 @@ class Evaluations:
         self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}
 
     def draw_questions(self) -> None:
-        """Draws the samples of all questions into the workdir.
-
-        ValueError where a question does not fit its length, and where there is nothing to measure.
-        """
+        """Draws all questions into the workdir; ValueError where one does not fit its length, or nothing is measured."""
         if not self.enabled:
             return
         sources = ", ".join(self.context.heldout)
@@ -96,10 +90,7 @@ class Evaluations:
         return path if path.exists() else None
 
     def is_done(self, step: int) -> bool:
-        """Whether the evaluation of `step` is complete, report included, with these settings, on whatever machine.
-
-        Process 0 decides for all processes.
-        """
+        """Whether the evaluation of `step`, with these settings, is complete and has a report; process 0 decides for all."""
         if not self.enabled:
             return True
         described = self._described(self.folder / str(step), self.about | {"step": step}, (*PASSING, *MACHINE))

@@ -130,10 +130,7 @@ def opened_metrics(
 
 
 def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
-    """Evaluates a run whose steps are saved; False if a signal stopped it before, or stops its evaluation.
-
-    OSError where an error of a file ended the run before its last step.
-    """
+    """Evaluates a run whose steps are saved; False if a signal stopped it. OSError where an error of a file ended the steps."""
     total, metrics, stop = loop.config.total_steps, loop.metrics, loop.stop
     if error := stop.failure:
         metrics.write_again()

@@ -91,10 +91,7 @@ class Metrics:
         return self
 
     def log(self, step: int, values: Mapping[str, float], tokens: float, flops: float) -> None:
-        """Writes the `values` of a step's line; `tokens` and `flops` are those of `step_time` seconds, or NaN.
-
-        tokens_per_s and mfu are added.
-        """
+        """Writes a step's `values`, tokens_per_s and mfu; `tokens` and `flops` are those of `step_time` seconds, or NaN."""
         if not self.writes:
             return
         seconds = values["step_time"]

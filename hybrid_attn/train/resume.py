@@ -27,10 +27,7 @@ Range = tuple[int, int]
 
 
 def check_arrays(saved: Mapping, c: Config, checkpoint: str) -> None:
-    """ValueError with the fields by which the state of `c` has other arrays than that of the `saved` config.
-
-    `checkpoint` names the one that has this config. A mesh is in force.
-    """
+    """ValueError with the fields by which `c` has a state of other arrays than the `saved` config of `checkpoint`."""
     try:
         old, new = fields_of(saved), fields_of(to_dict(c))
     except ValueError:  # the model of another version of this program
@@ -88,7 +85,7 @@ def with_change(old: Fields, new: Fields, key: str) -> Fields:
 
 
 def arrays(fields: Fields, c: Config) -> dict | None:
-    """Shape and dtype of the parameters and of the optimiser's arrays by name; None where the fields do not fit together."""
+    """Shape and dtype of parameters and optimiser state, on the mesh in force; None where the fields do not fit together."""
     values = unflatten_dict(fields, sep=".")
     try:
         optim = dataclasses.replace(c.optim, optimiser=values["optim"]["optimiser"])

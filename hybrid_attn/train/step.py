@@ -31,10 +31,7 @@ Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
 
 def init_state(config: Config, params: dict | None = None) -> TrainState:
-    """The state before the first step, laid out on the mesh in force; the same values on every mesh.
-
-    Its parameters are `params`, or else new ones.
-    """
+    """The state before the first step, of new parameters or `params`, on the mesh in force; every mesh has the same values."""
     params = init(config.model, jax.random.key(config.seed)) if params is None else params
     extras = {name: extra.start(params) for name, extra in extras_of(config).items()}
     return TrainState(jnp.int32(0), params, optimiser(config).init(params), extras)
@@ -103,10 +100,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
 
 
 def make_steps(config: Config, platform: str, execution: Execution | None = None) -> list[Step]:
-    """The step of each stage; stages whose steps are the same program share it, so that it is compiled once.
-
-    `execution` is that of every stage; by default each stage has that of its config on the platform.
-    """
+    """The step of each stage, by default with the execution of its config; a program that stages share is compiled once."""
     executions = {stage: execution or execution_on(platform, stage.model, stage.train) for stage in config.each_stage}
     steps = {stage: make_step(stage, of_stage) for stage, of_stage in executions.items()}
     return [steps[stage] for stage in config.each_stage]
