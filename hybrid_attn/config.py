@@ -134,10 +134,8 @@ class Config(CheckpointConfig):
     def __post_init__(self):
         check_fields(self, "config")
         check(bool(self.stages), "stages is empty; a run needs at least one stage")
-        check(
-            self.total_steps < 2**31,
-            f"the stages have {self.total_steps:,} steps together, and at most 2^31 - 1 can be counted",
-        )
+        steps = self.total_steps
+        check(steps < 2**31, f"the stages have {steps:,} steps together, and at most 2^31 - 1 can be counted")
         for index, stage in enumerate(self.stages):
             _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
             _check_model_changes(f"stages[{index}].model_changes", stage.model_changes, self.model)
