@@ -7,7 +7,6 @@ cache go to stderr. Exit status: 2 for wrong flags and inputs; 1 for logits that
 answers go to stdout instead; 130 after Ctrl-C.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -98,23 +97,6 @@ def json_line(values: dict) -> str:
     return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-@contextlib.contextmanager
-def shown():
-    """Yields a function that prints the pieces of an answer. The line is ended, whatever interrupts the answer."""
-    printed = False
-
-    def show(_, piece: str) -> None:
-        nonlocal printed
-        printed = True
-        print(piece, end="", flush=True)
-
-    try:
-        yield show
-    finally:
-        if printed:
-            print(flush=True)
-
-
 def out_path() -> Path:
     """The file that --out names, with links resolved; it need not exist."""
     files.check_named("out", OUT.value, "a file")
@@ -172,7 +154,13 @@ def generate() -> None:
     directory = loading.find(CHECKPOINT.value)
     step = loading.step_of(directory, STEP.value)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
-    with jax.set_mesh(mesh), shown() as show:
+    shown = []
+
+    def show(_, piece: str) -> None:
+        shown.append(piece)
+        print(piece, end="", flush=True)
+
+    with jax.set_mesh(mesh):
         c, params, tokenizer = loading.load(directory, step)
         engine = Engine(params, c, EngineOptions(CHUNK.value, CACHE.value, CAPACITY.value))
         options = AnswerOptions(
@@ -187,6 +175,9 @@ def generate() -> None:
             replies = answers(engine, tokenizer, [x["prompt"] for x in prompts], MAX_NEW_TOKENS.value, options, on_text)
         except FloatingPointError as cause:
             raise FloatingPointError(f"{loading.name_of(directory, step)}: {cause}") from cause
+        finally:
+            if shown:
+                print(flush=True)  # ends the line, whatever interrupts the answer
     if PROMPTS.value or OUT.value:
         write(prompts, replies)
     print(report(engine.timing), file=sys.stderr)
