@@ -76,18 +76,15 @@ class Metrics:
         """The run goes on from step `start`; `peak_flops` is the peak of all devices together. Call `open` before the rest."""
         self.workdir, self.total_steps, self.peak_flops, self.step = Path(workdir), total_steps, peak_flops, start
         self.writes = jax.process_index() == 0
-        self.bar = None
 
     def open(self) -> "Metrics":
         """Opens the files, and drops what was written of steps after the one reached."""
-        if not self.writes:
-            return self
-        start = self.step
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        self.steps_file, self.evals_file = (_continue(self.workdir / name, lambda step: step <= start) for name in LINES)
-        self.events_file = _open_events(self.workdir / "tensorboard", start)
-        if sys.stderr.isatty():
-            self.bar = tqdm.tqdm(total=self.total_steps, initial=start, unit="step", dynamic_ncols=True)
+        start, terminal = self.step, self.writes and sys.stderr.isatty()
+        if self.writes:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self.steps_file, self.evals_file = (_continue(self.workdir / name, lambda step: step <= start) for name in LINES)
+            self.events_file = _open_events(self.workdir / "tensorboard", start)
+        self.bar = tqdm.tqdm(total=self.total_steps, initial=start, unit="step", dynamic_ncols=True, disable=not terminal)
         return self
 
     def log(self, step: int, values: Mapping[str, float], tokens: float, flops: float) -> None:
@@ -100,7 +97,7 @@ class Metrics:
         for name, value in values.items():
             if name in TAGS and math.isfinite(value):
                 self._show(summary.scalar(TAGS[name], value), step)
-        if self.bar is None:
+        if self.bar.disable:
             print(f"step {step}/{self.total_steps}  {console.step_line(values)}", flush=True)
         else:
             self.bar.set_postfix_str(console.step_line(values), refresh=False)
@@ -114,8 +111,7 @@ class Metrics:
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step`, which is now the step reached."""
-        if self.writes and self.bar is not None:
-            self.bar.update(step - self.step)
+        self.bar.update(step - self.step)
         self.step = step
 
     def forget(self) -> None:
@@ -159,17 +155,14 @@ class Metrics:
     def say(self, *lines: str) -> None:
         """Prints lines to stdout, above the progress bar."""
         for line in lines if self.writes else ():
-            if self.bar is None:
+            if self.bar.disable:
                 print(line, flush=True)
             else:
                 self.bar.write(line, file=sys.stdout)
 
     def close(self) -> None:
-        if not self.writes:
-            return
-        if self.bar is not None:
-            self.bar.close()
-        for file in (self.steps_file, self.evals_file, self.events_file):
+        self.bar.close()
+        for file in (self.steps_file, self.evals_file, self.events_file) if self.writes else ():
             file.close()
 
 
