@@ -24,6 +24,18 @@ def test_each_field_that_changed_is_a_line_whether_it_is_of_a_group_or_of_a_stag
     assert trees.differences(old, to_dict(config_of(b2=0.95))) == []
 
 
+def test_differences_name_every_leaf_that_changed_and_no_other():
+    old = to_dict(tiny())
+    new = to_dict(tiny({"optim.lr": 1.0, "mesh.tensor": 2}, L={"window": 9, "rope_theta": 100.0}))
+    assert trees.differences(old, old) == []
+    assert trees.differences(old, new) == [
+        "mesh.tensor: 1 -> 2",
+        "model.kinds.L.window: 5 -> 9",
+        f"optim.lr: {old['optim']['lr']} -> 1.0",
+    ]
+    assert trees.differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]
+
+
 @pytest.mark.parametrize(
     "old, new, start, jumps",
     [
