@@ -7,8 +7,8 @@ import pytest
 from conftest import tiny
 
 from hybrid_attn.model import flops
-from hybrid_attn.train import progress as progress_module
-from hybrid_attn.train.progress import Progress, Timed
+from hybrid_attn.train import steps
+from hybrid_attn.train.steps import Progress, Timed
 
 STAGES = [
     {"steps": steps, "seq_len": seq_len, "batch": batch, "microbatches": 1, "mixture": {}}
@@ -46,7 +46,7 @@ def test_skipped_steps_are_not_among_the_tokens_seen():
 @pytest.mark.parametrize("stats, peak", [([None, None], None), ([{"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 7}], 7)])
 def test_the_peak_memory_is_that_of_the_fullest_device_that_reports_it(monkeypatch, stats, peak):
     devices = [types.SimpleNamespace(memory_stats=lambda x=x: x) for x in stats]
-    monkeypatch.setattr(progress_module.jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(steps.jax, "local_devices", lambda: devices)
     progress = Progress(tiny({"stages": STAGES}), [])
     progress.add(timed(0, 2.0))
     values, _, _ = progress.line(1)

@@ -121,7 +121,7 @@ def matching(key: str, patterns: Sequence[str], names: Iterable[str], owner: str
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """The most similar name of a parameter or a group, or else the first part of every name."""
-    groups = {prefix for name in names for prefix in prefixes(name)}
+    groups = {prefix for known in names for prefix in prefixes(known)}
     first = ", ".join(sorted(group for group in groups if "/" not in group))
     return trees.suggestion(name, sorted(groups), "; ", f"; it has {first}")
 
