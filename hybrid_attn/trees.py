@@ -145,22 +145,15 @@ def override(target: type, values: dict, path: str, key: str, text: str | None) 
     Returns the full name of the key, in which stages[-1] has its index from 0, and the value. Without text a bool is true.
     ValueError for an unknown key and for a text that is no value of the type.
     """
-    root = target, values, path
-    container, last, kind, name = _find(root, key)
-    check(text is not None or kind is bool, f"--{name} has no value; write --{name}=VALUE")
-    container[last] = text is None or _from_text(kind, text, name)
-    return name, container[last]
-
-
-def _find(root: tuple, key: str) -> tuple:
-    """The dict or list that holds a key, the key in it, its type, and its full name."""
-    (kind, values, path), container, last = root, None, None
     check(re.fullmatch(KEY, key) is not None, f"{path}.{key} is no key; write a.b, or a[0].b for an entry of a list")
+    root, kind, container, last = (target, values, path), target, [values], 0
     for part in re.findall(PART, key):
-        values = values if container is None else container[last]
-        (last, inner), container = _step(_without_none(kind), values, path, part, root), values
-        kind, path = inner, path + (f"[{last}]" if part.startswith("[") else f".{part}")
-    return container, last, kind, path
+        container = container[last]
+        last, kind = _step(_without_none(kind), container, path, part, root)
+        path += f"[{last}]" if part.startswith("[") else f".{part}"
+    check(text is not None or kind is bool, f"--{path} has no value; write --{path}=VALUE")
+    container[last] = text is None or _from_text(kind, text, path)
+    return path, container[last]
 
 
 def _step(kind, values, path: str, part: str, root: tuple) -> tuple:

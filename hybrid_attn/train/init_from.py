@@ -94,7 +94,13 @@ def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) ->
     """
     new = matching("new", init.new, here, "this model")
     ignored = matching("ignore", init.ignore, there, checkpoint_name)
-    sources = {name: source for name, source in sources_of(init, here, there, checkpoint_name).items() if name not in new}
+    sources = {name: name for name in here}
+    for old, today in init.renamed:
+        for name, names, owner in ((old, there, checkpoint_name), (today, here, "this model")):
+            known = any(inside(x, name) for x in names)
+            check(known, f"init_from.rename names {name!r}, and {owner} has no such parameter{nearest(name, names)}")
+        sources |= {name: old + name.removeprefix(today) for name in here if inside(name, today)}
+    sources = {name: source for name, source in sources.items() if name not in new}
     copied = {name: source for name, source in sources.items() if source in there and source not in ignored}
     missing = [name for name in sources if name not in copied]
     unused = sorted(there.keys() - ignored - set(copied.values()))
@@ -131,33 +137,19 @@ def prefixes(name: str) -> Iterable[str]:
     return itertools.accumulate(name.split("/"), "{}/{}".format)
 
 
-def sources_of(init: InitFrom, here: Iterable[str], there: Iterable[str], checkpoint_name: str) -> dict[str, str]:
-    """The name in the checkpoint of each parameter here: the same, or the one that `init.rename` gives."""
-    sources = {name: name for name in here}
-    for old, new in init.renamed:
-        for name, names, owner in ((old, there, checkpoint_name), (new, here, "this model")):
-            known = any(inside(x, name) for x in names)
-            check(known, f"init_from.rename names {name!r}, and {owner} has no such parameter{nearest(name, names)}")
-        sources |= {name: old + name.removeprefix(new) for name in here if inside(name, new)}
-    return sources
-
-
 def unaccounted(owner: str, names: Sequence[str], of: Iterable[str], key: str, patterns: Sequence[str]) -> list[str]:
-    """A line about parameters that are not accounted for, with the line of a config that does it."""
+    """A line about parameters that are not accounted for, with the line of a config that does it.
+
+    It has the shortest names of groups that together hold these parameters, and no others `of` the model.
+    """
     if not names:
         return []
+    others, groups = set(of) - set(names), []
+    for name in names:
+        group = next(prefix for prefix in prefixes(name) if not any(inside(other, prefix) for other in others))
+        groups += [group] if group not in groups else []
     what = "initial values for them" if key == "new" else "without them"
-    return [f"only {owner} {first_eight(names)}; {what}: c.init_from.{key} = {(*patterns, *groups(names, of))}"]
-
-
-def groups(names: Sequence[str], of: Iterable[str]) -> list[str]:
-    """The shortest names of groups that together hold these parameters, and no others `of` the model."""
-    others = set(of) - set(names)
-
-    def is_free(prefix: str) -> bool:
-        return not any(inside(other, prefix) for other in others)
-
-    return list(dict.fromkeys(next(filter(is_free, prefixes(name))) for name in names))
+    return [f"only {owner} {first_eight(names)}; {what}: c.init_from.{key} = {(*patterns, *groups)}"]
 
 
 def rename_hint(init: InitFrom, missing: Shapes, unused: Shapes) -> list[str]:

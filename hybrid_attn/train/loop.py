@@ -162,15 +162,6 @@ def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluat
     metrics.close()
 
 
-def restored(start: int, recorded: dict) -> str:
-    """A line about the checkpoint of step `start`, whose data state has `recorded`."""
-    if start > 0:
-        return f"step {start} found; going on from there"
-    if "imported" in recorded:
-        return f"step 0 found; restored parameters of {recorded['imported']}"
-    return "step 0 found: a run that was stopped before its first step"
-
-
 def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict, allow_lr_jump: bool) -> list[str]:
     """Lines for the checkpoint of step `start`, skipped steps, and changes of the config and of extras since.
 
@@ -179,8 +170,15 @@ def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict,
     not trained with the remaining config.
     """
     new, skipped = checkpoints.latest() is None, recorded["skipped_steps"]
-    lines = [f"checkpoint   {'none found; starting at step 0' if new else restored(start, recorded)}"]
-    lines += init_from.lines(c.init_from, recorded, new)
+    if new:
+        begins = "none found; starting at step 0"
+    elif start > 0:
+        begins = f"step {start} found; going on from there"
+    elif "imported" in recorded:
+        begins = f"step 0 found; restored parameters of {recorded['imported']}"
+    else:
+        begins = "step 0 found: a run that was stopped before its first step"
+    lines = [f"checkpoint   {begins}", *init_from.lines(c.init_from, recorded, new)]
     lines += [f"skipped      steps {text_of(skipped)}: their batches are passed over"] if skipped else []
     if new:
         return lines

@@ -56,8 +56,10 @@ class Loop:
         The metrics of a step are read after the next step is dispatched. Parameters are evaluated every `evals.every` steps,
         and before the first step here too: an earlier process may have been stopped before their evaluation ended.
         """
+        every = self.config.evals.every
         while self.step < self.config.total_steps and not self.stop.reached(self.step):
-            if self.evaluation_is_due() and not self.evaluate():
+            is_due = every is not None and self.step > 0 and self.step % every == 0
+            if is_due and not self.evaluate():
                 break
             batch = self.next_batch()
             if batch is None:
@@ -76,10 +78,6 @@ class Loop:
     def save(self, wait: bool = False) -> None:
         """Writes a checkpoint; with `wait`, to its end."""
         self.checkpoints.save(self.step, self.state, self.data_state(self.step), to_dict(self.config), wait=wait)
-
-    def evaluation_is_due(self) -> bool:
-        every = self.config.evals.every
-        return every is not None and self.step > 0 and self.step % every == 0
 
     def evaluate(self) -> bool:
         """Evaluates the parameters as they are; False if that did not come to its end."""
@@ -128,7 +126,7 @@ class Loop:
         now = time.perf_counter()
         check_finite(number, values, self.checkpoints)
         stage, _ = self.config.stage_at(number - 1)
-        self.progress.add(Timed(values, now - self.clock, self.waited, compiled, stage))
+        self.progress.steps.append(Timed(values, now - self.clock, self.waited, compiled, stage))
         if number % self.config.train.log_every == 0 or number in (self.first, self.config.total_steps):
             with self.stop.after_saving():
                 self.metrics.log(number, *self.progress.line(number))
@@ -176,9 +174,6 @@ class Progress:
         self.flops = [tokens * cost for tokens, cost in zip(self.tokens, per_token, strict=True)]
         self.flops_per_second = math.nan
 
-    def add(self, step: Timed) -> None:
-        self.steps.append(step)
-
     def line(self, number: int) -> tuple[dict[str, float], float, float]:
         """The values of the line of step `number`, and the mean tokens and FLOPs of a step of `step_time` seconds.
 
@@ -199,9 +194,13 @@ class Progress:
         index = steps[-1].stage
         values |= {"stage": index + 1, "stages": len(self.stages), "seq_len": self.stages[index].seq_len}
         values["tokens_seen"] = self.tokens_seen(number)
-        values["seconds_left"] = self.flops_left(number) / self.flops_per_second
-        if (memory := peak_memory()) is not None:
-            values["peak_memory_bytes"] = memory
+        stages = zip(self.stages, self.config.stage_steps(number), self.flops, strict=True)
+        left = sum((stage.steps - done) * flops_of_step for stage, done, flops_of_step in stages)
+        values["seconds_left"] = left / self.flops_per_second
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]  # empty where a device does not report them
+        peaks = [x["peak_bytes_in_use"] for x in stats if "peak_bytes_in_use" in x]
+        if peaks:
+            values["peak_memory_bytes"] = max(peaks)
         return values, tokens, flops_of_step
 
     def tokens_seen(self, step: int) -> int:
@@ -211,17 +210,6 @@ class Progress:
 
     def _tokens_until(self, step: int) -> int:
         return sum(steps * tokens for steps, tokens in zip(self.config.stage_steps(step), self.tokens, strict=True))
-
-    def flops_left(self, step: int) -> float:
-        """FLOPs of the steps after `step`."""
-        stages = zip(self.stages, self.config.stage_steps(step), self.flops, strict=True)
-        return sum((stage.steps - done) * flops_of_step for stage, done, flops_of_step in stages)
-
-
-def peak_memory() -> int | None:
-    """The largest peak memory, in bytes, of this process's devices; None where devices do not report it."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    return max((x["peak_bytes_in_use"] for x in stats if "peak_bytes_in_use" in x), default=None)
 
 
 def _mean(values: Sequence[float]) -> float:
