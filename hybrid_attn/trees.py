@@ -86,20 +86,17 @@ def choice(field: str, name: str, table: Mapping):
 def check_fields(instance, group: str) -> None:
     """FieldError for the first field of a dataclass whose value, or an element of it, is invalid."""
     for field in dataclasses.fields(instance):
-        refuse = field.metadata.get("refuse")
-        for name, value in _elements(field.name, getattr(instance, field.name)) if refuse else ():
-            if value is not None and (problem := refuse(value)):
-                none = ", or None" if isinstance(field.type, types.UnionType) else ""
-                raise FieldError(group, f"{name}={value!r} {problem}{none}")
-
-
-def _elements(name: str, value) -> Iterator[tuple[str, object]]:
-    if isinstance(value, tuple):
-        yield from ((f"{name}[{i}]", x) for i, x in enumerate(value))
-    elif isinstance(value, Table):
-        yield from ((f"{name}.{key}", x) for key, x in value.items())
-    else:
-        yield name, value
+        name, value, refuse = field.name, getattr(instance, field.name), field.metadata.get("refuse", lambda _: "")
+        elements = {name: value}
+        if isinstance(value, tuple):
+            elements = {f"{name}[{i}]": x for i, x in enumerate(value)}
+        elif isinstance(value, Table):
+            elements = {f"{name}.{key}": x for key, x in value.items()}
+        for element, x in elements.items():
+            problem = "" if x is None else refuse(x)
+            none = ", or None" if isinstance(field.type, types.UnionType) else ""
+            if problem:
+                raise FieldError(group, f"{element}={x!r} {problem}{none}")
 
 
 def build(target: type, values, path: str):
@@ -254,9 +251,11 @@ def _unknown(key, group, known: Sequence[str], path: str, root: tuple) -> ValueE
     A misspelt key of the group comes before a key of that name elsewhere: stages[0].steps for stages[0].step.
     """
     key, names = str(key), _names(group, known)
-    misspelt = [names[name] for name in difflib.get_close_matches(key, names, 1, cutoff=0.85)]
-    inside = [[f"{path}.{name}" for name in near] for near in (misspelt, _near(key, names))]
-    likely = next(iter([*inside[0], *_elsewhere(key, *root), *inside[1]]), None)
+    misspelt, similar = (difflib.get_close_matches(key, names, 1, cutoff) for cutoff in (0.85, 0.5))
+    # lr for learning_rate, vocab_size for vocab
+    short = sorted((name for name in names if _abbreviates(name, key) or _abbreviates(key, name)), key=len, reverse=True)
+    misspelt, similar = ([f"{path}.{names[name]}" for name in near] for near in (misspelt, [*similar, *short]))
+    likely = next(iter([*misspelt, *_elsewhere(key, *root), *similar]), None)
     hint = f"did you mean {likely}?" if likely else f"known keys: {', '.join(known)}"
     return ValueError(f"unknown key {path}.{key}; {hint}")
 
@@ -267,13 +266,6 @@ def _names(group, known: Sequence[str]) -> dict[str, str]:
     if dataclasses.is_dataclass(group):
         aliases = {alias: f.name for f in dataclasses.fields(group) for alias in f.metadata.get("aliases", ())}
     return aliases | {name: name for name in known}
-
-
-def _near(key: str, names: Mapping[str, str]) -> list[str]:
-    """The fields similar to `key`, by spelling or as an abbreviation: lr for learning_rate, vocab_size for vocab."""
-    spelled = difflib.get_close_matches(key, names, 1, cutoff=0.5)
-    short = sorted((name for name in names if _abbreviates(name, key) or _abbreviates(key, name)), key=len, reverse=True)
-    return [names[name] for name in (*spelled, *short)]
 
 
 def _abbreviates(short: str, long: str) -> bool:
