@@ -97,32 +97,29 @@ def json_line(values: dict) -> str:
     return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def out_path() -> Path:
-    """The file that --out names, with links resolved; it need not exist."""
+def writable_out() -> Path | None:
+    """The file of --out, links resolved; OSError if it cannot be written. Its content stays until the answers are complete."""
+    if OUT.value is None:
+        return None
     files.check_named("out", OUT.value, "a file")
-    return Path(os.path.realpath(OUT.value))
-
-
-def check_out() -> None:
-    """OSError if --out cannot be written, before the model runs. Its content stays until the answers are complete."""
-    path = out_path()
+    path = Path(os.path.realpath(OUT.value))
     new = not path.exists()
     with files.naming(OUT.value):
         path.open("ab").close()
     if new:
         path.unlink()
+    return path
 
 
-def write(prompts: list[dict], replies: list[Answer]) -> None:
-    """Writes the records with their answers as JSON lines: to --out, or to stdout without --out or if it cannot be written."""
+def write(prompts: list[dict], replies: list[Answer], path: Path | None) -> None:
+    """Writes the records with their answers as JSON lines: to the file of --out, or to stdout if there is none or it fails."""
     lines = []
     for prompt, reply in zip(prompts, replies, strict=True):
         numbers = {"tokens": len(reply.tokens), "logprob": float(reply.logprobs.sum())}
         lines.append(json_line(prompt | {"answer": reply.text} | numbers))
-    if OUT.value is None:
+    if path is None:
         sys.stdout.writelines(lines)
         return
-    path = out_path()
     try:
         if path.exists() and not path.is_file():  # a pipe or a terminal
             path.write_text("".join(lines), encoding="utf-8")
@@ -149,8 +146,7 @@ def generate() -> None:
     prompts = records()
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     compress = None if COMPRESS.value is None else compression(COMPRESS.value)
-    if OUT.value is not None:
-        check_out()
+    out = writable_out()
     directory = loading.find(CHECKPOINT.value)
     step = loading.step_of(directory, STEP.value)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
@@ -178,8 +174,8 @@ def generate() -> None:
         finally:
             if shown:
                 print(flush=True)  # ends the line, whatever interrupts the answer
-    if PROMPTS.value or OUT.value:
-        write(prompts, replies)
+    if PROMPTS.value or out:
+        write(prompts, replies, out)
     print(report(engine.timing), file=sys.stderr)
 
 
