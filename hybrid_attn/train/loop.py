@@ -74,11 +74,11 @@ def train(
             checkpoints,
             metrics,
             stop,
-            lambda step: data_state(c, data.identities, step, recorded),
-            lambda params: evaluations.measure(params, metrics, stop.is_requested),
-            state,
-            start,
-            recorded["skipped_steps"],
+            data_state=lambda step: data_state(c, data.identities, step, recorded),
+            measure=lambda params: evaluations.measure(params, metrics, stop.is_requested),
+            state=state,
+            step=start,
+            skipped=recorded["skipped_steps"],
         )
         loop.train()
         loop.save(wait=True)
