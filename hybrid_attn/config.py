@@ -244,7 +244,7 @@ def completed(values: Mapping) -> dict:
     kinds = model.get("kinds") if isinstance(model, dict) else None
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], "prefix")
-    _add([values.get("optim")], defaults["optim"], "optimiser")
+    _add([values.get("optim")], defaults["optim"], "optimiser", "momentum", "moment_dtype", "independent_decay")
     _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "objective", "model_changes")
     _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
     return values

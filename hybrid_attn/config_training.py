@@ -101,7 +101,10 @@ class Optim:
     b1: float = within(0, 1, below=True, aliases=("adam_beta1",))
     b2: float = within(0, 1, below=True, aliases=("adam_beta2",))
     eps: float = within(0, 1, above=True)
+    momentum: float = within(0, 1, below=True)
+    moment_dtype: str = one_of("float32", "bfloat16")
     weight_decay: float = within(0, 100)
+    independent_decay: bool
     clip_norm: float = within(0, 10**12, above=True, aliases=("grad_clip", "max_grad_norm", "gradient_clipping"))
     schedule: str = one_of("cosine", "wsd")
     warmup_steps: int = within(0, MOST_STEPS)

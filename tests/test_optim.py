@@ -11,7 +11,7 @@ from conftest import assert_close, tiny
 
 from hybrid_attn.model import specs
 from hybrid_attn.model.params import EMBEDDING, MATRIX, ParamSpec, map_specs
-from hybrid_attn.train.optim import adamw, schedule
+from hybrid_attn.train.optim import OPTIMISERS, adamw, schedule
 
 
 def optim_of(**changes):
@@ -94,3 +94,39 @@ def test_updates_are_those_of_adamw_after_clipping_by_the_norm_of_all_gradients(
             m_hat, v_hat = m / (1 - 0.8 ** (step + 1)), v / (1 - 0.9 ** (step + 1))
             group[name] = group[name] - lr * (m_hat / (np.sqrt(v_hat) + 1e-3) + decay * group[name])
         assert_close(got, params, 1e-5)
+
+
+def after_a_step(optimiser, shape=(256, 128), **changes):
+    """The update of a matrix of ones by a gradient of rank one, and the state of the scaling."""
+    rng = np.random.default_rng(0)
+    gradient = {"up": jnp.asarray(np.outer(*(rng.normal(size=n) for n in shape)), jnp.float32)}
+    params = {"up": jnp.ones(shape)}
+    tx = OPTIMISERS[optimiser](optim_of(warmup_steps=0, clip_norm=1e9, **changes), {"up": spec_of(MATRIX)}, 10)
+    updates, state = tx.update(gradient, tx.init(params), params)
+    return np.asarray(gradient["up"]), np.asarray(updates["up"]), state[1]
+
+
+def test_lion_moves_by_the_sign_of_its_momentum():
+    gradient, update, _ = after_a_step("lion", lr=0.1, weight_decay=0.0)
+    np.testing.assert_allclose(update, -0.1 * np.sign(gradient), rtol=1e-6)
+
+
+def test_adafactor_keeps_sums_of_rows_and_columns_and_divides_a_gradient_of_rank_one_by_its_size():
+    gradient, update, state = after_a_step("adafactor", lr=0.1, weight_decay=0.0)
+    np.testing.assert_allclose(update, -0.1 * np.sign(gradient), rtol=1e-4)
+    assert sum(x.size for x in jax.tree.leaves(state)) < 2 * (256 + 128)
+
+
+@pytest.mark.parametrize("optimiser, moment", [("adamw", "mu"), ("lion", "mu")])
+def test_moments_in_bfloat16_take_half_the_bytes(optimiser, moment):
+    assert getattr(after_a_step(optimiser, moment_dtype="bfloat16")[2], moment)["up"].dtype == jnp.bfloat16
+    assert getattr(after_a_step(optimiser)[2], moment)["up"].dtype == jnp.float32
+
+
+def test_independent_decay_is_a_share_of_the_schedule_whatever_the_peak():
+    for lr in (0.1, 0.01):
+        _, without, _ = after_a_step("lion", lr=lr, weight_decay=0.0)
+        _, coupled, _ = after_a_step("lion", lr=lr, weight_decay=0.3)
+        _, independent, _ = after_a_step("lion", lr=lr, weight_decay=0.3, independent_decay=True)
+        np.testing.assert_allclose(coupled - without, -0.3 * lr, rtol=1e-4)
+        np.testing.assert_allclose(independent - without, -0.3, rtol=1e-4)

@@ -113,12 +113,16 @@ def get_config() -> ConfigDict:
     c.data.prefetch = 2  # batches that are read ahead, each by its own thread
 
     o = c.optim = ConfigDict()
-    o.optimiser = "adamw"  # a name in `OPTIMISERS` of hybrid_attn/train/optim.py
+    # A name in `OPTIMISERS` of hybrid_attn/train/optim.py. muon: matrices by Muon, the others by AdamW at the same rate.
+    o.optimiser = "adamw"  # adamw | muon | lion | adafactor
     o.lr = 6e-3  # peak; small models need high rates
     o.b1 = 0.9
     o.b2 = 0.95  # shorter memory than 0.999: the usual choice for language models
     o.eps = 1e-8
-    o.weight_decay = 0.1  # not on norms and embeddings
+    o.momentum = 0.95  # of Muon
+    o.moment_dtype = "float32"  # float32 | bfloat16: of the first moment or the momentum; bfloat16 saves 2 bytes a parameter
+    o.weight_decay = 0.1  # not on norms and embeddings; a step takes lr * weight_decay of a matrix off it
+    o.independent_decay = False  # True: a step takes lr / peak * weight_decay off it, whatever the peak (arXiv 2309.14322)
     o.clip_norm = 1.0  # largest norm of the gradient of all parameters
     o.schedule = "cosine"  # cosine | wsd: constant, then a linear decay
     o.warmup_steps = 20

@@ -64,9 +64,9 @@ def _of_matrices(x: jax.Array, axes: list[int]) -> jax.Array:
     return jnp.moveaxis(newton_schulz(jnp.moveaxis(x, axes, (-2, -1))), (-2, -1), axes)
 
 
-def scale_by_muon(specs: dict, momentum: float) -> optax.GradientTransformation:
-    """Orthogonalised Nesterov momentum of every matrix; the momentum is sharded as the weights are."""
-    accumulate = optax.trace(momentum, nesterov=True)
+def scale_by_muon(specs: dict, momentum: float, dtype: str) -> optax.GradientTransformation:
+    """Orthogonalised Nesterov momentum of every matrix; the momentum has this dtype and is sharded as the weights are."""
+    accumulate = optax.trace(momentum, nesterov=True, accumulator_dtype=dtype)
 
     def update(updates, state, params=None):
         updates, state = accumulate.update(updates, state)

@@ -6,7 +6,8 @@ import optax
 
 from hybrid_attn.config import Config, Optim, StageConfig
 from hybrid_attn.model import specs
-from hybrid_attn.model.params import map_specs
+from hybrid_attn.model.params import MATRIX, map_specs
+from hybrid_attn.train.muon import scale_by_muon
 from hybrid_attn.trees import choice
 
 
@@ -23,18 +24,57 @@ def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(optim.lr), fall], [warmup, total_steps - decay])
 
 
-def adamw(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm."""
+def _chained(scaling: optax.GradientTransformation, optim: Optim, specs: dict, total_steps: int):
+    """Clipping by the global norm, `scaling`, decay of the matrices apart from it (arXiv 1711.05101), and the learning rate.
+
+    Decay is in proportion to the learning rate; an independent one (arXiv 2309.14322) to its share of the peak.
+    """
+    decay = optim.weight_decay / optim.lr if optim.independent_decay else optim.weight_decay
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
-        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-        optax.add_decayed_weights(optim.weight_decay, mask=map_specs(lambda spec: spec.decay, specs)),
+        scaling,
+        optax.add_decayed_weights(decay, mask=map_specs(lambda spec: spec.decay, specs)),
         optax.scale_by_learning_rate(schedule(optim, total_steps)),
     )
 
 
+def _adam(optim: Optim) -> optax.GradientTransformation:
+    return optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.moment_dtype)
+
+
+def adamw(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101)."""
+    return _chained(_adam(optim), optim, specs, total_steps)
+
+
+def muon(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransformation:
+    """Muon for matrices, and AdamW for embeddings, norms and scalars of heads; both take the same learning rate."""
+    is_matrix = map_specs(lambda spec: spec.group == MATRIX, specs)
+    matrices = map_specs(lambda spec: spec if spec.group == MATRIX else optax.MaskedNode(), specs)
+    transforms = {True: scale_by_muon(matrices, optim.momentum, optim.moment_dtype), False: _adam(optim)}
+    return _chained(optax.partition(transforms, is_matrix), optim, specs, total_steps)
+
+
+def lion(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransformation:
+    """Lion (arXiv 2302.06675); its rate is about a tenth of AdamW's, and its decay ten times as large."""
+    return _chained(optax.scale_by_lion(optim.b1, optim.b2, optim.moment_dtype), optim, specs, total_steps)
+
+
+def adafactor(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransformation:
+    """Adafactor (arXiv 1804.04235) without momentum: of an array's two largest axes it keeps sums, not every square.
+
+    The root mean square of an update is at most the rate.
+    """
+    return _chained(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), optim, specs, total_steps)
+
+
 # From the optimiser's part of a config, the `ParamSpec` of every parameter and the steps of all stages.
-OPTIMISERS: dict[str, Callable[[Optim, dict, int], optax.GradientTransformation]] = {"adamw": adamw}
+OPTIMISERS: dict[str, Callable[[Optim, dict, int], optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "muon": muon,
+    "lion": lion,
+    "adafactor": adafactor,
+}
 
 
 def optimiser(c: Config | StageConfig) -> optax.GradientTransformation:
