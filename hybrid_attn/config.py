@@ -41,6 +41,11 @@ from hybrid_attn.trees import Table, check, check_fields, suggestion, within
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
+# Keys of `optim` that older configs lack.
+NEW_OPTIM = (
+    "optimiser", "momentum", "moment_dtype", "independent_decay",
+    "ema_half_life", "spike_factor", "spike_window", "most_spikes",
+)  # fmt: skip
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
@@ -244,7 +249,7 @@ def completed(values: Mapping) -> dict:
     kinds = model.get("kinds") if isinstance(model, dict) else None
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], "prefix")
-    _add([values.get("optim")], defaults["optim"], "optimiser", "momentum", "moment_dtype", "independent_decay")
+    _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
     _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "objective", "model_changes")
     _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
     return values

@@ -111,6 +111,10 @@ class Optim:
     decay_fraction: float = within(0, 1, above=True)
     final_lr_ratio: float = within(0, 1, aliases=("min_lr_ratio",))
     z_loss: float = within(0, 1)
+    ema_half_life: float | None = within(0, 1, above=True)
+    spike_factor: float | None = within(1, 10**6, above=True)
+    spike_window: int = within(8, 10_000)
+    most_spikes: int = within(1, 10_000)
 
     def __post_init__(self):
         check_fields(self, "optim")

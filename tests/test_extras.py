@@ -19,7 +19,7 @@ STAGE = {"steps": 2, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}
 PLAIN, AVERAGED = tiny({"stages": [STAGE] * 2}), {"stages": [STAGE, STAGE | {"objective": "averaged"}]}
 
 
-def halfway(average, params, sums):
+def halfway(average, params, *_):
     return jax.tree.map(lambda a, p: 0.5 * a + 0.5 * p, average, params)
 
 
@@ -111,7 +111,7 @@ def test_of_two_extras_whose_names_begin_alike_either_is_left_out(monkeypatch, t
 
 
 def test_an_extra_without_arrays_is_no_damage(monkeypatch, tmp_path):
-    empty = Extra(lambda params: {}, lambda extra, params, sums: extra)
+    empty = Extra(lambda params: {}, lambda extra, *_: extra)
     monkeypatch.setitem(OBJECTIVES, "averaged", NEXT_TOKEN._replace(extras={"empty": empty}))
     with jax.set_mesh(mesh_of()):
         c = tiny(AVERAGED | {"seed": 1})  # jit has compiled the first state of the other one

@@ -69,10 +69,10 @@ def test_the_line_of_a_step_that_was_compiled_has_no_speed(tmp_path, capsys):
 
 def test_a_skipped_step_is_a_line_of_its_own(tmp_path, capsys):
     metrics = Metrics(tmp_path, 3, 10, peak_flops=20e12).open()
-    metrics.skip(4)
+    metrics.skip(4, "its batch is passed over")
     metrics.close()
     assert _lines(tmp_path / "metrics.jsonl") == [{"step": 4, "skipped": True}]
-    assert capsys.readouterr().out == "step 4/10  skipped: its batch is passed over, as --skip_steps says\n"
+    assert capsys.readouterr().out == "step 4/10  skipped: its batch is passed over\n"
 
 
 @pytest.mark.parametrize("seconds, text", [(8, "8s"), (59.7, "1m 00s"), (312, "5m 12s"), (7503, "2h 05m"), (273_600, "3d 04h")])

@@ -129,6 +129,14 @@ def get_config() -> ConfigDict:
     o.decay_fraction = 0.2  # wsd: fraction of all steps in the final decay
     o.final_lr_ratio = 0.1  # last learning rate over peak
     o.z_loss = 0.0  # weight of (log sum exp)^2; 1e-4 keeps logits from drifting in long bfloat16 runs
+    # Moving average of the parameters, in the checkpoints too (tools/merge.py --ema makes a model of it): its half-life as a
+    # share of the steps done, such as 0.05; None = no average.
+    o.ema_half_life = None
+    # A step takes no update where its loss or gradient norm is not finite, or above this multiple of the median of the last
+    # spike_window steps; 3 leaves ordinary noise alone. None = take every update, and stop where one is not finite.
+    o.spike_factor = None
+    o.spike_window = 64  # steps
+    o.most_spikes = 5  # in a row; one more stops the run
 
     stage = ConfigDict()
     stage.steps = 300

@@ -102,12 +102,12 @@ class Metrics:
         else:
             self.bar.set_postfix_str(console.step_line(values), refresh=False)
 
-    def skip(self, step: int) -> None:
-        """Records that a step was skipped."""
+    def skip(self, step: int, reason: str) -> None:
+        """Records that a step was skipped, and prints the reason."""
         if self.writes:
             self._write(self.steps_file, {"step": step, "skipped": True})
             self._show(summary.scalar("train/skipped", 1), step)
-        self.say(f"step {step}/{self.total_steps}  skipped: its batch is passed over, as --skip_steps says")
+        self.say(f"step {step}/{self.total_steps}  skipped: {reason}")
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step`, which is now the step reached."""

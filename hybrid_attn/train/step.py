@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Config, StageConfig
 from hybrid_attn.model import Execution, execution_on, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
+from hybrid_attn.train import average, spikes
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.objectives.objective import Extra, Objective
 from hybrid_attn.train.optim import optimiser, schedule
@@ -38,8 +39,18 @@ def init_state(config: Config, params: dict | None = None) -> TrainState:
 
 
 def extras_of(config: Config) -> dict[str, Extra]:
-    """The extras of the objectives of all stages, by name."""
-    return {name: extra for stage in config.each_stage for name, extra in objective_of(stage).extras.items()}
+    """The extras of all stages, by name."""
+    return {name: extra for stage in config.each_stage for name, extra in extras_of_stage(stage).items()}
+
+
+def extras_of_stage(config: StageConfig) -> dict[str, Extra]:
+    """The extras of the objective of a stage, and those that `optim` asks for."""
+    extras = dict(objective_of(config).extras)
+    if config.optim.ema_half_life is not None:
+        extras[average.NAME] = average.moving_average(config.optim.ema_half_life)
+    if config.optim.spike_factor is not None:
+        extras[spikes.NAME] = spikes.history(config.optim)
+    return extras
 
 
 def with_extras(config: Config, state: TrainState) -> TrainState:
@@ -76,9 +87,10 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
 
     More microbatches compute the same step in less memory. The norms are those of the gradient and of the new parameters,
     which an update that is not finite makes so as well; the norm of the update itself would keep the whole update in memory.
+    With `optim.spike_factor` the state after a spike is that of `skip_step`, and `spikes_in_a_row` is a metric.
     ValueError for an objective that is not in `OBJECTIVES`.
     """
-    objective, tx = objective_of(config), optimiser(config)
+    objective, tx, kept = objective_of(config), optimiser(config), extras_of_stage(config)
     rate = schedule(config.optim, config.total_steps)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -86,15 +98,15 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
         (loss, sums), grads = loss_and_gradient(config, execution, objective, state, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        extras = {name: extra.update(state.extras[name], params, sums) for name, extra in objective.extras.items()}
-        metrics = {
-            "loss": loss,
-            **objective.metrics(sums, batch),
-            "grad_norm": optax.tree.norm(grads),
-            "lr": rate(state.step),
-            "param_norm": optax.tree.norm(params),
-        }
-        return TrainState(state.step + 1, params, opt_state, state.extras | extras), metrics
+        extras = {name: extra.update(state.extras[name], params, sums, state.step + 1) for name, extra in kept.items()}
+        new = TrainState(state.step + 1, params, opt_state, state.extras | extras)
+        metrics = {"loss": loss, **objective.metrics(sums, batch), "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
+        if config.optim.spike_factor is not None:
+            is_spike, history = spikes.judge(config.optim, state.extras[spikes.NAME], metrics)
+            new = jax.tree.map(functools.partial(jnp.where, is_spike), after_skipped_step(state), new)
+            new = new._replace(extras=new.extras | {spikes.NAME: history})
+            metrics["spikes_in_a_row"] = history["in_a_row"]
+        return new, metrics | {"param_norm": optax.tree.norm(new.params)}
 
     return step
 
@@ -129,8 +141,7 @@ def loss_and_gradient(config: StageConfig, execution: Execution, objective: Obje
     return jax.lax.scan(add, zeros, split)[0]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def skip_step(state: TrainState) -> TrainState:
+def after_skipped_step(state: TrainState) -> TrainState:
     """The state after a step that trains on nothing: the step and the schedule go on, everything else stays."""
 
     def advance(x):
@@ -138,3 +149,6 @@ def skip_step(state: TrainState) -> TrainState:
 
     opt_state = jax.tree.map(advance, state.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
     return state._replace(step=state.step + 1, opt_state=opt_state)
+
+
+skip_step = jax.jit(after_skipped_step, donate_argnums=0)

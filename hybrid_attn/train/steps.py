@@ -102,7 +102,7 @@ class Loop:
         self.state = skip_step(self.state)
         self.stop.first_step_began()
         with self.stop.after_saving():
-            self.metrics.skip(self.step)
+            self.metrics.skip(self.step, "its batch is passed over, as --skip_steps says")
         self.metrics.advance(self.step)
         self.restart_clock()
 
@@ -124,6 +124,10 @@ class Loop:
         number, metrics, compiled = self.dispatched
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
+        self.dispatched = None
+        if in_a_row := int(values.pop("spikes_in_a_row", 0)):
+            self.pass_over_spike(number, values, in_a_row)
+            return
         check_finite(number, values, self.checkpoints)
         stage, _ = self.config.stage_at(number - 1)
         self.progress.steps.append(Timed(values, now - self.clock, self.waited, compiled, stage))
@@ -131,8 +135,22 @@ class Loop:
             with self.stop.after_saving():
                 self.metrics.log(number, *self.progress.line(number))
         self.metrics.advance(number)
-        self.dispatched = None
         self.restart_clock(now)
+
+    def pass_over_spike(self, number: int, values: Mapping[str, float], in_a_row: int) -> None:
+        """Records a step that took no update, the last of so many; FloatingPointError if these are more than `most_spikes`."""
+        optim = self.config.optim
+        what = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
+        with self.stop.after_saving():
+            self.metrics.skip(number, f"{what}: not finite, or above {optim.spike_factor:g} x the median; no update is taken")
+        self.metrics.advance(number)
+        self.restart_clock()
+        if in_a_row > optim.most_spikes:
+            steps = f"{number - in_a_row + 1}:{number}"
+            raise FloatingPointError(
+                f"steps {steps} were skipped as spikes ({what} at the last), and optim.most_spikes={optim.most_spikes}; "
+                f"{kept(self.checkpoints)}; lower optim.lr, or pass over the batches with --skip_steps={steps}"
+            )
 
     def restart_clock(self, now: float | None = None) -> None:
         """Starts the time of the next step, by default now; nothing has been waited for yet."""
@@ -145,13 +163,17 @@ def check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoint
     bad = [f"{name} is {values[name]}" for name in names if not math.isfinite(values[name])]
     if not bad:
         return
-    checkpoints.wait()  # the newest one may still be being written
-    newest = checkpoints.latest()
-    saved = "no checkpoint was written yet" if newest is None else f"the checkpoint of step {newest} is kept"
     cure = f"lower optim.lr or raise optim.warmup_steps, or pass over the batch with --skip_steps={step}"
     if not math.isfinite(values["lr"]):
         cure = "mend the learning rate: optim.lr, optim.schedule, optim.final_lr_ratio"
-    raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {saved}; {cure}")
+    raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {kept(checkpoints)}; {cure}")
+
+
+def kept(checkpoints: Checkpoints) -> str:
+    """Which checkpoint remains of a run that ends with an error."""
+    checkpoints.wait()  # the newest one may still be being written
+    newest = checkpoints.latest()
+    return "no checkpoint was written yet" if newest is None else f"the checkpoint of step {newest} is kept"
 
 
 class Timed(NamedTuple):

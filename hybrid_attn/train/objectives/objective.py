@@ -16,11 +16,11 @@ class Extra(NamedTuple):
     """Arrays of the training state that a checkpoint carries, such as a moving average of the parameters.
 
     `init(params)` makes the initial arrays. They are used at step 0, and on resume from a checkpoint that lacks the extra.
-    `update(extra, params, sums)` makes those after a step, from its new parameters and the sums of its objective.
+    `update(extra, params, sums, step)` makes those after `step` steps, from the new parameters and the sums of the objective.
     """
 
     init: Callable[[dict], Any]
-    update: Callable[[Any, dict, dict], Any]
+    update: Callable[[Any, dict, dict, jax.Array], Any]
 
     def start(self, params: dict) -> Any:
         """The initial arrays, which share no buffer with the parameters: the step donates both."""
