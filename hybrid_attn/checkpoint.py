@@ -26,6 +26,7 @@ from hybrid_attn.config import upgraded
 from hybrid_attn.stored import UnreadableError
 
 MIB = 2**20
+PARAMS = "params"  # the group of the parameters in the state
 GLOB = r"*?[" + "\\"  # Orbax reads a directory name with one of these as a pattern
 _STEPS = ocp.path.step.standard_name_format()
 
@@ -217,19 +218,24 @@ def read_params(directory: str | os.PathLike, abstract_params: Any, step: int | 
     return tree["params"]
 
 
-def read_shapes(directory: str | os.PathLike, step: int | None = None) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, by name, of the newest checkpoint or of that of `step`; ValueError if unreadable."""
+def read_shapes(directory: str | os.PathLike, step: int | None = None, group: str = PARAMS) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by name, of the newest checkpoint or of that of `step`; ValueError if unreadable.
+
+    `group` holds them, or arrays like them: an extra such as extras/ema.
+    """
     shapes = stored.read_shapes(_newest_path(directory, step))
-    return {name.removeprefix("params/"): shape for name, shape in shapes.items() if name.startswith("params/")}
+    return {name.removeprefix(f"{group}/"): shape for name, shape in shapes.items() if name.startswith(f"{group}/")}
 
 
-def read_slices(directory: str | os.PathLike, name: str, shape: tuple, step: int | None = None) -> Iterator[np.ndarray]:
+def read_slices(
+    directory: str | os.PathLike, name: str, shape: tuple, step: int | None = None, group: str = PARAMS
+) -> Iterator[np.ndarray]:
     """Yields the periods of a stacked parameter, or all of an unstacked one, on the host and in the dtype on disk.
 
     One chunk is in memory at a time: a period, or several periods in older checkpoints. UnreadableError, before the last
     period, if the checksum differs.
     """
-    return stored.read_slices(_newest_path(directory, step), f"params/{name}", shape)
+    return stored.read_slices(_newest_path(directory, step), f"{group}/{name}", shape)
 
 
 def _chunks(key: tuple, _) -> ocp.SaveArgs:

@@ -94,7 +94,7 @@ def read_json(path, item: str) -> dict:
 
 
 def read_slices(path, name: str, shape: tuple) -> Iterator[np.ndarray]:
-    """See `checkpoint.read_slices`; `name` begins with params/."""
+    """See `checkpoint.read_slices`; `name` begins with the name of its group."""
     sums = read_sums(path)
     if name not in sums.arrays:
         raise UnreadableError(f"checksums: no array {name}")
@@ -152,7 +152,8 @@ def sum_of(x: np.ndarray) -> int:
 
 
 def stacked(name: str) -> bool:
-    return name.startswith("params/periods/")
+    """Whether the first axis of an array is the period: of a parameter, or of an extra that is like the parameters."""
+    return "periods" in name.split("/")[1:3]
 
 
 def fields_of(state: Any) -> dict[str, Any]:

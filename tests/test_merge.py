@@ -6,7 +6,7 @@ import pytest
 from conftest import random_params, tiny, tool
 from test_loading import save
 
-from hybrid_attn import checkpoint, merge
+from hybrid_attn import checkpoint, config, merge
 from hybrid_attn.infer import loading
 from hybrid_attn.merge import Recipe, decay_weights
 
@@ -130,9 +130,20 @@ def test_models_merge_onto_their_base_layer_by_layer(run, tmp_path, one_device):
     np.testing.assert_array_equal(loading.load(tmp_path / "out").params["periods"]["L0"]["attention"]["q"][0], expected)
 
 
+def test_a_moving_average_becomes_a_model(tmp_path, one_device):
+    c = tiny({"optim.ema_half_life": 0.5})
+    ema, params = random_params(c.model, 1), random_params(c.model, 2)
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=1, every=1)
+    checkpoints.save(4, {"params": params, "extras": {"ema": ema}}, {"stage_steps": [4], "stage": {}}, config.to_dict(c))
+    checkpoints.close()
+    merge_with(f"--checkpoint={tmp_path / 'run'}", "--ema", f"--out={tmp_path / 'out'}")
+    jax.tree.map(np.testing.assert_array_equal, loading.load(tmp_path / "out").params, ema)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--last=1", "--ema"], "has no moving average; a run with optim.ema_half_life keeps one"),
         (["--last=9"], "--last=9: .* has 3 checkpoints"),
         (["--steps=3,x"], "--steps=3,x must be numbers"),
         (["--steps=3,4"], "has no complete checkpoint of step 4"),

@@ -5,6 +5,9 @@ With --last or --steps the checkpoints are those of one run; --decay weights the
 its directory, or DIR/STEP. --out becomes a directory of checkpoints with step 0, like that of tools/import_hf.py: evaluate it,
 export it, or start a run from it with --config.init_from.path. It records the recipe.
 
+With --ema the moving averages of the parameters are merged instead of the parameters (optim.ema_half_life); with one checkpoint
+this makes a model of its average.
+
 Methods: linear (--weights), slerp of two models (--t), and ties and dare, which add to --base what the models differ from it
 (--weights, --density, --scale; dare draws at random: --seed). Each layer is merged by itself; one tensor of every model is in
 memory at a time, and the result. Exit codes: 2 for a wrong flag or input.
@@ -23,17 +26,19 @@ import numpy as np
 from absl import app, flags
 from flax.traverse_util import unflatten_dict
 
-from hybrid_attn import checkpoint, files, merge, programs
+from hybrid_attn import checkpoint, files, merge, programs, stored
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.convert import hf
 from hybrid_attn.infer import loading
 from hybrid_attn.stored import first_eight
+from hybrid_attn.train import average
 from hybrid_attn.trees import check
 
 CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir, directory of checkpoints, or DIR/STEP.", required=True)
 OUT = flags.DEFINE_string("out", None, "New directory of checkpoints.", required=True)
 LAST = flags.DEFINE_integer("last", None, "Merge the newest checkpoints of the run, so many.", 1)
 STEPS = flags.DEFINE_list("steps", None, "Merge the checkpoints of these steps of the run.")
+EMA = flags.DEFINE_bool("ema", False, "Merge the moving averages that the checkpoints hold.")
 METHOD = flags.DEFINE_enum("method", "linear", list(merge.METHODS), "How tensors are merged.")
 WEIGHTS = flags.DEFINE_list("weights", None, "Weight of each model; by default all are equal.")
 DECAY = flags.DEFINE_enum("decay", None, list(merge.DECAYS), "Weights of checkpoints that stand for this decay.")
@@ -47,10 +52,11 @@ OPTIONS["dare"] = (*OPTIONS["ties"], SEED)
 
 
 class Model(NamedTuple):
-    """A checkpoint that is merged."""
+    """A checkpoint that is merged, and the group of its arrays that are."""
 
     directory: str
     step: int
+    group: str
     saved: loading.Saved
 
     @property
@@ -66,28 +72,29 @@ def numbers(flag: str, texts: Sequence[str], kind: type) -> list:
         raise ValueError(f"--{flag}={','.join(texts)} must be numbers with commas between them") from None
 
 
-def model_at(path: str, step: int | None = None) -> Model:
+def model_at(path: str, step: int | None = None, group: str = checkpoint.PARAMS) -> Model:
     """The checkpoint at a path, which may end with its step; ValueError where there is none."""
     parent, _, last = path.rstrip("/").rpartition("/")
     if step is None and last.isdecimal() and int(last) in checkpoint.steps(parent or "."):
         path, step = parent or ".", int(last)
     directory = loading.find(path)
     step = loading.step_of(directory, step)
-    return Model(directory, step, loading.saved_of(directory, step))
+    return Model(directory, step, group, loading.saved_of(directory, step))
 
 
 def models() -> list[Model]:
     """The checkpoints that the flags name, oldest first where they are of one run."""
+    group = f"{stored.EXTRAS}/{average.NAME}" if EMA.value else checkpoint.PARAMS
     if LAST.value is None and STEPS.value is None:
-        return [model_at(path) for path in CHECKPOINT.value]
+        return [model_at(path, group=group) for path in CHECKPOINT.value]
     check(LAST.value is None or STEPS.value is None, "--last and --steps both choose checkpoints; give one of them")
     check(len(CHECKPOINT.value) == 1, "--last and --steps are of one run; give one --checkpoint")
     directory = loading.find(CHECKPOINT.value[0])
     steps = checkpoint.steps(directory)
     if LAST.value is not None:
         check(LAST.value <= len(steps), f"--last={LAST.value}: {directory} has {len(steps)} checkpoints; train.keep keeps more")
-        return [model_at(directory, step) for step in steps[-LAST.value :]]
-    return [model_at(directory, step) for step in sorted(numbers("steps", STEPS.value, int))]
+        return [model_at(directory, step, group) for step in steps[-LAST.value :]]
+    return [model_at(directory, step, group) for step in sorted(numbers("steps", STEPS.value, int))]
 
 
 def recipe_for(number: int) -> merge.Recipe:
@@ -108,12 +115,18 @@ def recipe_for(number: int) -> merge.Recipe:
     return merge.Recipe(method, weights, T.value, DENSITY.value, SCALE.value, SEED.value)
 
 
+def shapes_in(model: Model) -> dict[str, tuple[int, ...]]:
+    shapes = checkpoint.read_shapes(model.directory, model.step, model.group)
+    check(bool(shapes), f"{model.name} has no moving average; a run with optim.ema_half_life keeps one")
+    return shapes
+
+
 def shapes_of(merged: Sequence[Model]) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter; ValueError where models have other parameters, shapes or tokenizers."""
     first = merged[0]
-    shapes = checkpoint.read_shapes(first.directory, first.step)
+    shapes = shapes_in(first)
     for model in merged[1:]:
-        other = checkpoint.read_shapes(model.directory, model.step)
+        other = shapes_in(model)
         names = sorted(name for name in shapes.keys() | other.keys() if shapes.get(name) != other.get(name))
         lines = [f"{name}: {shapes.get(name, 'none')} -> {other.get(name, 'none')}" for name in names]
         check(not names, f"{first.name} and {model.name} have other parameters: {first_eight(lines)}")
@@ -125,7 +138,7 @@ def shapes_of(merged: Sequence[Model]) -> dict[str, tuple[int, ...]]:
 def merged_slices(merged: Sequence[Model], base: Model | None, recipe: merge.Recipe, name: str, shape) -> Iterator[np.ndarray]:
     """The merged periods of a stacked parameter, or all of an unstacked one."""
     sources = [*merged, *([base] if base else [])]
-    slices = [checkpoint.read_slices(x.directory, name, shape, x.step) for x in sources]
+    slices = [checkpoint.read_slices(x.directory, name, shape, x.step, x.group) for x in sources]
     for index, tensors in enumerate(zip(*slices, strict=True)):
         rng = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), index])
         yield merge.merge(recipe, tensors[: len(merged)], tensors[-1] if base else None, rng)
@@ -157,7 +170,8 @@ def recorded(merged: Sequence[Model], base: Model | None, recipe: merge.Recipe) 
     """What the data item of the merged checkpoint says about its sources."""
 
     def source(model: Model) -> dict:
-        return {"path": model.directory, "step": model.step, "fingerprint": checkpoint.fingerprint(model.directory, model.step)}
+        fingerprint = checkpoint.fingerprint(model.directory, model.step)
+        return {"path": model.directory, "step": model.step, "group": model.group, "fingerprint": fingerprint}
 
     return {**dataclasses.asdict(recipe), "models": [source(x) for x in merged], "base": source(base) if base else None}
 
