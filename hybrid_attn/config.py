@@ -29,8 +29,10 @@ from hybrid_attn.config_training import (
     Data,
     Evals,
     InitFrom,
+    LrSchedule,
     Mesh,
     Optim,
+    Piece,
     Source,
     Stage,
     Train,
@@ -43,7 +45,7 @@ REMAT = ("layer", "none", "attention", "offload")  # the first of each is the de
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
 # Keys of `optim` that older configs lack.
 NEW_OPTIM = (
-    "optimiser", "momentum", "moment_dtype", "independent_decay",
+    "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
     "ema_half_life", "spike_factor", "spike_window", "most_spikes",
 )  # fmt: skip
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
@@ -69,19 +71,20 @@ def longest_text(config_json: Mapping, path: os.PathLike) -> int | None:
 class StageConfig:
     """The config of one stage of a run, made by `Config.at`.
 
-    `mixture` has the weight of each source and is never empty; `total_steps` are those of all stages, which the learning-rate
-    schedule spans. Configs of two stages are equal if their training steps compile to the same program.
+    `mixture` has the weight of each source and is never empty; `pieces` are those of the learning rate of the whole run.
+    Configs of two stages are equal if their training steps compile to the same program.
     """
 
     index: int = dataclasses.field(compare=False)
     steps: int = dataclasses.field(compare=False)
     mixture: Table[str, float] = dataclasses.field(compare=False)
     model_changes: tuple[str, ...] = dataclasses.field(compare=False)
+    lr_schedule: LrSchedule | None = dataclasses.field(compare=False)
     seq_len: int
     batch: int
     microbatches: int
     objective: str
-    total_steps: int
+    pieces: tuple[Piece, ...]
     model: Model
     mesh: Mesh
     optim: Optim
@@ -144,6 +147,8 @@ class Config(CheckpointConfig):
         for index, stage in enumerate(self.stages):
             _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
             _check_model_changes(f"stages[{index}].model_changes", stage.model_changes, self.model)
+            alike = (stage.lr_schedule is None) == (self.stages[0].lr_schedule is None)
+            check(alike, f"of stages[0] and stages[{index}] only one has lr_schedule; give every stage one, or none")
             for name in self.weights(index):
                 _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
         for multiple in self.evals.lengths:
@@ -163,7 +168,14 @@ class Config(CheckpointConfig):
         index = range(len(self.stages))[stage]
         fields = vars(self.stages[index]) | {"mixture": Table(self.weights(index))}
         groups = {name: getattr(self, name) for name in ("model", "mesh", "optim", "train")}
-        return StageConfig(index=index, total_steps=self.total_steps, **fields, **groups)
+        return StageConfig(index=index, pieces=self.pieces, **fields, **groups)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The pieces of the learning rate: one for each stage, or one for all of them."""
+        if self.stages[0].lr_schedule is None:
+            return (Piece(self.total_steps, None),)
+        return tuple(Piece(stage.steps, stage.lr_schedule) for stage in self.stages)
 
     @property
     def each_stage(self) -> tuple[StageConfig, ...]:
@@ -250,7 +262,7 @@ def completed(values: Mapping) -> dict:
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], "prefix")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
-    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "objective", "model_changes")
+    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "objective", "model_changes", "lr_schedule")
     _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
     return values
 

@@ -94,6 +94,32 @@ class Data:
             )
 
 
+FALLING = ("cosine", "wsd", "linear")  # shapes with a last rate of their own
+SHAPES = (*FALLING, "constant", "inverse_sqrt")
+DECAY_SHAPES = ("linear", "sqrt", "exponential")
+
+
+@dataclasses.dataclass(frozen=True)
+class LrSchedule:
+    """The learning rate of one stage: after a warm-up to `start`, a shape that ends with `end`."""
+
+    shape: str = one_of(*SHAPES)
+    start: float | None = within(0, 100, above=True)
+    end: float | None = within(0, 100)
+    warmup_steps: int = within(0, MOST_STEPS)
+    decay_fraction: float = within(0, 1, above=True)
+    decay_shape: str = one_of(*DECAY_SHAPES)
+    jump: bool
+
+    def __post_init__(self):
+        check_fields(self, "lr_schedule")
+        falls = self.shape in FALLING
+        needs = "needs a last rate" if falls else "has no last rate of its own"
+        check(falls == (self.end is not None), f"lr_schedule.shape={self.shape!r} {needs}, and lr_schedule.end={self.end}")
+        exponential = self.shape == "wsd" and self.decay_shape == "exponential"
+        check(not (exponential and self.end == 0), "lr_schedule.end=0 is never reached by an exponential decay; use a small rate")
+
+
 @dataclasses.dataclass(frozen=True)
 class Optim:
     optimiser: str = named("optimizer")
@@ -106,9 +132,10 @@ class Optim:
     weight_decay: float = within(0, 100)
     independent_decay: bool
     clip_norm: float = within(0, 10**12, above=True, aliases=("grad_clip", "max_grad_norm", "gradient_clipping"))
-    schedule: str = one_of("cosine", "wsd")
+    schedule: str = one_of(*SHAPES)
     warmup_steps: int = within(0, MOST_STEPS)
     decay_fraction: float = within(0, 1, above=True)
+    decay_shape: str = one_of(*DECAY_SHAPES)
     final_lr_ratio: float = within(0, 1, aliases=("min_lr_ratio",))
     z_loss: float = within(0, 1)
     ema_half_life: float | None = within(0, 1, above=True)
@@ -118,6 +145,15 @@ class Optim:
 
     def __post_init__(self):
         check_fields(self, "optim")
+        exponential = self.schedule == "wsd" and self.decay_shape == "exponential"
+        zero = exponential and self.final_lr_ratio == 0
+        check(not zero, "optim.final_lr_ratio=0 is never reached by an exponential decay; use a small ratio")
+
+    @property
+    def lr_schedule(self) -> LrSchedule:
+        """The learning rate over all stages."""
+        end = self.final_lr_ratio * self.lr if self.schedule in FALLING else None
+        return LrSchedule(self.schedule, self.lr, end, self.warmup_steps, self.decay_fraction, self.decay_shape, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +167,7 @@ class Stage:
     mixture: Table[str, float] = within(0, 10**9)
     objective: str = named("loss")
     model_changes: tuple[str, ...]
+    lr_schedule: LrSchedule | None
 
     def __post_init__(self):
         check_fields(self, "stages")
@@ -140,6 +177,13 @@ class Stage:
             f"batch={self.batch} times seq_len={self.seq_len} is {tokens:,} tokens a step; below 2^31 can be counted",
         )
         check(not self.mixture or any(self.mixture.values()), f"the weights of stages.mixture={self.mixture} sum to zero")
+
+
+class Piece(NamedTuple):
+    """Consecutive steps that share a learning-rate schedule: those of a stage, or of all stages where it is None."""
+
+    steps: int
+    lr_schedule: LrSchedule | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,7 @@ def leaves(values, path=""):
 
 KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
-OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor"}
+OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "lr_schedule"}
 
 
 @pytest.mark.parametrize("path", KEYS)
@@ -327,7 +327,7 @@ def test_layers_begin_with_a_prefix_repeat_the_pattern_and_end_with_a_tail():
 
 
 def test_a_step_belongs_to_its_stage():
-    stages = Stage(3, 48, 8, 1, Table(), "next_token", ()), Stage(2, 96, 4, 1, Table(), "next_token", ())
+    stages = Stage(3, 48, 8, 1, Table(), "next_token", (), None), Stage(2, 96, 4, 1, Table(), "next_token", (), None)
     c = dataclasses.replace(tiny(), stages=stages)
     assert c.total_steps == 5
     assert [c.stage_at(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
@@ -342,7 +342,7 @@ def test_the_config_of_a_stage_has_its_fields_and_the_groups_of_the_run():
     a, b, last = c.each_stage
     assert (a.index, a.steps, a.seq_len, a.batch, a.microbatches, a.objective) == (0, 3, 48, 8, 2, "next_token")
     assert (a.mixture, last.mixture, last.seq_len) == ({"text": 1.0}, {"text": 2.0}, 96) and last == c.at(-1)
-    assert (a.model, a.mesh, a.optim, a.train, a.total_steps) == (c.model, c.mesh, c.optim, c.train, 8)
+    assert (a.model, a.mesh, a.optim, a.train, a.pieces) == (c.model, c.mesh, c.optim, c.train, ((8, None),))
     # One program for two stages that differ in their number of steps alone.
     assert a == b and hash(a) == hash(b) and a != last and (b.index, b.steps) == (1, 2)
 

@@ -42,7 +42,7 @@ def saved():
     ids=str,
 )
 def test_a_change_of_the_arrays_is_refused_by_field_and_value(saved, changes, keys, one_device, monkeypatch):
-    monkeypatch.setitem(OPTIMISERS, "sgd", lambda optim, specs, total_steps: optax.sgd(optim.lr))
+    monkeypatch.setitem(OPTIMISERS, "sgd", lambda optim, specs, rate: optax.sgd(optim.lr))
     with pytest.raises(ValueError, match="^the checkpoint of step 3 is of another model or optimiser .*\n") as refused:
         check_arrays(saved, tiny(changes), "the checkpoint of step 3")
     lines = str(refused.value).splitlines()[1:-1]

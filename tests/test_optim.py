@@ -9,9 +9,11 @@ import optax
 import pytest
 from conftest import assert_close, tiny
 
+from hybrid_attn.config import Piece
 from hybrid_attn.model import specs
 from hybrid_attn.model.params import EMBEDDING, MATRIX, ParamSpec, map_specs
-from hybrid_attn.train.optim import OPTIMISERS, adamw, schedule
+from hybrid_attn.train.optim import OPTIMISERS, adamw
+from hybrid_attn.train.schedule import schedule
 
 
 def optim_of(**changes):
@@ -23,7 +25,7 @@ def spec_of(group):
 
 
 def rates(total_steps, **changes):
-    rate = schedule(optim_of(lr=2.0, final_lr_ratio=0.1, decay_fraction=0.2, **changes), total_steps)
+    rate = schedule(optim_of(lr=2.0, final_lr_ratio=0.1, decay_fraction=0.2, **changes), [Piece(total_steps, None)])
     return np.asarray(jax.vmap(rate)(jnp.arange(total_steps)))
 
 
@@ -74,7 +76,7 @@ def test_updates_are_those_of_adamw_after_clipping_by_the_norm_of_all_gradients(
     optim = optim_of(lr=0.1, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3, clip_norm=2.0, warmup_steps=2)
     rng = np.random.default_rng(0)
     params = {"embed": rng.normal(size=(6, 4)), "mlp": {"up": rng.normal(size=(4, 5))}}
-    tx = adamw(optim, {"embed": spec_of(EMBEDDING), "mlp": {"up": spec_of(MATRIX)}}, 10)
+    tx = adamw(optim, {"embed": spec_of(EMBEDDING), "mlp": {"up": spec_of(MATRIX)}}, schedule(optim, [Piece(10, None)]))
     got = jax.tree.map(jnp.float32, params)
     state = tx.init(got)
     moments = jax.tree.map(lambda p: (np.zeros_like(p), np.zeros_like(p)), params)
@@ -85,7 +87,7 @@ def test_updates_are_those_of_adamw_after_clipping_by_the_norm_of_all_gradients(
 
         norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
         assert (norm > 2.0) == (step == 1)  # only the second gradient is clipped
-        lr = float(schedule(optim, 10)(step))
+        lr = float(schedule(optim, [Piece(10, None)])(step))
         for group, name, decay in ((params, "embed", 0.0), (params["mlp"], "up", 0.3)):
             g, mv = (grads, moments) if name == "embed" else (grads["mlp"], moments["mlp"])
             g, (m, v) = g[name] * min(1.0, 2.0 / norm), mv[name]
@@ -101,7 +103,9 @@ def after_a_step(optimiser, shape=(256, 128), **changes):
     rng = np.random.default_rng(0)
     gradient = {"up": jnp.asarray(np.outer(*(rng.normal(size=n) for n in shape)), jnp.float32)}
     params = {"up": jnp.ones(shape)}
-    tx = OPTIMISERS[optimiser](optim_of(warmup_steps=0, clip_norm=1e9, **changes), {"up": spec_of(MATRIX)}, 10)
+    optim = optim_of(warmup_steps=0, clip_norm=1e9, **changes)
+    rate = schedule(optim, [Piece(10, None)])
+    tx = OPTIMISERS[optimiser](optim, {"up": spec_of(MATRIX)}, rate)
     updates, state = tx.update(gradient, tx.init(params), params)
     return np.asarray(gradient["up"]), np.asarray(updates["up"]), state[1]
 

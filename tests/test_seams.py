@@ -48,7 +48,7 @@ class Scale(nnx.Module):
         return x_BTD * self.scale[...].astype(x_BTD.dtype), {"aux_loss": jnp.square(self.scale[...]).sum()}
 
 
-def sgd(optim, specs, total_steps):
+def sgd(optim, specs, rate):
     return optax.sgd(optim.lr)
 
 

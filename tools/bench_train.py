@@ -35,7 +35,7 @@ from hybrid_attn.model.attention import attended_pairs, attention_flops
 from hybrid_attn.model.params import map_specs
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
-from hybrid_attn.train.optim import schedule
+from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import init_state, make_step
 
 BENCH = Path(__file__).parents[1] / "configs" / "bench.py"
@@ -115,7 +115,7 @@ def make_transformers(values: dict, directory: str, decayed_names: list[str], re
         {"params": [x for name, x in parameters.items() if name not in decayed_names], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, betas=(optim.b1, optim.b2), eps=optim.eps, fused=True)
-    rates = [float(schedule(optim, c.total_steps)(step)) for step in range(c.total_steps)]
+    rates = [float(schedule(optim, c.pieces)(step)) for step in range(c.total_steps)]
     tokens = torch.from_numpy(batch_of(c)["tokens"]).long()
 
     def loss_of(tokens):

@@ -57,6 +57,20 @@ def source(**changes) -> ConfigDict:
     return s
 
 
+def lr_schedule(**changes) -> ConfigDict:
+    """The learning rate of a stage, in place of that of `optim`; every stage has one, or none has."""
+    r = ConfigDict()
+    r.shape = "linear"  # cosine | wsd | linear | constant | inverse_sqrt
+    r.start = None  # after the warm-up; None = the last rate of the stage before
+    r.end = None  # the last rate; needed by cosine, wsd and linear
+    r.warmup_steps = 0  # from the last rate of the stage before, or 0 in the first
+    r.decay_fraction = 0.2  # wsd: fraction of the steps of the stage in the decay
+    r.decay_shape = "linear"  # wsd: linear | sqrt | exponential
+    r.jump = False  # True: start need not be the last rate of the stage before
+    r.update(changes)
+    return r
+
+
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the initial parameters; other seeds have their own keys
@@ -124,9 +138,12 @@ def get_config() -> ConfigDict:
     o.weight_decay = 0.1  # not on norms and embeddings; a step takes lr * weight_decay of a matrix off it
     o.independent_decay = False  # True: a step takes lr / peak * weight_decay off it, whatever the peak (arXiv 2309.14322)
     o.clip_norm = 1.0  # largest norm of the gradient of all parameters
-    o.schedule = "cosine"  # cosine | wsd: constant, then a linear decay
+    # Of all stages; a stage may have its own. Each shape follows a linear warm-up from 0 and ends with the last step.
+    # wsd: constant, then a decay. constant and inverse_sqrt have no last rate of their own.
+    o.schedule = "cosine"  # cosine | wsd | linear | constant | inverse_sqrt
     o.warmup_steps = 20
     o.decay_fraction = 0.2  # wsd: fraction of all steps in the final decay
+    o.decay_shape = "linear"  # wsd: linear | sqrt (1 - sqrt of the share done, arXiv 2405.18392) | exponential
     o.final_lr_ratio = 0.1  # last learning rate over peak
     o.z_loss = 0.0  # weight of (log sum exp)^2; 1e-4 keeps logits from drifting in long bfloat16 runs
     # Moving average of the parameters, in the checkpoints too (tools/merge.py --ema makes a model of it): its half-life as a
@@ -149,6 +166,7 @@ def get_config() -> ConfigDict:
     # Fields of the model, such as "model.kinds.L.rope_theta", that may differ from the checkpoint that the stage continues.
     # They change what the parameters compute: a resumed run refuses other values unless they are named here.
     stage.model_changes = ()
+    stage.lr_schedule = None  # lr_schedule(...): the learning rate of this stage; None = that of optim
     c.stages = [stage]
 
     t = c.train = ConfigDict()

@@ -1,4 +1,4 @@
-"""Optimisers, and the learning-rate schedule that they share."""
+"""Optimisers."""
 
 from collections.abc import Callable
 
@@ -8,23 +8,11 @@ from hybrid_attn.config import Config, Optim, StageConfig
 from hybrid_attn.model import specs
 from hybrid_attn.model.params import MATRIX, map_specs
 from hybrid_attn.train.muon import scale_by_muon
+from hybrid_attn.train.schedule import schedule
 from hybrid_attn.trees import choice
 
 
-def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then to the last step a cosine, or a constant and a linear decay (WSD)."""
-    warmup = min(optim.warmup_steps, total_steps - 1)
-    last = optim.final_lr_ratio * optim.lr
-    rise = optax.linear_schedule(optim.lr / max(warmup, 1), optim.lr, max(warmup - 1, 1))
-    if optim.schedule == "cosine":
-        fall = optax.cosine_decay_schedule(optim.lr, max(total_steps - warmup - 1, 1), alpha=optim.final_lr_ratio)
-        return optax.join_schedules([rise, fall], [warmup])
-    decay = min(max(round(optim.decay_fraction * total_steps), 1), total_steps - warmup)
-    fall = optax.linear_schedule(optim.lr, last, max(decay - 1, 1))
-    return optax.join_schedules([rise, optax.constant_schedule(optim.lr), fall], [warmup, total_steps - decay])
-
-
-def _chained(scaling: optax.GradientTransformation, optim: Optim, specs: dict, total_steps: int):
+def _chained(scaling: optax.GradientTransformation, optim: Optim, specs: dict, rate: optax.Schedule):
     """Clipping by the global norm, `scaling`, decay of the matrices apart from it (arXiv 1711.05101), and the learning rate.
 
     Decay is in proportion to the learning rate; an independent one (arXiv 2309.14322) to its share of the peak.
@@ -34,7 +22,7 @@ def _chained(scaling: optax.GradientTransformation, optim: Optim, specs: dict, t
         optax.clip_by_global_norm(optim.clip_norm),
         scaling,
         optax.add_decayed_weights(decay, mask=map_specs(lambda spec: spec.decay, specs)),
-        optax.scale_by_learning_rate(schedule(optim, total_steps)),
+        optax.scale_by_learning_rate(rate),
     )
 
 
@@ -42,34 +30,34 @@ def _adam(optim: Optim) -> optax.GradientTransformation:
     return optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.moment_dtype)
 
 
-def adamw(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransformation:
+def adamw(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101)."""
-    return _chained(_adam(optim), optim, specs, total_steps)
+    return _chained(_adam(optim), optim, specs, rate)
 
 
-def muon(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransformation:
+def muon(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
     """Muon for matrices, and AdamW for embeddings, norms and scalars of heads; both take the same learning rate."""
     is_matrix = map_specs(lambda spec: spec.group == MATRIX, specs)
     matrices = map_specs(lambda spec: spec if spec.group == MATRIX else optax.MaskedNode(), specs)
     transforms = {True: scale_by_muon(matrices, optim.momentum, optim.moment_dtype), False: _adam(optim)}
-    return _chained(optax.partition(transforms, is_matrix), optim, specs, total_steps)
+    return _chained(optax.partition(transforms, is_matrix), optim, specs, rate)
 
 
-def lion(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransformation:
+def lion(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
     """Lion (arXiv 2302.06675); its rate is about a tenth of AdamW's, and its decay ten times as large."""
-    return _chained(optax.scale_by_lion(optim.b1, optim.b2, optim.moment_dtype), optim, specs, total_steps)
+    return _chained(optax.scale_by_lion(optim.b1, optim.b2, optim.moment_dtype), optim, specs, rate)
 
 
-def adafactor(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransformation:
+def adafactor(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
     """Adafactor (arXiv 1804.04235) without momentum: of an array's two largest axes it keeps sums, not every square.
 
     The root mean square of an update is at most the rate.
     """
-    return _chained(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), optim, specs, total_steps)
+    return _chained(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), optim, specs, rate)
 
 
-# From the optimiser's part of a config, the `ParamSpec` of every parameter and the steps of all stages.
-OPTIMISERS: dict[str, Callable[[Optim, dict, int], optax.GradientTransformation]] = {
+# From the optimiser's part of a config, the `ParamSpec` of every parameter and the learning rate of every step.
+OPTIMISERS: dict[str, Callable[[Optim, dict, optax.Schedule], optax.GradientTransformation]] = {
     "adamw": adamw,
     "muon": muon,
     "lion": lion,
@@ -79,4 +67,5 @@ OPTIMISERS: dict[str, Callable[[Optim, dict, int], optax.GradientTransformation]
 
 def optimiser(c: Config | StageConfig) -> optax.GradientTransformation:
     """The optimiser that `c.optim.optimiser` names; ValueError for one that is not in `OPTIMISERS`."""
-    return choice("optim.optimiser", c.optim.optimiser, OPTIMISERS)(c.optim, specs(c.model), c.total_steps)
+    make = choice("optim.optimiser", c.optim.optimiser, OPTIMISERS)
+    return make(c.optim, specs(c.model), schedule(c.optim, c.pieces))

@@ -6,16 +6,16 @@ parameters depend on may change. Steps are numbered from 1 in the printed lines;
 """
 
 import dataclasses
-import types
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 from flax.traverse_util import unflatten_dict
 
 from hybrid_attn import trees
-from hybrid_attn.config import Config, build_model, to_dict
+from hybrid_attn.config import Config, LrSchedule, Piece, build_model, to_dict
 from hybrid_attn.model import init
-from hybrid_attn.train.optim import optimiser, schedule
+from hybrid_attn.train.optim import optimiser
+from hybrid_attn.train.schedule import schedule
 from hybrid_attn.trees import check
 
 OPTIMISER = "optim.optimiser"
@@ -102,12 +102,21 @@ def rate_jump(saved: Mapping, c: Config, start: int) -> tuple[float, float] | No
 
     The old one is that of the `saved` schedule at the same step, or its last one if that run was finished.
     """
-    old_steps = sum(stage["steps"] for stage in saved["stages"])
-    # Not built as a config: a checkpoint of another version has other keys and values.
-    before = types.SimpleNamespace(**to_dict(c)["optim"] | saved["optim"])
-    old = float(schedule(before, old_steps)(min(start, old_steps - 1)))
-    new = float(schedule(c.optim, c.total_steps)(start))
+    pieces = [Piece(stage["steps"], saved_schedule(stage)) for stage in saved["stages"]]
+    old_steps = sum(piece.steps for piece in pieces)
+    if pieces[0].lr_schedule is None:
+        pieces = [Piece(old_steps, None)]
+    # A checkpoint of another version has other keys.
+    before = dataclasses.replace(c.optim, **{key: x for key, x in saved["optim"].items() if hasattr(c.optim, key)})
+    old = float(schedule(before, pieces)(min(start, old_steps - 1)))
+    new = float(schedule(c.optim, c.pieces)(start))
     return None if abs(new - old) <= LR_JUMP * abs(old) else (old, new)
+
+
+def saved_schedule(stage: Mapping) -> LrSchedule | None:
+    """The learning-rate schedule of a stage of a saved config."""
+    values = stage["lr_schedule"]
+    return None if values is None else trees.build(LrSchedule, values, "lr_schedule")
 
 
 def check_rate(saved: Mapping, c: Config, start: int, allowed: bool) -> list[str]:

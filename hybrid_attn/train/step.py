@@ -16,7 +16,8 @@ from hybrid_attn.parallel.mesh import TOKENS_BT
 from hybrid_attn.train import average, spikes
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.objectives.objective import Extra, Objective
-from hybrid_attn.train.optim import optimiser, schedule
+from hybrid_attn.train.optim import optimiser
+from hybrid_attn.train.schedule import schedule
 
 
 class TrainState(NamedTuple):
@@ -91,7 +92,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     ValueError for an objective that is not in `OBJECTIVES`.
     """
     objective, tx, kept = objective_of(config), optimiser(config), extras_of_stage(config)
-    rate = schedule(config.optim, config.total_steps)
+    rate = schedule(config.optim, config.pieces)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:

@@ -1,0 +1,105 @@
+"""Learning rates by step, over all stages or of each stage."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+
+from hybrid_attn import config
+from hybrid_attn.config import LrSchedule, Piece
+from hybrid_attn.configs import base
+from hybrid_attn.train.schedule import schedule
+
+STAGE = {"steps": 20, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
+
+
+def piece(steps, shape, start=None, end=None, warmup=0, fraction=0.5, decay="linear", jump=False):
+    return Piece(steps, LrSchedule(shape, start, end, warmup, fraction, decay, jump))
+
+
+def rates(*pieces):
+    rate = schedule(tiny().optim, pieces)
+    return np.asarray(jax.vmap(rate)(jnp.arange(sum(x.steps for x in pieces))))
+
+
+def test_a_stage_goes_on_from_the_last_rate_of_the_stage_before():
+    r = rates(piece(10, "constant", 0.4, warmup=4), piece(5, "linear", end=0.2), piece(6, "cosine", end=0.0))
+    np.testing.assert_allclose(r[:4], [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(r[4:10], 0.4, rtol=1e-6)
+    np.testing.assert_allclose(r[10:15], [0.4, 0.35, 0.3, 0.25, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(r[15:], 0.1 * (1 + np.cos(np.pi * np.arange(6) / 5)), atol=1e-7)
+
+
+def test_a_stage_may_warm_up_from_the_last_rate_of_the_stage_before():
+    r = rates(piece(4, "linear", 0.4, end=0.1), piece(6, "constant", 0.5, warmup=4))
+    np.testing.assert_allclose(r[3:], [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "decay, expected",
+    [
+        ("linear", [1, 0.775, 0.55, 0.325, 0.1]),
+        ("sqrt", [1 - 0.9 * (i / 4) ** 0.5 for i in range(5)]),
+        ("exponential", [0.1 ** (i / 4) for i in range(5)]),
+    ],
+)
+def test_wsd_is_constant_and_decays_over_the_last_share_of_its_steps(decay, expected):
+    np.testing.assert_allclose(rates(piece(10, "wsd", 1.0, end=0.1, decay=decay)), [1] * 5 + expected, rtol=1e-6)
+
+
+def test_inverse_sqrt_falls_with_the_root_of_the_step():
+    r = rates(piece(40, "inverse_sqrt", 1.0, warmup=4))
+    np.testing.assert_allclose(r[[3, 4, 8, 16, 36]], [1, 1, 0.5**0.5, 0.5, 1 / 3], rtol=1e-6)
+
+
+def test_the_schedule_of_a_run_is_that_of_one_stage_with_the_same_values():
+    optim = dataclasses.replace(tiny().optim, schedule="wsd", lr=0.5, final_lr_ratio=0.2, warmup_steps=3, decay_fraction=0.5)
+    whole = jax.vmap(schedule(optim, [Piece(20, None)]))(jnp.arange(20))
+    np.testing.assert_array_equal(whole, rates(piece(20, "wsd", 0.5, end=0.1, warmup=3)))
+
+
+def test_a_jump_is_an_error_unless_it_is_asked_for():
+    before = piece(4, "linear", 0.4, end=0.1)
+    with pytest.raises(
+        ValueError, match=r"stages\[1\].lr_schedule.start=0.2 is not the last rate of the stage before, 0.1; use"
+    ):
+        rates(before, piece(4, "constant", 0.2))
+    assert rates(before, piece(4, "constant", 0.2, jump=True))[4] == pytest.approx(0.2)
+    assert rates(before, piece(4, "constant", 0.1))[4] == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="start is None, and no stage is before it"):
+        rates(piece(4, "linear", end=0.1))
+
+
+def built(*schedules):
+    return tiny({"stages": [STAGE | {"lr_schedule": x and base.lr_schedule(**x)} for x in schedules]})
+
+
+def test_every_stage_has_a_schedule_or_none():
+    c = built({"start": 0.1, "end": 0.05}, {"end": 0.01})
+    assert [x.lr_schedule.end for x in c.pieces] == [0.05, 0.01] and c.at(0) == c.at(1)
+    assert built(None, None).pieces == (Piece(40, None),)
+    with pytest.raises(ValueError, match=r"of stages\[0\] and stages\[1\] only one has lr_schedule"):
+        built({"start": 0.1, "end": 0.05}, None)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"start": 0.1}, "shape='linear' needs a last rate, and lr_schedule.end=None"),
+        ({"shape": "constant", "start": 0.1, "end": 0.1}, "shape='constant' has no last rate of its own"),
+        ({"shape": "wsd", "start": 0.1, "end": 0.0, "decay_shape": "exponential"}, "lr_schedule.end=0 is never reached"),
+        ({"shape": "liner"}, "is not one of 'cosine', .*did you mean 'linear'"),
+    ],
+)
+def test_values_that_do_not_fit_are_errors(values, message):
+    with pytest.raises(ValueError, match=message):
+        built(values)
+
+
+def test_an_older_config_has_no_schedules_of_stages():
+    values = config.to_dict(tiny())
+    del values["stages"][0]["lr_schedule"], values["optim"]["decay_shape"]
+    assert config.build(values) == tiny()
