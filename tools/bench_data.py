@@ -4,6 +4,7 @@ The text is Python's standard library as JSON lines, repeated to the size of --m
 byte-level BPE of 8,192 tokens that is trained on this text.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from hybrid_attn import programs
-from hybrid_attn.data import documents, packed, packing, prepare, shard_files, store
+from hybrid_attn.data import documents, packed, prepare, store
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -105,9 +106,9 @@ def time_plan() -> None:
     """The documents have log-normal lengths with a median of 665 tokens and a long tail, like web text."""
     lengths = np.random.default_rng(0).lognormal(6.5, 1.3, DOCUMENTS.value).clip(3, 2_000_000).astype(np.int64)
     began = time.perf_counter()
-    plan = packing.best_fit(lengths, SEQ_LEN.value)
+    plan = packed.BestFit(lengths, SEQ_LEN.value, 0)
     took, size = time.perf_counter() - began, int(lengths.sum())
-    padding = plan.num_sequences * SEQ_LEN.value / size - 1
+    padding = len(plan) * SEQ_LEN.value / size - 1
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"plan     best_fit of {len(lengths):,} documents, {size:,} tokens: {took:.1f} s, {padding:.4%} padding")
     print(f"memory   {memory:.2f} GiB at most so far")
@@ -118,10 +119,10 @@ def time_opening(folder: Path) -> None:
     lengths, shards = np.full(-(-DOCUMENTS.value // 20), 1000), []
     index = store.index_bytes(lengths, np.arange(len(lengths)), np.zeros(len(lengths)))
     for i in range(20):
-        (folder / shard_files.name(i, "index")).write_bytes(index)
-        with open(folder / shard_files.name(i, "tokens"), "wb") as file:
+        (folder / store.file_name(i, "index")).write_bytes(index)
+        with open(folder / store.file_name(i, "tokens"), "wb") as file:
             file.truncate(2 * 1000 * len(lengths))  # sparse: they are not read
-        shards.append(store.Shard(len(lengths), 1000 * len(lengths), "", store.sha256([index])))
+        shards.append(store.Shard(len(lengths), 1000 * len(lengths), "", hashlib.sha256(index).hexdigest()))
     manifest = store.Manifest(store.FORMAT, "bytes", ByteTokenizer.hash, "<u2", ("text",), tuple(shards), {})
     (folder / store.MANIFEST).write_text(manifest.to_json())
     seconds = []

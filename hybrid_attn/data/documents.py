@@ -8,12 +8,13 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from hybrid_attn.data import sources
-from hybrid_attn.data.loss_mask import LossMask
 from hybrid_attn.data.records import Fields, Text
+from hybrid_attn.trees import check
 
 NO_LABEL = "text"  # label of documents without a label of their own
 FIELDS = Fields("text", None)  # of records that are read without a store
@@ -22,12 +23,22 @@ SPAN, SPANS = 2**20, 64  # tokens of a span, and spans read together, where a lo
 Span = tuple[int, int, int]  # the number of a document, and the tokens [start, stop) of it
 
 
+class LossMask(NamedTuple):
+    """For each token of documents, 1 if it is trained on as a target, and 0 if the model only reads it.
+
+    `fetch` reads spans of it, uint8; `fingerprint` differs between different masks.
+    """
+
+    fetch: Callable[[Sequence[Span]], list[np.ndarray]]
+    fingerprint: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Documents:
     """Documents of token ids, each from BOS to EOS. Their tokens are read span by span.
 
     `lengths` int64 [n] counts tokens, BOS and EOS included; `hashes` uint64 [n] are `content_hash` of the texts; `labels`
-    uint16 [n] are indices into `label_names`; `dtype` is the type of the tokens. `fetch` reads spans. It numbers documents by
+    uint16 [n] are indices into `label_names`; `dtype` is that of the tokens. `fetch` reads spans; it numbers documents by
     `numbers` int64 [n], or from 0 to n - 1 where that is None. Without a `loss_mask` every token is trained on.
     """
 
@@ -44,7 +55,7 @@ class Documents:
         return len(self.lengths)
 
     def read(self, spans: Iterable[Span]) -> list[np.ndarray]:
-        """The tokens of each span. All spans are read together, and nothing beyond them."""
+        """The tokens of each span, all read together, and nothing beyond them."""
         return self.fetch(self._located(spans))
 
     def read_loss_mask(self, spans: Iterable[Span]) -> list[np.ndarray]:
@@ -83,8 +94,7 @@ class Documents:
         """Whether any token is trained on. The loss mask is read up to the first such token."""
         if self.loss_mask is None:
             return True
-        starts = ((i, start, n) for i, n in enumerate(self.lengths) for start in range(0, n, SPAN))
-        spans = ((i, start, min(start + SPAN, n)) for i, start, n in starts)
+        spans = ((i, start, min(start + SPAN, n)) for i, n in enumerate(self.lengths) for start in range(0, n, SPAN))
         groups = iter(lambda: list(itertools.islice(spans, SPANS)), [])
         return any(mask.any() for group in groups for mask in self.read_loss_mask(group))
 
@@ -134,32 +144,26 @@ def load(paths: tuple[str, ...], tokenizer) -> Documents:
     """
     files = find(paths)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        encoded = [pair for pairs in pool.map(lambda path: _encode(path, tokenizer), files) for pair in pairs]
-    if not encoded:
-        raise ValueError(f"paths={paths} matches {len(files)} files and all are empty; name files with text")
+        encoded = list(itertools.chain.from_iterable(pool.map(lambda path: _encode(path, tokenizer), files)))
+    check(bool(encoded), f"paths={paths} matches {len(files)} files and all are empty; name files with text")
     tokens, hashes = zip(*encoded, strict=True)
     return in_memory(tokens, hashes)
 
 
 def find(paths: Sequence[str]) -> list[str]:
-    """The files that `sources.find` finds in `paths`; without these, the sources of this interpreter's standard library."""
-    return sources.find(paths) if paths else _standard_library()
+    """The files that `sources.find` finds in `paths`; without these, the sources of this interpreter's standard library.
 
-
-def _standard_library() -> list[str]:
-    """The paths of the sources of the standard library, in the order of their names below its root.
-
-    Empty files and the few test fixtures that are not UTF-8 are left out, so that every tokenizer reads the same corpus.
+    Of that, empty files and the few that are not UTF-8 are left out, so that every tokenizer reads the same corpus.
     """
-    root = sysconfig.get_path("stdlib")
-    named = []
-    for folder, subfolders, files in os.walk(root):
+    if paths:
+        return sources.find(paths)
+    root, files = sysconfig.get_path("stdlib"), []
+    for folder, subfolders, names in os.walk(root):
         subfolders[:] = set(subfolders) - sources.NOT_SOURCES
-        paths = [os.path.join(folder, file) for file in files if file.endswith(".py")]
-        named += [(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths if _is_text(path)]
-    if not named:
-        raise ValueError(f"the standard library at {root} has no .py sources; name text files in paths")
-    return [path for _, path in sorted(named)]
+        python = [os.path.join(folder, name) for name in names if name.endswith(".py")]
+        files += [path for path in python if _is_text(path)]
+    check(bool(files), f"the standard library at {root} has no .py sources; name text files in paths")
+    return sources.sorted_below(root, files)
 
 
 def _is_text(path: str) -> bool:
@@ -174,14 +178,13 @@ def _texts(path: str) -> Iterator[bytes]:
     """The texts of the documents of a file, without empty ones. A file of plain text need not be UTF-8."""
     is_text = sources.format_of(path) == "text"
     for result in [sources.text_of(path)] if is_text else sources.read(path, None, FIELDS):
-        text = result.text if isinstance(result, Text) else result
-        if not isinstance(text, bytes):
+        if not isinstance(result, Text):
             raise ValueError(
-                f"{text.reason}; repair the file, leave it out of paths, or make a store with tools/prepare_data.py, which has "
-                "--text_field, --max_document_mb and --on_error=skip"
+                f"{result.reason}; repair the file, leave it out of paths, or make a store with tools/prepare_data.py, which "
+                "has --text_field, --max_document_mb and --on_error=skip"
             )
-        if text:
-            yield text
+        if result.text:
+            yield result.text
 
 
 def _encode(path: str, tokenizer) -> list[tuple[np.ndarray, int]]:

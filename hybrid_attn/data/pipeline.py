@@ -1,6 +1,7 @@
 """Global batches: the batch of a step is a pure function of the config and the step."""
 
 import contextlib
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -19,14 +20,15 @@ from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 Batch = dict[str, jax.Array]
 Slice = tuple[int, int, int]  # the number of a sequence, and the positions [start, stop) of it
+SourceSequences = PackedSequences | SyntheticSequences
 
 
+@dataclasses.dataclass(eq=False)
 class MixedSequences:
     """The sequences of one stage: those of its sources, in the order of its mixture."""
 
-    def __init__(self, mixture: Mixture, sources: Mapping[str, PackedSequences | SyntheticSequences]):
-        self.mixture = mixture
-        self.sources = sources
+    mixture: Mixture
+    sources: Mapping[str, SourceSequences]
 
     def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
         """Reads like `PackedSequences.read`, all slices of one source together."""
@@ -45,7 +47,7 @@ class MixedSequences:
 def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[MixedSequences]:
     """The sequences of each stage, from the training `documents` of each source."""
 
-    def of_source(stage: config.StageConfig, name: str) -> PackedSequences | SyntheticSequences:
+    def of_source(stage: config.StageConfig, name: str) -> SourceSequences:
         seed = _source_seed(c.data.seed, stage.index, name)
         if c.data.sources[name].task is not None:
             return SyntheticSequences(documents[name], stage.seq_len, seed)
@@ -63,21 +65,19 @@ def identities(c: config.Config, documents: Mapping[str, Documents | Task], toke
     Two configs with equal identities train on the same tokens towards the same objective.
     """
     fingerprints = {name: documents[name].fingerprint() for name in c.sources}
-    stages = []
-    for stage in c.each_stage:
-        stages.append(
-            {
-                "objective": stage.objective,
-                "batch": stage.batch,
-                "seq_len": stage.seq_len,
-                "mixture": dict(stage.mixture),
-                "documents": {name: fingerprints[name] for name in stage.mixture},
-                "packing": c.data.packing,
-                "seed": c.data.seed,
-                "tokenizer": tokenizer.hash,
-            }
-        )
-    return stages
+    return [
+        {
+            "objective": stage.objective,
+            "batch": stage.batch,
+            "seq_len": stage.seq_len,
+            "mixture": dict(stage.mixture),
+            "documents": {name: fingerprints[name] for name in stage.mixture},
+            "packing": c.data.packing,
+            "seed": c.data.seed,
+            "tokenizer": tokenizer.hash,
+        }
+        for stage in c.each_stage
+    ]
 
 
 def batches(c: config.Config, stages: Sequence[MixedSequences], mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
@@ -103,7 +103,7 @@ def batches(c: config.Config, stages: Sequence[MixedSequences], mesh: Mesh, star
         yield from iterator
 
 
-def heldout_batches(sequences: PackedSequences | SyntheticSequences, count: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
+def heldout_batches(sequences: SourceSequences, count: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
     """Batches of `count` sequences spread over the first epoch, each once. Padding fills the last batch."""
     check_splits("batch", batch, mesh.shape, BATCH)
     numbers = sequences.spread(count)

@@ -2,21 +2,29 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from hybrid_attn import characters
 
 
-def summary(counts: list[dict], parts: list[dict], names: list[str]) -> dict:
+def counts(columns: dict[str, np.ndarray], labels: int) -> dict[str, np.ndarray]:
+    """Documents, tokens and bytes by label, and documents by length, of a shard with these `parts.COLUMNS`."""
+    weights = {"documents": None, "tokens": columns["lengths"], "bytes": columns["bytes"]}
+    by_label = {what: np.bincount(columns["labels"], weight, labels).astype(np.int64) for what, weight in weights.items()}
+    # A length of [2^(k - 1), 2^k) has the exponent k.
+    return by_label | {"lengths": np.bincount(np.frexp(columns["lengths"])[1], minlength=64)}
+
+
+def summary(shards: list[dict], parts: list[dict], names: list[str]) -> dict:
     """The summary of a store, from the `counts` of its shards, its `parts`, and the `names` of its labels."""
-    duplicates = sum(x["duplicates"] for x in counts)
-    by_label = {what: sum(x["labels"][what] for x in counts) for what in ("documents", "tokens", "bytes")}
-    lengths = sum(x["lengths"] for x in counts)
-    trained = {"trained_tokens": sum(x["trained_tokens"] for x in counts)} if "trained_tokens" in counts[0] else {}
+    total = {what: sum(shard[what] for shard in shards) for what in shards[0]}
+    by_label = {what: total[what] for what in ("documents", "tokens", "bytes")}
+    trained = {"trained_tokens": total["trained_tokens"]} if "trained_tokens" in total else {}
     return {
         **{what: int(values.sum()) for what, values in by_label.items()},
         **trained,
-        "skipped": skipped(parts) | {"duplicates": duplicates},
-        # A length of [2^(k - 1), 2^k) has the exponent k.
-        "lengths": {str(2 ** (k - 1)): int(count) for k, count in enumerate(lengths) if count},
+        "skipped": skipped(parts) | {"duplicates": total["duplicates"]},
+        "lengths": {str(2 ** (k - 1)): int(count) for k, count in enumerate(total["lengths"]) if count},
         "labels": {name: {what: int(values[i]) for what, values in by_label.items()} for i, name in enumerate(names)},
     }
 

@@ -65,10 +65,10 @@ def _read(path: str) -> str:
     """The text of a file; ValueError for other formats."""
     plain = source_files.format_of(path) == "text" and not path.endswith(source_files.COMPRESSED)
     check(plain, f"{path} is packed or has records; name files of plain text")
-    text = source_files.text_of(path, by_ending=False)
-    check(isinstance(text, bytes) and b"\0" not in text, f"{path} is no text")
-    decoded = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8", errors="replace")  # all ends of lines as RULER reads them
-    return decoded.read()
+    content = source_files.text_of(path, by_ending=False)
+    check(isinstance(content, source_files.Text) and b"\0" not in content.text, f"{path} is no text")
+    binary = io.BytesIO(content.text)
+    return io.TextIOWrapper(binary, encoding="utf-8", errors="replace").read()  # all ends of lines as RULER reads them
 
 
 def _essays(path: str, text: str) -> str | None:
