@@ -2,7 +2,8 @@
 
 A checkpoint is a directory named by its step. It holds `state` (arrays), `config` (the nested dict that made it), `data` (the
 data state) and `checksums` of all of these. It is complete or it does not exist: it is written under a temporary name and
-renamed when all of it is on disk. The reader chooses the mesh and the precision.
+renamed when all of it is on disk. The reader chooses the mesh and the precision. Functions with an optional `step` read the
+newest checkpoint of a directory, or that of `step`; ValueError if it is unreadable.
 """
 
 import copy
@@ -24,7 +25,9 @@ from orbax.checkpoint import checkpoint_managers
 from hybrid_attn import files, stored
 from hybrid_attn.config import upgraded
 from hybrid_attn.stored import UnreadableError
+from hybrid_attn.trees import check
 
+Directory = str | os.PathLike
 MIB = 2**20
 GLOB = r"*?[" + "\\"  # Orbax reads a directory name with one of these as a pattern
 _STEPS = ocp.path.step.standard_name_format()
@@ -33,15 +36,15 @@ _STEPS = ocp.path.step.standard_name_format()
 class Checkpoints:
     """The checkpoints of one run, written in the background; every process of the run makes the same calls."""
 
-    def __init__(self, directory: str | os.PathLike, keep: int, every: int):
+    def __init__(self, directory: Directory, keep: int, every: int):
         """Opens or creates `directory` and removes incomplete checkpoints of a killed run; the newest `keep` are kept.
 
         ValueError for a name that Orbax cannot write to, and for a file; OSError if the processes do not share the disk.
         """
         self.directory = _absolute(directory)
         check_name(self.directory)
-        if os.path.lexists(self.directory) and not os.path.isdir(self.directory):
-            raise ValueError(f"{self.directory} is not a directory, and checkpoints go there; move it away")
+        fits = os.path.isdir(self.directory) or not os.path.lexists(self.directory)
+        check(fits, f"{self.directory} is not a directory, and checkpoints go there; move it away")
         _check_shared(self.directory)
         self._writing: int | None = None
         self._read_back = self._abandoned = False
@@ -175,7 +178,7 @@ class Checkpoints:
         )
 
 
-def steps(directory: str | os.PathLike) -> list[int]:
+def steps(directory: Directory) -> list[int]:
     """Steps of the complete checkpoints in `directory`, oldest first."""
     directory = _absolute(directory)
     if "://" not in directory and not os.path.isdir(directory):
@@ -183,47 +186,43 @@ def steps(directory: str | os.PathLike) -> list[int]:
     return sorted(checkpoint.step for checkpoint in _STEPS.find_all(directory))
 
 
-def read_config(directory: str | os.PathLike, step: int | None = None) -> dict:
-    """The nested dict, with today's keys, of the config that made the newest checkpoint, or that of `step`.
-
-    ValueError if it is unreadable.
-    """
+def read_config(directory: Directory, step: int | None = None) -> dict:
+    """The nested dict, with today's keys, of the config that made the checkpoint."""
     return upgraded(stored.read_item(_newest_path(directory, step), "config"))
 
 
-def read_data(directory: str | os.PathLike, step: int | None = None) -> dict:
-    """The data state of the newest checkpoint, or of that of `step`; ValueError if unreadable."""
+def read_data(directory: Directory, step: int | None = None) -> dict:
+    """The data state."""
     return stored.read_item(_newest_path(directory, step), "data")
 
 
-def extras(directory: str | os.PathLike, step: int | None = None) -> set[str]:
-    """The names of the extras of the newest checkpoint, or of that of `step`; ValueError if unreadable."""
+def extras(directory: Directory, step: int | None = None) -> set[str]:
+    """The names of the extras."""
     return stored.extras(_newest_path(directory, step))
 
 
-def fingerprint(directory: str | os.PathLike, step: int | None = None) -> str:
-    """The SHA-256 of the checksums of the parameters of the newest checkpoint, or of that of `step`: it identifies weights."""
+def fingerprint(directory: Directory, step: int | None = None) -> str:
+    """The SHA-256 of the checksums of the parameters: it identifies weights."""
     sums = stored.read_sums(_newest_path(directory, step))
     params = sorted((name, number) for name, number in sums.arrays.items() if name.startswith("params/"))
     return hashlib.sha256(json.dumps(params).encode()).hexdigest()
 
 
-def read_params(directory: str | os.PathLike, abstract_params: Any, step: int | None = None) -> Any:
-    """The parameters alone, with the shardings and dtypes of `abstract_params`, of the newest checkpoint or of `step`.
+def read_params(directory: Directory, abstract_params: Any, step: int | None = None) -> Any:
+    """The parameters alone, with the shardings and dtypes of `abstract_params`; ValueError if they are of another model.
 
-    Leaves without a sharding go to the first device. ValueError if they are unreadable or of another model.
+    Leaves without a sharding go to the first device.
     """
-    tree = stored.read_arrays(_newest_path(directory, step), {"params": abstract_params}, partial=True)
-    return tree["params"]
+    return stored.read_arrays(_newest_path(directory, step), {"params": abstract_params}, partial=True)["params"]
 
 
-def read_shapes(directory: str | os.PathLike, step: int | None = None) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, by name, of the newest checkpoint or of that of `step`; ValueError if unreadable."""
+def read_shapes(directory: Directory, step: int | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by name."""
     shapes = stored.read_shapes(_newest_path(directory, step))
     return {name.removeprefix("params/"): shape for name, shape in shapes.items() if name.startswith("params/")}
 
 
-def read_slices(directory: str | os.PathLike, name: str, shape: tuple, step: int | None = None) -> Iterator[np.ndarray]:
+def read_slices(directory: Directory, name: str, shape: tuple, step: int | None = None) -> Iterator[np.ndarray]:
     """Yields the periods of a stacked parameter, or all of an unstacked one, on the host and in the dtype on disk.
 
     One chunk is in memory at a time: a period, or several periods in older checkpoints. UnreadableError, before the last
@@ -243,15 +242,14 @@ def check_name(directory: str) -> None:
         return
     wrong = [character for character in GLOB if character in directory]
     cure = "rename it, or use another --workdir"
-    if wrong:
-        raise ValueError(f"no checkpoint can be written to {directory}: its name has {' and '.join(wrong)}; {cure}")
+    check(not wrong, f"no checkpoint can be written to {directory}: its name has {' and '.join(wrong)}; {cure}")
     try:
         directory.encode()
     except UnicodeEncodeError:
         raise ValueError(f"no checkpoint can be written to {directory!r}: its name is not UTF-8; {cure}") from None
 
 
-def _absolute(directory: str | os.PathLike) -> str:
+def _absolute(directory: Directory) -> str:
     """An absolute path; a URL is unchanged."""
     return str(directory) if "://" in str(directory) else os.path.abspath(directory)
 
@@ -264,12 +262,10 @@ def _step_path(directory: str, step: int):
         raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {existing}") from None
 
 
-def _newest_path(directory: str | os.PathLike, step: int | None):
+def _newest_path(directory: Directory, step: int | None):
     directory = _absolute(directory)
-    if step is None:
-        step = max(steps(directory), default=None)
-    if step is None:
-        raise ValueError(f"{directory} has no complete checkpoint; it must be the folder that holds the numbered ones")
+    step = max(steps(directory), default=None) if step is None else step
+    check(step is not None, f"{directory} has no complete checkpoint; it must be the folder that holds the numbered ones")
     return _step_path(directory, step)
 
 
