@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
 
@@ -24,6 +25,7 @@ INPUT_ERRORS = (
     PermissionError,
 )  # fmt: skip
 FAILURES = (FloatingPointError, OSError)
+NO_BACKEND = ("Unable to initialize backend", "Unknown backend")
 RENAMED_FLAGS = {"rows": "batch_size"}  # names of earlier versions, and today's
 
 
@@ -56,12 +58,11 @@ def run(
 ) -> None:
     """Runs `program` and exits with the code that it returns, if any; an error is one line on stderr, see `exit_code`.
 
-    `argv` is the result of `parse`, with at most `arguments` arguments besides flags. `memory_for` says what did not fit when a
+    `argv` is what `parse` returns, with at most `arguments` arguments besides flags. `memory_for` says what did not fit if a
     device runs out of memory.
     """
     logging.getLogger().setLevel(logging.WARNING)
     quiet.silence_libraries()
-
     ending = threading.Lock()
 
     def end():
@@ -100,11 +101,8 @@ def run(
 
 def is_importing(frame: types.FrameType | None) -> bool:
     """Whether a module is being imported: an exception there is lost, or crashes a partly loaded library (jaxlib)."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
+    frames = (called for called, _ in traceback.walk_stack(frame))
+    return any(called.f_code.co_filename.startswith("<frozen importlib") for called in frames)
 
 
 def watch(number: int, handler: Callable, end: Callable[[], None]) -> Callable[[], None]:
@@ -140,7 +138,9 @@ def check_arguments(argv: Sequence[str], most: int = 0) -> None:
 
 def exit_code(error: Exception) -> int | None:
     """2 for a wrong input, 1 for a failure while running, None for a bug, whose traceback is printed."""
-    if isinstance(error, INPUT_ERRORS) or out_of_memory(error) or lacks_backend(error):
+    # JAX_PLATFORMS names a platform of which jax found no device.
+    lacks_backend = isinstance(error, RuntimeError) and str(error).startswith(NO_BACKEND)
+    if isinstance(error, INPUT_ERRORS) or out_of_memory(error) or lacks_backend:
         return 2
     return 1 if isinstance(error, FAILURES) else None
 
@@ -148,11 +148,6 @@ def exit_code(error: Exception) -> int | None:
 def out_of_memory(error: Exception) -> bool:
     """Whether a device's memory was too small. Compared by name, because importing jax takes a second."""
     return type(error).__name__ == "JaxRuntimeError" and any(x in str(error) for x in ("RESOURCE_EXHAUSTED", "Out of memory"))
-
-
-def lacks_backend(error: Exception) -> bool:
-    """Whether jax found no device of a platform that JAX_PLATFORMS names."""
-    return isinstance(error, RuntimeError) and str(error).startswith(("Unable to initialize backend", "Unknown backend"))
 
 
 def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
