@@ -6,6 +6,7 @@ renamed when all of it is on disk. The reader chooses the mesh and the precision
 newest checkpoint of a directory, or that of `step`; ValueError if it is unreadable.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -62,8 +63,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, data: Mapping, config_dict: Mapping, wait: bool = False) -> None:
         """Starts writing, unless `step` has a checkpoint; afterwards `state` may be donated and the dicts may change.
 
-        The first checkpoint is waited for and read back. OSError if it does not fit on the disk, or if the previous one could
-        not be written.
+        It waits for the first one and reads it back. OSError if this one does not fit on the disk or the last was not written.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -85,11 +85,15 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the checkpoint that is being written is complete; OSError with the cause if it cannot be."""
+        """Returns when the checkpoint being written is complete, and the first one readable; OSError if it is not."""
         try:
             self._manager.wait_until_finished()
-            if self._writing is not None:
-                self._check_written(self._writing)
+            if self._writing is not None and jax.process_index() == 0:
+                if self._writing not in self.steps():
+                    raise FileNotFoundError("it is not there")
+                if not self._read_back:
+                    stored.check_smallest(_path(self.directory, self._writing))
+            self._read_back = self._read_back or self._writing is not None
         except Exception as cause:
             raise self._not_written(cause) from cause
         self._writing = None
@@ -100,12 +104,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits as `wait` does and ends the background threads."""
-        if self._abandoned:
-            return
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
+        if not self._abandoned:
+            with contextlib.closing(self._manager):
+                self.wait()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -117,10 +118,8 @@ class Checkpoints:
     def newest_config(self) -> tuple[int, dict] | None:
         """(step, config) of the newest checkpoint whose config can be read; None if there is none."""
         for step in reversed(self.steps()):
-            try:
+            with contextlib.suppress(UnreadableError):  # `restore` reports it and reads the previous one
                 return step, read_config(self.directory, step)
-            except UnreadableError:
-                continue  # `restore` reports it and reads the previous one
         return None
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
@@ -134,7 +133,7 @@ class Checkpoints:
         candidates = [step] if step is not None else self.steps()[::-1]
         causes = {}
         for candidate in candidates:
-            path = _step_path(self.directory, candidate)
+            path = _path(self.directory, candidate)
             try:
                 _, data = stored.together(lambda path=path: [stored.read_item(path, item) for item in stored.ITEMS])
                 state = stored.read_state(path, abstract_state)
@@ -150,7 +149,7 @@ class Checkpoints:
     def _set_aside(self, unreadable: Mapping[int, Exception]) -> None:
         """Renames unreadable checkpoints: their steps can be written again, and nothing is deleted."""
         for step in unreadable:
-            path = _step_path(self.directory, step)
+            path = _path(self.directory, step)
             if jax.process_index() == 0:
                 target = files.free_name(path, "unreadable")
                 path.rename(target)
@@ -159,23 +158,13 @@ class Checkpoints:
             stored.agree(True)  # every process waits here until they are moved
             self._manager.reload()
 
-    def _check_written(self, step: int) -> None:
-        """FileNotFoundError if the checkpoint of `step` does not exist; UnreadableError if it is the first and unreadable."""
-        if jax.process_index() == 0:
-            if step not in self.steps():
-                raise FileNotFoundError("it is not there")
-            if not self._read_back:
-                stored.check_smallest(_step_path(self.directory, step))
-        self._read_back = True
-
     def _not_written(self, cause: Exception) -> OSError:
         step, self._writing = self._writing, None
         complete = [other for other in self.steps() if other != step]
         last = f"the last complete one is of step {complete[-1]}" if complete else "there is no other"
-        return OSError(
-            f"the checkpoint of step {step} could not be written to {self.directory}: {stored.root(cause)}; {last}; "
-            "free some space, or restore the directory, and run the same command again"
-        )
+        cure = "free some space, or restore the directory, and run the same command again"
+        problem = f"the checkpoint of step {step} could not be written to {self.directory}: {stored.root(cause)}"
+        return OSError(f"{problem}; {last}; {cure}")
 
 
 def steps(directory: Directory) -> list[int]:
@@ -188,47 +177,44 @@ def steps(directory: Directory) -> list[int]:
 
 def read_config(directory: Directory, step: int | None = None) -> dict:
     """The nested dict, with today's keys, of the config that made the checkpoint."""
-    return upgraded(stored.read_item(_newest_path(directory, step), "config"))
+    return upgraded(stored.read_item(_path(directory, step), "config"))
 
 
 def read_data(directory: Directory, step: int | None = None) -> dict:
     """The data state."""
-    return stored.read_item(_newest_path(directory, step), "data")
+    return stored.read_item(_path(directory, step), "data")
 
 
 def extras(directory: Directory, step: int | None = None) -> set[str]:
     """The names of the extras."""
-    return stored.extras(_newest_path(directory, step))
+    return stored.extras(_path(directory, step))
 
 
 def fingerprint(directory: Directory, step: int | None = None) -> str:
     """The SHA-256 of the checksums of the parameters: it identifies weights."""
-    sums = stored.read_sums(_newest_path(directory, step))
+    sums = stored.read_sums(_path(directory, step))
     params = sorted((name, number) for name, number in sums.arrays.items() if name.startswith("params/"))
     return hashlib.sha256(json.dumps(params).encode()).hexdigest()
 
 
 def read_params(directory: Directory, abstract_params: Any, step: int | None = None) -> Any:
-    """The parameters alone, with the shardings and dtypes of `abstract_params`; ValueError if they are of another model.
-
-    Leaves without a sharding go to the first device.
-    """
-    return stored.read_arrays(_newest_path(directory, step), {"params": abstract_params}, partial=True)["params"]
+    """The parameters alone, like `abstract_params`; leaves without a sharding go to the first device."""
+    return stored.read_arrays(_path(directory, step), {"params": abstract_params}, partial=True)["params"]
 
 
 def read_shapes(directory: Directory, step: int | None = None) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter, by name."""
-    shapes = stored.read_shapes(_newest_path(directory, step))
+    shapes = stored.read_shapes(_path(directory, step))
     return {name.removeprefix("params/"): shape for name, shape in shapes.items() if name.startswith("params/")}
 
 
 def read_slices(directory: Directory, name: str, shape: tuple, step: int | None = None) -> Iterator[np.ndarray]:
     """Yields the periods of a stacked parameter, or all of an unstacked one, on the host and in the dtype on disk.
 
-    One chunk is in memory at a time: a period, or several periods in older checkpoints. UnreadableError, before the last
-    period, if the checksum differs.
+    One chunk is in memory at a time: a period, or several in older checkpoints. UnreadableError, before the last period, if the
+    checksum differs.
     """
-    return stored.read_slices(_newest_path(directory, step), f"params/{name}", shape)
+    return stored.read_slices(_path(directory, step), f"params/{name}", shape)
 
 
 def _chunks(key: tuple, _) -> ocp.SaveArgs:
@@ -254,7 +240,11 @@ def _absolute(directory: Directory) -> str:
     return str(directory) if "://" in str(directory) else os.path.abspath(directory)
 
 
-def _step_path(directory: str, step: int):
+def _path(directory: Directory, step: int | None):
+    """The checkpoint of `step`, or the newest."""
+    directory = _absolute(directory)
+    step = max(steps(directory), default=None) if step is None else step
+    check(step is not None, f"{directory} has no complete checkpoint; it must be the folder that holds the numbered ones")
     try:
         return _STEPS.find_step(directory, step).path
     except ValueError:
@@ -262,27 +252,16 @@ def _step_path(directory: str, step: int):
         raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {existing}") from None
 
 
-def _newest_path(directory: Directory, step: int | None):
-    directory = _absolute(directory)
-    step = max(steps(directory), default=None) if step is None else step
-    check(step is not None, f"{directory} has no complete checkpoint; it must be the folder that holds the numbered ones")
-    return _step_path(directory, step)
-
-
 def _check_space(directory: str, state: Any) -> None:
-    """OSError, before anything is written, if the disk lacks space for the arrays and 1 MiB of Orbax's own files.
-
-    Creates the directory again if it was removed.
-    """
+    """OSError if the disk lacks space for the arrays and 1 MiB of Orbax's own files. Creates a directory that was removed."""
     if "://" in directory:
         return
     needed = sum(x.nbytes for x in jax.tree.leaves(state)) + MIB
     os.makedirs(directory, exist_ok=True)
     free = shutil.disk_usage(directory).free
     if not stored.agree(needed <= free):
-        raise OSError(
-            f"{math.ceil(10 * needed / MIB) / 10:,.1f} MiB do not fit: {math.floor(10 * free / MIB) / 10:,.1f} MiB are free"
-        )
+        size, space = math.ceil(10 * needed / MIB) / 10, math.floor(10 * free / MIB) / 10
+        raise OSError(f"{size:,.1f} MiB do not fit: {space:,.1f} MiB are free")
 
 
 def _check_shared(directory: str) -> None:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
 
-from hybrid_attn.checksums import checksums, mesh_of
 from hybrid_attn.files import object_of
 
 ITEMS = ("config", "data")
@@ -56,6 +56,32 @@ def sums_of(state: Any, items: Mapping[str, Mapping]) -> dict:
     return saved | {"digest": digest(saved)}
 
 
+def checksums(leaves: list[jax.Array]) -> list[int]:
+    """Of every array, the sum of its elements as unsigned integers: independent of the sharding, changed by any flipped bit.
+
+    Orbax verifies the index of its files and not the arrays: a flipped bit would go unnoticed.
+    """
+    sums = []
+    for x in leaves:
+        with jax.set_mesh(mesh_of(x)):
+            sums.append(int(_checksum(x)))  # one at a time: many collectives at once deadlock on many CPU devices
+    return sums
+
+
+def mesh_of(x: jax.Array) -> jax.sharding.Mesh:
+    """The mesh of an array, which may differ from the mesh in force."""
+    if isinstance(x.sharding, jax.sharding.NamedSharding):
+        return x.sharding.mesh
+    return jax.sharding.Mesh(np.array(list(x.devices())), "device")
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    integers = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jnp.sum(integers, dtype=jnp.uint32)
+
+
 def digest(value: Any) -> str:
     """The SHA-256 of the JSON form of a value."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
@@ -74,11 +100,9 @@ def read_sums(path) -> Sums:
 
 
 def read_item(path, item: str) -> dict:
-    """A JSON item, verified; UnreadableError if it is missing or was changed.
-
-    Items of older versions have no digest; an empty one was changed, because none was written empty.
-    """
+    """A JSON item, verified; UnreadableError if it is missing or was changed."""
     value, sums = read_json(path, item), read_sums(path)
+    # Items of older versions have no digest; an empty one was changed, because none was written empty.
     if not value if sums.items is None else sums.items.get(item) != digest(value):
         raise UnreadableError(f"{item}: the bytes changed on disk")
     return value
@@ -115,18 +139,14 @@ def read_slices(path, name: str, shape: tuple) -> Iterator[np.ndarray]:
 
 def read_shapes(path) -> dict[str, tuple[int, ...]]:
     """The shape of every array, by name; UnreadableError if the checksums describe others."""
-
-    def read():
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            saved = _described(handler, path, read_sums(path))
-        return {name: tuple(x.shape) for name, x in saved.items()}
-
-    return together(read)
+    saved = together(lambda: _read_metadata(path, read_sums(path)))
+    return {name: tuple(x.shape) for name, x in saved.items()}
 
 
-def _described(handler: ocp.PyTreeCheckpointHandler, path, sums: Sums) -> dict[str, Any]:
-    """Shape and dtype of the arrays on disk, by name; UnreadableError if the checksums describe others."""
-    saved = flat(handler.metadata(path / "state").tree)
+def _read_metadata(path, sums: Sums) -> dict[str, Any]:
+    """Shape and dtype of every array, by name; UnreadableError if the checksums describe others."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        saved = flat(handler.metadata(path / "state").tree)
     check_as_described(sums, saved, partial=False)
     return saved
 
@@ -206,13 +226,13 @@ def read_arrays(path, abstract: Any, partial: bool, ignored: tuple[str, ...] = (
 
 def _read_as_saved(path, abstract: Any, sums: Sums, partial: bool, ignored: tuple[str, ...]) -> Any:
     """Arrays with the shapes and shardings of `abstract` and the dtypes on disk; AnotherModelError if they differ."""
+    saved = _read_metadata(path, sums)
+    compared = {name: x for name, x in saved.items() if not any(inside(name, group) for group in ignored)}
+    check_same_arrays(path, compared, flat(abstract), partial)
+    as_saved = jax.tree_util.tree_map_with_path(lambda key, x: x.update(dtype=saved[name_of(key)].dtype), abstract)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(as_saved)
+    args = ocp.args.PyTreeRestore(item=as_saved, restore_args=restore_args, partial_restore=partial or bool(ignored))
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        saved = _described(handler, path, sums)
-        compared = {name: x for name, x in saved.items() if not any(inside(name, group) for group in ignored)}
-        check_same_arrays(path, compared, flat(abstract), partial)
-        as_saved = jax.tree_util.tree_map_with_path(lambda key, x: x.update(dtype=saved[name_of(key)].dtype), abstract)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(as_saved)
-        args = ocp.args.PyTreeRestore(item=as_saved, restore_args=restore_args, partial_restore=partial or bool(ignored))
         return handler.restore(path / "state", args=args)
 
 
@@ -259,10 +279,8 @@ def check_same_arrays(path, saved: Mapping, expected: Mapping, partial: bool) ->
         cure = "use another --workdir, or the config that wrote it"
         if not partial and not any(inside(name, "opt_state") for name in saved):
             cure = f"it has no optimiser state: start a run in another --workdir, with --config.init_from.path={path.parent}"
-        raise AnotherModelError(
-            f"{path} holds the arrays of another model or optimiser (saved -> expected):\n"
-            f"{first_eight(sorted(lines), chr(10))}\n{cure}"
-        )
+        problem = f"{path} holds the arrays of another model or optimiser (saved -> expected):"
+        raise AnotherModelError("\n".join([problem, first_eight(sorted(lines), "\n"), cure]))
 
 
 def name_of(key: tuple) -> str:

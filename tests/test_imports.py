@@ -15,8 +15,8 @@ CONFIG = ("config_model", "config_training", "config")
 LEFT_TO_RIGHT = ("trees", *CONFIG, "kernels", "parallel", "model", "infer", "evals", "train")
 ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
-ALLOWED |= {room: set() for room in ("quiet", "checksums", "characters")} | {"files": {"trees"}}
-ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet", "characters"}, "stored": {"checksums", "files"}}
+ALLOWED |= {room: set() for room in ("quiet", "characters")} | {"files": {"trees"}}
+ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet", "characters"}, "stored": {"files"}}
 ALLOWED["checkpoint"] |= {"stored", "files"}
 ALLOWED["parallel"] |= {"files"}  # messages between processes are JSON objects
 ALLOWED["convert"] |= {"files"}
@@ -108,5 +108,5 @@ def test_reading_a_checkpoint_loads_neither_the_trainer_nor_the_model():
     code = "import sys, hybrid_attn.checkpoint; print(*[m for m in sys.modules if m.startswith('hybrid_attn.')])"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "hybrid_attn.checkpoint" in loaded.stdout
-    rooms = {"checkpoint", "checksums", "kernels", *CONFIG} | ALLOWED["checkpoint"]
+    rooms = {"checkpoint", "kernels", *CONFIG} | ALLOWED["checkpoint"]
     assert {name.split(".")[1] for name in loaded.stdout.split()} <= rooms
