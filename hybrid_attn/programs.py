@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import traceback
-import types
 from collections.abc import Callable, Mapping, Sequence
 
 from absl import app, flags
@@ -19,6 +18,7 @@ from hybrid_attn import config_file, quiet
 from hybrid_attn.characters import visible
 
 GRACE = 2  # seconds after Ctrl-C in which a program may end by itself
+ARRAYS = "the arrays of this program"  # what did not fit if a device runs out of memory
 # Errors that another flag, config or input cures, and errors of the machine or of the computation.
 INPUT_ERRORS = (
     ValueError, NotImplementedError, ImportError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
@@ -50,11 +50,7 @@ def start(main: Callable[[Sequence[str]], None], module: str) -> None:
 
 
 def run(
-    program: Callable[..., int | None],
-    argv: Sequence[str],
-    memory_for: str = "the arrays of this program",
-    interrupted: str = "interrupted",
-    arguments: int = 0,
+    program: Callable, argv: Sequence[str], memory_for: str = ARRAYS, interrupted: str = "interrupted", arguments: int = 0
 ) -> None:
     """Runs `program` and exits with the code that it returns, if any; an error is one line on stderr, see `exit_code`.
 
@@ -71,8 +67,9 @@ def run(
         os._exit(130)  # not SystemExit: after an interrupted compilation the cleanup of jax crashes
 
     def interrupt(_, frame):
-        if is_importing(frame):
-            end()
+        frames = (called for called, _ in traceback.walk_stack(frame))
+        if any(called.f_code.co_filename.startswith("<frozen importlib") for called in frames):
+            end()  # in an import, an exception is lost, or crashes a partly loaded library (jaxlib)
         last = threading.Timer(GRACE, end)  # a callback of jax may swallow the exception
         last.daemon = True
         last.start()
@@ -97,12 +94,6 @@ def run(
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     if code:
         sys.exit(code)
-
-
-def is_importing(frame: types.FrameType | None) -> bool:
-    """Whether a module is being imported: an exception there is lost, or crashes a partly loaded library (jaxlib)."""
-    frames = (called for called, _ in traceback.walk_stack(frame))
-    return any(called.f_code.co_filename.startswith("<frozen importlib") for called in frames)
 
 
 def watch(number: int, handler: Callable, end: Callable[[], None]) -> Callable[[], None]:
@@ -164,7 +155,7 @@ def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
     return values
 
 
-def message(error: Exception, memory_for: str = "the arrays of this program") -> str:
+def message(error: Exception, memory_for: str = ARRAYS) -> str:
     """The text of an error, with its file, or with `memory_for` if a device ran out of memory."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
