@@ -15,7 +15,7 @@ from absl import app, flags
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.characters import line, visible
-from hybrid_attn.data import corpora, documents, pipeline, store, summary
+from hybrid_attn.data import corpora, documents, pipeline, prepare, store
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 
@@ -37,7 +37,7 @@ def show_store(path: str) -> None:
     store.load(path)  # checks the size of every file
     print(f"store        {path}: {len(manifest.shards)} shards of {manifest.dtype} ids, complete")
     print(line(f"tokenizer    {manifest.tokenizer}, hash {manifest.tokenizer_hash[:12]}"))
-    print(*summary.lines(manifest.summary), sep="\n")
+    print(*prepare.summary_lines(manifest.summary), sep="\n")
     if VERIFY.value:
         verify(path, manifest)
     if DOCUMENT.value is not None:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +24,7 @@ Span = tuple[int, int, int]  # the number of a document, and the tokens [start, 
 
 
 class LossMask(NamedTuple):
-    """For each token of documents, 1 if it is trained on as a target, and 0 if the model only reads it.
-
-    `fetch` reads spans of it, uint8; `fingerprint` differs between different masks.
-    """
+    """For each token, uint8 1 if it is trained on as a target, else 0. Different masks have different fingerprints."""
 
     fetch: Callable[[Sequence[Span]], list[np.ndarray]]
     fingerprint: str
@@ -83,10 +80,7 @@ class Documents:
         )
 
     def fingerprint(self) -> str:
-        """Hexadecimal digits that identify these documents in this order, independent of where they are stored.
-
-        A loss mask counts with all its files, so a store of other shards has another fingerprint.
-        """
+        """Hexadecimal digits that identify these documents in this order, and the files of their loss mask, wherever stored."""
         mask = "" if self.loss_mask is None else self.loss_mask.fingerprint
         return hashlib.sha256(self.lengths.tobytes() + self.hashes.tobytes() + mask.encode()).hexdigest()[:16]
 
@@ -137,11 +131,7 @@ def with_boundaries(tokenizer, ids: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def load(paths: tuple[str, ...], tokenizer) -> Documents:
-    """The documents of the files and directories in `paths`, read as `sources.read` does: a file of plain text is one document.
-
-    Without `paths`, the sources of this interpreter's standard library. The text of a record is its field `FIELDS.text`.
-    ValueError names what cannot be read or encoded, or says that no file has text.
-    """
+    """The documents of the files that `find` finds, one of each file of plain text; ValueError names what cannot be used."""
     files = find(paths)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         encoded = list(itertools.chain.from_iterable(pool.map(lambda path: _encode(path, tokenizer), files)))
@@ -174,29 +164,18 @@ def _is_text(path: str) -> bool:
         return False
 
 
-def _texts(path: str) -> Iterator[bytes]:
-    """The texts of the documents of a file, without empty ones. A file of plain text need not be UTF-8."""
-    is_text = sources.format_of(path) == "text"
+def _encode(path: str, tokenizer) -> list[tuple[np.ndarray, int]]:
+    """The tokens of each document of a file, from BOS to EOS, and the hash of its text. Plain text need not be UTF-8."""
+    encoded, is_text = [], sources.format_of(path) == "text"
     for result in [sources.text_of(path)] if is_text else sources.read(path, None, FIELDS):
         if not isinstance(result, Text):
-            raise ValueError(
-                f"{result.reason}; repair the file, leave it out of paths, or make a store with tools/prepare_data.py, which "
-                "has --text_field, --max_document_mb and --on_error=skip"
-            )
-        if result.text:
-            yield result.text
-
-
-def _encode(path: str, tokenizer) -> list[tuple[np.ndarray, int]]:
-    """The tokens of each document of a file, from BOS to EOS, and the hash of its text."""
-    encoded = []
-    for text in _texts(path):
+            cure = "repair the file, leave it out of paths, or make a store with tools/prepare_data.py, which has"
+            raise ValueError(f"{result.reason}; {cure} --text_field, --max_document_mb and --on_error=skip")
         try:
-            ids = tokenizer.encode(text)
+            ids = tokenizer.encode(result.text)
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8 at byte {error.start}, and a tokenizer.json reads text; "
-                "convert the file, leave it out of paths, or use data.tokenizer='bytes'"
-            ) from error
-        encoded.append((with_boundaries(tokenizer, ids), content_hash(text)))
+            cure = "convert the file, leave it out of paths, or use data.tokenizer='bytes'"
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}, and a tokenizer.json reads text; {cure}") from error
+        if result.text:
+            encoded.append((with_boundaries(tokenizer, ids), content_hash(result.text)))
     return encoded

@@ -26,8 +26,8 @@ MAX_LEN = 2**31 - 1  # tokens of a sequence: positions are int32
 class PackedSequences:
     """The sequences of `documents`, packed by "concat" or "best_fit".
 
-    `seed` gives each epoch its own order; None keeps the order of the documents. `byte_lengths` [vocab_size] has the number of
-    UTF-8 bytes of each id.
+    `seed` gives each epoch its own order; None keeps that of the documents. `byte_lengths` [vocab_size] has the UTF-8 bytes of
+    each id.
     """
 
     def __init__(self, documents: Documents, seq_len: int, seed: int | None, byte_lengths: np.ndarray, packing: str = "concat"):
@@ -70,7 +70,11 @@ class PackedSequences:
             number, size = len(columns[0]), stop - start + 1
             tokens_S = _joined(tokens, number, np.zeros(size, np.int32))
             mask_S = np.ones(size, bool) if masks is None else _joined(masks, number, np.zeros(size, bool))
-            sequences.append(self._arrays(tokens_S, mask_S, positions_S, segments_S))
+            has_target_T = (segments_S[:-1] == segments_S[1:]) & (segments_S[:-1] > 0)
+            targets_T, trained_T = np.where(has_target_T, tokens_S[1:], 0), has_target_T & mask_S[1:]
+            arrays = {"tokens": tokens_S[:-1], "targets": targets_T, "positions": positions_S[:-1], "segments": segments_S[:-1]}
+            bytes_T = np.where(trained_T, self._byte_lengths[targets_T], 0).astype(np.float32)
+            sequences.append(arrays | {"weights": trained_T.astype(np.float32), "bytes": bytes_T})
         return sequences
 
     def counts(self, epoch: int = 0) -> dict[str, int]:
@@ -101,20 +105,6 @@ class PackedSequences:
         positions_S[:n] = np.arange(start, start + n) - np.repeat(begins_K[overlap], right_K - left_K)
         segments_S[:n] = np.repeat(np.arange(first + 1, last + 1), right_K - left_K)
         return (documents_K[overlap], left_K + shift_K, right_K + shift_K), positions_S, segments_S
-
-    def _arrays(
-        self, tokens_S: np.ndarray, mask_S: np.ndarray, positions_S: np.ndarray, segments_S: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        has_target_T = (segments_S[:-1] == segments_S[1:]) & (segments_S[:-1] > 0)
-        targets_T, trained_T = np.where(has_target_T, tokens_S[1:], 0), has_target_T & mask_S[1:]
-        return {
-            "tokens": tokens_S[:-1],
-            "targets": targets_T,
-            "positions": positions_S[:-1],
-            "segments": segments_S[:-1],
-            "weights": trained_T.astype(np.float32),
-            "bytes": np.where(trained_T, self._byte_lengths[targets_T], 0).astype(np.float32),
-        }
 
 
 def _joined(pieces: Iterator[np.ndarray], number: int, out_S: np.ndarray) -> np.ndarray:

@@ -89,8 +89,7 @@ def _encoded(tokenizer, batch: list[Text], has_mask: bool) -> list[list[np.ndarr
 def loss_mask(starts_n: np.ndarray, pieces: Sequence[Piece]) -> np.ndarray:
     """The mask [n + 2] of BOS, the tokens that begin at the bytes `starts_n` of a text, and EOS.
 
-    A token belongs to the piece in which it begins, BOS to the first piece and EOS to the last. Without `pieces` the whole text
-    is trained on.
+    A token belongs to the piece in which it begins, BOS to the first and EOS to the last. Without `pieces` all are trained on.
     """
     if not pieces:
         return np.ones(len(starts_n) + 2, np.uint8)

@@ -22,14 +22,13 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import tqdm
 
 from hybrid_attn import characters, files
-from hybrid_attn.data import documents, parts, sources, store, summary
+from hybrid_attn.data import documents, parts, sources, store
 from hybrid_attn.data.parts import Options
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.trees import check
@@ -41,15 +40,17 @@ MIN_SHARD_BYTES, MAX_SHARD_BYTES = 10**6, 256 * 10**6
 
 
 def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say: Callable[[str], None] = print) -> dict:
-    """Writes the store `out` from the files of `inputs` and returns its summary.
+    """Writes the store `out` from the files of `inputs` and returns its summary; the same call resumes a killed one.
 
-    The same call resumes a killed one. ValueError for wrong input, OSError for a disk that fails or is full, BlockingIOError if
-    another process writes the store, ImportError for a missing library.
+    ValueError for wrong input, OSError for a disk that fails or is full, BlockingIOError if another process writes the store.
     """
     tokenizer = load_tokenizer(options.tokenizer)
     plan = _plan(inputs, options, tokenizer)
     folder = Path(out)
-    _check_folder(folder)
+    names = [path.name.lstrip(".") for path in folder.iterdir()] if folder.exists() else []
+    others = [x for x in names if f".{x}" != files.LOCK and not x.startswith(f"{store.PLAN}.partial")]
+    of_store = not others or store.PLAN in names
+    check(of_store, f"{folder} is not empty and has no unfinished store; name another --out")
     if (folder / store.MANIFEST).exists() and not (folder / parts.FOLDER).exists():
         return _complete(folder, plan, say)  # takes no lock: the folder may be read-only
     with files.lock(folder):
@@ -58,7 +59,7 @@ def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say
                 counts = _complete(folder, plan, say)
             else:
                 counts = _make(folder, plan, options, tokenizer, workers, say)
-        except BrokenProcessPool as error:
+        except concurrent.futures.BrokenExecutor as error:
             raise OSError(f"a worker was killed, perhaps because memory ran out; {_progress(folder, plan)}") from error
         except OSError as error:
             raise type(error)(f"{error}; {_progress(folder, plan)}") from error
@@ -99,22 +100,6 @@ def _plan(inputs: Sequence[str], options: Options, tokenizer) -> dict:
     return {"options": values, "tokenizer_hash": tokenizer.hash, "files": described, "shards": shards}
 
 
-def _check_folder(folder: Path) -> None:
-    """ValueError if `folder` has files that are not those of a store."""
-    names = [path.name.lstrip(".") for path in folder.iterdir()] if folder.exists() else []
-    others = [x for x in names if f".{x}" != files.LOCK and not x.startswith(f"{store.PLAN}.partial")]
-    fits = not others or store.PLAN in names
-    check(fits, f"{folder} is not empty and has no unfinished store; name another --out")
-
-
-def _begin(folder: Path, plan: dict) -> None:
-    """Writes the plan; ValueError if the store in `folder` has another one."""
-    if (folder / store.PLAN).exists():
-        _check_same(folder, plan, complete=False)
-    parts.write(folder / store.PLAN, [json.dumps(plan, indent=1).encode()])
-    (folder / parts.FOLDER).mkdir(exist_ok=True)
-
-
 def _check_same(folder: Path, new: dict, complete: bool) -> None:
     """ValueError if `folder` was begun with another plan, or its plan cannot be read."""
     cure = "; name another --out"
@@ -147,7 +132,6 @@ def _compare(folder: Path, old: dict, new: dict, ignored: set[str]) -> None:
 
 def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, say: Callable[[str], None]) -> dict:
     """Makes the parts that are missing, and then the store; returns its summary."""
-    _begin(folder, plan)
     _make_parts(folder, plan, options, workers, say)
     dtype = documents.token_dtype(tokenizer.vocab_size)
     made = [parts.read(folder, i, dtype.itemsize, has_mask=options.fields.loss is not None) for i in range(len(plan["shards"]))]
@@ -155,11 +139,15 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     for reason in reasons[: parts.REPORTED]:
         say(characters.line(f"skipped      {reason}"))
     names = sorted({name for part in made for name in part["labels"]})
-    _check_labels(folder, names, plan, made)
+    skipped = {reason: count for reason, count in _skipped(made).items() if count}
+    cure = f"name another --text_field, --format or --input, and another --out or delete {folder}"
+    check(bool(names), f"the {len(plan['files'])} input files have no text; skipped: {skipped}; {cure}")
+    too_many = f"the label field has {len(names):,} values, and a store has at most {MAX_LABELS:,}; name a coarser one"
+    check(len(names) <= MAX_LABELS, too_many)
     keep = _first_copies(folder, len(made)) if options.drop_duplicates else [None] * len(made)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         written = list(pool.map(lambda i: _write_shard(folder, i, made[i], keep[i], names, dtype), range(len(made))))
-    counts = summary.summary([counts for _, counts in written], made, names)
+    counts = _summary([counts for _, counts in written], made, names)
     nothing_trained = f"no piece has {options.fields.loss!r}: true, so nothing would be trained on; name another --loss_field"
     check(counts.get("trained_tokens") != 0, f"{nothing_trained}, and another --out or delete {folder}")
     shards = tuple(shard for shard, _ in written)
@@ -170,7 +158,11 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
 
 
 def _make_parts(folder: Path, plan: dict, options: Options, workers: int, say: Callable[[str], None]) -> None:
-    """Makes the parts that are missing, in parallel."""
+    """Writes the plan and makes the parts that are missing, in parallel; ValueError if `folder` has another plan."""
+    if (folder / store.PLAN).exists():
+        _check_same(folder, plan, complete=False)
+    parts.write(folder / store.PLAN, [json.dumps(plan, indent=1).encode()])
+    (folder / parts.FOLDER).mkdir(exist_ok=True)
     shards = [[(plan["files"][i]["path"], start, stop) for i, start, stop in shard] for shard in plan["shards"]]
     sizes = [sum(stop - start for _, start, stop in shard) for shard in shards]
     for left_over in folder.glob("**/*.partial*"):
@@ -182,15 +174,6 @@ def _make_parts(folder: Path, plan: dict, options: Options, workers: int, say: C
     with tqdm.tqdm(total=sum(sizes), initial=before, unit="B", unit_scale=True, desc="input") as bar:
         for i in _in_processes(parts.encode, {i: (folder, i, shards[i], options) for i in todo}, workers):
             bar.update(sizes[i])
-
-
-def _check_labels(folder: Path, names: list[str], plan: dict, made: list[dict]) -> None:
-    """ValueError if the parts have no document, or too many labels."""
-    skipped = {reason: count for reason, count in summary.skipped(made).items() if count}
-    cure = f"name another --text_field, --format or --input, and another --out or delete {folder}"
-    check(bool(names), f"the {len(plan['files'])} input files have no text; skipped: {skipped}; {cure}")
-    few = len(names) <= MAX_LABELS
-    check(few, f"the label field has {len(names):,} values, and a store has at most {MAX_LABELS:,}; name a coarser one")
 
 
 def _in_processes(function: Callable, calls: dict[int, tuple], workers: int) -> Iterator[int]:
@@ -210,9 +193,8 @@ def _in_processes(function: Callable, calls: dict[int, tuple], workers: int) -> 
             for future in concurrent.futures.as_completed(pending):
                 future.result()
                 yield pending[future]
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _start_worker() -> None:
@@ -240,7 +222,7 @@ def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
 def _write_shard(
     folder: Path, number: int, part: dict, selected: np.ndarray | None, names: list[str], dtype: np.dtype
 ) -> tuple[store.Shard, dict]:
-    """Writes the shard of the `selected` documents of a part (None: all). Returns it and its counts, for `summary`."""
+    """Writes the shard of the `selected` documents of a part (None: all). Returns it and its counts, for `_summary`."""
     x = parts.columns(folder, number)
     label_numbers = {name: i for i, name in enumerate(names)}
     x["labels"] = np.array([label_numbers[name] for name in part["labels"]], np.int64)[x["labels"]]
@@ -255,7 +237,7 @@ def _write_shard(
         x = {name: values[selected] for name, values in x.items()}
     index = store.index_bytes(x["lengths"], x["hashes"], x["labels"])
     index_sha256 = parts.write(folder / store.file_name(number, "index"), [index])
-    counts = summary.counts(x, len(names)) | {"duplicates": duplicates}
+    counts = _counts(x, len(names)) | {"duplicates": duplicates}
     if mask_sha256 is not None:
         with open(folder / mask_path.name, "rb") as file:
             counts["trained_tokens"] = sum(block.count(1) for block in iter(lambda: file.read(store.BLOCK), b""))
@@ -287,3 +269,60 @@ def _copied(folder: Path, source: Path, sha256: str, dtype: np.dtype, ranges: li
 def _progress(folder: Path, plan: dict) -> str:
     done = len(list((folder / parts.FOLDER).glob("*.json")))
     return f"{done} of {len(plan['shards'])} shards are done and kept; solve the problem, then the same command continues"
+
+
+def _counts(columns: dict[str, np.ndarray], labels: int) -> dict[str, np.ndarray]:
+    """Documents, tokens and bytes by label, and documents by length, of a shard with these `parts.COLUMNS`."""
+    weights = {"documents": None, "tokens": columns["lengths"], "bytes": columns["bytes"]}
+    by_label = {what: np.bincount(columns["labels"], weight, labels).astype(np.int64) for what, weight in weights.items()}
+    # A length of [2^(k - 1), 2^k) has the exponent k.
+    return by_label | {"lengths": np.bincount(np.frexp(columns["lengths"])[1], minlength=64)}
+
+
+def _summary(shards: list[dict], made: list[dict], names: list[str]) -> dict:
+    """The summary of a store, from the `_counts` of its shards, the parts `made`, and the `names` of its labels."""
+    total = {what: sum(shard[what] for shard in shards) for what in shards[0]}
+    by_label = {what: total[what] for what in ("documents", "tokens", "bytes")}
+    trained = {"trained_tokens": total["trained_tokens"]} if "trained_tokens" in total else {}
+    return {
+        **{what: int(values.sum()) for what, values in by_label.items()},
+        **trained,
+        "skipped": _skipped(made) | {"duplicates": total["duplicates"]},
+        "lengths": {str(2 ** (k - 1)): int(count) for k, count in enumerate(total["lengths"]) if count},
+        "labels": {name: {what: int(values[i]) for what, values in by_label.items()} for i, name in enumerate(names)},
+    }
+
+
+def _skipped(made: list[dict]) -> dict[str, int]:
+    return {what: sum(part["skipped"].get(what, 0) for part in made) for what in ("broken", "empty", "binary")}
+
+
+def summary_lines(summary: dict) -> list[str]:
+    """The lines of a summary, for printing; ValueError if it is damaged."""
+    try:
+        return [characters.line(line) for line in _lines(summary)]
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the summary in the manifest is damaged: {error!r}; prepare the store again") from error
+
+
+def _lines(summary: dict) -> Iterator[str]:
+    yield f"documents    {summary['documents']:,}, of {summary['bytes']:,} bytes"
+    yield f"tokens       {summary['tokens']:,}, {_ratio(summary):.3f} bytes each, BOS and EOS included"
+    if "trained_tokens" in summary:
+        trained = summary["trained_tokens"]
+        yield f"loss mask    {trained:,} tokens are trained on ({trained / summary['tokens']:.1%})"
+    yield f"skipped      {', '.join(f'{count:,} {what}' for what, count in summary['skipped'].items())}"
+    for label, values in summary["labels"].items():
+        share = values["tokens"] / summary["tokens"]
+        yield (
+            f"label        {label}: {values['documents']:,} documents, {values['tokens']:,} tokens ({share:.1%}), "
+            f"{_ratio(values):.3f} bytes each"
+        )
+    most = max(summary["lengths"].values())
+    for first, count in summary["lengths"].items():
+        bar = "#" * min(40, -(-40 * count // most))
+        yield f"length       {f'{int(first):,} to {2 * int(first) - 1:,}':>27}  {count:>11,}  {bar}"
+
+
+def _ratio(values: dict) -> float:
+    return values["bytes"] / max(1, values["tokens"])  # 0 tokens if all documents of a label were copies of others

@@ -1,7 +1,4 @@
-"""Records with text: JSON objects, rows of Parquet files, and rows of Arrow streams as the library datasets saves them.
-
-What is read is a document, or the reason and position of what cannot be read.
-"""
+"""Documents of records: JSON objects, rows of Parquet files, and rows of Arrow streams as the library datasets saves them."""
 
 import dataclasses
 import json
@@ -49,9 +46,9 @@ class Binary(NamedTuple):
     reason: str
 
 
-def limit(max_bytes: int) -> str:
-    """The limit of a document, for messages."""
-    return f"the {max_bytes:,} bytes that a document may have"
+def too_long(what: str, max_bytes: int) -> Broken:
+    """The result for a document with more than `max_bytes`. `what` begins the message: "x.jsonl, line 2: it has"."""
+    return Broken(f"{what} more than the {max_bytes:,} bytes that a document may have", too_long=True)
 
 
 def document(record, fields: Fields) -> Text:
@@ -134,8 +131,7 @@ def parquet(path: str, fields: Fields, max_bytes: int) -> Iterator[Text | Broken
             columns = _columns(path, file.schema_arrow.names, fields)
             mean = _mean_bytes(file.metadata, columns)
             if mean > max_bytes:
-                too_long = f"{path}: a row group has rows of {mean:,} bytes on average, more than {limit(max_bytes)}"
-                yield Broken(too_long, too_long=True)
+                yield too_long(f"{path}: a row group has rows of {mean:,} bytes on average,", max_bytes)
                 return
             rows = max(1, min(BATCH, max_bytes // max(1, mean)))
             yield from _rows(path, fields, max_bytes, file.iter_batches(rows, columns=columns))
@@ -197,8 +193,8 @@ def _rows(path: str, fields: Fields, max_bytes: int, batches: Iterable) -> Itera
             except ValueError as error:
                 yield Broken(f"{path}, row {number}: {reason(error)}")
                 continue
-            too_long = f"{path}, row {number}: it has {len(read.text):,} bytes, more than {limit(max_bytes)}"
-            yield read if len(read.text) <= max_bytes else Broken(too_long, too_long=True)
+            size = len(read.text)
+            yield read if size <= max_bytes else too_long(f"{path}, row {number}: it has {size:,} bytes,", max_bytes)
 
 
 def _columns(path: str, names: list[str], fields: Fields) -> list[str]:

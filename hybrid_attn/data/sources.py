@@ -74,7 +74,7 @@ def read(
     file_format = form or format_of(path)
     try:
         if file_format == "text":
-            yield _in_utf8(path, text_of(path, max_bytes, by_ending=form is None))
+            yield text_of(path, max_bytes, by_ending=form is None, only_utf8=True)
         elif file_format == "jsonl":
             part = (start, stop) if splits(path, file_format) else (0, sys.maxsize)
             yield from _jsonl(path, fields, max_bytes, *part)
@@ -98,8 +98,8 @@ def _damaged(path: str, error: Exception) -> Broken:
     return Broken(f"{path}: its compression is damaged: {error}")
 
 
-def text_of(path: str, max_bytes: int = MAX_BYTES, by_ending: bool = True) -> Text | Broken | Binary:
-    """The content of a text file, UTF-8 or not. With `by_ending`, only its suffix says that it is one document, not records."""
+def text_of(path: str, max_bytes: int = MAX_BYTES, by_ending: bool = True, only_utf8: bool = False) -> Text | Broken | Binary:
+    """The content of a text file. With `by_ending`, only its suffix says that it is one document, not records."""
     is_compressed = path.endswith(COMPRESSED)
     try:
         with _opened(path) as file:
@@ -110,22 +110,18 @@ def text_of(path: str, max_bytes: int = MAX_BYTES, by_ending: bool = True) -> Te
     except DAMAGE as error:
         return _damaged(path, error)
     if is_compressed and len(text) > max_bytes:
-        return Broken(f"{path}: decompressed, it has more than {records.limit(max_bytes)}", too_long=True)
+        return records.too_long(f"{path}: decompressed, it has", max_bytes)
     if by_ending and path.endswith(".json") and _holds_records(text):
         return Broken(
             f"{path}: it holds JSON records, and a .json file is read as one document; rename it to .jsonl, one record a line, "
             "or read it with tools/prepare_data.py with --format=jsonl, or with --format=text as one document"
         )
-    return Text(text, None)
-
-
-def _in_utf8(path: str, result: Text | Broken | Binary) -> Text | Broken | Binary:
     try:
-        if isinstance(result, Text):
-            result.text.decode("utf-8")
+        if only_utf8:
+            text.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Broken(f"{path}, line {result.text.count(10, 0, error.start) + 1}: {records.reason(error)}")
-    return result
+        return Broken(f"{path}, line {text.count(10, 0, error.start) + 1}: {records.reason(error)}")
+    return Text(text, None)
 
 
 def _holds_records(text: bytes) -> bool:
@@ -141,15 +137,14 @@ def _holds_records(text: bytes) -> bool:
 
 
 def _files_under(folder: str) -> list[str]:
-    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        names = _from_json(folder, "dataset_dict.json", lambda state: [str(name) for name in state["splits"]])
-        splits = [os.path.join(folder, name) for name in names]
+    several, info, state = (os.path.join(folder, f"{name}.json") for name in ("dataset_dict", "dataset_info", "state"))
+    if os.path.isfile(several):
+        splits = [os.path.join(folder, name) for name in _from_json(several, lambda x: [str(name) for name in x["splits"]])]
         raise ValueError(f"{folder} holds several datasets; name some of them: {', '.join(splits)}")
-    if os.path.isfile(os.path.join(folder, "dataset_info.json")) and os.path.isfile(os.path.join(folder, "state.json")):
-        names, reordered = _from_json(folder, "state.json", _dataset_files)
-        check(
-            not reordered, f"{folder} stores an order of its rows in a file of indices; save it again after flatten_indices()"
-        )
+    if os.path.isfile(info) and os.path.isfile(state):
+        names, reordered = _from_json(state, _dataset_files)
+        cure = "save it again after flatten_indices()"
+        check(not reordered, f"{folder} stores an order of its rows in a file of indices; {cure}")
         return [os.path.join(folder, name) for name in names]
     all_paths = []
     for root, subfolders, files in os.walk(folder):
@@ -165,9 +160,8 @@ def sorted_below(folder: str, paths: list[str]) -> list[str]:
     return sorted(paths, key=lambda path: (os.path.relpath(path, folder).replace(os.sep, "/"), path))
 
 
-def _from_json(folder: str, name: str, read: Callable):
-    """`read` of the JSON file `name` in `folder`; ValueError names the file if the library datasets did not write it."""
-    path = os.path.join(folder, name)
+def _from_json(path: str, read: Callable):
+    """`read` of the content of a JSON file; ValueError names the file if the library datasets did not write it."""
     try:
         with open(path, encoding="utf-8") as file:
             return read(json.load(file))
@@ -176,12 +170,9 @@ def _from_json(folder: str, name: str, read: Callable):
 
 
 def _dataset_files(state: dict) -> tuple[list[str], bool]:
-    """Names of the Arrow files, which must be in the folder itself, and whether there is a file of indices with their order.
-
-    A name with a path in it could make the tool read any file of the machine.
-    """
+    """Names of the Arrow files, and whether there is a file of indices with their order."""
     names = [file["filename"] for file in state["_data_files"]]
-    for name in names:
+    for name in names:  # with a path in it, it could make the tool read any file of the machine
         inside = os.path.basename(name) == name and name.endswith(".arrow")
         check(inside, f"{name!r} is not the name of an .arrow file in the folder itself")
     check(bool(names), "it names no file")
@@ -199,8 +190,7 @@ def _jsonl(path: str, fields: Fields, max_bytes: int, start: int, stop: int) -> 
                 return
             position += len(line)
             if len(line) > max_bytes:
-                where = f"{path}, line {number + _lines(path, start)}"
-                yield Broken(f"{where}: it has more than {records.limit(max_bytes)}", too_long=True)
+                yield records.too_long(f"{path}, line {number + _lines(path, start)}: it has", max_bytes)
                 position += 0 if line.endswith(b"\n") else _skip_line(file, sys.maxsize)
                 continue
             if number == 1 and not start:

@@ -89,10 +89,7 @@ class Manifest:
     summary: dict
 
     def to_json(self) -> str:
-        values = dataclasses.asdict(self)
-        if not self.has_loss_mask:
-            for shard in values["shards"]:
-                del shard["loss_mask_sha256"]
+        values = dataclasses.asdict(self, dict_factory=lambda fields: {name: x for name, x in fields if x is not None})
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     @property
@@ -154,12 +151,14 @@ def verify(path: str, tokenizer=None) -> Iterator[int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Store:
+    """A store that was opened."""
+
     path: str
     files: tensorstore.KvStore
     manifest: Manifest
 
     def verify(self, index: int, values: _Values, boundaries: Iterable[tuple[str, int, np.ndarray]]) -> None:
-        """ValueError if a file of a shard differs from its checksum, or has an invalid value or none of the `boundaries`."""
+        """ValueError if a file of a shard differs from its checksum, has an invalid value, or lacks one of the `boundaries`."""
         name, checksum, size = self.files_of(index)[values.suffix]
         digest, problem = hashlib.sha256(), None
         for start in range(0, size, BLOCK):
@@ -200,9 +199,7 @@ class _Store:
             check(not _has_byte(behind), f"{self.path}: {name} has more than its {size:,} bytes; {CURE}")
             if name.endswith(".index"):
                 self.check_sum(name, checksum, hashlib.sha256(value).hexdigest())
-                columns = _columns(value, shard.documents)
-                _check_index(f"{self.path}: {name}", columns, shard, self.manifest.label_names)
-                yield columns
+                yield _read_index(f"{self.path}: {name}", value, shard, self.manifest.label_names)
 
     def result(self, name: str, read: tensorstore.Future) -> bytes:
         """The bytes of a read of the file `name`; ValueError if it failed."""
@@ -308,8 +305,12 @@ def _has_byte(read: tensorstore.Future) -> bool:
         raise
 
 
-def _check_index(what: str, columns: dict[str, np.ndarray], shard: Shard, label_names: tuple[str, ...]) -> None:
-    """ValueError where the index of a shard contradicts the manifest."""
+def _read_index(what: str, index: bytes, shard: Shard, label_names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The columns of the index of a shard; ValueError where they contradict the manifest."""
+    columns, offset = {}, 0
+    for name, dtype in INDEX.items():
+        columns[name] = np.frombuffer(index, dtype, shard.documents, offset)
+        offset += columns[name].nbytes
     lengths, labels = columns["lengths"], columns["labels"]
     shortest, longest = lengths.min(initial=MAX_COUNT), lengths.max(initial=0)
     length = shortest if shortest < 1 else longest
@@ -320,11 +321,4 @@ def _check_index(what: str, columns: dict[str, np.ndarray], shard: Shard, label_
     check(tokens == shard.tokens, f"{what} has {tokens:,} tokens, and the manifest {shard.tokens:,}; {CURE}")
     largest, known = labels.max(initial=0), len(label_names)
     check(not len(labels) or largest < known, f"{what} has the label {largest}, and the manifest {known} labels from 0; {CURE}")
-
-
-def _columns(index: bytes, documents: int) -> dict[str, np.ndarray]:
-    columns, offset = {}, 0
-    for name, dtype in INDEX.items():
-        columns[name] = np.frombuffer(index, dtype, documents, offset)
-        offset += documents * dtype.itemsize
     return columns

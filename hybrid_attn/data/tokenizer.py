@@ -52,12 +52,11 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json`. Its special tokens never result from text, even if the text spells them.
+    """A `tokenizer.json`; ValueError if it would drop characters or encode a text at random.
 
-    ValueError if it would drop characters or encode a text at random.
-
-    `byte_lengths` [vocab_size] counts the space that some tokenizers put before a text as a byte of the first token. `hash` is
-    the SHA-256 of all that decides the ids: it ignores the layout of the file, and truncation and padding, which are not used.
+    Its special tokens never result from text, even if the text spells them. `byte_lengths` [vocab_size] counts the space that
+    some tokenizers put before a text as a byte of the first token. `hash` is the SHA-256 of all that decides the ids: it
+    ignores the layout of the file, and truncation and padding, which are not used.
     """
 
     def __init__(self, path: str):
@@ -88,10 +87,7 @@ class JsonTokenizer:
         return [np.array(x.ids, np.int32) for x in self._encoded(self._tokenizer.encode_batch_fast, texts)]
 
     def encode_with_starts(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each text, `encode` of it and the byte [n] of the text at which each token begins.
-
-        A token of some bytes of a character begins where the character does.
-        """
+        """For each text, `encode` of it and the byte [n] at which each token, or the character that it is a part of, begins."""
         encoded = self._encoded(self._with_offsets.encode_batch, texts)
         return [
             (np.array(x.ids, np.int32), _bytes_of_characters(text, [first for first, _ in x.offsets]))
@@ -128,8 +124,8 @@ def load_tokenizer(name: str) -> ByteTokenizer | JsonTokenizer:
 def check_vocab(tokenizer: ByteTokenizer | JsonTokenizer, model_vocab_size: int, name: str) -> None:
     """ValueError if a model of `model_vocab_size` lacks ids of the tokenizer `name`, or has far more ids than the tokenizer.
 
-    The byte tokenizer always has 258 ids, so all others are padding. A tokenizer.json may use only half of the ids: training
-    ends early if the text has no more pairs, and published models leave room for later tokens.
+    A tokenizer.json may use only half of the ids: training ends early if the text has no more pairs, and published models leave
+    room for later tokens.
     """
     used = tokenizer.vocab_size
     limit = int(1.05 * used + 128) if isinstance(tokenizer, ByteTokenizer) else 2 * used
@@ -169,10 +165,7 @@ def _library_errors(what: str) -> Iterator[None]:
 
 
 def _check_exact(tokenizer, state: dict, path: str) -> None:
-    """ValueError if a `tokenizer.json` encodes at random, drops characters without a token, or decodes to another text.
-
-    A text that its normalizer changes, or that has unknown tokens, may decode to another text.
-    """
+    """ValueError if a `tokenizer.json` encodes at random, drops characters without a token, or decodes to another text."""
     dropout, decoder = state["model"].get("dropout"), state.get("decoder")
     check(not dropout, f"{path} has dropout={dropout}, so it encodes a text in many ways; set its model.dropout to null")
     no_decoder = f"{path} has no decoder, so its ids cannot be decoded; add the decoder of its type, such as ByteLevel"
@@ -186,6 +179,7 @@ def _check_exact(tokenizer, state: dict, path: str) -> None:
         dropped = bool(normalized) and (not ids or "\ufffd" in decoded)
         cure = "use a vocabulary of all bytes, byte_fallback or an unk_token"
         check(not dropped, f"{path} drops the character {text!r}, or bytes of it, without a token; {cure}")
+        # A text that its normalizer changes, or that has unknown tokens, may decode to another text.
         exact = normalized != text or text in decoded or any(i in unknown for i in ids)
         check(exact, f"{path} decodes its ids of {text!r} to {decoded!r}; use the decoder of its type, such as ByteLevel")
 
@@ -218,10 +212,7 @@ def _piece_bytes(piece: str, decoder: str) -> int:
 
 
 def texts(inputs: Sequence[str], fields: Fields, form: str | None = None) -> Iterator[str]:
-    """The texts of `inputs`, read as tools/prepare_data.py does; without inputs, the sources of Python's standard library.
-
-    ValueError for the first document that is broken or binary, or if there is no text.
-    """
+    """The texts of `inputs`, which are files for `documents.find`; ValueError for what is broken or binary, or without text."""
     empty = True
     for path in documents.find(inputs):
         for document in sources.read(path, form or sources.format_of(path), fields):
