@@ -23,7 +23,6 @@ from absl import flags
 
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn import files, programs
-from hybrid_attn.config import CheckpointConfig
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import haystack, heldout, limits, output, report, ruler, suite
 from hybrid_attn.evals.provenance import provenance, trained_length
@@ -229,18 +228,18 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> Plan:
     """What is measured of one model, on the mesh in force; its samples are drawn into --out."""
     directory, mesh = loading.find(source.directory), jax.sharding.get_mesh()
     c, tokenizer = loading.described(directory, source.step)
-    execution = execution_on(mesh.devices.flat[0].platform, c.model, c.train)
-    limits.check_caches(c.model, settings, execution, mesh, BATCH_SIZE.value or DEFAULT_BATCH_SIZE)
-    limits.check_sequences(c.model, settings, mesh)
-    documents = heldout_of(c, tokenizer) if any(EVALS[name].reads_heldout for name in settings.evals) else {}
+    eval_model = EvalModel(c.model, {}, execution_on(mesh.devices.flat[0].platform, c.model, c.train), mesh, tokenizer)
+    limits.check_model(eval_model, settings, BATCH_SIZE.value or DEFAULT_BATCH_SIZE)
+    documents = {}
+    if any(EVALS[name].reads_heldout for name in settings.evals):
+        named = heldout.named(HELDOUT.value)
+        documents = heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
     stops = tuple(loading.stop_tokens(source.directory, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
-    eval_model = EvalModel(c.model, {}, execution, mesh, tokenizer)
     context = EvalContext(eval_model, None, documents, trained=source.trained, tasks=with_own(own), stops=stops, **data)
     settings = suite.fitting(settings, context, Path(OUT.value) / "samples", lengths_are_fixed=False)
     suite.checked_units(settings, context)
-    saved = checkpoints.read_config(directory, source.step)
-    known = provenance(source.directory, source.step, c, saved, tokenizer, data["haystack"], execution, mesh)
+    known = provenance(source.directory, source.step, c, checkpoints.read_config(directory, source.step), context)
     known |= {"data": data_flags(), "weights": checkpoints.fingerprint(directory, source.step)}
     known["heldout"] = {name: x.fingerprint() for name, x in documents.items()}
     if data["essays"]:
@@ -249,44 +248,35 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> Plan:
     return Plan(context, settings, known)
 
 
-def heldout_of(c: CheckpointConfig, tokenizer) -> dict:
-    """Held-out documents, or synthetic tasks, by name: those of --heldout, or of the model's own sources."""
-    named = heldout.named(HELDOUT.value)
-    return heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
-
-
 def evaluate(name: str, source: Checkpoint, planned: Plan) -> None:
     """Measures one model into --out, on the mesh in force."""
+    context, settings, known = planned
     print(f"{name}  trained at {source.trained:,} tokens ({source.trained_from})", flush=True)
-    for x in planned.settings.absent:
+    for x in settings.absent:
         print(f"{name}  absent  {Unit(*x[:3]).name}  {x.reason}", flush=True)
     c, params, _ = loading.load(source.directory, source.step)
     engine = Engine(params, c, EngineOptions(CHUNK.value, batch_size=BATCH_SIZE.value))
-    eval_model = planned.context.eval_model._replace(params=params)
-    planned = planned._replace(context=planned.context._replace(eval_model=eval_model, engine=engine))
-    out = Path(OUT.value)
-    with progress(name, tokens_read(planned)) as done:
-        suite.measure_units(*planned, out / name, out / "samples", done)
-
-
-def tokens_read(planned: Plan) -> dict[Unit, int]:
-    """Of each unit, about how many tokens it reads: its time grows with them."""
-    settings = planned.settings
-    units = suite.units(settings, planned.context)
-    return {unit: EVALS[unit.eval].sequences(settings, unit.length) * unit.length for unit in units}
+    context = context._replace(eval_model=context.eval_model._replace(params=params), engine=engine)
+    units, out = suite.units(settings, context), Path(OUT.value)
+    tokens = {unit: EVALS[unit.eval].sequences(settings, unit.length) * unit.length for unit in units}
+    with progress(name, tokens) as done:
+        suite.measure_units(context, settings, known, out / name, out / "samples", done)
 
 
 @contextlib.contextmanager
-def progress(name: str, read: Mapping[Unit, int]) -> Iterator[Callable[[Unit, int, int], None]]:
-    """Gives a function that shows a finished unit, by the tokens that it `read`: a bar on a terminal, a line elsewhere."""
-    total, shown = sum(read.values()), {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
+def progress(name: str, tokens: Mapping[Unit, int]) -> Iterator[Callable[[Unit, int, int], None]]:
+    """Gives a function that shows a finished unit: a bar on a terminal, a line elsewhere.
+
+    `tokens` says about how many each unit reads: its time grows with them.
+    """
+    total, shown = sum(tokens.values()), {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
     with tqdm.tqdm(desc=name, total=total, disable=not sys.stderr.isatty(), **shown) as bar:
         done_tokens = 0
 
         def done(unit: Unit, number: int, of: int) -> None:
             nonlocal done_tokens
-            done_tokens += read[unit]
-            bar.update(read[unit])
+            done_tokens += tokens[unit]
+            bar.update(tokens[unit])
             bar.set_postfix_str(f"{number}/{of} {unit.name}")
             if bar.disable:
                 print(f"{name}  {number}/{of}  {done_tokens / total:.0%} of tokens  {unit.name}", flush=True)

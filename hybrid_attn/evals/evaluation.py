@@ -1,5 +1,6 @@
 """The record of one evaluation: all that the suite, the trainer, the tool and the report know of it."""
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,11 +80,6 @@ def part_of(record: Mapping) -> str:
     return str(record.get("source", record.get("task", "")))
 
 
-def is_of_source(unit: Unit, line: Mapping) -> bool:
-    """Whether a record names the unit's part as its source."""
-    return line.get("source") == unit.part
-
-
 class Evaluation(NamedTuple):
     """One evaluation. Its units are its parts (sources or tasks) at each length; `measure` gives the records of a unit.
 
@@ -110,7 +106,8 @@ class Evaluation(NamedTuple):
     # (what it needs, why there is none), for a context in which it has no parts
     empty: Callable[[EvalContext], tuple[str, str]] | None = None
     check_fits: Callable[[EvalContext, Settings, Unit], None] = lambda context, settings, unit: None  # TooLongError if not
-    is_of: Callable[[Unit, Mapping], bool] = is_of_source  # whether a record or an answer belongs to a unit
+    # whether a record or an answer belongs to a unit
+    is_of: Callable[[Unit, Mapping], bool] = lambda unit, line: line.get("source", line.get("task")) == unit.part
     check_record: Callable[[Mapping, str], None] = lambda record, where: None  # ValueError; for what `fields` cannot check
     summary: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: records  # for evals.jsonl of a training
     totals: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: ()  # over all units, for the log of a training
@@ -138,6 +135,11 @@ class Evaluation(NamedTuple):
         missing = self.missing(context, settings)
         parts = [part for part in self.parts(context, settings) if part not in missing]
         return [Unit(self.name, part, length) for length in self.lengths(settings) for part in parts]
+
+
+def report_of(module: str) -> Callable[[], Any]:
+    """A function that imports a module of evals/report, which imports this one and matplotlib, and returns its `REPORT`."""
+    return lambda: importlib.import_module(f"hybrid_attn.evals.report.{module}").REPORT
 
 
 def texts(context: EvalContext, settings: Settings) -> list[str]:

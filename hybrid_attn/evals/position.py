@@ -14,18 +14,8 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.pipeline import heldout_batches
-from hybrid_attn.evals import bigram
-from hybrid_attn.evals.evaluation import (
-    Baselines,
-    Evaluation,
-    Headline,
-    Line,
-    check_sequence,
-    first_total,
-    measured_of_source,
-    texts,
-    without_documents,
-)
+from hybrid_attn.evals import bigram, evaluation
+from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, first_total, report_of
 from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
 from hybrid_attn.evals.records import grouped, is_total, part
 from hybrid_attn.evals.samples import Sample
@@ -118,7 +108,7 @@ def recalled(tokens_BT: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
-    return measured_of_source(unit, records_of(context.eval_model, spec))
+    return evaluation.measured_of_source(unit, records_of(context.eval_model, spec))
 
 
 def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
@@ -142,24 +132,18 @@ def _line(name: str, record: Mapping) -> Line:
     return Line(name, record["source"], f"{record['loss']:.3f}", spread, bits, f"{record['tokens']:,} tokens")
 
 
-def report():
-    from hybrid_attn.evals.report import losses  # it imports the table of evaluations, and matplotlib
-
-    return losses.REPORT
-
-
 EVALUATION = Evaluation(
     name="position",
-    parts=texts,
+    parts=evaluation.texts,
     measure=measure,
     fields={"source": NAME, "length": SIZE, "tokens": COUNT, "loss": ANY},
     headline=Headline(first_total("loss"), "position_loss_nats", "loss {:.3f} nats", higher_is_better=False),
-    report=report,
+    report=report_of("losses"),
     baseline=bigram.BASELINE,
     lines=lines,
     section_order=3,
     in_quick_suite=True,
     flags=("tokens", "heldout"),
-    empty=without_documents,
-    check_fits=check_sequence,
+    empty=evaluation.without_documents,
+    check_fits=evaluation.check_sequence,
 )

@@ -16,16 +16,8 @@ from hybrid_attn.config import HOPS, Model
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.data.synthetic import KEYS, VALUES, SyntheticSequences
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals.evaluation import (
-    Baselines,
-    Evaluation,
-    Headline,
-    Line,
-    check_sequence,
-    check_task_fits,
-    first_total,
-    measured_of_source,
-)
+from hybrid_attn.evals import evaluation
+from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, first_total, report_of
 from hybrid_attn.evals.fields import NAME, SHARE, SIZE, list_of
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
@@ -83,7 +75,7 @@ def parts(context: EvalContext, settings: Settings) -> tuple[str, ...]:
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     spec = Spec(context.tasks[unit.part], unit.length, settings.tokens)
-    return measured_of_source(unit, records_of(context.eval_model, spec))
+    return evaluation.measured_of_source(unit, records_of(context.eval_model, spec))
 
 
 def empty(context: EvalContext) -> tuple[str, str]:
@@ -93,8 +85,8 @@ def empty(context: EvalContext) -> tuple[str, str]:
 
 
 def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:
-    check_sequence(context, settings, unit)
-    check_task_fits(unit, context.tasks[unit.part])
+    evaluation.check_sequence(context, settings, unit)
+    evaluation.check_task_fits(unit, context.tasks[unit.part])
 
 
 def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
@@ -102,12 +94,6 @@ def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
         yield Line("recall", record["source"], f"{record['accuracy']:.1%}", number=f"{record['answers']:,} answers")
         if (share := guess(record["task"])) is not None:
             yield Line("  chance", record["source"], f"{share:.1%}")
-
-
-def report():
-    from hybrid_attn.evals.report import recall  # it imports the table of evaluations, and matplotlib
-
-    return recall.REPORT
 
 
 EVALUATION = Evaluation(
@@ -119,7 +105,7 @@ EVALUATION = Evaluation(
         "by_row": list_of(SHARE, 1),
     },
     headline=Headline(first_total("accuracy"), "recall_accuracy_share", "{:.1%} right", higher_is_better=True),
-    report=report,
+    report=report_of("recall"),
     lines=lines,
     section_order=2,
     in_quick_suite=True,

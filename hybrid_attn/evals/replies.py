@@ -28,16 +28,12 @@ def replies_to(context: EvalContext, samples: Sequence[Sample], spare: int = 0) 
     return [replies[i] for i in range(len(samples))]
 
 
-def right_shares(samples: Sequence[Sample], replies: Sequence[str]) -> list[float]:
-    """The share of each sample's answers that its reply contains."""
-    return [scores.score(sample.task, text, sample.answers) / 100 for sample, text in zip(samples, replies, strict=True)]
-
-
-def answer_records(samples: Sequence[Sample], replies: Sequence[str], shares: Sequence[float]) -> list[dict]:
-    """A record for each sample: hash and end of its prompt, the right answers, the reply, and the share that was right."""
+def answer_records(samples: Sequence[Sample], replies: Sequence[str]) -> list[dict]:
+    """A record for each sample: hash and end of its prompt, the right answers, the reply, and the share of them in it."""
     records = []
-    for sample, text, share in zip(samples, replies, shares, strict=True):
+    for sample, text in zip(samples, replies, strict=True):
         record = {name: getattr(sample, name) for name in ("task", "length", "index", "group", "meta")}
+        share = scores.score(sample.task, text, sample.answers) / 100
         prompt = {"prompt_hash": hashlib.sha256(sample.prompt.encode()).hexdigest(), "prompt_end": sample.prompt[-PROMPT_END:]}
         records.append(record | prompt | {"wanted": list(sample.answers), "given": text, "score": share})
     return records
