@@ -21,9 +21,8 @@ from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import evaluation, needle_prompts
 from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries, oldest_key, statistics_of
 from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, report_of
-from hybrid_attn.evals.fields import ANY, COUNT, FLAG, NAME, SIZE, integer
 from hybrid_attn.evals.needle_prompts import NeedlePrompt
-from hybrid_attn.evals.records import grouped, mean_of
+from hybrid_attn.evals.records import ANY, COUNT, FLAG, NAME, SIZE, grouped, integer, mean_of
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution
@@ -107,12 +106,9 @@ def head_values(kind: LayerType, prompt: NeedlePrompt, statistics: AttentionStat
     if kind.sink:
         values["nothing"] = 1 - sum(values.values())
     values |= {f"{name}_per_token": mass[name] / max(size[name], 1) for name in SEGMENTS}
-    return values | {
-        "sink_rate": mass["sink_rate"],
-        "entropy_bits": statistics.entropy_BN,
-        "needle_lift": mass["needle"] * len(prompt.tokens_S) / size["needle"],
-        "retrieval": retrieval(prompt, statistics.greatest_BNQ),
-    }
+    values |= {"sink_rate": mass["sink_rate"], "entropy_bits": statistics.entropy_BN}
+    values["needle_lift"] = mass["needle"] * len(prompt.tokens_S) / size["needle"]
+    return values | {"retrieval": retrieval(prompt, statistics.greatest_BNQ)}
 
 
 def retrieval(prompt: NeedlePrompt, greatest_NQ: np.ndarray) -> np.ndarray:

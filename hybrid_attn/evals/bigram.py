@@ -5,7 +5,7 @@ import numpy as np
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.evals.evaluation import BaselineModel
-from hybrid_attn.evals.fields import NAME, SIZE, number
+from hybrid_attn.evals.records import NAME, SIZE, number
 from hybrid_attn.evals.types import EvalContext, Settings, Spec
 from hybrid_attn.model.loss import bits_per_byte
 

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from hybrid_attn import config
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals.fields import Kind
-from hybrid_attn.evals.records import grouped, is_total
+from hybrid_attn.evals.records import Kind, grouped, is_total
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
 from hybrid_attn.parallel import fit

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness as an evaluation. Its library is an extra, which only a measurement imports."""
 
 from hybrid_attn.evals.evaluation import Evaluation, Headline, first_total, report_of
-from hybrid_attn.evals.fields import ANY, NAME, SIZE
+from hybrid_attn.evals.records import ANY, NAME, SIZE
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
 

@@ -5,7 +5,6 @@ less so in a short one (more than 2 nats above that). Here that model is the eva
 neighbours are shared: windows that slide by a quarter of them.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +15,15 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
-from hybrid_attn.data.packed import PackedSequences, padding_arrays
-from hybrid_attn.data.pipeline import Slice, heldout_batches
+from hybrid_attn.data.packed import PackedSequences
+from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.evals import evaluation
 from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, first_total, report_of
-from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
+from hybrid_attn.evals.records import ANY, COUNT, NAME, SIZE
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution, losses
-from hybrid_attn.parallel.mesh import BATCH, batch_shards
+from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards
 
 GAIN = 2.0  # nats that the far context takes off a key token's loss, at least
 LIKELY = 2.0  # nats, which a key token's loss in the whole context is below
@@ -41,15 +40,14 @@ def records_of(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
     sequences = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     slices = 2 * eval_model.mesh.shape["context"]  # a mesh may want two for each of its shards
     size = -(-(short + max(1, short // SLIDE)) // slices) * slices
-    windows = [Window(sequences, first, size) for first in range(0, spec.length - short, size - short)]
     number, batch_size = -(-spec.tokens // spec.length), batch_shards(eval_model.mesh)
-    batches = (heldout_batches(x, number, batch_size, eval_model.mesh) for x in (sequences, *windows))
     nll_of = functools.partial(_token_losses, eval_model.model, eval_model.execution, eval_model.params)
     sums = np.zeros(4)
-    for batch, *parts in zip(*batches, strict=True):
+    for batch in heldout_batches(sequences, number, batch_size, eval_model.mesh):
         nll_BT = nll_of(batch)
-        for window, part in zip(windows, parts, strict=True):
-            sums += jax.device_get(_sums(short, window.first, nll_BT, batch["weights"], nll_of(part)))
+        for first in range(0, spec.length - short, size - short):
+            short_BT = nll_of(window(size, first, batch))
+            sums += jax.device_get(_sums(short, first, nll_BT, batch["weights"], short_BT))
     check_finite(sums, "the loss")
     nll, keys, tokens, _ = sums
     loss = float(nll / keys) if keys else None
@@ -57,29 +55,19 @@ def records_of(eval_model: EvalModel, spec: Spec, short: int) -> Iterator[dict]:
     yield record | {"perplexity": None if loss is None else math.exp(loss)}
 
 
-@dataclasses.dataclass
-class Window:
-    """Sequences of the tokens [first, first + seq_len) of `sequences`: a document that begins before `first` begins there."""
+@functools.partial(jax.jit, static_argnums=0)
+def window(size: int, first: int, batch: dict) -> dict:
+    """The tokens [first, first + size) of each sequence: a document that began before them begins at the first of them."""
+    arrays = {name: _slice(x_BT, first, size) for name, x_BT in batch.items()}
+    segments_BT, positions_BT = arrays["segments"], arrays["positions"]
+    arrays["positions"] = positions_BT - jnp.where(segments_BT == segments_BT[:, :1], positions_BT[:, :1], 0)
+    return {name: jax.reshard(x_BT, TOKENS_BT) for name, x_BT in arrays.items()}
 
-    sequences: PackedSequences
-    first: int
-    seq_len: int
 
-    def spread(self, number: int) -> list[int]:
-        return self.sequences.spread(number)
-
-    def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
-        """As `PackedSequences.read` gives them; padding where the sequences have ended."""
-        return [self._slice(index, start, stop) for index, start, stop in slices]
-
-    def _slice(self, index: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        here, end = self.first + start, min(self.first + stop, self.sequences.seq_len)
-        if end <= here:
-            return padding_arrays(stop - start)
-        edge, sequence = self.sequences.read([(index, self.first, self.first + 1), (index, here, end)])
-        sequence["positions"] = sequence["positions"] - np.where(sequence["segments"] == edge["segments"], edge["positions"], 0)
-        padding = padding_arrays(stop - start - (end - here))
-        return {name: np.concatenate([sequence[name], x]) for name, x in padding.items()}
+def _slice(x_BT: jax.Array, first: int, size: int) -> jax.Array:
+    """The tokens [first, first + size) on every context shard; zeros, which are padding, where the sequences have ended."""
+    padded_BT = jnp.pad(jax.reshard(x_BT, P(BATCH, None)), [(0, 0), (0, size)])
+    return jax.lax.dynamic_slice_in_dim(padded_BT, first, size, 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -94,12 +82,7 @@ def _sums(short: int, first, nll_BT, weights_BT, short_BT) -> jax.Array:
     The last entry sums both losses of all tokens, so that NaN is seen: a token whose loss is NaN never counts as a key token.
     """
     short_BT = jax.reshard(short_BT, P(BATCH, None))[:, short:]
-
-    def of_window(x_BT):
-        padded_BT = jnp.pad(jax.reshard(x_BT, P(BATCH, None)), [(0, 0), (0, short_BT.shape[1])])
-        return jax.lax.dynamic_slice_in_dim(padded_BT, first + short, short_BT.shape[1], 1)
-
-    nll_BT, weights_BT = map(of_window, (nll_BT, weights_BT))
+    nll_BT, weights_BT = (_slice(x_BT, first + short, short_BT.shape[1]) for x_BT in (nll_BT, weights_BT))
     keys_BT = weights_BT * ((short_BT - nll_BT > GAIN) & (nll_BT < LIKELY))
     all_BT = jnp.where(weights_BT > 0, nll_BT + short_BT, 0)
     return jnp.stack([(keys_BT * nll_BT).sum(), keys_BT.sum(), weights_BT.sum(), all_BT.sum()])

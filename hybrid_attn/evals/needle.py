@@ -7,10 +7,8 @@ have one key: the first stands at the depth, the others at equal distances below
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 
-from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, Questions, report_of
-from hybrid_attn.evals.fields import SIZE, number
-from hybrid_attn.evals.records import grouped
+from hybrid_attn.evals.records import SIZE, grouped, number
 from hybrid_attn.evals.replies import answer_records, replies_to
 from hybrid_attn.evals.ruler import fit, scores, words
 from hybrid_attn.evals.ruler.draws import of_sample
@@ -28,9 +26,7 @@ def task_of(needles: int) -> str:
     return "needle" if needles == 1 else f"needle_{needles}"
 
 
-def generate(
-    length: int, depth: float, needles: int, index: int, seed: int, tokenizer: ByteTokenizer | JsonTokenizer, haystack: str
-) -> Sample:
+def generate(length: int, depth: float, needles: int, index: int, seed: int, tokenizer, haystack: str) -> Sample:
     """A question of `length` tokens, answer included, about `needles` numbers from `depth` percent of the text on.
 
     ValueError where the smallest prompt does not fit.

@@ -1,7 +1,6 @@
 """Prompts with a needle, a question about it and the right answer, and the position of each."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -69,22 +68,17 @@ def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> NeedlePr
     before, needle, value, stop, question = (x.tolist() for x in tokenizer.encode_batch([x.encode() for x in pieces]))
     needle += value + stop
     room = length - 1 - sum(map(len, (before, needle, question, value)))
-    if room < 2:
-        raise ValueError(f"length={length} leaves no text around the needle; use {length - room + 2} or more")
+    trees.check(room >= 2, f"length={length} leaves no text around the needle; use {length - room + 2} or more")
     text = text_S[(text_S != tokenizer.bos) & (text_S != tokenizer.eos)][:room].tolist()
-    middle = _sentence_end(text, len(text) // 2, tokenizer)
+    middle = len(text) // 2
+    near = range(middle, max(1, middle - SENTENCE), -1)
+    middle = next((i for i in near if tokenizer.decode(text[i - 1 : i]).endswith((".", "\n"))), middle)
     tokens = [tokenizer.bos, *before, *text[:middle]]
     start = len(tokens)
     tokens += needle + text[middle:]
     question_start = len(tokens)
-    all_tokens, answer_start = np.array(tokens + question + value, np.int32), question_start + len(question)
-    return NeedlePrompt(all_tokens, (start, start + len(needle)), question_start, answer_start)
-
-
-def _sentence_end(text: Sequence[int], middle: int, tokenizer) -> int:
-    """The last position up to `middle` after the end of a sentence or a line; `middle` where there is none near."""
-    near = range(middle, max(1, middle - SENTENCE), -1)
-    return next((i for i in near if tokenizer.decode(text[i - 1 : i]).endswith((".", "\n"))), middle)
+    tokens += question
+    return NeedlePrompt(np.array(tokens + value, np.int32), (start, start + len(needle)), question_start, len(tokens))
 
 
 def _of_task(task: Task, length: int, number: int) -> list[NeedlePrompt]:

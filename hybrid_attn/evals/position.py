@@ -16,8 +16,7 @@ from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.evals import bigram, evaluation
 from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, first_total, report_of
-from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
-from hybrid_attn.evals.records import grouped, is_total, part
+from hybrid_attn.evals.records import ANY, COUNT, NAME, SIZE, grouped, is_total, part
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution, losses
@@ -38,12 +37,10 @@ def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """
     sequences = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
-    batch = batch_shards(eval_model.mesh)
-    batches = [
-        jax.device_get(_score(eval_model.model, eval_model.execution, edges, eval_model.params, arrays))
-        for arrays in heldout_batches(sequences, -(-spec.tokens // spec.length), batch, eval_model.mesh)
-    ]
-    sums = np.concatenate(batches, -1).astype(float)
+    number, batch_size = -(-spec.tokens // spec.length), batch_shards(eval_model.mesh)
+    score = functools.partial(_score, eval_model.model, eval_model.execution, edges, eval_model.params)
+    batches = heldout_batches(sequences, number, batch_size, eval_model.mesh)
+    sums = np.concatenate([jax.device_get(score(batch)) for batch in batches], -1).astype(float)
     check_finite(sums, "the loss")
     *buckets, total = _records(spec.length, edges, sums.sum(0), {})
     nll_B, count_B, _ = sums.sum((0, 2))

@@ -54,18 +54,17 @@ def trained_length(c: config.CheckpointConfig, checkpoints: Path, steps: int) ->
 
 def revision(file: Path) -> str:
     """Of the program that `file` is of, where a git repository has it; with "-dirty" where tracked files were changed."""
-    commands = (
-        ["git", "ls-files", "--error-unmatch", file.name],  # the repository around it may be of something else
-        ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
-    )
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        for command in commands:
-            done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False)
-            if done.returncode:
-                return "not in a git repository"
+        git("ls-files", "--error-unmatch", file.name)  # the repository around it may be of something else
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except subprocess.CalledProcessError:
+        return "not in a git repository"
     except OSError as cause:
         return f"unknown, for git does not run here: {cause.strerror}"
-    return done.stdout.strip()
 
 
 def _sha(text: str) -> str:

@@ -18,7 +18,7 @@ from hybrid_attn.data.synthetic import KEYS, VALUES, SyntheticSequences
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import evaluation
 from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, first_total, report_of
-from hybrid_attn.evals.fields import NAME, SHARE, SIZE, list_of
+from hybrid_attn.evals.records import NAME, SHARE, SIZE, list_of
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution, apply, logits
@@ -34,13 +34,11 @@ def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     The sequence holds the right answers, so that one does not suffer from another.
     """
     sequences = SyntheticSequences(spec.documents, spec.length, None)
-    batch = max(1, TOKENS // spec.length) * batch_shards(eval_model.mesh)
+    batch_size = max(1, TOKENS // spec.length) * batch_shards(eval_model.mesh)
     number = -(-spec.tokens // spec.length)
-    batches = [
-        jax.device_get(_right(eval_model.model, eval_model.execution, eval_model.params, arrays))
-        for arrays in heldout_batches(sequences, number, batch, eval_model.mesh)
-    ]
-    sums = np.concatenate(batches, 1)[:, :number]
+    right = functools.partial(_right, eval_model.model, eval_model.execution, eval_model.params)
+    batches = heldout_batches(sequences, number, batch_size, eval_model.mesh)
+    sums = np.concatenate([jax.device_get(right(batch)) for batch in batches], 1)[:, :number]
     check_finite(sums, "a logit of an answer")
     right_B, answers_B, _ = sums.astype(int)
     shares = {"accuracy": right_B.sum() / answers_B.sum(), "by_row": (right_B / answers_B).tolist()}
@@ -100,10 +98,7 @@ EVALUATION = Evaluation(
     name="recall",
     parts=parts,
     measure=measure,
-    fields={
-        **{"source": NAME, "task": NAME, "length": SIZE, "answers": SIZE, "accuracy": SHARE},
-        "by_row": list_of(SHARE, 1),
-    },
+    fields={"source": NAME, "task": NAME, "length": SIZE, "answers": SIZE, "accuracy": SHARE, "by_row": list_of(SHARE, 1)},
     headline=Headline(first_total("accuracy"), "recall_accuracy_share", "{:.1%} right", higher_is_better=True),
     report=report_of("recall"),
     lines=lines,

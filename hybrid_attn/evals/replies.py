@@ -3,9 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 
-from hybrid_attn.evals import samples as sample_files
 from hybrid_attn.evals.ruler import scores
-from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.samples import Sample, check_lengths
 from hybrid_attn.evals.types import EvalContext
 from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.text import AnswerOptions, answers
@@ -16,8 +15,7 @@ PROMPT_END = 400  # characters of a prompt that are kept beside its answer
 def replies_to(context: EvalContext, samples: Sequence[Sample], spare: int = 0) -> list[str]:
     """A reply to each sample, whose length it may exceed by `spare` tokens; no prompt is cut to fit."""
     tokenizer = context.eval_model.tokenizer
-    if (long := sample_files.too_long(samples, tokenizer, spare)) is not None:
-        raise ValueError(f"sample {long.index} of {long.task} does not fit into {long.length:,} tokens; its file was changed")
+    check_lengths(samples, tokenizer, spare)
     replies: dict[int, str] = {}
     for limit in sorted({sample.max_new_tokens for sample in samples}):  # a reply does not depend on the limits of others
         alike = [i for i, sample in enumerate(samples) if sample.max_new_tokens == limit]

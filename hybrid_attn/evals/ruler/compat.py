@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from hybrid_attn.evals.ruler import draws as own
 from hybrid_attn.evals.ruler import tasks
 from hybrid_attn.evals.ruler.draws import Draws
-from hybrid_attn.evals.ruler.fit import check_known, count, source
+from hybrid_attn.evals.ruler.fit import count, source
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NEEDLES, NEW_TOKENS, QA, SHORT, Question, SampleSpec
 from hybrid_attn.evals.samples import Sample, TooLongError
@@ -58,11 +57,9 @@ def sent_tokenize() -> Callable[[str], list[str]] | None:
     """nltk's, by which RULER cuts prose into sentences; None where it or its data, punkt_tab, are not here."""
     try:
         from nltk.tokenize import sent_tokenize
-    except ImportError:
-        return None
-    try:
+
         sent_tokenize("Is it here? It is.")
-    except LookupError:
+    except (ImportError, LookupError):
         return None
     return sent_tokenize
 
@@ -87,21 +84,14 @@ class _Request(NamedTuple):
 
 
 def generate(
-    task: str,
-    length: int,
-    samples: int,
-    seed: int,
-    tokenizer: ByteTokenizer | JsonTokenizer,
-    words: Words,
-    haystack: str | None = None,
-    qa: Mapping[str, Questions] | None = None,
+    task: str, length: int, samples: int, seed: int, tokenizer, words: Words,
+    haystack: str | None = None, qa: Mapping[str, Questions] | None = None,
     sentences: Callable[[str], list[str]] = own.sentences,
-) -> list[Sample]:
+) -> list[Sample]:  # fmt: skip
     """The first `samples` of a task. For those in prose, RULER has nltk's sent_tokenize cut `haystack` into `sentences`.
 
     TooLongError where its script would try for ever.
     """
-    check_known(task)
     read = source(task, samples - 1, haystack, qa or {})
     draws = _draws(seed, words, task in NEEDLES, sentences)
     request = _Request(task, length, draws, read, functools.partial(count, tokenizer))
@@ -163,25 +153,20 @@ def _tracking(request: _Request, samples: int) -> list[Question]:
     units = _search(lambda n: remaining.fits(request.ask(0, n)), step, int(request.length / each * 3))
 
     def ask(units: int) -> Question:
-        question = request.ask(0, units)
-        return question._replace(prompt=_renamed(draws, solved) + question.prompt)
+        question, before = request.ask(0, units), solved
+        for name in solved.split()[-tasks.HOPS - 1 :]:
+            before = before.replace(name, draws.letters(len(name)))
+        return question._replace(prompt=before.replace(EXAMPLE_VALUE, draws.value()) + question.prompt)
 
     return [request.shrunk(ask, units, step, fewest) for _ in range(samples)]
 
 
-def _renamed(draws: Draws, solved: str) -> str:
-    for name in solved.split()[-tasks.HOPS - 1 :]:
-        solved = solved.replace(name, draws.letters(len(name)))
-    return solved.replace(EXAMPLE_VALUE, draws.value())
-
-
 def _frequent(request: _Request, samples: int) -> list[Question]:
-    draws, step = request.draws, (request.length - NEW_TOKENS["fwe"]) // 32
-    units = (request.length - NEW_TOKENS["fwe"]) // tasks.CODED_LETTERS
+    draws, budget = request.draws, request.length - NEW_TOKENS["fwe"]
+    step, units = budget // 32, budget // tasks.CODED_LETTERS
     if step < 1:
         raise TooLongError(f"fwe needs more than {request.length:,} tokens; use a length of at least {32 + NEW_TOKENS['fwe']}")
     ranked = tasks.vocabulary(draws, request.length)
-    budget = request.length - NEW_TOKENS["fwe"]
     while request.tokens(tasks.coded_text(draws, ranked, units).prompt) < budget:
         units += step
     units -= step

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hybrid_attn.evals import ruler
 from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, Questions, first_total, report_of
-from hybrid_attn.evals.fields import COUNT, NAME, SIZE, number
-from hybrid_attn.evals.records import mean_of
+from hybrid_attn.evals.records import COUNT, NAME, SIZE, mean_of, number
 from hybrid_attn.evals.replies import answer_records, replies_to
 from hybrid_attn.evals.ruler import compat, draws, scores
 from hybrid_attn.evals.ruler.tasks import ESSAYS
