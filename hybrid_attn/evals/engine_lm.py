@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -62,9 +62,8 @@ def evaluate(
     return json.loads(json.dumps(results | {"requests": lm.counts()}, default=handle_non_serializable))
 
 
-def records(results: dict) -> list[dict]:
+def records(results: dict) -> Iterator[dict]:
     """A record for each task, metric and filter of what `evaluate` returned, with the counts of the task's requests."""
-    made = []
     for task, values in results["results"].items():
         for key, value in values.items():
             metric, comma, chosen = key.partition(",")
@@ -74,8 +73,7 @@ def records(results: dict) -> list[dict]:
             record = {"task": task, "metric": metric, "filter": chosen, "value": value}
             record |= {"stderr": stderr if isinstance(stderr, (int, float)) else None, "documents": values["sample_len"]}
             record |= {"shots": results["n-shot"].get(task), "version": results["versions"].get(task)}
-            made.append(record | results["requests"].get(task, {}))
-    return made
+            yield record | results["requests"].get(task, {})
 
 
 class EngineLM(LM):

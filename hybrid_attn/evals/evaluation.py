@@ -66,7 +66,7 @@ class BaselineModel(NamedTuple):
 
     name: str
     fields: Mapping[str, Kind]
-    records: Callable[[EvalContext, Settings], Sequence[dict]]
+    records: Callable[[EvalContext, Settings], Iterable[dict]]
 
 
 def sequences_of_tokens(settings: Settings, length: int) -> int:

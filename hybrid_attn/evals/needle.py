@@ -79,7 +79,7 @@ def matches(settings: Settings, unit: Unit, sample: Sample) -> bool:
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     replies = replies_to(context, samples)
-    return Measured([*records(samples, replies)], answer_records(samples, replies))
+    return Measured([*records(samples, replies)], [*answer_records(samples, replies)])
 
 
 def is_of(unit: Unit, line: Mapping) -> bool:

@@ -1,6 +1,7 @@
 """Prompts with a needle, a question about it and the right answer, and the position of each."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def prompts(spec: Spec, tokenizer) -> list[NeedlePrompt]:
     """
     number = -(-spec.tokens // spec.length)
     if isinstance(spec.documents, Task):
-        return _of_task(spec.documents, spec.length, number)
+        return [*_of_task(spec.documents, spec.length, number)]
     sequences = PackedSequences(spec.documents, spec.length, None, tokenizer.byte_lengths)
     tokens = int(spec.documents.lengths.sum())
     full = [i for i in sequences.spread(number) if i < tokens // spec.length]
@@ -81,14 +82,12 @@ def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> NeedlePr
     return NeedlePrompt(np.array(tokens + value, np.int32), (start, start + len(needle)), question_start, len(tokens))
 
 
-def _of_task(task: Task, length: int, number: int) -> list[NeedlePrompt]:
+def _of_task(task: Task, length: int, number: int) -> Iterator[NeedlePrompt]:
     """Rows of "recall" up to the answer of their first question."""
     trees.check(task.name == "recall", f'the task "{task.name}" hides no needle that is asked for; use "recall" or documents')
     sequences = SyntheticSequences(task, length, None)
-    prompts = []
     for sequence in sequences.read([(i, 0, length) for i in sequences.spread(number)]):
         tokens, key = sequence["tokens"], int(np.flatnonzero(sequence["weights"])[0])
         pair = tokens[key], sequence["targets"][key]
         start = int(np.flatnonzero((tokens[: key - 2] == pair[0]) & (tokens[1 : key - 1] == pair[1]))[0])
-        prompts.append(NeedlePrompt(np.append(tokens[: key + 1], pair[1]), (start, start + 2), key - 1, key + 1))
-    return prompts
+        yield NeedlePrompt(np.append(tokens[: key + 1], pair[1]), (start, start + 2), key - 1, key + 1)

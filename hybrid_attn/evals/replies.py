@@ -1,7 +1,7 @@
 """What a model replies to samples, and what is kept of its replies."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hybrid_attn.evals.ruler import scores
 from hybrid_attn.evals.samples import Sample, check_lengths
@@ -26,12 +26,10 @@ def replies_to(context: EvalContext, samples: Sequence[Sample], spare: int = 0) 
     return [replies[i] for i in range(len(samples))]
 
 
-def answer_records(samples: Sequence[Sample], replies: Sequence[str]) -> list[dict]:
+def answer_records(samples: Sequence[Sample], replies: Sequence[str]) -> Iterator[dict]:
     """A record for each sample: hash and end of its prompt, the right answers, the reply, and the share of them in it."""
-    records = []
     for sample, text in zip(samples, replies, strict=True):
         record = {name: getattr(sample, name) for name in ("task", "length", "index", "group", "meta")}
         share = scores.score(sample.task, text, sample.answers) / 100
         prompt = {"prompt_hash": hashlib.sha256(sample.prompt.encode()).hexdigest(), "prompt_end": sample.prompt[-PROMPT_END:]}
-        records.append(record | prompt | {"wanted": list(sample.answers), "given": text, "score": share})
-    return records
+        yield record | prompt | {"wanted": list(sample.answers), "given": text, "score": share}

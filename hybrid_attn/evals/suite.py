@@ -86,13 +86,9 @@ def fitting(settings: Settings, context: EvalContext, shared: Path, lengths_are_
 
 
 def measure_units(
-    context: EvalContext,
-    settings: Settings,
-    provenance: Mapping,
-    directory: Path,
-    shared: Path,
+    context: EvalContext, settings: Settings, provenance: Mapping, directory: Path, shared: Path,
     done: Callable[[Unit, int, int], bool | None],
-) -> bool:
+) -> bool:  # fmt: skip
     """Measures the units that `directory` does not have. Calls `done(unit, number, of)` after each, and stops if that is True.
 
     Returns whether all is measured. All samples are drawn before anything is measured: into `shared`, for every model with the

@@ -7,7 +7,7 @@ ones; where that is no matter, `fit.generate` asks better.
 
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from hybrid_attn.evals.ruler.draws import Draws
 from hybrid_attn.evals.ruler.fit import count, source
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NEEDLES, NEW_TOKENS, QA, SHORT, Question, SampleSpec
+from hybrid_attn.evals.ruler.words import pairs
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.files import read_object
 from hybrid_attn.trees import check
@@ -112,13 +113,9 @@ def _draws(seed: int, words: Words, named: bool, sentences: Callable[[str], list
         check(number <= len(enough), f"a list of {number:,} words needs more than the {len(listed):,} given; give it others")
         return enough
 
+    keys = pairs(words.adjectives, words.nouns) if named else ()
     integer, hide = np.random.RandomState(seed).randint, functools.partial(own.between_sentences, sentences)
-    return Draws(random.Random(seed), integer, shuffle, _keys(words) if named else (), drawable, None, hide)
-
-
-@functools.lru_cache(maxsize=1)
-def _keys(words: Words) -> list[str]:
-    return sorted({f"{adjective}-{noun}" for adjective in words.adjectives for noun in words.nouns})
+    return Draws(random.Random(seed), integer, shuffle, keys, drawable, None, hide)
 
 
 def _searched(request: _Request, samples: int) -> list[Question]:
@@ -161,7 +158,7 @@ def _tracking(request: _Request, samples: int) -> list[Question]:
     return [request.shrunk(ask, units, step, fewest) for _ in range(samples)]
 
 
-def _frequent(request: _Request, samples: int) -> list[Question]:
+def _frequent(request: _Request, samples: int) -> Iterator[Question]:
     draws, budget = request.draws, request.length - NEW_TOKENS["fwe"]
     step, units = budget // 32, budget // tasks.CODED_LETTERS
     if step < 1:
@@ -170,11 +167,9 @@ def _frequent(request: _Request, samples: int) -> list[Question]:
     while request.tokens(tasks.coded_text(draws, ranked, units).prompt) < budget:
         units += step
     units -= step
-    questions = []
     for _ in range(samples):
         ranked = tasks.vocabulary(draws, request.length)
-        questions.append(request.shrunk(functools.partial(tasks.coded_text, draws, ranked), units, step, 1))
-    return questions
+        yield request.shrunk(functools.partial(tasks.coded_text, draws, ranked), units, step, 1)
 
 
 def _step(request: _Request) -> int:

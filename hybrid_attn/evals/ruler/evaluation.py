@@ -45,7 +45,7 @@ def sources(context: EvalContext, settings: Settings, unit: Unit) -> list:
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     replies = replies_to(context, samples, settings.compat)  # RULER's own lengths do not count BOS
-    answers = answer_records(samples, replies)
+    answers = [*answer_records(samples, replies)]
     score = 100 * sum(answer["score"] for answer in answers) / len(answers)
     nulls = sum(not scores.postprocess(text) for text in replies)
     record = {"task": unit.part, "length": unit.length, "samples": len(samples), "score": score, "nulls": nulls}
