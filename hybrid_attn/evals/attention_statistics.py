@@ -117,14 +117,13 @@ def _sums(q_BKGQH, pos_BQ, k_BTKH, offset, queries: Queries, kind: LayerType, sc
         key_C = offset + at + jnp.arange(size)
         see_BQC = (key_C <= pos_BQ1) & (key_C >= oldest_BQ1) & (key_C >= offset + i * size)
         see_B11QC = see_BQC[:, None, None]
-        inside_BIC = (key_C >= queries.first_BI[..., None]) & (key_C < queries.end_BI[..., None])
         highest_BKGQ = jnp.where(see_B11QC, s_BKGQC, LOWEST).max(-1)
         greatest_BKGQ = key_C[jnp.where(see_B11QC, s_BKGQC, LOWEST).argmax(-1)]
         greatest_BKGQ = jnp.where(highest_BKGQ > sums.max_BKGQ, greatest_BKGQ, sums.greatest_BKGQ)
         sums = _below(sums, jnp.maximum(sums.max_BKGQ, highest_BKGQ))
         below_BKGQC = jnp.where(see_B11QC, s_BKGQC - sums.max_BKGQ[..., None], 0.0)
         p_BKGQC = jnp.where(see_B11QC, jnp.exp(below_BKGQC), 0.0)
-        inside_BIC = inside_BIC.astype(jnp.float32)
+        inside_BIC = ((key_C >= queries.first_BI[..., None]) & (key_C < queries.end_BI[..., None])).astype(jnp.float32)
         intervals_BKGQI = jnp.einsum("BKGQC,BIC->BKGQI", p_BKGQC, inside_BIC, precision="highest")
         return Sums(
             sums.max_BKGQ,

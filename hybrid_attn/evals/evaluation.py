@@ -117,8 +117,7 @@ class Evaluation(NamedTuple):
         """The lines of records of one length; by default the headline of each source or task."""
         if self.lines:
             return self.lines(records, baselines)
-        parts = grouped(records, part_of).items()
-        values = {part: self.headline.value(of_part) for part, of_part in parts}
+        values = {part: self.headline.value(of_part) for part, of_part in grouped(records, part_of).items()}
         return [Line(self.name, part, self.headline.form.format(x)) for part, x in values.items() if x is not None]
 
     @property

@@ -34,9 +34,8 @@ def named(flags: Sequence[str]) -> dict[str, str]:
     files_by_name = {}
     for flag in flags:
         name, equals, files = flag.partition("=")
-        check(
-            bool(NAME.fullmatch(name) and equals and files), f"--heldout={flag} has not the form NAME=FILES, as text=data/*.txt"
-        )
+        ok = bool(NAME.fullmatch(name) and equals and files)
+        check(ok, f"--heldout={flag} has not the form NAME=FILES, as text=data/*.txt")
         check(name not in files_by_name, f"--heldout names {name!r} twice; give each text a name of its own")
         files_by_name[name] = files
     return files_by_name

@@ -3,8 +3,6 @@
 import math
 import os
 
-from jax.sharding import Mesh
-
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import EvalModel, Settings
 from hybrid_attn.model import flops
@@ -18,12 +16,6 @@ ARRAYS = 4  # of d_model float32 numbers a token, that a layer's forward pass ho
 def host_memory() -> int:
     """Bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def device_memory(mesh: Mesh) -> int:
-    """Bytes of all devices of a mesh; those of a CPU share the machine's."""
-    known = mesh.devices.flat[0].memory_stats()
-    return known["bytes_limit"] * mesh.size if known else host_memory()
 
 
 def check_settings(settings: Settings) -> None:
@@ -48,7 +40,9 @@ def check_model(eval_model: EvalModel, settings: Settings, batch_size: int) -> N
     These are the keys and values of `batch_size` prompts, which are read together, or the activations of a sequence, with its
     logits where all exist at once.
     """
-    model, memory = eval_model.model, device_memory(eval_model.mesh)
+    model, mesh = eval_model.model, eval_model.mesh
+    known = mesh.devices.flat[0].memory_stats()  # None on a CPU, whose devices share the machine's
+    memory = known["bytes_limit"] * mesh.size if known else host_memory()
     evaluations = [EVALS[name] for name in settings.evals]
     prompts = [length for x in evaluations if x.uses_engine for length in x.lengths(settings)]
     if prompts:
