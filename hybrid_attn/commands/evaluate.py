@@ -214,10 +214,7 @@ def inspect(directory: str, step: int, evals: Sequence[str]) -> Checkpoint:
 
 
 def plan(source: Checkpoint, settings: Settings, data: Mapping) -> tuple[EvalContext, Settings, dict]:
-    """The context of one model without its parameters, on the mesh in force, what is measured of it, and its provenance.
-
-    Its samples are drawn into --out.
-    """
+    """One model's context, without parameters, what is measured of it, and its provenance; draws the samples into --out."""
     directory, mesh = loading.find(source.directory), jax.sharding.get_mesh()
     c, tokenizer = loading.described(directory, source.step)
     eval_model = EvalModel(c.model, {}, execution_on(mesh.devices.flat[0].platform, c.model, c.train), mesh, tokenizer)

@@ -78,10 +78,21 @@ class _Request(NamedTuple):
         return tasks.ask(self.task, self.draws, SampleSpec(self.length, index, self.source), units)
 
     def fits(self, question: Question) -> bool:
-        return self.tokens(question.prompt) + NEW_TOKENS[self.task] <= self.length
+        return self.tokens(question.prompt) + NEW_TOKENS.get(self.task, 0) <= self.length  # an example leaves no room for one
 
     def shrunk(self, ask: Callable[[int], Question], units: int, step: int, fewest: int) -> Question:
-        return _shrunk(self.fits, ask, units, step, fewest, f"{self.task} does not fit into {self.length:,}")
+        """The first question that fits, from `units` down."""
+        for _ in range(TRIES + units // step):
+            if units < fewest:
+                break
+            question = ask(units)
+            if self.fits(question):
+                return question
+            units -= step if units > step else 0
+        raise TooLongError(
+            f"{self.task} does not fit into {self.length:,} tokens as RULER asks it, whose script would try for ever; "
+            f"use a greater length, a tokenizer with longer pieces, or the default generator"
+        )
 
 
 def generate(
@@ -137,13 +148,10 @@ def _tracking(request: _Request, samples: int) -> list[Question]:
     def example(units: int) -> Question:
         return tasks.chain(draws, units, 3, EXAMPLE_VALUE)
 
-    def small(question: Question) -> bool:
-        return request.tokens(question.prompt) <= EXAMPLE_TOKENS
-
+    shown = request._replace(task="the example of vt", length=EXAMPLE_TOKENS)
     each = request.tokens(example(5).prompt) / 5
-    shown = _search(lambda n: small(example(n)), 5, int(EXAMPLE_TOKENS / each * 3))
-    what = f"the example of vt does not fit into {EXAMPLE_TOKENS}"
-    solved = tasks.solved(_shrunk(small, example, shown, 5, fewest, what))
+    units = _search(lambda n: shown.fits(example(n)), 5, int(EXAMPLE_TOKENS / each * 3))
+    solved = tasks.solved(shown.shrunk(example, units, 5, fewest))
     step = _step(request)
     each = request.tokens(request.ask(0, step).prompt) / step
     remaining = request._replace(length=request.length - request.tokens(solved.removesuffix("\n")))
@@ -191,17 +199,3 @@ def _search(fits: Callable[[int], bool], low: int, most: int) -> int:
         else:
             high = middle - 1
     return best
-
-
-def _shrunk(fits: Callable, ask: Callable[[int], Question], units: int, step: int, fewest: int, what: str) -> Question:
-    for _ in range(TRIES + units // step):
-        if units < fewest:
-            break
-        question = ask(units)
-        if fits(question):
-            return question
-        units -= step if units > step else 0
-    raise TooLongError(
-        f"{what} tokens as RULER asks it, whose script would try for ever; "
-        f"use a greater length, a tokenizer with longer pieces, or the default generator"
-    )
