@@ -120,10 +120,9 @@ def names(checkpoints: Sequence[tuple[str, int]]) -> list[str]:
         name = path.parent.name if path.name == "checkpoints" else path.name
         if any(other == checkpoint and at != step for other, at in checkpoints):
             name = f"{name}-{step}"
-        others = (f"{name}-{number}" for number in itertools.count(2))
-        taken = (*RESERVED, *run_names)
-        free = (x for x in itertools.chain([name], others) if x and x not in taken and not x.endswith(ENDINGS))
-        run_names.append(next(free))
+        candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        taken = ("", *RESERVED, *run_names)
+        run_names.append(next(x for x in candidates if x not in taken and not x.endswith(ENDINGS)))
     return run_names
 
 
