@@ -16,7 +16,7 @@ from hybrid_attn.evals.evaluation import (
     texts,
     without_documents,
 )
-from hybrid_attn.evals.fields import COUNT, NAME, SIZE
+from hybrid_attn.evals.records import COUNT, NAME, SIZE
 from hybrid_attn.evals.report import command
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.train import evaluation, loop

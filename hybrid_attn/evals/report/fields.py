@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from hybrid_attn.evals.fields import ANY, COUNT, FLAG, NAME, SCALAR, SHARE, SIZE, TEXT, TEXTS, Kind, list_of, number, or_none
+from hybrid_attn.evals.records import ANY, COUNT, FLAG, NAME, SCALAR, SHARE, SIZE, TEXT, TEXTS, Kind, list_of, number, or_none
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.trees import check, suggestion
 
