@@ -264,6 +264,6 @@ def test_an_answer_of_whitespace_alone_is_called_that():
 
 def test_the_overview_of_a_terminal_is_aligned():
     runs = [needles("run", 1.0), needles("a longer name", 0.5)]
-    head, *rows = sections.terminal(runs).splitlines()[:3]
+    head, *rows = sections.terminal(render.content("title", runs, [])).splitlines()[:3]
     assert head.index("trained at") + len("trained at") == rows[0].index("4K") + 2 == rows[1].index("4K") + 2
     assert rows[0].endswith("1.000") and rows[1].startswith("a longer name  ")

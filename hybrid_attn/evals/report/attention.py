@@ -164,9 +164,7 @@ def attention_by_layer(means: Sequence[Mapping], colours: Mapping[str, str]) -> 
 
 
 @style()
-def weight_by_position(
-    weights: Mapping[str, np.ndarray], edges: Sequence[float], length: int, colours: Mapping[str, str]
-) -> Figure:
+def weight_by_position(weights: dict[str, np.ndarray], edges: Sequence[float], length: int, colours: dict[str, str]) -> Figure:
     """The mean weight of a key by its position, a line for each layer type, beside equal weights of all `length` keys."""
     figure, axes = single(3.2)
     for layer_type, of_type in weights.items():

@@ -65,15 +65,14 @@ def svg(picture: Picture) -> Markup:
     """An element of a page, whose colours and fonts are the page's, and whose names meet no other picture's."""
     out = io.StringIO()
     picture.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    file = out.getvalue()
     name = escape.file_name(picture.name)
 
     def in_page(tag: re.Match) -> str:
         text = re.sub("|".join(COLOURS), lambda colour: f"var(--{COLOURS[colour[0]]})", tag[0])
         return re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", text)
 
-    text = re.sub(r"<[^>]*>", in_page, file[file.index("<svg") :])  # in tags alone: labels stand between them
-    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r"<[^>]*>", in_page, out.getvalue())  # in tags alone: labels stand between them
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text[text.index("<svg") :], count=2)
     size = f"max-width:{110 * picture.figure.get_figwidth():.0f}px"
     label = Markup('<svg role="img" aria-label="{}" style="{}"').format(visible(picture.caption), size)
     return Markup(text.replace("<svg", label, 1))

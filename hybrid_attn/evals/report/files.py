@@ -41,7 +41,7 @@ def write(out: Path, runs: Sequence[Run]) -> str:
     write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_atomically(out / "report.md", render.markdown(content))
     write_atomically(out / "report.html", render.page(content))
-    return sections.terminal(runs)
+    return sections.terminal(content)
 
 
 def check_drawing() -> None:

@@ -62,8 +62,8 @@ def _caption(runs: Sequence[Run], source: str, name: str) -> str:
         if record and name == "all" and (text := gain(run, record)):
             return f"{run.name}, {source}: {text}."
         if record and name != "all" and record["loss"] is not None:
-            cost = f"{PART_NAMES[name]} cost {record['loss']:.2f} nats"
-            return f"{run.name}, {source}: {cost} in sequences of {tokens(record['length'])}."
+            where = f"in sequences of {tokens(record['length'])}"
+            return f"{run.name}, {source}: {PART_NAMES[name]} cost {record['loss']:.2f} nats {where}."
     return f"{source}: {PART_NAMES[name]}."
 
 
@@ -183,8 +183,8 @@ COLUMNS = [
 
 
 def key_tokens(runs: Sequence[Run]) -> list[Section]:
-    records = records_of(runs, "key_tokens")
-    table = of_records("key_tokens", "Tokens whose loss depends on the far context", records, KEY_TOKENS)
+    title = "Tokens whose loss depends on the far context"
+    table = of_records("key_tokens", title, records_of(runs, "key_tokens"), KEY_TOKENS)
     text = (
         "Key tokens are those that the far context makes more likely than the near context alone does; the loss is over these "
         "tokens only. Each model has its own key tokens, so that the losses of two models are not over the same tokens."

@@ -37,7 +37,7 @@ def _by_needles(run: Run) -> list[tuple[int, list[dict]]]:
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    maps, panels, records = [], {}, [record for run in runs for record in run.of("needle")]
+    maps, panels, records = [], {}, records_of(runs, "needle")
     for number, run in enumerate(runs):
         for needles, of_run in _by_needles(run):
             kind = "one needle" if needles == 1 else f"{needles} needles"
@@ -47,7 +47,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     figure, caption = pictures.shares(panels, [run.trained for run in runs], "found", {}), pictures.changes(curves)
     note = f"All depths together. {pictures.WILSON}."
     overall = Picture("needle", f"Found, {first}: {caption}", figure, note, "needle_cells")
-    sizes = {questions(record)[1] for record in records}
+    sizes = {questions(record)[1] for _, record in records}
     few = f" Fewer than {statistics.FEWEST} are noise." if min(sizes) < statistics.FEWEST else ""
     span = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
     paragraphs = [
@@ -55,7 +55,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         f"per cell: {span}.{few} An answer is right if it contains the value of the needle; an answer about several needles "
         "is right in part for each of them. A guess finds none."
     ]
-    if any(r["length"] > run.trained for run in runs for r in run.of("needle")):
+    if any(r["length"] > run.trained for run, r in records):
         paragraphs.append("The white dashed line marks the length of training: texts to its right are longer.")
     return [Section("needle", "Needle", paragraphs, [*maps, overall], [table(runs)._replace(is_folded=True)], "needle")]
 
@@ -72,8 +72,8 @@ def _heat_map(run: Run, records: Sequence[dict], kind: str, name: str) -> Pictur
 
 def readings(run: Run) -> list[Reading]:
     """Of the fewest needles."""
-    names = [(f"{n} needles at a time" if n > 1 else "single needles", records) for n, records in _by_needles(run)]
-    return [Reading(name, shares(records)) for name, records in names[:1]]
+    fewest = _by_needles(run)[:1]
+    return [Reading(f"{n} needles at a time" if n > 1 else "single needles", shares(records)) for n, records in fewest]
 
 
 MEANING = "the share of needles found, over all lengths, depths and numbers of needles"

@@ -146,8 +146,7 @@ def with_legend(figure: Figure, longest: int = LONGEST_NAME) -> Figure:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     names = [_short(label, longest) for label in handles]
-    most_columns = int(CHARACTERS * figure.get_figwidth() / (6 + max(map(len, names))))
-    columns = max(1, min(len(handles), most_columns))
+    columns = int(np.clip(CHARACTERS * figure.get_figwidth() / (6 + max(map(len, names))), 1, len(handles)))
     figure.set_figheight(figure.get_figheight() + LINE * (-(-len(handles) // columns) - 1))
     figure.legend(handles.values(), names, loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.2)
     return figure
@@ -193,7 +192,7 @@ def points(by_name: Curves, label: str, top: float, levels: Mapping[str, Level])
 
 @style()
 def loss_by_position(by_panel: Lines, trained: Sequence[int], levels: Sequence[Level] = ()) -> Figure:
-    """Lines with a gap where no token was scored, and the interval of 95% that follows from the losses of sequences."""
+    """Loss by position: lines with gaps where no token was scored, and intervals of 95% from the losses of sequences."""
     number = len(by_panel)
     across = 2 if number == 4 else min(number, 3)
     size = (WIDTH, 3.0) if number < 3 else (3.7 * across, 2.6 * -(-number // across) + 0.5)
@@ -207,8 +206,7 @@ def loss_by_position(by_panel: Lines, trained: Sequence[int], levels: Sequence[L
         for level in levels:
             level_line(axes, *level)
         positions_across(axes)
-        last = max(bucket["end"] for *_, buckets in lines for bucket in buckets)
-        _mark(axes, trained, last)
+        _mark(axes, trained, max(bucket["end"] for *_, buckets in lines for bucket in buckets))
         axes.set(title=side_label(name), xlabel="position (tokens)")
     return with_legend(figure)
 

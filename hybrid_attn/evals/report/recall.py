@@ -19,8 +19,6 @@ TASKS = {
     "copy": "letters, then the same letters",
     "tracking": "chains of assignments in noise, then a value whose variables are asked for",
 }
-
-
 COLUMNS = [
     *(SOURCE, TASK, LENGTH, Column("sequences", ",", lambda run, r: len(r["by_row"])), Column("answers", ",")),
     *(Column("accuracy", ",.3f"), *interval(lambda r: statistics.wilson(*independent_answers(r)))),

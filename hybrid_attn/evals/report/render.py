@@ -63,7 +63,7 @@ def _environment(escaped: Callable[[str], str]) -> Environment:
 
 
 class Task(NamedTuple):
-    """How many answers of each run `missed` a full score; some questions, with (run, text, score) of answers in `given`."""
+    """`missed` says how many answers of each run are not right in full; examples have (run, text, score) in `given`."""
 
     name: str
     missed: str

@@ -1,6 +1,6 @@
 """RULER in a report: averages in RULER's form, the mean of the tasks by length, and a map of the tasks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 
 from hybrid_attn.evals.records import grouped, lengths_of
@@ -41,9 +41,8 @@ def parts(run: Run) -> list[Run]:
     return [run._replace(records=tuple(part)) for part in records]
 
 
-def mean_shares(records: Iterable[Mapping]) -> dict[int, statistics.Share]:
+def mean_shares(records: Sequence[Mapping]) -> dict[int, statistics.Share]:
     """`means` as shares; their intervals follow from those of the tasks."""
-    records = list(records)
     tasks, shares = complete_tasks(records), {}
     for length, mean in means(records).items():
         cells = [_right(r) for r in records if r["length"] == length and r["task"] in tasks]
@@ -84,14 +83,12 @@ def averages(runs: Sequence[Run], name: str, title: str) -> Table:
 
 def by_task(runs: Sequence[Run], name: str, title: str) -> Table:
     """Scores by run and task down, length across."""
-    lines = grouped(records_of(runs, "ruler"), lambda x: (x[1]["task"], x[0].name))
-    across, tasks = lengths_of(r for run in runs for r in run.records), list(dict.fromkeys(task for task, _ in lines))
-    columns = [TASK, RUN, *(MARKED._replace(name=tokens(length)) for length in across)]
-    rows = []
-    for key in sorted(lines, key=lambda key: tasks.index(key[0])):
-        by_length = {r["length"]: r["score"] for _, r in lines[key]}
-        rows.append([*key, *map(by_length.get, across)])
-    return Table(name, title, columns, rows)
+    across, rows = lengths_of(r for run in runs for r in run.records), []
+    for task, of_task in grouped(records_of(runs, "ruler"), lambda x: x[1]["task"]).items():
+        for run, of_run in grouped(of_task, lambda x: x[0].name).items():
+            by_length = {r["length"]: r["score"] for _, r in of_run}
+            rows.append([task, run, *map(by_length.get, across)])
+    return Table(name, title, [TASK, RUN, *(MARKED._replace(name=tokens(length)) for length in across)], rows)
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -143,10 +140,9 @@ def _extremes(runs: Sequence[Run]) -> str:
     longest = lengths_of(run.records)[-1]
     of_tasks = {r["task"]: r["score"] for r in run.records if r["length"] == longest}
     best, worst = max(of_tasks, key=of_tasks.get), min(of_tasks, key=of_tasks.get)
+    text = f"best at {best} ({of_tasks[best]:.0f}%), worst at {worst} ({of_tasks[worst]:.0f}%)"
     if of_tasks[best] == of_tasks[worst]:
         text = f"{of_tasks[best]:.0f}% of {'every task' if len(of_tasks) > 1 else best}"
-    else:
-        text = f"best at {best} ({of_tasks[best]:.0f}%), worst at {worst} ({of_tasks[worst]:.0f}%)"
     return f"{run.name} at {tokens(longest)}: {text}."
 
 

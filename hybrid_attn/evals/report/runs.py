@@ -20,11 +20,12 @@ def _object_of(what: str, kind: Kind) -> Kind:
 ANYTHING = Kind("anything", lambda _: True)
 OBJECT = _object_of("object", ANYTHING)
 PART = Kind("all, recall or rest", lambda value: value in ("all", "recall", "rest"))
+HARNESS = ("filter", "shots", "version", "documents", "requests", "truncated", "windowed")  # beside a value of the harness
 BESIDE: dict[str, Kind] = {  # fields that a record of any evaluation may have beside its own
     **{"part": PART, "first": COUNT, "end": SIZE, "stderr": ANY, "bits_per_byte": ANY, "by_row": list_of(number(), 1)},
     **dict.fromkeys(("nothing", "sink_rate", *(f"{x}_per_token" for x in ("begin", "needle", "context", "qc"))), ANY),
     **{"edges": list_of(COUNT, 2), "weights": list_of(ANY, 1)},
-    **dict.fromkeys(("filter", "shots", "version", "documents", "requests", "truncated", "windowed"), SCALAR),
+    **dict.fromkeys(HARNESS, SCALAR),
 }
 ANSWER = {
     **{"task": NAME, "length": SIZE, "index": COUNT, "prompt_hash": NAME, "prompt_end": TEXT, "wanted": TEXTS, "given": TEXT},

@@ -11,7 +11,7 @@ from hybrid_attn.evals.report.tables import Column, Table
 
 
 class Picture(NamedTuple):
-    """The caption says what the figure shows, the note how to read it; `table` is the name of the table with its numbers."""
+    """The caption says what the figure shows, the note how to read it; the names are of its file and of its numbers' table."""
 
     name: str
     caption: str

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flax.traverse_util import flatten_dict
 
@@ -49,10 +49,10 @@ def _headline(evaluation: Evaluation) -> Column:
     return Column(name, headline.form.format, lambda run, _: headline.value(x) if (x := run.of(name)) else None)
 
 
-def terminal(runs: Sequence[Run]) -> str:
-    """The overview and the verdict, for the end of a program's output."""
-    sentences = [*verdict.sentences(runs), *(f"warning: {text}" for text in verdict.warnings(runs))]
-    return "\n".join([tables.plain(overview(runs)), *map(escape.label, sentences)])
+def terminal(content: Mapping) -> str:
+    """The overview and the verdict of a page, for the end of a program's output."""
+    sentences = [*content["verdict"], *(f"warning: {text}" for text in content["warnings"])]
+    return "\n".join([tables.plain(overview(content["runs"])), *map(escape.label, sentences)])
 
 
 def comparison(runs: Sequence[Run]) -> list[Section]:

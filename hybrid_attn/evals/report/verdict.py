@@ -78,8 +78,8 @@ def ability(run: Run, reading: Reading) -> str:
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[Difference]]]:
     """Every further run against the first."""
-    means = {x.report().mean: x.name for x in measured(runs)}
-    families = {mean: {record["task"] for _, record in records_of(runs, name)} for mean, name in means.items() if mean}
+    averaged = [evaluation for evaluation in measured(runs) if evaluation.report().mean]
+    families = {x.report().mean: {record["task"] for _, record in records_of(runs, x.name)} for x in averaged}
     first, *others = runs
     return [(x.name, compare(first, x, families) + compare_sequences(first, x)) for x in others]
 
@@ -89,8 +89,7 @@ def comparison(first: str, name: str, of_run: Sequence[Difference]) -> str:
     if not of_run:
         return f"{name} and {first} have no question and no sequence in common: they cannot be compared."
     amounts = {verdict: [_amount(x) for x in headlines(of_run) if x.verdict == verdict] for verdict in VERDICTS}
-    no_clear = not amounts["better"] and not amounts["worse"]
-    shown = VERDICTS if no_clear or len(amounts["unclear"]) < 3 else VERDICTS[:2]
+    shown = VERDICTS[:2] if (amounts["better"] or amounts["worse"]) and len(amounts["unclear"]) > 2 else VERDICTS
     parts = [f"{verdict} on {' and '.join(amounts[verdict][:2])}" for verdict in shown if amounts[verdict]]
     counts = Counter(x.verdict for x in of_run)
     totals = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
