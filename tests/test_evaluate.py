@@ -22,7 +22,7 @@ from hybrid_attn.data import corpora
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import heldout, provenance, report, suite, types
-from hybrid_attn.evals.report import command, fields
+from hybrid_attn.evals.report import render, runs
 from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation
@@ -260,10 +260,10 @@ def test_the_command_beside_a_figure_measures_the_same(tool, models, tmp_path, m
         context, wanted, about = planned[0]
         monkeypatch.chdir(tmp_path)
         described = suite.described(wanted, about)
-        fields.check_provenance(described, "run.json")
+        runs.check_provenance(described, "run.json")
         found = report.Run("one", (), (), described)
         for name in wanted.evals:
-            program, *arguments = shlex.split(command.measuring([found], name))[1:]
+            program, *arguments = shlex.split(render.command([found], name))[1:]
             assert program == "tools/evaluate.py" and arguments.pop() == "--out=DIR"
             run(tool, *arguments, f"--out={tmp_path}/{number}-{name}", trust=())
             again, settings_again, about_again = planned[-1]

@@ -135,9 +135,9 @@ class Evaluation(NamedTuple):
         return [Unit(self.name, part, length) for length in self.lengths(settings) for part in parts]
 
 
-def report_of(module: str) -> Callable[[], Any]:
-    """A function that imports a module of evals/report, which imports this one and matplotlib, and returns its `REPORT`."""
-    return lambda: importlib.import_module(f"hybrid_attn.evals.report.{module}").REPORT
+def report_of(module: str, name: str = "REPORT") -> Callable[[], Any]:
+    """A function that imports a module of evals/report, which imports this one and matplotlib, and returns its report."""
+    return lambda: getattr(importlib.import_module(f"hybrid_attn.evals.report.{module}"), name)
 
 
 def texts(context: EvalContext, settings: Settings) -> list[str]:

@@ -110,7 +110,7 @@ EVALUATION = Evaluation(
         **{"loss": ANY, "perplexity": ANY},
     },
     headline=Headline(first_total("loss"), "key_tokens_loss_nats", "loss {:.3f} nats", higher_is_better=False),
-    report=report_of("keytokens"),
+    report=report_of("losses", "KEY_TOKENS_REPORT"),
     lines=lines,
     section_order=4,
     flags=("tokens", "heldout"),
