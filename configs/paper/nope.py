@@ -6,14 +6,9 @@
 Sizes are those of configs/hybrid_8k.py. At 8b after 750 B tokens: loss 1.58, MMLU 47.6, needles at 65K 9.03 of 10.
 """
 
-from ml_collections import ConfigDict
-
 from configs import hybrid_8k
 from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):
-    c = hybrid_8k.get_config(size)
-    c.model.pattern = "G"
-    c.model.kinds = ConfigDict({"G": base.kind()})
-    return c
+    return hybrid_8k.with_layers(size, "G", G=base.kind())

@@ -7,14 +7,9 @@ Sizes are those of configs/hybrid_8k.py. The norm is taken before the rotation; 
 is Command R+'s way, which the paper builds on. At 8b after 750 B tokens: loss 1.53, MMLU 48.2, needles at 65K 7.93 of 10.
 """
 
-from ml_collections import ConfigDict
-
 from configs import hybrid_8k
 from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):
-    c = hybrid_8k.get_config(size)
-    c.model.pattern = "R"
-    c.model.kinds = ConfigDict({"R": base.kind(rope_theta=10_000.0, qk_norm="layernorm", qk_norm_scope="head")})
-    return c
+    return hybrid_8k.with_layers(size, "R", R=base.kind(rope_theta=10_000.0, qk_norm="layernorm", qk_norm_scope="head"))

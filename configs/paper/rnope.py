@@ -7,14 +7,9 @@ Sizes are those of configs/hybrid_8k.py. This is RNoPE-10k; the paper's other va
 and get worse with it. Needles at 128K: 8.04 of 10 at theta 10k, 7.46 at 100k, 7.02 at 2M, 6.20 at 4M; windowed, 9.56.
 """
 
-from ml_collections import ConfigDict
-
 from configs import hybrid_8k
 from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):
-    c = hybrid_8k.get_config(size)
-    c.model.pattern = "RG"
-    c.model.kinds = ConfigDict({"R": base.kind(rope_theta=10_000.0), "G": base.kind()})
-    return c
+    return hybrid_8k.with_layers(size, "RG", R=base.kind(rope_theta=10_000.0), G=base.kind())
