@@ -8,9 +8,7 @@ share of right answers; a model that knows the values of a sequence and no pair 
 shares slots among layers, and the model of configs/recall.py has only one layer that sees all earlier tokens.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -118,8 +116,7 @@ def bench() -> None:
         records = accuracies(Engine(params, c), rows, ROWS.value, slots, WINDOW.value)
     print(f"{c.model.layers}; {ROWS.value} sequences of {LENGTH.value:,} tokens, {PAIRS.value} pairs; window {WINDOW.value}")
     print(table(records))
-    if JSON.value:
-        Path(JSON.value).write_text(json.dumps(records, indent=1) + "\n")
+    measurement.write_json(JSON.value, records)
 
 
 def main(argv):

@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from hybrid_attn import programs
-from hybrid_attn.data import documents, packed, packing, prepare, shard_files, store
+from hybrid_attn.data import bpe, documents, packed, packing, prepare, shard_files, store
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -43,20 +43,6 @@ def write_text(path: Path, num_bytes: int) -> int:
                 return written
             file.write(json.dumps({"text": text}) + "\n")
             written += len(text.encode())
-
-
-def train_tokenizer(path: Path) -> None:
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=8192, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train(documents.find(())[:300], trainer)
-    tokenizer.save(str(path))
 
 
 def time_prepare(folder: Path, name: str, tokenizer: str, num_bytes: int) -> None:
@@ -140,10 +126,8 @@ def bench() -> None:
         time_prepare(folder, "bytes", "bytes", MEGABYTES.value * 10**6)
         tokenizer = TOKENIZER.value or str(folder / "tokenizer.json")
         if TOKENIZER.value is None:
-            try:
-                train_tokenizer(folder / "tokenizer.json")
-            except ImportError as error:
-                raise ImportError("a tokenizer.json needs the library tokenizers; pip install 'hybrid_attn[hf]'") from error
+            texts = (Path(file).read_text("utf-8") for file in documents.find(())[:300])
+            bpe.train(texts, 8192).save(tokenizer)
         time_prepare(folder, "json", tokenizer, MEGABYTES.value * 10**6 // 2)
         for length in map(int, SPANS.value):
             time_reads(folder / "bytes", length)

@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import gc
 import importlib.util
+import json
 import multiprocessing
 import os
 import platform
@@ -24,6 +25,10 @@ import jax
 
 from hybrid_attn import config
 from hybrid_attn.config import Config, Table, reach
+from hybrid_attn.convert import families, hf
+from hybrid_attn.model import init, specs
+from hybrid_attn.model.params import map_specs
+from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train.metrics import peak_flops
 
 OUT_OF_MEMORY = ("allocate memory", "RESOURCE_EXHAUSTED", "Out of memory")  # what PyTorch and XLA say
@@ -144,7 +149,8 @@ def lengths(texts: Sequence[str]) -> list[int]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells under their headers, in Markdown; the first two columns to the left."""
+    """Cells under their headers, in Markdown; the first two columns to the left, and dashes where a row is too short."""
+    rows = [[*row, *["—"] * (len(header) - len(row))] for row in rows]
     widths = [max(3, *(len(row[i]) for row in (header, *rows))) for i in range(len(header))]
     lines = [header, ["-" * (w - (i > 1)) + ":" * (i > 1) for i, w in enumerate(widths)], *rows]
     return "\n".join("| " + " | ".join(map(_pad, range(len(line)), line, widths)) + " |" for line in lines)
@@ -152,6 +158,57 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _pad(column: int, cell: str, width: int) -> str:
     return cell.ljust(width) if column < 2 else cell.rjust(width)
+
+
+def print_missing(records: Sequence[dict], name: Callable[[dict], str] | None = None) -> None:
+    """Prints why records have no numbers; `name` is what is missing, by default the contender at a number of tokens."""
+    name = name or (lambda r: f"{r['contender']}, {r['tokens']:,} tokens")
+    for line in dict.fromkeys(f"— {name(r)}: {r['missing']}" for r in records if r.get("missing")):
+        print(line)
+
+
+def gib(size: int | None) -> str:
+    return "—" if size is None else f"{size / GIB:.2f}"
+
+
+def write_json(path: str | None, values: dict | list) -> None:
+    """Writes the file that --json names, if it names one."""
+    if path:
+        Path(path).write_text(json.dumps(values, indent=1) + "\n")
+
+
+# --- The same model in `transformers`.
+
+
+def no_transformers(platform: str, dtype: str) -> str | None:
+    """The reason why `transformers` cannot be compared with here; None if it can."""
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        return f"{' and '.join(missing)} not installed; install the extra `oracle`"
+    return None if platform == "cpu" and dtype == "float32" else f"compared in float32 on a CPU, not in {dtype} on {platform}"
+
+
+def export(values: dict, directory: str, max_len: int) -> list[str]:
+    """Exports the initial parameters of a config; returns the names of the tensors with weight decay."""
+    c = config.build(values)
+    with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
+        params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
+    has_decay = hf.flat(map_specs(lambda spec: spec.decay, specs(c.model)))
+    shapes = {path: x.shape for path, x in hf.flat(params).items()}
+    description = hf.describe(c.model, directory, max_len)
+    hf.write(directory, c.model, description, shapes, hf.by_period(params), "float32")
+    tensors = families.tensors(c.model, description["model_type"], shapes)
+    return [tensor.name for tensor in tensors if has_decay[tensor.path]]
+
+
+def exported_model(directory: str):
+    """An exported model in float32 on PyTorch, with its scaled dot-product attention and the threads that XLA has."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads())
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
 
 
 # --- In the process of a library.
@@ -198,11 +255,3 @@ def _status(field: str) -> int:
     """A field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
-
-
-def no_transformers(platform: str, dtype: str) -> str | None:
-    """The reason why `transformers` cannot be compared with here; None if it can."""
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if missing:
-        return f"{' and '.join(missing)} not installed; install the extra `oracle`"
-    return None if platform == "cpu" and dtype == "float32" else f"compared in float32 on a CPU, not in {dtype} on {platform}"
