@@ -30,20 +30,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 [[ -x $python || -n ${PYTHON-} ]] || python=python3
 
-# Two successive free ports.
-port=$("$python" - <<'EOF'
-import socket
-while True:
-    with socket.create_server(("localhost", 0)) as first:
-        port = first.getsockname()[1]
-        try:
-            socket.create_server(("localhost", port + 1)).close()
-        except (OSError, OverflowError):
-            continue
-    print(port)
-    break
-EOF
-)
+port=$(PYTHONPATH=$root "$python" - <<<'from hybrid_attn.parallel import launchers; print(launchers.free_port())')
 
 # Only processes with this token can join.
 HYBRID_RUN_TOKEN=${HYBRID_RUN_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}

@@ -1,17 +1,15 @@
-"""The hub of a run of several processes: a thread of process 0 to which every process is connected.
+"""The hub of a run of several processes: a thread of process 0 to which every process is connected. Messages are lines of JSON.
 
-A message is a line of JSON.
-
-The hub waits until all processes have joined, compares how they were started, broadcasts the error that ends the run, and
-notices at once when a process ends. JAX's coordination service cannot do this (jax 0.10 and 0.12): it notices a killed process
-only by missing heartbeats, and every failure aborts all processes from C++, without the cause and without the processes that
-never joined.
+The hub waits until all have joined, compares how they were started, broadcasts the error that ends the run, and notices at once
+when a process ends. JAX's coordination service cannot do this (jax 0.10 and 0.12): it notices a killed process only by missing
+heartbeats, and a failure aborts all processes from C++, without the cause and without those that never joined.
 """
 
 import contextlib
 import ctypes
 import hmac
 import json
+import math
 import selectors
 import signal
 import socket
@@ -34,7 +32,6 @@ MAX_JOIN_BYTES, MAX_MESSAGE_BYTES = 1000, 2**20
 MAX_ERROR_LENGTH = 10_000  # characters of an error
 GONE = " ended without a message: look at its log and at its machine's memory (out-of-memory kill)"
 SILENT = " has sent nothing for {:.0f} s: it is stopped, or its machine or the network is gone"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Link:
@@ -44,7 +41,7 @@ class Link:
         self.connection, self.max_bytes = connection, max_bytes
         self.number: int | None = None  # of the process at the other end, once it has joined
         self.opened = self.last_received = time.monotonic()
-        self._line, self._sending = bytearray(), threading.RLock()  # reentrant: a signal handler sends, too
+        self._line, self._sending = b"", threading.RLock()  # reentrant: a signal handler sends, too
 
     def send(self, **message) -> None:
         """Sends a message; a broken connection is noticed by the thread that receives from it."""
@@ -60,11 +57,7 @@ class Link:
         if not received:
             raise ConnectionError("the other end has closed the connection")
         self.last_received = time.monotonic()
-        self._line += received
-        if b"\n" in received:
-            *lines, self._line = self._line.split(b"\n")
-        else:
-            lines = []
+        *lines, self._line = (self._line + received).split(b"\n")
         if max(map(len, (*lines, self._line))) > self.max_bytes:
             raise ValueError(f"a line of more than {self.max_bytes} bytes")
         return [_message(line) for line in lines]
@@ -79,10 +72,10 @@ class Heartbeat:
         self.since = dict.fromkeys(links, self.awake)
 
     def ping_is_due(self) -> bool:
-        due = time.monotonic() >= self.ping
-        if due:
-            self.ping = time.monotonic() + self.pause
-        return due
+        if time.monotonic() < self.ping:
+            return False
+        self.ping = time.monotonic() + self.pause
+        return True
 
     def until_ping(self) -> float:
         return max(self.ping - time.monotonic(), 0)
@@ -145,16 +138,14 @@ class Hub(threading.Thread):
                 return self.missing_processes(), 1
             for key, _ in selector.select(min(until - now, 1)):
                 if key.fileobj is not self.server:
-                    error = self.admit(key.data, selector)
-                    if error:
+                    if error := self.admit(key.data, selector):
                         return error, 2
                 elif (link := self.accept()) is not None:
                     selector.register(link.connection, selectors.EVENT_READ, link)
                     pending.append(link)
             pending = [link for link in pending if link.number is None and link.connection.fileno() >= 0]
-            most = MAX_PENDING + self.num_processes
             late = sum(time.monotonic() - link.opened > JOIN_MESSAGE_TIMEOUT for link in pending)
-            for link in pending[: max(late, len(pending) - most)]:
+            for link in pending[: max(late, len(pending) - MAX_PENDING - self.num_processes)]:
                 self.reject(link, selector, "sent no join message")
         return None
 
@@ -222,9 +213,8 @@ class Hub(threading.Thread):
             while len(self.done) < self.num_processes:
                 if heartbeat.ping_is_due():
                     self.broadcast(ping=True)
-                until = heartbeat.until_ping()
-                wait = until if deadline is None else min(until, max(deadline - time.monotonic(), 0))
-                for key, _ in selector.select(wait):
+                until_deadline = math.inf if deadline is None else max(deadline - time.monotonic(), 0)
+                for key, _ in selector.select(min(heartbeat.until_ping(), until_deadline)):
                     self.read_from(key.data)
                     if key.data.number in self.done | self.lost.keys() | self.failed.keys():
                         selector.unregister(key.fileobj)
@@ -326,11 +316,10 @@ def delay_aborts() -> None:
 
 def differences(identities: Mapping[int, Mapping[str, str]]) -> list[str]:
     """For each field in which the processes differ, which of them have which value; at most eight fields."""
-    fields = list(dict.fromkeys(field for number in sorted(identities) for field in identities[number]))
-    lines = []
-    for field in fields:
+    lines, ordered = [], sorted(identities)
+    for field in dict.fromkeys(field for number in ordered for field in identities[number]):
         numbers: dict[str, list[int]] = {}
-        for number in sorted(identities):
+        for number in ordered:
             numbers.setdefault(identities[number].get(field, "nothing"), []).append(number)
         if len(numbers) > 1:
             parts = [f"{_processes(n)} {'have' if len(n) > 1 else 'has'} {value[:200]}" for value, n in numbers.items()]
@@ -349,7 +338,7 @@ def _message(line: bytes) -> dict:
     try:
         return object_of(line, "a message")
     except ValueError as cause:
-        raise ValueError(repr(bytes(line[:100]))) from cause
+        raise ValueError(repr(line[:100])) from cause
 
 
 def _wait_until_closed(links: list[Link], seconds: float) -> None:

@@ -8,23 +8,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "ml_collections", "numpy")
-OPTIONAL_LIBRARIES = ("tokenizers",)
+LIBRARIES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "ml_collections", "numpy", "tokenizers",
+)  # fmt: skip
 MAX_VALUE_LENGTH = 200  # characters; all fields must fit into one message of the hub
 
 
 def identity(values: Mapping, workdir: str | Path, revision: str) -> dict[str, str]:
     """Fields and their values: those of a config (`values`, nested), the workdir, this code, Python and the libraries."""
-    versions = {f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
-    versions |= {f"version of {name}": _version_if_installed(name) for name in OPTIONAL_LIBRARIES}
-    return {
-        **dict(_fields(values, "config")),
-        "workdir": os.path.abspath(workdir),
-        "revision": revision,
-        "source code": _source_code(),
-        "version of python": platform.python_version(),
-        **versions,
-    }
+    fields = dict(_fields(values, "config")) | {"workdir": os.path.abspath(workdir), "revision": revision}
+    fields |= {"source code": _source_code(), "version of python": platform.python_version()}
+    return fields | {f"version of {name}": _version(name) for name in LIBRARIES}
 
 
 def data_identity(corpora: Mapping, tokenizer) -> dict[str, str]:
@@ -52,7 +46,7 @@ def _shortened(value: str) -> str:
     return f"{value[: MAX_VALUE_LENGTH - 50]}... (sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]})"
 
 
-def _version_if_installed(name: str) -> str:
+def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -1,8 +1,10 @@
 """How many processes train together, which one this is, and where process 0 listens: from flags or from a launcher."""
 
+import contextlib
 import glob
 import importlib.util
 import os
+import socket
 import urllib.request
 from typing import NamedTuple
 
@@ -18,6 +20,15 @@ class Membership(NamedTuple):
     num_processes: int
     process_id: int
     local_device_ids: list[int] | None
+
+
+def free_port() -> int:
+    """A free port of this machine whose next one, at which JAX's service listens, is free too."""
+    while True:
+        with socket.create_server(("localhost", 0)) as server, contextlib.suppress(OSError, OverflowError):
+            port = server.getsockname()[1]
+            socket.create_server(("localhost", port + 1)).close()
+            return port
 
 
 def from_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Membership | None:
@@ -64,8 +75,8 @@ def from_launcher(timeout: float) -> Membership | None:
 def launcher() -> str | None:
     """JAX's name of the launcher that started several processes; None for a single process.
 
-    A shell inside an allocation, a single TPU machine and a pod outside an indexed job are single processes, although the
-    variables of a launcher may be set there.
+    The variables of a launcher may also be set in a shell inside an allocation, on a single TPU machine and in a pod outside an
+    indexed job, which are single processes.
     """
     env = os.environ
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # before SLURM, whose steps start Open MPI's own daemons

@@ -19,22 +19,12 @@ from typing import TextIO
 import jax
 
 from hybrid_attn.parallel import launchers
-from hybrid_attn.parallel.hub import (
-    GONE,
-    LOOPBACK,
-    MAX_ERROR_LENGTH,
-    SILENCE,
-    SILENT,
-    Heartbeat,
-    Hub,
-    Link,
-    delay_aborts,
-    listen,
-)
+from hybrid_attn.parallel.hub import GONE, MAX_ERROR_LENGTH, SILENCE, SILENT, Heartbeat, Hub, Link, delay_aborts, listen
 
 # JAX gives up a silent process, too, and aborts all processes without the cause. Its timeout is this many times the hub's, so
 # that the hub reports the cause first.
 JAX_TIMEOUT_FACTOR = 10
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PRINTING = threading.Lock()
 
 
@@ -163,10 +153,10 @@ def start(
 ) -> Peers | None:
     """Joins the processes of this run, before JAX uses a device; None, without any network, for a single process.
 
-    The arguments say how many processes there are and which one this is; without them, the launcher does: SLURM, Open MPI, a
-    TPU pod or Kubernetes. With HYBRID_RUN_TOKEN in the environment of process 0, only processes with the same token can join.
-    ValueError for arguments that do not fit together; OSError that names the missing processes if not all have joined after
-    `timeout` seconds. A process is given up after `silence` seconds without a message.
+    The arguments, or else the launcher (SLURM, Open MPI, a TPU pod or Kubernetes), say how many processes there are and which
+    one this is. With HYBRID_RUN_TOKEN in the environment of process 0, only processes with the same token can join.
+    ValueError for arguments that do not fit together; OSError that names those which have not joined after `timeout` seconds.
+    A process is given up after `silence` seconds without a message.
     """
     if not 0 < timeout < math.inf:
         raise ValueError(f"--join_timeout={timeout} is no number of seconds that all could wait")
@@ -178,9 +168,8 @@ def start(
     host, port, jax_port = host.strip("[]"), int(port), _jax_port(int(port))
     bind = host if host in LOOPBACK else ""  # a loopback address is not reachable from elsewhere
     token = os.environ.get("HYBRID_RUN_TOKEN", "")
-    hub = None
-    if number == 0:
-        hub = Hub(bind, port, count, timeout, silence, token)
+    hub = Hub(bind, port, count, timeout, silence, token) if number == 0 else None
+    if hub:
         try:
             listen(bind, jax_port).close()  # JAX's service crashes if it cannot listen
         except OSError:
