@@ -4,7 +4,6 @@
 arrays. `defaults` has the values that the implementation of a family uses for fields that its config.json lacks.
 """
 
-import dataclasses
 import math
 import string
 from collections.abc import Callable, Mapping
@@ -231,10 +230,9 @@ def _prefix_and_pattern(letters: str) -> tuple[str, str]:
 
 def _normal_form(model: Model) -> dict:
     """The fields of a model, and the normal form of the layer type of each layer in place of prefix and pattern."""
-    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(Model)}
-    values["embed_scale"] = layers.rounded(model.embed_scale)
-    del values["prefix"], values["pattern"], values["kinds"]
-    return values | {"layers": [config.to_dict(layers.normal_form(model, x)) for x in layers.layer_types_of(model)]}
+    values = {name: value for name, value in vars(model).items() if name not in ("prefix", "pattern", "kinds")}
+    normal_forms = [config.to_dict(layers.normal_form(model, x)) for x in layers.layer_types_of(model)]
+    return values | {"embed_scale": layers.rounded(model.embed_scale), "layers": normal_forms}
 
 
 def _rotates(model: Model) -> bool:

@@ -8,10 +8,11 @@ the caller holds of one parameter.
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,9 @@ from hybrid_attn.files import check_named, read_object, write_atomically
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_AND_CONFIG_FILES = (  # config.json has the ids of the special tokens
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 BUFFERS = (".rotary_emb.inv_freq",)  # in old checkpoints; they are computed from config.json
 LINES = 20  # largest number of tensors that an error names
@@ -92,7 +85,8 @@ def write(
     directory, dtype, safetensors = Path(directory), np.dtype(dtype), library()
     shards = _shards(families.tensors(model, config_json["model_type"], shapes), dtype.itemsize, shard_bytes)
     total = dtype.itemsize * sum(_size(tensor) for shard in shards for tensor in shard)
-    _check_space(directory, total)
+    if (free := shutil.disk_usage(directory).free) < total:
+        raise OSError(f"{total:,} bytes of tensors do not fit: {free:,} are free at {directory}; free some space")
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = [SINGLE] if len(shards) == 1 else names
     path, periods = None, iter(())
@@ -137,24 +131,22 @@ def copy_files(source: str | os.PathLike, target: str | os.PathLike, without: tu
 def new_directory(out: str | os.PathLike) -> Iterator[Path]:
     """A directory whose content moves to `out` at the end; on failure it is removed. ValueError if `out` is not empty.
 
-    A new `out` appears atomically, and a failure leaves none of its new parents. An existing empty directory (perhaps a mount
-    point, or a link to one) is filled by renames inside it. If these fail, OSError names the directory with the content.
+    A new `out` appears atomically, and a failure leaves none of its new parents. An empty one (perhaps a mount point or a link)
+    is filled by renames inside it. If these fail, OSError names the directory with the content.
     """
     check_named("out", out, "a new directory")
     out = Path(os.path.realpath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty directory; name another --out, or remove it")
     exists = out.exists()
+    if exists and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty directory; name another --out, or remove it")
     new_parents = [parent for parent in out.parents if not parent.exists()]  # the innermost first
-    temporary = None
+    temporary = (out if exists else out.parent) / f".{out.name}.{secrets.token_hex(4)}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out if exists else out.parent))
-        temporary.chmod(0o777 & ~_umask())
+        temporary.mkdir()
         yield temporary
     except BaseException:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process may have written to it
             for parent in new_parents:
                 parent.rmdir()
@@ -175,12 +167,6 @@ def _move(temporary: Path, out: Path) -> None:
     temporary.rmdir()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _open(directory: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Any], dict[str, str]]:
     """The open file of every tensor, and the conflicts between index and files by tensor."""
     index = directory / INDEX
@@ -191,10 +177,9 @@ def _open(directory: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Any],
     opened = {name: _open_file(directory, name, f"which {INDEX} names", stack) for name in sorted(set(weight_map.values()))}
     keys = {name: set(file.keys()) for name, file in opened.items()}
     conflicts = {key: f"in {name}, not in the index" for name in opened for key in keys[name] - weight_map.keys()}
-    conflicts |= {
-        key: f"missing in {name}, where the index has it" for key, name in weight_map.items() if key not in keys[name]
-    }
-    return {key: opened[name] for key, name in weight_map.items() if key in keys[name]}, conflicts
+    files = {key: opened[name] for key, name in weight_map.items() if key in keys[name]}
+    absent = {key: f"missing in {name}, where the index has it" for key, name in weight_map.items() if key not in files}
+    return files, conflicts | absent
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -256,14 +241,16 @@ def _sharded(like, tensors: list[Tensor], files: Mapping[str, Any]) -> jax.Array
     stacked = tensors[0].period is not None
     inner = like.shape[1:] if stacked else like.shape
 
+    def read(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+        return tensor.ours(files[tensor.name].get_tensor(tensor.name), inner)[index]
+
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if not stacked:
-            return _read(tensors[0], inner, index, files).astype(like.dtype, copy=False)
-        periods = tensors[index[0]]
+            return read(tensors[0], index).astype(like.dtype, copy=False)
         shape = [len(range(*part.indices(size))) for part, size in zip(index, like.shape, strict=True)]
         out = np.empty(shape, like.dtype)
-        for slot, tensor in zip(out, periods, strict=True):
-            slot[...] = _read(tensor, inner, index[1:], files)
+        for slot, tensor in zip(out, tensors[index[0]], strict=True):
+            slot[...] = read(tensor, index[1:])
         return out
 
     return jax.make_array_from_callback(like.shape, _sharding(like), part)
@@ -275,10 +262,6 @@ def _sharding(like) -> jax.sharding.Sharding:
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
         return NamedSharding(jax.sharding.get_mesh(), sharding.spec)
     return sharding
-
-
-def _read(tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...], files: Mapping[str, Any]) -> np.ndarray:
-    return tensor.ours(files[tensor.name].get_tensor(tensor.name), shape)[index]
 
 
 def _shards(tensors: list[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
@@ -295,7 +278,7 @@ def _shards(tensors: list[Tensor], itemsize: int, limit: int) -> list[list[Tenso
 
 
 def _size(tensor: Tensor) -> int:
-    return int(np.prod(tensor.shape, dtype=np.int64))
+    return math.prod(tensor.shape)
 
 
 def by_period(params: dict) -> Callable[[str], Iterator[np.ndarray]]:
@@ -311,13 +294,6 @@ def by_period(params: dict) -> Callable[[str], Iterator[np.ndarray]]:
 def flat(params: Mapping) -> dict[str, Any]:
     """Parameters by path, in the order of the paths: `periods/L0/attention/q`."""
     return dict(sorted(traverse_util.flatten_dict(params, sep="/").items()))
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    """OSError, before anything is written, if the tensors do not fit on the disk."""
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise OSError(f"{needed:,} bytes of tensors do not fit: {free:,} are free at {directory}; free some space")
 
 
 def _write_json(path: Path, values: Mapping) -> None:

@@ -14,18 +14,12 @@ from hybrid_attn.config import LayerType, Model, RopeScaling, Temperature, score
 
 LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
 LARGEST = {  # several times the sizes of the largest public models; products of them must fit int64
-    "vocab_size": 2**26,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**22,
-    "num_hidden_layers": 1024,
-    "num_attention_heads": 2**14,
-    "num_key_value_heads": 2**14,
-    "head_dim": 2**14,
-}
+    "vocab_size": 2**26, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1024,
+    "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14,
+}  # fmt: skip
 NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
 PLAIN = LayerType(
-    mixer="attention",
-    mlp="gated",
+    mixer="attention", mlp="gated",
     window=None, chunk=None, rope_theta=None, rope_fraction=1.0, rope_scaling=NO_SCALING,
     qk_norm="none", qk_norm_scope="head_dim", qk_norm_after_rope=False, scale=None, softcap=None,
     temperature=Temperature("none", 0.1, 8192), sink=False, gate="none",
@@ -150,7 +144,8 @@ def _rope_parameters(model: Model, layer_type: LayerType | None) -> dict:
     """The `rope_parameters` of a layer type; for None, the default ones of a model without RoPE."""
     if layer_type is None or layer_type.rope_theta is None:
         return {"rope_type": "default", "rope_theta": 10_000.0}
-    layer_type, s = normal_form(model, layer_type), normal_form(model, layer_type).rope_scaling
+    layer_type = normal_form(model, layer_type)
+    s = layer_type.rope_scaling
     params = {"rope_type": "default" if s.type == "none" else s.type, "rope_theta": layer_type.rope_theta}
     if s.type != "none":
         params["factor"] = s.factor
@@ -164,10 +159,8 @@ def _rope_parameters(model: Model, layer_type: LayerType | None) -> dict:
 
 def _one_rope(model: Model) -> dict:
     """The RoPE of the first layer that has one, in both spellings."""
-    layer_types = layer_types_of(model)
-    params = _rope_parameters(
-        model, next((layer_type for layer_type in layer_types if layer_type.rope_theta is not None), None)
-    )
+    rotating = [layer_type for layer_type in layer_types_of(model) if layer_type.rope_theta is not None]
+    params = _rope_parameters(model, rotating[0] if rotating else None)
     return {"rope_parameters": params} | _older(params)
 
 
@@ -213,18 +206,19 @@ def _layer_type_fields(model: Model) -> dict:
     return {"layer_types": names, "sliding_window": next((w for w in windows if w is not None), 4096)}
 
 
-def _layer_type(window: int | None, rope: tuple[float, RopeScaling] | None, **changes) -> LayerType:
-    theta, scaling = rope or (None, NO_SCALING)
+def _layer_type(c: dict, name: str, rope: tuple[float, RopeScaling] | None, **changes) -> LayerType:
+    """The layer type that config.json calls `name`; without `rope`, NoPE."""
+    window, (theta, scaling) = c["sliding_window"] if name == LOCAL else None, rope or (None, NO_SCALING)
     return dataclasses.replace(PLAIN, window=window, rope_theta=theta, rope_scaling=scaling, **changes)
 
 
-def _window(c: dict, name: str) -> int | None:
-    return c["sliding_window"] if name == LOCAL else None
+def _layer_types(c: dict, names: list[str], ropes: Mapping[str, tuple | None], **changes) -> list[LayerType]:
+    """The layer type of every layer; `ropes` has the RoPE of each name."""
+    return [_layer_type(c, name, ropes[name], **changes) for name in names]
 
 
 def cohere2_layer_types(c: dict) -> list[LayerType]:
-    rope = _rope(c, 10_000.0)
-    return [_layer_type(_window(c, name), rope if name == LOCAL else None) for name in _type_names(c)]
+    return _layer_types(c, _type_names(c), {LOCAL: _rope(c, 10_000.0), FULL: None})
 
 
 def cohere2_layout(model: Model) -> dict:
@@ -233,7 +227,7 @@ def cohere2_layout(model: Model) -> dict:
 
 def cohere_layer_types(c: dict) -> list[LayerType]:
     norm = {"qk_norm": "layernorm", "qk_norm_scope": "head"} if c["use_qk_norm"] else {}
-    return [_layer_type(None, _rope(c, 500_000.0), **norm)] * c["num_hidden_layers"]
+    return [_layer_type(c, FULL, _rope(c, 500_000.0), **norm)] * c["num_hidden_layers"]
 
 
 def cohere_layout(model: Model) -> dict:
@@ -241,7 +235,7 @@ def cohere_layout(model: Model) -> dict:
 
 
 def llama_layer_types(c: dict) -> list[LayerType]:
-    return [_layer_type(None, _rope(c, 10_000.0))] * c["num_hidden_layers"]
+    return [_layer_type(c, FULL, _rope(c, 10_000.0))] * c["num_hidden_layers"]
 
 
 def llama_layout(model: Model) -> dict:
@@ -260,7 +254,7 @@ def smollm3_layer_types(c: dict) -> list[LayerType]:
     if len(rotates) < len(names):
         raise ValueError(f"config.json has no_rope_layers for {len(rotates)} layers of {len(names)}")
     rope = _rope(c, 2_000_000.0)
-    return [_layer_type(_window(c, name), rope if r else None) for name, r in zip(names, rotates, strict=False)]
+    return [_layer_type(c, name, rope if r else None) for name, r in zip(names, rotates, strict=False)]
 
 
 def smollm3_layout(model: Model) -> dict:
@@ -273,7 +267,7 @@ def exaone4_layer_types(c: dict) -> list[LayerType]:
     """If there is a window, the full layers have no positions (NoPE); otherwise every layer has RoPE."""
     window, rope = c.get("sliding_window"), _rope(c, 10_000.0)
     names = _type_names(c if window else c | {"sliding_window_pattern": None})
-    return [_layer_type(_window(c, name), rope if not window or name == LOCAL else None, qk_norm="rms") for name in names]
+    return _layer_types(c, names, {LOCAL: rope, FULL: None if window else rope}, qk_norm="rms")
 
 
 def exaone4_layout(model: Model) -> dict:
@@ -286,7 +280,7 @@ def exaone4_layout(model: Model) -> dict:
 def olmo3_layer_types(c: dict) -> list[LayerType]:
     """Without `layer_types` every fourth layer is full: for this family the library ignores `sliding_window_pattern`."""
     ropes, names = _rope_by_type(c, (None, 500_000.0), 500_000.0), _type_names({**c, "sliding_window_pattern": 4})
-    return [_layer_type(_window(c, name), ropes[name], qk_norm="rms", qk_norm_scope="projection") for name in names]
+    return _layer_types(c, names, ropes, qk_norm="rms", qk_norm_scope="projection")
 
 
 def olmo3_layout(model: Model) -> dict:
@@ -298,8 +292,7 @@ def gemma3_layer_types(c: dict) -> list[LayerType]:
     scalar = float(c["query_pre_attn_scalar"])
     if not 0 < scalar < math.inf:
         raise ValueError(f"config.json has query_pre_attn_scalar={scalar}, which must be a number above 0")
-    scale = scalar**-0.5
-    return [_layer_type(_window(c, name), ropes[name], qk_norm="rms_plus1", scale=scale) for name in _type_names(c)]
+    return _layer_types(c, _type_names(c), ropes, qk_norm="rms_plus1", scale=scalar**-0.5)
 
 
 def gemma3_layout(model: Model) -> dict:
@@ -315,10 +308,9 @@ def afmoe_layer_types(c: dict) -> list[LayerType]:
             "mixture-of-experts layers are not supported, so only dense models of afmoe can be read"
         )
     rope = _rope(c, 10_000.0)
-    names = _type_names(
-        c if "layer_types" in c else c | {"sliding_window_pattern": positive_int(c, "global_attn_every_n_layers")}
-    )
-    return [_layer_type(_window(c, name), rope if name == LOCAL else None, qk_norm="rms", gate="projection") for name in names]
+    if "layer_types" not in c:
+        c = c | {"sliding_window_pattern": positive_int(c, "global_attn_every_n_layers")}
+    return _layer_types(c, _type_names(c), {LOCAL: rope, FULL: None}, qk_norm="rms", gate="projection")
 
 
 def afmoe_layout(model: Model) -> dict:
