@@ -140,7 +140,7 @@ def test_a_step_that_does_not_fit_is_reported_with_the_numbers():
     from hybrid_attn.plan.targets import CHIPS, Target
 
     target = Target("v5e:1x1", "tpu", [], CHIPS["v5e"].memory)
-    small = Plan(target, {}, 0, 0, 0, 0, 15_900_000_000, 0.0, 0.0, (0, "", ""), [], "")
+    small = Plan(target, {}, 0, 0, 0, 15_900_000_000, 0.0, 0.0, (0, "", ""), [], "")
     large = small._replace(peak=17_000_000_000)
     assert (fits(small), fits(large)) == (True, False)
     assert verdict(small) == "fits         15.900 GB of the 16.000 GB of a device; 100.000 MB are left"

@@ -23,18 +23,16 @@ def report(plan: Plan) -> str:
         f"FLOPs        {plan.flops:.4g} by the formula, recomputation not counted; {plan.compiler_flops:.4g} by the compiler, "
         "which counts a loop's body once and custom kernels not at all",
     ]
-    groups = Counter()
+    calls, received, by_axes = Counter(), Counter(), Counter()
     for x in plan.collectives:
-        key = x.kind, " ".join(x.axes), payload(x), "backward" if x.backward else "forward"
-        groups[(*key, "calls")] += x.times
-        groups[(*key, "bytes")] += x.total
-    keys = sorted({key[:4] for key in groups}, key=lambda key: -groups[(*key, "bytes")])
-    rows = [[*key, f"{groups[(*key, 'calls')]:,}", gb(groups[(*key, "bytes")])] for key in keys]
+        axes = " ".join(x.axes)
+        key = x.kind, axes, payload(x), "backward" if x.backward else "forward"
+        calls[key] += x.times
+        received[key] += x.total
+        by_axes[axes] += x.total
+    rows = [[*key, f"{calls[key]:,}", gb(total)] for key, total in received.most_common()]
     header = ["collective", "axes", "of", "pass", "calls a step", "received"]
-    totals = Counter()
-    for x in plan.collectives:
-        totals[" ".join(x.axes)] += x.total
-    sums = [[axes, "", gb(total)] for axes, total in totals.most_common()]
+    sums = [[axes, "", gb(total)] for axes, total in by_axes.most_common()]
     return "\n".join([*lines, "", table(header, rows), "", table(["axes", "", "received"], sums)])
 
 
@@ -46,11 +44,9 @@ def fits(plan: Plan) -> bool:
 def verdict(plan: Plan) -> str:
     """Whether a device has room, for what, and how much is left or missing."""
     memory, devices = plan.target.memory, len(plan.target.devices)
-    device = (
-        f"a device, {'an equal part' if devices > 1 else 'all'} of this machine's"
-        if plan.target.platform == "cpu"
-        else "a device"
-    )
+    device = "a device"
+    if plan.target.platform == "cpu":
+        device += f", {'an equal part' if devices > 1 else 'all'} of this machine's"
     if fits(plan):
         return f"fits         {gb(plan.peak)} of the {gb(memory)} of {device}; {gb(memory - plan.peak)} are left"
     return (

@@ -12,7 +12,7 @@ from hybrid_attn.model import execution_on, flops
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
-from hybrid_attn.plan.collectives import Collective, collectives, parse, shapes
+from hybrid_attn.plan.collectives import Collective, arrays, collectives, parse
 from hybrid_attn.plan.targets import Target
 from hybrid_attn.train.step import abstract_state, make_step
 
@@ -27,7 +27,6 @@ class Plan(NamedTuple):
     target: Target
     axes: dict[str, int]
     arguments: int
-    outputs: int
     temporaries: int
     host: int
     peak: int
@@ -46,15 +45,14 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     execution = execution_on(target.platform, of_stage.model, of_stage.train)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, TOKENS_BT)
-        arrays = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
-        compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), arrays).compile()
+        inputs = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
+        compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), inputs).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
     per_token = flops.train_flops_per_token(of_stage.model, length)
     return Plan(
         target,
         dict(mesh.shape),
         m.argument_size_in_bytes,
-        m.output_size_in_bytes,
         m.temp_size_in_bytes,
         m.host_temp_size_in_bytes,
         _peak(m, target.platform),
@@ -76,19 +74,16 @@ def _peak(m, platform: str) -> int:
 def largest_array(text: str) -> tuple[int, str, str]:
     """Bytes, type and scope of the largest array that an instruction of an HLO module writes."""
     computations, _ = parse(text)
-    fused = {name for lines in computations.values() for i in lines if i.op == "fusion" for name in _called(i.line)}
+    fusions = [i.line for lines in computations.values() for i in lines if i.op == "fusion"]
+    fused = {name for line in fusions for name in re.findall(r"\bcalls=%?([\w.-]+)", line)}
     largest = (0, "", "")
     for name, lines in computations.items():
         for i in lines if name not in fused else ():
             if i.op not in ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"):
                 scope = re.search(r'op_name="([^"]*)"', i.line)
-                for kind, (_, size) in zip(re.findall(r"\b[a-z]\w*\[[\d,]*\]", i.type), shapes(i.type), strict=False):
-                    largest = max(largest, (size, kind, f"{i.op} {scope[1] if scope else ''}"))
+                for dtype, dims, size in arrays(i.type):
+                    largest = max(largest, (size, f"{dtype}[{dims}]", f"{i.op} {scope[1] if scope else ''}"))
     return largest
-
-
-def _called(line: str) -> list[str]:
-    return re.findall(r"\bcalls=%?([\w.-]+)", line)
 
 
 def payload(collective: Collective) -> str:

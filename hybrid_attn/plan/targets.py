@@ -40,7 +40,7 @@ class Device(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Devices to compile for; `memory` is bytes of one, a CPU device's an equal part of this machine's."""
+    """Devices to compile for; `memory` is bytes of one, for a CPU device an equal part of this machine's."""
 
     name: str
     platform: str
@@ -94,14 +94,12 @@ def _gpus(name: str, chip: Chip, count: int) -> Target:
     # tokamax compiles for the default device.
     h100 = Device("gpu", "9.0", "NVIDIA H100 80GB HBM3")
     description = (Path(__file__).parent / "descriptions/h100.textproto").read_text()
+    options = {"topology_name": "h100", "topology": f"1x1x{count}", "target_config": description}
     try:
-        devices = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", topology=f"1x1x{count}", target_config=description
-        ).devices
+        devices = topologies.get_topology_desc(platform="cuda", **options).devices
     except (RuntimeError, NotImplementedError, ImportError) as cause:
-        raise NotImplementedError(
-            f'target {name} needs JAX\'s CUDA plugin: pip install "hybrid-attn[gpu]" ({cause})'
-        ) from cause
+        cure = 'pip install "hybrid-attn[gpu]"'
+        raise NotImplementedError(f"target {name} needs JAX's CUDA plugin: {cure} ({cause})") from cause
     backend.get_default_device = lambda: h100
     return Target(name, "gpu", devices, chip.memory)
 
