@@ -175,7 +175,7 @@ def show(records: list[dict], slopes: list[dict], peak: float) -> None:
     for r in records:
         rows.append([r["kind"], r["contender"], f"{r['tokens']:,}"])
         if "seconds" in r:
-            rate, mine = r["flops"] / r["seconds"], ours[r["kind"], r["tokens"]]
+            rate, mine = r["flops"] / r["seconds"], ours.get((r["kind"], r["tokens"]))
             memory = "—" if r["memory"] is None else f"{r['memory'] / 2**20:,.0f}"
             faster = f"{r['seconds'] / mine:.2f}" if mine else "—"
             rows[-1] += [f"{1e3 * r['seconds']:,.1f}", f"{rate / 1e9:,.1f}", f"{rate / peak:.0%}", memory, faster]

@@ -17,7 +17,6 @@ import dataclasses
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -134,28 +133,17 @@ def computed_with_masks(c: Config) -> float:
     return needed(c) + B * flops.TRAIN * attention_flops(m.num_heads, m.head_dim, masked)
 
 
-class Contender(NamedTuple):
-    """A config, the FLOPs of a step of it as this contender computes it, and the task."""
-
-    config: Config
-    computed: float
-    task: Task
+def ours(c: Config) -> tuple[Config, Task]:
+    return c, Task("jax", make_ours, (config.to_dict(c),))
 
 
-def ours(c: Config) -> Contender:
-    return Contender(c, needed(c), Task("jax", make_ours, (config.to_dict(c),)))
-
-
-def in_transformers(c: Config, directory: str, decayed_names: list[str], remat: str) -> Contender:
-    task = Task("torch", make_transformers, (config.to_dict(c), directory, decayed_names, remat))
-    return Contender(c, computed_with_masks(c), task)
-
-
-def compare(processes: Processes, title: str, contenders: dict[str, Contender], dtype: str, done: list[dict]) -> list[dict]:
+def compare(
+    processes: Processes, title: str, contenders: dict[str, tuple[Config, Task]], dtype: str, done: list[dict]
+) -> list[dict]:
     """A record for each contender; those of shorter sequences, `done`, predict whether a step takes too long."""
     records, tasks = {}, {"matmul": Task("jax", measurement.make_matmul, (dtype,))}  # first: it starts the threads
-    for name, (c, computed, task) in contenders.items():
-        stage = c.stages[0]
+    for name, (c, task) in contenders.items():
+        stage, computed = c.stages[0], computed_with_masks(c) if task.library == "torch" else needed(c)
         records[name] = {"contender": name, "layers": c.model.layers, "tokens": stage.seq_len, "batch": stage.batch}
         records[name] |= {"needed_flops": needed(c), "computed_flops": computed}
         before = [r for r in done if r["contender"] == name and "seconds" in r]
@@ -178,11 +166,13 @@ def beside_transformers(processes: Processes, c: Config, lengths: list[int], dty
     records = []
     for S in lengths:
         at_S, title = at_length(c, S), f"transformers {S:,}"
+        values = config.to_dict(at_S)
         with tempfile.TemporaryDirectory() as directory:
-            decayed_names = processes.call("jax", measurement.export, config.to_dict(at_S), directory, S)
-            stored, recomputing = (in_transformers(at_S, directory, decayed_names, x) for x in (c.train.remat, "layer"))
-            new = compare(processes, title, {"ours": ours(at_S), "transformers": stored}, dtype, records)
+            args = values, directory, processes.call("jax", measurement.export, values, directory, S)
+            task = Task("torch", make_transformers, (*args, c.train.remat))
+            new = compare(processes, title, {"ours": ours(at_S), "transformers": (at_S, task)}, dtype, records)
             if c.train.remat == "none" and not new[1].get("fits", True):
+                recomputing = at_S, Task("torch", make_transformers, (*args, "layer"))
                 pair = {"ours": ours(at_S), "transformers, recomputing": recomputing}
                 new = [new[1], *compare(processes, title, pair, dtype, records)]
         records += new

@@ -4,6 +4,7 @@ Contenders that are called in turn are slowed down by the same load of the machi
 disturbed. Each library has its own process: its memory is measured alone, and its failure ends no other.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -62,15 +63,12 @@ class Measured(NamedTuple):
     missing: str | None
 
 
-class Processes:
+class Processes(contextlib.AbstractContextManager):
     """One process for each library, started when it is first needed; use as a context."""
 
     def __init__(self, limit: int):
         """A contender that needs more than `limit` bytes beyond its inputs is missing from the results."""
         self.limit, self.pools = limit, {}
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         for pool in self.pools.values():
@@ -152,12 +150,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells under their headers, in Markdown; the first two columns to the left, and dashes where a row is too short."""
     rows = [[*row, *["—"] * (len(header) - len(row))] for row in rows]
     widths = [max(3, *(len(row[i]) for row in (header, *rows))) for i in range(len(header))]
-    lines = [header, ["-" * (w - (i > 1)) + ":" * (i > 1) for i, w in enumerate(widths)], *rows]
-    return "\n".join("| " + " | ".join(map(_pad, range(len(line)), line, widths)) + " |" for line in lines)
-
-
-def _pad(column: int, cell: str, width: int) -> str:
-    return cell.ljust(width) if column < 2 else cell.rjust(width)
+    rule = ["-" * (width - (i > 1)) + ":" * (i > 1) for i, width in enumerate(widths)]
+    aligned = [
+        [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        for line in (header, rule, *rows)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
 
 
 def print_missing(records: Sequence[dict], name: Callable[[dict], str] | None = None) -> None:
