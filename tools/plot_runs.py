@@ -4,7 +4,6 @@ Reads metrics.jsonl of each workdir. --value is a name of its lines: loss (the m
 grad_norm, tokens_per_s, lr, ... Exit codes: 2 for a wrong flag or input.
 """
 
-import difflib
 import io
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags
 
-from hybrid_attn import programs
+from hybrid_attn import programs, trees
 from hybrid_attn.files import object_of, write_atomically
 
 WORKDIR = flags.DEFINE_multi_string("workdir", None, "Workdir of a run; may be repeated.", required=True)
@@ -43,17 +42,14 @@ class Curve(NamedTuple):
 def read(workdir: str) -> list[dict]:
     """The lines of metrics.jsonl without skipped steps; ValueError for a file with other lines."""
     path, steps = Path(workdir) / "metrics.jsonl", []
-    if not path.is_file():
-        raise ValueError(f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
+    trees.check(path.is_file(), f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
     *lines, last = path.read_bytes().split(b"\n")  # the last line of a killed or running run may be incomplete
     for number, line in enumerate(lines, 1):
         values = object_of(line, f"{path}, line {number}")
-        if type(values.get("step")) is not int:
-            raise ValueError(f"{path}, line {number} is no step of a run: {line[:40]!r}")
+        trees.check(type(values.get("step")) is int, f"{path}, line {number} is no step of a run: {line[:40]!r}")
         if "skipped" not in values:
             steps.append(values)
-    if not steps:
-        raise ValueError(f"{path} has no step yet; wait for its first line")
+    trees.check(len(steps) > 0, f"{path} has no step yet; wait for its first line")
     return steps
 
 
@@ -64,13 +60,11 @@ def curve(label: str, workdir: str) -> Curve:
     if name in MEANS and f"{name}_mean" in known:
         name = f"{name}_mean"
     for key in (name, axis):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}? It" if near else "it"
-            raise ValueError(f"{workdir}/metrics.jsonl has no {key!r}; {hint} has {', '.join(known)}")
+        hint = trees.suggestion(key, known)
+        it = f"{hint} It" if hint else "it"
+        trees.check(key in known, f"{workdir}/metrics.jsonl has no {key!r}; {it} has {', '.join(known)}")
     points = [(x["step"], x[axis], x[name]) for x in lines if all(_is_number(x.get(key)) for key in ("step", axis, name))]
-    if not points:
-        raise ValueError(f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
+    trees.check(len(points) > 0, f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
     return Curve(label, *zip(*points, strict=True))
 
 
@@ -123,10 +117,8 @@ def labels() -> list[str]:
 
 def plot() -> None:
     out = Path(OUT.value)
-    if out.suffix != ".png":
-        raise ValueError(f"--out={out} must end in .png")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out={out}: {out.parent} is no directory; make it first")
+    trees.check(out.suffix == ".png", f"--out={out} must end in .png")
+    trees.check(out.parent.is_dir(), f"--out={out}: {out.parent} is no directory; make it first")
     curves = [curve(*pair) for pair in zip(labels(), WORKDIR.value, strict=True)]
     write_atomically(out, picture(curves))
     print(f"picture  {out}")

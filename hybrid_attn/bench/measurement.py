@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybrid_attn import config
+from hybrid_attn import config, trees
 from hybrid_attn.config import Config, Table, reach
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import init, specs
@@ -109,16 +109,13 @@ def make_matmul(dtype: str) -> Ready:
 def full_attention(c: Config) -> Config:
     """`c` with its first windowed layer type in every layer, without the window; a scheme that needs a window is "auto"."""
     windowed = [letter for letter in c.model.layers if reach(c.model.kinds[letter])]
-    if not windowed:
-        raise ValueError(f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
+    trees.check(len(windowed) > 0, f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
     letter, model = windowed[0], c.model
     full = dataclasses.replace(model.kinds[letter], window=None, chunk=None)
     scheme = config.context(model, c.train)[letter]
-    train = dataclasses.replace(
-        c.train, remat=config.remat(model, c.train)[letter], context="auto" if scheme == "halo" else scheme
-    )
+    changes = {"remat": config.remat(model, c.train)[letter], "context": "auto" if scheme == "halo" else scheme}
     model = dataclasses.replace(model, prefix="", pattern="R", kinds=Table({"R": full}))
-    return dataclasses.replace(c, model=model, train=train)
+    return dataclasses.replace(c, model=model, train=dataclasses.replace(c.train, **changes))
 
 
 def threads() -> int:
@@ -138,11 +135,9 @@ def highest_memory() -> int | None:
 
 def lengths(texts: Sequence[str]) -> list[int]:
     """Sorted numbers of tokens from texts such as 4096 or 4K; ValueError names an invalid one."""
+    trees.check(len(texts) > 0, "--lengths is empty; write tokens, as 4096 or 4K")
     for text in texts:
-        if not re.fullmatch(r"[1-9][0-9]*K?", text):
-            raise ValueError(f"--lengths has {text!r}; write tokens, as 4096 or 4K")
-    if not texts:
-        raise ValueError("--lengths is empty; write tokens, as 4096 or 4K")
+        trees.check(bool(re.fullmatch(r"[1-9][0-9]*K?", text)), f"--lengths has {text!r}; write tokens, as 4096 or 4K")
     return sorted({int(text.removesuffix("K")) * (1024 if text.endswith("K") else 1) for text in texts})
 
 
@@ -150,12 +145,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells under their headers, in Markdown; the first two columns to the left, and dashes where a row is too short."""
     rows = [[*row, *["—"] * (len(header) - len(row))] for row in rows]
     widths = [max(3, *(len(row[i]) for row in (header, *rows))) for i in range(len(header))]
-    rule = ["-" * (width - (i > 1)) + ":" * (i > 1) for i, width in enumerate(widths)]
-    aligned = [
-        [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
-        for line in (header, rule, *rows)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
+    lines = [header, ["-" * (w - (i > 1)) + ":" * (i > 1) for i, w in enumerate(widths)], *rows]
+    return "\n".join("| " + " | ".join(map(_pad, range(len(line)), line, widths)) + " |" for line in lines)
+
+
+def _pad(column: int, cell: str, width: int) -> str:
+    return cell.ljust(width) if column < 2 else cell.rjust(width)
 
 
 def print_missing(records: Sequence[dict], name: Callable[[dict], str] | None = None) -> None:

@@ -111,8 +111,7 @@ def _model_of(config_json: Mapping) -> Model:
     if "quantization_config" in fields:
         raise ValueError("config.json has quantization_config; only plain floats are supported: use the unquantized model")
     missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]
-    if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    trees.check(not missing, f"config.json lacks {', '.join(missing)}")
     layers.positive_int(c, "num_attention_heads")
     if c.get("num_key_value_heads") is None:
         c["num_key_value_heads"] = c["num_attention_heads"]
@@ -147,8 +146,7 @@ def config_json(model: Model, model_type: str, max_len: int) -> dict:
     if family.heads_divide_width and model.d_model % model.num_heads:
         heads = f"model.num_heads={model.num_heads}"
         lines.append(f"  model.d_model: {model.d_model} must be a multiple of {heads}, or transformers cannot open it")
-    if lines:
-        raise ValueError(f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
+    trees.check(not lines, f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
     return out
 
 
@@ -187,8 +185,7 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
             result.append(Tensor(TOP[path], path, None, tuple(shape), False))
             continue
         group, layer, leaf = path.split("/", 2)
-        if leaf not in names:
-            raise ValueError(f"{model_type} has no tensor for {path}")
+        trees.check(leaf in names, f"{model_type} has no tensor for {path}")
         first, step = before[group] + int(layer[1:]), len(model.pattern)
         stacked = group == "periods"
         inner = tuple(shape[1:]) if stacked else tuple(shape)

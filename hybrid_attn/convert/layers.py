@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from hybrid_attn import config
+from hybrid_attn import config, trees
 from hybrid_attn.config import LayerType, Model, RopeScaling, Temperature, score_scale
 
 LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
@@ -65,8 +65,7 @@ def positive_int(c: Mapping, key: str) -> int:
     limit = LARGEST[key] if key in LARGEST else 2**31 - 1
     if type(c[key]) is not int or c[key] < 1:
         raise ValueError(f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
-    if c[key] > limit:
-        raise ValueError(f"config.json has {key}={c[key]}, which must be at most {limit:,}")
+    trees.check(c[key] <= limit, f"config.json has {key}={c[key]}, which must be at most {limit:,}")
     return c[key]
 
 
@@ -83,8 +82,9 @@ def _object(c: Mapping, key: str, where: str = "") -> dict:
 def _rope(c: dict, default_theta: float) -> tuple[float, RopeScaling]:
     """(theta, scaling) of a config.json with one RoPE for all layers."""
     params = _object(c, "rope_scaling") or _object(c, "rope_parameters")
-    if {LOCAL, FULL} & set(params):
-        raise ValueError(f"config.json has rope_parameters by layer type; {c['model_type']} has one RoPE")
+    trees.check(
+        not {LOCAL, FULL} & set(params), f"config.json has rope_parameters by layer type; {c['model_type']} has one RoPE"
+    )
     if "original_max_position_embeddings" in c:
         params["original_max_position_embeddings"] = c["original_max_position_embeddings"]
     return _theta_and_scaling(params, c.get("rope_theta", default_theta), c)
@@ -192,8 +192,7 @@ def _type_names(c: dict) -> list[str]:
         every = positive_int(c, "sliding_window_pattern") if pattern is not None else 1
         names = [LOCAL if (i + 1) % every else FULL for i in range(num_layers)]
     unknown = sorted(set(names) - {LOCAL, FULL})
-    if unknown:
-        raise ValueError(f"config.json has layer_types {', '.join(unknown)}; known: {LOCAL}, {FULL}")
+    trees.check(not unknown, f"config.json has layer_types {', '.join(unknown)}; known: {LOCAL}, {FULL}")
     if LOCAL in names and c.get("sliding_window") is None:
         raise ValueError(f"config.json has layers of {LOCAL} and no sliding_window")
     return names
@@ -249,10 +248,8 @@ def smollm3_layer_types(c: dict) -> list[LayerType]:
         rotates = [int((i + 1) % every != 0) for i in range(c["num_hidden_layers"])]
     local = c.get("use_sliding_window") and c.get("sliding_window")
     names = _type_names({"layer_types": [FULL if r or not local else LOCAL for r in rotates]} | c)
-    if LOCAL in names and not local:
-        raise ValueError(f"config.json has layers of {LOCAL} and use_sliding_window=false")
-    if len(rotates) < len(names):
-        raise ValueError(f"config.json has no_rope_layers for {len(rotates)} layers of {len(names)}")
+    trees.check(local or LOCAL not in names, f"config.json has layers of {LOCAL} and use_sliding_window=false")
+    trees.check(len(rotates) >= len(names), f"config.json has no_rope_layers for {len(rotates)} layers of {len(names)}")
     rope = _rope(c, 2_000_000.0)
     return [_layer_type(c, name, rope if r else None) for name, r in zip(names, rotates, strict=False)]
 
@@ -290,8 +287,7 @@ def olmo3_layout(model: Model) -> dict:
 def gemma3_layer_types(c: dict) -> list[LayerType]:
     ropes = _rope_by_type(c, ("rope_local_base_freq", 10_000.0), 1_000_000.0)
     scalar = float(c["query_pre_attn_scalar"])
-    if not 0 < scalar < math.inf:
-        raise ValueError(f"config.json has query_pre_attn_scalar={scalar}, which must be a number above 0")
+    trees.check(0 < scalar < math.inf, f"config.json has query_pre_attn_scalar={scalar}, which must be a number above 0")
     return _layer_types(c, _type_names(c), ropes, qk_norm="rms_plus1", scale=scalar**-0.5)
 
 
