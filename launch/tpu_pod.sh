@@ -52,7 +52,7 @@ if (($#)); then
     shift
 fi
 [[ $train || $delete ]] || usage
-[[ $slices =~ ^[1-9][0-9]*$ ]] || { echo "error: --slices=$slices is not a number of slices" >&2 && exit 2; }
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices is not a number of slices" 2
 
 case $type in
     v6e-*) runtime=v2-alpha-tpuv6e ;;

@@ -197,12 +197,11 @@ class Hub(threading.Thread):
         self.links = {number: other for number, other in self.links.items() if other is not link}
 
     def missing_processes(self) -> str:
-        absent = [number for number in range(self.num_processes) if number not in self.links]
+        absent = _processes([number for number in range(self.num_processes) if number not in self.links])
+        came = f"{len(self.links)} of {self.num_processes} came within {self.timeout:g} s"
+        cure = "look at the logs of the missing ones, or give them more time with --join_timeout"
         rejection = f"; the last rejected connection: {self.last_rejection}" if self.last_rejection else ""
-        return (
-            f"{_processes(absent)} never joined: {len(self.links)} of {self.num_processes} came within {self.timeout:g} s; "
-            f"look at the logs of the missing ones, or give them more time with --join_timeout{rejection}"
-        )
+        return f"{absent} never joined: {came}; {cure}{rejection}"
 
     def serve(self) -> tuple[str, int] | None:
         """Handles messages until every process is done; returns the first error and its exit code, if there is one."""

@@ -23,9 +23,9 @@ def identity(values: Mapping, workdir: str | Path, revision: str) -> dict[str, s
 
 def data_identity(corpora: Mapping, tokenizer) -> dict[str, str]:
     """Fields and their values: the training and held-out documents of each source in `corpora`, and the tokenizer."""
-    training = {f"training documents of {name}": corpus.training.fingerprint() for name, corpus in corpora.items()}
-    heldout = {f"held-out documents of {name}": corpus.heldout.fingerprint() for name, corpus in corpora.items()}
-    return {**training, **heldout, "tokenizer": tokenizer.hash}
+    fields = {f"training documents of {name}": corpus.training.fingerprint() for name, corpus in corpora.items()}
+    fields |= {f"held-out documents of {name}": corpus.heldout.fingerprint() for name, corpus in corpora.items()}
+    return fields | {"tokenizer": tokenizer.hash}
 
 
 def _fields(values, name: str) -> Iterator[tuple[str, str]]:

@@ -122,7 +122,10 @@ class Peers:
                 self._stop_at = step
                 self._agreeing.release()
             case {"leave": True}:
-                self._end_saved()
+                if self.number == 0:
+                    _print(self._exit_message, sys.stdout)
+                self.close()
+                _end(None, 0)
             case {"ping": True} | {"over": True}:
                 pass
             case _:
@@ -136,12 +139,6 @@ class Peers:
         Its own 1 may follow from the error of another, which breaks what they compute together.
         """
         _end(f"error: {text}", code if self._status in (None, 1, 2) else self._status)
-
-    def _end_saved(self) -> None:
-        if self.number == 0:
-            _print(self._exit_message, sys.stdout)
-        self.close()
-        _end(None, 0)
 
 
 def start(
@@ -165,7 +162,8 @@ def start(
         return None
     address, count, number, device_ids = membership
     host, _, port = address.rpartition(":")
-    host, port, jax_port = host.strip("[]"), int(port), _jax_port(int(port))
+    host, port = host.strip("[]"), int(port)
+    jax_port = port + 1 if port < 2**16 - 1 else port - 1
     bind = host if host in LOOPBACK else ""  # a loopback address is not reachable from elsewhere
     token = os.environ.get("HYBRID_RUN_TOKEN", "")
     hub = Hub(bind, port, count, timeout, silence, token) if number == 0 else None
@@ -176,8 +174,7 @@ def start(
             hub.server.close()
             raise
         hub.start()
-    link = _join((host, port), number, count, timeout, token)
-    peers = Peers(number, link, hub, silence)
+    peers = Peers(number, _join((host, port), number, count, timeout, token), hub, silence)
     atexit.register(peers.close)  # registered before JAX's handler, so it runs after it: a process that is done is not missing
     jax.config.update("jax_enable_preemption_service", False)  # it would replace the SIGTERM handler of the training loop
     _silence_gloo()
@@ -228,10 +225,6 @@ def _join(address: tuple[str, int], number: int, count: int, timeout: float, tok
                 raise ValueError(text) if code == 2 else OSError(text)
     link.connection.settimeout(None)
     return link
-
-
-def _jax_port(port: int) -> int:
-    return port + 1 if port < 2**16 - 1 else port - 1
 
 
 def _bracketed(host: str) -> str:
