@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hybrid_attn.files import object_of
 
@@ -64,21 +64,20 @@ class Link:
 
 
 class Heartbeat:
-    """When a process must send its next ping, and for how many seconds each of its links has been silent."""
+    """Sends pings in time, and says for how many seconds each of the links has been silent."""
 
     def __init__(self, links: Sequence[Link], silence: float):
         self.pause = silence / PINGS
         self.ping = self.awake = time.monotonic()
         self.since = dict.fromkeys(links, self.awake)
 
-    def ping_is_due(self) -> bool:
-        if time.monotonic() < self.ping:
-            return False
-        self.ping = time.monotonic() + self.pause
-        return True
-
-    def until_ping(self) -> float:
-        return max(self.ping - time.monotonic(), 0)
+    def select(self, selector: selectors.BaseSelector, send: Callable, deadline: float = math.inf) -> list:
+        """Sends a ping if one is due; waits for something to read, the next ping or the deadline. Returns what can be read."""
+        now = time.monotonic()
+        if now >= self.ping:
+            self.ping = now + self.pause
+            send(ping=True)
+        return selector.select(max(min(self.ping, deadline) - now, 0))
 
     def silence(self, link: Link) -> float:
         """Seconds since the last message; after a pause of this process itself, seconds since the end of that pause."""
@@ -113,14 +112,14 @@ class Hub(threading.Thread):
     def run(self) -> None:
         try:
             with selectors.DefaultSelector() as selector:
-                error = self.wait_for_all(selector)
-                joined = {link.connection for link in self.links.values()}
-                for key in selector.get_map().values():
-                    if key.fileobj not in joined:
+                error, joined = self.wait_for_all(selector), set(self.links.values())
+                for key in [*selector.get_map().values()]:
+                    if key.data not in joined:
+                        selector.unregister(key.fileobj)
                         key.fileobj.close()
-            if error is None:
-                self.broadcast(go=True)
-                error = self.serve()
+                if error is None:
+                    self.broadcast(go=True)
+                    error = self.serve(selector)
         except Exception as cause:  # if this thread ended silently, the others would wait forever
             error = f"process 0: {type(cause).__name__} in its hub: {cause}", 1
         if error is None:
@@ -203,31 +202,25 @@ class Hub(threading.Thread):
         rejection = f"; the last rejected connection: {self.last_rejection}" if self.last_rejection else ""
         return f"{absent} never joined: {came}; {cure}{rejection}"
 
-    def serve(self) -> tuple[str, int] | None:
+    def serve(self, selector: selectors.BaseSelector) -> tuple[str, int] | None:
         """Handles messages until every process is done; returns the first error and its exit code, if there is one."""
-        heartbeat, deadline = Heartbeat(tuple(self.links.values()), self.silence), None
-        with selectors.DefaultSelector() as selector:
-            for link in self.links.values():
-                selector.register(link.connection, selectors.EVENT_READ, link)
-            while len(self.done) < self.num_processes:
-                if heartbeat.ping_is_due():
-                    self.broadcast(ping=True)
-                until_deadline = math.inf if deadline is None else max(deadline - time.monotonic(), 0)
-                for key, _ in selector.select(min(heartbeat.until_ping(), until_deadline)):
-                    self.read_from(key.data)
-                    if key.data.number in self.done | self.lost.keys() | self.failed.keys():
-                        selector.unregister(key.fileobj)
-                self.notice_silence(heartbeat, self.silence)
-                if deadline is None and (self.lost or self.failed):
-                    delay_aborts()
-                    deadline = time.monotonic() + CAUSE_DELAY
-                if deadline is not None and time.monotonic() >= deadline:
-                    return self.first_error(heartbeat)
-                if len(self.identities) == self.num_processes:
-                    different, self.identities = differences(self.identities), {}
-                    if different:
-                        return f"the processes were started differently: {'; '.join(different)}", 2
-                    self.broadcast(same=True)
+        heartbeat, deadline = Heartbeat(tuple(self.links.values()), self.silence), math.inf
+        while len(self.done) < self.num_processes:
+            for key, _ in heartbeat.select(selector, self.broadcast, deadline):
+                self.read_from(key.data)
+                if key.data.number in self.done | self.lost.keys() | self.failed.keys():
+                    selector.unregister(key.fileobj)
+            self.notice_silence(heartbeat, self.silence)
+            if deadline == math.inf and (self.lost or self.failed):
+                delay_aborts()
+                deadline = time.monotonic() + CAUSE_DELAY
+            if time.monotonic() >= deadline:
+                return self.first_error(heartbeat)
+            if len(self.identities) == self.num_processes:
+                different, self.identities = differences(self.identities), {}
+                if different:
+                    return f"the processes were started differently: {'; '.join(different)}", 2
+                self.broadcast(same=True)
         return None
 
     def read_from(self, link: Link) -> None:

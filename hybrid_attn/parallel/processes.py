@@ -91,9 +91,7 @@ class Peers:
         heartbeat, over, selector = Heartbeat([self._link], self._silence), False, selectors.DefaultSelector()
         selector.register(self._link.connection, selectors.EVENT_READ)
         while not over:
-            if heartbeat.ping_is_due():
-                self._link.send(ping=True)
-            readable = selector.select(heartbeat.until_ping())
+            readable = heartbeat.select(selector, self._link.send)
             silence = heartbeat.silence(self._link)
             if not readable and silence > self._silence and self._hub is None:
                 text = f"process 0{SILENT.format(silence)}"
