@@ -135,8 +135,7 @@ def test_a_tpu_needs_the_compiler_for_it():
 
 
 def test_a_step_that_does_not_fit_is_reported_with_the_numbers():
-    from hybrid_attn.plan.report import fits, verdict
-    from hybrid_attn.plan.step import Plan
+    from hybrid_attn.plan.step import Plan, fits, verdict
     from hybrid_attn.plan.targets import CHIPS, Target
 
     target = Target("v5e:1x1", "tpu", [], CHIPS["v5e"].memory)

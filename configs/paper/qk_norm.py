@@ -1,6 +1,6 @@
 """QK-Norm of "Rope to Nope and Back Again" (arXiv 2501.18795): the RoPE baseline with normed queries and keys.
 
-Sizes and commands are those of configs/hybrid_8k.py. The norm is taken before the rotation; that it is a LayerNorm with a weight per head
+Sizes and commands: configs/hybrid_8k.py. The norm is taken before the rotation; that it is a LayerNorm with a weight per head
 is Command R+'s way, which the paper builds on. At 8b after 750 B tokens: loss 1.53, MMLU 48.2, needles at 65K 7.93 of 10.
 """
 

@@ -1,6 +1,6 @@
 """RNoPE-SWA, the final model of "Rope to Nope and Back Again" (arXiv 2501.18795): three windowed RoPE layers to one NoPE layer.
 
-Sizes and commands are those of configs/hybrid_8k.py; the paper's is 8b, with a window of 4,096 and theta 10,000, never rescaled. No
+Sizes and commands: configs/hybrid_8k.py; the paper's is 8b, with a window of 4,096 and theta 10,000, never rescaled. No
 QK-norm. At 8b, after 5 T tokens and fine-tuning, RULER retrieval is 96.1 at 8K and 74.8 at 256K (full-attention RoPE: 57.1).
 """
 

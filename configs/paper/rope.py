@@ -1,6 +1,6 @@
 """RoPE, the baseline of "Rope to Nope and Back Again" (arXiv 2501.18795): full attention and RoPE in every layer.
 
-Sizes and commands are those of configs/hybrid_8k.py. Theta is 10,000 here and 2,000,000 in the paper's long-context stage. At 8b after
+Sizes and commands: configs/hybrid_8k.py. Theta is 10,000 here and 2,000,000 in the paper's long-context stage. At 8b after
 750 B tokens: loss 1.52, MMLU 48.6, needles at 65K 9.82 of 10.
 """
 
