@@ -26,6 +26,7 @@ from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.convert.layers import PLAIN
 from hybrid_attn.model import flops
 from hybrid_attn.model.attention import attended_pairs, attention_flops
+from hybrid_attn.trees import check
 
 LENGTHS = flags.DEFINE_list("lengths", ["2K", "4K", "8K", "16K", "32K", "64K", "128K"], "Tokens; K is 1,024.")
 CONTENDERS = flags.DEFINE_list("contenders", ["ours", "jax.nn", "torch"], "Implementations to measure.")
@@ -125,8 +126,8 @@ MAKERS = {"ours": ("jax", make_ours), "jax.nn": ("jax", make_jax_nn), "torch": (
 def contenders(platform: str) -> tuple[list[str], str | None]:
     """The --contenders that can run here, and the reason if `torch` cannot."""
     unknown = sorted(set(CONTENDERS.value) - set(MAKERS))
-    if unknown or not CONTENDERS.value:
-        raise ValueError(f"--contenders has {', '.join(unknown) or 'nothing'}; known: {', '.join(MAKERS)}")
+    ok = CONTENDERS.value and not unknown
+    check(ok, f"--contenders has {', '.join(unknown) or 'nothing'}; known: {', '.join(MAKERS)}")
     names = [name for name in MAKERS if name in CONTENDERS.value]
     why = "it would run on the CPU" if platform != "cpu" else "not installed" if not importlib.util.find_spec("torch") else None
     return [name for name in names if name != "torch" or why is None], why if "torch" in names else None
@@ -188,8 +189,7 @@ def show(records: list[dict], slopes: list[dict], peak: float) -> None:
 
 def bench() -> None:
     lengths = measurement.lengths(LENGTHS.value)
-    if HEADS.value % KV_HEADS.value:
-        raise ValueError(f"--heads={HEADS.value} is not a multiple of --kv_heads={KV_HEADS.value}")
+    check(HEADS.value % KV_HEADS.value == 0, f"--heads={HEADS.value} is not a multiple of --kv_heads={KV_HEADS.value}")
     records, peaks = [], []
     with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)

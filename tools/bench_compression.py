@@ -24,6 +24,7 @@ from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.trees import check
 
 METHODS = ("snapkv", "adakv", "streaming", "random")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
@@ -47,8 +48,7 @@ def caps(shares: list[str], length: int) -> dict[str, int]:
             value = float(numerator) / float(denominator or 1)
         except (ValueError, ZeroDivisionError):
             raise ValueError(f"--shares has {share!r}, which is neither a number nor a fraction such as 1/8") from None
-        if not 0 < value < 1:
-            raise ValueError(f"--shares has {share!r}, which is not between 0 and 1")
+        check(0 < value < 1, f"--shares has {share!r}, which is not between 0 and 1")
         slots[share] = round(value * length)
     return slots
 
@@ -101,17 +101,15 @@ def table(records: list[dict]) -> str:
 
 def bench() -> None:
     slots = caps(SHARES.value, LENGTH.value)
-    if min(slots.values()) <= WINDOW.value:
-        raise ValueError(
-            f"--shares: {min(slots.values())} slots leave nothing beside --window={WINDOW.value}; use larger shares"
-        )
+    least = min(slots.values())
+    check(least > WINDOW.value, f"--shares: {least} slots leave nothing beside --window={WINDOW.value}; use larger shares")
     source = config.Source((), None, 0, None, "recall", PAIRS.value)
-    if LENGTH.value < config.shortest_sequence(source):
-        raise ValueError(f"--length={LENGTH.value}: {PAIRS.value} pairs need {config.shortest_sequence(source)} tokens")
+    shortest = config.shortest_sequence(source)
+    check(LENGTH.value >= shortest, f"--length={LENGTH.value}: {PAIRS.value} pairs need {shortest} tokens")
     with jax.set_mesh(make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])):
         c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)
-        if not isinstance(tokenizer, ByteTokenizer):
-            raise ValueError(f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the sequences are bytes")
+        of_bytes = isinstance(tokenizer, ByteTokenizer)
+        check(of_bytes, f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the sequences are bytes")
         rows = SyntheticSequences(Task(source.task, source.pairs), LENGTH.value, None)
         records = accuracies(Engine(params, c), rows, ROWS.value, slots, WINDOW.value)
     print(f"{c.model.layers}; {ROWS.value} sequences of {LENGTH.value:,} tokens, {PAIRS.value} pairs; window {WINDOW.value}")

@@ -306,13 +306,10 @@ def bench() -> None:
             c = configs[part]
             dtype = "bfloat16" if part == "cache" else str(execution_on(platform, c.model, c.train).dtype)
             print(f"\n{part}: {flops.parameters(c.model):,} parameters, layers {c.model.layers}, {dtype}")
-            reason = measurement.no_transformers(platform, dtype) if part == "transformers" else None
-            if reason and PART.value == part:
-                raise ValueError(f"--part={part}: {reason}")
-            if reason:
-                print(f"— {reason}")
-                continue
             if part == "transformers":
+                if reason := measurement.no_transformers(platform, dtype, PART.value):
+                    print(f"— {reason}")
+                    continue
                 print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")))
             records[part] = BENCHMARKS[part].measure(processes, c, lengths[part])
             BENCHMARKS[part].show(records[part])

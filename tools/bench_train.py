@@ -33,6 +33,7 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train.optim import schedule
 from hybrid_attn.train.step import init_state, make_step
+from hybrid_attn.trees import check
 
 BENCH = Path(__file__).parents[1] / "configs" / "bench.py"
 LENGTHS = {"transformers": ["8K", "32K"], "layouts": ["8K", "32K", "64K"]}
@@ -215,8 +216,7 @@ def check_losses(records: list[dict]) -> None:
     first = {(r["tokens"], r["contender"]): r["losses"][0] for r in records if "losses" in r}
     for (S, name), loss in first.items():
         own = first.get((S, "ours"), loss)
-        if not abs(loss - own) <= 1e-3:
-            raise ValueError(f"the first losses at {S:,} tokens differ: ours {own:.5f}, {name} {loss:.5f}")
+        check(abs(loss - own) <= 1e-3, f"the first losses at {S:,} tokens differ: ours {own:.5f}, {name} {loss:.5f}")
 
 
 def bench() -> None:
@@ -226,10 +226,7 @@ def bench() -> None:
     with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
         dtype = str(execution_on(platform, c.model, c.train).dtype)
-        reason = measurement.no_transformers(platform, dtype) if "transformers" in parts else None
-        if reason and PART.value == "transformers":
-            raise ValueError(f"--part=transformers: {reason}")
-        if reason:
+        if "transformers" in parts and (reason := measurement.no_transformers(platform, dtype, PART.value)):
             print(f"— transformers: {reason}\n")
             parts.remove("transformers")
         records = {part: BENCHMARKS[part](processes, c, lengths[part], dtype) for part in parts}

@@ -18,6 +18,7 @@ from hybrid_attn.characters import line, visible
 from hybrid_attn.data import corpora, documents, pipeline, store, summary
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.trees import check
 
 VERIFY = flags.DEFINE_bool(
     "verify", False, "Check the checksums of all files, the ids against the tokenizer, and the values of loss masks."
@@ -67,8 +68,7 @@ def verify(path: str, manifest: store.Manifest) -> None:
 
 def show_document(corpus: documents.Documents, tokenizer) -> None:
     number = DOCUMENT.value
-    if number >= len(corpus):
-        raise ValueError(f"--document={number}: the store has {len(corpus):,} documents, numbered from 0")
+    check(number < len(corpus), f"--document={number}: the store has {len(corpus):,} documents, numbered from 0")
     length, label = int(corpus.lengths[number]), corpus.label_names[corpus.labels[number]]
     print(line(f"document     {number}: label {label}, {length:,} tokens, hash {int(corpus.hashes[number]):016x}"))
     if corpus.loss_mask is not None:

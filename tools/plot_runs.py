@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags
 
-from hybrid_attn import programs, trees
+from hybrid_attn import programs
 from hybrid_attn.files import object_of, write_atomically
+from hybrid_attn.trees import check, suggestion
 
 WORKDIR = flags.DEFINE_multi_string("workdir", None, "Workdir of a run; may be repeated.", required=True)
 OUT = flags.DEFINE_string("out", None, "The picture, a .png file.", required=True)
@@ -42,14 +43,14 @@ class Curve(NamedTuple):
 def read(workdir: str) -> list[dict]:
     """The lines of metrics.jsonl without skipped steps; ValueError for a file with other lines."""
     path, steps = Path(workdir) / "metrics.jsonl", []
-    trees.check(path.is_file(), f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
+    check(path.is_file(), f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
     *lines, last = path.read_bytes().split(b"\n")  # the last line of a killed or running run may be incomplete
     for number, line in enumerate(lines, 1):
         values = object_of(line, f"{path}, line {number}")
-        trees.check(type(values.get("step")) is int, f"{path}, line {number} is no step of a run: {line[:40]!r}")
+        check(type(values.get("step")) is int, f"{path}, line {number} is no step of a run: {line[:40]!r}")
         if "skipped" not in values:
             steps.append(values)
-    trees.check(len(steps) > 0, f"{path} has no step yet; wait for its first line")
+    check(len(steps) > 0, f"{path} has no step yet; wait for its first line")
     return steps
 
 
@@ -60,11 +61,11 @@ def curve(label: str, workdir: str) -> Curve:
     if name in MEANS and f"{name}_mean" in known:
         name = f"{name}_mean"
     for key in (name, axis):
-        hint = trees.suggestion(key, known)
+        hint = suggestion(key, known)
         it = f"{hint} It" if hint else "it"
-        trees.check(key in known, f"{workdir}/metrics.jsonl has no {key!r}; {it} has {', '.join(known)}")
+        check(key in known, f"{workdir}/metrics.jsonl has no {key!r}; {it} has {', '.join(known)}")
     points = [(x["step"], x[axis], x[name]) for x in lines if all(_is_number(x.get(key)) for key in ("step", axis, name))]
-    trees.check(len(points) > 0, f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
+    check(len(points) > 0, f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
     return Curve(label, *zip(*points, strict=True))
 
 
@@ -117,8 +118,8 @@ def labels() -> list[str]:
 
 def plot() -> None:
     out = Path(OUT.value)
-    trees.check(out.suffix == ".png", f"--out={out} must end in .png")
-    trees.check(out.parent.is_dir(), f"--out={out}: {out.parent} is no directory; make it first")
+    check(out.suffix == ".png", f"--out={out} must end in .png")
+    check(out.parent.is_dir(), f"--out={out}: {out.parent} is no directory; make it first")
     curves = [curve(*pair) for pair in zip(labels(), WORKDIR.value, strict=True)]
     write_atomically(out, picture(curves))
     print(f"picture  {out}")

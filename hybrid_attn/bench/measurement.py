@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybrid_attn import config, trees
+from hybrid_attn import config
 from hybrid_attn.config import Config, Table, reach
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import init, specs
 from hybrid_attn.model.params import map_specs
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train.metrics import peak_flops
+from hybrid_attn.trees import check
 
 OUT_OF_MEMORY = ("allocate memory", "RESOURCE_EXHAUSTED", "Out of memory")  # what PyTorch and XLA say
 GIB = 2**30
@@ -109,7 +110,7 @@ def make_matmul(dtype: str) -> Ready:
 def full_attention(c: Config) -> Config:
     """`c` with its first windowed layer type in every layer, without the window; a scheme that needs a window is "auto"."""
     windowed = [letter for letter in c.model.layers if reach(c.model.kinds[letter])]
-    trees.check(len(windowed) > 0, f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
+    check(len(windowed) > 0, f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
     letter, model = windowed[0], c.model
     full = dataclasses.replace(model.kinds[letter], window=None, chunk=None)
     scheme = config.context(model, c.train)[letter]
@@ -135,9 +136,9 @@ def highest_memory() -> int | None:
 
 def lengths(texts: Sequence[str]) -> list[int]:
     """Sorted numbers of tokens from texts such as 4096 or 4K; ValueError names an invalid one."""
-    trees.check(len(texts) > 0, "--lengths is empty; write tokens, as 4096 or 4K")
+    check(len(texts) > 0, "--lengths is empty; write tokens, as 4096 or 4K")
     for text in texts:
-        trees.check(bool(re.fullmatch(r"[1-9][0-9]*K?", text)), f"--lengths has {text!r}; write tokens, as 4096 or 4K")
+        check(bool(re.fullmatch(r"[1-9][0-9]*K?", text)), f"--lengths has {text!r}; write tokens, as 4096 or 4K")
     return sorted({int(text.removesuffix("K")) * (1024 if text.endswith("K") else 1) for text in texts})
 
 
@@ -173,12 +174,15 @@ def write_json(path: str | None, values: dict | list) -> None:
 # --- The same model in `transformers`.
 
 
-def no_transformers(platform: str, dtype: str) -> str | None:
-    """The reason why `transformers` cannot be compared with here; None if it can."""
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+def no_transformers(platform: str, dtype: str, part: str) -> str:
+    """Why `transformers` cannot be compared with here, empty if it can; ValueError where --part asks for nothing else."""
+    reason, missing = "", [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
-        return f"{' and '.join(missing)} not installed; install the extra `oracle`"
-    return None if platform == "cpu" and dtype == "float32" else f"compared in float32 on a CPU, not in {dtype} on {platform}"
+        reason = f"{' and '.join(missing)} not installed; install the extra `oracle`"
+    elif (platform, dtype) != ("cpu", "float32"):
+        reason = f"compared in float32 on a CPU, not in {dtype} on {platform}"
+    check(not reason or part != "transformers", f"--part=transformers: {reason}")
+    return reason
 
 
 def export(values: dict, directory: str, max_len: int) -> list[str]:

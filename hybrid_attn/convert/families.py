@@ -12,6 +12,7 @@ from typing import NamedTuple
 from hybrid_attn import config, trees
 from hybrid_attn.config import LayerType, Model
 from hybrid_attn.convert import layers
+from hybrid_attn.trees import check
 
 USUAL_LETTERS = {(True, True): "L", (True, False): "W", (False, False): "G", (False, True): "R"}  # window, rope
 NULLABLE = ("sliding_window", "final_logit_softcapping", "num_key_value_heads")  # null is a value here, not the default
@@ -86,7 +87,7 @@ class Tensor(NamedTuple):
 def family_of(model_type: str | None) -> Family:
     """The entry of `model_type`; ValueError if there is none."""
     problem = trees.not_among(model_type, sorted(FAMILIES))
-    trees.check(not problem, f"model_type={model_type!r} of config.json {problem}")
+    check(not problem, f"model_type={model_type!r} of config.json {problem}")
     return FAMILIES[model_type]
 
 
@@ -111,20 +112,20 @@ def _model_of(config_json: Mapping) -> Model:
     if "quantization_config" in fields:
         raise ValueError("config.json has quantization_config; only plain floats are supported: use the unquantized model")
     missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]
-    trees.check(not missing, f"config.json lacks {', '.join(missing)}")
-    layers.positive_int(c, "num_attention_heads")
+    check(not missing, f"config.json lacks {', '.join(missing)}")
     if c.get("num_key_value_heads") is None:
         c["num_key_value_heads"] = c["num_attention_heads"]
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
+    for key in ("num_attention_heads", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         layers.positive_int(c, key)
     c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
-    layers.positive_int(c, "head_dim")
+    for key in ("num_key_value_heads", "head_dim"):
+        layers.positive_int(c, key)
     for key, supported in family.required.items():
         if c.get(key, supported) != supported:
             raise ValueError(f"config.json has {key}={c[key]!r}; for {c['model_type']}, only {key}={supported!r} is supported")
     values = {ours: c[key] for key, ours in (FIELDS | family.fields).items()} | family.fixed | family.scales(c)
     problem = trees.not_among(values["activation"], list(ACTIVATIONS))
-    trees.check(not problem, f"the activation {values['activation']!r} of config.json {problem}")
+    check(not problem, f"the activation {values['activation']!r} of config.json {problem}")
     values["activation"] = ACTIVATIONS[values["activation"]]
     return config.build_model(values | _layout(family.layer_types(c), c["num_hidden_layers"]))
 
@@ -146,7 +147,7 @@ def config_json(model: Model, model_type: str, max_len: int) -> dict:
     if family.heads_divide_width and model.d_model % model.num_heads:
         heads = f"model.num_heads={model.num_heads}"
         lines.append(f"  model.d_model: {model.d_model} must be a multiple of {heads}, or transformers cannot open it")
-    trees.check(not lines, f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
+    check(not lines, f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
     return out
 
 
@@ -185,7 +186,7 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
             result.append(Tensor(TOP[path], path, None, tuple(shape), False))
             continue
         group, layer, leaf = path.split("/", 2)
-        trees.check(leaf in names, f"{model_type} has no tensor for {path}")
+        check(leaf in names, f"{model_type} has no tensor for {path}")
         first, step = before[group] + int(layer[1:]), len(model.pattern)
         stacked = group == "periods"
         inner = tuple(shape[1:]) if stacked else tuple(shape)
@@ -200,8 +201,10 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
 
 def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
     """The `prefix` and the `pattern` that repeat to these layer types, and the `kinds` of their letters."""
-    if len(layer_types) != num_layers:
-        raise ValueError(f"config.json has layer types for {len(layer_types)} layers and num_hidden_layers={num_layers}")
+    check(
+        len(layer_types) == num_layers,
+        f"config.json has layer types for {len(layer_types)} layers and num_hidden_layers={num_layers}",
+    )
     letter_of: dict[LayerType, str] = {}
     for layer_type in layer_types:
         if layer_type not in letter_of:

@@ -27,6 +27,7 @@ from hybrid_attn.config import Model
 from hybrid_attn.convert import families
 from hybrid_attn.convert.families import Tensor
 from hybrid_attn.files import check_named, read_object, write_atomically
+from hybrid_attn.trees import check
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_AND_CONFIG_FILES = (  # config.json has the ids of the special tokens
@@ -137,8 +138,8 @@ def new_directory(out: str | os.PathLike) -> Iterator[Path]:
     check_named("out", out, "a new directory")
     out = Path(os.path.realpath(out))
     exists = out.exists()
-    if exists and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty directory; name another --out, or remove it")
+    empty = not exists or (out.is_dir() and not any(out.iterdir()))
+    check(empty, f"{out} exists and is not an empty directory; name another --out, or remove it")
     new_parents = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     temporary = (out if exists else out.parent) / f".{out.name}.{secrets.token_hex(4)}"
     try:
@@ -185,18 +186,16 @@ def _open(directory: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Any],
 def _weight_map(index: Path) -> dict[str, str]:
     """The file of every tensor; ValueError if a value is not the name of a safetensors file beside the index."""
     weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map of tensors to files")
+    check(isinstance(weight_map, dict), f"{index} has no weight_map of tensors to files")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
-            raise ValueError(f"{index} has {key} in {name!r}, which must be the name of a .safetensors file beside it")
+        ok = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
+        check(ok, f"{index} has {key} in {name!r}, which must be the name of a .safetensors file beside it")
     return weight_map
 
 
 def _open_file(directory: Path, name: str, reason: str, stack: contextlib.ExitStack):
     safetensors = library()
-    if not (directory / name).is_file():  # a pipe would block
-        raise ValueError(f"{directory} has no {name}, {reason}")
+    check((directory / name).is_file(), f"{directory} has no {name}, {reason}")  # a pipe would block
     try:
         return stack.enter_context(safetensors.safe_open(directory / name, framework="numpy"))
     except (OSError, safetensors.SafetensorError) as cause:
@@ -214,12 +213,9 @@ def _check(directory, files: Mapping[str, Any], conflicts: Mapping[str, str], ex
         if _same(files[head], head, files[embed], embed):
             extra.discard(head)  # tied embeddings may be stored twice
     lines += [f"  {name}: {stored[name]} -> not expected" for name in sorted(extra)]
-    if lines:
-        more = [f"  and {len(lines) - LINES:,} more"] if len(lines) > LINES else []
-        raise ValueError(
-            f"the tensors of {directory} are not those of its config.json (file -> config.json):\n"
-            + "\n".join(lines[:LINES] + more)
-        )
+    listed = lines if len(lines) <= LINES else [*lines[:LINES], f"  and {len(lines) - LINES:,} more"]
+    title = f"the tensors of {directory} are not those of its config.json (file -> config.json):"
+    check(not lines, "\n".join([title, *listed]))
 
 
 def _described(stored) -> str:

@@ -9,8 +9,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from hybrid_attn import config, trees
+from hybrid_attn import config
 from hybrid_attn.config import LayerType, Model, RopeScaling, Temperature, score_scale
+from hybrid_attn.trees import check
 
 LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
 LARGEST = {  # several times the sizes of the largest public models; products of them must fit int64
@@ -63,9 +64,9 @@ def rounded(x: float) -> float:
 def positive_int(c: Mapping, key: str) -> int:
     """The field `key` of a config.json; ValueError if it is not a positive integer of a plausible size."""
     limit = LARGEST[key] if key in LARGEST else 2**31 - 1
-    if type(c[key]) is not int or c[key] < 1:
-        raise ValueError(f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
-    trees.check(c[key] <= limit, f"config.json has {key}={c[key]}, which must be at most {limit:,}")
+    positive = type(c[key]) is int and c[key] >= 1
+    check(positive, f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
+    check(c[key] <= limit, f"config.json has {key}={c[key]}, which must be at most {limit:,}")
     return c[key]
 
 
@@ -82,9 +83,7 @@ def _object(c: Mapping, key: str, where: str = "") -> dict:
 def _rope(c: dict, default_theta: float) -> tuple[float, RopeScaling]:
     """(theta, scaling) of a config.json with one RoPE for all layers."""
     params = _object(c, "rope_scaling") or _object(c, "rope_parameters")
-    trees.check(
-        not {LOCAL, FULL} & set(params), f"config.json has rope_parameters by layer type; {c['model_type']} has one RoPE"
-    )
+    check(not {LOCAL, FULL} & set(params), f"config.json has rope_parameters by layer type; {c['model_type']} has one RoPE")
     if "original_max_position_embeddings" in c:
         params["original_max_position_embeddings"] = c["original_max_position_embeddings"]
     return _theta_and_scaling(params, c.get("rope_theta", default_theta), c)
@@ -96,13 +95,14 @@ def _rope_by_type(c: dict, local_theta: tuple[str | None, float], full_theta: fl
     ValueError for a `rope_scaling` with the key `type` instead of `rope_type`, which the library of these families ignores.
     """
     by_type, older = _object(c, "rope_parameters"), _object(c, "rope_scaling")
-    if older.get("type", "default") != "default" and "rope_type" not in older:
-        raise ValueError(
-            f"config.json has rope_scaling with type={older['type']!r}, which the library of {c['model_type']} ignores; "
-            "rename the key to rope_type if the model was trained with it, or remove rope_scaling"
-        )
-    if by_type and not {LOCAL, FULL} & set(by_type):
-        raise ValueError(f"config.json has rope_parameters without {LOCAL} and {FULL}; {c['model_type']} has one for each")
+    older_type = older.get("type", "default")
+    check(
+        older_type == "default" or "rope_type" in older,
+        f"config.json has rope_scaling with type={older_type!r}, which the library of {c['model_type']} ignores; "
+        "rename the key to rope_type if the model was trained with it, or remove rope_scaling",
+    )
+    known = not by_type or {LOCAL, FULL} & set(by_type)
+    check(known, f"config.json has rope_parameters without {LOCAL} and {FULL}; {c['model_type']} has one for each")
     key, theta = local_theta
     local, full = (_object(by_type, name, "rope_parameters.") for name in (LOCAL, FULL))
     return {
@@ -192,7 +192,7 @@ def _type_names(c: dict) -> list[str]:
         every = positive_int(c, "sliding_window_pattern") if pattern is not None else 1
         names = [LOCAL if (i + 1) % every else FULL for i in range(num_layers)]
     unknown = sorted(set(names) - {LOCAL, FULL})
-    trees.check(not unknown, f"config.json has layer_types {', '.join(unknown)}; known: {LOCAL}, {FULL}")
+    check(not unknown, f"config.json has layer_types {', '.join(unknown)}; known: {LOCAL}, {FULL}")
     if LOCAL in names and c.get("sliding_window") is None:
         raise ValueError(f"config.json has layers of {LOCAL} and no sliding_window")
     return names
@@ -248,8 +248,8 @@ def smollm3_layer_types(c: dict) -> list[LayerType]:
         rotates = [int((i + 1) % every != 0) for i in range(c["num_hidden_layers"])]
     local = c.get("use_sliding_window") and c.get("sliding_window")
     names = _type_names({"layer_types": [FULL if r or not local else LOCAL for r in rotates]} | c)
-    trees.check(local or LOCAL not in names, f"config.json has layers of {LOCAL} and use_sliding_window=false")
-    trees.check(len(rotates) >= len(names), f"config.json has no_rope_layers for {len(rotates)} layers of {len(names)}")
+    check(local or LOCAL not in names, f"config.json has layers of {LOCAL} and use_sliding_window=false")
+    check(len(rotates) >= len(names), f"config.json has no_rope_layers for {len(rotates)} layers of {len(names)}")
     rope = _rope(c, 2_000_000.0)
     return [_layer_type(c, name, rope if r else None) for name, r in zip(names, rotates, strict=False)]
 
@@ -287,7 +287,7 @@ def olmo3_layout(model: Model) -> dict:
 def gemma3_layer_types(c: dict) -> list[LayerType]:
     ropes = _rope_by_type(c, ("rope_local_base_freq", 10_000.0), 1_000_000.0)
     scalar = float(c["query_pre_attn_scalar"])
-    trees.check(0 < scalar < math.inf, f"config.json has query_pre_attn_scalar={scalar}, which must be a number above 0")
+    check(0 < scalar < math.inf, f"config.json has query_pre_attn_scalar={scalar}, which must be a number above 0")
     return _layer_types(c, _type_names(c), ropes, qk_norm="rms_plus1", scale=scalar**-0.5)
 
 
@@ -298,11 +298,9 @@ def gemma3_layout(model: Model) -> dict:
 
 
 def afmoe_layer_types(c: dict) -> list[LayerType]:
-    if c["num_dense_layers"] < c["num_hidden_layers"]:
-        raise ValueError(
-            f"config.json has num_dense_layers={c['num_dense_layers']} of {c['num_hidden_layers']} layers; "
-            "mixture-of-experts layers are not supported, so only dense models of afmoe can be read"
-        )
+    dense, layers = c["num_dense_layers"], c["num_hidden_layers"]
+    cure = "mixture-of-experts layers are not supported, so only dense models of afmoe can be read"
+    check(dense >= layers, f"config.json has num_dense_layers={dense} of {layers} layers; {cure}")
     rope = _rope(c, 10_000.0)
     if "layer_types" not in c:
         c = c | {"sliding_window_pattern": positive_int(c, "global_attn_every_n_layers")}

@@ -8,6 +8,8 @@ import socket
 import urllib.request
 from typing import NamedTuple
 
+from hybrid_attn.trees import check
+
 # Launchers from which JAX reads this with a package: their name and the package.
 NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")}
 BY_HAND = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
@@ -37,17 +39,15 @@ def from_flags(coordinator: str | None, num_processes: int | None, process_id: i
     absent = [f"--{name}" for name, value in values.items() if value is None]
     if len(absent) == 3:
         return None
-    if absent:
-        raise ValueError(f"{' and '.join(absent)} not given; {BY_HAND}, or none of the three")
-    if num_processes < 1:
-        raise ValueError(f"--num_processes={num_processes}: there is at least one")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(f"--process_id={process_id} is not one of 0 to {num_processes - 1} (--num_processes={num_processes})")
+    check(not absent, f"{' and '.join(absent)} not given; {BY_HAND}, or none of the three")
+    check(num_processes >= 1, f"--num_processes={num_processes}: there is at least one")
+    among = f"one of 0 to {num_processes - 1} (--num_processes={num_processes})"
+    check(0 <= process_id < num_processes, f"--process_id={process_id} is not {among}")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:8476")
-    if ":" in host and not (host[0] == "[" and host[-1] == "]"):
-        raise ValueError(f"--coordinator={coordinator}: an IPv6 address needs brackets, as in [{host.strip('[]')}]:{port}")
+    valid = host and port.isdecimal() and 0 < int(port) < 2**16
+    check(valid, f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:8476")
+    bracketed = ":" not in host or (host[0] == "[" and host[-1] == "]")
+    check(bracketed, f"--coordinator={coordinator}: an IPv6 address needs brackets, as in [{host.strip('[]')}]:{port}")
     return Membership(coordinator, num_processes, process_id, None)
 
 
@@ -57,8 +57,8 @@ def from_launcher(timeout: float) -> Membership | None:
     if method is None:
         return None
     name, package = NEEDS.get(method, (method, None))
-    if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"{name} started this process; to find the others, install the package {package}, or {BY_HAND}")
+    installed = package is None or importlib.util.find_spec(package) is not None
+    check(installed, f"{name} started this process; to find the others, install the package {package}, or {BY_HAND}")
     from jax._src import clusters  # the public jax.distributed.initialize aborts when a process is missing
 
     try:
@@ -67,8 +67,8 @@ def from_launcher(timeout: float) -> Membership | None:
         )
     except Exception as cause:  # client libraries of launchers raise their own
         raise ValueError(f"{name}: {' '.join(str(cause).split())}; fix that, or {BY_HAND}") from cause
-    if None in (address, count, number):
-        raise ValueError(f"{name} started this process, but its variables do not describe the others; {BY_HAND}")
+    described = None not in (address, count, number)
+    check(described, f"{name} started this process, but its variables do not describe the others; {BY_HAND}")
     return None if count == 1 else Membership(address, count, number, None if _has_own_gpus() else device_ids)
 
 

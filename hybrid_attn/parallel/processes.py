@@ -20,6 +20,7 @@ import jax
 
 from hybrid_attn.parallel import launchers
 from hybrid_attn.parallel.hub import GONE, MAX_ERROR_LENGTH, SILENCE, SILENT, Heartbeat, Hub, Link, delay_aborts, listen
+from hybrid_attn.trees import check
 
 # JAX gives up a silent process, too, and aborts all processes without the cause. Its timeout is this many times the hub's, so
 # that the hub reports the cause first.
@@ -153,8 +154,7 @@ def start(
     ValueError for arguments that do not fit together; OSError that names those which have not joined after `timeout` seconds.
     A process is given up after `silence` seconds without a message.
     """
-    if not 0 < timeout < math.inf:
-        raise ValueError(f"--join_timeout={timeout} is no number of seconds that all could wait")
+    check(0 < timeout < math.inf, f"--join_timeout={timeout} is no number of seconds that all could wait")
     membership = launchers.from_flags(coordinator, num_processes, process_id) or launchers.from_launcher(timeout)
     if membership is None:
         return None

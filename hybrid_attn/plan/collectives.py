@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrid_attn.trees import check
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 BITS = {"pred": 8, "bf16": 16, "token": 0}  # the names of other types have the number: f32, s8, u4, f8e4m3fn
 CALLERS = ("while", "call", "conditional", "fusion", "async-start")
@@ -67,8 +69,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             current.append(Instruction(match[1], match[2], match[3], line))
         elif line == "}":
             current = None
-    if entry is None:
-        raise ValueError("this is no HLO text: it has no ENTRY computation; give compiled.as_text()")
+    check(entry is not None, "this is no HLO text: it has no ENTRY computation; give compiled.as_text()")
     return computations, entry
 
 
@@ -88,10 +89,8 @@ def trip_count(instruction: Instruction, computations: Mapping[str, list[Instruc
         return int(known[1])
     condition = computations[re.search(rf"condition={NAME}", instruction.line)[1]]
     constants = {int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line.line)}
-    if len(constants) != 1:
-        raise ValueError(
-            f"the loop {instruction.name} has an unknown number of iterations: its condition has the constants {constants}"
-        )
+    unknown = f"the loop {instruction.name} has an unknown number of iterations"
+    check(len(constants) == 1, f"{unknown}: its condition has the constants {constants}")
     return constants.pop()
 
 

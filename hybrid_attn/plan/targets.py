@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import jax
 
+from hybrid_attn.trees import check
+
 GB = 10**9
 
 
@@ -55,11 +57,10 @@ def find_target(name: str) -> Target:
     """
     kind, _, size = name.partition(":")
     jax.config.update("jax_platforms", "cpu")
-    if not (kind in COMPILERS and re.fullmatch(COMPILERS[kind][0], size)):
-        raise ValueError(f"target {name!r} is not known; write {FORMS}")
+    known = kind in COMPILERS and re.fullmatch(COMPILERS[kind][0], size)
+    check(known, f"target {name!r} is not known; write {FORMS}")
     count, most = math.prod(map(int, size.split("x"))), MOST_DEVICES["cpu" if kind == "cpu" else "others"]
-    if count > most:
-        raise ValueError(f"target {name} has {count:,} devices; at most {most:,} can be compiled for")
+    check(count <= most, f"target {name} has {count:,} devices; at most {most:,} can be compiled for")
     return COMPILERS[kind][1](name, CHIPS.get(kind), count)
 
 
