@@ -29,15 +29,9 @@ FIELDS = {
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
 }
-LAYER = {  # path of a parameter in a layer -> tensor name after `model.layers.N.`
-    "attention/q": "self_attn.q_proj.weight",
-    "attention/k": "self_attn.k_proj.weight",
-    "attention/v": "self_attn.v_proj.weight",
-    "attention/o": "self_attn.o_proj.weight",
-    "mlp/gate": "mlp.gate_proj.weight",
-    "mlp/up": "mlp.up_proj.weight",
-    "mlp/down": "mlp.down_proj.weight",
-}
+# Path of a parameter in a layer -> tensor name after `model.layers.N.`
+LAYER = {f"attention/{name}": f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")}
+LAYER |= {f"mlp/{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 HEAD_NORMS = {"attention/q_norm/weight": "self_attn.q_norm.weight", "attention/k_norm/weight": "self_attn.k_norm.weight"}
 PRE = {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "post_attention_layernorm.weight"}
 POST = {
@@ -201,10 +195,8 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
 
 def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
     """The `prefix` and the `pattern` that repeat to these layer types, and the `kinds` of their letters."""
-    check(
-        len(layer_types) == num_layers,
-        f"config.json has layer types for {len(layer_types)} layers and num_hidden_layers={num_layers}",
-    )
+    number = len(layer_types)
+    check(number == num_layers, f"config.json has layer types for {number} layers and num_hidden_layers={num_layers}")
     letter_of: dict[LayerType, str] = {}
     for layer_type in layer_types:
         if layer_type not in letter_of:
