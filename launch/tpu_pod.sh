@@ -46,11 +46,8 @@ while (($#)) && [[ $1 != -- ]]; do
     esac
     shift
 done
-train=''
-if (($#)); then
-    train=1
-    shift
-fi
+train=${1-} # the -- before the flags of the program, if there is one
+shift $(($# > 0))
 [[ $train || $delete ]] || usage
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices is not a number of slices" 2
 
@@ -192,9 +189,9 @@ elif [[ -z $(state) ]]; then
     create
     useless=1
 fi
-[[ $dry ]] || wait_until_active
 hosts=not-training
 if [[ ! $dry ]]; then
+    wait_until_active
     look="if cd hybrid_attn 2>/dev/null && $running; then echo is-training; else echo not-training; fi"
     hosts=$(on_all "$look") && [[ $hosts == *-training* ]] || fail "$name does not answer by ssh"
 fi

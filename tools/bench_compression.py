@@ -32,9 +32,7 @@ STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default th
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a sequence, the question included.", lower_bound=64)
 PAIRS = flags.DEFINE_integer("pairs", 4, "Pairs that a sequence hides.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 128, "Sequences, with one question each.", lower_bound=1)
-SHARES = flags.DEFINE_list(
-    "shares", ["1/2", "1/4", "1/8", "1/16", "1/32"], "Shares of the slots that a compressed cache keeps."
-)
+SHARES = flags.DEFINE_list("shares", ["1/2", "1/4", "1/8", "1/16", "1/32"], "Shares of its slots that a cache keeps.")
 WINDOW = flags.DEFINE_integer("window", 8, "The last tokens of a prompt, whose queries choose the slots.", lower_bound=2)
 JSON = flags.DEFINE_string("json", None, "JSON file for the numbers of the table.")
 

@@ -147,10 +147,8 @@ def against_transformers(processes: Processes, c: Config, lengths: list[int]) ->
     with tempfile.TemporaryDirectory() as directory:
         processes.call("jax", measurement.export, values, directory, max(lengths))
         for S in lengths:
-            tasks = {
-                "ours": Task("jax", make_ours, (values, S - new, new, CHUNK.value)),
-                "transformers": Task("torch", make_transformers, (values, S - new, new, directory)),
-            }
+            tasks = {"ours": Task("jax", make_ours, (values, S - new, new, CHUNK.value))}
+            tasks["transformers"] = Task("torch", make_transformers, (values, S - new, new, directory))
             for name, x in processes.race(f"transformers {S:,}", tasks, REPEATS.value).items():
                 records.append({"contender": name, "tokens": S, "prompt": S - new, "missing": x.missing})
                 if x.missing is None:
@@ -238,16 +236,13 @@ def cache_sizes(processes: Processes, c: Config, lengths: list[int]) -> list[dic
 def show_cache_sizes(records: list[dict]) -> None:
     *records, last = records
     header = ("tokens", "full GiB", "hybrid GiB", "share", "formula's share", "share while read in chunks")
-    rows = [
-        [f"{r['tokens']:,}", f"{r['full'] / GIB:.3f}", f"{r['bytes'] / GIB:.3f}"]
-        + [f"{r[size] / r['full']:.3f}" for size in ("bytes", "formula", "reading")]
-        for r in records
-    ]
+    rows = []
+    for r in records:
+        shares = [f"{r[size] / r['full']:.3f}" for size in ("bytes", "formula", "reading")]
+        rows.append([f"{r['tokens']:,}", f"{r['full'] / GIB:.3f}", f"{r['bytes'] / GIB:.3f}", *shares])
     print(measurement.table(header, rows))
-    print(
-        f"allocated by an engine of --long_config for {last['tokens']:,} tokens: {last['allocated']:,} bytes; "
-        f"the formula says {last['formula']:,}"
-    )
+    title = f"allocated by an engine of --long_config for {last['tokens']:,} tokens"
+    print(f"{title}: {last['allocated']:,} bytes; the formula says {last['formula']:,}")
 
 
 def long_prompts(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:

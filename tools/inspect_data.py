@@ -20,17 +20,13 @@ from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.trees import check
 
-VERIFY = flags.DEFINE_bool(
-    "verify", False, "Check the checksums of all files, the ids against the tokenizer, and the values of loss masks."
-)
+VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of files, the ids against the tokenizer, and loss masks.")
 DOCUMENT = flags.DEFINE_integer("document", None, "Number of the document whose text is printed.", 0)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes or a tokenizer.json; by default the tokenizer that the store names.")
 CONFIG = config_file.define("config", None, "Config of the run whose batch is printed.", config.Config)
 STAGE = flags.DEFINE_integer("stage", 0, "Stage of the config, from 0.", 0)
 STEP = flags.DEFINE_integer("step", 0, "Step of the stage, from 0.", 0)
-CHARACTERS = flags.DEFINE_integer(
-    "characters", 200, "Characters of the beginning and of the end of a text that are printed.", 1
-)
+CHARACTERS = flags.DEFINE_integer("characters", 200, "Characters that are printed of each end of a text.", 1)
 
 
 def show_store(path: str) -> None:
