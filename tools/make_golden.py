@@ -53,16 +53,6 @@ CASES = {
 }  # fmt: skip
 
 
-def model_type(case: str) -> str:
-    return "gemma3_text" if case.startswith("gemma3") else case.split("_")[0]
-
-
-def write_config(case: str, directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    values = {"model_type": model_type(case), **SIZES, **CASES[case]}
-    (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
-
-
 def random_model(directory: Path, seed: int):
     """The model that the library builds from config.json, with random parameters rounded to bfloat16."""
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory)).float().eval()
@@ -76,12 +66,6 @@ def random_model(directory: Path, seed: int):
                 random *= 1.0 / parameter.shape[-1] ** 0.5
             parameter.copy_(random.bfloat16().float())
     return model
-
-
-def save(model, directory: Path) -> None:
-    tied = model.config.tie_word_embeddings
-    state = {name: x for name, x in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    save_file({name: x.bfloat16().contiguous() for name, x in state.items()}, directory / "model.safetensors")
 
 
 def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,11 +84,17 @@ def logits_of(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def main(_):
-    for seed, case in enumerate(CASES):
+    for seed, (case, fields) in enumerate(CASES.items()):
         directory = Path(OUT.value) / case
-        write_config(case, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        model_type = "gemma3_text" if case.startswith("gemma3") else case.split("_")[0]
+        values = {"model_type": model_type, **SIZES, **fields}
+        (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
         model = random_model(directory, seed)
-        save(model, directory)
+        state = {name: x.bfloat16().contiguous() for name, x in model.state_dict().items()}
+        if model.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        save_file(state, directory / "model.safetensors")
         tokens, mask = batch(seed)
         np.savez_compressed(directory / "golden.npz", tokens=tokens, mask=mask, logits=logits_of(model, tokens, mask))
         print(case)

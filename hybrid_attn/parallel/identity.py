@@ -36,14 +36,10 @@ def _fields(values, name: str) -> Iterator[tuple[str, str]]:
         for i, value in enumerate(values):
             yield from _fields(value, f"{name}[{i}]")
     else:
-        yield name, _shortened(repr(values))
-
-
-def _shortened(value: str) -> str:
-    """A value; a long one as its beginning and a digest."""
-    if len(value) <= MAX_VALUE_LENGTH:
-        return value
-    return f"{value[: MAX_VALUE_LENGTH - 50]}... (sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]})"
+        value = repr(values)
+        if len(value) > MAX_VALUE_LENGTH:
+            value = f"{value[: MAX_VALUE_LENGTH - 50]}... (sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]})"
+        yield name, value
 
 
 def _version(name: str) -> str:
