@@ -98,8 +98,7 @@ def picture(curves: Sequence[Curve]) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if LOG_X.value:
         axes.set_xscale("log")
-    axes.set_xlabel({"steps": "step", "tokens": "tokens seen"}[X.value])
-    axes.set_ylabel(UNITS.get(VALUE.value, VALUE.value))
+    axes.set(xlabel={"steps": "step", "tokens": "tokens seen"}[X.value], ylabel=UNITS.get(VALUE.value, VALUE.value))
     axes.legend(title="run: last value" + (f", mean of {SMOOTH.value:,} steps" if SMOOTH.value > 1 else ""), frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -50,6 +50,9 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         inputs = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
         compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), inputs).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
+    peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    if target.platform == "tpu":  # the only one whose compiler includes temporaries in its own figure
+        peak = m.peak_memory_in_bytes
     per_token = flops.train_flops_per_token(of_stage.model, length)
     return Plan(
         target,
@@ -57,20 +60,13 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         m.argument_size_in_bytes,
         m.temp_size_in_bytes,
         m.host_temp_size_in_bytes,
-        _peak(m, target.platform),
+        peak,
         per_token * batch * length / mesh.size,
         compiled.cost_analysis()["flops"],
         largest_array(text),
         collectives(text, mesh.shape),
         text,
     )
-
-
-def _peak(m, platform: str) -> int:
-    """Peak memory of a device, in bytes. The compiler's own figure includes temporaries only for a TPU."""
-    if platform == "tpu":
-        return m.peak_memory_in_bytes
-    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 def largest_array(text: str) -> tuple[int, str, str]:

@@ -29,7 +29,6 @@ CHIPS = {
     "v6e": Chip(32 * GB, "v6e"),
     "h100": Chip(80 * GB),
 }
-MOST_DEVICES = {"cpu": 1024, "others": 65_536}  # CPU devices are created on this machine, with threads of their own
 FORMS = "cpu:8 (a number of devices), h100:8, or a TPU's topology as v5e:4x4, v5p:4x4x4, v4:2x2x2, v6e:4x4"
 
 
@@ -59,7 +58,8 @@ def find_target(name: str) -> Target:
     jax.config.update("jax_platforms", "cpu")
     known = kind in COMPILERS and re.fullmatch(COMPILERS[kind][0], size)
     check(known, f"target {name!r} is not known; write {FORMS}")
-    count, most = math.prod(map(int, size.split("x"))), MOST_DEVICES["cpu" if kind == "cpu" else "others"]
+    count = math.prod(map(int, size.split("x")))
+    most = 1024 if kind == "cpu" else 65_536  # CPU devices are created on this machine, with threads of their own
     check(count <= most, f"target {name} has {count:,} devices; at most {most:,} can be compiled for")
     return COMPILERS[kind][1](name, CHIPS.get(kind), count)
 
