@@ -129,33 +129,31 @@ class Hub(threading.Thread):
 
     def wait_for_all(self, selector: selectors.BaseSelector) -> tuple[str, int] | None:
         """Waits until every process has joined; returns an error and its exit code if the run cannot begin."""
-        until, pending = time.monotonic() + self.timeout, []  # the oldest first
+        until = time.monotonic() + self.timeout
         selector.register(self.server, selectors.EVENT_READ)
         while len(self.links) < self.num_processes:
-            now = time.monotonic()
-            if now >= until:
+            if time.monotonic() >= until:
                 return self.missing_processes(), 1
-            for key, _ in selector.select(min(until - now, 1)):
-                if key.fileobj is not self.server:
-                    if error := self.admit(key.data, selector):
-                        return error, 2
-                elif (link := self.accept()) is not None:
-                    selector.register(link.connection, selectors.EVENT_READ, link)
-                    pending.append(link)
-            pending = [link for link in pending if link.number is None and link.connection.fileno() >= 0]
+            for key, _ in selector.select(min(until - time.monotonic(), 1)):
+                if key.fileobj is self.server:
+                    self.accept(selector)
+                elif error := self.admit(key.data, selector):
+                    return error, 2
+            links = [key.data for key in selector.get_map().values() if key.fileobj is not self.server]  # the oldest first
+            pending = [link for link in links if link.number is None]
             late = sum(time.monotonic() - link.opened > JOIN_MESSAGE_TIMEOUT for link in pending)
             for link in pending[: max(late, len(pending) - MAX_PENDING - self.num_processes)]:
                 self.reject(link, selector, "sent no join message")
         return None
 
-    def accept(self) -> Link | None:
+    def accept(self, selector: selectors.BaseSelector) -> None:
         try:
             connection, _ = self.server.accept()
         except OSError:  # the connection is closed again, or this process has no file descriptor left
             time.sleep(0.01)
-            return None
+            return
         connection.setblocking(False)
-        return Link(connection, MAX_JOIN_BYTES)
+        selector.register(connection, selectors.EVENT_READ, Link(connection, MAX_JOIN_BYTES))
 
     def admit(self, link: Link, selector: selectors.BaseSelector) -> str | None:
         """Reads a join message and admits the process; returns an error if the run cannot begin."""
