@@ -77,10 +77,7 @@ def show_document(corpus: documents.Documents, tokenizer) -> None:
 
 
 def clipped(first: str, last: str, cut: bool) -> str:
-    """The beginning of `first` and the end of `last`. They are the same text unless something between them was `cut`.
-
-    Control characters are replaced, so that no text can send commands to the terminal.
-    """
+    """The beginning of `first` and the end of `last`, one text unless `cut`; no control character reaches the terminal."""
     if not cut and len(first) <= 2 * CHARACTERS.value:
         return visible(first)
     return visible(f"{first[: CHARACTERS.value]} [...] {last[-CHARACTERS.value :]}")

@@ -53,10 +53,7 @@ class Ready(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Calls of one contender: their seconds, their results, and the bytes of one call beyond its inputs.
-
-    `missing` is the reason if there are no calls.
-    """
+    """Calls of one contender: their seconds, results, and bytes of one beyond its inputs; `missing` says why there are none."""
 
     seconds: list[float]
     results: list[Any]

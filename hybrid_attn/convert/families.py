@@ -125,10 +125,7 @@ def _model_of(config_json: Mapping) -> Model:
 
 
 def config_json(model: Model, model_type: str, max_len: int) -> dict:
-    """The config.json of `model` as `model_type`, for texts up to `max_len` tokens.
-
-    ValueError with a line for each field that would be different when the config.json is read again.
-    """
+    """The config.json of `model` for texts up to `max_len` tokens; ValueError with a line for each field that differs there."""
     family = family_of(model_type)
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     values = {theirs: getattr(model, ours) for theirs, ours in (FIELDS | family.fields).items()}

@@ -89,10 +89,7 @@ class Heartbeat:
 
 
 class Hub(threading.Thread):
-    """The thread of process 0 to which all processes are connected; with a `token`, only processes that send it can join.
-
-    The error that ends the run has an exit code: 2 for a wrong input, else 1.
-    """
+    """The thread of process 0 to which all connect, with its `token`. Its error has a code: 2 for a wrong input, else 1."""
 
     def __init__(self, host: str, port: int, num_processes: int, timeout: float, silence: float = SILENCE, token: str = ""):
         super().__init__(daemon=True)

@@ -40,10 +40,7 @@ class Peers:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def agree(self, run: Mapping[str, str]) -> None:
-        """Waits until all processes have called this; if a field of `run` differs, all end with exit code 2 and name it.
-
-        It may be called again with fields that are known later.
-        """
+        """Waits for all to call this, and perhaps again; if a field of `run` differs, all end with exit code 2 and name it."""
         self._same.clear()
         self._link.send(run=dict(run))
         self._same.wait()

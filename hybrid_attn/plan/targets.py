@@ -50,10 +50,7 @@ class Target(NamedTuple):
 
 
 def find_target(name: str) -> Target:
-    """The devices of a target such as those of `FORMS`; to be called before JAX has looked for devices.
-
-    ValueError for another name, NotImplementedError where the compiler for it is not installed.
-    """
+    """The devices of a target of `FORMS`, before JAX looks for any; NotImplementedError where its compiler is not installed."""
     kind, _, size = name.partition(":")
     jax.config.update("jax_platforms", "cpu")
     known = kind in COMPILERS and re.fullmatch(COMPILERS[kind][0], size)
