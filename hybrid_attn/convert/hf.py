@@ -174,23 +174,17 @@ def _open(directory: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Any],
     if not index.exists():
         file = _open_file(directory, SINGLE, f"and no {INDEX}", stack)
         return dict.fromkeys(file.keys(), file), {}
-    weight_map = _weight_map(index)
+    weight_map = read_object(index).get("weight_map")
+    check(isinstance(weight_map, dict), f"{index} has no weight_map of tensors to files")
+    for key, name in weight_map.items():
+        ok = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
+        check(ok, f"{index} has {key} in {name!r}, which must be the name of a .safetensors file beside it")
     opened = {name: _open_file(directory, name, f"which {INDEX} names", stack) for name in sorted(set(weight_map.values()))}
     keys = {name: set(file.keys()) for name, file in opened.items()}
     conflicts = {key: f"in {name}, not in the index" for name in opened for key in keys[name] - weight_map.keys()}
     files = {key: opened[name] for key, name in weight_map.items() if key in keys[name]}
     absent = {key: f"missing in {name}, where the index has it" for key, name in weight_map.items() if key not in files}
     return files, conflicts | absent
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor; ValueError if a value is not the name of a safetensors file beside the index."""
-    weight_map = read_object(index).get("weight_map")
-    check(isinstance(weight_map, dict), f"{index} has no weight_map of tensors to files")
-    for key, name in weight_map.items():
-        ok = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
-        check(ok, f"{index} has {key} in {name!r}, which must be the name of a .safetensors file beside it")
-    return weight_map
 
 
 def _open_file(directory: Path, name: str, reason: str, stack: contextlib.ExitStack):
