@@ -6,7 +6,6 @@ import importlib.util
 import os
 import socket
 import urllib.request
-from typing import NamedTuple
 
 from hybrid_attn.trees import check
 
@@ -15,13 +14,8 @@ NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")
 BY_HAND = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
 
 
-class Membership(NamedTuple):
-    """The arguments of `jax.distributed.initialize`; without `local_device_ids`, a process uses all devices that it sees."""
-
-    coordinator: str
-    num_processes: int
-    process_id: int
-    local_device_ids: list[int] | None
+# The coordinator's HOST:PORT, the number of processes, that of this one, and its devices: None for all that it sees.
+Membership = tuple[str, int, int, list[int] | None]
 
 
 def free_port() -> int:
@@ -48,7 +42,7 @@ def from_flags(coordinator: str | None, num_processes: int | None, process_id: i
     check(valid, f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:8476")
     bracketed = ":" not in host or (host[0] == "[" and host[-1] == "]")
     check(bracketed, f"--coordinator={coordinator}: an IPv6 address needs brackets, as in [{host.strip('[]')}]:{port}")
-    return Membership(coordinator, num_processes, process_id, None)
+    return coordinator, num_processes, process_id, None
 
 
 def from_launcher(timeout: float) -> Membership | None:
@@ -69,7 +63,7 @@ def from_launcher(timeout: float) -> Membership | None:
         raise ValueError(f"{name}: {' '.join(str(cause).split())}; fix that, or {BY_HAND}") from cause
     described = None not in (address, count, number)
     check(described, f"{name} started this process, but its variables do not describe the others; {BY_HAND}")
-    return None if count == 1 else Membership(address, count, number, None if _has_own_gpus() else device_ids)
+    return None if count == 1 else (address, count, number, None if _has_own_gpus() else device_ids)
 
 
 def launcher() -> str | None:
