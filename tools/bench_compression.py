@@ -9,7 +9,6 @@ shares slots among layers, and the model of configs/recall.py has only one layer
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -51,15 +50,8 @@ def caps(shares: list[str], length: int) -> dict[str, int]:
     return slots
 
 
-class Prompts(NamedTuple):
+def make_prompts(rows: SyntheticSequences, number: int, window: int) -> tuple[dict[str, list], list, np.ndarray]:
     """Prompts by whether their question is new or known in advance, the questions, and the right answers."""
-
-    prompts: dict[str, list[np.ndarray]]
-    questions: list[np.ndarray]
-    answers: np.ndarray
-
-
-def make_prompts(rows: SyntheticSequences, number: int, window: int) -> Prompts:
     prompts, questions, answers = {"new": [], "known": []}, [], []
     for row in rows.read([(i, 0, rows.seq_len) for i in rows.spread(number)]):
         key = int(np.flatnonzero(row["weights"])[0])  # a question mark comes before it
@@ -69,7 +61,7 @@ def make_prompts(rows: SyntheticSequences, number: int, window: int) -> Prompts:
         prompts["known"].append(np.concatenate([text[:split], question, text[split:]]))
         questions.append(question)
         answers.append(row["targets"][key])
-    return Prompts(prompts, questions, np.array(answers))
+    return prompts, questions, np.array(answers)
 
 
 def accuracies(engine: Engine, rows: SyntheticSequences, number: int, caps: Mapping[str, int], window: int) -> list[dict]:

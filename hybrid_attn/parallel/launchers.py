@@ -12,8 +12,6 @@ from hybrid_attn.trees import check
 # Launchers from which JAX reads this with a package: their name and the package.
 NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")}
 BY_HAND = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
-
-
 # The coordinator's HOST:PORT, the number of processes, that of this one, and its devices: None for all that it sees.
 Membership = tuple[str, int, int, list[int] | None]
 
