@@ -97,13 +97,12 @@ def payload(collective: Collective) -> str:
 def report(plan: Plan) -> str:
     """A plan as text: whether it fits, memory, FLOPs, and what is sent between devices, by mesh axis."""
     t = plan.target
-    axes = " x ".join(f"{axis} {size}" for axis, size in plan.axes.items())
     size, kind, where = plan.largest
     host = f"; beside them {gb(plan.host)} of the host's memory" if plan.host else ""
     lines = [
         verdict(plan),
         f"target       {t.name}: {len(t.devices)} {t.devices[0].device_kind} devices; the numbers below are per device",
-        f"mesh         {axes}",
+        f"mesh         {' x '.join(f'{axis} {length}' for axis, length in plan.axes.items())}",
         f"memory       {gb(plan.peak)} at the peak: {gb(plan.arguments)} parameters, optimiser state and batch, and "
         f"{gb(plan.peak - plan.arguments)} activations, gradients and new values{host}",
         f"largest      {gb(size)} {kind}: {where}",
