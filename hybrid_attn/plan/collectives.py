@@ -176,19 +176,15 @@ def replica_groups(line: str, num_devices: int) -> list[tuple[int, ...]]:
         ids = np.arange(math.prod(source)).reshape(source)
         if iota[3]:
             ids = ids.transpose([int(d) for d in iota[3].split(",")])
-        return _rows(ids, shape[-1])
+        return list(map(tuple, ids.reshape(-1, shape[-1]).tolist()))
     named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
     if named and "device_ids" not in named[1] and ":" not in named[2]:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         names, axes = list(sizes), re.findall(r"'([^']+)'", named[2])
         ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
         ids = np.moveaxis(ids, [names.index(axis) for axis in axes], range(-len(axes), 0))
-        return _rows(ids, math.prod(sizes[axis] for axis in axes))
+        return list(map(tuple, ids.reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist()))
     raise ValueError(f"replica groups of an unknown form: {line.strip()[:300]}")
-
-
-def _rows(ids: np.ndarray, length: int) -> list[tuple[int, ...]]:
-    return [tuple(row) for row in ids.reshape(-1, length).tolist()]
 
 
 def axes_of(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
