@@ -70,7 +70,7 @@ def test_a_size_with_a_larger_vocabulary_is_planned_without_a_tokenizer_and_a_li
     monkeypatch.chdir(ROOT)
     for config, told in (("configs/hybrid_8k.py", False), ("configs/hybrid_8k.py:1b", True)):
         with conftest.tool("plan") as tool, flagsaver.flagsaver():
-            stubs = {"find_target": tool.targets, "make_plan": tool.step, "report": tool.report, "fits": tool.report}
+            stubs = {"find_target": tool.targets, "make_plan": tool.step, "report": tool.step, "fits": tool.step}
             for name, module in stubs.items():
                 monkeypatch.setattr(module, name, lambda *_, name=name: name)
             tool.main(parse(["plan.py", f"--config={config}", "--target=v5p:4x4x4"]))
