@@ -163,13 +163,13 @@ def show_against_transformers(records: list[dict]) -> None:
     ours = {r["tokens"]: r for r in records if r["contender"] == "ours"}
 
     def cells(r: dict) -> list[str]:
-        our, cells = ours[r["tokens"]], [r["contender"], f"{r['tokens']:,}"]
+        our, row = ours[r["tokens"]], [r["contender"], f"{r['tokens']:,}"]
         if r["missing"] or our["missing"]:
-            return cells
+            return row
         same = sum(a == b for a, b in zip(r["answer"], our["answer"], strict=True))
-        cells += [f"{r['prefill']:.3g}", f"{r['prompt'] / r['prefill']:,.0f}", f"{r['prefill'] / our['prefill']:.2f}"]
-        cells += [f"{1e3 * r['token']:.3g}", f"{1 / r['token']:,.1f}", f"{r['token'] / our['token']:.2f}"]
-        return [*cells, f"{same}/{len(our['answer'])}", measurement.gib(r["memory"])]
+        row += [f"{r['prefill']:.3g}", f"{r['prompt'] / r['prefill']:,.0f}", f"{r['prefill'] / our['prefill']:.2f}"]
+        row += [f"{1e3 * r['token']:.3g}", f"{1 / r['token']:,.1f}", f"{r['token'] / our['token']:.2f}"]
+        return [*row, f"{same}/{len(our['answer'])}", measurement.gib(r["memory"])]
 
     print(measurement.table(header, [cells(r) for r in records]))
     measurement.print_missing(records)

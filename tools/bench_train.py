@@ -196,15 +196,15 @@ def show(records: list[dict], peak: float) -> None:
     ours = {r["tokens"]: r for r in records if r["contender"] == "ours"}
 
     def cells(r: dict) -> list[str]:
-        mine, cells = ours[r["tokens"]], [r["contender"], r["layers"], f"{r['tokens']:,}"]
+        mine, row = ours[r["tokens"]], [r["contender"], r["layers"], f"{r['tokens']:,}"]
         flops_ratio = f"{r['computed_flops'] / mine['computed_flops']:.2f}"
         if "missing" in r:
-            return [*cells, "—", "—", "—", flops_ratio]
+            return [*row, "—", "—", "—", flops_ratio]
         seconds = r["seconds"]
         ratio = f"{seconds / mine['seconds']:.2f}" if "seconds" in mine else "—"
-        cells += [f"{seconds:.3g}", f"{r['batch'] * r['tokens'] / seconds:,.0f}", ratio, flops_ratio]
-        cells += [f"{r['needed_flops'] / seconds / peak:.0%}", measurement.gib(r["memory"])]
-        return cells + [f"{r['losses'][i]:.5f}" for i in (0, -1)]
+        row += [f"{seconds:.3g}", f"{r['batch'] * r['tokens'] / seconds:,.0f}", ratio, flops_ratio]
+        row += [f"{r['needed_flops'] / seconds / peak:.0%}", measurement.gib(r["memory"])]
+        return row + [f"{r['losses'][i]:.5f}" for i in (0, -1)]
 
     print(measurement.table(HEADER, [cells(r) for r in records]))
     measurement.print_missing(records)
