@@ -15,7 +15,6 @@ Contenders run alternately, and the best of --repeats counts. A dash is explaine
 
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -273,31 +272,23 @@ def show_long_prompts(records: list[dict]) -> None:
     measurement.print_missing(records, lambda r: f"{r['tokens']:,} tokens")
 
 
-class Part(NamedTuple):
-    """The flag of the model's config, the measurement, and the function that prints it."""
-
-    config: flags.FlagHolder
-    measure: Callable[[Processes, Config, list[int]], list[dict]]
-    show: Callable[[list[dict]], None]
-
-
-BENCHMARKS = {
-    "cache": Part(CACHE, cache_sizes, show_cache_sizes),
-    "transformers": Part(CONFIG, against_transformers, show_against_transformers),
-    "growth": Part(CONFIG, against_full_attention, show_growth),
-    "long": Part(LONG, long_prompts, show_long_prompts),
+BENCHMARKS = {  # the flag of the model's config, the measurement, and the function that prints it
+    "cache": (CACHE, cache_sizes, show_cache_sizes),
+    "transformers": (CONFIG, against_transformers, show_against_transformers),
+    "growth": (CONFIG, against_full_attention, show_growth),
+    "long": (LONG, long_prompts, show_long_prompts),
 }
 
 
 def bench() -> None:
-    parts = [part for part in BENCHMARKS if PART.value in (part, "all")]
+    parts = {part: functions for part, functions in BENCHMARKS.items() if PART.value in (part, "all")}
     lengths = {part: measurement.lengths(TOKENS.value or LENGTHS[part]) for part in parts}
-    configs = {part: config.build(BENCHMARKS[part].config.value.values) for part in parts}
+    configs = {part: config.build(flag.value.values) for part, (flag, *_) in parts.items()}
     records = {}
     with Processes(round(MEMORY_GIB.value * GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
         print(f"{platform}, {measurement.threads()} threads, jax {version('jax')}")
-        for part in parts:
+        for part, (_, measure, show) in parts.items():
             c = configs[part]
             dtype = "bfloat16" if part == "cache" else str(execution_on(platform, c.model, c.train).dtype)
             print(f"\n{part}: {flops.parameters(c.model):,} parameters, layers {c.model.layers}, {dtype}")
@@ -306,8 +297,8 @@ def bench() -> None:
                     print(f"— {reason}")
                     continue
                 print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")))
-            records[part] = BENCHMARKS[part].measure(processes, c, lengths[part])
-            BENCHMARKS[part].show(records[part])
+            records[part] = measure(processes, c, lengths[part])
+            show(records[part])
     measurement.write_json(JSON.value, {"platform": platform, "records": records})
 
 
