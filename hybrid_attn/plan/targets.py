@@ -4,6 +4,7 @@ import importlib.util
 import math
 import os
 import re
+from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,15 +30,8 @@ CHIPS = {
     "v6e": Chip(32 * GB, "v6e"),
     "h100": Chip(80 * GB),
 }
+Device = namedtuple("Device", "platform compute_capability device_kind")  # the attributes that tokamax reads
 FORMS = "cpu:8 (a number of devices), h100:8, or a TPU's topology as v5e:4x4, v5p:4x4x4, v4:2x2x2, v6e:4x4"
-
-
-class Device(NamedTuple):
-    """The attributes of a device that tokamax reads."""
-
-    platform: str
-    compute_capability: str
-    device_kind: str
 
 
 class Target(NamedTuple):
