@@ -181,8 +181,7 @@ follow='cd hybrid_attn; tail --pid="$(cat train.pid)" -n +1 -F train.log; exit "
 if [[ ! $train ]]; then
     remove
     exit
-fi
-if [[ $dry ]]; then
+elif [[ $dry ]]; then
     create
 elif [[ -z $(state) ]]; then
     pack "$@"

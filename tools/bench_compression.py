@@ -79,16 +79,6 @@ def accuracies(engine: Engine, rows: SyntheticSequences, number: int, caps: Mapp
     return records
 
 
-def table(records: list[dict]) -> str:
-    """Rows of methods and questions, columns of shares."""
-    lines: dict[tuple, dict[str, str]] = {}
-    for r in records:
-        lines.setdefault((r["method"], r["question"]), {})[r["share"]] = f"{r['accuracy']:.3f}"
-    shares = list(dict.fromkeys(r["share"] for r in records))
-    rows = [[*key, *[cells.get(share, "") for share in shares]] for key, cells in lines.items()]
-    return measurement.table(("method", "question", *shares), rows)
-
-
 def bench() -> None:
     slots = caps(SHARES.value, LENGTH.value)
     least = min(slots.values())
@@ -103,7 +93,12 @@ def bench() -> None:
         rows = SyntheticSequences(Task(source.task, source.pairs), LENGTH.value, None)
         records = accuracies(Engine(params, c), rows, ROWS.value, slots, WINDOW.value)
     print(f"{c.model.layers}; {ROWS.value} sequences of {LENGTH.value:,} tokens, {PAIRS.value} pairs; window {WINDOW.value}")
-    print(table(records))
+    lines: dict[tuple, dict[str, str]] = {}
+    for r in records:
+        lines.setdefault((r["method"], r["question"]), {})[r["share"]] = f"{r['accuracy']:.3f}"
+    shares = ["1", *slots]
+    table = [[*key, *[cells.get(share, "") for share in shares]] for key, cells in lines.items()]
+    print(measurement.table(("method", "question", *shares), table))
     measurement.write_json(JSON.value, records)
 
 

@@ -107,19 +107,15 @@ def picture(curves: Sequence[Curve]) -> bytes:
     return content.getvalue()
 
 
-def labels() -> list[str]:
-    """The values of --label; by default the names of the directories, or their paths if two names are equal."""
-    if LABEL.value and len(LABEL.value) != len(WORKDIR.value):
-        raise ValueError(f"--label is given {len(LABEL.value)} times for {len(WORKDIR.value)} runs; give one for each, or none")
-    names = [Path(workdir).resolve().name for workdir in WORKDIR.value]
-    return LABEL.value or (names if len(set(names)) == len(names) else WORKDIR.value)
-
-
 def plot() -> None:
     out = Path(OUT.value)
     check(out.suffix == ".png", f"--out={out} must end in .png")
     check(out.parent.is_dir(), f"--out={out}: {out.parent} is no directory; make it first")
-    curves = [curve(*pair) for pair in zip(labels(), WORKDIR.value, strict=True)]
+    count, runs = len(LABEL.value), len(WORKDIR.value)
+    check(count in (0, runs), f"--label is given {count} times for {runs} runs; give one for each, or none")
+    names = [Path(workdir).resolve().name for workdir in WORKDIR.value]
+    labels = LABEL.value or (names if len(set(names)) == runs else WORKDIR.value)
+    curves = [curve(*pair) for pair in zip(labels, WORKDIR.value, strict=True)]
     write_atomically(out, picture(curves))
     print(f"picture  {out}")
 
