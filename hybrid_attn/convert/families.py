@@ -191,7 +191,11 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
 
 
 def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
-    """The `prefix` and the `pattern` that repeat to these layer types, and the `kinds` of their letters."""
+    """The `prefix` and the `pattern` that repeat to these layer types, and the `kinds` of their letters.
+
+    The pattern is the shortest, without a prefix where it repeats twice or more often. Else the prefix is that which makes both
+    together shortest; but there is none where both are more than half of the layers.
+    """
     number = len(layer_types)
     check(number == num_layers, f"config.json has layer types for {number} layers and num_hidden_layers={num_layers}")
     letter_of: dict[LayerType, str] = {}
@@ -201,20 +205,11 @@ def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
             letter_of[layer_type] = next(x for x in usual + string.ascii_uppercase if x not in letter_of.values())
     letters = "".join(letter_of[layer_type] for layer_type in layer_types)
     kinds = {letter: config.to_dict(layer_type) for layer_type, letter in letter_of.items()}
-    prefix, pattern = _prefix_and_pattern(letters)
-    return {"prefix": prefix, "pattern": pattern, "kinds": kinds}
-
-
-def _prefix_and_pattern(letters: str) -> tuple[str, str]:
-    """The shortest pattern that repeats to `letters`, without a prefix where it repeats twice or more often.
-
-    Else the prefix that makes both together shortest; but no prefix where both are more than half of the layers.
-    """
-    number, periods = len(letters), config.shortest_periods(letters)
+    periods = config.shortest_periods(letters)
     length = min(range(number), key=lambda n: n + periods[number - n])
     if 2 * periods[number] <= number or 2 * (length + periods[number - length]) > number:
         length = 0
-    return letters[:length], letters[length : length + periods[number - length]]
+    return {"prefix": letters[:length], "pattern": letters[length : length + periods[number - length]], "kinds": kinds}
 
 
 def _normal_form(model: Model) -> dict:

@@ -227,7 +227,7 @@ def _same(file_a, name_a: str, file_b, name_b: str) -> bool:
 
 
 def _sharded(like, tensors: list[Tensor], files: Mapping[str, Any]) -> jax.Array:
-    """One parameter on its devices. The host reads the part of each device tensor by tensor."""
+    """One parameter on its devices, of the current mesh if its own is abstract. The host reads each part tensor by tensor."""
     stacked = tensors[0].period is not None
     inner = like.shape[1:] if stacked else like.shape
 
@@ -243,15 +243,10 @@ def _sharded(like, tensors: list[Tensor], files: Mapping[str, Any]) -> jax.Array
             slot[...] = read(tensor, index[1:])
         return out
 
-    return jax.make_array_from_callback(like.shape, _sharding(like), part)
-
-
-def _sharding(like) -> jax.sharding.Sharding:
-    """The sharding of an abstract parameter; one with an abstract mesh is put on the current mesh."""
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
-        return NamedSharding(jax.sharding.get_mesh(), sharding.spec)
-    return sharding
+        sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+    return jax.make_array_from_callback(like.shape, sharding, part)
 
 
 def _shards(tensors: list[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:

@@ -16,8 +16,11 @@ MAX_VALUE_LENGTH = 200  # characters; all fields must fit into one message of th
 
 def identity(values: Mapping, workdir: str | Path, revision: str) -> dict[str, str]:
     """Fields and their values: those of a config (`values`, nested), the workdir, this code, Python and the libraries."""
+    code = hashlib.sha256()  # of this package's files, which may have been edited or lie outside a repository
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
     fields = dict(_fields(values, "config")) | {"workdir": os.path.abspath(workdir), "revision": revision}
-    fields |= {"source code": _source_code(), "version of python": platform.python_version()}
+    fields |= {"source code": code.hexdigest()[:12], "version of python": platform.python_version()}
     return fields | {f"version of {name}": _version(name) for name in LIBRARIES}
 
 
@@ -47,11 +50,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _source_code() -> str:
-    """A digest of the files of this package, which may have been edited or lie outside a repository."""
-    sha = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        sha.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
-    return sha.hexdigest()[:12]
