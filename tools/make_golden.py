@@ -76,13 +76,6 @@ def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, mask
 
 
-def logits_of(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Float32 logits, zero where there is padding."""
-    with torch.no_grad():
-        out = model(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long())
-    return out.logits.float().numpy() * mask[..., None]
-
-
 def main(_):
     for seed, (case, fields) in enumerate(CASES.items()):
         directory = Path(OUT.value) / case
@@ -96,7 +89,10 @@ def main(_):
             state.pop("lm_head.weight", None)
         save_file(state, directory / "model.safetensors")
         tokens, mask = batch(seed)
-        np.savez_compressed(directory / "golden.npz", tokens=tokens, mask=mask, logits=logits_of(model, tokens, mask))
+        with torch.no_grad():
+            out = model(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long())
+        logits = out.logits.float().numpy() * mask[..., None]  # zero where there is padding
+        np.savez_compressed(directory / "golden.npz", tokens=tokens, mask=mask, logits=logits)
         print(case)
 
 

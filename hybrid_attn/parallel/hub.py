@@ -275,8 +275,13 @@ class Hub(threading.Thread):
         others = [link for number, link in self.links.items() if number]
         for link in others:
             link.send(**message)
-        if "error" in message:
-            _wait_until_closed(others, EXIT_TIMEOUT)
+        until = time.monotonic() + EXIT_TIMEOUT
+        for link in others if "error" in message else ():
+            with contextlib.suppress(OSError):
+                left = True  # until the process has closed its end
+                while left and time.monotonic() < until:
+                    link.connection.settimeout(until - time.monotonic())
+                    left = link.connection.recv(2**16)
         if 0 in self.links:
             self.links[0].send(**message)
 
@@ -326,13 +331,3 @@ def _message(line: bytes) -> dict:
         return object_of(line, "a message")
     except ValueError as cause:
         raise ValueError(repr(line[:100])) from cause
-
-
-def _wait_until_closed(links: list[Link], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    for link in links:
-        with contextlib.suppress(OSError):
-            left = True
-            while left and time.monotonic() < until:
-                link.connection.settimeout(until - time.monotonic())
-                left = link.connection.recv(2**16)

@@ -61,7 +61,13 @@ def from_launcher(timeout: float) -> Membership | None:
         raise ValueError(f"{name}: {' '.join(str(cause).split())}; fix that, or {BY_HAND}") from cause
     described = None not in (address, count, number)
     check(described, f"{name} started this process, but its variables do not describe the others; {BY_HAND}")
-    return None if count == 1 else (address, count, number, None if _has_own_gpus() else device_ids)
+    env = os.environ
+    only_one = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (
+        "SLURM_STEP_NUM_NODES" in env and env["SLURM_STEP_NUM_NODES"] == env.get("SLURM_STEP_NUM_TASKS")
+    )
+    if only_one or env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0:
+        device_ids = None  # all GPUs that it sees; else JAX gives each process of a machine one of them
+    return None if count == 1 else (address, count, number, device_ids)
 
 
 def launcher() -> str | None:
@@ -102,12 +108,3 @@ def _metadata(attribute: str) -> str:
             return response.read().decode()
     except OSError:
         return ""
-
-
-def _has_own_gpus() -> bool:
-    """Whether this process may use all GPUs that it sees; otherwise JAX gives each process of a machine one of them."""
-    env = os.environ
-    single = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (
-        "SLURM_STEP_NUM_NODES" in env and env["SLURM_STEP_NUM_NODES"] == env.get("SLURM_STEP_NUM_TASKS")
-    )
-    return single or env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
