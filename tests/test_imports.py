@@ -24,7 +24,7 @@ ALLOWED["infer"] |= {"data", "checkpoint", "files"}
 ALLOWED["evals"] |= {"data", "files", "characters"}
 ALLOWED["data"] |= {"files", "characters"}
 ALLOWED["train"] |= {"data", "checkpoint", "files", "stored"}
-ALLOWED["bench"] = {*LEFT_TO_RIGHT, "data", "checkpoint", "files"}
+ALLOWED["bench"] = {*LEFT_TO_RIGHT, "convert", "data", "checkpoint", "files"}
 ALLOWED["plan"] = ALLOWED["bench"] | {"bench"}
 ALLOWED |= {"configs": set(), "commands": set(ALLOWED) | {"configs"}}
 
