@@ -135,8 +135,8 @@ def watched_weights(eval_model, prompt):
     execution = eval_model.execution._replace(zigzag=False)
 
     def watched(letter):
-        def attend(q, k, v, sinks, kind, scale):
-            return in_packed(pos, seg, execution, letter)(q, k, v, sinks, kind, scale)[0], (q[0], k[0], sinks)
+        def attend(q, k, v, sinks):
+            return in_packed(eval_model.model, letter, pos, seg, execution)(q, k, v, sinks)[0], (q[0], k[0], sinks)
 
         return attend
 

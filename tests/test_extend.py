@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.convert.families import model_of
 from hybrid_attn.infer import cache as caches
-from hybrid_attn.infer.cache import int8
+from hybrid_attn.infer.cache import attend
 from hybrid_attn.infer.steps import StepConfig, extend
 from hybrid_attn.model import apply
 from hybrid_attn.model.extend import unstacked
@@ -171,7 +171,7 @@ def test_int8_slots_are_within_half_a_step(one_device):
 def test_all_int8_slots_are_seen_if_their_parts_do_not_divide_them(size, one_device, monkeypatch):
     model, sequences, chunks = MODELS["window and full causal"], sequences_of(61, 30), [16, 16, 16, 12, 1]
     expected, _ = in_chunks(model, random_params(model), sequences, chunks, 64, quantised=True)
-    monkeypatch.setattr(int8, "QUANTISED_SLOTS", size)
+    monkeypatch.setattr(attend, "QUANTISED_SLOTS", size)
     outputs, _ = in_chunks(model, random_params(model), sequences, chunks, 64, quantised=True)
     assert_close(outputs, expected, 1e-5)
 

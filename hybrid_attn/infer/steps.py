@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import LayerType, Model
+from hybrid_attn.config import Model
 from hybrid_attn.infer.cache.attend import attend as attend_in_cache
 from hybrid_attn.infer.cache.shapes import Cache, LayerCache, LayerSettings
 from hybrid_attn.infer.sampling import Sampling, sample
 from hybrid_attn.model import Execution, logits, unembedding
-from hybrid_attn.model.attention import Attend
+from hybrid_attn.model.attention import Attend, attention_options
 from hybrid_attn.model.extend import layer_by_layer
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, spec_of
@@ -60,16 +60,18 @@ def extend(
     position_BT = jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T)
     position_BT = jax.reshard(position_BT, spec_of(tokens_BT))
 
-    def cached(layer: LayerCache) -> Attend:
-        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, layer_type: LayerType, scale: float):
-            settings = LayerSettings(layer_type, scale, config.execution.kernel, config.span)
+    def cached(letter: str, layer: LayerCache) -> Attend:
+        options, chunk = attention_options(config.model, letter), config.model.kinds[letter].chunk
+        settings = LayerSettings(options, chunk, config.execution.kernel, config.span)
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
             qkv = q_BTNH, k_BTKH, v_BTKH
-            o_BTNH, new_layer = attend_in_cache(qkv, layer, settings, cache.lengths_B, counts_B, sinks_N)
+            o_BTNH, new_layer = attend_in_cache(settings, layer, qkv, cache.lengths_B, counts_B, sinks_N)
             return o_BTNH, (new_layer, None if settings.is_ring else q_BTNH)
 
         return attend
 
-    attends = [cached(layer) for layer in cache.layers]
+    attends = list(map(cached, config.model.layers, cache.layers))
     x_BTD, states = layer_by_layer(config.model, weights, tokens_BT, position_BT, attends, config.execution)
     layers, queries = zip(*states, strict=True)
     return x_BTD, Cache(layers, cache.lengths_B + counts_B), queries

@@ -6,51 +6,56 @@ Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 OUTPUTS = "attention outputs"
-Pair = tuple[jax.Array, jax.Array]  # of the queries [B, T] and of the keys [B, S]
+Pair = tuple[jax.Array, jax.Array]
 
 
 class AttentionOptions(NamedTuple):
-    """The static arguments: `window` None means all earlier tokens; `softcap` c makes scores c tanh(s / c)."""
+    """What is static in the mask and the scores.
+
+    A query sees the keys of its own segment at positions p_q - window < p_k <= p_q, with `window` None all earlier ones.
+    `softcap` c makes scores c tanh(s / c).
+    """
 
     window: int | None
     scale: float
-    softcap: float | None
+    softcap: float | None = None
 
 
-class Residuals(NamedTuple):
-    """The inputs of attention and its results, from which the gradients are computed."""
+class Queries(NamedTuple):
+    """Queries with their positions and segments, [B, T, ...] each. Segment 0 is padding, which sees nothing."""
 
     q_BTNH: jax.Array
+    pos_BT: jax.Array
+    seg_BT: jax.Array
+
+
+class Keys(NamedTuple):
+    """Keys and values with their positions and segments, [B, S, ...] each."""
+
     k_BSKH: jax.Array
     v_BSKH: jax.Array
-    positions: Pair
-    segments: Pair
-    o_BTNH: jax.Array
-    lse_BTN: jax.Array
+    pos_BS: jax.Array
+    seg_BS: jax.Array
 
 
 class Forward(Protocol):
-    def __call__(
-        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
-        positions: Pair, segments: Pair, options: AttentionOptions,
-    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    def __call__(self, options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
         """o_BTNH in the dtype of q, and lse_BTN in float32. A query that sees no key gives zeros and -inf."""
-        ...
 
 
 class Backward(Protocol):
     def __call__(
-        self, residuals: Residuals, do_BTNH: jax.Array, dlse_BTN: jax.Array, options: AttentionOptions
+        self, options: AttentionOptions, queries: Queries, keys: Keys, outputs: Pair, grads: Pair
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The gradients (dq_BTNH, dk_BSKH, dv_BSKH), in the dtypes of q, k and v.
+        """The gradients (dq_BTNH, dk_BSKH, dv_BSKH), in the dtypes of q, k and v; `grads` are those by `outputs`, (o, lse).
 
-        o and lse may be merged results over more keys than those of the residuals. The gradients are then the contribution
-        of these keys: dq is one term of a sum over all keys.
+        The outputs may be merged results over more keys than `keys`. The gradients are then the contribution of these keys:
+        dq is one term of a sum over all keys.
         """
-        ...
 
 
 class Kernel(NamedTuple):
@@ -73,3 +78,8 @@ class Kernel(NamedTuple):
 def name_outputs(*outputs: jax.Array) -> tuple[jax.Array, ...]:
     """The outputs of a forward pass, under the name by which `jax.checkpoint` can save them for the backward pass."""
     return tuple(checkpoint_name(x, OUTPUTS) for x in outputs)
+
+
+def padded(x_BT: jax.Array, size: int) -> jax.Array:
+    """[B, T, ...] padded with zeros along axis 1 to a multiple of `size`."""
+    return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % size)] + [(0, 0)] * (x_BT.ndim - 2))

@@ -7,14 +7,17 @@ Keys come in reading order: segments never decrease along the sequence and posit
 import jax
 import jax.numpy as jnp
 
+from hybrid_attn.kernels.interface import Keys, Pair, Queries
+
 LAST = jnp.iinfo(jnp.int32).max
 
 
-def intervals(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window: int | None) -> tuple[jax.Array, jax.Array]:
+def intervals(window: int | None, queries: Queries, keys: Keys) -> Pair:
     """(first_BT, end_BT) int32: query t sees keys first <= s < end; first == end for a query that sees nothing.
 
     Padding between the keys of one segment would fall inside the interval; padding at either end of a segment does not.
     """
+    (_, q_pos_BT, q_seg_BT), (_, _, k_pos_BS, k_seg_BS) = queries, keys
     seg_BS = jax.lax.cummax(k_seg_BS, axis=1)
     pos_BS = jnp.where(k_seg_BS > 0, k_pos_BS, LAST)
     oldest_BT = jnp.zeros_like(q_pos_BT) if window is None else q_pos_BT - window + 1

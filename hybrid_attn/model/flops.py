@@ -9,6 +9,7 @@ import math
 import jax
 
 from hybrid_attn.config import Model
+from hybrid_attn.model.attention import visible_tokens
 from hybrid_attn.model.block import MIXERS
 from hybrid_attn.model.params import leaves_of
 from hybrid_attn.model.transformer import abstract_params, layer_specs
@@ -38,8 +39,5 @@ def train_flops_per_token(model: Model, length: int) -> float:
 
 def cache_bytes(model: Model, length: int, bytes_per_value: int = 2) -> int:
     """Bytes of keys and values that decoding needs after `length` tokens of one sequence."""
-    tokens = 0
-    for letter in model.layers:
-        layer_type = model.kinds[letter]
-        tokens += min(length, layer_type.window or layer_type.chunk or length)
+    tokens = sum(min(length, visible_tokens(model.kinds[letter]) or length) for letter in model.layers)
     return 2 * tokens * model.num_kv_heads * model.head_dim * bytes_per_value

@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import kernels
-from hybrid_attn.config import LayerType, Model
+from hybrid_attn.config import Model
 from hybrid_attn.kernels.softmax import soft_cap
-from hybrid_attn.model.attention import Attend
+from hybrid_attn.model.attention import Attend, attention_options
 from hybrid_attn.model.block import Aux, Block, added, residual_norm
 from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.loss import token_losses
@@ -38,15 +38,16 @@ CHECKPOINTS = {
 }
 
 
-def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution, letter: str) -> Attend:
+def in_packed(model: Model, letter: str, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution) -> Attend:
     """Attention of a layer of that type to the tokens of its own packed sequences."""
+    scheme, chunk = execution.context[letter], model.kinds[letter].chunk
+    options = context.ContextOptions(attention_options(model, letter), execution.kernel, scheme, execution.zigzag)
+    if chunk is not None:
+        seg_BT = context.chunk_segments(pos_BT, seg_BT, chunk)
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, layer_type: LayerType, scale: float):
-        o_BTNH = context.attend(
-            q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N, window=layer_type.window, chunk=layer_type.chunk, scale=scale,
-            softcap=layer_type.softcap, kernel=execution.kernel, scheme=execution.context[letter], zigzag=execution.zigzag,
-        )  # fmt: skip
-        return o_BTNH, None
+    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
+        queries, keys = kernels.Queries(q_BTNH, pos_BT, seg_BT), kernels.Keys(k_BTKH, v_BTKH, pos_BT, seg_BT)
+        return context.attend(options, queries, keys, sinks_N), None
 
     return attend
 
@@ -140,7 +141,7 @@ def apply_in_zigzag(
     model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution
 ) -> tuple[jax.Array, Aux]:
     """`apply` to tokens that `context.to_zigzag` has ordered, whose activations keep that order; and the layers' scalars."""
-    attends = {letter: in_packed(pos_BT, seg_BT, execution, letter) for letter in sorted(set(model.layers))}
+    attends = {letter: in_packed(model, letter, pos_BT, seg_BT, execution) for letter in sorted(set(model.layers))}
 
     def layers(x_BTD: jax.Array, leaves: dict, letters: str) -> tuple[jax.Array, Aux]:
         total: Aux = {}

@@ -5,27 +5,46 @@ block-cyclically: `span` slots to the first shard, `span` to the next, and so on
 which each shard computes a part, then fills the same slots of every shard, and the shards hold equally many. Queries go to
 all shards, and the partial results are merged by their log-sum-exp; the communication is the same at any length.
 
-Letters: B requests, T new tokens, S slots, N query heads, K key/value heads, G = N/K, H head size.
+Letters: B requests, T new tokens, S slots, R slots of a ring, N query heads, K key/value heads, G = N/K, H head size.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
-from jax.sharding import PartitionSpec as P
+import jax.numpy as jnp
 
 from hybrid_attn import kernels
-from hybrid_attn.infer.cache.read import attend_ring, attend_slots
-from hybrid_attn.infer.cache.shapes import LayerCache, LayerSettings, partition_specs
-from hybrid_attn.infer.cache.write import written
-from hybrid_attn.parallel.context import AXIS
-from hybrid_attn.parallel.mesh import BATCH, spec_of
+from hybrid_attn.infer.cache.shapes import LayerCache, LayerSettings, partition_specs, slot_numbers
+from hybrid_attn.infer.cache.write import dequantised, written
+from hybrid_attn.kernels.reference import visible_BTS
+from hybrid_attn.kernels.softmax import finite_or_zero, log_sum_exp, merged, soft_cap
+from hybrid_attn.parallel.context import AXIS, chunk_segments
+from hybrid_attn.parallel.mesh import spec_of
+
+QUANTISED_SLOTS = 4096  # slots that are dequantised at a time
+Pair = tuple[jax.Array, jax.Array]
+
+
+class SlotQueries(NamedTuple):
+    """Positions are [B, 1 or K, T], segments [B, 1, T]: positions count slots, and after a compression heads may differ."""
+
+    q_BTNH: jax.Array
+    position_BKT: jax.Array
+    segment_B1T: jax.Array
+
+
+class SlotKeys(NamedTuple):
+    """Keys and values; positions and segments are [B, 1 or K, S]."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    position_BKS: jax.Array
+    segment_BKS: jax.Array
 
 
 def attend(
-    qkv: tuple[jax.Array, jax.Array, jax.Array],
-    layer: LayerCache,
-    settings: LayerSettings,
-    lengths_B: jax.Array,
-    counts_B: jax.Array,
-    sinks_N: jax.Array | None = None,
+    settings: LayerSettings, layer: LayerCache, qkv: tuple, lengths_B, counts_B, sinks_N=None
 ) -> tuple[jax.Array, LayerCache]:
     """(o_BTNH, layer): new tokens (q_BTNH, k_BTKH, v_BTKH) see the cache and each other, and are written to it.
 
@@ -33,23 +52,163 @@ def attend(
     The layer must have room for the new tokens. T is sharded over `context` as q is; or T is at most `span`, and every shard
     has all of it.
     """
-    spec, layer_specs = spec_of(qkv[0]), partition_specs(layer)
-    split = spec[1] == AXIS
+    spec = spec_of(qkv[0])
+    split = spec[1] == AXIS and jax.sharding.get_abstract_mesh().shape[AXIS] > 1
 
-    def shard(qkv, layer, lengths_B, counts_B, *sinks):
-        q_BTNH, k_BTKH, v_BTKH = qkv
-        c = jax.lax.axis_size(AXIS)
-        if split and c > 1:
-            k_BTKH, v_BTKH = (jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (k_BTKH, v_BTKH))
-        layer = written(settings, layer, (k_BTKH, v_BTKH), lengths_B, counts_B)
+    def shard(qkv, layer, lengths_B, counts_B, sinks_N):
+        q_BTNH, *kv_BTKH = qkv
+        if split:
+            kv_BTKH = [jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in kv_BTKH]
+        layer = written(settings, layer, kv_BTKH, lengths_B, counts_B)
         read = attend_ring if settings.is_ring else attend_slots
-        o_BTNH, lse_BTN, segment_BT = read(settings, split and c > 1, q_BTNH, layer, lengths_B, counts_B)
-        if sinks:
-            o_BTNH, _ = kernels.with_sinks(o_BTNH, lse_BTN, segment_BT, sinks[0])
+        o_BTNH, lse_BTN, segment_BT = read(settings, split, q_BTNH, layer, lengths_B, counts_B)
+        if sinks_N is not None:
+            o_BTNH, _ = kernels.with_sinks(o_BTNH, lse_BTN, segment_BT, sinks_N)
         return o_BTNH.astype(q_BTNH.dtype), layer
 
-    sinks, sink_specs = ((), ()) if sinks_N is None else ((sinks_N,), (P("tensor"),))
-    in_specs = ((spec, spec, spec), layer_specs, P(BATCH), P(BATCH), *sink_specs)
-    return jax.shard_map(shard, in_specs=in_specs, out_specs=(spec, layer_specs), check_vma=False)(
-        qkv, layer, lengths_B, counts_B, *sinks
+    out_specs = spec, partition_specs(layer)
+    return jax.shard_map(shard, out_specs=out_specs, check_vma=False)(qkv, layer, lengths_B, counts_B, sinks_N)
+
+
+def attend_ring(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache, lengths_B, counts_B):
+    """(o_BTNH, lse_BTN, segment_BT) of this shard's queries to a ring, which has all keys that they may see.
+
+    `split`: the queries are sharded over `context`.
+    """
+    T = q_BTNH.shape[1]
+    offset = jax.lax.axis_index(AXIS) * T if split else 0
+    q_position_BT = lengths_B[:, None] + offset + jnp.arange(T)
+    segment_BT = (offset + jnp.arange(T) < counts_B[:, None]).astype(jnp.int32)
+    k_BKRH, v_BKRH, k_position_BR = _ring_keys(layer, (lengths_B + counts_B)[:, None], T)
+    q_segment_BT, k_segment_BR = segment_BT, (k_position_BR >= 0).astype(jnp.int32)
+    if settings.chunk is not None:
+        # Queries and keys together: the number of a chunk's segment depends on how many tokens there are.
+        pairs = (q_position_BT, k_position_BR), (q_segment_BT, k_segment_BR)
+        positions, segments = (jnp.concatenate(pair, 1) for pair in pairs)
+        q_segment_BT, k_segment_BR = jnp.split(chunk_segments(positions, segments, settings.chunk), [T], axis=1)
+    queries = SlotQueries(q_BTNH, q_position_BT[:, None], q_segment_BT[:, None])
+    o_BTNH, lse_BTN = _attend(settings, queries, SlotKeys(k_BKRH, v_BKRH, k_position_BR[:, None], k_segment_BR[:, None]))
+    return o_BTNH, lse_BTN, segment_BT
+
+
+def _ring_keys(layer: LayerCache, end_B1: jax.Array, T: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(k_BKRH, v_BKRH, position_BR) of a ring that ends before position `end`: in slot order for one query, else by position.
+
+    Positions before the first token are negative.
+    """
+    R = layer.k_BKSH.shape[2]
+    if T == 1:
+        newest_B1 = end_B1 - 1
+        behind_BR = newest_B1 % R - jnp.arange(R)
+        return layer.k_BKSH, layer.v_BKSH, newest_B1 - jnp.where(behind_BR < 0, behind_BR + R, behind_BR)
+    position_BR = end_B1 - R + jnp.arange(R)
+    order = (position_BR % R)[:, None, :, None]
+    k_BKRH, v_BKRH = (jnp.take_along_axis(x_BKRH, order, axis=2) for x_BKRH in (layer.k_BKSH, layer.v_BKSH))
+    return k_BKRH, v_BKRH, position_BR
+
+
+def attend_slots(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache, lengths_B, counts_B):
+    """(o_BTNH, lse_BTN, segment_BT) of this shard's queries to the slots of all shards; `split` as in `attend_ring`."""
+    if split:
+        q_BTNH = jax.lax.all_gather(q_BTNH, AXIS, axis=1, tiled=True)
+    T, S = q_BTNH.shape[1], layer.k_BKSH.shape[2]
+    segment_BT = (jnp.arange(T) < counts_B[:, None]).astype(jnp.int32)
+    position_BKT = (lengths_B[:, None] - layer.evicted_BK)[..., None] + jnp.arange(T)
+    end_BK1 = (lengths_B + counts_B)[:, None, None] - layer.evicted_BK[..., None]
+    queries = SlotQueries(q_BTNH, position_BKT, segment_BT[:, None])
+
+    def attend_part(first, size: int):
+        return _attend(settings, queries, _slot_keys(settings, layer, first, size, end_BK1, q_BTNH.dtype))
+
+    if layer.k_scales_BKS is None:
+        o_BTNH, lse_BTN = attend_part(0, S)
+    else:
+        o_BTNH, lse_BTN = attend_in_parts(attend_part, S, jnp.max(end_BK1), q_BTNH.shape)
+    if jax.lax.axis_size(AXIS) > 1:
+        o_BTNH, lse_BTN = _merged_over_shards(o_BTNH, lse_BTN, split)
+    return o_BTNH, lse_BTN, _own_part(segment_BT) if split else segment_BT
+
+
+def _slot_keys(settings: LayerSettings, layer: LayerCache, first, size: int, end_BK1, dtype: jnp.dtype) -> SlotKeys:
+    """The keys of this shard's slots [first, first + size), without those past its end or from slot number `end` on.
+
+    int8 numbers are dequantised to `dtype`.
+    """
+    start = jnp.minimum(first, layer.k_BKSH.shape[2] - size)
+    k_BKSH, v_BKSH, k_scales_BKS, v_scales_BKS = (
+        None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in layer[:4]
     )
+    if k_scales_BKS is not None:
+        k_BKSH, v_BKSH = dequantised(k_BKSH, k_scales_BKS, dtype), dequantised(v_BKSH, v_scales_BKS, dtype)
+    slot_S = start + jnp.arange(size)
+    number_S = slot_numbers(settings.span, slot_S)
+    segment_BKS = ((number_S < end_BK1) & (slot_S >= first)).astype(jnp.int32)
+    return SlotKeys(k_BKSH, v_BKSH, jnp.broadcast_to(number_S, segment_BKS.shape), segment_BKS)
+
+
+def attend_in_parts(attend: Callable[[jax.Array, int], Pair], S: int, end: jax.Array, shape_BTNH: tuple[int, ...]) -> Pair:
+    """(o_BTNH, lse_BTN) of `attend(first slot, number of slots)` over the slots before `end`, `QUANTISED_SLOTS` at a time."""
+    size = min(S, QUANTISED_SLOTS)
+
+    def merge(i, result):
+        return merged(result, attend(i * size, size))
+
+    nothing = jnp.zeros(shape_BTNH, jnp.float32), jnp.full(shape_BTNH[:3], -jnp.inf)
+    return jax.lax.fori_loop(0, jnp.minimum(-(-end // size), -(-S // size)), merge, nothing)
+
+
+def _own_part(x_BT: jax.Array) -> jax.Array:
+    """This shard's part of an array that every shard has."""
+    size = x_BT.shape[1] // jax.lax.axis_size(AXIS)
+    return jax.lax.dynamic_slice_in_dim(x_BT, jax.lax.axis_index(AXIS) * size, size, axis=1)
+
+
+def _merged_over_shards(o_BTNH, lse_BTN, split: bool) -> Pair:
+    """The partial results of all shards merged: on every shard, or with `split` each shard's own queries alone."""
+
+    def summed(x_BT):
+        if not split:
+            return jax.lax.psum(x_BT, AXIS)
+        return jax.lax.psum_scatter(x_BT, AXIS, scatter_dimension=1, tiled=True)
+
+    max_BTN = jax.lax.pmax(lse_BTN, AXIS)
+    weight_BTN = jnp.exp(lse_BTN - finite_or_zero(max_BTN))
+    denominator_BTN, o_BTNH = summed(weight_BTN), summed(weight_BTN[..., None] * o_BTNH.astype(jnp.float32))
+    safe_denominator_BTN, lse_BTN = log_sum_exp(_own_part(max_BTN) if split else max_BTN, denominator_BTN)
+    return o_BTNH / safe_denominator_BTN[..., None], lse_BTN
+
+
+def _attend(settings: LayerSettings, queries: SlotQueries, keys: SlotKeys) -> Pair:
+    """(o_BTNH, lse_BTN) of queries to keys whose positions may differ between heads."""
+    (B, T, N, H), (K, S) = queries.q_BTNH.shape, keys.k_BKSH.shape[1:3]
+    if T == 1:
+        return _attend_one(settings, queries, keys)
+
+    def by_head(x_BKS):  # each key/value head becomes a sequence of its own
+        return jnp.broadcast_to(x_BKS, (B, K, x_BKS.shape[2])).reshape(B * K, -1)
+
+    q_RTGH = queries.q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B * K, T, N // K, H)
+    k_RS1H, v_RS1H = (x.reshape(B * K, S, 1, H) for x in (keys.k_BKSH, keys.v_BKSH))
+    head_queries = kernels.Queries(q_RTGH, by_head(queries.position_BKT), by_head(queries.segment_B1T))
+    head_keys = kernels.Keys(k_RS1H, v_RS1H, by_head(keys.position_BKS), by_head(keys.segment_BKS))
+    o_RTGH, lse_RTG = kernels.attend(settings.kernel, settings.attention, head_queries, head_keys)
+    o_BTNH = o_RTGH.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H)
+    return o_BTNH, lse_RTG.reshape(B, K, T, N // K).swapaxes(1, 2).reshape(B, T, N)
+
+
+def _attend_one(settings: LayerSettings, queries: SlotQueries, keys: SlotKeys) -> Pair:
+    """`_attend` of one query for each request, by plain products: keys pass through memory once, in any order."""
+    (B, _, N, H), K, options = queries.q_BTNH.shape, keys.k_BKSH.shape[1], settings.attention
+    q_BKGH = queries.q_BTNH.reshape(B, K, N // K, H)
+    # This order of the einsum is the faster one on a CPU.
+    s_BKSG = jnp.einsum("BKSH,BKGH->BKSG", keys.k_BKSH, q_BKGH, preferred_element_type=jnp.float32)
+    s_BKGS, _ = soft_cap(options.scale * s_BKSG.swapaxes(2, 3), options.softcap)
+    tokens = queries.position_BKT, keys.position_BKS, queries.segment_B1T, keys.segment_BKS
+    s_BKGS = jnp.where(visible_BTS(*tokens, options.window), s_BKGS, -jnp.inf)
+    max_BKG = s_BKGS.max(-1)
+    p_BKGS = jnp.exp(s_BKGS - finite_or_zero(max_BKG)[..., None])
+    safe_denominator_BKG, lse_BKG = log_sum_exp(max_BKG, p_BKGS.sum(-1))
+    v_BKSH = keys.v_BKSH
+    o_BKGH = jnp.einsum("BKGS,BKSH->BKGH", p_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    o_B1NH = (o_BKGH / safe_denominator_BKG[..., None]).astype(queries.q_BTNH.dtype).reshape(B, 1, N, H)
+    return o_B1NH, lse_BKG.reshape(B, 1, N)

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model
+from hybrid_attn.kernels import AttentionOptions
+from hybrid_attn.model.attention import visible_tokens
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
@@ -47,23 +49,14 @@ class Cache(NamedTuple):
 class LayerSettings(NamedTuple):
     """What is static in one layer's attention to its cache. `span` is explained in `cache/attend.py`."""
 
-    layer_type: LayerType
-    scale: float
+    attention: AttentionOptions
+    chunk: int | None
     kernel: str
     span: int
 
     @property
-    def window(self) -> int | None:
-        return visible_tokens(self.layer_type)
-
-    @property
     def is_ring(self) -> bool:
-        return self.window is not None
-
-
-def visible_tokens(layer_type: LayerType) -> int | None:
-    """The most tokens that a query sees, itself included; None for all earlier tokens."""
-    return layer_type.chunk if layer_type.window is None else layer_type.window
+        return self.attention.window is not None
 
 
 def partition_specs(layer: LayerCache) -> LayerCache:

@@ -1,14 +1,14 @@
-"""Writes new keys and values to the slots of one layer's cache.
+"""Writes new keys and values to the slots of one layer's cache, as they are or as int8 numbers.
 
 Letters: B requests, T new tokens, S slots of this shard, s slots of the part that is written, K key/value heads, H head size.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.infer.cache.int8 import quantised
 from hybrid_attn.infer.cache.shapes import LayerCache, LayerSettings, slot_numbers
 from hybrid_attn.parallel.context import AXIS
 
@@ -23,9 +23,18 @@ class Write(NamedTuple):
     count: jax.Array
 
 
-def written(
-    settings: LayerSettings, layer: LayerCache, kv_BTKH: tuple[jax.Array, jax.Array], lengths_B, counts_B
-) -> LayerCache:
+def quantised(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(int8 numbers, float32 scales): the largest absolute number of a token's head is 127 times its scale."""
+    scales_BKS = jnp.abs(x_BKSH).max(-1).astype(jnp.float32) / 127
+    numbers_BKSH = x_BKSH.astype(jnp.float32) / jnp.where(scales_BKS > 0, scales_BKS, 1.0)[..., None]
+    return jnp.round(numbers_BKSH).astype(jnp.int8), scales_BKS
+
+
+def dequantised(x_BKSH: jax.Array, scales_BKS: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return (x_BKSH.astype(jnp.float32) * scales_BKS[..., None]).astype(dtype)
+
+
+def written(settings: LayerSettings, layer: LayerCache, kv_BTKH: Sequence, lengths_B, counts_B) -> LayerCache:
     """The layer with the new tokens in their slots; padding is not written."""
     k_BKTH, v_BKTH = (x_BTKH.swapaxes(1, 2) for x_BTKH in kv_BTKH)
     new = {"k_BKSH": k_BKTH, "v_BKSH": v_BKTH}
