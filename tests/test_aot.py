@@ -211,7 +211,7 @@ def main_prompt() -> None:
     from hybrid_attn import config
     from hybrid_attn.infer import cache, steps
     from hybrid_attn.model import abstract_params, execution_on
-    from hybrid_attn.model.extend import unstacked
+    from hybrid_attn.model.transformer import unstacked
     from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, make_mesh
     from hybrid_attn.plan import targets
 

@@ -18,7 +18,7 @@ from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer.cache import attend
 from hybrid_attn.infer.steps import StepConfig, extend
 from hybrid_attn.model import apply
-from hybrid_attn.model.extend import unstacked
+from hybrid_attn.model.transformer import unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 W = 5

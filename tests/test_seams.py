@@ -14,9 +14,8 @@ from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.model import abstract_params, flops, init, losses, specs
-from hybrid_attn.model.block import MIXERS, MLPS
-from hybrid_attn.model.extend import unstacked
 from hybrid_attn.model.params import linear, map_specs, vector
+from hybrid_attn.model.transformer import MIXERS, MLPS, unstacked
 from hybrid_attn.parallel.mesh import spec_of
 from hybrid_attn.train.objectives import OBJECTIVES, next_token
 from hybrid_attn.train.optim import OPTIMISERS

@@ -35,8 +35,7 @@ from hybrid_attn.evals.records import grouped, mean_of
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution
-from hybrid_attn.model.extend import layer_by_layer, unstacked
-from hybrid_attn.model.transformer import in_packed
+from hybrid_attn.model.transformer import in_packed, layer_by_layer, unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, put
 
 BEGIN = 10  # tokens; the weights by position leave them out

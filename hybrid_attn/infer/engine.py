@@ -35,7 +35,7 @@ from hybrid_attn.infer.requests import (
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.steps import SLICE, DecodeSlice, DecodeState, StepConfig, decode, prefill, score
 from hybrid_attn.model import Execution, execution_on
-from hybrid_attn.model.extend import unstacked
+from hybrid_attn.model.transformer import unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, put
 
 DEFAULT_CHUNK = 2048

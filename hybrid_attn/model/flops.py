@@ -10,9 +10,8 @@ import jax
 
 from hybrid_attn.config import Model
 from hybrid_attn.model.attention import visible_tokens
-from hybrid_attn.model.block import MIXERS
 from hybrid_attn.model.params import leaves_of
-from hybrid_attn.model.transformer import abstract_params, layer_specs
+from hybrid_attn.model.transformer import MIXERS, abstract_params, layer_specs
 
 TRAIN = 3  # forward passes that a training step costs: one forward, and twice that backward
 
