@@ -11,7 +11,7 @@ from conftest import assert_close, biggest_array, layout, temporary_bytes
 
 from hybrid_attn import kernels
 from hybrid_attn.kernels import AttentionOptions, Keys, Queries, blocked, reference
-from hybrid_attn.kernels.intervals import intervals
+from hybrid_attn.kernels.interface import intervals
 
 S, N, K, H, SCALE = 23, 6, 2, 8, 0.41  # S is no multiple of a block of 4 queries or a tile of 5 keys; three queries a key
 CASES = [(None, None), (6, 1.5), (1, None), (9, None), (40, None)]  # window and softcap; a window of 9 takes two tiles

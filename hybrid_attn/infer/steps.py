@@ -14,10 +14,10 @@ from hybrid_attn.config import Model
 from hybrid_attn.infer.cache.attend import attend as attend_in_cache
 from hybrid_attn.infer.cache.shapes import Cache, LayerCache, LayerSettings
 from hybrid_attn.infer.sampling import Sampling, sample
-from hybrid_attn.model import Execution, logits, unembedding
+from hybrid_attn.model import Execution, logits
 from hybrid_attn.model.attention import Attend, attention_options
 from hybrid_attn.model.loss import token_losses
-from hybrid_attn.model.transformer import layer_by_layer
+from hybrid_attn.model.transformer import layer_by_layer, unembedding
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, spec_of
 
 SLICE = 32  # the most tokens of a request that are decoded before the host looks at them

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries, padded
-from hybrid_attn.kernels.intervals import intervals
+from hybrid_attn.kernels.interface import LAST, AttentionOptions, Keys, Pair, Queries, intervals, padded
 from hybrid_attn.kernels.softmax import OnlineSoftmax, finite_or_zero, gradient_shift, soft_cap
 
 # Measured on two hyper-threads of one core with 2 MiB of L2, 2 to 8 heads of 32 and 64: smaller tiles lose to the cost of
@@ -134,7 +133,7 @@ def _tile_range(bounds_BQ: Pair, C: int) -> Pair:
     """The first key that a block of queries needs, and how many tiles there are from there on."""
     first_BQ, end_BQ = bounds_BQ
     sees_key_BQ = first_BQ < end_BQ
-    start = jnp.min(jnp.where(sees_key_BQ, first_BQ, jnp.iinfo(jnp.int32).max))
+    start = jnp.min(jnp.where(sees_key_BQ, first_BQ, LAST))
     end = jnp.max(jnp.where(sees_key_BQ, end_BQ, 0))
     return start, jnp.maximum(0, end - start + C - 1) // C
 

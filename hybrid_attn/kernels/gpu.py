@@ -15,8 +15,7 @@ Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries, padded
-from hybrid_attn.kernels.intervals import intervals
+from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries, intervals, padded
 from hybrid_attn.kernels.softmax import gradient_shift
 
 TOKAMAX = ("mosaic_gpu", "triton")  # the first that supports the device and the dtype

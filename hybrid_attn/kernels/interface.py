@@ -1,4 +1,4 @@
-"""The interface of a kernel: a forward and a backward function, and what passes between them.
+"""The interface of a kernel: a forward and a backward function, what passes between them, and the mask as intervals of keys.
 
 Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads, H head size.
 """
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 OUTPUTS = "attention outputs"
+LAST = jnp.iinfo(jnp.int32).max
 Pair = tuple[jax.Array, jax.Array]
 
 
@@ -83,3 +84,38 @@ def name_outputs(*outputs: jax.Array) -> tuple[jax.Array, ...]:
 def padded(x_BT: jax.Array, size: int) -> jax.Array:
     """[B, T, ...] padded with zeros along axis 1 to a multiple of `size`."""
     return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % size)] + [(0, 0)] * (x_BT.ndim - 2))
+
+
+def intervals(window: int | None, queries: Queries, keys: Keys) -> Pair:
+    """(first_BT, end_BT) int32: query t sees keys first <= s < end; first == end for a query that sees nothing.
+
+    Keys come in reading order: segments never decrease along the sequence and positions increase within a segment, and padding
+    lies anywhere but between the keys of a segment. What a query sees is then contiguous, and two binary searches find it.
+    """
+    (_, q_pos_BT, q_seg_BT), (_, _, k_pos_BS, k_seg_BS) = queries, keys
+    seg_BS = jax.lax.cummax(k_seg_BS, axis=1)
+    pos_BS = jnp.where(k_seg_BS > 0, k_pos_BS, LAST)
+    oldest_BT = jnp.zeros_like(q_pos_BT) if window is None else q_pos_BT - window + 1
+    first_BT = _count_before(seg_BS, pos_BS, q_seg_BT, oldest_BT)
+    end_BT = _count_before(seg_BS, pos_BS, q_seg_BT, q_pos_BT + 1)
+    padding_BT = q_seg_BT == 0
+    return jnp.where(padding_BT, 0, first_BT), jnp.where(padding_BT, 0, jnp.maximum(first_BT, end_BT))
+
+
+def _count_before(seg_BS, pos_BS, q_seg_BT, q_pos_BT) -> jax.Array:
+    """How many keys come before (q_seg, q_pos) in the order of (segment, position)."""
+    S = seg_BS.shape[1]
+    take = jax.vmap(lambda keys_S, index_T: keys_S[index_T])
+
+    def halve(_, bounds):
+        low_BT, high_BT = bounds
+        middle_BT = (low_BT + high_BT) // 2
+        index_BT = jnp.minimum(middle_BT, S - 1)
+        seg_BT, pos_BT = take(seg_BS, index_BT), take(pos_BS, index_BT)
+        before_BT = (seg_BT < q_seg_BT) | ((seg_BT == q_seg_BT) & (pos_BT < q_pos_BT))
+        open_BT = low_BT < high_BT
+        low_BT = jnp.where(open_BT & before_BT, middle_BT + 1, low_BT)
+        return low_BT, jnp.where(open_BT & ~before_BT, middle_BT, high_BT)
+
+    start_BT = jnp.zeros_like(q_pos_BT)
+    return jax.lax.fori_loop(0, S.bit_length(), halve, (start_BT, start_BT + S))[0]

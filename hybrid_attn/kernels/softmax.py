@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+LOWEST = jnp.finfo(jnp.float32).min  # finite, so that a query without keys gives exp(-inf) = 0 and not NaN
+
 
 class OnlineSoftmax(NamedTuple):
     """The state of a softmax after some of its keys, for each query: algorithm 1 of "FlashAttention" (arXiv 2205.14135).
@@ -23,8 +25,7 @@ class OnlineSoftmax(NamedTuple):
     @classmethod
     def start(cls, q_BKMH: jax.Array) -> "OnlineSoftmax":
         zero_BKM = jnp.zeros_like(q_BKMH[..., 0], jnp.float32)
-        lowest = jnp.finfo(jnp.float32).min  # finite, so that a query without keys gives exp(-inf) = 0 and not NaN
-        return cls(zero_BKM + lowest, zero_BKM, jnp.zeros_like(q_BKMH, jnp.float32))
+        return cls(zero_BKM + LOWEST, zero_BKM, jnp.zeros_like(q_BKMH, jnp.float32))
 
     def add(self, s_BKMC: jax.Array, v_BKCH: jax.Array) -> "OnlineSoftmax":
         """The state after another tile of keys, of scores `s_BKMC`."""

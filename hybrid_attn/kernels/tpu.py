@@ -25,14 +25,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries, padded
+from hybrid_attn.kernels.interface import LAST, AttentionOptions, Keys, Pair, Queries, padded
 from hybrid_attn.kernels.softmax import gradient_shift
 
 BLOCK = 512  # queries of a block and keys of a tile: scores of 512 x 512 in float32 are 1 MiB of the 16 MiB of VMEM
 MOST_BLOCK = 1024
 TABLE_BYTES = 2**19  # half of the scalar memory of a core, which holds the tables
 LANES = 128
-LAST = jnp.iinfo(jnp.int32).max
 INTERPRET = False  # tests run the kernels on CPU
 
 

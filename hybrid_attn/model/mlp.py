@@ -80,11 +80,11 @@ def in_chunks(mlp: ChunkedMLP, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_chunks(mlp: ChunkedMLP, x_IcD, w_gate, w_up, w_down):
-    return _forward(mlp, x_IcD, w_gate, w_up, w_down)[0]
+    return jax.lax.map(lambda x_cD: mlp(x_cD, w_gate, w_up, w_down), x_IcD)
 
 
-def _forward(mlp: ChunkedMLP, x_IcD, w_gate, w_up, w_down):
-    return jax.lax.map(lambda x_cD: mlp(x_cD, w_gate, w_up, w_down), x_IcD), (x_IcD, w_gate, w_up, w_down)
+def _forward(mlp: ChunkedMLP, *arrays):
+    return _in_chunks(mlp, *arrays), arrays
 
 
 def _backward(mlp: ChunkedMLP, residuals, dy_IcD):

@@ -5,7 +5,7 @@ decay, precision in inference, FLOPs) reads its `ParamSpec`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -60,14 +60,9 @@ class Dot(Protocol):
     """
 
     def __call__(
-        self,
-        x: jax.Array,
-        weight: jax.Array,
-        dimension_numbers: tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]],
-        *,
-        preferred_element_type: jnp.dtype | None = None,
-        out_sharding: P | None = None,
-    ) -> jax.Array: ...
+        self, x: jax.Array, weight: jax.Array, dimension_numbers: jax.lax.DotDimensionNumbers, *,
+        preferred_element_type: jnp.dtype | None = None, out_sharding: P | None = None,
+    ) -> jax.Array: ...  # fmt: skip
 
 
 class Weight(nnx.Param):
