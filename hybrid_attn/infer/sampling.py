@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.parallel.mesh import spec_of
+from hybrid_attn.trees import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +29,14 @@ class Sampling:
     def __post_init__(self):
         filters = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
         used = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be finite and at least 0, which takes the most likely token")
-        if self.temperature == 0 and used:
-            raise ValueError(f"{used} changes nothing at temperature=0; use temperature=1, or leave it out")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1 token; leave it out to sample from all")
+        finite = 0 <= self.temperature < float("inf")
+        check(finite, f"temperature={self.temperature} must be finite and at least 0, which takes the most likely token")
+        check(self.temperature > 0 or not used, f"{used} changes nothing at temperature=0; use temperature=1, or leave it out")
+        enough = self.top_k is None or self.top_k >= 1
+        check(enough, f"top_k={self.top_k} must be at least 1 token; leave it out to sample from all")
         for name in ("top_p", "min_p"):
-            if filters[name] is not None and not 0 < filters[name] <= 1:
-                raise ValueError(f"{name}={filters[name]} must be above 0 and at most 1; leave it out to sample from all")
+            is_share = filters[name] is None or 0 < filters[name] <= 1
+            check(is_share, f"{name}={filters[name]} must be above 0 and at most 1; leave it out to sample from all")
 
 
 GREEDY = Sampling()

@@ -23,9 +23,10 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model, score_scale
 from hybrid_attn.infer.cache.shapes import Cache, LayerCache, Runner, partition_specs, power_of_two, run_directly
-from hybrid_attn.kernels.softmax import add_scores, finite_or_zero, log_sum_exp, soft_cap
+from hybrid_attn.kernels.softmax import LOWEST, add_scores, finite_or_zero, log_sum_exp, soft_cap
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, spec_of
+from hybrid_attn.trees import check
 
 VOTING = ("snapkv", "pyramid", "adakv")
 METHODS = (*VOTING, "streaming", "random")
@@ -57,22 +58,16 @@ class Compression:
     def __post_init__(self):
         for name, choices in (("method", METHODS), ("pooling", POOLING)):
             value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-        if self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1 token")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} has no middle; use an odd number, as {max(1, self.kernel + 1)}")
-        if self.sinks < 0:
-            raise ValueError(f"sinks={self.sinks} must not be negative")
-        if self.beta < 1:
-            raise ValueError(f"beta={self.beta} must be at least 1, which gives every layer the same")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor={self.floor} must be a share from 0 to 1")
+            check(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        check(self.window >= 1, f"window={self.window} must be at least 1 token")
+        has_middle = self.kernel >= 1 and self.kernel % 2 == 1
+        check(has_middle, f"kernel={self.kernel} has no middle; use an odd number, as {max(1, self.kernel + 1)}")
+        check(self.sinks >= 0, f"sinks={self.sinks} must not be negative")
+        check(self.beta >= 1, f"beta={self.beta} must be at least 1, which gives every layer the same")
+        check(0 <= self.floor <= 1, f"floor={self.floor} must be a share from 0 to 1")
         name = "sinks" if self.method == "streaming" else "window"
-        always_kept = getattr(self, name)
-        if self.cap <= always_kept:
-            raise ValueError(f"cap={self.cap} slots leave none beside {name}={always_kept}; use a cap above {always_kept}")
+        kept = getattr(self, name)
+        check(self.cap > kept, f"cap={self.cap} slots leave none beside {name}={kept}; use a cap above {kept}")
 
 
 class Scoring(NamedTuple):
@@ -178,8 +173,7 @@ def _log_sum_exp(block_scores: Callable, blocks: jax.Array, size: int, zero_BKGW
         s_BKGWC = jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf)
         return add_scores(*carry, s_BKGWC)[:2]
 
-    lowest = jnp.finfo(jnp.float32).min  # finite: a query before the request's start gives exp(-inf) = 0 and not NaN
-    return log_sum_exp(*jax.lax.fori_loop(0, blocks, add, (zero_BKGW + lowest, zero_BKGW)))[1]
+    return log_sum_exp(*jax.lax.fori_loop(0, blocks, add, (zero_BKGW + LOWEST, zero_BKGW)))[1]
 
 
 def _by_kv_head(q_BWNH: jax.Array, K: int) -> jax.Array:
