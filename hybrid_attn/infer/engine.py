@@ -21,7 +21,6 @@ from hybrid_attn.config import CheckpointConfig
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer.cache import Cache
 from hybrid_attn.infer.requests import Call, GenerateOptions, Limits, OnTokens, batches, check_finite, common_prefix
-from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.steps import SLICE, DecodeSlice, DecodeState, StepConfig, decode, prefill, score
 from hybrid_attn.model import Execution, execution_on
 from hybrid_attn.model.transformer import unstacked
@@ -297,8 +296,10 @@ class Engine:
         while number < call.max_new_tokens and not done_B.all():
             steps = 1 if number == 0 else min(SLICE, call.max_new_tokens - number)
             part = DecodeSlice(self._put(done_B, P(BATCH)), seeds_B, stop_tokens, np.int32(number), np.int32(steps))
-            state, new = self._decode_slice(batch.config, call.options.sampling, state, part)
-            new_tokens_BT, new_logprobs_BT, counts_B, done_B = new
+            with self._timed("decode_s"):
+                state, new = self._execute(decode, (batch.config, call.options.sampling), self.weights, state, part)
+                new_tokens_BT, new_logprobs_BT, counts_B, done_B = (np.array(x) for x in jax.device_get(new))
+            self.timing.first_token_s = self.timing.first_token_s or self.timing.prefill_s + self.timing.decode_s
             for b, index in enumerate(indices):
                 ids, new_logprobs = new_tokens_BT[b, : counts_B[b]].tolist(), new_logprobs_BT[b, : counts_B[b]]
                 check_finite(index, number, new_logprobs)
@@ -309,15 +310,6 @@ class Engine:
             number += steps
         self.timing.new_tokens += sum(map(len, tokens))
         return [Generated(np.int32(a), np.float32(b)) for a, b in zip(tokens, logprobs, strict=True)]
-
-    def _decode_slice(self, config: StepConfig, sampling: Sampling, state: DecodeState, part: DecodeSlice):
-        """(state, host arrays of the new tokens, their log-probabilities, their counts, and the done requests)."""
-        with self._timed("decode_s"):
-            state, new = self._execute(decode, (config, sampling), self.weights, state, part)
-            new = [np.array(x) for x in jax.device_get(new)]
-        if not self.timing.first_token_s:
-            self.timing.first_token_s = self.timing.prefill_s + self.timing.decode_s
-        return state, new
 
     def _logprobs(self, sequences: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
         """Log-probabilities of each sequence's tokens from its start on."""

@@ -48,12 +48,16 @@ def sample(logits_BV: jax.Array, sampling: Sampling, seeds_B: jax.Array, numbers
     `seeds_B` are uint32; `numbers_B` int32 number the tokens of a completion. The noise follows from a request's seed and
     number alone, so that a completion does not depend on its batch.
     """
+
+    def gumbel(seed, number):  # the argmax of logits + noise is each token with the token's probability
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), number), logits_BV.shape[1:])
+
     batch_axes = spec_of(logits_BV)[0]
     logits_BV = jax.reshard(logits_BV.astype(jnp.float32), P(batch_axes, None))
     noisy_BV = logits_BV
     if sampling.temperature > 0:
         seeds_B, numbers_B = jax.reshard((seeds_B, numbers_B), P(batch_axes))
-        noisy_BV = filtered(logits_BV, sampling) + _noise(seeds_B, numbers_B, logits_BV.shape[1])
+        noisy_BV = filtered(logits_BV, sampling) + jax.vmap(gumbel)(seeds_B, numbers_B)
     tokens_B = jnp.argmax(noisy_BV, -1).astype(jnp.int32)
     chosen_BV = jnp.arange(logits_BV.shape[1]) == tokens_B[:, None]  # a gather would lose the sharding of a batch of 1
     return tokens_B, jnp.where(chosen_BV, logits_BV, 0).sum(-1) - jax.nn.logsumexp(logits_BV, -1)
@@ -77,12 +81,3 @@ def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 def _at_least(logits_BV: jax.Array, least_B1: jax.Array) -> jax.Array:
     return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-
-
-def _noise(seeds_B: jax.Array, numbers_B: jax.Array, vocab_size: int) -> jax.Array:
-    """Gumbel noise [B, V]: the argmax of logits + noise is each token with the token's probability."""
-
-    def of_request(seed, number):
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), number), (vocab_size,))
-
-    return jax.vmap(of_request)(seeds_B, numbers_B)

@@ -153,18 +153,18 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
 
 def _weights(model: Model, rngs: nnx.Rngs) -> dict:
     """Every `Weight` of the model, as a nested dict whose paths are their names."""
+
+    def of_layers(letters: str, rngs: nnx.Rngs) -> dict:
+        return {name: weights_of(Block(model, letter, rngs=rngs)) for name, letter in layer_names(letters)}
+
     weights = {"embed": embedding(rngs, model.vocab_size, model.d_model, model.init_std)}
     for group, letters, repetitions in model.groups:
-        make = functools.partial(_weights_of_layers, model, letters)
+        make = functools.partial(of_layers, letters)
         weights[group] = jax.vmap(make)(rngs.split(repetitions)) if group == "periods" else make(rngs)
     weights["final_norm"] = weights_of(residual_norm(model))
     if not model.tie_embeddings:
         weights["unembed"] = embedding(rngs, model.vocab_size, model.d_model, model.init_std)
     return weights
-
-
-def _weights_of_layers(model: Model, letters: str, rngs: nnx.Rngs) -> dict:
-    return {name: weights_of(Block(model, letter, rngs=rngs)) for name, letter in layer_names(letters)}
 
 
 def layer_names(letters: str) -> list[tuple[str, str]]:

@@ -9,7 +9,8 @@ Letters: B requests, T new tokens, S slots of this shard, R slots of a ring, s s
 K key/value heads, G = N/K, H head size.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -70,52 +71,45 @@ def attend(
     return jax.shard_map(shard, out_specs=out_specs, check_vma=False)(qkv, layer, lengths_B, counts_B, sinks_N)
 
 
-class Write(NamedTuple):
-    """The new tokens of one request, in the `group`-th of `groups` groups of heads: `count` slots from number `first` on."""
-
-    request: jax.Array
-    group: jax.Array
-    groups: int
-    first: jax.Array
-    count: jax.Array
-
-
 def written(settings: LayerSettings, layer: LayerCache, kv_BTKH: Sequence, lengths_B, counts_B) -> LayerCache:
     """The layer with the new tokens in their slots; padding is not written."""
     k_BKTH, v_BKTH = (x_BTKH.swapaxes(1, 2) for x_BTKH in kv_BTKH)
-    new = {"k_BKSH": k_BKTH, "v_BKSH": v_BKTH}
+    new = LayerCache(k_BKTH, v_BKTH, None, None, None)
     if layer.k_scales_BKS is not None:
-        new["k_BKSH"], new["k_scales_BKS"] = quantised(k_BKTH)
-        new["v_BKSH"], new["v_scales_BKS"] = quantised(v_BKTH)
+        (k_BKTH, k_scales_BKT), (v_BKTH, v_scales_BKT) = quantised(k_BKTH), quantised(v_BKTH)
+        new = LayerCache(k_BKTH, v_BKTH, k_scales_BKT, v_scales_BKT, None)
     first_BK = lengths_B[:, None] - (0 if settings.is_ring else layer.evicted_BK)
     groups = first_BK.shape[1]  # heads of a group start at the same slot
     requests = jnp.max(jnp.where(counts_B > 0, jnp.arange(1, len(counts_B) + 1), 0))
 
     # A loop with dynamic bounds: XLA would fuse any other write with the reads that follow, and then copy the whole cache.
-    def write(i, arrays):
+    def write(i, arrays: LayerCache) -> LayerCache:
         b, g = i // groups, i % groups
-        where = Write(b, g, groups, first_BK[b, g], counts_B[b])
-        return {name: _write(settings, x, new[name], where) for name, x in arrays.items()}
+        head = g * (k_BKTH.shape[1] // groups)
+        write_array = functools.partial(_write, settings, (b, head), groups, first_BK[b, g], counts_B[b])
+        return jax.tree.map(write_array, arrays, new)
 
-    arrays = {name: getattr(layer, name) for name in new}
-    return layer._replace(**jax.lax.fori_loop(0, requests * groups, write, arrays))
+    arrays = jax.lax.fori_loop(0, requests * groups, write, layer._replace(evicted_BK=None))
+    return arrays._replace(evicted_BK=layer.evicted_BK)
 
 
-def _write(settings: LayerSettings, x_BKS: jax.Array, new_BKT: jax.Array, where: Write) -> jax.Array:
-    """`x_BKS`, [B, K, S] or [B, K, S, H], with one request's new tokens. Only slots where they can lie are read and written."""
+def _write(settings: LayerSettings, at: Pair, groups: int, first, count, x_BKS: jax.Array, new_BKT: jax.Array) -> jax.Array:
+    """[B, K, S] or [B, K, S, H] with the `count` new tokens of one request in a group of heads, which begins `at` (b, k).
+
+    Their slot numbers begin with `first`. Only slots where they can lie are read and written.
+    """
     (K, S), T, tail = x_BKS.shape[1:3], new_BKT.shape[2], x_BKS.shape[3:]
-    at, size = _written_part(settings, where.first, S, T)
-    at = jnp.clip(at, 0, S - size)
-    slot_s = at + jnp.arange(size)
-    token_s = (slot_s - where.first) % S if settings.is_ring else slot_numbers(settings.span, slot_s) - where.first
-    is_new_s = (token_s >= 0) & (token_s < where.count)
-    heads, zeros = K // where.groups, (0,) * len(tail)
-    start = (where.request, where.group * heads, at, *zeros)
-    own_1KT = jax.lax.dynamic_slice(new_BKT, (*start[:2], 0, *zeros), (1, heads, T, *tail)).astype(x_BKS.dtype)
+    slot, size = _written_part(settings, first, S, T)
+    slot = jnp.clip(slot, 0, S - size)
+    slot_s = slot + jnp.arange(size)
+    token_s = (slot_s - first) % S if settings.is_ring else slot_numbers(settings.span, slot_s) - first
+    is_new_s = (token_s >= 0) & (token_s < count)
+    heads, zeros = K // groups, (0,) * len(tail)
+    own_1KT = jax.lax.dynamic_slice(new_BKT, (*at, 0, *zeros), (1, heads, T, *tail)).astype(x_BKS.dtype)
     new_1Ks = jnp.take(own_1KT, jnp.clip(token_s, 0, T - 1), axis=2)
-    old_1Ks = jax.lax.dynamic_slice(x_BKS, start, (1, heads, size, *tail))
+    old_1Ks = jax.lax.dynamic_slice(x_BKS, (*at, slot, *zeros), (1, heads, size, *tail))
     is_new = is_new_s.reshape(1, 1, -1, *(1 for _ in tail))
-    return jax.lax.dynamic_update_slice(x_BKS, jnp.where(is_new, new_1Ks, old_1Ks), start)
+    return jax.lax.dynamic_update_slice(x_BKS, jnp.where(is_new, new_1Ks, old_1Ks), (*at, slot, *zeros))
 
 
 def _written_part(settings: LayerSettings, first: jax.Array, S: int, T: int) -> tuple[jax.Array | int, int]:
@@ -191,7 +185,10 @@ def attend_slots(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache
     if layer.k_scales_BKS is None:
         o_BTNH, lse_BTN = attend_part(0, S)
     else:
-        o_BTNH, lse_BTN = attend_in_parts(attend_part, S, jnp.max(end_BK1), q_BTNH.shape)
+        size = min(S, QUANTISED_SLOTS)
+        parts = jnp.minimum(-(-jnp.max(end_BK1) // size), -(-S // size))
+        nothing = jnp.zeros(q_BTNH.shape, jnp.float32), jnp.full(q_BTNH.shape[:3], -jnp.inf)
+        o_BTNH, lse_BTN = jax.lax.fori_loop(0, parts, lambda i, result: merged(result, attend_part(i * size, size)), nothing)
     if jax.lax.axis_size(AXIS) > 1:
         o_BTNH, lse_BTN = _merged_over_shards(o_BTNH, lse_BTN, split)
     return o_BTNH, lse_BTN, _own_part(segment_BT) if split else segment_BT
@@ -212,17 +209,6 @@ def _slot_keys(settings: LayerSettings, layer: LayerCache, first, size: int, end
     number_S = slot_numbers(settings.span, slot_S)
     segment_BKS = ((number_S < end_BK1) & (slot_S >= first)).astype(jnp.int32)
     return SlotKeys(k_BKSH, v_BKSH, jnp.broadcast_to(number_S, segment_BKS.shape), segment_BKS)
-
-
-def attend_in_parts(attend: Callable[[jax.Array, int], Pair], S: int, end: jax.Array, shape_BTNH: tuple[int, ...]) -> Pair:
-    """(o_BTNH, lse_BTN) of `attend(first slot, number of slots)` over the slots before `end`, `QUANTISED_SLOTS` at a time."""
-    size = min(S, QUANTISED_SLOTS)
-
-    def merge(i, result):
-        return merged(result, attend(i * size, size))
-
-    nothing = jnp.zeros(shape_BTNH, jnp.float32), jnp.full(shape_BTNH[:3], -jnp.inf)
-    return jax.lax.fori_loop(0, jnp.minimum(-(-end // size), -(-S // size)), merge, nothing)
 
 
 def _own_part(x_BT: jax.Array) -> jax.Array:

@@ -137,17 +137,21 @@ def votes(compression: Compression, q_BWNH, k_BKSH, lengths_B, scoring: Scoring)
     def block_scores(i):  # the last block is moved back to end with the cache
         return _block_scores(scoring, q_BKGWH, k_BKSH, position_BW, jnp.minimum(i * size, S - size))
 
+    def add_block(i, sums):  # without the slots of the last block that an earlier one had
+        at, s_BKGWC = block_scores(i)
+        return add_scores(*sums, jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf))[:2]
+
     zero_BKGW = jnp.zeros_like(q_BKGWH[..., 0], jnp.float32)
-    lse_BKGW = _log_sum_exp(block_scores, blocks, size, zero_BKGW)
+    _, lse_BKGW = log_sum_exp(*jax.lax.fori_loop(0, blocks, add_block, (zero_BKGW + LOWEST, zero_BKGW)))
     if scoring.sinks_N is not None:
         lse_BKGW = jnp.logaddexp(lse_BKGW, scoring.sinks_N.astype(jnp.float32).reshape(K, N // K, 1))
     shift_BKGW = finite_or_zero(lse_BKGW)
 
-    def add(i, votes_BKGS):
+    def add_votes(i, votes_BKGS):
         at, s_BKGWC = block_scores(i)
         return jax.lax.dynamic_update_slice_in_dim(votes_BKGS, jnp.exp(s_BKGWC - shift_BKGW[..., None]).sum(-2), at, 3)
 
-    votes_BKGS = jax.lax.fori_loop(0, blocks, add, jnp.broadcast_to(zero_BKGW[..., :1], (B, K, N // K, S)))
+    votes_BKGS = jax.lax.fori_loop(0, blocks, add_votes, jnp.broadcast_to(zero_BKGW[..., :1], (B, K, N // K, S)))
     prefix_BS = jnp.arange(S) < lengths_B[:, None] - W
     return pooled(compression, jnp.where(prefix_BS[:, None, None], votes_BKGS, 0.0)).mean(2)
 
@@ -163,17 +167,6 @@ def _block_scores(scoring: Scoring, q_BKGWH, k_BKSH, position_BW, at: jax.Array)
     s_BKGWC, _ = soft_cap(s_BKGWC, scoring.softcap)
     visible_BWC = at + jnp.arange(size) <= position_BW[..., None]
     return at, jnp.where(visible_BWC[:, None, None], s_BKGWC, -jnp.inf)
-
-
-def _log_sum_exp(block_scores: Callable, blocks: jax.Array, size: int, zero_BKGW: jax.Array) -> jax.Array:
-    """The log-sum-exp of every query's scores, block by block; slots of the last block that an earlier one had are left out."""
-
-    def add(i, carry):
-        at, s_BKGWC = block_scores(i)
-        s_BKGWC = jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf)
-        return add_scores(*carry, s_BKGWC)[:2]
-
-    return log_sum_exp(*jax.lax.fori_loop(0, blocks, add, (zero_BKGW + LOWEST, zero_BKGW)))[1]
 
 
 def _by_kv_head(q_BWNH: jax.Array, K: int) -> jax.Array:
