@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import CheckpointConfig
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer.cache import Cache
-from hybrid_attn.infer.requests import Call, GenerateOptions, Limits, OnTokens, batches, check_finite, common_prefix
+from hybrid_attn.infer.requests import Call, GenerateOptions, Limits, OnTokens, Request, batches, check_finite, common_prefix
 from hybrid_attn.infer.steps import SLICE, DecodeSlice, DecodeState, StepConfig, decode, prefill, score
 from hybrid_attn.model import Execution, execution_on
 from hybrid_attn.model.transformer import unstacked
@@ -91,13 +91,6 @@ class Sizes(NamedTuple):
     capacity: int
 
 
-class Prefix(NamedTuple):
-    """The tokens that all prompts begin with, and their cache (None where they are not worth a chunk)."""
-
-    length: int
-    cache: Cache | None
-
-
 class Batch(NamedTuple):
     """Requests that have been read, by their numbers, and the state from which they are decoded."""
 
@@ -151,10 +144,7 @@ class Engine:
         return [results[i] for i in range(len(call.requests))]
 
     def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Log-probability of each token of each continuation after its prompt, float32. All logits never exist at once.
-
-        FloatingPointError where one is not finite.
-        """
+        """Log-probability, float32, of each token of each continuation after its prompt; FloatingPointError if not finite."""
         number, wanted = len(continuations), len(prompts)
         check(number == wanted, f"{number} continuations do not match {wanted} prompts; use one for each prompt")
         checked = self._limits.checked(prompts, 0)
@@ -192,39 +182,40 @@ class Engine:
             return self._sizes(longest + call.room, longest, max(window, 1))
 
         sizes = sizes_for(max(map(len, prompts)))
-        prefix = self._shared_prefix(prompts, window, sizes)
+        prefix, prefix_cache = self._shared_prefix(prompts, window, sizes)
         for indices in batches(prompts, self.batch_size):
-            if prefix.cache is None:
+            if prefix_cache is None:
                 sizes = sizes_for(len(prompts[indices[0]]))
             with self._timed("prefill_s"):
-                state = self._prefilled(call, indices, sizes, prefix)
+                state = self._prefilled([call.requests[i] for i in indices], call, sizes, prefix, prefix_cache)
                 # Rings for one token at a time.
                 cache = caches.resized(self.model, state.cache, sizes.capacity, 1, self._execute)
                 state = DecodeState(jax.block_until_ready(cache), state.last_BD)
             self.timing.cache_bytes = max(self.timing.cache_bytes, caches.num_bytes(state.cache))
             yield Batch(indices, sizes.config, state)
 
-    def _shared_prefix(self, prompts: list[np.ndarray], window: int, sizes: Sizes) -> Prefix:
-        """What all prompts share before their last `window` tokens, if that is at least a chunk."""
+    def _shared_prefix(self, prompts: list[np.ndarray], window: int, sizes: Sizes) -> tuple[int, Cache | None]:
+        """How many tokens all prompts share before their last `window`, and their cache; 0 and None if less than a chunk."""
         length = common_prefix(prompts) - window
         if len(prompts) == 1 or length < sizes.chunk:
-            return Prefix(0, None)
+            return 0, None
         batch_size = self._padded(1)
         with self._timed("prefill_s"):
             state = self._new_state(batch_size, sizes)
             state, _ = self._prefill(sizes, state, [prompts[0][:length]] * batch_size)
-        return Prefix(length, state.cache)
+        return length, state.cache
 
-    def _prefilled(self, call: Call, indices: list[int], sizes: Sizes, prefix: Prefix) -> DecodeState:
-        """The state after the prompts and questions of `indices`."""
-        batch_size = self._padded(len(indices))
-        if prefix.cache is None:
+    def _prefilled(
+        self, requests: list[Request], call: Call, sizes: Sizes, prefix: int, prefix_cache: Cache | None
+    ) -> DecodeState:
+        """The state after prompts and questions, of which the first `prefix` tokens are read."""
+        batch_size = self._padded(len(requests))
+        if prefix_cache is None:
             state = self._new_state(batch_size, sizes)
         else:
-            cache = self._execute(caches.repeated, (batch_size // self._padded(1),), prefix.cache)
+            cache = self._execute(caches.repeated, (batch_size // self._padded(1),), prefix_cache)
             state = DecodeState(cache, self._zeros(batch_size))
-        requests = [call.requests[i] for i in indices]
-        unread = [request.prompt[prefix.length :] for request in requests]
+        unread = [request.prompt[prefix:] for request in requests]
         if call.options.compression is None:
             return self._prefill(sizes, state, unread)[0]
         state = self._compressed(call, sizes, state, unread)

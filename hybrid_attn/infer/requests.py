@@ -25,7 +25,7 @@ def _check_range(name: str, values: Sequence[int], end: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """What the requests of a call have in common: sampling, the tokens that end a completion, compression of their caches."""
+    """What the requests of a call have in common; `stop_tokens` end a completion."""
 
     sampling: Sampling = GREEDY
     stop_tokens: Sequence[int] = ()
@@ -124,12 +124,9 @@ def check_finite(index: int, first: int, logprobs: np.ndarray) -> None:
 
 def common_prefix(prompts: list[np.ndarray]) -> int:
     """How many tokens all prompts begin with; less than the shortest prompt."""
-    shortest, *others = sorted(prompts, key=len)
-    length = len(shortest) - 1
-    for other in others:
-        differing = np.flatnonzero(shortest[:length] != other[:length])
-        length = int(differing[0]) if len(differing) else length
-    return length
+    length = min(map(len, prompts)) - 1
+    same_T = np.all([prompt[:length] == prompts[0][:length] for prompt in prompts], axis=0)
+    return length if same_T.all() else int(np.argmin(same_T))
 
 
 def batches(sequences: list[np.ndarray], batch_size: int) -> list[list[int]]:

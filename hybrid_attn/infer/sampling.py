@@ -45,8 +45,7 @@ GREEDY = Sampling()
 def sample(logits_BV: jax.Array, sampling: Sampling, seeds_B: jax.Array, numbers_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tokens int32 [B], and their log-probabilities float32 [B] under the unfiltered logits.
 
-    `seeds_B` are uint32; `numbers_B` int32 number the tokens of a completion. The noise follows from a request's seed and
-    number alone, so that a completion does not depend on its batch.
+    The noise follows from a request's uint32 seed and the int32 number of the token alone: not from the batch.
     """
 
     def gumbel(seed, number):  # the argmax of logits + noise is each token with the token's probability

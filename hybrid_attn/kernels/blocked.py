@@ -37,11 +37,7 @@ class QueryBlock(NamedTuple):
 
 
 def forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
-    """(o_BTNH, lse_BTN float32).
-
-    Keys are in reading order (see `intervals`). Queries may be in any order, but only neighbours that see the same keys share
-    work.
-    """
+    """(o_BTNH, lse_BTN float32). Queries may be in any order, but only neighbours that see the same keys share work."""
     (T, N), (S, K) = queries.q_BTNH.shape[1:3], keys.k_BSKH.shape[1:3]
     Q, C = block_sizes(T, N, S, options.window)
     kv_BKSH = keys.k_BSKH.swapaxes(1, 2), keys.v_BSKH.swapaxes(1, 2)
@@ -101,10 +97,7 @@ def backward(options: AttentionOptions, queries: Queries, keys: Keys, outputs: P
 
 
 def block_sizes(T: int, N: int, S: int, window: int | None) -> tuple[int, int]:
-    """Queries of a block and keys of a tile.
-
-    Under a window a block sees its keys in as few equal tiles as fit 2 `KEYS`, each a multiple of `LINE`.
-    """
+    """Queries of a block, keys of a tile; under a window a block has as few equal tiles as fit 2 `KEYS`, each n `LINE`."""
     queries = min(T, max(QUERIES[0], min(QUERIES[1], ROWS // N)))
     if window is None:
         return queries, min(S, KEYS)

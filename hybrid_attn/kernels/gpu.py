@@ -24,10 +24,7 @@ CUDNN = "cudnn"  # the implementation of jax.nn; tests on CPU use "xla"
 
 
 def tokamax_forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
-    """(o_BTNH, lse_BTN float32).
-
-    Raises NotImplementedError where no kernel of tokamax supports the device, the dtype or the head size.
-    """
+    """(o_BTNH, lse_BTN float32); NotImplementedError where tokamax does not support the device, the dtype or the head size."""
 
     def call(op, arguments):
         return op(*arguments.args, **_without_residuals(arguments), return_residuals=True)

@@ -3,7 +3,8 @@
 Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads, H head size.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,32 +44,21 @@ class Keys(NamedTuple):
     seg_BS: jax.Array
 
 
-class Forward(Protocol):
-    def __call__(self, options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
-        """o_BTNH in the dtype of q, and lse_BTN in float32. A query that sees no key gives zeros and -inf."""
-
-
-class Backward(Protocol):
-    def __call__(
-        self, options: AttentionOptions, queries: Queries, keys: Keys, outputs: Pair, grads: Pair
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The gradients (dq_BTNH, dk_BSKH, dv_BSKH), in the dtypes of q, k and v; `grads` are those by `outputs`, (o, lse).
-
-        The outputs may be merged results over more keys than `keys`. The gradients are then the contribution of these keys:
-        dq is one term of a sum over all keys.
-        """
-
-
 class Kernel(NamedTuple):
     """A pair of functions, the platforms that it runs on, and the package that it needs beyond JAX.
+
+    `forward(options, queries, keys)` gives o_BTNH in the dtype of q, and lse_BTN in float32; zeros and -inf for a query that
+    sees no key. `backward(options, queries, keys, outputs, grads)` gives (dq_BTNH, dk_BSKH, dv_BSKH) in the dtypes of q, k and
+    v; `grads` are those by `outputs`, (o, lse). The outputs may be merged results over more keys than `keys`: the gradients are
+    then the contribution of these keys, and dq is one term of a sum over all keys.
 
     `backward` None means that ring attention cannot use the kernel. Without `saves_outputs`, JAX differentiates `forward`, and
     `jax.checkpoint` cannot save its outputs by name. With `heads_first` they are saved as [B, N, T, ...], the order in which
     the kernel writes them: a TPU pads the last two axes of an array. Sinks need an lse that has a gradient.
     """
 
-    forward: Forward
-    backward: Backward | None
+    forward: Callable[[AttentionOptions, Queries, Keys], Pair]
+    backward: Callable[[AttentionOptions, Queries, Keys, Pair, Pair], tuple[jax.Array, jax.Array, jax.Array]] | None
     platforms: tuple[str, ...]
     needs: str | None = None
     saves_outputs: bool = True

@@ -14,7 +14,7 @@ log-sum-exp, and does not know where the queries of a shard stand among the keys
 Condition: queries and keys are each a run of consecutive tokens of the same sequence, in reading order, and positions increase
 by one inside a segment. Full sequences, context shards against gathered keys, a halo, and the older keys of a ring meet it. Two
 separate slices in one call do not: call once for each. Where arrays break the condition, the results of the sequence are NaN,
-never those of a wrong mask.
+never those of a wrong mask. Products of float32 arrays run at the default precision of the TPU.
 
 Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads, H head size; I query blocks, J key tiles,
 V tiles that a block visits.
@@ -59,11 +59,7 @@ class Masks(NamedTuple):
 
 
 def forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
-    """(o_BTNH, lse_BTN float32).
-
-    Matrix products of float32 arrays run at the default precision of the TPU. Raises NotImplementedError for sequences whose
-    tables do not fit in scalar memory.
-    """
+    """(o_BTNH, lse_BTN float32); NotImplementedError for sequences whose tables do not fit in scalar memory."""
     T = queries.q_BTNH.shape[1]
     splash = splash_options(T, keys.k_BSKH.shape[1], options)
 
@@ -186,15 +182,12 @@ def _increases(pos_S, seg_S) -> jax.Array:
 
 
 def _table(touch_IJ, count: int) -> tuple[jax.Array, jax.Array]:
-    """(next_IV, run_IV): the v-th tile that block i visits, and whether it computes there; `count` is V.
-
-    After its last tile a block stays there, so that nothing more is fetched.
-    """
+    """(next_IV, run_IV): the v-th tile that block i visits, and whether it computes there; `count` is V."""
     J = touch_IJ.shape[1]
     first_I1 = jnp.argmax(touch_IJ, axis=1, keepdims=True)
     last_I1 = J - 1 - jnp.argmax(touch_IJ[:, ::-1], axis=1, keepdims=True)
     tile_IV = first_I1 + jnp.arange(count)
-    next_IV = jnp.minimum(tile_IV, last_I1)
+    next_IV = jnp.minimum(tile_IV, last_I1)  # after its last tile a block stays there, so that nothing more is fetched
     run_IV = jnp.take_along_axis(touch_IJ, next_IV, axis=1) & (tile_IV <= last_I1)
     return next_IV.astype(jnp.int8 if J <= 128 else jnp.int16), run_IV.astype(jnp.int8)
 

@@ -6,7 +6,7 @@ decay, precision in inference, FLOPs) reads its `ParamSpec`.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from hybrid_attn.parallel.mesh import gathered
 # The mesh axis over which each logical axis of a weight is split.
 MESH_AXES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
+# How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered
+# and in the dtype of the activations, as the second factor. It has derivatives.
+Dot = Callable[..., jax.Array]
 
 
 class ParamSpec(NamedTuple):
@@ -51,18 +54,6 @@ class ParamSpec(NamedTuple):
     def multiplications(self) -> int:
         """Multiplications of one token by this weight."""
         return math.prod(self.shape) if self.fan_in else 0
-
-
-class Dot(Protocol):
-    """How activations are multiplied with a weight; it is called as `jax.lax.dot_general`, which is the default, is called.
-
-    The weight is the second factor, gathered and in the dtype of the activations. A `Dot` has derivatives.
-    """
-
-    def __call__(
-        self, x: jax.Array, weight: jax.Array, dimension_numbers: jax.lax.DotDimensionNumbers, *,
-        preferred_element_type: jnp.dtype | None = None, out_sharding: P | None = None,
-    ) -> jax.Array: ...  # fmt: skip
 
 
 class Weight(nnx.Param):

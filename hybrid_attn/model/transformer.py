@@ -49,10 +49,7 @@ class Mixer(Protocol):
     def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs): ...
 
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """[B, T, D] of the same, and what else `attend` returns.
-
-        `attend` compares queries with the keys that this program reads: those of packed sequences, or of a cache.
-        """
+        """[B, T, D] of the same, and what else `attend` returns, which compares queries with packed sequences or a cache."""
 
     @staticmethod
     def sequence_flops(model: Model, layer_type: LayerType, length: int) -> int:
@@ -65,10 +62,7 @@ class FeedForward(Protocol):
     def __init__(self, model: Model, *, rngs: nnx.Rngs): ...
 
     def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, Aux]:
-        """[B, T, D] of the same, `chunk` tokens of a device at a time; and scalars by name, which are summed over layers.
-
-        The scalar "aux_loss" is added to the loss.
-        """
+        """[B, T, D] of the same, `chunk` tokens of a device at a time; scalars to sum over layers, "aux_loss" for the loss."""
 
 
 MIXERS: dict[str, type[Mixer]] = {"attention": Attention}

@@ -119,17 +119,13 @@ def _unsharded(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -
 
 
 def _halo(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
-    """Each slice against itself and the `window` keys before it, which come from one slice, or from more if it is longer.
-
-    One key fewer would do; a window is often a multiple of a TPU's tiles, and one key fewer is not.
-    """
+    """Each slice against itself and the `window` keys before it: one too many, but often a multiple of a TPU's tiles."""
     own = _split(keys, options.slices)
     with jax.named_scope("halo"):
         before = _keys_before(own, options.attention.window)
-    outputs = []
-    for slice_queries, slice_keys, keys_before in zip(_split(queries, options.slices), own, before, strict=True):
-        outputs.append(_unsharded(options, slice_queries, _concatenate([*keys_before, slice_keys]), sinks_N))
-    return jnp.concatenate(outputs, 1)
+    all_keys = [_concatenate([*keys_before, slice_keys]) for keys_before, slice_keys in zip(before, own, strict=True)]
+    parts = zip(_split(queries, options.slices), all_keys, strict=True)
+    return jnp.concatenate([_unsharded(options, *part, sinks_N) for part in parts], 1)
 
 
 def _keys_before(own: list[Keys], window: int) -> list[list[Keys]]:

@@ -11,7 +11,6 @@ K key/value heads, G = N/K, H head size.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +24,6 @@ from hybrid_attn.parallel.mesh import spec_of
 
 QUANTISED_SLOTS = 4096  # slots that are dequantised at a time
 Pair = tuple[jax.Array, jax.Array]
-
-
-class SlotQueries(NamedTuple):
-    """Positions are [B, 1 or K, T], segments [B, 1, T]: positions count slots, and after a compression heads may differ."""
-
-    q_BTNH: jax.Array
-    position_BKT: jax.Array
-    segment_B1T: jax.Array
-
-
-class SlotKeys(NamedTuple):
-    """Keys and values; positions and segments are [B, 1 or K, S]."""
-
-    k_BKSH: jax.Array
-    v_BKSH: jax.Array
-    position_BKS: jax.Array
-    segment_BKS: jax.Array
 
 
 def attend(
@@ -133,10 +115,7 @@ def dequantised(x_BKSH: jax.Array, scales_BKS: jax.Array, dtype: jnp.dtype) -> j
 
 
 def attend_ring(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache, lengths_B, counts_B):
-    """(o_BTNH, lse_BTN, segment_BT) of this shard's queries to a ring, which has all keys that they may see.
-
-    `split`: the queries are sharded over `context`.
-    """
+    """(o_BTNH, lse_BTN, segment_BT) of this shard's queries to a ring; `split`: they are sharded over `context`."""
     T = q_BTNH.shape[1]
     offset = jax.lax.axis_index(AXIS) * T if split else 0
     q_position_BT = lengths_B[:, None] + offset + jnp.arange(T)
@@ -148,16 +127,13 @@ def attend_ring(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache,
         pairs = (q_position_BT, k_position_BR), (q_segment_BT, k_segment_BR)
         positions, segments = (jnp.concatenate(pair, 1) for pair in pairs)
         q_segment_BT, k_segment_BR = jnp.split(chunk_segments(positions, segments, settings.chunk), [T], axis=1)
-    queries = SlotQueries(q_BTNH, q_position_BT[:, None], q_segment_BT[:, None])
-    o_BTNH, lse_BTN = _attend(settings, queries, SlotKeys(k_BKRH, v_BKRH, k_position_BR[:, None], k_segment_BR[:, None]))
+    keys = k_BKRH, v_BKRH, k_position_BR[:, None], k_segment_BR[:, None]
+    o_BTNH, lse_BTN = _attend(settings, (q_BTNH, q_position_BT[:, None], q_segment_BT[:, None]), keys)
     return o_BTNH, lse_BTN, segment_BT
 
 
 def _ring_keys(layer: LayerCache, end_B1: jax.Array, T: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(k_BKRH, v_BKRH, position_BR) of a ring that ends before position `end`: in slot order for one query, else by position.
-
-    Positions before the first token are negative.
-    """
+    """(k_BKRH, v_BKRH, position_BR) before position `end`, in slot order for one query, else by position; negative if empty."""
     R = layer.k_BKSH.shape[2]
     if T == 1:
         newest_B1 = end_B1 - 1
@@ -177,7 +153,7 @@ def attend_slots(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache
     segment_BT = (jnp.arange(T) < counts_B[:, None]).astype(jnp.int32)
     position_BKT = (lengths_B[:, None] - layer.evicted_BK)[..., None] + jnp.arange(T)
     end_BK1 = (lengths_B + counts_B)[:, None, None] - layer.evicted_BK[..., None]
-    queries = SlotQueries(q_BTNH, position_BKT, segment_BT[:, None])
+    queries = q_BTNH, position_BKT, segment_BT[:, None]
 
     def attend_part(first, size: int):
         return _attend(settings, queries, _slot_keys(settings, layer, first, size, end_BK1, q_BTNH.dtype))
@@ -194,11 +170,8 @@ def attend_slots(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache
     return o_BTNH, lse_BTN, _own_part(segment_BT) if split else segment_BT
 
 
-def _slot_keys(settings: LayerSettings, layer: LayerCache, first, size: int, end_BK1, dtype: jnp.dtype) -> SlotKeys:
-    """The keys of this shard's slots [first, first + size), without those past its end or from slot number `end` on.
-
-    int8 numbers are dequantised to `dtype`.
-    """
+def _slot_keys(settings: LayerSettings, layer: LayerCache, first, size: int, end_BK1, dtype: jnp.dtype) -> tuple:
+    """This shard's slots [first, first + size) that exist and have numbers below `end`, as `_attend` takes them, in `dtype`."""
     start = jnp.minimum(first, layer.k_BKSH.shape[2] - size)
     k_BKSH, v_BKSH, k_scales_BKS, v_scales_BKS = (
         None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in layer[:4]
@@ -208,7 +181,7 @@ def _slot_keys(settings: LayerSettings, layer: LayerCache, first, size: int, end
     slot_S = start + jnp.arange(size)
     number_S = slot_numbers(settings.span, slot_S)
     segment_BKS = ((number_S < end_BK1) & (slot_S >= first)).astype(jnp.int32)
-    return SlotKeys(k_BKSH, v_BKSH, jnp.broadcast_to(number_S, segment_BKS.shape), segment_BKS)
+    return k_BKSH, v_BKSH, jnp.broadcast_to(number_S, segment_BKS.shape), segment_BKS
 
 
 def _own_part(x_BT: jax.Array) -> jax.Array:
@@ -232,37 +205,41 @@ def _merged_over_shards(o_BTNH, lse_BTN, split: bool) -> Pair:
     return o_BTNH / safe_denominator_BTN[..., None], lse_BTN
 
 
-def _attend(settings: LayerSettings, queries: SlotQueries, keys: SlotKeys) -> Pair:
-    """(o_BTNH, lse_BTN) of queries to keys whose positions may differ between heads."""
-    (B, T, N, H), (K, S) = queries.q_BTNH.shape, keys.k_BKSH.shape[1:3]
+def _attend(settings: LayerSettings, queries: tuple, keys: tuple) -> Pair:
+    """(o_BTNH, lse_BTN) of queries (q_BTNH, position_BKT, segment_B1T) to keys (k_BKSH, v_BKSH, position_BKS, segment_BKS).
+
+    Positions count slots: after a compression they may differ between heads. Where they do not, K is 1.
+    """
+    (q_BTNH, *of_queries), (k_BKSH, v_BKSH, *of_keys) = queries, keys
+    (B, T, N, H), (K, S) = q_BTNH.shape, k_BKSH.shape[1:3]
     if T == 1:
         return _attend_one(settings, queries, keys)
 
     def by_head(x_BKS):  # each key/value head becomes a sequence of its own
         return jnp.broadcast_to(x_BKS, (B, K, x_BKS.shape[2])).reshape(B * K, -1)
 
-    q_RTGH = queries.q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B * K, T, N // K, H)
-    k_RS1H, v_RS1H = (x.reshape(B * K, S, 1, H) for x in (keys.k_BKSH, keys.v_BKSH))
-    head_queries = kernels.Queries(q_RTGH, by_head(queries.position_BKT), by_head(queries.segment_B1T))
-    head_keys = kernels.Keys(k_RS1H, v_RS1H, by_head(keys.position_BKS), by_head(keys.segment_BKS))
+    q_RTGH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B * K, T, N // K, H)
+    k_RS1H, v_RS1H = (x.reshape(B * K, S, 1, H) for x in (k_BKSH, v_BKSH))
+    head_queries = kernels.Queries(q_RTGH, *map(by_head, of_queries))
+    head_keys = kernels.Keys(k_RS1H, v_RS1H, *map(by_head, of_keys))
     o_RTGH, lse_RTG = kernels.attend(settings.kernel, settings.attention, head_queries, head_keys)
     o_BTNH = o_RTGH.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H)
     return o_BTNH, lse_RTG.reshape(B, K, T, N // K).swapaxes(1, 2).reshape(B, T, N)
 
 
-def _attend_one(settings: LayerSettings, queries: SlotQueries, keys: SlotKeys) -> Pair:
+def _attend_one(settings: LayerSettings, queries: tuple, keys: tuple) -> Pair:
     """`_attend` of one query for each request, by plain products: keys pass through memory once, in any order."""
-    (B, _, N, H), K, options = queries.q_BTNH.shape, keys.k_BKSH.shape[1], settings.attention
-    q_BKGH = queries.q_BTNH.reshape(B, K, N // K, H)
+    (q_BTNH, q_position_BKT, q_segment_B1T), (k_BKSH, v_BKSH, position_BKS, segment_BKS) = queries, keys
+    (B, _, N, H), K, options = q_BTNH.shape, k_BKSH.shape[1], settings.attention
+    q_BKGH = q_BTNH.reshape(B, K, N // K, H)
     # This order of the einsum is the faster one on a CPU.
-    s_BKSG = jnp.einsum("BKSH,BKGH->BKSG", keys.k_BKSH, q_BKGH, preferred_element_type=jnp.float32)
+    s_BKSG = jnp.einsum("BKSH,BKGH->BKSG", k_BKSH, q_BKGH, preferred_element_type=jnp.float32)
     s_BKGS, _ = soft_cap(options.scale * s_BKSG.swapaxes(2, 3), options.softcap)
-    tokens = queries.position_BKT, keys.position_BKS, queries.segment_B1T, keys.segment_BKS
-    s_BKGS = jnp.where(visible_BTS(*tokens, options.window), s_BKGS, -jnp.inf)
+    visible_BK1S = visible_BTS(q_position_BKT, position_BKS, q_segment_B1T, segment_BKS, options.window)
+    s_BKGS = jnp.where(visible_BK1S, s_BKGS, -jnp.inf)
     max_BKG = s_BKGS.max(-1)
     p_BKGS = jnp.exp(s_BKGS - finite_or_zero(max_BKG)[..., None])
     safe_denominator_BKG, lse_BKG = log_sum_exp(max_BKG, p_BKGS.sum(-1))
-    v_BKSH = keys.v_BKSH
     o_BKGH = jnp.einsum("BKGS,BKSH->BKGH", p_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
-    o_B1NH = (o_BKGH / safe_denominator_BKG[..., None]).astype(queries.q_BTNH.dtype).reshape(B, 1, N, H)
+    o_B1NH = (o_BKGH / safe_denominator_BKG[..., None]).astype(q_BTNH.dtype).reshape(B, 1, N, H)
     return o_B1NH, lse_BKG.reshape(B, 1, N)

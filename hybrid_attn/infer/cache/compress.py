@@ -1,10 +1,8 @@
 """Compression of the caches of global layers once their prompts are read: which slots each key/value head keeps.
 
-A cache is left-aligned: before a compression, slot s < lengths_B[b] of request b is position s. `budgets` gives the number of
-slots that a request may keep in each layer, `scores` the importance of each slot, `counts` the number of slots that each head
-keeps, `kept_slots` which ones, and `compacted` moves them to the front in reading order. A token at position p is then in slot
-p - evicted, where evicted is the request's length less the head's count. Among equal scores the lowest slot is kept first.
-Every function but `budgets` is traceable. Requests and heads may be sharded, slots may not.
+Before a compression, slot s < lengths_B[b] of request b is position s. The kept slots move to the front in reading order: a
+token at position p is then in slot p - evicted, where evicted is the request's length less the head's count. Among equal scores
+the lowest slot is kept first. Every function but `budgets` is traceable. Requests and heads may be sharded, slots may not.
 
 Letters: B batch, W queries of the observation window, N query heads, K key/value heads, G = N/K, H head size, S slots,
 C slots of a block or of the compacted cache, M = K x C.
@@ -22,7 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model, score_scale
-from hybrid_attn.infer.cache.shapes import Cache, LayerCache, Runner, partition_specs, power_of_two, run_directly
+from hybrid_attn.infer.cache.shapes import Cache, LayerCache, Runner, partition_specs, power_of_two
 from hybrid_attn.kernels.softmax import LOWEST, add_scores, finite_or_zero, log_sum_exp, soft_cap
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, spec_of
@@ -71,10 +69,7 @@ class Compression:
 
 
 class Scoring(NamedTuple):
-    """What the attention scores of a layer depend on beside queries and keys.
-
-    `sinks_N` are logits; keys are multiplied by `k_scales_BKS` where they are int8.
-    """
+    """What the scores of a layer depend on beside queries and keys: `sinks_N` are logits, `k_scales_BKS` those of int8 keys."""
 
     scale: float
     softcap: float | None = None
@@ -104,8 +99,7 @@ def budgets(compression: Compression, lengths_B, layers: int) -> np.ndarray:
 def scores(compression: Compression, key, q_BWNH, k_BKSH, lengths_B, scoring: Scoring) -> jax.Array:
     """The importance of each slot [B, K, S], float32: inf for slots that are always kept, -inf past a request's end.
 
-    `q_BWNH` are the queries of each request's last `window` tokens as they enter the scores; only the methods of VOTING need
-    them. `key` is a key of jax.random.
+    `q_BWNH` are the queries of each request's last `window` tokens, for the methods of VOTING; `key` is one of jax.random.
     """
     B, K, S = k_BKSH.shape[:3]
     slot_S, length_B1 = jnp.arange(S), lengths_B[:, None]
@@ -207,10 +201,7 @@ def counts(compression: Compression, scores_BKS: jax.Array, budget_B) -> jax.Arr
 
 
 def kept_slots(scores_BKS: jax.Array, counts_BK: jax.Array, slots: int) -> jax.Array:
-    """The `counts_BK` slots of each head with the highest scores, ascending, then S, which is no slot: [B, K, slots] int32.
-
-    `slots` is static: the largest count, and any room for new tokens.
-    """
+    """The `counts_BK` slots of each head with the highest scores, ascending, then S, which is no slot: [B, K, slots] int32."""
     S = scores_BKS.shape[-1]
     best_BKC = jax.lax.top_k(scores_BKS, min(slots, S))[1]
     index_BKC = jnp.sort(jnp.where(jnp.arange(best_BKC.shape[-1]) < counts_BK[..., None], best_BKC, S))
@@ -244,13 +235,11 @@ class Window(NamedTuple):
 
 
 def compressed(
-    compression: Compression, cache: Cache, queries: Sequence, scorings: Sequence[Scoring], room: int,
-    run: Runner = run_directly,
-) -> Cache:  # fmt: skip
+    compression: Compression, cache: Cache, queries: Sequence, scorings: Sequence[Scoring], room: int, run: Runner
+) -> Cache:
     """The cache with the kept slots alone in every layer without a ring, and slots for `room` more tokens of each request.
 
-    `queries` are each layer's queries of the last `window` tokens of each request, from `steps.read`. Shorter requests are
-    unchanged.
+    `queries` are each layer's, of the last `window` tokens of each request. Shorter requests are unchanged.
     """
     lengths_B = np.asarray(jax.device_get(cache.lengths_B))
     layers = list(cache.layers)

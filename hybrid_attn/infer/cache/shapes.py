@@ -104,11 +104,7 @@ def empty(model: Model, batch_size: int, capacity: int, chunk: int, dtype: jnp.d
     return Cache(tuple(map(of_layer, model.layers)), jnp.zeros((batch_size,), jnp.int32, out_sharding=P(BATCH)))
 
 
-def run_directly(function: Callable, static_args: tuple, *arrays: Any) -> Any:
-    return function(*static_args, *arrays)
-
-
-def resized(model: Model, cache: Cache, capacity: int, chunk: int, run: Runner = run_directly) -> Cache:
+def resized(model: Model, cache: Cache, capacity: int, chunk: int, run: Runner) -> Cache:
     """The cache with rings for `chunk` tokens at a time. A ring that has its size already is not copied."""
 
     def resize(letter: str, layer: LayerCache) -> LayerCache:
