@@ -32,7 +32,6 @@ from hybrid_attn.config import Config
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import execution_on, flops, init, specs
 from hybrid_attn.model.attention import attended_pairs, attention_flops
-from hybrid_attn.model.params import map_specs
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train.optim import schedule
@@ -89,7 +88,7 @@ def export(values: dict, directory: str) -> list[str]:
     c = config.build(values)
     with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
         params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
-    has_decay = hf.flat(map_specs(lambda spec: spec.decay, specs(c.model)))
+    has_decay = hf.flat(jax.tree.map(lambda spec: spec.decay, specs(c.model)))
     shapes = {path: x.shape for path, x in hf.flat(params).items()}
     description = hf.describe(c.model, directory, c.stages[0].seq_len)
     hf.write(directory, c.model, description, shapes, hf.by_period(params), "float32")

@@ -10,7 +10,6 @@ import jax
 
 from hybrid_attn.config import Model
 from hybrid_attn.model.attention import visible_tokens
-from hybrid_attn.model.params import leaves_of
 from hybrid_attn.model.transformer import MIXERS, abstract_params, layer_specs
 
 TRAIN = 3  # forward passes that a training step costs: one forward, and twice that backward
@@ -26,7 +25,7 @@ def forward_flops_per_token(model: Model, length: int) -> float:
     multiplications, sequence = model.vocab_size * model.d_model, 0
     for letter, number, leaves in layer_specs(model):
         layer_type = model.kinds[letter]
-        multiplications += number * sum(spec.multiplications for spec in leaves_of(leaves))
+        multiplications += number * sum(spec.multiplications for spec in jax.tree.leaves(leaves))
         sequence += number * MIXERS[layer_type.mixer].sequence_flops(model, layer_type, length)
     return 2 * multiplications + sequence / length
 

@@ -4,9 +4,10 @@ A layer makes its weights with `linear`, `embedding` and `vector`. Whatever else
 decay, precision in inference, FLOPs) reads its `ParamSpec`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 Dot = Callable[..., jax.Array]
 
 
-class ParamSpec(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
     """A weight of one layer; where layers are stacked, the array has the period as one more axis before these.
 
     `axes` are logical names (`MESH_AXES`). Initial values are drawn from N(mean, std^2). The first `fan_in` axes are contracted
@@ -99,13 +101,6 @@ def _normal(rngs: nnx.Rngs, spec: ParamSpec) -> jax.Array:
     return spec.std * jax.random.normal(rngs.params(), spec.shape, jnp.float32, out_sharding=spec.sharding)
 
 
-def set_dot(module: nnx.Module, dot: Dot) -> None:
-    """Has every `Linear` of a module multiply by `dot`."""
-    for _, node in nnx.iter_graph(module):
-        if isinstance(node, Linear):
-            node.set_metadata(dot=dot)
-
-
 def weights_of(module: nnx.Module) -> dict:
     """Every `Weight` of a module, as a nested dict whose paths are their names."""
     return traverse_util.unflatten_dict(dict(nnx.to_flat_state(nnx.state(module))))
@@ -114,12 +109,3 @@ def weights_of(module: nnx.Module) -> dict:
 def map_weights(function: Callable[[Weight], Any], weights: dict) -> dict:
     """`function` of every `Weight` of a nested dict."""
     return jax.tree.map(function, weights, is_leaf=lambda x: isinstance(x, Weight))
-
-
-def leaves_of(specs: dict) -> list[ParamSpec]:
-    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
-
-
-def map_specs(function: Callable, specs: dict, *trees: dict) -> dict:
-    """`function(spec, leaf, ...)` for every weight of a nested dict of specs and of trees of the same structure."""
-    return jax.tree.map(function, specs, *trees, is_leaf=lambda x: isinstance(x, ParamSpec))

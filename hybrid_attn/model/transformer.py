@@ -23,7 +23,7 @@ from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.model.mlp import GatedMLP
 from hybrid_attn.model.norm import Norm
-from hybrid_attn.model.params import Dot, embedding, map_specs, map_weights, set_dot, weights_of
+from hybrid_attn.model.params import Dot, Linear, ParamSpec, embedding, map_weights, weights_of
 from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of
 from hybrid_attn.trees import choice
@@ -244,8 +244,12 @@ def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
 
     Layer by layer, because a loop over stacked weights copies each before it is used, which is most of a decode step.
     """
+
     # What a transform reads stays as it is stored; the leaf that it makes is cast where it is multiplied.
-    params = map_specs(lambda spec, x: x.astype(dtype) if spec.cast and isinstance(x, jax.Array) else x, specs(model), params)
+    def cast(spec: ParamSpec, x: jax.Array | dict) -> jax.Array | dict:
+        return x.astype(dtype) if spec.cast and isinstance(x, jax.Array) else x
+
+    params = jax.tree.map(cast, specs(model), params)
     layers = []
     for group, letters, repetitions in model.groups:
         for period, (name, _) in itertools.product(range(repetitions), layer_names(letters)):
@@ -291,7 +295,9 @@ def bind(model: Model, letter: str, leaves: dict, execution: Execution) -> Block
 @functools.cache
 def _graph(model: Model, letter: str, dot: Dot) -> nnx.GraphDef:
     block = nnx.eval_shape(lambda key: Block(model, letter, rngs=nnx.Rngs(params=key)), jax.random.key(0))
-    set_dot(block, dot)
+    for _, node in nnx.iter_graph(block):
+        if isinstance(node, Linear):
+            node.set_metadata(dot=dot)
     return nnx.graphdef(block)
 
 
