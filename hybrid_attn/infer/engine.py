@@ -91,14 +91,6 @@ class Sizes(NamedTuple):
     capacity: int
 
 
-class Batch(NamedTuple):
-    """Requests that have been read, by their numbers, and the state from which they are decoded."""
-
-    indices: list[int]
-    config: StepConfig
-    state: DecodeState
-
-
 class Engine:
     """Generates and scores with `params` (as `model.init` makes them) on the mesh in force when it is made and used.
 
@@ -139,8 +131,8 @@ class Engine:
             return []
         self.timing = Timing(sum(len(request.prompt) + len(request.question) for request in call.requests))
         results: dict[int, Generated] = {}
-        for batch in self._prefilled_batches(call):
-            results |= dict(zip(batch.indices, self._decoded(call, batch), strict=True))
+        for indices, config, state in self._prefilled_batches(call):
+            results |= dict(zip(indices, self._decoded(call, indices, config, state), strict=True))
         return [results[i] for i in range(len(call.requests))]
 
     def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -175,8 +167,9 @@ class Engine:
     def _put(self, x: np.ndarray, spec: P) -> jax.Array:
         return put(x, self.mesh, spec)
 
-    def _prefilled_batches(self, call: Call) -> Iterator[Batch]:
-        prompts, window = call.prompts, call.options.window
+    def _prefilled_batches(self, call: Call) -> Iterator[tuple[list[int], StepConfig, DecodeState]]:
+        """The numbers of the requests of each batch, what its steps are compiled for, and its state after the prompts."""
+        prompts, window = [request.prompt for request in call.requests], call.options.window
 
         def sizes_for(longest: int) -> Sizes:
             return self._sizes(longest + call.room, longest, max(window, 1))
@@ -192,7 +185,7 @@ class Engine:
                 cache = caches.resized(self.model, state.cache, sizes.capacity, 1, self._execute)
                 state = DecodeState(jax.block_until_ready(cache), state.last_BD)
             self.timing.cache_bytes = max(self.timing.cache_bytes, caches.num_bytes(state.cache))
-            yield Batch(indices, sizes.config, state)
+            yield indices, sizes.config, state
 
     def _shared_prefix(self, prompts: list[np.ndarray], window: int, sizes: Sizes) -> tuple[int, Cache | None]:
         """How many tokens all prompts share before their last `window`, and their cache; 0 and None if less than a chunk."""
@@ -275,20 +268,20 @@ class Engine:
             self.timing.compile_s += time.perf_counter() - started
         return self._programs[key](*args)
 
-    def _decoded(self, call: Call, batch: Batch) -> list[Generated]:
+    def _decoded(self, call: Call, indices: list[int], config: StepConfig, state: DecodeState) -> list[Generated]:
         """The completions of a batch."""
-        batch_size, indices = len(batch.state.last_BD), batch.indices
+        batch_size = len(state.last_BD)
         done_B = np.arange(batch_size) >= len(indices)
         seeds = np.asarray([call.requests[i].seed for i in indices], np.uint32)
         seeds_B = self._put(np.resize(seeds, batch_size), P(BATCH))
         stop_tokens = np.array([*call.options.stop_tokens] or [-1], np.int32)
         tokens, logprobs = [[] for _ in indices], [[] for _ in indices]
-        state, number = batch.state, 0
+        number = 0
         while number < call.max_new_tokens and not done_B.all():
             steps = 1 if number == 0 else min(SLICE, call.max_new_tokens - number)
             part = DecodeSlice(self._put(done_B, P(BATCH)), seeds_B, stop_tokens, np.int32(number), np.int32(steps))
             with self._timed("decode_s"):
-                state, new = self._execute(decode, (batch.config, call.options.sampling), self.weights, state, part)
+                state, new = self._execute(decode, (config, call.options.sampling), self.weights, state, part)
                 new_tokens_BT, new_logprobs_BT, counts_B, done_B = (np.array(x) for x in jax.device_get(new))
             self.timing.first_token_s = self.timing.first_token_s or self.timing.prefill_s + self.timing.decode_s
             for b, index in enumerate(indices):

@@ -57,10 +57,6 @@ class Call(NamedTuple):
     on_tokens: OnTokens | None
 
     @property
-    def prompts(self) -> list[np.ndarray]:
-        return [request.prompt for request in self.requests]
-
-    @property
     def room(self) -> int:
         """The most tokens that follow a prompt."""
         return self.max_new_tokens + max(len(request.question) for request in self.requests)

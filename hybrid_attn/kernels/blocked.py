@@ -9,8 +9,6 @@ Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads
 Q queries of a block, M = G Q, C keys of a tile.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -23,17 +21,6 @@ ROWS = 1024  # queries of a block times heads
 QUERIES = (64, 256)  # fewest and most of a block
 KEYS = 1024
 LINE = 64
-
-
-class QueryBlock(NamedTuple):
-    """What the gradients of a block of queries are computed from; `shift` is that of `gradient_shift`."""
-
-    q_BKMH: jax.Array
-    q_BKHM: jax.Array
-    do_BKMH: jax.Array
-    do_BKHM: jax.Array
-    lse_BKM: jax.Array
-    shift_BKM: jax.Array
 
 
 def forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
@@ -76,7 +63,7 @@ def backward(options: AttentionOptions, queries: Queries, keys: Keys, outputs: P
         q_BKMH, o_BKMH, do_BKMH, lse_BKM1, dlse_BKM1, bounds_BQ = xs
         start, tiles = _tile_range(bounds_BQ, C)
         lse_BKM, shift_BKM = finite_or_zero(lse_BKM1[..., 0]), gradient_shift(do_BKMH, o_BKMH, dlse_BKM1[..., 0])
-        query_block = QueryBlock(q_BKMH, q_BKMH.swapaxes(2, 3), do_BKMH, do_BKMH.swapaxes(2, 3), lse_BKM, shift_BKM)
+        query_block = q_BKMH, q_BKMH.swapaxes(2, 3), do_BKMH, do_BKMH.swapaxes(2, 3), lse_BKM, shift_BKM
 
         def add_tile(j, sums):
             dq_BKMH, *dkv_BKHS = sums
@@ -162,7 +149,7 @@ def _scores(options: AttentionOptions, q_BKMH, k_BKCH, see_BQC) -> tuple[jax.Arr
     return s_BKGQC.reshape(B, K, M, C), slope_BKMC
 
 
-def _tile_gradients(options: AttentionOptions, query_block: QueryBlock, k_BKCH, v_BKCH, see_BQC):
+def _tile_gradients(options: AttentionOptions, query_block: tuple, k_BKCH, v_BKCH, see_BQC):
     """(dq_BKMH, dk_BKHC, dv_BKHC) in float32 by one tile of keys."""
     q_BKMH, q_BKHM, do_BKMH, do_BKHM, lse_BKM, shift_BKM = query_block
     s_BKMC, slope_BKMC = _scores(options, q_BKMH, k_BKCH, see_BQC)

@@ -52,10 +52,9 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD, heads), self.k(x_BTD, heads), self.v(x_BTD, heads)
         q_BTNH, k_BTKH = self.norm_and_rotate(q_BTNH, k_BTKH, pos_BT)
         o_BTNH, state = attend(q_BTNH, k_BTKH, v_BTKH, self.sink[...] if self.layer_type.sink else None)
-        if self.layer_type.gate == "head":
-            o_BTNH *= jax.nn.sigmoid(self.gate(x_BTD))[..., None]
-        elif self.layer_type.gate == "projection":
-            o_BTNH *= jax.nn.sigmoid(self.gate(x_BTD))
+        if self.layer_type.gate != "none":
+            gate = jax.nn.sigmoid(self.gate(x_BTD))
+            o_BTNH *= gate[..., None] if self.layer_type.gate == "head" else gate
         return self.o(o_BTNH, spec), state
 
     def norm_and_rotate(self, q_BTNH, k_BTKH, pos_BT) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import jax
 
 from hybrid_attn.config import Model
 from hybrid_attn.model.attention import visible_tokens
-from hybrid_attn.model.transformer import MIXERS, abstract_params, layer_specs
+from hybrid_attn.model.transformer import MIXERS, abstract_params, specs
 
 TRAIN = 3  # forward passes that a training step costs: one forward, and twice that backward
 
@@ -23,10 +23,10 @@ def parameters(model: Model) -> int:
 def forward_flops_per_token(model: Model, length: int) -> float:
     """FLOPs of a forward pass over one document of `length` tokens, by token."""
     multiplications, sequence = model.vocab_size * model.d_model, 0
-    for letter, number, leaves in layer_specs(model):
-        layer_type = model.kinds[letter]
-        multiplications += number * sum(spec.multiplications for spec in jax.tree.leaves(leaves))
-        sequence += number * MIXERS[layer_type.mixer].sequence_flops(model, layer_type, length)
+    for group, letters, number in model.groups:
+        multiplications += number * sum(spec.multiplications for spec in jax.tree.leaves(specs(model)[group]))
+        for layer_type in (model.kinds[letter] for letter in letters):
+            sequence += number * MIXERS[layer_type.mixer].sequence_flops(model, layer_type, length)
     return 2 * multiplications + sequence / length
 
 

@@ -190,16 +190,6 @@ def _eval_shape(function: Callable[[], dict]) -> dict:
         return jax.eval_shape(function)
 
 
-def layer_specs(model: Model) -> list[tuple[str, int, dict]]:
-    """The letter of each layer of the prefix, of a period and of the tail, how often it repeats, and the specs of one."""
-    of_groups = specs(model)
-    return [
-        (letter, repetitions, of_groups[group][name])
-        for group, letters, repetitions in model.groups
-        for name, letter in layer_names(letters)
-    ]
-
-
 def apply(
     model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution
 ) -> jax.Array:
