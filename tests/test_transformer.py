@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn import config
 from hybrid_attn.model import abstract_params, apply, execution_on, flops, init, losses
 from hybrid_attn.model.mlp import GatedMLP
-from hybrid_attn.model.norm import Norm
+from hybrid_attn.model.params import Norm
 from hybrid_attn.model.transformer import Block, in_packed, unembedding, unstacked
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes

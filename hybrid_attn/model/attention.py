@@ -15,8 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model, RopeScaling, rotated_dims, score_scale
 from hybrid_attn.kernels import AttentionOptions
-from hybrid_attn.model.norm import Norm
-from hybrid_attn.model.params import linear, vector
+from hybrid_attn.model.params import Norm, linear, vector
 from hybrid_attn.parallel.mesh import spec_of
 
 # (q_BTNH, k_BTKH, v_BTKH, sinks_N or None) -> o_BTNH, and a state that the mixer passes on.

@@ -35,7 +35,7 @@ class GatedMLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, dict]:
         """[B, T, D] of the same, and no scalars. With `chunk`, so many tokens of a device have hidden activations at a time."""
         if chunk is not None:
-            weights = (w.cast(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+            weights = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
             return in_chunks(ChunkedMLP(self.activation, self.gate.dot), chunk, x_BTD, *weights), {}
         h_BTF = ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(h_BTF, spec_of(x_BTD)), {}

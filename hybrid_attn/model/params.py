@@ -1,4 +1,4 @@
-"""Parameters: what a weight is, declared once, and the one place where it is cast, gathered and multiplied.
+"""Parameters: what a weight is, declared once, the one place where it is cast, gathered and multiplied, and norms.
 
 A layer makes its weights with `linear`, `embedding` and `vector`. Whatever else depends on a weight (its sharding, weight
 decay, precision in inference, FLOPs) reads its `ParamSpec`.
@@ -61,10 +61,6 @@ class ParamSpec:
 class Weight(nnx.Param):
     """A float32 parameter that carries its `ParamSpec` as `spec`."""
 
-    def cast(self, dtype: jnp.dtype) -> jax.Array:
-        """The weight in `dtype`, split over the mesh as it is."""
-        return self[...].astype(dtype)
-
 
 class Linear(Weight):
     """A matrix that is multiplied with activations, by its `dot`."""
@@ -76,7 +72,7 @@ class Linear(Weight):
         """
         number = self.spec.fan_in
         contracted = tuple(range(x.ndim - number, x.ndim)), tuple(range(number))
-        return self.dot(x, gathered(self.cast(x.dtype)), (contracted, ((), ())), out_sharding=sharding)
+        return self.dot(x, gathered(self[...].astype(x.dtype)), (contracted, ((), ())), out_sharding=sharding)
 
 
 def linear(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, fan_in: int = 1) -> Linear:
@@ -99,6 +95,28 @@ def vector(shape: tuple[int, ...], axes: tuple[str, ...], value: float) -> Weigh
 
 def _normal(rngs: nnx.Rngs, spec: ParamSpec) -> jax.Array:
     return spec.std * jax.random.normal(rngs.params(), spec.shape, jnp.float32, out_sharding=spec.sharding)
+
+
+class Norm(nnx.Module):
+    """The norms of the families, in float32 over the last `dims` dimensions, without bias.
+
+    layernorm: w (x - mean) / sqrt(var + eps), population variance. rms: w x / sqrt(mean(x^2) + eps). rms_plus1 stores w - 1,
+    and rms_weightless has no w.
+    """
+
+    def __init__(self, norm_type: str, shape: tuple[int, ...], axes: tuple[str, ...], eps: float, *, dims: int = 1):
+        self.norm_type, self.eps, self.axes = norm_type, eps, tuple(range(-dims, 0))
+        if norm_type != "rms_weightless":
+            self.weight = vector(shape, axes, 0.0 if norm_type == "rms_plus1" else 1.0)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        z = x.astype(jnp.float32)
+        if self.norm_type == "layernorm":
+            z -= z.mean(self.axes, keepdims=True)
+        z *= jax.lax.rsqrt(jnp.square(z).mean(self.axes, keepdims=True) + self.eps)
+        if self.norm_type != "rms_weightless":
+            z *= self.weight[...] + (1.0 if self.norm_type == "rms_plus1" else 0.0)
+        return z.astype(x.dtype)
 
 
 def weights_of(module: nnx.Module) -> dict:

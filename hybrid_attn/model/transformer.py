@@ -22,8 +22,7 @@ from hybrid_attn.model.attention import Attend, Attention, attention_options
 from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.model.mlp import GatedMLP
-from hybrid_attn.model.norm import Norm
-from hybrid_attn.model.params import Dot, Linear, ParamSpec, embedding, map_weights, weights_of
+from hybrid_attn.model.params import Dot, Linear, Norm, ParamSpec, embedding, map_weights, weights_of
 from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of
 from hybrid_attn.trees import choice
