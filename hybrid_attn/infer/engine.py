@@ -222,8 +222,7 @@ class Engine:
         state, _ = self._prefill(sizes, state, [tokens[:-window] for tokens in unread])
         sizes = sizes._replace(chunk=window)
         state, queries = self._prefill(sizes, state, [tokens[-window:] for tokens in unread], with_queries=True)
-        scorings = caches.scorings(self.model, self.weights, self.execution.transform)
-        cache = caches.compressed(compression, state.cache, queries, scorings, call.room, self._execute)
+        cache = caches.compressed(compression, self.model, state.cache, queries, call.room, self._execute)
         return DecodeState(cache, state.last_BD)
 
     def _prefill(self, sizes: Sizes, state: DecodeState, sequences: list[np.ndarray], with_queries: bool = False):

@@ -50,11 +50,11 @@ class DecodeSlice(NamedTuple):
 
 def extend(
     config: StepConfig, weights: dict, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache, tuple[jax.Array | None, ...]]:
+) -> tuple[jax.Array, Cache, tuple]:
     """(x_BTD, cache, queries) after the next `counts_B` tokens of each request; the tokens after those are padding.
 
     x_BTD are the final normed activations. `weights` come from `unstacked`; the cache must have room for the tokens. `queries`
-    are each layer's [B, T, N, H] as they enter the scores, or None for a ring.
+    are each layer's [B, T, N, H] as they enter the scores, with its sinks [N] or None; or None for a ring.
     """
     T = tokens_BT.shape[1]
     position_BT = jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T)
@@ -67,7 +67,7 @@ def extend(
         def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
             qkv = q_BTNH, k_BTKH, v_BTKH
             o_BTNH, new_layer = attend_in_cache(settings, layer, qkv, cache.lengths_B, counts_B, sinks_N)
-            return o_BTNH, (new_layer, None if settings.is_ring else q_BTNH)
+            return o_BTNH, (new_layer, None if settings.is_ring else (q_BTNH, sinks_N))
 
         return attend
 

@@ -10,7 +10,7 @@ C slots of a block or of the compacted cache, M = K x C.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Model, score_scale
+from hybrid_attn.config import Model
 from hybrid_attn.infer.cache.shapes import Cache, LayerCache, Runner, partition_specs, power_of_two
+from hybrid_attn.kernels import AttentionOptions
 from hybrid_attn.kernels.softmax import LOWEST, add_scores, finite_or_zero, log_sum_exp, soft_cap
+from hybrid_attn.model.attention import attention_options
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 from hybrid_attn.trees import check
@@ -218,13 +220,6 @@ def compacted(arrays, index_BKC: jax.Array):
     return jax.tree.map(take, arrays)
 
 
-def scorings(model: Model, weights: dict, transform: Callable[[dict], dict]) -> list[Scoring]:
-    """The `Scoring` of each layer of `model`, whose weights are `extend`'s and whose leaves `transform` makes of those."""
-    layer_types = [model.kinds[letter] for letter in model.layers]
-    sinks = [transform(leaves)["attention"].get("sink") for leaves in weights["layers"]]
-    return [Scoring(score_scale(model, x), x.softcap, sinks_N) for x, sinks_N in zip(layer_types, sinks, strict=True)]
-
-
 class Window(NamedTuple):
     """A layer's observation window: its queries, the logits of the layer's sinks, and each request's length and budget."""
 
@@ -234,31 +229,29 @@ class Window(NamedTuple):
     budget_B: jax.Array
 
 
-def compressed(
-    compression: Compression, cache: Cache, queries: Sequence, scorings: Sequence[Scoring], room: int, run: Runner
-) -> Cache:
+def compressed(compression: Compression, model: Model, cache: Cache, queries: Sequence, room: int, run: Runner) -> Cache:
     """The cache with the kept slots alone in every layer without a ring, and slots for `room` more tokens of each request.
 
-    `queries` are each layer's, of the last `window` tokens of each request. Shorter requests are unchanged.
+    `queries` are each layer's, of the last `window` tokens of each request, with its sinks. Shorter requests are unchanged.
     """
     lengths_B = np.asarray(jax.device_get(cache.lengths_B))
     layers = list(cache.layers)
     global_layers = [i for i, layer in enumerate(layers) if layer.evicted_BK is not None]
     for i, budget_B in zip(global_layers, budgets(compression, lengths_B, len(global_layers)), strict=True):
-        layer, scoring = layers[i], scorings[i]
+        layer, (q_BWNH, sinks_N) = layers[i], queries[i]
         budget_B = jax.device_put(budget_B, layer.k_BKSH.sharding.update(spec=P(BATCH)))
-        window = Window(queries[i], scoring.sinks_N, cache.lengths_B, budget_B)
-        static_args = compression, scoring.scale, scoring.softcap
+        window = Window(q_BWNH, sinks_N, cache.lengths_B, budget_B)
+        static_args = compression, attention_options(model, model.layers[i])
         scores_BKS, counts_BK = run(_scores_and_counts, static_args, jax.random.key(SEED + i), window, layer)
         slots = power_of_two(int(jax.device_get(counts_BK).max()) + room)
         layers[i] = run(_compacted_layer, (slots,), layer, scores_BKS, counts_BK, cache.lengths_B)
     return cache._replace(layers=tuple(layers))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _scores_and_counts(compression: Compression, scale: float, softcap, key, window: Window, layer: LayerCache):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scores_and_counts(compression: Compression, options: AttentionOptions, key, window: Window, layer: LayerCache):
     q_BWNH, layer = _without_context(window.q_BWNH), jax.tree.map(_without_context, layer)
-    scoring = Scoring(scale, softcap, window.sinks_N, layer.k_scales_BKS)
+    scoring = Scoring(options.scale, options.softcap, window.sinks_N, layer.k_scales_BKS)
     scores_BKS = scores(compression, key, q_BWNH, layer.k_BKSH, window.lengths_B, scoring)
     return scores_BKS, counts(compression, scores_BKS, window.budget_B)
 
