@@ -113,20 +113,15 @@ def stop_tokens(directory: str | os.PathLike, tokenizer: Tokenizer) -> list[int]
 
     ValueError, with the file, for an `eos_token_id` that is neither an id nor a list of ids.
     """
-    ids = {tokenizer.eos}
+    stops = {tokenizer.eos}
     for name in ("generation_config.json", "config.json"):
         path = Path(find(directory)) / IMPORTED_FILES / name
-        if path.is_file():
-            ids |= _ids(path, read_object(path).get("eos_token_id"))
-    return sorted(ids)
-
-
-def _ids(path: Path, value) -> set[int]:
-    """The ids of an `eos_token_id`: null, one id, or a list."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    are_ids = all(type(x) is int and 0 <= x < 2**31 for x in ids)
-    check(are_ids, f"{path} has eos_token_id={str(value)[:50]}, which must be an id, a list of ids, or null; correct it")
-    return set(ids)
+        value = read_object(path).get("eos_token_id") if path.is_file() else None
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        are_ids = all(type(x) is int and 0 <= x < 2**31 for x in ids)
+        check(are_ids, f"{path} has eos_token_id={str(value)[:50]}, which must be an id, a list of ids, or null; correct it")
+        stops |= set(ids)
+    return sorted(stops)
 
 
 def _tokenizer(c: config.CheckpointConfig, directory: str, name: str, trained_hash: str | None) -> Tokenizer:

@@ -42,10 +42,7 @@ def answers(
     engine, tokenizer, prompts: Sequence[str], max_new_tokens: int,
     options: AnswerOptions = AnswerOptions(), on_text: Callable[[int, str], None] | None = None,
 ) -> list[Answer]:  # fmt: skip
-    """The answers of an `Engine` to prompts.
-
-    `on_text(index, piece)` gets the pieces of each answer as they come. ValueError for an empty prompt or question.
-    """
+    """The answers of an `Engine`, whose pieces `on_text(index, piece)` gets as they come; ValueError for an empty text."""
     bos = [tokenizer.bos] * options.bos
     prompt_ids = [bos + ids for ids in _encoded(tokenizer, "prompt", prompts)]
     question_ids = options.questions and _encoded(tokenizer, "question", options.questions)

@@ -126,13 +126,10 @@ def _tile_range(bounds_BQ: Pair, C: int) -> Pair:
 
 
 def _tile(C: int, start, j, arrays_BKSH, bounds_BQ: Pair):
-    """The j-th tile of each array, its first key, and which of its keys each query sees.
-
-    The last tile is moved back so that it ends with the sequence; keys that an earlier tile has shown are masked there.
-    """
+    """The j-th tile of each array, its first key, and which of its keys each query sees."""
     S = arrays_BKSH[0].shape[2]
     unseen = start + j * C
-    first = jnp.minimum(unseen, S - C)
+    first = jnp.minimum(unseen, S - C)  # the last tile ends with the sequence; keys that an earlier one has shown are masked
     tiles_BKCH = [jax.lax.dynamic_slice_in_dim(x, first, C, axis=2) for x in arrays_BKSH]
     key_C = first + jnp.arange(C, dtype=jnp.int32)
     first_BQ, end_BQ = bounds_BQ

@@ -50,7 +50,6 @@ def soft_cap(scores: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.A
 def gradient_shift(do: jax.Array, o: jax.Array, dlse: jax.Array) -> jax.Array:
     """For each query sum(do o) - dlse, in float32.
 
-    With p = exp(score - lse), the gradient by a score is p (do v - shift): algorithm 4 of "FlashAttention", and d lse / d score
-    is p itself.
+    The gradient by a score is p (do v - shift) with p = exp(score - lse), which is d lse / d score ("FlashAttention", 4).
     """
     return jnp.einsum("...H,...H->...", do, o, preferred_element_type=jnp.float32) - dlse

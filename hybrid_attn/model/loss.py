@@ -89,11 +89,8 @@ def _product_gradients(dot: Dot, x_cD, table_vD, dproducts_cv):
 
 
 def _entries(settings: LogitSettings, table_VD, i, dtype):
-    """The i-th chunk of entries, gathered along `fsdp`; where it begins, the ids of its entries, and which are new.
-
-    The last chunk is moved back to stay inside the table.
-    """
-    at = jnp.minimum(i * settings.entries, table_VD.shape[0] - settings.entries)
+    """The i-th chunk of entries, gathered along `fsdp`; where it begins, the ids of its entries, and which are new."""
+    at = jnp.minimum(i * settings.entries, table_VD.shape[0] - settings.entries)  # the last chunk stays inside the table
     ids_v = at + jnp.arange(settings.entries)
     part_vD = jax.lax.dynamic_slice_in_dim(table_VD, at, settings.entries).astype(dtype)
     return jax.lax.all_gather(part_vD, "fsdp", axis=1, tiled=True), at, ids_v, ids_v >= i * settings.entries
