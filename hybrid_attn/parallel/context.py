@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import kernels
-from hybrid_attn.kernels import AttentionOptions, Keys, Queries
-from hybrid_attn.kernels.interface import Pair
+from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries
 from hybrid_attn.kernels.softmax import merged
 from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT, spec_of
 

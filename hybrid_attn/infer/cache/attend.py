@@ -17,13 +17,13 @@ import jax.numpy as jnp
 
 from hybrid_attn import kernels
 from hybrid_attn.infer.cache.shapes import LayerCache, LayerSettings, partition_specs, slot_numbers
+from hybrid_attn.kernels.interface import Pair
 from hybrid_attn.kernels.reference import visible_BTS
 from hybrid_attn.kernels.softmax import finite_or_zero, log_sum_exp, merged, soft_cap
 from hybrid_attn.parallel.context import AXIS, chunk_segments
 from hybrid_attn.parallel.mesh import spec_of
 
 QUANTISED_SLOTS = 4096  # slots that are dequantised at a time
-Pair = tuple[jax.Array, jax.Array]
 
 
 def attend(
