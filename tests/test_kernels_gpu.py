@@ -6,7 +6,6 @@ implementation of jax.nn.
 """
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +50,7 @@ class Plain:
 @pytest.fixture
 def plain_tokamax(monkeypatch):
     def call_plain(options, call, qkv, bounds):
-        named = {"mask": bounds, "scale": options.scale, "cap": options.softcap, "return_residuals": False}
-        return call(Plain(), SimpleNamespace(args=qkv, kwargs=named))
+        return call(Plain(), qkv, {"mask": bounds, "scale": options.scale, "cap": options.softcap})
 
     monkeypatch.setattr(gpu, "_call_tokamax", call_plain)
 

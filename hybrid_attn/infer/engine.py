@@ -211,26 +211,22 @@ class Engine:
         unread = [request.prompt[prefix:] for request in requests]
         if call.options.compression is None:
             return self._prefill(sizes, state, unread)[0]
-        state = self._compressed(call, sizes, state, unread)
+        # The cache is compressed by the queries of each request's last tokens.
+        compression, window = call.options.compression, call.options.window
+        state, _ = self._prefill(sizes, state, [tokens[:-window] for tokens in unread])
+        last, of_window = [tokens[-window:] for tokens in unread], sizes._replace(chunk=window)
+        state, queries = self._prefill(of_window, state, last, with_queries=True)
+        cache = caches.compressed(compression, self.model, state.cache, queries, call.room, self._execute)
+        state = DecodeState(cache, state.last_BD)
         if call.room > call.max_new_tokens:
             state, _ = self._prefill(sizes, state, [request.question for request in requests])
         return state
-
-    def _compressed(self, call: Call, sizes: Sizes, state: DecodeState, unread: list[np.ndarray]) -> DecodeState:
-        """The state after the unread tokens, with its cache compressed by the queries of each request's last tokens."""
-        compression, window = call.options.compression, call.options.window
-        state, _ = self._prefill(sizes, state, [tokens[:-window] for tokens in unread])
-        sizes = sizes._replace(chunk=window)
-        state, queries = self._prefill(sizes, state, [tokens[-window:] for tokens in unread], with_queries=True)
-        cache = caches.compressed(compression, self.model, state.cache, queries, call.room, self._execute)
-        return DecodeState(cache, state.last_BD)
 
     def _prefill(self, sizes: Sizes, state: DecodeState, sequences: list[np.ndarray], with_queries: bool = False):
         """The state after these tokens of each request, and the queries of the last chunk if they are needed."""
         queries = ()
         for tokens_BT, counts_B in self._chunks(sequences, sizes.chunk, len(state.last_BD)):
-            static_args = sizes.config, with_queries
-            state, queries = self._execute(prefill, static_args, self.weights, state, tokens_BT, counts_B)
+            state, queries = self._execute(prefill, (sizes.config, with_queries), self.weights, state, tokens_BT, counts_B)
         return state, queries
 
     def _chunks(self, sequences: list[np.ndarray], chunk: int, batch_size: int) -> Iterator[tuple[jax.Array, jax.Array]]:

@@ -26,8 +26,8 @@ CUDNN = "cudnn"  # the implementation of jax.nn; tests on CPU use "xla"
 def tokamax_forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
     """(o_BTNH, lse_BTN float32); NotImplementedError where tokamax does not support the device, the dtype or the head size."""
 
-    def call(op, arguments):
-        return op(*arguments.args, **_without_residuals(arguments), return_residuals=True)
+    def call(op, qkv_BSNH, named: dict):
+        return op(*qkv_BSNH, **named, return_residuals=True)
 
     T, (qkv_BSNH, bounds_BT) = queries.q_BTNH.shape[1], _padded_inputs(options, queries, keys)
     sees_key_BT = bounds_BT[0] < bounds_BT[1]
@@ -49,9 +49,8 @@ def tokamax_backward(options: AttentionOptions, queries: Queries, keys: Keys, ou
     # The kernel takes the running maximum and the denominator: the log-sum-exp and 1 give the same probabilities.
     lse_BNT = jnp.where(sees_key_BT[:, None], lse_BTN.swapaxes(1, 2), 0.0)
 
-    def call(op, arguments):
-        softmax = lse_BNT, jnp.ones_like(lse_BNT)
-        return op.vjp(softmax, o_BTNH, do_BTNH, *arguments.args, **_without_residuals(arguments))
+    def call(op, qkv_BSNH, named: dict):
+        return op.vjp((lse_BNT, jnp.ones_like(lse_BNT)), o_BTNH, do_BTNH, *qkv_BSNH, **named)
 
     dqkv = _call_tokamax(options, call, qkv_BSNH, bounds_BT)
     return dqkv["q"][:, :T], dqkv["k"][:, :S], dqkv["v"][:, :S]
@@ -64,22 +63,18 @@ def _padded_inputs(options: AttentionOptions, queries: Queries, keys: Keys) -> t
 
 
 def _call_tokamax(options: AttentionOptions, call, qkv_BSNH, bounds_BT):
-    """call(op, bound arguments) of the first kernel that supports them."""
+    """call(op, (q, k, v), other arguments) of the first kernel that supports them, bound by it."""
     from tokamax._src.ops.attention import api, base
 
     mask, errors = base.Mask(k_start=bounds_BT[0][:, None], k_end=bounds_BT[1][:, None]), []
     for name in TOKAMAX:
         op = api.IMPLEMENTATIONS[name]
         try:
-            arguments = op.bind(*qkv_BSNH, mask=mask, logits_scale=options.scale, logits_soft_cap=options.softcap)
-            return call(op, arguments)
+            bound = op.bind(*qkv_BSNH, mask=mask, logits_scale=options.scale, logits_soft_cap=options.softcap)
+            return call(op, bound.args, {name: x for name, x in bound.kwargs.items() if name != "return_residuals"})
         except NotImplementedError as error:
             errors.append(f"{name}: {error}")
     raise NotImplementedError(f'tokamax has no kernel for this ({"; ".join(errors)}); use train.kernel="blocked"')
-
-
-def _without_residuals(arguments) -> dict:
-    return {name: x for name, x in arguments.kwargs.items() if name != "return_residuals"}
 
 
 def output_with_product(shift_BTN, do_BTNH) -> tuple[jax.Array, jax.Array]:

@@ -81,7 +81,11 @@ def _write(settings: LayerSettings, at: Pair, groups: int, first, count, x_BKS: 
     Their slot numbers begin with `first`. Only slots where they can lie are read and written.
     """
     (K, S), T, tail = x_BKS.shape[1:3], new_BKT.shape[2], x_BKS.shape[3:]
-    slot, size = _written_part(settings, first, S, T)
+    if settings.is_ring:
+        slot, size = (first % S, 1) if T == 1 else (0, S)
+    else:
+        span, slot = settings.span, first // (settings.span * jax.lax.axis_size(AXIS)) * settings.span
+        slot, size = (slot + first % span, 1) if T == 1 else (slot, min(2 * span, S))
     slot = jnp.clip(slot, 0, S - size)
     slot_s = slot + jnp.arange(size)
     token_s = (slot_s - first) % S if settings.is_ring else slot_numbers(settings.span, slot_s) - first
@@ -92,15 +96,6 @@ def _write(settings: LayerSettings, at: Pair, groups: int, first, count, x_BKS: 
     old_1Ks = jax.lax.dynamic_slice(x_BKS, (*at, slot, *zeros), (1, heads, size, *tail))
     is_new = is_new_s.reshape(1, 1, -1, *(1 for _ in tail))
     return jax.lax.dynamic_update_slice(x_BKS, jnp.where(is_new, new_1Ks, old_1Ks), (*at, slot, *zeros))
-
-
-def _written_part(settings: LayerSettings, first: jax.Array, S: int, T: int) -> tuple[jax.Array | int, int]:
-    """(first slot of this shard, number of slots) of the part where T tokens from slot number `first` on can lie."""
-    if settings.is_ring:
-        return (first % S, 1) if T == 1 else (0, S)
-    span = settings.span
-    at = first // (span * jax.lax.axis_size(AXIS)) * span
-    return (at + first % span, 1) if T == 1 else (at, min(2 * span, S))
 
 
 def quantised(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -155,8 +150,19 @@ def attend_slots(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache
     end_BK1 = (lengths_B + counts_B)[:, None, None] - layer.evicted_BK[..., None]
     queries = q_BTNH, position_BKT, segment_BT[:, None]
 
-    def attend_part(first, size: int):
-        return _attend(settings, queries, _slot_keys(settings, layer, first, size, end_BK1, q_BTNH.dtype))
+    def attend_part(first, size: int) -> Pair:
+        """Attention to those of this shard's slots [first, first + size) that exist and have numbers below `end`."""
+        start = jnp.minimum(first, S - size)
+        k_BKSH, v_BKSH, k_scales_BKS, v_scales_BKS = (
+            None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in layer[:4]
+        )
+        if k_scales_BKS is not None:
+            k_BKSH, v_BKSH = (dequantised(*x, q_BTNH.dtype) for x in ((k_BKSH, k_scales_BKS), (v_BKSH, v_scales_BKS)))
+        slot_S = start + jnp.arange(size)
+        number_S = slot_numbers(settings.span, slot_S)
+        segment_BKS = ((number_S < end_BK1) & (slot_S >= first)).astype(jnp.int32)
+        keys = k_BKSH, v_BKSH, jnp.broadcast_to(number_S, segment_BKS.shape), segment_BKS
+        return _attend(settings, queries, keys)
 
     if layer.k_scales_BKS is None:
         o_BTNH, lse_BTN = attend_part(0, S)
@@ -168,20 +174,6 @@ def attend_slots(settings: LayerSettings, split: bool, q_BTNH, layer: LayerCache
     if jax.lax.axis_size(AXIS) > 1:
         o_BTNH, lse_BTN = _merged_over_shards(o_BTNH, lse_BTN, split)
     return o_BTNH, lse_BTN, _own_part(segment_BT) if split else segment_BT
-
-
-def _slot_keys(settings: LayerSettings, layer: LayerCache, first, size: int, end_BK1, dtype: jnp.dtype) -> tuple:
-    """This shard's slots [first, first + size) that exist and have numbers below `end`, as `_attend` takes them, in `dtype`."""
-    start = jnp.minimum(first, layer.k_BKSH.shape[2] - size)
-    k_BKSH, v_BKSH, k_scales_BKS, v_scales_BKS = (
-        None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in layer[:4]
-    )
-    if k_scales_BKS is not None:
-        k_BKSH, v_BKSH = dequantised(k_BKSH, k_scales_BKS, dtype), dequantised(v_BKSH, v_scales_BKS, dtype)
-    slot_S = start + jnp.arange(size)
-    number_S = slot_numbers(settings.span, slot_S)
-    segment_BKS = ((number_S < end_BK1) & (slot_S >= first)).astype(jnp.int32)
-    return k_BKSH, v_BKSH, jnp.broadcast_to(number_S, segment_BKS.shape), segment_BKS
 
 
 def _own_part(x_BT: jax.Array) -> jax.Array:

@@ -220,15 +220,6 @@ def compacted(arrays, index_BKC: jax.Array):
     return jax.tree.map(take, arrays)
 
 
-class Window(NamedTuple):
-    """A layer's observation window: its queries, the logits of the layer's sinks, and each request's length and budget."""
-
-    q_BWNH: jax.Array
-    sinks_N: jax.Array | None
-    lengths_B: jax.Array
-    budget_B: jax.Array
-
-
 def compressed(compression: Compression, model: Model, cache: Cache, queries: Sequence, room: int, run: Runner) -> Cache:
     """The cache with the kept slots alone in every layer without a ring, and slots for `room` more tokens of each request.
 
@@ -240,7 +231,7 @@ def compressed(compression: Compression, model: Model, cache: Cache, queries: Se
     for i, budget_B in zip(global_layers, budgets(compression, lengths_B, len(global_layers)), strict=True):
         layer, (q_BWNH, sinks_N) = layers[i], queries[i]
         budget_B = jax.device_put(budget_B, layer.k_BKSH.sharding.update(spec=P(BATCH)))
-        window = Window(q_BWNH, sinks_N, cache.lengths_B, budget_B)
+        window = q_BWNH, sinks_N, cache.lengths_B, budget_B
         static_args = compression, attention_options(model, model.layers[i])
         scores_BKS, counts_BK = run(_scores_and_counts, static_args, jax.random.key(SEED + i), window, layer)
         slots = power_of_two(int(jax.device_get(counts_BK).max()) + room)
@@ -249,11 +240,12 @@ def compressed(compression: Compression, model: Model, cache: Cache, queries: Se
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scores_and_counts(compression: Compression, options: AttentionOptions, key, window: Window, layer: LayerCache):
-    q_BWNH, layer = _without_context(window.q_BWNH), jax.tree.map(_without_context, layer)
-    scoring = Scoring(options.scale, options.softcap, window.sinks_N, layer.k_scales_BKS)
-    scores_BKS = scores(compression, key, q_BWNH, layer.k_BKSH, window.lengths_B, scoring)
-    return scores_BKS, counts(compression, scores_BKS, window.budget_B)
+def _scores_and_counts(compression: Compression, options: AttentionOptions, key, window: tuple, layer: LayerCache):
+    q_BWNH, sinks_N, lengths_B, budget_B = window
+    q_BWNH, layer = _without_context(q_BWNH), jax.tree.map(_without_context, layer)
+    scoring = Scoring(options.scale, options.softcap, sinks_N, layer.k_scales_BKS)
+    scores_BKS = scores(compression, key, q_BWNH, layer.k_BKSH, lengths_B, scoring)
+    return scores_BKS, counts(compression, scores_BKS, budget_B)
 
 
 @functools.partial(jax.jit, static_argnums=0)
