@@ -19,7 +19,7 @@ def optim_of(**changes):
 
 
 def spec_of(group):
-    return ParamSpec((), (), group, 0.0, 1.0, 0)
+    return ParamSpec((), (), group, 1.0, 0)
 
 
 def rates(total_steps, **changes):

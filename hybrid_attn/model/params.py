@@ -28,14 +28,13 @@ Dot = Callable[..., jax.Array]
 class ParamSpec:
     """A weight of one layer; where layers are stacked, the array has the period as one more axis before these.
 
-    `axes` are logical names (`MESH_AXES`). Initial values are drawn from N(mean, std^2). The first `fan_in` axes are contracted
+    `axes` are logical names (`MESH_AXES`). Tables and matrices start from N(0, std^2). The first `fan_in` axes are contracted
     with activations. `group` is the optimiser's: matrices are decayed; embeddings, norms and scalars of heads are not.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     group: str
-    mean: float
     std: float
     fan_in: int
 
@@ -77,19 +76,19 @@ class Linear(Weight):
 
 def linear(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, fan_in: int = 1) -> Linear:
     """A matrix drawn from N(0, std^2)."""
-    spec = ParamSpec(shape, axes, MATRIX, 0.0, std, fan_in)
+    spec = ParamSpec(shape, axes, MATRIX, std, fan_in)
     return Linear(_normal(rngs, spec), spec=spec, dot=jax.lax.dot_general)
 
 
 def embedding(rngs: nnx.Rngs, vocab_size: int, d_model: int, std: float) -> Weight:
     """A table [V, D] drawn from N(0, std^2)."""
-    spec = ParamSpec((vocab_size, d_model), ("vocab", "embed"), EMBEDDING, 0.0, std, 0)
+    spec = ParamSpec((vocab_size, d_model), ("vocab", "embed"), EMBEDDING, std, 0)
     return Weight(_normal(rngs, spec), spec=spec)
 
 
 def vector(shape: tuple[int, ...], axes: tuple[str, ...], value: float) -> Weight:
     """A weight that starts at one value: of a norm, or a scalar of each head."""
-    spec = ParamSpec(shape, axes, VECTOR, value, 0.0, 0)
+    spec = ParamSpec(shape, axes, VECTOR, 0.0, 0)
     return Weight(jnp.full(shape, value, jnp.float32, out_sharding=spec.sharding), spec=spec)
 
 
