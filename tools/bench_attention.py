@@ -69,8 +69,8 @@ def make_ours(case: Case) -> Ready:
     kernel = kernels.choose(case.kernel, jax.default_backend())
 
     def attend(q, k, v, pos, seg):
-        scale = case.H**-0.5
-        return kernels.attend(q, k, v, pos, pos, seg, seg, window=case.window, scale=scale, kernel=kernel)[0]
+        options = kernels.AttentionOptions(case.window, case.H**-0.5)
+        return kernels.attend(kernel, options, kernels.Queries(q, pos, seg), kernels.Keys(k, v, pos, seg))[0]
 
     return ready(case, attend)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import LayerType, Model
+from hybrid_attn.config import LayerType, Model, score_scale
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import evaluation, needle_prompts
 from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries, oldest_key, statistics_of
@@ -26,8 +26,7 @@ from hybrid_attn.evals.records import ANY, COUNT, FLAG, NAME, SIZE, grouped, int
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution
-from hybrid_attn.model.extend import layer_by_layer, unstacked
-from hybrid_attn.model.transformer import in_packed
+from hybrid_attn.model.transformer import in_packed, layer_by_layer, unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, put
 
 BEGIN = 10  # tokens; the weights by position leave them out
@@ -157,10 +156,11 @@ def _batch_statistics(
     seg_BT = (pos_BT < jax.reshard(queries.length_B, P(BATCH))[:, None]).astype(jnp.int32)
 
     def attend_and_measure(letter: str):
-        attend_in_rows = in_packed(pos_BT, seg_BT, execution, letter)
+        attend_in_rows, kind = in_packed(model, letter, pos_BT, seg_BT, execution), model.kinds[letter]
+        scale = score_scale(model, kind)
 
-        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
-            o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind, scale)
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
+            o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N)
             return o_BTNH, statistics_of(q_BTNH, k_BTKH, queries, sinks_N, num_queries=num_queries, kind=kind, scale=scale)
 
         return attend

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
+import jax
 import optax
 
 from hybrid_attn.config import Config, Optim, StageConfig
 from hybrid_attn.model import specs
-from hybrid_attn.model.params import map_specs
 from hybrid_attn.trees import choice
 
 
@@ -31,7 +31,7 @@ def adamw(optim: Optim, specs: dict, total_steps: int) -> optax.GradientTransfor
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
         optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-        optax.add_decayed_weights(optim.weight_decay, mask=map_specs(lambda spec: spec.decay, specs)),
+        optax.add_decayed_weights(optim.weight_decay, mask=jax.tree.map(lambda spec: spec.decay, specs)),
         optax.scale_by_learning_rate(schedule(optim, total_steps)),
     )
 
