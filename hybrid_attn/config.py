@@ -4,10 +4,11 @@ No field has a default here: `configs/base.py` of this package holds every defau
 `build` turns the nested mapping of a config file into a `Config`; an error names the key that is wrong.
 The parts are in `config_model.py` and `config_training.py`; this module has their names too.
 """
+# ruff: noqa: F401 (the names of the parts)
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hybrid_attn import trees
 from hybrid_attn.config_model import (
@@ -35,47 +36,8 @@ from hybrid_attn.config_training import (
     Train,
     shortest_sequence,
 )
+from hybrid_attn.configs import base
 from hybrid_attn.trees import Table, check, check_fields, suggestion, within
-
-__all__ = [
-    "CONTEXT",
-    "CheckpointConfig",
-    "Config",
-    "Data",
-    "Evals",
-    "HOPS",
-    "InitFrom",
-    "LONGEST",
-    "LayerType",
-    "Mesh",
-    "Model",
-    "Optim",
-    "QUERIES",
-    "REMAT",
-    "RENAMED_CONTEXT",
-    "RopeScaling",
-    "Source",
-    "Stage",
-    "StageConfig",
-    "TASKS",
-    "Table",
-    "Temperature",
-    "Train",
-    "build",
-    "build_checkpoint_config",
-    "build_model",
-    "completed",
-    "context",
-    "longest_text",
-    "reach",
-    "remat",
-    "rotated_dims",
-    "score_scale",
-    "shortest_periods",
-    "shortest_sequence",
-    "to_dict",
-    "upgraded",
-]
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
@@ -89,10 +51,7 @@ def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
 
 
 def longest_text(config_json: Mapping, path: os.PathLike) -> int | None:
-    """max_position_embeddings of a published model's config.json, which is at `path`; None where it has none.
-
-    ValueError where it is no number of tokens.
-    """
+    """max_position_embeddings of the config.json of a published model, or None; ValueError if it is no number of tokens."""
     length = config_json.get("max_position_embeddings")
     check(
         length is None or (type(length) is int and 2 <= length < 2**31),
@@ -147,6 +106,14 @@ class CheckpointConfig:
         """The sources of all stages."""
         return sorted({name for index in range(len(self.stages)) for name in self.weights(index)})
 
+    def stage_steps(self, step: int) -> list[int]:
+        """How many steps of each stage are done after the first `step` steps of the run."""
+        done = []
+        for stage in self.stages:
+            done.append(min(step, stage.steps))
+            step -= done[-1]
+        return done
+
     def stage_at(self, step: int) -> tuple[int, int]:
         """The index of the stage of global step `step`, and the step within it."""
         for index, stage in enumerate(self.stages):
@@ -167,10 +134,8 @@ class Config(CheckpointConfig):
     def __post_init__(self):
         check_fields(self, "config")
         check(bool(self.stages), "stages is empty; a run needs at least one stage")
-        check(
-            self.total_steps < 2**31,
-            f"the stages have {self.total_steps:,} steps together, and at most 2^31 - 1 can be counted",
-        )
+        steps = self.total_steps
+        check(steps < 2**31, f"the stages have {steps:,} steps together, and at most 2^31 - 1 can be counted")
         for index, stage in enumerate(self.stages):
             _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
             _check_model_changes(f"stages[{index}].model_changes", stage.model_changes, self.model)
@@ -273,21 +238,23 @@ def build_checkpoint_config(values: Mapping) -> CheckpointConfig:
 
 
 def completed(values: Mapping) -> dict:
-    """The nested dict of a config; keys that older ones lack get the only choice that existed when they were written."""
-    values = trees.plain(values)
-    model, stages, optim = (values.get(name) for name in ("model", "stages", "optim"))
+    """The nested dict of a config; keys that older ones lack get their defaults, the only choice when those were written."""
+    values, defaults = trees.plain(values), trees.plain(base.get_config())
+    model, stages = values.get("model"), values.get("stages")
     kinds = model.get("kinds") if isinstance(model, dict) else None
-    for layer_type in kinds.values() if isinstance(kinds, dict) else ():
-        if isinstance(layer_type, dict):
-            layer_type |= {"mixer": "attention", "mlp": "gated"} | layer_type
-    for stage in stages if isinstance(stages, list) else ():
-        if isinstance(stage, dict):
-            stage |= {"objective": "next_token", "model_changes": []} | stage
-    if isinstance(model, dict):
-        values["model"] = {"prefix": ""} | model
-    if isinstance(optim, dict):
-        optim |= {"optimiser": "adamw"} | optim
-    return {"init_from": {"path": None, "step": None, "new": [], "ignore": [], "rename": []}} | values
+    _add([values], defaults, "init_from")
+    _add([model], defaults["model"], "prefix")
+    _add([values.get("optim")], defaults["optim"], "optimiser")
+    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "objective", "model_changes")
+    _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
+    return values
+
+
+def _add(groups: Iterable, defaults: Mapping, *keys: str) -> None:
+    """Adds those of the `keys` that a group lacks. `build` refuses what is no group."""
+    for group in groups:
+        if isinstance(group, dict):
+            group |= {key: defaults[key] for key in keys if key not in group}
 
 
 def upgraded(values: Mapping) -> dict:

@@ -58,7 +58,7 @@ def define_last_stage() -> None:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parses the flags and the overrides of configs; returns the other arguments. ValueError or flags.Error for a wrong one."""
+    """Parses flags and overrides of configs; returns the other arguments. ValueError or flags.Error for what is wrong."""
     argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
     configs = [name for name in flags.FLAGS if isinstance(flags.FLAGS[name].parser, _Parser)]
     overrides, others = _split(argv, "|".join(map(re.escape, configs))) if configs else ([], argv)
@@ -70,12 +70,6 @@ def parse(argv: Sequence[str]) -> list[str]:
     for short in (name for name in flags.FLAGS if isinstance(flags.FLAGS[name].parser, _LastStageParser)):
         if flags.FLAGS[short].value is not None:
             written.append((short, "config", f"stages[-1].{short}", str(flags.FLAGS[short].value)))
-    _override(written)
-    return arguments
-
-
-def _override(written: Sequence[tuple[str, str, str, str | None]]) -> None:
-    """Sets each (flag as written, config, key, text) in its config; ValueError for two different values of a key."""
     values = {}
     for as_written, name, key, text in written:
         flag, assignment = flags.FLAGS[name], f"--{as_written}" + ("" if text is None else f"={text}")
@@ -83,6 +77,7 @@ def _override(written: Sequence[tuple[str, str, str, str | None]]) -> None:
         path, value = trees.override(flag.parser.schema, flag.value.values, name, key, text)
         before, other = values.setdefault(path, (assignment, value))
         trees.check(other is value or other == value, f"{path} has two values: {before} and {assignment}; give one of them")
+    return arguments
 
 
 def _split(argv: Sequence[str], names: str) -> tuple[list[tuple[str, str, str | None]], list[str]]:

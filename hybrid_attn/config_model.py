@@ -22,10 +22,8 @@ class RopeScaling:
 
     def __post_init__(self):
         check_fields(self, "rope_scaling")
-        check(
-            self.type not in ("yarn", "llama3") or self.low < self.high,
-            f"rope_scaling.low={self.low} must be below rope_scaling.high={self.high}",
-        )
+        ordered = self.type not in ("yarn", "llama3") or self.low < self.high
+        check(ordered, f"rope_scaling.low={self.low} must be below rope_scaling.high={self.high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +61,10 @@ class LayerType:
     def __post_init__(self):
         check_fields(self, "kind")
         check(self.window is None or self.chunk is None, "a layer type has a window or a chunk, not both")
-        check(
-            self.rope_theta is not None or self.rope_scaling.type == "none",
-            f"rope_scaling.type={self.rope_scaling.type!r} scales nothing without a rope_theta",
-        )
-        check(
-            not self.qk_norm_after_rope or (self.qk_norm != "none" and self.rope_theta is not None),
-            "qk_norm_after_rope needs a qk_norm and a rope_theta",
-        )
+        rotates, scaling = self.rope_theta is not None, self.rope_scaling.type
+        check(rotates or scaling == "none", f"rope_scaling.type={scaling!r} scales nothing without a rope_theta")
+        possible = not self.qk_norm_after_rope or (rotates and self.qk_norm != "none")
+        check(possible, "qk_norm_after_rope needs a qk_norm and a rope_theta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +120,8 @@ class Model:
             f"model.kinds.{letter}: rope_fraction={layer_type.rope_fraction} of head_dim={self.head_dim} rotates {dims} "
             "dimensions; use an even number",
         )
-        check(
-            layer_type.rope_scaling.type != "ntk" or dims > 2,
-            f"model.kinds.{letter}: ntk stretches by the dimension {dims}, and needs more than 2",
-        )
+        stretches = layer_type.rope_scaling.type != "ntk" or dims > 2
+        check(stretches, f"model.kinds.{letter}: ntk stretches by the dimension {dims}, and needs more than 2")
 
     @property
     def layers(self) -> str:

@@ -38,10 +38,6 @@ class FieldError(ValueError):
         self.problem = problem
 
 
-class UnknownKeyError(ValueError):
-    """A key that a group of keys does not have."""
-
-
 def within(low: float, high: float, above: bool = False, below: bool = False, also: int | None = None, aliases=()):
     """A field for numbers from `low` to `high`, without these where `above` or `below`, or `also`; NaN is never among them.
 
@@ -59,12 +55,12 @@ def within(low: float, high: float, above: bool = False, below: bool = False, al
 
 def one_of(*choices: str):
     """A field for one of these strings."""
-    return dataclasses.field(metadata={"refuse": lambda value: not_among(value, choices), "aliases": ()})
+    return dataclasses.field(metadata={"refuse": lambda value: not_among(value, choices)})
 
 
 def named(*aliases: str):
     """A field for any value; `aliases` are names that other programs have for the field."""
-    return dataclasses.field(metadata={"refuse": lambda value: "", "aliases": aliases})
+    return dataclasses.field(metadata={"aliases": aliases})
 
 
 def not_among(value: str, choices: Sequence[str]) -> str:
@@ -90,20 +86,17 @@ def choice(field: str, name: str, table: Mapping):
 def check_fields(instance, group: str) -> None:
     """FieldError for the first field of a dataclass whose value, or an element of it, is invalid."""
     for field in dataclasses.fields(instance):
-        for name, value in _elements(field.name, getattr(instance, field.name)):
-            problem = field.metadata["refuse"](value) if field.metadata and value is not None else ""
+        name, value, refuse = field.name, getattr(instance, field.name), field.metadata.get("refuse", lambda _: "")
+        elements = {name: value}
+        if isinstance(value, tuple):
+            elements = {f"{name}[{i}]": x for i, x in enumerate(value)}
+        elif isinstance(value, Table):
+            elements = {f"{name}.{key}": x for key, x in value.items()}
+        for element, x in elements.items():
+            problem = "" if x is None else refuse(x)
             none = ", or None" if isinstance(field.type, types.UnionType) else ""
             if problem:
-                raise FieldError(group, f"{name}={value!r} {problem}{none}")
-
-
-def _elements(name: str, value) -> Iterator[tuple[str, object]]:
-    if isinstance(value, tuple):
-        yield from ((f"{name}[{i}]", x) for i, x in enumerate(value))
-    elif isinstance(value, Table):
-        yield from ((f"{name}.{key}", x) for key, x in value.items())
-    else:
-        yield name, value
+                raise FieldError(group, f"{element}={x!r} {problem}{none}")
 
 
 def build(target: type, values, path: str):
@@ -130,12 +123,14 @@ def flat(values: Mapping, path: str = "") -> dict[str, object]:
 
 
 def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
-    """Lines `key: old -> new` for every leaf in which two nested dicts differ."""
+    """Lines `key: old -> new` for every leaf in which two nested dicts differ; lists of dicts are compared entry by entry."""
     lines = []
     for key in sorted({*old, *new}):
         a, b, name = old.get(key), new.get(key), f"{path}{key}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differences(a, b, f"{name}.")
+        elif all(isinstance(x, list) and all(isinstance(entry, Mapping) for entry in x) for x in (a, b)):
+            lines += differences(*({f"[{i}]": entry for i, entry in enumerate(x)} for x in (a, b)), name)
         elif a != b:
             lines.append(f"{name}: {a} -> {b}")
     return lines
@@ -147,22 +142,15 @@ def override(target: type, values: dict, path: str, key: str, text: str | None) 
     Returns the full name of the key, in which stages[-1] has its index from 0, and the value. Without text a bool is true.
     ValueError for an unknown key and for a text that is no value of the type.
     """
-    root = target, values, path
-    container, last, kind, name = _find(root, key)
-    check(text is not None or kind is bool, f"--{name} has no value; write --{name}=VALUE")
-    container[last] = text is None or _from_text(kind, text, name)
-    return name, container[last]
-
-
-def _find(root: tuple, key: str) -> tuple:
-    """The dict or list that holds a key, the key in it, its type, and its full name."""
-    (kind, values, path), container, last = root, None, None
     check(re.fullmatch(KEY, key) is not None, f"{path}.{key} is no key; write a.b, or a[0].b for an entry of a list")
+    root, kind, container, last = (target, values, path), target, [values], 0
     for part in re.findall(PART, key):
-        values = values if container is None else container[last]
-        (last, inner), container = _step(_without_none(kind), values, path, part, root), values
-        kind, path = inner, path + (f"[{last}]" if part.startswith("[") else f".{part}")
-    return container, last, kind, path
+        container = container[last]
+        last, kind = _step(_without_none(kind), container, path, part, root)
+        path += f"[{last}]" if part.startswith("[") else f".{part}"
+    check(text is not None or kind is bool, f"--{path} has no value; write --{path}=VALUE")
+    container[last] = text is None or _from_text(kind, text, path)
+    return path, container[last]
 
 
 def _step(kind, values, path: str, part: str, root: tuple) -> tuple:
@@ -189,6 +177,7 @@ def _without_none(kind):
 
 
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}  # texts of a flag for a bool
+DESCRIBED = {bool: "true or false", int: "of type int", float: "of type float"}
 
 
 def _from_text(target, text: str, path: str):
@@ -207,18 +196,8 @@ def _from_text(target, text: str, path: str):
             return [_from_text(args[0], part.strip(), path) for part in text.split(",") if part]
         return plain(ast.literal_eval(text))
     except (ValueError, KeyError, SyntaxError, MemoryError, RecursionError):
-        raise ValueError(f"{path}={text!r} must be {_described(target)}") from None
-
-
-def _described(target) -> str:
-    """A type in words."""
-    if target is bool:
-        return "true or false"
-    if target in (int, float):
-        return f"of type {target.__name__}"
-    if typing.get_origin(target) is tuple:
-        return "a list"
-    return "a group of keys, as \"{'key': value}\""
+        group = "a list" if origin is tuple else "a group of keys, as \"{'key': value}\""
+        raise ValueError(f"{path}={text!r} must be {DESCRIBED.get(target, group)}") from None
 
 
 def _build(target, value, path: str, root: tuple):
@@ -266,17 +245,19 @@ def _build_dataclass(target, value, path: str, root: tuple):
         raise ValueError(f"{path}.{error.problem}") from None
 
 
-def _unknown(key, group, known: Sequence[str], path: str, root: tuple) -> UnknownKeyError:
+def _unknown(key, group, known: Sequence[str], path: str, root: tuple) -> ValueError:
     """The error for a key that is not among the `known` ones of a group, with the most similar key, there or elsewhere.
 
     A misspelt key of the group comes before a key of that name elsewhere: stages[0].steps for stages[0].step.
     """
     key, names = str(key), _names(group, known)
-    misspelt = [names[name] for name in difflib.get_close_matches(key, names, 1, cutoff=0.85)]
-    inside = [[f"{path}.{name}" for name in near] for near in (misspelt, _near(key, names))]
-    likely = next(iter([*inside[0], *_elsewhere(key, *root), *inside[1]]), None)
+    misspelt, similar = (difflib.get_close_matches(key, names, 1, cutoff) for cutoff in (0.85, 0.5))
+    # lr for learning_rate, vocab_size for vocab
+    short = sorted((name for name in names if _abbreviates(name, key) or _abbreviates(key, name)), key=len, reverse=True)
+    misspelt, similar = ([f"{path}.{names[name]}" for name in near] for near in (misspelt, [*similar, *short]))
+    likely = next(iter([*misspelt, *_elsewhere(key, *root), *similar]), None)
     hint = f"did you mean {likely}?" if likely else f"known keys: {', '.join(known)}"
-    return UnknownKeyError(f"unknown key {path}.{key}; {hint}")
+    return ValueError(f"unknown key {path}.{key}; {hint}")
 
 
 def _names(group, known: Sequence[str]) -> dict[str, str]:
@@ -285,13 +266,6 @@ def _names(group, known: Sequence[str]) -> dict[str, str]:
     if dataclasses.is_dataclass(group):
         aliases = {alias: f.name for f in dataclasses.fields(group) for alias in f.metadata.get("aliases", ())}
     return aliases | {name: name for name in known}
-
-
-def _near(key: str, names: Mapping[str, str]) -> list[str]:
-    """The fields similar to `key`, by spelling or as an abbreviation: lr for learning_rate, vocab_size for vocab."""
-    spelled = difflib.get_close_matches(key, names, 1, cutoff=0.5)
-    short = sorted((name for name in names if _abbreviates(name, key) or _abbreviates(key, name)), key=len, reverse=True)
-    return [names[name] for name in (*spelled, *short)]
 
 
 def _abbreviates(short: str, long: str) -> bool:

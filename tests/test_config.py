@@ -13,7 +13,6 @@ from conftest import tiny
 from configs import base
 from hybrid_attn import config, trees
 from hybrid_attn.config import Mesh, Stage, Table
-from hybrid_attn.parallel.mesh import axis_sizes
 
 
 def error_of(change):
@@ -304,28 +303,6 @@ def test_a_choice_like_no_other_is_answered_with_the_choices_alone():
     assert message == "config.model.block='xyz' is not one of 'parallel', 'pre', 'post', 'sandwich'"
 
 
-def test_a_mesh_takes_the_devices_left_over_on_one_axis():
-    assert axis_sizes(Mesh(1, -1, 1, 2, 2), 8) == (1, 2, 1, 2, 2)
-    assert axis_sizes(Mesh(2, 1, 2, 1, 2), 8) == (2, 1, 2, 1, 2)
-    with pytest.raises(ValueError, match="data and context are both -1"):
-        Mesh(1, -1, 1, -1, 1)
-    with pytest.raises(ValueError, match="mesh.fsdp=0 must be at least 1 and at most 1,048,576, or -1"):
-        Mesh(1, 1, 0, 1, 1)
-
-
-@pytest.mark.parametrize(
-    "sizes, words",
-    [
-        ((1, 1, 2, 2, 1), "needs 4 devices and 8 are here; use slice=2 or data=2 or fsdp=4 or context=4 or tensor=2, or -1"),
-        ((1, 3, 3, 1, 1), "needs 9 devices and 8 are here; use sizes whose product is 8, or -1 for one axis"),
-        ((1, -1, 3, 1, 1), "8 devices do not divide by 3; the sizes beside -1 must give one of 1, 2, 4, 8"),
-    ],
-)
-def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused_with_sizes_that_do(sizes, words):
-    with pytest.raises(ValueError, match=words):
-        axis_sizes(Mesh(*sizes), 8)
-
-
 def test_what_is_built_comes_back_from_its_dict_even_through_json():
     everything = {"chunk": 7, "rope_theta": 100.0, "rope_scaling.type": "yarn", "temperature.type": "steps", "sink": True}
     for c in (tiny({"data.sources.text.paths": ("a/*.txt",), "mesh.fsdp": 2}, C=everything), config.build(base.get_config())):
@@ -333,18 +310,6 @@ def test_what_is_built_comes_back_from_its_dict_even_through_json():
         assert config.build(values) == c and config.build(json.loads(json.dumps(values))) == c
         assert config.to_dict(config.build(values)) == values
         assert hash(config.build(values).model) == hash(c.model)
-
-
-def test_differences_name_every_leaf_that_changed_and_no_other():
-    old = config.to_dict(tiny())
-    new = config.to_dict(tiny({"optim.lr": 1.0, "mesh.tensor": 2}, L={"window": 9, "rope_theta": 100.0}))
-    assert trees.differences(old, old) == []
-    assert trees.differences(old, new) == [
-        "mesh.tensor: 1 -> 2",
-        "model.kinds.L.window: 5 -> 9",
-        f"optim.lr: {old['optim']['lr']} -> 1.0",
-    ]
-    assert trees.differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]
 
 
 def test_layers_begin_with_a_prefix_repeat_the_pattern_and_end_with_a_tail():

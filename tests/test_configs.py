@@ -18,7 +18,7 @@ from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
 from hybrid_attn.model import execution_on, flops
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train import loop
-from hybrid_attn.train.summary import summary
+from hybrid_attn.train.console import description
 
 ROOT = Path(__file__).parents[1]
 R7B = {
@@ -144,7 +144,7 @@ def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and
         tokenizer = load_tokenizer(c.data.tokenizer)
         training = {name: corpus.training for name, corpus in corpora.load(c.data, c.sources, tokenizer).items()}
         rows = pipeline.stage_sequences(c, training, tokenizer)
-        lines = summary(c, execution_on("cpu", c.model, c.train), make_mesh(c.mesh), "", rows, "", 0)
+        lines = description(c, execution_on("cpu", c.model, c.train), make_mesh(c.mesh), "", rows, "", 0)
         assert lines[0].startswith("parameters   ") and len(lines) >= 10
 
 

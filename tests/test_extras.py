@@ -1,5 +1,6 @@
 """An objective keeps arrays in the state; a checkpoint carries them, and one without them, or with others, restores."""
 
+import dataclasses
 from collections import namedtuple
 
 import jax
@@ -9,9 +10,9 @@ from conftest import BATCH, REFERENCE, mesh_of, on_mesh, tiny
 
 from hybrid_attn import checkpoint, config, stored
 from hybrid_attn.train import loop
-from hybrid_attn.train.extras import Extra
 from hybrid_attn.train.objectives import OBJECTIVES
 from hybrid_attn.train.objectives.next_token import NEXT_TOKEN
+from hybrid_attn.train.objectives.objective import Extra
 from hybrid_attn.train.step import init_state, make_step
 
 STAGE = {"steps": 2, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
@@ -66,6 +67,26 @@ def test_a_run_that_is_stopped_continues_with_its_extras_bit_for_bit(averaged, t
     state, lines = restored(saved(tmp_path, averaged, trained(averaged, started(averaged), 2)), averaged)
     assert lines == [] and checkpoint.extras(tmp_path) == {"average"}
     assert_equal(trained(averaged, state, 2), straight)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_loss_reads_the_extras_of_the_state(averaged, monkeypatch, microbatches):
+    def distance(params, average):
+        return ((params["embed"] - average["embed"]) ** 2).sum()
+
+    def pulled(config, params, extras, batch, execution):
+        total, sums = NEXT_TOKEN.loss(config, params, extras, batch, execution)
+        return total, sums | {"aux_loss": distance(params, extras["average"])}
+
+    c = dataclasses.replace(averaged.at(1), microbatches=microbatches)
+    batch = on_mesh(BATCH | {"bytes": np.ones_like(BATCH["weights"])})
+    states = [trained(averaged, started(averaged), 1) for _ in range(2)]  # a step donates its state
+    expected = distance(states[0].params, states[0].extras["average"])
+    _, plain = make_step(c, REFERENCE)(states[0], batch)
+    monkeypatch.setitem(OBJECTIVES, "averaged", OBJECTIVES["averaged"]._replace(loss=pulled))
+    _, metrics = make_step(c, REFERENCE)(states[1], batch)
+    assert expected > 0.01
+    np.testing.assert_allclose(metrics["loss"] - plain["loss"], expected, rtol=1e-3)
 
 
 def test_an_extra_that_a_checkpoint_lacks_starts_from_its_initial_value_and_is_reported(averaged, tmp_path):

@@ -8,14 +8,13 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REFERENCE, tiny
+from trained import STEPS, config_of, losses, stage
 
 from configs import base
 from hybrid_attn import checkpoint, config
@@ -24,37 +23,12 @@ from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.evals.records import is_total
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.parallel.mesh import make_mesh
-from hybrid_attn.train import loop, optim, steps
+from hybrid_attn.train import loop
 from hybrid_attn.train import step as step_module
 from hybrid_attn.train.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
-STEPS = 6
 pytestmark = pytest.mark.usefixtures("known_peak_and_no_pictures")
-
-
-def stage(steps, seq_len, batch):
-    return {"steps": steps, "seq_len": seq_len, "batch": batch, "microbatches": 1, "mixture": {}}
-
-
-def config_of(corpus, **changes):
-    """Six steps on eight devices, checkpoints every two, every step logged."""
-    values = {
-        "mesh.fsdp": 2,
-        "data.sources": {"text": base.source(paths=(corpus,))},
-        "stages": [stage(STEPS, 48, 8)],
-        "train.log_every": 1,
-        "train.checkpoint_every": 2,
-        "evals.tokens": 400,
-        "evals.lengths": (2.0,),
-        "optim.warmup_steps": 2,
-    }
-    return tiny(values | changes)
-
-
-def losses(workdir):
-    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "skipped" not in line}
 
 
 @pytest.fixture(scope="module")
@@ -255,17 +229,6 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(corpus, tmp_
     assert checkpoint.steps(tmp_path / "checkpoints") == [2]
 
 
-def test_parameters_that_are_not_finite_are_not_saved_where_loss_and_gradient_are(corpus, tmp_path, monkeypatch):
-    def rate(*_):
-        return lambda step: jnp.where(step == 3, jnp.nan, 1e-3)
-
-    monkeypatch.setattr(step_module, "schedule", rate)
-    monkeypatch.setattr(optim, "schedule", rate)
-    with pytest.raises(FloatingPointError, match="step 4: lr is nan and param_norm is nan; .* step 2 is"):
-        loop.train(config_of(corpus, **{"optim.lr": 1e-3}), tmp_path)  # a config of no other test, for steps are kept
-    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
-
-
 def test_a_batch_that_gives_nan_is_skipped_and_who_resumes_without_the_flag_keeps_it_skipped(
     corpus, straight, tmp_path, monkeypatch, capsys
 ):
@@ -419,153 +382,8 @@ def test_processes_that_read_other_documents_from_the_same_paths_do_not_agree(co
     assert different == {"training documents of text", "held-out documents of text"} and ours["tokenizer"] == "bytes"
 
 
-def test_a_second_run_in_a_workdir_is_refused_and_touches_nothing(corpus, tmp_path):
-    with loop.hold(tmp_path):
-        with pytest.raises(BlockingIOError, match=f"{tmp_path} is in use by process {os.getpid()} "):
-            loop.train(config_of(corpus), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-    with pytest.raises(ValueError, match="gs://bucket/run is no directory; mount the bucket"):
-        loop.train(config_of(corpus), "gs://bucket/run")
-
-
-def test_data_that_cannot_be_read_any_more_ends_the_run_with_its_state_saved(corpus, tmp_path, monkeypatch):
-    batches = loop.pipeline.batches
-
-    def unplugged(*args):
-        for step, batch in batches(*args):
-            if step == 3:
-                raise OSError(errno.EIO, "Input/output error", "/data/shard-7")
-            yield step, batch
-
-    monkeypatch.setattr(loop.pipeline, "batches", unplugged)
-    with pytest.raises(OSError, match="^/data/shard-7: Input/output error; step 3 is saved; "):
-        loop.train(config_of(corpus), tmp_path)
-    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 3]
-
-
-def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint_that_is_being_written(corpus, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        monkeypatch.setattr(loop.Checkpoints, "wait", lambda _: pytest.fail("waits"))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop.Checkpoints, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config_of(corpus), tmp_path)
-
-
-@pytest.fixture
-def ctrl_c():
-    """Python's own handler of SIGINT, which it lacks where the tests were started in the background of a script."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("place", ["summary", "make_steps"])
-def test_ctrl_c_before_the_first_step_is_compiled_ends_the_run_at_once(corpus, tmp_path, monkeypatch, ctrl_c, place):
-    def interrupt(*_):
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("goes on")
-
-    monkeypatch.setattr(loop, place, lambda *_: [interrupt] if place == "make_steps" else interrupt())
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config_of(corpus), tmp_path)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_full_disk_ends_the_run_before_anything_is_written(corpus, tmp_path, monkeypatch):
-    free = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(OSError, match="step 2 could not be written to .* do not fit: 0.0 MiB are free; there is no other"):
-        loop.train(config_of(corpus), tmp_path)
-    assert checkpoint.steps(tmp_path / "checkpoints") == []
-
-
-def test_a_workdir_that_cannot_be_written_is_named(corpus, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=f"^--workdir={tmp_path}/file is not a directory$"):
-        loop.train(config_of(corpus), tmp_path / "file")
-    with pytest.raises(OSError, match="file") as error:
-        loop.train(config_of(corpus), tmp_path / "file/run")
-    assert error.value.errno in (errno.ENOTDIR, errno.EEXIST)
-    with pytest.raises(ValueError, match=r"a\[b\]: its name has \["):
-        loop.train(config_of(corpus), tmp_path / "new/a[b]")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"mesh.context": 4, "mesh.fsdp": 1, "mesh.data": 2, "stages": [stage(1, 46, 8)]},
-         r"seq_len 46 does not split over 4 context shards of 2 parts each; use 40 or 48, or mesh.context=1"),
-        ({"stages": [stage(1, 48, 12)]}, r"batch 12 does not split over 8 .* use 8 or 16"),
-        ({"model.vocab_size": 100}, r"100.*258"),
-        ({"data.sources": {"text": base.source(paths=("/nowhere/*.txt",))}}, r"text: .*/nowhere/\*\.txt.* matches no file"),
-        ({"data.sources": {"text": base.source(store="/nowhere")}}, "data.sources.text: /nowhere is not a token store"),
-    ],
-)  # fmt: skip
-def test_what_does_not_fit_is_said_before_training(corpus, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        loop.train(config_of(corpus, **changes), tmp_path)
-
-
 def test_a_signal_in_the_evaluation_ends_it_with_everything_saved(corpus, straight, monkeypatch, capsys):
     stopping = EVALS["position"]._replace(measure=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setitem(EVALS, "position", stopping)
     assert not loop.train(config_of(corpus), straight)
     assert f"stopped in the evaluation; all {STEPS} steps are saved" in capsys.readouterr().out
-
-
-def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
-    events = []
-
-    class Value:
-        def __init__(self, step):
-            self.step = step
-
-        def __array__(self, *_, **__):
-            events.append(("read", self.step))
-            return np.float32(1.0)
-
-        __float__ = lambda self: float(self.__array__())  # noqa: E731
-
-    def step(state, batch):
-        events.append(("dispatch", state + 1))
-        return state + 1, {"loss": Value(state + 1), **dict.fromkeys(others, np.float32(1))}
-
-    class Quiet:
-        log = advance = lambda *_: None
-        due = lambda *_: False  # noqa: E731
-
-    others = ("grad_norm", "bits_per_byte", "lr", "param_norm")
-    c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
-    with loop.Stop(None) as stop:
-        batches = iter((i, ()) for i in range(3))
-        steps.run_steps(steps.TrainContext(c, [step], batches, Quiet(), Quiet(), stop, None, None), 0, 0)
-    order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
-    assert order == sorted(order)
-
-
-def test_no_step_waits_longer_for_data_than_it_takes():
-    waits, values = (0.0, 0.2, 0.0, 0.1), {"step_time": [], "data_wait": []}
-
-    def batches():
-        for i, seconds in enumerate(waits):
-            time.sleep(seconds)
-            yield i, ()
-
-    class Lines:
-        advance = lambda *_: None  # noqa: E731
-        due = lambda *_: False  # noqa: E731
-
-        def log(self, number, line, *_):
-            for name, of_steps in values.items():
-                of_steps.append(line[name])
-
-    names = ("loss", "grad_norm", "bits_per_byte", "lr", "param_norm")
-    c = tiny({"train.log_every": 1, "stages": [stage(len(waits), 48, 8)]})
-    with loop.Stop(None) as stop:
-        step = lambda state, *_: (state, dict.fromkeys(names, np.float32(1)))  # noqa: E731
-        steps.run_steps(steps.TrainContext(c, [step], batches(), Lines(), Lines(), stop, None, None), 0, 0)
-    assert all(waited <= took for waited, took in zip(values["data_wait"], values["step_time"], strict=True))
-    assert sum(values["data_wait"]) == pytest.approx(sum(waits), rel=0.5)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from hybrid_attn.config import Mesh
 from hybrid_attn.parallel import fit
-from hybrid_attn.parallel.mesh import AXES, abstract_mesh, make_mesh
+from hybrid_attn.parallel.mesh import AXES, abstract_mesh, axis_sizes, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,3 +126,25 @@ def test_a_size_that_does_not_split_is_refused_with_the_axis_the_numbers_and_a_s
 )
 def test_a_config_that_splits_is_accepted(changes, sizes):
     assert fit.check(tiny(changes), abstract_mesh(**sizes).shape) is None
+
+
+def test_a_mesh_takes_the_devices_left_over_on_one_axis():
+    assert axis_sizes(Mesh(1, -1, 1, 2, 2), 8) == (1, 2, 1, 2, 2)
+    assert axis_sizes(Mesh(2, 1, 2, 1, 2), 8) == (2, 1, 2, 1, 2)
+    with pytest.raises(ValueError, match="data and context are both -1"):
+        Mesh(1, -1, 1, -1, 1)
+    with pytest.raises(ValueError, match="mesh.fsdp=0 must be at least 1 and at most 1,048,576, or -1"):
+        Mesh(1, 1, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        ((1, 1, 2, 2, 1), "needs 4 devices and 8 are here; use slice=2 or data=2 or fsdp=4 or context=4 or tensor=2, or -1"),
+        ((1, 3, 3, 1, 1), "needs 9 devices and 8 are here; use sizes whose product is 8, or -1 for one axis"),
+        ((1, -1, 3, 1, 1), "8 devices do not divide by 3; the sizes beside -1 must give one of 1, 2, 4, 8"),
+    ],
+)
+def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused_with_sizes_that_do(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        axis_sizes(Mesh(*sizes), 8)

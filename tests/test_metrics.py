@@ -13,8 +13,7 @@ from conftest import tensorboard_events
 
 from hybrid_attn.train import console
 from hybrid_attn.train import metrics as metrics_module
-from hybrid_attn.train.metrics import Metrics, peak_flops
-from hybrid_attn.train.records import set_aside
+from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 
 VALUES = {
     "loss": 2.3125, "bits_per_byte": 3.3362, "grad_norm": 0.8125, "lr": 3e-3, "step_time": 0.5, "data_wait": 0.001,

@@ -7,8 +7,8 @@ import pytest
 from conftest import tiny
 
 from hybrid_attn import config
-from hybrid_attn.train.model_changes import check_arrays, check_function
 from hybrid_attn.train.optim import OPTIMISERS
+from hybrid_attn.train.resume import check_arrays, check_function
 
 FUNCTION = {
     "model.kinds.L.rope_theta": 500.0,

@@ -7,8 +7,8 @@ import pytest
 from conftest import tiny
 
 from hybrid_attn.model import flops
-from hybrid_attn.train import progress as progress_module
-from hybrid_attn.train.progress import Progress, Timed
+from hybrid_attn.train import steps
+from hybrid_attn.train.steps import Progress, Timed
 
 STAGES = [
     {"steps": steps, "seq_len": seq_len, "batch": batch, "microbatches": 1, "mixture": {}}
@@ -23,11 +23,11 @@ def timed(stage, seconds, compiled=False, **changes):
 
 def test_speed_is_that_of_the_steps_that_compiled_nothing_and_losses_are_means_of_all():
     progress = Progress(tiny({"stages": STAGES}), [])
-    progress.add(timed(0, 60.0, compiled=True))
+    progress.steps.append(timed(0, 60.0, compiled=True))
     values, tokens, spent = progress.line(1)
     assert values["step_time"] == 60.0 and math.isnan(tokens) and math.isnan(spent) and math.isnan(values["seconds_left"])
     for stage, seconds, compiled, loss in ((0, 2.0, False, 6.0), (1, 80.0, True, 5.0), (1, 1.0, False, 1.0)):
-        progress.add(timed(stage, seconds, compiled, loss=loss))
+        progress.steps.append(timed(stage, seconds, compiled, loss=loss))
     values, tokens, spent = progress.line(6)
     assert (values["loss"], values["loss_mean"], values["steps"]) == (1.0, 4.0, 3)
     assert (values["step_time"], values["data_wait"], tokens) == (1.5, pytest.approx(0.15), (16 * 24 + 2 * 48) / 2)
@@ -46,8 +46,8 @@ def test_skipped_steps_are_not_among_the_tokens_seen():
 @pytest.mark.parametrize("stats, peak", [([None, None], None), ([{"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 7}], 7)])
 def test_the_peak_memory_is_that_of_the_fullest_device_that_reports_it(monkeypatch, stats, peak):
     devices = [types.SimpleNamespace(memory_stats=lambda x=x: x) for x in stats]
-    monkeypatch.setattr(progress_module.jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(steps.jax, "local_devices", lambda: devices)
     progress = Progress(tiny({"stages": STAGES}), [])
-    progress.add(timed(0, 2.0))
+    progress.steps.append(timed(0, 2.0))
     values, _, _ = progress.line(1)
     assert values.get("peak_memory_bytes") == peak

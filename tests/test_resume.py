@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 from conftest import tiny
 
+from hybrid_attn import trees
 from hybrid_attn.config import to_dict
-from hybrid_attn.train import records, resume
+from hybrid_attn.train import metrics, resume
 
 
 def config_of(steps=100, **optim):
@@ -18,8 +19,21 @@ def config_of(steps=100, **optim):
 def test_each_field_that_changed_is_a_line_whether_it_is_of_a_group_or_of_a_stage():
     old = to_dict(config_of(b2=0.95))
     new = dataclasses.replace(config_of(steps=120, b2=0.9), seed=1)
-    assert resume.changed_fields(old, new) == ["optim.b2: 0.95 -> 0.9", "seed: 0 -> 1", "stages[0].steps: 100 -> 120"]
-    assert resume.changed_fields(old, config_of(b2=0.95)) == []
+    lines = ["optim.b2: 0.95 -> 0.9", "seed: 0 -> 1", "stages[0].steps: 100 -> 120"]
+    assert trees.differences(old, to_dict(new)) == lines
+    assert trees.differences(old, to_dict(config_of(b2=0.95))) == []
+
+
+def test_differences_name_every_leaf_that_changed_and_no_other():
+    old = to_dict(tiny())
+    new = to_dict(tiny({"optim.lr": 1.0, "mesh.tensor": 2}, L={"window": 9, "rope_theta": 100.0}))
+    assert trees.differences(old, old) == []
+    assert trees.differences(old, new) == [
+        "mesh.tensor: 1 -> 2",
+        "model.kinds.L.window: 5 -> 9",
+        f"optim.lr: {old['optim']['lr']} -> 1.0",
+    ]
+    assert trees.differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +78,7 @@ def test_a_checkpoint_of_a_version_with_fewer_and_other_keys_has_a_schedule():
     del saved["optim"]["z_loss"], saved["optim"]["final_lr_ratio"]
     saved["optim"]["gone"] = 1
     assert resume.rate_jump(saved, config_of(), 50) is None
-    assert "optim.gone: 1 -> None" in resume.changed_fields(saved, config_of())
+    assert "optim.gone: 1 -> None" in trees.differences(saved, to_dict(config_of()))
 
 
 def test_skipped_steps_are_read_as_they_are_written_and_joined_with_those_of_the_checkpoint():
@@ -98,5 +112,5 @@ def test_steps_that_cannot_be_skipped_are_refused(text, message):
 def test_only_evaluations_of_later_steps_are_set_aside(tmp_path):
     for name in ("2", "4", "\u00b2", "samples"):
         (tmp_path / "evals" / name).mkdir(parents=True)
-    assert records.set_aside(tmp_path, 3, 4) == [f"kept         the old evaluation of step 4 as {tmp_path}/evals/4.old"]
+    assert metrics.set_aside(tmp_path, 3, 4) == [f"kept         the old evaluation of step 4 as {tmp_path}/evals/4.old"]
     assert {path.name for path in (tmp_path / "evals").iterdir()} == {"2", "4.old", "\u00b2", "samples"}

@@ -51,10 +51,10 @@ def sgd(optim, specs, total_steps):
     return optax.sgd(optim.lr)
 
 
-def first_half(config, params, batch, execution):
+def first_half(config, params, extras, batch, execution):
     """The loss of the first half of each sequence."""
     early = jnp.arange(batch["weights"].shape[1]) < batch["weights"].shape[1] // 2
-    return next_token.loss(config, params, batch | {"weights": batch["weights"] * early}, execution)
+    return next_token.loss(config, params, extras, batch | {"weights": batch["weights"] * early}, execution)
 
 
 @pytest.fixture

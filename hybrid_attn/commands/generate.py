@@ -7,7 +7,6 @@ cache go to stderr. Exit status: 2 for wrong flags and inputs; 1 for logits that
 answers go to stdout instead; 130 after Ctrl-C.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -26,6 +25,7 @@ from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import Answer, AnswerOptions, answers
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
+from hybrid_attn.trees import check
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest.")
@@ -55,40 +55,36 @@ def compression(text: str) -> Compression:
     method, _, options = text.partition(":")
     types = {field.name: field.type for field in dataclasses.fields(Compression) if field.name != "method"}
     values = programs.pairs(f"--compress={text}", options, types)
-    if "cap" not in values:
-        raise ValueError(f"--compress={text} has no cap; say how many slots a head keeps, as {method}:cap=1024")
+    check("cap" in values, f"--compress={text} has no cap; say how many slots a head keeps, as {method}:cap=1024")
     return Compression(method, **values)
 
 
 def records() -> list[dict]:
     """A record with a prompt for each answer, and a question in all of them or in none."""
-    if (PROMPT.value is None) == (PROMPTS.value is None):
-        raise ValueError("give either --prompt=TEXT or --prompts=FILE")
+    check((PROMPT.value is None) != (PROMPTS.value is None), "give either --prompt=TEXT or --prompts=FILE")
     for flag in (PROMPT, QUESTION):
-        if flag.value is not None and not _encodes(flag.value):
-            raise ValueError(f"--{flag.name} is not UTF-8; put the text into a file of --prompts")
+        # Python decodes bytes of arguments that are no UTF-8 to halves of surrogate pairs.
+        is_utf8 = not any("\ud800" <= character <= "\udfff" for character in flag.value or "")
+        check(is_utf8, f"--{flag.name} is not UTF-8; put the text into a file of --prompts")
     if PROMPT.value is not None:
         prompts = [{"prompt": PROMPT.value}]
     else:
         with open(PROMPTS.value, "rb") as file:
-            prompts = [record(line, number) for number, line in enumerate(file, 1) if line.strip()]
-        if not prompts:
-            raise ValueError(f'{PROMPTS.value} has no lines; write one {{"prompt": ...}} for each answer')
+            prompts = [record(line, f"{PROMPTS.value}:{number}") for number, line in enumerate(file, 1) if line.strip()]
+        check(bool(prompts), f'{PROMPTS.value} has no lines; write one {{"prompt": ...}} for each answer')
     if QUESTION.value is not None:
-        prompts = [x | {"question": x.get("question", QUESTION.value)} for x in prompts]
-    if 0 < sum("question" in x for x in prompts) < len(prompts):
-        raise ValueError(f"{PROMPTS.value}: some lines have a question and others have none; give --question for those")
+        for x in prompts:
+            x.setdefault("question", QUESTION.value)
+    all_or_none = len({"question" in x for x in prompts}) == 1
+    check(all_or_none, f"{PROMPTS.value}: some lines have a question and others have none; give --question for those")
     return prompts
 
 
-def record(line: bytes, number: int) -> dict:
+def record(line: bytes, where: str) -> dict:
     """The record of a JSON line; ValueError if it is not one, or cannot be written again with an answer."""
-    where = f"{PROMPTS.value}:{number}"
     values = files.object_of(line, where)
-    if not isinstance(values.get("prompt"), str):
-        raise ValueError(f'{where} has no text under "prompt"')
-    if not isinstance(values.get("question", ""), str):
-        raise ValueError(f'{where} has something else than text under "question"')
+    check(isinstance(values.get("prompt"), str), f'{where} has no text under "prompt"')
+    check(isinstance(values.get("question", ""), str), f'{where} has something else than text under "question"')
     try:
         json_line(values).encode()
     except ValueError as cause:
@@ -96,68 +92,34 @@ def record(line: bytes, number: int) -> dict:
     return values
 
 
-def _encodes(text: str) -> bool:
-    """Whether UTF-8 can encode a text: Python decodes other bytes of arguments to halves of surrogate pairs."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def json_line(values: dict) -> str:
     """ValueError for NaN and infinity, which JSON does not have."""
     return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-@contextlib.contextmanager
-def shown():
-    """Yields a function that prints the pieces of an answer. The line is ended, whatever interrupts the answer."""
-    printed = False
-
-    def show(_, piece: str) -> None:
-        nonlocal printed
-        printed = True
-        print(piece, end="", flush=True)
-
-    try:
-        yield show
-    finally:
-        if printed:
-            print(flush=True)
-
-
-@contextlib.contextmanager
-def failures_of(checkpoint: str):
-    """Puts the name of the checkpoint into a FloatingPointError of the body."""
-    try:
-        yield
-    except FloatingPointError as cause:
-        raise FloatingPointError(f"{checkpoint}: {cause}") from cause
-
-
-def out_path() -> Path:
-    """The file that --out names, with links resolved; it need not exist."""
+def writable_out() -> Path | None:
+    """The file of --out, links resolved; OSError if it cannot be written. Its content stays until the answers are complete."""
+    if OUT.value is None:
+        return None
     files.check_named("out", OUT.value, "a file")
-    return Path(os.path.realpath(OUT.value))
-
-
-def check_out() -> None:
-    """OSError if --out cannot be written, before the model runs. Its content stays until the answers are complete."""
-    path = out_path()
+    path = Path(os.path.realpath(OUT.value))
     new = not path.exists()
     with files.naming(OUT.value):
         path.open("ab").close()
     if new:
         path.unlink()
+    return path
 
 
-def write(prompts: list[dict], replies: list[Answer]) -> None:
-    """Writes the records with their answers as JSON lines: to --out, or to stdout without --out or if it cannot be written."""
+def write(prompts: list[dict], replies: list[Answer], path: Path | None) -> None:
+    """Writes the records with their answers as JSON lines: to the file of --out, or to stdout if there is none or it fails."""
     lines = []
     for prompt, reply in zip(prompts, replies, strict=True):
         numbers = {"tokens": len(reply.tokens), "logprob": float(reply.logprobs.sum())}
         lines.append(json_line(prompt | {"answer": reply.text} | numbers))
-    if OUT.value is None:
+    if path is None:
         sys.stdout.writelines(lines)
         return
-    path = out_path()
     try:
         if path.exists() and not path.is_file():  # a pipe or a terminal
             path.write_text("".join(lines), encoding="utf-8")
@@ -184,12 +146,17 @@ def generate() -> None:
     prompts = records()
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     compress = None if COMPRESS.value is None else compression(COMPRESS.value)
-    if OUT.value is not None:
-        check_out()
+    out = writable_out()
     directory = loading.find(CHECKPOINT.value)
     step = loading.step_of(directory, STEP.value)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
-    with jax.set_mesh(mesh), shown() as show, failures_of(f"the checkpoint of step {step} in {directory}"):
+    shown = []
+
+    def show(_, piece: str) -> None:
+        shown.append(piece)
+        print(piece, end="", flush=True)
+
+    with jax.set_mesh(mesh):
         c, params, tokenizer = loading.load(directory, step)
         engine = Engine(params, c, EngineOptions(CHUNK.value, CACHE.value, CAPACITY.value))
         options = AnswerOptions(
@@ -200,9 +167,15 @@ def generate() -> None:
             bos=BOS.value,
         )
         on_text = show if PROMPT.value is not None else None
-        replies = answers(engine, tokenizer, [x["prompt"] for x in prompts], MAX_NEW_TOKENS.value, options, on_text)
-    if PROMPTS.value or OUT.value:
-        write(prompts, replies)
+        try:
+            replies = answers(engine, tokenizer, [x["prompt"] for x in prompts], MAX_NEW_TOKENS.value, options, on_text)
+        except FloatingPointError as cause:
+            raise FloatingPointError(f"{loading.name_of(directory, step)}: {cause}") from cause
+        finally:
+            if shown:
+                print(flush=True)  # ends the line, whatever interrupts the answer
+    if PROMPTS.value or out:
+        write(prompts, replies, out)
     print(report(engine.timing), file=sys.stderr)
 
 

@@ -8,7 +8,6 @@ import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from hybrid_attn import config, config_file, programs
@@ -18,8 +17,7 @@ from hybrid_attn.convert import families, hf
 from hybrid_attn.files import IMPORTED_FILES
 from hybrid_attn.model import abstract_params, flops
 from hybrid_attn.parallel.mesh import make_mesh
-from hybrid_attn.train.optim import optimiser
-from hybrid_attn.train.step import TrainState
+from hybrid_attn.train.step import init_state
 
 MODEL = flags.DEFINE_string("model", None, "Directory with config.json and safetensors.", required=True)
 OUT = flags.DEFINE_string("out", None, "New directory of checkpoints.", required=True)
@@ -42,8 +40,8 @@ def import_model() -> None:
     with hf.new_directory(OUT.value) as directory, jax.set_mesh(make_mesh(c.mesh)):
         params = hf.read_params(MODEL.value, model, described["model_type"], abstract_params(model))
         checkpoints = Checkpoints(directory, keep=1, every=1)
-        fresh = jax.jit(optimiser(c).init)
-        state = TrainState(jnp.int32(0), params, fresh(params)) if OPTIMISER.value else {"params": params}
+        first = jax.jit(init_state, static_argnums=0, donate_argnums=1)
+        state = first(c, params) if OPTIMISER.value else {"params": params}
         origin = f"{described['model_type']} from {MODEL.value}"
         checkpoints.save(0, state, {"stage_steps": [], "stage": {}, "imported": origin}, config.to_dict(c), wait=True)
         checkpoints.close()

@@ -9,11 +9,10 @@ that cannot be compiled for.
 """
 
 import functools
-from collections.abc import Sequence
 
 from absl import flags
 
-from hybrid_attn import config, config_file, programs
+from hybrid_attn import config, config_file, programs, trees
 from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
 from hybrid_attn.plan import step, targets
 
@@ -26,8 +25,8 @@ flags.mark_flags_as_required(["config", "target"])
 
 def plan_step() -> int:
     c = config.build(CONFIG.value.values)
-    if not -1 <= STAGE.value < len(c.stages):
-        raise ValueError(f"--stage={STAGE.value}: the config has {_count(c.stages)}, counted from 0")
+    stages = f"{len(c.stages)} stage{'' if len(c.stages) == 1 else 's'}"
+    trees.check(-1 <= STAGE.value < len(c.stages), f"--stage={STAGE.value}: the config has {stages}, counted from 0")
     plan = step.make_plan(c, targets.find_target(TARGET.value), STAGE.value)
     print(step.report(plan))
     if c.data.tokenizer == "bytes":  # a tokenizer.json may not be on this machine
@@ -36,10 +35,6 @@ def plan_step() -> int:
         except ValueError as error:
             print(f"\nnote         no data was read; launch/train.py would say: {error}")
     return int(not step.fits(plan))
-
-
-def _count(stages: Sequence) -> str:
-    return f"{len(stages)} stage{'' if len(stages) == 1 else 's'}"
 
 
 def main(argv):

@@ -37,17 +37,12 @@ MEMORY_FOR = "a step of this config (tools/plan.py computes what a step needs)"
 INTERRUPTED = "interrupted before this step was saved; the last checkpoint is kept"
 
 
-def default_workdir(config_path: str) -> str:
-    """`runs/hybrid_8k_1b` for `configs/hybrid_8k.py:1b`."""
-    path, _, argument = config_path.partition(":")
-    name = Path(path).stem + (f"_{argument}" if argument else "")
-    return str(Path("runs") / re.sub(r"[^\w.-]", "_", name))
-
-
 def read_workdir() -> str:
-    """The directory of the run; ValueError where --workdir is empty."""
+    """--workdir, by default runs/hybrid_8k_1b for the config configs/hybrid_8k.py:1b; ValueError where it is empty."""
     if WORKDIR.value is None:
-        return default_workdir(CONFIG.value.name)
+        path, _, argument = CONFIG.value.name.partition(":")
+        name = Path(path).stem + (f"_{argument}" if argument else "")
+        return str(Path("runs") / re.sub(r"[^\w.-]", "_", name))
     trees.check(bool(WORKDIR.value.strip()), "--workdir is empty; name a directory, or leave the flag out for runs/CONFIG")
     return WORKDIR.value
 

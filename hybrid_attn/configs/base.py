@@ -37,8 +37,7 @@ def kind(**changes) -> ConfigDict:
     k.temperature.length = 8192  # tokens; log_length: the offset a; steps: the tokens per step
     k.sink = False  # a learned logit per head that takes part in the softmax (gpt-oss)
     k.gate = "none"  # none | head | projection: sigmoid gate on the attention output
-    for key, value in changes.items():
-        k[key] = value
+    k.update(changes)
     return k
 
 
@@ -54,8 +53,7 @@ def source(**changes) -> ConfigDict:
     # tracking: chains of assignments in noise, then the variables with a value.
     s.task = None  # recall | mqar | copy | tracking; None = documents
     s.pairs = 4  # (key, value) pairs in a sequence of recall or mqar; chains in a sequence of tracking
-    for key, value in changes.items():
-        s[key] = value
+    s.update(changes)
     return s
 
 

@@ -1,19 +1,98 @@
-"""The printed line of a step, and the format of numbers and tables."""
+"""What a run prints: its description, the line of a step, the tables of an evaluation, and its last lines."""
 
 import math
-from collections.abc import Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from hybrid_attn.config import Config, LayerType, reach
+from hybrid_attn.data.pipeline import MixedSequences
+from hybrid_attn.data.synthetic import SyntheticSequences
+from hybrid_attn.evals.evaluation import Baselines
+from hybrid_attn.evals.records import grouped
+from hybrid_attn.evals.table import EVALS
+from hybrid_attn.model import Execution, flops
 
 GB = 10**9
 UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
+HEADINGS = ("", "of", "score", "±", "bits/byte", "number")
 
 
-def step_line(step: int, total: int, values: Mapping[str, float]) -> str:
-    """The line of a step: means since the last line where the values have them."""
-    return f"step {step}/{total}  {summary(values)}"
+def description(
+    c: Config, execution: Execution, mesh: Mesh, peak: str, sequences: Sequence[MixedSequences], workdir: str, start: int
+) -> list[str]:
+    """Parameters, layout, mesh, kernel, data, the sources of each stage, tokens and FLOPs per step, peak and workdir.
+
+    `sequences` are those of each stage; tokens and FLOPs are those of the stage that comes next.
+    """
+    stage = c.at(c.stage_at(min(start, c.total_steps - 1))[0])
+    total, tokens = flops.parameters(stage.model), stage.batch * stage.seq_len
+    embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
+    per_token = flops.train_flops_per_token(stage.model, stage.seq_len)
+    layer_types = "; ".join(f"{letter} = {describe(c.model.kinds[letter])}" for letter in sorted(set(c.model.layers)))
+    device = jax.devices()[0]
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    schemes = {letter: f"{scheme}{', zigzag' if execution.zigzag else ''}" for letter, scheme in execution.context.items()}
+    remat = by_layer_type(execution.remat)
+    context = f"; sequences are split by {by_layer_type(schemes)}" if mesh.shape["context"] > 1 else ""
+    many_stages = len(c.stages) > 1
+    of = f", in stage {stage.index + 1}" if many_stages else ""
+    stages = ", ".join(f"{s.steps:,} steps of {s.batch} x {s.seq_len:,}" for s in c.each_stage)
+    return [
+        f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
+        f"layout       {c.model.layers}: {layer_types}",
+        f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}{context}",
+        f"kernel       {execution.kernel} on {device.platform}; "
+        f"activations {execution.dtype}, parameters float32, remat {remat}",
+        f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
+        *(
+            line
+            for s, of_stage in zip(c.each_stage, sequences, strict=True)
+            for line in sources(of_stage, s.steps * s.batch, f"stage {s.index + 1}, " if many_stages else "")
+        ),
+        f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs{of}",
+        f"token        {per_token:.4g} FLOPs{of}: 3 x forward, windows and causality counted, recomputation not",
+        f"peak         {peak}",
+        f"workdir      {workdir}",
+    ]
 
 
-def summary(values: Mapping[str, float]) -> str:
-    """Loss, learning rate, speed and remaining time; unknown values are left out."""
+def sources(sequences: MixedSequences, number: int, stage: str) -> Iterator[str]:
+    """A line for each source of a `stage` of so many sequences: its size, how it is packed, and how much of it is seen."""
+    for name, epochs in sequences.epochs(number).items():
+        source = sequences.sources[name]
+        if isinstance(source, SyntheticSequences):
+            task, lengths = source.task.fingerprint(), f"{source.shortest:,} to {source.seq_len:,}"
+            yield f"source       {stage}{name}: {task}, sequences of {lengths} tokens, new in every step"
+            continue
+        n = source.counts()
+        padding, cut = n["padding"] / (n["tokens"] + n["padding"]), n["cut_documents"] / n["documents"]
+        yield (
+            f"source       {stage}{name}: {n['documents']:,} training documents, {n['tokens']:,} tokens in {n['sequences']:,} "
+            f"packed sequences; {padding:.2%} padding, {cut:.1%} of the documents cut; {epochs:.3g} epochs"
+        )
+
+
+def by_layer_type(choices: Mapping[str, str]) -> str:
+    """The choice of all layer types if they have the same, or the choice of each."""
+    values = set(choices.values())
+    return values.pop() if len(values) == 1 else ", ".join(f"{letter} {choice}" for letter, choice in choices.items())
+
+
+def describe(layer: LayerType) -> str:
+    """A layer type in a few words: its mask, its positions, its norms."""
+    positions = "NoPE" if layer.rope_theta is None else f"RoPE {layer.rope_theta:,.0f}"
+    norm = "" if layer.qk_norm == "none" else f", QK-norm {layer.qk_norm}"
+    return f"{reach(layer) or 'full causal'}, {positions}{norm}"
+
+
+def step_line(values: Mapping[str, float]) -> str:
+    """Loss, learning rate, speed and remaining time of a step; means since the last line where the values have them."""
     loss, bits = (values.get(f"{name}_mean", values[name]) for name in ("loss", "bits_per_byte"))
     parts = [f"stage {values['stage']}/{values['stages']} of {values['seq_len']:,}"] if values.get("stages", 1) > 1 else []
     parts += [f"loss {loss:.3f}", f"bpb {bits:.3f}", f"lr {values['lr']:.3g}", f"grad {values['grad_norm']:.2f}"]
@@ -48,8 +127,40 @@ def duration(seconds: float) -> str:
     return f"{total}s"
 
 
+def evaluation_tables(records: Sequence[Mapping], baselines: Baselines, trained: int) -> list[str]:
+    """A table for each length of the records: the lines of every evaluation, totals before their parts."""
+    lines = []
+    for length, of_length in sorted(grouped(records, itemgetter("length")).items()):
+        by_name = grouped(of_length, itemgetter("eval"))
+        table = [line for name, x in EVALS.items() if name in by_name for line in x.table_lines(by_name[name], baselines)]
+        note = " (the length of training)" if length == trained else ""
+        lines += ["", f"at {length:,} tokens{note}", *aligned([HEADINGS, *table])]
+    return lines
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table; columns without a cell below the heading are left out, and the first two are aligned to the left."""
     columns = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in columns}
     return ["  ".join(f"{row[i]:{'<' if i < 2 else '>'}{widths[i]}}" for i in columns).rstrip() for row in rows]
+
+
+def ending(workdir: str, step: int, report: Path | None, own_files: bool) -> list[str]:
+    """Lines with the files of a finished run and with further commands; `own_files`: it was trained on files or URLs.
+
+    The commands are the console scripts of an installed package where one of these trains, else those of the repository.
+    """
+    installed = Path(sys.argv[0]).name.startswith("hybrid-")
+    generate, evaluate = (f"hybrid-{x}" if installed else f"python tools/{x}.py" for x in ("generate", "evaluate"))
+    path = shlex.quote(str(workdir))
+    trust = " --trust_checkpoint_data" if own_files else ""
+    name = shlex.quote(f"evals/{Path(workdir).name}")
+    return [
+        "",
+        *([f"report       {report}"] if report is not None else []),
+        f"metrics      {workdir}/metrics.jsonl, evals.jsonl; tensorboard --logdir={path}",
+        f"checkpoint   {workdir}/checkpoints/{step}",
+        f"next         {generate} --checkpoint={path} --prompt='def main('",
+        f"             {evaluate} --checkpoint={path} --suite=quick --out={name}{trust}",
+        *([] if installed else [f"             python tools/plot_runs.py --workdir={path} --out=loss.png"]),
+    ]

@@ -11,16 +11,16 @@ from hybrid_attn import config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.evals import EvalModel, haystack, report, suite
-from hybrid_attn.evals.evaluation import Baselines, Evaluation, part_of
+from hybrid_attn.evals.evaluation import Baselines, part_of
 from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import EvalContext, Settings, Unit
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.model import Execution
 from hybrid_attn.parallel.mesh import batch_shards, broadcast_from_first
+from hybrid_attn.train.console import evaluation_tables
 from hybrid_attn.train.metrics import Metrics
-from hybrid_attn.train.overview import evaluation_tables
-from hybrid_attn.trees import check, not_among
+from hybrid_attn.trees import check, choice
 
 MACHINE = ("mesh", "device", "jax")  # where it was measured; a complete evaluation is not measured again elsewhere
 PASSING = ("checkpoint", "config", "data")  # what may change in a run that goes on, without a change of numbers
@@ -28,17 +28,13 @@ PASSING = ("checkpoint", "config", "data")  # what may change in a run that goes
 
 def check_names(names: Sequence[str]) -> None:
     """ValueError for a name in `evals.names` that is no evaluation of a training, with the nearest one."""
-    known = [evaluation.name for evaluation in EVALS.values() if evaluation.in_training]
+    known = {name: evaluation for name, evaluation in EVALS.items() if evaluation.in_training}
     for index, name in enumerate(names):
-        problem = not_among(name, known)
-        check(not problem, f"evals.names[{index}]={name!r} {problem}")
+        choice(f"evals.names[{index}]", name, known)
 
 
 class Evaluations:
-    """Runs the evaluations of `c.evals`: files in evals/STEP of the workdir, headline numbers and pictures to the metrics.
-
-    Every process of a run makes the same calls; the first one writes.
-    """
+    """Runs the evaluations of `c.evals` into evals/STEP of the workdir and the metrics; every process makes the same calls."""
 
     def __init__(
         self, c: config.Config, execution: Execution, mesh: Mesh, tokenizer, loaded: Mapping[str, Corpus], workdir: str
@@ -72,23 +68,17 @@ class Evaluations:
         self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}
 
     def draw_questions(self) -> None:
-        """Draws the samples of all questions into the workdir.
-
-        ValueError where a question does not fit its length, and where there is nothing to measure.
-        """
+        """Draws all questions into the workdir; ValueError where one does not fit its length, or nothing is measured."""
         if not self.enabled:
             return
         sources = ", ".join(self.context.heldout)
+        reasons = {name: EVALS[name].empty(self.context) for name in self.settings.evals if EVALS[name].empty}
+        missing = "; ".join(f"{name} needs {part}, and {why}" for name, (part, why) in reasons.items())
         check(
             bool(suite.units(self.settings, self.context)),
-            f"evals.names={self.settings.evals} measures nothing of the last stage's {sources}: {self._missing()}",
+            f"evals.names={self.settings.evals} measures nothing of the last stage's {sources}: {missing}",
         )
         self.settings = suite.fitting(self.settings, self.context, self.folder / "samples", lengths_are_fixed=True)
-
-    def _missing(self) -> str:
-        """What each evaluation that has no part is missing."""
-        reasons = {name: EVALS[name].empty(self.context) for name in self.settings.evals if EVALS[name].empty}
-        return "; ".join(f"{name} needs {part}, and {why}" for name, (part, why) in reasons.items())
 
     def left_out(self) -> list[str]:
         """A line for each part of an evaluation in `c.evals.names` that is not measured."""
@@ -100,10 +90,7 @@ class Evaluations:
         return path if path.exists() else None
 
     def is_done(self, step: int) -> bool:
-        """Whether the evaluation of `step` is complete, report included, with these settings, on whatever machine.
-
-        Process 0 decides for all processes.
-        """
+        """Whether the evaluation of `step`, with these settings, is complete and has a report; process 0 decides for all."""
         if not self.enabled:
             return True
         described = self._described(self.folder / str(step), self.about | {"step": step}, (*PASSING, *MACHINE))
@@ -116,7 +103,8 @@ class Evaluations:
         folder, about = self.folder / str(metrics.step), self.about | {"step": metrics.step}
         metrics.forget()
         if jax.process_index() == 0:
-            if (described := self._to_go_on_with(folder, about)) is None:
+            described = self._described(folder, about) if folder.exists() else about
+            if described is None:
                 new_name = files.set_aside(folder)
                 metrics.say(f"{folder} cannot be continued (other settings, or a damaged run.json); measuring again")
                 metrics.say(f"kept         the old one as {new_name}")
@@ -140,11 +128,6 @@ class Evaluations:
                 metrics.say(f"evaluation of step {metrics.step} is not all drawn: {type(error).__name__}: {error}")
         return complete
 
-    def _to_go_on_with(self, folder: Path, about: dict) -> dict | None:
-        """`about`, as run.json of an interrupted evaluation has it; None where other settings were measured."""
-        described = self._described(folder, about)
-        return about if described is None and not folder.exists() else described
-
     def _described(self, folder: Path, about: dict, passing: Sequence[str] = PASSING) -> dict | None:
         """`about`, with the values of run.json in `folder` for the keys in `passing`; None where other keys differ."""
         try:
@@ -156,17 +139,22 @@ class Evaluations:
         return about | passed if same else None
 
     def _compare(self, metrics: Metrics, folder: Path) -> None:
-        """What needs all units: totals, the baselines, the report."""
+        """What needs all units: totals, the baselines, the report. Its pictures go to TensorBoard, too."""
+        from matplotlib.image import imread  # takes a second
+
         run = report.read(folder)._replace(name=f"{self.folder.resolve().parent.name}, step {folder.name}")
-        for name in self.settings.evals:
-            _log_totals(metrics, EVALS[name], run.of(name))
+        for evaluation in (EVALS[name] for name in self.settings.evals):
+            for total in evaluation.totals(run.of(evaluation.name)):
+                tag = f"{evaluation.headline.tag}/{part_of(total)}/{total['length']}"
+                metrics.score(tag, evaluation.headline.value([total]))
+                metrics.report(evaluation.name, [total])
         for record in self._baselines:
             metrics.report(record["eval"], [record])
         baselines = Baselines(self._baselines, self.context.eval_model.tokenizer.vocab_size)
-        for line in evaluation_tables(run.records, baselines, self.context.trained):
-            metrics.say(line)
+        metrics.say(*evaluation_tables(run.records, baselines, self.context.trained))
         report.write(folder, [run._replace(records=(*run.records, *self._baselines))])
-        _show(metrics, folder / "pictures")
+        for path in sorted((folder / "pictures").glob("*.png")):
+            metrics.picture(path.stem, imread(path)[..., :3])
 
     @functools.cached_property
     def _baselines(self) -> list[dict]:
@@ -193,18 +181,3 @@ def _log(metrics: Metrics, unit: Unit, records: Sequence[Mapping]) -> None:
     metrics.say(f"evals        {unit.eval} of {unit.part} at {unit.length:,}: {shown}")
     lines = evaluation.summary(records)
     metrics.report(unit.eval, [{name: x for name, x in line.items() if name not in ("eval", "by_row")} for line in lines])
-
-
-def _log_totals(metrics: Metrics, evaluation: Evaluation, records: Sequence[Mapping]) -> None:
-    """The totals of an evaluation to TensorBoard and evals.jsonl."""
-    for total in evaluation.totals(records):
-        metrics.score(f"{evaluation.headline.tag}/{part_of(total)}/{total['length']}", evaluation.headline.value([total]))
-        metrics.report(evaluation.name, [total])
-
-
-def _show(metrics: Metrics, folder: Path) -> None:
-    """The pictures of a report to TensorBoard."""
-    from matplotlib.image import imread  # takes a second
-
-    for path in sorted(folder.glob("*.png")):
-        metrics.picture(path.stem, imread(path)[..., :3])

@@ -6,11 +6,11 @@ parameters are taken: the optimiser state is new.
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +32,6 @@ from hybrid_attn.trees import check
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Assignment(NamedTuple):
-    """Where each parameter of a model comes from, and the parameters of the checkpoint that go nowhere."""
-
-    copied: dict[str, str]  # its name in this model -> its name in the checkpoint
-    new: list[str]
-    ignored: list[str]
-
-
 def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState, dict]:
     """The state before the first step with the parameters that `c.init_from` names, on `mesh`; and a record of their origin.
 
@@ -51,19 +43,18 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     try:
         saved, data = checkpoint.read_config(directory, step), checkpoint.read_data(directory, step)
         shapes_here = {name: x.shape for name, x in expected.items()}
-        assignment = assign(c.init_from, shapes_here, checkpoint.read_shapes(directory, step), source)
-        params = read_copied(directory, step, assignment.copied, expected)
+        copied, new, ignored = assign(c.init_from, shapes_here, checkpoint.read_shapes(directory, step), source)
+        params = read_copied(directory, step, copied, expected)
         fingerprint = checkpoint.fingerprint(directory, step)
     except checkpoint.UnreadableError as cause:
         cure = "use another init_from.step, or copy it again"
         raise ValueError(f"init_from: {source} cannot be read: {cause}; {cure}") from cause
-    params |= initial(c, tuple(assignment.new))
-    state = jax.jit(init_state, static_argnums=0, donate_argnums=1)(c, unflatten_dict(params, sep="/"))
     notes = trees.differences(saved.get("model", {}), to_dict(c)["model"], "model.")
-    if embeddings(c) & assignment.copied.keys():
+    embeddings = {name for name, spec in flatten_dict(specs(c.model), sep="/").items() if spec.group == EMBEDDING}
+    if embeddings & copied.keys():
         notes += tokenizer_note(directory, data, tokenizer_hash)
-    record = {"path": directory, "step": step, "fingerprint": fingerprint, "copied": len(assignment.copied)}
-    return state, record | {"new": assignment.new, "ignored": assignment.ignored, "notes": notes}
+    record = {"path": directory, "step": step, "fingerprint": fingerprint, "copied": len(copied)}
+    return started(c, params), record | {"new": new, "ignored": ignored, "notes": notes}
 
 
 def lines(init: InitFrom, recorded: Mapping, new: bool) -> list[str]:
@@ -94,11 +85,20 @@ def locate(init: InitFrom) -> tuple[str, int]:
     return directory, int(multihost_utils.broadcast_one_to_all(np.int32(step)))  # another run may be writing a newer one
 
 
-def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) -> Assignment:
-    """Where each parameter `here` comes from; ValueError if one here or `there` is not accounted for, or has another shape."""
+def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """The name `there` of every parameter `here` that is copied, the new ones here, and those there that go nowhere.
+
+    ValueError if a parameter here or there is not accounted for, or has another shape.
+    """
     new = matching("new", init.new, here, "this model")
     ignored = matching("ignore", init.ignore, there, checkpoint_name)
-    sources = {name: source for name, source in sources_of(init, here, there, checkpoint_name).items() if name not in new}
+    sources = {name: name for name in here}
+    for old, today in init.renamed:
+        for name, names, owner in ((old, there, checkpoint_name), (today, here, "this model")):
+            known = any(inside(x, name) for x in names)
+            check(known, f"init_from.rename names {name!r}, and {owner} has no such parameter{nearest(name, names)}")
+        sources |= {name: old + name.removeprefix(today) for name in here if inside(name, today)}
+    sources = {name: source for name, source in sources.items() if name not in new}
     copied = {name: source for name, source in sources.items() if source in there and source not in ignored}
     missing = [name for name in sources if name not in copied]
     unused = sorted(there.keys() - ignored - set(copied.values()))
@@ -110,7 +110,7 @@ def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) ->
     ]
     check(not problems, "\n  ".join([f"init_from: {checkpoint_name} does not have the parameters of this model:", *problems]))
     check(bool(copied), f"init_from: nothing is copied from {checkpoint_name}; if that is intended, leave out init_from.path")
-    return Assignment(copied, sorted(new), sorted(ignored))
+    return copied, sorted(new), sorted(ignored)
 
 
 def matching(key: str, patterns: Sequence[str], names: Iterable[str], owner: str) -> set[str]:
@@ -125,38 +125,29 @@ def matching(key: str, patterns: Sequence[str], names: Iterable[str], owner: str
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """The most similar name of a parameter or a group, or else the first part of every name."""
-    groups = {"/".join(parts[:n]) for parts in (x.split("/") for x in names) for n in range(1, len(parts) + 1)}
-    return trees.suggestion(name, sorted(groups), "; ", f"; it has {', '.join(sorted({x.split('/')[0] for x in names}))}")
+    groups = {prefix for known in names for prefix in prefixes(known)}
+    first = ", ".join(sorted(group for group in groups if "/" not in group))
+    return trees.suggestion(name, sorted(groups), "; ", f"; it has {first}")
 
 
-def sources_of(init: InitFrom, here: Iterable[str], there: Iterable[str], checkpoint_name: str) -> dict[str, str]:
-    """The name in the checkpoint of each parameter here: the same, or the one that `init.rename` gives."""
-    sources = {name: name for name in here}
-    for old, new in init.renamed:
-        for name, names, owner in ((old, there, checkpoint_name), (new, here, "this model")):
-            known = any(inside(x, name) for x in names)
-            check(known, f"init_from.rename names {name!r}, and {owner} has no such parameter{nearest(name, names)}")
-        sources |= {name: old + name.removeprefix(new) for name in here if inside(name, new)}
-    return sources
+def prefixes(name: str) -> Iterable[str]:
+    """periods, periods/L0 and periods/L0/norm of periods/L0/norm."""
+    return itertools.accumulate(name.split("/"), "{}/{}".format)
 
 
 def unaccounted(owner: str, names: Sequence[str], of: Iterable[str], key: str, patterns: Sequence[str]) -> list[str]:
-    """A line about parameters that are not accounted for, with the line of a config that does it."""
+    """A line about parameters that are not accounted for, with the line of a config that does it.
+
+    It has the shortest names of groups that together hold these parameters, and no others `of` the model.
+    """
     if not names:
         return []
-    what = "initial values for them" if key == "new" else "without them"
-    return [f"only {owner} {first_eight(names)}; {what}: c.init_from.{key} = {(*patterns, *groups(names, of))}"]
-
-
-def groups(names: Sequence[str], of: Iterable[str]) -> list[str]:
-    """The shortest names of groups that together hold these parameters, and no others `of` the model."""
-    others, chosen = set(of) - set(names), []
+    others, groups = set(of) - set(names), []
     for name in names:
-        parts = name.split("/")
-        prefixes = ("/".join(parts[:n]) for n in range(1, len(parts) + 1))
-        group = next(prefix for prefix in prefixes if not any(inside(other, prefix) for other in others))
-        chosen += [group] if group not in chosen else []
-    return chosen
+        group = next(prefix for prefix in prefixes(name) if not any(inside(other, prefix) for other in others))
+        groups += [group] if group not in groups else []
+    what = "initial values for them" if key == "new" else "without them"
+    return [f"only {owner} {first_eight(names)}; {what}: c.init_from.{key} = {(*patterns, *groups)}"]
 
 
 def rename_hint(init: InitFrom, missing: Shapes, unused: Shapes) -> list[str]:
@@ -197,16 +188,11 @@ def read_copied(directory: str, step: int, copied: Mapping[str, str], expected: 
     return params
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def initial(c: Config, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    """The initial values of these parameters, as a run without `init_from` has them."""
-    params = flatten_dict(init_state(c).params, sep="/")
-    return {name: params[name] for name in names}
-
-
-def embeddings(c: Config) -> set[str]:
-    """The names of the parameters that have a row for each token of the vocabulary."""
-    return {name for name, spec in flatten_dict(specs(c.model), sep="/").items() if spec.group == EMBEDDING}
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def started(c: Config, copied: dict[str, jax.Array]) -> TrainState:
+    """The state before the first step with the `copied` parameters, by name, and with the initial values of the others."""
+    params = flatten_dict(init_state(c).params, sep="/") | copied
+    return init_state(c, unflatten_dict(params, sep="/"))
 
 
 def tokenizer_note(directory: str, data: Mapping, tokenizer_hash: str) -> list[str]:

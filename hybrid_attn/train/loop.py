@@ -1,7 +1,8 @@
 """A training run: mesh, data, checkpoint, steps, evaluation."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,17 +19,13 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train import init_from
+from hybrid_attn.train import console, init_from
 from hybrid_attn.train.evaluation import Evaluations, check_names
-from hybrid_attn.train.metrics import Metrics, peak_flops
-from hybrid_attn.train.model_changes import check_arrays, check_function
-from hybrid_attn.train.overview import ending
-from hybrid_attn.train.records import set_aside
-from hybrid_attn.train.resume import Range, changed_fields, check_rate, merge_skipped, text_of
+from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
+from hybrid_attn.train.resume import Range, check_arrays, check_function, check_rate, merge_skipped, text_of
 from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
-from hybrid_attn.train.steps import TrainContext, run_steps
+from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
-from hybrid_attn.train.summary import summary
 
 OLDER_STAGE = {"objective": "next_token"}  # of checkpoints that do not name the objective of their stage
 
@@ -56,52 +53,36 @@ def train(
     mesh, data = make_mesh(c.mesh), load_data(c)
     if peers:
         peers.agree(data_identity(data.corpora, data.tokenizer))
-    platform = jax.default_backend()
-    of_run = execution or execution_on(platform, c.model, c.train)
-    with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh):
-        checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
-        try:
-            new = checkpoints.latest() is None
-            state, start, recorded = first_state(c, data.identities, mesh, checkpoints)
-            recorded["skipped_steps"] = skipped = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
-            begins = "none found; starting at step 0" if new else restored(start, recorded)
-            parameters = init_from.lines(c.init_from, recorded, new)
-            history = [f"checkpoint   {begins}", *parameters, *past(c, checkpoints, start, recorded, allow_lr_jump)]
-            evaluations = Evaluations(c, of_run, mesh, data.tokenizer, data.corpora, workdir)
-            evaluations.draw_questions()
-            peak, source = peak_flops(jax.devices()[0], of_run.dtype)
-            set_aside_lines = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
-            metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size)
-            metrics.open()
-            peak_line = f"{peak * mesh.size:.4g} FLOP/s in {of_run.dtype}, {source}; MFU is the share of it"
-            description = summary(c, of_run, mesh, peak_line, data.stages, workdir, start)
-            for line in (*set_aside_lines, *description, *history, *evaluations.left_out()):
-                metrics.say(line)
-            if start == c.total_steps and evaluations.is_done(start):
-                metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
-                close(c, workdir, metrics, evaluations)
-                return True
-            for line in write_config(Path(workdir), c, start):
-                metrics.say(line)
-            context = TrainContext(
-                c,
-                make_steps(c, platform, execution),
-                pipeline.batches(c, data.stages, mesh, start),
-                checkpoints,
-                metrics,
-                stop,
-                data_state=lambda step: data_state(c, data.identities, step, recorded),
-                evaluate=lambda params: evaluations.measure(params, metrics, stop.is_requested),
-                skipped=skipped,
-            )
-            state, step = run_steps(context, state, start)
-            context.save(step, state, wait=True)
-            return finish(context, state, step, workdir, evaluations)
-        except KeyboardInterrupt:
-            checkpoints.abandon()
-            raise
-        finally:
-            checkpoints.close()
+    of_run = execution or execution_on(jax.default_backend(), c.model, c.train)
+    with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh), checkpoints_of(c, workdir) as checkpoints:
+        state, start, recorded = first_state(c, data.identities, mesh, checkpoints)
+        recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
+        history = past(c, checkpoints, start, recorded, allow_lr_jump)
+        evaluations = Evaluations(c, of_run, mesh, data.tokenizer, data.corpora, workdir)
+        evaluations.draw_questions()
+        metrics = opened_metrics(c, of_run, mesh, data.stages, workdir, start)
+        metrics.say(*history, *evaluations.left_out())
+        if start == c.total_steps and evaluations.is_done(start):
+            metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
+            close(c, workdir, metrics, evaluations)
+            return True
+        metrics.say(*write_config(Path(workdir), c, start))
+        loop = Loop(
+            c,
+            make_steps(c, jax.default_backend(), execution),
+            pipeline.batches(c, data.stages, mesh, start),
+            checkpoints,
+            metrics,
+            stop,
+            data_state=lambda step: data_state(c, data.identities, step, recorded),
+            measure=lambda params: evaluations.measure(params, metrics, stop.is_requested),
+            state=state,
+            step=start,
+            skipped=recorded["skipped_steps"],
+        )
+        loop.train()
+        loop.save(wait=True)
+        return finish(loop, workdir, evaluations)
 
 
 class TrainingData(NamedTuple):
@@ -123,25 +104,48 @@ def load_data(c: config.Config) -> TrainingData:
     return TrainingData(tokenizer, loaded, stages, pipeline.identities(c, training, tokenizer))
 
 
-def finish(context: TrainContext, state: TrainState, step: int, workdir: str, evaluations: Evaluations) -> bool:
-    """Evaluates a run whose `step` steps are saved; False if a signal stopped it before, or stops its evaluation.
+@contextlib.contextmanager
+def checkpoints_of(c: config.Config, workdir: str) -> Iterator[Checkpoints]:
+    """The checkpoints of a run, closed after the body. Ctrl-C does not wait for the one that is being written."""
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", c.train.keep, c.train.checkpoint_every)
+    try:
+        yield checkpoints
+    except KeyboardInterrupt:
+        checkpoints.abandon()
+        raise
+    finally:
+        checkpoints.close()
 
-    OSError where an error of a file ended the run before its last step.
-    """
-    c, metrics, stop = context.config, context.metrics, context.stop
-    if stop.failure:
+
+def opened_metrics(
+    c: config.Config, execution: Execution, mesh: Mesh, stages: Sequence[pipeline.MixedSequences], workdir: str, start: int
+) -> Metrics:
+    """The metrics of a run from step `start`, after its description is printed; `stages` are the sequences of each."""
+    peak, source = peak_flops(jax.devices()[0], execution.dtype)
+    peak_line = f"{peak * mesh.size:.4g} FLOP/s in {execution.dtype}, {source}; MFU is the share of it"
+    renamed = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
+    metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size).open()
+    metrics.say(*renamed, *console.description(c, execution, mesh, peak_line, stages, workdir, start))
+    return metrics
+
+
+def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
+    """Evaluates a run whose steps are saved; False if a signal stopped it. OSError where an error of a file ended the steps."""
+    total, metrics, stop = loop.config.total_steps, loop.metrics, loop.stop
+    if error := stop.failure:
         metrics.write_again()
-        raise after_saving(stop.failure, step)
-    if step < c.total_steps:
-        metrics.say(f"stopped after step {step}, which is saved; the same command goes on from there")
+        what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        raise OSError(f"{what}; step {loop.step} is saved; mend that and run the same command again")
+    if loop.step < total:
+        metrics.say(f"stopped after step {loop.step}, which is saved; the same command goes on from there")
         return False
-    interrupted = f"stopped in the evaluation; all {c.total_steps} steps are saved, the same command goes on with it"
+    interrupted = f"stopped in the evaluation; all {total} steps are saved, the same command goes on with it"
     try:
         stop.all_saved(interrupted)
-        complete = context.evaluate(state.params)
+        complete = loop.measure(loop.state.params)
         if not complete:
             metrics.say(interrupted)
-        close(c, workdir, metrics, evaluations if complete else None)
+        close(loop.config, workdir, metrics, evaluations if complete else None)
         return complete
     except KeyboardInterrupt:
         if not stop.saved:
@@ -154,38 +158,36 @@ def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluat
     """Closes the metrics of a run, and prints what to do next where its `evaluations` are done."""
     if evaluations is not None:
         own_files = bool(corpora.locations(c.data, c.sources))
-        for line in ending(workdir, metrics.step, evaluations.report_of(metrics.step), own_files):
-            metrics.say(line)
+        metrics.say(*console.ending(workdir, metrics.step, evaluations.report_of(metrics.step), own_files))
     metrics.close()
 
 
-def restored(start: int, recorded: dict) -> str:
-    """A line about the checkpoint of step `start`, whose data state has `recorded`."""
-    if start > 0:
-        return f"step {start} found; going on from there"
-    if "imported" in recorded:
-        return f"step 0 found; restored parameters of {recorded['imported']}"
-    return "step 0 found: a run that was stopped before its first step"
-
-
 def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict, allow_lr_jump: bool) -> list[str]:
-    """Lines for skipped steps, and for changes of the config and of extras since the checkpoint of step `start`.
+    """Lines for the checkpoint of step `start`, skipped steps, and changes of the config and of extras since.
 
     ValueError where the learning rate would jump; before the first step any rate is allowed. ValueError where the model would
     compute another function and the stage does not say so. Of an imported checkpoint only the model is compared, because it was
     not trained with the remaining config.
     """
-    skipped = recorded["skipped_steps"]
-    lines = [f"skipped      steps {text_of(skipped)}: their batches are passed over"] if skipped else []
-    if checkpoints.latest() is None:
+    new, skipped = checkpoints.latest() is None, recorded["skipped_steps"]
+    if new:
+        begins = "none found; starting at step 0"
+    elif start > 0:
+        begins = f"step {start} found; going on from there"
+    elif "imported" in recorded:
+        begins = f"step 0 found; restored parameters of {recorded['imported']}"
+    else:
+        begins = "step 0 found: a run that was stopped before its first step"
+    lines = [f"checkpoint   {begins}", *init_from.lines(c.init_from, recorded, new)]
+    lines += [f"skipped      steps {text_of(skipped)}: their batches are passed over"] if skipped else []
+    if new:
         return lines
     saved = checkpoint.read_config(checkpoints.directory, start)
     lines += extras_lines(c, checkpoint.extras(checkpoints.directory, start), start)
     lines += check_function(saved, c, start)
     if start == 0 and "imported" in recorded:
         return lines
-    changed = changed_fields(saved, c)
-    if changed:
+    if changed := trees.differences(saved, config.to_dict(c)):
         lines.append(f"config       differs from that of the checkpoint of step {start} (old -> new):")
         lines += [f"             {line}" for line in changed]
     return lines + (check_rate(saved, c, start, allow_lr_jump) if 0 < start < c.total_steps else [])
@@ -193,14 +195,9 @@ def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict,
 
 def extras_lines(c: config.Config, saved: set[str], step: int) -> list[str]:
     """Lines for the extras that either the config or the checkpoint of `step`, which has those of the names `saved`, lacks."""
-    expected = extras_of(c).keys()
-    lines = [
-        f"{name}: not in the checkpoint of step {step}; starts from its initial value" for name in sorted(expected - saved)
-    ]
-    lines += [
-        f"{name}: in the checkpoint of step {step}, and not in this config; left out" for name in sorted(saved - expected)
-    ]
-    return [f"extras       {line}" for line in lines]
+    expected, of = extras_of(c).keys(), f"in the checkpoint of step {step}"
+    added = [f"extras       {name}: not {of}; starts from its initial value" for name in sorted(expected - saved)]
+    return added + [f"extras       {name}: {of}, and not in this config; left out" for name in sorted(saved - expected)]
 
 
 def write_config(workdir: Path, c: config.Config, start: int) -> list[str]:
@@ -243,14 +240,13 @@ def first_state(
     if done != expected["stage_steps"]:
         raise ValueError(other_steps(c, step, done, expected["stage_steps"]))
     if done and done[-1] < c.stages[len(done) - 1].steps:
-        lines = trees.differences(OLDER_STAGE | saved["stage"], expected["stage"], "  ")
-        if lines:
-            stage = f"stages[{len(done) - 1}]"
-            raise ValueError(
-                f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches or another "
-                "objective there (saved -> new):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with "
-                f"{stage}.steps={done[-1]}, and give the new values to a stage after it"
-            )
+        lines, stage = trees.differences(OLDER_STAGE | saved["stage"], expected["stage"], "  "), f"stages[{len(done) - 1}]"
+        trees.check(
+            not lines,
+            f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches or another "
+            "objective there (saved -> new):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with "
+            f"{stage}.steps={done[-1]}, and give the new values to a stage after it",
+        )
     records = {key: value for key, value in saved.items() if key not in expected}
     return state, step, {"skipped_steps": []} | records  # older checkpoints have no skipped steps
 
@@ -273,15 +269,5 @@ def other_steps(c: config.Config, step: int, done: Sequence[int], expected: Sequ
 
 def data_state(c: config.Config, identities: Sequence[dict], step: int, records: dict) -> dict:
     """The data state after `step` steps: the steps of each stage begun, the identity of the last of them, and `records`."""
-    done = []
-    for stage in c.stages:
-        if step:
-            done.append(min(step, stage.steps))
-            step -= done[-1]
+    done = [steps for steps in c.stage_steps(step) if steps]
     return {**records, "stage_steps": done, "stage": identities[len(done) - 1] if done else {}}
-
-
-def after_saving(error: OSError, step: int) -> OSError:
-    """The error that ends a run whose state is saved."""
-    what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
-    return OSError(f"{what}; step {step} is saved; mend that and run the same command again")

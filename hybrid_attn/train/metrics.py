@@ -1,9 +1,15 @@
-"""Output of metrics: TensorBoard, JSON lines, a progress bar or plain lines; and the peak FLOP/s of the MFU."""
+"""Output of metrics: TensorBoard, JSON lines, a progress bar or plain lines; and the peak FLOP/s of the MFU.
+
+The files of an earlier run in the workdir are continued, or renamed where this run would lose what they hold.
+"""
 
 import contextlib
 import json
 import math
 import os
+import shutil
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,11 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
-from hybrid_attn.files import Appended, write_atomically
-from hybrid_attn.train.console import step_line, summary
-from hybrid_attn.train.records import step_of
-from hybrid_attn.train.tensorboard import open_events
+from hybrid_attn import files
+from hybrid_attn.files import Appended
+from hybrid_attn.train import console
+
+LINES = ("metrics.jsonl", "evals.jsonl")
 
 # Dense bfloat16 matmul peak of one JAX device in FLOP/s, from data sheets; the first name that is part of the device kind
 # applies.
@@ -66,26 +76,19 @@ class Metrics:
         """The run goes on from step `start`; `peak_flops` is the peak of all devices together. Call `open` before the rest."""
         self.workdir, self.total_steps, self.peak_flops, self.step = Path(workdir), total_steps, peak_flops, start
         self.writes = jax.process_index() == 0
-        self.bar = None
 
     def open(self) -> "Metrics":
         """Opens the files, and drops what was written of steps after the one reached."""
-        if not self.writes:
-            return self
-        start = self.step
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        self.steps_file = _continue(self.workdir / "metrics.jsonl", lambda step: step <= start)
-        self.evals_file = _continue(self.workdir / "evals.jsonl", lambda step: step <= start)
-        self.tensorboard = open_events(self.workdir / "tensorboard", start)
-        if sys.stderr.isatty():
-            self.bar = tqdm.tqdm(total=self.total_steps, initial=start, unit="step", dynamic_ncols=True)
+        start, terminal = self.step, self.writes and sys.stderr.isatty()
+        if self.writes:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self.steps_file, self.evals_file = (_continue(self.workdir / name, lambda step: step <= start) for name in LINES)
+            self.events_file = _open_events(self.workdir / "tensorboard", start)
+        self.bar = tqdm.tqdm(total=self.total_steps, initial=start, unit="step", dynamic_ncols=True, disable=not terminal)
         return self
 
     def log(self, step: int, values: Mapping[str, float], tokens: float, flops: float) -> None:
-        """Writes the `values` of a step's line; `tokens` and `flops` are those of `step_time` seconds, or NaN.
-
-        tokens_per_s and mfu are added.
-        """
+        """Writes a step's `values`, tokens_per_s and mfu; `tokens` and `flops` are those of `step_time` seconds, or NaN."""
         if not self.writes:
             return
         seconds = values["step_time"]
@@ -93,23 +96,22 @@ class Metrics:
         self._write(self.steps_file, {"step": step, **values})
         for name, value in values.items():
             if name in TAGS and math.isfinite(value):
-                self.tensorboard.add_scalar(TAGS[name], value, step)
-        if self.bar is None:
-            print(step_line(step, self.total_steps, values), flush=True)
+                self._show(summary.scalar(TAGS[name], value), step)
+        if self.bar.disable:
+            print(f"step {step}/{self.total_steps}  {console.step_line(values)}", flush=True)
         else:
-            self.bar.set_postfix_str(summary(values), refresh=False)
+            self.bar.set_postfix_str(console.step_line(values), refresh=False)
 
     def skip(self, step: int) -> None:
         """Records that a step was skipped."""
         if self.writes:
             self._write(self.steps_file, {"step": step, "skipped": True})
-            self.tensorboard.add_scalar("train/skipped", 1, step)
+            self._show(summary.scalar("train/skipped", 1), step)
         self.say(f"step {step}/{self.total_steps}  skipped: its batch is passed over, as --skip_steps says")
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step`, which is now the step reached."""
-        if self.writes and self.bar is not None:
-            self.bar.update(step - self.step)
+        self.bar.update(step - self.step)
         self.step = step
 
     def forget(self) -> None:
@@ -127,12 +129,16 @@ class Metrics:
     def score(self, name: str, value: float) -> None:
         """Writes a score at the step reached to TensorBoard."""
         if self.writes:
-            self.tensorboard.add_scalar(name, value, self.step)
+            self._show(summary.scalar(name, value), self.step)
 
     def picture(self, name: str, pixels_HWC: np.ndarray) -> None:
         """Writes an image, RGB between 0 and 1, to TensorBoard."""
         if self.writes:
-            self.tensorboard.add_image(name, pixels_HWC, self.step)
+            self._show(summary.image(name, pixels_HWC, dataformats="HWC"), self.step)
+
+    def _show(self, what, step: int) -> None:
+        """Writes a summary of tensorboardX to TensorBoard's file."""
+        self.events_file.write(_as_record(Event(step=step, summary=what)))
 
     def _write(self, file: Appended, record: Mapping) -> None:
         """Writes a line of strict JSON, in which NaN and infinity become null."""
@@ -146,21 +152,18 @@ class Metrics:
             with contextlib.suppress(OSError):
                 self.steps_file.write(b"")
 
-    def say(self, text: str) -> None:
-        """Prints a line to stdout, above the progress bar."""
-        if self.writes and self.bar is not None:
-            self.bar.write(text, file=sys.stdout)
-        elif self.writes:
-            print(text, flush=True)
+    def say(self, *lines: str) -> None:
+        """Prints lines to stdout, above the progress bar."""
+        for line in lines if self.writes else ():
+            if self.bar.disable:
+                print(line, flush=True)
+            else:
+                self.bar.write(line, file=sys.stdout)
 
     def close(self) -> None:
-        if not self.writes:
-            return
-        if self.bar is not None:
-            self.bar.close()
-        self.steps_file.close()
-        self.evals_file.close()
-        self.tensorboard.close()
+        self.bar.close()
+        for file in (self.steps_file, self.evals_file, self.events_file) if self.writes else ():
+            file.close()
 
 
 def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
@@ -193,6 +196,68 @@ def _measure(device: jax.Device, dtype: str) -> float:
 def _continue(path: Path, keep: Callable[[int], bool]) -> Appended:
     """`path`, open for appending, without truncated lines and without lines whose step `keep` rejects."""
     if path.exists():
-        lines = [(line, step_of(line)) for line in path.read_bytes().splitlines()]
-        write_atomically(path, b"".join(line + b"\n" for line, step in lines if step is not None and keep(step)))
+        lines = [(line, _step_of(line)) for line in path.read_bytes().splitlines()]
+        files.write_atomically(path, b"".join(line + b"\n" for line, step in lines if step is not None and keep(step)))
     return Appended(path)
+
+
+def _open_events(folder: Path, start: int) -> Appended:
+    """A new event file in `folder` of a run that goes on from step `start`: TensorBoard hides later steps of older files.
+
+    A writer in the background, such as tensorboardX has, would lose what a kill finds in its queue.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.from{start}"
+    file = Appended(folder / name)
+    file.write(_as_record(Event(file_version="brain.Event:2")))
+    file.write(_as_record(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START))))
+    return file
+
+
+def _as_record(event: Event) -> bytes:
+    """A record of an event file: its length in 8 bytes, 4 of checksum, the event, 4 of checksum."""
+    event.wall_time = time.time()
+    content = event.SerializeToString()
+    length = struct.pack("<Q", len(content))
+    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+    return length + sums[0] + content + sums[1]
+
+
+def set_aside(workdir: Path, start: int, replayed: int) -> list[str]:
+    """Renames the records that a run from step `start` would lose; returns a line for each new name.
+
+    After a kill at most `replayed` steps are repeated, and their records are written again. Files of records are renamed if
+    there is no checkpoint, if they have more later steps than that, or if a line cannot be read; evaluations of later steps are
+    always renamed. Process 0 does it for all.
+    """
+    if jax.process_index() != 0:
+        return []
+    notes = []
+    for path in (workdir / name for name in LINES):
+        if path.exists() and _would_lose_lines(path, start, replayed):
+            copy = shutil.copy2(path, files.free_name(path, "old")) if start else files.set_aside(path)
+            begins = f"goes on from step {start}" if start else "starts at step 0"
+            notes.append(f"kept         the old {path.name} as {copy}; the run {begins}")
+    later = [folder for folder in workdir.glob("evals/*") if folder.name.isdecimal() and int(folder.name) > start]
+    for folder in sorted(later, key=lambda folder: int(folder.name)):
+        notes.append(f"kept         the old evaluation of step {folder.name} as {files.set_aside(folder)}")
+    if start == 0 and notes and (workdir / "tensorboard").exists():
+        notes.append(f"kept         the old tensorboard as {files.set_aside(workdir / 'tensorboard')}")
+    return notes
+
+
+def _would_lose_lines(path: Path, start: int, replayed: int) -> bool:
+    """Whether the run would drop lines of a file and not write them again; a kill may have truncated the last line."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    steps = [_step_of(line) for line in lines if line.endswith(b"\n")]
+    last = max((step for step in steps if step is not None), default=0)
+    return bool(steps) and (start == 0 or None in steps or last - start > replayed)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of JSON, None if it has none."""
+    try:
+        step = files.object_of(line, "it").get("step")
+    except ValueError:
+        return None
+    return step if type(step) is int else None

@@ -11,10 +11,7 @@ from hybrid_attn.trees import choice
 
 
 def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then a cosine, or a constant with a linear decay at the end (WSD).
-
-    The last step has the last rate.
-    """
+    """Learning rate by step: a linear warm-up, then to the last step a cosine, or a constant and a linear decay (WSD)."""
     warmup = min(optim.warmup_steps, total_steps - 1)
     last = optim.final_lr_ratio * optim.lr
     rise = optax.linear_schedule(optim.lr / max(warmup, 1), optim.lr, max(warmup - 1, 1))

@@ -1,33 +1,100 @@
-"""Checks of a resumed run against its checkpoint: changed fields, a jump of the learning rate, skipped steps.
+"""Checks of a resumed run against its checkpoint: a changed model, a jump of the learning rate, skipped steps.
 
-Steps are numbered from 1 here, as in the printed lines; a range of steps includes both ends.
+A change of the arrays of the state is refused. A change of the function alone that the parameters compute, such as a RoPE base,
+a window or a soft cap, is refused unless the stage names the field in its `model_changes`. A field that only the initial
+parameters depend on may change. Steps are numbered from 1 in the printed lines; a range of steps includes both ends.
 """
 
+import dataclasses
 import types
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax
+from flax.traverse_util import unflatten_dict
+
 from hybrid_attn import trees
-from hybrid_attn.config import Config, to_dict
-from hybrid_attn.train.optim import schedule
+from hybrid_attn.config import Config, build_model, to_dict
+from hybrid_attn.model import init
+from hybrid_attn.train.optim import optimiser, schedule
 from hybrid_attn.trees import check
 
+OPTIMISER = "optim.optimiser"
+INITIAL = ("model.init_std",)  # of the initial parameters alone
+LAYOUT = ("model.prefix", "model.pattern")
+Fields = dict[str, object]
 LR_JUMP = 0.1  # a larger change, relative to the saved schedule at the same step, is a jump
 Range = tuple[int, int]
 
 
-def changed_fields(saved: Mapping, c: Config) -> list[str]:
-    """Lines `key: old -> new` for every field in which `c` differs from the config of a checkpoint."""
-    lines = [line.partition(": ") for line in trees.differences(_by_index(saved), _by_index(to_dict(c)))]
-    return [f"{key.replace('.[', '[')}: {values}" for key, _, values in lines]
+def check_arrays(saved: Mapping, c: Config, checkpoint: str) -> None:
+    """ValueError with the fields by which `c` has a state of other arrays than the `saved` config of `checkpoint`."""
+    try:
+        old, new = fields_of(saved), fields_of(to_dict(c))
+    except ValueError:  # the model of another version of this program
+        lines = trees.differences(saved["model"], to_dict(c)["model"], "model.")
+    else:
+        lines = array_changes(old, new, c)
+    problem = f"{checkpoint} is of another model or optimiser (saved -> new):"
+    check(not lines, "\n  ".join([problem, *lines]) + "\nuse another --workdir, or the saved values")
 
 
-def _by_index(value):
-    """Nested dicts in which a list of dicts is a dict by index, so that their fields are compared one by one."""
-    if isinstance(value, Mapping):
-        return {key: _by_index(x) for key, x in value.items()}
-    if isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value):
-        return {f"[{i}]": _by_index(x) for i, x in enumerate(value)}
-    return value
+def check_function(saved: Mapping, c: Config, start: int) -> list[str]:
+    """Lines for the fields by which the parameters after step `start` compute another function than in the `saved` config.
+
+    ValueError for those that the stage of the next step does not name in its `model_changes`.
+    """
+    old, new = fields_of(saved), fields_of(to_dict(c))
+    changed = {key: line for key, line in changes(old, new).items() if key not in (*INITIAL, OPTIMISER)}
+    if any(key in changed for key in LAYOUT):  # it says which layer types there are
+        changed = {key: line for key, line in changed.items() if key in old and key in new}
+    stage = c.at(c.stage_at(min(start, c.total_steps - 1))[0])
+    unnamed = [key for key in changed if key not in stage.model_changes]
+    problem = f"the parameters of step {start} would compute another function than they were trained for (saved -> new):"
+    flag = f"--config.stages[{stage.index}].model_changes={','.join([*stage.model_changes, *unnamed])}"
+    cure = f"\nuse the saved values; or have stages[{stage.index}] train the changed model: {flag}"
+    check(not unnamed, "\n  ".join([problem, *(changed[key] for key in unnamed)]) + cure)
+    return [f"model        {line}, as stages[{stage.index}].model_changes says" for line in changed.values()]
+
+
+def fields_of(values: Mapping) -> Fields:
+    """The fields of a config's model, without layer types outside prefix and pattern, and the name of its optimiser, by key."""
+    built, model = build_model(values["model"]), values["model"]
+    kinds = {letter: model["kinds"][letter] for letter in sorted({*built.layers, *built.pattern})}
+    return trees.flat({"model": {**model, "kinds": kinds}, "optim": {"optimiser": values["optim"]["optimiser"]}})
+
+
+def changes(old: Fields, new: Fields) -> dict[str, str]:
+    """A line for each changed field, by its key."""
+    keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys}
+
+
+def array_changes(old: Fields, new: Fields, c: Config) -> list[str]:
+    """Lines for the fields that change the arrays by themselves. If none does but together they do, for all changed fields."""
+    changed, before = changes(old, new), arrays(old, c)
+    if not changed or before is not None and before == arrays(new, c):
+        return []
+    alone = [line for key, line in changed.items() if before is None or arrays(with_change(old, new, key), c) != before]
+    return alone or [*changed.values()]
+
+
+def with_change(old: Fields, new: Fields, key: str) -> Fields:
+    """`old` with the value, or the absence, that `key` has in `new`."""
+    others = {name: value for name, value in old.items() if name != key}
+    return others | ({key: new[key]} if key in new else {})
+
+
+def arrays(fields: Fields, c: Config) -> dict | None:
+    """Shape and dtype of parameters and optimiser state, on the mesh in force; None where the fields do not fit together."""
+    values = unflatten_dict(fields, sep=".")
+    try:
+        optim = dataclasses.replace(c.optim, optimiser=values["optim"]["optimiser"])
+        stage = dataclasses.replace(c.at(-1), model=build_model(values["model"]), optim=optim)
+        params = jax.eval_shape(lambda: init(stage.model, jax.random.key(0)))
+        state = params, jax.eval_shape(optimiser(stage).init, params)
+    except ValueError:
+        return None
+    return {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in jax.tree.leaves_with_path(state)}
 
 
 def rate_jump(saved: Mapping, c: Config, start: int) -> tuple[float, float] | None:
@@ -52,7 +119,7 @@ def check_rate(saved: Mapping, c: Config, start: int, allowed: bool) -> list[str
     change = f"from {old:.4g} to {new:.4g} at step {start + 1}"
     if allowed:
         return [f"rate         jumps {change}, as --allow_lr_jump allows"]
-    changed = [line for line in changed_fields(saved, c) if line.startswith(("optim.", "stages"))]
+    changed = [line for line in trees.differences(saved, to_dict(c)) if line.startswith(("optim.", "stages"))]
     lines = [f"the learning rate would jump {change} (saved -> new):", *(f"  {line}" for line in changed)]
     if old > 0:
         lines.append(f"to go on at the rate of step {start}: {' '.join(held_rate(c, start, old))}")
@@ -78,12 +145,12 @@ def parse_steps(text: str) -> list[Range]:
     return ranges
 
 
-def merge_skipped(requested: Iterable[Range], recorded: Iterable[Sequence[int]], start: int, total: int) -> list[Range]:
+def merge_skipped(requested: Sequence[Range], recorded: Iterable[Sequence[int]], start: int, total: int) -> list[Range]:
     """The ranges that a run skips: those `recorded` in the checkpoint of step `start` and those `requested`, in order.
 
     ValueError for a range outside of steps 1 to `total`, and for steps that the checkpoint was trained on.
     """
-    requested, recorded = list(requested), _joined(recorded)
+    recorded = _joined(recorded)
     for first, last in requested:
         flag = f"--skip_steps={first}:{last}"
         check(1 <= first <= last <= total, f"{flag} must be a range of the steps 1 to {total}, with the first one first")

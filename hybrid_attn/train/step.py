@@ -13,10 +13,9 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Config, StageConfig
 from hybrid_attn.model import Execution, execution_on, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
-from hybrid_attn.train.extras import Extra
-from hybrid_attn.train.objectives import OBJECTIVES, Objective, check_fields
+from hybrid_attn.train.objectives import objective_of
+from hybrid_attn.train.objectives.objective import Extra, Objective
 from hybrid_attn.train.optim import optimiser, schedule
-from hybrid_attn.trees import choice
 
 
 class TrainState(NamedTuple):
@@ -32,20 +31,10 @@ Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
 
 def init_state(config: Config, params: dict | None = None) -> TrainState:
-    """The state before the first step, laid out on the mesh in force; the same values on every mesh.
-
-    Its parameters are `params`, or else new ones.
-    """
+    """The state before the first step, of new parameters or `params`, on the mesh in force; every mesh has the same values."""
     params = init(config.model, jax.random.key(config.seed)) if params is None else params
     extras = {name: extra.start(params) for name, extra in extras_of(config).items()}
     return TrainState(jnp.int32(0), params, optimiser(config).init(params), extras)
-
-
-def objective_of(config: StageConfig) -> Objective:
-    """The objective of a stage; ValueError for one that is not in `OBJECTIVES`."""
-    objective = choice(f"stages[{config.index}].objective", config.objective, OBJECTIVES)
-    check_fields(config.objective)
-    return objective
 
 
 def extras_of(config: Config) -> dict[str, Extra]:
@@ -94,7 +83,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        (loss, sums), grads = loss_and_gradient(config, execution, objective, state.params, batch)
+        (loss, sums), grads = loss_and_gradient(config, execution, objective, state, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         extras = {name: extra.update(state.extras[name], params, sums) for name, extra in objective.extras.items()}
@@ -111,21 +100,19 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
 
 
 def make_steps(config: Config, platform: str, execution: Execution | None = None) -> list[Step]:
-    """The step of each stage; stages whose steps are the same program share it, so that it is compiled once.
-
-    `execution` is that of every stage; by default each stage has that of its config on the platform.
-    """
+    """The step of each stage, by default with the execution of its config; a program that stages share is compiled once."""
     executions = {stage: execution or execution_on(platform, stage.model, stage.train) for stage in config.each_stage}
     steps = {stage: make_step(stage, of_stage) for stage, of_stage in executions.items()}
     return [steps[stage] for stage in config.each_stage]
 
 
-def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, params: dict, batch: dict):
+def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, state: TrainState, batch: dict):
     """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other."""
-    weight, microbatches = jnp.maximum(objective.weight(batch), 1.0), config.microbatches
+    params, weight, microbatches = state.params, jnp.maximum(objective.weight(batch), 1.0), config.microbatches
+    extras = {name: state.extras[name] for name in objective.extras}
 
     def loss_of(params, part):
-        total, sums = objective.loss(config, params, part, execution)
+        total, sums = objective.loss(config, params, extras, part, execution)
         loss = total / weight
         return (loss + sums["aux_loss"] / microbatches if "aux_loss" in sums else loss), sums
 

@@ -1,4 +1,7 @@
-"""The loop over training steps: read a batch, dispatch the step, report the step before, save and evaluate when due."""
+"""The loop over training steps: read a batch, dispatch the step, report the step before, save and evaluate when due.
+
+The line of a step has values of the step, averages since the last line, and the progress of the run.
+"""
 
 import dataclasses
 import math
@@ -10,20 +13,22 @@ import jax
 
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.config import Config, to_dict
+from hybrid_attn.model import flops
 from hybrid_attn.train.metrics import Metrics
-from hybrid_attn.train.progress import Progress, Timed
 from hybrid_attn.train.resume import Range, is_skipped
 from hybrid_attn.train.step import TrainState, skip_step
 from hybrid_attn.train.stop import Stop
 
+AVERAGED = ("loss", "bits_per_byte")
 
-@dataclasses.dataclass(frozen=True)
-class TrainContext:
-    """What the steps of a run work with.
+
+@dataclasses.dataclass
+class Loop:
+    """A run between two steps: `state` is that after `step` steps.
 
     `step_fns` are the steps of `make_step` by stage, `batches` yields (step, batch), `data_state` gives the data state after a
-    step, and `evaluate` measures parameters and returns whether it came to its end. The batches of the `skipped` steps are read
-    and not trained on.
+    step, and `measure` evaluates parameters and returns whether that came to its end. The batches of the `skipped` steps are
+    read and not trained on.
     """
 
     config: Config
@@ -33,91 +38,72 @@ class TrainContext:
     metrics: Metrics
     stop: Stop
     data_state: Callable[[int], dict]
-    evaluate: Callable[[dict], bool]
+    measure: Callable[[dict], bool]
+    state: TrainState
+    step: int
     skipped: Sequence[Range] = ()
 
-    def save(self, step: int, state: TrainState, wait: bool = False) -> None:
-        """Writes the checkpoint of `step`; with `wait`, to its end."""
-        self.checkpoints.save(step, state, self.data_state(step), to_dict(self.config), wait=wait)
-
-
-def run_steps(context: TrainContext, state: TrainState, start: int) -> tuple[TrainState, int]:
-    """Trains from step `start` until the last step or a signal; returns the state and the number of steps behind it.
-
-    The metrics of a step are read after the next step is dispatched. Every `evals.every` steps the parameters are evaluated;
-    those of `start` too, because an earlier process may have been stopped before their evaluation ended.
-    """
-    return _Loop(context, state, start).train()
-
-
-class _Dispatched(NamedTuple):
-    """A step whose metrics have not been read yet; `compiled`: its program was compiled first."""
-
-    number: int
-    metrics: Mapping[str, jax.Array]
-    compiled: bool
-
-
-class _Loop:
-    """The state of the run between two steps."""
-
-    def __init__(self, context: TrainContext, state: TrainState, start: int):
-        self.context, self.state, self.start, self.step = context, state, start, start
-        self.progress = Progress(context.config, context.skipped)
-        self.dispatched: _Dispatched | None = None
+    def __post_init__(self):
+        self.first = self.step + 1
+        self.progress = Progress(self.config, self.skipped)
+        self.dispatched: tuple[int, Mapping, bool] | None = None  # step, metrics that are not read yet, newly compiled or not
         self.compiled = set()  # the step functions that have been called
         self.restart_clock()
 
-    def train(self) -> tuple[TrainState, int]:
-        c, stop = self.context.config, self.context.stop
-        while self.step < c.total_steps and not stop.reached(self.step):
-            if self.evaluation_is_due() and not self.evaluate():
+    def train(self) -> None:
+        """Trains until the last step or a signal.
+
+        The metrics of a step are read after the next step is dispatched. Parameters are evaluated every `evals.every` steps,
+        and before the first step here too: an earlier process may have been stopped before their evaluation ended.
+        """
+        every = self.config.evals.every
+        while self.step < self.config.total_steps and not self.stop.reached(self.step):
+            is_due = every is not None and self.step > 0 and self.step % every == 0
+            if is_due and not self.evaluate():
                 break
             batch = self.next_batch()
             if batch is None:
                 break
-            stage, _ = c.stage_at(self.step)
+            stage, _ = self.config.stage_at(self.step)
             self.step += 1
-            if is_skipped(self.step, self.context.skipped):
+            if is_skipped(self.step, self.skipped):
                 self.skip()
             else:
-                self.dispatch(batch, self.context.step_fns[stage])
-            if self.context.checkpoints.due(self.step) and self.step < c.total_steps:
+                self.dispatch(batch, self.step_fns[stage])
+            if self.checkpoints.due(self.step) and self.step < self.config.total_steps:
                 self.report()  # so that no state is saved whose loss has not been checked
-                self.context.save(self.step, self.state)
+                self.save()
         self.report()
-        return self.state, self.step
 
-    def evaluation_is_due(self) -> bool:
-        every = self.context.config.evals.every
-        return every is not None and self.step > 0 and self.step % every == 0
+    def save(self, wait: bool = False) -> None:
+        """Writes a checkpoint; with `wait`, to its end."""
+        self.checkpoints.save(self.step, self.state, self.data_state(self.step), to_dict(self.config), wait=wait)
 
     def evaluate(self) -> bool:
         """Evaluates the parameters as they are; False if that did not come to its end."""
         self.report()
         complete = False
-        with self.context.stop.after_saving(together=True):
-            complete = self.context.evaluate(self.state.params)
+        with self.stop.after_saving(together=True):
+            complete = self.measure(self.state.params)
         self.restart_clock()
         return complete
 
     def next_batch(self) -> dict | None:
         """The next batch; None where it cannot be read, and the run ends."""
         before, batch = time.perf_counter(), None
-        with self.context.stop.after_saving(together=True):
-            _, batch = next(self.context.batches)
+        with self.stop.after_saving(together=True):
+            _, batch = next(self.batches)
         self.waited += time.perf_counter() - before
         return batch
 
     def skip(self) -> None:
         """Counts the step without training on its batch."""
-        context = self.context
         self.report()
         self.state = skip_step(self.state)
-        context.stop.first_step_began()
-        with context.stop.after_saving():
-            context.metrics.skip(self.step)
-        context.metrics.advance(self.step)
+        self.stop.first_step_began()
+        with self.stop.after_saving():
+            self.metrics.skip(self.step)
+        self.metrics.advance(self.step)
         self.restart_clock()
 
     def dispatch(self, batch: dict, step_fn: Callable) -> None:
@@ -126,25 +112,25 @@ class _Loop:
         if new:
             self.report()  # first, because the compilation is not part of the time of the step before
         self.state, metrics = step_fn(self.state, batch)
-        self.context.stop.first_step_began()
+        self.stop.first_step_began()
         self.report()
-        self.dispatched = _Dispatched(self.step, metrics, new)
+        self.dispatched = self.step, metrics, new
         self.compiled.add(step_fn)
 
     def report(self) -> None:
         """Waits for the dispatched step, if there is one, checks its metrics and logs them when a line is due."""
         if self.dispatched is None:
             return
-        context, (number, metrics, compiled) = self.context, self.dispatched
+        number, metrics, compiled = self.dispatched
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
-        check_finite(number, values, context.checkpoints)
-        stage, _ = context.config.stage_at(number - 1)
-        self.progress.add(Timed(values, now - self.clock, self.waited, compiled, stage))
-        if number % context.config.train.log_every == 0 or number in (self.start + 1, context.config.total_steps):
-            with context.stop.after_saving():
-                context.metrics.log(number, *self.progress.line(number))
-        context.metrics.advance(number)
+        check_finite(number, values, self.checkpoints)
+        stage, _ = self.config.stage_at(number - 1)
+        self.progress.steps.append(Timed(values, now - self.clock, self.waited, compiled, stage))
+        if number % self.config.train.log_every == 0 or number in (self.first, self.config.total_steps):
+            with self.stop.after_saving():
+                self.metrics.log(number, *self.progress.line(number))
+        self.metrics.advance(number)
         self.dispatched = None
         self.restart_clock(now)
 
@@ -166,3 +152,65 @@ def check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoint
     if not math.isfinite(values["lr"]):
         cure = "mend the learning rate: optim.lr, optim.schedule, optim.final_lr_ratio"
     raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {saved}; {cure}")
+
+
+class Timed(NamedTuple):
+    """A finished step: its metrics, the seconds since the end of the step before, and how many of them it waited for data."""
+
+    values: Mapping[str, float]
+    seconds: float
+    waited: float
+    compiled: bool  # the seconds include compilation
+    stage: int
+
+
+class Progress:
+    """The steps since the last line, and the tokens and FLOPs of the whole run."""
+
+    def __init__(self, c: Config, skipped: Sequence[Range]):
+        self.config, self.stages, self.skipped, self.steps = c, c.each_stage, skipped, []
+        self.tokens = [stage.batch * stage.seq_len for stage in self.stages]
+        per_token = [flops.train_flops_per_token(stage.model, stage.seq_len) for stage in self.stages]
+        self.flops = [tokens * cost for tokens, cost in zip(self.tokens, per_token, strict=True)]
+        self.flops_per_second = math.nan
+
+    def line(self, number: int) -> tuple[dict[str, float], float, float]:
+        """The values of the line of step `number`, and the mean tokens and FLOPs of a step of `step_time` seconds.
+
+        The step's own metrics are unchanged; `loss_mean` and `bits_per_byte_mean` are means over the `steps` since the last
+        line. `step_time` and `data_wait`, in seconds, are means over the steps without compilation, or over all steps if there
+        is none; tokens and FLOPs are then NaN. `tokens_seen` counts from the start of the run; `seconds_left` assumes the speed
+        of this line and leaves out evaluations.
+        """
+        steps, self.steps = self.steps, []
+        steady = [step for step in steps if not step.compiled]
+        timed = steady or steps
+        values = dict(steps[-1].values) | {"steps": len(steps)}
+        values |= {f"{name}_mean": _mean([step.values[name] for step in steps]) for name in AVERAGED}
+        values |= {"step_time": _mean([x.seconds for x in timed]), "data_wait": _mean([x.waited for x in timed])}
+        tokens, flops_of_step = (_mean([per_step[x.stage] for x in steady]) for per_step in (self.tokens, self.flops))
+        if steady:
+            self.flops_per_second = flops_of_step / values["step_time"]
+        index = steps[-1].stage
+        values |= {"stage": index + 1, "stages": len(self.stages), "seq_len": self.stages[index].seq_len}
+        values["tokens_seen"] = self.tokens_seen(number)
+        stages = zip(self.stages, self.config.stage_steps(number), self.flops, strict=True)
+        left = sum((stage.steps - done) * flops_of_step for stage, done, flops_of_step in stages)
+        values["seconds_left"] = left / self.flops_per_second
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]  # empty where a device does not report them
+        peaks = [x["peak_bytes_in_use"] for x in stats if "peak_bytes_in_use" in x]
+        if peaks:
+            values["peak_memory_bytes"] = max(peaks)
+        return values, tokens, flops_of_step
+
+    def tokens_seen(self, step: int) -> int:
+        """Tokens that were trained on in the first `step` steps, padding included."""
+        skipped = [(min(first - 1, step), min(last, step)) for first, last in self.skipped]
+        return self._tokens_until(step) - sum(self._tokens_until(end) - self._tokens_until(start) for start, end in skipped)
+
+    def _tokens_until(self, step: int) -> int:
+        return sum(steps * tokens for steps, tokens in zip(self.config.stage_steps(step), self.tokens, strict=True))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -10,6 +10,7 @@ import jax
 
 from hybrid_attn import checkpoint, files
 from hybrid_attn.parallel.processes import Peers
+from hybrid_attn.trees import check
 
 
 class Stop:
@@ -90,9 +91,8 @@ def hold(workdir: str | os.PathLike) -> contextlib.AbstractContextManager:
     ValueError, before it is created, for a URL, a file, or a name that no checkpoint can be written to; BlockingIOError if
     another run has locked it.
     """
-    if "://" in str(workdir):
-        raise ValueError(f"--workdir={workdir} is no directory; mount the bucket, and name the directory in the mount")
+    is_url, is_other = "://" in str(workdir), os.path.exists(workdir) and not os.path.isdir(workdir)
+    check(not is_url, f"--workdir={workdir} is no directory; mount the bucket, and name the directory in the mount")
     checkpoint.check_name(os.path.abspath(workdir))
-    if os.path.exists(workdir) and not os.path.isdir(workdir):
-        raise ValueError(f"--workdir={workdir} is not a directory")
+    check(not is_other, f"--workdir={workdir} is not a directory")
     return files.lock(Path(workdir)) if jax.process_index() == 0 else contextlib.nullcontext()

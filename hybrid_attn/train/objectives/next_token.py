@@ -1,5 +1,7 @@
 """Cross-entropy of the next token, in packed sequences whose tokens have weights."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,7 @@ def weight(batch: Batch) -> jax.Array:
     return batch["weights"].sum()
 
 
-def loss(config: StageConfig, params: dict, batch: Batch, execution: Execution) -> tuple[jax.Array, dict]:
+def loss(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execution: Execution) -> tuple[jax.Array, dict]:
     """The weighted sum over the tokens, z-loss included, and the sum of their negative log-probabilities alone."""
     nll_BT, lse_BT, aux = losses_and_aux(config.model, params, batch, execution)
     total = weighted_sum(nll_BT, lse_BT, batch["weights"], config.optim.z_loss)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from hybrid_attn.evals.evaluation import Baselines
-from hybrid_attn.train import overview
+from hybrid_attn.train import console
 
 TOTAL = {"eval": "position", "source": "text", "length": 48, "tokens": 1234, "loss": 2.0, "stderr": 0.25, "bits_per_byte": 3.0}
 RECORDS = [
@@ -21,7 +21,7 @@ BIGRAM = [{"eval": "bigram", "source": "text", "length": 48, "bits_per_byte": 3.
 
 
 def test_a_length_has_a_table_whose_first_line_is_the_total_with_its_baselines_below_it():
-    lines = overview.evaluation_tables(RECORDS, Baselines(BIGRAM, 258), trained=48)
+    lines = console.evaluation_tables(RECORDS, Baselines(BIGRAM, 258), trained=48)
     assert lines[:9] == [
         "",
         "at 48 tokens (the length of training)",
@@ -43,18 +43,18 @@ def test_a_length_has_a_table_whose_first_line_is_the_total_with_its_baselines_b
 
 @pytest.mark.parametrize("bits", [None, 3.0])
 def test_a_loss_without_bytes_has_no_bits(bits):
-    lines = overview.evaluation_tables([TOTAL | {"bits_per_byte": bits}], Baselines([], 258), 1)
+    lines = console.evaluation_tables([TOTAL | {"bits_per_byte": bits}], Baselines([], 258), 1)
     assert ("bits/byte" in lines[2]) == (bits is not None)
 
 
 def test_the_ending_names_files_and_commands_that_a_shell_reads(tmp_path, monkeypatch):
-    lines = overview.ending("runs/my run", 300, tmp_path / "report.html", True)
+    lines = console.ending("runs/my run", 300, tmp_path / "report.html", True)
     assert f"report       {tmp_path}/report.html" in lines
     assert "next         python tools/generate.py --checkpoint='runs/my run' --prompt='def main('" in lines
     assert any(line.endswith("--out='evals/my run' --trust_checkpoint_data") for line in lines)
-    bare = overview.ending("runs/x", 300, None, False)
+    bare = console.ending("runs/x", 300, None, False)
     assert "report" not in bare[1] and "--trust" not in "".join(bare)
     monkeypatch.setattr(sys, "argv", ["/usr/bin/hybrid-train", "--config=mine.py"])
-    installed = overview.ending("runs/x", 300, None, False)
+    installed = console.ending("runs/x", 300, None, False)
     assert "next         hybrid-generate --checkpoint=runs/x --prompt='def main('" in installed
     assert not [line for line in installed if "tools/" in line]

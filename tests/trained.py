@@ -1,0 +1,34 @@
+"""A small run that tests train."""
+
+import json
+from pathlib import Path
+
+from conftest import tiny
+
+from configs import base
+
+STEPS = 6
+
+
+def stage(steps, seq_len, batch):
+    return {"steps": steps, "seq_len": seq_len, "batch": batch, "microbatches": 1, "mixture": {}}
+
+
+def config_of(corpus, **changes):
+    """Six steps on eight devices, checkpoints every two, every step logged."""
+    values = {
+        "mesh.fsdp": 2,
+        "data.sources": {"text": base.source(paths=(corpus,))},
+        "stages": [stage(STEPS, 48, 8)],
+        "train.log_every": 1,
+        "train.checkpoint_every": 2,
+        "evals.tokens": 400,
+        "evals.lengths": (2.0,),
+        "optim.warmup_steps": 2,
+    }
+    return tiny(values | changes)
+
+
+def losses(workdir):
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "skipped" not in line}
