@@ -10,9 +10,16 @@ the paper's and Command R7B's own layout. The small one ends at 3.17 held-out bi
 standard library, and at 3.34 on sequences of 16,384 tokens; a byte bigram model has 3.46.
 """
 
+from ml_collections import ConfigDict
+
 from hybrid_attn.configs import base
 
-SIZES = ("small", "150m", "1b", "8b")
+SIZES = {  # layers, width, feed-forward width, query heads, key/value heads, learning rate, steps, sequences in a batch
+    "small": (),  # as in hybrid_attn/configs/base.py
+    "150m": (12, 768, 3072, 6, 2, 1e-3, 6_000, 64),  # 3 B tokens; hours on 8 chips
+    "1b": (16, 2048, 7168, 16, 4, 6e-4, 10_000, 256),  # 20 B tokens; a day on 64 chips
+    "8b": (32, 4096, 14_336, 32, 8, 3e-4, 179_000, 512),  # the paper's: 750 B tokens in its analysis stage
+}
 
 
 def get_config(size: str = "small"):
@@ -34,18 +41,15 @@ def get_config(size: str = "small"):
     c.train.checkpoint_every = 1000
     c.train.keep = 3
     c.evals.tokens = 8_388_608
-    if size == "150m":  # 3 B tokens; hours on 8 chips
-        m.num_layers, m.d_model, m.d_ff, m.num_heads, m.num_kv_heads = 12, 768, 3072, 6, 2
-        c.optim.lr = 1e-3
-        stage.steps, stage.batch = 6_000, 64
-    elif size == "1b":  # 20 B tokens; a day on 64 chips
-        m.num_layers, m.d_model, m.d_ff, m.num_heads, m.num_kv_heads = 16, 2048, 7168, 16, 4
-        c.optim.lr = 6e-4
-        stage.steps, stage.batch = 10_000, 256
-    elif size == "8b":  # the paper's: 32 layers, a vocabulary of 256,000, 750 B tokens in its analysis stage
-        m.num_layers, m.d_model, m.d_ff, m.num_heads, m.num_kv_heads = 32, 4096, 14_336, 32, 8
+    m.num_layers, m.d_model, m.d_ff, m.num_heads, m.num_kv_heads, c.optim.lr, stage.steps, stage.batch = SIZES[size]
+    if size == "8b":
         m.vocab_size = 256_000
         m.logit_scale = 0.25  # Command R7B's
-        c.optim.lr = 3e-4
-        stage.steps, stage.batch = 179_000, 512
+    return c
+
+
+def with_layers(size: str, pattern: str, **kinds):
+    """The config of a size with other layers: their pattern, and the layer type of each letter."""
+    c = get_config(size)
+    c.model.pattern, c.model.kinds = pattern, ConfigDict(kinds)
     return c

@@ -20,11 +20,7 @@ LAYOUTS = {
     "nope": "G",
     "swa": "L",
 }
-LAYER_TYPES = {
-    "L": {"window": 16, "rope_theta": 10_000.0},
-    "R": {"rope_theta": 10_000.0},
-    "G": {},
-}
+LAYER_TYPES = {"L": {"window": 16, "rope_theta": 10_000.0}, "R": {"rope_theta": 10_000.0}, "G": {}}
 
 
 def get_config(layout: str = "rnope_swa"):

@@ -2,9 +2,11 @@
 
 A checkpoint is a directory named by its step. It holds `state` (arrays), `config` (the nested dict that made it), `data` (the
 data state) and `checksums` of all of these. It is complete or it does not exist: it is written under a temporary name and
-renamed when all of it is on disk. The reader chooses the mesh and the precision.
+renamed when all of it is on disk. The reader chooses the mesh and the precision. Functions with an optional `step` read the
+newest checkpoint of a directory, or that of `step`; ValueError if it is unreadable.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -24,7 +26,9 @@ from orbax.checkpoint import checkpoint_managers
 from hybrid_attn import files, stored
 from hybrid_attn.config import upgraded
 from hybrid_attn.stored import UnreadableError
+from hybrid_attn.trees import check
 
+Directory = str | os.PathLike
 MIB = 2**20
 PARAMS = "params"  # the group of the parameters in the state
 GLOB = r"*?[" + "\\"  # Orbax reads a directory name with one of these as a pattern
@@ -34,15 +38,15 @@ _STEPS = ocp.path.step.standard_name_format()
 class Checkpoints:
     """The checkpoints of one run, written in the background; every process of the run makes the same calls."""
 
-    def __init__(self, directory: str | os.PathLike, keep: int, every: int):
+    def __init__(self, directory: Directory, keep: int, every: int):
         """Opens or creates `directory` and removes incomplete checkpoints of a killed run; the newest `keep` are kept.
 
         ValueError for a name that Orbax cannot write to, and for a file; OSError if the processes do not share the disk.
         """
         self.directory = _absolute(directory)
         check_name(self.directory)
-        if os.path.lexists(self.directory) and not os.path.isdir(self.directory):
-            raise ValueError(f"{self.directory} is not a directory, and checkpoints go there; move it away")
+        fits = os.path.isdir(self.directory) or not os.path.lexists(self.directory)
+        check(fits, f"{self.directory} is not a directory, and checkpoints go there; move it away")
         _check_shared(self.directory)
         self._writing: int | None = None
         self._read_back = self._abandoned = False
@@ -60,8 +64,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, data: Mapping, config_dict: Mapping, wait: bool = False) -> None:
         """Starts writing, unless `step` has a checkpoint; afterwards `state` may be donated and the dicts may change.
 
-        The first checkpoint is waited for and read back. OSError if it does not fit on the disk, or if the previous one could
-        not be written.
+        It waits for the first one and reads it back. OSError if this one does not fit on the disk or the last was not written.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -83,11 +86,15 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the checkpoint that is being written is complete; OSError with the cause if it cannot be."""
+        """Returns when the checkpoint being written is complete, and the first one readable; OSError if it is not."""
         try:
             self._manager.wait_until_finished()
-            if self._writing is not None:
-                self._check_written(self._writing)
+            if self._writing is not None and jax.process_index() == 0:
+                if self._writing not in self.steps():
+                    raise FileNotFoundError("it is not there")
+                if not self._read_back:
+                    stored.check_smallest(_path(self.directory, self._writing))
+            self._read_back = self._read_back or self._writing is not None
         except Exception as cause:
             raise self._not_written(cause) from cause
         self._writing = None
@@ -98,12 +105,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits as `wait` does and ends the background threads."""
-        if self._abandoned:
-            return
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
+        if not self._abandoned:
+            with contextlib.closing(self._manager):
+                self.wait()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -115,10 +119,8 @@ class Checkpoints:
     def newest_config(self) -> tuple[int, dict] | None:
         """(step, config) of the newest checkpoint whose config can be read; None if there is none."""
         for step in reversed(self.steps()):
-            try:
+            with contextlib.suppress(UnreadableError):  # `restore` reports it and reads the previous one
                 return step, read_config(self.directory, step)
-            except UnreadableError:
-                continue  # `restore` reports it and reads the previous one
         return None
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
@@ -132,7 +134,7 @@ class Checkpoints:
         candidates = [step] if step is not None else self.steps()[::-1]
         causes = {}
         for candidate in candidates:
-            path = _step_path(self.directory, candidate)
+            path = _path(self.directory, candidate)
             try:
                 _, data = stored.together(lambda path=path: [stored.read_item(path, item) for item in stored.ITEMS])
                 state = stored.read_state(path, abstract_state)
@@ -148,7 +150,7 @@ class Checkpoints:
     def _set_aside(self, unreadable: Mapping[int, Exception]) -> None:
         """Renames unreadable checkpoints: their steps can be written again, and nothing is deleted."""
         for step in unreadable:
-            path = _step_path(self.directory, step)
+            path = _path(self.directory, step)
             if jax.process_index() == 0:
                 target = files.free_name(path, "unreadable")
                 path.rename(target)
@@ -157,26 +159,16 @@ class Checkpoints:
             stored.agree(True)  # every process waits here until they are moved
             self._manager.reload()
 
-    def _check_written(self, step: int) -> None:
-        """FileNotFoundError if the checkpoint of `step` does not exist; UnreadableError if it is the first and unreadable."""
-        if jax.process_index() == 0:
-            if step not in self.steps():
-                raise FileNotFoundError("it is not there")
-            if not self._read_back:
-                stored.check_smallest(_step_path(self.directory, step))
-        self._read_back = True
-
     def _not_written(self, cause: Exception) -> OSError:
         step, self._writing = self._writing, None
         complete = [other for other in self.steps() if other != step]
         last = f"the last complete one is of step {complete[-1]}" if complete else "there is no other"
-        return OSError(
-            f"the checkpoint of step {step} could not be written to {self.directory}: {stored.root(cause)}; {last}; "
-            "free some space, or restore the directory, and run the same command again"
-        )
+        cure = "free some space, or restore the directory, and run the same command again"
+        problem = f"the checkpoint of step {step} could not be written to {self.directory}: {stored.root(cause)}"
+        return OSError(f"{problem}; {last}; {cure}")
 
 
-def steps(directory: str | os.PathLike) -> list[int]:
+def steps(directory: Directory) -> list[int]:
     """Steps of the complete checkpoints in `directory`, oldest first."""
     directory = _absolute(directory)
     if "://" not in directory and not os.path.isdir(directory):
@@ -184,58 +176,48 @@ def steps(directory: str | os.PathLike) -> list[int]:
     return sorted(checkpoint.step for checkpoint in _STEPS.find_all(directory))
 
 
-def read_config(directory: str | os.PathLike, step: int | None = None) -> dict:
-    """The nested dict, with today's keys, of the config that made the newest checkpoint, or that of `step`.
-
-    ValueError if it is unreadable.
-    """
-    return upgraded(stored.read_item(_newest_path(directory, step), "config"))
+def read_config(directory: Directory, step: int | None = None) -> dict:
+    """The nested dict, with today's keys, of the config that made the checkpoint."""
+    return upgraded(stored.read_item(_path(directory, step), "config"))
 
 
-def read_data(directory: str | os.PathLike, step: int | None = None) -> dict:
-    """The data state of the newest checkpoint, or of that of `step`; ValueError if unreadable."""
-    return stored.read_item(_newest_path(directory, step), "data")
+def read_data(directory: Directory, step: int | None = None) -> dict:
+    """The data state."""
+    return stored.read_item(_path(directory, step), "data")
 
 
-def extras(directory: str | os.PathLike, step: int | None = None) -> set[str]:
-    """The names of the extras of the newest checkpoint, or of that of `step`; ValueError if unreadable."""
-    return stored.extras(_newest_path(directory, step))
+def extras(directory: Directory, step: int | None = None) -> set[str]:
+    """The names of the extras."""
+    return stored.extras(_path(directory, step))
 
 
-def fingerprint(directory: str | os.PathLike, step: int | None = None) -> str:
-    """The SHA-256 of the checksums of the parameters of the newest checkpoint, or of that of `step`: it identifies weights."""
-    sums = stored.read_sums(_newest_path(directory, step))
+def fingerprint(directory: Directory, step: int | None = None) -> str:
+    """The SHA-256 of the checksums of the parameters: it identifies weights."""
+    sums = stored.read_sums(_path(directory, step))
     params = sorted((name, number) for name, number in sums.arrays.items() if name.startswith("params/"))
     return hashlib.sha256(json.dumps(params).encode()).hexdigest()
 
 
-def read_params(directory: str | os.PathLike, abstract_params: Any, step: int | None = None) -> Any:
-    """The parameters alone, with the shardings and dtypes of `abstract_params`, of the newest checkpoint or of `step`.
-
-    Leaves without a sharding go to the first device. ValueError if they are unreadable or of another model.
-    """
-    tree = stored.read_arrays(_newest_path(directory, step), {"params": abstract_params}, partial=True)
-    return tree["params"]
+def read_params(directory: Directory, abstract_params: Any, step: int | None = None) -> Any:
+    """The parameters alone, like `abstract_params`; leaves without a sharding go to the first device."""
+    return stored.read_arrays(_path(directory, step), {"params": abstract_params}, partial=True)["params"]
 
 
-def read_shapes(directory: str | os.PathLike, step: int | None = None, group: str = PARAMS) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, by name, of the newest checkpoint or of that of `step`; ValueError if unreadable.
-
-    `group` holds them, or arrays like them: an extra such as extras/ema.
-    """
-    shapes = stored.read_shapes(_newest_path(directory, step))
+def read_shapes(directory: Directory, step: int | None = None, group: str = PARAMS) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by name; `group` holds them, or arrays like them: an extra such as extras/ema."""
+    shapes = stored.read_shapes(_path(directory, step))
     return {name.removeprefix(f"{group}/"): shape for name, shape in shapes.items() if name.startswith(f"{group}/")}
 
 
 def read_slices(
-    directory: str | os.PathLike, name: str, shape: tuple, step: int | None = None, group: str = PARAMS
+    directory: Directory, name: str, shape: tuple, step: int | None = None, group: str = PARAMS
 ) -> Iterator[np.ndarray]:
     """Yields the periods of a stacked parameter, or all of an unstacked one, on the host and in the dtype on disk.
 
-    One chunk is in memory at a time: a period, or several periods in older checkpoints. UnreadableError, before the last
-    period, if the checksum differs.
+    One chunk is in memory at a time: a period, or several in older checkpoints. UnreadableError, before the last period, if the
+    checksum differs.
     """
-    return stored.read_slices(_newest_path(directory, step), f"{group}/{name}", shape)
+    return stored.read_slices(_path(directory, step), f"{group}/{name}", shape)
 
 
 def _chunks(key: tuple, _) -> ocp.SaveArgs:
@@ -249,20 +231,23 @@ def check_name(directory: str) -> None:
         return
     wrong = [character for character in GLOB if character in directory]
     cure = "rename it, or use another --workdir"
-    if wrong:
-        raise ValueError(f"no checkpoint can be written to {directory}: its name has {' and '.join(wrong)}; {cure}")
+    check(not wrong, f"no checkpoint can be written to {directory}: its name has {' and '.join(wrong)}; {cure}")
     try:
         directory.encode()
     except UnicodeEncodeError:
         raise ValueError(f"no checkpoint can be written to {directory!r}: its name is not UTF-8; {cure}") from None
 
 
-def _absolute(directory: str | os.PathLike) -> str:
+def _absolute(directory: Directory) -> str:
     """An absolute path; a URL is unchanged."""
     return str(directory) if "://" in str(directory) else os.path.abspath(directory)
 
 
-def _step_path(directory: str, step: int):
+def _path(directory: Directory, step: int | None):
+    """The checkpoint of `step`, or the newest."""
+    directory = _absolute(directory)
+    step = max(steps(directory), default=None) if step is None else step
+    check(step is not None, f"{directory} has no complete checkpoint; it must be the folder that holds the numbered ones")
     try:
         return _STEPS.find_step(directory, step).path
     except ValueError:
@@ -270,29 +255,16 @@ def _step_path(directory: str, step: int):
         raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {existing}") from None
 
 
-def _newest_path(directory: str | os.PathLike, step: int | None):
-    directory = _absolute(directory)
-    if step is None:
-        step = max(steps(directory), default=None)
-    if step is None:
-        raise ValueError(f"{directory} has no complete checkpoint; it must be the folder that holds the numbered ones")
-    return _step_path(directory, step)
-
-
 def _check_space(directory: str, state: Any) -> None:
-    """OSError, before anything is written, if the disk lacks space for the arrays and 1 MiB of Orbax's own files.
-
-    Creates the directory again if it was removed.
-    """
+    """OSError if the disk lacks space for the arrays and 1 MiB of Orbax's own files. Creates a directory that was removed."""
     if "://" in directory:
         return
     needed = sum(x.nbytes for x in jax.tree.leaves(state)) + MIB
     os.makedirs(directory, exist_ok=True)
     free = shutil.disk_usage(directory).free
     if not stored.agree(needed <= free):
-        raise OSError(
-            f"{math.ceil(10 * needed / MIB) / 10:,.1f} MiB do not fit: {math.floor(10 * free / MIB) / 10:,.1f} MiB are free"
-        )
+        size, space = math.ceil(10 * needed / MIB) / 10, math.floor(10 * free / MIB) / 10
+        raise OSError(f"{size:,.1f} MiB do not fit: {space:,.1f} MiB are free")
 
 
 def _check_shared(directory: str) -> None:

@@ -116,8 +116,8 @@ class LrSchedule:
         falls = self.shape in FALLING
         needs = "needs a last rate" if falls else "has no last rate of its own"
         check(falls == (self.end is not None), f"lr_schedule.shape={self.shape!r} {needs}, and lr_schedule.end={self.end}")
-        exponential = self.shape == "wsd" and self.decay_shape == "exponential"
-        check(not (exponential and self.end == 0), "lr_schedule.end=0 is never reached by an exponential decay; use a small rate")
+        zero = self.shape == "wsd" and self.decay_shape == "exponential" and self.end == 0
+        check(not zero, "lr_schedule.end=0 is never reached by an exponential decay; use a small rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +145,7 @@ class Optim:
 
     def __post_init__(self):
         check_fields(self, "optim")
-        exponential = self.schedule == "wsd" and self.decay_shape == "exponential"
-        zero = exponential and self.final_lr_ratio == 0
+        zero = self.schedule == "wsd" and self.decay_shape == "exponential" and self.final_lr_ratio == 0
         check(not zero, "optim.final_lr_ratio=0 is never reached by an exponential decay; use a small ratio")
 
     @property

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from hybrid_attn.trees import check
+
 LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of network disks without locks
 IMPORTED_FILES = "companions"  # the folder beside an imported checkpoint: tokenizer and config files of the original model
@@ -23,15 +25,13 @@ JSON_BYTES = 2**26  # the index of a model of 700B parameters takes 9 MB
 
 def check_named(flag: str, path: str | os.PathLike, value: str) -> None:
     """ValueError where a flag is empty: its path would be the current directory. The cure asks for `value`: "a new file"."""
-    if not os.fspath(path).strip():
-        raise ValueError(f"--{flag}= is empty; name {value}")
+    check(bool(os.fspath(path).strip()), f"--{flag}= is empty; name {value}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file atomically and creates its directory; after an interruption the old file, or no file, is there.
+    """Writes a file and creates its directory; after an interruption the old file, or none, is there. Links are replaced.
 
-    Half a surrogate pair, which a model may generate and UTF-8 cannot encode, becomes a question mark. Links are replaced, not
-    followed.
+    Half a surrogate pair, which a model may generate and UTF-8 cannot encode, becomes a question mark.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), opened_atomically(path) as file:
@@ -40,9 +40,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def opened_atomically(path: Path, ending: str = "part") -> Iterator[BinaryIO]:
-    """A new file that gets the name `path` at the end of the body; after an error there is the old file, or none.
+    """A new file, `.NAME.ending` until the end of the body and then `path`; after an error the old file, or none, is there.
 
-    Until then it is `.NAME.ending`. Processes that may write the same file at the same time need different endings.
+    Processes that may write the same file at the same time need different endings.
     """
     part = path.with_name(f".{path.name}.{ending}")  # hidden, because NAME.part may be a file of the user
     part.unlink(missing_ok=True)
@@ -70,8 +70,8 @@ def naming(path: Path) -> Iterator[None]:
 def lock(directory: Path) -> Iterator[None]:
     """Creates `directory` and locks it for this process until the context ends; BlockingIOError names another holder.
 
-    The holder is written to `.lock`. The operating system releases the lock of a process that dies, so no lock is stale.
-    A disk without locks is used with a warning. ValueError where `.lock` is a link, because the file is emptied later.
+    `.lock` names the holder. The operating system releases the lock of a process that dies, so no lock is stale. A disk without
+    locks is used with a warning. ValueError where `.lock` is a link, because the file is emptied later.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(_open_lock(directory / LOCK), "r+", errors="replace") as file:
@@ -79,17 +79,15 @@ def lock(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = file.readline(1000).strip() or "another process"
-            raise BlockingIOError(
-                f"{directory} is in use by {holder}; wait until that ends, or use another directory"
-            ) from None
+            cure = "wait until that ends, or use another directory"
+            raise BlockingIOError(f"{directory} is in use by {holder}; {cure}") from None
         except OSError as cause:
             if cause.errno not in WITHOUT_LOCKS:
                 raise
             logging.warning("%s is on a disk without locks: no other process may use it meanwhile", directory)
         command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])[:500]
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
         file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}\n")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}: {command}\n")
         file.flush()
         try:
             yield
@@ -101,13 +99,12 @@ def _open_lock(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as cause:
-        if cause.errno != errno.ELOOP:
-            raise
-        raise ValueError(f"{path} is a link, and this program makes none; remove it") from cause
+        check(cause.errno != errno.ELOOP, f"{path} is a link, and this program makes none; remove it")
+        raise
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a file or a directory to the first free name of `NAME.old`, `NAME.old1`, …, and returns that."""
+    """Renames a file or a directory to the first free name of `NAME.old`, `NAME.old1`, …, and returns it."""
     target = free_name(path, "old")
     path.rename(target)
     return target
@@ -127,10 +124,9 @@ class Appended:
         self._open()
 
     def write(self, content: bytes) -> bool:
-        """Appends `content` and hands it to the operating system.
+        """Appends `content`; after an OSError the file is as it was before.
 
         True if the file had been removed or replaced: all of it is written again, and another file of its name is renamed.
-        OSError if it cannot be written; the file is then as it was before.
         """
         self._unwritten += content
         restored = self._restore_if_removed()
@@ -166,17 +162,12 @@ class Appended:
 
 
 def read_object(path: Path, cure: str = "") -> dict:
-    """The object of a JSON file.
-
-    ValueError, with the file's name and `cure`, if it is missing, invalid, too large or nested too deeply.
-    """
-    if not path.exists():
-        raise ValueError(f"{path.parent} has no {path.name}")
+    """The object of a JSON file; ValueError, with its name and `cure`, if it is missing, invalid, too large or too deep."""
+    check(path.exists(), f"{path.parent} has no {path.name}")
     try:
-        if not path.is_file():  # a pipe would keep its reader waiting
-            raise ValueError("it is no file")
-        if path.stat().st_size > JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes, and at most {JSON_BYTES:,} are read")
+        check(path.is_file(), "it is no file")  # a pipe would keep its reader waiting
+        size = path.stat().st_size
+        check(size <= JSON_BYTES, f"it has {size:,} bytes, and at most {JSON_BYTES:,} are read")
         content = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as cause:
         raise ValueError(f"{path} is not JSON: {cause}{cure}") from cause
@@ -184,16 +175,12 @@ def read_object(path: Path, cure: str = "") -> dict:
 
 
 def object_of(content: str | bytes, where: str, cure: str = "", **numbers: Callable[[str], object]) -> dict:
-    """The object of a JSON text; `numbers` are json.loads' hooks for numbers.
-
-    ValueError, which names `where` and ends with `cure`, if the text is no object or nested too deeply.
-    """
+    """The object of a JSON text; `numbers` are json.loads' hooks for numbers. ValueError names `where` and ends with `cure`."""
     try:
         values = json.loads(content, **numbers)
     except RecursionError as cause:
         raise ValueError(f"{where} is nested too deeply to be read{cure}") from cause
     except ValueError as cause:
         raise ValueError(f"{where} is not JSON: {cause}{cure}") from cause
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must hold an object and holds a {type(values).__name__}{cure}")
+    check(isinstance(values, dict), f"{where} must hold an object and holds a {type(values).__name__}{cure}")
     return values

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-import types
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 from absl import app, flags
@@ -18,12 +18,14 @@ from hybrid_attn import config_file, quiet
 from hybrid_attn.characters import visible
 
 GRACE = 2  # seconds after Ctrl-C in which a program may end by itself
+ARRAYS = "the arrays of this program"  # what did not fit if a device runs out of memory
 # Errors that another flag, config or input cures, and errors of the machine or of the computation.
 INPUT_ERRORS = (
     ValueError, NotImplementedError, ImportError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
     PermissionError,
 )  # fmt: skip
 FAILURES = (FloatingPointError, OSError)
+NO_BACKEND = ("Unable to initialize backend", "Unknown backend")
 RENAMED_FLAGS = {"rows": "batch_size"}  # names of earlier versions, and today's
 
 
@@ -48,20 +50,15 @@ def start(main: Callable[[Sequence[str]], None], module: str) -> None:
 
 
 def run(
-    program: Callable[..., int | None],
-    argv: Sequence[str],
-    memory_for: str = "the arrays of this program",
-    interrupted: str = "interrupted",
-    arguments: int = 0,
+    program: Callable, argv: Sequence[str], memory_for: str = ARRAYS, interrupted: str = "interrupted", arguments: int = 0
 ) -> None:
     """Runs `program` and exits with the code that it returns, if any; an error is one line on stderr, see `exit_code`.
 
-    `argv` is the result of `parse`, with at most `arguments` arguments besides flags. `memory_for` says what did not fit when a
+    `argv` is what `parse` returns, with at most `arguments` arguments besides flags. `memory_for` says what did not fit if a
     device runs out of memory.
     """
     logging.getLogger().setLevel(logging.WARNING)
     quiet.silence_libraries()
-
     ending = threading.Lock()
 
     def end():
@@ -70,8 +67,9 @@ def run(
         os._exit(130)  # not SystemExit: after an interrupted compilation the cleanup of jax crashes
 
     def interrupt(_, frame):
-        if is_importing(frame):
-            end()
+        frames = (called for called, _ in traceback.walk_stack(frame))
+        if any(called.f_code.co_filename.startswith("<frozen importlib") for called in frames):
+            end()  # in an import, an exception is lost, or crashes a partly loaded library (jaxlib)
         last = threading.Timer(GRACE, end)  # a callback of jax may swallow the exception
         last.daemon = True
         last.start()
@@ -96,15 +94,6 @@ def run(
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     if code:
         sys.exit(code)
-
-
-def is_importing(frame: types.FrameType | None) -> bool:
-    """Whether a module is being imported: an exception there is lost, or crashes a partly loaded library (jaxlib)."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def watch(number: int, handler: Callable, end: Callable[[], None]) -> Callable[[], None]:
@@ -140,7 +129,9 @@ def check_arguments(argv: Sequence[str], most: int = 0) -> None:
 
 def exit_code(error: Exception) -> int | None:
     """2 for a wrong input, 1 for a failure while running, None for a bug, whose traceback is printed."""
-    if isinstance(error, INPUT_ERRORS) or out_of_memory(error) or lacks_backend(error):
+    # JAX_PLATFORMS names a platform of which jax found no device.
+    lacks_backend = isinstance(error, RuntimeError) and str(error).startswith(NO_BACKEND)
+    if isinstance(error, INPUT_ERRORS) or out_of_memory(error) or lacks_backend:
         return 2
     return 1 if isinstance(error, FAILURES) else None
 
@@ -148,11 +139,6 @@ def exit_code(error: Exception) -> int | None:
 def out_of_memory(error: Exception) -> bool:
     """Whether a device's memory was too small. Compared by name, because importing jax takes a second."""
     return type(error).__name__ == "JaxRuntimeError" and any(x in str(error) for x in ("RESOURCE_EXHAUSTED", "Out of memory"))
-
-
-def lacks_backend(error: Exception) -> bool:
-    """Whether jax found no device of a platform that JAX_PLATFORMS names."""
-    return isinstance(error, RuntimeError) and str(error).startswith(("Unable to initialize backend", "Unknown backend"))
 
 
 def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
@@ -169,7 +155,7 @@ def pairs(flag: str, text: str, types: Mapping[str, type]) -> dict:
     return values
 
 
-def message(error: Exception, memory_for: str = "the arrays of this program") -> str:
+def message(error: Exception, memory_for: str = ARRAYS) -> str:
     """The text of an error, with its file, or with `memory_for` if a device ran out of memory."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import traceback
 import types
 
 LIBRARIES = ("orbax", "tensorstore")  # an error of their threads is raised again in the thread that waits for them
@@ -32,10 +33,7 @@ def silence_libraries() -> None:
     sys.unraisablehook, threading.excepthook = after_the_first_failure, unless_raised_again
 
 
-def _is_of_a_library(traceback: types.TracebackType | None) -> bool:
+def _is_of_a_library(trace: types.TracebackType | None) -> bool:
     """Whether a frame of a traceback is of a file of these libraries."""
-    while traceback is not None:
-        if any(f"/{name}/" in traceback.tb_frame.f_code.co_filename for name in LIBRARIES):
-            return True
-        traceback = traceback.tb_next
-    return False
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    return any(f"/{name}/" in file for file in files for name in LIBRARIES)

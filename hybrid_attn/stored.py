@@ -1,9 +1,10 @@
-"""The files of one checkpoint: JSON items and arrays, verified against their checksums as they are read.
+"""The files of the checkpoint at a path: JSON items and arrays, verified against their checksums as they are read.
 
 `checksums` is a JSON item with the sum, the shape and the dtype of every array, a digest of every other JSON item and a digest
 of itself. Checkpoints of older versions have only the sums of the arrays: `{name: sum}`.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -12,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
 
-from hybrid_attn.checksums import checksums, mesh_of
 from hybrid_attn.files import object_of
 
 ITEMS = ("config", "data")
@@ -55,13 +56,39 @@ def sums_of(state: Any, items: Mapping[str, Mapping]) -> dict:
     return saved | {"digest": digest(saved)}
 
 
+def checksums(leaves: list[jax.Array]) -> list[int]:
+    """Of every array, the sum of its elements as unsigned integers: independent of the sharding, changed by any flipped bit.
+
+    Orbax verifies the index of its files and not the arrays: a flipped bit would go unnoticed.
+    """
+    sums = []
+    for x in leaves:
+        with jax.set_mesh(mesh_of(x)):
+            sums.append(int(_checksum(x)))  # one at a time: many collectives at once deadlock on many CPU devices
+    return sums
+
+
+def mesh_of(x: jax.Array) -> jax.sharding.Mesh:
+    """The mesh of an array, which may differ from the mesh in force."""
+    if isinstance(x.sharding, jax.sharding.NamedSharding):
+        return x.sharding.mesh
+    return jax.sharding.Mesh(np.array(list(x.devices())), "device")
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    integers = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jnp.sum(integers, dtype=jnp.uint32)
+
+
 def digest(value: Any) -> str:
     """The SHA-256 of the JSON form of a value."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
 
 
 def read_sums(path) -> Sums:
-    """The checksums of the checkpoint at `path`; UnreadableError if their own digest differs."""
+    """The checksums; UnreadableError if their own digest differs."""
     saved = read_json(path, "checksums")
     if saved and all(type(total) is int for total in saved.values()):
         return Sums(saved, None, None)
@@ -73,11 +100,9 @@ def read_sums(path) -> Sums:
 
 
 def read_item(path, item: str) -> dict:
-    """A JSON item of the checkpoint at `path`, verified; UnreadableError if it is missing or was changed.
-
-    Items of older versions have no digest; an empty one was changed, because none was written empty.
-    """
+    """A JSON item, verified; UnreadableError if it is missing or was changed."""
     value, sums = read_json(path, item), read_sums(path)
+    # Items of older versions have no digest; an empty one was changed, because none was written empty.
     if not value if sums.items is None else sums.items.get(item) != digest(value):
         raise UnreadableError(f"{item}: the bytes changed on disk")
     return value
@@ -94,7 +119,7 @@ def read_json(path, item: str) -> dict:
 
 
 def read_slices(path, name: str, shape: tuple) -> Iterator[np.ndarray]:
-    """See `checkpoint.read_slices`; `name` begins with the name of its group."""
+    """The periods of a stacked parameter, or all of an unstacked one; see `checkpoint.read_slices`."""
     sums = read_sums(path)
     if name not in sums.arrays:
         raise UnreadableError(f"checksums: no array {name}")
@@ -113,22 +138,21 @@ def read_slices(path, name: str, shape: tuple) -> Iterator[np.ndarray]:
 
 
 def read_shapes(path) -> dict[str, tuple[int, ...]]:
-    """The shape of every array of the checkpoint at `path`, by name; UnreadableError if the checksums describe others."""
+    """The shape of every array, by name; UnreadableError if the checksums describe others."""
+    saved = together(lambda: _read_metadata(path, read_sums(path)))
+    return {name: tuple(x.shape) for name, x in saved.items()}
 
-    def read():
-        handler = ocp.PyTreeCheckpointHandler()
-        try:
-            saved = flat(handler.metadata(path / "state").tree)
-        finally:
-            handler.close()
-        check_as_described(read_sums(path), saved, partial=False)
-        return {name: tuple(x.shape) for name, x in saved.items()}
 
-    return together(read)
+def _read_metadata(path, sums: Sums) -> dict[str, Any]:
+    """Shape and dtype of every array, by name; UnreadableError if the checksums describe others."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        saved = flat(handler.metadata(path / "state").tree)
+    check_as_described(sums, saved, partial=False)
+    return saved
 
 
 def check_smallest(path) -> None:
-    """UnreadableError if the items or the smallest array of the checkpoint at `path` differ from their checksums."""
+    """UnreadableError if the items or the smallest array differ from their checksums."""
     for item in ITEMS:
         read_item(path, item)
     sums = read_sums(path)
@@ -138,7 +162,7 @@ def check_smallest(path) -> None:
 
 
 def open_array(path, name: str) -> tensorstore.TensorStore:
-    """An array of the checkpoint at `path`, not read yet."""
+    """An array, not read yet."""
     scheme, _, location = str(path).rpartition("://")
     base = f"{scheme}://{urllib.parse.quote(location)}/state/" if scheme else {"driver": "file", "path": f"{path}/state/"}
     kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
@@ -168,12 +192,12 @@ def _as_dict(state: Any) -> dict[str, Any]:
 
 
 def extras(path) -> set[str]:
-    """The names of the extras of the checkpoint at `path`; UnreadableError if its checksums are unreadable."""
+    """The names of the extras of a checkpoint."""
     return {name.split("/")[1] for name in read_sums(path).arrays if name.startswith(f"{EXTRAS}/")}
 
 
 def read_state(path, abstract: Any) -> Any:
-    """The state like `abstract`, a named tuple or a dict, with the extras that both it and the checkpoint at `path` have."""
+    """The state like `abstract`, a named tuple or a dict, with the extras that both it and the checkpoint have."""
     fields, saved = _as_dict(abstract), together(lambda: extras(path))
     common = {name: extra for name, extra in fields.get(EXTRAS, {}).items() if name in saved}
     ignored = tuple(f"{EXTRAS}/{name}" for name in saved - common.keys())
@@ -187,7 +211,8 @@ def read_arrays(path, abstract: Any, partial: bool, ignored: tuple[str, ...] = (
 
     With `partial` the checkpoint may have other arrays too; without it, only those in one of the groups `ignored`.
     """
-    abstract = jax.tree.map(_with_sharding, abstract)
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: x.update(sharding=x.sharding or first), abstract)
     sums = together(lambda: read_sums(path))
     leaves, treedef = jax.tree.flatten(together(lambda: _read_as_saved(path, abstract, sums, partial, ignored)))
     names = flat(abstract).keys()
@@ -202,18 +227,14 @@ def read_arrays(path, abstract: Any, partial: bool, ignored: tuple[str, ...] = (
 
 def _read_as_saved(path, abstract: Any, sums: Sums, partial: bool, ignored: tuple[str, ...]) -> Any:
     """Arrays with the shapes and shardings of `abstract` and the dtypes on disk; AnotherModelError if they differ."""
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        saved = flat(handler.metadata(path / "state").tree)
-        check_as_described(sums, saved, partial=False)
-        compared = {name: x for name, x in saved.items() if not any(inside(name, group) for group in ignored)}
-        check_same_arrays(path, compared, flat(abstract), partial)
-        as_saved = jax.tree_util.tree_map_with_path(lambda key, x: _with_dtype(x, saved[name_of(key)].dtype), abstract)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(as_saved)
-        args = ocp.args.PyTreeRestore(item=as_saved, restore_args=restore_args, partial_restore=partial or bool(ignored))
+    saved = _read_metadata(path, sums)
+    compared = {name: x for name, x in saved.items() if not any(inside(name, group) for group in ignored)}
+    check_same_arrays(path, compared, flat(abstract), partial)
+    as_saved = jax.tree_util.tree_map_with_path(lambda key, x: x.update(dtype=saved[name_of(key)].dtype), abstract)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(as_saved)
+    args = ocp.args.PyTreeRestore(item=as_saved, restore_args=restore_args, partial_restore=partial or bool(ignored))
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         return handler.restore(path / "state", args=args)
-    finally:
-        handler.close()
 
 
 def check_as_described(sums: Sums, saved: Mapping, partial: bool) -> None:
@@ -221,13 +242,9 @@ def check_as_described(sums: Sums, saved: Mapping, partial: bool) -> None:
     names = saved.keys() if partial else saved.keys() | sums.arrays.keys()
     wrong = [name for name in names if name not in saved or name not in sums.arrays]
     if sums.described is not None and not wrong:
-        wrong = [name for name, x in saved.items() if (tuple(x.shape), _dtype_name(x)) != sums.described[name]]
+        wrong = [name for name, x in saved.items() if (tuple(x.shape), x.dtype.name) != sums.described[name]]
     if wrong:
         raise UnreadableError(f"the description of {first_eight(sorted(wrong))} changed on disk")
-
-
-def _dtype_name(x: Any) -> str:
-    return x.dtype.name if hasattr(x.dtype, "name") else str(x.dtype)
 
 
 def changed(names: list[str]) -> UnreadableError:
@@ -263,19 +280,8 @@ def check_same_arrays(path, saved: Mapping, expected: Mapping, partial: bool) ->
         cure = "use another --workdir, or the config that wrote it"
         if not partial and not any(inside(name, "opt_state") for name in saved):
             cure = f"it has no optimiser state: start a run in another --workdir, with --config.init_from.path={path.parent}"
-        raise AnotherModelError(
-            f"{path} holds the arrays of another model or optimiser (saved -> expected):\n"
-            f"{first_eight(sorted(lines), chr(10))}\n{cure}"
-        )
-
-
-def _with_sharding(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _with_dtype(x: jax.ShapeDtypeStruct, dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+        problem = f"{path} holds the arrays of another model or optimiser (saved -> expected):"
+        raise AnotherModelError("\n".join([problem, first_eight(sorted(lines), "\n"), cure]))
 
 
 def name_of(key: tuple) -> str:

@@ -12,38 +12,22 @@
 set -euo pipefail
 set -m # a group for each process: Ctrl-C reaches this script alone, which passes it on once
 
-if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
-    echo "error: this script needs bash 5.1, and this is $BASH_VERSION" >&2
+refuse() {
+    echo "$1" >&2
     exit 2
-fi
-if [[ ! ${1-} =~ ^[1-9][0-9]*$ || ${2-} != -- ]]; then
-    echo "usage: [DEVICES=4] launch/local_processes.sh N -- --config=configs/hybrid_8k.py ..." >&2
-    exit 2
-fi
-if [[ ! ${DEVICES:-1} =~ ^[1-9][0-9]*$ ]]; then
-    echo "error: DEVICES=$DEVICES is not a number of devices" >&2
-    exit 2
-fi
+}
+
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || refuse "error: this script needs bash 5.1, and this is $BASH_VERSION"
+[[ ${1-} =~ ^[1-9][0-9]*$ && ${2-} == -- ]] ||
+    refuse "usage: [DEVICES=4] launch/local_processes.sh N -- --config=configs/hybrid_8k.py ..."
+[[ ${DEVICES:-1} =~ ^[1-9][0-9]*$ ]] || refuse "error: DEVICES=$DEVICES is not a number of devices"
 n=$1
 shift 2
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 [[ -x $python || -n ${PYTHON-} ]] || python=python3
 
-# Two successive free ports.
-port=$("$python" - <<'EOF'
-import socket
-while True:
-    with socket.create_server(("localhost", 0)) as first:
-        port = first.getsockname()[1]
-        try:
-            socket.create_server(("localhost", port + 1)).close()
-        except (OSError, OverflowError):
-            continue
-    print(port)
-    break
-EOF
-)
+port=$(PYTHONPATH=$root "$python" - <<<'from hybrid_attn.parallel import launchers; print(launchers.free_port())')
 
 # Only processes with this token can join.
 HYBRID_RUN_TOKEN=${HYBRID_RUN_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}

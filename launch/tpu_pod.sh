@@ -46,13 +46,10 @@ while (($#)) && [[ $1 != -- ]]; do
     esac
     shift
 done
-train=''
-if (($#)); then
-    train=1
-    shift
-fi
+train=${1-} # the -- before the flags of the program, if there is one
+shift $(($# > 0))
 [[ $train || $delete ]] || usage
-[[ $slices =~ ^[1-9][0-9]*$ ]] || { echo "error: --slices=$slices is not a number of slices" >&2 && exit 2; }
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices is not a number of slices" 2
 
 case $type in
     v6e-*) runtime=v2-alpha-tpuv6e ;;
@@ -184,17 +181,16 @@ follow='cd hybrid_attn; tail --pid="$(cat train.pid)" -n +1 -F train.log; exit "
 if [[ ! $train ]]; then
     remove
     exit
-fi
-if [[ $dry ]]; then
+elif [[ $dry ]]; then
     create
 elif [[ -z $(state) ]]; then
     pack "$@"
     create
     useless=1
 fi
-[[ $dry ]] || wait_until_active
 hosts=not-training
 if [[ ! $dry ]]; then
+    wait_until_active
     look="if cd hybrid_attn 2>/dev/null && $running; then echo is-training; else echo not-training; fi"
     hosts=$(on_all "$look") && [[ $hosts == *-training* ]] || fail "$name does not answer by ssh"
 fi

@@ -1,7 +1,4 @@
-"""Trains the model of a config: python launch/train.py --config=configs/hybrid_8k.py
-
-The program is hybrid_attn/commands/train.py; an installed package runs it as hybrid-train.
-"""
+"""Trains the model of a config: hybrid_attn/commands/train.py, which pip installs as hybrid-train."""
 
 from hybrid_attn.commands import train
 

@@ -211,7 +211,7 @@ def main_prompt() -> None:
     from hybrid_attn import config
     from hybrid_attn.infer import cache, steps
     from hybrid_attn.model import abstract_params, execution_on
-    from hybrid_attn.model.extend import unstacked
+    from hybrid_attn.model.transformer import unstacked
     from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, make_mesh
     from hybrid_attn.plan import targets
 
@@ -285,18 +285,16 @@ def lower_attention(mesh, shape: str, kernel: str):
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
+    from hybrid_attn.kernels import AttentionOptions, Keys, Queries
     from hybrid_attn.parallel import context
     from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT
 
     scheme = {"global": "gather", "ring": "ring"}.get(shape, "halo")
+    attention = AttentionOptions(WINDOW if scheme == "halo" else None, 128**-0.5)
+    options = context.ContextOptions(attention, kernel, scheme, zigzag=shape != "ragged")
 
     def loss(q, k, v, pos, seg):
-        o = context.attend(
-            q, k, v, pos, seg,
-            window=WINDOW if scheme == "halo" else None, chunk=None, scale=128**-0.5, softcap=None, kernel=kernel,
-            scheme=scheme, zigzag=shape != "ragged",
-        )  # fmt: skip
-        return o.astype(jnp.float32).sum()
+        return context.attend(options, Queries(q, pos, seg), Keys(k, v, pos, seg)).astype(jnp.float32).sum()
 
     def like(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

@@ -351,7 +351,7 @@ def test_attention_is_its_formula(fields):
     x = np.random.default_rng(10).normal(size=(T, 32))
     positions, segments = layout(PACKED)
     row = on_mesh({"x": x[None].astype(np.float32), "p": positions[None], "s": segments[None]})
-    got = jax.jit(lambda layer, x, pos, seg: layer(x, pos, in_packed(pos, seg, REFERENCE, "L"))[0])(layer, *row.values())
+    got = jax.jit(lambda layer, x, pos, seg: layer(x, pos, in_packed(model, "L", pos, seg, REFERENCE))[0])(layer, *row.values())
     got = jax.device_get(got)[0]
 
     q, k, v = (np.einsum("TD,DNH->TNH", x, params[name]) for name in "qkv")

@@ -19,8 +19,7 @@ from hybrid_attn.evals import EvalModel, Spec, attention, attention_statistics, 
 from hybrid_attn.evals.attention import SEGMENTS
 from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries
 from hybrid_attn.evals.needle_prompts import NeedlePrompt
-from hybrid_attn.model.extend import layer_by_layer, unstacked
-from hybrid_attn.model.transformer import in_packed
+from hybrid_attn.model.transformer import in_packed, layer_by_layer, unstacked
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
 
 B, T, N, K, H, Q = 2, 48, 4, 2, 8, 24  # more queries than a row has, beyond the reach of the windows
@@ -135,8 +134,8 @@ def watched_weights(eval_model, prompt):
     execution = eval_model.execution._replace(zigzag=False)
 
     def watched(letter):
-        def attend(q, k, v, sinks, kind, scale):
-            return in_packed(pos, seg, execution, letter)(q, k, v, sinks, kind, scale)[0], (q[0], k[0], sinks)
+        def attend(q, k, v, sinks):
+            return in_packed(eval_model.model, letter, pos, seg, execution)(q, k, v, sinks)[0], (q[0], k[0], sinks)
 
         return attend
 

@@ -12,7 +12,8 @@ import pytest
 from configs import hybrid_8k, recall
 from hybrid_attn import config, config_file, trees
 from hybrid_attn.convert import families
-from hybrid_attn.data import bpe, corpora, pipeline
+from hybrid_attn.data import corpora, pipeline
+from hybrid_attn.data import tokenizer as tokenizers
 from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
 from hybrid_attn.model import execution_on, flops
 from hybrid_attn.parallel.mesh import make_mesh
@@ -97,7 +98,8 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     for i in range(40):
         (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}\n" for j in range(10 + i)))
-    trained = json.loads(bpe.train(bpe.texts([str(folder / "*.txt")], bpe.Fields("text", None)), 300).to_str())
+    read = tokenizers.texts([str(folder / "*.txt")], tokenizers.Fields("text", None))
+    trained = json.loads(tokenizers.train(read, 300).to_str())
     for size in (300, 32_768, 131_072):
         more = {f"unused {i}": i for i in range(len(trained["model"]["vocab"]), size)}
         values = trained | {"model": trained["model"] | {"vocab": trained["model"]["vocab"] | more}}

@@ -10,7 +10,7 @@ from conftest import assert_close, biggest_array, layout, mesh_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.kernels import tpu
+from hybrid_attn.kernels import AttentionOptions, Keys, Queries, tpu
 from hybrid_attn.kernels.softmax import merged
 from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
@@ -45,17 +45,18 @@ def on_one_device(window, chunk, softcap, with_sinks):
             softcap=softcap, kernel="reference", scheme="gather")  # fmt: skip
 
 
-def value_and_grads(q, k, v, do, pos, seg, sinks, zigzag, **static):
+def value_and_grads(q, k, v, do, pos, seg, sinks, zigzag, *, window, chunk, softcap, kernel, scheme):
+    options = context.ContextOptions(AttentionOptions(chunk or window, 0.3, softcap), kernel, scheme, zigzag)
     mesh = jax.sharding.get_mesh()
     specs = {4: HEADS_BTNH, 2: TOKENS_BT, 1: P("tensor")}
     inputs = [x if x is None else jax.device_put(x, NamedSharding(mesh, specs[x.ndim])) for x in (q, k, v, sinks)]
     do, pos, seg = (jax.device_put(x, NamedSharding(mesh, specs[x.ndim])) for x in (do, pos, seg))
 
     def attend(q, k, v, sinks):
-        heads = context.to_zigzag((q, k, v), zigzag)
-        positions, segments = context.to_zigzag((pos, seg), zigzag)
-        o = context.attend(*heads, positions, segments, sinks, scale=0.3, zigzag=zigzag, **static)
-        return context.from_zigzag(o, zigzag)
+        q, k, v, *tokens = context.to_zigzag((q, k, v, pos, seg), zigzag)
+        if chunk is not None:
+            tokens[1] = context.chunk_segments(*tokens, chunk)
+        return context.from_zigzag(context.attend(options, Queries(q, *tokens), Keys(k, v, *tokens), sinks), zigzag)
 
     @jax.jit
     def both(*inputs):
@@ -164,8 +165,8 @@ def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(zigzag):
                                    zip(arrays(), [HEADS_BTNH] * 4 + [TOKENS_BT] * 2 + [P("tensor")], strict=True))  # fmt: skip
 
         def total(scheme, q, k, v, pos, seg):
-            static = {"window": None, "chunk": None, "scale": 1.0, "softcap": None, "kernel": "blocked"}
-            return jnp.square(context.attend(q, k, v, pos, seg, scheme=scheme, zigzag=zigzag, **static)).sum()
+            options = context.ContextOptions(AttentionOptions(None, 1.0), "blocked", scheme, zigzag)
+            return jnp.square(context.attend(options, Queries(q, pos, seg), Keys(k, v, pos, seg))).sum()
 
         def biggest(scheme):
             return biggest_array(jax.grad(functools.partial(total, scheme), (0, 1, 2)), q, k, k, pos, seg, inside="shard_map")

@@ -18,7 +18,7 @@ from converted import GOLDEN, HYBRID, assert_same, edit, edit_tensors, read, sha
 
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import abstract_params
-from hybrid_attn.model.extend import unstacked
+from hybrid_attn.model.transformer import unstacked
 
 
 @pytest.fixture

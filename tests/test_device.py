@@ -32,7 +32,8 @@ def outcome(q, k, v, pos, seg, kernel, window):
     """o, lse and the gradients by q, k and v of a loss of o, as one array: under a window of 1 only v has one."""
 
     def loss(q, k, v):
-        o, lse = kernels.attend(q, k, v, pos, pos, seg, seg, window=window, scale=H**-0.5, kernel=kernel)
+        queries, keys = kernels.Queries(q, pos, seg), kernels.Keys(k, v, pos, seg)
+        o, lse = kernels.attend(kernel, kernels.AttentionOptions(window, H**-0.5), queries, keys)
         return (jnp.cos(jnp.arange(o.size)).reshape(o.shape) * o).sum(), (o, jnp.where(jnp.isfinite(lse), lse, 0.0))
 
     grads, (o, lse) = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)

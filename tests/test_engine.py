@@ -215,7 +215,12 @@ def test_short_prompts_are_read_in_a_small_cache_beside_long_ones():
         short, small = engine.generate([PROMPTS[0]], NEW)[0], engine.timing.cache_bytes
         sizes = []
         decoded = engine._decoded
-        engine._decoded = lambda call, batch: sizes.append(batch.state.cache.layers[1].k_BKSH.shape[2]) or decoded(call, batch)
+
+        def observed(call, indices, config, state):
+            sizes.append(state.cache.layers[1].k_BKSH.shape[2])
+            return decoded(call, indices, config, state)
+
+        engine._decoded = observed
         assert engine.generate([PROMPTS[6], PROMPTS[0]], NEW)[1].tokens.tolist() == short.tokens.tolist()
     assert sizes == [64, 16] and small < engine.timing.cache_bytes
 

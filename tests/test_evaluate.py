@@ -21,8 +21,8 @@ from hybrid_attn import checkpoint, config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals import heldout, output, provenance, report, suite, types
-from hybrid_attn.evals.report import command, fields
+from hybrid_attn.evals import heldout, provenance, report, suite, types
+from hybrid_attn.evals.report import render, runs
 from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.programs import parse
 from hybrid_attn.train import evaluation
@@ -185,25 +185,25 @@ def test_a_directory_with_files_of_others_is_refused_and_left_as_it_is(tool, mod
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_directory_of_evaluations_is_new_or_known_by_its_marker_and_has_no_links(tmp_path):
+def test_a_directory_of_evaluations_is_new_or_known_by_its_marker_and_has_no_links(tool, tmp_path):
     new, marked = tmp_path / "new", tmp_path / "marked"
-    output.write_marker(marked)
+    files.write_atomically(marked / tool.MARKER, tool.MARKED)
     (marked / "notes.txt").touch()
     for directory in (new, marked):
-        output.check_ours(directory)
+        tool.check_ours(directory)
     assert not new.exists()
     (marked / "pictures").symlink_to(tmp_path)
     with pytest.raises(ValueError, match=r"marked has links \(pictures\), which lead to files elsewhere; remove them"):
-        output.check_ours(marked)
+        tool.check_ours(marked)
 
 
 @pytest.mark.parametrize("name", ["evals", "evals/40", "mine"])
-def test_nothing_is_evaluated_into_the_workdir_of_a_training(tmp_path, name):
+def test_nothing_is_evaluated_into_the_workdir_of_a_training(tool, tmp_path, name):
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    output.write_marker(tmp_path / name)
+    files.write_atomically(tmp_path / name / tool.MARKER, tool.MARKED)
     with pytest.raises(ValueError, match=f"{name} is in the workdir of a training, which writes there itself; name a"):
-        output.check_ours(tmp_path / name)
-    output.check_ours(tmp_path / "evals" / "of" / "others")
+        tool.check_ours(tmp_path / name)
+    tool.check_ours(tmp_path / "evals" / "of" / "others")
 
 
 def test_one_program_at_a_time_measures_into_a_directory(tool, models, tmp_path, capsys):
@@ -260,10 +260,10 @@ def test_the_command_beside_a_figure_measures_the_same(tool, models, tmp_path, m
         context, wanted, about = planned[0]
         monkeypatch.chdir(tmp_path)
         described = suite.described(wanted, about)
-        fields.check_provenance(described, "run.json")
+        runs.check_provenance(described, "run.json")
         found = report.Run("one", (), (), described)
         for name in wanted.evals:
-            program, *arguments = shlex.split(command.measuring([found], name))[1:]
+            program, *arguments = shlex.split(render.command([found], name))[1:]
             assert program == "tools/evaluate.py" and arguments.pop() == "--out=DIR"
             run(tool, *arguments, f"--out={tmp_path}/{number}-{name}", trust=())
             again, settings_again, about_again = planned[-1]

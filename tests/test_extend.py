@@ -15,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.convert.families import model_of
 from hybrid_attn.infer import cache as caches
-from hybrid_attn.infer.cache import int8
+from hybrid_attn.infer.cache import attend
 from hybrid_attn.infer.steps import StepConfig, extend
 from hybrid_attn.model import apply
-from hybrid_attn.model.extend import unstacked
+from hybrid_attn.model.transformer import unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
 
 W = 5
@@ -75,6 +75,10 @@ def in_chunks(model, params, sequences, chunks, capacity, quantised=False, execu
         read += counts
     assert (read == [len(sequence) for sequence in sequences]).all()
     return [np.concatenate(parts) for parts in outputs], cache
+
+
+def run(function, static_args, *arrays):
+    return function(*static_args, *arrays)
 
 
 def sequences_of(*lengths, vocab_size=384):
@@ -171,7 +175,7 @@ def test_int8_slots_are_within_half_a_step(one_device):
 def test_all_int8_slots_are_seen_if_their_parts_do_not_divide_them(size, one_device, monkeypatch):
     model, sequences, chunks = MODELS["window and full causal"], sequences_of(61, 30), [16, 16, 16, 12, 1]
     expected, _ = in_chunks(model, random_params(model), sequences, chunks, 64, quantised=True)
-    monkeypatch.setattr(int8, "QUANTISED_SLOTS", size)
+    monkeypatch.setattr(attend, "QUANTISED_SLOTS", size)
     outputs, _ = in_chunks(model, random_params(model), sequences, chunks, 64, quantised=True)
     assert_close(outputs, expected, 1e-5)
 
@@ -180,9 +184,9 @@ def test_a_ring_made_smaller_and_larger_keeps_the_tokens_of_its_window(one_devic
     model = MODELS["window and full causal"]
     _, cache = in_chunks(model, random_params(model), sequences_of(29, 3), [16, 16], 64)
     assert cache.layers[0].k_BKSH.shape[2] == 32  # 16 + 5 - 1 tokens, in a power of two
-    small = caches.resized(model, cache, 64, 1)
+    small = caches.resized(model, cache, 64, 1, run)
     assert small.layers[0].k_BKSH.shape[2] == 8
-    large = caches.resized(model, small, 128, 60)
+    large = caches.resized(model, small, 128, 60, run)
     assert large.layers[0].k_BKSH.shape[2] == 64
     for request, length in enumerate((29, 3)):
         for position in range(max(0, length - 8), length):

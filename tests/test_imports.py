@@ -16,8 +16,8 @@ LEFT_TO_RIGHT = ("trees", *CONFIG, "kernels", "parallel", "model", "infer", "eva
 ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
 ALLOWED["config"] |= {"configs"}  # the defaults of keys that older configs lack
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
-ALLOWED |= {room: set() for room in ("quiet", "checksums", "files", "characters")}
-ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet", "characters"}, "stored": {"checksums", "files"}}
+ALLOWED |= {room: set() for room in ("quiet", "characters")} | {"files": {"trees"}}
+ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet", "characters"}, "stored": {"files"}}
 ALLOWED["merge"] = {"trees"}
 ALLOWED["checkpoint"] |= {"stored", "files"}
 ALLOWED["parallel"] |= {"files"}  # messages between processes are JSON objects
@@ -26,7 +26,7 @@ ALLOWED["infer"] |= {"data", "checkpoint", "files"}
 ALLOWED["evals"] |= {"data", "files", "characters"}
 ALLOWED["data"] |= {"files", "characters"}
 ALLOWED["train"] |= {"data", "checkpoint", "files", "stored"}
-ALLOWED["bench"] = {*LEFT_TO_RIGHT, "data", "checkpoint", "files"}
+ALLOWED["bench"] = {*LEFT_TO_RIGHT, "convert", "data", "checkpoint", "files"}
 ALLOWED["plan"] = ALLOWED["bench"] | {"bench"}
 ALLOWED |= {"configs": set(), "commands": set(ALLOWED) | {"configs"}}
 
@@ -110,5 +110,5 @@ def test_reading_a_checkpoint_loads_neither_the_trainer_nor_the_model():
     code = "import sys, hybrid_attn.checkpoint; print(*[m for m in sys.modules if m.startswith('hybrid_attn.')])"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "hybrid_attn.checkpoint" in loaded.stdout
-    rooms = {"checkpoint", "checksums", "kernels", "configs", *CONFIG} | ALLOWED["checkpoint"]
+    rooms = {"checkpoint", "kernels", "configs", *CONFIG} | ALLOWED["checkpoint"]
     assert {name.split(".")[1] for name in loaded.stdout.split()} <= rooms

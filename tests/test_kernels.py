@@ -10,8 +10,8 @@ import pytest
 from conftest import assert_close, biggest_array, layout, temporary_bytes
 
 from hybrid_attn import kernels
-from hybrid_attn.kernels import blocked, reference
-from hybrid_attn.kernels.intervals import intervals
+from hybrid_attn.kernels import AttentionOptions, Keys, Queries, blocked, reference
+from hybrid_attn.kernels.interface import intervals
 
 S, N, K, H, SCALE = 23, 6, 2, 8, 0.41  # S is no multiple of a block of 4 queries or a tile of 5 keys; three queries a key
 CASES = [(None, None), (6, 1.5), (1, None), (9, None), (40, None)]  # window and softcap; a window of 9 takes two tiles
@@ -50,10 +50,8 @@ def outcome(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, kernel, window, softcap=
 @functools.partial(jax.jit, static_argnames=("kernel", "window", "softcap"))
 def _outcome(q, k, v, q_pos, k_pos, q_seg, k_seg, sinks, kernel, window, softcap):
     def loss(q, k, v, sinks):
-        o, lse = kernels.attend(
-            q, k, v, q_pos, k_pos, q_seg, k_seg,
-            window=window, scale=SCALE, softcap=softcap, sinks_N=sinks, kernel=kernel,
-        )  # fmt: skip
+        options = AttentionOptions(window, SCALE, softcap)
+        o, lse = kernels.attend(kernel, options, Queries(q, q_pos, q_seg), Keys(k, v, k_pos, k_seg), sinks)
         pull = jnp.cos(jnp.arange(o.size)).reshape(o.shape)
         finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
         return (pull * o).sum() + (pull[..., 0] * jnp.sin(finite)).sum(), (o, lse)
@@ -72,14 +70,17 @@ def assert_same(got, expected, tolerance):
 def check_merged_gradients(kernel, softcap=None):
     """The backward function over parts of the keys, given the result over all keys, adds up to the gradients of autodiff."""
     q, k, v, pos, seg = arrays("packed", "padding in front")
-    options = kernels.AttentionOptions(None, SCALE, softcap)
-    result, pull = jax.vjp(lambda q, k, v: reference.forward(q, k, v, (pos, pos), (seg, seg), options), q, k, v)
+    options, queries = AttentionOptions(None, SCALE, softcap), Queries(q, pos, seg)
+
+    def attend(q, k, v):
+        return reference.forward(options, Queries(q, pos, seg), Keys(k, v, pos, seg))
+
+    result, pull = jax.vjp(attend, q, k, v)
     grads = jnp.cos(jnp.arange(result[0].size)).reshape(result[0].shape), jnp.where(jnp.isfinite(result[1]), 0.3, 0.0)
     parts = []
     for part in np.split(np.arange(S), (5, S // 2)):
-        positions, segments = (pos, pos[:, part]), (seg, seg[:, part])
-        residuals = kernels.Residuals(q, k[:, part], v[:, part], positions, segments, *result)
-        parts.append(kernels.KERNELS[kernel].backward(residuals, *grads, options))
+        keys = Keys(*(x[:, part] for x in (k, v, pos, seg)))
+        parts.append(kernels.KERNELS[kernel].backward(options, queries, keys, result, grads))
     dq, dk, dv = zip(*parts, strict=True)
     assert_close((sum(dq), jnp.concatenate(dk, 1), jnp.concatenate(dv, 1)), pull(grads), 1e-5)
 
@@ -226,7 +227,8 @@ def test_intervals_hold_exactly_the_keys_that_a_query_sees(window):
     pos[100:] += 5 * (seg[100:] > 0)  # documents that go on from an earlier sequence
     q_pos, q_seg = pos[:, -9:], rng.permuted(seg[:, -9:], axis=1)
     for queries in ((pos, seg), (q_pos, q_seg)):
-        first, end = jax.device_get(jax.jit(intervals, static_argnums=4)(queries[0], pos, queries[1], seg, window))
+        keys = Keys(None, None, pos, seg)
+        first, end = jax.device_get(jax.jit(intervals, static_argnums=0)(window, Queries(None, *queries), keys))
         inside = (first[..., None] <= np.arange(S)) & (np.arange(S) < end[..., None])
         np.testing.assert_array_equal(inside, reference.visible_BTS(queries[0], pos, queries[1], seg, window))
         np.testing.assert_array_equal(first == end, ~inside.any(-1))
@@ -243,8 +245,8 @@ def test_a_block_of_queries_walks_over_no_tile_that_none_of_them_sees(window, mo
 
     monkeypatch.setattr(blocked, "_tile", counted)
     q, k, v, pos, seg = arrays("packed", seed=2)
-    options = kernels.AttentionOptions(window, SCALE, None)
-    jax.block_until_ready(jax.jit(blocked.forward, static_argnums=5)(q, k, v, (pos, pos), (seg, seg), options))
+    options, queries, keys = AttentionOptions(window, SCALE), Queries(q, pos, seg), Keys(k, v, pos, seg)
+    jax.block_until_ready(jax.jit(blocked.forward, static_argnums=0)(options, queries, keys))
     jax.effects_barrier()
     see = np.asarray(reference.visible_BTS(pos, pos, seg, seg, window))[0]
     blocks = [see[t : t + 4].any(0).nonzero()[0] for t in range(0, S, 4)]
@@ -262,7 +264,7 @@ def test_no_array_has_as_many_elements_as_pairs_of_tokens(window, monkeypatch):
 
     def biggest(kernel):
         def loss(q, k, v, pos, seg):
-            o, lse = kernels.attend(q, k, v, pos, pos, seg, seg, window=window, scale=1.0, kernel=kernel)
+            o, lse = kernels.attend(kernel, AttentionOptions(window, 1.0), Queries(q, pos, seg), Keys(k, v, pos, seg))
             return o.sum() + lse.sum()
 
         return biggest_array(jax.grad(loss, (0, 1, 2)), q, kv, kv, tokens, tokens)
@@ -276,7 +278,8 @@ def test_a_window_over_131072_tokens_of_8_heads_compiles_to_less_than_2_gib(monk
     heads, tokens = jax.ShapeDtypeStruct((1, 131072, 8, 32), jnp.float32), jax.ShapeDtypeStruct((1, 131072), jnp.int32)
 
     def loss(q, k, v, pos, seg):
-        return kernels.attend(q, k, v, pos, pos, seg, seg, window=1024, scale=1.0, kernel="blocked")[0].sum()
+        options, queries, keys = AttentionOptions(1024, 1.0), Queries(q, pos, seg), Keys(k, v, pos, seg)
+        return kernels.attend("blocked", options, queries, keys)[0].sum()
 
     assert temporary_bytes(jax.jit(jax.grad(loss, (0, 1, 2))).lower(heads, heads, heads, tokens, tokens)) < 2**31
 

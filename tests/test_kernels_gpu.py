@@ -6,7 +6,6 @@ implementation of jax.nn.
 """
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import pytest
 from test_kernels import CASES, PAIRS, K, N, S, arrays, assert_same, check_merged_gradients, outcome
 
 from hybrid_attn import kernels
-from hybrid_attn.kernels import gpu
+from hybrid_attn.kernels import AttentionOptions, Keys, Queries, gpu
 
 
 class Plain:
@@ -50,9 +49,8 @@ class Plain:
 
 @pytest.fixture
 def plain_tokamax(monkeypatch):
-    def call_plain(options, call, q, k, v, bounds):
-        named = {"mask": bounds, "scale": options.scale, "cap": options.softcap, "return_residuals": False}
-        return call(Plain(), SimpleNamespace(args=(q, k, v), kwargs=named))
+    def call_plain(options, call, qkv, bounds):
+        return call(Plain(), qkv, {"mask": bounds, "scale": options.scale, "cap": options.softcap})
 
     monkeypatch.setattr(gpu, "_call_tokamax", call_plain)
 
@@ -77,7 +75,7 @@ def test_tokamax_has_the_gradients_of_sinks_and_of_the_log_sum_exp_alone(plain_t
     @functools.partial(jax.jit, static_argnums=0)
     def alone(kernel, q, k, v):
         def loss(q, k, v):
-            lse = kernels.attend(q, k, v, pos, pos, seg, seg, window=None, scale=0.4, kernel=kernel)[1]
+            lse = kernels.attend(kernel, AttentionOptions(None, 0.4), Queries(q, pos, seg), Keys(k, v, pos, seg))[1]
             return jnp.where(jnp.isfinite(lse), jnp.sin(lse), 0.0).sum()
 
         return jax.grad(loss, (0, 1, 2))(q, k, v)
@@ -104,7 +102,7 @@ def test_cudnn_sees_exactly_the_keys_of_the_window_and_no_padding(xla_cudnn, win
     @functools.partial(jax.jit, static_argnums=0)
     def run(kernel, q, k, v):
         def loss(q, k, v):
-            o, lse = kernels.attend(q, k, v, pos, pos, seg, seg, window=window, scale=0.4, kernel=kernel)
+            o, lse = kernels.attend(kernel, AttentionOptions(window, 0.4), Queries(q, pos, seg), Keys(k, v, pos, seg))
             return (jnp.cos(jnp.arange(o.size)).reshape(o.shape) * o).sum(), (o, lse)
 
         grads, (o, lse) = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
@@ -115,25 +113,27 @@ def test_cudnn_sees_exactly_the_keys_of_the_window_and_no_padding(xla_cudnn, win
 
 def test_cudnn_gives_nan_for_sequences_whose_mask_it_cannot_express_and_for_a_gradient_that_it_drops(xla_cudnn):
     q, k, v, pos, seg = arrays("one document", "packed", "padding in front", "padding between")
-    o, lse = kernels.attend(q, k, v, pos, pos, seg, seg, window=None, scale=0.4, kernel="cudnn")
+    options, keys = AttentionOptions(None, 0.4), Keys(k, v, pos, seg)
+    o, lse = kernels.attend("cudnn", options, Queries(q, pos, seg), keys)
     np.testing.assert_array_equal(np.isnan(o).all((1, 2, 3)), [False, True, True, True])
     np.testing.assert_array_equal(np.isnan(lse).any((1, 2)), [False, True, True, True])
 
     def loss(q):
-        return kernels.attend(q, k, v, pos, pos, seg, seg, window=None, scale=0.4, kernel="cudnn")[1][0].sum()
+        return kernels.attend("cudnn", options, Queries(q, pos, seg), keys)[1][0].sum()
 
     assert np.isnan(jax.grad(loss)(q)[0]).any()
 
 
 def test_cudnn_is_refused_what_it_cannot_do():
     q, k, v, pos, seg = arrays("one document")
-    attend = functools.partial(kernels.attend, window=None, scale=1.0, kernel="cudnn")
+    attend, options = functools.partial(kernels.attend, "cudnn"), AttentionOptions(None, 1.0)
+    queries, keys = Queries(q, pos, seg), Keys(k, v, pos, seg)
     with pytest.raises(NotImplementedError, match=r"9 queries of 23 keys; use train.kernel=\"tokamax\""):
-        attend(q[:, -9:], k, v, pos[:, -9:], pos, seg[:, -9:], seg)
+        attend(options, Queries(*(x[:, -9:] for x in queries)), keys)
     with pytest.raises(NotImplementedError, match="no soft cap, and this layer has 2.0"):
-        attend(q, k, v, pos, pos, seg, seg, softcap=2.0)
+        attend(options._replace(softcap=2.0), queries, keys)
     with pytest.raises(NotImplementedError, match="no gradient by the log-sum-exp"):
-        attend(q, k, v, pos, pos, seg, seg, sinks_N=jnp.zeros(N))
+        attend(options, queries, keys, jnp.zeros(N))
 
 
 def test_the_output_passed_on_has_the_product_that_the_gradient_needs():
@@ -153,6 +153,6 @@ def test_the_output_passed_on_has_the_product_that_the_gradient_needs():
     "dtype, length, size", [("float32", 64, 64), ("bfloat16", 64, 256), ("bfloat16", 64, 60), ("bfloat16", 63, 64)]
 )
 def test_cudnn_refuses_the_shapes_that_it_does_not_take_with_the_cure(dtype, length, size):
-    q, tokens = jnp.zeros((1, length, 2, size), dtype), jnp.zeros((1, length), jnp.int32)
+    q, tokens = jnp.zeros((1, length, 2, size), dtype), [jnp.zeros((1, length), jnp.int32)] * 2
     with pytest.raises(NotImplementedError, match=f'{dtype}, heads of {size} and {length} tokens; use train.kernel="blocked"'):
-        kernels.attend(q, q, q, tokens, tokens, tokens, tokens, window=None, scale=1.0, kernel="cudnn")
+        kernels.attend("cudnn", AttentionOptions(None, 1.0), Queries(q, *tokens), Keys(q, q, *tokens))

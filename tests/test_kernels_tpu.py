@@ -10,8 +10,7 @@ import pytest
 from conftest import layout
 from test_kernels import assert_same, outcome
 
-from hybrid_attn import kernels
-from hybrid_attn.kernels import reference, tpu
+from hybrid_attn.kernels import AttentionOptions, Keys, Queries, reference, tpu
 
 S, N, K, H = 300, 4, 2, 8  # three tiles of 128, the last one of padding for the most part
 LAYOUTS = {
@@ -81,7 +80,7 @@ def test_sequences_that_break_the_condition_give_nan():
     shifted = np.where(seg == 2, 0, seg)  # the queries of the second document meet keys of padding
     cases = [(gap, gap, seg), (swapped, pos, seg), (pos, swapped, seg), (pos, pos, shifted)]
     for q_pos, k_pos, k_seg in cases:
-        o, lse = tpu.forward(q, k, v, (q_pos, k_pos), (seg, k_seg), kernels.AttentionOptions(100, 1.0, None))
+        o, lse = tpu.forward(AttentionOptions(100, 1.0), Queries(q, q_pos, seg), Keys(k, v, k_pos, k_seg))
         o, lse = (o, lse) if k_seg is seg else (o[1:], lse[1:])
         assert np.all(np.isnan(o)) and np.all(np.isnan(lse))
 
@@ -111,7 +110,8 @@ def test_the_tables_visit_every_tile_with_a_visible_pair_and_none_of_other_docum
     see = np.asarray(reference.visible_BTS(q_pos[None], pos[None], q_seg[None], seg[None], window))[0]
     pads = (0, -T % 128), (0, -S % 128)
     q_pos, q_seg, pos, seg = (np.pad(x, (0, -len(x) % 128)) for x in (q_pos, q_seg, pos, seg))
-    masks, valid = tpu.make_masks(tpu.SplashOptions(window, None, S, 128, 128), (q_pos, pos), (q_seg, seg))
+    queries, keys = Queries(None, q_pos, q_seg), Keys(None, None, pos, seg)
+    masks, valid = tpu.make_masks(tpu.SplashOptions(window, None, S, 128, 128), queries, keys)
     needed = np.pad(see, pads).reshape(-1, 128, len(seg) // 128, 128).any((1, 3))
     assert valid
     for (following, run), expected in ((masks.by_query, needed), (masks.by_key, needed.T)):

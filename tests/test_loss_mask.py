@@ -1,6 +1,7 @@
 """A loss mask says which tokens are targets: from the pieces of a record through a store to the weights of a step."""
 
 import dataclasses
+import hashlib
 import json
 
 import jax
@@ -16,8 +17,8 @@ from test_tokenizer import byte_level, load, metaspace, sentence_piece
 
 from configs import base
 from hybrid_attn import config
-from hybrid_attn.data import corpora, documents, loss_mask, pipeline, shard_files, store
-from hybrid_attn.data.loss_mask import LossMask
+from hybrid_attn.data import corpora, documents, parts, pipeline, store
+from hybrid_attn.data.documents import LossMask
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.evals import heldout
@@ -105,7 +106,7 @@ def test_tokens_cross_borders_both_ways(tmp_path):
     wide = int(np.flatnonzero(np.diff(starts) > 1)[0])
     inside = int(starts[wide]) + 1  # a border inside a token
     for flags in ((True, False), (False, True)):
-        mask = loss_mask.of_document(starts, ((inside, flags[0]), (len(TEXT.encode()) - inside, flags[1])))
+        mask = parts.loss_mask(starts, ((inside, flags[0]), (len(TEXT.encode()) - inside, flags[1])))
         assert mask[1:-1].tolist() == [flags[0]] * (wide + 1) + [flags[1]] * (len(ids) - wide - 1)
 
 
@@ -219,23 +220,23 @@ def test_a_store_without_masks_has_neither_their_files_nor_their_names(tmp_path)
 
 def damage(folder, change, checksum):
     """Changes the mask of the first shard, and its checksum too where `checksum` says so."""
-    path = folder / shard_files.name(0, "loss_mask")
+    path = folder / store.file_name(0, "loss_mask")
     mask = change(bytearray(path.read_bytes()))
     path.write_bytes(mask)
     if checksum:
         manifest = json.loads((folder / store.MANIFEST).read_text())
-        manifest["shards"][0]["loss_mask_sha256"] = store.sha256([mask])
+        manifest["shards"][0]["loss_mask_sha256"] = hashlib.sha256(mask).hexdigest()
         (folder / store.MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_a_damaged_mask_is_refused(prepared):
     folder = prepared[0] / "out"
-    original = (folder / shard_files.name(0, "loss_mask")).read_bytes()
+    original = (folder / store.file_name(0, "loss_mask")).read_bytes()
     for change, message in ((lambda x: x[:-1], "shorter than the manifest says"), (lambda x: x + b"\0", "has more than its")):
         damage(folder, change, checksum=True)
         with pytest.raises(ValueError, match=f"shard-00000.loss_mask (is )?{message}"):
             store.load(str(folder))
-        (folder / shard_files.name(0, "loss_mask")).write_bytes(original)
+        (folder / store.file_name(0, "loss_mask")).write_bytes(original)
     damage(folder, lambda x: x[:3] + bytes([1 - x[3]]) + x[4:], checksum=False)
     with pytest.raises(ValueError, match="the checksum of shard-00000.loss_mask differs"):
         list(store.verify(str(folder)))

@@ -5,8 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from hybrid_attn.data import mixture
-from hybrid_attn.data.mixture import Mixture
+from hybrid_attn.data.pipeline import LONGEST_PERIOD, Mixture
 
 
 def random_weights(seed):
@@ -23,7 +22,7 @@ def test_at_every_prefix_each_source_is_less_than_a_sequence_from_its_share(seed
     try:
         mixed = Mixture(weights)
     except ValueError:
-        assert sum(Fraction(str(x)) for x in weights.values()) * 100 > mixture.LONGEST_PERIOD
+        assert sum(Fraction(str(x)) for x in weights.values()) * 100 > LONGEST_PERIOD
         return
     sequences = min(2 * mixed.period + 3, 3000)
     names = [mixed.source_of(i)[0] for i in range(sequences)]

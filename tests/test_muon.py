@@ -18,7 +18,7 @@ from hybrid_attn.train.step import init_state, make_step
 
 
 def matrix(shape, axes, fan_in=1):
-    return ParamSpec(shape, axes, MATRIX, 0.0, 1.0, fan_in)
+    return ParamSpec(shape, axes, MATRIX, 1.0, fan_in)
 
 
 SPECS = {

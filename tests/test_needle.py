@@ -9,6 +9,7 @@ import pytest
 
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import needle
+from hybrid_attn.evals.ruler.draws import hidden
 
 TEXT = " ".join(f"Sentence number {i} says little." for i in range(400))
 
@@ -44,10 +45,10 @@ def test_in_a_text_of_few_sentences_needles_stand_at_their_depths_too(depth):
 def test_a_needle_goes_between_two_sentences_where_some_end_near():
     text = "A b. " * 20 + "c d e " * 60
     for depth in (11.5, 24.0):  # words end nearer
-        assert needle.hidden(text, ["X."], [depth]).count("b. X.") == 1
-    assert needle.hidden(text, ["X."], [26.0]).count("c X. d") == 1  # the last sentence ends too far away
-    assert needle.hidden(text, ["X.", "Y."], [60.0, 80.0]).count(" X. ") == 1
-    assert needle.hidden(text, ["X.", "Y."], [0.0, 100.0]) == f"X. {text.strip()} Y."
+        assert hidden(text, ["X."], [depth]).count("b. X.") == 1
+    assert hidden(text, ["X."], [26.0]).count("c X. d") == 1  # the last sentence ends too far away
+    assert hidden(text, ["X.", "Y."], [60.0, 80.0]).count(" X. ") == 1
+    assert hidden(text, ["X.", "Y."], [0.0, 100.0]) == f"X. {text.strip()} Y."
 
 
 @pytest.mark.parametrize("length", [1024, 2048, 5000])

@@ -11,7 +11,7 @@ from conftest import assert_close, tiny
 
 from hybrid_attn.config import Piece
 from hybrid_attn.model import specs
-from hybrid_attn.model.params import EMBEDDING, MATRIX, ParamSpec, map_specs
+from hybrid_attn.model.params import EMBEDDING, MATRIX, ParamSpec
 from hybrid_attn.train.optim import OPTIMISERS, adamw
 from hybrid_attn.train.schedule import schedule
 
@@ -21,7 +21,7 @@ def optim_of(**changes):
 
 
 def spec_of(group):
-    return ParamSpec((), (), group, 0.0, 1.0, 0)
+    return ParamSpec((), (), group, 1.0, 0)
 
 
 def rates(total_steps, **changes):
@@ -63,7 +63,7 @@ def test_decay_shrinks_the_matrices_and_neither_norms_nor_embeddings_nor_scalars
     changes = {"model.tie_embeddings": False, "model.num_layers": 5, "model.block": "sandwich"}
     model = tiny(changes, G=everything, L=everything | {"gate": "projection"}).model
     names = {True: set(), False: set()}
-    for path, decays in jax.tree.leaves_with_path(map_specs(lambda spec: spec.decay, specs(model))):
+    for path, decays in jax.tree.leaves_with_path(jax.tree.map(lambda spec: spec.decay, specs(model))):
         place = {"periods": "stacked", "tail": "tail"}.get(path[0].key, "alone")
         names[decays].add((place, *(key.key for key in path[-2:])))
     attention, mlp = ("q", "k", "v", "o", "gate"), ("gate", "up", "down")

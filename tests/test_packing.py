@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hybrid_attn.data import packing
+from hybrid_attn.data import packed
 
 
 def rooms_by_hand(lengths, seq_len):
@@ -18,12 +18,12 @@ def rooms_by_hand(lengths, seq_len):
     return sorted(rooms)
 
 
-def spans_of(packed, lengths):
+def spans_of(lengths, seq_len):
     """(document, first token, tokens) of every piece, sequence by sequence."""
-    sequences = []
-    for number in range(packed.num_sequences):
-        documents, firsts = packed.pieces(number)
-        sizes = np.minimum(lengths[documents] - firsts, packed.seq_len)
+    plan, sequences = packed.BestFit(lengths, seq_len, None), []
+    for number in range(len(plan)):
+        documents, firsts, _ = plan.spans(0, number)
+        sizes = np.minimum(lengths[documents] - firsts, seq_len)
         sequences.append(list(zip(documents.tolist(), firsts.tolist(), sizes.tolist(), strict=True)))
     return sequences
 
@@ -45,7 +45,7 @@ def random_lengths(seed):
 def test_sequences_are_those_of_best_fit_decreasing_with_every_token_once_and_no_short_document_cut(seed):
     lengths = random_lengths(seed)
     seq_len = int(np.random.default_rng(1000 + seed).integers(1, 50))
-    sequences = spans_of(packing.best_fit(lengths, seq_len), lengths)
+    sequences = spans_of(lengths, seq_len)
     taken = [np.zeros(n, int) for n in lengths]
     for sequence in sequences:
         assert 0 < sum(size for *_, size in sequence) <= seq_len
@@ -60,17 +60,16 @@ def test_sequences_are_those_of_best_fit_decreasing_with_every_token_once_and_no
 
 def test_a_hand_made_case():
     lengths = np.array([3, 25, 6, 7, 4, 10])  # sequences of 10: two of the 25, the 10, 7 + 3, 6 + 4, 5 of the 25
-    sequences = spans_of(packing.best_fit(lengths, 10), lengths)
+    sequences = spans_of(lengths, 10)
     assert sequences[:3] == [[(1, 0, 10)], [(1, 10, 10)], [(5, 0, 10)]]
     assert sorted(map(sorted, sequences[3:])) == [[(0, 0, 3), (3, 0, 7)], [(1, 20, 5)], [(2, 0, 6), (4, 0, 4)]]
 
 
 def test_documents_that_all_fill_whole_sequences_leave_nothing_to_pack():
-    packed = packing.best_fit(np.array([20, 10]), 10)
-    assert [sequence for sequence in spans_of(packed, np.array([20, 10]))] == [[(0, 0, 10)], [(0, 10, 10)], [(1, 0, 10)]]
+    assert spans_of(np.array([20, 10]), 10) == [[(0, 0, 10)], [(0, 10, 10)], [(1, 0, 10)]]
 
 
 def test_the_plan_grows_with_the_different_lengths_and_not_with_the_documents():
-    few, many = (list(packing._groups(np.full(64, n), 64)) for n in (100, 1_000_000))
+    few, many = (list(packed.groups(np.full(64, n), 64)) for n in (100, 1_000_000))
     assert sum(sequences * per_sequence for _, sequences, per_sequence in many) == 64_000_000
     assert len(many) < 3 * len(few) + 64

@@ -70,7 +70,7 @@ def test_a_size_with_a_larger_vocabulary_is_planned_without_a_tokenizer_and_a_li
     monkeypatch.chdir(ROOT)
     for config, told in (("configs/hybrid_8k.py", False), ("configs/hybrid_8k.py:1b", True)):
         with conftest.tool("plan") as tool, flagsaver.flagsaver():
-            stubs = {"find_target": tool.targets, "make_plan": tool.step, "report": tool.report, "fits": tool.report}
+            stubs = {"find_target": tool.targets, "make_plan": tool.step, "report": tool.step, "fits": tool.step}
             for name, module in stubs.items():
                 monkeypatch.setattr(module, name, lambda *_, name=name: name)
             tool.main(parse(["plan.py", f"--config={config}", "--target=v5p:4x4x4"]))
@@ -135,12 +135,11 @@ def test_a_tpu_needs_the_compiler_for_it():
 
 
 def test_a_step_that_does_not_fit_is_reported_with_the_numbers():
-    from hybrid_attn.plan.report import fits, verdict
-    from hybrid_attn.plan.step import Plan
+    from hybrid_attn.plan.step import Plan, fits, verdict
     from hybrid_attn.plan.targets import CHIPS, Target
 
     target = Target("v5e:1x1", "tpu", [], CHIPS["v5e"].memory)
-    small = Plan(target, {}, 0, 0, 0, 0, 15_900_000_000, 0.0, 0.0, (0, "", ""), [], "")
+    small = Plan(target, {}, 0, 0, 0, 15_900_000_000, 0.0, 0.0, (0, "", ""), [], "")
     large = small._replace(peak=17_000_000_000)
     assert (fits(small), fits(large)) == (True, False)
     assert verdict(small) == "fits         15.900 GB of the 16.000 GB of a device; 100.000 MB are left"

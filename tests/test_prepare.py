@@ -13,7 +13,6 @@ from prepared import BYTES, content, run, texts, write
 from test_tokenizer import byte_level
 
 from hybrid_attn.data import prepare, store
-from hybrid_attn.data.summary import lines as summary_lines
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.programs import parse
 
@@ -52,7 +51,7 @@ def test_the_summary_counts_the_documents_and_tokens_of_the_store(tmp_path):
         lengths = corpus.lengths[corpus.labels == i]
         expected = {"documents": len(lengths), "tokens": lengths.sum(), "bytes": lengths.sum() - 2 * len(lengths)}
         assert summary["labels"][name] == expected
-    lines = list(summary_lines(summary))
+    lines = list(prepare.summary_lines(summary))
     assert any(line.startswith("label        none: 1 documents, 12 tokens") for line in lines)
 
 
@@ -130,7 +129,7 @@ def test_a_label_that_only_copies_had_is_summed_up(tmp_path):
     lines = [{"text": "same", "source": "a"}, {"text": "same", "source": "b"}]
     (tmp_path / "raw/0.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     summary, _ = run(tmp_path, drop_duplicates=True)
-    assert "label        b: 0 documents, 0 tokens (0.0%), 0.000 bytes each" in summary_lines(summary)
+    assert "label        b: 0 documents, 0 tokens (0.0%), 0.000 bytes each" in prepare.summary_lines(summary)
 
 
 def test_a_tokenizer_json_is_used_and_its_change_is_refused(tmp_path):

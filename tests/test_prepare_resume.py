@@ -11,22 +11,22 @@ import pytest
 from prepared import ROOT, content, run, texts, write
 
 from hybrid_attn import files
-from hybrid_attn.data import encode, parts, prepare, store
+from hybrid_attn.data import parts, prepare, store
 from hybrid_attn.data.sources import Fields
 
 
 def test_a_run_that_failed_goes_on_without_doing_shards_again(tmp_path, monkeypatch):
     write(tmp_path / "raw")
     run(tmp_path, "straight")
-    encode_shard, seen = encode.encode_shard, []
+    encode, seen = parts.encode, []
 
     def fail_once(folder, index, paths, options):
         seen.append(index)
         if len(seen) == 3:
             raise OSError("no space left")
-        encode_shard(folder, index, paths, options)
+        encode(folder, index, paths, options)
 
-    monkeypatch.setattr(encode, "encode_shard", fail_once)
+    monkeypatch.setattr(parts, "encode", fail_once)
     with pytest.raises(OSError, match="no space left; 2 of [0-9]+ shards are done and kept; solve the problem, then the same"):
         run(tmp_path)
     with pytest.raises(ValueError, match="is not finished; the same command of tools/prepare_data.py continues it"):

@@ -24,18 +24,10 @@ QUIET = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISA
 LAUNCHERS = ("OMPI", "SLURM", "TPU", "MEGASCALE", "KUBERNETES", "JOB_COMPLETION", "GCE", "JAX_COORDINATOR", "CUDA_VISIBLE")
 
 
-def free_port() -> int:
-    """A port that nobody uses, and nobody the one after it."""
-    while True:
-        with socket.create_server(("localhost", 0)) as first, contextlib.suppress(OSError, OverflowError):
-            socket.create_server(("localhost", first.getsockname()[1] + 1)).close()
-            return first.getsockname()[1]
-
-
 @contextlib.contextmanager
 def start_processes(part, folder, numbers=(0, 1), count=2, devices=4, host="localhost"):
     """The processes `numbers` of `count` that do `part` of training_process.py."""
-    port, program = free_port(), [sys.executable, str(ROOT / "tests/training_process.py"), part]
+    port, program = launchers.free_port(), [sys.executable, str(ROOT / "tests/training_process.py"), part]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": QUIET}
     started = [
         subprocess.Popen([*program, *map(str, (f"{host}:{port}", count, i, devices, folder))], start_new_session=True, **pipes)
@@ -175,7 +167,8 @@ def test_a_wrong_input_to_one_process_ends_all_with_code_2_and_its_message(folde
 
 @pytest.mark.slow
 def test_processes_with_other_flags_do_not_train_together(folder):
-    program, port = [sys.executable, str(ROOT / "launch/train.py"), f"--config={ROOT}/configs/hybrid_8k.py"], free_port()
+    program = [sys.executable, str(ROOT / "launch/train.py"), f"--config={ROOT}/configs/hybrid_8k.py"]
+    port = launchers.free_port()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": QUIET, "cwd": folder}
     started = [
         subprocess.Popen(
@@ -202,7 +195,7 @@ def test_a_signal_to_one_process_in_the_evaluation_ends_all_with_everything_save
 
 @pytest.mark.parametrize("steps, expected", [((4, 4, 4), 5), ((7, 6, 7), 8), ((-1, -1, -1), 0)])
 def test_processes_agree_on_the_first_step_that_none_has_begun(steps, expected):
-    port = free_port()
+    port = launchers.free_port()
     hub = processes.Hub("localhost", port, 3, 10)
     hub.start()
     links = [None] * 3
@@ -248,7 +241,7 @@ def test_processes_agree_on_the_first_step_that_none_has_begun(steps, expected):
     ],
 )
 def test_wrongly_started_processes_get_an_error_each(hellos, message):
-    port, messages = free_port(), []
+    port, messages = launchers.free_port(), []
     processes.Hub("localhost", port, 3, 20).start()
     with socket.create_connection(("localhost", port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")

@@ -11,11 +11,11 @@ from hybrid_attn.evals import report
 from hybrid_attn.evals.needle import share_found
 from hybrid_attn.evals.report import (
     attention,
-    failures,
     harness,
-    keytokens,
+    losses,
     needle,
     recall,
+    render,
     ruler,
     sections,
     statistics,
@@ -103,9 +103,9 @@ def test_prompts_that_differ_before_their_ends_are_other_questions():
     b = run_of("b", [x | {"score": 1.0, "prompt_hash": "f" * 64} if x["index"] > 5 else x for x in a.answers])
     (found,) = statistics.compare(a, b, {"mean": {"vt"}})
     assert (found.pairs, found.difference) == (6, 0.0)
-    (task,) = failures.by_task([a, b])
+    (task,) = render.wrong_answers([a, b])
     assert (task.name, task.missed) == ("vt", "a 9 of 9, b 6 of 9")
-    assert [len(failure.answers) for failure in task.examples] == [2] * 6 + [1] * 2
+    assert [len(example["given"]) for example in task.examples] == [2] * 6 + [1] * 2
 
 
 def test_few_questions_say_nothing_of_two_runs():
@@ -146,13 +146,13 @@ def rows_of(table: tables.Table) -> list[dict]:
 
 
 def test_the_table_in_rulers_form_leaves_short_lengths_out(runs):
-    hybrid, rope = rows_of(ruler.averages([*map(ruler.long, runs)], "ruler", "RULER"))
+    hybrid, rope = rows_of(ruler.averages([ruler.parts(run)[0] for run in runs], "ruler", "RULER"))
     assert [*hybrid][:5] == ["Models", "Claimed Length", "Effective Length", "4K", "8K"]
     assert (hybrid["4K"], hybrid["8K"], hybrid["Avg."], hybrid["Effective Length"]) == (100, 75, 87.5, "4K")
     assert hybrid["wAvg. (inc)"] == pytest.approx(250 / 3) and hybrid["wAvg. (dec)"] == pytest.approx(275 / 3)
     assert rope["Effective Length"] == "4K" and rope["8K"] == 25 and rope["85% of base"] == "4K"
     assert hybrid["Tasks"] == rope["Tasks"] == "2 of 13"
-    short = rows_of(ruler.averages([*map(ruler.short, runs)], "short", "Short"))
+    short = rows_of(ruler.averages([ruler.parts(run)[1] for run in runs], "short", "Short"))
     assert [row["Effective Length"] for row in short] == [">2K"] * 2 and "4K" not in short[0]
     assert [row["85% of base"] for row in short] == [">2K"] * 2
     nothing = {"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "nulls": 0, "score": 0.0}
@@ -204,7 +204,7 @@ def test_every_needle_counts_the_same_in_what_is_found_of_cells_of_unlike_size()
     assert row["needles"] == share_found(cells)
     one, four, _ = section.pictures
     assert "one needle: 90.0% found" in one.caption and "4 needles: 14.6% found" in four.caption
-    assert [cell["right"] for cell in rows_of(section.folded[0])] == [9 / 10, 2 / 8, 5 / 40]
+    assert [cell["right"] for cell in rows_of(section.tables[0])] == [9 / 10, 2 / 8, 5 / 40]
 
 
 def test_values_of_the_harness_stand_with_the_length_that_prompts_were_cut_to():
@@ -293,7 +293,7 @@ def test_attention_is_shown_of_a_segment_and_of_one_of_its_tokens(runs):
     of_one = {"begin": 0.25 / 10, "needle": 0.25 / 20, "context": 0.25 / 4050, "question": 0.25 / 16}
     assert {name: row[f"{name} per token"] for name in of_one} == pytest.approx(of_one)
     assert (row["needle lift"], row["token 0"], row["reach"]) == (9, pytest.approx(0.2), "yes")
-    assert {"0.0125", "6.17e-05"} <= {cell.text for cells in table.cells() for cell in cells}
+    assert {"0.0125", "6.17e-05"} <= {text for cells in table.cells() for _, text, _ in cells}
     (section,) = (x for x in sections.sections(runs) if x.name == "attention")
     assert "Per token: a segment's share over its tokens" in section.paragraphs[0]
 
@@ -329,22 +329,22 @@ def test_sources_are_told_apart():
     assert len(drawn) == 8 and drawn["attention_0_books_4096"].caption.startswith("run, books, 4K: ")
     lines = drawn["attention_0_books_4096_weights"].figure.axes[0].patches
     assert [list(line.get_data().edges) for line in lines] == [[10, 20, 30, 40]] * 2
-    rows = [(row["source"], row["near context"], row["loss (nats)"]) for row in rows_of(keytokens.table([run]))]
+    rows = [(row["source"], row["near context"], row["loss (nats)"]) for row in rows_of(losses.key_tokens([run])[0].tables[0])]
     assert rows == [("code", 1024, 0), ("books", 1024, 1)]
     (row,) = rows_of(found["overview"].tables[0])
     assert (row["loss"], row["of source"]) == (1.0, "code")
 
 
 def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(runs):
-    _, task = failures.by_task(runs)
+    _, task = render.wrong_answers(runs)
     assert (task.name, task.missed) == ("vt", "hybrid <3:1> 2 of 24, rope 6 of 24")
     first = task.examples[0]
-    assert [failure.question["length"] for failure in task.examples] == [8192] * 6
-    assert first.answers == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and first.question["wanted"] == ["7"]
+    assert [example["length"] for example in task.examples] == [8192] * 6
+    assert first["given"] == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and first["wanted"] == ["7"]
     late = {2048: 0, 4096: 5, 8192: 15}
     many = run_of("many", [answer("vt", length, i, float(i < late[length])) for length in LENGTHS for i in range(20)])
-    (task,) = failures.by_task([many])
-    assert [(failure.question["length"], failure.question["index"]) for failure in task.examples] == [
+    (task,) = render.wrong_answers([many])
+    assert [(example["length"], example["index"]) for example in task.examples] == [
         *((2048, 0), (2048, 1), (2048, 2), (4096, 5), (4096, 6), (4096, 7), (8192, 15), (8192, 16))
     ]
 
@@ -399,6 +399,6 @@ def test_numbers_that_are_not_finite_are_missing(tmp_path):
         }
     ]
     run = store(tmp_path / "run", records, [])
-    table = keytokens.table([run])
+    (table,) = losses.key_tokens([run])[0].tables
     (row,) = rows_of(table)
-    assert row["loss (nats)"] is None and "–" in [cell.text for cell in table.cells()[0]]
+    assert row["loss (nats)"] is None and "–" in [text for _, text, _ in table.cells()[0]]

@@ -12,7 +12,8 @@ import pytest
 from evaluated import TRAINED, answer, everything, run_of, store
 
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import canvas, escape, fields, pictures, statistics
+from hybrid_attn.evals.report import canvas, escape, pictures, runs, statistics
+from hybrid_attn.evals.report.section import Picture
 
 TAG = '"><script>alert(1)</script><img src=x onerror=alert(2)><!--'
 HOSTILE = (
@@ -146,10 +147,10 @@ def test_dollars_and_foreign_letters_in_a_label_do_not_stop_a_picture():
     half = statistics.share(1, 2)
     curves = [pictures.Curve(name, i, {4096: half, 8192: half}) for i, name in enumerate(HOSTILE)]
     for figure in (
-        pictures.curves(dict.fromkeys(HOSTILE[:5], curves), [], "score", 1, None),
-        pictures.points(dict.fromkeys(HOSTILE[:5], [x._replace(shares={1: half}) for x in curves]), "", 1),
+        pictures.curves(dict.fromkeys(HOSTILE[:5], curves), [], "score", 1, {}),
+        pictures.points(dict.fromkeys(HOSTILE[:5], [x._replace(shares={1: half}) for x in curves]), "", 1, {}),
     ):
-        picture = canvas.Picture("a", TAG, figure)
+        picture = Picture("a", TAG, figure)
         assert "$\\frac{$x$_^{" in canvas.svg(picture) and canvas.png(picture)
     assert not plt.get_fignums()
 
@@ -168,17 +169,17 @@ def fits(record: dict, check) -> bool:
 
 def test_every_field_of_a_record_has_a_type_and_one_that_does_not_fit_is_named():
     by_name = {r["eval"]: r for r in few()[0]}
-    assert set(by_name) == set(fields.required())
+    assert set(by_name) == set(runs.required())
     refused = 0
     for name, record in by_name.items():
-        for field, wrong in itertools.product(fields.required()[name], WRONG):
-            refused += not fits(record | {field: wrong}, fields.check_record)
+        for field, wrong in itertools.product(runs.required()[name], WRONG):
+            refused += not fits(record | {field: wrong}, runs.check_record)
         for wrong in WRONG:
-            assert not fits(record | {"length": wrong}, fields.check_record)
-            assert not fits(record | {"part": wrong}, fields.check_record)
+            assert not fits(record | {"length": wrong}, runs.check_record)
+            assert not fits(record | {"part": wrong}, runs.check_record)
     assert refused > 300
-    for field, wrong in itertools.product(set(fields.ANSWER) - {"meta"}, [None, -1.5, True, {}, [None]]):
-        assert not fits(few()[1][0] | {field: wrong}, fields.check_answer)
+    for field, wrong in itertools.product(set(runs.ANSWER) - {"meta"}, [None, -1.5, True, {}, [None]]):
+        assert not fits(few()[1][0] | {field: wrong}, runs.check_answer)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_a_run_whose_length_is_a_path_cannot_name_a_file(tmp_path):
     record = {"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}
     run = run_of("run", [answer("vt", 4096, 0, 1.0)], [record])
     with pytest.raises(ValueError, match="no whole number"):
-        fields.check_record(record | {"length": "../../x"}, "here")
+        runs.check_record(record | {"length": "../../x"}, "here")
     report.write(tmp_path, [run._replace(name="../..")])
     assert [path.name for path in (tmp_path / "tables" / "ruler").iterdir()] == [escape.file_name("../..")]
 

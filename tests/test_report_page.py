@@ -13,7 +13,8 @@ from evaluated import LENGTHS, TRAINED, everything, run_of, store, two
 from PIL import Image
 
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import canvas, escape, heatmaps, pictures, sections, statistics
+from hybrid_attn.evals.report import canvas, escape, pictures, sections, statistics
+from hybrid_attn.evals.report.section import Picture
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_a_report_leaves_nothing_of_the_one_before_it(tmp_path):
 
 
 def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
-    figure = heatmaps.heat_map(LENGTHS, ("0", "100"), {("0", 2048): 0.4, ("100", 8192): 0.5}, TRAINED)
+    figure = pictures.heat_map(LENGTHS, ("0", "100"), {("0", 2048): 0.4, ("100", 8192): 0.5}, TRAINED)
     axes = figure.axes[0]
     (image,) = axes.collections
     assert image.get_clim() == (0, 1) and axes.yaxis_inverted()
@@ -62,13 +63,13 @@ def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["2K", "4K", "8K"]
     white = [line for line in axes.lines if line.get_color() == "#ffffff"]
     assert [set(line.get_xdata()) for line in white] == [{2}] and white[0].get_linestyle() == "--"
-    assert not heatmaps.heat_map(LENGTHS, ("0",), {}, 8192).axes[0].lines
+    assert not pictures.heat_map(LENGTHS, ("0",), {}, 8192).axes[0].lines
 
 
 def test_a_single_length_is_drawn_with_its_interval_and_the_length_of_training():
     half = statistics.share(1, 2)
     several = [pictures.Curve("a", number, {4096: half}) for number in range(2)]
-    axes = pictures.curves({"": several}, [64], "score", 1, None).axes[0]
+    axes = pictures.curves({"": several}, [64], "score", 1, {}).axes[0]
     bars = [tuple(line.get_ydata()) for line in axes.lines if list(line.get_xdata()) == [4096, 4096]]
     assert bars == [(half.low, half.high)] * 2 and axes.get_xlim()[0] < 64
 
@@ -81,9 +82,9 @@ def test_names_of_runs_stand_in_legends_as_they_are():
     buckets = [{"first": 0, "end": 16, "loss": 3.0}, {"first": 16, "end": 99, "loss": 2.0}]
     lines = {"rows": [(name, i, buckets) for i, name in enumerate(names)]}
     of_sources = dict.fromkeys((r"$\x$", "other"), several)
-    for figure in (pictures.curves(of_sources, [], "score", 1, None), pictures.loss_by_position(lines, [])):
-        drawn = canvas.svg(canvas.Picture("names", "", figure))
-        assert canvas.png(canvas.Picture("names", "", figure))
+    for figure in (pictures.curves(of_sources, [], "score", 1, {}), pictures.loss_by_position(lines, [])):
+        drawn = canvas.svg(Picture("names", "", figure))
+        assert canvas.png(Picture("names", "", figure))
         assert [text.strip(pictures.NOTHING) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)][-4:] == names
 
 

@@ -10,12 +10,9 @@ from hybrid_attn import config
 from hybrid_attn.evals import report
 from hybrid_attn.evals.recall import guess
 from hybrid_attn.evals.report import (
-    command,
-    failures,
     harness,
-    heatmaps,
     layers,
-    overview,
+    pictures,
     render,
     ruler,
     sections,
@@ -211,26 +208,26 @@ def test_tasks_are_a_heat_map_by_length_and_points_at_one_length():
     assert [x.get_text() for x in axes.get_yticklabels()] == ["mean of the tasks", "vt", "cwe"]
     bars = [tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
     assert bars[1:] == [pytest.approx([100 * x for x in statistics.wilson(4, 8)])] * 2
-    assert heatmaps.task_map([("a", {("vt", 4): 1.0}, 4)] * 4, ["vt"]).axes[3].get_title("left") == "a"
+    assert pictures.task_map([("a", {("vt", 4): 1.0}, 4)] * 4, ["vt"]).axes[3].get_title("left") == "a"
 
 
 def test_every_task_of_ruler_is_described():
     assert tuple(ruler.DESCRIPTIONS) == NAMES
     run = run_of("run", [], [{"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}])
     section = next(x for x in sections.sections([run]) if x.name == "ruler")
-    assert section.folded[0].rows == [["vt", ruler.DESCRIPTIONS["vt"]]]
+    assert section.tables[2].rows == [["vt", ruler.DESCRIPTIONS["vt"]]]
 
 
 def test_a_figure_has_the_command_that_measures_it_anew():
     run = needles("run", 1.0)
-    assert command.measuring([run], "needle") == ""
+    assert render.command([run], "needle") == ""
     settings = {"lengths": [1024, 4096], "asked": [2048], "samples": 5, "tokens": 99, "depths": [0.0, 50.0], "seed": 0}
     run.provenance.update(checkpoint="/runs/my run", step=7, settings=settings)
-    assert command.measuring([run], "needle") == (
+    assert render.command([run], "needle") == (
         "python tools/evaluate.py '--checkpoint=/runs/my run' --step=7 --suite=needle --lengths=2048 --samples=5 --seed=0 "
         "--depths=0,50 --out=DIR"
     )
-    assert "--lengths=1024,4096 --tokens=99 --out" in command.measuring([run], "position")
+    assert "--lengths=1024,4096 --tokens=99 --out" in render.command([run], "position")
     data = {
         "trust_checkpoint_data": True,
         "heldout": [],
@@ -241,18 +238,18 @@ def test_a_figure_has_the_command_that_measures_it_anew():
     run.provenance.update(data=data | {"english_words": "/words.json"}, mesh="fsdp 2 x context 4")
     run.provenance["settings"] |= {"tasks": ["copy"], "task_path": "/tasks", "compat": True}
     texts, of_all = "'--text=/texts/*.txt' --text=/b", "--mesh=fsdp=2,context=4 --out=DIR"
-    assert command.measuring([run], "needle").endswith(f" --depths=0,50 {texts} {of_all}")
+    assert render.command([run], "needle").endswith(f" --depths=0,50 {texts} {of_all}")
     asked = f" --seed=0 {texts} --squad=/squad.json --english_words=/words.json --mesh=fsdp=2,context=4 --compat --out=DIR"
-    assert command.measuring([run], "ruler").endswith(asked)
-    assert command.measuring([run], "harness").endswith(f" --tasks=copy --task_path=/tasks {of_all}")
+    assert render.command([run], "ruler").endswith(asked)
+    assert render.command([run], "harness").endswith(f" --tasks=copy --task_path=/tasks {of_all}")
     for name in ("position", "key_tokens", "attention_mass"):
-        assert command.measuring([run], name).endswith(of_all.replace(" --out", " --trust_checkpoint_data --out"))
-    assert command.measuring([run], "recall").endswith(f" --tokens=99 {of_all}")
+        assert render.command([run], name).endswith(of_all.replace(" --out", " --trust_checkpoint_data --out"))
+    assert render.command([run], "recall").endswith(f" --tokens=99 {of_all}")
     run.provenance["data"] = {"text": None, "trust_checkpoint_data": True, "heldout": ["a=/b"]}
-    assert command.measuring([run], "position").endswith(f" --tokens=99 --heldout=a=/b {of_all}")
-    assert command.measuring([run], "needle") == command.measuring([run], "ruler") == ""  # no flag names their text
+    assert render.command([run], "position").endswith(f" --tokens=99 --heldout=a=/b {of_all}")
+    assert render.command([run], "needle") == render.command([run], "ruler") == ""  # no flag names their text
     run.provenance.update(data={}, mesh="one device")
-    page = render.page("title", [run], sections.sections([run]), [])
+    page = render.page(render.content("title", [run], sections.sections([run])))
     assert "<code>python tools/evaluate.py &#39;--checkpoint=/runs/my run&#39;" in page
     assert 'href="pictures/needle_0_1.png">PNG</a> <a class="file" href="tables/needle_cells.csv">CSV' in page
 
@@ -260,13 +257,13 @@ def test_a_figure_has_the_command_that_measures_it_anew():
 def test_an_answer_of_whitespace_alone_is_called_that():
     run = run_of("run", [answer("vt", 4096, i, 0.0, given=given) for i, given in enumerate(("", " \n ", "words"))], [])
     run = run._replace(records=needles("run", 0.5).records)
-    page = render.page("title", [run], sections.sections([run]), failures.by_task([run]))
+    page = render.page(render.content("title", [run], sections.sections([run])))
     given = re.findall(r"<dd>(.*?)</dd>", page)
     assert {"<i>nothing</i>", "<i>only whitespace (3 characters)</i>", "<code>words</code>"} <= set(given)
 
 
 def test_the_overview_of_a_terminal_is_aligned():
     runs = [needles("run", 1.0), needles("a longer name", 0.5)]
-    head, *rows = overview.terminal(runs).splitlines()[:3]
+    head, *rows = sections.terminal(render.content("title", runs, [])).splitlines()[:3]
     assert head.index("trained at") + len("trained at") == rows[0].index("4K") + 2 == rows[1].index("4K") + 2
     assert rows[0].endswith("1.000") and rows[1].startswith("a longer name  ")

@@ -63,6 +63,7 @@ def test_a_line_that_is_no_sample_is_named(tmp_path, line):
 
 def test_the_mark_that_begins_a_document_and_the_answer_count():
     fits = dataclasses.replace(ONE, prompt="x" * 55)
-    assert samples.too_long([fits, fits], ByteTokenizer()) is None
+    samples.check_lengths([fits, fits], ByteTokenizer())
     longer = dataclasses.replace(ONE, prompt="x" * 56, index=4)
-    assert samples.too_long([fits, longer], ByteTokenizer()) is longer
+    with pytest.raises(ValueError, match="sample 4 of needle does not fit into 64 tokens"):
+        samples.check_lengths([fits, longer], ByteTokenizer())

@@ -14,9 +14,8 @@ from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.model import abstract_params, flops, init, losses, specs
-from hybrid_attn.model.block import MIXERS, MLPS
-from hybrid_attn.model.extend import unstacked
-from hybrid_attn.model.params import linear, map_specs, vector
+from hybrid_attn.model.params import linear, vector
+from hybrid_attn.model.transformer import MIXERS, MLPS, unstacked
 from hybrid_attn.parallel.mesh import spec_of
 from hybrid_attn.train.objectives import OBJECTIVES, next_token
 from hybrid_attn.train.optim import OPTIMISERS
@@ -266,7 +265,7 @@ def with_rounded_weights():
     model = tiny({"model.tie_embeddings": False, "model.num_layers": 3, "model.logit_softcap": 5.0}, G={"gate": "head"}).model
     with jax.set_mesh(mesh_of()):
         params = random_params(model)
-        is_multiplied = map_specs(lambda spec: spec.group == "matrix", specs(model)) | {"unembed": True}
+        is_multiplied = jax.tree.map(lambda spec: spec.group == "matrix", specs(model)) | {"unembed": True}
         rounded_params = jax.tree.map(lambda yes, x: rounded(x) if yes else x, is_multiplied, params)
         return model, params, rounded_params, jax.device_get(loss_and_grads(model, REFERENCE, rounded_params, on_mesh(BATCH)))
 

@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from hybrid_attn.data import records, sources, tables
+from hybrid_attn.data import records, sources
 from hybrid_attn.data.sources import Binary, Broken, Fields, Text
 
 RECORDS = [
@@ -66,7 +66,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_of_records_gives_the_same_documents(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(tables, "BATCH", 2)
+    monkeypatch.setattr(records, "BATCH", 2)
     FORMATS[name](tmp_path / name)
     assert read(tmp_path / name) == EXPECTED
     assert [x.label for x in read(tmp_path / name, Fields("text", "n"))] == ["1", "2", "3", "4", "5"]
@@ -80,7 +80,7 @@ def test_a_file_of_text_is_one_document(tmp_path):
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"packed"))
     assert read(tmp_path / "c.txt.gz") == [Text(b"packed", None)]
     (tmp_path / "d.png").write_bytes(b"\x89PNG\0")
-    assert read(tmp_path / "d.png") == [Binary(str(tmp_path / "d.png"))]
+    assert read(tmp_path / "d.png") == [Binary(f"{tmp_path}/d.png: binary or UTF-16, not UTF-8 text")]
 
 
 def test_a_broken_record_is_named_by_its_line_and_the_others_are_read(tmp_path):
@@ -242,7 +242,8 @@ def test_a_line_that_is_too_long_is_named_and_the_others_are_read(tmp_path):
     size = path.stat().st_size
     results = read_part(0, size)
     assert results[::2] == [Text(b"1", None), Text(b"3", None)]
-    assert [x.reason for x in results[1::2]] == [f"{path}, line {n}: it has more than {records.limit(100)}" for n in (2, 4)]
+    reason = "it has more than the 100 bytes that a document may have"
+    assert [x.reason for x in results[1::2]] == [f"{path}, line {n}: {reason}" for n in (2, 4)]
     for cut in (*range(0, 40), *range(2990, 3080), size - 1, size):
         assert read_part(0, cut) + read_part(cut, size) == results
 
@@ -295,7 +296,7 @@ def test_files_of_other_formats_are_binary_whatever_their_name(tmp_path):
     begins = [gzip.compress(b"a"), b"BZh91AY&SY", b"\xfd7zXZ", b"PK\x03\x04", b"PAR1", b"%PDF-1.7", "東".encode("utf-16")]
     for content in (*begins, "a".encode("utf-16-le")):
         (tmp_path / "x.txt").write_bytes(content)
-        assert read(tmp_path / "x.txt") == [Binary(str(tmp_path / "x.txt"))], content
+        assert read(tmp_path / "x.txt") == [Binary(f"{tmp_path}/x.txt: binary or UTF-16, not UTF-8 text")], content
     (tmp_path / "x.txt").write_bytes("BZh and PK: 東".encode())
     assert read(tmp_path / "x.txt") == [Text("BZh and PK: 東".encode(), None)]
 

@@ -1,6 +1,7 @@
 """A store returns what was written, span by span, and names a file that is damaged."""
 
 import dataclasses
+import hashlib
 import json
 import time
 import tracemalloc
@@ -8,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from hybrid_attn.data import shard_files, store
+from hybrid_attn.data import store
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.tokenizer import ByteTokenizer
 
@@ -25,9 +26,10 @@ def write(path, shards=SHARDS, dtype="<u2", names=("code", "prose"), tokenizer_h
         numbers = np.arange(len(made), len(made) + len(lengths))
         tokens = np.concatenate([np.zeros(0), *documents]).astype(dtype).tobytes()
         index = store.index_bytes(np.array(lengths), 2**63 + 7 * numbers.astype(np.uint64), numbers % len(names))
-        (path / shard_files.name(i, "tokens")).write_bytes(tokens)
-        (path / shard_files.name(i, "index")).write_bytes(index)
-        written.append(store.Shard(len(lengths), sum(lengths), store.sha256([tokens]), store.sha256([index])))
+        (path / store.file_name(i, "tokens")).write_bytes(tokens)
+        (path / store.file_name(i, "index")).write_bytes(index)
+        checksums = [hashlib.sha256(content).hexdigest() for content in (tokens, index)]
+        written.append(store.Shard(len(lengths), sum(lengths), *checksums))
         made += documents
     manifest = store.Manifest(store.FORMAT, "bytes", tokenizer_hash, dtype, names, tuple(written), {"documents": len(made)})
     (path / store.MANIFEST).write_text(manifest.to_json())
@@ -60,7 +62,7 @@ def test_selections_and_splits_read_their_own_documents(tmp_path):
 def test_a_read_of_a_span_reads_nothing_else(tmp_path):
     made = write(tmp_path / "s")
     corpus = store.load(str(tmp_path / "s"))
-    path = tmp_path / "s" / shard_files.name(2, "tokens")
+    path = tmp_path / "s" / store.file_name(2, "tokens")
     path.write_bytes(path.read_bytes()[: 2 * (2 + 10)])
     assert corpus.read([(4, 3, 10)])[0].tolist() == made[4][3:10].tolist()
     with pytest.raises(ValueError, match="shard-00002.tokens is shorter than the manifest says; copy the file again"):
@@ -101,7 +103,7 @@ def test_a_file_that_is_far_too_long_is_refused_and_not_read(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["shard-00002.tokens", "shard-00003.index"])
 def test_changed_files_are_named_by_their_checksum_and_an_index_when_it_is_opened(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(shard_files, "BLOCK", 7)
+    monkeypatch.setattr(store, "BLOCK", 7)
     write(tmp_path / "s")
     assert list(store.verify(str(tmp_path / "s"))) == [0, 1, 2, 3]
     path = tmp_path / "s" / name
@@ -163,7 +165,7 @@ def doctor(path, name, content):
     """Replaces a file of the first shard and its checksum."""
     (path / name).write_bytes(content)
     manifest = json.loads((path / store.MANIFEST).read_text())
-    manifest["shards"][0][name.partition(".")[2] + "_sha256"] = store.sha256([content])
+    manifest["shards"][0][name.partition(".")[2] + "_sha256"] = hashlib.sha256(content).hexdigest()
     (path / store.MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -176,7 +178,7 @@ def doctor(path, name, content):
 ])  # fmt: skip
 def test_an_index_that_contradicts_the_manifest_is_refused(tmp_path, lengths, labels, message):
     write(tmp_path / "s")
-    doctor(tmp_path / "s", shard_files.name(0, "index"), store.index_bytes(np.array(lengths), np.arange(3), np.array(labels)))
+    doctor(tmp_path / "s", store.file_name(0, "index"), store.index_bytes(np.array(lengths), np.arange(3), np.array(labels)))
     for use in (store.load, lambda path: list(store.verify(path))):
         with pytest.raises(ValueError, match=f"s: shard-00000.index {message}; copy the file again, or prepare"):
             use(str(tmp_path / "s"))
@@ -187,7 +189,7 @@ def test_an_id_that_the_tokenizer_lacks_is_named(tmp_path, dtype, wrong):
     write(tmp_path / "s", dtype=dtype)
     ids = np.arange(15).astype(dtype)
     ids[11] = wrong
-    doctor(tmp_path / "s", shard_files.name(0, "tokens"), ids.tobytes())
+    doctor(tmp_path / "s", store.file_name(0, "tokens"), ids.tobytes())
     corpus = store.load(str(tmp_path / "s"), ByteTokenizer())
     assert corpus.read([(2, 0, 5), (3, 0, 2)])[0].tolist() == [6, 7, 8, 9, 10]
     message = (
@@ -205,17 +207,17 @@ def test_an_id_that_the_tokenizer_lacks_is_named(tmp_path, dtype, wrong):
 
 
 def test_verification_finds_documents_without_bos_or_eos(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_files, "BLOCK", 6)
+    monkeypatch.setattr(store, "BLOCK", 6)
     lengths, tokens = [[5, 2, 9], [], [3]], [256, 1, 2, 3, 257, 256, 257, 256, *range(7), 257]
     write(tmp_path / "s", lengths)
     good = np.array(tokens, "<u2")
-    doctor(tmp_path / "s", shard_files.name(0, "tokens"), good.tobytes())
+    doctor(tmp_path / "s", store.file_name(0, "tokens"), good.tobytes())
     with pytest.raises(ValueError, match="s: shard-00002.tokens: token 0 is 16, and by the index it is BOS .256."):
         list(store.verify(str(tmp_path / "s"), ByteTokenizer()))  # the first shard is right
     for position, boundary in ((0, "BOS"), (4, "EOS"), (5, "BOS"), (6, "EOS"), (7, "BOS"), (15, "EOS")):
         bad = good.copy()
         bad[position] = 9
-        doctor(tmp_path / "s", shard_files.name(0, "tokens"), bad.tobytes())
+        doctor(tmp_path / "s", store.file_name(0, "tokens"), bad.tobytes())
         with pytest.raises(ValueError, match=f"shard-00000.tokens: token {position} is 9, and by the index it is {boundary} "):
             list(store.verify(str(tmp_path / "s"), ByteTokenizer()))
 
@@ -267,11 +269,11 @@ def test_ten_million_documents_open_without_a_loop_over_them(tmp_path):
     lengths = np.full(n, 1000)
     index = store.index_bytes(lengths, np.arange(n), np.zeros(n))
     for i in range(shards):
-        (tmp_path / "s" / shard_files.name(i, "index")).write_bytes(index)
-        with open(tmp_path / "s" / shard_files.name(i, "tokens"), "wb") as file:
+        (tmp_path / "s" / store.file_name(i, "index")).write_bytes(index)
+        with open(tmp_path / "s" / store.file_name(i, "tokens"), "wb") as file:
             file.truncate(2 * 1000 * n)
     manifest = store.Manifest(
-        1, "bytes", "bytes", "<u2", ("a",), (store.Shard(n, 1000 * n, "", store.sha256([index])),) * shards, {}
+        1, "bytes", "bytes", "<u2", ("a",), (store.Shard(n, 1000 * n, "", hashlib.sha256(index).hexdigest()),) * shards, {}
     )
     (tmp_path / "s" / store.MANIFEST).write_text(manifest.to_json())
     took = []

@@ -297,7 +297,7 @@ def test_rulers_own_prompts_are_asked_and_have_files_of_their_own(tmp_path, monk
             context._replace(engine=engine), own, ABOUT, tmp_path / "own", tmp_path / "samples", lambda *_: None
         )
     found = report.read(tmp_path / "own")
-    assert found.compat and found.absent == [tuple(x) for x in own.absent]
+    assert found.compat and found.provenance["settings"]["absent"] == [list(x) for x in own.absent]
     asked = [x for unit in suite.units(own, context) for x in EVALS["ruler"].questions.draw(context, own, unit)]
     assert sorted(engine.prompts) == sorted(x.prompt for x in asked) and len(asked) == 18
     with pytest.raises(samples.TooLongError, match="the example of vt does not fit into 500 tokens as RULER asks it"):

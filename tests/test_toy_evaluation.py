@@ -16,8 +16,8 @@ from hybrid_attn.evals.evaluation import (
     texts,
     without_documents,
 )
-from hybrid_attn.evals.fields import COUNT, NAME, SIZE
-from hybrid_attn.evals.report import command
+from hybrid_attn.evals.records import COUNT, NAME, SIZE
+from hybrid_attn.evals.report import render
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.train import evaluation, loop
 
@@ -43,11 +43,11 @@ def toy_report():
 
 def sections(runs):
     from hybrid_attn.evals.report.section import Section
-    from hybrid_attn.evals.report.tables import Column, Table, count
+    from hybrid_attn.evals.report.tables import Column, Table
 
-    columns = [Column("run"), Column("parameters", count), Column("held-out tokens", count)]
+    columns = [Column("run"), Column("parameters", ","), Column("held-out tokens", ",")]
     rows = [[run.name, r["parameters"], r["heldout_tokens"]] for run in runs for r in run.of("toy")]
-    return [Section("toy", "Toy title", ["A toy."], [], [Table("toy", "Toy table", columns, rows)], [], "toy")]
+    return [Section("toy", "Toy title", ["A toy."], [], [Table("toy", "Toy table", columns, rows)], "toy")]
 
 
 def totals(records):
@@ -108,7 +108,7 @@ def test_an_evaluation_is_added_with_one_record_and_removed_again(tmp_path, monk
         summary = report.write(tmp_path / "again", [report.read(folder)])
         assert "toy" in summary.splitlines()[0].split() and headline in summary.splitlines()[1]  # the overview has its headline
         assert summary.splitlines()[-1] == f"4 has a toy of {record['parameters']:,}."  # and the verdict its sentence
-        assert "--suite=toy" in command.measuring([report.read(folder)], "toy") and "toy" in suite.names_of("full")
+        assert "--suite=toy" in render.command([report.read(folder)], "toy") and "toy" in suite.names_of("full")
     with pytest.raises(ValueError, match=r"evals.names\[0\]='toy' is not one of"):
         evaluation.check_names(("toy",))
     with pytest.raises(ValueError, match="eval='toy' is not known"):

@@ -8,7 +8,7 @@ import pytest
 from absl.testing import flagsaver
 from conftest import tool
 
-from hybrid_attn.data import bpe
+from hybrid_attn.data import tokenizer as tokenizers
 from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
 from hybrid_attn.programs import parse
 
@@ -64,9 +64,9 @@ def test_a_text_with_fewer_pairs_gives_fewer_ids_and_the_output_names_the_model_
 
 def test_a_long_text_is_counted_in_one_piece(monkeypatch):
     text = "one two three\n" * 50
-    short = bpe.train([text], 270).to_str()
-    monkeypatch.setattr(bpe, "PIECE", 20)
-    assert bpe.train([text], 270).to_str() == short
+    short = tokenizers.train([text], 270).to_str()
+    monkeypatch.setattr(tokenizers, "PIECE", 20)
+    assert tokenizers.train([text], 270).to_str() == short
 
 
 def test_a_wrong_input_is_an_error_of_one_line_and_leaves_no_file(corpus, capsys, monkeypatch):

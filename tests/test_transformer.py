@@ -30,11 +30,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config
-from hybrid_attn.model import abstract_params, apply, execution_on, flops, init, losses, unembedding
-from hybrid_attn.model.extend import unstacked
+from hybrid_attn.model import abstract_params, apply, execution_on, flops, init, losses
 from hybrid_attn.model.mlp import GatedMLP
-from hybrid_attn.model.norm import Norm
-from hybrid_attn.model.transformer import Block, in_packed
+from hybrid_attn.model.params import Norm
+from hybrid_attn.model.transformer import Block, in_packed, unembedding, unstacked
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.train.step import init_state, make_step
@@ -246,7 +245,7 @@ def test_a_layer_of_every_block_is_its_formula_with_embedding_scale_and_final_no
     mine = jax.tree.map(lambda x: x[0], params["periods"]["L0"])
     nnx.update(layer, mine)
     mine = jax.device_get(mine)
-    attention = jax.jit(lambda x: layer.attention(x, pos, in_packed(pos, seg, REFERENCE, "L"))[0])
+    attention = jax.jit(lambda x: layer.attention(x, pos, in_packed(model, "L", pos, seg, REFERENCE))[0])
     wanted = BLOCKS[block](
         1.7 * np.asarray(params["embed"])[BATCH["tokens"]],
         lambda name, x: norm_by_hand(x, "rms_plus1", mine[name]["weight"], model.norm_eps),

@@ -12,9 +12,7 @@ the mask of `torch` counts there, but not in its time. A dash is explained under
 
 import dataclasses
 import importlib.util
-import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -28,6 +26,7 @@ from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.convert.layers import PLAIN
 from hybrid_attn.model import flops
 from hybrid_attn.model.attention import attended_pairs, attention_flops
+from hybrid_attn.trees import check
 
 LENGTHS = flags.DEFINE_list("lengths", ["2K", "4K", "8K", "16K", "32K", "64K", "128K"], "Tokens; K is 1,024.")
 CONTENDERS = flags.DEFINE_list("contenders", ["ours", "jax.nn", "torch"], "Implementations to measure.")
@@ -70,8 +69,8 @@ def make_ours(case: Case) -> Ready:
     kernel = kernels.choose(case.kernel, jax.default_backend())
 
     def attend(q, k, v, pos, seg):
-        scale = case.H**-0.5
-        return kernels.attend(q, k, v, pos, pos, seg, seg, window=case.window, scale=scale, kernel=kernel)[0]
+        options = kernels.AttentionOptions(case.window, case.H**-0.5)
+        return kernels.attend(kernel, options, kernels.Queries(q, pos, seg), kernels.Keys(k, v, pos, seg))[0]
 
     return ready(case, attend)
 
@@ -127,8 +126,8 @@ MAKERS = {"ours": ("jax", make_ours), "jax.nn": ("jax", make_jax_nn), "torch": (
 def contenders(platform: str) -> tuple[list[str], str | None]:
     """The --contenders that can run here, and the reason if `torch` cannot."""
     unknown = sorted(set(CONTENDERS.value) - set(MAKERS))
-    if unknown or not CONTENDERS.value:
-        raise ValueError(f"--contenders has {', '.join(unknown) or 'nothing'}; known: {', '.join(MAKERS)}")
+    ok = CONTENDERS.value and not unknown
+    check(ok, f"--contenders has {', '.join(unknown) or 'nothing'}; known: {', '.join(MAKERS)}")
     names = [name for name in MAKERS if name in CONTENDERS.value]
     why = "it would run on the CPU" if platform != "cpu" else "not installed" if not importlib.util.find_spec("torch") else None
     return [name for name in names if name != "torch" or why is None], why if "torch" in names else None
@@ -137,26 +136,25 @@ def contenders(platform: str) -> tuple[list[str], str | None]:
 def measure(processes: Processes, kind: str, names: list[str], lengths: list[int]) -> tuple[list[dict], float]:
     """A record for each length and contender, and the matmul peak."""
     records, peak, last, missing = [], 0.0, {}, {}
+    window = WINDOW.value if kind == "local" else None
     for S in lengths:
-        window = WINDOW.value if kind == "local" else None
         case = Case(S, HEADS.value, KV_HEADS.value, HEAD_DIM.value, window, DTYPE.value, KERNEL.value)
-        for name in names:
-            before, seconds = last.get(name, (S, 0.0))
+        for name, (before, seconds) in last.items():
             if seconds * (S / before) ** 2 > SECONDS.value:
                 missing.setdefault(name, f"a call might take more than {SECONDS.value:g} s")
         tasks = {"matmul": Task("jax", measurement.make_matmul, (DTYPE.value,))}  # first: it starts the threads
         tasks |= {name: Task(*MAKERS[name], (case,)) for name in names if name not in missing}
         measured = processes.race(f"{kind} {S:,}", tasks, REPEATS.value)
-        peak = max(peak, *measured["matmul"].results)
+        peak = max(peak, *measured.pop("matmul").results)
+        missing |= {name: x.missing for name, x in measured.items() if x.missing}
         for name in names:
-            record, got = {"kind": kind, "contender": name, "tokens": S, "flops": case.flops}, measured.get(name)
-            if got and got.missing:
-                missing[name] = got.missing
+            records.append({"kind": kind, "contender": name, "tokens": S, "flops": case.flops})
             if name in missing:
-                records.append(record | {"missing": missing[name]})
+                records[-1]["missing"] = missing[name]
                 continue
-            last[name] = S, min(got.seconds)
-            records.append(record | {"seconds": min(got.seconds), "calls": got.seconds, "memory": got.memory})
+            seconds = measured[name].seconds
+            last[name] = S, min(seconds)
+            records[-1] |= {"seconds": min(seconds), "calls": seconds, "memory": measured[name].memory}
     return records, peak
 
 
@@ -166,28 +164,24 @@ def exponents(records: list[dict]) -> list[dict]:
     for kind, name in dict.fromkeys((r["kind"], r["contender"]) for r in records):
         measured = [r for r in records if (r["kind"], r["contender"]) == (kind, name) and "seconds" in r]
         measured = measured[-max(3, (len(measured) + 1) // 2) :]
-        if len({r["tokens"] for r in measured}) > 1:
-            slope = np.polyfit(*(np.log([r[key] for r in measured]) for key in ("tokens", "seconds")), 1)[0]
-            lengths = [r["tokens"] for r in measured]
-            slopes.append({"kind": kind, "contender": name, "tokens": lengths, "exponent": float(slope)})
+        tokens, seconds = ([r[key] for r in measured] for key in ("tokens", "seconds"))
+        if len(tokens) > 1:
+            slope = np.polyfit(np.log(tokens), np.log(seconds), 1)[0]
+            slopes.append({"kind": kind, "contender": name, "tokens": tokens, "exponent": float(slope)})
     return slopes
 
 
 def show(records: list[dict], slopes: list[dict], peak: float) -> None:
-    ours = {(r["kind"], r["tokens"]): r.get("seconds") for r in records if r["contender"] == "ours"}
-    rows = []
+    ours, rows = {(r["kind"], r["tokens"]): r.get("seconds") for r in records if r["contender"] == "ours"}, []
     for r in records:
-        row = [r["kind"], r["contender"], f"{r['tokens']:,}"]
+        rows.append([r["kind"], r["contender"], f"{r['tokens']:,}"])
         if "seconds" in r:
-            rate, mine = r["flops"] / r["seconds"], ours[r["kind"], r["tokens"]]
+            rate, mine = r["flops"] / r["seconds"], ours.get((r["kind"], r["tokens"]))
             memory = "—" if r["memory"] is None else f"{r['memory'] / 2**20:,.0f}"
             faster = f"{r['seconds'] / mine:.2f}" if mine else "—"
-            rows.append([*row, f"{1e3 * r['seconds']:,.1f}", f"{rate / 1e9:,.1f}", f"{rate / peak:.0%}", memory, faster])
-        else:
-            rows.append([*row, *["—"] * 5])
+            rows[-1] += [f"{1e3 * r['seconds']:,.1f}", f"{rate / 1e9:,.1f}", f"{rate / peak:.0%}", memory, faster]
     print(measurement.table(("kind", "contender", "tokens", "ms", "GFLOP/s", "of peak", "MiB", "time / ours"), rows))
-    for kind, name, reason in dict.fromkeys((r["kind"], r["contender"], r["missing"]) for r in records if "missing" in r):
-        print(f"— {name}, {kind}: {reason}")
+    measurement.print_missing(records, lambda r: f"{r['contender']}, {r['kind']}")
     rows = [[s["kind"], s["contender"], f"{s['tokens'][0]:,} to {s['tokens'][-1]:,}", f"{s['exponent']:.2f}"] for s in slopes]
     if rows:
         print("\n" + measurement.table(("kind", "contender", "tokens", "time grows as tokens to the power"), rows))
@@ -195,8 +189,7 @@ def show(records: list[dict], slopes: list[dict], peak: float) -> None:
 
 def bench() -> None:
     lengths = measurement.lengths(LENGTHS.value)
-    if HEADS.value % KV_HEADS.value:
-        raise ValueError(f"--heads={HEADS.value} is not a multiple of --kv_heads={KV_HEADS.value}")
+    check(HEADS.value % KV_HEADS.value == 0, f"--heads={HEADS.value} is not a multiple of --kv_heads={KV_HEADS.value}")
     records, peaks = [], []
     with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
@@ -214,9 +207,8 @@ def bench() -> None:
         print(f"— torch: {no_torch}\n")
     slopes = exponents(records)
     show(records, slopes, max(peaks))
-    if JSON.value:
-        out = {"platform": platform, "versions": versions, "peak": max(peaks), "records": records, "exponents": slopes}
-        Path(JSON.value).write_text(json.dumps(out, indent=1) + "\n")
+    out = {"platform": platform, "versions": versions, "peak": max(peaks), "records": records, "exponents": slopes}
+    measurement.write_json(JSON.value, out)
 
 
 def main(argv):

@@ -8,10 +8,7 @@ share of right answers; a model that knows the values of a sequence and no pair 
 shares slots among layers, and the model of configs/recall.py has only one layer that sees all earlier tokens.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +23,7 @@ from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.trees import check
 
 METHODS = ("snapkv", "adakv", "streaming", "random")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
@@ -33,9 +31,7 @@ STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default th
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a sequence, the question included.", lower_bound=64)
 PAIRS = flags.DEFINE_integer("pairs", 4, "Pairs that a sequence hides.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 128, "Sequences, with one question each.", lower_bound=1)
-SHARES = flags.DEFINE_list(
-    "shares", ["1/2", "1/4", "1/8", "1/16", "1/32"], "Shares of the slots that a compressed cache keeps."
-)
+SHARES = flags.DEFINE_list("shares", ["1/2", "1/4", "1/8", "1/16", "1/32"], "Shares of its slots that a cache keeps.")
 WINDOW = flags.DEFINE_integer("window", 8, "The last tokens of a prompt, whose queries choose the slots.", lower_bound=2)
 JSON = flags.DEFINE_string("json", None, "JSON file for the numbers of the table.")
 
@@ -49,21 +45,13 @@ def caps(shares: list[str], length: int) -> dict[str, int]:
             value = float(numerator) / float(denominator or 1)
         except (ValueError, ZeroDivisionError):
             raise ValueError(f"--shares has {share!r}, which is neither a number nor a fraction such as 1/8") from None
-        if not 0 < value < 1:
-            raise ValueError(f"--shares has {share!r}, which is not between 0 and 1")
+        check(0 < value < 1, f"--shares has {share!r}, which is not between 0 and 1")
         slots[share] = round(value * length)
     return slots
 
 
-class Prompts(NamedTuple):
+def make_prompts(rows: SyntheticSequences, number: int, window: int) -> tuple[dict[str, list], list, np.ndarray]:
     """Prompts by whether their question is new or known in advance, the questions, and the right answers."""
-
-    prompts: dict[str, list[np.ndarray]]
-    questions: list[np.ndarray]
-    answers: np.ndarray
-
-
-def make_prompts(rows: SyntheticSequences, number: int, window: int) -> Prompts:
     prompts, questions, answers = {"new": [], "known": []}, [], []
     for row in rows.read([(i, 0, rows.seq_len) for i in rows.spread(number)]):
         key = int(np.flatnonzero(row["weights"])[0])  # a question mark comes before it
@@ -73,7 +61,7 @@ def make_prompts(rows: SyntheticSequences, number: int, window: int) -> Prompts:
         prompts["known"].append(np.concatenate([text[:split], question, text[split:]]))
         questions.append(question)
         answers.append(row["targets"][key])
-    return Prompts(prompts, questions, np.array(answers))
+    return prompts, questions, np.array(answers)
 
 
 def accuracies(engine: Engine, rows: SyntheticSequences, number: int, caps: Mapping[str, int], window: int) -> list[dict]:
@@ -91,35 +79,27 @@ def accuracies(engine: Engine, rows: SyntheticSequences, number: int, caps: Mapp
     return records
 
 
-def table(records: list[dict]) -> str:
-    """Rows of methods and questions, columns of shares."""
-    lines: dict[tuple, dict[str, str]] = {}
-    for r in records:
-        lines.setdefault((r["method"], r["question"]), {})[r["share"]] = f"{r['accuracy']:.3f}"
-    shares = list(dict.fromkeys(r["share"] for r in records))
-    rows = [[*key, *[cells.get(share, "") for share in shares]] for key, cells in lines.items()]
-    return measurement.table(("method", "question", *shares), rows)
-
-
 def bench() -> None:
     slots = caps(SHARES.value, LENGTH.value)
-    if min(slots.values()) <= WINDOW.value:
-        raise ValueError(
-            f"--shares: {min(slots.values())} slots leave nothing beside --window={WINDOW.value}; use larger shares"
-        )
+    least = min(slots.values())
+    check(least > WINDOW.value, f"--shares: {least} slots leave nothing beside --window={WINDOW.value}; use larger shares")
     source = config.Source((), None, 0, None, "recall", PAIRS.value)
-    if LENGTH.value < config.shortest_sequence(source):
-        raise ValueError(f"--length={LENGTH.value}: {PAIRS.value} pairs need {config.shortest_sequence(source)} tokens")
+    shortest = config.shortest_sequence(source)
+    check(LENGTH.value >= shortest, f"--length={LENGTH.value}: {PAIRS.value} pairs need {shortest} tokens")
     with jax.set_mesh(make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])):
         c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)
-        if not isinstance(tokenizer, ByteTokenizer):
-            raise ValueError(f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the sequences are bytes")
+        of_bytes = isinstance(tokenizer, ByteTokenizer)
+        check(of_bytes, f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the sequences are bytes")
         rows = SyntheticSequences(Task(source.task, source.pairs), LENGTH.value, None)
         records = accuracies(Engine(params, c), rows, ROWS.value, slots, WINDOW.value)
     print(f"{c.model.layers}; {ROWS.value} sequences of {LENGTH.value:,} tokens, {PAIRS.value} pairs; window {WINDOW.value}")
-    print(table(records))
-    if JSON.value:
-        Path(JSON.value).write_text(json.dumps(records, indent=1) + "\n")
+    lines: dict[tuple, dict[str, str]] = {}
+    for r in records:
+        lines.setdefault((r["method"], r["question"]), {})[r["share"]] = f"{r['accuracy']:.3f}"
+    shares = ["1", *slots]
+    table = [[*key, *[cells.get(share, "") for share in shares]] for key, cells in lines.items()]
+    print(measurement.table(("method", "question", *shares), table))
+    measurement.write_json(JSON.value, records)
 
 
 def main(argv):

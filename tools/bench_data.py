@@ -4,6 +4,7 @@ The text is Python's standard library as JSON lines, repeated to the size of --m
 byte-level BPE of 8,192 tokens that is trained on this text.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -16,15 +17,13 @@ import numpy as np
 from absl import app, flags
 
 from hybrid_attn import programs
-from hybrid_attn.data import documents, packed, packing, prepare, shard_files, store
+from hybrid_attn.data import documents, packed, prepare, store
 from hybrid_attn.data.sources import Fields
-from hybrid_attn.data.tokenizer import ByteTokenizer, load_tokenizer
+from hybrid_attn.data.tokenizer import ByteTokenizer, load_tokenizer, train
 
 MEGABYTES = flags.DEFINE_integer("megabytes", 64, "MB of text for the byte tokenizer; the tokenizer.json gets half.", 1)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json, instead of training one.")
-SPANS = flags.DEFINE_list(
-    "spans", ["100", "1000", "8193", "131073"], "Tokens of a span; a packed sequence of 8,192 reads one more."
-)
+SPANS = flags.DEFINE_list("spans", ["100", "1000", "8193", "131073"], "Tokens of a span; a packed sequence reads one more.")
 SECONDS = flags.DEFINE_float("seconds", 2.0, "Seconds of reading at each length of span.", 0.1)
 TOGETHER = flags.DEFINE_integer("together", 8, "Spans or sequences that are read in one call.", 1)
 DIRECTORY = flags.DEFINE_string("directory", None, "Directory of the temporary files.")
@@ -45,20 +44,6 @@ def write_text(path: Path, num_bytes: int) -> int:
             written += len(text.encode())
 
 
-def train_tokenizer(path: Path) -> None:
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=8192, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train(documents.find(())[:300], trainer)
-    tokenizer.save(str(path))
-
-
 def time_prepare(folder: Path, name: str, tokenizer: str, num_bytes: int) -> None:
     text = folder / f"{name}.jsonl"
     written = write_text(text, num_bytes)
@@ -66,10 +51,8 @@ def time_prepare(folder: Path, name: str, tokenizer: str, num_bytes: int) -> Non
     wall, core = time.perf_counter(), time.process_time()
     summary = prepare.prepare([str(text)], str(folder / name), options, workers=1)
     wall, core = time.perf_counter() - wall, time.process_time() - core
-    print(
-        f"prepare  {name:<10} {written / 1e6:,.0f} MB in {wall:.2f} s, {core:.2f} s of a core: "
-        f"{written / 1e6 / core:.1f} MB/s a core, {summary['bytes'] / summary['tokens']:.2f} bytes a token"
-    )
+    rate = f"{written / 1e6 / core:.1f} MB/s a core, {summary['bytes'] / summary['tokens']:.2f} bytes a token"
+    print(f"prepare  {name:<10} {written / 1e6:,.0f} MB in {wall:.2f} s, {core:.2f} s of a core: {rate}")
 
 
 def time_reads(path: Path, length: int) -> None:
@@ -95,19 +78,18 @@ def time_packing(path: Path, way: str) -> None:
         read += len(sequences.read([((read + i) % len(sequences), 0, SEQ_LEN.value) for i in range(TOGETHER.value)]))
     rate = read * SEQ_LEN.value / (time.perf_counter() - began) / 1e6
     counts = sequences.counts()
-    print(
-        f"packed   {way:<8} of {SEQ_LEN.value:,}: {rate:.1f} M tokens/s; {counts['padding'] / counts['tokens']:.2%} padding, "
-        f"{counts['cut_documents'] / counts['documents']:.1%} of the documents cut"
-    )
+    padding, cut = counts["padding"] / counts["tokens"], counts["cut_documents"] / counts["documents"]
+    title = f"packed   {way:<8} of {SEQ_LEN.value:,}"
+    print(f"{title}: {rate:.1f} M tokens/s; {padding:.2%} padding, {cut:.1%} of the documents cut")
 
 
 def time_plan() -> None:
     """The documents have log-normal lengths with a median of 665 tokens and a long tail, like web text."""
     lengths = np.random.default_rng(0).lognormal(6.5, 1.3, DOCUMENTS.value).clip(3, 2_000_000).astype(np.int64)
     began = time.perf_counter()
-    plan = packing.best_fit(lengths, SEQ_LEN.value)
+    plan = packed.BestFit(lengths, SEQ_LEN.value, 0)
     took, size = time.perf_counter() - began, int(lengths.sum())
-    padding = plan.num_sequences * SEQ_LEN.value / size - 1
+    padding = len(plan) * SEQ_LEN.value / size - 1
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"plan     best_fit of {len(lengths):,} documents, {size:,} tokens: {took:.1f} s, {padding:.4%} padding")
     print(f"memory   {memory:.2f} GiB at most so far")
@@ -118,10 +100,10 @@ def time_opening(folder: Path) -> None:
     lengths, shards = np.full(-(-DOCUMENTS.value // 20), 1000), []
     index = store.index_bytes(lengths, np.arange(len(lengths)), np.zeros(len(lengths)))
     for i in range(20):
-        (folder / shard_files.name(i, "index")).write_bytes(index)
-        with open(folder / shard_files.name(i, "tokens"), "wb") as file:
+        (folder / store.file_name(i, "index")).write_bytes(index)
+        with open(folder / store.file_name(i, "tokens"), "wb") as file:
             file.truncate(2 * 1000 * len(lengths))  # sparse: they are not read
-        shards.append(store.Shard(len(lengths), 1000 * len(lengths), "", store.sha256([index])))
+        shards.append(store.Shard(len(lengths), 1000 * len(lengths), "", hashlib.sha256(index).hexdigest()))
     manifest = store.Manifest(store.FORMAT, "bytes", ByteTokenizer.hash, "<u2", ("text",), tuple(shards), {})
     (folder / store.MANIFEST).write_text(manifest.to_json())
     seconds = []
@@ -140,10 +122,8 @@ def bench() -> None:
         time_prepare(folder, "bytes", "bytes", MEGABYTES.value * 10**6)
         tokenizer = TOKENIZER.value or str(folder / "tokenizer.json")
         if TOKENIZER.value is None:
-            try:
-                train_tokenizer(folder / "tokenizer.json")
-            except ImportError as error:
-                raise ImportError("a tokenizer.json needs the library tokenizers; pip install 'hybrid_attn[hf]'") from error
+            texts = (Path(file).read_text("utf-8") for file in documents.find(())[:300])
+            train(texts, 8192).save(tokenizer)
         time_prepare(folder, "json", tokenizer, MEGABYTES.value * 10**6 // 2)
         for length in map(int, SPANS.value):
             time_reads(folder / "bytes", length)

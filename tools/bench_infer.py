@@ -13,10 +13,8 @@ long: --long_config reads a prompt of 131,072 tokens; the highest memory of its 
 Contenders run alternately, and the best of --repeats counts. A dash is explained under the table.
 """
 
-import json
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +29,6 @@ from hybrid_attn import config, config_file, programs
 from hybrid_attn.bench import measurement
 from hybrid_attn.bench.measurement import GIB, Processes, Ready, Task
 from hybrid_attn.config import Config
-from hybrid_attn.convert import hf
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer import steps
 from hybrid_attn.infer.engine import DEFAULT_CHUNK, Engine, EngineOptions
@@ -91,23 +88,11 @@ def make_ours(values: dict, length: int, new: int, chunk: int) -> Ready:
     return Ready(run, None)
 
 
-def export(values: dict, directory: str) -> None:
-    """Writes the parameters that `make_ours` makes, for other libraries."""
-    c = config.build(values)
-    with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
-        params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
-    shapes = {path: x.shape for path, x in hf.flat(params).items()}
-    hf.write(directory, c.model, hf.describe(c.model, directory, 32_768), shapes, hf.by_period(params), "float32")
-
-
 def make_transformers(values: dict, length: int, new: int, directory: str) -> Ready:
     """Answers of the exported model by `generate` of `transformers`."""
     import torch
-    import transformers
 
-    torch.set_num_threads(measurement.threads())
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32).eval()
+    model = measurement.exported_model(directory).eval()
     prompt = torch.tensor([prompt_of(config.build(values), length)])
 
     def answer(prompt) -> Measurement:
@@ -157,66 +142,45 @@ def make_growth(values: dict, length: int, chunk: int) -> Ready:
 
 def against_transformers(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
     """A record for each contender and length."""
-    values, records = config.to_dict(c), []
+    values, new, records = config.to_dict(c), NEW.value, []
     with tempfile.TemporaryDirectory() as directory:
-        processes.call("jax", export, values, directory)
+        processes.call("jax", measurement.export, values, directory, max(lengths))
         for S in lengths:
-            tasks = {
-                "ours": Task("jax", make_ours, (values, S - NEW.value, NEW.value, CHUNK.value)),
-                "transformers": Task("torch", make_transformers, (values, S - NEW.value, NEW.value, directory)),
-            }
-            for name, result in processes.race(f"transformers {S:,}", tasks, REPEATS.value).items():
-                record = {"contender": name, "tokens": S, "prompt": S - NEW.value, "missing": result.missing}
-                if result.missing is None:
-                    record |= {"prefill": min(x.prefill for x in result.results), "token": min(x.token for x in result.results)}
-                    record |= {
-                        "calls": [x[:2] for x in result.results],
-                        "answer": result.results[0].tokens,
-                        "memory": result.memory,
-                    }
-                records.append(record)
+            tasks = {"ours": Task("jax", make_ours, (values, S - new, new, CHUNK.value))}
+            tasks["transformers"] = Task("torch", make_transformers, (values, S - new, new, directory))
+            for name, x in processes.race(f"transformers {S:,}", tasks, REPEATS.value).items():
+                records.append({"contender": name, "tokens": S, "prompt": S - new, "missing": x.missing})
+                if x.missing is None:
+                    best = {"prefill": min(a.prefill for a in x.results), "token": min(a.token for a in x.results)}
+                    records[-1] |= best | {"calls": [a[:2] for a in x.results], "answer": x.results[0].tokens}
+                    records[-1]["memory"] = x.memory
     return records
 
 
 def show_against_transformers(records: list[dict]) -> None:
-    header = (
-        "contender",
-        "tokens",
-        "prefill s",
-        "tokens/s",
-        "time / ours",
-        "ms a token",
-        "tokens/s",
-        "time / ours",
-        "same",
-        "GiB",
-    )
-    ours, rows = {r["tokens"]: r for r in records if r["contender"] == "ours"}, []
-    for r in records:
+    header = "contender, tokens, prefill s, tokens/s, time / ours, ms a token, tokens/s, time / ours, same, GiB".split(", ")
+    ours = {r["tokens"]: r for r in records if r["contender"] == "ours"}
+
+    def cells(r: dict) -> list[str]:
         our, row = ours[r["tokens"]], [r["contender"], f"{r['tokens']:,}"]
         if r["missing"] or our["missing"]:
-            rows.append([*row, *["—"] * 8])
-            continue
+            return row
         same = sum(a == b for a, b in zip(r["answer"], our["answer"], strict=True))
-        rows.append(
-            [*row, f"{r['prefill']:.3g}", f"{r['prompt'] / r['prefill']:,.0f}", f"{r['prefill'] / our['prefill']:.2f}"]
-            + [f"{1e3 * r['token']:.3g}", f"{1 / r['token']:,.1f}", f"{r['token'] / our['token']:.2f}"]
-            + [f"{same}/{len(our['answer'])}", "—" if r["memory"] is None else f"{r['memory'] / GIB:.2f}"]
-        )
-    print(measurement.table(header, rows))
-    for r in records:
-        if r["missing"]:
-            print(f"— {r['contender']}, {r['tokens']:,} tokens: {r['missing']}")
+        row += [f"{r['prefill']:.3g}", f"{r['prompt'] / r['prefill']:,.0f}", f"{r['prefill'] / our['prefill']:.2f}"]
+        row += [f"{1e3 * r['token']:.3g}", f"{1 / r['token']:,.1f}", f"{r['token'] / our['token']:.2f}"]
+        return [*row, f"{same}/{len(our['answer'])}", measurement.gib(r["memory"])]
+
+    print(measurement.table(header, [cells(r) for r in records]))
+    measurement.print_missing(records)
 
 
 def against_full_attention(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
-    records = []
+    pair, records = {"hybrid": c, "full attention": measurement.full_attention(c)}, []
     for S in lengths:
-        pair = {"hybrid": c, "full attention": measurement.full_attention(c)}
         tasks = {name: Task("jax", make_growth, (config.to_dict(x), S, CHUNK.value)) for name, x in pair.items()}
-        for name, result in processes.race(f"growth {S:,}", tasks, REPEATS.value).items():
-            record = {"contender": name, "layers": pair[name].model.layers, "tokens": S, "missing": result.missing}
-            records.append(record | ({} if result.missing else {"token": min(result.results), "calls": result.results}))
+        for name, x in processes.race(f"growth {S:,}", tasks, REPEATS.value).items():
+            record = {"contender": name, "layers": pair[name].model.layers, "tokens": S, "missing": x.missing}
+            records.append(record | ({} if x.missing else {"token": min(x.results), "calls": x.results}))
     return records
 
 
@@ -226,9 +190,7 @@ def show_growth(records: list[dict]) -> None:
     for r in records:
         rows.append([r["contender"], r["layers"], f"{r['tokens']:,}", "—" if r["missing"] else f"{1e3 * r['token']:.3g}"])
     print(measurement.table(("contender", "layers", "tokens", "ms a token"), rows))
-    for r in records:
-        if r["missing"]:
-            print(f"— {r['contender']}, {r['tokens']:,} tokens: {r['missing']}")
+    measurement.print_missing(records)
     for name in ("hybrid", "full attention"):
         points = [(r["tokens"], r["token"]) for r in records if r["contender"] == name and not r["missing"]]
         if len(points) > 1:
@@ -273,16 +235,13 @@ def cache_sizes(processes: Processes, c: Config, lengths: list[int]) -> list[dic
 def show_cache_sizes(records: list[dict]) -> None:
     *records, last = records
     header = ("tokens", "full GiB", "hybrid GiB", "share", "formula's share", "share while read in chunks")
-    rows = [
-        [f"{r['tokens']:,}", f"{r['full'] / GIB:.3f}", f"{r['bytes'] / GIB:.3f}", f"{r['bytes'] / r['full']:.3f}"]
-        + [f"{r['formula'] / r['full']:.3f}", f"{r['reading'] / r['full']:.3f}"]
-        for r in records
-    ]
+    rows = []
+    for r in records:
+        shares = [f"{r[size] / r['full']:.3f}" for size in ("bytes", "formula", "reading")]
+        rows.append([f"{r['tokens']:,}", f"{r['full'] / GIB:.3f}", f"{r['bytes'] / GIB:.3f}", *shares])
     print(measurement.table(header, rows))
-    print(
-        f"allocated by an engine of --long_config for {last['tokens']:,} tokens: {last['allocated']:,} bytes; "
-        f"the formula says {last['formula']:,}"
-    )
+    title = f"allocated by an engine of --long_config for {last['tokens']:,} tokens"
+    print(f"{title}: {last['allocated']:,} bytes; the formula says {last['formula']:,}")
 
 
 def long_prompts(processes: Processes, c: Config, lengths: list[int]) -> list[dict]:
@@ -291,82 +250,56 @@ def long_prompts(processes: Processes, c: Config, lengths: list[int]) -> list[di
     for S in lengths:
         task = Task("long", make_ours, (config.to_dict(c), S, NEW.value, CHUNK.value))
         result = processes.race(f"long {S:,}", {"ours": task}, REPEATS.value)["ours"]
-        record = {"tokens": S, "missing": result.missing}
+        records.append({"tokens": S, "missing": result.missing})
         if result.missing is None:
             best = min(result.results, key=lambda x: x.prefill)
-            record |= {"prefill": best.prefill, "token": best.token, "cache": best.cache_bytes, "memory": result.memory}
-            record |= {"peak": processes.call("long", measurement.highest_memory), "formula": flops.cache_bytes(c.model, S, 4)}
-        records.append(record)
+            records[-1] |= {"prefill": best.prefill, "token": best.token, "cache": best.cache_bytes, "memory": result.memory}
+            records[-1] |= {"peak": processes.call("long", measurement.highest_memory)}
+            records[-1] |= {"formula": flops.cache_bytes(c.model, S, 4)}
     return records
 
 
 def show_long_prompts(records: list[dict]) -> None:
-    header = (
-        "tokens",
-        "prefill s",
-        "tokens/s",
-        "ms a token",
-        "cache MiB",
-        "formula's",
-        "GiB beyond weights",
-        "GiB of the process",
-    )
+    header = "tokens, prefill s, tokens/s, ms a token, cache MiB, formula's, GiB beyond weights, GiB of the process".split(", ")
     rows = []
     for r in records:
-        if r["missing"]:
-            rows.append([f"{r['tokens']:,}", *["—"] * 7])
-            continue
-        rows.append(
-            [f"{r['tokens']:,}", f"{r['prefill']:.3g}", f"{r['tokens'] / r['prefill']:,.0f}", f"{1e3 * r['token']:.3g}"]
-        )
-        rows[-1] += [f"{r['cache'] / 2**20:.1f}", f"{r['formula'] / 2**20:.1f}"]
-        rows[-1] += ["—" if x is None else f"{x / GIB:.2f}" for x in (r["memory"], r["peak"])]
+        rows.append([f"{r['tokens']:,}"])
+        if not r["missing"]:
+            rows[-1] += [f"{r['prefill']:.3g}", f"{r['tokens'] / r['prefill']:,.0f}", f"{1e3 * r['token']:.3g}"]
+            rows[-1] += [f"{r['cache'] / 2**20:.1f}", f"{r['formula'] / 2**20:.1f}"]
+            rows[-1] += [measurement.gib(r["memory"]), measurement.gib(r["peak"])]
     print(measurement.table(header, rows))
-    for r in records:
-        if r["missing"]:
-            print(f"— {r['tokens']:,} tokens: {r['missing']}")
+    measurement.print_missing(records, lambda r: f"{r['tokens']:,} tokens")
 
 
-class Part(NamedTuple):
-    """The flag of the model's config, the measurement, and the function that prints it."""
-
-    config: flags.FlagHolder
-    measure: Callable[[Processes, Config, list[int]], list[dict]]
-    show: Callable[[list[dict]], None]
-
-
-BENCHMARKS = {
-    "cache": Part(CACHE, cache_sizes, show_cache_sizes),
-    "transformers": Part(CONFIG, against_transformers, show_against_transformers),
-    "growth": Part(CONFIG, against_full_attention, show_growth),
-    "long": Part(LONG, long_prompts, show_long_prompts),
+BENCHMARKS = {  # the flag of the model's config, the measurement, and the function that prints it
+    "cache": (CACHE, cache_sizes, show_cache_sizes),
+    "transformers": (CONFIG, against_transformers, show_against_transformers),
+    "growth": (CONFIG, against_full_attention, show_growth),
+    "long": (LONG, long_prompts, show_long_prompts),
 }
 
 
 def bench() -> None:
-    parts = [part for part in BENCHMARKS if PART.value in (part, "all")]
+    parts = {part: functions for part, functions in BENCHMARKS.items() if PART.value in (part, "all")}
     lengths = {part: measurement.lengths(TOKENS.value or LENGTHS[part]) for part in parts}
-    configs = {part: config.build(BENCHMARKS[part].config.value.values) for part in parts}
+    configs = {part: config.build(flag.value.values) for part, (flag, *_) in parts.items()}
     records = {}
     with Processes(round(MEMORY_GIB.value * GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
         print(f"{platform}, {measurement.threads()} threads, jax {version('jax')}")
-        for part in parts:
+        for part, (_, measure, show) in parts.items():
             c = configs[part]
             dtype = "bfloat16" if part == "cache" else str(execution_on(platform, c.model, c.train).dtype)
             print(f"\n{part}: {flops.parameters(c.model):,} parameters, layers {c.model.layers}, {dtype}")
-            reason = measurement.no_transformers(platform, dtype) if part == "transformers" else None
-            if reason and PART.value == part:
-                raise ValueError(f"--part={part}: {reason}")
-            if reason:
-                print(f"— {reason}")
-                continue
             if part == "transformers":
+                if reason := measurement.no_transformers(platform, dtype, PART.value):
+                    print(f"— {reason}")
+                    continue
                 print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")))
-            records[part] = BENCHMARKS[part].measure(processes, c, lengths[part])
-            BENCHMARKS[part].show(records[part])
-    if JSON.value:
-        Path(JSON.value).write_text(json.dumps({"platform": platform, "records": records}, indent=1) + "\n")
+            records[part] = measure(processes, c, lengths[part])
+            show(records[part])
+    measurement.write_json(JSON.value, {"platform": platform, "records": records})
 
 
 def main(argv):

@@ -14,11 +14,9 @@ beyond the optimiser state. A dash is explained under the table.
 """
 
 import dataclasses
-import json
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,14 +27,13 @@ from hybrid_attn import config, config_file, programs
 from hybrid_attn.bench import measurement
 from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.config import Config
-from hybrid_attn.convert import families, hf
-from hybrid_attn.model import execution_on, flops, init, specs
+from hybrid_attn.model import execution_on, flops
 from hybrid_attn.model.attention import attended_pairs, attention_flops
-from hybrid_attn.model.params import map_specs
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import init_state, make_step
+from hybrid_attn.trees import check
 
 BENCH = Path(__file__).parents[1] / "configs" / "bench.py"
 LENGTHS = {"transformers": ["8K", "32K"], "layouts": ["8K", "32K", "64K"]}
@@ -84,38 +81,20 @@ def make_ours(values: dict) -> Ready:
     return Ready(run, reserved)
 
 
-def export(values: dict, directory: str) -> list[str]:
-    """Exports the initial parameters of the trainer; returns the names of the tensors with weight decay."""
-    c = config.build(values)
-    with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
-        params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
-    has_decay = hf.flat(map_specs(lambda spec: spec.decay, specs(c.model)))
-    shapes = {path: x.shape for path, x in hf.flat(params).items()}
-    description = hf.describe(c.model, directory, c.stages[0].seq_len)
-    hf.write(directory, c.model, description, shapes, hf.by_period(params), "float32")
-    tensors = families.tensors(c.model, description["model_type"], shapes)
-    return [tensor.name for tensor in tensors if has_decay[tensor.path]]
-
-
 def make_transformers(values: dict, directory: str, decayed_names: list[str], remat: str) -> Ready:
     """Steps of the exported model in `transformers`, with the update of hybrid_attn/train/optim.py."""
     import torch
-    import transformers
 
-    c, optim = config.build(values), config.build(values).optim
-    torch.set_num_threads(measurement.threads())
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
-    model.train()
+    c, model = config.build(values), measurement.exported_model(directory).train()
+    optim = c.optim
     if remat != "none":
         model.activation_checkpointing_enable()
-    parameters = dict(model.named_parameters())
     groups = [
-        {"params": [x for name, x in parameters.items() if name in decayed_names], "weight_decay": optim.weight_decay},
-        {"params": [x for name, x in parameters.items() if name not in decayed_names], "weight_decay": 0.0},
+        {"params": [x for name, x in model.named_parameters() if name in decayed_names], "weight_decay": optim.weight_decay},
+        {"params": [x for name, x in model.named_parameters() if name not in decayed_names], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, betas=(optim.b1, optim.b2), eps=optim.eps, fused=True)
-    rates = [float(schedule(optim, c.pieces)(step)) for step in range(c.total_steps)]
+    rates = iter([float(schedule(optim, c.pieces)(step)) for step in range(c.total_steps)])
     tokens = torch.from_numpy(batch_of(c)["tokens"]).long()
 
     def loss_of(tokens):
@@ -124,10 +103,10 @@ def make_transformers(values: dict, directory: str, decayed_names: list[str], re
     def run() -> float:
         loss = loss_of(tokens)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), optim.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        rate = next(rates)
         for group in adamw.param_groups:
-            group["lr"] = rates[0]
-        rates.pop(0)
+            group["lr"] = rate
         adamw.step()
         adamw.zero_grad()
         return loss.item()
@@ -155,61 +134,48 @@ def computed_with_masks(c: Config) -> float:
     return needed(c) + B * flops.TRAIN * attention_flops(m.num_heads, m.head_dim, masked)
 
 
-class Contender(NamedTuple):
-    """A config, the FLOPs of a step of it as this contender computes it, and the task."""
-
-    config: Config
-    computed: float
-    task: Task
+def ours(c: Config) -> tuple[Config, Task]:
+    return c, Task("jax", make_ours, (config.to_dict(c),))
 
 
-def ours(c: Config) -> Contender:
-    return Contender(c, needed(c), Task("jax", make_ours, (config.to_dict(c),)))
-
-
-def in_transformers(c: Config, directory: str, decayed_names: list[str], remat: str) -> Contender:
-    return Contender(
-        c, computed_with_masks(c), Task("torch", make_transformers, (config.to_dict(c), directory, decayed_names, remat))
-    )
-
-
-def compare(processes: Processes, title: str, contenders: dict[str, Contender], dtype: str, done: list[dict]) -> list[dict]:
+def compare(
+    processes: Processes, title: str, contenders: dict[str, tuple[Config, Task]], dtype: str, done: list[dict]
+) -> list[dict]:
     """A record for each contender; those of shorter sequences, `done`, predict whether a step takes too long."""
     records, tasks = {}, {"matmul": Task("jax", measurement.make_matmul, (dtype,))}  # first: it starts the threads
-    for name, (c, computed, task) in contenders.items():
-        stage = c.stages[0]
-        record = {"contender": name, "layers": c.model.layers, "tokens": stage.seq_len, "batch": stage.batch}
-        record |= {"needed_flops": needed(c), "computed_flops": computed}
+    for name, (c, task) in contenders.items():
+        stage, computed = c.stages[0], computed_with_masks(c) if task.library == "torch" else needed(c)
+        records[name] = {"contender": name, "layers": c.model.layers, "tokens": stage.seq_len, "batch": stage.batch}
+        records[name] |= {"needed_flops": needed(c), "computed_flops": computed}
         before = [r for r in done if r["contender"] == name and "seconds" in r]
         if before and before[-1]["seconds"] * computed / before[-1]["computed_flops"] > SECONDS.value:
-            record["missing"] = f"a step might take more than {SECONDS.value:g} s"
+            records[name]["missing"] = f"a step might take more than {SECONDS.value:g} s"
         else:
             tasks[name] = task
-        records[name] = record
     measured = processes.race(title, tasks, REPEATS.value)
     peak = max(measured.pop("matmul").results)
     for name, x in measured.items():
-        new = {"missing": x.missing, "fits": False}
-        if x.missing is None:
-            new = {"seconds": min(x.seconds), "calls": x.seconds, "losses": x.results, "memory": x.memory, "peak": peak}
-        records[name] |= new
+        if x.missing:
+            records[name] |= {"missing": x.missing, "fits": False}
+        else:
+            records[name] |= {"seconds": min(x.seconds), "calls": x.seconds, "losses": x.results}
+            records[name] |= {"memory": x.memory, "peak": peak}
     return list(records.values())
 
 
 def beside_transformers(processes: Processes, c: Config, lengths: list[int], dtype: str) -> list[dict]:
     records = []
     for S in lengths:
-        at_S = at_length(c, S)
+        at_S, title = at_length(c, S), f"transformers {S:,}"
+        values = config.to_dict(at_S)
         with tempfile.TemporaryDirectory() as directory:
-            decayed_names = processes.call("jax", export, config.to_dict(at_S), directory)
-            pair = {"ours": ours(at_S), "transformers": in_transformers(at_S, directory, decayed_names, c.train.remat)}
-            new = compare(processes, f"transformers {S:,}", pair, dtype, records)
+            args = values, directory, processes.call("jax", measurement.export, values, directory, S)
+            task = Task("torch", make_transformers, (*args, c.train.remat))
+            new = compare(processes, title, {"ours": ours(at_S), "transformers": (at_S, task)}, dtype, records)
             if c.train.remat == "none" and not new[1].get("fits", True):
-                pair = {
-                    "ours": ours(at_S),
-                    "transformers, recomputing": in_transformers(at_S, directory, decayed_names, "layer"),
-                }
-                new = [new[1], *compare(processes, f"transformers {S:,}", pair, dtype, records)]
+                recomputing = at_S, Task("torch", make_transformers, (*args, "layer"))
+                pair = {"ours": ours(at_S), "transformers, recomputing": recomputing}
+                new = [new[1], *compare(processes, title, pair, dtype, records)]
         records += new
     return records
 
@@ -228,22 +194,20 @@ HEADER = ("contender", "layers", "tokens", "s", "tokens/s", "time / ours", "FLOP
 
 def show(records: list[dict], peak: float) -> None:
     ours = {r["tokens"]: r for r in records if r["contender"] == "ours"}
-    rows = []
-    for r in records:
-        mine = ours[r["tokens"]]
+
+    def cells(r: dict) -> list[str]:
+        mine, row = ours[r["tokens"]], [r["contender"], r["layers"], f"{r['tokens']:,}"]
         flops_ratio = f"{r['computed_flops'] / mine['computed_flops']:.2f}"
-        row = [r["contender"], r["layers"], f"{r['tokens']:,}"]
         if "missing" in r:
-            rows.append([*row, "—", "—", "—", flops_ratio, *["—"] * 4])
-            continue
-        seconds, losses = r["seconds"], [f"{r['losses'][i]:.5f}" for i in (0, -1)]
+            return [*row, "—", "—", "—", flops_ratio]
+        seconds = r["seconds"]
         ratio = f"{seconds / mine['seconds']:.2f}" if "seconds" in mine else "—"
-        memory = "—" if r["memory"] is None else f"{r['memory'] / measurement.GIB:.2f}"
-        rate, mfu = f"{r['batch'] * r['tokens'] / seconds:,.0f}", f"{r['needed_flops'] / seconds / peak:.0%}"
-        rows.append([*row, f"{seconds:.3g}", rate, ratio, flops_ratio, mfu, memory, *losses])
-    print(measurement.table(HEADER, rows))
-    for name, S, reason in ((r["contender"], r["tokens"], r["missing"]) for r in records if "missing" in r):
-        print(f"— {name}, {S:,} tokens: {reason}")
+        row += [f"{seconds:.3g}", f"{r['batch'] * r['tokens'] / seconds:,.0f}", ratio, flops_ratio]
+        row += [f"{r['needed_flops'] / seconds / peak:.0%}", measurement.gib(r["memory"])]
+        return row + [f"{r['losses'][i]:.5f}" for i in (0, -1)]
+
+    print(measurement.table(HEADER, [cells(r) for r in records]))
+    measurement.print_missing(records)
     print()
 
 
@@ -252,8 +216,7 @@ def check_losses(records: list[dict]) -> None:
     first = {(r["tokens"], r["contender"]): r["losses"][0] for r in records if "losses" in r}
     for (S, name), loss in first.items():
         own = first.get((S, "ours"), loss)
-        if not abs(loss - own) <= 1e-3:
-            raise ValueError(f"the first losses at {S:,} tokens differ: ours {own:.5f}, {name} {loss:.5f}")
+        check(abs(loss - own) <= 1e-3, f"the first losses at {S:,} tokens differ: ours {own:.5f}, {name} {loss:.5f}")
 
 
 def bench() -> None:
@@ -263,10 +226,7 @@ def bench() -> None:
     with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
         dtype = str(execution_on(platform, c.model, c.train).dtype)
-        reason = measurement.no_transformers(platform, dtype) if "transformers" in parts else None
-        if reason and PART.value == "transformers":
-            raise ValueError(f"--part=transformers: {reason}")
-        if reason:
+        if "transformers" in parts and (reason := measurement.no_transformers(platform, dtype, PART.value)):
             print(f"— transformers: {reason}\n")
             parts.remove("transformers")
         records = {part: BENCHMARKS[part](processes, c, lengths[part], dtype) for part in parts}
@@ -279,9 +239,8 @@ def bench() -> None:
     )
     for part in parts:
         show(records[part], peak)
-    if JSON.value:
-        out = {"platform": platform, "versions": versions, "peak": peak, "config": config.to_dict(c), "records": records}
-        Path(JSON.value).write_text(json.dumps(out, indent=1) + "\n")
+    out = {"platform": platform, "versions": versions, "peak": peak, "config": config.to_dict(c), "records": records}
+    measurement.write_json(JSON.value, out)
     check_losses(records.get("transformers", []))
 
 

@@ -1,7 +1,4 @@
-"""Measures what models can read: python tools/evaluate.py --checkpoint=runs/hybrid_8k --suite=quick --out=evals/hybrid_8k
-
-The program is hybrid_attn/commands/evaluate.py; an installed package runs it as hybrid-evaluate.
-"""
+"""Measures what models can read: hybrid_attn/commands/evaluate.py, which pip installs as hybrid-evaluate."""
 
 from hybrid_attn.commands import evaluate
 

@@ -5,6 +5,7 @@ metrics.jsonl and in TensorBoard, and no traceback. Faults are kills, signals, d
 processes, one is killed or stopped. Prints a table; exit code 1 if a case fails. All cases take 15 minutes on two cores.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -13,8 +14,6 @@ import random
 import re
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 from absl import app, flags
 
 from hybrid_attn import programs
+from hybrid_attn.parallel import launchers
 
 ROOT = Path(__file__).parents[1]
 CASES = flags.DEFINE_string("cases", "", "Only the cases whose name matches this regular expression.")
@@ -60,9 +60,6 @@ class Lab:
     folder: Path
     undisturbed: dict[int, tuple] = dataclasses.field(default_factory=dict)
 
-    def command(self, workdir: Path) -> list[str]:
-        return [sys.executable, str(ROOT / "launch/train.py"), f"--config={self.folder}/config.py", f"--workdir={workdir}"]
-
     def env(self) -> dict[str, str]:
         return os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -79,16 +76,16 @@ class Training:
     """One run of the training command in `workdir`, in one process or several; everything that it prints goes to files."""
 
     def __init__(self, lab: Lab, workdir: Path, processes: int = 1):
-        self.workdir = workdir
-        self.log = workdir.parent / f"{workdir.name}.log"
-        number = next(n for n in itertools.count() if not (self.log / f"{n}-0.err").exists())
-        self.log.mkdir(parents=True, exist_ok=True)
-        self.outputs = [self.log / f"{number}-{i}.out" for i in range(processes)]
-        port = free_port() if processes > 1 else None
+        self.workdir, log = workdir, workdir.with_name(f"{workdir.name}.log")
+        log.mkdir(parents=True, exist_ok=True)
+        number = len(list(log.glob("*-0.err")))
+        self.outputs = [log / f"{number}-{i}.out" for i in range(processes)]
+        program = [sys.executable, ROOT / "launch/train.py", f"--config={lab.folder}/config.py", f"--workdir={workdir}"]
+        port = launchers.free_port()
         self.processes = []
         for i, output in enumerate(self.outputs):
             joins = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
-            command = [*lab.command(workdir), *(joins if processes > 1 else [])]
+            command = program + joins * (processes > 1)
             with output.open("wb") as out, output.with_suffix(".err").open("wb") as err:
                 self.processes.append(subprocess.Popen(command, cwd=ROOT, env=lab.env(), stdout=out, stderr=err))
 
@@ -106,34 +103,17 @@ class Training:
         path = self.workdir / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    def send(self, number: int, process: int = 0) -> None:
-        if self.processes[process].poll() is None:
-            self.processes[process].send_signal(number)
-
     def end(self, timeout: float = TIMEOUT) -> list[int | None]:
         """Exit codes; None of a process that had to be killed because it did not end."""
-        codes, until = [], time.monotonic() + timeout
+        until = time.monotonic() + timeout
         for process in self.processes:
-            try:
-                codes.append(process.wait(max(until - time.monotonic(), 0.1)))
-            except subprocess.TimeoutExpired:
-                codes.append(None)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(until - time.monotonic(), 0.1))
+        codes = [process.poll() for process in self.processes]
         for process in self.processes:
             process.kill()
             process.wait()
         return codes
-
-
-def free_port() -> int:
-    """A free port whose next port is free, too."""
-    while True:
-        with socket.create_server(("localhost", 0)) as first:
-            port = first.getsockname()[1]
-            try:
-                socket.create_server(("localhost", port + 1)).close()
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 # Moments of a run: whether it has come.
@@ -154,10 +134,6 @@ def evaluating(step: int) -> Callable[[Training], bool]:
     return lambda run: (run.workdir / f"evals/{step}").exists()
 
 
-def started(run: Training) -> bool:
-    return True
-
-
 def importing(run: Training) -> bool:
     """The compiled part of jax is being loaded."""
     return "jaxlib" in Path(f"/proc/{run.processes[0].pid}/maps").read_text()
@@ -165,10 +141,7 @@ def importing(run: Training) -> bool:
 
 @dataclasses.dataclass
 class Case:
-    """`disturb(lab, workdir)` starts a run, injects the fault and returns a description and the exit codes.
-
-    Exit codes outside `allowed` are a failure.
-    """
+    """`disturb(lab, workdir)` injects a fault into a new run; returns what it did, and exit codes that must be `allowed`."""
 
     name: str
     disturb: Callable[[Lab, Path], tuple[str, list]]
@@ -184,7 +157,7 @@ def signalled(number: int, moment: Callable, delay: float, process: int = 0, pro
         run = Training(lab, workdir, processes)
         in_time = run.wait_for(moment)
         time.sleep(delay)
-        run.send(number, process)
+        run.processes[process].send_signal(number)
         codes = run.end()
         return f"{'' if in_time else 'not reached; '}exit {', '.join(map(str, codes))}", codes
 
@@ -195,10 +168,10 @@ def signalled_twice(lab: Lab, workdir: Path) -> tuple[str, list]:
     """Ctrl-C while a checkpoint is written, and again at once: the program ends within seconds."""
     run = Training(lab, workdir)
     run.wait_for(saving(56))
-    run.send(signal.SIGINT)
+    run.processes[0].send_signal(signal.SIGINT)
     time.sleep(0.02)
     before = time.monotonic()
-    run.send(signal.SIGINT)
+    run.processes[0].send_signal(signal.SIGINT)
     codes = run.end(30)
     return f"exit {codes[0]} after {time.monotonic() - before:.1f} s", codes
 
@@ -208,9 +181,9 @@ def stopped_process(lab: Lab, workdir: Path) -> tuple[str, list]:
     run = Training(lab, workdir, 2)
     run.wait_for(reached(30))
     before = time.monotonic()
-    run.send(signal.SIGSTOP, 1)
+    run.processes[1].send_signal(signal.SIGSTOP)
     code = run.processes[0].wait(TIMEOUT)
-    run.send(signal.SIGKILL, 1)
+    run.processes[1].send_signal(signal.SIGKILL)
     run.end()
     return f"process 0: exit {code} after {time.monotonic() - before:.0f} s", [code]
 
@@ -231,17 +204,17 @@ def damaged(damage: Callable[[Path], None], newest: int) -> Callable:
     return disturb
 
 
-def biggest(folder: Path) -> Path:
-    return max((path for path in folder.rglob("d/*")), key=lambda path: path.stat().st_size)
+def largest_file(checkpoint: Path) -> Path:
+    return max((checkpoint / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
 def truncate(checkpoint: Path) -> None:
-    path = biggest(checkpoint / "state")
+    path = largest_file(checkpoint)
     os.truncate(path, path.stat().st_size // 2)
 
 
 def flip_a_bit(checkpoint: Path) -> None:
-    path = biggest(checkpoint / "state")
+    path = largest_file(checkpoint)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -267,18 +240,15 @@ DAMAGES = (truncate, flip_a_bit, empty_the_config, change_a_digit, damage_the_ma
 def full_disk(lab: Lab, workdir: Path) -> tuple[str, list]:
     """A small disk that fills during the run and has room again for the next one."""
     workdir.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", workdir], capture_output=True)
-    if mounted.returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", workdir]
+    if subprocess.run(mount, capture_output=True).returncode:
         return "left out: mounting a small disk needs root", []
     run = Training(lab, workdir)
     run.wait_for(reached(60))
     ballast = workdir / "ballast"
-    try:
-        with ballast.open("wb", buffering=0) as file:
-            while file.write(bytes(4096)):
-                pass
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
     codes = run.end()
     ballast.unlink()
     return f"exit {codes[0]}: {last_line(run)}", codes
@@ -301,7 +271,7 @@ def cases(rng: random.Random) -> Iterator[Case]:
     """All cases, in the order of the table."""
     anywhere = [reached(rng.randrange(1, STEPS)) for _ in range(9)]
     kills = [
-        saving(16), evaluating(EVALS), reached(EDGE), evaluating(STEPS), saving(EDGE), started, saved(EVERY), reached(1),
+        saving(16), evaluating(EVALS), reached(EDGE), evaluating(STEPS), saving(EDGE), reached(0), saved(EVERY), reached(1),
         saving(EVERY), saving(STEPS), saving(EVALS + EVERY), *anywhere,
     ]  # fmt: skip
     for i, moment in enumerate(kills):
@@ -313,9 +283,8 @@ def cases(rng: random.Random) -> Iterator[Case]:
         if number == signal.SIGINT:
             yield Case("ctrl-c-imports", signalled(number, importing, 0.2), (130,))
             yield Case("ctrl-c-twice", signalled_twice, (0, 130))
-    for damage in DAMAGES:
-        for newest in (1, 2):
-            yield Case(f"{damage.__name__}-{newest}", damaged(damage, newest), unreadable=newest)
+    for damage, newest in itertools.product(DAMAGES, (1, 2)):
+        yield Case(f"{damage.__name__}-{newest}", damaged(damage, newest), unreadable=newest)
     yield Case("full-disk", full_disk, (1,))
     for process in (0, 1):
         disturb = signalled(signal.SIGKILL, reached(30), rng.uniform(0, 0.05), process, 2)
@@ -339,27 +308,22 @@ def outcome(workdir: Path) -> tuple:
 
 
 def tensorboard_steps(folder: Path) -> list[int]:
-    """The steps of the most frequent scalar; a session hides events of older sessions from its first step on."""
+    """The steps of the most frequent scalar; a session hides events of older sessions from its first step on.
+
+    A record of a file is 8 bytes of length, 4 of checksum, the event, and 4 of checksum; the last may be truncated.
+    """
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     steps: dict[str, list[int]] = {}
     for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
-        for record in records(path.read_bytes()):
-            event = Event.FromString(record)
+        content = path.read_bytes()
+        while len(content) >= 16 + (length := int.from_bytes(content[:8], "little")):
+            event, content = Event.FromString(content[12 : length + 12]), content[length + 16 :]
             if event.session_log.status == SessionLog.START:
                 steps = {tag: [step for step in seen if step < event.step] for tag, seen in steps.items()}
             for value in event.summary.value:
                 steps.setdefault(value.tag, []).append(event.step)
     return max(steps.values(), key=len)
-
-
-def records(content: bytes) -> Iterator[bytes]:
-    """The records of an event file: 8 bytes of length, 4 of checksum, the record, 4 of checksum; the last may be truncated."""
-    while len(content) >= 12:
-        (length,) = struct.unpack("<Q", content[:8])
-        if len(content) >= length + 16:
-            yield content[12 : length + 12]
-        content = content[length + 16 :]
 
 
 def finish(lab: Lab, workdir: Path, processes: int) -> list[str]:
@@ -395,18 +359,13 @@ def prepare(folder: Path) -> Lab:
     return Lab(folder)
 
 
-def run_undisturbed(lab: Lab, processes: int) -> None:
-    """Runs to the end once, to compare all cases with this number of processes."""
-    workdir = lab.folder / f"straight-{processes}"
-    wrong = finish(lab, workdir, processes)
-    if wrong:
-        raise OSError(f"the undisturbed run failed: {wrong[0]}")
-    lab.undisturbed[processes] = outcome(workdir)
-
-
 def run_case(lab: Lab, case: Case) -> list[str]:
+    """Its failures. The first case with so many processes comes after an undisturbed run, with which all are compared."""
     if case.processes not in lab.undisturbed:
-        run_undisturbed(lab, case.processes)
+        straight = lab.folder / f"straight-{case.processes}"
+        if wrong := finish(lab, straight, case.processes):
+            raise OSError(f"the undisturbed run failed: {wrong[0]}")
+        lab.undisturbed[case.processes] = outcome(straight)
     workdir, before = lab.folder / case.name, time.monotonic()
     try:
         how, codes = case.disturb(lab, workdir)
@@ -424,14 +383,11 @@ def break_runs() -> int:
     chosen = [case for case in chosen if re.search(CASES.value, case.name)]
     if not chosen:
         raise ValueError(f"--cases={CASES.value} matches none of the cases")
-    folder = Path(OUT.value or tempfile.mkdtemp(prefix="faults-")).absolute()
-    folder.mkdir(parents=True, exist_ok=OUT.value is None)
-    try:
-        lab = prepare(folder)
+    if OUT.value:
+        Path(OUT.value).mkdir(parents=True)
+    with contextlib.nullcontext(OUT.value) if OUT.value else tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        lab = prepare(Path(folder).absolute())
         failed = [case.name for case in chosen if run_case(lab, case)]
-    finally:
-        if OUT.value is None:
-            shutil.rmtree(folder)
     print(f"{len(chosen) - len(failed)} of {len(chosen)} cases passed" + "".join(f"; {name}" for name in failed))
     return 1 if failed else 0
 

@@ -1,7 +1,4 @@
-"""Answers prompts: python tools/generate.py --checkpoint=runs/hybrid_8k --prompt='def main('
-
-The program is hybrid_attn/commands/generate.py; an installed package runs it as hybrid-generate.
-"""
+"""Answers prompts: hybrid_attn/commands/generate.py, which pip installs as hybrid-generate."""
 
 from hybrid_attn.commands import generate
 

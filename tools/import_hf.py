@@ -1,7 +1,4 @@
-"""Makes a checkpoint from a Hugging Face directory: python tools/import_hf.py --model=DIR --out=DIR
-
-The program is hybrid_attn/commands/import_hf.py; an installed package runs it as hybrid-import.
-"""
+"""Makes a checkpoint from a Hugging Face directory: hybrid_attn/commands/import_hf.py, which pip installs as hybrid-import."""
 
 from hybrid_attn.commands import import_hf
 

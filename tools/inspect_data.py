@@ -15,21 +15,18 @@ from absl import app, flags
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.characters import line, visible
-from hybrid_attn.data import corpora, documents, pipeline, store, summary
+from hybrid_attn.data import corpora, documents, pipeline, prepare, store
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.trees import check
 
-VERIFY = flags.DEFINE_bool(
-    "verify", False, "Check the checksums of all files, the ids against the tokenizer, and the values of loss masks."
-)
+VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of files, the ids against the tokenizer, and loss masks.")
 DOCUMENT = flags.DEFINE_integer("document", None, "Number of the document whose text is printed.", 0)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes or a tokenizer.json; by default the tokenizer that the store names.")
 CONFIG = config_file.define("config", None, "Config of the run whose batch is printed.", config.Config)
 STAGE = flags.DEFINE_integer("stage", 0, "Stage of the config, from 0.", 0)
 STEP = flags.DEFINE_integer("step", 0, "Step of the stage, from 0.", 0)
-CHARACTERS = flags.DEFINE_integer(
-    "characters", 200, "Characters of the beginning and of the end of a text that are printed.", 1
-)
+CHARACTERS = flags.DEFINE_integer("characters", 200, "Characters that are printed of each end of a text.", 1)
 
 
 def show_store(path: str) -> None:
@@ -37,7 +34,7 @@ def show_store(path: str) -> None:
     store.load(path)  # checks the size of every file
     print(f"store        {path}: {len(manifest.shards)} shards of {manifest.dtype} ids, complete")
     print(line(f"tokenizer    {manifest.tokenizer}, hash {manifest.tokenizer_hash[:12]}"))
-    print(*summary.lines(manifest.summary), sep="\n")
+    print(*prepare.summary_lines(manifest.summary), sep="\n")
     if VERIFY.value:
         verify(path, manifest)
     if DOCUMENT.value is not None:
@@ -67,8 +64,7 @@ def verify(path: str, manifest: store.Manifest) -> None:
 
 def show_document(corpus: documents.Documents, tokenizer) -> None:
     number = DOCUMENT.value
-    if number >= len(corpus):
-        raise ValueError(f"--document={number}: the store has {len(corpus):,} documents, numbered from 0")
+    check(number < len(corpus), f"--document={number}: the store has {len(corpus):,} documents, numbered from 0")
     length, label = int(corpus.lengths[number]), corpus.label_names[corpus.labels[number]]
     print(line(f"document     {number}: label {label}, {length:,} tokens, hash {int(corpus.hashes[number]):016x}"))
     if corpus.loss_mask is not None:
@@ -81,10 +77,7 @@ def show_document(corpus: documents.Documents, tokenizer) -> None:
 
 
 def clipped(first: str, last: str, cut: bool) -> str:
-    """The beginning of `first` and the end of `last`. They are the same text unless something between them was `cut`.
-
-    Control characters are replaced, so that no text can send commands to the terminal.
-    """
+    """The beginning of `first` and the end of `last`, one text unless `cut`; no control character reaches the terminal."""
     if not cut and len(first) <= 2 * CHARACTERS.value:
         return visible(first)
     return visible(f"{first[: CHARACTERS.value]} [...] {last[-CHARACTERS.value :]}")

@@ -18,17 +18,9 @@ from safetensors.torch import save_file
 OUT = flags.DEFINE_string("out", "tests/golden", "Directory of the cases.")
 WINDOW, LENGTH = 5, 23
 SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+    "vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
 LOCAL, FULL = "sliding_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.5}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -61,16 +53,6 @@ CASES = {
 }  # fmt: skip
 
 
-def model_type(case: str) -> str:
-    return "gemma3_text" if case.startswith("gemma3") else case.split("_")[0]
-
-
-def write_config(case: str, directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    values = {"model_type": model_type(case), **SIZES, **CASES[case]}
-    (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
-
-
 def random_model(directory: Path, seed: int):
     """The model that the library builds from config.json, with random parameters rounded to bfloat16."""
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory)).float().eval()
@@ -86,12 +68,6 @@ def random_model(directory: Path, seed: int):
     return model
 
 
-def save(model, directory: Path) -> None:
-    tied = model.config.tie_word_embeddings
-    state = {name: x for name, x in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    save_file({name: x.bfloat16().contiguous() for name, x in state.items()}, directory / "model.safetensors")
-
-
 def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and mask of three sequences: full, padded on the left, padded on the right."""
     tokens = np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (3, LENGTH), np.int32)
@@ -100,21 +76,23 @@ def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, mask
 
 
-def logits_of(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Float32 logits, zero where there is padding."""
-    with torch.no_grad():
-        out = model(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long())
-    return out.logits.float().numpy() * mask[..., None]
-
-
 def main(_):
-    for seed, case in enumerate(CASES):
+    for seed, (case, fields) in enumerate(CASES.items()):
         directory = Path(OUT.value) / case
-        write_config(case, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        model_type = "gemma3_text" if case.startswith("gemma3") else case.split("_")[0]
+        values = {"model_type": model_type, **SIZES, **fields}
+        (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
         model = random_model(directory, seed)
-        save(model, directory)
+        state = {name: x.bfloat16().contiguous() for name, x in model.state_dict().items()}
+        if model.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        save_file(state, directory / "model.safetensors")
         tokens, mask = batch(seed)
-        np.savez_compressed(directory / "golden.npz", tokens=tokens, mask=mask, logits=logits_of(model, tokens, mask))
+        with torch.no_grad():
+            out = model(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long())
+        logits = out.logits.float().numpy() * mask[..., None]  # zero where there is padding
+        np.savez_compressed(directory / "golden.npz", tokens=tokens, mask=mask, logits=logits)
         print(case)
 
 

@@ -1,7 +1,4 @@
-"""Says what a training step needs: python tools/plan.py --config=configs/hybrid_8k.py --target=cpu:8
-
-The program is hybrid_attn/commands/plan.py; an installed package runs it as hybrid-plan.
-"""
+"""Says what a training step needs: hybrid_attn/commands/plan.py, which pip installs as hybrid-plan."""
 
 from hybrid_attn.commands import plan
 

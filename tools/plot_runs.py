@@ -4,7 +4,6 @@ Reads metrics.jsonl of each workdir. --value is a name of its lines: loss (the m
 grad_norm, tokens_per_s, lr, ... Exit codes: 2 for a wrong flag or input.
 """
 
-import difflib
 import io
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from absl import app, flags
 
 from hybrid_attn import programs
 from hybrid_attn.files import object_of, write_atomically
+from hybrid_attn.trees import check, suggestion
 
 WORKDIR = flags.DEFINE_multi_string("workdir", None, "Workdir of a run; may be repeated.", required=True)
 OUT = flags.DEFINE_string("out", None, "The picture, a .png file.", required=True)
@@ -43,17 +43,14 @@ class Curve(NamedTuple):
 def read(workdir: str) -> list[dict]:
     """The lines of metrics.jsonl without skipped steps; ValueError for a file with other lines."""
     path, steps = Path(workdir) / "metrics.jsonl", []
-    if not path.is_file():
-        raise ValueError(f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
+    check(path.is_file(), f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
     *lines, last = path.read_bytes().split(b"\n")  # the last line of a killed or running run may be incomplete
     for number, line in enumerate(lines, 1):
         values = object_of(line, f"{path}, line {number}")
-        if type(values.get("step")) is not int:
-            raise ValueError(f"{path}, line {number} is no step of a run: {line[:40]!r}")
+        check(type(values.get("step")) is int, f"{path}, line {number} is no step of a run: {line[:40]!r}")
         if "skipped" not in values:
             steps.append(values)
-    if not steps:
-        raise ValueError(f"{path} has no step yet; wait for its first line")
+    check(len(steps) > 0, f"{path} has no step yet; wait for its first line")
     return steps
 
 
@@ -64,13 +61,11 @@ def curve(label: str, workdir: str) -> Curve:
     if name in MEANS and f"{name}_mean" in known:
         name = f"{name}_mean"
     for key in (name, axis):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}? It" if near else "it"
-            raise ValueError(f"{workdir}/metrics.jsonl has no {key!r}; {hint} has {', '.join(known)}")
+        hint = suggestion(key, known)
+        it = f"{hint} It" if hint else "it"
+        check(key in known, f"{workdir}/metrics.jsonl has no {key!r}; {it} has {', '.join(known)}")
     points = [(x["step"], x[axis], x[name]) for x in lines if all(_is_number(x.get(key)) for key in ("step", axis, name))]
-    if not points:
-        raise ValueError(f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
+    check(len(points) > 0, f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
     return Curve(label, *zip(*points, strict=True))
 
 
@@ -103,8 +98,7 @@ def picture(curves: Sequence[Curve]) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if LOG_X.value:
         axes.set_xscale("log")
-    axes.set_xlabel({"steps": "step", "tokens": "tokens seen"}[X.value])
-    axes.set_ylabel(UNITS.get(VALUE.value, VALUE.value))
+    axes.set(xlabel={"steps": "step", "tokens": "tokens seen"}[X.value], ylabel=UNITS.get(VALUE.value, VALUE.value))
     axes.legend(title="run: last value" + (f", mean of {SMOOTH.value:,} steps" if SMOOTH.value > 1 else ""), frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -113,21 +107,15 @@ def picture(curves: Sequence[Curve]) -> bytes:
     return content.getvalue()
 
 
-def labels() -> list[str]:
-    """The values of --label; by default the names of the directories, or their paths if two names are equal."""
-    if LABEL.value and len(LABEL.value) != len(WORKDIR.value):
-        raise ValueError(f"--label is given {len(LABEL.value)} times for {len(WORKDIR.value)} runs; give one for each, or none")
-    names = [Path(workdir).resolve().name for workdir in WORKDIR.value]
-    return LABEL.value or (names if len(set(names)) == len(names) else WORKDIR.value)
-
-
 def plot() -> None:
     out = Path(OUT.value)
-    if out.suffix != ".png":
-        raise ValueError(f"--out={out} must end in .png")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out={out}: {out.parent} is no directory; make it first")
-    curves = [curve(*pair) for pair in zip(labels(), WORKDIR.value, strict=True)]
+    check(out.suffix == ".png", f"--out={out} must end in .png")
+    check(out.parent.is_dir(), f"--out={out}: {out.parent} is no directory; make it first")
+    count, runs = len(LABEL.value), len(WORKDIR.value)
+    check(count in (0, runs), f"--label is given {count} times for {runs} runs; give one for each, or none")
+    names = [Path(workdir).resolve().name for workdir in WORKDIR.value]
+    labels = LABEL.value or (names if len(set(names)) == runs else WORKDIR.value)
+    curves = [curve(*pair) for pair in zip(labels, WORKDIR.value, strict=True)]
     write_atomically(out, picture(curves))
     print(f"picture  {out}")
 

@@ -1,7 +1,4 @@
-"""Makes a token store from text: python tools/prepare_data.py --input='raw/**/*.jsonl.gz' --out=STORE
-
-The program is hybrid_attn/commands/prepare_data.py; an installed package runs it as hybrid-prepare-data.
-"""
+"""Makes a token store from text: hybrid_attn/commands/prepare_data.py, which pip installs as hybrid-prepare-data."""
 
 from hybrid_attn.commands import prepare_data
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from absl import app, flags
 
 from hybrid_attn import files, programs
-from hybrid_attn.data import bpe, sources
+from hybrid_attn.data import sources
+from hybrid_attn.data.tokenizer import MAX_IDS, MIN_IDS, texts, train
 
 VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", None, "Largest number of ids; the vocab_size of the model.", bpe.MIN_VOCAB, bpe.MAX_VOCAB, required=True
+    "vocab_size", None, "Largest number of ids; the vocab_size of the model.", MIN_IDS, MAX_IDS, required=True
 )
 OUT = flags.DEFINE_string("out", "tokenizer.json", "New file.")
 INPUT = flags.DEFINE_multi_string("input", [], "Glob pattern or directory; may be repeated.")
@@ -31,12 +32,12 @@ def train_tokenizer() -> None:
     counts = {"documents": 0, "bytes": 0}
 
     def counted():
-        for text in bpe.texts(INPUT.value, sources.Fields(TEXT_FIELD.value, None), FORMAT.value):
+        for text in texts(INPUT.value, sources.Fields(TEXT_FIELD.value, None), FORMAT.value):
             counts["documents"] += 1
             counts["bytes"] += len(text.encode())
             yield text
 
-    tokenizer = bpe.train(counted(), VOCAB_SIZE.value)
+    tokenizer = train(counted(), VOCAB_SIZE.value)
     files.write_atomically(out, tokenizer.to_str(pretty=True))
     size = tokenizer.get_vocab_size()
     print(f"{out}: {size:,} ids, from {counts['documents']:,} documents of {counts['bytes']:,} bytes")

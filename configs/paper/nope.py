@@ -1,19 +1,11 @@
 """NoPE of "Rope to Nope and Back Again" (arXiv 2501.18795): full attention without positions in every layer.
 
-    python launch/train.py --config=configs/paper/nope.py                   # small, on a CPU
-    python launch/train.py --config=configs/paper/nope.py:8b --config.data.tokenizer=tokenizer.json  # the paper's
-
-Sizes are those of configs/hybrid_8k.py. At 8b after 750 B tokens: loss 1.58, MMLU 47.6, needles at 65K 9.03 of 10.
+Sizes and commands: configs/hybrid_8k.py. At 8b after 750 B tokens: loss 1.58, MMLU 47.6, needles at 65K 9.03 of 10.
 """
-
-from ml_collections import ConfigDict
 
 from configs import hybrid_8k
 from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):
-    c = hybrid_8k.get_config(size)
-    c.model.pattern = "G"
-    c.model.kinds = ConfigDict({"G": base.kind()})
-    return c
+    return hybrid_8k.with_layers(size, "G", G=base.kind())

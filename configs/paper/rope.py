@@ -1,20 +1,12 @@
 """RoPE, the baseline of "Rope to Nope and Back Again" (arXiv 2501.18795): full attention and RoPE in every layer.
 
-    python launch/train.py --config=configs/paper/rope.py                   # small, on a CPU
-    python launch/train.py --config=configs/paper/rope.py:8b --config.data.tokenizer=tokenizer.json  # the paper's
-
-Sizes are those of configs/hybrid_8k.py. Theta is 10,000 here and 2,000,000 in the paper's long-context stage. At 8b after
+Sizes and commands: configs/hybrid_8k.py. Theta is 10,000 here and 2,000,000 in the paper's long-context stage. At 8b after
 750 B tokens: loss 1.52, MMLU 48.6, needles at 65K 9.82 of 10.
 """
-
-from ml_collections import ConfigDict
 
 from configs import hybrid_8k
 from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):
-    c = hybrid_8k.get_config(size)
-    c.model.pattern = "R"
-    c.model.kinds = ConfigDict({"R": base.kind(rope_theta=10_000.0)})
-    return c
+    return hybrid_8k.with_layers(size, "R", R=base.kind(rope_theta=10_000.0))

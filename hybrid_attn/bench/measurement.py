@@ -4,10 +4,12 @@ Contenders that are called in turn are slowed down by the same load of the machi
 disturbed. Each library has its own process: its memory is measured alone, and its failure ends no other.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
 import importlib.util
+import json
 import multiprocessing
 import os
 import platform
@@ -24,7 +26,12 @@ import jax
 
 from hybrid_attn import config
 from hybrid_attn.config import Config, Table, reach
+from hybrid_attn.convert import families, hf
+from hybrid_attn.model import init, specs
+from hybrid_attn.model.params import map_specs
+from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train.metrics import peak_flops
+from hybrid_attn.trees import check
 
 OUT_OF_MEMORY = ("allocate memory", "RESOURCE_EXHAUSTED", "Out of memory")  # what PyTorch and XLA say
 GIB = 2**30
@@ -46,10 +53,7 @@ class Ready(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Calls of one contender: their seconds, their results, and the bytes of one call beyond its inputs.
-
-    `missing` is the reason if there are no calls.
-    """
+    """Calls of one contender: their seconds, results, and bytes of one beyond its inputs; `missing` says why there are none."""
 
     seconds: list[float]
     results: list[Any]
@@ -57,15 +61,12 @@ class Measured(NamedTuple):
     missing: str | None
 
 
-class Processes:
+class Processes(contextlib.AbstractContextManager):
     """One process for each library, started when it is first needed; use as a context."""
 
     def __init__(self, limit: int):
         """A contender that needs more than `limit` bytes beyond its inputs is missing from the results."""
         self.limit, self.pools = limit, {}
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         for pool in self.pools.values():
@@ -106,16 +107,13 @@ def make_matmul(dtype: str) -> Ready:
 def full_attention(c: Config) -> Config:
     """`c` with its first windowed layer type in every layer, without the window; a scheme that needs a window is "auto"."""
     windowed = [letter for letter in c.model.layers if reach(c.model.kinds[letter])]
-    if not windowed:
-        raise ValueError(f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
+    check(len(windowed) > 0, f"--config has the layers {c.model.layers}, none with a window: there is nothing to compare")
     letter, model = windowed[0], c.model
     full = dataclasses.replace(model.kinds[letter], window=None, chunk=None)
     scheme = config.context(model, c.train)[letter]
-    train = dataclasses.replace(
-        c.train, remat=config.remat(model, c.train)[letter], context="auto" if scheme == "halo" else scheme
-    )
+    changes = {"remat": config.remat(model, c.train)[letter], "context": "auto" if scheme == "halo" else scheme}
     model = dataclasses.replace(model, prefix="", pattern="R", kinds=Table({"R": full}))
-    return dataclasses.replace(c, model=model, train=train)
+    return dataclasses.replace(c, model=model, train=dataclasses.replace(c.train, **changes))
 
 
 def threads() -> int:
@@ -135,16 +133,15 @@ def highest_memory() -> int | None:
 
 def lengths(texts: Sequence[str]) -> list[int]:
     """Sorted numbers of tokens from texts such as 4096 or 4K; ValueError names an invalid one."""
+    check(len(texts) > 0, "--lengths is empty; write tokens, as 4096 or 4K")
     for text in texts:
-        if not re.fullmatch(r"[1-9][0-9]*K?", text):
-            raise ValueError(f"--lengths has {text!r}; write tokens, as 4096 or 4K")
-    if not texts:
-        raise ValueError("--lengths is empty; write tokens, as 4096 or 4K")
+        check(bool(re.fullmatch(r"[1-9][0-9]*K?", text)), f"--lengths has {text!r}; write tokens, as 4096 or 4K")
     return sorted({int(text.removesuffix("K")) * (1024 if text.endswith("K") else 1) for text in texts})
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells under their headers, in Markdown; the first two columns to the left."""
+    """Cells under their headers, in Markdown; the first two columns to the left, and dashes where a row is too short."""
+    rows = [[*row, *["—"] * (len(header) - len(row))] for row in rows]
     widths = [max(3, *(len(row[i]) for row in (header, *rows))) for i in range(len(header))]
     lines = [header, ["-" * (w - (i > 1)) + ":" * (i > 1) for i, w in enumerate(widths)], *rows]
     return "\n".join("| " + " | ".join(map(_pad, range(len(line)), line, widths)) + " |" for line in lines)
@@ -152,6 +149,60 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _pad(column: int, cell: str, width: int) -> str:
     return cell.ljust(width) if column < 2 else cell.rjust(width)
+
+
+def print_missing(records: Sequence[dict], name: Callable[[dict], str] | None = None) -> None:
+    """Prints why records have no numbers; `name` is what is missing, by default the contender at a number of tokens."""
+    name = name or (lambda r: f"{r['contender']}, {r['tokens']:,} tokens")
+    for line in dict.fromkeys(f"— {name(r)}: {r['missing']}" for r in records if r.get("missing")):
+        print(line)
+
+
+def gib(size: int | None) -> str:
+    return "—" if size is None else f"{size / GIB:.2f}"
+
+
+def write_json(path: str | None, values: dict | list) -> None:
+    """Writes the file that --json names, if it names one."""
+    if path:
+        Path(path).write_text(json.dumps(values, indent=1) + "\n")
+
+
+# --- The same model in `transformers`.
+
+
+def no_transformers(platform: str, dtype: str, part: str) -> str:
+    """Why `transformers` cannot be compared with here, empty if it can; ValueError where --part asks for nothing else."""
+    reason, missing = "", [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        reason = f"{' and '.join(missing)} not installed; install the extra `oracle`"
+    elif (platform, dtype) != ("cpu", "float32"):
+        reason = f"compared in float32 on a CPU, not in {dtype} on {platform}"
+    check(not reason or part != "transformers", f"--part=transformers: {reason}")
+    return reason
+
+
+def export(values: dict, directory: str, max_len: int) -> list[str]:
+    """Exports the initial parameters of a config; returns the names of the tensors with weight decay."""
+    c = config.build(values)
+    with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
+        params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
+    has_decay = hf.flat(map_specs(lambda spec: spec.decay, specs(c.model)))
+    shapes = {path: x.shape for path, x in hf.flat(params).items()}
+    description = hf.describe(c.model, directory, max_len)
+    hf.write(directory, c.model, description, shapes, hf.by_period(params), "float32")
+    tensors = families.tensors(c.model, description["model_type"], shapes)
+    return [tensor.name for tensor in tensors if has_decay[tensor.path]]
+
+
+def exported_model(directory: str):
+    """An exported model in float32 on PyTorch, with its scaled dot-product attention and the threads that XLA has."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads())
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
 
 
 # --- In the process of a library.
@@ -198,11 +249,3 @@ def _status(field: str) -> int:
     """A field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
-
-
-def no_transformers(platform: str, dtype: str) -> str | None:
-    """The reason why `transformers` cannot be compared with here; None if it can."""
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if missing:
-        return f"{' and '.join(missing)} not installed; install the extra `oracle`"
-    return None if platform == "cpu" and dtype == "float32" else f"compared in float32 on a CPU, not in {dtype} on {platform}"

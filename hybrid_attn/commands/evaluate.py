@@ -7,13 +7,12 @@ or --heldout. Units that do not fit a length are left out, and printed. The same
 Exit status: 2 for wrong flags or inputs, 1 for failures while running, 130 after Ctrl-C.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +22,8 @@ from absl import flags
 
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn import files, programs
-from hybrid_attn.config import CheckpointConfig
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import haystack, heldout, limits, output, report, ruler, suite
+from hybrid_attn.evals import haystack, heldout, limits, report, ruler, suite
 from hybrid_attn.evals.provenance import provenance, trained_length
 from hybrid_attn.evals.ruler import compat, qa
 from hybrid_attn.evals.ruler.fit import check_known
@@ -35,7 +33,13 @@ from hybrid_attn.infer import loading
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.model import execution_on
 from hybrid_attn.parallel.mesh import AXES, mesh_over_first
+from hybrid_attn.trees import check
 
+MARKER = "evaluations.txt"  # in --out: a report replaces files there
+MARKED = "tools/evaluate.py made this directory: it replaces report.*, results.json, pictures/ and tables/ here each time.\n"
+# Names in --out that no run may have, beside endings of files that are being written or were set aside.
+RESERVED = ("samples", "pictures", "tables", "report.html", "report.md", "results.json", MARKER, files.LOCK)
+ENDINGS = (".part", ".old")
 SHORTEST = 2048  # of questions without --lengths: in bytes, most of RULER's tasks fit
 CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_multi_integer("step", None, "Of a checkpoint, by default the newest: one for all, or one for each.")
@@ -85,15 +89,13 @@ def lengths(trained: Sequence[int]) -> dict[str, tuple[int, ...]]:
         of_questions = {max(SHORTEST, most // part) for most in trained for part in (4, 1)}
         return {"lengths": tuple(sorted(around)), "engine_lengths": tuple(sorted(of_questions))}
     chosen = numbers("lengths", LENGTHS.value, int)
-    if min(chosen) < 2:
-        raise ValueError(f"--lengths={','.join(LENGTHS.value)}: {min(chosen)} tokens hold no question; use more")
+    check(min(chosen) >= 2, f"--lengths={','.join(LENGTHS.value)}: {min(chosen)} tokens hold no question; use more")
     return {"lengths": chosen}
 
 
 def depths() -> tuple[float, ...]:
     percents = numbers("depths", DEPTHS.value, float)
-    if not all(0 <= depth <= 100 for depth in percents):
-        raise ValueError(f"--depths={','.join(DEPTHS.value)} must lie between 0 and 100 percent")
+    check(all(0 <= x <= 100 for x in percents), f"--depths={','.join(DEPTHS.value)} must lie between 0 and 100 percent")
     return percents
 
 
@@ -106,8 +108,7 @@ def numbers(flag: str, texts: Sequence[str], kind: type) -> tuple:
         except ValueError:
             what = "number of tokens" if kind is int else "number"
             raise ValueError(f"--{flag}={','.join(texts)} has {text!r}, which is no {what}") from None
-    if not values:
-        raise ValueError(f"--{flag}= names none; leave it out for the default")
+    check(bool(values), f"--{flag}= names none; leave it out for the default")
     return tuple(dict.fromkeys(values))
 
 
@@ -119,10 +120,9 @@ def names(checkpoints: Sequence[tuple[str, int]]) -> list[str]:
         name = path.parent.name if path.name == "checkpoints" else path.name
         if any(other == checkpoint and at != step for other, at in checkpoints):
             name = f"{name}-{step}"
-        others = (f"{name}-{number}" for number in itertools.count(2))
-        run_names.append(
-            next(x for x in itertools.chain([name], others) if x and x not in run_names and not output.is_reserved(x))
-        )
+        candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        taken = ("", *RESERVED, *run_names)
+        run_names.append(next(x for x in candidates if x not in taken and not x.endswith(ENDINGS)))
     return run_names
 
 
@@ -156,21 +156,16 @@ def settings(trained: Sequence[int]) -> Settings:
             raise ValueError(f"--{name} is of --suite={' or '.join(users)}, and this is --suite={SUITE.value}")
     if TRUST.value and HELDOUT.value:
         raise ValueError("--trust_checkpoint_data opens the model's own sources, and --heldout replaces them; leave one out")
-    if not RULER_TASKS.value:
-        raise ValueError("--ruler_tasks= names none; leave it out for all, or leave ruler out of --suite")
+    check(bool(RULER_TASKS.value), "--ruler_tasks= names none; leave it out for all, or leave ruler out of --suite")
     for task in RULER_TASKS.value:
         check_known(task)
     if TASK_PATH.value and not TASKS.value:
         raise ValueError(f"--task_path={TASK_PATH.value} is where --tasks lie, and there are none; name some")
-    if ENGLISH_WORDS.value and not COMPAT.value:
-        raise ValueError("--english_words is for RULER's own prompts; give --compat, too")
+    check(COMPAT.value or not ENGLISH_WORDS.value, "--english_words is for RULER's own prompts; give --compat, too")
     seed = compat.SEED if COMPAT.value and not SEED.present else SEED.value
-    chosen = Settings(
-        **{"evals": evals, "samples": SAMPLES.value, "tokens": TOKENS.value, "depths": depths(), "seed": seed},
-        **{"tasks": tuple(TASKS.value), "task_path": TASK_PATH.value, "compat": COMPAT.value},
-        ruler_tasks=tuple(dict.fromkeys(RULER_TASKS.value)),
-        **lengths(trained),
-    )
+    sizes = {**lengths(trained), "samples": SAMPLES.value, "tokens": TOKENS.value, "depths": depths(), "seed": seed}
+    tasks = {"tasks": tuple(TASKS.value), "task_path": TASK_PATH.value, "ruler_tasks": tuple(dict.fromkeys(RULER_TASKS.value))}
+    chosen = Settings(evals, compat=COMPAT.value, **sizes, **tasks)
     limits.check_settings(chosen)
     return chosen
 
@@ -217,81 +212,71 @@ def inspect(directory: str, step: int, evals: Sequence[str]) -> Checkpoint:
     return Checkpoint(directory, step, *trained_length(c, Path(steps_in), sum(stage_steps) if stage_steps else step))
 
 
-class Plan(NamedTuple):
-    """The arguments of the suite for one model, whose parameters are not loaded yet."""
-
-    context: EvalContext
-    settings: Settings
-    provenance: dict
-
-
-def plan(source: Checkpoint, settings: Settings, data: Mapping) -> Plan:
-    """What is measured of one model, on the mesh in force; its samples are drawn into --out."""
+def plan(source: Checkpoint, settings: Settings, data: Mapping) -> tuple[EvalContext, Settings, dict]:
+    """One model's context, without parameters, what is measured of it, and its provenance; draws the samples into --out."""
     directory, mesh = loading.find(source.directory), jax.sharding.get_mesh()
     c, tokenizer = loading.described(directory, source.step)
-    execution = execution_on(mesh.devices.flat[0].platform, c.model, c.train)
-    limits.check_caches(c.model, settings, execution, mesh, BATCH_SIZE.value or DEFAULT_BATCH_SIZE)
-    limits.check_sequences(c.model, settings, mesh)
-    documents = heldout_of(c, tokenizer) if any(EVALS[name].reads_heldout for name in settings.evals) else {}
+    eval_model = EvalModel(c.model, {}, execution_on(mesh.devices.flat[0].platform, c.model, c.train), mesh, tokenizer)
+    limits.check_model(eval_model, settings, BATCH_SIZE.value or DEFAULT_BATCH_SIZE)
+    documents = {}
+    if any(EVALS[name].reads_heldout for name in settings.evals):
+        named = heldout.named(HELDOUT.value)
+        documents = heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
     stops = tuple(loading.stop_tokens(source.directory, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
-    eval_model = EvalModel(c.model, {}, execution, mesh, tokenizer)
     context = EvalContext(eval_model, None, documents, trained=source.trained, tasks=with_own(own), stops=stops, **data)
     settings = suite.fitting(settings, context, Path(OUT.value) / "samples", lengths_are_fixed=False)
     suite.checked_units(settings, context)
-    saved = checkpoints.read_config(directory, source.step)
-    known = provenance(source.directory, source.step, c, saved, tokenizer, data["haystack"], execution, mesh)
+    known = provenance(source.directory, source.step, c, checkpoints.read_config(directory, source.step), context)
     known |= {"data": data_flags(), "weights": checkpoints.fingerprint(directory, source.step)}
     known["heldout"] = {name: x.fingerprint() for name, x in documents.items()}
     if data["essays"]:
         known["essays"] = hashlib.sha256(data["essays"].encode()).hexdigest()
     known["model"] |= {"seq_len": source.trained, "seq_len_from": source.trained_from}
-    return Plan(context, settings, known)
+    return context, settings, known
 
 
-def heldout_of(c: CheckpointConfig, tokenizer) -> dict:
-    """Held-out documents, or synthetic tasks, by name: those of --heldout, or of the model's own sources."""
-    named = heldout.named(HELDOUT.value)
-    return heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
-
-
-def evaluate(name: str, source: Checkpoint, planned: Plan) -> None:
-    """Measures one model into --out, on the mesh in force."""
+def evaluate(name: str, source: Checkpoint, context: EvalContext, settings: Settings, known: dict) -> None:
+    """Measures one model into --out, on the mesh in force; shows each finished unit in a bar on a terminal, else in a line."""
     print(f"{name}  trained at {source.trained:,} tokens ({source.trained_from})", flush=True)
-    for x in planned.settings.absent:
+    for x in settings.absent:
         print(f"{name}  absent  {Unit(*x[:3]).name}  {x.reason}", flush=True)
     c, params, _ = loading.load(source.directory, source.step)
     engine = Engine(params, c, EngineOptions(CHUNK.value, batch_size=BATCH_SIZE.value))
-    eval_model = planned.context.eval_model._replace(params=params)
-    planned = planned._replace(context=planned.context._replace(eval_model=eval_model, engine=engine))
-    out = Path(OUT.value)
-    with progress(name, tokens_read(planned)) as done:
-        suite.measure_units(*planned, out / name, out / "samples", done)
+    context = context._replace(eval_model=context.eval_model._replace(params=params), engine=engine)
+    units, out = suite.units(settings, context), Path(OUT.value)
+    tokens = [EVALS[unit.eval].sequences(settings, unit.length) * unit.length for unit in units]  # their time grows with them
+
+    def done(unit: Unit, number: int, of: int) -> None:
+        bar.update(tokens[number - 1])
+        bar.set_postfix_str(f"{number}/{of} {unit.name}")
+        if bar.disable:
+            share = sum(tokens[:number]) / sum(tokens)
+            print(f"{name}  {number}/{of}  {share:.0%} of tokens  {unit.name}", flush=True)
+
+    shown = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
+    with tqdm.tqdm(desc=name, total=sum(tokens), disable=not sys.stderr.isatty(), **shown) as bar:
+        suite.measure_units(context, settings, known, out / name, out / "samples", done)
 
 
-def tokens_read(planned: Plan) -> dict[Unit, int]:
-    """Of each unit, about how many tokens it reads: its time grows with them."""
-    settings = planned.settings
-    units = suite.units(settings, planned.context)
-    return {unit: EVALS[unit.eval].sequences(settings, unit.length) * unit.length for unit in units}
+def check_ours(out: Path) -> None:
+    """ValueError where `out` is in the workdir of a training, has links, or has files but not the marker of an evaluation.
 
-
-@contextlib.contextmanager
-def progress(name: str, read: Mapping[Unit, int]) -> Iterator[Callable[[Unit, int, int], None]]:
-    """Gives a function that shows a finished unit, by the tokens that it `read`: a bar on a terminal, a line elsewhere."""
-    total, shown = sum(read.values()), {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
-    with tqdm.tqdm(desc=name, total=total, disable=not sys.stderr.isatty(), **shown) as bar:
-        done_tokens = 0
-
-        def done(unit: Unit, number: int, of: int) -> None:
-            nonlocal done_tokens
-            done_tokens += read[unit]
-            bar.update(read[unit])
-            bar.set_postfix_str(f"{number}/{of} {unit.name}")
-            if bar.disable:
-                print(f"{name}  {number}/{of}  {done_tokens / total:.0%} of tokens  {unit.name}", flush=True)
-
-        yield done
+    Runs below it are no sign, for they may have been copied to beside files of the user that a report would replace.
+    """
+    check(not out.is_file(), f"--out={out} is a file; name a directory, which need not be there")
+    around = out.resolve().parents[:2]  # a training writes to WORKDIR/evals/STEP
+    trained = any(path.name.isdigit() for folder in around for path in (folder / "checkpoints").glob("*"))
+    check(not trained, f"--out={out} is in the workdir of a training, which writes there itself; name a directory elsewhere")
+    links = sorted(path.name for path in out.iterdir() if path.is_symlink()) if out.is_dir() else []
+    check(not links, f"--out={out} has links ({', '.join(links[:5])}), which lead to files elsewhere; remove them")
+    names = sorted(path.name for path in out.iterdir() if path.name != files.LOCK) if out.is_dir() else []
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    check(
+        not names or MARKER in names,
+        f"--out={out} has files that no evaluation wrote ({shown}), and a report would replace pictures/, tables/ and "
+        "report.*; name a new or an empty directory",
+    )
 
 
 def evaluate_all() -> None:
@@ -301,9 +286,8 @@ def evaluate_all() -> None:
     loaded when it is their turn.
     """
     report.check_drawing()
-    for flag, values in (("checkpoint", CHECKPOINT.value), ("out", [OUT.value])):
-        for value in values:
-            files.check_named(flag, value, "a directory")
+    for flag, value in [*(("checkpoint", path) for path in CHECKPOINT.value), ("out", OUT.value)]:
+        files.check_named(flag, value, "a directory")
     directories, evals = models(), suite.names_of(SUITE.value)
     heldout.named(HELDOUT.value)
     sources = [inspect(*model, evals) for model in directories]
@@ -312,13 +296,13 @@ def evaluate_all() -> None:
     run_names = names(directories)
     mesh = mesh_over_first(**programs.pairs(f"--mesh={MESH.value}", MESH.value, dict.fromkeys(AXES, int)))
     out = Path(OUT.value)
-    output.check_ours(out)
+    check_ours(out)
     with files.lock(out):
-        output.write_marker(out)
+        files.write_atomically(out / MARKER, MARKED)
         with jax.set_mesh(mesh):
             plans = [plan(source, chosen, data) for source in sources]
             for name, source, planned in zip(run_names, sources, plans, strict=True):
-                evaluate(name, source, planned)
+                evaluate(name, source, *planned)
         summary = report.write(out, [report.read(out / name) for name in run_names])
     print(f"\n{summary}\nreport  {out / 'report.html'}")
 

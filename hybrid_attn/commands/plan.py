@@ -12,10 +12,9 @@ import functools
 
 from absl import flags
 
-from hybrid_attn import config, config_file, programs
+from hybrid_attn import config, config_file, programs, trees
 from hybrid_attn.data.tokenizer import check_vocab, load_tokenizer
-from hybrid_attn.plan import report, step, targets
-from hybrid_attn.trees import check
+from hybrid_attn.plan import step, targets
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
 config_file.define_last_stage()
@@ -27,15 +26,15 @@ flags.mark_flags_as_required(["config", "target"])
 def plan_step() -> int:
     c = config.build(CONFIG.value.values)
     stages = f"{len(c.stages)} stage{'' if len(c.stages) == 1 else 's'}"
-    check(-1 <= STAGE.value < len(c.stages), f"--stage={STAGE.value}: the config has {stages}, counted from 0")
+    trees.check(-1 <= STAGE.value < len(c.stages), f"--stage={STAGE.value}: the config has {stages}, counted from 0")
     plan = step.make_plan(c, targets.find_target(TARGET.value), STAGE.value)
-    print(report.report(plan))
+    print(step.report(plan))
     if c.data.tokenizer == "bytes":  # a tokenizer.json may not be on this machine
         try:
             check_vocab(load_tokenizer("bytes"), c.model.vocab_size, "bytes")
         except ValueError as error:
             print(f"\nnote         no data was read; launch/train.py would say: {error}")
-    return int(not report.fits(plan))
+    return int(not step.fits(plan))
 
 
 def main(argv):

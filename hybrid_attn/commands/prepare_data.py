@@ -11,7 +11,8 @@ import os
 from absl import flags
 
 from hybrid_attn import files, programs
-from hybrid_attn.data import documents, prepare, records, sources, summary
+from hybrid_attn.data import documents, prepare, records, sources
+from hybrid_attn.trees import check
 
 INPUT = flags.DEFINE_multi_string("input", None, "Glob pattern or directory; may be repeated.", required=True)
 OUT = flags.DEFINE_string("out", None, "Directory of the store.", required=True)
@@ -42,16 +43,12 @@ MAX_DOCUMENT_MB = flags.DEFINE_integer(
 WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", 1, 1024)
 
 
-def check_loss_field(loss_field: str | None, text_field: str) -> None:
-    """ValueError where --loss_field is blank, or is a field that holds text."""
-    if loss_field is not None and (not loss_field.strip() or loss_field in (text_field, records.PIECE_TEXT)):
-        problem = "holds text" if loss_field.strip() else "is empty"
-        raise ValueError(f"--loss_field={loss_field} {problem}; name the field of a piece that says whether it is trained on")
-
-
 def prepare_store() -> None:
     files.check_named("out", OUT.value, "the directory of the store")
-    check_loss_field(LOSS_FIELD.value, TEXT_FIELD.value)
+    blank = LOSS_FIELD.value is not None and not LOSS_FIELD.value.strip()
+    of_text = LOSS_FIELD.value in (TEXT_FIELD.value, records.PIECE_TEXT)
+    problem = f"--loss_field={LOSS_FIELD.value} {'is empty' if blank else 'holds text'}"
+    check(not blank and not of_text, f"{problem}; name the field of a piece that says whether it is trained on")
     options = prepare.Options(
         tokenizer=TOKENIZER.value,
         fields=records.Fields(TEXT_FIELD.value, LABEL_FIELD.value, LOSS_FIELD.value),
@@ -63,7 +60,7 @@ def prepare_store() -> None:
         document_bytes=MAX_DOCUMENT_MB.value * 10**6,
     )
     counts = prepare.prepare(INPUT.value, OUT.value, options, WORKERS.value)
-    print(*summary.lines(counts), sep="\n")
+    print(*prepare.summary_lines(counts), sep="\n")
 
 
 def main(argv):

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 def kind(**changes) -> ConfigDict:
     """A layer type: full causal attention without positions or other options, except for `changes`."""
     k = ConfigDict()
-    k.mixer = "attention"  # how tokens exchange information: a name in `MIXERS` of hybrid_attn/model/block.py
+    k.mixer = "attention"  # how tokens exchange information: a name in `MIXERS` of hybrid_attn/model/transformer.py
     k.mlp = "gated"  # the feed-forward: a name in `MLPS` there
     k.window = None  # number of keys that a query sees, itself included; None = all earlier keys
     k.chunk = None  # tokens; a query sees only keys of its own chunk (Llama 4); excludes a window

@@ -4,7 +4,6 @@
 arrays. `defaults` has the values that the implementation of a family uses for fields that its config.json lacks.
 """
 
-import dataclasses
 import math
 import string
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import NamedTuple
 from hybrid_attn import config, trees
 from hybrid_attn.config import LayerType, Model
 from hybrid_attn.convert import layers
+from hybrid_attn.trees import check
 
 USUAL_LETTERS = {(True, True): "L", (True, False): "W", (False, False): "G", (False, True): "R"}  # window, rope
 NULLABLE = ("sliding_window", "final_logit_softcapping", "num_key_value_heads")  # null is a value here, not the default
@@ -29,15 +29,9 @@ FIELDS = {
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
 }
-LAYER = {  # path of a parameter in a layer -> tensor name after `model.layers.N.`
-    "attention/q": "self_attn.q_proj.weight",
-    "attention/k": "self_attn.k_proj.weight",
-    "attention/v": "self_attn.v_proj.weight",
-    "attention/o": "self_attn.o_proj.weight",
-    "mlp/gate": "mlp.gate_proj.weight",
-    "mlp/up": "mlp.up_proj.weight",
-    "mlp/down": "mlp.down_proj.weight",
-}
+# Path of a parameter in a layer -> tensor name after `model.layers.N.`
+LAYER = {f"attention/{name}": f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")}
+LAYER |= {f"mlp/{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 HEAD_NORMS = {"attention/q_norm/weight": "self_attn.q_norm.weight", "attention/k_norm/weight": "self_attn.k_norm.weight"}
 PRE = {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "post_attention_layernorm.weight"}
 POST = {
@@ -87,7 +81,7 @@ class Tensor(NamedTuple):
 def family_of(model_type: str | None) -> Family:
     """The entry of `model_type`; ValueError if there is none."""
     problem = trees.not_among(model_type, sorted(FAMILIES))
-    trees.check(not problem, f"model_type={model_type!r} of config.json {problem}")
+    check(not problem, f"model_type={model_type!r} of config.json {problem}")
     return FAMILIES[model_type]
 
 
@@ -112,30 +106,26 @@ def _model_of(config_json: Mapping) -> Model:
     if "quantization_config" in fields:
         raise ValueError("config.json has quantization_config; only plain floats are supported: use the unquantized model")
     missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]
-    if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
-    layers.positive_int(c, "num_attention_heads")
+    check(not missing, f"config.json lacks {', '.join(missing)}")
     if c.get("num_key_value_heads") is None:
         c["num_key_value_heads"] = c["num_attention_heads"]
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
+    for key in ("num_attention_heads", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         layers.positive_int(c, key)
     c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
-    layers.positive_int(c, "head_dim")
+    for key in ("num_key_value_heads", "head_dim"):
+        layers.positive_int(c, key)
     for key, supported in family.required.items():
         if c.get(key, supported) != supported:
             raise ValueError(f"config.json has {key}={c[key]!r}; for {c['model_type']}, only {key}={supported!r} is supported")
     values = {ours: c[key] for key, ours in (FIELDS | family.fields).items()} | family.fixed | family.scales(c)
     problem = trees.not_among(values["activation"], list(ACTIVATIONS))
-    trees.check(not problem, f"the activation {values['activation']!r} of config.json {problem}")
+    check(not problem, f"the activation {values['activation']!r} of config.json {problem}")
     values["activation"] = ACTIVATIONS[values["activation"]]
     return config.build_model(values | _layout(family.layer_types(c), c["num_hidden_layers"]))
 
 
 def config_json(model: Model, model_type: str, max_len: int) -> dict:
-    """The config.json of `model` as `model_type`, for texts up to `max_len` tokens.
-
-    ValueError with a line for each field that would be different when the config.json is read again.
-    """
+    """The config.json of `model` for texts up to `max_len` tokens; ValueError with a line for each field that differs there."""
     family = family_of(model_type)
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     values = {theirs: getattr(model, ours) for theirs, ours in (FIELDS | family.fields).items()}
@@ -148,8 +138,7 @@ def config_json(model: Model, model_type: str, max_len: int) -> dict:
     if family.heads_divide_width and model.d_model % model.num_heads:
         heads = f"model.num_heads={model.num_heads}"
         lines.append(f"  model.d_model: {model.d_model} must be a multiple of {heads}, or transformers cannot open it")
-    if lines:
-        raise ValueError(f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
+    check(not lines, f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
     return out
 
 
@@ -188,8 +177,7 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
             result.append(Tensor(TOP[path], path, None, tuple(shape), False))
             continue
         group, layer, leaf = path.split("/", 2)
-        if leaf not in names:
-            raise ValueError(f"{model_type} has no tensor for {path}")
+        check(leaf in names, f"{model_type} has no tensor for {path}")
         first, step = before[group] + int(layer[1:]), len(model.pattern)
         stacked = group == "periods"
         inner = tuple(shape[1:]) if stacked else tuple(shape)
@@ -203,9 +191,13 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
 
 
 def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
-    """The `prefix` and the `pattern` that repeat to these layer types, and the `kinds` of their letters."""
-    if len(layer_types) != num_layers:
-        raise ValueError(f"config.json has layer types for {len(layer_types)} layers and num_hidden_layers={num_layers}")
+    """The `prefix` and the `pattern` that repeat to these layer types, and the `kinds` of their letters.
+
+    The pattern is the shortest, without a prefix where it repeats twice or more often. Else the prefix is that which makes both
+    together shortest; but there is none where both are more than half of the layers.
+    """
+    number = len(layer_types)
+    check(number == num_layers, f"config.json has layer types for {number} layers and num_hidden_layers={num_layers}")
     letter_of: dict[LayerType, str] = {}
     for layer_type in layer_types:
         if layer_type not in letter_of:
@@ -213,28 +205,18 @@ def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
             letter_of[layer_type] = next(x for x in usual + string.ascii_uppercase if x not in letter_of.values())
     letters = "".join(letter_of[layer_type] for layer_type in layer_types)
     kinds = {letter: config.to_dict(layer_type) for layer_type, letter in letter_of.items()}
-    prefix, pattern = _prefix_and_pattern(letters)
-    return {"prefix": prefix, "pattern": pattern, "kinds": kinds}
-
-
-def _prefix_and_pattern(letters: str) -> tuple[str, str]:
-    """The shortest pattern that repeats to `letters`, without a prefix where it repeats twice or more often.
-
-    Else the prefix that makes both together shortest; but no prefix where both are more than half of the layers.
-    """
-    number, periods = len(letters), config.shortest_periods(letters)
+    periods = config.shortest_periods(letters)
     length = min(range(number), key=lambda n: n + periods[number - n])
     if 2 * periods[number] <= number or 2 * (length + periods[number - length]) > number:
         length = 0
-    return letters[:length], letters[length : length + periods[number - length]]
+    return {"prefix": letters[:length], "pattern": letters[length : length + periods[number - length]], "kinds": kinds}
 
 
 def _normal_form(model: Model) -> dict:
     """The fields of a model, and the normal form of the layer type of each layer in place of prefix and pattern."""
-    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(Model)}
-    values["embed_scale"] = layers.rounded(model.embed_scale)
-    del values["prefix"], values["pattern"], values["kinds"]
-    return values | {"layers": [config.to_dict(layers.normal_form(model, x)) for x in layers.layer_types_of(model)]}
+    values = {name: value for name, value in vars(model).items() if name not in ("prefix", "pattern", "kinds")}
+    normal_forms = [config.to_dict(layers.normal_form(model, x)) for x in layers.layer_types_of(model)]
+    return values | {"embed_scale": layers.rounded(model.embed_scale), "layers": normal_forms}
 
 
 def _rotates(model: Model) -> bool:

@@ -8,10 +8,11 @@ the caller holds of one parameter.
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,13 @@ from hybrid_attn.config import Model
 from hybrid_attn.convert import families
 from hybrid_attn.convert.families import Tensor
 from hybrid_attn.files import check_named, read_object, write_atomically
+from hybrid_attn.trees import check
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_AND_CONFIG_FILES = (  # config.json has the ids of the special tokens
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 BUFFERS = (".rotary_emb.inv_freq",)  # in old checkpoints; they are computed from config.json
 LINES = 20  # largest number of tensors that an error names
@@ -92,7 +86,8 @@ def write(
     directory, dtype, safetensors = Path(directory), np.dtype(dtype), library()
     shards = _shards(families.tensors(model, config_json["model_type"], shapes), dtype.itemsize, shard_bytes)
     total = dtype.itemsize * sum(_size(tensor) for shard in shards for tensor in shard)
-    _check_space(directory, total)
+    if (free := shutil.disk_usage(directory).free) < total:
+        raise OSError(f"{total:,} bytes of tensors do not fit: {free:,} are free at {directory}; free some space")
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = [SINGLE] if len(shards) == 1 else names
     path, periods = None, iter(())
@@ -137,24 +132,22 @@ def copy_files(source: str | os.PathLike, target: str | os.PathLike, without: tu
 def new_directory(out: str | os.PathLike) -> Iterator[Path]:
     """A directory whose content moves to `out` at the end; on failure it is removed. ValueError if `out` is not empty.
 
-    A new `out` appears atomically, and a failure leaves none of its new parents. An existing empty directory (perhaps a mount
-    point, or a link to one) is filled by renames inside it. If these fail, OSError names the directory with the content.
+    A new `out` appears atomically, and a failure leaves none of its new parents. An empty one (perhaps a mount point or a link)
+    is filled by renames inside it. If these fail, OSError names the directory with the content.
     """
     check_named("out", out, "a new directory")
     out = Path(os.path.realpath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty directory; name another --out, or remove it")
     exists = out.exists()
+    empty = not exists or (out.is_dir() and not any(out.iterdir()))
+    check(empty, f"{out} exists and is not an empty directory; name another --out, or remove it")
     new_parents = [parent for parent in out.parents if not parent.exists()]  # the innermost first
-    temporary = None
+    temporary = (out if exists else out.parent) / f".{out.name}.{secrets.token_hex(4)}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out if exists else out.parent))
-        temporary.chmod(0o777 & ~_umask())
+        temporary.mkdir()
         yield temporary
     except BaseException:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process may have written to it
             for parent in new_parents:
                 parent.rmdir()
@@ -175,43 +168,28 @@ def _move(temporary: Path, out: Path) -> None:
     temporary.rmdir()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _open(directory: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Any], dict[str, str]]:
     """The open file of every tensor, and the conflicts between index and files by tensor."""
     index = directory / INDEX
     if not index.exists():
         file = _open_file(directory, SINGLE, f"and no {INDEX}", stack)
         return dict.fromkeys(file.keys(), file), {}
-    weight_map = _weight_map(index)
+    weight_map = read_object(index).get("weight_map")
+    check(isinstance(weight_map, dict), f"{index} has no weight_map of tensors to files")
+    for key, name in weight_map.items():
+        ok = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
+        check(ok, f"{index} has {key} in {name!r}, which must be the name of a .safetensors file beside it")
     opened = {name: _open_file(directory, name, f"which {INDEX} names", stack) for name in sorted(set(weight_map.values()))}
     keys = {name: set(file.keys()) for name, file in opened.items()}
     conflicts = {key: f"in {name}, not in the index" for name in opened for key in keys[name] - weight_map.keys()}
-    conflicts |= {
-        key: f"missing in {name}, where the index has it" for key, name in weight_map.items() if key not in keys[name]
-    }
-    return {key: opened[name] for key, name in weight_map.items() if key in keys[name]}, conflicts
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor; ValueError if a value is not the name of a safetensors file beside the index."""
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map of tensors to files")
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
-            raise ValueError(f"{index} has {key} in {name!r}, which must be the name of a .safetensors file beside it")
-    return weight_map
+    files = {key: opened[name] for key, name in weight_map.items() if key in keys[name]}
+    absent = {key: f"missing in {name}, where the index has it" for key, name in weight_map.items() if key not in files}
+    return files, conflicts | absent
 
 
 def _open_file(directory: Path, name: str, reason: str, stack: contextlib.ExitStack):
     safetensors = library()
-    if not (directory / name).is_file():  # a pipe would block
-        raise ValueError(f"{directory} has no {name}, {reason}")
+    check((directory / name).is_file(), f"{directory} has no {name}, {reason}")  # a pipe would block
     try:
         return stack.enter_context(safetensors.safe_open(directory / name, framework="numpy"))
     except (OSError, safetensors.SafetensorError) as cause:
@@ -229,12 +207,9 @@ def _check(directory, files: Mapping[str, Any], conflicts: Mapping[str, str], ex
         if _same(files[head], head, files[embed], embed):
             extra.discard(head)  # tied embeddings may be stored twice
     lines += [f"  {name}: {stored[name]} -> not expected" for name in sorted(extra)]
-    if lines:
-        more = [f"  and {len(lines) - LINES:,} more"] if len(lines) > LINES else []
-        raise ValueError(
-            f"the tensors of {directory} are not those of its config.json (file -> config.json):\n"
-            + "\n".join(lines[:LINES] + more)
-        )
+    listed = lines if len(lines) <= LINES else [*lines[:LINES], f"  and {len(lines) - LINES:,} more"]
+    title = f"the tensors of {directory} are not those of its config.json (file -> config.json):"
+    check(not lines, "\n".join([title, *listed]))
 
 
 def _described(stored) -> str:
@@ -252,33 +227,26 @@ def _same(file_a, name_a: str, file_b, name_b: str) -> bool:
 
 
 def _sharded(like, tensors: list[Tensor], files: Mapping[str, Any]) -> jax.Array:
-    """One parameter on its devices. The host reads the part of each device tensor by tensor."""
+    """One parameter on its devices, of the current mesh if its own is abstract. The host reads each part tensor by tensor."""
     stacked = tensors[0].period is not None
     inner = like.shape[1:] if stacked else like.shape
 
+    def read(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+        return tensor.ours(files[tensor.name].get_tensor(tensor.name), inner)[index]
+
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if not stacked:
-            return _read(tensors[0], inner, index, files).astype(like.dtype, copy=False)
-        periods = tensors[index[0]]
+            return read(tensors[0], index).astype(like.dtype, copy=False)
         shape = [len(range(*part.indices(size))) for part, size in zip(index, like.shape, strict=True)]
         out = np.empty(shape, like.dtype)
-        for slot, tensor in zip(out, periods, strict=True):
-            slot[...] = _read(tensor, inner, index[1:], files)
+        for slot, tensor in zip(out, tensors[index[0]], strict=True):
+            slot[...] = read(tensor, index[1:])
         return out
 
-    return jax.make_array_from_callback(like.shape, _sharding(like), part)
-
-
-def _sharding(like) -> jax.sharding.Sharding:
-    """The sharding of an abstract parameter; one with an abstract mesh is put on the current mesh."""
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
-        return NamedSharding(jax.sharding.get_mesh(), sharding.spec)
-    return sharding
-
-
-def _read(tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...], files: Mapping[str, Any]) -> np.ndarray:
-    return tensor.ours(files[tensor.name].get_tensor(tensor.name), shape)[index]
+        sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+    return jax.make_array_from_callback(like.shape, sharding, part)
 
 
 def _shards(tensors: list[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
@@ -295,7 +263,7 @@ def _shards(tensors: list[Tensor], itemsize: int, limit: int) -> list[list[Tenso
 
 
 def _size(tensor: Tensor) -> int:
-    return int(np.prod(tensor.shape, dtype=np.int64))
+    return math.prod(tensor.shape)
 
 
 def by_period(params: dict) -> Callable[[str], Iterator[np.ndarray]]:
@@ -311,13 +279,6 @@ def by_period(params: dict) -> Callable[[str], Iterator[np.ndarray]]:
 def flat(params: Mapping) -> dict[str, Any]:
     """Parameters by path, in the order of the paths: `periods/L0/attention/q`."""
     return dict(sorted(traverse_util.flatten_dict(params, sep="/").items()))
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    """OSError, before anything is written, if the tensors do not fit on the disk."""
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise OSError(f"{needed:,} bytes of tensors do not fit: {free:,} are free at {directory}; free some space")
 
 
 def _write_json(path: Path, values: Mapping) -> None:

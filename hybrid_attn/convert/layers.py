@@ -11,21 +11,16 @@ from collections.abc import Mapping
 
 from hybrid_attn import config
 from hybrid_attn.config import LayerType, Model, RopeScaling, Temperature, score_scale
+from hybrid_attn.trees import check
 
 LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
 LARGEST = {  # several times the sizes of the largest public models; products of them must fit int64
-    "vocab_size": 2**26,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**22,
-    "num_hidden_layers": 1024,
-    "num_attention_heads": 2**14,
-    "num_key_value_heads": 2**14,
-    "head_dim": 2**14,
-}
+    "vocab_size": 2**26, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1024,
+    "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14,
+}  # fmt: skip
 NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
 PLAIN = LayerType(
-    mixer="attention",
-    mlp="gated",
+    mixer="attention", mlp="gated",
     window=None, chunk=None, rope_theta=None, rope_fraction=1.0, rope_scaling=NO_SCALING,
     qk_norm="none", qk_norm_scope="head_dim", qk_norm_after_rope=False, scale=None, softcap=None,
     temperature=Temperature("none", 0.1, 8192), sink=False, gate="none",
@@ -69,10 +64,9 @@ def rounded(x: float) -> float:
 def positive_int(c: Mapping, key: str) -> int:
     """The field `key` of a config.json; ValueError if it is not a positive integer of a plausible size."""
     limit = LARGEST[key] if key in LARGEST else 2**31 - 1
-    if type(c[key]) is not int or c[key] < 1:
-        raise ValueError(f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
-    if c[key] > limit:
-        raise ValueError(f"config.json has {key}={c[key]}, which must be at most {limit:,}")
+    positive = type(c[key]) is int and c[key] >= 1
+    check(positive, f"config.json has {key}={c[key]!r}, which must be a whole number above 0")
+    check(c[key] <= limit, f"config.json has {key}={c[key]}, which must be at most {limit:,}")
     return c[key]
 
 
@@ -89,8 +83,7 @@ def _object(c: Mapping, key: str, where: str = "") -> dict:
 def _rope(c: dict, default_theta: float) -> tuple[float, RopeScaling]:
     """(theta, scaling) of a config.json with one RoPE for all layers."""
     params = _object(c, "rope_scaling") or _object(c, "rope_parameters")
-    if {LOCAL, FULL} & set(params):
-        raise ValueError(f"config.json has rope_parameters by layer type; {c['model_type']} has one RoPE")
+    check(not {LOCAL, FULL} & set(params), f"config.json has rope_parameters by layer type; {c['model_type']} has one RoPE")
     if "original_max_position_embeddings" in c:
         params["original_max_position_embeddings"] = c["original_max_position_embeddings"]
     return _theta_and_scaling(params, c.get("rope_theta", default_theta), c)
@@ -102,13 +95,14 @@ def _rope_by_type(c: dict, local_theta: tuple[str | None, float], full_theta: fl
     ValueError for a `rope_scaling` with the key `type` instead of `rope_type`, which the library of these families ignores.
     """
     by_type, older = _object(c, "rope_parameters"), _object(c, "rope_scaling")
-    if older.get("type", "default") != "default" and "rope_type" not in older:
-        raise ValueError(
-            f"config.json has rope_scaling with type={older['type']!r}, which the library of {c['model_type']} ignores; "
-            "rename the key to rope_type if the model was trained with it, or remove rope_scaling"
-        )
-    if by_type and not {LOCAL, FULL} & set(by_type):
-        raise ValueError(f"config.json has rope_parameters without {LOCAL} and {FULL}; {c['model_type']} has one for each")
+    older_type = older.get("type", "default")
+    check(
+        older_type == "default" or "rope_type" in older,
+        f"config.json has rope_scaling with type={older_type!r}, which the library of {c['model_type']} ignores; "
+        "rename the key to rope_type if the model was trained with it, or remove rope_scaling",
+    )
+    known = not by_type or {LOCAL, FULL} & set(by_type)
+    check(known, f"config.json has rope_parameters without {LOCAL} and {FULL}; {c['model_type']} has one for each")
     key, theta = local_theta
     local, full = (_object(by_type, name, "rope_parameters.") for name in (LOCAL, FULL))
     return {
@@ -150,7 +144,8 @@ def _rope_parameters(model: Model, layer_type: LayerType | None) -> dict:
     """The `rope_parameters` of a layer type; for None, the default ones of a model without RoPE."""
     if layer_type is None or layer_type.rope_theta is None:
         return {"rope_type": "default", "rope_theta": 10_000.0}
-    layer_type, s = normal_form(model, layer_type), normal_form(model, layer_type).rope_scaling
+    layer_type = normal_form(model, layer_type)
+    s = layer_type.rope_scaling
     params = {"rope_type": "default" if s.type == "none" else s.type, "rope_theta": layer_type.rope_theta}
     if s.type != "none":
         params["factor"] = s.factor
@@ -164,10 +159,8 @@ def _rope_parameters(model: Model, layer_type: LayerType | None) -> dict:
 
 def _one_rope(model: Model) -> dict:
     """The RoPE of the first layer that has one, in both spellings."""
-    layer_types = layer_types_of(model)
-    params = _rope_parameters(
-        model, next((layer_type for layer_type in layer_types if layer_type.rope_theta is not None), None)
-    )
+    rotating = [layer_type for layer_type in layer_types_of(model) if layer_type.rope_theta is not None]
+    params = _rope_parameters(model, rotating[0] if rotating else None)
     return {"rope_parameters": params} | _older(params)
 
 
@@ -199,8 +192,7 @@ def _type_names(c: dict) -> list[str]:
         every = positive_int(c, "sliding_window_pattern") if pattern is not None else 1
         names = [LOCAL if (i + 1) % every else FULL for i in range(num_layers)]
     unknown = sorted(set(names) - {LOCAL, FULL})
-    if unknown:
-        raise ValueError(f"config.json has layer_types {', '.join(unknown)}; known: {LOCAL}, {FULL}")
+    check(not unknown, f"config.json has layer_types {', '.join(unknown)}; known: {LOCAL}, {FULL}")
     if LOCAL in names and c.get("sliding_window") is None:
         raise ValueError(f"config.json has layers of {LOCAL} and no sliding_window")
     return names
@@ -213,18 +205,19 @@ def _layer_type_fields(model: Model) -> dict:
     return {"layer_types": names, "sliding_window": next((w for w in windows if w is not None), 4096)}
 
 
-def _layer_type(window: int | None, rope: tuple[float, RopeScaling] | None, **changes) -> LayerType:
-    theta, scaling = rope or (None, NO_SCALING)
+def _layer_type(c: dict, name: str, rope: tuple[float, RopeScaling] | None, **changes) -> LayerType:
+    """The layer type that config.json calls `name`; without `rope`, NoPE."""
+    window, (theta, scaling) = c["sliding_window"] if name == LOCAL else None, rope or (None, NO_SCALING)
     return dataclasses.replace(PLAIN, window=window, rope_theta=theta, rope_scaling=scaling, **changes)
 
 
-def _window(c: dict, name: str) -> int | None:
-    return c["sliding_window"] if name == LOCAL else None
+def _layer_types(c: dict, names: list[str], ropes: Mapping[str, tuple | None], **changes) -> list[LayerType]:
+    """The layer type of every layer; `ropes` has the RoPE of each name."""
+    return [_layer_type(c, name, ropes[name], **changes) for name in names]
 
 
 def cohere2_layer_types(c: dict) -> list[LayerType]:
-    rope = _rope(c, 10_000.0)
-    return [_layer_type(_window(c, name), rope if name == LOCAL else None) for name in _type_names(c)]
+    return _layer_types(c, _type_names(c), {LOCAL: _rope(c, 10_000.0), FULL: None})
 
 
 def cohere2_layout(model: Model) -> dict:
@@ -233,7 +226,7 @@ def cohere2_layout(model: Model) -> dict:
 
 def cohere_layer_types(c: dict) -> list[LayerType]:
     norm = {"qk_norm": "layernorm", "qk_norm_scope": "head"} if c["use_qk_norm"] else {}
-    return [_layer_type(None, _rope(c, 500_000.0), **norm)] * c["num_hidden_layers"]
+    return [_layer_type(c, FULL, _rope(c, 500_000.0), **norm)] * c["num_hidden_layers"]
 
 
 def cohere_layout(model: Model) -> dict:
@@ -241,7 +234,7 @@ def cohere_layout(model: Model) -> dict:
 
 
 def llama_layer_types(c: dict) -> list[LayerType]:
-    return [_layer_type(None, _rope(c, 10_000.0))] * c["num_hidden_layers"]
+    return [_layer_type(c, FULL, _rope(c, 10_000.0))] * c["num_hidden_layers"]
 
 
 def llama_layout(model: Model) -> dict:
@@ -255,12 +248,10 @@ def smollm3_layer_types(c: dict) -> list[LayerType]:
         rotates = [int((i + 1) % every != 0) for i in range(c["num_hidden_layers"])]
     local = c.get("use_sliding_window") and c.get("sliding_window")
     names = _type_names({"layer_types": [FULL if r or not local else LOCAL for r in rotates]} | c)
-    if LOCAL in names and not local:
-        raise ValueError(f"config.json has layers of {LOCAL} and use_sliding_window=false")
-    if len(rotates) < len(names):
-        raise ValueError(f"config.json has no_rope_layers for {len(rotates)} layers of {len(names)}")
+    check(local or LOCAL not in names, f"config.json has layers of {LOCAL} and use_sliding_window=false")
+    check(len(rotates) >= len(names), f"config.json has no_rope_layers for {len(rotates)} layers of {len(names)}")
     rope = _rope(c, 2_000_000.0)
-    return [_layer_type(_window(c, name), rope if r else None) for name, r in zip(names, rotates, strict=False)]
+    return [_layer_type(c, name, rope if r else None) for name, r in zip(names, rotates, strict=False)]
 
 
 def smollm3_layout(model: Model) -> dict:
@@ -273,7 +264,7 @@ def exaone4_layer_types(c: dict) -> list[LayerType]:
     """If there is a window, the full layers have no positions (NoPE); otherwise every layer has RoPE."""
     window, rope = c.get("sliding_window"), _rope(c, 10_000.0)
     names = _type_names(c if window else c | {"sliding_window_pattern": None})
-    return [_layer_type(_window(c, name), rope if not window or name == LOCAL else None, qk_norm="rms") for name in names]
+    return _layer_types(c, names, {LOCAL: rope, FULL: None if window else rope}, qk_norm="rms")
 
 
 def exaone4_layout(model: Model) -> dict:
@@ -286,7 +277,7 @@ def exaone4_layout(model: Model) -> dict:
 def olmo3_layer_types(c: dict) -> list[LayerType]:
     """Without `layer_types` every fourth layer is full: for this family the library ignores `sliding_window_pattern`."""
     ropes, names = _rope_by_type(c, (None, 500_000.0), 500_000.0), _type_names({**c, "sliding_window_pattern": 4})
-    return [_layer_type(_window(c, name), ropes[name], qk_norm="rms", qk_norm_scope="projection") for name in names]
+    return _layer_types(c, names, ropes, qk_norm="rms", qk_norm_scope="projection")
 
 
 def olmo3_layout(model: Model) -> dict:
@@ -296,10 +287,8 @@ def olmo3_layout(model: Model) -> dict:
 def gemma3_layer_types(c: dict) -> list[LayerType]:
     ropes = _rope_by_type(c, ("rope_local_base_freq", 10_000.0), 1_000_000.0)
     scalar = float(c["query_pre_attn_scalar"])
-    if not 0 < scalar < math.inf:
-        raise ValueError(f"config.json has query_pre_attn_scalar={scalar}, which must be a number above 0")
-    scale = scalar**-0.5
-    return [_layer_type(_window(c, name), ropes[name], qk_norm="rms_plus1", scale=scale) for name in _type_names(c)]
+    check(0 < scalar < math.inf, f"config.json has query_pre_attn_scalar={scalar}, which must be a number above 0")
+    return _layer_types(c, _type_names(c), ropes, qk_norm="rms_plus1", scale=scalar**-0.5)
 
 
 def gemma3_layout(model: Model) -> dict:
@@ -309,16 +298,13 @@ def gemma3_layout(model: Model) -> dict:
 
 
 def afmoe_layer_types(c: dict) -> list[LayerType]:
-    if c["num_dense_layers"] < c["num_hidden_layers"]:
-        raise ValueError(
-            f"config.json has num_dense_layers={c['num_dense_layers']} of {c['num_hidden_layers']} layers; "
-            "mixture-of-experts layers are not supported, so only dense models of afmoe can be read"
-        )
+    dense, layers = c["num_dense_layers"], c["num_hidden_layers"]
+    cure = "mixture-of-experts layers are not supported, so only dense models of afmoe can be read"
+    check(dense >= layers, f"config.json has num_dense_layers={dense} of {layers} layers; {cure}")
     rope = _rope(c, 10_000.0)
-    names = _type_names(
-        c if "layer_types" in c else c | {"sliding_window_pattern": positive_int(c, "global_attn_every_n_layers")}
-    )
-    return [_layer_type(_window(c, name), rope if name == LOCAL else None, qk_norm="rms", gate="projection") for name in names]
+    if "layer_types" not in c:
+        c = c | {"sliding_window_pattern": positive_int(c, "global_attn_every_n_layers")}
+    return _layer_types(c, _type_names(c), {LOCAL: rope, FULL: None}, qk_norm="rms", gate="projection")
 
 
 def afmoe_layout(model: Model) -> dict:

@@ -11,10 +11,7 @@ from hybrid_attn.data.synthetic import Task
 
 
 class Corpus(NamedTuple):
-    """The training and the held-out split of one source; copies of a document are in the same split. A task has no split.
-
-    The held-out documents have no loss mask: evaluations measure every token, whatever a run trains on.
-    """
+    """The training and the held-out split of one source; copies of a document are in the same split. A task has no split."""
 
     training: Documents | Task
     heldout: Documents | Task
@@ -46,8 +43,7 @@ def _named(data: config.Data, names: Iterable[str]) -> dict[str, config.Source]:
     """The sources of these names; ValueError for a name that data.sources lacks, as an edited config may."""
     names = list(names)
     unknown = sorted(set(names) - set(data.sources))
-    if unknown:
-        raise ValueError(f"a mixture of the config names {', '.join(unknown)}, which is not in its data.sources")
+    trees.check(not unknown, f"a mixture of the config names {', '.join(unknown)}, which is not in its data.sources")
     return {name: data.sources[name] for name in names}
 
 
@@ -55,33 +51,19 @@ def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable
     if source.task is not None:
         return Corpus(*[Task(source.task, source.pairs)] * 2)
     available = documents.load(source.paths, tokenizer) if source.store is None else open_store(source.store)
-    selected = _select(source, available)
-    corpus = Corpus(selected.split(holdout, False), selected.split(holdout, True).without_loss_mask())
-    for name, split, cure in (("training", corpus.training, "lower"), ("held-out", corpus.heldout, "raise")):
-        if not len(split):
-            raise ValueError(
-                f"data.holdout={holdout} leaves none of the {len(selected):,} documents to the {name} split; "
-                f"{cure} data.holdout, or cut the text into more documents"
-            )
-    if not corpus.training.has_trained_tokens():
-        raise ValueError(
-            f"the loss masks of the {len(corpus.training):,} documents of the training split leave no token to train on; "
-            "select other documents, or prepare the text again with another --loss_field"
-        )
-    return corpus
-
-
-def _select(source: config.Source, available: Documents) -> Documents:
-    """The documents with the label and the length of a source; ValueError if there are none."""
     selected = available.select(available.lengths >= source.min_length)
+    labelled = ""
     if source.label is not None:
-        problem = trees.not_among(source.label, available.label_names)
-        trees.check(not problem, f"label={source.label!r} {problem}")
-        selected = selected.select(selected.labels == available.label_names.index(source.label))
-    if not len(selected):
-        labelled = "" if source.label is None else f" with the label {source.label!r}"
-        raise ValueError(
-            f"none of the {len(available):,} documents{labelled} has min_length={source.min_length:,} tokens; "
-            f"the longest of all has {max(available.lengths, default=0):,}"
-        )
-    return selected
+        number = trees.choice("label", source.label, {name: i for i, name in enumerate(available.label_names)})
+        selected, labelled = selected.select(selected.labels == number), f" with the label {source.label!r}"
+    too_short = f"none of the {len(available):,} documents{labelled} has min_length={source.min_length:,} tokens"
+    trees.check(len(selected) > 0, f"{too_short}; the longest of all has {available.lengths.max(initial=0):,}")
+    heldout = selected.split(holdout, True).without_loss_mask()  # evaluations measure every token, whatever a run trains on
+    corpus = Corpus(selected.split(holdout, False), heldout)
+    for name, split, cure in (("training", corpus.training, "lower"), ("held-out", corpus.heldout, "raise")):
+        none_left = f"data.holdout={holdout} leaves none of the {len(selected):,} documents to the {name} split"
+        trees.check(len(split) > 0, f"{none_left}; {cure} data.holdout, or cut the text into more documents")
+    masked = f"the loss masks of the {len(corpus.training):,} documents of the training split leave no token to train on"
+    cure = "select other documents, or prepare the text again with another --loss_field"
+    trees.check(corpus.training.has_trained_tokens(), f"{masked}; {cure}")
+    return corpus

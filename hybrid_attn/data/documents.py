@@ -6,14 +6,15 @@ import hashlib
 import itertools
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from hybrid_attn.data import sources
-from hybrid_attn.data.loss_mask import LossMask
 from hybrid_attn.data.records import Fields, Text
+from hybrid_attn.trees import check
 
 NO_LABEL = "text"  # label of documents without a label of their own
 FIELDS = Fields("text", None)  # of records that are read without a store
@@ -22,12 +23,19 @@ SPAN, SPANS = 2**20, 64  # tokens of a span, and spans read together, where a lo
 Span = tuple[int, int, int]  # the number of a document, and the tokens [start, stop) of it
 
 
+class LossMask(NamedTuple):
+    """For each token, uint8 1 if it is trained on as a target, else 0. Different masks have different fingerprints."""
+
+    fetch: Callable[[Sequence[Span]], list[np.ndarray]]
+    fingerprint: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Documents:
     """Documents of token ids, each from BOS to EOS. Their tokens are read span by span.
 
     `lengths` int64 [n] counts tokens, BOS and EOS included; `hashes` uint64 [n] are `content_hash` of the texts; `labels`
-    uint16 [n] are indices into `label_names`; `dtype` is the type of the tokens. `fetch` reads spans. It numbers documents by
+    uint16 [n] are indices into `label_names`; `dtype` is that of the tokens. `fetch` reads spans; it numbers documents by
     `numbers` int64 [n], or from 0 to n - 1 where that is None. Without a `loss_mask` every token is trained on.
     """
 
@@ -44,7 +52,7 @@ class Documents:
         return len(self.lengths)
 
     def read(self, spans: Iterable[Span]) -> list[np.ndarray]:
-        """The tokens of each span. All spans are read together, and nothing beyond them."""
+        """The tokens of each span, all read together, and nothing beyond them."""
         return self.fetch(self._located(spans))
 
     def read_loss_mask(self, spans: Iterable[Span]) -> list[np.ndarray]:
@@ -72,10 +80,7 @@ class Documents:
         )
 
     def fingerprint(self) -> str:
-        """Hexadecimal digits that identify these documents in this order, independent of where they are stored.
-
-        A loss mask counts with all its files, so a store of other shards has another fingerprint.
-        """
+        """Hexadecimal digits that identify these documents in this order, and the files of their loss mask, wherever stored."""
         mask = "" if self.loss_mask is None else self.loss_mask.fingerprint
         return hashlib.sha256(self.lengths.tobytes() + self.hashes.tobytes() + mask.encode()).hexdigest()[:16]
 
@@ -83,8 +88,7 @@ class Documents:
         """Whether any token is trained on. The loss mask is read up to the first such token."""
         if self.loss_mask is None:
             return True
-        starts = ((i, start, n) for i, n in enumerate(self.lengths) for start in range(0, n, SPAN))
-        spans = ((i, start, min(start + SPAN, n)) for i, start, n in starts)
+        spans = ((i, start, min(start + SPAN, n)) for i, n in enumerate(self.lengths) for start in range(0, n, SPAN))
         groups = iter(lambda: list(itertools.islice(spans, SPANS)), [])
         return any(mask.any() for group in groups for mask in self.read_loss_mask(group))
 
@@ -127,39 +131,29 @@ def with_boundaries(tokenizer, ids: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def load(paths: tuple[str, ...], tokenizer) -> Documents:
-    """The documents of the files and directories in `paths`, read as `sources.read` does: a file of plain text is one document.
-
-    Without `paths`, the sources of this interpreter's standard library. The text of a record is its field `FIELDS.text`.
-    ValueError names what cannot be read or encoded, or says that no file has text.
-    """
+    """The documents of the files that `find` finds, one of each file of plain text; ValueError names what cannot be used."""
     files = find(paths)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        encoded = [pair for pairs in pool.map(lambda path: _encode(path, tokenizer), files) for pair in pairs]
-    if not encoded:
-        raise ValueError(f"paths={paths} matches {len(files)} files and all are empty; name files with text")
+        encoded = list(itertools.chain.from_iterable(pool.map(lambda path: _encode(path, tokenizer), files)))
+    check(bool(encoded), f"paths={paths} matches {len(files)} files and all are empty; name files with text")
     tokens, hashes = zip(*encoded, strict=True)
     return in_memory(tokens, hashes)
 
 
 def find(paths: Sequence[str]) -> list[str]:
-    """The files that `sources.find` finds in `paths`; without these, the sources of this interpreter's standard library."""
-    return sources.find(paths) if paths else _standard_library()
+    """The files that `sources.find` finds in `paths`; without these, the sources of this interpreter's standard library.
 
-
-def _standard_library() -> list[str]:
-    """The paths of the sources of the standard library, in the order of their names below its root.
-
-    Empty files and the few test fixtures that are not UTF-8 are left out, so that every tokenizer reads the same corpus.
+    Of that, empty files and the few that are not UTF-8 are left out, so that every tokenizer reads the same corpus.
     """
-    root = sysconfig.get_path("stdlib")
-    named = []
-    for folder, subfolders, files in os.walk(root):
+    if paths:
+        return sources.find(paths)
+    root, files = sysconfig.get_path("stdlib"), []
+    for folder, subfolders, names in os.walk(root):
         subfolders[:] = set(subfolders) - sources.NOT_SOURCES
-        paths = [os.path.join(folder, file) for file in files if file.endswith(".py")]
-        named += [(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths if _is_text(path)]
-    if not named:
-        raise ValueError(f"the standard library at {root} has no .py sources; name text files in paths")
-    return [path for _, path in sorted(named)]
+        python = [os.path.join(folder, name) for name in names if name.endswith(".py")]
+        files += [path for path in python if _is_text(path)]
+    check(bool(files), f"the standard library at {root} has no .py sources; name text files in paths")
+    return sources.sorted_below(root, files)
 
 
 def _is_text(path: str) -> bool:
@@ -170,30 +164,18 @@ def _is_text(path: str) -> bool:
         return False
 
 
-def _texts(path: str) -> Iterator[bytes]:
-    """The texts of the documents of a file, without empty ones. A file of plain text need not be UTF-8."""
-    is_text = sources.format_of(path) == "text"
-    for result in [sources.text_of(path)] if is_text else sources.read(path, None, FIELDS):
-        text = result.text if isinstance(result, Text) else result
-        if not isinstance(text, bytes):
-            raise ValueError(
-                f"{text.reason}; repair the file, leave it out of paths, or make a store with tools/prepare_data.py, which has "
-                "--text_field, --max_document_mb and --on_error=skip"
-            )
-        if text:
-            yield text
-
-
 def _encode(path: str, tokenizer) -> list[tuple[np.ndarray, int]]:
-    """The tokens of each document of a file, from BOS to EOS, and the hash of its text."""
-    encoded = []
-    for text in _texts(path):
+    """The tokens of each document of a file, from BOS to EOS, and the hash of its text. Plain text need not be UTF-8."""
+    encoded, is_text = [], sources.format_of(path) == "text"
+    for result in [sources.text_of(path)] if is_text else sources.read(path, None, FIELDS):
+        if not isinstance(result, Text):
+            cure = "repair the file, leave it out of paths, or make a store with tools/prepare_data.py, which has"
+            raise ValueError(f"{result.reason}; {cure} --text_field, --max_document_mb and --on_error=skip")
         try:
-            ids = tokenizer.encode(text)
+            ids = tokenizer.encode(result.text)
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8 at byte {error.start}, and a tokenizer.json reads text; "
-                "convert the file, leave it out of paths, or use data.tokenizer='bytes'"
-            ) from error
-        encoded.append((with_boundaries(tokenizer, ids), content_hash(text)))
+            cure = "convert the file, leave it out of paths, or use data.tokenizer='bytes'"
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}, and a tokenizer.json reads text; {cure}") from error
+        if result.text:
+            encoded.append((with_boundaries(tokenizer, ids), content_hash(result.text)))
     return encoded

@@ -7,6 +7,7 @@ remains of them together with the shorter documents. In both, an epoch holds eve
 The sequences are shuffled too: in order, the sequences of one long document would fill the batches of many steps.
 """
 
+import bisect
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,34 +15,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrid_attn.data import packing
 from hybrid_attn.data.documents import Documents
+from hybrid_attn.trees import check
 
 ARRAYS = {"tokens": np.int32, "targets": np.int32, "positions": np.int32, "segments": np.int32}
 ARRAYS |= {"weights": np.float32, "bytes": np.float32}
 MAX_LEN = 2**31 - 1  # tokens of a sequence: positions are int32
 
 
-class Spans(NamedTuple):
-    """The spans of a packed sequence: document, first token, and number of tokens, the target of the last one included."""
-
-    documents_K: np.ndarray
-    firsts_K: np.ndarray
-    sizes_K: np.ndarray
-
-
 class PackedSequences:
     """The sequences of `documents`, packed by "concat" or "best_fit".
 
-    `seed` gives each epoch its own order; None keeps the order of the documents. `byte_lengths` [vocab_size] has the number of
-    UTF-8 bytes of each id.
+    `seed` gives each epoch its own order; None keeps that of the documents. `byte_lengths` [vocab_size] has the UTF-8 bytes of
+    each id.
     """
 
     def __init__(self, documents: Documents, seq_len: int, seed: int | None, byte_lengths: np.ndarray, packing: str = "concat"):
         check_len(seq_len)
         self.seq_len = seq_len
-        self._documents = documents
-        self._byte_lengths = byte_lengths
+        self._documents, self._byte_lengths = documents, byte_lengths
         self._plan = PLANS[packing](documents.lengths, seq_len, seed)
 
     def __len__(self) -> int:
@@ -78,7 +70,11 @@ class PackedSequences:
             number, size = len(columns[0]), stop - start + 1
             tokens_S = _joined(tokens, number, np.zeros(size, np.int32))
             mask_S = np.ones(size, bool) if masks is None else _joined(masks, number, np.zeros(size, bool))
-            sequences.append(self._arrays(tokens_S, mask_S, positions_S, segments_S))
+            has_target_T = (segments_S[:-1] == segments_S[1:]) & (segments_S[:-1] > 0)
+            targets_T, trained_T = np.where(has_target_T, tokens_S[1:], 0), has_target_T & mask_S[1:]
+            arrays = {"tokens": tokens_S[:-1], "targets": targets_T, "positions": positions_S[:-1], "segments": segments_S[:-1]}
+            bytes_T = np.where(trained_T, self._byte_lengths[targets_T], 0).astype(np.float32)
+            sequences.append(arrays | {"weights": trained_T.astype(np.float32), "bytes": bytes_T})
         return sequences
 
     def counts(self, epoch: int = 0) -> dict[str, int]:
@@ -110,20 +106,6 @@ class PackedSequences:
         segments_S[:n] = np.repeat(np.arange(first + 1, last + 1), right_K - left_K)
         return (documents_K[overlap], left_K + shift_K, right_K + shift_K), positions_S, segments_S
 
-    def _arrays(
-        self, tokens_S: np.ndarray, mask_S: np.ndarray, positions_S: np.ndarray, segments_S: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        has_target_T = (segments_S[:-1] == segments_S[1:]) & (segments_S[:-1] > 0)
-        targets_T, trained_T = np.where(has_target_T, tokens_S[1:], 0), has_target_T & mask_S[1:]
-        return {
-            "tokens": tokens_S[:-1],
-            "targets": targets_T,
-            "positions": positions_S[:-1],
-            "segments": segments_S[:-1],
-            "weights": trained_T.astype(np.float32),
-            "bytes": np.where(trained_T, self._byte_lengths[targets_T], 0).astype(np.float32),
-        }
-
 
 def _joined(pieces: Iterator[np.ndarray], number: int, out_S: np.ndarray) -> np.ndarray:
     """`out_S` with the next `number` of `pieces` at its beginning."""
@@ -131,6 +113,25 @@ def _joined(pieces: Iterator[np.ndarray], number: int, out_S: np.ndarray) -> np.
     if arrays:
         np.concatenate(arrays, out=out_S[: sum(map(len, arrays))], casting="unsafe")
     return out_S
+
+
+def check_len(seq_len: int) -> None:
+    """ValueError where the positions of a sequence of `seq_len` tokens do not fit int32."""
+    fits = 1 <= seq_len <= MAX_LEN
+    check(fits, f"sequences of {seq_len:,} tokens: use 1 to {MAX_LEN:,}, because positions are int32")
+
+
+def padding_arrays(size: int) -> dict[str, np.ndarray]:
+    """The arrays of `size` positions of padding."""
+    return {name: np.zeros(size, dtype) for name, dtype in ARRAYS.items()}
+
+
+class Spans(NamedTuple):
+    """The spans of a packed sequence: document, first token, and number of tokens, the target of the last one included."""
+
+    documents_K: np.ndarray
+    firsts_K: np.ndarray
+    sizes_K: np.ndarray
 
 
 class Concat:
@@ -170,38 +171,49 @@ class Concat:
 
 
 class BestFit:
-    """The sequences of `packing.best_fit`, in shuffled order."""
+    """Best-fit decreasing: the longest piece first, each into the fullest sequence that still has room.
+
+    A document longer than a sequence is first cut into full sequences; what remains of it is packed like a short document. No
+    document that fits a sequence is cut. Full sequences come first, in document order: `full_ends` [n] counts those of
+    documents 0 to i. The j-th sequence after these holds the last pieces of the documents `packed[offsets[j]:offsets[j + 1]]`.
+    """
 
     def __init__(self, lengths: np.ndarray, seq_len: int, seed: int | None):
-        self._lengths, self._seq_len, self._seed = lengths, seq_len, seed
-        self._packed = packing.best_fit(lengths, seq_len)
+        self._lengths, self._seq_len = lengths, seq_len
         self._order = functools.lru_cache(maxsize=2)(lambda epoch: _permutation(len(self), seed, epoch))
+        self._full_ends = np.cumsum(lengths // seq_len)
+        remainders = lengths % seq_len
+        pieces = np.argsort(-remainders, kind="stable")[: np.count_nonzero(remainders)]
+        first, count, per_sequence = np.array(list(groups(np.bincount(remainders)[1:], seq_len)), np.int64).reshape(-1, 3).T
+        sizes = count * per_sequence
+        index_in_group = np.arange(len(pieces)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        sequence = np.repeat(first, sizes) + index_in_group // np.repeat(per_sequence, sizes)
+        self._offsets = np.concatenate([[0], np.cumsum(np.bincount(sequence))]).astype(np.int64)
+        self._packed = pieces[np.argsort(sequence, kind="stable")]
 
     def __len__(self) -> int:
-        return self._packed.num_sequences
+        return int(self._full_ends[-1]) + len(self._offsets) - 1
 
     def spans(self, epoch: int, index: int) -> Spans:
         """The spans of sequence `index` of an epoch."""
-        documents_K, firsts_K = self._packed.pieces(int(self._order(epoch)[index]))
-        sizes_K = np.minimum(self._lengths[documents_K] - firsts_K, self._seq_len)
-        continues = firsts_K + sizes_K < self._lengths[documents_K]  # only a document that fills the sequence
+        number = int(self._order(epoch)[index])
+        packed = number - int(self._full_ends[-1])
+        if packed < 0:
+            documents_K = np.searchsorted(self._full_ends, [number], side="right")
+            following_K = self._full_ends[documents_K] - number  # sequences that the document still fills
+        else:
+            documents_K = self._packed[self._offsets[packed] : self._offsets[packed + 1]]
+            following_K = 0
+        lengths_K = self._lengths[documents_K]
+        firsts_K = (lengths_K // self._seq_len - following_K) * self._seq_len
+        sizes_K = np.minimum(lengths_K - firsts_K, self._seq_len)
+        continues = firsts_K + sizes_K < lengths_K  # only a document that fills the sequence
         return Spans(documents_K, firsts_K, sizes_K + continues)
 
     def cuts(self, epoch: int) -> tuple[int, int]:
         """Ends of sequences inside a document, and documents with such an end. Both are the same in every epoch."""
         edges = (self._lengths - 1) // self._seq_len
         return int(edges.sum()), int(np.count_nonzero(edges))
-
-
-def check_len(seq_len: int) -> None:
-    """ValueError where the positions of a sequence of `seq_len` tokens do not fit int32."""
-    if not 1 <= seq_len <= MAX_LEN:
-        raise ValueError(f"sequences of {seq_len:,} tokens: use 1 to {MAX_LEN:,}, because positions are int32")
-
-
-def padding_arrays(size: int) -> dict[str, np.ndarray]:
-    """The arrays of `size` positions of padding."""
-    return {name: np.zeros(size, dtype) for name, dtype in ARRAYS.items()}
 
 
 PLANS = {"concat": Concat, "best_fit": BestFit}
@@ -213,3 +225,60 @@ def _permutation(n: int, seed: int | None, *stream: int) -> np.ndarray:
         return np.arange(n)
     # NumPy promises that the raw stream of a bit generator never changes; it does not promise this of Generator.permutation.
     return np.argsort(np.random.Philox(np.random.SeedSequence((seed, *stream))).random_raw(n), kind="stable")
+
+
+def groups(counts: np.ndarray, seq_len: int) -> Iterator[tuple[int, int, int]]:
+    """Yields (first, count, per_sequence): the next longest pieces fill sequences [first, first + count), so many in each.
+
+    `counts[i]` is the number of pieces of i + 1 tokens. Equal pieces are placed together, and sequences with equal room form
+    runs (first, count). So the work grows with the number of different lengths and rooms, not with the documents.
+    """
+    rooms = _Rooms()
+    opened = 0
+    for length in (np.flatnonzero(counts)[::-1] + 1).tolist():
+        left = int(counts[length - 1])
+        while left:
+            if not rooms.fits(length):
+                count = -(-left // (seq_len // length))
+                rooms.add(seq_len, opened, count)
+                opened += count
+            room, first, count = rooms.pop_fullest(length)
+            # The fullest sequence with room for one piece stays the fullest as long as it has room for more.
+            per_sequence = room // length
+            filled = min(count, left // per_sequence)
+            if filled:
+                yield first, filled, per_sequence
+                rooms.add(room - per_sequence * length, first, filled)
+            left -= filled * per_sequence
+            if left and filled < count:
+                yield first + filled, 1, left
+                rooms.add(room - left * length, first + filled, 1)
+                filled, left = filled + 1, 0
+            rooms.add(room, first + filled, count - filled)
+
+
+class _Rooms:
+    """Runs of sequences (first, count) by the room, in tokens, that each of them still has."""
+
+    def __init__(self):
+        self._sizes: list[int] = []  # sorted
+        self._runs: dict[int, list[tuple[int, int]]] = {}
+
+    def add(self, room: int, first: int, count: int) -> None:
+        if not room or not count:
+            return
+        if room not in self._runs:
+            bisect.insort(self._sizes, room)
+        self._runs.setdefault(room, []).append((first, count))
+
+    def fits(self, length: int) -> bool:
+        return bool(self._sizes) and self._sizes[-1] >= length
+
+    def pop_fullest(self, length: int) -> tuple[int, int, int]:
+        """(room, first, count) of the run with the least room that holds `length` tokens."""
+        i = bisect.bisect_left(self._sizes, length)
+        room = self._sizes[i]
+        run = self._runs[room].pop()
+        if not self._runs[room]:
+            del self._runs[room], self._sizes[i]
+        return room, *run

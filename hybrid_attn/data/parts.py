@@ -1,19 +1,28 @@
-"""The finished parts of a store that is being prepared. A later run reads them after a kill or a disk failure."""
+"""The parts of a store that is being prepared: tokens, loss masks and columns of the documents of a group of input files.
 
+The worker processes of `prepare` write them. A later run reads those that are finished, after a kill or a disk failure.
+"""
+
+import collections
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from hybrid_attn import files
-from hybrid_attn.data import shard_files
+from hybrid_attn.data import documents, sources, store
+from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields, Piece, Text
+from hybrid_attn.data.tokenizer import load_tokenizer
+from hybrid_attn.trees import check
 
 FOLDER = "parts"
 COLUMNS = {"lengths": np.int64, "hashes": np.uint64, "labels": np.int64, "bytes": np.int64}  # of each document
@@ -21,11 +30,124 @@ DAMAGE = (
     AttributeError, EOFError, FileNotFoundError, LookupError, NotImplementedError, OverflowError, RecursionError, TypeError,
     ValueError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+ENCODED = 2**20  # bytes of text that a tokenizer encodes at a time
+REPORTED = 20  # skipped documents of a part that are named
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options that, with the input files, determine the content of a store.
+
+    Without `form` the suffix of each file decides. `label` is that of documents without one in `fields`. `on_error` is "skip"
+    or "stop". A shard gets at most `shard_bytes` of input unless a file cannot be split; None goes by the total size. A line, a
+    text in a table and a decompressed text file have at most `document_bytes`.
+    """
+
+    tokenizer: str
+    fields: Fields
+    form: str | None
+    label: str
+    drop_duplicates: bool
+    on_error: str
+    shard_bytes: int | None
+    document_bytes: int = MAX_BYTES
+
+
+_tokenizer = functools.cache(load_tokenizer)
+
+
+def encode(folder: Path, index: int, pieces: list[tuple[str, int, int]], options: Options) -> None:
+    """Writes part `index`, with all documents of `pieces`."""
+    tokenizer, group = _tokenizer(options.tokenizer), _Group(options)
+    has_mask = options.fields.loss is not None
+    names = ("tokens", "loss_mask") if has_mask else ("tokens",)
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(writing(path(folder, index, name))) for name in names]
+        for batch in _batches(group.texts(pieces)):
+            encoded = _encoded(tokenizer, batch, has_mask)
+            group.columns["lengths"] += map(len, encoded[0])
+            for output, arrays in zip(outputs, encoded, strict=True):
+                output.write(np.concatenate(arrays).data)
+    digests = {f"{name}_sha256": output.digest.hexdigest() for name, output in zip(names, outputs, strict=True)}
+    with writing(path(folder, index, "npz")) as output:
+        np.savez(output.file, **{name: np.array(values, COLUMNS[name]) for name, values in group.columns.items()})
+    part = {"sha256": digests.pop("tokens_sha256"), **digests, "labels": list(group.labels)}
+    part |= {"skipped": group.skipped, "places": group.reasons[:REPORTED]}
+    write(path(folder, index, "json"), [json.dumps(part).encode()])
+
+
+def _encoded(tokenizer, batch: list[Text], has_mask: bool) -> list[list[np.ndarray]]:
+    """The tokens of each text, from BOS to EOS; with `has_mask`, their loss masks too."""
+    texts = [x.text for x in batch]
+    if not has_mask:
+        return [[documents.with_boundaries(tokenizer, ids) for ids in tokenizer.encode_batch(texts)]]
+    encoded = tokenizer.encode_with_starts(texts)
+    masks = [loss_mask(starts, x.pieces) for (_, starts), x in zip(encoded, batch, strict=True)]
+    return [[documents.with_boundaries(tokenizer, ids) for ids, _ in encoded], masks]
+
+
+def loss_mask(starts_n: np.ndarray, pieces: Sequence[Piece]) -> np.ndarray:
+    """The mask [n + 2] of BOS, the tokens that begin at the bytes `starts_n` of a text, and EOS.
+
+    A token belongs to the piece in which it begins, BOS to the first and EOS to the last. Without `pieces` all are trained on.
+    """
+    if not pieces:
+        return np.ones(len(starts_n) + 2, np.uint8)
+    sizes, flags = (np.array(column) for column in zip(*pieces, strict=True))
+    piece_n = np.searchsorted(np.cumsum(sizes), starts_n, side="right")
+    piece_n = np.minimum(piece_n, len(flags) - 1)  # a token without characters may begin where the text ends
+    return flags[np.concatenate([[0], piece_n, [len(flags) - 1]])].astype(np.uint8)
+
+
+class _Group:
+    """What is known of the documents of a group of files once they are read: their columns, and what was skipped."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.columns, self.labels = {name: [] for name in COLUMNS}, {}
+        self.skipped, self.reasons = collections.Counter(), []
+
+    def texts(self, pieces: list[tuple[str, int, int]]) -> Iterator[Text]:
+        """The documents of `pieces` (file, start byte, stop byte) that have text."""
+        options = self.options
+        for path, start, stop in pieces:
+            for result in sources.read(path, options.form, options.fields, start, stop, options.document_bytes):
+                if isinstance(result, Broken | Binary):
+                    self.skip(result)
+                elif not result.text:
+                    self.skipped["empty"] += 1
+                else:
+                    self.columns["hashes"].append(documents.content_hash(result.text))
+                    self.columns["labels"].append(self.labels.setdefault(result.label or options.label, len(self.labels)))
+                    self.columns["bytes"].append(len(result.text))
+                    yield result
+
+    def skip(self, result: Broken | Binary) -> None:
+        """Counts what cannot be read; ValueError where the options say so."""
+        too_long = isinstance(result, Broken) and result.too_long
+        reason = f"{result.reason}, which --max_document_mb raises" if too_long else result.reason
+        if isinstance(result, Broken) and self.options.on_error == "stop":
+            raise ValueError(f"{reason}; continue with --on_error=skip, or repair it and use another --out")
+        self.skipped["broken" if isinstance(result, Broken) else "binary"] += 1
+        self.reasons.append(reason)
+
+
+def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """Consecutive texts, about `ENCODED` bytes at a time."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text.text)
+        if size >= ENCODED:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def path(folder: Path, index: int, suffix: str) -> Path:
     """A file of a part: `tokens`, their `loss_mask`, columns in `npz`, or labels, checksums and skipped documents in `json`."""
-    return folder / FOLDER / shard_files.name(index, suffix)
+    return folder / FOLDER / store.file_name(index, suffix)
 
 
 def columns(folder: Path, index: int) -> dict[str, np.ndarray]:
@@ -41,8 +163,8 @@ def read(folder: Path, index: int, token_bytes: int, has_mask: bool) -> dict:
         part = json.loads(json_path.read_text())
         tokens = path(folder, index, "tokens").stat().st_size // token_bytes
         _check(part, columns(folder, index), tokens)
-        if has_mask and (size := path(folder, index, "loss_mask").stat().st_size) != tokens:
-            raise ValueError(f"its loss mask has {size:,} tokens, and not {tokens:,}")
+        masked = path(folder, index, "loss_mask").stat().st_size if has_mask else tokens
+        check(masked == tokens, f"its loss mask has {masked:,} tokens, and not {tokens:,}")
         return part
     except DAMAGE as error:
         cure = f"delete {json_path}, and the same command makes the part again"
@@ -52,16 +174,14 @@ def read(folder: Path, index: int, token_bytes: int, has_mask: bool) -> dict:
 def _check(part: dict, x: dict[str, np.ndarray], tokens: int) -> None:
     n, names = len(x["lengths"]), part["labels"]
     strings = [part["sha256"], part.get("loss_mask_sha256", ""), *names, *part["places"], *part["skipped"]]
-    for ok, problem in (
-        (all(isinstance(x, str) for x in strings), "a label, reason or checksum is not a string"),
-        (all(type(count) is int for count in part["skipped"].values()), "a count is not a whole number"),
-        (all(x[name].dtype == dtype and x[name].shape == (n,) for name, dtype in COLUMNS.items()), "its columns differ"),
-        (x["lengths"].min(initial=1) >= 1 and x["lengths"].sum() == tokens, f"its documents do not have {tokens:,} tokens"),
-        (x["bytes"].min(initial=0) >= 0, "a document has a negative number of bytes"),
-        (x["labels"].min(initial=0) >= 0 and x["labels"].max(initial=-1) < len(names), "a document's label is unknown"),
-    ):
-        if not ok:
-            raise ValueError(problem)
+    columns_fit = all(x[name].dtype == dtype and x[name].shape == (n,) for name, dtype in COLUMNS.items())
+    counts_fit = x["lengths"].min(initial=1) >= 1 and x["lengths"].sum() == tokens
+    check(all(isinstance(x, str) for x in strings), "a label, reason or checksum is not a string")
+    check(all(type(count) is int for count in part["skipped"].values()), "a count is not a whole number")
+    check(columns_fit, "its columns differ")
+    check(counts_fit, f"its documents do not have {tokens:,} tokens")
+    check(x["bytes"].min(initial=0) >= 0, "a document has a negative number of bytes")
+    check(x["labels"].min(initial=0) >= 0 and x["labels"].max(initial=-1) < len(names), "a document's label is unknown")
 
 
 class Output:

@@ -1,8 +1,11 @@
-"""Global batches: the batch of a step is a pure function of the config and the step."""
+"""Mixtures of sources, and global batches: the batch of a step is a pure function of the config and the step."""
 
 import contextlib
+import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 
 import grain
 import jax
@@ -11,22 +14,74 @@ from jax.sharding import Mesh, NamedSharding
 
 from hybrid_attn import config
 from hybrid_attn.data.documents import Documents
-from hybrid_attn.data.mixture import Mixture
 from hybrid_attn.data.packed import ARRAYS, PackedSequences, padding_arrays
 from hybrid_attn.data.synthetic import SyntheticSequences, Task
 from hybrid_attn.parallel.fit import check_splits
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
+from hybrid_attn.trees import check
 
 Batch = dict[str, jax.Array]
 Slice = tuple[int, int, int]  # the number of a sequence, and the positions [start, stop) of it
+SourceSequences = PackedSequences | SyntheticSequences
+LONGEST_PERIOD = 100_000  # sequences of a mixture; weights of four digits repeat sooner
 
 
+class Mixture:
+    """Interleaves the packed sequences of several sources in exact shares. Each source keeps its own order.
+
+    The weights are read as decimal fractions, as they are written. Their order within a period is Tijdeman's (The chairman
+    assignment problem, 1980): after n sequences each source has its share of n, to within less than one sequence.
+    """
+
+    def __init__(self, weights: Mapping[str, float]):
+        """`weights` are positive; ValueError where the order repeats only after more than `LONGEST_PERIOD` sequences."""
+        self.names = tuple(sorted(weights))  # a config file does not order them
+        exact = [Fraction(str(weights[name])) for name in self.names]
+        shares = [weight / sum(exact) for weight in exact]
+        self.period = math.lcm(*(share.denominator for share in shares))
+        late = f"the mixture weights {dict(weights)} repeat only after {self.period:,} sequences"
+        check(self.period <= LONGEST_PERIOD, f"{late}, and {LONGEST_PERIOD:,} are the most; round them to four digits")
+        self._per_period = np.array([int(share * self.period) for share in shares])
+        self._source = _chairman_assignment(self._per_period.tolist())
+        self._before = np.empty_like(self._source)  # sequences of the same source earlier in the period
+        for source, count in enumerate(self._per_period):
+            self._before[self._source == source] = np.arange(count)
+
+    def source_of(self, number: int) -> tuple[str, int]:
+        """The source of sequence `number` of the mixture, and its number within that source."""
+        periods, index = divmod(number, self.period)
+        source = self._source[index]
+        return self.names[source], int(periods * self._per_period[source] + self._before[index])
+
+    def counts(self, number: int) -> dict[str, int]:
+        """How many of the first `number` sequences come from each source."""
+        periods, remainder = divmod(number, self.period)
+        counts = periods * self._per_period + np.bincount(self._source[:remainder], minlength=len(self.names))
+        return dict(zip(self.names, counts.tolist(), strict=True))
+
+
+def _chairman_assignment(counts: list[int]) -> np.ndarray:
+    """A source for each of sum(counts) sequences. No source is ever a whole sequence away from its share."""
+    period, margin = sum(counts), 2 * len(counts) - 2
+    if not margin:
+        return np.zeros(period, np.int64)
+    order, taken = np.empty(period, np.int64), [0] * len(counts)
+    for index in range(period):
+        # How far each source is behind its share after this sequence, in units of sequences * period * margin. The sources that
+        # are far enough behind are ready; of these, the one that would first fall too far behind is next.
+        owed = [margin * ((index + 1) * count - period * x) for count, x in zip(counts, taken, strict=True)]
+        ready = [i for i, x in enumerate(owed) if x >= period]
+        order[index] = min(ready, key=lambda i: ((margin - 1) * period - owed[i]) // counts[i])
+        taken[order[index]] += 1
+    return order
+
+
+@dataclasses.dataclass(eq=False)
 class MixedSequences:
     """The sequences of one stage: those of its sources, in the order of its mixture."""
 
-    def __init__(self, mixture: Mixture, sources: Mapping[str, PackedSequences | SyntheticSequences]):
-        self.mixture = mixture
-        self.sources = sources
+    mixture: Mixture
+    sources: Mapping[str, SourceSequences]
 
     def read(self, slices: Sequence[Slice]) -> list[dict[str, np.ndarray]]:
         """Reads like `PackedSequences.read`, all slices of one source together."""
@@ -45,7 +100,7 @@ class MixedSequences:
 def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[MixedSequences]:
     """The sequences of each stage, from the training `documents` of each source."""
 
-    def of_source(stage: config.StageConfig, name: str) -> PackedSequences | SyntheticSequences:
+    def of_source(stage: config.StageConfig, name: str) -> SourceSequences:
         seed = _source_seed(c.data.seed, stage.index, name)
         if c.data.sources[name].task is not None:
             return SyntheticSequences(documents[name], stage.seq_len, seed)
@@ -58,26 +113,21 @@ def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task],
 
 
 def identities(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[dict]:
-    """For each stage, everything that determines its batches, and its objective.
-
-    Two configs with equal identities train on the same tokens towards the same objective.
-    """
+    """Everything that determines the batches of each stage, and its objective: equal identities mean the same training."""
     fingerprints = {name: documents[name].fingerprint() for name in c.sources}
-    stages = []
-    for stage in c.each_stage:
-        stages.append(
-            {
-                "objective": stage.objective,
-                "batch": stage.batch,
-                "seq_len": stage.seq_len,
-                "mixture": dict(stage.mixture),
-                "documents": {name: fingerprints[name] for name in stage.mixture},
-                "packing": c.data.packing,
-                "seed": c.data.seed,
-                "tokenizer": tokenizer.hash,
-            }
-        )
-    return stages
+    return [
+        {
+            "objective": stage.objective,
+            "batch": stage.batch,
+            "seq_len": stage.seq_len,
+            "mixture": dict(stage.mixture),
+            "documents": {name: fingerprints[name] for name in stage.mixture},
+            "packing": c.data.packing,
+            "seed": c.data.seed,
+            "tokenizer": tokenizer.hash,
+        }
+        for stage in c.each_stage
+    ]
 
 
 def batches(c: config.Config, stages: Sequence[MixedSequences], mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
@@ -103,7 +153,7 @@ def batches(c: config.Config, stages: Sequence[MixedSequences], mesh: Mesh, star
         yield from iterator
 
 
-def heldout_batches(sequences: PackedSequences | SyntheticSequences, count: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
+def heldout_batches(sequences: SourceSequences, count: int, batch: int, mesh: Mesh) -> Iterator[Batch]:
     """Batches of `count` sequences spread over the first epoch, each once. Padding fills the last batch."""
     check_splits("batch", batch, mesh.shape, BATCH)
     numbers = sequences.spread(count)

@@ -14,7 +14,6 @@ When all parts are complete, duplicates are known. Each shard is then linked or 
 
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
 import json
 import multiprocessing
@@ -23,16 +22,16 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import tqdm
 
 from hybrid_attn import characters, files
-from hybrid_attn.data import documents, encode, loss_mask, parts, shard_files, sources, store, summary
-from hybrid_attn.data.encode import Options
+from hybrid_attn.data import documents, parts, sources, store
+from hybrid_attn.data.parts import Options
 from hybrid_attn.data.tokenizer import load_tokenizer
+from hybrid_attn.trees import check
 
 COPIED = 2**22  # tokens in memory while a shard is copied
 MAX_LABELS = 2**16
@@ -41,22 +40,26 @@ MIN_SHARD_BYTES, MAX_SHARD_BYTES = 10**6, 256 * 10**6
 
 
 def prepare(inputs: Sequence[str], out: str, options: Options, workers: int, say: Callable[[str], None] = print) -> dict:
-    """Writes the store `out` from the files of `inputs` and returns its summary.
+    """Writes the store `out` from the files of `inputs` and returns its summary; the same call resumes a killed one.
 
-    The same call resumes a killed one. ValueError for wrong input, OSError for a disk that fails or is full, BlockingIOError if
-    another process writes the store, ImportError for a missing library.
+    ValueError for wrong input, OSError for a disk that fails or is full, BlockingIOError if another process writes the store.
     """
     tokenizer = load_tokenizer(options.tokenizer)
     plan = _plan(inputs, options, tokenizer)
     folder = Path(out)
-    _check_folder(folder)
+    names = [path.name.lstrip(".") for path in folder.iterdir()] if folder.exists() else []
+    others = [x for x in names if f".{x}" != files.LOCK and not x.startswith(f"{store.PLAN}.partial")]
+    of_store = not others or store.PLAN in names
+    check(of_store, f"{folder} is not empty and has no unfinished store; name another --out")
     if (folder / store.MANIFEST).exists() and not (folder / parts.FOLDER).exists():
         return _complete(folder, plan, say)  # takes no lock: the folder may be read-only
     with files.lock(folder):
         try:
-            unfinished = _begin(folder, plan)
-            counts = _make(folder, plan, options, tokenizer, workers, say) if unfinished else _complete(folder, plan, say)
-        except BrokenProcessPool as error:
+            if (folder / store.MANIFEST).exists():
+                counts = _complete(folder, plan, say)
+            else:
+                counts = _make(folder, plan, options, tokenizer, workers, say)
+        except concurrent.futures.BrokenExecutor as error:
             raise OSError(f"a worker was killed, perhaps because memory ran out; {_progress(folder, plan)}") from error
         except OSError as error:
             raise type(error)(f"{error}; {_progress(folder, plan)}") from error
@@ -91,37 +94,10 @@ def _plan(inputs: Sequence[str], options: Options, tokenizer) -> dict:
                 size = 0
             shards[-1].append([i, start, stop])
             size += stop - start
-    return {"options": _described(options), "tokenizer_hash": tokenizer.hash, "files": described, "shards": shards}
-
-
-def _described(options: Options) -> dict:
-    """The options as JSON.
-
-    Without loss masks the key `loss` is left out, so that plans of older versions compare equal.
-    """
     values = dataclasses.asdict(options)
-    if options.fields.loss is None:
+    if options.fields.loss is None:  # plans of older versions, without loss masks, compare equal
         del values["fields"]["loss"]
-    return values
-
-
-def _check_folder(folder: Path) -> None:
-    """ValueError if `folder` has files that are not those of a store."""
-    names = [path.name.lstrip(".") for path in folder.iterdir()] if folder.exists() else []
-    others = [x for x in names if f".{x}" != files.LOCK and not x.startswith(f"{store.PLAN}.partial")]
-    if others and store.PLAN not in names:
-        raise ValueError(f"{folder} is not empty and has no unfinished store; name another --out")
-
-
-def _begin(folder: Path, plan: dict) -> bool:
-    """Writes the plan. False if the store is complete; ValueError if the store in `folder` has another plan."""
-    if (folder / store.MANIFEST).exists():
-        return False
-    if (folder / store.PLAN).exists():
-        _check_same(folder, plan, complete=False)
-    parts.write(folder / store.PLAN, [json.dumps(plan, indent=1).encode()])
-    (folder / parts.FOLDER).mkdir(exist_ok=True)
-    return True
+    return {"options": values, "tokenizer_hash": tokenizer.hash, "files": described, "shards": shards}
 
 
 def _check_same(folder: Path, new: dict, complete: bool) -> None:
@@ -142,15 +118,16 @@ def _compare(folder: Path, old: dict, new: dict, ignored: set[str]) -> None:
     """ValueError where two plans differ, apart from the `ignored` options."""
     cure = "use what it was begun with, or name another --out"
     for name, value in new["options"].items():
-        if old["options"][name] != value and name not in ignored:
-            raise ValueError(f"{folder} was begun with {name}={old['options'][name]!r}, and now it is {value!r}; {cure}")
-    if old["tokenizer_hash"] != new["tokenizer_hash"]:
-        raise ValueError(f"the tokenizer {new['options']['tokenizer']!r} has changed since {folder} was begun; {cure}")
+        before = old["options"][name]
+        same = before == value or name in ignored
+        check(same, f"{folder} was begun with {name}={before!r}, and now it is {value!r}; {cure}")
+    same = old["tokenizer_hash"] == new["tokenizer_hash"]
+    check(same, f"the tokenizer {new['options']['tokenizer']!r} has changed since {folder} was begun; {cure}")
     before, now = ({file["path"]: file for file in plan["files"]} for plan in (old, new))
     changed = sorted(path for path in {**before, **now} if before.get(path) != now.get(path))
-    if changed or old["shards"] != new["shards"]:
-        first = changed[0] if changed else "in their order"
-        raise ValueError(f"the input files changed since {folder} was begun ({len(changed)} of them, first {first}); {cure}")
+    first = changed[0] if changed else "in their order"
+    same = not changed and old["shards"] == new["shards"]
+    check(same, f"the input files changed since {folder} was begun ({len(changed)} of them, first {first}); {cure}")
 
 
 def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, say: Callable[[str], None]) -> dict:
@@ -159,19 +136,20 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     dtype = documents.token_dtype(tokenizer.vocab_size)
     made = [parts.read(folder, i, dtype.itemsize, has_mask=options.fields.loss is not None) for i in range(len(plan["shards"]))]
     reasons = [reason for part in made for reason in part["places"]]
-    for reason in reasons[: encode.REPORTED]:
+    for reason in reasons[: parts.REPORTED]:
         say(characters.line(f"skipped      {reason}"))
     names = sorted({name for part in made for name in part["labels"]})
-    _check_labels(folder, names, plan, made)
+    skipped = {reason: count for reason, count in _skipped(made).items() if count}
+    cure = f"name another --text_field, --format or --input, and another --out or delete {folder}"
+    check(bool(names), f"the {len(plan['files'])} input files have no text; skipped: {skipped}; {cure}")
+    too_many = f"the label field has {len(names):,} values, and a store has at most {MAX_LABELS:,}; name a coarser one"
+    check(len(names) <= MAX_LABELS, too_many)
     keep = _first_copies(folder, len(made)) if options.drop_duplicates else [None] * len(made)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         written = list(pool.map(lambda i: _write_shard(folder, i, made[i], keep[i], names, dtype), range(len(made))))
-    counts = summary.summary([counts for _, counts in written], made, names)
-    if counts.get("trained_tokens") == 0:
-        raise ValueError(
-            f"no piece has {options.fields.loss!r}: true, so nothing would be trained on; name another --loss_field, and "
-            f"another --out or delete {folder}"
-        )
+    counts = _summary([counts for _, counts in written], made, names)
+    nothing_trained = f"no piece has {options.fields.loss!r}: true, so nothing would be trained on; name another --loss_field"
+    check(counts.get("trained_tokens") != 0, f"{nothing_trained}, and another --out or delete {folder}")
     shards = tuple(shard for shard, _ in written)
     manifest = store.Manifest(store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), shards, counts)
     parts.write(folder / store.MANIFEST, [manifest.to_json().encode()])
@@ -180,7 +158,11 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
 
 
 def _make_parts(folder: Path, plan: dict, options: Options, workers: int, say: Callable[[str], None]) -> None:
-    """Makes the parts that are missing, in parallel."""
+    """Writes the plan and makes the parts that are missing, in parallel; ValueError if `folder` has another plan."""
+    if (folder / store.PLAN).exists():
+        _check_same(folder, plan, complete=False)
+    parts.write(folder / store.PLAN, [json.dumps(plan, indent=1).encode()])
+    (folder / parts.FOLDER).mkdir(exist_ok=True)
     shards = [[(plan["files"][i]["path"], start, stop) for i, start, stop in shard] for shard in plan["shards"]]
     sizes = [sum(stop - start for _, start, stop in shard) for shard in shards]
     for left_over in folder.glob("**/*.partial*"):
@@ -190,22 +172,8 @@ def _make_parts(folder: Path, plan: dict, options: Options, workers: int, say: C
         say(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
     before = sum(sizes) - sum(sizes[i] for i in todo)
     with tqdm.tqdm(total=sum(sizes), initial=before, unit="B", unit_scale=True, desc="input") as bar:
-        for i in _in_processes(encode.encode_shard, {i: (folder, i, shards[i], options) for i in todo}, workers):
+        for i in _in_processes(parts.encode, {i: (folder, i, shards[i], options) for i in todo}, workers):
             bar.update(sizes[i])
-
-
-def _check_labels(folder: Path, names: list[str], plan: dict, made: list[dict]) -> None:
-    """ValueError if the parts have no document, or too many labels."""
-    if not names:
-        skipped = {reason: count for reason, count in summary.skipped(made).items() if count}
-        raise ValueError(
-            f"the {len(plan['files'])} input files have no text; skipped: {skipped}; name another --text_field, "
-            f"--format or --input, and another --out or delete {folder}"
-        )
-    if len(names) > MAX_LABELS:
-        raise ValueError(
-            f"the label field has {len(names):,} values, and a store has at most {MAX_LABELS:,}; name a coarser one"
-        )
 
 
 def _in_processes(function: Callable, calls: dict[int, tuple], workers: int) -> Iterator[int]:
@@ -225,9 +193,8 @@ def _in_processes(function: Callable, calls: dict[int, tuple], workers: int) -> 
             for future in concurrent.futures.as_completed(pending):
                 future.result()
                 yield pending[future]
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _start_worker() -> None:
@@ -255,44 +222,42 @@ def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
 def _write_shard(
     folder: Path, number: int, part: dict, selected: np.ndarray | None, names: list[str], dtype: np.dtype
 ) -> tuple[store.Shard, dict]:
-    """Writes the shard of the `selected` documents of a part (None: all). Returns it and the counts by label of `names`."""
+    """Writes the shard of the `selected` documents of a part (None: all). Returns it and its counts, for `_summary`."""
     x = parts.columns(folder, number)
     label_numbers = {name: i for i, name in enumerate(names)}
     x["labels"] = np.array([label_numbers[name] for name in part["labels"]], np.int64)[x["labels"]]
-    select = None
+    copied, duplicates = None, 0
     if selected is not None and not selected.all():
-        select = functools.partial(_selected_tokens, lengths=x["lengths"], selected=selected)
-    tokens_sha256 = _copied(parts.path(folder, number, "tokens"), folder, part["sha256"], dtype, select)
+        copied, duplicates = _ranges(x["lengths"], selected), int(np.sum(~selected))
+    tokens_sha256 = _copied(folder, parts.path(folder, number, "tokens"), part["sha256"], dtype, copied)
     mask_sha256, mask_path = part.get("loss_mask_sha256"), parts.path(folder, number, "loss_mask")
     if mask_sha256 is not None:
-        mask_sha256 = _copied(mask_path, folder, mask_sha256, loss_mask.DTYPE, select)
-    if select is not None:
+        mask_sha256 = _copied(folder, mask_path, mask_sha256, store.LOSS_MASK.dtype, copied)
+    if copied is not None:
         x = {name: values[selected] for name, values in x.items()}
     index = store.index_bytes(x["lengths"], x["hashes"], x["labels"])
-    index_sha256 = parts.write(folder / shard_files.name(number, "index"), [index])
-    counts = _counts(x, len(names)) | {"duplicates": 0 if selected is None else int(np.sum(~selected))}
+    index_sha256 = parts.write(folder / store.file_name(number, "index"), [index])
+    counts = _counts(x, len(names)) | {"duplicates": duplicates}
     if mask_sha256 is not None:
-        counts["trained_tokens"] = loss_mask.count(folder / mask_path.name)
+        with open(folder / mask_path.name, "rb") as file:
+            counts["trained_tokens"] = sum(block.count(1) for block in iter(lambda: file.read(store.BLOCK), b""))
     return store.Shard(len(x["lengths"]), int(x["lengths"].sum()), tokens_sha256, index_sha256, mask_sha256), counts
 
 
-def _counts(x: dict[str, np.ndarray], num_labels: int) -> dict:
-    """Counts of documents, tokens and bytes by label, and of documents by length, from the columns of a shard."""
-    by_label = {
-        "documents": np.bincount(x["labels"], minlength=num_labels),
-        **{
-            what: np.bincount(x["labels"], x[column], num_labels).astype(np.int64)
-            for what, column in (("tokens", "lengths"), ("bytes", "bytes"))
-        },
-    }
-    return {"lengths": np.bincount(np.frexp(x["lengths"])[1], minlength=64), "labels": by_label}
+def _ranges(lengths: np.ndarray, selected: np.ndarray) -> list[tuple[int, int]]:
+    """The tokens [start, stop) of the `selected` bool [n] documents of a part, at most `COPIED` at a time."""
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], selected, [False]]).astype(np.int8)))
+    runs = ends[edges].reshape(-1, 2).tolist()
+    return [(start, min(start + COPIED, last)) for first, last in runs for start in range(first, last, COPIED)]
 
 
-def _copied(source: Path, folder: Path, sha256: str, dtype: np.dtype, select: Callable | None) -> str:
-    """Links or copies the file `source` of a part to `folder`, or writes there what `select` keeps; returns its SHA-256."""
+def _copied(folder: Path, source: Path, sha256: str, dtype: np.dtype, ranges: list[tuple[int, int]] | None) -> str:
+    """Links or copies the file `source` of a part to `folder`, or writes the `ranges` of it there; returns its SHA-256."""
     path = folder / source.name
-    if select is not None:
-        return parts.write(path, select(source, dtype))
+    if ranges is not None:
+        values = np.memmap(source, dtype, "r")
+        return parts.write(path, (values[start:stop].data for start, stop in ranges))
     path.unlink(missing_ok=True)
     try:
         os.link(source, path)
@@ -301,14 +266,63 @@ def _copied(source: Path, folder: Path, sha256: str, dtype: np.dtype, select: Ca
     return sha256
 
 
-def _selected_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, selected: np.ndarray) -> Iterator[memoryview]:
-    tokens, ends = np.memmap(path, dtype, "r"), np.concatenate([[0], np.cumsum(lengths)])
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], selected, [False]]).astype(np.int8)))
-    for first, last in edges.reshape(-1, 2):
-        for start in range(ends[first], ends[last], COPIED):
-            yield tokens[start : min(start + COPIED, ends[last])].data
-
-
 def _progress(folder: Path, plan: dict) -> str:
     done = len(list((folder / parts.FOLDER).glob("*.json")))
     return f"{done} of {len(plan['shards'])} shards are done and kept; solve the problem, then the same command continues"
+
+
+def _counts(columns: dict[str, np.ndarray], labels: int) -> dict[str, np.ndarray]:
+    """Documents, tokens and bytes by label, and documents by length, of a shard with these `parts.COLUMNS`."""
+    weights = {"documents": None, "tokens": columns["lengths"], "bytes": columns["bytes"]}
+    by_label = {what: np.bincount(columns["labels"], weight, labels).astype(np.int64) for what, weight in weights.items()}
+    # A length of [2^(k - 1), 2^k) has the exponent k.
+    return by_label | {"lengths": np.bincount(np.frexp(columns["lengths"])[1], minlength=64)}
+
+
+def _summary(shards: list[dict], made: list[dict], names: list[str]) -> dict:
+    """The summary of a store, from the `_counts` of its shards, the parts `made`, and the `names` of its labels."""
+    total = {what: sum(shard[what] for shard in shards) for what in shards[0]}
+    by_label = {what: total[what] for what in ("documents", "tokens", "bytes")}
+    trained = {"trained_tokens": total["trained_tokens"]} if "trained_tokens" in total else {}
+    return {
+        **{what: int(values.sum()) for what, values in by_label.items()},
+        **trained,
+        "skipped": _skipped(made) | {"duplicates": total["duplicates"]},
+        "lengths": {str(2 ** (k - 1)): int(count) for k, count in enumerate(total["lengths"]) if count},
+        "labels": {name: {what: int(values[i]) for what, values in by_label.items()} for i, name in enumerate(names)},
+    }
+
+
+def _skipped(made: list[dict]) -> dict[str, int]:
+    return {what: sum(part["skipped"].get(what, 0) for part in made) for what in ("broken", "empty", "binary")}
+
+
+def summary_lines(summary: dict) -> list[str]:
+    """The lines of a summary, for printing; ValueError if it is damaged."""
+    try:
+        return [characters.line(line) for line in _lines(summary)]
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the summary in the manifest is damaged: {error!r}; prepare the store again") from error
+
+
+def _lines(summary: dict) -> Iterator[str]:
+    yield f"documents    {summary['documents']:,}, of {summary['bytes']:,} bytes"
+    yield f"tokens       {summary['tokens']:,}, {_ratio(summary):.3f} bytes each, BOS and EOS included"
+    if "trained_tokens" in summary:
+        trained = summary["trained_tokens"]
+        yield f"loss mask    {trained:,} tokens are trained on ({trained / summary['tokens']:.1%})"
+    yield f"skipped      {', '.join(f'{count:,} {what}' for what, count in summary['skipped'].items())}"
+    for label, values in summary["labels"].items():
+        share = values["tokens"] / summary["tokens"]
+        yield (
+            f"label        {label}: {values['documents']:,} documents, {values['tokens']:,} tokens ({share:.1%}), "
+            f"{_ratio(values):.3f} bytes each"
+        )
+    most = max(summary["lengths"].values())
+    for first, count in summary["lengths"].items():
+        bar = "#" * min(40, -(-40 * count // most))
+        yield f"length       {f'{int(first):,} to {2 * int(first) - 1:,}':>27}  {count:>11,}  {bar}"
+
+
+def _ratio(values: dict) -> float:
+    return values["bytes"] / max(1, values["tokens"])  # 0 tokens if all documents of a label were copies of others

@@ -1,13 +1,16 @@
-"""The results of reading a file in any format: documents, or the reason and position of what cannot be read."""
+"""Documents of records: JSON objects, rows of Parquet files, and rows of Arrow streams as the library datasets saves them."""
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from hybrid_attn.data.loss_mask import Piece
+from hybrid_attn.trees import check
 
+Piece = tuple[int, bool]  # the bytes of a piece of a text, at least 1, and whether it is trained on
 PIECE_TEXT = "text"  # the field of a piece that holds its text
 MAX_BYTES = 10**8  # default limit of a line, a text in a table, or a decompressed text file: each is read into memory
+BATCH = 256  # rows of a table in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +25,7 @@ class Fields:
     loss: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A document in UTF-8, the value of its label field, and its pieces; without pieces all of it is trained on."""
 
     text: bytes
@@ -31,39 +33,32 @@ class Text:
     pieces: tuple[Piece, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Broken:
+class Broken(NamedTuple):
     """A document that cannot be read: the reason, with file and line. `too_long` means that a larger limit would accept it."""
 
     reason: str
     too_long: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Binary:
+class Binary(NamedTuple):
     """A binary file: it has a zero byte near its beginning, or begins like a known binary format."""
 
-    path: str
-
-    @property
-    def reason(self) -> str:
-        return f"{self.path}: binary or UTF-16, not UTF-8 text"
+    reason: str
 
 
-def limit(max_bytes: int) -> str:
-    """The limit of a document, for messages."""
-    return f"the {max_bytes:,} bytes that a document may have"
+def too_long(what: str, max_bytes: int) -> Broken:
+    """The result for a document with more than `max_bytes`. `what` begins the message: "x.jsonl, line 2: it has"."""
+    return Broken(f"{what} more than the {max_bytes:,} bytes that a document may have", too_long=True)
 
 
 def document(record, fields: Fields) -> Text:
     """The document of a record; a text of null is empty. With `fields.loss`, a text may be a list of pieces."""
     text, pieces = _field(record, fields.text), ()
-    if fields.loss is not None and _has(record, fields.loss):
-        raise ValueError(f"the record has the field {fields.loss!r}, which belongs to the pieces of a text; put it there")
+    misplaced = fields.loss is not None and _has(record, fields.loss)
+    check(not misplaced, f"the record has the field {fields.loss!r}, which belongs to the pieces of a text; put it there")
     if fields.loss is not None and isinstance(text, list):
         text, pieces = _joined(text, fields)
-    if not isinstance(text, str | None):
-        raise ValueError(f"the field {fields.text!r} is of type {type(text).__name__}, not text")
+    check(isinstance(text, str | None), f"the field {fields.text!r} is of type {type(text).__name__}, not text")
     label = None if fields.label is None else _field(record, fields.label)
     return Text((text or "").encode("utf-8"), None if label is None else str(label), pieces)
 
@@ -74,14 +69,10 @@ def _joined(pieces: Sequence, fields: Fields) -> tuple[str, tuple[Piece, ...]]:
     for number, piece in enumerate(pieces, 1):
         try:
             text, trained = _field(piece, PIECE_TEXT), _field(piece, fields.loss)
+            for name, value, kind, what in ((PIECE_TEXT, text, str, "text"), (fields.loss, trained, bool, "true or false")):
+                check(isinstance(value, kind), f"its {name!r} is of type {type(value).__name__}, not {what}")
         except ValueError as error:
             raise ValueError(f"piece {number} of the field {fields.text!r}: {error}") from error
-        for name, value, kind in ((PIECE_TEXT, text, str), (fields.loss, trained, bool)):
-            if not isinstance(value, kind):
-                what = "text" if kind is str else "true or false"
-                raise ValueError(
-                    f"piece {number} of the field {fields.text!r}: its {name!r} is of type {type(value).__name__}, not {what}"
-                )
         if text:
             texts.append(text)
             sizes.append((len(text.encode("utf-8")), trained))
@@ -116,3 +107,102 @@ def _field(record, name: str):
             raise ValueError(f"there is no field {name!r}: the record that should hold {part!r} {has}")
         record = record[part]
     return record
+
+
+def library(name: str, user: str, extra: str = "data"):
+    """Imports the module `name` and returns its package; ImportError says that `user` needs the library, and in which extra."""
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ImportError(f"{user} needs the library {name.partition('.')[0]}; pip install 'hybrid_attn[{extra}]'") from error
+
+
+def raise_if_of_disk(error: Exception) -> None:
+    """Raises an error of the operating system again. An OSError of a library, for damaged content, has no errno."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+
+
+def parquet(path: str, fields: Fields, max_bytes: int) -> Iterator[Text | Broken]:
+    """The documents of a Parquet file. It is not read if the rows of a row group have more than `max_bytes` on average."""
+    pyarrow = library("pyarrow.parquet", path)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = _columns(path, file.schema_arrow.names, fields)
+            mean = _mean_bytes(file.metadata, columns)
+            if mean > max_bytes:
+                yield too_long(f"{path}: a row group has rows of {mean:,} bytes on average,", max_bytes)
+                return
+            rows = max(1, min(BATCH, max_bytes // max(1, mean)))
+            yield from _rows(path, fields, max_bytes, file.iter_batches(rows, columns=columns))
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:  # column names may not be UTF-8
+        raise_if_of_disk(error)
+        yield Broken(f"{path}: not Parquet: {' '.join(str(error).split())}")
+
+
+def arrow(path: str, fields: Fields, max_bytes: int) -> Iterator[Text | Broken]:
+    """The documents of a stream of Arrow batches."""
+    pyarrow = library("pyarrow.ipc", path)
+
+    def batches(stream, columns: list[str]) -> Iterator:
+        for batch in stream:
+            batch = batch.select(columns)
+            for column in batch.columns:
+                _check_offsets(column)
+            yield from (batch.slice(first, BATCH) for first in range(0, len(batch), BATCH))
+
+    try:
+        with pyarrow.memory_map(path) as file, pyarrow.ipc.open_stream(file) as stream:
+            columns = _columns(path, stream.schema.names, fields)
+            yield from _rows(path, fields, max_bytes, batches(stream, columns))
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:  # column names may not be UTF-8
+        raise_if_of_disk(error)
+        yield Broken(f"{path}: not a stream of Arrow batches: {error}")
+
+
+def _mean_bytes(metadata, columns: list[str]) -> int:
+    """Decompressed bytes per row of `columns`, in the row group with the largest mean."""
+    largest = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        parts = [group.column(i) for i in range(group.num_columns)]
+        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns)
+        largest = max(largest, size // max(1, group.num_rows))
+    return largest
+
+
+def _check_offsets(column) -> None:
+    """ArrowInvalid if a column refers to memory outside its buffers: the library would read there and may crash."""
+    try:
+        column.validate(full=True)
+    except ValueError as error:
+        if "UTF8" not in str(error) or str(column.type) not in ("string", "large_string"):
+            raise  # `_rows` names the rows that are merely not UTF-8
+
+
+def _rows(path: str, fields: Fields, max_bytes: int, batches: Iterable) -> Iterator[Text | Broken]:
+    number = 0
+    for batch in batches:
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError:
+            rows = (batch.slice(i, 1) for i in range(len(batch)))  # to find the row
+        for row in rows:
+            number += 1
+            try:
+                read = document(row if isinstance(row, dict) else row.to_pylist()[0], fields)
+            except ValueError as error:
+                yield Broken(f"{path}, row {number}: {reason(error)}")
+                continue
+            size = len(read.text)
+            yield read if size <= max_bytes else too_long(f"{path}, row {number}: it has {size:,} bytes,", max_bytes)
+
+
+def _columns(path: str, names: list[str], fields: Fields) -> list[str]:
+    """The columns of a table to read; ValueError if one is missing. `document` refuses that of `fields.loss`."""
+    needed, refused = (
+        {name if name in names else name.split(".")[0] for name in group if name is not None}
+        for group in ((fields.text, fields.label), (fields.loss,))
+    )
+    missing = needed - set(names)
+    check(not missing, f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}")
+    return [name for name in names if name in needed | refused]

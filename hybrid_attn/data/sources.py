@@ -1,21 +1,28 @@
 """Reads documents from files: plain text and source code, JSON lines, Parquet, and Hugging Face datasets on disk."""
 
 import codecs
+import contextlib
 import functools
 import glob
+import gzip
+import io
 import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 
-from hybrid_attn.data import compressed, records, tables
-from hybrid_attn.data.compressed import opened
+from hybrid_attn.data import records
 from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields, Text
+from hybrid_attn.trees import check
 
-FORMATS = ("text", "jsonl", "parquet", "arrow")
+TABLES = {"parquet": records.parquet, "arrow": records.arrow}
+FORMATS = ("text", "jsonl", *TABLES)
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
-COMPRESSED = compressed.SUFFIXES
+COMPRESSED = (".gz", ".zst")
+DAMAGE = (EOFError, OSError, zlib.error)  # errors where a compressed file is damaged or truncated
+BUFFER = 2**20  # bytes of a file in memory at a time
 NOT_SOURCES = {"site-packages", "dist-packages", "__pycache__"}
 SKIPPED_FOLDERS = NOT_SOURCES | {"node_modules"}
 SNIFFED = 8192  # bytes that decide whether a file is text, as in git
@@ -26,12 +33,11 @@ BINARY = re.compile(rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ|\x28\xb5\x2f\xfd|PK\x03\
 def find(inputs: Iterable[str]) -> list[str]:
     """The paths of all files of `inputs`, each once, in an order that is the same on every machine.
 
-    An input is a glob pattern, a directory that the library datasets saved, or any other directory, which means all files under
-    it except those that are hidden or in caches or installed packages. ValueError if an input has no file.
+    An input is a glob pattern, a directory that the library datasets saved, or another directory: all files under it that are
+    not hidden and not in caches or installed packages. ValueError if an input has no file.
     """
     paths = {}
-    for name in inputs:
-        name = os.path.expanduser(name)
+    for name in map(os.path.expanduser, inputs):
         for path in _files_under(name) if os.path.isdir(name) else _matches(name):
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())
@@ -40,10 +46,9 @@ def find(inputs: Iterable[str]) -> list[str]:
 def _matches(pattern: str) -> list[str]:
     """The files that `pattern` matches, sorted by their paths below the last folder before a wildcard."""
     paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    if not paths:
-        raise ValueError(f"{pattern!r} matches no file; the working directory is {os.getcwd()}; correct the path or pattern")
+    check(bool(paths), f"{pattern!r} matches no file; the working directory is {os.getcwd()}; correct the path or pattern")
     root = os.path.dirname(re.split(r"[*?[]", pattern, maxsplit=1)[0]) or os.curdir
-    return _sorted_below(root, paths)
+    return sorted_below(root, paths)
 
 
 def format_of(path: str) -> str:
@@ -59,7 +64,7 @@ def splits(path: str, form: str) -> bool:
 
 
 def read(
-    path: str, form: str | None, fields: Fields, start: int = 0, stop: int | None = None, max_bytes: int = MAX_BYTES
+    path: str, form: str | None, fields: Fields, start: int = 0, stop: int = sys.maxsize, max_bytes: int = MAX_BYTES
 ) -> Iterator[Text | Broken | Binary]:
     """The documents of a file in order, with `Broken` or `Binary` for what cannot be read; ImportError without its library.
 
@@ -69,38 +74,54 @@ def read(
     file_format = form or format_of(path)
     try:
         if file_format == "text":
-            yield from _text(path, max_bytes, by_ending=form is None)
+            yield text_of(path, max_bytes, by_ending=form is None, only_utf8=True)
         elif file_format == "jsonl":
-            part = (start, stop) if splits(path, file_format) else (0, None)
+            part = (start, stop) if splits(path, file_format) else (0, sys.maxsize)
             yield from _jsonl(path, fields, max_bytes, *part)
         else:
-            yield from _TABLES[file_format](path, fields, max_bytes)
-    except compressed.ERRORS as error:
-        yield Broken(f"{path}: its compression is damaged: {error}")
+            yield from TABLES[file_format](path, fields, max_bytes)
+    except DAMAGE as error:
+        yield _damaged(path, error)
 
 
-_TABLES = {"parquet": tables.parquet, "arrow": tables.arrow}
+def _opened(path: str) -> contextlib.AbstractContextManager[io.BufferedIOBase]:
+    """The content of a file, decompressed if its suffix is .gz or .zst; ImportError if the library for .zst is missing."""
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.endswith(".zst"):  # the library zstandard would not notice that a file ends within a frame
+        return io.BufferedReader(records.library("pyarrow", path).input_stream(path, compression="zstd"), BUFFER)
+    return open(path, "rb", BUFFER)
 
 
-def text_of(path: str, max_bytes: int = MAX_BYTES, by_ending: bool = True) -> bytes | Broken | Binary:
-    """The content of a text file, UTF-8 or not. With `by_ending`, only its suffix says that it is one document, not records."""
+def _damaged(path: str, error: Exception) -> Broken:
+    records.raise_if_of_disk(error)
+    return Broken(f"{path}: its compression is damaged: {error}")
+
+
+def text_of(path: str, max_bytes: int = MAX_BYTES, by_ending: bool = True, only_utf8: bool = False) -> Text | Broken | Binary:
+    """The content of a text file. With `by_ending`, only its suffix says that it is one document, not records."""
     is_compressed = path.endswith(COMPRESSED)
     try:
-        with opened(path) as file:
+        with _opened(path) as file:
             head = file.read(SNIFFED)
             if b"\0" in head or BINARY.match(head):
-                return Binary(path)
+                return Binary(f"{path}: binary or UTF-16, not UTF-8 text")
             text = head + (file.read(max_bytes) if is_compressed else file.read())
-    except compressed.ERRORS as error:
-        return Broken(f"{path}: its compression is damaged: {error}")
+    except DAMAGE as error:
+        return _damaged(path, error)
     if is_compressed and len(text) > max_bytes:
-        return Broken(f"{path}: decompressed, it has more than {records.limit(max_bytes)}", too_long=True)
+        return records.too_long(f"{path}: decompressed, it has", max_bytes)
     if by_ending and path.endswith(".json") and _holds_records(text):
         return Broken(
             f"{path}: it holds JSON records, and a .json file is read as one document; rename it to .jsonl, one record a line, "
             "or read it with tools/prepare_data.py with --format=jsonl, or with --format=text as one document"
         )
-    return text
+    try:
+        if only_utf8:
+            text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Broken(f"{path}, line {text.count(10, 0, error.start) + 1}: {records.reason(error)}")
+    return Text(text, None)
 
 
 def _holds_records(text: bytes) -> bool:
@@ -116,35 +137,31 @@ def _holds_records(text: bytes) -> bool:
 
 
 def _files_under(folder: str) -> list[str]:
-    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        names = _from_json(folder, "dataset_dict.json", lambda state: [str(name) for name in state["splits"]])
-        splits = [os.path.join(folder, name) for name in names]
+    several, info, state = (os.path.join(folder, f"{name}.json") for name in ("dataset_dict", "dataset_info", "state"))
+    if os.path.isfile(several):
+        splits = [os.path.join(folder, name) for name in _from_json(several, lambda x: [str(name) for name in x["splits"]])]
         raise ValueError(f"{folder} holds several datasets; name some of them: {', '.join(splits)}")
-    if os.path.isfile(os.path.join(folder, "dataset_info.json")) and os.path.isfile(os.path.join(folder, "state.json")):
-        names, reordered = _from_json(folder, "state.json", _dataset_files)
-        if reordered:
-            raise ValueError(
-                f"{folder} stores an order of its rows in a file of indices; save it again after flatten_indices()"
-            )
+    if os.path.isfile(info) and os.path.isfile(state):
+        names, reordered = _from_json(state, _dataset_files)
+        cure = "save it again after flatten_indices()"
+        check(not reordered, f"{folder} stores an order of its rows in a file of indices; {cure}")
         return [os.path.join(folder, name) for name in names]
     all_paths = []
     for root, subfolders, files in os.walk(folder):
         subfolders[:] = sorted(x for x in subfolders if x not in SKIPPED_FOLDERS and not x.startswith("."))
         paths = [os.path.join(root, file) for file in files if not file.startswith(".")]  # .env and .netrc hold secrets
         all_paths += [path for path in paths if os.path.isfile(path) or os.path.islink(path)]  # a pipe would block
-    if not all_paths:
-        raise ValueError(f"{folder} has no files that are not hidden")
-    return _sorted_below(folder, all_paths)
+    check(bool(all_paths), f"{folder} has no files that are not hidden")
+    return sorted_below(folder, all_paths)
 
 
-def _sorted_below(folder: str, paths: list[str]) -> list[str]:
+def sorted_below(folder: str, paths: list[str]) -> list[str]:
     """Paths in the order of their names below `folder`, which is the same wherever that is."""
     return sorted(paths, key=lambda path: (os.path.relpath(path, folder).replace(os.sep, "/"), path))
 
 
-def _from_json(folder: str, name: str, read: Callable):
-    """`read` of the JSON file `name` in `folder`; ValueError names the file if the library datasets did not write it."""
-    path = os.path.join(folder, name)
+def _from_json(path: str, read: Callable):
+    """`read` of the content of a JSON file; ValueError names the file if the library datasets did not write it."""
     try:
         with open(path, encoding="utf-8") as file:
             return read(json.load(file))
@@ -153,46 +170,27 @@ def _from_json(folder: str, name: str, read: Callable):
 
 
 def _dataset_files(state: dict) -> tuple[list[str], bool]:
-    """Names of the Arrow files, which must be in the folder itself, and whether there is a file of indices with their order.
-
-    A name with a path in it could make the tool read any file of the machine.
-    """
+    """Names of the Arrow files, and whether there is a file of indices with their order."""
     names = [file["filename"] for file in state["_data_files"]]
-    for name in names:
-        if os.path.basename(name) != name or not name.endswith(".arrow"):
-            raise ValueError(f"{name!r} is not the name of an .arrow file in the folder itself")
-    if not names:
-        raise ValueError("it names no file")
+    for name in names:  # with a path in it, it could make the tool read any file of the machine
+        inside = os.path.basename(name) == name and name.endswith(".arrow")
+        check(inside, f"{name!r} is not the name of an .arrow file in the folder itself")
+    check(bool(names), "it names no file")
     return names, bool(state.get("_indices_data_files"))
 
 
-def _text(path: str, max_bytes: int, by_ending: bool) -> Iterator[Text | Broken | Binary]:
-    text = text_of(path, max_bytes, by_ending)
-    if not isinstance(text, bytes):
-        yield text
-        return
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        yield Broken(f"{path}, line {text.count(10, 0, error.start) + 1}: {records.reason(error)}")
-        return
-    yield Text(text, None)
-
-
-def _jsonl(path: str, fields: Fields, max_bytes: int, start: int, stop: int | None) -> Iterator[Text | Broken]:
-    end = sys.maxsize if stop is None else stop
-    with opened(path) as file:
+def _jsonl(path: str, fields: Fields, max_bytes: int, start: int, stop: int) -> Iterator[Text | Broken]:
+    with _opened(path) as file:
         if start:
             file.seek(start - 1)
-            start += _skip_line(file, end - start + 1) - 1  # a record that began before
+            start += _skip_line(file, stop - start + 1) - 1  # a record that began before
         position = start
         for number, line in enumerate(iter(functools.partial(file.readline, max_bytes + 1), b""), 1):
-            if position >= end:
+            if position >= stop:
                 return
             position += len(line)
             if len(line) > max_bytes:
-                where = f"{path}, line {number + _lines(path, start)}"
-                yield Broken(f"{where}: it has more than {records.limit(max_bytes)}", too_long=True)
+                yield records.too_long(f"{path}, line {number + _lines(path, start)}: it has", max_bytes)
                 position += 0 if line.endswith(b"\n") else _skip_line(file, sys.maxsize)
                 continue
             if number == 1 and not start:
@@ -208,7 +206,7 @@ def _jsonl(path: str, fields: Fields, max_bytes: int, start: int, stop: int | No
 def _skip_line(file, limit: int) -> int:
     """Reads to the end of the line, at most `limit` bytes, and returns the number of bytes."""
     skipped = 0
-    while piece := file.readline(min(compressed.BUFFER, limit - skipped)):
+    while piece := file.readline(min(BUFFER, limit - skipped)):
         skipped += len(piece)
         if piece.endswith(b"\n"):
             break
@@ -217,10 +215,6 @@ def _skip_line(file, limit: int) -> int:
 
 def _lines(path: str, stop: int) -> int:
     """The number of lines that end before byte `stop`."""
-    count = 0
-    if stop:
-        with open(path, "rb") as file:
-            while stop and (block := file.read(min(stop, 2**20))):
-                count += block.count(b"\n")
-                stop -= len(block)
-    return count
+    with open(path, "rb") as file:
+        blocks = iter(lambda: file.read(min(BUFFER, stop - file.tell())), b"")
+        return sum(block.count(b"\n") for block in blocks)

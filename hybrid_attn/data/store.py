@@ -5,22 +5,24 @@
     shard-00000.loss_mask   a byte for each token: 1 if it is trained on, else 0; only in a store with loss masks
     shard-00000.index       three arrays, one after the other: lengths int64 [n], hashes uint64 [n], labels uint16 [n]
 
-Files are read through TensorStore's key-value stores, so a path may be a URL such as gs://bucket/corpus/.
+Files are read through TensorStore's key-value stores, so a path may be a URL such as gs://bucket/corpus/. A loss mask in bits
+would take an eighth of the bytes, but documents would begin inside them, and every copy and read of a span would have to shift.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorstore
 
-from hybrid_attn.data import loss_mask, shard_files
-from hybrid_attn.data.documents import Documents, Span
-from hybrid_attn.data.loss_mask import LossMask
+from hybrid_attn.data.documents import Documents, LossMask, Span
 from hybrid_attn.files import JSON_BYTES
+from hybrid_attn.trees import check
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -29,6 +31,38 @@ DTYPES = ("<u2", "<u4")
 CURE = "copy the file again, or prepare the store again"
 MAX_COUNT = 2**48  # documents or tokens of a shard; their sums stay far below 2^63
 INDEX = {"lengths": np.dtype("<i8"), "hashes": np.dtype("<u8"), "labels": np.dtype("<u2")}
+BLOCK = 2**24  # bytes of a file in memory at a time
+
+
+def file_name(index: int, suffix: str) -> str:
+    """The name of a file of shard `index`, such as shard-00000.tokens."""
+    return f"shard-{index:05}.{suffix}"
+
+
+class _Values(NamedTuple):
+    """The files with a value for each token: suffix, dtype, and the limit below which values are valid; None: all are."""
+
+    suffix: str
+    dtype: np.dtype
+    limit: int | None
+    invalid: str  # the message for a value that is not below the limit
+
+    def problem(self, values: np.ndarray, first: int) -> str | None:
+        """The problem if a value is invalid. `values` are of tokens of a document or shard, of which the first is `first`."""
+        if self.limit is None or not len(values) or values.max() < self.limit:
+            return None
+        i = int(np.argmax(values >= self.limit))
+        return f"token {first + i:,} has the {self.invalid.format(int(values[i]))}"
+
+
+LOSS_MASK = _Values("loss_mask", np.dtype(np.uint8), 2, "value {} in the loss mask, and 0 and 1 are the only ones")
+
+
+def _ids(dtype: str, tokenizer) -> _Values:
+    """The token files; with a `tokenizer`, the ids of its vocabulary are valid."""
+    limit = None if tokenizer is None else tokenizer.vocab_size
+    largest = "" if tokenizer is None else f"id {{}}, and the largest of the tokenizer is {limit - 1}"
+    return _Values("tokens", np.dtype(dtype), limit, largest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +89,7 @@ class Manifest:
     summary: dict
 
     def to_json(self) -> str:
-        values = dataclasses.asdict(self)
-        if not self.has_loss_mask:
-            for shard in values["shards"]:
-                del shard["loss_mask_sha256"]
+        values = dataclasses.asdict(self, dict_factory=lambda fields: {name: x for name, x in fields if x is not None})
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     @property
@@ -77,66 +108,27 @@ def load(path: str, tokenizer=None) -> Documents:
 
     With a `tokenizer`, a store that another tokenizer made is refused, and so is a read of ids outside its vocabulary.
     """
-    files, manifest = _open(path)
+    store = _open(path)
+    manifest = store.manifest
     if tokenizer is not None and tokenizer.hash != manifest.tokenizer_hash:
         raise ValueError(
             f"{path} was made by the tokenizer {manifest.tokenizer!r} of hash {manifest.tokenizer_hash[:12]}, and that of the "
             f"run has hash {tokenizer.hash[:12]}; set data.tokenizer to the former, or prepare the text again with the latter"
         )
-    shards = list(_read_indices(path, files, manifest))
+    shards = list(store.read_indices())
     columns = {name: np.concatenate([shard[name] for shard in shards]) for name in INDEX}
-    dtype, reader = np.dtype(manifest.dtype), _Reader(path, files, manifest, columns["lengths"])
-
-    def fetch(spans: Sequence[Span]) -> list[np.ndarray]:
-        read = reader.read(spans, "tokens", dtype)
-        if tokenizer is not None and _largest(read) >= tokenizer.vocab_size:
-            reader.check("tokens", spans, read, lambda ids, start: _unknown_id(ids, start, tokenizer))
-        return read
-
-    def fetch_mask(spans: Sequence[Span]) -> list[np.ndarray]:
-        read = reader.read(spans, "loss_mask", loss_mask.DTYPE)
-        if _largest(read) > 1:
-            reader.check("loss_mask", spans, read, loss_mask.problem)
-        return read
-
-    fingerprint = "".join(shard.loss_mask_sha256 or "" for shard in manifest.shards)
-    mask = LossMask(fetch_mask, fingerprint) if manifest.has_loss_mask else None
-    return Documents(**columns, label_names=manifest.label_names, dtype=dtype, fetch=fetch, loss_mask=mask)
-
-
-class _Reader:
-    """Reads spans of the files that hold a value for each token."""
-
-    def __init__(self, path: str, files: tensorstore.KvStore, manifest: Manifest, lengths: np.ndarray):
-        self.path, self.files, self.lengths, self.ends = path, files, lengths, np.cumsum(lengths)
-        self.documents = np.concatenate([[0], np.cumsum([shard.documents for shard in manifest.shards])])
-        self.tokens = np.concatenate([[0], np.cumsum([shard.tokens for shard in manifest.shards])])
-
-    def shard_of(self, document: int) -> int:
-        return int(np.searchsorted(self.documents, document, side="right")) - 1
-
-    def read(self, spans: Sequence[Span], suffix: str, dtype: np.dtype) -> list[np.ndarray]:
-        """The values of each span, from the files with this suffix."""
-        pending = []
-        for i, start, stop in spans:
-            shard = self.shard_of(i)
-            name = shard_files.name(shard, suffix)
-            first = int(self.ends[i] - self.lengths[i] - self.tokens[shard]) + start
-            byte_range = slice(first * dtype.itemsize, (first + stop - start) * dtype.itemsize)
-            pending.append((name, self.files.read(name, byte_range=byte_range)))
-        return [np.frombuffer(_value(read, f"{self.path}: {name}"), dtype) for name, read in pending]
-
-    def check(self, suffix: str, spans: Sequence[Span], values: list[np.ndarray], problem: Callable) -> None:
-        """ValueError names the document with the first `problem(values, start)`."""
-        for (i, start, _), of_span in zip(spans, values, strict=True):
-            if message := problem(of_span, start):
-                name = shard_files.name(self.shard_of(i), suffix)
-                raise ValueError(f"{self.path}: {name}, document {i}: {message}; {CURE}")
+    ids, reader = _ids(manifest.dtype, tokenizer), _Reader(store, columns["lengths"])
+    mask = None
+    if manifest.has_loss_mask:
+        fingerprint = "".join(shard.loss_mask_sha256 for shard in manifest.shards)
+        mask = LossMask(functools.partial(reader.read, LOSS_MASK), fingerprint)
+    fetch = functools.partial(reader.read, ids)
+    return Documents(**columns, label_names=manifest.label_names, dtype=ids.dtype, fetch=fetch, loss_mask=mask)
 
 
 def read_manifest(path: str) -> Manifest:
     """The manifest of the store at `path`; ValueError if there is none, or one of another format."""
-    return _open(path)[1]
+    return _open(path).manifest
 
 
 def verify(path: str, tokenizer=None) -> Iterator[int]:
@@ -145,42 +137,103 @@ def verify(path: str, tokenizer=None) -> Iterator[int]:
     A loss mask must have the values 0 and 1 alone. With the tokenizer of the store, every id must be in its vocabulary, and
     every document must go from BOS to EOS.
     """
-    files, manifest = _open(path)
-    for i, (shard, index) in enumerate(zip(manifest.shards, _read_indices(path, files, manifest), strict=True)):
-        for name, checksum, size in _files_of(i, shard, manifest):
-            ranges = (slice(start, min(start + shard_files.BLOCK, size)) for start in range(0, size, shard_files.BLOCK))
-            blocks, problems = (_value(files.read(name, byte_range=x), f"{path}: {name}") for x in ranges), []
-            if name == shard_files.name(i, "tokens") and tokenizer is not None:
-                blocks = _checked_ids(blocks, np.dtype(manifest.dtype), index["lengths"], tokenizer, problems)
-            elif name == shard_files.name(i, "loss_mask"):
-                blocks = _checked_mask(blocks, problems)
-            elif name == shard_files.name(i, "index"):
-                continue  # `_read_indices` has compared its checksum
-            _check_sum(path, name, checksum, blocks)
-            if problems:
-                raise ValueError(f"{path}: {name}: {problems[0]}; {CURE}")
+    store = _open(path)
+    ids = _ids(store.manifest.dtype, tokenizer)
+    for i, index in enumerate(store.read_indices()):  # which compares the checksums of the indices
+        boundaries, ends = [], np.cumsum(index["lengths"])
+        if tokenizer is not None:
+            boundaries = [("BOS", tokenizer.bos, ends - index["lengths"]), ("EOS", tokenizer.eos, ends - 1)]
+        store.verify(i, ids, boundaries)
+        if store.manifest.has_loss_mask:
+            store.verify(i, LOSS_MASK, [])
         yield i
 
 
-def _checked_mask(blocks: Iterable[bytes], problems: list) -> Iterator[bytes]:
-    """Yields the `blocks` of a loss mask, and appends to `problems` what is neither 0 nor 1."""
-    first = 0
-    for block in blocks:
-        yield block
-        problems += filter(None, [loss_mask.problem(np.frombuffer(block, loss_mask.DTYPE), first)])
-        first += len(block)
+@dataclasses.dataclass(frozen=True)
+class _Store:
+    """A store that was opened."""
+
+    path: str
+    files: tensorstore.KvStore
+    manifest: Manifest
+
+    def verify(self, index: int, values: _Values, boundaries: Iterable[tuple[str, int, np.ndarray]]) -> None:
+        """ValueError if a file of a shard differs from its checksum, has an invalid value, or lacks one of the `boundaries`."""
+        name, checksum, size = self.files_of(index)[values.suffix]
+        digest, problem = hashlib.sha256(), None
+        for start in range(0, size, BLOCK):
+            block = self.result(name, self.files.read(name, byte_range=slice(start, min(start + BLOCK, size))))
+            digest.update(block)
+            if values.limit is not None and not problem:
+                read, first = np.frombuffer(block, values.dtype), start // values.dtype.itemsize
+                problem = values.problem(read, first) or _missing_boundary(read, first, boundaries)
+        self.check_sum(name, checksum, digest.hexdigest())
+        check(not problem, f"{self.path}: {name}: {problem}; {CURE}")
+
+    def check_sum(self, name: str, expected: str, digest: str) -> None:
+        problem = f"the checksum of {name} differs from the manifest's, so the file was changed"
+        check(digest == expected, f"{self.path}: {problem}; {CURE}")
+
+    def files_of(self, index: int) -> dict[str, tuple[str, str, int]]:
+        """Name, SHA-256 and bytes of each file of a shard, by suffix."""
+        shard, token_bytes = self.manifest.shards[index], np.dtype(self.manifest.dtype).itemsize
+        sizes = {"tokens": shard.tokens * token_bytes}
+        if self.manifest.has_loss_mask:
+            sizes["loss_mask"] = shard.tokens
+        sizes["index"] = shard.documents * sum(dtype.itemsize for dtype in INDEX.values())
+        return {x: (file_name(index, x), getattr(shard, f"{x}_sha256"), size) for x, size in sizes.items()}
+
+    def read_indices(self) -> Iterator[dict[str, np.ndarray]]:
+        """The columns of the index of each shard; ValueError names a file that is missing or of another size, or a wrong index.
+
+        Of the tokens and masks only the last byte is read. Of a file that is too long, one byte after its expected end is read.
+        """
+        reads = []
+        for i, shard in enumerate(self.manifest.shards):
+            for suffix, (name, checksum, size) in self.files_of(i).items():
+                first = 0 if suffix == "index" else max(size - 1, 0)
+                ranges = slice(first, size), slice(size, size + 1)
+                reads.append((shard, name, checksum, size, *[self.files.read(name, byte_range=x) for x in ranges]))
+        for shard, name, checksum, size, read, behind in reads:
+            value = self.result(name, read)
+            check(not _has_byte(behind), f"{self.path}: {name} has more than its {size:,} bytes; {CURE}")
+            if name.endswith(".index"):
+                self.check_sum(name, checksum, hashlib.sha256(value).hexdigest())
+                yield _read_index(f"{self.path}: {name}", value, shard, self.manifest.label_names)
+
+    def result(self, name: str, read: tensorstore.Future) -> bytes:
+        """The bytes of a read of the file `name`; ValueError if it failed."""
+        try:
+            result = read.result()
+        except ValueError as error:
+            problem = "is shorter than the manifest says" if "OUT_OF_RANGE" in str(error) else f"cannot be read ({error})"
+            raise ValueError(f"{self.path}: {name} {problem}; {CURE}") from error
+        check(result.state == "value", f"{self.path}: {name} is missing; {CURE}")
+        return result.value
 
 
-def _checked_ids(blocks: Iterable[bytes], dtype: np.dtype, lengths: np.ndarray, tokenizer, problems: list) -> Iterator[bytes]:
-    """Yields the `blocks` of a token file, and appends to `problems` what does not fit the lengths or the tokenizer."""
-    ends = np.cumsum(lengths)
-    boundaries = [("BOS", tokenizer.bos, ends - lengths), ("EOS", tokenizer.eos, ends - 1)]
-    first = 0
-    for block in blocks:
-        yield block
-        ids = np.frombuffer(block, dtype)
-        problems += filter(None, [_unknown_id(ids, first, tokenizer), _missing_boundary(ids, first, boundaries)])
-        first += len(ids)
+class _Reader:
+    """Reads spans of the files that hold a value for each token."""
+
+    def __init__(self, store: _Store, lengths: np.ndarray):
+        self.store, self.begins = store, np.cumsum(lengths) - lengths
+        self.documents = np.cumsum([0, *[shard.documents for shard in store.manifest.shards]])
+        self.tokens = np.cumsum([0, *[shard.tokens for shard in store.manifest.shards]])
+
+    def read(self, values: _Values, spans: Sequence[Span]) -> list[np.ndarray]:
+        """The values of each span; ValueError names the document of the first that is invalid."""
+        pending, size = [], values.dtype.itemsize
+        for i, start, stop in spans:
+            shard = int(np.searchsorted(self.documents, i, side="right")) - 1
+            name, first = file_name(shard, values.suffix), int(self.begins[i] - self.tokens[shard]) + start
+            byte_range = slice(first * size, (first + stop - start) * size)
+            pending.append((name, self.store.files.read(name, byte_range=byte_range)))
+        read = [np.frombuffer(self.store.result(name, future), values.dtype) for name, future in pending]
+        if values.limit is not None and _largest(read) >= values.limit:
+            for (i, start, _), (name, _), of_span in zip(spans, pending, read, strict=True):
+                problem = values.problem(of_span, start)
+                check(not problem, f"{self.store.path}: {name}, document {i}: {problem}; {CURE}")
+        return read
 
 
 def _largest(arrays: list[np.ndarray]) -> int:
@@ -188,14 +241,6 @@ def _largest(arrays: list[np.ndarray]) -> int:
     if sum(map(len, arrays)) < 4096 * len(arrays):  # one copy of short arrays costs less than a call for each
         arrays = [np.concatenate(arrays)]
     return max((int(np.maximum.reduce(x)) for x in arrays if len(x)), default=0)
-
-
-def _unknown_id(ids: np.ndarray, first: int, tokenizer) -> str | None:
-    """The problem if an id is not in the vocabulary. `ids` are tokens of a document or shard, of which the first is `first`."""
-    if not len(ids) or ids.max() < tokenizer.vocab_size:
-        return None
-    i = int(np.argmax(ids >= tokenizer.vocab_size))
-    return f"token {first + i:,} has the id {int(ids[i])}, and the largest of the tokenizer is {tokenizer.vocab_size - 1}"
 
 
 def _missing_boundary(ids: np.ndarray, first: int, boundaries: Iterable[tuple[str, int, np.ndarray]]) -> str | None:
@@ -208,114 +253,46 @@ def _missing_boundary(ids: np.ndarray, first: int, boundaries: Iterable[tuple[st
     return None
 
 
-def _check_sum(path: str, name: str, expected: str, blocks: Iterable[bytes]) -> None:
-    if sha256(blocks) != expected:
-        raise ValueError(f"{path}: the checksum of {name} differs from the manifest's, so the file was changed; {CURE}")
-
-
-def sha256(blocks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _open(path: str) -> tuple[tensorstore.KvStore, Manifest]:
-    local = {
-        "driver": "file",
-        "path": os.path.abspath(os.path.expanduser(path)) + "/",
-    }  # not a URL, in which # and % have a meaning
+def _open(path: str) -> _Store:
+    # A path is no URL, in which # and % have a meaning.
+    local = {"driver": "file", "path": os.path.abspath(os.path.expanduser(path)) + "/"}
     try:
         files = tensorstore.KvStore.open(path.rstrip("/") + "/" if "://" in path else local).result()
         plan = files.read(PLAN, byte_range=slice(0, 0))
-        if _has_byte(files.read(MANIFEST, byte_range=slice(JSON_BYTES, JSON_BYTES + 1))):
-            raise ValueError(f"its {MANIFEST} has more than {JSON_BYTES:,} bytes; {CURE}")
+        too_long = _has_byte(files.read(MANIFEST, byte_range=slice(JSON_BYTES, JSON_BYTES + 1)))
+        check(not too_long, f"its {MANIFEST} has more than {JSON_BYTES:,} bytes; {CURE}")
         manifest, plan = files.read(MANIFEST).result(), plan.result()
     except ValueError as error:  # the library raises no other
         raise ValueError(f"{path} cannot be read as a token store: {error}") from error
-    if manifest.state != "value" and plan.state == "value":
-        raise ValueError(f"{path} is not finished; the same command of tools/prepare_data.py continues it")
-    if manifest.state != "value":
-        raise ValueError(f"{path} is not a token store: it has no {MANIFEST}; make one with tools/prepare_data.py")
+    exists, begun = manifest.state == "value", plan.state == "value"
+    check(exists or not begun, f"{path} is not finished; the same command of tools/prepare_data.py continues it")
+    check(exists, f"{path} is not a token store: it has no {MANIFEST}; make one with tools/prepare_data.py")
     try:
-        return files, _manifest(json.loads(manifest.value))
+        return _Store(path, files, _manifest(json.loads(manifest.value)))
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}/{MANIFEST} is damaged: {error}; {CURE}") from error
 
 
 def _manifest(values: dict) -> Manifest:
     """The manifest in a JSON value; KeyError, TypeError or ValueError if it is not one."""
-    if values["format"] != FORMAT:
-        raise ValueError(f"it has format {values['format']}, and this code reads {FORMAT}")
-    if values["dtype"] not in DTYPES:
-        raise ValueError(f"its ids have type {values['dtype']!r}, which must be {' or '.join(DTYPES)}")
+    check(values["format"] == FORMAT, f"it has format {values['format']}, and this code reads {FORMAT}")
+    check(values["dtype"] in DTYPES, f"its ids have type {values['dtype']!r}, which must be {' or '.join(DTYPES)}")
     shards = tuple(Shard(**shard) for shard in values["shards"])
     manifest = Manifest(**values | {"shards": shards, "label_names": tuple(values["label_names"])})
     counts = [count for shard in shards for count in (shard.documents, shard.tokens)]
-    texts = [manifest.tokenizer, manifest.tokenizer_hash, *manifest.label_names]
-    texts += [text for shard in shards for text in (shard.tokens_sha256, shard.index_sha256)]
     masks = [shard.loss_mask_sha256 for shard in shards]
-    texts += [text for text in masks if text is not None]
-    for ok, problem in (
-        (all(type(count) is int for count in counts), "its counts of documents and tokens are not all whole numbers"),
-        (all(isinstance(text, str) for text in texts), "its names and checksums are not all strings"),
-        (isinstance(values["label_names"], list), "its label_names are not a list"),
-        (isinstance(manifest.summary, dict), "its summary is not an object"),
-        (bool(shards), "it has no shards"),
-        (masks.count(None) in (0, len(masks)), "some of its shards have a loss mask and others have none"),
-    ):
-        if not ok:
-            raise ValueError(problem)
+    texts = [manifest.tokenizer, manifest.tokenizer_hash, *manifest.label_names, *[text for text in masks if text is not None]]
+    texts += [text for shard in shards for text in (shard.tokens_sha256, shard.index_sha256)]
+    check(all(type(count) is int for count in counts), "its counts of documents and tokens are not all whole numbers")
+    check(all(isinstance(text, str) for text in texts), "its names and checksums are not all strings")
+    check(isinstance(values["label_names"], list), "its label_names are not a list")
+    check(isinstance(manifest.summary, dict), "its summary is not an object")
+    check(bool(shards), "it has no shards")
+    check(masks.count(None) in (0, len(masks)), "some of its shards have a loss mask and others have none")
     for i, shard in enumerate(shards):
-        if not 0 <= shard.documents <= shard.tokens <= MAX_COUNT:
-            raise ValueError(f"shard {i} has {shard.documents:,} documents of {shard.tokens:,} tokens, which is impossible")
+        possible = 0 <= shard.documents <= shard.tokens <= MAX_COUNT
+        check(possible, f"shard {i} has {shard.documents:,} documents of {shard.tokens:,} tokens, which is impossible")
     return manifest
-
-
-def _files_of(index: int, shard: Shard, manifest: Manifest) -> list[tuple[str, str, int]]:
-    """Name, SHA-256 and bytes of the files of a shard."""
-    document_size = sum(dtype.itemsize for dtype in INDEX.values())
-    size = shard.tokens * np.dtype(manifest.dtype).itemsize
-    mask = [(shard_files.name(index, "loss_mask"), shard.loss_mask_sha256, shard.tokens)] if manifest.has_loss_mask else []
-    return [
-        (shard_files.name(index, "tokens"), shard.tokens_sha256, size),
-        *mask,
-        (shard_files.name(index, "index"), shard.index_sha256, shard.documents * document_size),
-    ]
-
-
-def _read_indices(path: str, files: tensorstore.KvStore, manifest: Manifest) -> Iterator[dict[str, np.ndarray]]:
-    """The columns of the index of each shard; ValueError names a file that is missing or has another size, or a wrong index.
-
-    Of the tokens and masks only the last byte is read. Of a file that is too long, one byte after its expected end is read.
-    """
-    reads = []
-    for i, shard in enumerate(manifest.shards):
-        for name, checksum, size in _files_of(i, shard, manifest):
-            first = 0 if name.endswith(".index") else max(size - 1, 0)
-            ranges = slice(first, size), slice(size, size + 1)
-            reads.append((shard, name, checksum, size, *[files.read(name, byte_range=x) for x in ranges]))
-    for shard, name, checksum, size, read, behind in reads:
-        value = _value(read, f"{path}: {name}")
-        if _has_byte(behind):
-            raise ValueError(f"{path}: {name} has more than its {size:,} bytes; {CURE}")
-        if name.endswith(".index"):
-            _check_sum(path, name, checksum, [value])
-            columns = _columns(value, shard.documents)
-            _check_index(f"{path}: {name}", columns, shard, manifest.label_names)
-            yield columns
-
-
-def _value(read: tensorstore.Future, what: str) -> bytes:
-    """The bytes of a read; ValueError if it failed."""
-    try:
-        result = read.result()
-    except ValueError as error:
-        problem = "is shorter than the manifest says" if "OUT_OF_RANGE" in str(error) else f"cannot be read ({error})"
-        raise ValueError(f"{what} {problem}; {CURE}") from error
-    if result.state != "value":
-        raise ValueError(f"{what} is missing; {CURE}")
-    return result.value
 
 
 def _has_byte(read: tensorstore.Future) -> bool:
@@ -328,24 +305,20 @@ def _has_byte(read: tensorstore.Future) -> bool:
         raise
 
 
-def _check_index(what: str, columns: dict[str, np.ndarray], shard: Shard, label_names: tuple[str, ...]) -> None:
-    """ValueError where the index of a shard contradicts the manifest."""
-    lengths, labels = columns["lengths"], columns["labels"]
-    shortest, longest = lengths.min(initial=MAX_COUNT), lengths.max(initial=0)
-    if shortest < 1 or longest > shard.tokens:
-        length = shortest if shortest < 1 else longest
-        raise ValueError(f"{what} has a document of {length:,} tokens, and the shard has {shard.tokens:,}; {CURE}")
-    # In halves: a sum of wrong lengths could overflow int64 and still be equal.
-    tokens = (int((lengths >> 24).sum()) << 24) + int((lengths & (2**24 - 1)).sum())
-    if tokens != shard.tokens:
-        raise ValueError(f"{what} has {tokens:,} tokens, and the manifest {shard.tokens:,}; {CURE}")
-    if len(labels) and labels.max() >= len(label_names):
-        raise ValueError(f"{what} has the label {labels.max()}, and the manifest {len(label_names)} labels from 0; {CURE}")
-
-
-def _columns(index: bytes, documents: int) -> dict[str, np.ndarray]:
+def _read_index(what: str, index: bytes, shard: Shard, label_names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The columns of the index of a shard; ValueError where they contradict the manifest."""
     columns, offset = {}, 0
     for name, dtype in INDEX.items():
-        columns[name] = np.frombuffer(index, dtype, documents, offset)
-        offset += documents * dtype.itemsize
+        columns[name] = np.frombuffer(index, dtype, shard.documents, offset)
+        offset += columns[name].nbytes
+    lengths, labels = columns["lengths"], columns["labels"]
+    shortest, longest = lengths.min(initial=MAX_COUNT), lengths.max(initial=0)
+    length = shortest if shortest < 1 else longest
+    possible = shortest >= 1 and longest <= shard.tokens
+    check(possible, f"{what} has a document of {length:,} tokens, and the shard has {shard.tokens:,}; {CURE}")
+    # In halves: a sum of wrong lengths could overflow int64 and still be equal.
+    tokens = (int((lengths >> 24).sum()) << 24) + int((lengths & (2**24 - 1)).sum())
+    check(tokens == shard.tokens, f"{what} has {tokens:,} tokens, and the manifest {shard.tokens:,}; {CURE}")
+    largest, known = labels.max(initial=0), len(label_names)
+    check(not len(labels) or largest < known, f"{what} has the label {largest}, and the manifest {known} labels from 0; {CURE}")
     return columns

@@ -72,7 +72,9 @@ class SyntheticSequences:
         n = self.shortest + int(raw(1)[0] % (self.seq_len - self.shortest + 1))
         tokens_n, targets_n, weights_n = TASKS[self.task.name](raw, n, self.task.pairs)
         if self.task.name == "recall" and self._heldout:
-            weights_n = _first_queries(tokens_n, weights_n)
+            answers = np.flatnonzero(weights_n)
+            weights_n = np.zeros_like(weights_n)  # but for the first query of each key
+            weights_n[answers[np.unique(tokens_n[answers], return_index=True)[1]]] = 1
         n = len(tokens_n)
         arrays = padding_arrays(self.seq_len)
         arrays["tokens"][:n], arrays["positions"][:n], arrays["segments"][:n] = tokens_n, np.arange(n), 1
@@ -141,14 +143,6 @@ def tracking(raw: Raw, n: int, pairs: int) -> Sample:
 
 
 TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "tracking": tracking}
-
-
-def _first_queries(tokens_n: np.ndarray, weights_n: np.ndarray) -> np.ndarray:
-    """The weights, but 0 for every answer to a token that has been asked about before."""
-    answers = np.flatnonzero(weights_n)
-    first_n = np.zeros_like(weights_n)
-    first_n[answers[np.unique(tokens_n[answers], return_index=True)[1]]] = 1
-    return first_n
 
 
 def _choose(raw: Raw, options: np.ndarray, number: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: plain bytes, or a `tokenizer.json`."""
+"""Text to token ids and back: plain bytes, or a `tokenizer.json`, which may be trained here."""
 
 import contextlib
 import functools
@@ -6,34 +6,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
-BOS_TOKENS = (
-    "<s>",
-    "<bos>",
-    "<BOS_TOKEN>",
-    "[BOS]",
-    "<|begin_of_text|>",
-    "<|startoftext|>",
-    "<｜begin▁of▁sentence｜>",
-    "<|endoftext|>",
-    "[CLS]",
-)
-EOS_TOKENS = (
-    "</s>",
-    "<eos>",
-    "<EOS_TOKEN>",
-    "[EOS]",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<｜end▁of▁sentence｜>",
-    "[SEP]",
-)
+from hybrid_attn.data import documents, sources
+from hybrid_attn.data.records import Fields, Text, library
+from hybrid_attn.trees import check
 
-
+BOS_TOKENS = "<s> <bos> <BOS_TOKEN> [BOS] <|begin_of_text|> <|startoftext|> <｜begin▁of▁sentence｜> <|endoftext|> [CLS]".split()
+EOS_TOKENS = "</s> <eos> <EOS_TOKEN> [EOS] <|end_of_text|> <|endoftext|> <｜end▁of▁sentence｜> [SEP]".split()
+MIN_IDS = 256 + 2  # of a trained vocabulary: all bytes, BOS and EOS
 MAX_IDS = 2**24  # of a vocabulary, because there are tables of all ids
+PIECE = 2**20  # characters that are passed to the library at a time
 PROBES = (*"~é東🙂", "~ ~")  # characters of one to four bytes in UTF-8, some of which a vocabulary may lack, and a space
 
 
@@ -66,22 +52,22 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json`. Its special tokens never result from text, even if the text spells them.
+    """A `tokenizer.json`; ValueError if it would drop characters or encode a text at random.
 
-    ValueError if it would drop characters or encode a text at random.
-
-    `byte_lengths` [vocab_size] counts the space that some tokenizers put before a text as a byte of the first token. `hash` is
-    the SHA-256 of all that decides the ids: it ignores the layout of the file, and truncation and padding, which are not used.
+    Its special tokens never result from text, even if the text spells them. `byte_lengths` [vocab_size] counts the space that
+    some tokenizers put before a text as a byte of the first token. `hash` is the SHA-256 of all that decides the ids: it
+    ignores the layout of the file, and truncation and padding, which are not used.
     """
 
     def __init__(self, path: str):
         self._tokenizer, state = _read_json(path)
         decoder = json.dumps(state.get("decoder"), ensure_ascii=False)
-        self.hash = _hash(state)
+        relevant = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
+        self.hash = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
         vocab = self._tokenizer.get_vocab()
         self.vocab_size = max(vocab.values(), default=0) + 1  # ids may be missing in between, so their number is not enough
-        if self.vocab_size > MAX_IDS:
-            raise ValueError(f"{path} has the id {self.vocab_size - 1}, and {MAX_IDS - 1} is the largest that is supported")
+        largest = self.vocab_size - 1
+        check(largest < MAX_IDS, f"{path} has the id {largest}, and {MAX_IDS - 1} is the largest that is supported")
         self.bos = _first_known(vocab, BOS_TOKENS, path, "BOS")
         self.eos = _first_known(vocab, EOS_TOKENS, path, "EOS")
         _check_exact(self._tokenizer, state, path)
@@ -98,21 +84,21 @@ class JsonTokenizer:
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """`encode` of each text."""
-        decoded = [text.decode("utf-8") for text in texts]
-        with _library_errors("the tokenizer cannot encode a text"):
-            encoded = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
-        return [np.array(x.ids, np.int32) for x in encoded]
+        return [np.array(x.ids, np.int32) for x in self._encoded(self._tokenizer.encode_batch_fast, texts)]
 
     def encode_with_starts(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each text, `encode` of it and the byte [n] of the text at which each token begins.
+        """For each text, `encode` of it and the byte [n] at which each token, or the character that it is a part of, begins."""
+        encoded = self._encoded(self._with_offsets.encode_batch, texts)
+        return [
+            (np.array(x.ids, np.int32), _bytes_of_characters(text, [first for first, _ in x.offsets]))
+            for text, x in zip(texts, encoded, strict=True)
+        ]
 
-        A token of some bytes of a character begins where the character does.
-        """
+    def _encoded(self, encode_batch: Callable, texts: Sequence[bytes]) -> list:
+        """The library's encodings of texts, by one of its functions."""
         decoded = [text.decode("utf-8") for text in texts]
         with _library_errors("the tokenizer cannot encode a text"):
-            encoded = self._with_offsets.encode_batch(decoded, add_special_tokens=False)
-        starts = [_bytes_of_characters(text, [first for first, _ in x.offsets]) for text, x in zip(texts, encoded, strict=True)]
-        return [(np.array(x.ids, np.int32), starts_n) for x, starts_n in zip(encoded, starts, strict=True)]
+            return encode_batch(decoded, add_special_tokens=False)
 
     @functools.cached_property
     def _with_offsets(self):
@@ -131,43 +117,34 @@ def load_tokenizer(name: str) -> ByteTokenizer | JsonTokenizer:
     """The tokenizer `name`: "bytes", or the path of a `tokenizer.json`."""
     if name == "bytes":
         return ByteTokenizer()
-    if not os.path.isfile(name):
-        raise ValueError(f"the tokenizer {name!r} is not a file; use 'bytes' or the path of a tokenizer.json")
+    check(os.path.isfile(name), f"the tokenizer {name!r} is not a file; use 'bytes' or the path of a tokenizer.json")
     return JsonTokenizer(name)
 
 
 def check_vocab(tokenizer: ByteTokenizer | JsonTokenizer, model_vocab_size: int, name: str) -> None:
     """ValueError if a model of `model_vocab_size` lacks ids of the tokenizer `name`, or has far more ids than the tokenizer.
 
-    The byte tokenizer always has 258 ids, so all others are padding. A tokenizer.json may use only half of the ids: training
-    ends early if the text has no more pairs, and published models leave room for later tokens.
+    A tokenizer.json may use only half of the ids: training ends early if the text has no more pairs, and published models leave
+    room for later tokens.
     """
     used = tokenizer.vocab_size
     limit = int(1.05 * used + 128) if isinstance(tokenizer, ByteTokenizer) else 2 * used
     cure = f"set model.vocab_size={-(-used // 128) * 128}"
-    if model_vocab_size < used:
-        raise ValueError(f"model.vocab_size={model_vocab_size} is below the {used} ids of data.tokenizer={name!r}; {cure}")
-    if model_vocab_size > limit:
-        raise ValueError(
-            f"model.vocab_size={model_vocab_size} wastes memory on the {used} ids of data.tokenizer={name!r} (at most {limit} "
-            f"is padding); train a tokenizer with tools/train_tokenizer.py --vocab_size={model_vocab_size} and name it with "
-            f"--config.data.tokenizer=tokenizer.json; or, to keep {name!r}, {cure}"
-        )
+    size, ids = f"model.vocab_size={model_vocab_size}", f"the {used} ids of data.tokenizer={name!r}"
+    check(model_vocab_size >= used, f"{size} is below {ids}; {cure}")
+    check(
+        model_vocab_size <= limit,
+        f"{size} wastes memory on {ids} (at most {limit} is padding); train a tokenizer with "
+        f"tools/train_tokenizer.py --vocab_size={model_vocab_size} and name it with --config.data.tokenizer=tokenizer.json; "
+        f"or, to keep {name!r}, {cure}",
+    )
 
 
 def _read_json(path: str):
     """The library's tokenizer, and the file's own JSON."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(f"{path} needs the library tokenizers; pip install 'hybrid_attn[hf]'") from error
-    refusal = f"the tokenizer {path!r} is not a tokenizer.json"
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{refusal}: {error}") from error
-    with _library_errors(refusal):
+    tokenizers = library("tokenizers", path, "hf")
+    with _library_errors(f"the tokenizer {path!r} is not a tokenizer.json"):
+        text = Path(path).read_text(encoding="utf-8")
         tokenizer = tokenizers.Tokenizer.from_str(text)
         state = json.loads(text)
     tokenizer.no_truncation()  # files saved for fine-tuning set both, and a document must be encoded completely
@@ -181,56 +158,46 @@ def _library_errors(what: str) -> Iterator[None]:
     """Turns errors of the library into ValueErrors: it raises plain Exceptions, and a BaseException if its Rust code panics."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OSError):
         raise
     except BaseException as error:
         raise ValueError(f"{what}: {error}") from error
 
 
 def _check_exact(tokenizer, state: dict, path: str) -> None:
-    """ValueError if a `tokenizer.json` encodes at random, drops characters without a token, or decodes to another text.
-
-    A text that its normalizer changes, or that has unknown tokens, may decode to another text.
-    """
-    dropout = state["model"].get("dropout")
-    if dropout:
-        raise ValueError(f"{path} has dropout={dropout}, so it encodes a text in many ways; set its model.dropout to null")
-    if state.get("decoder") is None:
-        raise ValueError(f"{path} has no decoder, so its ids cannot be decoded; add the decoder of its type, such as ByteLevel")
+    """ValueError if a `tokenizer.json` encodes at random, drops characters without a token, or decodes to another text."""
+    dropout, decoder = state["model"].get("dropout"), state.get("decoder")
+    check(not dropout, f"{path} has dropout={dropout}, so it encodes a text in many ways; set its model.dropout to null")
+    no_decoder = f"{path} has no decoder, so its ids cannot be decoded; add the decoder of its type, such as ByteLevel"
+    check(decoder is not None, no_decoder)
     for text in PROBES:
         with _library_errors(f"{path} cannot encode {text!r}, for which a model may need an unk_token"):
             normalized = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
             ids = tokenizer.encode(text, add_special_tokens=False).ids
             decoded = tokenizer.decode(ids)
             unknown = [state["model"].get("unk_id"), tokenizer.token_to_id(state["model"].get("unk_token") or "")]
-        if normalized and (not ids or "\ufffd" in decoded):
-            cure = "use a vocabulary of all bytes, byte_fallback or an unk_token"
-            raise ValueError(f"{path} drops the character {text!r}, or bytes of it, without a token; {cure}")
-        if normalized == text and text not in decoded and not any(i in unknown for i in ids):
-            cure = "use the decoder of its type, such as ByteLevel"
-            raise ValueError(f"{path} decodes its ids of {text!r} to {decoded!r}; {cure}")
-
-
-def _hash(state: dict) -> str:
-    relevant = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+        dropped = bool(normalized) and (not ids or "\ufffd" in decoded)
+        cure = "use a vocabulary of all bytes, byte_fallback or an unk_token"
+        check(not dropped, f"{path} drops the character {text!r}, or bytes of it, without a token; {cure}")
+        # A text that its normalizer changes, or that has unknown tokens, may decode to another text.
+        exact = normalized != text or text in decoded or any(i in unknown for i in ids)
+        check(exact, f"{path} decodes its ids of {text!r} to {decoded!r}; use the decoder of its type, such as ByteLevel")
 
 
 def _bytes_of_characters(text: bytes, characters: Sequence[int]) -> np.ndarray:
     """The bytes [n] at which the `characters` of a text in UTF-8 begin; ValueError where they are not in order."""
     first_bytes = np.flatnonzero((np.frombuffer(text, np.uint8) & 0xC0) != 0x80)
     starts = np.append(first_bytes, len(text))[np.array(characters, np.int64)]
-    if np.any(np.diff(starts) < 0):
-        raise ValueError("the tokenizer does not say in order where its tokens begin, so no loss mask can be made with it")
+    in_order = not np.any(np.diff(starts) < 0)
+    check(in_order, "the tokenizer does not say in order where its tokens begin, so no loss mask can be made with it")
     return starts
 
 
-def _first_known(vocab: dict[str, int], names: tuple[str, ...], path: str, role: str) -> int:
+def _first_known(vocab: dict[str, int], names: Sequence[str], path: str, role: str) -> int:
     """The id of the first of `names` in a vocabulary."""
-    for name in names:
-        if name in vocab:
-            return vocab[name]
-    raise ValueError(f"{path} has no {role} token; add one of {' '.join(names)} to its added_tokens")
+    known = [vocab[name] for name in names if name in vocab]
+    check(bool(known), f"{path} has no {role} token; add one of {' '.join(names)} to its added_tokens")
+    return known[0]
 
 
 def _piece_bytes(piece: str, decoder: str) -> int:
@@ -242,3 +209,47 @@ def _piece_bytes(piece: str, decoder: str) -> int:
     if "▁" in decoder:
         piece = piece.replace("▁", " ")
     return len(piece.encode())
+
+
+def texts(inputs: Sequence[str], fields: Fields, form: str | None = None) -> Iterator[str]:
+    """The texts of `inputs`, which are files for `documents.find`; ValueError for what is broken or binary, or without text."""
+    empty = True
+    for path in documents.find(inputs):
+        for document in sources.read(path, form or sources.format_of(path), fields):
+            if not isinstance(document, Text):
+                raise ValueError(f"{document.reason}; repair or split the file, or leave it out of --input")
+            if document.text:
+                empty = False
+                yield document.text.decode("utf-8")
+    check(not empty, f"no text in {', '.join(inputs)}")
+
+
+def train(texts: Iterable[str], vocab_size: int):
+    """A byte-level BPE tokenizer with at most `vocab_size` ids; fewer if no pair of tokens occurs twice any more.
+
+    Its vocabulary has all bytes, so it encodes every text. The same texts give the same tokenizer. As in GPT-2, no token
+    crosses runs of letters, digits and other characters.
+    """
+    tokenizers = library("tokenizers", "training a tokenizer", "hf")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[BOS_TOKENS[0], EOS_TOKENS[0]],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_pieces(texts), trainer)
+    return tokenizer
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, long ones in pieces that end at a line break: the library makes several copies of each."""
+    for text in texts:
+        start = 0
+        while start < len(text):
+            end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+            yield text[start:end]
+            start = end

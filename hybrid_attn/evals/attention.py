@@ -16,27 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import LayerType, Model
+from hybrid_attn.config import LayerType, Model, score_scale
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals import needle_prompts
+from hybrid_attn.evals import evaluation, needle_prompts
 from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries, oldest_key, statistics_of
-from hybrid_attn.evals.evaluation import (
-    Baselines,
-    Evaluation,
-    Headline,
-    Line,
-    check_task_fits,
-    measured_of_source,
-    without_documents,
-)
-from hybrid_attn.evals.fields import ANY, COUNT, FLAG, NAME, SIZE, integer
+from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, report_of
 from hybrid_attn.evals.needle_prompts import NeedlePrompt
-from hybrid_attn.evals.records import grouped, mean_of
+from hybrid_attn.evals.records import ANY, COUNT, FLAG, NAME, SIZE, grouped, integer, mean_of
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution
-from hybrid_attn.model.extend import layer_by_layer, unstacked
-from hybrid_attn.model.transformer import in_packed
+from hybrid_attn.model.transformer import in_packed, layer_by_layer, unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, put
 
 BEGIN = 10  # tokens; the weights by position leave them out
@@ -51,20 +41,16 @@ ROUND = 16  # queries: prompts whose questions differ a little share a program
 
 
 def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
-    """`measured` of prompts of `spec.length` tokens, as many as `spec.tokens` fill (`needle_prompts.prompts`)."""
-    return measured(eval_model, needle_prompts.prompts(spec, eval_model.tokenizer), spec.length)
-
-
-def measured(eval_model: EvalModel, prompts: Sequence[NeedlePrompt], length: int) -> Iterator[dict]:
-    """A record per head: means over its queries and then over the prompts, of which none is longer than `length` tokens.
+    """A record per head: means over its queries and then over the prompts of `spec` (`needle_prompts.prompts`).
 
     The share of each segment (they sum to 1, with `nothing` where the kind has a sink), that of one token of it and that of
     token 0 (`sink_rate`), the entropy in bits, `needle_lift` (the share of the needle over that of its tokens), `retrieval`,
-    and the mean weight of a key (`weights`) between neighbouring `edges` of key positions, which follow from `length` alone,
+    and the mean weight of a key (`weights`) between neighbouring `edges` of key positions, which follow from the length alone,
     without the first 10 and the last 3% of a prompt: None where no prompt has a key. `reach`: whether the layer shows the
     needle to any query.
     """
-    model, edges = eval_model.model, position_edges(length)
+    model, length, edges = eval_model.model, spec.length, position_edges(spec.length)
+    prompts = needle_prompts.prompts(spec, eval_model.tokenizer)
     values = [[] for _ in model.layers]
     weights_LNI = np.zeros((model.num_layers, model.num_heads, len(edges) - 1))
     tokens_I = np.zeros(len(edges) - 1)
@@ -119,12 +105,9 @@ def head_values(kind: LayerType, prompt: NeedlePrompt, statistics: AttentionStat
     if kind.sink:
         values["nothing"] = 1 - sum(values.values())
     values |= {f"{name}_per_token": mass[name] / max(size[name], 1) for name in SEGMENTS}
-    return values | {
-        "sink_rate": mass["sink_rate"],
-        "entropy_bits": statistics.entropy_BN,
-        "needle_lift": mass["needle"] * len(prompt.tokens_S) / size["needle"],
-        "retrieval": retrieval(prompt, statistics.greatest_BNQ),
-    }
+    values |= {"sink_rate": mass["sink_rate"], "entropy_bits": statistics.entropy_BN}
+    values["needle_lift"] = mass["needle"] * len(prompt.tokens_S) / size["needle"]
+    return values | {"retrieval": retrieval(prompt, statistics.greatest_BNQ)}
 
 
 def retrieval(prompt: NeedlePrompt, greatest_NQ: np.ndarray) -> np.ndarray:
@@ -140,14 +123,14 @@ def retrieval(prompt: NeedlePrompt, greatest_NQ: np.ndarray) -> np.ndarray:
 
 
 def _statistics(
-    eval_model: EvalModel, prompts: Sequence[NeedlePrompt], length: int, edges
+    eval_model: EvalModel, prompts: Sequence[NeedlePrompt], length: int, edges: Sequence[int]
 ) -> Iterator[tuple[NeedlePrompt, list[AttentionStatistics]]]:
     """Each prompt with what its queries saw in each layer, as arrays [N, ...]."""
-    mesh = eval_model.mesh
+    mesh, execution = eval_model.mesh, eval_model.execution._replace(zigzag=False)
     batch_size, context = batch_shards(mesh), mesh.shape["context"]
     num_queries = max(len(prompt.tokens_S) - prompt.question for prompt in prompts)
     num_queries = -(-num_queries // ROUND) * ROUND
-    execution = eval_model.execution._replace(zigzag=False)
+    run = functools.partial(_batch_statistics, eval_model.model, execution, num_queries, eval_model.params)
     for first in range(0, len(prompts), batch_size):
         batch = list(prompts[first : first + batch_size])
         filled = batch + batch[-1:] * (batch_size - len(batch))
@@ -155,14 +138,11 @@ def _statistics(
         for row_T, prompt in zip(tokens_BT, filled, strict=True):
             row_T[: len(prompt.tokens_S)] = prompt.tokens_S
         intervals_BI2 = np.array([parts(prompt) + by_position(prompt, edges) for prompt in filled], np.int32)
-        queries = Queries(
-            *(np.array(x, np.int32) for x in zip(*((p.question, len(p.tokens_S)) for p in filled), strict=True)),
-            intervals_BI2[..., 0], intervals_BI2[..., 1],
-        )  # fmt: skip
+        question_B = np.array([prompt.question for prompt in filled], np.int32)
+        length_B = np.array([len(prompt.tokens_S) for prompt in filled], np.int32)
+        queries = Queries(question_B, length_B, intervals_BI2[..., 0], intervals_BI2[..., 1])
         tokens_BT, queries = put(tokens_BT, mesh, TOKENS_BT), jax.tree.map(lambda x: put(x, mesh, P(BATCH)), queries)
-        layers = jax.device_get(
-            _batch_statistics(eval_model.model, execution, num_queries, eval_model.params, tokens_BT, queries)
-        )
+        layers = jax.device_get(run(tokens_BT, queries))
         for b, prompt in enumerate(batch):
             yield prompt, [AttentionStatistics(*(x[b] for x in layer)) for layer in layers]
 
@@ -176,10 +156,11 @@ def _batch_statistics(
     seg_BT = (pos_BT < jax.reshard(queries.length_B, P(BATCH))[:, None]).astype(jnp.int32)
 
     def attend_and_measure(letter: str):
-        attend_in_rows = in_packed(pos_BT, seg_BT, execution, letter)
+        attend_in_rows, kind = in_packed(model, letter, pos_BT, seg_BT, execution), model.kinds[letter]
+        scale = score_scale(model, kind)
 
-        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind: LayerType, scale: float):
-            o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N, kind, scale)
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
+            o_BTNH, _ = attend_in_rows(q_BTNH, k_BTKH, v_BTKH, sinks_N)
             return o_BTNH, statistics_of(q_BTNH, k_BTKH, queries, sinks_N, num_queries=num_queries, kind=kind, scale=scale)
 
         return attend
@@ -200,11 +181,11 @@ def spec_of(context: EvalContext, unit: Unit) -> Spec:
 
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
-    return measured_of_source(unit, records_of(context.eval_model, spec_of(context, unit)))
+    return evaluation.measured_of_source(unit, records_of(context.eval_model, spec_of(context, unit)))
 
 
 def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:
-    check_task_fits(unit, context.heldout[unit.part])
+    evaluation.check_task_fits(unit, context.heldout[unit.part])
     try:
         needle_prompts.prompts(spec_of(context, unit), context.eval_model.tokenizer)
     except ValueError as cause:
@@ -218,8 +199,7 @@ def mean_lift(records: Sequence[Mapping]) -> float | None:
 
 def means_by_layer_type(records: Sequence[Mapping]) -> Iterator[dict]:
     """Means over the heads of each layer type."""
-    for letter in sorted({head["kind"] for head in records}):
-        heads = [head for head in records if head["kind"] == letter]
+    for _, heads in sorted(grouped(records, itemgetter("kind")).items()):
         names = {name: heads[0][name] for name in ("source", "length", "kind")}
         yield names | {name: mean_of(heads, name) for name in MEANS}
 
@@ -228,12 +208,6 @@ def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
     for (source, letter), heads in sorted(grouped(records, itemgetter("source", "kind")).items()):
         share = mean_of(heads, "needle")
         yield Line("attention to the needle", f"{source}, layers {letter}", f"{share:.1%}", number=f"{len(heads)} heads")
-
-
-def report():
-    from hybrid_attn.evals.report import attention  # it imports the table of evaluations, and matplotlib
-
-    return attention.REPORT
 
 
 EVALUATION = Evaluation(
@@ -246,13 +220,13 @@ EVALUATION = Evaluation(
         "reach": FLAG,
     },
     headline=Headline(mean_lift, "attention_needle_lift_ratio", "needle's lift {:.2f}", higher_is_better=True),
-    report=report,
+    report=report_of("attention"),
     lines=lines,
     section_order=5,
     in_quick_suite=True,
     flags=("heldout",),
     sequences=lambda settings, length: PROMPTS,
-    empty=without_documents,
+    empty=evaluation.without_documents,
     check_fits=check_fits,
     summary=means_by_layer_type,
 )

@@ -61,7 +61,7 @@ def statistics_of(
     `num_queries` is the most that a sequence has. O(queries x T) time, less for a window or a chunk; O(queries x KEYS) memory.
     """
 
-    def shard(q_BTNH, k_BTKH, queries: Queries, *sinks):
+    def shard(q_BTNH, k_BTKH, queries: Queries, sinks_N):
         (B, T, N, _), K = q_BTNH.shape, k_BTKH.shape[2]
         offset = jax.lax.axis_index(AXIS) * T
         unclipped_BQ, end_B1 = queries.query_B[:, None] + jnp.arange(num_queries), queries.length_B[:, None]
@@ -69,8 +69,8 @@ def statistics_of(
         q_BQNH = _from_all(q_BTNH, pos_BQ - offset)
         q_BKGQH = jnp.einsum("BQKGH->BKGQH", q_BQNH.reshape(B, num_queries, K, N // K, -1))
         sums = _over_shards(_sums(q_BKGQH, pos_BQ, k_BTKH, offset, queries, kind, scale))
-        if sinks:
-            sums = _with_sinks(sums, sinks[0].astype(jnp.float32).reshape(K, N // K, 1))
+        if sinks_N is not None:
+            sums = _with_sinks(sums, sinks_N.astype(jnp.float32).reshape(K, N // K, 1))
         counts_BQ = (unclipped_BQ < end_B1).astype(jnp.float32)
         weights_BQ = counts_BQ / counts_BQ.sum(1, keepdims=True)
         mass_BKGI = jnp.einsum("BKGQI,BQ->BKGI", sums.interval_sums_BKGQI / sums.denominator_BKGQ[..., None], weights_BQ)
@@ -78,12 +78,11 @@ def statistics_of(
         entropy_BKG = jnp.einsum("BKGQ,BQ->BKG", bits_BKGQ, weights_BQ)
         return AttentionStatistics(*(x.reshape(B, N, *x.shape[3:]) for x in (mass_BKGI, entropy_BKG, sums.greatest_BKGQ)))
 
-    sinks, sink_specs = ((), ()) if sinks_N is None else ((sinks_N,), (P("tensor"),))
     sequences = Queries(P(BATCH), P(BATCH), P(BATCH, None), P(BATCH, None))
     heads = AttentionStatistics(P(BATCH, "tensor", None), P(BATCH, "tensor"), P(BATCH, "tensor", None))
     return jax.shard_map(
-        shard, in_specs=(HEADS_BTNH, HEADS_BTNH, sequences, *sink_specs), out_specs=heads, check_vma=False
-    )(q_BTNH, k_BTKH, queries, *sinks)  # fmt: skip
+        shard, in_specs=(HEADS_BTNH, HEADS_BTNH, sequences, P("tensor")), out_specs=heads, check_vma=False
+    )(q_BTNH, k_BTKH, queries, sinks_N)  # fmt: skip
 
 
 def oldest_key(kind: LayerType, pos):
@@ -117,14 +116,13 @@ def _sums(q_BKGQH, pos_BQ, k_BTKH, offset, queries: Queries, kind: LayerType, sc
         key_C = offset + at + jnp.arange(size)
         see_BQC = (key_C <= pos_BQ1) & (key_C >= oldest_BQ1) & (key_C >= offset + i * size)
         see_B11QC = see_BQC[:, None, None]
-        inside_BIC = (key_C >= queries.first_BI[..., None]) & (key_C < queries.end_BI[..., None])
         highest_BKGQ = jnp.where(see_B11QC, s_BKGQC, LOWEST).max(-1)
         greatest_BKGQ = key_C[jnp.where(see_B11QC, s_BKGQC, LOWEST).argmax(-1)]
         greatest_BKGQ = jnp.where(highest_BKGQ > sums.max_BKGQ, greatest_BKGQ, sums.greatest_BKGQ)
         sums = _below(sums, jnp.maximum(sums.max_BKGQ, highest_BKGQ))
         below_BKGQC = jnp.where(see_B11QC, s_BKGQC - sums.max_BKGQ[..., None], 0.0)
         p_BKGQC = jnp.where(see_B11QC, jnp.exp(below_BKGQC), 0.0)
-        inside_BIC = inside_BIC.astype(jnp.float32)
+        inside_BIC = ((key_C >= queries.first_BI[..., None]) & (key_C < queries.end_BI[..., None])).astype(jnp.float32)
         intervals_BKGQI = jnp.einsum("BKGQC,BIC->BKGQI", p_BKGQC, inside_BIC, precision="highest")
         return Sums(
             sums.max_BKGQ,

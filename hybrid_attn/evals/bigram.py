@@ -1,11 +1,13 @@
 """The byte bigram: the simplest model that a trained one must beat."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.evals.evaluation import BaselineModel
-from hybrid_attn.evals.fields import NAME, SIZE, number
+from hybrid_attn.evals.records import NAME, SIZE, number
 from hybrid_attn.evals.types import EvalContext, Settings, Spec
 from hybrid_attn.model.loss import bits_per_byte
 
@@ -42,17 +44,16 @@ def score(log_probs: np.ndarray, spec: Spec, byte_lengths: np.ndarray) -> float:
     return bits_per_byte(nll, num_bytes)
 
 
-def records(context: EvalContext, settings: Settings) -> list[dict]:
+def records(context: EvalContext, settings: Settings) -> Iterator[dict]:
     """The bits per byte of each source's held-out documents; of a vocabulary above `MAX_VOCABULARY` none."""
-    tokenizer, measured = context.eval_model.tokenizer, []
+    tokenizer = context.eval_model.tokenizer
     if tokenizer.vocab_size > MAX_VOCABULARY:
-        return measured
+        return
     for source, training in context.training.items():
         log_probs = log_probabilities(training, tokenizer.vocab_size)
         spec = Spec(context.heldout[source], context.trained, settings.tokens)
         bits = score(log_probs, spec, tokenizer.byte_lengths)
-        measured.append({"eval": "bigram", "source": source, "length": context.trained, "bits_per_byte": bits})
-    return measured
+        yield {"eval": "bigram", "source": source, "length": context.trained, "bits_per_byte": bits}
 
 
 BASELINE = BaselineModel("bigram", {"source": NAME, "length": SIZE, "bits_per_byte": number()}, records)

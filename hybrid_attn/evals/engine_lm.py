@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -21,7 +21,7 @@ from hybrid_attn.evals.types import check_finite
 from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.sampling import Sampling
 from hybrid_attn.infer.text import TextStream
-from hybrid_attn.trees import suggestion
+from hybrid_attn.trees import check, suggestion
 
 try:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when the libraries below are imported
@@ -52,10 +52,8 @@ def evaluate(
     below 1. The other arguments are those of `EngineLM`, whose `counts` are added under "requests". Every process must call it.
     ValueError for an unknown task.
     """
-    if not tasks:
-        raise ValueError("no task is named; name at least one")
-    if limit is not None and limit <= 0:
-        raise ValueError(f"limit={limit} leaves no document of a task; use at least 1, or None for all")
+    check(bool(tasks), "no task is named; name at least one")
+    check(limit is None or limit > 0, f"limit={limit} leaves no document of a task; use at least 1, or None for all")
     lm = EngineLM(engine, tokenizer, max_length, stop_tokens=stop_tokens)
     manager = find_tasks(tasks, include_path)
     results = simple_evaluate(model=lm, tasks=[*tasks], task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAPS)
@@ -64,9 +62,8 @@ def evaluate(
     return json.loads(json.dumps(results | {"requests": lm.counts()}, default=handle_non_serializable))
 
 
-def records(results: dict) -> list[dict]:
+def records(results: dict) -> Iterator[dict]:
     """A record for each task, metric and filter of what `evaluate` returned, with the counts of the task's requests."""
-    made = []
     for task, values in results["results"].items():
         for key, value in values.items():
             metric, comma, chosen = key.partition(",")
@@ -76,8 +73,7 @@ def records(results: dict) -> list[dict]:
             record = {"task": task, "metric": metric, "filter": chosen, "value": value}
             record |= {"stderr": stderr if isinstance(stderr, (int, float)) else None, "documents": values["sample_len"]}
             record |= {"shots": results["n-shot"].get(task), "version": results["versions"].get(task)}
-            made.append(record | results["requests"].get(task, {}))
-    return made
+            yield record | results["requests"].get(task, {})
 
 
 class EngineLM(LM):
@@ -92,8 +88,7 @@ class EngineLM(LM):
 
     def __init__(self, engine, tokenizer, max_length: int, *, stop_tokens: Sequence[int] = ()):
         super().__init__()
-        if max_length < 1:
-            raise ValueError(f"max_length={max_length} must be at least 1 token")
+        check(max_length >= 1, f"max_length={max_length} must be at least 1 token")
         if engine.capacity is not None and engine.capacity <= max_length:
             raise ValueError(
                 f"max_length={max_length:,} and the token after it do not fit the engine's capacity of {engine.capacity:,}; "
@@ -101,12 +96,12 @@ class EngineLM(LM):
             )
         self.engine, self.tokenizer, self.max_length = engine, tokenizer, max_length
         self._stop_tokens = tuple(stop_tokens)
-        self._requests, self._truncated, self._windowed = Counter(), Counter(), Counter()
+        self._counts = defaultdict(Counter)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By task: requests; those that lost the beginning of their prompt; texts that were scored in several windows."""
-        kinds = {"requests": self._requests, "truncated": self._truncated, "windowed": self._windowed}
-        return {task: {kind: counter[task] for kind, counter in kinds.items()} for task in self._requests}
+        kinds = ("requests", "truncated", "windowed")
+        return {task: {kind: counts[kind] for kind in kinds} for task, counts in self._counts.items()}
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether a greedy answer begins with it."""
@@ -128,8 +123,7 @@ class EngineLM(LM):
             (text,) = request.args
             rolling = get_rolling_token_windows(self._ids(text)[1:], self.tokenizer.bos, self.max_length, 1)
             windows.append([make_disjoint_window(window) for window in rolling])
-            self._requests[request.task_name] += 1
-            self._windowed[request.task_name] += len(windows[-1]) > 1
+            self._counts[request.task_name] += Counter(requests=1, windowed=len(windows[-1]) > 1)
         scores = iter(self._scores([pair for pairs in windows for pair in pairs]))
         return [sum(itertools.islice(scores, len(pairs))) for pairs in windows]
 
@@ -159,7 +153,7 @@ class EngineLM(LM):
 
     def _cut(self, request, prompt: list[int], room: int) -> list[int]:
         """The last `room` tokens of a prompt; counts, or refuses, what is lost."""
-        self._requests[request.task_name] += 1
+        self._counts[request.task_name]["requests"] += 1
         lost, where = len(prompt) - room, f"{request.task_name}, document {request.doc_id}: a prompt of {len(prompt):,} tokens"
         if lost <= 0:
             return prompt
@@ -168,7 +162,7 @@ class EngineLM(LM):
             raise ValueError(f"{where} has no room beside its answer of {self.max_length + lost - len(prompt):,}; {least}")
         if WHOLE.search(request.task_name or "") or "max_length" in request.doc:
             raise ValueError(f"{where} would lose its first {lost:,}, and what is asked for with them; {least}")
-        self._truncated[request.task_name] += 1
+        self._counts[request.task_name]["truncated"] += 1
         return prompt[lost:]
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
@@ -235,9 +229,7 @@ def in_turn(questions: Sequence[tuple], ask: Callable[[list[tuple]], list], at_o
 
 def _options(request) -> tuple[tuple[str, ...], tuple]:
     """The stops of a request, and (most tokens, temperature, top_k, top_p, min_p) with 0 for what is off."""
-    options = dict(normalize_gen_kwargs(request.args[1]))
-    if options.get("num_beams") == 1:
-        del options["num_beams"]
+    options = {name: x for name, x in normalize_gen_kwargs(request.args[1]).items() if (name, x) != ("num_beams", 1)}
     if unknown := sorted(set(options) - OPTIONS):
         raise ValueError(
             f"{request.task_name} has {unknown[0]!r} in its generation_kwargs, which may have only {', '.join(sorted(OPTIONS))}"
@@ -253,14 +245,10 @@ def find_tasks(names: Sequence[str], include_path) -> TaskManager:
     """The tasks under `include_path`, and the harness's own where a name is not among them; ValueError for other names."""
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path={include_path} is no directory; name the one that holds the YAML files of tasks")
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-
-    def missing():
-        return [name for name in names if name not in manager.task_index and not Path(name).is_file()]
-
-    if missing():
-        manager = TaskManager(include_path=include_path)
-    if names := missing():
-        hint = suggestion(names[0], manager.all_tasks, "; ")
-        raise ValueError(f"there is no task {names[0]!r} under include_path={include_path} and none in the harness{hint}")
-    return manager
+    for include_defaults in (False, True):
+        manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
+        unknown = [name for name in names if name not in manager.task_index and not Path(name).is_file()]
+        if not unknown:
+            return manager
+    hint = suggestion(unknown[0], manager.all_tasks, "; ")
+    raise ValueError(f"there is no task {unknown[0]!r} under include_path={include_path} and none in the harness{hint}")

@@ -1,12 +1,12 @@
 """The record of one evaluation: all that the suite, the trainer, the tool and the report know of it."""
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hybrid_attn import config
 from hybrid_attn.data.synthetic import Task
-from hybrid_attn.evals.fields import Kind
-from hybrid_attn.evals.records import grouped, is_total
+from hybrid_attn.evals.records import Kind, grouped, is_total
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
 from hybrid_attn.parallel import fit
@@ -66,7 +66,7 @@ class BaselineModel(NamedTuple):
 
     name: str
     fields: Mapping[str, Kind]
-    records: Callable[[EvalContext, Settings], Sequence[dict]]
+    records: Callable[[EvalContext, Settings], Iterable[dict]]
 
 
 def sequences_of_tokens(settings: Settings, length: int) -> int:
@@ -77,11 +77,6 @@ def sequences_of_tokens(settings: Settings, length: int) -> int:
 def part_of(record: Mapping) -> str:
     """The source or the task that a record names."""
     return str(record.get("source", record.get("task", "")))
-
-
-def is_of_source(unit: Unit, line: Mapping) -> bool:
-    """Whether a record names the unit's part as its source."""
-    return line.get("source") == unit.part
 
 
 class Evaluation(NamedTuple):
@@ -110,7 +105,8 @@ class Evaluation(NamedTuple):
     # (what it needs, why there is none), for a context in which it has no parts
     empty: Callable[[EvalContext], tuple[str, str]] | None = None
     check_fits: Callable[[EvalContext, Settings, Unit], None] = lambda context, settings, unit: None  # TooLongError if not
-    is_of: Callable[[Unit, Mapping], bool] = is_of_source  # whether a record or an answer belongs to a unit
+    # whether a record or an answer belongs to a unit
+    is_of: Callable[[Unit, Mapping], bool] = lambda unit, line: line.get("source", line.get("task")) == unit.part
     check_record: Callable[[Mapping, str], None] = lambda record, where: None  # ValueError; for what `fields` cannot check
     summary: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: records  # for evals.jsonl of a training
     totals: Callable[[Sequence[Mapping]], Iterable[Mapping]] = lambda records: ()  # over all units, for the log of a training
@@ -121,8 +117,7 @@ class Evaluation(NamedTuple):
         """The lines of records of one length; by default the headline of each source or task."""
         if self.lines:
             return self.lines(records, baselines)
-        parts = grouped(records, part_of).items()
-        values = {part: self.headline.value(of_part) for part, of_part in parts}
+        values = {part: self.headline.value(of_part) for part, of_part in grouped(records, part_of).items()}
         return [Line(self.name, part, self.headline.form.format(x)) for part, x in values.items() if x is not None]
 
     @property
@@ -138,6 +133,11 @@ class Evaluation(NamedTuple):
         missing = self.missing(context, settings)
         parts = [part for part in self.parts(context, settings) if part not in missing]
         return [Unit(self.name, part, length) for length in self.lengths(settings) for part in parts]
+
+
+def report_of(module: str, name: str = "REPORT") -> Callable[[], Any]:
+    """A function that imports a module of evals/report, which imports this one and matplotlib, and returns its report."""
+    return lambda: getattr(importlib.import_module(f"hybrid_attn.evals.report.{module}"), name)
 
 
 def texts(context: EvalContext, settings: Settings) -> list[str]:

@@ -1,9 +1,7 @@
 """Tasks of lm-evaluation-harness as an evaluation. Its library is an extra, which only a measurement imports."""
 
-from collections.abc import Mapping, Sequence
-
-from hybrid_attn.evals.evaluation import Evaluation, Headline
-from hybrid_attn.evals.fields import ANY, NAME, SIZE
+from hybrid_attn.evals.evaluation import Evaluation, Headline, first_total, report_of
+from hybrid_attn.evals.records import ANY, NAME, SIZE
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
 
@@ -19,32 +17,18 @@ def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[
     return Measured([{"length": unit.length, **record} for record in engine_lm.records(results)], [])
 
 
-def is_of(unit: Unit, line: Mapping) -> bool:
-    return isinstance(line.get("task"), str)  # a group has tasks of other names
-
-
-def first_value(records: Sequence[Mapping]) -> float | None:
-    return next((record["value"] for record in records), None)
-
-
-def report():
-    from hybrid_attn.evals.report import harness  # it imports the table of evaluations, and matplotlib
-
-    return harness.REPORT
-
-
 EVALUATION = Evaluation(
     name="harness",
     parts=lambda context, settings: settings.tasks,
     measure=measure,
     fields={"task": NAME, "length": SIZE, "metric": NAME, "value": ANY},
-    headline=Headline(first_value, "harness_value", "{:.4f}", higher_is_better=True),
-    report=report,
+    headline=Headline(first_total("value"), "harness_value", "{:.4f}", higher_is_better=True),
+    report=report_of("harness"),
     section_order=6,
     uses_engine=True,
     in_training=False,  # no key of a config names its tasks
     flags=("samples", "seed", "tasks", "task_path"),
     sequences=lambda settings, length: settings.samples,
     empty=lambda context: ("tasks", "none is named"),
-    is_of=is_of,
+    is_of=lambda unit, line: isinstance(line.get("task"), str),  # a group has tasks of other names
 )

@@ -1,8 +1,9 @@
 """Text in which needles are hidden."""
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hybrid_attn.data import documents
 from hybrid_attn.data import sources as source_files
@@ -16,12 +17,11 @@ CHARACTERS = 2**22  # after which a text is repeated
 def of_files(patterns: tuple[str, ...]) -> str:
     """The text of the files that `patterns` name, or of Python's standard library without any, as far as it is needed."""
     pieces, room = [], CHARACTERS
-    for path in _files(patterns):
+    for _, text, _ in _texts(patterns):
+        pieces.append(text[:room])
+        room -= len(pieces[-1])
         if room <= 0:
             break
-        text = _read(path)
-        pieces.append((text if (essays := _essays(path, text)) is None else essays)[:room])
-        room -= len(pieces[-1])
     text = "\n".join(pieces)
     check(bool(text.strip()), f"{', '.join(patterns)} has no word; name files with text")
     return text
@@ -33,10 +33,10 @@ def of_essays(patterns: tuple[str, ...]) -> str:
     ValueError for a .json file that is no object {"text": ...}: its JSON would be hidden in instead.
     """
     pieces = []
-    for path in _files(patterns):
-        text = _read(path)
-        pieces.append(_essays(path, text) if path.endswith(".json") else text)
-        check(pieces[-1] is not None, f'{path} is no JSON object with a text "text", as RULER makes it; copy it again')
+    for path, text, is_essays in _texts(patterns):
+        pieces.append(text)
+        ok = is_essays or not path.endswith(".json")
+        check(ok, f'{path} is no JSON object with a text "text", as RULER makes it; copy it again')
     text = "".join(pieces)
     check(bool(text.strip()), f"{', '.join(patterns)} has no word; name the files of RULER's essays")
     return text
@@ -56,27 +56,20 @@ def of_documents(sources: Sequence[Documents], tokenizer) -> str:
     return "\n".join(pieces)
 
 
-def _files(patterns: tuple[str, ...]) -> list[str]:
-    """Paths of files that are not empty, as for training: of patterns and directories, or of the standard library."""
-    return [path for path in documents.find(patterns) if os.path.getsize(path)]
+def _texts(patterns: tuple[str, ...]) -> Iterator[tuple[str, str, bool]]:
+    """The path and the text of each file that is not empty, and whether it has the form of RULER's essays.
 
-
-def _read(path: str) -> str:
-    """The text of a file; ValueError for other formats."""
-    plain = source_files.format_of(path) == "text" and not path.endswith(source_files.COMPRESSED)
-    check(plain, f"{path} is packed or has records; name files of plain text")
-    text = source_files.text_of(path, by_ending=False)
-    check(isinstance(text, bytes) and b"\0" not in text, f"{path} is no text")
-    decoded = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8", errors="replace")  # all ends of lines as RULER reads them
-    return decoded.read()
-
-
-def _essays(path: str, text: str) -> str | None:
-    """The text in a file of the form of RULER's essays, a JSON object {"text": ...}; None if it has another form."""
-    if not path.endswith(".json"):
-        return None
-    try:
-        essay = object_of(text, path).get("text")
-    except ValueError:
-        return None
-    return essay if isinstance(essay, str) else None
+    This is a JSON object {"text": ...} in a .json file, of which only that text is given. ValueError for other formats.
+    """
+    for path in filter(os.path.getsize, documents.find(patterns)):
+        plain = source_files.format_of(path) == "text" and not path.endswith(source_files.COMPRESSED)
+        check(plain, f"{path} is packed or has records; name files of plain text")
+        content = source_files.text_of(path, by_ending=False)
+        check(isinstance(content, source_files.Text) and b"\0" not in content.text, f"{path} is no text")
+        text = io.StringIO(content.text.decode(errors="replace"), newline=None).read()  # all ends of lines as RULER reads them
+        essays = None
+        if path.endswith(".json"):
+            with contextlib.suppress(ValueError):
+                essays = object_of(text, path).get("text")
+        is_essays = isinstance(essays, str)
+        yield path, essays if is_essays else text, is_essays

@@ -13,14 +13,9 @@ from hybrid_attn.trees import check
 NAME = re.compile(r"[\w.-]+")
 
 
-def files_of(c: config.CheckpointConfig) -> dict[str, tuple[str, ...]]:
-    """By source, the files and URLs that the config of a checkpoint names; tasks and the standard library name none."""
-    return corpora.locations(c.data, c.sources)
-
-
 def check_trusted(checkpoint: str, c: config.CheckpointConfig) -> None:
     """ValueError where reading the sources of a checkpoint would open files or URLs, which it lists."""
-    listed = "; ".join(f"{name}: {', '.join(files)}" for name, files in files_of(c).items())
+    listed = "; ".join(f"{name}: {', '.join(files)}" for name, files in corpora.locations(c.data, c.sources).items())
     check(
         not listed,
         f"{checkpoint} names the data of its held-out documents, and a checkpoint of others may name anything ({listed}); "
@@ -39,9 +34,8 @@ def named(flags: Sequence[str]) -> dict[str, str]:
     files_by_name = {}
     for flag in flags:
         name, equals, files = flag.partition("=")
-        check(
-            bool(NAME.fullmatch(name) and equals and files), f"--heldout={flag} has not the form NAME=FILES, as text=data/*.txt"
-        )
+        ok = bool(NAME.fullmatch(name) and equals and files)
+        check(ok, f"--heldout={flag} has not the form NAME=FILES, as text=data/*.txt")
         check(name not in files_by_name, f"--heldout names {name!r} twice; give each text a name of its own")
         files_by_name[name] = files
     return files_by_name

@@ -3,12 +3,9 @@
 import math
 import os
 
-from jax.sharding import Mesh
-
-from hybrid_attn import config
 from hybrid_attn.evals.table import EVALS
-from hybrid_attn.evals.types import Settings
-from hybrid_attn.model import Execution, flops
+from hybrid_attn.evals.types import EvalModel, Settings
+from hybrid_attn.model import flops
 from hybrid_attn.trees import check
 
 MOST_SEQUENCES = 2**20  # most sequences of one evaluation at one length; a record keeps one number per sequence
@@ -19,12 +16,6 @@ ARRAYS = 4  # of d_model float32 numbers a token, that a layer's forward pass ho
 def host_memory() -> int:
     """Bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def device_memory(mesh: Mesh) -> int:
-    """Bytes of all devices of a mesh; those of a CPU share the machine's."""
-    known = mesh.devices.flat[0].memory_stats()
-    return known["bytes_limit"] * mesh.size if known else host_memory()
 
 
 def check_settings(settings: Settings) -> None:
@@ -43,26 +34,26 @@ def check_settings(settings: Settings) -> None:
     )
 
 
-def check_sequences(model: config.Model, settings: Settings, mesh: Mesh) -> None:
-    """ValueError where the devices cannot hold the activations of a sequence, or its logits where all exist at once."""
-    in_rows = [EVALS[name] for name in settings.evals if not EVALS[name].uses_engine]
-    if in_rows:
-        longest = max(settings.lengths)
-        numbers = ARRAYS * model.d_model + (model.vocab_size if any(x.all_logits for x in in_rows) else 0)
-        _check_fits(
-            f"activations of a sequence of {longest:,} tokens", 4 * longest * numbers, device_memory(mesh), "shorter --lengths"
-        )
+def check_model(eval_model: EvalModel, settings: Settings, batch_size: int) -> None:
+    """ValueError where the devices cannot hold the arrays of a forward pass.
 
-
-def check_caches(model: config.Model, settings: Settings, execution: Execution, mesh: Mesh, batch_size: int) -> None:
-    """ValueError where the devices cannot hold the keys and values of `batch_size` prompts, which are read together."""
+    These are the keys and values of `batch_size` prompts, which are read together, or the activations of a sequence, with its
+    logits where all exist at once.
+    """
+    model, mesh = eval_model.model, eval_model.mesh
+    known = mesh.devices.flat[0].memory_stats()  # None on a CPU, whose devices share the machine's
+    memory = known["bytes_limit"] * mesh.size if known else host_memory()
     evaluations = [EVALS[name] for name in settings.evals]
-    lengths = [length for x in evaluations if x.uses_engine for length in x.lengths(settings)]
-    if lengths:
-        longest = max(lengths)
-        size = batch_size * flops.cache_bytes(model, longest, execution.dtype.itemsize)
-        what = f"keys and values of {batch_size} prompts of {longest:,} tokens"
-        _check_fits(what, size, device_memory(mesh), "shorter --lengths, or a smaller --batch_size")
+    prompts = [length for x in evaluations if x.uses_engine for length in x.lengths(settings)]
+    if prompts:
+        size = batch_size * flops.cache_bytes(model, max(prompts), eval_model.execution.dtype.itemsize)
+        what = f"keys and values of {batch_size} prompts of {max(prompts):,} tokens"
+        _check_fits(what, size, memory, "shorter --lengths, or a smaller --batch_size")
+    of_sequences = [x for x in evaluations if not x.uses_engine]
+    if of_sequences:
+        longest = max(settings.lengths)
+        numbers = ARRAYS * model.d_model + (model.vocab_size if any(x.all_logits for x in of_sequences) else 0)
+        _check_fits(f"activations of a sequence of {longest:,} tokens", 4 * longest * numbers, memory, "shorter --lengths")
 
 
 def _check_fits(what: str, size: int, memory: int, cure: str) -> None:

@@ -4,17 +4,14 @@ After Kamradt's "needle in a haystack", with numbers that no model has seen and 
 have one key: the first stands at the depth, the others at equal distances below it.
 """
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 
-from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
-from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, Questions
-from hybrid_attn.evals.fields import SIZE, number
-from hybrid_attn.evals.records import grouped
-from hybrid_attn.evals.replies import answer_records, replies_to, right_shares
+from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, Questions, report_of
+from hybrid_attn.evals.records import SIZE, grouped, number
+from hybrid_attn.evals.replies import answer_records, replies_to
 from hybrid_attn.evals.ruler import fit, scores, words
-from hybrid_attn.evals.ruler.draws import hidden, of_sample
+from hybrid_attn.evals.ruler.draws import of_sample
 from hybrid_attn.evals.ruler.tasks import FIND_ALL, FIND_ONE, NEEDLE
 from hybrid_attn.evals.samples import Sample, spent
 from hybrid_attn.evals.types import EvalContext, Measured, Settings, Unit
@@ -29,9 +26,7 @@ def task_of(needles: int) -> str:
     return "needle" if needles == 1 else f"needle_{needles}"
 
 
-def generate(
-    length: int, depth: float, needles: int, index: int, seed: int, tokenizer: ByteTokenizer | JsonTokenizer, haystack: str
-) -> Sample:
+def generate(length: int, depth: float, needles: int, index: int, seed: int, tokenizer, haystack: str) -> Sample:
     """A question of `length` tokens, answer included, about `needles` numbers from `depth` percent of the text on.
 
     ValueError where the smallest prompt does not fit.
@@ -45,11 +40,11 @@ def generate(
     depths = [depth + i * (100 - depth) / needles for i in range(needles)]
     needle_texts = [NEEDLE.format(kind="numbers", key=key, value=value) for value in values]
     listed = haystack.split()
-    start = random.Random(f"{name} text").randrange(len(listed))
+    start = draws.start(len(listed))
 
     def ask(units: int) -> str:
         text = " ".join(listed[(start + i) % len(listed)] for i in range(units))
-        context = hidden(text, needle_texts, depths)
+        context = draws.hide(text, needle_texts, depths)
         template, kind = (FIND_ONE, "number") if needles == 1 else (FIND_ALL, "numbers")
         return template.format(kind=kind, context=context, query=key)
 
@@ -60,18 +55,15 @@ def generate(
     return Sample(task, length, index, ask(units), values, new, f"{depth:g}", {"depth": depth, "seed": seed, "units": units})
 
 
-def records(samples: Sequence[Sample], replies: Sequence[str]) -> list[Mapping]:
+def records(samples: Sequence[Sample], replies: Sequence[str]) -> Iterator[dict]:
     """One for each depth of one length: how many numbers were hidden, and how many of them the replies contain."""
-    cells: dict[float, list[tuple[int, int]]] = {}
-    for sample, reply in zip(samples, replies, strict=True):
-        cells.setdefault(sample.meta["depth"], []).append((len(sample.answers), scores.right(reply, sample.answers)))
-    cell_records = []
-    for depth, counts in sorted(cells.items()):
-        answers, right = map(sum, zip(*counts, strict=True))
-        needles = len(samples[0].answers)
-        record = {"length": samples[0].length, "depth": depth, "needles": needles, "answers": answers, "right": right}
-        cell_records.append(record)
-    return cell_records
+    cells = grouped(zip(samples, replies, strict=True), lambda pair: pair[0].meta["depth"])
+    for depth, pairs in sorted(cells.items()):
+        answers = sum(len(sample.answers) for sample, _ in pairs)
+        right = sum(scores.right(reply, sample.answers) for sample, reply in pairs)
+        sample, _ = pairs[0]
+        cell = {"length": sample.length, "depth": depth, "needles": len(sample.answers)}
+        yield cell | {"answers": answers, "right": right}
 
 
 def draw(context: EvalContext, settings: Settings, unit: Unit) -> Iterator[Sample]:
@@ -87,7 +79,7 @@ def matches(settings: Settings, unit: Unit, sample: Sample) -> bool:
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     replies = replies_to(context, samples)
-    return Measured(records(samples, replies), answer_records(samples, replies, right_shares(samples, replies)))
+    return Measured([*records(samples, replies)], [*answer_records(samples, replies)])
 
 
 def is_of(unit: Unit, line: Mapping) -> bool:
@@ -113,19 +105,13 @@ def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
         yield Line("needles found", f"{needles} hidden", f"{share_found(cells):.1%}", number=f"{answers:,} answers")
 
 
-def report():
-    from hybrid_attn.evals.report import needle  # it imports the table of evaluations, and matplotlib
-
-    return needle.REPORT
-
-
 EVALUATION = Evaluation(
     name="needle",
     parts=lambda context, settings: [str(needles) for needles in NEEDLES],
     measure=measure,
     fields={"length": SIZE, "depth": number(0, 100), "needles": SIZE, "answers": SIZE, "right": number(0, 2**53)},
     headline=Headline(share_found, "needle_found_share", "{:.1%} found", higher_is_better=True),
-    report=report,
+    report=report_of("needle"),
     lines=lines,
     section_order=1,
     questions=Questions(

@@ -1,7 +1,7 @@
 """Prompts with a needle, a question about it and the right answer, and the position of each."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def prompts(spec: Spec, tokenizer) -> list[NeedlePrompt]:
     """
     number = -(-spec.tokens // spec.length)
     if isinstance(spec.documents, Task):
-        return _of_task(spec.documents, spec.length, number)
+        return [*_of_task(spec.documents, spec.length, number)]
     sequences = PackedSequences(spec.documents, spec.length, None, tokenizer.byte_lengths)
     tokens = int(spec.documents.lengths.sum())
     full = [i for i in sequences.spread(number) if i < tokens // spec.length]
@@ -69,32 +69,25 @@ def _in_text(text_S: np.ndarray, tokenizer, length: int, index: int) -> NeedlePr
     before, needle, value, stop, question = (x.tolist() for x in tokenizer.encode_batch([x.encode() for x in pieces]))
     needle += value + stop
     room = length - 1 - sum(map(len, (before, needle, question, value)))
-    if room < 2:
-        raise ValueError(f"length={length} leaves no text around the needle; use {length - room + 2} or more")
+    trees.check(room >= 2, f"length={length} leaves no text around the needle; use {length - room + 2} or more")
     text = text_S[(text_S != tokenizer.bos) & (text_S != tokenizer.eos)][:room].tolist()
-    middle = _sentence_end(text, len(text) // 2, tokenizer)
+    middle = len(text) // 2
+    near = range(middle, max(1, middle - SENTENCE), -1)
+    middle = next((i for i in near if tokenizer.decode(text[i - 1 : i]).endswith((".", "\n"))), middle)
     tokens = [tokenizer.bos, *before, *text[:middle]]
     start = len(tokens)
     tokens += needle + text[middle:]
     question_start = len(tokens)
-    all_tokens, answer_start = np.array(tokens + question + value, np.int32), question_start + len(question)
-    return NeedlePrompt(all_tokens, (start, start + len(needle)), question_start, answer_start)
+    tokens += question
+    return NeedlePrompt(np.array(tokens + value, np.int32), (start, start + len(needle)), question_start, len(tokens))
 
 
-def _sentence_end(text: Sequence[int], middle: int, tokenizer) -> int:
-    """The last position up to `middle` after the end of a sentence or a line; `middle` where there is none near."""
-    near = range(middle, max(1, middle - SENTENCE), -1)
-    return next((i for i in near if tokenizer.decode(text[i - 1 : i]).endswith((".", "\n"))), middle)
-
-
-def _of_task(task: Task, length: int, number: int) -> list[NeedlePrompt]:
+def _of_task(task: Task, length: int, number: int) -> Iterator[NeedlePrompt]:
     """Rows of "recall" up to the answer of their first question."""
     trees.check(task.name == "recall", f'the task "{task.name}" hides no needle that is asked for; use "recall" or documents')
     sequences = SyntheticSequences(task, length, None)
-    prompts = []
     for sequence in sequences.read([(i, 0, length) for i in sequences.spread(number)]):
         tokens, key = sequence["tokens"], int(np.flatnonzero(sequence["weights"])[0])
         pair = tokens[key], sequence["targets"][key]
         start = int(np.flatnonzero((tokens[: key - 2] == pair[0]) & (tokens[1 : key - 1] == pair[1]))[0])
-        prompts.append(NeedlePrompt(np.append(tokens[: key + 1], pair[1]), (start, start + 2), key - 1, key + 1))
-    return prompts
+        yield NeedlePrompt(np.append(tokens[: key + 1], pair[1]), (start, start + 2), key - 1, key + 1)

@@ -14,20 +14,9 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.pipeline import heldout_batches
-from hybrid_attn.evals import bigram
-from hybrid_attn.evals.evaluation import (
-    Baselines,
-    Evaluation,
-    Headline,
-    Line,
-    check_sequence,
-    first_total,
-    measured_of_source,
-    texts,
-    without_documents,
-)
-from hybrid_attn.evals.fields import ANY, COUNT, NAME, SIZE
-from hybrid_attn.evals.records import grouped, is_total, part
+from hybrid_attn.evals import bigram, evaluation
+from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, first_total, report_of
+from hybrid_attn.evals.records import ANY, COUNT, NAME, SIZE, grouped, is_total, part
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution, losses
@@ -48,12 +37,10 @@ def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     """
     sequences = PackedSequences(spec.documents, spec.length, None, eval_model.tokenizer.byte_lengths)
     edges = bucket_edges(spec.length)
-    batch = batch_shards(eval_model.mesh)
-    batches = [
-        jax.device_get(_score(eval_model.model, eval_model.execution, edges, eval_model.params, arrays))
-        for arrays in heldout_batches(sequences, -(-spec.tokens // spec.length), batch, eval_model.mesh)
-    ]
-    sums = np.concatenate(batches, -1).astype(float)
+    number, batch_size = -(-spec.tokens // spec.length), batch_shards(eval_model.mesh)
+    score = functools.partial(_score, eval_model.model, eval_model.execution, edges, eval_model.params)
+    batches = heldout_batches(sequences, number, batch_size, eval_model.mesh)
+    sums = np.concatenate([jax.device_get(score(batch)) for batch in batches], -1).astype(float)
     check_finite(sums, "the loss")
     *buckets, total = _records(spec.length, edges, sums.sum(0), {})
     nll_B, count_B, _ = sums.sum((0, 2))
@@ -118,7 +105,7 @@ def recalled(tokens_BT: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     spec = Spec(context.heldout[unit.part], unit.length, settings.tokens)
-    return measured_of_source(unit, records_of(context.eval_model, spec))
+    return evaluation.measured_of_source(unit, records_of(context.eval_model, spec))
 
 
 def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
@@ -142,24 +129,18 @@ def _line(name: str, record: Mapping) -> Line:
     return Line(name, record["source"], f"{record['loss']:.3f}", spread, bits, f"{record['tokens']:,} tokens")
 
 
-def report():
-    from hybrid_attn.evals.report import losses  # it imports the table of evaluations, and matplotlib
-
-    return losses.REPORT
-
-
 EVALUATION = Evaluation(
     name="position",
-    parts=texts,
+    parts=evaluation.texts,
     measure=measure,
     fields={"source": NAME, "length": SIZE, "tokens": COUNT, "loss": ANY},
     headline=Headline(first_total("loss"), "position_loss_nats", "loss {:.3f} nats", higher_is_better=False),
-    report=report,
+    report=report_of("losses"),
     baseline=bigram.BASELINE,
     lines=lines,
     section_order=3,
     in_quick_suite=True,
     flags=("tokens", "heldout"),
-    empty=without_documents,
-    check_fits=check_sequence,
+    empty=evaluation.without_documents,
+    check_fits=evaluation.check_sequence,
 )

@@ -7,25 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 
 from hybrid_attn import config
 from hybrid_attn.evals.report import layers
+from hybrid_attn.evals.types import EvalContext
 from hybrid_attn.files import IMPORTED_FILES, object_of
-from hybrid_attn.model import Execution, flops
+from hybrid_attn.model import flops
 
 
 def provenance(
-    checkpoint: str,
-    step: int,
-    c: config.Config | config.CheckpointConfig,
-    values: Mapping,
-    tokenizer,
-    text: str,
-    execution: Execution,
-    mesh: Mesh,
+    checkpoint: str, step: int, c: config.Config | config.CheckpointConfig, values: Mapping, context: EvalContext
 ) -> dict:
-    """What run.json says of the model of `c` (its full config is `values`) at `step`; `text` hides the needles."""
+    """What run.json says of the model of `c` at `step`. `values` are its full config."""
+    _, _, execution, mesh, tokenizer = context.eval_model
     model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
     model["kinds"] = layers.names({letter: c.model.kinds[letter] for letter in sorted(set(c.model.layers))})
     return {
@@ -35,7 +29,7 @@ def provenance(
         "config": _sha(json.dumps(values, sort_keys=True)),
         "tokenizer": tokenizer.hash,
         "vocab_size": tokenizer.vocab_size,
-        "haystack": _sha(text),
+        "haystack": _sha(context.haystack),
         "revision": revision(Path(__file__)),
         "jax": jax.__version__,
         "device": mesh.devices.flat[0].device_kind,
@@ -60,18 +54,17 @@ def trained_length(c: config.CheckpointConfig, checkpoints: Path, steps: int) ->
 
 def revision(file: Path) -> str:
     """Of the program that `file` is of, where a git repository has it; with "-dirty" where tracked files were changed."""
-    commands = (
-        ["git", "ls-files", "--error-unmatch", file.name],  # the repository around it may be of something else
-        ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
-    )
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        for command in commands:
-            done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False)
-            if done.returncode:
-                return "not in a git repository"
+        git("ls-files", "--error-unmatch", file.name)  # the repository around it may be of something else
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except subprocess.CalledProcessError:
+        return "not in a git repository"
     except OSError as cause:
         return f"unknown, for git does not run here: {cause.strerror}"
-    return done.stdout.strip()
 
 
 def _sha(text: str) -> str:

@@ -16,17 +16,9 @@ from hybrid_attn.config import HOPS, Model
 from hybrid_attn.data.pipeline import heldout_batches
 from hybrid_attn.data.synthetic import KEYS, VALUES, SyntheticSequences
 from hybrid_attn.data.tokenizer import ByteTokenizer
-from hybrid_attn.evals.evaluation import (
-    Baselines,
-    Evaluation,
-    Headline,
-    Line,
-    check_sequence,
-    check_task_fits,
-    first_total,
-    measured_of_source,
-)
-from hybrid_attn.evals.fields import NAME, SHARE, SIZE, list_of
+from hybrid_attn.evals import evaluation
+from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, first_total, report_of
+from hybrid_attn.evals.records import NAME, SHARE, SIZE, list_of
 from hybrid_attn.evals.samples import Sample
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution, apply, logits
@@ -42,13 +34,11 @@ def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     The sequence holds the right answers, so that one does not suffer from another.
     """
     sequences = SyntheticSequences(spec.documents, spec.length, None)
-    batch = max(1, TOKENS // spec.length) * batch_shards(eval_model.mesh)
+    batch_size = max(1, TOKENS // spec.length) * batch_shards(eval_model.mesh)
     number = -(-spec.tokens // spec.length)
-    batches = [
-        jax.device_get(_right(eval_model.model, eval_model.execution, eval_model.params, arrays))
-        for arrays in heldout_batches(sequences, number, batch, eval_model.mesh)
-    ]
-    sums = np.concatenate(batches, 1)[:, :number]
+    right = functools.partial(_right, eval_model.model, eval_model.execution, eval_model.params)
+    batches = heldout_batches(sequences, number, batch_size, eval_model.mesh)
+    sums = np.concatenate([jax.device_get(right(batch)) for batch in batches], 1)[:, :number]
     check_finite(sums, "a logit of an answer")
     right_B, answers_B, _ = sums.astype(int)
     shares = {"accuracy": right_B.sum() / answers_B.sum(), "by_row": (right_B / answers_B).tolist()}
@@ -83,7 +73,7 @@ def parts(context: EvalContext, settings: Settings) -> tuple[str, ...]:
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     spec = Spec(context.tasks[unit.part], unit.length, settings.tokens)
-    return measured_of_source(unit, records_of(context.eval_model, spec))
+    return evaluation.measured_of_source(unit, records_of(context.eval_model, spec))
 
 
 def empty(context: EvalContext) -> tuple[str, str]:
@@ -93,8 +83,8 @@ def empty(context: EvalContext) -> tuple[str, str]:
 
 
 def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:
-    check_sequence(context, settings, unit)
-    check_task_fits(unit, context.tasks[unit.part])
+    evaluation.check_sequence(context, settings, unit)
+    evaluation.check_task_fits(unit, context.tasks[unit.part])
 
 
 def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
@@ -104,22 +94,13 @@ def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
             yield Line("  chance", record["source"], f"{share:.1%}")
 
 
-def report():
-    from hybrid_attn.evals.report import recall  # it imports the table of evaluations, and matplotlib
-
-    return recall.REPORT
-
-
 EVALUATION = Evaluation(
     name="recall",
     parts=parts,
     measure=measure,
-    fields={
-        **{"source": NAME, "task": NAME, "length": SIZE, "answers": SIZE, "accuracy": SHARE},
-        "by_row": list_of(SHARE, 1),
-    },
+    fields={"source": NAME, "task": NAME, "length": SIZE, "answers": SIZE, "accuracy": SHARE, "by_row": list_of(SHARE, 1)},
     headline=Headline(first_total("accuracy"), "recall_accuracy_share", "{:.1%} right", higher_is_better=True),
-    report=report,
+    report=report_of("recall"),
     lines=lines,
     section_order=2,
     in_quick_suite=True,

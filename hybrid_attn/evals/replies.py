@@ -1,11 +1,10 @@
 """What a model replies to samples, and what is kept of its replies."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from hybrid_attn.evals import samples as sample_files
 from hybrid_attn.evals.ruler import scores
-from hybrid_attn.evals.samples import Sample
+from hybrid_attn.evals.samples import Sample, check_lengths
 from hybrid_attn.evals.types import EvalContext
 from hybrid_attn.infer.requests import GenerateOptions
 from hybrid_attn.infer.text import AnswerOptions, answers
@@ -16,8 +15,7 @@ PROMPT_END = 400  # characters of a prompt that are kept beside its answer
 def replies_to(context: EvalContext, samples: Sequence[Sample], spare: int = 0) -> list[str]:
     """A reply to each sample, whose length it may exceed by `spare` tokens; no prompt is cut to fit."""
     tokenizer = context.eval_model.tokenizer
-    if (long := sample_files.too_long(samples, tokenizer, spare)) is not None:
-        raise ValueError(f"sample {long.index} of {long.task} does not fit into {long.length:,} tokens; its file was changed")
+    check_lengths(samples, tokenizer, spare)
     replies: dict[int, str] = {}
     for limit in sorted({sample.max_new_tokens for sample in samples}):  # a reply does not depend on the limits of others
         alike = [i for i, sample in enumerate(samples) if sample.max_new_tokens == limit]
@@ -28,16 +26,10 @@ def replies_to(context: EvalContext, samples: Sequence[Sample], spare: int = 0) 
     return [replies[i] for i in range(len(samples))]
 
 
-def right_shares(samples: Sequence[Sample], replies: Sequence[str]) -> list[float]:
-    """The share of each sample's answers that its reply contains."""
-    return [scores.score(sample.task, text, sample.answers) / 100 for sample, text in zip(samples, replies, strict=True)]
-
-
-def answer_records(samples: Sequence[Sample], replies: Sequence[str], shares: Sequence[float]) -> list[dict]:
-    """A record for each sample: hash and end of its prompt, the right answers, the reply, and the share that was right."""
-    records = []
-    for sample, text, share in zip(samples, replies, shares, strict=True):
+def answer_records(samples: Sequence[Sample], replies: Sequence[str]) -> Iterator[dict]:
+    """A record for each sample: hash and end of its prompt, the right answers, the reply, and the share of them in it."""
+    for sample, text in zip(samples, replies, strict=True):
         record = {name: getattr(sample, name) for name in ("task", "length", "index", "group", "meta")}
+        share = scores.score(sample.task, text, sample.answers) / 100
         prompt = {"prompt_hash": hashlib.sha256(sample.prompt.encode()).hexdigest(), "prompt_end": sample.prompt[-PROMPT_END:]}
-        records.append(record | prompt | {"wanted": list(sample.answers), "given": text, "score": share})
-    return records
+        yield record | prompt | {"wanted": list(sample.answers), "given": text, "score": share}

@@ -9,6 +9,8 @@ from pathlib import Path
 from hybrid_attn import trees
 from hybrid_attn.files import object_of, write_atomically
 
+TYPES = {"task": str, "length": int, "index": int, "prompt": str, "max_new_tokens": int, "group": str, "meta": dict}
+
 
 class TooLongError(ValueError):
     """A question whose smallest prompt does not fit its length."""
@@ -32,6 +34,9 @@ class Sample:
     meta: dict
 
     def __post_init__(self):
+        wrong = [name for name, kind in TYPES.items() if not isinstance(getattr(self, name), kind)]
+        wrong += ["answers"] if not all(isinstance(answer, str) for answer in self.answers) else []
+        trees.check(not wrong, f"{', '.join(wrong)} of another type")
         where = f"sample {self.index} of {self.task} at {self.length:,} tokens"
         trees.check(bool(self.prompt), f"{where} has an empty prompt")
         trees.check(all(self.answers) and bool(self.answers), f"{where} has an empty answer, or none")
@@ -56,7 +61,6 @@ def read(path: Path) -> tuple[list[Sample], str]:
         try:
             values = object_of(line, "it")
             samples.append(Sample(**values | {"answers": tuple(values["answers"])}))
-            _check_types(samples[-1])
         except (KeyError, TypeError, ValueError) as cause:
             raise ValueError(f"{path}, line {number} is no sample: {cause}") from cause
     trees.check(_hash_of(path).is_file(), f"{path} has lost the hash beside it; remove the file, and the same is drawn again")
@@ -69,13 +73,6 @@ def read(path: Path) -> tuple[list[Sample], str]:
     return samples, digest
 
 
-def _check_types(sample: Sample) -> None:
-    types = {"task": str, "length": int, "index": int, "prompt": str, "max_new_tokens": int, "group": str, "meta": dict}
-    wrong = [name for name, kind in types.items() if not isinstance(getattr(sample, name), kind)]
-    wrong += ["answers"] if not all(isinstance(answer, str) for answer in sample.answers) else []
-    trees.check(not wrong, f"{', '.join(wrong)} of another type")
-
-
 def _hash_of(path: Path) -> Path:
     """The file beside samples that `sha256sum --check` reads."""
     return path.with_suffix(".sha256")
@@ -86,10 +83,9 @@ def spent(prompt_tokens: int, max_new_tokens: int) -> int:
     return 1 + prompt_tokens + max_new_tokens
 
 
-def too_long(samples: Sequence[Sample], tokenizer, spare: int = 0) -> Sample | None:
-    """The first whose BOS, prompt and answer do not fit its length and `spare` tokens."""
+def check_lengths(samples: Sequence[Sample], tokenizer, spare: int = 0) -> None:
+    """ValueError for the first whose BOS, prompt and answer do not fit its length and `spare` tokens."""
     prompts = tokenizer.encode_batch([sample.prompt.encode() for sample in samples])
-    for sample, ids in zip(samples, prompts, strict=True):
-        if spent(len(ids), sample.max_new_tokens) > sample.length + spare:
-            return sample
-    return None
+    for x, ids in zip(samples, prompts, strict=True):
+        fits = spent(len(ids), x.max_new_tokens) <= x.length + spare
+        trees.check(fits, f"sample {x.index} of {x.task} does not fit into {x.length:,} tokens; its file was changed")

@@ -65,8 +65,14 @@ def fitting(settings: Settings, context: EvalContext, shared: Path, lengths_are_
 
     A unit that does not fit its length is absent too; but if `lengths_are_fixed`, it is a TooLongError.
     """
-    to_measure = units(settings, context)
-    absent = _without_data(settings, context, {unit.eval for unit in to_measure})
+    to_measure, absent = units(settings, context), []
+    for name in settings.evals:
+        missing, lengths = EVALS[name].missing(context, settings), EVALS[name].lengths(settings)
+        absent += [Absent(name, part, length, why) for length in lengths for part, why in missing.items()]
+    for name in settings.evals:
+        if EVALS[name].empty and not any(unit.eval == name for unit in to_measure):
+            part, why = EVALS[name].empty(context)
+            absent += [Absent(name, part, length, why) for length in EVALS[name].lengths(settings)]
     for unit in to_measure:
         try:
             if EVALS[unit.eval].questions:
@@ -79,27 +85,10 @@ def fitting(settings: Settings, context: EvalContext, shared: Path, lengths_are_
     return settings._replace(absent=tuple(absent))
 
 
-def _without_data(settings: Settings, context: EvalContext, measured: set[str]) -> list[Absent]:
-    """Parts that cannot be measured at any length, then the evaluations that have no part at all."""
-    absent = []
-    for name in settings.evals:
-        missing, lengths = EVALS[name].missing(context, settings), EVALS[name].lengths(settings)
-        absent += [Absent(name, part, length, why) for length in lengths for part, why in missing.items()]
-    for name in settings.evals:
-        if EVALS[name].empty and name not in measured:
-            part, why = EVALS[name].empty(context)
-            absent += [Absent(name, part, length, why) for length in EVALS[name].lengths(settings)]
-    return absent
-
-
 def measure_units(
-    context: EvalContext,
-    settings: Settings,
-    provenance: Mapping,
-    directory: Path,
-    shared: Path,
+    context: EvalContext, settings: Settings, provenance: Mapping, directory: Path, shared: Path,
     done: Callable[[Unit, int, int], bool | None],
-) -> bool:
+) -> bool:  # fmt: skip
     """Measures the units that `directory` does not have. Calls `done(unit, number, of)` after each, and stops if that is True.
 
     Returns whether all is measured. All samples are drawn before anything is measured: into `shared`, for every model with the
@@ -159,23 +148,21 @@ def read_about(path: Path) -> dict:
 
 def measured_of(directory: Path, unit: Unit) -> Measured:
     """What the file of a unit holds; ValueError where that is not what the suite writes of it."""
+
+    def is_of_unit(line) -> bool:  # a report names its files by the part and the length
+        has_length = isinstance(line, dict) and type(line.get("length")) is int and line["length"] == unit.length
+        return has_length and EVALS[unit.eval].is_of(unit, line)
+
     path = directory / "units" / f"{unit.name}.json"
     values = object_of(path.read_bytes(), str(path))
     trees.check(
         tuple(values) == Measured._fields
         and all(isinstance(lines, list) for lines in values.values())
-        and all(_is_of(unit, line) for lines in values.values() for line in lines)
+        and all(is_of_unit(line) for lines in values.values() for line in lines)
         and all(record.get("eval") == unit.eval for record in values["records"]),
         f"{path} holds other things than what was measured of {unit.name}",
     )
     return Measured(**values)
-
-
-def _is_of(unit: Unit, line) -> bool:
-    """Whether a record or an answer is of the unit's part and length, by which a report names its files."""
-    if not isinstance(line, dict) or type(line.get("length")) is not int or line["length"] != unit.length:
-        return False
-    return EVALS[unit.eval].is_of(unit, line)
 
 
 def _is_done(directory: Path, unit: Unit) -> bool:
@@ -214,12 +201,8 @@ def _begin(directory: Path, about: Mapping, goes_on: bool) -> None:
     known = read_about(path)
     revisions = known["revision"].split(", ")
     lines = trees.differences(*({name: x for name, x in y.items() if name not in FREE} for y in (known, about)), "  ")
-    trees.check(
-        not lines,
-        f"{directory} holds another evaluation (there -> wanted):\n"
-        + "\n".join(lines)
-        + "\nuse another --out, or its settings",
-    )
+    problem = [f"{directory} holds another evaluation (there -> wanted):", *lines, "use another --out, or its settings"]
+    trees.check(not lines, "\n".join(problem))
     if goes_on and about["revision"] not in revisions:
         revisions.append(about["revision"])
     now = {**about, "revision": ", ".join(revisions)}

@@ -20,26 +20,16 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import CheckpointConfig
 from hybrid_attn.infer import cache as caches
 from hybrid_attn.infer.cache import Cache
-from hybrid_attn.infer.requests import (
-    DEFAULT_OPTIONS,
-    Call,
-    GenerateOptions,
-    Limits,
-    OnTokens,
-    batches,
-    call_of,
-    check_finite,
-    chunks,
-    common_prefix,
-)
-from hybrid_attn.infer.sampling import Sampling
+from hybrid_attn.infer.requests import Call, GenerateOptions, Limits, OnTokens, Request, batches, check_finite, common_prefix
 from hybrid_attn.infer.steps import SLICE, DecodeSlice, DecodeState, StepConfig, decode, prefill, score
 from hybrid_attn.model import Execution, execution_on
-from hybrid_attn.model.extend import unstacked
+from hybrid_attn.model.transformer import unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, put
+from hybrid_attn.trees import check
 
 DEFAULT_CHUNK = 2048
 DEFAULT_BATCH_SIZE = 8  # or as many requests as a batch has shards
+DEFAULT_OPTIONS = GenerateOptions()
 MIN_CHUNK = 16
 WEIGHTS = jax.jit(unstacked, static_argnums=(0, 2))
 
@@ -51,7 +41,8 @@ class Generated(NamedTuple):
     logprobs: np.ndarray
 
 
-class Timing(NamedTuple):
+@dataclasses.dataclass
+class Timing:
     """Sizes and seconds of the last call. Compiling, which happens once for each size, is not part of the other seconds.
 
     `first_token_s` lasts until the requests of the first batch have a token; `cache_bytes` is the largest batch's.
@@ -83,16 +74,13 @@ class EngineOptions:
     def on(self, mesh: Mesh) -> "EngineOptions":
         """The options with a batch size; ValueError where they do not fit the mesh."""
         context, shards = mesh.shape["context"], batch_shards(mesh)
-        if self.cache not in ("auto", "int8"):
-            raise ValueError(f"cache={self.cache!r} is not one of 'auto', 'int8'")
-        if self.chunk < 1 or self.chunk % context:
-            raise ValueError(f"chunk={self.chunk} does not split over {context} context shards; use a multiple of {context}")
-        batch_size = -(-DEFAULT_BATCH_SIZE // shards) * shards if self.batch_size is None else self.batch_size
-        if batch_size < 1 or batch_size % shards:
-            raise ValueError(
-                f"a batch of {batch_size} requests does not split over {shards} shards of the batch; use a multiple of {shards}"
-            )
-        return dataclasses.replace(self, batch_size=batch_size)
+        check(self.cache in ("auto", "int8"), f"cache={self.cache!r} is not one of 'auto', 'int8'")
+        splits = self.chunk >= 1 and self.chunk % context == 0
+        check(splits, f"chunk={self.chunk} does not split over {context} context shards; use a multiple of {context}")
+        size = -(-DEFAULT_BATCH_SIZE // shards) * shards if self.batch_size is None else self.batch_size
+        splits, cure = size >= 1 and size % shards == 0, f"use a multiple of {shards}"
+        check(splits, f"a batch of {size} requests does not split over {shards} shards of the batch; {cure}")
+        return dataclasses.replace(self, batch_size=size)
 
 
 class Sizes(NamedTuple):
@@ -103,21 +91,6 @@ class Sizes(NamedTuple):
     capacity: int
 
 
-class Prefix(NamedTuple):
-    """The tokens that all prompts begin with, and their cache (None where they are not worth a chunk)."""
-
-    length: int
-    cache: Cache | None
-
-
-class Batch(NamedTuple):
-    """Requests that have been read, by their numbers, and the state from which they are decoded."""
-
-    indices: list[int]
-    config: StepConfig
-    state: DecodeState
-
-
 class Engine:
     """Generates and scores with `params` (as `model.init` makes them) on the mesh in force when it is made and used.
 
@@ -126,13 +99,9 @@ class Engine:
     """
 
     def __init__(
-        self,
-        params: dict,
-        config: CheckpointConfig,
-        options: EngineOptions = EngineOptions(),
-        programs: dict | None = None,
-        execution: Execution | None = None,
-    ):
+        self, params: dict, config: CheckpointConfig, options: EngineOptions = EngineOptions(),
+        programs: dict | None = None, execution: Execution | None = None,
+    ):  # fmt: skip
         self.mesh = jax.sharding.get_mesh()
         options = options.on(self.mesh)
         self.chunk, self.capacity, self.batch_size = options.chunk, options.capacity, options.batch_size
@@ -145,42 +114,31 @@ class Engine:
         self._programs: dict[tuple, Callable] = {} if programs is None else programs
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        options: GenerateOptions = DEFAULT_OPTIONS,
-        *,
-        seeds: Sequence[int] | None = None,
-        questions: Sequence[Sequence[int]] | None = None,
-        on_tokens: OnTokens | None = None,
-    ) -> list[Generated]:
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, options: GenerateOptions = DEFAULT_OPTIONS, *,
+        seeds: Sequence[int] | None = None, questions: Sequence[Sequence[int]] | None = None, on_tokens: OnTokens | None = None,
+    ) -> list[Generated]:  # fmt: skip
         """A completion of each prompt, at most `max_new_tokens` long, ended by a stop token if one comes.
 
         `questions` follow the prompts. With a compression, global layers keep a part of each prompt, and the questions are read
-        after that.
-
-        `seeds` (0, 1, ... by default) make a completion the same in any batch. `on_tokens(index, ids)` is called as tokens
-        come; if it returns True, the request ends. ValueError for a prompt that is empty, has a token outside the vocabulary,
-        or does not fit; FloatingPointError where a logit is not finite.
+        after that. `seeds` (0, 1, ... by default) make a completion the same in any batch. `on_tokens(index, ids)` is called as
+        tokens come; if it returns True, the request ends. ValueError for a prompt that is empty, has a token outside the
+        vocabulary, or does not fit; FloatingPointError where a logit is not finite.
         """
-        call = call_of(self._limits, (prompts, questions), seeds, max_new_tokens, options, on_tokens)
+        call = self._limits.call((prompts, questions), seeds, max_new_tokens, options, on_tokens)
         if options.compression is not None and (self.mesh.shape["context"] > 1 or self.mesh.is_multi_process):
             raise NotImplementedError("compression needs every slot on one device of one process; use a mesh with context=1")
         if not call.requests:
             return []
         self.timing = Timing(sum(len(request.prompt) + len(request.question) for request in call.requests))
         results: dict[int, Generated] = {}
-        for batch in self._prefilled_batches(call):
-            results |= dict(zip(batch.indices, self._decoded(call, batch), strict=True))
+        for indices, config, state in self._prefilled_batches(call):
+            results |= dict(zip(indices, self._decoded(call, indices, config, state), strict=True))
         return [results[i] for i in range(len(call.requests))]
 
     def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Log-probability of each token of each continuation after its prompt, float32. All logits never exist at once.
-
-        FloatingPointError where one is not finite.
-        """
-        if len(prompts) != len(continuations):
-            raise ValueError(f"{len(continuations)} continuations do not match {len(prompts)} prompts; use one for each prompt")
+        """Log-probability, float32, of each token of each continuation after its prompt; FloatingPointError if not finite."""
+        number, wanted = len(continuations), len(prompts)
+        check(number == wanted, f"{number} continuations do not match {wanted} prompts; use one for each prompt")
         checked = self._limits.checked(prompts, 0)
         sequences = [[*prompt, *more] for prompt, more in zip(checked, continuations, strict=True)]
         sequences = self._limits.checked(sequences, 0)
@@ -209,75 +167,75 @@ class Engine:
     def _put(self, x: np.ndarray, spec: P) -> jax.Array:
         return put(x, self.mesh, spec)
 
-    def _prefilled_batches(self, call: Call) -> Iterator[Batch]:
-        prompts, window = call.prompts, call.options.window
+    def _prefilled_batches(self, call: Call) -> Iterator[tuple[list[int], StepConfig, DecodeState]]:
+        """The numbers of the requests of each batch, what its steps are compiled for, and its state after the prompts."""
+        prompts, window = [request.prompt for request in call.requests], call.options.window
 
         def sizes_for(longest: int) -> Sizes:
             return self._sizes(longest + call.room, longest, max(window, 1))
 
         sizes = sizes_for(max(map(len, prompts)))
-        prefix = self._shared_prefix(prompts, window, sizes)
+        prefix, prefix_cache = self._shared_prefix(prompts, window, sizes)
         for indices in batches(prompts, self.batch_size):
-            if prefix.cache is None:
+            if prefix_cache is None:
                 sizes = sizes_for(len(prompts[indices[0]]))
             with self._timed("prefill_s"):
-                state = self._resized(self._prefilled(call, indices, sizes, prefix), sizes.capacity)
-            self.timing = self.timing._replace(cache_bytes=max(self.timing.cache_bytes, caches.num_bytes(state.cache)))
-            yield Batch(indices, sizes.config, state)
+                state = self._prefilled([call.requests[i] for i in indices], call, sizes, prefix, prefix_cache)
+                # Rings for one token at a time.
+                cache = caches.resized(self.model, state.cache, sizes.capacity, 1, self._execute)
+                state = DecodeState(jax.block_until_ready(cache), state.last_BD)
+            self.timing.cache_bytes = max(self.timing.cache_bytes, caches.num_bytes(state.cache))
+            yield indices, sizes.config, state
 
-    def _shared_prefix(self, prompts: list[np.ndarray], window: int, sizes: Sizes) -> Prefix:
-        """What all prompts share before their last `window` tokens, if that is at least a chunk."""
+    def _shared_prefix(self, prompts: list[np.ndarray], window: int, sizes: Sizes) -> tuple[int, Cache | None]:
+        """How many tokens all prompts share before their last `window`, and their cache; 0 and None if less than a chunk."""
         length = common_prefix(prompts) - window
         if len(prompts) == 1 or length < sizes.chunk:
-            return Prefix(0, None)
+            return 0, None
         batch_size = self._padded(1)
         with self._timed("prefill_s"):
             state = self._new_state(batch_size, sizes)
             state, _ = self._prefill(sizes, state, [prompts[0][:length]] * batch_size)
-        return Prefix(length, state.cache)
+        return length, state.cache
 
-    def _prefilled(self, call: Call, indices: list[int], sizes: Sizes, prefix: Prefix) -> DecodeState:
-        """The state after the prompts and questions of `indices`."""
-        batch_size = self._padded(len(indices))
-        if prefix.cache is None:
+    def _prefilled(
+        self, requests: list[Request], call: Call, sizes: Sizes, prefix: int, prefix_cache: Cache | None
+    ) -> DecodeState:
+        """The state after prompts and questions, of which the first `prefix` tokens are read."""
+        batch_size = self._padded(len(requests))
+        if prefix_cache is None:
             state = self._new_state(batch_size, sizes)
         else:
-            cache = self._execute(caches.repeated, (batch_size // self._padded(1),), prefix.cache)
+            cache = self._execute(caches.repeated, (batch_size // self._padded(1),), prefix_cache)
             state = DecodeState(cache, self._zeros(batch_size))
-        requests = [call.requests[i] for i in indices]
-        unread = [request.prompt[prefix.length :] for request in requests]
+        unread = [request.prompt[prefix:] for request in requests]
         if call.options.compression is None:
             return self._prefill(sizes, state, unread)[0]
-        state = self._compressed(call, sizes, state, unread)
+        # The cache is compressed by the queries of each request's last tokens.
+        compression, window = call.options.compression, call.options.window
+        state, _ = self._prefill(sizes, state, [tokens[:-window] for tokens in unread])
+        last, of_window = [tokens[-window:] for tokens in unread], sizes._replace(chunk=window)
+        state, queries = self._prefill(of_window, state, last, with_queries=True)
+        cache = caches.compressed(compression, self.model, state.cache, queries, call.room, self._execute)
+        state = DecodeState(cache, state.last_BD)
         if call.room > call.max_new_tokens:
             state, _ = self._prefill(sizes, state, [request.question for request in requests])
         return state
-
-    def _resized(self, state: DecodeState, capacity: int) -> DecodeState:
-        """The state with rings for one token at a time."""
-        cache = caches.resized(self.model, state.cache, capacity, 1, self._execute)
-        return DecodeState(jax.block_until_ready(cache), state.last_BD)
-
-    def _compressed(self, call: Call, sizes: Sizes, state: DecodeState, unread: list[np.ndarray]) -> DecodeState:
-        """The state after the unread tokens, with its cache compressed by the queries of each request's last tokens."""
-        compression, window = call.options.compression, call.options.window
-        state, _ = self._prefill(sizes, state, [tokens[:-window] for tokens in unread])
-        sizes = sizes._replace(chunk=window)
-        state, queries = self._prefill(sizes, state, [tokens[-window:] for tokens in unread], with_queries=True)
-        scorings = caches.scorings(self.model, self.weights, self.execution.transform)
-        cache = caches.compressed(compression, state.cache, queries, scorings, call.room, self._execute)
-        return DecodeState(cache, state.last_BD)
 
     def _prefill(self, sizes: Sizes, state: DecodeState, sequences: list[np.ndarray], with_queries: bool = False):
         """The state after these tokens of each request, and the queries of the last chunk if they are needed."""
         queries = ()
         for tokens_BT, counts_B in self._chunks(sequences, sizes.chunk, len(state.last_BD)):
-            static_args = sizes.config, with_queries
-            state, queries = self._execute(prefill, static_args, self.weights, state, tokens_BT, counts_B)
+            state, queries = self._execute(prefill, (sizes.config, with_queries), self.weights, state, tokens_BT, counts_B)
         return state, queries
 
     def _chunks(self, sequences: list[np.ndarray], chunk: int, batch_size: int) -> Iterator[tuple[jax.Array, jax.Array]]:
-        for tokens_BT, counts_B in chunks(sequences, chunk, batch_size):
+        """(tokens_BT, counts_B) of each chunk of sequences that start together, padded to `batch_size` sequences."""
+        for first in range(0, max(map(len, sequences)), chunk):
+            tokens_BT, counts_B = np.zeros((batch_size, chunk), np.int32), np.zeros(batch_size, np.int32)
+            for b, sequence in enumerate(sequences):
+                tokens = sequence[first : first + chunk]
+                tokens_BT[b, : len(tokens)], counts_B[b] = tokens, len(tokens)
             yield self._put(tokens_BT, TOKENS_BT), self._put(counts_B, P(BATCH))
 
     def _zeros(self, batch_size: int) -> jax.Array:
@@ -293,7 +251,7 @@ class Engine:
         started, compiled = time.perf_counter(), self.timing.compile_s
         yield
         seconds = time.perf_counter() - started - (self.timing.compile_s - compiled)
-        self.timing = self.timing._replace(**{name: getattr(self.timing, name) + seconds})
+        setattr(self.timing, name, getattr(self.timing, name) + seconds)
 
     def _execute(self, function: Callable, static_args: tuple, *args):
         """The result of a jitted function, which is compiled first, once for each size; compiling is timed apart."""
@@ -302,24 +260,25 @@ class Engine:
             jax.block_until_ready(args)  # earlier work does not count as compiling
             started = time.perf_counter()
             self._programs[key] = function.lower(*static_args, *args).compile()
-            self.timing = self.timing._replace(compile_s=self.timing.compile_s + time.perf_counter() - started)
+            self.timing.compile_s += time.perf_counter() - started
         return self._programs[key](*args)
 
-    def _decoded(self, call: Call, batch: Batch) -> list[Generated]:
+    def _decoded(self, call: Call, indices: list[int], config: StepConfig, state: DecodeState) -> list[Generated]:
         """The completions of a batch."""
-        batch_size, indices = len(batch.state.last_BD), batch.indices
+        batch_size = len(state.last_BD)
         done_B = np.arange(batch_size) >= len(indices)
-        seeds_B = np.resize(np.asarray([call.requests[i].seed for i in indices], np.uint32), batch_size)
-        seeds_B = self._put(seeds_B, P(BATCH))
+        seeds = np.asarray([call.requests[i].seed for i in indices], np.uint32)
+        seeds_B = self._put(np.resize(seeds, batch_size), P(BATCH))
         stop_tokens = np.array([*call.options.stop_tokens] or [-1], np.int32)
         tokens, logprobs = [[] for _ in indices], [[] for _ in indices]
-        state, number = batch.state, 0
+        number = 0
         while number < call.max_new_tokens and not done_B.all():
             steps = 1 if number == 0 else min(SLICE, call.max_new_tokens - number)
-            scalars = np.int32(number), np.int32(steps)
-            part = DecodeSlice(self._put(done_B, P(BATCH)), seeds_B, stop_tokens, *scalars)
-            state, new = self._decode_slice(batch.config, call.options.sampling, state, part)
-            new_tokens_BT, new_logprobs_BT, counts_B, done_B = new
+            part = DecodeSlice(self._put(done_B, P(BATCH)), seeds_B, stop_tokens, np.int32(number), np.int32(steps))
+            with self._timed("decode_s"):
+                state, new = self._execute(decode, (config, call.options.sampling), self.weights, state, part)
+                new_tokens_BT, new_logprobs_BT, counts_B, done_B = (np.array(x) for x in jax.device_get(new))
+            self.timing.first_token_s = self.timing.first_token_s or self.timing.prefill_s + self.timing.decode_s
             for b, index in enumerate(indices):
                 ids, new_logprobs = new_tokens_BT[b, : counts_B[b]].tolist(), new_logprobs_BT[b, : counts_B[b]]
                 check_finite(index, number, new_logprobs)
@@ -328,17 +287,8 @@ class Engine:
                 if ids and call.on_tokens and call.on_tokens(index, ids):
                     done_B[b] = True
             number += steps
-        self.timing = self.timing._replace(new_tokens=self.timing.new_tokens + sum(map(len, tokens)))
+        self.timing.new_tokens += sum(map(len, tokens))
         return [Generated(np.int32(a), np.float32(b)) for a, b in zip(tokens, logprobs, strict=True)]
-
-    def _decode_slice(self, config: StepConfig, sampling: Sampling, state: DecodeState, part: DecodeSlice):
-        """(state, host arrays of the new tokens, their log-probabilities, their counts, and the done requests)."""
-        with self._timed("decode_s"):
-            state, new = self._execute(decode, (config, sampling), self.weights, state, part)
-            new = [np.array(x) for x in jax.device_get(new)]
-        if not self.timing.first_token_s:
-            self.timing = self.timing._replace(first_token_s=self.timing.prefill_s + self.timing.decode_s)
-        return state, new
 
     def _logprobs(self, sequences: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
         """Log-probabilities of each sequence's tokens from its start on."""
@@ -353,9 +303,8 @@ class Engine:
                 state, _ = self._execute(prefill, (sizes.config, False), self.weights, state, tokens_BT, counts_B)
                 parts.append(np.zeros(tokens_BT.shape, np.float32))
             else:
-                cache, nll_BT = self._execute(
-                    score, (sizes.config,), self.weights, state.cache, tokens_BT, targets_BT, counts_B
-                )
+                chunk = tokens_BT, targets_BT, counts_B
+                cache, nll_BT = self._execute(score, (sizes.config,), self.weights, state.cache, *chunk)
                 state = DecodeState(cache, state.last_BD)
                 parts.append(-np.asarray(jax.device_get(nll_BT)))
         if not parts:

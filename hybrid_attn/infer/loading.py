@@ -14,6 +14,8 @@ from hybrid_attn.model import abstract_params
 from hybrid_attn.parallel import fit
 from hybrid_attn.trees import check
 
+Tokenizer = ByteTokenizer | JsonTokenizer
+
 
 class Saved(NamedTuple):
     """What a checkpoint holds besides its arrays: its config, the tokenizer's hash, and the completed steps of each stage."""
@@ -26,7 +28,7 @@ class Saved(NamedTuple):
 class Loaded(NamedTuple):
     config: config.CheckpointConfig
     params: dict
-    tokenizer: ByteTokenizer | JsonTokenizer
+    tokenizer: Tokenizer
 
 
 def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
@@ -37,17 +39,18 @@ def load(directory: str | os.PathLike, step: int | None = None) -> Loaded:
     key is an error in the groups `model` and `data`, and ignored in other groups.
     """
     directory = find(directory)
-    step = step_of(directory, step)
-    name, mesh = name_of(directory, step), jax.sharding.get_mesh()
+    step, mesh = step_of(directory, step), jax.sharding.get_mesh()
     c, tokenizer = described(directory, step)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)),
-        abstract_params(c.model),
-    )
+
+    def on_mesh(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+
     try:
-        return Loaded(c, checkpoint.read_params(directory, abstract, step), tokenizer)
+        params = checkpoint.read_params(directory, jax.tree.map(on_mesh, abstract_params(c.model)), step)
     except checkpoint.UnreadableError as cause:
+        name = name_of(directory, step)
         raise ValueError(f"{name} cannot be read: {cause}; use another --step, or copy it again") from cause
+    return Loaded(c, params, tokenizer)
 
 
 def name_of(directory: str | os.PathLike, step: int) -> str:
@@ -55,7 +58,7 @@ def name_of(directory: str | os.PathLike, step: int) -> str:
     return f"the checkpoint of step {step} in {directory}"
 
 
-def described(directory: str | os.PathLike, step: int) -> tuple[config.CheckpointConfig, ByteTokenizer | JsonTokenizer]:
+def described(directory: str | os.PathLike, step: int) -> tuple[config.CheckpointConfig, Tokenizer]:
     """Config and tokenizer of the checkpoint of `step` in `directory`, without its parameters: ValueError as `load` has it."""
     c, trained_hash, _ = saved_of(directory, step)
     fit.check_model(c.model, jax.sharding.get_mesh().shape)
@@ -73,26 +76,21 @@ def saved_of(directory: str | os.PathLike, step: int) -> Saved:
         c = config.build_checkpoint_config(values)
     except ValueError as cause:
         raise ValueError(f"{name} has a config that this version cannot read: {cause}; use the one that wrote it") from cause
-    return Saved(c, *_typed(data, name))
-
-
-def _typed(data: dict, name: str) -> tuple[str | None, list[int]]:
-    """The tokenizer's hash and the steps of each stage from the data item of a checkpoint; an imported one has neither."""
-    stage, steps = data.get("stage", {}), data.get("stage_steps", [])
+    stage, steps = data.get("stage", {}), data.get("stage_steps", [])  # an imported checkpoint has neither
     check(isinstance(stage, dict), f"{name} has stage={str(stage)[:50]}, which must be an object")
     tokenizer_hash = stage.get("tokenizer")
     is_hash = tokenizer_hash is None or isinstance(tokenizer_hash, str)
     check(is_hash, f"{name} has stage.tokenizer={str(tokenizer_hash)[:50]}, which must be a hash")
     are_counts = isinstance(steps, list) and all(type(x) is int and x >= 0 for x in steps)
     check(are_counts, f"{name} has stage_steps={str(steps)[:50]}, which must be a list of numbers of steps")
-    return tokenizer_hash, steps
+    return Saved(c, tokenizer_hash, steps)
 
 
 def step_of(directory: str | os.PathLike, step: int | None) -> int:
     """`step`, or the step of the newest checkpoint in `directory`; ValueError if `directory` has no such checkpoint."""
     steps = checkpoint.steps(directory)
-    if step is not None and step not in steps:
-        raise ValueError(f"{directory} has no complete checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    shown = ", ".join(map(str, steps))
+    check(step is None or step in steps, f"{directory} has no complete checkpoint of step {step}; it has {shown}")
     return steps[-1] if step is None else step
 
 
@@ -102,55 +100,44 @@ def find(directory: str | os.PathLike) -> str:
     for candidate in (directory, os.path.join(directory, "checkpoints")):
         if checkpoint.steps(candidate):
             return candidate
-    if "://" not in directory and not os.path.isdir(directory):
-        raise ValueError(f"{directory} is no directory; name a run's workdir, or the folder of its checkpoints")
-    if os.path.isfile(os.path.join(directory, "config.json")):
-        raise ValueError(
-            f"{directory} is a Hugging Face model; make a checkpoint of it: tools/import_hf.py --model={directory} --out=DIR"
-        )
-    raise ValueError(f"{directory} has no complete checkpoint; name a run's workdir, or the folder of its checkpoints")
+    cure = "name a run's workdir, or the folder of its checkpoints"
+    check("://" in directory or os.path.isdir(directory), f"{directory} is no directory; {cure}")
+    imports = f"make a checkpoint of it: tools/import_hf.py --model={directory} --out=DIR"
+    is_model = os.path.isfile(os.path.join(directory, "config.json"))
+    check(not is_model, f"{directory} is a Hugging Face model; {imports}")
+    raise ValueError(f"{directory} has no complete checkpoint; {cure}")
 
 
-def stop_tokens(directory: str | os.PathLike, tokenizer: ByteTokenizer | JsonTokenizer) -> list[int]:
+def stop_tokens(directory: str | os.PathLike, tokenizer: Tokenizer) -> list[int]:
     """Ids that end an answer: EOS, and every `eos_token_id` in the config files of an imported model.
 
     ValueError, with the file, for an `eos_token_id` that is neither an id nor a list of ids.
     """
-    ids = {tokenizer.eos}
+    stops = {tokenizer.eos}
     for name in ("generation_config.json", "config.json"):
         path = Path(find(directory)) / IMPORTED_FILES / name
-        if path.is_file():
-            ids |= _ids(path, read_object(path).get("eos_token_id"))
-    return sorted(ids)
+        value = read_object(path).get("eos_token_id") if path.is_file() else None
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        are_ids = all(type(x) is int and 0 <= x < 2**31 for x in ids)
+        check(are_ids, f"{path} has eos_token_id={str(value)[:50]}, which must be an id, a list of ids, or null; correct it")
+        stops |= set(ids)
+    return sorted(stops)
 
 
-def _ids(path: Path, value) -> set[int]:
-    """The ids of an `eos_token_id`: null, one id, or a list."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    wrong = [x for x in ids if type(x) is not int or not 0 <= x < 2**31]
-    if wrong:
-        raise ValueError(f"{path} has eos_token_id={str(value)[:50]}, which must be an id, a list of ids, or null; correct it")
-    return set(ids)
-
-
-def _tokenizer(
-    c: config.CheckpointConfig, directory: str, name: str, trained_hash: str | None
-) -> ByteTokenizer | JsonTokenizer:
+def _tokenizer(c: config.CheckpointConfig, directory: str, name: str, trained_hash: str | None) -> Tokenizer:
     """The tokenizer of the config, or an imported checkpoint's own copy; ValueError if it is not the one of the training."""
     copy = os.path.join(directory, IMPORTED_FILES, "tokenizer.json")
     path = copy if os.path.isfile(copy) else c.data.tokenizer
     cure = f"put the tokenizer.json that it was trained with at {copy}"
-    if path != "bytes" and not os.path.isfile(path):
-        raise ValueError(f"{name} was trained with the tokenizer {path}, and there is no such file; {cure}")
+    exists = path == "bytes" or os.path.isfile(path)
+    check(exists, f"{name} was trained with the tokenizer {path}, and there is no such file; {cure}")
     tokenizer = load_tokenizer(path)
     if trained_hash not in (None, tokenizer.hash):
-        raise ValueError(
-            f"{name} was trained with a tokenizer of hash {trained_hash[:12]}, and {path} has {tokenizer.hash[:12]}; {cure}"
-        )
+        hashes = f"a tokenizer of hash {trained_hash[:12]}, and {path} has {tokenizer.hash[:12]}"
+        raise ValueError(f"{name} was trained with {hashes}; {cure}")
     try:
         check_vocab(tokenizer, c.model.vocab_size, path)
     except ValueError as cause:
-        raise ValueError(
-            f"{name} has a vocabulary of {c.model.vocab_size}, and the tokenizer {path} has {tokenizer.vocab_size} ids; {cure}"
-        ) from cause
+        sizes = f"a vocabulary of {c.model.vocab_size}, and the tokenizer {path} has {tokenizer.vocab_size} ids"
+        raise ValueError(f"{name} has {sizes}; {cure}") from cause
     return tokenizer

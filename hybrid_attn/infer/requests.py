@@ -4,7 +4,7 @@ Letters: B requests, T tokens of a chunk.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,20 +12,20 @@ import numpy as np
 from hybrid_attn.config import Model
 from hybrid_attn.infer.cache import Compression, power_of_two
 from hybrid_attn.infer.sampling import GREEDY, Sampling
+from hybrid_attn.trees import check
 
 # Called with a request's number and its new tokens; True ends the request.
 OnTokens = Callable[[int, list[int]], bool | None]
 
 
 def _check_range(name: str, values: Sequence[int], end: int) -> None:
-    outside = [x for x in values if not 0 <= x < end]
-    if outside:
-        raise ValueError(f"{name} {outside[0]} is not one of 0 to {end - 1}")
+    for x in values:
+        check(0 <= x < end, f"{name} {x} is not one of 0 to {end - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """What the requests of a call have in common: sampling, the tokens that end a completion, compression of their caches."""
+    """What the requests of a call have in common; `stop_tokens` end a completion."""
 
     sampling: Sampling = GREEDY
     stop_tokens: Sequence[int] = ()
@@ -38,9 +38,6 @@ class GenerateOptions:
     def window(self) -> int:
         """Tokens of the observation window."""
         return self.compression.window if self.compression else 0
-
-
-DEFAULT_OPTIONS = GenerateOptions()
 
 
 class Request(NamedTuple):
@@ -60,10 +57,6 @@ class Call(NamedTuple):
     on_tokens: OnTokens | None
 
     @property
-    def prompts(self) -> list[np.ndarray]:
-        return [request.prompt for request in self.requests]
-
-    @property
     def room(self) -> int:
         """The most tokens that follow a prompt."""
         return self.max_new_tokens + max(len(request.question) for request in self.requests)
@@ -75,58 +68,44 @@ class Limits(NamedTuple):
     model: Model
     capacity: int | None
 
+    def call(
+        self, texts: tuple[Sequence, Sequence | None], seeds: Sequence[int] | None, max_new_tokens: int,
+        options: GenerateOptions, on_tokens: OnTokens | None,
+    ) -> Call:  # fmt: skip
+        """The checked call for (prompts, questions). Without a compression each question is a part of its prompt."""
+        prompts, questions = texts
+        seeds = range(len(prompts)) if seeds is None else seeds
+        check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+        for name, values in {"seeds": seeds, "questions": questions}.items():
+            if values is not None and len(values) != len(prompts):
+                raise ValueError(f"{len(values)} {name} do not match {len(prompts)} prompts; use one for each prompt")
+        _check_range("seed", seeds, 2**32)
+        joined = prompts if questions is None else [[*pair[0], *pair[1]] for pair in zip(prompts, questions, strict=True)]
+        joined = self.checked(joined, max_new_tokens)
+        split = questions is not None and options.compression is not None
+        lengths = map(len, self.checked(prompts, 0) if split else joined)
+        parts = zip(joined, lengths, seeds, strict=True)
+        return Call([Request(x[:length], x[length:], seed) for x, length, seed in parts], max_new_tokens, options, on_tokens)
+
     def checked(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[np.ndarray]:
         """The prompts as int32 arrays; ValueError for one that is empty, has a wrong id, or does not fit."""
         return [self._checked(i, np.asarray(prompt).reshape(-1), new_tokens) for i, prompt in enumerate(prompts)]
 
     def _checked(self, i: int, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
         vocab_size, total = self.model.vocab_size, len(prompt) + new_tokens
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty; give it at least one token, such as BOS")
-        if not np.issubdtype(prompt.dtype, np.integer):
-            raise ValueError(f"prompt {i} must hold token ids, which are integers: {prompt[:3].tolist()}...")
+        check(len(prompt) > 0, f"prompt {i} is empty; give it at least one token, such as BOS")
+        are_ids = np.issubdtype(prompt.dtype, np.integer)
+        check(are_ids, f"prompt {i} must hold token ids, which are integers: {prompt[:3].tolist()}...")
         wrong = prompt[(prompt < 0) | (prompt >= vocab_size)]
         if len(wrong):
             raise ValueError(f"prompt {i}: token {wrong[0]} is not in the vocabulary of {vocab_size}")
-        if self.capacity is not None and total > self.capacity:
-            completion = f" and {new_tokens} new tokens" if new_tokens else ""
-            raise ValueError(
-                f"prompt {i}: {len(prompt)} tokens{completion} do not fit the capacity of {self.capacity}; shorten it, or make "
-                f"the engine with capacity={power_of_two(total)}"
-            )
+        completion = f" and {new_tokens} new tokens" if new_tokens else ""
+        check(
+            self.capacity is None or total <= self.capacity,
+            f"prompt {i}: {len(prompt)} tokens{completion} do not fit the capacity of {self.capacity}; shorten it, or make "
+            f"the engine with capacity={power_of_two(total)}",
+        )
         return prompt.astype(np.int32)
-
-
-def call_of(
-    limits: Limits, texts: tuple[Sequence, Sequence | None], seeds: Sequence[int] | None, max_new_tokens: int,
-    options: GenerateOptions, on_tokens: OnTokens | None,
-) -> Call:  # fmt: skip
-    """The checked call for (prompts, questions). Without a compression each question is a part of its prompt."""
-    prompts, questions = texts
-    seeds = range(len(prompts)) if seeds is None else seeds
-    _check_call(len(prompts), max_new_tokens, seeds, questions)
-    empty = np.zeros(0, np.int32)
-    if questions is None:
-        pairs = [(prompt, empty) for prompt in limits.checked(prompts, max_new_tokens)]
-    else:
-        joined = [[*prompt, *question] for prompt, question in zip(prompts, questions, strict=True)]
-        joined = limits.checked(joined, max_new_tokens)
-        if options.compression is None:
-            pairs = [(tokens, empty) for tokens in joined]
-        else:
-            lengths = map(len, limits.checked(prompts, 0))
-            pairs = [(tokens[:length], tokens[length:]) for tokens, length in zip(joined, lengths, strict=True)]
-    requests = [Request(*pair, seed) for pair, seed in zip(pairs, seeds, strict=True)]
-    return Call(requests, max_new_tokens, options, on_tokens)
-
-
-def _check_call(num_prompts: int, max_new_tokens: int, seeds: Sequence[int], questions: Sequence | None) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    for name, values in {"seeds": seeds, "questions": questions}.items():
-        if values is not None and len(values) != num_prompts:
-            raise ValueError(f"{len(values)} {name} do not match {num_prompts} prompts; use one for each prompt")
-    _check_range("seed", seeds, 2**32)
 
 
 def check_finite(index: int, first: int, logprobs: np.ndarray) -> None:
@@ -141,25 +120,12 @@ def check_finite(index: int, first: int, logprobs: np.ndarray) -> None:
 
 def common_prefix(prompts: list[np.ndarray]) -> int:
     """How many tokens all prompts begin with; less than the shortest prompt."""
-    shortest, *others = sorted(prompts, key=len)
-    length = len(shortest) - 1
-    for other in others:
-        differing = np.flatnonzero(shortest[:length] != other[:length])
-        length = int(differing[0]) if len(differing) else length
-    return length
+    length = min(map(len, prompts)) - 1
+    same_T = np.all([prompt[:length] == prompts[0][:length] for prompt in prompts], axis=0)
+    return length if same_T.all() else int(np.argmin(same_T))
 
 
 def batches(sequences: list[np.ndarray], batch_size: int) -> list[list[int]]:
     """Numbers of sequences of similar length, longest first."""
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def chunks(sequences: Sequence[np.ndarray], chunk: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens_BT, counts_B) of each chunk of sequences that start together, padded to `batch_size` sequences."""
-    for first in range(0, max(map(len, sequences)), chunk):
-        tokens_BT, counts_B = np.zeros((batch_size, chunk), np.int32), np.zeros(batch_size, np.int32)
-        for b, sequence in enumerate(sequences):
-            tokens = sequence[first : first + chunk]
-            tokens_BT[b, : len(tokens)], counts_B[b] = tokens, len(tokens)
-        yield tokens_BT, counts_B

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.parallel.mesh import spec_of
+from hybrid_attn.trees import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +29,14 @@ class Sampling:
     def __post_init__(self):
         filters = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
         used = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be finite and at least 0, which takes the most likely token")
-        if self.temperature == 0 and used:
-            raise ValueError(f"{used} changes nothing at temperature=0; use temperature=1, or leave it out")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1 token; leave it out to sample from all")
+        finite = 0 <= self.temperature < float("inf")
+        check(finite, f"temperature={self.temperature} must be finite and at least 0, which takes the most likely token")
+        check(self.temperature > 0 or not used, f"{used} changes nothing at temperature=0; use temperature=1, or leave it out")
+        enough = self.top_k is None or self.top_k >= 1
+        check(enough, f"top_k={self.top_k} must be at least 1 token; leave it out to sample from all")
         for name in ("top_p", "min_p"):
-            if filters[name] is not None and not 0 < filters[name] <= 1:
-                raise ValueError(f"{name}={filters[name]} must be above 0 and at most 1; leave it out to sample from all")
+            is_share = filters[name] is None or 0 < filters[name] <= 1
+            check(is_share, f"{name}={filters[name]} must be above 0 and at most 1; leave it out to sample from all")
 
 
 GREEDY = Sampling()
@@ -45,15 +45,18 @@ GREEDY = Sampling()
 def sample(logits_BV: jax.Array, sampling: Sampling, seeds_B: jax.Array, numbers_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tokens int32 [B], and their log-probabilities float32 [B] under the unfiltered logits.
 
-    `seeds_B` are uint32; `numbers_B` int32 number the tokens of a completion. The noise follows from a request's seed and
-    number alone, so that a completion does not depend on its batch.
+    The noise follows from a request's uint32 seed and the int32 number of the token alone: not from the batch.
     """
+
+    def gumbel(seed, number):  # the argmax of logits + noise is each token with the token's probability
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), number), logits_BV.shape[1:])
+
     batch_axes = spec_of(logits_BV)[0]
     logits_BV = jax.reshard(logits_BV.astype(jnp.float32), P(batch_axes, None))
     noisy_BV = logits_BV
     if sampling.temperature > 0:
         seeds_B, numbers_B = jax.reshard((seeds_B, numbers_B), P(batch_axes))
-        noisy_BV = filtered(logits_BV, sampling) + _noise(seeds_B, numbers_B, logits_BV.shape[1])
+        noisy_BV = filtered(logits_BV, sampling) + jax.vmap(gumbel)(seeds_B, numbers_B)
     tokens_B = jnp.argmax(noisy_BV, -1).astype(jnp.int32)
     chosen_BV = jnp.arange(logits_BV.shape[1]) == tokens_B[:, None]  # a gather would lose the sharding of a batch of 1
     return tokens_B, jnp.where(chosen_BV, logits_BV, 0).sum(-1) - jax.nn.logsumexp(logits_BV, -1)
@@ -77,12 +80,3 @@ def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 def _at_least(logits_BV: jax.Array, least_B1: jax.Array) -> jax.Array:
     return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-
-
-def _noise(seeds_B: jax.Array, numbers_B: jax.Array, vocab_size: int) -> jax.Array:
-    """Gumbel noise [B, V]: the argmax of logits + noise is each token with the token's probability."""
-
-    def of_request(seed, number):
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), number), (vocab_size,))
-
-    return jax.vmap(of_request)(seeds_B, numbers_B)

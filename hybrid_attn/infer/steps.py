@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import LayerType, Model
+from hybrid_attn.config import Model
 from hybrid_attn.infer.cache.attend import attend as attend_in_cache
 from hybrid_attn.infer.cache.shapes import Cache, LayerCache, LayerSettings
 from hybrid_attn.infer.sampling import Sampling, sample
-from hybrid_attn.model import Execution, logits, unembedding
-from hybrid_attn.model.attention import Attend
-from hybrid_attn.model.extend import layer_by_layer
+from hybrid_attn.model import Execution, logits
+from hybrid_attn.model.attention import Attend, attention_options
 from hybrid_attn.model.loss import token_losses
+from hybrid_attn.model.transformer import layer_by_layer, unembedding
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, spec_of
 
 SLICE = 32  # the most tokens of a request that are decoded before the host looks at them
@@ -50,26 +50,28 @@ class DecodeSlice(NamedTuple):
 
 def extend(
     config: StepConfig, weights: dict, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache, tuple[jax.Array | None, ...]]:
+) -> tuple[jax.Array, Cache, tuple]:
     """(x_BTD, cache, queries) after the next `counts_B` tokens of each request; the tokens after those are padding.
 
     x_BTD are the final normed activations. `weights` come from `unstacked`; the cache must have room for the tokens. `queries`
-    are each layer's [B, T, N, H] as they enter the scores, or None for a ring.
+    are each layer's [B, T, N, H] as they enter the scores, with its sinks [N] or None; or None for a ring.
     """
     T = tokens_BT.shape[1]
     position_BT = jax.reshard(cache.lengths_B, P(BATCH))[:, None] + jnp.arange(T)
     position_BT = jax.reshard(position_BT, spec_of(tokens_BT))
 
-    def cached(layer: LayerCache) -> Attend:
-        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, layer_type: LayerType, scale: float):
-            settings = LayerSettings(layer_type, scale, config.execution.kernel, config.span)
+    def cached(letter: str, layer: LayerCache) -> Attend:
+        options, chunk = attention_options(config.model, letter), config.model.kinds[letter].chunk
+        settings = LayerSettings(options, chunk, config.execution.kernel, config.span)
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
             qkv = q_BTNH, k_BTKH, v_BTKH
-            o_BTNH, new_layer = attend_in_cache(qkv, layer, settings, cache.lengths_B, counts_B, sinks_N)
-            return o_BTNH, (new_layer, None if settings.is_ring else q_BTNH)
+            o_BTNH, new_layer = attend_in_cache(settings, layer, qkv, cache.lengths_B, counts_B, sinks_N)
+            return o_BTNH, (new_layer, None if settings.is_ring else (q_BTNH, sinks_N))
 
         return attend
 
-    attends = [cached(layer) for layer in cache.layers]
+    attends = list(map(cached, config.model.layers, cache.layers))
     x_BTD, states = layer_by_layer(config.model, weights, tokens_BT, position_BT, attends, config.execution)
     layers, queries = zip(*states, strict=True)
     return x_BTD, Cache(layers, cache.lengths_B + counts_B), queries

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid_attn.infer.requests import GenerateOptions
+from hybrid_attn.trees import check
 
 INCOMPLETE = "\ufffd"  # how a tokenizer decodes a part of a character, or bytes that are not UTF-8
 CONTEXT = 5  # ids before the completion that are decoded with it: some tokenizers drop the space before a first word
@@ -38,22 +39,13 @@ class Answer(NamedTuple):
 
 
 def answers(
-    engine,
-    tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    options: AnswerOptions = AnswerOptions(),
-    on_text: Callable[[int, str], None] | None = None,
-) -> list[Answer]:
-    """The answers of an `Engine` to prompts.
-
-    `on_text(index, piece)` gets the pieces of each answer as they come. ValueError for an empty prompt or question.
-    """
-    _check_texts("prompt", prompts)
-    _check_texts("question", options.questions or ())
+    engine, tokenizer, prompts: Sequence[str], max_new_tokens: int,
+    options: AnswerOptions = AnswerOptions(), on_text: Callable[[int, str], None] | None = None,
+) -> list[Answer]:  # fmt: skip
+    """The answers of an `Engine`, whose pieces `on_text(index, piece)` gets as they come; ValueError for an empty text."""
     bos = [tokenizer.bos] * options.bos
-    prompt_ids = [bos + ids for ids in _encoded(tokenizer, prompts)]
-    question_ids = options.questions and _encoded(tokenizer, options.questions)
+    prompt_ids = [bos + ids for ids in _encoded(tokenizer, "prompt", prompts)]
+    question_ids = options.questions and _encoded(tokenizer, "question", options.questions)
     streams = [TextStream(tokenizer, options.stops, ids) for ids in question_ids or prompt_ids]
     texts = ["" for _ in prompts]
 
@@ -66,25 +58,17 @@ def answers(
         add(index, streams[index].add(ids))
         return streams[index].stopped
 
-    generated = engine.generate(
-        prompt_ids, max_new_tokens,
-        options=options.generate, seeds=options.seeds, questions=question_ids, on_tokens=on_tokens,
-    )  # fmt: skip
+    more = {"seeds": options.seeds, "questions": question_ids, "on_tokens": on_tokens}
+    generated = engine.generate(prompt_ids, max_new_tokens, options=options.generate, **more)
     for index, stream in enumerate(streams):
         add(index, stream.finish())
-    return [
-        Answer(text, x.tokens[: stream.num_tokens], x.logprobs[: stream.num_tokens])
-        for text, stream, x in zip(texts, streams, generated, strict=True)
-    ]
+    counts = [stream.num_tokens for stream in streams]
+    return [Answer(text, x.tokens[:n], x.logprobs[:n]) for text, n, x in zip(texts, counts, generated, strict=True)]
 
 
-def _check_texts(name: str, texts: Sequence[str]) -> None:
+def _encoded(tokenizer, name: str, texts: Sequence[str]) -> list[list[int]]:
     for i, text in enumerate(texts):
-        if not text:
-            raise ValueError(f"{name} {i + 1} of {len(texts)} is empty; give it at least one character")
-
-
-def _encoded(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        check(text != "", f"{name} {i + 1} of {len(texts)} is empty; give it at least one character")
     return [ids.tolist() for ids in tokenizer.encode_batch([text.encode() for text in texts])]
 
 
@@ -99,8 +83,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()):
-        if not all(stops):
-            raise ValueError(f"an empty string is no stop: {list(stops)!r}; leave it out")
+        check(all(stops), f"an empty string is no stop: {list(stops)!r}; leave it out")
         self._tokenizer, self._stops, self.stopped = tokenizer, tuple(stops), False
         self._ids = self._context(before)  # starts at a character; includes text that has been released already
         self._num_released, self._start = len(self._decoded()), len(self._ids)

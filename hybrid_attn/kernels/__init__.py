@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_attn.kernels import blocked, gpu, reference, tpu
-from hybrid_attn.kernels.interface import OUTPUTS, AttentionOptions, Kernel, Pair, Residuals, name_outputs
+from hybrid_attn.kernels.interface import OUTPUTS, AttentionOptions, Kernel, Keys, Pair, Queries, name_outputs
 
-__all__ = ["KERNELS", "OUTPUTS", "AttentionOptions", "Kernel", "Residuals", "attend", "choose", "name_outputs", "with_sinks"]
+__all__ = ["KERNELS", "OUTPUTS", "AttentionOptions", "Keys", "Queries", "attend", "choose", "name_outputs", "with_sinks"]
 KERNELS = {
     "reference": Kernel(reference.forward, reference.backward, ("cpu", "gpu", "tpu"), saves_outputs=False),
     "blocked": Kernel(blocked.forward, blocked.backward, ("cpu", "gpu", "tpu")),
@@ -41,41 +41,37 @@ def choose(kernel: str, platform: str) -> str:
     return name
 
 
-def attend(
-    q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS,
-    *, window, scale, softcap=None, sinks_N=None, kernel,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Attention of queries to the keys of their own segment at positions p_q - window < p_k <= p_q.
+def attend(kernel: str, options: AttentionOptions, queries: Queries, keys: Keys, sinks_N: jax.Array | None = None) -> Pair:
+    """o_BTNH in the dtype of q, and lse_BTN, the float32 log of the sum of exponentiated scores.
 
-    Returns o_BTNH in the dtype of q and lse_BTN, the float32 log of the sum of exponentiated scores, by which results over
-    parts of the keys merge. Segment 0 is padding: it sees nothing, gives zeros, and its lse is -inf. `window` None means
-    all earlier tokens; `softcap` c makes scores c tanh(s / c); `sinks_N` are logits that enter the softmax with no value. Keys
-    are in reading order (`intervals`). `kernel` is a name in `KERNELS`.
+    Results over parts of the keys merge by the lse. Queries of padding give zeros and -inf. `sinks_N` are logits that enter the
+    softmax with no value. Keys are in reading order (`intervals`). `kernel` is a name in `KERNELS`.
     """
-    pair, options = KERNELS[kernel], AttentionOptions(window, scale, softcap)
-    if sinks_N is not None and not pair.lse_has_gradient:
+    chosen = KERNELS[kernel]
+    if sinks_N is not None and not chosen.lse_has_gradient:
         raise NotImplementedError(f'{kernel} has no gradient by the log-sum-exp, which sinks need; use train.kernel="tokamax"')
-    arrays = q_BTNH, k_BSKH, v_BSKH, (q_pos_BT, k_pos_BS), (q_seg_BT, k_seg_BS)
-    o_BTNH, lse_BTN = _attend(pair, options, *arrays) if pair.saves_outputs else pair.forward(*arrays, options)
-    return (o_BTNH, lse_BTN) if sinks_N is None else with_sinks(o_BTNH, lse_BTN, q_seg_BT, sinks_N)
+    run = functools.partial(_attend, chosen) if chosen.saves_outputs else chosen.forward
+    o_BTNH, lse_BTN = run(options, queries, keys)
+    return (o_BTNH, lse_BTN) if sinks_N is None else with_sinks(o_BTNH, lse_BTN, queries.seg_BT, sinks_N)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(kernel: Kernel, options: AttentionOptions, q_BTNH, k_BSKH, v_BSKH, positions: Pair, segments: Pair):
-    return kernel.forward(q_BTNH, k_BSKH, v_BSKH, positions, segments, options)
+def _attend(kernel: Kernel, options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
+    return kernel.forward(options, queries, keys)
 
 
-def _forward(kernel: Kernel, options: AttentionOptions, *arrays):
-    saved = name_outputs(*_in_saved_order(kernel, *kernel.forward(*arrays, options)))
-    return _in_saved_order(kernel, *saved), (arrays, saved)
+def _forward(kernel: Kernel, options: AttentionOptions, queries: Queries, keys: Keys):
+    saved = name_outputs(*_in_saved_order(kernel, *kernel.forward(options, queries, keys)))
+    return _in_saved_order(kernel, *saved), (queries, keys, saved)
 
 
-def _backward(kernel: Kernel, options: AttentionOptions, residuals, grads):
-    arrays, saved = residuals
-    return *kernel.backward(Residuals(*arrays, *_in_saved_order(kernel, *saved)), *grads, options), None, None
+def _backward(kernel: Kernel, options: AttentionOptions, residuals, grads: Pair) -> tuple[Queries, Keys]:
+    queries, keys, saved = residuals
+    dq_BTNH, *dkv_BSKH = kernel.backward(options, queries, keys, _in_saved_order(kernel, *saved), grads)
+    return Queries(dq_BTNH, None, None), Keys(*dkv_BSKH, None, None)
 
 
-def _in_saved_order(kernel: Kernel, o_BTNH, lse_BTN) -> tuple[jax.Array, jax.Array]:
+def _in_saved_order(kernel: Kernel, o_BTNH, lse_BTN) -> Pair:
     """The outputs as they are saved for the backward pass, and back again."""
     return (o_BTNH.swapaxes(1, 2), lse_BTN.swapaxes(1, 2)) if kernel.heads_first else (o_BTNH, lse_BTN)
 
@@ -83,7 +79,7 @@ def _in_saved_order(kernel: Kernel, o_BTNH, lse_BTN) -> tuple[jax.Array, jax.Arr
 _attend.defvjp(_forward, _backward)
 
 
-def with_sinks(o_BTNH, lse_BTN, q_seg_BT, sinks_N) -> tuple[jax.Array, jax.Array]:
+def with_sinks(o_BTNH, lse_BTN, q_seg_BT, sinks_N) -> Pair:
     """Output and log-sum-exp of attention with one more key, of score `sinks_N` and value zero."""
     share_BTN = jax.nn.sigmoid(lse_BTN - sinks_N.astype(jnp.float32))
     with_sinks_BTNH = (o_BTNH * share_BTN[..., None]).astype(o_BTNH.dtype)

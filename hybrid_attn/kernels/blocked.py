@@ -9,14 +9,11 @@ Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads
 Q queries of a block, M = G Q, C keys of a tile.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels.interface import AttentionOptions, Pair, Residuals
-from hybrid_attn.kernels.intervals import intervals
-from hybrid_attn.kernels.softmax import OnlineSoftmax, finite_or_zero, gradient_shift, soft_cap
+from hybrid_attn.kernels.interface import LAST, AttentionOptions, Keys, Pair, Queries, intervals, padded
+from hybrid_attn.kernels.softmax import LOWEST, add_scores, finite_or_zero, gradient_shift, log_sum_exp, soft_cap
 
 # Measured on two hyper-threads of one core with 2 MiB of L2, 2 to 8 heads of 32 and 64: smaller tiles lose to the cost of
 # starting each product, larger ones to scores that leave the cache. Keys that are no multiple of 16 cost a fifth more.
@@ -26,59 +23,51 @@ KEYS = 1024
 LINE = 64
 
 
-class QueryBlock(NamedTuple):
-    """What the gradients of a block of queries are computed from; `shift` is that of `gradient_shift`."""
-
-    q_BKMH: jax.Array
-    q_BKHM: jax.Array
-    do_BKMH: jax.Array
-    do_BKHM: jax.Array
-    lse_BKM: jax.Array
-    shift_BKM: jax.Array
-
-
-def forward(q_BTNH, k_BSKH, v_BSKH, positions: Pair, segments: Pair, options: AttentionOptions) -> tuple[jax.Array, jax.Array]:
-    """(o_BTNH, lse_BTN float32).
-
-    Keys are in reading order (see `intervals`). Queries may be in any order, but only neighbours that see the same keys share
-    work.
-    """
-    (T, N), K = q_BTNH.shape[1:3], k_BSKH.shape[2]
-    queries, keys = block_sizes(T, N, k_BSKH.shape[1], options.window)
-    kv_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+def forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
+    """(o_BTNH, lse_BTN float32). Queries may be in any order, but only neighbours that see the same keys share work."""
+    (T, N), (S, K) = queries.q_BTNH.shape[1:3], keys.k_BSKH.shape[1:3]
+    Q, C = block_sizes(T, N, S, options.window)
+    kv_BKSH = keys.k_BSKH.swapaxes(1, 2), keys.v_BSKH.swapaxes(1, 2)
 
     def block(_, xs):
         q_BKMH, bounds_BQ = xs
-        start, tiles = _tile_range(bounds_BQ, keys)
+        start, tiles = _tile_range(bounds_BQ, C)
 
-        def add_tile(j, softmax: OnlineSoftmax) -> OnlineSoftmax:
-            (k_BKCH, v_BKCH), _, see_BQC = _tile(keys, start, j, kv_BKSH, bounds_BQ)
-            return softmax.add(_scores(options, q_BKMH, k_BKCH, see_BQC)[0], v_BKCH)
+        def add_tile(j, sums):
+            max_BKM, denominator_BKM, o_BKMH = sums
+            (k_BKCH, v_BKCH), _, see_BQC = _tile(C, start, j, kv_BKSH, bounds_BQ)
+            s_BKMC, _ = _scores(options, q_BKMH, k_BKCH, see_BQC)
+            max_BKM, denominator_BKM, p_BKMC, decay_BKM = add_scores(max_BKM, denominator_BKM, s_BKMC)
+            new_BKMH = jnp.einsum("BKMC,BKCH->BKMH", p_BKMC.astype(v_BKCH.dtype), v_BKCH, preferred_element_type=jnp.float32)
+            return max_BKM, denominator_BKM, decay_BKM[..., None] * o_BKMH + new_BKMH
 
-        o_BKMH, lse_BKM = jax.lax.fori_loop(0, tiles, add_tile, OnlineSoftmax.start(q_BKMH)).result()
-        return None, (o_BKMH.astype(q_BKMH.dtype), lse_BKM)
+        zero_BKM = jnp.zeros_like(q_BKMH[..., 0], jnp.float32)
+        sums = zero_BKM + LOWEST, zero_BKM, jnp.zeros_like(q_BKMH, jnp.float32)
+        max_BKM, denominator_BKM, o_BKMH = jax.lax.fori_loop(0, tiles, add_tile, sums)
+        safe_denominator_BKM, lse_BKM = log_sum_exp(max_BKM, denominator_BKM)
+        return None, ((o_BKMH / safe_denominator_BKM[..., None]).astype(q_BKMH.dtype), lse_BKM)
 
-    bounds_IBQ = _bounds(positions, segments, options.window, queries)
-    _, (o_IBKMH, lse_IBKM) = jax.lax.scan(block, None, (_to_blocks(q_BTNH, K, queries), bounds_IBQ))
-    return _from_blocks(o_IBKMH, T, queries), _from_blocks(lse_IBKM[..., None], T, queries)[..., 0]
+    xs = _to_blocks(queries.q_BTNH, K, Q), _bounds(options, queries, keys, Q)
+    _, (o_IBKMH, lse_IBKM) = jax.lax.scan(block, None, xs)
+    return _from_blocks(o_IBKMH, T, Q), _from_blocks(lse_IBKM[..., None], T, Q)[..., 0]
 
 
-def backward(residuals: Residuals, do_BTNH, dlse_BTN, options: AttentionOptions) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(options: AttentionOptions, queries: Queries, keys: Keys, outputs: Pair, grads: Pair):
     """(dq_BTNH, dk_BSKH, dv_BSKH), with probabilities computed again from the log-sum-exp."""
-    q_BTNH, k_BSKH, v_BSKH, positions, segments, o_BTNH, lse_BTN = residuals
-    (T, N), K = q_BTNH.shape[1:3], k_BSKH.shape[2]
-    queries, keys = block_sizes(T, N, k_BSKH.shape[1], options.window)
-    kv_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    (o_BTNH, lse_BTN), (do_BTNH, dlse_BTN) = outputs, grads
+    (T, N), (S, K) = queries.q_BTNH.shape[1:3], keys.k_BSKH.shape[1:3]
+    Q, C = block_sizes(T, N, S, options.window)
+    kv_BKSH = keys.k_BSKH.swapaxes(1, 2), keys.v_BSKH.swapaxes(1, 2)
 
     def block(dkv_BKHS, xs):
         q_BKMH, o_BKMH, do_BKMH, lse_BKM1, dlse_BKM1, bounds_BQ = xs
-        start, tiles = _tile_range(bounds_BQ, keys)
+        start, tiles = _tile_range(bounds_BQ, C)
         lse_BKM, shift_BKM = finite_or_zero(lse_BKM1[..., 0]), gradient_shift(do_BKMH, o_BKMH, dlse_BKM1[..., 0])
-        query_block = QueryBlock(q_BKMH, q_BKMH.swapaxes(2, 3), do_BKMH, do_BKMH.swapaxes(2, 3), lse_BKM, shift_BKM)
+        query_block = q_BKMH, q_BKMH.swapaxes(2, 3), do_BKMH, do_BKMH.swapaxes(2, 3), lse_BKM, shift_BKM
 
         def add_tile(j, sums):
             dq_BKMH, *dkv_BKHS = sums
-            (k_BKCH, v_BKCH), first, see_BQC = _tile(keys, start, j, kv_BKSH, bounds_BQ)
+            (k_BKCH, v_BKCH), first, see_BQC = _tile(C, start, j, kv_BKSH, bounds_BQ)
             new_dq_BKMH, *dkv_BKHC = _tile_gradients(options, query_block, k_BKCH, v_BKCH, see_BQC)
             return dq_BKMH + new_dq_BKMH, *(_add_at(*pair, first) for pair in zip(dkv_BKHS, dkv_BKHC, strict=True))
 
@@ -86,19 +75,16 @@ def backward(residuals: Residuals, do_BTNH, dlse_BTN, options: AttentionOptions)
         dq_BKMH, *dkv_BKHS = jax.lax.fori_loop(0, tiles, add_tile, (dq_BKMH, *dkv_BKHS))
         return dkv_BKHS, dq_BKMH.astype(q_BKMH.dtype)
 
-    of_queries = (q_BTNH, o_BTNH, do_BTNH, lse_BTN[..., None], dlse_BTN[..., None])
-    xs = *(_to_blocks(x, K, queries) for x in of_queries), _bounds(positions, segments, options.window, queries)
+    of_queries = (queries.q_BTNH, o_BTNH, do_BTNH, lse_BTN[..., None], dlse_BTN[..., None])
+    xs = *(_to_blocks(x, K, Q) for x in of_queries), _bounds(options, queries, keys, Q)
     zeros = [jnp.zeros_like(x.swapaxes(2, 3), jnp.float32) for x in kv_BKSH]
-    (dk_BKHS, dv_BKHS), dq_IBKMH = jax.lax.scan(block, zeros, xs)
-    dk_BSKH, dv_BSKH = (x_BKHS.transpose(0, 3, 1, 2) for x_BKHS in (dk_BKHS, dv_BKHS))
-    return _from_blocks(dq_IBKMH, T, queries), dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype)
+    dkv_BKHS, dq_IBKMH = jax.lax.scan(block, zeros, xs)
+    dk_BSKH, dv_BSKH = (x_BKHS.transpose(0, 3, 1, 2) for x_BKHS in dkv_BKHS)
+    return _from_blocks(dq_IBKMH, T, Q), dk_BSKH.astype(keys.k_BSKH.dtype), dv_BSKH.astype(keys.v_BSKH.dtype)
 
 
 def block_sizes(T: int, N: int, S: int, window: int | None) -> tuple[int, int]:
-    """Queries of a block and keys of a tile.
-
-    Under a window a block sees its keys in as few equal tiles as fit 2 `KEYS`, each a multiple of `LINE`.
-    """
+    """Queries of a block, keys of a tile; under a window a block has as few equal tiles as fit 2 `KEYS`, each n `LINE`."""
     queries = min(T, max(QUERIES[0], min(QUERIES[1], ROWS // N)))
     if window is None:
         return queries, min(S, KEYS)
@@ -107,49 +93,45 @@ def block_sizes(T: int, N: int, S: int, window: int | None) -> tuple[int, int]:
     return queries, min(S, -(-visible // (tiles * LINE)) * LINE)
 
 
-def _pad_to_blocks(x_BT: jax.Array, queries: int) -> jax.Array:
+def _pad_to_blocks(x_BT: jax.Array, Q: int) -> jax.Array:
     """[B, I, Q, ...] of [B, T, ...], padded with zeros."""
-    padded_BT = jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % queries)] + [(0, 0)] * (x_BT.ndim - 2))
-    return padded_BT.reshape(x_BT.shape[0], -1, queries, *x_BT.shape[2:])
+    return padded(x_BT, Q).reshape(x_BT.shape[0], -1, Q, *x_BT.shape[2:])
 
 
-def _to_blocks(x_BTNH: jax.Array, K: int, queries: int) -> jax.Array:
+def _to_blocks(x_BTNH: jax.Array, K: int, Q: int) -> jax.Array:
     B, T, N, H = x_BTNH.shape
-    x_IBKGQH = jnp.einsum("BIQKGH->IBKGQH", _pad_to_blocks(x_BTNH.reshape(B, T, K, N // K, H), queries))
-    return x_IBKGQH.reshape(-1, B, K, N // K * queries, H)
+    x_IBKGQH = jnp.einsum("BIQKGH->IBKGQH", _pad_to_blocks(x_BTNH.reshape(B, T, K, N // K, H), Q))
+    return x_IBKGQH.reshape(-1, B, K, N // K * Q, H)
 
 
-def _from_blocks(x_IBKMH: jax.Array, T: int, queries: int) -> jax.Array:
+def _from_blocks(x_IBKMH: jax.Array, T: int, Q: int) -> jax.Array:
     """The inverse of `_to_blocks` for T tokens."""
     I, B, K, M, H = x_IBKMH.shape
-    x_BIQKGH = jnp.einsum("IBKGQH->BIQKGH", x_IBKMH.reshape(I, B, K, M // queries, queries, H))
-    return x_BIQKGH.reshape(B, I * queries, -1, H)[:, :T]
+    x_BIQKGH = jnp.einsum("IBKGQH->BIQKGH", x_IBKMH.reshape(I, B, K, M // Q, Q, H))
+    return x_BIQKGH.reshape(B, I * Q, -1, H)[:, :T]
 
 
-def _bounds(positions: Pair, segments: Pair, window: int | None, queries: int) -> Pair:
+def _bounds(options: AttentionOptions, queries: Queries, keys: Keys, Q: int) -> Pair:
     """The first key of each query and the end of its keys, [I, B, Q] each."""
-    return tuple(_pad_to_blocks(x_BT, queries).swapaxes(0, 1) for x_BT in intervals(*positions, *segments, window))
+    return tuple(_pad_to_blocks(x_BT, Q).swapaxes(0, 1) for x_BT in intervals(options.window, queries, keys))
 
 
-def _tile_range(bounds_BQ: Pair, keys: int) -> tuple[jax.Array, jax.Array]:
-    """The first key that a block of queries needs, and how many tiles of `keys` from there on."""
+def _tile_range(bounds_BQ: Pair, C: int) -> Pair:
+    """The first key that a block of queries needs, and how many tiles there are from there on."""
     first_BQ, end_BQ = bounds_BQ
     sees_key_BQ = first_BQ < end_BQ
-    start = jnp.min(jnp.where(sees_key_BQ, first_BQ, jnp.iinfo(jnp.int32).max))
+    start = jnp.min(jnp.where(sees_key_BQ, first_BQ, LAST))
     end = jnp.max(jnp.where(sees_key_BQ, end_BQ, 0))
-    return start, jnp.maximum(0, end - start + keys - 1) // keys
+    return start, jnp.maximum(0, end - start + C - 1) // C
 
 
-def _tile(keys: int, start, j, arrays_BKSH, bounds_BQ: Pair):
-    """The j-th tile of each array, its first key, and which of its keys each query sees.
-
-    The last tile is moved back so that it ends with the sequence; keys that an earlier tile has shown are masked there.
-    """
+def _tile(C: int, start, j, arrays_BKSH, bounds_BQ: Pair):
+    """The j-th tile of each array, its first key, and which of its keys each query sees."""
     S = arrays_BKSH[0].shape[2]
-    unseen = start + j * keys
-    first = jnp.minimum(unseen, S - keys)
-    tiles_BKCH = [jax.lax.dynamic_slice_in_dim(x, first, keys, axis=2) for x in arrays_BKSH]
-    key_C = first + jnp.arange(keys, dtype=jnp.int32)
+    unseen = start + j * C
+    first = jnp.minimum(unseen, S - C)  # the last tile ends with the sequence; keys that an earlier one has shown are masked
+    tiles_BKCH = [jax.lax.dynamic_slice_in_dim(x, first, C, axis=2) for x in arrays_BKSH]
+    key_C = first + jnp.arange(C, dtype=jnp.int32)
     first_BQ, end_BQ = bounds_BQ
     see_BQC = (key_C >= jnp.maximum(first_BQ, unseen)[..., None]) & (key_C < end_BQ[..., None])
     return tiles_BKCH, first, see_BQC
@@ -164,7 +146,7 @@ def _scores(options: AttentionOptions, q_BKMH, k_BKCH, see_BQC) -> tuple[jax.Arr
     return s_BKGQC.reshape(B, K, M, C), slope_BKMC
 
 
-def _tile_gradients(options: AttentionOptions, query_block: QueryBlock, k_BKCH, v_BKCH, see_BQC):
+def _tile_gradients(options: AttentionOptions, query_block: tuple, k_BKCH, v_BKCH, see_BQC):
     """(dq_BKMH, dk_BKHC, dv_BKHC) in float32 by one tile of keys."""
     q_BKMH, q_BKHM, do_BKMH, do_BKHM, lse_BKM, shift_BKM = query_block
     s_BKMC, slope_BKMC = _scores(options, q_BKMH, k_BKCH, see_BQC)

@@ -15,8 +15,7 @@ Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels.interface import AttentionOptions, Pair, Residuals
-from hybrid_attn.kernels.intervals import intervals
+from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries, intervals, padded
 from hybrid_attn.kernels.softmax import gradient_shift
 
 TOKAMAX = ("mosaic_gpu", "triton")  # the first that supports the device and the dtype
@@ -24,77 +23,58 @@ BLOCK = 128
 CUDNN = "cudnn"  # the implementation of jax.nn; tests on CPU use "xla"
 
 
-def tokamax_forward(
-    q_BTNH, k_BSKH, v_BSKH, positions: Pair, segments: Pair, options: AttentionOptions
-) -> tuple[jax.Array, jax.Array]:
-    """(o_BTNH, lse_BTN float32).
+def tokamax_forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
+    """(o_BTNH, lse_BTN float32); NotImplementedError where tokamax does not support the device, the dtype or the head size."""
 
-    Raises NotImplementedError where no kernel of tokamax supports the device, the dtype or the head size.
-    """
+    def call(op, qkv_BSNH, named: dict):
+        return op(*qkv_BSNH, **named, return_residuals=True)
 
-    def call(op, arguments):
-        return op(*arguments.args, **_without_residuals(arguments), return_residuals=True)
-
-    bounds_BT = _bounds(positions, segments, options.window)
+    T, (qkv_BSNH, bounds_BT) = queries.q_BTNH.shape[1], _padded_inputs(options, queries, keys)
     sees_key_BT = bounds_BT[0] < bounds_BT[1]
-    qkv_BSKH = map(_pad_to_blocks, (q_BTNH, k_BSKH, v_BSKH))
-    o_BTNH, (running_max_BNT, denominator_BNT) = _call_tokamax(options, call, *qkv_BSKH, bounds_BT)
+    o_BTNH, (running_max_BNT, denominator_BNT) = _call_tokamax(options, call, qkv_BSNH, bounds_BT)
     o_BTNH = jnp.where(sees_key_BT[..., None, None], o_BTNH, 0)
     lse_BNT = running_max_BNT + jnp.log(jnp.where(sees_key_BT[:, None], denominator_BNT, 1.0))
     lse_BNT = jnp.where(sees_key_BT[:, None], lse_BNT, -jnp.inf)
-    T = q_BTNH.shape[1]
     return o_BTNH[:, :T], lse_BNT.swapaxes(1, 2)[:, :T]
 
 
-def tokamax_backward(
-    residuals: Residuals, do_BTNH, dlse_BTN, options: AttentionOptions
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def tokamax_backward(options: AttentionOptions, queries: Queries, keys: Keys, outputs: Pair, grads: Pair):
     """(dq_BTNH, dk_BSKH, dv_BSKH)."""
-    T, S = residuals.q_BTNH.shape[1], residuals.k_BSKH.shape[1]
-    bounds_BT = _bounds(residuals.positions, residuals.segments, options.window)
+    T, S = queries.q_BTNH.shape[1], keys.k_BSKH.shape[1]
+    qkv_BSNH, bounds_BT = _padded_inputs(options, queries, keys)
     sees_key_BT = bounds_BT[0] < bounds_BT[1]
-    o_BTNH, lse_BTN, do_BTNH, dlse_BTN = map(_pad_to_blocks, (residuals.o_BTNH, residuals.lse_BTN, do_BTNH, dlse_BTN))
+    o_BTNH, lse_BTN, do_BTNH, dlse_BTN = (padded(x, BLOCK) for x in (*outputs, *grads))
     shift_BTN = jnp.where(sees_key_BT[..., None], gradient_shift(do_BTNH, o_BTNH, dlse_BTN), 0.0)
     do_BTNH, o_BTNH = output_with_product(shift_BTN, jnp.where(sees_key_BT[..., None, None], do_BTNH, 0))
     # The kernel takes the running maximum and the denominator: the log-sum-exp and 1 give the same probabilities.
     lse_BNT = jnp.where(sees_key_BT[:, None], lse_BTN.swapaxes(1, 2), 0.0)
 
-    def call(op, arguments):
-        softmax = lse_BNT, jnp.ones_like(lse_BNT)
-        return op.vjp(softmax, o_BTNH, do_BTNH, *arguments.args, **_without_residuals(arguments))
+    def call(op, qkv_BSNH, named: dict):
+        return op.vjp((lse_BNT, jnp.ones_like(lse_BNT)), o_BTNH, do_BTNH, *qkv_BSNH, **named)
 
-    grads = _call_tokamax(options, call, *map(_pad_to_blocks, residuals[:3]), bounds_BT)
-    return grads["q"][:, :T], grads["k"][:, :S], grads["v"][:, :S]
-
-
-def _bounds(positions: Pair, segments: Pair, window: int | None) -> Pair:
-    """The first key of each query and the end of its keys, with the padding of `_pad_to_blocks`."""
-    first_BT, end_BT = intervals(*positions, *segments, window)
-    return _pad_to_blocks(first_BT), _pad_to_blocks(end_BT)
+    dqkv = _call_tokamax(options, call, qkv_BSNH, bounds_BT)
+    return dqkv["q"][:, :T], dqkv["k"][:, :S], dqkv["v"][:, :S]
 
 
-def _pad_to_blocks(x_BS: jax.Array) -> jax.Array:
-    """Padded along axis 1 to the multiple that tokamax compiles for; the keys of the padding lie in no interval."""
-    return jnp.pad(x_BS, [(0, 0), (0, -x_BS.shape[1] % BLOCK)] + [(0, 0)] * (x_BS.ndim - 2))
+def _padded_inputs(options: AttentionOptions, queries: Queries, keys: Keys) -> tuple[list[jax.Array], list[jax.Array]]:
+    """(q, k, v), and the first key and the end of the keys of each query, in the full blocks that tokamax compiles for."""
+    inputs = (queries.q_BTNH, keys.k_BSKH, keys.v_BSKH), intervals(options.window, queries, keys)
+    return tuple([padded(x, BLOCK) for x in arrays] for arrays in inputs)
 
 
-def _call_tokamax(options: AttentionOptions, call, q_BTNH, k_BSKH, v_BSKH, bounds_BT: Pair):
-    """call(op, bound arguments) of the first kernel that supports them."""
+def _call_tokamax(options: AttentionOptions, call, qkv_BSNH, bounds_BT):
+    """call(op, (q, k, v), other arguments) of the first kernel that supports them, bound by it."""
     from tokamax._src.ops.attention import api, base
 
     mask, errors = base.Mask(k_start=bounds_BT[0][:, None], k_end=bounds_BT[1][:, None]), []
     for name in TOKAMAX:
         op = api.IMPLEMENTATIONS[name]
         try:
-            arguments = op.bind(q_BTNH, k_BSKH, v_BSKH, mask=mask, logits_scale=options.scale, logits_soft_cap=options.softcap)
-            return call(op, arguments)
+            bound = op.bind(*qkv_BSNH, mask=mask, logits_scale=options.scale, logits_soft_cap=options.softcap)
+            return call(op, bound.args, {name: x for name, x in bound.kwargs.items() if name != "return_residuals"})
         except NotImplementedError as error:
             errors.append(f"{name}: {error}")
     raise NotImplementedError(f'tokamax has no kernel for this ({"; ".join(errors)}); use train.kernel="blocked"')
-
-
-def _without_residuals(arguments) -> dict:
-    return {name: x for name, x in arguments.kwargs.items() if name != "return_residuals"}
 
 
 def output_with_product(shift_BTN, do_BTNH) -> tuple[jax.Array, jax.Array]:
@@ -107,16 +87,14 @@ def output_with_product(shift_BTN, do_BTNH) -> tuple[jax.Array, jax.Array]:
     return do_BTNH, (shift_BTN / square_BTN)[..., None] * do_BTNH.astype(jnp.float32)
 
 
-def cudnn_forward(
-    q_BTNH, k_BSKH, v_BSKH, positions: Pair, segments: Pair, options: AttentionOptions
-) -> tuple[jax.Array, jax.Array]:
+def cudnn_forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
     """(o_BTNH, lse_BTN float32) of sequences that hold one document each, with padding after it or none.
 
     JAX differentiates it. A sequence that is packed or padded in front gives NaN, and so do gradients where the log-sum-exp has
     one: cuDNN drops it. Raises NotImplementedError for what `_check_cudnn` refuses.
     """
-    _check_cudnn(q_BTNH, k_BSKH, options)
-    (q_pos_BT, k_pos_BS), (q_seg_BT, k_seg_BS) = positions, segments
+    (q_BTNH, q_pos_BT, q_seg_BT), (k_BSKH, v_BSKH, k_pos_BS, k_seg_BS) = queries, keys
+    _check_cudnn(options, q_BTNH, k_BSKH)
     real_BT = q_seg_BT > 0
     length_B = real_BT.sum(1, dtype=jnp.int32)
     index_T = jnp.arange(q_seg_BT.shape[1])
@@ -141,7 +119,7 @@ def cudnn_forward(
     )
 
 
-def _check_cudnn(q_BTNH, k_BSKH, options: AttentionOptions) -> None:
+def _check_cudnn(options: AttentionOptions, q_BTNH, k_BSKH) -> None:
     """Raises NotImplementedError for a soft cap, for fewer queries than keys, and for dtypes, head sizes and lengths."""
     if options.softcap is not None:
         raise NotImplementedError(f'cudnn has no soft cap, and this layer has {options.softcap}; use train.kernel="tokamax"')

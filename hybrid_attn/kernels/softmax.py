@@ -1,45 +1,19 @@
 """The formulas that kernels share: the soft cap, the softmax over parts of the keys, and its gradient.
 
-Letters: B batch, T query tokens, N query heads, K key/value heads, M queries of a block (of all query heads that share a
-key/value head), C keys of a tile, H head size.
+Letters: B batch, T query tokens, N query heads, C keys of a tile, H head size.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-
-class OnlineSoftmax(NamedTuple):
-    """The state of a softmax after some of its keys, for each query: algorithm 1 of "FlashAttention" (arXiv 2205.14135).
-
-    `denominator` and `o` are the sums of exp(score - running_max), and of that times the values, in float32.
-    """
-
-    running_max_BKM: jax.Array
-    denominator_BKM: jax.Array
-    o_BKMH: jax.Array
-
-    @classmethod
-    def start(cls, q_BKMH: jax.Array) -> "OnlineSoftmax":
-        zero_BKM = jnp.zeros_like(q_BKMH[..., 0], jnp.float32)
-        lowest = jnp.finfo(jnp.float32).min  # finite, so that a query without keys gives exp(-inf) = 0 and not NaN
-        return cls(zero_BKM + lowest, zero_BKM, jnp.zeros_like(q_BKMH, jnp.float32))
-
-    def add(self, s_BKMC: jax.Array, v_BKCH: jax.Array) -> "OnlineSoftmax":
-        """The state after another tile of keys, of scores `s_BKMC`."""
-        max_BKM, denominator_BKM, p_BKMC, decay_BKM = add_scores(self.running_max_BKM, self.denominator_BKM, s_BKMC)
-        o_BKMH = jnp.einsum("BKMC,BKCH->BKMH", p_BKMC.astype(v_BKCH.dtype), v_BKCH, preferred_element_type=jnp.float32)
-        return OnlineSoftmax(max_BKM, denominator_BKM, decay_BKM[..., None] * self.o_BKMH + o_BKMH)
-
-    def result(self) -> tuple[jax.Array, jax.Array]:
-        """(o_BKMH, lse_BKM), both float32."""
-        safe_denominator_BKM, lse_BKM = log_sum_exp(self.running_max_BKM, self.denominator_BKM)
-        return self.o_BKMH / safe_denominator_BKM[..., None], lse_BKM
+LOWEST = jnp.finfo(jnp.float32).min  # finite, so that a query without keys gives exp(-inf) = 0 and not NaN
 
 
 def add_scores(max_BT: jax.Array, denominator_BT: jax.Array, s_BTC: jax.Array) -> tuple[jax.Array, ...]:
-    """The running maximum and the denominator after the scores of more keys; p_BTC, and the factor of the earlier sums."""
+    """The running maximum and the denominator after the scores of more keys; p_BTC, and the factor of the earlier sums.
+
+    Algorithm 1 of "FlashAttention" (arXiv 2205.14135). It starts with `LOWEST` and 0.
+    """
     new_max_BT = jnp.maximum(max_BT, s_BTC.max(-1))
     p_BTC = jnp.exp(s_BTC - new_max_BT[..., None])
     decay_BT = jnp.exp(max_BT - new_max_BT)
@@ -76,7 +50,6 @@ def soft_cap(scores: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.A
 def gradient_shift(do: jax.Array, o: jax.Array, dlse: jax.Array) -> jax.Array:
     """For each query sum(do o) - dlse, in float32.
 
-    With p = exp(score - lse), the gradient by a score is p (do v - shift): algorithm 4 of "FlashAttention", and d lse / d score
-    is p itself.
+    The gradient by a score is p (do v - shift) with p = exp(score - lse), which is d lse / d score ("FlashAttention", 4).
     """
     return jnp.einsum("...H,...H->...", do, o, preferred_element_type=jnp.float32) - dlse

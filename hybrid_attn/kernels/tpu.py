@@ -14,7 +14,7 @@ log-sum-exp, and does not know where the queries of a shard stand among the keys
 Condition: queries and keys are each a run of consecutive tokens of the same sequence, in reading order, and positions increase
 by one inside a segment. Full sequences, context shards against gathered keys, a halo, and the older keys of a ring meet it. Two
 separate slices in one call do not: call once for each. Where arrays break the condition, the results of the sequence are NaN,
-never those of a wrong mask.
+never those of a wrong mask. Products of float32 arrays run at the default precision of the TPU.
 
 Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads, H head size; I query blocks, J key tiles,
 V tiles that a block visits.
@@ -25,14 +25,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels.interface import AttentionOptions, Pair, Residuals
+from hybrid_attn.kernels.interface import LAST, AttentionOptions, Keys, Pair, Queries, padded
 from hybrid_attn.kernels.softmax import gradient_shift
 
 BLOCK = 512  # queries of a block and keys of a tile: scores of 512 x 512 in float32 are 1 MiB of the 16 MiB of VMEM
 MOST_BLOCK = 1024
 TABLE_BYTES = 2**19  # half of the scalar memory of a core, which holds the tables
 LANES = 128
-LAST = jnp.iinfo(jnp.int32).max
 INTERPRET = False  # tests run the kernels on CPU
 
 
@@ -59,59 +58,49 @@ class Masks(NamedTuple):
     by_key: Pair
 
 
-def forward(q_BTNH, k_BSKH, v_BSKH, positions: Pair, segments: Pair, options: AttentionOptions) -> tuple[jax.Array, jax.Array]:
-    """(o_BTNH, lse_BTN float32).
+def forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
+    """(o_BTNH, lse_BTN float32); NotImplementedError for sequences whose tables do not fit in scalar memory."""
+    T = queries.q_BTNH.shape[1]
+    splash = splash_options(T, keys.k_BSKH.shape[1], options)
 
-    Matrix products of float32 arrays run at the default precision of the TPU. Raises NotImplementedError for sequences whose
-    tables do not fit in scalar memory.
-    """
-    splash = splash_options(q_BTNH.shape[1], k_BSKH.shape[1], options)
-
-    def one_sequence(arrays):
-        qkv_TNH, positions, segments = arrays
-        masks, valid = make_masks(splash, positions, segments)
-        outputs_NT = _forward_heads(splash, *(x.swapaxes(0, 1) for x in qkv_TNH), masks)
+    def one_sequence(inputs):
+        masks, valid = make_masks(splash, *inputs)
+        outputs_NT = _forward_heads(splash, masks, *_heads_first(*inputs))
         return tuple(jnp.where(valid, x_NT, jnp.nan) for x_NT in outputs_NT)
 
-    arrays = _padded_inputs(splash, (q_BTNH, k_BSKH, v_BSKH), positions, segments, options.scale)
-    o_BNTH, lse_BNT = jax.lax.map(one_sequence, arrays)
-    T = q_BTNH.shape[1]
+    o_BNTH, lse_BNT = jax.lax.map(one_sequence, _padded_inputs(splash, options.scale, queries, keys))
     return o_BNTH[:, :, :T].swapaxes(1, 2), lse_BNT[:, :, :T].swapaxes(1, 2)
 
 
-def backward(residuals: Residuals, do_BTNH, dlse_BTN, options: AttentionOptions) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(options: AttentionOptions, queries: Queries, keys: Keys, outputs: Pair, grads: Pair):
     """(dq_BTNH, dk_BSKH, dv_BSKH)."""
-    q_BTNH, k_BSKH, v_BSKH, positions, segments, *outputs_BTN = residuals
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    T, S = queries.q_BTNH.shape[1], keys.k_BSKH.shape[1]
     splash = splash_options(T, S, options)
 
     def one_sequence(arrays):
-        (qkv_TNH, positions, segments), outputs_NT, grads_TN = arrays
-        masks, valid = make_masks(splash, positions, segments)
+        inputs, outputs_NT, grads_TN = arrays
+        masks, valid = make_masks(splash, *inputs)
         results_NT = (*outputs_NT, *(x.swapaxes(0, 1) for x in grads_TN))
         results_NT = (jnp.where(valid, x, 0) for x in results_NT)  # a sequence whose results are NaN has no gradient
-        grads_NTH = _backward_heads(splash, *(x.swapaxes(0, 1) for x in qkv_TNH), masks, *results_NT)
-        return tuple(x.swapaxes(0, 1) for x in grads_NTH)
+        dqkv_NTH = _backward_heads(splash, masks, _heads_first(*inputs), *results_NT)
+        return tuple(x.swapaxes(0, 1) for x in dqkv_NTH)
 
-    inputs = _padded_inputs(splash, (q_BTNH, k_BSKH, v_BSKH), positions, segments, options.scale)
-    outputs_BNT = [_padded(x, splash.queries).swapaxes(1, 2) for x in outputs_BTN]
-    grads_BTN = [_padded(x, splash.queries) for x in (do_BTNH, dlse_BTN)]
+    outputs_BNT = [padded(x, splash.queries).swapaxes(1, 2) for x in outputs]
+    grads_BTN = [padded(x, splash.queries) for x in grads]
+    inputs = _padded_inputs(splash, options.scale, queries, keys)
     dq_BTNH, dk_BSKH, dv_BSKH = jax.lax.map(one_sequence, (inputs, outputs_BNT, grads_BTN))
-    return (dq_BTNH[:, :T] * options.scale).astype(q_BTNH.dtype), dk_BSKH[:, :S], dv_BSKH[:, :S]
+    return (dq_BTNH[:, :T] * options.scale).astype(queries.q_BTNH.dtype), dk_BSKH[:, :S], dv_BSKH[:, :S]
 
 
-def _padded(x_BT: jax.Array, size: int) -> jax.Array:
-    """Padded with zeros along axis 1 to a multiple of `size`."""
-    return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % size)] + [(0, 0)] * (x_BT.ndim - 2))
+def _padded_inputs(splash: SplashOptions, scale: float, queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
+    """Queries, scaled, and keys in full blocks and tiles."""
+    queries = queries._replace(q_BTNH=(queries.q_BTNH * scale).astype(queries.q_BTNH.dtype))
+    return Queries(*(padded(x, splash.queries) for x in queries)), Keys(*(padded(x, splash.keys) for x in keys))
 
 
-def _padded_inputs(splash: SplashOptions, qkv_BSKH: tuple, positions: Pair, segments: Pair, scale: float) -> tuple:
-    """(q, k, v), positions and segments in full blocks and tiles, and the queries scaled."""
-    q_BTNH, k_BSKH, v_BSKH = qkv_BSKH
-    sizes = splash.queries, splash.keys
-    q_BTNH = _padded((q_BTNH * scale).astype(q_BTNH.dtype), splash.queries)
-    pairs = (tuple(_padded(x, size) for x, size in zip(pair, sizes, strict=True)) for pair in (positions, segments))
-    return (q_BTNH, _padded(k_BSKH, splash.keys), _padded(v_BSKH, splash.keys)), *pairs
+def _heads_first(queries: Queries, keys: Keys) -> tuple[jax.Array, ...]:
+    """(q_NTH, k_KSH, v_KSH) of one sequence."""
+    return tuple(x_TNH.swapaxes(0, 1) for x_TNH in (queries.q_BTNH, keys.k_BSKH, keys.v_BSKH))
 
 
 def splash_options(T: int, S: int, options: AttentionOptions) -> SplashOptions:
@@ -143,11 +132,11 @@ def visits(blocks: int, tiles: int, queries: int, keys: int, window: int | None)
     return min(tiles, (queries + window - 3) // keys + 2), min(blocks, (keys + window - 3) // queries + 2)
 
 
-def make_masks(splash: SplashOptions, positions: Pair, segments: Pair) -> tuple[Masks, jax.Array]:
+def make_masks(splash: SplashOptions, queries: Queries, keys: Keys) -> tuple[Masks, jax.Array]:
     """The masks of one sequence, and whether its tokens meet the condition at the head of this file."""
-    (q_pos_T, k_pos_S), (q_seg_T, k_seg_S) = positions, segments
+    (_, q_pos_T, q_seg_T), (*_, k_pos_S, k_seg_S) = queries, keys
     (T,), (S,) = q_pos_T.shape, k_pos_S.shape
-    offset = _offset(positions, segments)
+    offset = _offset(queries, keys)
     index_T = offset + jnp.arange(T, dtype=jnp.int32)
     oldest_T = jnp.maximum(0, index_T - q_pos_T)
     oldest_T = oldest_T if splash.window is None else jnp.maximum(oldest_T, index_T - splash.window + 1)
@@ -161,12 +150,12 @@ def make_masks(splash: SplashOptions, positions: Pair, segments: Pair) -> tuple[
     touch_IJ = (first_I[:, None] <= jnp.arange(J)) & (jnp.arange(J) <= last_I[:, None])
     segments_TS = jnp.where(q_seg_T > 0, q_seg_T, -1), k_seg_S  # a query of padding matches no key
     masks = Masks(index_T, segments_TS, _table(touch_IJ, by_query), tuple(x.T for x in _table(touch_IJ.T, by_key)))
-    return masks, _consecutive(splash.num_keys, offset, positions, segments)
+    return masks, _consecutive(splash.num_keys, offset, queries, keys)
 
 
-def _consecutive(num_keys: int, offset, positions: Pair, segments: Pair) -> jax.Array:
+def _consecutive(num_keys: int, offset, queries: Queries, keys: Keys) -> jax.Array:
     """Whether queries and keys are runs of consecutive tokens, and the queries are the keys from index `offset` on."""
-    (q_pos_T, k_pos_S), (q_seg_T, k_seg_S) = positions, segments
+    (_, q_pos_T, q_seg_T), (*_, k_pos_S, k_seg_S) = queries, keys
     (T,), (S,) = q_pos_T.shape, k_pos_S.shape
     index_T = offset + jnp.arange(T, dtype=jnp.int32)
     start = jnp.clip(offset + T, 0, S + T)
@@ -176,10 +165,10 @@ def _consecutive(num_keys: int, offset, positions: Pair, segments: Pair) -> jax.
     return same_T.all() & _increases(q_pos_T, q_seg_T) & _increases(k_pos_S, k_seg_S)
 
 
-def _offset(positions: Pair, segments: Pair) -> jax.Array:
+def _offset(queries: Queries, keys: Keys) -> jax.Array:
     """Index of the first query among the keys, by the first segment that both have; before all keys if there is none."""
-    (q_pos_T, k_pos_S), (q_seg_T, k_seg_S) = positions, segments
-    first = jnp.maximum(*(jnp.where(seg > 0, seg, LAST).min() for seg in segments))
+    (_, q_pos_T, q_seg_T), (*_, k_pos_S, k_seg_S) = queries, keys
+    first = jnp.maximum(*(jnp.where(seg > 0, seg, LAST).min() for seg in (q_seg_T, k_seg_S)))
     q_in_first_T, k_in_first_S = q_seg_T == first, k_seg_S == first
     t, s = jnp.argmax(q_in_first_T).astype(jnp.int32), jnp.argmax(k_in_first_S).astype(jnp.int32)
     offset = s + q_pos_T[t] - k_pos_S[s] - t
@@ -193,15 +182,12 @@ def _increases(pos_S, seg_S) -> jax.Array:
 
 
 def _table(touch_IJ, count: int) -> tuple[jax.Array, jax.Array]:
-    """(next_IV, run_IV): the v-th tile that block i visits, and whether it computes there; `count` is V.
-
-    After its last tile a block stays there, so that nothing more is fetched.
-    """
+    """(next_IV, run_IV): the v-th tile that block i visits, and whether it computes there; `count` is V."""
     J = touch_IJ.shape[1]
     first_I1 = jnp.argmax(touch_IJ, axis=1, keepdims=True)
     last_I1 = J - 1 - jnp.argmax(touch_IJ[:, ::-1], axis=1, keepdims=True)
     tile_IV = first_I1 + jnp.arange(count)
-    next_IV = jnp.minimum(tile_IV, last_I1)
+    next_IV = jnp.minimum(tile_IV, last_I1)  # after its last tile a block stays there, so that nothing more is fetched
     run_IV = jnp.take_along_axis(touch_IJ, next_IV, axis=1) & (tile_IV <= last_I1)
     return next_IV.astype(jnp.int8 if J <= 128 else jnp.int16), run_IV.astype(jnp.int8)
 
@@ -226,7 +212,7 @@ def _arguments(splash: SplashOptions, masks: Masks, table: Pair) -> dict[str, An
     }
 
 
-def _forward_heads(splash: SplashOptions, q_NTH, k_KSH, v_KSH, masks: Masks) -> tuple[jax.Array, jax.Array]:
+def _forward_heads(splash: SplashOptions, masks: Masks, q_NTH, k_KSH, v_KSH) -> Pair:
     """(o_NTH, lse_NT) of one sequence."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 
@@ -241,14 +227,14 @@ def _forward_heads(splash: SplashOptions, q_NTH, k_KSH, v_KSH, masks: Masks) -> 
     return jnp.where(sees_key_NT[..., None], o_NTH, 0), jnp.where(sees_key_NT, lse_NT, -jnp.inf)
 
 
-def _backward_heads(splash: SplashOptions, q_NTH, k_KSH, v_KSH, masks: Masks, o_NTH, lse_NT, do_NTH, dlse_NT):
+def _backward_heads(splash: SplashOptions, masks: Masks, qkv_NTH: tuple, o_NTH, lse_NT, do_NTH, dlse_NT):
     """(dq_NTH, dk_KSH, dv_KSH) of one sequence."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 
     sees_key_NT = jnp.isfinite(lse_NT)
     shift_NT = jnp.where(sees_key_NT, gradient_shift(do_NTH, o_NTH, dlse_NT), 0.0)
     segment_ids = library.SegmentIds(*masks.segments_TS)
-    arrays = (q_NTH, k_KSH, v_KSH, segment_ids, None, jnp.where(sees_key_NT, lse_NT, 0.0), do_NTH, shift_NT)
+    arrays = (*qkv_NTH, segment_ids, None, jnp.where(sees_key_NT, lse_NT, 0.0), do_NTH, shift_NT)
     layout = library.QKVLayout.HEAD_DIM_MINOR
     sizes = {"bq": splash.queries, "bkv": splash.keys, "q_layout": layout, "k_layout": layout, "v_layout": layout}
     dq_NTH = library._splash_attention_bwd_dq(*arrays, **sizes, **_arguments(splash, masks, masks.by_query))

@@ -14,12 +14,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model, RopeScaling, rotated_dims, score_scale
-from hybrid_attn.model.norm import Norm
-from hybrid_attn.model.params import linear, vector
+from hybrid_attn.kernels import AttentionOptions
+from hybrid_attn.model.params import Norm, linear, vector
 from hybrid_attn.parallel.mesh import spec_of
 
-# (q_BTNH, k_BTKH, v_BTKH, sinks_N or None, layer_type, scale) -> o_BTNH, and a state that the mixer passes on.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, LayerType, float], tuple[jax.Array, Any]]
+# (q_BTNH, k_BTKH, v_BTKH, sinks_N or None) -> o_BTNH, and a state that the mixer passes on.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
@@ -50,12 +50,10 @@ class Attention(nnx.Module):
         heads = P(*spec[:2], "tensor", None)
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD, heads), self.k(x_BTD, heads), self.v(x_BTD, heads)
         q_BTNH, k_BTKH = self.norm_and_rotate(q_BTNH, k_BTKH, pos_BT)
-        sinks_N = self.sink[...] if self.layer_type.sink else None
-        o_BTNH, state = attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, self.layer_type, score_scale(self.model, self.layer_type))
-        if self.layer_type.gate == "head":
-            o_BTNH *= jax.nn.sigmoid(self.gate(x_BTD))[..., None]
-        elif self.layer_type.gate == "projection":
-            o_BTNH *= jax.nn.sigmoid(self.gate(x_BTD))
+        o_BTNH, state = attend(q_BTNH, k_BTKH, v_BTKH, self.sink[...] if self.layer_type.sink else None)
+        if self.layer_type.gate != "none":
+            gate = jax.nn.sigmoid(self.gate(x_BTD))
+            o_BTNH *= gate[..., None] if self.layer_type.gate == "head" else gate
         return self.o(o_BTNH, spec), state
 
     def norm_and_rotate(self, q_BTNH, k_BTKH, pos_BT) -> tuple[jax.Array, jax.Array]:
@@ -89,6 +87,17 @@ class Attention(nnx.Module):
         if t.type == "steps":
             return 1 + t.scale * jnp.log(jnp.floor(n_BT11 / t.length) + 1)
         return self.temperature[...][:, None] * jnp.log(n_BT11)
+
+
+def attention_options(model: Model, letter: str) -> AttentionOptions:
+    """The mask and the scores of a layer type. A chunk is a segment of its document, whose tokens see all that came before."""
+    layer_type = model.kinds[letter]
+    return AttentionOptions(visible_tokens(layer_type), score_scale(model, layer_type), layer_type.softcap)
+
+
+def visible_tokens(layer_type: LayerType) -> int | None:
+    """The most tokens that a query sees, itself included; None for all earlier tokens."""
+    return layer_type.chunk if layer_type.window is None else layer_type.window
 
 
 def attended_pairs(layer_type: LayerType, length: int) -> int:

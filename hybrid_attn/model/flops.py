@@ -9,9 +9,8 @@ import math
 import jax
 
 from hybrid_attn.config import Model
-from hybrid_attn.model.block import MIXERS
-from hybrid_attn.model.params import leaves_of
-from hybrid_attn.model.transformer import abstract_params, layer_specs
+from hybrid_attn.model.attention import visible_tokens
+from hybrid_attn.model.transformer import MIXERS, abstract_params, specs
 
 TRAIN = 3  # forward passes that a training step costs: one forward, and twice that backward
 
@@ -24,10 +23,10 @@ def parameters(model: Model) -> int:
 def forward_flops_per_token(model: Model, length: int) -> float:
     """FLOPs of a forward pass over one document of `length` tokens, by token."""
     multiplications, sequence = model.vocab_size * model.d_model, 0
-    for letter, number, leaves in layer_specs(model):
-        layer_type = model.kinds[letter]
-        multiplications += number * sum(spec.multiplications for spec in leaves_of(leaves))
-        sequence += number * MIXERS[layer_type.mixer].sequence_flops(model, layer_type, length)
+    for group, letters, number in model.groups:
+        multiplications += number * sum(spec.multiplications for spec in jax.tree.leaves(specs(model)[group]))
+        for layer_type in (model.kinds[letter] for letter in letters):
+            sequence += number * MIXERS[layer_type.mixer].sequence_flops(model, layer_type, length)
     return 2 * multiplications + sequence / length
 
 
@@ -38,8 +37,5 @@ def train_flops_per_token(model: Model, length: int) -> float:
 
 def cache_bytes(model: Model, length: int, bytes_per_value: int = 2) -> int:
     """Bytes of keys and values that decoding needs after `length` tokens of one sequence."""
-    tokens = 0
-    for letter in model.layers:
-        layer_type = model.kinds[letter]
-        tokens += min(length, layer_type.window or layer_type.chunk or length)
+    tokens = sum(min(length, visible_tokens(model.kinds[letter]) or length) for letter in model.layers)
     return 2 * tokens * model.num_kv_heads * model.head_dim * bytes_per_value

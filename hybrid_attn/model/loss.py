@@ -22,12 +22,7 @@ ENTRIES = 16_384
 
 
 def token_losses(
-    model: Model,
-    table_VD: jax.Array,
-    x_BTD: jax.Array,
-    targets_BT: jax.Array,
-    chunk: int,
-    dot: Dot = jax.lax.dot_general,
+    model: Model, table_VD: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int, dot: Dot = jax.lax.dot_general
 ):
     """Per token, in float32: the negative log-probability of its target [B, T] and the log-sum-exp of its logits [B, T].
 
@@ -71,12 +66,6 @@ class LogitSettings(NamedTuple):
     entries: int
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _local(settings: LogitSettings, x_nD, table_VD, targets_n):
-    """Over the vocabulary of one shard: log-sum-exp [n], and the target's logit [n] (0 where another shard has the target)."""
-    return _forward(settings, x_nD, table_VD, targets_n)
-
-
 def _logits(settings: LogitSettings, x_cD, table_vD):
     """Scaled and capped logits [c, v] in float32, and their derivative by the plain products."""
     logits_cv = settings.scale * _products(settings.dot, x_cD, table_vD)
@@ -100,11 +89,8 @@ def _product_gradients(dot: Dot, x_cD, table_vD, dproducts_cv):
 
 
 def _entries(settings: LogitSettings, table_VD, i, dtype):
-    """The i-th chunk of entries, gathered along `fsdp`; where it begins, the ids of its entries, and which are new.
-
-    The last chunk is moved back to stay inside the table.
-    """
-    at = jnp.minimum(i * settings.entries, table_VD.shape[0] - settings.entries)
+    """The i-th chunk of entries, gathered along `fsdp`; where it begins, the ids of its entries, and which are new."""
+    at = jnp.minimum(i * settings.entries, table_VD.shape[0] - settings.entries)  # the last chunk stays inside the table
     ids_v = at + jnp.arange(settings.entries)
     part_vD = jax.lax.dynamic_slice_in_dim(table_VD, at, settings.entries).astype(dtype)
     return jax.lax.all_gather(part_vD, "fsdp", axis=1, tiled=True), at, ids_v, ids_v >= i * settings.entries
@@ -112,13 +98,14 @@ def _entries(settings: LogitSettings, table_VD, i, dtype):
 
 def _chunks(settings: LogitSettings, *arrays):
     """Arrays [n, ...] as [chunks, c, ...], padded with zeros."""
-    n = arrays[0].shape[0]
-    pad = -n % settings.tokens
-    padded = (jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)) for x in arrays)
+    padding = -len(arrays[0]) % settings.tokens
+    padded = (jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in arrays)
     return tuple(x.reshape(-1, settings.tokens, *x.shape[1:]) for x in padded)
 
 
-def _forward(settings: LogitSettings, x_nD, table_VD, targets_n):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _local(settings: LogitSettings, x_nD, table_VD, targets_n):
+    """Over the vocabulary of one shard: log-sum-exp [n], and the target's logit [n] (0 where another shard has the target)."""
     x_IcD, targets_Ic = _chunks(settings, x_nD, targets_n)
 
     def add_entries(i, sums):
@@ -136,15 +123,14 @@ def _forward(settings: LogitSettings, x_nD, table_VD, targets_n):
         return jax.lax.scan(add_tokens, None, (x_IcD, targets_Ic, *sums))[1]
 
     zero_Ic = jnp.zeros(targets_Ic.shape, jnp.float32)
-    max_Ic, denominator_Ic, target_logit_Ic = jax.lax.fori_loop(
-        0, -(-table_VD.shape[0] // settings.entries), add_entries, (zero_Ic - jnp.inf, zero_Ic, zero_Ic)
-    )
-    n = x_nD.shape[0]
+    start, n = (zero_Ic - jnp.inf, zero_Ic, zero_Ic), x_nD.shape[0]
+    chunks = -(-table_VD.shape[0] // settings.entries)
+    max_Ic, denominator_Ic, target_logit_Ic = jax.lax.fori_loop(0, chunks, add_entries, start)
     return (max_Ic + jnp.log(denominator_Ic)).reshape(-1)[:n], target_logit_Ic.reshape(-1)[:n]
 
 
-def _forward_with_residuals(settings: LogitSettings, x_nD, table_VD, targets_n):
-    lse_n, target_logit_n = _forward(settings, x_nD, table_VD, targets_n)
+def _forward(settings: LogitSettings, x_nD, table_VD, targets_n):
+    lse_n, target_logit_n = _local(settings, x_nD, table_VD, targets_n)
     return (lse_n, target_logit_n), (x_nD, table_VD, targets_n, lse_n)
 
 
@@ -176,4 +162,4 @@ def _backward(settings: LogitSettings, residuals, grads):
     return dx_IcD.reshape(-1, D)[:n].astype(x_nD.dtype), dtable_VD, None
 
 
-_local.defvjp(_forward_with_residuals, _backward)
+_local.defvjp(_forward, _backward)

@@ -33,12 +33,9 @@ class GatedMLP(nnx.Module):
         self.down = linear(rngs, (F, D), ("mlp", "embed"), std)
 
     def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, dict]:
-        """[B, T, D] of the same, and no scalars.
-
-        With `chunk`, the hidden activations of so many tokens of a device exist at a time; the backward pass makes them again.
-        """
+        """[B, T, D] of the same, and no scalars. With `chunk`, so many tokens of a device have hidden activations at a time."""
         if chunk is not None:
-            weights = (w.cast(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+            weights = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
             return in_chunks(ChunkedMLP(self.activation, self.gate.dot), chunk, x_BTD, *weights), {}
         h_BTF = ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(h_BTF, spec_of(x_BTD)), {}
@@ -80,11 +77,11 @@ def in_chunks(mlp: ChunkedMLP, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_chunks(mlp: ChunkedMLP, x_IcD, w_gate, w_up, w_down):
-    return _forward(mlp, x_IcD, w_gate, w_up, w_down)[0]
+    return jax.lax.map(lambda x_cD: mlp(x_cD, w_gate, w_up, w_down), x_IcD)
 
 
-def _forward(mlp: ChunkedMLP, x_IcD, w_gate, w_up, w_down):
-    return jax.lax.map(lambda x_cD: mlp(x_cD, w_gate, w_up, w_down), x_IcD), (x_IcD, w_gate, w_up, w_down)
+def _forward(mlp: ChunkedMLP, *arrays):
+    return _in_chunks(mlp, *arrays), arrays
 
 
 def _backward(mlp: ChunkedMLP, residuals, dy_IcD):

@@ -1,12 +1,13 @@
-"""Parameters: what a weight is, declared once, and the one place where it is cast, gathered and multiplied.
+"""Parameters: what a weight is, declared once, the one place where it is cast, gathered and multiplied, and norms.
 
 A layer makes its weights with `linear`, `embedding` and `vector`. Whatever else depends on a weight (its sharding, weight
 decay, precision in inference, FLOPs) reads its `ParamSpec`.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +19,22 @@ from hybrid_attn.parallel.mesh import gathered
 # The mesh axis over which each logical axis of a weight is split.
 MESH_AXES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
+# How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered
+# and in the dtype of the activations, as the second factor. It has derivatives.
+Dot = Callable[..., jax.Array]
 
 
-class ParamSpec(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
     """A weight of one layer; where layers are stacked, the array has the period as one more axis before these.
 
-    `axes` are logical names (`MESH_AXES`). Initial values are drawn from N(mean, std^2). The first `fan_in` axes are contracted
+    `axes` are logical names (`MESH_AXES`). Tables and matrices start from N(0, std^2). The first `fan_in` axes are contracted
     with activations. `group` is the optimiser's: matrices are decayed; embeddings, norms and scalars of heads are not.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     group: str
-    mean: float
     std: float
     fan_in: int
 
@@ -53,29 +57,8 @@ class ParamSpec(NamedTuple):
         return math.prod(self.shape) if self.fan_in else 0
 
 
-class Dot(Protocol):
-    """How activations are multiplied with a weight; it is called as `jax.lax.dot_general`, which is the default, is called.
-
-    The weight is the second factor, gathered and in the dtype of the activations. A `Dot` has derivatives.
-    """
-
-    def __call__(
-        self,
-        x: jax.Array,
-        weight: jax.Array,
-        dimension_numbers: tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]],
-        *,
-        preferred_element_type: jnp.dtype | None = None,
-        out_sharding: P | None = None,
-    ) -> jax.Array: ...
-
-
 class Weight(nnx.Param):
     """A float32 parameter that carries its `ParamSpec` as `spec`."""
-
-    def cast(self, dtype: jnp.dtype) -> jax.Array:
-        """The weight in `dtype`, split over the mesh as it is."""
-        return self[...].astype(dtype)
 
 
 class Linear(Weight):
@@ -88,24 +71,24 @@ class Linear(Weight):
         """
         number = self.spec.fan_in
         contracted = tuple(range(x.ndim - number, x.ndim)), tuple(range(number))
-        return self.dot(x, gathered(self.cast(x.dtype)), (contracted, ((), ())), out_sharding=sharding)
+        return self.dot(x, gathered(self[...].astype(x.dtype)), (contracted, ((), ())), out_sharding=sharding)
 
 
 def linear(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, fan_in: int = 1) -> Linear:
     """A matrix drawn from N(0, std^2)."""
-    spec = ParamSpec(shape, axes, MATRIX, 0.0, std, fan_in)
+    spec = ParamSpec(shape, axes, MATRIX, std, fan_in)
     return Linear(_normal(rngs, spec), spec=spec, dot=jax.lax.dot_general)
 
 
 def embedding(rngs: nnx.Rngs, vocab_size: int, d_model: int, std: float) -> Weight:
     """A table [V, D] drawn from N(0, std^2)."""
-    spec = ParamSpec((vocab_size, d_model), ("vocab", "embed"), EMBEDDING, 0.0, std, 0)
+    spec = ParamSpec((vocab_size, d_model), ("vocab", "embed"), EMBEDDING, std, 0)
     return Weight(_normal(rngs, spec), spec=spec)
 
 
 def vector(shape: tuple[int, ...], axes: tuple[str, ...], value: float) -> Weight:
     """A weight that starts at one value: of a norm, or a scalar of each head."""
-    spec = ParamSpec(shape, axes, VECTOR, value, 0.0, 0)
+    spec = ParamSpec(shape, axes, VECTOR, 0.0, 0)
     return Weight(jnp.full(shape, value, jnp.float32, out_sharding=spec.sharding), spec=spec)
 
 
@@ -113,11 +96,26 @@ def _normal(rngs: nnx.Rngs, spec: ParamSpec) -> jax.Array:
     return spec.std * jax.random.normal(rngs.params(), spec.shape, jnp.float32, out_sharding=spec.sharding)
 
 
-def set_dot(module: nnx.Module, dot: Dot) -> None:
-    """Has every `Linear` of a module multiply by `dot`."""
-    for _, node in nnx.iter_graph(module):
-        if isinstance(node, Linear):
-            node.set_metadata(dot=dot)
+class Norm(nnx.Module):
+    """The norms of the families, in float32 over the last `dims` dimensions, without bias.
+
+    layernorm: w (x - mean) / sqrt(var + eps), population variance. rms: w x / sqrt(mean(x^2) + eps). rms_plus1 stores w - 1,
+    and rms_weightless has no w.
+    """
+
+    def __init__(self, norm_type: str, shape: tuple[int, ...], axes: tuple[str, ...], eps: float, *, dims: int = 1):
+        self.norm_type, self.eps, self.axes = norm_type, eps, tuple(range(-dims, 0))
+        if norm_type != "rms_weightless":
+            self.weight = vector(shape, axes, 0.0 if norm_type == "rms_plus1" else 1.0)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        z = x.astype(jnp.float32)
+        if self.norm_type == "layernorm":
+            z -= z.mean(self.axes, keepdims=True)
+        z *= jax.lax.rsqrt(jnp.square(z).mean(self.axes, keepdims=True) + self.eps)
+        if self.norm_type != "rms_weightless":
+            z *= self.weight[...] + (1.0 if self.norm_type == "rms_plus1" else 0.0)
+        return z.astype(x.dtype)
 
 
 def weights_of(module: nnx.Module) -> dict:
@@ -128,12 +126,3 @@ def weights_of(module: nnx.Module) -> dict:
 def map_weights(function: Callable[[Weight], Any], weights: dict) -> dict:
     """`function` of every `Weight` of a nested dict."""
     return jax.tree.map(function, weights, is_leaf=lambda x: isinstance(x, Weight))
-
-
-def leaves_of(specs: dict) -> list[ParamSpec]:
-    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
-
-
-def map_specs(function: Callable, specs: dict, *trees: dict) -> dict:
-    """`function(spec, leaf, ...)` for every weight of a nested dict of specs and of trees of the same structure."""
-    return jax.tree.map(function, specs, *trees, is_leaf=lambda x: isinstance(x, ParamSpec))

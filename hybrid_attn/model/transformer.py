@@ -1,11 +1,13 @@
-"""The transformer: embedding, prefix, layers scanned period by period, tail, final norm.
+"""The transformer: a layer, and the stack of them between embedding and final norm.
 
 Letters: B batch, T tokens, D model, F feed-forward, V vocabulary. Parameters are a nested dict of float32 arrays whose
 paths are names (`periods/L0/attention/q`); those under `periods` carry the period as axis 0.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +18,14 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn import kernels
 from hybrid_attn.config import LayerType, Model
 from hybrid_attn.kernels.softmax import soft_cap
-from hybrid_attn.model.attention import Attend
-from hybrid_attn.model.block import Aux, Block, added, residual_norm
+from hybrid_attn.model.attention import Attend, Attention, attention_options
 from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.loss import token_losses
-from hybrid_attn.model.params import Dot, embedding, map_weights, set_dot, weights_of
+from hybrid_attn.model.mlp import GatedMLP
+from hybrid_attn.model.params import Dot, Linear, Norm, ParamSpec, embedding, map_weights, weights_of
 from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of
+from hybrid_attn.trees import choice
 
 INPUT = "layer input"
 KEEP = jax.checkpoint_policies.save_only_these_names(kernels.OUTPUTS)
@@ -36,17 +39,89 @@ CHECKPOINTS = {
     "attention": functools.partial(jax.checkpoint, policy=KEEP),
     "offload": functools.partial(jax.checkpoint, policy=OFFLOAD),
 }
+Aux = dict[str, jax.Array]
 
 
-def in_packed(pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution, letter: str) -> Attend:
+class Mixer(Protocol):
+    """How the tokens of a sequence exchange information; its weights stand in a layer's parameters under its name."""
+
+    def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs): ...
+
+    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+        """[B, T, D] of the same, and what else `attend` returns, which compares queries with packed sequences or a cache."""
+
+    @staticmethod
+    def sequence_flops(model: Model, layer_type: LayerType, length: int) -> int:
+        """FLOPs of a forward pass over one document of `length` tokens, beyond the products with its weights."""
+
+
+class FeedForward(Protocol):
+    """What a layer does with each token by itself. Its weights stand in a layer's parameters under `mlp`."""
+
+    def __init__(self, model: Model, *, rngs: nnx.Rngs): ...
+
+    def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, Aux]:
+        """[B, T, D] of the same, `chunk` tokens of a device at a time; scalars to sum over layers, "aux_loss" for the loss."""
+
+
+MIXERS: dict[str, type[Mixer]] = {"attention": Attention}
+MLPS: dict[str, type[FeedForward]] = {"gated": GatedMLP}
+
+
+class Block(nnx.Module):
+    """A layer of the type that `letter` names, in the form that `model.block` names."""
+
+    def __init__(self, model: Model, letter: str, *, rngs: nnx.Rngs):
+        layer_type = model.kinds[letter]
+        self.form, self.mixer_name = model.block, layer_type.mixer
+        mixer = choice(f"model.kinds.{letter}.mixer", layer_type.mixer, MIXERS)
+        setattr(self, self.mixer_name, mixer(model, layer_type, rngs=rngs))
+        self.mlp = choice(f"model.kinds.{letter}.mlp", layer_type.mlp, MLPS)(model, rngs=rngs)
+        if self.form == "parallel":
+            self.norm = residual_norm(model)
+        if self.form in ("pre", "sandwich"):
+            self.attention_norm, self.mlp_norm = residual_norm(model), residual_norm(model)
+        if self.form in ("post", "sandwich"):
+            self.attention_post_norm, self.mlp_post_norm = residual_norm(model), residual_norm(model)
+
+    def __call__(
+        self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend, mlp_chunk: int | None
+    ) -> tuple[jax.Array, Aux, Any]:
+        """[B, T, D] of the same, the scalars of the feed-forward, and what else `attend` returns."""
+        mixer = getattr(self, self.mixer_name)
+        if self.form == "parallel":  # x + mixer(norm x) + mlp(norm x)
+            h_BTD = self.norm(x_BTD)
+            y_BTD, state = mixer(h_BTD, pos_BT, attend)
+            z_BTD, aux = self.mlp(h_BTD, mlp_chunk)
+            return x_BTD + y_BTD + z_BTD, aux, state
+        # x + norm(mixer(norm x)), then x + norm(mlp(norm x)): pre has the inner norms, post the outer ones, sandwich both.
+        inner, outer = self.form != "post", self.form != "pre"
+        y_BTD, state = mixer(self.attention_norm(x_BTD) if inner else x_BTD, pos_BT, attend)
+        x_BTD = x_BTD + (self.attention_post_norm(y_BTD) if outer else y_BTD)
+        z_BTD, aux = self.mlp(self.mlp_norm(x_BTD) if inner else x_BTD, mlp_chunk)
+        return x_BTD + (self.mlp_post_norm(z_BTD) if outer else z_BTD), aux, state
+
+
+def residual_norm(model: Model) -> Norm:
+    """The norm of activations [B, T, D], by `model.norm`."""
+    return Norm(model.norm, (model.d_model,), ("norm",), model.norm_eps)
+
+
+def added(total: Aux, new: Aux) -> Aux:
+    """The sum of two layers' scalars; a name that one of them lacks counts as zero there."""
+    return total | {name: total[name] + value if name in total else value for name, value in new.items()}
+
+
+def in_packed(model: Model, letter: str, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution) -> Attend:
     """Attention of a layer of that type to the tokens of its own packed sequences."""
+    scheme, chunk = execution.context[letter], model.kinds[letter].chunk
+    options = context.ContextOptions(attention_options(model, letter), execution.kernel, scheme, execution.zigzag)
+    if chunk is not None:
+        seg_BT = context.chunk_segments(pos_BT, seg_BT, chunk)
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, layer_type: LayerType, scale: float):
-        o_BTNH = context.attend(
-            q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N, window=layer_type.window, chunk=layer_type.chunk, scale=scale,
-            softcap=layer_type.softcap, kernel=execution.kernel, scheme=execution.context[letter], zigzag=execution.zigzag,
-        )  # fmt: skip
-        return o_BTNH, None
+    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
+        queries, keys = kernels.Queries(q_BTNH, pos_BT, seg_BT), kernels.Keys(k_BTKH, v_BTKH, pos_BT, seg_BT)
+        return context.attend(options, queries, keys, sinks_N), None
 
     return attend
 
@@ -71,22 +146,18 @@ def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
 
 def _weights(model: Model, rngs: nnx.Rngs) -> dict:
     """Every `Weight` of the model, as a nested dict whose paths are their names."""
+
+    def of_layers(letters: str, rngs: nnx.Rngs) -> dict:
+        return {name: weights_of(Block(model, letter, rngs=rngs)) for name, letter in layer_names(letters)}
+
     weights = {"embed": embedding(rngs, model.vocab_size, model.d_model, model.init_std)}
-    if model.prefix:
-        weights["prefix"] = _weights_of_layers(model, model.prefix, rngs)
-    if model.num_periods:
-        stack = jax.vmap(lambda rngs: _weights_of_layers(model, model.pattern, rngs))
-        weights["periods"] = stack(rngs.split(model.num_periods))
-    if model.tail:
-        weights["tail"] = _weights_of_layers(model, model.tail, rngs)
+    for group, letters, repetitions in model.groups:
+        make = functools.partial(of_layers, letters)
+        weights[group] = jax.vmap(make)(rngs.split(repetitions)) if group == "periods" else make(rngs)
     weights["final_norm"] = weights_of(residual_norm(model))
     if not model.tie_embeddings:
         weights["unembed"] = embedding(rngs, model.vocab_size, model.d_model, model.init_std)
     return weights
-
-
-def _weights_of_layers(model: Model, letters: str, rngs: nnx.Rngs) -> dict:
-    return {name: weights_of(Block(model, letter, rngs=rngs)) for name, letter in layer_names(letters)}
 
 
 def layer_names(letters: str) -> list[tuple[str, str]]:
@@ -118,16 +189,6 @@ def _eval_shape(function: Callable[[], dict]) -> dict:
         return jax.eval_shape(function)
 
 
-def layer_specs(model: Model) -> list[tuple[str, int, dict]]:
-    """The letter of each layer of the prefix, of a period and of the tail, how often it repeats, and the specs of one."""
-    of_groups = specs(model)
-    return [
-        (letter, repetitions, of_groups[group][name])
-        for group, letters, repetitions in model.groups
-        for name, letter in layer_names(letters)
-    ]
-
-
 def apply(
     model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution
 ) -> jax.Array:
@@ -140,9 +201,9 @@ def apply_in_zigzag(
     model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution
 ) -> tuple[jax.Array, Aux]:
     """`apply` to tokens that `context.to_zigzag` has ordered, whose activations keep that order; and the layers' scalars."""
-    attends = {letter: in_packed(pos_BT, seg_BT, execution, letter) for letter in sorted(set(model.layers))}
+    attends = {letter: in_packed(model, letter, pos_BT, seg_BT, execution) for letter in sorted(set(model.layers))}
 
-    def layers(x_BTD: jax.Array, leaves: dict, letters: str) -> tuple[jax.Array, Aux]:
+    def layers(letters: str, x_BTD: jax.Array, leaves: dict) -> tuple[jax.Array, Aux]:
         total: Aux = {}
         for name, letter in layer_names(letters):
 
@@ -156,16 +217,48 @@ def apply_in_zigzag(
             total = added(total, aux)
         return x_BTD, total
 
-    x_BTD, aux = look_up(params["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}
-    if model.prefix:
-        x_BTD, aux = layers(x_BTD, params["prefix"], model.prefix)
-    if model.num_periods:
-        x_BTD, by_period = jax.lax.scan(lambda x, leaves: layers(x, leaves, model.pattern), x_BTD, params["periods"])
-        aux = added(aux, jax.tree.map(lambda values: values.sum(0), by_period))
-    if model.tail:
-        x_BTD, of_tail = layers(x_BTD, params["tail"], model.tail)
-        aux = added(aux, of_tail)
-    return final_norm(model, params, x_BTD), aux
+    x_BTD, total = look_up(params["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}
+    for group, letters, _ in model.groups:
+        if group == "periods":
+            x_BTD, by_period = jax.lax.scan(functools.partial(layers, letters), x_BTD, params[group])
+            aux = jax.tree.map(lambda values: values.sum(0), by_period)
+        else:
+            x_BTD, aux = layers(letters, x_BTD, params[group])
+        total = added(total, aux)
+    return final_norm(model, params, x_BTD), total
+
+
+def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
+    """Parameters as `layer_by_layer` takes them: a dict for each layer under `layers`, cast as the `ParamSpec` says.
+
+    Layer by layer, because a loop over stacked weights copies each before it is used, which is most of a decode step.
+    """
+
+    # What a transform reads stays as it is stored; the leaf that it makes is cast where it is multiplied.
+    def cast(spec: ParamSpec, x: jax.Array | dict) -> jax.Array | dict:
+        return x.astype(dtype) if spec.cast and isinstance(x, jax.Array) else x
+
+    params = jax.tree.map(cast, specs(model), params)
+    layers = []
+    for group, letters, repetitions in model.groups:
+        for period, (name, _) in itertools.product(range(repetitions), layer_names(letters)):
+            leaves = params[group][name]
+            layers.append(jax.tree.map(lambda x, period=period: x[period], leaves) if group == "periods" else leaves)
+    others = {name: x for name, x in params.items() if name not in ("prefix", "periods", "tail")}
+    return others | {"layers": tuple(layers)}
+
+
+def layer_by_layer(
+    model: Model, weights: dict, tokens_BT: jax.Array, pos_BT: jax.Array, attends: Sequence[Attend], execution: Execution
+) -> tuple[jax.Array, list[Any]]:
+    """Final normed activations [B, T, D], and what else each layer's own `attend` returns. `weights` are `unstacked`'s."""
+    x_BTD = look_up(weights["embed"], tokens_BT, execution.dtype) * model.embed_scale
+    states = []
+    for letter, leaves, attend in zip(model.layers, weights["layers"], attends, strict=True):
+        mlp_chunk = execution.mlp_chunk if tokens_BT.shape[1] > 1 else None
+        x_BTD, _, state = bind(model, letter, leaves, execution)(x_BTD, pos_BT, attend, mlp_chunk)
+        states.append(state)
+    return final_norm(model, weights, x_BTD), states
 
 
 def losses(model: Model, params: dict, batch: dict, execution: Execution) -> tuple[jax.Array, jax.Array]:
@@ -174,7 +267,7 @@ def losses(model: Model, params: dict, batch: dict, execution: Execution) -> tup
 
 
 def losses_and_aux(model: Model, params: dict, batch: dict, execution: Execution) -> tuple[jax.Array, jax.Array, Aux]:
-    """`losses`, and the scalars of the layers (`block.FeedForward`), summed over them."""
+    """`losses`, and the scalars of the layers (`FeedForward`), summed over them."""
     names = ("tokens", "positions", "segments", "targets")
     *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), execution.zigzag)
     x_BTD, aux = apply_in_zigzag(model, params, *inputs, execution)
@@ -191,7 +284,9 @@ def bind(model: Model, letter: str, leaves: dict, execution: Execution) -> Block
 @functools.cache
 def _graph(model: Model, letter: str, dot: Dot) -> nnx.GraphDef:
     block = nnx.eval_shape(lambda key: Block(model, letter, rngs=nnx.Rngs(params=key)), jax.random.key(0))
-    set_dot(block, dot)
+    for _, node in nnx.iter_graph(block):
+        if isinstance(node, Linear):
+            node.set_metadata(dot=dot)
     return nnx.graphdef(block)
 
 

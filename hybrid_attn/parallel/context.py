@@ -20,60 +20,34 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import kernels
+from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries
 from hybrid_attn.kernels.softmax import merged
 from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT, spec_of
 
 AXIS = "context"
 
 
-class Keys(NamedTuple):
-    """Keys and values with their positions and segments, [B, S, ...] each."""
-
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
-    pos_BS: jax.Array
-    seg_BS: jax.Array
-
-
-class Queries(NamedTuple):
-    """Queries with their positions and segments, [B, T, ...] each."""
-
-    q_BTNH: jax.Array
-    pos_BT: jax.Array
-    seg_BT: jax.Array
-
-
 class ContextOptions(NamedTuple):
-    """The static arguments; `slices` is how many slices of the sequence a shard has."""
+    """The static arguments: `scheme` is a name in `SCHEMES`, `zigzag` whether the tokens are in zigzag order (`to_zigzag`)."""
 
-    attention: kernels.AttentionOptions
+    attention: AttentionOptions
     kernel: str
-    slices: int
+    scheme: str
+    zigzag: bool
+
+    @property
+    def slices(self) -> int:
+        """How many slices of the sequence a shard has."""
+        return 2 if self.zigzag else 1
 
 
-def attend(
-    q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, sinks_N=None, *, window, chunk, scale, softcap, kernel, scheme, zigzag
-) -> jax.Array:
-    """o_BTNH of causal self-attention over a sequence that the mesh splits; the contract of the mask is `kernels.attend`'s.
-
-    With `chunk` (tokens) a query sees only the keys of its own chunk of positions: a chunk is a segment of its document.
-    `scheme` is a name in `SCHEMES`; `zigzag` is whether the tokens are in zigzag order (`to_zigzag`).
-    """
-    if chunk is not None:
-        seg_BT = chunk_segments(pos_BT, seg_BT, chunk)
-        window = chunk
-    options = ContextOptions(kernels.AttentionOptions(window, scale, softcap), kernel, 2 if _is_zigzag(zigzag) else 1)
-
-    def shard(q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, *sinks):
-        attend_shard = SCHEMES[scheme] if jax.lax.axis_size(AXIS) > 1 else _unsharded
-        queries, keys = Queries(q_BTNH, pos_BT, seg_BT), Keys(k_BTKH, v_BTKH, pos_BT, seg_BT)
-        return attend_shard(options, queries, keys, sinks[0] if sinks else None)
-
-    sinks, specs = ((), ()) if sinks_N is None else ((sinks_N,), (P("tensor"),))
-    in_specs = (HEADS_BTNH, HEADS_BTNH, HEADS_BTNH, TOKENS_BT, TOKENS_BT, *specs)
-    return jax.shard_map(shard, in_specs=in_specs, out_specs=HEADS_BTNH, check_vma=False)(
-        q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT, *sinks
-    )
+def attend(options: ContextOptions, queries: Queries, keys: Keys, sinks_N: jax.Array | None = None) -> jax.Array:
+    """o_BTNH of causal self-attention over a sequence that the mesh splits; its contract is that of `kernels.attend`."""
+    options = options._replace(zigzag=_is_zigzag(options.zigzag))
+    attend_shard = SCHEMES[options.scheme] if jax.sharding.get_abstract_mesh().shape[AXIS] > 1 else _unsharded
+    specs = Queries(HEADS_BTNH, TOKENS_BT, TOKENS_BT), Keys(HEADS_BTNH, HEADS_BTNH, TOKENS_BT, TOKENS_BT), P("tensor")
+    shard = functools.partial(attend_shard, options)
+    return jax.shard_map(shard, in_specs=specs, out_specs=HEADS_BTNH, check_vma=False)(queries, keys, sinks_N)
 
 
 def chunk_segments(pos_BT: jax.Array, seg_BT: jax.Array, chunk: int) -> jax.Array:
@@ -102,8 +76,8 @@ def _is_zigzag(zigzag: bool) -> bool:
 
 
 def _over_context(move: Callable, arrays: Any) -> Any:
-    specs = jax.tree.map(spec_of, arrays)
-    return jax.shard_map(lambda x: jax.tree.map(move, x), in_specs=(specs,), out_specs=specs, check_vma=False)(arrays)
+    out_specs = jax.tree.map(spec_of, arrays)
+    return jax.shard_map(lambda x: jax.tree.map(move, x), out_specs=out_specs, check_vma=False)(arrays)
 
 
 def _even_and_odd() -> tuple[list, list]:
@@ -138,30 +112,19 @@ def _concatenate(trees: list) -> Any:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *trees)
 
 
-def _attend_keys(options: ContextOptions, queries: Queries, keys: Keys, sinks_N=None) -> tuple[jax.Array, jax.Array]:
-    """(o_BTNH, lse_BTN) of queries and keys that are both on this shard."""
-    return kernels.attend(
-        queries.q_BTNH, keys.k_BSKH, keys.v_BSKH, queries.pos_BT, keys.pos_BS, queries.seg_BT, keys.seg_BS,
-        **options.attention._asdict(), sinks_N=sinks_N, kernel=options.kernel,
-    )  # fmt: skip
-
-
 def _unsharded(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
-    return _attend_keys(options, queries, keys, sinks_N)[0]
+    """Queries and keys that are both on this shard."""
+    return kernels.attend(options.kernel, options.attention, queries, keys, sinks_N)[0]
 
 
 def _halo(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
-    """Each slice against itself and the `window` keys before it, which come from one slice, or from more if it is longer.
-
-    One key fewer would do; a window is often a multiple of a TPU's tiles, and one key fewer is not.
-    """
+    """Each slice against itself and the `window` keys before it: one too many, but often a multiple of a TPU's tiles."""
     own = _split(keys, options.slices)
     with jax.named_scope("halo"):
         before = _keys_before(own, options.attention.window)
-    outputs = []
-    for slice_queries, slice_keys, keys_before in zip(_split(queries, options.slices), own, before, strict=True):
-        outputs.append(_attend_keys(options, slice_queries, _concatenate([*keys_before, slice_keys]), sinks_N)[0])
-    return jnp.concatenate(outputs, 1)
+    all_keys = [_concatenate([*keys_before, slice_keys]) for keys_before, slice_keys in zip(before, own, strict=True)]
+    parts = zip(_split(queries, options.slices), all_keys, strict=True)
+    return jnp.concatenate([_unsharded(options, *part, sinks_N) for part in parts], 1)
 
 
 def _keys_before(own: list[Keys], window: int) -> list[list[Keys]]:
@@ -205,7 +168,7 @@ def _gather(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> j
     """Each slice against all keys."""
     with jax.named_scope("gather"):
         all_keys = jax.tree.map(lambda x: _all_gather(x, options), keys)
-    outputs = [_attend_keys(options, part, all_keys, sinks_N)[0] for part in _split(queries, options.slices)]
+    outputs = [_unsharded(options, part, all_keys, sinks_N) for part in _split(queries, options.slices)]
     return jnp.concatenate(outputs, 1)
 
 
@@ -225,14 +188,14 @@ def _ulysses(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> 
         q_BTNH, k_BSKH, v_BSKH = to_heads(queries.q_BTNH), to_heads(keys.k_BSKH), to_heads(keys.v_BSKH)
         pos_BS, seg_BS = _all_gather(keys.pos_BS, options), _all_gather(keys.seg_BS, options)
     sinks = None if sinks_N is None else jax.lax.dynamic_slice_in_dim(sinks_N, i * (len(sinks_N) // c), len(sinks_N) // c)
-    o_BTNH, _ = _attend_keys(options, Queries(q_BTNH, pos_BS, seg_BS), Keys(k_BSKH, v_BSKH, pos_BS, seg_BS), sinks)
+    o_BTNH = _unsharded(options, Queries(q_BTNH, pos_BS, seg_BS), Keys(k_BSKH, v_BSKH, pos_BS, seg_BS), sinks)
     with jax.named_scope("ulysses"):
         return jax.lax.all_to_all(_shards_order(o_BTNH, options), AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
 def _reading_order(x_BS: jax.Array, options: ContextOptions) -> jax.Array:
     """The concatenated tokens of all shards, put into reading order."""
-    if options.slices == 1:
+    if not options.zigzag:
         return x_BS
     pairs = x_BS.reshape(x_BS.shape[0], jax.lax.axis_size(AXIS), 2, -1, *x_BS.shape[2:])
     return jnp.concatenate([pairs[:, :, 0], pairs[:, ::-1, 1]], 1).reshape(x_BS.shape)
@@ -240,7 +203,7 @@ def _reading_order(x_BS: jax.Array, options: ContextOptions) -> jax.Array:
 
 def _shards_order(x_BS: jax.Array, options: ContextOptions) -> jax.Array:
     """The inverse of `_reading_order`."""
-    if options.slices == 1:
+    if not options.zigzag:
         return x_BS
     c = jax.lax.axis_size(AXIS)
     slices = x_BS.reshape(x_BS.shape[0], 2 * c, -1, *x_BS.shape[2:])
@@ -253,25 +216,23 @@ def _ring(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax
         raise NotImplementedError(
             f'{options.kernel} computes no gradients of merged results, which a ring needs; use train.context="ulysses"'
         )
-    o_BTNH, lse_BTN = _ring_attend(options, queries, keys.k_BSKH, keys.v_BSKH)
-    if sinks_N is not None:
-        o_BTNH, _ = kernels.with_sinks(o_BTNH, lse_BTN, queries.seg_BT, sinks_N)
-    return o_BTNH
+    o_BTNH, lse_BTN = _ring_attend(options, queries, keys)
+    return o_BTNH if sinks_N is None else kernels.with_sinks(o_BTNH, lse_BTN, queries.seg_BT, sinks_N)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring_attend(options: ContextOptions, queries: Queries, k_BTKH, v_BTKH) -> tuple[jax.Array, jax.Array]:
+def _ring_attend(options: ContextOptions, queries: Queries, keys: Keys) -> Pair:
     """(o_BTNH, lse_BTN) of the queries of this shard to the keys of all shards."""
-    return _ring_forward(options, queries, k_BTKH, v_BTKH)[0]
+    return _ring_forward(options, queries, keys)[0]
 
 
-def _ring_forward(options: ContextOptions, queries: Queries, k_BTKH, v_BTKH):
-    slices = _split(queries, options.slices)
+def _ring_forward(options: ContextOptions, queries: Queries, keys: Keys):
+    kernel, slices = kernels.KERNELS[options.kernel], _split(queries, options.slices)
 
     def add_keys(results: list, keys: Keys) -> list:
         results, parts = list(results), _split(keys, options.slices)
         for a, b in _visible(options):
-            results[a] = merged(results[a], _attend_keys(options, slices[a], parts[b]))
+            results[a] = merged(results[a], kernel.forward(options.attention, slices[a], parts[b]))
         return results
 
     def step(carry, _):
@@ -279,16 +240,15 @@ def _ring_forward(options: ContextOptions, queries: Queries, k_BTKH, v_BTKH):
         return (add_keys(results, keys), _to_next_shard(keys)), None  # the next keys travel meanwhile
 
     empty = [(jnp.zeros(x.q_BTNH.shape, jnp.float32), jnp.full(x.q_BTNH.shape[:3], -jnp.inf)) for x in slices]
-    carry = empty, Keys(k_BTKH, v_BTKH, queries.pos_BT, queries.seg_BT)
-    (results, keys), _ = jax.lax.scan(step, carry, None, length=jax.lax.axis_size(AXIS) - 1)
-    o_BTNH, lse_BTN = _concatenate(add_keys(results, keys))
+    carry, _ = jax.lax.scan(step, (empty, keys), None, length=jax.lax.axis_size(AXIS) - 1)
+    o_BTNH, lse_BTN = _concatenate(add_keys(*carry))
     outputs = kernels.name_outputs(o_BTNH.astype(queries.q_BTNH.dtype), lse_BTN)
-    return outputs, (queries, k_BTKH, v_BTKH, *outputs)
+    return outputs, (queries, keys, outputs)
 
 
 def _visible(options: ContextOptions) -> list[tuple[int, int]]:
     """Which slices of one shard may see which of another: an early one never sees a late one."""
-    return [(0, 0), (1, 0), (1, 1)] if options.slices == 2 else [(0, 0)]
+    return [(0, 0), (1, 0), (1, 1)] if options.zigzag else [(0, 0)]
 
 
 def _to_next_shard(tree: Any) -> Any:
@@ -297,19 +257,19 @@ def _to_next_shard(tree: Any) -> Any:
         return _permute(tree, [(shard, (shard + 1) % c) for shard in range(c)])
 
 
-def _ring_backward(options: ContextOptions, residuals, grads):
+def _ring_backward(options: ContextOptions, residuals, grads: Pair):
     """Keys travel round the ring again, and the gradients of keys and values with them back to their own shard."""
-    queries, k_BTKH, v_BTKH, o_BTNH, lse_BTN = residuals
-    slices = _split(queries, options.slices)
-    results = _split((o_BTNH, lse_BTN, *grads), options.slices)
+    queries, keys, outputs = residuals
+    kernel, slices = kernels.KERNELS[options.kernel], _split(queries, options.slices)
+    results = _split((outputs, grads), options.slices)  # of all keys
 
     def add_gradients(dq, keys: Keys, dkv):
         dq, dkv = list(dq), [list(x) for x in _split(dkv, options.slices)]
         parts = _split(keys, options.slices)
         for a, b in _visible(options):
-            new_dq, *new_dkv = _gradients(options, slices[a], parts[b], results[a])
-            dq[a] += new_dq
-            dkv[b] = [x + new for x, new in zip(dkv[b], new_dkv, strict=True)]
+            new_dq, *new_dkv = kernel.backward(options.attention, slices[a], parts[b], *results[a])
+            dq[a] += new_dq.astype(jnp.float32)
+            dkv[b] = [x + new.astype(jnp.float32) for x, new in zip(dkv[b], new_dkv, strict=True)]
         return dq, tuple(_concatenate(dkv))
 
     def step(carry, _):
@@ -318,22 +278,12 @@ def _ring_backward(options: ContextOptions, residuals, grads):
         return (dq, _to_next_shard(keys), _to_next_shard(dkv)), None
 
     zeros = [jnp.zeros(x.q_BTNH.shape, jnp.float32) for x in slices]
-    dkv = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k_BTKH, v_BTKH))
-    carry = zeros, Keys(k_BTKH, v_BTKH, queries.pos_BT, queries.seg_BT), dkv
-    carry, _ = jax.lax.scan(step, carry, None, length=jax.lax.axis_size(AXIS) - 1)
+    dkv = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys.k_BSKH, keys.v_BSKH))
+    carry, _ = jax.lax.scan(step, (zeros, keys, dkv), None, length=jax.lax.axis_size(AXIS) - 1)
     dq, dkv = add_gradients(*carry)
-    dk_BTKH, dv_BTKH = _to_next_shard(dkv)
-    dq_BTNH = jnp.concatenate(dq, 1).astype(queries.q_BTNH.dtype)
-    return Queries(dq_BTNH, None, None), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype)
-
-
-def _gradients(options: ContextOptions, queries: Queries, keys: Keys, results: tuple) -> list[jax.Array]:
-    """The contribution of these keys to the gradients (dq, dk, dv), in float32. `results` are o, lse, do and dlse, merged."""
-    o_BTNH, lse_BTN, do_BTNH, dlse_BTN = results
-    positions, segments = (queries.pos_BT, keys.pos_BS), (queries.seg_BT, keys.seg_BS)
-    residuals = kernels.Residuals(queries.q_BTNH, keys.k_BSKH, keys.v_BSKH, positions, segments, o_BTNH, lse_BTN)
-    grads = kernels.KERNELS[options.kernel].backward(residuals, do_BTNH, dlse_BTN, options.attention)
-    return [x.astype(jnp.float32) for x in grads]
+    dk_BSKH, dv_BSKH = _to_next_shard(dkv)
+    dkeys = Keys(dk_BSKH.astype(keys.k_BSKH.dtype), dv_BSKH.astype(keys.v_BSKH.dtype), None, None)
+    return Queries(jnp.concatenate(dq, 1).astype(queries.q_BTNH.dtype), None, None), dkeys
 
 
 _ring_attend.defvjp(_ring_forward, _ring_backward)

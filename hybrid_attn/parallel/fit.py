@@ -51,10 +51,7 @@ def check_splits(
 
 
 def check_schemes(model: config.Model, schemes: Mapping[str, str], sizes: Mapping[str, int]) -> None:
-    """ValueError where the key/value heads do not divide over context shards in a layer type that uses Ulysses.
-
-    `schemes` are the context-parallel schemes by layer type (`config.context`).
-    """
+    """ValueError where the key/value heads of a layer type that uses Ulysses do not divide; `schemes` are by layer type."""
     tensor, context = sizes["tensor"], sizes["context"]
     heads = model.num_kv_heads // tensor
     letters = [letter for letter, scheme in schemes.items() if scheme == "ulysses"]

@@ -1,23 +1,21 @@
-"""The hub of a run of several processes: a thread of process 0 to which every process is connected.
+"""The hub of a run of several processes: a thread of process 0 to which every process is connected. Messages are lines of JSON.
 
-A message is a line of JSON.
-
-The hub waits until all processes have joined, compares how they were started, broadcasts the error that ends the run, and
-notices at once when a process ends. JAX's coordination service cannot do this (jax 0.10 and 0.12): it notices a killed process
-only by missing heartbeats, and every failure aborts all processes from C++, without the cause and without the processes that
-never joined.
+The hub waits until all have joined, compares how they were started, broadcasts the error that ends the run, and notices at once
+when a process ends. JAX's coordination service cannot do this (jax 0.10 and 0.12): it notices a killed process only by missing
+heartbeats, and a failure aborts all processes from C++, without the cause and without those that never joined.
 """
 
 import contextlib
 import ctypes
 import hmac
 import json
+import math
 import selectors
 import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hybrid_attn.files import object_of
 
@@ -34,7 +32,6 @@ MAX_JOIN_BYTES, MAX_MESSAGE_BYTES = 1000, 2**20
 MAX_ERROR_LENGTH = 10_000  # characters of an error
 GONE = " ended without a message: look at its log and at its machine's memory (out-of-memory kill)"
 SILENT = " has sent nothing for {:.0f} s: it is stopped, or its machine or the network is gone"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Link:
@@ -44,7 +41,7 @@ class Link:
         self.connection, self.max_bytes = connection, max_bytes
         self.number: int | None = None  # of the process at the other end, once it has joined
         self.opened = self.last_received = time.monotonic()
-        self._line, self._sending = bytearray(), threading.RLock()  # reentrant: a signal handler sends, too
+        self._line, self._sending = b"", threading.RLock()  # reentrant: a signal handler sends, too
 
     def send(self, **message) -> None:
         """Sends a message; a broken connection is noticed by the thread that receives from it."""
@@ -60,32 +57,27 @@ class Link:
         if not received:
             raise ConnectionError("the other end has closed the connection")
         self.last_received = time.monotonic()
-        self._line += received
-        if b"\n" in received:
-            *lines, self._line = self._line.split(b"\n")
-        else:
-            lines = []
+        *lines, self._line = (self._line + received).split(b"\n")
         if max(map(len, (*lines, self._line))) > self.max_bytes:
             raise ValueError(f"a line of more than {self.max_bytes} bytes")
         return [_message(line) for line in lines]
 
 
 class Heartbeat:
-    """When a process must send its next ping, and for how many seconds each of its links has been silent."""
+    """Sends pings in time, and says for how many seconds each of the links has been silent."""
 
     def __init__(self, links: Sequence[Link], silence: float):
         self.pause = silence / PINGS
         self.ping = self.awake = time.monotonic()
         self.since = dict.fromkeys(links, self.awake)
 
-    def ping_is_due(self) -> bool:
-        due = time.monotonic() >= self.ping
-        if due:
-            self.ping = time.monotonic() + self.pause
-        return due
-
-    def until_ping(self) -> float:
-        return max(self.ping - time.monotonic(), 0)
+    def select(self, selector: selectors.BaseSelector, send: Callable, deadline: float = math.inf) -> list:
+        """Sends a ping if one is due; waits for something to read, the next ping or the deadline. Returns what can be read."""
+        now = time.monotonic()
+        if now >= self.ping:
+            self.ping = now + self.pause
+            send(ping=True)
+        return selector.select(max(min(self.ping, deadline) - now, 0))
 
     def silence(self, link: Link) -> float:
         """Seconds since the last message; after a pause of this process itself, seconds since the end of that pause."""
@@ -97,10 +89,7 @@ class Heartbeat:
 
 
 class Hub(threading.Thread):
-    """The thread of process 0 to which all processes are connected; with a `token`, only processes that send it can join.
-
-    The error that ends the run has an exit code: 2 for a wrong input, else 1.
-    """
+    """The thread of process 0 to which all connect, with its `token`. Its error has a code: 2 for a wrong input, else 1."""
 
     def __init__(self, host: str, port: int, num_processes: int, timeout: float, silence: float = SILENCE, token: str = ""):
         super().__init__(daemon=True)
@@ -120,14 +109,14 @@ class Hub(threading.Thread):
     def run(self) -> None:
         try:
             with selectors.DefaultSelector() as selector:
-                error = self.wait_for_all(selector)
-                joined = {link.connection for link in self.links.values()}
-                for key in selector.get_map().values():
-                    if key.fileobj not in joined:
+                error, joined = self.wait_for_all(selector), set(self.links.values())
+                for key in [*selector.get_map().values()]:
+                    if key.data not in joined:
+                        selector.unregister(key.fileobj)
                         key.fileobj.close()
-            if error is None:
-                self.broadcast(go=True)
-                error = self.serve()
+                if error is None:
+                    self.broadcast(go=True)
+                    error = self.serve(selector)
         except Exception as cause:  # if this thread ended silently, the others would wait forever
             error = f"process 0: {type(cause).__name__} in its hub: {cause}", 1
         if error is None:
@@ -137,35 +126,31 @@ class Hub(threading.Thread):
 
     def wait_for_all(self, selector: selectors.BaseSelector) -> tuple[str, int] | None:
         """Waits until every process has joined; returns an error and its exit code if the run cannot begin."""
-        until, pending = time.monotonic() + self.timeout, []  # the oldest first
+        until = time.monotonic() + self.timeout
         selector.register(self.server, selectors.EVENT_READ)
         while len(self.links) < self.num_processes:
-            now = time.monotonic()
-            if now >= until:
+            if time.monotonic() >= until:
                 return self.missing_processes(), 1
-            for key, _ in selector.select(min(until - now, 1)):
-                if key.fileobj is not self.server:
-                    error = self.admit(key.data, selector)
-                    if error:
-                        return error, 2
-                elif (link := self.accept()) is not None:
-                    selector.register(link.connection, selectors.EVENT_READ, link)
-                    pending.append(link)
-            pending = [link for link in pending if link.number is None and link.connection.fileno() >= 0]
-            most = MAX_PENDING + self.num_processes
+            for key, _ in selector.select(min(until - time.monotonic(), 1)):
+                if key.fileobj is self.server:
+                    self.accept(selector)
+                elif error := self.admit(key.data, selector):
+                    return error, 2
+            links = [key.data for key in selector.get_map().values() if key.fileobj is not self.server]  # the oldest first
+            pending = [link for link in links if link.number is None]
             late = sum(time.monotonic() - link.opened > JOIN_MESSAGE_TIMEOUT for link in pending)
-            for link in pending[: max(late, len(pending) - most)]:
+            for link in pending[: max(late, len(pending) - MAX_PENDING - self.num_processes)]:
                 self.reject(link, selector, "sent no join message")
         return None
 
-    def accept(self) -> Link | None:
+    def accept(self, selector: selectors.BaseSelector) -> None:
         try:
             connection, _ = self.server.accept()
         except OSError:  # the connection is closed again, or this process has no file descriptor left
             time.sleep(0.01)
-            return None
+            return
         connection.setblocking(False)
-        return Link(connection, MAX_JOIN_BYTES)
+        selector.register(connection, selectors.EVENT_READ, Link(connection, MAX_JOIN_BYTES))
 
     def admit(self, link: Link, selector: selectors.BaseSelector) -> str | None:
         """Reads a join message and admits the process; returns an error if the run cannot begin."""
@@ -206,39 +191,31 @@ class Hub(threading.Thread):
         self.links = {number: other for number, other in self.links.items() if other is not link}
 
     def missing_processes(self) -> str:
-        absent = [number for number in range(self.num_processes) if number not in self.links]
+        absent = _processes([number for number in range(self.num_processes) if number not in self.links])
+        came = f"{len(self.links)} of {self.num_processes} came within {self.timeout:g} s"
+        cure = "look at the logs of the missing ones, or give them more time with --join_timeout"
         rejection = f"; the last rejected connection: {self.last_rejection}" if self.last_rejection else ""
-        return (
-            f"{_processes(absent)} never joined: {len(self.links)} of {self.num_processes} came within {self.timeout:g} s; "
-            f"look at the logs of the missing ones, or give them more time with --join_timeout{rejection}"
-        )
+        return f"{absent} never joined: {came}; {cure}{rejection}"
 
-    def serve(self) -> tuple[str, int] | None:
+    def serve(self, selector: selectors.BaseSelector) -> tuple[str, int] | None:
         """Handles messages until every process is done; returns the first error and its exit code, if there is one."""
-        heartbeat, deadline = Heartbeat(tuple(self.links.values()), self.silence), None
-        with selectors.DefaultSelector() as selector:
-            for link in self.links.values():
-                selector.register(link.connection, selectors.EVENT_READ, link)
-            while len(self.done) < self.num_processes:
-                if heartbeat.ping_is_due():
-                    self.broadcast(ping=True)
-                until = heartbeat.until_ping()
-                wait = until if deadline is None else min(until, max(deadline - time.monotonic(), 0))
-                for key, _ in selector.select(wait):
-                    self.read_from(key.data)
-                    if key.data.number in self.done | self.lost.keys() | self.failed.keys():
-                        selector.unregister(key.fileobj)
-                self.notice_silence(heartbeat, self.silence)
-                if deadline is None and (self.lost or self.failed):
-                    delay_aborts()
-                    deadline = time.monotonic() + CAUSE_DELAY
-                if deadline is not None and time.monotonic() >= deadline:
-                    return self.first_error(heartbeat)
-                if len(self.identities) == self.num_processes:
-                    different, self.identities = differences(self.identities), {}
-                    if different:
-                        return f"the processes were started differently: {'; '.join(different)}", 2
-                    self.broadcast(same=True)
+        heartbeat, deadline = Heartbeat(tuple(self.links.values()), self.silence), math.inf
+        while len(self.done) < self.num_processes:
+            for key, _ in heartbeat.select(selector, self.broadcast, deadline):
+                self.read_from(key.data)
+                if key.data.number in self.done | self.lost.keys() | self.failed.keys():
+                    selector.unregister(key.fileobj)
+            self.notice_silence(heartbeat, self.silence)
+            if deadline == math.inf and (self.lost or self.failed):
+                delay_aborts()
+                deadline = time.monotonic() + CAUSE_DELAY
+            if time.monotonic() >= deadline:
+                return self.first_error(heartbeat)
+            if len(self.identities) == self.num_processes:
+                different, self.identities = differences(self.identities), {}
+                if different:
+                    return f"the processes were started differently: {'; '.join(different)}", 2
+                self.broadcast(same=True)
         return None
 
     def read_from(self, link: Link) -> None:
@@ -298,8 +275,13 @@ class Hub(threading.Thread):
         others = [link for number, link in self.links.items() if number]
         for link in others:
             link.send(**message)
-        if "error" in message:
-            _wait_until_closed(others, EXIT_TIMEOUT)
+        until = time.monotonic() + EXIT_TIMEOUT
+        for link in others if "error" in message else ():
+            with contextlib.suppress(OSError):
+                left = True  # until the process has closed its end
+                while left and time.monotonic() < until:
+                    link.connection.settimeout(until - time.monotonic())
+                    left = link.connection.recv(2**16)
         if 0 in self.links:
             self.links[0].send(**message)
 
@@ -326,11 +308,10 @@ def delay_aborts() -> None:
 
 def differences(identities: Mapping[int, Mapping[str, str]]) -> list[str]:
     """For each field in which the processes differ, which of them have which value; at most eight fields."""
-    fields = list(dict.fromkeys(field for number in sorted(identities) for field in identities[number]))
-    lines = []
-    for field in fields:
+    lines, ordered = [], sorted(identities)
+    for field in dict.fromkeys(field for number in ordered for field in identities[number]):
         numbers: dict[str, list[int]] = {}
-        for number in sorted(identities):
+        for number in ordered:
             numbers.setdefault(identities[number].get(field, "nothing"), []).append(number)
         if len(numbers) > 1:
             parts = [f"{_processes(n)} {'have' if len(n) > 1 else 'has'} {value[:200]}" for value, n in numbers.items()]
@@ -349,14 +330,4 @@ def _message(line: bytes) -> dict:
     try:
         return object_of(line, "a message")
     except ValueError as cause:
-        raise ValueError(repr(bytes(line[:100]))) from cause
-
-
-def _wait_until_closed(links: list[Link], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    for link in links:
-        with contextlib.suppress(OSError):
-            left = True
-            while left and time.monotonic() < until:
-                link.connection.settimeout(until - time.monotonic())
-                left = link.connection.recv(2**16)
+        raise ValueError(repr(line[:100])) from cause

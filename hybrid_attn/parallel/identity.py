@@ -8,30 +8,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "ml_collections", "numpy")
-OPTIONAL_LIBRARIES = ("tokenizers",)
+LIBRARIES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "ml_collections", "numpy", "tokenizers",
+)  # fmt: skip
 MAX_VALUE_LENGTH = 200  # characters; all fields must fit into one message of the hub
 
 
 def identity(values: Mapping, workdir: str | Path, revision: str) -> dict[str, str]:
     """Fields and their values: those of a config (`values`, nested), the workdir, this code, Python and the libraries."""
-    versions = {f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
-    versions |= {f"version of {name}": _version_if_installed(name) for name in OPTIONAL_LIBRARIES}
-    return {
-        **dict(_fields(values, "config")),
-        "workdir": os.path.abspath(workdir),
-        "revision": revision,
-        "source code": _source_code(),
-        "version of python": platform.python_version(),
-        **versions,
-    }
+    code = hashlib.sha256()  # of this package's files, which may have been edited or lie outside a repository
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
+    fields = dict(_fields(values, "config")) | {"workdir": os.path.abspath(workdir), "revision": revision}
+    fields |= {"source code": code.hexdigest()[:12], "version of python": platform.python_version()}
+    return fields | {f"version of {name}": _version(name) for name in LIBRARIES}
 
 
 def data_identity(corpora: Mapping, tokenizer) -> dict[str, str]:
     """Fields and their values: the training and held-out documents of each source in `corpora`, and the tokenizer."""
-    training = {f"training documents of {name}": corpus.training.fingerprint() for name, corpus in corpora.items()}
-    heldout = {f"held-out documents of {name}": corpus.heldout.fingerprint() for name, corpus in corpora.items()}
-    return {**training, **heldout, "tokenizer": tokenizer.hash}
+    fields = {f"training documents of {name}": corpus.training.fingerprint() for name, corpus in corpora.items()}
+    fields |= {f"held-out documents of {name}": corpus.heldout.fingerprint() for name, corpus in corpora.items()}
+    return fields | {"tokenizer": tokenizer.hash}
 
 
 def _fields(values, name: str) -> Iterator[tuple[str, str]]:
@@ -42,26 +39,14 @@ def _fields(values, name: str) -> Iterator[tuple[str, str]]:
         for i, value in enumerate(values):
             yield from _fields(value, f"{name}[{i}]")
     else:
-        yield name, _shortened(repr(values))
+        value = repr(values)
+        if len(value) > MAX_VALUE_LENGTH:
+            value = f"{value[: MAX_VALUE_LENGTH - 50]}... (sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]})"
+        yield name, value
 
 
-def _shortened(value: str) -> str:
-    """A value; a long one as its beginning and a digest."""
-    if len(value) <= MAX_VALUE_LENGTH:
-        return value
-    return f"{value[: MAX_VALUE_LENGTH - 50]}... (sha256 {hashlib.sha256(value.encode()).hexdigest()[:12]})"
-
-
-def _version_if_installed(name: str) -> str:
+def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _source_code() -> str:
-    """A digest of the files of this package, which may have been edited or lie outside a repository."""
-    sha = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        sha.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
-    return sha.hexdigest()[:12]

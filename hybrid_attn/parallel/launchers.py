@@ -1,23 +1,28 @@
 """How many processes train together, which one this is, and where process 0 listens: from flags or from a launcher."""
 
+import contextlib
 import glob
 import importlib.util
 import os
+import socket
 import urllib.request
-from typing import NamedTuple
+
+from hybrid_attn.trees import check
 
 # Launchers from which JAX reads this with a package: their name and the package.
 NEEDS = {"mpi4py": ("Open MPI 5", "mpi4py"), "k8s": ("Kubernetes", "kubernetes")}
 BY_HAND = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I to each process"
+# The coordinator's HOST:PORT, the number of processes, that of this one, and its devices: None for all that it sees.
+Membership = tuple[str, int, int, list[int] | None]
 
 
-class Membership(NamedTuple):
-    """The arguments of `jax.distributed.initialize`; without `local_device_ids`, a process uses all devices that it sees."""
-
-    coordinator: str
-    num_processes: int
-    process_id: int
-    local_device_ids: list[int] | None
+def free_port() -> int:
+    """A free port of this machine whose next one, at which JAX's service listens, is free too."""
+    while True:
+        with socket.create_server(("localhost", 0)) as server, contextlib.suppress(OSError, OverflowError):
+            port = server.getsockname()[1]
+            socket.create_server(("localhost", port + 1)).close()
+            return port
 
 
 def from_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Membership | None:
@@ -26,18 +31,16 @@ def from_flags(coordinator: str | None, num_processes: int | None, process_id: i
     absent = [f"--{name}" for name, value in values.items() if value is None]
     if len(absent) == 3:
         return None
-    if absent:
-        raise ValueError(f"{' and '.join(absent)} not given; {BY_HAND}, or none of the three")
-    if num_processes < 1:
-        raise ValueError(f"--num_processes={num_processes}: there is at least one")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(f"--process_id={process_id} is not one of 0 to {num_processes - 1} (--num_processes={num_processes})")
+    check(not absent, f"{' and '.join(absent)} not given; {BY_HAND}, or none of the three")
+    check(num_processes >= 1, f"--num_processes={num_processes}: there is at least one")
+    among = f"one of 0 to {num_processes - 1} (--num_processes={num_processes})"
+    check(0 <= process_id < num_processes, f"--process_id={process_id} is not {among}")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:8476")
-    if ":" in host and not (host[0] == "[" and host[-1] == "]"):
-        raise ValueError(f"--coordinator={coordinator}: an IPv6 address needs brackets, as in [{host.strip('[]')}]:{port}")
-    return Membership(coordinator, num_processes, process_id, None)
+    valid = host and port.isdecimal() and 0 < int(port) < 2**16
+    check(valid, f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:8476")
+    bracketed = ":" not in host or (host[0] == "[" and host[-1] == "]")
+    check(bracketed, f"--coordinator={coordinator}: an IPv6 address needs brackets, as in [{host.strip('[]')}]:{port}")
+    return coordinator, num_processes, process_id, None
 
 
 def from_launcher(timeout: float) -> Membership | None:
@@ -46,8 +49,8 @@ def from_launcher(timeout: float) -> Membership | None:
     if method is None:
         return None
     name, package = NEEDS.get(method, (method, None))
-    if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"{name} started this process; to find the others, install the package {package}, or {BY_HAND}")
+    installed = package is None or importlib.util.find_spec(package) is not None
+    check(installed, f"{name} started this process; to find the others, install the package {package}, or {BY_HAND}")
     from jax._src import clusters  # the public jax.distributed.initialize aborts when a process is missing
 
     try:
@@ -56,16 +59,22 @@ def from_launcher(timeout: float) -> Membership | None:
         )
     except Exception as cause:  # client libraries of launchers raise their own
         raise ValueError(f"{name}: {' '.join(str(cause).split())}; fix that, or {BY_HAND}") from cause
-    if None in (address, count, number):
-        raise ValueError(f"{name} started this process, but its variables do not describe the others; {BY_HAND}")
-    return None if count == 1 else Membership(address, count, number, None if _has_own_gpus() else device_ids)
+    described = None not in (address, count, number)
+    check(described, f"{name} started this process, but its variables do not describe the others; {BY_HAND}")
+    env = os.environ
+    only_one = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (
+        "SLURM_STEP_NUM_NODES" in env and env["SLURM_STEP_NUM_NODES"] == env.get("SLURM_STEP_NUM_TASKS")
+    )
+    if only_one or env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0:
+        device_ids = None  # all GPUs that it sees; else JAX gives each process of a machine one of them
+    return None if count == 1 else (address, count, number, device_ids)
 
 
 def launcher() -> str | None:
     """JAX's name of the launcher that started several processes; None for a single process.
 
-    A shell inside an allocation, a single TPU machine and a pod outside an indexed job are single processes, although the
-    variables of a launcher may be set there.
+    The variables of a launcher may also be set in a shell inside an allocation, on a single TPU machine and in a pod outside an
+    indexed job, which are single processes.
     """
     env = os.environ
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # before SLURM, whose steps start Open MPI's own daemons
@@ -99,12 +108,3 @@ def _metadata(attribute: str) -> str:
             return response.read().decode()
     except OSError:
         return ""
-
-
-def _has_own_gpus() -> bool:
-    """Whether this process may use all GPUs that it sees; otherwise JAX gives each process of a machine one of them."""
-    env = os.environ
-    single = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (
-        "SLURM_STEP_NUM_NODES" in env and env["SLURM_STEP_NUM_NODES"] == env.get("SLURM_STEP_NUM_TASKS")
-    )
-    return single or env.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0

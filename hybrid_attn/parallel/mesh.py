@@ -35,29 +35,25 @@ def axis_sizes(mesh: config.Mesh, num_devices: int) -> tuple[int, ...]:
         raise ValueError(f"mesh {shown} needs {fixed} devices and {num_devices} are here; {cure} -1 for one axis")
     if num_devices % fixed:
         divisors = ", ".join(str(x) for x in range(1, num_devices + 1) if num_devices % x == 0)
-        raise ValueError(
-            f"mesh {shown}: {num_devices} devices do not divide by {fixed}; the sizes beside -1 must give one of {divisors}"
-        )
+        cure = f"the sizes beside -1 must give one of {divisors}"
+        raise ValueError(f"mesh {shown}: {num_devices} devices do not divide by {fixed}; {cure}")
     return tuple(num_devices // fixed if size == -1 else size for size in sizes.values())
 
 
 def make_mesh(mesh: config.Mesh, devices: list | None = None) -> Mesh:
-    """The explicit mesh of `AXES` over `devices` (by default all).
-
-    Raises ValueError where the size of `slice` is not the number of TPU slices.
-    """
+    """The explicit mesh of `AXES` over `devices`, by default all; ValueError where `slice` is not the number of TPU slices."""
     devices = jax.devices() if devices is None else devices
-    sizes, types = axis_sizes(mesh, len(devices)), (AxisType.Explicit,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes, slices = axis_sizes(mesh, len(devices)), len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return Mesh(_device_array(mesh_utils.create_device_mesh, sizes, devices), AXES, axis_types=types)
-    if sizes[0] == slices:
+        array = _device_array(mesh_utils.create_device_mesh, sizes, devices)
+    elif sizes[0] == slices:
         inside, between = (1, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
-        return Mesh(_device_array(mesh_utils.create_hybrid_device_mesh, inside, between, devices), AXES, axis_types=types)
-    if devices[0].platform == "tpu":
+        array = _device_array(mesh_utils.create_hybrid_device_mesh, inside, between, devices)
+    elif devices[0].platform == "tpu":
         raise ValueError(f"mesh.slice={sizes[0]}, and the {len(devices)} TPU devices form {slices} slices; use {slices}")
-    # A "slice" of GPUs is an NVLink domain, often one machine; other networks carry any axis between them.
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+    else:  # a "slice" of GPUs is an NVLink domain, often one machine; other networks carry any axis between them
+        array = np.asarray(devices).reshape(sizes)
+    return Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def mesh_over_first(**sizes: int) -> Mesh:
@@ -112,9 +108,8 @@ def gathered(weight: jax.Array) -> jax.Array:
     other_axes = tuple(axis for axis in (*BATCH, "context") if axis != "fsdp")
 
     def shard(part):
-        return jax.lax.all_gather(
-            jax.lax.pcast(part, other_axes, to="reduced"), "fsdp", axis=spec.index("fsdp"), tiled=True, to="reduced"
-        )
+        part = jax.lax.pcast(part, other_axes, to="reduced")
+        return jax.lax.all_gather(part, "fsdp", axis=spec.index("fsdp"), tiled=True, to="reduced")
 
     gathered_spec = P(*(None if axis == "fsdp" else axis for axis in spec), reduced={"fsdp", *other_axes})
     if jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:

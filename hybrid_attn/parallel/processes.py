@@ -19,22 +19,13 @@ from typing import TextIO
 import jax
 
 from hybrid_attn.parallel import launchers
-from hybrid_attn.parallel.hub import (
-    GONE,
-    LOOPBACK,
-    MAX_ERROR_LENGTH,
-    SILENCE,
-    SILENT,
-    Heartbeat,
-    Hub,
-    Link,
-    delay_aborts,
-    listen,
-)
+from hybrid_attn.parallel.hub import GONE, MAX_ERROR_LENGTH, SILENCE, SILENT, Heartbeat, Hub, Link, delay_aborts, listen
+from hybrid_attn.trees import check
 
 # JAX gives up a silent process, too, and aborts all processes without the cause. Its timeout is this many times the hub's, so
 # that the hub reports the cause first.
 JAX_TIMEOUT_FACTOR = 10
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PRINTING = threading.Lock()
 
 
@@ -49,10 +40,7 @@ class Peers:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def agree(self, run: Mapping[str, str]) -> None:
-        """Waits until all processes have called this; if a field of `run` differs, all end with exit code 2 and name it.
-
-        It may be called again with fields that are known later.
-        """
+        """Waits for all to call this, and perhaps again; if a field of `run` differs, all end with exit code 2 and name it."""
         self._same.clear()
         self._link.send(run=dict(run))
         self._same.wait()
@@ -101,9 +89,7 @@ class Peers:
         heartbeat, over, selector = Heartbeat([self._link], self._silence), False, selectors.DefaultSelector()
         selector.register(self._link.connection, selectors.EVENT_READ)
         while not over:
-            if heartbeat.ping_is_due():
-                self._link.send(ping=True)
-            readable = selector.select(heartbeat.until_ping())
+            readable = heartbeat.select(selector, self._link.send)
             silence = heartbeat.silence(self._link)
             if not readable and silence > self._silence and self._hub is None:
                 text = f"process 0{SILENT.format(silence)}"
@@ -132,7 +118,10 @@ class Peers:
                 self._stop_at = step
                 self._agreeing.release()
             case {"leave": True}:
-                self._end_saved()
+                if self.number == 0:
+                    _print(self._exit_message, sys.stdout)
+                self.close()
+                _end(None, 0)
             case {"ping": True} | {"over": True}:
                 pass
             case _:
@@ -147,12 +136,6 @@ class Peers:
         """
         _end(f"error: {text}", code if self._status in (None, 1, 2) else self._status)
 
-    def _end_saved(self) -> None:
-        if self.number == 0:
-            _print(self._exit_message, sys.stdout)
-        self.close()
-        _end(None, 0)
-
 
 def start(
     coordinator: str | None = None,
@@ -163,32 +146,30 @@ def start(
 ) -> Peers | None:
     """Joins the processes of this run, before JAX uses a device; None, without any network, for a single process.
 
-    The arguments say how many processes there are and which one this is; without them, the launcher does: SLURM, Open MPI, a
-    TPU pod or Kubernetes. With HYBRID_RUN_TOKEN in the environment of process 0, only processes with the same token can join.
-    ValueError for arguments that do not fit together; OSError that names the missing processes if not all have joined after
-    `timeout` seconds. A process is given up after `silence` seconds without a message.
+    The arguments, or else the launcher (SLURM, Open MPI, a TPU pod or Kubernetes), say how many processes there are and which
+    one this is. With HYBRID_RUN_TOKEN in the environment of process 0, only processes with the same token can join.
+    ValueError for arguments that do not fit together; OSError that names those which have not joined after `timeout` seconds.
+    A process is given up after `silence` seconds without a message.
     """
-    if not 0 < timeout < math.inf:
-        raise ValueError(f"--join_timeout={timeout} is no number of seconds that all could wait")
+    check(0 < timeout < math.inf, f"--join_timeout={timeout} is no number of seconds that all could wait")
     membership = launchers.from_flags(coordinator, num_processes, process_id) or launchers.from_launcher(timeout)
     if membership is None:
         return None
     address, count, number, device_ids = membership
     host, _, port = address.rpartition(":")
-    host, port, jax_port = host.strip("[]"), int(port), _jax_port(int(port))
+    host, port = host.strip("[]"), int(port)
+    jax_port = port + 1 if port < 2**16 - 1 else port - 1
     bind = host if host in LOOPBACK else ""  # a loopback address is not reachable from elsewhere
     token = os.environ.get("HYBRID_RUN_TOKEN", "")
-    hub = None
-    if number == 0:
-        hub = Hub(bind, port, count, timeout, silence, token)
+    hub = Hub(bind, port, count, timeout, silence, token) if number == 0 else None
+    if hub:
         try:
             listen(bind, jax_port).close()  # JAX's service crashes if it cannot listen
         except OSError:
             hub.server.close()
             raise
         hub.start()
-    link = _join((host, port), number, count, timeout, token)
-    peers = Peers(number, link, hub, silence)
+    peers = Peers(number, _join((host, port), number, count, timeout, token), hub, silence)
     atexit.register(peers.close)  # registered before JAX's handler, so it runs after it: a process that is done is not missing
     jax.config.update("jax_enable_preemption_service", False)  # it would replace the SIGTERM handler of the training loop
     _silence_gloo()
@@ -239,10 +220,6 @@ def _join(address: tuple[str, int], number: int, count: int, timeout: float, tok
                 raise ValueError(text) if code == 2 else OSError(text)
     link.connection.settimeout(None)
     return link
-
-
-def _jax_port(port: int) -> int:
-    return port + 1 if port < 2**16 - 1 else port - 1
 
 
 def _bracketed(host: str) -> str:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrid_attn.trees import check
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 BITS = {"pred": 8, "bf16": 16, "token": 0}  # the names of other types have the number: f32, s8, u4, f8e4m3fn
 CALLERS = ("while", "call", "conditional", "fusion", "async-start")
@@ -67,19 +69,18 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             current.append(Instruction(match[1], match[2], match[3], line))
         elif line == "}":
             current = None
-    if entry is None:
-        raise ValueError("this is no HLO text: it has no ENTRY computation; give compiled.as_text()")
+    check(entry is not None, "this is no HLO text: it has no ENTRY computation; give compiled.as_text()")
     return computations, entry
 
 
-def shapes(type_text: str) -> list[tuple[int, int]]:
-    """(elements, bytes) of each array of a type, tuples flattened."""
-    arrays = []
-    for dtype, dims in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]", type_text):
+def arrays(type_text: str) -> list[tuple[str, str, int]]:
+    """The element type, the sizes as text and the bytes of each array of a type, tuples flattened."""
+    found = []
+    for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", type_text):
         bits = BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
         elements = math.prod(int(d.removeprefix("<=")) for d in dims.split(",") if d)
-        arrays.append((elements, -(-elements * bits // 8)))
-    return arrays
+        found.append((dtype, dims, -(-elements * bits // 8)))
+    return found
 
 
 def trip_count(instruction: Instruction, computations: Mapping[str, list[Instruction]]) -> int:
@@ -88,18 +89,15 @@ def trip_count(instruction: Instruction, computations: Mapping[str, list[Instruc
         return int(known[1])
     condition = computations[re.search(rf"condition={NAME}", instruction.line)[1]]
     constants = {int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line.line)}
-    if len(constants) != 1:
-        raise ValueError(
-            f"the loop {instruction.name} has an unknown number of iterations: its condition has the constants {constants}"
-        )
+    unknown = f"the loop {instruction.name} has an unknown number of iterations"
+    check(len(constants) == 1, f"{unknown}: its condition has the constants {constants}")
     return constants.pop()
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     """Every collective of a compiled program (`compiled.as_text()`) on a mesh of these axis sizes, in reading order.
 
-    Devices are numbered along the mesh, as XLA does. An asynchronous start and its done are one collective; one whose
-    groups are single devices is left out.
+    Devices are numbered along the mesh, as XLA does. A start and its done are one collective, groups of single devices none.
     """
     computations, entry = parse(text)
     return _inside(computations, entry, mesh)
@@ -121,18 +119,16 @@ def _inside(computations: Mapping[str, list[Instruction]], name: str, mesh: Mapp
 
 
 def _collective(kind: str, instruction: Instruction, around: Mapping[str, Instruction], mesh) -> list[Collective]:
-    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.line)
     if kind == "collective-permute":
-        groups = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
-        groups = [pair for pair in groups if pair[0] != pair[1]]
+        pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.line)
+        groups = [(int(source), int(target)) for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if source != target]
     else:
         groups = replica_groups(instruction.line, math.prod(mesh.values()))
-    devices = max(map(len, groups), default=1)
-    if devices == 1:
+    n = max(map(len, groups), default=1)
+    if n == 1:
         return []
-    operands = re.findall(r"%([\w.-]+)", _arguments(instruction))
-    sent = sum(size for name in operands for _, size in shapes(around[name].type))
-    n = devices
+    operands = [array for name in _operands(instruction) for array in arrays(around[name].type)]
+    sent = sum(size for *_, size in operands)
     received = {
         "all-gather": (n - 1) * sent,  # the result is n operands
         "reduce-scatter": sent * (n - 1) // n,
@@ -140,7 +136,7 @@ def _collective(kind: str, instruction: Instruction, around: Mapping[str, Instru
         "collective-permute": sent,
         "all-to-all": sent * (n - 1) // n,
     }[kind]
-    types = tuple(dtype for name in operands for dtype in re.findall(r"\b([a-z]\w*)\[", around[name].type))
+    types = tuple(dtype for dtype, *_ in operands)
     return [Collective(kind, axes_of(groups, mesh), n, received, 1, types, _scope(instruction, around))]
 
 
@@ -152,18 +148,17 @@ def _scope(instruction: Instruction, around: Mapping[str, Instruction]) -> str:
         if named := re.search(r'op_name="([^"]*)"', here.line):
             return named[1]
         seen.add(here.name)
-        waiting += [around[name] for name in re.findall(r"%([\w.-]+)", _arguments(here)) if name in around and name not in seen]
+        waiting += [around[name] for name in _operands(here) if name in around and name not in seen]
     return ""
 
 
-def _arguments(instruction: Instruction) -> str:
-    """The text between the parentheses of an instruction's operands."""
-    text = instruction.line.split(f" {instruction.op}(", 1)[1]
-    depth = 1
+def _operands(instruction: Instruction) -> list[str]:
+    """The names between the parentheses after the operation."""
+    text, depth = instruction.line.split(f" {instruction.op}(", 1)[1], 1
     for end, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)
         if depth == 0:
-            return text[:end]
+            return re.findall(r"%([\w.-]+)", text[:end])
     raise ValueError(f"no end of the operands of {instruction.line}")
 
 
@@ -181,20 +176,15 @@ def replica_groups(line: str, num_devices: int) -> list[tuple[int, ...]]:
         ids = np.arange(math.prod(source)).reshape(source)
         if iota[3]:
             ids = ids.transpose([int(d) for d in iota[3].split(",")])
-        return [tuple(map(int, group)) for group in ids.reshape(-1, shape[-1])]
-    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
-        return _named_groups(named[1], named[2])
+        return list(map(tuple, ids.reshape(-1, shape[-1]).tolist()))
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if named and "device_ids" not in named[1] and ":" not in named[2]:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        names, axes = list(sizes), re.findall(r"'([^']+)'", named[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        ids = np.moveaxis(ids, [names.index(axis) for axis in axes], range(-len(axes), 0))
+        return list(map(tuple, ids.reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist()))
     raise ValueError(f"replica groups of an unknown form: {line.strip()[:300]}")
-
-
-def _named_groups(mesh_text: str, axes_text: str) -> list[tuple[int, ...]]:
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh_text)}
-    names, axes = list(sizes), re.findall(r"'([^']+)'", axes_text)
-    if "device_ids" in mesh_text or ":" in axes_text:
-        raise ValueError(f"replica groups of an unknown form: mesh[{mesh_text}] {{{axes_text}}}")
-    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    moved = np.moveaxis(ids, [names.index(axis) for axis in axes], range(-len(axes), 0))
-    return [tuple(map(int, group)) for group in moved.reshape(-1, math.prod(sizes[axis] for axis in axes))]
 
 
 def axes_of(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -1,19 +1,21 @@
 """What the training step of a config needs on devices that this machine need not have: it is compiled for them, never run."""
 
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
 
+from hybrid_attn.bench.measurement import table
 from hybrid_attn.config import Config
 from hybrid_attn.data.packed import ARRAYS
 from hybrid_attn.model import execution_on, flops
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
-from hybrid_attn.plan.collectives import Collective, collectives, parse, shapes
-from hybrid_attn.plan.targets import Target
+from hybrid_attn.plan.collectives import Collective, arrays, collectives, parse
+from hybrid_attn.plan.targets import GB, Target
 from hybrid_attn.train.step import abstract_state, make_step
 
 
@@ -27,7 +29,6 @@ class Plan(NamedTuple):
     target: Target
     axes: dict[str, int]
     arguments: int
-    outputs: int
     temporaries: int
     host: int
     peak: int
@@ -46,18 +47,20 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     execution = execution_on(target.platform, of_stage.model, of_stage.train)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, TOKENS_BT)
-        arrays = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
-        compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), arrays).compile()
+        inputs = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
+        compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), inputs).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
+    peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    if target.platform == "tpu":  # the only one whose compiler includes temporaries in its own figure
+        peak = m.peak_memory_in_bytes
     per_token = flops.train_flops_per_token(of_stage.model, length)
     return Plan(
         target,
         dict(mesh.shape),
         m.argument_size_in_bytes,
-        m.output_size_in_bytes,
         m.temp_size_in_bytes,
         m.host_temp_size_in_bytes,
-        _peak(m, target.platform),
+        peak,
         per_token * batch * length / mesh.size,
         compiled.cost_analysis()["flops"],
         largest_array(text),
@@ -66,29 +69,19 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     )
 
 
-def _peak(m, platform: str) -> int:
-    """Peak memory of a device, in bytes. The compiler's own figure includes temporaries only for a TPU."""
-    if platform == "tpu":
-        return m.peak_memory_in_bytes
-    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-
-
 def largest_array(text: str) -> tuple[int, str, str]:
     """Bytes, type and scope of the largest array that an instruction of an HLO module writes."""
     computations, _ = parse(text)
-    fused = {name for lines in computations.values() for i in lines if i.op == "fusion" for name in _called(i.line)}
+    fusions = [i.line for lines in computations.values() for i in lines if i.op == "fusion"]
+    fused = {name for line in fusions for name in re.findall(r"\bcalls=%?([\w.-]+)", line)}
     largest = (0, "", "")
     for name, lines in computations.items():
         for i in lines if name not in fused else ():
             if i.op not in ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"):
                 scope = re.search(r'op_name="([^"]*)"', i.line)
-                for kind, (_, size) in zip(re.findall(r"\b[a-z]\w*\[[\d,]*\]", i.type), shapes(i.type), strict=False):
-                    largest = max(largest, (size, kind, f"{i.op} {scope[1] if scope else ''}"))
+                for dtype, dims, size in arrays(i.type):
+                    largest = max(largest, (size, f"{dtype}[{dims}]", f"{i.op} {scope[1] if scope else ''}"))
     return largest
-
-
-def _called(line: str) -> list[str]:
-    return re.findall(r"\bcalls=%?([\w.-]+)", line)
 
 
 def payload(collective: Collective) -> str:
@@ -99,3 +92,56 @@ def payload(collective: Collective) -> str:
     if scheme and letter:
         return f"{letter} {scheme}"
     return f"{letter} layers" if letter else "other"
+
+
+def report(plan: Plan) -> str:
+    """A plan as text: whether it fits, memory, FLOPs, and what is sent between devices, by mesh axis."""
+    t = plan.target
+    size, kind, where = plan.largest
+    host = f"; beside them {gb(plan.host)} of the host's memory" if plan.host else ""
+    lines = [
+        verdict(plan),
+        f"target       {t.name}: {len(t.devices)} {t.devices[0].device_kind} devices; the numbers below are per device",
+        f"mesh         {' x '.join(f'{axis} {length}' for axis, length in plan.axes.items())}",
+        f"memory       {gb(plan.peak)} at the peak: {gb(plan.arguments)} parameters, optimiser state and batch, and "
+        f"{gb(plan.peak - plan.arguments)} activations, gradients and new values{host}",
+        f"largest      {gb(size)} {kind}: {where}",
+        f"FLOPs        {plan.flops:.4g} by the formula, recomputation not counted; {plan.compiler_flops:.4g} by the compiler, "
+        "which counts a loop's body once and custom kernels not at all",
+    ]
+    calls, received, by_axes = Counter(), Counter(), Counter()
+    for x in plan.collectives:
+        axes = " ".join(x.axes)
+        key = x.kind, axes, payload(x), "backward" if x.backward else "forward"
+        calls[key] += x.times
+        received[key] += x.total
+        by_axes[axes] += x.total
+    rows = [[*key, f"{calls[key]:,}", gb(total)] for key, total in received.most_common()]
+    header = ["collective", "axes", "of", "pass", "calls a step", "received"]
+    sums = [[axes, "", gb(total)] for axes, total in by_axes.most_common()]
+    return "\n".join([*lines, "", table(header, rows), "", table(["axes", "", "received"], sums)])
+
+
+def fits(plan: Plan) -> bool:
+    """Whether a device has room for the peak."""
+    return plan.peak <= plan.target.memory
+
+
+def verdict(plan: Plan) -> str:
+    """Whether a device has room, for what, and how much is left or missing."""
+    memory, devices = plan.target.memory, len(plan.target.devices)
+    device = "a device"
+    if plan.target.platform == "cpu":
+        device += f", {'an equal part' if devices > 1 else 'all'} of this machine's"
+    if fits(plan):
+        return f"fits         {gb(plan.peak)} of the {gb(memory)} of {device}; {gb(memory - plan.peak)} are left"
+    return (
+        f"DOES NOT FIT {gb(plan.peak)}, and {gb(memory)} is the memory of {device}; {gb(plan.peak - memory)} too much: use "
+        "more devices, a larger mesh.fsdp or mesh.context, train.remat, more stages[i].microbatches or a smaller batch"
+    )
+
+
+def gb(size: float) -> str:
+    """Bytes in GB (10^9), MB or kB."""
+    unit, name = next(((unit, name) for unit, name in ((GB, "GB"), (10**6, "MB")) if size >= unit), (1000, "kB"))
+    return f"{size / unit:,.3f} {name}"

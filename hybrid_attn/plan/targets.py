@@ -4,10 +4,13 @@ import importlib.util
 import math
 import os
 import re
+from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+
+from hybrid_attn.trees import check
 
 GB = 10**9
 
@@ -27,20 +30,12 @@ CHIPS = {
     "v6e": Chip(32 * GB, "v6e"),
     "h100": Chip(80 * GB),
 }
-MOST_DEVICES = {"cpu": 1024, "others": 65_536}  # CPU devices are created on this machine, with threads of their own
+Device = namedtuple("Device", "platform compute_capability device_kind")  # the attributes that tokamax reads
 FORMS = "cpu:8 (a number of devices), h100:8, or a TPU's topology as v5e:4x4, v5p:4x4x4, v4:2x2x2, v6e:4x4"
 
 
-class Device(NamedTuple):
-    """The attributes of a device that tokamax reads."""
-
-    platform: str
-    compute_capability: str
-    device_kind: str
-
-
 class Target(NamedTuple):
-    """Devices to compile for; `memory` is bytes of one, a CPU device's an equal part of this machine's."""
+    """Devices to compile for; `memory` is bytes of one, for a CPU device an equal part of this machine's."""
 
     name: str
     platform: str
@@ -49,17 +44,14 @@ class Target(NamedTuple):
 
 
 def find_target(name: str) -> Target:
-    """The devices of a target such as those of `FORMS`; to be called before JAX has looked for devices.
-
-    ValueError for another name, NotImplementedError where the compiler for it is not installed.
-    """
+    """The devices of a target of `FORMS`, before JAX looks for any; NotImplementedError where its compiler is not installed."""
     kind, _, size = name.partition(":")
     jax.config.update("jax_platforms", "cpu")
-    if not (kind in COMPILERS and re.fullmatch(COMPILERS[kind][0], size)):
-        raise ValueError(f"target {name!r} is not known; write {FORMS}")
-    count, most = math.prod(map(int, size.split("x"))), MOST_DEVICES["cpu" if kind == "cpu" else "others"]
-    if count > most:
-        raise ValueError(f"target {name} has {count:,} devices; at most {most:,} can be compiled for")
+    known = kind in COMPILERS and re.fullmatch(COMPILERS[kind][0], size)
+    check(known, f"target {name!r} is not known; write {FORMS}")
+    count = math.prod(map(int, size.split("x")))
+    most = 1024 if kind == "cpu" else 65_536  # CPU devices are created on this machine, with threads of their own
+    check(count <= most, f"target {name} has {count:,} devices; at most {most:,} can be compiled for")
     return COMPILERS[kind][1](name, CHIPS.get(kind), count)
 
 
@@ -94,14 +86,12 @@ def _gpus(name: str, chip: Chip, count: int) -> Target:
     # tokamax compiles for the default device.
     h100 = Device("gpu", "9.0", "NVIDIA H100 80GB HBM3")
     description = (Path(__file__).parent / "descriptions/h100.textproto").read_text()
+    options = {"topology_name": "h100", "topology": f"1x1x{count}", "target_config": description}
     try:
-        devices = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", topology=f"1x1x{count}", target_config=description
-        ).devices
+        devices = topologies.get_topology_desc(platform="cuda", **options).devices
     except (RuntimeError, NotImplementedError, ImportError) as cause:
-        raise NotImplementedError(
-            f'target {name} needs JAX\'s CUDA plugin: pip install "hybrid-attn[gpu]" ({cause})'
-        ) from cause
+        cure = 'pip install "hybrid-attn[gpu]"'
+        raise NotImplementedError(f"target {name} needs JAX's CUDA plugin: {cure} ({cause})") from cause
     backend.get_default_device = lambda: h100
     return Target(name, "gpu", devices, chip.memory)
 

@@ -62,7 +62,7 @@ class Evaluations:
         engine = functools.partial(Engine, config=c, options=options, programs={}, execution=execution)
         self.engine = engine if uses_engine else lambda _: None
         # the step is set for each evaluation
-        self.about = provenance(str(workdir), 0, c, config.to_dict(c), tokenizer, haystack_text, execution, mesh)
+        self.about = provenance(str(workdir), 0, c, config.to_dict(c), self.context)
         trust = bool(corpora.locations(c.data, c.sources))
         self.about["data"] = {"trust_checkpoint_data": trust, "text": None}  # no flag names the text that hides needles
         self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}

@@ -49,14 +49,12 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     except checkpoint.UnreadableError as cause:
         cure = "use another init_from.step, or copy it again"
         raise ValueError(f"init_from: {source} cannot be read: {cause}; {cure}") from cause
-    params |= initial(c, tuple(new))
-    state = jax.jit(init_state, static_argnums=0, donate_argnums=1)(c, unflatten_dict(params, sep="/"))
     notes = trees.differences(saved.get("model", {}), to_dict(c)["model"], "model.")
     embeddings = {name for name, spec in flatten_dict(specs(c.model), sep="/").items() if spec.group == EMBEDDING}
     if embeddings & copied.keys():
         notes += tokenizer_note(directory, data, tokenizer_hash)
     record = {"path": directory, "step": step, "fingerprint": fingerprint, "copied": len(copied)}
-    return state, record | {"new": new, "ignored": ignored, "notes": notes}
+    return started(c, params), record | {"new": new, "ignored": ignored, "notes": notes}
 
 
 def lines(init: InitFrom, recorded: Mapping, new: bool) -> list[str]:
@@ -190,11 +188,11 @@ def read_copied(directory: str, step: int, copied: Mapping[str, str], expected: 
     return params
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def initial(c: Config, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    """The initial values of these parameters, as a run without `init_from` has them."""
-    params = flatten_dict(init_state(c).params, sep="/")
-    return {name: params[name] for name in names}
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def started(c: Config, copied: dict[str, jax.Array]) -> TrainState:
+    """The state before the first step with the `copied` parameters, by name, and with the initial values of the others."""
+    params = flatten_dict(init_state(c).params, sep="/") | copied
+    return init_state(c, unflatten_dict(params, sep="/"))
 
 
 def tokenizer_note(directory: str, data: Mapping, tokenizer_hash: str) -> list[str]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.model.params import ParamSpec, map_specs
+from hybrid_attn.model.params import ParamSpec
 
 STEPS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the post above: the steepest slope at zero that stays near one
@@ -70,6 +70,6 @@ def scale_by_muon(specs: dict, momentum: float, dtype: str) -> optax.GradientTra
 
     def update(updates, state, params=None):
         updates, state = accumulate.update(updates, state)
-        return map_specs(orthogonalise, specs, updates), state
+        return jax.tree.map(orthogonalise, specs, updates), state
 
     return optax.GradientTransformation(accumulate.init, update)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+import jax
 import optax
 
 from hybrid_attn.config import Config, Optim, StageConfig
 from hybrid_attn.model import specs
-from hybrid_attn.model.params import MATRIX, map_specs
+from hybrid_attn.model.params import MATRIX
 from hybrid_attn.train.muon import scale_by_muon
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.trees import choice
@@ -21,7 +22,7 @@ def _chained(scaling: optax.GradientTransformation, optim: Optim, specs: dict, r
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
         scaling,
-        optax.add_decayed_weights(decay, mask=map_specs(lambda spec: spec.decay, specs)),
+        optax.add_decayed_weights(decay, mask=jax.tree.map(lambda spec: spec.decay, specs)),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -37,8 +38,8 @@ def adamw(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTran
 
 def muon(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
     """Muon for matrices, and AdamW for embeddings, norms and scalars of heads; both take the same learning rate."""
-    is_matrix = map_specs(lambda spec: spec.group == MATRIX, specs)
-    matrices = map_specs(lambda spec: spec if spec.group == MATRIX else optax.MaskedNode(), specs)
+    is_matrix = jax.tree.map(lambda spec: spec.group == MATRIX, specs)
+    matrices = jax.tree.map(lambda spec: spec if spec.group == MATRIX else optax.MaskedNode(), specs)
     transforms = {True: scale_by_muon(matrices, optim.momentum, optim.moment_dtype), False: _adam(optim)}
     return _chained(optax.partition(transforms, is_matrix), optim, specs, rate)
 

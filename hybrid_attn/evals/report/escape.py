@@ -1,7 +1,4 @@
-"""Text from files made safe for Markdown, CSV, a picture and a file name; templates escape HTML by themselves.
-
-Names of runs, sources and tasks, answers and config values are whatever a file says. Each function here is for one output.
-"""
+"""Text that is whatever a file says, made safe for Markdown, CSV, a picture and a file name; templates escape HTML."""
 
 import hashlib
 import re
@@ -35,6 +32,11 @@ def csv(value: str | int | float | None) -> str | int | float | None:
 def label(text: str) -> str:
     """For one line in a picture, where matplotlib reads no formula (`canvas.STYLE`)."""
     return " ".join(visible(text).split())
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many characters, and an ellipsis for the others."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def file_name(name: str) -> str:

@@ -3,22 +3,19 @@
 from collections.abc import Sequence
 
 from hybrid_attn.evals.report import statistics
-from hybrid_attn.evals.report.runs import Run, records_of
+from hybrid_attn.evals.report.runs import HARNESS, Run, records_of
 from hybrid_attn.evals.report.section import EvaluationReport, Section
-from hybrid_attn.evals.report.tables import LENGTH, TASK, Column, Table, fixed, interval, of_records
-
-BESIDE = ("filter", "shots", "version", "documents", "requests", "truncated", "windowed")
+from hybrid_attn.evals.report.tables import LENGTH, TASK, Column, Table, interval, of_records
 
 
 def table(runs: Sequence[Run]) -> Table:
     """Values with what the records have beside them, and the interval of 95% that their documents leave."""
     records = records_of(runs, "harness")
-    fields = [
-        *(TASK, LENGTH, (Column("metric"), "metric"), (Column("value", fixed(4)), "value")),
-        *((Column("± stderr", fixed(4)), "stderr"), *interval(value_interval, 4)),
-        *((Column(field), field) for field in BESIDE if any(field in record for _, record in records)),
+    columns = [
+        *(TASK, LENGTH, Column("metric"), Column("value", ",.4f"), Column("± stderr", ",.4f", "stderr")),
+        *(*interval(value_interval, 4), *(Column(x) for x in HARNESS if any(x in record for _, record in records))),
     ]
-    return of_records("harness", "lm-evaluation-harness", records, fields)
+    return of_records("harness", "lm-evaluation-harness", records, columns)
 
 
 def value_interval(record: dict) -> tuple[float | None, float | None]:
@@ -37,7 +34,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         "A truncated request lost the beginning of its prompt: its score says little about context. A windowed text was scored "
         "in several pieces."
     )
-    return [Section("harness", "Harness", [text], [], [table(runs)], [], "harness")]
+    return [Section("harness", "Harness", [text], [], [table(runs)], "harness")]
 
 
 REPORT = EvaluationReport(sections, columns=())

@@ -9,15 +9,12 @@ from hybrid_attn.evals.report.runs import Run
 LONGEST_LAYOUT = 8  # letters that are shown one by one
 
 
-def name(layer_type: LayerType) -> str:
-    """Such as "local, window 512, RoPE" or "global, NoPE"."""
-    limit = reach(layer_type)
-    return f"{f'local, {limit}' if limit else 'global'}, {'NoPE' if layer_type.rope_theta is None else 'RoPE'}"
-
-
 def names(layer_types: Mapping[str, LayerType]) -> dict[str, str]:
-    """The name of each letter; letters whose names would be the same keep the letter behind it."""
-    by_letter = {letter: name(layer_type) for letter, layer_type in layer_types.items()}
+    """Of each letter, such as "local, window 512, RoPE"; letters whose names would be the same keep the letter behind it."""
+    by_letter = {}
+    for letter, layer_type in layer_types.items():
+        span = f"local, {limit}" if (limit := reach(layer_type)) else "global"
+        by_letter[letter] = f"{span}, {'NoPE' if layer_type.rope_theta is None else 'RoPE'}"
     counts = Counter(by_letter.values())
     return {letter: f"{x} ({letter})" if counts[x] > 1 else x for letter, x in by_letter.items()}
 

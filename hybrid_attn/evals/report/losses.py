@@ -1,61 +1,57 @@
-"""Losses in a report: by position in the document, beside a bigram model and chance."""
+"""Losses in a report: by position in the document, beside a bigram model and chance; and of key tokens."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 
 from hybrid_attn.evals.records import grouped, is_total, part
 from hybrid_attn.evals.report import escape, pictures
-from hybrid_attn.evals.report.canvas import Picture
-from hybrid_attn.evals.report.pictures import DASH_DOT, LONG_DASHED, Baseline
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import EvaluationReport, RunColumn, Section
+from hybrid_attn.evals.report.section import EvaluationReport, Picture, Section
 from hybrid_attn.evals.report.statistics import Z
-from hybrid_attn.evals.report.tables import LENGTH, SOURCE, Column, Table, count, fixed, of_records, tokens
+from hybrid_attn.evals.report.tables import LENGTH, SOURCE, Column, of_records, tokens
 
 PART_NAMES = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 NEAR = 0.75  # of the loss by chance, from where on a picture shows it
 INTERVALS = "Bands are normal intervals of 95% from the losses of single sequences."
-SCORED, LOSS = (Column("tokens scored"), lambda run, r: part(r)), (Column("loss (nats)", fixed(3)), "loss")
-NUMBER, BITS = (Column("number", count), "tokens"), (Column("bits per byte", fixed(3)), "bits_per_byte")
-
-
-def totals(runs: Sequence[Run]) -> Table:
-    records = [(run, r) for run, r in records_of(runs, "position") if "first" not in r]
-    fields = [SOURCE, LENGTH, SCORED, NUMBER, LOSS, BITS, (Column("chance (nats)", fixed(3)), lambda run, r: run.chance)]
-    return of_records("loss", "Held-out loss of whole sequences", records, fields)
-
-
-def by_position(runs: Sequence[Run]) -> Table:
-    records = [(run, r) for run, r in records_of(runs, "position") if "first" in r]
-    ends = ((Column("from", count), "first"), (Column("to", count), "end"))
-    fields = [SOURCE, LENGTH, SCORED, *ends, NUMBER, LOSS, BITS]
-    return of_records("loss_by_position", "Held-out loss by position in the document", records, fields)
+LOSS, BITS = Column("loss (nats)", ",.3f", "loss"), Column("bits per byte", ",.3f", "bits_per_byte")
+SCORED, NUMBER = Column("tokens scored", value=lambda run, r: part(r)), Column("number", ",", "tokens")
+WHOLE = [SOURCE, LENGTH, SCORED, NUMBER, LOSS, BITS, Column("chance (nats)", ",.3f", lambda run, r: run.chance)]
+BUCKETS = [SOURCE, LENGTH, SCORED, Column("from", ",", "first"), Column("to", ",", "end"), NUMBER, LOSS, BITS]
+KEYS = Column("near context", tokens, "short"), Column("key tokens", ",", "key_tokens"), Column("of tokens", ",", "tokens")
+KEY_TOKENS = [SOURCE, LENGTH, *KEYS, LOSS, Column("perplexity", ",.2f")]
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """Loss by position, a picture for each source and part of the tokens, a panel for each length of sequences."""
-    buckets = [(i, run, r) for i, run in enumerate(runs) for r in run.of("position") if "first" in r]
-    images = []
-    for source, of_source in grouped(buckets, lambda x: x[2]["source"]).items():
-        levels = chance(runs, max((r["loss"] for *_, r in of_source if r["loss"] is not None), default=0))
-        for name, of_part in grouped(of_source, lambda x: part(x[2])).items():
-            lines: dict[str, list[tuple[str, int, list[dict]]]] = {}
-            for (length, i), line in sorted(grouped(of_part, lambda x: (x[2]["length"], x[0])).items()):
-                panel = lines.setdefault(f"sequences of {tokens(length)}", [])
-                panel.append((runs[i].name, i, [r for *_, r in line]))
-            baselines = (bigrams(runs, source) if name == "all" else []) + levels
-            figure = pictures.loss_by_position(lines, [run.trained for run in runs], baselines)
-            what = PART_NAMES.get(name, name)
-            file, caption = f"loss_{escape.file_name(source)}_{name}", _caption(runs, source, name) or f"{source}: {what}."
-            images.append(Picture(file, caption, figure, f"{source}, {what}. {INTERVALS}", "loss_by_position"))
+    records = records_of(runs, "position")
+    whole, buckets = ([x for x in records if ("first" in x[1]) == is_bucket] for is_bucket in (False, True))
+    totals = of_records("loss", "Held-out loss of whole sequences", whole, WHOLE)
+    by_position = of_records("loss_by_position", "Held-out loss by position in the document", buckets, BUCKETS)
     paragraphs = [
         "The loss of a token by its position in the document. If a model reads its context, the loss is lower at later "
         "positions; if it cannot go beyond its length of training, the loss is higher there. Chance is the loss when all "
         f"tokens of the vocabulary are equally likely; its line is shown where a loss exceeds {NEAR:.0%} of it."
     ]
     paragraphs += [*_unreached(runs), *incomparable(runs, "position")]
-    return [Section("loss", "Loss", paragraphs, images, [totals(runs)], [by_position(runs)], "position")]
+    return [Section("loss", "Loss", paragraphs, _pictures(runs), [totals, by_position._replace(is_folded=True)], "position")]
+
+
+def _pictures(runs: Sequence[Run]) -> list[Picture]:
+    """Loss by position, a picture for each source and part of the tokens, a panel for each length of sequences."""
+    buckets = [(i, r) for i, run in enumerate(runs) for r in run.of("position") if "first" in r]
+    images = []
+    for source, of_source in grouped(buckets, lambda x: x[1]["source"]).items():
+        levels = chance(runs, max((r["loss"] for _, r in of_source if r["loss"] is not None), default=0))
+        for name, of_part in grouped(of_source, lambda x: part(x[1])).items():
+            lines: dict[str, list[tuple[str, int, list[dict]]]] = {}
+            for (length, i), line in sorted(grouped(of_part, lambda x: (x[1]["length"], x[0])).items()):
+                lines.setdefault(f"sequences of {tokens(length)}", []).append((runs[i].name, i, [r for _, r in line]))
+            of_bigrams = bigrams(runs, source) if name == "all" else []
+            figure = pictures.loss_by_position(lines, [run.trained for run in runs], of_bigrams + levels)
+            note = f"{source}, {PART_NAMES[name]}. {INTERVALS}"
+            file = f"loss_{escape.file_name(source)}_{name}"
+            images.append(Picture(file, _caption(runs, source, name), figure, note, "loss_by_position"))
+    return images
 
 
 def _caption(runs: Sequence[Run], source: str, name: str) -> str:
@@ -66,12 +62,12 @@ def _caption(runs: Sequence[Run], source: str, name: str) -> str:
         if record and name == "all" and (text := gain(run, record)):
             return f"{run.name}, {source}: {text}."
         if record and name != "all" and record["loss"] is not None:
-            cost = f"{PART_NAMES[name]} cost {record['loss']:.2f} nats"
-            return f"{run.name}, {source}: {cost} in sequences of {tokens(record['length'])}."
-    return ""
+            where = f"in sequences of {tokens(record['length'])}"
+            return f"{run.name}, {source}: {PART_NAMES[name]} cost {record['loss']:.2f} nats {where}."
+    return f"{source}: {PART_NAMES[name]}."
 
 
-def bigrams(runs: Sequence[Run], source: str) -> list[Baseline]:
+def bigrams(runs: Sequence[Run], source: str) -> list[pictures.Level]:
     """What bigram models lose on a source, in nats per token of the runs' own tokenizers; once where they agree."""
     losses: dict[str, float] = {}
     for run in runs:
@@ -80,23 +76,20 @@ def bigrams(runs: Sequence[Run], source: str) -> list[Baseline]:
         bits = [r["bits_per_byte"] for r in run.of("bigram") if r["source"] == source]
         if rates and bits:
             losses[run.name] = bits[-1] * rates[0]
-    return _baselines("bigram", losses, LONG_DASHED, 1e-3)
+    return _levels("bigram", losses, pictures.LONG_DASHED, 1e-3)
 
 
-def chance(runs: Sequence[Run], highest: float) -> list[Baseline]:
-    """The losses by chance of the runs' vocabularies, once where all have the same.
-
-    Only those that the `highest` loss is near: far above the curves, such a line would flatten them.
-    """
+def chance(runs: Sequence[Run], highest: float) -> list[pictures.Level]:
+    """The losses by chance of the runs' vocabularies, if the `highest` loss is near: far above, they would flatten curves."""
     losses = {run.name: run.chance for run in runs if run.of("position") and run.chance is not None}
-    return [x for x in _baselines("chance", losses, DASH_DOT) if highest > NEAR * x.loss]
+    return [level for level in _levels("chance", losses, pictures.DASH_DOT) if highest > NEAR * level[1]]
 
 
-def _baselines(name: str, losses: dict[str, float], dashes: tuple, tolerance: float = 0) -> list[Baseline]:
+def _levels(name: str, losses: dict[str, float], dashes: tuple, tolerance: float = 0) -> list[pictures.Level]:
     first = next(iter(losses.values()), 0)
     if losses and all(math.isclose(first, loss, rel_tol=tolerance) for loss in losses.values()):
-        return [Baseline(name, first, dashes)]
-    return [Baseline(f"{name} of {run}", loss, dashes) for run, loss in losses.items()]
+        return [(name, first, dashes)]
+    return [(f"{name} of {run}", loss, dashes) for run, loss in losses.items()]
 
 
 def _unreached(runs: Sequence[Run]) -> Iterator[str]:
@@ -159,12 +152,11 @@ def gain(run: Run, total: dict) -> str | None:
     errors = [r.get("stderr") for r in (first, last)]
     less, half = first["loss"] - last["loss"], None if None in errors else Z * math.hypot(*errors)
     amount = f"{abs(less):.2f}{'' if half is None else f' ± {half:.2f}'} nats"
-    if half is not None and abs(less) <= half:
-        than = f"{amount} {'less' if less >= 0 else 'more'} than the first {first['end']:,}"
-        return f"context makes no clear difference: tokens from position {tokens(last['first'])} on cost {than}"
     verb, than = ("gains", "less") if less >= 0 else ("costs", "more")
-    late = f"a token from position {tokens(last['first'])} on costs that much {than} than the first {first['end']:,}"
-    return f"context {verb} {amount}: {late}"
+    late, than = tokens(last["first"]), f"{than} than the first {first['end']:,}"
+    if half is not None and abs(less) <= half:
+        return f"context makes no clear difference: tokens from position {late} on cost {amount} {than}"
+    return f"context {verb} {amount}: a token from position {late} on costs that much {than}"
 
 
 def _loss(record: dict, scale: float) -> str:
@@ -177,21 +169,28 @@ def _at_training(run: Run) -> dict:
     return next((r for r in run.of("position") if is_total(r) and r["length"] == run.trained), {})
 
 
-def _bigram(run: Run) -> float | None:
+def _bigram(run: Run, _: Mapping) -> float | None:
     return next((r["bits_per_byte"] for r in run.of("bigram") if r["source"] == _at_training(run).get("source")), None)
 
 
-REPORT = EvaluationReport(
-    sections,
-    [
-        RunColumn(
-            LOSS[0]._replace(name="loss"),
-            lambda run: _at_training(run).get("loss"),
-            "nats per token on held-out text of one source, at the length of training",
-        ),
-        RunColumn(BITS[0], lambda run: _at_training(run).get("bits_per_byte"), "the same loss per byte of the text"),
-        RunColumn(Column("bigram", fixed(3)), _bigram, "the bits per byte of a bigram model on that text"),
-        RunColumn(Column("of source"), lambda run: _at_training(run).get("source")),
-    ],
-    sentences,
-)
+MEANING = "nats per token on held-out text of one source, at the length of training"
+COLUMNS = [
+    LOSS._replace(name="loss", value=lambda run, _: _at_training(run).get("loss"), meaning=MEANING),
+    BITS._replace(value=lambda run, _: _at_training(run).get("bits_per_byte"), meaning="the same loss per byte of the text"),
+    Column("bigram", ",.3f", _bigram, meaning="the bits per byte of a bigram model on that text"),
+    Column("of source", value=lambda run, _: _at_training(run).get("source")),
+]
+
+
+def key_tokens(runs: Sequence[Run]) -> list[Section]:
+    title = "Tokens whose loss depends on the far context"
+    table = of_records("key_tokens", title, records_of(runs, "key_tokens"), KEY_TOKENS)
+    text = (
+        "Key tokens are those that the far context makes more likely than the near context alone does; the loss is over these "
+        "tokens only. Each model has its own key tokens, so that the losses of two models are not over the same tokens."
+    )
+    return [Section("key_tokens", "Key tokens", [text, *incomparable(runs, "key_tokens")], [], [table], "key_tokens")]
+
+
+REPORT = EvaluationReport(sections, COLUMNS, sentences)
+KEY_TOKENS_REPORT = EvaluationReport(key_tokens, columns=())

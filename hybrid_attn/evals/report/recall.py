@@ -9,12 +9,9 @@ import numpy as np
 from hybrid_attn.evals.recall import guess
 from hybrid_attn.evals.records import grouped
 from hybrid_attn.evals.report import pictures, statistics
-from hybrid_attn.evals.report.canvas import Picture
-from hybrid_attn.evals.report.pictures import WILSON, Curve
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import EvaluationReport, Reading, RunColumn, Section
-from hybrid_attn.evals.report.statistics import Share
-from hybrid_attn.evals.report.tables import LENGTH, SOURCE, TASK, Column, Table, count, fixed, interval, of_records
+from hybrid_attn.evals.report.section import EvaluationReport, Picture, Reading, Section
+from hybrid_attn.evals.report.tables import LENGTH, SOURCE, TASK, Column, interval, of_records
 
 TASKS = {
     "recall": "pairs of letters in noise, then keys whose value is asked for",
@@ -22,17 +19,10 @@ TASKS = {
     "copy": "letters, then the same letters",
     "tracking": "chains of assignments in noise, then a value whose variables are asked for",
 }
-
-
-def table(runs: Sequence[Run]) -> Table:
-    """The share of right answers; its interval is that of as many as the sequences show to be independent of one another."""
-    fields = [
-        *(SOURCE, TASK, LENGTH, (Column("sequences", count), lambda run, r: len(r["by_row"]))),
-        *((Column("answers", count), "answers"), (Column("accuracy", fixed(3)), "accuracy")),
-        *interval(lambda r: statistics.wilson(*independent_answers(r))),
-    ]
-    title = "Synthetic recall: answers that are the likeliest token"
-    return of_records("recall", title, records_of(runs, "recall"), fields)
+COLUMNS = [
+    *(SOURCE, TASK, LENGTH, Column("sequences", ",", lambda run, r: len(r["by_row"])), Column("answers", ",")),
+    *(Column("accuracy", ",.3f"), *interval(lambda r: statistics.wilson(*independent_answers(r)))),
+]
 
 
 def independent_answers(record: Mapping) -> tuple[float, float]:
@@ -47,27 +37,28 @@ def independent_answers(record: Mapping) -> tuple[float, float]:
     return share * number, number
 
 
-def shares(records: Iterable[Mapping]) -> dict[int, Share]:
+def shares(records: Iterable[Mapping]) -> dict[int, statistics.Share]:
     ordered = sorted(records, key=itemgetter("length"))
     return {record["length"]: statistics.share(*independent_answers(record)) for record in ordered}
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    panels: dict[str, list[Curve]] = {}
-    guesses: dict[str, float] = {}
+    panels: dict[str, list[pictures.Curve]] = {}
+    guesses: dict[str, pictures.Level] = {}
     for number, run in enumerate(runs):
         for source, records in grouped(run.of("recall"), itemgetter("source")).items():
-            panels.setdefault(source, []).append(Curve(run.name, number, shares(records)))
+            panels.setdefault(source, []).append(pictures.Curve(run.name, number, shares(records)))
             if (share := guess(records[0]["task"])) is not None:
-                guesses[source] = share
+                guesses[source] = ("chance", share, pictures.DASH_DOT)
     first, curves = next(iter(panels.items()))
     figure = pictures.shares(panels, [run.trained for run in runs], "accuracy", guesses)
-    note = f"{WILSON} for as many answers as are independent. Chance: the score of a guess among what the sequence names."
-    images = [Picture("recall", f"{first}: {pictures.changes(curves)}", figure, note, "recall")]
+    note = "for as many answers as are independent. Chance: the score of a guess among what the sequence names."
+    images = [Picture("recall", f"{first}: {pictures.changes(curves)}", figure, f"{pictures.WILSON} {note}", "recall")]
     tasks = {task for _, r in records_of(runs, "recall") for task in re.findall(r"^\S+", r["task"])}
     meanings = "".join(f" {name}: {text}." for name, text in TASKS.items() if name in tasks)
+    table = of_records("recall", "Synthetic recall: answers that are the likeliest token", records_of(runs, "recall"), COLUMNS)
     text = f"Synthetic sequences, in which each question is about something that the sequence has named before.{meanings}"
-    return [Section("recall", "Recall", [text], images, [table(runs)], [], "recall")]
+    return [Section("recall", "Recall", [text], images, [table], "recall")]
 
 
 def readings(run: Run) -> list[Reading]:
@@ -76,9 +67,6 @@ def readings(run: Run) -> list[Reading]:
     return [Reading(f"recall ({x[0]['task']})", shares(x), guess(x[0]["task"]) or 0, synthetic=True) for x in first]
 
 
-def _at_longest(run: Run) -> float | None:
-    return max(records, key=itemgetter("length"))["accuracy"] if (records := run.of("recall")) else None
-
-
 MEANING = "the share of right answers in the first task, at the longest length"
-REPORT = EvaluationReport(sections, [RunColumn(Column("recall", fixed(3)), _at_longest, MEANING)], readings)
+LONGEST = Column("recall", ",.3f", lambda run, _: max(run.of("recall"), key=itemgetter("length"), default={}).get("accuracy"))
+REPORT = EvaluationReport(sections, [LONGEST._replace(meaning=MEANING)], readings)

@@ -1,28 +1,13 @@
 """RULER in a report: averages in RULER's form, the mean of the tasks by length, and a map of the tasks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 
 from hybrid_attn.evals.records import grouped, lengths_of
-from hybrid_attn.evals.report import escape, heatmaps, pictures, statistics
-from hybrid_attn.evals.report.canvas import Picture
-from hybrid_attn.evals.report.pictures import WILSON, Curve
+from hybrid_attn.evals.report import escape, pictures, statistics
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import EvaluationReport, Reading, RunColumn, Section
-from hybrid_attn.evals.report.statistics import Share
-from hybrid_attn.evals.report.tables import (
-    LENGTH,
-    RUN,
-    TASK,
-    Column,
-    Table,
-    count,
-    fixed,
-    interval,
-    lines_of,
-    of_records,
-    tokens,
-)
+from hybrid_attn.evals.report.section import EvaluationReport, Picture, Reading, Section
+from hybrid_attn.evals.report.tables import LENGTH, RUN, TASK, Column, Table, comma_separated, interval, of_records, tokens
 from hybrid_attn.evals.ruler import scores
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, complete_tasks, means
 from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
@@ -42,30 +27,27 @@ DESCRIPTIONS = {
     "qa_1": "a question of SQuAD, its paragraph among others",
     "qa_2": "a question of HotpotQA, its two paragraphs among others",
 }
-SCORE = Column("score", fixed(1), lambda value: value >= THRESHOLD)
+SCORE = Column("score", ",.1f")
+MARKED = SCORE._replace(is_bold=lambda value: value >= THRESHOLD)
+CELLS = [
+    *(TASK, LENGTH, Column("samples", ","), SCORE),
+    *(*interval(lambda r: [100 * x for x in statistics.wilson(*_right(r))], 1), Column("nulls", ",")),
+]
 
 
-def long(run: Run) -> Run:
-    """The run with its records of RULER at lengths from 4,096 tokens on."""
-    return run._replace(records=tuple(r for r in run.of("ruler") if r["length"] >= SHORT))
+def parts(run: Run) -> list[Run]:
+    """The run with its records at RULER's lengths, from 4,096 tokens on, and with those at shorter ones, which are easier."""
+    records = [[r for r in run.of("ruler") if (r["length"] < SHORT) == is_short] for is_short in (False, True)]
+    return [run._replace(records=tuple(part)) for part in records]
 
 
-def short(run: Run) -> Run:
-    """The run with its records of RULER at the other lengths, which are easier than RULER's own."""
-    return run._replace(records=tuple(r for r in run.of("ruler") if r["length"] < SHORT))
-
-
-def mean_shares(records: Iterable[Mapping]) -> dict[int, Share]:
+def mean_shares(records: Sequence[Mapping]) -> dict[int, statistics.Share]:
     """`means` as shares; their intervals follow from those of the tasks."""
-    records = list(records)
-    tasks = complete_tasks(records)
-    cells: dict[int, list[tuple[float, int]]] = {}
-    for record in (r for r in records if r["task"] in tasks):
-        cells.setdefault(record["length"], []).append(_right(record))
-    return {
-        length: Share(mean / 100, *statistics.mean_interval(cells[length]), sum(number for _, number in cells[length]))
-        for length, mean in means(records).items()
-    }
+    tasks, shares = complete_tasks(records), {}
+    for length, mean in means(records).items():
+        cells = [_right(r) for r in records if r["length"] == length and r["task"] in tasks]
+        shares[length] = statistics.Share(mean / 100, *statistics.mean_interval(cells), sum(number for _, number in cells))
+    return shares
 
 
 def _right(record: Mapping) -> tuple[float, int]:
@@ -81,89 +63,75 @@ def effective(scores: Mapping[int, float], find: Callable = scores.effective_len
     return f">{tokens(length)}" if length == max(scores) else tokens(length)
 
 
-def of_all(records: Iterable[Mapping]) -> str:
-    """How many of RULER's tasks the means are over."""
-    return f"{len(complete_tasks(records))} of {len(NAMES)}"
-
-
 def averages(runs: Sequence[Run], name: str, title: str) -> Table:
     """RULER's table: claimed and effective length, the mean of the tasks at each length, and the averages over lengths."""
     by_run = [(run, by_length) for run in runs if (by_length := means(run.records))]
     across = sorted({length for _, by_length in by_run for length in by_length})
     columns = [
         *(Column("Models"), Column("Claimed Length", tokens), Column("Effective Length")),
-        *(SCORE._replace(name=tokens(length)) for length in across),
-        *(Column(x, fixed(1)) for x in ("Avg.", "wAvg. (inc)", "wAvg. (dec)")),
+        *(MARKED._replace(name=tokens(length)) for length in across),
+        *(SCORE._replace(name=name) for name in ("Avg.", "wAvg. (inc)", "wAvg. (dec)")),
         *(Column(f"{RELATIVE:.0%} of base"), Column("Tasks")),
     ]
-    rows = [
-        [
-            *(run.name, run.trained, effective(x), *map(x.get, across), *scores.averages(x).values()),
-            *(effective(x, scores.relative_length), of_all(run.records)),
-        ]
-        for run, x in by_run
-    ]
+    rows = []
+    for run, x in by_run:
+        row = [run.name, run.trained, effective(x), *map(x.get, across), *scores.averages(x).values()]
+        tasks = f"{len(complete_tasks(run.records))} of {len(NAMES)}"
+        rows.append([*row, effective(x, scores.relative_length), tasks])
     return Table(name, title, columns, rows)
 
 
 def by_task(runs: Sequence[Run], name: str, title: str) -> Table:
     """Scores by run and task down, length across."""
-    lines = grouped(records_of(runs, "ruler"), lambda x: (x[1]["task"], x[0].name))
-    across, tasks = lengths_of(r for run in runs for r in run.records), list(dict.fromkeys(task for task, _ in lines))
-    columns = [Column("task"), RUN, *(SCORE._replace(name=tokens(length)) for length in across)]
-    rows = []
-    for key in sorted(lines, key=lambda key: tasks.index(key[0])):
-        by_length = {r["length"]: r["score"] for _, r in lines[key]}
-        rows.append([*key, *map(by_length.get, across)])
-    return Table(name, title, columns, rows)
-
-
-def cells(runs: Sequence[Run], name: str, title: str) -> Table:
-    """Every score with its samples, its interval and its empty answers."""
-    fields = [
-        *(TASK, LENGTH, (Column("samples", count), "samples"), (Column("score", fixed(1)), "score")),
-        *(*interval(lambda r: [100 * x for x in statistics.wilson(*_right(r))], 1), (Column("nulls", count), "nulls")),
-    ]
-    return of_records(name, title, records_of(runs, "ruler"), fields)
+    across, rows = lengths_of(r for run in runs for r in run.records), []
+    for task, of_task in grouped(records_of(runs, "ruler"), lambda x: x[1]["task"]).items():
+        for run, of_run in grouped(of_task, lambda x: x[0].name).items():
+            by_length = {r["length"]: r["score"] for _, r in of_run}
+            rows.append([task, run, *map(by_length.get, across)])
+    return Table(name, title, [TASK, RUN, *(MARKED._replace(name=tokens(length)) for length in across)], rows)
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    parts = ((long, "ruler", "RULER"), (short, "short_ruler", "Short RULER"))
-    of_parts = [([*map(of_lengths, runs)], name, title) for of_lengths, name, title in parts]
-    return [_section(*x) for x in of_parts if any(run.records for run in x[0])]
+    long, short = zip(*map(parts, runs), strict=True)
+    of_parts = (long, "ruler", "RULER"), (short, "short_ruler", "Short RULER")
+    return [_section(*part) for part in of_parts if any(run.records for run in part[0])]
 
 
 def _section(runs: Sequence[Run], name: str, title: str) -> Section:
     described = [[task, DESCRIPTIONS.get(task)] for task in dict.fromkeys(r["task"] for run in runs for r in run.records)]
-    tables = [averages(runs, name, f"{title}, in RULER's form"), by_task(runs, f"{name}_by_task", f"{title}, each task")]
-    folded = [
-        Table(f"{name}_tasks", "What each task asks", [Column("task"), Column("asks for")], described),
-        cells(runs, f"{name}_cells", f"{title}, each cell: samples, interval, empty answers"),
+    cells = f"{title}, each cell: samples, interval, empty answers"
+    tables = [
+        averages(runs, name, f"{title}, in RULER's form"),
+        by_task(runs, f"{name}_by_task", f"{title}, each task"),
+        Table(f"{name}_tasks", "What each task asks", [TASK, Column("asks for")], described, is_folded=True),
+        of_records(f"{name}_cells", cells, records_of(runs, "ruler"), CELLS)._replace(is_folded=True),
     ]
-    return Section(name, title, _paragraphs(runs), _pictures(runs, name), tables, folded, "ruler")
+    return Section(name, title, _paragraphs(runs), _pictures(runs, name), tables, "ruler")
 
 
 def _pictures(runs: Sequence[Run], name: str) -> list[Picture]:
     """The mean by length and a map of tasks by length; of one length, all tasks and their mean as points."""
-    curves = [Curve(run.name, i, x) for i, run in enumerate(runs) if (x := mean_shares(run.records))]
+    curves = [pictures.Curve(run.name, i, x) for i, run in enumerate(runs) if (x := mean_shares(run.records))]
     panel = {"mean of the tasks": curves} if curves else {}
     caption = f"Right answers: {pictures.changes(curves) if curves else 'no task at all lengths.'}"
     of_tasks = grouped(((i, run, r) for i, run in enumerate(runs) for r in run.records), lambda x: x[2]["task"])
     longest = max(lengths := lengths_of(r for run in runs for r in run.records))
     if len(lengths) == 1:
         for task, records in of_tasks.items():
-            panel[task] = [Curve(run.name, i, {longest: statistics.share(*_right(r))}) for i, run, r in records]
-        figure, note = pictures.points(panel, "score", 100), f"{WILSON}; the mean's combines those of its tasks."
+            panel[task] = [pictures.Curve(run.name, i, {longest: statistics.share(*_right(r))}) for i, run, r in records]
+        figure, note = pictures.points(panel, "score", 100, {}), f"{pictures.WILSON}; the mean's combines those of its tasks."
         return [Picture(name, caption, figure, note, f"{name}_cells")]
+    images = []
+    if curves:
+        enough = dict.fromkeys(panel, (f"enough ({THRESHOLD:g})", THRESHOLD, pictures.DOTTED))
+        figure = pictures.curves(panel, [run.trained for run in runs], "score", 100, enough)
+        note = f"Mean of the tasks by length. {pictures.WILSON} of the tasks, combined."
+        images.append(Picture(name, caption, figure, note, name))
     maps = [(run.name, {(r["task"], r["length"]): r["score"] for r in run.records}, run.trained) for run in runs if run.records]
     note = "Scores by task and length; intervals are in the table of cells."
     note += " Right of the dashed line: beyond the length of training." * any(longest > run.trained for run in runs)
-    task_map = heatmaps.task_map(maps, list(of_tasks))
-    images = [Picture(f"{name}_tasks", _extremes(runs), task_map, note, f"{name}_by_task")]
-    if curves:
-        figure = pictures.curves(panel, [run.trained for run in runs], "score", 100, THRESHOLD)
-        images.insert(0, Picture(name, caption, figure, f"Mean of the tasks by length. {WILSON} of the tasks, combined.", name))
-    return images
+    task_map = pictures.task_map(maps, list(of_tasks))
+    return [*images, Picture(f"{name}_tasks", _extremes(runs), task_map, note, f"{name}_by_task")]
 
 
 def _extremes(runs: Sequence[Run]) -> str:
@@ -172,10 +140,9 @@ def _extremes(runs: Sequence[Run]) -> str:
     longest = lengths_of(run.records)[-1]
     of_tasks = {r["task"]: r["score"] for r in run.records if r["length"] == longest}
     best, worst = max(of_tasks, key=of_tasks.get), min(of_tasks, key=of_tasks.get)
+    text = f"best at {best} ({of_tasks[best]:.0f}%), worst at {worst} ({of_tasks[worst]:.0f}%)"
     if of_tasks[best] == of_tasks[worst]:
         text = f"{of_tasks[best]:.0f}% of {'every task' if len(of_tasks) > 1 else best}"
-    else:
-        text = f"best at {best} ({of_tasks[best]:.0f}%), worst at {worst} ({of_tasks[worst]:.0f}%)"
     return f"{run.name} at {tokens(longest)}: {text}."
 
 
@@ -199,10 +166,9 @@ def _paragraphs(runs: Sequence[Run]) -> list[str]:
     families = grouped(measured, lambda run: tuple(complete_tasks(run.records)))
     for tasks, of_runs in families.items():
         if missing := [task for task in NAMES if task not in tasks]:
-            names, over = ", ".join(run.name for run in of_runs), f"{len(tasks)} of {len(NAMES)} tasks"
-            paragraphs.append(
-                f"{names}: means are over {over}, without {', '.join(missing)}, which have no score at some length."
-            )
+            over = f"{len(tasks)} of {len(NAMES)} tasks, without {', '.join(missing)}"
+            names = ", ".join(run.name for run in of_runs)
+            paragraphs.append(f"{names}: means are over {over}, which have no score at some length.")
     if len({tuple(lengths_of(run.records)) for run in measured}) > 1:
         paragraphs.append("The runs have different lengths: compare single lengths, not averages.")
     if len(families) > 1:
@@ -214,13 +180,13 @@ def _paragraphs(runs: Sequence[Run]) -> list[str]:
 
 def readings(run: Run) -> list[Reading]:
     """Those at RULER's lengths first."""
-    parts = ((long, "RULER"), (short, "short RULER"))
-    return [Reading(name, x) for of_lengths, name in parts if (x := mean_shares(of_lengths(run).records))]
+    long, short = (mean_shares(part.records) for part in parts(run))
+    return [Reading(name, shares) for name, shares in (("RULER", long), ("short RULER", short)) if shares]
 
 
-def _of_means(show: Callable[[Mapping[int, float]], float | str]) -> Callable[[Run], float | str | None]:
-    """A value of the overview, from the means at RULER's lengths."""
-    return lambda run: show(x) if (x := means(long(run).records)) else None
+def _of_table(name: str) -> Callable[[Run, Mapping], float | str | None]:
+    """For the overview: the value of a run in a column of the table in RULER's form."""
+    return lambda run, _: next((x[name] for x in averages([parts(run)[0]], "ruler", "RULER").objects()), None)
 
 
 def files(run: Run) -> dict[str, str]:
@@ -237,22 +203,13 @@ def files(run: Run) -> dict[str, str]:
         answers = [x for task in tasks for x in run.answers if (x["task"], x["length"]) == (task, length)]
         predictions = [[x["task"], x["index"], scores.postprocess(x["given"])] for x in answers]
         for name, lines in (("summary", summary), ("submission", [["Task", "ID", "Prediction"], *predictions])):
-            texts[f"ruler/{escape.file_name(run.name)}/{length}/{name}.csv"] = lines_of(lines)
+            texts[f"ruler/{escape.file_name(run.name)}/{length}/{name}.csv"] = comma_separated(lines)
     return texts
 
 
-REPORT = EvaluationReport(
-    sections,
-    [
-        RunColumn(
-            Column("RULER Avg.", fixed(1)),
-            _of_means(lambda x: scores.averages(x)["average"]),
-            "RULER's mean over tasks and lengths",
-        ),
-        RunColumn(Column("of tasks"), lambda run: of_all(x) if means(x := long(run).records) else None),
-        RunColumn(Column("effective"), _of_means(effective)),
-    ],
-    readings,
-    files,
-    mean="RULER, mean",
-)
+COLUMNS = [
+    Column("RULER Avg.", ",.1f", _of_table("Avg."), meaning="RULER's mean over tasks and lengths"),
+    Column("of tasks", value=_of_table("Tasks")),
+    Column("effective", value=_of_table("Effective Length")),
+]
+REPORT = EvaluationReport(sections, COLUMNS, readings, files, mean="RULER, mean")

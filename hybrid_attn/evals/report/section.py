@@ -3,37 +3,36 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from hybrid_attn.evals.report.canvas import Picture
+from matplotlib.figure import Figure
+
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.statistics import Share
-from hybrid_attn.evals.report.tables import Column, Table, Value
+from hybrid_attn.evals.report.tables import Column, Table
+
+
+class Picture(NamedTuple):
+    """The caption says what the figure shows, the note how to read it; the names are of its file and of its numbers' table."""
+
+    name: str
+    caption: str
+    figure: Figure
+    note: str = ""
+    table: str = ""
 
 
 class Section(NamedTuple):
-    """`folded` tables are closed until a reader opens them. `evaluation` is the name of the one that it shows, if any."""
+    """`evaluation` is the name of the one that it shows, if any."""
 
     name: str
     title: str
     paragraphs: Sequence[str]
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
-    folded: Sequence[Table] = ()
     evaluation: str = ""
 
 
-class RunColumn(NamedTuple):
-    """A column of the overview: a number of each run. A page explains it if it has a `meaning`."""
-
-    column: Column
-    value: Callable[[Run], Value]
-    meaning: str = ""
-
-
 class Reading(NamedTuple):
-    """Shares of right answers by length: the verdict says up to which length a run reads.
-
-    `chance` is what a guess would score. The verdict on synthetic questions comes after its other sentences.
-    """
+    """Shares of right answers by length; `chance` is that of a guess. The verdict on synthetic questions comes last."""
 
     questions: str
     by_length: dict[int, Share]
@@ -44,14 +43,13 @@ class Reading(NamedTuple):
 class EvaluationReport(NamedTuple):
     """What a report shows of one evaluation.
 
-    `columns` are its numbers in the overview; None stands for its headline. `verdict` yields readings and sentences of
-    a run. The verdict of a page is about the first reading; it has the sentences if there is no reading or no other run.
-    `files` returns further files of a run by their paths in tables/. `mean` is the name of the mean over its tasks in
-    comparisons of runs; empty if there is none.
+    `columns` are its numbers in the overview; their records are `model` of run.json, and None stands for the headline. The
+    verdict of a page is about the first reading that `verdict` yields; it has the sentences if there is no reading or no other
+    run. `files` returns further files by their paths in tables/. `mean` names the mean over its tasks in comparisons, if any.
     """
 
     sections: Callable[[Sequence[Run]], list[Section]]
-    columns: Sequence[RunColumn] | None = None
+    columns: Sequence[Column] | None = None
     verdict: Callable[[Run], Iterable[Reading | str]] = lambda run: ()
     files: Callable[[Run], Mapping[str, str]] = lambda run: {}
     mean: str = ""

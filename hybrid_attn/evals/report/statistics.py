@@ -18,11 +18,10 @@ PAIRS = 10  # fewest pairs for a verdict: a sign test on five equal differences 
 
 
 class Difference(NamedTuple):
-    """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a.
+    """Mean scores of two models on the same `pairs` of answers, and the interval of 95% of b - a, if anything bounds it.
 
-    `fewest` is how many pairs its task has; of a mean over tasks, the one with the fewest. Of a `loss` less is better. `low`
-    and `high` are None where nothing bounds them: losses that all differ by the same. `family` is the name of the mean that
-    counts its task, and empty if none does; `is_mean` if it is that mean.
+    `fewest` is how many pairs its task has; of a mean over tasks, the one with the fewest. Of a `loss` less is better.
+    `family` is the name of the mean that counts its task, and empty if none does; `is_mean` if it is that mean.
     """
 
     task: str
@@ -86,12 +85,6 @@ def resampled_means(values: np.ndarray, key: int) -> np.ndarray:
     return np.concatenate(means)
 
 
-def interval(means: np.ndarray) -> tuple[float, float]:
-    """Where the middle 95% of resampled means lie."""
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
-
-
 def mean_interval(cells: Sequence[tuple[float, int]]) -> tuple[float, float]:
     """The interval of 95% for the mean of shares, each of which has right answers and answers.
 
@@ -104,33 +97,8 @@ def mean_interval(cells: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return float(mean - math.sqrt(((shares - low) ** 2).sum()) / n), float(mean + math.sqrt(((high - shares) ** 2).sum()) / n)
 
 
-def difference_interval(pairs: Sequence[np.ndarray], means: Sequence[np.ndarray], loss: bool) -> tuple[float, ...] | None:
-    """The interval of 95% for the mean over tasks of b - a: of each task its pairs [n, 2] and resampled `means`.
-
-    A task whose pairs all differ by the same d has resampled means without a spread. Scores lie between 0 and 1, so that a pair
-    not seen differs by -1 at the least and by 1 at the most, and of such pairs Wilson's interval for 0 of n allows a share p:
-    the mean lies between d - p (1 + d) and d + p (1 - d). Where both models are right everywhere, this is Newcombe's interval
-    for paired shares (1998, method 10). Distances of tasks add up as in `mean_interval`. None for losses, which nothing bounds.
-    """
-    spread = [float(np.ptp(cell[:, 1] - cell[:, 0])) > 1e-9 for cell in pairs]  # more than rounding
-    low, high = interval(np.mean(means, axis=0))
-    if all(spread):
-        return low, high
-    if loss:
-        return None
-    middle = float(np.mean([(cell[:, 1] - cell[:, 0]).mean() for cell in pairs]))
-    below, above = (middle - low) ** 2, (high - middle) ** 2
-    for cell in (cell for cell, spreads in zip(pairs, spread, strict=True) if not spreads):
-        difference, share = float(cell[0, 1] - cell[0, 0]), wilson(0, len(cell))[1] / len(pairs)
-        below, above = below + (share * (1 + difference)) ** 2, above + (share * (1 - difference)) ** 2
-    return middle - math.sqrt(below), middle + math.sqrt(above)
-
-
 def compare(a: Run, b: Run, families: Mapping[str, set[str]]) -> list[Difference]:
-    """b against a, by task and length, on the questions that both answered; a paired bootstrap gives the intervals.
-
-    `families` has sets of tasks. At each length the mean over those tasks of a family that have pairs comes first.
-    """
+    """b against a, by length, on the questions that both answered: the mean over the tasks of each family, then each task."""
     family_of = {task: name for name, family in families.items() for task in family}
     scores = {sample_of(answer): answer["score"] for answer in a.answers}
     cells: dict[tuple[int, str], list[tuple[float, float]]] = {}
@@ -139,15 +107,14 @@ def compare(a: Run, b: Run, families: Mapping[str, set[str]]) -> list[Difference
             cells.setdefault((answer["length"], answer["task"]), []).append((scores[sample], answer["score"]))
     differences = []
     for length in sorted({length for length, _ in cells}):
-        tasks = {task: np.array(pairs) for (at, task), pairs in sorted(cells.items()) if at == length}
-        means = {task: resampled_means(pairs[:, 1] - pairs[:, 0], key) for key, (task, pairs) in enumerate(tasks.items())}
+        tasks = sorted(task for at, task in cells if at == length)
+        of_length = {task: (key, np.array(cells[length, task])) for key, task in enumerate(tasks)}
         for name, family in families.items():
-            if len(averaged := [task for task in tasks if task in family]) > 1:
-                title, of_tasks = f"{name} of {len(averaged)} tasks", ([x[task] for task in averaged] for x in (tasks, means))
-                differences.append(_difference(title, length, *of_tasks)._replace(family=name, is_mean=True))
-        for task, pairs in tasks.items():
-            of_task = _difference(task, length, [pairs], [means[task]])
-            differences.append(of_task._replace(family=family_of.get(task, "")))
+            if len(averaged := [of_length[task] for task in tasks if task in family]) > 1:
+                mean = _difference(f"{name} of {len(averaged)} tasks", length, averaged)
+                differences.append(mean._replace(family=name, is_mean=True))
+        for task in tasks:
+            differences.append(_difference(task, length, [of_length[task]])._replace(family=family_of.get(task, "")))
     return differences
 
 
@@ -160,15 +127,31 @@ def compare_sequences(a: Run, b: Run) -> list[Difference]:
             pairs = np.stack([of_a, record["by_row"]], 1)
             loss = not EVALS[record["eval"]].headline.higher_is_better
             name = f"loss of {record['source']}" if loss else f"{record['eval']}: {record['source']}"
-            means = resampled_means(pairs[:, 1] - pairs[:, 0], key)
-            differences.append(_difference(name, record["length"], [pairs], [means], loss))
+            differences.append(_difference(name, record["length"], [(key, pairs)], loss))
     return differences
 
 
-def _difference(
-    task: str, length: int, pairs: Sequence[np.ndarray], means: Sequence[np.ndarray], loss: bool = False
-) -> Difference:
-    a, b = np.mean([cell.mean(0) for cell in pairs], axis=0).tolist()
-    sizes = [len(cell) for cell in pairs]
-    low, high = difference_interval(pairs, means, loss) or (None, None)
+def _difference(task: str, length: int, cells: Sequence[tuple[int, np.ndarray]], loss: bool = False) -> Difference:
+    """The mean over tasks of b - a by a paired bootstrap: of each task the key of its random numbers and its pairs [n, 2].
+
+    A task whose pairs all differ by the same d has resampled means without a spread. Scores lie between 0 and 1, so that a pair
+    not seen differs by -1 at the least and by 1 at the most, and of such pairs Wilson's interval for 0 of n allows a share p:
+    the mean lies between d - p (1 + d) and d + p (1 - d). Where both models are right everywhere, this is Newcombe's interval
+    for paired shares (1998, method 10). Distances of tasks add up as in `mean_interval`. Nothing bounds losses.
+    """
+    gains = [pairs[:, 1] - pairs[:, 0] for _, pairs in cells]
+    means = [resampled_means(gain, key) for gain, (key, _) in zip(gains, cells, strict=True)]
+    low, high = np.quantile(np.mean(means, axis=0), (0.025, 0.975)).tolist()
+    constant = [gain for gain in gains if np.ptp(gain) <= 1e-9]  # up to rounding
+    if constant and loss:
+        low = high = None
+    elif constant:
+        middle = float(np.mean([gain.mean() for gain in gains]))
+        below, above = (middle - low) ** 2, (high - middle) ** 2
+        for gain in constant:
+            difference, share = float(gain[0]), wilson(0, len(gain))[1] / len(gains)
+            below, above = below + (share * (1 + difference)) ** 2, above + (share * (1 - difference)) ** 2
+        low, high = middle - math.sqrt(below), middle + math.sqrt(above)
+    a, b = np.mean([pairs.mean(0) for _, pairs in cells], axis=0).tolist()
+    sizes = [len(gain) for gain in gains]
     return Difference(task, length, sum(sizes), a, b, b - a, low, high, min(sizes), loss)

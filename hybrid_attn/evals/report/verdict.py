@@ -1,18 +1,19 @@
 """The verdict of a report: what the models can read, up to which length, and which of them is better where."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
-from hybrid_attn.evals.report import comparison
-from hybrid_attn.evals.report.runs import Run, measured
+from hybrid_attn.evals.report.runs import Run, measured, records_of
 from hybrid_attn.evals.report.section import Reading
-from hybrid_attn.evals.report.statistics import Z
-from hybrid_attn.evals.report.tables import tokens
+from hybrid_attn.evals.report.statistics import PAIRS, Difference, Z, compare, compare_sequences
+from hybrid_attn.evals.report.tables import signed, tokens
 from hybrid_attn.evals.ruler.scores import relative_length
 
 WIDE = 0.15  # half an interval of shares that is too wide to tell models or lengths apart
 AIM = 0.10  # half an interval that a warning asks for
 MOST_RUNS = 4  # whose sentences stand in a verdict
+VERDICTS = ("better", "worse", "unclear")
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
@@ -24,7 +25,7 @@ def sentences(runs: Sequence[Run]) -> list[str]:
         others = others if len(runs) == 1 or not reading else []
         texts += others + abilities if reading and reading.synthetic else abilities + others
     if len(runs) > 1:
-        texts += [comparison.sentence(runs[0].name, *x) for x in comparison.differences(runs)[: MOST_RUNS - 1]]
+        texts += [comparison(runs[0].name, *x) for x in differences(runs)[: MOST_RUNS - 1]]
     if len(runs) > MOST_RUNS:
         texts.append(f"The table below has the other {len(runs) - MOST_RUNS} runs too.")
     return texts
@@ -73,3 +74,41 @@ def ability(run: Run, reading: Reading) -> str:
     if before.share - behind.share > math.hypot(before.share - before.low, behind.high - behind.share):
         return f"{text}; it falls to {behind} at {tokens(after)}."
     return f"{text}; at {tokens(after)} it has {behind}, too few answers to tell whether that is less."
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[Difference]]]:
+    """Every further run against the first."""
+    averaged = [evaluation for evaluation in measured(runs) if evaluation.report().mean]
+    families = {x.report().mean: {record["task"] for _, record in records_of(runs, x.name)} for x in averaged}
+    first, *others = runs
+    return [(x.name, compare(first, x, families) + compare_sequences(first, x)) for x in others]
+
+
+def comparison(first: str, name: str, of_run: Sequence[Difference]) -> str:
+    """Which of two runs is better where, by how much: of each task at its longest length, means of tasks before single ones."""
+    if not of_run:
+        return f"{name} and {first} have no question and no sequence in common: they cannot be compared."
+    amounts = {verdict: [_amount(x) for x in headlines(of_run) if x.verdict == verdict] for verdict in VERDICTS}
+    shown = VERDICTS[:2] if (amounts["better"] or amounts["worse"]) and len(amounts["unclear"]) > 2 else VERDICTS
+    parts = [f"{verdict} on {' and '.join(amounts[verdict][:2])}" for verdict in shown if amounts[verdict]]
+    counts = Counter(x.verdict for x in of_run)
+    totals = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    return f"{name} against {first}: {'; '.join(parts)}. Of {len(of_run)} comparisons: {totals}."
+
+
+def headlines(of_run: Sequence[Difference]) -> list[Difference]:
+    """Of each task, or of the mean of its family, the comparison at the longest length: the largest clear ones first."""
+    means = {x.family for x in of_run if x.is_mean}
+    longest: dict[str, Difference] = {}
+    for x in of_run:
+        name = x.family if x.is_mean else x.task
+        if (x.is_mean or x.family not in means) and (name not in longest or longest[name].length < x.length):
+            longest[name] = x
+    return sorted(longest.values(), key=lambda x: (x.loss, not x.is_mean, -abs(x.difference)))
+
+
+def _amount(x: Difference) -> str:
+    scale, unit, digits = (1, "nats", 3) if x.loss else (100, "points", 0)
+    half = "" if x.low is None else f" ± {scale * max(x.difference - x.low, x.high - x.difference):.{digits}f}"
+    pairs = f"n = {x.pairs:,}{' sequences' * x.loss}{', too few' * (x.fewest < PAIRS)}"
+    return f"{x.task} at {tokens(x.length)} ({signed(scale * x.difference, digits)}{half} {unit}, {pairs})"

@@ -7,19 +7,19 @@ ones; where that is no matter, `fit.generate` asks better.
 
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from hybrid_attn.evals.ruler import draws as own
 from hybrid_attn.evals.ruler import tasks
 from hybrid_attn.evals.ruler.draws import Draws
-from hybrid_attn.evals.ruler.fit import check_known, count, source
+from hybrid_attn.evals.ruler.fit import count, source
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NEEDLES, NEW_TOKENS, QA, SHORT, Question, SampleSpec
+from hybrid_attn.evals.ruler.words import pairs
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.files import read_object
 from hybrid_attn.trees import check
@@ -58,11 +58,9 @@ def sent_tokenize() -> Callable[[str], list[str]] | None:
     """nltk's, by which RULER cuts prose into sentences; None where it or its data, punkt_tab, are not here."""
     try:
         from nltk.tokenize import sent_tokenize
-    except ImportError:
-        return None
-    try:
+
         sent_tokenize("Is it here? It is.")
-    except LookupError:
+    except (ImportError, LookupError):
         return None
     return sent_tokenize
 
@@ -80,28 +78,32 @@ class _Request(NamedTuple):
         return tasks.ask(self.task, self.draws, SampleSpec(self.length, index, self.source), units)
 
     def fits(self, question: Question) -> bool:
-        return self.tokens(question.prompt) + NEW_TOKENS[self.task] <= self.length
+        return self.tokens(question.prompt) + NEW_TOKENS.get(self.task, 0) <= self.length  # an example leaves no room for one
 
     def shrunk(self, ask: Callable[[int], Question], units: int, step: int, fewest: int) -> Question:
-        return _shrunk(self.fits, ask, units, step, fewest, f"{self.task} does not fit into {self.length:,}")
+        """The first question that fits, from `units` down."""
+        for _ in range(TRIES + units // step):
+            if units < fewest:
+                break
+            question = ask(units)
+            if self.fits(question):
+                return question
+            units -= step if units > step else 0
+        raise TooLongError(
+            f"{self.task} does not fit into {self.length:,} tokens as RULER asks it, whose script would try for ever; "
+            f"use a greater length, a tokenizer with longer pieces, or the default generator"
+        )
 
 
 def generate(
-    task: str,
-    length: int,
-    samples: int,
-    seed: int,
-    tokenizer: ByteTokenizer | JsonTokenizer,
-    words: Words,
-    haystack: str | None = None,
-    qa: Mapping[str, Questions] | None = None,
+    task: str, length: int, samples: int, seed: int, tokenizer, words: Words,
+    haystack: str | None = None, qa: Mapping[str, Questions] | None = None,
     sentences: Callable[[str], list[str]] = own.sentences,
-) -> list[Sample]:
+) -> list[Sample]:  # fmt: skip
     """The first `samples` of a task. For those in prose, RULER has nltk's sent_tokenize cut `haystack` into `sentences`.
 
     TooLongError where its script would try for ever.
     """
-    check_known(task)
     read = source(task, samples - 1, haystack, qa or {})
     draws = _draws(seed, words, task in NEEDLES, sentences)
     request = _Request(task, length, draws, read, functools.partial(count, tokenizer))
@@ -122,13 +124,9 @@ def _draws(seed: int, words: Words, named: bool, sentences: Callable[[str], list
         check(number <= len(enough), f"a list of {number:,} words needs more than the {len(listed):,} given; give it others")
         return enough
 
+    keys = pairs(words.adjectives, words.nouns) if named else ()
     integer, hide = np.random.RandomState(seed).randint, functools.partial(own.between_sentences, sentences)
-    return Draws(random.Random(seed), integer, shuffle, _keys(words) if named else (), drawable, None, hide)
-
-
-@functools.lru_cache(maxsize=1)
-def _keys(words: Words) -> list[str]:
-    return sorted({f"{adjective}-{noun}" for adjective in words.adjectives for noun in words.nouns})
+    return Draws(random.Random(seed), integer, shuffle, keys, drawable, None, hide)
 
 
 def _searched(request: _Request, samples: int) -> list[Question]:
@@ -150,46 +148,36 @@ def _tracking(request: _Request, samples: int) -> list[Question]:
     def example(units: int) -> Question:
         return tasks.chain(draws, units, 3, EXAMPLE_VALUE)
 
-    def small(question: Question) -> bool:
-        return request.tokens(question.prompt) <= EXAMPLE_TOKENS
-
+    shown = request._replace(task="the example of vt", length=EXAMPLE_TOKENS)
     each = request.tokens(example(5).prompt) / 5
-    shown = _search(lambda n: small(example(n)), 5, int(EXAMPLE_TOKENS / each * 3))
-    what = f"the example of vt does not fit into {EXAMPLE_TOKENS}"
-    solved = tasks.solved(_shrunk(small, example, shown, 5, fewest, what))
+    units = _search(lambda n: shown.fits(example(n)), 5, int(EXAMPLE_TOKENS / each * 3))
+    solved = tasks.solved(shown.shrunk(example, units, 5, fewest))
     step = _step(request)
     each = request.tokens(request.ask(0, step).prompt) / step
     remaining = request._replace(length=request.length - request.tokens(solved.removesuffix("\n")))
     units = _search(lambda n: remaining.fits(request.ask(0, n)), step, int(request.length / each * 3))
 
     def ask(units: int) -> Question:
-        question = request.ask(0, units)
-        return question._replace(prompt=_renamed(draws, solved) + question.prompt)
+        question, before = request.ask(0, units), solved
+        for name in solved.split()[-tasks.HOPS - 1 :]:
+            before = before.replace(name, draws.letters(len(name)))
+        return question._replace(prompt=before.replace(EXAMPLE_VALUE, draws.value()) + question.prompt)
 
     return [request.shrunk(ask, units, step, fewest) for _ in range(samples)]
 
 
-def _renamed(draws: Draws, solved: str) -> str:
-    for name in solved.split()[-tasks.HOPS - 1 :]:
-        solved = solved.replace(name, draws.letters(len(name)))
-    return solved.replace(EXAMPLE_VALUE, draws.value())
-
-
-def _frequent(request: _Request, samples: int) -> list[Question]:
-    draws, step = request.draws, (request.length - NEW_TOKENS["fwe"]) // 32
-    units = (request.length - NEW_TOKENS["fwe"]) // tasks.CODED_LETTERS
+def _frequent(request: _Request, samples: int) -> Iterator[Question]:
+    draws, budget = request.draws, request.length - NEW_TOKENS["fwe"]
+    step, units = budget // 32, budget // tasks.CODED_LETTERS
     if step < 1:
         raise TooLongError(f"fwe needs more than {request.length:,} tokens; use a length of at least {32 + NEW_TOKENS['fwe']}")
     ranked = tasks.vocabulary(draws, request.length)
-    budget = request.length - NEW_TOKENS["fwe"]
     while request.tokens(tasks.coded_text(draws, ranked, units).prompt) < budget:
         units += step
     units -= step
-    questions = []
     for _ in range(samples):
         ranked = tasks.vocabulary(draws, request.length)
-        questions.append(request.shrunk(functools.partial(tasks.coded_text, draws, ranked), units, step, 1))
-    return questions
+        yield request.shrunk(functools.partial(tasks.coded_text, draws, ranked), units, step, 1)
 
 
 def _step(request: _Request) -> int:
@@ -211,17 +199,3 @@ def _search(fits: Callable[[int], bool], low: int, most: int) -> int:
         else:
             high = middle - 1
     return best
-
-
-def _shrunk(fits: Callable, ask: Callable[[int], Question], units: int, step: int, fewest: int, what: str) -> Question:
-    for _ in range(TRIES + units // step):
-        if units < fewest:
-            break
-        question = ask(units)
-        if fits(question):
-            return question
-        units -= step if units > step else 0
-    raise TooLongError(
-        f"{what} tokens as RULER asks it, whose script would try for ever; "
-        f"use a greater length, a tokenizer with longer pieces, or the default generator"
-    )

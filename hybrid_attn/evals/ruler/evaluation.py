@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from hybrid_attn.evals import ruler
-from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, Questions, first_total
-from hybrid_attn.evals.fields import COUNT, NAME, SIZE, number
-from hybrid_attn.evals.records import mean_of
-from hybrid_attn.evals.replies import answer_records, replies_to, right_shares
+from hybrid_attn.evals.evaluation import Baselines, Evaluation, Headline, Line, Questions, first_total, report_of
+from hybrid_attn.evals.records import COUNT, NAME, SIZE, mean_of, number
+from hybrid_attn.evals.replies import answer_records, replies_to
 from hybrid_attn.evals.ruler import compat, draws, scores
 from hybrid_attn.evals.ruler.tasks import ESSAYS
 from hybrid_attn.evals.samples import Sample
@@ -46,14 +45,11 @@ def sources(context: EvalContext, settings: Settings, unit: Unit) -> list:
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
     replies = replies_to(context, samples, settings.compat)  # RULER's own lengths do not count BOS
-    shares = right_shares(samples, replies)
+    answers = [*answer_records(samples, replies)]
+    score = 100 * sum(answer["score"] for answer in answers) / len(answers)
     nulls = sum(not scores.postprocess(text) for text in replies)
-    record = {"task": unit.part, "length": unit.length, "samples": len(samples), "score": 100 * sum(shares) / len(shares)}
-    return Measured([record | {"nulls": nulls}], answer_records(samples, replies, shares))
-
-
-def is_of(unit: Unit, line: Mapping) -> bool:
-    return line.get("task") == unit.part
+    record = {"task": unit.part, "length": unit.length, "samples": len(samples), "score": score, "nulls": nulls}
+    return Measured([record], answers)
 
 
 def totals(records: Sequence[Mapping]) -> list[dict]:
@@ -67,19 +63,13 @@ def lines(records: Sequence[Mapping], baselines: Baselines) -> Iterator[Line]:
         yield Line("  RULER", record["task"], f"{record['score']:.1f}", number=f"{record['samples']:,} questions")
 
 
-def report():
-    from hybrid_attn.evals.report import ruler  # it imports the table of evaluations, and matplotlib
-
-    return ruler.REPORT
-
-
 EVALUATION = Evaluation(
     name="ruler",
     parts=lambda context, settings: settings.ruler_tasks,
     measure=measure,
     fields={"task": NAME, "length": SIZE, "samples": SIZE, "score": number(0, 100), "nulls": COUNT},
     headline=Headline(first_total("score"), "ruler_score_percent", "score {:.1f}", higher_is_better=True),
-    report=report,
+    report=report_of("ruler"),
     totals=totals,
     lines=lines,
     section_order=0,
@@ -94,5 +84,4 @@ EVALUATION = Evaluation(
     flags=("samples", "seed", "ruler_tasks", "text", "squad", "hotpot", "english_words", "compat"),
     sequences=lambda settings, length: settings.samples,
     missing=missing,
-    is_of=is_of,
 )

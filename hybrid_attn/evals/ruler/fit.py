@@ -4,9 +4,8 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from hybrid_attn.evals.ruler import tasks, words
-from hybrid_attn.evals.ruler.draws import of_sample
+from hybrid_attn.evals.ruler.draws import Draws, of_sample
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.evals.ruler.tasks import ESSAYS, NAMES, NEW_TOKENS, QA, Question, SampleSpec
 from hybrid_attn.evals.samples import Sample, TooLongError, spent
@@ -26,20 +25,13 @@ def missing(haystack: str | None, qa: Mapping[str, Questions]) -> dict[str, str]
 
 
 def generate(
-    task: str,
-    length: int,
-    index: int,
-    seed: int,
-    tokenizer: ByteTokenizer | JsonTokenizer,
-    haystack: str | None = None,
-    qa: Mapping[str, Questions] | None = None,
-) -> Sample:
+    task: str, length: int, index: int, seed: int, tokenizer,
+    haystack: str | None = None, qa: Mapping[str, Questions] | None = None,
+) -> Sample:  # fmt: skip
     """A sample that follows from its arguments alone; one more unit of text and it would not fit into `length` tokens.
 
-    BOS and the answer count. TooLongError where the smallest prompt does not fit, ValueError where
-    the task lacks the text `haystack` or its questions.
+    BOS and the answer count. TooLongError where the smallest prompt does not fit, ValueError where the task lacks its data.
     """
-    check_known(task)
     name = f"{task} {index} {seed}"  # without the length: longer texts hide the same
     spec = SampleSpec(length, index, source(task, index, haystack, qa or {}))
 
@@ -48,14 +40,11 @@ def generate(
 
     fewest = FEWEST.get(task, len(spec.source.items[index].documents) if task in QA else 1)
     what = f"sample {index} of {task}"
-    if task == "vt":
-        ask = _tracking(name, length, tokenizer)
-    else:
-        ask = functools.partial(_ask, task, name, spec, words.singles())
+    ask = _tracking(name, length, tokenizer) if task == "vt" else _asking(task, name, spec, words.singles())
     most = len(words.singles()) - tasks.example_words(length) if task == "cwe" else None
     units = largest(lambda n: cost(ask(n)), length, fewest, what, most)
     if units == most:
-        ask = functools.partial(_ask, task, name, spec, words.pairs())
+        ask = _asking(task, name, spec, words.pairs())
         units = largest(lambda n: cost(ask(n)), length, fewest, what)
     question = ask(units)
     depths = [round(question.prompt.rindex(part) / len(question.prompt), 4) for part in question.answer_parts]
@@ -86,11 +75,11 @@ def largest(cost: Callable[[int], int], budget: int, fewest: int, what: str, mos
     return low
 
 
-def count(tokenizer: ByteTokenizer | JsonTokenizer, text: str) -> int:
+def count(tokenizer, text: str) -> int:
     return len(tokenizer.encode(text.encode()))
 
 
-def new_tokens(task: str, gold: str, tokenizer: ByteTokenizer | JsonTokenizer) -> int:
+def new_tokens(task: str, gold: str, tokenizer) -> int:
     """RULER's for the task, or more where its answer takes more tokens than that, as in bytes."""
     needed = count(tokenizer, f" {gold}")
     return NEW_TOKENS[task] if needed <= NEW_TOKENS[task] else -(-needed // ROUND_TO) * ROUND_TO
@@ -101,25 +90,25 @@ def check_known(task: str) -> None:
     check(not problem, f"{task!r} is no task of RULER: it {problem}")
 
 
-def _ask(task: str, name: str, spec: SampleSpec, listed: Sequence[str], units: int) -> Question:
-    return tasks.ask(task, of_sample(name, listed, words.pairs()), spec, units)
+def _asking(task: str, name: str, spec: SampleSpec, listed: Sequence[str]) -> Callable[[int], Question]:
+    """Questions of so many units."""
+    return lambda units: tasks.ask(task, of_sample(name, listed, words.pairs()), spec, units)
 
 
-def _tracking(name: str, length: int, tokenizer: ByteTokenizer | JsonTokenizer) -> Callable[[int], Question]:
+def _tracking(name: str, length: int, tokenizer) -> Callable[[int], Question]:
     """Questions of variables after a solved one, which has 500 tokens or its smallest, and less where all is short."""
 
-    def example(draws, units: int) -> str:
+    def example(draws: Draws, units: int) -> str:
         return tasks.solved(tasks.chain(draws, units, 3))
 
-    def new_draws():
-        return of_sample(name, (), ())
+    def cost(units: int) -> int:
+        return count(tokenizer, example(of_sample(name, (), ()), units))
 
     fewest = FEWEST["vt"]
-    budget = max(min(EXAMPLE_TOKENS, length // 8), count(tokenizer, example(new_draws(), fewest)))
-    shown = largest(lambda n: count(tokenizer, example(new_draws(), n)), budget, fewest, "the example of vt")
+    shown = largest(cost, max(min(EXAMPLE_TOKENS, length // 8), cost(fewest)), fewest, "the example of vt")
 
     def ask(units: int) -> Question:
-        draws = new_draws()
+        draws = of_sample(name, (), ())
         before = example(draws, shown)
         question = tasks.chain(draws, units, 5)
         return question._replace(prompt=before + question.prompt)
@@ -128,17 +117,16 @@ def _tracking(name: str, length: int, tokenizer: ByteTokenizer | JsonTokenizer) 
 
 
 def source(task: str, index: int, haystack: str | None, qa: Mapping[str, Questions]) -> Sequence[str] | Questions | None:
-    """What question `index` is made from besides the numbers drawn; ValueError where it is missing."""
+    """What question `index` is made from besides the numbers drawn; ValueError for no task, and where it is missing."""
+    check_known(task)
     if task in ESSAYS:
         check(bool(haystack and haystack.strip()), f"{task} hides its needles in a text; give one as haystack")
         return _words(haystack)
     if task not in QA:
         return None
     check(task in qa, f"{task} asks questions of a file that was not given; give it, or leave the task out")
-    questions = len(qa[task].items)
-    check(
-        index < questions, f"{task} has {questions:,} questions and no number {index:,}; ask for at most {questions:,} samples"
-    )
+    number = len(qa[task].items)
+    check(index < number, f"{task} has {number:,} questions and no number {index:,}; ask for at most {number:,} samples")
     return qa[task]
 
 

@@ -1,5 +1,6 @@
 """RULER's scores: which of the answers wanted stand in what a model has generated, whatever else stands there."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
@@ -56,12 +57,8 @@ def means(records: Iterable[Mapping]) -> dict[int, float]:
 
 def effective_length(scores: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:
     """The largest length such that it and all shorter ones score at least `threshold`, or None."""
-    effective = None
-    for length in sorted(scores):
-        if scores[length] < threshold:
-            break
-        effective = length
-    return effective
+    reached = list(itertools.takewhile(lambda length: scores[length] >= threshold, sorted(scores)))
+    return reached[-1] if reached else None
 
 
 def relative_length(scores: Mapping[int, float]) -> int | None:

@@ -93,9 +93,7 @@ def needles(draws: Draws, kind: Needles, essay: Sequence[str], units: int) -> Qu
         values.append([draws.magic(kind.value) for _ in range(kind.values)])
         statements += [NEEDLE.format(kind=kind.value, key=keys[-1], value=value) for value in values[-1]]
     draws.shuffle(statements)
-    context = (
-        _in_essay(draws, statements, essay, units) if kind.haystack == "essay" else _in_lines(draws, statements, kind, units)
-    )
+    context = _hidden(draws, kind, statements, essay, units)
     queried = draws.rng.sample(range(kind.keys), kind.queries)
     answers = tuple(value for i in queried for value in values[i])
     *first, last = (keys[i] for i in queried)
@@ -107,18 +105,15 @@ def needles(draws: Draws, kind: Needles, essay: Sequence[str], units: int) -> Qu
     return Question(prompt, answers, ", ".join(answers), parts)
 
 
-def _in_essay(draws: Draws, statements: list[str], essay: Sequence[str], units: int) -> str:
-    first = draws.start(len(essay))
-    words = list(essay[first : first + units])
-    while len(words) < units:
-        words += essay[: units - len(words)]
-    return draws.hide(" ".join(words).strip(), statements, sorted(draws.rng.sample(DEPTHS, len(statements))))
-
-
-def _in_lines(draws: Draws, statements: list[str], kind: Needles, units: int) -> str:
-    if kind.haystack == "noise":
-        lines = [NOISE] * units
-    else:
+def _hidden(draws: Draws, kind: Needles, statements: list[str], essay: Sequence[str], units: int) -> str:
+    if kind.haystack == "essay":
+        first = draws.start(len(essay))
+        words = list(essay[first : first + units])
+        while len(words) < units:
+            words += essay[: units - len(words)]
+        return draws.hide(" ".join(words).strip(), statements, sorted(draws.rng.sample(DEPTHS, len(statements))))
+    lines = [NOISE] * units
+    if kind.haystack == "needle":
         others = ((draws.magic(kind.key), draws.magic(kind.value)) for _ in range(units))
         lines = [NEEDLE.format(kind=kind.value, key=key, value=value) for key, value in others]
     for index, needle in zip(sorted(draws.rng.sample(range(units), len(statements)), reverse=True), statements, strict=True):

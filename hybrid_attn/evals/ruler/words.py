@@ -4,6 +4,7 @@ None stands in the question that asks for common words: who repeats the question
 """
 
 import functools
+from collections.abc import Sequence
 
 ADJECTIVES = """
 abrupt absent active acute adept aerial agile airy alert alien amber ample ancient angular annual antique arctic arid ashen
@@ -127,7 +128,7 @@ def singles() -> list[str]:
     return sorted(ADJECTIVES + NOUNS + VERBS)
 
 
-@functools.lru_cache(maxsize=1)
-def pairs() -> list[str]:
+@functools.lru_cache(maxsize=2)
+def pairs(adjectives: Sequence[str] = ADJECTIVES, nouns: Sequence[str] = NOUNS) -> list[str]:
     """`adjective-noun` of each adjective and noun, sorted."""
-    return sorted(f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS)
+    return sorted({f"{adjective}-{noun}" for adjective in adjectives for noun in nouns})

@@ -1,10 +1,8 @@
 """Compression of the caches of global layers once their prompts are read: which slots each key/value head keeps.
 
-A cache is left-aligned: before a compression, slot s < lengths_B[b] of request b is position s. `budgets` gives the number of
-slots that a request may keep in each layer, `scores` the importance of each slot, `counts` the number of slots that each head
-keeps, `kept_slots` which ones, and `compacted` moves them to the front in reading order. A token at position p is then in slot
-p - evicted, where evicted is the request's length less the head's count. Among equal scores the lowest slot is kept first.
-Every function but `budgets` is traceable. Requests and heads may be sharded, slots may not.
+Before a compression, slot s < lengths_B[b] of request b is position s. The kept slots move to the front in reading order: a
+token at position p is then in slot p - evicted, where evicted is the request's length less the head's count. Among equal scores
+the lowest slot is kept first. Every function but `budgets` is traceable. Requests and heads may be sharded, slots may not.
 
 Letters: B batch, W queries of the observation window, N query heads, K key/value heads, G = N/K, H head size, S slots,
 C slots of a block or of the compacted cache, M = K x C.
@@ -12,7 +10,7 @@ C slots of a block or of the compacted cache, M = K x C.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -21,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Model, score_scale
-from hybrid_attn.infer.cache.shapes import Cache, LayerCache, Runner, partition_specs, power_of_two, run_directly
-from hybrid_attn.kernels.softmax import add_scores, finite_or_zero, log_sum_exp, soft_cap
+from hybrid_attn.config import Model
+from hybrid_attn.infer.cache.shapes import Cache, LayerCache, Runner, partition_specs, power_of_two
+from hybrid_attn.kernels import AttentionOptions
+from hybrid_attn.kernels.softmax import LOWEST, add_scores, finite_or_zero, log_sum_exp, soft_cap
+from hybrid_attn.model.attention import attention_options
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, spec_of
+from hybrid_attn.trees import check
 
 VOTING = ("snapkv", "pyramid", "adakv")
 METHODS = (*VOTING, "streaming", "random")
@@ -57,29 +58,20 @@ class Compression:
     def __post_init__(self):
         for name, choices in (("method", METHODS), ("pooling", POOLING)):
             value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-        if self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1 token")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} has no middle; use an odd number, as {max(1, self.kernel + 1)}")
-        if self.sinks < 0:
-            raise ValueError(f"sinks={self.sinks} must not be negative")
-        if self.beta < 1:
-            raise ValueError(f"beta={self.beta} must be at least 1, which gives every layer the same")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor={self.floor} must be a share from 0 to 1")
+            check(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        check(self.window >= 1, f"window={self.window} must be at least 1 token")
+        has_middle = self.kernel >= 1 and self.kernel % 2 == 1
+        check(has_middle, f"kernel={self.kernel} has no middle; use an odd number, as {max(1, self.kernel + 1)}")
+        check(self.sinks >= 0, f"sinks={self.sinks} must not be negative")
+        check(self.beta >= 1, f"beta={self.beta} must be at least 1, which gives every layer the same")
+        check(0 <= self.floor <= 1, f"floor={self.floor} must be a share from 0 to 1")
         name = "sinks" if self.method == "streaming" else "window"
-        always_kept = getattr(self, name)
-        if self.cap <= always_kept:
-            raise ValueError(f"cap={self.cap} slots leave none beside {name}={always_kept}; use a cap above {always_kept}")
+        kept = getattr(self, name)
+        check(self.cap > kept, f"cap={self.cap} slots leave none beside {name}={kept}; use a cap above {kept}")
 
 
 class Scoring(NamedTuple):
-    """What the attention scores of a layer depend on beside queries and keys.
-
-    `sinks_N` are logits; keys are multiplied by `k_scales_BKS` where they are int8.
-    """
+    """What the scores of a layer depend on beside queries and keys: `sinks_N` are logits, `k_scales_BKS` those of int8 keys."""
 
     scale: float
     softcap: float | None = None
@@ -109,8 +101,7 @@ def budgets(compression: Compression, lengths_B, layers: int) -> np.ndarray:
 def scores(compression: Compression, key, q_BWNH, k_BKSH, lengths_B, scoring: Scoring) -> jax.Array:
     """The importance of each slot [B, K, S], float32: inf for slots that are always kept, -inf past a request's end.
 
-    `q_BWNH` are the queries of each request's last `window` tokens as they enter the scores; only the methods of VOTING need
-    them. `key` is a key of jax.random.
+    `q_BWNH` are the queries of each request's last `window` tokens, for the methods of VOTING; `key` is one of jax.random.
     """
     B, K, S = k_BKSH.shape[:3]
     slot_S, length_B1 = jnp.arange(S), lengths_B[:, None]
@@ -142,17 +133,21 @@ def votes(compression: Compression, q_BWNH, k_BKSH, lengths_B, scoring: Scoring)
     def block_scores(i):  # the last block is moved back to end with the cache
         return _block_scores(scoring, q_BKGWH, k_BKSH, position_BW, jnp.minimum(i * size, S - size))
 
+    def add_block(i, sums):  # without the slots of the last block that an earlier one had
+        at, s_BKGWC = block_scores(i)
+        return add_scores(*sums, jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf))[:2]
+
     zero_BKGW = jnp.zeros_like(q_BKGWH[..., 0], jnp.float32)
-    lse_BKGW = _log_sum_exp(block_scores, blocks, size, zero_BKGW)
+    _, lse_BKGW = log_sum_exp(*jax.lax.fori_loop(0, blocks, add_block, (zero_BKGW + LOWEST, zero_BKGW)))
     if scoring.sinks_N is not None:
         lse_BKGW = jnp.logaddexp(lse_BKGW, scoring.sinks_N.astype(jnp.float32).reshape(K, N // K, 1))
     shift_BKGW = finite_or_zero(lse_BKGW)
 
-    def add(i, votes_BKGS):
+    def add_votes(i, votes_BKGS):
         at, s_BKGWC = block_scores(i)
         return jax.lax.dynamic_update_slice_in_dim(votes_BKGS, jnp.exp(s_BKGWC - shift_BKGW[..., None]).sum(-2), at, 3)
 
-    votes_BKGS = jax.lax.fori_loop(0, blocks, add, jnp.broadcast_to(zero_BKGW[..., :1], (B, K, N // K, S)))
+    votes_BKGS = jax.lax.fori_loop(0, blocks, add_votes, jnp.broadcast_to(zero_BKGW[..., :1], (B, K, N // K, S)))
     prefix_BS = jnp.arange(S) < lengths_B[:, None] - W
     return pooled(compression, jnp.where(prefix_BS[:, None, None], votes_BKGS, 0.0)).mean(2)
 
@@ -168,18 +163,6 @@ def _block_scores(scoring: Scoring, q_BKGWH, k_BKSH, position_BW, at: jax.Array)
     s_BKGWC, _ = soft_cap(s_BKGWC, scoring.softcap)
     visible_BWC = at + jnp.arange(size) <= position_BW[..., None]
     return at, jnp.where(visible_BWC[:, None, None], s_BKGWC, -jnp.inf)
-
-
-def _log_sum_exp(block_scores: Callable, blocks: jax.Array, size: int, zero_BKGW: jax.Array) -> jax.Array:
-    """The log-sum-exp of every query's scores, block by block; slots of the last block that an earlier one had are left out."""
-
-    def add(i, carry):
-        at, s_BKGWC = block_scores(i)
-        s_BKGWC = jnp.where(at + jnp.arange(size) >= i * size, s_BKGWC, -jnp.inf)
-        return add_scores(*carry, s_BKGWC)[:2]
-
-    lowest = jnp.finfo(jnp.float32).min  # finite: a query before the request's start gives exp(-inf) = 0 and not NaN
-    return log_sum_exp(*jax.lax.fori_loop(0, blocks, add, (zero_BKGW + lowest, zero_BKGW)))[1]
 
 
 def _by_kv_head(q_BWNH: jax.Array, K: int) -> jax.Array:
@@ -220,10 +203,7 @@ def counts(compression: Compression, scores_BKS: jax.Array, budget_B) -> jax.Arr
 
 
 def kept_slots(scores_BKS: jax.Array, counts_BK: jax.Array, slots: int) -> jax.Array:
-    """The `counts_BK` slots of each head with the highest scores, ascending, then S, which is no slot: [B, K, slots] int32.
-
-    `slots` is static: the largest count, and any room for new tokens.
-    """
+    """The `counts_BK` slots of each head with the highest scores, ascending, then S, which is no slot: [B, K, slots] int32."""
     S = scores_BKS.shape[-1]
     best_BKC = jax.lax.top_k(scores_BKS, min(slots, S))[1]
     index_BKC = jnp.sort(jnp.where(jnp.arange(best_BKC.shape[-1]) < counts_BK[..., None], best_BKC, S))
@@ -240,51 +220,32 @@ def compacted(arrays, index_BKC: jax.Array):
     return jax.tree.map(take, arrays)
 
 
-def scorings(model: Model, weights: dict, transform: Callable[[dict], dict]) -> list[Scoring]:
-    """The `Scoring` of each layer of `model`, whose weights are `extend`'s and whose leaves `transform` makes of those."""
-    layer_types = [model.kinds[letter] for letter in model.layers]
-    sinks = [transform(leaves)["attention"].get("sink") for leaves in weights["layers"]]
-    return [Scoring(score_scale(model, x), x.softcap, sinks_N) for x, sinks_N in zip(layer_types, sinks, strict=True)]
-
-
-class Window(NamedTuple):
-    """A layer's observation window: its queries, the logits of the layer's sinks, and each request's length and budget."""
-
-    q_BWNH: jax.Array
-    sinks_N: jax.Array | None
-    lengths_B: jax.Array
-    budget_B: jax.Array
-
-
-def compressed(
-    compression: Compression, cache: Cache, queries: Sequence, scorings: Sequence[Scoring], room: int,
-    run: Runner = run_directly,
-) -> Cache:  # fmt: skip
+def compressed(compression: Compression, model: Model, cache: Cache, queries: Sequence, room: int, run: Runner) -> Cache:
     """The cache with the kept slots alone in every layer without a ring, and slots for `room` more tokens of each request.
 
-    `queries` are each layer's queries of the last `window` tokens of each request, from `steps.read`. Shorter requests are
-    unchanged.
+    `queries` are each layer's, of the last `window` tokens of each request, with its sinks. Shorter requests are unchanged.
     """
     lengths_B = np.asarray(jax.device_get(cache.lengths_B))
     layers = list(cache.layers)
     global_layers = [i for i, layer in enumerate(layers) if layer.evicted_BK is not None]
     for i, budget_B in zip(global_layers, budgets(compression, lengths_B, len(global_layers)), strict=True):
-        layer, scoring = layers[i], scorings[i]
+        layer, (q_BWNH, sinks_N) = layers[i], queries[i]
         budget_B = jax.device_put(budget_B, layer.k_BKSH.sharding.update(spec=P(BATCH)))
-        window = Window(queries[i], scoring.sinks_N, cache.lengths_B, budget_B)
-        static_args = compression, scoring.scale, scoring.softcap
+        window = q_BWNH, sinks_N, cache.lengths_B, budget_B
+        static_args = compression, attention_options(model, model.layers[i])
         scores_BKS, counts_BK = run(_scores_and_counts, static_args, jax.random.key(SEED + i), window, layer)
         slots = power_of_two(int(jax.device_get(counts_BK).max()) + room)
         layers[i] = run(_compacted_layer, (slots,), layer, scores_BKS, counts_BK, cache.lengths_B)
     return cache._replace(layers=tuple(layers))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _scores_and_counts(compression: Compression, scale: float, softcap, key, window: Window, layer: LayerCache):
-    q_BWNH, layer = _without_context(window.q_BWNH), jax.tree.map(_without_context, layer)
-    scoring = Scoring(scale, softcap, window.sinks_N, layer.k_scales_BKS)
-    scores_BKS = scores(compression, key, q_BWNH, layer.k_BKSH, window.lengths_B, scoring)
-    return scores_BKS, counts(compression, scores_BKS, window.budget_B)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scores_and_counts(compression: Compression, options: AttentionOptions, key, window: tuple, layer: LayerCache):
+    q_BWNH, sinks_N, lengths_B, budget_B = window
+    q_BWNH, layer = _without_context(q_BWNH), jax.tree.map(_without_context, layer)
+    scoring = Scoring(options.scale, options.softcap, sinks_N, layer.k_scales_BKS)
+    scores_BKS = scores(compression, key, q_BWNH, layer.k_BKSH, lengths_B, scoring)
+    return scores_BKS, counts(compression, scores_BKS, budget_B)
 
 
 @functools.partial(jax.jit, static_argnums=0)

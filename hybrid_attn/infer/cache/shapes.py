@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import LayerType, Model
+from hybrid_attn.config import Model
+from hybrid_attn.kernels import AttentionOptions
+from hybrid_attn.model.attention import visible_tokens
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, spec_of
 
@@ -47,23 +49,14 @@ class Cache(NamedTuple):
 class LayerSettings(NamedTuple):
     """What is static in one layer's attention to its cache. `span` is explained in `cache/attend.py`."""
 
-    layer_type: LayerType
-    scale: float
+    attention: AttentionOptions
+    chunk: int | None
     kernel: str
     span: int
 
     @property
-    def window(self) -> int | None:
-        return visible_tokens(self.layer_type)
-
-    @property
     def is_ring(self) -> bool:
-        return self.window is not None
-
-
-def visible_tokens(layer_type: LayerType) -> int | None:
-    """The most tokens that a query sees, itself included; None for all earlier tokens."""
-    return layer_type.chunk if layer_type.window is None else layer_type.window
+        return self.attention.window is not None
 
 
 def partition_specs(layer: LayerCache) -> LayerCache:
@@ -97,43 +90,31 @@ def empty(model: Model, batch_size: int, capacity: int, chunk: int, dtype: jnp.d
 
     `quantised`: layers that see all earlier tokens hold int8 numbers, and a float32 scale for each token and head.
     """
-    layers = []
-    for letter in model.layers:
+
+    def of_layer(letter: str) -> LayerCache:
         visible = visible_tokens(model.kinds[letter])
         slots = capacity if visible is None else ring_slots(visible, chunk, capacity)
-        layers.append(empty_layer(model, model.kinds[letter], (batch_size, slots), dtype, quantised))
-    return Cache(tuple(layers), jnp.zeros((batch_size,), jnp.int32, out_sharding=P(BATCH)))
+        is_int8, shape = quantised and visible is None, (batch_size, model.num_kv_heads, slots, model.head_dim)
+        numbers = jax.ShapeDtypeStruct(shape, jnp.int8 if is_int8 else dtype)
+        scales = jax.ShapeDtypeStruct(shape[:3], jnp.float32) if is_int8 else None
+        evicted = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32) if visible is None else None
+        layer = LayerCache(numbers, numbers, scales, scales, evicted)
+        return jax.tree.map(lambda x, spec: jnp.zeros(x.shape, x.dtype, out_sharding=spec), layer, partition_specs(layer))
+
+    return Cache(tuple(map(of_layer, model.layers)), jnp.zeros((batch_size,), jnp.int32, out_sharding=P(BATCH)))
 
 
-def empty_layer(model: Model, layer_type: LayerType, size: tuple[int, int], dtype: jnp.dtype, quantised: bool) -> LayerCache:
-    """An empty layer of `size` (requests, slots) on the mesh in force; a ring is never quantised."""
-    is_ring = visible_tokens(layer_type) is not None
-    quantised = quantised and not is_ring
-    shape = (size[0], model.num_kv_heads, size[1], model.head_dim)
-    numbers = jax.ShapeDtypeStruct(shape, jnp.int8 if quantised else dtype)
-    scales = jax.ShapeDtypeStruct(shape[:3], jnp.float32) if quantised else None
-    evicted = None if is_ring else jax.ShapeDtypeStruct((size[0], 1), jnp.int32)
-    layer = LayerCache(numbers, numbers, scales, scales, evicted)
-    return jax.tree.map(lambda x, spec: jnp.zeros(x.shape, x.dtype, out_sharding=spec), layer, partition_specs(layer))
-
-
-def run_directly(function: Callable, static_args: tuple, *arrays: Any) -> Any:
-    return function(*static_args, *arrays)
-
-
-def resized(model: Model, cache: Cache, capacity: int, chunk: int, run: Runner = run_directly) -> Cache:
+def resized(model: Model, cache: Cache, capacity: int, chunk: int, run: Runner) -> Cache:
     """The cache with rings for `chunk` tokens at a time. A ring that has its size already is not copied."""
 
-    def resize(layer: LayerCache, visible: int | None) -> LayerCache:
+    def resize(letter: str, layer: LayerCache) -> LayerCache:
+        visible = visible_tokens(model.kinds[letter])
         if visible is None or (slots := ring_slots(visible, chunk, capacity)) == layer.k_BKSH.shape[2]:
             return layer
         k_BKSH, v_BKSH = run(_resized_rings, (slots,), (layer.k_BKSH, layer.v_BKSH), cache.lengths_B)
         return layer._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH)
 
-    layers = (
-        resize(layer, visible_tokens(model.kinds[letter])) for letter, layer in zip(model.layers, cache.layers, strict=True)
-    )
-    return cache._replace(layers=tuple(layers))
+    return cache._replace(layers=tuple(map(resize, model.layers, cache.layers)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -141,25 +122,20 @@ def _resized_rings(slots: int, kv_BKRH: tuple[jax.Array, jax.Array], lengths_B: 
     """Rings of `slots` with the newest tokens of the old ones."""
 
     def shard(kv_BKRH, lengths_B):
-        newest_B1 = lengths_B[:, None] - 1
+        newest_B1, old_slots = lengths_B[:, None] - 1, kv_BKRH[0].shape[2]
         position_BR = newest_B1 - (newest_B1 - jnp.arange(slots)) % slots
-        return tuple(
-            jnp.take_along_axis(x_BKRH, (position_BR % x_BKRH.shape[2])[:, None, :, None], axis=2) for x_BKRH in kv_BKRH
-        )
+        order = (position_BR % old_slots)[:, None, :, None]
+        return tuple(jnp.take_along_axis(x_BKRH, order, axis=2) for x_BKRH in kv_BKRH)
 
-    specs = tuple(map(spec_of, kv_BKRH))
-    return jax.shard_map(shard, in_specs=(specs, P(BATCH)), out_specs=specs)(kv_BKRH, lengths_B)
+    return jax.shard_map(shard, out_specs=tuple(map(spec_of, kv_BKRH)))(kv_BKRH, lengths_B)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def repeated(times: int, cache: Cache) -> Cache:
     """Every request `times` times, one after the other."""
 
-    def repeat(x):
-        spec = spec_of(x)
-        return jax.shard_map(lambda x: jnp.repeat(x, times, axis=0), in_specs=spec, out_specs=spec)(x)
-
-    return jax.tree.map(repeat, cache)
+    repeat = functools.partial(jnp.repeat, repeats=times, axis=0)
+    return jax.tree.map(lambda x: jax.shard_map(repeat, out_specs=spec_of(x))(x), cache)
 
 
 def num_bytes(cache: Cache) -> int:
