@@ -28,7 +28,6 @@ from hybrid_attn import config
 from hybrid_attn.config import Config, Table, reach
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import init, specs
-from hybrid_attn.model.params import map_specs
 from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train.metrics import peak_flops
 from hybrid_attn.trees import check
@@ -187,7 +186,7 @@ def export(values: dict, directory: str, max_len: int) -> list[str]:
     c = config.build(values)
     with jax.set_mesh(make_mesh(c.mesh, jax.devices()[:1])):
         params = jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed))
-    has_decay = hf.flat(map_specs(lambda spec: spec.decay, specs(c.model)))
+    has_decay = hf.flat(jax.tree.map(lambda spec: spec.decay, specs(c.model)))
     shapes = {path: x.shape for path, x in hf.flat(params).items()}
     description = hf.describe(c.model, directory, max_len)
     hf.write(directory, c.model, description, shapes, hf.by_period(params), "float32")
