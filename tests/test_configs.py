@@ -117,6 +117,7 @@ def shipped(name, texts, **overrides):
     return values
 
 
+@pytest.mark.slow
 def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and_says_how_to_get_one(
     texts, tmp_path, monkeypatch
 ):

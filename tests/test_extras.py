@@ -69,8 +69,7 @@ def test_a_run_that_is_stopped_continues_with_its_extras_bit_for_bit(averaged, t
     assert_equal(trained(averaged, state, 2), straight)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_loss_reads_the_extras_of_the_state(averaged, monkeypatch, microbatches):
+def test_a_loss_reads_the_extras_of_the_state(averaged, monkeypatch):
     def distance(params, average):
         return ((params["embed"] - average["embed"]) ** 2).sum()
 
@@ -78,7 +77,7 @@ def test_a_loss_reads_the_extras_of_the_state(averaged, monkeypatch, microbatche
         total, sums = NEXT_TOKEN.loss(config, params, extras, batch, execution)
         return total, sums | {"aux_loss": distance(params, extras["average"])}
 
-    c = dataclasses.replace(averaged.at(1), microbatches=microbatches)
+    c = dataclasses.replace(averaged.at(1), microbatches=2)
     batch = on_mesh(BATCH | {"bytes": np.ones_like(BATCH["weights"])})
     states = [trained(averaged, started(averaged), 1) for _ in range(2)]  # a step donates its state
     expected = distance(states[0].params, states[0].extras["average"])

@@ -115,6 +115,7 @@ def test_parts_hold_every_row_once_and_no_device_sends_one():
     assert {shard.data.shape for shard in cut.addressable_shards} == {(2, 1, 2)}
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_falls_with_the_number_of_parts(one_device):
     state = jax.jit(init_state, static_argnums=0)(config_of(1))
 
