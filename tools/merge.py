@@ -74,9 +74,8 @@ def numbers(flag: str, texts: Sequence[str], kind: type) -> list:
 
 def model_at(path: str, step: int | None = None, group: str = checkpoint.PARAMS) -> Model:
     """The checkpoint at a path, which may end with its step; ValueError where there is none."""
-    parent, _, last = path.rstrip("/").rpartition("/")
-    if step is None and last.isdecimal() and int(last) in checkpoint.steps(parent or "."):
-        path, step = parent or ".", int(last)
+    if step is None:
+        path, step = loading.split_step(path)
     directory = loading.find(path)
     step = loading.step_of(directory, step)
     return Model(directory, step, group, loading.saved_of(directory, step))
@@ -177,9 +176,9 @@ def recorded(merged: Sequence[Model], base: Model | None, recipe: merge.Recipe) 
 
 
 def show(merged: Sequence[Model], base: Model | None, recipe: merge.Recipe) -> None:
-    total = sum(recipe.weights)
-    for model, weight in zip(merged, recipe.weights, strict=True):
-        print(f"{weight / total:8.4f}  {model.name}")
+    weights = (1 - recipe.t, recipe.t) if recipe.method == "slerp" else recipe.weights
+    for model, weight in zip(merged, weights, strict=True):
+        print(f"{weight / sum(weights):8.4f}  {model.name}")
     onto = f", added to {base.name}" if base else ""
     print(f"{OUT.value}: {recipe.method} merge of {len(merged)} checkpoints{onto}")
 

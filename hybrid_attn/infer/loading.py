@@ -94,6 +94,14 @@ def step_of(directory: str | os.PathLike, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
+def split_step(path: str | os.PathLike) -> tuple[str, int | None]:
+    """The directory and the step of the path of one checkpoint, such as runs/a/checkpoints/300; of another path, it and None."""
+    parent, last = os.path.split(os.fspath(path).rstrip("/"))
+    if last.isdecimal() and int(last) in checkpoint.steps(parent or "."):
+        return parent or ".", int(last)
+    return os.fspath(path), None
+
+
 def find(directory: str | os.PathLike) -> str:
     """The directory of the numbered checkpoints: `directory` itself, or `checkpoints` in it."""
     directory = os.fspath(directory)

@@ -7,7 +7,6 @@ parameters are taken: the optimiser state is new.
 
 import functools
 import itertools
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -73,12 +72,14 @@ def lines(init: InitFrom, recorded: Mapping, new: bool) -> list[str]:
 
 def locate(init: InitFrom) -> tuple[str, int]:
     """The directory of checkpoints and the step that `init` names, the same in every process; ValueError if there is none."""
-    parent, last = os.path.split(init.path.rstrip("/"))
-    if last.isdecimal() and int(last) in checkpoint.steps(parent or "."):
-        check(init.step in (None, int(last)), f"init_from.path={init.path} is of step {last}, and init_from.step={init.step}")
-        return parent or ".", int(last)
+    path, own_step = loading.split_step(init.path)
+    if own_step is not None:
+        check(
+            init.step in (None, own_step), f"init_from.path={init.path} is of step {own_step}, and init_from.step={init.step}"
+        )
+        return path, own_step
     try:
-        directory = loading.find(init.path)
+        directory = loading.find(path)
         step = loading.step_of(directory, init.step)
     except ValueError as cause:
         raise ValueError(f"init_from: {cause}") from None

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum whose matrices are orthogonalised.
 
-A matrix here is what one head, one layer or one expert multiplies with: the axes `BATCH` of a weight, and the period of stacked
-layers, count separate matrices.
+A matrix here is what one head, or one layer without heads, multiplies with: heads and the periods of stacked layers count
+separate matrices.
 """
 
 import jax
