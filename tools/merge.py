@@ -180,7 +180,7 @@ def show(merged: Sequence[Model], base: Model | None, recipe: merge.Recipe) -> N
     for model, weight in zip(merged, weights, strict=True):
         print(f"{weight / sum(weights):8.4f}  {model.name}")
     onto = f", added to {base.name}" if base else ""
-    print(f"{OUT.value}: {recipe.method} merge of {len(merged)} checkpoints{onto}")
+    print(f"{OUT.value}: {recipe.method} merge of {len(merged)} checkpoint{'s' if len(merged) > 1 else ''}{onto}")
 
 
 def main(argv):

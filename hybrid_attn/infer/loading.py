@@ -95,7 +95,7 @@ def step_of(directory: str | os.PathLike, step: int | None) -> int:
 
 
 def split_step(path: str | os.PathLike) -> tuple[str, int | None]:
-    """The directory and the step of the path of one checkpoint, such as runs/a/checkpoints/300; of another path, it and None."""
+    """The directory and the step of the path of one checkpoint, such as runs/a/checkpoints/300; else it and None."""
     parent, last = os.path.split(os.fspath(path).rstrip("/"))
     if last.isdecimal() and int(last) in checkpoint.steps(parent or "."):
         return parent or ".", int(last)

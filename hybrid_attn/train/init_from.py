@@ -72,12 +72,10 @@ def lines(init: InitFrom, recorded: Mapping, new: bool) -> list[str]:
 
 def locate(init: InitFrom) -> tuple[str, int]:
     """The directory of checkpoints and the step that `init` names, the same in every process; ValueError if there is none."""
-    path, own_step = loading.split_step(init.path)
-    if own_step is not None:
-        check(
-            init.step in (None, own_step), f"init_from.path={init.path} is of step {own_step}, and init_from.step={init.step}"
-        )
-        return path, own_step
+    path, step = loading.split_step(init.path)
+    if step is not None:
+        check(init.step in (None, step), f"init_from.path={init.path} is of step {step}, and init_from.step={init.step}")
+        return path, step
     try:
         directory = loading.find(path)
         step = loading.step_of(directory, init.step)
