@@ -23,6 +23,7 @@ from hybrid_attn.train import console, init_from
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_rate, merge_skipped, text_of
+from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
@@ -49,6 +50,7 @@ def train(
     another run is in `workdir`; OSError when a file cannot be written or read, after saving if possible.
     """
     check_names(c.evals.names)
+    schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
     mesh, data = make_mesh(c.mesh), load_data(c)
     if peers:
