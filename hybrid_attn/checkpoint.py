@@ -191,11 +191,11 @@ def extras(directory: Directory, step: int | None = None) -> set[str]:
     return stored.extras(_path(directory, step))
 
 
-def fingerprint(directory: Directory, step: int | None = None) -> str:
-    """The SHA-256 of the checksums of the parameters: it identifies weights."""
+def fingerprint(directory: Directory, step: int | None = None, group: str = PARAMS) -> str:
+    """The SHA-256 of the checksums of the parameters, or of another group: it identifies weights."""
     sums = stored.read_sums(_path(directory, step))
-    params = sorted((name, number) for name, number in sums.arrays.items() if name.startswith("params/"))
-    return hashlib.sha256(json.dumps(params).encode()).hexdigest()
+    arrays = sorted((name, number) for name, number in sums.arrays.items() if name.startswith(f"{group}/"))
+    return hashlib.sha256(json.dumps(arrays).encode()).hexdigest()
 
 
 def read_params(directory: Directory, abstract_params: Any, step: int | None = None) -> Any:

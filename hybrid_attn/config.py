@@ -46,7 +46,7 @@ CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
 # Keys of `optim` that older configs lack.
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
-    "ema_half_life", "spike_factor", "spike_window", "most_spikes",
+    "ema_half_life", "spike_factor", "max_consecutive_spikes",
 )  # fmt: skip
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 

@@ -101,7 +101,7 @@ DECAY_SHAPES = ("linear", "sqrt", "exponential")
 
 @dataclasses.dataclass(frozen=True)
 class LrSchedule:
-    """The learning rate of one stage: after a warm-up to `start`, a shape that ends with `end`."""
+    """The learning rate of one stage: a warm-up to `start`, then a shape, which falls to `end` if it is one of `FALLING`."""
 
     shape: str = one_of(*SHAPES)
     start: float | None = within(0, 100, above=True)
@@ -140,8 +140,7 @@ class Optim:
     z_loss: float = within(0, 1)
     ema_half_life: float | None = within(0, 1, above=True)
     spike_factor: float | None = within(1, 10**6, above=True)
-    spike_window: int = within(8, 10_000)
-    most_spikes: int = within(1, 10_000)
+    max_consecutive_spikes: int = within(1, 10_000)
 
     def __post_init__(self):
         check_fields(self, "optim")

@@ -1,6 +1,6 @@
 """Merges of models: from the same tensor of several models, the tensor of a new one.
 
-All arithmetic is in float64, so a merge of equal models is the model itself, bit for bit. A tensor is a weight of one layer.
+All arithmetic is in float64, so a mean of equal models is the model itself, bit for bit. A tensor is a weight of one layer.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Recipe:
     method: str
     weights: tuple[float, ...]
     t: float = 0.5
-    density: float = 1.0
+    density: float = 0.5
     scale: float = 1.0
     seed: int = 0
 
@@ -45,8 +45,8 @@ class Recipe:
 def decay_weights(decay: str, number: int) -> tuple[float, ...]:
     """Weights of `number` checkpoints of a stable phase, oldest first, that stand for a decay of the learning rate (WSM).
 
-    Let the updates between two checkpoints count with the rate that the decay has at the later one: the sum of the weights from
-    there on (arXiv 2507.17634). A linear decay gives equal weights.
+    An update counts with the sum of the weights of the checkpoints after it (arXiv 2507.17634). This sum is the rate that the
+    decay has at the first of them, over the rate before the decay. A linear decay gives equal weights.
     """
     share = np.arange(number + 1) / number
     rate = DECAYS[decay](share)

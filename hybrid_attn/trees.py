@@ -164,6 +164,7 @@ def _step(kind, values, path: str, part: str, root: tuple) -> tuple:
         return int(part[1:-1]) % len(values), args[0]
     check(origin is not tuple, f"{path} is a list; write {path}[0].{part}")
     groups = dataclasses.is_dataclass(kind) or origin is Table
+    check(not groups or values is not None, f"{path} is None, and has no key {part!r}; give it all its keys in the config file")
     check(groups and isinstance(values, Mapping), f"{path}={values!r} is a value, and has no key {part!r}")
     hints = typing.get_type_hints(kind) if origin is not Table else dict.fromkeys(values, args[1])
     if part not in hints:

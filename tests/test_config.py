@@ -59,7 +59,7 @@ SUGGESTED = {
 def test_an_unknown_key_is_named_with_the_one_that_is_meant_by_its_spelling_its_usual_name_or_its_abbreviation(path, near):
     message = error_of(put(path, 1))
     assert message.startswith(f"unknown key config.{path.replace('.0', '[0]')}; ")
-    assert message.endswith(f"; did you mean config.{near}?" if near else "most_spikes") and (
+    assert message.endswith(f"; did you mean config.{near}?" if near else "max_consecutive_spikes") and (
         "known keys: optimiser, lr, b1, b2" in message
     ) != bool(near)
 

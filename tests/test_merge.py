@@ -19,9 +19,9 @@ def merged(recipe, tensors=MODELS, base=BASE, seed=0):
 
 
 @pytest.mark.parametrize("method", merge.METHODS)
-def test_equal_models_merge_to_themselves(method):
+def test_equal_models_of_which_nothing_is_dropped_merge_to_themselves(method):
     most = merge.METHODS[method].most or 3
-    recipe = Recipe(method, tuple(RNG.uniform(0.1, 2, most)), t=0.3)
+    recipe = Recipe(method, tuple(RNG.uniform(0.1, 2, most)), t=0.3, density=1.0)
     np.testing.assert_array_equal(merged(recipe, [MODELS[0]] * most), MODELS[0])
 
 
@@ -150,6 +150,9 @@ def test_a_moving_average_becomes_a_model(tmp_path, one_device):
         (["--last=2", "--steps=3"], "give one of them"),
         (["--last=3", "--weights=1,2"], "--weights has 2 numbers for 3 models"),
         (["--last=2", "--weights=1,2", "--decay=sqrt"], "--weights and --decay both give weights"),
+        (["--steps=7,3"], "--steps=7,3 must increase"),
+        (["--steps=3,3"], "--steps=3,3 must increase"),
+        (["--decay=sqrt"], "--decay is of the checkpoints of one run"),
         (["--last=2", "--t=0.5"], "--t does not belong to --method=linear"),
         (["--last=2", "--method=ties"], "--method=ties needs --base"),
         (["--last=3", "--method=slerp"], "slerp merges 2 models, not 3"),
@@ -174,3 +177,9 @@ def test_models_of_other_shapes_or_tokenizers_are_not_merged(run, tmp_path, chan
     with pytest.raises(ValueError, match=message):
         merge_with(f"--checkpoint={run}", f"--checkpoint={tmp_path / 'other'}", f"--out={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
+
+
+def test_fields_of_the_model_that_differ_are_printed(run, tmp_path, capsys, one_device):
+    save(tmp_path / "other", tiny(L={"window": 7, "rope_theta": 100.0}), steps=(1,))
+    merge_with(f"--checkpoint={run}", f"--checkpoint={tmp_path / 'other'}", f"--out={tmp_path / 'out'}")
+    assert f"{tmp_path}/other/1: model.kinds.L.window: 5 -> 7" in capsys.readouterr().out

@@ -71,7 +71,7 @@ def test_a_skipped_step_is_a_line_of_its_own(tmp_path, capsys):
     metrics = Metrics(tmp_path, 3, 10, peak_flops=20e12).open()
     metrics.skip(4, "its batch is passed over")
     metrics.close()
-    assert _lines(tmp_path / "metrics.jsonl") == [{"step": 4, "skipped": True}]
+    assert _lines(tmp_path / "metrics.jsonl") == [{"step": 4, "skipped": True, "reason": "its batch is passed over"}]
     assert capsys.readouterr().out == "step 4/10  skipped: its batch is passed over\n"
 
 

@@ -57,8 +57,21 @@ def test_inverse_sqrt_falls_with_the_root_of_the_step():
 
 def test_the_schedule_of_a_run_is_that_of_one_stage_with_the_same_values():
     optim = dataclasses.replace(tiny().optim, schedule="wsd", lr=0.5, final_lr_ratio=0.2, warmup_steps=3, decay_fraction=0.5)
-    whole = jax.vmap(schedule(optim, [Piece(20, None)]))(jnp.arange(20))
-    np.testing.assert_array_equal(whole, rates(piece(20, "wsd", 0.5, end=0.1, warmup=3)))
+    of_run = jax.vmap(schedule(optim, [Piece(20, None)]))(jnp.arange(20))
+    np.testing.assert_array_equal(of_run, rates(piece(20, "wsd", 0.5, end=0.1, warmup=3)))
+
+
+@pytest.mark.parametrize("shape, end", [("inverse_sqrt", None), ("wsd", 1e-7), ("cosine", 0.0)])
+def test_a_step_as_a_python_number_has_the_rate_that_it_has_as_an_array(shape, end):
+    pieces = piece(3, "constant", 1e-3), piece(400, shape, end=end, warmup=2, fraction=0.01, decay="exponential")
+    rate, expected = schedule(tiny().optim, pieces), rates(*pieces)
+    for step in (0, 1, 2, 3, 4, 5, 398, 399, 400, 402):
+        assert float(rate(step)) == pytest.approx(expected[step], rel=1e-5, abs=1e-12)
+
+
+def test_a_stage_cannot_go_on_from_a_rate_of_zero():
+    with pytest.raises(ValueError, match=r"stages\[1\].lr_schedule.start is None, and the stage before ends at 0; give a rate"):
+        rates(piece(4, "linear", 0.1, end=0.0), piece(4, "cosine", end=0.0))
 
 
 def test_a_jump_is_an_error_unless_it_is_asked_for():

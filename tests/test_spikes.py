@@ -9,7 +9,7 @@ from conftest import BATCH, BLOCKED, mesh_of, on_mesh, tiny
 from hybrid_attn.train import loop, spikes
 from hybrid_attn.train.step import init_state, make_step, skip_step
 
-CHANGES = {"optim.spike_factor": 3.0, "optim.spike_window": 8, "optim.warmup_steps": 0, "optim.ema_half_life": 0.1}
+CHANGES = {"optim.spike_factor": 3.0, "optim.warmup_steps": 0, "optim.ema_half_life": 0.1}
 
 
 def with_weight(factor):
@@ -23,39 +23,38 @@ def run():
     c = tiny(CHANGES)
     with jax.set_mesh(mesh_of()):
         state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c.at(0), BLOCKED)
-        for _ in range(spikes.FEWEST):
+        for _ in range(spikes.MIN_VALUES):
             state, metrics = step(state, with_weight(1))
-            assert metrics["spikes_in_a_row"] == 0
+            assert metrics["consecutive_spikes"] == 0
         yield c, step, jax.device_get(state), jax.tree.map(lambda x: x.sharding, state)
 
 
 def judged(changes, losses, norms):
     """Which of the steps with these losses and gradient norms are spikes, and the history after them."""
     optim = tiny(CHANGES | changes).optim
-    extra, found = spikes.history(optim).init({}), []
+    history, results = spikes.HISTORY.init({}), []
     for loss, norm in zip(losses, norms, strict=True):
-        is_spike, extra = spikes.judge(optim, extra, {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm)})
-        found.append(bool(is_spike))
-    return found, extra
+        is_spike, history = spikes.judge(optim, history, {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm)})
+        results.append(bool(is_spike))
+    return results, history
 
 
 @pytest.mark.parametrize("spike", [(7.0, 1.0), (2.0, 3.5), (np.nan, 1.0), (2.0, np.inf)], ids=str)
 def test_a_spike_is_far_above_the_median_or_not_finite(spike):
     losses, norms = [2.0] * 8 + [spike[0], 2.2], [1.0] * 8 + [spike[1], 1.1]
-    found, extra = judged({}, losses, norms)
-    assert found == [False] * 8 + [True, False]
-    assert extra["in_a_row"] == 0 and extra["total"] == 1
+    results, history = judged({}, losses, norms)
+    assert results == [False] * 8 + [True, False]
+    assert history["consecutive"] == 0
 
 
 def test_before_a_median_is_known_only_what_is_not_finite_is_a_spike():
-    found, _ = judged({}, [1.0, 100.0, np.nan, 1.0], [1.0] * 4)
-    assert found == [False, False, True, False]
+    results, _ = judged({}, [1.0, 100.0, np.nan, 1.0], [1.0] * 4)
+    assert results == [False, False, True, False]
 
 
 def test_a_level_that_stays_becomes_the_median():
-    found, extra = judged({}, [1.0] * 8 + [10.0] * 6, [1.0] * 14)
-    assert found == [False] * 8 + [True] * 4 + [False] * 2
-    assert extra["total"] == 4
+    results, _ = judged({}, [1.0] * 8 + [10.0] * 11, [1.0] * 19)
+    assert results == [False] * 8 + [True] * 8 + [False] * 3
 
 
 @pytest.mark.parametrize("planted", ["nan", "spike"])
@@ -71,10 +70,10 @@ def test_after_a_spike_the_state_is_that_of_a_skipped_step(run, planted):
         after, metrics = step(jax.device_put(before, shardings), batch)
         expected = skip_step(jax.device_put(before, shardings))
     after, expected = jax.device_get((after, expected))
-    assert metrics["spikes_in_a_row"] == 1 and np.isfinite(metrics["param_norm"])
+    assert metrics["consecutive_spikes"] == 1 and np.isfinite(metrics["param_norm"])
     jax.tree.map(np.testing.assert_array_equal, after._replace(extras={}), expected._replace(extras={}))
     jax.tree.map(np.testing.assert_array_equal, after.extras["ema"], before.extras["ema"])
-    assert after.extras["spikes"]["total"] == 1
+    assert after.extras["spikes"]["consecutive"] == 1
 
 
 def test_an_average_halves_over_a_share_of_the_steps_done(run):
@@ -102,7 +101,7 @@ def poisoned(monkeypatch, bad):
 
 def config_of(corpus, most):
     stage = {"steps": 8, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
-    changes = {"data.sources.text.paths": (corpus,), "evals.names": (), "stages": [stage], "optim.most_spikes": most}
+    changes = {"data.sources.text.paths": (corpus,), "evals.names": (), "stages": [stage], "optim.max_consecutive_spikes": most}
     return tiny(CHANGES | changes | {"train.checkpoint_every": 2, "train.log_every": 1})
 
 
@@ -114,9 +113,13 @@ def test_a_run_goes_on_after_planted_batches(corpus, tmp_path, monkeypatch, caps
     assert any(line.startswith("step 8/8  loss") for line in lines)
 
 
-def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint(corpus, tmp_path, monkeypatch, known_peak_and_no_pictures):
-    poisoned(monkeypatch, {3, 4, 5})
-    with pytest.raises(
-        FloatingPointError, match=r"steps 3:5 were skipped .*the checkpoint of step 4 is kept; .*--skip_steps=3:5"
-    ):
-        loop.train(config_of(corpus, 2), str(tmp_path))
+def test_too_many_end_the_run_and_the_flag_that_is_named_passes_over_the_others(
+    corpus, tmp_path, monkeypatch, capsys, known_peak_and_no_pictures
+):
+    poisoned(monkeypatch, {3, 4, 5, 6})
+    c = config_of(corpus, 2)
+    with pytest.raises(FloatingPointError, match="steps 3 to 5 are spikes .* step 4 is kept; .*--skip_steps=5:5"):
+        loop.train(c, str(tmp_path))
+    assert loop.train(c, str(tmp_path), skip_steps=[(5, 5)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "skipped:" in line]
+    assert [line.split()[1] for line in lines] == ["3/8", "4/8", "5/8", "5/8", "6/8"]

@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags
 from flax.traverse_util import unflatten_dict
 
-from hybrid_attn import checkpoint, files, merge, programs, stored
+from hybrid_attn import checkpoint, files, merge, programs, stored, trees
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.convert import hf
 from hybrid_attn.infer import loading
@@ -43,10 +43,10 @@ METHOD = flags.DEFINE_enum("method", "linear", list(merge.METHODS), "How tensors
 WEIGHTS = flags.DEFINE_list("weights", None, "Weight of each model; by default all are equal.")
 DECAY = flags.DEFINE_enum("decay", None, list(merge.DECAYS), "Weights of checkpoints that stand for this decay.")
 BASE = flags.DEFINE_string("base", None, "The model that the others were trained from, for ties and dare.")
-T = flags.DEFINE_float("t", 0.5, "slerp: share of the way from the first model to the second.")
-DENSITY = flags.DEFINE_float("density", 0.5, "ties, dare: share of the differences that is kept.")
-SCALE = flags.DEFINE_float("scale", 1.0, "ties, dare: factor on the merged differences.")
-SEED = flags.DEFINE_integer("seed", 0, "dare: seed of the random choice.", 0)
+T = flags.DEFINE_float("t", merge.Recipe.t, "slerp: share of the way from the first model to the second.")
+DENSITY = flags.DEFINE_float("density", merge.Recipe.density, "ties, dare: share of the differences that is kept.")
+SCALE = flags.DEFINE_float("scale", merge.Recipe.scale, "ties, dare: factor on the merged differences.")
+SEED = flags.DEFINE_integer("seed", merge.Recipe.seed, "dare: seed of the random choice.", 0)
 OPTIONS = {"linear": (WEIGHTS, DECAY), "slerp": (T,), "ties": (WEIGHTS, BASE, DENSITY, SCALE)}
 OPTIONS["dare"] = (*OPTIONS["ties"], SEED)
 
@@ -93,7 +93,11 @@ def models() -> list[Model]:
     if LAST.value is not None:
         check(LAST.value <= len(steps), f"--last={LAST.value}: {directory} has {len(steps)} checkpoints; train.keep keeps more")
         return [model_at(directory, step, group) for step in steps[-LAST.value :]]
-    return [model_at(directory, step, group) for step in sorted(numbers("steps", STEPS.value, int))]
+    steps = numbers("steps", STEPS.value, int)
+    check(
+        steps == sorted(set(steps)), f"--steps={','.join(STEPS.value)} must increase: --weights and --decay are in their order"
+    )
+    return [model_at(directory, step, group) for step in steps]
 
 
 def recipe_for(number: int) -> merge.Recipe:
@@ -104,6 +108,8 @@ def recipe_for(number: int) -> merge.Recipe:
     for name, flag in every.items():
         check(name in allowed or not flag.present, f"--{name} does not belong to --method={method}")
     check(not (WEIGHTS.present and DECAY.present), "--weights and --decay both give weights; give one of them")
+    of_one_run = LAST.value is not None or STEPS.value is not None
+    check(DECAY.value is None or of_one_run, "--decay is of the checkpoints of one run; choose them with --last or --steps")
     has_base = merge.METHODS[method].has_base
     check(
         not has_base or BASE.value is not None, f"--method={method} needs --base, the model before the training of the others"
@@ -134,6 +140,13 @@ def shapes_of(merged: Sequence[Model]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def differences(merged: Sequence[Model]) -> list[str]:
+    """Lines for the fields of the model in which checkpoints differ from the first; they have the same arrays."""
+    first, *others = (checkpoint.read_config(x.directory, x.step)["model"] for x in merged)
+    notes = zip(merged[1:], (trees.differences(first, other, "model.") for other in others), strict=True)
+    return [f"{merged[0].name} -> {model.name}: {line}" for model, lines in notes for line in lines]
+
+
 def merged_slices(merged: Sequence[Model], base: Model | None, recipe: merge.Recipe, name: str, shape) -> Iterator[np.ndarray]:
     """The merged periods of a stacked parameter, or all of an unstacked one."""
     sources = [*merged, *([base] if base else [])]
@@ -162,6 +175,8 @@ def merge_models() -> None:
         companions = Path(last.directory) / files.IMPORTED_FILES
         if companions.is_dir():
             shutil.copytree(companions, directory / files.IMPORTED_FILES)
+    for line in differences([last, *(x for x in [*merged, *([base] if base else [])] if x is not last)]):
+        print(line)
     show(merged, base, recipe)
 
 
@@ -169,7 +184,7 @@ def recorded(merged: Sequence[Model], base: Model | None, recipe: merge.Recipe) 
     """What the data item of the merged checkpoint says about its sources."""
 
     def source(model: Model) -> dict:
-        fingerprint = checkpoint.fingerprint(model.directory, model.step)
+        fingerprint = checkpoint.fingerprint(model.directory, model.step, model.group)
         return {"path": model.directory, "step": model.step, "group": model.group, "fingerprint": fingerprint}
 
     return {**dataclasses.asdict(recipe), "models": [source(x) for x in merged], "base": source(base) if base else None}

@@ -136,7 +136,8 @@ def get_config() -> ConfigDict:
     o.momentum = 0.95  # of Muon
     o.moment_dtype = "float32"  # float32 | bfloat16: of the first moment or the momentum; bfloat16 saves 2 bytes a parameter
     o.weight_decay = 0.1  # not on norms and embeddings; a step takes lr * weight_decay of a matrix off it
-    o.independent_decay = False  # True: a step takes lr / peak * weight_decay off it, whatever the peak (arXiv 2309.14322)
+    # True: a step takes weight_decay times its rate over optim.lr off it (arXiv 2309.14322); lr is then the peak of all stages.
+    o.independent_decay = False
     o.clip_norm = 1.0  # largest norm of the gradient of all parameters
     # Of all stages; a stage may have its own. Each shape follows a linear warm-up from 0 and ends with the last step.
     # wsd: constant, then a decay. constant and inverse_sqrt have no last rate of their own.
@@ -146,14 +147,13 @@ def get_config() -> ConfigDict:
     o.decay_shape = "linear"  # wsd: linear | sqrt (1 - sqrt of the share done, arXiv 2405.18392) | exponential
     o.final_lr_ratio = 0.1  # last learning rate over peak
     o.z_loss = 0.0  # weight of (log sum exp)^2; 1e-4 keeps logits from drifting in long bfloat16 runs
-    # Moving average of the parameters, in the checkpoints too (tools/merge.py --ema makes a model of it): its half-life as a
+    # A moving average of the parameters, in the checkpoints too (tools/merge.py --ema makes a model of it): its half-life as a
     # share of the steps done, such as 0.05; None = no average.
     o.ema_half_life = None
-    # A step takes no update where its loss or gradient norm is not finite, or above this multiple of the median of the last
-    # spike_window steps; 3 leaves ordinary noise alone. None = take every update, and stop where one is not finite.
+    # A step takes no update where its loss or its gradient norm is not finite, or above this multiple of the median of the last
+    # 64 steps; 3 leaves ordinary noise alone. None = take every update, and stop where one is not finite.
     o.spike_factor = None
-    o.spike_window = 64  # steps
-    o.most_spikes = 5  # in a row; one more stops the run
+    o.max_consecutive_spikes = 5  # one more stops the run
 
     stage = ConfigDict()
     stage.steps = 300

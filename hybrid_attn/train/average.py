@@ -9,9 +9,9 @@ NAME = "ema"
 
 
 def moving_average(half_life: float) -> Extra:
-    """The average whose weights halve over `half_life` of the steps that are done: it grows with the run.
+    """After step n: average <- d average + (1 - d) parameters, with d = 2 ** (-1 / (half_life n)).
 
-    After step n, average <- d average + (1 - d) parameters with d = 2 ** (-1 / (half_life * n)).
+    The weight of a step halves over the next `half_life * n` steps.
     """
 
     def update(average: dict, params: dict, sums: dict, step: jax.Array) -> dict:

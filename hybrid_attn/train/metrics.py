@@ -105,7 +105,7 @@ class Metrics:
     def skip(self, step: int, reason: str) -> None:
         """Records that a step was skipped, and prints the reason."""
         if self.writes:
-            self._write(self.steps_file, {"step": step, "skipped": True})
+            self._write(self.steps_file, {"step": step, "skipped": True, "reason": reason})
             self._show(summary.scalar("train/skipped", 1), step)
         self.say(f"step {step}/{self.total_steps}  skipped: {reason}")
 

@@ -16,7 +16,7 @@ from hybrid_attn.trees import choice
 def _chained(scaling: optax.GradientTransformation, optim: Optim, specs: dict, rate: optax.Schedule):
     """Clipping by the global norm, `scaling`, decay of the matrices apart from it (arXiv 1711.05101), and the learning rate.
 
-    Decay is in proportion to the learning rate; an independent one (arXiv 2309.14322) to its share of the peak.
+    A step takes rate * weight_decay of a matrix off it; with independent decay (arXiv 2309.14322) rate / lr * weight_decay.
     """
     decay = optim.weight_decay / optim.lr if optim.independent_decay else optim.weight_decay
     return optax.chain(
@@ -50,9 +50,10 @@ def lion(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTrans
 
 
 def adafactor(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Adafactor (arXiv 1804.04235) without momentum: of an array's two largest axes it keeps sums, not every square.
+    """Adafactor (arXiv 1804.04235) without momentum; the root mean square of an update is at most the rate.
 
-    The root mean square of an update is at most the rate.
+    Where the two largest axes of an array have 128 entries or more, it keeps the sums of squares over each of them, not all
+    squares.
     """
     return _chained(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), optim, specs, rate)
 

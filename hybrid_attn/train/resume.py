@@ -120,8 +120,13 @@ def saved_schedule(stage: Mapping) -> LrSchedule | None:
 
 
 def check_rate(saved: Mapping, c: Config, start: int, allowed: bool) -> list[str]:
-    """A line for a jump of the learning rate after step `start` if it is `allowed`; otherwise ValueError."""
-    jump = rate_jump(saved, c, start)
+    """A line for a jump of the learning rate after step `start` if it is `allowed`; otherwise ValueError.
+
+    Where a stage with a schedule of its own begins, the schedule says whether the rate jumps, and every rate is right.
+    """
+    stage, done = c.stage_at(start)
+    begins = done == 0 and c.stages[stage].lr_schedule is not None
+    jump = None if begins else rate_jump(saved, c, start)
     if jump is None:
         return []
     old, new = jump
@@ -130,7 +135,7 @@ def check_rate(saved: Mapping, c: Config, start: int, allowed: bool) -> list[str
         return [f"rate         jumps {change}, as --allow_lr_jump allows"]
     changed = [line for line in trees.differences(saved, to_dict(c)) if line.startswith(("optim.", "stages"))]
     lines = [f"the learning rate would jump {change} (saved -> new):", *(f"  {line}" for line in changed)]
-    if old > 0:
+    if old > 0 and c.stages[stage].lr_schedule is None:
         lines.append(f"to go on at the rate of step {start}: {' '.join(held_rate(c, start, old))}")
     raise ValueError("\n".join([*lines, "to let it jump: --allow_lr_jump"]))
 

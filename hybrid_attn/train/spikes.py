@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient norm is far above the last ones, or not finite: their update is not taken."""
+"""Spikes: steps whose loss or gradient norm is not finite, or far above that of the steps before. Their update is not taken."""
 
 import jax
 import jax.numpy as jnp
@@ -7,32 +7,28 @@ from hybrid_attn.config import Optim
 from hybrid_attn.train.objectives.objective import Extra
 
 NAME = "spikes"
-FEWEST = 8  # values of which a median is known; before, only what is not finite is a spike
+WINDOW = 64  # steps of which the median is taken
+MIN_VALUES = 8  # with fewer finite values there is no median yet, and only what is not finite is a spike
 VALUES = "loss", "grad_norm"
 
 
-def history(optim: Optim) -> Extra:
-    """The last `spike_window` finite values of each of `VALUES`, first NaN, and the number of spikes in a row and in all."""
-
-    def start(params: dict) -> dict:
-        values = {name: jnp.full(optim.spike_window, jnp.nan, jnp.float32) for name in VALUES}
-        return values | {"in_a_row": jnp.int32(0), "total": jnp.int32(0)}
-
-    return Extra(start, lambda extra, *_: extra)
+def start(params: dict) -> dict:
+    """The last finite values of each of `VALUES`, with NaN where there are none yet, and the number of consecutive spikes."""
+    return {name: jnp.full(WINDOW, jnp.nan, jnp.float32) for name in VALUES} | {"consecutive": jnp.int32(0)}
 
 
-def judge(optim: Optim, spikes: dict, values: dict) -> tuple[jax.Array, dict]:
+HISTORY = Extra(start, lambda extra, *_: extra)
+
+
+def judge(optim: Optim, history: dict, values: dict) -> tuple[jax.Array, dict]:
     """Whether a step with these `values` is a spike, and the history after it.
 
-    Finite values of a spike are remembered too: a level that stays becomes the median.
+    The history keeps the finite values of spikes too, so that the median follows a loss that stays higher.
     """
-    is_spike = jnp.bool_(False)
-    after = {}
+    is_spike, after = jnp.bool_(False), {}
     for name in VALUES:
-        last, value = spikes[name], values[name]
-        has_median = jnp.isfinite(last).sum() >= FEWEST
+        last, value = history[name], values[name]
+        has_median = jnp.isfinite(last).sum() >= MIN_VALUES
         is_spike |= ~jnp.isfinite(value) | (has_median & (value > optim.spike_factor * jnp.nanmedian(last)))
         after[name] = jnp.where(jnp.isfinite(value), jnp.concatenate([last[1:], value[None]]), last)
-    after["in_a_row"] = jnp.where(is_spike, spikes["in_a_row"] + 1, 0)
-    after["total"] = spikes["total"] + is_spike
-    return is_spike, after
+    return is_spike, after | {"consecutive": jnp.where(is_spike, history["consecutive"] + 1, 0)}

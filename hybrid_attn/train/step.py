@@ -50,7 +50,7 @@ def extras_of_stage(config: StageConfig) -> dict[str, Extra]:
     if config.optim.ema_half_life is not None:
         extras[average.NAME] = average.moving_average(config.optim.ema_half_life)
     if config.optim.spike_factor is not None:
-        extras[spikes.NAME] = spikes.history(config.optim)
+        extras[spikes.NAME] = spikes.HISTORY
     return extras
 
 
@@ -88,7 +88,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
 
     More microbatches compute the same step in less memory. The norms are those of the gradient and of the new parameters,
     which an update that is not finite makes so as well; the norm of the update itself would keep the whole update in memory.
-    With `optim.spike_factor` the state after a spike is that of `skip_step`, and `spikes_in_a_row` is a metric.
+    With `optim.spike_factor` the state after a spike is `after_skipped_step`, and `consecutive_spikes` is a metric.
     ValueError for an objective that is not in `OBJECTIVES`.
     """
     objective, tx, kept = objective_of(config), optimiser(config), extras_of_stage(config)
@@ -106,7 +106,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
             is_spike, history = spikes.judge(config.optim, state.extras[spikes.NAME], metrics)
             new = jax.tree.map(functools.partial(jnp.where, is_spike), after_skipped_step(state), new)
             new = new._replace(extras=new.extras | {spikes.NAME: history})
-            metrics["spikes_in_a_row"] = history["in_a_row"]
+            metrics["consecutive_spikes"] = history["consecutive"]
         return new, metrics | {"param_norm": optax.tree.norm(new.params)}
 
     return step
@@ -152,4 +152,11 @@ def after_skipped_step(state: TrainState) -> TrainState:
     return state._replace(step=state.step + 1, opt_state=opt_state)
 
 
-skip_step = jax.jit(after_skipped_step, donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0)
+def skip_step(state: TrainState) -> TrainState:
+    """`after_skipped_step`, with no consecutive spikes before the next step."""
+    state = after_skipped_step(state)
+    if spikes.NAME not in state.extras:
+        return state
+    history = state.extras[spikes.NAME] | {"consecutive": jnp.int32(0)}
+    return state._replace(extras=state.extras | {spikes.NAME: history})

@@ -125,8 +125,8 @@ class Loop:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         self.dispatched = None
-        if in_a_row := int(values.pop("spikes_in_a_row", 0)):
-            self.pass_over_spike(number, values, in_a_row)
+        if consecutive := int(values.pop("consecutive_spikes", 0)):
+            self.skip_spike(number, values, consecutive)
             return
         check_finite(number, values, self.checkpoints)
         stage, _ = self.config.stage_at(number - 1)
@@ -137,19 +137,21 @@ class Loop:
         self.metrics.advance(number)
         self.restart_clock(now)
 
-    def pass_over_spike(self, number: int, values: Mapping[str, float], in_a_row: int) -> None:
-        """Records a step that took no update, the last of so many; FloatingPointError if these are more than `most_spikes`."""
+    def skip_spike(self, number: int, values: Mapping[str, float], consecutive: int) -> None:
+        """Records the last of so many consecutive spikes; FloatingPointError if these are too many."""
         optim = self.config.optim
         what = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
         with self.stop.after_saving():
             self.metrics.skip(number, f"{what}: not finite, or above {optim.spike_factor:g} x the median; no update is taken")
         self.metrics.advance(number)
         self.restart_clock()
-        if in_a_row > optim.most_spikes:
-            steps = f"{number - in_a_row + 1}:{number}"
+        if consecutive > optim.max_consecutive_spikes:
+            newest, kept = newest_checkpoint(self.checkpoints)
+            first = number - consecutive + 1
             raise FloatingPointError(
-                f"steps {steps} were skipped as spikes ({what} at the last), and optim.most_spikes={optim.most_spikes}; "
-                f"{kept(self.checkpoints)}; lower optim.lr, or pass over the batches with --skip_steps={steps}"
+                f"steps {first} to {number} are spikes ({what} at the last), more than optim.max_consecutive_spikes="
+                f"{optim.max_consecutive_spikes}; {kept}; lower the learning rate, or pass over the batches with "
+                f"--skip_steps={max(first, newest + 1)}:{number}"
             )
 
     def restart_clock(self, now: float | None = None) -> None:
@@ -163,17 +165,20 @@ def check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoint
     bad = [f"{name} is {values[name]}" for name in names if not math.isfinite(values[name])]
     if not bad:
         return
-    cure = f"lower optim.lr or raise optim.warmup_steps, or pass over the batch with --skip_steps={step}"
+    _, kept = newest_checkpoint(checkpoints)
+    cure = f"lower the learning rate or raise its warmup_steps, or pass over the batch with --skip_steps={step}"
     if not math.isfinite(values["lr"]):
         cure = "mend the learning rate: optim.lr, optim.schedule, optim.final_lr_ratio"
-    raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {kept(checkpoints)}; {cure}")
+    raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {kept}; {cure}")
 
 
-def kept(checkpoints: Checkpoints) -> str:
-    """Which checkpoint remains of a run that ends with an error."""
-    checkpoints.wait()  # the newest one may still be being written
+def newest_checkpoint(checkpoints: Checkpoints) -> tuple[int, str]:
+    """The step of the newest checkpoint, or 0, and what an error says about it."""
+    checkpoints.wait()  # it may still be being written
     newest = checkpoints.latest()
-    return "no checkpoint was written yet" if newest is None else f"the checkpoint of step {newest} is kept"
+    if newest is None:
+        return 0, "no checkpoint was written yet"
+    return newest, f"the checkpoint of step {newest} is kept"
 
 
 class Timed(NamedTuple):
@@ -226,7 +231,7 @@ class Progress:
         return values, tokens, flops_of_step
 
     def tokens_seen(self, step: int) -> int:
-        """Tokens that were trained on in the first `step` steps, padding included."""
+        """Tokens of the first `step` steps but for those of --skip_steps; padding and spikes count."""
         skipped = [(min(first - 1, step), min(last, step)) for first, last in self.skipped]
         return self._tokens_until(step) - sum(self._tokens_until(end) - self._tokens_until(start) for start, end in skipped)
 
