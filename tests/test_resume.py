@@ -7,6 +7,7 @@ from conftest import tiny
 
 from hybrid_attn import trees
 from hybrid_attn.config import to_dict
+from hybrid_attn.configs import base
 from hybrid_attn.train import metrics, resume
 
 
@@ -61,6 +62,19 @@ def test_a_rate_that_is_a_tenth_off_its_old_schedule_is_refused_unless_it_is_all
         resume.check_rate(saved, c, start, False)
     (line,) = resume.check_rate(saved, c, start, True)
     assert f"at step {start + 1}, as --allow_lr_jump allows" in line
+
+
+def test_a_stage_with_a_schedule_of_its_own_begins_at_the_rate_that_it_names():
+    def config_with(*schedules):
+        stage = {"steps": 10, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
+        return tiny({"stages": [stage | {"lr_schedule": base.lr_schedule(**x)} for x in schedules]})
+
+    first, warm = {"start": 1e-3, "end": 1e-4}, {"shape": "constant", "start": 5e-3, "warmup_steps": 2}
+    saved = to_dict(config_with(first))
+    assert resume.check_rate(saved, config_with(first, warm), 10, False) == []
+    with pytest.raises(ValueError, match="would jump from 0.0005 to 0.005") as error:
+        resume.check_rate(saved, config_with({"start": 1e-2, "end": 1e-3}), 5, False)
+    assert "--allow_lr_jump" in str(error.value) and "optim.lr" not in str(error.value)
 
 
 @pytest.mark.parametrize("start, steps", [(100, 101), (100, 105), (100, 200), (40, 90)])
