@@ -247,10 +247,8 @@ def of_one_device():
     return answers_and_scores()
 
 
-SIZES = [pytest.param({"context": 4}, marks=pytest.mark.slow), {"fsdp": 2, "context": 2, "tensor": 2}]
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
 def test_a_mesh_answers_and_scores_like_one_device(sizes, of_one_device):
     answers, scores = answers_and_scores(**sizes)
     assert answers == of_one_device[0]

@@ -265,6 +265,7 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in lines}
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_the_loss_of_its_source_says_so_and_goes_on_from_its_own_checkpoints(tmp_path, capsys):
     c = trained(tmp_path)
     assert loop.train(c, tmp_path / "source")

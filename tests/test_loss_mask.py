@@ -343,6 +343,7 @@ def test_a_store_with_another_mask_is_other_data(tmp_path):
     assert len({x.without_loss_mask().fingerprint() for x in loaded.values()}) == 1
 
 
+@pytest.mark.slow
 def test_parts_and_meshes_give_the_gradient_of_one_device_and_one_part():
     """Microbatches of one step have different weights: half of the sequences have a mask."""
     _, batch = mixed_batches()[-1]

@@ -1,6 +1,6 @@
 """On every mesh the model is one function: its loss and all its gradients are those of one device."""
 
-import concurrent.futures
+import functools
 from typing import NamedTuple
 
 import jax
@@ -46,46 +46,40 @@ class Case(NamedTuple):
         return BATCH if self.packed else ALONE
 
 
+def slow(*fields, **others):
+    return pytest.param(Case(*fields, **others), marks=pytest.mark.slow)
+
+
 # A shard of eight has 6 of the 48 tokens, of four 12, of two 24; many shards of the packed sequences have nothing but padding.
 CASES = [
     Case((8, 1, 1, 1)),
     Case((1, 8, 1, 1)),
     Case((1, 1, 1, 8)),
     Case((1, 1, 8, 1), scheme="ring", zigzag=True),
-    Case((1, 1, 8, 1), pattern="G", scheme="gather", zigzag=True),
+    slow((1, 1, 8, 1), pattern="G", scheme="gather", zigzag=True),
     Case((1, 1, 8, 1), pattern="L", window=30, zigzag=True),
-    Case((2, 1, 4, 1), pattern="L", window=12, packed=False),
+    slow((2, 1, 4, 1), pattern="L", window=12, packed=False),
     Case((2, 1, 4, 1), pattern="G", scheme="ulysses", zigzag=True),
-    Case((2, 2, 2, 1), scheme="ring"),
+    slow((2, 2, 2, 1), scheme="ring"),
     Case((1, 2, 2, 2), pattern="LLLG", scheme="ulysses", zigzag=True),
-    Case((2, 1, 2, 1, 2), scheme="gather", zigzag=True),
+    slow((2, 1, 2, 1, 2), scheme="gather", zigzag=True),
 ]
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """Of each case and its reference the compiled loss and gradients; two are compiled side by side."""
-
-    def build(case):
-        execution = case.run() if case in CASES else REFERENCE
-        model = everything(case.pattern, case.window)
-        with jax.set_mesh(mesh_of(*case.sizes)):
-            return loss_and_grads.lower(model, execution, random_params(model), on_mesh(case.batch())).compile()
-
-    cases = list(dict.fromkeys([case.reference() for case in CASES] + CASES))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(cases, pool.map(build, cases), strict=True))
+@functools.cache
+def result(case: Case, is_reference: bool):
+    """Loss and gradients of a case, or of the reference kernel."""
+    execution = REFERENCE if is_reference else case.run()
+    model = everything(case.pattern, case.window)
+    with jax.set_mesh(mesh_of(*case.sizes)):
+        return jax.device_get(loss_and_grads(model, execution, random_params(model), on_mesh(case.batch())))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_loss_and_gradients_are_those_of_one_device(case, compiled):
-    def run(case):
-        with jax.set_mesh(mesh_of(*case.sizes)):
-            return jax.device_get(compiled[case](random_params(everything(case.pattern, case.window)), on_mesh(case.batch())))
-
-    got = run(case)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
-    assert_close(got, run(case.reference()), 1e-5)
+def test_loss_and_gradients_are_those_of_one_device(case):
+    actual = result(case, False)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(actual))
+    assert_close(actual, result(case.reference(), True), 1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["gather", "ulysses"])

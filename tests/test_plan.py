@@ -37,18 +37,21 @@ def whole_model(tokens: dict[str, float]) -> float:
     return sum(n * {"L": LOCAL, "G": GLOBAL}[name.split()[1]] for name, n in tokens.items())
 
 
+@pytest.mark.slow
 def test_a_local_layer_receives_its_window_and_a_global_one_everything(sent):
     tokens = sent["auto", False]
     assert tokens["forward L halo"] == tokens["backward L halo"] == W
     assert tokens["forward G gather"] == tokens["backward G gather"] == GATHERED == 245_760
 
 
+@pytest.mark.slow
 def test_keys_and_values_of_the_hybrid_are_a_quarter_of_those_of_gathering_everywhere_in_one_slice_a_shard(sent):
     everywhere = sent["gather", False]
     assert everywhere["forward L gather"] == everywhere["forward G gather"] == GATHERED
     assert whole_model(sent["auto", False]) <= 0.26 * whole_model(everywhere)
 
 
+@pytest.mark.slow
 def test_a_zigzag_shard_has_two_halos_and_a_ring_receives_as_much_as_a_gather(sent):
     tokens = sent["G=ring", True]
     assert W <= tokens["forward L halo"] <= 2 * W
