@@ -122,8 +122,8 @@ def _weighted(weights: Sequence, tensors: Sequence[np.ndarray]) -> np.ndarray:
 
 def _largest(x: np.ndarray, density: float) -> np.ndarray:
     """`x` with zeros for all but its largest values, a share `density` of them and at least one."""
-    kept = max(round(density * x.size), 1)
-    order = np.argpartition(np.abs(x), x.size - kept, axis=None)[x.size - kept :]
+    count = max(round(density * x.size), 1)
+    order = np.argpartition(np.abs(x), x.size - count, axis=None)[x.size - count :]
     y = np.zeros(x.size)
     y[order] = x.reshape(-1)[order]
     return y.reshape(x.shape)

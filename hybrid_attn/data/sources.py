@@ -137,9 +137,9 @@ def _holds_records(text: bytes) -> bool:
 
 
 def _files_under(folder: str) -> list[str]:
-    several, info, state = (os.path.join(folder, f"{name}.json") for name in ("dataset_dict", "dataset_info", "state"))
-    if os.path.isfile(several):
-        splits = [os.path.join(folder, name) for name in _from_json(several, lambda x: [str(name) for name in x["splits"]])]
+    index, info, state = (os.path.join(folder, f"{name}.json") for name in ("dataset_dict", "dataset_info", "state"))
+    if os.path.isfile(index):
+        splits = [os.path.join(folder, name) for name in _from_json(index, lambda x: [str(name) for name in x["splits"]])]
         raise ValueError(f"{folder} holds several datasets; name some of them: {', '.join(splits)}")
     if os.path.isfile(info) and os.path.isfile(state):
         names, reordered = _from_json(state, _dataset_files)

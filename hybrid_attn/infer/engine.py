@@ -137,8 +137,8 @@ class Engine:
 
     def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probability, float32, of each token of each continuation after its prompt; FloatingPointError if not finite."""
-        number, wanted = len(continuations), len(prompts)
-        check(number == wanted, f"{number} continuations do not match {wanted} prompts; use one for each prompt")
+        number, expected = len(continuations), len(prompts)
+        check(number == expected, f"{number} continuations do not match {expected} prompts; use one for each prompt")
         checked = self._limits.checked(prompts, 0)
         sequences = [[*prompt, *more] for prompt, more in zip(checked, continuations, strict=True)]
         sequences = self._limits.checked(sequences, 0)

@@ -75,12 +75,12 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 def arrays(type_text: str) -> list[tuple[str, str, int]]:
     """The element type, the sizes as text and the bytes of each array of a type, tuples flattened."""
-    found = []
+    parsed = []
     for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", type_text):
         bits = BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
         elements = math.prod(int(d.removeprefix("<=")) for d in dims.split(",") if d)
-        found.append((dtype, dims, -(-elements * bits // 8)))
-    return found
+        parsed.append((dtype, dims, -(-elements * bits // 8)))
+    return parsed
 
 
 def trip_count(instruction: Instruction, computations: Mapping[str, list[Instruction]]) -> int:

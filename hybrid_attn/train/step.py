@@ -91,7 +91,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     With `optim.spike_factor` the state after a spike is `after_skipped_step`, and `consecutive_spikes` is a metric.
     ValueError for an objective that is not in `OBJECTIVES`.
     """
-    objective, tx, kept = objective_of(config), optimiser(config), extras_of_stage(config)
+    objective, tx, stage_extras = objective_of(config), optimiser(config), extras_of_stage(config)
     rate = schedule(config.optim, config.pieces)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -99,7 +99,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
         (loss, sums), grads = loss_and_gradient(config, execution, objective, state, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        extras = {name: extra.update(state.extras[name], params, sums, state.step + 1) for name, extra in kept.items()}
+        extras = {name: extra.update(state.extras[name], params, sums, state.step + 1) for name, extra in stage_extras.items()}
         new = TrainState(state.step + 1, params, opt_state, state.extras | extras)
         metrics = {"loss": loss, **objective.metrics(sums, batch), "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
         if config.optim.spike_factor is not None:

@@ -146,11 +146,11 @@ class Loop:
         self.metrics.advance(number)
         self.restart_clock()
         if consecutive > optim.max_consecutive_spikes:
-            newest, kept = newest_checkpoint(self.checkpoints)
+            newest, checkpoint_note = newest_checkpoint(self.checkpoints)
             first = number - consecutive + 1
             raise FloatingPointError(
                 f"steps {first} to {number} are spikes ({what} at the last), more than optim.max_consecutive_spikes="
-                f"{optim.max_consecutive_spikes}; {kept}; lower the learning rate, or pass over the batches with "
+                f"{optim.max_consecutive_spikes}; {checkpoint_note}; lower the learning rate, or pass over the batches with "
                 f"--skip_steps={max(first, newest + 1)}:{number}"
             )
 
@@ -165,11 +165,11 @@ def check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoint
     bad = [f"{name} is {values[name]}" for name in names if not math.isfinite(values[name])]
     if not bad:
         return
-    _, kept = newest_checkpoint(checkpoints)
+    _, checkpoint_note = newest_checkpoint(checkpoints)
     cure = f"lower the learning rate or raise its warmup_steps, or pass over the batch with --skip_steps={step}"
     if not math.isfinite(values["lr"]):
         cure = "mend the learning rate: optim.lr, optim.schedule, optim.final_lr_ratio"
-    raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {kept}; {cure}")
+    raise FloatingPointError(f"step {step}: {' and '.join(bad)}; {checkpoint_note}; {cure}")
 
 
 def newest_checkpoint(checkpoints: Checkpoints) -> tuple[int, str]:

@@ -105,11 +105,11 @@ def command(runs: Sequence[Run], evaluation: str) -> str:
     read = EVALS[evaluation].flags
     if "text" in read and data.get("text", ()) is None:
         return ""
-    asked = settings.get("asked") if EVALS[evaluation].uses_engine else None
+    lengths = settings.get("asked") if EVALS[evaluation].uses_engine else None
     steps = [run.provenance.get("step") for run in runs]
     flags = [("checkpoint", run.provenance["checkpoint"]) for run in runs]
     flags += [("step", step) for step in (steps if len(set(steps)) > 1 else steps[:1]) if None not in steps]
-    flags += [("suite", evaluation), ("lengths", _listed(asked or settings.get("lengths")))]
+    flags += [("suite", evaluation), ("lengths", _listed(lengths or settings.get("lengths")))]
     for name in (name for name in read if name != "compat"):
         value = data.get(name) if name in DATA else _listed(settings.get(name))
         flags += [(name, x) for x in (value if isinstance(value, (list, tuple)) else [value]) if x != _listed(NAMES)]
