@@ -322,12 +322,31 @@ def test_another_program_at_the_coordinator_s_port_is_an_error(answer, message):
         thread.join()
 
 
+def listener(port: int, address: str = "") -> socket.socket:
+    """A server at a port of an IPv6 address, by default at all addresses of both versions; port 0 is any that is free."""
+    return socket.create_server((address, port), family=socket.AF_INET6, dualstack_ipv6=not address)
+
+
+@contextlib.contextmanager
+def taken_port(host: str, offset: int):
+    """A port P such that another program listens at P + offset; with an offset, nobody listens at P."""
+    while True:
+        server = listener(0, "::1" if "[" in host else "")
+        port = server.getsockname()[1] - offset
+        try:
+            if offset:
+                listener(port).close()
+        except OSError:  # a program of this machine has it
+            server.close()
+            continue
+        with server:
+            yield port
+        return
+
+
 @pytest.mark.parametrize("host, taken", [("localhost", 0), ("localhost", 1), ("[::1]", 1), ("10.0.0.1", 1)])
 def test_a_port_that_another_program_uses_is_named(host, taken):
-    port = free_port()
-    with socket.create_server(
-        ("::1" if "[" in host else "", port + taken), family=socket.AF_INET6, dualstack_ipv6="[" not in host
-    ):
+    with taken_port(host, taken) as port:
         with pytest.raises(OSError, match=f"the coordinator cannot listen at port {port + taken}: Address already in use"):
             processes.start(f"{host}:{port}", 2, 0, timeout=1)
     with socket.create_server(("localhost", port)):  # and nothing is left there
