@@ -6,9 +6,9 @@
 The checkpoint is a run's or one of tools/import_hf.py, and gives the model, the data, the mesh and the optimiser. Each stage
 has four times the length of the one before, as many tokens in a step, and a tenth of the steps of the training. Local layers
 keep their theta and their window, and global layers without positions need nothing: that is how the family is extended (arXiv
-2501.18795, 2504.00698). A global layer with RoPE gets YaRN for its new length (arXiv 2309.00071). The rate rises again to the
-last one of the training and falls to a hundredth of it. The text must have documents of the new length: tools/prepare_data.py
-prints their lengths.
+2501.18795, 2504.00698). A global layer with RoPE gets YaRN for its new length (arXiv 2309.00071). The rate rises again to a
+tenth of the highest rate of the training and falls to a hundredth of that. The text must have documents of the new length:
+tools/prepare_data.py prints their lengths.
 """
 
 from pathlib import Path
@@ -19,7 +19,6 @@ from hybrid_attn import checkpoint, config
 from hybrid_attn.configs import base
 from hybrid_attn.evals.provenance import trained_length
 from hybrid_attn.infer import loading
-from hybrid_attn.train.schedule import schedule
 
 MOST_STEPS = 5_000  # of a stage, those of Command A at its greatest lengths
 IMPORTED_STEPS = 1_000  # of a stage, where the training of the checkpoint is not known
@@ -40,11 +39,10 @@ def get_config(argument: str):
         c[group] = ConfigDict(values[group])
     c.model = ConfigDict(config.to_dict(saved.config.model))
     c.init_from.path, c.init_from.step = path, step
-    trained = config.build(values)
-    rate = float(schedule(trained.optim, trained.pieces)(trained.total_steps - 1))
+    old, rate = saved.config.stages[-1], c.optim.lr / 10
     steps = min(max(done // 10, 20), MOST_STEPS) if done else IMPORTED_STEPS
     with_rope = [name for name, x in saved.config.model.kinds.items() if x.rope_theta and not (x.window or x.chunk)]
-    old, c.stages = trained.stages[-1], []
+    c.stages = []
     for factor in (4, 16) if times == "16x" else (4,):
         stage = base.get_config().stages[0]
         stage.seq_len, stage.steps, stage.batch = factor * length, steps, max(old.batch * old.seq_len // (factor * length), 1)

@@ -69,8 +69,7 @@ def test_a_checkpoint_is_extended_with_its_own_layers_and_yarn_for_global_rope_a
     assert [stage.batch for stage in c.stages] == [4, 1]
     saved = checkpoint.read_config(trained / "checkpoints")
     assert [stage.steps for stage in c.stages] == [30, 30]
-    end = schedule(config.build(saved).optim, config.build(saved).pieces)(299)
-    assert c.stages[0].lr_schedule.start == pytest.approx(float(end))
+    assert [x.lr_schedule.start for x in c.stages] == [saved["optim"]["lr"] / 10] * 2
     for factor, stage in zip((4.0, 16.0), c.each_stage, strict=True):
         kinds = stage.model.kinds
         assert (kinds["L"], kinds["G"]) == (config.build(saved).model.kinds["L"], config.build(saved).model.kinds["G"])
