@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from hybrid_attn import config
+from hybrid_attn import config, trees
 from hybrid_attn.parallel.mesh import BATCH
 
 
@@ -14,10 +14,25 @@ def check(c: config.Config, sizes: Mapping[str, int]) -> None:
         lengths[f"evals.lengths: {multiple} of {c.at(-1).seq_len} tokens,"] = round(multiple * c.at(-1).seq_len)
     for stage in c.each_stage:
         check_splits(f"stages[{stage.index}]: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
+        check_ramp(stage, sizes)
     for name, length in lengths.items():
         check_length(name, length, sizes, c.train.zigzag)
     check_model(c.model, sizes)
     check_schemes(c.model, config.context(c.model, c.train), sizes)
+
+
+def check_ramp(stage: config.StageConfig, sizes: Mapping[str, int]) -> None:
+    """ValueError where a batch of a ramp does not split into its microbatches and those over the shards of the batch."""
+    shards, microbatch = math.prod(sizes[axis] for axis in BATCH), stage.batch // stage.microbatches
+    for batch in stage.batch_ramp:
+        number = stage.microbatches_of(batch)
+        unit = shards if number == 1 else microbatch  # all multiples of it split
+        below, above = batch // unit * unit, -(-batch // unit) * unit
+        trees.check(
+            batch % (shards * number) == 0,
+            f"stages[{stage.index}]: batch_ramp has {batch}, which does not split over {shards} {' * '.join(BATCH)} shards"
+            f"{f' of {number} microbatches each' if number > 1 else ''}; use {f'{below} or {above}' if below else above}",
+        )
 
 
 def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
