@@ -50,7 +50,7 @@ CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
 # Keys of `optim` that older configs lack.
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
-    "ema_half_life", "spike_factor", "max_consecutive_spikes",
+    "ema_half_life", "spike_factor", "max_consecutive_spikes", "warmup_tokens",
 )  # fmt: skip
 # Keys that a stage may override; those of the model and of the optimiser only if the arrays of the state stay the same.
 OF_STAGES = (
@@ -58,7 +58,8 @@ OF_STAGES = (
     "optim.b1", "optim.b2", "optim.eps", "optim.momentum", "optim.weight_decay", "optim.clip_norm", "optim.z_loss",
     "train.dtype", "train.remat", "train.context", "train.zigzag", "train.kernel", "train.loss_chunk", "train.mlp_chunk",
 )  # fmt: skip
-NEW_STAGE = "objective", "model_changes", "lr_schedule", "override"  # of a stage
+# Keys of a stage that older configs lack.
+NEW_STAGE = "objective", "model_changes", "lr_schedule", "override", "tokens", "batch_ramp", "batch_ramp_tokens"
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
@@ -83,11 +84,15 @@ class StageConfig:
     """The config of one stage of a run, made by `Config.at`.
 
     `mixture` has the weight of each source and is never empty; `pieces` are those of the learning rate of the whole run;
-    `override` is already put over the groups. Two of these are equal if their training steps compile to the same program.
+    `override` is already put over the groups. Two of these are equal if their training steps compile to the same program for a
+    batch of the same size.
     """
 
     index: int = dataclasses.field(compare=False)
     steps: int = dataclasses.field(compare=False)
+    tokens: int | None = dataclasses.field(compare=False)
+    batch_ramp: tuple[int, ...] = dataclasses.field(compare=False)
+    batch_ramp_tokens: int | None = dataclasses.field(compare=False)
     mixture: Table[str, float] = dataclasses.field(compare=False)
     model_changes: tuple[str, ...] = dataclasses.field(compare=False)
     lr_schedule: LrSchedule | None = dataclasses.field(compare=False)
@@ -102,6 +107,10 @@ class StageConfig:
     mesh: Mesh
     optim: Optim
     train: Train
+
+    def microbatches_of(self, batch: int) -> int:
+        """How many microbatches a batch of this size has: those of the ramp are at most as large as those of `batch`."""
+        return -(-batch * self.microbatches // self.batch)
 
 
 GROUPS = tuple(field.name for field in dataclasses.fields(Groups))
@@ -169,6 +178,24 @@ class CheckpointConfig:
         """The index of the stage of the last of the first `step` steps, or 0 before the first."""
         return self.next_stage(max(step - 1, 0))
 
+    def batch_at(self, step: int) -> int:
+        """The batch size of global step `step`."""
+        index, step_of_stage = self.stage_at(step)
+        return self.stages[index].batch_at(step_of_stage)
+
+    def stage_tokens(self, step: int) -> list[int]:
+        """Tokens of each stage in the first `step` steps of the run, padding included."""
+        done = zip(self.stages, self.stage_steps(step), strict=True)
+        return [stage.sequences(steps) * stage.seq_len for stage, steps in done]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The pieces of the learning rate: one for each stage, or one for all of them."""
+        spans = [tuple((n, size * stage.seq_len) for n, size in stage.spans(stage.steps)) for stage in self.stages]
+        if self.stages[0].lr_schedule is None:
+            return (Piece(self.total_steps, None, sum(spans, ())),)
+        return tuple(Piece(stage.steps, stage.lr_schedule, x) for stage, x in zip(self.stages, spans, strict=True))
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(CheckpointConfig):
@@ -211,13 +238,6 @@ class Config(CheckpointConfig):
     def at(self, stage: int) -> StageConfig:
         """The config of a stage by its index: the only place that puts the fields of a stage over those of the run."""
         return self.each_stage[stage]
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """The pieces of the learning rate: one for each stage, or one for all of them."""
-        if self.stages[0].lr_schedule is None:
-            return (Piece(self.total_steps, None),)
-        return tuple(Piece(stage.steps, stage.lr_schedule) for stage in self.stages)
 
     @functools.cached_property
     def each_stage(self) -> tuple[StageConfig, ...]:
@@ -340,7 +360,9 @@ def completed(values: Mapping) -> dict:
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], "prefix")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
-    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], *NEW_STAGE)
+    stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    _add(stages, defaults["stages"][0], *NEW_STAGE)
+    _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")
     _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
     return values
 

@@ -1,12 +1,15 @@
 """The parts of a config that describe a run: mesh, data, optimiser, stages, evaluations. Others import them from `config`."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from hybrid_attn.config_model import LONGEST, Model
 from hybrid_attn.trees import Partial, Table, check, check_fields, named, one_of, within
 
 MOST_STEPS = 10**9
+MOST_TOKENS = 2**60
+MOST_RAMP = 8  # sizes of a batch ramp; each is a program that is compiled
 QUERIES = 6  # in a sequence of the task "recall", of three tokens each
 HOPS = 3  # of a chain of the task "tracking", whose variables are one more; an assignment is three tokens
 
@@ -107,6 +110,7 @@ class LrSchedule:
     start: float | None = within(0, 100, above=True)
     end: float | None = within(0, 100)
     warmup_steps: int = within(0, MOST_STEPS)
+    warmup_tokens: int | None = within(0, MOST_TOKENS)
     decay_fraction: float = within(0, 1, above=True)
     decay_shape: str = one_of(*DECAY_SHAPES)
     jump: bool
@@ -118,6 +122,13 @@ class LrSchedule:
         check(falls == (self.end is not None), f"lr_schedule.shape={self.shape!r} {needs}, and lr_schedule.end={self.end}")
         zero = self.shape == "wsd" and self.decay_shape == "exponential" and self.end == 0
         check(not zero, "lr_schedule.end=0 is never reached by an exponential decay; use a small rate")
+        _check_warmup("lr_schedule", self.warmup_steps, self.warmup_tokens)
+
+
+def _check_warmup(group: str, steps: int, tokens: int | None) -> None:
+    both = f"{group}.warmup_steps={steps} and {group}.warmup_tokens={tokens} are both set"
+    cure = "a schedule counts steps or tokens; use warmup_steps=0 or warmup_tokens=None"
+    check(not steps or tokens is None, f"{both}, and {cure}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +145,7 @@ class Optim:
     clip_norm: float = within(0, 10**12, above=True, aliases=("grad_clip", "max_grad_norm", "gradient_clipping"))
     schedule: str = one_of(*SHAPES)
     warmup_steps: int = within(0, MOST_STEPS)
+    warmup_tokens: int | None = within(0, MOST_TOKENS)
     decay_fraction: float = within(0, 1, above=True)
     decay_shape: str = one_of(*DECAY_SHAPES)
     final_lr_ratio: float = within(0, 1, aliases=("min_lr_ratio",))
@@ -146,12 +158,14 @@ class Optim:
         check_fields(self, "optim")
         zero = self.schedule == "wsd" and self.decay_shape == "exponential" and self.final_lr_ratio == 0
         check(not zero, "optim.final_lr_ratio=0 is never reached by an exponential decay; use a small ratio")
+        _check_warmup("optim", self.warmup_steps, self.warmup_tokens)
 
     @property
     def lr_schedule(self) -> LrSchedule:
         """The learning rate over all stages."""
         end = self.final_lr_ratio * self.lr if self.schedule in FALLING else None
-        return LrSchedule(self.schedule, self.lr, end, self.warmup_steps, self.decay_fraction, self.decay_shape, False)
+        warmup = self.warmup_steps, self.warmup_tokens
+        return LrSchedule(self.schedule, self.lr, end, *warmup, self.decay_fraction, self.decay_shape, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +198,17 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of training with a sequence length, a batch and a mixture, which gives each source's share of the tokens."""
+    """A part of training with a sequence length, a batch and a mixture, which gives each source's share of the tokens.
 
-    steps: int = within(1, MOST_STEPS, aliases=("num_steps", "max_steps", "train_steps"))
+    With `tokens` it has the fewest steps that see them; `steps` is then this number.
+    """
+
+    steps: int | None = within(1, MOST_STEPS, aliases=("num_steps", "max_steps", "train_steps"))
+    tokens: int | None = within(1, MOST_TOKENS, aliases=("num_tokens", "max_tokens", "train_tokens"))
     seq_len: int = within(1, LONGEST, aliases=("sequence_length", "context_length", "max_seq_len", "block_size"))
     batch: int = within(1, 2**24, aliases=("batch_size", "global_batch_size"))
+    batch_ramp: tuple[int, ...] = within(1, 2**24, aliases=("rampup_batch_size", "batch_rampup"))
+    batch_ramp_tokens: int | None = within(1, MOST_TOKENS)
     microbatches: int = within(1, 2**24, aliases=("gradient_accumulation_steps", "grad_accum", "accumulation"))
     mixture: Table[str, float] = within(0, 10**9)
     objective: str = named("loss")
@@ -204,13 +224,69 @@ class Stage:
             f"batch={self.batch} times seq_len={self.seq_len} is {tokens:,} tokens a step; below 2^31 can be counted",
         )
         check(not self.mixture or any(self.mixture.values()), f"the weights of stages.mixture={self.mixture} sum to zero")
+        self._check_ramp()
+        if self.tokens is not None:
+            steps = self._steps_of_tokens()
+            both = f"steps={self.steps} and tokens={self.tokens} are both set, and these tokens take {steps:,} steps"
+            check(self.steps in (None, steps), f"{both}; give one of the two, and None for the other")
+            check(steps <= MOST_STEPS, f"tokens={self.tokens} take {steps:,} steps; at most {MOST_STEPS:,} can be counted")
+            object.__setattr__(self, "steps", steps)
+        check(self.steps is not None, "steps and tokens are both None; give the length of the stage in one of them")
+
+    def _check_ramp(self) -> None:
+        ramp, tokens, sizes = self.batch_ramp, self.batch_ramp_tokens, (*self.batch_ramp, self.batch)
+        cure = "give both: the sizes before batch, and the tokens that they last together"
+        check(bool(ramp) == (tokens is not None), f"batch_ramp={ramp} and batch_ramp_tokens={tokens}; {cure}, or neither")
+        shown = f"batch_ramp={ramp} to batch={self.batch}"
+        check(len(ramp) <= MOST_RAMP, f"{shown} has {len(ramp)} sizes, each compiled by itself; use at most {MOST_RAMP}")
+        rises = all(a < b for a, b in zip(ramp, sizes[1:], strict=True))
+        check(rises, f"{shown} does not rise with every size; name the smaller batches in order, without batch itself")
+
+    @property
+    def _ramp(self) -> list[tuple[int, int]]:
+        """(steps, batch) of each size of the ramp: size i of n ends when i/n of `batch_ramp_tokens` are seen, or just above."""
+        ramp, sequences, number = [], 0, len(self.batch_ramp)
+        for i, size in enumerate(self.batch_ramp, 1):
+            missing = i * self.batch_ramp_tokens - number * sequences * self.seq_len  # tokens times `number`
+            steps = max(-(-missing // (number * size * self.seq_len)), 0)
+            ramp.append((steps, size))
+            sequences += steps * size
+        return ramp
+
+    def _steps_of_tokens(self) -> int:
+        """The fewest steps that see `tokens`."""
+        total, missing = 0, self.tokens
+        for most, size in [*self._ramp, (math.inf, self.batch)]:
+            steps = min(most, max(-(-missing // (size * self.seq_len)), 0))
+            total, missing = total + steps, missing - steps * size * self.seq_len
+        return total
+
+    def spans(self, steps: int) -> list[tuple[int, int]]:
+        """(steps, batch) of each batch size among the first `steps` steps, in order."""
+        spans = []
+        for most, size in [*self._ramp, (math.inf, self.batch)]:
+            taken = min(most, steps)
+            spans, steps = [*spans, (taken, size)] if taken else spans, steps - taken
+        return spans
+
+    def sequences(self, steps: int) -> int:
+        """Packed sequences of the first `steps` steps."""
+        return sum(number * size for number, size in self.spans(steps))
+
+    def batch_at(self, step: int) -> int:
+        """The batch size of a step, counted from 0 in the stage."""
+        return self.spans(step + 1)[-1][1]
 
 
 class Piece(NamedTuple):
-    """Consecutive steps that share a learning-rate schedule: those of a stage, or of all stages where it is None."""
+    """Consecutive steps that share a learning-rate schedule: those of a stage, or of all stages where it is None.
+
+    `spans` has the (steps, tokens of each) in order, which a schedule that counts tokens needs.
+    """
 
     steps: int
     lr_schedule: LrSchedule | None
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

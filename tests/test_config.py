@@ -104,6 +104,11 @@ def leaves(values, path=""):
 KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
 OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "lr_schedule"}
+OPTIONAL |= {"tokens", "batch_ramp_tokens", "warmup_tokens"}
+
+
+def is_optional(path):
+    return path.rpartition(".")[2] in OPTIONAL and not path.endswith("temperature.scale") and path != "evals.tokens"
 
 
 @pytest.mark.parametrize("path", KEYS)
@@ -135,11 +140,11 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
             accepted.append(wrong)
         except ValueError as error:
             assert name in str(error) and "\n" not in str(error), error
-    allowed = [None] * (path.rpartition(".")[2] in OPTIONAL and not path.endswith("temperature.scale"))
+    allowed = [None] * is_optional(path)
     allowed += ["", "x"] * (name in ("mixer", "mlp", "objective", "optimiser"))  # which tables check, elsewhere
     allowed += [""] * (name in ("label", "tokenizer", "prefix")) + ["x"] * (name in ("store", "label", "tokenizer"))
     allowed += ["x"] * (path == "init_from.path")
-    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes")
+    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes", "batch_ramp")
     allowed += [[]] * (name in lists) + [{}] * (name in ("mixture", "override"))
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
     assert (None in accepted) == (None in allowed)
@@ -327,8 +332,8 @@ def test_layers_begin_with_a_prefix_repeat_the_pattern_and_end_with_a_tail():
 
 
 def test_a_step_belongs_to_its_stage():
-    stages = tuple(dataclasses.replace(tiny().stages[0], steps=steps) for steps in (3, 2))
-    c = dataclasses.replace(tiny(), stages=stages)
+    sizes = {"batch": 8, "microbatches": 1, "mixture": {}}
+    c = tiny({"stages": [{"steps": 3, "seq_len": 48} | sizes, {"steps": 2, "seq_len": 96} | sizes]})
     assert c.total_steps == 5
     assert [c.stage_at(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     with pytest.raises(ValueError, match="step 5 is beyond the last of 5 steps"):
@@ -342,7 +347,7 @@ def test_the_config_of_a_stage_has_its_fields_and_the_groups_of_the_run():
     a, b, last = c.each_stage
     assert (a.index, a.steps, a.seq_len, a.batch, a.microbatches, a.objective) == (0, 3, 48, 8, 2, "next_token")
     assert (a.mixture, last.mixture, last.seq_len) == ({"text": 1.0}, {"text": 2.0}, 96) and last == c.at(-1)
-    assert (a.model, a.mesh, a.optim, a.train, a.pieces) == (c.model, c.mesh, c.optim, c.train, ((8, None),))
+    assert (a.model, a.mesh, a.optim, a.train) == (c.model, c.mesh, c.optim, c.train) and a.pieces[0][:2] == (8, None)
     # One program for two stages that differ in their number of steps alone.
     assert a == b and hash(a) == hash(b) and a != last and (b.index, b.steps) == (1, 2)
 

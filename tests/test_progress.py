@@ -18,7 +18,7 @@ VALUES = {"loss": 2.0, "bits_per_byte": 3.0, "grad_norm": 1.0, "lr": 1e-3}
 
 
 def timed(stage, seconds, compiled=False, **changes):
-    return Timed(VALUES | changes, seconds, 0.1 * seconds, compiled, stage)
+    return Timed(VALUES | changes, seconds, 0.1 * seconds, compiled, stage, STAGES[stage]["batch"])
 
 
 def test_speed_is_that_of_the_steps_that_compiled_nothing_and_losses_are_means_of_all():

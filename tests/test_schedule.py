@@ -17,7 +17,7 @@ STAGE = {"steps": 20, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {
 
 
 def piece(steps, shape, start=None, end=None, warmup=0, fraction=0.5, decay="linear", jump=False):
-    return Piece(steps, LrSchedule(shape, start, end, warmup, fraction, decay, jump))
+    return Piece(steps, LrSchedule(shape, start, end, warmup, None, fraction, decay, jump))
 
 
 def rates(*pieces):
@@ -69,6 +69,37 @@ def test_a_step_as_a_python_number_has_the_rate_that_it_has_as_an_array(shape, e
         assert float(rate(step)) == pytest.approx(expected[step], rel=1e-5, abs=1e-12)
 
 
+def counting(tokens, own, *spans):
+    """The piece with the schedule of `own`, whose warm-up has so many tokens, over (steps, tokens of each)."""
+    form = dataclasses.replace(own.lr_schedule, warmup_steps=0, warmup_tokens=tokens)
+    return Piece(sum(steps for steps, _ in spans), form, spans)
+
+
+@pytest.mark.parametrize("shape, end", [("inverse_sqrt", None), ("wsd", 1e-4), ("cosine", 0.0), ("linear", 0.0)])
+def test_a_schedule_in_tokens_is_that_in_steps_where_all_steps_have_as_many_tokens(shape, end):
+    pieces = piece(5, "constant", 2e-3), piece(40, shape, 1e-2, end=end, warmup=7, fraction=0.31)
+    in_tokens = counting(7 * 384, pieces[1], (30, 384), (10, 384))
+    np.testing.assert_allclose(rates(pieces[0], in_tokens), rates(*pieces), rtol=1e-5, atol=1e-9)
+
+
+def test_a_schedule_in_tokens_rises_and_falls_with_the_tokens_of_a_ramp():
+    spans = (6, 100), (5, 200), (9, 400)  # 600, 1,600 and 5,200 tokens
+    seen = np.cumsum(np.repeat([100, 200, 400], [6, 5, 9]))
+    r = rates(counting(1000, piece(20, "linear", 1.0, end=0.0), *spans))
+    np.testing.assert_allclose(r[:8], seen[:8] / 1000, rtol=1e-5)
+    share = (seen[8:] - 1000 - 400) / (5200 - 1000 - 400)  # the decay begins a step, of 400 tokens, after the warm-up
+    np.testing.assert_allclose(r[8:], 1 - np.clip(share, 0, 1), rtol=1e-5, atol=1e-6)
+    assert rates(counting(0, piece(20, "constant", 0.5), *spans)).tolist() == [0.5] * 20
+
+
+def test_a_schedule_of_the_run_in_tokens_counts_those_of_every_stage():
+    stages = [STAGE | {"steps": 10, "batch": 2}, STAGE | {"steps": 5, "seq_len": 96}]
+    c = tiny({"stages": stages, "optim.warmup_steps": 0, "optim.warmup_tokens": 1920, "optim.lr": 1.0})
+    r = np.asarray(jax.vmap(schedule(c.optim, c.pieces))(jnp.arange(15)))
+    np.testing.assert_allclose(r[:12], [*(np.arange(1, 11) * 96 / 1920), 0.9, 1.0], rtol=1e-5)
+    assert r[12] < 1 and r[14] == pytest.approx(0.1)
+
+
 def test_a_stage_cannot_go_on_from_a_rate_of_zero():
     with pytest.raises(ValueError, match=r"stages\[1\].lr_schedule.start is None, and the stage before ends at 0; give a rate"):
         rates(piece(4, "linear", 0.1, end=0.0), piece(4, "cosine", end=0.0))
@@ -93,7 +124,7 @@ def built(*schedules):
 def test_every_stage_has_a_schedule_or_none():
     c = built({"start": 0.1, "end": 0.05}, {"end": 0.01})
     assert [x.lr_schedule.end for x in c.pieces] == [0.05, 0.01] and c.at(0) == c.at(1)
-    assert built(None, None).pieces == (Piece(40, None),)
+    assert built(None, None).pieces == (Piece(40, None, ((20, 384), (20, 384))),)
     with pytest.raises(ValueError, match=r"of stages\[0\] and stages\[1\] only one has lr_schedule"):
         built({"start": 0.1, "end": 0.05}, None)
 
@@ -104,6 +135,7 @@ def test_every_stage_has_a_schedule_or_none():
         ({"start": 0.1}, "shape='linear' needs a last rate, and lr_schedule.end=None"),
         ({"shape": "constant", "start": 0.1, "end": 0.1}, "shape='constant' has no last rate of its own"),
         ({"shape": "wsd", "start": 0.1, "end": 0.0, "decay_shape": "exponential"}, "lr_schedule.end=0 is never reached"),
+        ({"start": 0.1, "end": 0.0, "warmup_steps": 4, "warmup_tokens": 9}, "warmup_steps=4 and lr_schedule.warmup_tokens=9"),
         ({"shape": "liner"}, "is not one of 'cosine', .*did you mean 'linear'"),
     ],
 )
@@ -114,5 +146,8 @@ def test_values_that_do_not_fit_are_errors(values, message):
 
 def test_an_older_config_has_no_schedules_of_stages():
     values = config.to_dict(tiny())
-    del values["stages"][0]["lr_schedule"], values["optim"]["decay_shape"]
+    del values["stages"][0]["lr_schedule"], values["optim"]["decay_shape"], values["optim"]["warmup_tokens"]
     assert config.build(values) == tiny()
+    values = config.to_dict(built({"start": 0.1, "end": 0.05}))
+    del values["stages"][0]["lr_schedule"]["warmup_tokens"], values["stages"][0]["tokens"]
+    assert config.build(values) == built({"start": 0.1, "end": 0.05})

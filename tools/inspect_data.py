@@ -95,8 +95,9 @@ def show_step(c: config.Config) -> None:
     batches = pipeline.batches(c, stages, [mesh] * len(c.stages), step)
     batch = {name: np.asarray(array) for name, array in next(batches)[1].items()}
     batches.close()
+    first = c.stages[STAGE.value].sequences(STEP.value)
     for i in range(len(batch["tokens"])):
-        source, number = stages[STAGE.value].mixture.source_of(STEP.value * len(batch["tokens"]) + i)
+        source, number = stages[STAGE.value].mixture.source_of(first + i)
         title = f"sequence {i}, number {number:,} of {source}"
         show_sequence(title, {name: array[i] for name, array in batch.items()}, tokenizer)
 

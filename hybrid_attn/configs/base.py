@@ -66,6 +66,8 @@ def lr_schedule(**changes) -> ConfigDict:
     r.start = None  # after the warm-up; None = the last rate of the stage before
     r.end = None  # the last rate; needed by cosine, wsd and linear
     r.warmup_steps = 0  # from the last rate of the stage before, or 0 in the first
+    # With a number (0: no warm-up) the rate follows the tokens of the stage, not its steps: warm-up, shape and decay_fraction.
+    r.warmup_tokens = None
     r.decay_fraction = 0.2  # wsd: fraction of the steps of the stage in the decay
     r.decay_shape = "linear"  # wsd: linear | sqrt | exponential
     r.jump = False  # True: start need not be the last rate of the stage before
@@ -154,6 +156,8 @@ def get_config() -> ConfigDict:
     # wsd: constant, then a decay. constant and inverse_sqrt have no last rate of their own.
     o.schedule = "cosine"  # cosine | wsd | linear | constant | inverse_sqrt
     o.warmup_steps = 20
+    # With a number (0: no warm-up) the rate follows tokens, not steps: warm-up, shape, decay_fraction. warmup_steps is then 0.
+    o.warmup_tokens = None
     o.decay_fraction = 0.2  # wsd: fraction of all steps in the final decay
     o.decay_shape = "linear"  # wsd: linear | sqrt (1 - sqrt of the share done, arXiv 2405.18392) | exponential
     o.final_lr_ratio = 0.1  # last learning rate over peak
@@ -168,8 +172,13 @@ def get_config() -> ConfigDict:
 
     stage = ConfigDict()
     stage.steps = 300
+    stage.tokens = None  # instead of steps (None): the stage ends with the step that has seen so many, padding included
     stage.seq_len = 8192  # tokens in a packed sequence
     stage.batch = 1  # packed sequences in a step, over all devices
+    # Smaller batches that the stage begins with, such as (3072, 6144, 9216) before 12,288. Each lasts an equal share of
+    # batch_ramp_tokens, to the step that completes it, and is compiled by itself. A smaller batch has fewer microbatches.
+    stage.batch_ramp = ()
+    stage.batch_ramp_tokens = None  # tokens of the whole ramp
     # Parts of the batch whose gradients are accumulated one after the other: less memory for activations, the same step.
     stage.microbatches = 1
     stage.mixture = ConfigDict()  # source -> weight, its share of the tokens; empty = the only source

@@ -135,6 +135,8 @@ def identities(c: config.Config, documents: Mapping[str, Documents | Task], toke
         {
             "objective": stage.objective,
             "batch": stage.batch,
+            "batch_ramp": list(stage.batch_ramp),
+            "batch_ramp_tokens": stage.batch_ramp_tokens,
             "seq_len": stage.seq_len,
             "mixture": dict(stage.mixture),
             "documents": {name: fingerprint(stage, name) for name in stage.mixture},
@@ -159,13 +161,13 @@ def batches(
 
     def read(step: int) -> tuple[int, Batch]:
         index, step_of_stage = c.stage_at(step)
-        stage = c.at(index)
-        first = step_of_stage * stage.batch
+        stage = c.stages[index]
+        first = stage.sequences(step_of_stage)
 
         def read_slices(slices: list[Slice]) -> list[dict[str, np.ndarray]]:
             return stages[index].read([(first + b, start, stop) for b, start, stop in slices])
 
-        return step, _global_batch(read_slices, stage.batch, stage.seq_len, meshes[index])
+        return step, _global_batch(read_slices, stage.batch_at(step_of_stage), stage.seq_len, meshes[index])
 
     steps = grain.MapDataset.range(start_step, c.total_steps).map(read)
     options = grain.ReadOptions(num_threads=c.data.prefetch, prefetch_buffer_size=c.data.prefetch)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from hybrid_attn import config
+from hybrid_attn import config, trees
 from hybrid_attn.parallel.mesh import AXES, BATCH, axis_sizes
 
 
@@ -20,10 +20,25 @@ def check_stage(stage: config.StageConfig, sizes: Mapping[str, int], lengths: Ma
     """`check` of one stage over axes of `sizes` (a mesh's `shape`); `lengths` are those of evaluations, by what they are."""
     name = f"stages[{stage.index}]"
     check_splits(f"{name}: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
+    check_ramp(stage, sizes)
     for of, length in {f"{name}: seq_len": stage.seq_len, **lengths}.items():
         check_length(of, length, sizes, stage.train.zigzag)
     check_model(stage.model, sizes)
     check_schemes(stage.model, config.context(stage.model, stage.train), sizes)
+
+
+def check_ramp(stage: config.StageConfig, sizes: Mapping[str, int]) -> None:
+    """ValueError where a batch of a ramp does not split into its microbatches and those over the shards of the batch."""
+    shards, microbatch = math.prod(sizes[axis] for axis in BATCH), stage.batch // stage.microbatches
+    for batch in stage.batch_ramp:
+        number = stage.microbatches_of(batch)
+        unit = shards if number == 1 else microbatch  # all multiples of it split
+        below, above = batch // unit * unit, -(-batch // unit) * unit
+        trees.check(
+            batch % (shards * number) == 0,
+            f"stages[{stage.index}]: batch_ramp has {batch}, which does not split over {shards} {' * '.join(BATCH)} shards"
+            f"{f' of {number} microbatches each' if number > 1 else ''}; use {f'{below} or {above}' if below else above}",
+        )
 
 
 def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:

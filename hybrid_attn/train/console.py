@@ -28,10 +28,10 @@ def description(
 ) -> list[str]:
     """Parameters, layout, mesh, kernel, data, the sources of each stage, tokens and FLOPs per step, peak and workdir.
 
-    `sequences` are those of each stage; tokens and FLOPs are those of the stage that comes next.
+    `sequences` are those of each stage; tokens and FLOPs are those of the step that comes next.
     """
     stage = c.at(c.next_stage(start))
-    total, tokens = flops.parameters(stage.model), stage.batch * stage.seq_len
+    total, tokens = flops.parameters(stage.model), c.batch_at(min(start, c.total_steps - 1)) * stage.seq_len
     embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
     per_token = flops.train_flops_per_token(stage.model, stage.seq_len)
     layer_types = "; ".join(f"{letter} = {describe(c.model.kinds[letter])}" for letter in sorted(set(c.model.layers)))
@@ -42,7 +42,7 @@ def description(
     context = f"; sequences are split by {by_layer_type(schemes)}" if mesh.shape["context"] > 1 else ""
     many_stages = len(c.stages) > 1
     of = f", in stage {stage.index + 1}" if many_stages else ""
-    stages = ", ".join(f"{s.steps:,} steps of {s.batch} x {s.seq_len:,}" for s in c.each_stage)
+    stages = ", ".join(f"{n:,} steps of {size} x {s.seq_len:,}" for s in c.stages for n, size in s.spans(s.steps))
     return [
         f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
         f"layout       {c.model.layers}: {layer_types}",
@@ -52,8 +52,8 @@ def description(
         f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
         *(
             line
-            for s, of_stage in zip(c.each_stage, sequences, strict=True)
-            for line in sources(of_stage, s.steps * s.batch, f"stage {s.index + 1}, " if many_stages else "")
+            for number, (s, of_stage) in enumerate(zip(c.stages, sequences, strict=True), 1)
+            for line in sources(of_stage, s.sequences(s.steps), f"stage {number}, " if many_stages else "")
         ),
         f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs{of}",
         f"token        {per_token:.4g} FLOPs{of}: 3 x forward, windows and causality counted, recomputation not",

@@ -28,7 +28,8 @@ from hybrid_attn.train.step import TrainState, abstract_state, executions, extra
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
 
-OLDER_STAGE = {"objective": "next_token"}  # of checkpoints that do not name the objective of their stage
+# Of checkpoints that do not name these of their stage.
+OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None}
 
 
 def train(
@@ -255,7 +256,7 @@ def first_state(
             not lines,
             f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches or another "
             "objective there (saved -> new):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with "
-            f"{stage}.steps={done[-1]}, and give the new values to a stage after it",
+            f"{stage}.steps={done[-1]}{without_tokens(c)}, and give the new values to a stage after it",
         )
     records = {key: value for key, value in saved.items() if key not in expected}
     return state, step, {"skipped_steps": []} | records  # older checkpoints have no skipped steps
@@ -268,13 +269,19 @@ def other_steps(c: config.Config, step: int, done: Sequence[int], expected: Sequ
         flag = "--steps" if last == len(c.stages) - 1 else f"--config.stages[{last}].steps"
         return (
             f"the checkpoint of step {step} has done {done[last]} steps of stages[{last}], and this config has "
-            f"{c.stages[last].steps} there; give {flag}={done[last]} or more"
+            f"{c.stages[last].steps} there; give {flag}={done[last]} or more{without_tokens(c)}"
         )
     needed = ", ".join(f"stages[{i}].steps={n}" for i, n in enumerate(done[:last]))
     return (
         f"the checkpoint of step {step} has done {list(done)} steps of each stage, and this config's stages would have done "
         f"{list(expected)}; a stage that is over keeps its steps; give {needed} and stages[{last}].steps={done[last]} or more"
+        f"{without_tokens(c)}"
     )
+
+
+def without_tokens(c: config.Config) -> str:
+    """What the steps of a stage need beside them where the config gives lengths in tokens."""
+    return " (and tokens=None there)" if any(stage.tokens is not None for stage in c.stages) else ""
 
 
 def data_state(c: config.Config, identities: Sequence[dict], step: int, records: dict) -> dict:

@@ -65,6 +65,7 @@ TAGS = {
     "data_wait": "speed/data_wait_seconds",
     "tokens_seen": "progress/tokens",
     "stage": "progress/stage",
+    "batch": "progress/batch_sequences",
     "peak_memory_bytes": "memory/peak_bytes",
 }
 

@@ -13,7 +13,7 @@ import jax
 from flax.traverse_util import unflatten_dict
 
 from hybrid_attn import trees
-from hybrid_attn.config import Config, LrSchedule, Piece, build_model, to_dict, with_override
+from hybrid_attn.config import Config, build_checkpoint_config, build_model, to_dict, with_override
 from hybrid_attn.model import init
 from hybrid_attn.train.optim import optimiser
 from hybrid_attn.train.schedule import schedule
@@ -125,21 +125,13 @@ def rate_jump(saved: Mapping, c: Config, start: int) -> tuple[float, float] | No
 
     The old one is that of the `saved` schedule at the same step, or its last one if that run was finished.
     """
-    pieces = [Piece(stage["steps"], saved_schedule(stage)) for stage in saved["stages"]]
+    pieces = build_checkpoint_config(saved).pieces
     old_steps = sum(piece.steps for piece in pieces)
-    if pieces[0].lr_schedule is None:
-        pieces = [Piece(old_steps, None)]
     # A checkpoint of another version has other keys.
     before = dataclasses.replace(c.optim, **{key: x for key, x in saved["optim"].items() if hasattr(c.optim, key)})
     old = float(schedule(before, pieces)(min(start, old_steps - 1)))
     new = float(schedule(c.optim, c.pieces)(start))
     return None if abs(new - old) <= LR_JUMP * abs(old) else (old, new)
-
-
-def saved_schedule(stage: Mapping) -> LrSchedule | None:
-    """The learning-rate schedule of a stage of a saved config."""
-    values = stage["lr_schedule"]
-    return None if values is None else trees.build(LrSchedule, values, "lr_schedule")
 
 
 def check_rate(saved: Mapping, c: Config, start: int, allowed: bool) -> list[str]:
@@ -167,6 +159,7 @@ def held_rate(c: Config, start: int, rate: float) -> list[str]:
     """Flags with which the rate after step `start` is `rate`, until the final decay begins."""
     share = min(c.optim.decay_fraction, (c.total_steps - start) / c.total_steps)
     values = {"lr": f"{rate:.6g}", "schedule": "wsd", "warmup_steps": "0", "decay_fraction": f"{share:.6g}"}
+    values |= {} if c.optim.warmup_tokens is None else {"warmup_tokens": "None"}
     return [f"--config.optim.{name}={value}" for name, value in values.items()]
 
 

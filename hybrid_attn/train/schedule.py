@@ -1,10 +1,15 @@
-"""Learning rate by step, in one piece over all stages or in one for each."""
+"""Learning rate by step, in one piece over all stages or in one for each.
+
+A schedule that counts tokens has the rates of one that counts steps, read at another step: where n tokens of the piece are seen
+after a step, at number n / t, and t are the tokens of the last step. So both are equal where all steps have as many tokens.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hybrid_attn.config import LrSchedule, Optim, Piece
@@ -26,12 +31,12 @@ def schedule(optim: Optim, pieces: Sequence[Piece]) -> optax.Schedule:
     ValueError where a stage does not begin at the last rate of the stage before, unless it warms up or asks for the jump.
     """
     schedules, before = [], 0.0
-    for index, (steps, own) in enumerate(pieces):
-        form = own or optim.lr_schedule
+    for index, piece in enumerate(pieces):
+        form = piece.lr_schedule or optim.lr_schedule
         start = _start(index, form, before)
-        schedules.append(of_stage(form, start, before, steps))
-        before = _last(form, start, steps)
-    return optax.join_schedules(schedules, [*itertools.accumulate(steps for steps, _ in pieces)][:-1])
+        schedules.append(of_piece(form, start, before, piece))
+        before = _last(form, start, *_lengths(form, piece))
+    return optax.join_schedules(schedules, [*itertools.accumulate(piece.steps for piece in pieces)][:-1])
 
 
 def _start(index: int, form: LrSchedule, before: float) -> float:
@@ -42,18 +47,38 @@ def _start(index: int, form: LrSchedule, before: float) -> float:
     check(start > 0, f"{field} is None, and the stage before ends at 0; give a rate, and warmup_steps to rise to it")
     meets = abs(start - before) <= TOLERANCE * max(start, before)
     check(
-        index == 0 or meets or form.warmup_steps > 0 or form.jump,
+        index == 0 or meets or form.warmup_steps or form.warmup_tokens or form.jump,
         f"{field}={start:.4g} is not the last rate of the stage before, {before:.4g}; use start=None to go on from there, "
         "warmup_steps to rise to it, or jump=True",
     )
     return start
 
 
-def of_stage(form: LrSchedule, start: float, before: float, steps: int) -> optax.Schedule:
-    """The rates of so many steps: a linear warm-up from `before` to `start`, then the shape of `form`."""
-    warmup = min(form.warmup_steps, steps - 1)
-    first, left = before + (start - before) / max(warmup, 1), steps - warmup
-    rise = optax.linear_schedule(first, start, max(warmup - 1, 1))
+def of_piece(form: LrSchedule, start: float, before: float, piece: Piece) -> optax.Schedule:
+    """The rates of a piece: a linear warm-up from `before` to `start`, then the shape of `form`."""
+    steps, warmup = _lengths(form, piece)
+    if form.warmup_tokens is None:
+        first = before + (start - before) / max(warmup, 1)
+        return _shaped(form, optax.linear_schedule(first, start, max(warmup - 1, 1)), start, warmup, steps)
+    numbers, tokens = (np.cumsum([0, *x]) for x in ((n for n, _ in piece.spans), (n * x for n, x in piece.spans)))
+    seen = tokens / piece.spans[-1][1]
+    rise = optax.linear_schedule(before, start, max(warmup, 1e-6))  # optax takes 0 steps for a constant schedule
+    rates = _shaped(form, lambda step: rise(step + 1), start, warmup, steps)
+    return lambda step: rates(jnp.interp(step + 1, numbers, seen) - 1)
+
+
+def _lengths(form: LrSchedule, piece: Piece) -> tuple[float, float]:
+    """The steps of a piece and of its warm-up. Where it counts tokens, they are fractions, of the size of the last step."""
+    if form.warmup_tokens is None:
+        return piece.steps, min(form.warmup_steps, piece.steps - 1)
+    last = piece.spans[-1][1]
+    steps = sum(number * tokens for number, tokens in piece.spans) / last
+    return steps, min(form.warmup_tokens / last, steps - 1)
+
+
+def _shaped(form: LrSchedule, rise: optax.Schedule, start: float, warmup: float, steps: float) -> optax.Schedule:
+    """`rise` for the steps of the warm-up, then the shape of `form` from `start`."""
+    left = steps - warmup
     if form.shape == "wsd":
         decay = min(max(round(form.decay_fraction * steps), 1), left)
         fall = DECAYS[form.decay_shape](start, form.end, decay)
@@ -76,9 +101,8 @@ def _inverse_sqrt(start: float, warmup: int, step):
     return start * (max(warmup, 1) / (max(warmup, 1) + step)) ** 0.5
 
 
-def _last(form: LrSchedule, start: float, steps: int) -> float:
+def _last(form: LrSchedule, start: float, steps: float, warmup: float) -> float:
     """The rate of the last of so many steps."""
     if form.shape == "inverse_sqrt":
-        warmup = min(form.warmup_steps, steps - 1)
         return _inverse_sqrt(start, warmup, steps - 1 - warmup)
     return start if form.end is None else form.end

@@ -126,7 +126,8 @@ def make_steps(config: Config, of_stages: Sequence[Execution]) -> list[Step]:
 
 def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, state: TrainState, batch: dict):
     """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other."""
-    params, weight, microbatches = state.params, jnp.maximum(objective.weight(batch), 1.0), config.microbatches
+    params, weight = state.params, jnp.maximum(objective.weight(batch), 1.0)
+    microbatches = config.microbatches_of(len(batch["tokens"]))
     extras = {name: state.extras[name] for name in objective.extras}
 
     def loss_of(params, part):

@@ -51,7 +51,7 @@ class Loop:
         self.mesh = self.meshes[self.config.next_stage(self.step)]  # that of the state
         self.progress = Progress(self.config, self.skipped)
         self.dispatched: tuple[int, Mapping, bool] | None = None  # step, metrics that are not read yet, newly compiled or not
-        self.compiled = set()  # the step functions that have been called
+        self.compiled = set()  # the step functions that have been called, with the size of the batch
         self.restart_clock()
 
     def train(self) -> None:
@@ -130,14 +130,15 @@ class Loop:
 
     def dispatch(self, batch: dict, step_fn: Callable) -> None:
         """Starts the step on its batch, and reports the step before meanwhile."""
-        new = step_fn not in self.compiled
+        program = step_fn, self.config.batch_at(self.step - 1)
+        new = program not in self.compiled
         if new:
             self.report()  # first, because the compilation is not part of the time of the step before
         self.state, metrics = step_fn(self.state, batch)
         self.stop.first_step_began()
         self.report()
         self.dispatched = self.step, metrics, new
-        self.compiled.add(step_fn)
+        self.compiled.add(program)
 
     def report(self) -> None:
         """Waits for the dispatched step, if there is one, checks its metrics and logs them when a line is due."""
@@ -152,7 +153,8 @@ class Loop:
             return
         check_finite(number, values, self.checkpoints)
         stage, _ = self.config.stage_at(number - 1)
-        self.progress.steps.append(Timed(values, now - self.clock, self.waited, compiled, stage))
+        batch = self.config.batch_at(number - 1)
+        self.progress.steps.append(Timed(values, now - self.clock, self.waited, compiled, stage, batch))
         if number % self.config.train.log_every == 0 or number in (self.first, self.config.total_steps):
             with self.stop.after_saving():
                 self.metrics.log(number, *self.progress.line(number))
@@ -211,6 +213,7 @@ class Timed(NamedTuple):
     waited: float
     compiled: bool  # the seconds include compilation
     stage: int
+    batch: int
 
 
 class Progress:
@@ -218,9 +221,8 @@ class Progress:
 
     def __init__(self, c: Config, skipped: Sequence[Range]):
         self.config, self.stages, self.skipped, self.steps = c, c.each_stage, skipped, []
-        self.tokens = [stage.batch * stage.seq_len for stage in self.stages]
-        per_token = [flops.train_flops_per_token(stage.model, stage.seq_len) for stage in self.stages]
-        self.flops = [tokens * cost for tokens, cost in zip(self.tokens, per_token, strict=True)]
+        self.flops = [flops.train_flops_per_token(stage.model, stage.seq_len) for stage in self.stages]  # by token
+        self.tokens = c.stage_tokens(c.total_steps)
         self.flops_per_second = math.nan
 
     def line(self, number: int) -> tuple[dict[str, float], float, float]:
@@ -237,14 +239,16 @@ class Progress:
         values = dict(steps[-1].values) | {"steps": len(steps)}
         values |= {f"{name}_mean": _mean([step.values[name] for step in steps]) for name in AVERAGED}
         values |= {"step_time": _mean([x.seconds for x in timed]), "data_wait": _mean([x.waited for x in timed])}
-        tokens, flops_of_step = (_mean([per_step[x.stage] for x in steady]) for per_step in (self.tokens, self.flops))
+        spent = [(x.batch * self.stages[x.stage].seq_len, self.flops[x.stage]) for x in steady]
+        tokens, flops_of_step = _mean([n for n, _ in spent]), _mean([n * per_token for n, per_token in spent])
         if steady:
             self.flops_per_second = flops_of_step / values["step_time"]
         index = steps[-1].stage
         values |= {"stage": index + 1, "stages": len(self.stages), "seq_len": self.stages[index].seq_len}
+        values["batch"] = steps[-1].batch
         values["tokens_seen"] = self.tokens_seen(number)
-        stages = zip(self.stages, self.config.stage_steps(number), self.flops, strict=True)
-        left = sum((stage.steps - done) * flops_of_step for stage, done, flops_of_step in stages)
+        stages = zip(self.tokens, self.config.stage_tokens(number), self.flops, strict=True)
+        left = sum((tokens - done) * per_token for tokens, done, per_token in stages)
         values["seconds_left"] = left / self.flops_per_second
         stats = [device.memory_stats() or {} for device in jax.local_devices()]  # empty where a device does not report them
         peaks = [x["peak_bytes_in_use"] for x in stats if "peak_bytes_in_use" in x]
@@ -258,7 +262,7 @@ class Progress:
         return self._tokens_until(step) - sum(self._tokens_until(end) - self._tokens_until(start) for start, end in skipped)
 
     def _tokens_until(self, step: int) -> int:
-        return sum(steps * tokens for steps, tokens in zip(self.config.stage_steps(step), self.tokens, strict=True))
+        return sum(self.config.stage_tokens(step))
 
 
 def _mean(values: Sequence[float]) -> float:
