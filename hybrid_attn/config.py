@@ -48,6 +48,7 @@ NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
     "ema_half_life", "spike_factor", "max_consecutive_spikes",
 )  # fmt: skip
+NEW_STAGE = "objective", "model_changes", "lr_schedule", "trainable"  # keys of a stage that older configs lack
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
@@ -80,6 +81,7 @@ class StageConfig:
     mixture: Table[str, float] = dataclasses.field(compare=False)
     model_changes: tuple[str, ...] = dataclasses.field(compare=False)
     lr_schedule: LrSchedule | None = dataclasses.field(compare=False)
+    trainable: tuple[str, ...]
     seq_len: int
     batch: int
     microbatches: int
@@ -262,7 +264,7 @@ def completed(values: Mapping) -> dict:
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], "prefix")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
-    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "objective", "model_changes", "lr_schedule")
+    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], *NEW_STAGE)
     _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
     return values
 

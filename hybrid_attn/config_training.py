@@ -166,6 +166,7 @@ class Stage:
     objective: str = named("loss")
     model_changes: tuple[str, ...]
     lr_schedule: LrSchedule | None
+    trainable: tuple[str, ...]
 
     def __post_init__(self):
         check_fields(self, "stages")

@@ -139,7 +139,7 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
     allowed += ["", "x"] * (name in ("mixer", "mlp", "objective", "optimiser"))  # which tables check, elsewhere
     allowed += [""] * (name in ("label", "tokenizer", "prefix")) + ["x"] * (name in ("store", "label", "tokenizer"))
     allowed += ["x"] * (path == "init_from.path")
-    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes")
+    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes", "trainable")
     allowed += [[]] * (name in lists) + [{}] * (name == "mixture")
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
     assert (None in accepted) == (None in allowed)
@@ -327,7 +327,7 @@ def test_layers_begin_with_a_prefix_repeat_the_pattern_and_end_with_a_tail():
 
 
 def test_a_step_belongs_to_its_stage():
-    stages = Stage(3, 48, 8, 1, Table(), "next_token", (), None), Stage(2, 96, 4, 1, Table(), "next_token", (), None)
+    stages = Stage(3, 48, 8, 1, Table(), "next_token", (), None, ()), Stage(2, 96, 4, 1, Table(), "next_token", (), None, ())
     c = dataclasses.replace(tiny(), stages=stages)
     assert c.total_steps == 5
     assert [c.stage_at(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]

@@ -167,6 +167,9 @@ def get_config() -> ConfigDict:
     # They change what the parameters compute: a resumed run refuses other values unless they are named here.
     stage.model_changes = ()
     stage.lr_schedule = None  # lr_schedule(...): the learning rate of this stage; None = that of optim
+    # The parameters that this stage trains, by name, such as ("periods/L*", "*/q_norm"); empty = all. The others and their
+    # moments keep their bits.
+    stage.trainable = ()
     c.stages = [stage]
 
     t = c.train = ConfigDict()

@@ -14,7 +14,7 @@ from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline
 from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, check_vocab, load_tokenizer
-from hybrid_attn.model import Execution, execution_on
+from hybrid_attn.model import Execution, execution_on, specs
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
@@ -27,6 +27,7 @@ from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
+from hybrid_attn.train.trainable import is_trained
 
 OLDER_STAGE = {"objective": "next_token"}  # of checkpoints that do not name the objective of their stage
 
@@ -51,6 +52,8 @@ def train(
     """
     check_names(c.evals.names)
     schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
+    for stage in c.each_stage:
+        is_trained(stage, specs(stage.model))
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
     mesh, data = make_mesh(c.mesh), load_data(c)
     if peers:

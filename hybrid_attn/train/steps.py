@@ -14,9 +14,10 @@ import jax
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.config import Config, to_dict
 from hybrid_attn.model import flops
+from hybrid_attn.train import spikes
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.resume import Range, is_skipped
-from hybrid_attn.train.step import TrainState, skip_step
+from hybrid_attn.train.step import TrainState, forget_norms, skip_step
 from hybrid_attn.train.stop import Stop
 
 AVERAGED = ("loss", "bits_per_byte")
@@ -64,7 +65,7 @@ class Loop:
             batch = self.next_batch()
             if batch is None:
                 break
-            stage, _ = self.config.stage_at(self.step)
+            stage = self.enter_stage()
             self.step += 1
             if is_skipped(self.step, self.skipped):
                 self.skip()
@@ -78,6 +79,14 @@ class Loop:
     def save(self, wait: bool = False) -> None:
         """Writes a checkpoint; with `wait`, to its end."""
         self.checkpoints.save(self.step, self.state, self.data_state(self.step), to_dict(self.config), wait=wait)
+
+    def enter_stage(self) -> int:
+        """The index of the stage of the next step; the norms of gradients of other parameters are forgotten where it begins."""
+        stage, done = self.config.stage_at(self.step)
+        other = done == 0 and stage > 0 and len({x.trainable for x in self.config.stages[stage - 1 : stage + 1]}) == 2
+        if other and spikes.NAME in self.state.extras:
+            self.state = forget_norms(self.state)
+        return stage
 
     def evaluate(self) -> bool:
         """Evaluates the parameters as they are; False if that did not come to its end."""
