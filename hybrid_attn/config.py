@@ -46,7 +46,7 @@ CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
 # Keys of `optim` that older configs lack.
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
-    "ema_half_life", "spike_factor", "max_consecutive_spikes",
+    "ema_half_life", "spike_factor", "max_consecutive_spikes", "rollback_steps",
 )  # fmt: skip
 NEW_STAGE = "objective", "model_changes", "lr_schedule", "trainable"  # keys of a stage that older configs lack
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
@@ -164,6 +164,7 @@ class Config(CheckpointConfig):
                 _check_task(f"evals.lengths: {multiple} of the last seq_len,", length, name, self.data.sources[name], 1)
         remat(self.model, self.train)
         context(self.model, self.train)
+        _check_rollback(self.optim, self.train)
 
     def at(self, stage: int) -> StageConfig:
         """The config of a stage by its index: the only place that puts the fields of a stage over those of the run."""
@@ -198,6 +199,19 @@ def _check_model_changes(field: str, keys: Sequence[str], model: Model) -> None:
     for key in keys:
         hint = suggestion(key, fields, otherwise="write a key such as 'model.kinds.L.rope_theta'")
         check(key in fields, f"{field} names {key!r}, which is no field of the model; {hint}")
+
+
+def _check_rollback(optim: Optim, train: Train) -> None:
+    """ValueError if the checkpoint of a rollback may have been deleted when its last spike comes."""
+    if optim.rollback_steps is None:
+        return
+    every, needed = train.checkpoint_every, optim.rollback_steps + optim.max_consecutive_spikes
+    check(
+        needed <= (train.keep - 1) * every,
+        f"optim.rollback_steps={optim.rollback_steps} and optim.max_consecutive_spikes={optim.max_consecutive_spikes} need "
+        f"checkpoints of the last {needed} steps, and train.keep={train.keep} of one every {every} steps are of "
+        f"{(train.keep - 1) * every}; use train.keep={-(-needed // every) + 1} or more",
+    )
 
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:

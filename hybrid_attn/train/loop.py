@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from hybrid_attn.train import console, init_from
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_rate, merge_skipped, text_of
+from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
@@ -60,34 +61,77 @@ def train(
         peers.agree(data_identity(data.corpora, data.tokenizer))
     of_run = execution or execution_on(jax.default_backend(), c.model, c.train)
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh), checkpoints_of(c, workdir) as checkpoints:
-        state, start, recorded = first_state(c, data.identities, mesh, checkpoints)
-        recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
-        history = past(c, checkpoints, start, recorded, allow_lr_jump)
-        evaluations = Evaluations(c, of_run, mesh, data.tokenizer, data.corpora, workdir)
-        evaluations.draw_questions()
-        metrics = opened_metrics(c, of_run, mesh, data.stages, workdir, start)
-        metrics.say(*history, *evaluations.left_out())
-        if start == c.total_steps and evaluations.is_done(start):
-            metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
-            close(c, workdir, metrics, evaluations)
-            return True
-        metrics.say(*write_config(Path(workdir), c, start))
-        loop = Loop(
-            c,
-            make_steps(c, jax.default_backend(), execution),
-            pipeline.batches(c, data.stages, mesh, start),
-            checkpoints,
-            metrics,
-            stop,
-            data_state=lambda step: data_state(c, data.identities, step, recorded),
-            measure=lambda params: evaluations.measure(params, metrics, stop.is_requested),
-            state=state,
-            step=start,
-            skipped=recorded["skipped_steps"],
-        )
+        step_fns = make_steps(c, jax.default_backend(), execution)
+        run = Run(c, workdir, allow_lr_jump, of_run, mesh, data, checkpoints, stop, step_fns)
+        ended = train_from_newest(run, skip_steps, None)
+        while not isinstance(ended, bool):
+            ended = train_from_newest(run, *ended)
+        return ended
+
+
+class Run(NamedTuple):
+    """What a run keeps when it goes back to a checkpoint."""
+
+    config: config.Config
+    workdir: str
+    allow_lr_jump: bool
+    execution: Execution
+    mesh: Mesh
+    data: "TrainingData"
+    checkpoints: Checkpoints
+    stop: Stop
+    step_fns: Sequence[Callable]
+
+
+def train_from_newest(
+    run: Run, skip_steps: Sequence[Range], rollback: Rollback | None
+) -> bool | tuple[Sequence[Range], Rollback]:
+    """What `train` returns; or after too many spikes the `skip_steps` and the rollback with which to call this again.
+
+    `rollback` is the one after which the newest checkpoint is that of its step.
+    """
+    c, workdir, checkpoints = run.config, run.workdir, run.checkpoints
+    state, start, recorded = first_state(c, run.data.identities, run.mesh, checkpoints)
+    recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
+    if rollback is not None:
+        recorded[RECORD] = [*recorded.get(RECORD, ()), rollback]
+    history = past(c, checkpoints, start, recorded, run.allow_lr_jump)
+    evaluations = Evaluations(c, run.execution, run.mesh, run.data.tokenizer, run.data.corpora, workdir)
+    evaluations.draw_questions()
+    metrics = opened_metrics(c, run.execution, run.mesh, run.data.stages, workdir, start)
+    metrics.say(*history, *evaluations.left_out())
+    if start == c.total_steps and evaluations.is_done(start):
+        metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
+        close(c, workdir, metrics, evaluations)
+        return True
+    metrics.say(*write_config(Path(workdir), c, start))
+    loop = loop_of(run, state, start, recorded, metrics, evaluations)
+    try:
         loop.train()
-        loop.save(wait=True)
-        return finish(loop, workdir, evaluations)
+    except TooManySpikes as spikes:
+        rollback, lines = roll_back(c, checkpoints, spikes, recorded)
+        metrics.say(*lines)
+        metrics.close()
+        return skipped_after(rollback, recorded["skipped_steps"]), rollback
+    loop.save(wait=True)
+    return finish(loop, workdir, evaluations)
+
+
+def loop_of(run: Run, state: TrainState, start: int, recorded: dict, metrics: Metrics, evaluations: Evaluations) -> Loop:
+    """The loop over the steps after `start`."""
+    return Loop(
+        run.config,
+        run.step_fns,
+        pipeline.batches(run.config, run.data.stages, run.mesh, start),
+        run.checkpoints,
+        metrics,
+        run.stop,
+        data_state=lambda step: data_state(run.config, run.data.identities, step, recorded),
+        measure=lambda params: evaluations.measure(params, metrics, run.stop.is_requested),
+        state=state,
+        step=start,
+        skipped=recorded["skipped_steps"],
+    )
 
 
 class TrainingData(NamedTuple):

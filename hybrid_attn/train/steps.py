@@ -17,6 +17,7 @@ from hybrid_attn.model import flops
 from hybrid_attn.train import spikes
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.resume import Range, is_skipped
+from hybrid_attn.train.rollback import TooManySpikes
 from hybrid_attn.train.step import TrainState, forget_norms, skip_step
 from hybrid_attn.train.stop import Stop
 
@@ -111,7 +112,7 @@ class Loop:
         self.state = skip_step(self.state)
         self.stop.first_step_began()
         with self.stop.after_saving():
-            self.metrics.skip(self.step, "its batch is passed over, as --skip_steps says")
+            self.metrics.skip(self.step, "its batch is passed over, as --skip_steps or a rollback says")
         self.metrics.advance(self.step)
         self.restart_clock()
 
@@ -147,7 +148,7 @@ class Loop:
         self.restart_clock(now)
 
     def skip_spike(self, number: int, values: Mapping[str, float], consecutive: int) -> None:
-        """Records the last of so many consecutive spikes; FloatingPointError if these are too many."""
+        """Records the last of so many consecutive spikes; TooManySpikes if these are too many."""
         optim = self.config.optim
         what = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
         with self.stop.after_saving():
@@ -157,10 +158,12 @@ class Loop:
         if consecutive > optim.max_consecutive_spikes:
             newest, checkpoint_note = newest_checkpoint(self.checkpoints)
             first = number - consecutive + 1
-            raise FloatingPointError(
+            raise TooManySpikes(
                 f"steps {first} to {number} are spikes ({what} at the last), more than optim.max_consecutive_spikes="
                 f"{optim.max_consecutive_spikes}; {checkpoint_note}; lower the learning rate, or pass over the batches with "
-                f"--skip_steps={max(first, newest + 1)}:{number}"
+                f"--skip_steps={max(first, newest + 1)}:{number}",
+                first,
+                number,
             )
 
     def restart_clock(self, now: float | None = None) -> None:
