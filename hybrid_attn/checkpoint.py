@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -142,22 +142,23 @@ class Checkpoints:
                 logging.error("checkpoint %s/%d cannot be read: %s", self.directory, candidate, cause)
                 causes[candidate] = cause
                 continue
-            self._set_aside(causes)
+            for moved in self.set_aside(causes, "unreadable") if causes else ():
+                logging.error("moved it to %s; delete it when it is no longer needed", moved)
             return candidate, state, data
         tried = "\n".join(f"  {self.directory}/{s}: {cause}" for s, cause in causes.items()) or "  there is none"
         raise ValueError(f"no checkpoint in {self.directory} can be read:\n{tried}\nstart anew in another --workdir")
 
-    def _set_aside(self, unreadable: Mapping[int, Exception]) -> None:
-        """Renames unreadable checkpoints: their steps can be written again, and nothing is deleted."""
-        for step in unreadable:
+    def set_aside(self, unwanted: Iterable[int], ending: str) -> list[str]:
+        """Renames the checkpoints of these steps, which can then be written again; the new names, in process 0 alone."""
+        targets = []
+        for step in unwanted if jax.process_index() == 0 else ():
             path = _path(self.directory, step)
-            if jax.process_index() == 0:
-                target = files.free_name(path, "unreadable")
-                path.rename(target)
-                logging.error("moved it to %s; delete it when it is no longer needed", target)
-        if unreadable:
-            stored.agree(True)  # every process waits here until they are moved
-            self._manager.reload()
+            target = files.free_name(path, ending)
+            path.rename(target)
+            targets.append(str(target))
+        stored.agree(True)  # every process waits here until they are moved
+        self._manager.reload()
+        return targets
 
     def _not_written(self, cause: Exception) -> OSError:
         step, self._writing = self._writing, None

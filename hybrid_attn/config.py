@@ -50,7 +50,7 @@ CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
 # Keys of `optim` that older configs lack.
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
-    "ema_half_life", "spike_factor", "max_consecutive_spikes", "warmup_tokens",
+    "ema_half_life", "spike_factor", "max_consecutive_spikes", "warmup_tokens", "rollback_steps",
 )  # fmt: skip
 # Keys that a stage may override; those of the model and of the optimiser only if the arrays of the state stay the same.
 OF_STAGES = (
@@ -59,7 +59,7 @@ OF_STAGES = (
     "train.dtype", "train.remat", "train.context", "train.zigzag", "train.kernel", "train.loss_chunk", "train.mlp_chunk",
 )  # fmt: skip
 # Keys of a stage that older configs lack.
-NEW_STAGE = "objective", "model_changes", "lr_schedule", "override", "tokens", "batch_ramp", "batch_ramp_tokens"
+NEW_STAGE = "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens"
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
@@ -98,6 +98,7 @@ class StageConfig:
     lr_schedule: LrSchedule | None = dataclasses.field(compare=False)
     override: Partial[Groups] = dataclasses.field(compare=False)
     data: Data = dataclasses.field(compare=False)
+    trainable: tuple[str, ...]
     seq_len: int
     batch: int
     microbatches: int
@@ -234,6 +235,7 @@ class Config(CheckpointConfig):
             with _named(f"stages[{stage.index}].override"):
                 remat(stage.model, stage.train)
                 context(stage.model, stage.train)
+        _check_rollback(self.optim, self.train)
 
     def at(self, stage: int) -> StageConfig:
         """The config of a stage by its index: the only place that puts the fields of a stage over those of the run."""
@@ -293,6 +295,19 @@ def _check_min_length(stage: int, name: str, of_stage: Source, of_run: Source) -
         of_stage.min_length >= least,
         f"stages[{stage}].override.{field}={of_stage.min_length:,} is below {field}={least:,}, which leaves out shorter "
         f"documents of all stages; lower {field}",
+    )
+
+
+def _check_rollback(optim: Optim, train: Train) -> None:
+    """ValueError if the checkpoint of a rollback may have been deleted when its last spike comes."""
+    if optim.rollback_steps is None:
+        return
+    every, needed = train.checkpoint_every, optim.rollback_steps + optim.max_consecutive_spikes
+    check(
+        needed <= (train.keep - 1) * every,
+        f"optim.rollback_steps={optim.rollback_steps} and optim.max_consecutive_spikes={optim.max_consecutive_spikes} need "
+        f"checkpoints of the last {needed} steps, and train.keep={train.keep} of one every {every} steps are of "
+        f"{(train.keep - 1) * every}; use train.keep={-(-needed // every) + 1} or more",
     )
 
 

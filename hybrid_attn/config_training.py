@@ -153,12 +153,15 @@ class Optim:
     ema_half_life: float | None = within(0, 1, above=True)
     spike_factor: float | None = within(1, 10**6, above=True)
     max_consecutive_spikes: int = within(1, 10_000)
+    rollback_steps: int | None = within(1, MOST_STEPS)
 
     def __post_init__(self):
         check_fields(self, "optim")
         zero = self.schedule == "wsd" and self.decay_shape == "exponential" and self.final_lr_ratio == 0
         check(not zero, "optim.final_lr_ratio=0 is never reached by an exponential decay; use a small ratio")
         _check_warmup("optim", self.warmup_steps, self.warmup_tokens)
+        no_spikes = self.rollback_steps is not None and self.spike_factor is None
+        check(not no_spikes, f"optim.rollback_steps={self.rollback_steps} needs an optim.spike_factor, such as 3")
 
     @property
     def lr_schedule(self) -> LrSchedule:
@@ -215,6 +218,7 @@ class Stage:
     model_changes: tuple[str, ...]
     lr_schedule: LrSchedule | None
     override: Partial[Groups]
+    trainable: tuple[str, ...]
 
     def __post_init__(self):
         check_fields(self, "stages")

@@ -59,7 +59,7 @@ SUGGESTED = {
 def test_an_unknown_key_is_named_with_the_one_that_is_meant_by_its_spelling_its_usual_name_or_its_abbreviation(path, near):
     message = error_of(put(path, 1))
     assert message.startswith(f"unknown key config.{path.replace('.0', '[0]')}; ")
-    assert message.endswith(f"; did you mean config.{near}?" if near else "max_consecutive_spikes") and (
+    assert message.endswith(f"; did you mean config.{near}?" if near else "rollback_steps") and (
         "known keys: optimiser, lr, b1, b2" in message
     ) != bool(near)
 
@@ -103,7 +103,7 @@ def leaves(values, path=""):
 
 KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
-OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "lr_schedule"}
+OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "rollback_steps", "lr_schedule"}
 OPTIONAL |= {"tokens", "batch_ramp_tokens", "warmup_tokens"}
 
 
@@ -144,7 +144,7 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
     allowed += ["", "x"] * (name in ("mixer", "mlp", "objective", "optimiser"))  # which tables check, elsewhere
     allowed += [""] * (name in ("label", "tokenizer", "prefix")) + ["x"] * (name in ("store", "label", "tokenizer"))
     allowed += ["x"] * (path == "init_from.path")
-    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes", "batch_ramp")
+    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes", "batch_ramp", "trainable")
     allowed += [[]] * (name in lists) + [{}] * (name in ("mixture", "override"))
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
     assert (None in accepted) == (None in allowed)

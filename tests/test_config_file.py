@@ -44,8 +44,10 @@ def test_every_key_can_be_set_on_the_command_line_and_optional_keys_can_be_none(
     assert at(overridden(flag_of(path), str(value)), path) == (list(value) if isinstance(value, tuple) else value)
     if is_optional(path):
         text = {"task": "None", "store": "gs://a/b", "label": "news", "ema_half_life": "0.5"}.get(path.rpartition(".")[2], "7")
-        pairs = "init_from.step", "stages.0.lr_schedule"
-        alone = path not in pairs and not path.endswith("tokens") and (not path.endswith("chunk") or "kinds.L" not in path)
+        with_others = "init_from.step", "optim.rollback_steps", "stages.0.lr_schedule"
+        alone = (
+            path not in with_others and not path.endswith("tokens") and (not path.endswith("chunk") or "kinds.L" not in path)
+        )
         if alone:
             assert str(at(overridden(flag_of(path), text), path)) in (text, f"{text}.0")
         assert "rope_theta" in path or at(overridden(flag_of(path), "None"), path) is None

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from conftest import tiny
 from jax.experimental import multihost_utils
+from test_spikes import poisoned
 
 from configs import base
+from hybrid_attn import config
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.parallel import processes
@@ -113,6 +115,21 @@ def wait_for_a_stopped_process(folder: Path, peers) -> None:
         time.sleep(0.01)
 
 
+def config_with_rollbacks(folder: Path):
+    """A checkpoint of every step; two spikes in a row lead to a rollback by two steps or more."""
+    values = config.to_dict(config_of(folder, MESHES[0]))
+    values["train"] |= {"checkpoint_every": 1, "keep": 4}
+    values["optim"] |= {"spike_factor": 3.0, "max_consecutive_spikes": 1, "rollback_steps": 2}
+    values["evals"]["names"] = []
+    return config.build(values)
+
+
+def roll_back(folder: Path, peers) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        poisoned(patch, {4, 5})
+        assert loop.train(config_with_rollbacks(folder), folder / "back", peers)
+
+
 def meet_a_wrong_input(folder: Path, peers) -> None:
     if peers.number == 1:
         peers.fail("no such tokenizer", 2)
@@ -147,7 +164,7 @@ def main(part: str, address: str, count: str, number: str, devices: str, folder:
 
 
 RESUMED = (resume_and_stop_in_the_evaluation, resume_and_break)
-SCENARIOS = {f.__name__: f for f in (train_and_stop, *RESUMED, stop_in_the_evaluation, wait_for_death)}
+SCENARIOS = {f.__name__: f for f in (train_and_stop, *RESUMED, roll_back, stop_in_the_evaluation, wait_for_death)}
 SCENARIOS |= {f.__name__: f for f in (wait_for_a_stopped_process, meet_a_wrong_input, miss_a_file_of_a_stopped_process)}
 
 

@@ -168,7 +168,10 @@ def get_config() -> ConfigDict:
     # A step takes no update where its loss or its gradient norm is not finite, or above this multiple of the median of the last
     # 64 steps; 3 leaves ordinary noise alone. None = take every update, and stop where one is not finite.
     o.spike_factor = None
-    o.max_consecutive_spikes = 5  # one more stops the run
+    o.max_consecutive_spikes = 5  # one more stops the run, or rolls it back
+    # Steps before the first of too many consecutive spikes: the run goes back to the newest checkpoint that is at least so old,
+    # and passes over the batches from there to the last spike. None = it stops.
+    o.rollback_steps = None
 
     stage = ConfigDict()
     stage.steps = 300
@@ -191,6 +194,9 @@ def get_config() -> ConfigDict:
     # They may be of model, mesh, train, data.packing, data.sources.NAME.min_length, and of optim, except where all stages share
     # the value, such as that of train.keep; no key may change the arrays of the state.
     stage.override = ConfigDict()
+    # The parameters that this stage trains, by name, such as ("periods/L*", "*/q_norm"); empty = all. The others and their
+    # moments keep their bits.
+    stage.trainable = ()
     c.stages = [stage]
 
     t = c.train = ConfigDict()

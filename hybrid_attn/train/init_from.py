@@ -1,14 +1,11 @@
 """The first parameters of a run, copied from the checkpoint of another run or of an imported model.
 
 Every parameter is accounted for: one of this model is copied, or `init_from.new` names it; one of the checkpoint is copied, or
-`init_from.ignore` names it. A name is a path such as periods/L0/attention/q; the name of a group stands for all in it. Only
-parameters are taken: the optimiser state is new.
+`init_from.ignore` names it, in the form of `names.matching`. Only parameters are taken: the optimiser state is new.
 """
 
 import functools
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import jax
@@ -25,6 +22,7 @@ from hybrid_attn.infer import loading
 from hybrid_attn.model.params import EMBEDDING
 from hybrid_attn.model.transformer import specs
 from hybrid_attn.stored import first_eight, inside
+from hybrid_attn.train.names import matching, nearest, prefixes
 from hybrid_attn.train.step import TrainState, abstract_state, init_state
 from hybrid_attn.trees import check
 
@@ -90,8 +88,8 @@ def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) ->
 
     ValueError if a parameter here or there is not accounted for, or has another shape.
     """
-    new = matching("new", init.new, here, "this model")
-    ignored = matching("ignore", init.ignore, there, checkpoint_name)
+    new = matching("init_from.new", init.new, here, "this model")
+    ignored = matching("init_from.ignore", init.ignore, there, checkpoint_name)
     sources = {name: name for name in here}
     for old, today in init.renamed:
         for name, names, owner in ((old, there, checkpoint_name), (today, here, "this model")):
@@ -111,28 +109,6 @@ def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) ->
     check(not problems, "\n  ".join([f"init_from: {checkpoint_name} does not have the parameters of this model:", *problems]))
     check(bool(copied), f"init_from: nothing is copied from {checkpoint_name}; if that is intended, leave out init_from.path")
     return copied, sorted(new), sorted(ignored)
-
-
-def matching(key: str, patterns: Sequence[str], names: Iterable[str], owner: str) -> set[str]:
-    """The names that match one of the patterns of `init_from.<key>`; ValueError for a pattern that matches none."""
-    matched = set()
-    for pattern in patterns:
-        more = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*")}
-        check(bool(more), f"init_from.{key} names {pattern!r}, and {owner} has no such parameter{nearest(pattern, names)}")
-        matched |= more
-    return matched
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The most similar name of a parameter or a group, or else the first part of every name."""
-    groups = {prefix for known in names for prefix in prefixes(known)}
-    first = ", ".join(sorted(group for group in groups if "/" not in group))
-    return trees.suggestion(name, sorted(groups), "; ", f"; it has {first}")
-
-
-def prefixes(name: str) -> Iterable[str]:
-    """periods, periods/L0 and periods/L0/norm of periods/L0/norm."""
-    return itertools.accumulate(name.split("/"), "{}/{}".format)
 
 
 def unaccounted(owner: str, names: Sequence[str], of: Iterable[str], key: str, patterns: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline
 from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, check_vocab, load_tokenizer
-from hybrid_attn.model import Execution
+from hybrid_attn.model import Execution, specs
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import make_mesh, on_mesh
@@ -23,10 +23,12 @@ from hybrid_attn.train import console, init_from
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
+from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import TrainState, abstract_state, executions, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
+from hybrid_attn.train.trainable import is_trained
 
 # Of checkpoints that do not name these of their stage.
 OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None}
@@ -52,6 +54,8 @@ def train(
     """
     check_names(c.evals.names)
     schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
+    for stage in c.each_stage:
+        is_trained(stage, specs(stage.model))
     fit.check(c, jax.device_count())
     of_stages = [execution] * len(c.stages) if execution else executions(c, jax.default_backend())
     meshes = [make_mesh(stage.mesh) for stage in c.each_stage]
@@ -60,40 +64,82 @@ def train(
     data = load_data(c)
     if peers:
         peers.agree(data_identity(data.corpora, data.tokenizer))
-    with (
-        hold(workdir), Stop(peers) as stop, checkpoints_of(c, workdir) as checkpoints,
-        jax.set_mesh(meshes[c.next_stage(checkpoints.latest() or 0)]),
-    ):  # fmt: skip
-        state, start, recorded = first_state(c, data.identities, jax.sharding.get_mesh(), checkpoints)
-        recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
-        history = past(c, checkpoints, start, recorded, allow_lr_jump)
-        evaluations = Evaluations(c, of_stages, meshes, data.tokenizer, data.corpora, workdir)
-        evaluations.draw_questions()
-        index = c.next_stage(start)
-        metrics = opened_metrics(c, of_stages[index], meshes[index], data.stages, workdir, start)
-        metrics.say(*history, *evaluations.left_out())
-        if start == c.total_steps and evaluations.is_done(start):
-            metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
-            close(c, workdir, metrics, evaluations)
-            return True
-        metrics.say(*write_config(Path(workdir), c, start))
-        loop = Loop(
-            c,
-            make_steps(c, of_stages),
-            meshes,
-            pipeline.batches(c, data.stages, meshes, start),
-            checkpoints,
-            metrics,
-            stop,
-            data_state=lambda step: data_state(c, data.identities, step, recorded),
-            measure=lambda params: evaluations.measure(params, metrics, stop.is_requested),
-            state=on_mesh(state, meshes[index], donate=True),  # a damaged checkpoint may have been of another stage
-            step=start,
-            skipped=recorded["skipped_steps"],
-        )
+    with hold(workdir), Stop(peers) as stop, jax.set_mesh(meshes[0]), checkpoints_of(c, workdir) as checkpoints:
+        run = Run(c, workdir, allow_lr_jump, of_stages, meshes, data, checkpoints, stop, make_steps(c, of_stages))
+        ended = train_from_newest(run, skip_steps, None)
+        while not isinstance(ended, bool):
+            ended = train_from_newest(run, *ended)
+        return ended
+
+
+class Run(NamedTuple):
+    """What a run keeps when it goes back to a checkpoint; the lists are by stage."""
+
+    config: config.Config
+    workdir: str
+    allow_lr_jump: bool
+    executions: Sequence[Execution]
+    meshes: Sequence[Mesh]
+    data: "TrainingData"
+    checkpoints: Checkpoints
+    stop: Stop
+    step_fns: Sequence[Callable]
+
+
+def train_from_newest(
+    run: Run, skip_steps: Sequence[Range], rollback: Rollback | None
+) -> bool | tuple[Sequence[Range], Rollback]:
+    """What `train` returns; or after too many spikes the `skip_steps` and the rollback with which to call this again.
+
+    `rollback` is the one after which the newest checkpoint is that of its step.
+    """
+    c, workdir, checkpoints = run.config, run.workdir, run.checkpoints
+    newest_mesh = run.meshes[c.next_stage(checkpoints.latest() or 0)]
+    with jax.set_mesh(newest_mesh):
+        state, start, recorded = first_state(c, run.data.identities, newest_mesh, checkpoints)
+    recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
+    if rollback is not None:
+        recorded[RECORD] = [*recorded.get(RECORD, ()), rollback]
+    history = past(c, checkpoints, start, recorded, run.allow_lr_jump)
+    evaluations = Evaluations(c, run.executions, run.meshes, run.data.tokenizer, run.data.corpora, workdir)
+    evaluations.draw_questions()
+    index = c.next_stage(start)
+    metrics = opened_metrics(c, run.executions[index], run.meshes[index], run.data.stages, workdir, start)
+    metrics.say(*history, *evaluations.left_out())
+    if start == c.total_steps and evaluations.is_done(start):
+        metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
+        close(c, workdir, metrics, evaluations)
+        return True
+    metrics.say(*write_config(Path(workdir), c, start))
+    state = on_mesh(state, run.meshes[index], donate=True)  # a damaged checkpoint may have been of another stage
+    loop = loop_of(run, state, start, recorded, metrics, evaluations)
+    try:
         loop.train()
-        loop.save(wait=True)
-        return finish(loop, workdir, evaluations)
+    except TooManySpikes as spikes:
+        rollback, lines = roll_back(c, checkpoints, spikes, recorded)
+        metrics.say(*lines)
+        metrics.close()
+        return skipped_after(rollback, recorded["skipped_steps"]), rollback
+    loop.save(wait=True)
+    return finish(loop, workdir, evaluations)
+
+
+def loop_of(run: Run, state: TrainState, start: int, recorded: dict, metrics: Metrics, evaluations: Evaluations) -> Loop:
+    """The loop over the steps after `start`."""
+    return Loop(
+        run.config,
+        run.step_fns,
+        run.meshes,
+        pipeline.batches(run.config, run.data.stages, run.meshes, start),
+        run.checkpoints,
+        metrics,
+        run.stop,
+        data_state=lambda step: data_state(run.config, run.data.identities, step, recorded),
+        measure=lambda params: evaluations.measure(params, metrics, run.stop.is_requested),
+        state=state,
+        step=start,
+        skipped=recorded["skipped_steps"],
+    )
 
 
 class TrainingData(NamedTuple):

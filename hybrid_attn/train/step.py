@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Config, StageConfig
 from hybrid_attn.model import Execution, execution_on, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
-from hybrid_attn.train import average, spikes
+from hybrid_attn.train import average, spikes, trainable
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.objectives.objective import Extra, Objective
 from hybrid_attn.train.optim import optimiser
@@ -86,10 +86,10 @@ def parts(batch: dict, number: int) -> dict:
 def make_step(config: StageConfig, execution: Execution) -> Step:
     """The jitted step of a stage, `step(state, batch) -> (state, metrics)`; it donates its state.
 
-    More microbatches compute the same step in less memory. The norms are those of the gradient and of the new parameters,
-    which an update that is not finite makes so as well; the norm of the update itself would keep the whole update in memory.
-    With `optim.spike_factor` the state after a spike is `after_skipped_step`, and `consecutive_spikes` is a metric.
-    ValueError for an objective that is not in `OBJECTIVES`.
+    More microbatches compute the same step in less memory. The norms are those of the gradient, which the parameters that the
+    stage trains have, and of all new parameters, which an update that is not finite makes so as well; the norm of the update
+    itself would keep the whole update in memory. With `optim.spike_factor` the state after a spike is `after_skipped_step`, and
+    `consecutive_spikes` is a metric. ValueError for an objective that is not in `OBJECTIVES`.
     """
     objective, tx, stage_extras = objective_of(config), optimiser(config), extras_of_stage(config)
     rate = schedule(config.optim, config.pieces)
@@ -97,8 +97,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         (loss, sums), grads = loss_and_gradient(config, execution, objective, state, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = trainable.apply_gradient(tx, grads, state.opt_state, state.params)
         extras = {name: extra.update(state.extras[name], params, sums, state.step + 1) for name, extra in stage_extras.items()}
         new = TrainState(state.step + 1, params, opt_state, state.extras | extras)
         metrics = {"loss": loss, **objective.metrics(sums, batch), "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
@@ -125,13 +124,16 @@ def make_steps(config: Config, of_stages: Sequence[Execution]) -> list[Step]:
 
 
 def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, state: TrainState, batch: dict):
-    """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other."""
-    params, weight = state.params, jnp.maximum(objective.weight(batch), 1.0)
-    microbatches = config.microbatches_of(len(batch["tokens"]))
+    """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other.
+
+    The gradient of a parameter that the stage does not train is None.
+    """
+    weight, microbatches = jnp.maximum(objective.weight(batch), 1.0), config.microbatches_of(len(batch["tokens"]))
+    params = trainable.only(state.params, trainable.is_trained(config, state.params))
     extras = {name: state.extras[name] for name in objective.extras}
 
     def loss_of(params, part):
-        total, sums = objective.loss(config, params, extras, part, execution)
+        total, sums = objective.loss(config, trainable.merged(params, state.params), extras, part, execution)
         loss = total / weight
         return (loss + sums["aux_loss"] / microbatches if "aux_loss" in sums else loss), sums
 
@@ -156,6 +158,14 @@ def after_skipped_step(state: TrainState) -> TrainState:
 
     opt_state = jax.tree.map(advance, state.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
     return state._replace(step=state.step + 1, opt_state=opt_state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def forget_norms(state: TrainState) -> TrainState:
+    """The state without the gradient norms of the last steps, of which those of other trained parameters would be spikes."""
+    history = state.extras[spikes.NAME]
+    unknown = jnp.full_like(history["grad_norm"], jnp.nan)
+    return state._replace(extras=state.extras | {spikes.NAME: history | {"grad_norm": unknown}})
 
 
 @functools.partial(jax.jit, donate_argnums=0)

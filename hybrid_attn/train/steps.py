@@ -16,9 +16,11 @@ from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.config import Config, to_dict
 from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import on_mesh
+from hybrid_attn.train import spikes
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.resume import Range, is_skipped
-from hybrid_attn.train.step import TrainState, skip_step
+from hybrid_attn.train.rollback import TooManySpikes
+from hybrid_attn.train.step import TrainState, forget_norms, skip_step
 from hybrid_attn.train.stop import Stop
 
 AVERAGED = ("loss", "bits_per_byte")
@@ -60,7 +62,7 @@ class Loop:
         while goes_on and self.step < self.config.total_steps:
             stage, done = self.config.stage_at(self.step)
             with jax.set_mesh(self.meshes[stage]):
-                self.move(self.meshes[stage])
+                self.enter_stage(stage, done)
                 goes_on = self.train_stage(self.step_fns[stage], self.step - done + self.config.stages[stage].steps)
         self.report()
 
@@ -90,12 +92,19 @@ class Loop:
                 self.save()
         return True
 
-    def move(self, mesh: Mesh) -> None:
-        """Shards the state over `mesh`, if that is another one than until now."""
-        if mesh != self.mesh:
+    def enter_stage(self, stage: int, done: int) -> None:
+        """Shards the state over the mesh of a stage of which `done` steps are done.
+
+        Where the stage begins with other trained parameters, the norms of gradients until now are forgotten.
+        """
+        if self.meshes[stage] != self.mesh:
             self.report()
-            self.state, self.mesh = on_mesh(self.state, mesh, donate=True), mesh
+            self.mesh = self.meshes[stage]
+            self.state = on_mesh(self.state, self.mesh, donate=True)
             self.restart_clock()
+        trained = {x.trainable for x in self.config.stages[max(stage - 1, 0) : stage + 1]}
+        if done == 0 and len(trained) == 2 and spikes.NAME in self.state.extras:
+            self.state = forget_norms(self.state)
 
     def save(self, wait: bool = False) -> None:
         """Writes a checkpoint; with `wait`, to its end."""
@@ -124,7 +133,7 @@ class Loop:
         self.state = skip_step(self.state)
         self.stop.first_step_began()
         with self.stop.after_saving():
-            self.metrics.skip(self.step, "its batch is passed over, as --skip_steps says")
+            self.metrics.skip(self.step, "its batch is passed over, as --skip_steps or a rollback says")
         self.metrics.advance(self.step)
         self.restart_clock()
 
@@ -162,7 +171,7 @@ class Loop:
         self.restart_clock(now)
 
     def skip_spike(self, number: int, values: Mapping[str, float], consecutive: int) -> None:
-        """Records the last of so many consecutive spikes; FloatingPointError if these are too many."""
+        """Records the last of so many consecutive spikes; TooManySpikes if these are too many."""
         optim = self.config.optim
         what = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
         with self.stop.after_saving():
@@ -172,10 +181,12 @@ class Loop:
         if consecutive > optim.max_consecutive_spikes:
             newest, checkpoint_note = newest_checkpoint(self.checkpoints)
             first = number - consecutive + 1
-            raise FloatingPointError(
+            raise TooManySpikes(
                 f"steps {first} to {number} are spikes ({what} at the last), more than optim.max_consecutive_spikes="
                 f"{optim.max_consecutive_spikes}; {checkpoint_note}; lower the learning rate, or pass over the batches with "
-                f"--skip_steps={max(first, newest + 1)}:{number}"
+                f"--skip_steps={max(first, newest + 1)}:{number}",
+                first,
+                number,
             )
 
     def restart_clock(self, now: float | None = None) -> None:

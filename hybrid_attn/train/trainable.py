@@ -1,0 +1,55 @@
+"""Which parameters a stage trains: those that its `trainable` names, or all of them if it names none."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from hybrid_attn.config import StageConfig
+from hybrid_attn.train.names import matching
+
+
+def is_trained(config: StageConfig, params: dict) -> dict:
+    """Whether the stage trains each parameter; `params` may have any leaves. ValueError for a name that none of them has."""
+    names = flatten_dict(params, sep="/")
+    trained = matching(f"stages[{config.index}].trainable", config.trainable, names, "this model") or names
+    return unflatten_dict({name: name in trained for name in names}, sep="/")
+
+
+def only(params: dict, trains: dict) -> dict:
+    """The parameters that are trained, and None in place of the others."""
+    return jax.tree.map(lambda flag, x: x if flag else None, trains, params)
+
+
+def merged(some: dict, others: dict) -> dict:
+    """`some`, where it is not None, and else `others`."""
+    return jax.tree.map(lambda x, other: other if x is None else x, some, others, is_leaf=lambda x: x is None)
+
+
+def apply_gradient(
+    tx: optax.GradientTransformation, grads: dict, opt_state: optax.OptState, params: dict
+) -> tuple[dict, optax.OptState]:
+    """The parameters and the optimiser state after an update.
+
+    A parameter whose gradient is None keeps its bits, and so do its arrays in the state, such as its moments.
+    """
+    trains = jax.tree.map(lambda x: x is not None, grads, is_leaf=lambda x: x is None)
+    # The zeros cost nothing: the compiler drops what only an update that is not taken needs.
+    updates, new_state = tx.update(merged(grads, jax.tree.map(jnp.zeros_like, params)), opt_state, params)
+    is_new = optax.tree.map_params(
+        tx,
+        lambda x, flag: x if _is_masked(x) else flag,
+        opt_state,
+        trains,
+        transform_non_params=lambda _: True,
+        is_leaf=_is_masked,
+    )
+    return _chosen(trains, optax.apply_updates(params, updates), params), _chosen(is_new, new_state, opt_state)
+
+
+def _is_masked(x) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _chosen(is_new, new, old):
+    return jax.tree.map(lambda flag, a, b: a if flag else b, is_new, new, old)
