@@ -76,6 +76,7 @@ class StageConfig:
     """
 
     index: int = dataclasses.field(compare=False)
+    name: str = dataclasses.field(compare=False)
     steps: int = dataclasses.field(compare=False)
     mixture: Table[str, float] = dataclasses.field(compare=False)
     model_changes: tuple[str, ...] = dataclasses.field(compare=False)
@@ -113,6 +114,11 @@ class CheckpointConfig:
     def sources(self) -> list[str]:
         """The sources of all stages."""
         return sorted({name for index in range(len(self.stages)) for name in self.weights(index)})
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The name of each stage; one without a name has its number, from 1."""
+        return [stage.name or str(number) for number, stage in enumerate(self.stages, 1)]
 
     def stage_steps(self, step: int) -> list[int]:
         """How many steps of each stage are done after the first `step` steps of the run."""
@@ -160,13 +166,16 @@ class Config(CheckpointConfig):
             )
             for name in self.weights(-1):
                 _check_task(f"evals.lengths: {multiple} of the last seq_len,", length, name, self.data.sources[name], 1)
+        for index, name in enumerate(self.stage_names):
+            first = self.stage_names.index(name)
+            check(first == index, f"stages[{first}] and stages[{index}] are both called {name!r}; give one another name")
         remat(self.model, self.train)
         context(self.model, self.train)
 
     def at(self, stage: int) -> StageConfig:
         """The config of a stage by its index: the only place that puts the fields of a stage over those of the run."""
         index = range(len(self.stages))[stage]
-        fields = vars(self.stages[index]) | {"mixture": Table(self.weights(index))}
+        fields = vars(self.stages[index]) | {"name": self.stage_names[index], "mixture": Table(self.weights(index))}
         groups = {name: getattr(self, name) for name in ("model", "mesh", "optim", "train")}
         return StageConfig(index=index, pieces=self.pieces, **fields, **groups)
 
@@ -262,7 +271,7 @@ def completed(values: Mapping) -> dict:
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], "prefix")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
-    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "objective", "model_changes", "lr_schedule")
+    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "name", "objective", "model_changes", "lr_schedule")
     _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
     return values
 

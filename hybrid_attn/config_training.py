@@ -1,12 +1,14 @@
 """The parts of a config that describe a run: mesh, data, optimiser, stages, evaluations. Others import them from `config`."""
 
 import dataclasses
+import re
 from typing import NamedTuple
 
 from hybrid_attn.config_model import LONGEST
 from hybrid_attn.trees import Table, check, check_fields, named, one_of, within
 
 MOST_STEPS = 10**9
+NAME = r"[^\W_][\w.+-]{0,39}"  # of a stage
 QUERIES = 6  # in a sequence of the task "recall", of three tokens each
 HOPS = 3  # of a chain of the task "tracking", whose variables are one more; an assignment is three tokens
 
@@ -158,6 +160,7 @@ class Optim:
 class Stage:
     """A part of training with a sequence length, a batch and a mixture, which gives each source's share of the tokens."""
 
+    name: str | None
     steps: int = within(1, MOST_STEPS, aliases=("num_steps", "max_steps", "train_steps"))
     seq_len: int = within(1, LONGEST, aliases=("sequence_length", "context_length", "max_seq_len", "block_size"))
     batch: int = within(1, 2**24, aliases=("batch_size", "global_batch_size"))
@@ -169,6 +172,8 @@ class Stage:
 
     def __post_init__(self):
         check_fields(self, "stages")
+        fits = self.name is None or re.fullmatch(NAME, self.name) is not None
+        check(fits, f"stages.name={self.name!r} must be at most 40 letters, digits and -_.+, with a letter or a digit first")
         tokens = self.batch * self.seq_len
         check(
             tokens < 2**31,

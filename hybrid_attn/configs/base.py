@@ -156,6 +156,7 @@ def get_config() -> ConfigDict:
     o.max_consecutive_spikes = 5  # one more stops the run
 
     stage = ConfigDict()
+    stage.name = None  # in the lines and records of its steps, such as "cooldown"; None = its number, from 1
     stage.steps = 300
     stage.seq_len = 8192  # tokens in a packed sequence
     stage.batch = 1  # packed sequences in a step, over all devices

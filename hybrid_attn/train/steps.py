@@ -46,6 +46,7 @@ class Loop:
     def __post_init__(self):
         self.first = self.step + 1
         self.progress = Progress(self.config, self.skipped)
+        self.metrics.position = self.progress.position
         self.dispatched: tuple[int, Mapping, bool] | None = None  # step, metrics that are not read yet, newly compiled or not
         self.compiled = set()  # the step functions that have been called
         self.restart_clock()
@@ -218,9 +219,7 @@ class Progress:
         tokens, flops_of_step = (_mean([per_step[x.stage] for x in steady]) for per_step in (self.tokens, self.flops))
         if steady:
             self.flops_per_second = flops_of_step / values["step_time"]
-        index = steps[-1].stage
-        values |= {"stage": index + 1, "stages": len(self.stages), "seq_len": self.stages[index].seq_len}
-        values["tokens_seen"] = self.tokens_seen(number)
+        values |= self.position(number) | {"seq_len": self.stages[steps[-1].stage].seq_len}
         stages = zip(self.stages, self.config.stage_steps(number), self.flops, strict=True)
         left = sum((stage.steps - done) * flops_of_step for stage, done, flops_of_step in stages)
         values["seconds_left"] = left / self.flops_per_second
@@ -229,6 +228,12 @@ class Progress:
         if peaks:
             values["peak_memory_bytes"] = max(peaks)
         return values, tokens, flops_of_step
+
+    def position(self, step: int) -> dict[str, int | str]:
+        """What a record after so many steps says of where the run is: its stage and the tokens seen."""
+        index, _ = self.config.stage_at(max(step, 1) - 1)
+        stage = {"stage": index + 1, "stages": len(self.stages), "stage_name": self.stages[index].name}
+        return stage | {"tokens_seen": self.tokens_seen(step)}
 
     def tokens_seen(self, step: int) -> int:
         """Tokens of the first `step` steps but for those of --skip_steps; padding and spikes count."""
