@@ -301,3 +301,13 @@ def build_model(values: Mapping) -> Model:
 def to_dict(config) -> dict:
     """The nested dict that `build` reads; it can be written as JSON."""
     return trees.plain(dataclasses.asdict(config))
+
+
+def changes(c: Config) -> list[str]:
+    """Lines for the fields of a config that differ from their defaults; each stage, layer type and source is compared."""
+    values, defaults = to_dict(c), to_dict(build(base.get_config()))
+    defaults["stages"] *= len(values["stages"])
+    of_kind = {letter: trees.plain(base.kind()) for letter in values["model"]["kinds"]}
+    defaults["model"]["kinds"] = of_kind | {x: kind for x, kind in defaults["model"]["kinds"].items() if x in of_kind}
+    defaults["data"]["sources"] = {name: trees.plain(base.source()) for name in values["data"]["sources"]}
+    return trees.differences(defaults, values)

@@ -1,7 +1,7 @@
 """A training run: mesh, data, checkpoint, steps, evaluation."""
 
 import contextlib
-import json
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from hybrid_attn import checkpoint, config, files, trees
+from hybrid_attn import checkpoint, config, trees
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline
 from hybrid_attn.data.corpora import Corpus
@@ -19,7 +19,7 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train import console, init_from
+from hybrid_attn.train import console, curves, init_from
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_rate, merge_skipped, text_of
@@ -27,6 +27,7 @@ from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
+from hybrid_attn.train.workdir import write_config
 
 OLDER_STAGE = {"objective": "next_token"}  # of checkpoints that do not name the objective of their stage
 
@@ -82,8 +83,9 @@ def train(
             step=start,
             skipped=recorded["skipped_steps"],
         )
-        loop.train()
-        loop.save(wait=True)
+        with drawn(loop, Path(workdir)):
+            loop.train()
+            loop.save(wait=True)
         return finish(loop, workdir, evaluations)
 
 
@@ -129,6 +131,30 @@ def opened_metrics(
     metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size).open()
     metrics.say(*renamed, *console.description(c, execution, mesh, peak_line, stages, workdir, start))
     return metrics
+
+
+@contextlib.contextmanager
+def drawn(loop: Loop, workdir: Path) -> Iterator[None]:
+    """Draws the loss and the schedule after the body, which trains, or where its numbers are not finite any more.
+
+    An error of the picture is printed: nothing of a run depends on it.
+    """
+
+    def draw() -> None:
+        if jax.process_index():
+            return
+        try:
+            first_steps = itertools.accumulate((stage.steps for stage in loop.config.stages[:-1]), initial=0)
+            curves.write(workdir, dict(zip(first_steps, loop.config.stage_names, strict=True)))
+        except Exception as error:
+            loop.metrics.say(f"{curves.PICTURE} is not drawn: {type(error).__name__}: {error}")
+
+    try:
+        yield
+    except FloatingPointError:
+        draw()
+        raise
+    draw()
 
 
 def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
@@ -200,24 +226,6 @@ def extras_lines(c: config.Config, saved: set[str], step: int) -> list[str]:
     expected, of = extras_of(c).keys(), f"in the checkpoint of step {step}"
     added = [f"extras       {name}: not {of}; starts from its initial value" for name in sorted(expected - saved)]
     return added + [f"extras       {name}: {of}, and not in this config; left out" for name in sorted(saved - expected)]
-
-
-def write_config(workdir: Path, c: config.Config, start: int) -> list[str]:
-    """Writes config.json; a different one is renamed to config_until_STEP.json, the config of the steps up to `start`.
-
-    At step 0 the different one belongs to a run without checkpoints: it gets a name of its own, which is the returned line.
-    """
-    if jax.process_index():
-        return []
-    path, text, notes = workdir / "config.json", json.dumps(config.to_dict(c), indent=1) + "\n", []
-    older = path.with_name(f"config_until_{start}.json")
-    if path.exists() and path.read_text(errors="replace") != text:
-        if start == 0:
-            notes.append(f"kept         the old config.json as {files.set_aside(path)}")
-        elif not older.exists():
-            path.rename(older)
-    files.write_atomically(path, text)
-    return notes
 
 
 def first_state(
