@@ -19,8 +19,9 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train import console, curves, init_from
+from hybrid_attn.train import console, curves, init_from, profile
 from hybrid_attn.train.evaluation import Evaluations, check_names
+from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_rate, merge_skipped, text_of
 from hybrid_attn.train.schedule import schedule
@@ -36,21 +37,22 @@ def train(
     c: config.Config,
     workdir: str,
     peers: Peers | None = None,
-    skip_steps: Sequence[Range] = (),
-    allow_lr_jump: bool = False,
     execution: Execution | None = None,
+    **flags,
 ) -> bool:
     """Trains `c` in `workdir` from its newest checkpoint, or from the start; False if a signal stopped it before the end.
 
-    `peers` are those of `processes.start`, if several processes train; the workdir is then one that all of them see. The
-    batches of `skip_steps`, numbered from 1, are passed over, and those that the checkpoint records. `execution` is that of
-    every step and evaluation; by default it is that of the config on this platform.
+    `peers` are those of `processes.start`, if several processes train; the workdir is then one that all of them see.
+    `execution` is that of every step and evaluation; by default it is that of the config on this platform. `flags` are those of
+    `Flags`.
 
     ValueError where the config, the data or a checkpoint does not fit, where the learning rate would jump, and where the model
     would compute another function; FloatingPointError when the loss or the parameters are not finite; BlockingIOError when
     another run is in `workdir`; OSError when a file cannot be written or read, after saving if possible.
     """
+    flags, goodput = Flags(**flags), Goodput()
     check_names(c.evals.names)
+    profile.check_range(flags.profile, 0, c.total_steps)
     schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
     mesh, data = make_mesh(c.mesh), load_data(c)
@@ -59,8 +61,9 @@ def train(
     of_run = execution or execution_on(jax.default_backend(), c.model, c.train)
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh), checkpoints_of(c, workdir) as checkpoints:
         state, start, recorded = first_state(c, data.identities, mesh, checkpoints)
-        recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
-        history = past(c, checkpoints, start, recorded, allow_lr_jump)
+        recorded["skipped_steps"] = merge_skipped(flags.skip_steps, recorded["skipped_steps"], start, c.total_steps)
+        profile.check_range(flags.profile, start, c.total_steps)
+        history = past(c, checkpoints, start, recorded, flags.allow_lr_jump)
         evaluations = Evaluations(c, of_run, mesh, data.tokenizer, data.corpora, workdir)
         evaluations.draw_questions()
         metrics = opened_metrics(c, of_run, mesh, data.stages, workdir, start)
@@ -69,7 +72,7 @@ def train(
             metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
             close(c, workdir, metrics, evaluations)
             return True
-        metrics.say(*write_config(Path(workdir), c, start))
+        metrics.say(*write_config(Path(workdir), c, start), *goodput.open(Path(workdir), start))
         loop = Loop(
             c,
             make_steps(c, jax.default_backend(), execution),
@@ -82,11 +85,25 @@ def train(
             state=state,
             step=start,
             skipped=recorded["skipped_steps"],
+            goodput=goodput,
+            profile=profile.Profile(flags.profile, Path(workdir) / "profile"),
         )
         with drawn(loop, Path(workdir)):
             loop.train()
             loop.save(wait=True)
         return finish(loop, workdir, evaluations)
+
+
+class Flags(NamedTuple):
+    """What the command line says of one start of a run; steps are numbered from 1.
+
+    The batches of `skip_steps` are passed over, and those that the checkpoint records. `allow_lr_jump` lets the learning rate
+    differ from the checkpoint's schedule. The steps of `profile` are traced.
+    """
+
+    skip_steps: Sequence[Range] = ()
+    allow_lr_jump: bool = False
+    profile: Range | None = None
 
 
 class TrainingData(NamedTuple):
@@ -165,14 +182,18 @@ def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
         what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
         raise OSError(f"{what}; step {loop.step} is saved; mend that and run the same command again")
     if loop.step < total:
+        tell_goodput(loop)
         metrics.say(f"stopped after step {loop.step}, which is saved; the same command goes on from there")
         return False
     interrupted = f"stopped in the evaluation; all {total} steps are saved, the same command goes on with it"
     try:
         stop.all_saved(interrupted)
+        loop.goodput.rest("other")
         complete = loop.measure(loop.state.params)
+        loop.goodput.rest("evaluation")
         if not complete:
             metrics.say(interrupted)
+        tell_goodput(loop)
         close(loop.config, workdir, metrics, evaluations if complete else None)
         return complete
     except KeyboardInterrupt:
@@ -180,6 +201,14 @@ def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
             raise
         metrics.say(interrupted)
         return False
+
+
+def tell_goodput(loop: Loop) -> None:
+    """Prints where the seconds of the run went, and records it."""
+    loop.metrics.say(*loop.goodput.table())
+    with contextlib.suppress(OSError):  # all steps are saved, and a full disk is no reason to fail
+        loop.goodput.record(loop.step)
+    loop.goodput.close()
 
 
 def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluations | None) -> None:

@@ -61,6 +61,7 @@ TAGS = {
     "param_norm": "norms/parameters",
     "tokens_per_s": "speed/tokens_per_second",
     "mfu": "speed/mfu_share",
+    "goodput": "speed/goodput_share",
     "step_time": "speed/step_seconds",
     "data_wait": "speed/data_wait_seconds",
     "tokens_seen": "progress/tokens",

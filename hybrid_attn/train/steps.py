@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,11 @@ import jax
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.config import Config, to_dict
 from hybrid_attn.model import flops
+from hybrid_attn.train.console import stage_of
+from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics
+from hybrid_attn.train.precompile import NextStep
+from hybrid_attn.train.profile import Profile
 from hybrid_attn.train.resume import Range, is_skipped
 from hybrid_attn.train.step import TrainState, skip_step
 from hybrid_attn.train.stop import Stop
@@ -28,7 +33,7 @@ class Loop:
 
     `step_fns` are the steps of `make_step` by stage, `batches` yields (step, batch), `data_state` gives the data state after a
     step, and `measure` evaluates parameters and returns whether that came to its end. The batches of the `skipped` steps are
-    read and not trained on.
+    read and not trained on, and those of `profile` are traced.
     """
 
     config: Config
@@ -42,13 +47,19 @@ class Loop:
     state: TrainState
     step: int
     skipped: Sequence[Range] = ()
+    goodput: Goodput = dataclasses.field(default_factory=Goodput)
+    profile: Profile = dataclasses.field(default_factory=lambda: Profile(None, Path()))
 
     def __post_init__(self):
         self.first = self.step + 1
         self.progress = Progress(self.config, self.skipped)
         self.metrics.position = self.progress.position
-        self.dispatched: tuple[int, Mapping, bool] | None = None  # step, metrics that are not read yet, newly compiled or not
+        # Step, metrics that are not read yet, and the seconds of its compilation, None where there was none.
+        self.dispatched: tuple[int, Mapping, float | None] | None = None
         self.compiled = set()  # the step functions that have been called
+        self.stage: int | None = None  # of the last step that was reported
+        self.next_step = NextStep(self.config, self.step_fns)
+        self.goodput.rest("start")
         self.restart_clock()
 
     def train(self) -> None:
@@ -66,19 +77,37 @@ class Loop:
             if batch is None:
                 break
             stage, _ = self.config.stage_at(self.step)
+            self.trace(self.step + 1)
             self.step += 1
             if is_skipped(self.step, self.skipped):
                 self.skip()
             else:
                 self.dispatch(batch, self.step_fns[stage])
+                self.next_step.begin(self.step, self.state, batch)
             if self.checkpoints.due(self.step) and self.step < self.config.total_steps:
                 self.report()  # so that no state is saved whose loss has not been checked
                 self.save()
+        self.trace(self.config.total_steps + 1)
         self.report()
+
+    def trace(self, step: int) -> None:
+        """Begins or ends the trace of the steps to profile, where one of these is due before `step`."""
+        begins, ends = self.profile.begins(step), self.profile.ends(step)
+        if begins or ends:
+            self.report()
+            jax.block_until_ready(self.state)
+        with self.stop.after_saving():
+            if ends:
+                self.metrics.say(self.profile.stop())
+            elif begins:
+                self.profile.start()
 
     def save(self, wait: bool = False) -> None:
         """Writes a checkpoint; with `wait`, to its end."""
-        self.checkpoints.save(self.step, self.state, self.data_state(self.step), to_dict(self.config), wait=wait)
+        with self.goodput.timed("checkpoint"):
+            self.checkpoints.save(self.step, self.state, self.data_state(self.step), to_dict(self.config), wait=wait)
+        with self.stop.after_saving():
+            self.goodput.record(self.step)
 
     def evaluate(self) -> bool:
         """Evaluates the parameters as they are; False if that did not come to its end."""
@@ -86,6 +115,9 @@ class Loop:
         complete = False
         with self.stop.after_saving(together=True):
             complete = self.measure(self.state.params)
+        self.goodput.rest("evaluation")
+        with self.stop.after_saving():
+            self.goodput.record(self.step)
         self.restart_clock()
         return complete
 
@@ -94,7 +126,9 @@ class Loop:
         before, batch = time.perf_counter(), None
         with self.stop.after_saving(together=True):
             _, batch = next(self.batches)
-        self.waited += time.perf_counter() - before
+        waited = time.perf_counter() - before
+        self.waited += waited
+        self.goodput.add("data", waited)
         return batch
 
     def skip(self) -> None:
@@ -105,6 +139,7 @@ class Loop:
         with self.stop.after_saving():
             self.metrics.skip(self.step, "its batch is passed over, as --skip_steps says")
         self.metrics.advance(self.step)
+        self.goodput.skip()
         self.restart_clock()
 
     def dispatch(self, batch: dict, step_fn: Callable) -> None:
@@ -112,17 +147,22 @@ class Loop:
         new = step_fn not in self.compiled
         if new:
             self.report()  # first, because the compilation is not part of the time of the step before
-        self.state, metrics = step_fn(self.state, batch)
+        before = time.perf_counter()
+        self.next_step.wait(step_fn)
+        with self.profile.step(self.step):
+            self.state, metrics = step_fn(self.state, batch)
+        seconds = time.perf_counter() - before if new else None
+        self.goodput.add("compile", seconds or 0.0)
         self.stop.first_step_began()
         self.report()
-        self.dispatched = self.step, metrics, new
+        self.dispatched = self.step, metrics, seconds
         self.compiled.add(step_fn)
 
     def report(self) -> None:
         """Waits for the dispatched step, if there is one, checks its metrics and logs them when a line is due."""
         if self.dispatched is None:
             return
-        number, metrics, compiled = self.dispatched
+        number, metrics, compile_seconds = self.dispatched
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         self.dispatched = None
@@ -131,10 +171,16 @@ class Loop:
             return
         check_finite(number, values, self.checkpoints)
         stage, _ = self.config.stage_at(number - 1)
-        self.progress.steps.append(Timed(values, now - self.clock, self.waited, compiled, stage))
+        self.goodput.rest("step")
+        self.progress.steps.append(Timed(values, now - self.clock, self.waited, compile_seconds is not None, stage))
+        if self.stage not in (None, stage):
+            self.metrics.say(edge_line(self.progress.position(number), now - self.clock, compile_seconds or 0.0))
+        self.stage = stage
         if number % self.config.train.log_every == 0 or number in (self.first, self.config.total_steps):
             with self.stop.after_saving():
-                self.metrics.log(number, *self.progress.line(number))
+                self.goodput.record(number)
+                values, *work = self.progress.line(number)
+                self.metrics.log(number, values | {"goodput": self.goodput.share()}, *work)
         self.metrics.advance(number)
         self.restart_clock(now)
 
@@ -145,6 +191,7 @@ class Loop:
         with self.stop.after_saving():
             self.metrics.skip(number, f"{what}: not finite, or above {optim.spike_factor:g} x the median; no update is taken")
         self.metrics.advance(number)
+        self.goodput.skip()
         self.restart_clock()
         if consecutive > optim.max_consecutive_spikes:
             newest, checkpoint_note = newest_checkpoint(self.checkpoints)
@@ -158,6 +205,12 @@ class Loop:
     def restart_clock(self, now: float | None = None) -> None:
         """Starts the time of the next step, by default now; nothing has been waited for yet."""
         self.clock, self.waited = time.perf_counter() if now is None else now, 0.0
+
+
+def edge_line(position: Mapping, seconds: float, compile_seconds: float) -> str:
+    """The cost of the edge before a stage: the time from the end of the last step before it to the end of its first."""
+    stage = stage_of(position)[0]
+    return f"{stage} begins: {seconds:.1f} s at the edge and in its first step, of which compile {compile_seconds:.1f} s"
 
 
 def check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> None:
