@@ -6,9 +6,12 @@ The parts are in `config_model.py` and `config_training.py`; this module has the
 """
 # ruff: noqa: F401 (the names of the parts)
 
+import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from hybrid_attn import trees
 from hybrid_attn.config_model import (
@@ -28,6 +31,7 @@ from hybrid_attn.config_training import (
     TASKS,
     Data,
     Evals,
+    Groups,
     InitFrom,
     LrSchedule,
     Mesh,
@@ -39,7 +43,7 @@ from hybrid_attn.config_training import (
     shortest_sequence,
 )
 from hybrid_attn.configs import base
-from hybrid_attn.trees import Table, check, check_fields, suggestion, within
+from hybrid_attn.trees import Partial, Table, check, check_fields, suggestion, within
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
@@ -48,6 +52,13 @@ NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
     "ema_half_life", "spike_factor", "max_consecutive_spikes",
 )  # fmt: skip
+# Keys that a stage may override; those of the model and of the optimiser only if the arrays of the state stay the same.
+OF_STAGES = (
+    "model.*", "mesh.*", "data.packing", "data.sources.*.min_length",
+    "optim.b1", "optim.b2", "optim.eps", "optim.momentum", "optim.weight_decay", "optim.clip_norm", "optim.z_loss",
+    "train.dtype", "train.remat", "train.context", "train.zigzag", "train.kernel", "train.loss_chunk", "train.mlp_chunk",
+)  # fmt: skip
+NEW_STAGE = "name", "objective", "model_changes", "lr_schedule", "override"  # of a stage
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
@@ -71,8 +82,8 @@ def longest_text(config_json: Mapping, path: os.PathLike) -> int | None:
 class StageConfig:
     """The config of one stage of a run, made by `Config.at`.
 
-    `mixture` has the weight of each source and is never empty; `pieces` are those of the learning rate of the whole run.
-    Configs of two stages are equal if their training steps compile to the same program.
+    `mixture` has the weight of each source and is never empty; `pieces` are those of the learning rate of the whole run;
+    `override` is already put over the groups. Two of these are equal if their training steps compile to the same program.
     """
 
     index: int = dataclasses.field(compare=False)
@@ -81,6 +92,8 @@ class StageConfig:
     mixture: Table[str, float] = dataclasses.field(compare=False)
     model_changes: tuple[str, ...] = dataclasses.field(compare=False)
     lr_schedule: LrSchedule | None = dataclasses.field(compare=False)
+    override: Partial[Groups] = dataclasses.field(compare=False)
+    data: Data = dataclasses.field(compare=False)
     seq_len: int
     batch: int
     microbatches: int
@@ -90,6 +103,9 @@ class StageConfig:
     mesh: Mesh
     optim: Optim
     train: Train
+
+
+GROUPS = tuple(field.name for field in dataclasses.fields(Groups))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +136,21 @@ class CheckpointConfig:
         """The name of each stage; one without a name has its number, from 1."""
         return [stage.name or str(number) for number, stage in enumerate(self.stages, 1)]
 
+    def groups(self, stage: int) -> dict:
+        """The groups of this config by name, with the override of a stage over them; ValueError where it does not fit."""
+        index = range(len(self.stages))[stage]
+        groups = {name: getattr(self, name) for name in GROUPS if hasattr(self, name)}
+        return groups | {
+            name: _overridden(group, self.stages[index].override[name], f"stages[{index}].override.{name}")
+            for name, group in groups.items()
+            if name in self.stages[index].override
+        }
+
+    def of_stage(self, stage: int) -> "CheckpointConfig":
+        """This config with the groups of a stage in place of those of the run, and with no overrides."""
+        stages = tuple(dataclasses.replace(x, override=Partial()) for x in self.stages)
+        return dataclasses.replace(self, **self.groups(stage), stages=stages)
+
     def stage_steps(self, step: int) -> list[int]:
         """How many steps of each stage are done after the first `step` steps of the run."""
         done = []
@@ -136,6 +167,14 @@ class CheckpointConfig:
             step -= stage.steps
         raise ValueError(f"step {step + self.total_steps} is beyond the last of {self.total_steps} steps")
 
+    def next_stage(self, step: int) -> int:
+        """The index of the stage that goes on after `step` steps, or of the last stage at the end of the run."""
+        return self.stage_at(min(step, self.total_steps - 1))[0]
+
+    def last_stage(self, step: int) -> int:
+        """The index of the stage of the last of the first `step` steps, or 0 before the first."""
+        return self.next_stage(max(step - 1, 0))
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(CheckpointConfig):
@@ -151,11 +190,13 @@ class Config(CheckpointConfig):
         steps = self.total_steps
         check(steps < 2**31, f"the stages have {steps:,} steps together, and at most 2^31 - 1 can be counted")
         for index, stage in enumerate(self.stages):
+            _check_override(f"stages[{index}].override", stage.override)
             _check_mixture(f"stages[{index}].mixture", stage.mixture, sorted(self.data.sources))
             _check_model_changes(f"stages[{index}].model_changes", stage.model_changes, self.model)
             alike = (stage.lr_schedule is None) == (self.stages[0].lr_schedule is None)
             check(alike, f"of stages[0] and stages[{index}] only one has lr_schedule; give every stage one, or none")
             for name in self.weights(index):
+                _check_min_length(index, name, self.at(index).data.sources[name], self.data.sources[name])
                 _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
         for multiple in self.evals.lengths:
             length = round(multiple * self.stages[-1].seq_len)
@@ -171,13 +212,14 @@ class Config(CheckpointConfig):
             check(first == index, f"stages[{first}] and stages[{index}] are both called {name!r}; give one another name")
         remat(self.model, self.train)
         context(self.model, self.train)
+        for stage in self.each_stage:
+            with _named(f"stages[{stage.index}].override"):
+                remat(stage.model, stage.train)
+                context(stage.model, stage.train)
 
     def at(self, stage: int) -> StageConfig:
         """The config of a stage by its index: the only place that puts the fields of a stage over those of the run."""
-        index = range(len(self.stages))[stage]
-        fields = vars(self.stages[index]) | {"name": self.stage_names[index], "mixture": Table(self.weights(index))}
-        groups = {name: getattr(self, name) for name in ("model", "mesh", "optim", "train")}
-        return StageConfig(index=index, pieces=self.pieces, **fields, **groups)
+        return self.each_stage[stage]
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -186,10 +228,38 @@ class Config(CheckpointConfig):
             return (Piece(self.total_steps, None),)
         return tuple(Piece(stage.steps, stage.lr_schedule) for stage in self.stages)
 
-    @property
+    @functools.cached_property
     def each_stage(self) -> tuple[StageConfig, ...]:
         """The config of each stage, in order."""
-        return tuple(self.at(index) for index in range(len(self.stages)))
+        named = [{"name": name, "mixture": Table(self.weights(i))} for i, name in enumerate(self.stage_names)]
+        return tuple(
+            StageConfig(index=i, pieces=self.pieces, **vars(stage) | named[i], **self.groups(i))
+            for i, stage in enumerate(self.stages)
+        )
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """A ValueError of the body gets the path of the key that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _overridden(group, changes: Mapping, path: str):
+    """A group of a config with some of its keys changed; ValueError names the `path` of the changes."""
+    values = trees.merged(to_dict(group), trees.plain(changes), f"{path}.")
+    with _named(path):
+        return trees.build(type(group), values, path.rpartition(".")[2])
+
+
+def _check_override(path: str, override: Mapping) -> None:
+    for key in trees.flat(override):
+        ok = any(fnmatchcase(key, pattern) for pattern in OF_STAGES)
+        others = "" if key.startswith(("model", "mesh")) else f"; of {key.split('.')[0]} a stage may override "
+        others += ", ".join(pattern for pattern in OF_STAGES if pattern.split(".")[0] == key.split(".")[0])
+        check(ok, f"{path}.{key}: all stages share {key}{others}")
 
 
 def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[str]) -> None:
@@ -205,6 +275,15 @@ def _check_model_changes(field: str, keys: Sequence[str], model: Model) -> None:
     for key in keys:
         hint = suggestion(key, fields, otherwise="write a key such as 'model.kinds.L.rope_theta'")
         check(key in fields, f"{field} names {key!r}, which is no field of the model; {hint}")
+
+
+def _check_min_length(stage: int, name: str, of_stage: Source, of_run: Source) -> None:
+    field, least = f"data.sources.{name}.min_length", of_run.min_length
+    check(
+        of_stage.min_length >= least,
+        f"stages[{stage}].override.{field}={of_stage.min_length:,} is below {field}={least:,}, which leaves out shorter "
+        f"documents of all stages; lower {field}",
+    )
 
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:
@@ -271,7 +350,7 @@ def completed(values: Mapping) -> dict:
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], "prefix")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
-    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "name", "objective", "model_changes", "lr_schedule")
+    _add(stages if isinstance(stages, list) else (), defaults["stages"][0], *NEW_STAGE)
     _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
     return values
 
@@ -281,6 +360,11 @@ def _add(groups: Iterable, defaults: Mapping, *keys: str) -> None:
     for group in groups:
         if isinstance(group, dict):
             group |= {key: defaults[key] for key in keys if key not in group}
+
+
+def with_override(values: Mapping, stage: int) -> dict:
+    """The nested dict of a config, with the override of a stage put over its groups."""
+    return trees.merged(values, values["stages"][stage]["override"])
 
 
 def upgraded(values: Mapping) -> dict:

@@ -4,8 +4,8 @@ import dataclasses
 import re
 from typing import NamedTuple
 
-from hybrid_attn.config_model import LONGEST
-from hybrid_attn.trees import Table, check, check_fields, named, one_of, within
+from hybrid_attn.config_model import LONGEST, Model
+from hybrid_attn.trees import Partial, Table, check, check_fields, named, one_of, within
 
 MOST_STEPS = 10**9
 NAME = r"[^\W_][\w.+-]{0,39}"  # of a stage
@@ -157,6 +157,34 @@ class Optim:
 
 
 @dataclasses.dataclass(frozen=True)
+class Train:
+    dtype: str = one_of("auto", "float32", "bfloat16")
+    remat: str
+    context: str
+    zigzag: bool = named("balance")
+    kernel: str = one_of("auto", "reference", "blocked", "splash", "tokamax", "cudnn")
+    loss_chunk: int = within(1, 2**31 - 1)
+    mlp_chunk: int | None = within(1, 2**31 - 1)
+    log_every: int = within(1, MOST_STEPS, aliases=("log_interval", "logging_steps"))
+    checkpoint_every: int = within(1, MOST_STEPS, aliases=("save_every", "save_interval", "save_steps"))
+    keep: int = within(1, MOST_STEPS, aliases=("save_total_limit",))
+
+    def __post_init__(self):
+        check_fields(self, "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The groups of a config of which a stage may override keys."""
+
+    model: Model
+    mesh: Mesh
+    data: Data
+    optim: Optim
+    train: Train
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """A part of training with a sequence length, a batch and a mixture, which gives each source's share of the tokens."""
 
@@ -169,6 +197,7 @@ class Stage:
     objective: str = named("loss")
     model_changes: tuple[str, ...]
     lr_schedule: LrSchedule | None
+    override: Partial[Groups]
 
     def __post_init__(self):
         check_fields(self, "stages")
@@ -187,23 +216,6 @@ class Piece(NamedTuple):
 
     steps: int
     lr_schedule: LrSchedule | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Train:
-    dtype: str = one_of("auto", "float32", "bfloat16")
-    remat: str
-    context: str
-    zigzag: bool = named("balance")
-    kernel: str = one_of("auto", "reference", "blocked", "splash", "tokamax", "cudnn")
-    loss_chunk: int = within(1, 2**31 - 1)
-    mlp_chunk: int | None = within(1, 2**31 - 1)
-    log_every: int = within(1, MOST_STEPS, aliases=("log_interval", "logging_steps"))
-    checkpoint_every: int = within(1, MOST_STEPS, aliases=("save_every", "save_interval", "save_steps"))
-    keep: int = within(1, MOST_STEPS, aliases=("save_total_limit",))
-
-    def __post_init__(self):
-        check_fields(self, "train")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,10 @@ class Table(dict):
         return hash(frozenset(self.items()))
 
 
+class Partial(Table):
+    """Some of the keys of a dataclass or a `Table`, in which groups are partial too: `Partial[Model]`."""
+
+
 class FieldError(ValueError):
     """An invalid value of a field of `group`; `problem` begins with the field's name."""
 
@@ -122,6 +126,15 @@ def flat(values: Mapping, path: str = "") -> dict[str, object]:
     return leaves
 
 
+def merged(values: Mapping, changes: Mapping, path: str = "") -> dict:
+    """Nested dicts with the leaves of `changes` in place of theirs; ValueError for a key that `values` lacks."""
+    for key in changes:
+        hint = suggestion(key, values, otherwise=f"there are {', '.join(values)}")
+        check(key in values, f"{path}{key}: there is no {key!r}; {hint}")
+    groups = {key: merged(values[key], x, f"{path}{key}.") for key, x in changes.items() if isinstance(x, Mapping)}
+    return {**values, **changes, **groups}
+
+
 def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
     """Lines `key: old -> new` for every leaf in which two nested dicts differ; lists of dicts are compared entry by entry."""
     lines = []
@@ -147,6 +160,8 @@ def override(target: type, values: dict, path: str, key: str, text: str | None) 
     for part in re.findall(PART, key):
         container = container[last]
         last, kind = _step(_without_none(kind), container, path, part, root)
+        if typing.get_origin(kind) is Partial:
+            container.setdefault(last, {})
         path += f"[{last}]" if part.startswith("[") else f".{part}"
     check(text is not None or kind is bool, f"--{path} has no value; write --{path}=VALUE")
     container[last] = text is None or _from_text(kind, text, path)
@@ -163,13 +178,26 @@ def _step(kind, values, path: str, part: str, root: tuple) -> tuple:
         check(-len(values) <= int(part[1:-1]) < len(values), f"{path}{part} does not exist: {path} has {entries}")
         return int(part[1:-1]) % len(values), args[0]
     check(origin is not tuple, f"{path} is a list; write {path}[0].{part}")
-    groups = dataclasses.is_dataclass(kind) or origin is Table
+    groups = dataclasses.is_dataclass(kind) or origin in (Table, Partial)
     check(not groups or values is not None, f"{path} is None, and has no key {part!r}; give it all its keys in the config file")
     check(groups and isinstance(values, Mapping), f"{path}={values!r} is a value, and has no key {part!r}")
-    hints = typing.get_type_hints(kind) if origin is not Table else dict.fromkeys(values, args[1])
+    hints = _hints(kind, [part] if origin is Partial else values)
     if part not in hints:
         raise _unknown(part, kind, list(hints), path, root)
     return part, hints[part]
+
+
+def _hints(kind, names: Iterable[str]) -> dict:
+    """The type of the value of every key of a group; the keys of a table are `names`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Partial:
+        return {key: _partial(hint) for key, hint in _hints(args[0], names).items()}
+    return dict.fromkeys(names, args[1]) if origin is Table else typing.get_type_hints(kind)
+
+
+def _partial(kind):
+    """The type of a part of a value: of a group some of its keys, of anything else all of it."""
+    return Partial[kind] if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is Table else kind
 
 
 def _without_none(kind):
@@ -208,10 +236,14 @@ def _build(target, value, path: str, root: tuple):
         return None if value is None else _build(args[0], value, path, root)
     if dataclasses.is_dataclass(target):
         return _build_dataclass(target, value, path, root)
-    if origin is Table:
+    if origin in (Table, Partial):
         check(isinstance(value, Mapping), f"{path}={value!r} must be a group of keys")
         check(all(isinstance(key, str) for key in value), f"the keys of {path}={value!r} must be of type str")
-        return Table({key: _entry(args[1], x, f"{path}.{key}", root) for key, x in value.items()})
+        hints = _hints(target, value)
+        for key in value:
+            if key not in hints:
+                raise _unknown(key, args[0], list(hints), path, root)
+        return origin({key: _entry(hints[key], x, f"{path}.{key}", root) for key, x in value.items()})
     if origin is tuple:
         check(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
         return tuple(_entry(args[0], x, f"{path}[{i}]", root) for i, x in enumerate(value))

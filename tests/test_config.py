@@ -12,7 +12,7 @@ from conftest import tiny
 
 from configs import base
 from hybrid_attn import config, trees
-from hybrid_attn.config import Mesh, Stage, Table
+from hybrid_attn.config import Mesh, Stage
 
 
 def error_of(change):
@@ -140,7 +140,7 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
     allowed += [""] * (name in ("label", "tokenizer", "prefix")) + ["x"] * (name in ("store", "label", "tokenizer"))
     allowed += ["x"] * (path in ("init_from.path", "stages.0.name"))
     lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes")
-    allowed += [[]] * (name in lists) + [{}] * (name == "mixture")
+    allowed += [[]] * (name in lists) + [{}] * (name in ("mixture", "override"))
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
     assert (None in accepted) == (None in allowed)
 
@@ -327,7 +327,7 @@ def test_layers_begin_with_a_prefix_repeat_the_pattern_and_end_with_a_tail():
 
 
 def test_a_step_belongs_to_its_stage():
-    stages = Stage(None, 3, 48, 8, 1, Table(), "next_token", (), None), Stage("b", 2, 96, 4, 1, Table(), "next_token", (), None)
+    stages = tuple(dataclasses.replace(tiny().stages[0], steps=steps) for steps in (3, 2))
     c = dataclasses.replace(tiny(), stages=stages)
     assert c.total_steps == 5
     assert [c.stage_at(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import REFERENCE, tiny
-from trained import STEPS, config_of, losses, stage
+from trained import STEPS, config_of, losses, stage, stop_at
 
 from configs import base
 from hybrid_attn import checkpoint, config
@@ -37,18 +37,6 @@ def straight(corpus, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
     assert loop.train(config_of(corpus, **{"evals.lengths": (1.0, 2.0)}), workdir)
     return workdir
-
-
-def stop_at(monkeypatch, step):
-    """Has the run ask itself to stop, by the real signal, when it reports `step`."""
-    report = loop.Metrics.advance
-
-    def advance(self, number):
-        report(self, number)
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop.Metrics, "advance", advance)
 
 
 @pytest.mark.parametrize("step", [1, 3])

@@ -302,7 +302,8 @@ def mixed_config():
 def mixed_batches(start=0, mesh=None, with_mask=True):
     c = mixed_config()
     stages = pipeline.stage_sequences(c, mixed_corpora(with_mask), BYTES)
-    return [(step, jax.tree.map(np.asarray, x)) for step, x in pipeline.batches(c, stages, mesh or one_device(), start)]
+    meshes = [mesh or one_device()] * len(c.stages)
+    return [(step, jax.tree.map(np.asarray, x)) for step, x in pipeline.batches(c, stages, meshes, start)]
 
 
 def test_the_sequences_of_a_source_with_a_mask_have_its_weights_and_those_of_others_all_their_targets():

@@ -1,6 +1,7 @@
 """The mesh: its axes over devices with and without slices, and errors for sizes that do not divide."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -8,9 +9,10 @@ import pytest
 from conftest import mesh_of, tiny
 from jax.sharding import AxisType
 
+from hybrid_attn import config
 from hybrid_attn.config import Mesh
 from hybrid_attn.parallel import fit
-from hybrid_attn.parallel.mesh import AXES, abstract_mesh, axis_sizes, make_mesh
+from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,10 @@ def test_a_mesh_of_fewer_devices_than_there_are_takes_the_first():
 
 def stage(**changes):
     return {"stages": [{"steps": 1, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}} | changes]}
+
+
+def on_mesh(changes: dict, sizes: dict) -> config.Config:
+    return tiny(changes | {f"mesh.{axis}": sizes.get(axis, 1) for axis in AXES})
 
 
 @pytest.mark.parametrize(
@@ -109,7 +115,7 @@ def stage(**changes):
 )
 def test_a_size_that_does_not_split_is_refused_with_the_axis_the_numbers_and_a_size_that_does(changes, sizes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        fit.check(tiny(changes), abstract_mesh(**sizes).shape)
+        fit.check(on_mesh(changes, sizes), math.prod(sizes.values()))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +131,7 @@ def test_a_size_that_does_not_split_is_refused_with_the_axis_the_numbers_and_a_s
     ids=str,
 )
 def test_a_config_that_splits_is_accepted(changes, sizes):
-    assert fit.check(tiny(changes), abstract_mesh(**sizes).shape) is None
+    assert fit.check(on_mesh(changes, sizes), math.prod(sizes.values())) is None
 
 
 def test_a_mesh_takes_the_devices_left_over_on_one_axis():

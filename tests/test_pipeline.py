@@ -47,7 +47,7 @@ def one_device():
 
 
 def start_batches(c, corpus, mesh, start=0):
-    return pipeline.batches(c, pipeline.stage_sequences(c, {"text": corpus}, BYTES), mesh, start)
+    return pipeline.batches(c, pipeline.stage_sequences(c, {"text": corpus}, BYTES), [mesh] * len(c.stages), start)
 
 
 def run(c, corpus, start=0, mesh=None):
@@ -272,7 +272,7 @@ def test_a_stage_takes_its_sequences_from_its_sources_by_their_weights():
     ]
     c = config.build(c)
     sequences = pipeline.stage_sequences(c, corpora, BYTES)
-    read = [np.asarray(batch["tokens"])[:, 0] for _, batch in pipeline.batches(c, sequences, one_device(), 0)]
+    read = [np.asarray(batch["tokens"])[:, 0] for _, batch in pipeline.batches(c, sequences, [one_device()] * len(c.stages), 0)]
     assert np.bincount(np.concatenate(read[:5])).tolist() == [7, 3]
     assert np.bincount(np.concatenate(read[5:])).tolist() == [0, 2, 4]
     assert sequences[0].epochs(10) == {"a": 7 / 50, "b": 3 / 50} and sequences[1].epochs(6) == {"b": 2 / 25, "c": 4 / 25}
@@ -296,7 +296,7 @@ def test_two_processes_hold_the_batches_of_one_and_read_no_more_than_their_part(
     c, sequences = two_processes.config_and_sequences()
     held = [np.load(tmp_path / f"{i}.npz") for i in range(2)]
     for sizes in two_processes.MESHES:
-        for step, batch in pipeline.batches(c, sequences, one_device(), two_processes.START):
+        for step, batch in pipeline.batches(c, sequences, [one_device()] * len(c.stages), two_processes.START):
             for name, values in batch.items():
                 parts = [part[f"{sizes}/{step}/{name}"] for part in held]
                 owned = [~np.isnan(part) for part in parts]

@@ -24,7 +24,8 @@ def compilations():
 
 
 def next_step(*step_fns, steps=3):
-    return NextStep(tiny({"stages": [stage(steps, 24, 16), stage(3, 48, 8)]}), step_fns)
+    c = tiny({"stages": [stage(steps, 24, 16), stage(3, 48, 8)]})
+    return NextStep(c, step_fns, [jax.sharding.get_mesh()] * 2)
 
 
 def test_the_first_call_of_a_stage_finds_its_program(one_device, compilations):

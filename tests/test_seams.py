@@ -19,7 +19,7 @@ from hybrid_attn.model.transformer import MIXERS, MLPS, unstacked
 from hybrid_attn.parallel.mesh import spec_of
 from hybrid_attn.train.objectives import OBJECTIVES, next_token
 from hybrid_attn.train.optim import OPTIMISERS
-from hybrid_attn.train.step import init_state, make_step, make_steps
+from hybrid_attn.train.step import executions, init_state, make_step, make_steps
 
 
 class Shift(nnx.Module):
@@ -121,7 +121,7 @@ def test_an_objective_that_no_table_has_is_an_error_before_the_first_step():
     c = tiny()
     c = dataclasses.replace(c, stages=(c.stages[0], dataclasses.replace(c.stages[0], objective="next_tokn")))
     with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=r"stages\[1\].objective='next_tokn' .*'next_token'"):
-        make_steps(c, "cpu")
+        make_steps(c, executions(c, "cpu"))
 
 
 def test_an_objective_whose_batch_field_the_data_lacks_is_an_error_before_the_first_step(monkeypatch):
@@ -174,7 +174,7 @@ def test_a_transform_of_a_layers_leaves_is_applied_inside_the_scanned_body_and_h
 def test_the_steps_of_a_run_train_the_leaves_that_a_transform_reads(with_low_rank):
     c, adapted, _ = with_low_rank
     with jax.set_mesh(mesh_of()):
-        (step,) = make_steps(c, "cpu", REFERENCE._replace(transform=low_rank))
+        (step,) = make_steps(c, [REFERENCE._replace(transform=low_rank)])
         state = jax.jit(init_state, static_argnums=0)(c, jax.tree.map(jnp.copy, adapted))
         state, _ = step(state, on_mesh(BATCH | {"bytes": np.ones_like(BATCH["weights"])}))
         for x, before in zip(*(jax.tree.leaves(p["periods"]["G1"]["mlp"]["up"]) for p in (state.params, adapted)), strict=True):

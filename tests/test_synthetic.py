@@ -155,9 +155,9 @@ def test_a_stage_mixes_tasks_with_documents_and_resumes_anywhere_on_any_mesh():
     text = documents.in_memory([np.arange(200, dtype=np.uint16)], [1])
     probe = corpora.load(c.data, ["probe"], BYTES)["probe"].training
     stages = pipeline.stage_sequences(c, {"text": text, "probe": probe}, BYTES)
-    straight = dict(jax.device_get(list(pipeline.batches(c, stages, mesh_of(), 0))))
+    straight = dict(jax.device_get(list(pipeline.batches(c, stages, [mesh_of()] * 2, 0))))
     again = pipeline.stage_sequences(c, {"text": text, "probe": probe}, BYTES)
-    resumed = dict(jax.device_get(list(pipeline.batches(c, again, mesh_of(data=2, context=2), 2))))
+    resumed = dict(jax.device_get(list(pipeline.batches(c, again, [mesh_of(data=2, context=2)] * 2, 2))))
     assert list(straight) == [0, 1, 2, 3, 4] and list(resumed) == [2, 3, 4]
     for step, batch in resumed.items():
         for name, values in batch.items():

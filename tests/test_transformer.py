@@ -272,23 +272,25 @@ def test_an_untied_table_is_the_one_that_the_logits_come_from(one_device):
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEVICES = {"small": 1, "150m": 8, "1b": 64, "8b": 64}
+OTHERS = {"command_a": {"full": 1024, "tiny": 1}, "extend": {}}  # of which the last needs a checkpoint
 
 
 def training_configs():
-    """A getter and a size for each config that trains."""
+    """A getter for each config that trains, and a number of devices."""
     for path in sorted(CONFIGS.glob("*.py")):
         if path.stem != "base":
             get_config = importlib.import_module(f"configs.{path.stem}").get_config
-            sized = "size" in inspect.signature(get_config).parameters
-            for size in DEVICES if sized else ["small"]:
-                yield pytest.param(functools.partial(get_config, size) if sized else get_config, size, id=f"{path.stem}:{size}")
+            has_argument = "size" in inspect.signature(get_config).parameters or path.stem in OTHERS
+            for size, devices in OTHERS.get(path.stem, DEVICES if has_argument else {"small": 1}).items():
+                getter = functools.partial(get_config, size) if has_argument else get_config
+                yield pytest.param(getter, devices, id=f"{path.stem}:{size}")
 
 
-@pytest.mark.parametrize("get_config, size", list(training_configs()))
-def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(get_config, size):
+@pytest.mark.parametrize("get_config, devices", list(training_configs()))
+def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(get_config, devices):
     c = config.build(get_config())
-    mesh = abstract_mesh(**dict(zip(AXES, axis_sizes(c.mesh, DEVICES[size]), strict=True)))
-    fit.check(c, mesh.shape)
+    mesh = abstract_mesh(**dict(zip(AXES, axis_sizes(c.mesh, devices), strict=True)))
+    fit.check(c, devices)
     rows, length = c.stages[0].batch, c.stages[0].seq_len
 
     def array(dtype, spec, *shape):

@@ -1,11 +1,14 @@
 """A small run that tests train."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 from conftest import tiny
 
 from configs import base
+from hybrid_attn.train.metrics import Metrics
 
 STEPS = 6
 
@@ -32,3 +35,15 @@ def config_of(corpus, **changes):
 def losses(workdir):
     lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     return {line["step"]: line["loss"] for line in map(json.loads, lines) if "skipped" not in line}
+
+
+def stop_at(monkeypatch, step):
+    """Has the run ask itself to stop, by the real signal, when it reports `step`."""
+    report = Metrics.advance
+
+    def advance(self, number):
+        report(self, number)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "advance", advance)

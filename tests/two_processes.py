@@ -48,7 +48,7 @@ def main(address: str, number: int, out: str) -> None:
         mesh = make_mesh(config.Mesh(1, *sizes))
         with jax.set_mesh(mesh):
             del read[:]
-            for step, batch in pipeline.batches(c, sequences, mesh, START):
+            for step, batch in pipeline.batches(c, sequences, [mesh] * len(c.stages), START):
                 for name, array in batch.items():
                     held = arrays[f"{sizes}/{step}/{name}"] = np.full(array.shape, np.nan)
                     for shard in array.addressable_shards:

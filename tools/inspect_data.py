@@ -92,7 +92,7 @@ def show_step(c: config.Config) -> None:
     stages = pipeline.stage_sequences(c, {name: corpus.training for name, corpus in loaded.items()}, tokenizer)
     mesh = make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.local_devices(backend="cpu")[:1])
     step = sum(stage.steps for stage in c.stages[: STAGE.value]) + STEP.value
-    batches = pipeline.batches(c, stages, mesh, step)
+    batches = pipeline.batches(c, stages, [mesh] * len(c.stages), step)
     batch = {name: np.asarray(array) for name, array in next(batches)[1].items()}
     batches.close()
     for i in range(len(batch["tokens"])):

@@ -7,6 +7,8 @@ def get_config(size="small"):
     return c
 """
 
+import functools
+
 from ml_collections import ConfigDict
 
 
@@ -69,6 +71,15 @@ def lr_schedule(**changes) -> ConfigDict:
     r.jump = False  # True: start need not be the last rate of the stage before
     r.update(changes)
     return r
+
+
+def override(keys: dict) -> ConfigDict:
+    """Keys with dots, such as model.kinds.L.window, and their values, in the nested form of `stages[i].override`."""
+    nested = {}
+    for key, value in keys.items():
+        *groups, last = key.split(".")
+        functools.reduce(lambda group, name: group.setdefault(name, {}), groups, nested)[last] = value
+    return ConfigDict(nested)
 
 
 def get_config() -> ConfigDict:
@@ -168,6 +179,10 @@ def get_config() -> ConfigDict:
     # They change what the parameters compute: a resumed run refuses other values unless they are named here.
     stage.model_changes = ()
     stage.lr_schedule = None  # lr_schedule(...): the learning rate of this stage; None = that of optim
+    # Keys of the config that have another value in this stage: override({"model.kinds.L.rope_theta": 1e6, "mesh.context": 4}).
+    # They may be of model, mesh, train, data.packing, data.sources.NAME.min_length, and of optim, except where all stages share
+    # the value, such as that of train.keep; no key may change the arrays of the state.
+    stage.override = ConfigDict()
     c.stages = [stage]
 
     t = c.train = ConfigDict()

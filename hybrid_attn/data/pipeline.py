@@ -104,7 +104,8 @@ def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task],
         seed = _source_seed(c.data.seed, stage.index, name)
         if c.data.sources[name].task is not None:
             return SyntheticSequences(documents[name], stage.seq_len, seed)
-        return PackedSequences(documents[name], stage.seq_len, seed, tokenizer.byte_lengths, c.data.packing)
+        selected = _documents_of(stage, name, documents[name])
+        return PackedSequences(selected, stage.seq_len, seed, tokenizer.byte_lengths, stage.data.packing)
 
     return [
         MixedSequences(Mixture(stage.mixture), {name: of_source(stage, name) for name in stage.mixture})
@@ -112,17 +113,32 @@ def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task],
     ]
 
 
+def _documents_of(stage: config.StageConfig, name: str, documents: Documents | Task) -> Documents | Task:
+    """The `documents` of a source that are long enough for a stage; ValueError where none is."""
+    least = stage.data.sources[name].min_length
+    if isinstance(documents, Task) or documents.lengths.min() >= least:
+        return documents
+    longest, field = documents.lengths.max(), f"stages[{stage.index}].override.data.sources.{name}.min_length"
+    check(longest >= least, f"{field}={least:,} leaves no document to train on; the longest has {longest:,} tokens")
+    return documents.select(documents.lengths >= least)
+
+
 def identities(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[dict]:
     """Everything that determines the batches of each stage, and its objective: equal identities mean the same training."""
     fingerprints = {name: documents[name].fingerprint() for name in c.sources}
+
+    def fingerprint(stage: config.StageConfig, name: str) -> str:
+        selected = _documents_of(stage, name, documents[name])
+        return fingerprints[name] if selected is documents[name] else selected.fingerprint()
+
     return [
         {
             "objective": stage.objective,
             "batch": stage.batch,
             "seq_len": stage.seq_len,
             "mixture": dict(stage.mixture),
-            "documents": {name: fingerprints[name] for name in stage.mixture},
-            "packing": c.data.packing,
+            "documents": {name: fingerprint(stage, name) for name in stage.mixture},
+            "packing": stage.data.packing,
             "seed": c.data.seed,
             "tokenizer": tokenizer.hash,
         }
@@ -130,8 +146,12 @@ def identities(c: config.Config, documents: Mapping[str, Documents | Task], toke
     ]
 
 
-def batches(c: config.Config, stages: Sequence[MixedSequences], mesh: Mesh, start_step: int) -> Iterator[tuple[int, Batch]]:
+def batches(
+    c: config.Config, stages: Sequence[MixedSequences], meshes: Sequence[Mesh], start_step: int
+) -> Iterator[tuple[int, Batch]]:
     """Yields (step, batch) from `start_step` to the last step and reads `data.prefetch` batches ahead.
+
+    `stages` are the sequences of each stage, and `meshes` those that its batches are split over.
 
     A batch has `tokens`, `targets`, `positions`, `segments` int32 [B, T], `weights` and `bytes` float32 [B, T]; see
     `PackedSequences.read`. Each process reads only the slices that its own devices hold.
@@ -145,7 +165,7 @@ def batches(c: config.Config, stages: Sequence[MixedSequences], mesh: Mesh, star
         def read_slices(slices: list[Slice]) -> list[dict[str, np.ndarray]]:
             return stages[index].read([(first + b, start, stop) for b, start, stop in slices])
 
-        return step, _global_batch(read_slices, stage.batch, stage.seq_len, mesh)
+        return step, _global_batch(read_slices, stage.batch, stage.seq_len, meshes[index])
 
     steps = grain.MapDataset.range(start_step, c.total_steps).map(read)
     options = grain.ReadOptions(num_threads=c.data.prefetch, prefetch_buffer_size=c.data.prefetch)

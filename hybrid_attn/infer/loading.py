@@ -18,7 +18,10 @@ Tokenizer = ByteTokenizer | JsonTokenizer
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds besides its arrays: its config, the tokenizer's hash, and the completed steps of each stage."""
+    """What a checkpoint holds besides its arrays: its config, the tokenizer's hash, and the completed steps of each stage.
+
+    The config is that of the stage that the checkpoint was saved in.
+    """
 
     config: config.CheckpointConfig
     tokenizer_hash: str | None
@@ -83,7 +86,8 @@ def saved_of(directory: str | os.PathLike, step: int) -> Saved:
     check(is_hash, f"{name} has stage.tokenizer={str(tokenizer_hash)[:50]}, which must be a hash")
     are_counts = isinstance(steps, list) and all(type(x) is int and x >= 0 for x in steps)
     check(are_counts, f"{name} has stage_steps={str(steps)[:50]}, which must be a list of numbers of steps")
-    return Saved(c, tokenizer_hash, steps)
+    check(len(steps) <= len(c.stages), f"{name} has stage_steps={steps}, and its config has {len(c.stages)} stages")
+    return Saved(c.of_stage(max(len(steps) - 1, 0)), tokenizer_hash, steps)
 
 
 def step_of(directory: str | os.PathLike, step: int | None) -> int:

@@ -4,20 +4,26 @@ import math
 from collections.abc import Mapping
 
 from hybrid_attn import config
-from hybrid_attn.parallel.mesh import BATCH
+from hybrid_attn.parallel.mesh import AXES, BATCH, axis_sizes
 
 
-def check(c: config.Config, sizes: Mapping[str, int]) -> None:
-    """ValueError where the batches, sequences or parameters of `c` do not split over axes of `sizes` (a mesh's `shape`)."""
-    lengths = {f"stages[{stage.index}]: seq_len": stage.seq_len for stage in c.each_stage}
-    for multiple in c.evals.lengths:
-        lengths[f"evals.lengths: {multiple} of {c.at(-1).seq_len} tokens,"] = round(multiple * c.at(-1).seq_len)
+def check(c: config.Config, num_devices: int) -> None:
+    """ValueError where the batches, sequences or parameters of a stage of `c` do not split over its mesh of so many devices."""
+    lengths = {f"evals.lengths: {x} of {c.at(-1).seq_len} tokens,": round(x * c.at(-1).seq_len) for x in c.evals.lengths}
     for stage in c.each_stage:
-        check_splits(f"stages[{stage.index}]: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
-    for name, length in lengths.items():
-        check_length(name, length, sizes, c.train.zigzag)
-    check_model(c.model, sizes)
-    check_schemes(c.model, config.context(c.model, c.train), sizes)
+        sizes = dict(zip(AXES, axis_sizes(stage.mesh, num_devices), strict=True))
+        is_evaluated = c.evals.every is not None or stage.index == len(c.stages) - 1
+        check_stage(stage, sizes, lengths if is_evaluated else {})
+
+
+def check_stage(stage: config.StageConfig, sizes: Mapping[str, int], lengths: Mapping[str, int]) -> None:
+    """`check` of one stage over axes of `sizes` (a mesh's `shape`); `lengths` are those of evaluations, by what they are."""
+    name = f"stages[{stage.index}]"
+    check_splits(f"{name}: batch", stage.batch, sizes, BATCH, stage.microbatches, "microbatches")
+    for of, length in {f"{name}: seq_len": stage.seq_len, **lengths}.items():
+        check_length(of, length, sizes, stage.train.zigzag)
+    check_model(stage.model, sizes)
+    check_schemes(stage.model, config.context(stage.model, stage.train), sizes)
 
 
 def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:

@@ -91,6 +91,11 @@ def put(x: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda part: x[part])
 
 
+def on_mesh(arrays, mesh: Mesh, donate: bool = False):
+    """A tree of arrays, each split by its own spec over `mesh`, which has the devices of its present one."""
+    return jax.device_put(arrays, jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), arrays), donate=donate)
+
+
 def broadcast_from_first(yes: bool) -> bool:
     """The value of process 0, in every process of the run, so that all take the same branch."""
     return bool(multihost_utils.broadcast_one_to_all(np.int32(yes)))

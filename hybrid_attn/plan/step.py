@@ -16,6 +16,7 @@ from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.plan.collectives import Collective, arrays, collectives, parse
 from hybrid_attn.plan.targets import GB, Target
+from hybrid_attn.train.resume import check_overrides
 from hybrid_attn.train.step import abstract_state, make_step
 
 
@@ -41,11 +42,13 @@ class Plan(NamedTuple):
 
 def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     """Compiles the step of a stage of `c` for `target`; ValueError where the mesh or the batch does not fit it."""
-    mesh, of_stage = make_mesh(c.mesh, target.devices), c.at(stage)
-    fit.check(c, mesh.shape)
+    of_stage = c.at(stage)
+    fit.check(c, len(target.devices))
+    mesh = make_mesh(of_stage.mesh, target.devices)
     batch, length = of_stage.batch, of_stage.seq_len
     execution = execution_on(target.platform, of_stage.model, of_stage.train)
     with jax.set_mesh(mesh):
+        check_overrides(c)
         sharding = NamedSharding(mesh, TOKENS_BT)
         inputs = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
         compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), inputs).compile()

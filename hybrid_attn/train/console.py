@@ -30,7 +30,7 @@ def description(
 
     `sequences` are those of each stage; tokens and FLOPs are those of the stage that comes next.
     """
-    stage = c.at(c.stage_at(min(start, c.total_steps - 1))[0])
+    stage = c.at(c.next_stage(start))
     total, tokens = flops.parameters(stage.model), stage.batch * stage.seq_len
     embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
     per_token = flops.train_flops_per_token(stage.model, stage.seq_len)

@@ -17,7 +17,7 @@ from hybrid_attn.evals.table import EVALS
 from hybrid_attn.evals.types import EvalContext, Settings, Unit
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.model import Execution
-from hybrid_attn.parallel.mesh import batch_shards, broadcast_from_first
+from hybrid_attn.parallel.mesh import batch_shards, broadcast_from_first, on_mesh
 from hybrid_attn.train.console import evaluation_tables, stage_of
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.trees import check, choice
@@ -37,10 +37,17 @@ class Evaluations:
     """Runs the evaluations of `c.evals` into evals/STEP of the workdir and the metrics; every process makes the same calls."""
 
     def __init__(
-        self, c: config.Config, execution: Execution, mesh: Mesh, tokenizer, loaded: Mapping[str, Corpus], workdir: str
+        self,
+        c: config.Config,
+        executions: Sequence[Execution],
+        meshes: Sequence[Mesh],
+        tokenizer,
+        loaded: Mapping[str, Corpus],
+        workdir: str,
     ):
-        """`loaded` are the corpora by source. Call `draw_questions` before the rest."""
-        self.folder = Path(workdir) / "evals"
+        """`executions` and `meshes` are those of each stage, `loaded` the corpora by source. Call `draw_questions` first."""
+        self.config, self.executions, self.meshes = c, executions, meshes
+        self.workdir, self.folder = str(workdir), Path(workdir) / "evals"
         lengths = tuple(dict.fromkeys(round(multiple * c.at(-1).seq_len) for multiple in c.evals.lengths))
         self.settings = Settings(c.evals.names, lengths, c.evals.samples, c.evals.tokens, suite.DEPTHS, suite.SEED)
         self.enabled = bool(c.evals.names and lengths)
@@ -53,19 +60,39 @@ class Evaluations:
             haystack_text = haystack.of_documents(documents, tokenizer) if documents else haystack.of_files(())
         tasks = {name: x for name, x in heldout.items() if name not in texts}
         self.context = EvalContext(
-            EvalModel(c.model, {}, execution, mesh, tokenizer),
+            EvalModel(c.at(-1).model, {}, executions[-1], meshes[-1], tokenizer),
             *(None, heldout, haystack_text, {}, c.at(-1).seq_len),
             tasks=tasks,
             training={name: x.training for name, x in texts.items()},
         )
-        options = _engine_options(c, mesh, lengths)
-        engine = functools.partial(Engine, config=c, options=options, programs={}, execution=execution)
-        self.engine = engine if uses_engine else lambda _: None
-        # the step is set for each evaluation
-        self.about = provenance(str(workdir), 0, c, config.to_dict(c), self.context)
+        self.uses_engine, self.programs = uses_engine, [{} for _ in c.stages]
         trust = bool(corpora.locations(c.data, c.sources))
-        self.about["data"] = {"trust_checkpoint_data": trust, "text": None}  # no flag names the text that hides needles
-        self.about["heldout"] = {name: x.fingerprint() for name, x in heldout.items()}
+        self.about_data = {
+            "data": {"trust_checkpoint_data": trust, "text": None},  # no flag names the text that hides needles
+            "heldout": {name: x.fingerprint() for name, x in heldout.items()},
+        }
+
+    def context_of(self, step: int) -> EvalContext:
+        """What is evaluated at a step: the model of the stage that trained it, on its mesh, still without parameters."""
+        index, tokenizer = self.config.last_stage(step), self.context.eval_model.tokenizer
+        of_stage = EvalModel(self.config.at(index).model, {}, self.executions[index], self.meshes[index], tokenizer)
+        return self.context._replace(eval_model=of_stage)
+
+    def about(self, step: int) -> dict:
+        """What run.json says of the evaluation of a step."""
+        c, context = self.config, self.context_of(step)
+        of_stage = c.of_stage(c.last_stage(step))
+        return provenance(self.workdir, step, of_stage, config.to_dict(c), context) | self.about_data
+
+    def with_params(self, step: int, params: dict) -> EvalContext:
+        """`context_of` a step with its parameters and an engine, on the mesh in force."""
+        index, context = self.config.last_stage(step), self.context_of(step)
+        model = context.eval_model
+        params, engine = on_mesh(params, model.mesh), None
+        if self.uses_engine:
+            options = _engine_options(self.config, model.mesh, self.settings.lengths)
+            engine = Engine(params, self.config.of_stage(index), options, self.programs[index], model.execution)
+        return context._replace(eval_model=model._replace(params=params), engine=engine)
 
     def draw_questions(self) -> None:
         """Draws all questions into the workdir; ValueError where one does not fit its length, or nothing is measured."""
@@ -93,14 +120,14 @@ class Evaluations:
         """Whether the evaluation of `step`, with these settings, is complete and has a report; process 0 decides for all."""
         if not self.enabled:
             return True
-        described = self._described(self.folder / str(step), self.about | {"step": step}, (*PASSING, *MACHINE))
+        described = self._described(self.folder / str(step), self.about(step), (*PASSING, *MACHINE))
         return broadcast_from_first(described is not None and self.report_of(step) is not None)
 
     def measure(self, params: dict, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
         """Measures the units that this step has no files of, and logs all units; False if it was stopped before the end."""
         if not self.enabled:
             return True
-        folder, about = self.folder / str(metrics.step), self.about | {"step": metrics.step}
+        folder, about = self.folder / str(metrics.step), self.about(metrics.step)
         metrics.forget()
         if jax.process_index() == 0:
             described = self._described(folder, about) if folder.exists() else about
@@ -109,7 +136,6 @@ class Evaluations:
                 metrics.say(f"{folder} cannot be continued (other settings, or a damaged run.json); measuring again")
                 metrics.say(f"kept         the old one as {new_name}")
             about = described or about
-        context = self.context._replace(eval_model=self.context.eval_model._replace(params=params), engine=self.engine(params))
 
         def done(unit: Unit, number: int, of: int) -> bool:
             if jax.process_index() == 0:
@@ -117,7 +143,9 @@ class Evaluations:
             return broadcast_from_first(asked_to_stop()) and number < of
 
         try:
-            complete = suite.measure_units(context, self.settings, about, folder, self.folder / "samples", done)
+            with jax.set_mesh(self.meshes[self.config.last_stage(metrics.step)]):
+                context = self.with_params(metrics.step, params)
+                complete = suite.measure_units(context, self.settings, about, folder, self.folder / "samples", done)
         except FloatingPointError as error:  # on every process; the steps to come are worth more than these numbers
             metrics.say(f"evaluation of step {metrics.step} failed: {error}; training is not affected")
             return True

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from hybrid_attn import checkpoint, trees
-from hybrid_attn.config import Config, InitFrom, to_dict
+from hybrid_attn.config import Config, InitFrom, to_dict, with_override
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.infer import loading
 from hybrid_attn.model.params import EMBEDDING
@@ -48,7 +48,8 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     except checkpoint.UnreadableError as cause:
         cure = "use another init_from.step, or copy it again"
         raise ValueError(f"init_from: {source} cannot be read: {cause}; {cure}") from cause
-    notes = trees.differences(saved.get("model", {}), to_dict(c)["model"], "model.")
+    trained = with_override(saved, max(len(data.get("stage_steps", ())) - 1, 0))
+    notes = trees.differences(trained["model"], to_dict(c.at(0).model), "model.")
     embeddings = {name for name, spec in flatten_dict(specs(c.model), sep="/").items() if spec.group == EMBEDDING}
     if embeddings & copied.keys():
         notes += tokenizer_note(directory, data, tokenizer_hash)

@@ -14,18 +14,18 @@ from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline
 from hybrid_attn.data.corpora import Corpus
 from hybrid_attn.data.tokenizer import ByteTokenizer, JsonTokenizer, check_vocab, load_tokenizer
-from hybrid_attn.model import Execution, execution_on
+from hybrid_attn.model import Execution
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
-from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
+from hybrid_attn.parallel.mesh import make_mesh, on_mesh
 from hybrid_attn.parallel.processes import Peers
 from hybrid_attn.train import console, curves, init_from, profile
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
-from hybrid_attn.train.resume import Range, check_arrays, check_function, check_rate, merge_skipped, text_of
+from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
 from hybrid_attn.train.schedule import schedule
-from hybrid_attn.train.step import TrainState, abstract_state, extras_of, init_state, make_steps, with_extras
+from hybrid_attn.train.step import TrainState, abstract_state, executions, extras_of, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.workdir import write_config
@@ -54,19 +54,26 @@ def train(
     check_names(c.evals.names)
     profile.check_range(flags.profile, 0, c.total_steps)
     schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
-    fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
-    mesh, data = make_mesh(c.mesh), load_data(c)
+    fit.check(c, jax.device_count())
+    of_stages = [execution] * len(c.stages) if execution else executions(c, jax.default_backend())
+    meshes = [make_mesh(stage.mesh) for stage in c.each_stage]
+    with jax.set_mesh(meshes[0]):
+        check_overrides(c)
+    data = load_data(c)
     if peers:
         peers.agree(data_identity(data.corpora, data.tokenizer))
-    of_run = execution or execution_on(jax.default_backend(), c.model, c.train)
-    with hold(workdir), Stop(peers) as stop, jax.set_mesh(mesh), checkpoints_of(c, workdir) as checkpoints:
-        state, start, recorded = first_state(c, data.identities, mesh, checkpoints)
+    with (
+        hold(workdir), Stop(peers) as stop, checkpoints_of(c, workdir) as checkpoints,
+        jax.set_mesh(meshes[c.next_stage(checkpoints.latest() or 0)]),
+    ):  # fmt: skip
+        state, start, recorded = first_state(c, data.identities, jax.sharding.get_mesh(), checkpoints)
         recorded["skipped_steps"] = merge_skipped(flags.skip_steps, recorded["skipped_steps"], start, c.total_steps)
         profile.check_range(flags.profile, start, c.total_steps)
         history = past(c, checkpoints, start, recorded, flags.allow_lr_jump)
-        evaluations = Evaluations(c, of_run, mesh, data.tokenizer, data.corpora, workdir)
+        evaluations = Evaluations(c, of_stages, meshes, data.tokenizer, data.corpora, workdir)
         evaluations.draw_questions()
-        metrics = opened_metrics(c, of_run, mesh, data.stages, workdir, start)
+        index = c.next_stage(start)
+        metrics = opened_metrics(c, of_stages[index], meshes[index], data.stages, workdir, start)
         metrics.say(*history, *evaluations.left_out())
         if start == c.total_steps and evaluations.is_done(start):
             metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
@@ -75,14 +82,15 @@ def train(
         metrics.say(*write_config(Path(workdir), c, start), *goodput.open(Path(workdir), start))
         loop = Loop(
             c,
-            make_steps(c, jax.default_backend(), execution),
-            pipeline.batches(c, data.stages, mesh, start),
+            make_steps(c, of_stages),
+            meshes,
+            pipeline.batches(c, data.stages, meshes, start),
             checkpoints,
             metrics,
             stop,
             data_state=lambda step: data_state(c, data.identities, step, recorded),
             measure=lambda params: evaluations.measure(params, metrics, stop.is_requested),
-            state=state,
+            state=on_mesh(state, meshes[index], donate=True),  # a damaged checkpoint may have been of another stage
             step=start,
             skipped=recorded["skipped_steps"],
             goodput=goodput,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from hybrid_attn.config import Config
 
@@ -12,14 +12,14 @@ LEAD = 32  # steps before the edge, or a tenth of the stage if that is more
 
 
 class NextStep:
-    """The compilation of the steps of later stages; `step_fns` are those of all stages.
+    """The compilation of the steps of later stages; `step_fns` and `meshes` are those of all stages.
 
     When it begins depends on the step alone, so that several processes begin at the same step. jax keeps the program with the
     jitted function, so that its first call finds it.
     """
 
-    def __init__(self, config: Config, step_fns: Sequence[Callable]):
-        self.config, self.step_fns = config, step_fns
+    def __init__(self, config: Config, step_fns: Sequence[Callable], meshes: Sequence[Mesh]):
+        self.config, self.step_fns, self.meshes = config, step_fns, meshes
         self.begun: dict[Callable, Future] = {}
 
     def begin(self, step: int, state, batch: dict) -> None:
@@ -29,12 +29,15 @@ class NextStep:
         is_last, near = index + 1 == len(self.step_fns), steps - done - 1 <= max(LEAD, steps // 10)
         if is_last or not near or self.step_fns[index + 1] in (self.step_fns[index], *self.begun):
             return
-        after, step_fn = self.config.at(index + 1), self.step_fns[index + 1]
-        shape = after.batch, after.seq_len
-        batch = {name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding) for name, x in batch.items()}
-        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        after, step_fn, mesh = self.config.at(index + 1), self.step_fns[index + 1], self.meshes[index + 1]
+
+        def abstract(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+
+        batch = {name: abstract(x, (after.batch, after.seq_len)) for name, x in batch.items()}
+        state = jax.tree.map(lambda x: abstract(x, x.shape), state)
         executor = ThreadPoolExecutor(1, "compilation")
-        self.begun[step_fn] = executor.submit(_compile, step_fn, jax.sharding.get_mesh(), state, batch)
+        self.begun[step_fn] = executor.submit(_compile, step_fn, mesh, state, batch)
         executor.shutdown(wait=False)
 
     def wait(self, step_fn: Callable) -> None:

@@ -6,13 +6,14 @@ parameters depend on may change. Steps are numbered from 1 in the printed lines;
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 from flax.traverse_util import unflatten_dict
 
 from hybrid_attn import trees
-from hybrid_attn.config import Config, LrSchedule, Piece, build_model, to_dict
+from hybrid_attn.config import Config, LrSchedule, Piece, build_model, to_dict, with_override
 from hybrid_attn.model import init
 from hybrid_attn.train.optim import optimiser
 from hybrid_attn.train.schedule import schedule
@@ -38,22 +39,44 @@ def check_arrays(saved: Mapping, c: Config, checkpoint: str) -> None:
     check(not lines, "\n  ".join([problem, *lines]) + "\nuse another --workdir, or the saved values")
 
 
+def check_overrides(c: Config) -> None:
+    """ValueError for a stage whose override changes the arrays of the state, on the mesh in force."""
+    values = to_dict(c)
+    for index in range(len(c.stages)):
+        lines = array_changes(fields_of(values), fields_of(with_override(values, index)), c)
+        problem = f"stages[{index}].override changes the arrays of the state, which all stages share (run -> stage):"
+        check(not lines, "\n  ".join([problem, *lines]))
+
+
 def check_function(saved: Mapping, c: Config, start: int) -> list[str]:
     """Lines for the fields by which the parameters after step `start` compute another function than in the `saved` config.
 
-    ValueError for those that the stage of the next step does not name in its `model_changes`.
+    ValueError for those that the stage of the next step does not name in its `model_changes`. At its first step a stage may
+    also change what its `override` names, and what the saved config would have changed there.
     """
-    old, new = fields_of(saved), fields_of(to_dict(c))
+    index, done = c.stage_at(min(start, c.total_steps - 1))
+    stage, trained, planned = c.at(index), stage_before(saved, start), index < len(saved["stages"])
+    old, new = fields_of(with_override(saved, trained)), fields_of(with_override(to_dict(c), index))
     changed = {key: line for key, line in changes(old, new).items() if key not in (*INITIAL, OPTIMISER)}
     if any(key in changed for key in LAYOUT):  # it says which layer types there are
         changed = {key: line for key, line in changed.items() if key in old and key in new}
-    stage = c.at(c.stage_at(min(start, c.total_steps - 1))[0])
-    unnamed = [key for key in changed if key not in stage.model_changes]
+    if done == 0:
+        as_saved = fields_of(with_override(saved, index)) if planned else {}
+        changed = {key: line for key, line in changed.items() if key not in as_saved or as_saved[key] != new[key]}
+    overridden = trees.flat(stage.override) if done == 0 else ()
+    unnamed = [key for key in changed if key not in (*stage.model_changes, *overridden)]
     problem = f"the parameters of step {start} would compute another function than they were trained for (saved -> new):"
     flag = f"--config.stages[{stage.index}].model_changes={','.join([*stage.model_changes, *unnamed])}"
     cure = f"\nuse the saved values; or have stages[{stage.index}] train the changed model: {flag}"
     check(not unnamed, "\n  ".join([problem, *(changed[key] for key in unnamed)]) + cure)
-    return [f"model        {line}, as stages[{stage.index}].model_changes says" for line in changed.values()]
+    named = {key: "model_changes" if key in stage.model_changes else "override" for key in changed}
+    return [f"model        {line}, as stages[{index}].{named[key]} says" for key, line in changed.items()]
+
+
+def stage_before(saved: Mapping, step: int) -> int:
+    """The index of the stage of a saved config that step `step`, counted from 1, is in; the last one after its end."""
+    ends = itertools.accumulate(stage["steps"] for stage in saved["stages"])
+    return next((index for index, end in enumerate(ends) if step <= end), len(saved["stages"]) - 1)
 
 
 def fields_of(values: Mapping) -> Fields:

@@ -1,7 +1,7 @@
 """One training step: a pure function of state and batch."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -112,11 +112,16 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     return step
 
 
-def make_steps(config: Config, platform: str, execution: Execution | None = None) -> list[Step]:
-    """The step of each stage, by default with the execution of its config; a program that stages share is compiled once."""
-    executions = {stage: execution or execution_on(platform, stage.model, stage.train) for stage in config.each_stage}
-    steps = {stage: make_step(stage, of_stage) for stage, of_stage in executions.items()}
-    return [steps[stage] for stage in config.each_stage]
+def executions(config: Config, platform: str) -> list[Execution]:
+    """The execution of each stage on a platform."""
+    return [execution_on(platform, stage.model, stage.train) for stage in config.each_stage]
+
+
+def make_steps(config: Config, of_stages: Sequence[Execution]) -> list[Step]:
+    """The step of each stage with its execution; a program that stages share is compiled once."""
+    pairs = [*zip(config.each_stage, of_stages, strict=True)]
+    steps = {pair: make_step(*pair) for pair in pairs}
+    return [steps[pair] for pair in pairs]
 
 
 def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, state: TrainState, batch: dict):

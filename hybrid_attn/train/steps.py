@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.config import Config, to_dict
 from hybrid_attn.model import flops
+from hybrid_attn.parallel.mesh import on_mesh
 from hybrid_attn.train.console import stage_of
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics
@@ -31,20 +33,21 @@ AVERAGED = ("loss", "bits_per_byte")
 class Loop:
     """A run between two steps: `state` is that after `step` steps.
 
-    `step_fns` are the steps of `make_step` by stage, `batches` yields (step, batch), `data_state` gives the data state after a
-    step, and `measure` evaluates parameters and returns whether that came to its end. The batches of the `skipped` steps are
-    read and not trained on, and those of `profile` are traced.
+    `step_fns` are the steps of `make_step` by stage, `meshes` those that the stages run on, `batches` yields (step, batch),
+    `data_state` gives the data state after a step, and `measure` evaluates parameters and returns whether that came to its end.
+    The batches of the `skipped` steps are read and not trained on; the steps of `profile` are traced.
     """
 
     config: Config
     step_fns: Sequence[Callable]
+    meshes: Sequence[Mesh]
     batches: Iterator
     checkpoints: Checkpoints
     metrics: Metrics
     stop: Stop
     data_state: Callable[[int], dict]
     measure: Callable[[dict], bool]
-    state: TrainState
+    state: TrainState  # on the mesh of the next step
     step: int
     skipped: Sequence[Range] = ()
     goodput: Goodput = dataclasses.field(default_factory=Goodput)
@@ -52,43 +55,61 @@ class Loop:
 
     def __post_init__(self):
         self.first = self.step + 1
+        self.mesh = self.meshes[self.config.next_stage(self.step)]  # that of the state
         self.progress = Progress(self.config, self.skipped)
         self.metrics.position = self.progress.position
         # Step, metrics that are not read yet, and the seconds of its compilation, None where there was none.
         self.dispatched: tuple[int, Mapping, float | None] | None = None
         self.compiled = set()  # the step functions that have been called
         self.stage: int | None = None  # of the last step that was reported
-        self.next_step = NextStep(self.config, self.step_fns)
+        self.next_step = NextStep(self.config, self.step_fns, self.meshes)
         self.goodput.rest("start")
         self.restart_clock()
 
     def train(self) -> None:
-        """Trains until the last step or a signal.
+        """Trains until the last step or a signal, each stage on its mesh."""
+        goes_on = True
+        while goes_on and self.step < self.config.total_steps:
+            stage, done = self.config.stage_at(self.step)
+            with jax.set_mesh(self.meshes[stage]):
+                self.move(self.meshes[stage])
+                goes_on = self.train_stage(self.step_fns[stage], self.step - done + self.config.stages[stage].steps)
+        self.trace(self.config.total_steps + 1)
+        self.report()
+
+    def train_stage(self, step_fn: Callable, end: int) -> bool:
+        """Trains until step `end`, the last of a stage; False if the run must end before.
 
         The metrics of a step are read after the next step is dispatched. Parameters are evaluated every `evals.every` steps,
         and before the first step here too: an earlier process may have been stopped before their evaluation ended.
         """
         every = self.config.evals.every
-        while self.step < self.config.total_steps and not self.stop.reached(self.step):
+        while self.step < end:
+            if self.stop.reached(self.step):
+                return False
             is_due = every is not None and self.step > 0 and self.step % every == 0
             if is_due and not self.evaluate():
-                break
+                return False
             batch = self.next_batch()
             if batch is None:
-                break
-            stage, _ = self.config.stage_at(self.step)
+                return False
             self.trace(self.step + 1)
             self.step += 1
             if is_skipped(self.step, self.skipped):
                 self.skip()
             else:
-                self.dispatch(batch, self.step_fns[stage])
+                self.dispatch(batch, step_fn)
                 self.next_step.begin(self.step, self.state, batch)
             if self.checkpoints.due(self.step) and self.step < self.config.total_steps:
                 self.report()  # so that no state is saved whose loss has not been checked
                 self.save()
-        self.trace(self.config.total_steps + 1)
-        self.report()
+        return True
+
+    def move(self, mesh: Mesh) -> None:
+        """Shards the state over `mesh`, if that is another one than until now."""
+        if mesh != self.mesh:
+            self.report()
+            self.state, self.mesh = on_mesh(self.state, mesh, donate=True), mesh
 
     def trace(self, step: int) -> None:
         """Begins or ends the trace of the steps to profile, where one of these is due before `step`."""

@@ -1,0 +1,54 @@
+"""Extends a checkpoint to 4 or 16 times the length that it was trained at.
+
+    python launch/train.py --config=configs/extend.py:4x,runs/hybrid_8k                # 8K to 32K; 4 minutes on two CPU cores
+    python launch/train.py --config=configs/extend.py:16x,runs/r7b/checkpoints --config.data.tokenizer=tokenizer.json
+
+The checkpoint is a run's or one of tools/import_hf.py, and gives the model, the data, the mesh and the optimiser. Each stage
+has four times the length of the one before, as many tokens in a step, and a tenth of the steps of the training. Local layers
+keep their theta and their window, and global layers without positions need nothing: that is how the family is extended (arXiv
+2501.18795, 2504.00698). A global layer with RoPE gets YaRN for its new length (arXiv 2309.00071). The rate rises again to a
+tenth of the highest rate of the training and falls to a hundredth of that. The text must have documents of the new length:
+tools/prepare_data.py prints their lengths.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from hybrid_attn import checkpoint, config
+from hybrid_attn.configs import base
+from hybrid_attn.evals.provenance import trained_length
+from hybrid_attn.infer import loading
+
+MOST_STEPS = 5_000  # of a stage, those of Command A at its greatest lengths
+IMPORTED_STEPS = 1_000  # of a stage, where the training of the checkpoint is not known
+
+
+def get_config(argument: str):
+    times, _, path = argument.partition(",")
+    if times not in ("4x", "16x") or not path:
+        raise ValueError(f"extend.py:{argument}: write extend.py:4x,CHECKPOINT or extend.py:16x,CHECKPOINT")
+    directory, step = loading.split_step(path)
+    directory = loading.find(directory)
+    step = loading.step_of(directory, step)
+    saved = loading.saved_of(directory, step)
+    values, done = checkpoint.read_config(directory, step), sum(saved.stage_steps)
+    length, _ = trained_length(saved.config, Path(directory), done)
+    c = base.get_config()
+    for group in ("model", "data", "train", "mesh", "optim"):
+        c[group] = ConfigDict(values[group])
+    c.model = ConfigDict(config.to_dict(saved.config.model))
+    c.init_from.path, c.init_from.step = path, step
+    old, rate = saved.config.stages[-1], c.optim.lr / 10
+    steps = min(max(done // 10, 20), MOST_STEPS) if done else IMPORTED_STEPS
+    with_rope = [name for name, x in saved.config.model.kinds.items() if x.rope_theta and not (x.window or x.chunk)]
+    c.stages = []
+    for factor in (4, 16) if times == "16x" else (4,):
+        stage = base.get_config().stages[0]
+        stage.seq_len, stage.steps, stage.batch = factor * length, steps, max(old.batch * old.seq_len // (factor * length), 1)
+        stage.lr_schedule = base.lr_schedule(shape="linear", start=rate, end=rate / 100, warmup_steps=steps // 10)
+        yarn = {"type": "yarn", "factor": float(factor), "original_len": length}
+        stage.override = base.override({f"model.kinds.{x}.rope_scaling.{key}": y for x in with_rope for key, y in yarn.items()})
+        stage.mixture = ConfigDict(dict(old.mixture))
+        c.stages = [*c.stages, stage]
+    return c
