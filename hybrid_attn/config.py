@@ -59,7 +59,9 @@ OF_STAGES = (
     "train.dtype", "train.remat", "train.context", "train.zigzag", "train.kernel", "train.loss_chunk", "train.mlp_chunk",
 )  # fmt: skip
 # Keys of a stage that older configs lack.
-NEW_STAGE = "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens"
+NEW_STAGE = (
+    "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
+)  # fmt: skip
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
@@ -89,6 +91,7 @@ class StageConfig:
     """
 
     index: int = dataclasses.field(compare=False)
+    name: str = dataclasses.field(compare=False)
     steps: int = dataclasses.field(compare=False)
     tokens: int | None = dataclasses.field(compare=False)
     batch_ramp: tuple[int, ...] = dataclasses.field(compare=False)
@@ -139,6 +142,11 @@ class CheckpointConfig:
     def sources(self) -> list[str]:
         """The sources of all stages."""
         return sorted({name for index in range(len(self.stages)) for name in self.weights(index)})
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The name of each stage; one without a name has its number, from 1."""
+        return [stage.name or str(number) for number, stage in enumerate(self.stages, 1)]
 
     def groups(self, stage: int) -> dict:
         """The groups of this config by name, with the override of a stage over them; ValueError where it does not fit."""
@@ -229,6 +237,9 @@ class Config(CheckpointConfig):
             )
             for name in self.weights(-1):
                 _check_task(f"evals.lengths: {multiple} of the last seq_len,", length, name, self.data.sources[name], 1)
+        for index, name in enumerate(self.stage_names):
+            first = self.stage_names.index(name)
+            check(first == index, f"stages[{first}] and stages[{index}] are both called {name!r}; give one another name")
         remat(self.model, self.train)
         context(self.model, self.train)
         for stage in self.each_stage:
@@ -244,8 +255,9 @@ class Config(CheckpointConfig):
     @functools.cached_property
     def each_stage(self) -> tuple[StageConfig, ...]:
         """The config of each stage, in order."""
+        named = [{"name": name, "mixture": Table(self.weights(i))} for i, name in enumerate(self.stage_names)]
         return tuple(
-            StageConfig(index=i, pieces=self.pieces, **vars(stage) | {"mixture": Table(self.weights(i))}, **self.groups(i))
+            StageConfig(index=i, pieces=self.pieces, **vars(stage) | named[i], **self.groups(i))
             for i, stage in enumerate(self.stages)
         )
 
@@ -412,3 +424,13 @@ def build_model(values: Mapping) -> Model:
 def to_dict(config) -> dict:
     """The nested dict that `build` reads; it can be written as JSON."""
     return trees.plain(dataclasses.asdict(config))
+
+
+def changes(c: Config) -> list[str]:
+    """Lines for the fields of a config that differ from their defaults; each stage, layer type and source is compared."""
+    values, defaults = to_dict(c), to_dict(build(base.get_config()))
+    defaults["stages"] *= len(values["stages"])
+    of_kind = {letter: trees.plain(base.kind()) for letter in values["model"]["kinds"]}
+    defaults["model"]["kinds"] = of_kind | {x: kind for x, kind in defaults["model"]["kinds"].items() if x in of_kind}
+    defaults["data"]["sources"] = {name: trees.plain(base.source()) for name in values["data"]["sources"]}
+    return trees.differences(defaults, values)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import NamedTuple
 
 from hybrid_attn.config_model import LONGEST, Model
@@ -10,6 +11,7 @@ from hybrid_attn.trees import Partial, Table, check, check_fields, named, one_of
 MOST_STEPS = 10**9
 MOST_TOKENS = 2**60
 MOST_RAMP = 8  # sizes of a batch ramp; each is a program that is compiled
+NAME = r"[^\W_][\w.+-]{0,39}"  # of a stage
 QUERIES = 6  # in a sequence of the task "recall", of three tokens each
 HOPS = 3  # of a chain of the task "tracking", whose variables are one more; an assignment is three tokens
 
@@ -206,6 +208,7 @@ class Stage:
     With `tokens` it has the fewest steps that see them; `steps` is then this number.
     """
 
+    name: str | None
     steps: int | None = within(1, MOST_STEPS, aliases=("num_steps", "max_steps", "train_steps"))
     tokens: int | None = within(1, MOST_TOKENS, aliases=("num_tokens", "max_tokens", "train_tokens"))
     seq_len: int = within(1, LONGEST, aliases=("sequence_length", "context_length", "max_seq_len", "block_size"))
@@ -222,6 +225,8 @@ class Stage:
 
     def __post_init__(self):
         check_fields(self, "stages")
+        fits = self.name is None or re.fullmatch(NAME, self.name) is not None
+        check(fits, f"stages.name={self.name!r} must be at most 40 letters, digits and -_.+, with a letter or a digit first")
         tokens = self.batch * self.seq_len
         check(
             tokens < 2**31,

@@ -28,7 +28,7 @@ from hybrid_attn import config
 from hybrid_attn.model import Execution, abstract_params, losses
 from hybrid_attn.model.loss import weighted_sum
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
-from hybrid_attn.train import evaluation, loop, step
+from hybrid_attn.train import curves, evaluation, loop, step
 
 # Arrays are tiny here: compiling takes longer than running. Without XLA's fusion emitters, and without the optimisations below,
 # it takes two thirds of the time; what tests start inherits the flag, which later versions of XLA do not know.
@@ -74,6 +74,7 @@ def compile_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "make_step", functools.cache(step.make_step))
+        patch.setattr(curves, "write", lambda *_: None)  # drawing the loss of a run takes a second
         yield
 
 

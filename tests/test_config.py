@@ -103,7 +103,7 @@ def leaves(values, path=""):
 
 KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
-OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "rollback_steps", "lr_schedule"}
+OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "rollback_steps", "lr_schedule", "name"}
 OPTIONAL |= {"tokens", "batch_ramp_tokens", "warmup_tokens"}
 
 
@@ -143,7 +143,7 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
     allowed = [None] * is_optional(path)
     allowed += ["", "x"] * (name in ("mixer", "mlp", "objective", "optimiser"))  # which tables check, elsewhere
     allowed += [""] * (name in ("label", "tokenizer", "prefix")) + ["x"] * (name in ("store", "label", "tokenizer"))
-    allowed += ["x"] * (path == "init_from.path")
+    allowed += ["x"] * (path in ("init_from.path", "stages.0.name"))
     lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes", "batch_ramp", "trainable")
     allowed += [[]] * (name in lists) + [{}] * (name in ("mixture", "override"))
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
@@ -395,3 +395,15 @@ def test_names_of_before_are_errors_that_give_todays_and_older_checkpoints_are_r
     del older["optim"]["optimiser"], older["stages"][0]["objective"], older["stages"][0]["model_changes"]
     del older["model"]["kinds"]["G"]["mixer"], older["model"]["kinds"]["L"]["mlp"], older["model"]["prefix"]
     assert config.upgraded(older) == values == config.upgraded(values)
+
+
+def test_no_two_stages_have_one_name_and_a_number_is_the_name_of_a_stage_without_one():
+    named = [dict(config.to_dict(tiny())["stages"][0], name=name) for name in ("warm-up", None, "cooldown")]
+    c = tiny({"stages": named})
+    assert c.stage_names == ["warm-up", "2", "cooldown"] and c.at(1).name == "2"
+    for index, name in ((2, "warm-up"), (0, "2")):
+        twice = [stage | ({"name": name} if i == index else {}) for i, stage in enumerate(named)]
+        with pytest.raises(ValueError, match=rf"stages\[\d\] and stages\[\d\] are both called {name!r}; give one another name"):
+            tiny({"stages": twice})
+    with pytest.raises(ValueError, match="name='a b' must be at most 40 letters"):
+        tiny({"stages": [named[0] | {"name": "a b"}]})

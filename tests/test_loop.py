@@ -66,14 +66,22 @@ def test_resume_from_an_older_checkpoint_replays_the_same_losses(corpus, straigh
 def test_resume_over_the_edge_of_a_stage_and_its_mixture_equals_a_straight_run(corpus, tmp_path, monkeypatch, capsys):
     sources = {"all": base.source(paths=(corpus,)), "long": base.source(paths=(corpus,), min_length=600)}
     stages = [stage(3, 24, 16) | {"mixture": {"all": 1.0}}, stage(3, 48, 8) | {"mixture": {"all": 0.4, "long": 0.6}}]
+    stages[1]["name"] = "extension"
     c = config_of(corpus, stages=stages, **{"data.sources": sources, "data.packing": "best_fit"})
     assert loop.train(c, tmp_path / "straight")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("source ")]
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("source ")]
     rows = corpora.load(c.data, ["all"], load_tokenizer("bytes"))["all"].training.lengths.sum() / 24
-    assert [line.split()[1:4] for line in lines] == [["stage", "1,", "all:"], ["stage", "2,", "all:"], ["stage", "2,", "long:"]]
+    named = ["stage 1, all", "stage 2 extension, all", "stage 2 extension, long"]
+    assert [line.removeprefix("source       ").split(":")[0] for line in lines] == named
     assert float(lines[0].split("; ")[-1].removesuffix(" epochs")) == pytest.approx(3 * 16 / rows, rel=0.02)
     evals = [json.loads(line) for line in (tmp_path / "straight" / "evals.jsonl").read_text().splitlines()]
     assert [record["source"] for record in evals if record["eval"] == "bigram"] == ["all", "long"]
+    steps = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    assert [x["stage_name"] for x in steps] == ["1"] * 3 + ["extension"] * 3
+    assert [x["tokens_seen"] for x in steps] == [384 * i for i in range(1, 7)]
+    assert {(x["stage_name"], x["tokens_seen"]) for x in evals} == {("extension", 6 * 384)}
+    assert "\nstep 4/6  stage 2/2 extension of 48  loss " in said
     for step in (2, 3):
         with monkeypatch.context() as patch:
             stop_at(patch, step)
@@ -236,7 +244,9 @@ def test_a_batch_that_gives_nan_is_skipped_and_who_resumes_without_the_flag_keep
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (tmp_path, straight)
     )
     assert [line["loss"] for line in ours[:3]] == [line["loss"] for line in theirs[:3]]
-    assert ours[3] == {"step": 4, "skipped": True, "reason": "its batch is passed over, as --skip_steps or a rollback says"}
+    position = {"stage": 1, "stages": 1, "stage_name": "1", "tokens_seen": 3 * 48 * 8}
+    reason = "its batch is passed over, as --skip_steps or a rollback says"
+    assert ours[3] == {"step": 4, **position, "skipped": True, "reason": reason}
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
     assert [line["lr"] for line in ours[4:]] == [line["lr"] for line in theirs[4:]]
     assert all(a["loss"] != b["loss"] for a, b in zip(ours[4:], theirs[4:], strict=True))

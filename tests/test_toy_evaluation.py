@@ -90,7 +90,7 @@ def test_an_evaluation_is_added_with_one_record_and_removed_again(tmp_path, monk
         (record,) = lines(folder / "records.jsonl")
         assert (record["eval"], record["source"], record["length"]) == ("toy", "text", 48) and record["heldout_tokens"] > 0
         shown, headline = capsys.readouterr().out, f"{record['parameters']:,} parameters"
-        assert f"evals        toy of text at 48: {headline}\n" in shown
+        assert f"evals        step 4: toy of text at 48: {headline}\n" in shown
         assert f"toy  text  {headline}\n" in shown  # of the table at the end
         of_source, total, small = lines(tmp_path / "run/evals.jsonl")
         assert [(x["eval"], x["source"], x["parameters"]) for x in (of_source, total)] == [

@@ -37,6 +37,8 @@ def test_the_program_says_what_is_wrong_in_a_line(tmp_path):
         (["--config=configs/hybrid_8k.py:7b"], "no size '7b'; it has small, 150m, 1b, 8b"),
         (["--config.model.kinds.L.window=0"], "window=0 must be at least 1"),
         (["--skip_steps=4:x"], "--skip_steps=4:x: '4:x' is no range of steps; write 40, or 40:42"),
+        (["--profile=9"], "--profile=9: write the first and the last step to trace, such as 10:12"),
+        (["--profile=9:400"], "--profile=9:400 must be steps from 1 to 300, with the first one first"),
         (["--config.model.num_kv_heads=3"], "num_heads=2 is not a multiple of model.num_kv_heads=3"),
     ],
 )
@@ -64,7 +66,7 @@ def test_a_wrong_config_is_a_line_and_exit_status_2(arguments, message, tmp_path
     ],
 )
 def test_an_error_of_a_run_is_said_with_its_file_and_all_its_lines(error, code, said, tmp_path, monkeypatch, capsys):
-    def broken(*_):
+    def broken(*_, **__):
         raise error
 
     monkeypatch.setattr(loop, "train", broken)

@@ -4,17 +4,15 @@ Reads metrics.jsonl of each workdir. --value is a name of its lines: loss (the m
 grad_norm, tokens_per_s, lr, ... Exit codes: 2 for a wrong flag or input.
 """
 
-import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from absl import app, flags
 
 from hybrid_attn import programs
-from hybrid_attn.files import object_of, write_atomically
+from hybrid_attn.files import write_atomically
+from hybrid_attn.train.curves import is_number, png, points, read, smoothed, style_axes
 from hybrid_attn.trees import check, suggestion
 
 WORKDIR = flags.DEFINE_multi_string("workdir", None, "Workdir of a run; may be repeated.", required=True)
@@ -40,51 +38,26 @@ class Curve(NamedTuple):
     y: Sequence[float]
 
 
-def read(workdir: str) -> list[dict]:
-    """The lines of metrics.jsonl without skipped steps; ValueError for a file with other lines."""
-    path, steps = Path(workdir) / "metrics.jsonl", []
-    check(path.is_file(), f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
-    *lines, last = path.read_bytes().split(b"\n")  # the last line of a killed or running run may be incomplete
-    for number, line in enumerate(lines, 1):
-        values = object_of(line, f"{path}, line {number}")
-        check(type(values.get("step")) is int, f"{path}, line {number} is no step of a run: {line[:40]!r}")
-        if "skipped" not in values:
-            steps.append(values)
-    check(len(steps) > 0, f"{path} has no step yet; wait for its first line")
-    return steps
-
-
 def curve(label: str, workdir: str) -> Curve:
     """The values of a run where they and the horizontal axis are finite numbers; ValueError where none are."""
-    lines, name, axis = read(workdir), VALUE.value, AXES[X.value]
-    known = sorted({key for line in lines for key, x in line.items() if _is_number(x)})
+    path, name, axis = Path(workdir) / "metrics.jsonl", VALUE.value, AXES[X.value]
+    check(path.is_file(), f"--workdir={workdir} has no metrics.jsonl; name the workdir of a run")
+    lines = read(path)
+    known = sorted({key for line in lines for key, x in line.items() if is_number(x)})
     if name in MEANS and f"{name}_mean" in known:
         name = f"{name}_mean"
     for key in (name, axis):
         hint = suggestion(key, known)
         it = f"{hint} It" if hint else "it"
         check(key in known, f"{workdir}/metrics.jsonl has no {key!r}; {it} has {', '.join(known)}")
-    points = [(x["step"], x[axis], x[name]) for x in lines if all(_is_number(x.get(key)) for key in ("step", axis, name))]
-    check(len(points) > 0, f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
-    return Curve(label, *zip(*points, strict=True))
-
-
-def _is_number(value) -> bool:
-    """Whether `value` is a number that a picture can hold: finite as a float."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def smoothed(steps: Sequence[int], values: Sequence[float], window: int) -> np.ndarray:
-    """The mean of the values of the `window` steps up to each step."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    first, end = np.searchsorted(steps, np.asarray(steps) - window, "right"), np.arange(1, len(steps) + 1)
-    return (sums[end] - sums[first]) / (end - first)
+    drawn = points(lines, "step", axis, name)
+    check(len(drawn) > 0, f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
+    return Curve(label, *zip(*drawn, strict=True))
 
 
 def picture(curves: Sequence[Curve]) -> bytes:
     """The curves as a PNG."""
     from matplotlib.figure import Figure  # takes a second; --help stays fast
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -95,16 +68,12 @@ def picture(curves: Sequence[Curve]) -> bytes:
         if SMOOTH.value > 1:
             axes.plot(x, y, alpha=0.25, linewidth=1, **look)
         axes.plot(x, mean, label=f"{label}: {mean[-1]:.4g}", linewidth=1.6, **style)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style_axes(axes)
     if LOG_X.value:
         axes.set_xscale("log")
     axes.set(xlabel={"steps": "step", "tokens": "tokens seen"}[X.value], ylabel=UNITS.get(VALUE.value, VALUE.value))
     axes.legend(title="run: last value" + (f", mean of {SMOOTH.value:,} steps" if SMOOTH.value > 1 else ""), frameon=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()
+    return png(figure)
 
 
 def plot() -> None:

@@ -32,6 +32,7 @@ SKIP_STEPS = flags.DEFINE_string(
 ALLOW_LR_JUMP = flags.DEFINE_bool(
     "allow_lr_jump", False, "Continue from a checkpoint although the learning rate differs from its schedule at that step."
 )
+PROFILE = flags.DEFINE_string("profile", None, "First and last step of a trace for xprof, such as 10:12, in WORKDIR/profile.")
 flags.mark_flag_as_required("config")
 MEMORY_FOR = "a step of this config (tools/plan.py computes what a step needs)"
 INTERRUPTED = "interrupted before this step was saved; the last checkpoint is kept"
@@ -52,7 +53,7 @@ def train() -> None:
     from hybrid_attn.evals.provenance import revision
     from hybrid_attn.parallel import processes
     from hybrid_attn.parallel.identity import identity
-    from hybrid_attn.train import loop
+    from hybrid_attn.train import loop, profile
     from hybrid_attn.train.resume import parse_steps
 
     peers = processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_TIMEOUT.value)
@@ -62,10 +63,11 @@ def train() -> None:
     try:
         c, workdir = config.build(CONFIG.value.values), read_workdir()
         skip_steps = parse_steps(SKIP_STEPS.value) if SKIP_STEPS.value is not None else []
+        steps_to_trace = profile.parse(PROFILE.value) if PROFILE.value is not None else None
         if peers:
-            flag_values = {f"--{flag.name}": str(flag.value) for flag in (SKIP_STEPS, ALLOW_LR_JUMP)}
+            flag_values = {f"--{flag.name}": str(flag.value) for flag in (SKIP_STEPS, ALLOW_LR_JUMP, PROFILE)}
             peers.agree(identity(config.to_dict(c), workdir, revision(Path(__file__))) | flag_values)
-        loop.train(c, workdir, peers, skip_steps, ALLOW_LR_JUMP.value)
+        loop.train(c, workdir, peers, skip_steps=skip_steps, allow_lr_jump=ALLOW_LR_JUMP.value, profile=steps_to_trace)
     except KeyboardInterrupt:
         if peers is None:
             raise

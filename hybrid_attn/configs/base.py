@@ -174,6 +174,7 @@ def get_config() -> ConfigDict:
     o.rollback_steps = None
 
     stage = ConfigDict()
+    stage.name = None  # in the lines and records of its steps, such as "cooldown"; None = its number, from 1
     stage.steps = 300
     stage.tokens = None  # instead of steps (None): the stage ends with the step that has seen so many, padding included
     stage.seq_len = 8192  # tokens in a packed sequence

@@ -212,7 +212,7 @@ def apply_in_zigzag(
                 x_BTD = checkpoint_name(x_BTD, INPUT)
                 return bind(model, letter, leaves, execution)(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)[:2]
 
-            with jax.named_scope(name):
+            with jax.named_scope(letter), jax.named_scope(name):  # a profile sums over the layers of a type
                 x_BTD, aux = CHECKPOINTS[execution.remat[letter]](layer)(leaves[name], x_BTD)
             total = added(total, aux)
         return x_BTD, total

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from hybrid_attn.config import Config, LayerType, reach
+from hybrid_attn.config import Config, LayerType, StageConfig, reach
 from hybrid_attn.data.pipeline import MixedSequences
 from hybrid_attn.data.synthetic import SyntheticSequences
 from hybrid_attn.evals.evaluation import Baselines
@@ -41,7 +41,7 @@ def description(
     remat = by_layer_type(execution.remat)
     context = f"; sequences are split by {by_layer_type(schemes)}" if mesh.shape["context"] > 1 else ""
     many_stages = len(c.stages) > 1
-    of = f", in stage {stage.index + 1}" if many_stages else ""
+    of = f", in stage {named_stage(stage)}" if many_stages else ""
     stages = ", ".join(f"{n:,} steps of {size} x {s.seq_len:,}" for s in c.stages for n, size in s.spans(s.steps))
     return [
         f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
@@ -52,8 +52,8 @@ def description(
         f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
         *(
             line
-            for number, (s, of_stage) in enumerate(zip(c.stages, sequences, strict=True), 1)
-            for line in sources(of_stage, s.sequences(s.steps), f"stage {number}, " if many_stages else "")
+            for s, of_config, of_stage in zip(c.each_stage, c.stages, sequences, strict=True)
+            for line in sources(of_stage, of_config.sequences(s.steps), f"stage {named_stage(s)}, " if many_stages else "")
         ),
         f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs{of}",
         f"token        {per_token:.4g} FLOPs{of}: 3 x forward, windows and causality counted, recomputation not",
@@ -94,8 +94,8 @@ def describe(layer: LayerType) -> str:
 def step_line(values: Mapping[str, float]) -> str:
     """Loss, learning rate, speed and remaining time of a step; means since the last line where the values have them."""
     loss, bits = (values.get(f"{name}_mean", values[name]) for name in ("loss", "bits_per_byte"))
-    parts = [f"stage {values['stage']}/{values['stages']} of {values['seq_len']:,}"] if values.get("stages", 1) > 1 else []
-    parts += [f"loss {loss:.3f}", f"bpb {bits:.3f}", f"lr {values['lr']:.3g}", f"grad {values['grad_norm']:.2f}"]
+    parts = [*stage_of(values), f"loss {loss:.3f}", f"bpb {bits:.3f}", f"lr {values['lr']:.3g}"]
+    parts += [f"grad {values['grad_norm']:.2f}"]
     if math.isfinite(values["tokens_per_s"]):
         parts += [f"{values['tokens_per_s']:,.0f} tok/s", f"{100 * values['mfu']:.0f}% MFU"]
         parts.append(f"data {100 * values['data_wait'] / values['step_time']:.1f}%")
@@ -108,6 +108,21 @@ def step_line(values: Mapping[str, float]) -> str:
     if 0 < values.get("seconds_left", math.nan) < math.inf:
         parts.append(f"{duration(values['seconds_left'])} left")
     return "  ".join(parts)
+
+
+def stage_of(values: Mapping[str, float | str]) -> list[str]:
+    """The stage of a step, and its sequence length where `values` have it; nothing for an only stage without a name."""
+    number, stages = values.get("stage", 1), values.get("stages", 1)
+    name = values.get("stage_name", str(number))
+    named = "" if name == str(number) else f" {name}"
+    of = f" of {values['seq_len']:,}" if "seq_len" in values else ""
+    return [f"stage {number}/{stages}{named}{of}"] if named or stages > 1 else []
+
+
+def named_stage(stage: StageConfig) -> str:
+    """The number of a stage from 1, and its name if it has one."""
+    number = str(stage.index + 1)
+    return number if stage.name == number else f"{number} {stage.name}"
 
 
 def short_count(number: int) -> str:

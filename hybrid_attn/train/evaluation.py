@@ -18,7 +18,7 @@ from hybrid_attn.evals.types import EvalContext, Settings, Unit
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.model import Execution
 from hybrid_attn.parallel.mesh import batch_shards, broadcast_from_first, on_mesh
-from hybrid_attn.train.console import evaluation_tables
+from hybrid_attn.train.console import evaluation_tables, stage_of
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.trees import check, choice
 
@@ -206,6 +206,7 @@ def _log(metrics: Metrics, unit: Unit, records: Sequence[Mapping]) -> None:
     if value is not None:
         metrics.score(f"{evaluation.headline.tag}/{unit.part}/{unit.length}", value)
     shown = "no score" if value is None else evaluation.headline.form.format(value)
-    metrics.say(f"evals        {unit.eval} of {unit.part} at {unit.length:,}: {shown}")
+    at_step = ", ".join([f"step {metrics.step}", *stage_of(metrics.position(metrics.step))])
+    metrics.say(f"evals        {at_step}: {unit.eval} of {unit.part} at {unit.length:,}: {shown}")
     lines = evaluation.summary(records)
     metrics.report(unit.eval, [{name: x for name, x in line.items() if name not in ("eval", "by_row")} for line in lines])

@@ -1,7 +1,7 @@
 """A training run: mesh, data, checkpoint, steps, evaluation."""
 
 import contextlib
-import json
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from hybrid_attn import checkpoint, config, files, trees
+from hybrid_attn import checkpoint, config, trees
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.data import corpora, pipeline
 from hybrid_attn.data.corpora import Corpus
@@ -19,8 +19,9 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import make_mesh, on_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train import console, init_from
+from hybrid_attn.train import console, curves, init_from, profile
 from hybrid_attn.train.evaluation import Evaluations, check_names
+from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
 from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
@@ -29,6 +30,7 @@ from hybrid_attn.train.step import TrainState, abstract_state, executions, extra
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.trainable import is_trained
+from hybrid_attn.train.workdir import write_config
 
 # Of checkpoints that do not name these of their stage.
 OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None}
@@ -38,21 +40,22 @@ def train(
     c: config.Config,
     workdir: str,
     peers: Peers | None = None,
-    skip_steps: Sequence[Range] = (),
-    allow_lr_jump: bool = False,
     execution: Execution | None = None,
+    **flags,
 ) -> bool:
     """Trains `c` in `workdir` from its newest checkpoint, or from the start; False if a signal stopped it before the end.
 
-    `peers` are those of `processes.start`, if several processes train; the workdir is then one that all of them see. The
-    batches of `skip_steps`, numbered from 1, are passed over, and those that the checkpoint records. `execution` is that of
-    every step and evaluation; by default it is that of the config on this platform.
+    `peers` are those of `processes.start`, if several processes train; the workdir is then one that all of them see.
+    `execution` is that of every step and evaluation; by default it is that of the config on this platform. `flags` are those of
+    `Flags`.
 
     ValueError where the config, the data or a checkpoint does not fit, where the learning rate would jump, and where the model
     would compute another function; FloatingPointError when the loss or the parameters are not finite; BlockingIOError when
     another run is in `workdir`; OSError when a file cannot be written or read, after saving if possible.
     """
+    flags, goodput = Flags(**flags), Goodput()
     check_names(c.evals.names)
+    profile.check_range(flags.profile, 0, c.total_steps)
     schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
     for stage in c.each_stage:
         is_trained(stage, specs(stage.model))
@@ -65,11 +68,23 @@ def train(
     if peers:
         peers.agree(data_identity(data.corpora, data.tokenizer))
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(meshes[0]), checkpoints_of(c, workdir) as checkpoints:
-        run = Run(c, workdir, allow_lr_jump, of_stages, meshes, data, checkpoints, stop, make_steps(c, of_stages))
-        ended = train_from_newest(run, skip_steps, None)
+        run = Run(c, workdir, flags, of_stages, meshes, data, checkpoints, stop, make_steps(c, of_stages))
+        ended = train_from_newest(run, goodput, flags.skip_steps, None)
         while not isinstance(ended, bool):
-            ended = train_from_newest(run, *ended)
+            ended = train_from_newest(run, Goodput(), *ended)
         return ended
+
+
+class Flags(NamedTuple):
+    """What the command line says of one start of a run; steps are numbered from 1.
+
+    The batches of `skip_steps` are passed over, and those that the checkpoint records. `allow_lr_jump` lets the learning rate
+    differ from the checkpoint's schedule. The steps of `profile` are traced.
+    """
+
+    skip_steps: Sequence[Range] = ()
+    allow_lr_jump: bool = False
+    profile: Range | None = None
 
 
 class Run(NamedTuple):
@@ -77,7 +92,7 @@ class Run(NamedTuple):
 
     config: config.Config
     workdir: str
-    allow_lr_jump: bool
+    flags: Flags
     executions: Sequence[Execution]
     meshes: Sequence[Mesh]
     data: "TrainingData"
@@ -87,7 +102,7 @@ class Run(NamedTuple):
 
 
 def train_from_newest(
-    run: Run, skip_steps: Sequence[Range], rollback: Rollback | None
+    run: Run, goodput: Goodput, skip_steps: Sequence[Range], rollback: Rollback | None
 ) -> bool | tuple[Sequence[Range], Rollback]:
     """What `train` returns; or after too many spikes the `skip_steps` and the rollback with which to call this again.
 
@@ -100,7 +115,8 @@ def train_from_newest(
     recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
     if rollback is not None:
         recorded[RECORD] = [*recorded.get(RECORD, ()), rollback]
-    history = past(c, checkpoints, start, recorded, run.allow_lr_jump)
+    profile.check_range(run.flags.profile, start, c.total_steps)
+    history = past(c, checkpoints, start, recorded, run.flags.allow_lr_jump)
     evaluations = Evaluations(c, run.executions, run.meshes, run.data.tokenizer, run.data.corpora, workdir)
     evaluations.draw_questions()
     index = c.next_stage(start)
@@ -110,21 +126,25 @@ def train_from_newest(
         metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
         close(c, workdir, metrics, evaluations)
         return True
-    metrics.say(*write_config(Path(workdir), c, start))
+    metrics.say(*write_config(Path(workdir), c, start), *goodput.open(Path(workdir), start))
     state = on_mesh(state, run.meshes[index], donate=True)  # a damaged checkpoint may have been of another stage
-    loop = loop_of(run, state, start, recorded, metrics, evaluations)
+    loop = loop_of(run, state, start, recorded, metrics, evaluations, goodput)
     try:
-        loop.train()
+        with drawn(loop, Path(workdir)):
+            loop.train()
+            loop.save(wait=True)
     except TooManySpikes as spikes:
         rollback, lines = roll_back(c, checkpoints, spikes, recorded)
         metrics.say(*lines)
+        goodput.close()
         metrics.close()
         return skipped_after(rollback, recorded["skipped_steps"]), rollback
-    loop.save(wait=True)
     return finish(loop, workdir, evaluations)
 
 
-def loop_of(run: Run, state: TrainState, start: int, recorded: dict, metrics: Metrics, evaluations: Evaluations) -> Loop:
+def loop_of(
+    run: Run, state: TrainState, start: int, recorded: dict, metrics: Metrics, evaluations: Evaluations, goodput: Goodput
+) -> Loop:
     """The loop over the steps after `start`."""
     return Loop(
         run.config,
@@ -139,7 +159,21 @@ def loop_of(run: Run, state: TrainState, start: int, recorded: dict, metrics: Me
         state=state,
         step=start,
         skipped=recorded["skipped_steps"],
+        goodput=goodput,
+        profile=profile.Profile(run.flags.profile, Path(run.workdir) / "profile"),
     )
+
+
+class Flags(NamedTuple):
+    """What the command line says of one start of a run; steps are numbered from 1.
+
+    The batches of `skip_steps` are passed over, and those that the checkpoint records. `allow_lr_jump` lets the learning rate
+    differ from the checkpoint's schedule. The steps of `profile` are traced.
+    """
+
+    skip_steps: Sequence[Range] = ()
+    allow_lr_jump: bool = False
+    profile: Range | None = None
 
 
 class TrainingData(NamedTuple):
@@ -186,6 +220,30 @@ def opened_metrics(
     return metrics
 
 
+@contextlib.contextmanager
+def drawn(loop: Loop, workdir: Path) -> Iterator[None]:
+    """Draws the loss and the schedule after the body, which trains, or where its numbers are not finite any more.
+
+    An error of the picture is printed: nothing of a run depends on it.
+    """
+
+    def draw() -> None:
+        if jax.process_index():
+            return
+        try:
+            first_steps = itertools.accumulate((stage.steps for stage in loop.config.stages[:-1]), initial=0)
+            curves.write(workdir, dict(zip(first_steps, loop.config.stage_names, strict=True)))
+        except Exception as error:
+            loop.metrics.say(f"{curves.PICTURE} is not drawn: {type(error).__name__}: {error}")
+
+    try:
+        yield
+    except FloatingPointError:
+        draw()
+        raise
+    draw()
+
+
 def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
     """Evaluates a run whose steps are saved; False if a signal stopped it. OSError where an error of a file ended the steps."""
     total, metrics, stop = loop.config.total_steps, loop.metrics, loop.stop
@@ -194,14 +252,18 @@ def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
         what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
         raise OSError(f"{what}; step {loop.step} is saved; mend that and run the same command again")
     if loop.step < total:
+        tell_goodput(loop)
         metrics.say(f"stopped after step {loop.step}, which is saved; the same command goes on from there")
         return False
     interrupted = f"stopped in the evaluation; all {total} steps are saved, the same command goes on with it"
     try:
         stop.all_saved(interrupted)
+        loop.goodput.rest("other")
         complete = loop.measure(loop.state.params)
+        loop.goodput.rest("evaluation")
         if not complete:
             metrics.say(interrupted)
+        tell_goodput(loop)
         close(loop.config, workdir, metrics, evaluations if complete else None)
         return complete
     except KeyboardInterrupt:
@@ -209,6 +271,14 @@ def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
             raise
         metrics.say(interrupted)
         return False
+
+
+def tell_goodput(loop: Loop) -> None:
+    """Prints where the seconds of the run went, and records it."""
+    loop.metrics.say(*loop.goodput.table())
+    with contextlib.suppress(OSError):  # all steps are saved, and a full disk is no reason to fail
+        loop.goodput.record(loop.step)
+    loop.goodput.close()
 
 
 def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluations | None) -> None:
@@ -255,24 +325,6 @@ def extras_lines(c: config.Config, saved: set[str], step: int) -> list[str]:
     expected, of = extras_of(c).keys(), f"in the checkpoint of step {step}"
     added = [f"extras       {name}: not {of}; starts from its initial value" for name in sorted(expected - saved)]
     return added + [f"extras       {name}: {of}, and not in this config; left out" for name in sorted(saved - expected)]
-
-
-def write_config(workdir: Path, c: config.Config, start: int) -> list[str]:
-    """Writes config.json; a different one is renamed to config_until_STEP.json, the config of the steps up to `start`.
-
-    At step 0 the different one belongs to a run without checkpoints: it gets a name of its own, which is the returned line.
-    """
-    if jax.process_index():
-        return []
-    path, text, notes = workdir / "config.json", json.dumps(config.to_dict(c), indent=1) + "\n", []
-    older = path.with_name(f"config_until_{start}.json")
-    if path.exists() and path.read_text(errors="replace") != text:
-        if start == 0:
-            notes.append(f"kept         the old config.json as {files.set_aside(path)}")
-        elif not older.exists():
-            path.rename(older)
-    files.write_atomically(path, text)
-    return notes
 
 
 def first_state(

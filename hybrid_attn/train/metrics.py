@@ -61,6 +61,7 @@ TAGS = {
     "param_norm": "norms/parameters",
     "tokens_per_s": "speed/tokens_per_second",
     "mfu": "speed/mfu_share",
+    "goodput": "speed/goodput_share",
     "step_time": "speed/step_seconds",
     "data_wait": "speed/data_wait_seconds",
     "tokens_seen": "progress/tokens",
@@ -77,6 +78,7 @@ class Metrics:
         """The run goes on from step `start`; `peak_flops` is the peak of all devices together. Call `open` before the rest."""
         self.workdir, self.total_steps, self.peak_flops, self.step = Path(workdir), total_steps, peak_flops, start
         self.writes = jax.process_index() == 0
+        self.position: Callable[[int], dict] = lambda step: {}  # of the run after a step: the loop says it
 
     def open(self) -> "Metrics":
         """Opens the files, and drops what was written of steps after the one reached."""
@@ -105,10 +107,11 @@ class Metrics:
 
     def skip(self, step: int, reason: str) -> None:
         """Records that a step was skipped, and prints the reason."""
+        position = self.position(step)
         if self.writes:
-            self._write(self.steps_file, {"step": step, "skipped": True, "reason": reason})
+            self._write(self.steps_file, {"step": step, **position, "skipped": True, "reason": reason})
             self._show(summary.scalar("train/skipped", 1), step)
-        self.say(f"step {step}/{self.total_steps}  skipped: {reason}")
+        self.say("  ".join([f"step {step}/{self.total_steps}", *console.stage_of(position), f"skipped: {reason}"]))
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step`, which is now the step reached."""
@@ -125,7 +128,7 @@ class Metrics:
         """Writes the records of the evaluation `name` at the step reached."""
         if self.writes:
             for record in records:
-                self._write(self.evals_file, {"eval": name, "step": self.step, **record})
+                self._write(self.evals_file, {"eval": name, "step": self.step, **self.position(self.step), **record})
 
     def score(self, name: str, value: float) -> None:
         """Writes a score at the step reached to TensorBoard."""

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,11 @@ from hybrid_attn.config import Config, to_dict
 from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import on_mesh
 from hybrid_attn.train import spikes
+from hybrid_attn.train.console import stage_of
+from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics
+from hybrid_attn.train.precompile import NextStep
+from hybrid_attn.train.profile import Profile
 from hybrid_attn.train.resume import Range, is_skipped
 from hybrid_attn.train.rollback import TooManySpikes
 from hybrid_attn.train.step import TrainState, forget_norms, skip_step
@@ -32,7 +37,7 @@ class Loop:
 
     `step_fns` are the steps of `make_step` by stage, `meshes` those that the stages run on, `batches` yields (step, batch),
     `data_state` gives the data state after a step, and `measure` evaluates parameters and returns whether that came to its end.
-    The batches of the `skipped` steps are read and not trained on.
+    The batches of the `skipped` steps are read and not trained on; the steps of `profile` are traced.
     """
 
     config: Config
@@ -47,13 +52,20 @@ class Loop:
     state: TrainState  # on the mesh of the next step
     step: int
     skipped: Sequence[Range] = ()
+    goodput: Goodput = dataclasses.field(default_factory=Goodput)
+    profile: Profile = dataclasses.field(default_factory=lambda: Profile(None, Path()))
 
     def __post_init__(self):
         self.first = self.step + 1
         self.mesh = self.meshes[self.config.next_stage(self.step)]  # that of the state
         self.progress = Progress(self.config, self.skipped)
-        self.dispatched: tuple[int, Mapping, bool] | None = None  # step, metrics that are not read yet, newly compiled or not
+        self.metrics.position = self.progress.position
+        # Step, metrics that are not read yet, and the seconds of its compilation, None where there was none.
+        self.dispatched: tuple[int, Mapping, float | None] | None = None
         self.compiled = set()  # the step functions that have been called, with the size of the batch
+        self.stage: int | None = None  # of the last step that was reported
+        self.next_step = NextStep(self.config, self.step_fns, self.meshes)
+        self.goodput.rest("start")
         self.restart_clock()
 
     def train(self) -> None:
@@ -64,6 +76,7 @@ class Loop:
             with jax.set_mesh(self.meshes[stage]):
                 self.enter_stage(stage, done)
                 goes_on = self.train_stage(self.step_fns[stage], self.step - done + self.config.stages[stage].steps)
+        self.trace(self.config.total_steps + 1)
         self.report()
 
     def train_stage(self, step_fn: Callable, end: int) -> bool:
@@ -82,11 +95,13 @@ class Loop:
             batch = self.next_batch()
             if batch is None:
                 return False
+            self.trace(self.step + 1)
             self.step += 1
             if is_skipped(self.step, self.skipped):
                 self.skip()
             else:
                 self.dispatch(batch, step_fn)
+                self.next_step.begin(self.step, self.state, batch)
             if self.checkpoints.due(self.step) and self.step < self.config.total_steps:
                 self.report()  # so that no state is saved whose loss has not been checked
                 self.save()
@@ -101,14 +116,28 @@ class Loop:
             self.report()
             self.mesh = self.meshes[stage]
             self.state = on_mesh(self.state, self.mesh, donate=True)
-            self.restart_clock()
         trained = {x.trainable for x in self.config.stages[max(stage - 1, 0) : stage + 1]}
         if done == 0 and len(trained) == 2 and spikes.NAME in self.state.extras:
             self.state = forget_norms(self.state)
 
+    def trace(self, step: int) -> None:
+        """Begins or ends the trace of the steps to profile, where one of these is due before `step`."""
+        begins, ends = self.profile.begins(step), self.profile.ends(step)
+        if begins or ends:
+            self.report()
+            jax.block_until_ready(self.state)
+        with self.stop.after_saving():
+            if ends:
+                self.metrics.say(self.profile.stop())
+            elif begins:
+                self.profile.start()
+
     def save(self, wait: bool = False) -> None:
         """Writes a checkpoint; with `wait`, to its end."""
-        self.checkpoints.save(self.step, self.state, self.data_state(self.step), to_dict(self.config), wait=wait)
+        with self.goodput.timed("checkpoint"):
+            self.checkpoints.save(self.step, self.state, self.data_state(self.step), to_dict(self.config), wait=wait)
+        with self.stop.after_saving():
+            self.goodput.record(self.step)
 
     def evaluate(self) -> bool:
         """Evaluates the parameters as they are; False if that did not come to its end."""
@@ -116,6 +145,9 @@ class Loop:
         complete = False
         with self.stop.after_saving(together=True):
             complete = self.measure(self.state.params)
+        self.goodput.rest("evaluation")
+        with self.stop.after_saving():
+            self.goodput.record(self.step)
         self.restart_clock()
         return complete
 
@@ -124,7 +156,9 @@ class Loop:
         before, batch = time.perf_counter(), None
         with self.stop.after_saving(together=True):
             _, batch = next(self.batches)
-        self.waited += time.perf_counter() - before
+        waited = time.perf_counter() - before
+        self.waited += waited
+        self.goodput.add("data", waited)
         return batch
 
     def skip(self) -> None:
@@ -135,6 +169,7 @@ class Loop:
         with self.stop.after_saving():
             self.metrics.skip(self.step, "its batch is passed over, as --skip_steps or a rollback says")
         self.metrics.advance(self.step)
+        self.goodput.skip()
         self.restart_clock()
 
     def dispatch(self, batch: dict, step_fn: Callable) -> None:
@@ -143,17 +178,22 @@ class Loop:
         new = program not in self.compiled
         if new:
             self.report()  # first, because the compilation is not part of the time of the step before
-        self.state, metrics = step_fn(self.state, batch)
+        before = time.perf_counter()
+        self.next_step.wait(step_fn)
+        with self.profile.step(self.step):
+            self.state, metrics = step_fn(self.state, batch)
+        seconds = time.perf_counter() - before if new else None
+        self.goodput.add("compile", seconds or 0.0)
         self.stop.first_step_began()
         self.report()
-        self.dispatched = self.step, metrics, new
+        self.dispatched = self.step, metrics, seconds
         self.compiled.add(program)
 
     def report(self) -> None:
         """Waits for the dispatched step, if there is one, checks its metrics and logs them when a line is due."""
         if self.dispatched is None:
             return
-        number, metrics, compiled = self.dispatched
+        number, metrics, compile_seconds = self.dispatched
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         self.dispatched = None
@@ -162,11 +202,17 @@ class Loop:
             return
         check_finite(number, values, self.checkpoints)
         stage, _ = self.config.stage_at(number - 1)
-        batch = self.config.batch_at(number - 1)
+        batch, compiled = self.config.batch_at(number - 1), compile_seconds is not None
+        self.goodput.rest("step")
         self.progress.steps.append(Timed(values, now - self.clock, self.waited, compiled, stage, batch))
+        if self.stage not in (None, stage):
+            self.metrics.say(edge_line(self.progress.position(number), now - self.clock, compile_seconds or 0.0))
+        self.stage = stage
         if number % self.config.train.log_every == 0 or number in (self.first, self.config.total_steps):
             with self.stop.after_saving():
-                self.metrics.log(number, *self.progress.line(number))
+                self.goodput.record(number)
+                values, *work = self.progress.line(number)
+                self.metrics.log(number, values | {"goodput": self.goodput.share()}, *work)
         self.metrics.advance(number)
         self.restart_clock(now)
 
@@ -177,6 +223,7 @@ class Loop:
         with self.stop.after_saving():
             self.metrics.skip(number, f"{what}: not finite, or above {optim.spike_factor:g} x the median; no update is taken")
         self.metrics.advance(number)
+        self.goodput.skip()
         self.restart_clock()
         if consecutive > optim.max_consecutive_spikes:
             newest, checkpoint_note = newest_checkpoint(self.checkpoints)
@@ -192,6 +239,12 @@ class Loop:
     def restart_clock(self, now: float | None = None) -> None:
         """Starts the time of the next step, by default now; nothing has been waited for yet."""
         self.clock, self.waited = time.perf_counter() if now is None else now, 0.0
+
+
+def edge_line(position: Mapping, seconds: float, compile_seconds: float) -> str:
+    """The cost of the edge before a stage: the time from the end of the last step before it to the end of its first."""
+    stage = stage_of(position)[0]
+    return f"{stage} begins: {seconds:.1f} s at the edge and in its first step, of which compile {compile_seconds:.1f} s"
 
 
 def check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> None:
@@ -254,10 +307,7 @@ class Progress:
         tokens, flops_of_step = _mean([n for n, _ in spent]), _mean([n * per_token for n, per_token in spent])
         if steady:
             self.flops_per_second = flops_of_step / values["step_time"]
-        index = steps[-1].stage
-        values |= {"stage": index + 1, "stages": len(self.stages), "seq_len": self.stages[index].seq_len}
-        values["batch"] = steps[-1].batch
-        values["tokens_seen"] = self.tokens_seen(number)
+        values |= self.position(number) | {"seq_len": self.stages[steps[-1].stage].seq_len, "batch": steps[-1].batch}
         stages = zip(self.tokens, self.config.stage_tokens(number), self.flops, strict=True)
         left = sum((tokens - done) * per_token for tokens, done, per_token in stages)
         values["seconds_left"] = left / self.flops_per_second
@@ -266,6 +316,12 @@ class Progress:
         if peaks:
             values["peak_memory_bytes"] = max(peaks)
         return values, tokens, flops_of_step
+
+    def position(self, step: int) -> dict[str, int | str]:
+        """What a record after so many steps says of where the run is: its stage and the tokens seen."""
+        index, _ = self.config.stage_at(max(step, 1) - 1)
+        stage = {"stage": index + 1, "stages": len(self.stages), "stage_name": self.stages[index].name}
+        return stage | {"tokens_seen": self.tokens_seen(step)}
 
     def tokens_seen(self, step: int) -> int:
         """Tokens of the first `step` steps but for those of --skip_steps; padding and spikes count."""

@@ -1,0 +1,52 @@
+"""Compiles the step of the next stage in the background, while the last steps of the stage before it run."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from hybrid_attn.config import Config
+
+LEAD = 32  # steps before the edge, or a tenth of the stage if that is more
+
+
+class NextStep:
+    """The compilation of the steps of later stages; `step_fns` and `meshes` are those of all stages.
+
+    When it begins depends on the step alone, so that several processes begin at the same step. jax keeps the program with the
+    jitted function, so that its first call finds it.
+    """
+
+    def __init__(self, config: Config, step_fns: Sequence[Callable], meshes: Sequence[Mesh]):
+        self.config, self.step_fns, self.meshes = config, step_fns, meshes
+        self.begun: dict[Callable, Future] = {}
+
+    def begin(self, step: int, state, batch: dict) -> None:
+        """Begins to compile the next stage's step if `step` is one of the last of its stage; both are those of this stage."""
+        index, done = self.config.stage_at(step - 1)
+        steps = self.config.stages[index].steps
+        is_last, near = index + 1 == len(self.step_fns), steps - done - 1 <= max(LEAD, steps // 10)
+        if is_last or not near or self.step_fns[index + 1] in (self.step_fns[index], *self.begun):
+            return
+        after, step_fn, mesh = self.config.at(index + 1), self.step_fns[index + 1], self.meshes[index + 1]
+
+        def abstract(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+
+        size = self.config.stages[index + 1].batch_at(0)
+        batch = {name: abstract(x, (size, after.seq_len)) for name, x in batch.items()}
+        state = jax.tree.map(lambda x: abstract(x, x.shape), state)
+        executor = ThreadPoolExecutor(1, "compilation")
+        self.begun[step_fn] = executor.submit(_compile, step_fn, mesh, state, batch)
+        executor.shutdown(wait=False)
+
+    def wait(self, step_fn: Callable) -> None:
+        """Waits until the compilation of `step_fn` ends, if it was begun; its first call raises what went wrong."""
+        if step_fn in self.begun:
+            self.begun[step_fn].exception()
+
+
+def _compile(step_fn: Callable, mesh: Mesh, state, batch: dict) -> None:
+    with jax.set_mesh(mesh):  # the mesh in force is that of a thread
+        step_fn.lower(state, batch).compile()
