@@ -131,7 +131,9 @@ def test_the_batch_of_a_step_is_decoded_with_its_documents_apart(tmp_path):
     assert done.stdout.count(", from its beginning, ") == 4 and done.stdout.count("to its end\n") == 4
     assert done.stdout.count("cut at the end of the sequence") == done.stdout.count("from the middle") == 1
     assert sequences[1].endswith(" trained targets, 20 of padding") and all(f"<{i}>" in done.stdout for i in range(4))
-    assert run("--config=configs/base.py", paths, *sizes, "--step=1").stdout != done.stdout
+    ramp = ["--config.stages[0].batch=4", "--config.stages[0].batch_ramp=2", "--config.stages[0].batch_ramp_tokens=150"]
+    later = run("--config=configs/base.py", paths, *sizes[:2], *ramp, "--step=1").stdout.splitlines()
+    assert [line.split()[3] for line in later if line.startswith("sequence ")] == ["2", "3", "4", "5"]
 
 
 def test_prepare_prints_its_summary_and_its_errors_in_a_line(tmp_path):

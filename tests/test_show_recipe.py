@@ -48,7 +48,8 @@ def shown(program, *arguments):
         program.main(parse(["show_recipe.py", *arguments])[:1])
 
 
-def test_each_stage_has_its_numbers_and_costs_and_the_picture_is_written(program, recipe, tmp_path, capsys):
+def test_each_stage_has_its_numbers_and_costs_and_the_picture_is_written(program, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "estimated_memory", lambda c, stage, mesh, _: (1 + stage.index) * mesh.shape["data"] * 1e9)
     shown(program, recipe, "--chip=v5p", "--chips=8", "--mfu=0.5", f"--out={tmp_path}/recipe.png")
     out = capsys.readouterr().out
     first, last = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:3] in ("| 1", "| 2"))
@@ -60,6 +61,7 @@ def test_each_stage_has_its_numbers_and_costs_and_the_picture_is_written(program
         model = config.build(program.CONFIG.value.values).model
     costs = [n * flops.train_flops_per_token(model, length) for n, length in zip(tokens, (64, 128), strict=True)]
     assert [first[7], last[7]] == [f"{cost:.3g}" for cost in costs]
+    assert [first[9], last[9]] == ["8.000 GB", "16.000 GB"]
     assert out.startswith(f"run          {sum(tokens):,} tokens in 19 steps; programs: 4\n")
     assert f"{sum(costs):.4g} FLOPs; time 0s on 8 x v5p at 50% of 4.59e+14 FLOP/s each" in out
     assert imread(tmp_path / "recipe.png").shape == (1500, 1350, 4)

@@ -18,7 +18,7 @@ from hybrid_attn.trees import check
 TOLERANCE = 1e-3  # rates that differ by less, relative to the larger one, meet
 
 # The decay of wsd from its first to its last rate, over so many steps. `join_schedules` evaluates it at steps before it too.
-DECAYS: dict[str, Callable[[float, float, int], optax.Schedule]] = {
+DECAYS: dict[str, Callable[[float, float, float], optax.Schedule]] = {
     "linear": lambda start, end, steps: optax.linear_schedule(start, end, max(steps - 1, 1)),
     "sqrt": lambda start, end, steps: lambda step: start + (end - start) * _share(step, steps) ** 0.5,
     "exponential": lambda start, end, steps: lambda step: start * (end / start) ** _share(step, steps),
@@ -92,12 +92,12 @@ def _shaped(form: LrSchedule, rise: optax.Schedule, start: float, warmup: float,
     return optax.join_schedules([rise, shapes[form.shape]()], [warmup])
 
 
-def _share(step, steps: int) -> jax.Array:
+def _share(step, steps: float) -> jax.Array:
     """The share of a decay of so many steps that is done."""
     return jnp.clip(step, 0, steps - 1) / max(steps - 1, 1)
 
 
-def _inverse_sqrt(start: float, warmup: int, step):
+def _inverse_sqrt(start: float, warmup: float, step):
     return start * (max(warmup, 1) / (max(warmup, 1) + step)) ** 0.5
 
 
