@@ -32,9 +32,7 @@ def ended(workdir):
     return *arrays, checkpoint.read_data(directory)["skipped_steps"], [(x["step"], x.get("loss")) for x in lines]
 
 
-def test_a_rollback_is_a_run_from_that_checkpoint_with_the_same_skipped_steps_and_a_kill_after_it_changes_nothing(
-    corpus, tmp_path, monkeypatch, capsys
-):
+def test_a_rollback_is_a_run_from_that_checkpoint_with_the_same_skipped_steps(corpus, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, {7, 8, 9})
     c = config_of(corpus)
     assert loop.train(c, tmp_path / "back")
@@ -50,6 +48,12 @@ def test_a_rollback_is_a_run_from_that_checkpoint_with_the_same_skipped_steps_an
     assert loop.train(c, tmp_path / "flag", skip_steps=[(5, 9)])
     assert ended(tmp_path / "back") == ended(tmp_path / "flag")
 
+
+@pytest.mark.slow
+def test_a_kill_after_a_rollback_changes_nothing(corpus, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {7, 8, 9})
+    c = config_of(corpus)
+    assert loop.train(c, tmp_path / "back")
     with monkeypatch.context() as patch:
         calls, first_state = [], loop.first_state
 
@@ -67,6 +71,7 @@ def test_a_rollback_is_a_run_from_that_checkpoint_with_the_same_skipped_steps_an
     assert ended(tmp_path / "killed") == ended(tmp_path / "back")
 
 
+@pytest.mark.slow
 def test_a_rollback_needs_a_checkpoint_trained_since_the_last_one_also_when_the_run_starts_again(corpus, tmp_path, monkeypatch):
     poisoned(monkeypatch, {7, 8, 9, 12, 13, 14, 16, 17, 18})
     c = config_of(corpus)
@@ -93,6 +98,7 @@ def test_two_processes_go_back_to_the_same_checkpoint_and_train_as_one(corpus, t
         assert checkpoint.read_data(tmp_path / name / "checkpoints")["rollbacks"] == [[2, 5]]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_config_are_not_gone_back_to(corpus, tmp_path, monkeypatch):
     poisoned(monkeypatch, {5, 6, 7})
     with monkeypatch.context() as patch:

@@ -88,12 +88,10 @@ def assert_only_named_changed(before, after):
             assert np.array_equal(old, new) != trains, jax.tree_util.keystr(path)
 
 
-def test_every_mesh_trains_those_named_and_no_others_and_the_norm_is_that_of_their_gradient():
+def test_a_mesh_trains_those_named_and_no_others_and_the_norm_is_that_of_their_gradient():
     c = config_of(changes={"optim.ema_half_life": 0.5})
-    one, many = (stepped(mesh, c, 1) for mesh in (mesh_of(), mesh_of(fsdp=2, context=2, tensor=2)))
+    many = stepped(mesh_of(fsdp=2, context=2, tensor=2), c, 1)
     assert_only_named_changed(*many[:2])
-    assert_close(many[1].params, one[1].params, 1e-4)
-    assert_close(many[2], one[2], 1e-5)
     assert many[2]["param_norm"] == pytest.approx(float(optax.tree.norm(many[1].params)), rel=1e-6)
     clipped = float(optax.tree.norm(many[1].opt_state[1].mu)) / (1 - c.optim.b1)
     assert clipped == pytest.approx(min(float(many[2]["grad_norm"]), c.optim.clip_norm), rel=1e-5)
@@ -104,11 +102,11 @@ def test_every_mesh_trains_those_named_and_no_others_and_the_norm_is_that_of_the
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
-def test_every_optimiser_trains_those_named_alone_on_a_mesh(optimiser):
+def test_every_optimiser_trains_those_named_alone_on_a_mesh_as_on_one_device(optimiser):
     c = config_of(changes={"optim.optimiser": optimiser})
-    many = stepped(mesh_of(fsdp=2, context=2, tensor=2), c, 0, 1)
+    one, many = (stepped(mesh, c, 0, 1) for mesh in (mesh_of(), mesh_of(fsdp=2, context=2, tensor=2)))
     assert_only_named_changed(*many[:2])
-    assert_close(many[2], stepped(mesh_of(), c, 0, 1)[2], 1e-4)
+    assert_close(many[2], one[2], 1e-4)
 
 
 def test_stages_that_train_other_parameters_have_programs_of_their_own():
@@ -132,6 +130,7 @@ def test_a_name_that_no_parameter_has_is_one_line_before_anything_is_written(cor
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_stopped_before_at_and_after_an_edge_a_run_ends_with_the_same_bits_and_takes_no_edge_for_a_spike(
     corpus, tmp_path, monkeypatch, known_peak_and_no_pictures
 ):
