@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Config, StageConfig
 from hybrid_attn.model import Execution, execution_on, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
-from hybrid_attn.train import average, spikes
+from hybrid_attn.train import average, spikes, statistics
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.objectives.objective import Extra, Objective
 from hybrid_attn.train.optim import optimiser
@@ -89,6 +89,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     More microbatches compute the same step in less memory. The norms are those of the gradient and of the new parameters,
     which an update that is not finite makes so as well; the norm of the update itself would keep the whole update in memory.
     With `optim.spike_factor` the state after a spike is `after_skipped_step`, and `consecutive_spikes` is a metric.
+    With `execution.statistics` the metrics have those of `statistics.of_step` too, under "statistics".
     ValueError for an objective that is not in `OBJECTIVES`.
     """
     objective, tx, stage_extras = objective_of(config), optimiser(config), extras_of_stage(config)
@@ -100,27 +101,36 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         extras = {name: extra.update(state.extras[name], params, sums, state.step + 1) for name, extra in stage_extras.items()}
-        new = TrainState(state.step + 1, params, opt_state, state.extras | extras)
+        new, measured = TrainState(state.step + 1, params, opt_state, state.extras | extras), {}
         metrics = {"loss": loss, **objective.metrics(sums, batch), "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
         if config.optim.spike_factor is not None:
             is_spike, history = spikes.judge(config.optim, state.extras[spikes.NAME], metrics)
             new = jax.tree.map(functools.partial(jnp.where, is_spike), after_skipped_step(state), new)
             new = new._replace(extras=new.extras | {spikes.NAME: history})
             metrics["consecutive_spikes"] = history["consecutive"]
-        return new, metrics | {"param_norm": optax.tree.norm(new.params)}
+        if execution.statistics:
+            trees = {"param_norm": new.params, "grad_norm": grads, "update_norm": updates}
+            measured["statistics"] = statistics.of_step(config.model, sums, trees)
+        return new, metrics | {"param_norm": optax.tree.norm(new.params)} | measured
 
     return step
 
 
-def make_steps(config: Config, platform: str, execution: Execution | None = None) -> list[Step]:
-    """The step of each stage, by default with the execution of its config; a program that stages share is compiled once."""
+def make_steps(config: Config, platform: str, execution: Execution | None = None, *, statistics: bool = False) -> list[Step]:
+    """The step of each stage, by default with the execution of its config; a program that stages share is compiled once.
+
+    Steps with `statistics` are other programs, which change the state in the same way.
+    """
     executions = {stage: execution or execution_on(platform, stage.model, stage.train) for stage in config.each_stage}
-    steps = {stage: make_step(stage, of_stage) for stage, of_stage in executions.items()}
+    steps = {stage: make_step(stage, x._replace(statistics=statistics)) for stage, x in executions.items()}
     return [steps[stage] for stage in config.each_stage]
 
 
 def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, state: TrainState, batch: dict):
-    """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other."""
+    """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other.
+
+    Statistics of the layers, if they are measured, have the microbatch as axis 0.
+    """
     params, weight, microbatches = state.params, jnp.maximum(objective.weight(batch), 1.0), config.microbatches
     extras = {name: state.extras[name] for name in objective.extras}
 
@@ -133,13 +143,20 @@ def loss_and_gradient(config: StageConfig, execution: Execution, objective: Obje
     if microbatches == 1:
         return gradient(params, batch)
 
+    def of_part(part):
+        (loss, sums), grads = gradient(params, part)
+        sums, measured = statistics.taken_out(sums)
+        return ((loss, sums), grads), measured
+
     def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+        new, measured = of_part(part)
+        return jax.tree.map(jnp.add, total, new), measured
 
     split = parts(batch, microbatches)
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split))
-    zeros = jax.tree.map(jnp.zeros_like, shapes[0]), jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(add, zeros, split)[0]
+    (shapes, _), _ = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(jnp.zeros_like, shapes), jax.tree.map(jnp.zeros_like, params)
+    ((loss, sums), grads), measured = jax.lax.scan(add, zeros, split)
+    return (loss, sums | measured), grads
 
 
 def after_skipped_step(state: TrainState) -> TrainState:
