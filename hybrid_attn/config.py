@@ -262,6 +262,7 @@ def completed(values: Mapping) -> dict:
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], "prefix")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
+    _add([values.get("train")], defaults["train"], "statistics_every", "sinks")
     _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "objective", "model_changes", "lr_schedule")
     _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
     return values

@@ -103,7 +103,7 @@ def leaves(values, path=""):
 
 KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
-OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "lr_schedule"}
+OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "lr_schedule", "statistics_every"}
 
 
 @pytest.mark.parametrize("path", KEYS)
@@ -139,7 +139,7 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
     allowed += ["", "x"] * (name in ("mixer", "mlp", "objective", "optimiser"))  # which tables check, elsewhere
     allowed += [""] * (name in ("label", "tokenizer", "prefix")) + ["x"] * (name in ("store", "label", "tokenizer"))
     allowed += ["x"] * (path == "init_from.path")
-    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes")
+    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes", "sinks")
     allowed += [[]] * (name in lists) + [{}] * (name == "mixture")
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
     assert (None in accepted) == (None in allowed)

@@ -208,8 +208,8 @@ def poisoned_at(monkeypatch, number):
     """Has the step of that number, from 1, meet parameters that are no numbers."""
     make_steps = loop.make_steps
 
-    def poisoned(*arguments):
-        (step,) = make_steps(*arguments)
+    def poisoned(*arguments, **options):
+        (step,) = make_steps(*arguments, **options)
 
         def poison(state, batch):
             if int(state.step) == number - 1:

@@ -19,7 +19,7 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train import console, init_from
+from hybrid_attn.train import console, init_from, sinks
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_rate, merge_skipped, text_of
@@ -50,6 +50,7 @@ def train(
     another run is in `workdir`; OSError when a file cannot be written or read, after saving if possible.
     """
     check_names(c.evals.names)
+    sinks.check_names(c.train.sinks)
     schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
     fit.check(c, dict(zip(AXES, axis_sizes(c.mesh, jax.device_count()), strict=True)))
     mesh, data = make_mesh(c.mesh), load_data(c)
@@ -81,6 +82,7 @@ def train(
             state=state,
             step=start,
             skipped=recorded["skipped_steps"],
+            statistics_fns=make_steps(c, jax.default_backend(), execution, statistics=True),
         )
         loop.train()
         loop.save(wait=True)
@@ -126,7 +128,7 @@ def opened_metrics(
     peak, source = peak_flops(jax.devices()[0], execution.dtype)
     peak_line = f"{peak * mesh.size:.4g} FLOP/s in {execution.dtype}, {source}; MFU is the share of it"
     renamed = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
-    metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size).open()
+    metrics = Metrics(workdir, start, c, peak * mesh.size).open()
     metrics.say(*renamed, *console.description(c, execution, mesh, peak_line, stages, workdir, start))
     return metrics
 

@@ -26,9 +26,9 @@ AVERAGED = ("loss", "bits_per_byte")
 class Loop:
     """A run between two steps: `state` is that after `step` steps.
 
-    `step_fns` are the steps of `make_step` by stage, `batches` yields (step, batch), `data_state` gives the data state after a
-    step, and `measure` evaluates parameters and returns whether that came to its end. The batches of the `skipped` steps are
-    read and not trained on.
+    `step_fns` are the steps of `make_step` by stage, and `statistics_fns` those that measure statistics. `batches` yields
+    (step, batch), `data_state` gives the data state after a step, and `measure` evaluates parameters and returns whether that
+    came to its end. The batches of the `skipped` steps are read and not trained on.
     """
 
     config: Config
@@ -42,6 +42,7 @@ class Loop:
     state: TrainState
     step: int
     skipped: Sequence[Range] = ()
+    statistics_fns: Sequence[Callable] = ()
 
     def __post_init__(self):
         self.first = self.step + 1
@@ -56,7 +57,7 @@ class Loop:
         The metrics of a step are read after the next step is dispatched. Parameters are evaluated every `evals.every` steps,
         and before the first step here too: an earlier process may have been stopped before their evaluation ended.
         """
-        every = self.config.evals.every
+        every, measured_every = self.config.evals.every, self.config.train.statistics_every
         while self.step < self.config.total_steps and not self.stop.reached(self.step):
             is_due = every is not None and self.step > 0 and self.step % every == 0
             if is_due and not self.evaluate():
@@ -69,7 +70,8 @@ class Loop:
             if is_skipped(self.step, self.skipped):
                 self.skip()
             else:
-                self.dispatch(batch, self.step_fns[stage])
+                measured = measured_every is not None and self.step % measured_every == 0
+                self.dispatch(batch, (self.statistics_fns if measured else self.step_fns)[stage])
             if self.checkpoints.due(self.step) and self.step < self.config.total_steps:
                 self.report()  # so that no state is saved whose loss has not been checked
                 self.save()
@@ -122,9 +124,12 @@ class Loop:
         if self.dispatched is None:
             return
         number, metrics, compiled = self.dispatched
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = jax.tree.map(float, jax.device_get(metrics))
         now = time.perf_counter()
         self.dispatched = None
+        if statistics := values.pop("statistics", None):
+            with self.stop.after_saving():
+                self.metrics.statistics(number, statistics)
         if consecutive := int(values.pop("consecutive_spikes", 0)):
             self.skip_spike(number, values, consecutive)
             return
