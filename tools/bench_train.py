@@ -163,7 +163,7 @@ def compare(
         if x.missing:
             records[name] |= {"missing": x.missing, "fits": False}
         else:
-            records[name] |= {"seconds": min(x.seconds), "calls": x.seconds, "losses": x.results}
+            records[name] |= {"seconds": min(x.seconds), "calls": x.seconds, "losses": x.results, "cpu": min(x.cpu_seconds)}
             records[name] |= {"memory": x.memory, "peak": peak}
     return list(records.values())
 
@@ -226,12 +226,12 @@ def show(records: list[dict], peak: float) -> None:
 
 
 def show_cost(records: list[dict]) -> None:
-    """Prints the share of the time of steps that statistics cost."""
-    seconds = {(r["tokens"], r["contender"]): r["seconds"] for r in records if "seconds" in r}
-    for (S, name), plain in seconds.items():
-        if name == "ours" and (S, "with statistics") in seconds:
-            cost = (seconds[S, "with statistics"] / plain - 1) / EVERY
-            print(f"{S:,} tokens: statistics at every {EVERY} steps cost {cost:.2%} of the time of a step\n")
+    """Prints the share of the time of steps that statistics cost, and of their time on all processors of a CPU."""
+    by_name = {(r["tokens"], r["contender"]): r for r in records if "seconds" in r}
+    for (S, name), plain in by_name.items():
+        if name == "ours" and (measured := by_name.get((S, "with statistics"))):
+            cost, cpu = ((measured[key] / plain[key] - 1) / EVERY for key in ("seconds", "cpu"))
+            print(f"{S:,} tokens: statistics at every {EVERY} steps cost {cost:.2%} of a step, {cpu:.2%} of its CPU time\n")
 
 
 def check_losses(records: list[dict]) -> None:
