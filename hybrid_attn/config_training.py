@@ -182,12 +182,16 @@ class Train:
     kernel: str = one_of("auto", "reference", "blocked", "splash", "tokamax", "cudnn")
     loss_chunk: int = within(1, 2**31 - 1)
     mlp_chunk: int | None = within(1, 2**31 - 1)
+    statistics_every: int | None = within(1, MOST_STEPS)
+    sinks: tuple[str, ...]  # checked by the trainer, which knows the sinks
     log_every: int = within(1, MOST_STEPS, aliases=("log_interval", "logging_steps"))
     checkpoint_every: int = within(1, MOST_STEPS, aliases=("save_every", "save_interval", "save_steps"))
     keep: int = within(1, MOST_STEPS, aliases=("save_total_limit",))
 
     def __post_init__(self):
         check_fields(self, "train")
+        for name in self.sinks:
+            check(self.sinks.count(name) == 1, f"train.sinks={self.sinks} names {name!r} twice")
 
 
 @dataclasses.dataclass(frozen=True)

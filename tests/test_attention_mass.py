@@ -19,6 +19,7 @@ from hybrid_attn.evals import EvalModel, Spec, attention, attention_statistics, 
 from hybrid_attn.evals.attention import SEGMENTS
 from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries
 from hybrid_attn.evals.needle_prompts import NeedlePrompt
+from hybrid_attn.model import attention_sums
 from hybrid_attn.model.transformer import in_packed, layer_by_layer, unstacked
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
 
@@ -72,7 +73,7 @@ def found(q, k, kind, sinks, intervals=INTERVALS, scale=0.4):
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "context": 2, "tensor": 2}], ids=["one", "eight"])
 @pytest.mark.parametrize("name", KINDS)
 def test_shares_are_those_of_a_dense_softmax(name, sizes, monkeypatch):
-    monkeypatch.setattr(attention_statistics, "KEYS", 10)  # a shard has blocks that it begins again in the middle
+    monkeypatch.setattr(attention_sums, "KEYS", 10)  # a shard has blocks that it begins again in the middle
     kind, rng = kind_of(KINDS[name]), np.random.default_rng(0)
     q, k = (2 * rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (N, K))
     sinks = rng.normal(size=N).astype(np.float32) if kind.sink else None
@@ -116,7 +117,7 @@ def test_the_largest_array_is_a_block_of_scores(one_device):
     q = k = jnp.zeros((1, long, 1, H), out_sharding=HEADS_BTNH)
     asked = Queries(*(jax.device_put(np.int32(x), P(BATCH)) for x in ([long - Q], [long], [[0]], [[9]])))
     measure = functools.partial(attention_statistics.statistics_of, sinks_N=None, num_queries=Q, kind=kind, scale=1.0)
-    assert biggest_array(measure, q, k, asked) == Q * attention_statistics.KEYS
+    assert biggest_array(measure, q, k, asked) == Q * attention_sums.KEYS
 
 
 MODELS = {"everything": everything("LLG", 5), "chunks": tiny({}, L={"chunk": 16, "rope_theta": 50.0}, G={"softcap": 2.0}).model}

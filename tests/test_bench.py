@@ -46,6 +46,18 @@ def test_attention_is_timed_at_every_length_and_its_growth_fitted(tmp_path):
 
 
 @pytest.mark.slow
+def test_steps_with_statistics_are_timed_beside_others_have_their_losses_and_their_cost_is_printed(tmp_path):
+    sizes = {"num_layers": 4, "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
+    changes = [f"--config.model.{key}={value}" for key, value in sizes.items()]
+    done = run("bench_train", "--part=statistics", "--lengths=32", "--repeats=2", *changes, f"--json={tmp_path / 'out.json'}")
+    assert done.returncode == 0, done.stderr
+    plain, measured = json.loads((tmp_path / "out.json").read_text())["records"]["statistics"]
+    assert len(plain["losses"]) == 2 and plain["losses"] == measured["losses"]
+    cost = (measured["seconds"] / plain["seconds"] - 1) / 10
+    assert f"32 tokens: statistics at every 10 steps cost {cost:.2%} of a step, " in done.stdout
+
+
+@pytest.mark.slow
 def test_training_is_timed_beside_full_attention(tmp_path):
     sizes = {"pattern": "L", "num_layers": 1, "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
     changes = [f"--config.model.{key}={value}" for key, value in sizes.items()]

@@ -104,7 +104,7 @@ def leaves(values, path=""):
 KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
 OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "rollback_steps", "lr_schedule", "name"}
-OPTIONAL |= {"tokens", "batch_ramp_tokens", "warmup_tokens"}
+OPTIONAL |= {"tokens", "batch_ramp_tokens", "warmup_tokens", "statistics_every"}
 
 
 def is_optional(path):
@@ -144,7 +144,7 @@ def test_no_key_takes_a_value_that_is_not_finite_is_far_too_large_or_of_another_
     allowed += ["", "x"] * (name in ("mixer", "mlp", "objective", "optimiser"))  # which tables check, elsewhere
     allowed += [""] * (name in ("label", "tokenizer", "prefix")) + ["x"] * (name in ("store", "label", "tokenizer"))
     allowed += ["x"] * (path in ("init_from.path", "stages.0.name"))
-    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes", "batch_ramp", "trainable")
+    lists = ("paths", "names", "lengths", "new", "ignore", "rename", "model_changes", "batch_ramp", "trainable", "sinks")
     allowed += [[]] * (name in lists) + [{}] * (name in ("mixture", "override"))
     assert all(any(x is y or x == y for y in allowed) for x in accepted), accepted
     assert (None in accepted) == (None in allowed)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tool
+from test_metrics import of_steps
 
 from hybrid_attn.train.metrics import Metrics
 
@@ -23,7 +24,7 @@ def test_broken_runs_end_as_undisturbed_ones_do():
 
 def test_every_step_that_was_logged_before_a_kill_is_in_tensorboard_once_when_the_run_goes_on(tmp_path):
     for start, steps in ((0, range(1, 8)), (4, range(5, 11))):
-        metrics = Metrics(tmp_path, start, 10, peak_flops=20e12).open()
+        metrics = Metrics(tmp_path, start, of_steps(10), peak_flops=20e12).open()
         for step in steps:
             metrics.log(step, VALUES, tokens=2706, flops=4e12)
             metrics.advance(step)  # and no close, as after a kill

@@ -171,9 +171,9 @@ def test_the_objective_of_a_stage_in_its_middle_cannot_change_and_older_checkpoi
     with jax.set_mesh(mesh), contextlib.closing(checkpoint.Checkpoints(tmp_path, 1, 1)) as checkpoints:
         state = jax.jit(step_module.init_state, static_argnums=0)(c)
         checkpoints.save(2, state, {"stage_steps": [2], "stage": identity}, config.to_dict(c), wait=True)
-        assert loop.first_state(c, [{"objective": "next_token"}], mesh, checkpoints)[1] == 2
+        assert loop.first_state(c, [loop.OLDER_STAGE], mesh, checkpoints)[1] == 2
         with pytest.raises(ValueError, match=r"another objective there \(saved -> new\):\n  objective: next_token -> other\n"):
-            loop.first_state(c, [{"objective": "other"}], mesh, checkpoints)
+            loop.first_state(c, [loop.OLDER_STAGE | {"objective": "other"}], mesh, checkpoints)
 
 
 def test_training_lowers_the_loss_and_ends_with_the_held_out_report(straight, capsys):
@@ -204,8 +204,8 @@ def poisoned_at(monkeypatch, number):
     """Has the step of that number, from 1, meet parameters that are no numbers."""
     make_steps = loop.make_steps
 
-    def poisoned(*arguments):
-        (step,) = make_steps(*arguments)
+    def poisoned(*arguments, **options):
+        (step,) = make_steps(*arguments, **options)
 
         def poison(state, batch):
             if int(state.step) == number - 1:

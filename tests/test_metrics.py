@@ -9,8 +9,9 @@ import types
 
 import jax
 import pytest
-from conftest import tensorboard_events
+from conftest import tensorboard_events, tiny
 
+from hybrid_attn.config import Config
 from hybrid_attn.train import console
 from hybrid_attn.train import metrics as metrics_module
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
@@ -20,9 +21,13 @@ VALUES = {
 }  # fmt: skip
 
 
+def of_steps(total: int) -> Config:
+    return tiny({"stages": [{"steps": total, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}]})
+
+
 def _run(workdir, start: int, *steps: int, total: int = 300, tokens=2706, **changes) -> None:
     """Logs steps of 2,706 tokens and 4 TFLOPs on devices of 20 TFLOP/s: at half a second a step, 40% MFU."""
-    metrics = Metrics(workdir, start, total, peak_flops=20e12).open()
+    metrics = Metrics(workdir, start, of_steps(total), peak_flops=20e12).open()
     for step in steps:
         metrics.log(step, {**VALUES, **changes}, tokens=tokens, flops=4e12)
         metrics.advance(step)
@@ -68,7 +73,7 @@ def test_the_line_of_a_step_that_was_compiled_has_no_speed(tmp_path, capsys):
 
 
 def test_a_skipped_step_is_a_line_of_its_own(tmp_path, capsys):
-    metrics = Metrics(tmp_path, 3, 10, peak_flops=20e12).open()
+    metrics = Metrics(tmp_path, 3, of_steps(10), peak_flops=20e12).open()
     metrics.skip(4, "its batch is passed over")
     metrics.close()
     assert _lines(tmp_path / "metrics.jsonl") == [{"step": 4, "skipped": True, "reason": "its batch is passed over"}]
@@ -81,7 +86,7 @@ def test_a_duration_has_its_two_largest_units(seconds, text):
 
 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path):
-    metrics = Metrics(tmp_path, 0, 10, peak_flops=20e12).open()
+    metrics = Metrics(tmp_path, 0, of_steps(10), peak_flops=20e12).open()
     metrics.log(1, VALUES, tokens=2706, flops=4e12)
     assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1]
     metrics.close()
@@ -101,7 +106,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 
 
 def test_a_scalar_is_in_tensorboards_file_before_the_next_step(tmp_path):
-    metrics = Metrics(tmp_path, 0, 100, peak_flops=20e12).open()
+    metrics = Metrics(tmp_path, 0, of_steps(100), peak_flops=20e12).open()
     for step in range(1, 41):
         metrics.log(step, VALUES, tokens=2706, flops=4e12)
         metrics.score("position/text/48", 2.0)
@@ -111,7 +116,7 @@ def test_a_scalar_is_in_tensorboards_file_before_the_next_step(tmp_path):
 
 
 def test_metrics_that_are_removed_while_a_run_goes_on_are_there_again(tmp_path, capsys):
-    metrics = Metrics(tmp_path, 0, 10, peak_flops=20e12).open()
+    metrics = Metrics(tmp_path, 0, of_steps(10), peak_flops=20e12).open()
     metrics.log(1, VALUES, tokens=2706, flops=4e12)
     (tmp_path / "metrics.jsonl").unlink()
     metrics.log(2, VALUES, tokens=2706, flops=4e12)
@@ -174,7 +179,7 @@ def test_what_is_not_a_number_is_null(tmp_path):
 def test_evaluations_are_lines_of_their_own_and_stay_until_they_are_run_again(tmp_path):
     old = [{"eval": "position", "step": step, "length": 8192, "loss": 2.0} for step in (200, 300, 400)]
     (tmp_path / "evals.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in old) + '{"eval": "posi')
-    metrics = Metrics(tmp_path, 300, 500, peak_flops=20e12).open()
+    metrics = Metrics(tmp_path, 300, of_steps(500), peak_flops=20e12).open()
     assert _lines(tmp_path / "evals.jsonl") == old[:2]
     metrics.forget()
     metrics.report("position", [{"length": 8192, "loss": 1.5}])

@@ -54,7 +54,7 @@ def test_those_that_train_are_updated_as_if_they_were_alone_and_the_others_keep_
     before = params, state
     for _ in range(2):
         grads = {name: x if name in trained else None for name, x in large.items()}
-        params, state = trainable.apply_gradient(tx, grads, state, params)
+        _, params, state = trainable.apply_gradient(tx, grads, state, params)
         updates, alone_state = alone.update({name: large[name] for name in trained}, alone_state, expected)
         expected = optax.apply_updates(expected, updates)
     assert_close({name: params[name] for name in trained}, expected, 1e-6)

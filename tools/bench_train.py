@@ -2,11 +2,13 @@
 
     python tools/bench_train.py --part=transformers --lengths=8K --json=transformers.json
     python tools/bench_train.py --part=layouts --lengths=8K,32K --config.model.num_layers=4
+    python tools/bench_train.py --part=statistics --repeats=10
 
 transformers: the same model (ours, exported), tokens, loss and AdamW, here and in `transformers` on PyTorch with its scaled
 dot-product attention; on a CPU with the extra `oracle`. It gives windowed layers a mask and computes all S x S scores, which
 the column of FLOPs counts. Where its activations do not fit into --memory_gib, it recomputes those of each layer.
 layouts: the model of --config, and the same with its windowed layer type in every layer, without the window.
+statistics: the model of --config, and its steps that measure statistics (`train.statistics_every`); not part of "both".
 
 Contenders take their steps alternately; the best of --repeats counts: forward, backward and update. MFU is relative to the best
 matmul between the steps, by the FLOPs that the model needs. Memory is that of a step beyond parameters and tokens, and here
@@ -32,11 +34,13 @@ from hybrid_attn.model.attention import attended_pairs, attention_flops
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.train.schedule import schedule
-from hybrid_attn.train.step import init_state, make_step
+from hybrid_attn.train.step import executions, init_state, make_steps
 from hybrid_attn.trees import check
 
 BENCH = Path(__file__).parents[1] / "configs" / "bench.py"
-LENGTHS = {"transformers": ["8K", "32K"], "layouts": ["8K", "32K", "64K"]}
+LENGTHS = {"transformers": ["8K", "32K"], "layouts": ["8K", "32K", "64K"], "statistics": ["8K"]}
+BOTH = ("transformers", "layouts")
+EVERY = 10  # steps from one with statistics to the next
 PART = flags.DEFINE_enum("part", "both", [*LENGTHS, "both"], "What to compare with.")
 ROWS = flags.DEFINE_list("lengths", None, f"Tokens of a packed sequence; K is 1,024. By default {LENGTHS}.")
 REPEATS = flags.DEFINE_integer("repeats", 3, "Steps of each contender.", lower_bound=1)
@@ -62,15 +66,16 @@ def batch_of(c: Config) -> dict[str, np.ndarray]:
     }
 
 
-def make_ours(values: dict) -> Ready:
+def make_ours(values: dict, statistics: bool = False) -> Ready:
     """Steps of the trainer on one device; on an accelerator, memory is what the compiler reserves."""
     c = config.build(values)
+    (step,) = make_steps(c, executions(c, jax.default_backend()), statistics=statistics)
     mesh = make_mesh(c.mesh, jax.devices()[:1])
     fit.check(c, 1)
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=0)(c)
         batch = jax.device_put(batch_of(c), NamedSharding(mesh, TOKENS_BT))
-        program = make_step(c.at(0), execution_on(jax.default_backend(), c.model, c.train)).lower(state, batch).compile()
+        program = step.lower(state, batch).compile()
 
     def run() -> float:
         nonlocal state
@@ -158,7 +163,7 @@ def compare(
         if x.missing:
             records[name] |= {"missing": x.missing, "fits": False}
         else:
-            records[name] |= {"seconds": min(x.seconds), "calls": x.seconds, "losses": x.results}
+            records[name] |= {"seconds": min(x.seconds), "calls": x.seconds, "losses": x.results, "cpu": min(x.cpu_seconds)}
             records[name] |= {"memory": x.memory, "peak": peak}
     return list(records.values())
 
@@ -188,7 +193,16 @@ def beside_full_attention(processes: Processes, c: Config, lengths: list[int], d
     return records
 
 
-BENCHMARKS = {"transformers": beside_transformers, "layouts": beside_full_attention}
+def beside_statistics(processes: Processes, c: Config, lengths: list[int], dtype: str) -> list[dict]:
+    records = []
+    for S in lengths:
+        at_S = at_length(c, S)
+        pair = {"ours": ours(at_S), "with statistics": (at_S, Task("jax", make_ours, (config.to_dict(at_S), True)))}
+        records += compare(processes, f"statistics {S:,}", pair, dtype, records)
+    return records
+
+
+BENCHMARKS = {"transformers": beside_transformers, "layouts": beside_full_attention, "statistics": beside_statistics}
 HEADER = ("contender", "layers", "tokens", "s", "tokens/s", "time / ours", "FLOPs / ours", "MFU", "GiB", "first loss", "last")
 
 
@@ -211,6 +225,15 @@ def show(records: list[dict], peak: float) -> None:
     print()
 
 
+def show_cost(records: list[dict]) -> None:
+    """Prints the share of the time of steps that statistics cost, and of their time on all processors of a CPU."""
+    by_name = {(r["tokens"], r["contender"]): r for r in records if "seconds" in r}
+    for (S, name), plain in by_name.items():
+        if name == "ours" and (measured := by_name.get((S, "with statistics"))):
+            cost, cpu = ((measured[key] / plain[key] - 1) / EVERY for key in ("seconds", "cpu"))
+            print(f"{S:,} tokens: statistics at every {EVERY} steps cost {cost:.2%} of a step, {cpu:.2%} of its CPU time\n")
+
+
 def check_losses(records: list[dict]) -> None:
     """ValueError where two contenders did not compute the same function of the same parameters."""
     first = {(r["tokens"], r["contender"]): r["losses"][0] for r in records if "losses" in r}
@@ -221,14 +244,14 @@ def check_losses(records: list[dict]) -> None:
 
 def bench() -> None:
     c = config.build(CONFIG.value.values)
-    parts = [part for part in BENCHMARKS if PART.value in (part, "both")]
+    parts = BOTH if PART.value == "both" else (PART.value,)
     lengths = {part: measurement.lengths(LENGTHS[part] if ROWS.value is None else ROWS.value) for part in parts}
     with Processes(round(MEMORY_GIB.value * measurement.GIB)) as processes:
         platform = processes.call("jax", jax.default_backend)
         dtype = str(execution_on(platform, c.model, c.train).dtype)
         if "transformers" in parts and (reason := measurement.no_transformers(platform, dtype, PART.value)):
             print(f"— transformers: {reason}\n")
-            parts.remove("transformers")
+            parts = [part for part in parts if part != "transformers"]
         records = {part: BENCHMARKS[part](processes, c, lengths[part], dtype) for part in parts}
     peak = max((r["peak"] for part in parts for r in records[part] if "peak" in r), default=float("nan"))
     libraries = ("jax", "torch", "transformers") if "transformers" in parts else ("jax",)
@@ -239,9 +262,10 @@ def bench() -> None:
     )
     for part in parts:
         show(records[part], peak)
+    show_cost(records.get("statistics", []))
     out = {"platform": platform, "versions": versions, "peak": peak, "config": config.to_dict(c), "records": records}
     measurement.write_json(JSON.value, out)
-    check_losses(records.get("transformers", []))
+    check_losses(records.get("transformers", []) + records.get("statistics", []))
 
 
 def main(argv):

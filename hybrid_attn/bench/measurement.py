@@ -52,9 +52,13 @@ class Ready(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Calls of one contender: their seconds, results, and bytes of one beyond its inputs; `missing` says why there are none."""
+    """Calls of one contender: their seconds, those of all processors, results, and bytes of one beyond its inputs.
+
+    `missing` says why there are none.
+    """
 
     seconds: list[float]
+    cpu_seconds: list[float]
     results: list[Any]
     memory: int | None
     missing: str | None
@@ -88,8 +92,9 @@ class Processes(contextlib.AbstractContextManager):
                 if turn == 0:
                     measured[name] = self.call(task.library, _first, name, task, self.limit)
                 elif measured[name].missing is None:
-                    seconds, result = self.call(task.library, _again, name)
+                    seconds, cpu_seconds, result = self.call(task.library, _again, name)
                     measured[name].seconds.append(seconds)
+                    measured[name].cpu_seconds.append(cpu_seconds)
                     measured[name].results.append(result)
                 else:
                     continue
@@ -216,20 +221,20 @@ def _first(name: str, task: Task, limit: int) -> Measured:
         _ready[name] = task.make(*task.args)
         watched = _ready[name].memory is None and can_watch()
         before = _watch(limit) if watched else None
-        seconds, result = _again(name)
+        seconds, cpu_seconds, result = _again(name)
         memory = _status("VmHWM") - before if watched else _ready[name].memory
-        return Measured([seconds], [result], memory, None)
+        return Measured([seconds], [cpu_seconds], [result], memory, None)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         _ready.pop(name, None)
-        return Measured([], [], None, f"needs more than {limit / GIB:.3g} GiB")
+        return Measured([], [], [], None, f"needs more than {limit / GIB:.3g} GiB")
 
 
-def _again(name: str) -> tuple[float, Any]:
-    start = time.perf_counter()
+def _again(name: str) -> tuple[float, float, Any]:
+    start, cpu_start = time.perf_counter(), time.process_time()
     result = _ready[name].run()
-    return time.perf_counter() - start, result
+    return time.perf_counter() - start, time.process_time() - cpu_start, result
 
 
 def _watch(limit: int) -> int:

@@ -24,6 +24,8 @@ class Execution(NamedTuple):
     makes the leaves of a layer from those that are stored; in place of a leaf, a group of leaves may be stored under the same
     name: low rank, LoRA, int8 numbers with scales. It does not reach the embedding, the table of the logits and the final norm.
     `dot` multiplies activations with every matrix of a layer, and with the table of the logits: a product of quantised numbers.
+
+    With `statistics` the layers measure themselves (`statistics.py`) in the forward pass of training.
     """
 
     dtype: jnp.dtype
@@ -35,6 +37,7 @@ class Execution(NamedTuple):
     mlp_chunk: int | None
     transform: Callable[[dict], dict] = unchanged
     dot: Dot = jax.lax.dot_general
+    statistics: bool = False
 
 
 def execution_on(platform: str, model: Model, train: Train) -> Execution:

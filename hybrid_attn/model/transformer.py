@@ -18,11 +18,13 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn import kernels
 from hybrid_attn.config import LayerType, Model
 from hybrid_attn.kernels.softmax import soft_cap
+from hybrid_attn.model import statistics
 from hybrid_attn.model.attention import Attend, Attention, attention_options
 from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.model.mlp import GatedMLP
 from hybrid_attn.model.params import Dot, Linear, Norm, ParamSpec, embedding, map_weights, weights_of
+from hybrid_attn.model.statistics import LayerStatistics
 from hybrid_attn.parallel import context
 from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of
 from hybrid_attn.trees import choice
@@ -39,7 +41,8 @@ CHECKPOINTS = {
     "attention": functools.partial(jax.checkpoint, policy=KEEP),
     "offload": functools.partial(jax.checkpoint, policy=OFFLOAD),
 }
-Aux = dict[str, jax.Array]
+STATISTICS = "statistics"  # beside the scalars of the layers: the `LayerStatistics` of each layer, by group and name
+Aux = dict[str, Any]
 
 
 class Mixer(Protocol):
@@ -113,7 +116,7 @@ def added(total: Aux, new: Aux) -> Aux:
 
 
 def in_packed(model: Model, letter: str, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution) -> Attend:
-    """Attention of a layer of that type to the tokens of its own packed sequences."""
+    """Attention of a layer of that type to the tokens of its own packed sequences, and its statistics if they are measured."""
     scheme, chunk = execution.context[letter], model.kinds[letter].chunk
     options = context.ContextOptions(attention_options(model, letter), execution.kernel, scheme, execution.zigzag)
     if chunk is not None:
@@ -121,7 +124,10 @@ def in_packed(model: Model, letter: str, pos_BT: jax.Array, seg_BT: jax.Array, e
 
     def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
         queries, keys = kernels.Queries(q_BTNH, pos_BT, seg_BT), kernels.Keys(k_BTKH, v_BTKH, pos_BT, seg_BT)
-        return context.attend(options, queries, keys, sinks_N), None
+        o_BTNH = context.attend(options, queries, keys, sinks_N)
+        if not execution.statistics:
+            return o_BTNH, None
+        return o_BTNH, statistics.of_attention(options.attention, q_BTNH, k_BTKH, pos_BT, seg_BT, sinks_N)
 
     return attend
 
@@ -200,32 +206,39 @@ def apply(
 def apply_in_zigzag(
     model: Model, params: dict, tokens_BT: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, execution: Execution
 ) -> tuple[jax.Array, Aux]:
-    """`apply` to tokens that `context.to_zigzag` has ordered, whose activations keep that order; and the layers' scalars."""
+    """`apply` to tokens that `context.to_zigzag` has ordered, whose activations keep that order; and the layers' scalars.
+
+    With `execution.statistics` these have `STATISTICS` too: of the layers of the periods, with the period as axis 0.
+    """
     attends = {letter: in_packed(model, letter, pos_BT, seg_BT, execution) for letter in sorted(set(model.layers))}
 
-    def layers(letters: str, x_BTD: jax.Array, leaves: dict) -> tuple[jax.Array, Aux]:
-        total: Aux = {}
+    def layers(letters: str, x_BTD: jax.Array, leaves: dict) -> tuple[jax.Array, tuple[Aux, dict]]:
+        total, measured = {}, {}
         for name, letter in layer_names(letters):
 
-            def layer(leaves: dict, x_BTD: jax.Array, letter: str = letter) -> tuple[jax.Array, Aux]:
+            def layer(leaves: dict, x_BTD: jax.Array, letter: str = letter) -> tuple[jax.Array, Aux, LayerStatistics | None]:
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
-                return bind(model, letter, leaves, execution)(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)[:2]
+                block = bind(model, letter, leaves, execution)
+                x_BTD, aux, attention = block(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)
+                if not execution.statistics:
+                    return x_BTD, aux, None
+                return x_BTD, aux, LayerStatistics(attention, statistics.of_activations(x_BTD, seg_BT))
 
             with jax.named_scope(letter), jax.named_scope(name):  # a profile sums over the layers of a type
-                x_BTD, aux = CHECKPOINTS[execution.remat[letter]](layer)(leaves[name], x_BTD)
+                x_BTD, aux, measured[name] = CHECKPOINTS[execution.remat[letter]](layer)(leaves[name], x_BTD)
             total = added(total, aux)
-        return x_BTD, total
+        return x_BTD, (total, measured)
 
-    x_BTD, total = look_up(params["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}
+    x_BTD, total, measured = look_up(params["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}, {}
     for group, letters, _ in model.groups:
         if group == "periods":
-            x_BTD, by_period = jax.lax.scan(functools.partial(layers, letters), x_BTD, params[group])
+            x_BTD, (by_period, measured[group]) = jax.lax.scan(functools.partial(layers, letters), x_BTD, params[group])
             aux = jax.tree.map(lambda values: values.sum(0), by_period)
         else:
-            x_BTD, aux = layers(letters, x_BTD, params[group])
+            x_BTD, (aux, measured[group]) = layers(letters, x_BTD, params[group])
         total = added(total, aux)
-    return final_norm(model, params, x_BTD), total
+    return final_norm(model, params, x_BTD), total | ({STATISTICS: measured} if execution.statistics else {})
 
 
 def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:

@@ -19,7 +19,7 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import make_mesh, on_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train import console, curves, init_from, profile
+from hybrid_attn.train import console, curves, init_from, profile, sinks
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
@@ -56,6 +56,7 @@ def train(
     flags, goodput = Flags(**flags), Goodput()
     check_names(c.evals.names)
     profile.check_range(flags.profile, 0, c.total_steps)
+    sinks.check_names(c.train.sinks)
     schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
     for stage in c.each_stage:
         is_trained(stage, specs(stage.model))
@@ -68,7 +69,8 @@ def train(
     if peers:
         peers.agree(data_identity(data.corpora, data.tokenizer))
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(meshes[0]), checkpoints_of(c, workdir) as checkpoints:
-        run = Run(c, workdir, flags, of_stages, meshes, data, checkpoints, stop, make_steps(c, of_stages))
+        step_fns = make_steps(c, of_stages), make_steps(c, of_stages, statistics=True)
+        run = Run(c, workdir, flags, of_stages, meshes, data, checkpoints, stop, *step_fns)
         ended = train_from_newest(run, goodput, flags.skip_steps, None)
         while not isinstance(ended, bool):
             ended = train_from_newest(run, Goodput(), *ended)
@@ -99,6 +101,7 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
     stop: Stop
     step_fns: Sequence[Callable]
+    statistics_fns: Sequence[Callable]
 
 
 def train_from_newest(
@@ -161,6 +164,7 @@ def loop_of(
         skipped=recorded["skipped_steps"],
         goodput=goodput,
         profile=profile.Profile(run.flags.profile, Path(run.workdir) / "profile"),
+        statistics_fns=run.statistics_fns,
     )
 
 
@@ -215,7 +219,7 @@ def opened_metrics(
     peak, source = peak_flops(jax.devices()[0], execution.dtype)
     peak_line = f"{peak * mesh.size:.4g} FLOP/s in {execution.dtype}, {source}; MFU is the share of it"
     renamed = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
-    metrics = Metrics(workdir, start, c.total_steps, peak * mesh.size).open()
+    metrics = Metrics(workdir, start, c, peak * mesh.size).open()
     metrics.say(*renamed, *console.description(c, execution, mesh, peak_line, stages, workdir, start))
     return metrics
 

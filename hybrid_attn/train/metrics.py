@@ -1,4 +1,4 @@
-"""Output of metrics: TensorBoard, JSON lines, a progress bar or plain lines; and the peak FLOP/s of the MFU.
+"""Output of metrics: JSON lines, sinks such as TensorBoard, a progress bar or plain lines; and the peak FLOP/s of the MFU.
 
 The files of an earlier run in the workdir are continued, or renamed where this run would lose what they hold.
 """
@@ -8,8 +8,6 @@ import json
 import math
 import os
 import shutil
-import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,15 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import masked_crc32c
 
 from hybrid_attn import files
+from hybrid_attn.config import Config
 from hybrid_attn.files import Appended
 from hybrid_attn.train import console
+from hybrid_attn.train.sinks import SINKS
 
-LINES = ("metrics.jsonl", "evals.jsonl")
+METRICS, EVALS, STATISTICS = LINES = ("metrics.jsonl", "evals.jsonl", "statistics.jsonl")
 
 # Dense bfloat16 matmul peak of one JAX device in FLOP/s, from data sheets; the first name that is part of the device kind
 # applies.
@@ -51,7 +48,7 @@ PEAKS = (
 )
 
 
-# The TensorBoard tag, with its unit, of each value of a step's line.
+# The tag in sinks, with its unit, of each value of a step's line.
 TAGS = {
     "loss": "train/loss_nats",
     "loss_mean": "train/loss_mean_nats",
@@ -72,12 +69,12 @@ TAGS = {
 
 
 class Metrics:
-    """The metrics of a run: `metrics.jsonl`, `evals.jsonl` and `tensorboard/` in `workdir`; process 0 alone writes."""
+    """The metrics of a run: the `LINES` in `workdir`, and the sinks of its config; process 0 alone writes."""
 
-    def __init__(self, workdir: str | os.PathLike, start: int, total_steps: int, peak_flops: float):
+    def __init__(self, workdir: str | os.PathLike, start: int, config: Config, peak_flops: float):
         """The run goes on from step `start`; `peak_flops` is the peak of all devices together. Call `open` before the rest."""
-        self.workdir, self.total_steps, self.peak_flops, self.step = Path(workdir), total_steps, peak_flops, start
-        self.writes = jax.process_index() == 0
+        self.workdir, self.config, self.peak_flops, self.step = Path(workdir), config, peak_flops, start
+        self.writes, self.total_steps = jax.process_index() == 0, config.total_steps
         self.position: Callable[[int], dict] = lambda step: {}  # of the run after a step: the loop says it
 
     def open(self) -> "Metrics":
@@ -85,8 +82,10 @@ class Metrics:
         start, terminal = self.step, self.writes and sys.stderr.isatty()
         if self.writes:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            self.steps_file, self.evals_file = (_continue(self.workdir / name, lambda step: step <= start) for name in LINES)
-            self.events_file = _open_events(self.workdir / "tensorboard", start)
+            self.sinks = [SINKS[name].open(self.workdir, start, self.config) for name in self.config.train.sinks]
+            unused = () if self.config.train.statistics_every or (self.workdir / STATISTICS).exists() else (STATISTICS,)
+            names = [name for name in LINES if name not in unused]
+            self.files = {name: _continue(self.workdir / name, lambda step: step <= start) for name in names}
         self.bar = tqdm.tqdm(total=self.total_steps, initial=start, unit="step", dynamic_ncols=True, disable=not terminal)
         return self
 
@@ -96,21 +95,26 @@ class Metrics:
             return
         seconds = values["step_time"]
         values = {**values, "tokens_per_s": tokens / seconds, "mfu": flops / seconds / self.peak_flops}
-        self._write(self.steps_file, {"step": step, **values})
-        for name, value in values.items():
-            if name in TAGS and math.isfinite(value):
-                self._show(summary.scalar(TAGS[name], value), step)
+        self._write(METRICS, {"step": step, **values})
+        self._show(step, {TAGS[name]: value for name, value in values.items() if name in TAGS})
         if self.bar.disable:
             print(f"step {step}/{self.total_steps}  {console.step_line(values)}", flush=True)
         else:
             self.bar.set_postfix_str(console.step_line(values), refresh=False)
 
+    def statistics(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the statistics of a step; in sinks the layer type comes first, as the group: `L/grad_norm/attention/q`."""
+        if self.writes:
+            self._write(STATISTICS, {"step": step, **self.position(step), **values})
+            parts = {name: name.split("/") for name in values}
+            self._show(step, {"/".join([of, name, *leaf]): values[key] for key, (name, of, *leaf) in parts.items()})
+
     def skip(self, step: int, reason: str) -> None:
         """Records that a step was skipped, and prints the reason."""
         position = self.position(step)
         if self.writes:
-            self._write(self.steps_file, {"step": step, **position, "skipped": True, "reason": reason})
-            self._show(summary.scalar("train/skipped", 1), step)
+            self._write(METRICS, {"step": step, **position, "skipped": True, "reason": reason})
+            self._show(step, {"train/skipped": 1})
         self.say("  ".join([f"step {step}/{self.total_steps}", *console.stage_of(position), f"skipped: {reason}"]))
 
     def advance(self, step: int) -> None:
@@ -121,31 +125,34 @@ class Metrics:
     def forget(self) -> None:
         """Drops the records of evaluations at the step reached, before they are written again."""
         if self.writes:
-            self.evals_file.close()
-            self.evals_file = _continue(self.workdir / "evals.jsonl", lambda step: step != self.step)
+            self.files[EVALS].close()
+            self.files[EVALS] = _continue(self.workdir / EVALS, lambda step: step != self.step)
 
     def report(self, name: str, records: Iterable[Mapping[str, float | str | None]]) -> None:
         """Writes the records of the evaluation `name` at the step reached."""
         if self.writes:
             for record in records:
-                self._write(self.evals_file, {"eval": name, "step": self.step, **self.position(self.step), **record})
+                self._write(EVALS, {"eval": name, "step": self.step, **self.position(self.step), **record})
 
     def score(self, name: str, value: float) -> None:
-        """Writes a score at the step reached to TensorBoard."""
+        """Shows a score at the step reached in the sinks."""
         if self.writes:
-            self._show(summary.scalar(name, value), self.step)
+            self._show(self.step, {name: value})
 
     def picture(self, name: str, pixels_HWC: np.ndarray) -> None:
-        """Writes an image, RGB between 0 and 1, to TensorBoard."""
-        if self.writes:
-            self._show(summary.image(name, pixels_HWC, dataformats="HWC"), self.step)
+        """Shows an image, RGB between 0 and 1, in the sinks."""
+        for sink in self.sinks if self.writes else ():
+            sink.picture(self.step, name, pixels_HWC)
 
-    def _show(self, what, step: int) -> None:
-        """Writes a summary of tensorboardX to TensorBoard's file."""
-        self.events_file.write(_as_record(Event(step=step, summary=what)))
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows those of the values that are finite in the sinks."""
+        finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
+        for sink in self.sinks:
+            sink.scalars(step, finite)
 
-    def _write(self, file: Appended, record: Mapping) -> None:
+    def _write(self, name: str, record: Mapping) -> None:
         """Writes a line of strict JSON, in which NaN and infinity become null."""
+        file = self.files[name]
         finite = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in record.items()}
         if file.write((json.dumps(finite, allow_nan=False) + "\n").encode()):
             self.say(f"{file.path} was removed or replaced while the run was going on; all of it is written again")
@@ -154,7 +161,7 @@ class Metrics:
         """Tries once more to write lines that did not fit on the disk."""
         if self.writes:
             with contextlib.suppress(OSError):
-                self.steps_file.write(b"")
+                self.files[METRICS].write(b"")
 
     def say(self, *lines: str) -> None:
         """Prints lines to stdout, above the progress bar."""
@@ -166,8 +173,8 @@ class Metrics:
 
     def close(self) -> None:
         self.bar.close()
-        for file in (self.steps_file, self.evals_file, self.events_file) if self.writes else ():
-            file.close()
+        for output in (*self.files.values(), *self.sinks) if self.writes else ():
+            output.close()
 
 
 def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
@@ -203,28 +210,6 @@ def _continue(path: Path, keep: Callable[[int], bool]) -> Appended:
         lines = [(line, _step_of(line)) for line in path.read_bytes().splitlines()]
         files.write_atomically(path, b"".join(line + b"\n" for line, step in lines if step is not None and keep(step)))
     return Appended(path)
-
-
-def _open_events(folder: Path, start: int) -> Appended:
-    """A new event file in `folder` of a run that goes on from step `start`: TensorBoard hides later steps of older files.
-
-    A writer in the background, such as tensorboardX has, would lose what a kill finds in its queue.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.from{start}"
-    file = Appended(folder / name)
-    file.write(_as_record(Event(file_version="brain.Event:2")))
-    file.write(_as_record(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START))))
-    return file
-
-
-def _as_record(event: Event) -> bytes:
-    """A record of an event file: its length in 8 bytes, 4 of checksum, the event, 4 of checksum."""
-    event.wall_time = time.time()
-    content = event.SerializeToString()
-    length = struct.pack("<Q", len(content))
-    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
-    return length + sums[0] + content + sums[1]
 
 
 def set_aside(workdir: Path, start: int, replayed: int) -> list[str]:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Config, StageConfig
 from hybrid_attn.model import Execution, execution_on, init
 from hybrid_attn.parallel.mesh import TOKENS_BT
-from hybrid_attn.train import average, spikes, trainable
+from hybrid_attn.train import average, spikes, statistics, trainable
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.objectives.objective import Extra, Objective
 from hybrid_attn.train.optim import optimiser
@@ -89,7 +89,8 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     More microbatches compute the same step in less memory. The norms are those of the gradient, which the parameters that the
     stage trains have, and of all new parameters, which an update that is not finite makes so as well; the norm of the update
     itself would keep the whole update in memory. With `optim.spike_factor` the state after a spike is `after_skipped_step`, and
-    `consecutive_spikes` is a metric. ValueError for an objective that is not in `OBJECTIVES`.
+    `consecutive_spikes` is a metric. With `execution.statistics` the metrics have those of `statistics.of_step` too, under
+    "statistics". ValueError for an objective that is not in `OBJECTIVES`.
     """
     objective, tx, stage_extras = objective_of(config), optimiser(config), extras_of_stage(config)
     rate = schedule(config.optim, config.pieces)
@@ -97,16 +98,19 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         (loss, sums), grads = loss_and_gradient(config, execution, objective, state, batch)
-        params, opt_state = trainable.apply_gradient(tx, grads, state.opt_state, state.params)
+        updates, params, opt_state = trainable.apply_gradient(tx, grads, state.opt_state, state.params)
         extras = {name: extra.update(state.extras[name], params, sums, state.step + 1) for name, extra in stage_extras.items()}
-        new = TrainState(state.step + 1, params, opt_state, state.extras | extras)
+        new, measured = TrainState(state.step + 1, params, opt_state, state.extras | extras), {}
         metrics = {"loss": loss, **objective.metrics(sums, batch), "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
         if config.optim.spike_factor is not None:
             is_spike, history = spikes.judge(config.optim, state.extras[spikes.NAME], metrics)
             new = jax.tree.map(functools.partial(jnp.where, is_spike), after_skipped_step(state), new)
             new = new._replace(extras=new.extras | {spikes.NAME: history})
             metrics["consecutive_spikes"] = history["consecutive"]
-        return new, metrics | {"param_norm": optax.tree.norm(new.params)}
+        if execution.statistics:
+            trees = {"param_norm": new.params, "grad_norm": grads, "update_norm": updates}
+            measured["statistics"] = statistics.of_step(config.model, sums, trees)
+        return new, metrics | {"param_norm": optax.tree.norm(new.params)} | measured
 
     return step
 
@@ -116,9 +120,12 @@ def executions(config: Config, platform: str) -> list[Execution]:
     return [execution_on(platform, stage.model, stage.train) for stage in config.each_stage]
 
 
-def make_steps(config: Config, of_stages: Sequence[Execution]) -> list[Step]:
-    """The step of each stage with its execution; a program that stages share is compiled once."""
-    pairs = [*zip(config.each_stage, of_stages, strict=True)]
+def make_steps(config: Config, of_stages: Sequence[Execution], *, statistics: bool = False) -> list[Step]:
+    """The step of each stage with its execution; a program that stages share is compiled once.
+
+    Steps with `statistics` are other programs, which change the state in the same way.
+    """
+    pairs = [(stage, x._replace(statistics=statistics)) for stage, x in zip(config.each_stage, of_stages, strict=True)]
     steps = {pair: make_step(*pair) for pair in pairs}
     return [steps[pair] for pair in pairs]
 
@@ -126,7 +133,8 @@ def make_steps(config: Config, of_stages: Sequence[Execution]) -> list[Step]:
 def loss_and_gradient(config: StageConfig, execution: Execution, objective: Objective, state: TrainState, batch: dict):
     """((loss, the objective's sums), gradient) of a batch, computed over its microbatches one after the other.
 
-    The gradient of a parameter that the stage does not train is None.
+    The gradient of a parameter that the stage does not train is None. Statistics of the layers, if they are measured, have the
+    microbatch as axis 0.
     """
     weight, microbatches = jnp.maximum(objective.weight(batch), 1.0), config.microbatches_of(len(batch["tokens"]))
     params = trainable.only(state.params, trainable.is_trained(config, state.params))
@@ -141,13 +149,20 @@ def loss_and_gradient(config: StageConfig, execution: Execution, objective: Obje
     if microbatches == 1:
         return gradient(params, batch)
 
+    def of_part(part):
+        (loss, sums), grads = gradient(params, part)
+        sums, measured = statistics.taken_out(sums)
+        return ((loss, sums), grads), measured
+
     def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+        new, measured = of_part(part)
+        return jax.tree.map(jnp.add, total, new), measured
 
     split = parts(batch, microbatches)
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split))
-    zeros = jax.tree.map(jnp.zeros_like, shapes[0]), jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(add, zeros, split)[0]
+    (shapes, _), _ = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(jnp.zeros_like, shapes), jax.tree.map(jnp.zeros_like, params)
+    ((loss, sums), grads), measured = jax.lax.scan(add, zeros, split)
+    return (loss, sums | measured), grads
 
 
 def after_skipped_step(state: TrainState) -> TrainState:

@@ -35,9 +35,10 @@ AVERAGED = ("loss", "bits_per_byte")
 class Loop:
     """A run between two steps: `state` is that after `step` steps.
 
-    `step_fns` are the steps of `make_step` by stage, `meshes` those that the stages run on, `batches` yields (step, batch),
-    `data_state` gives the data state after a step, and `measure` evaluates parameters and returns whether that came to its end.
-    The batches of the `skipped` steps are read and not trained on; the steps of `profile` are traced.
+    `step_fns` are the steps of `make_step` by stage, `statistics_fns` those that measure statistics, and `meshes` those that
+    the stages run on. `batches` yields (step, batch), `data_state` gives the data state after a step, and `measure` evaluates
+    parameters and returns whether that came to its end. The batches of the `skipped` steps are read and not trained on; the
+    steps of `profile` are traced.
     """
 
     config: Config
@@ -54,6 +55,7 @@ class Loop:
     skipped: Sequence[Range] = ()
     goodput: Goodput = dataclasses.field(default_factory=Goodput)
     profile: Profile = dataclasses.field(default_factory=lambda: Profile(None, Path()))
+    statistics_fns: Sequence[Callable] = ()
 
     def __post_init__(self):
         self.first = self.step + 1
@@ -75,17 +77,17 @@ class Loop:
             stage, done = self.config.stage_at(self.step)
             with jax.set_mesh(self.meshes[stage]):
                 self.enter_stage(stage, done)
-                goes_on = self.train_stage(self.step_fns[stage], self.step - done + self.config.stages[stage].steps)
+                goes_on = self.train_stage(stage, self.step - done + self.config.stages[stage].steps)
         self.trace(self.config.total_steps + 1)
         self.report()
 
-    def train_stage(self, step_fn: Callable, end: int) -> bool:
+    def train_stage(self, stage: int, end: int) -> bool:
         """Trains until step `end`, the last of a stage; False if the run must end before.
 
         The metrics of a step are read after the next step is dispatched. Parameters are evaluated every `evals.every` steps,
         and before the first step here too: an earlier process may have been stopped before their evaluation ended.
         """
-        every = self.config.evals.every
+        every, measured_every = self.config.evals.every, self.config.train.statistics_every
         while self.step < end:
             if self.stop.reached(self.step):
                 return False
@@ -100,7 +102,8 @@ class Loop:
             if is_skipped(self.step, self.skipped):
                 self.skip()
             else:
-                self.dispatch(batch, step_fn)
+                measured = measured_every is not None and self.step % measured_every == 0
+                self.dispatch(batch, (self.statistics_fns if measured else self.step_fns)[stage])
                 self.next_step.begin(self.step, self.state, batch)
             if self.checkpoints.due(self.step) and self.step < self.config.total_steps:
                 self.report()  # so that no state is saved whose loss has not been checked
@@ -194,9 +197,12 @@ class Loop:
         if self.dispatched is None:
             return
         number, metrics, compile_seconds = self.dispatched
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = jax.tree.map(float, jax.device_get(metrics))
         now = time.perf_counter()
         self.dispatched = None
+        if statistics := values.pop("statistics", None):
+            with self.stop.after_saving():
+                self.metrics.statistics(number, statistics)
         if consecutive := int(values.pop("consecutive_spikes", 0)):
             self.skip_spike(number, values, consecutive)
             return

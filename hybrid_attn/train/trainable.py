@@ -28,10 +28,11 @@ def merged(some: dict, others: dict) -> dict:
 
 def apply_gradient(
     tx: optax.GradientTransformation, grads: dict, opt_state: optax.OptState, params: dict
-) -> tuple[dict, optax.OptState]:
-    """The parameters and the optimiser state after an update.
+) -> tuple[dict, dict, optax.OptState]:
+    """The update, and the parameters and the optimiser state after it.
 
-    A parameter whose gradient is None keeps its bits, and so do its arrays in the state, such as its moments.
+    A parameter whose gradient is None has the update None and keeps its bits, and so do its arrays in the state, such as its
+    moments.
     """
     trains = jax.tree.map(lambda x: x is not None, grads, is_leaf=lambda x: x is None)
     # The zeros cost nothing: the compiler drops what only an update that is not taken needs.
@@ -44,7 +45,8 @@ def apply_gradient(
         transform_non_params=lambda _: True,
         is_leaf=_is_masked,
     )
-    return _chosen(trains, optax.apply_updates(params, updates), params), _chosen(is_new, new_state, opt_state)
+    new_params = _chosen(trains, optax.apply_updates(params, updates), params)
+    return only(updates, trains), new_params, _chosen(is_new, new_state, opt_state)
 
 
 def _is_masked(x) -> bool:

@@ -1,0 +1,102 @@
+"""What a forward pass tells about a layer: its attention logits, from a sample of queries, and its activations.
+
+The numbers of each sequence stay apart here; `train/statistics.py` sums them over layers, microbatches and sequences.
+
+Letters: B sequences, T tokens (in a shard: of this shard), Q sampled queries, N query heads, K key/value heads, H head size,
+D model.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.kernels import AttentionOptions
+from hybrid_attn.model import attention_sums
+from hybrid_attn.model.attention_sums import Block
+from hybrid_attn.parallel.context import AXIS
+from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
+
+QUERIES = 64  # sampled of each sequence, evenly spaced; over more context shards than that, one of each shard
+OUTLIER = 6.0  # root mean squares of a token's activations; of numbers from a normal distribution one in 5e8 is beyond
+
+
+class AttentionStatistics(NamedTuple):
+    """Of the sampled queries of each sequence: the largest score, and sums of the entropy and of the first token's share.
+
+    A score counts after the soft cap. The first token is that of the query's document; where the window does not reach it, its
+    share is 0. Padding is no query. A learned logit (`sink`) takes part in the softmax and is no score.
+    """
+
+    max_logit_BN: jax.Array
+    entropy_bits_BN: jax.Array
+    first_token_share_BN: jax.Array
+    queries_B: jax.Array
+
+
+class ActivationStatistics(NamedTuple):
+    """Of each sequence's tokens but for padding: sums of the mean square and of the number of outliers, beyond `OUTLIER`."""
+
+    mean_square_B: jax.Array
+    outliers_B: jax.Array
+    tokens_B: jax.Array
+
+
+class LayerStatistics(NamedTuple):
+    """`attention` is None of a layer that compares no queries with keys."""
+
+    attention: AttentionStatistics | None
+    activations: ActivationStatistics
+
+
+def of_attention(
+    options: AttentionOptions, q_BTNH: jax.Array, k_BTKH: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, sinks_N
+) -> AttentionStatistics:
+    """Of queries and keys as they enter the scores. O(Q x T) time, O(Q x KEYS) memory; nothing is differentiated.
+
+    Each shard of `context` gathers the sampled queries of all of them.
+    """
+
+    def shard(q_BTNH, k_BTKH, pos_BT, seg_BT, sinks_N):
+        (B, T, N, _), size = q_BTNH.shape, attention_sums.block_size(k_BTKH)
+        count = min(max(QUERIES // jax.lax.axis_size(AXIS), 1), T)
+        sample_Q = (2 * np.arange(count) + 1) * T // (2 * count)
+        sampled = (jax.lax.all_gather(x[:, sample_Q], AXIS, axis=1, tiled=True) for x in (q_BTNH, pos_BT, seg_BT))
+        q_BQNH, pos_BQ, seg_BQ = sampled
+
+        def block_at(at) -> Block:
+            pos_BC, seg_BC = (jax.lax.dynamic_slice_in_dim(x, at, size, 1) for x in (pos_BT, seg_BT))
+            distance_BQC = pos_BQ[..., None] - pos_BC[:, None]
+            see_BQC = (seg_BQ[..., None] == seg_BC[:, None]) & (seg_BQ[..., None] > 0) & (distance_BQC >= 0)
+            if options.window is not None:
+                see_BQC &= distance_BQC < options.window
+            return Block(see_BQC, (pos_BC == 0)[:, None], at + jnp.arange(size))
+
+        q_BKGQH = attention_sums.by_key_head(q_BQNH, k_BTKH.shape[2])
+        sums = attention_sums.over_shards(attention_sums.sums_over(options, q_BKGQH, k_BTKH, block_at, 1))
+        max_logit_BN = sums.max_BKGQ.max(-1).reshape(B, N)
+        sums, real_BQ = attention_sums.with_sinks(sums, sinks_N), seg_BQ > 0
+        shares_BKGQ = sums.interval_sums_BKGQI[..., 0] / sums.denominator_BKGQ
+        totals = (
+            jnp.where(real_BQ[:, None, None], x, 0.0).sum(-1).reshape(B, N)
+            for x in (attention_sums.entropy_bits(sums), shares_BKGQ)
+        )
+        return AttentionStatistics(max_logit_BN, *totals, real_BQ.sum(1).astype(jnp.float32))
+
+    heads = P(BATCH, "tensor")
+    return jax.shard_map(
+        shard,
+        in_specs=(HEADS_BTNH, HEADS_BTNH, TOKENS_BT, TOKENS_BT, P("tensor")),
+        out_specs=AttentionStatistics(heads, heads, heads, P(BATCH)),
+        check_vma=False,
+    )(*jax.lax.stop_gradient((q_BTNH, k_BTKH, pos_BT, seg_BT, sinks_N)))
+
+
+def of_activations(x_BTD: jax.Array, seg_BT: jax.Array) -> ActivationStatistics:
+    """Of the output of a layer; nothing is differentiated."""
+    square_BTD = jnp.square(jax.lax.stop_gradient(x_BTD).astype(jnp.float32))
+    mean_BT, real_BT = square_BTD.mean(-1), (seg_BT > 0).astype(jnp.float32)
+    outliers_BT = (square_BTD > OUTLIER**2 * mean_BT[..., None]).sum(-1)
+    return ActivationStatistics((real_BT * mean_BT).sum(1), (real_BT * outliers_BT).sum(1), real_BT.sum(1))
