@@ -63,8 +63,8 @@ def of_attention(
         (B, T, N, _), size = q_BTNH.shape, attention_sums.block_size(k_BTKH)
         count = min(max(QUERIES // jax.lax.axis_size(AXIS), 1), T)
         sample_Q = (2 * np.arange(count) + 1) * T // (2 * count)
-        sampled = (jax.lax.all_gather(x[:, sample_Q], AXIS, axis=1, tiled=True) for x in (q_BTNH, pos_BT, seg_BT))
-        q_BQNH, pos_BQ, seg_BQ = sampled
+        local = (x[:, sample_Q] for x in (q_BTNH, pos_BT, seg_BT))
+        q_BQNH, pos_BQ, seg_BQ = (jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in local)
 
         def block_at(at) -> Block:
             pos_BC, seg_BC = (jax.lax.dynamic_slice_in_dim(x, at, size, 1) for x in (pos_BT, seg_BT))
@@ -79,10 +79,8 @@ def of_attention(
         max_logit_BN = sums.max_BKGQ.max(-1).reshape(B, N)
         sums, real_BQ = attention_sums.with_sinks(sums, sinks_N), seg_BQ > 0
         shares_BKGQ = sums.interval_sums_BKGQI[..., 0] / sums.denominator_BKGQ
-        totals = (
-            jnp.where(real_BQ[:, None, None], x, 0.0).sum(-1).reshape(B, N)
-            for x in (attention_sums.entropy_bits(sums), shares_BKGQ)
-        )
+        parts = (jnp.where(real_BQ[:, None, None], x, 0.0) for x in (attention_sums.entropy_bits(sums), shares_BKGQ))
+        totals = (x.sum(-1).reshape(B, N) for x in parts)
         return AttentionStatistics(max_logit_BN, *totals, real_BQ.sum(1).astype(jnp.float32))
 
     heads = P(BATCH, "tensor")
