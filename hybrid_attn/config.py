@@ -17,6 +17,7 @@ from hybrid_attn.config_model import (
     Model,
     RopeScaling,
     Temperature,
+    output_scale,
     reach,
     rotated_dims,
     score_scale,
@@ -43,7 +44,8 @@ from hybrid_attn.trees import Table, check, check_fields, suggestion, within
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
-# Keys of `optim` that older configs lack.
+# Keys of `model` and `optim` that older configs lack.
+NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init"
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
     "ema_half_life", "spike_factor", "max_consecutive_spikes",
@@ -260,7 +262,7 @@ def completed(values: Mapping) -> dict:
     model, stages = values.get("model"), values.get("stages")
     kinds = model.get("kinds") if isinstance(model, dict) else None
     _add([values], defaults, "init_from")
-    _add([model], defaults["model"], "prefix")
+    _add([model], defaults["model"], *NEW_MODEL)
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
     _add(stages if isinstance(stages, list) else (), defaults["stages"][0], "objective", "model_changes", "lr_schedule")
     _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")

@@ -104,6 +104,7 @@ def leaves(values, path=""):
 KEYS = dict(leaves(config.to_dict(config.build(base.get_config()))))
 OPTIONAL = {"window", "chunk", "rope_theta", "attention_factor", "scale", "softcap", "logit_softcap", "store", "label", "task"}
 OPTIONAL |= {"mlp_chunk", "every", "path", "step", "ema_half_life", "spike_factor", "lr_schedule"}
+OPTIONAL |= {"mup_base_width", "mup_base_depth"}
 
 
 @pytest.mark.parametrize("path", KEYS)
