@@ -52,8 +52,8 @@ def test_depth_makes_the_ends_of_branches_smaller_and_nothing_else():
 
 
 def test_initial_values_are_those_without_multipliers_times_the_factor_of_their_spec():
-    plain = everything("LG", 5)
-    scaled = dataclasses.replace(plain, mup_base_width=8, mup_base_depth=1)
+    plain = tiny({"model.pattern": "L", "model.num_layers": 1}).model
+    scaled = dataclasses.replace(plain, mup_base_width=8, mup_base_depth=2)
     with jax.set_mesh(mesh_of(fsdp=2)):
         start = jax.jit(init, static_argnums=0)
         before, after = (flatten_dict(start(model, jax.random.key(3))) for model in (plain, scaled))
