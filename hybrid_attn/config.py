@@ -20,6 +20,7 @@ from hybrid_attn.config_model import (
     Model,
     RopeScaling,
     Temperature,
+    output_scale,
     reach,
     rotated_dims,
     score_scale,
@@ -47,7 +48,8 @@ from hybrid_attn.trees import Partial, Table, check, check_fields, suggestion, w
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
-# Keys of `optim` that older configs lack.
+# Keys of `model` and `optim` that older configs lack.
+NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init"
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
     "ema_half_life", "spike_factor", "max_consecutive_spikes", "warmup_tokens", "rollback_steps",
@@ -385,7 +387,7 @@ def completed(values: Mapping) -> dict:
     model, stages = values.get("model"), values.get("stages")
     kinds = model.get("kinds") if isinstance(model, dict) else None
     _add([values], defaults, "init_from")
-    _add([model], defaults["model"], "prefix")
+    _add([model], defaults["model"], *NEW_MODEL)
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
     _add([values.get("train")], defaults["train"], "statistics_every", "sinks")
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []

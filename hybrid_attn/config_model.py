@@ -88,6 +88,9 @@ class Model:
     logit_scale: float = within(0, 10**6, above=True)
     logit_softcap: float | None = within(0, 10**6, above=True, aliases=("final_logit_softcapping",))
     init_std: float = within(0, 100, above=True, aliases=("initializer_range",))
+    mup_base_width: int | None = within(1, 2**20)
+    mup_base_depth: int | None = within(1, MOST_LAYERS)
+    depth_init: bool
     kinds: Table[str, LayerType]
 
     def __post_init__(self):
@@ -111,6 +114,18 @@ class Model:
             f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
             f"use {self.num_heads // self.num_kv_heads * self.num_kv_heads or self.num_kv_heads} heads",
         )
+
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        by_depth = {"mup_base_depth": self.mup_base_depth, "depth_init": self.depth_init}
+        names = [f"model.{name}={value}" for name, value in by_depth.items() if value]
+        check(
+            not names or self.block in ("parallel", "pre"),
+            f"{' and '.join(names)} make the matrices that end a branch smaller, and the norm after it in "
+            f"model.block={self.block!r} undoes that; use the block 'pre' or 'parallel'",
+        )
+        check(len(names) < 2, f"{' and '.join(names)} both make branches smaller by depth; use one of them")
 
     def _check_rotation(self, letter: str) -> None:
         layer_type = self.kinds[letter]
@@ -159,6 +174,11 @@ def rotated_dims(model: Model, layer_type: LayerType) -> int:
 def score_scale(model: Model, layer_type: LayerType) -> float:
     """The factor on the products of queries and keys."""
     return model.head_dim**-0.5 if layer_type.scale is None else layer_type.scale
+
+
+def output_scale(model: Model) -> float:
+    """The factor on the products of final activations and table that are the logits, with that of µP."""
+    return model.logit_scale * (model.mup_base_width / model.d_model if model.mup_base_width else 1.0)
 
 
 def shortest_periods(letters: str) -> list[int]:

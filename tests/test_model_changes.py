@@ -20,6 +20,7 @@ FUNCTION = {
     "model.norm_eps": 1e-3,
     "model.activation": "gelu",
     "model.logit_scale": 0.5,
+    "model.mup_base_width": 16,
 }
 STAGE = {"steps": 5, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
 
@@ -85,7 +86,11 @@ def test_all_changed_fields_have_to_be_named(saved):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model.init_std": 0.5}, {"model.kinds.X": tiny().model.kinds["L"]}, {"optim.b1": 0.5, "seed": 3, "train.log_every": 7}],
+    [
+        {"model.init_std": 0.5, "model.depth_init": True},
+        {"model.kinds.X": tiny().model.kinds["L"]},
+        {"optim.b1": 0.5, "seed": 3, "train.log_every": 7},
+    ],
     ids=["initial", "type_without_layers", "others"],
 )
 def test_what_the_trained_parameters_do_not_depend_on_may_change(saved, changes, one_device):

@@ -118,6 +118,11 @@ def get_config() -> ConfigDict:
     m.logit_scale = 1.0  # Command R7B: 0.25
     m.logit_softcap = None  # Gemma 2: 30
     m.init_std = 0.08  # standard deviation; about d_model ** -0.5: at 0.02 a narrow model learns attention too slowly
+    # µP: the d_model for which init_std, optim.lr and logit_scale are as they stand here. A model that is m times as wide has
+    # matrices of init_std / sqrt(m), lr / m and logits / m: what is tuned at a small width stays good. None = no scaling.
+    m.mup_base_width = None
+    m.mup_base_depth = None  # the num_layers of which the same holds (CompleteP): branches are divided by the ratio to it
+    m.depth_init = False  # matrices that write to the residual stream start at init_std / sqrt(2 num_layers) (GPT-2)
     m.kinds = ConfigDict()  # the layer type of each letter of the prefix and the pattern
     # theta stays at 10,000: a larger one makes a hybrid worse (paper, table of RNoPE variants)
     m.kinds.L = kind(window=512, rope_theta=10_000.0)

@@ -4,6 +4,7 @@
 arrays. `defaults` has the values that the implementation of a family uses for fields that its config.json lacks.
 """
 
+import dataclasses
 import math
 import string
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ FIELDS = {
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
 }
+UNSCALED = {"mup_base_width": None, "mup_base_depth": None, "depth_init": False}  # which config.json has no fields for
 # Path of a parameter in a layer -> tensor name after `model.layers.N.`
 LAYER = {f"attention/{name}": f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")}
 LAYER |= {f"mlp/{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
@@ -121,12 +123,12 @@ def _model_of(config_json: Mapping) -> Model:
     problem = trees.not_among(values["activation"], list(ACTIVATIONS))
     check(not problem, f"the activation {values['activation']!r} of config.json {problem}")
     values["activation"] = ACTIVATIONS[values["activation"]]
-    return config.build_model(values | _layout(family.layer_types(c), c["num_hidden_layers"]))
+    return config.build_model(UNSCALED | values | _layout(family.layer_types(c), c["num_hidden_layers"]))
 
 
 def config_json(model: Model, model_type: str, max_len: int) -> dict:
     """The config.json of `model` for texts up to `max_len` tokens; ValueError with a line for each field that differs there."""
-    family = family_of(model_type)
+    family, model = family_of(model_type), trained(model)
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     values = {theirs: getattr(model, ours) for theirs, ours in (FIELDS | family.fields).items()}
     values |= {key: names[value] for key, value in values.items() if (FIELDS | family.fields)[key] == "activation"}
@@ -140,6 +142,11 @@ def config_json(model: Model, model_type: str, max_len: int) -> dict:
         lines.append(f"  model.d_model: {model.d_model} must be a multiple of {heads}, or transformers cannot open it")
     check(not lines, f"{model_type} cannot express this model (ours -> what it would be there):\n" + "\n".join(lines))
     return out
+
+
+def trained(model: Model) -> Model:
+    """The model of the same function that says nothing of how it was initialised and trained."""
+    return dataclasses.replace(model, logit_scale=config.output_scale(model), **UNSCALED)
 
 
 def expressing(model: Model) -> str:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import Model
+from hybrid_attn.config import Model, output_scale
 from hybrid_attn.kernels.softmax import soft_cap
 from hybrid_attn.model.params import Dot
 from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT
@@ -26,14 +26,14 @@ def token_losses(
 ):
     """Per token, in float32: the negative log-probability of its target [B, T] and the log-sum-exp of its logits [B, T].
 
-    Logits are logit_scale x E^T, soft-capped where the model says so; products in the dtype of x, sums in float32.
+    Logits are output_scale x E^T, soft-capped where the model says so; products in the dtype of x, sums in float32.
     `chunk` is the number of tokens of a device whose logits exist at a time. `dot` multiplies with parts of the table.
     """
 
     def shard(x_BTD, table_VD, targets_BT):
         B, T, D = x_BTD.shape
         chunk_size = min(chunk, B * T), min(table_VD.shape[0], ENTRIES)
-        settings = LogitSettings(dot, model.logit_scale, model.logit_softcap, *chunk_size)
+        settings = LogitSettings(dot, output_scale(model), model.logit_softcap, *chunk_size)
         local_n = targets_BT.reshape(-1) - jax.lax.axis_index("tensor") * table_VD.shape[0]
         lse_n, target_logit_n = _local(settings, x_BTD.reshape(-1, D), table_VD, local_n)
         max_n = jax.lax.pmax(jax.lax.stop_gradient(lse_n), "tensor")

@@ -18,6 +18,7 @@ from hybrid_attn.parallel.mesh import gathered
 
 # The mesh axis over which each logical axis of a weight is split.
 MESH_AXES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
+WIDE = ("embed", "heads", "mlp")  # logical axes that grow with the width of the model
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 # How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered
 # and in the dtype of the activations, as the second factor. It has derivatives.
@@ -30,6 +31,7 @@ class ParamSpec:
 
     `axes` are logical names (`MESH_AXES`). Tables and matrices start from N(0, std^2). The first `fan_in` axes are contracted
     with activations. `group` is the optimiser's: matrices are decayed; embeddings, norms and scalars of heads are not.
+    `width` and `depth` are those of the model over those of the base model of µP, where this weight depends on them, or else 1.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +39,8 @@ class ParamSpec:
     group: str
     std: float
     fan_in: int
+    width: float = 1.0
+    depth: float = 1.0
 
     @property
     def sharding(self) -> P:
@@ -50,6 +54,21 @@ class ParamSpec:
     def cast(self) -> bool:
         """Whether it is used in the dtype of the activations; vectors are used in float32 everywhere."""
         return self.group != VECTOR
+
+    @property
+    def reads_width(self) -> bool:
+        """Whether the sums over its fan-in have more terms in a wider model."""
+        return any(axis in WIDE for axis in self.axes[: self.fan_in])
+
+    @property
+    def writes_residual(self) -> bool:
+        """Whether its products are added to the residual stream."""
+        return self.group == MATRIX and self.axes[self.fan_in :] == ("embed",)
+
+    @property
+    def rate(self) -> float:
+        """The factor of µP on the learning rate of an optimiser that moves every entry by about the rate, such as Adam."""
+        return 1 / (self.width * self.depth)
 
     @property
     def multiplications(self) -> int:

@@ -16,13 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import kernels
-from hybrid_attn.config import LayerType, Model
+from hybrid_attn.config import LayerType, Model, output_scale
 from hybrid_attn.kernels.softmax import soft_cap
 from hybrid_attn.model import statistics
 from hybrid_attn.model.attention import Attend, Attention, attention_options
 from hybrid_attn.model.execution import Execution
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.model.mlp import GatedMLP
+from hybrid_attn.model.parametrisation import parametrised
 from hybrid_attn.model.params import Dot, Linear, Norm, ParamSpec, embedding, map_weights, weights_of
 from hybrid_attn.model.statistics import LayerStatistics
 from hybrid_attn.parallel import context
@@ -163,7 +164,7 @@ def _weights(model: Model, rngs: nnx.Rngs) -> dict:
     weights["final_norm"] = weights_of(residual_norm(model))
     if not model.tie_embeddings:
         weights["unembed"] = embedding(rngs, model.vocab_size, model.d_model, model.init_std)
-    return weights
+    return map_weights(functools.partial(parametrised, model), weights)
 
 
 def layer_names(letters: str) -> list[tuple[str, str]]:
@@ -314,7 +315,7 @@ def _final_norm_graph(model: Model) -> nnx.GraphDef:
 
 
 def unembedding(model: Model, params: dict) -> jax.Array:
-    """The [V, D] table whose products with the activations are the logits, before `logit_scale` and `logit_softcap`."""
+    """The [V, D] table whose products with the activations are the logits, before `output_scale` and `logit_softcap`."""
     return params["embed"] if model.tie_embeddings else params["unembed"]
 
 
@@ -323,4 +324,4 @@ def logits(model: Model, params: dict, x_BTD: jax.Array, dot: Dot = jax.lax.dot_
     table_VD = gathered(unembedding(model, params).astype(x_BTD.dtype))
     spec, contracted = P(*spec_of(x_BTD)[:2], "tensor"), (((2,), (1,)), ((), ()))
     products_BTV = dot(x_BTD, table_VD, contracted, preferred_element_type=jnp.float32, out_sharding=spec)
-    return soft_cap(model.logit_scale * products_BTV, model.logit_softcap)[0]
+    return soft_cap(output_scale(model) * products_BTV, model.logit_softcap)[0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.model.params import ParamSpec
+from hybrid_attn.model.params import WIDE, ParamSpec
 
 STEPS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the post above: the steepest slope at zero that stays near one
@@ -20,6 +20,17 @@ EPS = 1e-8
 def batch_axes(spec: ParamSpec) -> tuple[int, ...]:
     """The axes of one layer's weight that count separate matrices; the two others are those of a matrix."""
     return tuple(i for i, axis in enumerate(spec.axes) if axis == "heads" and "head_dim" in spec.axes)
+
+
+def rate(spec: ParamSpec) -> float:
+    """The factor of µP on the learning rate of a matrix: an update must have a spectral norm of sqrt(fan-out / fan-in).
+
+    So says arXiv 2310.17813. Of updates here it is `RMS` * sqrt(the longer axis). Where both axes of a matrix grow with the
+    width m that makes a factor of 1 / sqrt(m); where one does, as in the matrix of a head, 1 / m.
+    """
+    matrix = [axis for i, axis in enumerate(spec.axes) if i not in batch_axes(spec)]
+    both = all(axis in WIDE for axis in matrix)
+    return 1 / (spec.depth * (spec.width**0.5 if both else spec.width))
 
 
 def newton_schulz(x: jax.Array) -> jax.Array:

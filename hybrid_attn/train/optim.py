@@ -1,5 +1,6 @@
 """Optimisers."""
 
+import operator
 from collections.abc import Callable
 
 import jax
@@ -7,24 +8,45 @@ import optax
 
 from hybrid_attn.config import Config, Optim, StageConfig
 from hybrid_attn.model import specs
-from hybrid_attn.model.params import MATRIX
+from hybrid_attn.model.params import MATRIX, ParamSpec
+from hybrid_attn.train.muon import rate as rate_of_muon
 from hybrid_attn.train.muon import scale_by_muon
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.trees import choice
 
 
-def _chained(scaling: optax.GradientTransformation, optim: Optim, specs: dict, rate: optax.Schedule):
+def _chained(
+    scaling: optax.GradientTransformation,
+    optim: Optim,
+    specs: dict,
+    rate: optax.Schedule,
+    factor: Callable[[ParamSpec], float] = lambda spec: spec.rate,
+):
     """Clipping by the global norm, `scaling`, decay of the matrices apart from it (arXiv 1711.05101), and the learning rate.
 
     A step takes rate * weight_decay of a matrix off it; with independent decay (arXiv 2309.14322) rate / lr * weight_decay.
+    The `factor` of µP on the rate of a weight leaves its decay alone: every width forgets in the same number of steps.
     """
+    factors = jax.tree.map(factor, specs)
     decay = optim.weight_decay / optim.lr if optim.independent_decay else optim.weight_decay
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
-        scaling,
+        _multiplied(scaling, factors),
         optax.add_decayed_weights(decay, mask=jax.tree.map(lambda spec: spec.decay, specs)),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def _multiplied(scaling: optax.GradientTransformation, factors: dict) -> optax.GradientTransformation:
+    """`scaling` with its updates times `factors`, and with the same state."""
+    if all(factor == 1.0 for factor in jax.tree.leaves(factors)):
+        return scaling
+
+    def update(updates, state, params=None):
+        updates, state = scaling.update(updates, state, params)
+        return jax.tree.map(operator.mul, factors, updates), state
+
+    return optax.GradientTransformation(scaling.init, update)
 
 
 def _adam(optim: Optim) -> optax.GradientTransformation:
@@ -37,11 +59,12 @@ def adamw(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTran
 
 
 def muon(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for matrices, and AdamW for embeddings, norms and scalars of heads; both take the same learning rate."""
+    """Muon for matrices, and AdamW for embeddings, norms and scalars of heads; both take the same learning rate without µP."""
     is_matrix = jax.tree.map(lambda spec: spec.group == MATRIX, specs)
     matrices = jax.tree.map(lambda spec: spec if spec.group == MATRIX else optax.MaskedNode(), specs)
     transforms = {True: scale_by_muon(matrices, optim.momentum, optim.moment_dtype), False: _adam(optim)}
-    return _chained(optax.partition(transforms, is_matrix), optim, specs, rate)
+    scaling = optax.partition(transforms, is_matrix)
+    return _chained(scaling, optim, specs, rate, lambda spec: rate_of_muon(spec) if spec.group == MATRIX else spec.rate)
 
 
 def lion(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
