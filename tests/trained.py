@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from conftest import tiny
+from conftest import ONE_LAYER, tiny
 
 from configs import base
 
@@ -26,7 +26,7 @@ def config_of(corpus, **changes):
         "evals.lengths": (2.0,),
         "optim.warmup_steps": 2,
     }
-    return tiny(values | changes)
+    return tiny(ONE_LAYER | values | changes)
 
 
 def losses(workdir):
