@@ -281,7 +281,9 @@ def training_configs():
             get_config = importlib.import_module(f"configs.{path.stem}").get_config
             sized = "size" in inspect.signature(get_config).parameters
             for size in DEVICES if sized else ["small"]:
-                yield pytest.param(functools.partial(get_config, size) if sized else get_config, size, id=f"{path.stem}:{size}")
+                marks = [pytest.mark.slow] if size in ("150m", "1b") else []  # they differ from 8b in numbers alone
+                function = functools.partial(get_config, size) if sized else get_config
+                yield pytest.param(function, size, id=f"{path.stem}:{size}", marks=marks)
 
 
 @pytest.mark.parametrize("get_config, size", list(training_configs()))
