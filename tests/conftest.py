@@ -99,6 +99,10 @@ def tiny(changes=None, **kinds) -> config.Config:
     return config.build(c)
 
 
+# For tests of what is around a model: half as much to compile.
+ONE_LAYER = {"model.pattern": "L", "model.num_layers": 1, "train.remat": "none"}
+
+
 def mesh_of(data=1, fsdp=1, context=1, tensor=1, slices=1):
     """A mesh over the first devices that it needs."""
     sizes = config.Mesh(slices, data, fsdp, context, tensor)

@@ -113,11 +113,13 @@ def test_documents_whose_positions_begin_anywhere_stay_apart_where_layers_have_c
     assert_close(got, expected, 2e-6)
 
 
-@pytest.mark.parametrize("sizes", [{"context": 3}, {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 8}], ids=str)
-@pytest.mark.parametrize("scheme", context.SCHEMES)
+SHARDS = ({"context": 3}, {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 8})
+SHARDED = [(scheme, sizes) for scheme in ("halo", "gather", "ring") for sizes in SHARDS]
+SHARDED[-1] = pytest.param(*SHARDED[-1], marks=pytest.mark.slow)  # a ring of eight is in tests/test_meshes.py too
+
+
+@pytest.mark.parametrize("scheme, sizes", [*SHARDED, ("ulysses", SHARDS[1])], ids=str)  # Ulysses: not more shards than heads
 def test_it_holds_beside_other_axes_and_for_odd_numbers_of_shards(scheme, sizes):
-    if scheme == "ulysses" and sizes["context"] != 2:
-        pytest.skip("needs as many key/value heads as shards")
     assert_as_on_one_device(scheme, True, sizes, window=37 if scheme == "halo" else None)
 
 
@@ -125,7 +127,8 @@ def test_it_holds_beside_other_axes_and_for_odd_numbers_of_shards(scheme, sizes)
 def test_slices_meet_the_condition_of_splash(scheme, monkeypatch):
     monkeypatch.setattr(tpu, "INTERPRET", True)
     window = SHARD if scheme == "halo" else None
-    assert_as_on_one_device(scheme, True, window=window, kernel="splash", sinks=True, tolerance=3e-6)
+    sizes = {"context": 2}  # a slice is then before, at and after the keys of others
+    assert_as_on_one_device(scheme, True, sizes, window=window, kernel="splash", sinks=True, tolerance=3e-6)
 
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 8])

@@ -1,5 +1,7 @@
 """Answers and scores of the engine, against the forward pass and against themselves in other batches and on other meshes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,8 +45,12 @@ def all_logits(model, params, sequence):
     seg = (np.arange(size) < len(sequence))[None].astype(np.int32)
     sharding = NamedSharding(jax.sharding.get_mesh(), TOKENS_BT)
     args = (jax.device_put(x, sharding) for x in (tokens, np.arange(size, dtype=np.int32)[None], seg))
-    run = jax.jit(lambda params, *args: logits(model, params, apply(model, params, *args, REFERENCE)))
-    return np.asarray(run(params, *args))[0, : len(sequence)]
+    return np.asarray(forward(model, params, *args))[0, : len(sequence)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, *arrays):
+    return logits(model, params, apply(model, params, *arrays, REFERENCE))
 
 
 PROMPTS = sequences_of(1, 4, 5, 6, 16, 17, 40)

@@ -339,7 +339,7 @@ def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path,
         [sys.executable, "tools/evaluate.py", *arguments], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as first:  # fmt: skip
-        watch = threading.Timer(100, first.kill)
+        watch = threading.Timer(240, first.kill)
         watch.start()
         assert first.stdout.readline().startswith("one  trained at 48 tokens (")
         assert first.stdout.readline() == "one  1/8  12% of tokens  recall-recall-32\n"

@@ -6,7 +6,7 @@ from collections import namedtuple
 import jax
 import numpy as np
 import pytest
-from conftest import BATCH, REFERENCE, mesh_of, on_mesh, tiny
+from conftest import BATCH, ONE_LAYER, REFERENCE, mesh_of, on_mesh, tiny
 
 from hybrid_attn import checkpoint, config, stored
 from hybrid_attn.train import loop
@@ -16,7 +16,8 @@ from hybrid_attn.train.objectives.objective import Extra
 from hybrid_attn.train.step import init_state, make_step
 
 STAGE = {"steps": 2, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
-PLAIN, AVERAGED = tiny({"stages": [STAGE] * 2}), {"stages": [STAGE, STAGE | {"objective": "averaged"}]}
+PLAIN = tiny(ONE_LAYER | {"stages": [STAGE] * 2})
+AVERAGED = ONE_LAYER | {"stages": [STAGE, STAGE | {"objective": "averaged"}]}
 
 
 def halfway(average, params, *_):

@@ -217,13 +217,13 @@ def test_the_others_end_with_code_2_if_the_failure_of_one_is_a_wrong_input_and_e
 
 
 def test_a_silent_process_ends_the_run_and_one_that_pings_does_not(hub_of):
-    _, port = hub_of(3, silence=0.9)
+    _, port = hub_of(3, silence=1.5)
     started = joined(port, (0, 1, 2), 3)
     assert [process.hear() for process in started] == [GO] * 3
     before, over = time.monotonic(), threading.Event()
 
     def ping():
-        while not over.wait(0.15):
+        while not over.wait(0.1):
             started[0].say(ping=True)
             started[2].say(ping=True)
 
@@ -233,8 +233,8 @@ def test_a_silent_process_ends_the_run_and_one_that_pings_does_not(hub_of):
     waited = time.monotonic() - before
     over.set()
     thread.join()
-    assert 0.9 <= waited < 4
-    assert answers == [{"error": f"process 1{processes.SILENT.format(1)}", "code": 1}] * 3
+    assert 1.5 <= waited < 6
+    assert answers == [{"error": f"process 1{processes.SILENT.format(1.5)}", "code": 1}] * 3
 
 
 def test_a_failure_caused_by_a_stopped_process_is_reported_as_its_silence(hub_of):

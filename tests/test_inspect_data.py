@@ -25,6 +25,24 @@ def run(*arguments, program="inspect_data"):
 
 
 @pytest.fixture
+def shown(monkeypatch, capsys):
+    """Runs a program of tools/ in this process and returns its exit status, stdout and stderr."""
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments, program="inspect_data"):
+        status = 0
+        monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
+        with tool(program) as module, flagsaver.flagsaver():
+            try:
+                module.main(parse(sys.argv))
+            except SystemExit as end:
+                status = end.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
 def made(tmp_path):
     texts = ["a short one", "東京" * 50, "begin" + "x" * 5000 + "end"]
     lines = [json.dumps({"text": text, "from": f"label {i % 2}"}) + "\n" for i, text in enumerate(texts)]
@@ -34,7 +52,7 @@ def made(tmp_path):
     return tmp_path / "store"
 
 
-def test_a_store_is_summarised_verified_and_read(made):
+def test_a_store_is_summarised_verified_and_read(made, shown):
     done = run(str(made), "--verify", "--document=2", "--characters=9")
     assert done.returncode == 0, done.stderr
     for line in (
@@ -45,9 +63,9 @@ def test_a_store_is_summarised_verified_and_read(made):
     ):  # fmt: skip
         assert line in done.stdout.splitlines(), line
     assert "document     2: label label 0, 5,010 tokens, hash " in done.stdout
-    assert "東京" * 50 in run(str(made), "--document=1").stdout
-    assert "東京東 [...] 東京\n" not in (shown := run(str(made), "--document=1", "--characters=3").stdout)
-    assert "東京東 [...] 京東京\n" in shown
+    assert "東京" * 50 in shown(str(made), "--document=1")[1]
+    assert "東京東 [...] 東京\n" not in (cut := shown(str(made), "--document=1", "--characters=3")[1])
+    assert "東京東 [...] 京東京\n" in cut
 
 
 def test_the_loss_mask_of_a_store_and_of_a_document_is_summed_up(tmp_path, capsys):
@@ -117,35 +135,36 @@ def test_escape_characters_of_a_store_are_shown_by_their_numbers(tmp_path, capsy
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
 
 
-def test_the_batch_of_a_step_is_decoded_with_its_documents_apart(tmp_path):
+def test_the_batch_of_a_step_is_decoded_with_its_documents_apart(tmp_path, shown):
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(f"<{i}>" + "abcdefgh"[i] * 40)
     heldout = next(str(i) for i in itertools.count() if documents.content_hash(str(i).encode()) < 0.001 * 2**64)
     (tmp_path / "heldout.txt").write_text(heldout)
     paths = f'--config.data.sources.text.paths=("{tmp_path}/*.txt",)'
     sizes = ["--config.data.holdout=0.001", "--config.stages[0].seq_len=100", "--config.stages[0].batch=2"]
-    done = run("--config=configs/base.py", paths, *sizes, "--step=0")
-    assert done.returncode == 0, done.stderr
-    sequences = [line for line in done.stdout.splitlines() if line.startswith("sequence ")]
+    status, said, error = shown("--config=configs/base.py", paths, *sizes, "--step=0")
+    assert status == 0, error
+    sequences = [line for line in said.splitlines() if line.startswith("sequence ")]
     assert [x.split(", ")[1] for x in sequences] == ["number 0 of text: 100 tokens", "number 1 of text: 100 tokens"]
-    assert done.stdout.count(", from its beginning, ") == 4 and done.stdout.count("to its end\n") == 4
-    assert done.stdout.count("cut at the end of the sequence") == done.stdout.count("from the middle") == 1
-    assert sequences[1].endswith(" trained targets, 20 of padding") and all(f"<{i}>" in done.stdout for i in range(4))
+    assert said.count(", from its beginning, ") == 4 and said.count("to its end\n") == 4
+    assert said.count("cut at the end of the sequence") == said.count("from the middle") == 1
+    assert sequences[1].endswith(" trained targets, 20 of padding") and all(f"<{i}>" in said for i in range(4))
     ramp = ["--config.stages[0].batch=4", "--config.stages[0].batch_ramp=2", "--config.stages[0].batch_ramp_tokens=150"]
-    later = run("--config=configs/base.py", paths, *sizes[:2], *ramp, "--step=1").stdout.splitlines()
-    assert [line.split()[3] for line in later if line.startswith("sequence ")] == ["2", "3", "4", "5"]
+    status, other, error = shown("--config=configs/base.py", paths, *sizes[:2], *ramp, "--step=1")
+    assert status == 0, error
+    assert [line.split()[3] for line in other.splitlines() if line.startswith("sequence ")] == ["2", "3", "4", "5"]
 
 
-def test_prepare_prints_its_summary_and_its_errors_in_a_line(tmp_path):
+def test_prepare_prints_its_summary_and_its_errors_in_a_line(tmp_path, shown):
     (tmp_path / "a.txt").write_text("four")
     flags = [f"--input={tmp_path}/a.txt", f"--out={tmp_path}/store", "--label=mine", "--workers=1"]
     done = run(*flags, program="prepare_data")
     assert done.returncode == 0 and "label        mine: 1 documents, 6 tokens (100.0%)" in done.stdout
-    assert run(str(tmp_path / "store")).stdout.splitlines()[2:] == done.stdout.splitlines()
+    assert shown(str(tmp_path / "store"))[1].splitlines()[2:] == done.stdout.splitlines()
     for changed, message in [
         (["--label=other"], "was begun with label='mine', and now it is 'other'"),
         ([f"--input={tmp_path}/none*"], "matches no file"),
         (["stray"], "'stray' is no flag: flags begin with --, and text with spaces is quoted"),
     ]:
-        done = run(*flags, *changed, program="prepare_data")
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        status, _, error = shown(*flags, *changed, program="prepare_data")
+        assert status == 2 and message in error and error.count("\n") == 1, error

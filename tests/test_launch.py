@@ -19,7 +19,7 @@ LOCAL = [str(ROOT / "launch/local_processes.sh"), "2", "--", f"--config={ROOT / 
 
 def run_script(command, folder, **variables):
     env = QUIET | {"PYTHON": sys.executable, "PATH": f"{folder}:{os.environ['PATH']}"} | variables
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, cwd=folder)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=folder)
 
 
 def fake(folder, name, *lines):

@@ -221,7 +221,7 @@ def test_the_peak_of_a_known_device_is_looked_up(kind):
 def test_another_peak_is_measured_quickly_and_shared_by_the_devices_of_a_host(monkeypatch):
     before = time.perf_counter()
     peak, source = peak_flops(jax.devices()[0], "float32")
-    assert time.perf_counter() - before < 5  # a second on an idle machine
+    assert time.perf_counter() - before < 15  # a second on an idle machine
     assert source == "measured" and 1e8 < peak * jax.device_count() < 1e15
     monkeypatch.setattr(metrics_module, "_measure", lambda device, dtype: 8e9)
     assert peak_flops(jax.devices()[0], "float32") == (1e9, "measured")

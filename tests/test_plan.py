@@ -21,6 +21,7 @@ HEAD, LOCAL, GLOBAL = 8, 3, 1  # dimensions of the one key/value head; layers of
 GATHERED = S * (CONTEXT - 1) // CONTEXT  # 245,760 tokens
 CONFIG = "--config=configs/hybrid_8k.py"
 NARROW = ["--config.model.d_model=32", "--config.model.d_ff=48", "--config.stages[0].batch=4", "--config.stages[0].seq_len=256"]
+NARROW += ["--config.model.pattern=LG", "--config.model.num_layers=2"]
 QUICK = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 CASES = (("auto", False), ("gather", False), ("G=ring", True))
 

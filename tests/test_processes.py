@@ -112,7 +112,7 @@ def test_a_process_that_never_joins_is_named_by_all_that_did(folder):
         ends_of_two, ((status1, _, error1),) = ends(two), ends(alone)
     for status, _, error in ends_of_two:
         assert status == 1
-        assert "processes 1 and 3 never joined: 2 of 4 came within 6 s" in error
+        assert "processes 1 and 3 never joined: 2 of 4 came within 3 s" in error
     assert status1 == 1
     assert "process 0 never joined: nothing answered process 1 at localhost:" in error1
 

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BATCH, BLOCKED, mesh_of, on_mesh, tiny
+from conftest import BATCH, BLOCKED, ONE_LAYER, mesh_of, on_mesh, tiny
 
 from hybrid_attn.train import loop, spikes
 from hybrid_attn.train.step import init_state, make_step, skip_step
 
-CHANGES = {"optim.spike_factor": 3.0, "optim.warmup_steps": 0, "optim.ema_half_life": 0.1}
+CHANGES = ONE_LAYER | {"optim.spike_factor": 3.0, "optim.warmup_steps": 0, "optim.ema_half_life": 0.1}
 
 
 def with_weight(factor):

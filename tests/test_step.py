@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import BLOCKED, assert_close, batch_of, mesh_of, on_mesh, temporary_bytes, tiny
+from conftest import BLOCKED, ONE_LAYER, assert_close, batch_of, mesh_of, on_mesh, temporary_bytes, tiny
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.parallel.mesh import TOKENS_BT
@@ -19,7 +19,7 @@ STAGE = {"steps": 5, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}
 
 
 def config_of(microbatches):
-    return tiny({"optim.z_loss": 1e-3, "stages": [STAGE | {"microbatches": microbatches}]})
+    return tiny(ONE_LAYER | {"optim.z_loss": 1e-3, "stages": [STAGE | {"microbatches": microbatches}]})
 
 
 def stepped(mesh, microbatches, batch=BATCH):
@@ -59,7 +59,7 @@ def test_a_state_has_one_type_before_and_after_a_step_or_the_second_step_would_b
 
 
 def test_a_skipped_step_moves_the_schedule_on_and_nothing_else(one_device):
-    c = tiny({"optim.warmup_steps": 4})
+    c = tiny(ONE_LAYER | {"optim.warmup_steps": 4})
     state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c.at(0), BLOCKED)
     state, first = step(state, on_mesh(BATCH))
     before = jax.device_get(state)
@@ -80,7 +80,7 @@ def test_a_skipped_step_moves_the_schedule_on_and_nothing_else(one_device):
 
 
 def test_the_norm_of_the_parameters_is_of_those_that_the_update_gives(one_device):
-    c = tiny()
+    c = tiny(ONE_LAYER)
     state = jax.jit(init_state, static_argnums=0)(c)
     before = jax.device_get(state.params)
     state, metrics = make_step(c.at(0), BLOCKED)(state, on_mesh(BATCH))

@@ -92,7 +92,7 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_and_sigterm_save_and_exit_0(corpus, tmp_path, number):
     command = [*PROGRAM, f"--workdir={tmp_path}", f"--config.data.sources.text.paths=('{corpus}',)", *SMALL]
     quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}

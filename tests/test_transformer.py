@@ -283,7 +283,8 @@ def training_configs():
             has_argument = "size" in inspect.signature(get_config).parameters or path.stem in OTHERS
             for size, devices in OTHERS.get(path.stem, DEVICES if has_argument else {"small": 1}).items():
                 getter = functools.partial(get_config, size) if has_argument else get_config
-                yield pytest.param(getter, devices, id=f"{path.stem}:{size}")
+                marks = [pytest.mark.slow] if size in ("150m", "1b") else []  # they differ from 8b in numbers alone
+                yield pytest.param(getter, devices, id=f"{path.stem}:{size}", marks=marks)
 
 
 @pytest.mark.parametrize("get_config, devices", list(training_configs()))

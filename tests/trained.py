@@ -5,7 +5,7 @@ import os
 import signal
 from pathlib import Path
 
-from conftest import tiny
+from conftest import ONE_LAYER, tiny
 
 from configs import base
 from hybrid_attn.train.metrics import Metrics
@@ -29,7 +29,7 @@ def config_of(corpus, **changes):
         "evals.lengths": (2.0,),
         "optim.warmup_steps": 2,
     }
-    return tiny(values | changes)
+    return tiny(ONE_LAYER | values | changes)
 
 
 def losses(workdir):

@@ -148,11 +148,20 @@ def miss_a_file_of_a_stopped_process(folder: Path, peers) -> None:
     peers.fail("no such file", 2, "looked for the file")
 
 
+def meet(folder: Path, number: str) -> None:
+    """Waits for processes 0 to 2: what they import may take one of them longer than the timeout of another."""
+    (folder / f"imported{number}").touch()
+    while not all((folder / f"imported{i}").exists() for i in range(3)):
+        time.sleep(0.01)
+
+
 def main(part: str, address: str, count: str, number: str, devices: str, folder: str) -> None:
     jax.config.update("jax_num_cpu_devices", int(devices))
     jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
     try:
-        timeout = 6 if part == "join" else 120
+        if part == "join":
+            meet(Path(folder), number)
+        timeout = 3 if part == "join" else 120
         silence = 4 if part == "wait_for_a_stopped_process" else processes.SILENCE
         peers = processes.start(address, int(count), int(number), timeout, silence)
     except OSError as error:
