@@ -2,7 +2,8 @@
 
 No field has a default here: `configs/base.py` of this package holds every default with its unit and its reason.
 `build` turns the nested mapping of a config file into a `Config`; an error names the key that is wrong.
-The parts are in `config_model.py` and `config_training.py`; this module has their names too.
+The parts are in `config_model.py` and `config_training.py`, and what older configs lack in `config_older.py`; this module has
+their names too.
 """
 # ruff: noqa: F401 (the names of the parts)
 
@@ -10,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from hybrid_attn import trees
@@ -26,6 +27,7 @@ from hybrid_attn.config_model import (
     score_scale,
     shortest_periods,
 )
+from hybrid_attn.config_older import RENAMED_CONTEXT, completed, upgraded
 from hybrid_attn.config_training import (
     HOPS,
     QUERIES,
@@ -48,23 +50,12 @@ from hybrid_attn.trees import Partial, Table, check, check_fields, suggestion, w
 
 REMAT = ("layer", "none", "attention", "offload")  # the first of each is the default of layer types that a config does not name
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
-# Keys of `model` and `optim` that older configs lack.
-NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init"
-NEW_OPTIM = (
-    "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
-    "ema_half_life", "spike_factor", "max_consecutive_spikes", "warmup_tokens", "rollback_steps",
-)  # fmt: skip
 # Keys that a stage may override; those of the model and of the optimiser only if the arrays of the state stay the same.
 OF_STAGES = (
     "model.*", "mesh.*", "data.packing", "data.sources.*.min_length",
     "optim.b1", "optim.b2", "optim.eps", "optim.momentum", "optim.weight_decay", "optim.clip_norm", "optim.z_loss",
     "train.dtype", "train.remat", "train.context", "train.zigzag", "train.kernel", "train.loss_chunk", "train.mlp_chunk",
 )  # fmt: skip
-# Keys of a stage that older configs lack.
-NEW_STAGE = (
-    "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
-)  # fmt: skip
-RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
 def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
@@ -381,42 +372,9 @@ def build_checkpoint_config(values: Mapping) -> CheckpointConfig:
     return trees.build(CheckpointConfig, {key: x for key, x in values.items() if key in groups}, "config")
 
 
-def completed(values: Mapping) -> dict:
-    """The nested dict of a config; keys that older ones lack get their defaults, the only choice when those were written."""
-    values, defaults = trees.plain(values), trees.plain(base.get_config())
-    model, stages = values.get("model"), values.get("stages")
-    kinds = model.get("kinds") if isinstance(model, dict) else None
-    _add([values], defaults, "init_from")
-    _add([model], defaults["model"], *NEW_MODEL)
-    _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
-    _add([values.get("train")], defaults["train"], "statistics_every", "sinks")
-    stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
-    _add(stages, defaults["stages"][0], *NEW_STAGE)
-    _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")
-    _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
-    return values
-
-
-def _add(groups: Iterable, defaults: Mapping, *keys: str) -> None:
-    """Adds those of the `keys` that a group lacks. `build` refuses what is no group."""
-    for group in groups:
-        if isinstance(group, dict):
-            group |= {key: defaults[key] for key in keys if key not in group}
-
-
 def with_override(values: Mapping, stage: int) -> dict:
     """The nested dict of a config, with the override of a stage put over its groups."""
     return trees.merged(values, values["stages"][stage]["override"])
-
-
-def upgraded(values: Mapping) -> dict:
-    """The nested dict of a checkpoint's config with today's keys: `completed`, and with new names for old ones."""
-    values = completed(values)
-    train = values.get("train")
-    if isinstance(train, dict) and "balance" in train:
-        train["zigzag"] = train.pop("balance")
-        train["context"] = train["context"].replace(*RENAMED_CONTEXT)
-    return values
 
 
 def build_model(values: Mapping) -> Model:

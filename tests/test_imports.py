@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybrid_attn"
 OUTSIDE = {"tools", "launch", "configs", "tests"}
 # A room and the rooms that it may import: those to its left, and what it needs from the side.
-CONFIG = ("config_model", "config_training", "config")
+CONFIG = ("config_model", "config_older", "config_training", "config")
 LEFT_TO_RIGHT = ("trees", *CONFIG, "kernels", "parallel", "model", "infer", "evals", "train")
 ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
-ALLOWED["config"] |= {"configs"}  # the defaults of keys that older configs lack
+ALLOWED["config"] |= {"configs"}
+ALLOWED["config_older"] |= {"configs"}  # the defaults of keys that older configs lack
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
 ALLOWED |= {room: set() for room in ("quiet", "characters")} | {"files": {"trees"}}
 ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet", "characters"}, "stored": {"files"}}

@@ -1,0 +1,50 @@
+"""Configs of older versions of this program: the keys that they lack, and today's names of the keys that they have."""
+
+from collections.abc import Iterable, Mapping
+
+from hybrid_attn import trees
+from hybrid_attn.configs import base
+
+# Keys that older configs lack: of the model, of the optimiser, of a stage.
+NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init"
+NEW_OPTIM = (
+    "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
+    "ema_half_life", "spike_factor", "max_consecutive_spikes", "warmup_tokens", "rollback_steps",
+)  # fmt: skip
+NEW_STAGE = (
+    "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
+)  # fmt: skip
+RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
+
+
+def completed(values: Mapping) -> dict:
+    """The nested dict of a config; keys that older ones lack get their defaults, the only choice when those were written."""
+    values, defaults = trees.plain(values), trees.plain(base.get_config())
+    model, stages = values.get("model"), values.get("stages")
+    kinds = model.get("kinds") if isinstance(model, dict) else None
+    _add([values], defaults, "init_from")
+    _add([model], defaults["model"], *NEW_MODEL)
+    _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
+    _add([values.get("train")], defaults["train"], "statistics_every", "sinks")
+    stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    _add(stages, defaults["stages"][0], *NEW_STAGE)
+    _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")
+    _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
+    return values
+
+
+def _add(groups: Iterable, defaults: Mapping, *keys: str) -> None:
+    """Adds those of the `keys` that a group lacks. `build` refuses what is no group."""
+    for group in groups:
+        if isinstance(group, dict):
+            group |= {key: defaults[key] for key in keys if key not in group}
+
+
+def upgraded(values: Mapping) -> dict:
+    """The nested dict of a checkpoint's config with today's keys: `completed`, and with new names for old ones."""
+    values = completed(values)
+    train = values.get("train")
+    if isinstance(train, dict) and "balance" in train:
+        train["zigzag"] = train.pop("balance")
+        train["context"] = train["context"].replace(*RENAMED_CONTEXT)
+    return values
