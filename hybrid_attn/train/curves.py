@@ -79,7 +79,8 @@ def picture(lines: Sequence[Mapping], edges: Mapping[int, str]) -> "Figure":
     window = max(steps[-1] // 50, 1)
     mean = smoothed(steps, loss, window)
     above.plot(steps, loss, alpha=0.3, linewidth=1, color="C0", marker="." if len(steps) == 1 else None)
-    above.plot(steps, mean, linewidth=1.6, color="C0", label=f"mean of {window:,} steps; the last is {mean[-1]:.4g}")
+    of = f"mean of {window:,} steps; " if window > 1 else ""
+    above.plot(steps, mean, linewidth=1.6, color="C0", label=f"{of}the last is {mean[-1]:.4g}")
     above.set(ylabel="loss (nats per token)")
     above.legend(frameon=False, loc="upper right")
     below.plot(*zip(*points(lines, "step", "lr"), strict=True), color="C1", linewidth=1.6)
