@@ -5,9 +5,10 @@
 
 30,000 steps at 8K tokens, 10,000 at 32K, 5,000 at 128K and 5,000 at 256K. Theta and window of the local layers stay as they
 are, and the global layers have no positions: nothing of the model changes with the length, only the mesh does. The full size
-has 111 B parameters. Its meshes are for 1,024 devices, where its 2.1e11 tokens, 1.6e23 FLOPs, take 4.5 days at 40% of
-989 TFLOP/s. Tokens in a batch were not published. tiny has the ratios of the lengths and of the steps, and ends at a held-out
-loss of 3.04 bits per byte at 8,192 tokens (that of configs/hybrid_8k.py, with 8,192 tokens in all of its 300 steps: 3.17).
+has 111 B parameters, and meshes for 1,024 devices: tools/show_recipe.py computes 1.6e23 FLOPs for its 2.1e11 tokens, 10 days on
+TPU v5p at 40% of the peak, and up to 81 GB of a device. Tokens in a batch were not published. tiny has the ratios of the
+lengths and of the steps, and ends at a held-out loss of 3.04 bits per byte at 8,192 tokens (configs/hybrid_8k.py, with 8,192
+tokens in all of its 300 steps, ends at 3.17).
 """
 
 from configs.models import command_a

@@ -186,7 +186,7 @@ def test_shrunken_forms_of_the_shipped_configs_train(name, texts, tmp_path, monk
 
 COMMAND = re.compile(r"(?:--config=|CONFIG=)(configs/[\w/]+\.py(?::\w+)?)(.*)")
 TEXTS = ("Makefile", "*.md", "docs/**/*.md", "launch/*.*", "tools/*.py", "hybrid_attn/commands/*.py", "configs/**/*.py")
-WITHOUT_DATA = ("tools/plan.py", "tools/import_hf.py")
+WITHOUT_DATA = ("tools/plan.py", "tools/import_hf.py", "tools/show_recipe.py")
 
 
 def test_every_command_of_the_documentation_names_a_config_and_the_tokenizer_that_its_vocabulary_needs(monkeypatch):

@@ -75,7 +75,7 @@ def test_ctrl_c_before_the_first_step_is_compiled_ends_the_run_at_once(corpus, t
         signal.raise_signal(signal.SIGINT)
         pytest.fail("goes on")
 
-    monkeypatch.setattr(loop, place, lambda *_: [interrupt] if place == "make_steps" else interrupt())
+    monkeypatch.setattr(loop, place, lambda *_, **__: [interrupt] if place == "make_steps" else interrupt())
     with pytest.raises(KeyboardInterrupt):
         loop.train(config_of(corpus), tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
