@@ -6,22 +6,32 @@
 The checkpoint is a run's or one of tools/import_hf.py, and gives the model, the data, the mesh and the optimiser. Each stage
 has four times the length of the one before, as many tokens in a step, and a tenth of the steps of the training. Local layers
 keep their theta and their window, and global layers without positions need nothing: that is how the family is extended (arXiv
-2501.18795, 2504.00698). A global layer with RoPE gets YaRN for its new length (arXiv 2309.00071). The rate rises again to a
-tenth of the highest rate of the training and falls to a hundredth of that. The text must have documents of the new length:
-tools/prepare_data.py prints their lengths.
+2501.18795, 2504.00698). A global layer with RoPE gets YaRN for its new length (arXiv 2309.00071); if it has a scaling, that
+one grows. The rate rises again to a tenth of the highest rate of the training and falls to a hundredth of that. The text must
+have documents of the new length: tools/prepare_data.py prints their lengths.
 """
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from hybrid_attn import checkpoint, config
 from hybrid_attn.configs import base
 from hybrid_attn.evals.provenance import trained_length
 from hybrid_attn.infer import loading
+from hybrid_attn.train.schedule import schedule
 
 MOST_STEPS = 5_000  # of a stage, those of Command A at its greatest lengths
 IMPORTED_STEPS = 1_000  # of a stage, where the training of the checkpoint is not known
+
+
+def scaled(scaling: config.RopeScaling, factor: int, length: int) -> dict:
+    """The keys of a RoPE scaling for `factor` times the trained `length`; one that is there already grows."""
+    if scaling.type != "none":
+        return {"factor": scaling.factor * factor}
+    return {"type": "yarn", "factor": float(factor), "original_len": length}
 
 
 def get_config(argument: str):
@@ -32,14 +42,16 @@ def get_config(argument: str):
     directory = loading.find(directory)
     step = loading.step_of(directory, step)
     saved = loading.saved_of(directory, step)
-    values, done = checkpoint.read_config(directory, step), sum(saved.stage_steps)
+    index, done = max(len(saved.stage_steps) - 1, 0), sum(saved.stage_steps)
+    values = checkpoint.read_config(directory, step)
+    trained, of_stage = config.build(values), config.with_override(values, index)
     length, _ = trained_length(saved.config, Path(directory), done)
     c = base.get_config()
     for group in ("model", "data", "train", "mesh", "optim"):
-        c[group] = ConfigDict(values[group])
-    c.model = ConfigDict(config.to_dict(saved.config.model))
+        c[group] = ConfigDict(of_stage[group])
     c.init_from.path, c.init_from.step = path, step
-    old, rate = saved.config.stages[-1], c.optim.lr / 10
+    rates = jax.vmap(schedule(trained.optim, trained.pieces))(jnp.arange(max(done, 1)))
+    old, rate = saved.config.stages[index], float(rates.max()) / 10 if done else c.optim.lr / 10
     steps = min(max(done // 10, 20), MOST_STEPS) if done else IMPORTED_STEPS
     with_rope = [name for name, x in saved.config.model.kinds.items() if x.rope_theta and not (x.window or x.chunk)]
     c.stages = []
@@ -47,8 +59,13 @@ def get_config(argument: str):
         stage = base.get_config().stages[0]
         stage.seq_len, stage.steps, stage.batch = factor * length, steps, max(old.batch * old.seq_len // (factor * length), 1)
         stage.lr_schedule = base.lr_schedule(shape="linear", start=rate, end=rate / 100, warmup_steps=steps // 10)
-        yarn = {"type": "yarn", "factor": float(factor), "original_len": length}
-        stage.override = base.override({f"model.kinds.{x}.rope_scaling.{key}": y for x in with_rope for key, y in yarn.items()})
+        stage.override = base.override(
+            {
+                f"model.kinds.{letter}.rope_scaling.{key}": value
+                for letter in with_rope
+                for key, value in scaled(saved.config.model.kinds[letter].rope_scaling, factor, length).items()
+            }
+        )
         stage.mixture = ConfigDict(dict(old.mixture))
         c.stages = [*c.stages, stage]
     return c

@@ -56,6 +56,7 @@ OF_STAGES = (
     "optim.b1", "optim.b2", "optim.eps", "optim.momentum", "optim.weight_decay", "optim.clip_norm", "optim.z_loss",
     "train.dtype", "train.remat", "train.context", "train.zigzag", "train.kernel", "train.loss_chunk", "train.mlp_chunk",
 )  # fmt: skip
+OF_INITIAL_VALUES = "model.init_std", "model.depth_init", "model.mup_base_width", "model.mup_base_depth"  # of all stages
 
 
 def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
@@ -273,7 +274,7 @@ def _overridden(group, changes: Mapping, path: str):
 
 def _check_override(path: str, override: Mapping) -> None:
     for key in trees.flat(override):
-        ok = any(fnmatchcase(key, pattern) for pattern in OF_STAGES)
+        ok = any(fnmatchcase(key, pattern) for pattern in OF_STAGES) and key not in OF_INITIAL_VALUES
         others = "" if key.startswith(("model", "mesh")) else f"; of {key.split('.')[0]} a stage may override "
         others += ", ".join(pattern for pattern in OF_STAGES if pattern.split(".")[0] == key.split(".")[0])
         check(ok, f"{path}.{key}: all stages share {key}{others}")

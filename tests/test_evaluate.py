@@ -80,7 +80,7 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
     said = capsys.readouterr().out.splitlines()
     read = {length: -(-300 // length) * length for length in (32, 96)}  # tokens of a unit: rows are whole
     share = read[32] / (5 * sum(read.values()))
-    assert said[0] == "one  trained at 48 tokens (seq_len of the last stage of the checkpoint's config)"
+    assert said[0] == "one  trained at 48 tokens (seq_len of the checkpoint's stage)"
     assert said[1] == f"one  1/10  {share:.0%} of tokens  position-text-32" and said[-1] == f"report  {tmp_path}/report.html"
     assert [line.split()[0] for line in said[:22]] == ["one"] * 11 + ["two"] * 11
     assert said[10].startswith("one  10/10  100% of tokens")

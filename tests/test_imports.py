@@ -83,7 +83,7 @@ def test_nobody_imports_programs_or_configs():
     assert programs
     for path in (*FILES, PACKAGE / "__init__.py", *programs):
         assert not {name.split(".")[0] for name in imported(path)} & OUTSIDE, path
-    readers = {"extend": {"checkpoint", "config", "evals", "infer"}}  # its model is that of a checkpoint
+    readers = {"extend": {"checkpoint", "config", "evals", "infer", "train"}}  # its model is that of a checkpoint
     for path in (ROOT / "configs").rglob("*.py"):
         assert rooms_of(imported(path)) <= {"configs"} | readers.get(path.stem, set()), path
 

@@ -14,6 +14,7 @@ from configs import base
 from hybrid_attn import config
 from hybrid_attn.data import documents, pipeline
 from hybrid_attn.data.tokenizer import load_tokenizer
+from hybrid_attn.evals.provenance import trained_length
 from hybrid_attn.infer import loading
 from hybrid_attn.train import loop
 from hybrid_attn.train.evaluation import Evaluations
@@ -63,6 +64,7 @@ def test_a_group_may_be_dropped_by_none():
         ({"train.context": "G=halo"}, "stages[1].override: train.context: G=halo needs a window or a chunk"),
         ({"mesh.fsdp": -1}, "stages[1].override.mesh: mesh axes data and fsdp are both -1"),
         ({"data.sources.txt.min_length": 5}, "stages[1].override.data.sources.txt: there is no 'txt'; did you mean 'text'?"),
+        ({"model.init_std": 0.5}, "stages[1].override.model.init_std: all stages share model.init_std"),
         ({"seed": 3}, "unknown key config.stages[1].override.seed; did you mean config.seed?"),
     ],
 )
@@ -145,6 +147,7 @@ def test_a_checkpoint_is_read_with_the_model_of_its_stage(straight):
     with jax.set_mesh(mesh_of()):
         windows = {step: loading.load(workdir, step).config.model.kinds["L"].window for step in (2, 4, STEPS)}
     assert windows == {2: 5, 4: 9, STEPS: 9}
+    assert [trained_length(c, workdir, step)[0] for step in (2, 4)] == [48, 96]
     assert json.loads((workdir / "config.json").read_text())["model"]["kinds"]["L"]["window"] == 5
 
 

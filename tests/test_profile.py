@@ -51,3 +51,13 @@ def test_operations_of_a_layer_have_the_letter_of_its_type_in_their_names(one_de
     lowered = jax.jit(losses, static_argnums=(0, 3)).lower(model, random_params(model), on_mesh(BATCH), BLOCKED)
     text = lowered.as_text(debug_info=True)
     assert all(f"{name}/" in text for name in ("L/L0", "G/G1", "L/L2", "G/G3"))
+
+
+def test_steps_are_traced_once_also_by_a_run_that_goes_back_to_them(tmp_path, monkeypatch):
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, lambda *_, **__: None)
+    traced = profile.Profile((3, 4), tmp_path)
+    assert traced.begins(3)
+    traced.start()
+    assert traced.ends(5) and traced.stop() == f"profile      steps 3 to 4: xprof --logdir={tmp_path}"
+    assert not traced.begins(3) and not traced.ends(5)

@@ -69,12 +69,19 @@ def test_a_checkpoint_is_extended_with_its_own_layers_and_yarn_for_global_rope_a
     assert [stage.batch for stage in c.stages] == [4, 1]
     saved = checkpoint.read_config(trained / "checkpoints")
     assert [stage.steps for stage in c.stages] == [30, 30]
-    assert [x.lr_schedule.start for x in c.stages] == [saved["optim"]["lr"] / 10] * 2
+    assert [x.lr_schedule.start for x in c.stages] == pytest.approx([saved["optim"]["lr"] / 10] * 2)
     for factor, stage in zip((4.0, 16.0), c.each_stage, strict=True):
         kinds = stage.model.kinds
         assert (kinds["L"], kinds["G"]) == (config.build(saved).model.kinds["L"], config.build(saved).model.kinds["G"])
         scaling = kinds["R"].rope_scaling
         assert (scaling.type, scaling.factor, scaling.original_len) == ("yarn", factor, 32)
+
+
+def test_a_scaling_that_a_layer_has_already_grows():
+    scaling = (
+        tiny(R={"rope_theta": 100.0, "rope_scaling.type": "yarn", "rope_scaling.factor": 4.0}).model.kinds["R"].rope_scaling
+    )
+    assert extend.scaled(scaling, 4, 64) == {"factor": 16.0}
 
 
 @pytest.mark.slow

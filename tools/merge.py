@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags
 from flax.traverse_util import unflatten_dict
 
-from hybrid_attn import checkpoint, files, merge, programs, stored, trees
+from hybrid_attn import checkpoint, config, files, merge, programs, stored, trees
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.convert import hf
 from hybrid_attn.infer import loading
@@ -142,7 +142,7 @@ def shapes_of(merged: Sequence[Model]) -> dict[str, tuple[int, ...]]:
 
 def differences(merged: Sequence[Model]) -> list[str]:
     """Lines for the fields of the model in which checkpoints differ from the first; they have the same arrays."""
-    first, *others = (checkpoint.read_config(x.directory, x.step)["model"] for x in merged)
+    first, *others = (config.to_dict(x.saved.config.model) for x in merged)
     notes = zip(merged[1:], (trees.differences(first, other, "model.") for other in others), strict=True)
     return [f"{merged[0].name} -> {model.name}: {line}" for model, lines in notes for line in lines]
 

@@ -62,11 +62,12 @@ def trained(c: Config, data: TrainingData, factor: float = 1.0) -> Iterator[tupl
 
     First comes the state before the first step, without a loss. A step donates the state before it.
     """
-    mesh = make_mesh(c.mesh)
-    fit.check(c, mesh.shape)
+    c = dataclasses.replace(c, stages=c.stages[:1])
+    mesh = make_mesh(c.at(0).mesh)
+    fit.check(c, mesh.size)
     with jax.set_mesh(mesh):
         state, step = jax.jit(init_state, static_argnums=0)(c), make_step(c.at(0))
-        for number, batch in pipeline.batches(c, data.stages, mesh, 0):
+        for number, batch in pipeline.batches(c, data.stages, [mesh], 0):
             if number == 0:
                 yield state, batch, None
             state, loss = step(state, batch, factor)

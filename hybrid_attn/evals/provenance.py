@@ -20,7 +20,7 @@ def provenance(
 ) -> dict:
     """What run.json says of the model of `c` at `step`. `values` are its full config."""
     _, _, execution, mesh, tokenizer = context.eval_model
-    model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[-1].seq_len}
+    model = {"layers": c.model.layers, "parameters": flops.parameters(c.model), "seq_len": c.stages[c.last_stage(step)].seq_len}
     model["kinds"] = layers.names({letter: c.model.kinds[letter] for letter in sorted(set(c.model.layers))})
     return {
         "checkpoint": checkpoint,
@@ -49,7 +49,7 @@ def trained_length(c: config.CheckpointConfig, checkpoints: Path, steps: int) ->
         length = config.longest_text(values, path)
         if length is not None:
             return length, f"max_position_embeddings of {IMPORTED_FILES}/config.json"
-    return c.stages[-1].seq_len, "seq_len of the last stage of the checkpoint's config"
+    return c.stages[c.last_stage(steps)].seq_len, "seq_len of the checkpoint's stage"
 
 
 def revision(file: Path) -> str:

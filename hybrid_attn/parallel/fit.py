@@ -11,7 +11,10 @@ def check(c: config.Config, num_devices: int) -> None:
     """ValueError where the batches, sequences or parameters of a stage of `c` do not split over its mesh of so many devices."""
     lengths = {f"evals.lengths: {x} of {c.at(-1).seq_len} tokens,": round(x * c.at(-1).seq_len) for x in c.evals.lengths}
     for stage in c.each_stage:
-        sizes = dict(zip(AXES, axis_sizes(stage.mesh, num_devices), strict=True))
+        try:
+            sizes = dict(zip(AXES, axis_sizes(stage.mesh, num_devices), strict=True))
+        except ValueError as error:
+            raise ValueError(f"{f'stages[{stage.index}].override: ' * ('mesh' in stage.override)}{error}") from None
         is_evaluated = c.evals.every is not None or stage.index == len(c.stages) - 1
         check_stage(stage, sizes, lengths if is_evaluated else {})
 

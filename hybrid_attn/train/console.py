@@ -34,7 +34,8 @@ def description(
     total, tokens = flops.parameters(stage.model), c.batch_at(min(start, c.total_steps - 1)) * stage.seq_len
     embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
     per_token = flops.train_flops_per_token(stage.model, stage.seq_len)
-    layer_types = "; ".join(f"{letter} = {describe(c.model.kinds[letter])}" for letter in sorted(set(c.model.layers)))
+    model = stage.model
+    layer_types = "; ".join(f"{letter} = {describe(model.kinds[letter])}" for letter in sorted(set(model.layers)))
     device = jax.devices()[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     schemes = {letter: f"{scheme}{', zigzag' if execution.zigzag else ''}" for letter, scheme in execution.context.items()}
@@ -45,11 +46,11 @@ def description(
     stages = ", ".join(f"{n:,} steps of {size} x {s.seq_len:,}" for s in c.stages for n, size in s.spans(s.steps))
     return [
         f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
-        f"layout       {c.model.layers}: {layer_types}",
+        f"layout       {model.layers}: {layer_types}{of}",
         f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}{context}",
         f"kernel       {execution.kernel} on {device.platform}; "
         f"activations {execution.dtype}, parameters float32, remat {remat}",
-        f"data         tokenizer {c.data.tokenizer}, packing {c.data.packing}; {stages}",
+        f"data         tokenizer {c.data.tokenizer}, packing {stage.data.packing}; {stages}",
         *(
             line
             for s, of_config, of_stage in zip(c.each_stage, c.stages, sequences, strict=True)

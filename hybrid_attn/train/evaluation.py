@@ -75,8 +75,9 @@ class Evaluations:
     def context_of(self, step: int) -> EvalContext:
         """What is evaluated at a step: the model of the stage that trained it, on its mesh, still without parameters."""
         index, tokenizer = self.config.last_stage(step), self.context.eval_model.tokenizer
-        of_stage = EvalModel(self.config.at(index).model, {}, self.executions[index], self.meshes[index], tokenizer)
-        return self.context._replace(eval_model=of_stage)
+        stage = self.config.at(index)
+        of_stage = EvalModel(stage.model, {}, self.executions[index], self.meshes[index], tokenizer)
+        return self.context._replace(eval_model=of_stage, trained=stage.seq_len)
 
     def about(self, step: int) -> dict:
         """What run.json says of the evaluation of a step."""
@@ -179,7 +180,7 @@ class Evaluations:
         for record in self._baselines:
             metrics.report(record["eval"], [record])
         baselines = Baselines(self._baselines, self.context.eval_model.tokenizer.vocab_size)
-        metrics.say(*evaluation_tables(run.records, baselines, self.context.trained))
+        metrics.say(*evaluation_tables(run.records, baselines, self.context_of(metrics.step).trained))
         report.write(folder, [run._replace(records=(*run.records, *self._baselines))])
         for path in sorted((folder / "pictures").glob("*.png")):
             metrics.picture(path.stem, imread(path)[..., :3])

@@ -70,7 +70,8 @@ def train(
         peers.agree(data_identity(data.corpora, data.tokenizer))
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(meshes[0]), checkpoints_of(c, workdir) as checkpoints:
         step_fns = make_steps(c, of_stages), make_steps(c, of_stages, statistics=True)
-        run = Run(c, workdir, flags, of_stages, meshes, data, checkpoints, stop, *step_fns)
+        trace = profile.Profile(flags.profile, Path(workdir) / "profile")
+        run = Run(c, workdir, flags, of_stages, meshes, data, checkpoints, stop, *step_fns, trace)
         ended = train_from_newest(run, goodput, flags.skip_steps, None)
         while not isinstance(ended, bool):
             ended = train_from_newest(run, Goodput(), *ended)
@@ -102,6 +103,7 @@ class Run(NamedTuple):
     stop: Stop
     step_fns: Sequence[Callable]
     statistics_fns: Sequence[Callable]
+    trace: profile.Profile
 
 
 def train_from_newest(
@@ -118,7 +120,8 @@ def train_from_newest(
     recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
     if rollback is not None:
         recorded[RECORD] = [*recorded.get(RECORD, ()), rollback]
-    profile.check_range(run.flags.profile, start, c.total_steps)
+    else:
+        profile.check_range(run.flags.profile, start, c.total_steps)
     history = past(c, checkpoints, start, recorded, run.flags.allow_lr_jump)
     evaluations = Evaluations(c, run.executions, run.meshes, run.data.tokenizer, run.data.corpora, workdir)
     evaluations.draw_questions()
@@ -163,21 +166,9 @@ def loop_of(
         step=start,
         skipped=recorded["skipped_steps"],
         goodput=goodput,
-        profile=profile.Profile(run.flags.profile, Path(run.workdir) / "profile"),
+        profile=run.trace,
         statistics_fns=run.statistics_fns,
     )
-
-
-class Flags(NamedTuple):
-    """What the command line says of one start of a run; steps are numbered from 1.
-
-    The batches of `skip_steps` are passed over, and those that the checkpoint records. `allow_lr_jump` lets the learning rate
-    differ from the checkpoint's schedule. The steps of `profile` are traced.
-    """
-
-    skip_steps: Sequence[Range] = ()
-    allow_lr_jump: bool = False
-    profile: Range | None = None
 
 
 class TrainingData(NamedTuple):

@@ -46,10 +46,10 @@ class Profile:
         self.is_open = True
 
     def stop(self) -> str:
-        """Writes the trace; returns what to print."""
-        self.is_open = False
+        """Writes the trace, which is the only one; returns what to print."""
+        (first, last), self.steps, self.is_open = self.steps, None, False
         jax.profiler.stop_trace()
-        return f"profile      steps {self.steps[0]} to {self.steps[1]}: xprof --logdir={self.folder}"
+        return f"profile      steps {first} to {last}: xprof --logdir={self.folder}"
 
     def step(self, number: int) -> contextlib.AbstractContextManager:
         """Marks what the body dispatches as that step."""

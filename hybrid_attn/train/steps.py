@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from hybrid_attn import trees
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.config import Config, to_dict
 from hybrid_attn.model import flops
@@ -73,13 +74,16 @@ class Loop:
     def train(self) -> None:
         """Trains until the last step or a signal, each stage on its mesh."""
         goes_on = True
-        while goes_on and self.step < self.config.total_steps:
-            stage, done = self.config.stage_at(self.step)
-            with jax.set_mesh(self.meshes[stage]):
-                self.enter_stage(stage, done)
-                goes_on = self.train_stage(stage, self.step - done + self.config.stages[stage].steps)
-        self.trace(self.config.total_steps + 1)
-        self.report()
+        try:
+            while goes_on and self.step < self.config.total_steps:
+                stage, done = self.config.stage_at(self.step)
+                with jax.set_mesh(self.meshes[stage]):
+                    self.enter_stage(stage, done)
+                    goes_on = self.train_stage(stage, self.step - done + self.config.stages[stage].steps)
+            self.report()
+        finally:
+            if self.profile.is_open:
+                self.metrics.say(self.profile.stop())
 
     def train_stage(self, stage: int, end: int) -> bool:
         """Trains until step `end`, the last of a stage; False if the run must end before.
@@ -213,6 +217,7 @@ class Loop:
         self.progress.steps.append(Timed(values, now - self.clock, self.waited, compiled, stage, batch))
         if self.stage not in (None, stage):
             self.metrics.say(edge_line(self.progress.position(number), now - self.clock, compile_seconds or 0.0))
+            self.metrics.say(*(f"             {line}" for line in overridden(self.config, stage)))
         self.stage = stage
         if number % self.config.train.log_every == 0 or number in (self.first, self.config.total_steps):
             with self.stop.after_saving():
@@ -251,6 +256,12 @@ def edge_line(position: Mapping, seconds: float, compile_seconds: float) -> str:
     """The cost of the edge before a stage: the time from the end of the last step before it to the end of its first."""
     stage = stage_of(position)[0]
     return f"{stage} begins: {seconds:.1f} s at the edge and in its first step, of which compile {compile_seconds:.1f} s"
+
+
+def overridden(c: Config, stage: int) -> list[str]:
+    """Lines for the fields of the config that differ between a stage and the one before it, by their overrides."""
+    before, after = ({name: to_dict(group) for name, group in c.groups(i).items()} for i in (stage - 1, stage))
+    return trees.differences(before, after)
 
 
 def check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> None:
