@@ -277,7 +277,7 @@ def _check_override(path: str, override: Mapping) -> None:
         ok = any(fnmatchcase(key, pattern) for pattern in OF_STAGES) and key not in OF_INITIAL_VALUES
         others = "" if key.startswith(("model", "mesh")) else f"; of {key.split('.')[0]} a stage may override "
         others += ", ".join(pattern for pattern in OF_STAGES if pattern.split(".")[0] == key.split(".")[0])
-        check(ok, f"{path}.{key}: all stages share {key}{others}")
+        check(ok, f"{path}.{key} is not possible: all stages share {key}{others}")
 
 
 def _check_mixture(field: str, mixture: Mapping[str, float], sources: Sequence[str]) -> None:

@@ -59,12 +59,18 @@ def test_a_group_may_be_dropped_by_none():
         ({"model.kinds.L.window": -3}, "stages[1].override.model: model.kinds.L.window=-3 must be at least 1"),
         ({"model.kinds.L.window": "x"}, "config.stages[1].override.model.kinds.L.window='x' must be of type int"),
         ({"model.kinds.L.chunk": 8}, "stages[1].override.model: model.kinds.L: a layer type has a window or a chunk, not both"),
-        ({"train.keep": 3}, "stages[1].override.train.keep: all stages share train.keep; of train a stage may override"),
-        ({"optim.lr": 1.0}, "stages[1].override.optim.lr: all stages share optim.lr; of optim a stage may override optim.b1, "),
+        (
+            {"train.keep": 3},
+            "override.train.keep is not possible: all stages share train.keep; of train a stage may override",
+        ),
+        (
+            {"optim.lr": 1.0},
+            "override.optim.lr is not possible: all stages share optim.lr; of optim a stage may override optim.b1",
+        ),
         ({"train.context": "G=halo"}, "stages[1].override: train.context: G=halo needs a window or a chunk"),
         ({"mesh.fsdp": -1}, "stages[1].override.mesh: mesh axes data and fsdp are both -1"),
         ({"data.sources.txt.min_length": 5}, "stages[1].override.data.sources.txt: there is no 'txt'; did you mean 'text'?"),
-        ({"model.init_std": 0.5}, "stages[1].override.model.init_std: all stages share model.init_std"),
+        ({"model.init_std": 0.5}, "stages[1].override.model.init_std is not possible: all stages share model.init_std"),
         ({"seed": 3}, "unknown key config.stages[1].override.seed; did you mean config.seed?"),
     ],
 )

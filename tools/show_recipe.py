@@ -25,16 +25,17 @@ from hybrid_attn import config, config_file, programs
 from hybrid_attn.bench.measurement import table
 from hybrid_attn.data.packed import ARRAYS
 from hybrid_attn.files import write_atomically
-from hybrid_attn.model import execution_on, flops
+from hybrid_attn.model import execution_on, flops, specs
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.plan.step import gb, make_plan
 from hybrid_attn.plan.targets import CHIPS, FORMS, Target, find_target
-from hybrid_attn.train.console import duration, short_count
+from hybrid_attn.train.console import duration, named_stage, short_count
 from hybrid_attn.train.metrics import PEAKS
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import abstract_state
+from hybrid_attn.train.trainable import is_trained
 from hybrid_attn.trees import check
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
@@ -159,13 +160,14 @@ def row_of(c: config.Config, spans: Sequence[Span], rates: np.ndarray, chips: Ch
     """The line in the table of a stage with these spans."""
     stage = spans[0].stage
     if chips.target is None:
+        is_trained(stage, specs(stage.model))
         fit.check(c, chips.number)
         mesh = abstract_mesh(**dict(zip(AXES, axis_sizes(stage.mesh, chips.number), strict=True)))
         size = estimated_memory(c, stage, mesh, chips.platform)
     else:
         size = make_plan(c, chips.target, stage.index).peak
     return [
-        str(stage.index + 1),
+        named_stage(stage),
         f"{stage.steps:,}",
         f"{stage.seq_len:,}",
         " to ".join(f"{span.batch:,}" for span in spans),
