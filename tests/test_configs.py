@@ -83,8 +83,9 @@ def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, 
     assert flops.parameters(c.model) == flops.parameters(default.model)
 
 
-ARGUMENTS = {"recall": list(recall.LAYOUTS), "models": [""], "base": [""], "bench": [""], "command_a": ["full", "tiny"]}
-ARGUMENTS["extend"] = []  # it needs a checkpoint; the others have sizes
+# The others have sizes; extend needs a checkpoint.
+ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "extend": []}
+ARGUMENTS |= dict.fromkeys(("models", "base", "bench", "mup"), [""])
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py"))
 SHIPPED = [
     f"{path}{':' * bool(argument)}{argument}"
@@ -130,7 +131,7 @@ def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and
 
     monkeypatch.setattr(loop, "first_state", start)  # which makes the parameters
     monkeypatch.setattr(loop, "load_tokenizer", functools.cache(load_tokenizer))
-    assert len(SHIPPED) == 47
+    assert len(SHIPPED) == 48
     for name in SHIPPED:
         ids = shipped(name, texts)["model"]["vocab_size"]
         overrides = {"mesh.tensor": 1}

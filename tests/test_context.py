@@ -123,7 +123,7 @@ def test_it_holds_beside_other_axes_and_for_odd_numbers_of_shards(scheme, sizes)
     assert_as_on_one_device(scheme, True, sizes, window=37 if scheme == "halo" else None)
 
 
-@pytest.mark.parametrize("scheme", ["halo", "ring"])
+@pytest.mark.parametrize("scheme", ["halo", pytest.param("ring", marks=pytest.mark.slow)])
 def test_slices_meet_the_condition_of_splash(scheme, monkeypatch):
     monkeypatch.setattr(tpu, "INTERPRET", True)
     window = SHARD if scheme == "halo" else None

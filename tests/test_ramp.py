@@ -123,6 +123,7 @@ def test_tokens_and_the_time_left_follow_the_ramp():
     assert values["seconds_left"] == pytest.approx(left / (spent / 2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known_peak_and_no_pictures")
 def test_a_run_that_stops_in_the_middle_of_its_ramp_goes_on_as_the_straight_run(corpus, tmp_path, capsys):
     ramp = RAMP | {"steps": 5, "batch": 16, "microbatches": 2, "batch_ramp": (8,), "batch_ramp_tokens": 500}

@@ -32,6 +32,7 @@ def ended(workdir):
     return *arrays, checkpoint.read_data(directory)["skipped_steps"], [(x["step"], x.get("loss")) for x in lines]
 
 
+@pytest.mark.slow
 def test_a_rollback_is_a_run_from_that_checkpoint_with_the_same_skipped_steps(corpus, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, {7, 8, 9})
     c = config_of(corpus)

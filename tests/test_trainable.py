@@ -88,6 +88,7 @@ def assert_only_named_changed(before, after):
             assert np.array_equal(old, new) != trains, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_those_named_and_no_others_and_the_norm_is_that_of_their_gradient():
     c = config_of(changes={"optim.ema_half_life": 0.5})
     many = stepped(mesh_of(fsdp=2, context=2, tensor=2), c, 1)
