@@ -155,7 +155,7 @@ def test_microbatches_have_the_largest_logit_and_the_means_of_the_whole_batch(st
 @pytest.mark.slow
 @pytest.mark.usefixtures("known_peak_and_no_pictures")
 def test_a_run_with_statistics_has_the_losses_of_one_without_and_each_record_once_when_it_resumes(corpus, tmp_path):
-    sizes = {"mesh.context": 2, "mesh.tensor": 2, "model.pattern": "LG", "model.num_layers": 2}
+    sizes = {"mesh.context": 2, "mesh.tensor": 2, "model.pattern": "LG", "model.num_layers": 2, "train.remat": "layer"}
     c = config_of(corpus, **sizes)
     assert loop.train(c, tmp_path / "plain")
     measured = config_of(corpus, **sizes | {"train.statistics_every": 2})
