@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from hybrid_attn.config_model import LONGEST, Model
-from hybrid_attn.trees import Partial, Table, check, check_fields, named, one_of, within
+from hybrid_attn.trees import Partial, Table, check, check_fields, check_once, named, one_of, within
 
 MOST_STEPS = 10**9
 MOST_TOKENS = 2**60
@@ -190,8 +190,7 @@ class Train:
 
     def __post_init__(self):
         check_fields(self, "train")
-        for name in self.sinks:
-            check(self.sinks.count(name) == 1, f"train.sinks={self.sinks} names {name!r} twice")
+        check_once("train.sinks", self.sinks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,8 +313,7 @@ class Evals:
 
     def __post_init__(self):
         check_fields(self, "evals")
-        for name in self.names:
-            check(self.names.count(name) == 1, f"evals.names={self.names} names {name!r} twice")
+        check_once("evals.names", self.names)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,6 +103,12 @@ def check_fields(instance, group: str) -> None:
                 raise FieldError(group, f"{element}={x!r} {problem}{none}")
 
 
+def check_once(field: str, names: Sequence[str]) -> None:
+    """ValueError for a name that is in a field twice."""
+    for name in names:
+        check(names.count(name) == 1, f"{field}={names} names {name!r} twice")
+
+
 def build(target: type, values, path: str):
     """`values` as the dataclass `target`; ValueError names the key under `path` that does not fit."""
     values = plain(values)

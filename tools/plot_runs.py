@@ -50,9 +50,9 @@ def curve(label: str, workdir: str) -> Curve:
         hint = suggestion(key, known)
         it = f"{hint} It" if hint else "it"
         check(key in known, f"{workdir}/metrics.jsonl has no {key!r}; {it} has {', '.join(known)}")
-    drawn = points(lines, "step", axis, name)
-    check(len(drawn) > 0, f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
-    return Curve(label, *zip(*drawn, strict=True))
+    pairs = points(lines, "step", axis, name)
+    check(len(pairs) > 0, f"{workdir}/metrics.jsonl has no line with both {name!r} and {axis!r}")
+    return Curve(label, *zip(*pairs, strict=True))
 
 
 def picture(curves: Sequence[Curve]) -> bytes:

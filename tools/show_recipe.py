@@ -131,17 +131,17 @@ def estimated_memory(c: config.Config, stage: config.StageConfig, mesh: Abstract
         part = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
         extras = {name: state.extras[name] for name in objective.extras}
 
-        def kept(execution) -> int:
+        def residual_bytes(execution) -> int:
             def residuals(params, extras, part):
                 return jax.vjp(lambda params: objective.loss(stage, params, extras, part, execution)[0], params)[1]
 
             return bytes_on_device(jax.eval_shape(residuals, state.params, extras, part), mesh)
 
         gradients = [state.params] * min(stage.microbatches, 2)  # those of a microbatch, and their sum
-        params = bytes_on_device(state.params, mesh)  # among what is kept
-        layer = (kept(everything) - params) / stage.model.num_layers
+        params = bytes_on_device(state.params, mesh)  # among the residuals
+        layer = (residual_bytes(everything) - params) / stage.model.num_layers
         logits = 4 * execution.loss_chunk * stage.model.vocab_size / mesh.shape["tensor"]
-        return bytes_on_device((state, gradients), mesh) + kept(execution) - params + max(layer, 2 * logits)
+        return bytes_on_device((state, gradients), mesh) + residual_bytes(execution) - params + max(layer, 2 * logits)
 
 
 def text_of(mixture: dict[str, float]) -> str:
@@ -186,7 +186,7 @@ def describe(c: config.Config, chips: Chips) -> list[str]:
     by_stage = [[span for span in spans if span.stage.index == index] for index in range(len(c.stages))]
     rows = [row_of(c, of_stage, y, chips) for of_stage, (_, y) in zip(by_stage, rates, strict=True)]
     programs_needed = len({(span.stage, span.batch) for span in spans})
-    kept = "estimated by tracing" if chips.target is None else "as compiled, which tools/plan.py shows in detail"
+    origin = "estimated by tracing" if chips.target is None else "as compiled, which tools/plan.py shows in detail"
     return [
         f"run          {sum(span.tokens for span in spans):,} tokens in {c.total_steps:,} steps; programs: {programs_needed}",
         f"cost         {sum(span.flops for span in spans):.4g} FLOPs; time {time_of(spans, chips)} on {chips.number:,} x "
@@ -195,7 +195,7 @@ def describe(c: config.Config, chips: Chips) -> list[str]:
         table(HEADER, rows),
         "",
         "rate         first, largest and last of the stage",
-        f"memory       of a device at the full batch: parameters, optimiser state, gradients, and activations {kept}",
+        f"memory       of a device at the full batch: parameters, optimiser state, gradients, and activations {origin}",
     ]
 
 

@@ -117,9 +117,9 @@ class Totals:
                 used["restart"], used["start"] = used["start"], 0.0
                 self.stopped += max(last["time"] - sum(last["seconds"].values()) - end, 0)
             goes_on = min([first, *(later[0]["first"] for later in sessions[number + 1 :])])
-            kept = max((x["seconds"]["step"] for x in session if x["step"] <= goes_on), default=0.0)
+            useful = max((x["seconds"]["step"] for x in session if x["step"] <= goes_on), default=0.0)
             self.repeated += max(last["step"] - max(goes_on, last["first"]), 0)
-            used["lost"], used["step"] = used["lost"] + used["step"] - kept, kept
+            used["lost"], used["step"] = used["lost"] + used["step"] - useful, useful
             self.seconds = {use: x + used[use] for use, x in self.seconds.items()}
             end = last["time"]
         self.stopped += max(time.time() - end, 0) if sessions else 0.0

@@ -136,7 +136,7 @@ def train_from_newest(
     state = on_mesh(state, run.meshes[index], donate=True)  # a damaged checkpoint may have been of another stage
     loop = loop_of(run, state, start, recorded, metrics, evaluations, goodput)
     try:
-        with drawn(loop, Path(workdir)):
+        with picture_after(loop, Path(workdir)):
             loop.train()
             loop.save(wait=True)
     except TooManySpikes as spikes:
@@ -216,7 +216,7 @@ def opened_metrics(
 
 
 @contextlib.contextmanager
-def drawn(loop: Loop, workdir: Path) -> Iterator[None]:
+def picture_after(loop: Loop, workdir: Path) -> Iterator[None]:
     """Draws the loss and the schedule after the body, which trains, or where its numbers are not finite any more.
 
     An error of the picture is printed: nothing of a run depends on it.

@@ -24,8 +24,8 @@ KEY_TOKENS = [SOURCE, LENGTH, *KEYS, LOSS, Column("perplexity", ",.2f")]
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     records = records_of(runs, "position")
-    whole, buckets = ([x for x in records if ("first" in x[1]) == is_bucket] for is_bucket in (False, True))
-    totals = of_records("loss", "Held-out loss of whole sequences", whole, WHOLE)
+    sequences, buckets = ([x for x in records if ("first" in x[1]) == is_bucket] for is_bucket in (False, True))
+    totals = of_records("loss", "Held-out loss of whole sequences", sequences, WHOLE)
     by_position = of_records("loss_by_position", "Held-out loss by position in the document", buckets, BUCKETS)
     paragraphs = [
         "The loss of a token by its position in the document. If a model reads its context, the loss is lower at later "

@@ -66,8 +66,8 @@ class Compression:
         check(self.beta >= 1, f"beta={self.beta} must be at least 1, which gives every layer the same")
         check(0 <= self.floor <= 1, f"floor={self.floor} must be a share from 0 to 1")
         name = "sinks" if self.method == "streaming" else "window"
-        kept = getattr(self, name)
-        check(self.cap > kept, f"cap={self.cap} slots leave none beside {name}={kept}; use a cap above {kept}")
+        least = getattr(self, name)
+        check(self.cap > least, f"cap={self.cap} slots leave none beside {name}={least}; use a cap above {least}")
 
 
 class Scoring(NamedTuple):
