@@ -11,7 +11,9 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
 VENV_PYTHON := .venv/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
-PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# One process more than processors, but at most four: tests also wait for files and for processes that they start.
+PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))' 2>/dev/null)
+PARALLEL := --numprocesses=$(PROCESSES) --dist=loadfile
 
 .PHONY: train docs test test-slow test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu lint clean
 

@@ -69,8 +69,14 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """What one test has traced and compiled, another runs: most of the time here would go into making the same step again."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    """What one test has traced and compiled, another runs: most of the time here would go into making the same step again.
+
+    The processes of pytest-xdist share compiled programs.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "make_step", functools.cache(step.make_step))
