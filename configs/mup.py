@@ -14,6 +14,7 @@ def get_config():
     m, stage = c.model, c.stages[0]
     m.pattern, m.num_layers = "LG", 2
     m.d_model = m.mup_base_width = 64
+    m.tie_embeddings, m.unembed_init_std = False, 0.0  # logits then change by the same in every width, from the first step on
     m.num_heads, m.num_kv_heads, m.head_dim, m.d_ff = 4, 2, 16, 192
     m.kinds.L.window = 32
     stage.steps, stage.seq_len, stage.batch = 60, 64, 4

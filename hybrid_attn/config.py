@@ -56,7 +56,9 @@ OF_STAGES = (
     "optim.b1", "optim.b2", "optim.eps", "optim.momentum", "optim.weight_decay", "optim.clip_norm", "optim.z_loss",
     "train.dtype", "train.remat", "train.context", "train.zigzag", "train.kernel", "train.loss_chunk", "train.mlp_chunk",
 )  # fmt: skip
-OF_INITIAL_VALUES = "model.init_std", "model.depth_init", "model.mup_base_width", "model.mup_base_depth"  # of all stages
+OF_INITIAL_VALUES = (  # of all stages
+    "model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_width", "model.mup_base_depth",
+)  # fmt: skip
 
 
 def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:

@@ -88,6 +88,7 @@ class Model:
     logit_scale: float = within(0, 10**6, above=True)
     logit_softcap: float | None = within(0, 10**6, above=True, aliases=("final_logit_softcapping",))
     init_std: float = within(0, 100, above=True, aliases=("initializer_range",))
+    unembed_init_std: float | None = within(0, 100)
     mup_base_width: int | None = within(1, 2**20)
     mup_base_depth: int | None = within(1, MOST_LAYERS)
     depth_init: bool
@@ -115,6 +116,11 @@ class Model:
             f"use {self.num_heads // self.num_kv_heads * self.num_kv_heads or self.num_kv_heads} heads",
         )
 
+        check(
+            self.unembed_init_std is None or not self.tie_embeddings,
+            f"model.unembed_init_std={self.unembed_init_std} is of a model with its own table of the logits; "
+            "set model.tie_embeddings=False",
+        )
         self._check_depth()
 
     def _check_depth(self) -> None:

@@ -51,6 +51,18 @@ def test_depth_makes_the_ends_of_branches_smaller_and_nothing_else():
     assert gpt2 == {name: (0.5, 1.0) if name in BRANCH_ENDS else (1.0, 1.0) for name in gpt2}  # 1 / sqrt(2 x 2)
 
 
+def test_the_table_of_the_logits_starts_with_its_own_standard_deviation(one_device):
+    untied = {"model.tie_embeddings": False}
+    start = jax.jit(init, static_argnums=0)
+    plain, zero, small = (
+        start(tiny(untied | changes).model, jax.random.key(3))
+        for changes in ({}, {"model.unembed_init_std": 0.0}, {"model.unembed_init_std": 0.02})
+    )
+    assert not zero["unembed"].any() and 0.079 < plain["unembed"].std() < 0.081
+    np.testing.assert_allclose(small["unembed"], plain["unembed"] / 4, rtol=1e-5)
+    assert all((x["embed"] == plain["embed"]).all() for x in (zero, small))
+
+
 def test_initial_values_are_those_without_multipliers_times_the_factor_of_their_spec():
     plain = tiny({"model.pattern": "L", "model.num_layers": 1}).model
     scaled = dataclasses.replace(plain, mup_base_width=8, mup_base_depth=2)
@@ -121,6 +133,7 @@ def test_an_export_has_the_scale_of_the_logits_that_the_model_has():
         ),
         ({"block": "sandwich", "depth_init": True}, "depth_init=True make.*model.block='sandwich' undoes that"),
         ({"depth_init": True, "mup_base_depth": 2}, "mup_base_depth=2 and model.depth_init=True both .*; use one of them$"),
+        ({"unembed_init_std": 0.0}, r"unembed_init_std=0\.0 is of a model with its own .*; set model\.tie_embeddings=False$"),
         ({"mup_base_width": 0}, "mup_base_width=0 must be at least 1"),
     ],
     ids=str,

@@ -118,6 +118,7 @@ def get_config() -> ConfigDict:
     m.logit_scale = 1.0  # Command R7B: 0.25
     m.logit_softcap = None  # Gemma 2: 30
     m.init_std = 0.08  # standard deviation; about d_model ** -0.5: at 0.02 a narrow model learns attention too slowly
+    m.unembed_init_std = None  # that of the table of the logits where embeddings are not tied; None = init_std; 0 suits µP
     # µP: the d_model for which init_std, optim.lr and logit_scale are as they stand here. A model that is m times as wide has
     # matrices of init_std / sqrt(m), lr / m and logits / m: what is tuned at a small width stays good. None = no scaling.
     m.mup_base_width = None

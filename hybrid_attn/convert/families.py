@@ -30,7 +30,9 @@ FIELDS = {
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
 }
-UNSCALED = {"mup_base_width": None, "mup_base_depth": None, "depth_init": False}  # which config.json has no fields for
+UNSCALED = {  # which config.json has no fields for
+    "unembed_init_std": None, "mup_base_width": None, "mup_base_depth": None, "depth_init": False,
+}  # fmt: skip
 # Path of a parameter in a layer -> tensor name after `model.layers.N.`
 LAYER = {f"attention/{name}": f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")}
 LAYER |= {f"mlp/{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}

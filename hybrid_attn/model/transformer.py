@@ -163,7 +163,8 @@ def _weights(model: Model, rngs: nnx.Rngs) -> dict:
         weights[group] = jax.vmap(make)(rngs.split(repetitions)) if group == "periods" else make(rngs)
     weights["final_norm"] = weights_of(residual_norm(model))
     if not model.tie_embeddings:
-        weights["unembed"] = embedding(rngs, model.vocab_size, model.d_model, model.init_std)
+        std = model.init_std if model.unembed_init_std is None else model.unembed_init_std
+        weights["unembed"] = embedding(rngs, model.vocab_size, model.d_model, std)
     return map_weights(functools.partial(parametrised, model), weights)
 
 
