@@ -1,7 +1,6 @@
 """Every kernel computes what the reference computes, and the reference what a loop over queries computes."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +29,8 @@ PAIRS = [("one document", "packed"), ("padding at the end", "padding in front"),
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(blocked, "QUERIES", (4, 4))
-    monkeypatch.setattr(blocked, "KEYS", 5)
-    monkeypatch.setattr(blocked, "LINE", 2)
+    for name, size in {"FULL": 5, "EDGE": 3, "WINDOW": 10, "LINE": 2}.items():
+        monkeypatch.setattr(blocked, name, size)
 
 
 def arrays(*names, dtype=jnp.float32, seed=0):
@@ -112,7 +111,7 @@ def test_blocked_equals_reference_over_several_blocks_and_tiles_of_the_sizes_tha
     rng, lengths = np.random.default_rng(0), (1500, 1, 1700, 100)  # the last of padding
     q, k, v = (rng.normal(size=(1, sum(lengths), heads, H)).astype("float32") for heads in (2, 1, 1))
     pos, seg = (x[None] for x in layout("".join(name * n for name, n in zip("abc.", lengths, strict=True))))
-    assert pos.size > 3 * max(*blocked.QUERIES, blocked.KEYS)
+    assert pos.size > 3 * max(*blocked.QUERIES, blocked.FULL)
     got, expected = (outcome(q, k, v, pos, pos, seg, seg, None, kernel, window) for kernel in ("blocked", "reference"))
     assert_same(got, expected, 1e-5)
 
@@ -235,24 +234,31 @@ def test_intervals_hold_exactly_the_keys_that_a_query_sees(window):
 
 
 @pytest.mark.parametrize("window", [None, 1, 6, 9])
-def test_a_block_of_queries_walks_over_no_tile_that_none_of_them_sees(window, monkeypatch):
-    visits, tile = [], blocked._tile
+def test_a_block_of_queries_walks_over_the_keys_that_it_sees_without_a_mask_where_all_of_them_do(window, monkeypatch):
+    visits, slices = [], blocked._slices
 
-    def counted(*arguments):
-        out = tile(*arguments)
-        jax.debug.callback(lambda see: visits.append(see.shape[-1]), out[2])
-        return out
+    def counted(tile, arrays):
+        jax.debug.callback(lambda first: visits.append((tile.size, tile.see_BQC is None, int(first))), tile.first, ordered=True)
+        return slices(tile, arrays)
 
-    monkeypatch.setattr(blocked, "_tile", counted)
+    monkeypatch.setattr(blocked, "_slices", counted)
     q, k, v, pos, seg = arrays("packed", seed=2)
     options, queries, keys = AttentionOptions(window, SCALE), Queries(q, pos, seg), Keys(k, v, pos, seg)
     jax.block_until_ready(jax.jit(blocked.forward, static_argnums=0)(options, queries, keys))
     jax.effects_barrier()
-    see = np.asarray(reference.visible_BTS(pos, pos, seg, seg, window))[0]
-    blocks = [see[t : t + 4].any(0).nonzero()[0] for t in range(0, S, 4)]
-    size = visits[0]
-    assert size <= (5 if window is None else 2 * 5)
-    assert visits == [size] * sum(math.ceil((keys[-1] + 1 - keys[0]) / size) for keys in blocks)
+    see, expected = np.asarray(reference.visible_BTS(pos, pos, seg, seg, window))[0], []
+    one_tile = window in (1, 6)  # of 4, or 9, keys, which LINE makes 10
+    edge = {None: 3, 1: 4, 6: 10, 9: 3}[window]
+    for t in range(0, S, 4):
+        some, every = see[t : t + 4].any(0).nonzero()[0], see[t : t + 4].all(0).nonzero()[0]
+        start, end, full = some[0], some[-1] + 1, 0 if one_tile else every.size // 5
+        full_start = every[0] if full else start
+        full_end = full_start + 5 * full
+        expected += [(5, True, first) for first in range(full_start, full_end, 5)]
+        expected += [
+            (edge, False, min(first, S - edge)) for first in (*range(start, full_start, edge), *range(full_end, end, edge))
+        ]
+    assert visits == expected
 
 
 @pytest.mark.parametrize("window", [None, 500])
