@@ -1,6 +1,6 @@
-"""The model of tools/bench_train.py: the layout of Command R7B (cohere2, without QK-norm), for two CPU cores.
+"""The model of tools/bench.py: the layout of Command R7B (cohere2, without QK-norm), for two CPU cores.
 
-    python tools/bench_train.py --config.model.num_layers=4           # all keys can be overridden
+    python tools/bench.py --part=step --config=configs/bench.py --config.model.num_layers=4      # all keys can be overridden
 
 6.4 M parameters, only 0.1 M of them in the embeddings, so that attention and matrix products take most of a step.
 """

@@ -39,14 +39,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
-def temporary_bytes(lowered: jax.stages.Lowered) -> int:
-    """The bytes of temporaries of a program, compiled with the optimisations of XLA that the tests switch off."""
+def optimised(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """A program, compiled with the optimisations of XLA that the tests switch off."""
     fusions = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        return lowered.compile(fusions).memory_analysis().temp_size_in_bytes
+        return lowered.compile(fusions)
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+def temporary_bytes(lowered: jax.stages.Lowered) -> int:
+    """The bytes of temporaries of a program, compiled as `optimised` does."""
+    return optimised(lowered).memory_analysis().temp_size_in_bytes
 
 
 @pytest.fixture(scope="module")

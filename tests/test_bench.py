@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import conftest
+import psutil
 import pytest
 from absl.testing import flagsaver
 
@@ -30,76 +31,125 @@ def rows(text: str, first: str) -> list[list[str]]:
     return [row for row in table if row[0] == first]
 
 
+def measured(path: Path, part: str, *args: str) -> tuple[dict, str]:
+    """What a part wrote as JSON, and what it printed."""
+    done = run("bench", f"--part={part}", "--repeats=2", f"--json={path}", *args)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()), done.stdout
+
+
+def changes(pattern: str) -> list[str]:
+    sizes = {"pattern": pattern, "num_layers": len(pattern), "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
+    return ["--config=configs/bench.py", *(f"--config.model.{key}={value}" for key, value in sizes.items())]
+
+
 @pytest.mark.slow
 def test_attention_is_timed_at_every_length_and_its_growth_fitted(tmp_path):
-    sizes = ["--lengths=64,128", "--window=16", "--head_dim=8", "--repeats=2", "--contenders=ours,jax.nn"]
-    done = run("bench_attention", *sizes, f"--json={tmp_path / 'out.json'}")
-    assert done.returncode == 0, done.stderr
-    out = json.loads((tmp_path / "out.json").read_text())
+    options = "--options=window=16,head_dim=8,contenders=ours+jax.nn"
+    result, printed = measured(tmp_path / "out.json", "attention", "--lengths=64,128", options)
+    records = result["parts"]["attention"]["records"]
     expected = [(kind, S, name) for kind in ("local", "global") for S in (64, 128) for name in ("ours", "jax.nn")]
-    assert [(r["kind"], r["tokens"], r["contender"]) for r in out["records"]] == expected
-    assert all(len(r["calls"]) == 2 and r["seconds"] == min(r["calls"]) > 0 and "memory" in r for r in out["records"])
-    pairs = {r["kind"]: r["flops"] / (3 * 4 * 4 * 8) for r in out["records"] if r["tokens"] == 64}
+    assert [(r["kind"], r["tokens"], r["contender"]) for r in records] == expected
+    assert all(len(r["calls"]) == 2 and r["seconds"] >= r["best"] == min(r["calls"]) > 0 for r in records)
+    pairs = {r["kind"]: r["flops"] / (3 * 4 * 4 * 8) for r in records if r["tokens"] == 64}
     assert pairs == {"local": sum(min(t + 1, 16) for t in range(64)), "global": 64 * 65 / 2}
-    assert len(out["exponents"]) == 4 and out["peak"] > 0
-    assert len(rows(done.stdout, "local")) == len(rows(done.stdout, "global")) == 4 + 2
+    assert len(rows(printed, "local")) == len(rows(printed, "global")) == 4 + 2
+    ours, other = ([r["seconds"] for r in records if r["contender"] == name][-1] for name in ("ours", "jax.nn"))
+    ratio = result["parts"]["attention"]["figures"]["jax.nn / ours, global, 128 tokens, 4/2 of 8, both"]
+    assert ratio["unit"] == "times" and ratio["value"] == pytest.approx(other / ours, rel=1e-3)
+    assert {"processor", "cores", "memory_gib", "platform"} == set(result["machine"]) and "jax" in result["versions"]
+    assert 0 <= result["parts"]["attention"]["watch"]["others"] <= 1 and "other programs took" in printed
 
 
 @pytest.mark.slow
 def test_steps_with_statistics_are_timed_beside_others_have_their_losses_and_their_cost_is_printed(tmp_path):
-    sizes = {"num_layers": 4, "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
-    changes = [f"--config.model.{key}={value}" for key, value in sizes.items()]
-    done = run("bench_train", "--part=statistics", "--lengths=32", "--repeats=2", *changes, f"--json={tmp_path / 'out.json'}")
-    assert done.returncode == 0, done.stderr
-    plain, measured = json.loads((tmp_path / "out.json").read_text())["records"]["statistics"]
-    assert len(plain["losses"]) == 2 and plain["losses"] == measured["losses"]
-    cost = (measured["seconds"] / plain["seconds"] - 1) / 10
-    assert f"32 tokens: statistics at every 10 steps cost {cost:.2%} of a step, " in done.stdout
+    result, printed = measured(tmp_path / "out.json", "statistics", "--lengths=32", *changes("LLLG"))
+    plain, other = result["parts"]["statistics"]["records"]
+    assert len(plain["losses"]) == 3 and plain["losses"] == other["losses"]
+    cost = 100 * (other["seconds"] / plain["seconds"] - 1) / 10
+    figures = result["parts"]["statistics"]["figures"]
+    assert figures["cost of statistics at every 10 steps in time, 32 tokens"]["value"] == pytest.approx(cost, rel=1e-2)
+    assert "cost of statistics at every 10 steps in CPU time, 32 tokens" in printed
 
 
 @pytest.mark.slow
 def test_training_is_timed_beside_full_attention(tmp_path):
-    sizes = {"pattern": "L", "num_layers": 1, "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
-    changes = [f"--config.model.{key}={value}" for key, value in sizes.items()]
-    done = run("bench_train", "--part=layouts", "--lengths=32", "--repeats=2", *changes, f"--json={tmp_path / 'out.json'}")
-    assert done.returncode == 0, done.stderr
-    hybrid, full = json.loads((tmp_path / "out.json").read_text())["records"]["layouts"]
+    result, printed = measured(tmp_path / "out.json", "layouts", "--lengths=32", *changes("L"))
+    hybrid, full = result["parts"]["layouts"]["records"]
     assert (hybrid["layers"], full["layers"]) == ("L", "R")
     assert full["computed_flops"] == full["needed_flops"] > hybrid["needed_flops"] == hybrid["computed_flops"]
-    assert all(len(r["calls"]) == 2 and r["losses"][0] > r["losses"][1] > 0 for r in (hybrid, full))
-    assert [row[2] for row in rows(done.stdout, "ours") + rows(done.stdout, "full attention")] == ["32", "32"]
+    assert all(len(r["calls"]) == 2 and r["losses"][0] > r["losses"][-1] > 0 for r in (hybrid, full))
+    assert [row[2] for row in rows(printed, "ours") + rows(printed, "full attention")] == ["32", "32"]
 
 
 @pytest.mark.slow
 def test_answers_are_timed_and_their_caches_counted(tmp_path):
-    sizes = {"pattern": "LG", "num_layers": 2, "d_model": 16, "head_dim": 8, "d_ff": 24, "kinds.L.window": 8}
-    changes = [f"--config.model.{key}={value}" for key, value in sizes.items()]
-    options = ["--repeats=2", "--new=4", "--chunk=16", "--lengths=64,128", f"--json={tmp_path / 'out.json'}"]
-    done = run("bench_infer", "--part=growth", *options, *changes)
-    assert done.returncode == 0, done.stderr
-    records = json.loads((tmp_path / "out.json").read_text())["records"]["growth"]
+    options = ["--options=chunk=16", "--lengths=64,128", *changes("LG")]
+    result, printed = measured(tmp_path / "out.json", "growth", *options)
+    records = result["parts"]["growth"]["records"]
     assert [(r["layers"], r["tokens"]) for r in records] == [("LG", 64), ("RR", 64), ("LG", 128), ("RR", 128)]
-    assert all(len(r["calls"]) == 2 and r["token"] == min(r["calls"]) > 0 for r in records)
-    assert "times as fast" in done.stdout
+    assert all(len(r["calls"]) == 2 and r["best"] == min(r["calls"]) > 0 for r in records)
+    assert "growth of ours / full attention" in printed
 
-    long = [change.replace("--config", "--long_config") for change in changes]
-    done = run("bench_infer", "--part=long", *options, *long)
+    result, _ = measured(tmp_path / "out.json", "long", "--options=chunk=16,new=4", *options[1:])
+    short, twice = result["parts"]["long"]["records"]
+    assert [r["formula"] for r in (short, twice)] == [2 * 2 * 8 * 4 * (S + 8) for S in (64, 128)]  # of two heads of 8
+    assert all(r["formula"] < r["cache"] < 2 * r["formula"] for r in (short, twice))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "options"), [("step", []), ("prefill", ["--options=chunk=16"])])
+def test_a_library_that_is_not_installed_is_named_and_the_others_are_measured(tmp_path, part, options):
+    hidden = "import sys; sys.modules['transformers'] = None; import runpy; sys.argv[0] = 'tools/bench.py'; "
+    code = hidden + "runpy.run_path('tools/bench.py', run_name='__main__')"
+    flags = [f"--part={part}", "--repeats=1", "--lengths=32", f"--json={tmp_path / 'out.json'}", *options, *changes("LG")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    short, twice = json.loads((tmp_path / "out.json").read_text())["records"]["long"]
-    assert (short["cache"], twice["cache"]) == (2 * 8 * 4 * (128 + 8), 2 * 8 * 4 * (256 + 8))  # of one head of 8
+    ours, other = json.loads((tmp_path / "out.json").read_text())["parts"][part]["records"]
+    assert ours["seconds"] > 0 and "transformers" in other["missing"] and "seconds" not in other
+    assert "— transformers, 32 tokens: " in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_is_started_again_and_again_until_its_next_step_and_left_with_no_process(tmp_path, corpus):
+    sizes = [*changes("LG"), "--config.stages[0].seq_len=64", f"--config.data.sources.text.paths=('{corpus}',)"]
+    result, _ = measured(tmp_path / "out.json", "start", "--options=what=run", *sizes)
+    first, later = result["parts"]["start"]["records"]
+    assert len(first["calls"]) == 1 and len(later["calls"]) == 2 and min(first["calls"] + later["calls"]) > 0
+    assert set(result["parts"]["start"]["figures"]) == {"first step, first start", "first step, second start"}
+    commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if f"{ROOT}/launch/train.py --config=config.py --workdir=run" in command]
+
+
+@pytest.mark.slow
+def test_the_pieces_of_a_step_are_timed_and_have_all_of_its_flops(tmp_path):
+    result, printed = measured(tmp_path / "out.json", "pieces", "--lengths=32", *changes("LG"))
+    step, *pieces = result["parts"]["pieces"]["records"]
+    assert sum(r["flops"] for r in pieces) == step["flops"] > 0
+    assert {r["contender"] for r in pieces} >= {"attention backward, L", "attention forward, G", "loss", "optimiser"}
+    assert "the step reaches" in printed and rows(printed, "rest")
 
 
 @pytest.mark.parametrize(
-    ("tool", "flag", "message"),
+    ("flags", "message"),
     [
-        ("bench_infer", "--lengths=2Q", "--lengths has '2Q'"),
-        ("bench_attention", "--lengths=2Q", "--lengths has '2Q'"),
-        ("bench_train", "--config.model.d_ff=0", "model.d_ff=0"),
+        (["--part=growth", "--lengths=2Q"], "--lengths has '2Q'"),
+        (["--part=stride"], "--part has 'stride'; known: attention, step, "),
+        (["--part=layouts", "--config=configs/bench.py", "--config.model.d_ff=0"], "model.d_ff=0"),
+        (["--part=attention", "--lengths=64", "--options=heads=3"], "heads=3, no multiple of kv_heads=2"),
+        (["--part=attention", "--lengths=64", "--options=head=3"], "part attention names 'head'"),
+        (["--part=step,growth", "--options=chunk=16"], "--options=chunk=16 belongs to one part"),
+        ([], "name one of --page and --part"),
+        (["--part=step", "--compare=tests/golden_curves.json"], "tests/golden_curves.json is no result"),
     ],
 )
-def test_a_wrong_flag_is_an_error_of_one_line(tool, flag, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [tool, flag])
-    with conftest.tool(tool) as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+def test_a_wrong_flag_is_an_error_of_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(measurement.Processes, "call", lambda *_: "cpu")
+    monkeypatch.setattr(sys, "argv", ["bench", *flags])
+    with conftest.tool("bench") as module, flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         module.main(parse(sys.argv))
     out, error = capsys.readouterr()
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
@@ -111,7 +161,7 @@ def test_a_contender_that_exceeds_the_memory_limit_is_left_out_and_the_others_ar
     tasks = {"small": measurement.Task("one", allocate, (10,)), "large": measurement.Task("one", allocate, (200,))}
     with measurement.Processes(limit=100 * 2**20) as processes:
         measured = processes.race("memory", tasks, 2)
-    assert measured["small"].missing is None and measured["small"].results == [10.0, 10.0]
+    assert measured["small"].missing is None and measured["small"].results == [10.0, 10.0, 10.0]
     assert abs(measured["small"].memory - 10 * 2**20) < 2**20
     assert measured["large"].seconds == [] and "0.0977 GiB" in measured["large"].missing
 

@@ -160,8 +160,7 @@ def ended(program, arguments, capsys):
         ("plan", ["--target=cpu:1", "--config=configs/base.py"]),
         ("inspect_data", ["--config=configs/base.py"]),
         ("import_hf", ["--model=x", "--out=y"]),
-        ("bench_train", []),
-        ("bench_infer", []),
+        ("bench", ["--part=step", "--config=configs/bench.py"]),
     ],
 )
 def test_a_typo_in_a_key_is_one_line_with_the_nearest_key_in_every_program_with_a_config(

@@ -1,7 +1,7 @@
 """Time and memory of functions that do the same work, called in turn, with one process for each library.
 
-Contenders that are called in turn are slowed down by the same load of the machine, and the best call of each was the least
-disturbed. Each library has its own process: its memory is measured alone, and its failure ends no other.
+Contenders that are called in turn are slowed down by the same load of the machine, so that ratios of their medians hold where
+seconds do not. Each library has its own process: its memory is measured alone, and its failure ends no other.
 """
 
 import contextlib
@@ -11,9 +11,9 @@ import gc
 import importlib.util
 import json
 import multiprocessing
-import os
 import platform
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hybrid_attn import config
+from hybrid_attn.bench import machine
 from hybrid_attn.config import Config, Table, reach
 from hybrid_attn.convert import families, hf
 from hybrid_attn.model import init, specs
@@ -33,7 +34,6 @@ from hybrid_attn.train.metrics import peak_flops
 from hybrid_attn.trees import check
 
 OUT_OF_MEMORY = ("allocate memory", "RESOURCE_EXHAUSTED", "Out of memory")  # what PyTorch and XLA say
-GIB = 2**30
 
 
 class Task(NamedTuple):
@@ -54,7 +54,7 @@ class Ready(NamedTuple):
 class Measured(NamedTuple):
     """Calls of one contender: their seconds, those of all processors, results, and bytes of one beyond its inputs.
 
-    `missing` says why there are none.
+    The first call, which warms up, is only among the results. `missing` says why there are none.
     """
 
     seconds: list[float]
@@ -62,6 +62,18 @@ class Measured(NamedTuple):
     results: list[Any]
     memory: int | None
     missing: str | None
+
+    @property
+    def record(self) -> dict:
+        """What every part records of a contender: its median and best seconds, all of them, and memory; or what is missing."""
+        if self.missing:
+            return {"missing": self.missing}
+        return {
+            "seconds": statistics.median(self.seconds),
+            "best": min(self.seconds),
+            "calls": self.seconds,
+            "memory": self.memory,
+        }
 
 
 class Processes(contextlib.AbstractContextManager):
@@ -85,22 +97,28 @@ class Processes(contextlib.AbstractContextManager):
             raise ValueError(f"the process of {library} died, perhaps because memory ran out; lower --memory_gib") from cause
 
     def race(self, title: str, tasks: Mapping[str, Task], repeats: int) -> dict[str, Measured]:
-        """Calls every task `repeats` times, in turn; prints each call to stderr under `title`."""
+        """Calls every task once to warm up and then `repeats` times, in turn; prints each call to stderr under `title`."""
         measured = {}
-        for turn in range(repeats):
+        for turn in range(repeats + 1):
             for name, task in tasks.items():
                 if turn == 0:
                     measured[name] = self.call(task.library, _first, name, task, self.limit)
+                    shown = measured[name].missing or "warm"
                 elif measured[name].missing is None:
                     seconds, cpu_seconds, result = self.call(task.library, _again, name)
                     measured[name].seconds.append(seconds)
                     measured[name].cpu_seconds.append(cpu_seconds)
                     measured[name].results.append(result)
+                    shown = f"{seconds:.3g} s"
                 else:
                     continue
-                shown = measured[name].missing or f"{measured[name].seconds[-1]:.3g} s"
-                print(f"{title}  {turn + 1}/{repeats}  {name}: {shown}", file=sys.stderr, flush=True)
+                print(f"{title}  {turn}/{repeats}  {name}: {shown}", file=sys.stderr, flush=True)
         return measured
+
+
+def platform_here() -> str:
+    """cpu, gpu or tpu; in a process of its own, because it takes the devices."""
+    return jax.default_backend()
 
 
 def make_matmul(dtype: str) -> Ready:
@@ -118,11 +136,6 @@ def full_attention(c: Config) -> Config:
     changes = {"remat": config.remat(model, c.train)[letter], "context": "auto" if scheme == "halo" else scheme}
     model = dataclasses.replace(model, prefix="", pattern="R", kinds=Table({"R": full}))
     return dataclasses.replace(c, model=model, train=dataclasses.replace(c.train, **changes))
-
-
-def threads() -> int:
-    """Processors that this process may use, which are the threads that XLA starts on a CPU."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def can_watch() -> bool:
@@ -155,15 +168,15 @@ def _pad(column: int, cell: str, width: int) -> str:
     return cell.ljust(width) if column < 2 else cell.rjust(width)
 
 
-def print_missing(records: Sequence[dict], name: Callable[[dict], str] | None = None) -> None:
-    """Prints why records have no numbers; `name` is what is missing, by default the contender at a number of tokens."""
+def missing(records: Sequence[dict], name: Callable[[dict], str] | None = None) -> str:
+    """Lines that say why records have no numbers; `name` is what is missing, by default the contender at a number of tokens."""
     name = name or (lambda r: f"{r['contender']}, {r['tokens']:,} tokens")
-    for line in dict.fromkeys(f"— {name(r)}: {r['missing']}" for r in records if r.get("missing")):
-        print(line)
+    lines = dict.fromkeys(f"— {name(r)}: {r['missing']}" for r in records if "missing" in r)
+    return "".join(f"\n\n{line}" for line in lines)
 
 
 def gib(size: int | None) -> str:
-    return "—" if size is None else f"{size / GIB:.2f}"
+    return "—" if size is None else f"{size / machine.GIB:.2f}"
 
 
 def write_json(path: str | None, values: dict | list) -> None:
@@ -175,15 +188,12 @@ def write_json(path: str | None, values: dict | list) -> None:
 # --- The same model in `transformers`.
 
 
-def no_transformers(platform: str, dtype: str, part: str) -> str:
-    """Why `transformers` cannot be compared with here, empty if it can; ValueError where --part asks for nothing else."""
-    reason, missing = "", [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if missing:
-        reason = f"{' and '.join(missing)} not installed; install the extra `oracle`"
-    elif (platform, dtype) != ("cpu", "float32"):
-        reason = f"compared in float32 on a CPU, not in {dtype} on {platform}"
-    check(not reason or part != "transformers", f"--part=transformers: {reason}")
-    return reason
+def no_transformers(platform: str, dtype: str) -> str:
+    """Why `transformers` cannot be compared with here, empty if it can."""
+    absent = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if absent:
+        return f"{' and '.join(absent)} not installed; install the extra `oracle`"
+    return "" if (platform, dtype) == ("cpu", "float32") else f"compared in float32 on a CPU, not in {dtype} on {platform}"
 
 
 def export(values: dict, directory: str, max_len: int) -> list[str]:
@@ -204,7 +214,7 @@ def exported_model(directory: str):
     import torch
     import transformers
 
-    torch.set_num_threads(threads())
+    torch.set_num_threads(machine.threads())
     transformers.utils.logging.disable_progress_bar()
     return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
 
@@ -221,14 +231,14 @@ def _first(name: str, task: Task, limit: int) -> Measured:
         _ready[name] = task.make(*task.args)
         watched = _ready[name].memory is None and can_watch()
         before = _watch(limit) if watched else None
-        seconds, cpu_seconds, result = _again(name)
+        *_, result = _again(name)
         memory = _status("VmHWM") - before if watched else _ready[name].memory
-        return Measured([seconds], [cpu_seconds], [result], memory, None)
+        return Measured([], [], [result], memory, None)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         _ready.pop(name, None)
-        return Measured([], [], [], None, f"needs more than {limit / GIB:.3g} GiB")
+        return Measured([], [], [], None, f"needs more than {limit / machine.GIB:.3g} GiB")
 
 
 def _again(name: str) -> tuple[float, float, Any]:

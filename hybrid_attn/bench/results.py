@@ -1,0 +1,141 @@
+"""The JSON of a run of the benchmark: written, compared with an older one, and made into docs/results/speed.md."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from hybrid_attn import files
+from hybrid_attn.bench import machine, table
+from hybrid_attn.bench.measurement import table as markdown
+from hybrid_attn.bench.part import Figure, Part, show
+from hybrid_attn.trees import check
+
+SIDES = ("before", "after")  # folders beside the page, with the JSON files of the code before a change and after it
+
+
+def write(path: Path, result: dict) -> None:
+    """Writes a result with numbers of seven digits, one list or innermost object a line."""
+    text = json.dumps(_rounded(result), indent=1)
+    innermost = re.compile(r"([\[{])\s+([^\[\]{}]*?)\s+([\]}])")
+    files.write_atomically(path, innermost.sub(lambda x: x[1] + re.sub(r"\s+", " ", x[2]) + x[3], text) + "\n")
+
+
+def _rounded(x):
+    if isinstance(x, dict):
+        return {key: _rounded(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_rounded(value) for value in x]
+    return float(f"{x:.7g}") if isinstance(x, float) else x
+
+
+def read(path: Path) -> dict:
+    """ValueError where the file is not a result."""
+    result = files.object_of(path.read_text(), str(path))
+    check({"machine", "versions", "parts"} <= set(result), f"{path} is no result of tools/bench.py: it has no machine or parts")
+    return result
+
+
+def figures_of(part: Part, measured: dict) -> dict[str, dict]:
+    """Name to value and unit, as the JSON has them."""
+    return {name: {"value": x.value, "unit": x.unit} for name, x in part.figures(measured["records"]).items()}
+
+
+def compared(old: dict, new: dict) -> str:
+    """A table of the figures that both results have, and a line if they are of different machines."""
+    rows = []
+    for part, measured in new["parts"].items():
+        before = old["parts"].get(part, {"figures": {}})["figures"]
+        for name, figure in measured["figures"].items():
+            if name in before:
+                was, now = before[name]["value"], figure["value"]
+                change = f"{now / was:.3f}" if was else "—"
+                rows.append([part, name, show(was, figure["unit"]), show(now, figure["unit"]), change])
+    text = markdown(("part", "figure", "old", "new", "new / old"), rows) if rows else "no figure is in both results"
+    different = [key for key in ("machine", "versions") if old[key] != new[key]]
+    if not different:
+        return text
+    said = "; ".join(f"{key} old {_listed(old[key])}, new {_listed(new[key])}" for key in different)
+    return f"{text}\n\nNot measured alike: {said}"
+
+
+def _listed(values: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def describe(result: dict) -> str:
+    """The machine and the versions, in a line."""
+    m = result["machine"]
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    return f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; {m['platform']}; {versions}"
+
+
+def section(name: str, measured: dict) -> str:
+    """The table of a part, and how it was measured."""
+    part = table.find(name)
+    m, how = measured["model"], []
+    if m:
+        how.append(f"{m['config']}, {m['parameters']:,} parameters, layers {m['layers']}, {m['dtype']}")
+    if any("calls" in r for r in measured["records"]):
+        how.append(f"medians of {measured['repeats']} calls of each contender in turn, and the best call")
+    if peaks := [r["peak"] for r in measured["records"] if "peak" in r]:
+        how.append(f"matmul peak {max(peaks) / 1e9:,.1f} GFLOP/s")
+    return f"{'; '.join(how)}. {machine.idleness(measured['watch'])}\n\n{part.table(measured['records'])}"
+
+
+def verdict(figure: Figure) -> str:
+    return {None: "", True: "yes", False: "no"}[figure.reached]
+
+
+def page(folder: Path) -> str:
+    """The page of the results in `folder`/before and `folder`/after: for each machine its figures, then the tables."""
+    results = {side: [read(path) for path in sorted((folder / side).glob("*.json"))] for side in SIDES}
+    check(any(results.values()), f"{folder} has no results: write some with --json={folder}/after/NAME.json")
+    machines = dict.fromkeys(_machine(result) for side in SIDES for result in results[side])
+    texts = [INTRODUCTION]
+    for name in machines:
+        on_it = {side: [result for result in results[side] if _machine(result) == name] for side in SIDES}
+        texts.append(f"## {name}\n\n{_overview(on_it)}")
+        places = [(part, side, result) for part in table.PARTS for side in SIDES for result in on_it[side]]
+        texts += [_table(part, side, result) for part, side, result in places if part in result["parts"]]
+    return "\n\n".join(texts) + "\n"
+
+
+INTRODUCTION = """# Speed
+
+`python tools/bench.py --page=docs/results/speed.md` makes this page of the JSON files in `docs/results/speed/`. Times are
+medians of calls in turn, and ratios those of medians: another contender over ours says how many times as long it takes. Targets
+stand beside the figures that have one."""
+
+
+def _machine(result: dict) -> str:
+    m = result["machine"]
+    return f"{m['processor']}, {m['cores']} cores, {m['memory_gib']:.0f} GiB"
+
+
+def _overview(results: dict[str, list[dict]]) -> str:
+    """The figures of one machine, before and after, beside the targets."""
+    by_side = {side: dict(_figures(of_side)) for side, of_side in results.items()}
+    rows = []
+    keys = dict.fromkeys([*by_side["after"], *by_side["before"]])
+    for key in sorted(keys, key=lambda key: list(table.PARTS).index(key[0])):
+        before, after = (by_side[side].get(key) for side in SIDES)
+        figure, (part, name) = after or before, key
+        target = "" if figure.target is None else ("≥ " if figure.at_least else "≤ ") + show(figure.target, figure.unit)
+        shown = ["—" if x is None else x.shown for x in (before, after)]
+        rows.append([part, name, *shown, target, verdict(figure)])
+    return markdown(("part", "figure", *SIDES, "target", "reached"), rows)
+
+
+def _figures(results: list[dict]) -> Iterable[tuple[tuple[str, str], Figure]]:
+    for result in results:
+        for part, measured in result["parts"].items():
+            for name, figure in table.find(part).figures(measured["records"]).items():
+                yield (part, name), figure
+
+
+def _table(part: str, side: str, result: dict) -> str:
+    revision = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", result["revision"])
+    head = f"`{result['command']}`, {result['date']}, revision {revision}"
+    libraries = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    return f"### {table.find(part).title}, {side}\n\n{head}; {libraries}\n\n{section(part, result['parts'][part])}"

@@ -1,0 +1,140 @@
+"""Training steps of several contenders, taken alternately: what parts that time steps share.
+
+A step is forward, backward and update. MFU is relative to the best matmul between the steps, by the FLOPs that the model needs.
+Memory is that of a step beyond parameters and tokens, and of ours beyond the optimiser state.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from hybrid_attn import config
+from hybrid_attn.bench import measurement
+from hybrid_attn.bench.measurement import Processes, Ready, Task
+from hybrid_attn.bench.part import Run
+from hybrid_attn.config import Config
+from hybrid_attn.model import flops
+from hybrid_attn.model.attention import attended_pairs, attention_flops
+from hybrid_attn.parallel import fit
+from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
+from hybrid_attn.train.step import executions, init_state, make_steps
+from hybrid_attn.trees import check
+
+HEADER = (
+    *("contender", "layers", "tokens", "s", "best", "tokens/s", "time / ours", "FLOPs / ours", "MFU", "GiB"),
+    *("first loss", "last"),
+)
+
+
+def batch_of(c: Config) -> dict[str, np.ndarray]:
+    """Sequences of random tokens, one document each; the target of a token is the next one, and the last has none."""
+    stage = c.stages[0]
+    tokens = np.random.default_rng(0).integers(0, c.model.vocab_size, (stage.batch, stage.seq_len), np.int32)
+    weights = np.ones(tokens.shape, np.float32)
+    weights[:, -1] = 0
+    return {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "positions": np.broadcast_to(np.arange(stage.seq_len, dtype=np.int32), tokens.shape),
+        "segments": np.ones_like(tokens),
+        "weights": weights,
+        "bytes": weights,
+    }
+
+
+def make_ours(values: dict, statistics: bool = False) -> Ready:
+    """Steps of the trainer on one device; on an accelerator, memory is what the compiler reserves."""
+    c = config.build(values)
+    (step,) = make_steps(c, executions(c, jax.default_backend()), statistics=statistics)
+    mesh = make_mesh(c.mesh, jax.devices()[:1])
+    fit.check(c, 1)
+    with jax.set_mesh(mesh):
+        state = jax.jit(init_state, static_argnums=0)(c)
+        batch = jax.device_put(batch_of(c), NamedSharding(mesh, TOKENS_BT))
+        program = step.lower(state, batch).compile()
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = program(state, batch)
+        return float(jax.block_until_ready(metrics)["loss"])
+
+    reserved = None if jax.default_backend() == "cpu" else program.memory_analysis().temp_size_in_bytes
+    return Ready(run, reserved)
+
+
+def ours(c: Config, statistics: bool = False) -> tuple[Config, Task]:
+    return c, Task("jax", make_ours, (config.to_dict(c), statistics))
+
+
+def at_length(c: Config, S: int, repeats: int) -> Config:
+    """`c` with sequences of S tokens, and as many steps as are taken."""
+    return dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], steps=repeats + 1, seq_len=S),))
+
+
+def needed(c: Config) -> float:
+    """FLOPs that a step needs."""
+    stage = c.stages[0]
+    return stage.batch * stage.seq_len * flops.train_flops_per_token(c.model, stage.seq_len)
+
+
+def computed_with_masks(c: Config) -> float:
+    """FLOPs of a step that computes all S x S scores of every layer whose window is shorter than the sequence."""
+    (B, S), m = (c.stages[0].batch, c.stages[0].seq_len), c.model
+    windowed = [layer for layer in map(m.kinds.get, m.layers) if layer.window is not None and layer.window < S]
+    masked = sum(S**2 - attended_pairs(layer, S) for layer in windowed)
+    return needed(c) + B * flops.TRAIN * attention_flops(m.num_heads, m.head_dim, masked)
+
+
+def compare(
+    processes: Processes, run: Run, title: str, contenders: dict[str, tuple[Config, Task | str]], done: list[dict]
+) -> list[dict]:
+    """A record for each contender; those of shorter sequences, `done`, predict whether a step takes too long.
+
+    In place of its task a contender may have the reason why it is missing.
+    """
+    records, tasks = {}, {"matmul": Task("jax", measurement.make_matmul, (run.dtype,))}  # first: it starts the threads
+    for name, (c, task) in contenders.items():
+        library = "torch" if isinstance(task, str) else task.library
+        stage, computed = c.stages[0], computed_with_masks(c) if library == "torch" else needed(c)
+        records[name] = {"contender": name, "layers": c.model.layers, "tokens": stage.seq_len, "batch": stage.batch}
+        records[name] |= {"needed_flops": needed(c), "computed_flops": computed}
+        before = [r for r in done if r["contender"] == name and "seconds" in r]
+        if isinstance(task, str):
+            records[name]["missing"] = task
+        elif before and before[-1]["seconds"] * computed / before[-1]["computed_flops"] > run.seconds:
+            records[name]["missing"] = f"a step might take more than {run.seconds:g} s"
+        else:
+            tasks[name] = task
+    measured = processes.race(f"{title} {stage.seq_len:,}", tasks, run.repeats)
+    peak = max(measured.pop("matmul").results)
+    for name, x in measured.items():
+        more = {"fits": False} if x.missing else {"losses": x.results, "cpu": float(np.median(x.cpu_seconds)), "peak": peak}
+        records[name] |= x.record | more
+    return list(records.values())
+
+
+def table(records: list[dict]) -> str:
+    ours = {r["tokens"]: r for r in records if r["contender"] == "ours"}
+
+    def cells(r: dict) -> list[str]:
+        mine, row = ours[r["tokens"]], [r["contender"], r["layers"], f"{r['tokens']:,}"]
+        flops_ratio = f"{r['computed_flops'] / mine['computed_flops']:.2f}"
+        if "missing" in r:
+            return [*row, "—", "—", "—", "—", flops_ratio]
+        seconds = r["seconds"]
+        ratio = f"{seconds / mine['seconds']:.2f}" if "seconds" in mine else "—"
+        row += [f"{seconds:.3g}", f"{r['best']:.3g}", f"{r['batch'] * r['tokens'] / seconds:,.0f}", ratio, flops_ratio]
+        row += [f"{r['needed_flops'] / seconds / r['peak']:.0%}", measurement.gib(r["memory"])]
+        return row + [f"{r['losses'][i]:.5f}" for i in (0, -1)]
+
+    return measurement.table(HEADER, [cells(r) for r in records]) + measurement.missing(records)
+
+
+def check_losses(records: list[dict]) -> None:
+    """ValueError where two contenders did not compute the same function of the same parameters."""
+    first = {(r["tokens"], r["contender"]): r["losses"][0] for r in records if "losses" in r}
+    for (S, name), loss in first.items():
+        own = first.get((S, "ours"), loss)
+        check(abs(loss - own) <= 1e-3, f"the first losses at {S:,} tokens differ: ours {own:.5f}, {name} {loss:.5f}")

@@ -1,0 +1,123 @@
+"""Times the code beside other libraries, part by part, and makes docs/results/speed.md: python tools/bench.py --part=step
+
+    python tools/bench.py --part=attention --lengths=2K,8K --options=head_dim=128,kinds=global --json=attention.json
+    python tools/bench.py --part=step,prefill,decode --lengths=8K --json=new.json --compare=old.json
+    python tools/bench.py --part=layouts --config=configs/bench.py --config.model.num_layers=4
+    python tools/bench.py --page=docs/results/speed.md
+
+Contenders are called alternately, each library in a process of its own, once to warm up and then --repeats times. Times are
+medians, beside which the best call stands, and ratios are those of medians. Memory is what a call takes beyond its inputs.
+The output says whether other programs used the machine meanwhile. A dash is explained under its table. --compare sets the
+figures beside those of an earlier --json. --page is made of the JSON files of its folder's speed/before and speed/after.
+"""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from hybrid_attn import config, config_file, programs
+from hybrid_attn.bench import table
+from hybrid_attn.trees import check
+
+PART = flags.DEFINE_list("part", [], f"Parts to measure: {'; '.join(f'{name}: {what}' for name, what in table.PARTS.items())}.")
+LENGTHS = flags.DEFINE_list("lengths", None, "Tokens of a sequence, 8192 or 8K; by default each part has its own.")
+OPTIONS = flags.DEFINE_string("options", "", "Options of the one part that is measured, such as heads=8,head_dim=32.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each contender.", lower_bound=1)
+SECONDS = flags.DEFINE_float("seconds", 300.0, "Leave out a call that would take longer, judged by one of a shorter sequence.")
+MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out contenders that need more.", lower_bound=0.1)
+JSON = flags.DEFINE_string("json", None, "File for the machine, the versions, the numbers of the tables and the figures.")
+COMPARE = flags.DEFINE_string("compare", None, "A file of --json, whose figures are printed beside the new ones.")
+PAGE = flags.DEFINE_string("page", None, "Page to make of results that are there, such as docs/results/speed.md.")
+CONFIG = config_file.define(
+    "config", None, "Model, optimiser and how they run; by default each part has its own.", config.Config
+)
+ROOT = Path(__file__).parents[1]
+
+
+def run_of(name: str, part, platform: str):
+    """What --part, --lengths and the other flags ask of a part."""
+    from hybrid_attn.bench import measurement
+    from hybrid_attn.bench.part import Run
+    from hybrid_attn.model import execution_on
+
+    types = {option: type(value) for option, value in part.options.items()}
+    known = f"--options={OPTIONS.value}: part {name}"
+    check(not OPTIONS.value or types, f"{known} has no options")
+    options = {**part.options, **programs.pairs(known, OPTIONS.value, types)}
+    check(bool(part.lengths) or LENGTHS.value is None, f"--lengths: part {name} has no lengths")
+    check(bool(part.config) or CONFIG.value is None, f"--config: part {name} measures no model")
+    lengths = measurement.lengths(part.lengths if LENGTHS.value is None else LENGTHS.value) if part.lengths else []
+    c = dtype = None
+    if part.config:
+        c = config.build(CONFIG.value.values if CONFIG.value else config_file.load(str(ROOT / part.config)))
+        dtype = str(execution_on(platform, c.model, c.train).dtype)
+    return Run(c, lengths, REPEATS.value, SECONDS.value, options, platform, dtype)
+
+
+def measured(part, run, processes) -> dict:
+    """The records and figures of a part, and how they were measured."""
+    from hybrid_attn.bench import machine
+    from hybrid_attn.model import flops
+
+    watch = machine.Watch()
+    records = part.measure(processes, run)
+    about = {"model": None, "options": dict(run.options), "repeats": run.repeats, "watch": watch.stop(), "records": records}
+    if run.config:
+        m, name = run.config.model, CONFIG.value.name if CONFIG.value else part.config
+        sizes = {"parameters": flops.parameters(m), "layers": m.layers}
+        about["model"] = {"config": name, **sizes, "dtype": run.dtype}
+    return about
+
+
+def command() -> str:
+    """The command line without --json, whose file may be moved."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--json=")]
+    return shlex.join(["python", "tools/bench.py", *words])
+
+
+def bench() -> None:
+    from hybrid_attn.bench import machine, measurement, results
+    from hybrid_attn.evals.provenance import revision
+
+    check(not OPTIONS.value or len(PART.value) == 1, f"--options={OPTIONS.value} belongs to one part; --part has {PART.value}")
+    old = results.read(Path(COMPARE.value)) if COMPARE.value else None
+    parts, result = {name: table.find(name) for name in PART.value}, {"command": command(), "date": time.strftime("%F")}
+    with measurement.Processes(round(MEMORY_GIB.value * machine.GIB)) as processes:
+        platform = processes.call("jax", measurement.platform_here)
+        runs = {name: run_of(name, part, platform) for name, part in parts.items()}
+        result |= {"revision": revision(Path(__file__)), "machine": machine.describe() | {"platform": platform}}
+        result |= {"versions": machine.versions(), "parts": {}}
+        for name, part in parts.items():
+            of_part = measured(part, runs[name], processes)
+            of_part["figures"] = results.figures_of(part, of_part)
+            result["parts"][name] = of_part
+            print(f"{results.describe(result)}\n\n{part.title}: {results.section(name, of_part)}\n")
+            for figure, x in part.figures(of_part["records"]).items():
+                print(f"{figure}: {x.shown}")
+            if JSON.value:  # after every part: a later one may be interrupted
+                results.write(Path(JSON.value), result)
+    if old:
+        print(f"\n{results.compared(old, result)}")
+
+
+def start() -> None:
+    """Makes the page or measures parts; slow imports are inside, so that --help is fast."""
+    check(bool(PAGE.value) != bool(PART.value), f"name one of --page and --part; parts are {', '.join(table.PARTS)}")
+    if PART.value:
+        return bench()
+    from hybrid_attn import files
+    from hybrid_attn.bench import results
+
+    path = Path(PAGE.value)
+    files.write_atomically(path, results.page(path.with_suffix("")))
+
+
+def main(argv):
+    programs.run(start, argv)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=programs.parse)
