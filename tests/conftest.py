@@ -12,6 +12,7 @@ import os
 import string
 import struct
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -72,16 +73,18 @@ def corpus(tmp_path_factory):
     return str(folder / "*.txt")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """What one test has traced and compiled, another runs: most of the time here would go into making the same step again.
+def pytest_configure(config: pytest.Config):
+    """Compiled programs of the tests, of the processes of pytest-xdist and of programs that tests start share a folder."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
 
-    The processes of pytest-xdist share compiled programs.
-    """
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
-    folder.mkdir(exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once():
+    """What one test has traced and compiled, another runs: most of the time here would go into making the same step again."""
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "make_step", functools.cache(step.make_step))

@@ -273,6 +273,13 @@ def test_int8_slots_answer_nearly_the_same_in_a_third_of_the_bytes():
     assert small.timing.cache_bytes < 0.6 * exact.timing.cache_bytes
 
 
+def test_a_cache_has_an_eighth_more_slots_than_tokens_at_most_and_few_sizes(engine):
+    totals = range(16 * 64 + 1, 16 * 128 + 1)  # the chunk is 16
+    slots = [engine._sizes(total, total).capacity for total in totals]
+    assert all(total <= capacity < 9 / 8 * total + 16 for total, capacity in zip(totals, slots, strict=True))
+    assert len(set(slots)) == 8
+
+
 @pytest.mark.parametrize(
     "length, share", [(8192, 0.625), (32768, 0.34375), (131072, 0.2734375), (262144, 0.26171875)], ids=lambda x: str(x)
 )

@@ -28,7 +28,7 @@ def make(values: dict, length: int, chunk: int) -> Ready:
     mesh = make_mesh(c.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, EngineOptions(chunk))
-        capacity = chunk * caches.power_of_two(-(-length // chunk))
+        capacity = chunk * caches.rounded(-(-length // chunk))
         cache = caches.empty(c.model, 1, capacity, 1, engine.execution.dtype, False)
         last_BD = jnp.zeros((1, c.model.d_model), engine.execution.dtype, out_sharding=P(BATCH, None))
     step_config, stop_tokens = steps.StepConfig(c.model, engine.execution, chunk), np.full(1, -1, np.int32)

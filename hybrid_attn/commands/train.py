@@ -50,6 +50,7 @@ def read_workdir() -> str:
 
 def train() -> None:
     """Trains; slow imports are here, so that `--help` is fast and Ctrl-C during an import ends the program cleanly."""
+    from hybrid_attn import compiled
     from hybrid_attn.evals.provenance import revision
     from hybrid_attn.parallel import processes
     from hybrid_attn.parallel.identity import identity
@@ -62,6 +63,7 @@ def train() -> None:
     fail = peers.fail if peers else programs.fail
     try:
         c, workdir = config.build(CONFIG.value.values), read_workdir()
+        compiled.keep(Path(workdir) / "compiled" if peers else None)
         skip_steps = parse_steps(SKIP_STEPS.value) if SKIP_STEPS.value is not None else []
         steps_to_trace = profile.parse(PROFILE.value) if PROFILE.value is not None else None
         if peers:

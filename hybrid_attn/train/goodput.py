@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from hybrid_attn import files
+from hybrid_attn import compiled, files
 from hybrid_attn.train.console import aligned, duration
 
 FILE = "goodput.jsonl"
@@ -91,7 +91,8 @@ class Goodput:
         self.rest("other")
         totals, past = self.totals(), self.past
         every, skipped = sum(totals.values()), past.skipped + self.skipped
-        notes = {"restart": f"{past.count} times", "lost": f"{past.repeated} repeated and {skipped} skipped steps"}
+        notes = {"compile": compiled.summary(), "restart": f"{past.count} times"}
+        notes["lost"] = f"{past.repeated} repeated and {skipped} skipped steps"
         rows = [("goodput", "", "seconds", "share")]
         for use, seconds in totals.items():
             if seconds >= 0.05 or use == "step" or (use == "lost" and past.repeated + skipped):
