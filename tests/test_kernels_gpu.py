@@ -1,8 +1,7 @@
-"""What the adapters add to the GPU libraries, on CPU with plain attention in place of the libraries.
+"""Our Pallas kernels for GPUs in the interpreter, and what the adapters add to the GPU libraries, with plain attention instead.
 
-The stand-in for tokamax does as tokamax does: it returns a maximum and a denominator without gradients, gives a query without
-keys the mean of all values, and computes the backward pass from the output that is passed to it. That of cuDNN is the XLA
-implementation of jax.nn.
+The stand-in for tokamax does as tokamax does: it returns a maximum and a denominator without gradients, and gives a query
+without keys the mean of all values. That of cuDNN is the XLA implementation of jax.nn.
 """
 
 import functools
@@ -11,52 +10,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_kernels import CASES, PAIRS, K, N, S, arrays, assert_same, check_merged_gradients, outcome
+from test_kernels import CASES, LAYOUTS, PAIRS, K, N, arrays, assert_same, check_merged_gradients, outcome
 
 from hybrid_attn import kernels
-from hybrid_attn.kernels import AttentionOptions, Keys, Queries, gpu
+from hybrid_attn.kernels import AttentionOptions, Keys, Queries, gpu, gpu_pallas, reference
+from hybrid_attn.kernels.interface import intervals
 
 
-class Plain:
-    """Attention over intervals of keys with the calls of a tokamax op."""
-
-    def scores(self, q, k, mask, scale, cap):
-        s_BNTS = scale * jnp.einsum("BTNH,BSNH->BNTS", q, k.repeat(N // K, 2), precision="highest")
-        t_BNTS = jnp.zeros_like(s_BNTS) if cap is None else jnp.tanh(s_BNTS / cap)
-        s_BNTS = s_BNTS if cap is None else cap * t_BNTS
-        keys, (first, end) = jnp.arange(k.shape[1]), (x[:, None, :, None] for x in mask)
-        return jnp.where((keys >= first) & (keys < end), s_BNTS, jnp.finfo(jnp.float32).min), t_BNTS
-
-    def __call__(self, q, k, v, *, mask, scale, cap, return_residuals):
-        s_BNTS, _ = self.scores(q, k, mask, scale, cap)
-        max_BNT = s_BNTS.max(-1)
-        p_BNTS = jnp.exp(s_BNTS - max_BNT[..., None])
-        o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", p_BNTS / p_BNTS.sum(-1, keepdims=True), v.repeat(N // K, 2), precision="highest")
-        return o_BTNH.astype(q.dtype), (max_BNT, p_BNTS.sum(-1))
-
-    def vjp(self, residuals, o, do, q, k, v, *, mask, scale, cap):
-        (s_BNTS, t_BNTS), (max_BNT, denominator_BNT) = self.scores(q, k, mask, scale, cap), residuals
-        p_BNTS = jnp.exp(s_BNTS - max_BNT[..., None]) / denominator_BNT[..., None]
-        shift_BNT = jnp.einsum("BTNH,BTNH->BNT", o, do, precision="highest")
-        dp_BNTS = jnp.einsum("BTNH,BSNH->BNTS", do, v.repeat(N // K, 2), precision="highest")
-        ds_BNTS = scale * p_BNTS * (dp_BNTS - shift_BNT[..., None]) * (1 - t_BNTS**2)
-        dq = jnp.einsum("BNTS,BSNH->BTNH", ds_BNTS, k.repeat(N // K, 2), precision="highest")
-        pairs = (ds_BNTS, q), (p_BNTS, do)
-        dk, dv = (jnp.einsum("BNTS,BTNH->BSNH", x, y, precision="highest") for x, y in pairs)
-        dk, dv = (x.reshape(*x.shape[:2], K, N // K, -1).sum(3) for x in (dk, dv))
-        return {"q": dq, "k": dk, "v": dv}
+def plain_tokamax(options, qkv_BSNH, bounds_BT):
+    """(o, (maximum, denominator)) of attention over intervals of keys."""
+    q, k, v = qkv_BSNH
+    s_BNTS = options.scale * jnp.einsum("BTNH,BSNH->BNTS", q, k.repeat(N // K, 2), precision="highest")
+    s_BNTS = s_BNTS if options.softcap is None else options.softcap * jnp.tanh(s_BNTS / options.softcap)
+    keys, (first, end) = jnp.arange(k.shape[1]), (x[:, None, :, None] for x in bounds_BT)
+    s_BNTS = jnp.where((keys >= first) & (keys < end), s_BNTS, jnp.finfo(jnp.float32).min)
+    max_BNT = s_BNTS.max(-1)
+    p_BNTS = jnp.exp(s_BNTS - max_BNT[..., None])
+    o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", p_BNTS / p_BNTS.sum(-1, keepdims=True), v.repeat(N // K, 2), precision="highest")
+    return o_BTNH.astype(q.dtype), (max_BNT, p_BNTS.sum(-1))
 
 
 @pytest.fixture
-def plain_tokamax(monkeypatch):
-    def call_plain(options, call, qkv, bounds):
-        return call(Plain(), qkv, {"mask": bounds, "scale": options.scale, "cap": options.softcap})
-
-    monkeypatch.setattr(gpu, "_call_tokamax", call_plain)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(gpu, "_call_tokamax", plain_tokamax)
+    monkeypatch.setattr(gpu_pallas, "INTERPRET", True)
+    monkeypatch.setattr(gpu_pallas, "BLOCK", 8)  # three blocks, six tiles, the last two of them padding
 
 
 @pytest.mark.parametrize("window, softcap", CASES)
-def test_tokamax_has_the_log_sum_exp_and_all_gradients_of_the_reference(plain_tokamax, window, softcap):
+def test_tokamax_has_the_log_sum_exp_and_all_gradients_of_the_reference(interpreted, window, softcap):
     for names in PAIRS:
         q, k, v, pos, seg = arrays(*names)
         got, expected = (
@@ -66,7 +48,7 @@ def test_tokamax_has_the_log_sum_exp_and_all_gradients_of_the_reference(plain_to
         assert not any(np.any(grad[seg == 0]) for grad in got["grads"][:3])
 
 
-def test_tokamax_has_the_gradients_of_sinks_and_of_the_log_sum_exp_alone(plain_tokamax):
+def test_tokamax_has_the_gradients_of_sinks_and_of_the_log_sum_exp_alone(interpreted):
     q, k, v, pos, seg = arrays("packed", "padding in front")
     sinks = jnp.linspace(-1.0, 2.0, N)
     got, expected = (outcome(q, k, v, pos, pos, seg, seg, sinks, kernel, 6) for kernel in ("tokamax", "reference"))
@@ -84,8 +66,30 @@ def test_tokamax_has_the_gradients_of_sinks_and_of_the_log_sum_exp_alone(plain_t
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
-def test_gradients_of_parts_of_the_keys_add_up_with_tokamax_too(plain_tokamax):
+def test_gradients_of_parts_of_the_keys_add_up_with_tokamax_too(interpreted):
     check_merged_gradients("tokamax")
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_block_of_keys_is_visited_by_the_blocks_of_queries_that_see_it_and_no_others(window):
+    _, _, _, pos, seg = arrays(*LAYOUTS)
+    q_pos, q_seg = pos[:, 5:21], seg[:, 5:21]  # of a slice of the keys
+    see = np.asarray(reference.visible_BTS(q_pos, pos, q_seg, seg, window))
+    see = np.pad(see, ((0, 0), (0, 0), (0, 1))).reshape(len(see), 8, 2, 4, 6).any((2, 4))  # blocks of 2 queries and 6 keys
+    bounds = intervals(window, Queries(None, q_pos, q_seg), Keys(None, None, pos, seg))
+    for got_from, got_to, see_IJ in zip(*gpu_pallas.visited_blocks(*bounds, 2, 6, 24), see, strict=True):
+        visited = np.arange(8)[:, None]
+        np.testing.assert_array_equal((got_from <= visited) & (visited < got_to), see_IJ)
+
+
+@pytest.mark.parametrize("window, document, percent", [(None, 8192, 50.8), (4096, 8192, 38.7), (None, 1024, 7.0)])
+def test_the_tiles_of_the_backward_pass_are_a_triangle_a_band_or_one_square_for_each_document(window, document, percent):
+    T, Q, C = 8192, *reversed(gpu_pallas.block_sizes(128, 2))
+    index_BT = jnp.arange(T, dtype=jnp.int32)[None]
+    pos, seg = index_BT % document, 1 + index_BT // document
+    bounds = intervals(window, Queries(None, pos, seg), Keys(None, None, pos, seg))
+    from_BJ, to_BJ = gpu_pallas.visited_blocks(*bounds, Q, C, T)
+    assert round(100 * Q * C * int((to_BJ - from_BJ).sum()) / T**2, 1) == percent  # 100 with tokamax's backward kernels
 
 
 @pytest.fixture
@@ -134,19 +138,6 @@ def test_cudnn_is_refused_what_it_cannot_do():
         attend(options._replace(softcap=2.0), queries, keys)
     with pytest.raises(NotImplementedError, match="no gradient by the log-sum-exp"):
         attend(options, queries, keys, jnp.zeros(N))
-
-
-def test_the_output_passed_on_has_the_product_that_the_gradient_needs():
-    rng = np.random.default_rng(0)
-    do = rng.normal(size=(2, S, N, 8)).astype(np.float32) * 10.0 ** rng.integers(-12, 3, (2, S, N, 1))
-    do[0, :4] = 0
-    shift = rng.normal(size=(2, S, N)).astype(np.float32)
-    shift[0, 0] = 0
-    for dtype in (jnp.float32, jnp.bfloat16):
-        passed_do, o = gpu.output_with_product(shift, do.astype(dtype))
-        passed_do = np.asarray(passed_do, np.float64)
-        np.testing.assert_allclose((passed_do * np.asarray(o, np.float64)).sum(-1), shift, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(passed_do, np.asarray(do.astype(dtype), np.float64), rtol=0, atol=1e-18)
 
 
 @pytest.mark.parametrize(

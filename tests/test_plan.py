@@ -116,6 +116,7 @@ def test_the_tool_prints_memory_flops_and_collectives_by_axis():
         (["--target=h100:100000000"], "at most 65,536 can be compiled for"),
         (["--target=v5p:99999x99999x99999"], "at most 65,536 can be compiled for"),
         (["--target=cpu:1", "--stage=1"], "the config has 1 stage, counted from 0"),
+        (["--target=cpu:1", "--kernels"], "--kernels reads programs for GPUs, not for cpu:1; use h100:8"),
     ],
 )
 def test_a_target_or_config_that_cannot_be_planned_is_an_error_of_one_line(arguments, message, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels import blocked, gpu, reference, tpu
+from hybrid_attn.kernels import blocked, gpu, gpu_pallas, reference, tpu
 from hybrid_attn.kernels.interface import OUTPUTS, AttentionOptions, Kernel, Keys, Pair, Queries, name_outputs
 
 __all__ = ["KERNELS", "OUTPUTS", "AttentionOptions", "Keys", "Queries", "attend", "choose", "name_outputs", "with_sinks"]
@@ -15,7 +15,7 @@ KERNELS = {
     "reference": Kernel(reference.forward, reference.backward, ("cpu", "gpu", "tpu"), saves_outputs=False),
     "blocked": Kernel(blocked.forward, blocked.backward, ("cpu", "gpu", "tpu")),
     "splash": Kernel(tpu.forward, tpu.backward, ("tpu",), heads_first=True),
-    "tokamax": Kernel(gpu.tokamax_forward, gpu.tokamax_backward, ("gpu",), "tokamax"),
+    "tokamax": Kernel(gpu.tokamax_forward, gpu_pallas.backward, ("gpu",), "tokamax"),
     "cudnn": Kernel(gpu.cudnn_forward, None, ("gpu",), saves_outputs=False, lse_has_gradient=False),
 }
 PLATFORMS = {"cpu": "blocked", "gpu": "tokamax", "tpu": "splash"}

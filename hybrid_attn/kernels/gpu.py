@@ -1,10 +1,8 @@
 """The maintained kernels for GPUs: tokamax's, and cuDNN's through jax.nn.
 
 tokamax (Mosaic on Hopper and Blackwell, else Triton) takes an interval of keys for each query, and every mask here is one:
-packed documents, windows, padding and context shards alike. Its log-sum-exp has no gradient, and its backward kernels compute
-sum(do o) themselves, from an output that we pass to them. We pass an output whose product with `do` is sum(do o) - dlse, which
-is what the gradient by the log-sum-exp needs (`gradient_shift`). Where do is zero and dlse is not, do is 2^-60 in one dimension
-instead.
+packed documents, windows, padding and context shards alike. Only its forward kernels skip the keys outside of the intervals, so
+the backward pass is ours (`gpu_pallas.py`).
 
 cuDNN knows causal masks, windows and lengths, and would attend across packed documents. Whether a sequence is packed is data,
 so a sequence of which it cannot express the mask gives NaN, never a wrong mask.
@@ -15,55 +13,28 @@ Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries, intervals, padded
-from hybrid_attn.kernels.softmax import gradient_shift
+from hybrid_attn.kernels import gpu_pallas
+from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries, padded
 
 TOKAMAX = ("mosaic_gpu", "triton")  # the first that supports the device and the dtype
-BLOCK = 128
 CUDNN = "cudnn"  # the implementation of jax.nn; tests on CPU use "xla"
 
 
 def tokamax_forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:
     """(o_BTNH, lse_BTN float32); NotImplementedError where tokamax does not support the device, the dtype or the head size."""
-
-    def call(op, qkv_BSNH, named: dict):
-        return op(*qkv_BSNH, **named, return_residuals=True)
-
-    T, (qkv_BSNH, bounds_BT) = queries.q_BTNH.shape[1], _padded_inputs(options, queries, keys)
+    T = queries.q_BTNH.shape[1]
+    bounds_BT = gpu_pallas.padded_intervals(options.window, queries, keys)
+    qkv_BSNH = [padded(x, gpu_pallas.BLOCK) for x in (queries.q_BTNH, keys.k_BSKH, keys.v_BSKH)]
     sees_key_BT = bounds_BT[0] < bounds_BT[1]
-    o_BTNH, (running_max_BNT, denominator_BNT) = _call_tokamax(options, call, qkv_BSNH, bounds_BT)
+    o_BTNH, (running_max_BNT, denominator_BNT) = _call_tokamax(options, qkv_BSNH, bounds_BT)
     o_BTNH = jnp.where(sees_key_BT[..., None, None], o_BTNH, 0)
     lse_BNT = running_max_BNT + jnp.log(jnp.where(sees_key_BT[:, None], denominator_BNT, 1.0))
     lse_BNT = jnp.where(sees_key_BT[:, None], lse_BNT, -jnp.inf)
     return o_BTNH[:, :T], lse_BNT.swapaxes(1, 2)[:, :T]
 
 
-def tokamax_backward(options: AttentionOptions, queries: Queries, keys: Keys, outputs: Pair, grads: Pair):
-    """(dq_BTNH, dk_BSKH, dv_BSKH)."""
-    T, S = queries.q_BTNH.shape[1], keys.k_BSKH.shape[1]
-    qkv_BSNH, bounds_BT = _padded_inputs(options, queries, keys)
-    sees_key_BT = bounds_BT[0] < bounds_BT[1]
-    o_BTNH, lse_BTN, do_BTNH, dlse_BTN = (padded(x, BLOCK) for x in (*outputs, *grads))
-    shift_BTN = jnp.where(sees_key_BT[..., None], gradient_shift(do_BTNH, o_BTNH, dlse_BTN), 0.0)
-    do_BTNH, o_BTNH = output_with_product(shift_BTN, jnp.where(sees_key_BT[..., None, None], do_BTNH, 0))
-    # The kernel takes the running maximum and the denominator: the log-sum-exp and 1 give the same probabilities.
-    lse_BNT = jnp.where(sees_key_BT[:, None], lse_BTN.swapaxes(1, 2), 0.0)
-
-    def call(op, qkv_BSNH, named: dict):
-        return op.vjp((lse_BNT, jnp.ones_like(lse_BNT)), o_BTNH, do_BTNH, *qkv_BSNH, **named)
-
-    dqkv = _call_tokamax(options, call, qkv_BSNH, bounds_BT)
-    return dqkv["q"][:, :T], dqkv["k"][:, :S], dqkv["v"][:, :S]
-
-
-def _padded_inputs(options: AttentionOptions, queries: Queries, keys: Keys) -> tuple[list[jax.Array], list[jax.Array]]:
-    """(q, k, v), and the first key and the end of the keys of each query, in the full blocks that tokamax compiles for."""
-    inputs = (queries.q_BTNH, keys.k_BSKH, keys.v_BSKH), intervals(options.window, queries, keys)
-    return tuple([padded(x, BLOCK) for x in arrays] for arrays in inputs)
-
-
-def _call_tokamax(options: AttentionOptions, call, qkv_BSNH, bounds_BT):
-    """call(op, (q, k, v), other arguments) of the first kernel that supports them, bound by it."""
+def _call_tokamax(options: AttentionOptions, qkv_BSNH: list[jax.Array], bounds_BT: Pair):
+    """o_BTNH, and the running maximum and the denominator [B, N, T], of the first kernel that supports the arguments."""
     from tokamax._src.ops.attention import api, base
 
     mask, errors = base.Mask(k_start=bounds_BT[0][:, None], k_end=bounds_BT[1][:, None]), []
@@ -71,20 +42,10 @@ def _call_tokamax(options: AttentionOptions, call, qkv_BSNH, bounds_BT):
         op = api.IMPLEMENTATIONS[name]
         try:
             bound = op.bind(*qkv_BSNH, mask=mask, logits_scale=options.scale, logits_soft_cap=options.softcap)
-            return call(op, bound.args, {name: x for name, x in bound.kwargs.items() if name != "return_residuals"})
+            return op(*bound.args, **bound.kwargs | {"return_residuals": True})
         except NotImplementedError as error:
             errors.append(f"{name}: {error}")
     raise NotImplementedError(f'tokamax has no kernel for this ({"; ".join(errors)}); use train.kernel="blocked"')
-
-
-def output_with_product(shift_BTN, do_BTNH) -> tuple[jax.Array, jax.Array]:
-    """do, and the float32 o along it for which sum(do o) is `shift`; a do of zero becomes 2^-60 in its first dimension."""
-    square_BTN = jnp.einsum("BTNH,BTNH->BTN", do_BTNH, do_BTNH, preferred_element_type=jnp.float32)
-    tiny_H = jnp.zeros(do_BTNH.shape[-1], do_BTNH.dtype).at[0].set(2.0**-60)
-    is_zero_BTN = (square_BTN < 2.0**-120) & (shift_BTN != 0)
-    do_BTNH = jnp.where(is_zero_BTN[..., None], tiny_H, do_BTNH)
-    square_BTN = jnp.where(is_zero_BTN, 2.0**-120, jnp.where(square_BTN > 0, square_BTN, 1.0))
-    return do_BTNH, (shift_BTN / square_BTN)[..., None] * do_BTNH.astype(jnp.float32)
 
 
 def cudnn_forward(options: AttentionOptions, queries: Queries, keys: Keys) -> Pair:

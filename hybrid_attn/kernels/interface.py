@@ -82,26 +82,36 @@ def intervals(window: int | None, queries: Queries, keys: Keys) -> Pair:
     Keys come in reading order: segments never decrease along the sequence and positions increase within a segment, and padding
     lies anywhere but between the keys of a segment. What a query sees is then contiguous, and two binary searches find it.
     """
-    (_, q_pos_BT, q_seg_BT), (_, _, k_pos_BS, k_seg_BS) = queries, keys
-    seg_BS = jax.lax.cummax(k_seg_BS, axis=1)
-    pos_BS = jnp.where(k_seg_BS > 0, k_pos_BS, LAST)
-    oldest_BT = jnp.zeros_like(q_pos_BT) if window is None else q_pos_BT - window + 1
-    first_BT = _count_before(seg_BS, pos_BS, q_seg_BT, oldest_BT)
-    end_BT = _count_before(seg_BS, pos_BS, q_seg_BT, q_pos_BT + 1)
-    padding_BT = q_seg_BT == 0
+    seg_BS, pos_BS = in_search_order(keys)
+    take = jax.vmap(lambda keys_S, index_T: keys_S[index_T])
+
+    def keys_at(index_BT):
+        return take(seg_BS, index_BT), take(pos_BS, index_BT)
+
+    return search_intervals(window, queries.pos_BT, queries.seg_BT, keys_at, seg_BS.shape[1])
+
+
+def in_search_order(keys: Keys) -> Pair:
+    """Segments and positions of keys with padding put into order: in the segment before it, after all of its positions."""
+    return jax.lax.cummax(keys.seg_BS, axis=1), jnp.where(keys.seg_BS > 0, keys.pos_BS, LAST)
+
+
+def search_intervals(window: int | None, pos_BT, seg_BT, keys_at: Callable[[jax.Array], Pair], S: int) -> Pair:
+    """`intervals` of queries among S keys; `keys_at` gives the segments and the positions `in_search_order` at indices."""
+    oldest_BT = jnp.zeros_like(pos_BT) if window is None else pos_BT - window + 1
+    first_BT = _count_before(seg_BT, oldest_BT, keys_at, S)
+    end_BT = _count_before(seg_BT, pos_BT + 1, keys_at, S)
+    padding_BT = seg_BT == 0
     return jnp.where(padding_BT, 0, first_BT), jnp.where(padding_BT, 0, jnp.maximum(first_BT, end_BT))
 
 
-def _count_before(seg_BS, pos_BS, q_seg_BT, q_pos_BT) -> jax.Array:
+def _count_before(q_seg_BT, q_pos_BT, keys_at, S: int) -> jax.Array:
     """How many keys come before (q_seg, q_pos) in the order of (segment, position)."""
-    S = seg_BS.shape[1]
-    take = jax.vmap(lambda keys_S, index_T: keys_S[index_T])
 
     def halve(_, bounds):
         low_BT, high_BT = bounds
         middle_BT = (low_BT + high_BT) // 2
-        index_BT = jnp.minimum(middle_BT, S - 1)
-        seg_BT, pos_BT = take(seg_BS, index_BT), take(pos_BS, index_BT)
+        seg_BT, pos_BT = keys_at(jnp.minimum(middle_BT, S - 1))
         before_BT = (seg_BT < q_seg_BT) | ((seg_BT == q_seg_BT) & (pos_BT < q_pos_BT))
         open_BT = low_BT < high_BT
         low_BT = jnp.where(open_BT & before_BT, middle_BT + 1, low_BT)

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     """What one device needs for one step, in bytes. `largest` is the largest array that is written: bytes, type and scope.
 
     `peak` is the peak memory, arguments included. `temporaries` is the compiler's sum, which for a TPU counts arrays that are
-    never allocated at the same time.
+    never allocated at the same time. The compiler for a GPU that is not there counts no FLOPs: `compiler_flops` None.
     """
 
     target: Target
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     host: int
     peak: int
     flops: float
-    compiler_flops: float
+    compiler_flops: float | None
     largest: tuple[int, str, str]
     collectives: list[Collective]
     text: str
@@ -65,7 +65,7 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         m.host_temp_size_in_bytes,
         peak,
         per_token * batch * length / mesh.size,
-        compiled.cost_analysis()["flops"],
+        (compiled.cost_analysis() or {}).get("flops"),
         largest_array(text),
         collectives(text, mesh.shape),
         text,
@@ -101,6 +101,9 @@ def report(plan: Plan) -> str:
     """A plan as text: whether it fits, memory, FLOPs, and what is sent between devices, by mesh axis."""
     t = plan.target
     size, kind, where = plan.largest
+    counted = ""
+    if plan.compiler_flops is not None:
+        counted = f"; {plan.compiler_flops:.4g} by the compiler, which counts a loop's body once and custom kernels not at all"
     host = f"; beside them {gb(plan.host)} of the host's memory" if plan.host else ""
     lines = [
         verdict(plan),
@@ -109,8 +112,7 @@ def report(plan: Plan) -> str:
         f"memory       {gb(plan.peak)} at the peak: {gb(plan.arguments)} parameters, optimiser state and batch, and "
         f"{gb(plan.peak - plan.arguments)} activations, gradients and new values{host}",
         f"largest      {gb(size)} {kind}: {where}",
-        f"FLOPs        {plan.flops:.4g} by the formula, recomputation not counted; {plan.compiler_flops:.4g} by the compiler, "
-        "which counts a loop's body once and custom kernels not at all",
+        f"FLOPs        {plan.flops:.4g} by the formula, recomputation not counted{counted}",
     ]
     calls, received, by_axes = Counter(), Counter(), Counter()
     for x in plan.collectives:
