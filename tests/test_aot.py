@@ -122,6 +122,13 @@ def test_a_whole_step_compiles_without_queries_by_keys_or_tokens_by_words_and_fi
     assert report["peak"] <= report["memory"]
 
 
+def test_most_weights_and_gradients_of_a_whole_step_arrive_while_the_chip_computes():
+    if reason := skip_reason(PLANS["llama 8K"][0]):
+        pytest.skip(reason)
+    report = compiled("plan", "llama 8K")["llama 8K"]
+    assert report["hidden"] >= 0.6 * report["received"] > 0 and report["cycles"] > 0
+
+
 def test_whole_steps_of_a_long_prompt_hold_no_queries_by_keys_and_fit():
     target, axes, length, chunk, most = PROMPT
     if reason := skip_reason(target):
@@ -193,7 +200,9 @@ def main_plan(case: str) -> None:
     slices = [shard] if shard == length else [shard, shard // 2]  # a balanced shard is an early and a late slice
     report = {
         **{"case": case, "seconds": round(time.monotonic() - started, 1), "memory": found.target.memory},
-        **{name: getattr(found, name) for name in ("arguments", "temporaries", "peak", "largest")},
+        **{name: getattr(found, name) for name in ("arguments", "temporaries", "peak", "largest", "cycles")},
+        "received": sum(x.total for x in found.collectives),
+        "hidden": sum(x.total for x in found.collectives if x.hidden),
         "squares": [array for part in slices for array in with_both(found.text, part, length)],
         "logits": with_both(found.text, shard, c.model.vocab_size),
     }
