@@ -52,9 +52,9 @@ REMAT = ("layer", "none", "attention", "offload")  # the first of each is the de
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
 # Keys that a stage may override; those of the model and of the optimiser only if the arrays of the state stay the same.
 OF_STAGES = (
-    "model.*", "mesh.*", "data.packing", "data.sources.*.min_length",
+    "model.*", "mesh.*", "data.packing", "data.sources.*.min_length", "train.dtype", "train.remat",
     "optim.b1", "optim.b2", "optim.eps", "optim.momentum", "optim.weight_decay", "optim.clip_norm", "optim.z_loss",
-    "train.dtype", "train.remat", "train.context", "train.zigzag", "train.kernel", "train.loss_chunk", "train.mlp_chunk",
+    "train.context", "train.zigzag", "train.kernel", "train.loss_chunk", "train.mlp_chunk", "train.overlap",
 )  # fmt: skip
 OF_INITIAL_VALUES = (  # of all stages
     "model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_width", "model.mup_base_depth",

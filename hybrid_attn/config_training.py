@@ -182,6 +182,7 @@ class Train:
     kernel: str = one_of("auto", "reference", "blocked", "splash", "tokamax", "cudnn")
     loss_chunk: int = within(1, 2**31 - 1)
     mlp_chunk: int | None = within(1, 2**31 - 1)
+    overlap: bool
     statistics_every: int | None = within(1, MOST_STEPS)
     sinks: tuple[str, ...]  # checked by the trainer, which knows the sinks
     log_every: int = within(1, MOST_STEPS, aliases=("log_interval", "logging_steps"))

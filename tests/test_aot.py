@@ -146,6 +146,13 @@ def test_a_whole_step_on_an_h100_runs_fused_attention_in_each_layer_and_copies_l
         assert sum(size for kernel, _, size in launched if kernel in ("copy", "transpose")) <= 16 * 10**6 * PERIODS
 
 
+def test_most_weights_and_gradients_of_a_whole_step_arrive_while_the_chip_computes():
+    if reason := skip_reason(PLANS["llama 8K"][0]):
+        pytest.skip(reason)
+    report = compiled("plan", "llama 8K")["llama 8K"]
+    assert report["hidden"] >= 0.6 * report["received"] > 0 and report["cycles"] > 0
+
+
 def test_whole_steps_of_a_long_prompt_hold_no_queries_by_keys_and_fit():
     target, axes, length, chunk, most = PROMPT
     if reason := skip_reason(target):
@@ -217,7 +224,9 @@ def main_plan(case: str) -> None:
     slices = [shard] if shard == length else [shard, shard // 2]  # a balanced shard is an early and a late slice
     report = {
         **{"case": case, "seconds": round(time.monotonic() - started, 1), "memory": found.target.memory},
-        **{name: getattr(found, name) for name in ("arguments", "temporaries", "peak", "largest")},
+        **{name: getattr(found, name) for name in ("arguments", "temporaries", "peak", "largest", "cycles")},
+        "received": sum(x.total for x in found.collectives),
+        "hidden": sum(x.total for x in found.collectives if x.hidden),
         "squares": [array for part in slices for array in with_both(found.text, part, length)],
         "logits": with_both(found.text, shard, c.model.vocab_size),
         "launches": kernels.launches(found.text) if target.startswith("h100") else [],

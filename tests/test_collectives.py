@@ -144,6 +144,20 @@ def test_a_start_and_its_done_are_one_and_a_loop_without_a_count_has_it_in_its_c
     assert gather.backward and "halo" in gather.scope, "the scope of the nearest operand that has one"
 
 
+def test_a_collective_is_hidden_if_the_schedule_computes_before_it_is_done():
+    assert [x.hidden for x in collectives(ASYNC, {"context": 4})] == [False, False]
+    between = '  %between = bf16[2,6] custom-call(%x), custom_call_target="k"'
+    estimate = '  %between = bf16[2,6] copy(%x), backend_config={"estimated_cycles":"9"}'
+    for line, before, hidden in (
+        (between, "  %done = ", [True, False]),
+        (estimate, "  %to = ", [False, True]),
+        (estimate.replace("9", "0"), "  %to = ", [False, False]),
+        (between, "  ROOT %out = ", [False, False]),
+    ):
+        text = ASYNC.replace(before, f"{line}\n{before}")
+        assert [x.hidden for x in collectives(text, {"context": 4})] == hidden
+
+
 def test_a_loop_of_unknown_length_with_a_collective_is_an_error():
     text = ASYNC.replace("constant(7)", "get-tuple-element(%s), index=0")
     with pytest.raises(ValueError, match="has an unknown number of iterations"):
@@ -158,3 +172,50 @@ def test_sizes_of_types():
     assert arrays("token[]") == [("token", "", 0)]
     with pytest.raises(ValueError, match="no HLO text"):
         parse("nothing")
+
+
+CHAIN = """HloModule m
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%begin (p: bf16[8,6]) -> (bf16[8,6], u32[]) {
+  %p = bf16[8,6] parameter(0)
+  %all-reduce.1 = bf16[8,6] all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add, frontend_attributes={chain_id="0"}
+  ROOT %custom-call.1 = (bf16[8,6], u32[]) custom-call(%all-reduce.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%compute (q: bf16[8,6], x: bf16[6,6]) -> (bf16[8,6], bf16[8,6]) {
+  %q = bf16[8,6] parameter(0)
+  %x = bf16[6,6] parameter(1)
+  %product = bf16[8,6] convolution(%q, %x), dim_labels=bf_io->bf
+  %all-reduce.2 = bf16[8,6] all-reduce(%q), replica_groups={{0,1,2,3}}, to_apply=%add, frontend_attributes={chain_id="0"}
+  ROOT %both = (bf16[8,6], bf16[8,6]) tuple(%product, %all-reduce.2)
+}
+
+%end (r: bf16[8,6]) -> bf16[8,6] {
+  %r = bf16[8,6] parameter(0)
+  %all-reduce.3 = bf16[8,6] all-reduce(%r), replica_groups={{0,1,2,3}}, to_apply=%add, frontend_attributes={chain_id="0"}
+  ROOT %custom-call.2 = bf16[8,6] custom-call(%r, %all-reduce.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[8,6], x: bf16[6,6]) -> bf16[8,6] {
+  %a = bf16[8,6] parameter(0)
+  %x.1 = bf16[6,6] parameter(1)
+  %start = (bf16[8,6], u32[]) fusion(%a), kind=kCustom, calls=%begin
+  %part = bf16[8,6] get-tuple-element(%start), index=0
+  %step = (bf16[8,6], bf16[8,6]) fusion(%part, %x.1), kind=kOutput, calls=%compute
+  %rest = bf16[8,6] get-tuple-element(%step), index=1
+  %summed = bf16[8,6] fusion(%rest), kind=kCustom, calls=%end
+  ROOT %again = bf16[8,6] all-reduce(%summed), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+
+
+def test_a_collective_that_is_split_over_fusions_that_compute_counts_once_and_is_hidden():
+    split, plain = collectives(CHAIN, {"context": 4})
+    assert (split.kind, split.bytes, split.hidden) == ("all-reduce", 2 * 96 * 3 // 4, True)
+    assert (plain.bytes, plain.hidden) == (split.bytes, False)

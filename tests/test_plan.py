@@ -144,7 +144,7 @@ def test_a_step_that_does_not_fit_is_reported_with_the_numbers():
     from hybrid_attn.plan.targets import CHIPS, Target
 
     target = Target("v5e:1x1", "tpu", [], CHIPS["v5e"].memory)
-    small = Plan(target, {}, 0, 0, 0, 15_900_000_000, 0.0, 0.0, (0, "", ""), [], "")
+    small = Plan(target, {}, 0, 0, 0, 15_900_000_000, 0.0, 0.0, 0, 0.0, (0, "", ""), [], "")
     large = small._replace(peak=17_000_000_000)
     assert (fits(small), fits(large)) == (True, False)
     assert verdict(small) == "fits         15.900 GB of the 16.000 GB of a device; 100.000 MB are left"
@@ -152,6 +152,20 @@ def test_a_step_that_does_not_fit_is_reported_with_the_numbers():
         "DOES NOT FIT 17.000 GB, and 16.000 GB is the memory of a device; 1.000 GB too much: use more"
     )
     assert "a device, all of this machine's; " in verdict(small._replace(target=target._replace(platform="cpu", name="cpu:1")))
+
+
+def test_the_time_of_a_plan_for_a_tpu_says_what_its_compiler_does_not_estimate():
+    from hybrid_attn.plan.collectives import Collective
+    from hybrid_attn.plan.step import Plan, time_line
+    from hybrid_attn.plan.targets import CHIPS, Target
+
+    target = Target("v5p:2x2x1", "tpu", [], CHIPS["v5p"].memory)
+    sent = [
+        Collective("all-gather", ("fsdp",), 4, size, 3, ("f32",), "", hidden) for size, hidden in ((10**9, True), (7, False))
+    ]
+    line = time_line(Plan(target, {}, 0, 0, 0, 0, 0.0, 0.0, 875_000_000, 459e11, (0, "", ""), sent, ""))
+    assert "0.500 s by the compiler, 875,000,000 cycles at 1.75 GHz" in line
+    assert "(0.200 s if their 4.59e+13 FLOPs run at 50% of the peak)" in line and "(3.000 GB of 3.000 GB arrive" in line
 
 
 def main() -> None:

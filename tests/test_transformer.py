@@ -287,6 +287,13 @@ def training_configs():
                 yield pytest.param(getter, devices, id=f"{path.stem}:{size}", marks=marks)
 
 
+def test_overlap_gives_options_to_the_compiler_for_tpus_alone():
+    c = tiny()
+    options = {platform: dict(execution_on(platform, c.model, c.train).compiler_options) for platform in ("tpu", "cpu")}
+    assert options["tpu"]["xla_tpu_enable_async_collective_fusion"] == "true" and options["cpu"] == {}
+    assert execution_on("tpu", c.model, tiny({"train.overlap": False}).train).compiler_options == ()
+
+
 @pytest.mark.parametrize("get_config, devices", list(training_configs()))
 def test_the_training_step_of_every_config_gives_back_the_state_as_it_took_it(get_config, devices):
     c = config.build(get_config())

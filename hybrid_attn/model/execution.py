@@ -10,6 +10,16 @@ from hybrid_attn import config, kernels
 from hybrid_attn.config import Model, Table, Train
 from hybrid_attn.model.params import Dot
 
+# libtpu's async collective fusion, which is off by default: collectives travel in steps beside the tiles of matrix products.
+OVERLAP = (
+    ("xla_enable_async_all_gather", "true"),
+    ("xla_enable_async_all_reduce", "true"),
+    ("xla_tpu_enable_async_collective_fusion", "true"),
+    ("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true"),
+    ("xla_tpu_enable_async_collective_fusion_fuse_all_reduce", "true"),
+    ("xla_tpu_enable_async_collective_fusion_multiple_steps", "true"),
+    ("xla_tpu_overlap_compute_collective_tc", "true"),
+)
 CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as all tokens at once, recomputation included
 
 
@@ -25,6 +35,8 @@ class Execution(NamedTuple):
     name: low rank, LoRA, int8 numbers with scales. It does not reach the embedding, the table of the logits and the final norm.
     `dot` multiplies activations with every matrix of a layer, and with the table of the logits: a product of quantised numbers.
 
+    `compiler_options` are XLA's, for the step of training.
+
     With `statistics` the layers measure themselves (`statistics.py`) in the forward pass of training.
     """
 
@@ -38,6 +50,7 @@ class Execution(NamedTuple):
     transform: Callable[[dict], dict] = unchanged
     dot: Dot = jax.lax.dot_general
     statistics: bool = False
+    compiler_options: tuple[tuple[str, str], ...] = ()
 
 
 def execution_on(platform: str, model: Model, train: Train) -> Execution:
@@ -55,4 +68,6 @@ def execution_on(platform: str, model: Model, train: Train) -> Execution:
             f'the kernel "{kernel}" runs again in the backward pass, and train.remat={" and ".join(sorted(saving))} keeps '
             f"its outputs so that it does not; use train.kernel={others}, or remat none or layer"
         )
-    return Execution(jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk)
+    options = OVERLAP if train.overlap and platform == "tpu" else ()
+    arguments = jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk
+    return Execution(*arguments, compiler_options=options)

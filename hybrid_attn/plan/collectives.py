@@ -2,7 +2,8 @@
 
 Bytes are those that one device of a group of n receives: all-gather (n-1)/n of the result, reduce-scatter and all-to-all
 (n-1)/n of the operand, all-reduce 2 (n-1)/n of it (a ring: reduce-scatter, then all-gather), collective-permute the operand.
-A collective inside a loop counts once per iteration.
+A collective inside a loop counts once per iteration. It is hidden where the schedule computes between its start and its done,
+or where libtpu split it over fusions that compute: these repeat it in each of its steps, with one `chain_id`.
 """
 
 import itertools
@@ -37,7 +38,7 @@ class Collective(NamedTuple):
     """One collective of a program: `bytes` that a device receives per call, `times` it is called in one run.
 
     `axes` are the mesh axes that it runs over, `devices` the size of a group; `types` are the element types of its operands and
-    `scope` is its `op_name`, with JAX's names of the surrounding scopes.
+    `scope` is its `op_name`, with JAX's names of the surrounding scopes. `hidden` says whether the device computes meanwhile.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Collective(NamedTuple):
     times: int
     types: tuple[str, ...]
     scope: str
+    hidden: bool
 
     @property
     def backward(self) -> bool:
@@ -103,22 +105,49 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     return _inside(computations, entry, mesh)
 
 
+def called(instruction: Instruction) -> list[str]:
+    """The names of the computations that an instruction runs; of a loop its body."""
+    if instruction.op not in CALLERS:
+        return []
+    return [name for names in CALLED.findall(instruction.line) for name in re.findall(r"[\w.-]+", names)]
+
+
+def estimated_cycles(instruction: Instruction) -> int:
+    """Cycles of a chip that libtpu expects an instruction to take; 0 where it does not say."""
+    estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.line)
+    return int(estimate[1]) if estimate else 0
+
+
 def _inside(computations: Mapping[str, list[Instruction]], name: str, mesh: Mapping[str, int]) -> list[Collective]:
     """The collectives of one run of a computation and of all that it calls; both branches of a conditional count."""
     around, collectives = {i.name: i for i in computations[name]}, []
-    for instruction in computations[name]:
+    starts_chain = any('"AsyncCollectiveStart"' in i.line for i in computations[name])
+    for at, instruction in enumerate(computations[name]):
         kind = instruction.op.removesuffix("-start")
         if kind in KINDS:
-            collectives += _collective(kind, instruction, around, mesh)
+            chained = "chain_id=" in instruction.line
+            if starts_chain or not chained:
+                hidden = chained or _is_hidden(computations[name][at:])
+                collectives += _collective(kind, instruction, around, mesh, hidden)
         elif instruction.op in CALLERS:
-            called = [n for names in CALLED.findall(instruction.line) for n in re.findall(r"[\w.-]+", names)]
-            inner = [x for n in called for x in _inside(computations, n, mesh)]
+            inner = [x for n in called(instruction) for x in _inside(computations, n, mesh)]
+            if instruction.op == "async-start":
+                inner = [x._replace(hidden=_is_hidden(computations[name][at:])) for x in inner]
             times = trip_count(instruction, computations) if instruction.op == "while" and inner else 1
             collectives += [x._replace(times=x.times * times) for x in inner]
     return collectives
 
 
-def _collective(kind: str, instruction: Instruction, around: Mapping[str, Instruction], mesh) -> list[Collective]:
+def _is_hidden(scheduled: Sequence[Instruction]) -> bool:
+    """Whether something that takes time stands between the first of some instructions, a start, and its done."""
+    start, *later = scheduled
+    if not start.op.endswith("-start"):
+        return False
+    done = next((at for at, i in enumerate(later) if i.op.endswith("-done") and start.name in _operands(i)), 0)
+    return any(estimated_cycles(i) or (i.op == "custom-call" and "AllocateBuffer" not in i.line) for i in later[:done])
+
+
+def _collective(kind: str, instruction: Instruction, around: Mapping[str, Instruction], mesh, hidden) -> list[Collective]:
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.line)
         groups = [(int(source), int(target)) for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if source != target]
@@ -137,7 +166,7 @@ def _collective(kind: str, instruction: Instruction, around: Mapping[str, Instru
         "all-to-all": sent * (n - 1) // n,
     }[kind]
     types = tuple(dtype for dtype, *_ in operands)
-    return [Collective(kind, axes_of(groups, mesh), n, received, 1, types, _scope(instruction, around))]
+    return [Collective(kind, axes_of(groups, mesh), n, received, 1, types, _scope(instruction, around), hidden)]
 
 
 def _scope(instruction: Instruction, around: Mapping[str, Instruction]) -> str:

@@ -14,8 +14,9 @@ from hybrid_attn.model import execution_on, flops
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
+from hybrid_attn.plan import timing
 from hybrid_attn.plan.collectives import Collective, arrays, collectives, parse
-from hybrid_attn.plan.targets import GB, Target
+from hybrid_attn.plan.targets import CHIPS, GB, Target
 from hybrid_attn.train.resume import check_overrides
 from hybrid_attn.train.step import abstract_state, make_step
 
@@ -24,7 +25,9 @@ class Plan(NamedTuple):
     """What one device needs for one step, in bytes. `largest` is the largest array that is written: bytes, type and scope.
 
     `peak` is the peak memory, arguments included. `temporaries` is the compiler's sum, which for a TPU counts arrays that are
-    never allocated at the same time. The compiler for a GPU that is not there counts no FLOPs: `compiler_flops` None.
+    never allocated at the same time. `cycles`, of TPUs alone, are what the compiler expects without collectives and kernels;
+    `kernel_flops` are those of the attention kernels, recomputation included. `compiler_flops` is None for a GPU that is not
+    there, whose compiler counts none.
     """
 
     target: Target
@@ -35,6 +38,8 @@ class Plan(NamedTuple):
     peak: int
     flops: float
     compiler_flops: float | None
+    cycles: int
+    kernel_flops: float
     largest: tuple[int, str, str]
     collectives: list[Collective]
     text: str
@@ -66,6 +71,8 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         peak,
         per_token * batch * length / mesh.size,
         (compiled.cost_analysis() or {}).get("flops"),
+        timing.cycles(text) if target.platform == "tpu" else 0,
+        timing.kernel_flops(of_stage.model, of_stage.train, length) * batch / mesh.size,
         largest_array(text),
         collectives(text, mesh.shape),
         text,
@@ -113,18 +120,32 @@ def report(plan: Plan) -> str:
         f"{gb(plan.peak - plan.arguments)} activations, gradients and new values{host}",
         f"largest      {gb(size)} {kind}: {where}",
         f"FLOPs        {plan.flops:.4g} by the formula, recomputation not counted{counted}",
+        *([time_line(plan)] if plan.cycles else []),
     ]
-    calls, received, by_axes = Counter(), Counter(), Counter()
+    calls, received, hidden, by_axes = Counter(), Counter(), Counter(), Counter()
     for x in plan.collectives:
         axes = " ".join(x.axes)
         key = x.kind, axes, payload(x), "backward" if x.backward else "forward"
         calls[key] += x.times
         received[key] += x.total
+        hidden[key] += x.total * x.hidden
         by_axes[axes] += x.total
-    rows = [[*key, f"{calls[key]:,}", gb(total)] for key, total in received.most_common()]
-    header = ["collective", "axes", "of", "pass", "calls a step", "received"]
+    rows = [[*key, f"{calls[key]:,}", gb(total), gb(hidden[key])] for key, total in received.most_common()]
+    header = ["collective", "axes", "of", "pass", "calls a step", "received", "while computing"]
     sums = [[axes, "", gb(total)] for axes, total in by_axes.most_common()]
     return "\n".join([*lines, "", table(header, rows), "", table(["axes", "", "received"], sums)])
+
+
+def time_line(plan: Plan) -> str:
+    """How long a step takes by the compiler's own estimate, and what that leaves out."""
+    chip = CHIPS[plan.target.name.partition(":")[0]]
+    kernels = plan.kernel_flops / (timing.KERNEL_SHARE * chip.peak_flops)
+    hidden, received = (sum(x.total for x in plan.collectives if x.hidden >= least) for least in (True, False))
+    return (
+        f"time         {plan.cycles / chip.clock:.3f} s by the compiler, {plan.cycles:,} cycles at {chip.clock / 1e9:.2f} GHz, "
+        f"without attention kernels ({kernels:.3f} s if their {plan.kernel_flops:.4g} FLOPs run at {timing.KERNEL_SHARE:.0%} "
+        f"of the peak) and without collectives ({gb(hidden)} of {gb(received)} arrive while the chip computes)"
+    )
 
 
 def fits(plan: Plan) -> bool:

@@ -16,18 +16,23 @@ GB = 10**9
 
 
 class Chip(NamedTuple):
-    """The memory of a chip in bytes, and its name in TPU tools: "v5litepod-16" are 16 chips, "v5p-32" 16 chips of two cores."""
+    """The memory of a chip in bytes, and its name in TPU tools: "v5litepod-16" are 16 chips, "v5p-32" 16 chips of two cores.
+
+    `peak_flops` are FLOP/s of bfloat16 products, `clock` is in Hz: the peak over the FLOPs of all matrix units in a cycle.
+    """
 
     memory: int
     name: str = ""
     cores: int = 1
+    peak_flops: float = 0.0
+    clock: float = 0.0
 
 
 CHIPS = {
-    "v4": Chip(32 * GB, "v4", 2),
-    "v5e": Chip(16 * GB, "v5litepod"),
-    "v5p": Chip(95 * GB, "v5p", 2),
-    "v6e": Chip(32 * GB, "v6e"),
+    "v4": Chip(32 * GB, "v4", 2, 275e12, 1.05e9),
+    "v5e": Chip(16 * GB, "v5litepod", 1, 197e12, 1.5e9),
+    "v5p": Chip(95 * GB, "v5p", 2, 459e12, 1.75e9),
+    "v6e": Chip(32 * GB, "v6e", 1, 918e12, 1.75e9),
     "h100": Chip(80 * GB),
 }
 Device = namedtuple("Device", "platform compute_capability device_kind")  # the attributes that tokamax reads

@@ -95,7 +95,7 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     objective, tx, stage_extras = objective_of(config), optimiser(config), extras_of_stage(config)
     rate = schedule(config.optim, config.pieces)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=dict(execution.compiler_options))
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         (loss, sums), grads = loss_and_gradient(config, execution, objective, state, batch)
         updates, params, opt_state = trainable.apply_gradient(tx, grads, state.opt_state, state.params)
