@@ -204,6 +204,28 @@ def test_feed_forward_is_its_formula(activation, one_device):
         assert_close(jax.device_get(mlp(on_mesh({"x": x})["x"], chunk)[0]), wanted, 1e-6)
 
 
+@pytest.mark.parametrize("norm_type", ["layernorm", "rms", "rms_plus1", "rms_weightless"])
+@pytest.mark.parametrize("shape, axes", [((16,), ("norm",)), ((4, 8), ("norm", "head_dim"))], ids=["vector", "heads"])
+def test_the_gradient_of_a_norm_is_that_of_its_definition(norm_type, shape, axes, one_device):
+    rng, norm = np.random.default_rng(0), Norm(norm_type, shape, axes, 1e-2, dims=len(shape))
+    x, dy = (rng.normal(size=(2, 5, *shape)).astype(np.float32) for _ in range(2))
+    graph, state = nnx.split(norm)
+    state = jax.tree.map(lambda w: w + rng.normal(size=w.shape).astype(np.float32), state)
+
+    def by_definition(state, x):
+        dims = tuple(range(2, x.ndim))
+        z = x - x.mean(dims, keepdims=True) if norm_type == "layernorm" else x
+        z /= jnp.sqrt((z * z).mean(dims, keepdims=True) + 1e-2)
+        weights = jax.tree.leaves(state)
+        return z * (weights[0] + (norm_type == "rms_plus1")) if weights else z
+
+    results, pulls = zip(*(jax.vjp(f, state, x) for f in (lambda s, x: nnx.merge(graph, s)(x), by_definition)), strict=True)
+    assert_close(*results, 1e-6)
+    assert_close(*(pull(dy) for pull in pulls), 1e-5)
+    low = jax.vjp(lambda s, x: nnx.merge(graph, s)(x), state, jnp.asarray(x, jnp.bfloat16))
+    assert [g.dtype for g in jax.tree.leaves(low[1](low[0]))][-1] == jnp.bfloat16 == low[0].dtype
+
+
 @pytest.mark.parametrize("kind", ["layernorm", "rms", "rms_plus1"])
 def test_norms_are_their_formulas_computed_in_float32(kind, one_device):
     norm = Norm(kind, (32,), ("norm",), 1e-2)
