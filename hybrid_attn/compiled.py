@@ -11,9 +11,12 @@ from pathlib import Path
 
 import jax
 
-SIZE = 2 * 2**30  # bytes; the least recently used programs make room. Those of a small run take 1 MB
+# Bytes of the user's directory: programs that were not used for the longest time go first. Those of a small run take 1 MB.
+# JAX's own bound takes a lock for every program, and one file that a full disk cut short ends all writing.
+SIZE = 2 * 2**30
 SETTINGS = {
-    "jax_persistent_cache_min_compile_time_secs": 0.05,  # JAX leaves out what compiles in a second: a checkpoint needs ten such
+    # By default JAX keeps what takes a second to compile, and not the many small programs of a checkpoint.
+    "jax_persistent_cache_min_compile_time_secs": 0.05,
     "jax_persistent_cache_enable_xla_caches": "none",  # XLA's own files for GPUs: a full disk would end the run
 }
 REQUESTS, READ = (f"/jax/compilation_cache/{name}" for name in ("compile_requests_use_cache", "cache_hits"))
@@ -23,19 +26,19 @@ _counts = {REQUESTS: 0, READ: 0}
 def keep(shared: Path | None = None) -> None:
     """Keeps the programs that this process compiles; without a directory that can be written it compiles as before.
 
-    `shared` is a directory that all processes of a run see, in which programs are then kept. Process 0 alone writes; if it read
-    programs that the others do not see, compilers that work together would wait for each other.
+    `shared` is a directory that all processes of a run see, in which programs are then kept. Process 0 alone writes. All read
+    the same programs: a process that compiled while another did not could wait for it without end.
     """
     jax.monitoring.register_event_listener(_count)
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    if not jax.config.jax_enable_compilation_cache:
         return
-    if (folder := shared or _user_folder()) is None:
-        return
+    settings = dict(SETTINGS)
+    if jax.config.jax_compilation_cache_dir is None:
+        if (folder := shared or _user_folder()) is None:
+            return
+        settings["jax_compilation_cache_dir"] = str(folder)
     # What cannot be read is compiled and what cannot be written is not kept: jax warns of each program, which nobody needs.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-    settings = SETTINGS | {"jax_compilation_cache_dir": str(folder)}
-    if shared is None:  # for processes that share it, the lock of a cache of bounded size could time out in some of them
-        settings["jax_compilation_cache_max_size"] = SIZE
     for name, value in settings.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
@@ -47,15 +50,27 @@ def summary() -> str:
 
 
 def _user_folder() -> Path | None:
-    """The directory of this user's programs; None where there is no home or it cannot be written."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    """The directory of this user's programs, with at most `SIZE` bytes; None where it cannot be written."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():
-        return None
+        base = Path(os.path.expanduser("~/.cache"))
+    folder = base / "hybrid_attn"
     try:
-        (base / "hybrid_attn").mkdir(mode=0o700, parents=True, exist_ok=True)  # who writes there can run code here
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who writes there can run code here
+        _remove_oldest(folder)
     except OSError:
         return None
-    return base / "hybrid_attn" if os.access(base / "hybrid_attn", os.W_OK) else None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Removes the files that were used last the longest ago, until the rest have `SIZE` bytes."""
+    files = [(max(stat.st_atime, stat.st_mtime), stat.st_size, path) for path in folder.iterdir() if (stat := path.stat())]
+    total = 0
+    for _, size, path in sorted(files, reverse=True):
+        total += size
+        if total > SIZE:
+            path.unlink(missing_ok=True)  # another process may do the same
 
 
 def _count(event: str, **_) -> None:

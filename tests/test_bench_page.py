@@ -65,7 +65,16 @@ def test_two_results_are_compared_figure_by_figure_and_another_machine_is_named(
     assert "Not measured alike: machine old processor EPYC, cores 2" in results.compared(result(1, 2), result(1, 2, cores=4))
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "{", '{"machine": {}, "versions": {}}'])
+HALF = '{"machine": {"processor": "x", "cores": 1, "memory_gib": 1}, "versions": {}, "parts": %s}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "{}", "{", '{"machine": {}, "versions": {}}', '{"machine": {}, "versions": {}, "parts": {}}', HALF % "[]",
+        HALF % '{"decode": {"records": []}}', HALF % '{"older": {}}',
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_result_is_named(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match="x.json"):

@@ -22,7 +22,16 @@ TEXT = f"""HloModule step
   ROOT %s = f32[4] add(%p, %p), {SCOPE % (BACKWARD + "while/body/add")}
 }}
 
+%even (p: f32[4]) -> f32[4] {{
+  ROOT %s = f32[4] custom-call(%p), custom_call_target="even", {SCOPE % (FORWARD + "even")}
+}}
+
+%odd (p: f32[4]) -> () {{
+  ROOT %s = () custom-call(%p), custom_call_target="odd", {SCOPE % (FORWARD + "odd")}
+}}
+
 %layers (p: f32[4]) -> f32[4] {{
+  %q = f32[4] conditional(%p), branch_computations={{%even, %odd}}
   %a = (bf16[2,3], f32[2]) custom-call(%p), custom_call_target="mosaic_gpu_v2", {SCOPE % (FORWARD + "tokamax:x/call")}
   %b = bf16[64,8] fusion(%p), kind=kCustom, calls=%product, {SCOPE % (BACKWARD + "rematted_computation/dot_general")}, "gemm"
   %e = bf16[6] copy(%p), {SCOPE % (BACKWARD + "key gradients/transpose")}
@@ -39,6 +48,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
 
 def test_a_kernel_counts_as_often_as_the_loops_turn_that_it_is_in():
     assert [tuple(x) for x in kernels.launches(TEXT)] == [
+        ("L0", "forward", "even", "even", "f32[4]", 16, 8),  # both branches of a conditional count
+        ("L0", "forward", "odd", "odd", "nothing[]", 0, 8),
         ("L0", "forward", "Mosaic", "tokamax attention", "bf16[2,3]", 20, 8),
         ("L0", "recomputed", "matrix product", "dot_general", "bf16[64,8]", 1024, 8),
         ("L0", "backward", "copy", "key gradients/transpose", "bf16[6]", 12, 8),

@@ -11,6 +11,7 @@ The output says whether other programs used the machine meanwhile. A dash is exp
 figures beside those of an earlier --json. --page is made of the JSON files of its folder's speed/before and speed/after.
 """
 
+import itertools
 import shlex
 import sys
 import time
@@ -26,7 +27,7 @@ PART = flags.DEFINE_list("part", [], f"Parts to measure: {'; '.join(f'{name}: {w
 LENGTHS = flags.DEFINE_list("lengths", None, "Tokens of a sequence, 8192 or 8K; by default each part has its own.")
 OPTIONS = flags.DEFINE_string("options", "", "Options of the one part that is measured, such as heads=8,head_dim=32.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each contender.", lower_bound=1)
-SECONDS = flags.DEFINE_float("seconds", 300.0, "Leave out a call that would take longer, judged by one of a shorter sequence.")
+SECONDS = flags.DEFINE_float("seconds", 300.0, "Leave out calls that would take longer, judged by a shorter sequence.", 0)
 MEMORY_GIB = flags.DEFINE_float("memory_gib", 12.0, "Leave out contenders that need more.", lower_bound=0.1)
 JSON = flags.DEFINE_string("json", None, "File for the machine, the versions, the numbers of the tables and the figures.")
 COMPARE = flags.DEFINE_string("compare", None, "A file of --json, whose figures are printed beside the new ones.")
@@ -74,8 +75,8 @@ def measured(part, run, processes) -> dict:
 
 def command() -> str:
     """The command line without --json, whose file may be moved."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--json=")]
-    return shlex.join(["python", "tools/bench.py", *words])
+    arguments = [x for before, x in itertools.pairwise(sys.argv) if before != "--json" and x.partition("=")[0] != "--json"]
+    return shlex.join(["python", "tools/bench.py", *arguments])
 
 
 def bench() -> None:
@@ -106,11 +107,17 @@ def bench() -> None:
 def start() -> None:
     """Makes the page or measures parts; slow imports are inside, so that --help is fast."""
     check(bool(PAGE.value) != bool(PART.value), f"name one of --page and --part; parts are {', '.join(table.PARTS)}")
-    if PART.value:
-        return bench()
     from hybrid_attn import files
     from hybrid_attn.bench import results
 
+    if PART.value:
+        if JSON.value:
+            files.check_named("json", JSON.value, "a file")
+            path = Path(JSON.value)
+            check(path.parent.is_dir() and not path.is_dir(), f"--json={path} names no file of a directory that exists")
+        return bench()
+    others = [f"--{flag.name}" for flag in (LENGTHS, OPTIONS, JSON, COMPARE, CONFIG) if flag.value]
+    check(not others, f"--page is made of results that are there; leave out {', '.join(others)}")
     path = Path(PAGE.value)
     files.write_atomically(path, results.page(path.with_suffix("")))
 

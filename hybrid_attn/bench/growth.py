@@ -20,6 +20,7 @@ from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.infer.sampling import GREEDY
 from hybrid_attn.model import init
 from hybrid_attn.parallel.mesh import BATCH, make_mesh
+from hybrid_attn.trees import check
 
 
 def make(values: dict, length: int, chunk: int) -> Ready:
@@ -49,6 +50,8 @@ def make(values: dict, length: int, chunk: int) -> Ready:
 
 
 def measure(processes: Processes, run: Run) -> list[dict]:
+    least = min(run.lengths)
+    check(least > steps.SLICE, f"--lengths has {least}: {steps.SLICE} tokens follow a prompt; use {steps.SLICE + 1} or more")
     pair, records = {"ours": run.config, "full attention": measurement.full_attention(run.config)}, []
     for S in run.lengths:
         tasks = {name: Task("jax", make, (config.to_dict(c), S, run.options["chunk"])) for name, c in pair.items()}

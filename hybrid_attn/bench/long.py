@@ -2,6 +2,8 @@
 
 import statistics
 
+import jax.numpy as jnp
+
 from hybrid_attn import config
 from hybrid_attn.bench import answers, measurement
 from hybrid_attn.bench.measurement import Processes, Task
@@ -21,7 +23,7 @@ def measure(processes: Processes, run: Run) -> list[dict]:
         if not x.missing:
             record |= {key: statistics.median(getattr(a, key) for a in x.results[1:]) for key in ("prefill", "token")}
             record |= {"cache": x.results[0].cache_bytes, "process": processes.call("long", measurement.highest_memory)}
-            record["formula"] = flops.cache_bytes(run.config.model, S, 4)
+            record["formula"] = flops.cache_bytes(run.config.model, S, jnp.dtype(run.dtype).itemsize)
         records.append(record)
     return records
 

@@ -54,7 +54,7 @@ class Ready(NamedTuple):
 class Measured(NamedTuple):
     """Calls of one contender: their seconds, those of all processors, results, and bytes of one beyond its inputs.
 
-    The first call, which warms up, is only among the results. `missing` says why there are none.
+    `results` has one for the first call too, which warms up and is not timed. `missing` says why there are none.
     """
 
     seconds: list[float]

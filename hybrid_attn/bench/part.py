@@ -28,7 +28,7 @@ class Run(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A number that a part is judged by: the best of two is the larger one or, where `at_least` is False, the smaller one."""
+    """A number that a part is judged by. The larger the better; where `at_least` is False, the smaller the better."""
 
     value: float
     unit: str

@@ -11,6 +11,8 @@ from hybrid_attn.bench.measurement import table as markdown
 from hybrid_attn.bench.part import Figure, Part, show
 from hybrid_attn.trees import check
 
+MACHINE = ("processor", "cores", "memory_gib")  # what a result says of its machine, and of each part
+PART = ("model", "repeats", "watch", "records", "figures")
 SIDES = ("before", "after")  # folders beside the page, with the JSON files of the code before a change and after it
 
 
@@ -32,7 +34,13 @@ def _rounded(x):
 def read(path: Path) -> dict:
     """ValueError where the file is not a result."""
     result = files.object_of(path.read_text(), str(path))
-    check({"machine", "versions", "parts"} <= set(result), f"{path} is no result of tools/bench.py: it has no machine or parts")
+    needed = {name: result.get(name) for name in ("machine", "versions", "parts")}
+    lacks = [name for name, value in needed.items() if not isinstance(value, dict)]
+    lacks += [] if lacks else [f"machine.{name}" for name in MACHINE if name not in result["machine"]]
+    for name, part in {} if lacks else result["parts"].items():
+        check(name in table.PARTS, f"{path} has a part {name!r}; known: {', '.join(table.PARTS)}")
+        lacks += [f"parts.{name}.{field}" for field in PART if not isinstance(part, dict) or field not in part]
+    check(not lacks, f"{path} is no result of tools/bench.py: it lacks {', '.join(lacks)}")
     return result
 
 
@@ -83,8 +91,8 @@ def section(name: str, measured: dict) -> str:
     return f"{'; '.join(how)}. {machine.idleness(measured['watch'])}\n\n{part.table(measured['records'])}"
 
 
-def verdict(figure: Figure) -> str:
-    return {None: "", True: "yes", False: "no"}[figure.reached]
+def verdict(figure: Figure | None) -> str:
+    return "" if figure is None else {None: "", True: "yes", False: "no"}[figure.reached]
 
 
 def page(folder: Path) -> str:
@@ -104,8 +112,8 @@ def page(folder: Path) -> str:
 INTRODUCTION = """# Speed
 
 `python tools/bench.py --page=docs/results/speed.md` makes this page of the JSON files in `docs/results/speed/`. Times are
-medians of calls in turn, and ratios those of medians: another contender over ours says how many times as long it takes. Targets
-stand beside the figures that have one."""
+medians of calls in turn, and ratios those of medians: "transformers / ours" 2.5 says that it takes 2.5 times as long as we do.
+Targets stand beside the figures that have one."""
 
 
 def _machine(result: dict) -> str:
@@ -123,7 +131,7 @@ def _overview(results: dict[str, list[dict]]) -> str:
         figure, (part, name) = after or before, key
         target = "" if figure.target is None else ("≥ " if figure.at_least else "≤ ") + show(figure.target, figure.unit)
         shown = ["—" if x is None else x.shown for x in (before, after)]
-        rows.append([part, name, *shown, target, verdict(figure)])
+        rows.append([part, name, *shown, target, verdict(after)])
     return markdown(("part", "figure", *SIDES, "target", "reached"), rows)
 
 

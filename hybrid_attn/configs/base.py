@@ -225,7 +225,7 @@ def get_config() -> ConfigDict:
     # None: 512 on a CPU, where a chunk stays in cache, else all tokens. A number limits [B, T, d_ff] at extreme lengths.
     t.mlp_chunk = None
     # On a TPU weights are gathered and gradients summed while the chip computes, not before and after: libtpu splits these
-    # collectives over the matrix products beside them. It costs 1 to 8% of the peak: docs/results/meshes.md
+    # collectives over the matrix products beside them. It costs up to 8% of the peak: docs/results/meshes.md
     t.overlap = True
     # Norms, attention and activations by layer type, from one step in so many: docs/statistics.md. Such a step is a program of
     # its own, compiled beside the other. None = no statistics; 10 costs under 2% of the time.

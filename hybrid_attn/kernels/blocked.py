@@ -138,7 +138,7 @@ def _bounds(options: AttentionOptions, queries: Queries, keys: Keys, Q: int) -> 
 def _over_tiles(sizes: Sizes, S: int, bounds_BQ: Pair, add_tile: Callable[[Tile, Any], Any], sums: Any) -> Any:
     """`sums` after `add_tile(tile, sums)` for every tile of the keys that a block of queries sees.
 
-    Full tiles go from the first to the last key that all queries see; the edges are what remains on both sides.
+    Full tiles start at the first key that all queries see, as many as fit. Tiles of the edges have the other keys.
     """
     first_BQ, end_BQ = bounds_BQ
     sees_key_BQ = first_BQ < end_BQ

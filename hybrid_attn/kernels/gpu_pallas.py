@@ -6,7 +6,7 @@ costs O(T W), a prefix the lower triangle, and tiles between two packed document
 the log-sum-exp ("FlashAttention", arXiv 2205.14135, algorithm 4), so the outputs may be merged results over more keys than
 these.
 
-Each program of a grid writes one block of one gradient: nothing is summed afterwards, the heads of a group neither.
+Each program of a grid writes one block of one gradient, summed over all tiles and over the query heads of a group.
 
 Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads, G = N/K, H head size; Q queries and C keys of
 a block or a tile, I query blocks, J key blocks.
@@ -138,7 +138,7 @@ def _key_gradients(options: AttentionOptions, *arrays) -> tuple[jax.Array, jax.A
 def visited_blocks(first_BT, end_BT, Q: int, C: int, S: int) -> Pair:
     """The first block of queries, and the end of the blocks, that see any key of each block of keys, [B, J] int32 each.
 
-    No other blocks where queries are in reading order; else, and in padding, those between two that see a key count too.
+    Where queries are in reading order, every block in between sees a key too. In another order, and in padding, some do not.
     """
     sees_key_BT = first_BT < end_BT
     start_BI = jnp.where(sees_key_BT, first_BT, LAST).reshape(len(first_BT), -1, Q).min(-1)

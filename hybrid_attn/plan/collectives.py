@@ -3,7 +3,7 @@
 Bytes are those that one device of a group of n receives: all-gather (n-1)/n of the result, reduce-scatter and all-to-all
 (n-1)/n of the operand, all-reduce 2 (n-1)/n of it (a ring: reduce-scatter, then all-gather), collective-permute the operand.
 A collective inside a loop counts once per iteration. It is hidden where the schedule computes between its start and its done,
-or where libtpu split it over fusions that compute: these repeat it in each of its steps, with one `chain_id`.
+or where libtpu split it over fusions that compute: each of these fusions repeats it, with the same `chain_id`.
 """
 
 import itertools

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from hybrid_attn.bench.measurement import table
-from hybrid_attn.plan.collectives import Instruction, arrays, parse, trip_count
+from hybrid_attn.plan.collectives import Instruction, arrays, called, parse, trip_count
 
 NO_KERNEL = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "after-all")
 TARGETS = {"mosaic_gpu": "Mosaic", "triton": "Triton", "cudnn$fmha": "cuDNN", "cublas": "cuBLAS"}
@@ -37,12 +37,12 @@ def _inside(computations: Mapping[str, list[Instruction]], name: str, times: int
         layer = re.search(r"/([A-Za-z]\d+)/(?!.*/[A-Za-z]\d+/)(.*)", op_name)
         if i.op in ("while", "call", "conditional"):
             inner = times * trip_count(i, computations) if i.op == "while" else times
-            for called in re.findall(r"\b(?:condition|body|to_apply)=%?([\w.-]+)", i.line):
-                yield from _inside(computations, called, inner)
+            for body in called(i):
+                yield from _inside(computations, body, inner)
         elif layer and i.op not in NO_KERNEL and not i.op.endswith("-done"):
             backward = "transpose(" in op_name
             which_pass = PASSES[0] if not backward else PASSES[1 if "rematted" in op_name else 2]
-            largest = max(arrays(i.type), key=lambda array: array[2])
+            largest = max(arrays(i.type), key=lambda array: array[2], default=("nothing", "", 0))
             kernel, size = _kernel(computations, i), sum(array[2] for array in arrays(i.type))
             yield Launch(layer[1], which_pass, kernel, _scope(layer[2]), f"{largest[0]}[{largest[1]}]", size, times)
 

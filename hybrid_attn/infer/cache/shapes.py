@@ -80,7 +80,7 @@ def power_of_two(number: int) -> int:
 
 
 def rounded(number: int) -> int:
-    """The smallest of eight numbers for each power of two that is at least `number`: at most an eighth more."""
+    """`number` rounded up to four binary digits: at most an eighth more."""
     step = max(power_of_two(number) // 16, 1)
     return -(-number // step) * step
 
