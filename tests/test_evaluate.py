@@ -125,6 +125,7 @@ def records_of(directory, name="records"):
     return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_same_is_measured(tool, models, tmp_path, monkeypatch):
     monkeypatch.setattr(tool.report, "write", lambda out, runs: None)
     arguments = [f"--checkpoint={models}/one", f"--text={models}/*.txt", "--suite=position,needle"]

@@ -193,6 +193,7 @@ def longer(corpus, workdir, folder, **changes):
     return dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], steps=6),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, units", [({}, UNITS), ({"evals.names": ()}, [])], ids=["as_before", "unmeasured"])
 def test_a_run_that_goes_on_longer_keeps_what_was_measured_of_it(corpus, workdir, tmp_path, monkeypatch, changes, units):
     c = longer(corpus, workdir, tmp_path / "run", **changes)

@@ -172,6 +172,7 @@ def test_int8_slots_are_within_half_a_step(one_device):
     assert near[0, :, :40].all() and near[1, :, :9].all()
 
 
+@pytest.mark.slow
 def test_all_int8_slots_are_seen_if_their_parts_do_not_divide_them(one_device, monkeypatch):
     model, sequences, chunks = MODELS["window and full causal"], sequences_of(61, 30), [16, 16, 16, 12, 1]
     expected, _ = in_chunks(model, random_params(model), sequences, chunks, 64, quantised=True)

@@ -254,6 +254,7 @@ def test_a_batch_that_gives_nan_is_skipped_and_who_resumes_without_the_flag_keep
     assert checkpoint.read_data(tmp_path / "checkpoints")["skipped_steps"] == [[4, 4]]
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_at_its_last_rate_or_is_allowed_to_jump(corpus, straight, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / "run")
     longer = {"stages": [stage(STEPS + 2, 48, 8)], "evals.names": ()}

@@ -105,6 +105,7 @@ def config_of(corpus, most):
     return tiny(CHANGES | changes | {"train.checkpoint_every": 2, "train.log_every": 1})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_spikes_and_ends_after_too_many_whose_flag_passes_over_the_others(
     corpus, tmp_path, monkeypatch, capsys, known_peak_and_no_pictures
 ):
