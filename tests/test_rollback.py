@@ -38,6 +38,7 @@ def test_a_rollback_is_a_run_from_that_checkpoint_with_the_same_skipped_steps(co
     c = config_of(corpus)
     assert loop.train(c, tmp_path / "back")
     text = capsys.readouterr().out
+    assert "  5 repeated and 8 skipped steps  " in text  # 5 to 9; three spikes, and these five passed over
     assert "steps 7 to 9 are spikes: the run goes back to the checkpoint of step 4, and passes over the batches up to" in text
     assert sorted(x.name for x in (tmp_path / "back/checkpoints").glob("*.*")) == ["6.rolled_back", "8.rolled_back"]
     assert checkpoint.read_data(tmp_path / "back/checkpoints")["rollbacks"] == [[4, 9]]

@@ -142,6 +142,8 @@ def train_from_newest(
     except TooManySpikes as spikes:
         rollback, lines = roll_back(c, checkpoints, spikes, recorded)
         metrics.say(*lines)
+        goodput.rest("lost")
+        goodput.record(spikes.last)  # the steps since the checkpoint count as repeated
         goodput.close()
         metrics.close()
         return skipped_after(rollback, recorded["skipped_steps"]), rollback
