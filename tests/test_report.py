@@ -105,7 +105,7 @@ def test_prompts_that_differ_before_their_ends_are_other_questions():
     assert (found.pairs, found.difference) == (6, 0.0)
     (task,) = render.wrong_answers([a, b])
     assert (task.name, task.missed) == ("vt", "a 9 of 9, b 6 of 9")
-    assert [len(example["given"]) for example in task.examples] == [2] * 6 + [1] * 2
+    assert [len(example["answers"]) for example in task.examples] == [2] * 6 + [1] * 2
 
 
 def test_few_questions_say_nothing_of_two_runs():
@@ -340,7 +340,7 @@ def test_wrong_answers_are_shown_of_every_length_with_what_each_run_gave(runs):
     assert (task.name, task.missed) == ("vt", "hybrid <3:1> 2 of 24, rope 6 of 24")
     first = task.examples[0]
     assert [example["length"] for example in task.examples] == [8192] * 6
-    assert first["given"] == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and first["wanted"] == ["7"]
+    assert first["answers"] == [("hybrid <3:1>", "7", 1.0), ("rope", "7", 0.0)] and first["wanted"] == ["7"]
     late = {2048: 0, 4096: 5, 8192: 15}
     many = run_of("many", [answer("vt", length, i, float(i < late[length])) for length in LENGTHS for i in range(20)])
     (task,) = render.wrong_answers([many])

@@ -35,13 +35,12 @@ PAGE = flags.DEFINE_string("page", None, "Page to make of results that are there
 CONFIG = config_file.define(
     "config", None, "Model, optimiser and how they run; by default each part has its own.", config.Config
 )
-ROOT = Path(__file__).parents[1]
 
 
 def run_of(name: str, part, platform: str):
     """What --part, --lengths and the other flags ask of a part."""
     from hybrid_attn.bench import measurement
-    from hybrid_attn.bench.part import Run
+    from hybrid_attn.bench.part import ROOT, Run
     from hybrid_attn.model import execution_on
 
     types = {option: type(value) for option, value in part.options.items()}

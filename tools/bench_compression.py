@@ -8,13 +8,15 @@ share of right answers; a model that knows the values of a sequence and no pair 
 shares slots among layers, and the model of configs/recall.py has only one layer that sees all earlier tokens.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from hybrid_attn import config, programs
+from hybrid_attn import config, files, programs
 from hybrid_attn.bench import measurement
 from hybrid_attn.data.synthetic import SyntheticSequences, Task
 from hybrid_attn.data.tokenizer import ByteTokenizer
@@ -99,7 +101,8 @@ def bench() -> None:
     shares = ["1", *slots]
     table = [[*key, *[cells.get(share, "") for share in shares]] for key, cells in lines.items()]
     print(measurement.table(("method", "question", *shares), table))
-    measurement.write_json(JSON.value, records)
+    if JSON.value:
+        files.write_atomically(Path(JSON.value), json.dumps(records, indent=1) + "\n")
 
 
 def main(argv):

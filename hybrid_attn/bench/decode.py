@@ -17,8 +17,7 @@ def table(records: list[dict]) -> str:
 
 
 def figures(records: list[dict]) -> dict[str, Figure]:
-    made = ratios(records, "seconds", lambda r: f"transformers / ours, {r['tokens']:,} tokens", {})
-    return {name: x._replace(target=TARGET) for name, x in made.items()}
+    return {name: x._replace(target=TARGET) for name, x in ratios(records, "seconds").items()}
 
 
 PART = Part("A new token beside transformers", "configs/bench.py", ("2K", "8K", "32K"), measure, table, figures, OPTIONS)

@@ -29,7 +29,7 @@ def make(values: dict, length: int, chunk: int) -> Ready:
     mesh = make_mesh(c.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         engine = Engine(jax.jit(init, static_argnums=0)(c.model, jax.random.key(c.seed)), c, EngineOptions(chunk))
-        capacity = chunk * caches.rounded(-(-length // chunk))
+        capacity = caches.request_slots(length, chunk)
         cache = caches.empty(c.model, 1, capacity, 1, engine.execution.dtype, False)
         last_BD = jnp.zeros((1, c.model.d_model), engine.execution.dtype, out_sharding=P(BATCH, None))
     step_config, stop_tokens = steps.StepConfig(c.model, engine.execution, chunk), np.full(1, -1, np.int32)
@@ -86,7 +86,7 @@ def table(records: list[dict]) -> str:
 
 def figures(records: list[dict]) -> dict[str, Figure]:
     """The time of full attention over that of the model, and how much slower the model's token grows."""
-    made, fitted = ratios(records, "seconds", lambda r: f"full attention / ours, {r['tokens']:,} tokens", {}), slopes(records)
+    made, fitted = ratios(records, "seconds"), slopes(records)
     if len(fitted) == 2:
         made["growth of ours / full attention"] = Figure(fitted["ours"] / fitted["full attention"], "times", at_least=False)
     return made

@@ -16,8 +16,8 @@ def measure(processes: Processes, run: Run) -> list[dict]:
 
 def figures(records: list[dict]) -> dict[str, Figure]:
     """The time of full attention over ours, and the same over what the FLOPs predict."""
-    made = ratios(records, "seconds", lambda r: f"full attention / ours, {r['tokens']:,} tokens", {})
-    predicted = ratios(records, "computed_flops", lambda r: f"full attention / ours, {r['tokens']:,} tokens", {})
+    made = ratios(records, "seconds")
+    predicted = ratios(records, "computed_flops")
     more = {f"{name}, over the ratio of FLOPs": Figure(x.value / predicted[name].value, "times") for name, x in made.items()}
     return made | more
 

@@ -9,7 +9,6 @@ import ctypes
 import dataclasses
 import gc
 import importlib.util
-import json
 import multiprocessing
 import platform
 import re
@@ -177,12 +176,6 @@ def missing(records: Sequence[dict], name: Callable[[dict], str] | None = None) 
 
 def gib(size: int | None) -> str:
     return "—" if size is None else f"{size / machine.GIB:.2f}"
-
-
-def write_json(path: str | None, values: dict | list) -> None:
-    """Writes the file that --json names, if it names one."""
-    if path:
-        Path(path).write_text(json.dumps(values, indent=1) + "\n")
 
 
 # --- The same model in `transformers`.

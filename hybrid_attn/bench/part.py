@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from hybrid_attn.bench.measurement import Processes
@@ -74,8 +75,17 @@ def chosen(option: str, text: str, known: tuple[str, ...]) -> list[str]:
     return [name for name in known if name in names]
 
 
-def ratios(records: list[dict], key: str, name: Callable[[dict], str], targets: Mapping[str, float]) -> dict[str, Figure]:
-    """By name, the `key` of each other contender over that of "ours" with the same tokens."""
+def ratios(records: list[dict], key: str, targets: Mapping[int, float] = MappingProxyType({})) -> dict[str, Figure]:
+    """The `key` of each other contender over that of "ours" with the same tokens; `targets` are by tokens."""
     ours = {r["tokens"]: r[key] for r in records if r["contender"] == "ours" and key in r}
     others = [r for r in records if r["contender"] != "ours" and key in r and r["tokens"] in ours]
-    return {name(r): Figure(r[key] / ours[r["tokens"]], "times", targets.get(name(r))) for r in others}
+    made = {}
+    for r in others:
+        S = r["tokens"]
+        made[f"{r['contender']} / ours, {S:,} tokens"] = Figure(r[key] / ours[S], "times", targets.get(S))
+    return made
+
+
+def share_of_peak(record: dict, needed_flops: float, seconds: float, target: float | None = None) -> Figure:
+    """The FLOP/s of a record over the matmul peak that was measured beside it."""
+    return Figure(needed_flops / seconds / record["peak"], "%", target)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn import config, kernels
 from hybrid_attn.bench import measurement, training
 from hybrid_attn.bench.measurement import Processes, Ready, Task
-from hybrid_attn.bench.part import Figure, Part, Run
+from hybrid_attn.bench.part import Figure, Part, Run, share_of_peak
 from hybrid_attn.config import Config, Model
 from hybrid_attn.model import Execution, execution_on, flops, init, specs
 from hybrid_attn.model.attention import attended_pairs, attention_flops, attention_options
@@ -29,7 +29,6 @@ from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT, make_mesh
 from hybrid_attn.train.optim import optimiser
 
 STEP, REST = "whole step", "rest"
-OF_PEAK = {8192: 0.5}  # the target: the share of the matmul peak that a step reaches
 
 
 class Setting(NamedTuple):
@@ -52,13 +51,13 @@ class Setting(NamedTuple):
 
     def layer(self) -> dict:
         """The parameters of one layer of the type."""
-        group, name = place_of(self.c.model, self.letter)
+        group, name = group_and_name(self.c.model, self.letter)
         leaves = self.params[group][name]
         return jax.tree.map(lambda x: x[0], leaves) if group == "periods" else leaves
 
 
-def place_of(model: Model, letter: str) -> tuple[str, str]:
-    """Where the parameters have a layer of that type: a group, and the name of the layer in it."""
+def group_and_name(model: Model, letter: str) -> tuple[str, str]:
+    """The group of the parameters that has a layer of that type, and the name of the layer in it."""
     return next((group, name) for group, letters, _ in model.groups for name, x in layer_names(letters) if x == letter)
 
 
@@ -186,7 +185,7 @@ def pieces_of(c: Config) -> dict[str, dict]:
             name = f"{piece}, {letter}" if piece.startswith("attention") else piece
             known = pieces.setdefault(name, {"piece": piece, "letter": letter, "times": 0, "flops": 0})
             known["times"] += calls
-            known["flops"] += calls * stage.batch * forward_flops(c, piece, letter)
+            known["flops"] += calls * stage.batch * piece_flops(c, piece, letter)
     others = {"norms": 1 + len(m.layers) * NORMS[m.block]}
     for piece in OF_STEP:
         count = flops.TRAIN * 2 * stage.batch * stage.seq_len * m.vocab_size * m.d_model if piece == "loss" else 0
@@ -194,13 +193,13 @@ def pieces_of(c: Config) -> dict[str, dict]:
     return pieces
 
 
-def forward_flops(c: Config, piece: str, letter: str) -> int:
+def piece_flops(c: Config, piece: str, letter: str) -> int:
     """FLOPs of a piece of one layer for one sequence, of all the passes that the piece has."""
     m, S = c.model, c.stages[0].seq_len
     if piece.startswith("attention"):
         passes = 1 if piece == "attention forward" else flops.TRAIN - 1
         return passes * attention_flops(m.num_heads, m.head_dim, attended_pairs(m.kinds[letter], S))
-    group, name = place_of(m, letter)
+    group, name = group_and_name(m, letter)
     weights = specs(m)[group][name]["mlp" if piece == "feed-forward" else m.kinds[letter].mixer]
     return flops.TRAIN * 2 * S * sum(spec.multiplications for spec in jax.tree.leaves(weights))
 
@@ -230,14 +229,14 @@ def table(records: list[dict]) -> str:
             continue
         step, rest = of_S[STEP], of_S[STEP]["seconds"]
         for name, r in of_S.items():
-            seconds, rate = r["times"] * r["seconds"], r["flops"] / (r["times"] * r["seconds"])
+            seconds = r["times"] * r["seconds"]
             rest -= 0 if name == STEP else seconds
-            speed = [f"{rate / 1e9:,.1f}", f"{rate / r['peak']:.0%}"] if r["flops"] else []
+            speed = [f"{r['flops'] / seconds / 1e9:,.1f}", share_of_peak(r, r["flops"], seconds).shown] if r["flops"] else []
             shares = [f"{1e3 * seconds:,.1f}", f"{seconds / step['seconds']:.1%}"]
             rows.append([name, f"{S:,}", f"{r['times']}", *shares, *(speed or ["—", "—"]), f"{1e3 * r['best']:,.2f}"])
         rows.append([REST, f"{S:,}", "", f"{1e3 * rest:,.1f}", f"{rest / step['seconds']:.1%}"])
-        share = step["flops"] / step["seconds"] / step["peak"]
-        texts.append(f"\n\nAt {S:,} tokens the step reaches {share:.0%} of the matmul peak, {step['peak'] / 1e9:,.1f} GFLOP/s.")
+        share = share_of_peak(step, step["flops"], step["seconds"]).shown
+        texts.append(f"\n\nAt {S:,} tokens the step reaches {share} of the matmul peak, {step['peak'] / 1e9:,.1f} GFLOP/s.")
     header = ("piece", "tokens", "times a step", "ms a step", "share", "GFLOP/s", "of peak", "ms of its best call")
     return measurement.table(header, rows) + measurement.missing(records) + "".join(texts)
 
@@ -247,9 +246,9 @@ def figures(records: list[dict]) -> dict[str, Figure]:
     made = {}
     for r in records:
         if "seconds" in r and r["flops"]:
-            name, target = r["contender"], OF_PEAK.get(r["tokens"]) if r["contender"] == STEP else None
-            share = r["flops"] / (r["times"] * r["seconds"]) / r["peak"]
-            made[f"{name}: share of the matmul peak, {r['tokens']:,} tokens"] = Figure(share, "%", target)
+            name, target = r["contender"], training.OF_PEAK.get(r["tokens"]) if r["contender"] == STEP else None
+            share = share_of_peak(r, r["flops"], r["times"] * r["seconds"], target)
+            made[f"{name}: share of the matmul peak, {r['tokens']:,} tokens"] = share
     return made
 
 

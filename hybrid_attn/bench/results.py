@@ -18,16 +18,16 @@ SIDES = ("before", "after")  # folders beside the page, with the JSON files of t
 
 def write(path: Path, result: dict) -> None:
     """Writes a result with numbers of seven digits, one list or innermost object a line."""
-    text = json.dumps(_rounded(result), indent=1)
+    text = json.dumps(_with_seven_digits(result), indent=1)
     innermost = re.compile(r"([\[{])\s+([^\[\]{}]*?)\s+([\]}])")
     files.write_atomically(path, innermost.sub(lambda x: x[1] + re.sub(r"\s+", " ", x[2]) + x[3], text) + "\n")
 
 
-def _rounded(x):
+def _with_seven_digits(x):
     if isinstance(x, dict):
-        return {key: _rounded(value) for key, value in x.items()}
+        return {key: _with_seven_digits(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
-        return [_rounded(value) for value in x]
+        return [_with_seven_digits(value) for value in x]
     return float(f"{x:.7g}") if isinstance(x, float) else x
 
 
@@ -104,8 +104,8 @@ def page(folder: Path) -> str:
     for name in machines:
         on_it = {side: [result for result in results[side] if _machine(result) == name] for side in SIDES}
         texts.append(f"## {name}\n\n{_overview(on_it)}")
-        places = [(part, side, result) for part in table.PARTS for side in SIDES for result in on_it[side]]
-        texts += [_table(part, side, result) for part, side, result in places if part in result["parts"]]
+        sections = [(part, side, result) for part in table.PARTS for side in SIDES for result in on_it[side]]
+        texts += [_table(part, side, result) for part, side, result in sections if part in result["parts"]]
     return "\n\n".join(texts) + "\n"
 
 

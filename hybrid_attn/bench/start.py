@@ -28,8 +28,8 @@ STOPS = 120  # seconds that a run may take to save and to end
 
 def environment(folder: str) -> dict[str, str]:
     """Without a compile cache that the user set, and with a user cache directory of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
-    return kept | {"XDG_CACHE_HOME": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
+    return inherited | {"XDG_CACHE_HOME": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
 
 
 @contextlib.contextmanager

@@ -156,7 +156,7 @@ class Engine:
         context = self.mesh.shape["context"]
         chunk = min(self.chunk, context * caches.power_of_two(max(-(-longest // context), MIN_CHUNK)))
         chunk = max(chunk, caches.power_of_two(min_chunk))
-        capacity = chunk * caches.rounded(-(-total // chunk))
+        capacity = caches.request_slots(total, chunk)
         return Sizes(StepConfig(self.model, self.execution, chunk // context), chunk, capacity)
 
     def _padded(self, count: int) -> int:

@@ -63,7 +63,7 @@ def _environment(escaped: Callable[[str], str]) -> Environment:
 
 
 class Task(NamedTuple):
-    """`missed` says how many answers of each run are not right in full; examples have (run, text, score) in `given`."""
+    """`missed` says how many answers of each run are not right in full; examples have (run, text, score) in `answers`."""
 
     name: str
     missed: str
@@ -77,8 +77,8 @@ def wrong_answers(runs: Sequence[Run]) -> list[Task]:
     for same_question in answers.values():
         if any(answer["score"] < 1 for _, answer in same_question):
             first = same_question[0][1]
-            given = [(name, answer["given"], answer["score"]) for name, answer in same_question]
-            failures.setdefault(first["task"], []).append({key: first[key] for key in QUESTION} | {"given": given})
+            of_runs = [(name, answer["given"], answer["score"]) for name, answer in same_question]
+            failures.setdefault(first["task"], []).append({key: first[key] for key in QUESTION} | {"answers": of_runs})
     tasks = []
     for name, of_task in sorted(failures.items()):
         scores = {run.name: [answer["score"] for answer in run.answers if answer["task"] == name] for run in runs}

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
-from hybrid_attn.infer.cache.shapes import Cache, LayerCache, Runner, partition_specs, rounded
+from hybrid_attn.infer.cache.shapes import Cache, LayerCache, Runner, partition_specs, rounded_slots
 from hybrid_attn.kernels import AttentionOptions
 from hybrid_attn.kernels.softmax import LOWEST, add_scores, finite_or_zero, log_sum_exp, soft_cap
 from hybrid_attn.model.attention import attention_options
@@ -234,7 +234,7 @@ def compressed(compression: Compression, model: Model, cache: Cache, queries: Se
         window = q_BWNH, sinks_N, cache.lengths_B, budget_B
         static_args = compression, attention_options(model, model.layers[i])
         scores_BKS, counts_BK = run(_scores_and_counts, static_args, jax.random.key(SEED + i), window, layer)
-        slots = rounded(int(jax.device_get(counts_BK).max()) + room)
+        slots = rounded_slots(int(jax.device_get(counts_BK).max()) + room)
         layers[i] = run(_compacted_layer, (slots,), layer, scores_BKS, counts_BK, cache.lengths_B)
     return cache._replace(layers=tuple(layers))
 

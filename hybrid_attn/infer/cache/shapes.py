@@ -3,7 +3,7 @@
 A layer type with a window or a chunk has a ring buffer: the token at position p is in slot p % R. A window of W tokens needs
 W + T - 1 slots while chunks of T tokens are prefilled, and W slots while tokens are decoded one by one. Any other layer type
 keeps every token: the token at position p is in slot p - evicted, where `evicted` counts the tokens that compression removed.
-Numbers of slots are rounded up (`rounded`), so that few programs are compiled.
+Numbers of slots are rounded up (`rounded_slots`), so that few programs are compiled.
 
 Letters: B requests, S slots, R slots of a ring, K key/value heads, H head size.
 """
@@ -79,15 +79,20 @@ def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def rounded(number: int) -> int:
+def rounded_slots(number: int) -> int:
     """`number` rounded up to four binary digits: at most an eighth more."""
     step = max(power_of_two(number) // 16, 1)
     return -(-number // step) * step
 
 
+def request_slots(tokens: int, chunk: int) -> int:
+    """Slots of a request of at most `tokens` that is read `chunk` at a time, where every token is kept: whole chunks."""
+    return chunk * rounded_slots(-(-tokens // chunk))
+
+
 def ring_slots(visible: int, chunk: int, capacity: int) -> int:
     """Slots of a ring whose queries see `visible` tokens, read `chunk` at a time, for requests of at most `capacity` tokens."""
-    return min(rounded(visible + chunk - 1), capacity)
+    return min(rounded_slots(visible + chunk - 1), capacity)
 
 
 @functools.partial(jax.jit, static_argnums=range(6))
