@@ -332,6 +332,7 @@ def test_a_run_and_the_tool_ask_the_same_where_nobody_says_otherwise(tool, model
     assert (options.chunk, options.batch_size) == (engine.chunk, engine.batch_size)
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_the_same_command_measures_the_rest(tool, models, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     root = Path(__file__).parents[1]

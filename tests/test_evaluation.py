@@ -166,6 +166,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(corpus, workdir, tmp_path, m
     assert "\n  bigram model, at 48" in said
 
 
+@pytest.mark.slow
 def test_the_tool_finds_the_same_of_the_checkpoint(corpus, workdir, tmp_path):
     pytest.importorskip("matplotlib")
     tokenizer = load_tokenizer("bytes")

@@ -62,6 +62,7 @@ def assert_equal(got, expected):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_continues_with_its_extras_bit_for_bit(averaged, tmp_path):
     straight = trained(averaged, started(averaged), 4)
     assert not np.array_equal(straight.extras["average"]["embed"], straight.params["embed"])

@@ -66,6 +66,7 @@ def test_tokamax_has_the_gradients_of_sinks_and_of_the_log_sum_exp_alone(interpr
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_parts_of_the_keys_add_up_with_tokamax_too(interpreted):
     check_merged_gradients("tokamax")
 
@@ -115,6 +116,7 @@ def test_cudnn_sees_exactly_the_keys_of_the_window_and_no_padding(xla_cudnn, win
     assert_same(jax.device_get(run("cudnn", q, k, v)), jax.device_get(run("reference", q, k, v)), 1e-5)
 
 
+@pytest.mark.slow
 def test_cudnn_gives_nan_for_sequences_whose_mask_it_cannot_express_and_for_a_gradient_that_it_drops(xla_cudnn):
     q, k, v, pos, seg = arrays("one document", "packed", "padding in front", "padding between")
     options, keys = AttentionOptions(None, 0.4), Keys(k, v, pos, seg)

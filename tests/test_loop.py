@@ -132,6 +132,7 @@ def test_stages_already_begun_cannot_change(corpus, tmp_path, monkeypatch):
         loop.train(config_of(corpus, stages=[stage(3, 24, 16), stage(2, 48, 8)]), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_batches_of_a_stage_in_its_middle_cannot_change_and_those_of_the_next_can(corpus, tmp_path, monkeypatch):
     sources = {"all": base.source(paths=(corpus,)), "long": base.source(paths=(corpus,), min_length=600)}
     mixed = stage(3, 24, 16) | {"mixture": {"all": 0.5, "long": 0.5}}

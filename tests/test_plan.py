@@ -87,6 +87,7 @@ def test_a_size_with_a_larger_vocabulary_is_planned_without_a_tokenizer_and_a_li
         assert ("tools/train_tokenizer.py --vocab_size=65536" in lines[-1]) == told
 
 
+@pytest.mark.slow
 def test_the_tool_prints_memory_flops_and_collectives_by_axis():
     done = plan("--target=cpu:4", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.context=2")
     assert done.returncode == 0, done.stderr

@@ -226,6 +226,7 @@ def test_int8_weights_that_a_transform_dequantises_stay_int8_in_decoding(with_lo
         check_answers(Engine(quantised, c, EngineOptions(chunk=16), execution=execution), quantised, execution)
 
 
+@pytest.mark.slow
 def test_compression_takes_the_sinks_that_a_transform_makes(one_device):
     c, options = tiny(G={"sink": True}), GenerateOptions(compression=Compression("snapkv", cap=16, window=8))
     params = random_params(c.model)
