@@ -18,6 +18,7 @@ from hybrid_attn.trees import check
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 BITS = {"pred": 8, "bf16": 16, "token": 0}  # the names of other types have the number: f32, s8, u4, f8e4m3fn
+NO_KERNEL = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")  # they write no array
 CALLERS = ("while", "call", "conditional", "fusion", "async-start")
 NAME = r"%?([\w.-]+)"
 HEADER = re.compile(rf"^(?:ENTRY )?{NAME} \(.*\{{$")
@@ -32,6 +33,11 @@ class Instruction(NamedTuple):
     type: str
     op: str
     line: str
+
+    @property
+    def op_name(self) -> str:
+        """JAX's names of the scopes around it; empty where the compiler dropped them."""
+        return (re.search(r'op_name="([^"]*)"', self.line) or ["", ""])[1]
 
 
 class Collective(NamedTuple):
@@ -174,8 +180,8 @@ def _scope(instruction: Instruction, around: Mapping[str, Instruction]) -> str:
     waiting, seen = [instruction], set()
     while waiting:
         here = waiting.pop(0)
-        if named := re.search(r'op_name="([^"]*)"', here.line):
-            return named[1]
+        if here.op_name:
+            return here.op_name
         seen.add(here.name)
         waiting += [around[name] for name in _operands(here) if name in around and name not in seen]
     return ""

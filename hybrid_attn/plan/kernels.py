@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from hybrid_attn.bench.measurement import table
-from hybrid_attn.plan.collectives import Instruction, arrays, called, parse, trip_count
+from hybrid_attn.plan.collectives import NO_KERNEL, Instruction, arrays, called, parse, trip_count
 
-NO_KERNEL = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "after-all")
-TARGETS = {"mosaic_gpu": "Mosaic", "triton": "Triton", "cudnn$fmha": "cuDNN", "cublas": "cuBLAS"}
+LIBRARIES = {"mosaic_gpu": "Mosaic", "triton": "Triton", "cudnn$fmha": "cuDNN", "cublas": "cuBLAS"}
 PASSES = ("forward", "recomputed", "backward")
 
 
@@ -33,15 +32,14 @@ def launches(text: str) -> list[Launch]:
 
 def _inside(computations: Mapping[str, list[Instruction]], name: str, times: int) -> Iterator[Launch]:
     for i in computations[name]:
-        op_name = (re.search(r'op_name="([^"]*)"', i.line) or ["", ""])[1]
-        layer = re.search(r"/([A-Za-z]\d+)/(?!.*/[A-Za-z]\d+/)(.*)", op_name)
+        layer = re.search(r"/([A-Za-z]\d+)/(?!.*/[A-Za-z]\d+/)(.*)", i.op_name)
         if i.op in ("while", "call", "conditional"):
             inner = times * trip_count(i, computations) if i.op == "while" else times
             for body in called(i):
                 yield from _inside(computations, body, inner)
-        elif layer and i.op not in NO_KERNEL and not i.op.endswith("-done"):
-            backward = "transpose(" in op_name
-            which_pass = PASSES[0] if not backward else PASSES[1 if "rematted" in op_name else 2]
+        elif layer and i.op not in (*NO_KERNEL, "constant", "after-all") and not i.op.endswith("-done"):
+            backward = "transpose(" in i.op_name
+            which_pass = PASSES[0] if not backward else PASSES[1 if "rematted" in i.op_name else 2]
             largest = max(arrays(i.type), key=lambda array: array[2], default=("nothing", "", 0))
             kernel, size = _kernel(computations, i), sum(array[2] for array in arrays(i.type))
             yield Launch(layer[1], which_pass, kernel, _scope(layer[2]), f"{largest[0]}[{largest[1]}]", size, times)
@@ -51,7 +49,7 @@ def _kernel(computations: Mapping[str, list[Instruction]], i: Instruction) -> st
     """What runs an instruction: a library, or what XLA compiled a fusion to do."""
     if i.op == "custom-call":
         target = re.search(r'custom_call_target="([^"]*)"', i.line)[1]
-        return next((name for part, name in TARGETS.items() if part in target), target)
+        return next((name for part, name in LIBRARIES.items() if part in target), target)
     if i.op != "fusion":
         return i.op
     inside = {x.op for x in computations[re.search(r"\bcalls=%?([\w.-]+)", i.line)[1]]} - {"parameter", "bitcast", "constant"}

@@ -15,7 +15,7 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.plan import timing
-from hybrid_attn.plan.collectives import Collective, arrays, collectives, parse
+from hybrid_attn.plan.collectives import NO_KERNEL, Collective, arrays, collectives, parse
 from hybrid_attn.plan.targets import CHIPS, GB, Target
 from hybrid_attn.train.resume import check_overrides
 from hybrid_attn.train.step import abstract_state, make_step
@@ -87,10 +87,9 @@ def largest_array(text: str) -> tuple[int, str, str]:
     largest = (0, "", "")
     for name, lines in computations.items():
         for i in lines if name not in fused else ():
-            if i.op not in ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"):
-                scope = re.search(r'op_name="([^"]*)"', i.line)
+            if i.op not in NO_KERNEL:
                 for dtype, dims, size in arrays(i.type):
-                    largest = max(largest, (size, f"{dtype}[{dims}]", f"{i.op} {scope[1] if scope else ''}"))
+                    largest = max(largest, (size, f"{dtype}[{dims}]", f"{i.op} {i.op_name}"))
     return largest
 
 
