@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn import config
 from hybrid_attn.model import abstract_params, apply, execution_on, flops, init, losses
 from hybrid_attn.model.mlp import GatedMLP
-from hybrid_attn.model.params import Norm
+from hybrid_attn.model.params import MESH_AXES, Norm
 from hybrid_attn.model.transformer import Block, in_packed, unembedding, unstacked
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
@@ -205,15 +205,17 @@ def test_feed_forward_is_its_formula(activation, one_device):
 
 
 @pytest.mark.parametrize("norm_type", ["layernorm", "rms", "rms_plus1", "rms_weightless"])
-@pytest.mark.parametrize("shape, axes", [((16,), ("norm",)), ((4, 8), ("norm", "head_dim"))], ids=["vector", "heads"])
-def test_the_gradient_of_a_norm_is_that_of_its_definition(norm_type, shape, axes, one_device):
-    rng, norm = np.random.default_rng(0), Norm(norm_type, shape, axes, 1e-2, dims=len(shape))
-    x, dy = (rng.normal(size=(2, 5, *shape)).astype(np.float32) for _ in range(2))
+@pytest.mark.parametrize("axes, number", [(("norm",), 1), (("heads", "head_dim"), 2), (("heads", "head_dim"), 1)])
+def test_the_gradient_of_a_norm_is_that_of_its_definition(norm_type, axes, number, one_device):
+    shape = (4, 8)[-len(axes) :]
+    rng, norm = np.random.default_rng(0), Norm(norm_type, shape, axes, 1e-2, dims=number)
+    sharding = P(None, None, *(MESH_AXES[axis] for axis in axes))
+    x, dy = (jax.device_put(rng.normal(size=(2, 5, *shape)).astype(np.float32), sharding) for _ in range(2))
     graph, state = nnx.split(norm)
     state = jax.tree.map(lambda w: w + rng.normal(size=w.shape).astype(np.float32), state)
 
     def by_definition(state, x):
-        dims = tuple(range(2, x.ndim))
+        dims = tuple(range(-number, 0))
         z = x - x.mean(dims, keepdims=True) if norm_type == "layernorm" else x
         z /= jnp.sqrt((z * z).mean(dims, keepdims=True) + 1e-2)
         weights = jax.tree.leaves(state)
@@ -222,7 +224,7 @@ def test_the_gradient_of_a_norm_is_that_of_its_definition(norm_type, shape, axes
     results, pulls = zip(*(jax.vjp(f, state, x) for f in (lambda s, x: nnx.merge(graph, s)(x), by_definition)), strict=True)
     assert_close(*results, 1e-6)
     assert_close(*(pull(dy) for pull in pulls), 1e-5)
-    low = jax.vjp(lambda s, x: nnx.merge(graph, s)(x), state, jnp.asarray(x, jnp.bfloat16))
+    low = jax.vjp(lambda s, x: nnx.merge(graph, s)(x), state, x.astype(jnp.bfloat16))
     assert [g.dtype for g in jax.tree.leaves(low[1](low[0]))][-1] == jnp.bfloat16 == low[0].dtype
 
 

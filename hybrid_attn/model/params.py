@@ -164,7 +164,7 @@ def _normed_backward(centred, axes, eps, residuals, dy):
     dx = dz - z * (dz * z).mean(axes, keepdims=True)
     if centred:
         dx -= dz.mean(axes, keepdims=True)
-    dweight = None if weight is None else (dy * z).sum(range(x.ndim - len(axes)))
+    dweight = None if weight is None else (dy * z).sum(range(x.ndim - weight.ndim))
     return (factor * dx).astype(x.dtype), dweight
 
 
