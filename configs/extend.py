@@ -56,16 +56,18 @@ def get_config(argument: str):
     with_rope = [name for name, x in saved.config.model.kinds.items() if x.rope_theta and not (x.window or x.chunk)]
     c.stages = []
     for factor in (4, 16) if times == "16x" else (4,):
-        stage = base.get_config().stages[0]
-        stage.seq_len, stage.steps, stage.batch = factor * length, steps, max(old.batch * old.seq_len // (factor * length), 1)
-        stage.lr_schedule = base.lr_schedule(shape="linear", start=rate, end=rate / 100, warmup_steps=steps // 10)
-        stage.override = base.override(
-            {
-                f"model.kinds.{letter}.rope_scaling.{key}": value
-                for letter in with_rope
-                for key, value in scaled(saved.config.model.kinds[letter].rope_scaling, factor, length).items()
-            }
+        scalings = {
+            f"model.kinds.{letter}.rope_scaling.{key}": value
+            for letter in with_rope
+            for key, value in scaled(saved.config.model.kinds[letter].rope_scaling, factor, length).items()
+        }
+        stage = base.stage(
+            seq_len=factor * length,
+            steps=steps,
+            batch=max(old.batch * old.seq_len // (factor * length), 1),
+            lr_schedule=base.lr_schedule(shape="linear", start=rate, end=rate / 100, warmup_steps=steps // 10),
+            override=base.override(scalings),
+            mixture=dict(old.mixture),
         )
-        stage.mixture = ConfigDict(dict(old.mixture))
         c.stages = [*c.stages, stage]
     return c

@@ -75,6 +75,37 @@ def lr_schedule(**changes) -> ConfigDict:
     return r
 
 
+def stage(**changes) -> ConfigDict:
+    """A stage of 300 steps of one sequence of 8,192 tokens, except for `changes`."""
+    s = ConfigDict()
+    s.name = None  # in the lines and records of its steps, such as "cooldown"; None = its number, from 1
+    s.steps = 300
+    s.tokens = None  # instead of steps (None): the stage ends with the step that has seen so many, padding included
+    s.seq_len = 8192  # tokens in a packed sequence
+    s.batch = 1  # packed sequences in a step, over all devices
+    # Smaller batches that the stage begins with, such as (3072, 6144, 9216) before 12,288. Each lasts an equal share of
+    # batch_ramp_tokens, to the step that completes it, and is compiled by itself. A smaller batch has fewer microbatches.
+    s.batch_ramp = ()
+    s.batch_ramp_tokens = None  # tokens of the whole ramp
+    # Parts of the batch whose gradients are accumulated one after the other: less memory for activations, the same step.
+    s.microbatches = 1
+    s.mixture = ConfigDict()  # source -> weight, its share of the tokens; empty = the only source
+    s.objective = "next_token"  # a name in `OBJECTIVES` of hybrid_attn/train/objectives
+    # Fields of the model, such as "model.kinds.L.rope_theta", that may differ from the checkpoint that the stage continues.
+    # They change what the parameters compute: a resumed run refuses other values unless they are named here.
+    s.model_changes = ()
+    s.lr_schedule = None  # lr_schedule(...): the learning rate of this stage; None = that of optim
+    # Keys of the config that have another value in this stage: override({"model.kinds.L.rope_theta": 1e6, "mesh.context": 4}).
+    # They may be of model, mesh, train, data.packing, data.sources.NAME.min_length, and of optim, except where all stages share
+    # the value, such as that of train.keep; no key may change the arrays of the state.
+    s.override = ConfigDict()
+    # The parameters that this stage trains, by name, such as ("periods/L*", "*/q_norm"); empty = all. The others and their
+    # moments keep their bits.
+    s.trainable = ()
+    s.update(changes)
+    return s
+
+
 def override(keys: dict) -> ConfigDict:
     """Keys with dots, such as model.kinds.L.window, and their values, in the nested form of `stages[i].override`."""
     nested = {}
@@ -85,20 +116,35 @@ def override(keys: dict) -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
+    """One small hybrid model, trained on Python's standard library in one stage."""
     c = ConfigDict()
     c.seed = 0  # of the initial parameters; other seeds have their own keys
+    c.init_from = _init_from()
+    c.model = _model()
+    c.mesh = _mesh()
+    c.data = _data()
+    c.optim = _optim()
+    c.stages = [stage()]
+    c.train = _train()
+    c.evals = _evals()
+    return c
 
-    # Start from the parameters of another checkpoint, at step 0 with a new optimiser state. Ignored once the run has its own
-    # checkpoint.
+
+def _init_from() -> ConfigDict:
+    """Another checkpoint whose parameters the run starts from, with a new optimiser state; unused once it has its own."""
+    i = ConfigDict()
     # A parameter has a name such as periods/L0/attention/q; groups (periods/L0) and patterns (*/q_norm) name several of them.
-    i = c.init_from = ConfigDict()
     i.path = None  # a run's workdir, a directory of checkpoints, an imported model or one checkpoint; None = initial parameters
     i.step = None  # None = the newest checkpoint
     i.new = ()  # parameters of this model that start from their initial values
     i.ignore = ()  # parameters of the checkpoint that are left out
     i.rename = ()  # "OLD -> NEW": parameters (or groups) that have the name OLD in the checkpoint and NEW in this model
+    return i
 
-    m = c.model = ConfigDict()
+
+def _model() -> ConfigDict:
+    """The architecture."""
+    m = ConfigDict()
     m.vocab_size = 384  # 256 bytes, BOS and EOS, padded to a multiple of 128 so that any tensor axis divides it
     m.prefix = ""  # layer types, one letter per layer, of the first layers, before the pattern; num_layers counts them
     m.pattern = "LLLG"  # layer types, one letter per layer, repeated: three local layers to one global (arXiv 2501.18795)
@@ -128,24 +174,36 @@ def get_config() -> ConfigDict:
     # theta stays at 10,000: a larger one makes a hybrid worse (paper, table of RNoPE variants)
     m.kinds.L = kind(window=512, rope_theta=10_000.0)
     m.kinds.G = kind(qk_norm="rms")  # NoPE; QK-norm keeps small runs stable at high learning rates
+    return m
 
-    c.mesh = ConfigDict()
-    c.mesh.slice = 1  # replicas on separate TPU slices, joined by the data-centre network; elsewhere the same as data
-    c.mesh.data = -1  # replicas within a slice; -1 = all remaining devices
-    c.mesh.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp
-    c.mesh.context = 1  # shards of the sequence
-    c.mesh.tensor = 1  # shards of heads, feed-forward and vocabulary
 
-    c.data = ConfigDict()
-    c.data.sources = ConfigDict({"text": source()})  # by name; the mixture of a stage has their weights
-    c.data.tokenizer = "bytes"  # "bytes", or the path of a tokenizer.json
-    c.data.holdout = 0.1  # fraction of held-out documents, by a hash of their text: copies of a document stay together
+def _mesh() -> ConfigDict:
+    """Devices along each axis."""
+    m = ConfigDict()
+    m.slice = 1  # replicas on separate TPU slices, joined by the data-centre network; elsewhere the same as data
+    m.data = -1  # replicas within a slice; -1 = all remaining devices
+    m.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp
+    m.context = 1  # shards of the sequence
+    m.tensor = 1  # shards of heads, feed-forward and vocabulary
+    return m
+
+
+def _data() -> ConfigDict:
+    """What is read, and how it becomes sequences."""
+    d = ConfigDict()
+    d.sources = ConfigDict({"text": source()})  # by name; the mixture of a stage has their weights
+    d.tokenizer = "bytes"  # "bytes", or the path of a tokenizer.json
+    d.holdout = 0.1  # fraction of held-out documents, by a hash of their text: copies of a document stay together
     # concat: documents back to back, cut every seq_len tokens. best_fit: no document that fits seq_len is cut; some padding
-    c.data.packing = "concat"  # concat | best_fit
-    c.data.seed = 0  # order of the documents
-    c.data.prefetch = 2  # batches that are read ahead, each by its own thread
+    d.packing = "concat"  # concat | best_fit
+    d.seed = 0  # order of the documents
+    d.prefetch = 2  # batches that are read ahead, each by its own thread
+    return d
 
-    o = c.optim = ConfigDict()
+
+def _optim() -> ConfigDict:
+    """The optimiser and the learning rate."""
+    o = ConfigDict()
     # A name in `OPTIMISERS` of hybrid_attn/train/optim.py. muon: matrices by Muon, the others by AdamW at the same rate.
     o.optimiser = "adamw"  # adamw | muon | lion | adafactor
     o.lr = 6e-3  # peak; small models need high rates
@@ -178,35 +236,12 @@ def get_config() -> ConfigDict:
     # Steps before the first of too many consecutive spikes: the run goes back to the newest checkpoint that is at least so old,
     # and passes over the batches from there to the last spike. None = it stops.
     o.rollback_steps = None
+    return o
 
-    stage = ConfigDict()
-    stage.name = None  # in the lines and records of its steps, such as "cooldown"; None = its number, from 1
-    stage.steps = 300
-    stage.tokens = None  # instead of steps (None): the stage ends with the step that has seen so many, padding included
-    stage.seq_len = 8192  # tokens in a packed sequence
-    stage.batch = 1  # packed sequences in a step, over all devices
-    # Smaller batches that the stage begins with, such as (3072, 6144, 9216) before 12,288. Each lasts an equal share of
-    # batch_ramp_tokens, to the step that completes it, and is compiled by itself. A smaller batch has fewer microbatches.
-    stage.batch_ramp = ()
-    stage.batch_ramp_tokens = None  # tokens of the whole ramp
-    # Parts of the batch whose gradients are accumulated one after the other: less memory for activations, the same step.
-    stage.microbatches = 1
-    stage.mixture = ConfigDict()  # source -> weight, its share of the tokens; empty = the only source
-    stage.objective = "next_token"  # a name in `OBJECTIVES` of hybrid_attn/train/objectives
-    # Fields of the model, such as "model.kinds.L.rope_theta", that may differ from the checkpoint that the stage continues.
-    # They change what the parameters compute: a resumed run refuses other values unless they are named here.
-    stage.model_changes = ()
-    stage.lr_schedule = None  # lr_schedule(...): the learning rate of this stage; None = that of optim
-    # Keys of the config that have another value in this stage: override({"model.kinds.L.rope_theta": 1e6, "mesh.context": 4}).
-    # They may be of model, mesh, train, data.packing, data.sources.NAME.min_length, and of optim, except where all stages share
-    # the value, such as that of train.keep; no key may change the arrays of the state.
-    stage.override = ConfigDict()
-    # The parameters that this stage trains, by name, such as ("periods/L*", "*/q_norm"); empty = all. The others and their
-    # moments keep their bits.
-    stage.trainable = ()
-    c.stages = [stage]
 
-    t = c.train = ConfigDict()
+def _train() -> ConfigDict:
+    """How a step is computed, and what is kept of it."""
+    t = ConfigDict()
     t.dtype = "auto"  # of activations: auto = bfloat16 on TPU and GPU, float32 on CPU
     # What is saved of a layer for the backward pass, for all layer types or by letter ("L=none,G=offload"; the others: layer).
     # none: all activations (no rematerialisation). layer: only the input. attention: also the output of attention, so that
@@ -235,8 +270,12 @@ def get_config() -> ConfigDict:
     t.log_every = 10  # steps
     t.checkpoint_every = 100  # steps
     t.keep = 2  # number of checkpoints that are kept
+    return t
 
-    e = c.evals = ConfigDict()
+
+def _evals() -> ConfigDict:
+    """What is measured of the model in a training."""
+    e = ConfigDict()
     # position: held-out loss by position, for each source of documents in the last stage. recall: accuracy on the synthetic
     # tasks. needle: retrieval of one and of four numbers at five depths of a text. ruler: the tasks of RULER except two that
     # need files. attention_mass: attention weights of questions about a needle, by head. key_tokens: loss on tokens that only
@@ -247,4 +286,4 @@ def get_config() -> ConfigDict:
     e.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len
     e.tokens = 131_072  # per length, for position, recall and key_tokens: tokens in the sequences that are scored
     e.samples = 5  # questions of needle per length and depth, and of each task of ruler per length
-    return c
+    return e
