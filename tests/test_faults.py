@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import tool
-from test_metrics import of_steps
+from test_metrics import VALUES, of_steps
 
 from hybrid_attn.train.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
-VALUES = {"loss": 2.0, "bits_per_byte": 3.0, "grad_norm": 1.0, "lr": 1e-3, "step_time": 0.5, "data_wait": 0.001}
 
 
 @pytest.mark.slow
@@ -24,9 +23,9 @@ def test_broken_runs_end_as_undisturbed_ones_do():
 
 def test_every_step_that_was_logged_before_a_kill_is_in_tensorboard_once_when_the_run_goes_on(tmp_path):
     for start, steps in ((0, range(1, 8)), (4, range(5, 11))):
-        metrics = Metrics(tmp_path, start, of_steps(10), peak_flops=20e12).open()
+        metrics = Metrics(tmp_path, start, of_steps(10)).open()
         for step in steps:
-            metrics.log(step, VALUES, tokens=2706, flops=4e12)
+            metrics.log(step, VALUES)
             metrics.advance(step)  # and no close, as after a kill
     with tool("faults") as faults:
         assert faults.tensorboard_steps(tmp_path / "tensorboard") == list(range(1, 11))

@@ -18,6 +18,7 @@ from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 
 VALUES = {
     "loss": 2.3125, "bits_per_byte": 3.3362, "grad_norm": 0.8125, "lr": 3e-3, "step_time": 0.5, "data_wait": 0.001,
+    "tokens_per_s": 5412.0, "mfu": 0.4,
 }  # fmt: skip
 
 
@@ -25,11 +26,11 @@ def of_steps(total: int) -> Config:
     return tiny({"stages": [{"steps": total, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}]})
 
 
-def _run(workdir, start: int, *steps: int, total: int = 300, tokens=2706, **changes) -> None:
-    """Logs steps of 2,706 tokens and 4 TFLOPs on devices of 20 TFLOP/s: at half a second a step, 40% MFU."""
-    metrics = Metrics(workdir, start, of_steps(total), peak_flops=20e12).open()
+def _run(workdir, start: int, *steps: int, total: int = 300, **changes) -> None:
+    """Logs steps of the same `VALUES`, but for the changes."""
+    metrics = Metrics(workdir, start, of_steps(total)).open()
     for step in steps:
-        metrics.log(step, {**VALUES, **changes}, tokens=tokens, flops=4e12)
+        metrics.log(step, {**VALUES, **changes})
         metrics.advance(step)
     metrics.close()
 
@@ -40,7 +41,7 @@ def _lines(path) -> list[dict]:
 
 def test_a_step_is_a_line_of_json_a_line_on_stdout_and_scalars_in_tensorboard(tmp_path, capsys):
     _run(tmp_path, 39, 40)
-    assert _lines(tmp_path / "metrics.jsonl") == [{"step": 40, **VALUES, "tokens_per_s": 5412.0, "mfu": 0.4}]
+    assert _lines(tmp_path / "metrics.jsonl") == [{"step": 40, **VALUES}]
     assert capsys.readouterr().out == (
         "step 40/300  loss 2.312  bpb 3.336  lr 0.003  grad 0.81  5,412 tok/s  40% MFU  data 0.2%\n"
     )
@@ -65,7 +66,7 @@ def test_a_line_says_the_stage_the_averages_what_is_seen_and_what_is_left(tmp_pa
 
 
 def test_the_line_of_a_step_that_was_compiled_has_no_speed(tmp_path, capsys):
-    _run(tmp_path, 0, 1, tokens=math.nan, step_time=12.34)
+    _run(tmp_path, 0, 1, tokens_per_s=math.nan, mfu=math.nan, step_time=12.34)
     assert capsys.readouterr().out == "step 1/300  loss 2.312  bpb 3.336  lr 0.003  grad 0.81  12.3 s with compilation\n"
     assert _lines(tmp_path / "metrics.jsonl")[0]["tokens_per_s"] is None
     tags = {value.tag for event in tensorboard_events(tmp_path) for value in event.summary.value}
@@ -73,7 +74,7 @@ def test_the_line_of_a_step_that_was_compiled_has_no_speed(tmp_path, capsys):
 
 
 def test_a_skipped_step_is_a_line_of_its_own(tmp_path, capsys):
-    metrics = Metrics(tmp_path, 3, of_steps(10), peak_flops=20e12).open()
+    metrics = Metrics(tmp_path, 3, of_steps(10)).open()
     metrics.skip(4, "its batch is passed over")
     metrics.close()
     assert _lines(tmp_path / "metrics.jsonl") == [{"step": 4, "skipped": True, "reason": "its batch is passed over"}]
@@ -86,8 +87,8 @@ def test_a_duration_has_its_two_largest_units(seconds, text):
 
 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path):
-    metrics = Metrics(tmp_path, 0, of_steps(10), peak_flops=20e12).open()
-    metrics.log(1, VALUES, tokens=2706, flops=4e12)
+    metrics = Metrics(tmp_path, 0, of_steps(10)).open()
+    metrics.log(1, VALUES)
     assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1]
     metrics.close()
 
@@ -106,9 +107,9 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 
 
 def test_a_scalar_is_in_tensorboards_file_before_the_next_step(tmp_path):
-    metrics = Metrics(tmp_path, 0, of_steps(100), peak_flops=20e12).open()
+    metrics = Metrics(tmp_path, 0, of_steps(100)).open()
     for step in range(1, 41):
-        metrics.log(step, VALUES, tokens=2706, flops=4e12)
+        metrics.log(step, VALUES)
         metrics.score("position/text/48", 2.0)
         values = [(event.step, value.tag) for event in tensorboard_events(tmp_path) for value in event.summary.value]
         steps = [number for number, tag in values if tag == "train/loss_nats"]
@@ -116,10 +117,10 @@ def test_a_scalar_is_in_tensorboards_file_before_the_next_step(tmp_path):
 
 
 def test_metrics_that_are_removed_while_a_run_goes_on_are_there_again(tmp_path, capsys):
-    metrics = Metrics(tmp_path, 0, of_steps(10), peak_flops=20e12).open()
-    metrics.log(1, VALUES, tokens=2706, flops=4e12)
+    metrics = Metrics(tmp_path, 0, of_steps(10)).open()
+    metrics.log(1, VALUES)
     (tmp_path / "metrics.jsonl").unlink()
-    metrics.log(2, VALUES, tokens=2706, flops=4e12)
+    metrics.log(2, VALUES)
     assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1, 2]
     assert f"{tmp_path}/metrics.jsonl was removed" in capsys.readouterr().out
 
@@ -179,7 +180,7 @@ def test_what_is_not_a_number_is_null(tmp_path):
 def test_evaluations_are_lines_of_their_own_and_stay_until_they_are_run_again(tmp_path):
     old = [{"eval": "position", "step": step, "length": 8192, "loss": 2.0} for step in (200, 300, 400)]
     (tmp_path / "evals.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in old) + '{"eval": "posi')
-    metrics = Metrics(tmp_path, 300, of_steps(500), peak_flops=20e12).open()
+    metrics = Metrics(tmp_path, 300, of_steps(500)).open()
     assert _lines(tmp_path / "evals.jsonl") == old[:2]
     metrics.forget()
     metrics.report("position", [{"length": 8192, "loss": 1.5}])

@@ -41,7 +41,9 @@ def test_the_trace_begins_and_ends_with_the_steps_that_the_flag_names(tmp_path, 
     with loop.Stop(None) as stop:
         traced = profile.Profile((2, 3), tmp_path)
         batches = iter((i, ()) for i in range(5))
-        steps.Loop(c, [step], [mesh_of()], batches, Quiet(), Quiet(), stop, None, None, state=0, step=0, profile=traced).train()
+        steps.Loop(
+            c, [step], [mesh_of()], batches, Quiet(), Quiet(), stop, None, None, state=0, step=0, peaks=[1e12], profile=traced
+        ).train()
     line = f"profile      steps 2 to 3: xprof --logdir={tmp_path}"
     assert events == [1, "start_trace", 2, 3, "stop_trace", line, 4, 5]
 

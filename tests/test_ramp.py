@@ -112,15 +112,16 @@ def test_no_sequence_is_left_out_or_seen_twice_at_a_ramp_and_any_step_can_be_the
 
 def test_tokens_and_the_time_left_follow_the_ramp():
     c = tiny({"stages": [RAMP | {"steps": 8}, LATER]})
-    progress = Progress(c, [(4, 5)])
+    progress = Progress(c, [(4, 5)], [1e9, 1e9])
     assert progress.tokens_seen(6) == 24 * (3 * 8 + 16) and c.stage_tokens(11) == [24 * sum(SIZES), 3 * 8 * 48]
     step = {"loss": 2.0, "bits_per_byte": 3.0, "grad_norm": 1.0, "lr": 1e-3}
     progress.steps += [Timed(step, 1.0, 0.0, False, 0, 8), Timed(step, 3.0, 0.0, False, 0, 16)]
-    values, tokens, spent = progress.line(5)
+    values = progress.line(5)
     per_token, of_last = (flops.train_flops_per_token(c.model, length) for length in (24, 48))
-    assert (tokens, spent, values["batch"]) == (24 * 12, pytest.approx(24 * 12 * per_token), 16)
+    assert (values["tokens_per_s"], values["batch"]) == (24 * 12 / 2.0, 16)
+    assert values["mfu"] == pytest.approx(24 * 12 * per_token / 1e9 / 2.0)
     left = 24 * (16 + 2 * 32) * per_token + 3 * 8 * 48 * of_last
-    assert values["seconds_left"] == pytest.approx(left / (spent / 2.0))
+    assert values["seconds_left"] == pytest.approx(left / (24 * 12 * per_token / 2.0))
 
 
 @pytest.mark.slow

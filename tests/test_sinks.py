@@ -25,11 +25,11 @@ def with_sinks(*names, **changes):
 
 def write(workdir, c, start=0, steps=(1, 2)):
     """The lines of the steps, the statistics of the even ones, a score and a picture at the last one."""
-    metrics = Metrics(workdir, start, c, peak_flops=20e12).open()
+    metrics = Metrics(workdir, start, c).open()
     for step in steps:
         if step % 2 == 0:
             metrics.statistics(step, STATISTICS)
-        metrics.log(step, VALUES, tokens=2706, flops=4e12)
+        metrics.log(step, VALUES)
         metrics.advance(step)
     metrics.score("position/text/48", 2.5)
     metrics.picture("position/curve", np.full((4, 5, 3), 0.5))

@@ -35,7 +35,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched():
     c = tiny({"train.log_every": 1, "stages": [stage(3, 48, 8)]})
     with loop.Stop(None) as stop:
         batches = iter((i, ()) for i in range(3))
-        steps.Loop(c, [step], [mesh_of()], batches, Quiet(), Quiet(), stop, None, None, state=0, step=0).train()
+        steps.Loop(c, [step], [mesh_of()], batches, Quiet(), Quiet(), stop, None, None, state=0, step=0, peaks=[1e12]).train()
     order = [events.index(event) for event in (("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2), ("read", 3))]
     assert order == sorted(order)
 
@@ -62,6 +62,6 @@ def test_no_step_waits_longer_for_data_than_it_takes():
     c = tiny({"train.log_every": 1, "stages": [stage(len(waits), 48, 8)]})
     with loop.Stop(None) as stop:
         step = lambda state, *_: (state, dict.fromkeys(names, np.float32(1)))  # noqa: E731
-        steps.Loop(c, [step], [mesh_of()], batches(), Lines(), Lines(), stop, None, None, state=0, step=0).train()
+        steps.Loop(c, [step], [mesh_of()], batches(), Lines(), Lines(), stop, None, None, state=0, step=0, peaks=[1e12]).train()
     assert all(wait <= took for wait, took in zip(values["data_wait"], values["step_time"], strict=True))
     assert sum(values["data_wait"]) == pytest.approx(sum(waited), rel=0.5)

@@ -71,7 +71,7 @@ def train(
     with hold(workdir), Stop(peers) as stop, jax.set_mesh(meshes[0]), checkpoints_of(c, workdir) as checkpoints:
         step_fns = make_steps(c, of_stages), make_steps(c, of_stages, statistics=True)
         trace = profile.Profile(flags.profile, Path(workdir) / "profile")
-        run = Run(c, workdir, flags, of_stages, meshes, data, checkpoints, stop, *step_fns, trace)
+        run = Run(c, workdir, flags, of_stages, meshes, data, checkpoints, stop, *step_fns, trace, peaks_of(of_stages, meshes))
         ended = train_from_newest(run, goodput, flags.skip_steps, None)
         while not isinstance(ended, bool):
             ended = train_from_newest(run, Goodput(), *ended)
@@ -104,6 +104,7 @@ class Run(NamedTuple):
     step_fns: Sequence[Callable]
     statistics_fns: Sequence[Callable]
     trace: profile.Profile
+    peaks: Sequence[tuple[float, str]]
 
 
 def train_from_newest(
@@ -126,7 +127,7 @@ def train_from_newest(
     evaluations = Evaluations(c, run.executions, run.meshes, run.data.tokenizer, run.data.corpora, workdir)
     evaluations.draw_questions()
     index = c.next_stage(start)
-    metrics = opened_metrics(c, run.executions[index], run.meshes[index], run.data.stages, workdir, start)
+    metrics = opened_metrics(run, index, start)
     metrics.say(*history, *evaluations.left_out())
     if start == c.total_steps and evaluations.is_done(start):
         metrics.say(f"nothing left to train: {start} steps are done; add steps or a stage")
@@ -166,6 +167,7 @@ def loop_of(
         measure=lambda params: evaluations.measure(params, metrics, run.stop.is_requested),
         state=state,
         step=start,
+        peaks=[peak for peak, _ in run.peaks],
         skipped=recorded["skipped_steps"],
         goodput=goodput,
         profile=run.trace,
@@ -205,16 +207,25 @@ def checkpoints_of(c: config.Config, workdir: str) -> Iterator[Checkpoints]:
         checkpoints.close()
 
 
-def opened_metrics(
-    c: config.Config, execution: Execution, mesh: Mesh, stages: Sequence[pipeline.MixedSequences], workdir: str, start: int
-) -> Metrics:
-    """The metrics of a run from step `start`, after its description is printed; `stages` are the sequences of each."""
-    peak, source = peak_flops(jax.devices()[0], execution.dtype)
-    peak_line = f"{peak * mesh.size:.4g} FLOP/s in {execution.dtype}, {source}; MFU is the share of it"
+def opened_metrics(run: Run, index: int, start: int) -> Metrics:
+    """The metrics of a run from step `start`, which is in the stage `index`, after its description is printed."""
+    c, workdir = run.config, run.workdir
+    peaks = {
+        x.dtype: f"{peak:.4g} FLOP/s in {x.dtype}, {how}" for x, (peak, how) in zip(run.executions, run.peaks, strict=True)
+    }
+    peak_line = f"{'; '.join(peaks.values())}; MFU is the share of it"
     renamed = set_aside(Path(workdir), start, 2 * c.train.checkpoint_every)
-    metrics = Metrics(workdir, start, c, peak * mesh.size).open()
-    metrics.say(*renamed, *console.description(c, execution, mesh, peak_line, stages, workdir, start))
+    metrics = Metrics(workdir, start, c).open()
+    lines = console.description(c, run.executions[index], run.meshes[index], peak_line, run.data.stages, workdir, start)
+    metrics.say(*renamed, *lines)
     return metrics
+
+
+def peaks_of(executions: Sequence[Execution], meshes: Sequence[Mesh]) -> list[tuple[float, str]]:
+    """By stage, the FLOP/s of all devices together in its dtype, and whether they were looked up or measured."""
+    of_device = {dtype: peak_flops(jax.devices()[0], dtype) for dtype in {x.dtype for x in executions}}
+    of_stages = [(of_device[x.dtype], mesh.size) for x, mesh in zip(executions, meshes, strict=True)]
+    return [(size * peak, how) for (peak, how), size in of_stages]
 
 
 @contextlib.contextmanager

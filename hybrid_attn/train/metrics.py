@@ -71,9 +71,9 @@ TAGS = {
 class Metrics:
     """The metrics of a run: the `LINES` in `workdir`, and the sinks of its config; process 0 alone writes."""
 
-    def __init__(self, workdir: str | os.PathLike, start: int, config: Config, peak_flops: float):
-        """The run goes on from step `start`; `peak_flops` is the peak of all devices together. Call `open` before the rest."""
-        self.workdir, self.config, self.peak_flops, self.step = Path(workdir), config, peak_flops, start
+    def __init__(self, workdir: str | os.PathLike, start: int, config: Config):
+        """The run goes on from step `start`. Call `open` before the rest."""
+        self.workdir, self.config, self.step = Path(workdir), config, start
         self.writes, self.total_steps = jax.process_index() == 0, config.total_steps
         self.position: Callable[[int], dict] = lambda step: {}  # of the run after a step: the loop says it
 
@@ -89,12 +89,10 @@ class Metrics:
         self.bar = tqdm.tqdm(total=self.total_steps, initial=start, unit="step", dynamic_ncols=True, disable=not terminal)
         return self
 
-    def log(self, step: int, values: Mapping[str, float], tokens: float, flops: float) -> None:
-        """Writes a step's `values`, tokens_per_s and mfu; `tokens` and `flops` are those of `step_time` seconds, or NaN."""
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of the line of a step."""
         if not self.writes:
             return
-        seconds = values["step_time"]
-        values = {**values, "tokens_per_s": tokens / seconds, "mfu": flops / seconds / self.peak_flops}
         self._write(METRICS, {"step": step, **values})
         self._show(step, {TAGS[name]: value for name, value in values.items() if name in TAGS})
         if self.bar.disable:

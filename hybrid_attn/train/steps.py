@@ -38,8 +38,8 @@ class Loop:
 
     `step_fns` are the steps of `make_step` by stage, `statistics_fns` those that measure statistics, and `meshes` those that
     the stages run on. `batches` yields (step, batch), `data_state` gives the data state after a step, and `measure` evaluates
-    parameters and returns whether that came to its end. The batches of the `skipped` steps are read and not trained on; the
-    steps of `profile` are traced.
+    parameters and returns whether that came to its end. `peaks` are the FLOP/s of all devices together, by stage, of which MFU
+    is the share. The batches of the `skipped` steps are read and not trained on; the steps of `profile` are traced.
     """
 
     config: Config
@@ -53,6 +53,7 @@ class Loop:
     measure: Callable[[dict], bool]
     state: TrainState  # on the mesh of the next step
     step: int
+    peaks: Sequence[float]
     skipped: Sequence[Range] = ()
     goodput: Goodput = dataclasses.field(default_factory=Goodput)
     profile: Profile = dataclasses.field(default_factory=lambda: Profile(None, Path()))
@@ -61,7 +62,7 @@ class Loop:
     def __post_init__(self):
         self.first = self.step + 1
         self.mesh = self.meshes[self.config.next_stage(self.step)]  # that of the state
-        self.progress = Progress(self.config, self.skipped)
+        self.progress = Progress(self.config, self.skipped, self.peaks)
         self.metrics.position = self.progress.position
         # Step, metrics that are not read yet, and the seconds of its compilation, None where there was none.
         self.dispatched: tuple[int, Mapping, float | None] | None = None
@@ -222,8 +223,7 @@ class Loop:
         if number % self.config.train.log_every == 0 or number in (self.first, self.config.total_steps):
             with self.stop.after_saving():
                 self.goodput.record(number)
-                values, *work = self.progress.line(number)
-                self.metrics.log(number, values | {"goodput": self.goodput.share()}, *work)
+                self.metrics.log(number, self.progress.line(number) | {"goodput": self.goodput.share()})
         self.metrics.advance(number)
         self.restart_clock(now)
 
@@ -298,21 +298,21 @@ class Timed(NamedTuple):
 
 
 class Progress:
-    """The steps since the last line, and the tokens and FLOPs of the whole run."""
+    """The steps since the last line, and the tokens and FLOPs of the whole run; `peaks` are FLOP/s by stage."""
 
-    def __init__(self, c: Config, skipped: Sequence[Range]):
-        self.config, self.stages, self.skipped, self.steps = c, c.each_stage, skipped, []
+    def __init__(self, c: Config, skipped: Sequence[Range], peaks: Sequence[float]):
+        self.config, self.stages, self.skipped, self.peaks, self.steps = c, c.each_stage, skipped, peaks, []
         self.flops = [flops.train_flops_per_token(stage.model, stage.seq_len) for stage in self.stages]  # by token
         self.tokens = c.stage_tokens(c.total_steps)
         self.flops_per_second = math.nan
 
-    def line(self, number: int) -> tuple[dict[str, float], float, float]:
-        """The values of the line of step `number`, and the mean tokens and FLOPs of a step of `step_time` seconds.
+    def line(self, number: int) -> dict[str, float]:
+        """The values of the line of step `number`.
 
         The step's own metrics are unchanged; `loss_mean` and `bits_per_byte_mean` are means over the `steps` since the last
         line. `step_time` and `data_wait`, in seconds, are means over the steps without compilation, or over all steps if there
-        is none; tokens and FLOPs are then NaN. `tokens_seen` counts from the start of the run; `seconds_left` assumes the speed
-        of this line and leaves out evaluations.
+        is none; `tokens_per_s` and `mfu` are then NaN. `tokens_seen` counts from the start of the run; `seconds_left` assumes
+        the speed of this line and leaves out evaluations.
         """
         steps, self.steps = self.steps, []
         steady = [step for step in steps if not step.compiled]
@@ -320,10 +320,11 @@ class Progress:
         values = dict(steps[-1].values) | {"steps": len(steps)}
         values |= {f"{name}_mean": _mean([step.values[name] for step in steps]) for name in AVERAGED}
         values |= {"step_time": _mean([x.seconds for x in timed]), "data_wait": _mean([x.waited for x in timed])}
-        spent = [(x.batch * self.stages[x.stage].seq_len, self.flops[x.stage]) for x in steady]
-        tokens, flops_of_step = _mean([n for n, _ in spent]), _mean([n * per_token for n, per_token in spent])
+        spent = [(x.stage, x.batch * self.stages[x.stage].seq_len) for x in steady]
+        at_peak = _mean([tokens * self.flops[stage] / self.peaks[stage] for stage, tokens in spent])  # seconds
+        values |= {"tokens_per_s": _mean([n for _, n in spent]) / values["step_time"], "mfu": at_peak / values["step_time"]}
         if steady:
-            self.flops_per_second = flops_of_step / values["step_time"]
+            self.flops_per_second = _mean([tokens * self.flops[stage] for stage, tokens in spent]) / values["step_time"]
         values |= self.position(number) | {"seq_len": self.stages[steps[-1].stage].seq_len, "batch": steps[-1].batch}
         stages = zip(self.tokens, self.config.stage_tokens(number), self.flops, strict=True)
         left = sum((tokens - done) * per_token for tokens, done, per_token in stages)
@@ -332,7 +333,7 @@ class Progress:
         peaks = [x["peak_bytes_in_use"] for x in stats if "peak_bytes_in_use" in x]
         if peaks:
             values["peak_memory_bytes"] = max(peaks)
-        return values, tokens, flops_of_step
+        return values
 
     def position(self, step: int) -> dict[str, int | str]:
         """What a record after so many steps says of where the run is: its stage and the tokens seen."""
