@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import mesh_of, tiny
-from trained import config_of, losses, stage, stop_at
+from test_processes import ends, start_processes
+from trained import EDGE, STEPS, config_of, config_of_two_meshes, losses, stage, stop_at
 
 from configs import base
 from hybrid_attn import config
@@ -23,8 +25,6 @@ from hybrid_attn.train.step import executions
 
 pytestmark = pytest.mark.usefixtures("known_peak_and_no_pictures")
 WINDOW, THETA = {"model.kinds.L.window": 9}, {"model.kinds.L.rope_theta": 500.0}
-NEW_MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2}
-EDGE, STEPS = 3, 6
 
 
 def two_stages(*overrides: dict) -> config.Config:
@@ -119,11 +119,7 @@ def test_packing_and_documents_follow_the_stage():
 def straight(corpus, tmp_path_factory):
     """An uninterrupted run whose second stage has another window and another mesh, and its config."""
     workdir = tmp_path_factory.mktemp("straight")
-    c = config_of(
-        corpus,
-        stages=[stage(EDGE, 48, 8), stage(STEPS - EDGE, 96, 4) | {"override": base.override(WINDOW | NEW_MESH)}],
-        **{"train.keep": STEPS, "evals.names": ()},
-    )
+    c = config_of_two_meshes(corpus)
     assert loop.train(c, workdir)
     return workdir, c
 
@@ -136,6 +132,16 @@ def test_a_mesh_that_changes_at_the_edge_changes_no_result(corpus, straight, tmp
     expected = losses(tmp_path)
     assert losses(workdir).keys() == expected.keys()
     assert max(abs(loss - expected[step]) for step, loss in losses(workdir).items()) < 1e-6 * max(expected.values())
+
+
+@pytest.mark.slow
+def test_two_processes_change_the_mesh_at_the_edge_and_resume_there_as_one_process_does(corpus, straight, tmp_path):
+    (tmp_path / "corpus").symlink_to(Path(corpus).parent)
+    for part in ("stop_near_the_edge", "go_on_near_the_edge"):
+        with start_processes(part, tmp_path) as started:
+            (status0, _, error0), (status1, _, error1) = ends(started, 300)
+        assert (status0, status1) == (0, 0), error0 + error1
+    assert losses(tmp_path / "meshes") == pytest.approx(losses(straight[0]), rel=1e-6)
 
 
 @pytest.mark.parametrize("step", [EDGE, *(pytest.param(step, marks=pytest.mark.slow) for step in (EDGE - 1, EDGE + 1))])

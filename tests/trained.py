@@ -8,9 +8,11 @@ from pathlib import Path
 from conftest import ONE_LAYER, tiny
 
 from configs import base
+from hybrid_attn import config
 from hybrid_attn.train.metrics import Metrics
 
-STEPS = 6
+STEPS, EDGE = 6, 3
+NEW_MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2}
 
 
 def stage(steps, seq_len, batch):
@@ -30,6 +32,13 @@ def config_of(corpus, **changes):
         "optim.warmup_steps": 2,
     }
     return tiny(ONE_LAYER | values | changes)
+
+
+def config_of_two_meshes(corpus) -> config.Config:
+    """Two stages, of which the second has another window and another mesh, without an evaluation."""
+    changes = base.override({"model.kinds.L.window": 9} | NEW_MESH)
+    stages = [stage(EDGE, 48, 8), stage(STEPS - EDGE, 96, 4) | {"override": changes}]
+    return config_of(corpus, stages=stages, **{"train.keep": STEPS, "evals.names": ()})
 
 
 def losses(workdir):

@@ -16,6 +16,7 @@ import pytest
 from conftest import tiny
 from jax.experimental import multihost_utils
 from test_spikes import poisoned
+from trained import EDGE, config_of_two_meshes
 
 from configs import base
 from hybrid_attn import config
@@ -130,6 +131,17 @@ def roll_back(folder: Path, peers) -> None:
         assert loop.train(config_with_rollbacks(folder), folder / "back", peers)
 
 
+def stop_near_the_edge(folder: Path, peers) -> None:
+    """A run whose mesh changes at an edge gets a signal before it."""
+    if peers.number == 1:
+        signalled_at(EDGE - 1)
+    assert not loop.train(config_of_two_meshes(f"{folder}/corpus/*.txt"), folder / "meshes", peers)
+
+
+def go_on_near_the_edge(folder: Path, peers) -> None:
+    assert loop.train(config_of_two_meshes(f"{folder}/corpus/*.txt"), folder / "meshes", peers)
+
+
 def meet_a_wrong_input(folder: Path, peers) -> None:
     if peers.number == 1:
         peers.fail("no such tokenizer", 2)
@@ -172,8 +184,9 @@ def main(part: str, address: str, count: str, number: str, devices: str, folder:
         peers.fail(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
 
 
-RESUMED = (resume_and_stop_in_the_evaluation, resume_and_break)
-SCENARIOS = {f.__name__: f for f in (train_and_stop, *RESUMED, roll_back, stop_in_the_evaluation, wait_for_death)}
+RESUMED = (resume_and_stop_in_the_evaluation, resume_and_break, go_on_near_the_edge)
+STOPPED = (train_and_stop, stop_near_the_edge, stop_in_the_evaluation)
+SCENARIOS = {f.__name__: f for f in (*STOPPED, *RESUMED, roll_back, wait_for_death)}
 SCENARIOS |= {f.__name__: f for f in (wait_for_a_stopped_process, meet_a_wrong_input, miss_a_file_of_a_stopped_process)}
 
 
