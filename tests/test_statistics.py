@@ -63,6 +63,16 @@ def test_attention_is_measured_as_a_dense_softmax_of_the_sampled_queries_would_b
         np.testing.assert_allclose(got.first_token_share_BN[b], share_QN.sum(0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("shards", [1, 3, 32, 64, 100])
+def test_sampled_queries_are_spread_evenly_over_a_sequence_in_zigzag_order(shards):
+    T = 40 * shards
+    early, late = np.split(np.arange(T).reshape(2 * shards, 20), 2)
+    tokens_of_shards = np.concatenate([early, late[::-1]], 1)
+    tokens = np.sort(tokens_of_shards[:, statistics.sampled(40, shards)].ravel())
+    assert len(tokens) == shards * min(max(64 // shards, 2), 40)
+    assert np.diff(tokens, prepend=0, append=T).max() <= 2 * T / len(tokens)
+
+
 def test_the_largest_array_is_a_block_of_scores_of_the_sample(one_device):
     long = 64 * 1024
     q = k = jnp.zeros((1, long, 1, H), out_sharding=HEADS_BTNH)

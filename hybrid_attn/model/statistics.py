@@ -14,12 +14,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.kernels import AttentionOptions
+from hybrid_attn.kernels.reference import visible_BTS
 from hybrid_attn.model import attention_sums
 from hybrid_attn.model.attention_sums import Block
 from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
 
-QUERIES = 64  # sampled of each sequence, evenly spaced; over more context shards than that, one of each shard
+QUERIES = 64  # sampled of each sequence, evenly spaced; of each context shard an equal number, and two at least
 OUTLIER = 6.0  # root mean squares of a token's activations; of numbers from a normal distribution one in 5e8 is beyond
 
 
@@ -61,17 +62,13 @@ def of_attention(
 
     def shard(q_BTNH, k_BTKH, pos_BT, seg_BT, sinks_N):
         (B, T, N, _), size = q_BTNH.shape, attention_sums.block_size(k_BTKH)
-        count = min(max(QUERIES // jax.lax.axis_size(AXIS), 1), T)
-        sample_Q = (2 * np.arange(count) + 1) * T // (2 * count)
+        sample_Q = sampled(T, jax.lax.axis_size(AXIS))
         local = (x[:, sample_Q] for x in (q_BTNH, pos_BT, seg_BT))
         q_BQNH, pos_BQ, seg_BQ = (jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in local)
 
         def block_at(at) -> Block:
             pos_BC, seg_BC = (jax.lax.dynamic_slice_in_dim(x, at, size, 1) for x in (pos_BT, seg_BT))
-            distance_BQC = pos_BQ[..., None] - pos_BC[:, None]
-            see_BQC = (seg_BQ[..., None] == seg_BC[:, None]) & (seg_BQ[..., None] > 0) & (distance_BQC >= 0)
-            if options.window is not None:
-                see_BQC &= distance_BQC < options.window
+            see_BQC = visible_BTS(pos_BQ, pos_BC, seg_BQ, seg_BC, options.window)
             return Block(see_BQC, (pos_BC == 0)[:, None], at + jnp.arange(size))
 
         q_BKGQH = attention_sums.by_key_head(q_BQNH, k_BTKH.shape[2])
@@ -90,6 +87,15 @@ def of_attention(
         out_specs=AttentionStatistics(heads, heads, heads, P(BATCH)),
         check_vma=False,
     )(*jax.lax.stop_gradient((q_BTNH, k_BTKH, pos_BT, seg_BT, sinks_N)))
+
+
+def sampled(T: int, shards: int) -> np.ndarray:
+    """The indices of the sampled queries among the T tokens of one of so many context shards.
+
+    They are evenly spaced. Of a shard in zigzag order, whose two halves lie apart in the sequence, each half has some.
+    """
+    count = min(max(QUERIES // shards, 2), T)
+    return (2 * np.arange(count) + 1) * T // (2 * count)
 
 
 def of_activations(x_BTD: jax.Array, seg_BT: jax.Array) -> ActivationStatistics:
