@@ -23,6 +23,7 @@ LAYOUTS = {
     "only padding": "." * 23,
 }
 HERE = [name for name, kernel in kernels.KERNELS.items() if "cpu" in kernel.platforms]
+FAST = [name for name in HERE if name != "reference"]
 PAIRS = [("one document", "packed"), ("padding at the end", "padding in front"), ("padding between", "only padding")]
 
 
@@ -85,19 +86,18 @@ def check_merged_gradients(kernel, softcap=None):
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("kernel", ["reference", "blocked"])
+@pytest.mark.parametrize("kernel", [name for name in HERE if kernels.KERNELS[name].backward])
 def test_gradients_of_parts_of_the_keys_add_up_to_those_of_all_keys(kernel, softcap):
     check_merged_gradients(kernel, softcap)
 
 
+@pytest.mark.parametrize("kernel", FAST)
 @pytest.mark.parametrize("window, softcap, dtype", [(*c, "float32") for c in CASES] + [(6, 1.5, "bfloat16")])
-def test_blocked_equals_reference_in_values_and_gradients(window, softcap, dtype):
+def test_every_kernel_equals_reference_in_values_and_gradients(kernel, window, softcap, dtype):
     tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
     for names in PAIRS:
         q, k, v, pos, seg = arrays(*names, dtype=dtype)
-        got, expected = (
-            outcome(q, k, v, pos, pos, seg, seg, None, kernel, window, softcap) for kernel in ("blocked", "reference")
-        )
+        got, expected = (outcome(q, k, v, pos, pos, seg, seg, None, name, window, softcap) for name in (kernel, "reference"))
         assert got["o"].dtype == dtype and got["lse"].dtype == jnp.float32
         assert_same(got, expected, tolerance)
         np.testing.assert_array_equal(np.isneginf(got["lse"][..., 0]), seg == 0)
