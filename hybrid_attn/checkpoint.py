@@ -215,8 +215,8 @@ def read_slices(
 ) -> Iterator[np.ndarray]:
     """Yields the periods of a stacked parameter, or all of an unstacked one, on the host and in the dtype on disk.
 
-    One chunk is in memory at a time: a period, or several in older checkpoints. UnreadableError, before the last period, if the
-    checksum differs.
+    One chunk is in memory at a time: a period, or several in older checkpoints. Where the checksum differs, UnreadableError is
+    raised in place of the last period.
     """
     return stored.read_slices(_path(directory, step), f"{group}/{name}", shape)
 

@@ -52,9 +52,9 @@ class Kernel(NamedTuple):
     v; `grads` are those by `outputs`, (o, lse). The outputs may be merged results over more keys than `keys`: the gradients are
     then the contribution of these keys, and dq is one term of a sum over all keys.
 
-    `backward` None means that ring attention cannot use the kernel. Without `saves_outputs`, JAX differentiates `forward`, and
-    `jax.checkpoint` cannot save its outputs by name. With `heads_first` they are saved as [B, N, T, ...], the order in which
-    the kernel writes them: a TPU pads the last two axes of an array. Sinks need an lse that has a gradient.
+    Without `saves_outputs`, JAX differentiates `forward`, and `jax.checkpoint` cannot save its outputs by name. `backward` may
+    then be None, and ring attention cannot use the kernel. With `heads_first` the outputs are saved as [B, N, T, ...], as the
+    kernel writes them: a TPU pads the last two axes of an array. Sinks need an lse that has a gradient.
     """
 
     forward: Callable[[AttentionOptions, Queries, Keys], Pair]
@@ -92,7 +92,7 @@ def intervals(window: int | None, queries: Queries, keys: Keys) -> Pair:
 
 
 def in_search_order(keys: Keys) -> Pair:
-    """Segments and positions of keys with padding put into order: in the segment before it, after all of its positions."""
+    """Segments and positions of keys, in which padding counts to the segment before it and lies after all of its positions."""
     return jax.lax.cummax(keys.seg_BS, axis=1), jnp.where(keys.seg_BS > 0, keys.pos_BS, LAST)
 
 

@@ -8,7 +8,7 @@ log-sum-exp, and does not know where the queries of a shard stand among the keys
   integer per query that the kernel reads as data. One program therefore serves every shard of a sequence.
 - Which tiles of keys a block of queries visits is a small table, computed on the device from positions: a window costs O(S W),
   and tiles that lie entirely in other documents are skipped.
-- The backward kernels take a number per query, sum(do o) of the values less the cotangent of the log-sum-exp
+- The backward kernels take a number per query: the sum of do * o over the head, minus the cotangent of the log-sum-exp
   (`gradient_shift`). That makes the log-sum-exp differentiable at no cost.
 
 Condition: queries and keys are each a run of consecutive tokens of the same sequence, in reading order, and positions increase

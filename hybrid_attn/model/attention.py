@@ -45,7 +45,7 @@ class Attention(nnx.Module):
             self.gate = linear(rngs, (D, N), ("embed", "heads"), std)
 
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """[B, T, D] of the same, and what else `attend` returns."""
+        """The output [B, T, D], and what else `attend` returns."""
         spec = spec_of(x_BTD)
         heads = P(*spec[:2], "tensor", None)
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD, heads), self.k(x_BTD, heads), self.v(x_BTD, heads)

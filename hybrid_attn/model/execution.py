@@ -28,12 +28,13 @@ def unchanged(leaves: dict) -> dict:
 
 
 class Execution(NamedTuple):
-    """How a model is executed: the `train` keys of configs/base.py, resolved for a platform. They never change the function.
+    """How a model is executed: keys of `train` in configs/base.py, resolved for a platform, which never change the function.
 
-    `transform` and `dot` are extension points: training, evaluation and decoding apply both inside the layers. `transform`
-    makes the leaves of a layer from those that are stored; in place of a leaf, a group of leaves may be stored under the same
-    name: low rank, LoRA, int8 numbers with scales. It does not reach the embedding, the table of the logits and the final norm.
-    `dot` multiplies activations with every matrix of a layer, and with the table of the logits: a product of quantised numbers.
+    `transform` and `dot` are extension points, which may change it: training, evaluation and decoding apply both inside the
+    layers. `transform` makes the leaves of a layer from those that are stored; in place of a leaf, a group of leaves may be
+    stored under the same name: low rank, LoRA, int8 numbers with scales. It does not reach the embedding, the table of the
+    logits and the final norm. `dot` multiplies activations with every matrix of a layer, and with the table of the logits: a
+    product of quantised numbers.
 
     `compiler_options` are XLA's, for the step of training.
 

@@ -33,7 +33,7 @@ class GatedMLP(nnx.Module):
         self.down = linear(rngs, (F, D), ("mlp", "embed"), std)
 
     def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, dict]:
-        """[B, T, D] of the same, and no scalars. With `chunk`, so many tokens of a device have hidden activations at a time."""
+        """The output [B, T, D], and no scalars. With `chunk`, so many tokens of a device have hidden activations at a time."""
         if chunk is not None:
             weights = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
             return in_chunks(ChunkedMLP(self.activation, self.gate.dot), chunk, x_BTD, *weights), {}

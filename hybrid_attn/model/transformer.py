@@ -52,7 +52,10 @@ class Mixer(Protocol):
     def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs): ...
 
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """[B, T, D] of the same, and what else `attend` returns, which compares queries with packed sequences or a cache."""
+        """What the layer adds to the residual stream, [B, T, D], and what else `attend` returns beside its output.
+
+        `x_BTD` are the normed activations. `attend` compares queries with the keys of packed sequences or of a cache.
+        """
 
     @staticmethod
     def sequence_flops(model: Model, layer_type: LayerType, length: int) -> int:
@@ -65,7 +68,11 @@ class FeedForward(Protocol):
     def __init__(self, model: Model, *, rngs: nnx.Rngs): ...
 
     def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, Aux]:
-        """[B, T, D] of the same, `chunk` tokens of a device at a time; scalars to sum over layers, "aux_loss" for the loss."""
+        """What the layer adds to the residual stream, [B, T, D], and scalars that are summed over the layers.
+
+        The scalar "aux_loss" is added to the loss. With `chunk`, hidden activations of so many tokens of a device should be in
+        memory at a time.
+        """
 
 
 MIXERS: dict[str, type[Mixer]] = {"attention": Attention}
@@ -91,7 +98,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend, mlp_chunk: int | None
     ) -> tuple[jax.Array, Aux, Any]:
-        """[B, T, D] of the same, the scalars of the feed-forward, and what else `attend` returns."""
+        """The residual stream after the layer, the scalars of the feed-forward, and what else `attend` returns."""
         mixer = getattr(self, self.mixer_name)
         if self.form == "parallel":  # x + mixer(norm x) + mlp(norm x)
             h_BTD = self.norm(x_BTD)

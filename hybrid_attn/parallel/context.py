@@ -4,9 +4,9 @@ A local layer gets the keys of its window that lie before its own tokens (`halo`
 (`gather`), passes them round a ring and merges results by the log-sum-exp (`ring`, after "Ring Attention", arXiv 2310.01889),
 or exchanges tokens for heads by an all-to-all (`ulysses`, after "DeepSpeed Ulysses", arXiv 2309.14509). All compute the same.
 
-The last tokens of a causal sequence cost more than its first, so in zigzag order shard i of c holds two slices of the sequence:
-the early one i and the late one 2c - 1 - i of 2c. `to_zigzag` puts [B, T] arrays into this order and `from_zigzag` undoes it;
-between them only this file depends on the order of the tokens.
+The last tokens of a causal sequence cost more than its first. In zigzag order the sequence is cut into 2c slices, and shard i
+of c holds slice i, an early one, and slice 2c - 1 - i, a late one. `to_zigzag` puts [B, T] arrays into this order and
+`from_zigzag` undoes it; between them only this file depends on the order of the tokens.
 
 Letters: B batch, T tokens, S keys, N query heads, K key/value heads, H head size; c shards.
 """
@@ -44,7 +44,7 @@ class ContextOptions(NamedTuple):
 def attend(options: ContextOptions, queries: Queries, keys: Keys, sinks_N: jax.Array | None = None) -> jax.Array:
     """o_BTNH of causal self-attention over a sequence that the mesh splits; its contract is that of `kernels.attend`."""
     options = options._replace(zigzag=_is_zigzag(options.zigzag))
-    attend_shard = SCHEMES[options.scheme] if jax.sharding.get_abstract_mesh().shape[AXIS] > 1 else _unsharded
+    attend_shard = SCHEMES[options.scheme] if jax.sharding.get_abstract_mesh().shape[AXIS] > 1 else _on_this_shard
     specs = Queries(HEADS_BTNH, TOKENS_BT, TOKENS_BT), Keys(HEADS_BTNH, HEADS_BTNH, TOKENS_BT, TOKENS_BT), P("tensor")
     shard = functools.partial(attend_shard, options)
     return jax.shard_map(shard, in_specs=specs, out_specs=HEADS_BTNH, check_vma=False)(queries, keys, sinks_N)
@@ -112,7 +112,7 @@ def _concatenate(trees: list) -> Any:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *trees)
 
 
-def _unsharded(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
+def _on_this_shard(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax.Array:
     """Queries and keys that are both on this shard."""
     return kernels.attend(options.kernel, options.attention, queries, keys, sinks_N)[0]
 
@@ -124,7 +124,7 @@ def _halo(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> jax
         before = _keys_before(own, options.attention.window)
     all_keys = [_concatenate([*keys_before, slice_keys]) for keys_before, slice_keys in zip(before, own, strict=True)]
     parts = zip(_split(queries, options.slices), all_keys, strict=True)
-    return jnp.concatenate([_unsharded(options, *part, sinks_N) for part in parts], 1)
+    return jnp.concatenate([_on_this_shard(options, *part, sinks_N) for part in parts], 1)
 
 
 def _keys_before(own: list[Keys], window: int) -> list[list[Keys]]:
@@ -168,7 +168,7 @@ def _gather(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> j
     """Each slice against all keys."""
     with jax.named_scope("gather"):
         all_keys = jax.tree.map(lambda x: _all_gather(x, options), keys)
-    outputs = [_unsharded(options, part, all_keys, sinks_N) for part in _split(queries, options.slices)]
+    outputs = [_on_this_shard(options, part, all_keys, sinks_N) for part in _split(queries, options.slices)]
     return jnp.concatenate(outputs, 1)
 
 
@@ -188,7 +188,7 @@ def _ulysses(options: ContextOptions, queries: Queries, keys: Keys, sinks_N) -> 
         q_BTNH, k_BSKH, v_BSKH = to_heads(queries.q_BTNH), to_heads(keys.k_BSKH), to_heads(keys.v_BSKH)
         pos_BS, seg_BS = _all_gather(keys.pos_BS, options), _all_gather(keys.seg_BS, options)
     sinks = None if sinks_N is None else jax.lax.dynamic_slice_in_dim(sinks_N, i * (len(sinks_N) // c), len(sinks_N) // c)
-    o_BTNH = _unsharded(options, Queries(q_BTNH, pos_BS, seg_BS), Keys(k_BSKH, v_BSKH, pos_BS, seg_BS), sinks)
+    o_BTNH = _on_this_shard(options, Queries(q_BTNH, pos_BS, seg_BS), Keys(k_BSKH, v_BSKH, pos_BS, seg_BS), sinks)
     with jax.named_scope("ulysses"):
         return jax.lax.all_to_all(_shards_order(o_BTNH, options), AXIS, split_axis=1, concat_axis=2, tiled=True)
 

@@ -1,4 +1,4 @@
-"""The mesh, and the specs of the arrays that pass between rooms.
+"""The mesh, and the shardings of the arrays that pass between folders of the package.
 
 Axes: `slice` and `data` replicate parameters, `fsdp` shards them, `context` splits the sequence, `tensor` splits heads,
 feed-forward and vocabulary. The batch is split over `slice`, `data` and `fsdp` together. TPU slices are connected by the

@@ -15,14 +15,14 @@ from hybrid_attn.train.schedule import schedule
 from hybrid_attn.trees import choice
 
 
-def _chained(
+def chained(
     scaling: optax.GradientTransformation,
     optim: Optim,
     specs: dict,
     rate: optax.Schedule,
     factor: Callable[[ParamSpec], float] = lambda spec: spec.rate,
 ):
-    """Clipping by the global norm, `scaling`, decay of the matrices apart from it (arXiv 1711.05101), and the learning rate.
+    """Clipping by the global norm, `scaling`, decoupled weight decay of the matrices (arXiv 1711.05101), and the learning rate.
 
     A step takes rate * weight_decay of a matrix off it; with independent decay (arXiv 2309.14322) rate / lr * weight_decay.
     The `factor` of µP on the rate of a weight leaves its decay alone: every width forgets in the same number of steps.
@@ -55,7 +55,7 @@ def _adam(optim: Optim) -> optax.GradientTransformation:
 
 def adamw(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101)."""
-    return _chained(_adam(optim), optim, specs, rate)
+    return chained(_adam(optim), optim, specs, rate)
 
 
 def muon(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -64,12 +64,12 @@ def muon(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTrans
     matrices = jax.tree.map(lambda spec: spec if spec.group == MATRIX else optax.MaskedNode(), specs)
     transforms = {True: scale_by_muon(matrices, optim.momentum, optim.moment_dtype), False: _adam(optim)}
     scaling = optax.partition(transforms, is_matrix)
-    return _chained(scaling, optim, specs, rate, lambda spec: rate_of_muon(spec) if spec.group == MATRIX else spec.rate)
+    return chained(scaling, optim, specs, rate, lambda spec: rate_of_muon(spec) if spec.group == MATRIX else spec.rate)
 
 
 def lion(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
     """Lion (arXiv 2302.06675); its rate is about a tenth of AdamW's, and its decay ten times as large."""
-    return _chained(optax.scale_by_lion(optim.b1, optim.b2, optim.moment_dtype), optim, specs, rate)
+    return chained(optax.scale_by_lion(optim.b1, optim.b2, optim.moment_dtype), optim, specs, rate)
 
 
 def adafactor(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -78,7 +78,7 @@ def adafactor(optim: Optim, specs: dict, rate: optax.Schedule) -> optax.Gradient
     Where the two largest axes of an array have 128 entries or more, it keeps the sums of squares over each of them, not all
     squares.
     """
-    return _chained(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), optim, specs, rate)
+    return chained(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), optim, specs, rate)
 
 
 # From the optimiser's part of a config, the `ParamSpec` of every parameter and the learning rate of every step.
