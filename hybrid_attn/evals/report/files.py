@@ -21,12 +21,12 @@ def write(out: Path, runs: Sequence[Run]) -> str:
     names = [run.name for run in runs]
     check(len(set(names)) == len(names), f"runs of a report have a name each, and these are {', '.join(names)}")
     check_drawing()
-    from hybrid_attn.evals.report import canvas, render, sections  # matplotlib takes a second to import
+    from hybrid_attn.evals.report import pictures, render, sections  # matplotlib takes a second to import
 
     parts = sections.sections(runs)
     shown = [table for section in parts for table in section.tables]
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
-    _replace(out / "pictures", {f"{escape.file_name(x.name)}.png": canvas.png(x) for part in parts for x in part.pictures})
+    _replace(out / "pictures", {f"{escape.file_name(x.name)}.png": pictures.png(x) for part in parts for x in part.pictures})
     values = {f"{escape.file_name(table.name)}.csv": tables.comma_separated([table.names(), *table.rows]) for table in shown}
     for evaluation in measured(runs):
         for run in runs:
@@ -55,16 +55,13 @@ def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
     """A directory of these files alone, written before those of an earlier report go; ValueError where a path is not safe."""
     for path in files:
         check(all(map(escape.SAFE.fullmatch, path.split("/"))), f"{path!r} cannot be the name of a file of a report")
-    new, old = (directory.with_name(f"{directory.name}.{name}") for name in ("part", "old"))
-    for leftover in (new, old):
-        _remove(leftover)
+    new = directory.with_name(f"{directory.name}.part")
+    _remove(new)
     new.mkdir(parents=True)
     for name, content in files.items():
         write_atomically(new / name, content)
-    if directory.is_symlink() or directory.exists():
-        directory.rename(old)
+    _remove(directory)
     new.rename(directory)
-    _remove(old)
 
 
 def _remove(path: Path) -> None:

@@ -32,19 +32,18 @@ class Section(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Shares of right answers by length; `chance` is that of a guess. The verdict on synthetic questions comes last."""
+    """Shares of right answers by length; `chance` is that of a guess."""
 
     questions: str
     by_length: dict[int, Share]
     chance: float = 0
-    synthetic: bool = False
 
 
 class EvaluationReport(NamedTuple):
     """What a report shows of one evaluation.
 
     `columns` are its numbers in the overview; their records are `model` of run.json, and None stands for the headline. The
-    verdict of a page is about the first reading that `verdict` yields; it has the sentences if there is no reading or no other
+    verdict of a page is about the first reading of all evaluations; it has their sentences if there is no reading or no other
     run. `files` returns further files by their paths in tables/. `mean` names the mean over its tasks in comparisons, if any.
     """
 

@@ -3,12 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 from flax.traverse_util import flatten_dict
 
 from hybrid_attn.evals.evaluation import Evaluation
 from hybrid_attn.evals.records import grouped
 from hybrid_attn.evals.report import escape, layers, pictures, statistics, tables, verdict
+from hybrid_attn.evals.report.pictures import Line
 from hybrid_attn.evals.report.runs import Run, measured
 from hybrid_attn.evals.report.section import Picture, Section
 from hybrid_attn.evals.report.tables import LENGTH, RUN, TASK, Column, Table, signed, tokens
@@ -52,26 +54,34 @@ def _headline(evaluation: Evaluation) -> Column:
 def terminal(content: Mapping) -> str:
     """The overview and the verdict of a page, for the end of a program's output."""
     sentences = [*content["verdict"], *(f"warning: {text}" for text in content["warnings"])]
-    return "\n".join([tables.plain(overview(content["runs"])), *map(escape.label, sentences)])
+    return "\n".join([tables.markdown(overview(content["runs"]), escape.label), *map(escape.label, sentences)])
 
 
 def comparison(runs: Sequence[Run]) -> list[Section]:
-    """Every further run against the first: a heat map of each, and a table."""
+    """Every further run against the first: differences of scores with their intervals, a panel for each length, and a table."""
     compared, first = verdict.differences(runs), runs[0].name
-    images, rows = [], []
-    for number, (name, of_run) in enumerate(compared, 1):
-        rows += [[name, *x[: x._fields.index("fewest")], x.verdict] for x in of_run]
-        if scores := [x for x in of_run if not x.loss]:
-            counts = Counter(x.verdict for x in scores)
-            caption = f"of {len(scores)} comparisons {', '.join(f'{counts[x]} {x}' for x in verdict.VERDICTS)}."
-            note = f"{name} less {first}; in bold and in the colour of the better run where it is clear."
-            figure = pictures.differences(scores, number)
-            images.append(Picture(f"comparison_{number}", f"{name} against {first}: {caption}", figure, note, "comparison"))
+    rows = [[name, *x[: x._fields.index("fewest")], x.verdict] for name, of_run in compared for x in of_run]
+    scores = [(name, i, x) for i, (name, of_run) in enumerate(compared, 1) for x in of_run if not x.loss]
+    panels: dict[str, list[Line]] = {}
+    for length in sorted({x.length for _, _, x in scores}):
+        of_length = grouped((x for x in scores if x[2].length == length), itemgetter(0, 1))
+        of_runs = [
+            Line(*key, {x.task: (x.difference, x.low, x.high) for _, _, x in of_run}) for key, of_run in of_length.items()
+        ]
+        zero = Line("no difference", None, {x.task: [0.0] * 3 for _, _, x in scores if x.length == length})
+        panels[f"length {tokens(length)}"] = [*of_runs, zero]
+    images = []
+    if scores:
+        counts = {name: Counter(x.verdict for x in of_run if not x.loss) for name, of_run in compared}
+        findings = [f"{name}: {', '.join(f'{n} {x}' for x, n in sorted(of_run.items()))}" for name, of_run in counts.items()]
+        figure = pictures.lines(panels, "", f"score less that of {first}", "linear")
+        note = "With intervals of 95%: one that has 0 in it is unclear."
+        images = [Picture("comparison", f"Scores against {first}. {'; '.join(findings)}.", figure, note, "comparison")]
     text = (
-        "Only questions that both runs were asked count, word for word, and sequences that both have read. The interval is a "
-        f"paired bootstrap over them, with {statistics.RESAMPLES:,} resamples; where all pairs differ by the same, it follows "
-        f"from Wilson's, as Newcombe's does. Fewer than {statistics.PAIRS} pairs of a task leave it unclear. The mean of tasks "
-        "gives each task the same weight, that of sequences each sequence. Of losses, less is better."
+        "Only questions that both runs were asked count, word for word, and sequences that both have read. The interval is "
+        "Student's for the differences of pairs; where all pairs differ by the same, it follows from Wilson's, as Newcombe's "
+        f"does. Fewer than {statistics.PAIRS} pairs of a task leave it unclear. The mean of tasks gives each task the same "
+        "weight, that of sequences each sequence. Of losses, less is better."
     )
     columns = [RUN, TASK, LENGTH, Column("pairs", ","), Column(first, ",.3f"), Column("run's", ",.3f")]
     columns += [*(Column(name, signed) for name in ("difference", "95% from", "to")), Column("verdict")]

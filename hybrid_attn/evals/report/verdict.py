@@ -21,21 +21,18 @@ def sentences(runs: Sequence[Run]) -> list[str]:
     texts = []
     for run in runs[:MOST_RUNS]:
         reading, others = _of_run(run)
-        abilities = [ability(run, reading)] if reading else []
-        others = others if len(runs) == 1 or not reading else []
-        texts += others + abilities if reading and reading.synthetic else abilities + others
-    if len(runs) > 1:
-        texts += [comparison(runs[0].name, *x) for x in differences(runs)[: MOST_RUNS - 1]]
+        texts += [ability(run, x) if x is reading else x for x in others if x is reading or len(runs) == 1 or not reading]
+    texts += [comparison(runs[0].name, *x) for x in differences(runs)[: MOST_RUNS - 1]]
     if len(runs) > MOST_RUNS:
         texts.append(f"The table below has the other {len(runs) - MOST_RUNS} runs too.")
     return texts
 
 
-def _of_run(run: Run) -> tuple[Reading | None, list[str]]:
-    """The first reading of the evaluations of a run, and their sentences."""
+def _of_run(run: Run) -> tuple[Reading | None, list[Reading | str]]:
+    """The first reading of the evaluations of a run, and it with their sentences."""
     verdicts = [x for evaluation in measured([run]) for x in evaluation.report().verdict(run)]
-    readings = (x for x in verdicts if isinstance(x, Reading))
-    return next(readings, None), [x for x in verdicts if isinstance(x, str)]
+    first = next((x for x in verdicts if isinstance(x, Reading)), None)
+    return first, [x for x in verdicts if x is first or isinstance(x, str)]
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -88,23 +85,13 @@ def comparison(first: str, name: str, of_run: Sequence[Difference]) -> str:
     """Which of two runs is better where, by how much: of each task at its longest length, means of tasks before single ones."""
     if not of_run:
         return f"{name} and {first} have no question and no sequence in common: they cannot be compared."
-    amounts = {verdict: [_amount(x) for x in headlines(of_run) if x.verdict == verdict] for verdict in VERDICTS}
-    shown = VERDICTS[:2] if (amounts["better"] or amounts["worse"]) and len(amounts["unclear"]) > 2 else VERDICTS
-    parts = [f"{verdict} on {' and '.join(amounts[verdict][:2])}" for verdict in shown if amounts[verdict]]
+    longest = {x.task: x for x in sorted(of_run, key=lambda x: x.length) if not x.in_mean}.values()
+    headlines = sorted(longest, key=lambda x: (x.loss, x.fewest == x.pairs, -abs(x.difference)))  # means of tasks first
+    amounts = {verdict: [_amount(x) for x in headlines if x.verdict == verdict] for verdict in VERDICTS}
+    parts = [f"{verdict} on {' and '.join(amounts[verdict][:2])}" for verdict in VERDICTS if amounts[verdict]]
     counts = Counter(x.verdict for x in of_run)
     totals = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
     return f"{name} against {first}: {'; '.join(parts)}. Of {len(of_run)} comparisons: {totals}."
-
-
-def headlines(of_run: Sequence[Difference]) -> list[Difference]:
-    """Of each task, or of the mean of its family, the comparison at the longest length: the largest clear ones first."""
-    means = {x.family for x in of_run if x.is_mean}
-    longest: dict[str, Difference] = {}
-    for x in of_run:
-        name = x.family if x.is_mean else x.task
-        if (x.is_mean or x.family not in means) and (name not in longest or longest[name].length < x.length):
-            longest[name] = x
-    return sorted(longest.values(), key=lambda x: (x.loss, not x.is_mean, -abs(x.difference)))
 
 
 def _amount(x: Difference) -> str:
