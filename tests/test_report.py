@@ -11,6 +11,7 @@ from hybrid_attn.evals import report
 from hybrid_attn.evals.needle import share_found
 from hybrid_attn.evals.report import (
     attention,
+    comparison,
     harness,
     losses,
     needle,
@@ -19,8 +20,8 @@ from hybrid_attn.evals.report import (
     ruler,
     sections,
     statistics,
-    tables,
 )
+from hybrid_attn.evals.report.section import Table
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +66,11 @@ def test_two_runs_are_compared_on_the_questions_that_both_were_asked():
     a = run_of("a", [answer("vt", 4096, i, 0.5) for i in range(20)])
     better = [answer("vt", 4096, i, 0.75 if i % 2 else 0.5) for i in range(10)]
     other = [answer("vt", 4096, i, 0.0, wanted="8") for i in range(10, 20)]
-    (found,) = statistics.compare(a, run_of("b", [*better, *other]), {"mean": {"vt"}})
+    (found,) = comparison.compare(a, run_of("b", [*better, *other]), {"mean": {"vt"}})
     assert (found.task, found.pairs, found.a, found.b) == ("vt", 10, 0.5, 0.625)
     assert found.difference == 0.125 and 0 < found.low < 0.125 < found.high < 0.25
     assert found.verdict == "better"
-    (same,) = statistics.compare(a, a, {"mean": {"vt"}})
+    (same,) = comparison.compare(a, a, {"mean": {"vt"}})
     assert (same.pairs, same.difference) == (20, 0) and same.verdict == "unclear"
 
 
@@ -79,7 +80,7 @@ def test_two_runs_are_compared_question_by_question():
         for name, right in (("first", lambda i: i < 10), ("even", lambda i: i % 2 == 0), ("odd", lambda i: i % 2))
     )
     for a, b, variance in ((first, even, 0.5), (even, odd, 1)):
-        (found,) = statistics.compare(a, b, {"mean": {"vt"}})
+        (found,) = comparison.compare(a, b, {"mean": {"vt"}})
         assert (found.pairs, found.difference) == (20, 0)
         assert (-found.low, found.high) == pytest.approx([2.093 * np.sqrt(variance / 19)] * 2, rel=1e-3)
 
@@ -88,17 +89,17 @@ def test_the_mean_of_a_family_gives_each_task_the_same_weight_and_leaves_others_
     tasks = {"vt": (2, 1.0), "cwe": (8, 0.0), "needle": (5, 1.0)}
     a = run_of("a", [answer(task, 4096, i, 0.0) for task, (n, _) in tasks.items() for i in range(n)])
     b = run_of("b", [answer(task, 4096, i, score) for task, (n, score) in tasks.items() for i in range(n)])
-    mean, *rest = statistics.compare(a, b, {"mean": {"vt", "cwe"}})
+    mean, *rest = comparison.compare(a, b, {"mean": {"vt", "cwe"}})
     assert (mean.task, mean.pairs, mean.difference) == ("mean of 2 tasks", 10, 0.5)
     assert [(x.task, x.in_mean) for x in rest] == [("cwe", True), ("needle", False), ("vt", True)]
     pairs = {"first": {"vt", "needle"}, "second": {"vt", "cwe"}}
-    assert [x.task for x in statistics.compare(a, b, pairs)[:2]] == ["first of 2 tasks", "second of 2 tasks"]
+    assert [x.task for x in comparison.compare(a, b, pairs)[:2]] == ["first of 2 tasks", "second of 2 tasks"]
 
 
 def test_prompts_that_differ_before_their_ends_are_other_questions():
     a = run_of("a", [answer("vt", 4096, i, 0.0) for i in range(9)])
     b = run_of("b", [x | {"score": 1.0, "prompt_hash": "f" * 64} if x["index"] > 5 else x for x in a.answers])
-    (found,) = statistics.compare(a, b, {"mean": {"vt"}})
+    (found,) = comparison.compare(a, b, {"mean": {"vt"}})
     assert (found.pairs, found.difference) == (6, 0.0)
     (task,) = render.wrong_answers([a, b])
     assert (task.name, task.missed) == ("vt", "a 9 of 9, b 6 of 9")
@@ -108,11 +109,11 @@ def test_prompts_that_differ_before_their_ends_are_other_questions():
 def test_few_questions_say_nothing_of_two_runs():
     tasks = ("vt", "cwe", "fwe")
     a, b = (run_of(name, [answer(x, 4096, i, s) for x in tasks for i in range(9)]) for name, s in (("a", 0.0), ("b", 1.0)))
-    mean, *several = statistics.compare(a, b, {"mean": {*tasks}})
+    mean, *several = comparison.compare(a, b, {"mean": {*tasks}})
     assert (mean.pairs, mean.high, mean.fewest) == (27, 1, 9) and len(several) == 3
     assert [x.verdict for x in (mean, *several)] == ["unclear"] * 4
     a, b = (run._replace(answers=(*run.answers, *(x | {"index": 9} for x in run.answers[::9]))) for run in (a, b))
-    assert [x.verdict for x in statistics.compare(a, b, {"mean": {*tasks}})] == ["better"] * 4
+    assert [x.verdict for x in comparison.compare(a, b, {"mean": {*tasks}})] == ["better"] * 4
 
 
 def test_two_runs_are_compared_on_the_sequences_that_both_have_read():
@@ -126,19 +127,19 @@ def test_two_runs_are_compared_on_the_sequences_that_both_have_read():
     )
     for run in (a, b, c):
         run.provenance.update(tokenizer="bytes", heldout={"text": "same"})
-    found = statistics.compare_sequences(a, b)
+    found = comparison.compare_sequences(a, b)
     assert [(x.task, x.pairs, x.loss) for x in found] == [("recall: b", 40, False), ("loss of text", 40, True)]
     for x in found:  # sequences differ more from one another than the two runs do on any of them
         assert x.difference == pytest.approx(np.mean(lower - shares)) and -0.11 < x.low < -0.1 + 0.01 < 0.01 + x.high < 0
     assert [x.verdict for x in found] == ["worse", "better"]
-    assert statistics.compare_sequences(a, c) == []
+    assert comparison.compare_sequences(a, c) == []
     b.provenance["heldout"] = {"text": "other"}
-    assert [x.task for x in statistics.compare_sequences(a, b)] == ["recall: b"]
+    assert [x.task for x in comparison.compare_sequences(a, b)] == ["recall: b"]
     (section,) = (x for x in sections.sections([a, b]) if x.name == "comparison")
     assert "sequences that both have read" in section.paragraphs[0] and len(section.pictures) == 1
 
 
-def rows_of(table: tables.Table) -> list[dict]:
+def rows_of(table: Table) -> list[dict]:
     return [dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows]
 
 
@@ -368,7 +369,7 @@ def test_a_line_that_does_not_fit_is_named(tmp_path, name, line, message):
         report.read(tmp_path / "run")
 
 
-def test_what_was_not_evaluated_cannot_be_reported(tmp_path, monkeypatch):
+def test_what_was_not_evaluated_cannot_be_reported(tmp_path):
     with pytest.raises(ValueError, match="run.json does not exist; evaluate the model"):
         report.read(tmp_path / "nothing")
     with pytest.raises(ValueError, match="records.jsonl is empty"):
@@ -379,9 +380,6 @@ def test_what_was_not_evaluated_cannot_be_reported(tmp_path, monkeypatch):
         report.write(tmp_path, [])
     with pytest.raises(ValueError, match="a name each, and these are a, a"):
         report.write(tmp_path, [run_of("a", []), run_of("a", [])])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="matplotlib is not installed"):
-        report.write(tmp_path, [run_of("a", [])])
 
 
 def test_numbers_that_are_not_finite_are_missing(tmp_path):

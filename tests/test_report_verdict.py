@@ -10,6 +10,7 @@ from hybrid_attn import config
 from hybrid_attn.evals import report
 from hybrid_attn.evals.recall import guess
 from hybrid_attn.evals.report import (
+    comparison,
     harness,
     layers,
     render,
@@ -31,14 +32,14 @@ def test_the_verdict_says_up_to_which_length_a_model_reads_and_where_it_falls():
     (falls,) = verdict.sentences([needles("run", 1.0, 0.96, 0.2)])
     low, high = statistics.wilson(48, 50)
     half = round(100 * max(0.96 - low, high - 0.96))
-    assert f"run (trained at 4K) reads up to 2K: there it has 96% ± {half} (n = 50) of single needles right" in falls
+    assert f"run (trained at 4K) reads up to 2K: it has 96% ± {half} (n = 50) of single needles right at 2K" in falls
     assert "it falls to 20% ±" in falls and "at 4K" in falls
     (holds,) = verdict.sentences([needles("run", 1.0, 0.96)])
     assert "reads up to 2K" in holds and "no longer text was tested" in holds
     (unclear,) = verdict.sentences([needles("run", 1.0, 0.6, number=5)])
     assert "too few answers to tell whether that is less" in unclear and "falls" not in unclear
     (nothing,) = verdict.sentences([needles("run", 0.0, 0.0)])
-    assert "0% ± 7 (n = 50) of single needles right at 1K, none above chance" in nothing
+    assert "0% ± 7 (n = 50) of single needles right at 1K, no more than a guess (0%)" in nothing
     (one,) = verdict.sentences([needles("run", 0.9)])
     assert "other lengths were not tested" in one
 
@@ -118,7 +119,7 @@ def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
     first = run_of("a", [answer("vt", 4096, i, float(i < 10)) for i in range(40)], needles("a", 0.5).records)
     better = run_of("b", [answer("vt", 4096, i, float(i < 30)) for i in range(40)], needles("b", 0.6).records)
     *_, text = verdict.sentences([first, better])
-    (found,) = statistics.compare(first, better, {"mean": {"vt"}})
+    (found,) = comparison.compare(first, better, {"mean": {"vt"}})
     half = 100 * max(0.5 - found.low, found.high - 0.5)
     assert f"b against a: better on vt at 4K (+50 ± {half:.0f} points, n = 40). Of 1 comparisons: 1 better." == text
     assert "worse on vt" in verdict.sentences([better, first])[-1]
@@ -132,9 +133,9 @@ def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
 def test_too_few_samples_are_warned_of():
     assert verdict.warnings([needles("run", 0.5, number=200)]) == []
     (text,) = verdict.warnings([needles("run", 0.5, number=5)])
-    assert "5 answers per length for single needles" in text and "97 answers give ± 10" in text
+    assert "n = 5 answers per length for single needles" in text and "n = 97 gives ± 10" in text
     (text,) = verdict.warnings([needles("run", 1.0, number=1)])
-    assert "run has 1 answer per length for single needles, which gives ±" in text
+    assert "run has n = 1 answers per length for single needles, which gives ±" in text
     low, high = statistics.wilson(48.5, 97)
     assert (high - low) / 2 == pytest.approx(0.1, abs=0.003)
 
@@ -143,18 +144,18 @@ def test_equal_differences_leave_an_interval_with_a_width():
     for n, difference in ((20, 0.0), (12, 1.0), (1, 0.0)):
         a = run_of("a", [answer("vt", 4096, i, 0.0) for i in range(n)])
         b = run_of("b", [answer("vt", 4096, i, difference) for i in range(n)])
-        (found,) = statistics.compare(a, b, {"mean": {"vt"}})
+        (found,) = comparison.compare(a, b, {"mean": {"vt"}})
         share = statistics.wilson(0, n)[1]
         assert (found.low, found.high) == pytest.approx(
             (difference - share * (1 + difference), difference + share * (1 - difference))
         )
         assert found.difference == difference
     same = [answer(task, 4096, i, float(i < 20 and task == "vt")) for task in ("vt", "cwe") for i in range(20)]
-    (mean, *each) = statistics.compare(run_of("a", same), run_of("b", same), {"mean": {"vt", "cwe"}})
+    (mean, *each) = comparison.compare(run_of("a", same), run_of("b", same), {"mean": {"vt", "cwe"}})
     assert (mean.low, mean.high) == pytest.approx((each[0].low / np.sqrt(2), each[0].high / np.sqrt(2)))
     loss = {"eval": "position", "source": "text", "length": 64, "tokens": 99, "loss": 2.0, "by_row": [2.0, 2.5, 3.0]}
     run = run_of("a", [], [loss])
-    (found,) = statistics.compare_sequences(run, run)
+    (found,) = comparison.compare_sequences(run, run)
     assert (found.low, found.high, found.verdict) == (None, None, "unclear")
 
 

@@ -42,8 +42,7 @@ def toy_report():
 
 
 def sections(runs):
-    from hybrid_attn.evals.report.section import Section
-    from hybrid_attn.evals.report.tables import Column, Table
+    from hybrid_attn.evals.report.section import Column, Section, Table
 
     columns = [Column("run"), Column("parameters", ","), Column("held-out tokens", ",")]
     rows = [[run.name, r["parameters"], r["heldout_tokens"]] for run in runs for r in run.of("toy")]

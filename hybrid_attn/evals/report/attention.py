@@ -10,8 +10,7 @@ from hybrid_attn.evals.records import grouped, mean_of
 from hybrid_attn.evals.report import escape, layers, pictures
 from hybrid_attn.evals.report.pictures import AMOUNTS, Line, Scale
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import EvaluationReport, Picture, Section
-from hybrid_attn.evals.report.tables import LENGTH, RUN, SOURCE, Column, Table, tokens
+from hybrid_attn.evals.report.section import LENGTH, RUN, SOURCE, Column, EvaluationReport, Picture, Section, Table, tokens
 
 RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
 SEGMENTS = {"begin": "begin", "needle": "needle", "context": "context", "question": "qc"}  # of keys

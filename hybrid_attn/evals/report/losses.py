@@ -1,16 +1,15 @@
 """Losses in a report: by position in the document, beside a bigram model and chance; and of key tokens."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 
 from hybrid_attn.evals.records import grouped, is_total, part
 from hybrid_attn.evals.report import escape, pictures
 from hybrid_attn.evals.report.pictures import Line
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import EvaluationReport, Picture, Section
+from hybrid_attn.evals.report.section import LENGTH, SOURCE, Column, EvaluationReport, Picture, Section, of_records, tokens
 from hybrid_attn.evals.report.statistics import Z
-from hybrid_attn.evals.report.tables import LENGTH, SOURCE, Column, of_records, tokens
 
 PART_NAMES = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 NEAR = 0.75  # of the loss by chance, from where on a picture shows it
@@ -72,19 +71,15 @@ def _by_end(buckets: Sequence[Mapping]) -> dict[int, list[float]]:
 
 
 def levels(runs: Sequence[Run], source: str) -> dict[str, float]:
-    """Losses by chance and of bigram models, in nats per token of the runs' own tokenizers; once where the runs agree."""
-    chance = {run.name: run.chance for run in runs if run.of("position") and run.chance is not None}
-    bigram: dict[str, float] = {}
-    for run in runs:
-        of_source = [r for r in run.of("position") if is_total(r) and r["source"] == source]
-        rates = [r["loss"] / r["bits_per_byte"] for r in of_source if r["loss"] and r.get("bits_per_byte")]
-        bits = [r["bits_per_byte"] for r in run.of("bigram") if r["source"] == source]
-        if rates and bits:
-            bigram[run.name] = bits[-1] * rates[0]
+    """Losses by chance and of bigram models, in nats per token of the runs' own tokenizers; once where they are the same."""
     named: dict[str, float] = {}
-    for name, losses in (("chance", chance), ("bigram", bigram)):
-        once = len({f"{loss:.2f}" for loss in losses.values()}) == 1
-        named |= {name if once else f"{name} of {run}": loss for run, loss in losses.items()}
+    for run in runs:
+        nats = next((r["loss"] / r["bits_per_byte"] for r in totals(run, source) if r.get("bits_per_byte")), None)
+        bigram = bigram_bits(run, source)
+        for name, loss in (("chance", run.chance), ("bigram", nats and bigram and nats * bigram)):
+            same = any(math.isclose(loss or 0, x, rel_tol=1e-3) for known, x in named.items() if known.startswith(name))
+            if loss is not None and not same:
+                named[f"{name} of {run.name}" if name in named else name] = loss
     return named
 
 
@@ -110,31 +105,36 @@ def incomparable(runs: Sequence[Run], evaluation: str) -> Iterator[str]:
         yield "The runs have different tokenizers: compare their bits per byte, not their losses per token."
 
 
+def totals(run: Run, source: str | None) -> list[dict]:
+    """The losses of all tokens of whole sequences of a source, by length."""
+    records = [r for r in run.of("position") if is_total(r) and r["source"] == source and r["loss"]]
+    return sorted(records, key=itemgetter("length"))
+
+
 def at_training(run: Run) -> dict:
     """The loss of the first source at the length that is nearest to that of training."""
-    records = [r for r in run.of("position") if is_total(r) and r["loss"] is not None]
-    of_source = [r for r in records if r["source"] == records[0]["source"]]
-    return min(of_source, key=lambda r: abs(math.log(r["length"] / run.trained)), default={})
+    source = next((r["source"] for r in run.of("position")), None)
+    return min(totals(run, source), key=lambda r: abs(math.log(r["length"] / run.trained)), default={})
 
 
-def bigram_bits(run: Run) -> float | None:
-    """The bits per byte of a bigram model on that source."""
-    return next((r["bits_per_byte"] for r in run.of("bigram") if r["source"] == at_training(run).get("source")), None)
+def bigram_bits(run: Run, source: str | None) -> float | None:
+    """The bits per byte of a bigram model on a source."""
+    return next((r["bits_per_byte"] for r in run.of("bigram") if r["source"] == source), None)
 
 
 def sentences(run: Run) -> Iterator[str]:
     """Loss at the length of training, beside a bigram model's; and what the context before a token gains."""
     if not (total := at_training(run)):
         return
-    bits, bigram, source = total.get("bits_per_byte"), bigram_bits(run), total["source"]
-    scale, unit = (bits / total["loss"], "bits per byte") if bits and total["loss"] else (1.0, "nats per token")
+    bits, source = total.get("bits_per_byte"), total["source"]
+    bigram = bigram_bits(run, source)
+    scale, unit = (bits / total["loss"], "bits per byte") if bits else (1.0, "nats per token")
     where = f"{tokens(total['length'])}{', its trained length' * (total['length'] == run.trained)}"
     number = f" (n = {len(total['by_row']):,} sequences)" if "by_row" in total else ""
     beside = f", {'below' if bits < bigram else 'no better than'} a bigram model's {bigram:.2f}" if bits and bigram else ""
     yield f"{run.name} reads {source} at {_loss(total, scale)} {unit} in sequences of {where}{number}{beside}."
     yield from gain([r for r in run.of("position") if (r["source"], r["length"]) == (source, total["length"])])
-    of_source = [r for r in run.of("position") if is_total(r) and r["source"] == source and r["loss"] is not None]
-    if (longest := max(of_source, key=itemgetter("length")))["length"] > total["length"]:
+    if (longest := totals(run, source)[-1])["length"] > total["length"]:
         clear = longest["loss"] - total["loss"] > Z * math.hypot(*(r.get("stderr") or 0 for r in (longest, total)))
         higher = "higher" if clear else "not clearly higher"
         yield f"In sequences of {tokens(longest['length'])} the loss is {higher}: {_loss(longest, scale)} {unit}."
@@ -158,12 +158,16 @@ def _loss(record: Mapping, scale: float) -> str:
     return f"{scale * record['loss']:.2f}" + (f" ± {scale * Z * error:.2f}" if error is not None else "")
 
 
+def _value(field: str) -> Callable[[Run, Mapping], float | str | None]:
+    return lambda run, _: at_training(run).get(field)
+
+
 MEANING = "nats per token on held-out text of one source, at the length of training or the nearest"
 COLUMNS = [
-    LOSS._replace(name="loss", value=lambda run, _: at_training(run).get("loss"), meaning=MEANING),
-    BITS._replace(value=lambda run, _: at_training(run).get("bits_per_byte"), meaning="the same loss per byte of the text"),
-    BITS._replace(name="bigram", value=lambda run, _: bigram_bits(run), meaning="that of a bigram model"),
-    Column("of source", value=lambda run, _: at_training(run).get("source")),
+    LOSS._replace(name="loss", value=_value("loss"), meaning=MEANING),
+    BITS._replace(value=_value("bits_per_byte"), meaning="the same loss per byte of the text"),
+    BITS._replace(name="bigram", value=lambda run, _: bigram_bits(run, _value("source")(run, _)), meaning="of a bigram model"),
+    Column("of source", value=_value("source")),
 ]
 
 

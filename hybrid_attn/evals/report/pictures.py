@@ -20,8 +20,7 @@ from matplotlib.ticker import NullFormatter, PercentFormatter
 from hybrid_attn.characters import visible
 from hybrid_attn.evals.report import escape
 from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.report.section import Picture, Reading
-from hybrid_attn.evals.report.tables import tokens
+from hybrid_attn.evals.report.section import Picture, Reading, tokens
 
 INK, MUTED, GRID = "#20262d", "#66707b", "#dde2e7"
 # Okabe and Ito's, without yellow: apart for every eye.
@@ -35,7 +34,7 @@ STYLE = {
     **{"axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "font.size": 9.5},
     "text.parse_math": False,  # names of runs and tasks may have dollars
 }
-DASHES = ((0, (7, 2, 1.5, 2)), (0, (7, 2)), (0, (1, 2)))  # of the levels of a panel
+DASHES = {"chance": "-.", "bigram": (0, (7, 2))}  # of levels; others are dotted
 WIDTH = 4.9  # inches of a figure in one column of the page
 MOST_INCHES = 11  # of panels in a line
 CHARACTERS, LEGEND_LINE = 15, 0.18  # characters to the inch, and inches of a line of a legend
@@ -106,29 +105,24 @@ def png(picture: Picture) -> bytes:
 def by_length(name: str, runs: Sequence[Run], readings: Callable[[Run], Sequence[Reading]], note: str, table: str) -> Picture:
     """The shares of right answers of each run by length, a panel for each reading, beside those of a guess."""
     panels: dict[str, list[Line]] = {}
-    chances: dict[str, Line] = {}
     for number, run in enumerate(runs):
-        for reading in readings(run):
-            panels.setdefault(reading.questions, []).append(Line(run.name, number, reading.by_length))
-            if reading.chance:
-                level = chances.setdefault(reading.questions, Line("chance", None, {}))
-                level.values.update(dict.fromkeys(reading.by_length, [reading.chance] * 3))
+        for questions, shares, chance in readings(run):
+            guess = [Line("chance", None, dict.fromkeys(shares, [chance] * 3))] if chance else []
+            panels.setdefault(questions, []).extend([Line(run.name, number, shares), *guess])
     first, of_first = next(iter(panels.items()))
     caption = f"Right answers, {first}: {ends(of_first, '{:.0%}'.format)}"
-    drawn = {x: [*of_panel, *filter(None, [chances.get(x)])] for x, of_panel in panels.items()}
-    figure = lines(drawn, "length (tokens)", "right answers", "share", [run.trained for run in runs])
+    figure = lines(panels, "length (tokens)", "right answers", "share", [run.trained for run in runs])
     return Picture(name, caption, figure, f"{WILSON}{note}", table)
 
 
 def ends(of_panel: Sequence[Line], show: Callable[[float], str]) -> str:
-    """The first and the last number of each line, of the first three where there are many."""
-    texts = []
-    for line in of_panel[:3]:
-        shown = {key: show(x[0]) for key, x in sorted(line.values.items()) if not math.isnan(x[0])}
-        keys = dict.fromkeys([*shown][:1] + [*shown][-1:])
-        texts.append(f"{line.label} {', '.join(f'{shown[key]} at {tokens(key)}' for key in keys) or 'without a number'}")
-    more = f"; and {len(of_panel) - 3} more" if len(of_panel) > 3 else ""
-    return f"{'; '.join(texts)}{more}."
+    """The first and the last number of each curve, of the first three where there are many."""
+    texts, curves = [], [line for line in of_panel if line.number is not None]
+    for line in curves[:3]:
+        known = sorted((key, show(x[0])) for key, x in line.values.items() if not math.isnan(x[0]))
+        shown = dict([*known[:1], *known[-1:]])
+        texts.append(f"{line.label} {', '.join(f'{x} at {tokens(key)}' for key, x in shown.items()) or 'without a number'}")
+    return f"{'; '.join(texts)}{f'; and {len(curves) - 3} more' * (len(curves) > 3)}."
 
 
 @style()
@@ -144,12 +138,12 @@ def lines(panels: Mapping[str, Sequence[Line]], across: str, up: str, scale: str
     for axes, (name, of_panel) in zip(grid, panels.items(), strict=True):
         keys = [*dict.fromkeys(key for line in of_panel for key in line.values)]
         keys.sort(key=lambda key: key if isinstance(key, int) else 0)
-        dashes = iter(DASHES)
         for i, line in enumerate(of_panel):
             x = np.arange(len(keys)) + (i - (len(of_panel) - 1) / 2) * min(0.1, 0.6 / len(of_panel)) * (line.number is not None)
             y, low, high = np.array([[*line.values.get(key, [None] * 3)][:3] for key in keys], float).T
             if line.number is None:
-                axes.hlines(y, x - 0.5, x + 0.5, MUTED, next(dashes), label=_short(line.label))
+                dashes = DASHES.get(line.label.partition(" ")[0], ":")
+                axes.hlines(y, x - 0.5, x + 0.5, MUTED, dashes, label=_short(line.label))
                 continue
             colour, is_joined = RUNS[line.number % len(RUNS)], isinstance(keys[0], int)
             joined = {"linestyle": ("-", "--", ":")[line.number // len(RUNS) % 3] if is_joined else "none", "linewidth": 1.6}

@@ -6,8 +6,20 @@ from operator import itemgetter
 from hybrid_attn.evals.records import grouped, lengths_of
 from hybrid_attn.evals.report import escape, pictures, statistics
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import EvaluationReport, Picture, Reading, Section
-from hybrid_attn.evals.report.tables import LENGTH, TASK, Column, Table, comma_separated, interval, of_records, tokens
+from hybrid_attn.evals.report.section import (
+    LENGTH,
+    TASK,
+    Column,
+    EvaluationReport,
+    Picture,
+    Reading,
+    Section,
+    Table,
+    comma_separated,
+    interval,
+    of_records,
+    tokens,
+)
 from hybrid_attn.evals.ruler import scores
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, complete_tasks, means
 from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
