@@ -10,13 +10,15 @@ from hybrid_attn.evals.records import grouped, mean_of
 from hybrid_attn.evals.report import escape, layers, pictures
 from hybrid_attn.evals.report.pictures import AMOUNTS, Line, Scale
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import LENGTH, RUN, SOURCE, Column, EvaluationReport, Picture, Section, Table, tokens
+from hybrid_attn.evals.report.section import EvaluationReport, Picture, Section
+from hybrid_attn.evals.report.tables import LENGTH, RUN, SOURCE, Column, Table, tokens
 
 RETRIEVES = 0.1  # a head whose retrieval score is larger is a retrieval head
 SEGMENTS = {"begin": "begin", "needle": "needle", "context": "context", "question": "qc"}  # of keys
-HEADS = {  # of a number of single heads: what it is
-    "retrieval": "Retrieval score: of the answer's tokens, the share that a head copies from the needle, if it is reached.",
-    "entropy_bits": "Entropy of the attention of the question's tokens: 0 bits is one key, more bits are more keys.",
+NOTES = {  # of a picture, by the end of its name
+    "": "Where the question's tokens look, by layer.",
+    "_retrieval": "Retrieval score: of the answer's tokens, the share that a head copies from the needle, if it is reached.",
+    "_entropy_bits": "Entropy of the attention of the question's tokens: 0 bits is one key, more bits are more keys.",
 }
 MEANS = [  # over heads; a segment's share per token beside the whole, for other segments grow with the length
     *(Column(heading, ",.4f", segment) for heading, segment in SEGMENTS.items()),
@@ -68,28 +70,22 @@ def _pictures(run: Run, records: Sequence[dict], name: str, where: str) -> list[
     segments = {(rows[key[0]], column): mean_of(x, field) for key, x in by_layer for column, field in fields.items()}
     columns = [x for x in fields if any(segments[row, x] is not None for row in rows.values())]
     heads = range(1 + max(r["head"] for r in records))
-    retrieval, bits = (
-        {(rows[r["layer"]], r["head"]): r[field] for r in records if r["reach"] or field == "entropy_bits"} for field in HEADS
+    retrieval = {(rows[r["layer"]], r["head"]): r["retrieval"] for r in records if r["reach"]}
+    bits = {(rows[r["layer"]], r["head"]): r["entropy_bits"] for r in records if r["entropy_bits"] is not None}
+    copying = f"{sum(r['reach'] and _retrieves(r) for r in records)} of {len(records)} heads copy from the needle"
+    spread = (
+        f"heads have {min(bits.values()):.1f} to {max(bits.values()):.1f} bits of entropy" if bits else "no entropy is known"
     )
-    copying, known = sum(r["reach"] and _retrieves(r) for r in records), [x for x in bits.values() if x is not None]
-    spread = f"entropy of a head from {min(known):.1f} to {max(known):.1f} bits" if known else "no entropy is known"
     most_bits = SHARE._replace(label="entropy (bits)", high=math.log2(records[0]["length"]) or 1.0, show="{:.1f}".format)
-    drawn = [  # end of the name, cells, columns, scale, finding, note
-        (
-            "",
-            segments,
-            columns,
-            SHARE._replace(across=""),
-            _most_on_needle(by_layer, types),
-            "Where the question's tokens look, by layer.",
-        ),
-        ("_retrieval", retrieval, heads, SHARE, f"{copying} of {len(records)} heads copy from the needle", HEADS["retrieval"]),
-        ("_entropy_bits", bits, heads, most_bits, spread, HEADS["entropy_bits"]),
-    ]
+    drawn = {  # cells, columns, scale, finding
+        "": (segments, columns, SHARE._replace(across=""), _most_on_needle(by_layer, types)),
+        "_retrieval": (retrieval, heads, SHARE, copying),
+        "_entropy_bits": (bits, heads, most_bits, spread),
+    }
     images = []
-    for suffix, cells, across, scale, finding, note in drawn:
+    for suffix, (cells, across, scale, finding) in drawn.items():
         figure = pictures.heat_maps({"": cells}, [*rows.values()], across, scale)
-        images.append(Picture(f"{name}{suffix}", f"{where}{finding}.", figure, note, "attention"))
+        images.append(Picture(f"{name}{suffix}", f"{where}{finding}.", figure, NOTES[suffix], "attention"))
     if all("weights" in r for r in records) and len({tuple(r["edges"]) for r in records}) == 1:
         images.append(_weights(records, types, f"{name}_weights", where))
     return images

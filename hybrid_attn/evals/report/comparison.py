@@ -12,7 +12,8 @@ from hybrid_attn.evals.records import grouped
 from hybrid_attn.evals.report import pictures, statistics
 from hybrid_attn.evals.report.pictures import Line
 from hybrid_attn.evals.report.runs import Run, measured, records_of, sample_of, sequences_of
-from hybrid_attn.evals.report.section import LENGTH, RUN, TASK, Column, Picture, Section, Table, signed, tokens
+from hybrid_attn.evals.report.section import Picture, Section
+from hybrid_attn.evals.report.tables import LENGTH, RUN, TASK, Column, Table, signed, tokens
 from hybrid_attn.evals.table import EVALS
 
 PAIRS = 10  # fewest pairs for a verdict: a sign test on five equal differences gives p = 0.06
@@ -54,13 +55,13 @@ def compare(a: Run, b: Run, families: Mapping[str, set[str]]) -> list[Difference
     pairs = {key: np.array([(scores[sample_of(x)], x["score"]) for x in answers]) for key, answers in cells.items()}
     differences = []
     for length, keys in grouped(sorted(pairs), itemgetter(0)).items():
-        of_families = {name: [key for key in keys if key[1] in family] for name, family in families.items()}
-        of_families = {
-            f"{name} of {len(averaged)} tasks": averaged for name, averaged in of_families.items() if len(averaged) > 1
-        }
-        differences += [_difference(name, length, [pairs[key] for key in averaged]) for name, averaged in of_families.items()]
-        in_mean = {key for averaged in of_families.values() for key in averaged}
-        differences += [_difference(key[1], length, [pairs[key]])._replace(in_mean=key in in_mean) for key in keys]
+        averaged = {name: [key for key in keys if key[1] in family] for name, family in families.items()}
+        averaged = {name: of_mean for name, of_mean in averaged.items() if len(of_mean) > 1}
+        for name, of_mean in averaged.items():
+            differences.append(_difference(f"{name} of {len(of_mean)} tasks", length, [pairs[key] for key in of_mean]))
+        for key in keys:
+            in_mean = any(key in of_mean for of_mean in averaged.values())
+            differences.append(_difference(key[1], length, [pairs[key]])._replace(in_mean=in_mean))
     return differences
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hybrid_attn.evals.report import escape
 from hybrid_attn.evals.report.runs import Run, measured
-from hybrid_attn.evals.report.section import comma_separated
+from hybrid_attn.evals.report.tables import comma_separated
 from hybrid_attn.files import write_atomically
 from hybrid_attn.trees import check
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from hybrid_attn.evals.report import statistics
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import LENGTH, TASK, Column, EvaluationReport, Section, Table, interval, of_records
+from hybrid_attn.evals.report.section import EvaluationReport, Section
+from hybrid_attn.evals.report.tables import LENGTH, TASK, Column, Table, interval, of_records
 
 FIELDS = ("filter", "shots", "version", "documents", "requests", "truncated", "windowed")  # beside a value
 

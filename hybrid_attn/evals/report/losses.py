@@ -8,8 +8,9 @@ from hybrid_attn.evals.records import grouped, is_total, part
 from hybrid_attn.evals.report import escape, pictures
 from hybrid_attn.evals.report.pictures import Line
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import LENGTH, SOURCE, Column, EvaluationReport, Picture, Section, of_records, tokens
+from hybrid_attn.evals.report.section import EvaluationReport, Picture, Section
 from hybrid_attn.evals.report.statistics import Z
+from hybrid_attn.evals.report.tables import LENGTH, SOURCE, Column, of_records, tokens
 
 PART_NAMES = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 NEAR = 0.75  # of the loss by chance, from where on a picture shows it

@@ -7,17 +7,8 @@ from hybrid_attn.evals.needle import share_found
 from hybrid_attn.evals.records import grouped, lengths_of
 from hybrid_attn.evals.report import pictures, statistics
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import (
-    LENGTH,
-    Column,
-    EvaluationReport,
-    Picture,
-    Reading,
-    Section,
-    Table,
-    interval,
-    of_records,
-)
+from hybrid_attn.evals.report.section import EvaluationReport, Picture, Reading, Section
+from hybrid_attn.evals.report.tables import LENGTH, Column, Table, interval, of_records
 
 SCALE = pictures.Scale("context length (tokens)", "depth of the needle (%)", 0, 1, "{:.2f}".format, pictures.SCORES)
 

@@ -20,7 +20,8 @@ from matplotlib.ticker import NullFormatter, PercentFormatter
 from hybrid_attn.characters import visible
 from hybrid_attn.evals.report import escape
 from hybrid_attn.evals.report.runs import Run
-from hybrid_attn.evals.report.section import Picture, Reading, tokens
+from hybrid_attn.evals.report.section import Picture, Reading
+from hybrid_attn.evals.report.tables import tokens
 
 INK, MUTED, GRID = "#20262d", "#66707b", "#dde2e7"
 # Okabe and Ito's, without yellow: apart for every eye.
@@ -163,7 +164,12 @@ def lines(panels: Mapping[str, Sequence[Line]], across: str, up: str, scale: str
             axes.yaxis.set_minor_formatter(NullFormatter())
     figure.supylabel(up, fontsize="medium")
     figure.supxlabel(across, fontsize="medium")
-    handles = {label: x for axes in grid for x, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    return _with_legend(figure)
+
+
+def _with_legend(figure: Figure) -> Figure:
+    """Names the lines of all panels."""
+    handles = {label: x for axes in figure.axes for x, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     columns = int(figure.get_figwidth() // 2.3)
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * (len(handles) // columns))
     figure.legend(handles.values(), handles, loc="outside upper left", ncols=columns, handlelength=1.6)

@@ -9,17 +9,8 @@ from hybrid_attn.evals.recall import guess
 from hybrid_attn.evals.records import grouped
 from hybrid_attn.evals.report import pictures, statistics
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import (
-    LENGTH,
-    SOURCE,
-    TASK,
-    Column,
-    EvaluationReport,
-    Reading,
-    Section,
-    interval,
-    of_records,
-)
+from hybrid_attn.evals.report.section import EvaluationReport, Reading, Section
+from hybrid_attn.evals.report.tables import LENGTH, SOURCE, TASK, Column, interval, of_records
 
 TASKS = {
     "recall": "pairs of letters in noise, then keys whose value is asked for",

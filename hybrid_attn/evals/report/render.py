@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from hybrid_attn.characters import visible
 from hybrid_attn.evals.records import grouped
-from hybrid_attn.evals.report import escape, pictures, section, verdict
+from hybrid_attn.evals.report import escape, pictures, tables, verdict
 from hybrid_attn.evals.report.runs import Run, sample_of
 from hybrid_attn.evals.report.section import Section
 from hybrid_attn.evals.ruler.tasks import NAMES
@@ -57,7 +57,7 @@ def _environment(escaped: Callable[[str], str]) -> Environment:
         "unbroken": lambda text: UNBROKEN.sub(lambda x: x[0].replace(" ", "\N{NO-BREAK SPACE}"), text),
     }
     environment.filters["file_name"] = lambda name: Markup(escape.file_name(name))
-    environment.globals |= {"svg": pictures.svg, "tokens": section.tokens, "markdown": lambda x: Markup(section.markdown(x))}
+    environment.globals |= {"svg": pictures.svg, "tokens": tables.tokens, "markdown": lambda x: Markup(tables.markdown(x))}
     return environment
 
 

@@ -6,20 +6,8 @@ from operator import itemgetter
 from hybrid_attn.evals.records import grouped, lengths_of
 from hybrid_attn.evals.report import escape, pictures, statistics
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import (
-    LENGTH,
-    TASK,
-    Column,
-    EvaluationReport,
-    Picture,
-    Reading,
-    Section,
-    Table,
-    comma_separated,
-    interval,
-    of_records,
-    tokens,
-)
+from hybrid_attn.evals.report.section import EvaluationReport, Picture, Reading, Section
+from hybrid_attn.evals.report.tables import LENGTH, TASK, Column, Table, comma_separated, interval, of_records, tokens
 from hybrid_attn.evals.ruler import scores
 from hybrid_attn.evals.ruler.scores import RELATIVE, THRESHOLD, complete_tasks, means
 from hybrid_attn.evals.ruler.tasks import NAMES, SHORT
@@ -149,11 +137,9 @@ def _paragraphs(runs: Sequence[Run]) -> list[str]:
             over = f"{len(tasks)} of {len(NAMES)} tasks, without {', '.join(missing)}"
             names = ", ".join(dict.fromkeys(run.name for run, *_ in of_runs))
             paragraphs.append(f"{names}: means are over {over}, which have no score at some length.")
-    for _, of_runs in grouped(measured, itemgetter(1)).items():
-        if len({tuple(lengths_of(records)) for *_, records in of_runs}) > 1:
-            paragraphs.append("The runs have different lengths: compare single lengths, not averages.")
-        if len({tuple(complete_tasks(records)) for *_, records in of_runs}) > 1:
-            paragraphs.append("The runs have different tasks: compare single tasks, not averages.")
+    for of_runs in grouped(measured, itemgetter(1)).values():
+        if len({(*lengths_of(records), *complete_tasks(records)) for *_, records in of_runs}) > 1:
+            paragraphs.append("The runs have different lengths or tasks: compare single ones, not averages.")
     if own := [run.name for run in runs if run.compat]:
         others = "others are not: their scores cannot be compared" if len(own) < len(runs) else "as its scripts draw them"
         paragraphs.append(f"{', '.join(own)}: the prompts are RULER's own, {others}.")

@@ -8,7 +8,8 @@ from hybrid_attn.evals.evaluation import Evaluation
 from hybrid_attn.evals.records import grouped
 from hybrid_attn.evals.report import comparison, escape, layers
 from hybrid_attn.evals.report.runs import Run, measured
-from hybrid_attn.evals.report.section import RUN, Column, Section, Table, markdown, of_records, tokens
+from hybrid_attn.evals.report.section import Section
+from hybrid_attn.evals.report.tables import RUN, Column, Table, markdown, of_records, tokens
 
 ABOUT = (
     Column("layers", layers.layout),

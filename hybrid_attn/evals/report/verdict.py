@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from hybrid_attn.evals.report import comparison
 from hybrid_attn.evals.report.runs import Run, measured
-from hybrid_attn.evals.report.section import Reading, tokens
+from hybrid_attn.evals.report.section import Reading
 from hybrid_attn.evals.report.statistics import Z
+from hybrid_attn.evals.report.tables import tokens
 from hybrid_attn.evals.ruler.scores import relative_length
 
 WIDE = 0.15  # half an interval of shares that is too wide to tell models or lengths apart
