@@ -12,7 +12,7 @@ import pytest
 from evaluated import TRAINED, answer, everything, run_of, store
 
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import escape, pictures, runs, statistics
+from hybrid_attn.evals.report import escape, pictures, runs, sections, statistics
 from hybrid_attn.evals.report.section import Picture
 
 TAG = '"><script>alert(1)</script><img src=x onerror=alert(2)><!--'
@@ -211,6 +211,14 @@ def test_values_of_run_json_that_are_only_shown_may_be_anything(tmp_path, wrong)
     settings = dict.fromkeys(("compat", "asked", "samples", "depths", "tasks", "task_path"), wrong)
     run = store(tmp_path / "run", *few(), mesh=wrong, checkpoint=wrong, jax=wrong, data=data, settings=settings)
     assert report.write(tmp_path / "out", [run])
+
+
+def test_attention_without_any_number_is_drawn():
+    unknown = dict.fromkeys(("begin", "needle", "context", "qc", "entropy_bits", "retrieval"))
+    heads = [r | unknown for r in few()[0] if r["eval"] == "attention_mass"]
+    (section,) = (x for x in sections.sections([run_of("run", [], heads)]) if x.name == "attention")
+    assert any("no entropy is known" in picture.caption for picture in section.pictures)
+    assert all(pictures.png(picture) for picture in section.pictures)
 
 
 def test_a_number_too_large_for_a_float_is_missing_as_one_that_is_not_finite(tmp_path):

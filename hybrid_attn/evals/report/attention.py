@@ -68,7 +68,7 @@ def _pictures(run: Run, records: Sequence[dict], name: str, where: str) -> list[
     rows = {layer: f"{layer} {layers.short(types[letter])}" for (layer, letter), _ in by_layer}
     fields = {**SEGMENTS, "nothing (sink)": "nothing"}
     segments = {(rows[key[0]], column): mean_of(x, field) for key, x in by_layer for column, field in fields.items()}
-    columns = [x for x in fields if any(segments[row, x] is not None for row in rows.values())]
+    columns = [x for x in fields if x in SEGMENTS or any(segments[row, x] is not None for row in rows.values())]
     heads = range(1 + max(r["head"] for r in records))
     retrieval = {(rows[r["layer"]], r["head"]): r["retrieval"] for r in records if r["reach"]}
     bits = {(rows[r["layer"]], r["head"]): r["entropy_bits"] for r in records if r["entropy_bits"] is not None}

@@ -163,11 +163,15 @@ def _value(field: str) -> Callable[[Run, Mapping], float | str | None]:
     return lambda run, _: at_training(run).get(field)
 
 
+def _bigram(run: Run, _: Mapping) -> float | None:
+    return bigram_bits(run, at_training(run).get("source"))
+
+
 MEANING = "nats per token on held-out text of one source, at the length of training or the nearest"
 COLUMNS = [
     LOSS._replace(name="loss", value=_value("loss"), meaning=MEANING),
     BITS._replace(value=_value("bits_per_byte"), meaning="the same loss per byte of the text"),
-    BITS._replace(name="bigram", value=lambda run, _: bigram_bits(run, _value("source")(run, _)), meaning="of a bigram model"),
+    BITS._replace(name="bigram", value=_bigram, meaning="that of a bigram model on the same text"),
     Column("of source", value=_value("source")),
 ]
 

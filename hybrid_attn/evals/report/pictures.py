@@ -37,7 +37,7 @@ STYLE = {
 }
 DASHES = {"chance": "-.", "bigram": (0, (7, 2))}  # of levels; others are dotted
 WIDTH = 4.9  # inches of a figure in one column of the page
-MOST_INCHES = 11  # of panels in a line
+MOST_INCHES = 12  # of panels in a line
 CHARACTERS, LEGEND_LINE = 15, 0.18  # characters to the inch, and inches of a line of a legend
 LONGEST_NAME = 34  # characters
 MOST_TICKS = 32  # names beside an axis
@@ -135,7 +135,7 @@ def lines(panels: Mapping[str, Sequence[Line]], across: str, up: str, scale: str
     if len({key for of_panel in panels.values() for line in of_panel for key in line.values}) == 1:
         panels, across, trained = _transposed(panels), "", ()
     names = max(len({key for line in of_panel for key in line.values}) for of_panel in panels.values())
-    figure, grid = _grid(len(panels), max(2.15, 0.35 * names), 2.4 if trained else 3.4)
+    figure, grid = _grid(len(panels), max(2.15, 0.35 * min(names, MOST_TICKS)), 2.4 if trained else 3.4)
     for axes, (name, of_panel) in zip(grid, panels.items(), strict=True):
         keys = [*dict.fromkeys(key for line in of_panel for key in line.values)]
         keys.sort(key=lambda key: key if isinstance(key, int) else 0)
