@@ -84,8 +84,8 @@ def test_checkpoints_are_evaluated_compared_and_reported(tool, models, tmp_path,
     assert said[1] == f"one  1/10  {share:.0%} of tokens  position-text-32" and said[-1] == f"report  {tmp_path}/report.html"
     assert [line.split()[0] for line in said[:22]] == ["one"] * 11 + ["two"] * 11
     assert said[10].startswith("one  10/10  100% of tokens")
-    assert said[23].split()[0] == "run" and [line.split()[0] for line in said[24:26]] == ["one", "two"]
-    assert "two against one:" in " ".join(said[26:])
+    assert said[23].split()[1] == "run" and [line.split()[1] for line in said[25:27]] == ["one", "two"]
+    assert "two against one:" in " ".join(said[27:])
     for name in ("one", "two"):
         about = json.loads((tmp_path / name / "run.json").read_text())
         assert about["step"] == 7 and about["model"]["seq_len"] == 48 and about["settings"]["lengths"] == [32, 96]

@@ -159,7 +159,7 @@ def test_pictures_are_of_the_run_that_a_report_would_read_with_a_bigram_model_be
 def test_a_picture_that_cannot_be_drawn_ends_no_run(corpus, workdir, tmp_path, monkeypatch, capsys):
     pictures = pytest.importorskip("hybrid_attn.evals.report.pictures")
     unreported(workdir, tmp_path / "run")
-    monkeypatch.setattr(pictures, "loss_by_position", lambda *_: np.array([[1], [2, 3]]))
+    monkeypatch.setattr(pictures, "lines", lambda *_: np.array([[1], [2, 3]]))
     assert loop.train(config_of(corpus), tmp_path / "run")
     said = capsys.readouterr().out
     assert "evaluation of step 4 is not all drawn: ValueError: setting an array element with a sequence" in said

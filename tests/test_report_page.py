@@ -13,7 +13,7 @@ from evaluated import LENGTHS, TRAINED, everything, run_of, store, two
 from PIL import Image
 
 from hybrid_attn.evals import report
-from hybrid_attn.evals.report import canvas, escape, pictures, sections, statistics
+from hybrid_attn.evals.report import escape, losses, needle, pictures, sections, statistics
 from hybrid_attn.evals.report.section import Picture
 
 
@@ -55,50 +55,49 @@ def test_a_report_leaves_nothing_of_the_one_before_it(tmp_path):
 
 
 def test_the_heat_map_has_a_fixed_scale_and_marks_the_length_of_training():
-    figure = pictures.heat_map(LENGTHS, ("0", "100"), {("0", 2048): 0.4, ("100", 8192): 0.5}, TRAINED)
-    axes = figure.axes[0]
+    scale, cells = needle.SCALE, {("0", 2048): 0.4, ("100", 8192): 0.5}
+    axes = pictures.heat_maps({"run": cells}, ("0", "100"), LENGTHS, scale, {"run": TRAINED}).axes[0]
     (image,) = axes.collections
     assert image.get_clim() == (0, 1) and axes.yaxis_inverted()
     assert [text.get_text() for text in axes.texts] == ["0.40", "0.50"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["2K", "4K", "8K"]
-    white = [line for line in axes.lines if line.get_color() == "#ffffff"]
+    white = [line for line in axes.lines if line.get_color() == "white"]
     assert [set(line.get_xdata()) for line in white] == [{2}] and white[0].get_linestyle() == "--"
-    assert not pictures.heat_map(LENGTHS, ("0",), {}, 8192).axes[0].lines
+    assert not pictures.heat_maps({"run": cells}, ("0",), LENGTHS, scale, {"run": 8192}).axes[0].lines
 
 
-def test_a_single_length_is_drawn_with_its_interval_and_the_length_of_training():
+def test_points_have_their_intervals_and_a_mark_divides_the_lengths_beyond_training():
     half = statistics.share(1, 2)
-    several = [pictures.Curve("a", number, {4096: half}) for number in range(2)]
-    axes = pictures.curves({"": several}, [64], "score", 1, {}).axes[0]
-    bars = [tuple(line.get_ydata()) for line in axes.lines if list(line.get_xdata()) == [4096, 4096]]
-    assert bars == [(half.low, half.high)] * 2 and axes.get_xlim()[0] < 64
+    curves = [pictures.Line("a", number, {length: half for length in LENGTHS}) for number in range(2)]
+    axes = pictures.lines({"": curves}, "length", "score", "share", [TRAINED, 8192]).axes[0]
+    bars = [segment[:, 1] for bars in axes.collections for segment in bars.get_segments()]
+    assert bars == [pytest.approx((half.low, half.high))] * 6
+    marks = {line.get_label(): line.get_xdata() for line in axes.lines if line.get_linestyle() == "--"}
+    assert marks == {"trained at 4K": [1.5, 1.5]}
 
 
 @pytest.mark.filterwarnings("error")
 def test_names_of_runs_stand_in_legends_as_they_are():
     names = ["_first", r"a$\x$b", "cost $5", "plain"]
     half = statistics.share(1, 2)
-    several = [pictures.Curve(name, i, {4096: half, 8192: half}) for i, name in enumerate(names)]
-    buckets = [{"first": 0, "end": 16, "loss": 3.0}, {"first": 16, "end": 99, "loss": 2.0}]
-    lines = {"rows": [(name, i, buckets) for i, name in enumerate(names)]}
-    of_sources = dict.fromkeys((r"$\x$", "other"), several)
-    for figure in (pictures.curves(of_sources, [], "score", 1, {}), pictures.loss_by_position(lines, [])):
-        drawn = canvas.svg(Picture("names", "", figure))
-        assert canvas.png(Picture("names", "", figure))
+    curves = [pictures.Line(name, i, {4096: half, 8192: half}) for i, name in enumerate(names)]
+    for panels in ({"": curves}, dict.fromkeys((r"$\x$", "other"), curves)):
+        figure = pictures.lines(panels, "length", "score", "share")
+        drawn = pictures.svg(Picture("names", "", figure))
+        assert pictures.png(Picture("names", "", figure))
         assert [text.strip(pictures.NOTHING) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)][-4:] == names
 
 
 def test_a_line_of_losses_has_a_gap_where_no_token_was_scored():
     buckets = [{"first": 0, "end": 16, "loss": 3.0, "stderr": 0.1}, {"first": 64, "end": 128, "loss": 2.0, "stderr": None}]
-    line, band = pictures.loss_by_position({"rows": [("run", 0, buckets)]}, []).axes[0].patches
-    values, edges, _ = line.get_data()
-    assert list(edges) == [1, 16, 64, 128] and np.array_equal(values, [3.0, np.nan, 2.0], equal_nan=True)
-    low, high = (np.append(3.0 + sign * statistics.Z * 0.1, [np.nan] * 2) for sign in (-1, 1))
-    assert np.allclose(band.get_data().values, high, equal_nan=True)
-    assert np.allclose(band.get_data().baseline, low, equal_nan=True)
-    whole = [buckets[0] | {"end": 64}, buckets[1] | {"loss": None}]
-    line, _ = pictures.loss_by_position({"rows": [("run", 0, whole)]}, []).axes[0].patches
-    assert list(line.get_data().edges) == [1, 64, 128] and np.array_equal(line.get_data().values, [3.0, np.nan], equal_nan=True)
+    position = {"eval": "position", "source": "text", "length": 128, "tokens": 9}
+    (picture,) = losses.sections([run_of("run", [], [position | bucket for bucket in buckets])])[0].pictures
+    (axes,) = picture.figure.axes
+    (line,) = axes.lines
+    assert [x.get_text() for x in axes.get_xticklabels()] == ["16", "64", "128"]
+    assert np.array_equal(line.get_ydata(), [3.0, np.nan, 2.0], equal_nan=True)
+    (bar,) = [segment[:, 1] for segment in axes.collections[0].get_segments() if len(segment)]
+    assert bar == pytest.approx([3.0 - statistics.Z * 0.1, 3.0 + statistics.Z * 0.1])
 
 
 def test_files_of_names_that_differ_differ():
@@ -107,16 +106,15 @@ def test_files_of_names_that_differ_differ():
     assert len(set(names)) == 4 and all(re.fullmatch(r"[\w.-]+", name) for name in names)
 
 
-def test_attention_is_stacked_to_one_and_weighed_by_kind(written):
+def test_attention_sums_to_one_in_each_layer_and_is_weighed_by_kind(written):
     _, (run, _) = written
     (section,) = (x for x in sections.sections([run]) if x.name == "attention")
     drawn = {picture.name: picture.figure for picture in section.pictures}
-    assert [*drawn] == [f"attention_0_probe_4096{x}" for x in ("", "_weights", "_retrieval", "_entropy_bits")]
-    bars = drawn["attention_0_probe_4096"].axes[0].patches
-    tops = [max(bar.get_y() + bar.get_height() for bar in bars if round(bar.get_center()[0]) == layer) for layer in (0, 1)]
-    assert tops == [1, 1]
-    lines = {patch.get_label(): patch.get_data() for patch in drawn["attention_0_probe_4096_weights"].axes[0].patches}
-    assert list(lines["layers G"].values) == [0.01, 0.002] and list(lines["layers G"].edges) == [10, 20, 40]
+    assert {*drawn} == {f"attention_0_probe_4096{x}" for x in ("", "_weights", "_retrieval", "_entropy_bits")}
+    shares = drawn["attention_0_probe_4096"].axes[0].collections[0].get_array()
+    assert shares.shape == (2, 4) and np.allclose(shares.sum(1), 1)
+    lines = {line.get_label(): line.get_ydata() for line in drawn["attention_0_probe_4096_weights"].axes[0].lines}
+    assert list(lines["layers G"]) == [0.01, 0.002]
     grid = drawn["attention_0_probe_4096_retrieval"].axes[0].collections[0].get_array()
     assert np.ma.getmaskarray(grid)[0].all() and (grid[1] == 0.4).all()
 
@@ -146,19 +144,18 @@ def test_the_page_asks_for_no_other_file_and_runs_nothing_that_a_model_said(writ
     assert "\\x00\\x1b?|" in page and not re.search(r"[\x00-\x08\x0b-\x1f]", page)
 
 
-def test_colours_and_names_of_pictures_are_the_pages(written):
+def test_pictures_follow_the_page_into_the_dark_and_share_no_names(written):
     page = (written[0] / "report.html").read_text()
-    drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
-    assert not [colour for colour in canvas.COLOURS if colour in drawn]
-    assert all(f"--{name}:" in page for name in canvas.COLOURS.values())
+    assert ".picture svg, .dot { filter: invert" in page and 'class="dot" style="background:#d55e00"' in page
     names = re.findall(r'\bid="([^"]+)"', page)
-    assert len(names) == len(set(names)) > 100
+    assert len(names) == len(set(names)) > 50
+    assert set(re.findall(r'(?:url\(|xlink:href=")#([^")]+)', page)) <= set(names)
 
 
 def test_files_beside_the_page_hold_the_same_numbers(written):
     out, runs = written
     names = {picture.name for section in sections.sections(runs) for picture in section.pictures}
-    assert {path.stem for path in (out / "pictures").iterdir()} == names and len(names) > 15
+    assert {path.stem for path in (out / "pictures").iterdir()} == names and len(names) > 12
     for path in (out / "pictures").iterdir():
         with Image.open(path) as image:
             assert min(image.size) > 200 and len(image.convert("RGB").getcolors(10**6)) > 5
@@ -234,6 +231,6 @@ def test_in_a_browser_tables_sort_and_pictures_load(written, tmp_path, width):
     assert said["before"] == ["hybrid <3:1>", "rope"]
     assert said["once"] == ["rope", "hybrid <3:1>"] and said["twice"] == ["hybrid <3:1>", "rope"]
     assert said["shares"] == sorted(said["shares"]) and len(said["shares"]) == 27 and said["sorted"] == "ascending"
-    assert len(said["pictures"]) > 15 and all(w > 200 and h > 100 and x >= 0 for w, h, x in said["pictures"])
+    assert len(said["pictures"]) > 12 and all(w > 200 and h > 100 and x >= 0 for w, h, x in said["pictures"])
     assert said["overflow"] <= 0
     assert 0 <= said["first"] <= 1 and said["scrolled"] > 50  # the first column stays in sight

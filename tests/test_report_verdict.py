@@ -10,9 +10,9 @@ from hybrid_attn import config
 from hybrid_attn.evals import report
 from hybrid_attn.evals.recall import guess
 from hybrid_attn.evals.report import (
+    comparison,
     harness,
     layers,
-    pictures,
     render,
     ruler,
     sections,
@@ -32,14 +32,14 @@ def test_the_verdict_says_up_to_which_length_a_model_reads_and_where_it_falls():
     (falls,) = verdict.sentences([needles("run", 1.0, 0.96, 0.2)])
     low, high = statistics.wilson(48, 50)
     half = round(100 * max(0.96 - low, high - 0.96))
-    assert f"run (trained at 4K) reads up to 2K: there it has 96% ± {half} (n = 50) of single needles right" in falls
+    assert f"run (trained at 4K) reads up to 2K: it has 96% ± {half} (n = 50) of single needles right at 2K" in falls
     assert "it falls to 20% ±" in falls and "at 4K" in falls
     (holds,) = verdict.sentences([needles("run", 1.0, 0.96)])
     assert "reads up to 2K" in holds and "no longer text was tested" in holds
     (unclear,) = verdict.sentences([needles("run", 1.0, 0.6, number=5)])
     assert "too few answers to tell whether that is less" in unclear and "falls" not in unclear
     (nothing,) = verdict.sentences([needles("run", 0.0, 0.0)])
-    assert "0% ± 7 (n = 50) of single needles right at 1K, none above chance" in nothing
+    assert "0% ± 7 (n = 50) of single needles right at 1K, no more than a guess (0%)" in nothing
     (one,) = verdict.sentences([needles("run", 0.9)])
     assert "other lengths were not tested" in one
 
@@ -57,8 +57,12 @@ def test_recall_at_chance_is_called_chance():
     assert set(known) | {"copy"} == set(config.TASKS)
     assert guess("something else") is None and guess("recall of 0 pairs") is None
     (section,) = (x for x in sections.sections([run_of("run", [], records)]) if x.name == "recall")
-    lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
-    assert lines["chance"] == 0.25
+    assert levels(section.pictures[0])["chance"] == 0.25
+
+
+def levels(picture):
+    """The heights of the horizontal lines of a picture by their names."""
+    return {x.get_label(): x.get_segments()[0][0, 1] for x in picture.figure.axes[0].collections}
 
 
 def losses(name, **more):
@@ -76,15 +80,15 @@ def test_of_losses_alone_the_verdict_says_bits_the_bigram_and_what_context_gains
     half = statistics.Z * 0.01 * 3 / 2
     assert f"reads text at 3.00 ± {half:.2f} bits per byte in sequences of 4K, its trained length (n = 2 sequences)" in first
     assert first.endswith(", below a bigram model's 3.50.")
-    assert second == "Context gains 1.10 ± 0.10 nats: a token from position 2K on costs that much less than the first 16."
+    assert second == "Context helps: tokens from position 2K on cost 1.10 ± 0.10 nats less than the first 16."
     (section,) = (x for x in sections.sections([run]) if x.name == "loss")
-    lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
+    lines = levels(section.pictures[0])
     assert lines["bigram"] == pytest.approx(3.5 * 2 / 3)  # in nats per token, at the model's bytes per token
     table = section.tables[0]
     assert (table.columns[-1].name, table.rows[0][-1]) == ("chance (nats)", None) and "chance" not in lines
     for run.provenance["vocab_size"], near in ((40, True), (260, False)):  # its highest loss is 3 nats
         (section,) = (x for x in sections.sections([run]) if x.name == "loss")
-        lines = {line.get_label(): line.get_ydata()[0] for line in section.pictures[0].figure.axes[0].lines}
+        lines = levels(section.pictures[0])
         chance = np.log(run.provenance["vocab_size"])
         assert section.tables[0].rows[0][-1] == pytest.approx(chance)
         assert lines.get("chance") == (pytest.approx(chance) if near else None)
@@ -115,7 +119,7 @@ def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
     first = run_of("a", [answer("vt", 4096, i, float(i < 10)) for i in range(40)], needles("a", 0.5).records)
     better = run_of("b", [answer("vt", 4096, i, float(i < 30)) for i in range(40)], needles("b", 0.6).records)
     *_, text = verdict.sentences([first, better])
-    (found,) = statistics.compare(first, better, {"mean": {"vt"}})
+    (found,) = comparison.compare(first, better, {"mean": {"vt"}})
     half = 100 * max(0.5 - found.low, found.high - 0.5)
     assert f"b against a: better on vt at 4K (+50 ± {half:.0f} points, n = 40). Of 1 comparisons: 1 better." == text
     assert "worse on vt" in verdict.sentences([better, first])[-1]
@@ -129,9 +133,9 @@ def test_of_two_runs_the_verdict_says_which_is_better_where_by_how_much():
 def test_too_few_samples_are_warned_of():
     assert verdict.warnings([needles("run", 0.5, number=200)]) == []
     (text,) = verdict.warnings([needles("run", 0.5, number=5)])
-    assert "5 answers per length for single needles" in text and "97 answers give ± 10" in text
+    assert "n = 5 answers per length for single needles" in text and "n = 97 gives ± 10" in text
     (text,) = verdict.warnings([needles("run", 1.0, number=1)])
-    assert "run has 1 answer per length for single needles, which gives ±" in text
+    assert "run has n = 1 answers per length for single needles, which gives ±" in text
     low, high = statistics.wilson(48.5, 97)
     assert (high - low) / 2 == pytest.approx(0.1, abs=0.003)
 
@@ -140,18 +144,18 @@ def test_equal_differences_leave_an_interval_with_a_width():
     for n, difference in ((20, 0.0), (12, 1.0), (1, 0.0)):
         a = run_of("a", [answer("vt", 4096, i, 0.0) for i in range(n)])
         b = run_of("b", [answer("vt", 4096, i, difference) for i in range(n)])
-        (found,) = statistics.compare(a, b, {"mean": {"vt"}})
+        (found,) = comparison.compare(a, b, {"mean": {"vt"}})
         share = statistics.wilson(0, n)[1]
         assert (found.low, found.high) == pytest.approx(
             (difference - share * (1 + difference), difference + share * (1 - difference))
         )
         assert found.difference == difference
     same = [answer(task, 4096, i, float(i < 20 and task == "vt")) for task in ("vt", "cwe") for i in range(20)]
-    (mean, *each) = statistics.compare(run_of("a", same), run_of("b", same), {"mean": {"vt", "cwe"}})
+    (mean, *each) = comparison.compare(run_of("a", same), run_of("b", same), {"mean": {"vt", "cwe"}})
     assert (mean.low, mean.high) == pytest.approx((each[0].low / np.sqrt(2), each[0].high / np.sqrt(2)))
     loss = {"eval": "position", "source": "text", "length": 64, "tokens": 99, "loss": 2.0, "by_row": [2.0, 2.5, 3.0]}
     run = run_of("a", [], [loss])
-    (found,) = statistics.compare_sequences(run, run)
+    (found,) = comparison.compare_sequences(run, run)
     assert (found.low, found.high, found.verdict) == (None, None, "unclear")
 
 
@@ -200,22 +204,21 @@ def test_tasks_are_a_heat_map_by_length_and_points_at_one_length():
     both = run_of("run", [], records)
     single = run_of("run", [], [r for r in records if r["length"] == 4096])
     mean, tasks = next(x for x in sections.sections([both]) if x.name == "ruler").pictures
-    assert mean.caption == "Right answers: run 50% at all lengths."
+    assert mean.caption == "Right answers, RULER: run 50% at 4K, 50% at 8K."
     assert tasks.figure.axes[0].collections[0].get_clim() == (0, 100)
     assert [x.get_text() for x in tasks.figure.axes[0].get_yticklabels()] == ["vt", "cwe"]
     (points,) = next(x for x in sections.sections([single]) if x.name == "ruler").pictures
     axes = points.figure.axes[0]
-    assert [x.get_text() for x in axes.get_yticklabels()] == ["mean of the tasks", "vt", "cwe"]
-    bars = [tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
-    assert bars[1:] == [pytest.approx([100 * x for x in statistics.wilson(4, 8)])] * 2
-    assert pictures.task_map([("a", {("vt", 4): 1.0}, 4)] * 4, ["vt"]).axes[3].get_title("left") == "a"
+    assert [x.get_text() for x in axes.get_xticklabels()] == ["RULER", "vt", "cwe"]
+    bars = [segment[:, 1] for segment in axes.collections[0].get_segments()]
+    assert bars[1:] == [pytest.approx(statistics.wilson(4, 8))] * 2
 
 
 def test_every_task_of_ruler_is_described():
     assert tuple(ruler.DESCRIPTIONS) == NAMES
     run = run_of("run", [], [{"eval": "ruler", "task": "vt", "length": 4096, "samples": 8, "score": 50.0, "nulls": 0}])
     section = next(x for x in sections.sections([run]) if x.name == "ruler")
-    assert section.tables[2].rows == [["vt", ruler.DESCRIPTIONS["vt"]]]
+    assert section.tables[-1].rows == [["vt", ruler.DESCRIPTIONS["vt"]]]
 
 
 def test_a_figure_has_the_command_that_measures_it_anew():
@@ -259,11 +262,12 @@ def test_an_answer_of_whitespace_alone_is_called_that():
     run = run._replace(records=needles("run", 0.5).records)
     page = render.page(render.content("title", [run], sections.sections([run])))
     given = re.findall(r"<dd>(.*?)</dd>", page)
-    assert {"<i>nothing</i>", "<i>only whitespace (3 characters)</i>", "<code>words</code>"} <= set(given)
+    assert {"<i>nothing</i>", "<i>only whitespace (3)</i>", "<code>words</code>"} <= set(given)
 
 
 def test_the_overview_of_a_terminal_is_aligned():
     runs = [needles("run", 1.0), needles("a longer name", 0.5)]
-    head, *rows = sections.terminal(render.content("title", runs, [])).splitlines()[:3]
+    head, rule, *rows = sections.terminal(render.content("title", runs, [])).splitlines()[:4]
+    assert len({len(line) for line in (head, rule, *rows)}) == 1
     assert head.index("trained at") + len("trained at") == rows[0].index("4K") + 2 == rows[1].index("4K") + 2
-    assert rows[0].endswith("1.000") and rows[1].startswith("a longer name  ")
+    assert rows[0].endswith("1.000 |") and rows[1].startswith("| a longer name |")

@@ -286,7 +286,6 @@ def evaluate_all() -> None:
     loaded when it is their turn.
     """
     compiled.keep()
-    report.check_drawing()
     for flag, value in [*(("checkpoint", path) for path in CHECKPOINT.value), ("out", OUT.value)]:
         files.check_named(flag, value, "a directory")
     directories, evals = models(), suite.names_of(SUITE.value)

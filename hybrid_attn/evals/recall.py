@@ -102,7 +102,7 @@ EVALUATION = Evaluation(
     headline=Headline(first_total("accuracy"), "recall_accuracy_share", "{:.1%} right", higher_is_better=True),
     report=report_of("recall"),
     lines=lines,
-    section_order=2,
+    section_order=3,
     in_quick_suite=True,
     all_logits=True,
     empty=empty,

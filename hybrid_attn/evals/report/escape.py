@@ -30,7 +30,7 @@ def csv(value: str | int | float | None) -> str | int | float | None:
 
 
 def label(text: str) -> str:
-    """For one line in a picture, where matplotlib reads no formula (`canvas.STYLE`)."""
+    """For one line in a picture, where matplotlib reads no formula (`pictures.STYLE`)."""
     return " ".join(visible(text).split())
 
 

@@ -1,13 +1,13 @@
 """What a report leaves in a directory."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hybrid_attn.evals.report import escape, tables
+from hybrid_attn.evals.report import escape
 from hybrid_attn.evals.report.runs import Run, measured
+from hybrid_attn.evals.report.tables import comma_separated
 from hybrid_attn.files import write_atomically
 from hybrid_attn.trees import check
 
@@ -20,18 +20,17 @@ def write(out: Path, runs: Sequence[Run]) -> str:
     check(bool(runs), f"there are 0 runs to report in {out}; evaluate a model first")
     names = [run.name for run in runs]
     check(len(set(names)) == len(names), f"runs of a report have a name each, and these are {', '.join(names)}")
-    check_drawing()
-    from hybrid_attn.evals.report import canvas, render, sections  # matplotlib takes a second to import
+    from hybrid_attn.evals.report import pictures, render, sections  # matplotlib takes a second to import
 
     parts = sections.sections(runs)
-    shown = [table for section in parts for table in section.tables]
+    shown = [table for part in parts for table in part.tables]
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
-    _replace(out / "pictures", {f"{escape.file_name(x.name)}.png": canvas.png(x) for part in parts for x in part.pictures})
-    values = {f"{escape.file_name(table.name)}.csv": tables.comma_separated([table.names(), *table.rows]) for table in shown}
+    files = {f"{table.name}.csv": comma_separated([table.names(), *table.rows]) for table in shown}
     for evaluation in measured(runs):
         for run in runs:
-            values |= evaluation.report().files(run)
-    _replace(out / "tables", values)
+            files |= evaluation.report().files(run)
+    _replace(out / "tables", files)
+    _replace(out / "pictures", {f"{x.name}.png": pictures.png(x) for part in parts for x in part.pictures})
     content = render.content(title, runs, parts)
     results = {
         "runs": {run.name: {"provenance": run.provenance, "records": run.records} for run in runs},
@@ -44,27 +43,17 @@ def write(out: Path, runs: Sequence[Run]) -> str:
     return sections.terminal(content)
 
 
-def check_drawing() -> None:
-    """ValueError where a library that draws pictures or fills templates is missing."""
-    for name in ("matplotlib", "jinja2"):
-        is_installed = importlib.util.find_spec(name) is not None
-        check(is_installed, f"a report needs {name}, and {name} is not installed: pip install {name}")
-
-
 def _replace(directory: Path, files: Mapping[str, str | bytes]) -> None:
     """A directory of these files alone, written before those of an earlier report go; ValueError where a path is not safe."""
     for path in files:
         check(all(map(escape.SAFE.fullmatch, path.split("/"))), f"{path!r} cannot be the name of a file of a report")
-    new, old = (directory.with_name(f"{directory.name}.{name}") for name in ("part", "old"))
-    for leftover in (new, old):
-        _remove(leftover)
+    new = directory.with_name(f"{directory.name}.part")
+    _remove(new)
     new.mkdir(parents=True)
     for name, content in files.items():
         write_atomically(new / name, content)
-    if directory.is_symlink() or directory.exists():
-        directory.rename(old)
+    _remove(directory)
     new.rename(directory)
-    _remove(old)
 
 
 def _remove(path: Path) -> None:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from hybrid_attn.evals.report import statistics
-from hybrid_attn.evals.report.runs import HARNESS, Run, records_of
+from hybrid_attn.evals.report.runs import Run, records_of
 from hybrid_attn.evals.report.section import EvaluationReport, Section
 from hybrid_attn.evals.report.tables import LENGTH, TASK, Column, Table, interval, of_records
+
+FIELDS = ("filter", "shots", "version", "documents", "requests", "truncated", "windowed")  # beside a value
 
 
 def table(runs: Sequence[Run]) -> Table:
@@ -13,7 +15,7 @@ def table(runs: Sequence[Run]) -> Table:
     records = records_of(runs, "harness")
     columns = [
         *(TASK, LENGTH, Column("metric"), Column("value", ",.4f"), Column("± stderr", ",.4f", "stderr")),
-        *(*interval(value_interval, 4), *(Column(x) for x in HARNESS if any(x in record for _, record in records))),
+        *(*interval(value_interval, 4), *(Column(x) for x in FIELDS if any(x in record for _, record in records))),
     ]
     return of_records("harness", "lm-evaluation-harness", records, columns)
 

@@ -1,9 +1,10 @@
 """What layers are called in a report: by what they see and how positions enter, not by the letters of a config."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from hybrid_attn.config import LayerType, reach, shortest_periods
+from hybrid_attn.config import LayerType, reach
 from hybrid_attn.evals.report.runs import Run
 
 LONGEST_LAYOUT = 8  # letters that are shown one by one
@@ -26,18 +27,16 @@ def short(name: str) -> str:
 
 
 def layout(letters: str | None) -> str | None:
-    """Letters of many layers by their period: "8×LLLG", "8×LLLG + LL", "GG + 8×LLLG"."""
+    """Letters of many layers by the part that repeats: "8×LLLG", "8×LLLG + LL", "GG + 8×LLLG"."""
     if letters is None or len(letters) <= LONGEST_LAYOUT:
         return letters
-    number, periods = len(letters), shortest_periods(letters)
-    tails = [(number - start) % periods[number - start] for start in range(number)]
-    lengths = [start + periods[number - start] + tail for start, tail in enumerate(tails)]
-    start = 0 if 2 * periods[number] <= number else min(range(number), key=lambda i: (lengths[i], tails[i]))
-    size, end = periods[number - start], number - tails[start]
-    if 2 * (start + size) > number:  # abbreviating would save little
+    sizes, number = range(1, len(letters) // 2 + 1), len(letters)
+    repeats = [match for size in sizes for match in re.finditer(rf"(?=((.{{{size}}})\2+))", letters)]
+    best = max(repeats, key=lambda x: (len(x[1]), -len(x[2]), x.start() == 0, x.start()), default=None)
+    if best is None or 2 * (number - len(best[1]) + len(best[2])) > number:  # abbreviating would save little
         return letters if number <= 40 else f"{letters[:20]}…{letters[-10:]} ({number})"
-    repeated = f"{(end - start) // size}×{letters[start : start + size]}"
-    return " + ".join(filter(None, (letters[:start], repeated, letters[end:])))
+    repeated = f"{len(best[1]) // len(best[2])}×{best[2]}"
+    return " + ".join(filter(None, (letters[: best.start()], repeated, letters[best.start() + len(best[1]) :])))
 
 
 def meanings(runs: Sequence[Run]) -> list[str]:

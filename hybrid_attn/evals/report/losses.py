@@ -1,11 +1,12 @@
 """Losses in a report: by position in the document, beside a bigram model and chance; and of key tokens."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 
 from hybrid_attn.evals.records import grouped, is_total, part
 from hybrid_attn.evals.report import escape, pictures
+from hybrid_attn.evals.report.pictures import Line
 from hybrid_attn.evals.report.runs import Run, records_of
 from hybrid_attn.evals.report.section import EvaluationReport, Picture, Section
 from hybrid_attn.evals.report.statistics import Z
@@ -13,7 +14,7 @@ from hybrid_attn.evals.report.tables import LENGTH, SOURCE, Column, of_records, 
 
 PART_NAMES = {"all": "all tokens", "recall": "tokens whose bigram was seen before", "rest": "the other tokens"}
 NEAR = 0.75  # of the loss by chance, from where on a picture shows it
-INTERVALS = "Bands are normal intervals of 95% from the losses of single sequences."
+INTERVALS = "Bars are normal intervals of 95% from the losses of single sequences."
 LOSS, BITS = Column("loss (nats)", ",.3f", "loss"), Column("bits per byte", ",.3f", "bits_per_byte")
 SCORED, NUMBER = Column("tokens scored", value=lambda run, r: part(r)), Column("number", ",", "tokens")
 WHOLE = [SOURCE, LENGTH, SCORED, NUMBER, LOSS, BITS, Column("chance (nats)", ",.3f", lambda run, r: run.chance)]
@@ -40,68 +41,57 @@ def _pictures(runs: Sequence[Run]) -> list[Picture]:
     """Loss by position, a picture for each source and part of the tokens, a panel for each length of sequences."""
     buckets = [(i, r) for i, run in enumerate(runs) for r in run.of("position") if "first" in r]
     images = []
-    for source, of_source in grouped(buckets, lambda x: x[1]["source"]).items():
-        levels = chance(runs, max((r["loss"] for _, r in of_source if r["loss"] is not None), default=0))
-        for name, of_part in grouped(of_source, lambda x: part(x[1])).items():
-            lines: dict[str, list[tuple[str, int, list[dict]]]] = {}
-            for (length, i), line in sorted(grouped(of_part, lambda x: (x[1]["length"], x[0])).items()):
-                lines.setdefault(f"sequences of {tokens(length)}", []).append((runs[i].name, i, [r for _, r in line]))
-            of_bigrams = bigrams(runs, source) if name == "all" else []
-            figure = pictures.loss_by_position(lines, [run.trained for run in runs], of_bigrams + levels)
-            note = f"{source}, {PART_NAMES[name]}. {INTERVALS}"
-            file = f"loss_{escape.file_name(source)}_{name}"
-            images.append(Picture(file, _caption(runs, source, name), figure, note, "loss_by_position"))
+    for (source, name), of_picture in grouped(buckets, lambda x: (x[1]["source"], part(x[1]))).items():
+        panels: dict[str, list[Line]] = {}
+        for (length, i), records in sorted(grouped(of_picture, lambda x: (x[1]["length"], x[0])).items()):
+            line = Line(runs[i].name, i, _by_end([r for _, r in records]))
+            panels.setdefault(f"sequences of {tokens(length)}", []).append(line)
+        title, curves = [*panels.items()][-1]
+        caption = f"{source}, {PART_NAMES[name]}, {title}: {pictures.ends(curves, '{:.2f}'.format)}"
+        highest = max(r["loss"] or 0 for _, r in of_picture)
+        for of_panel in panels.values():
+            keys = {key for line in of_panel for key in line.values}
+            for label, loss in levels(runs, source).items():
+                if highest > NEAR * loss and (name == "all" or not label.startswith("bigram")):
+                    of_panel.append(Line(label, None, dict.fromkeys(keys, [loss] * 3)))
+        figure = pictures.lines(panels, "position, up to (tokens)", "nats per token", "linear", [run.trained for run in runs])
+        file = f"loss_{escape.file_name(source)}_{name}"
+        images.append(Picture(file, caption, figure, f"Loss by position. {INTERVALS}", "loss_by_position"))
     return images
 
 
-def _caption(runs: Sequence[Run], source: str, name: str) -> str:
-    """What the first run that knows gains from its context, or what a part of its tokens costs, at the length of training."""
+def _by_end(buckets: Sequence[Mapping]) -> dict[int, list[float]]:
+    """Losses with their intervals by the ends of their buckets; NaN at the end of a gap, in which no token was scored."""
+    losses: dict[int, list[float]] = {}
+    for bucket in sorted(buckets, key=itemgetter("first")):
+        loss, half = (math.nan if x is None else x for x in (bucket["loss"], bucket.get("stderr")))
+        if bucket["first"]:
+            losses.setdefault(bucket["first"], [math.nan] * 3)
+        losses[bucket["end"]] = [loss, loss - Z * half, loss + Z * half]
+    return losses
+
+
+def levels(runs: Sequence[Run], source: str) -> dict[str, float]:
+    """Losses by chance and of bigram models, in nats per token of the runs' own tokenizers; once where they are the same."""
+    named: dict[str, float] = {}
     for run in runs:
-        of_part = [r for r in run.of("position") if "first" not in r and (r["source"], part(r)) == (source, name)]
-        record = next((r for r in of_part if r["length"] == run.trained), of_part[0] if of_part else None)
-        if record and name == "all" and (text := gain(run, record)):
-            return f"{run.name}, {source}: {text}."
-        if record and name != "all" and record["loss"] is not None:
-            where = f"in sequences of {tokens(record['length'])}"
-            return f"{run.name}, {source}: {PART_NAMES[name]} cost {record['loss']:.2f} nats {where}."
-    return f"{source}: {PART_NAMES[name]}."
-
-
-def bigrams(runs: Sequence[Run], source: str) -> list[pictures.Level]:
-    """What bigram models lose on a source, in nats per token of the runs' own tokenizers; once where they agree."""
-    losses: dict[str, float] = {}
-    for run in runs:
-        of_source = [r for r in run.of("position") if is_total(r) and r["source"] == source]
-        rates = [r["loss"] / r["bits_per_byte"] for r in of_source if r["loss"] and r.get("bits_per_byte")]
-        bits = [r["bits_per_byte"] for r in run.of("bigram") if r["source"] == source]
-        if rates and bits:
-            losses[run.name] = bits[-1] * rates[0]
-    return _levels("bigram", losses, pictures.LONG_DASHED, 1e-3)
-
-
-def chance(runs: Sequence[Run], highest: float) -> list[pictures.Level]:
-    """The losses by chance of the runs' vocabularies, if the `highest` loss is near: far above, they would flatten curves."""
-    losses = {run.name: run.chance for run in runs if run.of("position") and run.chance is not None}
-    return [level for level in _levels("chance", losses, pictures.DASH_DOT) if highest > NEAR * level[1]]
-
-
-def _levels(name: str, losses: dict[str, float], dashes: tuple, tolerance: float = 0) -> list[pictures.Level]:
-    first = next(iter(losses.values()), 0)
-    if losses and all(math.isclose(first, loss, rel_tol=tolerance) for loss in losses.values()):
-        return [(name, first, dashes)]
-    return [(f"{name} of {run}", loss, dashes) for run, loss in losses.items()]
+        nats = next((r["loss"] / r["bits_per_byte"] for r in totals(run, source) if r.get("bits_per_byte")), None)
+        bigram = bigram_bits(run, source)
+        for name, loss in (("chance", run.chance), ("bigram", nats and bigram and nats * bigram)):
+            same = any(math.isclose(loss or 0, x, rel_tol=1e-3) for known, x in named.items() if known.startswith(name))
+            if loss is not None and not same:
+                named[f"{name} of {run.name}" if name in named else name] = loss
+    return named
 
 
 def _unreached(runs: Sequence[Run]) -> Iterator[str]:
     """Which sequences are longer than all that was read of documents in them."""
-    ends: dict[tuple[str, str, int], int] = {}
-    for run, r in records_of(runs, "position"):
-        key = run.name, r["source"], r["length"]
-        ends[key] = max(ends.get(key, 0), r.get("end", 0))
-    short = grouped((key for key in ends if 0 < ends[key] < key[2]), lambda key: (*key[:2], ends[key]))
-    for (name, source, end), keys in short.items():
-        lengths, more = ", ".join(tokens(length) for *_, length in keys), "set --tokens higher to read more"
-        yield f"{name}, {source}: in sequences of {lengths} no document that was read is longer than {end:,} tokens; {more}."
+    of_sequences = grouped(records_of(runs, "position"), lambda x: (x[0].name, x[1]["source"], x[1]["length"]))
+    ends = {key: max(r.get("end", 0) for _, r in records) for key, records in of_sequences.items()}
+    for (name, source, end), keys in grouped(ends, lambda key: (*key[:2], ends[key])).items():
+        if lengths := ", ".join(tokens(length) for *_, length in keys if 0 < end < length):
+            text = f"{name}, {source}: in sequences of {lengths} no document that was read is longer than {end:,} tokens"
+            yield f"{text}; set --tokens higher to read more."
 
 
 def incomparable(runs: Sequence[Run], evaluation: str) -> Iterator[str]:
@@ -116,69 +106,73 @@ def incomparable(runs: Sequence[Run], evaluation: str) -> Iterator[str]:
         yield "The runs have different tokenizers: compare their bits per byte, not their losses per token."
 
 
-def sentences(run: Run) -> list[str]:
+def totals(run: Run, source: str | None) -> list[dict]:
+    """The losses of all tokens of whole sequences of a source, by length."""
+    records = [r for r in run.of("position") if is_total(r) and r["source"] == source and r["loss"]]
+    return sorted(records, key=itemgetter("length"))
+
+
+def at_training(run: Run) -> dict:
+    """The loss of the first source at the length that is nearest to that of training."""
+    source = next((r["source"] for r in run.of("position")), None)
+    return min(totals(run, source), key=lambda r: abs(math.log(r["length"] / run.trained)), default={})
+
+
+def bigram_bits(run: Run, source: str | None) -> float | None:
+    """The bits per byte of a bigram model on a source."""
+    return next((r["bits_per_byte"] for r in run.of("bigram") if r["source"] == source), None)
+
+
+def sentences(run: Run) -> Iterator[str]:
     """Loss at the length of training, beside a bigram model's; and what the context before a token gains."""
-    records = [r for r in run.of("position") if is_total(r) and r["loss"] is not None]
-    if not records:
-        return []
-    source = records[0]["source"]
-    of_source = sorted((r for r in records if r["source"] == source), key=itemgetter("length"))
-    record, longest = min(of_source, key=lambda r: abs(math.log(r["length"] / run.trained))), of_source[-1]
-    bits = record.get("bits_per_byte")
-    scale, unit = (bits / record["loss"], "bits per byte") if bits and record["loss"] else (1.0, "nats per token")
-    where = f"{tokens(record['length'])}{', its trained length' * (record['length'] == run.trained)}"
-    number = f" (n = {len(record['by_row']):,} sequences)" if "by_row" in record else ""
-    text = f"{run.name} reads {source} at {_loss(record, scale)} {unit} in sequences of {where}{number}"
-    bigram = {r["bits_per_byte"] for r in run.of("bigram") if r["source"] == source}
-    if bits and len(bigram) == 1:
-        text += f", {'below' if bits < min(bigram) else 'no better than'} a bigram model's {min(bigram):.2f}"
-    texts = [f"{text}."]
-    if context := gain(run, record):
-        texts.append(f"{context[0].upper()}{context[1:]}.")
-    if longest["length"] > record["length"]:
-        clear = longest["loss"] - record["loss"] > Z * math.hypot(*(r.get("stderr") or 0 for r in (longest, record)))
+    if not (total := at_training(run)):
+        return
+    bits, source = total.get("bits_per_byte"), total["source"]
+    bigram = bigram_bits(run, source)
+    scale, unit = (bits / total["loss"], "bits per byte") if bits else (1.0, "nats per token")
+    where = f"{tokens(total['length'])}{', its trained length' * (total['length'] == run.trained)}"
+    number = f" (n = {len(total['by_row']):,} sequences)" if "by_row" in total else ""
+    beside = f", {'below' if bits < bigram else 'no better than'} a bigram model's {bigram:.2f}" if bits and bigram else ""
+    yield f"{run.name} reads {source} at {_loss(total, scale)} {unit} in sequences of {where}{number}{beside}."
+    yield from gain([r for r in run.of("position") if (r["source"], r["length"]) == (source, total["length"])])
+    if (longest := totals(run, source)[-1])["length"] > total["length"]:
+        clear = longest["loss"] - total["loss"] > Z * math.hypot(*(r.get("stderr") or 0 for r in (longest, total)))
         higher = "higher" if clear else "not clearly higher"
-        texts.append(f"In sequences of {tokens(longest['length'])} the loss is {higher}: {_loss(longest, scale)} {unit}.")
-    return texts
+        yield f"In sequences of {tokens(longest['length'])} the loss is {higher}: {_loss(longest, scale)} {unit}."
 
 
-def gain(run: Run, total: dict) -> str | None:
+def gain(records: Sequence[Mapping]) -> Iterator[str]:
     """How much less a token late in a sequence costs than one of the first."""
-    buckets = [r for r in run.of("position") if "first" in r and part(r) == "all" and r["loss"] is not None]
-    buckets = [r for r in buckets if (r["source"], r["length"]) == (total["source"], total["length"])]
+    buckets = [r for r in records if "first" in r and part(r) == "all" and r["loss"] is not None]
     if len(buckets) < 2:
-        return None
-    first, last = min(buckets, key=itemgetter("first")), max(buckets, key=itemgetter("first"))
-    errors = [r.get("stderr") for r in (first, last)]
-    less, half = first["loss"] - last["loss"], None if None in errors else Z * math.hypot(*errors)
-    amount = f"{abs(less):.2f}{'' if half is None else f' ± {half:.2f}'} nats"
-    verb, than = ("gains", "less") if less >= 0 else ("costs", "more")
-    late, than = tokens(last["first"]), f"{than} than the first {first['end']:,}"
-    if half is not None and abs(less) <= half:
-        return f"context makes no clear difference: tokens from position {late} on cost {amount} {than}"
-    return f"context {verb} {amount}: a token from position {late} on costs that much {than}"
+        return
+    first, last = (choose(buckets, key=itemgetter("first")) for choose in (min, max))
+    less, errors = first["loss"] - last["loss"], [r.get("stderr") for r in (first, last)]
+    half = math.nan if None in errors else Z * math.hypot(*errors)
+    amount = f"{abs(less):.2f}{'' if math.isnan(half) else f' ± {half:.2f}'} nats {'less' if less >= 0 else 'more'}"
+    verb = "makes no clear difference" if abs(less) <= half else "helps" if less >= 0 else "harms"
+    yield f"Context {verb}: tokens from position {tokens(last['first'])} on cost {amount} than the first {first['end']:,}."
 
 
-def _loss(record: dict, scale: float) -> str:
+def _loss(record: Mapping, scale: float) -> str:
     error = record.get("stderr")
     return f"{scale * record['loss']:.2f}" + (f" ± {scale * Z * error:.2f}" if error is not None else "")
 
 
-def _at_training(run: Run) -> dict:
-    """The loss of the first source at the length of training."""
-    return next((r for r in run.of("position") if is_total(r) and r["length"] == run.trained), {})
+def _value(field: str) -> Callable[[Run, Mapping], float | str | None]:
+    return lambda run, _: at_training(run).get(field)
 
 
 def _bigram(run: Run, _: Mapping) -> float | None:
-    return next((r["bits_per_byte"] for r in run.of("bigram") if r["source"] == _at_training(run).get("source")), None)
+    return bigram_bits(run, at_training(run).get("source"))
 
 
-MEANING = "nats per token on held-out text of one source, at the length of training"
+MEANING = "nats per token on held-out text of one source, at the length of training or the nearest"
 COLUMNS = [
-    LOSS._replace(name="loss", value=lambda run, _: _at_training(run).get("loss"), meaning=MEANING),
-    BITS._replace(value=lambda run, _: _at_training(run).get("bits_per_byte"), meaning="the same loss per byte of the text"),
-    Column("bigram", ",.3f", _bigram, meaning="the bits per byte of a bigram model on that text"),
-    Column("of source", value=lambda run, _: _at_training(run).get("source")),
+    LOSS._replace(name="loss", value=_value("loss"), meaning=MEANING),
+    BITS._replace(value=_value("bits_per_byte"), meaning="the same loss per byte of the text"),
+    BITS._replace(name="bigram", value=_bigram, meaning="that of a bigram model on the same text"),
+    Column("of source", value=_value("source")),
 ]
 
 

@@ -1,325 +1,243 @@
-"""Curves, points, losses and heat maps of a report, as figures of matplotlib."""
+"""Pictures of a report: lines with intervals, heat maps, and how they come into a page or a file."""
 
+import contextlib
+import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.axis import Axis
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
+from hybrid_attn.characters import visible
 from hybrid_attn.evals.report import escape
-from hybrid_attn.evals.report.canvas import INK, MUTED, PAPER, RUNS, WIDTH, panels, single, style
-from hybrid_attn.evals.report.statistics import Difference, Share, Z
-from hybrid_attn.evals.report.tables import signed, tokens
+from hybrid_attn.evals.report.runs import Run
+from hybrid_attn.evals.report.section import Picture, Reading
+from hybrid_attn.evals.report.tables import tokens
 
+INK, MUTED, GRID = "#20262d", "#66707b", "#dde2e7"
+# Okabe and Ito's, without yellow: apart for every eye.
+RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31")
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("savefig.facecolor", "figure.facecolor", "axes.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "svg.fonttype": "none"},
+    **{"axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "font.size": 9.5},
+    "text.parse_math": False,  # names of runs and tasks may have dollars
+}
+DASHES = {"chance": "-.", "bigram": (0, (7, 2))}  # of levels; others are dotted
+WIDTH = 4.9  # inches of a figure in one column of the page
+MOST_INCHES = 12  # of panels in a line
+CHARACTERS, LEGEND_LINE = 15, 0.18  # characters to the inch, and inches of a line of a legend
+LONGEST_NAME = 34  # characters
+MOST_TICKS = 32  # names beside an axis
+MOST_NUMBERS = (40, 14)  # rows and columns of a heat map that still have room for numbers
+NOTHING = "\u200b"  # a character without a width: matplotlib leaves labels out that begin with an underscore
 WILSON = "Intervals of 95% (Wilson)"
-MOST_TICKS = 8  # of lengths by their logarithm
-ASIDE = 0.09  # inches to the next run's point where each has only one
-CHARACTERS, LINE = 15, 0.18  # of a legend: characters to the inch, and inches of a line
-LONGEST_NAME, LONGEST_LABEL = 22, 34  # in a legend, and beside an axis
-NOTHING = "\u200b"  # a character without a width
-DOTTED, DASHED, DASH_DOT, LONG_DASHED = (0, (1, 2)), (0, (4, 3)), (0, (7, 2, 1.5, 2)), (0, (7, 2))
+BEYOND = " Right of the dashed line: beyond the length of training."
+
+
+class Line(NamedTuple):
+    """Numbers of one run by category, which is a number of tokens or a name: each with the ends of its interval.
+
+    `number` is that of the colour; None makes a level, such as chance.
+    """
+
+    label: str
+    number: int | None
+    values: Mapping[int | str, Sequence[float]]
+
+
+class Scale(NamedTuple):
+    """What columns and rows of a heat map are; its numbers from `low` to `high`: how they are written, and their colours."""
+
+    across: str
+    down: str
+    low: float
+    high: float
+    show: Callable[[float], str]
+    colours: Colormap
+    label: str = ""
+
+
+Cells = Mapping[tuple[str, int | str], float | None]  # numbers by row and column
 # Vermilion, sand, blue: wrong and right are apart for every eye, and in grey.
 SCORES = LinearSegmentedColormap.from_list("scores", ("#c8501e", "#e8a565", "#f1e8d6", "#7fb0d3", "#14568f"))
 AMOUNTS = LinearSegmentedColormap.from_list("amounts", ("#e9eff4", "#a9cbe2", "#4f93c4", "#14568f", "#0b2f52"))
-MOST_CHARACTERS, MOST_NAMES = 66, 24  # below a heat map, and beside it
-MOST_NUMBERS = 14  # cells of a heat map in either direction that still have room for numbers
-LIGHT, DARK, CENTRED = "#ffffff", "#20262e", {"ha": "center", "va": "center", "fontsize": 8}
-Level = tuple[str, float, tuple]  # the name of a score or a loss that needs no model of ours, its value, and its dashes
-PALE = {"alpha": 0.4, "linewidth": 3}  # the interval of a point
 
 
-class Curve(NamedTuple):
-    """Shares of right answers of one run by length; the run's number is its colour."""
-
-    name: str
-    number: int
-    shares: Mapping[int, Share]
-
-    def scores(self, top: float) -> np.ndarray:
-        """The scores, of which `top` is all, and the lower and upper ends of their intervals, [3, lengths], by length."""
-        return np.array([[top * x for x in self.shares[length][:3]] for length in sorted(self.shares)]).T
-
-    @property
-    def look(self) -> dict:
-        """How matplotlib draws its points."""
-        return {"color": RUNS[self.number % len(RUNS)], "marker": "o", "markersize": 4, "label": _label(self.name)}
+@contextlib.contextmanager
+def style(**more: str) -> Iterator[None]:
+    """This report's fonts, lines and colours; `@style()` before a function makes it draw with them."""
+    with matplotlib.rc_context(STYLE | more), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has other fonts for an SVG
+        yield
 
 
-# By panel or by name: curves; lines, each with a name, the number of its run, and buckets from `first` to `end`.
-Curves, Lines = Mapping[str, Sequence[Curve]], Mapping[str, Sequence[tuple[str, int, Sequence[Mapping]]]]
-Scores = Mapping[tuple[str, int], float]  # by name and length
+def svg(picture: Picture) -> Markup:
+    """An element of a page. Ids meet no other picture's: they are hashes with the picture's name, and those of groups go."""
+    out = io.StringIO()
+    with style(**{"svg.hashsalt": picture.name}):
+        picture.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = re.sub('<g id="[^"]*"', "<g", out.getvalue())
+    start = Markup('<svg role="img" aria-label="{}" style="max-width:{:.0f}px"')
+    start = start.format(visible(picture.caption), 110 * picture.figure.get_figwidth())
+    return Markup(text[text.index("<svg") :].replace("<svg", start, 1))
 
 
 @style()
-def curves(by_panel: Curves, trained: Sequence[int], label: str, top: float, levels: Mapping[str, Level]) -> Figure:
-    """Score from 0 to `top` by length, a panel for each name, which may have a level; marks at the lengths of training."""
-    number, across = len(by_panel), min(len(by_panel), 4)
-    size = {1: (WIDTH, 3.2), 2: (WIDTH, 2.5)}.get(across, (2.75 * across, 2.35 * -(-number // across) + 0.5))
-    figure, grid = panels(number, across, size, label, sharex=True)
-    for axes, (name, in_panel) in zip(grid.flat, by_panel.items(), strict=False):
-        for curve in in_panel:
-            _curve(axes, curve, top)
-        _lengths_across(axes, _lengths_of(by_panel), trained)
-        axes.set_ylim(-0.02 * top, 1.03 * top)
-        if name in levels:
-            level_line(axes, *levels[name])
-        axes.set_title(side_label(name) if number > 1 else "")
-    for axes in grid.flat[max(0, number - across) : number]:
-        axes.tick_params(labelbottom=True)
-    for axes in grid[-1]:
-        axes.set_xlabel("length (tokens)")
-    return with_legend(figure)
+def png(picture: Picture) -> bytes:
+    """On white."""
+    out = io.BytesIO()
+    picture.figure.savefig(out, format="png", dpi=150, facecolor="white")
+    return out.getvalue()
 
 
-def shares(by_panel: Curves, trained: Sequence[int], label: str, levels: Mapping[str, Level]) -> Figure:
-    """Shares of right answers by length; of a single length as points."""
-    single_length = len(_lengths_of(by_panel)) == 1
-    return points(by_panel, label, 1, levels) if single_length else curves(by_panel, trained, label, 1, levels)
+def by_length(name: str, runs: Sequence[Run], readings: Callable[[Run], Sequence[Reading]], note: str, table: str) -> Picture:
+    """The shares of right answers of each run by length, a panel for each reading, beside those of a guess."""
+    panels: dict[str, list[Line]] = {}
+    for number, run in enumerate(runs):
+        for questions, shares, chance in readings(run):
+            guess = [Line("chance", None, dict.fromkeys(shares, [chance] * 3))] if chance else []
+            panels.setdefault(questions, []).extend([Line(run.name, number, shares), *guess])
+    first, of_first = next(iter(panels.items()))
+    caption = f"Right answers, {first}: {ends(of_first, '{:.0%}'.format)}"
+    figure = lines(panels, "length (tokens)", "right answers", "share", [run.trained for run in runs])
+    return Picture(name, caption, figure, f"{WILSON}{note}", table)
 
 
-def _lengths_of(by_panel: Curves) -> list[int]:
-    return sorted({length for in_panel in by_panel.values() for curve in in_panel for length in curve.shares})
+def ends(of_panel: Sequence[Line], show: Callable[[float], str]) -> str:
+    """The first and the last number of each curve, of the first three where there are many."""
+    texts, curves = [], [line for line in of_panel if line.number is not None]
+    for line in curves[:3]:
+        known = sorted((key, show(x[0])) for key, x in line.values.items() if not math.isnan(x[0]))
+        shown = dict([*known[:1], *known[-1:]])
+        texts.append(f"{line.label} {', '.join(f'{x} at {tokens(key)}' for key, x in shown.items()) or 'without a number'}")
+    return f"{'; '.join(texts)}{f'; and {len(curves) - 3} more' * (len(curves) > 3)}."
 
 
-def changes(curves: Sequence[Curve]) -> str:
-    """How the share of each run changes from the shortest to the longest length; of the first three where there are many."""
-    more = f"; and {len(curves) - 3} more runs" if len(curves) > 3 else ""
-    return "; ".join(f"{curve.name} {_change(curve.shares)}" for curve in curves[:3]) + more + "."
+@style()
+def lines(panels: Mapping[str, Sequence[Line]], across: str, up: str, scale: str, trained: Sequence[int] = ()) -> Figure:
+    """A panel for each name, or one in which the names are the categories if each line has one and the same.
+
+    `scale` is "share", "linear" or "log"; marks divide the lengths of training and what is longer.
+    """
+    if len({key for of_panel in panels.values() for line in of_panel for key in line.values}) == 1:
+        panels, across, trained = _transposed(panels), "", ()
+    names = max(len({key for line in of_panel for key in line.values}) for of_panel in panels.values())
+    figure, grid = _grid(len(panels), max(2.15, 0.35 * min(names, MOST_TICKS)), 2.4 if trained else 3.4)
+    for axes, (name, of_panel) in zip(grid, panels.items(), strict=True):
+        keys = [*dict.fromkeys(key for line in of_panel for key in line.values)]
+        keys.sort(key=lambda key: key if isinstance(key, int) else 0)
+        for i, line in enumerate(of_panel):
+            x = np.arange(len(keys)) + (i - (len(of_panel) - 1) / 2) * min(0.1, 0.6 / len(of_panel)) * (line.number is not None)
+            y, low, high = np.array([[*line.values.get(key, [None] * 3)][:3] for key in keys], float).T
+            if line.number is None:
+                dashes = DASHES.get(line.label.partition(" ")[0], ":")
+                axes.hlines(y, x - 0.5, x + 0.5, MUTED, dashes, label=_short(line.label))
+                continue
+            colour, is_joined = RUNS[line.number % len(RUNS)], isinstance(keys[0], int)
+            joined = {"linestyle": ("-", "--", ":")[line.number // len(RUNS) % 3] if is_joined else "none", "linewidth": 1.6}
+            axes.plot(x, y, "o", color=colour, markersize=4, label=_short(line.label), **joined)
+            axes.vlines(x, low, high, colour, linewidth=3, alpha=0.35)
+        for length in sorted(length for length in {*trained} if keys[-1] > length):
+            mark = sum(key <= length for key in keys) - 0.5
+            axes.axvline(mark, color=INK, linewidth=1, linestyle="--", alpha=0.6, label=f"trained at {tokens(length)}")
+        axes.set(title=_short(name) if len(panels) > 1 else "", xlim=(-0.5, len(keys) - 0.5))
+        _name(axes.xaxis, keys)
+        if scale == "share":
+            axes.set_ylim(-0.02, 1.03)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        elif scale == "log":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:.0e}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.supylabel(up, fontsize="medium")
+    figure.supxlabel(across, fontsize="medium")
+    return _with_legend(figure)
 
 
-def _change(shares: Mapping[int, Share]) -> str:
-    percents = {tokens(length): f"{100 * shares[length].share:.0f}%" for length in sorted(shares)}
-    first, last = tokens(min(shares)), tokens(max(shares))
-    if len(shares) == 1:
-        return f"{percents[first]} at {first}"
-    if percents[first] == percents[last]:
-        steady = len({*percents.values()}) == 1
-        return f"{percents[first]} at {'all lengths' if steady else f'{first} and {last}'}"
-    verb = "falls" if shares[max(shares)].share < shares[min(shares)].share else "rises"
-    return f"{verb} from {percents[first]} at {first} to {percents[last]} at {last}"
-
-
-def _curve(axes: Axes, curve: Curve, top: float) -> None:
-    look, lengths = curve.look, sorted(curve.shares)
-    scores, low, high = curve.scores(top)
-    if len(lengths) == 1:  # beside the points of other runs, which may lie on it
-        aside = axes.transData + ScaledTranslation(ASIDE * curve.number, 0, axes.figure.dpi_scale_trans)
-        axes.plot(lengths * 2, (*low, *high), color=look["color"], transform=aside, **PALE)
-        axes.plot(lengths, scores, linestyle="none", transform=aside, **look)
-        return
-    axes.fill_between(lengths, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    axes.plot(lengths, scores, ("-", "--", ":")[curve.number // len(RUNS) % 3], linewidth=1.6, **look)
-
-
-def _lengths_across(axes: Axes, lengths: Sequence[int], trained: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    ticks = lengths[:1]
-    for length in lengths[1:]:
-        if length >= ticks[-1] * (lengths[-1] / lengths[0]) ** (1 / MOST_TICKS):
-            ticks.append(length)
-    axes.set_xticks(ticks, [tokens(length) for length in ticks], minor=False)
-    axes.minorticks_off()
-    if len(lengths) == 1:
-        axes.set_xlim(min([*lengths, *trained]) / 2, lengths[0] * 2)
-    _mark(axes, trained, lengths[-1])
-
-
-def _mark(axes: Axes, trained: Sequence[int], last: int) -> None:
-    for length in sorted(length for length in set(trained) if length <= last):
-        axes.axvline(length, color=INK, linewidth=1, linestyle=DASHED, alpha=0.6, label=f"trained at {tokens(length)}")
-
-
-def level_line(axes: Axes, name: str, value: float, dashes: tuple) -> None:
-    axes.axhline(value, color=MUTED, linewidth=1 if dashes == DOTTED else 1.2, linestyle=dashes, label=_label(name))
-
-
-def with_legend(figure: Figure, longest: int = LONGEST_NAME) -> Figure:
-    """Names the lines of all panels, in as many columns as the longest name allows."""
-    handles: dict[str, object] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    names = [_short(label, longest) for label in handles]
-    columns = int(np.clip(CHARACTERS * figure.get_figwidth() / (6 + max(map(len, names))), 1, len(handles)))
-    figure.set_figheight(figure.get_figheight() + LINE * (-(-len(handles) // columns) - 1))
-    figure.legend(handles.values(), names, loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.2)
+def _with_legend(figure: Figure) -> Figure:
+    """Names the lines of all panels."""
+    handles = {label: x for axes in figure.axes for x, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = int(figure.get_figwidth() // 2.3)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * (len(handles) // columns))
+    figure.legend(handles.values(), handles, loc="outside upper left", ncols=columns, handlelength=1.6)
     return figure
 
 
-def _label(name: str) -> str:
-    """What a legend shows: matplotlib leaves labels out that begin with an underscore."""
-    name = escape.label(name)
-    return f"{NOTHING}{name}" if name.startswith("_") else name
-
-
-def _short(name: str, longest: int) -> str:
-    """Without its middle: names of runs differ at their ends."""
-    half = longest // 2
-    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
-
-
-def side_label(name: str) -> str:
-    """A name beside an axis."""
-    return _short(escape.label(name), LONGEST_LABEL)
+def _transposed(panels: Mapping[str, Sequence[Line]]) -> dict[str, list[Line]]:
+    """One panel, in which the names of panels are the categories."""
+    by_label: dict[tuple, dict] = {}
+    for name, of_panel in panels.items():
+        for label, number, values in of_panel:
+            by_label.setdefault((label, number), {}).update((name, x) for x in values.values())
+    return {"": [Line(*key, values) for key, values in by_label.items()]}
 
 
 @style()
-def points(by_name: Curves, label: str, top: float, levels: Mapping[str, Level]) -> Figure:
-    """Scores at one length: names down, scores across, a point with its interval for each run; marks show levels."""
-    numbers = sorted({curve.number for of_name in by_name.values() for curve in of_name})
-    step = 0.6 / max(len(numbers), 1)
-    figure, axes = single(1.1 + max(0.3, 0.14 * len(numbers)) * max(len(by_name), 2))
-    for line, (name, of_name) in enumerate(by_name.items()):
-        for curve in of_name:
-            y = line + step * (numbers.index(curve.number) - (len(numbers) - 1) / 2)
-            scores, low, high = curve.scores(top)
-            axes.plot([*low, *high], [y, y], color=curve.look["color"], solid_capstyle="butt", **PALE)
-            axes.plot(scores, [y], linestyle="none", **curve.look)
-        if name in levels:
-            level, value, _ = levels[name]
-            axes.plot([value] * 2, [line - 0.4, line + 0.4], color=MUTED, linewidth=1.5, label=level)
-    axes.set_yticks(range(len(by_name)), map(side_label, by_name))
-    axes.set(xlabel=label, xlim=(-0.02 * top, 1.03 * top), ylim=(len(by_name) - 0.4, -0.6))
-    axes.grid(axis="y", visible=False)
-    return with_legend(figure)
-
-
-@style()
-def loss_by_position(by_panel: Lines, trained: Sequence[int], levels: Sequence[Level] = ()) -> Figure:
-    """Loss by position: lines with gaps where no token was scored, and intervals of 95% from the losses of sequences."""
-    number = len(by_panel)
-    across = 2 if number == 4 else min(number, 3)
-    size = (WIDTH, 3.0) if number < 3 else (3.7 * across, 2.6 * -(-number // across) + 0.5)
-    figure, grid = panels(number, across, size, "loss (nats per token)")
-    for axes, (name, lines) in zip(grid.flat, by_panel.items(), strict=False):
-        for label, run, buckets in lines:
-            losses, spreads, edges = _steps(buckets)
-            band = {"fill": True, "alpha": 0.15, "linewidth": 0}
-            axes.stairs(losses, edges, baseline=None, color=RUNS[run % len(RUNS)], linewidth=1.6, label=_label(label))
-            axes.stairs(losses + spreads, edges, baseline=losses - spreads, color=RUNS[run % len(RUNS)], **band)
-        for level in levels:
-            level_line(axes, *level)
-        positions_across(axes)
-        _mark(axes, trained, max(bucket["end"] for *_, buckets in lines for bucket in buckets))
-        axes.set(title=side_label(name), xlabel="position (tokens)")
-    return with_legend(figure)
-
-
-def positions_across(axes: Axes) -> None:
-    """Tokens by their logarithm."""
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda x, _: tokens(round(x)) if x >= 1 else "")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _steps(buckets: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Losses, half their intervals, NaN between buckets that do not meet, and the edges around them: a logarithm has no 0."""
-    buckets = sorted(buckets, key=lambda bucket: bucket["first"])
-    values, edges = [], [max(buckets[0]["first"], 1)]
-    for bucket in (bucket for bucket in buckets if bucket["end"] > edges[-1]):
-        if bucket["first"] > edges[-1]:
-            values.append((None, None))
-            edges.append(bucket["first"])
-        values.append((bucket["loss"], bucket.get("stderr")))
-        edges.append(bucket["end"])
-    losses, errors = np.array(values, float).reshape(-1, 2).T
-    return losses, Z * errors, edges
-
-
-@style()
-def heat_map(lengths: Sequence[int], names: Sequence[str], shares: Scores, trained: int) -> Figure:
-    """Lengths across, depths by their names down, shares of right answers by depth and length from 0 to 1."""
-    width = WIDTH if len(lengths) > 2 else 2.1 + 0.9 * len(lengths)
-    figure, axes = single(1.5 + 0.29 * min(max(len(names), 4), 16), width)
-    _scale(figure, _scores(axes, lengths, names, shares, 1, trained), ticks=[0, 0.5, 1])
-    axes.set(xlabel="context length (tokens)", ylabel="depth of the needle (%)")
+def heat_maps(
+    panels: Mapping[str, Cells], rows: Sequence[str], columns: Sequence, scale: Scale, trained: Mapping = {}
+) -> Figure:
+    """Rows down, columns across, and a panel for each name; a white dashed line before lengths beyond that of training."""
+    beside = 0.08 * max(len(_short(row)) for row in rows)  # inches
+    figure, grid = _grid(len(panels), max(1.4, 0.42 * min(len(columns), 20)), 0.5 + 0.24 * np.clip(len(rows), 3, 28), beside)
+    for axes, (name, cells) in zip(grid, panels.items(), strict=True):
+        values = np.array([[cells.get((row, column)) for column in columns] for row in rows], float)
+        limits = {"vmin": scale.low, "vmax": scale.high}
+        image = axes.pcolormesh(values, cmap=scale.colours, edgecolors="white", linewidth=0.8, **limits)
+        for (i, j), value in np.ndenumerate(values):
+            if len(rows) <= MOST_NUMBERS[0] and len(columns) <= MOST_NUMBERS[1] and not math.isnan(value):
+                colour = "white" if np.dot(image.to_rgba(value)[:3], (0.3, 0.59, 0.11)) < 0.5 else INK
+                axes.text(j + 0.5, i + 0.5, scale.show(value), color=colour, ha="center", va="center", fontsize=8)
+        beyond = sum(column <= trained[name] for column in columns) if name in trained else len(columns)
+        if beyond < len(columns):
+            axes.axvline(beyond, color=INK, linewidth=4.5, clip_on=False)  # not cut off at the edge
+            axes.axvline(beyond, color="white", linewidth=2.2, linestyle=(0, (3, 1.6)), clip_on=False)
+        _name(axes.xaxis, columns, 0.5)
+        _name(axes.yaxis, rows, 0.5)
+        axes.set(title=_short(name) if len(panels) > 1 else "", xlabel=scale.across, ylim=(len(rows), 0))
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    figure.supylabel(scale.down, fontsize="medium")
+    figure.colorbar(image, ax=grid, fraction=0.035, pad=0.02, label=scale.label).outline.set_visible(False)
     return figure
 
 
-@style()
-def task_map(runs: Sequence[tuple[str, Scores, int]], tasks: Sequence[str]) -> Figure:
-    """Tasks down, lengths across, scores from 0 to 100; a panel for each run: its name, scores by task and length, training."""
-    lengths = sorted({length for _, scores, _ in runs for _, length in scores})
-    across = min(len(runs), 3)
-    beside = 0.5 + 0.085 * max(len(side_label(task)) for task in tasks)  # inches
-    width = max(WIDTH if across < 3 else 0, beside + across * max(1.3, 0.62 * len(lengths)))
-    height = 0.9 + -(-len(runs) // across) * (0.55 + 0.25 * max(len(tasks), 3))
-    figure, grid = panels(len(runs), across, (width, height))
-    for axes, (name, scores, trained) in zip(grid.flat, runs, strict=False):
-        _scores(axes, lengths, tasks, scores, 100, trained)
-        axes.set(title=side_label(name) if len(runs) > 1 else "", xlabel="length (tokens)")
-    return figure
+def _grid(number: int, width: float, height: float, beside: float = 0.6) -> tuple[Figure, list[Axes]]:
+    """A figure with panels of so many inches, and so many inches beside them; they share their vertical axis."""
+    across = int(np.clip(MOST_INCHES // width, 1, number))
+    down = -(-number // across)
+    figure = Figure(figsize=(max(WIDTH, beside + across * width), 0.7 + down * height), layout="constrained")
+    grid = figure.subplots(down, across, sharey=True, squeeze=False)
+    for axes in grid.flat[number:]:
+        axes.set_visible(False)
+    return figure, [*grid.flat[:number]]
 
 
-@style()
-def heads(values: np.ndarray, names: Sequence[str], most: float, label: str) -> Figure:
-    """Layers down by their names, heads across, numbers from 0 to `most`; a layer without one does not reach the needle."""
-    figure, axes = single(1.4 + 0.24 * min(max(len(names), 5), 28))
-    image = _coloured(axes, values, [*map(str, range(values.shape[1]))], names, cmap=AMOUNTS, vmin=0, vmax=most)
-    size = 9.5 if len(names) <= 16 else 7 if len(names) <= 40 else 5
-    axes.set_yticks(np.arange(len(names)) + 0.5, map(side_label, names), fontsize=size)
-    for row in np.flatnonzero(np.isnan(values).all(1)):
-        axes.text(values.shape[1] / 2, row + 0.5, "out of reach", color=MUTED, **CENTRED)
-    axes.set(xlabel="head", ylabel="layer")
-    _scale(figure, image, label)
-    return figure
+def _name(axis: Axis, names: Sequence[int | str], first: float = 0) -> None:
+    """Names categories, of which the first is at `first`: some of them where there are many, aslant where they are long."""
+    every = -(-len(names) // MOST_TICKS)
+    texts = [tokens(name) if isinstance(name, int) else _short(name) for name in names[::every]]
+    inches = axis.axes.figure.get_figwidth() / axis.axes.get_gridspec().ncols
+    is_slanted = axis.axis_name == "x" and sum(len(text) + 2 for text in texts) > 0.8 * CHARACTERS * inches
+    look = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_slanted else {}
+    axis.set_ticks(np.arange(0, len(names), every) + first, texts, **look)
 
 
-@style()
-def differences(differences: Sequence[Difference], number: int) -> Figure:
-    """Tasks down, lengths across: run `number` less the first, in the colour of the better one where that is clear."""
-    tasks, lengths = list(dict.fromkeys(x.task for x in differences)), sorted({x.length for x in differences})
-    cells = np.full((len(tasks), len(lengths)), math.nan)
-    figure, axes = single(1.2 + 0.27 * max(len(tasks), 3))
-    for x in differences:
-        row, column = tasks.index(x.task), lengths.index(x.length)
-        clear = x.verdict != "unclear"
-        cells[row, column] = x.difference if clear else 0
-        colour = LIGHT if clear and abs(x.difference) > 0.45 else DARK
-        weight = "bold" if clear else "normal"
-        axes.text(column + 0.5, row + 0.5, signed(x.difference, 2), color=colour, fontweight=weight, **CENTRED)
-    towards = LinearSegmentedColormap.from_list("towards", (RUNS[0], "#eef0f2", RUNS[number % len(RUNS)]))
-    image = _coloured(axes, cells, [*map(tokens, lengths)], tasks, cmap=towards, vmin=-1, vmax=1)
-    axes.set_xlabel("length (tokens)")
-    _scale(figure, image, ticks=[-1, 0, 1])
-    return figure
-
-
-def _scores(axes: Axes, lengths: Sequence[int], names: Sequence[str], scores: Scores, top: float, trained: int) -> QuadMesh:
-    """Scores from 0 to `top`, with numbers where there is room; a white dashed line before lengths beyond that of training."""
-    cells = np.array([[scores.get((name, length), math.nan) for length in lengths] for name in names])
-    for (row, column), score in np.ndenumerate(cells):
-        if max(cells.shape) <= MOST_NUMBERS and not math.isnan(score):
-            colour = DARK if 0.15 * top <= score <= 0.8 * top else LIGHT
-            axes.text(column + 0.5, row + 0.5, f"{score:.2f}" if top == 1 else f"{score:.0f}", color=colour, **CENTRED)
-    image = _coloured(axes, cells, [*map(tokens, lengths)], names, cmap=SCORES, vmin=0, vmax=top)
-    beyond = sum(length <= trained for length in lengths)
-    if beyond < len(lengths):
-        axes.axvline(beyond, color=DARK, linewidth=4.5, clip_on=False)  # not cut off at the edge
-        axes.axvline(beyond, color=LIGHT, linewidth=2.2, linestyle=(0, (3, 1.6)), clip_on=False)
-    return image
-
-
-def _coloured(axes: Axes, cells: np.ndarray, across: Sequence[str], down: Sequence[str], **scale) -> QuadMesh:
-    """Cells in the colours of a scale, and the names of columns and rows, of which the first is at the top."""
-    image = axes.pcolormesh(cells, edgecolors=PAPER, linewidth=0.8, **scale)
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    every = -(-len(across) * (1 + max(map(len, across))) // MOST_CHARACTERS)
-    axes.set_xticks(np.arange(len(across))[::every] + 0.5, across[::every])
-    every = -(-len(down) // MOST_NAMES)
-    axes.set_yticks(np.arange(len(down))[::every] + 0.5, map(side_label, down[::every]))
-    axes.set_ylim(len(down), 0)
-    return image
-
-
-def _scale(figure: Figure, image: QuadMesh, label: str = "", ticks: Sequence[float] | None = None) -> None:
-    bar = figure.colorbar(image, ax=image.axes, fraction=0.035, pad=0.02, ticks=ticks, label=label)
-    bar.outline.set_visible(False)
+def _short(name: str) -> str:
+    """A name in one line without its middle: names of runs differ at their ends."""
+    line, half = escape.label(name), LONGEST_NAME // 2
+    shown = line if len(line) <= LONGEST_NAME else f"{line[:half]}…{line[-half:]}"
+    return f"{NOTHING}{shown}" if shown.startswith("_") else shown

@@ -1,6 +1,5 @@
 """Recall in a report: the share of right answers in synthetic tasks by length, beside that of a guess."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 
@@ -10,7 +9,7 @@ from hybrid_attn.evals.recall import guess
 from hybrid_attn.evals.records import grouped
 from hybrid_attn.evals.report import pictures, statistics
 from hybrid_attn.evals.report.runs import Run, records_of
-from hybrid_attn.evals.report.section import EvaluationReport, Picture, Reading, Section
+from hybrid_attn.evals.report.section import EvaluationReport, Reading, Section
 from hybrid_attn.evals.report.tables import LENGTH, SOURCE, TASK, Column, interval, of_records
 
 TASKS = {
@@ -42,29 +41,21 @@ def shares(records: Iterable[Mapping]) -> dict[int, statistics.Share]:
     return {record["length"]: statistics.share(*independent_answers(record)) for record in ordered}
 
 
+def readings(run: Run) -> list[Reading]:
+    """Of each source with its task."""
+    by_task = grouped(run.of("recall"), itemgetter("source", "task")).items()
+    return [Reading(f"{source} ({task})", shares(x), guess(task) or 0) for (source, task), x in by_task]
+
+
 def sections(runs: Sequence[Run]) -> list[Section]:
-    panels: dict[str, list[pictures.Curve]] = {}
-    guesses: dict[str, pictures.Level] = {}
-    for number, run in enumerate(runs):
-        for source, records in grouped(run.of("recall"), itemgetter("source")).items():
-            panels.setdefault(source, []).append(pictures.Curve(run.name, number, shares(records)))
-            if (share := guess(records[0]["task"])) is not None:
-                guesses[source] = ("chance", share, pictures.DASH_DOT)
-    first, curves = next(iter(panels.items()))
-    figure = pictures.shares(panels, [run.trained for run in runs], "accuracy", guesses)
-    note = "for as many answers as are independent. Chance: the score of a guess among what the sequence names."
-    images = [Picture("recall", f"{first}: {pictures.changes(curves)}", figure, f"{pictures.WILSON} {note}", "recall")]
-    tasks = {task for _, r in records_of(runs, "recall") for task in re.findall(r"^\S+", r["task"])}
+    note = " for as many answers as are independent. Chance: the score of a guess among what the sequence names."
+    images = [pictures.by_length("recall", runs, readings, note, "recall")]
+    records = records_of(runs, "recall")
+    tasks = {r["task"].partition(" ")[0] for _, r in records}
     meanings = "".join(f" {name}: {text}." for name, text in TASKS.items() if name in tasks)
-    table = of_records("recall", "Synthetic recall: answers that are the likeliest token", records_of(runs, "recall"), COLUMNS)
+    table = of_records("recall", "Synthetic recall: answers that are the likeliest token", records, COLUMNS)
     text = f"Synthetic sequences, in which each question is about something that the sequence has named before.{meanings}"
     return [Section("recall", "Recall", [text], images, [table], "recall")]
-
-
-def readings(run: Run) -> list[Reading]:
-    """Of the first source."""
-    first = list(grouped(run.of("recall"), itemgetter("source")).values())[:1]
-    return [Reading(f"recall ({x[0]['task']})", shares(x), guess(x[0]["task"]) or 0, synthetic=True) for x in first]
 
 
 MEANING = "the share of right answers in the first task, at the longest length"

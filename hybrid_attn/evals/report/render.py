@@ -1,8 +1,10 @@
 """The page, one file that asks for no other, and its Markdown: sections, wrong answers, and commands that measure anew."""
 
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import markupsafe
@@ -11,8 +13,8 @@ from markupsafe import Markup
 
 from hybrid_attn.characters import visible
 from hybrid_attn.evals.records import grouped
-from hybrid_attn.evals.report import canvas, escape, tables, verdict
-from hybrid_attn.evals.report.runs import DATA, Run, sample_of
+from hybrid_attn.evals.report import escape, pictures, tables, verdict
+from hybrid_attn.evals.report.runs import Run, sample_of
 from hybrid_attn.evals.report.section import Section
 from hybrid_attn.evals.ruler.tasks import NAMES
 from hybrid_attn.evals.table import EVALS
@@ -27,11 +29,10 @@ MESH = re.compile(r"[a-z]+ \d+( x [a-z]+ \d+)*")  # in run.json: "context 4 x te
 def content(title: str, runs: Sequence[Run], sections: Sequence[Section]) -> Mapping:
     """What the templates show."""
     return {
-        **{"title": title, "runs": runs, "sections": sections},
-        **{"failures": wrong_answers(runs), "most_examples": MOST_EXAMPLES},
-        **{"verdict": verdict.sentences(runs), "warnings": verdict.warnings(runs)},
-        "numbers": {run.name: number % len(canvas.RUNS) for number, run in enumerate(runs)},
-        "commands": {x.evaluation: x.evaluation and command(runs, x.evaluation) for x in sections},
+        **{"title": title, "runs": runs, "sections": sections, "failures": wrong_answers(runs), "most": MOST_EXAMPLES},
+        **{"verdict": verdict.sentences(runs), "warnings": verdict.warnings(runs), "width": pictures.WIDTH},
+        "colours": {run.name: pictures.RUNS[i % len(pictures.RUNS)] for i, run in enumerate(runs)},
+        "commands": {x.evaluation: command(runs, x.evaluation) for x in sections},
     }
 
 
@@ -47,18 +48,16 @@ def markdown(content: Mapping) -> str:
 def _environment(escaped: Callable[[str], str]) -> Environment:
     """Escapes every value of a template, whatever the template says; only `Markup` goes through as it is."""
     environment = Environment(
-        loader=PackageLoader(__package__),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        **{"loader": PackageLoader(__package__), "undefined": StrictUndefined, "autoescape": True},
+        **{"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True},
         finalize=lambda value: value if isinstance(value, Markup) else Markup(escaped(str(value))),
     )
-    environment.filters["shortened"] = lambda text: escape.shortened(text, MOST_CHARACTERS)
-    environment.filters["unbroken"] = lambda text: UNBROKEN.sub(lambda x: x[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
-    environment.globals |= {"zip": zip, "tokens": tables.tokens, "file_name": lambda name: Markup(escape.file_name(name))}
-    environment.globals |= {"svg": canvas.svg, "markdown": lambda table: Markup(tables.markdown(table))}
+    environment.filters |= {
+        "shortened": lambda text: escape.shortened(text, MOST_CHARACTERS),
+        "unbroken": lambda text: UNBROKEN.sub(lambda x: x[0].replace(" ", "\N{NO-BREAK SPACE}"), text),
+    }
+    environment.filters["file_name"] = lambda name: Markup(escape.file_name(name))
+    environment.globals |= {"svg": pictures.svg, "tokens": tables.tokens, "markdown": lambda x: Markup(tables.markdown(x))}
     return environment
 
 
@@ -72,26 +71,26 @@ class Task(NamedTuple):
 
 def wrong_answers(runs: Sequence[Run]) -> list[Task]:
     """The tasks with wrong answers, in alphabetical order, and some of them."""
-    answers = grouped(((run.name, answer) for run in runs for answer in run.answers), lambda x: sample_of(x[1]))
-    failures: dict[str, list[dict]] = {}
-    for same_question in answers.values():
-        if any(answer["score"] < 1 for _, answer in same_question):
-            first = same_question[0][1]
-            of_runs = [(name, answer["given"], answer["score"]) for name, answer in same_question]
-            failures.setdefault(first["task"], []).append({key: first[key] for key in QUESTION} | {"answers": of_runs})
+    answers = [(run.name, answer) for run in runs for answer in run.answers]
+    by_question = grouped(answers, lambda x: sample_of(x[1])).values()
+    wrong = [question for question in by_question if any(answer["score"] < 1 for _, answer in question)]
     tasks = []
-    for name, of_task in sorted(failures.items()):
-        scores = {run.name: [answer["score"] for answer in run.answers if answer["task"] == name] for run in runs}
-        missed = [f"{run} {sum(x < 1 for x in of_run):,} of {len(of_run):,}" for run, of_run in scores.items() if of_run]
-        tasks.append(Task(name, ", ".join(missed), _examples(of_task)))
+    for name, questions in sorted(grouped(wrong, lambda question: question[0][1]["task"]).items()):
+        of_runs = grouped((x for x in answers if x[1]["task"] == name), itemgetter(0)).items()
+        missed = [f"{run} {sum(answer['score'] < 1 for _, answer in x):,} of {len(x):,}" for run, x in of_runs]
+        tasks.append(Task(name, ", ".join(missed), _examples(questions)))
     return tasks
 
 
-def _examples(failures: Sequence[dict]) -> list[dict]:
+def _examples(questions: Sequence[Sequence[tuple[str, dict]]]) -> list[dict]:
     """A question of each length, then a second of each, and so on; in order of length."""
-    by_length = grouped(sorted(failures, key=lambda x: x["index"]), lambda x: x["length"])
-    ranked = sorted((rank, length) for length, of_length in by_length.items() for rank in range(len(of_length)))
-    return [by_length[length][rank] for rank, length in sorted(ranked[:MOST_EXAMPLES], key=lambda x: x[::-1])]
+    examples = [
+        {key: question[0][1][key] for key in QUESTION} | {"answers": [(run, x["given"], x["score"]) for run, x in question]}
+        for question in questions
+    ]
+    by_length = grouped(sorted(examples, key=itemgetter("length", "index")), itemgetter("length")).values()
+    chosen = [x for of_rank in itertools.zip_longest(*by_length) for x in of_rank if x][:MOST_EXAMPLES]
+    return sorted(chosen, key=itemgetter("length", "index"))
 
 
 def command(runs: Sequence[Run], evaluation: str) -> str:
@@ -100,26 +99,24 @@ def command(runs: Sequence[Run], evaluation: str) -> str:
     Empty where a run names no checkpoint, or where no flag names the text that was asked about.
     """
     settings, data = (runs[0].provenance.get(name, {}) for name in ("settings", "data"))
-    if evaluation not in EVALS or not all(run.provenance.get("checkpoint") for run in runs):
+    checkpoints, steps = ([run.provenance.get(name) for run in runs] for name in ("checkpoint", "step"))
+    read = EVALS[evaluation].flags if evaluation in EVALS else ()
+    if not read or not all(checkpoints) or ("text" in read and data.get("text", ()) is None):
         return ""
-    read = EVALS[evaluation].flags
-    if "text" in read and data.get("text", ()) is None:
-        return ""
-    lengths = settings.get("asked") if EVALS[evaluation].uses_engine else None
-    steps = [run.provenance.get("step") for run in runs]
-    flags = [("checkpoint", run.provenance["checkpoint"]) for run in runs]
-    flags += [("step", step) for step in (steps if len(set(steps)) > 1 else steps[:1]) if None not in steps]
-    flags += [("suite", evaluation), ("lengths", _listed(lengths or settings.get("lengths")))]
-    for name in (name for name in read if name != "compat"):
-        value = data.get(name) if name in DATA else _listed(settings.get(name))
-        flags += [(name, x) for x in (value if isinstance(value, (list, tuple)) else [value]) if x != _listed(NAMES)]
-    mesh = runs[0].provenance.get("mesh") or ""
-    flags.append(("mesh", mesh.replace(" x ", ",").replace(" ", "=") if MESH.fullmatch(mesh) else None))
+    lengths = (settings.get("asked") if EVALS[evaluation].uses_engine else None) or settings.get("lengths")
+    mesh = str(runs[0].provenance.get("mesh"))
+    values = {
+        "checkpoint": checkpoints,
+        "step": [] if None in steps else steps if len({*steps}) > 1 else steps[:1],
+        **{"suite": evaluation, "lengths": _listed(lengths)},
+        **{name: data[name] if name in data else _listed(settings.get(name)) for name in read if name != "compat"},
+        "mesh": mesh.replace(" x ", ",").replace(" ", "=") if MESH.fullmatch(mesh) else None,
+    }
+    flags = [(name, x) for name, value in values.items() for x in (value if isinstance(value, list) else [value])]
+    arguments = [f"--{name}={x}" for name, x in flags if x not in (None, "", _listed(NAMES))]
     trusts = "heldout" in read and not data.get("heldout") and data.get("trust_checkpoint_data")
-    arguments = [f"--{name}={value}" for name, value in flags if value not in (None, "")]
-    arguments += ["--trust_checkpoint_data"] * bool(trusts)
-    arguments += ["--compat"] * ("compat" in read and runs[0].compat) + ["--out=DIR"]
-    return escape.label(f"python tools/evaluate.py {shlex.join(arguments)}")
+    arguments += ["--trust_checkpoint_data"] * bool(trusts) + ["--compat"] * ("compat" in read and runs[0].compat)
+    return escape.label(f"python tools/evaluate.py {shlex.join([*arguments, '--out=DIR'])}")
 
 
 def _listed(value: object) -> object:

@@ -1,9 +1,7 @@
 """A section of a report, and all that a report shows of one evaluation."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
-
-from matplotlib.figure import Figure
+from typing import Any, NamedTuple
 
 from hybrid_attn.evals.report.runs import Run
 from hybrid_attn.evals.report.statistics import Share
@@ -15,7 +13,7 @@ class Picture(NamedTuple):
 
     name: str
     caption: str
-    figure: Figure
+    figure: Any  # of matplotlib
     note: str = ""
     table: str = ""
 
@@ -32,19 +30,18 @@ class Section(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Shares of right answers by length; `chance` is that of a guess. The verdict on synthetic questions comes last."""
+    """Shares of right answers by length; `chance` is that of a guess."""
 
     questions: str
     by_length: dict[int, Share]
     chance: float = 0
-    synthetic: bool = False
 
 
 class EvaluationReport(NamedTuple):
     """What a report shows of one evaluation.
 
     `columns` are its numbers in the overview; their records are `model` of run.json, and None stands for the headline. The
-    verdict of a page is about the first reading that `verdict` yields; it has the sentences if there is no reading or no other
+    verdict of a page is about the first reading of all evaluations; it has their sentences if there is no reading or no other
     run. `files` returns further files by their paths in tables/. `mean` names the mean over its tasks in comparisons, if any.
     """
 

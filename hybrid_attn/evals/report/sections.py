@@ -1,17 +1,15 @@
-"""The sections of a report, in order: an overview, those of evaluations, comparisons, and where the numbers come from."""
+"""The sections of a report, in order: an overview, those of evaluations, a comparison, and where the numbers come from."""
 
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from flax.traverse_util import flatten_dict
 
 from hybrid_attn.evals.evaluation import Evaluation
 from hybrid_attn.evals.records import grouped
-from hybrid_attn.evals.report import escape, layers, pictures, statistics, tables, verdict
+from hybrid_attn.evals.report import comparison, escape, layers
 from hybrid_attn.evals.report.runs import Run, measured
-from hybrid_attn.evals.report.section import Picture, Section
-from hybrid_attn.evals.report.tables import LENGTH, RUN, TASK, Column, Table, signed, tokens
+from hybrid_attn.evals.report.section import Section
+from hybrid_attn.evals.report.tables import RUN, Column, Table, markdown, of_records, tokens
 
 ABOUT = (
     Column("layers", layers.layout),
@@ -19,8 +17,7 @@ ABOUT = (
     Column("trained at", tokens, "seq_len"),
     Column("step", ",", lambda run, _: run.provenance.get("step")),
 )
-HASH = re.compile("[0-9a-f]{64}")  # of which a page shows the beginning; files hold all of it
-LONGEST_VALUE = 300  # characters of a value of run.json that the page shows
+LONGEST_VALUE = 80  # characters of a value of run.json that the page shows; files hold all of it
 DEEPEST = 8  # names of a value of run.json, after which an object is shown as it is
 
 
@@ -30,7 +27,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     meanings = " ".join(f"{column.name}: {column.meaning}." for column in table.columns if column.meaning)
     paragraphs = [*filter(None, [meanings]), *layers.meanings(runs)]
     of_evaluations = [section for evaluation in measured(runs) for section in evaluation.report().sections(runs)]
-    after = [*comparison(runs), *absent(runs), provenance(runs)]
+    after = [*comparison.sections(runs), *absent(runs), provenance(runs)]
     return [Section("overview", "At a glance", paragraphs, [], [table]), *of_evaluations, *after]
 
 
@@ -41,7 +38,7 @@ def overview(runs: Sequence[Run]) -> Table:
         of_evaluation = evaluation.report().columns
         columns += [_headline(evaluation)] if of_evaluation is None else of_evaluation
     shown = [column for column in columns if any(column.of(*x) is not None for x in models)]
-    return tables.of_records("overview", "The runs", models, shown)
+    return of_records("overview", "The runs", models, shown)
 
 
 def _headline(evaluation: Evaluation) -> Column:
@@ -52,31 +49,7 @@ def _headline(evaluation: Evaluation) -> Column:
 def terminal(content: Mapping) -> str:
     """The overview and the verdict of a page, for the end of a program's output."""
     sentences = [*content["verdict"], *(f"warning: {text}" for text in content["warnings"])]
-    return "\n".join([tables.plain(overview(content["runs"])), *map(escape.label, sentences)])
-
-
-def comparison(runs: Sequence[Run]) -> list[Section]:
-    """Every further run against the first: a heat map of each, and a table."""
-    compared, first = verdict.differences(runs), runs[0].name
-    images, rows = [], []
-    for number, (name, of_run) in enumerate(compared, 1):
-        rows += [[name, *x[: x._fields.index("fewest")], x.verdict] for x in of_run]
-        if scores := [x for x in of_run if not x.loss]:
-            counts = Counter(x.verdict for x in scores)
-            caption = f"of {len(scores)} comparisons {', '.join(f'{counts[x]} {x}' for x in verdict.VERDICTS)}."
-            note = f"{name} less {first}; in bold and in the colour of the better run where it is clear."
-            figure = pictures.differences(scores, number)
-            images.append(Picture(f"comparison_{number}", f"{name} against {first}: {caption}", figure, note, "comparison"))
-    text = (
-        "Only questions that both runs were asked count, word for word, and sequences that both have read. The interval is a "
-        f"paired bootstrap over them, with {statistics.RESAMPLES:,} resamples; where all pairs differ by the same, it follows "
-        f"from Wilson's, as Newcombe's does. Fewer than {statistics.PAIRS} pairs of a task leave it unclear. The mean of tasks "
-        "gives each task the same weight, that of sequences each sequence. Of losses, less is better."
-    )
-    columns = [RUN, TASK, LENGTH, Column("pairs", ","), Column(first, ",.3f"), Column("run's", ",.3f")]
-    columns += [*(Column(name, signed) for name in ("difference", "95% from", "to")), Column("verdict")]
-    title = f"Against {first} on the same questions and sequences: scores between 0 and 1, losses in nats"
-    return [Section("comparison", "Comparison", [text], images, [Table("comparison", title, columns, rows)])] if rows else []
+    return "\n".join([markdown(overview(content["runs"]), escape.label), *map(escape.label, sentences)])
 
 
 def absent(runs: Sequence[Run]) -> list[Section]:
@@ -93,16 +66,7 @@ def provenance(runs: Sequence[Run]) -> Section:
     """What each run was, a column each."""
     flat = [flatten_dict(run.provenance, is_leaf=lambda path, _: len(path) > DEEPEST, sep=".") for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values if key != "settings.absent")
+    shown = [{key: escape.shortened(str(value), LONGEST_VALUE) for key, value in x.items() if value is not None} for x in flat]
     columns = [Column("of the run"), *(Column(run.name) for run in runs)]
-    rows = [[key, *(_plain(values.get(key)) for values in flat)] for key in keys]
+    rows = [[key, *(values.get(key) for values in shown)] for key in keys]
     return Section("provenance", "Provenance", [], [], [Table("provenance", "Where the numbers come from", columns, rows)])
-
-
-def _plain(value: object) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, str) and HASH.fullmatch(value):
-        return value[:12]
-    if isinstance(value, (list, tuple)):
-        value = ", ".join(map(str, value))
-    return escape.shortened(f"{value:,}" if type(value) is int and value >= 10_000 else str(value), LONGEST_VALUE)

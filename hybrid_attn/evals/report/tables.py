@@ -1,4 +1,4 @@
-"""Tables of plain values, as CSV, Markdown and plain text; a template makes HTML of their cells."""
+"""Tables of plain values, as CSV and Markdown; a template makes HTML of their cells."""
 
 import csv
 import io
@@ -11,15 +11,16 @@ Value = str | int | float | None
 
 
 class Column(NamedTuple):
-    """A column; `show`, a format or a function, makes text of its values, and `meaning` is for columns of the overview.
+    """A column; `show`, a format or a function, makes text of its values, bold from some value on.
 
     `value` is a function of the run and the record, or a field of the record; if it is empty, the field of the column's name.
+    `meaning` is for columns of the overview.
     """
 
     name: str
     show: str | Callable[[Any], str] = ""
     value: str | Callable[[Any, dict], Value] = ""
-    is_bold: Callable[[Any], bool] = lambda value: False
+    bold_from: float | None = None
     meaning: str = ""
 
     def of(self, run: Any, record: dict) -> Value:
@@ -29,7 +30,8 @@ class Column(NamedTuple):
         """A value, its text for a reader, and whether it is bold."""
         if value is None:
             return value, "–", False
-        return value, self.show(value) if callable(self.show) else format(value, self.show), self.is_bold(value)
+        text = self.show(value) if callable(self.show) else format(value, self.show)
+        return value, text, self.bold_from is not None and value >= self.bold_from
 
 
 class Table(NamedTuple):
@@ -85,25 +87,14 @@ def signed(value: float, digits: int = 3) -> str:
 RUN, SOURCE, TASK, LENGTH = Column("run"), Column("source"), Column("task"), Column("length", tokens)
 
 
-def markdown(table: Table) -> str:
-    """GitHub's Markdown, aligned so that it reads in a terminal."""
-    head, *body = _aligned(table, escape.markdown, bold="**{}**", least=3)
-    rule = ["-" * (len(text) - 1) + (":" if is_number else "-") for text, is_number in zip(head, table.numeric(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
-
-
-def plain(table: Table) -> str:
-    """For a terminal: columns aligned, two spaces between them."""
-    return "\n".join("  ".join(line).rstrip() for line in _aligned(table, escape.label))
-
-
-def _aligned(table: Table, escaped: Callable[[str], str], bold: str = "{}", least: int = 0) -> list[list[str]]:
-    """Headings and rows, each cell as wide as the widest of its column, `least` at least; numbers are at the right."""
-    rows = [[(bold if is_bold else "{}").format(escaped(text)) for _, text, is_bold in row] for row in table.cells()]
+def markdown(table: Table, escaped: Callable[[str], str] = escape.markdown) -> str:
+    """GitHub's Markdown, aligned so that it reads in a terminal, too."""
+    rows = [[f"**{escaped(text)}**" if is_bold else escaped(text) for _, text, is_bold in row] for row in table.cells()]
     lines = [[escaped(name) for name in table.names()], *rows]
-    widths = [max(least, *map(len, column)) for column in zip(*lines, strict=True)]
-    sides = [str.rjust if is_number else str.ljust for is_number in table.numeric()]
-    return [[side(text, width) for side, text, width in zip(sides, line, widths, strict=True)] for line in lines]
+    widths, numeric = [max(3, *map(len, column)) for column in zip(*lines, strict=True)], table.numeric()
+    lines.insert(1, ["-" * (width - 1) + "-:"[is_number] for width, is_number in zip(widths, numeric, strict=True)])
+    sides = [f">{width}" if is_number else f"<{width}" for width, is_number in zip(widths, numeric, strict=True)]
+    return "\n".join(f"| {' | '.join(map(format, line, sides))} |" for line in lines)
 
 
 def comma_separated(rows: Iterable[Iterable[Value]]) -> str:
