@@ -42,9 +42,10 @@ def shares(records: Iterable[Mapping]) -> dict[int, statistics.Share]:
 
 
 def readings(run: Run) -> list[Reading]:
-    """Of each source with its task."""
+    """Of each source with its task; a source that is named after its task does not repeat it."""
     by_task = grouped(run.of("recall"), itemgetter("source", "task")).items()
-    return [Reading(f"{source} ({task})", shares(x), guess(task) or 0) for (source, task), x in by_task]
+    names = {(source, task): task if task.split(" ")[0] == source else f"{source} ({task})" for (source, task), _ in by_task}
+    return [Reading(names[key], shares(of_key), guess(key[1]) or 0) for key, of_key in by_task]
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
