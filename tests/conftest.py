@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from tensorboardX.proto import event_pb2
 
 from configs import base
-from hybrid_attn import config
+from hybrid_attn import checkpoint, config
 from hybrid_attn.model import Execution, abstract_params, losses
 from hybrid_attn.model.loss import weighted_sum
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
@@ -271,3 +271,32 @@ def biggest_array(function, *args, inside: str | None = None) -> int:
                 yield from sizes(inner, counts or equation.primitive.name == inside)
 
     return max(sizes(jax.make_jaxpr(function)(*args), inside is None))
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    """The program that evaluates checkpoints."""
+    with tool("evaluate") as module:
+        yield module
+
+
+def models_config(folder, **changes):
+    return tiny({"data.sources": {"text": base.source(paths=(f"{folder}/*.txt",))}} | changes)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Workdirs of untrained models, of which one has two checkpoints and trades tokens for heads, and the text of all."""
+    folder = tmp_path_factory.mktemp("models")
+    for i in range(20):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of document {i}.\n" for j in range(20)))
+    ulysses = {"train.context": "G=ulysses"}
+    for name, seed, steps, changes in (("one", 0, [7], {}), ("two", 1, [7], {}), ("three", 2, [7, 8], ulysses)):
+        c = models_config(folder, **changes)
+        with jax.set_mesh(mesh_of()):
+            checkpoints = checkpoint.Checkpoints(folder / name / "checkpoints", keep=2, every=1)
+            state = {"params": random_params(c.model, seed)}
+            for step in steps:
+                checkpoints.save(step, state, {"stage_steps": [step], "stage": {"tokenizer": "bytes"}}, config.to_dict(c))
+            checkpoints.close()
+    return folder
