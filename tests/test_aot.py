@@ -51,8 +51,8 @@ STEPS = {"step": NARROW, "slices": NARROW, "layer": DEEP, "offload": DEEP | {"tr
 PLANS = {
     "8b 8K": ("v5p:4x4x4", {"fsdp": 64}, 8192, 2, 12),
     "8b 8K on v5e": ("v5e:4x4", {"fsdp": 16}, 8192, 8, 13),
-    "8b 131072": ("v5p:4x4x4", {"fsdp": 4, "context": 16}, 131_072, 27, 30),
-    "1b 1048576": ("v5p:4x4x4", {"fsdp": 4, "context": 16}, 1_048_576, 4, 60),
+    "8b 131072": ("v5p:4x4x4", {"fsdp": 4, "context": 16}, 131_072, 1.6, 12),
+    "1b 1048576": ("v5p:4x4x4", {"fsdp": 4, "context": 16}, 1_048_576, 0.25, 28),
     # MaxText needs 6.03 GB of arguments for this one: 8.03e9 parameters and two moments of Adam in float32 over 16 chips.
     "llama 8K": ("v5p:2x2x4", {"fsdp": 16}, 8192, 6.03, 12),
     "150m 8K on an H100": ("h100:1", {"fsdp": 1}, 8192, 1.86, 1.4),
@@ -153,6 +153,14 @@ def test_most_weights_and_gradients_of_a_whole_step_arrive_while_the_chip_comput
     assert report["hidden"] >= 0.6 * report["received"] > 0 and report["cycles"] > 0
 
 
+def test_gradients_of_a_whole_step_over_parts_of_a_slice_are_reduce_scattered():
+    if reason := skip_reason(PLANS["8b 131072"][0]):
+        pytest.skip(reason)
+    received = compiled("plan", "8b 131072")["8b 131072"]["by_kind"]
+    weights = 2 * 7.5e9  # bytes of those of all layers and the table in bfloat16
+    assert received["reduce-scatter"] >= weights > 2 * received["all-reduce"]
+
+
 def test_whole_steps_of_a_long_prompt_hold_no_queries_by_keys_and_fit():
     target, axes, length, chunk, most = PROMPT
     if reason := skip_reason(target):
@@ -209,6 +217,7 @@ def main_plan(case: str) -> None:
     from hybrid_attn import config
     from hybrid_attn.plan import kernels, targets
     from hybrid_attn.plan import step as plan
+    from hybrid_attn.plan.collectives import KINDS
 
     target, axes, length, *_ = PLANS[case]
     size = case.split()[0]
@@ -227,6 +236,7 @@ def main_plan(case: str) -> None:
         **{name: getattr(found, name) for name in ("arguments", "temporaries", "peak", "largest", "cycles")},
         "received": sum(x.total for x in found.collectives),
         "hidden": sum(x.total for x in found.collectives if x.hidden),
+        "by_kind": {kind: sum(x.total for x in found.collectives if x.kind == kind) for kind in KINDS},
         "squares": [array for part in slices for array in with_both(found.text, part, length)],
         "logits": with_both(found.text, shard, c.model.vocab_size),
         "launches": kernels.launches(found.text) if target.startswith("h100") else [],

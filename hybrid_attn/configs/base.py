@@ -133,7 +133,7 @@ def get_config() -> ConfigDict:
     c.mesh.slice = 1  # replicas on separate TPU slices, joined by the data-centre network; elsewhere the same as data
     c.mesh.data = -1  # replicas within a slice; -1 = all remaining devices
     c.mesh.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp
-    c.mesh.context = 1  # shards of the sequence
+    c.mesh.context = 1  # shards of the sequence, and of parameters and optimiser state: these are split over context * fsdp
     c.mesh.tensor = 1  # shards of heads, feed-forward and vocabulary
 
     c.data = ConfigDict()

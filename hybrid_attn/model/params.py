@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.parallel.mesh import gathered
+from hybrid_attn.parallel.mesh import WIDTH, gathered
 
-# The mesh axis over which each logical axis of a weight is split.
-MESH_AXES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
+# The mesh axis, or axes, over which each logical axis of a weight is split.
+MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
 WIDE = ("embed", "heads", "mlp")  # logical axes that grow with the width of the model
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 # How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered
