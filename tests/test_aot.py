@@ -117,6 +117,12 @@ def test_offloading_moves_what_is_kept_of_a_layer_to_the_memory_of_the_host():
     assert all(kept[name] - moved[name] >= inputs // 2 for name in ("temporaries", "peak"))
 
 
+def test_a_layer_casts_its_weights_by_itself_not_all_layers_before_the_loop():
+    if reason := skip_reason("v5e:2x4"):
+        pytest.skip(reason)
+    assert compiled("v5e:2x4")["layer splash"]["casts"] == []
+
+
 @pytest.mark.parametrize("case", PLANS, ids=lambda name: name.replace(" ", "-"))
 def test_a_whole_step_compiles_without_queries_by_keys_or_tokens_by_words_and_fits(case):
     if reason := skip_reason(PLANS[case][0]):
@@ -373,7 +379,7 @@ def lower_step(tiny, mesh, shape: str, kernel: str):
 
 
 def measure(executable, kernel: str, periods: int) -> dict:
-    """How many calls of the kernel, elements of the largest array, and bytes of temporaries of one device.
+    """How many calls of the kernel, elements of the largest array, casts of whole stacks, bytes of temporaries of one device.
 
     Of an array that is stacked over `periods`, the elements of one period count.
     """
@@ -384,7 +390,8 @@ def measure(executable, kernel: str, periods: int) -> dict:
     memory = executable.memory_analysis()
     bytes_of = {"temporaries": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes}
     bytes_of["peak"] = memory.peak_memory_in_bytes  # arguments included
-    return {"calls": calls, "largest": max(sizes), "hidden": hidden(text, CALLS[kernel][0]), **bytes_of}
+    casts = re.findall(rf"= (bf16\[{periods},[\d,]+\])\S* convert\(", text)
+    return {"calls": calls, "largest": max(sizes), "hidden": hidden(text, CALLS[kernel][0]), "casts": casts, **bytes_of}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from hybrid_attn.config import Model, output_scale
 from hybrid_attn.kernels.softmax import soft_cap
-from hybrid_attn.model.params import Dot
+from hybrid_attn.model.params import Dot, cast
 from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT, all_gathered, reduce_scattered, spec_of, width_axes
 
 # Of the vocabulary at a time: with 1,024 tokens, 64 MiB of logits; that much of the table is gathered at a time.
@@ -93,7 +93,7 @@ def _entries(settings: LogitSettings, table_VD, i, dtype):
     """The i-th chunk of entries, gathered along `axes`; where it begins, the ids of its entries, and which are new."""
     at = jnp.minimum(i * settings.entries, table_VD.shape[0] - settings.entries)  # the last chunk stays inside the table
     ids_v = at + jnp.arange(settings.entries)
-    part_vD = jax.lax.dynamic_slice_in_dim(table_VD, at, settings.entries).astype(dtype)
+    part_vD = cast(jax.lax.dynamic_slice_in_dim(table_VD, at, settings.entries), dtype)
     return all_gathered(part_vD, settings.axes, 1), at, ids_v, ids_v >= i * settings.entries
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_attn.config import Model
-from hybrid_attn.model.params import Dot, linear
+from hybrid_attn.model.params import Dot, cast, linear
 from hybrid_attn.parallel.mesh import all_gathered, spec_of, width_axes
 
 ACTIVATIONS = {
@@ -34,7 +34,7 @@ class GatedMLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, dict]:
         """[B, T, D] of the same, and no scalars. With `chunk`, so many tokens of a device have hidden activations at a time."""
         if chunk is not None:
-            weights = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+            weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
             return in_chunks(ChunkedMLP(self.activation, self.gate.dot), chunk, x_BTD, *weights), {}
         h_BTF = ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(h_BTF, spec_of(x_BTD)), {}
