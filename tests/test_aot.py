@@ -32,8 +32,8 @@ TARGETS = {
         "ragged splash": 8,
         "step splash": 16,
         "slices splash": 16,
-        "layer splash": 900,
-        "offload splash": 450,  # less than what was measured of the layer before it
+        "layer splash": 480,
+        "offload splash": 170,  # less than what was measured of the layer before it
     },
     "v5p:2x2x2": {"local splash": 80, "global splash": 80},
     "h100:8": {
@@ -41,9 +41,8 @@ TARGETS = {
         **{"local cudnn": 70, "global cudnn": 70},
     },
 }
-# What the cases of whole steps change of a small config. The last two keep more of their layers than the 128 MiB of VMEM hold:
-# the compiler's peak is not of HBM alone, and with 8 layers it was larger than arguments and temporaries together. Their number
-# of periods, 17, divides no number of tokens, so that the axis of a stack of layers is known by its size.
+# What the cases of whole steps change of a small config. The last two keep more of their layers than the 128 MiB of VMEM hold.
+# Their number of periods, 17, divides no number of tokens, so that the axis of a stack of layers is known by its size.
 NARROW = {"model.d_model": 256, "model.d_ff": 512}
 DEEP = {"model.d_model": 512, "model.d_ff": 1024, "model.num_layers": 34}
 STEPS = {"step": NARROW, "slices": NARROW, "layer": DEEP, "offload": DEEP | {"train.remat": "offload"}}
@@ -114,7 +113,7 @@ def test_offloading_moves_what_is_kept_of_a_layer_to_the_memory_of_the_host():
     kept, moved = compiled(target)["layer splash"], compiled(target)["offload splash"]
     inputs, outputs, sums = (layers * local_tokens * size for size in (512 * 2, 2 * 128 * 2, 2 * 4))  # of two heads a device
     assert kept["host"] == 0 and moved["host"] == inputs + outputs + sums
-    assert all(kept[name] - moved[name] >= inputs // 2 for name in ("temporaries", "peak"))
+    assert kept["temporaries"] - moved["temporaries"] >= inputs  # the compiler's peak is not of HBM alone
 
 
 def test_a_layer_casts_its_weights_by_itself_not_all_layers_before_the_loop():
@@ -389,7 +388,6 @@ def measure(executable, kernel: str, periods: int) -> dict:
     calls = len(re.findall(rf'custom_call_target="[^"]*({CALLS[kernel][0]})', text))
     memory = executable.memory_analysis()
     bytes_of = {"temporaries": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes}
-    bytes_of["peak"] = memory.peak_memory_in_bytes  # arguments included
     casts = re.findall(rf"= (bf16\[{periods},[\d,]+\])\S* convert\(", text)
     return {"calls": calls, "largest": max(sizes), "hidden": hidden(text, CALLS[kernel][0]), "casts": casts, **bytes_of}
 
