@@ -32,8 +32,8 @@ TARGETS = {
         "ragged splash": 8,
         "step splash": 16,
         "slices splash": 16,
-        "layer splash": 900,
-        "offload splash": 450,  # less than what was measured of the layer before it
+        "layer splash": 480,
+        "offload splash": 170,  # less than what was measured of the layer before it
     },
     "v5p:2x2x2": {"local splash": 80, "global splash": 80},
     "h100:8": {
@@ -41,9 +41,8 @@ TARGETS = {
         **{"local cudnn": 70, "global cudnn": 70},
     },
 }
-# What the cases of whole steps change of a small config. The last two keep more of their layers than the 128 MiB of VMEM hold:
-# the compiler's peak is not of HBM alone, and with 8 layers it was larger than arguments and temporaries together. Their number
-# of periods, 17, divides no number of tokens, so that the axis of a stack of layers is known by its size.
+# What the cases of whole steps change of a small config. The last two keep more of their layers than the 128 MiB of VMEM hold.
+# Their number of periods, 17, divides no number of tokens, so that the axis of a stack of layers is known by its size.
 NARROW = {"model.d_model": 256, "model.d_ff": 512}
 DEEP = {"model.d_model": 512, "model.d_ff": 1024, "model.num_layers": 34}
 STEPS = {"step": NARROW, "slices": NARROW, "layer": DEEP, "offload": DEEP | {"train.remat": "offload"}}
@@ -51,8 +50,8 @@ STEPS = {"step": NARROW, "slices": NARROW, "layer": DEEP, "offload": DEEP | {"tr
 PLANS = {
     "8b 8K": ("v5p:4x4x4", {"fsdp": 64}, 8192, 2, 12),
     "8b 8K on v5e": ("v5e:4x4", {"fsdp": 16}, 8192, 8, 13),
-    "8b 131072": ("v5p:4x4x4", {"fsdp": 4, "context": 16}, 131_072, 27, 30),
-    "1b 1048576": ("v5p:4x4x4", {"fsdp": 4, "context": 16}, 1_048_576, 4, 60),
+    "8b 131072": ("v5p:4x4x4", {"fsdp": 4, "context": 16}, 131_072, 1.6, 12),
+    "1b 1048576": ("v5p:4x4x4", {"fsdp": 4, "context": 16}, 1_048_576, 0.25, 28),
     # MaxText needs 6.03 GB of arguments for this one: 8.03e9 parameters and two moments of Adam in float32 over 16 chips.
     "llama 8K": ("v5p:2x2x4", {"fsdp": 16}, 8192, 6.03, 12),
     "150m 8K on an H100": ("h100:1", {"fsdp": 1}, 8192, 1.86, 1.4),
@@ -114,7 +113,13 @@ def test_offloading_moves_what_is_kept_of_a_layer_to_the_memory_of_the_host():
     kept, moved = compiled(target)["layer splash"], compiled(target)["offload splash"]
     inputs, outputs, sums = (layers * local_tokens * size for size in (512 * 2, 2 * 128 * 2, 2 * 4))  # of two heads a device
     assert kept["host"] == 0 and moved["host"] == inputs + outputs + sums
-    assert all(kept[name] - moved[name] >= inputs // 2 for name in ("temporaries", "peak"))
+    assert kept["temporaries"] - moved["temporaries"] >= inputs  # the compiler's peak is not of HBM alone
+
+
+def test_a_layer_casts_its_weights_by_itself_not_all_layers_before_the_loop():
+    if reason := skip_reason("v5e:2x4"):
+        pytest.skip(reason)
+    assert compiled("v5e:2x4")["layer splash"]["casts"] == []
 
 
 @pytest.mark.parametrize("case", PLANS, ids=lambda name: name.replace(" ", "-"))
@@ -151,6 +156,14 @@ def test_most_weights_and_gradients_of_a_whole_step_arrive_while_the_chip_comput
         pytest.skip(reason)
     report = compiled("plan", "llama 8K")["llama 8K"]
     assert report["hidden"] >= 0.6 * report["received"] > 0 and report["cycles"] > 0
+
+
+def test_gradients_of_a_whole_step_over_parts_of_a_slice_are_reduce_scattered():
+    if reason := skip_reason(PLANS["8b 131072"][0]):
+        pytest.skip(reason)
+    received = compiled("plan", "8b 131072")["8b 131072"]["by_kind"]
+    weights = 2 * 7.5e9  # bytes of those of all layers and the table in bfloat16
+    assert received["reduce-scatter"] >= weights > 2 * received["all-reduce"]
 
 
 def test_whole_steps_of_a_long_prompt_hold_no_queries_by_keys_and_fit():
@@ -209,6 +222,7 @@ def main_plan(case: str) -> None:
     from hybrid_attn import config
     from hybrid_attn.plan import kernels, targets
     from hybrid_attn.plan import step as plan
+    from hybrid_attn.plan.collectives import KINDS
 
     target, axes, length, *_ = PLANS[case]
     size = case.split()[0]
@@ -227,6 +241,7 @@ def main_plan(case: str) -> None:
         **{name: getattr(found, name) for name in ("arguments", "temporaries", "peak", "largest", "cycles")},
         "received": sum(x.total for x in found.collectives),
         "hidden": sum(x.total for x in found.collectives if x.hidden),
+        "by_kind": {kind: sum(x.total for x in found.collectives if x.kind == kind) for kind in KINDS},
         "squares": [array for part in slices for array in with_both(found.text, part, length)],
         "logits": with_both(found.text, shard, c.model.vocab_size),
         "launches": kernels.launches(found.text) if target.startswith("h100") else [],
@@ -363,7 +378,7 @@ def lower_step(tiny, mesh, shape: str, kernel: str):
 
 
 def measure(executable, kernel: str, periods: int) -> dict:
-    """How many calls of the kernel, elements of the largest array, and bytes of temporaries of one device.
+    """How many calls of the kernel, elements of the largest array, casts of whole stacks, bytes of temporaries of one device.
 
     Of an array that is stacked over `periods`, the elements of one period count.
     """
@@ -373,8 +388,8 @@ def measure(executable, kernel: str, periods: int) -> dict:
     calls = len(re.findall(rf'custom_call_target="[^"]*({CALLS[kernel][0]})', text))
     memory = executable.memory_analysis()
     bytes_of = {"temporaries": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes}
-    bytes_of["peak"] = memory.peak_memory_in_bytes  # arguments included
-    return {"calls": calls, "largest": max(sizes), "hidden": hidden(text, CALLS[kernel][0]), **bytes_of}
+    casts = re.findall(rf"= (bf16\[{periods},[\d,]+\])\S* convert\(", text)
+    return {"calls": calls, "largest": max(sizes), "hidden": hidden(text, CALLS[kernel][0]), "casts": casts, **bytes_of}
 
 
 if __name__ == "__main__":

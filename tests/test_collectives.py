@@ -82,6 +82,7 @@ def test_replica_groups_are_read_in_each_way_of_writing_them():
         "replica_groups={{0,4},{1,5},{2,6},{3,7}}, x",
         "replica_groups=[4,2]<=[2,4]T(1,0), x",
         "replica_groups=mesh['a'=2,'b'=4] {'a'}, x",
+        "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, use_global_device_ids=true, x",
     ):
         assert replica_groups(text, 8) == along_the_first
     assert replica_groups("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, x", 8) == [(0, 1, 4, 5), (2, 3, 6, 7)]
@@ -142,6 +143,34 @@ def test_a_start_and_its_done_are_one_and_a_loop_without_a_count_has_it_in_its_c
     assert (gather.kind, gather.bytes, gather.times, gather.types) == ("all-gather", 3 * 24, 7, ("bf16",))
     assert (scatter.kind, scatter.bytes, scatter.times) == ("reduce-scatter", 96 * 3 // 4, 7)
     assert gather.backward and "halo" in gather.scope, "the scope of the nearest operand that has one"
+
+
+def test_an_unrolled_loop_has_as_many_iterations_as_its_counter_takes_to_the_constant():
+    unrolled = """
+%two (s: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %s = (f32[8], u32[]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%s), index=0
+  %i = u32[]{:T(128)} get-tuple-element(%s), index=1
+  %sum = f32[8]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  %step = u32[]{:T(128)} constant(3)
+  %next = u32[]{:T(128)} add(%i, %step), metadata={op_name="loop"}
+  ROOT %out = (f32[8], u32[]) tuple(%sum, %next)
+}
+
+%less (s: (f32[8], u32[])) -> pred[] {
+  %s = (f32[8], /*index=5*/u32[]) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%s), index=1
+  %most = u32[]{:T(128)} constant(8)
+  ROOT %is = pred[] compare(%i, %most), direction=LT
+}
+
+ENTRY %main (p: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %p = (f32[8], u32[]) parameter(0)
+  ROOT %while = (f32[8], u32[]) while(%p), condition=%less, body=%two
+}
+"""
+    (sum_,) = collectives(unrolled, {"context": 4})
+    assert (sum_.kind, sum_.times) == ("all-reduce", 3)  # 0, 3 and 6 are less than 8
 
 
 def test_a_collective_is_hidden_if_the_schedule_computes_before_it_is_done():

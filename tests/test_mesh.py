@@ -11,8 +11,9 @@ from jax.sharding import AxisType
 
 from hybrid_attn import config
 from hybrid_attn.config import Mesh
+from hybrid_attn.model.transformer import abstract_params, unstacked
 from hybrid_attn.parallel import fit
-from hybrid_attn.parallel.mesh import AXES, axis_sizes, make_mesh
+from hybrid_attn.parallel.mesh import AXES, abstract_mesh, axis_sizes, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,8 @@ def on_mesh(changes: dict, sizes: dict) -> config.Config:
         ({"model.vocab_size": 383}, {"tensor": 2}, "model.vocab_size 383 does not split over 2 tensor shards"),
         (
             stage(batch=24) | {"model.d_model": 40},
-            {"fsdp": 12},
-            "model.d_model 40 does not split over 12 fsdp shards; use 36 or 48, or mesh.fsdp=4",
+            {"fsdp": 4, "context": 3},
+            "model.d_model 40 does not split over 12 context * fsdp shards; use 36 or 48",
         ),
         (
             {"train.context": "G=ulysses"},
@@ -121,7 +122,7 @@ def test_a_size_that_does_not_split_is_refused_with_the_axis_the_numbers_and_a_s
 @pytest.mark.parametrize(
     "changes, sizes",
     [
-        ({}, {"slice": 2, "data": 2, "fsdp": 2, "context": 6, "tensor": 2}),
+        ({"model.d_model": 48}, {"slice": 2, "data": 2, "fsdp": 2, "context": 6, "tensor": 2}),
         (stage(seq_len=50), {"context": 1}),
         (stage(seq_len=50) | {"train.zigzag": False}, {"context": 2}),
         (stage(batch=24, microbatches=3), {"data": 8}),
@@ -154,3 +155,17 @@ def test_a_mesh_takes_the_devices_left_over_on_one_axis():
 def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused_with_sizes_that_do(sizes, words):
     with pytest.raises(ValueError, match=words):
         axis_sizes(Mesh(*sizes), 8)
+
+
+def test_context_and_fsdp_shards_hold_different_weights_in_training_and_in_inference_fsdp_shards_do():
+    model, sizes = tiny({"model.d_model": 48}).model, {"fsdp": 2, "context": 4, "tensor": 2}
+
+    def shards(params):
+        return {leaf.shape: leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(params)}
+
+    with jax.sharding.use_abstract_mesh(abstract_mesh(**sizes)):
+        params = abstract_params(model)
+        weights = jax.eval_shape(lambda params: unstacked(model, params, "float32"), params)
+    table, heads = params["embed"].shape, params["periods"]["L0"]["attention"]["q"].shape
+    assert shards(params)[table] == (table[0] // 2, 6) and shards(params)[heads] == (heads[0], 6, heads[2] // 2, heads[3])
+    assert shards(weights)[table] == (table[0] // 2, 24) and shards(weights)[heads[1:]] == (24, heads[2] // 2, heads[3])

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model, output_scale
 from hybrid_attn.kernels.softmax import soft_cap
-from hybrid_attn.model.params import Dot
-from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT
+from hybrid_attn.model.params import Dot, cast
+from hybrid_attn.parallel.mesh import ACT_BTD, TOKENS_BT, all_gathered, reduce_scattered, spec_of, width_axes
 
 # Of the vocabulary at a time: with 1,024 tokens, 64 MiB of logits; that much of the table is gathered at a time.
 ENTRIES = 16_384
@@ -33,14 +32,15 @@ def token_losses(
     def shard(x_BTD, table_VD, targets_BT):
         B, T, D = x_BTD.shape
         chunk_size = min(chunk, B * T), min(table_VD.shape[0], ENTRIES)
-        settings = LogitSettings(dot, output_scale(model), model.logit_softcap, *chunk_size)
+        settings = LogitSettings(dot, output_scale(model), model.logit_softcap, axes, *chunk_size)
         local_n = targets_BT.reshape(-1) - jax.lax.axis_index("tensor") * table_VD.shape[0]
         lse_n, target_logit_n = _local(settings, x_BTD.reshape(-1, D), table_VD, local_n)
         max_n = jax.lax.pmax(jax.lax.stop_gradient(lse_n), "tensor")
         lse_n = max_n + jnp.log(jax.lax.psum(jnp.exp(lse_n - max_n), "tensor"))
         return (lse_n - jax.lax.psum(target_logit_n, "tensor")).reshape(B, T), lse_n.reshape(B, T)
 
-    specs = (ACT_BTD, P("tensor", "fsdp"), TOKENS_BT)
+    table = spec_of(table_VD)
+    specs, axes = (ACT_BTD, table, TOKENS_BT), width_axes(table[1])
     return jax.shard_map(shard, in_specs=specs, out_specs=(TOKENS_BT, TOKENS_BT), check_vma=False)(
         jax.reshard(x_BTD, ACT_BTD), table_VD, jax.reshard(targets_BT, TOKENS_BT)
     )
@@ -57,11 +57,12 @@ def bits_per_byte(nll_sum, num_bytes):
 
 
 class LogitSettings(NamedTuple):
-    """How logits are made, and the size of a chunk: `tokens` times `entries` of the vocabulary."""
+    """How logits are made, the mesh axes that split the table's width, and the size of a chunk: `tokens` times `entries`."""
 
     dot: Dot
     scale: float
     softcap: float | None
+    axes: tuple[str, ...]
     tokens: int
     entries: int
 
@@ -89,11 +90,11 @@ def _product_gradients(dot: Dot, x_cD, table_vD, dproducts_cv):
 
 
 def _entries(settings: LogitSettings, table_VD, i, dtype):
-    """The i-th chunk of entries, gathered along `fsdp`; where it begins, the ids of its entries, and which are new."""
+    """The i-th chunk of entries, gathered along `axes`; where it begins, the ids of its entries, and which are new."""
     at = jnp.minimum(i * settings.entries, table_VD.shape[0] - settings.entries)  # the last chunk stays inside the table
     ids_v = at + jnp.arange(settings.entries)
-    part_vD = jax.lax.dynamic_slice_in_dim(table_VD, at, settings.entries).astype(dtype)
-    return jax.lax.all_gather(part_vD, "fsdp", axis=1, tiled=True), at, ids_v, ids_v >= i * settings.entries
+    part_vD = cast(jax.lax.dynamic_slice_in_dim(table_VD, at, settings.entries), dtype)
+    return all_gathered(part_vD, settings.axes, 1), at, ids_v, ids_v >= i * settings.entries
 
 
 def _chunks(settings: LogitSettings, *arrays):
@@ -153,7 +154,7 @@ def _backward(settings: LogitSettings, residuals, grads):
             return dtable_vD + dtable_new_vD, dx_cD + dx_new_cD
 
         dtable_vD, dx_IcD = jax.lax.scan(add_tokens, jnp.zeros(table_vD.shape, jnp.float32), (*chunks, dx_IcD))
-        add_vD = jax.lax.psum_scatter(dtable_vD.astype(x_nD.dtype), "fsdp", scatter_dimension=1, tiled=True)
+        add_vD = reduce_scattered(dtable_vD.astype(x_nD.dtype), settings.axes, 1)
         add_vD += jax.lax.dynamic_slice_in_dim(dtable_VD, at, settings.entries)
         return dx_IcD, jax.lax.dynamic_update_slice_in_dim(dtable_VD, add_vD, at, axis=0)
 

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
-from hybrid_attn.model.params import Dot, linear
-from hybrid_attn.parallel.mesh import spec_of
+from hybrid_attn.model.params import Dot, cast, linear
+from hybrid_attn.parallel.mesh import all_gathered, spec_of, width_axes
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -35,7 +34,7 @@ class GatedMLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, dict]:
         """The output [B, T, D], and no scalars. With `chunk`, so many tokens of a device have hidden activations at a time."""
         if chunk is not None:
-            weights = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+            weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
             return in_chunks(ChunkedMLP(self.activation, self.gate.dot), chunk, x_BTD, *weights), {}
         h_BTF = ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(h_BTF, spec_of(x_BTD)), {}
@@ -61,7 +60,7 @@ def in_chunks(mlp: ChunkedMLP, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, 
     """The feed-forward of `chunk` tokens of a device at a time: nothing of F outlives its chunk, forward or backward."""
 
     def shard(x_BTD, *shards):
-        weights = (jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True) for w, dim in zip(shards, (0, 0, 1), strict=True))
+        weights = (all_gathered(w, axes, dim) for w, dim in zip(shards, (0, 0, 1), strict=True))
         D = x_BTD.shape[-1]
         x_nD = x_BTD.reshape(-1, D)
         n = len(x_nD)
@@ -70,9 +69,9 @@ def in_chunks(mlp: ChunkedMLP, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, 
         y_nD = _in_chunks(mlp, x_IcD, *weights).reshape(-1, D)[:n]
         return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor")
 
-    tokens = spec_of(x_BTD)
-    specs = (tokens, P("fsdp", "tensor"), P("fsdp", "tensor"), P("tensor", "fsdp"))
-    return jax.shard_map(shard, in_specs=specs, out_specs=tokens, check_vma=False)(x_BTD, w_gate, w_up, w_down)
+    specs = tuple(map(spec_of, (x_BTD, w_gate, w_up, w_down)))
+    axes = width_axes(specs[1][0])
+    return jax.shard_map(shard, in_specs=specs, out_specs=specs[0], check_vma=False)(x_BTD, w_gate, w_up, w_down)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

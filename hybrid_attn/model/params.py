@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.parallel.mesh import gathered
+from hybrid_attn.parallel.mesh import WIDTH, gathered
 
-# The mesh axis over which each logical axis of a weight is split.
-MESH_AXES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
+# The mesh axis, or axes, over which each logical axis of a weight is split.
+MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
 WIDE = ("embed", "heads", "mlp")  # logical axes that grow with the width of the model
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 # How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered
@@ -91,7 +91,19 @@ class Linear(Weight):
         """
         number = self.spec.fan_in
         contracted = tuple(range(x.ndim - number, x.ndim)), tuple(range(number))
-        return self.dot(x, gathered(self[...].astype(x.dtype)), (contracted, ((), ())), out_sharding=sharding)
+        return self.dot(x, gathered(cast(self[...], x.dtype)), (contracted, ((), ())), out_sharding=sharding)
+
+
+def cast(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`weight` in `dtype`, for one layer or one part of a table at a time.
+
+    It is rounded first, which changes nothing, but else libtpu reads that only its bfloat16 is used, and casts the weights of
+    all layers before the loop over them.
+    """
+    if weight.dtype == dtype:
+        return weight
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(weight, kind.nexp, kind.nmant).astype(dtype)
 
 
 def linear(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, fan_in: int = 1) -> Linear:

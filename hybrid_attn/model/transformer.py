@@ -27,7 +27,7 @@ from hybrid_attn.model.parametrisation import parametrised
 from hybrid_attn.model.params import Dot, Linear, Norm, ParamSpec, embedding, map_weights, weights_of
 from hybrid_attn.model.statistics import LayerStatistics
 from hybrid_attn.parallel import context
-from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of
+from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of, width_axes, without_context
 from hybrid_attn.trees import choice
 
 INPUT = "layer input"
@@ -141,21 +141,23 @@ def in_packed(model: Model, letter: str, pos_BT: jax.Array, seg_BT: jax.Array, e
 
 
 def look_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Embeddings [B, T, D] from a table whose vocabulary is split over `tensor` and whose dimensions are split over `fsdp`.
+    """Embeddings [B, T, D] from a table whose vocabulary is split over `tensor`, and whose width over axes of `WIDTH`.
 
-    The table never moves. Each shard looks up its dimensions of the tokens of its `fsdp` group, and an all-to-all hands them
-    over. Embeddings that another `tensor` shard has are zeros, and summed. The gradient is summed in the table's precision.
+    The table never moves. Each shard looks up its part of the width for the tokens of all shards along those axes, and an
+    all-to-all hands them over. Embeddings that another `tensor` shard has are zeros, and summed. The gradient is summed in the
+    table's precision.
     """
 
     def shard(embed_VD, tokens_BT):
-        local_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
+        local_BT = jax.lax.all_gather(tokens_BT, axes, axis=0, tiled=True)
         local_BT -= jax.lax.axis_index("tensor") * embed_VD.shape[0]
         is_local_BT = (local_BT >= 0) & (local_BT < embed_VD.shape[0])
         x_BTD = jnp.where(is_local_BT[..., None], embed_VD[jnp.where(is_local_BT, local_BT, 0)].astype(dtype), 0)
-        return jax.lax.psum(jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True), "tensor")
+        return jax.lax.psum(jax.lax.all_to_all(x_BTD, axes, split_axis=0, concat_axis=2, tiled=True), "tensor")
 
-    tokens = spec_of(tokens_BT)
-    return jax.shard_map(shard, in_specs=(P("tensor", "fsdp"), tokens), out_specs=P(*tokens, None))(embed_VD, tokens_BT)
+    table, tokens = spec_of(embed_VD), spec_of(tokens_BT)
+    axes = width_axes(table[1])
+    return jax.shard_map(shard, in_specs=(table, tokens), out_specs=P(*tokens, None))(embed_VD, tokens_BT)
 
 
 def _weights(model: Model, rngs: nnx.Rngs) -> dict:
@@ -251,14 +253,14 @@ def apply_in_zigzag(
 
 
 def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
-    """Parameters as `layer_by_layer` takes them: a dict for each layer under `layers`, cast as the `ParamSpec` says.
+    """Parameters as `layer_by_layer` takes them: a dict for each layer under `layers`, cast and laid out for inference.
 
     Layer by layer, because a loop over stacked weights copies each before it is used, which is most of a decode step.
     """
 
     # What a transform reads stays as it is stored; the leaf that it makes is cast where it is multiplied.
     def cast(spec: ParamSpec, x: jax.Array | dict) -> jax.Array | dict:
-        return x.astype(dtype) if spec.cast and isinstance(x, jax.Array) else x
+        return without_context(x.astype(dtype) if spec.cast else x) if isinstance(x, jax.Array) else x
 
     params = jax.tree.map(cast, specs(model), params)
     layers = []

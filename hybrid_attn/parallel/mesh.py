@@ -1,8 +1,9 @@
 """The mesh, and the shardings of the arrays that pass between folders of the package.
 
-Axes: `slice` and `data` replicate parameters, `fsdp` shards them, `context` splits the sequence, `tensor` splits heads,
-feed-forward and vocabulary. The batch is split over `slice`, `data` and `fsdp` together. TPU slices are connected by the
-data-centre network, which carries only the sums of a step, mostly those of the gradients, and no traffic inside a layer.
+Axes: `slice` and `data` replicate parameters, `context` and `fsdp` together shard them, `context` also splits the sequence,
+`tensor` splits heads, feed-forward and vocabulary. The batch is split over `slice`, `data` and `fsdp` together. TPU slices are
+connected by the data-centre network, which carries only the sums of a step, mostly those of the gradients, and no traffic
+inside a layer.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from hybrid_attn import config
 
 AXES = ("slice", "data", "fsdp", "context", "tensor")
 BATCH = ("slice", "data", "fsdp")
+WIDTH = ("context", "fsdp")  # split the width of the model in weights, in training; in inference `fsdp` does alone
 TOKENS_BT = P(BATCH, "context")
 ACT_BTD = P(BATCH, "context", None)
 HEADS_BTNH = P(BATCH, "context", "tensor", None)
@@ -101,22 +103,50 @@ def broadcast_from_first(yes: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(yes)))
 
 
+def width_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of `WIDTH` over which an entry of a spec splits a dimension."""
+    return tuple(axis for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis in WIDTH)
+
+
+def without_context(x: jax.Array) -> jax.Array:
+    """A weight of which every context shard has what the others have: no layer then awaits it, as inference needs."""
+    return jax.reshard(x, P(*("fsdp" if width_axes(entry) else entry for entry in spec_of(x))))
+
+
+def all_gathered(part: jax.Array, axes: tuple[str, ...], axis: int, **to: str) -> jax.Array:
+    """The parts of all shards along mesh axes, joined along `axis` inside `shard_map`; its transpose is `reduce_scattered`.
+
+    Over one mesh axis after the other: a TPU's compiler makes an all-reduce of twice the bytes of one over several.
+    """
+    for name in reversed(axes):
+        part = jax.lax.all_gather(part, name, axis=axis, tiled=True, **to)
+    return part
+
+
+def reduce_scattered(term: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
+    """This shard's part of the sum of the terms of all shards along mesh axes, inside `shard_map`."""
+    for name in axes:
+        term = jax.lax.psum_scatter(term, name, scatter_dimension=axis, tiled=True)
+    return term
+
+
 def gathered(weight: jax.Array) -> jax.Array:
-    """`weight` all-gathered along `fsdp`; backward, its gradient is reduce-scattered over `fsdp`.
+    """`weight` all-gathered along the axes of `WIDTH` that split it; backward, its gradient is reduce-scattered over them.
 
     Written by hand: the compiler would sum the full gradient on every device and then drop all but a shard, which takes twice
     the bytes. Since the weight is typed as reduced, the gradient arrives here as the unsummed terms of the devices.
     """
     spec = spec_of(weight)
-    if "fsdp" not in spec:
+    at, axes = next(((at, axes) for at, axes in enumerate(map(width_axes, spec)) if axes), (None, ()))
+    if not axes:
         return weight
-    other_axes = tuple(axis for axis in (*BATCH, "context") if axis != "fsdp")
+    other_axes = tuple(axis for axis in (*BATCH, "context") if axis not in axes)
 
     def shard(part):
         part = jax.lax.pcast(part, other_axes, to="reduced")
-        return jax.lax.all_gather(part, "fsdp", axis=spec.index("fsdp"), tiled=True, to="reduced")
+        return all_gathered(part, axes, at, to="reduced")
 
-    gathered_spec = P(*(None if axis == "fsdp" else axis for axis in spec), reduced={"fsdp", *other_axes})
-    if jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:
+    gathered_spec = P(*(None if i == at else entry for i, entry in enumerate(spec)), reduced={*axes, *other_axes})
+    if math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) == 1:
         return jax.reshard(weight, gathered_spec)  # an all-gather over one device is a copy
     return jax.shard_map(shard, in_specs=spec, out_specs=gathered_spec)(weight)

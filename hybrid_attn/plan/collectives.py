@@ -92,14 +92,33 @@ def arrays(type_text: str) -> list[tuple[str, str, int]]:
 
 
 def trip_count(instruction: Instruction, computations: Mapping[str, list[Instruction]]) -> int:
-    """The iterations of a while loop: XLA's own count, or the constant in its condition."""
+    """The iterations of a while loop: XLA's own count, or those of a counter from 0 to the constant in its condition."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.line):
         return int(known[1])
-    condition = computations[re.search(rf"condition={NAME}", instruction.line)[1]]
-    constants = {int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line.line)}
+    condition, body = (computations[re.search(rf"{part}={NAME}", instruction.line)[1]] for part in ("condition", "body"))
+    constants = {value for line in condition if (value := _constant(line)) is not None}
     unknown = f"the loop {instruction.name} has an unknown number of iterations"
     check(len(constants) == 1, f"{unknown}: its condition has the constants {constants}")
-    return constants.pop()
+    return -(-constants.pop() // _increment(condition, body))
+
+
+def _increment(condition: Sequence[Instruction], body: Sequence[Instruction]) -> int:
+    """What an iteration adds to the counter of a loop: more than 1 where the compiler unrolled it, or does not say."""
+    named = {line.name: line for line in body}
+    indices = [re.search(r"\), index=(\d+)", line.line) for line in condition if line.op == "get-tuple-element"]
+    counter = int(indices[0][1]) if indices else None
+    root = next((line for line in body if line.line.lstrip().startswith("ROOT")), None)
+    if counter is None or root is None or root.op != "tuple":
+        return 1
+    added = named[_operands(root)[counter]]
+    terms = [_constant(named[name]) for name in _operands(added)] if added.op == "add" else []
+    return next((term for term in terms if term), 1)
+
+
+def _constant(instruction: Instruction) -> int | None:
+    """The value of a constant integer of 32 bits."""
+    value = re.search(r"[su]32\[\]\S* constant\((\d+)\)", instruction.line)
+    return int(value[1]) if value else None
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
@@ -201,25 +220,30 @@ def replica_groups(line: str, num_devices: int) -> list[tuple[int, ...]]:
     """The groups of devices of a collective, in any of the three notations of HLO.
 
     {{0,1},{2,3}}; [2,2]<=[2,2]T(1,0): that many groups and members of an iota, reshaped and transposed;
-    mesh['a'=2,'b'=2] {'b'}: the devices along an axis. No groups are one of all devices.
+    mesh['a'=2,'b'=2] {'b'}: the devices along an axis, which `device_ids=([2,2]T(1,0))` orders as an iota. No groups are one of
+    all devices.
     """
     if listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line):
         groups = [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
         return groups or [tuple(range(num_devices))]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, source = ([int(d) for d in iota[i].split(",")] for i in (1, 2))
-        ids = np.arange(math.prod(source)).reshape(source)
-        if iota[3]:
-            ids = ids.transpose([int(d) for d in iota[3].split(",")])
-        return list(map(tuple, ids.reshape(-1, shape[-1]).tolist()))
-    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
-    if named and "device_ids" not in named[1] and ":" not in named[2]:
+        shape = [int(d) for d in iota[1].split(",")]
+        return list(map(tuple, _iota(iota[2], iota[3]).reshape(-1, shape[-1]).tolist()))
+    named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line)
+    if named and ":" not in named[4]:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        names, axes = list(sizes), re.findall(r"'([^']+)'", named[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        names, axes = list(sizes), re.findall(r"'([^']+)'", named[4])
+        ids = _iota(named[2] or str(math.prod(sizes.values())), named[3]).reshape(list(sizes.values()))
         ids = np.moveaxis(ids, [names.index(axis) for axis in axes], range(-len(axes), 0))
         return list(map(tuple, ids.reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist()))
     raise ValueError(f"replica groups of an unknown form: {line.strip()[:300]}")
+
+
+def _iota(shape: str, permutation: str | None) -> np.ndarray:
+    """The numbers from 0 in an array of that shape, its axes permuted: HLO's [2,4]T(1,0)."""
+    sizes = [int(d) for d in shape.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(d) for d in permutation.split(",")]) if permutation else ids
 
 
 def axes_of(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -4,12 +4,15 @@ A matrix here is what one head, or one layer without heads, multiplies with: hea
 separate matrices.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.model.params import WIDE, ParamSpec
+from hybrid_attn.parallel.mesh import WIDTH
 
 STEPS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the post above: the steepest slope at zero that stays near one
@@ -52,21 +55,21 @@ def orthogonalise(spec: ParamSpec, x: jax.Array) -> jax.Array:
     """The update of a weight, sharded as the weight is: each matrix orthogonalised, its root mean square about `RMS`.
 
     A product of matrices that are split would be summed over devices. So every device gets whole matrices: an all-gather over
-    `tensor`, then an all-to-all that moves `fsdp` from an axis of the matrices to the period, and back the same way. Periods
-    that `fsdp` does not divide are padded with zeros. A weight that is not stacked is gathered.
+    `tensor`, then an all-to-all that moves the axes of `WIDTH` from the matrices to the period, and back the same way. Periods
+    that these do not divide are padded with zeros. A weight that is not stacked is gathered.
     """
     batch = batch_axes(spec)
     matrix = [axis for axis in range(len(spec.shape)) if axis not in batch]
     scale = RMS * max(spec.shape[axis] for axis in matrix) ** 0.5
     split = tuple(spec.sharding)
-    no_tensor = tuple(name if name == "fsdp" or axis in batch else None for axis, name in enumerate(split))
+    no_tensor = tuple(name if name == WIDTH or axis in batch else None for axis, name in enumerate(split))
     owned = tuple(name if axis in batch else None for axis, name in enumerate(split))
     if x.ndim == len(spec.shape):
         return jax.reshard(scale * _of_matrices(jax.reshard(x, P(*owned)), matrix), P(*split))
     periods = x.shape[0]
-    padding = -periods % jax.sharding.get_abstract_mesh().shape["fsdp"]
+    padding = -periods % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in WIDTH)
     x = jnp.pad(jax.reshard(x, P(None, *no_tensor)), [(0, padding)] + [(0, 0)] * len(split))
-    x = scale * _of_matrices(jax.reshard(x, P("fsdp", *owned)), [axis + 1 for axis in matrix])
+    x = scale * _of_matrices(jax.reshard(x, P(WIDTH, *owned)), [axis + 1 for axis in matrix])
     return jax.reshard(jax.reshard(x, P(None, *no_tensor))[:periods], P(None, *split))
 
 
