@@ -1,4 +1,4 @@
-# make train, docs, test, test-slow, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
+# make train, docs, test, test-slow, test-oracle, test-harness, test-aot, test-aot-models, test-aot-gpu, test-gpu, test-tpu, native, lint, clean. Each sets up what it needs in .venv, from GNU make, Python and a package index.
 #   make train CONFIG=configs/hybrid_8k.py:150m WORKDIR=/data/run1 ARGS="--config.data.tokenizer=tokenizer.json"
 #   make train EXTRA=gpu          # or tpu; "gpu hf" also reads and trains tokenizers
 PYTHON ?= python3
@@ -15,7 +15,7 @@ INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --c
 PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))' 2>/dev/null)
 PARALLEL := --numprocesses=$(PROCESSES) --dist=loadfile
 
-.PHONY: train docs test test-slow test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu lint clean
+.PHONY: train docs test test-slow test-oracle test-harness test-aot test-aot-models test-aot-gpu test-gpu test-tpu native lint clean
 
 train: .venv/.train $(EXTRA:%=.venv/.%)
 	$(VENV_PYTHON) launch/train.py --config='$(CONFIG)' --workdir='$(WORKDIR)' $(ARGS)
@@ -56,6 +56,10 @@ test-harness: .venv/.test .venv/.harness
 # The pages of docs/ as HTML, in docs/_build/html; warnings are errors.
 docs: .venv/.docs
 	$(VENV_PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build/html $(ARGS)
+
+# The CPU kernel in C++, by this machine's compiler: train.kernel=auto then means it.
+native: .venv/.train
+	$(VENV_PYTHON) -c 'from hybrid_attn.commands import build_kernel; build_kernel.start()'
 
 lint: .venv/.test
 	$(VENV_PYTHON) -m ruff check .

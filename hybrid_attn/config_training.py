@@ -179,7 +179,7 @@ class Train:
     remat: str
     context: str
     zigzag: bool = named("balance")
-    kernel: str = one_of("auto", "reference", "blocked", "splash", "tokamax", "cudnn")
+    kernel: str = one_of("auto", "reference", "blocked", "native", "splash", "tokamax", "cudnn")
     loss_chunk: int = within(1, 2**31 - 1)
     mlp_chunk: int | None = within(1, 2**31 - 1)
     overlap: bool

@@ -32,7 +32,7 @@ def get_config(case):
     c.data.sources.text.paths = ("{corpus}/*.txt",)
     c.stages = [dict(c.stages[0], steps={steps}, seq_len=256, batch=2)]
     c.optim.warmup_steps = 4
-    c.train.update(log_every=1, checkpoint_every=100, mlp_chunk=96, loss_chunk=80)
+    c.train.update(log_every=1, checkpoint_every=100, mlp_chunk=96, loss_chunk=80, kernel="blocked")
     c.evals.names = ()
     if case == "bfloat16":
         c.train.dtype = "bfloat16"

@@ -34,6 +34,7 @@ SIZES = {"num_layers": 4, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "hea
 HYBRID = {f"model.{key}": value for key, value in SIZES.items()} | {
     "stages": [{"steps": 5, "seq_len": S, "batch": 1, "microbatches": 1, "mixture": {}}],
     "train.remat": "none",
+    "train.kernel": "blocked",  # XLA does not count what a custom call does
 }
 
 
@@ -54,8 +55,8 @@ def step(c: Config) -> jax.stages.Lowered:
 
 
 def attention(window: int | None, backward: bool) -> jax.stages.Lowered:
-    """The kernel that runs on CPUs, with grouped heads."""
-    kernel, options = kernels.KERNELS[kernels.PLATFORMS["cpu"]], kernels.AttentionOptions(window, 0.125)
+    """The kernel that runs on every CPU, with grouped heads."""
+    kernel, options = kernels.KERNELS["blocked"], kernels.AttentionOptions(window, 0.125)
     q, kv = (jax.ShapeDtypeStruct((1, S, heads, 64), jnp.float32) for heads in (4, 2))
     ids, lse = jax.ShapeDtypeStruct((1, S), jnp.int32), jax.ShapeDtypeStruct((1, S, 4), jnp.float32)
     arguments = kernels.Queries(q, ids, ids), kernels.Keys(kv, kv, ids, ids)

@@ -254,7 +254,7 @@ def _train() -> ConfigDict:
     t.zigzag = True  # each context shard has an early and a late part of the sequence, so that causal work is equal
     # auto = splash on TPU, tokamax on GPU (blocked, with a warning, where it is not installed), blocked on CPU
     # reference is float32 and materialises T x S: tests only. cudnn takes one document per sequence. See docs/kernels.md
-    t.kernel = "auto"  # auto | blocked | splash | tokamax | cudnn | reference
+    t.kernel = "auto"  # auto | blocked | native | splash | tokamax | cudnn | reference
     t.loss_chunk = 1024  # tokens whose logits are in memory at a time, per device
     # Tokens whose feed-forward activations are in memory at a time, per device; the backward pass recomputes them by chunk.
     # None: 512 on a CPU, where a chunk stays in cache, else all tokens. A number limits [B, T, d_ff] at extreme lengths.

@@ -7,25 +7,27 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels import blocked, gpu, gpu_pallas, reference, tpu
+from hybrid_attn.kernels import blocked, gpu, gpu_pallas, native, reference, tpu
 from hybrid_attn.kernels.interface import OUTPUTS, AttentionOptions, Kernel, Keys, Pair, Queries, name_outputs
 
 __all__ = ["KERNELS", "OUTPUTS", "AttentionOptions", "Keys", "Queries", "attend", "choose", "name_outputs", "with_sinks"]
 KERNELS = {
     "reference": Kernel(reference.forward, reference.backward, ("cpu", "gpu", "tpu"), saves_outputs=False),
     "blocked": Kernel(blocked.forward, blocked.backward, ("cpu", "gpu", "tpu")),
+    "native": Kernel(native.forward, native.backward, ("cpu",), native.MODULE),
     "splash": Kernel(tpu.forward, tpu.backward, ("tpu",), heads_first=True),
     "tokamax": Kernel(gpu.tokamax_forward, gpu_pallas.backward, ("gpu",), "tokamax"),
     "cudnn": Kernel(gpu.cudnn_forward, None, ("gpu",), saves_outputs=False, lse_has_gradient=False),
 }
-PLATFORMS = {"cpu": "blocked", "gpu": "tokamax", "tpu": "splash"}
+PLATFORMS = {"cpu": "native", "gpu": "tokamax", "tpu": "splash"}
 
 
 @functools.cache
 def choose(kernel: str, platform: str) -> str:
     """The name in `KERNELS` that `kernel` ("auto" or a name) means on `platform`; logged once.
 
-    Raises NotImplementedError for a named kernel that does not run there; "auto" then means blocked, with a warning.
+    Raises NotImplementedError for a named kernel that does not run there. "auto" means blocked where the kernel of the platform
+    is not installed, which is logged, on a GPU as a warning.
     """
     log = logging.getLogger(__name__)
     name = PLATFORMS[platform] if kernel == "auto" else kernel
@@ -33,9 +35,11 @@ def choose(kernel: str, platform: str) -> str:
     if platform not in platforms:
         raise NotImplementedError(f'kernel "{name}" runs on {" and ".join(platforms)}, not on {platform}; use "blocked"')
     if needs is not None and importlib.util.find_spec(needs) is None:
+        cure = "hybrid-build-kernel" if platform == "cpu" else f'pip install "hybrid-attn[{platform}]"'
         if kernel != "auto":
-            raise NotImplementedError(f'kernel "{name}" needs the package {needs}: pip install "hybrid-attn[{platform}]"')
-        log.warning('%s is not installed: attention falls back to the slower "blocked" on %s', needs, platform)
+            raise NotImplementedError(f'kernel "{name}" needs the package {needs}: {cure}')
+        level = logging.INFO if platform == "cpu" else logging.WARNING
+        log.log(level, '%s is not installed: attention falls back to the slower "blocked" on %s; %s', needs, platform, cure)
         name = "blocked"
     log.info("attention kernel on %s: %s", platform, name)
     return name
