@@ -54,6 +54,13 @@ def test_it_equals_the_reference_in_values_and_gradients(window, heads, dtype):
     assert not any(np.any(np.asarray(x, np.float32)[seg == 0]) for x in (got["o"], *got["grads"][:3]))
 
 
+def test_threads_that_share_keys_give_the_same_bits_every_time():
+    q, k, v, pos, seg = arrays("packed", heads=(2, 1))
+    first, *others = (outcome(q, k, v, pos, pos, seg, seg, None, "native", None) for _ in range(8))
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
 @pytest.mark.parametrize("window", [None, 90])
 def test_queries_may_be_the_last_of_the_keys(window):
     q, k, v, pos, seg = arrays("packed", "padding")
