@@ -97,8 +97,8 @@ def on_mesh(changes: dict, sizes: dict) -> config.Config:
         ({"model.vocab_size": 383}, {"tensor": 2}, "model.vocab_size 383 does not split over 2 tensor shards"),
         (
             stage(batch=24) | {"model.d_model": 40},
-            {"fsdp": 4, "context": 3},
-            "model.d_model 40 does not split over 12 context * fsdp shards; use 36 or 48",
+            {"fsdp": 12},
+            "model.d_model 40 does not split over 12 fsdp shards; use 36 or 48, or mesh.fsdp=4",
         ),
         (
             {"train.context": "G=ulysses"},
@@ -122,7 +122,7 @@ def test_a_size_that_does_not_split_is_refused_with_the_axis_the_numbers_and_a_s
 @pytest.mark.parametrize(
     "changes, sizes",
     [
-        ({"model.d_model": 48}, {"slice": 2, "data": 2, "fsdp": 2, "context": 6, "tensor": 2}),
+        ({}, {"slice": 2, "data": 2, "fsdp": 2, "context": 6, "tensor": 2}),
         (stage(seq_len=50), {"context": 1}),
         (stage(seq_len=50) | {"train.zigzag": False}, {"context": 2}),
         (stage(batch=24, microbatches=3), {"data": 8}),
@@ -157,8 +157,11 @@ def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused_with_sizes_that
         axis_sizes(Mesh(*sizes), 8)
 
 
-def test_context_and_fsdp_shards_hold_different_weights_in_training_and_in_inference_fsdp_shards_do():
-    model, sizes = tiny({"model.d_model": 48}).model, {"fsdp": 2, "context": 4, "tensor": 2}
+@pytest.mark.parametrize("width, split", [(48, 6), (44, 22)])
+def test_context_and_fsdp_shards_hold_different_weights_in_training_where_they_divide_them_and_in_inference_fsdp_shards_do(
+    width, split
+):
+    model, sizes = tiny({"model.d_model": width}).model, {"fsdp": 2, "context": 4, "tensor": 2}
 
     def shards(params):
         return {leaf.shape: leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(params)}
@@ -166,6 +169,6 @@ def test_context_and_fsdp_shards_hold_different_weights_in_training_and_in_infer
     with jax.sharding.use_abstract_mesh(abstract_mesh(**sizes)):
         params = abstract_params(model)
         weights = jax.eval_shape(lambda params: unstacked(model, params, "float32"), params)
-    table, heads = params["embed"].shape, params["periods"]["L0"]["attention"]["q"].shape
-    assert shards(params)[table] == (table[0] // 2, 6) and shards(params)[heads] == (heads[0], 6, heads[2] // 2, heads[3])
-    assert shards(weights)[table] == (table[0] // 2, 24) and shards(weights)[heads[1:]] == (24, heads[2] // 2, heads[3])
+    (V, D), (periods, _, N, H) = params["embed"].shape, params["periods"]["L0"]["attention"]["q"].shape
+    assert shards(params)[V, D] == (V // 2, split) and shards(params)[periods, D, N, H] == (periods, split, N // 2, H)
+    assert shards(weights)[V, D] == (V // 2, D // 2) and shards(weights)[D, N, H] == (D // 2, N // 2, H)

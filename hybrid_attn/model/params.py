@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.parallel.mesh import WIDTH, gathered
+from hybrid_attn.parallel.mesh import WIDTH, gathered, split_of
 
 # The mesh axis, or axes, over which each logical axis of a weight is split.
 MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
@@ -45,7 +45,8 @@ class ParamSpec:
 
     @property
     def sharding(self) -> P:
-        return P(*(MESH_AXES[axis] for axis in self.axes))
+        """On the mesh in force. The width of the model is split over `fsdp` alone where `WIDTH` does not divide it."""
+        return P(*(split_of(size, MESH_AXES[axis]) for size, axis in zip(self.shape, self.axes, strict=True)))
 
     @property
     def decay(self) -> bool:

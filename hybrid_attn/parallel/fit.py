@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from hybrid_attn import config, trees
-from hybrid_attn.parallel.mesh import AXES, BATCH, WIDTH, axis_sizes
+from hybrid_attn.parallel.mesh import AXES, BATCH, axis_sizes
 
 
 def check(c: config.Config, num_devices: int) -> None:
@@ -48,7 +48,7 @@ def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
     """ValueError where the parameters of `model` do not split over axes of `sizes`."""
     for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
         check_splits(f"model.{name}", getattr(model, name), sizes, ("tensor",))
-    check_splits("model.d_model", model.d_model, sizes, WIDTH)
+    check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
 
 
 def check_length(name: str, length: int, sizes: Mapping[str, int], zigzag: bool) -> None:

@@ -103,6 +103,12 @@ def broadcast_from_first(yes: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(yes)))
 
 
+def split_of(size: int, entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """An entry of a spec for a dimension of this size: `fsdp` alone instead of `WIDTH`, where that does not divide it."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return "fsdp" if entry == WIDTH and size % math.prod(shape.get(axis, 1) for axis in WIDTH) else entry
+
+
 def width_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The axes of `WIDTH` over which an entry of a spec splits a dimension."""
     return tuple(axis for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis in WIDTH)

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.model.params import WIDE, ParamSpec
-from hybrid_attn.parallel.mesh import WIDTH
+from hybrid_attn.parallel.mesh import WIDTH, width_axes
 
 STEPS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the post above: the steepest slope at zero that stays near one
@@ -62,7 +62,7 @@ def orthogonalise(spec: ParamSpec, x: jax.Array) -> jax.Array:
     matrix = [axis for axis in range(len(spec.shape)) if axis not in batch]
     scale = RMS * max(spec.shape[axis] for axis in matrix) ** 0.5
     split = tuple(spec.sharding)
-    no_tensor = tuple(name if name == WIDTH or axis in batch else None for axis, name in enumerate(split))
+    no_tensor = tuple(name if width_axes(name) or axis in batch else None for axis, name in enumerate(split))
     owned = tuple(name if axis in batch else None for axis, name in enumerate(split))
     if x.ndim == len(spec.shape):
         return jax.reshard(scale * _of_matrices(jax.reshard(x, P(*owned)), matrix), P(*split))
