@@ -147,17 +147,6 @@ def test_a_first_checkpoint_that_is_lost_without_an_error_ends_the_run(tmp_path,
         checkpoints.save(1, state_of(1), DATA, CONFIG)
 
 
-def test_if_no_checkpoint_can_be_read_the_error_names_each_and_none_is_renamed(tmp_path):
-    write(tmp_path, 5, 6)
-    truncate(tmp_path, 5)
-    truncate(tmp_path, 6)
-    with pytest.raises(ValueError, match=rf"can be read:\n  {tmp_path}/6: .*\n  {tmp_path}/5: "):
-        reopen(tmp_path).restore(abstract_of(state_of()))
-    assert checkpoint.steps(tmp_path) == [5, 6]
-    with pytest.raises(ValueError, match="there is none"):
-        reopen(tmp_path / "new").restore(abstract_of(state_of()))
-
-
 def test_other_arrays_are_an_error_that_names_them_and_no_reason_to_fall_back(tmp_path):
     write(tmp_path, 5)
     checkpoints = reopen(tmp_path)

@@ -113,3 +113,14 @@ def test_a_checkpoint_of_an_older_version_without_checksums_of_its_json_is_read(
     assert len(list(checkpoint.read_slices(tmp_path, "periods/L0/q", (2, 16, 5)))) == 2
     (tmp_path / "6/config/metadata").write_text("{}")
     assert reopen(tmp_path).restore(abstract_of(state_of()))[0] == 5
+
+
+def test_if_no_checkpoint_can_be_read_the_error_names_each_and_none_is_renamed(tmp_path):
+    write(tmp_path, 5, 6)
+    truncate(tmp_path, 5)
+    truncate(tmp_path, 6)
+    with pytest.raises(ValueError, match=rf"can be read:\n  {tmp_path}/6: .*\n  {tmp_path}/5: "):
+        reopen(tmp_path).restore(abstract_of(state_of()))
+    assert checkpoint.steps(tmp_path) == [5, 6]
+    with pytest.raises(ValueError, match="there is none"):
+        reopen(tmp_path / "new").restore(abstract_of(state_of()))
