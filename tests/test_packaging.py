@@ -1,5 +1,6 @@
 """What a wheel installs: one package, and programs that run without the repository."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -60,5 +61,7 @@ def test_help_shows_the_docstring_and_the_flags_of_the_program(installed):
 @pytest.mark.slow  # each imports JAX in a process of its own
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_console_script_has_its_help(script, installed):
-    done = installed(script, "--help")
-    assert "flags:" in done.stdout and "Traceback" not in done.stderr
+    done, module = installed(script, "--help"), SCRIPTS[script].partition(":")[0].replace(".", "/")
+    docstring = ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text()))
+    assert done.stdout.startswith(docstring.partition("\n")[0]) and "Traceback" not in done.stderr
+    assert "flags:" in done.stdout or "DEFINE" not in (ROOT / f"{module}.py").read_text()
