@@ -49,7 +49,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         f"{', '.join(map(str, prompts))}. The needle's lift is its share over the share of the tokens that it has; a retrieval "
         f"head (score over {RETRIEVES}) looks at the token that it copies. Per token: a segment's share over its "
         "tokens; token 0 is the share of the very first. Single heads, and weights by position without the first 10 and the "
-        "last 3% of the keys, are drawn at the longest length."
+        "last 3% of the keys, are shown at the longest length."
     )
     images = []
     for number, run in enumerate(runs):
@@ -77,13 +77,13 @@ def _pictures(run: Run, records: Sequence[dict], name: str, where: str) -> list[
         f"heads have {min(bits.values()):.1f} to {max(bits.values()):.1f} bits of entropy" if bits else "no entropy is known"
     )
     most_bits = SHARE._replace(label="entropy (bits)", high=math.log2(records[0]["length"]) or 1.0, show="{:.1f}".format)
-    drawn = {  # cells, columns, scale, finding
+    heat_maps = {  # cells, columns, scale, finding
         "": (segments, columns, SHARE._replace(across=""), _most_on_needle(by_layer, types)),
         "_retrieval": (retrieval, heads, SHARE, copying),
         "_entropy_bits": (bits, heads, most_bits, spread),
     }
     images = []
-    for suffix, (cells, across, scale, finding) in drawn.items():
+    for suffix, (cells, across, scale, finding) in heat_maps.items():
         figure = pictures.heat_maps({"": cells}, [*rows.values()], across, scale)
         images.append(Picture(f"{name}{suffix}", f"{where}{finding}.", figure, NOTES[suffix], "attention"))
     if all("weights" in r for r in records) and len({tuple(r["edges"]) for r in records}) == 1:

@@ -130,7 +130,7 @@ def ends(of_panel: Sequence[Line], show: Callable[[float], str]) -> str:
 def lines(panels: Mapping[str, Sequence[Line]], across: str, up: str, scale: str, trained: Sequence[int] = ()) -> Figure:
     """A panel for each name, or one in which the names are the categories if each line has one and the same.
 
-    `scale` is "share", "linear" or "log"; marks divide the lengths of training and what is longer.
+    `scale` is "share", "linear" or "log"; a line stands between the lengths up to that of training and longer ones.
     """
     if len({key for of_panel in panels.values() for line in of_panel for key in line.values}) == 1:
         panels, across, trained = _transposed(panels), "", ()
@@ -151,8 +151,8 @@ def lines(panels: Mapping[str, Sequence[Line]], across: str, up: str, scale: str
             axes.plot(x, y, "o", color=colour, markersize=4, label=_short(line.label), **joined)
             axes.vlines(x, low, high, colour, linewidth=3, alpha=0.35)
         for length in sorted(length for length in {*trained} if keys[-1] > length):
-            mark = sum(key <= length for key in keys) - 0.5
-            axes.axvline(mark, color=INK, linewidth=1, linestyle="--", alpha=0.6, label=f"trained at {tokens(length)}")
+            boundary = sum(key <= length for key in keys) - 0.5
+            axes.axvline(boundary, color=INK, linewidth=1, linestyle="--", alpha=0.6, label=f"trained at {tokens(length)}")
         axes.set(title=_short(name) if len(panels) > 1 else "", xlim=(-0.5, len(keys) - 0.5))
         _name(axes.xaxis, keys)
         if scale == "share":

@@ -100,7 +100,7 @@ def sequences_of(run: Run, record: Mapping) -> tuple:
 def read(directory: Path) -> Run:
     """The run in `directory`, without answers if there were no questions; ValueError names the line that does not fit."""
     path = directory / "records.jsonl"
-    (provenance,) = _objects(directory / "run.json", check_provenance, whole=True)
+    (provenance,) = _objects(directory / "run.json", check_provenance, in_lines=False)
     records = _objects(path, check_record)
     check(bool(records), f"{path} is empty; evaluate the model again, it goes on where it stopped")
     path = directory / "answers.jsonl"
@@ -109,12 +109,12 @@ def read(directory: Path) -> Run:
     return Run(directory.name, tuple(records), tuple(listed), provenance)
 
 
-def _objects(path: Path, check_object: Callable[[dict, str], None], whole: bool = False) -> list[dict]:
-    """The object of each line, or of the `whole` file, checked; numbers that are not finite are None."""
+def _objects(path: Path, check_object: Callable[[dict, str], None], in_lines: bool = True) -> list[dict]:
+    """The objects of a file, one in each line or a single one, checked; numbers that are not finite are None."""
     check(path.is_file(), f"{path} does not exist; evaluate the model into {path.parent} first")
     cure, objects = "; evaluate again, it goes on where it stopped", []
-    for i, text in enumerate([path.read_bytes()] if whole else path.read_bytes().splitlines(), 1):
-        where = str(path) if whole else f"{path}, line {i}"
+    for i, text in enumerate(path.read_bytes().splitlines() if in_lines else [path.read_bytes()], 1):
+        where = f"{path}, line {i}" if in_lines else str(path)
         objects.append(object_of(text, where, cure, parse_constant=lambda name: None, parse_float=_finite))
         check_object(objects[-1], where)
     return objects
