@@ -182,6 +182,7 @@ class Train:
     kernel: str = one_of("auto", "reference", "blocked", "native", "splash", "tokamax", "cudnn")
     loss_chunk: int = within(1, 2**31 - 1)
     mlp_chunk: int | None = within(1, 2**31 - 1)
+    unroll: int = within(1, 2**31 - 1)
     overlap: bool
     statistics_every: int | None = within(1, MOST_STEPS)
     sinks: tuple[str, ...]  # checked by the trainer, which knows the sinks

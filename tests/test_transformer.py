@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config
 from hybrid_attn.model import abstract_params, apply, execution_on, flops, init, losses
+from hybrid_attn.model.execution import Chunks
 from hybrid_attn.model.mlp import GatedMLP
 from hybrid_attn.model.params import MESH_AXES, Norm
 from hybrid_attn.model.transformer import Block, in_packed, unembedding, unstacked
@@ -84,6 +85,14 @@ def test_remat_changes_neither_the_outputs_nor_a_gradient(choice, one_device):
     assert ("<host>" in remat_jaxpr) == (choice == "offload")
 
 
+@pytest.mark.parametrize("unroll", [2, 3])
+def test_more_periods_in_an_iteration_of_the_loop_are_the_same_function(unroll, one_device):
+    *plain, plain_jaxpr = outputs_and_grads(BLOCKED)
+    *unrolled, jaxpr = outputs_and_grads(BLOCKED._replace(unroll=unroll))
+    assert f"unroll={unroll}" in jaxpr and f"unroll={unroll}" not in plain_jaxpr
+    assert_close(unrolled, plain, 1e-6)
+
+
 @pytest.mark.parametrize("kernel, primitive, forward, backward", [("blocked", "while", 1, 1), ("splash", "pallas_call", 1, 2)])
 def test_a_kind_whose_attention_is_kept_runs_no_attention_forward_in_its_backward_pass(kernel, primitive, forward, backward):
     model = dataclasses.replace(tiny().model, head_dim=128)
@@ -121,7 +130,7 @@ def test_a_chunk_bounds_the_hidden_activations_of_the_feed_forward_backward_too(
 
     def biggest(mlp_chunk):
         def total(params):
-            return apply(model, params, *arrays, BLOCKED._replace(mlp_chunk=mlp_chunk)).sum()
+            return apply(model, params, *arrays, BLOCKED._replace(mlp_chunk=mlp_chunk, remat=every("layer"))).sum()
 
         return biggest_array(jax.grad(total), params)
 
@@ -200,8 +209,24 @@ def test_feed_forward_is_its_formula(activation, one_device):
     mlp = GatedMLP(model, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(8, 48, 32)).astype(np.float32)
     wanted = mlp_by_hand(x, jax.device_get(nnx.to_pure_dict(nnx.state(mlp))), activation)
-    for chunk in (None, 7, 1000):
-        assert_close(jax.device_get(mlp(on_mesh({"x": x})["x"], chunk)[0]), wanted, 1e-6)
+    for chunks in (None, Chunks(7, kept=True), Chunks(1000, kept=False)):
+        assert_close(jax.device_get(mlp(on_mesh({"x": x})["x"], chunks)[0]), wanted, 1e-6)
+
+
+def test_the_backward_pass_of_a_chunk_computes_two_products_again_unless_they_are_kept(one_device):
+    """Nine products are needed: three forward, and of each the gradients by both factors."""
+    graph, state = nnx.split(GatedMLP(tiny().model, rngs=nnx.Rngs(0)))
+    x_BTD = on_mesh({"x": np.random.default_rng(0).normal(size=(8, 48, 32)).astype(np.float32)})["x"]
+
+    def gradient(kept):
+        def total(state, x_BTD):
+            return jnp.sin(nnx.merge(graph, state)(x_BTD, Chunks(7, kept))[0]).sum()
+
+        return jax.grad(total, (0, 1))
+
+    products = [str(jax.make_jaxpr(gradient(kept))(state, x_BTD)).count("dot_general[") for kept in (True, False)]
+    assert products == [9, 11]
+    assert_close(*(jax.device_get(jax.jit(gradient(kept))(state, x_BTD)) for kept in (True, False)), 1e-6)
 
 
 @pytest.mark.parametrize("norm_type", ["layernorm", "rms", "rms_plus1", "rms_weightless"])

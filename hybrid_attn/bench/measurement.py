@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybrid_attn import config
+from hybrid_attn import allocator, config
 from hybrid_attn.bench import machine
 from hybrid_attn.config import Config, Table, reach
 from hybrid_attn.convert import families, hf
@@ -89,7 +89,8 @@ class Processes(contextlib.AbstractContextManager):
     def call(self, library: str, function: Callable, *args) -> Any:
         """`function(*args)` in the process of `library`; ValueError if the process dies."""
         if library not in self.pools:
-            self.pools[library] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            set_malloc = allocator.keep_freed_memory if library == "jax" else None  # as our programs do
+            self.pools[library] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), set_malloc)
         try:
             return self.pools[library].submit(function, *args).result()
         except BrokenProcessPool as cause:

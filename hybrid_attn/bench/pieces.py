@@ -110,7 +110,7 @@ def projections(s: Setting):
 
 def feed_forward(s: Setting):
     def apply(leaves, x_BTD):
-        return bind(s.c.model, s.letter, leaves, s.execution).mlp(x_BTD, s.execution.mlp_chunk)[0]
+        return bind(s.c.model, s.letter, leaves, s.execution).mlp(x_BTD, s.execution.mlp_chunks(s.letter))[0]
 
     return with_gradient(apply), (s.layer(), s.random(s.c.model.d_model))
 

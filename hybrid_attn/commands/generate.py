@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from hybrid_attn import compiled, files, programs
+from hybrid_attn import allocator, compiled, files, programs
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import DEFAULT_CHUNK, Engine, EngineOptions, Timing
@@ -143,6 +143,7 @@ def report(timing: Timing) -> str:
 
 
 def generate() -> None:
+    allocator.keep_freed_memory()
     compiled.keep()
     prompts = records()
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)

@@ -256,9 +256,11 @@ def _train() -> ConfigDict:
     # reference is float32 and materialises T x S: tests only. cudnn takes one document per sequence. See docs/kernels.md
     t.kernel = "auto"  # auto | blocked | native | splash | tokamax | cudnn | reference
     t.loss_chunk = 1024  # tokens whose logits are in memory at a time, per device
-    # Tokens whose feed-forward activations are in memory at a time, per device; the backward pass recomputes them by chunk.
-    # None: 512 on a CPU, where a chunk stays in cache, else all tokens. A number limits [B, T, d_ff] at extreme lengths.
+    # Tokens whose feed-forward is computed at a time, per device. None: 512 on a CPU, where a chunk stays in cache, else all
+    # tokens. A number limits [B, T, d_ff] at extreme lengths, but not with remat none, which keeps all for the backward pass.
     t.mlp_chunk = None
+    # Periods of layers in one iteration of the loop over periods. More save copies of activations, and compile longer.
+    t.unroll = 1
     # On a TPU weights are gathered and gradients summed while the chip computes, not before and after: libtpu splits these
     # collectives over the matrix products beside them. It costs up to 8% of the peak: docs/results/meshes.md
     t.overlap = True

@@ -23,6 +23,16 @@ OVERLAP = (
 CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as all tokens at once, recomputation included
 
 
+class Chunks(NamedTuple):
+    """How many tokens of a device a feed-forward computes at a time, and whether it keeps their products for the backward pass.
+
+    Where these are not kept, the backward pass computes them again, chunk by chunk.
+    """
+
+    tokens: int
+    kept: bool
+
+
 def unchanged(leaves: dict) -> dict:
     return leaves
 
@@ -48,10 +58,15 @@ class Execution(NamedTuple):
     kernel: str
     loss_chunk: int
     mlp_chunk: int | None
+    unroll: int = 1
     transform: Callable[[dict], dict] = unchanged
     dot: Dot = jax.lax.dot_general
     statistics: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
+
+    def mlp_chunks(self, letter: str) -> Chunks | None:
+        """The chunks of the feed-forward of a layer type. Without rematerialisation all activations are kept."""
+        return None if self.mlp_chunk is None else Chunks(self.mlp_chunk, kept=self.remat[letter] == "none")
 
 
 def execution_on(platform: str, model: Model, train: Train) -> Execution:
@@ -70,5 +85,5 @@ def execution_on(platform: str, model: Model, train: Train) -> Execution:
             f"its outputs so that it does not; use train.kernel={others}, or remat none or layer"
         )
     options = OVERLAP if train.overlap and platform == "tpu" else ()
-    arguments = jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk
+    arguments = jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk, train.unroll
     return Execution(*arguments, compiler_options=options)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_attn.config import Model
+from hybrid_attn.model.execution import Chunks
 from hybrid_attn.model.params import Dot, cast, linear
 from hybrid_attn.parallel.mesh import all_gathered, spec_of, width_axes
 
@@ -31,20 +32,26 @@ class GatedMLP(nnx.Module):
         self.up = linear(rngs, (D, F), ("embed", "mlp"), std)
         self.down = linear(rngs, (F, D), ("mlp", "embed"), std)
 
-    def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, dict]:
-        """The output [B, T, D], and no scalars. With `chunk`, so many tokens of a device have hidden activations at a time."""
-        if chunk is not None:
+    def __call__(self, x_BTD: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, dict]:
+        """The output [B, T, D], and no scalars."""
+        if chunks is not None:
             weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
-            return in_chunks(ChunkedMLP(self.activation, self.gate.dot), chunk, x_BTD, *weights), {}
+            return in_chunks(ChunkedMLP(self.activation, self.gate.dot, chunks.kept), chunks.tokens, x_BTD, *weights), {}
         h_BTF = ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(h_BTF, spec_of(x_BTD)), {}
 
 
 class ChunkedMLP(NamedTuple):
-    """What is static in the feed-forward of a chunk: the activation's name, and how weights are multiplied."""
+    """What is static in the feed-forward of a chunk: the activation's name, how weights are multiplied, and `Chunks.kept`."""
 
     activation: str
     dot: Dot
+    kept: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether weights are multiplied as they are, so that the gradients can be written by hand."""
+        return self.dot is jax.lax.dot_general
 
     def product(self, x_cA: jax.Array, w_AB: jax.Array) -> jax.Array:
         return self.dot(x_cA, w_AB, (((1,), (0,)), ((), ())), preferred_element_type=x_cA.dtype)
@@ -53,11 +60,16 @@ class ChunkedMLP(NamedTuple):
         return ACTIVATIONS[self.activation](gate_cF) * up_cF
 
     def __call__(self, x_cD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
-        return self.product(self.hidden(self.product(x_cD, w_gate), self.product(x_cD, w_up)), w_down)
+        return self.with_products(x_cD, w_gate, w_up, w_down)[0]
+
+    def with_products(self, x_cD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> tuple[jax.Array, tuple]:
+        """The output [c, D], and (gate_cF, up_cF)."""
+        products_cF = self.product(x_cD, w_gate), self.product(x_cD, w_up)
+        return self.product(self.hidden(*products_cF), w_down), products_cF
 
 
 def in_chunks(mlp: ChunkedMLP, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array):
-    """The feed-forward of `chunk` tokens of a device at a time: nothing of F outlives its chunk, forward or backward."""
+    """The feed-forward of `chunk` tokens of a device at a time: nothing of F outlives its chunk, but for what is `kept`."""
 
     def shard(x_BTD, *shards):
         weights = (all_gathered(w, axes, dim) for w, dim in zip(shards, (0, 0, 1), strict=True))
@@ -79,33 +91,40 @@ def _in_chunks(mlp: ChunkedMLP, x_IcD, w_gate, w_up, w_down):
     return jax.lax.map(lambda x_cD: mlp(x_cD, w_gate, w_up, w_down), x_IcD)
 
 
-def _forward(mlp: ChunkedMLP, *arrays):
-    return _in_chunks(mlp, *arrays), arrays
+def _forward(mlp: ChunkedMLP, x_IcD, *weights):
+    if not (mlp.kept and mlp.is_plain):
+        return _in_chunks(mlp, x_IcD, *weights), (x_IcD, None, weights)
+    y_IcD, products_IcF = jax.lax.map(lambda x_cD: mlp.with_products(x_cD, *weights), x_IcD)
+    return y_IcD, (x_IcD, products_IcF, weights)
 
 
 def _backward(mlp: ChunkedMLP, residuals, dy_IcD):
-    x_IcD, *weights = residuals
-    gradients = _gradients_by_hand if mlp.dot is jax.lax.dot_general else _gradients
+    x_IcD, products_IcF, weights = residuals
+    gradients = _gradients_by_hand if mlp.is_plain else _gradients
 
     def chunk(sums, xs):
         dx_cD, *terms_DF = gradients(mlp, *xs, *weights)
         return [a + b for a, b in zip(sums, terms_DF, strict=True)], dx_cD
 
     zeros = [jnp.zeros(weights[0].shape, jnp.float32)] * 3
-    (dw_gate, dw_up, dw_downT), dx_IcD = jax.lax.scan(chunk, zeros, (x_IcD, dy_IcD))
+    (dw_gate, dw_up, dw_downT), dx_IcD = jax.lax.scan(chunk, zeros, (x_IcD, products_IcF, dy_IcD))
     return dx_IcD, *(dw.astype(weights[0].dtype) for dw in (dw_gate, dw_up, dw_downT.T))
 
 
-def _gradients(mlp: ChunkedMLP, x_cD, dy_cD, w_gate, w_up, w_down):
+def _gradients(mlp: ChunkedMLP, x_cD, _, dy_cD, w_gate, w_up, w_down):
     """Gradients of the activations [c, D], and in float32 of the weights, transposed to [D, F]."""
     _, pull = jax.vjp(mlp, x_cD, w_gate, w_up, w_down)
     dx_cD, dw_gate, dw_up, dw_down = pull(dy_cD)
     return dx_cD, *(dw_DF.astype(jnp.float32) for dw_DF in (dw_gate, dw_up, dw_down.T))
 
 
-def _gradients_by_hand(mlp: ChunkedMLP, x_cD, dy_cD, w_gate, w_up, w_down):
-    """`_gradients` of plain products: autodiff transposes [c, F] arrays, which costs a CPU more than all else."""
-    h_cF, pull = jax.vjp(mlp.hidden, x_cD @ w_gate, x_cD @ w_up)
+def _gradients_by_hand(mlp: ChunkedMLP, x_cD, products_cF, dy_cD, w_gate, w_up, w_down):
+    """`_gradients` of plain products: autodiff transposes [c, F] arrays, which costs a CPU more than all else.
+
+    `products_cF` are (gate_cF, up_cF) if the forward pass kept them, or else None.
+    """
+    products_cF = products_cF or (x_cD @ w_gate, x_cD @ w_up)
+    h_cF, pull = jax.vjp(mlp.hidden, *products_cF)
     dgate_cF, dup_cF = pull(dy_cD @ w_down.T)
     products = ((x_cD, dgate_cF), (x_cD, dup_cF), (dy_cD, h_cF))
     terms_DF = [jnp.einsum("Dc,cF->DF", a_cD.T, b_cF, preferred_element_type=jnp.float32) for a_cD, b_cF in products]

@@ -20,7 +20,7 @@ from hybrid_attn.config import LayerType, Model, output_scale
 from hybrid_attn.kernels.softmax import soft_cap
 from hybrid_attn.model import statistics
 from hybrid_attn.model.attention import Attend, Attention, attention_options
-from hybrid_attn.model.execution import Execution
+from hybrid_attn.model.execution import Chunks, Execution
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.model.mlp import GatedMLP
 from hybrid_attn.model.parametrisation import parametrised
@@ -67,11 +67,10 @@ class FeedForward(Protocol):
 
     def __init__(self, model: Model, *, rngs: nnx.Rngs): ...
 
-    def __call__(self, x_BTD: jax.Array, chunk: int | None) -> tuple[jax.Array, Aux]:
+    def __call__(self, x_BTD: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, Aux]:
         """What the layer adds to the residual stream, [B, T, D], and scalars that are summed over the layers.
 
-        The scalar "aux_loss" is added to the loss. With `chunk`, hidden activations of so many tokens of a device should be in
-        memory at a time.
+        The scalar "aux_loss" is added to the loss. `chunks`: how many tokens to compute at a time; None for all at once.
         """
 
 
@@ -96,20 +95,20 @@ class Block(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = residual_norm(model), residual_norm(model)
 
     def __call__(
-        self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend, mlp_chunk: int | None
+        self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend, chunks: Chunks | None
     ) -> tuple[jax.Array, Aux, Any]:
         """The residual stream after the layer, the scalars of the feed-forward, and what else `attend` returns."""
         mixer = getattr(self, self.mixer_name)
         if self.form == "parallel":  # x + mixer(norm x) + mlp(norm x)
             h_BTD = self.norm(x_BTD)
             y_BTD, state = mixer(h_BTD, pos_BT, attend)
-            z_BTD, aux = self.mlp(h_BTD, mlp_chunk)
+            z_BTD, aux = self.mlp(h_BTD, chunks)
             return x_BTD + y_BTD + z_BTD, aux, state
         # x + norm(mixer(norm x)), then x + norm(mlp(norm x)): pre has the inner norms, post the outer ones, sandwich both.
         inner, outer = self.form != "post", self.form != "pre"
         y_BTD, state = mixer(self.attention_norm(x_BTD) if inner else x_BTD, pos_BT, attend)
         x_BTD = x_BTD + (self.attention_post_norm(y_BTD) if outer else y_BTD)
-        z_BTD, aux = self.mlp(self.mlp_norm(x_BTD) if inner else x_BTD, mlp_chunk)
+        z_BTD, aux = self.mlp(self.mlp_norm(x_BTD) if inner else x_BTD, chunks)
         return x_BTD + (self.mlp_post_norm(z_BTD) if outer else z_BTD), aux, state
 
 
@@ -231,7 +230,7 @@ def apply_in_zigzag(
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
                 block = bind(model, letter, leaves, execution)
-                x_BTD, aux, attention = block(x_BTD, pos_BT, attends[letter], execution.mlp_chunk)
+                x_BTD, aux, attention = block(x_BTD, pos_BT, attends[letter], execution.mlp_chunks(letter))
                 if not execution.statistics:
                     return x_BTD, aux, None
                 return x_BTD, aux, LayerStatistics(attention, statistics.of_activations(x_BTD, seg_BT))
@@ -244,7 +243,8 @@ def apply_in_zigzag(
     x_BTD, total, measured = look_up(params["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}, {}
     for group, letters, _ in model.groups:
         if group == "periods":
-            x_BTD, (by_period, measured[group]) = jax.lax.scan(functools.partial(layers, letters), x_BTD, params[group])
+            scanned = functools.partial(layers, letters)
+            x_BTD, (by_period, measured[group]) = jax.lax.scan(scanned, x_BTD, params[group], unroll=execution.unroll)
             aux = jax.tree.map(lambda values: values.sum(0), by_period)
         else:
             x_BTD, (aux, measured[group]) = layers(letters, x_BTD, params[group])
@@ -279,8 +279,8 @@ def layer_by_layer(
     x_BTD = look_up(weights["embed"], tokens_BT, execution.dtype) * model.embed_scale
     states = []
     for letter, leaves, attend in zip(model.layers, weights["layers"], attends, strict=True):
-        mlp_chunk = execution.mlp_chunk if tokens_BT.shape[1] > 1 else None
-        x_BTD, _, state = bind(model, letter, leaves, execution)(x_BTD, pos_BT, attend, mlp_chunk)
+        chunks = execution.mlp_chunks(letter) if tokens_BT.shape[1] > 1 else None
+        x_BTD, _, state = bind(model, letter, leaves, execution)(x_BTD, pos_BT, attend, chunks)
         states.append(state)
     return final_norm(model, weights, x_BTD), states
 

@@ -125,7 +125,8 @@ def all_gathered(part: jax.Array, axes: tuple[str, ...], axis: int, **to: str) -
     Over one mesh axis after the other: a TPU's compiler makes an all-reduce of twice the bytes of one over several.
     """
     for name in reversed(axes):
-        part = jax.lax.all_gather(part, name, axis=axis, tiled=True, **to)
+        if to or jax.lax.axis_size(name) > 1:  # over one device it copies, and may change the type
+            part = jax.lax.all_gather(part, name, axis=axis, tiled=True, **to)
     return part
 
 
