@@ -20,8 +20,8 @@ import jax
 import tqdm
 from absl import flags
 
-from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn import allocator, compiled, files, programs
+from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import haystack, heldout, limits, report, ruler, suite
 from hybrid_attn.evals.provenance import provenance, trained_length
