@@ -19,7 +19,7 @@ ALLOWED["config_older"] |= {"configs"}  # the defaults of keys that older config
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
 ALLOWED |= {room: set() for room in ("quiet", "characters")} | {"files": {"trees"}}
 ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet", "characters"}, "stored": {"files"}}
-ALLOWED |= {"merge": {"trees"}, "compiled": set()}
+ALLOWED |= {"merge": {"trees"}, "compiled": set(), "allocator": set()}
 ALLOWED["checkpoint"] |= {"stored", "files"}
 ALLOWED["parallel"] |= {"files"}  # messages between processes are JSON objects
 ALLOWED["convert"] |= {"files"}
@@ -27,7 +27,7 @@ ALLOWED["infer"] |= {"data", "checkpoint", "files"}
 ALLOWED["evals"] |= {"data", "files", "characters"}
 ALLOWED["data"] |= {"files", "characters"}
 ALLOWED["train"] |= {"data", "checkpoint", "compiled", "files", "stored"}
-ALLOWED["bench"] = {*LEFT_TO_RIGHT, "convert", "data", "checkpoint", "files", "config_file"}
+ALLOWED["bench"] = {*LEFT_TO_RIGHT, "convert", "data", "checkpoint", "files", "config_file", "allocator"}
 ALLOWED["plan"] = ALLOWED["bench"] | {"bench"}
 ALLOWED |= {"configs": set(), "commands": set(ALLOWED) | {"configs"}}
 
