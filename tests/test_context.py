@@ -10,6 +10,7 @@ from conftest import assert_close, biggest_array, layout, mesh_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hybrid_attn import kernels
 from hybrid_attn.kernels import AttentionOptions, Keys, Queries, tpu
 from hybrid_attn.kernels.softmax import merged
 from hybrid_attn.parallel import context
@@ -175,6 +176,20 @@ def test_a_ring_never_holds_the_keys_of_all_shards_forward_or_backward(zigzag):
             return biggest_array(jax.grad(functools.partial(total, scheme), (0, 1, 2)), q, k, k, pos, seg, inside="shard_map")
 
         assert biggest("ring") < B * T * K * H <= biggest("gather")
+
+
+@pytest.mark.parametrize("kernel_pass", ["forward", "backward"])
+def test_a_zigzag_ring_runs_a_kernel_for_each_pair_of_slices_that_see_each_other(kernel_pass, monkeypatch):
+    calls, kernel, shards = [], kernels.KERNELS["blocked"], 4
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: calls.append(None))
+        return getattr(kernel, kernel_pass)(*arguments)
+
+    monkeypatch.setitem(kernels.KERNELS, "blocked", kernel._replace(**{kernel_pass: counted}))
+    assert_as_on_one_device("ring", True, {"context": shards})
+    jax.effects_barrier()
+    assert len(calls) == 2 * shards * (2 * shards + 1) // 2  # a slice sees itself and those before it
 
 
 def test_a_ring_of_cudnn_is_refused():

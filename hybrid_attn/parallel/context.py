@@ -25,6 +25,7 @@ from hybrid_attn.kernels.softmax import merged
 from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT, spec_of
 
 AXIS = "context"
+SlicePair = tuple[int | jax.Array, int | jax.Array]  # which slice of the queries, and which of the keys
 
 
 class ContextOptions(NamedTuple):
@@ -227,28 +228,58 @@ def _ring_attend(options: ContextOptions, queries: Queries, keys: Keys) -> Pair:
 
 
 def _ring_forward(options: ContextOptions, queries: Queries, keys: Keys):
-    kernel, slices = kernels.KERNELS[options.kernel], _split(queries, options.slices)
+    kernel = kernels.KERNELS[options.kernel]
 
-    def add_keys(results: list, keys: Keys) -> list:
-        results, parts = list(results), _split(keys, options.slices)
-        for a, b in _visible(options):
-            results[a] = merged(results[a], kernel.forward(options.attention, slices[a], parts[b]))
+    def add_keys(results: Pair, keys: Keys, pairs: list[SlicePair]) -> Pair:
+        for a, b in pairs:
+            new = kernel.forward(options.attention, _slice(queries, a, options), _slice(keys, b, options))
+            results = _with_slice(results, a, merged(_slice(results, a, options), new), options)
         return results
 
-    def step(carry, _):
+    def step(carry, distance):
         results, keys = carry
-        return (add_keys(results, keys), _to_next_shard(keys)), None  # the next keys travel meanwhile
+        next_keys = _to_next_shard(keys)  # they travel meanwhile
+        return (add_keys(results, keys, _visible(options, distance)), next_keys), None
 
-    empty = [(jnp.zeros(x.q_BTNH.shape, jnp.float32), jnp.full(x.q_BTNH.shape[:3], -jnp.inf)) for x in slices]
-    carry, _ = jax.lax.scan(step, (empty, keys), None, length=jax.lax.axis_size(AXIS) - 1)
-    o_BTNH, lse_BTN = _concatenate(add_keys(*carry))
+    c, shape = jax.lax.axis_size(AXIS), queries.q_BTNH.shape
+    results = jnp.zeros(shape, jnp.float32), jnp.full(shape[:3], -jnp.inf)
+    results = add_keys(results, keys, _visible_at_first(options))
+    (results, keys_of_last), _ = jax.lax.scan(step, (results, keys), jnp.arange(c - 1))
+    o_BTNH, lse_BTN = add_keys(results, keys_of_last, _visible(options, c - 1))
     outputs = kernels.name_outputs(o_BTNH.astype(queries.q_BTNH.dtype), lse_BTN)
     return outputs, (queries, keys, outputs)
 
 
-def _visible(options: ContextOptions) -> list[tuple[int, int]]:
-    """Which slices of one shard may see which of another: an early one never sees a late one."""
-    return [(0, 0), (1, 0), (1, 1)] if options.zigzag else [(0, 0)]
+def _visible_at_first(options: ContextOptions) -> list[SlicePair]:
+    """What `_visible` leaves out of a shard's own keys: its early slice sees itself."""
+    return [(0, 0)] if options.zigzag else []
+
+
+def _visible(options: ContextOptions, distance: int | jax.Array) -> list[SlicePair]:
+    """Slices (a, b) of this shard's queries and of the keys of the shard `distance` before it on the ring, where a may see b.
+
+    In zigzag order a late slice sees every early one, and beside it either the early slice sees the early one or the late slice
+    the late one, by which of the two shards comes first.
+    """
+    if not options.zigzag:
+        return [(0, 0)]
+    is_before = (0 < distance) & (distance <= jax.lax.axis_index(AXIS))
+    same = jnp.where(is_before, 0, 1)
+    return [(1, 0), (same, same)]
+
+
+def _slice(tree: Any, i: int | jax.Array, options: ContextOptions) -> Any:
+    """Slice i of every array of a shard."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * _size(x, options), _size(x, options), 1), tree)
+
+
+def _with_slice(tree: Any, i: int | jax.Array, part: Any, options: ContextOptions) -> Any:
+    """Every array of a shard with a new slice i."""
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * _size(x, options), 1), tree, part)
+
+
+def _size(x_BT: jax.Array, options: ContextOptions) -> int:
+    return x_BT.shape[1] // options.slices
 
 
 def _to_next_shard(tree: Any) -> Any:
@@ -260,30 +291,31 @@ def _to_next_shard(tree: Any) -> Any:
 def _ring_backward(options: ContextOptions, residuals, grads: Pair):
     """Keys travel round the ring again, and the gradients of keys and values with them back to their own shard."""
     queries, keys, outputs = residuals
-    kernel, slices = kernels.KERNELS[options.kernel], _split(queries, options.slices)
-    results = _split((outputs, grads), options.slices)  # of all keys
+    kernel, c = kernels.KERNELS[options.kernel], jax.lax.axis_size(AXIS)
 
-    def add_gradients(dq, keys: Keys, dkv):
-        dq, dkv = list(dq), [list(x) for x in _split(dkv, options.slices)]
-        parts = _split(keys, options.slices)
-        for a, b in _visible(options):
-            new_dq, *new_dkv = kernel.backward(options.attention, slices[a], parts[b], *results[a])
-            dq[a] += new_dq.astype(jnp.float32)
-            dkv[b] = [x + new.astype(jnp.float32) for x, new in zip(dkv[b], new_dkv, strict=True)]
-        return dq, tuple(_concatenate(dkv))
+    def add(total: Any, i, term: Any) -> Any:
+        terms = jax.tree.map(lambda x, y: x + y.astype(jnp.float32), _slice(total, i, options), term)
+        return _with_slice(total, i, terms, options)
 
-    def step(carry, _):
+    def add_gradients(dq, keys: Keys, dkv, pairs: list[SlicePair]):
+        for a, b in pairs:
+            of_a = _slice((queries, outputs, grads), a, options)  # the outputs are those of all keys
+            new_dq, *new_dkv = kernel.backward(options.attention, of_a[0], _slice(keys, b, options), *of_a[1:])
+            dq, dkv = add(dq, a, new_dq), add(dkv, b, tuple(new_dkv))
+        return dq, dkv
+
+    def step(carry, distance):
         dq, keys, dkv = carry
-        dq, dkv = add_gradients(dq, keys, dkv)
+        dq, dkv = add_gradients(dq, keys, dkv, _visible(options, distance))
         return (dq, _to_next_shard(keys), _to_next_shard(dkv)), None
 
-    zeros = [jnp.zeros(x.q_BTNH.shape, jnp.float32) for x in slices]
-    dkv = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys.k_BSKH, keys.v_BSKH))
-    carry, _ = jax.lax.scan(step, (zeros, keys, dkv), None, length=jax.lax.axis_size(AXIS) - 1)
-    dq, dkv = add_gradients(*carry)
+    dq, *dkv = (jnp.zeros(x.shape, jnp.float32) for x in (queries.q_BTNH, keys.k_BSKH, keys.v_BSKH))
+    dq, dkv = add_gradients(dq, keys, tuple(dkv), _visible_at_first(options))
+    (dq, keys_of_last, dkv), _ = jax.lax.scan(step, (dq, keys, dkv), jnp.arange(c - 1))
+    dq, dkv = add_gradients(dq, keys_of_last, dkv, _visible(options, c - 1))
     dk_BSKH, dv_BSKH = _to_next_shard(dkv)
     dkeys = Keys(dk_BSKH.astype(keys.k_BSKH.dtype), dv_BSKH.astype(keys.v_BSKH.dtype), None, None)
-    return Queries(jnp.concatenate(dq, 1).astype(queries.q_BTNH.dtype), None, None), dkeys
+    return Queries(dq.astype(queries.q_BTNH.dtype), None, None), dkeys
 
 
 _ring_attend.defvjp(_ring_forward, _ring_backward)
