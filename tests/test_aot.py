@@ -133,6 +133,7 @@ def test_a_whole_step_compiles_without_queries_by_keys_or_tokens_by_words_and_fi
     assert report["squares"] == [] and report["logits"] == []
     assert report["arguments"] <= PLANS[case][3] * GB
     assert report["temporaries"] <= PLANS[case][4] * GB
+    assert case != SPARING or report["peak"] < 9.52 * GB, "MaxText needs less, with global layers alone"
     assert report["peak"] <= report["memory"]
 
 
@@ -151,13 +152,6 @@ def test_a_whole_step_on_an_h100_runs_fused_attention_in_each_layer_and_copies_l
         assert len(launched) <= 50 * PERIODS  # with XLA's loops in search of the keys of each query up to 523
         # What XLA takes apart of products that it has joined: values, and the gradient of the output.
         assert sum(size for kernel, _, size in launched if kernel in ("copy", "transpose")) <= 16 * 10**6 * PERIODS
-
-
-def test_a_ring_and_offloading_save_memory_in_a_whole_step_of_a_million_tokens():
-    """MaxText needs 9.52 GB at the peak, with global layers alone (docs/results/meshes.md)."""
-    if reason := skip_reason(PLANS[SPARING][0]):
-        pytest.skip(reason)
-    assert compiled("plan", SPARING)[SPARING]["peak"] < 9.52 * GB
 
 
 def test_most_weights_and_gradients_of_a_whole_step_arrive_while_the_chip_computes():
@@ -370,6 +364,7 @@ def lower_step(tiny, mesh, shape: str, kernel: str):
     import jax
     from jax.sharding import NamedSharding
 
+    from hybrid_attn.kernels import KERNELS
     from hybrid_attn.model import execution_on
     from hybrid_attn.parallel.mesh import TOKENS_BT
     from hybrid_attn.train.step import abstract_state, make_step
@@ -377,14 +372,12 @@ def lower_step(tiny, mesh, shape: str, kernel: str):
     c = tiny(
         STEPS[shape] | {"model.head_dim": 128}, L={"window": WINDOW, "rope_theta": 10000.0, "sink": True}, G={"qk_norm": "rms"}
     )
-    execution = execution_on("tpu", c.model, c.train)._replace(kernel=kernel)
+    execution = execution_on(KERNELS[kernel].platforms[0], c.model, c.train)._replace(kernel=kernel)
     step = make_step(c.at(0), execution)
     rows = mesh.shape["slice"]
-    kinds = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "weights": "float32"}
-    kinds["bytes"] = "float32"
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, S), kind, sharding=NamedSharding(mesh, TOKENS_BT)) for name, kind in kinds.items()
-    }
+    kinds = dict.fromkeys(("tokens", "targets", "positions", "segments"), "int32") | {"weights": "float32", "bytes": "float32"}
+    sharding = NamedSharding(mesh, TOKENS_BT)
+    batch = {name: jax.ShapeDtypeStruct((rows, S), kind, sharding=sharding) for name, kind in kinds.items()}
     return step.lower(abstract_state(c, mesh), batch)
 
 
