@@ -36,7 +36,8 @@ class Execution(NamedTuple):
     logits and the final norm. `dot` multiplies activations with every matrix of a layer, and with the table of the logits: a
     product of quantised numbers.
 
-    `compiler_options` are XLA's, for the step of training.
+    `compiler_options` are XLA's, for the step of training. With `vectors`, a decoded token is multiplied by batches of products
+    of a vector with a matrix (`infer/products.py`), which XLA for CPUs computes on all cores.
 
     With `statistics` the layers measure themselves (`statistics.py`) in the forward pass of training.
     """
@@ -52,6 +53,7 @@ class Execution(NamedTuple):
     dot: Dot = jax.lax.dot_general
     statistics: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
+    vectors: bool = False
 
 
 def execution_on(platform: str, model: Model, train: Train) -> Execution:
@@ -71,4 +73,4 @@ def execution_on(platform: str, model: Model, train: Train) -> Execution:
         )
     options = OVERLAP if train.overlap and platform == "tpu" else ()
     arguments = jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk
-    return Execution(*arguments, compiler_options=options)
+    return Execution(*arguments, compiler_options=options, vectors=platform == "cpu")
