@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from hybrid_attn import kernels
 from hybrid_attn.infer.cache.shapes import LayerCache, LayerSettings, partition_specs, slot_numbers
+from hybrid_attn.infer.products import MIN_SIZE
 from hybrid_attn.kernels.interface import Pair
 from hybrid_attn.kernels.reference import visible_BTS
 from hybrid_attn.kernels.softmax import finite_or_zero, log_sum_exp, merged, soft_cap
@@ -237,9 +238,9 @@ def _attend_one(settings: LayerSettings, queries: tuple, keys: tuple) -> Pair:
 
 
 def _products(vectors: bool, q_BKGH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
-    """Products of queries and keys [B, K, G, S] in float32; with `vectors`, of one query head after the other."""
+    """Products of queries and keys [B, K, G, S] in float32; with `vectors` and many keys, of one query head after the other."""
     G = q_BKGH.shape[2]
-    if vectors and G <= MAX_VECTORS and k_BKSH.dtype == jnp.float32:
+    if vectors and G <= MAX_VECTORS and k_BKSH.size >= MIN_SIZE and k_BKSH.dtype == jnp.float32:
         return jnp.stack([jnp.einsum("BKSH,BKH->BKS", k_BKSH, q_BKGH[:, :, g]) for g in range(G)], 2)
     # This order of the einsum is the faster one on a CPU.
     return jnp.einsum("BKSH,BKGH->BKSG", k_BKSH, q_BKGH, preferred_element_type=jnp.float32).swapaxes(2, 3)
