@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from hybrid_attn.model import Execution
+from hybrid_attn.model.execution import MIN_SIZE, Execution
 
 PARTS = 4
-MIN_SIZE = 2**16  # entries of a matrix: products with smaller ones gain nothing
 
 
 def for_one_token(execution: Execution) -> Execution:

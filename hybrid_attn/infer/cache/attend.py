@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from hybrid_attn import kernels
 from hybrid_attn.infer.cache.shapes import LayerCache, LayerSettings, partition_specs, slot_numbers
-from hybrid_attn.infer.products import MIN_SIZE
 from hybrid_attn.kernels.interface import Pair
 from hybrid_attn.kernels.reference import visible_BTS
 from hybrid_attn.kernels.softmax import finite_or_zero, log_sum_exp, merged, soft_cap
+from hybrid_attn.model.execution import MIN_SIZE
 from hybrid_attn.parallel.context import AXIS, chunk_segments
 from hybrid_attn.parallel.mesh import spec_of
 
