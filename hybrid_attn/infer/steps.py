@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import Model
 from hybrid_attn.infer.cache.attend import attend as attend_in_cache
 from hybrid_attn.infer.cache.shapes import Cache, LayerCache, LayerSettings
+from hybrid_attn.infer.products import for_one_token
 from hybrid_attn.infer.sampling import Sampling, sample
 from hybrid_attn.model import Execution, logits
 from hybrid_attn.model.attention import Attend, attention_options
@@ -62,7 +63,7 @@ def extend(
 
     def cached(letter: str, layer: LayerCache) -> Attend:
         options, chunk = attention_options(config.model, letter), config.model.kinds[letter].chunk
-        settings = LayerSettings(options, chunk, config.execution.kernel, config.span)
+        settings = LayerSettings(options, chunk, config.execution.kernel, config.span, config.execution.vector_products)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
             qkv = q_BTNH, k_BTKH, v_BTKH
@@ -100,6 +101,7 @@ def score(config: StepConfig, weights, cache: Cache, tokens_BT, targets_BT, coun
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
 def decode(config: StepConfig, sampling: Sampling, weights, state: DecodeState, part: DecodeSlice):
     """(state, (tokens [B, SLICE], log-probabilities, number of tokens, done requests)), the latter on every device."""
+    config = config._replace(execution=for_one_token(config.execution))
     zeros_BT = jnp.zeros((part.done_B.shape[0], SLICE), jnp.int32, out_sharding=P(BATCH, None))
 
     def unfinished(carry):

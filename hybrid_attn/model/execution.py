@@ -20,6 +20,7 @@ OVERLAP = (
     ("xla_tpu_enable_async_collective_fusion_multiple_steps", "true"),
     ("xla_tpu_overlap_compute_collective_tc", "true"),
 )
+MIN_SIZE = 2**16  # entries of a matrix: `vector_products` gain nothing for smaller ones
 CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as all tokens at once, recomputation included
 
 
@@ -46,7 +47,8 @@ class Execution(NamedTuple):
     logits and the final norm. `dot` multiplies activations with every matrix of a layer, and with the table of the logits: a
     product of quantised numbers.
 
-    `compiler_options` are XLA's, for the step of training.
+    `compiler_options` are XLA's, for the step of training. With `vector_products`, a decoded token is multiplied by batches of
+    products of a vector with a matrix (`infer/products.py`), which XLA for CPUs computes on all cores.
 
     With `statistics` the layers measure themselves (`statistics.py`) in the forward pass of training.
     """
@@ -63,6 +65,7 @@ class Execution(NamedTuple):
     dot: Dot = jax.lax.dot_general
     statistics: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
+    vector_products: bool = False
 
     def mlp_chunks(self, letter: str) -> Chunks | None:
         """The chunks of the feed-forward of a layer type. Without rematerialisation all activations are kept."""
@@ -86,4 +89,4 @@ def execution_on(platform: str, model: Model, train: Train) -> Execution:
         )
     options = OVERLAP if train.overlap and platform == "tpu" else ()
     arguments = jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk, train.unroll
-    return Execution(*arguments, compiler_options=options)
+    return Execution(*arguments, compiler_options=options, vector_products=platform == "cpu")

@@ -47,12 +47,13 @@ class Cache(NamedTuple):
 
 
 class LayerSettings(NamedTuple):
-    """What is static in one layer's attention to its cache. `span` is explained in `cache/attend.py`."""
+    """What is static in one layer's attention to its cache. `cache/attend.py` explains `span`, and `Execution` `vector_products`."""
 
     attention: AttentionOptions
     chunk: int | None
     kernel: str
     span: int
+    vector_products: bool
 
     @property
     def is_ring(self) -> bool:
