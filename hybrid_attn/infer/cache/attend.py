@@ -226,7 +226,7 @@ def _attend_one(settings: LayerSettings, queries: tuple, keys: tuple) -> Pair:
     (q_BTNH, q_position_BKT, q_segment_B1T), (k_BKSH, v_BKSH, position_BKS, segment_BKS) = queries, keys
     (B, _, N, H), K, options = q_BTNH.shape, k_BKSH.shape[1], settings.attention
     q_BKGH = q_BTNH.reshape(B, K, N // K, H)
-    s_BKGS, _ = soft_cap(options.scale * _products(settings.vector_products, q_BKGH, k_BKSH), options.softcap)
+    s_BKGS, _ = soft_cap(options.scale * _scores(settings.vector_products, q_BKGH, k_BKSH), options.softcap)
     visible_BK1S = visible_BTS(q_position_BKT, position_BKS, q_segment_B1T, segment_BKS, options.window)
     s_BKGS = jnp.where(visible_BK1S, s_BKGS, -jnp.inf)
     max_BKG = s_BKGS.max(-1)
@@ -237,8 +237,8 @@ def _attend_one(settings: LayerSettings, queries: tuple, keys: tuple) -> Pair:
     return o_B1NH, lse_BKG.reshape(B, 1, N)
 
 
-def _products(vector_products: bool, q_BKGH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
-    """Products of queries and keys [B, K, G, S] in float32; with `vector_products` and many keys, of one query head after the other."""
+def _scores(vector_products: bool, q_BKGH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    """Scores [B, K, G, S] in float32, without the scale; of many keys, with `vector_products`, for one query head at a time."""
     G = q_BKGH.shape[2]
     if vector_products and G <= MOST_QUERY_HEADS and k_BKSH.size >= MIN_SIZE and k_BKSH.dtype == jnp.float32:
         return jnp.stack([jnp.einsum("BKSH,BKH->BKS", k_BKSH, q_BKGH[:, :, g]) for g in range(G)], 2)

@@ -47,7 +47,10 @@ class Cache(NamedTuple):
 
 
 class LayerSettings(NamedTuple):
-    """What is static in one layer's attention to its cache. `cache/attend.py` explains `span`, and `Execution` `vector_products`."""
+    """What is static in one layer's attention to its cache.
+
+    `cache/attend.py` explains `span`, and `Execution` explains `vector_products`.
+    """
 
     attention: AttentionOptions
     chunk: int | None
