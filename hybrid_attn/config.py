@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from hybrid_attn import trees
 from hybrid_attn.config_model import (
     LONGEST,
+    MLP,
     LayerType,
     Model,
     RopeScaling,

@@ -39,11 +39,21 @@ class Temperature:
 
 
 @dataclasses.dataclass(frozen=True)
+class MLP:
+    """The feed-forward of a layer type."""
+
+    type: str
+
+    def __post_init__(self):
+        check_fields(self, "mlp")
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerType:
     """What one letter of the pattern means: its mixer and feed-forward, which keys a query sees, how positions enter."""
 
     mixer: str
-    mlp: str
+    mlp: MLP
     window: int | None = within(1, 2**31 - 1, aliases=("sliding_window",))
     chunk: int | None = within(1, 2**31 - 1, aliases=("attention_chunk_size",))
     rope_theta: float | None = within(1, 10**18, above=True, aliases=("theta", "rope_base"))

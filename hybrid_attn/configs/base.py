@@ -16,7 +16,8 @@ def kind(**changes) -> ConfigDict:
     """A layer type: full causal attention without positions or other options, except for `changes`."""
     k = ConfigDict()
     k.mixer = "attention"  # how tokens exchange information: a name in `MIXERS` of hybrid_attn/model/transformer.py
-    k.mlp = "gated"  # the feed-forward: a name in `MLPS` there
+    k.mlp = ConfigDict()
+    k.mlp.type = "gated"  # the feed-forward: a name in `MLPS` there
     k.window = None  # number of keys that a query sees, itself included; None = all earlier keys
     k.chunk = None  # tokens; a query sees only keys of its own chunk (Llama 4); excludes a window
     k.rope_theta = None  # base of the rotary frequencies; None = no positions (NoPE)

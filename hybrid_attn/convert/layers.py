@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from hybrid_attn import config
-from hybrid_attn.config import LayerType, Model, RopeScaling, Temperature, score_scale
+from hybrid_attn.config import MLP, LayerType, Model, RopeScaling, Temperature, score_scale
 from hybrid_attn.trees import check
 
 LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
@@ -20,7 +20,7 @@ LARGEST = {  # several times the sizes of the largest public models; products of
 }  # fmt: skip
 NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
 PLAIN = LayerType(
-    mixer="attention", mlp="gated",
+    mixer="attention", mlp=MLP("gated"),
     window=None, chunk=None, rope_theta=None, rope_fraction=1.0, rope_scaling=NO_SCALING,
     qk_norm="none", qk_norm_scope="head_dim", qk_norm_after_rope=False, scale=None, softcap=None,
     temperature=Temperature("none", 0.1, 8192), sink=False, gate="none",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_attn.config import Model
+from hybrid_attn.config import LayerType, Model
 from hybrid_attn.model.execution import Chunks
 from hybrid_attn.model.params import Dot, cast, linear
 from hybrid_attn.parallel.mesh import all_gathered, spec_of, width_axes
@@ -25,14 +25,14 @@ ACTIVATIONS = {
 class GatedMLP(nnx.Module):
     """Gated feed-forward: down(act(gate x) * up x)."""
 
-    def __init__(self, model: Model, *, rngs: nnx.Rngs):
+    def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs):
         D, F, std = model.d_model, model.d_ff, model.init_std
         self.activation = model.activation
         self.gate = linear(rngs, (D, F), ("embed", "mlp"), std)
         self.up = linear(rngs, (D, F), ("embed", "mlp"), std)
         self.down = linear(rngs, (F, D), ("mlp", "embed"), std)
 
-    def __call__(self, x_BTD: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, dict]:
+    def __call__(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, dict]:
         """The output [B, T, D], and no scalars."""
         if chunks is not None:
             weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
