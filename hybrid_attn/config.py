@@ -22,6 +22,7 @@ from hybrid_attn.config_model import (
     Model,
     RopeScaling,
     Temperature,
+    mlp_width,
     output_scale,
     reach,
     rotated_dims,

@@ -33,7 +33,7 @@ def completed(values: Mapping) -> dict:
     _add(kinds, trees.plain(base.kind()), "mixer", "mlp")
     for kind in kinds:
         if isinstance(kind["mlp"], str):  # the type alone
-            kind["mlp"] = {"type": kind["mlp"]}
+            kind["mlp"] = trees.plain(base.moe(type=kind["mlp"]))
     return values
 
 

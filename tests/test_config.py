@@ -104,7 +104,8 @@ OPTIONAL |= {"unembed_init_std"}
 
 
 def is_optional(path):
-    return path.rpartition(".")[2] in OPTIONAL and not path.endswith("temperature.scale") and path != "evals.tokens"
+    name, exceptions = path.rpartition(".")[2], ("temperature.scale", "evals.tokens")
+    return path.endswith("mlp.d_ff") or (name in OPTIONAL and not path.endswith(exceptions))
 
 
 @pytest.mark.parametrize("path", KEYS)

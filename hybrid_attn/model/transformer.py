@@ -23,6 +23,7 @@ from hybrid_attn.model.attention import Attend, Attention, attention_options
 from hybrid_attn.model.execution import Chunks, Execution
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.model.mlp import GatedMLP
+from hybrid_attn.model.moe import MoE
 from hybrid_attn.model.parametrisation import parametrised
 from hybrid_attn.model.params import Dot, Linear, Norm, ParamSpec, embedding, map_weights, weights_of
 from hybrid_attn.model.statistics import LayerStatistics
@@ -76,7 +77,7 @@ class FeedForward(Protocol):
 
 
 MIXERS: dict[str, type[Mixer]] = {"attention": Attention}
-MLPS: dict[str, type[FeedForward]] = {"gated": GatedMLP}
+MLPS: dict[str, type[FeedForward]] = {"gated": GatedMLP, "moe": MoE}
 
 
 class Block(nnx.Module):
@@ -234,7 +235,7 @@ def apply_in_zigzag(
                 x_BTD, aux, attention = block(x_BTD, pos_BT, seg_BT, attends[letter], execution.mlp_chunks(letter))
                 if not execution.statistics:
                     return x_BTD, aux, None
-                return x_BTD, aux, LayerStatistics(attention, statistics.of_activations(x_BTD, seg_BT))
+                return x_BTD, aux, LayerStatistics(attention, statistics.of_activations(x_BTD, seg_BT), aux)
 
             with jax.named_scope(letter), jax.named_scope(name):  # a profile sums over the layers of a type
                 x_BTD, aux, measured[name] = CHECKPOINTS[execution.remat[letter]](layer)(leaves[name], x_BTD)
