@@ -144,6 +144,18 @@ def test_every_mesh_computes_the_loss_the_metrics_and_the_gradients_of_one_devic
     assert_close(got, on_one_device, 1e-5)
 
 
+def test_another_product_is_used_with_the_matrices_of_experts(one_device, on_one_device):
+    c, shapes = with_experts(), set()
+
+    def dot(x, weight, *args, **options):
+        shapes.add(weight.shape)
+        return jax.lax.dot_general(x, weight, *args, **options)
+
+    got = loss_and_grads(c.model, REFERENCE._replace(dot=dot), random_params(c.model), on_mesh(BATCH))
+    assert_close(jax.device_get(got), on_one_device, 1e-5)
+    assert {(D, 7), (D, 24), (24, D), (D, 48), (48, D), (D, 6)} <= shapes
+
+
 def test_padding_is_routed_nowhere_and_changes_nothing(one_device, on_one_device):
     c = with_experts()
     tokens = np.where(BATCH["segments"] == 0, (BATCH["tokens"] + 77) % 384, BATCH["tokens"])

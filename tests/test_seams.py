@@ -111,7 +111,7 @@ def test_specs_say_what_toys_cost_and_what_decays(toys):
     [
         ({"optim.optimiser": "adam"}, "optim.optimiser='adam' is not one of 'adamw', .*; did you mean 'adamw'"),
         ({"model.kinds.L.mixer": "atention"}, "model.kinds.L.mixer='atention' is not one of 'attention'; did you mean"),
-        ({"model.kinds.G.mlp.type": "gate"}, "model.kinds.G.mlp.type='gate' is not one of 'gated', 'moe'; did you mean 'gated'"),
+        ({"model.kinds.G.mlp.type": "gate"}, "kinds.G.mlp.type='gate' is not one of 'gated', 'moe'; did you mean 'gated'"),
     ],
 )
 def test_a_name_that_no_table_has_is_an_error_with_the_nearest(changes, message):
