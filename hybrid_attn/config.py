@@ -17,10 +17,12 @@ from fnmatch import fnmatchcase
 from hybrid_attn import trees
 from hybrid_attn.config_model import (
     LONGEST,
+    MLP,
     LayerType,
     Model,
     RopeScaling,
     Temperature,
+    mlp_width,
     output_scale,
     reach,
     rotated_dims,

@@ -39,11 +39,43 @@ class Temperature:
 
 
 @dataclasses.dataclass(frozen=True)
+class MLP:
+    """The feed-forward of a layer type."""
+
+    type: str
+    d_ff: int | None = within(1, 2**24, aliases=("moe_intermediate_size", "expert_dim"))
+    experts: int = within(1, 2**16, aliases=("num_experts", "num_local_experts", "n_routed_experts"))
+    top_k: int = within(1, 2**16, aliases=("num_experts_per_tok", "moe_top_k"))
+    router: str = one_of("softmax", "sigmoid")
+    renormalise: bool = trees.named("norm_topk_prob")
+    route_scale: float = within(0, 10**6, above=True, aliases=("routed_scaling_factor",))
+    shared_experts: int = within(0, 2**10, aliases=("num_shared_experts", "n_shared_experts"))
+    shared_combine: str = one_of("sum", "average")
+    shared_gate: bool
+    balance_loss: float = within(0, 10**6, aliases=("router_aux_loss_coef",))
+    z_loss: float = within(0, 10**6)
+
+    def __post_init__(self):
+        check_fields(self, "mlp")
+        enough = self.top_k <= self.experts
+        check(enough, f"mlp.top_k={self.top_k} is above mlp.experts={self.experts}; use at most {self.experts}")
+        about_shared = [
+            f"mlp.{name}={value!r}"
+            for name, value in (("shared_combine", self.shared_combine), ("shared_gate", self.shared_gate))
+            if value not in ("sum", False)
+        ]
+        check(
+            not about_shared or self.shared_experts > 0,
+            f"{' and '.join(about_shared)} does nothing with mlp.shared_experts=0; use 1 or more",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerType:
     """What one letter of the pattern means: its mixer and feed-forward, which keys a query sees, how positions enter."""
 
     mixer: str
-    mlp: str
+    mlp: MLP
     window: int | None = within(1, 2**31 - 1, aliases=("sliding_window",))
     chunk: int | None = within(1, 2**31 - 1, aliases=("attention_chunk_size",))
     rope_theta: float | None = within(1, 10**18, above=True, aliases=("theta", "rope_base"))
@@ -175,6 +207,11 @@ def reach(layer_type: LayerType) -> str | None:
 def rotated_dims(model: Model, layer_type: LayerType) -> int:
     """Dimensions of a head that are rotated; the others carry no position."""
     return round(model.head_dim * layer_type.rope_fraction)
+
+
+def mlp_width(model: Model, layer_type: LayerType) -> int:
+    """The width of the feed-forward of a layer type, or of one of its experts."""
+    return model.d_ff if layer_type.mlp.d_ff is None else layer_type.mlp.d_ff
 
 
 def score_scale(model: Model, layer_type: LayerType) -> float:

@@ -29,7 +29,11 @@ def completed(values: Mapping) -> dict:
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     _add(stages, defaults["stages"][0], *NEW_STAGE)
     _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")
-    _add(kinds.values() if isinstance(kinds, dict) else (), base.kind(), "mixer", "mlp")
+    kinds = [kind for kind in kinds.values() if isinstance(kind, dict)] if isinstance(kinds, dict) else []
+    _add(kinds, trees.plain(base.kind()), "mixer", "mlp")
+    for kind in kinds:
+        if isinstance(kind["mlp"], str):  # the type alone
+            kind["mlp"] = trees.plain(base.moe(type=kind["mlp"]))
     return values
 
 

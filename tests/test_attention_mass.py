@@ -20,7 +20,7 @@ from hybrid_attn.evals.attention import SEGMENTS
 from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries
 from hybrid_attn.evals.needle_prompts import NeedlePrompt
 from hybrid_attn.model import attention_sums
-from hybrid_attn.model.transformer import in_packed, layer_by_layer, unstacked
+from hybrid_attn.model.transformer import Tokens, in_packed, layer_by_layer, unstacked
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
 
 B, T, N, K, H, Q = 2, 48, 4, 2, 8, 24  # more queries than a row has, beyond the reach of the windows
@@ -143,9 +143,8 @@ def watched_weights(eval_model, prompt):
     @jax.jit
     def through(params):
         weights = unstacked(eval_model.model, params, jnp.float32)
-        return layer_by_layer(eval_model.model, weights, tokens, pos, [watched(x) for x in eval_model.model.layers], execution)[
-            1
-        ]
+        attends = [watched(x) for x in eval_model.model.layers]
+        return layer_by_layer(eval_model.model, weights, Tokens(tokens, pos, seg), attends, execution)[1]
 
     dense = []
     for letter, (q, k, sinks) in zip(eval_model.model.layers, jax.device_get(through(eval_model.params)), strict=True):

@@ -76,6 +76,7 @@ def test_every_key_of_the_defaults_has_a_field_and_every_field_a_default():
     check(config.LayerType, base.kind())
     check(config.RopeScaling, base.kind().rope_scaling)
     check(config.Temperature, base.kind().temperature)
+    check(config.MLP, base.kind().mlp)
 
 
 def test_the_baseline_differs_from_the_hybrid_in_its_kinds_of_layers_alone():
@@ -99,6 +100,7 @@ def test_names_of_before_are_errors_that_give_todays_and_older_checkpoints_are_r
     older["train"] |= {"balance": older["train"].pop("zigzag"), "context": "G=exchange"}
     del older["optim"]["optimiser"], older["stages"][0]["objective"], older["stages"][0]["model_changes"]
     del older["model"]["kinds"]["G"]["mixer"], older["model"]["kinds"]["L"]["mlp"], older["model"]["prefix"]
+    older["model"]["kinds"]["G"]["mlp"] = "gated"
     assert config.upgraded(older) == values == config.upgraded(values)
 
 

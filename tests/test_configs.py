@@ -131,7 +131,7 @@ def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and
 
     monkeypatch.setattr(loop, "first_state", start)  # which makes the parameters
     monkeypatch.setattr(loop, "load_tokenizer", functools.cache(load_tokenizer))
-    assert len(SHIPPED) == 48
+    assert len(SHIPPED) == 52
     for name in SHIPPED:
         ids = shipped(name, texts)["model"]["vocab_size"]
         overrides = {"mesh.tensor": 1}
@@ -164,6 +164,7 @@ def shrunk(name, texts):
     model |= {"num_heads": 2 * groups, "num_kv_heads": 2, "head_dim": 8}
     for kind in model["kinds"].values():
         kind["window"] = kind["window"] and min(kind["window"], 16)
+        kind["mlp"]["d_ff"] = kind["mlp"]["d_ff"] and 24
     del stages[:-2]
     for i, stage in enumerate(stages):
         stage |= {"steps": 2 // len(stages), "seq_len": 64 * 2**i, "batch": 8, "microbatches": 1}

@@ -40,10 +40,10 @@ class Shift(nnx.Module):
 class Scale(nnx.Module):
     """A feed-forward that scales each dimension, and an auxiliary loss that pulls the scales to zero."""
 
-    def __init__(self, model, *, rngs):
+    def __init__(self, model, layer_type, *, rngs):
         self.scale = vector((model.d_model,), ("norm",), 0.5)
 
-    def __call__(self, x_BTD, chunk):
+    def __call__(self, x_BTD, seg_BT, chunks):
         return x_BTD * self.scale[...].astype(x_BTD.dtype), {"aux_loss": jnp.square(self.scale[...]).sum()}
 
 
@@ -70,7 +70,9 @@ def toys(monkeypatch):
 def test_a_toy_of_each_kind_is_trained(toys, microbatches):
     stage = {"steps": 5, "seq_len": 48, "batch": 8, "microbatches": microbatches, "mixture": {}, "objective": "first half"}
     c = tiny(
-        {"optim.optimiser": "sgd", "optim.lr": 0.1, "stages": [stage]}, L={"mixer": "shift", "mlp": "scale"}, G={"mlp": "scale"}
+        {"optim.optimiser": "sgd", "optim.lr": 0.1, "stages": [stage]},
+        L={"mixer": "shift", "mlp.type": "scale"},
+        G={"mlp.type": "scale"},
     )
     with jax.set_mesh(mesh_of(data=2)):
         state, batch = jax.jit(init_state, static_argnums=0)(c), on_mesh(BATCH | {"bytes": np.ones_like(BATCH["weights"])})
@@ -92,7 +94,7 @@ def test_a_toy_of_each_kind_is_trained(toys, microbatches):
 
 
 def test_specs_say_what_toys_cost_and_what_decays(toys):
-    model = tiny(L={"mixer": "shift", "mlp": "scale"}, G={"mlp": "scale"}).model
+    model = tiny(L={"mixer": "shift", "mlp.type": "scale"}, G={"mlp.type": "scale"}).model
     leaves = specs(model)["periods"]["L0"]
     assert leaves["shift"]["previous"].decay and not leaves["mlp"]["scale"].decay
     with jax.set_mesh(mesh_of(data=2)):
@@ -109,7 +111,7 @@ def test_specs_say_what_toys_cost_and_what_decays(toys):
     [
         ({"optim.optimiser": "adam"}, "optim.optimiser='adam' is not one of 'adamw', .*; did you mean 'adamw'"),
         ({"model.kinds.L.mixer": "atention"}, "model.kinds.L.mixer='atention' is not one of 'attention'; did you mean"),
-        ({"model.kinds.G.mlp": "gate"}, "model.kinds.G.mlp='gate' is not one of 'gated'; did you mean 'gated'"),
+        ({"model.kinds.G.mlp.type": "gate"}, "kinds.G.mlp.type='gate' is not one of 'gated', 'moe'; did you mean 'gated'"),
     ],
 )
 def test_a_name_that_no_table_has_is_an_error_with_the_nearest(changes, message):

@@ -206,21 +206,23 @@ def mlp_by_hand(x, p, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_feed_forward_is_its_formula(activation, one_device):
     model = tiny({"model.activation": activation, "model.init_std": 0.4}).model
-    mlp = GatedMLP(model, rngs=nnx.Rngs(0))
+    mlp = GatedMLP(model, model.kinds["L"], rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(8, 48, 32)).astype(np.float32)
+    x_BTD, seg_BT = on_mesh({"x": x})["x"], on_mesh(BATCH)["segments"]
     wanted = mlp_by_hand(x, jax.device_get(nnx.to_pure_dict(nnx.state(mlp))), activation)
     for chunks in (None, Chunks(7, kept=True), Chunks(1000, kept=False)):
-        assert_close(jax.device_get(mlp(on_mesh({"x": x})["x"], chunks)[0]), wanted, 1e-6)
+        assert_close(jax.device_get(mlp(x_BTD, seg_BT, chunks)[0]), wanted, 1e-6)
 
 
 def test_the_backward_pass_of_a_chunk_computes_two_products_again_unless_they_are_kept(one_device):
     """Nine products are needed: three forward, and of each the gradients by both factors."""
-    graph, state = nnx.split(GatedMLP(tiny().model, rngs=nnx.Rngs(0)))
+    model, seg_BT = tiny().model, on_mesh(BATCH)["segments"]
+    graph, state = nnx.split(GatedMLP(model, model.kinds["L"], rngs=nnx.Rngs(0)))
     x_BTD = on_mesh({"x": np.random.default_rng(0).normal(size=(8, 48, 32)).astype(np.float32)})["x"]
 
     def gradient(kept):
         def total(state, x_BTD):
-            return jnp.sin(nnx.merge(graph, state)(x_BTD, Chunks(7, kept))[0]).sum()
+            return jnp.sin(nnx.merge(graph, state)(x_BTD, seg_BT, Chunks(7, kept))[0]).sum()
 
         return jax.grad(total, (0, 1))
 

@@ -50,7 +50,7 @@ def activations(model: Model, params: dict, batch: dict, execution: Execution) -
     x_BTD, by_letter = look_up(leaves["embed"], tokens_BT, execution.dtype) * model.embed_scale, {}
     for letter, of_layer in zip(model.layers, leaves["layers"], strict=True):
         attend = in_packed(model, letter, pos_BT, seg_BT, execution)
-        y_BTD = bind(model, letter, of_layer, execution)(x_BTD, pos_BT, attend, execution.mlp_chunk)[0]
+        y_BTD = bind(model, letter, of_layer, execution)(x_BTD, pos_BT, seg_BT, attend, execution.mlp_chunks(letter))[0]
         by_letter.setdefault(letter, []).append(rms(y_BTD - x_BTD))
         x_BTD = y_BTD
     sizes = {f"layers {letter}": jnp.stack(added).mean() for letter, added in sorted(by_letter.items())}

@@ -109,10 +109,10 @@ def projections(s: Setting):
 
 
 def feed_forward(s: Setting):
-    def apply(leaves, x_BTD):
-        return bind(s.c.model, s.letter, leaves, s.execution).mlp(x_BTD, s.execution.mlp_chunks(s.letter))[0]
+    def apply(leaves, x_BTD, segments):
+        return bind(s.c.model, s.letter, leaves, s.execution).mlp(x_BTD, segments, s.execution.mlp_chunks(s.letter))[0]
 
-    return with_gradient(apply), (s.layer(), s.random(s.c.model.d_model))
+    return with_gradient(apply), (s.layer(), s.random(s.c.model.d_model), jnp.ones_like(s.positions))
 
 
 def norm(s: Setting):

@@ -16,7 +16,7 @@ def kind(**changes) -> ConfigDict:
     """A layer type: full causal attention without positions or other options, except for `changes`."""
     k = ConfigDict()
     k.mixer = "attention"  # how tokens exchange information: a name in `MIXERS` of hybrid_attn/model/transformer.py
-    k.mlp = "gated"  # the feed-forward: a name in `MLPS` there
+    k.mlp = moe(type="gated")  # the feed-forward
     k.window = None  # number of keys that a query sees, itself included; None = all earlier keys
     k.chunk = None  # tokens; a query sees only keys of its own chunk (Llama 4); excludes a window
     k.rope_theta = None  # base of the rotary frequencies; None = no positions (NoPE)
@@ -41,6 +41,26 @@ def kind(**changes) -> ConfigDict:
     k.gate = "none"  # none | head | projection: sigmoid gate on the attention output
     k.update(changes)
     return k
+
+
+def moe(**changes) -> ConfigDict:
+    """The feed-forward of a layer type: a mixture of experts, except for `changes`."""
+    m = ConfigDict()
+    m.type = "moe"  # gated | moe: a name in `MLPS` of hybrid_attn/model/transformer.py
+    m.d_ff = None  # the width of a gated feed-forward, and of each expert; None = that of the model
+    # What follows is of moe alone.
+    m.experts = 8
+    m.top_k = 2  # experts that compute a token
+    m.router = "softmax"  # softmax | sigmoid: how logits, always in float32, become scores
+    m.renormalise = True  # the scores of a token's experts are divided by their sum (Mixtral)
+    m.route_scale = 1.0  # factor on them afterwards (DeepSeek-V3: 2.5)
+    m.shared_experts = 0  # experts that compute every token
+    m.shared_combine = "sum"  # sum | average: of the chosen ones and the shared ones, half the sum of both
+    m.shared_gate = False  # a sigmoid gate, one number for each token, on the shared ones (Qwen2-MoE)
+    m.balance_loss = 0.01  # weight of the load-balance loss (Switch Transformer, arXiv 2101.03961)
+    m.z_loss = 0.001  # weight of (log sum exp)^2 of the router's logits (ST-MoE, arXiv 2202.08906)
+    m.update(changes)
+    return m
 
 
 def source(**changes) -> ConfigDict:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from hybrid_attn import config
-from hybrid_attn.config import LayerType, Model, RopeScaling, Temperature, score_scale
+from hybrid_attn.config import MLP, LayerType, Model, RopeScaling, Temperature, score_scale
 from hybrid_attn.trees import check
 
 LOCAL, FULL = "sliding_attention", "full_attention"  # how config.json calls its layers
@@ -20,7 +20,7 @@ LARGEST = {  # several times the sizes of the largest public models; products of
 }  # fmt: skip
 NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
 PLAIN = LayerType(
-    mixer="attention", mlp="gated",
+    mixer="attention", mlp=MLP("gated", None, 8, 2, "softmax", True, 1.0, 0, "sum", False, 0.01, 0.001),
     window=None, chunk=None, rope_theta=None, rope_fraction=1.0, rope_scaling=NO_SCALING,
     qk_norm="none", qk_norm_scope="head_dim", qk_norm_after_rope=False, scale=None, softcap=None,
     temperature=Temperature("none", 0.1, 8192), sink=False, gate="none",
@@ -48,7 +48,15 @@ def normal_form(model: Model, layer_type: LayerType) -> LayerType:
         qk_norm_after_rope=layer_type.qk_norm_after_rope and normed and theta is not None,
         scale=rounded(score_scale(model, layer_type)),
         temperature=PLAIN.temperature if layer_type.temperature.type == "none" else layer_type.temperature,
+        mlp=_normal_mlp(model, layer_type),
     )
+
+
+def _normal_mlp(model: Model, layer_type: LayerType) -> MLP:
+    """The feed-forward in a normal form; that of a gated one has no fields but its width."""
+    mlp = layer_type.mlp if layer_type.mlp.type == "moe" else dataclasses.replace(PLAIN.mlp, type=layer_type.mlp.type)
+    width = config.mlp_width(model, layer_type)
+    return dataclasses.replace(mlp, d_ff=None if width == model.d_ff else width)
 
 
 def layer_types_of(model: Model) -> list[LayerType]:

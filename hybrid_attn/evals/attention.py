@@ -26,7 +26,7 @@ from hybrid_attn.evals.records import ANY, COUNT, FLAG, NAME, SIZE, grouped, int
 from hybrid_attn.evals.samples import Sample, TooLongError
 from hybrid_attn.evals.types import EvalContext, EvalModel, Measured, Settings, Spec, Unit, check_finite
 from hybrid_attn.model import Execution
-from hybrid_attn.model.transformer import in_packed, layer_by_layer, unstacked
+from hybrid_attn.model.transformer import Tokens, in_packed, layer_by_layer, unstacked
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, batch_shards, put
 
 BEGIN = 10  # tokens; the weights by position leave them out
@@ -167,7 +167,7 @@ def _batch_statistics(
 
     weights = unstacked(model, params, execution.dtype)
     attends = [attend_and_measure(letter) for letter in model.layers]
-    _, statistics = layer_by_layer(model, weights, tokens_BT, pos_BT, attends, execution)
+    _, statistics = layer_by_layer(model, weights, Tokens(tokens_BT, pos_BT, seg_BT), attends, execution)
     return jax.tree.map(lambda x: jax.reshard(x, P()), statistics)
 
 

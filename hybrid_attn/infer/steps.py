@@ -18,7 +18,7 @@ from hybrid_attn.infer.sampling import Sampling, sample
 from hybrid_attn.model import Execution, logits
 from hybrid_attn.model.attention import Attend, attention_options
 from hybrid_attn.model.loss import token_losses
-from hybrid_attn.model.transformer import layer_by_layer, unembedding
+from hybrid_attn.model.transformer import Tokens, layer_by_layer, unembedding
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT, spec_of
 
 SLICE = 32  # the most tokens of a request that are decoded before the host looks at them
@@ -73,7 +73,9 @@ def extend(
         return attend
 
     attends = list(map(cached, config.model.layers, cache.layers))
-    x_BTD, states = layer_by_layer(config.model, weights, tokens_BT, position_BT, attends, config.execution)
+    segment_BT = (jnp.arange(T) < jax.reshard(counts_B, P(BATCH))[:, None]).astype(jnp.int32)
+    tokens = Tokens(tokens_BT, position_BT, jax.reshard(segment_BT, spec_of(tokens_BT)))
+    x_BTD, states = layer_by_layer(config.model, weights, tokens, attends, config.execution)
     layers, queries = zip(*states, strict=True)
     return x_BTD, Cache(layers, cache.lengths_B + counts_B), queries
 

@@ -20,6 +20,15 @@ def parameters(model: Model) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(model)))
 
 
+def active_parameters(model: Model) -> int:
+    """Number of parameters that one token uses: of experts those that a router chooses."""
+    numbers = {name: number for name, _, number in model.groups}
+    return sum(
+        numbers.get(name, 1) * sum(spec.active_size for spec in jax.tree.leaves(of_group))
+        for name, of_group in specs(model).items()
+    )
+
+
 def forward_flops_per_token(model: Model, length: int) -> float:
     """FLOPs of a forward pass over one document of `length` tokens, by token."""
     multiplications, sequence = model.vocab_size * model.d_model, 0

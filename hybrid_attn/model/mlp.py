@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_attn.config import Model
+from hybrid_attn.config import LayerType, Model, mlp_width
 from hybrid_attn.model.execution import Chunks
 from hybrid_attn.model.params import Dot, cast, linear
 from hybrid_attn.parallel.mesh import all_gathered, spec_of, width_axes
@@ -25,14 +25,14 @@ ACTIVATIONS = {
 class GatedMLP(nnx.Module):
     """Gated feed-forward: down(act(gate x) * up x)."""
 
-    def __init__(self, model: Model, *, rngs: nnx.Rngs):
-        D, F, std = model.d_model, model.d_ff, model.init_std
+    def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs):
+        D, F, std = model.d_model, mlp_width(model, layer_type), model.init_std
         self.activation = model.activation
         self.gate = linear(rngs, (D, F), ("embed", "mlp"), std)
         self.up = linear(rngs, (D, F), ("embed", "mlp"), std)
         self.down = linear(rngs, (F, D), ("mlp", "embed"), std)
 
-    def __call__(self, x_BTD: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, dict]:
+    def __call__(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, dict]:
         """The output [B, T, D], and no scalars."""
         if chunks is not None:
             weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
@@ -100,7 +100,6 @@ def _forward(mlp: ChunkedMLP, x_IcD, *weights):
 
 def _backward(mlp: ChunkedMLP, residuals, dy_IcD):
     x_IcD, products_IcF, weights = residuals
-    gradients = _gradients_by_hand if mlp.is_plain else _gradients
 
     def chunk(sums, xs):
         dx_cD, *terms_DF = gradients(mlp, *xs, *weights)
@@ -111,15 +110,19 @@ def _backward(mlp: ChunkedMLP, residuals, dy_IcD):
     return dx_IcD, *(dw.astype(weights[0].dtype) for dw in (dw_gate, dw_up, dw_downT.T))
 
 
-def _gradients(mlp: ChunkedMLP, x_cD, _, dy_cD, w_gate, w_up, w_down):
+def gradients(mlp: ChunkedMLP, x_cD, products_cF, dy_cD, *weights):
     """Gradients of the activations [c, D], and in float32 of the weights, transposed to [D, F]."""
+    return (_gradients_by_hand if mlp.is_plain else _gradients)(mlp, x_cD, products_cF, dy_cD, *weights)
+
+
+def _gradients(mlp: ChunkedMLP, x_cD, _, dy_cD, w_gate, w_up, w_down):
     _, pull = jax.vjp(mlp, x_cD, w_gate, w_up, w_down)
     dx_cD, dw_gate, dw_up, dw_down = pull(dy_cD)
     return dx_cD, *(dw_DF.astype(jnp.float32) for dw_DF in (dw_gate, dw_up, dw_down.T))
 
 
 def _gradients_by_hand(mlp: ChunkedMLP, x_cD, products_cF, dy_cD, w_gate, w_up, w_down):
-    """`_gradients` of plain products: autodiff transposes [c, F] arrays, which costs a CPU more than all else.
+    """`gradients` of plain products: autodiff transposes [c, F] arrays, which costs a CPU more than all else.
 
     `products_cF` are (gate_cF, up_cF) if the forward pass kept them, or else None.
     """

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.parallel.mesh import WIDTH, gathered, split_of
 
 # The mesh axis, or axes, over which each logical axis of a weight is split.
-MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None}
+MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
+MESH_AXES |= {"head_dim": None, "norm": None, "expert": None}
 WIDE = ("embed", "heads", "mlp")  # logical axes that grow with the width of the model
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 # How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered
@@ -31,8 +32,10 @@ class ParamSpec:
     """A weight of one layer; where layers are stacked, the array has the period as one more axis before these.
 
     `axes` are logical names (`MESH_AXES`). Tables and matrices start from N(0, std^2). The first `fan_in` axes are contracted
-    with activations. `group` is the optimiser's: matrices are decayed; embeddings, norms and scalars of heads are not.
-    `width` and `depth` are those of the model over those of the base model of µP, where this weight depends on them, or else 1.
+    with activations; with `active` they follow an axis that counts the matrices of experts, of which a token is multiplied with
+    so many. `exact` weights are used in float32 everywhere, as vectors are. `group` is the optimiser's: matrices are decayed;
+    embeddings, norms and scalars of heads are not. `width` and `depth` are those of the model over those of the base model of
+    µP, where this weight depends on them, or else 1.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +43,8 @@ class ParamSpec:
     group: str
     std: float
     fan_in: int
+    active: int | None = None
+    exact: bool = False
     width: float = 1.0
     depth: float = 1.0
 
@@ -54,18 +59,23 @@ class ParamSpec:
 
     @property
     def cast(self) -> bool:
-        """Whether it is used in the dtype of the activations; vectors are used in float32 everywhere."""
-        return self.group != VECTOR
+        """Whether it is used in the dtype of the activations."""
+        return self.group != VECTOR and not self.exact
+
+    @property
+    def first(self) -> int:
+        """The first axis of a matrix; the axis before it counts experts."""
+        return 0 if self.active is None else 1
 
     @property
     def reads_width(self) -> bool:
         """Whether the sums over its fan-in have more terms in a wider model."""
-        return any(axis in WIDE for axis in self.axes[: self.fan_in])
+        return any(axis in WIDE for axis in self.axes[self.first : self.first + self.fan_in])
 
     @property
     def writes_residual(self) -> bool:
         """Whether its products are added to the residual stream."""
-        return self.group == MATRIX and self.axes[self.fan_in :] == ("embed",)
+        return self.group == MATRIX and self.axes[self.first + self.fan_in :] == ("embed",)
 
     @property
     def rate(self) -> float:
@@ -75,7 +85,12 @@ class ParamSpec:
     @property
     def multiplications(self) -> int:
         """Multiplications of one token by this weight."""
-        return math.prod(self.shape) if self.fan_in else 0
+        return self.active_size if self.fan_in else 0
+
+    @property
+    def active_size(self) -> int:
+        """The number of its entries that one token uses: all, but for experts."""
+        return math.prod(self.shape) if self.active is None else self.active * math.prod(self.shape[1:])
 
 
 class Weight(nnx.Param):
@@ -107,9 +122,19 @@ def cast(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jax.lax.reduce_precision(weight, kind.nexp, kind.nmant).astype(dtype)
 
 
-def linear(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, fan_in: int = 1) -> Linear:
+def linear(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, fan_in: int = 1, *, exact: bool = False
+) -> Linear:
     """A matrix drawn from N(0, std^2)."""
-    spec = ParamSpec(shape, axes, MATRIX, std, fan_in)
+    return _linear(rngs, ParamSpec(shape, axes, MATRIX, std, fan_in, exact=exact))
+
+
+def experts(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, active: int) -> Linear:
+    """The matrices [E, fan-in, fan-out] of experts, of which a token uses so many, drawn from N(0, std^2)."""
+    return _linear(rngs, ParamSpec(shape, axes, MATRIX, std, 1, active))
+
+
+def _linear(rngs: nnx.Rngs, spec: ParamSpec) -> Linear:
     return Linear(_normal(rngs, spec), spec=spec, dot=jax.lax.dot_general)
 
 

@@ -46,10 +46,11 @@ class ActivationStatistics(NamedTuple):
 
 
 class LayerStatistics(NamedTuple):
-    """`attention` is None of a layer that compares no queries with keys."""
+    """`attention` is None of a layer that compares no queries with keys. `scalars` are those of its feed-forward."""
 
     attention: AttentionStatistics | None
     activations: ActivationStatistics
+    scalars: dict[str, jax.Array]
 
 
 def of_attention(

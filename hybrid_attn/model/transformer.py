@@ -7,7 +7,7 @@ paths are names (`periods/L0/attention/q`); those under `periods` carry the peri
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from hybrid_attn.model.attention import Attend, Attention, attention_options
 from hybrid_attn.model.execution import Chunks, Execution
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.model.mlp import GatedMLP
+from hybrid_attn.model.moe import MoE
 from hybrid_attn.model.parametrisation import parametrised
 from hybrid_attn.model.params import Dot, Linear, Norm, ParamSpec, embedding, map_weights, weights_of
 from hybrid_attn.model.statistics import LayerStatistics
@@ -65,17 +66,18 @@ class Mixer(Protocol):
 class FeedForward(Protocol):
     """What a layer does with each token by itself. Its weights stand in a layer's parameters under `mlp`."""
 
-    def __init__(self, model: Model, *, rngs: nnx.Rngs): ...
+    def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs): ...
 
-    def __call__(self, x_BTD: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, Aux]:
+    def __call__(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, Aux]:
         """What the layer adds to the residual stream, [B, T, D], and scalars that are summed over the layers.
 
-        The scalar "aux_loss" is added to the loss. `chunks`: how many tokens to compute at a time; None for all at once.
+        The scalar "aux_loss" is added to the loss. Segment 0 is padding. `chunks`: how many tokens to compute at a time; None
+        for all at once.
         """
 
 
 MIXERS: dict[str, type[Mixer]] = {"attention": Attention}
-MLPS: dict[str, type[FeedForward]] = {"gated": GatedMLP}
+MLPS: dict[str, type[FeedForward]] = {"gated": GatedMLP, "moe": MoE}
 
 
 class Block(nnx.Module):
@@ -86,7 +88,7 @@ class Block(nnx.Module):
         self.form, self.mixer_name = model.block, layer_type.mixer
         mixer = choice(f"model.kinds.{letter}.mixer", layer_type.mixer, MIXERS)
         setattr(self, self.mixer_name, mixer(model, layer_type, rngs=rngs))
-        self.mlp = choice(f"model.kinds.{letter}.mlp", layer_type.mlp, MLPS)(model, rngs=rngs)
+        self.mlp = choice(f"model.kinds.{letter}.mlp.type", layer_type.mlp.type, MLPS)(model, layer_type, rngs=rngs)
         if self.form == "parallel":
             self.norm = residual_norm(model)
         if self.form in ("pre", "sandwich"):
@@ -95,20 +97,20 @@ class Block(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = residual_norm(model), residual_norm(model)
 
     def __call__(
-        self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend, chunks: Chunks | None
+        self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, attend: Attend, chunks: Chunks | None
     ) -> tuple[jax.Array, Aux, Any]:
         """The residual stream after the layer, the scalars of the feed-forward, and what else `attend` returns."""
         mixer = getattr(self, self.mixer_name)
         if self.form == "parallel":  # x + mixer(norm x) + mlp(norm x)
             h_BTD = self.norm(x_BTD)
             y_BTD, state = mixer(h_BTD, pos_BT, attend)
-            z_BTD, aux = self.mlp(h_BTD, chunks)
+            z_BTD, aux = self.mlp(h_BTD, seg_BT, chunks)
             return x_BTD + y_BTD + z_BTD, aux, state
         # x + norm(mixer(norm x)), then x + norm(mlp(norm x)): pre has the inner norms, post the outer ones, sandwich both.
         inner, outer = self.form != "post", self.form != "pre"
         y_BTD, state = mixer(self.attention_norm(x_BTD) if inner else x_BTD, pos_BT, attend)
         x_BTD = x_BTD + (self.attention_post_norm(y_BTD) if outer else y_BTD)
-        z_BTD, aux = self.mlp(self.mlp_norm(x_BTD) if inner else x_BTD, chunks)
+        z_BTD, aux = self.mlp(self.mlp_norm(x_BTD) if inner else x_BTD, seg_BT, chunks)
         return x_BTD + (self.mlp_post_norm(z_BTD) if outer else z_BTD), aux, state
 
 
@@ -230,10 +232,10 @@ def apply_in_zigzag(
                 # Named in here: what jax.checkpoint keeps of its arguments as they are stays on the device.
                 x_BTD = checkpoint_name(x_BTD, INPUT)
                 block = bind(model, letter, leaves, execution)
-                x_BTD, aux, attention = block(x_BTD, pos_BT, attends[letter], execution.mlp_chunks(letter))
+                x_BTD, aux, attention = block(x_BTD, pos_BT, seg_BT, attends[letter], execution.mlp_chunks(letter))
                 if not execution.statistics:
                     return x_BTD, aux, None
-                return x_BTD, aux, LayerStatistics(attention, statistics.of_activations(x_BTD, seg_BT))
+                return x_BTD, aux, LayerStatistics(attention, statistics.of_activations(x_BTD, seg_BT), aux)
 
             with jax.named_scope(letter), jax.named_scope(name):  # a profile sums over the layers of a type
                 x_BTD, aux, measured[name] = CHECKPOINTS[execution.remat[letter]](layer)(leaves[name], x_BTD)
@@ -272,15 +274,24 @@ def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
     return others | {"layers": tuple(layers)}
 
 
+class Tokens(NamedTuple):
+    """Tokens [B, T], their positions and their segments, of which 0 is padding."""
+
+    ids_BT: jax.Array
+    pos_BT: jax.Array
+    seg_BT: jax.Array
+
+
 def layer_by_layer(
-    model: Model, weights: dict, tokens_BT: jax.Array, pos_BT: jax.Array, attends: Sequence[Attend], execution: Execution
+    model: Model, weights: dict, tokens: Tokens, attends: Sequence[Attend], execution: Execution
 ) -> tuple[jax.Array, list[Any]]:
     """Final normed activations [B, T, D], and what else each layer's own `attend` returns. `weights` are `unstacked`'s."""
-    x_BTD = look_up(weights["embed"], tokens_BT, execution.dtype) * model.embed_scale
+    x_BTD = look_up(weights["embed"], tokens.ids_BT, execution.dtype) * model.embed_scale
     states = []
     for letter, leaves, attend in zip(model.layers, weights["layers"], attends, strict=True):
-        chunks = execution.mlp_chunks(letter) if tokens_BT.shape[1] > 1 else None
-        x_BTD, _, state = bind(model, letter, leaves, execution)(x_BTD, pos_BT, attend, chunks)
+        chunks = execution.mlp_chunks(letter) if tokens.ids_BT.shape[1] > 1 else None
+        block = bind(model, letter, leaves, execution)
+        x_BTD, _, state = block(x_BTD, tokens.pos_BT, tokens.seg_BT, attend, chunks)
         states.append(state)
     return final_norm(model, weights, x_BTD), states
 

@@ -48,6 +48,9 @@ def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
     """ValueError where the parameters of `model` do not split over axes of `sizes`."""
     for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
         check_splits(f"model.{name}", getattr(model, name), sizes, ("tensor",))
+    for letter in sorted(set(model.layers)):
+        if (width := model.kinds[letter].mlp.d_ff) is not None:
+            check_splits(f"model.kinds.{letter}.mlp.d_ff", width, sizes, ("tensor",))
     check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
 
 

@@ -31,7 +31,8 @@ def description(
     `sequences` are those of each stage; tokens and FLOPs are those of the step that comes next.
     """
     stage = c.at(c.next_stage(start))
-    total, tokens = flops.parameters(stage.model), c.batch_at(min(start, c.total_steps - 1)) * stage.seq_len
+    total, active = flops.parameters(stage.model), flops.active_parameters(stage.model)
+    tokens = c.batch_at(min(start, c.total_steps - 1)) * stage.seq_len
     embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
     per_token = flops.train_flops_per_token(stage.model, stage.seq_len)
     model = stage.model
@@ -45,7 +46,8 @@ def description(
     of = f", in stage {named_stage(stage)}" if many_stages else ""
     stages = ", ".join(f"{n:,} steps of {size} x {s.seq_len:,}" for s in c.stages for n, size in s.spans(s.steps))
     return [
-        f"parameters   {total:,} ({total - embedding:,} outside the embeddings)",
+        f"parameters   {total:,} ({total - embedding:,} outside the embeddings)"
+        f"{'' if active == total else f', of which a token uses {active:,}'}",
         f"layout       {model.layers}: {layer_types}{of}",
         f"mesh         {axes}: {mesh.size} {device.device_kind} device{'s' if mesh.size > 1 else ''}{context}",
         f"kernel       {execution.kernel} on {device.platform}; "
@@ -89,7 +91,8 @@ def describe(layer: LayerType) -> str:
     """A layer type in a few words: its mask, its positions, its norms."""
     positions = "NoPE" if layer.rope_theta is None else f"RoPE {layer.rope_theta:,.0f}"
     norm = "" if layer.qk_norm == "none" else f", QK-norm {layer.qk_norm}"
-    return f"{reach(layer) or 'full causal'}, {positions}{norm}"
+    experts = f", {layer.mlp.top_k} of {layer.mlp.experts} experts" if layer.mlp.type == "moe" else ""
+    return f"{reach(layer) or 'full causal'}, {positions}{norm}{experts}"
 
 
 def step_line(values: Mapping[str, float]) -> str:

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum whose matrices are orthogonalised.
 
-A matrix here is what one head, or one layer without heads, multiplies with: heads and the periods of stacked layers count
-separate matrices.
+A matrix here is what one head, one expert, or one layer without these multiplies with: heads, experts and the periods of
+stacked layers count separate matrices.
 """
 
 import math
@@ -22,7 +22,7 @@ EPS = 1e-8
 
 def batch_axes(spec: ParamSpec) -> tuple[int, ...]:
     """The axes of one layer's weight that count separate matrices; the two others are those of a matrix."""
-    return tuple(i for i, axis in enumerate(spec.axes) if axis == "heads" and "head_dim" in spec.axes)
+    return tuple(i for i, axis in enumerate(spec.axes) if i < spec.first or (axis == "heads" and "head_dim" in spec.axes))
 
 
 def rate(spec: ParamSpec) -> float:

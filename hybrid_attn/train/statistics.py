@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_attn.config import Model
+from hybrid_attn.model import moe
 from hybrid_attn.model.statistics import AttentionStatistics, LayerStatistics
 from hybrid_attn.model.transformer import STATISTICS
 
@@ -58,6 +59,7 @@ def of_layers(measured: Mapping[str, Mapping[str, LayerStatistics]]) -> dict[str
         square, outliers, tokens = (_total(x) for x in zip(*(layer.activations for layer in layers), strict=True))
         tokens = jnp.maximum(tokens, 1.0)
         of_letter |= {"activation_rms": jnp.sqrt(square / tokens), "activation_outliers": outliers / tokens}
+        of_letter |= moe.metrics({name: _total(layer.scalars[name] for layer in layers) for name in layers[0].scalars})
         values |= {f"{name}/{letter}": x for name, x in of_letter.items()}
     return values
 

@@ -1,0 +1,129 @@
+"""The mixture of experts: a router chooses a few feed-forwards for each token. No token is dropped.
+
+Letters: B batch, T tokens, D model, F width of an expert, E experts, k experts of a token; of one device, n tokens flattened.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from hybrid_attn.config import MLP, LayerType, Model, mlp_width
+from hybrid_attn.model.execution import Chunks
+from hybrid_attn.model.grouped import blocks_of, grouped_mlp, rows_of_block
+from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP
+from hybrid_attn.model.params import cast, experts, linear
+from hybrid_attn.parallel.mesh import BATCH, all_gathered, spec_of, width_axes
+
+TINY = 1e-20  # beside a sum of scores that may be zero
+LAYERS = "moe_layers"  # of which the scalars below are sums
+METRICS = "expert_load", "router_entropy_bits", "router_z", "dropped_copies"
+
+
+class MoE(nnx.Module):
+    """Gated feed-forwards of which the router chooses `top_k` for each token, beside shared ones of every token."""
+
+    def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs):
+        self.settings = layer_type.mlp
+        E, k, std = self.settings.experts, self.settings.top_k, model.init_std
+        D, F = model.d_model, mlp_width(model, layer_type)
+        self.activation = model.activation
+        self.router = linear(rngs, (D, E), ("embed", "expert"), std, exact=True)
+        self.gate = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
+        self.up = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
+        self.down = experts(rngs, (E, F, D), ("expert", "mlp", "embed"), std, k)
+        if self.settings.shared_experts:  # side by side they are one that is as wide as all
+            shared = dataclasses.replace(self.settings, d_ff=F * self.settings.shared_experts)
+            self.shared = GatedMLP(model, dataclasses.replace(layer_type, mlp=shared), rngs=rngs)
+        if self.settings.shared_gate:
+            self.shared_gate = linear(rngs, (D, 1), ("embed", "norm"), std)
+
+    def __call__(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, dict]:
+        """The output [B, T, D], and the scalars of the router: its loss, `LAYERS` and `METRICS`.
+
+        Padding is routed nowhere: its output is that of the shared experts, and zero without these.
+        """
+        with jax.default_matmul_precision("float32"):
+            logits_BTE = self.router(x_BTD.astype(jnp.float32))
+        gates_BTk, expert_BTk = routed(self.settings, logits_BTE)
+        weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
+        mlp = ChunkedMLP(self.activation, self.gate.dot, kept=False)
+        y_BTD, load_E = of_experts(mlp, x_BTD, gates_BTk, expert_BTk, seg_BT > 0, *weights)
+        if self.settings.shared_experts:
+            y_BTD += self._of_shared(x_BTD, seg_BT, chunks)
+        if self.settings.shared_combine == "average":
+            y_BTD = y_BTD / 2
+        return y_BTD, scalars(self.settings, logits_BTE, seg_BT > 0, load_E)
+
+    def _of_shared(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> jax.Array:
+        y_BTD, _ = self.shared(x_BTD, seg_BT, chunks)
+        return jax.nn.sigmoid(self.shared_gate(x_BTD)) * y_BTD if self.settings.shared_gate else y_BTD
+
+
+def scores(settings: MLP, logits_BTE: jax.Array) -> jax.Array:
+    """What the router's logits say of each expert, between 0 and 1."""
+    return jax.nn.softmax(logits_BTE, -1) if settings.router == "softmax" else jax.nn.sigmoid(logits_BTE)
+
+
+def routed(settings: MLP, logits_BTE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gates [B, T, k] and the indices of the experts of each token; of equal scores the first expert's counts as larger."""
+
+    def shard(logits_BTE):
+        gates_BTk, expert_BTk = jax.lax.top_k(scores(settings, logits_BTE), settings.top_k)
+        if settings.renormalise:
+            gates_BTk /= gates_BTk.sum(-1, keepdims=True) + TINY
+        return settings.route_scale * gates_BTk, expert_BTk
+
+    spec = spec_of(logits_BTE)
+    return jax.shard_map(shard, in_specs=spec, out_specs=(spec, spec), check_vma=False)(logits_BTE)
+
+
+def of_experts(mlp: ChunkedMLP, x_BTD, gates_BTk, expert_BTk, real_BT, *weights) -> tuple[jax.Array, jax.Array]:
+    """The output of the experts [B, T, D], and how many copies of tokens each of them computed, [E], on every device.
+
+    Every device computes its own tokens with all experts, whose matrices it gathers as those of other layers.
+    """
+
+    def shard(x_BTD, gates_BTk, expert_BTk, real_BT, *shards):
+        weights = [all_gathered(w, axes, dim) for w, dim in zip(shards, (1, 1, 2), strict=True)]
+        (n, k), E = (real_BT.size, expert_BTk.shape[-1]), len(weights[0])
+        rows = rows_of_block(n, n * k, E)
+        blocks = blocks_of(expert_BTk.reshape(n, k), real_BT.reshape(n), E, rows)
+        y_nD = grouped_mlp(mlp, x_BTD.reshape(n, -1), gates_BTk.reshape(n, k), blocks, *weights)
+        return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor"), jax.lax.psum(blocks.load_E, (*BATCH, "context"))
+
+    specs = [spec_of(x) for x in (x_BTD, gates_BTk, expert_BTk, real_BT, *weights)]
+    axes, arrays = width_axes(specs[4][1]), (x_BTD, gates_BTk, expert_BTk, real_BT, *weights)
+    return jax.shard_map(shard, in_specs=tuple(specs), out_specs=(specs[0], P(None)), check_vma=False)(*arrays)
+
+
+def scalars(settings: MLP, logits_BTE: jax.Array, real_BT: jax.Array, load_E: jax.Array) -> dict[str, jax.Array]:
+    """The router's loss as "aux_loss", and `METRICS` of one layer, over all real tokens of the batch."""
+    number, copies_E = jnp.maximum(real_BT.sum(), 1.0), load_E.astype(jnp.float32)
+
+    def mean(x_BTA):
+        return jnp.where(real_BT[..., None], x_BTA, 0.0).sum((0, 1)) / number
+
+    scores_BTE = scores(settings, logits_BTE)
+    probability_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + TINY)
+    balance = balance_loss(copies_E / (settings.top_k * number), mean(probability_BTE))
+    z = mean(jnp.square(jax.nn.logsumexp(logits_BTE, -1, keepdims=True))).sum()
+    entropy = -mean(probability_BTE * jnp.log2(probability_BTE + TINY)).sum()
+    load = copies_E.max() / jnp.maximum(copies_E.mean(), 1 / settings.experts)
+    dropped = settings.top_k * real_BT.sum() - load_E.sum()
+    values = dict(zip(METRICS, (load, entropy, z, dropped.astype(jnp.float32)), strict=True))
+    values = {name: jax.lax.stop_gradient(x) for name, x in values.items()}
+    return {"aux_loss": settings.balance_loss * balance + settings.z_loss * z, LAYERS: jnp.float32(1), **values}
+
+
+def balance_loss(share_E: jax.Array, probability_E: jax.Array) -> jax.Array:
+    """E times the sum of share of the copies times mean probability; 1 where both are equal (arXiv 2101.03961, equation 4)."""
+    return len(share_E) * (share_E * probability_E).sum()
+
+
+def metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """`METRICS` as means over the layers, and the microbatches, of which `sums` are sums; none where no layer has experts."""
+    return {name: sums[name] / sums[LAYERS] for name in METRICS} if LAYERS in sums else {}
