@@ -2,8 +2,7 @@
 
 No field has a default here: `configs/base.py` of this package holds every default with its unit and its reason.
 `build` turns the nested mapping of a config file into a `Config`; an error names the key that is wrong.
-The parts are in `config_model.py` and `config_training.py`, and what older configs lack in `config_older.py`; this module has
-their names too.
+The parts are in `config_model.py`, `config_training.py` and `config_older.py`; this module has their names too.
 """
 # ruff: noqa: F401 (the names of the parts)
 
@@ -358,8 +357,7 @@ def _by_letter(field: str, value: str, choices: Sequence[str], letters: str) -> 
     named = {}
     for part in value.split(","):
         letter, _, choice = (x.strip() for x in part.partition("="))
-        known = ", ".join(letters)
-        check(letter in letters, f"{field}={value!r} names {letter!r}, and the layers of the model are {known}")
+        check(letter in letters, f"{field}={value!r} names {letter!r}, and the layers of the model are {', '.join(letters)}")
         check(letter not in named, f"{field}={value!r} names {letter!r} twice")
         _check_choice(f"{field}: {letter}", choice, choices)
         named[letter] = choice
