@@ -81,7 +81,7 @@ def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, 
     real_BT = seg_BT > 0
 
     def ours(state, x_BTD):
-        y_BTD, _ = nnx.merge(graph, state)(x_BTD, seg_BT, Chunks(7, kept=True))
+        y_BTD, _ = nnx.merge(graph, state)(x_BTD, seg_BT, Chunks(7, saves_products=True))
         return jnp.sin(y_BTD * real_BT[..., None]).sum(), y_BTD
 
     def reference(state, x_BTD):

@@ -210,25 +210,25 @@ def test_feed_forward_is_its_formula(activation, one_device):
     x = np.random.default_rng(0).normal(size=(8, 48, 32)).astype(np.float32)
     x_BTD, seg_BT = on_mesh({"x": x})["x"], on_mesh(BATCH)["segments"]
     wanted = mlp_by_hand(x, jax.device_get(nnx.to_pure_dict(nnx.state(mlp))), activation)
-    for chunks in (None, Chunks(7, kept=True), Chunks(1000, kept=False)):
+    for chunks in (None, Chunks(7, saves_products=True), Chunks(1000, saves_products=False)):
         assert_close(jax.device_get(mlp(x_BTD, seg_BT, chunks)[0]), wanted, 1e-6)
 
 
-def test_the_backward_pass_of_a_chunk_computes_two_products_again_unless_they_are_kept(one_device):
+def test_the_backward_pass_of_a_chunk_computes_two_products_again_unless_they_are_saved(one_device):
     """Nine products are needed: three forward, and of each the gradients by both factors."""
     model, seg_BT = tiny().model, on_mesh(BATCH)["segments"]
     graph, state = nnx.split(GatedMLP(model, model.kinds["L"], rngs=nnx.Rngs(0)))
     x_BTD = on_mesh({"x": np.random.default_rng(0).normal(size=(8, 48, 32)).astype(np.float32)})["x"]
 
-    def gradient(kept):
+    def gradient(saved):
         def total(state, x_BTD):
-            return jnp.sin(nnx.merge(graph, state)(x_BTD, seg_BT, Chunks(7, kept))[0]).sum()
+            return jnp.sin(nnx.merge(graph, state)(x_BTD, seg_BT, Chunks(7, saved))[0]).sum()
 
         return jax.grad(total, (0, 1))
 
-    products = [str(jax.make_jaxpr(gradient(kept))(state, x_BTD)).count("dot_general[") for kept in (True, False)]
+    products = [str(jax.make_jaxpr(gradient(saved))(state, x_BTD)).count("dot_general[") for saved in (True, False)]
     assert products == [9, 11]
-    assert_close(*(jax.device_get(jax.jit(gradient(kept))(state, x_BTD)) for kept in (True, False)), 1e-6)
+    assert_close(*(jax.device_get(jax.jit(gradient(saved))(state, x_BTD)) for saved in (True, False)), 1e-6)
 
 
 @pytest.mark.parametrize("norm_type", ["layernorm", "rms", "rms_plus1", "rms_weightless"])

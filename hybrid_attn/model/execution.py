@@ -25,13 +25,13 @@ CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast a
 
 
 class Chunks(NamedTuple):
-    """How many tokens of a device a feed-forward computes at a time, and whether it keeps their products for the backward pass.
+    """How many tokens of a device a feed-forward computes at a time, and whether it saves their products for the backward pass.
 
-    Where these are not kept, the backward pass computes them again, chunk by chunk.
+    Where these are not saved, the backward pass computes them again, chunk by chunk.
     """
 
     tokens: int
-    kept: bool
+    saves_products: bool
 
 
 def unchanged(leaves: dict) -> dict:
@@ -68,8 +68,8 @@ class Execution(NamedTuple):
     vector_products: bool = False
 
     def mlp_chunks(self, letter: str) -> Chunks | None:
-        """The chunks of the feed-forward of a layer type. Without rematerialisation all activations are kept."""
-        return None if self.mlp_chunk is None else Chunks(self.mlp_chunk, kept=self.remat[letter] == "none")
+        """The chunks of the feed-forward of a layer type. Without rematerialisation all activations are saved."""
+        return None if self.mlp_chunk is None else Chunks(self.mlp_chunk, saves_products=self.remat[letter] == "none")
 
 
 def execution_on(platform: str, model: Model, train: Train) -> Execution:

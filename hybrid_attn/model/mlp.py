@@ -36,17 +36,18 @@ class GatedMLP(nnx.Module):
         """The output [B, T, D], and no scalars."""
         if chunks is not None:
             weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
-            return in_chunks(ChunkedMLP(self.activation, self.gate.dot, chunks.kept), chunks.tokens, x_BTD, *weights), {}
+            mlp = ChunkedMLP(self.activation, self.gate.dot, chunks.saves_products)
+            return in_chunks(mlp, chunks.tokens, x_BTD, *weights), {}
         h_BTF = ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(h_BTF, spec_of(x_BTD)), {}
 
 
 class ChunkedMLP(NamedTuple):
-    """What is static in the feed-forward of a chunk: the activation's name, how weights are multiplied, and `Chunks.kept`."""
+    """What is static in the feed-forward of a chunk; `dot` multiplies with weights, `saves_products` is that of `Chunks`."""
 
     activation: str
     dot: Dot
-    kept: bool
+    saves_products: bool
 
     @property
     def is_plain(self) -> bool:
@@ -69,7 +70,7 @@ class ChunkedMLP(NamedTuple):
 
 
 def in_chunks(mlp: ChunkedMLP, chunk: int, x_BTD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array):
-    """The feed-forward of `chunk` tokens of a device at a time: nothing of F outlives its chunk, but for what is `kept`."""
+    """The feed-forward of `chunk` tokens of a device at a time: nothing of F outlives its chunk, but for saved products."""
 
     def shard(x_BTD, *shards):
         weights = (all_gathered(w, axes, dim) for w, dim in zip(shards, (0, 0, 1), strict=True))
@@ -92,7 +93,7 @@ def _in_chunks(mlp: ChunkedMLP, x_IcD, w_gate, w_up, w_down):
 
 
 def _forward(mlp: ChunkedMLP, x_IcD, *weights):
-    if not (mlp.kept and mlp.is_plain):
+    if not (mlp.saves_products and mlp.is_plain):
         return _in_chunks(mlp, x_IcD, *weights), (x_IcD, None, weights)
     y_IcD, products_IcF = jax.lax.map(lambda x_cD: mlp.with_products(x_cD, *weights), x_IcD)
     return y_IcD, (x_IcD, products_IcF, weights)
@@ -124,7 +125,7 @@ def _gradients(mlp: ChunkedMLP, x_cD, _, dy_cD, w_gate, w_up, w_down):
 def _gradients_by_hand(mlp: ChunkedMLP, x_cD, products_cF, dy_cD, w_gate, w_up, w_down):
     """`gradients` of plain products: autodiff transposes [c, F] arrays, which costs a CPU more than all else.
 
-    `products_cF` are (gate_cF, up_cF) if the forward pass kept them, or else None.
+    `products_cF` are (gate_cF, up_cF) if the forward pass saved them, or else None.
     """
     products_cF = products_cF or (x_cD @ w_gate, x_cD @ w_up)
     h_cF, pull = jax.vjp(mlp.hidden, *products_cF)

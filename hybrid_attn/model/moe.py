@@ -50,7 +50,7 @@ class MoE(nnx.Module):
             logits_BTE = self.router(x_BTD.astype(jnp.float32))
         gates_BTk, expert_BTk = routed(self.settings, logits_BTE)
         weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
-        mlp = ChunkedMLP(self.activation, self.gate.dot, kept=False)
+        mlp = ChunkedMLP(self.activation, self.gate.dot, saves_products=False)
         y_BTD, load_E = of_experts(mlp, x_BTD, gates_BTk, expert_BTk, seg_BT > 0, *weights)
         if self.settings.shared_experts:
             y_BTD += self._of_shared(x_BTD, seg_BT, chunks)
