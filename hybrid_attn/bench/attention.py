@@ -161,7 +161,8 @@ def measure_length(processes, run: Run, cases: dict[str, Case], names: list[str]
     first = next(iter(cases.values()))
     tasks = {"matmul": Task("jax", measurement.make_matmul, (first.dtype,))}  # first: it starts the threads
     contenders = [(kind, name) for kind in cases for name in names]
-    tasks |= {f"{name}, {kind}": Task(*MAKERS[name], (cases[kind],)) for kind, name in contenders if (kind, name) not in missing}
+    present = [pair for pair in contenders if pair not in missing]
+    tasks |= {f"{name}, {kind}": Task(*MAKERS[name], (cases[kind],)) for kind, name in present}
     measured = processes.race(f"attention {first.S:,}", tasks, run.repeats, SAMPLE)
     peak, records = max(measured.pop("matmul").results), []
     for kind, name in contenders:
