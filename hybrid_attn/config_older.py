@@ -25,6 +25,7 @@ def completed(values: Mapping) -> dict:
     kinds = model.get("kinds") if isinstance(model, dict) else None
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], *NEW_MODEL)
+    _add([values.get("mesh")], defaults["mesh"], "expert")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
     _add([values.get("train")], defaults["train"], "overlap", "statistics_every", "sinks", "unroll")
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []

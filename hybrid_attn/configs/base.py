@@ -203,8 +203,9 @@ def _mesh() -> ConfigDict:
     m = ConfigDict()
     m.slice = 1  # replicas on separate TPU slices, joined by the data-centre network; elsewhere the same as data
     m.data = -1  # replicas within a slice; -1 = all remaining devices
-    m.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp
-    m.context = 1  # shards of the sequence, and of parameters and optimiser state: these are split over context * fsdp
+    m.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp * expert
+    m.expert = 1  # shards of the experts of a layer, and elsewhere the same as fsdp
+    m.context = 1  # shards of the sequence, and of parameters and optimiser state: these are split over context * expert * fsdp
     m.tensor = 1  # shards of heads, feed-forward and vocabulary
     return m
 

@@ -1,6 +1,7 @@
 """The mixture of experts: a router chooses a few feed-forwards for each token. No token is dropped.
 
-Letters: B batch, T tokens, D model, F width of an expert, E experts, k experts of a token; of one device, n tokens flattened.
+Letters: B batch, T tokens, D model, F width of an expert, E experts, k experts of a token; of one device, n tokens flattened
+and E its own experts.
 """
 
 import dataclasses
@@ -13,12 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import MLP, LayerType, Model, mlp_width
 from hybrid_attn.model.execution import Chunks
-from hybrid_attn.model.grouped import blocks_of, grouped_mlp, rows_of_block
+from hybrid_attn.model.grouped import ITERATIONS, blocks_of, grouped_mlp, rows_of_block
 from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP
 from hybrid_attn.model.params import cast, experts, linear, vector
-from hybrid_attn.parallel.mesh import BATCH, all_gathered, spec_of, width_axes
+from hybrid_attn.parallel.mesh import BATCH, all_gathered, reduce_scattered, spec_of, width_axes
 
 TINY = 1e-20  # beside a sum of scores that may be zero
+EXPERT = ("expert",)  # the mesh axis that splits experts
 LAYERS = "moe_layers"  # of which the scalars below are sums
 METRICS = "expert_load", "router_entropy_bits", "router_z", "dropped_copies"
 
@@ -95,16 +97,25 @@ def routed(settings: MLP, logits_BTE: jax.Array, bias_E: jax.Array | None = None
 def of_experts(mlp: ChunkedMLP, x_BTD, gates_BTk, expert_BTk, real_BT, *weights) -> tuple[jax.Array, jax.Array]:
     """The output of the experts [B, T, D], and how many copies of tokens each of them computed, [E], on every device.
 
-    Every device computes its own tokens with all experts, whose matrices it gathers as those of other layers.
+    Every device computes the tokens of all `expert` shards beside it with its own experts, whose matrices it gathers over other
+    axes as those of other layers; what these add to a token is summed where the token is.
     """
 
     def shard(x_BTD, gates_BTk, expert_BTk, real_BT, *shards):
         weights = [all_gathered(w, axes, dim) for w, dim in zip(shards, (1, 1, 2), strict=True)]
-        (n, k), E = (real_BT.size, expert_BTk.shape[-1]), len(weights[0])
-        rows = rows_of_block(n, n * k, E)
-        blocks = blocks_of(expert_BTk.reshape(n, k), real_BT.reshape(n), E, rows)
-        y_nD = grouped_mlp(mlp, x_BTD.reshape(n, -1), gates_BTk.reshape(n, k), blocks, *weights)
-        return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor"), jax.lax.psum(blocks.load_E, (*BATCH, "context"))
+        E, of_all = len(weights[0]), len(weights[0]) * jax.lax.axis_size("expert")
+        expert_BTk = jnp.where(real_BT[..., None], expert_BTk, of_all)
+        tokens = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, gates_BTk, expert_BTk))
+        x_nD, gates_nk, expert_nk = (all_gathered(x, EXPERT, 0) for x in tokens)
+        expert_nk -= E * jax.lax.axis_index("expert")
+        own_nk = jnp.where((expert_nk >= 0) & (expert_nk < E), expert_nk, E)
+        rows = rows_of_block(len(x_nD), own_nk.size, of_all)
+        blocks = blocks_of(own_nk, E, rows)
+        with jax.named_scope(f"{ITERATIONS}{E * -(-own_nk.size // (of_all * rows))}"):  # of a balanced router
+            y_nD = grouped_mlp(mlp, x_nD, gates_nk, blocks, *weights)
+        y_nD = reduce_scattered(y_nD, EXPERT, 0)
+        load_E = jax.lax.psum(blocks.load_E, tuple(axis for axis in (*BATCH, "context") if axis not in EXPERT))
+        return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor"), all_gathered(load_E, EXPERT, 0)
 
     specs = [spec_of(x) for x in (x_BTD, gates_BTk, expert_BTk, real_BT, *weights)]
     axes, arrays = width_axes(specs[4][1]), (x_BTD, gates_BTk, expert_BTk, real_BT, *weights)

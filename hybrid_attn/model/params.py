@@ -19,7 +19,7 @@ from hybrid_attn.parallel.mesh import WIDTH, gathered, split_of
 
 # The mesh axis, or axes, over which each logical axis of a weight is split.
 MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
-MESH_AXES |= {"head_dim": None, "norm": None, "expert": None, "score": None}
+MESH_AXES |= {"head_dim": None, "norm": None, "expert": "expert", "score": None}
 WIDE = ("embed", "heads", "mlp")  # logical axes that grow with the width of the model
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 # How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered
@@ -52,8 +52,9 @@ class ParamSpec:
 
     @property
     def sharding(self) -> P:
-        """On the mesh in force. The width of the model is split over `fsdp` alone where `WIDTH` does not divide it."""
-        return P(*(split_of(size, MESH_AXES[axis]) for size, axis in zip(self.shape, self.axes, strict=True)))
+        """On the mesh in force."""
+        entries = [MESH_AXES[axis] for axis in self.axes]
+        return P(*(split_of(size, entry, entries) for size, entry in zip(self.shape, entries, strict=True)))
 
     @property
     def decay(self) -> bool:
