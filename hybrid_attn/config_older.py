@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from hybrid_attn import trees
 from hybrid_attn.configs import base
 
-# Keys that older configs lack: of the model, of the optimiser, of a stage.
+# Keys that older configs lack: of the model, of the optimiser, of a stage, of a feed-forward.
 NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init", "unembed_init_std"
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
@@ -14,6 +14,7 @@ NEW_OPTIM = (
 NEW_STAGE = (
     "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
 )  # fmt: skip
+NEW_MLP = ("bias_rate",)
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
@@ -24,6 +25,7 @@ def completed(values: Mapping) -> dict:
     kinds = model.get("kinds") if isinstance(model, dict) else None
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], *NEW_MODEL)
+    _add([values.get("mesh")], defaults["mesh"], "expert")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
     _add([values.get("train")], defaults["train"], "overlap", "statistics_every", "sinks", "unroll")
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
@@ -34,6 +36,7 @@ def completed(values: Mapping) -> dict:
     for kind in kinds:
         if isinstance(kind["mlp"], str):  # the type alone
             kind["mlp"] = trees.plain(base.moe(type=kind["mlp"]))
+    _add([kind["mlp"] for kind in kinds], trees.plain(base.moe()), *NEW_MLP)
     return values
 
 

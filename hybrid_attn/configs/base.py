@@ -58,6 +58,7 @@ def moe(**changes) -> ConfigDict:
     m.shared_combine = "sum"  # sum | average: of the chosen ones and the shared ones, half the sum of both
     m.shared_gate = False  # a sigmoid gate, one number for each token, on the shared ones (Qwen2-MoE)
     m.balance_loss = 0.01  # weight of the load-balance loss (Switch Transformer, arXiv 2101.03961)
+    m.bias_rate = None  # a step moves each expert's bias by so much (DeepSeek-V3: 0.001); None = no bias, 0 = a fixed one
     m.z_loss = 0.001  # weight of (log sum exp)^2 of the router's logits (ST-MoE, arXiv 2202.08906)
     m.update(changes)
     return m
@@ -202,8 +203,9 @@ def _mesh() -> ConfigDict:
     m = ConfigDict()
     m.slice = 1  # replicas on separate TPU slices, joined by the data-centre network; elsewhere the same as data
     m.data = -1  # replicas within a slice; -1 = all remaining devices
-    m.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp
-    m.context = 1  # shards of the sequence, and of parameters and optimiser state: these are split over context * fsdp
+    m.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp * expert
+    m.expert = 1  # shards of the experts of a layer, and elsewhere the same as fsdp
+    m.context = 1  # shards of the sequence, and of parameters and optimiser state: these are split over context * expert * fsdp
     m.tensor = 1  # shards of heads, feed-forward and vocabulary
     return m
 

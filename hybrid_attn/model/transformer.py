@@ -28,7 +28,7 @@ from hybrid_attn.model.parametrisation import parametrised
 from hybrid_attn.model.params import Dot, Linear, Norm, ParamSpec, embedding, map_weights, weights_of
 from hybrid_attn.model.statistics import LayerStatistics
 from hybrid_attn.parallel import context
-from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of, width_axes, without_context
+from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, for_inference, gathered, spec_of, width_axes
 from hybrid_attn.trees import choice
 
 INPUT = "layer input"
@@ -262,7 +262,7 @@ def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
 
     # What a transform reads stays as it is stored; the leaf that it makes is cast where it is multiplied.
     def cast(spec: ParamSpec, x: jax.Array | dict) -> jax.Array | dict:
-        return without_context(x.astype(dtype) if spec.cast else x) if isinstance(x, jax.Array) else x
+        return for_inference(x.astype(dtype) if spec.cast else x) if isinstance(x, jax.Array) else x
 
     params = jax.tree.map(cast, specs(model), params)
     layers = []

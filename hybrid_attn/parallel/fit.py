@@ -49,8 +49,11 @@ def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
     for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
         check_splits(f"model.{name}", getattr(model, name), sizes, ("tensor",))
     for letter in sorted(set(model.layers)):
-        if (width := model.kinds[letter].mlp.d_ff) is not None:
-            check_splits(f"model.kinds.{letter}.mlp.d_ff", width, sizes, ("tensor",))
+        mlp, name = model.kinds[letter].mlp, f"model.kinds.{letter}.mlp"
+        if mlp.d_ff is not None:
+            check_splits(f"{name}.d_ff", mlp.d_ff, sizes, ("tensor",))
+        if mlp.type == "moe":
+            check_splits(f"{name}.experts", mlp.experts, sizes, ("expert",))
     check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
 
 
