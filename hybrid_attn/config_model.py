@@ -30,7 +30,7 @@ class RopeScaling:
 class Temperature:
     """Growth of the attention scale with the position of the query."""
 
-    type: str = one_of("none", "log_length", "steps", "learned")
+    type: str = one_of("none", "log_length", "steps", "position_steps", "learned")
     scale: float = within(0, 10**6)
     length: int = within(2, LONGEST)
 
@@ -89,6 +89,7 @@ class LayerType:
     temperature: Temperature
     sink: bool
     gate: str = one_of("none", "head", "projection")
+    residual_scale: float = within(0, 10**6, above=True, aliases=("residual_multiplier",))
 
     def __post_init__(self):
         check_fields(self, "kind")

@@ -15,7 +15,10 @@ import transformers
 from absl import app, flags
 from safetensors.torch import save_file
 
+from hybrid_attn.convert import families
+
 OUT = flags.DEFINE_string("out", "tests/golden", "Directory of the cases.")
+ONLY = flags.DEFINE_list("cases", None, "The cases to write; by default all.")
 WINDOW, LENGTH = 5, 23
 SIZES = {
     "vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -26,6 +29,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+MULTIPLIERS = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.3, "attention_multiplier": 0.5}
 CASES = {
     "cohere2": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, "logit_scale": 0.25,
                 "layer_types": [LOCAL, LOCAL, LOCAL, FULL], "sliding_window": WINDOW},
@@ -50,6 +54,12 @@ CASES = {
                     "sliding_window_pattern": 3, "sliding_window": WINDOW, "head_dim": 8, "query_pre_attn_scalar": 10,
                     "final_logit_softcapping": 2.0, "num_hidden_layers": 5},
     "afmoe": {"rope_theta": 100.0, "num_dense_layers": 4, "sliding_window": WINDOW, "head_dim": 8, "mup_enabled": True},
+    "granite_swa": MULTIPLIERS | {"rope_parameters": PLAIN, "layer_rope_theta": [0, 100.0, 500.0, 100.0],
+                                  "sliding_window": WINDOW},
+    "ministral3": {"rope_parameters": YARN | {"rope_theta": 100.0, "llama_4_scaling_beta": 0.5,
+                                              "original_max_position_embeddings": 8}, "head_dim": 8},
+    "ministral3_window": {"rope_parameters": PLAIN | {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 4},
+                          "sliding_window": WINDOW, "head_dim": 8, "tie_word_embeddings": True},
 }  # fmt: skip
 
 
@@ -78,9 +88,11 @@ def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def main(_):
     for seed, (case, fields) in enumerate(CASES.items()):
+        if ONLY.value and case not in ONLY.value:
+            continue
         directory = Path(OUT.value) / case
         directory.mkdir(parents=True, exist_ok=True)
-        model_type = "gemma3_text" if case.startswith("gemma3") else case.split("_")[0]
+        model_type = next(x for x in sorted(families.FAMILIES, key=len, reverse=True) if case.startswith(x))
         values = {"model_type": model_type, **SIZES, **fields}
         (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
         model = random_model(directory, seed)

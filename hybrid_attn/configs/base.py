@@ -34,11 +34,12 @@ def kind(**changes) -> ConfigDict:
     k.scale = None  # factor on q.k; None = head_dim ** -0.5
     k.softcap = None  # scores become cap * tanh(score / cap) (Gemma 2)
     k.temperature = ConfigDict()
-    k.temperature.type = "none"  # none | log_length (SWAN) | steps (Llama 4) | learned (SSMax)
-    k.temperature.scale = 0.1  # steps: the coefficient; learned: the initial s
-    k.temperature.length = 8192  # tokens; log_length: the offset a; steps: the tokens per step
+    k.temperature.type = "none"  # none | log_length (SWAN) | steps (Llama 4) | position_steps (Ministral 3) | learned (SSMax)
+    k.temperature.scale = 0.1  # steps of both kinds: the coefficient; learned: the initial s
+    k.temperature.length = 8192  # tokens; log_length: the offset a; steps of both kinds: the tokens per step
     k.sink = False  # a learned logit per head that takes part in the softmax (gpt-oss)
     k.gate = "none"  # none | head | projection: sigmoid gate on the attention output
+    k.residual_scale = 1.0  # factor on what the mixer and the feed-forward add to the residual stream (Granite: 0.22)
     k.update(changes)
     return k
 

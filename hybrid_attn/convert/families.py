@@ -13,6 +13,8 @@ from typing import NamedTuple
 from hybrid_attn import config, trees
 from hybrid_attn.config import LayerType, Model
 from hybrid_attn.convert import layers
+from hybrid_attn.convert.fields import positive_int
+from hybrid_attn.convert.normal import layer_types_of, normal_form, rounded
 from hybrid_attn.trees import check
 
 USUAL_LETTERS = {(True, True): "L", (True, False): "W", (False, False): "G", (False, True): "R"}  # window, rope
@@ -37,6 +39,7 @@ UNSCALED = {  # which config.json has no fields for
 LAYER = {f"attention/{name}": f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")}
 LAYER |= {f"mlp/{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 HEAD_NORMS = {"attention/q_norm/weight": "self_attn.q_norm.weight", "attention/k_norm/weight": "self_attn.k_norm.weight"}
+SINKS = {"attention/sink": "self_attn.sinks"}
 PRE = {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "post_attention_layernorm.weight"}
 POST = {
     "attention_post_norm/weight": "post_attention_layernorm.weight",
@@ -114,10 +117,10 @@ def _model_of(config_json: Mapping) -> Model:
     if c.get("num_key_value_heads") is None:
         c["num_key_value_heads"] = c["num_attention_heads"]
     for key in ("num_attention_heads", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
-        layers.positive_int(c, key)
+        positive_int(c, key)
     c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
     for key in ("num_key_value_heads", "head_dim"):
-        layers.positive_int(c, key)
+        positive_int(c, key)
     for key, supported in family.required.items():
         if c.get(key, supported) != supported:
             raise ValueError(f"config.json has {key}={c[key]!r}; for {c['model_type']}, only {key}={supported!r} is supported")
@@ -224,12 +227,13 @@ def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
 def _normal_form(model: Model) -> dict:
     """The fields of a model, and the normal form of the layer type of each layer in place of prefix and pattern."""
     values = {name: value for name, value in vars(model).items() if name not in ("prefix", "pattern", "kinds")}
-    normal_forms = [config.to_dict(layers.normal_form(model, x)) for x in layers.layer_types_of(model)]
-    return values | {"embed_scale": layers.rounded(model.embed_scale), "layers": normal_forms}
+    normal_forms = [config.to_dict(normal_form(model, x)) for x in layer_types_of(model)]
+    scales = {name: rounded(getattr(model, name)) for name in ("embed_scale", "logit_scale")}
+    return values | scales | {"layers": normal_forms}
 
 
 def _rotates(model: Model) -> bool:
-    return any(layer_type.rope_theta is not None for layer_type in layers.layer_types_of(model))
+    return any(layer_type.rope_theta is not None for layer_type in layer_types_of(model))
 
 
 COHERE = {"block": "parallel", "norm": "layernorm", "rope_layout": "interleaved", "embed_scale": 1.0, "logit_softcap": None}
@@ -239,6 +243,15 @@ LLAMA_FIELDS = {"rms_norm_eps": "norm_eps", "hidden_act": "activation"}
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02}
 COHERE_DEFAULTS = COMMON | {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
 NO_BIAS = {"attention_bias": False}
+GRANITE = {"norm": "rms", "rope_layout": "half", "block": "pre", "logit_softcap": None}
+GRANITE_DEFAULTS = COMMON | {
+    "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
+    "sliding_window": 128,
+}  # fmt: skip
+MINISTRAL_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
+    "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 
 FAMILIES = {
     "cohere2": Family(
@@ -283,6 +296,17 @@ FAMILIES = {
         {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "pre_feedforward_layernorm.weight"}
         | POST | HEAD_NORMS,
         scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5}, heads_divide_width=True,
+    ),
+    "granite_swa": Family(
+        "GraniteSWAForCausalLM", GRANITE, LLAMA_FIELDS, GRANITE_DEFAULTS | {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        NO_BIAS | {"mlp_bias": False}, layers.granite_layer_types, layers.granite_layout, PRE | SINKS,
+        scales=layers.granite_scales,
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_key_value_heads": 8, "head_dim": 128,
+                  "sliding_window": None, "rope_parameters": MINISTRAL_ROPE},
+        {}, layers.ministral3_layer_types, layers.ministral3_layout, PRE,
     ),
     "afmoe": Family(
         "AfmoeForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,
