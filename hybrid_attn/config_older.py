@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from hybrid_attn import trees
 from hybrid_attn.configs import base
 
-# Keys that older configs lack: of the model, of the optimiser, of a stage, of a layer type.
+# Keys that older configs lack: of the model, of the optimiser, of a stage, of a layer type, of its feed-forward.
 NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init", "unembed_init_std"
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
@@ -14,6 +14,7 @@ NEW_OPTIM = (
 NEW_STAGE = (
     "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
 )  # fmt: skip
+NEW_MLP = ("shared_d_ff",)
 NEW_KIND = "mixer", "mlp", "residual_scale"
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
@@ -35,6 +36,7 @@ def completed(values: Mapping) -> dict:
     for kind in kinds:
         if isinstance(kind["mlp"], str):  # the type alone
             kind["mlp"] = trees.plain(base.moe(type=kind["mlp"]))
+    _add([kind["mlp"] for kind in kinds], trees.plain(base.moe()), *NEW_MLP)
     return values
 
 

@@ -56,6 +56,7 @@ def moe(**changes) -> ConfigDict:
     m.renormalise = True  # the scores of a token's experts are divided by their sum (Mixtral)
     m.route_scale = 1.0  # factor on them afterwards (DeepSeek-V3: 2.5)
     m.shared_experts = 0  # experts that compute every token
+    m.shared_d_ff = None  # the width of each of them; None = that of the others
     m.shared_combine = "sum"  # sum | average: of the chosen ones and the shared ones, half the sum of both
     m.shared_gate = False  # a sigmoid gate, one number for each token, on the shared ones (Qwen2-MoE)
     m.balance_loss = 0.01  # weight of the load-balance loss (Switch Transformer, arXiv 2101.03961)

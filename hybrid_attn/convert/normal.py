@@ -35,10 +35,13 @@ def normal_form(model: Model, layer_type: LayerType) -> LayerType:
 
 
 def _normal_mlp(model: Model, layer_type: LayerType) -> MLP:
-    """The feed-forward in a normal form; that of a gated one has no fields but its width."""
-    mlp = layer_type.mlp if layer_type.mlp.type == "moe" else dataclasses.replace(PLAIN.mlp, type=layer_type.mlp.type)
-    width = config.mlp_width(model, layer_type)
-    return dataclasses.replace(mlp, d_ff=None if width == model.d_ff else width)
+    """The feed-forward in a normal form: with its width, with one shared expert for all, and without losses of training."""
+    mlp, width = layer_type.mlp, config.mlp_width(model, layer_type)
+    if mlp.type != "moe":
+        return dataclasses.replace(PLAIN.mlp, type=mlp.type, d_ff=width)
+    shared = config.shared_width(model, layer_type)
+    trained = {name: getattr(PLAIN.mlp, name) for name in ("balance_loss", "z_loss")}
+    return dataclasses.replace(mlp, d_ff=width, shared_experts=min(shared, 1), shared_d_ff=shared or None, **trained)
 
 
 def layer_types_of(model: Model) -> list[LayerType]:

@@ -51,6 +51,8 @@ def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
     for letter in sorted(set(model.layers)):
         if (width := model.kinds[letter].mlp.d_ff) is not None:
             check_splits(f"model.kinds.{letter}.mlp.d_ff", width, sizes, ("tensor",))
+        if (width := model.kinds[letter].mlp.shared_d_ff) is not None:
+            check_splits(f"model.kinds.{letter}.mlp.shared_d_ff", width, sizes, ("tensor",))
     check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
 
 

@@ -24,6 +24,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MULTIPLIERS = {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.125}
 STEPS = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.4, "original_max_position_embeddings": 7}
+MOE = {"num_experts": 7, "num_local_experts": 7, "sliding_window": WINDOW, "head_dim": 8}
+DENSE_FIRST = {"first_k_dense_replace": 2, "prefix_dense_intermediate_size": 24}
 SIZES = {
     "vocab_size": 61, "hidden_size": 64, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 6, "max_position_embeddings": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
@@ -49,6 +51,18 @@ CASES = {
     "afmoe": {"sliding_window": WINDOW, "head_dim": 8, "num_dense_layers": 6, "mup_enabled": True},
     "granite_swa": {"sliding_window": WINDOW, "layer_rope_theta": [0, 1e4, 1e5, 1e4, 0, 1e4], **MULTIPLIERS},
     "granite_swa llama3": {"sliding_window": WINDOW, "rope_parameters": LLAMA3 | {"rope_theta": 1e4}, "head_dim": 8},
+    "cohere2_moe": MOE | DENSE_FIRST | {"num_shared_experts": 2, "num_experts_per_tok": 3},
+    "cohere2_moe sum": MOE
+    | DENSE_FIRST
+    | {
+        "num_shared_experts": 1,
+        "shared_expert_combination_strategy": "sum",
+        "expert_selection_fn": "sigmoid",
+        "norm_topk_prob": False,
+        "rms_norm_eps": 1e-6,
+        "prefix_dense_sliding_window_pattern": 2,
+    },
+    "granitemoe_swa": MOE | MULTIPLIERS | {"shared_intermediate_size": 56, "layer_rope_theta": [0, 1e4, 1e5, 1e4, 0, 1e4]},
     "ministral3": {"rope_parameters": YARN | {"rope_theta": 1e4, "llama_4_scaling_beta": 0.4}, "head_dim": 24},
     "ministral3 window": {"rope_parameters": STEPS, "sliding_window": WINDOW, "tie_word_embeddings": True},
 }
