@@ -56,6 +56,7 @@ class MLP:
     shared_combine: str = one_of("sum", "average")
     shared_gate: bool
     balance_loss: float = within(0, 10**6, aliases=("router_aux_loss_coef",))
+    bias_rate: float | None = within(0, 1, aliases=("bias_update_speed", "router_bias_update_rate"))
     z_loss: float = within(0, 10**6)
 
     def __post_init__(self):

@@ -31,7 +31,7 @@ CASES = {
     "Mixtral": {"experts": 5},
     "Switch": {"experts": 5, "top_k": 1, "renormalise": False},
     "all": {"experts": 3, "top_k": 3, "shared_experts": 1},
-    "DeepSeek": {"experts": 7, "top_k": 3, "router": "sigmoid", "route_scale": 2.5, "shared_experts": 2},
+    "DeepSeek": {"experts": 7, "top_k": 3, "router": "sigmoid", "route_scale": 2.5, "shared_experts": 2, "bias_rate": 0.01},
     "Qwen": {"experts": 7, "top_k": 4, "router": "sigmoid", "renormalise": False} | SHARED,
 }
 
@@ -47,6 +47,8 @@ def layer_of(**settings):
     fields = {f"mlp.{name}": x for name, x in ({"type": "moe", "d_ff": 24} | settings).items()}
     model = tiny({"model.init_std": 0.4}, L=fields).model
     layer = moe.MoE(model, model.kinds["L"], rngs=nnx.Rngs(0))
+    if hasattr(layer, "bias"):
+        layer.bias[...] = jnp.asarray(np.random.default_rng(2).normal(size=settings["experts"]), jnp.float32)
     return model.kinds["L"].mlp, *nnx.split(layer)
 
 
@@ -64,7 +66,7 @@ def dense(settings: config.MLP, p: dict, x_BTD: jax.Array) -> jax.Array:
     """Every expert for every token, times a gate that is zero where the expert is not chosen."""
     logits = x_BTD @ p["router"]
     scores = jax.nn.softmax(logits) if settings.router == "softmax" else 1 / (1 + jnp.exp(-logits))
-    place = jnp.argsort(jnp.argsort(-scores, stable=True), stable=True)
+    place = jnp.argsort(jnp.argsort(-scores - p.get("bias", 0), stable=True), stable=True)
     gates = jnp.where(place < settings.top_k, scores, 0.0)
     gates = settings.route_scale * (gates / gates.sum(-1, keepdims=True) if settings.renormalise else gates)
     experts = [{name: p[name][e] for name in ("gate", "up", "down")} for e in range(settings.experts)]

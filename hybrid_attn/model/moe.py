@@ -15,7 +15,7 @@ from hybrid_attn.config import MLP, LayerType, Model, mlp_width, shared_width
 from hybrid_attn.model.execution import Chunks
 from hybrid_attn.model.grouped import blocks_of, grouped_mlp, rows_of_block
 from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP
-from hybrid_attn.model.params import cast, experts, linear
+from hybrid_attn.model.params import cast, experts, linear, vector
 from hybrid_attn.parallel.mesh import BATCH, all_gathered, spec_of, width_axes
 
 TINY = 1e-20  # beside a sum of scores that may be zero
@@ -31,7 +31,7 @@ class MoE(nnx.Module):
         E, k, std = self.settings.experts, self.settings.top_k, model.init_std
         D, F = model.d_model, mlp_width(model, layer_type)
         self.activation = model.activation
-        self.router = linear(rngs, (D, E), ("embed", "expert"), std, exact=True)
+        self.router = linear(rngs, (D, E), ("embed", "score"), std, exact=True)
         self.gate = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
         self.up = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
         self.down = experts(rngs, (E, F, D), ("expert", "mlp", "embed"), std, k)
@@ -40,6 +40,8 @@ class MoE(nnx.Module):
             self.shared = GatedMLP(model, dataclasses.replace(layer_type, mlp=shared), rngs=rngs)
         if self.settings.shared_gate:
             self.shared_gate = linear(rngs, (D, 1), ("embed", "norm"), std)
+        if self.settings.bias_rate is not None:
+            self.bias = vector((E,), ("score",), 0.0, self.settings.bias_rate)
 
     def __call__(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, dict]:
         """The output [B, T, D], and the scalars of the router: its loss, `LAYERS` and `METRICS`.
@@ -48,7 +50,8 @@ class MoE(nnx.Module):
         """
         with jax.default_matmul_precision("float32"):
             logits_BTE = self.router(x_BTD.astype(jnp.float32))
-        gates_BTk, expert_BTk = routed(self.settings, logits_BTE)
+        bias_E = None if self.settings.bias_rate is None else self.bias[...]
+        gates_BTk, expert_BTk = routed(self.settings, logits_BTE, bias_E)
         weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
         mlp = ChunkedMLP(self.activation, self.gate.dot, saves_products=False)
         y_BTD, load_E = of_experts(mlp, x_BTD, gates_BTk, expert_BTk, seg_BT > 0, *weights)
@@ -56,7 +59,7 @@ class MoE(nnx.Module):
             y_BTD += self._of_shared(x_BTD, seg_BT, chunks)
         if self.settings.shared_combine == "average":
             y_BTD = y_BTD / 2
-        return y_BTD, scalars(self.settings, logits_BTE, seg_BT > 0, load_E)
+        return y_BTD, scalars(self.settings, logits_BTE, seg_BT > 0, load_E, bias_E)
 
     def _of_shared(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> jax.Array:
         y_BTD, _ = self.shared(x_BTD, seg_BT, chunks)
@@ -68,17 +71,25 @@ def scores(settings: MLP, logits_BTE: jax.Array) -> jax.Array:
     return jax.nn.softmax(logits_BTE, -1) if settings.router == "softmax" else jax.nn.sigmoid(logits_BTE)
 
 
-def routed(settings: MLP, logits_BTE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gates [B, T, k] and the indices of the experts of each token; of equal scores the first expert's counts as larger."""
+def routed(settings: MLP, logits_BTE: jax.Array, bias_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The gates [B, T, k] and the indices of the experts of each token; of equal scores the first expert's counts as larger.
 
-    def shard(logits_BTE):
-        gates_BTk, expert_BTk = jax.lax.top_k(scores(settings, logits_BTE), settings.top_k)
+    Experts are chosen by score plus bias (arXiv 2408.15664, equation 3); gates are made of the scores alone.
+    """
+
+    def shard(logits_BTE, *biases):
+        scores_BTE = scores(settings, logits_BTE)
+        gates_BTk, expert_BTk = jax.lax.top_k(sum(biases, scores_BTE), settings.top_k)
+        if biases:
+            gates_BTk = jnp.take_along_axis(scores_BTE, expert_BTk, -1)
         if settings.renormalise:
             gates_BTk /= gates_BTk.sum(-1, keepdims=True) + TINY
         return settings.route_scale * gates_BTk, expert_BTk
 
+    biases = () if bias_E is None else (jax.lax.stop_gradient(bias_E),)
     spec = spec_of(logits_BTE)
-    return jax.shard_map(shard, in_specs=spec, out_specs=(spec, spec), check_vma=False)(logits_BTE)
+    specs = (spec, *map(spec_of, biases))
+    return jax.shard_map(shard, in_specs=specs, out_specs=(spec, spec), check_vma=False)(logits_BTE, *biases)
 
 
 def of_experts(mlp: ChunkedMLP, x_BTD, gates_BTk, expert_BTk, real_BT, *weights) -> tuple[jax.Array, jax.Array]:
@@ -100,7 +111,7 @@ def of_experts(mlp: ChunkedMLP, x_BTD, gates_BTk, expert_BTk, real_BT, *weights)
     return jax.shard_map(shard, in_specs=tuple(specs), out_specs=(specs[0], P(None)), check_vma=False)(*arrays)
 
 
-def scalars(settings: MLP, logits_BTE: jax.Array, real_BT: jax.Array, load_E: jax.Array) -> dict[str, jax.Array]:
+def scalars(settings: MLP, logits_BTE, real_BT, load_E: jax.Array, bias_E: jax.Array | None = None) -> dict[str, jax.Array]:
     """The router's loss as "aux_loss", and `METRICS` of one layer, over all real tokens of the batch."""
     number, copies_E = jnp.maximum(real_BT.sum(), 1.0), load_E.astype(jnp.float32)
 
@@ -116,7 +127,18 @@ def scalars(settings: MLP, logits_BTE: jax.Array, real_BT: jax.Array, load_E: ja
     dropped = settings.top_k * real_BT.sum() - load_E.sum()
     values = dict(zip(METRICS, (load, entropy, z, dropped.astype(jnp.float32)), strict=True))
     values = {name: jax.lax.stop_gradient(x) for name, x in values.items()}
-    return {"aux_loss": settings.balance_loss * balance + settings.z_loss * z, LAYERS: jnp.float32(1), **values}
+    loss = settings.balance_loss * balance + settings.z_loss * z
+    if bias_E is not None:
+        loss += excess(bias_E, copies_E)
+    return {"aux_loss": loss, LAYERS: jnp.float32(1), **values}
+
+
+def excess(bias_E: jax.Array, copies_E: jax.Array) -> jax.Array:
+    """Zero, whose gradient is E times what the load of each expert is above the mean, an integer: no rounding is a load.
+
+    So gradients sum the loads of all microbatches, and a step against their sign is that of arXiv 2408.15664, algorithm 1.
+    """
+    return ((bias_E - jax.lax.stop_gradient(bias_E)) * (len(copies_E) * copies_E - copies_E.sum())).sum()
 
 
 def balance_loss(share_E: jax.Array, probability_E: jax.Array) -> jax.Array:
