@@ -18,7 +18,7 @@ from hybrid_attn import kernels
 from hybrid_attn.bench import machine, measurement
 from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.bench.part import Figure, Part, Run, chosen
-from hybrid_attn.convert.layers import PLAIN
+from hybrid_attn.convert.normal import PLAIN
 from hybrid_attn.model import flops
 from hybrid_attn.model.attention import attended_pairs, attention_flops
 from hybrid_attn.trees import check

@@ -204,7 +204,7 @@ def export(values: dict, directory: str, max_len: int) -> list[str]:
     description = hf.describe(c.model, directory, max_len)
     hf.write(directory, c.model, description, shapes, hf.by_period(params), "float32")
     tensors = families.tensors(c.model, description["model_type"], shapes)
-    return [tensor.name for tensor in tensors if has_decay[tensor.path]]
+    return [tensor.name for tensor in tensors if has_decay[tensor.pieces[0].path]]
 
 
 def exported_model(directory: str):

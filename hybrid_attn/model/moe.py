@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import MLP, LayerType, Model, mlp_width
+from hybrid_attn.config import MLP, LayerType, Model, mlp_width, shared_width
 from hybrid_attn.model.execution import Chunks
 from hybrid_attn.model.grouped import ITERATIONS, blocks_of, grouped_mlp, rows_of_block
 from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP
@@ -37,8 +37,8 @@ class MoE(nnx.Module):
         self.gate = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
         self.up = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
         self.down = experts(rngs, (E, F, D), ("expert", "mlp", "embed"), std, k)
-        if self.settings.shared_experts:  # side by side they are one that is as wide as all
-            shared = dataclasses.replace(self.settings, d_ff=F * self.settings.shared_experts)
+        if self.settings.shared_experts:
+            shared = dataclasses.replace(self.settings, d_ff=shared_width(model, layer_type))
             self.shared = GatedMLP(model, dataclasses.replace(layer_type, mlp=shared), rngs=rngs)
         if self.settings.shared_gate:
             self.shared_gate = linear(rngs, (D, 1), ("embed", "norm"), std)

@@ -85,7 +85,7 @@ class Block(nnx.Module):
 
     def __init__(self, model: Model, letter: str, *, rngs: nnx.Rngs):
         layer_type = model.kinds[letter]
-        self.form, self.mixer_name = model.block, layer_type.mixer
+        self.form, self.mixer_name, self.residual_scale = model.block, layer_type.mixer, layer_type.residual_scale
         mixer = choice(f"model.kinds.{letter}.mixer", layer_type.mixer, MIXERS)
         setattr(self, self.mixer_name, mixer(model, layer_type, rngs=rngs))
         self.mlp = choice(f"model.kinds.{letter}.mlp.type", layer_type.mlp.type, MLPS)(model, layer_type, rngs=rngs)
@@ -105,13 +105,17 @@ class Block(nnx.Module):
             h_BTD = self.norm(x_BTD)
             y_BTD, state = mixer(h_BTD, pos_BT, attend)
             z_BTD, aux = self.mlp(h_BTD, seg_BT, chunks)
-            return x_BTD + y_BTD + z_BTD, aux, state
+            return self._sum(self._sum(x_BTD, y_BTD), z_BTD), aux, state
         # x + norm(mixer(norm x)), then x + norm(mlp(norm x)): pre has the inner norms, post the outer ones, sandwich both.
         inner, outer = self.form != "post", self.form != "pre"
         y_BTD, state = mixer(self.attention_norm(x_BTD) if inner else x_BTD, pos_BT, attend)
-        x_BTD = x_BTD + (self.attention_post_norm(y_BTD) if outer else y_BTD)
+        x_BTD = self._sum(x_BTD, self.attention_post_norm(y_BTD) if outer else y_BTD)
         z_BTD, aux = self.mlp(self.mlp_norm(x_BTD) if inner else x_BTD, seg_BT, chunks)
-        return x_BTD + (self.mlp_post_norm(z_BTD) if outer else z_BTD), aux, state
+        return self._sum(x_BTD, self.mlp_post_norm(z_BTD) if outer else z_BTD), aux, state
+
+    def _sum(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+        """The residual stream with the output of a branch."""
+        return x_BTD + (y_BTD if self.residual_scale == 1.0 else self.residual_scale * y_BTD)
 
 
 def residual_norm(model: Model) -> Norm:

@@ -50,8 +50,9 @@ def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
         check_splits(f"model.{name}", getattr(model, name), sizes, ("tensor",))
     for letter in sorted(set(model.layers)):
         mlp, name = model.kinds[letter].mlp, f"model.kinds.{letter}.mlp"
-        if mlp.d_ff is not None:
-            check_splits(f"{name}.d_ff", mlp.d_ff, sizes, ("tensor",))
+        for key, width in {"d_ff": mlp.d_ff, "shared_d_ff": mlp.shared_d_ff}.items():
+            if width is not None:
+                check_splits(f"{name}.{key}", width, sizes, ("tensor",))
         if mlp.type == "moe":
             check_splits(f"{name}.experts", mlp.experts, sizes, ("expert",))
     check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
