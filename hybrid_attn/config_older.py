@@ -30,7 +30,7 @@ def completed(values: Mapping) -> dict:
     _add(stages, defaults["stages"][0], *NEW_STAGE)
     _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")
     kinds = [kind for kind in kinds.values() if isinstance(kind, dict)] if isinstance(kinds, dict) else []
-    _add(kinds, trees.plain(base.kind()), "mixer", "mlp")
+    _add(kinds, trees.plain(base.kind()), "mixer", "attention_experts", "share_kv", "mlp")
     for kind in kinds:
         if isinstance(kind["mlp"], str):  # the type alone
             kind["mlp"] = trees.plain(base.moe(type=kind["mlp"]))

@@ -20,7 +20,8 @@ LARGEST = {  # several times the sizes of the largest public models; products of
 }  # fmt: skip
 NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
 PLAIN = LayerType(
-    mixer="attention", mlp=MLP("gated", None, 8, 2, "softmax", True, 1.0, 0, "sum", False, 0.01, 0.001),
+    mixer="attention", attention_experts=4, share_kv=None,
+    mlp=MLP("gated", None, 8, 2, "softmax", True, 1.0, 0, "sum", False, 0.01, 0.001),
     window=None, chunk=None, rope_theta=None, rope_fraction=1.0, rope_scaling=NO_SCALING,
     qk_norm="none", qk_norm_scope="head_dim", qk_norm_after_rope=False, scale=None, softcap=None,
     temperature=Temperature("none", 0.1, 8192), sink=False, gate="none",
@@ -41,6 +42,7 @@ def normal_form(model: Model, layer_type: LayerType) -> LayerType:
     normed = layer_type.qk_norm != "none"
     return dataclasses.replace(
         layer_type,
+        attention_experts=PLAIN.attention_experts if layer_type.mixer == "attention" else layer_type.attention_experts,
         rope_theta=theta,
         rope_scaling=scaling,
         rope_fraction=layer_type.rope_fraction if theta else 1.0,
