@@ -79,6 +79,8 @@ class LayerType:
     """What one letter of the pattern means: its mixer and feed-forward, which keys a query sees, how positions enter."""
 
     mixer: str
+    attention_experts: int = within(1, 2**10)
+    share_kv: bool | None
     mlp: MLP
     window: int | None = within(1, 2**31 - 1, aliases=("sliding_window",))
     chunk: int | None = within(1, 2**31 - 1, aliases=("attention_chunk_size",))
@@ -100,6 +102,9 @@ class LayerType:
         check(self.window is None or self.chunk is None, "a layer type has a window or a chunk, not both")
         rotates, scaling = self.rope_theta is not None, self.rope_scaling.type
         check(rotates or scaling == "none", f"rope_scaling.type={scaling!r} scales nothing without a rope_theta")
+        has_experts = self.mixer == "attention_experts"
+        cure = "does nothing without mixer='attention_experts'; leave it at None"
+        check(has_experts or self.share_kv is None, f"share_kv={self.share_kv} {cure}")
         possible = not self.qk_norm_after_rope or (rotates and self.qk_norm != "none")
         check(possible, "qk_norm_after_rope needs a qk_norm and a rope_theta")
 
@@ -212,6 +217,17 @@ def reach(layer_type: LayerType) -> str | None:
 def rotated_dims(model: Model, layer_type: LayerType) -> int:
     """Dimensions of a head that are rotated; the others carry no position."""
     return round(model.head_dim * layer_type.rope_fraction)
+
+
+def shares_kv(layer_type: LayerType) -> bool:
+    """Whether attention experts share keys and values; by default where their KV cache grows with the sequence."""
+    return reach(layer_type) is None if layer_type.share_kv is None else layer_type.share_kv
+
+
+def attention_heads(model: Model, layer_type: LayerType) -> tuple[int, int]:
+    """The query heads and the key/value heads of a layer, of all its attention experts."""
+    experts = layer_type.attention_experts if layer_type.mixer == "attention_experts" else 1
+    return experts * model.num_heads, model.num_kv_heads * (1 if shares_kv(layer_type) else experts)
 
 
 def mlp_width(model: Model, layer_type: LayerType) -> int:

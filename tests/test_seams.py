@@ -110,7 +110,10 @@ def test_specs_say_what_toys_cost_and_what_decays(toys):
     "changes, message",
     [
         ({"optim.optimiser": "adam"}, "optim.optimiser='adam' is not one of 'adamw', .*; did you mean 'adamw'"),
-        ({"model.kinds.L.mixer": "atention"}, "model.kinds.L.mixer='atention' is not one of 'attention'; did you mean"),
+        (
+            {"model.kinds.L.mixer": "atention"},
+            "model.kinds.L.mixer='atention' is not one of 'attention', 'attention_experts'; did you mean",
+        ),
         ({"model.kinds.G.mlp.type": "gate"}, "kinds.G.mlp.type='gate' is not one of 'gated', 'moe'; did you mean 'gated'"),
     ],
 )

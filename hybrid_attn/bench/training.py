@@ -15,6 +15,7 @@ from hybrid_attn.bench import measurement
 from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.bench.part import Run, share_of_peak
 from hybrid_attn.config import Config
+from hybrid_attn.config_model import attention_heads
 from hybrid_attn.model import flops
 from hybrid_attn.model.attention import attended_pairs, attention_flops
 from hybrid_attn.parallel import fit
@@ -84,8 +85,8 @@ def computed_with_masks(c: Config) -> float:
     """FLOPs of a step that computes all S x S scores of every layer whose window is shorter than the sequence."""
     (B, S), m = (c.stages[0].batch, c.stages[0].seq_len), c.model
     windowed = [layer for layer in map(m.kinds.get, m.layers) if layer.window is not None and layer.window < S]
-    masked = sum(S**2 - attended_pairs(layer, S) for layer in windowed)
-    return needed(c) + B * flops.TRAIN * attention_flops(m.num_heads, m.head_dim, masked)
+    masked = sum(attention_heads(m, layer)[0] * (S**2 - attended_pairs(layer, S)) for layer in windowed)
+    return needed(c) + B * flops.TRAIN * attention_flops(1, m.head_dim, masked)
 
 
 def compare(

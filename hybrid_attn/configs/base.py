@@ -16,6 +16,8 @@ def kind(**changes) -> ConfigDict:
     """A layer type: full causal attention without positions or other options, except for `changes`."""
     k = ConfigDict()
     k.mixer = "attention"  # how tokens exchange information: a name in `MIXERS` of hybrid_attn/model/transformer.py
+    k.attention_experts = 4  # of the mixer attention_experts: so many attentions compute every token (BAM)
+    k.share_kv = None  # whether these share keys and values; None = where they see all earlier keys, for the cache's sake
     k.mlp = moe(type="gated")  # the feed-forward
     k.window = None  # number of keys that a query sees, itself included; None = all earlier keys
     k.chunk = None  # tokens; a query sees only keys of its own chunk (Llama 4); excludes a window

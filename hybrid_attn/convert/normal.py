@@ -23,6 +23,8 @@ def normal_form(model: Model, layer_type: LayerType) -> LayerType:
     normed = layer_type.qk_norm != "none"
     return dataclasses.replace(
         layer_type,
+        attention_experts=PLAIN.attention_experts if layer_type.mixer == "attention" else layer_type.attention_experts,
+        share_kv=PLAIN.share_kv if layer_type.mixer == "attention" else layer_type.share_kv,
         rope_theta=theta,
         rope_scaling=scaling,
         rope_fraction=layer_type.rope_fraction if theta else 1.0,

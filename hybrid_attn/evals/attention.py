@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model, score_scale
+from hybrid_attn.config_model import attention_heads
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import evaluation, needle_prompts
 from hybrid_attn.evals.attention_statistics import AttentionStatistics, Queries, oldest_key, statistics_of
@@ -52,21 +53,22 @@ def records_of(eval_model: EvalModel, spec: Spec) -> Iterator[dict]:
     model, length, edges = eval_model.model, spec.length, position_edges(spec.length)
     prompts = needle_prompts.prompts(spec, eval_model.tokenizer)
     values = [[] for _ in model.layers]
-    weights_LNI = np.zeros((model.num_layers, model.num_heads, len(edges) - 1))
+    heads = [attention_heads(model, model.kinds[letter])[0] for letter in model.layers]
+    weights_NI = [np.zeros((N, len(edges) - 1)) for N in heads]
     tokens_I = np.zeros(len(edges) - 1)
     for prompt, layers in _statistics(eval_model, prompts, length, edges):
         tokens_I += [end - first for first, end in by_position(prompt, edges)]
         for i, (letter, statistics) in enumerate(zip(model.layers, layers, strict=True)):
             check_finite(np.append(statistics.mass_BNI, statistics.entropy_BN), f"the attention of layer {i}")
             values[i].append(head_values(model.kinds[letter], prompt, statistics))
-            weights_LNI[i] += statistics.mass_BNI[:, len(INTERVALS) :]
+            weights_NI[i] += statistics.mass_BNI[:, len(INTERVALS) :]
     for i, letter in enumerate(model.layers):
         means = {name: np.mean([x[name] for x in values[i]], axis=0) for name in values[i][0]}
         reach = any(reaches(model.kinds[letter], prompt) for prompt in prompts)
-        for n in range(model.num_heads):
+        for n in range(heads[i]):
             record = {"layer": i, "kind": letter, "head": n, "length": length, "prompts": len(prompts)}
             record |= {name: float(x[n]) for name, x in means.items()}
-            seen = zip(weights_LNI[i, n].tolist(), tokens_I.tolist(), strict=True)
+            seen = zip(weights_NI[i][n].tolist(), tokens_I.tolist(), strict=True)
             weights = [weight / keys if keys else None for weight, keys in seen]
             yield record | {"reach": reach, "edges": list(edges), "weights": weights}
 

@@ -14,27 +14,36 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model, RopeScaling, rotated_dims, score_scale
+from hybrid_attn.config_model import attention_heads
 from hybrid_attn.kernels import AttentionOptions
 from hybrid_attn.model.params import Norm, linear, vector
 from hybrid_attn.parallel.mesh import spec_of
 
+QUERIES, KEYS = "queries", "keys"  # what an `Attention` has the weights of
+Angles = tuple[jax.Array, float] | None
 # (q_BTNH, k_BTKH, v_BTKH, sinks_N or None) -> o_BTNH, and a state that the mixer passes on.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
-    """Self-attention of one layer type inside `model`."""
+    """Self-attention of one layer type inside `model`; with some of the `parts` only, a part of an attention expert."""
 
-    def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs):
+    def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs, parts: tuple[str, ...] = (QUERIES, KEYS)):
         self.model, self.layer_type = model, layer_type
         D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
         std, axes = model.init_std, ("embed", "heads", "head_dim")
-        self.q = linear(rngs, (D, N, H), axes, std)
-        self.k = linear(rngs, (D, K, H), axes, std)
-        self.v = linear(rngs, (D, K, H), axes, std)
+        if QUERIES in parts:
+            self.q = linear(rngs, (D, N, H), axes, std)
+        if KEYS in parts:
+            self.k = linear(rngs, (D, K, H), axes, std)
+            self.v = linear(rngs, (D, K, H), axes, std)
+        if KEYS in parts and layer_type.qk_norm != "none":
+            self.k_norm = _head_norm(model, layer_type, K)
+        if QUERIES not in parts:
+            return
         self.o = linear(rngs, (N, H, D), ("heads", "head_dim", "embed"), std, fan_in=2)
         if layer_type.qk_norm != "none":
-            self.q_norm, self.k_norm = (_head_norm(model, layer_type, heads) for heads in (N, K))
+            self.q_norm = _head_norm(model, layer_type, N)
         if layer_type.temperature.type == "learned":
             self.temperature = vector((N,), ("heads",), layer_type.temperature.scale)
         if layer_type.sink:
@@ -46,34 +55,52 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
         """The output [B, T, D], and what else `attend` returns."""
-        spec = spec_of(x_BTD)
-        heads = P(*spec[:2], "tensor", None)
-        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD, heads), self.k(x_BTD, heads), self.v(x_BTD, heads)
-        q_BTNH, k_BTKH = self.norm_and_rotate(q_BTNH, k_BTKH, pos_BT)
-        o_BTNH, state = attend(q_BTNH, k_BTKH, v_BTKH, self.sink[...] if self.layer_type.sink else None)
+        angles = self.angles(pos_BT)
+        q_BTNH = self.queries(x_BTD, pos_BT, angles)
+        o_BTNH, state = attend(q_BTNH, *self.keys(x_BTD, angles), self.sinks)
+        return self.output(x_BTD, o_BTNH), state
+
+    @property
+    def sinks(self) -> jax.Array | None:
+        """The logit of each query head that is no key's."""
+        return self.sink[...] if self.layer_type.sink else None
+
+    def angles(self, pos_BT: jax.Array) -> Angles:
+        """How queries and keys are rotated, as `rope_angles` has it; None for no rotation."""
+        layer_type = self.layer_type
+        return None if layer_type.rope_theta is None else rope_angles(layer_type, rotated_dims(self.model, layer_type), pos_BT)
+
+    def queries(self, x_BTD: jax.Array, pos_BT: jax.Array, angles: Angles) -> jax.Array:
+        """Queries [B, T, N, H] as they enter the scores: normalised, rotated, at their temperature."""
+        q_BTNH = self._norm_and_rotate(self.q(x_BTD, _heads(x_BTD)), "q_norm", angles)
+        if self.layer_type.temperature.type != "none":
+            q_BTNH = (q_BTNH * self.temperatures(pos_BT)).astype(q_BTNH.dtype)
+        return q_BTNH
+
+    def keys(self, x_BTD: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, T, K, H] as they enter the scores, and values."""
+        k_BTKH, v_BTKH = self.k(x_BTD, _heads(x_BTD)), self.v(x_BTD, _heads(x_BTD))
+        return self._norm_and_rotate(k_BTKH, "k_norm", angles), v_BTKH
+
+    def output(self, x_BTD: jax.Array, o_BTNH: jax.Array) -> jax.Array:
+        """What the layer adds to the residual stream, from the weighted sums of values."""
         if self.layer_type.gate != "none":
             gate = jax.nn.sigmoid(self.gate(x_BTD))
             o_BTNH *= gate[..., None] if self.layer_type.gate == "head" else gate
-        return self.o(o_BTNH, spec), state
+        return self.o(o_BTNH, spec_of(x_BTD))
 
-    def norm_and_rotate(self, q_BTNH, k_BTKH, pos_BT) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys as they enter the scores: normalised, rotated, and queries at their temperature."""
-        layer_type = self.layer_type
-        if layer_type.qk_norm != "none" and not layer_type.qk_norm_after_rope:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if layer_type.rope_theta is not None:
-            angles_BTR, size = rope_angles(layer_type, rotated_dims(self.model, layer_type), pos_BT)
-            q_BTNH, k_BTKH = (rotate(x, angles_BTR, size, self.model.rope_layout) for x in (q_BTNH, k_BTKH))
-        if layer_type.qk_norm != "none" and layer_type.qk_norm_after_rope:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if layer_type.temperature.type != "none":
-            q_BTNH = (q_BTNH * self.temperatures(pos_BT)).astype(q_BTNH.dtype)
-        return q_BTNH, k_BTKH
+    def _norm_and_rotate(self, x_BTNH: jax.Array, norm: str, angles: Angles) -> jax.Array:
+        normed, after = self.layer_type.qk_norm != "none", self.layer_type.qk_norm_after_rope
+        if normed and not after:
+            x_BTNH = getattr(self, norm)(x_BTNH)
+        if angles is not None:
+            x_BTNH = rotate(x_BTNH, *angles, self.model.rope_layout)
+        return getattr(self, norm)(x_BTNH) if normed and after else x_BTNH
 
     @staticmethod
     def sequence_flops(model: Model, layer_type: LayerType, length: int) -> int:
         """FLOPs of the scores and the weighted sums over one document of `length` tokens, forward."""
-        return attention_flops(model.num_heads, model.head_dim, attended_pairs(layer_type, length))
+        return attention_flops(attention_heads(model, layer_type)[0], model.head_dim, attended_pairs(layer_type, length))
 
     def temperatures(self, pos_BT: jax.Array) -> jax.Array:
         """Factor on each query [B, T, N or 1, 1], float32, by n, the keys from its document's start to itself.
@@ -118,6 +145,11 @@ def attention_flops(num_heads: int, head_dim: int, pairs: int) -> int:
 
 def _triangle(n: int) -> int:
     return n * (n + 1) // 2
+
+
+def _heads(x_BTD: jax.Array) -> P:
+    """How queries, keys and values of these activations lie."""
+    return P(*spec_of(x_BTD)[:2], "tensor", None)
 
 
 def _head_norm(model: Model, layer_type: LayerType, heads: int) -> Norm:

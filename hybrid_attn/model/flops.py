@@ -9,6 +9,7 @@ import math
 import jax
 
 from hybrid_attn.config import Model
+from hybrid_attn.config_model import attention_heads
 from hybrid_attn.model.attention import visible_tokens
 from hybrid_attn.model.transformer import MIXERS, abstract_params, specs
 
@@ -46,5 +47,6 @@ def train_flops_per_token(model: Model, length: int) -> float:
 
 def cache_bytes(model: Model, length: int, bytes_per_value: int = 2) -> int:
     """Bytes of keys and values that decoding needs after `length` tokens of one sequence."""
-    tokens = sum(min(length, visible_tokens(model.kinds[letter]) or length) for letter in model.layers)
-    return 2 * tokens * model.num_kv_heads * model.head_dim * bytes_per_value
+    layer_types = [model.kinds[letter] for letter in model.layers]
+    heads = sum(min(length, visible_tokens(x) or length) * attention_heads(model, x)[1] for x in layer_types)
+    return 2 * heads * model.head_dim * bytes_per_value

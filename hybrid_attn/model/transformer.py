@@ -20,6 +20,7 @@ from hybrid_attn.config import LayerType, Model, output_scale
 from hybrid_attn.kernels.softmax import soft_cap
 from hybrid_attn.model import statistics
 from hybrid_attn.model.attention import Attend, Attention, attention_options
+from hybrid_attn.model.attention_experts import AttentionExperts
 from hybrid_attn.model.execution import Chunks, Execution
 from hybrid_attn.model.loss import token_losses
 from hybrid_attn.model.mlp import GatedMLP
@@ -76,7 +77,7 @@ class FeedForward(Protocol):
         """
 
 
-MIXERS: dict[str, type[Mixer]] = {"attention": Attention}
+MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "attention_experts": AttentionExperts}
 MLPS: dict[str, type[FeedForward]] = {"gated": GatedMLP, "moe": MoE}
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from hybrid_attn import config, trees
+from hybrid_attn.config_model import attention_heads
 from hybrid_attn.parallel.mesh import AXES, BATCH, axis_sizes
 
 
@@ -84,9 +85,9 @@ def check_splits(
 def check_schemes(model: config.Model, schemes: Mapping[str, str], sizes: Mapping[str, int]) -> None:
     """ValueError where the key/value heads of a layer type that uses Ulysses do not divide; `schemes` are by layer type."""
     tensor, context = sizes["tensor"], sizes["context"]
-    heads = model.num_kv_heads // tensor
     letters = [letter for letter, scheme in schemes.items() if scheme == "ulysses"]
-    if letters and heads % context:
+    by_letter = {letter: attention_heads(model, model.kinds[letter])[1] // tensor for letter in letters}
+    if heads := next((heads for heads in by_letter.values() if heads % context), None):
         raise ValueError(
             f"train.context: {','.join(letters)}=ulysses splits the {heads} key/value heads of a tensor shard over {context} "
             f"context shards; use mesh.context={math.gcd(heads, context)}, or a multiple of {tensor * context} for "

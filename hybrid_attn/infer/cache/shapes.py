@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model
+from hybrid_attn.config_model import attention_heads
 from hybrid_attn.kernels import AttentionOptions
 from hybrid_attn.model.attention import visible_tokens
 from hybrid_attn.parallel.context import AXIS
@@ -109,7 +110,8 @@ def empty(model: Model, batch_size: int, capacity: int, chunk: int, dtype: jnp.d
     def of_layer(letter: str) -> LayerCache:
         visible = visible_tokens(model.kinds[letter])
         slots = capacity if visible is None else ring_slots(visible, chunk, capacity)
-        is_int8, shape = quantised and visible is None, (batch_size, model.num_kv_heads, slots, model.head_dim)
+        _, kv_heads = attention_heads(model, model.kinds[letter])
+        is_int8, shape = quantised and visible is None, (batch_size, kv_heads, slots, model.head_dim)
         numbers = jax.ShapeDtypeStruct(shape, jnp.int8 if is_int8 else dtype)
         scales = jax.ShapeDtypeStruct(shape[:3], jnp.float32) if is_int8 else None
         evicted = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32) if visible is None else None
