@@ -268,7 +268,7 @@ exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {"__name__": "__mai
 
 
 @pytest.mark.slow  # each imports JAX in a process of its own: half a minute
-@pytest.mark.parametrize("program", [path for path in PROGRAMS if path.stem != "make_golden"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
 def test_help_needs_no_extra(program):
     done = subprocess.run([sys.executable, "-c", HELP, str(program)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr and "flags:" in done.stdout

@@ -12,8 +12,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from absl import app, flags
 
 from hybrid_attn.convert import families
@@ -75,6 +73,9 @@ CASES = {
 
 def random_model(directory: Path, seed: int):
     """The model that the library builds from config.json, with random parameters rounded to bfloat16."""
+    import torch
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory)).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -97,6 +98,8 @@ def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(_):
+    import torch
+
     for seed, (case, fields) in enumerate(CASES.items()):
         if ONLY.value and case not in ONLY.value:
             continue
