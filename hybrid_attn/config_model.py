@@ -54,6 +54,7 @@ class MLP:
     shared_gate: bool
     balance_loss: float = within(0, 10**6, aliases=("router_aux_loss_coef",))
     z_loss: float = within(0, 10**6)
+    domain_dim: int | None = within(1, 2**20)
 
     def __post_init__(self):
         check_fields(self, "mlp")

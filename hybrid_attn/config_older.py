@@ -34,6 +34,7 @@ def completed(values: Mapping) -> dict:
     for kind in kinds:
         if isinstance(kind["mlp"], str):  # the type alone
             kind["mlp"] = trees.plain(base.moe(type=kind["mlp"]))
+    _add((kind["mlp"] for kind in kinds), trees.plain(base.moe()), "domain_dim")
     return values
 
 

@@ -21,7 +21,7 @@ LARGEST = {  # several times the sizes of the largest public models; products of
 NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
 PLAIN = LayerType(
     mixer="attention", attention_experts=4, share_kv=None,
-    mlp=MLP("gated", None, 8, 2, "softmax", True, 1.0, 0, "sum", False, 0.01, 0.001),
+    mlp=MLP("gated", None, 8, 2, "softmax", True, 1.0, 0, "sum", False, 0.01, 0.001, None),
     window=None, chunk=None, rope_theta=None, rope_fraction=1.0, rope_scaling=NO_SCALING,
     qk_norm="none", qk_norm_scope="head_dim", qk_norm_after_rope=False, scale=None, softcap=None,
     temperature=Temperature("none", 0.1, 8192), sink=False, gate="none",

@@ -33,7 +33,8 @@ class ParamSpec:
 
     `axes` are logical names (`MESH_AXES`). Tables and matrices start from N(0, std^2). The first `fan_in` axes are contracted
     with activations; with `active` they follow an axis that counts the matrices of experts, of which a token is multiplied with
-    so many. `exact` weights are used in float32 everywhere, as vectors are. `group` is the optimiser's: matrices are decayed;
+    so many. `exact` weights are used in float32 everywhere, as vectors are. A matrix that makes other weights has
+    `products`, the multiplications that a token has because of it. `group` is the optimiser's: matrices are decayed;
     embeddings, norms and scalars of heads are not. `width` and `depth` are those of the model over those of the base model of
     µP, where this weight depends on them, or else 1.
     """
@@ -45,6 +46,7 @@ class ParamSpec:
     fan_in: int
     active: int | None = None
     exact: bool = False
+    products: int | None = None
     width: float = 1.0
     depth: float = 1.0
 
@@ -85,6 +87,8 @@ class ParamSpec:
     @property
     def multiplications(self) -> int:
         """Multiplications of one token by this weight."""
+        if self.products is not None:
+            return self.products
         return self.active_size if self.fan_in else 0
 
     @property
@@ -134,13 +138,20 @@ def experts(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: 
     return _linear(rngs, ParamSpec(shape, axes, MATRIX, std, 1, active))
 
 
+def projection(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, products: int) -> Linear:
+    """A matrix that makes weights of weights, drawn from N(0, std^2)."""
+    return _linear(rngs, ParamSpec(shape, axes, MATRIX, std, 1, exact=True, products=products))
+
+
 def _linear(rngs: nnx.Rngs, spec: ParamSpec) -> Linear:
     return Linear(_normal(rngs, spec), spec=spec, dot=jax.lax.dot_general)
 
 
-def embedding(rngs: nnx.Rngs, vocab_size: int, d_model: int, std: float) -> Weight:
-    """A table [V, D] drawn from N(0, std^2)."""
-    spec = ParamSpec((vocab_size, d_model), ("vocab", "embed"), EMBEDDING, std, 0)
+def embedding(
+    rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, ...] = ("vocab", "embed"), *, exact: bool = False
+) -> Weight:
+    """A table, by default [V, D], drawn from N(0, std^2)."""
+    spec = ParamSpec(shape, axes, EMBEDDING, std, 0, exact=exact)
     return Weight(_normal(rngs, spec), spec=spec)
 
 
