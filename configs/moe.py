@@ -2,7 +2,8 @@
 
 make train CONFIG=configs/moe.py
 
-A token has the FLOPs of the dense model and the routers', and the feed-forwards have four times its parameters.
+A token has the FLOPs of the dense model and the routers', and the feed-forwards have four times its parameters. The size 30b is
+Qwen3-30B-A3B (arXiv 2505.09388) in this layout: a token uses 8 of 128 experts, and 3 of 30 B parameters.
 """
 
 from configs import hybrid_8k
@@ -10,7 +11,12 @@ from hybrid_attn.configs import base
 
 
 def get_config(size: str = "small"):
-    c = hybrid_8k.get_config(size)
+    large = size == "30b"
+    c = hybrid_8k.get_config("1b" if large else size)  # of the same width
+    experts = {"experts": 128, "top_k": 8, "d_ff": 768} if large else {"experts": 8, "top_k": 2, "d_ff": c.model.d_ff // 2}
+    if large:
+        c.model.num_layers, c.model.num_heads, c.model.num_kv_heads = 48, 32, 4
+        c.mesh.fsdp, c.mesh.expert = -1, 8
     for kind in c.model.kinds.values():
-        kind.mlp = base.moe(experts=8, top_k=2, d_ff=c.model.d_ff // 2)
+        kind.mlp = base.moe(**experts)
     return c

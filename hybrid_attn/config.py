@@ -21,11 +21,13 @@ from hybrid_attn.config_model import (
     Model,
     RopeScaling,
     Temperature,
+    longest_text,
     mlp_width,
     output_scale,
     reach,
     rotated_dims,
     score_scale,
+    shared_width,
     shortest_periods,
 )
 from hybrid_attn.config_older import RENAMED_CONTEXT, completed, upgraded
@@ -66,16 +68,6 @@ def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
     before, today = RENAMED_CONTEXT
     problem = f"is now called {today!r}" if value == before and today in choices else trees.not_among(value, choices)
     check(not problem, f"{field}={value!r} {problem}")
-
-
-def longest_text(config_json: Mapping, path: os.PathLike) -> int | None:
-    """max_position_embeddings of the config.json of a published model, or None; ValueError if it is no number of tokens."""
-    length = config_json.get("max_position_embeddings")
-    check(
-        length is None or (type(length) is int and 2 <= length < 2**31),
-        f"{path} has max_position_embeddings={length!r}; make it a number of tokens, from 2 to {2**31 - 1:,}, or take it out",
-    )
-    return length
 
 
 @dataclasses.dataclass(frozen=True)

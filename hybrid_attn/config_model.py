@@ -1,6 +1,8 @@
 """The part of a config that describes the model: layer types and their pattern. Others import it from `config`."""
 
 import dataclasses
+import os
+from collections.abc import Mapping
 
 from hybrid_attn import trees
 from hybrid_attn.trees import Table, check, check_fields, one_of, within
@@ -30,7 +32,7 @@ class RopeScaling:
 class Temperature:
     """Growth of the attention scale with the position of the query."""
 
-    type: str = one_of("none", "log_length", "steps", "learned")
+    type: str = one_of("none", "log_length", "steps", "position_steps", "learned")
     scale: float = within(0, 10**6)
     length: int = within(2, LONGEST)
 
@@ -50,9 +52,11 @@ class MLP:
     renormalise: bool = trees.named("norm_topk_prob")
     route_scale: float = within(0, 10**6, above=True, aliases=("routed_scaling_factor",))
     shared_experts: int = within(0, 2**10, aliases=("num_shared_experts", "n_shared_experts"))
+    shared_d_ff: int | None = within(1, 2**24, aliases=("shared_expert_intermediate_size",))
     shared_combine: str = one_of("sum", "average")
     shared_gate: bool
     balance_loss: float = within(0, 10**6, aliases=("router_aux_loss_coef",))
+    bias_rate: float | None = within(0, 1, aliases=("bias_update_speed", "router_bias_update_rate"))
     z_loss: float = within(0, 10**6)
     domain_dim: int | None = within(1, 2**20)
 
@@ -62,8 +66,8 @@ class MLP:
         check(enough, f"mlp.top_k={self.top_k} is above mlp.experts={self.experts}; use at most {self.experts}")
         about_shared = [
             f"mlp.{name}={value!r}"
-            for name, value in (("shared_combine", self.shared_combine), ("shared_gate", self.shared_gate))
-            if value not in ("sum", False)
+            for name in ("shared_d_ff", "shared_combine", "shared_gate")
+            if (value := getattr(self, name)) not in (None, "sum", False)
         ]
         check(
             not about_shared or self.shared_experts > 0,
@@ -92,6 +96,7 @@ class LayerType:
     temperature: Temperature
     sink: bool
     gate: str = one_of("none", "head", "projection")
+    residual_scale: float = within(0, 10**6, above=True, aliases=("residual_multiplier",))
 
     def __post_init__(self):
         check_fields(self, "kind")
@@ -231,6 +236,12 @@ def mlp_width(model: Model, layer_type: LayerType) -> int:
     return model.d_ff if layer_type.mlp.d_ff is None else layer_type.mlp.d_ff
 
 
+def shared_width(model: Model, layer_type: LayerType) -> int:
+    """The width of all shared experts of a layer type together: side by side they are one that is as wide as all."""
+    width = layer_type.mlp.shared_d_ff
+    return layer_type.mlp.shared_experts * (mlp_width(model, layer_type) if width is None else width)
+
+
 def score_scale(model: Model, layer_type: LayerType) -> float:
     """The factor on the products of queries and keys."""
     return model.head_dim**-0.5 if layer_type.scale is None else layer_type.scale
@@ -250,3 +261,13 @@ def shortest_periods(letters: str) -> list[int]:
             border = borders[border]
         borders.append(border + 1)
     return [n - border for n, border in enumerate(borders)]
+
+
+def longest_text(config_json: Mapping, path: os.PathLike) -> int | None:
+    """max_position_embeddings of the config.json of a published model, or None; ValueError if it is no number of tokens."""
+    length = config_json.get("max_position_embeddings")
+    check(
+        length is None or (type(length) is int and 2 <= length < 2**31),
+        f"{path} has max_position_embeddings={length!r}; make it a number of tokens, from 2 to {2**31 - 1:,}, or take it out",
+    )
+    return length

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from hybrid_attn import trees
 from hybrid_attn.configs import base
 
-# Keys that older configs lack: of the model, of the optimiser, of a stage.
+# Keys that older configs lack: of the model, of the optimiser, of a stage, of a layer type, of its feed-forward.
 NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init", "unembed_init_std"
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
@@ -14,6 +14,8 @@ NEW_OPTIM = (
 NEW_STAGE = (
     "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
 )  # fmt: skip
+NEW_MLP = "bias_rate", "shared_d_ff", "domain_dim"
+NEW_KIND = "mixer", "attention_experts", "share_kv", "mlp", "residual_scale"
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
@@ -24,17 +26,18 @@ def completed(values: Mapping) -> dict:
     kinds = model.get("kinds") if isinstance(model, dict) else None
     _add([values], defaults, "init_from")
     _add([model], defaults["model"], *NEW_MODEL)
+    _add([values.get("mesh")], defaults["mesh"], "expert")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
     _add([values.get("train")], defaults["train"], "overlap", "statistics_every", "sinks", "unroll")
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     _add(stages, defaults["stages"][0], *NEW_STAGE)
     _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")
     kinds = [kind for kind in kinds.values() if isinstance(kind, dict)] if isinstance(kinds, dict) else []
-    _add(kinds, trees.plain(base.kind()), "mixer", "attention_experts", "share_kv", "mlp")
+    _add(kinds, trees.plain(base.kind()), *NEW_KIND)
     for kind in kinds:
         if isinstance(kind["mlp"], str):  # the type alone
             kind["mlp"] = trees.plain(base.moe(type=kind["mlp"]))
-    _add((kind["mlp"] for kind in kinds), trees.plain(base.moe()), "domain_dim")
+    _add([kind["mlp"] for kind in kinds], trees.plain(base.moe()), *NEW_MLP)
     return values
 
 

@@ -39,6 +39,7 @@ class Mesh:
     slice: int = within(1, 2**20, also=-1)
     data: int = within(1, 2**20, also=-1, aliases=("data_parallel", "dp"))
     fsdp: int = within(1, 2**20, also=-1)
+    expert: int = within(1, 2**20, also=-1, aliases=("expert_parallel", "ep"))
     context: int = within(1, 2**20, also=-1, aliases=("context_parallel", "cp"))
     tensor: int = within(1, 2**20, also=-1, aliases=("tensor_parallel", "tp"))
 

@@ -117,9 +117,9 @@ def tiny(changes=None, **kinds) -> config.Config:
 ONE_LAYER = {"model.pattern": "L", "model.num_layers": 1, "train.remat": "none"}
 
 
-def mesh_of(data=1, fsdp=1, context=1, tensor=1, slices=1):
+def mesh_of(data=1, fsdp=1, context=1, tensor=1, slices=1, expert=1):
     """A mesh over the first devices that it needs."""
-    sizes = config.Mesh(slices, data, fsdp, context, tensor)
+    sizes = config.Mesh(slices, data, fsdp, expert, context, tensor)
     return make_mesh(sizes, jax.devices()[: math.prod(dataclasses.astuple(sizes))])
 
 

@@ -316,7 +316,7 @@ def main(target: str) -> None:
         shape, kernel = case.split()
         context = 1 if kernel == "cudnn" else 4
         slices = 2 if shape == "slices" else 1
-        sizes = config.Mesh(slice=slices, data=1, fsdp=4 // context, context=context, tensor=2)
+        sizes = config.Mesh(slice=slices, data=1, fsdp=4 // context, expert=1, context=context, tensor=2)
         mesh = make_mesh(sizes, devices if slices == 1 else slices_of(target, slices))
         with jax.set_mesh(mesh):
             started = time.monotonic()

@@ -321,6 +321,8 @@ def test_temperatures_have_the_values_of_their_papers():
     np.testing.assert_allclose(swan, [1.25, 2.0, 3.0], rtol=1e-6)
     llama4 = temperatures("steps", 0.1, 8192, [1, 8191, 8192, 32768, 131072, 262144])
     np.testing.assert_allclose(llama4, [1, 1, 1.0693147, 1.1609438, 1.2833213, 1.3496508], rtol=1e-6)
+    ministral = temperatures("position_steps", 0.1, 8192, [1, 8192, 8193, 262145])
+    np.testing.assert_allclose(ministral, [1, 1, 1.0693147, 1.3496508], rtol=1e-6)
     learned, s_N = temperatures("learned", 0.3, 8192, [1, 1000])
     np.testing.assert_allclose(learned, np.outer([0.0, math.log(1000)], s_N), rtol=1e-5)
 

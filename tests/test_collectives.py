@@ -191,6 +191,8 @@ def test_a_loop_of_unknown_length_with_a_collective_is_an_error():
     text = ASYNC.replace("constant(7)", "get-tuple-element(%s), index=0")
     with pytest.raises(ValueError, match="has an unknown number of iterations"):
         collectives(text, {"context": 4})
+    named = text.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/iterations_5/while"}')
+    assert {x.times for x in collectives(named, {"context": 4})} == {5}  # of blocks of experts
     quiet = "\n".join(line for line in text.splitlines() if "-start" not in line and "-done" not in line)
     assert collectives(quiet, {"context": 4}) == []
 

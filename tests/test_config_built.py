@@ -102,6 +102,8 @@ def test_names_of_before_are_errors_that_give_todays_and_older_checkpoints_are_r
     del older["model"]["kinds"]["G"]["mixer"], older["model"]["kinds"]["L"]["mlp"], older["model"]["prefix"]
     older["model"]["kinds"]["G"]["mlp"] = "gated"
     assert config.upgraded(older) == values == config.upgraded(values)
+    del (of_first_experts := copy.deepcopy(values))["model"]["kinds"]["G"]["mlp"]["bias_rate"]
+    assert config.upgraded(of_first_experts) == values
 
 
 def test_no_two_stages_have_one_name_and_a_number_is_the_name_of_a_stage_without_one():

@@ -84,7 +84,7 @@ def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, 
 
 
 # The others have sizes; extend needs a checkpoint.
-ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "extend": []}
+ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "extend": [], "moe": [*hybrid_8k.SIZES, "30b"]}
 ARGUMENTS |= dict.fromkeys(("models", "base", "bench", "mup"), [""])
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py"))
 SHIPPED = [

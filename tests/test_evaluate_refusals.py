@@ -92,7 +92,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(evaluat
         (["--out=blank.txt"], "--out=blank.txt is a file; name a directory"),
         (["--out=blank.txt/x"], "blank.txt/x: Not a directory"),
         (["--checkpoint=blank.txt"], "blank.txt is no directory; name a run's workdir"),
-        (["--mesh=tensors=2"], "--mesh=tensors=2 names 'tensors', and has only slice, data, fsdp, context, tensor"),
+        (["--mesh=tensors=2"], "--mesh=tensors=2 names 'tensors', and has only slice, data, fsdp, expert, context, tensor"),
         (["--suite=recall", "--lengths=50", "--mesh=context=4"], "recall of recall: length 50 does not split over 4 context"),
         (["--checkpoint=three", "--suite=recall", "--lengths=48", "--mesh=context=4"], "ulysses splits the 2 key/value heads"),
         (["--compat", "--suite=position"], "--compat is of --suite=ruler, and this is --suite=position"),

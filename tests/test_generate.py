@@ -171,7 +171,7 @@ def test_ctrl_c_ends_the_line_and_the_program(run, monkeypatch):
         (["--prompt=a", "--mesh=tensor=4"], "model.num_kv_heads 2 does not split over 4 tensor shards"),
         (
             ["--prompt=a", "--mesh=tensors=4"],
-            "--mesh=tensors=4 names 'tensors', and has only slice, data, fsdp, context, tensor",
+            "--mesh=tensors=4 names 'tensors', and has only slice, data, fsdp, expert, context, tensor",
         ),
         (["--prompt=a", "--mesh=tensor=9"], "needs 9 devices and 8 are here"),
         (["--prompts=none.jsonl"], "none.jsonl"),

@@ -127,3 +127,18 @@ def test_without_its_library_auto_means_blocked_and_its_name_is_refused_with_the
     with pytest.raises(NotImplementedError, match=f'kernel "native" {cure}'):
         kernels.choose("native", "cpu")
     kernels.choose.cache_clear()
+
+
+@pytest.mark.parametrize("visible_heads", [1, 2])
+def test_a_decoded_token_sees_what_the_plain_products_see(visible_heads):
+    """A cache of more than one part, of which a request sees a range, another some slots of each part, a third nothing."""
+    rng, (B, K, G, slots, size) = np.random.default_rng(0), (3, 2, 3, 4500, 32)
+    q = jnp.asarray(8 * rng.normal(size=(B, K, G, size)), jnp.float32)
+    kv = tuple(jnp.asarray(rng.normal(size=(B, K, slots, size)), jnp.float32) for _ in range(2))
+    visible = np.zeros((B, visible_heads, slots), bool)
+    visible[0, :, 70:4300], visible[1] = True, rng.random((visible_heads, slots)) < 0.1
+    o, lse = kernels.decode("native", AttentionOptions(None, 0.2), False, q, kv, jnp.asarray(visible))
+    o_plain, lse_plain = kernels.decode("blocked", AttentionOptions(None, 0.2), False, q, kv, jnp.asarray(visible))
+    assert_close(o, o_plain, 1e-5)
+    assert_close(lse[:2], lse_plain[:2], 1e-6)
+    assert not np.any(o[2]) and np.all(np.isneginf(lse[2]))

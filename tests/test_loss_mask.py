@@ -323,7 +323,7 @@ def test_resumed_and_sharded_batches_have_the_weights_of_the_straight_run():
     straight = mixed_batches()
     for start in (2, 5, 7):
         assert_same(mixed_batches(start), straight[start:])
-    assert_same(mixed_batches(mesh=meshes.make_mesh(config.Mesh(1, 1, 2, 2, 2))), straight)
+    assert_same(mixed_batches(mesh=meshes.make_mesh(config.Mesh(1, 1, 2, 1, 2, 2))), straight)
 
 
 def test_a_mask_of_ones_changes_no_batch():

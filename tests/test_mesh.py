@@ -29,15 +29,15 @@ class Device:
 
 def test_devices_without_slices_take_slice_as_an_ordinary_outer_axis():
     mesh = mesh_of(slices=2, fsdp=2, tensor=2)
-    assert dict(mesh.shape) == {"slice": 2, "data": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"slice": 2, "data": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     assert [device.id for device in mesh.devices.ravel()] == list(range(8))
-    assert mesh.axis_types == (AxisType.Explicit,) * 5
+    assert mesh.axis_types == (AxisType.Explicit,) * 6
 
 
 def test_each_slice_is_one_place_of_the_outer_axis_in_whatever_order_its_devices_come():
     devices = [Device(i, slice_index=i % 2, platform="gpu") for i in range(8)]
-    mesh = make_mesh(Mesh(slice=2, data=1, fsdp=-1, context=2, tensor=1), devices)
-    assert tuple(mesh.shape[axis] for axis in AXES) == (2, 1, 2, 2, 1)
+    mesh = make_mesh(Mesh(slice=2, data=1, fsdp=-1, expert=1, context=2, tensor=1), devices)
+    assert tuple(mesh.shape[axis] for axis in AXES) == (2, 1, 2, 1, 2, 1)
     for outer in range(2):
         assert {device.slice_index for device in mesh.devices[outer].ravel()} == {outer}
 
@@ -46,12 +46,12 @@ def test_each_slice_is_one_place_of_the_outer_axis_in_whatever_order_its_devices
 def test_a_wrong_number_of_slices_is_refused_with_the_right_one(slices):
     devices = [Device(i, slice_index=i // 4) for i in range(8)]
     with pytest.raises(ValueError, match=f"mesh.slice={slices}, and the 8 TPU devices form 2 slices; use 2"):
-        make_mesh(Mesh(slices, 1, -1, 1, 1), devices)
+        make_mesh(Mesh(slices, 1, -1, 1, 1, 1), devices)
 
 
 def test_axes_may_cross_machines_of_gpus():
     devices = [Device(i, slice_index=i // 4, platform="gpu") for i in range(8)]
-    assert make_mesh(Mesh(1, 1, 8, 1, 1), devices).shape["fsdp"] == 8
+    assert make_mesh(Mesh(1, 1, 8, 1, 1, 1), devices).shape["fsdp"] == 8
 
 
 def test_a_mesh_of_fewer_devices_than_there_are_takes_the_first():
@@ -69,12 +69,12 @@ def on_mesh(changes: dict, sizes: dict) -> config.Config:
 @pytest.mark.parametrize(
     "changes, sizes, message",
     [
-        (stage(batch=6), {"data": 4}, "stages[0]: batch 6 does not split over 4 slice * data * fsdp shards; use 4 or 8"),
-        (stage(batch=3), {"slice": 2, "fsdp": 2}, "batch 3 does not split over 4 slice * data * fsdp shards; use 4"),
+        (stage(batch=6), {"data": 4}, "batch 6 does not split over 4 slice * data * fsdp * expert shards; use 4 or 8"),
+        (stage(batch=3), {"slice": 2, "fsdp": 2}, "batch 3 does not split over 4 slice * data * fsdp * expert shards; use 4"),
         (
             stage(batch=8, microbatches=3),
             {"data": 2},
-            "batch 8 does not split over 2 slice * data * fsdp shards of 3 microbatches each; use 6 or 12, or microbatches=1",
+            "batch 8 does not split over 2 slice * data * fsdp * expert shards of 3 microbatches each; use 6 or 12, or micro",
         ),
         (
             stage(seq_len=52),
@@ -136,20 +136,20 @@ def test_a_config_that_splits_is_accepted(changes, sizes):
 
 
 def test_a_mesh_takes_the_devices_left_over_on_one_axis():
-    assert axis_sizes(Mesh(1, -1, 1, 2, 2), 8) == (1, 2, 1, 2, 2)
-    assert axis_sizes(Mesh(2, 1, 2, 1, 2), 8) == (2, 1, 2, 1, 2)
+    assert axis_sizes(Mesh(1, -1, 1, 1, 2, 2), 8) == (1, 2, 1, 1, 2, 2)
+    assert axis_sizes(Mesh(2, 1, 1, -1, 1, 2), 8) == (2, 1, 1, 2, 1, 2)
     with pytest.raises(ValueError, match="data and context are both -1"):
-        Mesh(1, -1, 1, -1, 1)
+        Mesh(1, -1, 1, 1, -1, 1)
     with pytest.raises(ValueError, match="mesh.fsdp=0 must be at least 1 and at most 1,048,576, or -1"):
-        Mesh(1, 1, 0, 1, 1)
+        Mesh(1, 1, 0, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
     "sizes, words",
     [
-        ((1, 1, 2, 2, 1), "needs 4 devices and 8 are here; use slice=2 or data=2 or fsdp=4 or context=4 or tensor=2, or -1"),
-        ((1, 3, 3, 1, 1), "needs 9 devices and 8 are here; use sizes whose product is 8, or -1 for one axis"),
-        ((1, -1, 3, 1, 1), "8 devices do not divide by 3; the sizes beside -1 must give one of 1, 2, 4, 8"),
+        ((1, 1, 2, 1, 2, 1), "needs 4 devices and 8 are here; use slice=2 or data=2 or fsdp=4 or expert=2 or context=4 or"),
+        ((1, 3, 3, 1, 1, 1), "needs 9 devices and 8 are here; use sizes whose product is 8, or -1 for one axis"),
+        ((1, -1, 3, 1, 1, 1), "8 devices do not divide by 3; the sizes beside -1 must give one of 1, 2, 4, 8"),
     ],
 )
 def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused_with_sizes_that_do(sizes, words):

@@ -31,7 +31,7 @@ CASES = {
     "Mixtral": {"experts": 5},
     "Switch": {"experts": 5, "top_k": 1, "renormalise": False},
     "all": {"experts": 3, "top_k": 3, "shared_experts": 1},
-    "DeepSeek": {"experts": 7, "top_k": 3, "router": "sigmoid", "route_scale": 2.5, "shared_experts": 2},
+    "DeepSeek": {"experts": 7, "top_k": 3, "router": "sigmoid", "route_scale": 2.5, "shared_experts": 2, "bias_rate": 0.01},
     "Qwen": {"experts": 7, "top_k": 4, "router": "sigmoid", "renormalise": False} | SHARED,
 }
 
@@ -47,6 +47,8 @@ def layer_of(**settings):
     fields = {f"mlp.{name}": x for name, x in ({"type": "moe", "d_ff": 24} | settings).items()}
     model = tiny({"model.init_std": 0.4}, L=fields).model
     layer = moe.MoE(model, model.kinds["L"], rngs=nnx.Rngs(0))
+    if hasattr(layer, "bias"):
+        layer.bias[...] = jnp.asarray(np.random.default_rng(2).normal(size=settings["experts"]), jnp.float32)
     return model.kinds["L"].mlp, *nnx.split(layer)
 
 
@@ -64,7 +66,7 @@ def dense(settings: config.MLP, p: dict, x_BTD: jax.Array) -> jax.Array:
     """Every expert for every token, times a gate that is zero where the expert is not chosen."""
     logits = x_BTD @ p["router"]
     scores = jax.nn.softmax(logits) if settings.router == "softmax" else 1 / (1 + jnp.exp(-logits))
-    place = jnp.argsort(jnp.argsort(-scores, stable=True), stable=True)
+    place = jnp.argsort(jnp.argsort(-scores - p.get("bias", 0), stable=True), stable=True)
     gates = jnp.where(place < settings.top_k, scores, 0.0)
     gates = settings.route_scale * (gates / gates.sum(-1, keepdims=True) if settings.renormalise else gates)
     experts = [{name: p[name][e] for name in ("gate", "up", "down")} for e in range(settings.experts)]
@@ -174,7 +176,7 @@ def test_blocks_hold_every_copy_of_every_real_token_once(tokens, k, experts):
     expert_nk = np.stack([rng.permutation(experts)[:k] for _ in range(tokens)])
     real_n = np.arange(tokens) % 7 != 3
     rows = rows_of_block(tokens, tokens * k, experts)
-    blocks = jax.device_get(blocks_of(jnp.asarray(expert_nk), jnp.asarray(real_n), experts, rows))
+    blocks = jax.device_get(blocks_of(jnp.where(real_n[:, None], expert_nk, experts), experts, rows))
     load_E = np.bincount(expert_nk[real_n].ravel(), minlength=experts)
     np.testing.assert_array_equal(blocks.load_E, load_E)
     assert blocks.used == (-(-load_E // rows)).sum() <= len(blocks.expert_I)
@@ -191,11 +193,11 @@ def test_one_token_reads_the_matrices_of_its_own_experts_alone(one_device):
     x_BTD, seg_BT = (x[:1, :1] for x in inputs())
     chosen = np.argsort(-np.asarray(x_BTD[0, 0] @ state["router"][...]))[:2]
     y_BTD, _ = nnx.merge(graph, state)(x_BTD, seg_BT, None)
-    other = np.setdiff1d(np.arange(64), chosen)
+    is_other_E11 = ~np.isin(np.arange(64), chosen)[:, None, None]
     for name in ("gate", "up", "down"):
-        state[name] = state[name].replace(state[name][...].at[other].set(jnp.nan))
+        state[name] = state[name].replace(jnp.where(is_other_E11, jnp.nan, state[name][...]))
     np.testing.assert_array_equal(nnx.merge(graph, state)(x_BTD, seg_BT, None)[0], y_BTD)
-    assert blocks_of(jnp.asarray([chosen]), jnp.asarray([True]), 64, 1).expert_I.shape == (settings.top_k,)
+    assert blocks_of(jnp.asarray([chosen]), 64, 1).expert_I.shape == (settings.top_k,)
 
 
 def test_no_array_has_the_hidden_activations_of_all_tokens(one_device):

@@ -96,7 +96,7 @@ def test_a_stage_that_would_change_the_arrays_is_refused_before_anything_is_writ
 
 def test_the_mesh_of_each_stage_must_fit_its_batch(corpus, tmp_path):
     stages = [stage(2, 48, 8), stage(2, 48, 4) | {"override": base.override({"mesh.data": 8, "mesh.fsdp": 1})}]
-    with pytest.raises(ValueError, match=r"stages\[1\]: batch 4 does not split over 8 slice \* data \* fsdp shards; use 8"):
+    with pytest.raises(ValueError, match=r"stages\[1\]: batch 4 does not split over 8 slice \* data \* fsdp \* expert "):
         loop.train(config_of(corpus, stages=stages), tmp_path / "run")
 
 

@@ -21,7 +21,7 @@ from hybrid_attn.parallel import mesh as meshes
 
 BYTES = load_tokenizer("bytes")
 STAGES = [(3, 16, 8), (2, 32, 4), (4, 16, 8)]  # steps, seq_len, batch
-MESHES = [(4, 1, 1, 2), (2, 2, 2, 1), (1, 2, 4, 1), (1, 1, 2, 4)]
+MESHES = [(4, 1, 1, 1, 2), (2, 2, 1, 2, 1), (1, 2, 2, 2, 1), (1, 1, 1, 2, 4)]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def make_config(stages=STAGES, seed=3, prefetch=2, packing="concat"):
 
 
 def one_device():
-    return meshes.make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])
+    return meshes.make_mesh(config.Mesh(1, 1, 1, 1, 1, 1), jax.devices()[:1])
 
 
 def start_batches(c, corpus, mesh, start=0):
@@ -112,14 +112,14 @@ def test_stages_and_seeds_have_sequence_orders_of_their_own(corpus):
 def test_every_mesh_holds_the_batch_of_one_device(corpus, sizes):
     c, mesh = make_config(), meshes.make_mesh(config.Mesh(1, *sizes))
     assert_same(run(c, corpus, mesh=mesh), run(c, corpus))
-    data, fsdp, context, _ = sizes
+    data, fsdp, expert, context, _ = sizes
     for step, batch in start_batches(c, corpus, mesh):
         _, seq_len, sequences = STAGES[c.stage_at(step)[0]]
         for name in ("tokens", "targets", "positions", "segments", "weights", "bytes"):
             assert batch[name].sharding.spec == meshes.TOKENS_BT
             assert batch[name].dtype == (np.float32 if name in ("weights", "bytes") else np.int32)
             shapes = {shard.data.shape for shard in batch[name].addressable_shards}
-            assert shapes == {(sequences // (data * fsdp), seq_len // context)}
+            assert shapes == {(sequences // (data * fsdp * expert), seq_len // context)}
 
 
 def watch(monkeypatch):
@@ -131,7 +131,7 @@ def watch(monkeypatch):
 
 def test_each_slice_of_a_sequence_is_read_once_however_many_devices_hold_it(corpus, monkeypatch):
     read = watch(monkeypatch)
-    run(make_config([(3, 16, 8)]), corpus, mesh=meshes.make_mesh(config.Mesh(1, 2, 1, 2, 2)))
+    run(make_config([(3, 16, 8)]), corpus, mesh=meshes.make_mesh(config.Mesh(1, 2, 1, 1, 2, 2)))
     assert sorted(read) == [(sequence, start, start + 8) for sequence in range(24) for start in (0, 8)]
 
 
@@ -174,7 +174,7 @@ def test_a_failure_while_reading_ahead_reaches_the_loop(corpus, monkeypatch):
 @pytest.mark.parametrize("num_sequences", [5, 8, 10_000])
 def test_held_out_sequences_are_read_once_and_spread_and_padding_fills_the_last_batch(corpus, num_sequences):
     sequences = PackedSequences(corpus, 16, None, BYTES.byte_lengths)
-    mesh = meshes.make_mesh(config.Mesh(1, 2, 2, 2, 1))
+    mesh = meshes.make_mesh(config.Mesh(1, 2, 2, 1, 2, 1))
     read = [jax.tree.map(np.asarray, batch) for batch in pipeline.heldout_batches(sequences, num_sequences, 4, mesh)]
     expected = min(num_sequences, len(sequences))
     assert len(read) == -(-expected // 4)
@@ -187,8 +187,8 @@ def test_held_out_sequences_are_read_once_and_spread_and_padding_fills_the_last_
 
 
 def test_a_held_out_batch_that_does_not_split_is_refused_with_a_size_that_does():
-    with pytest.raises(ValueError, match="^batch 6 does not split over 4 slice . data . fsdp shards; use 4 or 8$"):
-        next(pipeline.heldout_batches(None, 1, 6, meshes.make_mesh(config.Mesh(1, 2, 2, 2, 1))))
+    with pytest.raises(ValueError, match="^batch 6 does not split over 4 slice . data . fsdp . expert shards; use 4 or 8$"):
+        next(pipeline.heldout_batches(None, 1, 6, meshes.make_mesh(config.Mesh(1, 2, 2, 1, 2, 1))))
 
 
 def random_case(seed):
@@ -217,7 +217,7 @@ def test_hosts_read_together_the_same_batch_for_any_number_of_hosts_and_any_firs
     for seed in range(3 * part, 3 * part + 3):
         rng, c, corpora = random_case(seed)
         straight = pipeline.stage_sequences(c, corpora, BYTES)
-        sizes = [2**i for i in rng.multinomial(3, [1 / 4] * 4)]
+        sizes = [2**i for i in rng.multinomial(3, [1 / 5] * 5)]
         mesh = meshes.make_mesh(config.Mesh(1, *map(int, sizes)))
         hosts, resumed_at = 2 ** int(rng.integers(4)), int(rng.integers(c.total_steps))
         each = np.split(np.array(jax.devices()), hosts)
@@ -231,7 +231,7 @@ def test_hosts_read_together_the_same_batch_for_any_number_of_hosts_and_any_firs
             for devices, sequences in zip(each, fresh, strict=True):
                 slices = pipeline.slices_of(devices, stage.batch, stage.seq_len, mesh)
                 covered = sum(stop - start for _, start, stop in slices)
-                assert covered <= stage.batch * stage.seq_len * len(devices) // 8 * sizes[3]
+                assert covered <= stage.batch * stage.seq_len * len(devices) // 8 * sizes[4]
                 read = sequences[index].read([(first + r, start, stop) for r, start, stop in slices])
                 for (r, start, stop), part_of_sequence in zip(slices, read, strict=True):
                     seen[r, start:stop] = True

@@ -89,7 +89,7 @@ def test_lengths_and_ramps_that_do_not_fit_are_errors(changes, message):
 )
 def test_a_ramp_that_does_not_divide_over_the_mesh_is_refused_with_sizes_that_do(changes, shards, message):
     mesh = {"mesh.data": 2, "mesh.fsdp": shards // 2}
-    with pytest.raises(ValueError, match=re.escape(message.format("slice * data * fsdp"))):
+    with pytest.raises(ValueError, match=re.escape(message.format("slice * data * fsdp * expert"))):
         fit.check(tiny(mesh | {"stages": [{"steps": 8} | RAMP | changes]}), shards)
     fit.check(tiny(mesh | {"stages": [{"steps": 8} | RAMP]}), shards)
 

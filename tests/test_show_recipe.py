@@ -90,8 +90,8 @@ def test_the_memory_has_the_shards_of_the_state_and_grows_with_the_batch_of_a_de
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--chips=6"], "stages[0]: batch 32 does not split over 6 slice * data * fsdp shards; use 30 or 36"),
-        (["--chips=16"], "stages[0]: batch_ramp has 8, which does not split over 16 slice * data * fsdp shards; use 16"),
+        (["--chips=6"], "stages[0]: batch 32 does not split over 6 slice * data * fsdp * expert shards; use 30 or 36"),
+        (["--chips=16"], "batch_ramp has 8, which does not split over 16 slice * data * fsdp * expert shards; use 16"),
         (["--config.stages[0].trainable=nothing"], "stages[0].trainable names 'nothing', and this model has no such parameter"),
         (["--target=cpu:1", "--chips=2"], "--target=cpu:1 names chips; leave out --chip and --chips"),
         (["--out=recipe.jpg"], "--out=recipe.jpg must end in .png"),

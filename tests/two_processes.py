@@ -15,7 +15,7 @@ from hybrid_attn.data import documents, pipeline
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel.mesh import make_mesh
 
-MESHES = ((2, 1, 2, 1), (1, 1, 4, 1), (1, 2, 1, 2))  # the processes share sequences, positions, sequences
+MESHES = ((2, 1, 1, 2, 1), (1, 1, 1, 4, 1), (1, 1, 2, 1, 2))  # the processes share sequences, positions, sequences
 START = 2
 
 

@@ -7,15 +7,19 @@ rounded first, so they are exact), and golden.npz with tokens [B, T], mask [B, T
 """
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from absl import app, flags
-from safetensors.torch import save_file
+
+from hybrid_attn.convert import families
 
 OUT = flags.DEFINE_string("out", "tests/golden", "Directory of the cases.")
+ONLY = flags.DEFINE_list("cases", None, "The cases to write; by default all.")
 WINDOW, LENGTH = 5, 23
 SIZES = {
     "vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -26,6 +30,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+MULTIPLIERS = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.3, "attention_multiplier": 0.5}
 CASES = {
     "cohere2": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, "logit_scale": 0.25,
                 "layer_types": [LOCAL, LOCAL, LOCAL, FULL], "sliding_window": WINDOW},
@@ -50,6 +55,21 @@ CASES = {
                     "sliding_window_pattern": 3, "sliding_window": WINDOW, "head_dim": 8, "query_pre_attn_scalar": 10,
                     "final_logit_softcapping": 2.0, "num_hidden_layers": 5},
     "afmoe": {"rope_theta": 100.0, "num_dense_layers": 4, "sliding_window": WINDOW, "head_dim": 8, "mup_enabled": True},
+    "granite_swa": MULTIPLIERS | {"rope_parameters": PLAIN, "layer_rope_theta": [0, 100.0, 500.0, 100.0],
+                                  "sliding_window": WINDOW},
+    "ministral3": {"rope_parameters": YARN | {"rope_theta": 100.0, "llama_4_scaling_beta": 0.5,
+                                              "original_max_position_embeddings": 8}, "head_dim": 8},
+    "ministral3_window": {"rope_parameters": PLAIN | {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 4},
+                          "sliding_window": WINDOW, "head_dim": 8, "tie_word_embeddings": True},
+    "cohere2_moe": {"rope_theta": 50.0, "logit_scale": 0.25, "sliding_window": WINDOW, "head_dim": 8, "num_hidden_layers": 5,
+                    "first_k_dense_replace": 1, "prefix_dense_intermediate_size": 12, "num_experts": 5, "num_shared_experts": 2,
+                    "expert_selection_fn": "sigmoid"},
+    "cohere2_moe_rms": {"rope_theta": 50.0, "logit_scale": 0.25, "sliding_window": WINDOW, "head_dim": 8, "num_experts": 6,
+                        "rms_norm_eps": 1e-6, "layer_types": [LOCAL, FULL] * 2, "num_experts_per_tok": 3,
+                        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"], "prefix_dense_sliding_window_pattern": 2},
+    "granitemoe_swa": MULTIPLIERS | {"rope_parameters": PLAIN, "layer_rope_theta": [0, 100.0, 100.0, 100.0, 0],
+                                     "sliding_window": WINDOW, "num_local_experts": 4, "shared_intermediate_size": 28,
+                                     "num_hidden_layers": 5},
 }  # fmt: skip
 
 
@@ -60,7 +80,7 @@ def random_model(directory: Path, seed: int):
     with torch.no_grad():
         for parameter in model.parameters():
             random = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1 or parameter.shape[0] < 8:  # norms
+            if parameter.ndim == 1 or (parameter.ndim == 2 and parameter.shape[0] < 8):  # norms and routers
                 random = parameter + 0.3 * random
             else:
                 random *= 1.0 / parameter.shape[-1] ** 0.5
@@ -78,21 +98,22 @@ def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def main(_):
     for seed, (case, fields) in enumerate(CASES.items()):
+        if ONLY.value and case not in ONLY.value:
+            continue
         directory = Path(OUT.value) / case
         directory.mkdir(parents=True, exist_ok=True)
-        model_type = "gemma3_text" if case.startswith("gemma3") else case.split("_")[0]
+        model_type = next(x for x in sorted(families.FAMILIES, key=len, reverse=True) if case.startswith(x))
         values = {"model_type": model_type, **SIZES, **fields}
         (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
         model = random_model(directory, seed)
-        state = {name: x.bfloat16().contiguous() for name, x in model.state_dict().items()}
-        if model.config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
-        save_file(state, directory / "model.safetensors")
         tokens, mask = batch(seed)
         with torch.no_grad():
             out = model(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long())
         logits = out.logits.float().numpy() * mask[..., None]  # zero where there is padding
         np.savez_compressed(directory / "golden.npz", tokens=tokens, mask=mask, logits=logits)
+        with tempfile.TemporaryDirectory() as saved:  # with a config.json in today's spelling
+            model.bfloat16().save_pretrained(saved)
+            shutil.copyfile(Path(saved) / "model.safetensors", directory / "model.safetensors")
         print(case)
 
 

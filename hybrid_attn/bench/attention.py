@@ -18,7 +18,7 @@ from hybrid_attn import kernels
 from hybrid_attn.bench import machine, measurement
 from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.bench.part import Figure, Part, Run, chosen
-from hybrid_attn.convert.layers import PLAIN
+from hybrid_attn.convert.normal import PLAIN
 from hybrid_attn.model import flops
 from hybrid_attn.model.attention import attended_pairs, attention_flops
 from hybrid_attn.trees import check
@@ -35,6 +35,7 @@ OPTIONS = {
     "kernel": "auto",  # of `ours`
 }
 PASSES = {"both": "forward and backward", "forward": "forward"}
+SAMPLE = 0.5  # seconds of calls that are timed together
 BESIDE_TORCH = 1.0  # the target: at least its speed on the prefix
 RATE_IN_A_WINDOW = 0.9  # the target: the FLOP rate in a window over that on the prefix
 
@@ -139,34 +140,38 @@ def cases_of(run: Run) -> dict[str, list[Case]]:
 
 
 def measure(processes: Processes, run: Run) -> list[dict]:
-    """A record for each kind, length and contender."""
+    """A record for each kind, length and contender; those that once did not fit are missing from then on."""
     cases, names = cases_of(run), chosen("contenders", run.options["contenders"], tuple(MAKERS))
     absent = {}
     if "torch" in names and run.platform != "cpu":
         absent["torch"] = "it would run on the CPU"
     elif "torch" in names and not importlib.util.find_spec("torch"):
         absent["torch"] = "not installed; install the extra `oracle`"
-    return [record for kind, of_kind in cases.items() for record in measure_kind(processes, run, kind, of_kind, names, absent)]
+    records, missing = [], {(kind, name): reason for kind in cases for name, reason in absent.items()}
+    for of_kinds in zip(*cases.values(), strict=True):
+        for r in records:
+            if "seconds" in r and r["seconds"] * (of_kinds[0].S / r["tokens"]) ** 2 > run.seconds:
+                missing.setdefault((r["kind"], r["contender"]), f"a call might take more than {run.seconds:g} s")
+        records += measure_length(processes, run, dict(zip(cases, of_kinds, strict=True)), names, missing)
+    return sorted(records, key=lambda r: list(cases).index(r["kind"]))
 
 
-def measure_kind(processes, run: Run, kind: str, cases: list[Case], names: list[str], absent: dict[str, str]) -> list[dict]:
-    """A record for each of the cases and contenders; those that once did not fit are missing from then on."""
-    records, last, missing = [], {}, dict(absent)
-    for case in cases:
-        for name, (before, seconds) in last.items():
-            if seconds * (case.S / before) ** 2 > run.seconds:
-                missing.setdefault(name, f"a call might take more than {run.seconds:g} s")
-        tasks = {"matmul": Task("jax", measurement.make_matmul, (case.dtype,))}  # first: it starts the threads
-        tasks |= {name: Task(*MAKERS[name], (case,)) for name in names if name not in missing}
-        measured = processes.race(f"{kind} {case.S:,}", tasks, run.repeats)
-        peak = max(measured.pop("matmul").results)
-        missing |= {name: x.missing for name, x in measured.items() if x.missing}
-        sizes = {"heads": f"{case.N}/{case.K} of {case.H}", "window": case.window, "passes": case.passes, "dtype": case.dtype}
-        for name in names:
-            record = {"kind": kind, "contender": name, "tokens": case.S, "flops": case.flops, "peak": peak} | sizes
-            records.append(record | ({"missing": missing[name]} if name in missing else measured[name].record))
-            if name not in missing:
-                last[name] = case.S, records[-1]["seconds"]
+def measure_length(processes, run: Run, cases: dict[str, Case], names: list[str], missing: dict) -> list[dict]:
+    """A record for each kind and contender, called in turn at one length; adds those that do not fit to `missing`."""
+    first = next(iter(cases.values()))
+    tasks = {"matmul": Task("jax", measurement.make_matmul, (first.dtype,))}  # first: it starts the threads
+    contenders = [(kind, name) for kind in cases for name in names]
+    present = [pair for pair in contenders if pair not in missing]
+    tasks |= {f"{name}, {kind}": Task(*MAKERS[name], (cases[kind],)) for kind, name in present}
+    measured = processes.race(f"attention {first.S:,}", tasks, run.repeats, SAMPLE)
+    peak, records = max(measured.pop("matmul").results), []
+    for kind, name in contenders:
+        case, x = cases[kind], measured.get(f"{name}, {kind}")
+        if x and x.missing:
+            missing[kind, name] = x.missing
+        record = {"kind": kind, "contender": name, "tokens": case.S, "flops": case.flops, "peak": peak}
+        record |= {"heads": f"{case.N}/{case.K} of {case.H}", "window": case.window, "passes": case.passes, "dtype": case.dtype}
+        records.append(record | (x.record if x else {"missing": missing[kind, name]}))
     return records
 
 

@@ -96,8 +96,12 @@ class Processes(contextlib.AbstractContextManager):
         except BrokenProcessPool as cause:
             raise ValueError(f"the process of {library} died, perhaps because memory ran out; lower --memory_gib") from cause
 
-    def race(self, title: str, tasks: Mapping[str, Task], repeats: int) -> dict[str, Measured]:
-        """Calls every task once to warm up and then `repeats` times, in turn; prints each call to stderr under `title`."""
+    def race(self, title: str, tasks: Mapping[str, Task], repeats: int, shortest: float = 0.0) -> dict[str, Measured]:
+        """Calls every task once to warm up and then `repeats` times, in turn; prints each call to stderr under `title`.
+
+        In place of a call of less than `shortest` seconds come as many as take that long, of which the mean counts: the first
+        after those of another process finds its caches and the clock of the processor as that left them.
+        """
         measured = {}
         for turn in range(repeats + 1):
             for name, task in tasks.items():
@@ -105,7 +109,7 @@ class Processes(contextlib.AbstractContextManager):
                     measured[name] = self.call(task.library, _first, name, task, self.limit)
                     shown = measured[name].missing or "warm"
                 elif measured[name].missing is None:
-                    seconds, cpu_seconds, result = self.call(task.library, _again, name)
+                    seconds, cpu_seconds, result = self.call(task.library, _again, name, shortest)
                     measured[name].seconds.append(seconds)
                     measured[name].cpu_seconds.append(cpu_seconds)
                     measured[name].results.append(result)
@@ -200,7 +204,7 @@ def export(values: dict, directory: str, max_len: int) -> list[str]:
     description = hf.describe(c.model, directory, max_len)
     hf.write(directory, c.model, description, shapes, hf.by_period(params), "float32")
     tensors = families.tensors(c.model, description["model_type"], shapes)
-    return [tensor.name for tensor in tensors if has_decay[tensor.path]]
+    return [tensor.name for tensor in tensors if has_decay[tensor.pieces[0].path]]
 
 
 def exported_model(directory: str):
@@ -225,7 +229,7 @@ def _first(name: str, task: Task, limit: int) -> Measured:
         _ready[name] = task.make(*task.args)
         watched = _ready[name].memory is None and can_watch()
         before = _watch(limit) if watched else None
-        *_, result = _again(name)
+        result = _ready[name].run()
         memory = _status("VmHWM") - before if watched else _ready[name].memory
         return Measured([], [], [result], memory, None)
     except (MemoryError, RuntimeError) as error:
@@ -235,10 +239,12 @@ def _first(name: str, task: Task, limit: int) -> Measured:
         return Measured([], [], [], None, f"needs more than {limit / machine.GIB:.3g} GiB")
 
 
-def _again(name: str) -> tuple[float, float, Any]:
-    start, cpu_start = time.perf_counter(), time.process_time()
-    result = _ready[name].run()
-    return time.perf_counter() - start, time.process_time() - cpu_start, result
+def _again(name: str, shortest: float) -> tuple[float, float, Any]:
+    """Mean seconds, and those of all processors, of the calls that take `shortest` seconds together; the result of the last."""
+    start, cpu_start, calls = time.perf_counter(), time.process_time(), 0
+    while not calls or time.perf_counter() - start < shortest:
+        result, calls = _ready[name].run(), calls + 1
+    return (time.perf_counter() - start) / calls, (time.process_time() - cpu_start) / calls, result
 
 
 def _watch(limit: int) -> int:

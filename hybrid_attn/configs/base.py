@@ -36,11 +36,12 @@ def kind(**changes) -> ConfigDict:
     k.scale = None  # factor on q.k; None = head_dim ** -0.5
     k.softcap = None  # scores become cap * tanh(score / cap) (Gemma 2)
     k.temperature = ConfigDict()
-    k.temperature.type = "none"  # none | log_length (SWAN) | steps (Llama 4) | learned (SSMax)
-    k.temperature.scale = 0.1  # steps: the coefficient; learned: the initial s
-    k.temperature.length = 8192  # tokens; log_length: the offset a; steps: the tokens per step
+    k.temperature.type = "none"  # none | log_length (SWAN) | steps (Llama 4) | position_steps (Ministral 3) | learned (SSMax)
+    k.temperature.scale = 0.1  # steps of both kinds: the coefficient; learned: the initial s
+    k.temperature.length = 8192  # tokens; log_length: the offset a; steps of both kinds: the tokens per step
     k.sink = False  # a learned logit per head that takes part in the softmax (gpt-oss)
     k.gate = "none"  # none | head | projection: sigmoid gate on the attention output
+    k.residual_scale = 1.0  # factor on what the mixer and the feed-forward add to the residual stream (Granite: 0.22)
     k.update(changes)
     return k
 
@@ -57,9 +58,11 @@ def moe(**changes) -> ConfigDict:
     m.renormalise = True  # the scores of a token's experts are divided by their sum (Mixtral)
     m.route_scale = 1.0  # factor on them afterwards (DeepSeek-V3: 2.5)
     m.shared_experts = 0  # experts that compute every token
+    m.shared_d_ff = None  # the width of each of them; None = that of the others
     m.shared_combine = "sum"  # sum | average: of the chosen ones and the shared ones, half the sum of both
     m.shared_gate = False  # a sigmoid gate, one number for each token, on the shared ones (Qwen2-MoE)
     m.balance_loss = 0.01  # weight of the load-balance loss (Switch Transformer, arXiv 2101.03961)
+    m.bias_rate = None  # a step moves each expert's bias by so much (DeepSeek-V3: 0.001); None = no bias, 0 = a fixed one
     m.z_loss = 0.001  # weight of (log sum exp)^2 of the router's logits (ST-MoE, arXiv 2202.08906)
     m.domain_dim = None  # the size of domain embeddings, of which the router is projected (Nexus); None = a matrix of its own
     m.update(changes)
@@ -205,8 +208,9 @@ def _mesh() -> ConfigDict:
     m = ConfigDict()
     m.slice = 1  # replicas on separate TPU slices, joined by the data-centre network; elsewhere the same as data
     m.data = -1  # replicas within a slice; -1 = all remaining devices
-    m.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp
-    m.context = 1  # shards of the sequence, and of parameters and optimiser state: these are split over context * fsdp
+    m.fsdp = 1  # shards of parameters and optimiser state; the batch is split over slice * data * fsdp * expert
+    m.expert = 1  # shards of the experts of a layer, and elsewhere the same as fsdp
+    m.context = 1  # shards of the sequence, and of parameters and optimiser state: these are split over context * expert * fsdp
     m.tensor = 1  # shards of heads, feed-forward and vocabulary
     return m
 

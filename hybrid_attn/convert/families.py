@@ -5,14 +5,17 @@ arrays. `defaults` has the values that the implementation of a family uses for f
 """
 
 import dataclasses
-import math
 import string
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from hybrid_attn import config, trees
 from hybrid_attn.config import LayerType, Model
-from hybrid_attn.convert import layers
+from hybrid_attn.convert import experts, layers
+from hybrid_attn.convert.fields import positive_int
+from hybrid_attn.convert.normal import layer_types_of, normal_form, rounded
+from hybrid_attn.convert.tensors import LAYER, Tensor
+from hybrid_attn.convert.tensors import tensors as tensors_of
 from hybrid_attn.trees import check
 
 USUAL_LETTERS = {(True, True): "L", (True, False): "W", (False, False): "G", (False, True): "R"}  # window, rope
@@ -34,18 +37,13 @@ UNSCALED = {  # which config.json has no fields for
     "unembed_init_std": None, "mup_base_width": None, "mup_base_depth": None, "depth_init": False,
 }  # fmt: skip
 # Path of a parameter in a layer -> tensor name after `model.layers.N.`
-LAYER = {f"attention/{name}": f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")}
-LAYER |= {f"mlp/{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 HEAD_NORMS = {"attention/q_norm/weight": "self_attn.q_norm.weight", "attention/k_norm/weight": "self_attn.k_norm.weight"}
+SINKS = {"attention/sink": "self_attn.sinks"}
 PRE = {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "post_attention_layernorm.weight"}
 POST = {
     "attention_post_norm/weight": "post_attention_layernorm.weight",
     "mlp_post_norm/weight": "post_feedforward_layernorm.weight",
 }
-TOP = {"embed": "model.embed_tokens.weight", "final_norm/weight": "model.norm.weight", "unembed": "lm_head.weight"}
-# Their matrices are [out, in]; ours are [in, out], with separate axes for heads. The number of leading axes that are `in`:
-INPUT_AXES = {name: 1 for name in ("attention/q", "attention/k", "attention/v", "attention/gate", "mlp/gate", "mlp/up")}
-INPUT_AXES |= {"attention/o": 2, "mlp/down": 1}
 
 
 class Family(NamedTuple):
@@ -58,28 +56,11 @@ class Family(NamedTuple):
     required: dict  # config.json fields of which only this value is supported
     layer_types: Callable[[dict], list[LayerType]]
     layout: Callable[[Model], dict]
-    layer: dict  # path of a parameter in a layer -> tensor name, besides LAYER
+    layer: dict  # path of a parameter in a layer -> tensor name or `Place`, besides LAYER
     flat: tuple[str, ...] = ()  # parameters whose tensor has one axis in the family
     scales: Callable[[dict], dict] = lambda c: {}  # Model fields that are computed from config.json
+    experts: dict = {}  # the same of layers with experts, besides `layer`; empty if the family has none
     heads_divide_width: bool = False  # its library requires that num_attention_heads divides hidden_size
-
-
-class Tensor(NamedTuple):
-    """One array of a safetensors file: a parameter, or one period of it. `shape` is the shape in the file."""
-
-    name: str
-    path: str
-    period: int | None
-    shape: tuple[int, ...]
-    transposed: bool
-
-    def ours(self, x, shape: tuple[int, ...]):
-        """The array of the file with our axes; `shape` is that of the parameter, without the axis of periods."""
-        return (x.T if self.transposed else x).reshape(shape)
-
-    def theirs(self, x):
-        """Our array (one period of it) with the axes of the file."""
-        return x.reshape(self.shape[::-1]).T if self.transposed else x.reshape(self.shape)
 
 
 def family_of(model_type: str | None) -> Family:
@@ -114,10 +95,10 @@ def _model_of(config_json: Mapping) -> Model:
     if c.get("num_key_value_heads") is None:
         c["num_key_value_heads"] = c["num_attention_heads"]
     for key in ("num_attention_heads", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
-        layers.positive_int(c, key)
+        positive_int(c, key)
     c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
     for key in ("num_key_value_heads", "head_dim"):
-        layers.positive_int(c, key)
+        positive_int(c, key)
     for key, supported in family.required.items():
         if c.get(key, supported) != supported:
             raise ValueError(f"config.json has {key}={c[key]!r}; for {c['model_type']}, only {key}={supported!r} is supported")
@@ -160,7 +141,7 @@ def expressing(model: Model) -> str:
             return model_type
         except ValueError as cause:
             causes[model_type] = str(cause)
-    nearest = min(causes.values(), key=lambda text: text.count("\n"))
+    nearest = min(causes.values(), key=lambda text: text.count("\n") or MAX_MESSAGE)
     raise ValueError(f"no family expresses this model ({', '.join(FAMILIES)}); the nearest:\n{nearest}")
 
 
@@ -178,25 +159,10 @@ def differences(ours: Model, theirs: Model) -> list[str]:
 
 def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
     """The tensors of the files of a family, for parameters with these paths and shapes, parameter by parameter."""
-    family, result = family_of(model_type), []
-    names = LAYER | family.layer
-    before = {"prefix": 0, "periods": len(model.prefix), "tail": model.num_layers - len(model.tail)}  # layers before a group
-    for path, shape in shapes.items():
-        if path in TOP:
-            result.append(Tensor(TOP[path], path, None, tuple(shape), False))
-            continue
-        group, layer, leaf = path.split("/", 2)
-        check(leaf in names, f"{model_type} has no tensor for {path}")
-        first, step = before[group] + int(layer[1:]), len(model.pattern)
-        stacked = group == "periods"
-        inner = tuple(shape[1:]) if stacked else tuple(shape)
-        axes = INPUT_AXES.get(leaf)
-        theirs = (math.prod(inner[axes:]), math.prod(inner[:axes])) if axes else inner
-        theirs = (math.prod(inner),) if leaf in family.flat else theirs
-        for period in range(model.num_periods) if stacked else (0,):
-            name = f"model.layers.{first + period * step}.{names[leaf]}"
-            result.append(Tensor(name, path, period if stacked else None, theirs, bool(axes)))
-    return result
+    family = family_of(model_type)
+    dense = LAYER | family.layer
+    places = {"gated": dense} | ({"moe": dense | family.experts} if family.experts else {})
+    return tensors_of(model, places, family.flat, shapes)
 
 
 def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
@@ -222,14 +188,15 @@ def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
 
 
 def _normal_form(model: Model) -> dict:
-    """The fields of a model, and the normal form of the layer type of each layer in place of prefix and pattern."""
-    values = {name: value for name, value in vars(model).items() if name not in ("prefix", "pattern", "kinds")}
-    normal_forms = [config.to_dict(layers.normal_form(model, x)) for x in layers.layer_types_of(model)]
-    return values | {"embed_scale": layers.rounded(model.embed_scale), "layers": normal_forms}
+    """The fields of a model, and the normal form of the layer type of each layer in place of prefix, pattern and `d_ff`."""
+    values = {name: value for name, value in vars(model).items() if name not in ("prefix", "pattern", "kinds", "d_ff")}
+    normal_forms = [config.to_dict(normal_form(model, x)) for x in layer_types_of(model)]
+    scales = {name: rounded(getattr(model, name)) for name in ("embed_scale", "logit_scale")}
+    return values | scales | {"layers": normal_forms}
 
 
 def _rotates(model: Model) -> bool:
-    return any(layer_type.rope_theta is not None for layer_type in layers.layer_types_of(model))
+    return any(layer_type.rope_theta is not None for layer_type in layer_types_of(model))
 
 
 COHERE = {"block": "parallel", "norm": "layernorm", "rope_layout": "interleaved", "embed_scale": 1.0, "logit_softcap": None}
@@ -239,6 +206,15 @@ LLAMA_FIELDS = {"rms_norm_eps": "norm_eps", "hidden_act": "activation"}
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02}
 COHERE_DEFAULTS = COMMON | {"layer_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
 NO_BIAS = {"attention_bias": False}
+GRANITE = {"norm": "rms", "rope_layout": "half", "block": "pre", "logit_softcap": None}
+GRANITE_DEFAULTS = COMMON | {
+    "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
+    "sliding_window": 128,
+}  # fmt: skip
+MINISTRAL_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
+    "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 
 FAMILIES = {
     "cohere2": Family(
@@ -248,6 +224,15 @@ FAMILIES = {
     "cohere": Family(
         "CohereForCausalLM", COHERE, COHERE_FIELDS, COHERE_DEFAULTS | {"use_qk_norm": False},
         NO_BIAS, layers.cohere_layer_types, layers.cohere_layout, {"norm/weight": "input_layernorm.weight"} | HEAD_NORMS,
+    ),
+    "cohere2_moe": Family(
+        "Cohere2MoeForCausalLM", {k: x for k, x in COHERE.items() if k != "norm"},
+        {"hidden_act": "activation", "logit_scale": "logit_scale"},
+        COHERE_DEFAULTS | {"sliding_window_pattern": 4, "sliding_window": 4096, "head_dim": 128, "num_experts": 8,
+                           "num_experts_per_tok": 2, "num_shared_experts": 0, "shared_expert_combination_strategy": "average",
+                           "expert_selection_fn": "softmax", "prefix_dense_sliding_window_pattern": 1, "norm_topk_prob": True},
+        NO_BIAS, experts.cohere2_moe_layer_types, experts.cohere2_moe_layout, {"norm/weight": "input_layernorm.weight"},
+        scales=experts.cohere2_moe_norm, experts=experts.EACH,
     ),
     "llama": Family(
         "LlamaForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
@@ -283,6 +268,24 @@ FAMILIES = {
         {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "pre_feedforward_layernorm.weight"}
         | POST | HEAD_NORMS,
         scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5}, heads_divide_width=True,
+    ),
+    "granite_swa": Family(
+        "GraniteSWAForCausalLM", GRANITE, LLAMA_FIELDS, GRANITE_DEFAULTS | {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        NO_BIAS | {"mlp_bias": False}, layers.granite_layer_types, layers.granite_layout, PRE | SINKS,
+        scales=layers.granite_scales,
+    ),
+    "granitemoe_swa": Family(
+        "GraniteMoeSWAForCausalLM", GRANITE, LLAMA_FIELDS,
+        GRANITE_DEFAULTS | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "num_local_experts": 8,
+                            "num_experts_per_tok": 2, "shared_intermediate_size": 0},
+        NO_BIAS, experts.granitemoe_layer_types, experts.granitemoe_layout, PRE | SINKS,
+        scales=layers.granite_scales, experts=experts.GRANITE,
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_key_value_heads": 8, "head_dim": 128,
+                  "sliding_window": None, "rope_parameters": MINISTRAL_ROPE},
+        {}, layers.ministral3_layer_types, layers.ministral3_layout, PRE,
     ),
     "afmoe": Family(
         "AfmoeForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,

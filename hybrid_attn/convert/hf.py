@@ -6,7 +6,6 @@ the caller holds of one parameter.
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from jax.sharding import NamedSharding
 from hybrid_attn import config
 from hybrid_attn.config import Model
 from hybrid_attn.convert import families
-from hybrid_attn.convert.families import Tensor
+from hybrid_attn.convert.tensors import TOP, Piece, Tensor
 from hybrid_attn.files import check_named, read_object, write_atomically
 from hybrid_attn.trees import check
 
@@ -36,6 +35,7 @@ TOKENIZER_AND_CONFIG_FILES = (  # config.json has the ids of the special tokens
 )  # fmt: skip
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 BUFFERS = (".rotary_emb.inv_freq",)  # in old checkpoints; they are computed from config.json
+EXPERTS = ".experts."  # in the names of their tensors
 LINES = 20  # largest number of tensors that an error names
 DTYPES = ("F64", "F32", "F16", "BF16")  # integers and 8-bit floats are quantized weights with scales in other tensors
 
@@ -64,7 +64,10 @@ def read_params(directory: str | os.PathLike, model: Model, model_type: str, abs
     with contextlib.ExitStack() as stack:
         files, conflicts = _open(Path(directory), stack)
         _check(directory, files, conflicts, expected, model.tie_embeddings)
-        by_path = {path: list(group) for path, group in itertools.groupby(expected, lambda tensor: tensor.path)}
+        by_path = {path: [] for path in leaves}
+        for tensor in expected:
+            for piece in tensor.pieces:
+                by_path[piece.path].append((tensor.name, piece))
         params = {path: _sharded(x, by_path[path], files) for path, x in leaves.items()}
         return traverse_util.unflatten_dict(params, sep="/")
 
@@ -90,13 +93,9 @@ def write(
         raise OSError(f"{total:,} bytes of tensors do not fit: {free:,} are free at {directory}; free some space")
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = [SINGLE] if len(shards) == 1 else names
-    path, periods = None, iter(())
+    periods = _Periods(read)
     for name, shard in zip(names, shards, strict=True):
-        arrays = {}
-        for tensor in shard:
-            if tensor.path != path:
-                path, periods = tensor.path, read(tensor.path)
-            arrays[tensor.name] = tensor.theirs(next(periods)).astype(dtype, order="C")
+        arrays = {tensor.name: _assembled(tensor, periods, dtype) for tensor in shard}
         try:
             safetensors.numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
         except (OSError, safetensors.SafetensorError) as cause:
@@ -202,11 +201,17 @@ def _check(directory, files: Mapping[str, Any], conflicts: Mapping[str, str], ex
     stored = dict(conflicts) | {name: _described(file.get_slice(name)) for name, file in files.items()}
     lines = [f"  {x}: {stored.get(x, 'missing')} -> {shape}" for x, shape in shapes.items() if stored.get(x) != shape]
     extra = {name for name in stored if name not in shapes and not name.endswith(BUFFERS)}
-    head, embed = families.TOP["unembed"], families.TOP["embed"]
+    head, embed = TOP["unembed"], TOP["embed"]
     if tied and head in extra and stored[head] == stored.get(embed) == shapes[embed]:
         if _same(files[head], head, files[embed], embed):
             extra.discard(head)  # tied embeddings may be stored twice
     lines += [f"  {name}: {stored[name]} -> not expected" for name in sorted(extra)]
+    of_experts = [line for line in lines if EXPERTS in line]
+    check(
+        not lines or of_experts != lines,
+        f"{len(lines):,} tensors of experts in {directory} are not those of its config.json, the first (file -> config.json) "
+        f"{lines[0].strip() if lines else ''}; correct config.json, or download the model again",
+    )
     listed = lines if len(lines) <= LINES else [*lines[:LINES], f"  and {len(lines) - LINES:,} more"]
     title = f"the tensors of {directory} are not those of its config.json (file -> config.json):"
     check(not lines, "\n".join([title, *listed]))
@@ -226,21 +231,57 @@ def _same(file_a, name_a: str, file_b, name_b: str) -> bool:
     return all(np.array_equal(a[i : min(i + step, rows)], b[i : min(i + step, rows)]) for i in range(0, rows, step))
 
 
-def _sharded(like, tensors: list[Tensor], files: Mapping[str, Any]) -> jax.Array:
-    """One parameter on its devices, of the current mesh if its own is abstract. The host reads each part tensor by tensor."""
-    stacked = tensors[0].period is not None
-    inner = like.shape[1:] if stacked else like.shape
+class _Periods:
+    """The periods of parameters, of which `read` yields those of one path. Each is read once, in their order."""
 
-    def read(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-        return tensor.ours(files[tensor.name].get_tensor(tensor.name), inner)[index]
+    def __init__(self, read: Callable[[str], Iterator[np.ndarray]]):
+        self.read, self.opened, self.current = read, {}, {}
+
+    def get(self, piece: Piece) -> np.ndarray:
+        """The array of a piece with our axes. A period stays in memory until another of its parameter is read."""
+        if piece.path not in self.current or self.current[piece.path][0] != piece.period:
+            self.current.pop(piece.path, None)
+            if piece.path not in self.opened:
+                self.opened[piece.path] = self.read(piece.path)
+            self.current[piece.path] = piece.period, next(self.opened[piece.path])
+        x = self.current[piece.path][1]
+        return x if piece.expert is None else x[piece.expert]
+
+    def release(self, tensor: Tensor) -> None:
+        """Forgets the periods that `tensor` does not need."""
+        needed = {(piece.path, piece.period) for piece in tensor.pieces}
+        self.current = {path: x for path, x in self.current.items() if (path, x[0]) in needed}
+
+
+def _assembled(tensor: Tensor, periods: _Periods, dtype: np.dtype) -> np.ndarray:
+    """The array of a tensor, as it is written."""
+    periods.release(tensor)
+    out = np.empty(tensor.shape, dtype)
+    for piece in tensor.pieces:
+        out[piece.at] = piece.theirs(periods.get(piece))
+    return out
+
+
+def _piece_of(file, name: str, piece: Piece) -> np.ndarray:
+    """The array of a piece with the axes of the file, of which only its expert is read."""
+    if piece.expert is None or not piece.at:
+        return file.get_tensor(name)[piece.at]
+    return file.get_slice(name)[piece.at[0]][piece.at[1:]]
+
+
+def _sharded(like, pieces: list[tuple[str, Piece]], files: Mapping[str, Any]) -> jax.Array:
+    """One parameter on its devices, of the current mesh if its own is abstract. The host reads each part piece by piece."""
+    first = pieces[0][1]
+    leading = [first.period is not None, first.expert is not None].count(True)  # axes that pieces are indexed by
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        if not stacked:
-            return read(tensors[0], index).astype(like.dtype, copy=False)
-        shape = [len(range(*part.indices(size))) for part, size in zip(index, like.shape, strict=True)]
-        out = np.empty(shape, like.dtype)
-        for slot, tensor in zip(out, tensors[index[0]], strict=True):
-            slot[...] = read(tensor, index[1:])
+        out = np.empty([len(range(*x.indices(size))) for x, size in zip(index, like.shape, strict=True)], like.dtype)
+        starts = [x.indices(size)[0] for x, size in zip(index[:leading], like.shape, strict=False)]
+        for name, piece in pieces:
+            at = [i for i in (piece.period, piece.expert) if i is not None]
+            slot = tuple(i - start for i, start in zip(at, starts, strict=True))
+            if all(0 <= i < size for i, size in zip(slot, out.shape, strict=False)):
+                out[slot] = piece.ours(_piece_of(files[name], name, piece), like.shape[leading:])[index[leading:]]
         return out
 
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from hybrid_attn.model.execution import MIN_SIZE, Execution
+from hybrid_attn.kernels.decoding import MIN_SIZE
+from hybrid_attn.model.execution import Execution
 
 PARTS = 4
 

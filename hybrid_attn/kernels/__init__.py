@@ -7,14 +7,25 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels import blocked, gpu, gpu_pallas, native, reference, tpu
+from hybrid_attn.kernels import blocked, decoding, gpu, gpu_pallas, native, reference, tpu
 from hybrid_attn.kernels.interface import OUTPUTS, AttentionOptions, Kernel, Keys, Pair, Queries, name_outputs
 
-__all__ = ["KERNELS", "OUTPUTS", "AttentionOptions", "Keys", "Queries", "attend", "choose", "name_outputs", "with_sinks"]
+__all__ = [
+    "KERNELS",
+    "OUTPUTS",
+    "AttentionOptions",
+    "Keys",
+    "Queries",
+    "attend",
+    "choose",
+    "decode",
+    "name_outputs",
+    "with_sinks",
+]
 KERNELS = {
     "reference": Kernel(reference.forward, reference.backward, ("cpu", "gpu", "tpu"), saves_outputs=False),
     "blocked": Kernel(blocked.forward, blocked.backward, ("cpu", "gpu", "tpu")),
-    "native": Kernel(native.forward, native.backward, ("cpu",), native.MODULE),
+    "native": Kernel(native.forward, native.backward, ("cpu",), native.MODULE, decode=native.decode),
     "splash": Kernel(tpu.forward, tpu.backward, ("tpu",), heads_first=True),
     "tokamax": Kernel(gpu.tokamax_forward, gpu_pallas.backward, ("gpu",), "tokamax"),
     "cudnn": Kernel(gpu.cudnn_forward, None, ("gpu",), saves_outputs=False, lse_has_gradient=False),
@@ -57,6 +68,15 @@ def attend(kernel: str, options: AttentionOptions, queries: Queries, keys: Keys,
     run = functools.partial(_attend, chosen) if chosen.saves_outputs else chosen.forward
     o_BTNH, lse_BTN = run(options, queries, keys)
     return (o_BTNH, lse_BTN) if sinks_N is None else with_sinks(o_BTNH, lse_BTN, queries.seg_BT, sinks_N)
+
+
+def decode(kernel: str, options: AttentionOptions, vector_products: bool, q_BKGH, kv_BKSH: Pair, visible_BKS) -> Pair:
+    """(o_BKGH, lse_BKG) in float32 of one query for each request to a cache of S slots, of which it sees `visible_BKS`.
+
+    Where K of `visible_BKS` is 1, it is that of all heads. `Execution` explains `vector_products`.
+    """
+    of_kernel = KERNELS[kernel].decode or decoding.decode
+    return of_kernel(options, vector_products, q_BKGH, kv_BKSH, visible_BKS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -55,6 +55,8 @@ class Kernel(NamedTuple):
     Without `saves_outputs`, JAX differentiates `forward`, and `jax.checkpoint` cannot save its outputs by name. `backward` may
     then be None, and ring attention cannot use the kernel. With `heads_first` the outputs are saved as [B, N, T, ...], as the
     kernel writes them: a TPU pads the last two axes of an array. Sinks need an lse that has a gradient.
+
+    `decode` is attention of one query for each request to its cache, by default that of `decoding.py`.
     """
 
     forward: Callable[[AttentionOptions, Queries, Keys], Pair]
@@ -64,6 +66,7 @@ class Kernel(NamedTuple):
     saves_outputs: bool = True
     heads_first: bool = False
     lse_has_gradient: bool = True
+    decode: Callable[[AttentionOptions, bool, jax.Array, Pair, jax.Array], Pair] | None = None
 
 
 def name_outputs(*outputs: jax.Array) -> tuple[jax.Array, ...]:

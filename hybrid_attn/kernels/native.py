@@ -1,6 +1,7 @@
-"""Attention on a CPU in C++ (`native.cc`), in float32: custom calls of XLA, which `build` compiles once for this machine.
+"""Attention on a CPU in C++, in float32: custom calls of XLA, which `build` compiles once for this machine.
 
-Each thread computes blocks of queries whose scores never leave its cache. Scores with a soft cap are left to `blocked`.
+Each thread computes blocks of queries whose scores never leave its cache (`native.cc`), or reads a part of the cache of a
+decoded token (`native_decode.cc`). Scores with a soft cap are left to `blocked` and `decoding`.
 
 Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads, H head size; P panels of C keys.
 """
@@ -16,24 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_attn.kernels import blocked
+from hybrid_attn.kernels import blocked, decoding
 from hybrid_attn.kernels.interface import AttentionOptions, Keys, Pair, Queries, intervals, padded
 from hybrid_attn.kernels.softmax import gradient_shift
 
-SOURCE = Path(__file__).with_name("native.cc")
-LIBRARY = SOURCE.with_name("native_library.so")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cc", "native_decode.cc")]
+LIBRARY = Path(__file__).with_name("native_library.so")
 MODULE = "hybrid_attn.kernels.native_library"  # the library, for `importlib`
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-w")
-PANEL = 64  # keys, as in the source
+PANEL = 64  # keys, as in `native.cc`
 LANES = 16  # the head size is padded to a multiple
 
 
 def build(library: Path = LIBRARY) -> None:
-    """Compiles the source; ValueError, in one line, where that fails."""
+    """Compiles the sources; ValueError, in one line, where that fails."""
     compiler = os.environ.get("CXX", "c++")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)]
+        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", *map(str, SOURCES), "-o", str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
@@ -44,13 +45,13 @@ def build(library: Path = LIBRARY) -> None:
 
 
 @functools.cache
-def _targets(library: Path) -> tuple[str, str]:
-    """The names of the two custom calls of a library; NotImplementedError if it was built for another processor."""
+def _targets(library: Path) -> tuple[str, ...]:
+    """The names of the three custom calls of a library; NotImplementedError if it was built for another processor."""
     loaded = ctypes.CDLL(str(library))
     loaded.attention_runs_here.restype = ctypes.c_bool
     if not loaded.attention_runs_here():
         raise NotImplementedError(f'{library} is for another processor; build it again here, or use train.kernel="blocked"')
-    names = tuple(f"{library}:{name}" for name in ("attention_forward", "attention_backward"))
+    names = tuple(f"{library}:{name}" for name in ("attention_forward", "attention_backward", "attention_decode"))
     for name in names:
         handler = jax.ffi.pycapsule(getattr(loaded, name.rpartition(":")[2]))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
@@ -84,6 +85,16 @@ def backward(options: AttentionOptions, queries: Queries, keys: Keys, outputs: P
     made = call(*arrays, scale=np.float32(options.scale))
     like = queries.q_BTNH, keys.k_BSKH, keys.v_BSKH
     return tuple(dx.swapaxes(1, 2)[..., :H].astype(x.dtype) for dx, x in zip(made, like, strict=True))
+
+
+def decode(options: AttentionOptions, vector_products: bool, q_BKGH: jax.Array, kv_BKSH: Pair, visible_BKS: jax.Array) -> Pair:
+    """(o_BKGH, lse_BKG) in float32; by `decoding` where heads are no whole vectors, or not in float32."""
+    is_float32 = q_BKGH.dtype == kv_BKSH[0].dtype == jnp.float32
+    if options.softcap is not None or q_BKGH.shape[3] % LANES or not is_float32:
+        return decoding.decode(options, vector_products, q_BKGH, kv_BKSH, visible_BKS)
+    results = jax.ShapeDtypeStruct(q_BKGH.shape, jnp.float32), jax.ShapeDtypeStruct(q_BKGH.shape[:3], jnp.float32)
+    call = jax.ffi.ffi_call(_targets(LIBRARY)[2], results)
+    return tuple(call(q_BKGH, *kv_BKSH, visible_BKS, scale=np.float32(options.scale)))
 
 
 def _heads_first(x_BTNH: jax.Array) -> jax.Array:

@@ -106,13 +106,15 @@ class Attention(nnx.Module):
         """Factor on each query [B, T, N or 1, 1], float32, by n, the keys from its document's start to itself.
 
         log_length: log(a + n) / log(a) (SWAN, arXiv 2504.08719). steps: 1 + c log(floor(n / length) + 1) (Llama 4).
+        position_steps: the same of n - 1, the query's position (Ministral 3).
         learned: s log n with s per head (SSMax, arXiv 2501.19399).
         """
         t, n_BT11 = self.layer_type.temperature, (pos_BT + 1).astype(jnp.float32)[..., None, None]
         if t.type == "log_length":
             return jnp.log(t.length + n_BT11) / math.log(t.length)
-        if t.type == "steps":
-            return 1 + t.scale * jnp.log(jnp.floor(n_BT11 / t.length) + 1)
+        if t.type in ("steps", "position_steps"):
+            counted_BT11 = n_BT11 if t.type == "steps" else n_BT11 - 1
+            return 1 + t.scale * jnp.log(jnp.floor(counted_BT11 / t.length) + 1)
         return self.temperature[...][:, None] * jnp.log(n_BT11)
 
 

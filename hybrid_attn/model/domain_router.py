@@ -20,7 +20,7 @@ class DomainRouter(nnx.Module):
 
     def __init__(self, model: Model, experts: int, domain_dim: int, *, rngs: nnx.Rngs):
         D, m = model.d_model, domain_dim
-        self.domains = embedding(rngs, (experts, m), 1.0, ("expert", "norm"), exact=True)
+        self.domains = embedding(rngs, (experts, m), 1.0, ("score", "norm"), exact=True)
         self.gate = projection(rngs, (m, D), ("norm", "norm"), model.init_std, 0)
         self.up = projection(rngs, (m, D), ("norm", "norm"), model.init_std, 0)
         self.out = projection(rngs, (D, D), ("embed", "norm"), model.init_std, experts * D)

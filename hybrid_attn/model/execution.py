@@ -20,7 +20,6 @@ OVERLAP = (
     ("xla_tpu_enable_async_collective_fusion_multiple_steps", "true"),
     ("xla_tpu_overlap_compute_collective_tc", "true"),
 )
-MIN_SIZE = 2**16  # entries of a matrix: `vector_products` gain nothing for smaller ones
 CPU_MLP_CHUNK = 512  # 512 x 768 in float32 stay in 2 MiB of cache: 2x as fast as all tokens at once, recomputation included
 
 

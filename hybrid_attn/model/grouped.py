@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from hybrid_attn.model.mlp import ChunkedMLP, gradients
 
+ITERATIONS = "iterations_"  # begins the name of the scope of a loop whose length depends on the tokens; its mean follows
 ROWS = 8, 256  # of a block: below, a product costs as much; above, it is no faster on a CPU, and wastes more
 
 
@@ -36,22 +37,23 @@ def rows_of_block(tokens: int, copies: int, experts: int) -> int:
     return min(max(least, min(most, 1 << (half - 1).bit_length())), tokens)
 
 
-def blocks_of(expert_nk: jax.Array, real_n: jax.Array, experts: int, rows: int) -> Blocks:
-    """The blocks of tokens with their experts; those that are not real, which are padding, are in none."""
-    copies, k = expert_nk.size, expert_nk.shape[1]
-    expert_m = jnp.where(real_n[:, None], expert_nk, experts).reshape(-1)  # padding comes last
+def blocks_of(expert_nk: jax.Array, experts: int, rows: int) -> Blocks:
+    """The blocks of tokens with experts from 0 to `experts` - 1; copies with the number `experts` are in none."""
+    tokens, k = expert_nk.shape
+    copies, most = expert_nk.size, tokens * min(k, experts)
+    expert_m = expert_nk.reshape(-1)
     order_m = jnp.argsort(expert_m, stable=True)
     load = jnp.bincount(expert_m, length=experts + 1)
     blocks_E = -(-load[:experts] // rows)
     ends_E = jnp.cumsum(blocks_E)
-    number = (copies + min(experts, copies) * (rows - 1)) // rows  # the most: every last block has one row
+    number = (most + min(experts, most) * (rows - 1)) // rows  # the most: every last block has one row
     first = jnp.append((ends_E - blocks_E) * rows, number * rows) - (jnp.cumsum(load) - load)
     sorted_m = expert_m[order_m]
     row_m = jnp.where(sorted_m < experts, first[sorted_m] + jnp.arange(copies), number * rows)
-    token_R = jnp.full(number * rows, len(real_n)).at[row_m].set(order_m // k, mode="drop")
+    token_R = jnp.full(number * rows, tokens).at[row_m].set(order_m // k, mode="drop")
     row_nk = jnp.zeros_like(row_m).at[order_m].set(row_m).reshape(expert_nk.shape)
     expert_I = jnp.searchsorted(ends_E, jnp.arange(number), side="right")
-    held_E = jnp.zeros(experts, jnp.int32).at[expert_I].add((token_R < len(real_n)).reshape(number, rows).sum(1), mode="drop")
+    held_E = jnp.zeros(experts, jnp.int32).at[expert_I].add((token_R < tokens).reshape(number, rows).sum(1), mode="drop")
     return Blocks(expert_I, token_R.reshape(number, rows), row_nk, ends_E[-1], held_E)
 
 

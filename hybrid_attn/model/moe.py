@@ -1,6 +1,7 @@
 """The mixture of experts: a router chooses a few feed-forwards for each token. No token is dropped.
 
-Letters: B batch, T tokens, D model, F width of an expert, E experts, k experts of a token; of one device, n tokens flattened.
+Letters: B batch, T tokens, D model, F width of an expert, E experts, k experts of a token; of one device, n tokens flattened
+and E its own experts.
 """
 
 import dataclasses
@@ -11,15 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from hybrid_attn.config import MLP, LayerType, Model, mlp_width
+from hybrid_attn.config import MLP, LayerType, Model, mlp_width, shared_width
 from hybrid_attn.model.domain_router import DomainRouter
 from hybrid_attn.model.execution import Chunks
-from hybrid_attn.model.grouped import blocks_of, grouped_mlp, rows_of_block
+from hybrid_attn.model.grouped import ITERATIONS, blocks_of, grouped_mlp, rows_of_block
 from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP
-from hybrid_attn.model.params import cast, experts, linear
-from hybrid_attn.parallel.mesh import BATCH, all_gathered, spec_of, width_axes
+from hybrid_attn.model.params import cast, experts, linear, vector
+from hybrid_attn.parallel.mesh import BATCH, all_gathered, reduce_scattered, spec_of, width_axes
 
 TINY = 1e-20  # beside a sum of scores that may be zero
+EXPERT = ("expert",)  # the mesh axis that splits experts
 LAYERS = "moe_layers"  # of which the scalars below are sums
 METRICS = "expert_load", "router_entropy_bits", "router_z", "dropped_copies"
 
@@ -33,17 +35,19 @@ class MoE(nnx.Module):
         D, F = model.d_model, mlp_width(model, layer_type)
         self.activation = model.activation
         if self.settings.domain_dim is None:
-            self.router = linear(rngs, (D, E), ("embed", "expert"), std, exact=True)
+            self.router = linear(rngs, (D, E), ("embed", "score"), std, exact=True)
         else:
             self.router = DomainRouter(model, E, self.settings.domain_dim, rngs=rngs)
         self.gate = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
         self.up = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
         self.down = experts(rngs, (E, F, D), ("expert", "mlp", "embed"), std, k)
-        if self.settings.shared_experts:  # side by side they are one that is as wide as all
-            shared = dataclasses.replace(self.settings, d_ff=F * self.settings.shared_experts)
+        if self.settings.shared_experts:
+            shared = dataclasses.replace(self.settings, d_ff=shared_width(model, layer_type))
             self.shared = GatedMLP(model, dataclasses.replace(layer_type, mlp=shared), rngs=rngs)
         if self.settings.shared_gate:
             self.shared_gate = linear(rngs, (D, 1), ("embed", "norm"), std)
+        if self.settings.bias_rate is not None:
+            self.bias = vector((E,), ("score",), 0.0, self.settings.bias_rate)
 
     def __call__(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, dict]:
         """The output [B, T, D], and the scalars of the router: its loss, `LAYERS` and `METRICS`.
@@ -52,7 +56,8 @@ class MoE(nnx.Module):
         """
         with jax.default_matmul_precision("float32"):
             logits_BTE = self.router(x_BTD.astype(jnp.float32))
-        gates_BTk, expert_BTk = routed(self.settings, logits_BTE)
+        bias_E = None if self.settings.bias_rate is None else self.bias[...]
+        gates_BTk, expert_BTk = routed(self.settings, logits_BTE, bias_E)
         weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
         mlp = ChunkedMLP(self.activation, self.gate.dot, saves_products=False)
         y_BTD, load_E = of_experts(mlp, x_BTD, gates_BTk, expert_BTk, seg_BT > 0, *weights)
@@ -60,7 +65,7 @@ class MoE(nnx.Module):
             y_BTD += self._of_shared(x_BTD, seg_BT, chunks)
         if self.settings.shared_combine == "average":
             y_BTD = y_BTD / 2
-        return y_BTD, scalars(self.settings, logits_BTE, seg_BT > 0, load_E)
+        return y_BTD, scalars(self.settings, logits_BTE, seg_BT > 0, load_E, bias_E)
 
     def _of_shared(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> jax.Array:
         y_BTD, _ = self.shared(x_BTD, seg_BT, chunks)
@@ -72,39 +77,56 @@ def scores(settings: MLP, logits_BTE: jax.Array) -> jax.Array:
     return jax.nn.softmax(logits_BTE, -1) if settings.router == "softmax" else jax.nn.sigmoid(logits_BTE)
 
 
-def routed(settings: MLP, logits_BTE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gates [B, T, k] and the indices of the experts of each token; of equal scores the first expert's counts as larger."""
+def routed(settings: MLP, logits_BTE: jax.Array, bias_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The gates [B, T, k] and the indices of the experts of each token; of equal scores the first expert's counts as larger.
 
-    def shard(logits_BTE):
-        gates_BTk, expert_BTk = jax.lax.top_k(scores(settings, logits_BTE), settings.top_k)
+    Experts are chosen by score plus bias (arXiv 2408.15664, equation 3); gates are made of the scores alone.
+    """
+
+    def shard(logits_BTE, *biases):
+        scores_BTE = scores(settings, logits_BTE)
+        gates_BTk, expert_BTk = jax.lax.top_k(sum(biases, scores_BTE), settings.top_k)
+        if biases:
+            gates_BTk = jnp.take_along_axis(scores_BTE, expert_BTk, -1)
         if settings.renormalise:
             gates_BTk /= gates_BTk.sum(-1, keepdims=True) + TINY
         return settings.route_scale * gates_BTk, expert_BTk
 
+    biases = () if bias_E is None else (jax.lax.stop_gradient(bias_E),)
     spec = spec_of(logits_BTE)
-    return jax.shard_map(shard, in_specs=spec, out_specs=(spec, spec), check_vma=False)(logits_BTE)
+    specs = (spec, *map(spec_of, biases))
+    return jax.shard_map(shard, in_specs=specs, out_specs=(spec, spec), check_vma=False)(logits_BTE, *biases)
 
 
 def of_experts(mlp: ChunkedMLP, x_BTD, gates_BTk, expert_BTk, real_BT, *weights) -> tuple[jax.Array, jax.Array]:
     """The output of the experts [B, T, D], and how many copies of tokens each of them computed, [E], on every device.
 
-    Every device computes its own tokens with all experts, whose matrices it gathers as those of other layers.
+    Every device computes the tokens of all `expert` shards beside it with its own experts, whose matrices it gathers over other
+    axes as those of other layers; what these add to a token is summed where the token is.
     """
 
     def shard(x_BTD, gates_BTk, expert_BTk, real_BT, *shards):
         weights = [all_gathered(w, axes, dim) for w, dim in zip(shards, (1, 1, 2), strict=True)]
-        (n, k), E = (real_BT.size, expert_BTk.shape[-1]), len(weights[0])
-        rows = rows_of_block(n, n * k, E)
-        blocks = blocks_of(expert_BTk.reshape(n, k), real_BT.reshape(n), E, rows)
-        y_nD = grouped_mlp(mlp, x_BTD.reshape(n, -1), gates_BTk.reshape(n, k), blocks, *weights)
-        return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor"), jax.lax.psum(blocks.load_E, (*BATCH, "context"))
+        E, of_all = len(weights[0]), len(weights[0]) * jax.lax.axis_size("expert")
+        expert_BTk = jnp.where(real_BT[..., None], expert_BTk, of_all)
+        tokens = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, gates_BTk, expert_BTk))
+        x_nD, gates_nk, expert_nk = (all_gathered(x, EXPERT, 0) for x in tokens)
+        expert_nk -= E * jax.lax.axis_index("expert")
+        own_nk = jnp.where((expert_nk >= 0) & (expert_nk < E), expert_nk, E)
+        rows = rows_of_block(len(x_nD), own_nk.size, of_all)
+        blocks = blocks_of(own_nk, E, rows)
+        with jax.named_scope(f"{ITERATIONS}{E * -(-own_nk.size // (of_all * rows))}"):  # of a balanced router
+            y_nD = grouped_mlp(mlp, x_nD, gates_nk, blocks, *weights)
+        y_nD = reduce_scattered(y_nD, EXPERT, 0)
+        load_E = jax.lax.psum(blocks.load_E, tuple(axis for axis in (*BATCH, "context") if axis not in EXPERT))
+        return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor"), all_gathered(load_E, EXPERT, 0)
 
     specs = [spec_of(x) for x in (x_BTD, gates_BTk, expert_BTk, real_BT, *weights)]
     axes, arrays = width_axes(specs[4][1]), (x_BTD, gates_BTk, expert_BTk, real_BT, *weights)
     return jax.shard_map(shard, in_specs=tuple(specs), out_specs=(specs[0], P(None)), check_vma=False)(*arrays)
 
 
-def scalars(settings: MLP, logits_BTE: jax.Array, real_BT: jax.Array, load_E: jax.Array) -> dict[str, jax.Array]:
+def scalars(settings: MLP, logits_BTE, real_BT, load_E: jax.Array, bias_E: jax.Array | None = None) -> dict[str, jax.Array]:
     """The router's loss as "aux_loss", and `METRICS` of one layer, over all real tokens of the batch."""
     number, copies_E = jnp.maximum(real_BT.sum(), 1.0), load_E.astype(jnp.float32)
 
@@ -120,7 +142,18 @@ def scalars(settings: MLP, logits_BTE: jax.Array, real_BT: jax.Array, load_E: ja
     dropped = settings.top_k * real_BT.sum() - load_E.sum()
     values = dict(zip(METRICS, (load, entropy, z, dropped.astype(jnp.float32)), strict=True))
     values = {name: jax.lax.stop_gradient(x) for name, x in values.items()}
-    return {"aux_loss": settings.balance_loss * balance + settings.z_loss * z, LAYERS: jnp.float32(1), **values}
+    loss = settings.balance_loss * balance + settings.z_loss * z
+    if bias_E is not None:
+        loss += excess(bias_E, copies_E)
+    return {"aux_loss": loss, LAYERS: jnp.float32(1), **values}
+
+
+def excess(bias_E: jax.Array, copies_E: jax.Array) -> jax.Array:
+    """Zero, whose gradient is E times what the load of each expert is above the mean, an integer: no rounding is a load.
+
+    So gradients sum the loads of all microbatches, and a step against their sign is that of arXiv 2408.15664, algorithm 1.
+    """
+    return ((bias_E - jax.lax.stop_gradient(bias_E)) * (len(copies_E) * copies_E - copies_E.sum())).sum()
 
 
 def balance_loss(share_E: jax.Array, probability_E: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from hybrid_attn.parallel.mesh import WIDTH, gathered, split_of
 
 # The mesh axis, or axes, over which each logical axis of a weight is split.
 MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
-MESH_AXES |= {"head_dim": None, "norm": None, "expert": None}
+MESH_AXES |= {"head_dim": None, "norm": None, "expert": "expert", "score": None}
 WIDE = ("embed", "heads", "mlp")  # logical axes that grow with the width of the model
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 # How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered
@@ -33,9 +33,10 @@ class ParamSpec:
 
     `axes` are logical names (`MESH_AXES`). Tables and matrices start from N(0, std^2). The first `fan_in` axes are contracted
     with activations; with `active` they follow an axis that counts the matrices of experts, of which a token is multiplied with
-    so many. `exact` weights are used in float32 everywhere, as vectors are. A matrix that makes other weights has
-    `products`, the multiplications that a token has because of it. `group` is the optimiser's: matrices are decayed;
-    embeddings, norms and scalars of heads are not. `width` and `depth` are those of the model over those of the base model of
+    so many. `exact` weights are used in float32 everywhere, as vectors are. A matrix that makes other weights has `products`,
+    the multiplications that a token has because of it. `group` is the optimiser's: matrices are decayed; embeddings, norms and
+    scalars of heads are not. With `sign_rate` no optimiser has the weight: a step moves each entry by so much, against the sign
+    of its gradient. `width` and `depth` are those of the model over those of the base model of
     µP, where this weight depends on them, or else 1.
     """
 
@@ -46,14 +47,16 @@ class ParamSpec:
     fan_in: int
     active: int | None = None
     exact: bool = False
+    sign_rate: float | None = None
     products: int | None = None
     width: float = 1.0
     depth: float = 1.0
 
     @property
     def sharding(self) -> P:
-        """On the mesh in force. The width of the model is split over `fsdp` alone where `WIDTH` does not divide it."""
-        return P(*(split_of(size, MESH_AXES[axis]) for size, axis in zip(self.shape, self.axes, strict=True)))
+        """On the mesh in force."""
+        entries = [MESH_AXES[axis] for axis in self.axes]
+        return P(*(split_of(size, entry, entries) for size, entry in zip(self.shape, entries, strict=True)))
 
     @property
     def decay(self) -> bool:
@@ -155,9 +158,9 @@ def embedding(
     return Weight(_normal(rngs, spec), spec=spec)
 
 
-def vector(shape: tuple[int, ...], axes: tuple[str, ...], value: float) -> Weight:
-    """A weight that starts at one value: of a norm, or a scalar of each head."""
-    spec = ParamSpec(shape, axes, VECTOR, 0.0, 0)
+def vector(shape: tuple[int, ...], axes: tuple[str, ...], value: float, sign_rate: float | None = None) -> Weight:
+    """A weight that starts at one value: of a norm, a scalar of each head, or a bias of each expert."""
+    spec = ParamSpec(shape, axes, VECTOR, 0.0, 0, sign_rate=sign_rate)
     return Weight(jnp.full(shape, value, jnp.float32, out_sharding=spec.sharding), spec=spec)
 
 

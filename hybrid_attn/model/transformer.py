@@ -29,7 +29,7 @@ from hybrid_attn.model.parametrisation import parametrised
 from hybrid_attn.model.params import Dot, Linear, Norm, ParamSpec, embedding, map_weights, weights_of
 from hybrid_attn.model.statistics import LayerStatistics
 from hybrid_attn.parallel import context
-from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, gathered, spec_of, width_axes, without_context
+from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh, for_inference, gathered, spec_of, width_axes
 from hybrid_attn.trees import choice
 
 INPUT = "layer input"
@@ -86,7 +86,7 @@ class Block(nnx.Module):
 
     def __init__(self, model: Model, letter: str, *, rngs: nnx.Rngs):
         layer_type = model.kinds[letter]
-        self.form, self.mixer_name = model.block, layer_type.mixer
+        self.form, self.mixer_name, self.residual_scale = model.block, layer_type.mixer, layer_type.residual_scale
         mixer = choice(f"model.kinds.{letter}.mixer", layer_type.mixer, MIXERS)
         setattr(self, self.mixer_name, mixer(model, layer_type, rngs=rngs))
         self.mlp = choice(f"model.kinds.{letter}.mlp.type", layer_type.mlp.type, MLPS)(model, layer_type, rngs=rngs)
@@ -106,13 +106,17 @@ class Block(nnx.Module):
             h_BTD = self.norm(x_BTD)
             y_BTD, state = mixer(h_BTD, pos_BT, attend)
             z_BTD, aux = self.mlp(h_BTD, seg_BT, chunks)
-            return x_BTD + y_BTD + z_BTD, aux, state
+            return self._sum(self._sum(x_BTD, y_BTD), z_BTD), aux, state
         # x + norm(mixer(norm x)), then x + norm(mlp(norm x)): pre has the inner norms, post the outer ones, sandwich both.
         inner, outer = self.form != "post", self.form != "pre"
         y_BTD, state = mixer(self.attention_norm(x_BTD) if inner else x_BTD, pos_BT, attend)
-        x_BTD = x_BTD + (self.attention_post_norm(y_BTD) if outer else y_BTD)
+        x_BTD = self._sum(x_BTD, self.attention_post_norm(y_BTD) if outer else y_BTD)
         z_BTD, aux = self.mlp(self.mlp_norm(x_BTD) if inner else x_BTD, seg_BT, chunks)
-        return x_BTD + (self.mlp_post_norm(z_BTD) if outer else z_BTD), aux, state
+        return self._sum(x_BTD, self.mlp_post_norm(z_BTD) if outer else z_BTD), aux, state
+
+    def _sum(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+        """The residual stream with the output of a branch."""
+        return x_BTD + (y_BTD if self.residual_scale == 1.0 else self.residual_scale * y_BTD)
 
 
 def residual_norm(model: Model) -> Norm:
@@ -263,7 +267,7 @@ def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
 
     # What a transform reads stays as it is stored; the leaf that it makes is cast where it is multiplied.
     def cast(spec: ParamSpec, x: jax.Array | dict) -> jax.Array | dict:
-        return without_context(x.astype(dtype) if spec.cast else x) if isinstance(x, jax.Array) else x
+        return for_inference(x.astype(dtype) if spec.cast else x) if isinstance(x, jax.Array) else x
 
     params = jax.tree.map(cast, specs(model), params)
     layers = []

@@ -50,8 +50,12 @@ def check_model(model: config.Model, sizes: Mapping[str, int]) -> None:
     for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
         check_splits(f"model.{name}", getattr(model, name), sizes, ("tensor",))
     for letter in sorted(set(model.layers)):
-        if (width := model.kinds[letter].mlp.d_ff) is not None:
-            check_splits(f"model.kinds.{letter}.mlp.d_ff", width, sizes, ("tensor",))
+        mlp, name = model.kinds[letter].mlp, f"model.kinds.{letter}.mlp"
+        for key, width in {"d_ff": mlp.d_ff, "shared_d_ff": mlp.shared_d_ff}.items():
+            if width is not None:
+                check_splits(f"{name}.{key}", width, sizes, ("tensor",))
+        if mlp.type == "moe":
+            check_splits(f"{name}.experts", mlp.experts, sizes, ("expert",))
     check_splits("model.d_model", model.d_model, sizes, ("fsdp",))
 
 

@@ -1,13 +1,14 @@
 """The mesh, and the shardings of the arrays that pass between folders of the package.
 
-Axes: `slice` and `data` replicate parameters, `context` and `fsdp` together shard them, `context` also splits the sequence,
-`tensor` splits heads, feed-forward and vocabulary. The batch is split over `slice`, `data` and `fsdp` together. TPU slices are
-connected by the data-centre network, which carries only the sums of a step, mostly those of the gradients, and no traffic
-inside a layer.
+Axes: `slice` and `data` replicate parameters, `context`, `expert` and `fsdp` together shard them, `context` also splits the
+sequence, `expert` the experts of a layer, `tensor` splits heads, feed-forward and vocabulary. The batch is split over `slice`,
+`data`, `fsdp` and `expert` together. TPU slices are connected by the data-centre network, which carries only the sums of a
+step, mostly those of the gradients, and no traffic inside a layer.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -17,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config
 
-AXES = ("slice", "data", "fsdp", "context", "tensor")
-BATCH = ("slice", "data", "fsdp")
-WIDTH = ("context", "fsdp")  # split the width of the model in weights, in training; in inference `fsdp` does alone
+AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
+BATCH = ("slice", "data", "fsdp", "expert")
+WIDTH = ("context", "expert", "fsdp")  # split the width of the model in weights, in training; in inference `fsdp` does alone
 TOKENS_BT = P(BATCH, "context")
 ACT_BTD = P(BATCH, "context", None)
 HEADS_BTNH = P(BATCH, "context", "tensor", None)
@@ -103,19 +104,29 @@ def broadcast_from_first(yes: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(yes)))
 
 
-def split_of(size: int, entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    """An entry of a spec for a dimension of this size: `fsdp` alone instead of `WIDTH`, where that does not divide it."""
+Entry = str | tuple[str, ...] | None  # of a spec
+
+
+def split_of(size: int, entry: Entry, others: Sequence[Entry]) -> Entry:
+    """An entry of a spec for a dimension of this size; `others` are those of all dimensions.
+
+    Instead of `WIDTH` it has the axes of it that no other dimension has, or `fsdp` alone where these do not divide the size.
+    """
+    if entry != WIDTH:
+        return entry
+    axes = tuple(axis for axis in WIDTH if axis not in others)
     shape = jax.sharding.get_abstract_mesh().shape
-    return "fsdp" if entry == WIDTH and size % math.prod(shape.get(axis, 1) for axis in WIDTH) else entry
+    return "fsdp" if size % math.prod(shape.get(axis, 1) for axis in axes) else axes
 
 
-def width_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes of `WIDTH` over which an entry of a spec splits a dimension."""
-    return tuple(axis for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis in WIDTH)
+def width_axes(entry: Entry) -> tuple[str, ...]:
+    """The axes over which an entry of a weight's spec splits the width of the model: `fsdp`, and others of `WIDTH` with it."""
+    axes = entry if isinstance(entry, tuple) else (entry,)
+    return axes if "fsdp" in axes else ()
 
 
-def without_context(x: jax.Array) -> jax.Array:
-    """A weight of which every context shard has what the others have: no layer then awaits it, as inference needs."""
+def for_inference(x: jax.Array) -> jax.Array:
+    """A weight whose width `fsdp` alone splits: no layer then awaits what `context` and `expert` shards hold."""
     return jax.reshard(x, P(*("fsdp" if width_axes(entry) else entry for entry in spec_of(x))))
 
 
@@ -133,6 +144,8 @@ def all_gathered(part: jax.Array, axes: tuple[str, ...], axis: int, **to: str) -
 def reduce_scattered(term: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
     """This shard's part of the sum of the terms of all shards along mesh axes, inside `shard_map`."""
     for name in axes:
+        if jax.lax.axis_size(name) == 1:
+            continue
         term = jax.lax.psum_scatter(term, name, scatter_dimension=axis, tiled=True)
     return term
 
@@ -147,13 +160,18 @@ def gathered(weight: jax.Array) -> jax.Array:
     at, axes = next(((at, axes) for at, axes in enumerate(map(width_axes, spec)) if axes), (None, ()))
     if not axes:
         return weight
+    shape = jax.sharding.get_abstract_mesh().shape
+    axes = tuple(axis for axis in axes if shape[axis] > 1)  # an all-gather over one device is a copy
     other_axes = tuple(axis for axis in (*BATCH, "context") if axis not in axes)
+
+    def split(entry: Entry, **reduced: set[str]) -> P:
+        return P(*(entry if i == at else other for i, other in enumerate(spec)), **reduced)
 
     def shard(part):
         part = jax.lax.pcast(part, other_axes, to="reduced")
         return all_gathered(part, axes, at, to="reduced")
 
-    gathered_spec = P(*(None if i == at else entry for i, entry in enumerate(spec)), reduced={*axes, *other_axes})
-    if math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) == 1:
-        return jax.reshard(weight, gathered_spec)  # an all-gather over one device is a copy
-    return jax.shard_map(shard, in_specs=spec, out_specs=gathered_spec)(weight)
+    gathered_spec = split(None, reduced={*axes, *other_axes})
+    if not axes:
+        return jax.reshard(weight, gathered_spec)
+    return jax.shard_map(shard, in_specs=split(axes), out_specs=gathered_spec)(jax.reshard(weight, split(axes)))

@@ -55,8 +55,8 @@ def orthogonalise(spec: ParamSpec, x: jax.Array) -> jax.Array:
     """The update of a weight, sharded as the weight is: each matrix orthogonalised, its root mean square about `RMS`.
 
     A product of matrices that are split would be summed over devices. So every device gets whole matrices: an all-gather over
-    `tensor`, then an all-to-all that moves the axes of `WIDTH` from the matrices to the period, and back the same way. Periods
-    that these do not divide are padded with zeros. A weight that is not stacked is gathered.
+    `tensor`, then an all-to-all that moves the axes of `WIDTH` from the matrices to the period, and back the same way. Experts
+    stay where they are. Periods that these axes do not divide are padded with zeros. A weight that is not stacked is gathered.
     """
     batch = batch_axes(spec)
     matrix = [axis for axis in range(len(spec.shape)) if axis not in batch]
@@ -67,9 +67,10 @@ def orthogonalise(spec: ParamSpec, x: jax.Array) -> jax.Array:
     if x.ndim == len(spec.shape):
         return jax.reshard(scale * _of_matrices(jax.reshard(x, P(*owned)), matrix), P(*split))
     periods = x.shape[0]
-    padding = -periods % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in WIDTH)
+    moved = tuple(axis for axis in WIDTH if axis not in owned)
+    padding = -periods % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in moved)
     x = jnp.pad(jax.reshard(x, P(None, *no_tensor)), [(0, padding)] + [(0, 0)] * len(split))
-    x = scale * _of_matrices(jax.reshard(x, P(WIDTH, *owned)), [axis + 1 for axis in matrix])
+    x = scale * _of_matrices(jax.reshard(x, P(moved, *owned)), [axis + 1 for axis in matrix])
     return jax.reshard(jax.reshard(x, P(None, *no_tensor))[:periods], P(None, *split))
 
 

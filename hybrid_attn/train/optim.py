@@ -1,12 +1,14 @@
 """Optimisers."""
 
+import functools
 import operator
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from hybrid_attn.config import Config, Optim, StageConfig
+from hybrid_attn.config import Config, Model, Optim, StageConfig
 from hybrid_attn.model import specs
 from hybrid_attn.model.params import MATRIX, ParamSpec
 from hybrid_attn.train.muon import rate as rate_of_muon
@@ -92,5 +94,22 @@ OPTIMISERS: dict[str, Callable[[Optim, dict, optax.Schedule], optax.GradientTran
 
 def optimiser(c: Config | StageConfig) -> optax.GradientTransformation:
     """The optimiser that `c.optim.optimiser` names; ValueError for one that is not in `OPTIMISERS`."""
-    make = choice("optim.optimiser", c.optim.optimiser, OPTIMISERS)
-    return make(c.optim, specs(c.model), schedule(c.optim, c.pieces))
+    make, all_specs = choice("optim.optimiser", c.optim.optimiser, OPTIMISERS), specs(c.model)
+    by_sign = jax.tree.map(lambda spec: spec.sign_rate is not None, all_specs)
+    learned = jax.tree.map(lambda spec, sign: optax.MaskedNode() if sign else spec, all_specs, by_sign)
+    learning = make(c.optim, learned, schedule(c.optim, c.pieces))
+    if not any(jax.tree.leaves(by_sign)):
+        return learning
+    return optax.partition({True: optax.stateless(functools.partial(_sign_updates, all_specs)), False: learning}, by_sign)
+
+
+def _sign_updates(specs: dict, grads: dict, params: dict) -> dict:
+    def of(spec: ParamSpec, grad: jax.Array):
+        return grad if spec.sign_rate is None else -spec.sign_rate * jnp.sign(grad)
+
+    return jax.tree.map(of, specs, grads)
+
+
+def without_biases(model: Model, grads: dict) -> dict:
+    """The gradients without those of the biases of routers, which are numbers of tokens: None in their place."""
+    return jax.tree.map(lambda spec, grad: grad if spec.sign_rate is None else None, specs(model), grads)

@@ -16,7 +16,7 @@ from hybrid_attn.parallel.mesh import TOKENS_BT
 from hybrid_attn.train import average, spikes, statistics, trainable
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.objectives.objective import Extra, Objective
-from hybrid_attn.train.optim import optimiser
+from hybrid_attn.train.optim import optimiser, without_biases
 from hybrid_attn.train.schedule import schedule
 
 
@@ -99,16 +99,18 @@ def make_step(config: StageConfig, execution: Execution) -> Step:
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         (loss, sums), grads = loss_and_gradient(config, execution, objective, state, batch)
         updates, params, opt_state = trainable.apply_gradient(tx, grads, state.opt_state, state.params)
+        learned_grads = without_biases(config.model, grads)
         extras = {name: extra.update(state.extras[name], params, sums, state.step + 1) for name, extra in stage_extras.items()}
         new, measured = TrainState(state.step + 1, params, opt_state, state.extras | extras), {}
-        metrics = {"loss": loss, **objective.metrics(sums, batch), "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
+        metrics = {"loss": loss, **objective.metrics(sums, batch), "grad_norm": optax.tree.norm(learned_grads)}
+        metrics["lr"] = rate(state.step)
         if config.optim.spike_factor is not None:
             is_spike, history = spikes.judge(config.optim, state.extras[spikes.NAME], metrics)
             new = jax.tree.map(functools.partial(jnp.where, is_spike), after_skipped_step(state), new)
             new = new._replace(extras=new.extras | {spikes.NAME: history})
             metrics["consecutive_spikes"] = history["consecutive"]
         if execution.statistics:
-            trees = {"param_norm": new.params, "grad_norm": grads, "update_norm": updates}
+            trees = {"param_norm": new.params, "grad_norm": learned_grads, "update_norm": updates}
             measured["statistics"] = statistics.of_step(config.model, sums, trees)
         return new, metrics | {"param_norm": optax.tree.norm(new.params)} | measured
 

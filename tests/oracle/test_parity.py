@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 from hybrid_attn import config  # noqa: E402
 from hybrid_attn.convert import families, hf  # noqa: E402
+from hybrid_attn.infer.engine import Engine, EngineOptions  # noqa: E402
 from hybrid_attn.model import abstract_params, apply, logits  # noqa: E402
 from hybrid_attn.train.optim import optimiser  # noqa: E402
 from hybrid_attn.train.step import TrainState, make_step  # noqa: E402
@@ -21,6 +22,10 @@ LOCAL, FULL = "sliding_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 0.5}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MULTIPLIERS = {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.125}
+STEPS = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.4, "original_max_position_embeddings": 7}
+MOE = {"num_experts": 7, "num_local_experts": 7, "sliding_window": WINDOW, "head_dim": 8}
+DENSE_FIRST = {"first_k_dense_replace": 2, "prefix_dense_intermediate_size": 24}
 SIZES = {
     "vocab_size": 61, "hidden_size": 64, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 6, "max_position_embeddings": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
@@ -44,6 +49,22 @@ CASES = {
     "olmo3 with a pattern": {"sliding_window": WINDOW, "sliding_window_pattern": 2},
     "gemma3_text": {"sliding_window": WINDOW, "head_dim": 24, "query_pre_attn_scalar": 20},
     "afmoe": {"sliding_window": WINDOW, "head_dim": 8, "num_dense_layers": 6, "mup_enabled": True},
+    "granite_swa": {"sliding_window": WINDOW, "layer_rope_theta": [0, 1e4, 1e5, 1e4, 0, 1e4], **MULTIPLIERS},
+    "granite_swa llama3": {"sliding_window": WINDOW, "rope_parameters": LLAMA3 | {"rope_theta": 1e4}, "head_dim": 8},
+    "cohere2_moe": MOE | DENSE_FIRST | {"num_shared_experts": 2, "num_experts_per_tok": 3},
+    "cohere2_moe sum": MOE
+    | DENSE_FIRST
+    | {
+        "num_shared_experts": 1,
+        "shared_expert_combination_strategy": "sum",
+        "expert_selection_fn": "sigmoid",
+        "norm_topk_prob": False,
+        "rms_norm_eps": 1e-6,
+        "prefix_dense_sliding_window_pattern": 2,
+    },
+    "granitemoe_swa": MOE | MULTIPLIERS | {"shared_intermediate_size": 56, "layer_rope_theta": [0, 1e4, 1e5, 1e4, 0, 1e4]},
+    "ministral3": {"rope_parameters": YARN | {"rope_theta": 1e4, "llama_4_scaling_beta": 0.4}, "head_dim": 24},
+    "ministral3 window": {"rope_parameters": STEPS, "sliding_window": WINDOW, "tie_word_embeddings": True},
 }
 
 
@@ -97,6 +118,18 @@ def their_logits(model, tokens, mask):
     return out.logits.numpy() * mask[..., None]
 
 
+def assert_decoding_gives_their_probabilities(ours, params, theirs):
+    """Two prompts of unequal lengths, prefilled in chunks and decoded beyond the window."""
+    c = config.build({**config.to_dict(tiny()), "model": config.to_dict(ours)})
+    prompts = [[5, 6, 7], list(range(20, 40))]
+    engine = Engine(params, c, EngineOptions(chunk=8), execution=BLOCKED)
+    for prompt, answer in zip(prompts, engine.generate(prompts, 9), strict=True):
+        tokens = np.asarray([[*prompt, *answer.tokens]])
+        logits = torch.from_numpy(their_logits(theirs, tokens, np.ones_like(tokens)))[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(answer.tokens)), answer.tokens]
+        np.testing.assert_allclose(answer.logprobs, expected, atol=2e-4)
+
+
 def assert_same_logits(ours, theirs, label):
     difference = np.abs(ours - theirs).max()
     print(f"{label}: {difference:.2e} of {np.abs(theirs).max():.2f}")
@@ -137,6 +170,7 @@ def test_logits_agree_at_every_length_and_after_training_in_both_directions(thei
         tokens, mask = batch_of(length)
         assert_same_logits(our_logits(ours, params, tokens, mask), their_logits(model, tokens, mask), length)
 
+    assert_decoding_gives_their_probabilities(ours, params, model)
     trained = one_training_step(ours, params)
     again = opened(export(tmp_path / "trained", ours, trained, given["model_type"]))
     ours_after = our_logits(ours, trained, tokens, mask)

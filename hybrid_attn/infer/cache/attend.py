@@ -19,13 +19,11 @@ from hybrid_attn import kernels
 from hybrid_attn.infer.cache.shapes import LayerCache, LayerSettings, partition_specs, slot_numbers
 from hybrid_attn.kernels.interface import Pair
 from hybrid_attn.kernels.reference import visible_BTS
-from hybrid_attn.kernels.softmax import finite_or_zero, log_sum_exp, merged, soft_cap
-from hybrid_attn.model.execution import MIN_SIZE
+from hybrid_attn.kernels.softmax import finite_or_zero, log_sum_exp, merged
 from hybrid_attn.parallel.context import AXIS, chunk_segments
 from hybrid_attn.parallel.mesh import spec_of
 
 QUANTISED_SLOTS = 4096  # slots that are dequantised at a time
-MOST_QUERY_HEADS = 2  # query heads of a key/value head: each reads the keys, so for more of them one product is faster
 
 
 def attend(
@@ -222,25 +220,10 @@ def _attend(settings: LayerSettings, queries: tuple, keys: tuple) -> Pair:
 
 
 def _attend_one(settings: LayerSettings, queries: tuple, keys: tuple) -> Pair:
-    """`_attend` of one query for each request, by plain products: keys pass through memory once, in any order."""
+    """`_attend` of one query for each request: keys pass through memory once, in any order."""
     (q_BTNH, q_position_BKT, q_segment_B1T), (k_BKSH, v_BKSH, position_BKS, segment_BKS) = queries, keys
     (B, _, N, H), K, options = q_BTNH.shape, k_BKSH.shape[1], settings.attention
-    q_BKGH = q_BTNH.reshape(B, K, N // K, H)
-    s_BKGS, _ = soft_cap(options.scale * _scores(settings.vector_products, q_BKGH, k_BKSH), options.softcap)
     visible_BK1S = visible_BTS(q_position_BKT, position_BKS, q_segment_B1T, segment_BKS, options.window)
-    s_BKGS = jnp.where(visible_BK1S, s_BKGS, -jnp.inf)
-    max_BKG = s_BKGS.max(-1)
-    p_BKGS = jnp.exp(s_BKGS - finite_or_zero(max_BKG)[..., None])
-    safe_denominator_BKG, lse_BKG = log_sum_exp(max_BKG, p_BKGS.sum(-1))
-    o_BKGH = jnp.einsum("BKGS,BKSH->BKGH", p_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
-    o_B1NH = (o_BKGH / safe_denominator_BKG[..., None]).astype(q_BTNH.dtype).reshape(B, 1, N, H)
-    return o_B1NH, lse_BKG.reshape(B, 1, N)
-
-
-def _scores(vector_products: bool, q_BKGH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
-    """Scores [B, K, G, S] in float32, without the scale; of many keys, with `vector_products`, for one query head at a time."""
-    G = q_BKGH.shape[2]
-    if vector_products and G <= MOST_QUERY_HEADS and k_BKSH.size >= MIN_SIZE and k_BKSH.dtype == jnp.float32:
-        return jnp.stack([jnp.einsum("BKSH,BKH->BKS", k_BKSH, q_BKGH[:, :, g]) for g in range(G)], 2)
-    # This order of the einsum is the faster one on a CPU.
-    return jnp.einsum("BKSH,BKGH->BKSG", k_BKSH, q_BKGH, preferred_element_type=jnp.float32).swapaxes(2, 3)
+    cache = q_BTNH.reshape(B, K, N // K, H), (k_BKSH, v_BKSH), visible_BK1S[:, :, 0]
+    o_BKGH, lse_BKG = kernels.decode(settings.kernel, options, settings.vector_products, *cache)
+    return o_BKGH.astype(q_BTNH.dtype).reshape(B, 1, N, H), lse_BKG.reshape(B, 1, N)
