@@ -58,6 +58,7 @@ class MLP:
     balance_loss: float = within(0, 10**6, aliases=("router_aux_loss_coef",))
     bias_rate: float | None = within(0, 1, aliases=("bias_update_speed", "router_bias_update_rate"))
     z_loss: float = within(0, 10**6)
+    domain_dim: int | None = within(1, 2**20)
 
     def __post_init__(self):
         check_fields(self, "mlp")

@@ -109,8 +109,10 @@ METHODS = {
 }
 
 
-def merge(recipe: Recipe, tensors: Sequence[np.ndarray], base: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-    """The merged tensor, in the dtype of the first one; `rng` draws what DARE drops."""
+def merge(
+    recipe: Recipe, tensors: Sequence[np.ndarray], base: np.ndarray | None, rng: np.random.Generator | None
+) -> np.ndarray:
+    """The merged tensor, in the dtype of the first one; `rng` draws what DARE drops, and no other method."""
     dtype, wide = tensors[0].dtype, [x.astype(np.float64) for x in tensors]
     extra = {"base": base.astype(np.float64), "rng": rng} if METHODS[recipe.method].has_base else {}
     return METHODS[recipe.method].function(wide, recipe, **extra).astype(dtype)

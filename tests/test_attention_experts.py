@@ -100,7 +100,7 @@ def wide_model() -> config.Model:
     [
         ({"fsdp": 2, "context": 2, "tensor": 2}, "gather", "layer"),
         ({"data": 2, "context": 4}, "ring", "attention"),
-        ({"slices": 2, "tensor": 4}, "gather", "none"),
+        ({"expert": 2, "tensor": 4}, "gather", "none"),
         ({"context": 4, "fsdp": 2}, "ulysses", "none"),
     ],
     ids=str,

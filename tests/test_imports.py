@@ -19,7 +19,7 @@ ALLOWED["config_older"] |= {"configs"}  # the defaults of keys that older config
 ALLOWED |= {room: {"trees", "config", "parallel"} for room in ("data", "checkpoint", "convert")}
 ALLOWED |= {room: set() for room in ("quiet", "characters")} | {"files": {"trees"}}
 ALLOWED |= {"config_file": {"trees"}, "programs": {"config_file", "quiet", "characters"}, "stored": {"files"}}
-ALLOWED |= {"merge": {"trees"}, "compiled": set(), "allocator": set()}
+ALLOWED |= {"upcycle": {"trees", "merge", "config_model", "configs"}, "merge": {"trees"}, "compiled": set(), "allocator": set()}
 ALLOWED["checkpoint"] |= {"stored", "files"}
 ALLOWED["parallel"] |= {"files"}  # messages between processes are JSON objects
 ALLOWED["convert"] |= {"files"}
@@ -84,6 +84,7 @@ def test_nobody_imports_programs_or_configs():
     for path in (*FILES, PACKAGE / "__init__.py", *programs):
         assert not {name.split(".")[0] for name in imported(path)} & OUTSIDE, path
     readers = {"extend": {"checkpoint", "config", "evals", "infer", "train"}}  # its model is that of a checkpoint
+    readers |= {"mixture": {"trees", "upcycle"}}  # its model is what the tool makes of a dense one
     for path in (ROOT / "configs").rglob("*.py"):
         assert rooms_of(imported(path)) <= {"configs"} | readers.get(path.stem, set()), path
 

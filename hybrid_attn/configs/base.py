@@ -64,6 +64,7 @@ def moe(**changes) -> ConfigDict:
     m.balance_loss = 0.01  # weight of the load-balance loss (Switch Transformer, arXiv 2101.03961)
     m.bias_rate = None  # a step moves each expert's bias by so much (DeepSeek-V3: 0.001); None = no bias, 0 = a fixed one
     m.z_loss = 0.001  # weight of (log sum exp)^2 of the router's logits (ST-MoE, arXiv 2202.08906)
+    m.domain_dim = None  # the size of domain embeddings, of which the router is projected (Nexus); None = a matrix of its own
     m.update(changes)
     return m
 

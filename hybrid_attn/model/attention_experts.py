@@ -28,7 +28,7 @@ class AttentionExperts(nnx.Module):
 
     def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs):
         self.number, self.shares, self.kv_heads = layer_type.attention_experts, shares_kv(layer_type), model.num_kv_heads
-        self.router = linear(rngs, (model.d_model, self.number), ("embed", "expert"), model.init_std, exact=True)
+        self.router = linear(rngs, (model.d_model, self.number), ("embed", "score"), model.init_std, exact=True)
         for i in range(self.number):
             parts = (QUERIES,) if self.shares else (QUERIES, KEYS)
             setattr(self, f"expert{i}", Attention(model, layer_type, rngs=rngs, parts=parts))

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import MLP, LayerType, Model, mlp_width, shared_width
+from hybrid_attn.model.domain_router import DomainRouter
 from hybrid_attn.model.execution import Chunks
 from hybrid_attn.model.grouped import ITERATIONS, blocks_of, grouped_mlp, rows_of_block
 from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP
@@ -33,7 +34,10 @@ class MoE(nnx.Module):
         E, k, std = self.settings.experts, self.settings.top_k, model.init_std
         D, F = model.d_model, mlp_width(model, layer_type)
         self.activation = model.activation
-        self.router = linear(rngs, (D, E), ("embed", "score"), std, exact=True)
+        if self.settings.domain_dim is None:
+            self.router = linear(rngs, (D, E), ("embed", "score"), std, exact=True)
+        else:
+            self.router = DomainRouter(model, E, self.settings.domain_dim, rngs=rngs)
         self.gate = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
         self.up = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
         self.down = experts(rngs, (E, F, D), ("expert", "mlp", "embed"), std, k)

@@ -33,9 +33,10 @@ class ParamSpec:
 
     `axes` are logical names (`MESH_AXES`). Tables and matrices start from N(0, std^2). The first `fan_in` axes are contracted
     with activations; with `active` they follow an axis that counts the matrices of experts, of which a token is multiplied with
-    so many. `exact` weights are used in float32 everywhere, as vectors are. `group` is the optimiser's: matrices are decayed;
-    embeddings, norms and scalars of heads are not. With `sign_rate` no optimiser has the weight: a step moves each entry by so
-    much, against the sign of its gradient. `width` and `depth` are those of the model over those of the base model of
+    so many. `exact` weights are used in float32 everywhere, as vectors are. A matrix that makes other weights has `products`,
+    the multiplications that a token has because of it. `group` is the optimiser's: matrices are decayed; embeddings, norms and
+    scalars of heads are not. With `sign_rate` no optimiser has the weight: a step moves each entry by so much, against the sign
+    of its gradient. `width` and `depth` are those of the model over those of the base model of
     µP, where this weight depends on them, or else 1.
     """
 
@@ -47,6 +48,7 @@ class ParamSpec:
     active: int | None = None
     exact: bool = False
     sign_rate: float | None = None
+    products: int | None = None
     width: float = 1.0
     depth: float = 1.0
 
@@ -88,6 +90,8 @@ class ParamSpec:
     @property
     def multiplications(self) -> int:
         """Multiplications of one token by this weight."""
+        if self.products is not None:
+            return self.products
         return self.active_size if self.fan_in else 0
 
     @property
@@ -137,13 +141,20 @@ def experts(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: 
     return _linear(rngs, ParamSpec(shape, axes, MATRIX, std, 1, active))
 
 
+def projection(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, products: int) -> Linear:
+    """A matrix that makes weights of weights, drawn from N(0, std^2)."""
+    return _linear(rngs, ParamSpec(shape, axes, MATRIX, std, 1, exact=True, products=products))
+
+
 def _linear(rngs: nnx.Rngs, spec: ParamSpec) -> Linear:
     return Linear(_normal(rngs, spec), spec=spec, dot=jax.lax.dot_general)
 
 
-def embedding(rngs: nnx.Rngs, vocab_size: int, d_model: int, std: float) -> Weight:
-    """A table [V, D] drawn from N(0, std^2)."""
-    spec = ParamSpec((vocab_size, d_model), ("vocab", "embed"), EMBEDDING, std, 0)
+def embedding(
+    rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, ...] = ("vocab", "embed"), *, exact: bool = False
+) -> Weight:
+    """A table, by default [V, D], drawn from N(0, std^2)."""
+    spec = ParamSpec(shape, axes, EMBEDDING, std, 0, exact=exact)
     return Weight(_normal(rngs, spec), spec=spec)
 
 

@@ -172,14 +172,14 @@ def _weights(model: Model, rngs: nnx.Rngs) -> dict:
     def of_layers(letters: str, rngs: nnx.Rngs) -> dict:
         return {name: weights_of(Block(model, letter, rngs=rngs)) for name, letter in layer_names(letters)}
 
-    weights = {"embed": embedding(rngs, model.vocab_size, model.d_model, model.init_std)}
+    weights = {"embed": embedding(rngs, (model.vocab_size, model.d_model), model.init_std)}
     for group, letters, repetitions in model.groups:
         make = functools.partial(of_layers, letters)
         weights[group] = jax.vmap(make)(rngs.split(repetitions)) if group == "periods" else make(rngs)
     weights["final_norm"] = weights_of(residual_norm(model))
     if not model.tie_embeddings:
         std = model.init_std if model.unembed_init_std is None else model.unembed_init_std
-        weights["unembed"] = embedding(rngs, model.vocab_size, model.d_model, std)
+        weights["unembed"] = embedding(rngs, (model.vocab_size, model.d_model), std)
     return map_weights(functools.partial(parametrised, model), weights)
 
 

@@ -1,0 +1,35 @@
+"""A mixture of experts that goes on from one of tools/upcycle.py, made of the seed and three branches of dense.py.
+
+    python launch/train.py --config=configs/upcycle/mixture.py:tiny,bam --config.init_from.path=runs/start --workdir=runs/bam
+
+The methods are sparse, of 4 experts, btx, bam and nexus; nexus_extended has the expert that --add_expert adds, and its domain.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.upcycle import dense
+from hybrid_attn import trees, upcycle
+from hybrid_attn.configs import base
+
+MODELS = 4  # the seed and a branch of each of its domains
+METHODS = (*upcycle.METHODS, "nexus_extended")
+
+
+def get_config(argument: str = "tiny,btx"):
+    size, method = dense.split(argument, METHODS)
+    c = base.get_config()
+    dense.of_size(c, size)
+    name = method.removesuffix("_extended")
+    recipe = upcycle.METHODS[name](1 if name == "sparse" else MODELS, MODELS)
+    values = trees.plain({"model": c.model})
+    values = upcycle.mixture(values, recipe, {"domain_dim": c.model.d_model} if name == "nexus" else {})
+    domains = dense.SEED
+    if method == "nexus_extended":
+        values, domains = upcycle.extended(values), tuple(dense.DOMAINS)
+    c.model = ConfigDict(values["model"])
+    dense.training(c, size, 2, domains)
+    if size == "tiny":
+        c.optim.lr /= 2
+    else:
+        c.optim.lr, c.optim.warmup_steps = 1e-4, 1000  # without a warm-up its loss has spikes
+    return c
