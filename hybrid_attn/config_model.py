@@ -57,10 +57,15 @@ class MLP:
     shared_gate: bool
     balance_loss: float = within(0, 10**6, aliases=("router_aux_loss_coef",))
     bias_rate: float | None = within(0, 1, aliases=("bias_update_speed", "router_bias_update_rate"))
+    bias_on: str = one_of("score", "logit")
     z_loss: float = within(0, 10**6)
 
     def __post_init__(self):
         check_fields(self, "mlp")
+        check(
+            self.bias_rate is not None or self.bias_on == "score",
+            f"mlp.bias_on={self.bias_on!r} does nothing with mlp.bias_rate=None; use a rate, or 0 for fixed biases",
+        )
         enough = self.top_k <= self.experts
         check(enough, f"mlp.top_k={self.top_k} is above mlp.experts={self.experts}; use at most {self.experts}")
         about_shared = [

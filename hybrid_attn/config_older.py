@@ -14,7 +14,7 @@ NEW_OPTIM = (
 NEW_STAGE = (
     "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
 )  # fmt: skip
-NEW_MLP = "bias_rate", "shared_d_ff"
+NEW_MLP = "bias_rate", "shared_d_ff", "bias_on"
 NEW_KIND = "mixer", "mlp", "residual_scale"
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 

@@ -61,6 +61,7 @@ def moe(**changes) -> ConfigDict:
     m.shared_gate = False  # a sigmoid gate, one number for each token, on the shared ones (Qwen2-MoE)
     m.balance_loss = 0.01  # weight of the load-balance loss (Switch Transformer, arXiv 2101.03961)
     m.bias_rate = None  # a step moves each expert's bias by so much (DeepSeek-V3: 0.001); None = no bias, 0 = a fixed one
+    m.bias_on = "score"  # score | logit: what the bias is added to when experts are chosen (Kolibri: logit)
     m.z_loss = 0.001  # weight of (log sum exp)^2 of the router's logits (ST-MoE, arXiv 2202.08906)
     m.update(changes)
     return m

@@ -60,6 +60,7 @@ class Family(NamedTuple):
     flat: tuple[str, ...] = ()  # parameters whose tensor has one axis in the family
     scales: Callable[[dict], dict] = lambda c: {}  # Model fields that are computed from config.json
     experts: dict = {}  # the same of layers with experts, besides `layer`; empty if the family has none
+    ignored: tuple[str, ...] = ()  # how tensors begin that its library ignores
     heads_divide_width: bool = False  # its library requires that num_attention_heads divides hidden_size
 
 
@@ -90,6 +91,8 @@ def _model_of(config_json: Mapping) -> Model:
     c = {**family.defaults, **fields}
     if "quantization_config" in fields:
         raise ValueError("config.json has quantization_config; only plain floats are supported: use the unquantized model")
+    if "moe_intermediate_size" in c:  # a family whose layers all have experts has no width of dense ones
+        c.setdefault("intermediate_size", c["moe_intermediate_size"])
     missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]
     check(not missing, f"config.json lacks {', '.join(missing)}")
     if c.get("num_key_value_heads") is None:
@@ -290,11 +293,31 @@ FAMILIES = {
     "afmoe": Family(
         "AfmoeForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "head_dim": 128, "num_dense_layers": 1,
-                  "global_attn_every_n_layers": 4, "sliding_window": 1024},
-        NO_BIAS, layers.afmoe_layer_types, layers.afmoe_layout,
+                  "global_attn_every_n_layers": 4, "sliding_window": 1024, "moe_intermediate_size": 1408, "num_experts": 64,
+                  "num_experts_per_tok": 6, "num_shared_experts": 2, "route_scale": 1.0},
+        NO_BIAS, experts.afmoe_layer_types, experts.afmoe_layout,
         {"attention_norm/weight": "input_layernorm.weight", "attention_post_norm/weight": "post_attention_layernorm.weight",
          "mlp_norm/weight": "pre_mlp_layernorm.weight", "mlp_post_norm/weight": "post_mlp_layernorm.weight",
          "attention/gate": "self_attn.gate_proj.weight"} | HEAD_NORMS,
         scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5 if c.get("mup_enabled") else 1.0},
+        experts=experts.AFMOE,
+    ),
+    "exaone_moe": Family(
+        "ExaoneMoeForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window_pattern": 4, "sliding_window": 4096,
+                  "num_key_value_heads": 32, "first_k_dense_replace": 1, "moe_intermediate_size": 1024, "num_experts": 64,
+                  "num_experts_per_tok": 8, "num_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        {"n_group": 1, "topk_group": 1}, experts.exaone_moe_layer_types, experts.exaone_moe_layout, PRE | HEAD_NORMS,
+        experts=experts.EXAONE, ignored=("mtp.",),
+    ),
+    "kolibri1": Family(
+        "Kolibri1ForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "sliding_window": 513, "head_dim": 128,
+                  "moe_intermediate_size": 512, "num_experts": 384, "num_experts_per_tok": 6, "norm_topk_prob": False,
+                  "shared_expert_intermediate_size": 512},
+        {}, experts.kolibri_layer_types, experts.kolibri_layout,
+        {"attention_norm/weight": "input_layernorm.weight", "attention_post_norm/weight": "post_attn_norm.weight",
+         "mlp_norm/weight": "post_attention_layernorm.weight", "mlp_post_norm/weight": "post_ffn_norm.weight"} | HEAD_NORMS,
+        experts=experts.KOLIBRI,
     ),
 }  # fmt: skip

@@ -41,6 +41,7 @@ def _normal_mlp(model: Model, layer_type: LayerType) -> MLP:
         return dataclasses.replace(PLAIN.mlp, type=mlp.type, d_ff=width)
     shared = config.shared_width(model, layer_type)
     trained = {name: getattr(PLAIN.mlp, name) for name in ("balance_loss", "z_loss")}
+    trained |= {"bias_rate": None if mlp.bias_rate is None else 0.0}
     return dataclasses.replace(mlp, d_ff=width, shared_experts=min(shared, 1), shared_d_ff=shared or None, **trained)
 
 

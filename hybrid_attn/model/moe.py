@@ -74,12 +74,13 @@ def scores(settings: MLP, logits_BTE: jax.Array) -> jax.Array:
 def routed(settings: MLP, logits_BTE: jax.Array, bias_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The gates [B, T, k] and the indices of the experts of each token; of equal scores the first expert's counts as larger.
 
-    Experts are chosen by score plus bias (arXiv 2408.15664, equation 3); gates are made of the scores alone.
+    Experts are chosen by score, or logit, plus bias (arXiv 2408.15664, equation 3); gates are made of the scores alone.
     """
 
     def shard(logits_BTE, *biases):
         scores_BTE = scores(settings, logits_BTE)
-        gates_BTk, expert_BTk = jax.lax.top_k(sum(biases, scores_BTE), settings.top_k)
+        chosen_by_BTE = logits_BTE if settings.bias_on == "logit" else scores_BTE
+        gates_BTk, expert_BTk = jax.lax.top_k(sum(biases, chosen_by_BTE), settings.top_k)
         if biases:
             gates_BTk = jnp.take_along_axis(scores_BTE, expert_BTk, -1)
         if settings.renormalise:
