@@ -21,6 +21,7 @@ class RopeScaling:
     low: float = within(0, 10**6, above=True, aliases=("beta_slow", "low_freq_factor"))
     high: float = within(0, 10**6, above=True, aliases=("beta_fast", "high_freq_factor"))
     attention_factor: float | None = within(0, 10**6, above=True)
+    truncate: bool
 
     def __post_init__(self):
         check_fields(self, "rope_scaling")
@@ -46,11 +47,14 @@ class MLP:
 
     type: str
     d_ff: int | None = within(1, 2**24, aliases=("moe_intermediate_size", "expert_dim"))
+    swiglu_limit: float | None = within(0, 10**6, above=True)
+    swiglu_alpha: float = within(0, 10**6, above=True)
     experts: int = within(1, 2**16, aliases=("num_experts", "num_local_experts", "n_routed_experts"))
     top_k: int = within(1, 2**16, aliases=("num_experts_per_tok", "moe_top_k"))
     router: str = one_of("softmax", "sigmoid")
     renormalise: bool = trees.named("norm_topk_prob")
     route_scale: float = within(0, 10**6, above=True, aliases=("routed_scaling_factor",))
+    biases: bool
     shared_experts: int = within(0, 2**10, aliases=("num_shared_experts", "n_shared_experts"))
     shared_d_ff: int | None = within(1, 2**24, aliases=("shared_expert_intermediate_size",))
     shared_combine: str = one_of("sum", "average")
@@ -98,6 +102,7 @@ class LayerType:
     temperature: Temperature
     sink: bool
     gate: str = one_of("none", "head", "projection")
+    attention_bias: bool
     residual_scale: float = within(0, 10**6, above=True, aliases=("residual_multiplier",))
 
     def __post_init__(self):

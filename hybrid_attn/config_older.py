@@ -14,8 +14,8 @@ NEW_OPTIM = (
 NEW_STAGE = (
     "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
 )  # fmt: skip
-NEW_MLP = "bias_rate", "shared_d_ff", "bias_on"
-NEW_KIND = "mixer", "mlp", "residual_scale"
+NEW_MLP = "bias_rate", "shared_d_ff", "bias_on", "swiglu_limit", "swiglu_alpha", "biases"
+NEW_KIND = "mixer", "mlp", "residual_scale", "attention_bias"
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
@@ -37,6 +37,7 @@ def completed(values: Mapping) -> dict:
         if isinstance(kind["mlp"], str):  # the type alone
             kind["mlp"] = trees.plain(base.moe(type=kind["mlp"]))
     _add([kind["mlp"] for kind in kinds], trees.plain(base.moe()), *NEW_MLP)
+    _add([kind["rope_scaling"] for kind in kinds if "rope_scaling" in kind], trees.plain(base.kind().rope_scaling), "truncate")
     return values
 
 

@@ -75,6 +75,8 @@ CASES = {
                                 "num_dense_layers": 2, "global_attn_every_n_layers": 3, "num_hidden_layers": 6},
     "exaone_moe": EXPERTS | {"rope_theta": 100.0, "sliding_window_pattern": 3, "first_k_dense_replace": 1},
     "kolibri1": EXPERTS | {"rope_parameters": PLAIN, "shared_expert_intermediate_size": 9, "num_hidden_layers": 5},
+    "gpt_oss": EXPERTS | {"rope_parameters": YARN | {"rope_theta": 100.0, "truncate": False}, "num_local_experts": 5,
+                          "intermediate_size": 12, "swiglu_limit": 0.5},
 }  # fmt: skip
 
 

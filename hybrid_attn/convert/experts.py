@@ -35,6 +35,14 @@ GRANITE = {
 AFMOE = EACH | {"mlp/router": "mlp.router.gate.weight", "mlp/bias": "mlp.expert_bias"}
 EXAONE = EACH | {"mlp/bias": "mlp.e_score_correction_bias"}
 KOLIBRI = EACH | {"mlp/bias": "moe.router.expert_bias"}
+GPT_OSS = {  # matrices are [in, out]; gate and up have every second output
+    "mlp/router": "mlp.router.weight",
+    "mlp/router_bias": "mlp.router.bias",
+    "mlp/down": Place("mlp.experts.down_proj", as_ours=True),
+    "mlp/down_bias": "mlp.experts.down_proj_bias",
+}
+GPT_OSS |= {f"mlp/{x}": Place("mlp.experts.gate_up_proj", i, 2, True, True) for i, x in enumerate(("gate", "up"))}
+GPT_OSS |= {f"mlp/{x}_bias": Place("mlp.experts.gate_up_proj_bias", i, 2, True) for i, x in enumerate(("gate", "up"))}
 BIASED = {"router": "sigmoid", "bias_rate": 0.001}  # of DeepSeek-V3; a config.json does not say how its biases were trained
 
 
@@ -210,3 +218,22 @@ def kolibri_layout(model: Model) -> dict:
     fields = exaone4_layout(model) | _fields_of_experts(model) | {"norm_topk_prob": sparse.mlp.renormalise}
     fields["num_local_experts"] = fields.pop("num_experts")
     return fields | {"shared_expert_intermediate_size": shared_width(model, sparse)}
+
+
+def gpt_oss_layer_types(c: dict) -> list[LayerType]:
+    """Every layer has RoPE, biases, sinks and experts; by default every second has a window, from the first."""
+    number, rope = c["num_hidden_layers"], rope_of(c, 150_000.0)
+    names = type_names({"layer_types": [FULL if i % 2 else LOCAL for i in range(number)]} | c)
+    limits = {key: float(c[key]) for key in ("swiglu_limit", "swiglu_alpha")}
+    mlp = mixture(c, "intermediate_size", "num_local_experts", biases=True, **limits)
+    return [layer_type_of(c, name, rope, sink=True, attention_bias=True, mlp=mlp) for name in names]
+
+
+def gpt_oss_layout(model: Model) -> dict:
+    sparse, fields = mlp_of(model, "moe"), layer_type_fields(model) | one_rope(model)
+    if sparse is None:
+        return fields
+    mlp = sparse.mlp
+    limit = {} if mlp.swiglu_limit is None else {"swiglu_limit": mlp.swiglu_limit, "swiglu_alpha": mlp.swiglu_alpha}
+    more = {"num_local_experts": mlp.experts, "num_experts_per_tok": mlp.top_k, "intermediate_size": mlp_width(model, sparse)}
+    return fields | more | limit

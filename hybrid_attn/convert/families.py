@@ -39,6 +39,7 @@ UNSCALED = {  # which config.json has no fields for
 # Path of a parameter in a layer -> tensor name after `model.layers.N.`
 HEAD_NORMS = {"attention/q_norm/weight": "self_attn.q_norm.weight", "attention/k_norm/weight": "self_attn.k_norm.weight"}
 SINKS = {"attention/sink": "self_attn.sinks"}
+ATTENTION_BIASES = {f"attention/{name}_bias": f"self_attn.{name}_proj.bias" for name in ("q", "k", "v", "o")}
 PRE = {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "post_attention_layernorm.weight"}
 POST = {
     "attention_post_norm/weight": "post_attention_layernorm.weight",
@@ -214,6 +215,10 @@ GRANITE_DEFAULTS = COMMON | {
     "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
     "sliding_window": 128,
 }  # fmt: skip
+GPT_OSS_ROPE = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
 MINISTRAL_ROPE = {
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
     "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
@@ -289,6 +294,14 @@ FAMILIES = {
         COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_key_value_heads": 8, "head_dim": 128,
                   "sliding_window": None, "rope_parameters": MINISTRAL_ROPE},
         {}, layers.ministral3_layer_types, layers.ministral3_layout, PRE,
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "head_dim": 64, "num_key_value_heads": 8,
+                  "sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0,
+                  "swiglu_alpha": 1.702, "rope_parameters": GPT_OSS_ROPE},
+        {"attention_bias": True}, experts.gpt_oss_layer_types, experts.gpt_oss_layout, PRE | SINKS | ATTENTION_BIASES,
+        flat=tuple(x for x in ATTENTION_BIASES if x != "attention/o_bias"), experts=experts.GPT_OSS,
     ),
     "afmoe": Family(
         "AfmoeForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model, RopeScaling, rotated_dims, score_scale
 from hybrid_attn.kernels import AttentionOptions
-from hybrid_attn.model.params import Norm, linear, vector
+from hybrid_attn.model.params import Norm, biased, linear, vector
 from hybrid_attn.parallel.mesh import spec_of
 
 # (q_BTNH, k_BTKH, v_BTKH, sinks_N or None) -> o_BTNH, and a state that the mixer passes on.
@@ -37,6 +37,9 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = (_head_norm(model, layer_type, heads) for heads in (N, K))
         if layer_type.temperature.type == "learned":
             self.temperature = vector((N,), ("heads",), layer_type.temperature.scale)
+        if layer_type.attention_bias:
+            self.q_bias, self.k_bias, self.v_bias = (vector((n, H), ("heads", "head_dim"), 0.0) for n in (N, K, K))
+            self.o_bias = vector((D,), ("norm",), 0.0)
         if layer_type.sink:
             self.sink = vector((N,), ("heads",), 0.0)
         if layer_type.gate == "projection":
@@ -49,12 +52,16 @@ class Attention(nnx.Module):
         spec = spec_of(x_BTD)
         heads = P(*spec[:2], "tensor", None)
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD, heads), self.k(x_BTD, heads), self.v(x_BTD, heads)
+        if self.layer_type.attention_bias:
+            biases = self.q_bias, self.k_bias, self.v_bias
+            q_BTNH, k_BTKH, v_BTKH = (biased(x, bias) for x, bias in zip((q_BTNH, k_BTKH, v_BTKH), biases, strict=True))
         q_BTNH, k_BTKH = self.norm_and_rotate(q_BTNH, k_BTKH, pos_BT)
         o_BTNH, state = attend(q_BTNH, k_BTKH, v_BTKH, self.sink[...] if self.layer_type.sink else None)
         if self.layer_type.gate != "none":
             gate = jax.nn.sigmoid(self.gate(x_BTD))
             o_BTNH *= gate[..., None] if self.layer_type.gate == "head" else gate
-        return self.o(o_BTNH, spec), state
+        y_BTD = self.o(o_BTNH, spec)
+        return biased(y_BTD, self.o_bias) if self.layer_type.attention_bias else y_BTD, state
 
     def norm_and_rotate(self, q_BTNH, k_BTKH, pos_BT) -> tuple[jax.Array, jax.Array]:
         """Queries and keys as they enter the scores: normalised, rotated, and queries at their temperature."""
@@ -148,7 +155,9 @@ def rope_frequencies(theta: float, dims: int, scaling: RopeScaling) -> tuple[np.
         first, last = (
             dims * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (scaling.high, scaling.low)
         )
-        first, last = max(math.floor(first), 0), min(math.ceil(last), dims - 1)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dims - 1)
         last += 0.001 * (first == last)  # where the ends cross the ramp falls, as it does in the code of the paper
         stretch = np.clip((np.arange(dims // 2) - first) / (last - first), 0, 1)
         size = 0.1 * math.log(factor) + 1 if scaling.attention_factor is None else scaling.attention_factor
