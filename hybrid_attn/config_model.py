@@ -21,6 +21,7 @@ class RopeScaling:
     low: float = within(0, 10**6, above=True, aliases=("beta_slow", "low_freq_factor"))
     high: float = within(0, 10**6, above=True, aliases=("beta_fast", "high_freq_factor"))
     attention_factor: float | None = within(0, 10**6, above=True)
+    truncate: bool
 
     def __post_init__(self):
         check_fields(self, "rope_scaling")
@@ -46,22 +47,30 @@ class MLP:
 
     type: str
     d_ff: int | None = within(1, 2**24, aliases=("moe_intermediate_size", "expert_dim"))
+    swiglu_limit: float | None = within(0, 10**6, above=True)
+    swiglu_alpha: float = within(0, 10**6, above=True)
     experts: int = within(1, 2**16, aliases=("num_experts", "num_local_experts", "n_routed_experts"))
     top_k: int = within(1, 2**16, aliases=("num_experts_per_tok", "moe_top_k"))
     router: str = one_of("softmax", "sigmoid")
     renormalise: bool = trees.named("norm_topk_prob")
     route_scale: float = within(0, 10**6, above=True, aliases=("routed_scaling_factor",))
+    biases: bool
     shared_experts: int = within(0, 2**10, aliases=("num_shared_experts", "n_shared_experts"))
     shared_d_ff: int | None = within(1, 2**24, aliases=("shared_expert_intermediate_size",))
     shared_combine: str = one_of("sum", "average")
     shared_gate: bool
     balance_loss: float = within(0, 10**6, aliases=("router_aux_loss_coef",))
     bias_rate: float | None = within(0, 1, aliases=("bias_update_speed", "router_bias_update_rate"))
+    bias_on: str = one_of("score", "logit")
     z_loss: float = within(0, 10**6)
     domain_dim: int | None = within(1, 2**20)
 
     def __post_init__(self):
         check_fields(self, "mlp")
+        check(
+            self.bias_rate is not None or self.bias_on == "score",
+            f"mlp.bias_on={self.bias_on!r} does nothing with mlp.bias_rate=None; use a rate, or 0 for fixed biases",
+        )
         enough = self.top_k <= self.experts
         check(enough, f"mlp.top_k={self.top_k} is above mlp.experts={self.experts}; use at most {self.experts}")
         about_shared = [
@@ -96,6 +105,7 @@ class LayerType:
     temperature: Temperature
     sink: bool
     gate: str = one_of("none", "head", "projection")
+    attention_bias: bool
     residual_scale: float = within(0, 10**6, above=True, aliases=("residual_multiplier",))
 
     def __post_init__(self):

@@ -14,8 +14,8 @@ NEW_OPTIM = (
 NEW_STAGE = (
     "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
 )  # fmt: skip
-NEW_MLP = "bias_rate", "shared_d_ff", "domain_dim"
-NEW_KIND = "mixer", "attention_experts", "share_kv", "mlp", "residual_scale"
+NEW_MLP = "bias_rate", "shared_d_ff", "domain_dim", "bias_on", "swiglu_limit", "swiglu_alpha", "biases"
+NEW_KIND = "mixer", "attention_experts", "share_kv", "mlp", "residual_scale", "attention_bias"
 RENAMED_CONTEXT = "exchange", "ulysses"  # its name in older configs and checkpoints, and today's
 
 
@@ -38,6 +38,7 @@ def completed(values: Mapping) -> dict:
         if isinstance(kind["mlp"], str):  # the type alone
             kind["mlp"] = trees.plain(base.moe(type=kind["mlp"]))
     _add([kind["mlp"] for kind in kinds], trees.plain(base.moe()), *NEW_MLP)
+    _add([kind["rope_scaling"] for kind in kinds if "rope_scaling" in kind], trees.plain(base.kind().rope_scaling), "truncate")
     return values
 
 

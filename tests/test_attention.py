@@ -118,7 +118,7 @@ def test_rope_knows_the_order_of_the_past_by_distance_alone_and_nope_does_not(le
 
 
 def scaling(type, factor=8.0, original_len=64, low=1.0, high=4.0, attention_factor=None):
-    return RopeScaling(type, factor, original_len, low, high, attention_factor)
+    return RopeScaling(type, factor, original_len, low, high, attention_factor, True)
 
 
 def frequencies_by_hand(theta, dims, s):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from converted import GOLDEN, edit_tensors, read, with_layer_type
+from converted import GOLDEN, assert_same, edit_tensors, read, with_layer_type
 
 from hybrid_attn.convert import families, hf
 
@@ -37,6 +37,9 @@ def test_experts_that_are_missing_or_misshapen_are_one_line(change, message, tmp
         ("cohere2_moe", {"expert_selection_fn": "tanh"}, "router='tanh' is not one of 'softmax', 'sigmoid'"),
         ("cohere2_moe", {"mlp_layer_types": ["dense"]}, "mlp_layer_types for 1 layers of 5"),
         ("cohere2_moe", {"mlp_layer_types": ["dense", "thin"] + ["sparse"] * 3}, "mlp_layer_types thin; known: dense, sparse"),
+        ("exaone_moe", {"n_group": 2}, "n_group=2; for exaone_moe, only n_group=1 is supported"),
+        ("exaone_moe", {"mlp_layer_types": ["dense"] * 5}, "mlp_layer_types for 5 layers of 4"),
+        ("kolibri1", {"moe_intermediate_size": -1}, "moe_intermediate_size=-1, which must be a whole number above 0"),
         ("granitemoe_swa", {"num_local_experts": "4"}, "num_local_experts='4', which must be a whole number above 0"),
         ("granitemoe_swa", {"layer_rope_theta": [0, 100.0]}, "layer_rope_theta for 2 layers of 5"),
     ],
@@ -68,3 +71,26 @@ def test_shared_experts_side_by_side_are_one_that_is_as_wide():
     ))  # fmt: skip
     assert families.differences(model, changed) == []
     assert families.config_json(changed, "cohere2_moe", 64)["num_shared_experts"] == 2
+
+
+def test_a_family_without_dense_layers_has_no_width_of_them_and_two_names_for_the_number_of_experts():
+    described = hf.read_config(GOLDEN["kolibri1"])
+    other = {key: x for key, x in described.items() if key not in ("intermediate_size", "num_experts")}
+    other["num_local_experts"] = described["num_experts"]
+    assert families.differences(families.model_of(described), families.model_of(other)) == []
+
+
+def test_biases_of_routers_are_of_the_function_and_their_rate_is_not():
+    model = families.model_of(hf.read_config(GOLDEN["kolibri1"]))
+    letter, kind = next(iter(model.kinds.items()))
+    fixed = with_layer_type(model, letter, mlp=dataclasses.replace(kind.mlp, bias_rate=0.0))
+    assert families.differences(model, fixed) == []
+    for change, shown in (({}, "bias_on: logit -> score"), ({"bias_rate": None}, "bias_rate: 0.0 -> None")):
+        other = with_layer_type(model, letter, mlp=dataclasses.replace(kind.mlp, bias_on="score", **change))
+        assert f"  model.kinds.{letter}.mlp.{shown}" in families.differences(model, other)
+
+
+def test_layers_that_predict_further_tokens_are_not_read(tmp_path, one_device):
+    directory = shutil.copytree(GOLDEN["exaone_moe"], tmp_path / "model")
+    edit_tensors(directory, lambda x: x.update({"mtp.layers.0.mlp.gate.weight": np.ones((5, 24), np.float32)}))
+    assert_same(read(directory)[1], read(GOLDEN["exaone_moe"])[1])

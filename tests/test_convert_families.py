@@ -157,7 +157,11 @@ def test_an_ntk_stretch_is_written_as_the_theta_that_it_is():
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("olmo3", {"rope_parameters": {"rope_theta": 5.0}}, "olmo3 has one for each"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "only use_bidirectional_attention=False"),
-        ("afmoe", {"num_dense_layers": 2}, "num_dense_layers=2 of 4 layers; mixture-of-experts"),
+        (
+            "afmoe",
+            {"num_dense_layers": 2, "num_shared_experts": 0},
+            "num_shared_experts=0, which must be a whole number",
+        ),
         ("smollm3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 5}, "use_sliding_window=false"),
     ],
 )

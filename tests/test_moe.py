@@ -32,6 +32,7 @@ CASES = {
     "Switch": {"experts": 5, "top_k": 1, "renormalise": False},
     "all": {"experts": 3, "top_k": 3, "shared_experts": 1},
     "DeepSeek": {"experts": 7, "top_k": 3, "router": "sigmoid", "route_scale": 2.5, "shared_experts": 2, "bias_rate": 0.01},
+    "gpt-oss": {"experts": 5, "biases": True, "swiglu_limit": 0.6},
     "Qwen": {"experts": 7, "top_k": 4, "router": "sigmoid", "renormalise": False} | SHARED,
 }
 
@@ -49,6 +50,10 @@ def layer_of(**settings):
     layer = moe.MoE(model, model.kinds["L"], rngs=nnx.Rngs(0))
     if hasattr(layer, "bias"):
         layer.bias[...] = jnp.asarray(np.random.default_rng(2).normal(size=settings["experts"]), jnp.float32)
+    for i, name in enumerate(("router_bias", "gate_bias", "up_bias", "down_bias")):
+        if hasattr(layer, name):
+            weight = getattr(layer, name)
+            weight[...] = jnp.asarray(np.random.default_rng(3 + i).normal(size=weight.shape), jnp.float32)
     return model.kinds["L"].mlp, *nnx.split(layer)
 
 
@@ -58,21 +63,27 @@ def inputs():
     return on_mesh({"x": x_BTD})["x"], on_mesh(BATCH)["segments"]
 
 
-def gated(x, p):
-    return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+def gated(x, p, limit):
+    gate, up = x @ p["gate"] + p.get("gate_bias", 0), x @ p["up"] + p.get("up_bias", 0)
+    hidden = jax.nn.silu(gate) * up
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.maximum(jnp.minimum(up, limit), -limit)
+        hidden = gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1)
+    return hidden @ p["down"] + p.get("down_bias", 0)
 
 
 def dense(settings: config.MLP, p: dict, x_BTD: jax.Array) -> jax.Array:
     """Every expert for every token, times a gate that is zero where the expert is not chosen."""
-    logits = x_BTD @ p["router"]
+    logits, limit = x_BTD @ p["router"] + p.get("router_bias", 0), settings.swiglu_limit
     scores = jax.nn.softmax(logits) if settings.router == "softmax" else 1 / (1 + jnp.exp(-logits))
     place = jnp.argsort(jnp.argsort(-scores - p.get("bias", 0), stable=True), stable=True)
     gates = jnp.where(place < settings.top_k, scores, 0.0)
     gates = settings.route_scale * (gates / gates.sum(-1, keepdims=True) if settings.renormalise else gates)
-    experts = [{name: p[name][e] for name in ("gate", "up", "down")} for e in range(settings.experts)]
-    y = sum(gates[..., e, None] * gated(x_BTD, expert) for e, expert in enumerate(experts))
+    names = [name for name in p if name.split("_")[0] in ("gate", "up", "down")]
+    experts = [{name: p[name][e] for name in names} for e in range(settings.experts)]
+    y = sum(gates[..., e, None] * gated(x_BTD, expert, limit) for e, expert in enumerate(experts))
     if settings.shared_experts:
-        y += gated(x_BTD, p["shared"]) * (jax.nn.sigmoid(x_BTD @ p["shared_gate"]) if settings.shared_gate else 1)
+        y += gated(x_BTD, p["shared"], limit) * (jax.nn.sigmoid(x_BTD @ p["shared_gate"]) if settings.shared_gate else 1)
     return y / 2 if settings.shared_combine == "average" else y
 
 

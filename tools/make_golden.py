@@ -29,6 +29,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embedding
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
 MULTIPLIERS = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.3, "attention_multiplier": 0.5}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8, "sliding_window": WINDOW}
 CASES = {
     "cohere2": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, "logit_scale": 0.25,
                 "layer_types": [LOCAL, LOCAL, LOCAL, FULL], "sliding_window": WINDOW},
@@ -68,6 +69,12 @@ CASES = {
     "granitemoe_swa": MULTIPLIERS | {"rope_parameters": PLAIN, "layer_rope_theta": [0, 100.0, 100.0, 100.0, 0],
                                      "sliding_window": WINDOW, "num_local_experts": 4, "shared_intermediate_size": 28,
                                      "num_hidden_layers": 5},
+    "afmoe_experts": EXPERTS | {"rope_theta": 100.0, "mup_enabled": True, "num_shared_experts": 2, "route_scale": 2.0,
+                                "num_dense_layers": 2, "global_attn_every_n_layers": 3, "num_hidden_layers": 6},
+    "exaone_moe": EXPERTS | {"rope_theta": 100.0, "sliding_window_pattern": 3, "first_k_dense_replace": 1},
+    "kolibri1": EXPERTS | {"rope_parameters": PLAIN, "shared_expert_intermediate_size": 9, "num_hidden_layers": 5},
+    "gpt_oss": EXPERTS | {"rope_parameters": YARN | {"rope_theta": 100.0, "truncate": False}, "num_local_experts": 5,
+                          "intermediate_size": 12, "swiglu_limit": 0.5},
 }  # fmt: skip
 
 
@@ -86,6 +93,9 @@ def random_model(directory: Path, seed: int):
             else:
                 random *= 1.0 / parameter.shape[-1] ** 0.5
             parameter.copy_(random.bfloat16().float())
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_((0.2 * torch.randn(buffer.shape, generator=generator)).bfloat16().float())
     return model
 
 

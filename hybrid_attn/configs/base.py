@@ -30,6 +30,7 @@ def kind(**changes) -> ConfigDict:
     k.rope_scaling.low = 1.0  # yarn: beta_slow; llama3: low_freq_factor (turns over original_len)
     k.rope_scaling.high = 32.0  # yarn: beta_fast; llama3: high_freq_factor
     k.rope_scaling.attention_factor = None  # yarn: scale of cos and sin; None = 0.1 ln(factor) + 1
+    k.rope_scaling.truncate = True  # yarn: whether the ends of its ramp are whole dimensions (gpt-oss: False)
     k.qk_norm = "none"  # none | layernorm | rms | rms_plus1 | rms_weightless
     k.qk_norm_scope = "head_dim"  # weight: head_dim (shared by heads) | head (one per head) | projection (norm over all heads)
     k.qk_norm_after_rope = False  # usually norms are applied before RoPE; in Llama 4 after it
@@ -41,6 +42,7 @@ def kind(**changes) -> ConfigDict:
     k.temperature.length = 8192  # tokens; log_length: the offset a; steps of both kinds: the tokens per step
     k.sink = False  # a learned logit per head that takes part in the softmax (gpt-oss)
     k.gate = "none"  # none | head | projection: sigmoid gate on the attention output
+    k.attention_bias = False  # biases of queries, keys, values and output (gpt-oss)
     k.residual_scale = 1.0  # factor on what the mixer and the feed-forward add to the residual stream (Granite: 0.22)
     k.update(changes)
     return k
@@ -51,18 +53,23 @@ def moe(**changes) -> ConfigDict:
     m = ConfigDict()
     m.type = "moe"  # gated | moe: a name in `MLPS` of hybrid_attn/model/transformer.py
     m.d_ff = None  # the width of a gated feed-forward, and of each expert; None = that of the model
+    # The gate is at most the limit, and up within it on both sides; the product is gate * sigmoid(alpha * gate) * (up + 1).
+    m.swiglu_limit = None  # gpt-oss: 7; None = activation(gate) * up
+    m.swiglu_alpha = 1.702  # with a limit
     # What follows is of moe alone.
     m.experts = 8
     m.top_k = 2  # experts that compute a token
     m.router = "softmax"  # softmax | sigmoid: how logits, always in float32, become scores
     m.renormalise = True  # the scores of a token's experts are divided by their sum (Mixtral)
     m.route_scale = 1.0  # factor on them afterwards (DeepSeek-V3: 2.5)
+    m.biases = False  # biases of the router, and of the three products of each expert (gpt-oss)
     m.shared_experts = 0  # experts that compute every token
     m.shared_d_ff = None  # the width of each of them; None = that of the others
     m.shared_combine = "sum"  # sum | average: of the chosen ones and the shared ones, half the sum of both
     m.shared_gate = False  # a sigmoid gate, one number for each token, on the shared ones (Qwen2-MoE)
     m.balance_loss = 0.01  # weight of the load-balance loss (Switch Transformer, arXiv 2101.03961)
     m.bias_rate = None  # a step moves each expert's bias by so much (DeepSeek-V3: 0.001); None = no bias, 0 = a fixed one
+    m.bias_on = "score"  # score | logit: what the bias is added to when experts are chosen (Kolibri: logit)
     m.z_loss = 0.001  # weight of (log sum exp)^2 of the router's logits (ST-MoE, arXiv 2202.08906)
     m.domain_dim = None  # the size of domain embeddings, of which the router is projected (Nexus); None = a matrix of its own
     m.update(changes)

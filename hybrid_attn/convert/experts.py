@@ -5,6 +5,8 @@ import dataclasses
 from hybrid_attn.config import MLP, LayerType, Model, mlp_width, shared_width
 from hybrid_attn.convert.fields import positive_int
 from hybrid_attn.convert.layers import (
+    exaone4_layer_types,
+    exaone4_layout,
     granite_layer_types,
     granite_layout,
     layer_type_fields,
@@ -30,6 +32,18 @@ GRANITE = {
     "mlp/shared/up": Place("shared_mlp.input_linear.weight", 1, 2),
     "mlp/shared/down": "shared_mlp.output_linear.weight",
 }
+AFMOE = EACH | {"mlp/router": "mlp.router.gate.weight", "mlp/bias": "mlp.expert_bias"}
+EXAONE = EACH | {"mlp/bias": "mlp.e_score_correction_bias"}
+KOLIBRI = EACH | {"mlp/bias": "moe.router.expert_bias"}
+GPT_OSS = {  # matrices are [in, out]; gate and up have every second output
+    "mlp/router": "mlp.router.weight",
+    "mlp/router_bias": "mlp.router.bias",
+    "mlp/down": Place("mlp.experts.down_proj", as_ours=True),
+    "mlp/down_bias": "mlp.experts.down_proj_bias",
+}
+GPT_OSS |= {f"mlp/{x}": Place("mlp.experts.gate_up_proj", i, 2, True, True) for i, x in enumerate(("gate", "up"))}
+GPT_OSS |= {f"mlp/{x}_bias": Place("mlp.experts.gate_up_proj_bias", i, 2, True) for i, x in enumerate(("gate", "up"))}
+BIASED = {"router": "sigmoid", "bias_rate": 0.001}  # of DeepSeek-V3; a config.json does not say how its biases were trained
 
 
 def mixture(c: dict, width: str, experts: str, **fields) -> MLP:
@@ -126,3 +140,100 @@ def granitemoe_layout(model: Model) -> dict:
     more = {"intermediate_size": mlp_width(model, layer_type), "shared_intermediate_size": shared_width(model, layer_type)}
     more |= {"num_local_experts": layer_type.mlp.experts, "num_experts_per_tok": layer_type.mlp.top_k}
     return granite_layout(model) | more
+
+
+def _with_dense_first(c: dict, layer_types: list[LayerType], dense: list[bool], mlp: MLP | None) -> list[LayerType]:
+    """`layer_types` with a mixture for their feed-forward, but for those that are dense."""
+    check(len(dense) == len(layer_types), f"config.json has mlp_layer_types for {len(dense)} layers of {len(layer_types)}")
+    return [x if plain else dataclasses.replace(x, mlp=mlp) for x, plain in zip(layer_types, dense, strict=True)]
+
+
+def _fields_of_width(model: Model) -> dict:
+    """`intermediate_size` is the width of dense layers, and `moe_intermediate_size` that of an expert."""
+    widths = {"intermediate_size": mlp_of(model, "gated"), "moe_intermediate_size": mlp_of(model, "moe")}
+    return {key: mlp_width(model, layer_type) for key, layer_type in widths.items() if layer_type is not None}
+
+
+def _fields_of_experts(model: Model) -> dict:
+    sparse = mlp_of(model, "moe")
+    if sparse is None:
+        return _fields_of_width(model)
+    return _fields_of_width(model) | {"num_experts": sparse.mlp.experts, "num_experts_per_tok": sparse.mlp.top_k}
+
+
+def afmoe_layer_types(c: dict) -> list[LayerType]:
+    """Every mixture has shared experts. A mixture of none but dense layers may lack the fields of experts."""
+    dense, number, rope = c["num_dense_layers"], c["num_hidden_layers"], rope_of(c, 10_000.0)
+    if "layer_types" not in c:
+        c = c | {"sliding_window_pattern": positive_int(c, "global_attn_every_n_layers")}
+    ropes = {LOCAL: rope, FULL: None}
+    layer_types = [layer_type_of(c, name, ropes[name], qk_norm="rms", gate="projection") for name in type_names(c)]
+    fields = {"shared_experts": positive_int(c, "num_shared_experts"), "route_scale": float(c["route_scale"])}
+    mlp = None if dense >= number else mixture(c, "moe_intermediate_size", "num_experts", **BIASED, **fields)
+    return _with_dense_first(c, layer_types, [i < dense for i in range(number)], mlp)
+
+
+def afmoe_layout(model: Model) -> dict:
+    sparse, names = mlp_of(model, "moe"), mlp_names(model)
+    fields = layer_type_fields(model) | one_rope(model) | _fields_of_experts(model)
+    fields |= {"num_dense_layers": (names + [SPARSE]).index(SPARSE), "mup_enabled": model.embed_scale != 1.0}
+    gates = {"route_scale": sparse.mlp.route_scale, "num_shared_experts": number_of_shared(model, sparse)} if sparse else {}
+    return fields | gates
+
+
+def exaone_moe_layer_types(c: dict) -> list[LayerType]:
+    """Attention is that of EXAONE 4. Experts are not in groups, of which a token would choose some first."""
+    number = c["num_hidden_layers"]
+    names = c.get("mlp_layer_types") or [DENSE if i < c["first_k_dense_replace"] else SPARSE for i in range(number)]
+    _check_mlp_names(names)
+    fields = {"renormalise": c["norm_topk_prob"], "route_scale": float(c["routed_scaling_factor"])}
+    fields |= {"shared_experts": positive_int(c, "num_shared_experts")}
+    mlp = mixture(c, "moe_intermediate_size", "num_experts", **BIASED, **fields)
+    return _with_dense_first(c, exaone4_layer_types(c), [name == DENSE for name in names], mlp)
+
+
+def exaone_moe_layout(model: Model) -> dict:
+    sparse, names = mlp_of(model, "moe"), mlp_names(model)
+    fields = exaone4_layout(model) | _fields_of_experts(model) | {"mlp_layer_types": names}
+    fields |= {"first_k_dense_replace": (names + [SPARSE]).index(SPARSE)}
+    if sparse is None:
+        return fields
+    fields |= {"norm_topk_prob": sparse.mlp.renormalise, "routed_scaling_factor": sparse.mlp.route_scale}
+    return fields | {"num_shared_experts": number_of_shared(model, sparse)}
+
+
+def kolibri_layer_types(c: dict) -> list[LayerType]:
+    """Attention is that of EXAONE 4; the bias of an expert is added to its logit. Every fifth layer is full by default."""
+    c = {"num_local_experts": c["num_experts"]} | c  # the library writes one and reads both
+    default = [FULL if (i + 1) % 5 == 0 else LOCAL for i in range(c["num_hidden_layers"])]
+    fields = {"shared_experts": 1, "shared_d_ff": positive_int(c, "shared_expert_intermediate_size"), "bias_on": "logit"}
+    mlp = mixture(c, "moe_intermediate_size", "num_local_experts", **BIASED, renormalise=c["norm_topk_prob"], **fields)
+    return [dataclasses.replace(layer_type, mlp=mlp) for layer_type in exaone4_layer_types({"layer_types": default} | c)]
+
+
+def kolibri_layout(model: Model) -> dict:
+    sparse = mlp_of(model, "moe")
+    if sparse is None:
+        return exaone4_layout(model)
+    fields = exaone4_layout(model) | _fields_of_experts(model) | {"norm_topk_prob": sparse.mlp.renormalise}
+    fields["num_local_experts"] = fields.pop("num_experts")
+    return fields | {"shared_expert_intermediate_size": shared_width(model, sparse)}
+
+
+def gpt_oss_layer_types(c: dict) -> list[LayerType]:
+    """Every layer has RoPE, biases, sinks and experts; by default every second has a window, from the first."""
+    number, rope = c["num_hidden_layers"], rope_of(c, 150_000.0)
+    names = type_names({"layer_types": [FULL if i % 2 else LOCAL for i in range(number)]} | c)
+    limits = {key: float(c[key]) for key in ("swiglu_limit", "swiglu_alpha")}
+    mlp = mixture(c, "intermediate_size", "num_local_experts", biases=True, **limits)
+    return [layer_type_of(c, name, rope, sink=True, attention_bias=True, mlp=mlp) for name in names]
+
+
+def gpt_oss_layout(model: Model) -> dict:
+    sparse, fields = mlp_of(model, "moe"), layer_type_fields(model) | one_rope(model)
+    if sparse is None:
+        return fields
+    mlp = sparse.mlp
+    limit = {} if mlp.swiglu_limit is None else {"swiglu_limit": mlp.swiglu_limit, "swiglu_alpha": mlp.swiglu_alpha}
+    more = {"num_local_experts": mlp.experts, "num_experts_per_tok": mlp.top_k, "intermediate_size": mlp_width(model, sparse)}
+    return fields | more | limit

@@ -39,6 +39,7 @@ UNSCALED = {  # which config.json has no fields for
 # Path of a parameter in a layer -> tensor name after `model.layers.N.`
 HEAD_NORMS = {"attention/q_norm/weight": "self_attn.q_norm.weight", "attention/k_norm/weight": "self_attn.k_norm.weight"}
 SINKS = {"attention/sink": "self_attn.sinks"}
+ATTENTION_BIASES = {f"attention/{name}_bias": f"self_attn.{name}_proj.bias" for name in ("q", "k", "v", "o")}
 PRE = {"attention_norm/weight": "input_layernorm.weight", "mlp_norm/weight": "post_attention_layernorm.weight"}
 POST = {
     "attention_post_norm/weight": "post_attention_layernorm.weight",
@@ -60,6 +61,7 @@ class Family(NamedTuple):
     flat: tuple[str, ...] = ()  # parameters whose tensor has one axis in the family
     scales: Callable[[dict], dict] = lambda c: {}  # Model fields that are computed from config.json
     experts: dict = {}  # the same of layers with experts, besides `layer`; empty if the family has none
+    ignored: tuple[str, ...] = ()  # how tensors begin that its library ignores
     heads_divide_width: bool = False  # its library requires that num_attention_heads divides hidden_size
 
 
@@ -90,6 +92,8 @@ def _model_of(config_json: Mapping) -> Model:
     c = {**family.defaults, **fields}
     if "quantization_config" in fields:
         raise ValueError("config.json has quantization_config; only plain floats are supported: use the unquantized model")
+    if "moe_intermediate_size" in c:  # a family whose layers all have experts has no width of dense ones
+        c.setdefault("intermediate_size", c["moe_intermediate_size"])
     missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]
     check(not missing, f"config.json lacks {', '.join(missing)}")
     if c.get("num_key_value_heads") is None:
@@ -211,6 +215,10 @@ GRANITE_DEFAULTS = COMMON | {
     "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
     "sliding_window": 128,
 }  # fmt: skip
+GPT_OSS_ROPE = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
 MINISTRAL_ROPE = {
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
     "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
@@ -287,14 +295,42 @@ FAMILIES = {
                   "sliding_window": None, "rope_parameters": MINISTRAL_ROPE},
         {}, layers.ministral3_layer_types, layers.ministral3_layout, PRE,
     ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "head_dim": 64, "num_key_value_heads": 8,
+                  "sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0,
+                  "swiglu_alpha": 1.702, "rope_parameters": GPT_OSS_ROPE},
+        {"attention_bias": True}, experts.gpt_oss_layer_types, experts.gpt_oss_layout, PRE | SINKS | ATTENTION_BIASES,
+        flat=tuple(x for x in ATTENTION_BIASES if x != "attention/o_bias"), experts=experts.GPT_OSS,
+    ),
     "afmoe": Family(
         "AfmoeForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,
         COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "head_dim": 128, "num_dense_layers": 1,
-                  "global_attn_every_n_layers": 4, "sliding_window": 1024},
-        NO_BIAS, layers.afmoe_layer_types, layers.afmoe_layout,
+                  "global_attn_every_n_layers": 4, "sliding_window": 1024, "moe_intermediate_size": 1408, "num_experts": 64,
+                  "num_experts_per_tok": 6, "num_shared_experts": 2, "route_scale": 1.0},
+        NO_BIAS, experts.afmoe_layer_types, experts.afmoe_layout,
         {"attention_norm/weight": "input_layernorm.weight", "attention_post_norm/weight": "post_attention_layernorm.weight",
          "mlp_norm/weight": "pre_mlp_layernorm.weight", "mlp_post_norm/weight": "post_mlp_layernorm.weight",
          "attention/gate": "self_attn.gate_proj.weight"} | HEAD_NORMS,
         scales=lambda c: {"embed_scale": float(c["hidden_size"]) ** 0.5 if c.get("mup_enabled") else 1.0},
+        experts=experts.AFMOE,
+    ),
+    "exaone_moe": Family(
+        "ExaoneMoeForCausalLM", LLAMA | {"block": "pre"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window_pattern": 4, "sliding_window": 4096,
+                  "num_key_value_heads": 32, "first_k_dense_replace": 1, "moe_intermediate_size": 1024, "num_experts": 64,
+                  "num_experts_per_tok": 8, "num_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        {"n_group": 1, "topk_group": 1}, experts.exaone_moe_layer_types, experts.exaone_moe_layout, PRE | HEAD_NORMS,
+        experts=experts.EXAONE, ignored=("mtp.",),
+    ),
+    "kolibri1": Family(
+        "Kolibri1ForCausalLM", LLAMA | {"block": "sandwich"}, LLAMA_FIELDS,
+        COMMON | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "sliding_window": 513, "head_dim": 128,
+                  "moe_intermediate_size": 512, "num_experts": 384, "num_experts_per_tok": 6, "norm_topk_prob": False,
+                  "shared_expert_intermediate_size": 512},
+        {}, experts.kolibri_layer_types, experts.kolibri_layout,
+        {"attention_norm/weight": "input_layernorm.weight", "attention_post_norm/weight": "post_attn_norm.weight",
+         "mlp_norm/weight": "post_attention_layernorm.weight", "mlp_post_norm/weight": "post_ffn_norm.weight"} | HEAD_NORMS,
+        experts=experts.KOLIBRI,
     ),
 }  # fmt: skip

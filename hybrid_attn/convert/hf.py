@@ -63,6 +63,8 @@ def read_params(directory: str | os.PathLike, model: Model, model_type: str, abs
     expected = families.tensors(model, model_type, {path: x.shape for path, x in leaves.items()})
     with contextlib.ExitStack() as stack:
         files, conflicts = _open(Path(directory), stack)
+        ignored = families.family_of(model_type).ignored
+        files = {name: file for name, file in files.items() if not (ignored and name.startswith(ignored))}
         _check(directory, files, conflicts, expected, model.tie_embeddings)
         by_path = {path: [] for path in leaves}
         for tensor in expected:

@@ -132,21 +132,6 @@ def gemma3_layout(model: Model) -> dict:
     return layer_type_fields(model) | rope_of_each(model, "rope_local_base_freq") | {"query_pre_attn_scalar": scalar}
 
 
-def afmoe_layer_types(c: dict) -> list[LayerType]:
-    dense, layers = c["num_dense_layers"], c["num_hidden_layers"]
-    cure = "mixture-of-experts layers are not supported, so only dense models of afmoe can be read"
-    check(dense >= layers, f"config.json has num_dense_layers={dense} of {layers} layers; {cure}")
-    rope = rope_of(c, 10_000.0)
-    if "layer_types" not in c:
-        c = c | {"sliding_window_pattern": positive_int(c, "global_attn_every_n_layers")}
-    return _layer_types(c, type_names(c), {LOCAL: rope, FULL: None}, qk_norm="rms", gate="projection")
-
-
-def afmoe_layout(model: Model) -> dict:
-    more = {"num_dense_layers": model.num_layers, "mup_enabled": model.embed_scale != 1.0}
-    return layer_type_fields(model) | one_rope(model) | more
-
-
 def granite_layer_types(c: dict) -> list[LayerType]:
     """Each layer has its own base of RoPE; 0 is NoPE. Without `layer_types` every fourth is full, the first included."""
     number, (theta, scaling) = c["num_hidden_layers"], rope_of(c, 10_000.0)

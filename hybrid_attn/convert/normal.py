@@ -3,10 +3,10 @@
 import dataclasses
 
 from hybrid_attn import config, trees
-from hybrid_attn.config import MLP, LayerType, Model, RopeScaling, base, score_scale
+from hybrid_attn.config import MLP, LayerType, Model, base, score_scale
 
-NO_SCALING = RopeScaling("none", 1.0, 8192, 1.0, 32.0, None)
 PLAIN = trees.build(LayerType, trees.plain(base.kind()), "kind")  # full attention without options
+NO_SCALING = PLAIN.rope_scaling
 
 
 def normal_form(model: Model, layer_type: LayerType) -> LayerType:
@@ -19,7 +19,7 @@ def normal_form(model: Model, layer_type: LayerType) -> LayerType:
     elif scaling.type == "linear":
         scaling = dataclasses.replace(NO_SCALING, type="linear", factor=scaling.factor)
     elif scaling.type == "llama3":
-        scaling = dataclasses.replace(scaling, attention_factor=None)
+        scaling = dataclasses.replace(scaling, attention_factor=None, truncate=True)
     normed = layer_type.qk_norm != "none"
     return dataclasses.replace(
         layer_type,
@@ -39,11 +39,15 @@ def normal_form(model: Model, layer_type: LayerType) -> LayerType:
 def _normal_mlp(model: Model, layer_type: LayerType) -> MLP:
     """The feed-forward in a normal form: with its width, with one shared expert for all, and without losses of training."""
     mlp, width = layer_type.mlp, config.mlp_width(model, layer_type)
+    limit = {"swiglu_limit": mlp.swiglu_limit, "swiglu_alpha": PLAIN.mlp.swiglu_alpha}
+    if mlp.swiglu_limit is not None:
+        limit["swiglu_alpha"] = mlp.swiglu_alpha
     if mlp.type != "moe":
-        return dataclasses.replace(PLAIN.mlp, type=mlp.type, d_ff=width)
+        return dataclasses.replace(PLAIN.mlp, type=mlp.type, d_ff=width, **limit)
     shared = config.shared_width(model, layer_type)
     trained = {name: getattr(PLAIN.mlp, name) for name in ("balance_loss", "z_loss")}
-    return dataclasses.replace(mlp, d_ff=width, shared_experts=min(shared, 1), shared_d_ff=shared or None, **trained)
+    trained |= {"bias_rate": None if mlp.bias_rate is None else 0.0}
+    return dataclasses.replace(mlp, d_ff=width, shared_experts=min(shared, 1), shared_d_ff=shared or None, **trained | limit)
 
 
 def layer_types_of(model: Model) -> list[LayerType]:

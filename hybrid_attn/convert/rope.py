@@ -59,15 +59,16 @@ def _theta_and_scaling(params: Mapping, theta: float, c: Mapping) -> tuple[float
         return theta, dataclasses.replace(NO_SCALING, type=name, factor=float(params["factor"]))
     if name == "llama3":
         low, high = float(params["low_freq_factor"]), float(params["high_freq_factor"])
-        return theta, RopeScaling(name, float(params["factor"]), length, low, high, None)
-    if name == "yarn" and params.get("truncate", True):
+        return theta, RopeScaling(name, float(params["factor"]), length, low, high, None, True)
+    if name == "yarn":
         factor = float(params["factor"] if "factor" in params else c["max_position_embeddings"] / length)
         size = params.get("attention_factor")
         if size is None and params.get("mscale") and params.get("mscale_all_dim"):
             size = _yarn_size(factor, params["mscale"]) / _yarn_size(factor, params["mscale_all_dim"])
         slow, fast = float(params.get("beta_slow") or 1), float(params.get("beta_fast") or 32)
-        return theta, RopeScaling(name, factor, length, slow, fast, size if size is None else float(size))
-    raise ValueError(f"config.json has rope type {name!r}; known: default, linear, llama3, yarn (truncated)")
+        size, truncate = size if size is None else float(size), params.get("truncate", True)
+        return theta, RopeScaling(name, factor, length, slow, fast, size, truncate)
+    raise ValueError(f"config.json has rope type {name!r}; known: default, linear, llama3, yarn")
 
 
 def _yarn_size(factor: float, scale: float) -> float:
@@ -86,6 +87,8 @@ def rope_parameters(model: Model, layer_type: LayerType | None) -> dict:
     if s.type in ("llama3", "yarn"):
         low, high = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}[s.type]
         params |= {"original_max_position_embeddings": s.original_len, low: s.low, high: s.high}
+    if s.type == "yarn" and not s.truncate:
+        params["truncate"] = False
     if s.attention_factor is not None:
         params["attention_factor"] = s.attention_factor
     return params

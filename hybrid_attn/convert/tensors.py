@@ -63,7 +63,7 @@ MATRICES = {"gate": 1, "up": 1, "down": 1}
 # The number of leading axes of our matrices that are `in`; other parameters have the same axes in both.
 INPUT_AXES = {f"{group}/{name}": 1 for group in ("mlp", "mlp/shared") for name in MATRICES}
 INPUT_AXES |= {"attention/q": 1, "attention/k": 1, "attention/v": 1, "attention/gate": 1, "attention/o": 2, "mlp/router": 1}
-OF_EXPERTS = tuple(f"mlp/{name}" for name in MATRICES)  # in a mixture their first axis counts experts
+OF_EXPERTS = tuple(f"mlp/{name}{x}" for name in MATRICES for x in ("", "_bias"))  # in a mixture axis 0 counts experts
 
 
 def tensors(model: Model, places: Mapping[str, Mapping], flat: tuple[str, ...], shapes: Mapping) -> list[Tensor]:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import LayerType, Model, RopeScaling, rotated_dims, score_scale
 from hybrid_attn.config_model import attention_heads
 from hybrid_attn.kernels import AttentionOptions
-from hybrid_attn.model.params import Norm, linear, vector
+from hybrid_attn.model.params import Norm, biased, linear, vector
 from hybrid_attn.parallel.mesh import spec_of
 
 QUERIES, KEYS = "queries", "keys"  # what an `Attention` has the weights of
@@ -39,6 +39,8 @@ class Attention(nnx.Module):
             self.v = linear(rngs, (D, K, H), axes, std)
         if KEYS in parts and layer_type.qk_norm != "none":
             self.k_norm = _head_norm(model, layer_type, K)
+        if KEYS in parts and layer_type.attention_bias:
+            self.k_bias, self.v_bias = (vector((K, H), ("heads", "head_dim"), 0.0) for _ in range(2))
         if QUERIES not in parts:
             return
         self.o = linear(rngs, (N, H, D), ("heads", "head_dim", "embed"), std, fan_in=2)
@@ -46,6 +48,8 @@ class Attention(nnx.Module):
             self.q_norm = _head_norm(model, layer_type, N)
         if layer_type.temperature.type == "learned":
             self.temperature = vector((N,), ("heads",), layer_type.temperature.scale)
+        if layer_type.attention_bias:
+            self.q_bias, self.o_bias = vector((N, H), ("heads", "head_dim"), 0.0), vector((D,), ("norm",), 0.0)
         if layer_type.sink:
             self.sink = vector((N,), ("heads",), 0.0)
         if layer_type.gate == "projection":
@@ -72,22 +76,28 @@ class Attention(nnx.Module):
 
     def queries(self, x_BTD: jax.Array, pos_BT: jax.Array, angles: Angles) -> jax.Array:
         """Queries [B, T, N, H] as they enter the scores: normalised, rotated, at their temperature."""
-        q_BTNH = self._norm_and_rotate(self.q(x_BTD, _heads(x_BTD)), "q_norm", angles)
+        q_BTNH = self._norm_and_rotate(self._projected("q", x_BTD), "q_norm", angles)
         if self.layer_type.temperature.type != "none":
             q_BTNH = (q_BTNH * self.temperatures(pos_BT)).astype(q_BTNH.dtype)
         return q_BTNH
 
     def keys(self, x_BTD: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array]:
         """Keys [B, T, K, H] as they enter the scores, and values."""
-        k_BTKH, v_BTKH = self.k(x_BTD, _heads(x_BTD)), self.v(x_BTD, _heads(x_BTD))
-        return self._norm_and_rotate(k_BTKH, "k_norm", angles), v_BTKH
+        k_BTKH = self._norm_and_rotate(self._projected("k", x_BTD), "k_norm", angles)
+        return k_BTKH, self._projected("v", x_BTD)
 
     def output(self, x_BTD: jax.Array, o_BTNH: jax.Array) -> jax.Array:
         """What the layer adds to the residual stream, from the weighted sums of values."""
         if self.layer_type.gate != "none":
             gate = jax.nn.sigmoid(self.gate(x_BTD))
             o_BTNH *= gate[..., None] if self.layer_type.gate == "head" else gate
-        return self.o(o_BTNH, spec_of(x_BTD))
+        y_BTD = self.o(o_BTNH, spec_of(x_BTD))
+        return biased(y_BTD, self.o_bias) if self.layer_type.attention_bias else y_BTD
+
+    def _projected(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        """Queries, keys or values [B, T, N, H], by the weight `name` and its bias."""
+        y_BTNH = getattr(self, name)(x_BTD, P(*spec_of(x_BTD)[:2], "tensor", None))
+        return biased(y_BTNH, getattr(self, f"{name}_bias")) if self.layer_type.attention_bias else y_BTNH
 
     def _norm_and_rotate(self, x_BTNH: jax.Array, norm: str, angles: Angles) -> jax.Array:
         normed, after = self.layer_type.qk_norm != "none", self.layer_type.qk_norm_after_rope
@@ -147,11 +157,6 @@ def _triangle(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def _heads(x_BTD: jax.Array) -> P:
-    """How queries, keys and values of these activations lie."""
-    return P(*spec_of(x_BTD)[:2], "tensor", None)
-
-
 def _head_norm(model: Model, layer_type: LayerType, heads: int) -> Norm:
     """The norm of queries or keys [B, T, heads, H], by `layer_type.qk_norm_scope`."""
     if layer_type.qk_norm_scope == "head_dim":
@@ -180,7 +185,9 @@ def rope_frequencies(theta: float, dims: int, scaling: RopeScaling) -> tuple[np.
         first, last = (
             dims * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (scaling.high, scaling.low)
         )
-        first, last = max(math.floor(first), 0), min(math.ceil(last), dims - 1)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dims - 1)
         last += 0.001 * (first == last)  # where the ends cross the ramp falls, as it does in the code of the paper
         stretch = np.clip((np.arange(dims // 2) - first) / (last - first), 0, 1)
         size = 0.1 * math.log(factor) + 1 if scaling.attention_factor is None else scaling.attention_factor

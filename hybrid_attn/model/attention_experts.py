@@ -45,7 +45,7 @@ class AttentionExperts(nnx.Module):
         o_BTMH, state = attend(*(self._joined(heads, 2) for heads in (queries, keys, values)), sinks)
         gates_BTE = self.gates(x_BTD).astype(x_BTD.dtype)
         terms_BTD = [
-            expert.output(x_BTD, gates_BTE[..., i, None, None] * o_BTNH)
+            gates_BTE[..., i, None] * expert.output(x_BTD, o_BTNH)
             for i, (expert, o_BTNH) in enumerate(zip(experts, self._separated(o_BTMH), strict=True))
         ]
         return sum(terms_BTD), state

@@ -58,9 +58,12 @@ def blocks_of(expert_nk: jax.Array, experts: int, rows: int) -> Blocks:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def grouped_mlp(mlp: ChunkedMLP, x_nD, gates_nk, blocks: Blocks, w_gate, w_up, w_down) -> jax.Array:
-    """The sum over the experts of a token of gate times feed-forward, [n, D]; matrices are [E, D, F], the last [E, F, D]."""
-    return _forward(mlp, x_nD, gates_nk, blocks, w_gate, w_up, w_down)[0]
+def grouped_mlp(mlp: ChunkedMLP, x_nD, gates_nk, blocks: Blocks, *weights) -> jax.Array:
+    """The sum over the experts of a token of gate times feed-forward, [n, D]; matrices are [E, D, F], the last [E, F, D].
+
+    After them there may be the biases [E, F] of the first two.
+    """
+    return _forward(mlp, x_nD, gates_nk, blocks, *weights)[0]
 
 
 def _rows(x_nA: jax.Array, index: jax.Array) -> jax.Array:
@@ -107,9 +110,11 @@ def _backward(mlp: ChunkedMLP, residuals, dy_nD):
         added_DF = [a + b for a, b in zip(_of_expert(sums_EDF, expert), terms_DF, strict=True)]
         return *_put((dx_IrD,), i, (dx_rD,)), _put(sums_EDF, expert, added_DF)
 
-    zeros = jnp.zeros(out_IrD.shape, x_nD.dtype), (jnp.zeros(weights[0].shape, jnp.float32),) * 3
-    dx_IrD, (dw_gate, dw_up, dw_downT) = jax.lax.fori_loop(0, blocks.used, block, zeros)
-    dweights = (dw.astype(weights[0].dtype) for dw in (dw_gate, dw_up, dw_downT.mT))
+    sizes = [weights[0].shape] * 3 + [bias_EF.shape for bias_EF in weights[3:]]
+    zeros = jnp.zeros(out_IrD.shape, x_nD.dtype), tuple(jnp.zeros(size, jnp.float32) for size in sizes)
+    dx_IrD, (dw_gate, dw_up, dw_downT, *db_EF) = jax.lax.fori_loop(0, blocks.used, block, zeros)
+    gradients_E = (dw_gate, dw_up, dw_downT.mT, *db_EF)
+    dweights = (dw.astype(w.dtype) for dw, w in zip(gradients_E, weights, strict=True))
     return _copies(dx_IrD, blocks).sum(1).astype(x_nD.dtype), dgates_nk, None, *dweights
 
 

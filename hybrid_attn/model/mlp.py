@@ -22,12 +22,31 @@ ACTIVATIONS = {
 }
 
 
+class Gating(NamedTuple):
+    """How the two products of a feed-forward become its hidden activations."""
+
+    activation: str
+    limit: float | None
+    alpha: float
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """act(gate) * up; with a limit, gate * sigmoid(alpha gate) * (up + 1) of clipped products (gpt-oss)."""
+        if self.limit is None:
+            return ACTIVATIONS[self.activation](gate) * up
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
+
+
+def gating_of(model: Model, layer_type: LayerType) -> Gating:
+    return Gating(model.activation, layer_type.mlp.swiglu_limit, layer_type.mlp.swiglu_alpha)
+
+
 class GatedMLP(nnx.Module):
     """Gated feed-forward: down(act(gate x) * up x)."""
 
     def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs):
         D, F, std = model.d_model, mlp_width(model, layer_type), model.init_std
-        self.activation = model.activation
+        self.gating = gating_of(model, layer_type)
         self.gate = linear(rngs, (D, F), ("embed", "mlp"), std)
         self.up = linear(rngs, (D, F), ("embed", "mlp"), std)
         self.down = linear(rngs, (F, D), ("mlp", "embed"), std)
@@ -36,16 +55,16 @@ class GatedMLP(nnx.Module):
         """The output [B, T, D], and no scalars."""
         if chunks is not None:
             weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
-            mlp = ChunkedMLP(self.activation, self.gate.dot, chunks.saves_products)
+            mlp = ChunkedMLP(self.gating, self.gate.dot, chunks.saves_products)
             return in_chunks(mlp, chunks.tokens, x_BTD, *weights), {}
-        h_BTF = ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD)
+        h_BTF = self.gating(self.gate(x_BTD), self.up(x_BTD))
         return self.down(h_BTF, spec_of(x_BTD)), {}
 
 
 class ChunkedMLP(NamedTuple):
     """What is static in the feed-forward of a chunk; `dot` multiplies with weights, `saves_products` is that of `Chunks`."""
 
-    activation: str
+    gating: Gating
     dot: Dot
     saves_products: bool
 
@@ -58,14 +77,16 @@ class ChunkedMLP(NamedTuple):
         return self.dot(x_cA, w_AB, (((1,), (0,)), ((), ())), preferred_element_type=x_cA.dtype)
 
     def hidden(self, gate_cF: jax.Array, up_cF: jax.Array) -> jax.Array:
-        return ACTIVATIONS[self.activation](gate_cF) * up_cF
+        return self.gating(gate_cF, up_cF)
 
-    def __call__(self, x_cD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
-        return self.with_products(x_cD, w_gate, w_up, w_down)[0]
+    def __call__(self, x_cD: jax.Array, *weights: jax.Array) -> jax.Array:
+        return self.with_products(x_cD, *weights)[0]
 
-    def with_products(self, x_cD: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> tuple[jax.Array, tuple]:
-        """The output [c, D], and (gate_cF, up_cF)."""
+    def with_products(self, x_cD: jax.Array, w_gate, w_up, w_down, *biases_F: jax.Array) -> tuple[jax.Array, tuple]:
+        """The output [c, D], and (gate_cF, up_cF), to which there may be biases."""
         products_cF = self.product(x_cD, w_gate), self.product(x_cD, w_up)
+        if biases_F:
+            products_cF = tuple(x_cF + b_F.astype(x_cF.dtype) for x_cF, b_F in zip(products_cF, biases_F, strict=True))
         return self.product(self.hidden(*products_cF), w_down), products_cF
 
 
@@ -112,14 +133,15 @@ def _backward(mlp: ChunkedMLP, residuals, dy_IcD):
 
 
 def gradients(mlp: ChunkedMLP, x_cD, products_cF, dy_cD, *weights):
-    """Gradients of the activations [c, D], and in float32 of the weights, transposed to [D, F]."""
-    return (_gradients_by_hand if mlp.is_plain else _gradients)(mlp, x_cD, products_cF, dy_cD, *weights)
+    """Gradients of the activations [c, D], and in float32 of the weights: matrices are transposed to [D, F]."""
+    by_hand = mlp.is_plain and len(weights) == 3  # without biases
+    return (_gradients_by_hand if by_hand else _gradients)(mlp, x_cD, products_cF, dy_cD, *weights)
 
 
-def _gradients(mlp: ChunkedMLP, x_cD, _, dy_cD, w_gate, w_up, w_down):
-    _, pull = jax.vjp(mlp, x_cD, w_gate, w_up, w_down)
-    dx_cD, dw_gate, dw_up, dw_down = pull(dy_cD)
-    return dx_cD, *(dw_DF.astype(jnp.float32) for dw_DF in (dw_gate, dw_up, dw_down.T))
+def _gradients(mlp: ChunkedMLP, x_cD, _, dy_cD, *weights):
+    _, pull = jax.vjp(mlp, x_cD, *weights)
+    dx_cD, dw_gate, dw_up, dw_down, *db_F = pull(dy_cD)
+    return dx_cD, *(dw.astype(jnp.float32) for dw in (dw_gate, dw_up, dw_down.T, *db_F))
 
 
 def _gradients_by_hand(mlp: ChunkedMLP, x_cD, products_cF, dy_cD, w_gate, w_up, w_down):

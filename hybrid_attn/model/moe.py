@@ -16,8 +16,8 @@ from hybrid_attn.config import MLP, LayerType, Model, mlp_width, shared_width
 from hybrid_attn.model.domain_router import DomainRouter
 from hybrid_attn.model.execution import Chunks
 from hybrid_attn.model.grouped import ITERATIONS, blocks_of, grouped_mlp, rows_of_block
-from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP
-from hybrid_attn.model.params import cast, experts, linear, vector
+from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP, gating_of
+from hybrid_attn.model.params import biased, cast, experts, linear, vector
 from hybrid_attn.parallel.mesh import BATCH, all_gathered, reduce_scattered, spec_of, width_axes
 
 TINY = 1e-20  # beside a sum of scores that may be zero
@@ -33,7 +33,7 @@ class MoE(nnx.Module):
         self.settings = layer_type.mlp
         E, k, std = self.settings.experts, self.settings.top_k, model.init_std
         D, F = model.d_model, mlp_width(model, layer_type)
-        self.activation = model.activation
+        self.gating = gating_of(model, layer_type)
         if self.settings.domain_dim is None:
             self.router = linear(rngs, (D, E), ("embed", "score"), std, exact=True)
         else:
@@ -41,6 +41,10 @@ class MoE(nnx.Module):
         self.gate = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
         self.up = experts(rngs, (E, D, F), ("expert", "embed", "mlp"), std, k)
         self.down = experts(rngs, (E, F, D), ("expert", "mlp", "embed"), std, k)
+        if self.settings.biases:
+            self.router_bias = vector((E,), ("score",), 0.0)
+            self.gate_bias, self.up_bias = (vector((E, F), ("expert", "mlp"), 0.0, active=k) for _ in range(2))
+            self.down_bias = vector((E, D), ("score", "norm"), 0.0, active=k)
         if self.settings.shared_experts:
             shared = dataclasses.replace(self.settings, d_ff=shared_width(model, layer_type))
             self.shared = GatedMLP(model, dataclasses.replace(layer_type, mlp=shared), rngs=rngs)
@@ -56,16 +60,28 @@ class MoE(nnx.Module):
         """
         with jax.default_matmul_precision("float32"):
             logits_BTE = self.router(x_BTD.astype(jnp.float32))
+        if self.settings.biases:
+            logits_BTE = biased(logits_BTE, self.router_bias)
         bias_E = None if self.settings.bias_rate is None else self.bias[...]
         gates_BTk, expert_BTk = routed(self.settings, logits_BTE, bias_E)
-        weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
-        mlp = ChunkedMLP(self.activation, self.gate.dot, saves_products=False)
+        weights = [cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down)]
+        if self.settings.biases:
+            weights += [self.gate_bias[...], self.up_bias[...]]
+        mlp = ChunkedMLP(self.gating, self.gate.dot, saves_products=False)
         y_BTD, load_E = of_experts(mlp, x_BTD, gates_BTk, expert_BTk, seg_BT > 0, *weights)
+        if self.settings.biases:
+            y_BTD += self._of_biases(gates_BTk, expert_BTk, seg_BT > 0).astype(x_BTD.dtype)
         if self.settings.shared_experts:
             y_BTD += self._of_shared(x_BTD, seg_BT, chunks)
         if self.settings.shared_combine == "average":
             y_BTD = y_BTD / 2
         return y_BTD, scalars(self.settings, logits_BTE, seg_BT > 0, load_E, bias_E)
+
+    def _of_biases(self, gates_BTk: jax.Array, expert_BTk: jax.Array, real_BT: jax.Array) -> jax.Array:
+        """What the biases of the last products of a token's experts add to it, [B, T, D] in float32."""
+        chosen_BTkE = jax.nn.one_hot(expert_BTk, self.settings.experts) * real_BT[..., None, None]
+        gates_BTE = (gates_BTk[..., None] * chosen_BTkE).sum(2)
+        return jax.lax.dot_general(gates_BTE, self.down_bias[...], (((2,), (0,)), ((), ())), precision="highest")
 
     def _of_shared(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> jax.Array:
         y_BTD, _ = self.shared(x_BTD, seg_BT, chunks)
@@ -80,12 +96,13 @@ def scores(settings: MLP, logits_BTE: jax.Array) -> jax.Array:
 def routed(settings: MLP, logits_BTE: jax.Array, bias_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The gates [B, T, k] and the indices of the experts of each token; of equal scores the first expert's counts as larger.
 
-    Experts are chosen by score plus bias (arXiv 2408.15664, equation 3); gates are made of the scores alone.
+    Experts are chosen by score, or logit, plus bias (arXiv 2408.15664, equation 3); gates are made of the scores alone.
     """
 
     def shard(logits_BTE, *biases):
         scores_BTE = scores(settings, logits_BTE)
-        gates_BTk, expert_BTk = jax.lax.top_k(sum(biases, scores_BTE), settings.top_k)
+        chosen_by_BTE = logits_BTE if settings.bias_on == "logit" else scores_BTE
+        gates_BTk, expert_BTk = jax.lax.top_k(sum(biases, chosen_by_BTE), settings.top_k)
         if biases:
             gates_BTk = jnp.take_along_axis(scores_BTE, expert_BTk, -1)
         if settings.renormalise:
@@ -106,7 +123,7 @@ def of_experts(mlp: ChunkedMLP, x_BTD, gates_BTk, expert_BTk, real_BT, *weights)
     """
 
     def shard(x_BTD, gates_BTk, expert_BTk, real_BT, *shards):
-        weights = [all_gathered(w, axes, dim) for w, dim in zip(shards, (1, 1, 2), strict=True)]
+        weights = [all_gathered(w, axes, dim) for w, dim in zip(shards, (1, 1, 2), strict=False)] + [*shards[3:]]
         E, of_all = len(weights[0]), len(weights[0]) * jax.lax.axis_size("expert")
         expert_BTk = jnp.where(real_BT[..., None], expert_BTk, of_all)
         tokens = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, gates_BTk, expert_BTk))

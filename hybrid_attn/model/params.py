@@ -158,10 +158,17 @@ def embedding(
     return Weight(_normal(rngs, spec), spec=spec)
 
 
-def vector(shape: tuple[int, ...], axes: tuple[str, ...], value: float, sign_rate: float | None = None) -> Weight:
-    """A weight that starts at one value: of a norm, a scalar of each head, or a bias of each expert."""
-    spec = ParamSpec(shape, axes, VECTOR, 0.0, 0, sign_rate=sign_rate)
+def vector(
+    shape: tuple[int, ...], axes: tuple[str, ...], value: float, sign_rate: float | None = None, active: int | None = None
+) -> Weight:
+    """A weight that starts at one value: of a norm, a scalar of each head, or a bias; `active` as in `ParamSpec`."""
+    spec = ParamSpec(shape, axes, VECTOR, 0.0, 0, active, sign_rate=sign_rate)
     return Weight(jnp.full(shape, value, jnp.float32, out_sharding=spec.sharding), spec=spec)
+
+
+def biased(x: jax.Array, bias: Weight) -> jax.Array:
+    """`x` plus a vector, in the dtype of `x`."""
+    return x + bias[...].astype(x.dtype)
 
 
 def _normal(rngs: nnx.Rngs, spec: ParamSpec) -> jax.Array:

@@ -63,6 +63,13 @@ CASES = {
         "prefix_dense_sliding_window_pattern": 2,
     },
     "granitemoe_swa": MOE | MULTIPLIERS | {"shared_intermediate_size": 56, "layer_rope_theta": [0, 1e4, 1e5, 1e4, 0, 1e4]},
+    "afmoe experts": MOE | {"mup_enabled": True, "moe_intermediate_size": 24, "num_experts_per_tok": 3, "route_scale": 2.5},
+    "exaone_moe": MOE | {"moe_intermediate_size": 24, "sliding_window_pattern": 3, "num_experts_per_tok": 3},
+    "kolibri1": MOE | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 17, "num_experts_per_tok": 3},
+    "kolibri1 normed": MOE
+    | {"moe_intermediate_size": 24, "norm_topk_prob": True, "layer_types": [FULL] * 6, "sliding_window": None},
+    "gpt_oss": MOE
+    | {"swiglu_limit": 0.7, "num_experts_per_tok": 3, "rope_parameters": YARN | {"rope_theta": 1e4, "truncate": False}},
     "ministral3": {"rope_parameters": YARN | {"rope_theta": 1e4, "llama_4_scaling_beta": 0.4}, "head_dim": 24},
     "ministral3 window": {"rope_parameters": STEPS, "sliding_window": WINDOW, "tie_word_embeddings": True},
 }
@@ -83,6 +90,9 @@ def theirs(request, tmp_path):
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(tmp_path / "theirs")
     return model, tmp_path / "theirs", values
 
