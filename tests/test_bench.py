@@ -62,6 +62,19 @@ def test_attention_is_timed_at_every_length_and_its_growth_fitted(tmp_path):
 
 
 @pytest.mark.slow
+def test_experts_are_timed_beside_ragged_dot_and_a_dense_feed_forward_with_the_same_flops(tmp_path):
+    options = "--options=d_model=16,d_ff=24,experts=4+8,contenders=ours+ragged_dot+dense"
+    result, printed = measured(tmp_path / "out.json", "experts", "--lengths=64", options)
+    part = result["parts"]["experts"]
+    pairs = [(r["contender"], r["experts"]) for r in part["records"]]
+    assert pairs == [("ours", 4), ("ours", 8), ("ragged_dot", 4), ("ragged_dot", 8), ("dense", 1)]
+    assert {r["flops"] for r in part["records"]} == {3 * 6 * 64 * 2 * 16 * 24}
+    four, eight, *_ = (r["seconds"] for r in part["records"])
+    growth = part["figures"]["time of 8 experts / 4, 64 tokens"]
+    assert growth["value"] == pytest.approx(eight / four, rel=1e-3) and len(rows(printed, "ours")) == 2
+
+
+@pytest.mark.slow
 def test_steps_with_statistics_are_timed_beside_others_have_their_losses_and_their_cost_is_printed(tmp_path):
     result, printed = measured(tmp_path / "out.json", "statistics", "--lengths=32", *changes("LLLG"))
     plain, other = result["parts"]["statistics"]["records"]
@@ -139,6 +152,7 @@ def test_the_pieces_of_a_step_are_timed_and_have_all_of_its_flops(tmp_path):
         (["--part=stride"], "--part has 'stride'; known: attention, step, "),
         (["--part=layouts", "--config=configs/bench.py", "--config.model.d_ff=0"], "model.d_ff=0"),
         (["--part=attention", "--lengths=64", "--options=heads=3"], "heads=3, no multiple of kv_heads=2"),
+        (["--part=experts", "--lengths=64", "--options=top_k=9"], "top_k=9, more than experts=8"),
         (["--part=attention", "--lengths=64", "--options=head=3"], "part attention names 'head'"),
         (["--part=step,growth", "--options=chunk=16"], "--options=chunk=16 belongs to one part"),
         ([], "name one of --page and --part"),

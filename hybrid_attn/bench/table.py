@@ -6,6 +6,7 @@ from hybrid_attn.trees import check
 
 PARTS = {
     "attention": "one layer's kernel, forward and backward, beside jax.nn and PyTorch",
+    "experts": "feed-forwards of experts, forward and backward, beside ragged_dot and a dense one",
     "step": "a training step beside transformers",
     "layouts": "a training step beside full attention",
     "statistics": "a training step with statistics beside one without",
