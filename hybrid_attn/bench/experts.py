@@ -121,7 +121,8 @@ def table(records: list[dict]) -> str:
             rows[-1] += [f"{r['flops'] / r['seconds'] / r['peak']:.0%}", f"{r['seconds'] / ideal:.2f}" if ideal else "—"]
     r, header = records[0], ("contender", "experts", "tokens", "ms", "best", "of peak", "time / dense")
     text = f"{r['top_k']} experts of a token, {r['d_model']} x {r['d_ff']}, float32; forward and backward\n\n"
-    return text + measurement.table(header, rows) + measurement.missing(records, lambda r: f"{r['contender']}, {r['experts']} experts")
+    missing = measurement.missing(records, lambda r: f"{r['contender']}, {r['experts']} experts")
+    return text + measurement.table(header, rows) + missing
 
 
 def figures(records: list[dict]) -> dict[str, Figure]:
