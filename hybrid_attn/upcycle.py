@@ -20,6 +20,7 @@ from hybrid_attn.trees import check
 Source = tuple[int, str]  # the number of a model, and the name of one of its parameters
 MATRICES = "gate|up|down"  # of an expert
 DOMAINS = "mlp/router/domains"
+OF_GATED = "d_ff", "swiglu_limit", "swiglu_alpha"  # fields of a dense feed-forward, which its experts have too
 
 
 MEAN, STACK, APPEND, NEW = "mean", "stack", "append", "new"
@@ -96,7 +97,7 @@ def mixture(values: Mapping, recipe: Recipe, changes: Mapping) -> dict:
     """The nested dict of the config of the mixture, from that of a dense model; `changes` are those of its feed-forwards."""
 
     def mixed(kind: Mapping) -> dict:
-        fields = {"experts": len(recipe.experts), "d_ff": kind["mlp"]["d_ff"], **recipe.mlp, **changes}
+        fields = {name: kind["mlp"][name] for name in OF_GATED} | {"experts": len(recipe.experts), **recipe.mlp, **changes}
         attention = {"mixer": "attention_experts", "attention_experts": len(recipe.experts)} if recipe.attention else {}
         return {**kind, **attention, "mlp": trees.plain(base.moe(**fields))}
 

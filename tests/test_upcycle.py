@@ -124,6 +124,12 @@ def test_nexus_shares_the_feed_forward_of_the_seed_and_averages_the_experts(dens
     assert (mlp.experts, mlp.shared_experts, mlp.top_k, mlp.renormalise, mlp.domain_dim) == (2, 1, 1, False, D)
 
 
+def test_the_experts_of_a_mixture_have_the_fields_of_the_dense_feed_forward():
+    values = config.to_dict(tiny(L={"mlp.swiglu_limit": 7.0, "mlp.swiglu_alpha": 1.5, "mlp.d_ff": 24}))
+    mlp = upcycle.mixture(values, upcycle.btx(2, 1), {"top_k": 1})["model"]["kinds"]["L"]["mlp"]
+    assert (mlp["swiglu_limit"], mlp["swiglu_alpha"], mlp["d_ff"], mlp["experts"], mlp["top_k"]) == (7.0, 1.5, 24, 2, 1)
+
+
 def test_the_embedding_of_a_domain_is_the_mean_of_its_tokens_at_a_size_of_one():
     embed_VD = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
     tokens = [2, 2, 6, 0]
