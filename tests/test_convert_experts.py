@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from converted import GOLDEN, assert_same, edit_tensors, read, with_layer_type
+from converted import GOLDEN, assert_same, edit, edit_tensors, read, with_layer_type
 
 from hybrid_attn.convert import families, hf
 
@@ -27,6 +27,16 @@ def test_experts_that_are_missing_or_misshapen_are_one_line(change, message, tmp
     with pytest.raises(ValueError) as error:
         read(directory)
     assert str(error.value) == message.replace("DIR", str(directory)) + "; correct config.json, or download the model again"
+
+
+@pytest.mark.parametrize("case, number", [("cohere2_moe", 4 * (3 + 1)), ("kolibri1", 5 * (3 + 2)), ("granitemoe_swa", 5 * 3)])
+def test_another_number_of_experts_is_one_line(case, number, tmp_path, one_device):
+    """For each layer, the three matrices of the sixth expert, or the tensors of all, the router, and its bias."""
+    directory = shutil.copytree(GOLDEN[case], tmp_path / "model")
+    edit(directory, num_experts=6, num_local_experts=6)
+    with pytest.raises(ValueError, match=f"^{number} tensors of experts in .* are not those of its config.json") as error:
+        read(directory)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_the_library_does_not_apply_an_older_rope_scaling_that_is_refused_here(m
 def test_what_is_refused_for_its_heads_is_what_the_library_does_not_open(model_type, tmp_path):
     """A width that is no multiple of the heads."""
     values = {"model_type": model_type} | SIZES | {"hidden_size": 66, "head_dim": 16, "query_pre_attn_scalar": 16}
-    values |= {"num_dense_layers": 6, "sliding_window": WINDOW}
+    values |= {"num_dense_layers": 6, "moe_intermediate_size": 24, "num_experts_per_tok": 2} | MOE | {"head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(values))
     model = families.model_of(values)
     try:
