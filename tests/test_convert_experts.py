@@ -49,6 +49,7 @@ def test_another_number_of_experts_is_one_line(case, number, tmp_path, one_devic
         ("cohere2_moe", {"mlp_layer_types": ["dense", "thin"] + ["sparse"] * 3}, "mlp_layer_types thin; known: dense, sparse"),
         ("exaone_moe", {"n_group": 2}, "n_group=2; for exaone_moe, only n_group=1 is supported"),
         ("exaone_moe", {"mlp_layer_types": ["dense"] * 5}, "mlp_layer_types for 5 layers of 4"),
+        ("kolibri1", {"sliding_window": None}, "no sliding_window, and kolibri1 does not run without"),
         ("kolibri1", {"moe_intermediate_size": -1}, "moe_intermediate_size=-1, which must be a whole number above 0"),
         ("granitemoe_swa", {"num_local_experts": "4"}, "num_local_experts='4', which must be a whole number above 0"),
         ("granitemoe_swa", {"layer_rope_theta": [0, 100.0]}, "layer_rope_theta for 2 layers of 5"),

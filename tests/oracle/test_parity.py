@@ -66,8 +66,7 @@ CASES = {
     "afmoe experts": MOE | {"mup_enabled": True, "moe_intermediate_size": 24, "num_experts_per_tok": 3, "route_scale": 2.5},
     "exaone_moe": MOE | {"moe_intermediate_size": 24, "sliding_window_pattern": 3, "num_experts_per_tok": 3},
     "kolibri1": MOE | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 17, "num_experts_per_tok": 3},
-    "kolibri1 normed": MOE
-    | {"moe_intermediate_size": 24, "norm_topk_prob": True, "layer_types": [FULL] * 6, "sliding_window": None},
+    "kolibri1 normed": MOE | {"moe_intermediate_size": 24, "norm_topk_prob": True},
     "gpt_oss": MOE
     | {"swiglu_limit": 0.7, "num_experts_per_tok": 3, "rope_parameters": YARN | {"rope_theta": 1e4, "truncate": False}},
     "ministral3": {"rope_parameters": YARN | {"rope_theta": 1e4, "llama_4_scaling_beta": 0.4}, "head_dim": 24},
