@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from converted import GOLDEN, assert_same, edit_tensors, read, with_layer_type
+from converted import GOLDEN, assert_same, edit, edit_tensors, read, with_layer_type
 
 from hybrid_attn.convert import families, hf
 
@@ -29,6 +29,16 @@ def test_experts_that_are_missing_or_misshapen_are_one_line(change, message, tmp
     assert str(error.value) == message.replace("DIR", str(directory)) + "; correct config.json, or download the model again"
 
 
+@pytest.mark.parametrize("case, number", [("cohere2_moe", 4 * (3 + 1)), ("kolibri1", 5 * (3 + 2)), ("granitemoe_swa", 5 * 3)])
+def test_another_number_of_experts_is_one_line(case, number, tmp_path, one_device):
+    """For each layer, the three matrices of the sixth expert, or the tensors of all, the router, and its bias."""
+    directory = shutil.copytree(GOLDEN[case], tmp_path / "model")
+    edit(directory, num_experts=6, num_local_experts=6)
+    with pytest.raises(ValueError, match=f"^{number} tensors of experts in .* are not those of its config.json") as error:
+        read(directory)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("case", "fields", "message"),
     [
@@ -39,6 +49,7 @@ def test_experts_that_are_missing_or_misshapen_are_one_line(change, message, tmp
         ("cohere2_moe", {"mlp_layer_types": ["dense", "thin"] + ["sparse"] * 3}, "mlp_layer_types thin; known: dense, sparse"),
         ("exaone_moe", {"n_group": 2}, "n_group=2; for exaone_moe, only n_group=1 is supported"),
         ("exaone_moe", {"mlp_layer_types": ["dense"] * 5}, "mlp_layer_types for 5 layers of 4"),
+        ("kolibri1", {"sliding_window": None}, "no sliding_window, and kolibri1 does not run without"),
         ("kolibri1", {"moe_intermediate_size": -1}, "moe_intermediate_size=-1, which must be a whole number above 0"),
         ("granitemoe_swa", {"num_local_experts": "4"}, "num_local_experts='4', which must be a whole number above 0"),
         ("granitemoe_swa", {"layer_rope_theta": [0, 100.0]}, "layer_rope_theta for 2 layers of 5"),

@@ -204,6 +204,10 @@ def exaone_moe_layout(model: Model) -> dict:
 
 def kolibri_layer_types(c: dict) -> list[LayerType]:
     """Attention is that of EXAONE 4; the bias of an expert is added to its logit. Every fifth layer is full by default."""
+    check(
+        c.get("sliding_window") is not None,
+        "config.json has no sliding_window, and kolibri1 does not run without",
+    )
     c = {"num_local_experts": c["num_experts"]} | c  # the library writes one and reads both
     default = [FULL if (i + 1) % 5 == 0 else LOCAL for i in range(c["num_hidden_layers"])]
     fields = {"shared_experts": 1, "shared_d_ff": positive_int(c, "shared_expert_intermediate_size"), "bias_on": "logit"}

@@ -38,6 +38,11 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
     transposed: bool
 
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it belongs to experts or their router."""
+        return self.expert is not None or self.path.endswith(OF_ROUTERS)
+
     def ours(self, x, shape: tuple[int, ...]):
         """The array of the file with our axes; `shape` is ours, without the axes of periods and experts."""
         return (x.T if self.transposed else x).reshape(shape)
@@ -63,6 +68,7 @@ MATRICES = {"gate": 1, "up": 1, "down": 1}
 # The number of leading axes of our matrices that are `in`; other parameters have the same axes in both.
 INPUT_AXES = {f"{group}/{name}": 1 for group in ("mlp", "mlp/shared") for name in MATRICES}
 INPUT_AXES |= {"attention/q": 1, "attention/k": 1, "attention/v": 1, "attention/gate": 1, "attention/o": 2, "mlp/router": 1}
+OF_ROUTERS = "mlp/router", "mlp/router_bias", "mlp/bias"
 OF_EXPERTS = tuple(f"mlp/{name}{x}" for name in MATRICES for x in ("", "_bias"))  # in a mixture axis 0 counts experts
 
 

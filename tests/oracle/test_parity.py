@@ -66,8 +66,7 @@ CASES = {
     "afmoe experts": MOE | {"mup_enabled": True, "moe_intermediate_size": 24, "num_experts_per_tok": 3, "route_scale": 2.5},
     "exaone_moe": MOE | {"moe_intermediate_size": 24, "sliding_window_pattern": 3, "num_experts_per_tok": 3},
     "kolibri1": MOE | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 17, "num_experts_per_tok": 3},
-    "kolibri1 normed": MOE
-    | {"moe_intermediate_size": 24, "norm_topk_prob": True, "layer_types": [FULL] * 6, "sliding_window": None},
+    "kolibri1 normed": MOE | {"moe_intermediate_size": 24, "norm_topk_prob": True},
     "gpt_oss": MOE
     | {"swiglu_limit": 0.7, "num_experts_per_tok": 3, "rope_parameters": YARN | {"rope_theta": 1e4, "truncate": False}},
     "ministral3": {"rope_parameters": YARN | {"rope_theta": 1e4, "llama_4_scaling_beta": 0.4}, "head_dim": 24},
@@ -202,7 +201,7 @@ def test_the_library_does_not_apply_an_older_rope_scaling_that_is_refused_here(m
 def test_what_is_refused_for_its_heads_is_what_the_library_does_not_open(model_type, tmp_path):
     """A width that is no multiple of the heads."""
     values = {"model_type": model_type} | SIZES | {"hidden_size": 66, "head_dim": 16, "query_pre_attn_scalar": 16}
-    values |= {"num_dense_layers": 6, "sliding_window": WINDOW}
+    values |= {"num_dense_layers": 6, "moe_intermediate_size": 24, "num_experts_per_tok": 2} | MOE | {"head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(values))
     model = families.model_of(values)
     try:
