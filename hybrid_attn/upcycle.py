@@ -21,8 +21,6 @@ Source = tuple[int, str]  # the number of a model, and the name of one of its pa
 MATRICES = "gate|up|down"  # of an expert
 DOMAINS = "mlp/router/domains"
 OF_GATED = "d_ff", "swiglu_limit", "swiglu_alpha"  # fields of a dense feed-forward, which its experts have too
-
-
 MEAN, STACK, APPEND, NEW = "mean", "stack", "append", "new"
 
 
