@@ -302,7 +302,8 @@ def test_every_query_key_norm_is_its_formula_before_or_after_the_rotation(qk_nor
     rng = np.random.default_rng(9)
     q, k = rng.normal(size=(7, 4, 8)), rng.normal(1.0, 2.0, size=(7, 2, 8))
     pos = 3 * np.arange(7)
-    got = layer.norm_and_rotate(*(jnp.asarray(x[None], jnp.float32) for x in (q, k)), jnp.asarray(pos[None]))
+    angles, arrays = layer.angles(jnp.asarray(pos[None])), {"q_norm": q, "k_norm": k}
+    got = tuple(layer.norm_and_rotate(jnp.asarray(x[None], jnp.float32), norm, angles) for norm, x in arrays.items())
     wanted = place_by_hand(layer.layer_type, layer.model, params, q, k, pos)
     assert_close(tuple(x[0] for x in jax.device_get(got)), wanted, 2e-6)
     shapes = {"head_dim": [(8,), (8,)], "head": [(4, 8), (2, 8)], "projection": [(4, 8), (2, 8)]}[scope]

@@ -149,7 +149,7 @@ def test_the_pieces_of_a_step_are_timed_and_have_all_of_its_flops(tmp_path):
     ("flags", "message"),
     [
         (["--part=growth", "--lengths=2Q"], "--lengths has '2Q'"),
-        (["--part=stride"], "--part has 'stride'; known: attention, step, "),
+        (["--part=stride"], "--part has 'stride'; known: attention, experts, step, "),
         (["--part=layouts", "--config=configs/bench.py", "--config.model.d_ff=0"], "model.d_ff=0"),
         (["--part=attention", "--lengths=64", "--options=heads=3"], "heads=3, no multiple of kv_heads=2"),
         (["--part=experts", "--lengths=64", "--options=top_k=9"], "top_k=9, more than experts=8"),

@@ -24,7 +24,7 @@ from hybrid_attn.infer import loading
 from hybrid_attn.infer.cache import Compression
 from hybrid_attn.infer.engine import Engine
 from hybrid_attn.infer.requests import GenerateOptions
-from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.parallel.mesh import mesh_over_first
 from hybrid_attn.trees import check
 
 METHODS = ("snapkv", "adakv", "streaming", "random")
@@ -88,7 +88,7 @@ def bench() -> None:
     source = config.Source((), None, 0, None, "recall", PAIRS.value)
     shortest = config.shortest_sequence(source)
     check(LENGTH.value >= shortest, f"--length={LENGTH.value}: {PAIRS.value} pairs need {shortest} tokens")
-    with jax.set_mesh(make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.devices()[:1])):
+    with jax.set_mesh(mesh_over_first()):
         c, params, tokenizer = loading.load(CHECKPOINT.value, STEP.value)
         of_bytes = isinstance(tokenizer, ByteTokenizer)
         check(of_bytes, f"{CHECKPOINT.value} has data.tokenizer={c.data.tokenizer!r}, and the sequences are bytes")

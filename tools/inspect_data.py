@@ -17,7 +17,7 @@ from hybrid_attn import config, config_file, programs
 from hybrid_attn.characters import line, visible
 from hybrid_attn.data import corpora, documents, pipeline, prepare, store
 from hybrid_attn.data.tokenizer import load_tokenizer
-from hybrid_attn.parallel.mesh import make_mesh
+from hybrid_attn.parallel.mesh import AXES, make_mesh
 from hybrid_attn.trees import check
 
 VERIFY = flags.DEFINE_bool("verify", False, "Check the checksums of files, the ids against the tokenizer, and loss masks.")
@@ -90,7 +90,7 @@ def show_step(c: config.Config) -> None:
     tokenizer = load_tokenizer(c.data.tokenizer)
     loaded = corpora.load(c.data, c.sources, tokenizer)
     stages = pipeline.stage_sequences(c, {name: corpus.training for name, corpus in loaded.items()}, tokenizer)
-    mesh = make_mesh(config.Mesh(1, 1, 1, 1, 1), jax.local_devices(backend="cpu")[:1])
+    mesh = make_mesh(config.Mesh(**dict.fromkeys(AXES, 1)), jax.local_devices(backend="cpu")[:1])
     step = sum(stage.steps for stage in c.stages[: STAGE.value]) + STEP.value
     batches = pipeline.batches(c, stages, [mesh] * len(c.stages), step)
     batch = {name: np.asarray(array) for name, array in next(batches)[1].items()}

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_attn import config
 from hybrid_attn.bench import measurement
 from hybrid_attn.bench.measurement import Processes, Ready, Task
 from hybrid_attn.bench.part import Figure, Part, Run, chosen
 from hybrid_attn.model import flops
 from hybrid_attn.model.grouped import blocks_of, grouped_mlp, rows_of_block
 from hybrid_attn.model.mlp import ChunkedMLP, Gating, in_chunks
-from hybrid_attn.parallel.mesh import AXES, make_mesh
+from hybrid_attn.parallel.mesh import mesh_over_first
 from hybrid_attn.trees import check
 
 OPTIONS = {
@@ -86,7 +85,7 @@ def make(name: str, case: Case) -> Ready:
         y_nD, back = jax.vjp(lambda x, gates, *w: CONTENDERS[name](case, x, gates, expert_nk, *w), x_nD, gates_nk, *weights)
         return y_nD, back(dy_nD)
 
-    mesh = make_mesh(config.Mesh(*[1] * len(AXES)), jax.devices()[:1])
+    mesh = mesh_over_first()
     with jax.set_mesh(mesh) if name == "dense" else contextlib.nullcontext():  # ragged_dot knows no explicit mesh
         arrays = case.arrays()
         program = jax.jit(work).lower(*arrays).compile()

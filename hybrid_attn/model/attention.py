@@ -76,14 +76,14 @@ class Attention(nnx.Module):
 
     def queries(self, x_BTD: jax.Array, pos_BT: jax.Array, angles: Angles) -> jax.Array:
         """Queries [B, T, N, H] as they enter the scores: normalised, rotated, at their temperature."""
-        q_BTNH = self._norm_and_rotate(self._projected("q", x_BTD), "q_norm", angles)
+        q_BTNH = self.norm_and_rotate(self._projected("q", x_BTD), "q_norm", angles)
         if self.layer_type.temperature.type != "none":
             q_BTNH = (q_BTNH * self.temperatures(pos_BT)).astype(q_BTNH.dtype)
         return q_BTNH
 
     def keys(self, x_BTD: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array]:
         """Keys [B, T, K, H] as they enter the scores, and values."""
-        k_BTKH = self._norm_and_rotate(self._projected("k", x_BTD), "k_norm", angles)
+        k_BTKH = self.norm_and_rotate(self._projected("k", x_BTD), "k_norm", angles)
         return k_BTKH, self._projected("v", x_BTD)
 
     def output(self, x_BTD: jax.Array, o_BTNH: jax.Array) -> jax.Array:
@@ -99,7 +99,8 @@ class Attention(nnx.Module):
         y_BTNH = getattr(self, name)(x_BTD, P(*spec_of(x_BTD)[:2], "tensor", None))
         return biased(y_BTNH, getattr(self, f"{name}_bias")) if self.layer_type.attention_bias else y_BTNH
 
-    def _norm_and_rotate(self, x_BTNH: jax.Array, norm: str, angles: Angles) -> jax.Array:
+    def norm_and_rotate(self, x_BTNH: jax.Array, norm: str, angles: Angles) -> jax.Array:
+        """Queries or keys normalised by `q_norm` or `k_norm`, and rotated."""
         normed, after = self.layer_type.qk_norm != "none", self.layer_type.qk_norm_after_rope
         if normed and not after:
             x_BTNH = getattr(self, norm)(x_BTNH)
