@@ -43,10 +43,11 @@ def test_every_key_can_be_set_on_the_command_line_and_optional_keys_can_be_none(
     value = KEYS[path]
     assert at(overridden(flag_of(path), str(value)), path) == (list(value) if isinstance(value, tuple) else value)
     if is_optional(path):
-        text = {"task": "None", "store": "gs://a/b", "label": "news", "ema_half_life": "0.5"}.get(path.rpartition(".")[2], "7")
-        with_others = "init_from.step", "model.unembed_init_std", "optim.rollback_steps", "stages.0.lr_schedule"
+        name, texts = path.rpartition(".")[2], {"task": "None", "store": "gs://a/b", "label": "news"}
+        text = (texts | dict.fromkeys(("ema_half_life", "bias_rate"), "0.5")).get(name, "7")
+        with_others = "step", "unembed_init_std", "rollback_steps", "lr_schedule", "shared_d_ff", "share_kv"
         alone = (
-            path not in with_others and not path.endswith("tokens") and (not path.endswith("chunk") or "kinds.L" not in path)
+            name not in with_others and not path.endswith("tokens") and (not path.endswith("chunk") or "kinds.L" not in path)
         )
         if alone:
             assert str(at(overridden(flag_of(path), text), path)) in (text, f"{text}.0")

@@ -186,7 +186,7 @@ def test_shrunken_forms_of_the_shipped_configs_train(name, texts, tmp_path, monk
     assert all(0 < line["loss"] < 2 * math.log(384) for line in logged)
 
 
-COMMAND = re.compile(r"(?:--config=|CONFIG=)(configs/[\w/]+\.py(?::\w+)?)(.*)")
+COMMAND = re.compile(r"(?:--config=|CONFIG=)(configs/[\w/]+\.py(?::\w+(?:,\w+)?)?)(.*)")
 TEXTS = ("Makefile", "*.md", "docs/**/*.md", "launch/*.*", "tools/*.py", "hybrid_attn/commands/*.py", "configs/**/*.py")
 WITHOUT_DATA = ("tools/plan.py", "tools/import_hf.py", "tools/show_recipe.py")
 

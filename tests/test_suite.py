@@ -343,13 +343,15 @@ def test_samples_of_questions_follow_from_their_file(tmp_path):
 
 def test_rows_that_a_mesh_does_not_split_are_refused():
     mesh = types.SimpleNamespace(shape={"context": 2, "tensor": 1})
-    model, way = types.SimpleNamespace(num_kv_heads=2), types.SimpleNamespace(zigzag=True, context={"G": "ulysses"})
+    kinds = {"G": types.SimpleNamespace(mixer="attention", share_kv=False)}
+    way = types.SimpleNamespace(zigzag=True, context={"G": "ulysses"})
+    model = types.SimpleNamespace(num_heads=6, num_kv_heads=2, kinds=kinds)
     eval_model = EvalModel(model, None, way, mesh, ByteTokenizer())
     context = context_of(None)._replace(eval_model=eval_model)
     settings = SETTINGS._replace(evals=("recall",), lengths=(64, 66))
     with pytest.raises(ValueError, match="recall of recall: length 66 does not split over 2 context shards of 2 parts each"):
         suite.fitting(settings, context, None, True)
-    wide = eval_model._replace(model=types.SimpleNamespace(num_kv_heads=3))
+    wide = eval_model._replace(model=types.SimpleNamespace(num_heads=6, num_kv_heads=3, kinds=kinds))
     with pytest.raises(ValueError, match="ulysses splits the 3 key/value heads"):
         suite.fitting(settings._replace(lengths=(64,)), context._replace(eval_model=wide), None, True)
 
