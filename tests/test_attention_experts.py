@@ -99,9 +99,9 @@ def wide_model() -> config.Model:
     "sizes, scheme, remat",
     [
         ({"fsdp": 2, "context": 2, "tensor": 2}, "gather", "layer"),
-        ({"data": 2, "context": 4}, "ring", "attention"),
-        ({"expert": 2, "tensor": 4}, "gather", "none"),
-        ({"context": 4, "fsdp": 2}, "ulysses", "none"),
+        pytest.param({"data": 2, "context": 4}, "ring", "attention", marks=pytest.mark.slow),
+        pytest.param({"expert": 2, "tensor": 4}, "gather", "none", marks=pytest.mark.slow),
+        pytest.param({"context": 4, "fsdp": 2}, "ulysses", "none", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -20,9 +20,9 @@ LOCAL = {"type": "moe", "d_ff": 24, "experts": 16, "top_k": 3, "router": "sigmoi
 MESHES = [
     {"expert": 8},
     {"fsdp": 2, "expert": 2, "context": 2},
-    {"data": 2, "expert": 4},
+    pytest.param({"data": 2, "expert": 4}, marks=pytest.mark.slow),
     {"expert": 4, "tensor": 2},
-    {"slices": 2, "expert": 2, "tensor": 2},
+    pytest.param({"slices": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
 ]
 STAGE = {"steps": 9, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
 D = 32
@@ -52,6 +52,7 @@ def test_every_mesh_computes_the_loss_the_metrics_and_the_gradients_of_one_devic
     assert_close(got, on_one_device, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_state_that_one_mesh_saved_is_restored_on_a_mesh_of_experts_and_trains_on(tmp_path):
     c, batch = with_experts({"optim.optimiser": "muon"}), BATCH | {"bytes": np.ones_like(BATCH["weights"])}
     step = make_step(c.at(0), BLOCKED)

@@ -146,7 +146,11 @@ def on_one_device():
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}, {"slices": 2, "fsdp": 2, "tensor": 2}],
+    [
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        pytest.param({"data": 2, "fsdp": 2, "context": 2}, marks=pytest.mark.slow),
+        pytest.param({"slices": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_every_mesh_computes_the_loss_the_metrics_and_the_gradients_of_one_device(sizes, on_one_device):
