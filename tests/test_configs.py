@@ -86,6 +86,8 @@ def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, 
 # The others have sizes; extend needs a checkpoint.
 ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "extend": [], "moe": [*hybrid_8k.SIZES, "30b"]}
 ARGUMENTS |= dict.fromkeys(("models", "base", "bench", "mup"), [""])
+ARGUMENTS |= {"dense": ["tiny,seed", "tiny,tables", "590m,seed", "2b,tables"]}
+ARGUMENTS |= {"mixture": ["tiny,sparse", "tiny,btx", "tiny,bam", "tiny,nexus_extended", "590m,bam", "2b,nexus"]}
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py"))
 SHIPPED = [
     f"{path}{':' * bool(argument)}{argument}"
@@ -113,7 +115,7 @@ def shipped(name, texts, **overrides):
     """A shipped config with the documents, and other flags as --config.KEY=VALUE."""
     values = config_file.load(str(ROOT / name))
     if "recall" not in name:
-        overrides |= {"data.sources.text.paths": f"{texts}/*.txt"}
+        overrides |= {f"data.sources.{source}.paths": f"{texts}/*.txt" for source in values["data"]["sources"]}
     for key, text in overrides.items():
         trees.override(config.Config, values, "config", key, str(text))
     return values
@@ -131,7 +133,7 @@ def test_every_shipped_config_starts_with_a_tokenizer_of_half_its_vocabulary_and
 
     monkeypatch.setattr(loop, "first_state", start)  # which makes the parameters
     monkeypatch.setattr(loop, "load_tokenizer", functools.cache(load_tokenizer))
-    assert len(SHIPPED) == 52
+    assert len(SHIPPED) == 63
     for name in SHIPPED:
         ids = shipped(name, texts)["model"]["vocab_size"]
         overrides = {"mesh.tensor": 1}
