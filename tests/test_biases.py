@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from conftest import BATCH, BLOCKED, REFERENCE, assert_close, batch_of, loss_and_grads, mesh_of, on_mesh, random_params, tiny
 
 from hybrid_attn.infer.engine import Engine, EngineOptions
@@ -12,6 +13,7 @@ GLOBAL = {"rope_theta": 50.0, "attention_bias": True, "mlp.swiglu_limit": 0.3}  
 CONFIG = tiny(L={"window": 5, "rope_theta": 100.0, "attention_bias": True} | MIXTURE, G=GLOBAL)
 
 
+@pytest.mark.slow
 def test_a_mesh_computes_the_loss_and_the_gradients_of_one_device():
     results = []
     for sizes, execution in (({}, REFERENCE), ({"fsdp": 2, "context": 2, "tensor": 2}, BLOCKED)):

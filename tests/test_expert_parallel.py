@@ -21,7 +21,7 @@ MESHES = [
     {"expert": 8},
     {"fsdp": 2, "expert": 2, "context": 2},
     pytest.param({"data": 2, "expert": 4}, marks=pytest.mark.slow),
-    {"expert": 4, "tensor": 2},
+    pytest.param({"expert": 4, "tensor": 2}, marks=pytest.mark.slow),
     pytest.param({"slices": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
 ]
 STAGE = {"steps": 9, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}

@@ -203,6 +203,7 @@ def test_blocks_hold_every_copy_of_every_real_token_once(tokens, k, experts):
     assert (token_R < tokens).sum() == load_E.sum()
 
 
+@pytest.mark.slow
 def test_one_token_reads_the_matrices_of_its_own_experts_alone(one_device):
     settings, graph, state = layer_of(experts=64, top_k=2)
     x_BTD, seg_BT = (x[:1, :1] for x in inputs())

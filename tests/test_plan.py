@@ -91,7 +91,7 @@ def test_a_size_with_a_larger_vocabulary_is_planned_without_a_tokenizer_and_a_li
 def test_the_tool_prints_memory_flops_and_collectives_by_axis():
     done = plan("--target=cpu:4", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.context=2")
     assert done.returncode == 0, done.stderr
-    for message in ("target       cpu:4: 4 cpu", "fsdp 2 x context 2", "memory", "largest", "FLOPs"):
+    for message in ("target       cpu:4: 4 cpu", "fsdp 2 x expert 1 x context 2", "memory", "largest", "FLOPs"):
         assert message in done.stdout
     assert "note" not in done.stdout
     memory, largest = (next(line for line in done.stdout.splitlines() if line.startswith(x)) for x in ("memory ", "largest "))

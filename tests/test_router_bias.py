@@ -75,8 +75,9 @@ def test_the_gradient_of_a_bias_is_experts_times_the_load_above_the_mean_and_the
 @pytest.mark.parametrize(
     "optimiser, sizes",
     [
-        ("muon", {"fsdp": 2, "context": 2, "tensor": 2}),
-        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in optim.OPTIMISERS),
+        ("adamw", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in optim.OPTIMISERS if name != "adamw"),
+        pytest.param("muon", {"fsdp": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -259,6 +259,7 @@ def test_a_projected_router_costs_the_products_of_a_token_with_its_experts():
     assert specs(linear)["periods"]["L0"]["mlp"]["router"].multiplications == 4 * D
 
 
+@pytest.mark.slow
 def test_training_does_not_move_domain_embeddings(one_device):
     c = with_domains()
     state = jax.jit(init_state, static_argnums=0)(c)
