@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import BATCH, BLOCKED, REFERENCE, assert_close, biggest_array, mesh_of, on_mesh, random_params, tiny
 from flax import nnx
-from test_moe import inputs, layer_of, loss_and_grads
+from test_moe import ZIGZAG, inputs, layer_of, results_on
 
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.infer.engine import Engine, EngineOptions
@@ -38,18 +38,12 @@ def with_experts(changes=None):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    c = with_experts()
-    with jax.set_mesh(mesh_of()):
-        return jax.device_get(loss_and_grads(c.model, REFERENCE, random_params(c.model), on_mesh(BATCH)))
+    return results_on({}, with_experts().model, REFERENCE)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_every_mesh_computes_the_loss_the_metrics_and_the_gradients_of_one_device(sizes, on_one_device):
-    c = with_experts()
-    with jax.set_mesh(mesh_of(**sizes)):
-        execution = BLOCKED._replace(kernel="reference", zigzag=True)
-        got = jax.device_get(loss_and_grads(c.model, execution, random_params(c.model), on_mesh(BATCH)))
-    assert_close(got, on_one_device, 1e-5)
+    assert_close(results_on(sizes, with_experts().model, ZIGZAG), on_one_device, 1e-5)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from hybrid_attn.train import loop, muon
 from hybrid_attn.train.metrics import TAGS
 
 D = 32
+ZIGZAG = BLOCKED._replace(kernel="reference", zigzag=True)
 SHARED = {"shared_experts": 2, "shared_combine": "average", "shared_gate": True}
 CASES = {
     "Mixtral": {"experts": 5},
@@ -137,11 +138,15 @@ def loss_and_grads(model, execution, params, batch):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
+def results_on(sizes, model, execution):
+    """Loss, metrics and gradients of a batch on a mesh."""
+    with jax.set_mesh(mesh_of(**sizes)):
+        return jax.device_get(loss_and_grads(model, execution, random_params(model), on_mesh(BATCH)))
+
+
 @pytest.fixture(scope="module")
 def on_one_device():
-    c = with_experts()
-    with jax.set_mesh(mesh_of()):
-        return jax.device_get(loss_and_grads(c.model, REFERENCE, random_params(c.model), on_mesh(BATCH)))
+    return results_on({}, with_experts().model, REFERENCE)
 
 
 @pytest.mark.parametrize(
@@ -154,11 +159,7 @@ def on_one_device():
     ids=str,
 )
 def test_every_mesh_computes_the_loss_the_metrics_and_the_gradients_of_one_device(sizes, on_one_device):
-    c = with_experts()
-    with jax.set_mesh(mesh_of(**sizes)):
-        execution = BLOCKED._replace(kernel="reference", zigzag=True)
-        got = jax.device_get(loss_and_grads(c.model, execution, random_params(c.model), on_mesh(BATCH)))
-    assert_close(got, on_one_device, 1e-5)
+    assert_close(results_on(sizes, with_experts().model, ZIGZAG), on_one_device, 1e-5)
 
 
 def test_another_product_is_used_with_the_matrices_of_experts(one_device, on_one_device):

@@ -15,7 +15,7 @@ from hybrid_attn.convert.layers import (
 )
 from hybrid_attn.convert.normal import PLAIN, layer_types_of
 from hybrid_attn.convert.rope import FULL, LOCAL, one_rope, rope_of
-from hybrid_attn.convert.tensors import EXPERT, Place
+from hybrid_attn.convert.tensors import EXPERT, Location
 from hybrid_attn.trees import check
 
 DENSE, SPARSE = "dense", "sparse"
@@ -25,11 +25,11 @@ EACH = {f"mlp/{name}": f"mlp.experts.{EXPERT}.{name}_proj.weight" for name in ("
 EACH |= SHARED | {"mlp/router": "mlp.gate.weight"}
 GRANITE = {
     "mlp/router": "block_sparse_moe.router.weight",
-    "mlp/gate": Place("block_sparse_moe.experts.gate_up_proj", 0, 2),
-    "mlp/up": Place("block_sparse_moe.experts.gate_up_proj", 1, 2),
+    "mlp/gate": Location("block_sparse_moe.experts.gate_up_proj", 0, 2),
+    "mlp/up": Location("block_sparse_moe.experts.gate_up_proj", 1, 2),
     "mlp/down": "block_sparse_moe.experts.down_proj",
-    "mlp/shared/gate": Place("shared_mlp.input_linear.weight", 0, 2),
-    "mlp/shared/up": Place("shared_mlp.input_linear.weight", 1, 2),
+    "mlp/shared/gate": Location("shared_mlp.input_linear.weight", 0, 2),
+    "mlp/shared/up": Location("shared_mlp.input_linear.weight", 1, 2),
     "mlp/shared/down": "shared_mlp.output_linear.weight",
 }
 AFMOE = EACH | {"mlp/router": "mlp.router.gate.weight", "mlp/bias": "mlp.expert_bias"}
@@ -38,11 +38,11 @@ KOLIBRI = EACH | {"mlp/bias": "moe.router.expert_bias"}
 GPT_OSS = {  # matrices are [in, out]; gate and up have every second output
     "mlp/router": "mlp.router.weight",
     "mlp/router_bias": "mlp.router.bias",
-    "mlp/down": Place("mlp.experts.down_proj", as_ours=True),
+    "mlp/down": Location("mlp.experts.down_proj", as_ours=True),
     "mlp/down_bias": "mlp.experts.down_proj_bias",
 }
-GPT_OSS |= {f"mlp/{x}": Place("mlp.experts.gate_up_proj", i, 2, True, True) for i, x in enumerate(("gate", "up"))}
-GPT_OSS |= {f"mlp/{x}_bias": Place("mlp.experts.gate_up_proj_bias", i, 2, True) for i, x in enumerate(("gate", "up"))}
+GPT_OSS |= {f"mlp/{x}": Location("mlp.experts.gate_up_proj", i, 2, True, True) for i, x in enumerate(("gate", "up"))}
+GPT_OSS |= {f"mlp/{x}_bias": Location("mlp.experts.gate_up_proj_bias", i, 2, True) for i, x in enumerate(("gate", "up"))}
 BIASED = {"router": "sigmoid", "bias_rate": 0.001}  # of DeepSeek-V3; a config.json does not say how its biases were trained
 
 

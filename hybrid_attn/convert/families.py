@@ -57,7 +57,7 @@ class Family(NamedTuple):
     required: dict  # config.json fields of which only this value is supported
     layer_types: Callable[[dict], list[LayerType]]
     layout: Callable[[Model], dict]
-    layer: dict  # path of a parameter in a layer -> tensor name or `Place`, besides LAYER
+    layer: dict  # path of a parameter in a layer -> tensor name or `Location`, besides LAYER
     flat: tuple[str, ...] = ()  # parameters whose tensor has one axis in the family
     scales: Callable[[dict], dict] = lambda c: {}  # Model fields that are computed from config.json
     experts: dict = {}  # the same of layers with experts, besides `layer`; empty if the family has none
@@ -165,8 +165,8 @@ def tensors(model: Model, model_type: str, shapes: Mapping[str, tuple[int, ...]]
     """The tensors of the files of a family, for parameters with these paths and shapes, parameter by parameter."""
     family = family_of(model_type)
     dense = LAYER | family.layer
-    places = {"gated": dense} | ({"moe": dense | family.experts} if family.experts else {})
-    return tensors_of(model, places, family.flat, shapes)
+    locations = {"gated": dense} | ({"moe": dense | family.experts} if family.experts else {})
+    return tensors_of(model, locations, family.flat, shapes)
 
 
 def _layout(layer_types: list[LayerType], num_layers: int) -> dict:

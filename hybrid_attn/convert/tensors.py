@@ -14,7 +14,7 @@ from hybrid_attn.trees import check
 EXPERT = "{expert}"  # in the name of a tensor, the index of its expert
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a parameter of a layer is stored. `name` follows `model.layers.N.`, and may have `EXPERT`.
 
     It is the part `part` of `parts` of the tensor along the axis of outputs, or with `interleaved` every entry `part`, `part` +
@@ -60,7 +60,7 @@ class Tensor(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-# Path of a parameter in a layer -> the name of its tensor, or its place.
+# Path of a parameter in a layer -> the name of its tensor, or its location.
 LAYER = {f"attention/{name}": f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")}
 LAYER |= {f"mlp/{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 TOP = {"embed": "model.embed_tokens.weight", "final_norm/weight": "model.norm.weight", "unembed": "lm_head.weight"}
@@ -72,58 +72,58 @@ OF_ROUTERS = "mlp/router", "mlp/router_bias", "mlp/bias"
 OF_EXPERTS = tuple(f"mlp/{name}{x}" for name in MATRICES for x in ("", "_bias"))  # in a mixture axis 0 counts experts
 
 
-def tensors(model: Model, places: Mapping[str, Mapping], flat: tuple[str, ...], shapes: Mapping) -> list[Tensor]:
-    """The tensors of parameters with these paths and shapes, parameter by parameter; ValueError for one without a place.
+def tensors(model: Model, locations: Mapping[str, Mapping], flat: tuple[str, ...], shapes: Mapping) -> list[Tensor]:
+    """The tensors of parameters with these paths and shapes, parameter by parameter; ValueError for one without a location.
 
-    `places` has the places of a layer's parameters by the type of its feed-forward. Parameters in `flat` have one axis.
+    `locations` has the locations of a layer's parameters by the type of its feed-forward. Parameters in `flat` have one axis.
     """
     sizes, pieces = {}, {}
     for path, shape in shapes.items():
-        for name, size, piece in _pieces(model, places, flat, path, tuple(shape)):
+        for name, size, piece in _pieces(model, locations, flat, path, tuple(shape)):
             sizes[name] = size
             pieces.setdefault(name, []).append(piece)
     return [Tensor(name, size, tuple(pieces[name])) for name, size in sizes.items()]
 
 
-def _pieces(model: Model, places, flat, path: str, shape: tuple) -> Iterator[tuple[str, tuple[int, ...], Piece]]:
+def _pieces(model: Model, locations, flat, path: str, shape: tuple) -> Iterator[tuple[str, tuple[int, ...], Piece]]:
     """(name of the tensor, its shape, piece) of each piece of a parameter."""
     if path in TOP:
         yield TOP[path], shape, Piece(path, None, None, (), shape, False)
         return
     group, layer, leaf = path.split("/", 2)
     mlp = model.kinds[layer[0]].mlp.type
-    check(leaf in places.get(mlp, {}), f"there is no tensor for {path} of a layer with mlp.type={mlp!r}")
-    place = places[mlp][leaf]
-    place = Place(place) if isinstance(place, str) else place
+    check(leaf in locations.get(mlp, {}), f"there is no tensor for {path} of a layer with mlp.type={mlp!r}")
+    location = locations[mlp][leaf]
+    location = Location(location) if isinstance(location, str) else location
     before = {"prefix": 0, "periods": len(model.prefix), "tail": model.num_layers - len(model.tail)}[group]
     number, step, stacked = before + int(layer[1:]), len(model.pattern), group == "periods"
     inner = shape[1:] if stacked else shape
     experts = inner[0] if mlp == "moe" and leaf in OF_EXPERTS else None
-    matrix, transposed = _of_file(place, leaf, inner if experts is None else inner[1:], leaf in flat)
-    size, at = _joined(place, matrix, transposed)
-    is_one = experts is not None and EXPERT not in place.name  # a tensor with all experts
+    matrix, transposed = _of_file(location, leaf, inner if experts is None else inner[1:], leaf in flat)
+    size, at = _joined(location, matrix, transposed)
+    is_one = experts is not None and EXPERT not in location.name  # a tensor with all experts
     for period in range(shape[0]) if stacked else (None,):
-        name = f"model.layers.{number + (period or 0) * step}.{place.name}"
+        name = f"model.layers.{number + (period or 0) * step}.{location.name}"
         for expert in (None,) if experts is None else range(experts):
             piece = Piece(path, period, expert, ((expert,) if is_one else ()) + at, matrix, transposed)
             yield name.replace(EXPERT, str(expert)), ((experts,) if is_one else ()) + size, piece
 
 
-def _of_file(place: Place, leaf: str, shape: tuple, flat: bool) -> tuple[tuple[int, ...], bool]:
+def _of_file(location: Location, leaf: str, shape: tuple, flat: bool) -> tuple[tuple[int, ...], bool]:
     """The shape in the file of a matrix or vector of ours, and whether its axes are the other way round there."""
     axes = INPUT_AXES.get(leaf)
     if flat or not axes:
         return (math.prod(shape),) if flat else shape, False
     sizes = math.prod(shape[:axes]), math.prod(shape[axes:])
-    return (sizes, False) if place.as_ours else (sizes[::-1], True)
+    return (sizes, False) if location.as_ours else (sizes[::-1], True)
 
 
-def _joined(place: Place, shape: tuple, transposed: bool) -> tuple[tuple[int, ...], tuple]:
-    """The shape of a tensor that has `place.parts` of these along the axis of outputs, and the index of this one."""
-    if place.parts == 1:
+def _joined(location: Location, shape: tuple, transposed: bool) -> tuple[tuple[int, ...], tuple]:
+    """The shape of a tensor that has `location.parts` of these along the axis of outputs, and the index of this one."""
+    if location.parts == 1:
         return shape, ()
     axis = 0 if transposed else len(shape) - 1
-    width, i = shape[axis], place.part
-    index = slice(i, None, place.parts) if place.interleaved else slice(i * width, (i + 1) * width)
-    size = tuple(n * place.parts if dim == axis else n for dim, n in enumerate(shape))
+    width, i = shape[axis], location.part
+    index = slice(i, None, location.parts) if location.interleaved else slice(i * width, (i + 1) * width)
+    size = tuple(n * location.parts if dim == axis else n for dim, n in enumerate(shape))
     return size, (slice(None),) * axis + (index,)
