@@ -147,7 +147,7 @@ def _backward(mlp: ChunkedMLP, mean: int, residuals, dy_nD):
             dx_RD, sums = carry
             gate_s1 = jax.lax.dynamic_slice_in_dim(gate_R, at, len(token_s))[:, None]
             dy_sD = (gate_s1 * _rows(dy_nD, token_s)).astype(dy_nD.dtype)
-            dx_sD, *terms = gradients(mlp, _rows(x_nD, token_s), None, dy_sD, *of_expert, transposed=False)
+            dx_sD, *terms = gradients(mlp, _rows(x_nD, token_s), None, dy_sD, *of_expert)
             added = tuple(a + b for a, b in zip(sums, terms, strict=True))
             return jax.lax.dynamic_update_slice_in_dim(dx_RD, dx_sD, at, 0), added
 
@@ -156,9 +156,11 @@ def _backward(mlp: ChunkedMLP, mean: int, residuals, dy_nD):
         pairs = zip(sums_E, sums, strict=True)
         return dx_RD, tuple(jax.lax.dynamic_update_index_in_dim(of_all, x, expert, 0) for of_all, x in pairs)
 
-    zeros_E = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
-    dx_RD, dweights_E = _over_experts(mean, blocks, visit, (jnp.zeros(out_RD.shape, x_nD.dtype), zeros_E))
-    dweights = (dw.astype(w.dtype) for dw, w in zip(dweights_E, weights, strict=True))
+    sizes = [weights[0].shape] * 3 + [bias_EF.shape for bias_EF in weights[3:]]
+    zeros = jnp.zeros(out_RD.shape, x_nD.dtype), tuple(jnp.zeros(size, jnp.float32) for size in sizes)
+    dx_RD, (dw_gate, dw_up, dw_downT, *db_EF) = _over_experts(mean, blocks, visit, zeros)
+    gradients_E = (dw_gate, dw_up, dw_downT.mT, *db_EF)  # transposed here: as [F, D], XLA sums it over devices by all-reduces
+    dweights = (dw.astype(w.dtype) for dw, w in zip(gradients_E, weights, strict=True))
     return _copies(dx_RD, blocks).sum(1).astype(x_nD.dtype), dgates_nk, None, *dweights
 
 
