@@ -77,7 +77,7 @@ def test_a_model_with_packed_experts_has_the_matrices_of_all_of_them(packed):
     [
         (lambda x, name: x.pop(f"{name}_scales"), "_proj: missing -> "),
         (lambda x, name: x.update({f"{name}_scales": x[f"{name}_scales"][:, :1]}), "_proj: missing -> "),
-        (lambda x, name: [x.update({f"{name}{y}": x[f"{name}{y}"][:1]}) for y in ("_blocks", "_scales")], r"_proj: \[1, 32, 64\]"),
+        (lambda x, name: x.update({key: x[key][:1] for key in (f"{name}_blocks", f"{name}_scales")}), r"_proj: \[1, 32, 64\]"),
     ],
 )
 def test_blocks_without_their_scales_or_of_other_shapes_are_refused(packed, change, message):
