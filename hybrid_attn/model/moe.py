@@ -5,7 +5,6 @@ and E its own experts.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -174,8 +173,3 @@ def excess(bias_E: jax.Array, copies_E: jax.Array) -> jax.Array:
 def balance_loss(share_E: jax.Array, probability_E: jax.Array) -> jax.Array:
     """E times the sum of share of the copies times mean probability; 1 where both are equal (arXiv 2101.03961, equation 4)."""
     return len(share_E) * (share_E * probability_E).sum()
-
-
-def metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """`METRICS` as means over the layers, and the microbatches, of which `sums` are sums; none where no layer has experts."""
-    return {name: sums[name] / sums[LAYERS] for name in METRICS} if LAYERS in sums else {}
