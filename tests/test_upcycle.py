@@ -274,11 +274,11 @@ def test_training_does_not_move_domain_embeddings(one_device):
 @pytest.mark.slow  # each command starts jax
 def test_the_commands_of_the_page_follow_one_another_from_a_seed_to_a_mixture_with_an_added_expert(tmp_path):
     page = [words for words in commands((ROOT / "docs" / "upcycling.md").read_text()) if words[1] != "tools/plan.py"]
-    shorter = {"launch/train.py": ["--steps=2", "--config.evals.tokens=1024"], "tools/upcycle.py": []}
+    shorter = {"launch/train.py": ["--steps=2", "--config.evals.tokens=1024"]}
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     for _, script, *words in page:
         words = [word.replace("configs/", f"{ROOT}/configs/") for word in words]
-        subprocess.run([sys.executable, ROOT / script, *words, *shorter[script]], cwd=tmp_path, env=env, check=True)
+        subprocess.run([sys.executable, ROOT / script, *words, *shorter.get(script, [])], cwd=tmp_path, env=env, check=True)
     for name in ("bam", "sparse", "extended"):
         record = checkpoint.read_data(tmp_path / "runs" / name / "checkpoints")["init_from"]
         assert not record["new"] and not record["ignored"] and not record["notes"], name
