@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from test_docs import ROOT, commands
 from test_loading import save
 
+from configs.upcycle import mixture as shipped
 from hybrid_attn import checkpoint, config, trees, upcycle
 from hybrid_attn.infer import loading
 from hybrid_attn.model import losses, specs
@@ -136,6 +137,14 @@ def test_the_embedding_of_a_domain_is_the_mean_of_its_tokens_at_a_size_of_one():
     got = upcycle.domain_embedding(np.bincount(tokens, minlength=7), embed_VD)
     mean = embed_VD[tokens].mean(0)
     np.testing.assert_allclose(got, mean / np.sqrt(np.square(mean).mean()), rtol=1e-5)
+
+
+def test_half_of_the_tokens_of_an_extended_mixture_are_of_the_added_domain():
+    c = config.build(trees.plain(shipped.get_config("tiny,linear_extended")))
+    shares = {name: weight / sum(c.at(0).mixture.values()) for name, weight in c.at(0).mixture.items()}
+    assert shares == pytest.approx({"modules": 1 / 6, "tables": 1 / 6, "documentation": 1 / 6, "language": 1 / 2})
+    mlp = c.model.kinds["L"].mlp
+    assert (mlp.experts, mlp.shared_experts, mlp.domain_dim) == (shipped.MODELS, 1, None)
 
 
 @pytest.fixture(scope="module")

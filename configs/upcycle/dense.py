@@ -22,7 +22,8 @@ DOMAINS = {
     "documentation": f"{WRITTEN}/documentation.jsonl",
     "language": f"{WRITTEN}/language.jsonl",
 }
-SEED = "modules", "tables", "documentation"  # language is the domain that is added later
+SEED = "modules", "tables", "documentation"
+ADDED = "language"  # the domain that is added later
 SIZES = {  # layers, width, feed-forward width, query heads, key/value heads, tied table, learning rate, its last ratio, warm-up
     "590m": (6, 1024, 2048, 8, 8, False, 1.2e-4, 0.1, 1500),  # gate and up side by side are the 4,096 of the paper
     "2b": (18, 2304, 9216, 18, 6, True, 1e-2, 0.03, 2000),
