@@ -59,7 +59,7 @@ def of_layers(measured: Mapping[str, Mapping[str, LayerStatistics]]) -> dict[str
         square, outliers, tokens = (_total(x) for x in zip(*(layer.activations for layer in layers), strict=True))
         tokens = jnp.maximum(tokens, 1.0)
         of_letter |= {"activation_rms": jnp.sqrt(square / tokens), "activation_outliers": outliers / tokens}
-        of_letter |= moe.metrics({name: _total(layer.scalars[name] for layer in layers) for name in layers[0].scalars})
+        of_letter |= moe.metrics({name: _total(layer.aux[name] for layer in layers) for name in layers[0].aux})
         values |= {f"{name}/{letter}": x for name, x in of_letter.items()}
     return values
 
