@@ -202,12 +202,15 @@ def test_blocks_hold_every_copy_of_every_real_token_once(tokens, k, experts):
     rng = np.random.default_rng(0)
     expert_nk = np.stack([rng.permutation(experts)[:k] for _ in range(tokens)])
     real_n = np.arange(tokens) % 7 != 3
-    rows = rows_of_block(tokens, tokens * k, experts)
+    rows = rows_of_block(tokens, -(-tokens * k // experts))
     blocks = jax.device_get(blocks_of(jnp.where(real_n[:, None], expert_nk, experts), experts, rows))
     load_E = np.bincount(expert_nk[real_n].ravel(), minlength=experts)
     np.testing.assert_array_equal(blocks.load_E, load_E)
-    assert blocks.used == (-(-load_E // rows)).sum() <= len(blocks.expert_I)
-    token_R, expert_R = blocks.token_Ir.ravel(), np.repeat(blocks.expert_I, rows)
+    first_E, end_E = blocks.span_E2.T
+    np.testing.assert_array_equal(end_E - first_E, -(-load_E // rows))
+    assert first_E[0] == 0 and np.all(first_E[1:] == end_E[:-1]) and end_E[-1] <= len(blocks.token_Ir)
+    assert set(blocks.expert_E[: blocks.used]) == set(np.flatnonzero(load_E))
+    token_R, expert_R = blocks.token_Ir.ravel(), np.repeat(np.arange(experts), (end_E - first_E) * rows)
     for n, of_token in enumerate(expert_nk):
         if real_n[n]:
             np.testing.assert_array_equal(token_R[blocks.row_nk[n]], n)
@@ -225,7 +228,8 @@ def test_one_token_reads_the_matrices_of_its_own_experts_alone(one_device):
     for name in ("gate", "up", "down"):
         state[name] = state[name].replace(jnp.where(is_other_E11, jnp.nan, state[name][...]))
     np.testing.assert_array_equal(nnx.merge(graph, state)(x_BTD, seg_BT, None)[0], y_BTD)
-    assert blocks_of(jnp.asarray([chosen]), 64, 1).expert_I.shape == (settings.top_k,)
+    blocks = blocks_of(jnp.asarray([chosen]), 64, 1)
+    assert blocks.used == len(blocks.token_Ir) == settings.top_k
 
 
 def test_no_array_has_the_hidden_activations_of_all_tokens(one_device):

@@ -132,29 +132,32 @@ def _backward(mlp: ChunkedMLP, residuals, dy_IcD):
     return dx_IcD, *(dw.astype(weights[0].dtype) for dw in (dw_gate, dw_up, dw_downT.T))
 
 
-def gradients(mlp: ChunkedMLP, x_cD, products_cF, dy_cD, *weights):
-    """Gradients of the activations [c, D], and in float32 of the weights: matrices are transposed to [D, F]."""
+def gradients(mlp: ChunkedMLP, x_cD, products_cF, dy_cD, *weights, transposed: bool = True):
+    """Gradients of the activations [c, D], and in float32 of the weights: of the last matrix [D, F] if `transposed`."""
     by_hand = mlp.is_plain and len(weights) == 3  # without biases
-    return (_gradients_by_hand if by_hand else _gradients)(mlp, x_cD, products_cF, dy_cD, *weights)
+    return (_gradients_by_hand if by_hand else _gradients)(mlp, x_cD, products_cF, dy_cD, weights, transposed)
 
 
-def _gradients(mlp: ChunkedMLP, x_cD, _, dy_cD, *weights):
+def _gradients(mlp: ChunkedMLP, x_cD, _, dy_cD, weights, transposed: bool):
     _, pull = jax.vjp(mlp, x_cD, *weights)
     dx_cD, dw_gate, dw_up, dw_down, *db_F = pull(dy_cD)
-    return dx_cD, *(dw.astype(jnp.float32) for dw in (dw_gate, dw_up, dw_down.T, *db_F))
+    terms = dw_gate, dw_up, dw_down.T if transposed else dw_down, *db_F
+    return dx_cD, *(term.astype(jnp.float32) for term in terms)
 
 
-def _gradients_by_hand(mlp: ChunkedMLP, x_cD, products_cF, dy_cD, w_gate, w_up, w_down):
+def _gradients_by_hand(mlp: ChunkedMLP, x_cD, products_cF, dy_cD, weights, transposed: bool):
     """`gradients` of plain products: autodiff transposes [c, F] arrays, which costs a CPU more than all else.
 
-    `products_cF` are (gate_cF, up_cF) if the forward pass saved them, or else None.
+    `products_cF` are (gate_cF, up_cF) if the forward pass saved them, or else None. Of few tokens, as of an expert, to
+    transpose the hidden activations costs less than to transpose the gradient of the last matrix.
     """
+    w_gate, w_up, w_down = weights
     products_cF = products_cF or (x_cD @ w_gate, x_cD @ w_up)
     h_cF, pull = jax.vjp(mlp.hidden, *products_cF)
     dgate_cF, dup_cF = pull(dy_cD @ w_down.T)
-    products = ((x_cD, dgate_cF), (x_cD, dup_cF), (dy_cD, h_cF))
-    terms_DF = [jnp.einsum("Dc,cF->DF", a_cD.T, b_cF, preferred_element_type=jnp.float32) for a_cD, b_cF in products]
-    return dgate_cF @ w_gate.T + dup_cF @ w_up.T, *terms_DF
+    pairs = ((x_cD, dgate_cF), (x_cD, dup_cF), (dy_cD, h_cF) if transposed else (h_cF, dy_cD))
+    terms_AB = [jnp.einsum("Ac,cB->AB", a_cA.T, b_cB, preferred_element_type=jnp.float32) for a_cA, b_cB in pairs]
+    return dgate_cF @ w_gate.T + dup_cF @ w_up.T, *terms_AB
 
 
 _in_chunks.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn.config import MLP, LayerType, Model, mlp_width, shared_width
 from hybrid_attn.model.domain_router import DomainRouter
 from hybrid_attn.model.execution import Chunks
-from hybrid_attn.model.grouped import ITERATIONS, blocks_of, grouped_mlp, rows_of_block
+from hybrid_attn.model.grouped import blocks_of, grouped_mlp, rows_of_block
 from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP, gating_of
 from hybrid_attn.model.params import biased, cast, experts, linear, vector
 from hybrid_attn.model.statistics import TINY, mean_entropy_bits, mean_over_tokens
@@ -130,10 +130,9 @@ def of_experts(mlp: ChunkedMLP, x_BTD, gates_BTk, expert_BTk, real_BT, *weights)
         x_nD, gates_nk, expert_nk = (all_gathered(x, EXPERT, 0) for x in tokens)
         expert_nk -= E * jax.lax.axis_index("expert")
         own_nk = jnp.where((expert_nk >= 0) & (expert_nk < E), expert_nk, E)
-        rows = rows_of_block(len(x_nD), own_nk.size, of_all)
-        blocks = blocks_of(own_nk, E, rows)
-        with jax.named_scope(f"{ITERATIONS}{E * -(-own_nk.size // (of_all * rows))}"):  # of a balanced router
-            y_nD = grouped_mlp(mlp, x_nD, gates_nk, blocks, *weights)
+        mean = -(-own_nk.size // of_all)
+        blocks = blocks_of(own_nk, E, rows_of_block(len(x_nD), mean))
+        y_nD = grouped_mlp(mlp, mean, x_nD, gates_nk, blocks, *weights)
         y_nD = reduce_scattered(y_nD, EXPERT, 0)
         load_E = jax.lax.psum(blocks.load_E, tuple(axis for axis in (*BATCH, "context") if axis not in EXPERT))
         return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor"), all_gathered(load_E, EXPERT, 0)
