@@ -55,9 +55,9 @@ def activations(model, params, seed=0):
     return np.asarray(apply(model, params, batch["tokens"], batch["positions"], batch["segments"], REFERENCE))
 
 
-@pytest.mark.parametrize("block", ["parallel", "pre"])
-def test_identical_experts_are_the_dense_model_for_any_router(block, one_device):
-    dense, mixture = models(**{"model.block": block})
+@pytest.mark.parametrize("block, kv_heads", [("parallel", 2), ("pre", 1)])
+def test_identical_experts_are_the_dense_model_for_any_router(block, kv_heads, one_device):
+    dense, mixture = models(**{"model.block": block, "model.num_kv_heads": kv_heads})
     params = random_params(dense)
     router = jnp.asarray(np.random.default_rng(1).normal(size=(1, 32, 3)), jnp.float32)
     got = activations(mixture, of_dense([params] * 3, router))
