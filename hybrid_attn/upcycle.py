@@ -3,7 +3,7 @@
 sparse (arXiv 2212.05055): every expert is a copy of the feed-forward of one model. btx (arXiv 2403.07816): experts are the
 feed-forwards of several models, all else is their mean. bam (arXiv 2408.08274): attentions become experts too. nexus (arXiv
 2408.15901): the feed-forward of the first model, the seed, computes every token, and the router is projected from domain
-embeddings. Routers are new everywhere.
+embeddings, or is a matrix as in the others. Routers are new everywhere.
 """
 
 import re
@@ -22,7 +22,7 @@ MATRICES = "gate|up|down"  # of an expert
 DOMAINS = "mlp/router/domains"
 BIAS = "/mlp/bias"  # of the router, by which experts are chosen
 OF_GATED = "d_ff", "swiglu_limit", "swiglu_alpha"  # fields of a dense feed-forward, which its experts have too
-MEAN, STACK, APPEND, APPEND_MEAN, NEW = "mean", "stack", "append", "append_mean", "new"
+MEAN, STACK, APPEND, APPEND_MEAN, COLUMN, NEW = "mean", "stack", "append", "append_mean", "column", "new"
 
 
 class Origin(NamedTuple):
@@ -36,6 +36,8 @@ class Origin(NamedTuple):
         """The shape of one layer's tensor of a source, from that of the parameter."""
         if self.join == STACK or (self.join == APPEND and source == 1):
             return shape[1:]
+        if self.join == COLUMN:
+            return (*shape[:-1], shape[-1] - 1)
         return (shape[0] - 1, *shape[1:]) if self.join in (APPEND, APPEND_MEAN, DOMAINS) else shape
 
 
@@ -82,13 +84,15 @@ def check_dense(model: Model, name: str) -> None:
         check(is_dense, f"{name}: layer type {letter} has {parts}; a dense model has 'attention' and 'gated'")
 
 
-def experts_of(model: Model, name: str) -> tuple[int, int]:
-    """The experts and the size of the domain embeddings of a mixture of nexus; ValueError for another model."""
-    settings = {model.kinds[letter].mlp for letter in model.layers}
-    is_nexus = all(mlp.type == "moe" and mlp.domain_dim is not None for mlp in settings)
-    check(is_nexus, f"{name} is no mixture of nexus: a router of its layers is not projected from domain embeddings")
-    numbers = {(mlp.experts, mlp.domain_dim) for mlp in settings}
-    check(len(numbers) == 1, f"{name} has layer types of {sorted(numbers)} experts and sizes of domain embeddings")
+def experts_of(model: Model, method: str, name: str) -> tuple[int, int | None]:
+    """The experts of a mixture, and the size of the domain embeddings of a projected router; ValueError for another model."""
+    layer_types = [model.kinds[letter] for letter in sorted(set(model.layers))]
+    for letter, x in zip(sorted(set(model.layers)), layer_types, strict=True):
+        parts = f"mixer={x.mixer!r}, mlp.type={x.mlp.type!r} and mlp.shared_experts={x.mlp.shared_experts}"
+        fits = x.mixer == "attention" and x.mlp.type == "moe" and bool(x.mlp.shared_experts) == (method == "nexus")
+        check(fits, f"{name} is no mixture of {method}: layer type {letter} has {parts}")
+    numbers = {(x.mlp.experts, x.mlp.domain_dim) for x in layer_types}
+    check(len(numbers) == 1, f"{name} has layer types of {sorted(numbers, key=str)} experts and sizes of domain embeddings")
     return numbers.pop()
 
 
@@ -114,6 +118,21 @@ def extended(values: Mapping) -> dict:
     return {**values, "model": {**model, "kinds": {letter: with_one_more(kind) for letter, kind in model["kinds"].items()}}}
 
 
+def with_sources(values: Mapping, added: Mapping, experts: int) -> dict:
+    """The nested dict of a config whose last stage has the sources of that of another config, too, so that both are evaluated.
+
+    A name that another source has gets the number of experts.
+    """
+    sources, stages = dict(values["data"]["sources"]), [*values["stages"]]
+    mixture = dict(stages[-1]["mixture"])
+    for name, weight in added["stages"][-1]["mixture"].items():
+        source = added["data"]["sources"][name]
+        unique = name if sources.get(name, source) == source else f"{name}_{experts}"
+        sources[unique], mixture[unique] = source, weight
+    stages[-1] = {**stages[-1], "mixture": mixture}
+    return {**values, "data": {**values["data"], "sources": sources}, "stages": stages}
+
+
 def origin(recipe: Recipe, name: str) -> Origin:
     """Where the parameter `name` of a mixture comes from."""
     if name.endswith(DOMAINS):
@@ -135,9 +154,12 @@ def origin_of_added(name: str, experts: int) -> Origin:
     """`origin` in a mixture (model 0) of so many experts to which that of a dense model (1) is added.
 
     What belongs to no expert is (1 - l) of the mixture and l of the new model, with l = 1 / (n + 1). The projection of the
-    router and the shared expert stay. The bias of the new expert is the mean of the others': experts are chosen by differences
-    of biases, so a number that all of them have must neither favour it nor keep it from tokens, as zero would.
+    router and the shared expert stay; a router that is a matrix gets a column of new numbers. The bias of the new expert is the
+    mean of the others': experts are chosen by differences of biases, so a number that all of them have must neither favour it
+    nor keep it from tokens, as zero would.
     """
+    if name.endswith("/mlp/router"):
+        return Origin(COLUMN, ((0, name),))
     if name.endswith(DOMAINS):
         return Origin(DOMAINS, ((0, name),))
     if name.endswith(BIAS):

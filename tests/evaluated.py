@@ -43,6 +43,11 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             {"eval": "key_tokens", "source": "a b/c", "length": length, "short": length // 2, "key_tokens": 0, "tokens": 99}
             | {"loss": None, "perplexity": None}
         )
+        shares = {"L": [0.5, 0.25, 0.25 - share / 8, share / 8], "G": [1 - share / 4, share / 4]}
+        for layer, kind in enumerate("LG"):
+            routed = {"layer": layer, "kind": kind, "length": length, "tokens": 99, "entropy_bits": 1.5}
+            routed |= {"experts": ("feed-forward", "attention")[layer], "load": max(shares[kind]) * len(shares[kind])}
+            records.append({"eval": "routing", "source": "a b/c", "shares": shares[kind]} | routed)
     for layer, kind in enumerate("LG"):
         for head in range(3):
             weights = {"edges": [10, 20, 40], "weights": [0.01, 0.002 * layer]}

@@ -121,8 +121,9 @@ def test_an_ntk_stretch_is_written_as_the_theta_that_it_is():
         (
             "cohere2",
             {"quantization_config": {"quant_method": "fp8"}},
-            "quantization_config; only plain floats are supported: use",
+            "quant_method='fp8'; only mxfp4 and plain floats are supported: use",
         ),
+        ("gpt_oss", {"quantization_config": {}}, "quantization_config of quant_method=None; only mxfp4"),
         ("cohere2", {"model_type": []}, r"model_type=\[\] of config.json is not one of"),
         ("cohere2", {"hidden_act": []}, r"activation \[\] of config.json is not one of 'silu'"),
         ("cohere2", {"hidden_size": True}, "hidden_size=True, which must be a whole number"),

@@ -8,7 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BATCH, BLOCKED, REFERENCE, assert_close, batch_of, biggest_array, mesh_of, on_mesh, random_params, tiny
+from conftest import (
+    BATCH,
+    BLOCKED,
+    REFERENCE,
+    assert_close,
+    batch_of,
+    biggest_array,
+    mesh_of,
+    on_mesh,
+    random_params,
+    tensorboard_events,
+    tiny,
+)
 from flax import nnx
 from trained import config_of
 
@@ -23,7 +35,6 @@ from hybrid_attn.model.parametrisation import with_multipliers
 from hybrid_attn.model.transformer import losses_and_aux
 from hybrid_attn.parallel import fit
 from hybrid_attn.train import loop, muon
-from hybrid_attn.train.metrics import TAGS
 
 D = 32
 ZIGZAG = BLOCKED._replace(kernel="reference", zigzag=True)
@@ -266,17 +277,26 @@ def test_decoding_computes_the_forward_pass(one_device):
 @pytest.mark.usefixtures("known_peak_and_no_pictures")
 def test_a_run_lowers_its_loss_and_records_what_the_routers_do(corpus, tmp_path, capsys):
     mlp = {"model.kinds.L.mlp": base.moe(experts=4, d_ff=16)}
+    mlp |= {"model.kinds.L.mixer": "attention_experts", "model.kinds.L.attention_experts": 2}
     changes = {"train.statistics_every": 3, "evals.names": (), "optim.lr": 1e-2, "model.mup_base_width": 16}
     assert loop.train(config_of(corpus, **mlp, **changes), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
     for line in lines:
         assert 1 <= line["expert_load"] <= 2 and 0 < line["router_entropy_bits"] <= 2
-        assert line["dropped_copies"] == 0 and set(moe.METRICS) <= set(TAGS)
+        assert line["dropped_copies"] == 0 and 0 < line["gate_entropy_bits"] <= 1
     measured = [json.loads(line) for line in (tmp_path / "statistics.jsonl").read_text().splitlines()]
     by_step = {line["step"]: line["expert_load"] for line in lines}
     assert all(record["expert_load/L"] == pytest.approx(by_step[record["step"]]) for record in measured) and measured
-    assert "of which a token uses" in capsys.readouterr().out
+    for record in measured:
+        shares = [record[f"expert_shares/L/layer0/expert{e}"] for e in range(4)]
+        assert sum(shares) == pytest.approx(1) and max(shares) * 4 == pytest.approx(record["expert_load/L/layer0"])
+        assert sum(record[f"gate_shares/L/layer0/expert{e}"] for e in range(2)) == pytest.approx(1)
+    tags = {value.tag for event in tensorboard_events(tmp_path) for value in event.summary.value}
+    assert {"experts/gate_entropy_bits", "experts/load_max_over_mean", "L/expert_shares/layer0/expert3"} <= tags
+    shown = capsys.readouterr().out
+    assert "of which a token uses" in shown
+    assert f"experts      largest load {lines[-1]['expert_load']:.2f} x mean, entropy of routers" in shown
 
 
 def test_a_config_costs_the_parameters_and_flops_of_the_experts_that_a_token_uses():

@@ -42,7 +42,7 @@ PROVENANCE = {
     "mesh": "a",
     "settings": {"absent": [["a", "a", 9, "a"]], "lengths": [9], "evals": ["a"], "more": {"a": "a"}},
 }
-KEPT = ("eval", "part")  # texts that must be one of a few
+KEPT = ("eval", "part", "experts")  # texts that must be one of a few
 
 
 @functools.cache

@@ -28,9 +28,9 @@ class Shift(nnx.Module):
     def __init__(self, model, layer_type, *, rngs):
         self.previous = linear(rngs, (model.d_model, model.d_model), ("embed", "norm"), model.init_std)
 
-    def __call__(self, x_BTD, pos_BT, attend):
+    def __call__(self, x_BTD, pos_BT, seg_BT, attend):
         before_BTD = jnp.pad(x_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        return self.previous(jnp.where(pos_BT[..., None] > 0, before_BTD, 0), spec_of(x_BTD)), None
+        return self.previous(jnp.where(pos_BT[..., None] > 0, before_BTD, 0), spec_of(x_BTD)), {}, None
 
     @staticmethod
     def sequence_flops(model, layer_type, length):

@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict
 from test_docs import ROOT, commands
 from test_loading import save
 
-from hybrid_attn import checkpoint, config, upcycle
+from configs.upcycle import mixture as shipped
+from hybrid_attn import checkpoint, config, trees, upcycle
 from hybrid_attn.infer import loading
 from hybrid_attn.model import losses, specs
 from hybrid_attn.model.domain_router import DomainRouter
@@ -138,6 +139,14 @@ def test_the_embedding_of_a_domain_is_the_mean_of_its_tokens_at_a_size_of_one():
     np.testing.assert_allclose(got, mean / np.sqrt(np.square(mean).mean()), rtol=1e-5)
 
 
+def test_half_of_the_tokens_of_an_extended_mixture_are_of_the_added_domain():
+    c = config.build(trees.plain(shipped.get_config("tiny,linear_extended")))
+    shares = {name: weight / sum(c.at(0).mixture.values()) for name, weight in c.at(0).mixture.items()}
+    assert shares == pytest.approx({"modules": 1 / 6, "tables": 1 / 6, "documentation": 1 / 6, "language": 1 / 2})
+    mlp = c.model.kinds["L"].mlp
+    assert (mlp.experts, mlp.shared_experts, mlp.domain_dim) == (shipped.MODELS, 1, None)
+
+
 @pytest.fixture(scope="module")
 def nexus_of_two(dense, tmp_path_factory):
     """A mixture of nexus with two experts, whose domain embeddings come from a file."""
@@ -195,6 +204,50 @@ def test_the_seed_gives_the_embedding_of_an_added_domain(dense, tmp_path, one_de
     np.testing.assert_array_equal(domains_Em[2], domains_Em[0])  # all were trained on the same documents
 
 
+@pytest.fixture(scope="module")
+def linear(dense, tmp_path_factory):
+    """Mixtures of two experts whose routers are matrices, by method."""
+    folder = tmp_path_factory.mktemp("linear")
+    with jax.set_mesh(mesh_of()):
+        upcycled(folder / "nexus", "--method=nexus", of(dense, *SEEDS), "--router=linear")
+        upcycled(folder / "btx", "--method=btx", of(dense, *SEEDS[:2]))
+    return {name: folder / name for name in ("nexus", "btx")}
+
+
+def test_a_linear_router_is_all_that_differs_from_a_mixture_of_nexus(nexus_of_two, linear, one_device):
+    projected, other = (loading.load(path) for path in (nexus_of_two / "out", linear["nexus"]))
+    differences = trees.differences(config.to_dict(projected.config), config.to_dict(other.config))
+    assert [line.split(":")[0] for line in differences] == [f"model.kinds.{letter}.mlp.domain_dim" for letter in "GL"]
+    was, params = (jax.device_get(flatten_dict(x.params, sep="/")) for x in (projected, other))
+    assert params[ROUTERS[0]].shape == (1, D, 2)
+    assert params.keys() - set(ROUTERS) == {name for name in was if "/router/" not in name}
+    assert_layers(params.keys() - set(ROUTERS), params, was.get)
+
+
+@pytest.mark.parametrize("method", ["nexus", "btx"])
+def test_an_expert_added_to_a_linear_router_is_a_new_column(method, dense, params, linear, tmp_path, one_device):
+    was = jax.device_get(flatten_dict(loading.load(linear[method]).params, sep="/"))
+    arguments = f"--method={method}", f"--dense={linear[method]}", f"--add_expert={dense}/7", "--seed=4"
+    model, mixture = upcycled(tmp_path / "out", *arguments)
+    assert model.kinds["L"].mlp.experts == 3
+    for name in ROUTERS:
+        np.testing.assert_array_equal(mixture[name][..., :2], was[name])
+        assert mixture[name].shape == (1, D, 3) and np.std(mixture[name][..., 2]) == pytest.approx(model.init_std, rel=0.4)
+    assert np.all(mixture[ROUTERS[0]][..., 2] != mixture[ROUTERS[1]][..., 2])
+    assert_layers(FFN, mixture, lambda name: np.concatenate([was[name], params[0][2][name][:, None]], 1))
+    _, other = upcycled(tmp_path / "other", *arguments[:-1])
+    assert all(np.all(mixture[name][..., 2] != other[name][..., 2]) for name in ROUTERS)
+
+
+def test_a_mixture_with_an_added_expert_has_the_sources_of_both():
+    values = {"data": {"sources": {"a": 1, "b": 2}, "seed": 3}, "stages": [{"mixture": {"a": 1.0}}, {"mixture": {"b": 0.5}}]}
+    added = {"data": {"sources": {"b": 7, "a": 1, "c": 4}}, "stages": [{"mixture": {"a": 1.0, "b": 2.0, "c": 3.0}}]}
+    got = upcycle.with_sources(values, added, 5)
+    assert got["data"] == {"sources": {"a": 1, "b": 2, "b_5": 7, "c": 4}, "seed": 3}
+    assert got["stages"] == [{"mixture": {"a": 1.0}}, {"mixture": {"b": 0.5, "a": 1.0, "b_5": 2.0, "c": 3.0}}]
+    assert list(values["stages"][-1]["mixture"]) == ["b"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -217,7 +270,20 @@ def test_the_seed_gives_the_embedding_of_an_added_domain(dense, tmp_path, one_de
             "has domain embeddings of 3x4, and 1 x 6",
         ),
         (["--method=nexus", "--dense={2}", "--add_expert={0}/3"], "--add_expert needs --dense=MIXTURE,SEED"),
-        (["--method=nexus", "--dense={0}/3,{0}/3", "--add_expert={0}/3"], "/3 is no mixture of nexus"),
+        (["--method=nexus", "--dense={0}/3,{0}/3", "--add_expert={0}/3"], "/3 is no mixture of nexus: layer type G has mixer="),
+        (["--method=btx", "--dense={2}", "--add_expert={0}/3"], "is no mixture of btx: .* mlp.shared_experts=1"),
+        (["--method=nexus", "--dense={3},{0}/3", "--add_expert={0}/3"], "--dense=MIXTURE for .*, not 2 models"),
+        (["--method=nexus", "--dense={3}", "--add_expert={0}/3", "--domains={1}/3.npy"], "--domains is of a projected router"),
+        (["--method=nexus", "--dense={3}", "--add_expert={0}/3", "--router=linear"], "--router is of a new mixture"),
+        (
+            ["--method=nexus", "--dense={3}", "--add_expert={1}/wide"],
+            r"mlp/gate has \(1, 32, 40\) in .*wide/1, and \(1, 32, 48\)",
+        ),
+        (["--method=btx", "--dense={0}/3,{0}/5", "--router=linear"], "--router does not belong to --method=btx"),
+        (
+            ["--method=nexus", "--dense={0}/3,{0}/5,{0}/7", "--router=linear", "--domain_tokens=9"],
+            "--domain_tokens is of a projected router, and does not belong to --router=linear",
+        ),
         (["--method=sparse", "--dense={2}"], "layer type G has mixer='attention' and mlp.type='moe'; a dense model has"),
         (
             ["--method=btx", "--dense={0}/3,{1}/wide"],
@@ -226,15 +292,15 @@ def test_the_seed_gives_the_embedding_of_an_added_domain(dense, tmp_path, one_de
         (["--method=btx", "--dense={0}/3,{1}/bpe"], "were trained with different tokenizers"),
     ],
 )
-def test_wrong_input_is_one_line_and_writes_nothing(arguments, message, dense, nexus_of_two, tmp_path, one_device):
+def test_wrong_input_is_one_line_and_writes_nothing(arguments, message, dense, nexus_of_two, linear, tmp_path, one_device):
     np.save(tmp_path / "3.npy", np.zeros((3, 4)))
-    if "wide" in arguments[1]:
+    if any("wide" in x for x in arguments):
         save(tmp_path / "wide", tiny({"model.d_ff": 40}), steps=(1,))
     if "bpe" in arguments[1]:
         save(tmp_path / "bpe", tiny(), "another", steps=(1,))
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(ValueError) as error:
-        upcycled(tmp_path / "out", *(x.format(dense, tmp_path, nexus_of_two / "out") for x in arguments))
+        upcycled(tmp_path / "out", *(x.format(dense, tmp_path, nexus_of_two / "out", linear["nexus"]) for x in arguments))
     assert re.search(message, str(error.value)) and "\n" not in str(error.value)
     assert {path.name for path in tmp_path.iterdir()} == before
 
@@ -288,11 +354,11 @@ def test_training_does_not_move_domain_embeddings(one_device):
 @pytest.mark.slow  # each command starts jax
 def test_the_commands_of_the_page_follow_one_another_from_a_seed_to_a_mixture_with_an_added_expert(tmp_path):
     page = [words for words in commands((ROOT / "docs" / "upcycling.md").read_text()) if words[1] != "tools/plan.py"]
-    shorter = {"launch/train.py": ["--steps=2", "--config.evals.tokens=1024"], "tools/upcycle.py": []}
+    shorter = {"launch/train.py": ["--steps=2", "--config.evals.tokens=1024"]}
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     for _, script, *words in page:
         words = [word.replace("configs/", f"{ROOT}/configs/") for word in words]
-        subprocess.run([sys.executable, ROOT / script, *words, *shorter[script]], cwd=tmp_path, env=env, check=True)
+        subprocess.run([sys.executable, ROOT / script, *words, *shorter.get(script, [])], cwd=tmp_path, env=env, check=True)
     for name in ("bam", "sparse", "extended"):
         record = checkpoint.read_data(tmp_path / "runs" / name / "checkpoints")["init_from"]
         assert not record["new"] and not record["ignored"] and not record["notes"], name

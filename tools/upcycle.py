@@ -9,10 +9,12 @@ such as those of configs/upcycle. It records the recipe.
     bam      as btx, and the attention of each model becomes an attention expert
     nexus    the first model is the seed, whose feed-forward computes every token; each other one is an expert. The router is
              projected from domain embeddings: the mean token embedding of the seed over --domain_tokens tokens of the data
-             that an expert was trained on, or the rows of --domains, a .npy file with a row for each expert
+             that an expert was trained on, or the rows of --domains, a .npy file with a row for each expert. With
+             --router=linear the router is a matrix, as in the others
 
 --method=nexus --dense=MIXTURE,SEED --add_expert=DIR adds an expert: the router gives the others what it gave them. With
---domains, whose only row is that of the new expert, the seed is not needed.
+--domains, whose only row is that of the new expert, the seed is not needed. Nor is it where the router is a matrix, which gets
+a column of new numbers: there --dense names the mixture alone, of nexus or btx.
 
 Each layer is made by itself; one tensor of every model is in memory at a time, and the result. Exit codes: 2 for a wrong flag
 or input, and then nothing is written.
@@ -39,18 +41,20 @@ from hybrid_attn.infer import loading
 from hybrid_attn.model import abstract_params, specs
 from hybrid_attn.stored import first_eight
 from hybrid_attn.trees import check
-from hybrid_attn.upcycle import DOMAINS, NEW, Origin
+from hybrid_attn.upcycle import COLUMN, DOMAINS, NEW, Origin
 
 METHOD = flags.DEFINE_enum("method", None, list(upcycle.METHODS), "How the mixture is made.", required=True)
 DENSE = flags.DEFINE_list("dense", None, "Dense models, with commas between them.", required=True)
 OUT = flags.DEFINE_string("out", None, "New directory of checkpoints.", required=True)
 EXPERTS = flags.DEFINE_integer("experts", 8, "sparse: copies.", 1)
 TOP_K = flags.DEFINE_integer("top_k", None, "Experts that compute a token; by default those of the method's paper.", 1)
-ADD_EXPERT = flags.DEFINE_string("add_expert", None, "nexus: a dense model that is added to the mixture --dense.")
+ROUTER = flags.DEFINE_enum("router", "projected", ["projected", "linear"], "nexus: from domain embeddings, or a matrix.")
+ADD_EXPERT = flags.DEFINE_string("add_expert", None, "nexus, btx: a dense model that is added to the mixture --dense.")
 DOMAIN_FILE = flags.DEFINE_string("domains", None, "nexus: a .npy file of domain embeddings, a row for each expert.")
 DOMAIN_TOKENS = flags.DEFINE_integer("domain_tokens", 262_144, "nexus: tokens of a domain whose embeddings are averaged.", 1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the new parameters.", 0)
-OPTIONS = {"sparse": (EXPERTS,), "btx": (), "bam": (), "nexus": (ADD_EXPERT, DOMAIN_FILE, DOMAIN_TOKENS)}
+OF_DOMAINS = DOMAIN_FILE, DOMAIN_TOKENS
+OPTIONS = {"sparse": (EXPERTS,), "btx": (ADD_EXPERT,), "bam": (), "nexus": (ROUTER, ADD_EXPERT, *OF_DOMAINS)}
 
 
 class Model(NamedTuple):
@@ -90,6 +94,8 @@ def check_flags() -> None:
     allowed = {flag.name for flag in OPTIONS[METHOD.value]}
     for flag in (flag for options in OPTIONS.values() for flag in options):
         check(flag.name in allowed or not flag.present, f"--{flag.name} does not belong to --method={METHOD.value}")
+    for flag in (TOP_K, ROUTER) if ADD_EXPERT.present else ():
+        check(not flag.present, f"--{flag.name} is of a new mixture, and does not belong to --add_expert")
 
 
 def domain_counts(model: Model) -> np.ndarray:
@@ -140,9 +146,11 @@ def parameter(models: Sequence[Model], name: str, origin: Origin, spec, repetiti
     sources = zip(*(models[number].read(source) for number, source in origin.sources), strict=True)
     for index in range(repetitions):
         tensors = next(sources, ())
-        if origin.join == NEW:
+        if origin.join in (NEW, COLUMN):
+            shape = spec.shape if origin.join == NEW else (*spec.shape[:-1], 1)
             rng = np.random.default_rng([SEED.value, zlib.crc32(name.encode()), index])
-            layers.append((spec.std * rng.standard_normal(spec.shape)).astype(np.float32))
+            new = (spec.std * rng.standard_normal(shape)).astype(np.float32)
+            layers.append(np.concatenate([*tensors, new], -1))
         elif origin.join == DOMAINS:
             layers.append(np.concatenate([*tensors, domains_Em]))
         else:
@@ -189,7 +197,8 @@ def show(models: Sequence[Model], model: config.Model, origins: Mapping[str, Ori
     for x, other in zip(models[1:], others, strict=True) if ADD_EXPERT.value is None else ():
         for line in trees.differences(first, other, "model."):
             print(f"{models[0].name} -> {x.name}: {line}")
-    new, mlp = [name for name, origin in origins.items() if origin.join == NEW], model.kinds[model.layers[0]].mlp
+    labels, mlp = {NEW: "", COLUMN: "a column of "}, model.kinds[model.layers[0]].mlp
+    new = [labels[origin.join] + name for name, origin in origins.items() if origin.join in labels]
     print(f"{OUT.value}: {METHOD.value}, {mlp.experts} experts, top_k={mlp.top_k}; new: {first_eight(new) or 'none'}")
 
 
@@ -199,35 +208,47 @@ def make() -> None:
     for x in models:
         upcycle.check_dense(x.saved.config.model, x.name)
     recipe, rows = upcycle.METHODS[METHOD.value](len(models), EXPERTS.value), domains_in_file()
+    is_projected = METHOD.value == "nexus" and ROUTER.value == "projected"
+    check_domain_flags(is_projected, "--router=linear")
     changes = {} if TOP_K.value is None else {"top_k": TOP_K.value}
     if rows is not None:
         upcycle.check_domains(rows, len(recipe.experts), None, DOMAIN_FILE.value)
-    if METHOD.value == "nexus":
+    if is_projected:
         changes |= {"domain_dim": models[0].saved.config.model.d_model if rows is None else rows.shape[1]}
     values = upcycle.mixture(models[0].values, recipe, changes)
     names = flatten_dict(abstract_params(config.build_model(values["model"])), sep="/")
     origins = {name: upcycle.origin(recipe, name) for name in names}
-    is_computed = METHOD.value == "nexus" and rows is None
+    is_computed = is_projected and rows is None
     write(models, values, origins, lambda: mean_embeddings(models[0], models[1:]) if is_computed else rows)
 
 
+def check_domain_flags(is_projected: bool, router: str) -> None:
+    """ValueError for flags of domain embeddings beside a router that is a matrix."""
+    for flag in OF_DOMAINS:
+        check(is_projected or not flag.present, f"--{flag.name} is of a projected router, and does not belong to {router}")
+
+
 def add_expert() -> None:
-    """A mixture of nexus with one more expert."""
-    models, rows = [model_at(path) for path in (DENSE.value[0], ADD_EXPERT.value)], domains_in_file()
-    mixture, added = models
-    number = 2 if rows is None else 1
-    check(len(DENSE.value) == number, "--add_expert needs --dense=MIXTURE,SEED, or --dense=MIXTURE and --domains")
-    check(TOP_K.value is None, "--top_k is of a new mixture, and does not belong to --add_expert")
+    """A mixture of nexus or btx with one more expert."""
+    mixture, added = (model_at(path) for path in (DENSE.value[0], ADD_EXPERT.value))
+    rows = domains_in_file()
     upcycle.check_dense(added.saved.config.model, added.name)
-    experts, domain_dim = upcycle.experts_of(mixture.saved.config.model, mixture.name)
+    experts, domain_dim = upcycle.experts_of(mixture.saved.config.model, METHOD.value, mixture.name)
+    check_domain_flags(domain_dim is not None, f"the matrix of {mixture.name}")
+    number = 2 if domain_dim is not None and rows is None else 1
+    form = "MIXTURE" if domain_dim is None else "MIXTURE,SEED, or --dense=MIXTURE and --domains"
+    check(len(DENSE.value) == number, f"--add_expert needs --dense={form} for {mixture.name}, not {len(DENSE.value)} models")
     origins = {name: upcycle.origin_of_added(name, experts) for name in mixture.shapes}
 
-    def domains() -> np.ndarray:
+    def domains() -> np.ndarray | None:
+        if domain_dim is None:
+            return None
         new = mean_embeddings(model_at(DENSE.value[1]), [added]) if rows is None else rows
         upcycle.check_domains(new, 1, domain_dim, DOMAIN_FILE.value or f"the embedding table of {DENSE.value[1]}")
         return new
 
-    write(models, upcycle.extended(mixture.values), origins, domains)
+    values = upcycle.with_sources(upcycle.extended(mixture.values), added.values, experts + 1)
+    write([mixture, added], values, origins, domains)
 
 
 def upcycle_models() -> None:

@@ -3,9 +3,10 @@
     python launch/train.py --config=configs/upcycle/dense.py:tiny,seed --workdir=runs/seed
     python launch/train.py --config=configs/upcycle/dense.py:tiny,tables --config.init_from.path=runs/seed --workdir=runs/tables
 
-A branch is one of DOMAINS, folders of Python's standard library; the seed is trained on those of SEED. The sizes but tiny are
-those of BAM (arXiv 2408.08274, table 8), with its tokens and rates: name a tokenizer and sources of your own for them.
-docs/upcycling.md has the whole chain.
+A branch is one of DOMAINS: code and tables of Python's standard library, its documentation strings, or a synthetic language.
+The seed is trained on those of SEED. tools/write_domains.py writes the last two. The sizes but tiny are those of BAM (arXiv
+2408.08274, table 8), with its tokens and rates: name a tokenizer and sources of your own for them. docs/upcycling.md has the
+whole chain.
 """
 
 import sysconfig
@@ -14,13 +15,15 @@ from ml_collections import ConfigDict
 
 from hybrid_attn.configs import base
 
-DOMAINS = {  # patterns below the folder of the standard library
-    "modules": ("*.py",),
-    "tables": ("encodings/*.py",),
-    "network": ("asyncio/*.py", "email/*.py", "http/*.py", "urllib/*.py", "xml/**/*.py"),
-    "system": ("concurrent/**/*.py", "ctypes/*.py", "importlib/*.py", "logging/*.py", "multiprocessing/*.py", "unittest/*.py"),
+LIBRARY, WRITTEN = sysconfig.get_path("stdlib"), "runs/domains"  # the default of tools/write_domains.py
+DOMAINS = {
+    "modules": f"{LIBRARY}/*.py",
+    "tables": f"{LIBRARY}/encodings/*.py",
+    "documentation": f"{WRITTEN}/documentation.jsonl",
+    "language": f"{WRITTEN}/language.jsonl",
 }
-SEED = "modules", "tables", "network"  # system is the domain that is added later
+SEED = "modules", "tables", "documentation"
+ADDED = "language"  # the domain that is added later
 SIZES = {  # layers, width, feed-forward width, query heads, key/value heads, tied table, learning rate, its last ratio, warm-up
     "590m": (6, 1024, 2048, 8, 8, False, 1.2e-4, 0.1, 1500),  # gate and up side by side are the 4,096 of the paper
     "2b": (18, 2304, 9216, 18, 6, True, 1e-2, 0.03, 2000),
@@ -38,11 +41,6 @@ def split(argument: str, seconds: tuple[str, ...]) -> list[str]:
     if size not in TOKENS or second not in seconds:
         raise ValueError(f"{argument!r}: write SIZE,NAME with a size of {', '.join(TOKENS)} and a name of {', '.join(seconds)}")
     return [size, second]
-
-
-def source(domain: str) -> ConfigDict:
-    root = sysconfig.get_path("stdlib")
-    return base.source(paths=tuple(f"{root}/{pattern}" for pattern in DOMAINS[domain]))
 
 
 def of_size(c: ConfigDict, size: str) -> None:
@@ -63,7 +61,7 @@ def of_size(c: ConfigDict, size: str) -> None:
 def training(c: ConfigDict, size: str, phase: int, sources: tuple[str, ...]) -> None:
     """Gives `c` the tokens of a phase (0 the seed, 1 a branch, 2 the mixture), from equal shares of sources."""
     tokens, of_step, length = TOKENS[size][phase], *TOKENS[size][3:]
-    c.data.sources = ConfigDict({domain: source(domain) for domain in sources})
+    c.data.sources = ConfigDict({domain: base.source(paths=(DOMAINS[domain],)) for domain in sources})
     c.stages = [base.stage(steps=tokens // of_step, seq_len=length, batch=of_step // length)]
     c.stages[0].mixture = ConfigDict(dict.fromkeys(sources, 1.0))
     c.evals.names, c.evals.lengths = ("position",), (1.0,)

@@ -2,7 +2,8 @@
 
     python launch/train.py --config=configs/upcycle/mixture.py:tiny,bam --config.init_from.path=runs/start --workdir=runs/bam
 
-The methods are sparse, of 4 experts, btx, bam and nexus; nexus_extended has the expert that --add_expert adds, and its domain.
+The methods are sparse, of 4 experts, btx, bam, nexus, and linear: nexus with --router=linear. Those of EXTENDED have, as
+nexus_extended, the expert that --add_expert adds; half of their tokens are of its domain, as in arXiv 2408.15901.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +13,8 @@ from hybrid_attn import trees, upcycle
 from hybrid_attn.configs import base
 
 MODELS = 4  # the seed and a branch of each of its domains
-METHODS = (*upcycle.METHODS, "nexus_extended")
+EXTENDED = "btx", "nexus", "linear"
+METHODS = (*upcycle.METHODS, "linear", *(f"{name}_extended" for name in EXTENDED))
 
 
 def get_config(argument: str = "tiny,btx"):
@@ -20,14 +22,16 @@ def get_config(argument: str = "tiny,btx"):
     c = base.get_config()
     dense.of_size(c, size)
     name = method.removesuffix("_extended")
-    recipe = upcycle.METHODS[name](1 if name == "sparse" else MODELS, MODELS)
+    recipe = upcycle.METHODS["nexus" if name == "linear" else name](1 if name == "sparse" else MODELS, MODELS)
     values = trees.plain({"model": c.model})
     values = upcycle.mixture(values, recipe, {"domain_dim": c.model.d_model} if name == "nexus" else {})
-    domains = dense.SEED
-    if method == "nexus_extended":
-        values, domains = upcycle.extended(values), tuple(dense.DOMAINS)
+    if method == name:
+        dense.training(c, size, 2, dense.SEED)
+    else:
+        values = upcycle.extended(values)
+        dense.training(c, size, 2, (*dense.SEED, dense.ADDED))
+        c.stages[0].mixture[dense.ADDED] = float(len(dense.SEED))
     c.model = ConfigDict(values["model"])
-    dense.training(c, size, 2, domains)
     if size == "tiny":
         c.optim.lr /= 2
     else:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from hybrid_attn import config, trees
 from hybrid_attn.config import LayerType, Model
-from hybrid_attn.convert import experts, layers
+from hybrid_attn.convert import experts, layers, mxfp4
 from hybrid_attn.convert.fields import positive_int
 from hybrid_attn.convert.normal import layer_types_of, normal_form, rounded
 from hybrid_attn.convert.tensors import LAYER, Tensor
@@ -91,7 +91,9 @@ def _model_of(config_json: Mapping) -> Model:
     fields = {key: value for key, value in config_json.items() if value is not None or key in NULLABLE}
     c = {**family.defaults, **fields}
     if "quantization_config" in fields:
-        raise ValueError("config.json has quantization_config; only plain floats are supported: use the unquantized model")
+        method = fields["quantization_config"].get("quant_method")
+        problem = f"config.json has a quantization_config of quant_method={method!r}; only {mxfp4.METHOD} and plain floats"
+        check(method == mxfp4.METHOD, f"{problem} are supported: use the unquantized model")
     if "moe_intermediate_size" in c:  # a family whose layers all have experts has no width of dense ones
         c.setdefault("intermediate_size", c["moe_intermediate_size"])
     missing = [key for key in FIELDS if key not in c and key not in ("head_dim", "num_key_value_heads")]

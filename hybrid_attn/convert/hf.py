@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 
 from hybrid_attn import config
 from hybrid_attn.config import Model
-from hybrid_attn.convert import families
+from hybrid_attn.convert import families, mxfp4
 from hybrid_attn.convert.tensors import TOP, Piece, Tensor
 from hybrid_attn.files import check_named, read_object, write_atomically
 from hybrid_attn.trees import check
@@ -65,6 +65,7 @@ def read_params(directory: str | os.PathLike, model: Model, model_type: str, abs
         files, conflicts = _open(Path(directory), stack)
         ignored = families.family_of(model_type).ignored
         files = {name: file for name, file in files.items() if not (ignored and name.startswith(ignored))}
+        files = mxfp4.with_unpacked(files)
         _check(directory, files, conflicts, expected, model.tie_embeddings)
         by_path = {path: [] for path in leaves}
         for tensor in expected:

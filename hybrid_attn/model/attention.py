@@ -57,12 +57,12 @@ class Attention(nnx.Module):
         elif layer_type.gate == "head":
             self.gate = linear(rngs, (D, N), ("embed", "heads"), std)
 
-    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """The output [B, T, D], and what else `attend` returns."""
+    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, attend: Attend) -> tuple[jax.Array, dict, Any]:
+        """The output [B, T, D], an empty aux, and what else `attend` returns."""
         angles = self.angles(pos_BT)
         q_BTNH = self.queries(x_BTD, pos_BT, angles)
         o_BTNH, state = attend(q_BTNH, *self.keys(x_BTD, angles), self.sinks)
-        return self.output(x_BTD, o_BTNH), state
+        return self.output(x_BTD, o_BTNH), {}, state
 
     @property
     def sinks(self) -> jax.Array | None:

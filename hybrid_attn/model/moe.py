@@ -5,7 +5,6 @@ and E its own experts.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,13 @@ from hybrid_attn.model.execution import Chunks
 from hybrid_attn.model.grouped import blocks_of, grouped_mlp, rows_of_block
 from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP, gating_of
 from hybrid_attn.model.params import biased, cast, experts, linear, vector
+from hybrid_attn.model.statistics import TINY, mean_entropy_bits, mean_over_tokens
 from hybrid_attn.parallel.mesh import BATCH, all_gathered, reduce_scattered, spec_of, width_axes
 
-TINY = 1e-20  # beside a sum of scores that may be zero
 EXPERT = ("expert",)  # the mesh axis that splits experts
 LAYERS = "moe_layers"  # of which the scalars below are sums
 METRICS = "expert_load", "router_entropy_bits", "router_z", "dropped_copies"
+SHARES = "expert_shares"  # of the copies of tokens that each expert computes
 
 
 class MoE(nnx.Module):
@@ -54,7 +54,7 @@ class MoE(nnx.Module):
             self.bias = vector((E,), ("score",), 0.0, self.settings.bias_rate)
 
     def __call__(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, dict]:
-        """The output [B, T, D], and the scalars of the router: its loss, `LAYERS` and `METRICS`.
+        """The output [B, T, D], and what the router tells: its loss, `LAYERS`, `METRICS` and `SHARES`.
 
         Padding is routed nowhere: its output is that of the shared experts, and zero without these.
         """
@@ -143,17 +143,14 @@ def of_experts(mlp: ChunkedMLP, x_BTD, gates_BTk, expert_BTk, real_BT, *weights)
 
 
 def scalars(settings: MLP, logits_BTE, real_BT, load_E: jax.Array, bias_E: jax.Array | None = None) -> dict[str, jax.Array]:
-    """The router's loss as "aux_loss", and `METRICS` of one layer, over all real tokens of the batch."""
+    """The router's loss as "aux_loss", and `METRICS` and `SHARES` of one layer, over all real tokens of the batch."""
     number, copies_E = jnp.maximum(real_BT.sum(), 1.0), load_E.astype(jnp.float32)
-
-    def mean(x_BTA):
-        return jnp.where(real_BT[..., None], x_BTA, 0.0).sum((0, 1)) / number
-
     scores_BTE = scores(settings, logits_BTE)
     probability_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + TINY)
-    balance = balance_loss(copies_E / (settings.top_k * number), mean(probability_BTE))
-    z = mean(jnp.square(jax.nn.logsumexp(logits_BTE, -1, keepdims=True))).sum()
-    entropy = -mean(probability_BTE * jnp.log2(probability_BTE + TINY)).sum()
+    share_E = copies_E / (settings.top_k * number)
+    balance = balance_loss(share_E, mean_over_tokens(probability_BTE, real_BT))
+    z = mean_over_tokens(jnp.square(jax.nn.logsumexp(logits_BTE, -1, keepdims=True)), real_BT).sum()
+    entropy = mean_entropy_bits(probability_BTE, real_BT)
     load = copies_E.max() / jnp.maximum(copies_E.mean(), 1 / settings.experts)
     dropped = settings.top_k * real_BT.sum() - load_E.sum()
     values = dict(zip(METRICS, (load, entropy, z, dropped.astype(jnp.float32)), strict=True))
@@ -161,7 +158,7 @@ def scalars(settings: MLP, logits_BTE, real_BT, load_E: jax.Array, bias_E: jax.A
     loss = settings.balance_loss * balance + settings.z_loss * z
     if bias_E is not None:
         loss += excess(bias_E, copies_E)
-    return {"aux_loss": loss, LAYERS: jnp.float32(1), **values}
+    return {"aux_loss": loss, LAYERS: jnp.float32(1), SHARES: share_E, **values}
 
 
 def excess(bias_E: jax.Array, copies_E: jax.Array) -> jax.Array:
@@ -175,8 +172,3 @@ def excess(bias_E: jax.Array, copies_E: jax.Array) -> jax.Array:
 def balance_loss(share_E: jax.Array, probability_E: jax.Array) -> jax.Array:
     """E times the sum of share of the copies times mean probability; 1 where both are equal (arXiv 2101.03961, equation 4)."""
     return len(share_E) * (share_E * probability_E).sum()
-
-
-def metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """`METRICS` as means over the layers, and the microbatches, of which `sums` are sums; none where no layer has experts."""
-    return {name: sums[name] / sums[LAYERS] for name in METRICS} if LAYERS in sums else {}

@@ -21,6 +21,7 @@ from hybrid_attn.parallel.context import AXIS
 from hybrid_attn.parallel.mesh import BATCH, HEADS_BTNH, TOKENS_BT
 
 QUERIES = 64  # sampled of each sequence, evenly spaced; of each context shard an equal number, and two at least
+TINY = 1e-20  # beside a number that may be zero
 OUTLIER = 6.0  # root mean squares of a token's activations; of numbers from a normal distribution one in 5e8 is beyond
 
 
@@ -46,11 +47,11 @@ class ActivationStatistics(NamedTuple):
 
 
 class LayerStatistics(NamedTuple):
-    """`attention` is None of a layer that compares no queries with keys. `scalars` are those of its feed-forward."""
+    """`attention` is None of a layer that compares no queries with keys; `aux` is that of its mixer and of its feed-forward."""
 
     attention: AttentionStatistics | None
     activations: ActivationStatistics
-    scalars: dict[str, jax.Array]
+    aux: dict[str, jax.Array]
 
 
 def of_attention(
@@ -97,6 +98,16 @@ def sampled(T: int, shards: int) -> np.ndarray:
     """
     count = min(max(QUERIES // shards, 2), T)
     return (2 * np.arange(count) + 1) * T // (2 * count)
+
+
+def mean_over_tokens(x_BTA: jax.Array, real_BT: jax.Array) -> jax.Array:
+    """The mean [A] over all real tokens of a batch; zeros where there are none."""
+    return jnp.where(real_BT[..., None], x_BTA, 0.0).sum((0, 1)) / jnp.maximum(real_BT.sum(), 1.0)
+
+
+def mean_entropy_bits(probability_BTE: jax.Array, real_BT: jax.Array) -> jax.Array:
+    """The entropy of the probabilities of a token's experts, a mean over all real tokens."""
+    return -mean_over_tokens(probability_BTE * jnp.log2(probability_BTE + TINY), real_BT).sum()
 
 
 def of_activations(x_BTD: jax.Array, seg_BT: jax.Array) -> ActivationStatistics:

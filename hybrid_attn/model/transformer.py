@@ -53,10 +53,11 @@ class Mixer(Protocol):
 
     def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs): ...
 
-    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """What the layer adds to the residual stream, [B, T, D], and what else `attend` returns beside its output.
+    def __call__(self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, attend: Attend) -> tuple[jax.Array, Aux, Any]:
+        """What the layer adds to the residual stream, [B, T, D], its aux, and what else `attend` returns beside its output.
 
-        `x_BTD` are the normed activations. `attend` compares queries with the keys of packed sequences or of a cache.
+        `x_BTD` are the normed activations. `attend` compares queries with the keys of packed sequences or of a cache. The aux
+        is as that of a `FeedForward`.
         """
 
     @staticmethod
@@ -70,10 +71,10 @@ class FeedForward(Protocol):
     def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs): ...
 
     def __call__(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, Aux]:
-        """What the layer adds to the residual stream, [B, T, D], and scalars that are summed over the layers.
+        """What the layer adds to the residual stream, [B, T, D], and its aux: scalars, which are summed over the layers.
 
-        The scalar "aux_loss" is added to the loss. Segment 0 is padding. `chunks`: how many tokens to compute at a time; None
-        for all at once.
+        The scalar "aux_loss" is added to the loss. Arrays in the aux are of this layer alone, and only `LayerStatistics` have
+        them. Segment 0 is padding. `chunks`: how many tokens to compute at a time; None for all at once.
         """
 
 
@@ -100,19 +101,19 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, pos_BT: jax.Array, seg_BT: jax.Array, attend: Attend, chunks: Chunks | None
     ) -> tuple[jax.Array, Aux, Any]:
-        """The residual stream after the layer, the scalars of the feed-forward, and what else `attend` returns."""
+        """The residual stream after the layer, the aux of mixer and feed-forward, and what else `attend` returns."""
         mixer = getattr(self, self.mixer_name)
         if self.form == "parallel":  # x + mixer(norm x) + mlp(norm x)
             h_BTD = self.norm(x_BTD)
-            y_BTD, state = mixer(h_BTD, pos_BT, attend)
-            z_BTD, aux = self.mlp(h_BTD, seg_BT, chunks)
-            return self._sum(self._sum(x_BTD, y_BTD), z_BTD), aux, state
+            y_BTD, aux, state = mixer(h_BTD, pos_BT, seg_BT, attend)
+            z_BTD, mlp_aux = self.mlp(h_BTD, seg_BT, chunks)
+            return self._sum(self._sum(x_BTD, y_BTD), z_BTD), added(aux, mlp_aux), state
         # x + norm(mixer(norm x)), then x + norm(mlp(norm x)): pre has the inner norms, post the outer ones, sandwich both.
         inner, outer = self.form != "post", self.form != "pre"
-        y_BTD, state = mixer(self.attention_norm(x_BTD) if inner else x_BTD, pos_BT, attend)
+        y_BTD, aux, state = mixer(self.attention_norm(x_BTD) if inner else x_BTD, pos_BT, seg_BT, attend)
         x_BTD = self._sum(x_BTD, self.attention_post_norm(y_BTD) if outer else y_BTD)
-        z_BTD, aux = self.mlp(self.mlp_norm(x_BTD) if inner else x_BTD, seg_BT, chunks)
-        return self._sum(x_BTD, self.mlp_post_norm(z_BTD) if outer else z_BTD), aux, state
+        z_BTD, mlp_aux = self.mlp(self.mlp_norm(x_BTD) if inner else x_BTD, seg_BT, chunks)
+        return self._sum(x_BTD, self.mlp_post_norm(z_BTD) if outer else z_BTD), added(aux, mlp_aux), state
 
     def _sum(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
         """The residual stream with the output of a branch."""
@@ -188,6 +189,15 @@ def layer_names(letters: str) -> list[tuple[str, str]]:
     return [(f"{letter}{i}", letter) for i, letter in enumerate(letters)]
 
 
+def layer_paths(model: Model) -> list[tuple[str, str, int]]:
+    """Where each layer stands, from the first to the last: its group, its name there, and its period."""
+    return [
+        (group, name, period)
+        for group, letters, repetitions in model.groups
+        for period, (name, _) in itertools.product(range(repetitions), layer_names(letters))
+    ]
+
+
 def init(model: Model, key: jax.Array) -> dict:
     """Parameters as a nested dict of float32 arrays, laid out on the mesh in force (`jax.set_mesh`)."""
     return map_weights(lambda weight: weight[...], _weights(model, nnx.Rngs(params=key)))
@@ -238,9 +248,10 @@ def apply_in_zigzag(
                 x_BTD = checkpoint_name(x_BTD, INPUT)
                 block = bind(model, letter, leaves, execution)
                 x_BTD, aux, attention = block(x_BTD, pos_BT, seg_BT, attends[letter], execution.mlp_chunks(letter))
+                scalars = {name: x for name, x in aux.items() if x.ndim == 0}
                 if not execution.statistics:
-                    return x_BTD, aux, None
-                return x_BTD, aux, LayerStatistics(attention, statistics.of_activations(x_BTD, seg_BT), aux)
+                    return x_BTD, scalars, None
+                return x_BTD, scalars, LayerStatistics(attention, statistics.of_activations(x_BTD, seg_BT), aux)
 
             with jax.named_scope(letter), jax.named_scope(name):  # a profile sums over the layers of a type
                 x_BTD, aux, measured[name] = CHECKPOINTS[execution.remat[letter]](layer)(leaves[name], x_BTD)
@@ -271,10 +282,9 @@ def unstacked(model: Model, params: dict, dtype: jnp.dtype) -> dict:
 
     params = jax.tree.map(cast, specs(model), params)
     layers = []
-    for group, letters, repetitions in model.groups:
-        for period, (name, _) in itertools.product(range(repetitions), layer_names(letters)):
-            leaves = params[group][name]
-            layers.append(jax.tree.map(lambda x, period=period: x[period], leaves) if group == "periods" else leaves)
+    for group, name, period in layer_paths(model):
+        leaves = params[group][name]
+        layers.append(jax.tree.map(lambda x, period=period: x[period], leaves) if group == "periods" else leaves)
     others = {name: x for name, x in params.items() if name not in ("prefix", "periods", "tail")}
     return others | {"layers": tuple(layers)}
 
