@@ -78,10 +78,10 @@ def skip_reason(target):
 
 
 @functools.cache
-def compiled(*arguments: str) -> dict:
-    """The report of each case that `main` gives in another process."""
+def compiled(*arguments: str, program: str = __file__) -> dict:
+    """The report of each case that `main` of a test file gives in another process."""
     env = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", JAX_PLATFORMS="cpu")
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, program, *arguments]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
     return {report["case"]: report for report in map(json.loads, done.stdout.splitlines())}

@@ -55,11 +55,12 @@ def with_experts() -> config.Config:
     return tiny(L={"window": 5, "rope_theta": 100.0} | local, G={"mlp.type": "moe", "mlp.experts": 6, "qk_norm": "rms"})
 
 
-def layer_of(**settings):
+def layer_of(kernel="blocked", **settings):
     """(settings, graph, state) of a layer with experts, whose weights are large enough that experts differ."""
     fields = {f"mlp.{name}": x for name, x in ({"type": "moe", "d_ff": 24} | settings).items()}
     model = tiny({"model.init_std": 0.4}, L=fields).model
     layer = moe.MoE(model, model.kinds["L"], rngs=nnx.Rngs(0))
+    layer.kernel = kernel
     if hasattr(layer, "bias"):
         layer.bias[...] = jnp.asarray(np.random.default_rng(2).normal(size=settings["experts"]), jnp.float32)
     for i, name in enumerate(("router_bias", "gate_bias", "up_bias", "down_bias")):
@@ -99,9 +100,9 @@ def dense(settings: config.MLP, p: dict, x_BTD: jax.Array) -> jax.Array:
     return y / 2 if settings.shared_combine == "average" else y
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, one_device):
-    settings, graph, state = layer_of(**CASES[case])
+def check_dense_loop(case, kernel):
+    """A layer and all its gradients are those of `dense`."""
+    settings, graph, state = layer_of(kernel, **CASES[case])
     x_BTD, seg_BT = inputs()
     real_BT = seg_BT > 0
 
@@ -119,6 +120,11 @@ def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, 
     is_real_BT = np.asarray(seg_BT) > 0
     assert_close(y_BTD[is_real_BT], expected_BTD[is_real_BT], 1e-5)
     assert_close(grads, expected, 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, one_device):
+    check_dense_loop(case, "blocked")
 
 
 def test_of_equal_scores_the_first_experts_win_and_experts_without_tokens_get_no_gradient(one_device):

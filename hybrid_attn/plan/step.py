@@ -12,6 +12,7 @@ from hybrid_attn.bench.measurement import table
 from hybrid_attn.config import Config, Model, mlp_width
 from hybrid_attn.data.packed import ARRAYS
 from hybrid_attn.model import execution_on, flops
+from hybrid_attn.model.moe import by_kernel
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
@@ -27,8 +28,8 @@ class Plan(NamedTuple):
 
     `peak` is the peak memory, arguments included. `temporaries` is the compiler's sum, which for a TPU counts arrays that are
     never allocated at the same time. `cycles`, of TPUs alone, are what the compiler expects without collectives and kernels;
-    `kernel_flops` are those of the attention kernels, recomputation included. `compiler_flops` is None for a GPU that is not
-    there, whose compiler counts none. `expert_helps` says whether a larger `mesh.expert` would save memory.
+    `kernel_flops` are those of the kernels of attention and experts, recomputation included. `compiler_flops` is None for a GPU
+    that is not there, whose compiler counts none. `expert_helps` says whether a larger `mesh.expert` would save memory.
     """
 
     target: Target
@@ -58,6 +59,8 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         check_overrides(c)
         sharding = NamedSharding(mesh, TOKENS_BT)
         inputs = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
+        kernel_flops = timing.kernel_flops(of_stage.model, of_stage.train, length)
+        kernel_flops += timing.expert_flops(of_stage.model, by_kernel(of_stage.model, execution, mesh.shape["tensor"])) * length
         compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), inputs).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
@@ -74,7 +77,7 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         per_token * batch * length / mesh.size,
         (compiled.cost_analysis() or {}).get("flops"),
         timing.cycles(text) if target.platform == "tpu" else 0,
-        timing.kernel_flops(of_stage.model, of_stage.train, length) * batch / mesh.size,
+        kernel_flops * batch / mesh.size,
         largest_array(text),
         collectives(text, mesh.shape),
         text,
@@ -163,7 +166,7 @@ def time_line(plan: Plan) -> str:
     hidden, received = (sum(x.total for x in plan.collectives if x.hidden >= least) for least in (True, False))
     return (
         f"time         {plan.cycles / chip.clock:.3f} s by the compiler, {plan.cycles:,} cycles at {chip.clock / 1e9:.2f} GHz, "
-        f"without attention kernels ({kernels:.3f} s if their {plan.kernel_flops:.4g} FLOPs run at {timing.KERNEL_SHARE:.0%} "
+        f"without custom kernels ({kernels:.3f} s if their {plan.kernel_flops:.4g} FLOPs run at {timing.KERNEL_SHARE:.0%} "
         f"of the peak) and without collectives ({gb(hidden)} of {gb(received)} arrive while the chip computes)"
     )
 
