@@ -232,7 +232,7 @@ def main_plan(case: str) -> None:
     if size == "llama":  # Llama 3.1 8B
         c.model.update(pattern="R", block="pre", norm="rms", vocab_size=128_256, tie_embeddings=False, logit_scale=1.0)
         c.model.kinds.R = base.kind(rope_theta=500_000.0)
-    c.train.update({"context": "G=ring", "remat": "offload"} if case == SPARING else {})
+    c.train.update(moe_kernel="blocked", **({"context": "G=ring", "remat": "offload"} if case == SPARING else {}))
     c.mesh.update({"data": 1, "fsdp": 1, "expert": 1} | axes)
     c.stages[0].update(seq_len=length, batch=c.mesh.fsdp * c.mesh.expert)
     started = time.monotonic()
