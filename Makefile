@@ -29,9 +29,9 @@ test-slow: .venv/.test
 
 # Compiles for TPUs, and for H100s, that are not here. The second installs several GB.
 test-aot: .venv/.test .venv/.tpu
-	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs -k 'not whole_step' $(ARGS)
+	$(VENV_PYTHON) -m pytest tests/test_aot.py tests/test_aot_experts.py -rs -k 'not whole_step' $(ARGS)
 
-# Steps of whole models, of 1B and 8B parameters, at up to 1,048,576 tokens: twenty minutes.
+# Steps of whole models, of 1B, 8B and 30B parameters, at up to 1,048,576 tokens: half an hour.
 test-aot-models: .venv/.test .venv/.tpu
 	$(VENV_PYTHON) -m pytest tests/test_aot.py -rs -k whole_step $(ARGS)
 

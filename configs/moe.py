@@ -19,4 +19,5 @@ def get_config(size: str = "small"):
         c.mesh.fsdp, c.mesh.expert = -1, 8
     for kind in c.model.kinds.values():
         kind.mlp = base.moe(**experts)
+    c.evals.names = (*c.evals.names, "routing")
     return c

@@ -57,7 +57,8 @@ CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
 OF_STAGES = (
     "model.*", "mesh.*", "data.packing", "data.sources.*.min_length", "train.dtype", "train.remat",
     "optim.b1", "optim.b2", "optim.eps", "optim.momentum", "optim.weight_decay", "optim.clip_norm", "optim.z_loss",
-    "train.context", "train.zigzag", "train.kernel", "train.loss_chunk", "train.mlp_chunk", "train.unroll", "train.overlap",
+    "train.context", "train.zigzag", "train.kernel", "train.moe_kernel", "train.loss_chunk", "train.mlp_chunk", "train.unroll",
+    "train.overlap",
 )  # fmt: skip
 OF_INITIAL_VALUES = (  # of all stages
     "model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_width", "model.mup_base_depth",

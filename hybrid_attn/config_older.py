@@ -28,7 +28,7 @@ def completed(values: Mapping) -> dict:
     _add([model], defaults["model"], *NEW_MODEL)
     _add([values.get("mesh")], defaults["mesh"], "expert")
     _add([values.get("optim")], defaults["optim"], *NEW_OPTIM)
-    _add([values.get("train")], defaults["train"], "overlap", "statistics_every", "sinks", "unroll")
+    _add([values.get("train")], defaults["train"], "overlap", "statistics_every", "sinks", "unroll", "moe_kernel")
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     _add(stages, defaults["stages"][0], *NEW_STAGE)
     _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")

@@ -181,6 +181,7 @@ class Train:
     context: str
     zigzag: bool = named("balance")
     kernel: str = one_of("auto", "reference", "blocked", "native", "splash", "tokamax", "cudnn")
+    moe_kernel: str = one_of("auto", "blocked", "tokamax")
     loss_chunk: int = within(1, 2**31 - 1)
     mlp_chunk: int | None = within(1, 2**31 - 1)
     unroll: int = within(1, 2**31 - 1)

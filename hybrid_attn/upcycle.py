@@ -20,8 +20,9 @@ from hybrid_attn.trees import check
 Source = tuple[int, str]  # the number of a model, and the name of one of its parameters
 MATRICES = "gate|up|down"  # of an expert
 DOMAINS = "mlp/router/domains"
+BIAS = "/mlp/bias"  # of the router, by which experts are chosen
 OF_GATED = "d_ff", "swiglu_limit", "swiglu_alpha"  # fields of a dense feed-forward, which its experts have too
-MEAN, STACK, APPEND, NEW, COLUMN = "mean", "stack", "append", "new", "column"
+MEAN, STACK, APPEND, APPEND_MEAN, COLUMN, NEW = "mean", "stack", "append", "append_mean", "column", "new"
 
 
 class Origin(NamedTuple):
@@ -37,7 +38,7 @@ class Origin(NamedTuple):
             return shape[1:]
         if self.join == COLUMN:
             return (*shape[:-1], shape[-1] - 1)
-        return (shape[0] - 1, *shape[1:]) if self.join in (APPEND, DOMAINS) else shape
+        return (shape[0] - 1, *shape[1:]) if self.join in (APPEND, APPEND_MEAN, DOMAINS) else shape
 
 
 class Recipe(NamedTuple):
@@ -153,12 +154,16 @@ def origin_of_added(name: str, experts: int) -> Origin:
     """`origin` in a mixture (model 0) of so many experts to which that of a dense model (1) is added.
 
     What belongs to no expert is (1 - l) of the mixture and l of the new model, with l = 1 / (n + 1). The projection of the
-    router and the shared expert stay; a router that is a matrix gets a column of new numbers.
+    router and the shared expert stay; a router that is a matrix gets a column of new numbers. The bias of the new expert is the
+    mean of the others': experts are chosen by differences of biases, so a number that all of them have must neither favour it
+    nor keep it from tokens, as zero would.
     """
     if name.endswith("/mlp/router"):
         return Origin(COLUMN, ((0, name),))
     if name.endswith(DOMAINS):
         return Origin(DOMAINS, ((0, name),))
+    if name.endswith(BIAS):
+        return Origin(APPEND_MEAN, ((0, name),))
     if re.search("/mlp/(router|shared)/", name):
         return Origin(MEAN, ((0, name),))
     if re.search(f"/mlp/({MATRICES})$", name):
@@ -172,6 +177,8 @@ def joined(origin: Origin, tensors: Sequence[np.ndarray]) -> np.ndarray:
         return np.stack(tensors)
     if origin.join == APPEND:
         return np.concatenate([tensors[0], tensors[1][None]])
+    if origin.join == APPEND_MEAN:
+        return np.append(tensors[0], tensors[0].mean(dtype=np.float64).astype(np.float32))
     return merge.merge(merge.Recipe("linear", origin.weights or (1.0,) * len(tensors)), tensors, None, None)
 
 

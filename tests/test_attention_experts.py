@@ -22,7 +22,7 @@ from configs import base
 from hybrid_attn import config
 from hybrid_attn.convert import families
 from hybrid_attn.infer.engine import Engine, EngineOptions
-from hybrid_attn.model import abstract_params, apply, flops, losses, specs
+from hybrid_attn.model import abstract_params, apply, attention_experts, expert_metrics, flops, losses, losses_and_aux, specs
 from hybrid_attn.model.attention_experts import AttentionExperts
 from hybrid_attn.parallel import fit
 from hybrid_attn.train import muon
@@ -55,13 +55,38 @@ def activations(model, params, seed=0):
     return np.asarray(apply(model, params, batch["tokens"], batch["positions"], batch["segments"], REFERENCE))
 
 
-@pytest.mark.parametrize("block", ["parallel", "pre"])
-def test_identical_experts_are_the_dense_model_for_any_router(block, one_device):
-    dense, mixture = models(**{"model.block": block})
+@pytest.mark.parametrize("block, kv_heads", [("parallel", 2), ("pre", 1)])
+def test_identical_experts_are_the_dense_model_for_any_router(block, kv_heads, one_device):
+    dense, mixture = models(**{"model.block": block, "model.num_kv_heads": kv_heads})
     params = random_params(dense)
     router = jnp.asarray(np.random.default_rng(1).normal(size=(1, 32, 3)), jnp.float32)
     got = activations(mixture, of_dense([params] * 3, router))
     np.testing.assert_allclose(got, activations(dense, params), atol=1e-6 * np.abs(got).max(), rtol=1e-5)
+
+
+def test_the_entropy_of_equal_gates_is_that_of_all_experts_and_of_one_hot_ones_zero():
+    real_BT = jnp.asarray([[True, True, False]])
+    padding = jnp.full(3, jnp.nan)
+    cases = {
+        "equal": (jnp.stack([jnp.full(3, 1 / 3)] * 2), [1 / 3] * 3, np.log2(3)),
+        "one-hot": (jnp.eye(3)[:2], [0.5, 0.5, 0], 0.0),
+        "half": (jnp.asarray([[0.5, 0.5, 0], [0, 0, 1]]), [0.25, 0.25, 0.5], 0.5),
+    }
+    for gates_TE, shares, bits in cases.values():
+        got = attention_experts.statistics_of(jnp.concatenate([gates_TE, padding[None]])[None], real_BT)
+        np.testing.assert_allclose(got["gate_shares"], shares, rtol=1e-6)
+        assert got["gate_entropy_bits"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_the_metric_of_equal_logits_is_a_mean_over_the_layers_with_attention_experts(one_device):
+    _, model = models()
+    params = random_params(model)
+    for layer in params["periods"].values():
+        layer["attention_experts"]["router"] *= 0
+    _, _, aux = jax.jit(losses_and_aux, static_argnums=(0, 3))(model, params, on_mesh(BATCH), REFERENCE)
+    assert set(aux) == {"attention_expert_layers", "gate_entropy_bits"}  # arrays of a layer are no sums over layers
+    assert expert_metrics.metrics(aux)["gate_entropy_bits"] == pytest.approx(np.log2(3), rel=1e-6)
+    assert expert_metrics.metrics({"nll": 1.0}) == {}
 
 
 @pytest.mark.parametrize("expert", [0, 2])

@@ -191,8 +191,9 @@ def test_a_loop_of_unknown_length_with_a_collective_is_an_error():
     text = ASYNC.replace("constant(7)", "get-tuple-element(%s), index=0")
     with pytest.raises(ValueError, match="has an unknown number of iterations"):
         collectives(text, {"context": 4})
-    named = text.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/iterations_5/while"}')
-    assert {x.times for x in collectives(named, {"context": 4})} == {5}  # of blocks of experts
+    for scope, times in (("iterations_5/while", 5), ("iterations_16/while/body/iterations_3/while", 3)):
+        named = text.replace("body=%body", f'body=%body, metadata={{op_name="jit(f)/{scope}"}}')
+        assert {x.times for x in collectives(named, {"context": 4})} == {times}  # of experts, or of an expert's blocks
     quiet = "\n".join(line for line in text.splitlines() if "-start" not in line and "-done" not in line)
     assert collectives(quiet, {"context": 4}) == []
 

@@ -238,6 +238,7 @@ def test_a_value_that_cannot_be_is_refused_with_its_reason(path, value, words):
         ("model.kinds.L.rope_scaling.type", "yarm", "yarn"),
         ("optim.schedule", "cosin", "cosine"),
         ("train.kernel", "block", "blocked"),
+        ("train.moe_kernel", "tokamac", "tokamax"),
         ("train.remat", "layers", "layer"),
         ("train.context", "gathered", "gather"),
         ("data.packing", "bestfit", "best_fit"),

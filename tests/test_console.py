@@ -47,6 +47,14 @@ def test_a_loss_without_bytes_has_no_bits(bits):
     assert ("bits/byte" in lines[2]) == (bits is not None)
 
 
+def test_the_line_of_experts_has_the_metrics_that_a_step_has():
+    values = {"loss": 2.0, "expert_load": 1.314, "router_entropy_bits": 1.5, "router_z": 0.5, "dropped_copies": 0.0}
+    (_, line) = console.experts(values)
+    assert "largest load 1.31 x mean, entropy of routers 1.50 bits, router z 0.5, 0 copies dropped: means" in line
+    assert "entropy of attention gates 1.20 bits" in console.experts({"gate_entropy_bits": 1.2})[1]
+    assert console.experts({"loss": 2.0}) == []
+
+
 def test_the_ending_names_files_and_commands_that_a_shell_reads(tmp_path, monkeypatch):
     lines = console.ending("runs/my run", 300, tmp_path / "report.html", True)
     assert f"report       {tmp_path}/report.html" in lines

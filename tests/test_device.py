@@ -1,4 +1,4 @@
-"""Every attention kernel of the platform the tests run on, at sizes its hardware takes, against the reference.
+"""Every kernel of the platform the tests run on, at sizes its hardware takes, against the reference.
 
 `make test` runs this on CPU; `make test-gpu` and `make test-tpu` run it on the device of this machine.
 """
@@ -10,13 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from conftest import assert_close, layout
 
 from hybrid_attn import kernels
+from hybrid_attn.kernels import experts
+from hybrid_attn.model.grouped import blocks_of, grouped_mlp
+from hybrid_attn.model.mlp import ChunkedMLP, Gating
+from hybrid_attn.model.ragged import ragged_mlp, rows_of
 
 S, N, K, H = 700, 4, 2, 128  # no multiple of a block
 LAYOUTS = {"one document": "a" * S, "padding at the end": "a" * 600 + "." * 100}
+COPIES, EXPERTS, WIDTHS = (700, 2), 8, (256, 384)  # tokens and experts of a token; model and expert
+MLP = ChunkedMLP(Gating("silu", 7.0, 1.7), jax.lax.dot_general, saves_products=False)
 PACKED = {"packed": "a" * 250 + "b" + "c" * 400 + "." * 49, "only padding": "." * S}
+
+if not flags.FLAGS.is_parsed():  # tokamax would parse those of pytest
+    flags.FLAGS.mark_as_parsed()
 
 
 def runs_here(kernel: kernels.Kernel) -> bool:
@@ -52,3 +62,34 @@ def test_the_kernels_of_this_device_equal_the_reference_in_bfloat16(kernel, wind
     with jax.default_matmul_precision("highest"):
         expected = outcome(*(np.asarray(x, np.float32) for x in (q, k, v)), pos, seg, "reference", window)
     assert_close(got, expected, 1e-2)
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def outcome_of_experts(expert_nk, x_nD, gates_nk, *weights, kernel):
+    """The output of experts, and the gradients of a loss of it."""
+
+    def loss(x_nD, gates_nk, *weights):
+        if kernel == "tokamax":
+            y_nD = ragged_mlp(MLP, x_nD, gates_nk, rows_of(blocks_of(expert_nk, EXPERTS, 1), len(x_nD)), *weights)
+        else:
+            y_nD = grouped_mlp(MLP, 256, x_nD, gates_nk, blocks_of(expert_nk, EXPERTS, 64), *weights)
+        return (jnp.cos(jnp.arange(y_nD.size)).reshape(y_nD.shape) * y_nD).sum(), y_nD
+
+    return jax.grad(loss, range(2 + len(weights)), has_aux=True)(x_nD, gates_nk, *weights)
+
+
+@pytest.mark.skipif(jax.default_backend() not in experts.PLATFORMS["tokamax"], reason="a CPU computes experts by blocks")
+@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed")
+def test_experts_by_tokamax_equal_blocks_in_float32():
+    """Expert 0 has no token, some tokens have one expert or none, and there are biases."""
+    rng, (D, F) = np.random.default_rng(0), WIDTHS
+    expert_nk = rng.integers(1, EXPERTS // 2, COPIES, np.int32) + np.asarray([0, EXPERTS // 2 - 1], np.int32)
+    expert_nk[rng.random(COPIES) < 0.2] = EXPERTS
+    matrices = [rng.normal(size=(EXPERTS, *size)) * size[0] ** -0.5 for size in ((D, F), (D, F), (F, D))]
+    inputs = rng.normal(size=(COPIES[0], D)), rng.random(COPIES), *matrices, *rng.normal(size=(2, EXPERTS, F))
+    rounded = [np.asarray(x, np.float32 if i == 1 else jnp.bfloat16) for i, x in enumerate(inputs)]
+    got = jax.device_get(outcome_of_experts(expert_nk, *rounded, kernel="tokamax"))
+    with jax.default_matmul_precision("highest"):
+        exact = (np.asarray(x, np.float32) for x in rounded)
+        expected = jax.device_get(outcome_of_experts(expert_nk, *exact, kernel="blocked"))
+    assert_close(got, expected, 2e-2)

@@ -8,7 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BATCH, BLOCKED, REFERENCE, assert_close, batch_of, biggest_array, mesh_of, on_mesh, random_params, tiny
+from conftest import (
+    BATCH,
+    BLOCKED,
+    REFERENCE,
+    assert_close,
+    batch_of,
+    biggest_array,
+    mesh_of,
+    on_mesh,
+    random_params,
+    tensorboard_events,
+    tiny,
+)
 from flax import nnx
 from trained import config_of
 
@@ -23,7 +35,6 @@ from hybrid_attn.model.parametrisation import with_multipliers
 from hybrid_attn.model.transformer import losses_and_aux
 from hybrid_attn.parallel import fit
 from hybrid_attn.train import loop, muon
-from hybrid_attn.train.metrics import TAGS
 
 D = 32
 ZIGZAG = BLOCKED._replace(kernel="reference", zigzag=True)
@@ -44,11 +55,12 @@ def with_experts() -> config.Config:
     return tiny(L={"window": 5, "rope_theta": 100.0} | local, G={"mlp.type": "moe", "mlp.experts": 6, "qk_norm": "rms"})
 
 
-def layer_of(**settings):
+def layer_of(kernel="blocked", **settings):
     """(settings, graph, state) of a layer with experts, whose weights are large enough that experts differ."""
     fields = {f"mlp.{name}": x for name, x in ({"type": "moe", "d_ff": 24} | settings).items()}
     model = tiny({"model.init_std": 0.4}, L=fields).model
     layer = moe.MoE(model, model.kinds["L"], rngs=nnx.Rngs(0))
+    layer.kernel = kernel
     if hasattr(layer, "bias"):
         layer.bias[...] = jnp.asarray(np.random.default_rng(2).normal(size=settings["experts"]), jnp.float32)
     for i, name in enumerate(("router_bias", "gate_bias", "up_bias", "down_bias")):
@@ -88,9 +100,9 @@ def dense(settings: config.MLP, p: dict, x_BTD: jax.Array) -> jax.Array:
     return y / 2 if settings.shared_combine == "average" else y
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, one_device):
-    settings, graph, state = layer_of(**CASES[case])
+def check_dense_loop(case, kernel):
+    """A layer and all its gradients are those of `dense`."""
+    settings, graph, state = layer_of(kernel, **CASES[case])
     x_BTD, seg_BT = inputs()
     real_BT = seg_BT > 0
 
@@ -108,6 +120,11 @@ def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, 
     is_real_BT = np.asarray(seg_BT) > 0
     assert_close(y_BTD[is_real_BT], expected_BTD[is_real_BT], 1e-5)
     assert_close(grads, expected, 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, one_device):
+    check_dense_loop(case, "blocked")
 
 
 def test_of_equal_scores_the_first_experts_win_and_experts_without_tokens_get_no_gradient(one_device):
@@ -191,12 +208,15 @@ def test_blocks_hold_every_copy_of_every_real_token_once(tokens, k, experts):
     rng = np.random.default_rng(0)
     expert_nk = np.stack([rng.permutation(experts)[:k] for _ in range(tokens)])
     real_n = np.arange(tokens) % 7 != 3
-    rows = rows_of_block(tokens, tokens * k, experts)
+    rows = rows_of_block(tokens, -(-tokens * k // experts))
     blocks = jax.device_get(blocks_of(jnp.where(real_n[:, None], expert_nk, experts), experts, rows))
     load_E = np.bincount(expert_nk[real_n].ravel(), minlength=experts)
     np.testing.assert_array_equal(blocks.load_E, load_E)
-    assert blocks.used == (-(-load_E // rows)).sum() <= len(blocks.expert_I)
-    token_R, expert_R = blocks.token_Ir.ravel(), np.repeat(blocks.expert_I, rows)
+    first_E, end_E = blocks.span_E2.T
+    np.testing.assert_array_equal(end_E - first_E, -(-load_E // rows))
+    assert first_E[0] == 0 and np.all(first_E[1:] == end_E[:-1]) and end_E[-1] <= len(blocks.token_Ir)
+    assert set(blocks.expert_E[: blocks.used]) == set(np.flatnonzero(load_E))
+    token_R, expert_R = blocks.token_Ir.ravel(), np.repeat(np.arange(experts), (end_E - first_E) * rows)
     for n, of_token in enumerate(expert_nk):
         if real_n[n]:
             np.testing.assert_array_equal(token_R[blocks.row_nk[n]], n)
@@ -214,7 +234,8 @@ def test_one_token_reads_the_matrices_of_its_own_experts_alone(one_device):
     for name in ("gate", "up", "down"):
         state[name] = state[name].replace(jnp.where(is_other_E11, jnp.nan, state[name][...]))
     np.testing.assert_array_equal(nnx.merge(graph, state)(x_BTD, seg_BT, None)[0], y_BTD)
-    assert blocks_of(jnp.asarray([chosen]), 64, 1).expert_I.shape == (settings.top_k,)
+    blocks = blocks_of(jnp.asarray([chosen]), 64, 1)
+    assert blocks.used == len(blocks.token_Ir) == settings.top_k
 
 
 def test_no_array_has_the_hidden_activations_of_all_tokens(one_device):
@@ -262,17 +283,26 @@ def test_decoding_computes_the_forward_pass(one_device):
 @pytest.mark.usefixtures("known_peak_and_no_pictures")
 def test_a_run_lowers_its_loss_and_records_what_the_routers_do(corpus, tmp_path, capsys):
     mlp = {"model.kinds.L.mlp": base.moe(experts=4, d_ff=16)}
+    mlp |= {"model.kinds.L.mixer": "attention_experts", "model.kinds.L.attention_experts": 2}
     changes = {"train.statistics_every": 3, "evals.names": (), "optim.lr": 1e-2, "model.mup_base_width": 16}
     assert loop.train(config_of(corpus, **mlp, **changes), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
     for line in lines:
         assert 1 <= line["expert_load"] <= 2 and 0 < line["router_entropy_bits"] <= 2
-        assert line["dropped_copies"] == 0 and set(moe.METRICS) <= set(TAGS)
+        assert line["dropped_copies"] == 0 and 0 < line["gate_entropy_bits"] <= 1
     measured = [json.loads(line) for line in (tmp_path / "statistics.jsonl").read_text().splitlines()]
     by_step = {line["step"]: line["expert_load"] for line in lines}
     assert all(record["expert_load/L"] == pytest.approx(by_step[record["step"]]) for record in measured) and measured
-    assert "of which a token uses" in capsys.readouterr().out
+    for record in measured:
+        shares = [record[f"expert_shares/L/layer0/expert{e}"] for e in range(4)]
+        assert sum(shares) == pytest.approx(1) and max(shares) * 4 == pytest.approx(record["expert_load/L/layer0"])
+        assert sum(record[f"gate_shares/L/layer0/expert{e}"] for e in range(2)) == pytest.approx(1)
+    tags = {value.tag for event in tensorboard_events(tmp_path) for value in event.summary.value}
+    assert {"experts/gate_entropy_bits", "experts/load_max_over_mean", "L/expert_shares/layer0/expert3"} <= tags
+    shown = capsys.readouterr().out
+    assert "of which a token uses" in shown
+    assert f"experts      largest load {lines[-1]['expert_load']:.2f} x mean, entropy of routers" in shown
 
 
 def test_a_config_costs_the_parameters_and_flops_of_the_experts_that_a_token_uses():

@@ -152,7 +152,22 @@ def test_a_step_that_does_not_fit_is_reported_with_the_numbers():
     assert verdict(large).startswith(
         "DOES NOT FIT 17.000 GB, and 16.000 GB is the memory of a device; 1.000 GB too much: use more"
     )
+    assert "a larger mesh.fsdp or mesh.context" in verdict(large)
+    assert "a larger mesh.expert, mesh.fsdp or mesh.context" in verdict(large._replace(expert_helps=True))
     assert "a device, all of this machine's; " in verdict(small._replace(target=target._replace(platform="cpu", name="cpu:1")))
+
+
+@pytest.mark.parametrize(
+    "size, expert, tokens, helps",
+    [("150m", 1, 1024, False), ("30b", 1, 8192, True), ("30b", 8, 8192, False), ("30b", 8, 64, True), ("30b", 128, 1, False)],
+)
+def test_a_larger_axis_of_experts_is_advised_where_their_matrices_need_more_than_copies_of_tokens(size, expert, tokens, helps):
+    from configs import hybrid_8k, moe
+    from hybrid_attn import config
+    from hybrid_attn.plan.step import expert_helps
+
+    values = (hybrid_8k if size == "150m" else moe).get_config(size)
+    assert expert_helps(config.build(values).model, {"expert": expert, "tensor": 1}, tokens) == helps
 
 
 def test_the_time_of_a_plan_for_a_tpu_says_what_its_compiler_does_not_estimate():

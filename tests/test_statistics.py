@@ -14,9 +14,10 @@ from trained import config_of, losses
 
 from hybrid_attn.kernels import AttentionOptions
 from hybrid_attn.model import attention_sums, losses_and_aux, statistics
+from hybrid_attn.model.statistics import LayerStatistics
 from hybrid_attn.parallel.mesh import HEADS_BTNH, TOKENS_BT
 from hybrid_attn.train import loop
-from hybrid_attn.train.statistics import BY_LAYER_TYPE, of_layers
+from hybrid_attn.train.statistics import BY_LAYER_TYPE, numbers, of_experts, of_layers
 from hybrid_attn.train.step import init_state, make_step
 
 B, T, N, K, H = 2, 48, 4, 2, 8
@@ -160,6 +161,27 @@ def test_microbatches_have_the_largest_logit_and_the_means_of_the_whole_batch(st
     (measured, _), _ = steps
     for name, value in forward[0].items():
         np.testing.assert_allclose(measured[0]["statistics"][name], value, rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("microbatches", [(), (2,)], ids=["one", "two"])
+def test_experts_are_measured_by_layer_whatever_the_period_and_the_microbatches(microbatches):
+    model = tiny({"model.prefix": "G", "model.pattern": "LG", "model.num_layers": 6}).model
+    rng = np.random.default_rng(0)
+
+    def layer(*periods):
+        aux = {"expert_shares": (3,), "expert_load": (), "gate_shares": (2,), "aux_loss": ()}
+        return LayerStatistics(None, None, {name: rng.normal(size=(*microbatches, *periods, *x)) for name, x in aux.items()})
+
+    measured = {"periods": {"G1": layer(2), "L0": layer(2)}, "prefix": {"G0": layer()}, "tail": {"L0": layer()}}
+    got = numbers(of_experts(model, measured))
+    assert len(got) == 6 * (3 + 1 + 2)
+    for i, (group, name, period) in enumerate([("prefix", "G0", ()), ("periods", "L0", 0), ("periods", "G1", 0)] + [
+        ("periods", "L0", 1), ("periods", "G1", 1), ("tail", "L0", ())
+    ]):  # fmt: skip
+        aux = {key: x.mean(0) if microbatches else x for key, x in measured[group][name].aux.items()}
+        assert got[f"expert_load/{name[0]}/layer{i}"] == aux["expert_load"][period]
+        for e in range(3):
+            assert got[f"expert_shares/{name[0]}/layer{i}/expert{e}"] == aux["expert_shares"][period][e]
 
 
 @pytest.mark.slow

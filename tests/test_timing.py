@@ -73,3 +73,12 @@ def test_attention_kernels_run_again_where_the_layer_is_recomputed():
     expected = of_layer["L"] * (2 + 2 + 7) / 2 + of_layer["G"] * (2 + 7) / 2
     assert timing.kernel_flops(c.model, c.train, length) == expected
     assert of_layer["L"] + of_layer["G"] < flops.forward_flops_per_token(c.model, length) * length
+
+
+def test_kernels_of_experts_have_three_products_forward_and_eight_backward_of_the_experts_of_a_token():
+    mlp = {"mlp.type": "moe", "mlp.experts": 6, "mlp.top_k": 2, "mlp.shared_experts": 1}
+    c = tiny({"model.pattern": "LLG", "model.num_layers": 7, "model.prefix": "L"}, L=mlp | {"mlp.d_ff": 24}, G=mlp)
+    product = {letter: 2 * 2 * c.model.d_model * width for letter, width in (("L", 24), ("G", c.model.d_ff))}
+    assert timing.expert_flops(c.model, {"L"}) == pytest.approx((3 + 8) * 5 * product["L"])
+    assert timing.expert_flops(c.model, {"L", "G"}) == pytest.approx((3 + 8) * (5 * product["L"] + 2 * product["G"]))
+    assert timing.expert_flops(c.model, set()) == 0

@@ -181,6 +181,20 @@ def test_an_added_expert_leaves_the_ratios_of_the_other_gates_as_they_are(nexus_
     np.testing.assert_allclose(mixture["embed"], 2 / 3 * was["embed"] + 1 / 3 * first["embed"], rtol=1e-5, atol=1e-7)
 
 
+def test_the_bias_of_an_added_expert_is_the_mean_of_the_others(dense, tmp_path, one_device):
+    values = config.to_dict(models_config(dense.parent))
+    values = upcycle.mixture(values, upcycle.nexus(3, 8), {"domain_dim": 6, "bias_rate": 0.001})
+    save(tmp_path / "biased", config.build(values), steps=[1])
+    np.save(tmp_path / "new.npy", np.ones((1, 6), np.float32))
+    arguments = "--method=nexus", f"--dense={tmp_path / 'biased'}", f"--domains={tmp_path / 'new.npy'}"
+    _, mixture = upcycled(tmp_path / "out", *arguments, f"--add_expert={dense}/3")
+    was = jax.device_get(flatten_dict(loading.load(tmp_path / "biased").params, sep="/"))
+    for name in ("periods/L0/mlp/bias", "periods/G1/mlp/bias"):
+        assert mixture[name].dtype == np.float32 and was[name].any()
+        np.testing.assert_array_equal(mixture[name][:, :2], was[name])
+        np.testing.assert_allclose(mixture[name][:, 2], was[name].mean(1), rtol=1e-6)
+
+
 def test_the_seed_gives_the_embedding_of_an_added_domain(dense, tmp_path, one_device):
     upcycled(tmp_path / "two", "--method=nexus", of(dense, *SEEDS), "--domain_tokens=500")
     arguments = "--method=nexus", f"--dense={tmp_path / 'two'},{dense}/3", "--domain_tokens=500"

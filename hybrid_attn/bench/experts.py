@@ -58,8 +58,8 @@ class Case(NamedTuple):
 
 
 def by_blocks(case: Case, x_nD, gates_nk, expert_nk, *weights) -> jax.Array:
-    blocks = blocks_of(expert_nk, case.E, rows_of_block(case.n, case.n * case.k, case.E))
-    return grouped_mlp(MLP, x_nD, gates_nk, blocks, *weights)
+    mean = -(-case.n * case.k // case.E)
+    return grouped_mlp(MLP, mean, x_nD, gates_nk, blocks_of(expert_nk, case.E, rows_of_block(case.n, mean)), *weights)
 
 
 def by_ragged_dot(case: Case, x_nD, gates_nk, expert_nk, w_gate, w_up, w_down) -> jax.Array:

@@ -289,6 +289,10 @@ def _train() -> ConfigDict:
     # auto = splash on TPU, tokamax on GPU (blocked, with a warning, where it is not installed), blocked on CPU
     # reference is float32 and materialises T x S: tests only. cudnn takes one document per sequence. See docs/kernels.md
     t.kernel = "auto"  # auto | blocked | native | splash | tokamax | cudnn | reference
+    # The products of experts. tokamax: grouped matmuls, which write arrays of a layer's copies of tokens by the width of an
+    # expert. blocked: a loop over blocks of rows. auto: tokamax on a GPU or TPU where it is installed and takes the sizes, else
+    # blocked. See docs/moe.md
+    t.moe_kernel = "auto"  # auto | blocked | tokamax
     t.loss_chunk = 1024  # tokens whose logits are in memory at a time, per device
     # Tokens whose feed-forward is computed at a time, per device. None: 512 on a CPU, where a chunk stays in cache, else all
     # tokens. A number limits [B, T, d_ff] at extreme lengths, but not with remat none, which keeps all for the backward pass.

@@ -7,7 +7,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from hybrid_attn.kernels import blocked, decoding, gpu, gpu_pallas, native, reference, tpu
+from hybrid_attn.kernels import blocked, decoding, experts, gpu, gpu_pallas, native, reference, tpu
 from hybrid_attn.kernels.interface import OUTPUTS, AttentionOptions, Kernel, Keys, Pair, Queries, name_outputs
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Queries",
     "attend",
     "choose",
+    "choose_experts",
     "decode",
     "name_outputs",
     "with_sinks",
@@ -40,20 +41,43 @@ def choose(kernel: str, platform: str) -> str:
     Raises NotImplementedError for a named kernel that does not run there. "auto" means blocked where the kernel of the platform
     is not installed, which is logged, on a GPU as a warning.
     """
-    log = logging.getLogger(__name__)
     name = PLATFORMS[platform] if kernel == "auto" else kernel
-    platforms, needs = KERNELS[name].platforms, KERNELS[name].needs
-    if platform not in platforms:
-        raise NotImplementedError(f'kernel "{name}" runs on {" and ".join(platforms)}, not on {platform}; use "blocked"')
-    if needs is not None and importlib.util.find_spec(needs) is None:
-        cure = "hybrid-build-kernel" if platform == "cpu" else f'pip install "hybrid-attn[{platform}]"'
-        if kernel != "auto":
-            raise NotImplementedError(f'kernel "{name}" needs the package {needs}: {cure}')
-        level = logging.INFO if platform == "cpu" else logging.WARNING
-        log.log(level, '%s is not installed: attention falls back to the slower "blocked" on %s; %s', needs, platform, cure)
-        name = "blocked"
-    log.info("attention kernel on %s: %s", platform, name)
+    chosen = KERNELS[name]
+    _check_platform(f'kernel "{name}"', chosen.platforms, platform)
+    name = name if _is_installed(f'kernel "{name}"', chosen.needs, platform, kernel == "auto", "attention") else "blocked"
+    logging.getLogger(__name__).info("attention kernel on %s: %s", platform, name)
     return name
+
+
+@functools.cache
+def choose_experts(kernel: str, platform: str) -> str:
+    """What `kernel` ("auto" or a name in `experts.PLATFORMS`) means on `platform`; refused and logged as `choose` does.
+
+    "auto" stays where `experts.choose` has a choice for each layer: on accelerators with tokamax.
+    """
+    if kernel == "blocked" or (kernel == "auto" and platform == "cpu"):
+        return "blocked"
+    _check_platform('moe_kernel "tokamax"', experts.PLATFORMS["tokamax"], platform)
+    is_installed = _is_installed('moe_kernel "tokamax"', "tokamax", platform, kernel == "auto", "the product of experts")
+    return kernel if is_installed else "blocked"
+
+
+def _check_platform(what: str, platforms: tuple[str, ...], platform: str) -> None:
+    if platform not in platforms:
+        raise NotImplementedError(f'{what} runs on {" and ".join(platforms)}, not on {platform}; use "blocked"')
+
+
+def _is_installed(what: str, needs: str | None, platform: str, is_auto: bool, purpose: str) -> bool:
+    """Whether the package is there that a kernel needs; a warning where `auto` does without, and refused where it is named."""
+    if needs is None or importlib.util.find_spec(needs) is not None:
+        return True
+    cure = "hybrid-build-kernel" if platform == "cpu" else f'pip install "hybrid-attn[{platform}]"'
+    if not is_auto:
+        raise NotImplementedError(f"{what} needs the package {needs}: {cure}")
+    level = logging.INFO if platform == "cpu" else logging.WARNING
+    message = '%s is not installed: %s falls back to the slower "blocked" on %s; %s'
+    logging.getLogger(__name__).log(level, message, needs, purpose, platform, cure)
+    return False
 
 
 def attend(kernel: str, options: AttentionOptions, queries: Queries, keys: Keys, sinks_N: jax.Array | None = None) -> Pair:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import LayerType, Model
 from hybrid_attn.config_model import shares_kv
@@ -66,16 +67,25 @@ class AttentionExperts(nnx.Module):
     def _joined(self, arrays: Sequence[jax.Array], axis: int) -> jax.Array:
         """Arrays of experts with heads along an axis, as one: the heads that share a key/value head come together."""
         before, after = arrays[0].shape[:axis], arrays[0].shape[axis + 1 :]
-        by_key_head = [x.reshape(*before, self.kv_heads, -1, *after) for x in arrays]
+        by_key_head = [split_heads(x, axis, self.kv_heads, -1) for x in arrays]
         joined = jnp.stack(by_key_head, axis + 1).reshape(*before, -1, *after)
-        return jax.reshard(joined, spec_of(arrays[0]))  # a reshape loses the sharding of dimensions of one entry
+        return jax.reshard(joined, spec_of(arrays[0]))
 
     def _separated(self, o_BTMH: jax.Array) -> list[jax.Array]:
         """The heads [B, T, N, H] of each expert, joined as `_joined` does."""
         B, T, _, H = o_BTMH.shape
-        o_BTKEGH = o_BTMH.reshape(B, T, self.kv_heads, self.number, -1, H)
+        o_BTKEGH = split_heads(o_BTMH, 2, self.kv_heads, self.number, -1)
         parts = (o_BTKEGH[:, :, :, i].reshape(B, T, -1, H) for i in range(self.number))
         return [jax.reshard(o_BTNH, spec_of(o_BTMH)) for o_BTNH in parts]
+
+
+def split_heads(x: jax.Array, axis: int, *sizes: int) -> jax.Array:
+    """Heads along an axis as axes of these sizes, sharded by the first, that of key/value heads.
+
+    A reshape alone loses the sharding of a dimension of one entry.
+    """
+    split, spec = x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :]), spec_of(x)
+    return jax.reshard(split, P(*spec[: axis + 1], *[None] * (len(sizes) - 1), *spec[axis + 1 :]))
 
 
 def statistics_of(gates_BTE: jax.Array, real_BT: jax.Array) -> dict[str, jax.Array]:

@@ -49,6 +49,8 @@ class Execution(NamedTuple):
     `compiler_options` are XLA's, for the step of training. With `vector_products`, a decoded token is multiplied by batches of
     products of a vector with a matrix (`infer/products.py`), which XLA for CPUs computes on all cores.
 
+    `moe_kernel` is blocked, tokamax or auto, which `kernels.experts.choose` resolves for each layer.
+
     With `statistics` the layers measure themselves (`statistics.py`) in the forward pass of training.
     """
 
@@ -65,6 +67,7 @@ class Execution(NamedTuple):
     statistics: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
     vector_products: bool = False
+    moe_kernel: str = "blocked"
 
     def mlp_chunks(self, letter: str) -> Chunks | None:
         """The chunks of the feed-forward of a layer type. Without rematerialisation all activations are saved."""
@@ -88,4 +91,7 @@ def execution_on(platform: str, model: Model, train: Train) -> Execution:
         )
     options = OVERLAP if train.overlap and platform == "tpu" else ()
     arguments = jnp.dtype(dtype), remat, schemes, train.zigzag, kernel, train.loss_chunk, mlp_chunk, train.unroll
-    return Execution(*arguments, compiler_options=options, vector_products=platform == "cpu")
+    has_experts = any(model.kinds[letter].mlp.type == "moe" for letter in model.layers)
+    moe_kernel = kernels.choose_experts(train.moe_kernel, platform) if has_experts else "blocked"
+    others = {"compiler_options": options, "vector_products": platform == "cpu", "moe_kernel": moe_kernel}
+    return Execution(*arguments, **others)

@@ -5,7 +5,6 @@ and E its own experts.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import MLP, LayerType, Model, mlp_width, shared_width
+from hybrid_attn.kernels.experts import choose
 from hybrid_attn.model.domain_router import DomainRouter
-from hybrid_attn.model.execution import Chunks
-from hybrid_attn.model.grouped import ITERATIONS, blocks_of, grouped_mlp, rows_of_block
+from hybrid_attn.model.execution import Chunks, Execution
+from hybrid_attn.model.grouped import blocks_of, grouped_mlp, rows_of_block
 from hybrid_attn.model.mlp import ChunkedMLP, GatedMLP, gating_of
 from hybrid_attn.model.params import biased, cast, experts, linear, vector
+from hybrid_attn.model.ragged import ragged_mlp, rows_of
 from hybrid_attn.model.statistics import TINY, mean_entropy_bits, mean_over_tokens
 from hybrid_attn.parallel.mesh import BATCH, all_gathered, reduce_scattered, spec_of, width_axes
 
@@ -31,7 +32,7 @@ class MoE(nnx.Module):
     """Gated feed-forwards of which the router chooses `top_k` for each token, beside shared ones of every token."""
 
     def __init__(self, model: Model, layer_type: LayerType, *, rngs: nnx.Rngs):
-        self.settings = layer_type.mlp
+        self.settings, self.kernel = layer_type.mlp, "blocked"
         E, k, std = self.settings.experts, self.settings.top_k, model.init_std
         D, F = model.d_model, mlp_width(model, layer_type)
         self.gating = gating_of(model, layer_type)
@@ -69,7 +70,7 @@ class MoE(nnx.Module):
         if self.settings.biases:
             weights += [self.gate_bias[...], self.up_bias[...]]
         mlp = ChunkedMLP(self.gating, self.gate.dot, saves_products=False)
-        y_BTD, load_E = of_experts(mlp, x_BTD, gates_BTk, expert_BTk, seg_BT > 0, *weights)
+        y_BTD, load_E = of_experts(mlp, self.kernel, x_BTD, gates_BTk, expert_BTk, seg_BT > 0, *weights)
         if self.settings.biases:
             y_BTD += self._of_biases(gates_BTk, expert_BTk, seg_BT > 0).astype(x_BTD.dtype)
         if self.settings.shared_experts:
@@ -116,11 +117,19 @@ def routed(settings: MLP, logits_BTE: jax.Array, bias_E: jax.Array | None = None
     return jax.shard_map(shard, in_specs=specs, out_specs=(spec, spec), check_vma=False)(logits_BTE, *biases)
 
 
-def of_experts(mlp: ChunkedMLP, x_BTD, gates_BTk, expert_BTk, real_BT, *weights) -> tuple[jax.Array, jax.Array]:
+def by_kernel(model: Model, execution: Execution, tensor: int) -> set[str]:
+    """The letters of the layer types whose experts tokamax computes on a mesh with so many `tensor` shards."""
+    letters = {letter for letter in model.layers if model.kinds[letter].mlp.type == "moe"}
+    is_plain, widths = execution.dot is jax.lax.dot_general, {x: mlp_width(model, model.kinds[x]) // tensor for x in letters}
+    choices = {x: choose(execution.moe_kernel, is_plain, execution.dtype, (model.d_model, widths[x])) for x in letters}
+    return {letter for letter, kernel in choices.items() if kernel == "tokamax"}
+
+
+def of_experts(mlp: ChunkedMLP, kernel: str, x_BTD, gates_BTk, expert_BTk, real_BT, *weights) -> tuple[jax.Array, jax.Array]:
     """The output of the experts [B, T, D], and how many copies of tokens each of them computed, [E], on every device.
 
     Every device computes the tokens of all `expert` shards beside it with its own experts, whose matrices it gathers over other
-    axes as those of other layers; what these add to a token is summed where the token is.
+    axes as those of other layers; what these add to a token is summed where the token is. `kernel` is that of `Execution`.
     """
 
     def shard(x_BTD, gates_BTk, expert_BTk, real_BT, *shards):
@@ -131,10 +140,13 @@ def of_experts(mlp: ChunkedMLP, x_BTD, gates_BTk, expert_BTk, real_BT, *weights)
         x_nD, gates_nk, expert_nk = (all_gathered(x, EXPERT, 0) for x in tokens)
         expert_nk -= E * jax.lax.axis_index("expert")
         own_nk = jnp.where((expert_nk >= 0) & (expert_nk < E), expert_nk, E)
-        rows = rows_of_block(len(x_nD), own_nk.size, of_all)
-        blocks = blocks_of(own_nk, E, rows)
-        with jax.named_scope(f"{ITERATIONS}{E * -(-own_nk.size // (of_all * rows))}"):  # of a balanced router
-            y_nD = grouped_mlp(mlp, x_nD, gates_nk, blocks, *weights)
+        if choose(kernel, mlp.is_plain, x_nD.dtype, weights[0].shape[1:]) == "tokamax":
+            blocks = blocks_of(own_nk, E, 1)
+            y_nD = ragged_mlp(mlp, x_nD, gates_nk, rows_of(blocks, len(x_nD)), *weights)
+        else:
+            mean = -(-own_nk.size // of_all)
+            blocks = blocks_of(own_nk, E, rows_of_block(len(x_nD), mean))
+            y_nD = grouped_mlp(mlp, mean, x_nD, gates_nk, blocks, *weights)
         y_nD = reduce_scattered(y_nD, EXPERT, 0)
         load_E = jax.lax.psum(blocks.load_E, tuple(axis for axis in (*BATCH, "context") if axis not in EXPERT))
         return jax.lax.psum(y_nD.reshape(x_BTD.shape), "tensor"), all_gathered(load_E, EXPERT, 0)
@@ -174,8 +186,3 @@ def excess(bias_E: jax.Array, copies_E: jax.Array) -> jax.Array:
 def balance_loss(share_E: jax.Array, probability_E: jax.Array) -> jax.Array:
     """E times the sum of share of the copies times mean probability; 1 where both are equal (arXiv 2101.03961, equation 4)."""
     return len(share_E) * (share_E * probability_E).sum()
-
-
-def metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """`METRICS` as means over the layers, and the microbatches, of which `sums` are sums; none where no layer has experts."""
-    return {name: sums[name] / sums[LAYERS] for name in METRICS} if LAYERS in sums else {}

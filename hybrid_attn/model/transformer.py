@@ -327,16 +327,18 @@ def losses_and_aux(model: Model, params: dict, batch: dict, execution: Execution
 
 
 def bind(model: Model, letter: str, leaves: dict, execution: Execution) -> Block:
-    """The layer of a type, with the parameters that the execution's `transform` makes of `leaves`, and with its `dot`."""
-    return nnx.merge(_graph(model, letter, execution.dot), execution.transform(leaves))
+    """The layer of a type, with the execution's `dot` and `moe_kernel`, and with what its `transform` makes of `leaves`."""
+    return nnx.merge(_graph(model, letter, execution.dot, execution.moe_kernel), execution.transform(leaves))
 
 
 @functools.cache
-def _graph(model: Model, letter: str, dot: Dot) -> nnx.GraphDef:
+def _graph(model: Model, letter: str, dot: Dot, moe_kernel: str) -> nnx.GraphDef:
     block = nnx.eval_shape(lambda key: Block(model, letter, rngs=nnx.Rngs(params=key)), jax.random.key(0))
     for _, node in nnx.iter_graph(block):
         if isinstance(node, Linear):
             node.set_metadata(dot=dot)
+        if isinstance(node, MoE):
+            node.kernel = moe_kernel
     return nnx.graphdef(block)
 
 

@@ -95,14 +95,14 @@ def arrays(type_text: str) -> list[tuple[str, str, int]]:
 def trip_count(instruction: Instruction, computations: Mapping[str, list[Instruction]]) -> int:
     """The iterations of a while loop: XLA's own count, or those of a counter from 0 to the constant in its condition.
 
-    Of a loop whose length depends on the tokens, those that its scope names.
+    Of a loop whose length depends on the tokens, those that the innermost of its scopes names.
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.line):
         return int(known[1])
     condition, body = (computations[re.search(rf"{part}={NAME}", instruction.line)[1]] for part in ("condition", "body"))
     constants = {value for line in condition if (value := _constant(line)) is not None}
-    if not constants and (mean := re.search(rf"{ITERATIONS}(\d+)", instruction.op_name)):
-        return int(mean[1])
+    if not constants and (means := re.findall(rf"{ITERATIONS}(\d+)", instruction.op_name)):
+        return int(means[-1])
     unknown = f"the loop {instruction.name} has an unknown number of iterations"
     check(len(constants) == 1, f"{unknown}: its condition has the constants {constants}")
     return -(-constants.pop() // _increment(condition, body))

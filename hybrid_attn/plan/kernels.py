@@ -65,7 +65,9 @@ def _scope(scope: str) -> str:
     transforms = r"[A-Za-z]\d*|checkpoint|rematted_computation|closed_call|shard_map|(jit|vmap)\(.*"
     parts = [part for part in scope.split("/") if not re.fullmatch(transforms, part)]
     text = "/".join(parts)
-    return "tokamax attention" if text.startswith("tokamax:") else text.removesuffix("/pallas_call")
+    if text.startswith("tokamax:"):
+        return "tokamax attention"
+    return text.partition("/tokamax:")[0].removesuffix("/pallas_call")
 
 
 def report(text: str) -> str:

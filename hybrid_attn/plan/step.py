@@ -2,15 +2,17 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
 
 from hybrid_attn.bench.measurement import table
-from hybrid_attn.config import Config
+from hybrid_attn.config import Config, Model, mlp_width
 from hybrid_attn.data.packed import ARRAYS
 from hybrid_attn.model import execution_on, flops
+from hybrid_attn.model.moe import by_kernel
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.context import SCHEMES
 from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
@@ -26,8 +28,8 @@ class Plan(NamedTuple):
 
     `peak` is the peak memory, arguments included. `temporaries` is the compiler's sum, which for a TPU counts arrays that are
     never allocated at the same time. `cycles`, of TPUs alone, are what the compiler expects without collectives and kernels;
-    `kernel_flops` are those of the attention kernels, recomputation included. `compiler_flops` is None for a GPU that is not
-    there, whose compiler counts none.
+    `kernel_flops` are those of the kernels of attention and experts, recomputation included. `compiler_flops` is None for a GPU
+    that is not there, whose compiler counts none. `expert_helps` says whether a larger `mesh.expert` would save memory.
     """
 
     target: Target
@@ -43,6 +45,7 @@ class Plan(NamedTuple):
     largest: tuple[int, str, str]
     collectives: list[Collective]
     text: str
+    expert_helps: bool = False
 
 
 def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
@@ -56,6 +59,8 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         check_overrides(c)
         sharding = NamedSharding(mesh, TOKENS_BT)
         inputs = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
+        kernel_flops = timing.kernel_flops(of_stage.model, of_stage.train, length)
+        kernel_flops += timing.expert_flops(of_stage.model, by_kernel(of_stage.model, execution, mesh.shape["tensor"])) * length
         compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), inputs).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
@@ -72,11 +77,30 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         per_token * batch * length / mesh.size,
         (compiled.cost_analysis() or {}).get("flops"),
         timing.cycles(text) if target.platform == "tpu" else 0,
-        timing.kernel_flops(of_stage.model, of_stage.train, length) * batch / mesh.size,
+        kernel_flops * batch / mesh.size,
         largest_array(text),
         collectives(text, mesh.shape),
         text,
+        expert_helps(of_stage.model, mesh.shape, batch * length // mesh.size),
     )
+
+
+def expert_helps(model: Model, axes: Mapping[str, int], tokens: int) -> bool:
+    """Whether a layer needs less memory with twice the `mesh.expert`, `tokens` being those of one device.
+
+    A device then holds half of the matrices, in bfloat16, and of the sums of their gradients, in float32; and it gathers twice
+    the copies of tokens, for each of which there are an output and a gradient in bfloat16.
+    """
+    split, layer_types = axes["expert"], [model.kinds[letter] for letter in dict.fromkeys(model.layers)]
+    mixtures = [layer_type for layer_type in layer_types if layer_type.mlp.type == "moe"]
+
+    def saved(layer_type) -> float:
+        matrices = 3 * layer_type.mlp.experts * model.d_model * mlp_width(model, layer_type) / (split * axes["tensor"])
+        copies = tokens * split * layer_type.mlp.top_k * model.d_model
+        return matrices / 2 * (2 + 4) - copies * (2 + 2)
+
+    is_possible = all(layer_type.mlp.experts % (2 * split) == 0 for layer_type in mixtures)
+    return is_possible and any(saved(layer_type) > 0 for layer_type in mixtures)
 
 
 def largest_array(text: str) -> tuple[int, str, str]:
@@ -142,7 +166,7 @@ def time_line(plan: Plan) -> str:
     hidden, received = (sum(x.total for x in plan.collectives if x.hidden >= least) for least in (True, False))
     return (
         f"time         {plan.cycles / chip.clock:.3f} s by the compiler, {plan.cycles:,} cycles at {chip.clock / 1e9:.2f} GHz, "
-        f"without attention kernels ({kernels:.3f} s if their {plan.kernel_flops:.4g} FLOPs run at {timing.KERNEL_SHARE:.0%} "
+        f"without custom kernels ({kernels:.3f} s if their {plan.kernel_flops:.4g} FLOPs run at {timing.KERNEL_SHARE:.0%} "
         f"of the peak) and without collectives ({gb(hidden)} of {gb(received)} arrive while the chip computes)"
     )
 
@@ -160,9 +184,10 @@ def verdict(plan: Plan) -> str:
         device += f", {'an equal part' if devices > 1 else 'all'} of this machine's"
     if fits(plan):
         return f"fits         {gb(plan.peak)} of the {gb(memory)} of {device}; {gb(memory - plan.peak)} are left"
+    axes = "mesh.expert, mesh.fsdp" if plan.expert_helps else "mesh.fsdp"
     return (
         f"DOES NOT FIT {gb(plan.peak)}, and {gb(memory)} is the memory of {device}; {gb(plan.peak - memory)} too much: use "
-        "more devices, a larger mesh.fsdp or mesh.context, train.remat, more stages[i].microbatches or a smaller batch"
+        f"more devices, a larger {axes} or mesh.context, train.remat, more stages[i].microbatches or a smaller batch"
     )
 
 

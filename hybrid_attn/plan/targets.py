@@ -68,6 +68,7 @@ def _cpus(name: str, _, count: int) -> Target:
 
 def _tpus(name: str, chip: Chip, count: int) -> Target:
     from jax.experimental import topologies
+    from jax.extend import backend
 
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -78,9 +79,11 @@ def _tpus(name: str, chip: Chip, count: int) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise NotImplementedError(f'target {name} needs libtpu: pip install "hybrid-attn[tpu]"')
     try:
-        return Target(name, "tpu", topologies.get_topology_desc(platform="tpu", topology_name=name).devices, chip.memory)
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except (RuntimeError, ValueError) as cause:
         raise ValueError(f"target {name}: libtpu has no such topology ({cause}); write {FORMS}") from cause
+    backend.get_default_device = lambda: devices[0]  # for which tokamax compiles
+    return Target(name, "tpu", devices, chip.memory)
 
 
 def _gpus(name: str, chip: Chip, count: int) -> Target:

@@ -164,6 +164,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(f"{row[i]:{'<' if i < 2 else '>'}{widths[i]}}" for i in columns).rstrip() for row in rows]
 
 
+def experts(values: Mapping[str, float]) -> list[str]:
+    """A line with the metrics of experts among the values of a step, if a layer has some."""
+    formats = {
+        "expert_load": "largest load {:.2f} x mean",
+        "router_entropy_bits": "entropy of routers {:.2f} bits",
+        "router_z": "router z {:.3g}",
+        "dropped_copies": "{:.0f} copies dropped",
+        "gate_entropy_bits": "entropy of attention gates {:.2f} bits",
+    }
+    parts = [text.format(values[name]) for name, text in formats.items() if name in values]
+    return ["", f"experts      {', '.join(parts)}: means over layers, of the last line"] if parts else []
+
+
 def ending(workdir: str, step: int, report: Path | None, own_files: bool) -> list[str]:
     """Lines with the files of a finished run and with further commands; `own_files`: it was trained on files or URLs.
 

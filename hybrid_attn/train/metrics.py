@@ -60,6 +60,7 @@ TAGS = {
     "router_entropy_bits": "experts/router_entropy_bits",
     "router_z": "experts/router_z",
     "dropped_copies": "experts/dropped_copies",
+    "gate_entropy_bits": "experts/gate_entropy_bits",
     "tokens_per_s": "speed/tokens_per_second",
     "mfu": "speed/mfu_share",
     "goodput": "speed/goodput_share",
@@ -80,6 +81,7 @@ class Metrics:
         self.workdir, self.config, self.step = Path(workdir), config, start
         self.writes, self.total_steps = jax.process_index() == 0, config.total_steps
         self.position: Callable[[int], dict] = lambda step: {}  # of the run after a step: the loop says it
+        self.last: Mapping[str, float] = {}  # the values of the last line
 
     def open(self) -> "Metrics":
         """Opens the files, and drops what was written of steps after the one reached."""
@@ -95,6 +97,7 @@ class Metrics:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of the line of a step."""
+        self.last = values
         if not self.writes:
             return
         self._write(METRICS, {"step": step, **values})

@@ -1,18 +1,20 @@
 """The statistics of a step: norms of parameters, gradients and updates, attention and activations, by layer type.
 
 A name is a statistic and what it is of: a layer type (`logit_max/L`), a leaf in all layers of a type
-(`grad_norm/L/attention/q`), or a leaf outside the layers (`grad_norm/embed`).
+(`grad_norm/L/attention/q`), a leaf outside the layers (`grad_norm/embed`), or the experts of one layer
+(`expert_shares/L/layer3`).
 """
 
 from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrid_attn.config import Model
-from hybrid_attn.model import moe
+from hybrid_attn.model import expert_metrics
 from hybrid_attn.model.statistics import AttentionStatistics, LayerStatistics
-from hybrid_attn.model.transformer import STATISTICS
+from hybrid_attn.model.transformer import STATISTICS, layer_paths
 
 BY_LAYER_TYPE = (
     "logit_max", "entropy_bits", "first_token_share", "activation_rms", "activation_outliers",
@@ -25,7 +27,7 @@ def of_step(model: Model, sums: Mapping, norms_of: Mapping[str, dict]) -> dict[s
     values = {}
     for name, tree in norms_of.items():
         values |= {f"{name}/{of}": norm for of, norm in norms(model, tree).items()}
-    return values | of_layers(sums[STATISTICS])
+    return values | of_layers(sums[STATISTICS]) | of_experts(model, sums[STATISTICS])
 
 
 def norms(model: Model, tree: dict) -> dict[str, jax.Array]:
@@ -59,9 +61,30 @@ def of_layers(measured: Mapping[str, Mapping[str, LayerStatistics]]) -> dict[str
         square, outliers, tokens = (_total(x) for x in zip(*(layer.activations for layer in layers), strict=True))
         tokens = jnp.maximum(tokens, 1.0)
         of_letter |= {"activation_rms": jnp.sqrt(square / tokens), "activation_outliers": outliers / tokens}
-        of_letter |= moe.metrics({name: _total(layer.aux[name] for layer in layers) for name in layers[0].aux})
+        of_letter |= expert_metrics.metrics({name: _total(layer.aux[name] for layer in layers) for name in layers[0].aux})
         values |= {f"{name}/{letter}": x for name, x in of_letter.items()}
     return values
+
+
+def of_experts(model: Model, measured: Mapping[str, Mapping[str, LayerStatistics]]) -> dict[str, jax.Array]:
+    """Of each layer with experts its metrics, and the array of the shares of its experts: means over the microbatches."""
+    values = {}
+    for i, (group, name, period) in enumerate(layer_paths(model)):
+        aux, axes = measured[group][name].aux, int(group == "periods")
+        for metric in (*sum(expert_metrics.OF_LAYERS.values(), ()), *expert_metrics.SHARES):
+            if metric in aux:
+                own = aux[metric].ndim - axes - (metric in expert_metrics.SHARES)  # the axis of microbatches, if there are more
+                mean = aux[metric].mean(tuple(range(own)))
+                values[f"{metric}/{name[0]}/layer{i}"] = mean[period] if axes else mean
+    return values
+
+
+def numbers(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Statistics as numbers: of an array one for each expert, `expert_shares/L/layer3/expert0`."""
+    flat = {}
+    for name, x in values.items():
+        flat |= {f"{name}/expert{e}": float(y) for e, y in enumerate(x)} if np.ndim(x) else {name: float(x)}
+    return flat
 
 
 def _of_attention(layers: list[AttentionStatistics]) -> dict[str, jax.Array]:

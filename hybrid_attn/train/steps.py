@@ -18,7 +18,7 @@ from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.config import Config, to_dict
 from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import on_mesh
-from hybrid_attn.train import spikes
+from hybrid_attn.train import spikes, statistics
 from hybrid_attn.train.console import stage_of
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics
@@ -202,12 +202,13 @@ class Loop:
         if self.dispatched is None:
             return
         number, metrics, compile_seconds = self.dispatched
-        values = jax.tree.map(float, jax.device_get(metrics))
+        values = jax.device_get(metrics)
         now = time.perf_counter()
         self.dispatched = None
-        if statistics := values.pop("statistics", None):
+        if measured := values.pop("statistics", None):
             with self.stop.after_saving():
-                self.metrics.statistics(number, statistics)
+                self.metrics.statistics(number, statistics.numbers(measured))
+        values = jax.tree.map(float, values)
         if consecutive := int(values.pop("consecutive_spikes", 0)):
             self.skip_spike(number, values, consecutive)
             return

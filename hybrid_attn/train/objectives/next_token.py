@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_attn.config import StageConfig
-from hybrid_attn.model import Execution, losses_and_aux, moe
+from hybrid_attn.model import Execution, expert_metrics, losses_and_aux
 from hybrid_attn.model.loss import bits_per_byte, weighted_sum
 from hybrid_attn.train.objectives.objective import Batch, Objective
 
@@ -24,8 +24,8 @@ def loss(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execu
 
 
 def metrics(sums: dict, batch: Batch) -> dict:
-    """Bits per byte of the tokens with a weight; 0, like the loss, where there are none. And those of routers."""
-    return {"bits_per_byte": bits_per_byte(sums["nll"], jnp.maximum(batch["bytes"].sum(), 1.0))} | moe.metrics(sums)
+    """Bits per byte of the tokens with a weight; 0, like the loss, where there are none. And those of experts."""
+    return {"bits_per_byte": bits_per_byte(sums["nll"], jnp.maximum(batch["bytes"].sum(), 1.0))} | expert_metrics.metrics(sums)
 
 
 NEXT_TOKEN = Objective(weight, loss, metrics, ("tokens", "targets", "positions", "segments", "weights", "bytes"))
