@@ -191,7 +191,8 @@ def heat_maps(
 ) -> Figure:
     """Rows down, columns across, and a panel for each name; a white dashed line before lengths beyond that of training."""
     beside = 0.08 * max(len(_short(row)) for row in rows)  # inches
-    figure, grid = _grid(len(panels), max(1.4, 0.42 * min(len(columns), 20)), 0.5 + 0.24 * np.clip(len(rows), 3, 28), beside)
+    width = max(1.4, 0.42 * min(len(columns), 20), 0.14 * max(len(_short(name)) for name in panels) if len(panels) > 1 else 0)
+    figure, grid = _grid(len(panels), width, 0.5 + 0.24 * np.clip(len(rows), 3, 28), beside)
     for axes, (name, cells) in zip(grid, panels.items(), strict=True):
         values = np.array([[cells.get((row, column)) for column in columns] for row in rows], float)
         limits = {"vmin": scale.low, "vmax": scale.high}
