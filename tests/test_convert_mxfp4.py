@@ -53,7 +53,7 @@ def packed(tmp_path, one_device):
             blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8)
             scales = rng.integers(120, 130, blocks.shape[:-1]).astype(np.uint8)
             tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-            matrices[name] = decoded(blocks, scales)
+            matrices[name] = mxfp4.unpacked(blocks, scales).mT
 
     edit_tensors(directory, pack)
     return directory, matrices

@@ -65,6 +65,7 @@ def test_a_state_that_one_mesh_saved_is_restored_on_a_mesh_of_experts_and_trains
     assert_close(got, expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_decoding_on_a_mesh_of_experts_answers_as_one_device_does():
     c, prompts = with_experts(), [[5, 6, 7], list(range(40, 61))]
     answers = []

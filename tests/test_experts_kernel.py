@@ -45,11 +45,12 @@ def test_a_layer_and_its_gradients_are_those_of_a_dense_loop_over_experts(case, 
     check_dense_loop(case, "tokamax")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes, model",
     [
         ({"fsdp": 2, "context": 2, "tensor": 2}, with_experts().model),
-        pytest.param({"expert": 4, "tensor": 2}, test_expert_parallel.with_experts().model, marks=pytest.mark.slow),
+        ({"expert": 4, "tensor": 2}, test_expert_parallel.with_experts().model),
     ],
     ids=("every axis but expert", "expert"),
 )

@@ -319,9 +319,8 @@ def with_domains() -> config.Config:
     return tiny({"model.block": "pre"}, L={"window": 5, "rope_theta": 100.0} | mlp, G=mlp)
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"expert": 4, "fsdp": 2}, pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"expert": 4, "fsdp": 2}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
 def test_a_projected_router_is_the_same_on_every_mesh(sizes):
     c, results = with_domains(), []
     for of_mesh in ({}, sizes):

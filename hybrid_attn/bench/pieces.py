@@ -101,11 +101,11 @@ def projections(s: Setting):
     def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
         return q_BTNH + jnp.repeat(k_BTKH + v_BTKH, groups, axis=2, out_sharding=jax.typeof(q_BTNH).sharding), None
 
-    def project(leaves, x_BTD, positions):
+    def project(leaves, x_BTD, positions, segments):
         block = bind(s.c.model, s.letter, leaves, s.execution)
-        return getattr(block, block.mixer_name)(x_BTD, positions, attend)[0]
+        return getattr(block, block.mixer_name)(x_BTD, positions, segments, attend)[0]
 
-    return with_gradient(project), (s.layer(), s.random(s.c.model.d_model), s.positions)
+    return with_gradient(project), (s.layer(), s.random(s.c.model.d_model), s.positions, jnp.ones_like(s.positions))
 
 
 def feed_forward(s: Setting):
