@@ -44,6 +44,11 @@ class Setting(NamedTuple):
         stage = self.c.stages[0]
         return put(np.broadcast_to(np.arange(stage.seq_len, dtype=np.int32), (stage.batch, stage.seq_len)), TOKENS_BT)
 
+    @property
+    def segments(self) -> jax.Array:
+        """One document in each sequence."""
+        return jnp.ones_like(self.positions)
+
     def random(self, *shape: int, spec: P = ACT_BTD) -> jax.Array:
         stage = self.c.stages[0]
         x = np.random.default_rng(0).normal(size=(stage.batch, stage.seq_len, *shape))
@@ -105,14 +110,14 @@ def projections(s: Setting):
         block = bind(s.c.model, s.letter, leaves, s.execution)
         return getattr(block, block.mixer_name)(x_BTD, positions, segments, attend)[0]
 
-    return with_gradient(project), (s.layer(), s.random(s.c.model.d_model), s.positions, jnp.ones_like(s.positions))
+    return with_gradient(project), (s.layer(), s.random(s.c.model.d_model), s.positions, s.segments)
 
 
 def feed_forward(s: Setting):
     def apply(leaves, x_BTD, segments):
         return bind(s.c.model, s.letter, leaves, s.execution).mlp(x_BTD, segments, s.execution.mlp_chunks(s.letter))[0]
 
-    return with_gradient(apply), (s.layer(), s.random(s.c.model.d_model), jnp.ones_like(s.positions))
+    return with_gradient(apply), (s.layer(), s.random(s.c.model.d_model), s.segments)
 
 
 def norm(s: Setting):
