@@ -72,13 +72,10 @@ def test_the_gradient_of_a_bias_is_experts_times_the_load_above_the_mean_and_the
     assert value == pytest.approx(0.01 * 6 * (share_E * probabilities.mean(0)).sum() + 0.001 * z, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimiser, sizes",
-    [
-        ("adamw", {}),
-        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in optim.OPTIMISERS if name != "adamw"),
-        pytest.param("muon", {"fsdp": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
-    ],
+    [*((name, {}) for name in optim.OPTIMISERS), ("muon", {"fsdp": 2, "context": 2, "tensor": 2})],
     ids=str,
 )
 def test_a_step_moves_each_bias_against_the_load_of_the_whole_batch_and_nothing_else_by_it(optimiser, sizes):

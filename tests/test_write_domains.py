@@ -37,6 +37,7 @@ def test_a_word_of_the_language_has_its_entropy_and_all_words_are_as_frequent():
         assert min(firsts.values()) > 0.8 * number / program.WORDS
 
 
+@pytest.mark.slow  # it parses the standard library twice
 def test_the_same_files_are_written_again(tmp_path, capsys):
     with tool("write_domains") as program:
         for _ in range(2):
