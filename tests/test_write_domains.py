@@ -27,7 +27,8 @@ def test_a_document_has_the_documentation_strings_of_a_file_below_a_folder(tmp_p
 def test_a_word_of_the_language_has_its_entropy_and_all_words_are_as_frequent():
     with tool("write_domains") as program:
         chains = [text.split() for text in program.language(200)]
-        assert {word for chain in chains for word in chain} == set(program.words()) and len(program.words()) == program.WORDS
+        vocabulary = set(program.vocabulary())
+        assert {word for chain in chains for word in chain} == vocabulary and len(vocabulary) == program.WORDS
         pairs = Counter(pair for chain in chains for pair in zip(chain, chain[1:], strict=False))
         number, firsts = sum(pairs.values()), Counter()
         for (first, _), count in pairs.items():

@@ -44,7 +44,7 @@ def docstrings_of(path: Path) -> list[str]:
     return [text for node in nodes if isinstance(node, WITH_DOCSTRINGS) and (text := ast.get_docstring(node))]
 
 
-def words() -> list[str]:
+def vocabulary() -> list[str]:
     """The different words of the language, of two to four syllables."""
     raw, chosen = np.random.Philox(np.random.SeedSequence(0)).random_raw, {}
     while len(chosen) < WORDS:
@@ -55,11 +55,11 @@ def words() -> list[str]:
 
 def language(number: int) -> Iterator[str]:
     """Documents of the Markov chain, whose first word, and so every word, is uniformly distributed."""
-    vocabulary, raw = words(), np.random.Philox(np.random.SeedSequence(1)).random_raw
+    words, raw = vocabulary(), np.random.Philox(np.random.SeedSequence(1)).random_raw
     for _ in range(number):
         first, *rest = raw(WORDS_A_DOCUMENT)
         chain = np.cumsum([int(first % WORDS), *STEPS[np.array(rest) % len(STEPS)]]) % WORDS
-        yield " ".join(vocabulary[i] for i in chain) + "\n"
+        yield " ".join(words[i] for i in chain) + "\n"
 
 
 def write_domains() -> None:
@@ -69,7 +69,7 @@ def write_domains() -> None:
         lines = [json.dumps({"text": text}) + "\n" for text in of_domain]
         files.write_atomically(Path(OUT.value) / f"{name}.jsonl", "".join(lines))
         print(f"{OUT.value}/{name}.jsonl: {len(lines):,} documents, {sum(map(len, lines)):,} bytes")
-    mean = sum(map(len, words())) / WORDS + 1
+    mean = sum(map(len, vocabulary())) / WORDS + 1
     print(f"the language has {BITS} bits a word, {BITS / mean:.4f} bits a byte")
 
 

@@ -51,13 +51,13 @@ def choose(kernel: str, platform: str) -> str:
 
 @functools.cache
 def choose_experts(kernel: str, platform: str) -> str:
-    """What `kernel` ("auto" or a name in `experts.PLATFORMS`) means on `platform`; refused and logged as `choose` does.
+    """What `kernel` ("auto", "blocked" or "tokamax") means on `platform`; refused and logged as `choose` does.
 
     "auto" stays where `experts.choose` has a choice for each layer: on accelerators with tokamax.
     """
     if kernel == "blocked" or (kernel == "auto" and platform == "cpu"):
         return "blocked"
-    _check_platform('moe_kernel "tokamax"', experts.PLATFORMS["tokamax"], platform)
+    _check_platform('moe_kernel "tokamax"', experts.PLATFORMS, platform)
     is_installed = _is_installed('moe_kernel "tokamax"', "tokamax", platform, kernel == "auto", "the product of experts")
     return kernel if is_installed else "blocked"
 

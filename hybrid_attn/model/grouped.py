@@ -74,9 +74,14 @@ def grouped_mlp(mlp: ChunkedMLP, mean: int, x_nD, gates_nk, blocks: Blocks, *wei
     return _forward(mlp, mean, x_nD, gates_nk, blocks, *weights)[0]
 
 
-def _rows(x_nA: jax.Array, index: jax.Array) -> jax.Array:
+def taken(x_nA: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of an array, and zeros where the index is its length."""
     return x_nA.at[index].get(mode="fill", fill_value=0)
+
+
+def gate_of_rows(gates_nk: jax.Array, row_nk: jax.Array, number: int) -> jax.Array:
+    """The gate of each of so many rows, and 0 of a row without a copy."""
+    return jnp.zeros(number, gates_nk.dtype).at[row_nk].set(gates_nk, mode="drop")
 
 
 def _of_expert(weights: tuple, expert: jax.Array) -> tuple:
@@ -119,7 +124,7 @@ def _forward(mlp: ChunkedMLP, mean: int, x_nD, gates_nk, blocks: Blocks, *weight
         of_expert = _of_expert(weights, expert)
 
         def compute(at, token_s, out_RD):
-            return jax.lax.dynamic_update_slice_in_dim(out_RD, mlp(_rows(x_nD, token_s), *of_expert), at, 0)
+            return jax.lax.dynamic_update_slice_in_dim(out_RD, mlp(taken(x_nD, token_s), *of_expert), at, 0)
 
         return over_rows(compute, out_RD)
 
@@ -131,13 +136,13 @@ def _forward(mlp: ChunkedMLP, mean: int, x_nD, gates_nk, blocks: Blocks, *weight
 
 def _copies(x_RD: jax.Array, blocks: Blocks) -> jax.Array:
     """What the blocks computed of each copy of each token, [n, k, D] in float32."""
-    return _rows(x_RD, blocks.row_nk).astype(jnp.float32)
+    return taken(x_RD, blocks.row_nk).astype(jnp.float32)
 
 
 def _backward(mlp: ChunkedMLP, mean: int, residuals, dy_nD):
     x_nD, gates_nk, blocks, weights, out_RD = residuals
     dgates_nk = (dy_nD[:, None].astype(jnp.float32) * _copies(out_RD, blocks)).sum(-1)
-    gate_R = jnp.zeros(blocks.token_Ir.size, gates_nk.dtype).at[blocks.row_nk].set(gates_nk, mode="drop")
+    gate_R = gate_of_rows(gates_nk, blocks.row_nk, blocks.token_Ir.size)
 
     def visit(expert, over_rows, carry):
         dx_RD, sums_E = carry
@@ -146,8 +151,8 @@ def _backward(mlp: ChunkedMLP, mean: int, residuals, dy_nD):
         def compute(at, token_s, carry):
             dx_RD, sums = carry
             gate_s1 = jax.lax.dynamic_slice_in_dim(gate_R, at, len(token_s))[:, None]
-            dy_sD = (gate_s1 * _rows(dy_nD, token_s)).astype(dy_nD.dtype)
-            dx_sD, *terms = gradients(mlp, _rows(x_nD, token_s), None, dy_sD, *of_expert)
+            dy_sD = (gate_s1 * taken(dy_nD, token_s)).astype(dy_nD.dtype)
+            dx_sD, *terms = gradients(mlp, taken(x_nD, token_s), None, dy_sD, *of_expert)
             added = tuple(a + b for a, b in zip(sums, terms, strict=True))
             return jax.lax.dynamic_update_slice_in_dim(dx_RD, dx_sD, at, 0), added
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hybrid_attn.kernels import experts
 from hybrid_attn.kernels.experts import multiplied, multiplied_transposed, summed
-from hybrid_attn.model.grouped import Blocks
+from hybrid_attn.model.grouped import Blocks, gate_of_rows, taken
 from hybrid_attn.model.mlp import ChunkedMLP
 
 
@@ -38,7 +38,7 @@ def rows_of(blocks: Blocks, tokens: int) -> Rows:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def ragged_mlp(mlp: ChunkedMLP, x_nD, gates_nk, rows: Rows, *weights) -> jax.Array:
     """The sum over the experts of a token of gate times feed-forward, [n, D]; `weights` are those of `grouped_mlp`."""
-    h_mF = mlp.hidden(*_products(_taken(x_nD, rows.token_m), rows, *weights))
+    h_mF = mlp.hidden(*_products(taken(x_nD, rows.token_m), rows, *weights))
     out_mD = multiplied(h_mF, weights[2], rows.load_E)
     return _sums(out_mD, rows, gates_nk).astype(x_nD.dtype)
 
@@ -46,18 +46,13 @@ def ragged_mlp(mlp: ChunkedMLP, x_nD, gates_nk, rows: Rows, *weights) -> jax.Arr
 def _products(x_mD: jax.Array, rows: Rows, w_gate, w_up, _, *biases_EF) -> tuple[jax.Array, ...]:
     """(gate_mF, up_mF), with their biases if there are any."""
     products_mF = tuple(multiplied(x_mD, w, rows.load_E) for w in (w_gate, w_up))
-    biases_mF = (_taken(b_EF, rows.expert_m).astype(x_mD.dtype) for b_EF in biases_EF)
+    biases_mF = (taken(b_EF, rows.expert_m).astype(x_mD.dtype) for b_EF in biases_EF)
     return tuple(x_mF + b_mF for x_mF, b_mF in zip(products_mF, biases_mF, strict=True)) if biases_EF else products_mF
-
-
-def _taken(x_nA: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of an array, and zeros where the index is its length."""
-    return x_nA.at[index].get(mode="fill", fill_value=0)
 
 
 def _sums(x_mA: jax.Array, rows: Rows, gates_nk: jax.Array | float = 1.0) -> jax.Array:
     """The sum of the rows of each token, times its gates, [n, A] in float32."""
-    x_nkA = _taken(x_mA, rows.row_nk).astype(jnp.float32)
+    x_nkA = taken(x_mA, rows.row_nk).astype(jnp.float32)
     return (jnp.broadcast_to(gates_nk, rows.row_nk.shape)[..., None] * x_nkA).sum(1)
 
 
@@ -68,17 +63,17 @@ def _forward(mlp: ChunkedMLP, x_nD, gates_nk, rows: Rows, *weights):
 def _backward(mlp: ChunkedMLP, residuals, dy_nD):
     x_nD, gates_nk, rows, weights = residuals
     (w_gate, w_up, w_down, *biases_EF), load_E, dtype = weights, rows.load_E, x_nD.dtype
-    x_mD, dy_mD = (_taken(x_nA, rows.token_m) for x_nA in (x_nD, dy_nD))
+    x_mD, dy_mD = (taken(x_nA, rows.token_m) for x_nA in (x_nD, dy_nD))
     h_mF, pull = jax.vjp(mlp.hidden, *_products(x_mD, rows, *weights))
     dh_mF = multiplied_transposed(dy_mD, w_down, load_E)  # of a gate of 1
     dgate_m1 = (dh_mF.astype(jnp.float32) * h_mF).sum(-1, keepdims=True)
-    gate_m = jnp.zeros(len(x_mD), gates_nk.dtype).at[rows.row_nk].set(gates_nk, mode="drop")
+    gate_m = gate_of_rows(gates_nk, rows.row_nk, len(x_mD))
     dproducts_mF = pull((gate_m[:, None] * dh_mF).astype(dtype))
     terms_mD = (multiplied_transposed(d_mF, w, load_E) for d_mF, w in zip(dproducts_mF, (w_gate, w_up), strict=True))
     dw_gate, dw_up = (summed(x_mD, d_mF, load_E) for d_mF in dproducts_mF)
     dw_down = summed((gate_m[:, None] * h_mF).astype(dtype), dy_mD, load_E)
     db_EF = (_summed_rows(d_mF, rows).astype(b.dtype) for d_mF, b in zip(dproducts_mF, biases_EF, strict=False))
-    dgates_nk = _taken(dgate_m1, rows.row_nk)[..., 0]
+    dgates_nk = taken(dgate_m1, rows.row_nk)[..., 0]
     return _sums(sum(terms_mD), rows).astype(dtype), dgates_nk, None, dw_gate, dw_up, dw_down, *db_EF
 
 
