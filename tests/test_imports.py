@@ -12,7 +12,7 @@ PACKAGE = ROOT / "hybrid_attn"
 OUTSIDE = {"tools", "launch", "configs", "tests"}
 # A room and the rooms that it may import: those to its left, and what it needs from the side.
 CONFIG = ("config_model", "config_older", "config_training", "config")
-LEFT_TO_RIGHT = ("trees", *CONFIG, "kernels", "parallel", "model", "infer", "evals", "train")
+LEFT_TO_RIGHT = ("trees", "names", *CONFIG, "kernels", "parallel", "model", "infer", "evals", "train")
 ALLOWED = {room: set(LEFT_TO_RIGHT[:i]) for i, room in enumerate(LEFT_TO_RIGHT)}
 ALLOWED["config"] |= {"configs"}
 ALLOWED["config_older"] |= {"configs"}  # the defaults of keys that older configs lack

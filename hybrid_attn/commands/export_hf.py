@@ -1,7 +1,7 @@
 """Exports a checkpoint to a Hugging Face directory: python tools/export_hf.py --checkpoint=DIR --out=DIR
 
 --checkpoint is the workdir of a run, or a directory of checkpoints such as tools/import_hf.py writes. The family is --family,
-or that of the imported config.json, or the first that can express the model.
+or that of the imported config.json, or the first that can express the model. The weights of an adapter are merged.
 """
 
 import functools
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from absl import flags
 
-from hybrid_attn import checkpoint, programs
+from hybrid_attn import programs
 from hybrid_attn.convert import families, hf
 from hybrid_attn.files import IMPORTED_FILES
 from hybrid_attn.infer import loading
-from hybrid_attn.model import abstract_params
+from hybrid_attn.infer.merged import Merged, without_adapter
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest.")
@@ -28,11 +28,10 @@ def export_model() -> None:
     step = loading.step_of(directory, STEP.value)
     c = loading.saved_of(directory, step).config
     files = Path(directory) / IMPORTED_FILES
-    described = hf.describe(c.model, files, max(stage.seq_len for stage in c.stages), FAMILY.value)
-    shapes = {path: x.shape for path, x in hf.flat(abstract_params(c.model)).items()}
+    model, parameters = without_adapter(c.model), Merged(directory, step, c.model)
+    described = hf.describe(model, files, max(stage.seq_len for stage in c.stages), FAMILY.value)
     with hf.new_directory(OUT.value) as new:
-        read = functools.partial(checkpoint.read_slices, directory, step=step)
-        hf.write(new, c.model, described, shapes, lambda path: read(path, shapes[path]), DTYPE.value)
+        hf.write(new, model, described, parameters.shapes, parameters.slices, DTYPE.value)
         copied = hf.copy_files(files, new, without=("config.json",))
     print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *copied])}")
 
