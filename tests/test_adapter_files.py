@@ -1,17 +1,25 @@
-"""An adapter in files: merged into the matrices of a Hugging Face model."""
+"""An adapter in files: checkpoints of it alone, beside a base; merged into the matrices of a Hugging Face model."""
 
 import dataclasses
+import shutil
 
+import jax
+import numpy as np
 import pytest
 from absl.testing import flagsaver
-from conftest import random_params, tool
+from conftest import mesh_of, random_params, tool
 from converted import HYBRID, assert_same, read
-from test_adapters import merged
+from test_adapters import LORA, merged
+from test_init_from import flat, save
+from trained import config_of, losses, stage, stop_at
 
 from hybrid_attn import checkpoint, config, programs
 from hybrid_attn.config import NO_ADAPTER
 from hybrid_attn.convert import hf
+from hybrid_attn.infer import loading
+from hybrid_attn.infer.merged import Merged
 from hybrid_attn.model import transforms
+from hybrid_attn.train import loop
 
 TARGETS = ("*/attention/q", "*/attention/o", "*/mlp/down")
 
@@ -49,3 +57,83 @@ def test_an_adapter_that_depends_on_the_token_is_not_merged(tmp_path, one_device
         export(f"--checkpoint={tmp_path / 'saved'}", f"--out={tmp_path / 'out'}")
     message = "model.adapter.type='routed' depends on the token, and no matrix has the same products; lora can be merged"
     assert end.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+CHANGES = LORA | {"evals.names": (), "optim.lr": 0.05, "stages": [stage(4, 48, 8)], "train.keep": 5}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, corpus, known_peak_and_no_pictures):
+    """The folder of a base and of a run of an adapter on it, the run's config, and the parameters of the base."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = save(folder / "base", config_of(corpus), 7)
+    c = config_of(corpus, **CHANGES | {"init_from.path": str(folder / "base")})
+    assert loop.train(c, str(folder / "run"))
+    return folder, c, base
+
+
+def test_checkpoints_of_an_adapter_have_its_arrays_alone_and_are_read_with_the_base(run):
+    folder, c, base = run
+    directory = folder / "run" / "checkpoints"
+    arrays = checkpoint.stored.read_sums(checkpoint._path(directory, 4)).arrays
+    names = {name.removeprefix("params/") for name in arrays if name.startswith("params/")}
+    assert names == {f"periods/L0/attention/{x}_adapter/{y}" for x in "qv" for y in "ab"}
+    assert not any(name.startswith("opt_state") and "adapter" not in name for name in arrays if "mu" in name or "nu" in name)
+    with jax.set_mesh(mesh_of(fsdp=2)):
+        params = flat(loading.load(folder / "run").params)
+    for name, x in base.items():
+        np.testing.assert_array_equal(params[name], x)
+    assert np.abs(params["periods/L0/attention/q_adapter/b"]).max() > 0
+    shapes = checkpoint.read_shapes(directory, 4)
+    assert {name: x.shape for name, x in params.items()} == shapes
+    q = "periods/L0/attention/q"
+    (slices,) = Merged(directory, 4, c.model).slices(q)
+    a, b = params[f"{q}_adapter/a"][0], params[f"{q}_adapter/b"][0]
+    np.testing.assert_allclose(slices, params[q][0] + 4 * np.tensordot(a, b, 1), rtol=1e-6)
+
+
+def test_a_run_that_is_stopped_goes_on_from_the_adapter_and_its_base(run, tmp_path, monkeypatch):
+    folder, c, _ = run
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2)
+        assert not loop.train(c, str(tmp_path / "run"))
+    assert loop.train(c, str(tmp_path / "run"))
+    assert losses(tmp_path / "run") == losses(folder / "run")
+    of = [checkpoint.fingerprint(x / "checkpoints") for x in (tmp_path / "run", folder / "run")]
+    assert of[0] == of[1]
+
+
+def test_a_run_starts_from_an_adapter_and_another_one_has_another_fingerprint(run, tmp_path):
+    folder, c, _ = run
+    more = dataclasses.replace(c, init_from=dataclasses.replace(c.init_from, path=str(folder / "run")))
+    with jax.set_mesh(mesh_of()):
+        state, record = loop.init_from.first_state(more, jax.sharding.get_mesh(), "0")
+        loaded = loading.load(folder / "run").params
+    assert record["new"] == [] and record["fingerprint"] == checkpoint.fingerprint(folder / "run" / "checkpoints")
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_base_is_refused_by_its_fingerprint_and_a_missing_one_by_its_path(run, corpus, tmp_path):
+    folder, c, _ = run
+    shutil.copytree(folder / "base", tmp_path / "base")
+    own = dataclasses.replace(c, init_from=dataclasses.replace(c.init_from, path=str(tmp_path / "base")))
+    assert loop.train(own, str(tmp_path / "run"))
+    before = checkpoint.fingerprint(tmp_path / "base" / "checkpoints")
+    shutil.rmtree(tmp_path / "base")
+    where = f"is an adapter of the checkpoint of step 7 in {tmp_path}/base/checkpoints"
+    more = dataclasses.replace(own, stages=(dataclasses.replace(own.stages[0], steps=6),))
+    for restore in (lambda: loop.train(more, str(tmp_path / "run")), lambda: loading.load(tmp_path / "run")):
+        with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=f"{where}, which is not there; put it back"):
+            restore()
+    with jax.set_mesh(mesh_of()):
+        params = random_params(config_of(corpus).model, seed=1)
+    checkpoints = checkpoint.Checkpoints(tmp_path / "base" / "checkpoints", keep=1, every=1)
+    checkpoints.save(7, {"params": params}, {}, config.to_dict(config_of(corpus)), wait=True)
+    checkpoints.close()
+    for restore in (lambda: loop.train(more, str(tmp_path / "run")), lambda: loading.load(tmp_path / "run")):
+        message = f"{where}, which had the fingerprint {before[:12]} and has .* now: it is another model"
+        with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=message) as caught:
+            restore()
+        assert "\n" not in str(caught.value)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 4  # it is not set aside

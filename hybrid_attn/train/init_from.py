@@ -26,6 +26,7 @@ from hybrid_attn.model.transformer import specs
 from hybrid_attn.names import matching, nearest, prefixes
 from hybrid_attn.stored import first_eight, inside
 from hybrid_attn.train.step import TrainState, abstract_state, init_state
+from hybrid_attn.train.trainable import has_state
 from hybrid_attn.trees import check
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -54,7 +55,15 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     if embeddings & copied.keys():
         notes += tokenizer_note(directory, data, tokenizer_hash)
     record = {"path": directory, "step": step, "fingerprint": fingerprint, "copied": len(copied)}
+    if is_base(c, expected, copied):
+        record |= {"path": checkpoint.absolute(directory), checkpoint.IS_BASE: True}
     return started(c, params), record | {"new": new, "ignored": ignored, "notes": notes}
+
+
+def is_base(c: Config, here: Mapping, copied: Mapping[str, str]) -> bool:
+    """Whether checkpoints of the run lack the parameters that never train: all of them have the same names in the source."""
+    fixed = [name for name, trains in flatten_dict(has_state(c, unflatten_dict(here, sep="/")), sep="/").items() if not trains]
+    return bool(fixed) and all(copied.get(name) == name for name in fixed)
 
 
 def lines(init: InitFrom, recorded: Mapping, new: bool) -> list[str]:

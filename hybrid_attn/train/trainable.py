@@ -28,6 +28,12 @@ def has_state(config: Config | StageConfig, params: dict) -> dict:
     return unflatten_dict({name: name in trained for name in names}, sep="/")
 
 
+def without_base(config: Config, params: dict) -> dict:
+    """The parameters that some stage trains, without those of the base of an adapter."""
+    names, flags = (flatten_dict(x, sep="/") for x in (params, has_state(config, params)))
+    return unflatten_dict({name: x for name, x in names.items() if flags[name]}, sep="/")
+
+
 def _trained(field: str, patterns: Sequence[str], names: Iterable[str]) -> set[str]:
     added = {name for name in names if transforms.is_added(name)}
     return matching(field, patterns, names, "this model") or added or set(names)
