@@ -128,6 +128,7 @@ class Adapter:
     targets: tuple[str, ...] = trees.named("target_modules")
     rank: int = within(1, 2**16, aliases=("lora_rank", "lora_r"))
     alpha: float = within(0, 10**6, above=True, aliases=("lora_alpha",))
+    experts: int = within(1, 2**10)
 
     def __post_init__(self):
         check_fields(self, "adapter")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import BATCH, BLOCKED, REFERENCE, assert_close, loss_and_grads, mesh_of, on_mesh, random_params, tiny
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_seams import check_answers
 
@@ -15,6 +16,7 @@ from hybrid_attn import config
 from hybrid_attn.config import NO_ADAPTER
 from hybrid_attn.infer.engine import Engine, EngineOptions
 from hybrid_attn.model import flops, init, specs, transforms
+from hybrid_attn.model.params import linear
 from hybrid_attn.train import trainable
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.optim import OPTIMISERS
@@ -54,8 +56,9 @@ def without(c: config.Config) -> config.Config:
     return dataclasses.replace(c, model=dataclasses.replace(c.model, adapter=NO_ADAPTER))
 
 
-def test_an_adapter_starts_as_nothing_and_the_model_beside_it_as_without_one(one_device):
-    c = config_of()
+@pytest.mark.parametrize("type", transforms.TRANSFORMS)
+def test_an_adapter_starts_as_nothing_and_the_model_beside_it_as_without_one(type, one_device):
+    c = config_of({"model.adapter.type": type, "model.adapter.experts": 2, "model.num_layers": 2})
     params, plain = (init(x.model, jax.random.key(1)) for x in (c, without(c)))
     names, of_plain = flatten_dict(params, sep="/"), flatten_dict(plain, sep="/")
     assert {name for name in names if not transforms.is_added(name)} == of_plain.keys()
@@ -65,12 +68,13 @@ def test_an_adapter_starts_as_nothing_and_the_model_beside_it_as_without_one(one
     loss, grads = loss_and_grads(c.model, BLOCKED, params, batch)
     assert loss == pytest.approx(float(loss_and_grads(without(c).model, REFERENCE, plain, batch)[0]), rel=1e-6)
     for name, grad in flatten_dict(grads, sep="/").items():
-        if transforms.is_added(name):  # A has a gradient as soon as B is not zero
-            assert bool(jnp.abs(grad).max() > 0) == name.endswith("/b"), name
+        if transforms.is_added(name):  # others have one as soon as B is not zero, or as vectors differ
+            assert bool(jnp.abs(grad).max() > 1e-7) == name.endswith(("/b", "/scale", "/scales")), name
 
 
-def test_every_matrix_of_a_layer_can_have_an_adapter_and_the_merged_model_is_the_same(one_device):
-    c = config_of()
+@pytest.mark.parametrize("type", ["lora", "ia3"])
+def test_every_matrix_of_a_layer_can_have_an_adapter_and_the_merged_model_is_the_same(type, one_device):
+    c = config_of({"model.adapter.type": type})
     params, batch = random_params(c.model), on_mesh(BATCH)
     groups = {name.rpartition("/")[0] for name in flatten_dict(params, sep="/") if transforms.is_added(name)}
     assert len(groups) == 7 + 8 + 7  # L0 and G1 of the period, which has a gate, and the layer after them
@@ -78,16 +82,22 @@ def test_every_matrix_of_a_layer_can_have_an_adapter_and_the_merged_model_is_the
     expected, dense = jax.device_get(loss_and_grads(without(c).model, REFERENCE, merged(c.model, params), batch))
     assert loss == pytest.approx(float(expected), rel=1e-5)
     leaves, of_merged = (x["periods"]["L0"]["attention"] for x in (grads, dense))
+    if type == "ia3":
+        q, o = (params["periods"]["L0"]["attention"][name] for name in "qo")
+        assert_close(leaves["q_adapter"]["scale"], (of_merged["q"] * q).sum(1), 1e-4)
+        assert_close(leaves["o_adapter"]["scale"], (of_merged["o"] * o).sum(-1), 1e-4)
+        return
     b = params["periods"]["L0"]["attention"]["o_adapter"]["b"]
     scale = c.model.adapter.alpha / c.model.adapter.rank
     assert_close(leaves["o_adapter"]["a"], scale * np.einsum("pnhd,prd->pnhr", of_merged["o"], b), 1e-4)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "fsdp": 4}])
-def test_a_step_on_eight_devices_is_that_on_one(sizes):
-    c = config_of({"optim.lr": 0.01, "optim.warmup_steps": 0})
+@pytest.mark.parametrize("type", ["lora", "mov", *(pytest.param(x, marks=pytest.mark.slow) for x in ("ia3", "molora"))])
+def test_a_step_on_eight_devices_is_that_on_one(type):
+    some = {"model.num_layers": 2, "model.adapter.targets": ("*/L0/attention/[kvo]", "*/G1/mlp/*"), "model.adapter.experts": 2}
+    c = config_of(some | {"optim.lr": 0.01, "optim.warmup_steps": 0, "model.adapter.type": type})
     results = []
-    for mesh in (mesh_of(), mesh_of(**sizes)):
+    for mesh in (mesh_of(), mesh_of(fsdp=2, context=2, tensor=2)):
         with jax.set_mesh(mesh):
             state = jax.jit(init_state, static_argnums=0)(c, random_params(c.model))
             state, metrics = make_step(c.at(0), BLOCKED)(state, on_mesh(WITH_BYTES))
@@ -139,18 +149,71 @@ def test_flops_and_parameters_count_the_adapter(one_device):
     assert counts[0] - counts[1] == 2 * added
 
 
-def test_decoding_takes_the_adapter(one_device):
-    c = config_of({"model.adapter.targets": ("*/q", "*/o", "*/down")})
+@pytest.mark.parametrize("type", ["lora", "mov", "molora"])
+def test_decoding_takes_the_adapter(type, one_device):
+    targets = {"model.adapter.targets": ("*/q", "*/o", "*/down")}
+    c = config_of(targets | {"model.adapter.type": type, "model.adapter.experts": 2})
     params = random_params(c.model)
     check_answers(Engine(params, c, EngineOptions(chunk=16), execution=REFERENCE), params, REFERENCE)
-    plain = without(c)
-    check_answers(Engine(params, c, EngineOptions(chunk=16), execution=REFERENCE), merged(c.model, params), REFERENCE, plain)
+
+
+PAIRS = {  # of a mixture of one, and the leaves that the adapter without a mixture has in its place
+    "mov": ("ia3", {"scale": lambda added: np.squeeze(added["scales"], -2)}),
+    "molora": ("lora", {"a": lambda added: np.squeeze(added["a"], -2), "b": lambda added: np.squeeze(added["b"], 1)}),
+}
+
+
+@pytest.mark.parametrize("type", PAIRS)
+def test_a_mixture_of_one_is_the_adapter_without_a_mixture(type, one_device):
+    c, (other, leaves) = config_of({"model.adapter.type": type, "model.adapter.experts": 1, "model.num_layers": 2}), PAIRS[type]
+    params = random_params(c.model)
+    groups, plain = {}, {}
+    for name, x in flatten_dict(params, sep="/").items():
+        if transforms.is_added(name):
+            groups.setdefault(name.rpartition("/")[0], {})[name.rpartition("/")[2]] = np.asarray(x)
+        else:
+            plain[name] = x
+    plain |= {f"{group}/{leaf}": of(added) for group, added in groups.items() for leaf, of in leaves.items()}
+    alone = dataclasses.replace(c.model, adapter=dataclasses.replace(c.model.adapter, type=other))
+    batch = on_mesh(BATCH)
+    shapes = jax.tree.map(lambda x: x.shape, init(alone, jax.random.key(0)))
+    assert shapes == jax.tree.map(np.shape, unflatten_dict(plain, sep="/"))
+    loss, grads = jax.device_get(loss_and_grads(c.model, REFERENCE, params, batch))
+    plain = jax.tree.map(jnp.asarray, unflatten_dict(plain, sep="/"))
+    expected, expected_grads = jax.device_get(loss_and_grads(alone, REFERENCE, plain, batch))
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    assert_close(grads["embed"], expected_grads["embed"], 1e-5)
+
+
+@pytest.mark.parametrize("type", ["mov", "molora"])
+def test_a_mixture_is_that_of_its_products_one_by_one(type, one_device):
+    """Of one matrix [D, K, H], token by token: the gates of a softmax times what each part computes alone."""
+    adapter = dataclasses.replace(NO_ADAPTER, type=type, rank=2, alpha=6.0, experts=3)
+    rng, D, K, H = np.random.default_rng(0), 6, 2, 4
+    x_BTD, w = rng.normal(size=(1, 5, D)).astype(np.float32), rng.normal(size=(D, K, H)).astype(np.float32)
+    matrix = linear(nnx.Rngs(0), (D, K, H), ("embed", "heads", "head_dim"), 1.0)
+    matrix[...] = w
+    transform = transforms.transform_of(adapter)
+    shapes = {name: y.shape for name, y in transform.weights(adapter, matrix.spec, nnx.Rngs(1)).items()}
+    added = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    expected = np.einsum("btd,dkh->btkh", x_BTD, w)
+    if type == "mov":
+        p = np.asarray(jax.nn.softmax(expected @ added["router"], -1))
+        expected = sum(p[..., e, None] * expected * added["scales"][:, e] for e in range(3))
+    else:
+        p = np.asarray(jax.nn.softmax(x_BTD @ added["router"], -1))
+        for e in range(3):
+            expected = expected + 3 * p[..., e, None, None] * np.einsum(
+                "btd,dr,rkh->btkh", x_BTD, added["a"][:, e], added["b"][e]
+            )
+    got = transform.product(adapter, matrix, jax.tree.map(jnp.asarray, added), jnp.asarray(x_BTD), None)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model.adapter.type": "lor"}, "^model.adapter.type='lor' is not one of 'lora'.*; did you mean 'lora'"),
+        ({"model.adapter.type": "lor"}, "^model.adapter.type='lor' is not one of 'lora', 'ia3'.*; did you mean 'lora'"),
         (
             {"model.adapter.targets": ("*/q", "periods/L0/atention/v")},
             "^model.adapter.targets names 'periods/L0/atention/v', and this model, among the matrices that can have an "

@@ -79,11 +79,12 @@ def moe(**changes) -> ConfigDict:
 def adapter(**changes) -> ConfigDict:
     """Weights beside the matrices of a model, which train while the model stays as it is; none without `changes`."""
     a = ConfigDict()
-    a.type = None  # lora: a name in `TRANSFORMS` of hybrid_attn/model/transforms; None = no adapter
+    a.type = None  # lora | ia3 | mov | molora: a name in `TRANSFORMS` of hybrid_attn/model/transforms; None = no adapter
     # The matrices that get one, by name, such as periods/L0/attention/q, or by pattern; the default is that of the LoRA paper.
     a.targets = ("*/attention/q", "*/attention/v")
-    a.rank = 8
-    a.alpha = 16.0  # the product of the two small matrices is multiplied by alpha / rank
+    a.rank = 8  # of lora and molora
+    a.alpha = 16.0  # of these too: the product of the two small matrices is multiplied by alpha / rank
+    a.experts = 10  # vectors of mov, and pairs of small matrices of molora, that a router mixes for each token
     a.update(changes)
     return a
 

@@ -18,7 +18,7 @@ def without_adapter(model: Model) -> Model:
     """The model whose parameters `Merged` reads; ValueError for an adapter that no matrices can hold."""
     name, mergeable = model.adapter.type, [name for name, x in transforms.TRANSFORMS.items() if x.merged is not None]
     problem = f"an adapter of model.adapter.type={name!r} depends on the token, and no matrix has the same products"
-    check(name is None or name in mergeable, f"{problem}; {', '.join(mergeable)} can be merged")
+    check(name is None or name in mergeable, f"{problem}; {' and '.join(mergeable)} can be merged")
     return dataclasses.replace(model, adapter=NO_ADAPTER)
 
 

@@ -19,7 +19,8 @@ from hybrid_attn.parallel.mesh import WIDTH, gathered, split_of
 
 # The mesh axis, or axes, over which each logical axis of a weight is split.
 MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
-MESH_AXES |= {"head_dim": None, "norm": None, "expert": "expert", "score": None, "rank": None}
+MESH_AXES |= {"head_dim": None, "norm": None, "expert": "expert", "score": None}
+MESH_AXES |= {"rank": None, "mixture": None}  # of adapters
 WIDE = ("embed", "heads", "mlp")  # logical axes that grow with the width of the model
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 # How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered

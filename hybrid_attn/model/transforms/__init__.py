@@ -14,13 +14,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hybrid_attn.config_model import Adapter, Model
 from hybrid_attn.model.params import MATRIX, ParamSpec
+from hybrid_attn.model.transforms.ia3 import IA3
 from hybrid_attn.model.transforms.lora import LORA
+from hybrid_attn.model.transforms.molora import MOLORA
+from hybrid_attn.model.transforms.mov import MOV
 from hybrid_attn.model.transforms.transform import SUFFIX, Transform
 from hybrid_attn.names import matching
 from hybrid_attn.trees import choice
 
 __all__ = ["SUFFIX", "TRANSFORMS", "attach", "is_added", "separated", "takes_adapter", "transform_of", "with_added"]
-TRANSFORMS: dict[str, Transform] = {"lora": LORA}
+TRANSFORMS: dict[str, Transform] = {"lora": LORA, "ia3": IA3, "mov": MOV, "molora": MOLORA}
 
 
 def transform_of(adapter: Adapter) -> Transform:
