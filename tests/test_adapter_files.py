@@ -1,23 +1,27 @@
 """An adapter in files: checkpoints of it alone, beside a base; merged into the matrices of a Hugging Face model."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from absl.testing import flagsaver
 from conftest import mesh_of, random_params, tool
-from converted import HYBRID, assert_same, read
+from converted import HYBRID, assert_same, read, write
+from flax.traverse_util import unflatten_dict
 from test_adapters import LORA, merged
 from test_init_from import flat, save
 from trained import config_of, losses, stage, stop_at
 
 from hybrid_attn import checkpoint, config, programs
 from hybrid_attn.config import NO_ADAPTER
-from hybrid_attn.convert import hf
+from hybrid_attn.convert import hf, peft
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.merged import Merged
+from hybrid_attn.model import abstract_params, transforms
 from hybrid_attn.train import loop
 
 TARGETS = ("*/attention/q", "*/attention/o", "*/mlp/down")
@@ -34,6 +38,13 @@ def saved(folder, model, params):
     checkpoints.close()
 
 
+def split(params):
+    """Parameters without those of adapters, and these."""
+    flat = hf.flat(params)
+    of = [{name: x for name, x in flat.items() if transforms.is_added(name) == yes} for yes in (False, True)]
+    return [unflatten_dict(x, sep="/") for x in of]
+
+
 def export(*arguments):
     with tool("export_hf") as module, flagsaver.flagsaver():
         module.main(programs.parse(["export_hf.py", *arguments]))
@@ -46,6 +57,57 @@ def test_an_export_has_the_adapter_merged(tmp_path, one_device):
     export(f"--checkpoint={tmp_path / 'saved'}", f"--out={tmp_path / 'out'}")
     assert len(hf.flat(params)) - len(hf.flat(merged(model, params))) == 2 * 5 * len(TARGETS)
     assert_same(read(tmp_path / "out")[1], merged(model, params))
+
+
+def imported(folder, model, adapter):
+    """The parameters and the config of a model with an adapter in PEFT's files, read into a checkpoint."""
+    with tool("import_hf") as module, flagsaver.flagsaver():
+        module.main(programs.parse(["import_hf.py", f"--model={model}", f"--adapter={adapter}", f"--out={folder}"]))
+    c = config.build_checkpoint_config(checkpoint.read_config(folder))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract_params(c.model))
+    return checkpoint.read_params(folder, shapes), c.model
+
+
+def test_lora_is_written_as_peft_stores_it_and_read_back(tmp_path, one_device):
+    model = with_adapter()
+    params = random_params(model)
+    saved(tmp_path / "saved", model, params)
+    write(tmp_path / "base", HYBRID, split(params)[0])
+    export(f"--checkpoint={tmp_path / 'saved'}", "--peft", f"--out={tmp_path / 'out'}")
+    stored = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(stored) == 2 * model.num_layers * len(TARGETS)
+    q = stored["base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"]
+    np.testing.assert_array_equal(q, params["tail"]["L0"]["attention"]["q_adapter"]["a"].T)
+    got, read_model = imported(tmp_path / "again", tmp_path / "base", tmp_path / "out")
+    assert_same(got, params)
+    assert (read_model.adapter.rank, read_model.adapter.alpha) == (3, 6.0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"use_dora": True}, "adapter_config.json has use_dora=True; only use_dora=False is supported"),
+        ({"r": 4}, r"lora_A.weight has the shape \(3, 32\), and \(4, 32\) fits r=4 and this model"),
+        ({"r": None}, "has r=None and lora_alpha=6.0, which must be numbers"),
+        ("another length", "has an adapter of some layers of periods/L0/attention/q alone: it lacks base_model"),
+        ("nothing", "cannot be read"),
+    ],
+)
+def test_files_of_another_adapter_are_refused_in_one_line(change, message, tmp_path, one_device):
+    model = with_adapter()
+    params = random_params(model)
+    parts = params["periods"]["L0"]["attention"]["q_adapter"]
+    peft.write(tmp_path, model, "cohere2", {"periods/L0/attention/q": (1, 32, 4, 8)}, lambda _, part: np.asarray(parts[part]))
+    if isinstance(change, dict):
+        values = json.loads((tmp_path / peft.CONFIG).read_text())
+        (tmp_path / peft.CONFIG).write_text(json.dumps(values | change))
+    elif change == "nothing":
+        (tmp_path / peft.TENSORS).write_bytes(b"x")
+    matrices = {"periods/L0/attention/q": peft.Matrix((32, 4, 8), 1)}
+    longer = dataclasses.replace(HYBRID, num_layers=6 if change == "another length" else 5)
+    with pytest.raises(ValueError, match=message) as caught:
+        peft.read(tmp_path, longer, "cohere2", matrices)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_that_depends_on_the_token_is_not_merged(tmp_path, one_device, capsys):

@@ -2,6 +2,7 @@
 
 --checkpoint is the workdir of a run, or a directory of checkpoints such as tools/import_hf.py writes. The family is --family,
 or that of the imported config.json, or the first that can express the model. The weights of an adapter are merged.
+--peft writes the adapter alone instead, as PEFT stores LoRA.
 """
 
 import functools
@@ -10,15 +11,17 @@ from pathlib import Path
 from absl import flags
 
 from hybrid_attn import programs
-from hybrid_attn.convert import families, hf
+from hybrid_attn.convert import families, hf, peft
 from hybrid_attn.files import IMPORTED_FILES
 from hybrid_attn.infer import loading
 from hybrid_attn.infer.merged import Merged, without_adapter
+from hybrid_attn.trees import check
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest.")
 OUT = flags.DEFINE_string("out", None, "New directory.", required=True)
 FAMILY = flags.DEFINE_enum("family", None, sorted(families.FAMILIES), "The model_type of config.json.")
+PEFT = flags.DEFINE_bool("peft", False, "Write the LoRA alone, in float32 and in the format of PEFT.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the tensors.")
 
 
@@ -29,7 +32,14 @@ def export_model() -> None:
     c = loading.saved_of(directory, step).config
     files = Path(directory) / IMPORTED_FILES
     model, parameters = without_adapter(c.model), Merged(directory, step, c.model)
+    type = c.model.adapter.type
+    check(not PEFT.value or type == "lora", f"--peft writes LoRA, and the checkpoint has model.adapter.type={type!r}")
     described = hf.describe(model, files, max(stage.seq_len for stage in c.stages), FAMILY.value)
+    if PEFT.value:
+        with hf.new_directory(OUT.value) as new:
+            peft.write(new, c.model, described["model_type"], parameters.targets(), parameters.added)
+        print(f"{OUT.value}: LoRA of {described['architectures'][0]}, with {peft.CONFIG}, {peft.TENSORS}")
+        return
     with hf.new_directory(OUT.value) as new:
         hf.write(new, model, described, parameters.shapes, parameters.slices, DTYPE.value)
         copied = hf.copy_files(files, new, without=("config.json",))

@@ -46,6 +46,17 @@ class Merged(NamedTuple):
         for weight, *others in zip(self._read(name, shapes), *added.values(), strict=True):
             yield merged(model.adapter, spec, weight, dict(zip(added, others, strict=True)))
 
+    def targets(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the matrices that have an adapter, by name."""
+        names = _flat(abstract_params(self.model))
+        added = {name.rpartition("/")[0].removesuffix(transforms.SUFFIX) for name in names if transforms.is_added(name)}
+        return {name: names[name].shape for name in sorted(added)}
+
+    def added(self, name: str, part: str) -> Iterator[np.ndarray]:
+        """The periods of one of the weights beside a matrix, as `slices` yields them."""
+        path = f"{name}{transforms.SUFFIX}/{part}"
+        return self._read(path, {path: _flat(abstract_params(self.model))[path].shape})
+
     def _read(self, name: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
         return checkpoint.read_slices(self.directory, name, shapes[name], self.step)
 
