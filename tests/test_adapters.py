@@ -7,7 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BATCH, BLOCKED, REFERENCE, assert_close, loss_and_grads, mesh_of, on_mesh, random_params, tiny
+from conftest import (
+    BATCH,
+    BLOCKED,
+    REFERENCE,
+    assert_close,
+    loss_and_grads,
+    mesh_of,
+    on_mesh,
+    optimised,
+    random_params,
+    tiny,
+)
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_seams import check_answers
@@ -122,6 +133,20 @@ def test_only_the_adapter_trains_unless_a_stage_says_otherwise(one_device):
     other = dataclasses.replace(c, stages=(stage,)).at(0)
     trained = flatten_dict(trainable.is_trained(other, specs(c.model)), sep="/")
     assert [name for name, yes in trained.items() if yes] == ["final_norm/weight"]
+
+
+@pytest.mark.slow
+def test_a_step_computes_no_gradient_of_the_base_and_copies_none_of_it(one_device):
+    wide = {"model.d_model": 64, "model.d_ff": 512, "model.adapter.targets": ("*/q",), "model.num_layers": 2}
+    flops_of, batch = [], on_mesh(WITH_BYTES)
+    for names in ((), ("*",)):
+        c = config_of(wide)
+        c = dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], trainable=names),))
+        state = jax.jit(init_state, static_argnums=0)(c)
+        compiled = optimised(make_step(c.at(0), REFERENCE).lower(state, batch))
+        flops_of.append(compiled.cost_analysis()["flops"])
+        assert compiled.memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
+    assert flops_of[0] < 0.8 * flops_of[1]
 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)

@@ -84,6 +84,7 @@ def test_nobody_imports_programs_or_configs():
     for path in (*FILES, PACKAGE / "__init__.py", *programs):
         assert not {name.split(".")[0] for name in imported(path)} & OUTSIDE, path
     readers = {"extend": {"checkpoint", "config", "evals", "infer", "train"}}  # its model is that of a checkpoint
+    readers |= {"adapt": {"checkpoint", "config", "infer"}}  # and so is this
     readers |= {"mixture": {"trees", "upcycle"}}  # its model is what the tool makes of a dense one
     for path in (ROOT / "configs").rglob("*.py"):
         assert rooms_of(imported(path)) <= {"configs"} | readers.get(path.stem, set()), path
