@@ -217,7 +217,7 @@ def test_a_store_of_conversations_has_their_tokens_and_masks_and_the_text_of_the
     assert content(tmp_path / "out") == content(tmp_path / "parallel")
     assert run(tmp_path, **options)[1] == [f"{tmp_path}/out is complete"]
     manifest, corpus = store.read_manifest(str(tmp_path / "out")), store.load(str(tmp_path / "out"), BYTES)
-    assert (manifest.chat_template, manifest.pairs, corpus.pairs) == (PLAIN, False, False)
+    assert (manifest.chat_template, manifest.pairs, corpus.paired) == (PLAIN, False, False)
     assert "pairs" not in json.loads((tmp_path / "out/manifest.json").read_text())
     assert len(list(store.verify(str(tmp_path / "out"), BYTES))) == len(manifest.shards)
     by_hash = {documents.content_hash(x.text): x for x in map(read, talks)}

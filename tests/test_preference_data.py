@@ -102,7 +102,7 @@ def test_a_wrong_pair_is_refused_by_file_and_line_or_skipped_as_one(tmp_path, re
 def test_a_store_of_pairs_has_chosen_before_rejected_whoever_made_it(prepared):
     tmp_path, pairs = prepared
     manifest, corpus = store.read_manifest(str(tmp_path / "out")), store.load(str(tmp_path / "out"), BYTES)
-    assert manifest.pairs and corpus.pairs and json.loads((tmp_path / "out/manifest.json").read_text())["pairs"] is True
+    assert manifest.pairs and corpus.paired and json.loads((tmp_path / "out/manifest.json").read_text())["pairs"] is True
     assert len(manifest.shards) > 2 and all(x.documents % 2 == 0 for x in manifest.shards)
     assert texts_of(corpus) == of_pairs(pairs)
     assert (corpus.hashes[::2] == corpus.hashes[1::2]).all() and len(set(corpus.hashes.tolist())) == len(pairs) - 5
@@ -135,9 +135,9 @@ def test_splits_labels_and_least_lengths_select_pairs(prepared):
     loaded = corpora.load(config.build(c).data, ["prefs"], BYTES)["prefs"]
     expected = sorted(of_pairs([x for x, n in zip(pairs, lengths, strict=True) if n >= 70 and x["from"] == "a"]))
     assert sorted(texts_of(loaded.training) + texts_of(loaded.heldout_pairs)) == expected
-    assert loaded.training.pairs and loaded.heldout_pairs.pairs and loaded.heldout_pairs.loss_mask is not None
+    assert loaded.training.paired and loaded.heldout_pairs.paired and loaded.heldout_pairs.loss_mask is not None
     assert (
-        not loaded.heldout.pairs
+        not loaded.heldout.paired
         and loaded.heldout.loss_mask is None
         and texts_of(loaded.heldout) == texts_of(loaded.heldout_pairs)
     )
@@ -173,7 +173,7 @@ def pairs_of(number, seed=0, most=20):
     masks = [rng.integers(0, 2, n).astype(np.uint8) for n in lengths]
     plain = in_memory(tokens, np.repeat(np.arange(number), 2))
     mask = LossMask(lambda spans: [masks[i][a:b] for i, a, b in spans], f"{seed}")
-    return dataclasses.replace(plain, pairs=True, loss_mask=mask), tokens, masks
+    return dataclasses.replace(plain, paired=True, loss_mask=mask), tokens, masks
 
 
 LENGTHS = np.ones(2**16)
@@ -261,6 +261,6 @@ def test_pairs_longer_than_the_sequences_of_a_stage_are_refused_by_source_and_st
 
 def test_the_same_documents_as_pairs_are_another_training():
     corpus, *_ = pairs_of(5)
-    plain = dataclasses.replace(corpus, pairs=False)
+    plain = dataclasses.replace(corpus, paired=False)
     assert corpus.fingerprint() != plain.fingerprint() == dataclasses.replace(plain).fingerprint()
-    assert not corpus.without_loss_mask().pairs and documents.content_hash(b"a\0b") != documents.content_hash(b"ab")
+    assert not corpus.without_loss_mask().paired and documents.content_hash(b"a\0b") != documents.content_hash(b"ab")

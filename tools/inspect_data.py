@@ -76,8 +76,8 @@ def verify(path: str, manifest: store.Manifest) -> None:
 def show_document(corpus: documents.Documents, tokenizer) -> None:
     number = DOCUMENT.value
     check(number < len(corpus), f"--document={number}: the store has {len(corpus):,} documents, numbered from 0")
-    first = number - number % 2 if corpus.pairs else number
-    texts = [text_of(corpus, i, tokenizer) for i in range(first, first + 1 + corpus.pairs)]
+    first = number - number % 2 if corpus.paired else number
+    texts = [text_of(corpus, i, tokenizer) for i in range(first, first + 1 + corpus.paired)]
     if corpus.loss_mask is not None:
         explain_marks()
     print_texts(texts)
@@ -86,7 +86,7 @@ def show_document(corpus: documents.Documents, tokenizer) -> None:
 def text_of(corpus: documents.Documents, number: int, tokenizer) -> marked.Characters:
     """Prints the lines about a document, and returns both ends of its text."""
     length, label = int(corpus.lengths[number]), corpus.label_names[corpus.labels[number]]
-    half = "" if not corpus.pairs else f"{HALVES[number % 2]}, "
+    half = "" if not corpus.paired else f"{HALVES[number % 2]}, "
     print(line(f"document     {number}: {half}label {label}, {length:,} tokens, hash {int(corpus.hashes[number]):016x}"))
     limit = 4 * CHARACTERS.value + 1  # tokens: a character has at most four bytes, and a token at least one
     cut = length > 2 * limit
@@ -133,24 +133,24 @@ def show_step(c: config.Config) -> None:
         source, number = stages[STAGE.value].mixture.source_of(first + i)
         title = f"sequence {i}, number {number:,} of {source}"
         of_source = stages[STAGE.value].sources[source]
-        pairs = isinstance(of_source, PackedSequences) and of_source.pairs
-        show_sequence(title, {name: array[i] for name, array in batch.items()}, tokenizer, pairs)
+        paired = isinstance(of_source, PackedSequences) and of_source.paired
+        show_sequence(title, {name: array[i] for name, array in batch.items()}, tokenizer, paired)
 
 
-def show_sequence(title: str, arrays: dict, tokenizer, pairs: bool) -> None:
+def show_sequence(title: str, arrays: dict, tokenizer, paired: bool) -> None:
     segments, weights = arrays["segments"], arrays["weights"]
     padding = int(np.sum(segments == 0))
     print(f"{title}: {len(segments):,} tokens, {int(weights.sum()):,} trained targets, {padding:,} of padding")
     masked = bool((weights[:-1] < (segments[1:] == segments[:-1]) * (segments[1:] > 0)).any())
     if masked:
         explain_marks()
-    each = 1 + pairs
+    each = 1 + paired
     for first in range(1, segments.max() + 1, each):
         texts = []
         for segment, half in zip(range(first, first + each), HALVES, strict=False):
             positions = np.flatnonzero(segments == segment)
             tokens = arrays["tokens"][positions]
-            name = f"{half} document {segment}" if pairs else f"document {segment}"
+            name = f"{half} document {segment}" if paired else f"document {segment}"
             print(f"--- {name}, {extent(positions, tokens, tokenizer)}")
             trained = np.concatenate([[False], weights[positions[:-1]] > 0]) if masked else None
             text = marked.characters(tokenizer, tokens, trained)

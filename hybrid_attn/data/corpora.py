@@ -64,7 +64,7 @@ def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable
     too_short = f"none of the {len(available):,} documents{labelled} has min_length={source.min_length:,} tokens"
     trees.check(len(selected) > 0, f"{too_short}; the longest of all has {available.joint_lengths().max(initial=0):,}")
     heldout = selected.split(holdout, True)
-    corpus = Corpus(selected.split(holdout, False), heldout.without_loss_mask(), heldout if heldout.pairs else None)
+    corpus = Corpus(selected.split(holdout, False), heldout.without_loss_mask(), heldout if heldout.paired else None)
     for name, split, cure in (("training", corpus.training, "lower"), ("held-out", corpus.heldout, "raise")):
         none_left = f"data.holdout={holdout} leaves none of the {len(selected):,} documents to the {name} split"
         trees.check(len(split) > 0, f"{none_left}; {cure} data.holdout, or cut the text into more documents")

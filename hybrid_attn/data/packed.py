@@ -35,12 +35,12 @@ class PackedSequences:
         check_len(seq_len)
         self.seq_len = seq_len
         self._documents, self._byte_lengths = documents, byte_lengths
-        self._plan = PLANS["pairs" if documents.pairs else packing](documents.lengths, seq_len, seed)
+        self._plan = PLANS["pairs" if documents.paired else packing](documents.lengths, seq_len, seed)
 
     @property
-    def pairs(self) -> bool:
+    def paired(self) -> bool:
         """Whether every sequence has complete pairs alone."""
-        return self._documents.pairs
+        return self._documents.paired
 
     def __len__(self) -> int:
         """Sequences of one epoch."""

@@ -135,7 +135,7 @@ def load(path: str, tokenizer=None) -> Documents:
         fingerprint = "".join(shard.loss_mask_sha256 for shard in manifest.shards)
         mask = LossMask(functools.partial(reader.read, LOSS_MASK), fingerprint)
     fetch = functools.partial(reader.read, ids)
-    about = {"label_names": manifest.label_names, "dtype": ids.dtype, "pairs": manifest.pairs}
+    about = {"label_names": manifest.label_names, "dtype": ids.dtype, "paired": manifest.pairs}
     return Documents(**columns, **about, fetch=fetch, loss_mask=mask)
 
 
