@@ -160,6 +160,8 @@ LOSES = "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.co
     ({"messages": [says("wizard", "x"), *TALK[1:]]}, LLAMA, "the chat template fails: unknown role wizard"),
     ({"messages": TALK[:2]}, PLAIN, "no token is trained on: the roles are system, user; .* as --train_roles says"),
     ({"messages": [says("user", "say <|eos|>"), *TALK[2:]]}, PLAIN, r"a message spells '<\|eos\|>', which is a special token"),
+    ({"messages": TALK, "tools": [{"<|bos|>": 1}]}, PLAIN, r"a message spells '<\|bos\|>', which is a special token"),
+    ({"messages": TALK, "tools": "[]"}, PLAIN, "the field 'tools' is of type str, not a list"),
     ({"messages": TALK}, None, "it has messages, and there is no chat template; name one with --chat_template"),
     ({"messages": []}, PLAIN, "the field 'messages' has no message"),
     ({"messages": "hi"}, PLAIN, "the field 'messages' is of type str, not a list of messages"),

@@ -126,6 +126,8 @@ class Reader:
     def _rendered(self, messages: Sequence[Message], first: int, tools: Sequence | None) -> Parts:
         """The text of `messages` in parts, of which the turns of roles to train on, from message `first` on, are trained on."""
         check(self._template is not None, "it has messages, and there is no chat template; name one with --chat_template")
+        of_tools = f"the field {TOOLS!r} is of type {type(tools).__name__}, not a list"
+        check(isinstance(tools, list | None), of_tools)
         for text in _strings([messages, tools]):
             spelled = self._special.search(text)
             check(not spelled, f"a message spells {spelled and spelled[0]!r}, which is a special token of the template's text")
@@ -207,9 +209,9 @@ def _texts(message: Message) -> list[str]:
 
 
 def _strings(value) -> Iterator[str]:
-    """The texts in a JSON value."""
+    """The texts in a JSON value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
-        for x in value.values() if isinstance(value, Mapping) else value:
+        for x in [*value, *value.values()] if isinstance(value, Mapping) else value:
             yield from _strings(x)
