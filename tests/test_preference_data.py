@@ -75,6 +75,11 @@ def test_a_record_is_two_documents_that_train_on_their_completions(prompt, form)
     assert chosen.tokens[:shared].tolist() == rejected.tokens[: len(rejected.tokens) - 3].tolist()
 
 
+def test_halves_of_different_forms_have_the_same_prompt():
+    chosen, rejected = read({"prompt": "hi", "chosen": "yes", "rejected": [says("assistant", "no")]})
+    assert (chosen.text, rejected.text) == tuple(f"user:\nhi\n\nassistant:\n{x}<|eos|>".encode() for x in ("yes", "no"))
+
+
 @pytest.mark.parametrize(("record", "message"), [
     ({"prompt": "p", "chosen": "same", "rejected": "same"}, "its chosen and its rejected completion are equal"),
     ({"prompt": "p", "chosen": "same", "rejected": says("assistant", "")}, "its 'rejected' is empty"),

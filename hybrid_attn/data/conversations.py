@@ -89,21 +89,26 @@ class Reader:
         names = ", ".join(map(repr, record))[:500]
         known = PROMPT in record and COMPLETION in record
         check(known, f"there is no field {MESSAGES!r}, nor {PROMPT!r} and {COMPLETION!r}: the record has {names}")
-        return self._completed(record, COMPLETION)
+        return self._completed(record, (COMPLETION,))[0]
 
     def _pair(self, record: Mapping) -> list[Encoded]:
-        chosen, rejected = (self._completed(record, name) for name in HALVES)
+        chosen, rejected = self._completed(record, HALVES)
         check(chosen.text != rejected.text, "its chosen and its rejected completion are equal")
         return [chosen, rejected]
 
-    def _completed(self, record: Mapping, name: str) -> Encoded:
-        """The document of a prompt and the completion in the field `name`, which is trained on."""
-        prompt, completion = records.field(record, PROMPT), records.field(record, name)
-        if isinstance(prompt, str) and isinstance(completion, str):
-            check(bool(completion.strip()), f"its {name!r} is empty")
-            return self._encoded([(prompt, False), (completion, True)], rendered=False)
-        before = _messages(prompt, PROMPT, role="user")
-        after = _messages(completion, name, role="assistant")
+    def _completed(self, record: Mapping, names: Sequence[str]) -> list[Encoded]:
+        """The documents of a prompt with each of the completions in the fields `names`, which are trained on."""
+        prompt, completions = records.field(record, PROMPT), {name: records.field(record, name) for name in names}
+        if not all(isinstance(x, str) for x in (prompt, *completions.values())):
+            return [self._answered(record, name) for name in names]
+        for name, text in completions.items():
+            check(bool(text.strip()), f"its {name!r} is empty")
+        return [self._encoded([(prompt, False), (text, True)], rendered=False) for text in completions.values()]
+
+    def _answered(self, record: Mapping, name: str) -> Encoded:
+        """The document of the messages of a prompt and of those in the field `name`, which are trained on."""
+        before = _messages(record[PROMPT], PROMPT, role="user")
+        after = _messages(record[name], name, role="assistant")
         if list(after[: len(before)]) == list(before):  # many data sets repeat the prompt in the completion
             after = after[len(before) :]
         check(any(any(_texts(x)) or x.get("tool_calls") for x in after), f"its {name!r} is empty")
