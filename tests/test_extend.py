@@ -35,6 +35,13 @@ MODELS = {
     "rotated": tiny({"model.pattern": "GGL", "model.num_layers": 3, "model.block": "post"}, G={"rope_theta": 1e4}).model,
 }
 
+# What "everything" and "first layers" hold in part.
+SLOW = {"window and full causal", "tail", "caps", "rotated"}
+
+
+def marks_of(is_slow):
+    return [pytest.mark.slow] if is_slow else []
+
 
 def put(x, spec):
     return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
@@ -88,8 +95,10 @@ def sequences_of(*lengths, vocab_size=384):
 
 @pytest.mark.parametrize(
     "name, chunks, execution",
-    [*((name, [4] * 8 + [1] * 4, REFERENCE) for name in MODELS), ("everything", [16] * 2 + [4], BLOCKED)],
-    ids=lambda x: x if isinstance(x, str) else "",
+    [
+        *(pytest.param(name, [4] * 8 + [1] * 4, REFERENCE, id=name, marks=marks_of(name in SLOW)) for name in MODELS),
+        pytest.param("everything", [16] * 2 + [4], BLOCKED, id="everything, kernel by blocks"),
+    ],
 )
 def test_sequences_in_chunks_give_what_the_forward_pass_gives(name, chunks, execution, one_device):
     model = MODELS[name]
@@ -115,7 +124,11 @@ def test_a_cached_forward_pass_in_bfloat16_keeps_float32_leaves(one_device):
 
 
 @pytest.mark.parametrize(
-    "family", ["afmoe", "cohere", "cohere2", "exaone4", "gemma3_text", "llama_llama3", "olmo3", "smollm3_window"]
+    "family",
+    [
+        pytest.param(name, marks=marks_of(name in ("cohere", "llama_llama3", "olmo3", "smollm3_window")))
+        for name in ("afmoe", "cohere", "cohere2", "exaone4", "gemma3_text", "llama_llama3", "olmo3", "smollm3_window")
+    ],
 )
 def test_sequences_of_every_family_in_chunks_give_what_the_forward_pass_gives(family, one_device):
     """Lengths below, at, above and 20 times a window, in chunks that are longer than it and do not divide the lengths."""

@@ -12,6 +12,8 @@ from test_store import write
 from test_tokenizer import TEXT, byte_level, sentence_piece
 
 from hybrid_attn.data import documents, sources, store
+from hybrid_attn.data.chat import load_template
+from hybrid_attn.data.conversations import Chat, Reader
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.data.tokenizer import load_tokenizer
@@ -145,3 +147,28 @@ def test_files_of_text(tmp_path):
         mutate(folder / rng.choice(["state.json", *writers, "e.jsonl"]), rng)
 
     assert refusals(good, tmp_path, use, damage) > CASES / 3
+
+
+def test_records_of_conversations_and_pairs():
+    says = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "é"), ("assistant", "yes\n"))]
+    text, prompt = {"prompt": "p", "completion": "c", "chosen": "c", "rejected": "r"}, {"prompt": says[:2]}
+    records = {
+        "chat": [{"messages": says, "tools": [{"name": "f"}]}, prompt | {"completion": says[2]}, text],
+        "preference": [prompt | {"chosen": says[2], "rejected": [says[2] | {"content": "no"}]}, text],
+    }
+    read = refused = 0
+    for form, good in records.items():
+        reader = Reader(Chat(form, load_template(None, "bytes"), ("assistant",), 99), "label", BYTES)
+        for seed in range(10 * CASES):
+            rng = random.Random(seed)
+            record = mutated_json(rng.choice(good) | {"label": "a"}, rng)
+            try:
+                documents_of = reader.document(record).documents
+            except ValueError as error:
+                refused += 1
+                assert str(error).strip() and "\n" not in str(error), error
+                continue
+            read += 1
+            for x in documents_of:
+                assert len(x.tokens) == len(x.mask) and x.mask.any() and x.tokens[[0, -1]].tolist() == [BYTES.bos, BYTES.eos]
+    assert min(read, refused) > CASES

@@ -80,6 +80,49 @@ def test_the_loss_mask_of_a_store_and_of_a_document_is_summed_up(tmp_path, capsy
     assert "verified     all values of the loss masks are 0 or 1" in shown
 
 
+def test_what_is_trained_on_is_marked_or_on_a_terminal_coloured(tmp_path, shown, monkeypatch):
+    pieces = [{"text": "quéstion\n\x1b", "loss": False}, {"text": "one\ntwo", "loss": True}, {"text": "end", "loss": False}]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": pieces}))
+    options = prepare.Options("bytes", Fields("text", None, "loss"), None, "text", False, "stop", 10**6)
+    prepare.prepare([str(tmp_path / "in.jsonl")], str(tmp_path / "store"), options, 1)
+    said = shown(str(tmp_path / "store"), "--document=0")[1]
+    assert said.endswith("trained on   between ⟦ and ⟧\n<|bos|>quéstion\n\\x1b⟦one⟧\n⟦two⟧end<|eos|>\n")
+    clipped = shown(str(tmp_path / "store"), "--document=0", "--characters=11")[1]
+    assert clipped.endswith("\n<|bos|>qués [...] ⟦o⟧end<|eos|>\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    said = shown(str(tmp_path / "store"), "--document=0")[1]
+    assert said.endswith("trained on   in green\n<|bos|>quéstion\n\\x1b\x1b[32mone\x1b[0m\n\x1b[32mtwo\x1b[0mend<|eos|>\n")
+
+
+def test_pairs_are_shown_beside_each_other_in_a_store_and_in_a_step(tmp_path, shown, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "36")
+    records = [{"prompt": f"{i}?", "chosen": f"東 it is {i}", "rejected": f"\tno, I do not say {i}\nbye"} for i in range(20)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    flags = ["--format=preference", f"--input={tmp_path}/in.jsonl", f"--out={tmp_path}/store", "--workers=1"]
+    assert shown(*flags, program="prepare_data")[0] == 0
+    for number in (6, 7):
+        said = shown(str(tmp_path / "store"), f"--document={number}")[1].splitlines()
+        assert "pairs        20, chosen before rejected" in said and "template     a chat template of 654 characters" in said
+        assert any(x.startswith("document     6: chosen, label text, 15 tokens, ") for x in said)
+        assert any(x.startswith("document     7: rejected, label text, 27 tokens, ") for x in said)
+        assert said[-4:] == [
+            "trained on   between ⟦ and ⟧",
+            "<|bos|>3?⟦東 it i⟧ | <|bos|>3?⟦ no, I ⟧",
+            "⟦s 3<|eos|>⟧       | ⟦do not say 3⟧",
+            "                   | ⟦bye<|eos|>⟧",
+        ]
+    paths = [f"--config.data.sources.text.store={tmp_path}/store", "--config.data.holdout=0.2"]
+    sizes = ["--config.stages[0].seq_len=90", "--config.stages[0].batch=2"]
+    status, said, error = shown("--config=configs/base.py", *paths, *sizes)
+    assert status == 0, error
+    lines = said.splitlines()
+    assert lines[2:4] == [
+        "--- chosen document 1, tokens 0 to 16, from its beginning, to its end",
+        "--- rejected document 2, tokens 17 to 45, from its beginning, to its end",
+    ]
+    assert all("?⟦東 it" in x and "?⟦ no, I" in x for x in lines if "<|bos|>" in x) and said.count("⟦bye<|eos|>⟧") == 4
+
+
 def test_wrong_input_is_an_error_of_one_line(made, monkeypatch, capsys):
     def wrong(*arguments):
         monkeypatch.setattr(sys, "argv", ["inspect_data.py", *arguments])

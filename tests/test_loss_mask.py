@@ -376,7 +376,7 @@ def test_held_out_documents_have_no_mask(tmp_path):
     c = config.build(c)
     corpus = corpora.load(c.data, ["text"], BYTES)["text"]
     assert corpus.training.loss_mask is not None and corpus.heldout.loss_mask is None
-    read = [PackedSequences(x, 32, None, BYTES.byte_lengths)[0] for x in corpus]
+    read = [PackedSequences(x, 32, None, BYTES.byte_lengths)[0] for x in (corpus.training, corpus.heldout)]
     trained = [(x["weights"] > 0).mean() for x in read]
     assert 0.2 < trained[0] < 0.6 < 0.8 < trained[1]
 

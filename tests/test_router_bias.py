@@ -39,7 +39,7 @@ def without(params):
 def stepped(c, sizes=(), batch=WITH_BYTES):
     """The parameters before and after a step, and its metrics."""
     with jax.set_mesh(mesh_of(**dict(sizes))):
-        state = init_state(c, random_params(c.model))
+        state = jax.jit(init_state, static_argnums=0)(c, random_params(c.model))
         before = jax.device_get(state.params)
         state, metrics = make_step(c.at(0), BLOCKED)(state, on_mesh(batch))
         return before, *jax.device_get((state.params, metrics))
@@ -60,7 +60,7 @@ def test_the_gradient_of_a_bias_is_experts_times_the_load_above_the_mean_and_the
     def loss(state):
         return nnx.merge(graph, state)(x_BTD, seg_BT, None)[1]["aux_loss"]
 
-    value, grads = jax.value_and_grad(loss)(state)
+    value, grads = jax.jit(jax.value_and_grad(loss))(state)
     real = np.asarray(seg_BT) > 0
     logits = np.asarray(x_BTD)[real] @ np.asarray(state["router"][...])
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -95,6 +95,7 @@ def test_a_step_moves_each_bias_against_the_load_of_the_whole_batch_and_nothing_
     assert_close(biases(others), biases(before), 0)
 
 
+@pytest.mark.slow
 def test_a_stage_that_does_not_train_a_bias_and_a_step_without_an_update_leave_it(one_device):
     c = config_of({"stages": [STAGE | {"trainable": ("embed",)}], "optim.spike_factor": 3.0})
     before, after, _ = stepped(c)

@@ -2,11 +2,16 @@
 
 python tools/inspect_data.py STORE                          its documents and tokens, by label and length
 python tools/inspect_data.py STORE --verify                 and checks all checksums and ids
-python tools/inspect_data.py STORE --document=17            and the text of one document
+python tools/inspect_data.py STORE --document=17            and the text of one document, or of the pair that it is half of
 python tools/inspect_data.py --config=configs/hybrid_8k.py --stage=0 --step=12      its packed sequences, decoded
+
+Where a loss mask leaves tokens out, a terminal shows those that are trained on in green; elsewhere they have marks around them.
 """
 
 import os
+import shutil
+import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -14,8 +19,10 @@ import tqdm
 from absl import app, flags
 
 from hybrid_attn import config, config_file, programs
-from hybrid_attn.characters import line, visible
-from hybrid_attn.data import corpora, documents, pipeline, prepare, store
+from hybrid_attn.characters import line
+from hybrid_attn.data import corpora, documents, marked, pipeline, prepare, store
+from hybrid_attn.data.conversations import HALVES
+from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.parallel.mesh import AXES, make_mesh
 from hybrid_attn.trees import check
@@ -35,6 +42,10 @@ def show_store(path: str) -> None:
     print(f"store        {path}: {len(manifest.shards)} shards of {manifest.dtype} ids, complete")
     print(line(f"tokenizer    {manifest.tokenizer}, hash {manifest.tokenizer_hash[:12]}"))
     print(*prepare.summary_lines(manifest.summary), sep="\n")
+    if manifest.pairs:
+        print(f"pairs        {sum(shard.documents for shard in manifest.shards) // 2:,}, {' before '.join(HALVES)}")
+    if manifest.chat_template is not None:
+        print(f"template     a chat template of {len(manifest.chat_template):,} characters")
     if VERIFY.value:
         verify(path, manifest)
     if DOCUMENT.value is not None:
@@ -65,22 +76,44 @@ def verify(path: str, manifest: store.Manifest) -> None:
 def show_document(corpus: documents.Documents, tokenizer) -> None:
     number = DOCUMENT.value
     check(number < len(corpus), f"--document={number}: the store has {len(corpus):,} documents, numbered from 0")
+    first = number - number % 2 if corpus.paired else number
+    texts = [text_of(corpus, i, tokenizer) for i in range(first, first + 1 + corpus.paired)]
+    if corpus.loss_mask is not None:
+        explain_marks()
+    print_texts(texts)
+
+
+def text_of(corpus: documents.Documents, number: int, tokenizer) -> marked.Characters:
+    """Prints the lines about a document, and returns both ends of its text."""
     length, label = int(corpus.lengths[number]), corpus.label_names[corpus.labels[number]]
-    print(line(f"document     {number}: label {label}, {length:,} tokens, hash {int(corpus.hashes[number]):016x}"))
+    half = "" if not corpus.paired else f"{HALVES[number % 2]}, "
+    print(line(f"document     {number}: {half}label {label}, {length:,} tokens, hash {int(corpus.hashes[number]):016x}"))
+    limit = 4 * CHARACTERS.value + 1  # tokens: a character has at most four bytes, and a token at least one
+    cut = length > 2 * limit
+    ends = [(0, limit), (length - limit, length)] if cut else [(0, length)] * 2
+    masks = [None, None]
     if corpus.loss_mask is not None:
         (mask,) = corpus.read_loss_mask([(number, 0, length)])
         print(f"loss mask    {int(mask.sum(dtype=np.int64)):,} tokens are trained on ({mask.mean():.1%})")
-    limit = 4 * CHARACTERS.value + 1  # tokens: a character has at most four bytes, and a token at least one
-    ends = [(number, 0, min(limit, length)), (number, max(0, length - limit), length)]
-    first, last = corpus.read([(number, 0, length)] * 2 if length <= 2 * limit else ends)
-    print(clipped(tokenizer.decode(first), tokenizer.decode(last), length > 2 * limit))
+        masks = [mask[start:stop] for start, stop in ends]
+    tokens = corpus.read([(number, start, stop) for start, stop in ends])
+    first, last = (marked.characters(tokenizer, *x) for x in zip(tokens, masks, strict=True))
+    return marked.clipped(first, last, CHARACTERS.value, cut)
 
 
-def clipped(first: str, last: str, cut: bool) -> str:
-    """The beginning of `first` and the end of `last`, one text unless `cut`; no control character reaches the terminal."""
-    if not cut and len(first) <= 2 * CHARACTERS.value:
-        return visible(first)
-    return visible(f"{first[: CHARACTERS.value]} [...] {last[-CHARACTERS.value :]}")
+def explain_marks() -> None:
+    """Says how `print_texts` shows what is trained on."""
+    how = "in green" if sys.stdout.isatty() else f"between {' and '.join(marked.MARKS)}"
+    print(f"trained on   {how}")
+
+
+def print_texts(texts: Sequence[marked.Characters]) -> None:
+    """Prints a text, or the two of a pair beside each other."""
+    colour = sys.stdout.isatty()
+    if len(texts) == 1:
+        print(marked.shown(texts[0], colour))
+    else:
+        print(*marked.beside(*texts, shutil.get_terminal_size().columns, colour), sep="\n")
 
 
 def show_step(c: config.Config) -> None:
@@ -99,22 +132,37 @@ def show_step(c: config.Config) -> None:
     for i in range(len(batch["tokens"])):
         source, number = stages[STAGE.value].mixture.source_of(first + i)
         title = f"sequence {i}, number {number:,} of {source}"
-        show_sequence(title, {name: array[i] for name, array in batch.items()}, tokenizer)
+        of_source = stages[STAGE.value].sources[source]
+        paired = isinstance(of_source, PackedSequences) and of_source.paired
+        show_sequence(title, {name: array[i] for name, array in batch.items()}, tokenizer, paired)
 
 
-def show_sequence(title: str, arrays: dict, tokenizer) -> None:
-    segments = arrays["segments"]
+def show_sequence(title: str, arrays: dict, tokenizer, paired: bool) -> None:
+    segments, weights = arrays["segments"], arrays["weights"]
     padding = int(np.sum(segments == 0))
-    print(f"{title}: {len(segments):,} tokens, {int(arrays['weights'].sum()):,} trained targets, {padding:,} of padding")
-    for segment in range(1, segments.max() + 1):
-        positions = np.flatnonzero(segments == segment)
-        first, last = int(positions[0]), int(positions[-1])
-        tokens = arrays["tokens"][positions]
-        begins = "from its beginning" if tokens[0] == tokenizer.bos else "from the middle"
-        ends = "to its end" if tokens[-1] == tokenizer.eos else "cut at the end of the sequence"
-        print(f"--- document {segment}, tokens {first:,} to {last:,}, {begins}, {ends}")
-        text = tokenizer.decode(tokens)
-        print(clipped(text, text, cut=False))
+    print(f"{title}: {len(segments):,} tokens, {int(weights.sum()):,} trained targets, {padding:,} of padding")
+    masked = bool((weights[:-1] < (segments[1:] == segments[:-1]) * (segments[1:] > 0)).any())
+    if masked:
+        explain_marks()
+    each = 1 + paired
+    for first in range(1, segments.max() + 1, each):
+        texts = []
+        for segment, half in zip(range(first, first + each), HALVES, strict=False):
+            positions = np.flatnonzero(segments == segment)
+            tokens = arrays["tokens"][positions]
+            name = f"{half} document {segment}" if paired else f"document {segment}"
+            print(f"--- {name}, {extent(positions, tokens, tokenizer)}")
+            trained = np.concatenate([[False], weights[positions[:-1]] > 0]) if masked else None
+            text = marked.characters(tokenizer, tokens, trained)
+            texts.append(marked.clipped(text, text, CHARACTERS.value, cut=False))
+        print_texts(texts)
+
+
+def extent(positions: np.ndarray, tokens: np.ndarray, tokenizer) -> str:
+    """Which tokens of a sequence a document has, and whether these are all of it."""
+    begins = "from its beginning" if tokens[0] == tokenizer.bos else "from the middle"
+    ends = "to its end" if tokens[-1] == tokenizer.eos else "cut at the end of the sequence"
+    return f"tokens {int(positions[0]):,} to {int(positions[-1]):,}, {begins}, {ends}"
 
 
 def show(*stores: str) -> None:

@@ -11,10 +11,15 @@ from hybrid_attn.data.synthetic import Task
 
 
 class Corpus(NamedTuple):
-    """The training and the held-out split of one source; copies of a document are in the same split. A task has no split."""
+    """The training and the held-out split of one source; copies of a document are in the same split. A task has no split.
+
+    Evaluations measure every token of `heldout`, without loss masks. `heldout_pairs` are the same documents as pairs, with
+    their loss masks, if the source holds pairs.
+    """
 
     training: Documents | Task
     heldout: Documents | Task
+    heldout_pairs: Documents | None = None
 
 
 def load(data: config.Data, names: Iterable[str], tokenizer) -> dict[str, Corpus]:
@@ -51,15 +56,15 @@ def _load(source: config.Source, holdout: float, tokenizer, open_store: Callable
     if source.task is not None:
         return Corpus(*[Task(source.task, source.pairs)] * 2)
     available = documents.load(source.paths, tokenizer) if source.store is None else open_store(source.store)
-    selected = available.select(available.lengths >= source.min_length)
+    selected = available.select(available.joint_lengths() >= source.min_length)
     labelled = ""
     if source.label is not None:
         number = trees.choice("label", source.label, {name: i for i, name in enumerate(available.label_names)})
         selected, labelled = selected.select(selected.labels == number), f" with the label {source.label!r}"
     too_short = f"none of the {len(available):,} documents{labelled} has min_length={source.min_length:,} tokens"
-    trees.check(len(selected) > 0, f"{too_short}; the longest of all has {available.lengths.max(initial=0):,}")
-    heldout = selected.split(holdout, True).without_loss_mask()  # evaluations measure every token, whatever a run trains on
-    corpus = Corpus(selected.split(holdout, False), heldout)
+    trees.check(len(selected) > 0, f"{too_short}; the longest of all has {available.joint_lengths().max(initial=0):,}")
+    heldout = selected.split(holdout, True)
+    corpus = Corpus(selected.split(holdout, False), heldout.without_loss_mask(), heldout if heldout.paired else None)
     for name, split, cure in (("training", corpus.training, "lower"), ("held-out", corpus.heldout, "raise")):
         none_left = f"data.holdout={holdout} leaves none of the {len(selected):,} documents to the {name} split"
         trees.check(len(split) > 0, f"{none_left}; {cure} data.holdout, or cut the text into more documents")

@@ -36,7 +36,8 @@ class Documents:
 
     `lengths` int64 [n] counts tokens, BOS and EOS included; `hashes` uint64 [n] are `content_hash` of the texts; `labels`
     uint16 [n] are indices into `label_names`; `dtype` is that of the tokens. `fetch` reads spans; it numbers documents by
-    `numbers` int64 [n], or from 0 to n - 1 where that is None. Without a `loss_mask` every token is trained on.
+    `numbers` int64 [n], or from 0 to n - 1 where that is None. Without a `loss_mask` every token is trained on. Where `paired`,
+    documents 2i and 2i + 1 are the chosen and the rejected completion of a prompt, with one hash and one label.
     """
 
     lengths: np.ndarray
@@ -47,6 +48,7 @@ class Documents:
     fetch: Callable[[Sequence[Span]], list[np.ndarray]]
     numbers: np.ndarray | None = None
     loss_mask: LossMask | None = None
+    paired: bool = False
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -70,6 +72,7 @@ class Documents:
 
     def select(self, mask: np.ndarray) -> "Documents":
         """The documents where `mask` bool [n] holds, in order; no token is copied."""
+        assert not self.paired or (mask[::2] == mask[1::2]).all(), "a pair is selected as one"
         chosen = np.flatnonzero(mask)
         return dataclasses.replace(
             self,
@@ -82,7 +85,12 @@ class Documents:
     def fingerprint(self) -> str:
         """Hexadecimal digits that identify these documents in this order, and the files of their loss mask, wherever stored."""
         mask = "" if self.loss_mask is None else self.loss_mask.fingerprint
+        mask += "pairs" if self.paired else ""
         return hashlib.sha256(self.lengths.tobytes() + self.hashes.tobytes() + mask.encode()).hexdigest()[:16]
+
+    def joint_lengths(self) -> np.ndarray:
+        """The tokens int64 [n] of each document; of the halves of a pair, those of both together."""
+        return np.repeat(pair_lengths(self.lengths), 2) if self.paired else self.lengths
 
     def has_trained_tokens(self) -> bool:
         """Whether any token is trained on. The loss mask is read up to the first such token."""
@@ -93,12 +101,17 @@ class Documents:
         return any(mask.any() for group in groups for mask in self.read_loss_mask(group))
 
     def without_loss_mask(self) -> "Documents":
-        """The same documents, of which every token counts."""
-        return dataclasses.replace(self, loss_mask=None)
+        """The same documents, of which every token counts, and each for itself."""
+        return dataclasses.replace(self, loss_mask=None, paired=False)
 
     def split(self, holdout: float, heldout: bool) -> "Documents":
-        """The held-out documents, or all others. The hash of the text decides, so exact copies are in the same split."""
+        """The held-out documents, or all others. The hash of the text decides, so copies and halves of a pair stay together."""
         return self.select((self.hashes < np.uint64(holdout * 2**64)) == heldout)
+
+
+def pair_lengths(lengths: np.ndarray) -> np.ndarray:
+    """The tokens [n / 2] of each pair, of the `lengths` [n] of documents."""
+    return lengths[::2] + lengths[1::2]
 
 
 def content_hash(text: bytes) -> int:

@@ -1,10 +1,11 @@
 """Packs documents into sequences of a fixed length. Each packed sequence is a pure function of its number.
 
 A packed sequence has T positions, S = T + 1 tokens with the one after it, and K spans of documents. The spans follow from the
-lengths of the documents, in one of two ways. `Concat` puts all documents of an epoch back to back in a shuffled order and cuts
-them every T tokens; only one sequence is padded. `BestFit` cuts documents longer than T into full sequences and packs what
-remains of them together with the shorter documents. In both, an epoch holds every token once, in the same number of sequences.
-The sequences are shuffled too: in order, the sequences of one long document would fill the batches of many steps.
+lengths of the documents, in one of three ways. `Concat` puts all documents of an epoch back to back in a shuffled order and
+cuts them every T tokens; only one sequence is padded. `BestFit` cuts documents longer than T into full sequences and packs
+what remains of them together with the shorter documents. `Pairs` has both halves of a pair of completions in one sequence, and
+cuts none. In each, an epoch holds every token once, in the same number of sequences. The sequences are shuffled too: in order,
+the sequences of one long document would fill the batches of many steps.
 """
 
 import bisect
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrid_attn.data.documents import Documents
+from hybrid_attn.data.documents import Documents, pair_lengths
 from hybrid_attn.trees import check
 
 ARRAYS = {"tokens": np.int32, "targets": np.int32, "positions": np.int32, "segments": np.int32}
@@ -24,7 +25,7 @@ MAX_LEN = 2**31 - 1  # tokens of a sequence: positions are int32
 
 
 class PackedSequences:
-    """The sequences of `documents`, packed by "concat" or "best_fit".
+    """The sequences of `documents`, packed by "concat" or "best_fit", or by pairs if the documents are pairs.
 
     `seed` gives each epoch its own order; None keeps that of the documents. `byte_lengths` [vocab_size] has the UTF-8 bytes of
     each id.
@@ -34,7 +35,12 @@ class PackedSequences:
         check_len(seq_len)
         self.seq_len = seq_len
         self._documents, self._byte_lengths = documents, byte_lengths
-        self._plan = PLANS[packing](documents.lengths, seq_len, seed)
+        self._plan = PLANS["pairs" if documents.paired else packing](documents.lengths, seq_len, seed)
+
+    @property
+    def paired(self) -> bool:
+        """Whether every sequence has complete pairs alone."""
+        return self._documents.paired
 
     def __len__(self) -> int:
         """Sequences of one epoch."""
@@ -58,7 +64,8 @@ class PackedSequences:
 
         `tokens`, `targets`, `positions`, `segments` are int32 [stop - start], `weights` and `bytes` float32. A target is the
         next token of the same document, even where the sequence ends; without one its weight is 0, as it is where the loss mask
-        of the documents leaves the target out. Positions and segments (from 1; 0 is padding) start again in each sequence.
+        of the documents leaves the target out. Positions and segments (from 1; 0 is padding) start again in each sequence. Of
+        pair j of a sequence, counted from 1, chosen has the segment 2j - 1 and rejected 2j.
         `bytes` has the UTF-8 bytes of each target with a weight.
         """
         layouts = [self._layout(index, start, stop) for index, start, stop in slices]
@@ -216,7 +223,31 @@ class BestFit:
         return int(edges.sum()), int(np.count_nonzero(edges))
 
 
-PLANS = {"concat": Concat, "best_fit": BestFit}
+class Pairs:
+    """Best-fit decreasing over pairs, each of documents 2i and 2i + 1 in one sequence; ValueError where one does not fit."""
+
+    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int | None):
+        of_pairs = pair_lengths(lengths)
+        longest = int(of_pairs.max())
+        cure = f"raise seq_len, or prepare the pairs again with --max_tokens={seq_len} and --on_error=skip"
+        check(longest <= seq_len, f"the longest pair has {longest:,} tokens, and a sequence {seq_len:,}; {cure}")
+        self._lengths, self._plan = lengths, BestFit(of_pairs, seq_len, seed)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def spans(self, epoch: int, index: int) -> Spans:
+        """The spans of sequence `index` of an epoch."""
+        pairs_K, *_ = self._plan.spans(epoch, index)
+        documents_K = (2 * pairs_K[:, None] + np.arange(2)).reshape(-1)
+        return Spans(documents_K, np.zeros_like(documents_K), self._lengths[documents_K])
+
+    def cuts(self, epoch: int) -> tuple[int, int]:
+        """No sequence ends inside a document."""
+        return 0, 0
+
+
+PLANS = {"concat": Concat, "best_fit": BestFit, "pairs": Pairs}
 
 
 def _permutation(n: int, seed: int | None, *stream: int) -> np.ndarray:

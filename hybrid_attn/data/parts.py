@@ -12,15 +12,16 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from hybrid_attn import files
-from hybrid_attn.data import documents, sources, store
-from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields, Piece, Text
+from hybrid_attn.data import conversations, documents, sources, store
+from hybrid_attn.data.conversations import Chat, Conversation
+from hybrid_attn.data.records import MAX_BYTES, Binary, Broken, Fields, Text, loss_mask
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.trees import check
 
@@ -40,7 +41,8 @@ class Options:
 
     Without `form` the suffix of each file decides. `label` is that of documents without one in `fields`. `on_error` is "skip"
     or "stop". A shard gets at most `shard_bytes` of input unless a file cannot be split; None goes by the total size. A line, a
-    text in a table and a decompressed text file have at most `document_bytes`.
+    text in a table and a decompressed text file have at most `document_bytes`. With `chat`, records hold conversations or
+    pairs, and of `fields` only the label counts.
     """
 
     tokenizer: str
@@ -51,6 +53,15 @@ class Options:
     on_error: str
     shard_bytes: int | None
     document_bytes: int = MAX_BYTES
+    chat: Chat | None = None
+
+    @property
+    def has_mask(self) -> bool:
+        return self.fields.loss is not None or self.chat is not None
+
+    @property
+    def pairs(self) -> bool:
+        return self.chat is not None and self.chat.pairs
 
 
 _tokenizer = functools.cache(load_tokenizer)
@@ -58,13 +69,12 @@ _tokenizer = functools.cache(load_tokenizer)
 
 def encode(folder: Path, index: int, pieces: list[tuple[str, int, int]], options: Options) -> None:
     """Writes part `index`, with all documents of `pieces`."""
-    tokenizer, group = _tokenizer(options.tokenizer), _Group(options)
-    has_mask = options.fields.loss is not None
-    names = ("tokens", "loss_mask") if has_mask else ("tokens",)
+    tokenizer = _tokenizer(options.tokenizer)
+    group, names = _Group(options, tokenizer), ("tokens", "loss_mask") if options.has_mask else ("tokens",)
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(writing(path(folder, index, name))) for name in names]
         for batch in _batches(group.texts(pieces)):
-            encoded = _encoded(tokenizer, batch, has_mask)
+            encoded = _encoded(tokenizer, batch, options.has_mask)
             group.columns["lengths"] += map(len, encoded[0])
             for output, arrays in zip(outputs, encoded, strict=True):
                 output.write(np.concatenate(arrays).data)
@@ -76,8 +86,11 @@ def encode(folder: Path, index: int, pieces: list[tuple[str, int, int]], options
     write(path(folder, index, "json"), [json.dumps(part).encode()])
 
 
-def _encoded(tokenizer, batch: list[Text], has_mask: bool) -> list[list[np.ndarray]]:
-    """The tokens of each text, from BOS to EOS; with `has_mask`, their loss masks too."""
+def _encoded(tokenizer, batch: list[Text | Conversation], has_mask: bool) -> list[list[np.ndarray]]:
+    """The tokens of each document, from BOS to EOS; with `has_mask`, their loss masks too."""
+    if isinstance(batch[0], Conversation):
+        halves = [half for x in batch for half in x.documents]
+        return [[half.tokens for half in halves], [half.mask for half in halves]]
     texts = [x.text for x in batch]
     if not has_mask:
         return [[documents.with_boundaries(tokenizer, ids) for ids in tokenizer.encode_batch(texts)]]
@@ -86,40 +99,30 @@ def _encoded(tokenizer, batch: list[Text], has_mask: bool) -> list[list[np.ndarr
     return [[documents.with_boundaries(tokenizer, ids) for ids, _ in encoded], masks]
 
 
-def loss_mask(starts_n: np.ndarray, pieces: Sequence[Piece]) -> np.ndarray:
-    """The mask [n + 2] of BOS, the tokens that begin at the bytes `starts_n` of a text, and EOS.
-
-    A token belongs to the piece in which it begins, BOS to the first and EOS to the last. Without `pieces` all are trained on.
-    """
-    if not pieces:
-        return np.ones(len(starts_n) + 2, np.uint8)
-    sizes, flags = (np.array(column) for column in zip(*pieces, strict=True))
-    piece_n = np.searchsorted(np.cumsum(sizes), starts_n, side="right")
-    piece_n = np.minimum(piece_n, len(flags) - 1)  # a token without characters may begin where the text ends
-    return flags[np.concatenate([[0], piece_n, [len(flags) - 1]])].astype(np.uint8)
-
-
 class _Group:
     """What is known of the documents of a group of files once they are read: their columns, and what was skipped."""
 
-    def __init__(self, options: Options):
-        self.options = options
+    def __init__(self, options: Options, tokenizer):
+        self.options, self.reader = options, options.fields
+        if options.chat is not None:
+            self.reader = conversations.Reader(options.chat, options.fields.label, tokenizer)
         self.columns, self.labels = {name: [] for name in COLUMNS}, {}
         self.skipped, self.reasons = collections.Counter(), []
 
-    def texts(self, pieces: list[tuple[str, int, int]]) -> Iterator[Text]:
+    def texts(self, pieces: list[tuple[str, int, int]]) -> Iterator[Text | Conversation]:
         """The documents of `pieces` (file, start byte, stop byte) that have text."""
         options = self.options
         for path, start, stop in pieces:
-            for result in sources.read(path, options.form, options.fields, start, stop, options.document_bytes):
+            for result in sources.read(path, options.form, self.reader, start, stop, options.document_bytes):
                 if isinstance(result, Broken | Binary):
                     self.skip(result)
                 elif not result.text:
                     self.skipped["empty"] += 1
                 else:
-                    self.columns["hashes"].append(documents.content_hash(result.text))
-                    self.columns["labels"].append(self.labels.setdefault(result.label or options.label, len(self.labels)))
-                    self.columns["bytes"].append(len(result.text))
+                    label = self.labels.setdefault(result.label or options.label, len(self.labels))
+                    self.columns["hashes"] += [documents.content_hash(result.text)] * len(result.sizes)
+                    self.columns["labels"] += [label] * len(result.sizes)
+                    self.columns["bytes"] += result.sizes
                     yield result
 
     def skip(self, result: Broken | Binary) -> None:
@@ -132,7 +135,7 @@ class _Group:
         self.reasons.append(reason)
 
 
-def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
+def _batches(texts: Iterable[Text | Conversation]) -> Iterator[list[Text | Conversation]]:
     """Consecutive texts, about `ENCODED` bytes at a time."""
     batch, size = [], 0
     for text in texts:

@@ -105,7 +105,10 @@ def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task],
         if c.data.sources[name].task is not None:
             return SyntheticSequences(documents[name], stage.seq_len, seed)
         selected = _documents_of(stage, name, documents[name])
-        return PackedSequences(selected, stage.seq_len, seed, tokenizer.byte_lengths, stage.data.packing)
+        try:
+            return PackedSequences(selected, stage.seq_len, seed, tokenizer.byte_lengths, stage.data.packing)
+        except ValueError as error:
+            raise ValueError(f"data.sources.{name} with stages[{stage.index}].seq_len={stage.seq_len:,}: {error}") from error
 
     return [
         MixedSequences(Mixture(stage.mixture), {name: of_source(stage, name) for name in stage.mixture})
@@ -116,11 +119,11 @@ def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task],
 def _documents_of(stage: config.StageConfig, name: str, documents: Documents | Task) -> Documents | Task:
     """The `documents` of a source that are long enough for a stage; ValueError where none is."""
     least = stage.data.sources[name].min_length
-    if isinstance(documents, Task) or documents.lengths.min() >= least:
+    if isinstance(documents, Task) or (lengths := documents.joint_lengths()).min() >= least:
         return documents
-    longest, field = documents.lengths.max(), f"stages[{stage.index}].override.data.sources.{name}.min_length"
+    longest, field = lengths.max(), f"stages[{stage.index}].override.data.sources.{name}.min_length"
     check(longest >= least, f"{field}={least:,} leaves no document to train on; the longest has {longest:,} tokens")
-    return documents.select(documents.lengths >= least)
+    return documents.select(lengths >= least)
 
 
 def identities(c: config.Config, documents: Mapping[str, Documents | Task], tokenizer) -> list[dict]:

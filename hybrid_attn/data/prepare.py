@@ -5,7 +5,7 @@ has no manifest, and these files:
 
     plan.json                     options, tokenizer, and the files of each shard
     parts/shard-00000.tokens      the tokens of all documents of a group
-    parts/shard-00000.loss_mask   their loss masks, if the records may have pieces (`Fields.loss`)
+    parts/shard-00000.loss_mask   their loss masks, if the records may have pieces (`Fields.loss`) or are conversations
     parts/shard-00000.npz         length, hash, label and bytes of each document
     parts/shard-00000.json        labels, checksum and skipped documents; written last, so a part with this file is complete
 
@@ -14,6 +14,7 @@ When all parts are complete, duplicates are known. Each shard is then linked or 
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -97,6 +98,10 @@ def _plan(inputs: Sequence[str], options: Options, tokenizer) -> dict:
     values = dataclasses.asdict(options)
     if options.fields.loss is None:  # plans of older versions, without loss masks, compare equal
         del values["fields"]["loss"]
+    if options.chat is not None:
+        template = options.chat.template
+        digest = None if template is None else hashlib.sha256(template.encode()).hexdigest()
+        values["chat"] |= {"template": digest, "train_roles": list(options.chat.train_roles)}
     return {"options": values, "tokenizer_hash": tokenizer.hash, "files": described, "shards": shards}
 
 
@@ -105,10 +110,10 @@ def _check_same(folder: Path, new: dict, complete: bool) -> None:
     cure = "; name another --out"
     old = files.read_object(folder / store.PLAN, cure)
     try:
-        # Parts made without an error do not depend on on_error, and older versions had no limit of document_bytes.
+        # Parts made without an error do not depend on on_error. Older versions had no limit of document_bytes and no chat.
         ignored = {"on_error"} if not complete and new["options"]["on_error"] == "skip" else set()
         ignored |= {"document_bytes"} if old["options"]["on_error"] == "stop" else set()
-        default = {"document_bytes": new["options"]["document_bytes"]}
+        default = {"document_bytes": new["options"]["document_bytes"], "chat": None}
         _compare(folder, old | {"options": default | old["options"]}, new, ignored)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / store.PLAN} is damaged: {error!r}{cure}") from error
@@ -134,7 +139,7 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     """Makes the parts that are missing, and then the store; returns its summary."""
     _make_parts(folder, plan, options, workers, say)
     dtype = documents.token_dtype(tokenizer.vocab_size)
-    made = [parts.read(folder, i, dtype.itemsize, has_mask=options.fields.loss is not None) for i in range(len(plan["shards"]))]
+    made = [parts.read(folder, i, dtype.itemsize, options.has_mask) for i in range(len(plan["shards"]))]
     reasons = [reason for part in made for reason in part["places"]]
     for reason in reasons[: parts.REPORTED]:
         say(characters.line(f"skipped      {reason}"))
@@ -144,14 +149,17 @@ def _make(folder: Path, plan: dict, options: Options, tokenizer, workers: int, s
     check(bool(names), f"the {len(plan['files'])} input files have no text; skipped: {skipped}; {cure}")
     too_many = f"the label field has {len(names):,} values, and a store has at most {MAX_LABELS:,}; name a coarser one"
     check(len(names) <= MAX_LABELS, too_many)
-    keep = _first_copies(folder, len(made)) if options.drop_duplicates else [None] * len(made)
+    halves = 2 if options.pairs else 1
+    keep = _first_copies(folder, len(made), halves) if options.drop_duplicates else [None] * len(made)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         written = list(pool.map(lambda i: _write_shard(folder, i, made[i], keep[i], names, dtype), range(len(made))))
     counts = _summary([counts for _, counts in written], made, names)
     nothing_trained = f"no piece has {options.fields.loss!r}: true, so nothing would be trained on; name another --loss_field"
     check(counts.get("trained_tokens") != 0, f"{nothing_trained}, and another --out or delete {folder}")
     shards = tuple(shard for shard, _ in written)
-    manifest = store.Manifest(store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str, tuple(names), shards, counts)
+    of_tokenizer = (store.FORMAT, options.tokenizer, tokenizer.hash, dtype.str)
+    template = None if options.chat is None else options.chat.template
+    manifest = store.Manifest(*of_tokenizer, tuple(names), shards, counts, template, options.pairs)
     parts.write(folder / store.MANIFEST, [manifest.to_json().encode()])
     shutil.rmtree(folder / parts.FOLDER)
     return counts
@@ -211,12 +219,12 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _first_copies(folder: Path, shards: int) -> list[np.ndarray]:
-    """For each part, bool [n]: whether a document is the first with its hash."""
-    hashes = [parts.columns(folder, i)["hashes"] for i in range(shards)]
+def _first_copies(folder: Path, shards: int, halves: int) -> list[np.ndarray]:
+    """For each part, bool [n]: whether a document is the first with its hash; with two `halves`, whether its pair is."""
+    hashes = [parts.columns(folder, i)["hashes"][::halves] for i in range(shards)]
     keep = np.zeros(sum(map(len, hashes)), bool)
     keep[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
-    return np.split(keep, np.cumsum([len(x) for x in hashes])[:-1])
+    return [np.repeat(x, halves) for x in np.split(keep, np.cumsum([len(x) for x in hashes])[:-1])]
 
 
 def _write_shard(

@@ -5,12 +5,27 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from hybrid_attn.trees import check
 
 Piece = tuple[int, bool]  # the bytes of a piece of a text, at least 1, and whether it is trained on
 PIECE_TEXT = "text"  # the field of a piece that holds its text
 MAX_BYTES = 10**8  # default limit of a line, a text in a table, or a decompressed text file: each is read into memory
 BATCH = 256  # rows of a table in memory at a time
+
+
+class Text(NamedTuple):
+    """A document in UTF-8, the value of its label field, and its pieces; without pieces all of it is trained on."""
+
+    text: bytes
+    label: str | None
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of each document: of one."""
+        return [len(self.text)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +39,16 @@ class Fields:
     label: str | None
     loss: str | None = None
 
-
-class Text(NamedTuple):
-    """A document in UTF-8, the value of its label field, and its pieces; without pieces all of it is trained on."""
-
-    text: bytes
-    label: str | None
-    pieces: tuple[Piece, ...] = ()
+    def document(self, record) -> Text:
+        """The document of a record; a text of null is empty. With `loss`, a text may be a list of pieces."""
+        text, pieces = field(record, self.text), ()
+        misplaced = self.loss is not None and _has(record, self.loss)
+        check(not misplaced, f"the record has the field {self.loss!r}, which belongs to the pieces of a text; put it there")
+        if self.loss is not None and isinstance(text, list):
+            text, pieces = _joined(text, self)
+        check(isinstance(text, str | None), f"the field {self.text!r} is of type {type(text).__name__}, not text")
+        label = None if self.label is None else field(record, self.label)
+        return Text((text or "").encode("utf-8"), None if label is None else str(label), pieces)
 
 
 class Broken(NamedTuple):
@@ -51,16 +69,17 @@ def too_long(what: str, max_bytes: int) -> Broken:
     return Broken(f"{what} more than the {max_bytes:,} bytes that a document may have", too_long=True)
 
 
-def document(record, fields: Fields) -> Text:
-    """The document of a record; a text of null is empty. With `fields.loss`, a text may be a list of pieces."""
-    text, pieces = _field(record, fields.text), ()
-    misplaced = fields.loss is not None and _has(record, fields.loss)
-    check(not misplaced, f"the record has the field {fields.loss!r}, which belongs to the pieces of a text; put it there")
-    if fields.loss is not None and isinstance(text, list):
-        text, pieces = _joined(text, fields)
-    check(isinstance(text, str | None), f"the field {fields.text!r} is of type {type(text).__name__}, not text")
-    label = None if fields.label is None else _field(record, fields.label)
-    return Text((text or "").encode("utf-8"), None if label is None else str(label), pieces)
+def loss_mask(starts_n: np.ndarray, pieces: Sequence[Piece]) -> np.ndarray:
+    """The mask [n + 2] of BOS, the tokens that begin at the bytes `starts_n` of a text, and EOS.
+
+    A token belongs to the piece in which it begins, BOS to the first and EOS to the last. Without `pieces` all are trained on.
+    """
+    if not pieces:
+        return np.ones(len(starts_n) + 2, np.uint8)
+    sizes, flags = (np.array(column) for column in zip(*pieces, strict=True))
+    piece_n = np.searchsorted(np.cumsum(sizes), starts_n, side="right")
+    piece_n = np.minimum(piece_n, len(flags) - 1)  # a token without characters may begin where the text ends
+    return flags[np.concatenate([[0], piece_n, [len(flags) - 1]])].astype(np.uint8)
 
 
 def _joined(pieces: Sequence, fields: Fields) -> tuple[str, tuple[Piece, ...]]:
@@ -68,7 +87,7 @@ def _joined(pieces: Sequence, fields: Fields) -> tuple[str, tuple[Piece, ...]]:
     texts, sizes = [], []
     for number, piece in enumerate(pieces, 1):
         try:
-            text, trained = _field(piece, PIECE_TEXT), _field(piece, fields.loss)
+            text, trained = field(piece, PIECE_TEXT), field(piece, fields.loss)
             for name, value, kind, what in ((PIECE_TEXT, text, str, "text"), (fields.loss, trained, bool, "true or false")):
                 check(isinstance(value, kind), f"its {name!r} is of type {type(value).__name__}, not {what}")
         except ValueError as error:
@@ -92,13 +111,14 @@ def reason(error: Exception) -> str:
 
 def _has(record, name: str) -> bool:
     try:
-        _field(record, name)
+        field(record, name)
     except ValueError:
         return False
     return True
 
 
-def _field(record, name: str):
+def field(record, name: str):
+    """The field `name` of a record; a.b is field b of the record in field a. ValueError if there is none."""
     if isinstance(record, Mapping) and name in record:
         return record[name]
     for part in name.split("."):
@@ -189,7 +209,7 @@ def _rows(path: str, fields: Fields, max_bytes: int, batches: Iterable) -> Itera
         for row in rows:
             number += 1
             try:
-                read = document(row if isinstance(row, dict) else row.to_pylist()[0], fields)
+                read = fields.document(row if isinstance(row, dict) else row.to_pylist()[0])
             except ValueError as error:
                 yield Broken(f"{path}, row {number}: {reason(error)}")
                 continue
@@ -198,7 +218,7 @@ def _rows(path: str, fields: Fields, max_bytes: int, batches: Iterable) -> Itera
 
 
 def _columns(path: str, names: list[str], fields: Fields) -> list[str]:
-    """The columns of a table to read; ValueError if one is missing. `document` refuses that of `fields.loss`."""
+    """The columns of a table to read; ValueError if one is missing. `Fields.document` refuses that of `fields.loss`."""
     needed, refused = (
         {name if name in names else name.split(".")[0] for name in group if name is not None}
         for group in ((fields.text, fields.label), (fields.loss,))

@@ -68,8 +68,8 @@ def read(
 ) -> Iterator[Text | Broken | Binary]:
     """The documents of a file in order, with `Broken` or `Binary` for what cannot be read; ImportError without its library.
 
-    Without `form` the suffix decides. Of a file that `splits`, only the records that begin at bytes [start, stop) are read. A
-    line, a text in a table and a decompressed text file have at most `max_bytes`.
+    Records become documents by `fields.document`. Without `form` the suffix decides. Of a file that `splits`, only the records
+    that begin at bytes [start, stop) are read. A line, a text in a table and a decompressed text file have at most `max_bytes`.
     """
     file_format = form or format_of(path)
     try:
@@ -198,7 +198,7 @@ def _jsonl(path: str, fields: Fields, max_bytes: int, start: int, stop: int) -> 
             if line.isspace():
                 continue
             try:
-                yield records.document(json.loads(line.decode("utf-8")), fields)
+                yield fields.document(json.loads(line.decode("utf-8")))
             except (RecursionError, ValueError) as error:
                 yield Broken(f"{path}, line {number + _lines(path, start)}: {records.reason(error)}")
 

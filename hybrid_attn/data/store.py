@@ -78,7 +78,11 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json. `summary` has the counts of `prepare`, `tokenizer` the name that `prepare` got."""
+    """The content of manifest.json. `summary` has the counts of `prepare`, `tokenizer` the name that `prepare` got.
+
+    `chat_template` is the text of the template that wrote the documents, and None, and left out, without one. Where `pairs`,
+    documents 2i and 2i + 1 of each shard are the chosen and the rejected completion of a prompt; else it is left out.
+    """
 
     format: int
     tokenizer: str
@@ -87,9 +91,14 @@ class Manifest:
     label_names: tuple[str, ...]
     shards: tuple[Shard, ...]
     summary: dict
+    chat_template: str | None = None
+    pairs: bool = False
 
     def to_json(self) -> str:
-        values = dataclasses.asdict(self, dict_factory=lambda fields: {name: x for name, x in fields if x is not None})
+        def present(fields: list) -> dict:
+            return {name: x for name, x in fields if x is not None and x is not False}
+
+        values = dataclasses.asdict(self, dict_factory=present)
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     @property
@@ -117,13 +126,17 @@ def load(path: str, tokenizer=None) -> Documents:
         )
     shards = list(store.read_indices())
     columns = {name: np.concatenate([shard[name] for shard in shards]) for name in INDEX}
+    if manifest.pairs:
+        halves = all((columns[name][::2] == columns[name][1::2]).all() for name in ("hashes", "labels"))
+        check(halves, f"{path}: its index has other hashes or labels for chosen than for rejected documents; {CURE}")
     ids, reader = _ids(manifest.dtype, tokenizer), _Reader(store, columns["lengths"])
     mask = None
     if manifest.has_loss_mask:
         fingerprint = "".join(shard.loss_mask_sha256 for shard in manifest.shards)
         mask = LossMask(functools.partial(reader.read, LOSS_MASK), fingerprint)
     fetch = functools.partial(reader.read, ids)
-    return Documents(**columns, label_names=manifest.label_names, dtype=ids.dtype, fetch=fetch, loss_mask=mask)
+    about = {"label_names": manifest.label_names, "dtype": ids.dtype, "paired": manifest.pairs}
+    return Documents(**columns, **about, fetch=fetch, loss_mask=mask)
 
 
 def read_manifest(path: str) -> Manifest:
@@ -287,11 +300,16 @@ def _manifest(values: dict) -> Manifest:
     check(all(isinstance(text, str) for text in texts), "its names and checksums are not all strings")
     check(isinstance(values["label_names"], list), "its label_names are not a list")
     check(isinstance(manifest.summary, dict), "its summary is not an object")
+    check(isinstance(manifest.chat_template, str | None), "its chat_template is not text")
+    check(type(manifest.pairs) is bool, "its pairs are not true or false")
+    check(not manifest.pairs or None not in masks, "it has pairs without a loss mask")
     check(bool(shards), "it has no shards")
     check(masks.count(None) in (0, len(masks)), "some of its shards have a loss mask and others have none")
     for i, shard in enumerate(shards):
         possible = 0 <= shard.documents <= shard.tokens <= MAX_COUNT
         check(possible, f"shard {i} has {shard.documents:,} documents of {shard.tokens:,} tokens, which is impossible")
+        halves = not manifest.pairs or shard.documents % 2 == 0
+        check(halves, f"shard {i} has {shard.documents:,} documents, which are no pairs")
     return manifest
 
 

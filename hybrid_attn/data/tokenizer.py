@@ -24,11 +24,12 @@ PROBES = (*"~é東🙂", "~ ~")  # characters of one to four bytes in UTF-8, som
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are the bytes, 256 is BOS and 257 is EOS."""
+    """Ids 0 to 255 are the bytes, 256 is BOS and 257 is EOS, which a chat template writes as <|bos|> and <|eos|>."""
 
     vocab_size = 258
-    bos = 256
-    eos = 257
+    bos, bos_token = 256, "<|bos|>"
+    eos, eos_token = 257, "<|eos|>"
+    special_tokens = {bos_token: bos, eos_token: eos}
     hash = "bytes"
 
     def __init__(self):
@@ -45,6 +46,13 @@ class ByteTokenizer:
     def encode_with_starts(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text, `encode` of it and the byte [n] at which each token begins."""
         return [(self.encode(text), np.arange(len(text))) for text in texts]
+
+    def encode_rendered(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text that a chat template wrote, special tokens included, and the byte [n] at which each begins."""
+        ids, begins = self.encode(text), np.ones(len(text), bool)
+        for match in re.finditer(special_pattern(self).pattern.encode(), text):
+            ids[match.start()], begins[match.start() + 1 : match.end()] = self.special_tokens[match[0].decode()], False
+        return ids[begins], np.flatnonzero(begins)
 
     def decode(self, ids) -> str:
         """The text of `ids`, without BOS and EOS; invalid UTF-8 becomes U+FFFD."""
@@ -68,11 +76,14 @@ class JsonTokenizer:
         self.vocab_size = max(vocab.values(), default=0) + 1  # ids may be missing in between, so their number is not enough
         largest = self.vocab_size - 1
         check(largest < MAX_IDS, f"{path} has the id {largest}, and {MAX_IDS - 1} is the largest that is supported")
-        self.bos = _first_known(vocab, BOS_TOKENS, path, "BOS")
-        self.eos = _first_known(vocab, EOS_TOKENS, path, "EOS")
+        self.bos_token = _first_known(vocab, BOS_TOKENS, path, "BOS")
+        self.eos_token = _first_known(vocab, EOS_TOKENS, path, "EOS")
+        self.bos, self.eos = vocab[self.bos_token], vocab[self.eos_token]
         _check_exact(self._tokenizer, state, path)
         added = self._tokenizer.get_added_tokens_decoder()
-        self._specials = {i for i, token in added.items() if token.special} | {self.bos, self.eos}
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self.special_tokens |= {self.bos_token: self.bos, self.eos_token: self.eos}
+        self._specials = set(self.special_tokens.values())
         self.byte_lengths = np.zeros(self.vocab_size, np.int64)
         for piece, i in vocab.items():
             if i not in self._specials:
@@ -89,10 +100,11 @@ class JsonTokenizer:
     def encode_with_starts(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text, `encode` of it and the byte [n] at which each token, or the character that it is a part of, begins."""
         encoded = self._encoded(self._with_offsets.encode_batch, texts)
-        return [
-            (np.array(x.ids, np.int32), _bytes_of_characters(text, [first for first, _ in x.offsets]))
-            for text, x in zip(texts, encoded, strict=True)
-        ]
+        return [_ids_and_starts(text, x) for text, x in zip(texts, encoded, strict=True)]
+
+    def encode_rendered(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text that a chat template wrote, special tokens included, and the byte [n] at which each begins."""
+        return _ids_and_starts(text, *self._encoded(self._with_specials.encode_batch, [text]))
 
     def _encoded(self, encode_batch: Callable, texts: Sequence[bytes]) -> list:
         """The library's encodings of texts, by one of its functions."""
@@ -108,9 +120,22 @@ class JsonTokenizer:
         copy.post_processor = None
         return copy
 
+    @functools.cached_property
+    def _with_specials(self):
+        """The same, for which a special token that a text spells is that token."""
+        copy = type(self._tokenizer).from_str(self._with_offsets.to_str())
+        copy.encode_special_tokens = False
+        copy.add_special_tokens([self.bos_token, self.eos_token])
+        return copy
+
     def decode(self, ids) -> str:
         """The text of `ids`, without special and unknown ids; invalid UTF-8 becomes U+FFFD."""
         return self._tokenizer.decode([int(i) for i in ids if 0 <= int(i) < self.vocab_size and int(i) not in self._specials])
+
+
+def special_pattern(tokenizer: ByteTokenizer | JsonTokenizer) -> re.Pattern:
+    """Matches what spells a special token in a text."""
+    return re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))))
 
 
 def load_tokenizer(name: str) -> ByteTokenizer | JsonTokenizer:
@@ -184,6 +209,11 @@ def _check_exact(tokenizer, state: dict, path: str) -> None:
         check(exact, f"{path} decodes its ids of {text!r} to {decoded!r}; use the decoder of its type, such as ByteLevel")
 
 
+def _ids_and_starts(text: bytes, encoding) -> tuple[np.ndarray, np.ndarray]:
+    """The ids [n] in the library's `encoding` of a text, and the byte [n] at which each begins."""
+    return np.array(encoding.ids, np.int32), _bytes_of_characters(text, [first for first, _ in encoding.offsets])
+
+
 def _bytes_of_characters(text: bytes, characters: Sequence[int]) -> np.ndarray:
     """The bytes [n] at which the `characters` of a text in UTF-8 begin; ValueError where they are not in order."""
     first_bytes = np.flatnonzero((np.frombuffer(text, np.uint8) & 0xC0) != 0x80)
@@ -193,9 +223,9 @@ def _bytes_of_characters(text: bytes, characters: Sequence[int]) -> np.ndarray:
     return starts
 
 
-def _first_known(vocab: dict[str, int], names: Sequence[str], path: str, role: str) -> int:
-    """The id of the first of `names` in a vocabulary."""
-    known = [vocab[name] for name in names if name in vocab]
+def _first_known(vocab: dict[str, int], names: Sequence[str], path: str, role: str) -> str:
+    """The first of `names` in a vocabulary."""
+    known = [name for name in names if name in vocab]
     check(bool(known), f"{path} has no {role} token; add one of {' '.join(names)} to its added_tokens")
     return known[0]
 

@@ -1,6 +1,6 @@
 // Attention in float32 on a CPU, forward and backward ("FlashAttention", arXiv 2205.14135): the XLA custom calls of native.py.
 //
-// A query sees the keys first <= s < end. A block of 64 queries loops over tiles of 320 keys, whose scores stay in the L2 cache.
+// A query sees the keys first <= s < end. A block of 64 queries loops over tiles of 384 keys, whose scores stay in the L2 cache.
 // Every product is `product`, whose inner loop keeps 6 rows by 4 vectors of sums in registers, as many as AVX-512 has. Keys, and
 // in the backward pass values too, come transposed, in panels of 64 keys: [B, K, panels, H, 64], padded with zeros.
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int PANEL = 64, QUERIES = 64, KEYS = 320;
+constexpr int PANEL = 64, QUERIES = 64, KEYS = 384;
 constexpr int STRIDE = KEYS + 16;  // of a row of scores: rows a power of two apart would share few sets of the cache
 
 // ---- Blocks and tiles

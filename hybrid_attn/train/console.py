@@ -75,9 +75,10 @@ def sources(sequences: MixedSequences, number: int, stage: str) -> Iterator[str]
             continue
         n = source.counts()
         padding, cut = n["padding"] / (n["tokens"] + n["padding"]), n["cut_documents"] / n["documents"]
+        packed = "packed sequences of pairs" if source.paired else "packed sequences"
         yield (
             f"source       {stage}{name}: {n['documents']:,} training documents, {n['tokens']:,} tokens in {n['sequences']:,} "
-            f"packed sequences; {padding:.2%} padding, {cut:.1%} of the documents cut; {epochs:.3g} epochs"
+            f"{packed}; {padding:.2%} padding, {cut:.1%} of the documents cut; {epochs:.3g} epochs"
         )
 
 
