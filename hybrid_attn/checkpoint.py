@@ -2,8 +2,9 @@
 
 A checkpoint is a directory named by its step. It holds `state` (arrays), `config` (the nested dict that made it), `data` (the
 data state) and `checksums` of all of these. It is complete or it does not exist: it is written under a temporary name and
-renamed when all of it is on disk. The reader chooses the mesh and the precision. Functions with an optional `step` read the
-newest checkpoint of a directory, or that of `step`; ValueError if it is unreadable.
+renamed when all of it is on disk. That of an adapter has the trained parameters alone; the others are those of its base,
+another checkpoint. The reader chooses the mesh and the precision. Functions with an optional `step` read the newest checkpoint
+of a directory, or that of `step`; ValueError if it is unreadable.
 """
 
 import contextlib
@@ -14,12 +15,13 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
@@ -31,6 +33,7 @@ from hybrid_attn.trees import check
 Directory = str | os.PathLike
 MIB = 2**20
 PARAMS = "params"  # the group of the parameters in the state
+INIT_FROM, IS_BASE = "init_from", "is_base"  # in the data state: a record of the first parameters, and whether they are a base
 GLOB = r"*?[" + "\\"  # Orbax reads a directory name with one of these as a pattern
 _STEPS = ocp.path.step.standard_name_format()
 
@@ -43,7 +46,7 @@ class Checkpoints:
 
         ValueError for a name that Orbax cannot write to, and for a file; OSError if the processes do not share the disk.
         """
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         check_name(self.directory)
         fits = os.path.isdir(self.directory) or not os.path.lexists(self.directory)
         check(fits, f"{self.directory} is not a directory, and checkpoints go there; move it away")
@@ -137,7 +140,7 @@ class Checkpoints:
             path = _path(self.directory, candidate)
             try:
                 _, data = stored.together(lambda path=path: [stored.read_item(path, item) for item in stored.ITEMS])
-                state = stored.read_state(path, abstract_state)
+                state = _read_state(path, abstract_state)
             except UnreadableError as cause:
                 logging.error("checkpoint %s/%d cannot be read: %s", self.directory, candidate, cause)
                 causes[candidate] = cause
@@ -171,7 +174,7 @@ class Checkpoints:
 
 def steps(directory: Directory) -> list[int]:
     """Steps of the complete checkpoints in `directory`, oldest first."""
-    directory = _absolute(directory)
+    directory = absolute(directory)
     if "://" not in directory and not os.path.isdir(directory):
         return []
     return sorted(checkpoint.step for checkpoint in _STEPS.find_all(directory))
@@ -193,21 +196,27 @@ def extras(directory: Directory, step: int | None = None) -> set[str]:
 
 
 def fingerprint(directory: Directory, step: int | None = None, group: str = PARAMS) -> str:
-    """The SHA-256 of the checksums of the parameters, or of another group: it identifies weights."""
+    """The SHA-256 of the checksums of the parameters, or of another group, and of those of its base: it identifies weights."""
     sums = stored.read_sums(_path(directory, step))
     arrays = sorted((name, number) for name, number in sums.arrays.items() if name.startswith(f"{group}/"))
+    if (base := _base_record(_path(directory, step))) is not None:
+        arrays.append(("base", base["fingerprint"]))
     return hashlib.sha256(json.dumps(arrays).encode()).hexdigest()
 
 
 def read_params(directory: Directory, abstract_params: Any, step: int | None = None) -> Any:
     """The parameters alone, like `abstract_params`; leaves without a sharding go to the first device."""
-    return stored.read_arrays(_path(directory, step), {"params": abstract_params}, partial=True)["params"]
+    path = _path(directory, step)
+    own, others = _divided(path, abstract_params)
+    params = stored.read_arrays(path, {PARAMS: own}, partial=True)[PARAMS]
+    return _joined(params, _of_base(path, others)) if others else params
 
 
 def read_shapes(directory: Directory, step: int | None = None, group: str = PARAMS) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter, by name; `group` holds them, or arrays like them: an extra such as extras/ema."""
-    shapes = stored.read_shapes(_path(directory, step))
-    return {name.removeprefix(f"{group}/"): shape for name, shape in shapes.items() if name.startswith(f"{group}/")}
+    shapes, base = stored.read_shapes(_path(directory, step)), _base(_path(directory, step))
+    of_base = read_shapes(base.directory, base.step) if base and group == PARAMS else {}
+    return of_base | {name.removeprefix(f"{group}/"): shape for name, shape in shapes.items() if name.startswith(f"{group}/")}
 
 
 def read_slices(
@@ -218,7 +227,71 @@ def read_slices(
     One chunk is in memory at a time: a period, or several in older checkpoints. Where the checksum differs, UnreadableError is
     raised in place of the last period.
     """
-    return stored.read_slices(_path(directory, step), f"{group}/{name}", shape)
+    path = _path(directory, step)
+    base = None if group != PARAMS or f"{group}/{name}" in stored.read_sums(path).arrays else _base(path)
+    if base is not None:
+        return read_slices(base.directory, name, shape, base.step)
+    return stored.read_slices(path, f"{group}/{name}", shape)
+
+
+class Base(NamedTuple):
+    """The checkpoint that has the parameters which the checkpoint of an adapter lacks."""
+
+    directory: str
+    step: int
+
+
+def _base_record(path) -> Mapping | None:
+    record = stored.read_item(path, "data").get(INIT_FROM, {})
+    return record if record.get(IS_BASE) else None
+
+
+def _base(path) -> Base | None:
+    """The base of the checkpoint at a path, if it has one; ValueError if it is gone, or if another one stands there."""
+    record = _base_record(path)
+    if record is None:
+        return None
+    base, expected = Base(record["path"], record["step"]), record["fingerprint"]
+    problem = f"{path} is an adapter of the checkpoint of step {base.step} in {base.directory}"
+    check(base.step in steps(base.directory), f"{problem}, which is not there; put it back")
+    actual = fingerprint(*base)
+    changed = f"which had the fingerprint {expected[:12]} and has {actual[:12]} now: it is another model; put the base back"
+    check(actual == expected, f"{problem}, {changed}")
+    return base
+
+
+def _of_base(path, abstract_params: dict) -> dict:
+    """Parameters of the base of the checkpoint at a path; ValueError if it cannot be read."""
+    base = _base(path)
+    try:
+        return read_params(base.directory, abstract_params, base.step)
+    except UnreadableError as cause:
+        raise ValueError(f"{path} needs its base {base.directory}/{base.step}, which cannot be read: {cause}") from cause
+
+
+def _divided(path, abstract_params: dict) -> tuple[dict, dict]:
+    """The parameters that the checkpoint at a path has, and those that its base has; without a base, all are its own."""
+    saved = stored.together(lambda: stored.read_sums(path)).arrays
+    flat = traverse_util.flatten_dict(abstract_params, sep="/")
+    own = {name: x for name, x in flat.items() if f"{PARAMS}/{name}" in saved}
+    others = {name: x for name, x in flat.items() if name not in own}
+    if not others or stored.together(lambda: _base_record(path)) is None:
+        return abstract_params, {}
+    return traverse_util.unflatten_dict(own, sep="/"), traverse_util.unflatten_dict(others, sep="/")
+
+
+def _joined(own: dict, others: dict) -> dict:
+    flat = traverse_util.flatten_dict(others) | traverse_util.flatten_dict(own)
+    return traverse_util.unflatten_dict(flat)
+
+
+def _read_state(path, abstract_state: Any) -> Any:
+    """The state, with the parameters of the base where the checkpoint at a path has one."""
+    if stored.together(lambda: _base_record(path)) is None:
+        return stored.read_state(path, abstract_state)
+    own, others = _divided(path, abstract_state.params)
+    state = stored.read_state(path, abstract_state._replace(params=own))
+    return state._replace(params=_joined(state.params, _of_base(path, others)))
 
 
 def _chunks(key: tuple, _) -> ocp.SaveArgs:
@@ -239,14 +312,14 @@ def check_name(directory: str) -> None:
         raise ValueError(f"no checkpoint can be written to {directory!r}: its name is not UTF-8; {cure}") from None
 
 
-def _absolute(directory: Directory) -> str:
+def absolute(directory: Directory) -> str:
     """An absolute path; a URL is unchanged."""
     return str(directory) if "://" in str(directory) else os.path.abspath(directory)
 
 
 def _path(directory: Directory, step: int | None):
     """The checkpoint of `step`, or the newest."""
-    directory = _absolute(directory)
+    directory = absolute(directory)
     step = max(steps(directory), default=None) if step is None else step
     check(step is not None, f"{directory} has no complete checkpoint; it must be the folder that holds the numbered ones")
     try:

@@ -17,6 +17,7 @@ from hybrid_attn import trees
 from hybrid_attn.config_model import (
     LONGEST,
     MLP,
+    Adapter,
     LayerType,
     Model,
     RopeScaling,
@@ -46,6 +47,7 @@ from hybrid_attn.config_training import (
     Source,
     Stage,
     Train,
+    check_rollback,
     shortest_sequence,
 )
 from hybrid_attn.configs import base
@@ -60,6 +62,7 @@ OF_STAGES = (
     "train.context", "train.zigzag", "train.kernel", "train.moe_kernel", "train.loss_chunk", "train.mlp_chunk", "train.unroll",
     "train.overlap",
 )  # fmt: skip
+NO_ADAPTER: Adapter = trees.build(Adapter, base.adapter(), "adapter")
 OF_INITIAL_VALUES = (  # of all stages
     "model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_width", "model.mup_base_depth",
 )  # fmt: skip
@@ -92,6 +95,7 @@ class StageConfig:
     override: Partial[Groups] = dataclasses.field(compare=False)
     data: Data = dataclasses.field(compare=False)
     trainable: tuple[str, ...]
+    trainable_of_stages: tuple[tuple[str, ...], ...]
     seq_len: int
     batch: int
     microbatches: int
@@ -188,6 +192,11 @@ class CheckpointConfig:
         return [stage.sequences(steps) * stage.seq_len for stage, steps in done]
 
     @property
+    def trainable_of_stages(self) -> tuple[tuple[str, ...], ...]:
+        """What each stage names as trained; empty where it trains the adapter, or else everything."""
+        return tuple(stage.trainable for stage in self.stages)
+
+    @property
     def pieces(self) -> tuple[Piece, ...]:
         """The pieces of the learning rate: one for each stage, or one for all of them."""
         spans = [tuple((n, size * stage.seq_len) for n, size in stage.spans(stage.steps)) for stage in self.stages]
@@ -236,7 +245,8 @@ class Config(CheckpointConfig):
             with _named(f"stages[{stage.index}].override"):
                 remat(stage.model, stage.train)
                 context(stage.model, stage.train)
-        _check_rollback(self.optim, self.train)
+        check_rollback(self.optim, self.train)
+        _check_adapter(self)
 
     def at(self, stage: int) -> StageConfig:
         """The config of a stage by its index: the only place that puts the fields of a stage over those of the run."""
@@ -245,10 +255,10 @@ class Config(CheckpointConfig):
     @functools.cached_property
     def each_stage(self) -> tuple[StageConfig, ...]:
         """The config of each stage, in order."""
+        shared = {"pieces": self.pieces, "trainable_of_stages": self.trainable_of_stages}
         named = [{"name": name, "mixture": Table(self.weights(i))} for i, name in enumerate(self.stage_names)]
         return tuple(
-            StageConfig(index=i, pieces=self.pieces, **vars(stage) | named[i], **self.groups(i))
-            for i, stage in enumerate(self.stages)
+            StageConfig(index=i, **shared, **vars(stage) | named[i], **self.groups(i)) for i, stage in enumerate(self.stages)
         )
 
 
@@ -300,17 +310,14 @@ def _check_min_length(stage: int, name: str, of_stage: Source, of_run: Source) -
     )
 
 
-def _check_rollback(optim: Optim, train: Train) -> None:
-    """ValueError if the checkpoint of a rollback may have been deleted when its last spike comes."""
-    if optim.rollback_steps is None:
-        return
-    every, needed = train.checkpoint_every, optim.rollback_steps + optim.max_consecutive_spikes
-    check(
-        needed <= (train.keep - 1) * every,
-        f"optim.rollback_steps={optim.rollback_steps} and optim.max_consecutive_spikes={optim.max_consecutive_spikes} need "
-        f"checkpoints of the last {needed} steps, and train.keep={train.keep} of one every {every} steps are of "
-        f"{(train.keep - 1) * every}; use train.keep={-(-needed // every) + 1} or more",
-    )
+def _check_adapter(c: Config) -> None:
+    """ValueError for keys that do not go with an adapter."""
+    type, half_life, chunk = f"model.adapter.type={c.model.adapter.type!r}", c.optim.ema_half_life, c.train.mlp_chunk
+    if c.model.adapter.type is not None:
+        averages = f"optim.ema_half_life={half_life} averages all parameters, and with {type} most are fixed; leave it at None"
+        check(half_life is None, averages)
+        chunked = f"train.mlp_chunk={chunk} and {type}: a feed-forward with an adapter takes all tokens at once"
+        check(chunk is None, f"{chunked}; leave train.mlp_chunk at None")
 
 
 def _check_task(field: str, length: int, name: str, source: Source, parts: int) -> None:

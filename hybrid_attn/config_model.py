@@ -121,6 +121,21 @@ class LayerType:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Weights beside the matrices of a model; `type` is a name in `TRANSFORMS` of model/transforms, `targets` are patterns."""
+
+    type: str | None
+    targets: tuple[str, ...] = trees.named("target_modules")
+    rank: int = within(1, 2**16, aliases=("lora_rank", "lora_r"))
+    alpha: float = within(0, 10**6, above=True, aliases=("lora_alpha",))
+    experts: int = within(1, 2**10)
+
+    def __post_init__(self):
+        check_fields(self, "adapter")
+        check(bool(self.targets), "adapter.targets is empty; name the matrices that get an adapter, such as '*/attention/q'")
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     vocab_size: int = within(1, 2**24)
     prefix: str
@@ -145,6 +160,7 @@ class Model:
     mup_base_width: int | None = within(1, 2**20)
     mup_base_depth: int | None = within(1, MOST_LAYERS)
     depth_init: bool
+    adapter: Adapter
     kinds: Table[str, LayerType]
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ from hybrid_attn import trees
 from hybrid_attn.configs import base
 
 # Keys that older configs lack: of the model, of the optimiser, of a stage, of a layer type, of its feed-forward.
-NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init", "unembed_init_std"
+NEW_MODEL = "prefix", "mup_base_width", "mup_base_depth", "depth_init", "unembed_init_std", "adapter"
 NEW_OPTIM = (
     "optimiser", "momentum", "moment_dtype", "independent_decay", "decay_shape",
     "ema_half_life", "spike_factor", "max_consecutive_spikes", "warmup_tokens", "rollback_steps",

@@ -344,3 +344,16 @@ class InitFrom:
     def renamed(self) -> list[tuple[str, ...]]:
         """The name in the checkpoint and the name in this model of every entry of `rename`."""
         return [tuple(name.strip() for name in entry.split("->")) for entry in self.rename]
+
+
+def check_rollback(optim: Optim, train: Train) -> None:
+    """ValueError if the checkpoint of a rollback may have been deleted when its last spike comes."""
+    if optim.rollback_steps is None:
+        return
+    every, needed = train.checkpoint_every, optim.rollback_steps + optim.max_consecutive_spikes
+    check(
+        needed <= (train.keep - 1) * every,
+        f"optim.rollback_steps={optim.rollback_steps} and optim.max_consecutive_spikes={optim.max_consecutive_spikes} need "
+        f"checkpoints of the last {needed} steps, and train.keep={train.keep} of one every {every} steps are of "
+        f"{(train.keep - 1) * every}; use train.keep={-(-needed // every) + 1} or more",
+    )

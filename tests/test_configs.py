@@ -83,8 +83,8 @@ def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, 
     assert flops.parameters(c.model) == flops.parameters(default.model)
 
 
-# The others have sizes; extend needs a checkpoint.
-ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "extend": [], "moe": ["small", "30b"]}
+# The others have sizes; extend and adapt need a checkpoint.
+ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "extend": [], "adapt": [], "moe": ["small", "30b"]}
 ARGUMENTS |= dict.fromkeys(("models", "base", "bench", "mup"), [""])
 ARGUMENTS |= {
     "dense": ["tiny,seed", "2b,tables"],
@@ -202,8 +202,8 @@ def test_every_command_of_the_documentation_names_a_config_and_the_tokenizer_tha
     commands = [(line, *match.groups()) for line in lines if (match := COMMAND.search(line))]
     assert len(commands) > 30
     for line, name, arguments in commands:
-        if "extend.py" in name:
-            continue  # it needs a checkpoint
+        if "extend.py" in name or "adapt.py" in name:
+            continue  # these need a checkpoint
         values = config_file.load(name)
         for key, text in re.findall(r"--config\.([\w.\[\]-]+)=([^\s'\"`]+)", arguments):
             trees.override(config.Config, values, "config", key, text)

@@ -1,5 +1,6 @@
-"""The recipes of configs/: Command A's cooldown, the extension of a checkpoint, and RoPE that is dropped late."""
+"""The recipes of configs/: Command A's cooldown, the extension of a checkpoint, adapters, and RoPE that is dropped late."""
 
+import dataclasses
 import os
 import signal
 
@@ -8,11 +9,12 @@ import pytest
 from conftest import mesh_of, tiny
 from trained import losses
 
-from configs import command_a, drope, extend
+from configs import adapt, command_a, drope, extend
 from hybrid_attn import checkpoint, config
 from hybrid_attn.checkpoint import Checkpoints
 from hybrid_attn.configs import base
 from hybrid_attn.parallel import fit
+from hybrid_attn.parallel.mesh import make_mesh
 from hybrid_attn.train import loop
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import init_state
@@ -90,6 +92,25 @@ def test_an_extension_of_a_checkpoint_trains(trained, tmp_path):
     values["stages"][0] |= {"steps": 2, "batch": 8}
     assert loop.train(config.build(values | {"evals": values["evals"] | {"names": []}}), tmp_path / "longer")
     assert list(losses(tmp_path / "longer")) == [1, 2]
+
+
+@pytest.mark.parametrize("type", adapt.TARGETS)
+def test_an_adapter_of_a_checkpoint_has_its_model_and_its_batches(type, trained):
+    c, saved = (
+        config.build(adapt.get_config(f"{type},{trained}")),
+        config.build(checkpoint.read_config(trained / "checkpoints")),
+    )
+    assert dataclasses.replace(c.model, adapter=saved.model.adapter) == saved.model and c.data == saved.data
+    assert (c.stages[0].seq_len, c.stages[0].batch) == (saved.stages[-1].seq_len, saved.stages[-1].batch)
+    with jax.set_mesh(make_mesh(c.mesh)):
+        state, record = loop.init_from.first_state(c, jax.sharding.get_mesh(), "0")
+    assert record[checkpoint.IS_BASE] and record["new"]
+
+
+@pytest.mark.parametrize("argument", ["lor,runs/a", "lora", ""])
+def test_an_adapter_without_a_type_or_a_checkpoint_is_refused(argument):
+    with pytest.raises(ValueError, match=r"write adapt.py:TYPE,CHECKPOINT with a TYPE of lora, molora, ia3, mov"):
+        adapt.get_config(argument)
 
 
 @pytest.mark.parametrize("argument", ["8x,runs/a", "4x", ""])

@@ -189,15 +189,16 @@ def test_the_steps_of_a_run_train_the_leaves_that_a_transform_reads(with_low_ran
 PROMPTS = [[5, 6, 7], list(range(40, 61))]
 
 
-def check_answers(engine, params, execution):
-    """The engine's log-probabilities of its greedy answers are those of the forward pass of `params`."""
+def check_answers(engine, params, execution, c=None):
+    """The engine's log-probabilities of its greedy answers are those of the forward pass of `params`, in the model of `c`."""
+    model = engine.model if c is None else c.model
     score = jax.jit(losses, static_argnums=(0, 3))
     for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, 6), strict=True):
         n, pos_BT = len(prompt) + len(answer.tokens), np.arange(48)[None]
         tokens_BT = np.pad([*prompt, *answer.tokens], (0, 48 - n))[None]
         batch = {"tokens": tokens_BT, "targets": np.roll(tokens_BT, -1), "positions": pos_BT, "segments": pos_BT < n}
         batch = on_mesh({name: x.astype(np.int32) for name, x in batch.items()})
-        nll_BT = np.asarray(score(engine.model, params, batch, execution)[0])
+        nll_BT = np.asarray(score(model, params, batch, execution)[0])
         np.testing.assert_allclose(answer.logprobs, -nll_BT[0, len(prompt) - 1 : n - 1], atol=1e-4)
 
 

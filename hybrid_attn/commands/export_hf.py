@@ -1,7 +1,8 @@
 """Exports a checkpoint to a Hugging Face directory: python tools/export_hf.py --checkpoint=DIR --out=DIR
 
 --checkpoint is the workdir of a run, or a directory of checkpoints such as tools/import_hf.py writes. The family is --family,
-or that of the imported config.json, or the first that can express the model.
+or that of the imported config.json, or the first that can express the model. The weights of an adapter are merged.
+--peft writes the adapter alone instead, as PEFT stores LoRA.
 """
 
 import functools
@@ -9,16 +10,18 @@ from pathlib import Path
 
 from absl import flags
 
-from hybrid_attn import checkpoint, programs
-from hybrid_attn.convert import families, hf
+from hybrid_attn import programs
+from hybrid_attn.convert import families, hf, peft
 from hybrid_attn.files import IMPORTED_FILES
 from hybrid_attn.infer import loading
-from hybrid_attn.model import abstract_params
+from hybrid_attn.infer.merged import Merged, without_adapter
+from hybrid_attn.trees import check
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or directory of checkpoints.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest.")
 OUT = flags.DEFINE_string("out", None, "New directory.", required=True)
 FAMILY = flags.DEFINE_enum("family", None, sorted(families.FAMILIES), "The model_type of config.json.")
+PEFT = flags.DEFINE_bool("peft", False, "Write the LoRA alone, in float32 and in the format of PEFT.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the tensors.")
 
 
@@ -28,11 +31,17 @@ def export_model() -> None:
     step = loading.step_of(directory, STEP.value)
     c = loading.saved_of(directory, step).config
     files = Path(directory) / IMPORTED_FILES
-    described = hf.describe(c.model, files, max(stage.seq_len for stage in c.stages), FAMILY.value)
-    shapes = {path: x.shape for path, x in hf.flat(abstract_params(c.model)).items()}
+    model, parameters = without_adapter(c.model), Merged(directory, step, c.model)
+    type = c.model.adapter.type
+    check(not PEFT.value or type == "lora", f"--peft writes LoRA, and the checkpoint has model.adapter.type={type!r}")
+    described = hf.describe(model, files, max(stage.seq_len for stage in c.stages), FAMILY.value)
+    if PEFT.value:
+        with hf.new_directory(OUT.value) as new:
+            peft.write(new, c.model, described["model_type"], parameters.targets(), parameters.added)
+        print(f"{OUT.value}: LoRA of {described['architectures'][0]}, with {peft.CONFIG}, {peft.TENSORS}")
+        return
     with hf.new_directory(OUT.value) as new:
-        read = functools.partial(checkpoint.read_slices, directory, step=step)
-        hf.write(new, c.model, described, shapes, lambda path: read(path, shapes[path]), DTYPE.value)
+        hf.write(new, model, described, parameters.shapes, parameters.slices, DTYPE.value)
         copied = hf.copy_files(files, new, without=("config.json",))
     print(f"{OUT.value}: {described['architectures'][0]} in {DTYPE.value}, with {', '.join(['config.json', *copied])}")
 

@@ -76,6 +76,19 @@ def moe(**changes) -> ConfigDict:
     return m
 
 
+def adapter(**changes) -> ConfigDict:
+    """Weights beside the matrices of a model, which train while the model stays as it is; none without `changes`."""
+    a = ConfigDict()
+    a.type = None  # lora | ia3 | mov | molora: a name in `TRANSFORMS` of hybrid_attn/model/transforms; None = no adapter
+    # The matrices that get one, by name, such as periods/L0/attention/q, or by pattern; the default is that of the LoRA paper.
+    a.targets = ("*/attention/q", "*/attention/v")
+    a.rank = 8  # of lora and molora
+    a.alpha = 16.0  # of these too: the product of the two small matrices is multiplied by alpha / rank
+    a.experts = 10  # vectors of mov, and pairs of small matrices of molora, that a router mixes for each token
+    a.update(changes)
+    return a
+
+
 def source(**changes) -> ConfigDict:
     """A source of documents or of a synthetic task; without `changes`, the sources of Python's standard library."""
     s = ConfigDict()
@@ -132,8 +145,8 @@ def stage(**changes) -> ConfigDict:
     # They may be of model, mesh, train, data.packing, data.sources.NAME.min_length, and of optim, except where all stages share
     # the value, such as that of train.keep; no key may change the arrays of the state.
     s.override = ConfigDict()
-    # The parameters that this stage trains, by name, such as ("periods/L*", "*/q_norm"); empty = all. The others and their
-    # moments keep their bits.
+    # The parameters that this stage trains, by name, such as ("periods/L*", "*/q_norm"); empty = all, or those of
+    # model.adapter. The others and their moments keep their bits.
     s.trainable = ()
     s.update(changes)
     return s
@@ -203,6 +216,7 @@ def _model() -> ConfigDict:
     m.mup_base_width = None
     m.mup_base_depth = None  # the num_layers of which the same holds (CompleteP): branches are divided by the ratio to it
     m.depth_init = False  # matrices that write to the residual stream start at init_std / sqrt(2 num_layers) (GPT-2)
+    m.adapter = adapter()  # docs/adapters.md
     m.kinds = ConfigDict()  # the layer type of each letter of the prefix and the pattern
     # theta stays at 10,000: a larger one makes a hybrid worse (paper, table of RNoPE variants)
     m.kinds.L = kind(window=512, rope_theta=10_000.0)

@@ -112,7 +112,8 @@ def _model_of(config_json: Mapping) -> Model:
     problem = trees.not_among(values["activation"], list(ACTIVATIONS))
     check(not problem, f"the activation {values['activation']!r} of config.json {problem}")
     values["activation"] = ACTIVATIONS[values["activation"]]
-    return config.build_model(UNSCALED | values | _layout(family.layer_types(c), c["num_hidden_layers"]))
+    plain = {"adapter": config.to_dict(config.NO_ADAPTER)}
+    return config.build_model(UNSCALED | plain | values | _layout(family.layer_types(c), c["num_hidden_layers"]))
 
 
 def config_json(model: Model, model_type: str, max_len: int) -> dict:
@@ -195,7 +196,9 @@ def _layout(layer_types: list[LayerType], num_layers: int) -> dict:
 
 def _normal_form(model: Model) -> dict:
     """The fields of a model, and the normal form of the layer type of each layer in place of prefix, pattern and `d_ff`."""
-    values = {name: value for name, value in vars(model).items() if name not in ("prefix", "pattern", "kinds", "d_ff")}
+    values = {
+        name: value for name, value in vars(model).items() if name not in ("prefix", "pattern", "kinds", "d_ff", "adapter")
+    }
     normal_forms = [config.to_dict(normal_form(model, x)) for x in layer_types_of(model)]
     scales = {name: rounded(getattr(model, name)) for name in ("embed_scale", "logit_scale")}
     return values | scales | {"layers": normal_forms}

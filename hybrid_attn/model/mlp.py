@@ -52,8 +52,9 @@ class GatedMLP(nnx.Module):
         self.down = linear(rngs, (F, D), ("mlp", "embed"), std)
 
     def __call__(self, x_BTD: jax.Array, seg_BT: jax.Array, chunks: Chunks | None) -> tuple[jax.Array, dict]:
-        """The output [B, T, D], and no scalars."""
-        if chunks is not None:
+        """The output [B, T, D], and no scalars. With an adapter, all tokens at once."""
+        is_adapted = any(w.adapted is not None for w in (self.gate, self.up, self.down))
+        if chunks is not None and not is_adapted:
             weights = (cast(w[...], x_BTD.dtype) for w in (self.gate, self.up, self.down))
             mlp = ChunkedMLP(self.gating, self.gate.dot, chunks.saves_products)
             return in_chunks(mlp, chunks.tokens, x_BTD, *weights), {}

@@ -20,6 +20,7 @@ from hybrid_attn.parallel.mesh import WIDTH, gathered, split_of
 # The mesh axis, or axes, over which each logical axis of a weight is split.
 MESH_AXES = {"embed": WIDTH, "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
 MESH_AXES |= {"head_dim": None, "norm": None, "expert": "expert", "score": None}
+MESH_AXES |= {"rank": None, "mixture": None}  # of adapters
 WIDE = ("embed", "heads", "mlp")  # logical axes that grow with the width of the model
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 # How activations are multiplied with a weight: a function that is called as `jax.lax.dot_general` is, with the weight, gathered
@@ -105,16 +106,24 @@ class Weight(nnx.Param):
 
 
 class Linear(Weight):
-    """A matrix that is multiplied with activations, by its `dot`."""
+    """A matrix that is multiplied with activations, by its `dot`; if it is `adapted`, by that function."""
 
     def __call__(self, x: jax.Array, sharding: P | None = None) -> jax.Array:
-        """The product over the last `fan_in` axes of `x` and the first of the matrix, in the dtype of `x`.
+        """The product with `x`, in its dtype, with what a weight transform adds to it; it lies as `sharding` says."""
+        return self.product(x, sharding) if self.adapted is None else self.adapted(self, x=x, sharding=sharding)
 
-        It lies as `sharding` says. Not by einsum, which contracts H before N in [B,T,N,H] x [N,H,D]: compilers then copy both.
-        """
-        number = self.spec.fan_in
-        contracted = tuple(range(x.ndim - number, x.ndim)), tuple(range(number))
-        return self.dot(x, gathered(cast(self[...], x.dtype)), (contracted, ((), ())), out_sharding=sharding)
+    def product(self, x: jax.Array, sharding: P | None) -> jax.Array:
+        """The product of `x` with the matrix alone."""
+        return multiply(self.dot, x, self[...], self.spec.fan_in, sharding)
+
+
+def multiply(dot: Dot, x: jax.Array, weight: jax.Array, fan_in: int, sharding: P | None) -> jax.Array:
+    """The product over the last `fan_in` axes of `x` and the first of a weight, in the dtype of `x`.
+
+    It lies as `sharding` says. Not by einsum, which contracts H before N in [B,T,N,H] x [N,H,D]: compilers then copy both.
+    """
+    contracted = tuple(range(x.ndim - fan_in, x.ndim)), tuple(range(fan_in))
+    return dot(x, gathered(cast(weight, x.dtype)), (contracted, ((), ())), out_sharding=sharding)
 
 
 def cast(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -147,7 +156,7 @@ def projection(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], st
 
 
 def _linear(rngs: nnx.Rngs, spec: ParamSpec) -> Linear:
-    return Linear(_normal(rngs, spec), spec=spec, dot=jax.lax.dot_general)
+    return Linear(_normal(rngs, spec), spec=spec, dot=jax.lax.dot_general, adapted=None)
 
 
 def embedding(

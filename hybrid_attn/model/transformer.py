@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_attn import kernels
 from hybrid_attn.config import LayerType, Model, output_scale
 from hybrid_attn.kernels.softmax import soft_cap
-from hybrid_attn.model import statistics
+from hybrid_attn.model import statistics, transforms
 from hybrid_attn.model.attention import Attend, Attention, attention_options
 from hybrid_attn.model.attention_experts import AttentionExperts
 from hybrid_attn.model.execution import Chunks, Execution
@@ -181,6 +181,8 @@ def _weights(model: Model, rngs: nnx.Rngs) -> dict:
     if not model.tie_embeddings:
         std = model.init_std if model.unembed_init_std is None else model.unembed_init_std
         weights["unembed"] = embedding(rngs, (model.vocab_size, model.d_model), std)
+    if model.adapter.type is not None:
+        weights = transforms.with_added(model, weights, rngs)
     return map_weights(functools.partial(parametrised, model), weights)
 
 
@@ -328,7 +330,13 @@ def losses_and_aux(model: Model, params: dict, batch: dict, execution: Execution
 
 def bind(model: Model, letter: str, leaves: dict, execution: Execution) -> Block:
     """The layer of a type, with the execution's `dot` and `moe_kernel`, and with what its `transform` makes of `leaves`."""
-    return nnx.merge(_graph(model, letter, execution.dot, execution.moe_kernel), execution.transform(leaves))
+    graph, leaves = _graph(model, letter, execution.dot, execution.moe_kernel), execution.transform(leaves)
+    if model.adapter.type is None:
+        return nnx.merge(graph, leaves)
+    leaves, added = transforms.separated(leaves)
+    block = nnx.merge(graph, leaves)
+    transforms.attach(model.adapter, block, added)
+    return block
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """The first parameters of a run, copied from the checkpoint of another run or of an imported model.
 
 Every parameter is accounted for: one of this model is copied, or `init_from.new` names it; one of the checkpoint is copied, or
-`init_from.ignore` names it, in the form of `names.matching`. Only parameters are taken: the optimiser state is new.
+`init_from.ignore` names it, in the form of `names.matching`. An adapter that the checkpoint lacks is new. Only parameters are
+taken: the optimiser state is new.
 """
 
 import functools
@@ -19,11 +20,13 @@ from hybrid_attn import checkpoint, trees
 from hybrid_attn.config import Config, InitFrom, to_dict, with_override
 from hybrid_attn.data.tokenizer import load_tokenizer
 from hybrid_attn.infer import loading
+from hybrid_attn.model import transforms
 from hybrid_attn.model.params import EMBEDDING
 from hybrid_attn.model.transformer import specs
+from hybrid_attn.names import matching, nearest, prefixes
 from hybrid_attn.stored import first_eight, inside
-from hybrid_attn.train.names import matching, nearest, prefixes
 from hybrid_attn.train.step import TrainState, abstract_state, init_state
+from hybrid_attn.train.trainable import has_state
 from hybrid_attn.trees import check
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -52,7 +55,15 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     if embeddings & copied.keys():
         notes += tokenizer_note(directory, data, tokenizer_hash)
     record = {"path": directory, "step": step, "fingerprint": fingerprint, "copied": len(copied)}
+    if is_base(c, expected, copied):
+        record |= {"path": checkpoint.absolute(directory), checkpoint.IS_BASE: True}
     return started(c, params), record | {"new": new, "ignored": ignored, "notes": notes}
+
+
+def is_base(c: Config, here: Mapping, copied: Mapping[str, str]) -> bool:
+    """Whether checkpoints of the run lack the parameters that never train: all of them have the same names in the source."""
+    fixed = [name for name, trains in flatten_dict(has_state(c, unflatten_dict(here, sep="/")), sep="/").items() if not trains]
+    return bool(fixed) and all(copied.get(name) == name for name in fixed)
 
 
 def lines(init: InitFrom, recorded: Mapping, new: bool) -> list[str]:
@@ -88,7 +99,8 @@ def assign(init: InitFrom, here: Shapes, there: Shapes, checkpoint_name: str) ->
 
     ValueError if a parameter here or there is not accounted for, or has another shape.
     """
-    new = matching("init_from.new", init.new, here, "this model")
+    added = {name for name in here if transforms.is_added(name) and name not in there}
+    new = matching("init_from.new", init.new, here, "this model") | added
     ignored = matching("init_from.ignore", init.ignore, there, checkpoint_name)
     sources = {name: name for name in here}
     for old, today in init.renamed:

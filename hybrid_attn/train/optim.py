@@ -11,6 +11,7 @@ import optax
 from hybrid_attn.config import Config, Model, Optim, StageConfig
 from hybrid_attn.model import specs
 from hybrid_attn.model.params import MATRIX, ParamSpec
+from hybrid_attn.train import trainable
 from hybrid_attn.train.muon import rate as rate_of_muon
 from hybrid_attn.train.muon import scale_by_muon
 from hybrid_attn.train.schedule import schedule
@@ -93,8 +94,19 @@ OPTIMISERS: dict[str, Callable[[Optim, dict, optax.Schedule], optax.GradientTran
 
 
 def optimiser(c: Config | StageConfig) -> optax.GradientTransformation:
-    """The optimiser that `c.optim.optimiser` names; ValueError for one that is not in `OPTIMISERS`."""
-    make, all_specs = choice("optim.optimiser", c.optim.optimiser, OPTIMISERS), specs(c.model)
+    """The optimiser that `c.optim.optimiser` names, with arrays for the parameters of `trainable.has_state`.
+
+    ValueError for one that is not in `OPTIMISERS`.
+    """
+    has_state = trainable.has_state(c, specs(c.model))
+    trained = jax.tree.map(lambda spec, yes: spec if yes else optax.MaskedNode(), specs(c.model), has_state)
+    tx = _of_trained(c, trained)
+    return tx if all(jax.tree.leaves(has_state)) else optax.partition({True: tx, False: optax.set_to_zero()}, has_state)
+
+
+def _of_trained(c: Config | StageConfig, all_specs: dict) -> optax.GradientTransformation:
+    """The optimiser of the parameters that have a spec."""
+    make = choice("optim.optimiser", c.optim.optimiser, OPTIMISERS)
     by_sign = jax.tree.map(lambda spec: spec.sign_rate is not None, all_specs)
     learned = jax.tree.map(lambda spec, sign: optax.MaskedNode() if sign else spec, all_specs, by_sign)
     learning = make(c.optim, learned, schedule(c.optim, c.pieces))

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from hybrid_attn import trees
-from hybrid_attn.checkpoint import Checkpoints
+from hybrid_attn.checkpoint import INIT_FROM, IS_BASE, Checkpoints
 from hybrid_attn.config import Config, to_dict
 from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import on_mesh
@@ -28,6 +28,7 @@ from hybrid_attn.train.resume import Range, is_skipped
 from hybrid_attn.train.rollback import TooManySpikes
 from hybrid_attn.train.step import TrainState, forget_norms, skip_step
 from hybrid_attn.train.stop import Stop
+from hybrid_attn.train.trainable import without_base
 
 AVERAGED = ("loss", "bits_per_byte")
 
@@ -142,8 +143,11 @@ class Loop:
 
     def save(self, wait: bool = False) -> None:
         """Writes a checkpoint; with `wait`, to its end."""
+        data, state = self.data_state(self.step), self.state
+        if data.get(INIT_FROM, {}).get(IS_BASE):
+            state = state._replace(params=without_base(self.config, state.params))
         with self.goodput.timed("checkpoint"):
-            self.checkpoints.save(self.step, self.state, self.data_state(self.step), to_dict(self.config), wait=wait)
+            self.checkpoints.save(self.step, state, data, to_dict(self.config), wait=wait)
         with self.stop.after_saving():
             self.goodput.record(self.step)
 

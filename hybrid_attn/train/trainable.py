@@ -1,19 +1,42 @@
-"""Which parameters a stage trains: those that its `trainable` names, or all of them if it names none."""
+"""Which parameters a stage trains: those that its `trainable` names. If it names none, those of the adapter, or else all."""
+
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hybrid_attn.config import StageConfig
-from hybrid_attn.train.names import matching
+from hybrid_attn.config import Config, StageConfig
+from hybrid_attn.model import transforms
+from hybrid_attn.names import matching
 
 
 def is_trained(config: StageConfig, params: dict) -> dict:
     """Whether the stage trains each parameter; `params` may have any leaves. ValueError for a name that none of them has."""
     names = flatten_dict(params, sep="/")
-    trained = matching(f"stages[{config.index}].trainable", config.trainable, names, "this model") or names
+    trained = _trained(f"stages[{config.index}].trainable", config.trainable, names)
     return unflatten_dict({name: name in trained for name in names}, sep="/")
+
+
+def has_state(config: Config | StageConfig, params: dict) -> dict:
+    """Whether the optimiser has arrays for each parameter: every one, or with an adapter those that some stage trains."""
+    names = flatten_dict(params, sep="/")
+    if config.model.adapter.type is None:
+        return unflatten_dict(dict.fromkeys(names, True), sep="/")
+    trained = set().union(*(_trained("trainable", patterns, names) for patterns in config.trainable_of_stages))
+    return unflatten_dict({name: name in trained for name in names}, sep="/")
+
+
+def without_base(config: Config, params: dict) -> dict:
+    """The parameters that some stage trains, without those of the base of an adapter."""
+    names, flags = (flatten_dict(x, sep="/") for x in (params, has_state(config, params)))
+    return unflatten_dict({name: x for name, x in names.items() if flags[name]}, sep="/")
+
+
+def _trained(field: str, patterns: Sequence[str], names: Iterable[str]) -> set[str]:
+    added = {name for name in names if transforms.is_added(name)}
+    return matching(field, patterns, names, "this model") or added or set(names)
 
 
 def only(params: dict, trains: dict) -> dict:
