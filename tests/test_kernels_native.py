@@ -13,7 +13,7 @@ from test_kernels import assert_same, outcome
 from hybrid_attn import kernels
 from hybrid_attn.kernels import AttentionOptions, Keys, Queries, native
 
-# Blocks of 64 queries and tiles of 320 keys, of which no length here is a multiple.
+# Blocks of 64 queries and tiles of 384 keys, of which no length here is a multiple.
 LAYOUTS = {
     "packed": "a" * 310 + "b" + "c" * 150 + "d" * 120 + "." * 20,
     "padding": "." * 30 + "a" * 70 + "." * 65 + "b" * 420 + "." * 16,
