@@ -44,9 +44,11 @@ from hybrid_attn.config_training import (
     Mesh,
     Optim,
     Piece,
+    Preference,
     Source,
     Stage,
     Train,
+    check_min_length,
     check_rollback,
     shortest_sequence,
 )
@@ -100,6 +102,8 @@ class StageConfig:
     batch: int
     microbatches: int
     objective: str
+    average_over: str
+    preference: Preference | None
     pieces: tuple[Piece, ...]
     model: Model
     mesh: Mesh
@@ -225,7 +229,7 @@ class Config(CheckpointConfig):
             alike = (stage.lr_schedule is None) == (self.stages[0].lr_schedule is None)
             check(alike, f"of stages[0] and stages[{index}] only one has lr_schedule; give every stage one, or none")
             for name in self.weights(index):
-                _check_min_length(index, name, self.at(index).data.sources[name], self.data.sources[name])
+                check_min_length(index, name, self.at(index).data.sources[name], self.data.sources[name])
                 _check_task(f"stages[{index}].seq_len", stage.seq_len, name, self.data.sources[name], 2)
         for multiple in self.evals.lengths:
             length = round(multiple * self.stages[-1].seq_len)
@@ -299,15 +303,6 @@ def _check_model_changes(field: str, keys: Sequence[str], model: Model) -> None:
     for key in keys:
         hint = suggestion(key, fields, otherwise="write a key such as 'model.kinds.L.rope_theta'")
         check(key in fields, f"{field} names {key!r}, which is no field of the model; {hint}")
-
-
-def _check_min_length(stage: int, name: str, of_stage: Source, of_run: Source) -> None:
-    field, least = f"data.sources.{name}.min_length", of_run.min_length
-    check(
-        of_stage.min_length >= least,
-        f"stages[{stage}].override.{field}={of_stage.min_length:,} is below {field}={least:,}, which leaves out shorter "
-        f"documents of all stages; lower {field}",
-    )
 
 
 def _check_adapter(c: Config) -> None:

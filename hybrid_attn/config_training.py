@@ -209,6 +209,21 @@ class Groups:
 
 
 @dataclasses.dataclass(frozen=True)
+class Preference:
+    """The settings of an objective of pairs (`train/objectives/preference.py`)."""
+
+    beta: float | None = within(0, 10**6, above=True)
+    margin: float | None = within(0, 10**6)
+    alpha: float | None = within(0, 10**6)
+    label_smoothing: float = within(0, 0.5, below=True)
+    nll: float = within(0, 10**6)
+    mean_log_probs: bool
+
+    def __post_init__(self):
+        check_fields(self, "preference")
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """A part of training with a sequence length, a batch and a mixture, which gives each source's share of the tokens.
 
@@ -225,6 +240,8 @@ class Stage:
     microbatches: int = within(1, 2**24, aliases=("gradient_accumulation_steps", "grad_accum", "accumulation"))
     mixture: Table[str, float] = within(0, 10**9)
     objective: str = named("loss")
+    average_over: str = one_of("tokens", "documents")
+    preference: Preference | None
     model_changes: tuple[str, ...]
     lr_schedule: LrSchedule | None
     override: Partial[Groups]
@@ -344,6 +361,16 @@ class InitFrom:
     def renamed(self) -> list[tuple[str, ...]]:
         """The name in the checkpoint and the name in this model of every entry of `rename`."""
         return [tuple(name.strip() for name in entry.split("->")) for entry in self.rename]
+
+
+def check_min_length(stage: int, name: str, of_stage: Source, of_run: Source) -> None:
+    """ValueError if a stage has documents that the run leaves out."""
+    field, least = f"data.sources.{name}.min_length", of_run.min_length
+    check(
+        of_stage.min_length >= least,
+        f"stages[{stage}].override.{field}={of_stage.min_length:,} is below {field}={least:,}, which leaves out shorter "
+        f"documents of all stages; lower {field}",
+    )
 
 
 def check_rollback(optim: Optim, train: Train) -> None:

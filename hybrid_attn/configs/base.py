@@ -136,7 +136,9 @@ def stage(**changes) -> ConfigDict:
     # Parts of the batch whose gradients are accumulated one after the other: less memory for activations, the same step.
     s.microbatches = 1
     s.mixture = ConfigDict()  # source -> weight, its share of the tokens; empty = the only source
-    s.objective = "next_token"  # a name in `OBJECTIVES` of hybrid_attn/train/objectives
+    s.objective = "next_token"  # next_token | sft | dpo | ipo | hinge | trl_ipo | trl_hinge, and those that you add
+    s.average_over = "tokens"  # the loss of sft: tokens | documents
+    s.preference = None  # preference(...), for dpo, ipo, hinge, trl_ipo and trl_hinge
     # Fields of the model, such as "model.kinds.L.rope_theta", that may differ from the checkpoint that the stage continues.
     # They change what the parameters compute: a resumed run refuses other values unless they are named here.
     s.model_changes = ()
@@ -150,6 +152,20 @@ def stage(**changes) -> ConfigDict:
     s.trainable = ()
     s.update(changes)
     return s
+
+
+def preference(**changes) -> ConfigDict:
+    """The settings of an objective of pairs of completions, with `changes`; its formulas: docs/preferences.md."""
+    p = ConfigDict()
+    # Of dpo, ipo (whose paper calls it tau), trl_ipo and trl_hinge: times the difference of log-ratios. None for hinge
+    p.beta = 0.1
+    p.margin = None  # of hinge: between the log-probabilities of the completions
+    p.alpha = None  # of hinge: the weight of what keeps the chosen completion as likely as under the reference
+    p.label_smoothing = 0.0  # of dpo: the share of pairs whose completions are taken to be swapped
+    p.nll = 0.0  # the weight of the negative log-probability of the chosen completion
+    p.mean_log_probs = False  # log-probabilities of completions are means over their tokens, not sums
+    p.update(changes)
+    return p
 
 
 def override(keys: dict) -> ConfigDict:

@@ -47,6 +47,8 @@ class SyntheticSequences:
     independent of the sequences of every seed, and the same for every config; a repeated query has no weight.
     """
 
+    paired = False  # no sequence is made of pairs of completions
+
     def __init__(self, task: Task, seq_len: int, seed: int | None):
         check_len(seq_len)
         self.task, self.seq_len = task, seq_len

@@ -101,6 +101,8 @@ def step_line(values: Mapping[str, float]) -> str:
     loss, bits = (values.get(f"{name}_mean", values[name]) for name in ("loss", "bits_per_byte"))
     parts = [*stage_of(values), f"loss {loss:.3f}", f"bpb {bits:.3f}", f"lr {values['lr']:.3g}"]
     parts += [f"grad {values['grad_norm']:.2f}"]
+    if "pair_accuracy" in values:
+        parts.append(f"pairs {values['log_ratio']:+.2f}, {values['pair_accuracy']:.0%} right")
     if math.isfinite(values["tokens_per_s"]):
         parts += [f"{values['tokens_per_s']:,.0f} tok/s", f"{100 * values['mfu']:.0f}% MFU"]
         parts.append(f"data {100 * values['data_wait'] / values['step_time']:.1f}%")

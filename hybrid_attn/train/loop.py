@@ -23,6 +23,7 @@ from hybrid_attn.train import console, curves, init_from, profile, sinks
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
+from hybrid_attn.train.objectives import check_pairs
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
 from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
 from hybrid_attn.train.schedule import schedule
@@ -191,6 +192,8 @@ def load_data(c: config.Config) -> TrainingData:
     loaded = corpora.load(c.data, c.sources, tokenizer)
     training = {name: corpus.training for name, corpus in loaded.items()}
     stages = pipeline.stage_sequences(c, training, tokenizer)
+    for stage, mixed in zip(c.each_stage, stages, strict=True):
+        check_pairs(stage, [name for name, sequences in mixed.sources.items() if not sequences.paired])
     return TrainingData(tokenizer, loaded, stages, pipeline.identities(c, training, tokenizer))
 
 

@@ -63,6 +63,15 @@ def with_extras(config: Config, state: TrainState) -> TrainState:
     return state._replace(extras=state.extras | start(state.params))
 
 
+def begin_stage(config: StageConfig, state: TrainState) -> TrainState:
+    """The state before the first step of a stage: with the extras that each stage begins anew."""
+    anew = {name: extra for name, extra in extras_of_stage(config).items() if extra.anew_in_each_stage}
+    if not anew:
+        return state
+    start = jax.jit(lambda params: {name: extra.start(params) for name, extra in anew.items()})
+    return state._replace(extras=state.extras | start(state.params))
+
+
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on `mesh`, which must be in force."""
 
@@ -138,7 +147,7 @@ def loss_and_gradient(config: StageConfig, execution: Execution, objective: Obje
     The gradient of a parameter that the stage does not train is None. Statistics of the layers, if they are measured, have the
     microbatch as axis 0.
     """
-    weight, microbatches = jnp.maximum(objective.weight(batch), 1.0), config.microbatches_of(len(batch["tokens"]))
+    weight, microbatches = jnp.maximum(objective.weight(config, batch), 1.0), config.microbatches_of(len(batch["tokens"]))
     params = trainable.only(state.params, trainable.is_trained(config, state.params))
     extras = {name: state.extras[name] for name in objective.extras}
 

@@ -26,7 +26,7 @@ from hybrid_attn.train.precompile import NextStep
 from hybrid_attn.train.profile import Profile
 from hybrid_attn.train.resume import Range, is_skipped
 from hybrid_attn.train.rollback import TooManySpikes
-from hybrid_attn.train.step import TrainState, forget_norms, skip_step
+from hybrid_attn.train.step import TrainState, begin_stage, forget_norms, skip_step
 from hybrid_attn.train.stop import Stop
 from hybrid_attn.train.trainable import without_base
 
@@ -117,7 +117,7 @@ class Loop:
         return True
 
     def enter_stage(self, stage: int, done: int) -> None:
-        """Shards the state over the mesh of a stage of which `done` steps are done.
+        """Shards the state over the mesh of a stage of which `done` steps are done, and begins the stage if there are none.
 
         Where the stage begins with other trained parameters, the norms of gradients until now are forgotten.
         """
@@ -125,6 +125,8 @@ class Loop:
             self.report()
             self.mesh = self.meshes[stage]
             self.state = on_mesh(self.state, self.mesh, donate=True)
+        if done == 0:
+            self.state = begin_stage(self.config.at(stage), self.state)
         trained = {x.trainable for x in self.config.stages[max(stage - 1, 0) : stage + 1]}
         if done == 0 and len(trained) == 2 and spikes.NAME in self.state.extras:
             self.state = forget_norms(self.state)

@@ -1,0 +1,147 @@
+"""Direct alignment: losses of pairs of completions by their log-probabilities under the model and a frozen reference.
+
+Delta is log pi(y_w)/ref(y_w) - log pi(y_l)/ref(y_l), for the chosen completion y_w and the rejected y_l of a prompt. A loss and
+its settings, `stages[i].preference`, are those of arXiv 2410.11677, section 2:
+
+    dpo        -log sigmoid(beta Delta); label_smoothing e: (1 - e) of it and e of -log sigmoid(-beta Delta)
+    ipo        (beta Delta - 1/2)^2, where the paper writes tau for beta
+    hinge      max(0, margin - log pi(y_w)/pi(y_l)) + alpha log(1 + exp(1 - log pi(y_w)/ref(y_w)))  (SLiC)
+    trl_ipo    (Delta - 1/(2 beta))^2, as the library TRL has it
+    trl_hinge  max(0, 1 - beta Delta), as TRL has it
+
+To each, `nll` times -log pi(y_w) is added. Log-probabilities are sums over the tokens of a completion, or means of them. The
+paper sums for dpo and ipo and takes means for hinge, and so does TRL, which takes means for its ipo.
+
+Both halves of a pair lie in one packed sequence: document 2j - 1 is the chosen and 2j the rejected one.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_attn.config import Preference, StageConfig
+from hybrid_attn.model import Execution, losses, losses_and_aux
+from hybrid_attn.train.objectives import next_token
+from hybrid_attn.train.objectives.documents import sums_of_documents
+from hybrid_attn.train.objectives.objective import Batch, Extra, Objective, settings
+from hybrid_attn.trees import check
+
+REFERENCE = "reference"
+
+
+class LogProbs(NamedTuple):
+    """Of each pair, the log-probabilities [...] of the chosen and of the rejected completion, of the model or the reference."""
+
+    chosen: jax.Array
+    rejected: jax.Array
+
+
+def log_ratios(model: LogProbs, reference: LogProbs) -> jax.Array:
+    """Delta of each pair."""
+    return (model.chosen - reference.chosen) - (model.rejected - reference.rejected)
+
+
+def dpo(x: Preference, model: LogProbs, reference: LogProbs) -> jax.Array:
+    margin = x.beta * log_ratios(model, reference)
+    return (1 - x.label_smoothing) * jax.nn.softplus(-margin) + x.label_smoothing * jax.nn.softplus(margin)
+
+
+def ipo(x: Preference, model: LogProbs, reference: LogProbs) -> jax.Array:
+    return jnp.square(x.beta * log_ratios(model, reference) - 0.5)
+
+
+def hinge(x: Preference, model: LogProbs, reference: LogProbs) -> jax.Array:
+    regulariser = jax.nn.softplus(1 - (model.chosen - reference.chosen))
+    return jax.nn.relu(x.margin - (model.chosen - model.rejected)) + x.alpha * regulariser
+
+
+def trl_ipo(x: Preference, model: LogProbs, reference: LogProbs) -> jax.Array:
+    return jnp.square(log_ratios(model, reference) - 1 / (2 * x.beta))
+
+
+def trl_hinge(x: Preference, model: LogProbs, reference: LogProbs) -> jax.Array:
+    return jax.nn.relu(1 - x.beta * log_ratios(model, reference))
+
+
+class Form(NamedTuple):
+    """A loss of each pair, and the settings of `Preference` that it reads."""
+
+    loss: Callable[[Preference, LogProbs, LogProbs], jax.Array]
+    reads: tuple[str, ...]
+
+
+FORMS = {
+    "dpo": Form(dpo, ("beta", "label_smoothing")),
+    "ipo": Form(ipo, ("beta",)),
+    "hinge": Form(hinge, ("margin", "alpha")),
+    "trl_ipo": Form(trl_ipo, ("beta",)),
+    "trl_hinge": Form(trl_hinge, ("beta",)),
+}
+UNSET = {"beta": None, "margin": None, "alpha": None, "label_smoothing": 0.0}
+
+
+def check_settings(config: StageConfig) -> None:
+    """ValueError unless the stage has the settings that its objective reads, and no others."""
+    settings("preference")(config)
+    name, x = config.objective, config.preference
+    field, reads = f"stages[{config.index}].preference", FORMS[name].reads
+    shown = ", ".join(f"{key}=..." for key in reads if UNSET[key] is None)
+    check(x is not None, f"the objective {name!r} needs {field}; use base.preference({shown})")
+    for key, unset in UNSET.items():
+        value = getattr(x, key)
+        if key in reads:
+            check(value is not None, f"{field}.{key} is None, and the objective {name!r} needs a number")
+        else:
+            check(value == unset, f"{field}.{key}={value}, and the objective {name!r} does not read it; use {unset}")
+
+
+def pairs(values_BT: jax.Array, batch: Batch) -> LogProbs:
+    """The sums of `values_BT` over the trained tokens of both halves of each pair [B, T // 2]; 0 where there is none."""
+    sums_BP = sums_of_documents(values_BT * batch["weights"], batch["segments"])
+    halves = sums_BP.shape[1] // 2 * 2
+    return LogProbs(sums_BP[:, 0:halves:2], sums_BP[:, 1:halves:2])
+
+
+def weight(config: StageConfig, batch: Batch) -> jax.Array:
+    """The number of pairs."""
+    return (pairs(jnp.ones_like(batch["weights"]), batch).rejected > 0).sum().astype(jnp.float32)
+
+
+def log_probs(config: StageConfig, nll_BT: jax.Array, batch: Batch) -> LogProbs:
+    """The log-probabilities of the completions of each pair, from those of their tokens."""
+    sums = pairs(-nll_BT, batch)
+    if not config.preference.mean_log_probs:
+        return sums
+    tokens = pairs(jnp.ones_like(nll_BT), batch)
+    return LogProbs(*(x / jnp.maximum(n, 1.0) for x, n in zip(sums, tokens, strict=True)))
+
+
+def loss(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execution: Execution) -> tuple[jax.Array, dict]:
+    """The sum over the pairs, and sums of what `metrics` shows."""
+    nll_BT, _, aux = losses_and_aux(config.model, params, batch, execution)
+    frozen = jax.lax.stop_gradient(losses(config.model, extras[REFERENCE], batch, execution._replace(statistics=False))[0])
+    model, reference = log_probs(config, nll_BT, batch), log_probs(config, frozen, batch)
+    x, is_pair = config.preference, pairs(jnp.ones_like(nll_BT), batch).rejected > 0
+    of_pairs = FORMS[config.objective].loss(x, model, reference) - x.nll * model.chosen
+    delta = log_ratios(model, reference)
+
+    def total(values):
+        return jnp.where(is_pair, values, 0.0).sum()
+
+    sums = {"chosen": total(model.chosen), "rejected": total(model.rejected), "log_ratio": total(delta)}
+    sums |= {"right": total(delta > 0), "pairs": total(1.0), "nll": (batch["weights"] * nll_BT).sum()}
+    return total(of_pairs), sums | aux
+
+
+def metrics(sums: dict, batch: Batch) -> dict:
+    """Means over the pairs: log-probabilities, Delta, and the share of pairs whose Delta is above 0; and bits per byte."""
+    number = jnp.maximum(sums["pairs"], 1.0)
+    names = {"chosen_log_prob": "chosen", "rejected_log_prob": "rejected", "log_ratio": "log_ratio", "pair_accuracy": "right"}
+    return {name: sums[key] / number for name, key in names.items()} | next_token.metrics(sums, batch)
+
+
+FROZEN = Extra(init=lambda params: params, update=lambda frozen, params, sums, step: frozen, anew_in_each_stage=True)
+OBJECTIVE = Objective(weight, loss, metrics, next_token.FIELDS, {REFERENCE: FROZEN}, check_settings, paired=True)
+PREFERENCE = dict.fromkeys(FORMS, OBJECTIVE)

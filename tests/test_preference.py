@@ -1,0 +1,212 @@
+"""Objectives of pairs: their closed forms, sums over packed pairs on every mesh, and runs that train on them."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import BLOCKED, assert_close, batch_of, mesh_of, on_mesh, random_params, tiny
+from prepared import run
+from trained import losses, stop_at
+
+from configs import base
+from hybrid_attn import checkpoint, config
+from hybrid_attn.data import chat
+from hybrid_attn.data.conversations import Chat
+from hybrid_attn.data.records import Fields
+from hybrid_attn.model import losses as token_losses
+from hybrid_attn.train import loop
+from hybrid_attn.train.objectives import objective_of, preference
+from hybrid_attn.train.objectives.preference import FORMS, LogProbs
+from hybrid_attn.train.step import init_state, make_step
+
+SETTINGS = {
+    "dpo": {"beta": 0.3, "label_smoothing": 0.1, "nll": 0.2},
+    "ipo": {"beta": 0.3},
+    "hinge": {"beta": None, "margin": 1.5, "alpha": 0.7, "mean_log_probs": True},
+    "trl_ipo": {"beta": 0.3, "mean_log_probs": True, "nll": 0.2},
+    "trl_hinge": {"beta": 0.3},
+}
+STAGE = {"steps": 4, "seq_len": 48, "batch": 8, "microbatches": 1, "mixture": {}}
+# Pairs of many lengths, in rows of one to three, and a row of padding.
+LAYOUTS = "aaaaabbbbbbb", "aaaaaaaaaabbbbbbbbbbbbcccccdddd", "", "aaaabbbccccddddeeeffff"
+ROWS = [x.ljust(48, ".") for x in LAYOUTS]
+BATCH = batch_of(*ROWS, *ROWS[::-1])
+BATCH |= {"bytes": BATCH["weights"]}
+BATCH["weights"] = BATCH["weights"] * (BATCH["positions"] > 0)  # the first token after BOS is of the prompt
+
+
+def config_of(objective="dpo", stages=({},), **changes):
+    """A config whose stages have the objective."""
+    of_stage = {"objective": objective, "preference": base.preference(**SETTINGS[objective])}
+    one_layer = {"model.pattern": "L", "model.num_layers": 1, "train.remat": "none"}
+    return tiny(one_layer | {"stages": [STAGE | of_stage | stage for stage in stages]} | changes)
+
+
+def at_equal(name, **changes):
+    """The loss of a pair and its gradient by the log-probability of the chosen completion, where model and reference agree."""
+    x = config.Preference(**dict.fromkeys(("beta", "margin", "alpha")) | {"label_smoothing": 0.0, "nll": 0.0} | changes)
+    reference = LogProbs(jnp.float32(-7.0), jnp.float32(-7.0))
+    return jax.value_and_grad(lambda chosen: FORMS[name].loss(x, reference._replace(chosen=chosen), reference))(-7.0)
+
+
+def test_losses_of_a_model_that_is_the_reference_are_their_closed_forms():
+    value, slope = at_equal("dpo", beta=0.3, mean_log_probs=False)
+    assert value == pytest.approx(math.log(2)) and slope == pytest.approx(-0.3 / 2)
+    value, slope = at_equal("dpo", beta=0.3, label_smoothing=0.1, mean_log_probs=False)
+    assert value == pytest.approx(math.log(2)) and slope == pytest.approx(-0.3 * 0.8 / 2)
+    value, slope = at_equal("ipo", beta=0.3, mean_log_probs=False)
+    assert value == pytest.approx(1 / 4) and slope == pytest.approx(-0.3)
+    value, slope = at_equal("hinge", margin=1.0, alpha=0.5, mean_log_probs=True)
+    assert value == pytest.approx(1 + 0.5 * math.log(1 + math.e)) and slope == pytest.approx(-1 - 0.5 * math.e / (1 + math.e))
+    value, slope = at_equal("trl_ipo", beta=0.3, mean_log_probs=True)
+    assert value == pytest.approx(1 / 0.36) and slope == pytest.approx(-1 / 0.3)
+    value, slope = at_equal("trl_hinge", beta=0.3, mean_log_probs=False)
+    assert value == pytest.approx(1) and slope == pytest.approx(-0.3)
+
+
+def by_hand(name, x, model, reference):
+    """The loss of a pair, of (chosen, rejected) log-probabilities, by its formula in Python's numbers."""
+    delta = (model[0] - reference[0]) - (model[1] - reference[1])
+    sigmoid = 1 / (1 + math.exp(-(x.beta or 0) * delta))
+    loss = {
+        "dpo": lambda: -(1 - x.label_smoothing) * math.log(sigmoid) - x.label_smoothing * math.log(1 - sigmoid),
+        "ipo": lambda: (x.beta * delta - 0.5) ** 2,
+        "hinge": lambda: (
+            max(0, x.margin - (model[0] - model[1])) + x.alpha * math.log(1 + math.exp(1 - (model[0] - reference[0])))
+        ),
+        "trl_ipo": lambda: (delta - 1 / (2 * x.beta)) ** 2,
+        "trl_hinge": lambda: max(0, 1 - x.beta * delta),
+    }[name]()
+    return loss - x.nll * model[0], delta
+
+
+def completions(nll_BT, mean):
+    """(chosen, rejected) log-probabilities of each pair of `BATCH`, by a loop over documents."""
+    found = []
+    for b, segments in enumerate(BATCH["segments"]):
+        of_row = []
+        for segment in range(1, segments.max() + 1):
+            chosen = (segments == segment) & (BATCH["weights"][b] > 0)
+            of_row.append(-float(nll_BT[b][chosen].mean() if mean else nll_BT[b][chosen].sum()))
+        found += zip(of_row[::2], of_row[1::2], strict=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def nll():
+    """Those of the tokens of `BATCH` under the model and under a reference, on one device."""
+    model = config_of().model
+    with jax.set_mesh(mesh_of()):
+        score = jax.jit(token_losses, static_argnums=(0, 3))
+        return [np.asarray(score(model, random_params(model, seed), on_mesh(BATCH), BLOCKED)[0], np.float64) for seed in (0, 1)]
+
+
+def measured(c, sizes):
+    """Loss, metrics and the norm of the gradient of a first step, with the parameters of seed 0 and the reference of seed 1."""
+    with jax.set_mesh(mesh_of(**sizes)):
+        state = jax.jit(init_state, static_argnums=0)(c, random_params(c.model, 0))
+        state = state._replace(extras=state.extras | {"reference": random_params(c.model, 1)})
+        return jax.device_get(make_step(c.at(0), BLOCKED)(state, on_mesh(BATCH))[1])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_batch_has_the_mean_over_its_pairs_of_the_formula(name, nll):
+    c = config_of(name)
+    x, model, reference = c.at(0).preference, *(completions(x, SETTINGS[name].get("mean_log_probs", False)) for x in nll)
+    values = [by_hand(name, x, *of_pair) for of_pair in zip(model, reference, strict=True)]
+    assert len(values) == 2 * (1 + 2 + 3)
+    metrics = measured(c, {})
+    assert metrics["loss"] == pytest.approx(np.mean([loss for loss, _ in values]), rel=1e-4)
+    assert metrics["log_ratio"] == pytest.approx(np.mean([delta for _, delta in values]), rel=1e-3, abs=1e-4)
+    assert metrics["pair_accuracy"] == pytest.approx(np.mean([delta > 0 for _, delta in values]))
+    assert metrics["chosen_log_prob"] == pytest.approx(np.mean([chosen for chosen, _ in model]), rel=1e-4)
+    assert metrics["rejected_log_prob"] == pytest.approx(np.mean([rejected for _, rejected in model]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sizes, microbatches",
+    [({"data": 2, "context": 2, "tensor": 2}, 1), pytest.param({"fsdp": 2, "context": 4}, 2, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_a_mesh_and_microbatches_compute_what_one_device_does(sizes, microbatches):
+    alone, parts = config_of(), config_of(stages=[{"microbatches": microbatches}])
+    assert_close(measured(parts, sizes), measured(alone, {}), 1e-4)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store of pairs, of which the chosen completion has a and the rejected one z."""
+    folder = tmp_path_factory.mktemp("pairs")
+    halves = [{"chosen": "a" * (1 + i % 3), "rejected": "z" * (1 + i % 2)} for i in range(64)]
+    records = [{"from": "us", "prompt": f"say {i}:"} | x for i, x in enumerate(halves)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    form = Chat("preference", chat.load_template(None, "bytes"), ("assistant",))
+    run(folder, "store", "pairs.jsonl", form="jsonl", chat=form, fields=Fields("text", "from"), shard_bytes=None)
+    return str(folder / "store")
+
+
+def of_store(store, objective="dpo", stages=({},), **changes):
+    others = {"data.sources": {"pairs": base.source(store=store)}, "evals.names": (), "optim.lr": 3e-3, "optim.warmup_steps": 0}
+    return config_of(objective, stages, **others | {"train.log_every": 1, "train.checkpoint_every": 2} | changes)
+
+
+@pytest.mark.usefixtures("known_peak_and_no_pictures")
+def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_reference(
+    store, tmp_path, capsys, monkeypatch
+):
+    first = {"objective": "sft", "preference": None, "steps": 2}
+    c = of_store(store, stages=[first, {"steps": 6}])
+    assert loop.train(c, tmp_path / "straight")
+    lines = [json.loads(line) for line in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()]
+    of_pairs = [line for line in lines if line["stage"] == 2]
+    # The model is the reference in the first step of the stage, and not the model before the stage.
+    assert of_pairs[0]["log_ratio"] == 0 and lines[1]["loss"] != lines[0]["loss"]
+    assert (
+        of_pairs[-1]["log_ratio"] > 0.1 and of_pairs[-1]["pair_accuracy"] > 0.9 and of_pairs[-1]["loss"] < of_pairs[0]["loss"]
+    )
+    assert "right" in capsys.readouterr().out
+    stop_at(monkeypatch, 4)
+    assert not loop.train(c, tmp_path / "resumed")
+    monkeypatch.undo()
+    assert loop.train(c, tmp_path / "resumed")
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
+    assert "reference" in checkpoint.extras(tmp_path / "straight/checkpoints", 8)
+
+
+@pytest.mark.parametrize(
+    "objective, settings, message",
+    [
+        ("dpo", None, r"the objective 'dpo' needs stages\[0\]\.preference; use base\.preference\(beta=\.\.\.\)"),
+        ("hinge", {}, r"stages\[0\]\.preference\.beta=0\.1, and the objective 'hinge' does not read it; use None"),
+        ("hinge", {"beta": None, "alpha": 1.0}, r"preference\.margin is None, and the objective 'hinge' needs a number"),
+        (
+            "ipo",
+            {"label_smoothing": 0.1},
+            r"preference\.label_smoothing=0\.1, and the objective 'ipo' does not read it; use 0\.0",
+        ),
+        ("next_token", {}, r"stages\[0\]\.preference is set, and the objective 'next_token' does not read it; use None"),
+    ],
+)
+def test_settings_that_an_objective_lacks_or_does_not_read_are_refused(objective, settings, message):
+    made = None if settings is None else base.preference(**settings)
+    with pytest.raises(ValueError, match=message):
+        objective_of(tiny({"stages": [STAGE | {"objective": objective, "preference": made}]}).at(0))
+
+
+def test_documents_that_are_no_pairs_are_refused(corpus):
+    c = config_of(**{"data.sources": {"text": base.source(paths=(corpus,))}})
+    with pytest.raises(
+        ValueError, match=r"stages\[0\]\.objective='dpo' needs pairs, and these data\.sources hold none: text; make"
+    ):
+        loop.load_data(c)
+
+
+def test_a_batch_without_pairs_has_no_loss_and_no_gradient(one_device):
+    c = config_of()
+    nothing = {name: np.zeros_like(x) for name, x in BATCH.items()}
+    state = jax.jit(init_state, static_argnums=0)(c, random_params(c.model))
+    _, metrics = make_step(c.at(0), BLOCKED)(state, on_mesh(nothing))
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and preference.weight(c.at(0), on_mesh(nothing)) == 0
