@@ -48,6 +48,9 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             routed = {"layer": layer, "kind": kind, "length": length, "tokens": 99, "entropy_bits": 1.5}
             routed |= {"experts": ("feed-forward", "attention")[layer], "load": max(shares[kind]) * len(shares[kind])}
             records.append({"eval": "routing", "source": "a b/c", "shares": shares[kind]} | routed)
+        pairs = {"eval": "preferences", "source": "a b/c", "length": length, "pairs": 7, "tokens": 99, "accuracy": share}
+        pairs |= {"chosen": -9.0, "rejected": -9.5, "margin": 0.5, "mass": 0.9}
+        records.append(pairs | {"entropy_bits": 2.0, "renormalised_entropy_bits": 2.1})
     for layer, kind in enumerate("LG"):
         for head in range(3):
             weights = {"edges": [10, 20, 40], "weights": [0.01, 0.002 * layer]}

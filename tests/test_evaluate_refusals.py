@@ -108,7 +108,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(evaluat
         (["--suite=position", "--text=x"], "--text is of --suite=needle or ruler, and this is --suite=position"),
         (
             ["--suite=recall", "--heldout=a=x.txt"],
-            "--heldout is of --suite=position or attention_mass or key_tokens or routing, and this is",
+            "--heldout is of --suite=position or attention_mass or key_tokens or routing or preferences, and this is",
         ),
         (["--heldout=a=blank.txt", *TRUSTED], "--heldout replaces them; leave one out"),
         (["--suite=full", "--task_path=x"], "--task_path=x is where --tasks lie, and there are none; name some"),
@@ -129,6 +129,7 @@ def test_what_is_wrong_with_one_model_is_said_before_another_is_measured(evaluat
         (["--heldout=../a=x.txt"], "has not the form NAME=FILES"),
         (["--mesh=context=0"], "context=0"),
         (["--suite=routing"], "12, 48, 96; routing of experts: no layer of the model has any"),
+        (["--suite=preferences"], "12, 48, 96; preferences of pairs: the model's sources hold none out"),
         (["--mesh=context=1000000"], "devices"),
         (["--mesh=context"], "context='' must be of type int"),
         (["--seed=100000000000000000000"], "seed"),
@@ -144,7 +145,7 @@ def test_what_cannot_be_evaluated_is_a_line(evaluate, models, tmp_path, capsys, 
     Path("empty.txt").touch()
     Path("deep.json").write_text("[" * 100_000)
     Path("records.jsonl").write_text('{"text": "a"}')
-    without_text = [f"--suite={name}" for name in ("position", "recall", "routing", "harness")]
+    without_text = [f"--suite={name}" for name in ("position", "recall", "routing", "preferences", "harness")]
     no_text = any(x.startswith("--text") or x in without_text for x in arguments)
     text = [] if no_text else [f"--text={models}/*.txt"]
     trust = () if any(x.startswith("--heldout") for x in arguments) else TRUSTED

@@ -383,4 +383,4 @@ def test_held_out_documents_have_no_mask(tmp_path):
 
 def test_the_held_out_files_of_a_flag_have_no_mask(prepared):
     folder = str(prepared[0] / "out")
-    assert heldout.of_files({"chats": folder}, BYTES)["chats"].loss_mask is None
+    assert heldout.of_files({"chats": folder}, BYTES).documents["chats"].loss_mask is None

@@ -154,9 +154,7 @@ def of_store(store, objective="dpo", stages=({},), **changes):
 
 
 @pytest.mark.usefixtures("known_peak_and_no_pictures")
-def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_reference(
-    store, tmp_path, capsys, monkeypatch
-):
+def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_reference(store, tmp_path, capsys, monkeypatch):
     first = {"objective": "sft", "preference": None, "steps": 2}
     c = of_store(store, stages=[first, {"steps": 6}])
     assert loop.train(c, tmp_path / "straight")

@@ -218,18 +218,19 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> tuple[EvalCon
     c, tokenizer = loading.described(directory, source.step)
     eval_model = EvalModel(c.model, {}, execution_on(mesh.devices.flat[0].platform, c.model, c.train), mesh, tokenizer)
     limits.check_model(eval_model, settings, BATCH_SIZE.value or DEFAULT_BATCH_SIZE)
-    documents = {}
+    held_out = heldout.HeldOut({}, {})
     if any(EVALS[name].reads_heldout for name in settings.evals):
         named = heldout.named(HELDOUT.value)
-        documents = heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
+        held_out = heldout.of_files(named, tokenizer) if named else heldout.of_sources(c, tokenizer)
     stops = tuple(loading.stop_tokens(source.directory, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
-    context = EvalContext(eval_model, None, documents, trained=source.trained, tasks=with_own(own), stops=stops, **data)
+    of_source = {"trained": source.trained, "tasks": with_own(own), "stops": stops, "pairs": held_out.pairs}
+    context = EvalContext(eval_model, None, held_out.documents, **of_source, **data)
     settings = suite.fitting(settings, context, Path(OUT.value) / "samples", lengths_are_fixed=False)
     suite.checked_units(settings, context)
     known = provenance(source.directory, source.step, c, checkpoints.read_config(directory, source.step), context)
     known |= {"data": data_flags(), "weights": checkpoints.fingerprint(directory, source.step)}
-    known["heldout"] = {name: x.fingerprint() for name, x in documents.items()}
+    known["heldout"] = held_out.fingerprints()
     if data["essays"]:
         known["essays"] = hashlib.sha256(data["essays"].encode()).hexdigest()
     known["model"] |= {"seq_len": source.trained, "seq_len_from": source.trained_from}

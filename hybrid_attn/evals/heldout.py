@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from hybrid_attn import config
 from hybrid_attn.data import corpora, documents, store
@@ -24,9 +25,26 @@ def check_trusted(checkpoint: str, c: config.CheckpointConfig) -> None:
     )
 
 
-def of_sources(c: config.CheckpointConfig, tokenizer) -> dict[str, Documents | Task]:
-    """The held-out documents of the sources that took part in training."""
-    return {name: corpus.heldout for name, corpus in corpora.load(c.data, c.sources, tokenizer).items()}
+class HeldOut(NamedTuple):
+    """The held-out documents or the task of each source; of those that hold pairs of completions, these with loss masks too."""
+
+    documents: dict[str, Documents | Task]
+    pairs: dict[str, Documents]
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data of each source."""
+        return {name: x.fingerprint() for name, x in (self.documents | self.pairs).items()}
+
+
+def of_corpora(loaded: Mapping[str, corpora.Corpus]) -> HeldOut:
+    """Those of sources that are loaded."""
+    pairs = {name: corpus.heldout_pairs for name, corpus in loaded.items() if corpus.heldout_pairs is not None}
+    return HeldOut({name: corpus.heldout for name, corpus in loaded.items()}, pairs)
+
+
+def of_sources(c: config.CheckpointConfig, tokenizer) -> HeldOut:
+    """Those of the sources that took part in training."""
+    return of_corpora(corpora.load(c.data, c.sources, tokenizer))
 
 
 def named(flags: Sequence[str]) -> dict[str, str]:
@@ -41,13 +59,15 @@ def named(flags: Sequence[str]) -> dict[str, str]:
     return files_by_name
 
 
-def of_files(files: Mapping[str, str], tokenizer) -> dict[str, Documents]:
+def of_files(files: Mapping[str, str], tokenizer) -> HeldOut:
     """All documents of each: of a token store (a directory or URL), or of the files of text that a pattern matches."""
-    loaded = {}
+    loaded, pairs = {}, {}
     for name, where in files.items():
         try:
             is_store = "://" in where or os.path.exists(os.path.join(os.path.expanduser(where), store.MANIFEST))
-            loaded[name] = store.load(where, tokenizer).without_loss_mask() if is_store else documents.load((where,), tokenizer)
+            available = store.load(where, tokenizer) if is_store else documents.load((where,), tokenizer)
         except ValueError as cause:
             raise ValueError(f"--heldout={name}={where}: {cause}") from cause
-    return loaded
+        loaded[name] = available.without_loss_mask()
+        pairs |= {name: available} if available.paired else {}
+    return HeldOut(loaded, pairs)

@@ -80,7 +80,7 @@ class EvalContext(NamedTuple):
     `heldout` has the documents or the task of each source, `haystack` the text to hide needles in, `tasks` the synthetic tasks
     of recall, `lists` the words of RULER's own prompts and `essays` their text. Sequences of training had `trained` tokens, and
     the tokens of `stops` end an answer as EOS does. `training` has the training documents of each source, where a training
-    is evaluated.
+    is evaluated. `pairs` has the held-out pairs of completions, with their loss masks, of each source that holds pairs.
     """
 
     eval_model: EvalModel
@@ -94,6 +94,7 @@ class EvalContext(NamedTuple):
     tasks: Mapping[str, Task] = RECALL
     stops: tuple[int, ...] = ()
     training: Mapping[str, Documents] = {}
+    pairs: Mapping[str, Documents] = {}
 
     @property
     def stop_tokens(self) -> list[int]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from hybrid_attn.config import Model, output_scale
 from hybrid_attn.kernels.softmax import soft_cap
@@ -43,6 +44,44 @@ def token_losses(
     specs, axes = (ACT_BTD, table, TOKENS_BT), width_axes(table[1])
     return jax.shard_map(shard, in_specs=specs, out_specs=(TOKENS_BT, TOKENS_BT), check_vma=False)(
         jax.reshard(x_BTD, ACT_BTD), table_VD, jax.reshard(targets_BT, TOKENS_BT)
+    )
+
+
+def most_likely(
+    model: Model, table_VD: jax.Array, x_BTD: jax.Array, k: int, chunk: int, dot: Dot = jax.lax.dot_general
+) -> jax.Array:
+    """The log-probabilities [B, T, k] of the k most likely tokens after each, the largest first, in float32.
+
+    The arguments are those of `token_losses`; where the vocabulary is split, k entries of each shard are compared.
+    """
+
+    def shard(x_BTD, table_VD):
+        B, T, D = x_BTD.shape
+        chunk_size = min(chunk, B * T), min(table_VD.shape[0], ENTRIES)
+        settings = LogitSettings(dot, output_scale(model), model.logit_softcap, axes, *chunk_size)
+        (x_IcD,) = _chunks(settings, x_BTD.reshape(-1, D))
+
+        def add_entries(i, sums):
+            table_vD, _, _, is_new_v = _entries(settings, table_VD, i, x_BTD.dtype)
+
+            def add_tokens(_, xs):
+                x_cD, best_ck, lse_c = xs
+                logits_cv = jnp.where(is_new_v, _logits(settings, x_cD, table_vD)[0], -jnp.inf)
+                lse_c = jnp.logaddexp(lse_c, jax.nn.logsumexp(logits_cv, -1))
+                return None, (jax.lax.top_k(jnp.concatenate([best_ck, logits_cv], 1), k)[0], lse_c)
+
+            return jax.lax.scan(add_tokens, None, (x_IcD, *sums))[1]
+
+        start = jnp.full((*x_IcD.shape[:2], k), -jnp.inf), jnp.full(x_IcD.shape[:2], -jnp.inf)
+        best_Ick, lse_Ic = jax.lax.fori_loop(0, -(-table_VD.shape[0] // settings.entries), add_entries, start)
+        best_Ick = jax.lax.top_k(jax.lax.all_gather(best_Ick, "tensor", axis=2, tiled=True), k)[0]
+        lse_Ic = jax.nn.logsumexp(jax.lax.all_gather(lse_Ic, "tensor"), 0)
+        return (best_Ick - lse_Ic[..., None]).reshape(-1, k)[: B * T].reshape(B, T, k)
+
+    table = spec_of(table_VD)
+    axes = width_axes(table[1])
+    return jax.shard_map(shard, in_specs=(ACT_BTD, table), out_specs=P(*TOKENS_BT, None), check_vma=False)(
+        jax.reshard(x_BTD, ACT_BTD), table_VD
     )
 
 

@@ -22,7 +22,7 @@ from hybrid_attn.model import statistics, transforms
 from hybrid_attn.model.attention import Attend, Attention, attention_options
 from hybrid_attn.model.attention_experts import AttentionExperts
 from hybrid_attn.model.execution import Chunks, Execution
-from hybrid_attn.model.loss import token_losses
+from hybrid_attn.model.loss import most_likely, token_losses
 from hybrid_attn.model.mlp import GatedMLP
 from hybrid_attn.model.moe import MoE
 from hybrid_attn.model.parametrisation import parametrised
@@ -320,12 +320,29 @@ def losses(model: Model, params: dict, batch: dict, execution: Execution) -> tup
 
 def losses_and_aux(model: Model, params: dict, batch: dict, execution: Execution) -> tuple[jax.Array, jax.Array, Aux]:
     """`losses`, and the scalars of the layers (`FeedForward`), summed over them."""
-    names = ("tokens", "positions", "segments", "targets")
-    *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), execution.zigzag)
-    x_BTD, aux = apply_in_zigzag(model, params, *inputs, execution)
+    x_BTD, targets_BT, aux = _read_in_zigzag(model, params, batch, execution)
     table_VD = unembedding(model, params)
     nll_BT, lse_BT = token_losses(model, table_VD, x_BTD, targets_BT, execution.loss_chunk, execution.dot)
     return *context.from_zigzag((nll_BT, lse_BT), execution.zigzag), aux
+
+
+def losses_and_most_likely(
+    model: Model, params: dict, batch: dict, execution: Execution, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log-probability of each target [B, T], and log-probabilities of the k most likely tokens there [B, T, k]."""
+    x_BTD, targets_BT, _ = _read_in_zigzag(model, params, batch, execution)
+    table_VD = unembedding(model, params)
+    nll_BT, _ = token_losses(model, table_VD, x_BTD, targets_BT, execution.loss_chunk, execution.dot)
+    best_BTk = most_likely(model, table_VD, x_BTD, k, execution.loss_chunk, execution.dot)
+    return context.from_zigzag((nll_BT, best_BTk), execution.zigzag)
+
+
+def _read_in_zigzag(model: Model, params: dict, batch: dict, execution: Execution) -> tuple[jax.Array, jax.Array, Aux]:
+    """Final activations [B, T, D] of a batch and its targets [B, T], in zigzag order, and what the layers measure."""
+    names = ("tokens", "positions", "segments", "targets")
+    *inputs, targets_BT = context.to_zigzag(tuple(jax.reshard(batch[name], TOKENS_BT) for name in names), execution.zigzag)
+    x_BTD, aux = apply_in_zigzag(model, params, *inputs, execution)
+    return x_BTD, targets_BT, aux
 
 
 def bind(model: Model, letter: str, leaves: dict, execution: Execution) -> Block:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from hybrid_attn import config, files
 from hybrid_attn.data import corpora
 from hybrid_attn.data.corpora import Corpus
-from hybrid_attn.evals import EvalModel, haystack, report, suite
+from hybrid_attn.evals import EvalModel, haystack, heldout, report, suite
 from hybrid_attn.evals.evaluation import Baselines, part_of
 from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.table import EVALS
@@ -54,22 +54,23 @@ class Evaluations:
         uses_engine = any(EVALS[name].uses_engine for name in c.evals.names)
         of_last = {name: loaded[name] for name in sorted(c.at(-1).mixture)}
         texts = {name: x for name, x in of_last.items() if c.data.sources[name].task is None}
-        heldout, haystack_text = {name: x.heldout for name, x in of_last.items()}, ""
+        held_out, haystack_text = heldout.of_corpora(of_last), ""
         if uses_engine:
             documents = [x.heldout for x in texts.values()]
             haystack_text = haystack.of_documents(documents, tokenizer) if documents else haystack.of_files(())
-        tasks = {name: x for name, x in heldout.items() if name not in texts}
+        tasks = {name: x for name, x in held_out.documents.items() if name not in texts}
         self.context = EvalContext(
             EvalModel(c.at(-1).model, {}, executions[-1], meshes[-1], tokenizer),
-            *(None, heldout, haystack_text, {}, c.at(-1).seq_len),
+            *(None, held_out.documents, haystack_text, {}, c.at(-1).seq_len),
             tasks=tasks,
+            pairs=held_out.pairs,
             training={name: x.training for name, x in texts.items()},
         )
         self.uses_engine, self.programs = uses_engine, [{} for _ in c.stages]
         trust = bool(corpora.locations(c.data, c.sources))
         self.about_data = {
             "data": {"trust_checkpoint_data": trust, "text": None},  # no flag names the text that hides needles
-            "heldout": {name: x.fingerprint() for name, x in heldout.items()},
+            "heldout": held_out.fingerprints(),
         }
 
     def context_of(self, step: int) -> EvalContext:

@@ -25,12 +25,12 @@ def write(out: Path, runs: Sequence[Run]) -> str:
     parts = sections.sections(runs)
     shown = [table for part in parts for table in part.tables]
     title = "Long-context report" if len(runs) > 1 else f"Long-context report: {names[0]}"
-    files = {f"{table.name}.csv": comma_separated([table.names(), *table.rows]) for table in shown}
+    files = {f"{escape.file_name(table.name)}.csv": comma_separated([table.names(), *table.rows]) for table in shown}
     for evaluation in measured(runs):
         for run in runs:
             files |= evaluation.report().files(run)
     _replace(out / "tables", files)
-    _replace(out / "pictures", {f"{x.name}.png": pictures.png(x) for part in parts for x in part.pictures})
+    _replace(out / "pictures", {f"{escape.file_name(x.name)}.png": pictures.png(x) for part in parts for x in part.pictures})
     content = render.content(title, runs, parts)
     results = {
         "runs": {run.name: {"provenance": run.provenance, "records": run.records} for run in runs},

@@ -12,7 +12,7 @@ its settings, `stages[i].preference`, are those of arXiv 2410.11677, section 2:
 To each, `nll` times -log pi(y_w) is added. Log-probabilities are sums over the tokens of a completion, or means of them. The
 paper sums for dpo and ipo and takes means for hinge, and so does TRL, which takes means for its ipo.
 
-Both halves of a pair lie in one packed sequence: document 2j - 1 is the chosen and 2j the rejected one.
+Both halves of a pair lie in one packed sequence (`model/documents.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from hybrid_attn.config import Preference, StageConfig
 from hybrid_attn.model import Execution, losses, losses_and_aux
+from hybrid_attn.model.documents import halves_of_pairs
 from hybrid_attn.train.objectives import next_token
-from hybrid_attn.train.objectives.documents import sums_of_documents
 from hybrid_attn.train.objectives.objective import Batch, Extra, Objective, settings
 from hybrid_attn.trees import check
 
@@ -99,9 +99,7 @@ def check_settings(config: StageConfig) -> None:
 
 def pairs(values_BT: jax.Array, batch: Batch) -> LogProbs:
     """The sums of `values_BT` over the trained tokens of both halves of each pair [B, T // 2]; 0 where there is none."""
-    sums_BP = sums_of_documents(values_BT * batch["weights"], batch["segments"])
-    halves = sums_BP.shape[1] // 2 * 2
-    return LogProbs(sums_BP[:, 0:halves:2], sums_BP[:, 1:halves:2])
+    return LogProbs(*halves_of_pairs(values_BT * batch["weights"], batch["segments"]))
 
 
 def weight(config: StageConfig, batch: Batch) -> jax.Array:

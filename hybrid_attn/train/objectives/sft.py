@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from hybrid_attn.config import StageConfig
 from hybrid_attn.model import Execution
+from hybrid_attn.model.documents import of_each_token, sums_of_documents
 from hybrid_attn.train.objectives import next_token
-from hybrid_attn.train.objectives.documents import of_each_token, sums_of_documents
 from hybrid_attn.train.objectives.objective import Batch, Objective, settings
 
 

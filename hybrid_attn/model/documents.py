@@ -27,3 +27,13 @@ def of_each_token(values_BP: jax.Array, segments_BT: jax.Array) -> jax.Array:
 
     take = jax.shard_map(shard, in_specs=(P(BATCH, None), TOKENS_BT), out_specs=TOKENS_BT)
     return take(values_BP, jax.reshard(segments_BT, TOKENS_BT))
+
+
+def halves_of_pairs(values_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sums over the chosen and over the rejected completion of each pair [B, T // 2]; 0 where there is none.
+
+    Of pair j of a sequence, counted from 1, the chosen completion is document 2j - 1 and the rejected one 2j.
+    """
+    sums_BP = sums_of_documents(values_BT, segments_BT)
+    halves = sums_BP.shape[1] // 2 * 2
+    return sums_BP[:, 0:halves:2], sums_BP[:, 1:halves:2]
