@@ -208,7 +208,7 @@ def read_params(directory: Directory, abstract_params: Any, step: int | None = N
     """The parameters alone, like `abstract_params`; leaves without a sharding go to the first device."""
     path = _path(directory, step)
     own, others = _divided(path, abstract_params)
-    params = stored.read_arrays(path, {PARAMS: own}, partial=True)[PARAMS]
+    params = stored.read_arrays(path, {PARAMS: own}, partial=True)[PARAMS] if own else {}
     return _joined(params, _of_base(path, others)) if others else params
 
 
@@ -253,7 +253,7 @@ def _base(path) -> Base | None:
         return None
     base, expected = Base(record["path"], record["step"]), record["fingerprint"]
     problem = f"{path} is an adapter of the checkpoint of step {base.step} in {base.directory}"
-    check(base.step in steps(base.directory), f"{problem}, which is not there; put it back")
+    check(base.step in steps(base.directory), f"{problem}, which is not there; put it back, or a link to it")
     actual = fingerprint(*base)
     changed = f"which had the fingerprint {expected[:12]} and has {actual[:12]} now: it is another model; put the base back"
     check(actual == expected, f"{problem}, {changed}")
@@ -262,11 +262,13 @@ def _base(path) -> Base | None:
 
 def _of_base(path, abstract_params: dict) -> dict:
     """Parameters of the base of the checkpoint at a path; ValueError if it cannot be read."""
-    base = _base(path)
     try:
+        base = _base(path)
         return read_params(base.directory, abstract_params, base.step)
     except UnreadableError as cause:
-        raise ValueError(f"{path} needs its base {base.directory}/{base.step}, which cannot be read: {cause}") from cause
+        record = _base_record(path)
+        name = f"{record['path']}/{record['step']}"
+        raise ValueError(f"{path} needs its base {name}, which cannot be read: {cause}") from cause
 
 
 def _divided(path, abstract_params: dict) -> tuple[dict, dict]:

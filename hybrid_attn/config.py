@@ -307,7 +307,8 @@ def _check_model_changes(field: str, keys: Sequence[str], model: Model) -> None:
 
 def _check_adapter(c: Config) -> None:
     """ValueError for keys that do not go with an adapter."""
-    type, half_life, chunk = f"model.adapter.type={c.model.adapter.type!r}", c.optim.ema_half_life, c.train.mlp_chunk
+    type, half_life = f"model.adapter.type={c.model.adapter.type!r}", c.optim.ema_half_life
+    chunk = next((stage.train.mlp_chunk for stage in c.each_stage if stage.train.mlp_chunk is not None), None)
     if c.model.adapter.type is not None:
         averages = f"optim.ema_half_life={half_life} averages all parameters, and with {type} most are fixed; leave it at None"
         check(half_life is None, averages)

@@ -217,7 +217,7 @@ class Preference:
     alpha: float | None = within(0, 10**6)
     label_smoothing: float = within(0, 0.5, below=True)
     nll: float = within(0, 10**6)
-    mean_log_probs: bool
+    mean_log_probs: bool | None
 
     def __post_init__(self):
         check_fields(self, "preference")

@@ -89,6 +89,8 @@ def test_lora_is_written_as_peft_stores_it_and_read_back(tmp_path, one_device):
         ({"use_dora": True}, "adapter_config.json has use_dora=True; only use_dora=False is supported"),
         ({"r": 4}, r"lora_A.weight has the shape \(3, 32\), and \(4, 32\) fits r=4 and this model"),
         ({"r": None}, "has r=None and lora_alpha=6.0, which must be numbers"),
+        ({"r": 0}, "has r=0 and lora_alpha=6.0, which must be numbers, and r positive"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights='pissa'; only init_lora_weights=True is supported"),
         ("another length", "has an adapter of some layers of periods/L0/attention/q alone: it lacks base_model"),
         ("nothing", "cannot be read"),
     ],
@@ -172,6 +174,23 @@ def test_a_run_starts_from_an_adapter_and_another_one_has_another_fingerprint(ru
     assert record["new"] == [] and record["fingerprint"] == checkpoint.fingerprint(folder / "run" / "checkpoints")
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(loaded), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_base_alone_is_read_from_a_checkpoint_of_an_adapter(run):
+    folder, c, base = run
+    ignoring = dataclasses.replace(c.init_from, path=str(folder / "run"), ignore=("*_adapter",), new=("*_adapter",))
+    more = dataclasses.replace(c, init_from=ignoring)
+    with jax.set_mesh(mesh_of()):
+        state, record = loop.init_from.first_state(more, jax.sharding.get_mesh(), "0")
+    params = flat(state.params)
+    for name, x in base.items():
+        np.testing.assert_array_equal(params[name], x)
+    assert not params["periods/L0/attention/q_adapter/b"].any() and len(record["ignored"]) == 4
+
+
+def test_checkpoints_of_adapters_are_not_averaged(run, capsys):
+    with tool("merge") as merge, pytest.raises(ValueError, match="has an adapter of type 'lora', whose matrices have no mean"):
+        merge.model_at(str(run[0] / "run"))
 
 
 def test_another_base_is_refused_by_its_fingerprint_and_a_missing_one_by_its_path(run, corpus, tmp_path):

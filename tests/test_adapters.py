@@ -248,6 +248,21 @@ def test_a_mixture_is_that_of_its_products_one_by_one(type, one_device):
         ({"model.adapter.targets": ("*/norm/weight",)}, r"targets names '\*/norm/weight', and this model, among the matrices"),
         ({"model.adapter.targets": ()}, "^adapter.targets is empty; name the matrices"),
         ({"optim.ema_half_life": 0.5}, "ema_half_life=0.5 averages all parameters, .*; leave it at None"),
+        (
+            {
+                "stages": [
+                    {
+                        "steps": 1,
+                        "seq_len": 48,
+                        "batch": 8,
+                        "microbatches": 1,
+                        "mixture": {},
+                        "override": {"train": {"mlp_chunk": 9}},
+                    }
+                ]
+            },
+            "^train.mlp_chunk=9 and model.adapter.type='lora': .*; leave train.mlp_chunk at None",
+        ),
         ({"train.mlp_chunk": 7}, "^train.mlp_chunk=7 and model.adapter.type='lora': .*; leave train.mlp_chunk at None"),
     ],
 )
@@ -263,3 +278,12 @@ def test_experts_and_routers_take_no_adapter():
     added = {name for name in flatten_dict(specs(c.model), sep="/") if transforms.is_added(name)}
     matrices = {name.rpartition("/")[0] for name in added}
     assert matrices == {f"periods/{x}/mlp/shared/{y}_adapter" for x in ("L0", "G1") for y in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_every_optimiser_takes_a_mixture_of_adapters(optimiser, one_device):
+    mixture = {"model.adapter.type": "molora", "model.adapter.experts": 2, "optim.optimiser": optimiser}
+    c = config_of(mixture)
+    state = jax.eval_shape(lambda: init_state(c))
+    after, _ = jax.eval_shape(make_step(c.at(0), BLOCKED), state, on_mesh(WITH_BYTES))
+    assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)

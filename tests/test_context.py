@@ -116,8 +116,9 @@ def test_documents_whose_positions_begin_anywhere_stay_apart_where_layers_have_c
 
 SHARDS = ({"context": 3}, {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 8})
 SHARDED = [(scheme, sizes) for scheme in ("halo", "gather", "ring") for sizes in SHARDS]
-for i in (3, 4, 8):  # a ring of eight is in tests/test_meshes.py too, and gathering is simpler than a halo and a ring
-    SHARDED[i] = pytest.param(*SHARDED[i], marks=pytest.mark.slow)
+# A ring of eight is in tests/test_meshes.py too, and gathering is simpler than a halo and a ring.
+SLOW = [("ring", SHARDS[2]), ("gather", SHARDS[0]), ("gather", SHARDS[1])]
+SHARDED = [pytest.param(*x, marks=pytest.mark.slow) if x in SLOW else x for x in SHARDED]
 
 
 @pytest.mark.parametrize("scheme, sizes", [*SHARDED, ("ulysses", SHARDS[1])], ids=str)  # Ulysses: not more shards than heads

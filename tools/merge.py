@@ -78,7 +78,10 @@ def model_at(path: str, step: int | None = None, group: str = checkpoint.PARAMS)
         path, step = loading.split_step(path)
     directory = loading.find(path)
     step = loading.step_of(directory, step)
-    return Model(directory, step, group, loading.saved_of(directory, step))
+    saved = loading.saved_of(directory, step)
+    adapter, cure = saved.config.model.adapter.type, "export it merged with tools/export_hf.py, and import that"
+    check(adapter is None, f"{path} has an adapter of type {adapter!r}, whose matrices have no mean; {cure}")
+    return Model(directory, step, group, saved)
 
 
 def models() -> list[Model]:

@@ -163,7 +163,8 @@ def preference(**changes) -> ConfigDict:
     p.alpha = None  # of hinge: the weight of what keeps the chosen completion as likely as under the reference
     p.label_smoothing = 0.0  # of dpo: the share of pairs whose completions are taken to be swapped
     p.nll = 0.0  # the weight of the negative log-probability of the chosen completion
-    p.mean_log_probs = False  # log-probabilities of completions are means over their tokens, not sums
+    # Log-probabilities of completions are means over their tokens, not sums. None: means for hinge and trl_ipo, sums for others
+    p.mean_log_probs = None
     p.update(changes)
     return p
 

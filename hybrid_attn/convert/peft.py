@@ -21,7 +21,9 @@ CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 LETTERS = {"a": "A", "b": "B"}
 PLAIN = {  # values of options that change what the matrices mean
     "peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "use_dora": (False,), "use_rslora": (False,),
-    "lora_bias": (False,), "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "modules_to_save": (None, []),
+    "lora_bias": (False,), "init_lora_weights": (True, False, "gaussian"), "use_qalora": (False,),
+    "alora_invocation_tokens": (None,), "layer_replication": (None,), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
+    "modules_to_save": (None, []),
 }  # fmt: skip
 
 
@@ -78,8 +80,8 @@ def read(
         problem = f"{directory}/{CONFIG} has {key}={values.get(key)!r}; only {key}={plain[0]!r} is supported"
         check(values.get(key, plain[0]) in plain, problem)
     rank, alpha = values.get("r"), values.get("lora_alpha")
-    numbers = type(rank) is int and type(alpha) in (int, float)
-    check(numbers, f"{directory}/{CONFIG} has r={rank!r} and lora_alpha={alpha!r}, which must be numbers")
+    numbers = type(rank) is int and rank > 0 and type(alpha) in (int, float)
+    check(numbers, f"{directory}/{CONFIG} has r={rank!r} and lora_alpha={alpha!r}, which must be numbers, and r positive")
     stacked = {path: _stacked(model, path, matrix.shape) for path, matrix in matrices.items()}
     arrays, used = {}, set()
     for path, of_path in modules(model, model_type, stacked, skip_joined=True).items():

@@ -58,9 +58,9 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value, indent: int | None = None) -> str:
+def _to_json(value, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
     """Jinja's own filter would write <, > and & by their numbers."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _one_line(error: Exception) -> str:

@@ -137,6 +137,8 @@ def identities(c: config.Config, documents: Mapping[str, Documents | Task], toke
     return [
         {
             "objective": stage.objective,
+            "average_over": stage.average_over,
+            "preference": None if stage.preference is None else dataclasses.asdict(stage.preference),
             "batch": stage.batch,
             "batch_ramp": list(stage.batch_ramp),
             "batch_ramp_tokens": stage.batch_ramp_tokens,

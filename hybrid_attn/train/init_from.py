@@ -61,7 +61,7 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
 
 
 def is_base(c: Config, here: Mapping, copied: Mapping[str, str]) -> bool:
-    """Whether checkpoints of the run lack the parameters that never train: all of them have the same names in the source."""
+    """Whether checkpoints leave out the parameters that never train: all were copied from parameters of the same name."""
     fixed = [name for name, trains in flatten_dict(has_state(c, unflatten_dict(here, sep="/")), sep="/").items() if not trains]
     return bool(fixed) and all(copied.get(name) == name for name in fixed)
 

@@ -23,7 +23,7 @@ from hybrid_attn.train import console, curves, init_from, profile, sinks
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
-from hybrid_attn.train.objectives import check_pairs
+from hybrid_attn.train.objectives import check_pairs, objective
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
 from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
 from hybrid_attn.train.schedule import schedule
@@ -34,7 +34,7 @@ from hybrid_attn.train.trainable import is_trained
 from hybrid_attn.train.workdir import write_config
 
 # Of checkpoints that do not name these of their stage.
-OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None}
+OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None} | objective.SETTINGS
 
 
 def train(

@@ -22,7 +22,8 @@ EPS = 1e-8
 
 def batch_axes(spec: ParamSpec) -> tuple[int, ...]:
     """The axes of one layer's weight that count separate matrices; the two others are those of a matrix."""
-    return tuple(i for i, axis in enumerate(spec.axes) if i < spec.first or (axis == "heads" and "head_dim" in spec.axes))
+    counting = {axis for axis, of_matrix in (("heads", "head_dim"), ("mixture", "rank")) if of_matrix in spec.axes}
+    return tuple(i for i, axis in enumerate(spec.axes) if i < spec.first or axis in counting)
 
 
 def rate(spec: ParamSpec) -> float:

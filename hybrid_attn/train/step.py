@@ -187,11 +187,11 @@ def after_skipped_step(state: TrainState) -> TrainState:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def forget_norms(state: TrainState) -> TrainState:
-    """The state without the gradient norms of the last steps, of which those of other trained parameters would be spikes."""
+def forget_history(state: TrainState) -> TrainState:
+    """The state without the losses and gradient norms of the last steps, of which those of another stage may be spikes."""
     history = state.extras[spikes.NAME]
-    unknown = jnp.full_like(history["grad_norm"], jnp.nan)
-    return state._replace(extras=state.extras | {spikes.NAME: history | {"grad_norm": unknown}})
+    unknown = {name: jnp.full_like(history[name], jnp.nan) for name in spikes.VALUES}
+    return state._replace(extras=state.extras | {spikes.NAME: history | unknown})
 
 
 @functools.partial(jax.jit, donate_argnums=0)

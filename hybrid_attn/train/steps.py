@@ -26,7 +26,7 @@ from hybrid_attn.train.precompile import NextStep
 from hybrid_attn.train.profile import Profile
 from hybrid_attn.train.resume import Range, is_skipped
 from hybrid_attn.train.rollback import TooManySpikes
-from hybrid_attn.train.step import TrainState, begin_stage, forget_norms, skip_step
+from hybrid_attn.train.step import TrainState, begin_stage, forget_history, skip_step
 from hybrid_attn.train.stop import Stop
 from hybrid_attn.train.trainable import without_base
 
@@ -119,7 +119,7 @@ class Loop:
     def enter_stage(self, stage: int, done: int) -> None:
         """Shards the state over the mesh of a stage of which `done` steps are done, and begins the stage if there are none.
 
-        Where the stage begins with other trained parameters, the norms of gradients until now are forgotten.
+        Where the stage begins with another loss or other trained parameters, the losses and norms until now are forgotten.
         """
         if self.meshes[stage] != self.mesh:
             self.report()
@@ -127,9 +127,10 @@ class Loop:
             self.state = on_mesh(self.state, self.mesh, donate=True)
         if done == 0:
             self.state = begin_stage(self.config.at(stage), self.state)
-        trained = {x.trainable for x in self.config.stages[max(stage - 1, 0) : stage + 1]}
-        if done == 0 and len(trained) == 2 and spikes.NAME in self.state.extras:
-            self.state = forget_norms(self.state)
+        around = self.config.stages[max(stage - 1, 0) : stage + 1]
+        losses = {(x.trainable, x.objective, x.average_over, x.preference) for x in around}
+        if done == 0 and len(losses) == 2 and spikes.NAME in self.state.extras:
+            self.state = forget_history(self.state)
 
     def trace(self, step: int) -> None:
         """Begins or ends the trace of the steps to profile, where one of these is due before `step`."""

@@ -24,7 +24,7 @@ def objective_of(config: StageConfig) -> Objective:
 
 
 def check_pairs(config: StageConfig, others: Sequence[str]) -> None:
-    """ValueError if the objective of a stage needs pairs of completions; `others` are its sources that hold none."""
+    """ValueError if the objective of a stage needs pairs, and the stage has sources without them (`others`)."""
     problem = f"stages[{config.index}].objective={config.objective!r} needs pairs, and these data.sources hold none: "
     cure = "make stores of pairs with tools/prepare_data.py --format=preference"
     check(not (objective_of(config).paired and others), f"{problem}{', '.join(sorted(others))}; {cure}")

@@ -33,11 +33,11 @@ class Extra(NamedTuple):
 SETTINGS = {"average_over": "tokens", "preference": None}  # of a stage, for some objectives; the values of all others
 
 
-def settings(*read: str) -> Callable[[StageConfig], None]:
-    """A check of a stage: ValueError if it has other `SETTINGS` than those `read` by its objective."""
+def reads(*names: str) -> Callable[[StageConfig], None]:
+    """The check of an objective that reads these `SETTINGS`: ValueError where the stage has set others."""
 
     def check_settings(config: StageConfig) -> None:
-        for name in SETTINGS.keys() - set(read):
+        for name in SETTINGS.keys() - set(names):
             field, unread = f"stages[{config.index}].{name}", getattr(config, name) == SETTINGS[name]
             problem = f"{field} is set, and the objective {config.objective!r} does not read it"
             check(unread, f"{problem}; use {SETTINGS[name]!r}")
@@ -61,5 +61,5 @@ class Objective(NamedTuple):
     metrics: Callable[[dict, Batch], dict]
     fields: tuple[str, ...]
     extras: Mapping[str, Extra] = {}
-    check: Callable[[StageConfig], None] = settings()
+    check: Callable[[StageConfig], None] = reads()
     paired: bool = False

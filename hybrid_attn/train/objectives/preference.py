@@ -1,16 +1,9 @@
 """Direct alignment: losses of pairs of completions by their log-probabilities under the model and a frozen reference.
 
-Delta is log pi(y_w)/ref(y_w) - log pi(y_l)/ref(y_l), for the chosen completion y_w and the rejected y_l of a prompt. A loss and
-its settings, `stages[i].preference`, are those of arXiv 2410.11677, section 2:
-
-    dpo        -log sigmoid(beta Delta); label_smoothing e: (1 - e) of it and e of -log sigmoid(-beta Delta)
-    ipo        (beta Delta - 1/2)^2, where the paper writes tau for beta
-    hinge      max(0, margin - log pi(y_w)/pi(y_l)) + alpha log(1 + exp(1 - log pi(y_w)/ref(y_w)))  (SLiC)
-    trl_ipo    (Delta - 1/(2 beta))^2, as the library TRL has it
-    trl_hinge  max(0, 1 - beta Delta), as TRL has it
-
-To each, `nll` times -log pi(y_w) is added. Log-probabilities are sums over the tokens of a completion, or means of them. The
-paper sums for dpo and ipo and takes means for hinge, and so does TRL, which takes means for its ipo.
+Delta is log pi(y_w)/ref(y_w) - log pi(y_l)/ref(y_l), for the chosen completion y_w and the rejected y_l of a prompt. The first
+three losses are those of arXiv 2410.11677, section 2, the last two those of the library TRL under the same names. `FORMS` says
+whether the log-probability of a completion is the sum over its tokens or their mean, as there; `mean_log_probs` of
+`stages[i].preference` changes that. To each, `nll` times -log pi(y_w) is added.
 
 Both halves of a pair lie in one packed sequence (`model/documents.py`).
 """
@@ -25,95 +18,107 @@ from hybrid_attn.config import Preference, StageConfig
 from hybrid_attn.model import Execution, losses, losses_and_aux
 from hybrid_attn.model.documents import halves_of_pairs
 from hybrid_attn.train.objectives import next_token
-from hybrid_attn.train.objectives.objective import Batch, Extra, Objective, settings
+from hybrid_attn.train.objectives.objective import Batch, Extra, Objective, reads
 from hybrid_attn.trees import check
 
 REFERENCE = "reference"
 
 
-class LogProbs(NamedTuple):
-    """Of each pair, the log-probabilities [...] of the chosen and of the rejected completion, of the model or the reference."""
+class Halves(NamedTuple):
+    """A number of each pair [...] for the chosen and for the rejected completion: log-probabilities, or tokens."""
 
     chosen: jax.Array
     rejected: jax.Array
 
 
-def log_ratios(model: LogProbs, reference: LogProbs) -> jax.Array:
+def log_ratios(model: Halves, reference: Halves) -> jax.Array:
     """Delta of each pair."""
     return (model.chosen - reference.chosen) - (model.rejected - reference.rejected)
 
 
-def dpo(x: Preference, model: LogProbs, reference: LogProbs) -> jax.Array:
-    margin = x.beta * log_ratios(model, reference)
-    return (1 - x.label_smoothing) * jax.nn.softplus(-margin) + x.label_smoothing * jax.nn.softplus(margin)
+def dpo(x: Preference, model: Halves, reference: Halves) -> jax.Array:
+    """-log sigmoid(beta Delta); with label_smoothing e, 1 - e of it and e of -log sigmoid(-beta Delta)."""
+    logits = x.beta * log_ratios(model, reference)
+    return (1 - x.label_smoothing) * jax.nn.softplus(-logits) + x.label_smoothing * jax.nn.softplus(logits)
 
 
-def ipo(x: Preference, model: LogProbs, reference: LogProbs) -> jax.Array:
+def ipo(x: Preference, model: Halves, reference: Halves) -> jax.Array:
+    """(beta Delta - 1/2)^2, where the paper writes tau for beta."""
     return jnp.square(x.beta * log_ratios(model, reference) - 0.5)
 
 
-def hinge(x: Preference, model: LogProbs, reference: LogProbs) -> jax.Array:
+def hinge(x: Preference, model: Halves, reference: Halves) -> jax.Array:
+    """max(0, margin - log pi(y_w)/pi(y_l)) + alpha log(1 + exp(1 - log pi(y_w)/ref(y_w))) (SLiC)."""
     regulariser = jax.nn.softplus(1 - (model.chosen - reference.chosen))
     return jax.nn.relu(x.margin - (model.chosen - model.rejected)) + x.alpha * regulariser
 
 
-def trl_ipo(x: Preference, model: LogProbs, reference: LogProbs) -> jax.Array:
+def trl_ipo(x: Preference, model: Halves, reference: Halves) -> jax.Array:
+    """(Delta - 1/(2 beta))^2."""
     return jnp.square(log_ratios(model, reference) - 1 / (2 * x.beta))
 
 
-def trl_hinge(x: Preference, model: LogProbs, reference: LogProbs) -> jax.Array:
+def trl_hinge(x: Preference, model: Halves, reference: Halves) -> jax.Array:
+    """max(0, 1 - beta Delta)."""
     return jax.nn.relu(1 - x.beta * log_ratios(model, reference))
 
 
 class Form(NamedTuple):
-    """A loss of each pair, and the settings of `Preference` that it reads."""
+    """A loss of each pair, the settings of `Preference` that it reads, and whether log-probabilities are means over tokens."""
 
-    loss: Callable[[Preference, LogProbs, LogProbs], jax.Array]
+    loss: Callable[[Preference, Halves, Halves], jax.Array]
     reads: tuple[str, ...]
+    means: bool = False
 
 
 FORMS = {
     "dpo": Form(dpo, ("beta", "label_smoothing")),
     "ipo": Form(ipo, ("beta",)),
-    "hinge": Form(hinge, ("margin", "alpha")),
-    "trl_ipo": Form(trl_ipo, ("beta",)),
+    "hinge": Form(hinge, ("margin", "alpha"), means=True),
+    "trl_ipo": Form(trl_ipo, ("beta",), means=True),
     "trl_hinge": Form(trl_hinge, ("beta",)),
 }
 UNSET = {"beta": None, "margin": None, "alpha": None, "label_smoothing": 0.0}
 
 
 def check_settings(config: StageConfig) -> None:
-    """ValueError unless the stage has the settings that its objective reads, and no others."""
-    settings("preference")(config)
+    """ValueError unless the stage has the settings that its objective reads, and no others: it has no z-loss."""
+    reads("preference")(config)
     name, x = config.objective, config.preference
-    field, reads = f"stages[{config.index}].preference", FORMS[name].reads
-    shown = ", ".join(f"{key}=..." for key in reads if UNSET[key] is None)
-    check(x is not None, f"the objective {name!r} needs {field}; use base.preference({shown})")
+    field, form = f"stages[{config.index}].preference", FORMS[name]
+    shown = [f"{key}=..." for key in form.reads if UNSET[key] is None] + ["beta=None"] * ("beta" not in form.reads)
+    check(x is not None, f"the objective {name!r} needs {field}; use base.preference({', '.join(shown)})")
+    cure = f'give stages[{config.index}].override = base.override({{"optim.z_loss": 0.0}})'
+    check(config.optim.z_loss == 0, f"the objective {name!r} does not read optim.z_loss={config.optim.z_loss}; {cure}")
     for key, unset in UNSET.items():
         value = getattr(x, key)
-        if key in reads:
+        if key in form.reads:
             check(value is not None, f"{field}.{key} is None, and the objective {name!r} needs a number")
         else:
             check(value == unset, f"{field}.{key}={value}, and the objective {name!r} does not read it; use {unset}")
 
 
-def pairs(values_BT: jax.Array, batch: Batch) -> LogProbs:
+def pairs(values_BT: jax.Array, batch: Batch) -> Halves:
     """The sums of `values_BT` over the trained tokens of both halves of each pair [B, T // 2]; 0 where there is none."""
-    return LogProbs(*halves_of_pairs(values_BT * batch["weights"], batch["segments"]))
+    return Halves(*halves_of_pairs(values_BT * batch["weights"], batch["segments"]))
+
+
+def tokens_of(batch: Batch) -> Halves:
+    """The numbers of trained tokens of both halves of each pair [B, T // 2]; 0 where there is none."""
+    return pairs(jnp.ones_like(batch["weights"]), batch)
 
 
 def weight(config: StageConfig, batch: Batch) -> jax.Array:
     """The number of pairs."""
-    return (pairs(jnp.ones_like(batch["weights"]), batch).rejected > 0).sum().astype(jnp.float32)
+    return (tokens_of(batch).rejected > 0).sum().astype(jnp.float32)
 
 
-def log_probs(config: StageConfig, nll_BT: jax.Array, batch: Batch) -> LogProbs:
+def log_probs(config: StageConfig, nll_BT: jax.Array, batch: Batch) -> Halves:
     """The log-probabilities of the completions of each pair, from those of their tokens."""
-    sums = pairs(-nll_BT, batch)
-    if not config.preference.mean_log_probs:
+    sums, means = pairs(-nll_BT, batch), config.preference.mean_log_probs
+    if not (FORMS[config.objective].means if means is None else means):
         return sums
-    tokens = pairs(jnp.ones_like(nll_BT), batch)
-    return LogProbs(*(x / jnp.maximum(n, 1.0) for x, n in zip(sums, tokens, strict=True)))
+    return Halves(*(x / jnp.maximum(n, 1.0) for x, n in zip(sums, tokens_of(batch), strict=True)))
 
 
 def loss(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execution: Execution) -> tuple[jax.Array, dict]:
@@ -121,7 +126,7 @@ def loss(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execu
     nll_BT, _, aux = losses_and_aux(config.model, params, batch, execution)
     frozen = jax.lax.stop_gradient(losses(config.model, extras[REFERENCE], batch, execution._replace(statistics=False))[0])
     model, reference = log_probs(config, nll_BT, batch), log_probs(config, frozen, batch)
-    x, is_pair = config.preference, pairs(jnp.ones_like(nll_BT), batch).rejected > 0
+    x, is_pair = config.preference, tokens_of(batch).rejected > 0
     of_pairs = FORMS[config.objective].loss(x, model, reference) - x.nll * model.chosen
     delta = log_ratios(model, reference)
 

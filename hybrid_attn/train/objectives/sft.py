@@ -13,7 +13,7 @@ from hybrid_attn.config import StageConfig
 from hybrid_attn.model import Execution
 from hybrid_attn.model.documents import of_each_token, sums_of_documents
 from hybrid_attn.train.objectives import next_token
-from hybrid_attn.train.objectives.objective import Batch, Objective, settings
+from hybrid_attn.train.objectives.objective import Batch, Objective, reads
 
 
 def token_weights(config: StageConfig, batch: Batch) -> jax.Array:
@@ -35,4 +35,4 @@ def loss(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execu
     return next_token.weighted_loss(config, params, batch, execution, weights_BT, trained_BT)
 
 
-SFT = Objective(weight, loss, next_token.metrics, next_token.FIELDS, check=settings("average_over"))
+SFT = Objective(weight, loss, next_token.metrics, next_token.FIELDS, check=reads("average_over"))
