@@ -323,7 +323,7 @@ def test_an_untied_table_is_the_one_that_the_logits_come_from(one_device):
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEVICES = {"small": 1, "150m": 8, "1b": 64, "8b": 64}
-OTHERS = {"command_a": {"full": 1024, "tiny": 1}, "extend": {}}  # of which the last needs a checkpoint
+OTHERS = {"command_a": {"full": 1024, "tiny": 1}, "extend": {}, "adapt": {}}  # of which the last two need a checkpoint
 
 
 def training_configs():
@@ -335,7 +335,7 @@ def training_configs():
             for size, devices in OTHERS.get(path.stem, DEVICES if has_argument else {"small": 1}).items():
                 getter = functools.partial(get_config, size) if has_argument else get_config
                 # Sizes differ in numbers alone, and the slow tests train every config.
-                marks = [] if size == "8b" or path.stem == "extend" else [pytest.mark.slow]
+                marks = [] if size == "8b" else [pytest.mark.slow]
                 yield pytest.param(getter, devices, id=f"{path.stem}:{size}", marks=marks)
 
 
