@@ -35,7 +35,8 @@ class PackedSequences:
         check_len(seq_len)
         self.seq_len = seq_len
         self._documents, self._byte_lengths = documents, byte_lengths
-        self._plan = PLANS["pairs" if documents.paired else packing](documents.lengths, seq_len, seed)
+        plan = Pairs if documents.paired else PLANS[packing]
+        self._plan = plan(documents.lengths, seq_len, seed)
 
     @property
     def paired(self) -> bool:
@@ -247,7 +248,7 @@ class Pairs:
         return 0, 0
 
 
-PLANS = {"concat": Concat, "best_fit": BestFit, "pairs": Pairs}
+PLANS = {"concat": Concat, "best_fit": BestFit}  # of documents that are no pairs, by data.packing
 
 
 def _permutation(n: int, seed: int | None, *stream: int) -> np.ndarray:
