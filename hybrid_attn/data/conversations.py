@@ -135,10 +135,8 @@ class Reader:
         check(isinstance(tools, list | None), of_tools)
         for text in _strings([messages, tools]):
             spelled = self._special.search(text)
-            check(
-                not spelled,
-                f"a message spells {spelled and spelled[0]!r}, a special token, which only the template may write",
-            )
+            problem = f"a message spells {spelled and spelled[0]!r}, which is a special token"
+            check(not spelled, f"{problem}; only the template may write one")
         trained = [i >= first and x["role"] in self._form.train_roles for i, x in enumerate(messages)]
         roles = ", ".join(sorted({x["role"] for x in messages[first:]}))
         check(any(trained), f"no token is trained on: the roles are {roles}; {TRAINED}")
