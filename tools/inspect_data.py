@@ -20,7 +20,7 @@ from absl import app, flags
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.characters import line
-from hybrid_attn.data import corpora, documents, marked, pipeline, prepare, store
+from hybrid_attn.data import corpora, display, documents, pipeline, prepare, store
 from hybrid_attn.data.conversations import HALVES
 from hybrid_attn.data.packed import PackedSequences
 from hybrid_attn.data.tokenizer import load_tokenizer
@@ -83,7 +83,7 @@ def show_document(corpus: documents.Documents, tokenizer) -> None:
     print_texts(texts)
 
 
-def text_of(corpus: documents.Documents, number: int, tokenizer) -> marked.Characters:
+def text_of(corpus: documents.Documents, number: int, tokenizer) -> display.Characters:
     """Prints the lines about a document, and returns both ends of its text."""
     length, label = int(corpus.lengths[number]), corpus.label_names[corpus.labels[number]]
     half = "" if not corpus.paired else f"{HALVES[number % 2]}, "
@@ -97,23 +97,23 @@ def text_of(corpus: documents.Documents, number: int, tokenizer) -> marked.Chara
         print(f"loss mask    {int(mask.sum(dtype=np.int64)):,} tokens are trained on ({mask.mean():.1%})")
         masks = [mask[start:stop] for start, stop in ends]
     tokens = corpus.read([(number, start, stop) for start, stop in ends])
-    first, last = (marked.characters(tokenizer, *x) for x in zip(tokens, masks, strict=True))
-    return marked.clipped(first, last, CHARACTERS.value, cut)
+    first, last = (display.characters(tokenizer, *x) for x in zip(tokens, masks, strict=True))
+    return display.clipped(first, last, CHARACTERS.value, cut)
 
 
 def explain_marks() -> None:
     """Says how `print_texts` shows what is trained on."""
-    how = "in green" if sys.stdout.isatty() else f"between {' and '.join(marked.MARKS)}"
+    how = "in green" if sys.stdout.isatty() else f"between {' and '.join(display.MARKS)}"
     print(f"trained on   {how}")
 
 
-def print_texts(texts: Sequence[marked.Characters]) -> None:
+def print_texts(texts: Sequence[display.Characters]) -> None:
     """Prints a text, or the two of a pair beside each other."""
     colour = sys.stdout.isatty()
     if len(texts) == 1:
-        print(marked.shown(texts[0], colour))
+        print(display.shown(texts[0], colour))
     else:
-        print(*marked.beside(*texts, shutil.get_terminal_size().columns, colour), sep="\n")
+        print(*display.beside(*texts, shutil.get_terminal_size().columns, colour), sep="\n")
 
 
 def show_step(c: config.Config) -> None:
@@ -153,8 +153,8 @@ def show_sequence(title: str, arrays: dict, tokenizer, paired: bool) -> None:
             name = f"{half} document {segment}" if paired else f"document {segment}"
             print(f"--- {name}, {extent(positions, tokens, tokenizer)}")
             trained = np.concatenate([[False], weights[positions[:-1]] > 0]) if masked else None
-            text = marked.characters(tokenizer, tokens, trained)
-            texts.append(marked.clipped(text, text, CHARACTERS.value, cut=False))
+            text = display.characters(tokenizer, tokens, trained)
+            texts.append(display.clipped(text, text, CHARACTERS.value, cut=False))
         print_texts(texts)
 
 

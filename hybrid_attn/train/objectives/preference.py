@@ -36,31 +36,31 @@ def log_ratios(model: Halves, reference: Halves) -> jax.Array:
     return (model.chosen - reference.chosen) - (model.rejected - reference.rejected)
 
 
-def dpo(x: Preference, model: Halves, reference: Halves) -> jax.Array:
+def dpo(settings: Preference, model: Halves, reference: Halves) -> jax.Array:
     """-log sigmoid(beta Delta); with label_smoothing e, 1 - e of it and e of -log sigmoid(-beta Delta)."""
-    logits = x.beta * log_ratios(model, reference)
-    return (1 - x.label_smoothing) * jax.nn.softplus(-logits) + x.label_smoothing * jax.nn.softplus(logits)
+    logits = settings.beta * log_ratios(model, reference)
+    return (1 - settings.label_smoothing) * jax.nn.softplus(-logits) + settings.label_smoothing * jax.nn.softplus(logits)
 
 
-def ipo(x: Preference, model: Halves, reference: Halves) -> jax.Array:
+def ipo(settings: Preference, model: Halves, reference: Halves) -> jax.Array:
     """(beta Delta - 1/2)^2, where the paper writes tau for beta."""
-    return jnp.square(x.beta * log_ratios(model, reference) - 0.5)
+    return jnp.square(settings.beta * log_ratios(model, reference) - 0.5)
 
 
-def hinge(x: Preference, model: Halves, reference: Halves) -> jax.Array:
+def hinge(settings: Preference, model: Halves, reference: Halves) -> jax.Array:
     """max(0, margin - log pi(y_w)/pi(y_l)) + alpha log(1 + exp(1 - log pi(y_w)/ref(y_w))) (SLiC)."""
     regulariser = jax.nn.softplus(1 - (model.chosen - reference.chosen))
-    return jax.nn.relu(x.margin - (model.chosen - model.rejected)) + x.alpha * regulariser
+    return jax.nn.relu(settings.margin - (model.chosen - model.rejected)) + settings.alpha * regulariser
 
 
-def trl_ipo(x: Preference, model: Halves, reference: Halves) -> jax.Array:
+def trl_ipo(settings: Preference, model: Halves, reference: Halves) -> jax.Array:
     """(Delta - 1/(2 beta))^2."""
-    return jnp.square(log_ratios(model, reference) - 1 / (2 * x.beta))
+    return jnp.square(log_ratios(model, reference) - 1 / (2 * settings.beta))
 
 
-def trl_hinge(x: Preference, model: Halves, reference: Halves) -> jax.Array:
+def trl_hinge(settings: Preference, model: Halves, reference: Halves) -> jax.Array:
     """max(0, 1 - beta Delta)."""
-    return jax.nn.relu(1 - x.beta * log_ratios(model, reference))
+    return jax.nn.relu(1 - settings.beta * log_ratios(model, reference))
 
 
 class Form(NamedTuple):
@@ -84,14 +84,14 @@ UNSET = {"beta": None, "margin": None, "alpha": None, "label_smoothing": 0.0}
 def check_settings(config: StageConfig) -> None:
     """ValueError unless the stage has the settings that its objective reads, and no others: it has no z-loss."""
     reads("preference")(config)
-    name, x = config.objective, config.preference
+    name, settings = config.objective, config.preference
     field, form = f"stages[{config.index}].preference", FORMS[name]
     shown = [f"{key}=..." for key in form.reads if UNSET[key] is None] + ["beta=None"] * ("beta" not in form.reads)
-    check(x is not None, f"the objective {name!r} needs {field}; use base.preference({', '.join(shown)})")
+    check(settings is not None, f"the objective {name!r} needs {field}; use base.preference({', '.join(shown)})")
     cure = f'give stages[{config.index}].override = base.override({{"optim.z_loss": 0.0}})'
     check(config.optim.z_loss == 0, f"the objective {name!r} does not read optim.z_loss={config.optim.z_loss}; {cure}")
     for key, unset in UNSET.items():
-        value = getattr(x, key)
+        value = getattr(settings, key)
         if key in form.reads:
             check(value is not None, f"{field}.{key} is None, and the objective {name!r} needs a number")
         else:
@@ -108,9 +108,14 @@ def tokens_of(batch: Batch) -> Halves:
     return pairs(jnp.ones_like(batch["weights"]), batch)
 
 
+def is_pair(batch: Batch) -> jax.Array:
+    """Whether there is a pair [B, T // 2]."""
+    return tokens_of(batch).rejected > 0
+
+
 def weight(config: StageConfig, batch: Batch) -> jax.Array:
     """The number of pairs."""
-    return (tokens_of(batch).rejected > 0).sum().astype(jnp.float32)
+    return is_pair(batch).sum().astype(jnp.float32)
 
 
 def log_probs(config: StageConfig, nll_BT: jax.Array, batch: Batch) -> Halves:
@@ -126,12 +131,12 @@ def loss(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execu
     nll_BT, _, aux = losses_and_aux(config.model, params, batch, execution)
     frozen = jax.lax.stop_gradient(losses(config.model, extras[REFERENCE], batch, execution._replace(statistics=False))[0])
     model, reference = log_probs(config, nll_BT, batch), log_probs(config, frozen, batch)
-    x, is_pair = config.preference, tokens_of(batch).rejected > 0
-    of_pairs = FORMS[config.objective].loss(x, model, reference) - x.nll * model.chosen
+    settings, exists = config.preference, is_pair(batch)
+    of_pairs = FORMS[config.objective].loss(settings, model, reference) - settings.nll * model.chosen
     delta = log_ratios(model, reference)
 
     def total(values):
-        return jnp.where(is_pair, values, 0.0).sum()
+        return jnp.where(exists, values, 0.0).sum()
 
     sums = {"chosen": total(model.chosen), "rejected": total(model.rejected), "log_ratio": total(delta)}
     sums |= {"right": total(delta > 0), "pairs": total(1.0), "nll": (batch["weights"] * nll_BT).sum()}
