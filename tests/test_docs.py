@@ -72,7 +72,8 @@ def check_script(words: list[str]) -> None:
 
 
 def check_end_to_end(words: list[str]) -> None:
-    check_training([f"--config=configs/end_to_end.py:{words[1]}", f"--workdir={words[2]}", *words[3:]])
+    size, folder, *flags = words
+    check_training([f"--config=configs/end_to_end.py:{size}", f"--workdir={folder}", *flags])
 
 
 def check_sbatch(words: list[str]) -> None:
