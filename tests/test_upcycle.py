@@ -350,7 +350,8 @@ def test_training_does_not_move_domain_embeddings(one_device):
     assert np.std(before["domains"]) == pytest.approx(1, rel=0.3) and not np.array_equal(after["gate"], before["gate"])
 
 
-@pytest.mark.slow  # each command starts jax
+@pytest.mark.exhaustive  # each command starts jax
+@pytest.mark.slow
 def test_the_commands_of_the_page_follow_one_another_from_a_seed_to_a_mixture_with_an_added_expert(tmp_path):
     page = [words for words in commands((ROOT / "docs" / "upcycling.md").read_text()) if words[1] != "tools/plan.py"]
     shorter = {"launch/train.py": ["--steps=2", "--config.evals.tokens=1024"]}
