@@ -255,8 +255,8 @@ def test_a_config_without_the_keys_is_that_of_a_dense_model():
             "^model.adapter.type='lora' stands beside matrices, and model.low_rank.rank_fraction=0.5 has factors instead; use",
         ),
         (
-            {"model.depth_init": True},
-            "^model.depth_init=True makes .*init='spectral_ones' does not read them; use init='spectral'",
+            {"model.depth_init": True, "model.low_rank.init": "he"},
+            "^model.depth_init=True makes .*init='he' does not read them; use init='spectral'",
         ),
         ({"train.mlp_chunk": 7}, "^train.mlp_chunk=7 and model.low_rank.rank_fraction=0.5: .*; leave train.mlp_chunk at None"),
     ],

@@ -97,7 +97,7 @@ def low_rank(**changes) -> ConfigDict:
     f.targets = ("*/attention/q", "*/attention/o", "*/mlp/*")
     # spectral: the largest singular vectors and values of the dense matrix's initial value. spectral_ones: the values are 1.
     # he: each factor from N(0, 2 / fan-in).
-    f.init = "spectral_ones"  # spectral | spectral_ones | he
+    f.init = "spectral"  # spectral | spectral_ones | he
     f.update(changes)
     return f
 
