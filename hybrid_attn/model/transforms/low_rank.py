@@ -114,10 +114,10 @@ def frobenius_gradients(specs: dict, params: dict) -> dict:
 
     The product is taken without the factor of µP by depth, so that a model of any depth forgets in the same number of steps.
     """
-    if is_factors(params):
+    if is_factors(specs):
         return _gradients(specs[V], params[U], params[V])
-    if isinstance(params, Mapping):
-        return {name: frobenius_gradients(specs[name], x) for name, x in params.items()}
+    if isinstance(specs, Mapping):
+        return {name: frobenius_gradients(spec, params[name]) for name, spec in specs.items()}
     return params
 
 
