@@ -89,6 +89,19 @@ def adapter(**changes) -> ConfigDict:
     return a
 
 
+def low_rank(**changes) -> ConfigDict:
+    """Matrices that are products of two factors from the first step on; none without `changes`."""
+    f = ConfigDict()
+    f.rank_fraction = None  # the rank over the shorter side of the matrix, at most 1; None = all matrices are dense
+    # The matrices, by name or pattern. Those of keys and values are small already where few heads share them.
+    f.targets = ("*/attention/q", "*/attention/o", "*/mlp/*")
+    # spectral: the largest singular vectors and values of the dense matrix's initial value. spectral_ones: the values are 1.
+    # he: each factor from N(0, 2 / fan-in).
+    f.init = "spectral"  # spectral | spectral_ones | he
+    f.update(changes)
+    return f
+
+
 def source(**changes) -> ConfigDict:
     """A source of documents or of a synthetic task; without `changes`, the sources of Python's standard library."""
     s = ConfigDict()
@@ -234,6 +247,7 @@ def _model() -> ConfigDict:
     m.mup_base_depth = None  # the num_layers of which the same holds (CompleteP): branches are divided by the ratio to it
     m.depth_init = False  # matrices that write to the residual stream start at init_std / sqrt(2 num_layers) (GPT-2)
     m.adapter = adapter()  # docs/adapters.md
+    m.low_rank = low_rank()  # docs/low_rank.md
     m.kinds = ConfigDict()  # the layer type of each letter of the prefix and the pattern
     # theta stays at 10,000: a larger one makes a hybrid worse (paper, table of RNoPE variants)
     m.kinds.L = kind(window=512, rope_theta=10_000.0)
@@ -278,6 +292,8 @@ def _optim() -> ConfigDict:
     o.momentum = 0.95  # of Muon
     o.moment_dtype = "float32"  # float32 | bfloat16: of the first moment or the momentum; bfloat16 saves 2 bytes a parameter
     o.weight_decay = 0.1  # not on norms and embeddings; a step takes lr * weight_decay of a matrix off it
+    # Of factors of model.low_rank: frobenius = what decays the norm of their product, l2 = that of each factor.
+    o.low_rank_decay = "frobenius"  # frobenius | l2
     # True: a step takes weight_decay times its rate over optim.lr off it (arXiv 2309.14322); lr is then the peak of all stages.
     o.independent_decay = False
     o.clip_norm = 1.0  # largest norm of the gradient of all parameters
@@ -336,6 +352,8 @@ def _train() -> ConfigDict:
     # Norms, attention and activations by layer type, from one step in so many: docs/statistics.md. Such a step is a program of
     # its own, compiled beside the other. None = no statistics; 10 costs under 2% of the time.
     t.statistics_every = None
+    # With them, effective ranks of the matrices of the layers, from all singular values: for rare steps.
+    t.rank_statistics = False
     # Where the numbers can be looked at, beside the JSON lines that every run writes; the last two are extras of pip.
     t.sinks = ("tensorboard",)  # tensorboard | wandb | trackio
     t.log_every = 10  # steps

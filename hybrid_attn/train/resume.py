@@ -21,7 +21,7 @@ from hybrid_attn.trees import check
 
 OPTIMISER = "optim.optimiser"
 # Of initial parameters and rates alone.
-INITIAL = ("model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_depth")
+INITIAL = ("model.init_std", "model.unembed_init_std", "model.depth_init", "model.mup_base_depth", "model.low_rank.init")
 LAYOUT = ("model.prefix", "model.pattern")
 Fields = dict[str, object]
 LR_JUMP = 0.1  # a larger change, relative to the saved schedule at the same step, is a jump
