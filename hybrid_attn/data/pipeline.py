@@ -139,6 +139,7 @@ def identities(c: config.Config, documents: Mapping[str, Documents | Task], toke
             "objective": stage.objective,
             "average_over": stage.average_over,
             "preference": None if stage.preference is None else dataclasses.asdict(stage.preference),
+            "trainable": [] if stage.preference is None else list(stage.trainable),  # the reference has these parameters
             "batch": stage.batch,
             "batch_ramp": list(stage.batch_ramp),
             "batch_ramp_tokens": stage.batch_ramp_tokens,

@@ -61,7 +61,7 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         inputs = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
         kernel_flops = timing.kernel_flops(of_stage.model, of_stage.train, length)
         kernel_flops += timing.expert_flops(of_stage.model, by_kernel(of_stage.model, execution, mesh.shape["tensor"])) * length
-        compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), inputs).compile()
+        compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh, of_stage.index), inputs).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     if target.platform == "tpu":  # the only one whose compiler includes temporaries in its own figure

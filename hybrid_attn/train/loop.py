@@ -27,14 +27,14 @@ from hybrid_attn.train.objectives import check_pairs, objective
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
 from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
 from hybrid_attn.train.schedule import schedule
-from hybrid_attn.train.step import TrainState, abstract_state, executions, extras_of, init_state, make_steps, with_extras
+from hybrid_attn.train.step import TrainState, abstract_state, executions, extras_at, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.trainable import is_trained
 from hybrid_attn.train.workdir import write_config
 
 # Of checkpoints that do not name these of their stage.
-OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None} | objective.SETTINGS
+OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None, "trainable": []} | objective.SETTINGS
 
 
 def train(
@@ -334,7 +334,7 @@ def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict,
 
 def extras_lines(c: config.Config, saved: set[str], step: int) -> list[str]:
     """Lines for the extras that either the config or the checkpoint of `step`, which has those of the names `saved`, lacks."""
-    expected, of = extras_of(c).keys(), f"in the checkpoint of step {step}"
+    expected, of = extras_at(c, c.last_stage(step)).keys(), f"in the checkpoint of step {step}"
     added = [f"extras       {name}: not {of}; starts from its initial value" for name in sorted(expected - saved)]
     return added + [f"extras       {name}: {of}, and not in this config; left out" for name in sorted(saved - expected)]
 
@@ -354,8 +354,8 @@ def first_state(
         return jax.jit(init_state, static_argnums=0)(c), 0, {"skipped_steps": []}
     if (newest := checkpoints.newest_config()) is not None:
         check_arrays(newest[1], c, f"the checkpoint of step {newest[0]} in {checkpoints.directory}")
-    step, state, saved = checkpoints.restore(abstract_state(c, mesh))
-    state = with_extras(c, state)
+    step, state, saved = checkpoints.restore(lambda step: abstract_state(c, mesh, c.last_stage(step)))
+    state = with_extras(c, c.last_stage(step), state)
     expected = data_state(c, identities, step, {})
     done = saved["stage_steps"]
     if done != expected["stage_steps"]:

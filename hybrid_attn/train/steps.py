@@ -126,7 +126,7 @@ class Loop:
             self.mesh = self.meshes[stage]
             self.state = on_mesh(self.state, self.mesh, donate=True)
         if done == 0:
-            self.state = begin_stage(self.config.at(stage), self.state)
+            self.state = begin_stage(self.config, stage, self.state)
         around = self.config.stages[max(stage - 1, 0) : stage + 1]
         losses = {(x.trainable, x.objective, x.average_over, x.preference) for x in around}
         if done == 0 and len(losses) == 2 and spikes.NAME in self.state.extras:

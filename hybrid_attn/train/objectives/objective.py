@@ -18,12 +18,13 @@ class Extra(NamedTuple):
 
     `init(params)` makes the initial arrays. They are used at step 0, and on resume from a checkpoint that lacks the extra.
     `update(extra, params, sums, step)` makes those after `step` steps, from the new parameters and the sums of the objective.
-    With `anew_in_each_stage` they are made again by `init` before the first step of every stage that has the extra.
+    With `of_stage` a state has them only in the stages whose objective has the extra: `init` makes them before the first step
+    of each, of the parameters that the stage trains.
     """
 
     init: Callable[[dict], Any]
     update: Callable[[Any, dict, dict, jax.Array], Any]
-    anew_in_each_stage: bool = False
+    of_stage: bool = False
 
     def start(self, params: dict) -> Any:
         """The initial arrays, which share no buffer with the parameters: the step donates both."""

@@ -19,6 +19,7 @@ from hybrid_attn.model import Execution, losses, losses_and_aux
 from hybrid_attn.model.documents import halves_of_pairs
 from hybrid_attn.train.objectives import next_token
 from hybrid_attn.train.objectives.objective import Batch, Extra, Objective, reads
+from hybrid_attn.train.trainable import joined
 from hybrid_attn.trees import check
 
 REFERENCE = "reference"
@@ -129,8 +130,9 @@ def log_probs(config: StageConfig, nll_BT: jax.Array, batch: Batch) -> Halves:
 def loss(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execution: Execution) -> tuple[jax.Array, dict]:
     """The sum over the pairs, and sums of what `metrics` shows."""
     nll_BT, _, aux = losses_and_aux(config.model, params, batch, execution)
-    frozen = jax.lax.stop_gradient(losses(config.model, extras[REFERENCE], batch, execution._replace(statistics=False))[0])
-    model, reference = log_probs(config, nll_BT, batch), log_probs(config, frozen, batch)
+    frozen = jax.lax.stop_gradient(joined(extras[REFERENCE], params))  # what the stage does not train is that of the model
+    frozen_nll_BT, _ = losses(config.model, frozen, batch, execution._replace(statistics=False))
+    model, reference = log_probs(config, nll_BT, batch), log_probs(config, frozen_nll_BT, batch)
     settings, exists = config.preference, is_pair(batch)
     of_pairs = FORMS[config.objective].loss(settings, model, reference) - settings.nll * model.chosen
     delta = log_ratios(model, reference)
@@ -150,6 +152,6 @@ def metrics(sums: dict, batch: Batch) -> dict:
     return {name: sums[key] / number for name, key in names.items()} | next_token.metrics(sums, batch)
 
 
-FROZEN = Extra(init=lambda params: params, update=lambda frozen, params, sums, step: frozen, anew_in_each_stage=True)
+FROZEN = Extra(init=lambda params: params, update=lambda frozen, params, sums, step: frozen, of_stage=True)
 OBJECTIVE = Objective(weight, loss, metrics, next_token.FIELDS, {REFERENCE: FROZEN}, check_settings, paired=True)
 PREFERENCE = dict.fromkeys(FORMS, OBJECTIVE)
