@@ -25,12 +25,13 @@ from hybrid_attn import config, config_file, programs
 from hybrid_attn.bench.measurement import table
 from hybrid_attn.data.packed import ARRAYS
 from hybrid_attn.files import write_atomically
-from hybrid_attn.model import execution_on, flops, specs
+from hybrid_attn.model import execution_on, specs
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.plan.step import gb, make_plan
 from hybrid_attn.plan.targets import CHIPS, FORMS, Target, find_target
 from hybrid_attn.train.console import duration, named_stage, short_count
+from hybrid_attn.train.cost import flops_per_token
 from hybrid_attn.train.metrics import PEAKS
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.schedule import schedule
@@ -87,7 +88,7 @@ class Span(NamedTuple):
 
     @property
     def flops(self) -> float:
-        return self.tokens * flops.train_flops_per_token(self.stage.model, self.stage.seq_len)
+        return self.tokens * flops_per_token(self.stage)
 
 
 def spans_of(c: config.Config) -> list[Span]:

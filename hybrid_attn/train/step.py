@@ -65,7 +65,7 @@ def with_extras(config: Config, stage: int, state: TrainState) -> TrainState:
 
 
 def begin_stage(config: Config, stage: int, state: TrainState) -> TrainState:
-    """The state before the first step of a stage: without the extras that the stage before has alone, with those of this one."""
+    """The state before the first step of a stage: with the extras that this stage has alone, without those of others."""
     extras = extras_at(config, stage)
     others = {name: x for name, x in state.extras.items() if name in extras and not extras[name].of_stage}
     new = {name: extra for name, extra in extras.items() if extra.of_stage}

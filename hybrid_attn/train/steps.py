@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from hybrid_attn import trees
 from hybrid_attn.checkpoint import INIT_FROM, IS_BASE, Checkpoints
 from hybrid_attn.config import Config, to_dict
-from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import on_mesh
 from hybrid_attn.train import spikes, statistics
 from hybrid_attn.train.console import stage_of
+from hybrid_attn.train.cost import flops_per_token
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.precompile import NextStep
@@ -310,7 +310,7 @@ class Progress:
 
     def __init__(self, c: Config, skipped: Sequence[Range], peaks: Sequence[float]):
         self.config, self.stages, self.skipped, self.peaks, self.steps = c, c.each_stage, skipped, peaks, []
-        self.flops = [flops.train_flops_per_token(stage.model, stage.seq_len) for stage in self.stages]  # by token
+        self.flops = [flops_per_token(stage) for stage in self.stages]  # by token
         self.tokens = c.stage_tokens(c.total_steps)
         self.flops_per_second = math.nan
 

@@ -153,5 +153,7 @@ def metrics(sums: dict, batch: Batch) -> dict:
 
 
 FROZEN = Extra(init=lambda params: params, update=lambda frozen, params, sums, step: frozen, of_stage=True)
-OBJECTIVE = Objective(weight, loss, metrics, next_token.FIELDS, {REFERENCE: FROZEN}, check_settings, paired=True)
+OBJECTIVE = Objective(
+    weight, loss, metrics, next_token.FIELDS, {REFERENCE: FROZEN}, check_settings, paired=True, forward_passes=1
+)
 PREFERENCE = dict.fromkeys(FORMS, OBJECTIVE)
