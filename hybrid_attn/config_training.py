@@ -246,6 +246,7 @@ class Stage:
     lr_schedule: LrSchedule | None
     override: Partial[Groups]
     trainable: tuple[str, ...]
+    turn_patience: int | None = within(1, 1000)
 
     def __post_init__(self):
         check_fields(self, "stages")

@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 from conftest import BLOCKED, assert_close, batch_of, mesh_of, on_mesh, random_params, tiny
 from flax.traverse_util import flatten_dict
-from prepared import run
+from prepared import pairs_store
 from trained import losses, stop_at
 
 from configs import base
 from hybrid_attn import checkpoint, config
-from hybrid_attn.data import chat
-from hybrid_attn.data.conversations import Chat
-from hybrid_attn.data.records import Fields
 from hybrid_attn.model import losses as token_losses
 from hybrid_attn.train import loop
 from hybrid_attn.train.objectives import objective_of, preference
@@ -140,14 +137,7 @@ def test_a_mesh_and_microbatches_compute_what_one_device_does(sizes, microbatche
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A store of pairs, of which the chosen completion has a and the rejected one z."""
-    folder = tmp_path_factory.mktemp("pairs")
-    halves = [{"chosen": "a" * (1 + i % 3), "rejected": "z" * (1 + i % 2)} for i in range(64)]
-    records = [{"from": "us", "prompt": f"say {i}:"} | x for i, x in enumerate(halves)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
-    form = Chat("preference", chat.load_template(None, "bytes"), ("assistant",))
-    run(folder, "store", "pairs.jsonl", form="jsonl", chat=form, fields=Fields("text", "from"), shard_bytes=None)
-    return str(folder / "store")
+    return pairs_store(tmp_path_factory.mktemp("pairs"))
 
 
 def of_store(store, objective="dpo", stages=({},), **changes):

@@ -150,6 +150,9 @@ def stage(**changes) -> ConfigDict:
     # The parameters that this stage trains, by name, such as ("periods/L*", "*/q_norm"); empty = all, or those of
     # model.adapter. The others and their moments keep their bits.
     s.trainable = ()
+    # Of dpo and the like, in the last stage: the run ends once so many evaluations of preferences, one every evals.every steps,
+    # are below the highest of the stage in the indicator of over-optimisation. None = it goes on to its last step.
+    s.turn_patience = None
     s.update(changes)
     return s
 

@@ -19,7 +19,7 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import make_mesh, on_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train import console, curves, init_from, profile, sinks
+from hybrid_attn.train import console, curves, init_from, profile, resume, sinks, turn
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
@@ -56,6 +56,7 @@ def train(
     """
     flags, goodput = Flags(**flags), Goodput()
     check_names(c.evals.names)
+    turn.check_rule(c)
     profile.check_range(flags.profile, 0, c.total_steps)
     sinks.check_names(c.train.sinks)
     schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
@@ -166,6 +167,7 @@ def loop_of(
         run.stop,
         data_state=lambda step: data_state(run.config, run.data.identities, step, recorded),
         measure=lambda params: evaluations.measure(params, metrics, run.stop.is_requested),
+        is_over=evaluations.is_over,
         state=state,
         step=start,
         peaks=[peak for peak, _ in run.peaks],
@@ -262,6 +264,10 @@ def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
         metrics.write_again()
         what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
         raise OSError(f"{what}; step {loop.step} is saved; mend that and run the same command again")
+    if loop.step < total and evaluations.is_over(loop.step):
+        tell_goodput(loop)
+        close(loop.config, workdir, metrics, evaluations)
+        return True
     if loop.step < total:
         tell_goodput(loop)
         metrics.say(f"stopped after step {loop.step}, which is saved; the same command goes on from there")
@@ -298,6 +304,7 @@ def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluat
         own_files = bool(corpora.locations(c.data, c.sources))
         metrics.say(*console.experts(metrics.last))
         metrics.say(*console.ending(workdir, metrics.step, evaluations.report_of(metrics.step), own_files))
+        metrics.say(*turn.ending(c, Path(workdir), metrics.step))
     metrics.close()
 
 
@@ -359,39 +366,17 @@ def first_state(
     expected = data_state(c, identities, step, {})
     done = saved["stage_steps"]
     if done != expected["stage_steps"]:
-        raise ValueError(other_steps(c, step, done, expected["stage_steps"]))
+        raise ValueError(resume.other_steps(c, step, done, expected["stage_steps"]))
     if done and done[-1] < c.stages[len(done) - 1].steps:
         lines, stage = trees.differences(OLDER_STAGE | saved["stage"], expected["stage"], "  "), f"stages[{len(done) - 1}]"
         trees.check(
             not lines,
             f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches or another "
             "objective there (saved -> new):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with "
-            f"{stage}.steps={done[-1]}{without_tokens(c)}, and give the new values to a stage after it",
+            f"{stage}.steps={done[-1]}{resume.without_tokens(c)}, and give the new values to a stage after it",
         )
     records = {key: value for key, value in saved.items() if key not in expected}
     return state, step, {"skipped_steps": []} | records  # older checkpoints have no skipped steps
-
-
-def other_steps(c: config.Config, step: int, done: Sequence[int], expected: Sequence[int]) -> str:
-    """The error for a checkpoint with `done` steps of each stage, where this config has `expected` steps at the same `step`."""
-    last = len(done) - 1
-    if last < len(c.stages) and all(stage.steps == n for stage, n in zip(c.stages[:last], done, strict=False)):
-        flag = "--steps" if last == len(c.stages) - 1 else f"--config.stages[{last}].steps"
-        return (
-            f"the checkpoint of step {step} has done {done[last]} steps of stages[{last}], and this config has "
-            f"{c.stages[last].steps} there; give {flag}={done[last]} or more{without_tokens(c)}"
-        )
-    needed = ", ".join(f"stages[{i}].steps={n}" for i, n in enumerate(done[:last]))
-    return (
-        f"the checkpoint of step {step} has done {list(done)} steps of each stage, and this config's stages would have done "
-        f"{list(expected)}; a stage that is over keeps its steps; give {needed} and stages[{last}].steps={done[last]} or more"
-        f"{without_tokens(c)}"
-    )
-
-
-def without_tokens(c: config.Config) -> str:
-    """What the steps of a stage need beside them where the config gives lengths in tokens."""
-    return " (and tokens=None there)" if any(stage.tokens is not None for stage in c.stages) else ""
 
 
 def data_state(c: config.Config, identities: Sequence[dict], step: int, records: dict) -> dict:

@@ -66,10 +66,12 @@ def with_extras(config: Config, stage: int, state: TrainState) -> TrainState:
 
 def begin_stage(config: Config, stage: int, state: TrainState) -> TrainState:
     """The state before the first step of a stage: with the extras that this stage has alone, without those of others."""
-    extras = extras_at(config, stage)
-    others = {name: x for name, x in state.extras.items() if name in extras and not extras[name].of_stage}
-    new = {name: extra for name, extra in extras.items() if extra.of_stage}
-    return _with_started(config.at(stage), new, state._replace(extras=others))
+    names = {name for other in config.each_stage for name, extra in extras_of_stage(other).items() if extra.of_stage}
+    if not names:
+        return state
+    extras = {name: x for name, x in state.extras.items() if name not in names}
+    new = {name: extra for name, extra in extras_of_stage(config.at(stage)).items() if name in names}
+    return _with_started(config.at(stage), new, state._replace(extras=extras))
 
 
 def _with_started(config: StageConfig, new: dict[str, Extra], state: TrainState) -> TrainState:

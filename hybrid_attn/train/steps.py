@@ -41,6 +41,7 @@ class Loop:
     the stages run on. `batches` yields (step, batch), `data_state` gives the data state after a step, and `measure` evaluates
     parameters and returns whether that came to its end. `peaks` are the FLOP/s of all devices together, by stage, of which MFU
     is the share. The batches of the `skipped` steps are read and not trained on; the steps of `profile` are traced.
+    `is_over` says whether the run ends after the evaluation of a step.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Loop:
     goodput: Goodput = dataclasses.field(default_factory=Goodput)
     profile: Profile = dataclasses.field(default_factory=lambda: Profile(None, Path()))
     statistics_fns: Sequence[Callable] = ()
+    is_over: Callable[[int], bool] = lambda step: False
 
     def __post_init__(self):
         self.first = self.step + 1
@@ -98,7 +100,7 @@ class Loop:
             if self.stop.reached(self.step):
                 return False
             is_due = every is not None and self.step > 0 and self.step % every == 0
-            if is_due and not self.evaluate():
+            if is_due and not (self.evaluate() and not self.is_over(self.step)):
                 return False
             batch = self.next_batch()
             if batch is None:

@@ -55,7 +55,8 @@ class Objective(NamedTuple):
     functions read; a batch without weight has the loss 0. `extras` are arrays that the state has for the objective, by name;
     the loss gets their values before the step. Stages with an extra of the same name share it. `check` refuses settings of a
     stage by a ValueError. A `paired` objective needs sources of pairs. Beside the forward pass of the gradient its loss has so
-    many `forward_passes`, which are of other parameters.
+    many `forward_passes`, which are of other parameters. A fall of its `indicator`, a field of the evaluation `preferences`, is
+    a warning of over-optimisation.
     """
 
     weight: Callable[[StageConfig, Batch], jax.Array]
@@ -66,3 +67,4 @@ class Objective(NamedTuple):
     check: Callable[[StageConfig], None] = reads()
     paired: bool = False
     forward_passes: int = 0
+    indicator: str | None = None

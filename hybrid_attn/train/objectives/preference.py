@@ -65,19 +65,23 @@ def trl_hinge(settings: Preference, model: Halves, reference: Halves) -> jax.Arr
 
 
 class Form(NamedTuple):
-    """A loss of each pair, the settings of `Preference` that it reads, and whether log-probabilities are means over tokens."""
+    """A loss of each pair, the settings of `Preference` that it reads, and whether log-probabilities are means over tokens.
+
+    The indicator is that of arXiv 2410.11677, section 5; TRL's losses have those of the paper's losses of the same name.
+    """
 
     loss: Callable[[Preference, Halves, Halves], jax.Array]
     reads: tuple[str, ...]
     means: bool = False
+    indicator: str = "entropy_bits"
 
 
 FORMS = {
     "dpo": Form(dpo, ("beta", "label_smoothing")),
     "ipo": Form(ipo, ("beta",)),
-    "hinge": Form(hinge, ("margin", "alpha"), means=True),
+    "hinge": Form(hinge, ("margin", "alpha"), means=True, indicator="mass"),
     "trl_ipo": Form(trl_ipo, ("beta",), means=True),
-    "trl_hinge": Form(trl_hinge, ("beta",)),
+    "trl_hinge": Form(trl_hinge, ("beta",), indicator="mass"),
 }
 UNSET = {"beta": None, "margin": None, "alpha": None, "label_smoothing": 0.0}
 
@@ -156,4 +160,4 @@ FROZEN = Extra(init=lambda params: params, update=lambda frozen, params, sums, s
 OBJECTIVE = Objective(
     weight, loss, metrics, next_token.FIELDS, {REFERENCE: FROZEN}, check_settings, paired=True, forward_passes=1
 )
-PREFERENCE = dict.fromkeys(FORMS, OBJECTIVE)
+PREFERENCE = {name: OBJECTIVE._replace(indicator=form.indicator) for name, form in FORMS.items()}
