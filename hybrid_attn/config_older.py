@@ -13,7 +13,7 @@ NEW_OPTIM = (
 )  # fmt: skip
 NEW_STAGE = (
     "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
-    "average_over", "preference", "turn_patience",
+    "average_over", "preference", "turn_patience", "turn_indicator",
 )  # fmt: skip
 NEW_MLP = "bias_rate", "shared_d_ff", "domain_dim", "bias_on", "swiglu_limit", "swiglu_alpha", "biases"
 NEW_KIND = "mixer", "attention_experts", "share_kv", "mlp", "residual_scale", "attention_bias"

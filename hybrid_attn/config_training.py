@@ -247,6 +247,7 @@ class Stage:
     override: Partial[Groups]
     trainable: tuple[str, ...]
     turn_patience: int | None = within(1, 1000)
+    turn_indicator: str | None = one_of("entropy_bits", "renormalised_entropy_bits", "mass")
 
     def __post_init__(self):
         check_fields(self, "stages")

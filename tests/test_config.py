@@ -103,6 +103,7 @@ OPTIONAL |= {"tokens", "batch_ramp_tokens", "warmup_tokens", "statistics_every",
 OPTIONAL |= {
     "preference",
     "turn_patience",
+    "turn_indicator",
     "unembed_init_std",
     "bias_rate",
     "shared_d_ff",

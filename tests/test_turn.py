@@ -45,22 +45,32 @@ def test_the_turn_is_the_highest_evaluation_once_enough_that_follow_are_below(tm
     write(tmp_path, [9.0, 8.0, 7.0], name="mass")
     over = [turn.is_over(c, tmp_path, step) for step in (2, 4, 6, 8, 10)]
     assert over == [False, False, False, True, True]
-    assert turn.newest(c, tmp_path, 6) == turn.Turn("entropy_bits", 2.0, 3.0, 4, 1)
-    assert turn.lines(c, tmp_path, 6) == ["turn         entropy_bits 2, highest 3 at step 4"]
-    assert turn.lines(c, tmp_path, 8)[0].endswith("2.9, highest 3 at step 4: it turned there, 2 evaluations ago")
+    assert turn.newest(c, tmp_path, 6) == turn.Turn("entropy_bits", 2.0, 3.0, 4, 1, True)
+    assert turn.lines(c, tmp_path, 6) == ["turn         entropy_bits 2, highest 3, near it until step 4"]
+    assert turn.lines(c, tmp_path, 8)[0].endswith("2.9, highest 3, near it until step 4: it turned 2 evaluations ago")
     assert turn.ending(c, tmp_path, 6) == []
     assert turn.ending(c, tmp_path, 8)[0].endswith(f"use {tmp_path}/checkpoints/4, from before the turn of entropy_bits")
     goes_on = dataclasses.replace(c, stages=(dataclasses.replace(c.stages[0], turn_patience=None),))
     assert not turn.is_over(goes_on, tmp_path, 8) and turn.lines(goes_on, tmp_path, 8) == turn.lines(c, tmp_path, 8)
 
 
-def test_a_plateau_is_no_turn_and_hinge_has_the_mass(tmp_path):
-    write(tmp_path, [1.0, 1.0, 1.0, 0.5])
-    assert turn.newest(config_of(), tmp_path, 8)[3:] == (6, 1)
+def test_a_plateau_is_no_turn_and_an_entropy_must_have_risen():
+    assert turn.turn_of("mass", {2: 1.0, 4: 0.995, 6: 0.991, 8: 0.5})[3:] == (6, 1, True)
+    falls = {8: 0.6, 2: 1.0, 4: 0.9, 6: 0.8}
+    assert turn.turn_of("mass", falls)[1:] == (0.6, 1.0, 2, 3, True)
+    assert not turn.turn_of("entropy_bits", falls).has_come(2)
+    assert turn.turn_of("entropy_bits", falls | {0: 0.9}).has_come(3)
+    assert not turn.turn_of("entropy_bits", falls | {0: 0.995}).has_come(3)
+
+
+def test_hinge_has_the_mass_and_a_stage_may_name_another_indicator(tmp_path):
+    write(tmp_path, [1.0, 2.0, 1.0, 0.5])
+    assert turn.newest(config_of(), tmp_path, 8)[3:] == (4, 2, True)
     hinge = DPO | {"objective": "hinge", "preference": base.preference(beta=None, margin=1.0, alpha=1.0)}
     assert turn.newest(config_of([hinge]), tmp_path, 8) is None
     write(tmp_path, [0.9, 0.8, 0.7], name="mass")
-    assert turn.newest(config_of([hinge]), tmp_path, 6) == turn.Turn("mass", pytest.approx(0.7), pytest.approx(0.9), 2, 2)
+    assert turn.newest(config_of([hinge]), tmp_path, 6) == turn.Turn("mass", pytest.approx(0.7), pytest.approx(0.9), 2, 2, True)
+    assert turn.newest(config_of([DPO | {"turn_indicator": "mass"}]), tmp_path, 6).indicator == "mass"
 
 
 def test_evaluations_before_the_stage_and_of_other_objectives_do_not_count(tmp_path):
@@ -68,7 +78,7 @@ def test_evaluations_before_the_stage_and_of_other_objectives_do_not_count(tmp_p
     write(tmp_path, [9.0, 2.0, 3.0, 1.0, 1.0])
     write(tmp_path, [0.0] * 5, eval="position")
     assert turn.lines(c, tmp_path, 4) == []
-    assert turn.newest(c, tmp_path, 6) == turn.Turn("entropy_bits", 3.0, 3.0, 6, 0)  # that of step 4 is where it begins
+    assert turn.newest(c, tmp_path, 6) == turn.Turn("entropy_bits", 3.0, 3.0, 6, 0, True)  # that of step 4 is where it begins
     assert turn.is_over(c, tmp_path, 10)
 
 
@@ -77,6 +87,7 @@ def test_evaluations_before_the_stage_and_of_other_objectives_do_not_count(tmp_p
     [
         ([DPO | {"objective": "sft", "preference": None}], {}, "is of the objectives dpo, ipo, hinge, trl_ipo, trl_hinge, and"),
         ([DPO, STAGE | {"steps": 1}], {}, r"stages\[0\]\.turn_patience=2 ends the run, and stages follow; give them a run"),
+        ([DPO | {"turn_patience": None, "turn_indicator": "mass"}], {}, "and turn_indicator='mass' is not read; leave that at"),
         ([DPO], {"evals.every": None}, r"needs evals\.every and 'preferences' in evals\.names, and they are None and"),
         ([DPO], {"evals.names": ("position",)}, r"they are 2 and \('position',\)"),
         ([DPO], {"train.checkpoint_every": 3}, r"train\.checkpoint_every=3 does not divide evals\.every=2; use 2"),

@@ -151,8 +151,9 @@ def stage(**changes) -> ConfigDict:
     # model.adapter. The others and their moments keep their bits.
     s.trainable = ()
     # Of dpo and the like, in the last stage: the run ends once so many evaluations of preferences, one every evals.every steps,
-    # are below the highest of the stage in the indicator of over-optimisation. None = it goes on to its last step.
+    # follow the turn of an indicator of over-optimisation (docs/preferences.md). None = it goes on to its last step.
     s.turn_patience = None
+    s.turn_indicator = None  # entropy_bits | renormalised_entropy_bits | mass; None = that of the objective
     s.update(changes)
     return s
 

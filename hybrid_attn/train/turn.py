@@ -1,8 +1,9 @@
 """Over-optimisation of preferences: when an indicator of held-out pairs turned, and runs that end after that.
 
-The indicator is that of the stage's objective, whose fall is the warning of arXiv 2410.11677, section 5. It turned at the
-evaluation of the stage with its highest value, once as many evaluations as the patience follow and all are below: fewer are
-noise. All of this is read from the records of the run, so a run that is resumed decides as one that went on.
+The warnings are those of arXiv 2410.11677, section 5: an entropy that turns from rising to falling, or a mass that falls. An
+indicator turned after the last evaluation within `TOLERANCE` of its highest one in the stage, once as many evaluations as the
+patience follow. An entropy must have risen before by more than that. All of this is read from the records of the run, so a run
+that is resumed decides as one that went on.
 """
 
 import json
@@ -18,24 +19,35 @@ from hybrid_attn.train.objectives import OBJECTIVES, objective_of
 from hybrid_attn.trees import check
 
 PATIENCE = 2  # of stages that do not end after a turn
-EVAL = preferences.EVALUATION.name
+TOLERANCE = 0.01  # relative; smaller differences are noise
+EVAL, MASS = preferences.EVALUATION.name, "mass"
 
 
 class Turn(NamedTuple):
-    """The newest value of an indicator, its highest one and the step of that, and how many evaluations are newer than that."""
+    """The newest and the highest value of an indicator, the last step near that, and how many evaluations are newer.
+
+    `warns` says whether its fall is a warning: an entropy must have risen.
+    """
 
     indicator: str
     value: float
     highest: float
     step: int
     newer: int
+    warns: bool
+
+    def has_come(self, patience: int) -> bool:
+        return self.warns and self.newer >= patience
 
 
 def check_rule(c: Config) -> None:
     """ValueError where a stage ends after a turn that would not be seen, or whose checkpoint would be gone."""
     for stage in c.each_stage:
+        field, indicator = f"stages[{stage.index}].turn_patience={stage.turn_patience}", stage.turn_indicator
+        unread = f"{field}, and turn_indicator={indicator!r} is not read; leave that at None"
+        check(stage.turn_patience is not None or indicator is None, unread)
         if stage.turn_patience is not None:
-            _check_stage(c, stage, f"stages[{stage.index}].turn_patience={stage.turn_patience}")
+            _check_stage(c, stage, field)
 
 
 def _check_stage(c: Config, stage: StageConfig, field: str) -> None:
@@ -56,18 +68,24 @@ def _check_stage(c: Config, stage: StageConfig, field: str) -> None:
 def newest(c: Config, workdir: Path, step: int) -> Turn | None:
     """The turn in the evaluations of the stage of `step`, up to that step; None without an indicator or an evaluation."""
     stage = c.at(c.last_stage(step))
-    indicator, begins = objective_of(stage).indicator, sum(x.steps for x in c.stages[: stage.index])
+    indicator = stage.turn_indicator or objective_of(stage).indicator
+    begins = sum(x.steps for x in c.stages[: stage.index])
     records = _records(workdir / EVALS) if indicator else []
     values = {}
     for record in records:
         if record["eval"] == EVAL and begins <= record["step"] <= step and record.get(indicator) is not None:
             values.setdefault(record["step"], []).append(record[indicator])
-    if not values:
-        return None
-    means = {at: statistics.fmean(of_step) for at, of_step in sorted(values.items())}  # over sources and lengths
-    highest = max(means.values())
-    best = max(at for at, mean in means.items() if mean == highest)
-    return Turn(indicator, means[max(means)], highest, best, sum(at > best for at in means))
+    means = {at: statistics.fmean(of_step) for at, of_step in values.items()}  # over sources and lengths
+    return turn_of(indicator, means) if means else None
+
+
+def turn_of(indicator: str, values: Mapping[int, float]) -> Turn:
+    """The turn of an indicator, of its values by step."""
+    first, last, highest = values[min(values)], values[max(values)], max(values.values())
+    near = (1 - TOLERANCE) * highest
+    step = max(at for at, value in values.items() if value >= near)
+    warns = indicator == MASS or first < near
+    return Turn(indicator, last, highest, step, sum(at > step for at in values), warns)
 
 
 def _records(path: Path) -> list[Mapping]:
@@ -77,7 +95,7 @@ def _records(path: Path) -> list[Mapping]:
 def is_over(c: Config, workdir: Path, step: int) -> bool:
     """Whether a run ends after the evaluation of `step`, because the indicator turned."""
     patience, turn = c.at(c.last_stage(step)).turn_patience, newest(c, workdir, step)
-    return patience is not None and turn is not None and turn.newer >= patience
+    return patience is not None and turn is not None and turn.has_come(patience)
 
 
 def lines(c: Config, workdir: Path, step: int) -> list[str]:
@@ -85,10 +103,9 @@ def lines(c: Config, workdir: Path, step: int) -> list[str]:
     turn = newest(c, workdir, step)
     if turn is None:
         return []
-    shown = f"turn         {turn.indicator} {turn.value:.4g}, highest {turn.highest:.4g} at step {turn.step}"
+    shown = f"turn         {turn.indicator} {turn.value:.4g}, highest {turn.highest:.4g}, near it until step {turn.step}"
     patience = c.at(c.last_stage(step)).turn_patience or PATIENCE
-    turned = f": it turned there, {turn.newer} evaluations ago" if turn.newer >= patience else ""
-    return [f"{shown}{turned}"]
+    return [f"{shown}{f': it turned {turn.newer} evaluations ago' if turn.has_come(patience) else ''}"]
 
 
 def ending(c: Config, workdir: Path, step: int) -> list[str]:
