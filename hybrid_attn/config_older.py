@@ -33,6 +33,7 @@ def completed(values: Mapping) -> dict:
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     _add(stages, defaults["stages"][0], *NEW_STAGE)
     _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")
+    _add([stage["preference"] for stage in stages], trees.plain(base.preference()), "reference")
     kinds = [kind for kind in kinds.values() if isinstance(kind, dict)] if isinstance(kinds, dict) else []
     _add(kinds, trees.plain(base.kind()), *NEW_KIND)
     for kind in kinds:

@@ -218,6 +218,7 @@ class Preference:
     label_smoothing: float = within(0, 0.5, below=True)
     nll: float = within(0, 10**6)
     mean_log_probs: bool | None
+    reference: str = one_of("frozen", "store")
 
     def __post_init__(self):
         check_fields(self, "preference")

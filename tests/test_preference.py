@@ -46,7 +46,9 @@ def config_of(objective="dpo", stages=({},), **changes):
 
 def at_equal(name, **changes):
     """The loss of a pair and its gradient by the log-probability of the chosen completion, where model and reference agree."""
-    x = config.Preference(**dict.fromkeys(("beta", "margin", "alpha")) | {"label_smoothing": 0.0, "nll": 0.0} | changes)
+    x = config.Preference(
+        **dict.fromkeys(("beta", "margin", "alpha")) | {"label_smoothing": 0.0, "nll": 0.0, "reference": "frozen"} | changes
+    )
     reference = Halves(jnp.float32(-7.0), jnp.float32(-7.0))
     return jax.value_and_grad(lambda chosen: FORMS[name].loss(x, reference._replace(chosen=chosen), reference))(-7.0)
 

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.bench.measurement import table
-from hybrid_attn.data.packed import ARRAYS
+from hybrid_attn.data.packed import fields_of
 from hybrid_attn.files import write_atomically
 from hybrid_attn.model import execution_on, specs
 from hybrid_attn.parallel import fit
@@ -129,7 +129,7 @@ def estimated_memory(c: config.Config, stage: config.StageConfig, mesh: Abstract
     objective, shape = objective_of(stage), (stage.batch // stage.microbatches, stage.seq_len)
     with jax.sharding.use_abstract_mesh(mesh):
         state, sharding = abstract_state(c, mesh, stage.index), NamedSharding(mesh, TOKENS_BT)
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in fields_of(stage).items()}
         extras = {name: state.extras[name] for name in objective.extras}
 
         def residual_bytes(execution) -> int:

@@ -169,6 +169,8 @@ def preference(**changes) -> ConfigDict:
     p.nll = 0.0  # the weight of the negative log-probability of the chosen completion
     # Log-probabilities of completions are means over their tokens, not sums. None: means for hinge and trl_ipo, sums for others
     p.mean_log_probs = None
+    # frozen: the parameters at the beginning of the stage. store: log-probabilities that tools/prepare_references.py wrote
+    p.reference = "frozen"
     p.update(changes)
     return p
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from hybrid_attn.bench.measurement import table
 from hybrid_attn.config import Config, Model, mlp_width
-from hybrid_attn.data.packed import ARRAYS
+from hybrid_attn.data.packed import fields_of
 from hybrid_attn.model import execution_on
 from hybrid_attn.model.moe import by_kernel
 from hybrid_attn.parallel import fit
@@ -59,7 +59,9 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     with jax.set_mesh(mesh):
         check_overrides(c)
         sharding = NamedSharding(mesh, TOKENS_BT)
-        inputs = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
+        inputs = {
+            name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in fields_of(of_stage).items()
+        }
         kernel_flops = timing.kernel_flops(of_stage.model, of_stage.train, length)
         kernel_flops += timing.expert_flops(of_stage.model, by_kernel(of_stage.model, execution, mesh.shape["tensor"])) * length
         compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh, of_stage.index), inputs).compile()

@@ -19,7 +19,7 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import make_mesh, on_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train import console, curves, init_from, profile, resume, sinks, turn
+from hybrid_attn.train import console, curves, init_from, profile, references, resume, sinks, turn
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
@@ -57,6 +57,7 @@ def train(
     flags, goodput = Flags(**flags), Goodput()
     check_names(c.evals.names)
     turn.check_rule(c)
+    references.check_stages(c)
     profile.check_range(flags.profile, 0, c.total_steps)
     sinks.check_names(c.train.sinks)
     schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
@@ -120,6 +121,7 @@ def train_from_newest(
     newest_mesh = run.meshes[c.next_stage(checkpoints.latest() or 0)]
     with jax.set_mesh(newest_mesh):
         state, start, recorded = first_state(c, run.data.identities, newest_mesh, checkpoints)
+    references.check_fingerprints(c, run.data.corpora, recorded)
     recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
     if rollback is not None:
         recorded[RECORD] = [*recorded.get(RECORD, ()), rollback]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_attn.config import Preference, StageConfig
+from hybrid_attn.data.packed import STORED, has_stored_reference
 from hybrid_attn.model import Execution, losses, losses_and_aux
 from hybrid_attn.model.documents import halves_of_pairs
 from hybrid_attn.train.objectives import next_token
@@ -123,9 +124,18 @@ def weight(config: StageConfig, batch: Batch) -> jax.Array:
     return is_pair(batch).sum().astype(jnp.float32)
 
 
-def log_probs(config: StageConfig, nll_BT: jax.Array, batch: Batch) -> Halves:
-    """The log-probabilities of the completions of each pair, from those of their tokens."""
-    sums, means = pairs(-nll_BT, batch), config.preference.mean_log_probs
+def reference_sums(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execution: Execution) -> Halves:
+    """The log-probabilities of the completions of each pair under the reference, summed over their tokens."""
+    if has_stored_reference(config):
+        return Halves(*halves_of_pairs(batch["references"], batch["segments"]))
+    frozen = jax.lax.stop_gradient(joined(extras[REFERENCE], params))  # what the stage does not train is that of the model
+    nll_BT, _ = losses(config.model, frozen, batch, execution._replace(statistics=False))
+    return pairs(-nll_BT, batch)
+
+
+def in_form(config: StageConfig, sums: Halves, batch: Batch) -> Halves:
+    """The log-probabilities of the completions of each pair, of the sums over their tokens, as sums or means."""
+    means = config.preference.mean_log_probs
     if not (FORMS[config.objective].means if means is None else means):
         return sums
     return Halves(*(x / jnp.maximum(n, 1.0) for x, n in zip(sums, tokens_of(batch), strict=True)))
@@ -134,9 +144,8 @@ def log_probs(config: StageConfig, nll_BT: jax.Array, batch: Batch) -> Halves:
 def loss(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execution: Execution) -> tuple[jax.Array, dict]:
     """The sum over the pairs, and sums of what `metrics` shows."""
     nll_BT, _, aux = losses_and_aux(config.model, params, batch, execution)
-    frozen = jax.lax.stop_gradient(joined(extras[REFERENCE], params))  # what the stage does not train is that of the model
-    frozen_nll_BT, _ = losses(config.model, frozen, batch, execution._replace(statistics=False))
-    model, reference = log_probs(config, nll_BT, batch), log_probs(config, frozen_nll_BT, batch)
+    model = in_form(config, pairs(-nll_BT, batch), batch)
+    reference = in_form(config, reference_sums(config, params, extras, batch, execution), batch)
     settings, exists = config.preference, is_pair(batch)
     of_pairs = FORMS[config.objective].loss(settings, model, reference) - settings.nll * model.chosen
     delta = log_ratios(model, reference)
@@ -161,3 +170,8 @@ OBJECTIVE = Objective(
     weight, loss, metrics, next_token.FIELDS, {REFERENCE: FROZEN}, check_settings, paired=True, forward_passes=1
 )
 PREFERENCE = {name: OBJECTIVE._replace(indicator=form.indicator) for name, form in FORMS.items()}
+
+
+def with_stored_reference(objective: Objective) -> Objective:
+    """An objective of pairs whose batches have the log-probabilities of the reference."""
+    return objective._replace(extras={}, fields=(*objective.fields, *STORED), forward_passes=0)
