@@ -129,9 +129,9 @@ class Checkpoints:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict]:
         """(step, state, data) of the newest checkpoint that can be read, or of `step`.
 
-        `abstract_state` is a tree of `jax.ShapeDtypeStruct`s with the shardings and dtypes of the result. Of its `extras`, the
-        result has those that the checkpoint has. An unreadable checkpoint is reported and renamed, and the one before it is
-        read. ValueError if none can be read, or if the arrays are those of another model.
+        `abstract_state` is a tree of `jax.ShapeDtypeStruct`s with the shardings and dtypes of the result, or a function that
+        makes it for a step. Of its `extras`, the result has those that the checkpoint has. An unreadable checkpoint is reported
+        and renamed, and the one before it is read. ValueError if none can be read, or if the arrays are those of another model.
         """
         self.wait()
         candidates = [step] if step is not None else self.steps()[::-1]
@@ -140,7 +140,8 @@ class Checkpoints:
             path = _path(self.directory, candidate)
             try:
                 _, data = stored.together(lambda path=path: [stored.read_item(path, item) for item in stored.ITEMS])
-                state = _read_state(path, abstract_state)
+                like = abstract_state(candidate) if callable(abstract_state) else abstract_state
+                state = _read_state(path, like)
             except UnreadableError as cause:
                 logging.error("checkpoint %s/%d cannot be read: %s", self.directory, candidate, cause)
                 causes[candidate] = cause

@@ -98,6 +98,8 @@ class StageConfig:
     model_changes: tuple[str, ...] = dataclasses.field(compare=False)
     lr_schedule: LrSchedule | None = dataclasses.field(compare=False)
     override: Partial[Groups] = dataclasses.field(compare=False)
+    turn_patience: int | None = dataclasses.field(compare=False)
+    turn_indicator: str | None = dataclasses.field(compare=False)
     data: Data = dataclasses.field(compare=False)
     trainable: tuple[str, ...]
     trainable_of_stages: tuple[tuple[str, ...], ...]

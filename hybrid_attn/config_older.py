@@ -15,7 +15,7 @@ NEW_OPTIM = (
 NEW_TRAIN = "overlap", "statistics_every", "sinks", "unroll", "moe_kernel", "rank_statistics"
 NEW_STAGE = (
     "name", "objective", "model_changes", "lr_schedule", "override", "trainable", "tokens", "batch_ramp", "batch_ramp_tokens",
-    "average_over", "preference",
+    "average_over", "preference", "turn_patience", "turn_indicator",
 )  # fmt: skip
 NEW_MLP = "bias_rate", "shared_d_ff", "domain_dim", "bias_on", "swiglu_limit", "swiglu_alpha", "biases"
 NEW_KIND = "mixer", "attention_experts", "share_kv", "mlp", "residual_scale", "attention_bias"
@@ -35,6 +35,7 @@ def completed(values: Mapping) -> dict:
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     _add(stages, defaults["stages"][0], *NEW_STAGE)
     _add([stage["lr_schedule"] for stage in stages], trees.plain(base.lr_schedule()), "warmup_tokens")
+    _add([stage["preference"] for stage in stages], trees.plain(base.preference()), "reference")
     kinds = [kind for kind in kinds.values() if isinstance(kind, dict)] if isinstance(kinds, dict) else []
     _add(kinds, trees.plain(base.kind()), *NEW_KIND)
     for kind in kinds:

@@ -222,6 +222,7 @@ class Preference:
     label_smoothing: float = within(0, 0.5, below=True)
     nll: float = within(0, 10**6)
     mean_log_probs: bool | None
+    reference: str = one_of("frozen", "store")
 
     def __post_init__(self):
         check_fields(self, "preference")
@@ -250,6 +251,8 @@ class Stage:
     lr_schedule: LrSchedule | None
     override: Partial[Groups]
     trainable: tuple[str, ...]
+    turn_patience: int | None = within(1, 1000)
+    turn_indicator: str | None = one_of("entropy_bits", "renormalised_entropy_bits", "mass")
 
     def __post_init__(self):
         check_fields(self, "stages")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid_attn.data import prepare, store
+from hybrid_attn.data import chat, prepare, store
+from hybrid_attn.data.conversations import Chat
 from hybrid_attn.data.sources import Fields
 from hybrid_attn.data.tokenizer import load_tokenizer
 
@@ -47,3 +48,13 @@ def texts(path, tokenizer=BYTES):
 
 def content(path):
     return {x.name: x.read_bytes() for x in path.iterdir() if x.name != store.PLAN}
+
+
+def pairs_store(folder):
+    """The path of a store of pairs, of which the chosen completion has a and the rejected one z."""
+    halves = [{"chosen": "a" * (1 + i % 3), "rejected": "z" * (1 + i % 2)} for i in range(64)]
+    made = [{"from": "us", "prompt": f"say {i}:"} | x for i, x in enumerate(halves)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in made))
+    form = Chat("preference", chat.load_template(None, "bytes"), ("assistant",))
+    run(folder, "store", "pairs.jsonl", form="jsonl", chat=form, fields=Fields("text", "from"), shard_bytes=None)
+    return str(folder / "store")

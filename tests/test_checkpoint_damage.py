@@ -30,6 +30,16 @@ def test_a_truncated_newest_checkpoint_is_reported_and_the_previous_one_is_resto
     assert reopen(tmp_path).restore(abstract_of(state_of()))[0] == 7
 
 
+def test_the_arrays_of_a_step_may_depend_on_it(tmp_path):
+    write(tmp_path, 5)
+    checkpoints = reopen(tmp_path)
+    checkpoints.save(6, state_of(6, width=32), DATA, CONFIG, wait=True)
+    truncate(tmp_path, 6)
+    step, state, _ = checkpoints.restore(lambda step: abstract_of(state_of(width={5: 16, 6: 32}[step])))
+    assert step == 5
+    assert_same_bits(state, state_of(5))
+
+
 def test_one_flipped_bit_in_an_array_is_noticed(tmp_path):
     wide = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 256)), jnp.float32)}
     checkpoints = reopen(tmp_path)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from conftest import BLOCKED, batch_of, tiny
 
+from configs import base
 from hybrid_attn import config
 from hybrid_attn.kernels.reference import visible_BTS
 from hybrid_attn.model import abstract_params, flops, losses
 from hybrid_attn.model.attention import attended_pairs
 from hybrid_attn.parallel.mesh import TOKENS_BT, abstract_mesh
+from hybrid_attn.train import cost
 
 KINDS = {
     "L": {"window": 7, "rope_theta": 100.0},
@@ -60,6 +62,23 @@ def test_forward_flops_are_those_that_the_compiler_counts():
 def test_a_training_step_costs_three_forward_passes():
     model = tiny().model
     assert flops.train_flops_per_token(model, 100) == 3 * flops.forward_flops_per_token(model, 100)
+
+
+def test_a_step_counts_the_reference_and_no_gradients_of_weights_that_do_not_train():
+    stage = {"steps": 1, "seq_len": 100, "batch": 1, "microbatches": 1, "mixture": {}}
+    dpo = {"objective": "dpo", "preference": base.preference()}
+    c = tiny({"stages": [stage, stage | dpo, stage | dpo | {"trainable": ("embed", "*/mlp/*")}], "model.adapter.type": "lora"})
+    plain = tiny({"stages": [stage | dpo]}).at(0)
+    forward, adapted = (flops.forward_flops_per_token(x.model, 100) for x in (plain, c))
+    assert cost.flops_per_token(plain) == 4 * forward
+    of_base = flops.product_flops_per_token(plain.model)
+    assert cost.flops_per_token(c.at(0)) == 3 * adapted - of_base
+    assert cost.flops_per_token(c.at(1)) == 4 * adapted - of_base
+    attention = 2 * 32 * 8 * (4 + 2 + 2 + 4)
+    assert of_base == 2 * (attention + 2 * 3 * 32 * 48 + 384 * 32)
+    assert cost.flops_per_token(c.at(2)) == pytest.approx(4 * adapted - 2 * attention - (adapted - forward))
+    assert cost.described(plain) == "3 x forward and 1 x forward of other parameters"
+    assert cost.described(c.at(0)) == "3 x forward, without gradients of fixed weights"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from conftest import tiny
 from trained import stage
 
 from hybrid_attn.train.precompile import LEAD, NextStep
+from hybrid_attn.train.step import TrainState
 
 
 @pytest.fixture
@@ -29,8 +30,8 @@ def next_step(*step_fns, steps=3):
 
 
 def test_the_first_call_of_a_stage_finds_its_program(one_device, compilations):
-    step = jax.jit(lambda state, batch: (state + 1, batch["tokens"].sum()), donate_argnums=0)
-    state, batch = jnp.int32(0), {"tokens": jnp.ones((16, 24), jnp.int32)}
+    step = jax.jit(lambda state, batch: (state.step + 1, batch["tokens"].sum()))
+    state, batch = TrainState(jnp.int32(0), {}, ()), {"tokens": jnp.ones((16, 24), jnp.int32)}
     it, later = next_step(lambda *_: None, step), {"tokens": jnp.full((8, 48), 2, jnp.int32)}
     del compilations[:]
     it.begin(1, state, batch)
@@ -42,10 +43,10 @@ def test_the_first_call_of_a_stage_finds_its_program(one_device, compilations):
 
 def test_it_begins_when_a_tenth_of_the_stage_or_some_steps_are_left_and_never_twice_or_for_one_program(one_device):
     def begun(steps, same=False):
-        first, second = jax.jit(lambda state, batch: state), jax.jit(lambda state, batch: state + 1)
+        first, second = jax.jit(lambda state, batch: state), jax.jit(lambda state, batch: state.step + 1)
         it = next_step(first, first if same else second, steps=steps)
         for step in range(1, steps + 4):
-            it.begin(step, jnp.int32(0), {})
+            it.begin(step, TrainState(jnp.int32(0), {}, ()), {})
             if it.begun:
                 return step
 
@@ -56,7 +57,7 @@ def test_a_compilation_that_fails_is_an_error_of_the_call_and_not_of_the_wait(on
     def wrong(state, batch):
         raise ValueError("of this stage")
 
-    step, state = jax.jit(wrong), jnp.int32(0)
+    step, state = jax.jit(wrong), TrainState(jnp.int32(0), {}, ())
     it = next_step(lambda *_: None, step)
     it.begin(2, state, {})
     it.wait(step)

@@ -1,5 +1,6 @@
 """Objectives of pairs: their closed forms, sums over packed pairs on every mesh, and runs that train on them."""
 
+import functools
 import json
 import math
 
@@ -8,19 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import BLOCKED, assert_close, batch_of, mesh_of, on_mesh, random_params, tiny
-from prepared import run
+from flax.traverse_util import flatten_dict
+from prepared import pairs_store
 from trained import losses, stop_at
 
 from configs import base
 from hybrid_attn import checkpoint, config
-from hybrid_attn.data import chat
-from hybrid_attn.data.conversations import Chat
-from hybrid_attn.data.records import Fields
 from hybrid_attn.model import losses as token_losses
 from hybrid_attn.train import loop
 from hybrid_attn.train.objectives import objective_of, preference
 from hybrid_attn.train.objectives.preference import FORMS, Halves
-from hybrid_attn.train.step import init_state, make_step
+from hybrid_attn.train.step import abstract_on, abstract_state, begin_stage, init_state, make_step
 
 SETTINGS = {
     "dpo": {"beta": 0.3, "label_smoothing": 0.1, "nll": 0.2},
@@ -47,7 +46,9 @@ def config_of(objective="dpo", stages=({},), **changes):
 
 def at_equal(name, **changes):
     """The loss of a pair and its gradient by the log-probability of the chosen completion, where model and reference agree."""
-    x = config.Preference(**dict.fromkeys(("beta", "margin", "alpha")) | {"label_smoothing": 0.0, "nll": 0.0} | changes)
+    x = config.Preference(
+        **dict.fromkeys(("beta", "margin", "alpha")) | {"label_smoothing": 0.0, "nll": 0.0, "reference": "frozen"} | changes
+    )
     reference = Halves(jnp.float32(-7.0), jnp.float32(-7.0))
     return jax.value_and_grad(lambda chosen: FORMS[name].loss(x, reference._replace(chosen=chosen), reference))(-7.0)
 
@@ -108,7 +109,7 @@ def measured(c, sizes):
     """Loss, metrics and the norm of the gradient of a first step, with the parameters of seed 0 and the reference of seed 1."""
     with jax.set_mesh(mesh_of(**sizes)):
         state = jax.jit(init_state, static_argnums=0)(c, random_params(c.model, 0))
-        state = state._replace(extras=state.extras | {"reference": random_params(c.model, 1)})
+        state = state._replace(extras={"reference": random_params(c.model, 1)})
         return jax.device_get(make_step(c.at(0), BLOCKED)(state, on_mesh(BATCH))[1])
 
 
@@ -138,14 +139,7 @@ def test_a_mesh_and_microbatches_compute_what_one_device_does(sizes, microbatche
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A store of pairs, of which the chosen completion has a and the rejected one z."""
-    folder = tmp_path_factory.mktemp("pairs")
-    halves = [{"chosen": "a" * (1 + i % 3), "rejected": "z" * (1 + i % 2)} for i in range(64)]
-    records = [{"from": "us", "prompt": f"say {i}:"} | x for i, x in enumerate(halves)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
-    form = Chat("preference", chat.load_template(None, "bytes"), ("assistant",))
-    run(folder, "store", "pairs.jsonl", form="jsonl", chat=form, fields=Fields("text", "from"), shard_bytes=None)
-    return str(folder / "store")
+    return pairs_store(tmp_path_factory.mktemp("pairs"))
 
 
 def of_store(store, objective="dpo", stages=({},), **changes):
@@ -156,7 +150,9 @@ def of_store(store, objective="dpo", stages=({},), **changes):
 @pytest.mark.usefixtures("known_peak_and_no_pictures")
 def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_reference(store, tmp_path, capsys, monkeypatch):
     first = {"objective": "sft", "preference": None}
-    c = of_store(store, stages=[first | {"steps": 9}, {"steps": 6}], **{"optim.spike_factor": 3.0, "optim.clip_norm": 1.0})
+    second = {"steps": 6, "trainable": ("periods", "final_norm")}
+    changes = {"optim.spike_factor": 3.0, "optim.clip_norm": 1.0, "train.keep": 9}
+    c = of_store(store, stages=[first | {"steps": 9}, second], **changes)
     assert loop.train(c, tmp_path / "straight")
     lines = [json.loads(line) for line in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()]
     of_pairs = [line for line in lines if line["stage"] == 2]
@@ -170,7 +166,24 @@ def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_re
     monkeypatch.undo()
     assert loop.train(c, tmp_path / "resumed")
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
-    assert "reference" in checkpoint.extras(tmp_path / "straight/checkpoints", 15)
+    folder = tmp_path / "straight/checkpoints"
+    assert [checkpoint.extras(folder, step) for step in (8, 15)] == [{"spikes"}, {"spikes", "reference"}]
+    trained = {name for name in checkpoint.read_shapes(folder, 15) if name.startswith(second["trainable"])}
+    assert checkpoint.read_shapes(folder, 15, "extras/reference").keys() == trained
+
+
+def test_the_reference_has_what_its_stage_trains_and_no_other_stage_has_it(one_device):
+    adapter = {"model.adapter.type": "lora", "model.adapter.targets": ("*/q",)}
+    c = config_of(stages=[{"objective": "sft", "preference": None}, {}, {"trainable": ("final_norm", "embed")}], **adapter)
+    names = {"periods/L0/attention/q_adapter/a", "periods/L0/attention/q_adapter/b"}, {"final_norm/weight", "embed"}
+    begun = abstract_state(c, one_device)
+    assert begun.extras == {}
+    for index, expected in enumerate(names, 1):
+        begun = abstract_on(one_device, jax.eval_shape(functools.partial(begin_stage, c, index), begun))
+        reference = flatten_dict(begun.extras["reference"], sep="/")
+        assert reference.keys() == expected
+        assert begun.extras == abstract_state(c, one_device, index).extras
+    assert jax.eval_shape(functools.partial(begin_stage, c, 0), begun).extras == {}
 
 
 @pytest.mark.parametrize(

@@ -23,19 +23,20 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_attn import config, config_file, programs
 from hybrid_attn.bench.measurement import table
-from hybrid_attn.data.packed import ARRAYS
+from hybrid_attn.data.packed import fields_of
 from hybrid_attn.files import write_atomically
-from hybrid_attn.model import execution_on, flops, specs
+from hybrid_attn.model import execution_on, specs
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.mesh import AXES, TOKENS_BT, abstract_mesh, axis_sizes
 from hybrid_attn.plan.step import gb, make_plan
 from hybrid_attn.plan.targets import CHIPS, FORMS, Target, find_target
 from hybrid_attn.train.console import duration, named_stage, short_count
+from hybrid_attn.train.cost import flops_per_token
 from hybrid_attn.train.metrics import PEAKS
 from hybrid_attn.train.objectives import objective_of
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import abstract_state
-from hybrid_attn.train.trainable import is_trained
+from hybrid_attn.train.trainable import is_trained, part
 from hybrid_attn.trees import check
 
 CONFIG = config_file.define("config", None, "Config file, with its argument after a colon.", config.Config)
@@ -87,7 +88,7 @@ class Span(NamedTuple):
 
     @property
     def flops(self) -> float:
-        return self.tokens * flops.train_flops_per_token(self.stage.model, self.stage.seq_len)
+        return self.tokens * flops_per_token(self.stage)
 
 
 def spans_of(c: config.Config) -> list[Span]:
@@ -127,17 +128,17 @@ def estimated_memory(c: config.Config, stage: config.StageConfig, mesh: Abstract
     everything = execution._replace(remat=config.Table(dict.fromkeys(execution.remat, "none")))
     objective, shape = objective_of(stage), (stage.batch // stage.microbatches, stage.seq_len)
     with jax.sharding.use_abstract_mesh(mesh):
-        state, sharding = abstract_state(c, mesh), NamedSharding(mesh, TOKENS_BT)
-        part = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
+        state, sharding = abstract_state(c, mesh, stage.index), NamedSharding(mesh, TOKENS_BT)
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in fields_of(stage).items()}
         extras = {name: state.extras[name] for name in objective.extras}
 
         def residual_bytes(execution) -> int:
-            def residuals(params, extras, part):
-                return jax.vjp(lambda params: objective.loss(stage, params, extras, part, execution)[0], params)[1]
+            def residuals(params, extras, batch):
+                return jax.vjp(lambda params: objective.loss(stage, params, extras, batch, execution)[0], params)[1]
 
-            return bytes_on_device(jax.eval_shape(residuals, state.params, extras, part), mesh)
+            return bytes_on_device(jax.eval_shape(residuals, state.params, extras, batch), mesh)
 
-        gradients = [state.params] * min(stage.microbatches, 2)  # those of a microbatch, and their sum
+        gradients = [part(stage, state.params)] * min(stage.microbatches, 2)  # those of a microbatch, and their sum
         params = bytes_on_device(state.params, mesh)  # among the residuals
         layer = (residual_bytes(everything) - params) / stage.model.num_layers
         logits = 4 * execution.loss_chunk * stage.model.vocab_size / mesh.shape["tensor"]

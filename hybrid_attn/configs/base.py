@@ -163,6 +163,10 @@ def stage(**changes) -> ConfigDict:
     # The parameters that this stage trains, by name, such as ("periods/L*", "*/q_norm"); empty = all, or those of
     # model.adapter. The others and their moments keep their bits.
     s.trainable = ()
+    # Of dpo and the like, in the last stage: the run ends once so many evaluations of preferences, one every evals.every steps,
+    # follow the turn of an indicator of over-optimisation (docs/preferences.md). None = it goes on to its last step.
+    s.turn_patience = None
+    s.turn_indicator = None  # entropy_bits | renormalised_entropy_bits | mass; None = that of the objective
     s.update(changes)
     return s
 
@@ -178,6 +182,8 @@ def preference(**changes) -> ConfigDict:
     p.nll = 0.0  # the weight of the negative log-probability of the chosen completion
     # Log-probabilities of completions are means over their tokens, not sums. None: means for hinge and trl_ipo, sums for others
     p.mean_log_probs = None
+    # frozen: the parameters at the beginning of the stage. store: log-probabilities that tools/prepare_references.py wrote
+    p.reference = "frozen"
     p.update(changes)
     return p
 

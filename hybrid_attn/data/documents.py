@@ -14,6 +14,7 @@ import numpy as np
 
 from hybrid_attn.data import sources
 from hybrid_attn.data.records import Fields, Text
+from hybrid_attn.data.references import References
 from hybrid_attn.trees import check
 
 NO_LABEL = "text"  # label of documents without a label of their own
@@ -37,7 +38,8 @@ class Documents:
     `lengths` int64 [n] counts tokens, BOS and EOS included; `hashes` uint64 [n] are `content_hash` of the texts; `labels`
     uint16 [n] are indices into `label_names`; `dtype` is that of the tokens. `fetch` reads spans; it numbers documents by
     `numbers` int64 [n], or from 0 to n - 1 where that is None. Without a `loss_mask` every token is trained on. Where `paired`,
-    documents 2i and 2i + 1 are the chosen and the rejected completion of a prompt, with one hash and one label.
+    documents 2i and 2i + 1 are the chosen and the rejected completion of a prompt, with one hash and one label. `references`
+    reads the log-probabilities that stand beside a store, numbered as `fetch` does.
     """
 
     lengths: np.ndarray
@@ -49,6 +51,7 @@ class Documents:
     numbers: np.ndarray | None = None
     loss_mask: LossMask | None = None
     paired: bool = False
+    references: Callable[[], References] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -60,6 +63,11 @@ class Documents:
     def read_loss_mask(self, spans: Iterable[Span]) -> list[np.ndarray]:
         """The loss mask of each span, read like the tokens. The documents must have one."""
         return self.loss_mask.fetch(self._located(spans))
+
+    def reference_log_probs(self) -> np.ndarray:
+        """The log-probability [n] of each document under the reference; ValueError where there are none."""
+        log_probs = self.references().log_probs
+        return log_probs if self.numbers is None else log_probs[self.numbers]
 
     def _located(self, spans: Iterable[Span]) -> list[Span]:
         """The spans as `fetch` numbers them."""

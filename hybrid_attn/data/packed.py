@@ -16,11 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrid_attn.config import StageConfig
 from hybrid_attn.data.documents import Documents, pair_lengths
 from hybrid_attn.trees import check
 
 ARRAYS = {"tokens": np.int32, "targets": np.int32, "positions": np.int32, "segments": np.int32}
 ARRAYS |= {"weights": np.float32, "bytes": np.float32}
+STORED = {"references": np.float32}  # of stages whose reference stands in the store
 MAX_LEN = 2**31 - 1  # tokens of a sequence: positions are int32
 
 
@@ -28,11 +30,15 @@ class PackedSequences:
     """The sequences of `documents`, packed by "concat" or "best_fit", or by pairs if the documents are pairs.
 
     `seed` gives each epoch its own order; None keeps that of the documents. `byte_lengths` [vocab_size] has the UTF-8 bytes of
-    each id.
+    each id. With `references` they have the log-probabilities of the documents.
     """
 
-    def __init__(self, documents: Documents, seq_len: int, seed: int | None, byte_lengths: np.ndarray, packing: str = "concat"):
+    def __init__(
+        self, documents: Documents, seq_len: int, seed: int | None, byte_lengths: np.ndarray, packing: str = "concat",
+        references: bool = False,
+    ):  # fmt: skip
         check_len(seq_len)
+        self._references = documents.reference_log_probs() if references else None
         self.seq_len = seq_len
         self._documents, self._byte_lengths = documents, byte_lengths
         plan = Pairs if documents.paired else PLANS[packing]
@@ -67,7 +73,8 @@ class PackedSequences:
         next token of the same document, even where the sequence ends; without one its weight is 0, as it is where the loss mask
         of the documents leaves the target out. Positions and segments (from 1; 0 is padding) start again in each sequence. Of
         pair j of a sequence, counted from 1, chosen has the segment 2j - 1 and rejected 2j.
-        `bytes` has the UTF-8 bytes of each target with a weight.
+        `bytes` has the UTF-8 bytes of each target with a weight. `references`, if there are any, has the log-probability of a
+        document at its first token, and 0 elsewhere.
         """
         layouts = [self._layout(index, start, stop) for index, start, stop in slices]
         spans = [span for columns, *_ in layouts for span in zip(*columns, strict=True)]
@@ -82,8 +89,24 @@ class PackedSequences:
             targets_T, trained_T = np.where(has_target_T, tokens_S[1:], 0), has_target_T & mask_S[1:]
             arrays = {"tokens": tokens_S[:-1], "targets": targets_T, "positions": positions_S[:-1], "segments": segments_S[:-1]}
             bytes_T = np.where(trained_T, self._byte_lengths[targets_T], 0).astype(np.float32)
-            sequences.append(arrays | {"weights": trained_T.astype(np.float32), "bytes": bytes_T})
+            arrays |= {"weights": trained_T.astype(np.float32), "bytes": bytes_T}
+            sequences.append(arrays | self._stored(columns, stop - start))
         return sequences
+
+    def _stored(self, columns: tuple, size: int) -> dict[str, np.ndarray]:
+        """The references of the documents that begin in these spans, at `size` positions."""
+        if self._references is None:
+            return {}
+        documents_K, lefts_K, rights_K = columns
+        begins_K = np.cumsum(rights_K - lefts_K) - (rights_K - lefts_K)
+        here_K = (lefts_K == 0) & (begins_K < size)  # the last position is of the next token
+        references_T = np.zeros(size, np.float32)
+        references_T[begins_K[here_K]] = self._references[documents_K[here_K]]
+        return {"references": references_T}
+
+    def documents_of(self, index: int) -> np.ndarray:
+        """The numbers of the documents of a sequence of the first epoch, in order."""
+        return self._plan.spans(0, index).documents_K
 
     def counts(self, epoch: int = 0) -> dict[str, int]:
         """One epoch: documents, tokens, sequences, padding, cuts (ends of sequences inside a document), documents cut."""
@@ -113,6 +136,16 @@ class PackedSequences:
         positions_S[:n] = np.arange(start, start + n) - np.repeat(begins_K[overlap], right_K - left_K)
         segments_S[:n] = np.repeat(np.arange(first + 1, last + 1), right_K - left_K)
         return (documents_K[overlap], left_K + shift_K, right_K + shift_K), positions_S, segments_S
+
+
+def fields_of(stage: StageConfig) -> dict[str, np.dtype]:
+    """The arrays of a batch of a stage, by name, with their dtypes."""
+    return ARRAYS | STORED if has_stored_reference(stage) else ARRAYS
+
+
+def has_stored_reference(stage: StageConfig) -> bool:
+    """Whether the log-probabilities of the reference of a stage stand in its token stores."""
+    return stage.preference is not None and stage.preference.reference == "store"
 
 
 def _joined(pieces: Iterator[np.ndarray], number: int, out_S: np.ndarray) -> np.ndarray:

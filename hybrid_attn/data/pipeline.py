@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from hybrid_attn import config
 from hybrid_attn.data.documents import Documents
-from hybrid_attn.data.packed import ARRAYS, PackedSequences, padding_arrays
+from hybrid_attn.data.packed import ARRAYS, PackedSequences, fields_of, has_stored_reference, padding_arrays
 from hybrid_attn.data.synthetic import SyntheticSequences, Task
 from hybrid_attn.parallel.fit import check_splits
 from hybrid_attn.parallel.mesh import BATCH, TOKENS_BT
@@ -106,7 +106,8 @@ def stage_sequences(c: config.Config, documents: Mapping[str, Documents | Task],
             return SyntheticSequences(documents[name], stage.seq_len, seed)
         selected = _documents_of(stage, name, documents[name])
         try:
-            return PackedSequences(selected, stage.seq_len, seed, tokenizer.byte_lengths, stage.data.packing)
+            sizes = stage.seq_len, seed, tokenizer.byte_lengths, stage.data.packing
+            return PackedSequences(selected, *sizes, references=has_stored_reference(stage))
         except ValueError as error:
             raise ValueError(f"data.sources.{name} with stages[{stage.index}].seq_len={stage.seq_len:,}: {error}") from error
 
@@ -139,6 +140,7 @@ def identities(c: config.Config, documents: Mapping[str, Documents | Task], toke
             "objective": stage.objective,
             "average_over": stage.average_over,
             "preference": None if stage.preference is None else dataclasses.asdict(stage.preference),
+            "trainable": [] if stage.preference is None else list(stage.trainable),  # the reference has these parameters
             "batch": stage.batch,
             "batch_ramp": list(stage.batch_ramp),
             "batch_ramp_tokens": stage.batch_ramp_tokens,
@@ -161,7 +163,7 @@ def batches(
     `stages` are the sequences of each stage, and `meshes` those that its batches are split over.
 
     A batch has `tokens`, `targets`, `positions`, `segments` int32 [B, T], `weights` and `bytes` float32 [B, T]; see
-    `PackedSequences.read`. Each process reads only the slices that its own devices hold.
+    `PackedSequences.read`, and `fields_of` for those of a stage. Each process reads only the slices that its own devices hold.
     """
 
     def read(step: int) -> tuple[int, Batch]:
@@ -172,7 +174,8 @@ def batches(
         def read_slices(slices: list[Slice]) -> list[dict[str, np.ndarray]]:
             return stages[index].read([(first + b, start, stop) for b, start, stop in slices])
 
-        return step, _global_batch(read_slices, stage.batch_at(step_of_stage), stage.seq_len, meshes[index])
+        shape = stage.batch_at(step_of_stage), stage.seq_len
+        return step, _global_batch(read_slices, *shape, meshes[index], fields_of(c.at(index)))
 
     steps = grain.MapDataset.range(start_step, c.total_steps).map(read)
     options = grain.ReadOptions(num_threads=c.data.prefetch, prefetch_buffer_size=c.data.prefetch)
@@ -191,7 +194,7 @@ def heldout_batches(sequences: SourceSequences, count: int, batch: int, mesh: Me
             read = iter(sequences.read([(chosen[b], start, stop) for b, start, stop in slices if b < len(chosen)]))
             return [next(read) if b < len(chosen) else padding_arrays(stop - start) for b, start, stop in slices]
 
-        yield _global_batch(read_slices, batch, sequences.seq_len, mesh)
+        yield _global_batch(read_slices, batch, sequences.seq_len, mesh, ARRAYS)
 
 
 def slices_of(devices: Iterable[jax.Device], batch: int, seq_len: int, mesh: Mesh) -> list[Slice]:
@@ -206,8 +209,10 @@ def _slices(block: tuple[slice, slice], batch: int, seq_len: int) -> list[Slice]
     return [(b, start, stop) for b in range(*block[0].indices(batch))]
 
 
-def _global_batch(read: Callable[[list[Slice]], list[dict]], batch: int, seq_len: int, mesh: Mesh) -> Batch:
-    """Sequences 0 to `batch` - 1 as global arrays. Each process reads only the slices of its own devices, with `read`."""
+def _global_batch(
+    read: Callable[[list[Slice]], list[dict]], batch: int, seq_len: int, mesh: Mesh, names: Iterable[str]
+) -> Batch:
+    """Sequences 0 to `batch` - 1 as global arrays of these names. Each process reads the slices of its own devices alone."""
     slices = slices_of(mesh.local_devices, batch, seq_len, mesh)
     arrays = dict(zip(slices, read(slices), strict=True))
 
@@ -217,7 +222,7 @@ def _global_batch(read: Callable[[list[Slice]], list[dict]], batch: int, seq_len
 
         return jax.make_array_from_callback((batch, seq_len), NamedSharding(mesh, TOKENS_BT), block_of)
 
-    return {name: sharded(name) for name in ARRAYS}
+    return {name: sharded(name) for name in names}
 
 
 def _source_seed(seed: int, stage: int, source: str) -> int:

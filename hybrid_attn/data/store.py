@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorstore
 
+from hybrid_attn.data import references
 from hybrid_attn.data.documents import Documents, LossMask, Span
 from hybrid_attn.files import JSON_BYTES
 from hybrid_attn.trees import check
@@ -102,6 +103,11 @@ class Manifest:
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     @property
+    def identity(self) -> str:
+        """Hexadecimal digits that identify the content of all shards."""
+        return hashlib.sha256(repr(self.shards).encode()).hexdigest()
+
+    @property
     def has_loss_mask(self) -> bool:
         return self.shards[0].loss_mask_sha256 is not None
 
@@ -135,8 +141,9 @@ def load(path: str, tokenizer=None) -> Documents:
         fingerprint = "".join(shard.loss_mask_sha256 for shard in manifest.shards)
         mask = LossMask(functools.partial(reader.read, LOSS_MASK), fingerprint)
     fetch = functools.partial(reader.read, ids)
+    beside = functools.partial(references.read, path, store.file, manifest.identity, len(columns["lengths"]))
     about = {"label_names": manifest.label_names, "dtype": ids.dtype, "paired": manifest.pairs}
-    return Documents(**columns, **about, fetch=fetch, loss_mask=mask)
+    return Documents(**columns, **about, fetch=fetch, loss_mask=mask, references=functools.cache(beside))
 
 
 def read_manifest(path: str) -> Manifest:
@@ -169,6 +176,14 @@ class _Store:
     path: str
     files: tensorstore.KvStore
     manifest: Manifest
+
+    def file(self, name: str) -> bytes | None:
+        """The bytes of a file beside the shards; None if it is not there."""
+        try:
+            result = self.files.read(name).result()
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {name} cannot be read ({error})") from error
+        return result.value if result.state == "value" else None
 
     def verify(self, index: int, values: _Values, boundaries: Iterable[tuple[str, int, np.ndarray]]) -> None:
         """ValueError if a file of a shard differs from its checksum, has an invalid value, or lacks one of the `boundaries`."""

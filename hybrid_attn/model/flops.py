@@ -5,8 +5,10 @@ model FLOPs utilisation says what the model needed. Norms, rotations and softmax
 """
 
 import math
+from collections.abc import Container
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from hybrid_attn.config import Model
 from hybrid_attn.config_model import attention_heads
@@ -32,16 +34,24 @@ def active_parameters(model: Model) -> int:
 
 def forward_flops_per_token(model: Model, length: int) -> float:
     """FLOPs of a forward pass over one document of `length` tokens, by token."""
-    multiplications, sequence = model.vocab_size * model.d_model, 0
-    for group, letters, number in model.groups:
-        multiplications += number * sum(spec.multiplications for spec in jax.tree.leaves(specs(model)[group]))
+    sequence = 0
+    for _, letters, number in model.groups:
         for layer_type in (model.kinds[letter] for letter in letters):
             sequence += number * MIXERS[layer_type.mixer].sequence_flops(model, layer_type, length)
-    return 2 * multiplications + sequence / length
+    return product_flops_per_token(model) + sequence / length
+
+
+def product_flops_per_token(model: Model, names: Container[str] | None = None) -> int:
+    """FLOPs of the products of a token with the matrices and the table of the logits, or with those of these `names` alone."""
+    multiplications = {"embed" if model.tie_embeddings else "unembed": model.vocab_size * model.d_model}
+    for group, _, number in model.groups:
+        of_group = flatten_dict(specs(model)[group], sep="/").items()
+        multiplications |= {f"{group}/{name}": number * spec.multiplications for name, spec in of_group}
+    return 2 * sum(number for name, number in multiplications.items() if names is None or name in names)
 
 
 def train_flops_per_token(model: Model, length: int) -> float:
-    """FLOPs of a training step by token."""
+    """FLOPs of a training step by token, if all parameters train and the objective needs one forward pass."""
     return TRAIN * forward_flops_per_token(model, length)
 
 

@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 
 from hybrid_attn.bench.measurement import table
 from hybrid_attn.config import Config, Model, mlp_width
-from hybrid_attn.data.packed import ARRAYS
-from hybrid_attn.model import execution_on, flops
+from hybrid_attn.data.packed import fields_of
+from hybrid_attn.model import execution_on
 from hybrid_attn.model.moe import by_kernel
 from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.context import SCHEMES
@@ -19,6 +19,7 @@ from hybrid_attn.parallel.mesh import TOKENS_BT, make_mesh
 from hybrid_attn.plan import timing
 from hybrid_attn.plan.collectives import NO_KERNEL, Collective, arrays, collectives, parse
 from hybrid_attn.plan.targets import CHIPS, GB, Target
+from hybrid_attn.train.cost import flops_per_token
 from hybrid_attn.train.resume import check_overrides
 from hybrid_attn.train.step import abstract_state, make_step
 
@@ -58,15 +59,16 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
     with jax.set_mesh(mesh):
         check_overrides(c)
         sharding = NamedSharding(mesh, TOKENS_BT)
-        inputs = {name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in ARRAYS.items()}
+        inputs = {
+            name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=sharding) for name, dtype in fields_of(of_stage).items()
+        }
         kernel_flops = timing.kernel_flops(of_stage.model, of_stage.train, length)
         kernel_flops += timing.expert_flops(of_stage.model, by_kernel(of_stage.model, execution, mesh.shape["tensor"])) * length
-        compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh), inputs).compile()
+        compiled = make_step(of_stage, execution).lower(abstract_state(c, mesh, of_stage.index), inputs).compile()
     m, text = compiled.memory_analysis(), compiled.as_text()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     if target.platform == "tpu":  # the only one whose compiler includes temporaries in its own figure
         peak = m.peak_memory_in_bytes
-    per_token = flops.train_flops_per_token(of_stage.model, length)
     return Plan(
         target,
         dict(mesh.shape),
@@ -74,7 +76,7 @@ def make_plan(c: Config, target: Target, stage: int = -1) -> Plan:
         m.temp_size_in_bytes,
         m.host_temp_size_in_bytes,
         peak,
-        per_token * batch * length / mesh.size,
+        flops_per_token(of_stage) * batch * length / mesh.size,
         (compiled.cost_analysis() or {}).get("flops"),
         timing.cycles(text) if target.platform == "tpu" else 0,
         kernel_flops * batch / mesh.size,

@@ -17,6 +17,7 @@ from hybrid_attn.evals.evaluation import Baselines
 from hybrid_attn.evals.records import grouped
 from hybrid_attn.evals.table import EVALS
 from hybrid_attn.model import Execution, flops
+from hybrid_attn.train import cost
 
 GB = 10**9
 UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
@@ -34,7 +35,7 @@ def description(
     total, active = flops.parameters(stage.model), flops.active_parameters(stage.model)
     tokens = c.batch_at(min(start, c.total_steps - 1)) * stage.seq_len
     embedding = c.model.vocab_size * c.model.d_model * (1 if c.model.tie_embeddings else 2)
-    per_token = flops.train_flops_per_token(stage.model, stage.seq_len)
+    per_token = cost.flops_per_token(stage)
     model = stage.model
     layer_types = "; ".join(f"{letter} = {describe(model.kinds[letter])}" for letter in sorted(set(model.layers)))
     device = jax.devices()[0]
@@ -59,7 +60,7 @@ def description(
             for line in sources(of_stage, of_config.sequences(s.steps), f"stage {named_stage(s)}, " if many_stages else "")
         ),
         f"step         {tokens:,} tokens, {per_token * tokens:.4g} FLOPs{of}",
-        f"token        {per_token:.4g} FLOPs{of}: 3 x forward, windows and causality counted, recomputation not",
+        f"token        {per_token:.4g} FLOPs{of}: {cost.described(stage)}, windows and causality counted, recomputation not",
         f"peak         {peak}",
         f"workdir      {workdir}",
     ]

@@ -18,6 +18,7 @@ from hybrid_attn.evals.types import EvalContext, Settings, Unit
 from hybrid_attn.infer.engine import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK, Engine, EngineOptions
 from hybrid_attn.model import Execution
 from hybrid_attn.parallel.mesh import batch_shards, broadcast_from_first, on_mesh
+from hybrid_attn.train import turn
 from hybrid_attn.train.console import evaluation_tables, stage_of
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.trees import check, choice
@@ -125,6 +126,10 @@ class Evaluations:
         described = self._described(self.folder / str(step), self.about(step), (*PASSING, *MACHINE))
         return broadcast_from_first(described is not None and self.report_of(step) is not None)
 
+    def is_over(self, step: int) -> bool:
+        """Whether the run ends after the evaluation of `step`, as `turn` says; process 0 decides for all."""
+        return broadcast_from_first(jax.process_index() == 0 and turn.is_over(self.config, Path(self.workdir), step))
+
     def measure(self, params: dict, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
         """Measures the units that this step has no files of, and logs all units; False if it was stopped before the end."""
         if not self.enabled:
@@ -156,6 +161,7 @@ class Evaluations:
                 self._compare(metrics, folder)
             except Exception as error:  # what was measured is written, and no picture is worth the steps to come
                 metrics.say(f"evaluation of step {metrics.step} is not all drawn: {type(error).__name__}: {error}")
+            metrics.say(*turn.lines(self.config, Path(self.workdir), metrics.step))
         return complete
 
     def _described(self, folder: Path, about: dict, passing: Sequence[str] = PASSING) -> dict | None:

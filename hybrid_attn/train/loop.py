@@ -19,7 +19,7 @@ from hybrid_attn.parallel import fit
 from hybrid_attn.parallel.identity import data_identity
 from hybrid_attn.parallel.mesh import make_mesh, on_mesh
 from hybrid_attn.parallel.processes import Peers
-from hybrid_attn.train import console, curves, init_from, profile, sinks
+from hybrid_attn.train import console, curves, init_from, profile, references, resume, sinks, turn
 from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
@@ -27,14 +27,14 @@ from hybrid_attn.train.objectives import check_pairs, objective
 from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
 from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
 from hybrid_attn.train.schedule import schedule
-from hybrid_attn.train.step import TrainState, abstract_state, executions, extras_of, init_state, make_steps, with_extras
+from hybrid_attn.train.step import TrainState, abstract_state, executions, extras_at, init_state, make_steps, with_extras
 from hybrid_attn.train.steps import Loop
 from hybrid_attn.train.stop import Stop, hold
 from hybrid_attn.train.trainable import is_trained
 from hybrid_attn.train.workdir import write_config
 
 # Of checkpoints that do not name these of their stage.
-OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None} | objective.SETTINGS
+OLDER_STAGE = {"objective": "next_token", "batch_ramp": [], "batch_ramp_tokens": None, "trainable": []} | objective.SETTINGS
 
 
 def train(
@@ -56,6 +56,8 @@ def train(
     """
     flags, goodput = Flags(**flags), Goodput()
     check_names(c.evals.names)
+    turn.check_rule(c)
+    references.check_stages(c)
     profile.check_range(flags.profile, 0, c.total_steps)
     sinks.check_names(c.train.sinks)
     schedule(c.optim, c.pieces)  # ValueError for stages whose rates do not meet, before anything is written
@@ -119,6 +121,7 @@ def train_from_newest(
     newest_mesh = run.meshes[c.next_stage(checkpoints.latest() or 0)]
     with jax.set_mesh(newest_mesh):
         state, start, recorded = first_state(c, run.data.identities, newest_mesh, checkpoints)
+    references.check_fingerprints(c, run.data.corpora, recorded)
     recorded["skipped_steps"] = merge_skipped(skip_steps, recorded["skipped_steps"], start, c.total_steps)
     if rollback is not None:
         recorded[RECORD] = [*recorded.get(RECORD, ()), rollback]
@@ -166,6 +169,7 @@ def loop_of(
         run.stop,
         data_state=lambda step: data_state(run.config, run.data.identities, step, recorded),
         measure=lambda params: evaluations.measure(params, metrics, run.stop.is_requested),
+        is_over=evaluations.is_over,
         state=state,
         step=start,
         peaks=[peak for peak, _ in run.peaks],
@@ -262,6 +266,10 @@ def finish(loop: Loop, workdir: str, evaluations: Evaluations) -> bool:
         metrics.write_again()
         what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
         raise OSError(f"{what}; step {loop.step} is saved; mend that and run the same command again")
+    if loop.step < total and evaluations.is_over(loop.step):
+        tell_goodput(loop)
+        close(loop.config, workdir, metrics, evaluations)
+        return True
     if loop.step < total:
         tell_goodput(loop)
         metrics.say(f"stopped after step {loop.step}, which is saved; the same command goes on from there")
@@ -298,6 +306,7 @@ def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluat
         own_files = bool(corpora.locations(c.data, c.sources))
         metrics.say(*console.experts(metrics.last))
         metrics.say(*console.ending(workdir, metrics.step, evaluations.report_of(metrics.step), own_files))
+        metrics.say(*turn.ending(c, Path(workdir), metrics.step))
     metrics.close()
 
 
@@ -334,7 +343,7 @@ def past(c: config.Config, checkpoints: Checkpoints, start: int, recorded: dict,
 
 def extras_lines(c: config.Config, saved: set[str], step: int) -> list[str]:
     """Lines for the extras that either the config or the checkpoint of `step`, which has those of the names `saved`, lacks."""
-    expected, of = extras_of(c).keys(), f"in the checkpoint of step {step}"
+    expected, of = extras_at(c, c.last_stage(step)).keys(), f"in the checkpoint of step {step}"
     added = [f"extras       {name}: not {of}; starts from its initial value" for name in sorted(expected - saved)]
     return added + [f"extras       {name}: {of}, and not in this config; left out" for name in sorted(saved - expected)]
 
@@ -354,44 +363,22 @@ def first_state(
         return jax.jit(init_state, static_argnums=0)(c), 0, {"skipped_steps": []}
     if (newest := checkpoints.newest_config()) is not None:
         check_arrays(newest[1], c, f"the checkpoint of step {newest[0]} in {checkpoints.directory}")
-    step, state, saved = checkpoints.restore(abstract_state(c, mesh))
-    state = with_extras(c, state)
+    step, state, saved = checkpoints.restore(lambda step: abstract_state(c, mesh, c.last_stage(step)))
+    state = with_extras(c, c.last_stage(step), state)
     expected = data_state(c, identities, step, {})
     done = saved["stage_steps"]
     if done != expected["stage_steps"]:
-        raise ValueError(other_steps(c, step, done, expected["stage_steps"]))
+        raise ValueError(resume.other_steps(c, step, done, expected["stage_steps"]))
     if done and done[-1] < c.stages[len(done) - 1].steps:
         lines, stage = trees.differences(OLDER_STAGE | saved["stage"], expected["stage"], "  "), f"stages[{len(done) - 1}]"
         trees.check(
             not lines,
             f"the checkpoint of step {step} is in the middle of {stage}, and this config has other batches or another "
             "objective there (saved -> new):\n" + "\n".join(lines) + f"\nuse the saved values; or end that stage with "
-            f"{stage}.steps={done[-1]}{without_tokens(c)}, and give the new values to a stage after it",
+            f"{stage}.steps={done[-1]}{resume.without_tokens(c)}, and give the new values to a stage after it",
         )
     records = {key: value for key, value in saved.items() if key not in expected}
     return state, step, {"skipped_steps": []} | records  # older checkpoints have no skipped steps
-
-
-def other_steps(c: config.Config, step: int, done: Sequence[int], expected: Sequence[int]) -> str:
-    """The error for a checkpoint with `done` steps of each stage, where this config has `expected` steps at the same `step`."""
-    last = len(done) - 1
-    if last < len(c.stages) and all(stage.steps == n for stage, n in zip(c.stages[:last], done, strict=False)):
-        flag = "--steps" if last == len(c.stages) - 1 else f"--config.stages[{last}].steps"
-        return (
-            f"the checkpoint of step {step} has done {done[last]} steps of stages[{last}], and this config has "
-            f"{c.stages[last].steps} there; give {flag}={done[last]} or more{without_tokens(c)}"
-        )
-    needed = ", ".join(f"stages[{i}].steps={n}" for i, n in enumerate(done[:last]))
-    return (
-        f"the checkpoint of step {step} has done {list(done)} steps of each stage, and this config's stages would have done "
-        f"{list(expected)}; a stage that is over keeps its steps; give {needed} and stages[{last}].steps={done[last]} or more"
-        f"{without_tokens(c)}"
-    )
-
-
-def without_tokens(c: config.Config) -> str:
-    """What the steps of a stage need beside them where the config gives lengths in tokens."""
-    return " (and tokens=None there)" if any(stage.tokens is not None for stage in c.stages) else ""
 
 
 def data_state(c: config.Config, identities: Sequence[dict], step: int, records: dict) -> dict:

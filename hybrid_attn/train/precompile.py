@@ -1,12 +1,14 @@
 """Compiles the step of the next stage in the background, while the last steps of the stage before it run."""
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from hybrid_attn.config import Config
+from hybrid_attn.train.step import abstract_on, begin_stage
 
 LEAD = 32  # steps before the edge, or a tenth of the stage if that is more
 
@@ -30,13 +32,11 @@ class NextStep:
         if is_last or not near or self.step_fns[index + 1] in (self.step_fns[index], *self.begun):
             return
         after, step_fn, mesh = self.config.at(index + 1), self.step_fns[index + 1], self.meshes[index + 1]
-
-        def abstract(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
-
-        size = self.config.stages[index + 1].batch_at(0)
-        batch = {name: abstract(x, (size, after.seq_len)) for name, x in batch.items()}
-        state = jax.tree.map(lambda x: abstract(x, x.shape), state)
+        shape = self.config.stages[index + 1].batch_at(0), after.seq_len
+        batch = {name: x.update(shape=shape) for name, x in abstract_on(mesh, batch).items()}
+        with jax.set_mesh(mesh):
+            begun = jax.eval_shape(functools.partial(begin_stage, self.config, index + 1), abstract_on(mesh, state))
+        state = abstract_on(mesh, begun)
         executor = ThreadPoolExecutor(1, "compilation")
         self.begun[step_fn] = executor.submit(_compile, step_fn, mesh, state, batch)
         executor.shutdown(wait=False)

@@ -21,7 +21,7 @@ from hybrid_attn.train.schedule import schedule
 
 
 class TrainState(NamedTuple):
-    """What a step changes and a checkpoint holds; `extras` are those of `extras_of`."""
+    """What a step changes and a checkpoint holds; `extras` are those of `extras_at` the stage of its last step."""
 
     step: jax.Array
     params: dict
@@ -32,16 +32,20 @@ class TrainState(NamedTuple):
 Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
 
-def init_state(config: Config, params: dict | None = None) -> TrainState:
-    """The state before the first step, of new parameters or `params`, on the mesh in force; every mesh has the same values."""
+def init_state(config: Config, params: dict | None = None, stage: int = 0) -> TrainState:
+    """The state before the first step, of new parameters or `params`, on the mesh in force; every mesh has the same values.
+
+    With `stage` it has the extras of that stage, and is a state of its steps for a program that runs no others.
+    """
     params = init(config.model, jax.random.key(config.seed)) if params is None else params
-    extras = {name: extra.start(params) for name, extra in extras_of(config).items()}
-    return TrainState(jnp.int32(0), params, optimiser(config).init(params), extras)
+    state = TrainState(jnp.int32(0), params, optimiser(config).init(params))
+    return state._replace(extras=_started(config.at(stage), extras_at(config, stage), params))
 
 
-def extras_of(config: Config) -> dict[str, Extra]:
-    """The extras of all stages, by name."""
-    return {name: extra for stage in config.each_stage for name, extra in extras_of_stage(stage).items()}
+def extras_at(config: Config, stage: int) -> dict[str, Extra]:
+    """The extras that a state has in a stage, by name: those of all stages, but for those that other stages have alone."""
+    of_all = {name: extra for other in config.each_stage for name, extra in extras_of_stage(other).items()}
+    return {name: x for name, x in of_all.items() if not x.of_stage} | extras_of_stage(config.at(stage))
 
 
 def extras_of_stage(config: StageConfig) -> dict[str, Extra]:
@@ -54,32 +58,46 @@ def extras_of_stage(config: StageConfig) -> dict[str, Extra]:
     return extras
 
 
-def with_extras(config: Config, state: TrainState) -> TrainState:
-    """The state with the initial arrays of the extras that it lacks."""
-    missing = {name: extra for name, extra in extras_of(config).items() if name not in state.extras}
-    if not missing:
+def with_extras(config: Config, stage: int, state: TrainState) -> TrainState:
+    """The state in a stage with the initial arrays of the extras that it lacks."""
+    missing = {name: extra for name, extra in extras_at(config, stage).items() if name not in state.extras}
+    return _with_started(config.at(stage), missing, state)
+
+
+def begin_stage(config: Config, stage: int, state: TrainState) -> TrainState:
+    """The state before the first step of a stage: with the extras that this stage has alone, without those of others."""
+    names = {name for other in config.each_stage for name, extra in extras_of_stage(other).items() if extra.of_stage}
+    if not names:
         return state
-    start = jax.jit(lambda params: {name: extra.start(params) for name, extra in missing.items()})
-    return state._replace(extras=state.extras | start(state.params))
+    extras = {name: x for name, x in state.extras.items() if name not in names}
+    new = {name: extra for name, extra in extras_of_stage(config.at(stage)).items() if name in names}
+    return _with_started(config.at(stage), new, state._replace(extras=extras))
 
 
-def begin_stage(config: StageConfig, state: TrainState) -> TrainState:
-    """The state before the first step of a stage: with the extras that each stage begins anew."""
-    anew = {name: extra for name, extra in extras_of_stage(config).items() if extra.anew_in_each_stage}
-    if not anew:
+def _with_started(config: StageConfig, new: dict[str, Extra], state: TrainState) -> TrainState:
+    if not new:
         return state
-    start = jax.jit(lambda params: {name: extra.start(params) for name, extra in anew.items()})
-    return state._replace(extras=state.extras | start(state.params))
+    return state._replace(extras=state.extras | jax.jit(functools.partial(_started, config, new))(state.params))
 
 
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state on `mesh`, which must be in force."""
+def _started(config: StageConfig, extras: dict[str, Extra], params: dict) -> dict:
+    trained = trainable.part(config, params)
+    return {name: extra.start(trained if extra.of_stage else params) for name, extra in extras.items()}
+
+
+def abstract_state(config: Config, mesh: Mesh, stage: int = 0) -> TrainState:
+    """Shapes, dtypes and shardings of the state in a stage on `mesh`, which must be in force."""
+    return abstract_on(mesh, jax.eval_shape(lambda: init_state(config, stage=stage)))
+
+
+def abstract_on(mesh: Mesh, arrays):
+    """Shapes and dtypes of arrays, and their shardings on `mesh`."""
 
     def abstract(x):
         spec = P() if x.sharding is None else x.sharding.spec
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(abstract, jax.eval_shape(lambda: init_state(config)))
+    return jax.tree.map(abstract, arrays)
 
 
 def parts(batch: dict, number: int) -> dict:

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from hybrid_attn import trees
 from hybrid_attn.checkpoint import INIT_FROM, IS_BASE, Checkpoints
 from hybrid_attn.config import Config, to_dict
-from hybrid_attn.model import flops
 from hybrid_attn.parallel.mesh import on_mesh
 from hybrid_attn.train import spikes, statistics
 from hybrid_attn.train.console import stage_of
+from hybrid_attn.train.cost import flops_per_token
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics
 from hybrid_attn.train.precompile import NextStep
@@ -41,6 +41,7 @@ class Loop:
     the stages run on. `batches` yields (step, batch), `data_state` gives the data state after a step, and `measure` evaluates
     parameters and returns whether that came to its end. `peaks` are the FLOP/s of all devices together, by stage, of which MFU
     is the share. The batches of the `skipped` steps are read and not trained on; the steps of `profile` are traced.
+    `is_over` says whether the run ends after the evaluation of a step.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Loop:
     goodput: Goodput = dataclasses.field(default_factory=Goodput)
     profile: Profile = dataclasses.field(default_factory=lambda: Profile(None, Path()))
     statistics_fns: Sequence[Callable] = ()
+    is_over: Callable[[int], bool] = lambda step: False
 
     def __post_init__(self):
         self.first = self.step + 1
@@ -98,7 +100,7 @@ class Loop:
             if self.stop.reached(self.step):
                 return False
             is_due = every is not None and self.step > 0 and self.step % every == 0
-            if is_due and not self.evaluate():
+            if is_due and not (self.evaluate() and not self.is_over(self.step)):
                 return False
             batch = self.next_batch()
             if batch is None:
@@ -126,7 +128,7 @@ class Loop:
             self.mesh = self.meshes[stage]
             self.state = on_mesh(self.state, self.mesh, donate=True)
         if done == 0:
-            self.state = begin_stage(self.config.at(stage), self.state)
+            self.state = begin_stage(self.config, stage, self.state)
         around = self.config.stages[max(stage - 1, 0) : stage + 1]
         losses = {(x.trainable, x.objective, x.average_over, x.preference) for x in around}
         if done == 0 and len(losses) == 2 and spikes.NAME in self.state.extras:
@@ -310,7 +312,7 @@ class Progress:
 
     def __init__(self, c: Config, skipped: Sequence[Range], peaks: Sequence[float]):
         self.config, self.stages, self.skipped, self.peaks, self.steps = c, c.each_stage, skipped, peaks, []
-        self.flops = [flops.train_flops_per_token(stage.model, stage.seq_len) for stage in self.stages]  # by token
+        self.flops = [flops_per_token(stage) for stage in self.stages]  # by token
         self.tokens = c.stage_tokens(c.total_steps)
         self.flops_per_second = math.nan
 

@@ -30,8 +30,22 @@ def has_state(config: Config | StageConfig, params: dict) -> dict:
 
 def without_base(config: Config, params: dict) -> dict:
     """The parameters that some stage trains, without those of the base of an adapter."""
-    names, flags = (flatten_dict(x, sep="/") for x in (params, has_state(config, params)))
-    return unflatten_dict({name: x for name, x in names.items() if flags[name]}, sep="/")
+    return _those(has_state(config, params), params)
+
+
+def part(config: StageConfig, params: dict) -> dict:
+    """The parameters that the stage trains, without the others."""
+    return _those(is_trained(config, params), params)
+
+
+def joined(some: dict, others: dict) -> dict:
+    """The parameters that `some` has, and the `others`."""
+    return unflatten_dict(flatten_dict(others) | flatten_dict(some))
+
+
+def _those(flags: dict, params: dict) -> dict:
+    names, flags = flatten_dict(params), flatten_dict(flags)
+    return unflatten_dict({name: x for name, x in names.items() if flags[name]})
 
 
 def _trained(field: str, patterns: Sequence[str], names: Iterable[str]) -> set[str]:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from hybrid_attn.config import StageConfig
-from hybrid_attn.data.packed import ARRAYS
+from hybrid_attn.data.packed import fields_of, has_stored_reference
 from hybrid_attn.train.objectives.next_token import NEXT_TOKEN
 from hybrid_attn.train.objectives.objective import Objective
-from hybrid_attn.train.objectives.preference import PREFERENCE
+from hybrid_attn.train.objectives.preference import PREFERENCE, with_stored_reference
 from hybrid_attn.train.objectives.sft import SFT
 from hybrid_attn.trees import check, choice
 
@@ -17,10 +17,11 @@ def objective_of(config: StageConfig) -> Objective:
     """The objective of a stage; ValueError for one that is not in `OBJECTIVES`, or whose batch fields or settings are wrong."""
     name = config.objective
     objective = choice(f"stages[{config.index}].objective", name, OBJECTIVES)
-    missing = ", ".join(field for field in objective.fields if field not in ARRAYS)
-    check(not missing, f"the objective {name!r} needs the batch fields {missing}, and the data makes {', '.join(ARRAYS)}")
+    made = fields_of(config)
+    missing = ", ".join(field for field in objective.fields if field not in made)
+    check(not missing, f"the objective {name!r} needs the batch fields {missing}, and the data makes {', '.join(made)}")
     objective.check(config)
-    return objective
+    return with_stored_reference(objective) if has_stored_reference(config) else objective
 
 
 def check_pairs(config: StageConfig, others: Sequence[str]) -> None:

@@ -18,12 +18,13 @@ class Extra(NamedTuple):
 
     `init(params)` makes the initial arrays. They are used at step 0, and on resume from a checkpoint that lacks the extra.
     `update(extra, params, sums, step)` makes those after `step` steps, from the new parameters and the sums of the objective.
-    With `anew_in_each_stage` they are made again by `init` before the first step of every stage that has the extra.
+    With `of_stage` a state has them only in the stages whose objective has the extra: `init` makes them before the first step
+    of each, of the parameters that the stage trains.
     """
 
     init: Callable[[dict], Any]
     update: Callable[[Any, dict, dict, jax.Array], Any]
-    anew_in_each_stage: bool = False
+    of_stage: bool = False
 
     def start(self, params: dict) -> Any:
         """The initial arrays, which share no buffer with the parameters: the step donates both."""
@@ -53,7 +54,9 @@ class Objective(NamedTuple):
     divided by the weight: its mean over the microbatches is added to the loss. `fields` are the batch fields that these
     functions read; a batch without weight has the loss 0. `extras` are arrays that the state has for the objective, by name;
     the loss gets their values before the step. Stages with an extra of the same name share it. `check` refuses settings of a
-    stage by a ValueError. A `paired` objective needs sources of pairs.
+    stage by a ValueError. A `paired` objective needs sources of pairs. Beside the forward pass of the gradient its loss has so
+    many `forward_passes`, which are of other parameters. A fall of its `indicator`, a field of the evaluation `preferences`, is
+    a warning of over-optimisation.
     """
 
     weight: Callable[[StageConfig, Batch], jax.Array]
@@ -63,3 +66,5 @@ class Objective(NamedTuple):
     extras: Mapping[str, Extra] = {}
     check: Callable[[StageConfig], None] = reads()
     paired: bool = False
+    forward_passes: int = 0
+    indicator: str | None = None

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_attn.config import Preference, StageConfig
+from hybrid_attn.data.packed import STORED, has_stored_reference
 from hybrid_attn.model import Execution, losses, losses_and_aux
 from hybrid_attn.model.documents import halves_of_pairs
 from hybrid_attn.train.objectives import next_token
 from hybrid_attn.train.objectives.objective import Batch, Extra, Objective, reads
+from hybrid_attn.train.trainable import joined
 from hybrid_attn.trees import check
 
 REFERENCE = "reference"
@@ -64,19 +66,23 @@ def trl_hinge(settings: Preference, model: Halves, reference: Halves) -> jax.Arr
 
 
 class Form(NamedTuple):
-    """A loss of each pair, the settings of `Preference` that it reads, and whether log-probabilities are means over tokens."""
+    """A loss of each pair, the settings of `Preference` that it reads, and whether log-probabilities are means over tokens.
+
+    The indicator is that of arXiv 2410.11677, section 5; TRL's losses have those of the paper's losses of the same name.
+    """
 
     loss: Callable[[Preference, Halves, Halves], jax.Array]
     reads: tuple[str, ...]
     means: bool = False
+    indicator: str = "entropy_bits"
 
 
 FORMS = {
     "dpo": Form(dpo, ("beta", "label_smoothing")),
     "ipo": Form(ipo, ("beta",)),
-    "hinge": Form(hinge, ("margin", "alpha"), means=True),
+    "hinge": Form(hinge, ("margin", "alpha"), means=True, indicator="mass"),
     "trl_ipo": Form(trl_ipo, ("beta",), means=True),
-    "trl_hinge": Form(trl_hinge, ("beta",)),
+    "trl_hinge": Form(trl_hinge, ("beta",), indicator="mass"),
 }
 UNSET = {"beta": None, "margin": None, "alpha": None, "label_smoothing": 0.0}
 
@@ -118,9 +124,18 @@ def weight(config: StageConfig, batch: Batch) -> jax.Array:
     return is_pair(batch).sum().astype(jnp.float32)
 
 
-def log_probs(config: StageConfig, nll_BT: jax.Array, batch: Batch) -> Halves:
-    """The log-probabilities of the completions of each pair, from those of their tokens."""
-    sums, means = pairs(-nll_BT, batch), config.preference.mean_log_probs
+def reference_sums(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execution: Execution) -> Halves:
+    """The log-probabilities of the completions of each pair under the reference, summed over their tokens."""
+    if has_stored_reference(config):
+        return Halves(*halves_of_pairs(batch["references"], batch["segments"]))
+    frozen = jax.lax.stop_gradient(joined(extras[REFERENCE], params))  # what the stage does not train is that of the model
+    nll_BT, _ = losses(config.model, frozen, batch, execution._replace(statistics=False))
+    return pairs(-nll_BT, batch)
+
+
+def in_form(config: StageConfig, sums: Halves, batch: Batch) -> Halves:
+    """The log-probabilities of the completions of each pair, of the sums over their tokens, as sums or means."""
+    means = config.preference.mean_log_probs
     if not (FORMS[config.objective].means if means is None else means):
         return sums
     return Halves(*(x / jnp.maximum(n, 1.0) for x, n in zip(sums, tokens_of(batch), strict=True)))
@@ -129,8 +144,8 @@ def log_probs(config: StageConfig, nll_BT: jax.Array, batch: Batch) -> Halves:
 def loss(config: StageConfig, params: dict, extras: Mapping, batch: Batch, execution: Execution) -> tuple[jax.Array, dict]:
     """The sum over the pairs, and sums of what `metrics` shows."""
     nll_BT, _, aux = losses_and_aux(config.model, params, batch, execution)
-    frozen = jax.lax.stop_gradient(losses(config.model, extras[REFERENCE], batch, execution._replace(statistics=False))[0])
-    model, reference = log_probs(config, nll_BT, batch), log_probs(config, frozen, batch)
+    model = in_form(config, pairs(-nll_BT, batch), batch)
+    reference = in_form(config, reference_sums(config, params, extras, batch, execution), batch)
     settings, exists = config.preference, is_pair(batch)
     of_pairs = FORMS[config.objective].loss(settings, model, reference) - settings.nll * model.chosen
     delta = log_ratios(model, reference)
@@ -150,6 +165,13 @@ def metrics(sums: dict, batch: Batch) -> dict:
     return {name: sums[key] / number for name, key in names.items()} | next_token.metrics(sums, batch)
 
 
-FROZEN = Extra(init=lambda params: params, update=lambda frozen, params, sums, step: frozen, anew_in_each_stage=True)
-OBJECTIVE = Objective(weight, loss, metrics, next_token.FIELDS, {REFERENCE: FROZEN}, check_settings, paired=True)
-PREFERENCE = dict.fromkeys(FORMS, OBJECTIVE)
+FROZEN = Extra(init=lambda params: params, update=lambda frozen, params, sums, step: frozen, of_stage=True)
+OBJECTIVE = Objective(
+    weight, loss, metrics, next_token.FIELDS, {REFERENCE: FROZEN}, check_settings, paired=True, forward_passes=1
+)
+PREFERENCE = {name: OBJECTIVE._replace(indicator=form.indicator) for name, form in FORMS.items()}
+
+
+def with_stored_reference(objective: Objective) -> Objective:
+    """An objective of pairs whose batches have the log-probabilities of the reference."""
+    return objective._replace(extras={}, fields=(*objective.fields, *STORED), forward_passes=0)
