@@ -171,6 +171,9 @@ def test_a_run_prefers_chosen_completions_resumes_and_has_the_stage_before_as_re
     assert loop.train(c, tmp_path / "resumed")
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     assert "reference" in checkpoint.extras(tmp_path / "straight/checkpoints", 15)
+    for name in ("straight", "resumed"):
+        saved = checkpoint.read_data(tmp_path / name / "checkpoints", 15)
+        assert checkpoint.chat_template(saved) == chat.load_template(None, "bytes")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from hybrid_attn import allocator, compiled, files, programs
 from hybrid_attn import checkpoint as checkpoints
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import haystack, heldout, limits, report, ruler, suite
-from hybrid_attn.evals.provenance import provenance, trained_length
+from hybrid_attn.evals.provenance import provenance
 from hybrid_attn.evals.ruler import compat, qa
 from hybrid_attn.evals.ruler.fit import check_known
 from hybrid_attn.evals.table import EVALS
@@ -206,10 +206,10 @@ class Checkpoint(NamedTuple):
 def inspect(directory: str, step: int, evals: Sequence[str]) -> Checkpoint:
     """ValueError where measuring would open files or URLs that only the checkpoint names."""
     steps_in = loading.find(directory)
-    c, _, stage_steps = loading.saved_of(steps_in, step)
+    c, _, stage_steps, _ = loading.saved_of(steps_in, step)
     if any(EVALS[name].reads_heldout for name in evals) and not (TRUST.value or HELDOUT.value):
         heldout.check_trusted(directory, c)
-    return Checkpoint(directory, step, *trained_length(c, Path(steps_in), sum(stage_steps) if stage_steps else step))
+    return Checkpoint(directory, step, *loading.trained_length(c, Path(steps_in), sum(stage_steps) if stage_steps else step))
 
 
 def plan(source: Checkpoint, settings: Settings, data: Mapping) -> tuple[EvalContext, Settings, dict]:

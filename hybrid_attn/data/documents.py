@@ -37,7 +37,8 @@ class Documents:
     `lengths` int64 [n] counts tokens, BOS and EOS included; `hashes` uint64 [n] are `content_hash` of the texts; `labels`
     uint16 [n] are indices into `label_names`; `dtype` is that of the tokens. `fetch` reads spans; it numbers documents by
     `numbers` int64 [n], or from 0 to n - 1 where that is None. Without a `loss_mask` every token is trained on. Where `paired`,
-    documents 2i and 2i + 1 are the chosen and the rejected completion of a prompt, with one hash and one label.
+    documents 2i and 2i + 1 are the chosen and the rejected completion of a prompt, with one hash and one label. `chat_template`
+    is the text of the template that wrote them, if one did.
     """
 
     lengths: np.ndarray
@@ -49,6 +50,7 @@ class Documents:
     numbers: np.ndarray | None = None
     loss_mask: LossMask | None = None
     paired: bool = False
+    chat_template: str | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -136,7 +136,7 @@ def load(path: str, tokenizer=None) -> Documents:
         mask = LossMask(functools.partial(reader.read, LOSS_MASK), fingerprint)
     fetch = functools.partial(reader.read, ids)
     about = {"label_names": manifest.label_names, "dtype": ids.dtype, "paired": manifest.pairs}
-    return Documents(**columns, **about, fetch=fetch, loss_mask=mask)
+    return Documents(**columns, **about, fetch=fetch, loss_mask=mask, chat_template=manifest.chat_template)
 
 
 def read_manifest(path: str) -> Manifest:

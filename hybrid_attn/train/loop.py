@@ -24,7 +24,17 @@ from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.objectives import check_pairs, objective
-from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
+from hybrid_attn.train.resume import (
+    Range,
+    check_arrays,
+    check_function,
+    check_overrides,
+    check_rate,
+    merge_skipped,
+    other_steps,
+    text_of,
+    without_tokens,
+)  # fmt: skip
 from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import TrainState, abstract_state, executions, extras_of, init_state, make_steps, with_extras
@@ -164,7 +174,7 @@ def loop_of(
         run.checkpoints,
         metrics,
         run.stop,
-        data_state=lambda step: data_state(run.config, run.data.identities, step, recorded),
+        data_state=lambda step: data_state(run.config, run.data.identities, step, recorded | template(run, step)),
         measure=lambda params: evaluations.measure(params, metrics, run.stop.is_requested),
         state=state,
         step=start,
@@ -372,26 +382,10 @@ def first_state(
     return state, step, {"skipped_steps": []} | records  # older checkpoints have no skipped steps
 
 
-def other_steps(c: config.Config, step: int, done: Sequence[int], expected: Sequence[int]) -> str:
-    """The error for a checkpoint with `done` steps of each stage, where this config has `expected` steps at the same `step`."""
-    last = len(done) - 1
-    if last < len(c.stages) and all(stage.steps == n for stage, n in zip(c.stages[:last], done, strict=False)):
-        flag = "--steps" if last == len(c.stages) - 1 else f"--config.stages[{last}].steps"
-        return (
-            f"the checkpoint of step {step} has done {done[last]} steps of stages[{last}], and this config has "
-            f"{c.stages[last].steps} there; give {flag}={done[last]} or more{without_tokens(c)}"
-        )
-    needed = ", ".join(f"stages[{i}].steps={n}" for i, n in enumerate(done[:last]))
-    return (
-        f"the checkpoint of step {step} has done {list(done)} steps of each stage, and this config's stages would have done "
-        f"{list(expected)}; a stage that is over keeps its steps; give {needed} and stages[{last}].steps={done[last]} or more"
-        f"{without_tokens(c)}"
-    )
-
-
-def without_tokens(c: config.Config) -> str:
-    """What the steps of a stage need beside them where the config gives lengths in tokens."""
-    return " (and tokens=None there)" if any(stage.tokens is not None for stage in c.stages) else ""
+def template(run: Run, step: int) -> dict:
+    """A record of the chat template of the conversations that were trained on, for the data state after `step` steps."""
+    text = corpora.chat_template(run.config, run.data.corpora, step)
+    return {} if text is None else {checkpoint.CHAT_TEMPLATE: text}
 
 
 def data_state(c: config.Config, identities: Sequence[dict], step: int, records: dict) -> dict:
