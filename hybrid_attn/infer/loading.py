@@ -97,6 +97,14 @@ def saved_of(directory: str | os.PathLike, step: int) -> Saved:
     return Saved(c.of_stage(max(len(steps) - 1, 0)), tokenizer_hash, steps, checkpoint.chat_template(data))
 
 
+def fingerprint(directory: str | os.PathLike, step: int) -> str:
+    """What identifies the parameters of a checkpoint; ValueError if it cannot be read."""
+    try:
+        return checkpoint.fingerprint(directory, step)
+    except checkpoint.UnreadableError as cause:
+        raise ValueError(f"{name_of(directory, step)} cannot be read: {cause}; copy it again") from cause
+
+
 def chat_template(directory: str | os.PathLike, step: int, file: str | None = None) -> str | None:
     """The chat template of `file`, or that of the checkpoint's conversations, or else the tokenizer's own, if there is one."""
     saved = saved_of(directory, step)

@@ -46,8 +46,8 @@ def answers(
 
     `on_text(index, piece)` gets their pieces as they come; if it returns True, the answer ends.
     """
-    prompt_ids = _encoded(tokenizer, "prompt", prompts, [tokenizer.bos] * options.bos)
-    question_ids = options.questions and _encoded(tokenizer, "question", options.questions)
+    prompt_ids = encoded(tokenizer, "prompt", prompts, [tokenizer.bos] * options.bos)
+    question_ids = options.questions and encoded(tokenizer, "question", options.questions)
     streams = [TextStream(tokenizer, options.stops, ids) for ids in question_ids or prompt_ids]
     texts = ["" for _ in prompts]
 
@@ -66,7 +66,7 @@ def answers(
     return [Answer(text, x.tokens[:n], x.logprobs[:n]) for text, n, x in zip(texts, counts, generated, strict=True)]
 
 
-def _encoded(tokenizer, name: str, prompts: Sequence[str | list[int]], bos: Sequence[int] = ()) -> list[list[int]]:
+def encoded(tokenizer, name: str, prompts: Sequence[str | list[int]], bos: Sequence[int] = ()) -> list[list[int]]:
     """The ids of each prompt, those of a text after `bos`."""
     for i, prompt in enumerate(prompts):
         check(prompt != "", f"{name} {i + 1} of {len(prompts)} is empty; give it at least one character")
