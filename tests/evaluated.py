@@ -43,6 +43,8 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
             {"eval": "key_tokens", "source": "a b/c", "length": length, "short": length // 2, "key_tokens": 0, "tokens": 99}
             | {"loss": None, "perplexity": None}
         )
+        language = {"eval": "languages", "source": "a b/c", "length": length, "tokens": 99, "by_row": [share] * 12}
+        records.append(language | {"loss": 2.5, "bits_per_byte": 3.5, "accuracy": share})
         shares = {"L": [0.5, 0.25, 0.25 - share / 8, share / 8], "G": [1 - share / 4, share / 4]}
         for layer, kind in enumerate("LG"):
             routed = {"layer": layer, "kind": kind, "length": length, "tokens": 99, "entropy_bits": 1.5}

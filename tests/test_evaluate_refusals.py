@@ -111,7 +111,7 @@ JUDGED = ["--suite=win_rate", "--judge=three"]
         (["--suite=position", "--text=x"], "--text is of --suite=needle or ruler, and this is --suite=position"),
         (
             ["--suite=recall", "--heldout=a=x.txt"],
-            "--heldout is of --suite=position or attention_mass or key_tokens or routing or preferences, and this is",
+            "--heldout is of --suite=position or attention_mass or key_tokens or languages or routing or preferences, and",
         ),
         (["--heldout=a=blank.txt", *TRUSTED], "--heldout replaces them; leave one out"),
         (["--suite=full", "--task_path=x"], "--task_path=x is where --tasks lie, and there are none; name some"),
