@@ -148,15 +148,18 @@ def test_ctrl_c_stops_a_reply_which_stays_and_a_second_one_ends_the_program(run,
     ("arguments", "said"),
     [
         (["--chat_template=none"], "--chat_template=none is not a file; name a file with a Jinja template"),
+        (["--chat_template=lost.jinja"], "the chat template leaves out the last message, of the role 'user'"),
         (["--system=<|eos|>"], "a message spells '<|eos|>', which is a special token; only the template may write one"),
-        (["--context=9"], "the conversation would have 21 of 9 tokens; /reset begins a new one, and a larger --context allows"),
+        (["--context=9"], "the conversation would have 23 of 9 tokens; /reset begins a new one, and a larger --context allows"),
         (["--top_p=0.5"], "top_p=0.5 changes nothing at temperature=0; use temperature=1"),
         (["--stop="], "an empty string is no stop: ['']; leave it out"),
         (["--step=4"], "checkpoints has no complete checkpoint of step 4; it has 2"),
         (["hi"], "'hi' is no flag"),
     ],
 )
-def test_what_cannot_be_a_chat_is_a_line(run, arguments, said):
+def test_what_cannot_be_a_chat_is_a_line(run, arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lost.jinja").write_text("Which model is this?")
     status, out, told = run(b"", *arguments)
     assert (status, out) == (2, "") and said in told[0] and len(told) == 1
 

@@ -216,7 +216,7 @@ def test_what_cannot_be_answered_is_a_line(run, arguments, message, tmp_path, mo
         ('{"prompt": "a", "x": %s}\n' % ("[" * 100_000), "in.jsonl:1 is nested too deeply to be read"),
         ('["a"]\n', "in.jsonl:1 must hold an object and holds a list"),
         ('{"prompt": "a", "question": 3}\n', 'in.jsonl:1 has something else than text under "question"'),
-        ('{"prompt": "a"}\n{"prompt": ""}\n', "prompt 2 of 2 is empty"),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', 'in.jsonl:2 has no text under "prompt"'),
         ('{"prompt": "a"}\n\n{"messages": []}\n', "in.jsonl:3: the field 'messages' has no message"),
         (
             '{"prompt": "a"}\n{"messages": [{"role": "robot", "content": "hi"}]}\n',

@@ -52,6 +52,7 @@ CACHE = flags.DEFINE_enum(
 MESH = flags.DEFINE_string("mesh", "", "Devices on each axis, as tensor=2; by default one device.")
 
 SLICE = 4  # tokens that are decoded before they are shown
+PROBE = "¿?"  # a message that no template has of its own
 RESET, HELP, EXIT = "/reset", "/help", "/exit"
 COMMANDS = f"{RESET} begins a new conversation, {EXIT} or Ctrl-D ends the program, Ctrl-C stops a reply"
 
@@ -165,9 +166,10 @@ def lines() -> Iterator[str]:
         try:
             line = input(prompt).strip()
         except EOFError:
-            return print(end="\n" if prompt else "")
+            print(end="\n" if prompt else "")
+            return
         if line == EXIT:
-            return None
+            return
         yield line
 
 
@@ -184,7 +186,7 @@ def chat() -> None:
         check(template is not None, f"for {name} {prompts.NO_TEMPLATE}")
         requests = prompts.Requests(tokenizer, template)
         conversation = Conversation(requests, SYSTEM.value, *context_of(directory, step))
-        conversation.with_message("?")  # ValueError where the template refuses the system message
+        conversation.with_message(PROBE)  # ValueError where the template refuses the system message, or loses messages
         stop_tokens = sorted({*loading.stop_tokens(directory, tokenizer), *requests.ends()})
         c, params, _ = loading.load(directory, step)
         session = Session(params, c, EngineOptions(CHUNK.value, CACHE.value, slice=SLICE))

@@ -35,7 +35,7 @@ def record(line: bytes, where: str) -> dict:
     if MESSAGES in values:
         _check_messages(values, where)
     else:
-        check(isinstance(values[PROMPT], str), f'{where} has no text under "{PROMPT}"')
+        check(isinstance(values[PROMPT], str) and values[PROMPT] != "", f'{where} has no text under "{PROMPT}"')
     check(isinstance(values.get(QUESTION, ""), str), f'{where} has something else than text under "{QUESTION}"')
     try:
         json_line(values).encode()
