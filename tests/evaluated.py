@@ -53,7 +53,8 @@ def everything(far: float) -> tuple[list[dict], list[dict]]:
         pairs = {"eval": "preferences", "source": "a b/c", "length": length, "pairs": 7, "tokens": 99, "accuracy": share}
         pairs |= {"chosen": -9.0, "rejected": -9.5, "margin": 0.5, "mass": 0.9}
         records.append(pairs | {"entropy_bits": 2.0, "renormalised_entropy_bits": 2.1})
-        judged = {"eval": "win_rate", "source": "a b/c", "length": length, "prompts": 12, "asked": "a" * 64, "judge": "b" * 64}
+        judged = {"eval": "win_rate", "source": "a b/c", "length": length, "prompts": 12}
+        judged |= {"prompts_hash": "a" * 64, "judge": "b" * 64}
         judged |= {"log_prob": -2.0 - share, "tokens": 3.0, "distinct": [0.5] * 4 + [None], "ead": [0.6] * 4 + [None]}
         judged |= {"answers": [NASTY] * 12, "prompt_ends": [NASTY] * 12}
         records.append(judged | {"log_probs": [-2.0 - share - i / 100 for i in range(12)]})

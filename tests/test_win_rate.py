@@ -13,7 +13,7 @@ from scipy.special import expit
 from hybrid_attn.data.tokenizer import ByteTokenizer
 from hybrid_attn.evals import win_rate
 from hybrid_attn.evals.diversity import distinct
-from hybrid_attn.evals.judge import Asking, Judge, Requests
+from hybrid_attn.evals.judge import Judge, PromptSet, Requests
 from hybrid_attn.evals.report import comparison
 from hybrid_attn.evals.report import win_rate as section
 from hybrid_attn.evals.report.statistics import wilson
@@ -46,22 +46,22 @@ class Answering:
     """An engine that answers "aab" and EOS, and later prompts without an end."""
 
     def generate(self, prompts, max_new_tokens, options, **more):
-        self.asked = prompts, max_new_tokens, options, more["seeds"]
+        self.call = prompts, max_new_tokens, options, more["seeds"]
         replies = [[*b"aab", BYTES.eos] if i == 0 else [*b"aab"] for i in range(len(prompts))]
         for i, tokens in enumerate(replies):
             more["on_tokens"](i, tokens)
         return [Generated(np.array(x), np.zeros(len(x))) for x in replies]
 
 
-def asking(log_probs=None):
+def prompt_set(log_probs=None):
     known = {"weights": "w", "tokenizer": BYTES, "encode": lambda texts: [[*x.encode()] for x in texts]}
     judge = types.SimpleNamespace(log_probs=log_probs, **known)
-    return Asking("p", RECORDS, judge, Requests([[256, *b"one"], [256, *b"user: two"]], [257, 9], 257))
+    return PromptSet("p", RECORDS, judge, Requests([[256, *b"one"], [256, *b"user: two"]], [257, 9], 257))
 
 
 def context_of(engine, of=None):
     model = tiny(ONE_LAYER).model
-    return EvalContext(EvalModel(model, {}, None, None, BYTES), engine, {}, "", {}, 48, asking=of or asking())
+    return EvalContext(EvalModel(model, {}, None, None, BYTES), engine, {}, "", {}, 48, prompt_set=of or prompt_set())
 
 
 def test_answers_are_sampled_as_the_settings_say_and_judged():
@@ -71,24 +71,24 @@ def test_answers_are_sampled_as_the_settings_say_and_judged():
         judged.append((texts, ended))
         return [-1.0, -2.5]
 
-    measured = win_rate.measure(context_of(engine, asking(log_probs)), SETTINGS, UNIT, [])
+    measured = win_rate.measure(context_of(engine, prompt_set(log_probs)), SETTINGS, UNIT, [])
     (record,), prompts = measured.records, [[256, *b"one"], [256, *b"user: two"]]
     assert judged == [(["aab", "aab"], [True, False])]
-    assert engine.asked[:2] == (prompts, 20) and engine.asked[3] == [7, 8]
-    assert engine.asked[2].stop_tokens == [257, 9] and engine.asked[2].sampling == win_rate.Sampling(0.5, top_p=0.75)
+    assert engine.call[:2] == (prompts, 20) and engine.call[3] == [7, 8]
+    assert engine.call[2].stop_tokens == [257, 9] and engine.call[2].sampling == win_rate.Sampling(0.5, top_p=0.75)
     assert (record["log_prob"], record["log_probs"], record["tokens"]) == (-1.75, [-1.0, -2.5], 3)
     assert record["answers"] == ["aab", "aab"] and record["prompt_ends"] == ["one", "two"]
     assert record["distinct"] == [2 / 6, 2 / 4, 1 / 2, None, None]
-    win_rate.measure(context_of(engine, asking(log_probs)), SETTINGS._replace(temperature=0.0), UNIT, [])
-    assert engine.asked[2].sampling == win_rate.Sampling()
+    win_rate.measure(context_of(engine, prompt_set(log_probs)), SETTINGS._replace(temperature=0.0), UNIT, [])
+    assert engine.call[2].sampling == win_rate.Sampling()
     with pytest.raises(FloatingPointError, match="the judge's log-probability of an answer is nan"):
-        win_rate.measure(context_of(engine, asking(lambda *_: [float("nan")] * 2)), SETTINGS, UNIT, [])
+        win_rate.measure(context_of(engine, prompt_set(lambda *_: [float("nan")] * 2)), SETTINGS, UNIT, [])
 
 
 def test_prompts_and_answers_fit_the_longest_length_which_is_measured_alone():
     context = context_of(None)
     assert win_rate.EVALUATION.units(context, SETTINGS) == [UNIT]
-    assert win_rate.EVALUATION.units(context._replace(asking=None), SETTINGS) == []
+    assert win_rate.EVALUATION.units(context._replace(prompt_set=None), SETTINGS) == []
     assert win_rate.check_fits(context, SETTINGS, UNIT) is None
     said = "win_rate of p: 10 tokens of p.jsonl:2 and 60 new ones do not fit into 64; give larger --lengths or a smaller"
     with pytest.raises(TooLongError, match=said):
@@ -109,7 +109,14 @@ def test_the_judge_scores_the_tokens_of_an_answer_and_its_end(models, one_device
 
 
 def record_of(log_probs, **changes):
-    return {"eval": "win_rate", "source": "p", "length": 64, "asked": "a", "judge": "w", "log_probs": log_probs} | changes
+    return {
+        "eval": "win_rate",
+        "source": "p",
+        "length": 64,
+        "prompts_hash": "a",
+        "judge": "w",
+        "log_probs": log_probs,
+    } | changes
 
 
 def test_a_model_wins_where_its_answer_is_likelier_and_a_tie_is_half_a_win():
@@ -123,7 +130,7 @@ def test_a_model_wins_where_its_answer_is_likelier_and_a_tie_is_half_a_win():
     (difference,) = comparison.compare_wins(*runs)
     assert (difference.task, difference.pairs, difference.verdict) == ("win rate on p", 12, "better")
     assert difference.difference == pytest.approx(10 / 12 - 2 / 12)
-    for changes in ({"asked": "b"}, {"judge": "v"}, {"log_probs": b[1:]}):
+    for changes in ({"prompts_hash": "b"}, {"judge": "v"}, {"log_probs": b[1:]}):
         assert not [*section.pairs(runs[0], run_of("b", (), [record_of(b) | changes]))]
 
 

@@ -240,15 +240,15 @@ def plan(source: Checkpoint, settings: Settings, data: Mapping) -> tuple[EvalCon
     stops = tuple(loading.stop_tokens(source.directory, tokenizer))
     own = {name: Task(x.task, x.pairs) for name, x in c.data.sources.items() if x.task is not None and name in c.sources}
     of_source = {"trained": source.trained, "tasks": with_own(own), "stops": stops, "pairs": held_out.pairs}
-    asking = data["asking"] and data["asking"].of_model(directory, source.step)
-    context = EvalContext(eval_model, None, held_out.documents, **of_source | data | {"asking": asking})
+    prompt_set = data["prompt_set"] and data["prompt_set"].of_model(directory, source.step)
+    context = EvalContext(eval_model, None, held_out.documents, **of_source | data | {"prompt_set": prompt_set})
     settings = suite.fitting(settings, context, Path(OUT.value) / "samples", lengths_are_fixed=False)
     suite.checked_units(settings, context)
     known = provenance(source.directory, source.step, c, checkpoints.read_config(directory, source.step), context)
     known |= {"data": data_flags(), "weights": loading.fingerprint(directory, source.step)}
     known["heldout"] = held_out.fingerprints()
-    if asking is not None:
-        known |= {"prompts": asking.hash, "judge": asking.judge.described()}
+    if prompt_set is not None:
+        known |= {"prompts": prompt_set.hash, "judge": prompt_set.judge.described()}
     if data["essays"]:
         known["essays"] = hashlib.sha256(data["essays"].encode()).hexdigest()
     known["model"] |= {"seq_len": source.trained, "seq_len_from": source.trained_from}
@@ -320,7 +320,7 @@ def evaluate_all() -> None:
     with files.lock(out):
         files.write_atomically(out / MARKER, MARKED)
         with jax.set_mesh(mesh):
-            data |= {"asking": judge.asking(PROMPTS.value, JUDGE.value) if PROMPTS.value else None}
+            data |= {"prompt_set": judge.prompt_set(PROMPTS.value, JUDGE.value) if PROMPTS.value else None}
             plans = [plan(source, chosen, data) for source in sources]
             for name, source, planned in zip(run_names, sources, plans, strict=True):
                 evaluate(name, source, *planned)

@@ -1,4 +1,4 @@
-"""What models are asked for the comparison of their answers, and the model that judges them by its log-probabilities."""
+"""Prompts for a comparison of models by their answers, and the model that judges them by its log-probabilities."""
 
 import functools
 import hashlib
@@ -66,7 +66,7 @@ class Judge:
         return {"checkpoint": self.directory, "step": self.step, "weights": self.weights}
 
 
-class Asking(NamedTuple):
+class PromptSet(NamedTuple):
     """The records of a file of prompts, the judge of the answers, and what one model is asked."""
 
     name: str
@@ -74,7 +74,7 @@ class Asking(NamedTuple):
     judge: Judge
     requests: Requests | None = None
 
-    def of_model(self, directory: str, step: int) -> "Asking":
+    def of_model(self, directory: str, step: int) -> "PromptSet":
         return self._replace(requests=requests_of(self.records, directory, step))
 
     @property
@@ -89,7 +89,7 @@ class Asking(NamedTuple):
         return [x if isinstance(x, str) else " ".join(texts_of(x)) for x in last]
 
 
-def asking(file: str, judge: str) -> Asking:
+def prompt_set(file: str, judge: str) -> PromptSet:
     """The prompts of a file, and the judge at a path, without its parameters."""
     records = prompts.read(file)
-    return Asking(Path(file).stem, records, Judge(judge, records))
+    return PromptSet(Path(file).stem, records, Judge(judge, records))

@@ -11,7 +11,7 @@ from hybrid_attn.config import Model
 from hybrid_attn.data.documents import Documents
 from hybrid_attn.data.synthetic import Task
 from hybrid_attn.evals import ruler
-from hybrid_attn.evals.judge import Asking
+from hybrid_attn.evals.judge import PromptSet
 from hybrid_attn.evals.ruler import compat
 from hybrid_attn.evals.ruler.qa import Questions
 from hybrid_attn.infer.engine import Engine
@@ -87,7 +87,7 @@ class EvalContext(NamedTuple):
     of recall, `lists` the words of RULER's own prompts and `essays` their text. Sequences of training had `trained` tokens, and
     the tokens of `stops` end an answer as EOS does. `training` has the training documents of each source, where a training
     is evaluated. `pairs` has the held-out pairs of completions, with their loss masks, of each source that holds pairs.
-    `asking` has the prompts whose answers are judged, and the judge.
+    `prompt_set` has the prompts whose answers are judged, and the judge.
     """
 
     eval_model: EvalModel
@@ -102,7 +102,7 @@ class EvalContext(NamedTuple):
     stops: tuple[int, ...] = ()
     training: Mapping[str, Documents] = {}
     pairs: Mapping[str, Documents] = {}
-    asking: Asking | None = None
+    prompt_set: PromptSet | None = None
 
     @property
     def stop_tokens(self) -> list[int]:

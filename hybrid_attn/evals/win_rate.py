@@ -21,25 +21,25 @@ from hybrid_attn.trees import check
 
 
 def measure(context: EvalContext, settings: Settings, unit: Unit, samples: list[Sample]) -> Measured:
-    asked, requests, tokenizer = context.asking, context.asking.requests, context.eval_model.tokenizer
+    prompt_set, requests, tokenizer = context.prompt_set, context.prompt_set.requests, context.eval_model.tokenizer
     sampling = Sampling(settings.temperature, top_p=settings.top_p if settings.temperature else None)
     seeds = [(settings.seed + i) % 2**32 for i in range(len(requests.prompts))]
     options = AnswerOptions(GenerateOptions(sampling, requests.stops), seeds=seeds)
     replies = answers(context.engine, tokenizer, requests.prompts, settings.max_new_tokens, options)
     texts = [x.text for x in replies]
-    log_probs = asked.judge.log_probs(texts, [int(x.tokens[-1]) in requests.stops for x in replies])
+    log_probs = prompt_set.judge.log_probs(texts, [int(x.tokens[-1]) in requests.stops for x in replies])
     check_finite(log_probs, "the judge's log-probability of an answer")
-    ids = asked.judge.encode(texts)
-    plain, adjusted = distinct(ids, asked.judge.tokenizer.vocab_size)
-    record = {"length": unit.length, "prompts": len(texts), "asked": asked.hash, "judge": asked.judge.weights}
+    ids = prompt_set.judge.encode(texts)
+    plain, adjusted = distinct(ids, prompt_set.judge.tokenizer.vocab_size)
+    record = {"length": unit.length, "prompts": len(texts), "prompts_hash": prompt_set.hash, "judge": prompt_set.judge.weights}
     record |= {"log_prob": sum(log_probs) / len(texts), "tokens": sum(map(len, ids)) / len(texts)}
     record |= {"distinct": plain, "ead": adjusted, "log_probs": log_probs, "answers": texts}
-    return measured_of_source(unit, [record | {"prompt_ends": [x[-PROMPT_END:] for x in asked.texts]}])
+    return measured_of_source(unit, [record | {"prompt_ends": [x[-PROMPT_END:] for x in prompt_set.texts]}])
 
 
 def check_fits(context: EvalContext, settings: Settings, unit: Unit) -> None:
     """TooLongError where a prompt and its answer may be longer than the unit."""
-    where, ids = max(zip(context.asking.records, context.asking.requests.prompts, strict=True), key=lambda x: len(x[1]))
+    where, ids = max(zip(context.prompt_set.records, context.prompt_set.requests.prompts, strict=True), key=lambda x: len(x[1]))
     total = len(ids) + settings.max_new_tokens
     if total > unit.length:
         sizes = f"{len(ids):,} tokens of {where} and {settings.max_new_tokens:,} new ones do not fit into {unit.length:,}"
@@ -55,10 +55,10 @@ def check_record(record: Mapping, where: str) -> None:
 
 EVALUATION = Evaluation(
     name="win_rate",
-    parts=lambda context, settings: [] if context.asking is None else [context.asking.name],
+    parts=lambda context, settings: [] if context.prompt_set is None else [context.prompt_set.name],
     measure=measure,
     fields={
-        **{"source": NAME, "length": SIZE, "prompts": SIZE, "asked": NAME, "judge": NAME},
+        **{"source": NAME, "length": SIZE, "prompts": SIZE, "prompts_hash": NAME, "judge": NAME},
         **{"log_prob": number(), "tokens": number(0)},
         **{"distinct": list_of(or_none(SHARE)), "ead": list_of(or_none(number(0)))},
         **{"log_probs": list_of(number(), 1), "answers": list_of(TEXT, 1), "prompt_ends": list_of(TEXT, 1)},

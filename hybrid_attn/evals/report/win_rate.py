@@ -33,7 +33,7 @@ def pairs(a: Run, b: Run) -> Iterator[tuple[Mapping, np.ndarray]]:
     """Of b's records, those of the same prompts and judge as one of a, and [n, 2] log-probabilities of the answers of both."""
 
     def key(record: Mapping) -> tuple:
-        return (*(record[name] for name in ("source", "length", "asked", "judge")), len(record["log_probs"]))
+        return (*(record[name] for name in ("source", "length", "prompts_hash", "judge")), len(record["log_probs"]))
 
     known = {key(record): record["log_probs"] for record in a.of("win_rate")}
     for record in b.of("win_rate"):
