@@ -83,8 +83,9 @@ def test_layouts_of_the_recall_probe_differ_in_nothing_but_their_layers(layout, 
     assert flops.parameters(c.model) == flops.parameters(default.model)
 
 
-# The others have sizes; extend and adapt need a checkpoint.
-ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "extend": [], "adapt": [], "moe": ["small", "30b"]}
+# The others have sizes; extend and adapt need a checkpoint, and end_to_end (tests/test_end_to_end.py) needs stores.
+ARGUMENTS = {"recall": list(recall.LAYOUTS), "command_a": ["full", "tiny"], "moe": ["small", "30b"]}
+ARGUMENTS |= dict.fromkeys(("extend", "adapt", "end_to_end"), [])
 ARGUMENTS |= dict.fromkeys(("models", "base", "bench", "mup"), [""])
 ARGUMENTS |= {
     "dense": ["tiny,seed", "2b,tables"],
