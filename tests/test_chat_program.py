@@ -167,4 +167,4 @@ def test_what_cannot_be_a_chat_is_a_line(run, arguments, said, tmp_path, monkeyp
 def test_a_checkpoint_without_a_template_names_the_flag_for_one(run, tool, monkeypatch):
     monkeypatch.setattr(tool.loading, "chat_template", lambda *_: None)
     status, _, told = run(b"")
-    assert status == 2 and told[0].endswith("there is no chat template; name a file with one by --chat_template")
+    assert status == 2 and told[0].endswith("or, to generate and chat, name a file with --chat_template")

@@ -38,7 +38,7 @@ def test_tools_reach_the_template_of_a_request():
 @pytest.mark.parametrize(
     ("template", "messages", "said"),
     [
-        (None, [says("user", "hi")], "it has messages, and there is no chat template; name a file with one by --chat_template"),
+        (None, [says("user", "hi")], "it has messages, and there is no chat template; put a chat_template.jinja beside the"),
         (PLAIN, [says("robot", "hi")], "the chat template fails: the role robot is none of system, user, assistant and tool"),
         (PLAIN, [says("user", "a<|eos|>b")], "a message spells '<|eos|>', which is a special token; only the template may"),
         (

@@ -26,9 +26,9 @@ class Requests(NamedTuple):
 def requests_of(records: Mapping[str, Mapping], directory: str, step: int) -> Requests:
     """The records for a checkpoint, with its own template."""
     tokenizer = loading.described(directory, step).tokenizer
-    of_chat = prompts.Requests(tokenizer, loading.chat_template(directory, step))
-    ids = encoded(tokenizer, "prompt", of_chat.prompts(records), [tokenizer.bos])
-    ends = of_chat.ends() if any(prompts.MESSAGES in x for x in records.values()) else []
+    has_messages = any(prompts.MESSAGES in x for x in records.values())
+    of_chat = prompts.Requests(tokenizer, loading.chat_template(directory, step) if has_messages else None)
+    ids, ends = encoded(tokenizer, "prompt", of_chat.prompts(records), [tokenizer.bos]), of_chat.ends()
     return Requests(ids, sorted({*loading.stop_tokens(directory, tokenizer), *ends}), [*ends, tokenizer.eos][0])
 
 

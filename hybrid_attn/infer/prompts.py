@@ -16,7 +16,10 @@ from hybrid_attn.trees import check
 
 QUESTION = "question"
 MARK = "mark"  # a turn, in which the end of turns is looked up
-NO_TEMPLATE = "there is no chat template; name a file with one by --chat_template"
+NO_TEMPLATE = (
+    "there is no chat template; put a chat_template.jinja beside the tokenizer.json, or, to generate and chat, name a file "
+    "with --chat_template"
+)
 
 
 def read(path: str) -> dict[str, dict]:
