@@ -176,6 +176,7 @@ def merge_models() -> None:
     last = max(merged, key=lambda model: sum(model.saved.stage_steps))  # the first of those that were trained longest
     values = checkpoint.read_config(last.directory, last.step)
     data = {"stage_steps": last.saved.stage_steps, "stage": {"tokenizer": last.saved.tokenizer_hash}}
+    data |= {checkpoint.CHAT_TEMPLATE: template} if (template := last.saved.chat_template) is not None else {}
     data |= {"imported": f"a {recipe.method} merge of {len(merged)} checkpoints", "merge": recorded(merged, base, recipe)}
     with hf.new_directory(OUT.value) as directory:
         params = {}

@@ -374,10 +374,11 @@ def _evals() -> ConfigDict:
     # position: held-out loss by position, for each source of documents in the last stage. recall: accuracy on the synthetic
     # tasks. needle: retrieval of one and of four numbers at five depths of a text. ruler: the tasks of RULER except two that
     # need files. attention_mass: attention weights of questions about a needle, by head. key_tokens: loss on tokens that only
-    # distant context makes likely. routing: the share of each expert, by layer. preferences: held-out pairs of completions, and
-    # indicators of over-optimisation. The text around needles is held-out text, or else Python's standard library; in bytes a
-    # question about four needles has about 800 tokens, and one of RULER 1,900. tools/evaluate.py evaluates checkpoints.
-    # position | recall | needle | ruler | attention_mass | key_tokens | routing | preferences
+    # distant context makes likely. languages: loss and accuracy of the next token by source. routing: the share of each expert,
+    # by layer. preferences: held-out pairs of completions, and indicators of over-optimisation. The text around needles is
+    # held-out text, or else Python's standard library; in bytes a question about four needles has about 800 tokens, and one of
+    # RULER 1,900. tools/evaluate.py evaluates checkpoints.
+    # position | recall | needle | ruler | attention_mass | key_tokens | languages | routing | preferences
     e.names = ("position", "recall")
     e.every = None  # steps between evaluations; None = only at the end of training
     e.lengths = (1.0, 2.0)  # in multiples of the last stage's seq_len

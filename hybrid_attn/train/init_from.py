@@ -59,6 +59,8 @@ def first_state(c: Config, mesh: Mesh, tokenizer_hash: str) -> tuple[TrainState,
     if embeddings & copied.keys():
         notes += tokenizer_note(directory, data, tokenizer_hash)
     record = {"path": directory, "step": step, "fingerprint": fingerprint, "copied": len(copied)}
+    if (template := checkpoint.chat_template(data)) is not None:
+        record |= {checkpoint.CHAT_TEMPLATE: template}
     if is_base(c, expected, copied):
         record |= {"path": checkpoint.absolute(directory), checkpoint.IS_BASE: True}
     return started(c, params), record | {"new": new, "ignored": ignored, "notes": notes}

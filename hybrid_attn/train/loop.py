@@ -24,7 +24,9 @@ from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.objectives import check_pairs, objective
-from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
+from hybrid_attn.train.resume import (
+    Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, other_steps, text_of, without_tokens,
+)  # fmt: skip
 from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import TrainState, abstract_state, executions, extras_at, init_state, make_steps, with_extras
@@ -167,7 +169,7 @@ def loop_of(
         run.checkpoints,
         metrics,
         run.stop,
-        data_state=lambda step: data_state(run.config, run.data.identities, step, recorded),
+        data_state=lambda step: data_state(run.config, run.data.identities, step, recorded | template(run, step)),
         measure=lambda params: evaluations.measure(params, metrics, run.stop.is_requested),
         is_over=evaluations.is_over,
         state=state,
@@ -379,6 +381,12 @@ def first_state(
         )
     records = {key: value for key, value in saved.items() if key not in expected}
     return state, step, {"skipped_steps": []} | records  # older checkpoints have no skipped steps
+
+
+def template(run: Run, step: int) -> dict:
+    """A record of the chat template of the conversations that were trained on, for the data state after `step` steps."""
+    text = corpora.chat_template(run.config, run.data.corpora, step)
+    return {} if text is None else {checkpoint.CHAT_TEMPLATE: text}
 
 
 def data_state(c: config.Config, identities: Sequence[dict], step: int, records: dict) -> dict:
