@@ -15,6 +15,7 @@ from trained import losses, stop_at
 
 from configs import base
 from hybrid_attn import checkpoint, config
+from hybrid_attn.data import chat
 from hybrid_attn.model import losses as token_losses
 from hybrid_attn.train import loop
 from hybrid_attn.train.objectives import objective_of, preference

@@ -24,9 +24,7 @@ from hybrid_attn.train.evaluation import Evaluations, check_names
 from hybrid_attn.train.goodput import Goodput
 from hybrid_attn.train.metrics import Metrics, peak_flops, set_aside
 from hybrid_attn.train.objectives import check_pairs, objective
-from hybrid_attn.train.resume import (
-    Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, other_steps, text_of, without_tokens,
-)  # fmt: skip
+from hybrid_attn.train.resume import Range, check_arrays, check_function, check_overrides, check_rate, merge_skipped, text_of
 from hybrid_attn.train.rollback import RECORD, Rollback, TooManySpikes, roll_back, skipped_after
 from hybrid_attn.train.schedule import schedule
 from hybrid_attn.train.step import TrainState, abstract_state, executions, extras_at, init_state, make_steps, with_extras
