@@ -60,10 +60,9 @@ REMAT = ("layer", "none", "attention", "offload")  # the first of each is the de
 CONTEXT = ("auto", "halo", "gather", "ring", "ulysses")
 # Keys that a stage may override; those of the model and of the optimiser only if the arrays of the state stay the same.
 OF_STAGES = (
-    "model.*", "mesh.*", "data.packing", "data.sources.*.min_length", "train.dtype", "train.remat",
+    "model.*", "mesh.*", "data.packing", "data.sources.*.min_length", "train.dtype", "train.remat", "train.overlap",
     "optim.b1", "optim.b2", "optim.eps", "optim.momentum", "optim.weight_decay", "optim.clip_norm", "optim.z_loss",
     "train.context", "train.zigzag", "train.kernel", "train.moe_kernel", "train.loss_chunk", "train.mlp_chunk", "train.unroll",
-    "train.overlap",
 )  # fmt: skip
 NO_ADAPTER: Adapter = trees.build(Adapter, base.adapter(), "adapter")
 DENSE: LowRank = trees.build(LowRank, base.low_rank(), "low_rank")

@@ -220,7 +220,7 @@ def test_an_export_has_the_products(tmp_path, one_device):
 
 
 def test_factors_of_several_runs_are_not_averaged_and_those_of_one_run_are():
-    saved = loading.Saved(config_of(), [], None)
+    saved = loading.Saved(config_of(), None, [], None)
     with tool("merge") as merge:
         models = [merge.Model(name, step, "params", saved) for name, step in (("one", 1), ("one", 2), ("two", 2))]
         merge.check_same_factors(models[:2])

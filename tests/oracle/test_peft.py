@@ -31,7 +31,7 @@ def base_of(model_type: str):
 
 def matrices_of(model):
     flat = flatten_dict(specs(model), sep="/")
-    return {name: peft.Matrix(x.shape, x.fan_in) for name, x in flat.items() if transforms.takes_adapter(x)}
+    return {name: peft.Matrix(x.shape, x.fan_in) for name, x in flat.items() if transforms.is_plain(x)}
 
 
 @pytest.mark.parametrize("model_type", ["cohere2", "llama"])
