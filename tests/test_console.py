@@ -56,13 +56,14 @@ def test_the_line_of_experts_has_the_metrics_that_a_step_has():
 
 
 def test_the_ending_names_files_and_commands_that_a_shell_reads(tmp_path, monkeypatch):
-    lines = console.ending("runs/my run", 300, tmp_path / "report.html", True)
+    lines = console.ending("runs/my run", 300, tmp_path / "report.html", True, False)
     assert f"report       {tmp_path}/report.html" in lines
     assert "next         python tools/generate.py --checkpoint='runs/my run' --prompt='def main('" in lines
     assert any(line.endswith("--out='evals/my run' --trust_checkpoint_data") for line in lines)
-    bare = console.ending("runs/x", 300, None, False)
+    bare = console.ending("runs/x", 300, None, False, False)
     assert "report" not in bare[1] and "--trust" not in "".join(bare)
     monkeypatch.setattr(sys, "argv", ["/usr/bin/hybrid-train", "--config=mine.py"])
-    installed = console.ending("runs/x", 300, None, False)
+    installed = console.ending("runs/x", 300, None, False, False)
     assert "next         hybrid-generate --checkpoint=runs/x --prompt='def main('" in installed
     assert not [line for line in installed if "tools/" in line]
+    assert "next         hybrid-chat --checkpoint=runs/x" in console.ending("runs/x", 300, None, False, True)

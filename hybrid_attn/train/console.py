@@ -181,13 +181,15 @@ def experts(values: Mapping[str, float]) -> list[str]:
     return ["", f"experts      {', '.join(parts)}: means over layers, of the last line"] if parts else []
 
 
-def ending(workdir: str, step: int, report: Path | None, own_files: bool) -> list[str]:
-    """Lines with the files of a finished run and with further commands; `own_files`: it was trained on files or URLs.
+def ending(workdir: str, step: int, report: Path | None, own_files: bool, chats: bool) -> list[str]:
+    """Lines with the files of a finished run and with further commands.
 
-    The commands are the console scripts of an installed package where one of these trains, else those of the repository.
+    `own_files`: it was trained on files or URLs; `chats`: on conversations that a chat template wrote. The
+    commands are the console scripts of an installed package where one of these trains, else those of the repository.
     """
     installed = Path(sys.argv[0]).name.startswith("hybrid-")
-    generate, evaluate = (f"hybrid-{x}" if installed else f"python tools/{x}.py" for x in ("generate", "evaluate"))
+    first, prompt = ("chat", "") if chats else ("generate", " --prompt='def main('")
+    answer, evaluate = (f"hybrid-{x}" if installed else f"python tools/{x}.py" for x in (first, "evaluate"))
     path = shlex.quote(str(workdir))
     trust = " --trust_checkpoint_data" if own_files else ""
     name = shlex.quote(f"evals/{Path(workdir).name}")
@@ -196,7 +198,7 @@ def ending(workdir: str, step: int, report: Path | None, own_files: bool) -> lis
         *([f"report       {report}"] if report is not None else []),
         f"metrics      {workdir}/metrics.jsonl, evals.jsonl; tensorboard --logdir={path}",
         f"checkpoint   {workdir}/checkpoints/{step}",
-        f"next         {generate} --checkpoint={path} --prompt='def main('",
+        f"next         {answer} --checkpoint={path}{prompt}",
         f"             {evaluate} --checkpoint={path} --suite=quick --out={name}{trust}",
         *([] if installed else [f"             python tools/plot_runs.py --workdir={path} --out=loss.png"]),
     ]

@@ -304,8 +304,9 @@ def close(c: config.Config, workdir: str, metrics: Metrics, evaluations: Evaluat
     """Closes the metrics of a run, and prints what to do next where its `evaluations` are done."""
     if evaluations is not None:
         own_files = bool(corpora.locations(c.data, c.sources))
+        chats = checkpoint.chat_template(checkpoint.read_data(Path(workdir) / "checkpoints")) is not None
         metrics.say(*console.experts(metrics.last))
-        metrics.say(*console.ending(workdir, metrics.step, evaluations.report_of(metrics.step), own_files))
+        metrics.say(*console.ending(workdir, metrics.step, evaluations.report_of(metrics.step), own_files, chats))
         metrics.say(*turn.ending(c, Path(workdir), metrics.step))
     metrics.close()
 
