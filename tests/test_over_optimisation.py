@@ -12,7 +12,7 @@ from hybrid_attn.programs import parse
 @pytest.fixture
 def study(tmp_path):
     with tool("over_optimisation") as module:
-        parse(["over_optimisation", f"--out={tmp_path}", "--seeds=1", "--steps=4", "--every=2", "--samples=4"])
+        parse(["over_optimisation", f"--out={tmp_path}", "--seeds=1", "--steps=4", "--every=2", "--samples=8"])
         yield module
 
 

@@ -132,7 +132,7 @@ def config_of(folder: Path, name: str, seed: int, **stage) -> Config:
     c.optim.z_loss = 0.0
     c.train.update(checkpoint_every=EVERY.value, keep=10**6, log_every=EVERY.value, sinks=(), remat="none")
     c.evals.names = ()
-    c.stages = [base.stage(seq_len=256, batch=4, **stage)]
+    c.stages = [base.stage(seq_len=256, batch=max(4, jax.device_count()), **stage)]
     return config.build(c)
 
 
